@@ -1,0 +1,3 @@
+//! The vmring command.
+
+fn main() {}
