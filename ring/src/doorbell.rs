@@ -79,7 +79,8 @@ impl<P: Park> Doorbell<P> {
     /// Steps 1 and 2 of the sleeper. After this call it must look for work once more (step 3) and
     /// then either [`disarm`](Self::disarm) or park.
     pub fn arm(&self) {
-        self.asleep.store(1, Ordering::Relaxed);
+        // Release: pairs with the Acquire in `ring_if`: what the sleeper wrote about its wishes.
+        self.asleep.store(1, Ordering::Release);
         // Pairs with the fence in `ring`: either that ringer sees our store, or we see its work.
         fence(Ordering::SeqCst);
     }
@@ -107,10 +108,18 @@ impl<P: Park> Doorbell<P> {
     /// the sleeper. Cannot fail.
     #[inline]
     pub fn ring(&self) -> bool {
+        self.ring_if(|| true)
+    }
+
+    /// As [`ring`](Self::ring), but leaves the sleeper asleep unless `due` says that the published
+    /// work is what it waits for. What the sleeper stored before [`arm`](Self::arm) is visible in
+    /// `due`; if it arms anew with another wish, its own look (step 3) comes after.
+    #[inline]
+    pub fn ring_if(&self, due: impl FnOnce() -> bool) -> bool {
         // Pairs with the fence in `arm`: either we see `asleep`, or the sleeper sees our work.
         fence(Ordering::SeqCst);
-        // Relaxed: the fences order it; see the module's table.
-        self.asleep.load(Ordering::Relaxed) != 0 && self.wake()
+        // Acquire: pairs with the Release in `arm`.
+        self.asleep.load(Ordering::Acquire) != 0 && due() && self.wake()
     }
 
     #[cold]

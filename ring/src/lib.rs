@@ -6,6 +6,24 @@
 
 extern crate alloc;
 
+mod credits;
 pub mod doorbell;
+mod entry;
+mod frame;
+
+mod pool;
+mod queue;
+mod rings;
 #[doc(hidden)]
 pub mod sync;
+mod view;
+
+pub use credits::Class;
+pub use entry::{Cqe, Opcode, Outcome, Sqe};
+pub use frame::{Frame, OutOfRoom};
+pub use pool::{Backing, HeapBacking, Layout, LayoutError, Pool};
+pub use queue::Regions;
+pub use rings::{
+    DEPTH_MAX, Depths, Intake, Outlet, Reaped, Reaper, Refusal, Submission, Submitter, rings,
+};
+pub use view::PacketView;

@@ -1,0 +1,96 @@
+//! Credits: why the completion queue cannot overflow.
+//!
+//! Every submission takes a credit of its class and every reaped completion gives it back. The
+//! completion queue has at least as many entries as there are credits in all, and each submission
+//! completes exactly once, so there is always room for a completion.
+
+use crate::entry::Opcode;
+use crate::sync::{Arc, AtomicU32, Ordering};
+use crossbeam_utils::CachePadded;
+
+/// What a credit is for. Each class has its own, so reads that fill the ring never block a write
+/// or a cancel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Posted reads.
+    Read,
+    /// Posted writes.
+    Write,
+    /// Cancel requests.
+    Cancel,
+}
+
+impl From<Opcode> for Class {
+    #[inline]
+    fn from(opcode: Opcode) -> Self {
+        match opcode {
+            Opcode::Read => Class::Read,
+            Opcode::Write => Class::Write,
+            Opcode::Cancel | Opcode::CancelAll => Class::Cancel,
+        }
+    }
+}
+
+/// Credits ever given back, by class.
+type Returned = Arc<CachePadded<[AtomicU32; 3]>>;
+
+/// The submitting side.
+#[derive(Debug)]
+pub(crate) struct Taker {
+    depth: [u32; 3],
+    taken: [u32; 3],
+    returned_seen: [u32; 3],
+    returned: Returned,
+}
+
+/// The reaping side.
+#[derive(Debug)]
+pub(crate) struct Giver {
+    given: [u32; 3],
+    returned: Returned,
+}
+
+pub(crate) fn credits(depth: [u32; 3]) -> (Taker, Giver) {
+    let returned: Returned = Arc::new(CachePadded::new([0, 0, 0].map(AtomicU32::new)));
+    let giver = Giver { given: [0; 3], returned: returned.clone() };
+    (Taker { depth, taken: [0; 3], returned_seen: [0; 3], returned }, giver)
+}
+
+impl Taker {
+    /// Credits of `class` that can be taken now.
+    pub(crate) fn available(&mut self, class: Class) -> u32 {
+        let i = class as usize;
+        // Acquire: pairs with the Release in `give`. The reaper has copied the completion out, so
+        // through us and the poller its cell may be written again.
+        self.returned_seen[i] = self.returned[i].load(Ordering::Acquire);
+        self.depth[i] - self.taken[i].wrapping_sub(self.returned_seen[i])
+    }
+
+    /// Whether a credit of `class` is to be had.
+    #[inline]
+    pub(crate) fn any(&mut self, class: Class) -> bool {
+        let i = class as usize;
+        self.taken[i].wrapping_sub(self.returned_seen[i]) < self.depth[i]
+            || self.available(class) > 0
+    }
+
+    /// Takes one; the caller has asked `any`.
+    #[inline]
+    pub(crate) fn take(&mut self, class: Class) {
+        self.taken[class as usize] = self.taken[class as usize].wrapping_add(1);
+    }
+
+    pub(crate) fn depth(&self, class: Class) -> u32 {
+        self.depth[class as usize]
+    }
+}
+
+impl Giver {
+    #[inline]
+    pub(crate) fn give(&mut self, class: Class) {
+        let i = class as usize;
+        self.given[i] = self.given[i].wrapping_add(1);
+        // Release: pairs with the Acquire in `available`.
+        self.returned[i].store(self.given[i], Ordering::Release);
+    }
+}

@@ -1,0 +1,240 @@
+//! What stands in the queues: the submission entry ([`Sqe`]) and the completion entry ([`Cqe`]).
+//!
+//! Both are plain data of fixed layout, 32 bytes, two to a 64-byte line: a slot is named by region
+//! and index, never by a pointer, so an entry means the same in another address space.
+
+use core::mem::{align_of, offset_of, size_of};
+use static_assertions::{assert_impl_all, const_assert_eq};
+
+/// What a submission asks for, and what a completion answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Opcode {
+    /// Fill the frame with the next packet.
+    Read = 0,
+    /// Send the frame's packet.
+    Write = 1,
+    /// Complete every entry in flight whose `user_data` is `target`.
+    Cancel = 2,
+    /// Complete every entry in flight.
+    CancelAll = 3,
+}
+
+/// How an entry ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It was done: a packet arrived, or the packet was taken by the device.
+    Done,
+    /// It was cancelled, by a cancel entry, a restart or a close.
+    Cancelled,
+    /// The device panicked while the entry was in flight.
+    DevicePanicked,
+    /// The device let go of the entry without completing it.
+    Abandoned,
+    /// The device refused it, with the device's own status code.
+    Refused(u32),
+}
+
+impl Outcome {
+    const fn encode(self) -> (u8, u32) {
+        match self {
+            Outcome::Done => (0, 0),
+            Outcome::Cancelled => (1, 0),
+            Outcome::DevicePanicked => (2, 0),
+            Outcome::Abandoned => (3, 0),
+            Outcome::Refused(code) => (4, code),
+        }
+    }
+
+    const fn decode(kind: u8, code: u32) -> Self {
+        match kind {
+            0 => Outcome::Done,
+            1 => Outcome::Cancelled,
+            2 => Outcome::DevicePanicked,
+            3 => Outcome::Abandoned,
+            _ => Outcome::Refused(code),
+        }
+    }
+}
+
+/// Where a packet is: a slot of a region, and a part of the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) region: u16,
+    pub(crate) slot: u32,
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
+}
+
+/// The slot number of an entry that carries no frame.
+const NO_SLOT: u32 = u32::MAX;
+const NOWHERE: Place = Place { region: 0, slot: NO_SLOT, offset: 0, len: 0 };
+
+/// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Sqe {
+    user_data: u64,
+    slot: u32,
+    offset: u32,
+    len: u32,
+    region: u16,
+    opcode: Opcode,
+    reserved: u8,
+    target: u64,
+}
+
+/// A completion queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
+/// Of a cancel's completion `len` is the number of entries that matched.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Cqe {
+    user_data: u64,
+    slot: u32,
+    offset: u32,
+    len: u32,
+    region: u16,
+    opcode: Opcode,
+    outcome: u8,
+    code: u32,
+    reserved: u32,
+}
+
+const_assert_eq!(size_of::<Sqe>(), 32);
+const_assert_eq!(align_of::<Sqe>(), 8);
+const_assert_eq!(offset_of!(Sqe, user_data), 0);
+const_assert_eq!(offset_of!(Sqe, slot), 8);
+const_assert_eq!(offset_of!(Sqe, offset), 12);
+const_assert_eq!(offset_of!(Sqe, len), 16);
+const_assert_eq!(offset_of!(Sqe, region), 20);
+const_assert_eq!(offset_of!(Sqe, opcode), 22);
+const_assert_eq!(offset_of!(Sqe, reserved), 23);
+const_assert_eq!(offset_of!(Sqe, target), 24);
+
+const_assert_eq!(size_of::<Cqe>(), 32);
+const_assert_eq!(align_of::<Cqe>(), 8);
+const_assert_eq!(offset_of!(Cqe, user_data), 0);
+const_assert_eq!(offset_of!(Cqe, slot), 8);
+const_assert_eq!(offset_of!(Cqe, offset), 12);
+const_assert_eq!(offset_of!(Cqe, len), 16);
+const_assert_eq!(offset_of!(Cqe, region), 20);
+const_assert_eq!(offset_of!(Cqe, opcode), 22);
+const_assert_eq!(offset_of!(Cqe, outcome), 23);
+const_assert_eq!(offset_of!(Cqe, code), 24);
+const_assert_eq!(offset_of!(Cqe, reserved), 28);
+assert_impl_all!(Sqe: Copy, Send);
+assert_impl_all!(Cqe: Copy, Send);
+
+/// What a queue needs to know of its entries: whether one owns a slot.
+pub(crate) trait Entry: Copy {
+    fn place(&self) -> Option<Place>;
+}
+
+impl Sqe {
+    pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64) -> Self {
+        let Place { region, slot, offset, len } = place;
+        Self { user_data, slot, offset, len, region, opcode, reserved: 0, target: 0 }
+    }
+
+    pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
+        Self { target, ..Self::packet(opcode, NOWHERE, user_data) }
+    }
+
+    /// The number the caller gave.
+    pub fn user_data(&self) -> u64 {
+        self.user_data
+    }
+
+    /// What is asked.
+    pub fn opcode(&self) -> Opcode {
+        self.opcode
+    }
+
+    /// Of a cancel: whose entries.
+    pub fn target(&self) -> u64 {
+        self.target
+    }
+}
+
+impl Cqe {
+    pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64, outcome: Outcome) -> Self {
+        let Place { region, slot, offset, len } = place;
+        let (outcome, code) = outcome.encode();
+        Self { user_data, slot, offset, len, region, opcode, outcome, code, reserved: 0 }
+    }
+
+    pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
+        Self { len: matched, ..Self::packet(opcode, NOWHERE, user_data, Outcome::Done) }
+    }
+
+    /// The number the caller gave.
+    pub fn user_data(&self) -> u64 {
+        self.user_data
+    }
+
+    /// What was asked.
+    pub fn opcode(&self) -> Opcode {
+        self.opcode
+    }
+
+    /// How it ended.
+    pub fn outcome(&self) -> Outcome {
+        Outcome::decode(self.outcome, self.code)
+    }
+
+    /// Bytes of the packet; of a cancel, the number of entries that matched.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether `len` is 0.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+fn place_of(region: u16, slot: u32, offset: u32, len: u32) -> Option<Place> {
+    (slot != NO_SLOT).then_some(Place { region, slot, offset, len })
+}
+
+impl Entry for Sqe {
+    #[inline]
+    fn place(&self) -> Option<Place> {
+        place_of(self.region, self.slot, self.offset, self.len)
+    }
+}
+
+impl Entry for Cqe {
+    #[inline]
+    fn place(&self) -> Option<Place> {
+        place_of(self.region, self.slot, self.offset, self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outcomes_survive_the_entry() {
+        for outcome in [
+            Outcome::Done,
+            Outcome::Cancelled,
+            Outcome::DevicePanicked,
+            Outcome::Abandoned,
+            Outcome::Refused(0),
+            Outcome::Refused(1007),
+            Outcome::Refused(u32::MAX),
+        ] {
+            let cqe = Cqe::packet(Opcode::Read, NOWHERE, 7, outcome);
+            assert_eq!(cqe.outcome(), outcome);
+        }
+    }
+
+    #[test]
+    fn an_entry_without_a_slot_has_no_place() {
+        assert_eq!(Sqe::cancel(Opcode::Cancel, 3, 4).place(), None);
+        let place = Place { region: 9, slot: 8, offset: 7, len: 6 };
+        assert_eq!(Sqe::packet(Opcode::Write, place, 5).place(), Some(place));
+    }
+}

@@ -1,0 +1,601 @@
+//! The 12 bytes that stand in front of a packet when offload is on: `virtio_net_hdr`, typed.
+//!
+//! The header says what the packet's sender left undone: a checksum to be completed
+//! ([`Checksum::Partial`]), a large packet to be cut into segments ([`Gso`]). A VMM, TAP
+//! (`IFF_VNET_HDR`) and vmnet (virtio header key) all speak it, so it travels as it is, in the
+//! headroom directly in front of the packet.
+//!
+//! ```
+//! use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
+//!
+//! # fn main() -> Result<(), OffloadError> {
+//! // 4 KiB of TCP over IPv4, to be sent as segments of 1,460 bytes.
+//! let header = OffloadHeader {
+//!     checksum: Checksum::Partial { start: 34, offset: 16 },
+//!     gso: Gso::TcpV4,
+//!     segment_size: 1460,
+//!     header_len: 54,
+//!     ..OffloadHeader::NONE
+//! };
+//! header.validate(54 + 4096)?; // the length of the packet, without the header
+//!
+//! let mut bytes = [0xaa; LEN];
+//! header.write(&mut bytes);
+//! assert_eq!(bytes, [1, 1, 54, 0, 0xb4, 0x05, 34, 0, 16, 0, 0, 0]);
+//! assert_eq!(OffloadHeader::parse(&bytes)?, header);
+//!
+//! // A packet that has lost the four bytes of its VLAN tag; one that has lost half of IPv4.
+//! assert_eq!(header.trim_front(4)?.checksum, Checksum::Partial { start: 30, offset: 16 });
+//! assert_eq!(
+//!     header.trim_front(40),
+//!     Err(OffloadError::TrimPastChecksumStart { trim: 40, start: 34 }),
+//! );
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Reading what others wrote
+//!
+//! [`OffloadHeader::parse`] refuses what it cannot represent. [`OffloadHeader::validate`] holds the
+//! rest against the packet's length; do both with a header from a guest before anything relies on
+//! it. A validated header's checksum field is inside the packet, and if the packet is to be cut, so
+//! is the transport header's fixed part.
+//!
+//! Sources: "5.1.6" below is that section of the [virtio 1.2 specification][virtio]; the layout is
+//! `virtio_net_hdr_v1` of Linux's `include/uapi/linux/virtio_net.h`; what Linux accepts is
+//! `virtio_net_hdr_to_skb` in `include/linux/virtio_net.h` and `tun_vnet_hdr_get` in
+//! `drivers/net/tun_vnet.h`.
+//!
+//! [virtio]: https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html
+
+use core::fmt;
+use core::mem::{align_of, offset_of, size_of};
+use static_assertions::const_assert_eq;
+
+/// Bytes in the header.
+pub const LEN: usize = 12;
+
+/// `flags`: the checksum is to be completed as `csum_start` and `csum_offset` say.
+#[doc(alias = "VIRTIO_NET_HDR_F_NEEDS_CSUM")]
+pub const F_NEEDS_CSUM: u8 = 1;
+/// `flags`: the checksum has been verified.
+#[doc(alias = "VIRTIO_NET_HDR_F_DATA_VALID")]
+pub const F_DATA_VALID: u8 = 2;
+/// `flags`: `csum_start` and `csum_offset` hold counts of coalesced segments instead.
+#[doc(alias = "VIRTIO_NET_HDR_F_RSC_INFO")]
+pub const F_RSC_INFO: u8 = 4;
+
+/// `gso_type`: one packet, not to be cut.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_NONE")]
+pub const GSO_NONE: u8 = 0;
+/// `gso_type`: TCP over IPv4.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_TCPV4")]
+pub const GSO_TCPV4: u8 = 1;
+/// `gso_type`: a UDP datagram to be cut into IP fragments.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_UDP")]
+pub const GSO_UDP: u8 = 3;
+/// `gso_type`: TCP over IPv6.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_TCPV6")]
+pub const GSO_TCPV6: u8 = 4;
+/// `gso_type`: many UDP datagrams in one.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_UDP_L4")]
+pub const GSO_UDP_L4: u8 = 5;
+/// `gso_type`, added to one of TCP's: the ECN bits are set.
+#[doc(alias = "VIRTIO_NET_HDR_GSO_ECN")]
+pub const GSO_ECN: u8 = 0x80;
+
+/// A segment size that Linux keeps for itself (`GSO_BY_FRAGS`) and refuses from outside.
+const SEGMENT_SIZE_BY_FRAGS: u16 = 0xffff;
+
+const ETHERNET_LEN: u16 = 14;
+
+/// A 16-bit field as it lies in memory: little-endian on every machine, aligned to one byte.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct Le16([u8; 2]);
+
+impl Le16 {
+    /// The field that holds `value`.
+    #[inline]
+    pub const fn new(value: u16) -> Self {
+        Self(value.to_le_bytes())
+    }
+
+    /// The value.
+    #[inline]
+    pub const fn get(self) -> u16 {
+        u16::from_le_bytes(self.0)
+    }
+}
+
+/// The header as it lies in memory, uninterpreted; [`OffloadHeader`] is the typed one.
+///
+/// Little-endian, as virtio 1.x is on every machine (5.1.6 of the specification, "le16"). TAP
+/// speaks the host's byte order until `TUNSETVNETLE` is set; on little-endian machines that is the
+/// same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(C)]
+#[doc(alias = "virtio_net_hdr_v1")]
+pub struct VirtioNetHdr {
+    /// `F_*` bits.
+    pub flags: u8,
+    /// One of `GSO_*`, perhaps with [`GSO_ECN`].
+    pub gso_type: u8,
+    /// Bytes of headers in front of the first segment's payload; a hint.
+    pub hdr_len: Le16,
+    /// Bytes of payload in each segment.
+    pub gso_size: Le16,
+    /// Where in the packet the checksummed part begins.
+    pub csum_start: Le16,
+    /// Where the checksum goes, counted from `csum_start`.
+    pub csum_offset: Le16,
+    /// Buffers that the packet is spread over.
+    pub num_buffers: Le16,
+}
+
+const_assert_eq!(size_of::<VirtioNetHdr>(), LEN);
+const_assert_eq!(align_of::<VirtioNetHdr>(), 1);
+const_assert_eq!(offset_of!(VirtioNetHdr, flags), 0);
+const_assert_eq!(offset_of!(VirtioNetHdr, gso_type), 1);
+const_assert_eq!(offset_of!(VirtioNetHdr, hdr_len), 2);
+const_assert_eq!(offset_of!(VirtioNetHdr, gso_size), 4);
+const_assert_eq!(offset_of!(VirtioNetHdr, csum_start), 6);
+const_assert_eq!(offset_of!(VirtioNetHdr, csum_offset), 8);
+const_assert_eq!(offset_of!(VirtioNetHdr, num_buffers), NUM_BUFFERS_AT);
+
+const NUM_BUFFERS_AT: usize = 10;
+
+impl VirtioNetHdr {
+    /// The header that lies in `bytes`. Any bytes are one.
+    #[inline]
+    pub const fn from_bytes(bytes: &[u8; LEN]) -> Self {
+        let [flags, gso_type, h0, h1, g0, g1, s0, s1, o0, o1, n0, n1] = *bytes;
+        Self {
+            flags,
+            gso_type,
+            hdr_len: Le16([h0, h1]),
+            gso_size: Le16([g0, g1]),
+            csum_start: Le16([s0, s1]),
+            csum_offset: Le16([o0, o1]),
+            num_buffers: Le16([n0, n1]),
+        }
+    }
+
+    /// The bytes of this header.
+    #[inline]
+    pub const fn to_bytes(self) -> [u8; LEN] {
+        let Le16([h0, h1]) = self.hdr_len;
+        let Le16([g0, g1]) = self.gso_size;
+        let Le16([s0, s1]) = self.csum_start;
+        let Le16([o0, o1]) = self.csum_offset;
+        let Le16([n0, n1]) = self.num_buffers;
+        [self.flags, self.gso_type, h0, h1, g0, g1, s0, s1, o0, o1, n0, n1]
+    }
+}
+
+/// What is known of the transport checksum, and what is left to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Checksum {
+    /// Nothing to complete. On a packet to be sent the checksum is complete; on a packet received
+    /// nobody has verified it.
+    #[default]
+    Complete,
+    /// The checksum field holds the sum of the pseudo header only. Completing it means: sum from
+    /// `start` to the packet's end, put the result `offset` bytes after `start`.
+    ///
+    /// On a packet received this also says that there is nothing to verify: it has not been on a
+    /// wire.
+    Partial {
+        /// Where the sum begins, counted from the packet's first byte.
+        start: u16,
+        /// Where the result goes, counted from `start`: 16 for TCP, 6 for UDP.
+        offset: u16,
+    },
+    /// The checksum has been verified (of several encapsulated ones, one). Only on packets
+    /// received.
+    DataValid,
+}
+
+/// How a packet larger than the MTU is to be cut: generic segmentation offload.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Gso {
+    /// Not at all.
+    #[default]
+    None,
+    /// TCP over IPv4, into TCP segments (TSO).
+    TcpV4,
+    /// TCP over IPv6, into TCP segments (TSO).
+    TcpV6,
+    /// One UDP datagram, into IP fragments (UFO). Legacy: newer systems do not offer it.
+    Udp,
+    /// UDP over IPv4 or IPv6, into UDP datagrams of equal size (USO).
+    UdpL4,
+}
+
+impl Gso {
+    /// Whether the packet is TCP.
+    #[inline]
+    pub const fn is_tcp(self) -> bool {
+        matches!(self, Gso::TcpV4 | Gso::TcpV6)
+    }
+
+    const fn to_wire(self) -> u8 {
+        match self {
+            Gso::None => GSO_NONE,
+            Gso::TcpV4 => GSO_TCPV4,
+            Gso::TcpV6 => GSO_TCPV6,
+            Gso::Udp => GSO_UDP,
+            Gso::UdpL4 => GSO_UDP_L4,
+        }
+    }
+
+    /// Of the transport header of a packet to be cut: the length of its fixed part, and where its
+    /// checksum lies in it.
+    const fn transport(self) -> Option<(u16, u16)> {
+        match self {
+            Gso::None => None,
+            Gso::TcpV4 | Gso::TcpV6 => Some((20, 16)),
+            Gso::Udp | Gso::UdpL4 => Some((8, 6)),
+        }
+    }
+}
+
+/// The header's meaning. See the [module](self) for an example.
+///
+/// The default, [`NONE`](Self::NONE), is the header of a plain packet: 12 zero bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct OffloadHeader {
+    /// The state of the checksum.
+    pub checksum: Checksum,
+    /// Whether and how the packet is to be cut.
+    pub gso: Gso,
+    /// The packet is TCP with its congestion bits (ECN) set, which whoever cuts it must respect.
+    pub ecn: bool,
+    /// Bytes of payload in each segment but the last (MSS). Without meaning if `gso` is
+    /// [`Gso::None`].
+    pub segment_size: u16,
+    /// Bytes of headers, Ethernet to transport, in front of the payload; 0 if not said. A hint
+    /// about how much to keep in one piece: never rely on it (5.1.6.2.2: "the device MUST NOT rely
+    /// on hdr_len to be correct").
+    pub header_len: u16,
+    /// Buffers that the packet is spread over: 1 on packets that a guest receives, 0 on packets to
+    /// be sent.
+    pub num_buffers: u16,
+}
+
+impl OffloadHeader {
+    /// The header of a plain packet: nothing to complete, nothing to cut.
+    pub const NONE: Self = Self {
+        checksum: Checksum::Complete,
+        gso: Gso::None,
+        ecn: false,
+        segment_size: 0,
+        header_len: 0,
+        num_buffers: 0,
+    };
+
+    /// Reads a header. What it says about the packet is not looked at: see
+    /// [`validate`](Self::validate).
+    ///
+    /// `csum_start` and `csum_offset` are dropped unless [`F_NEEDS_CSUM`] is set, as they must not
+    /// be used then. If [`F_DATA_VALID`] is set as well, it is dropped: a partial checksum needs no
+    /// verifying.
+    ///
+    /// # Errors
+    ///
+    /// [`ReservedFlags`](OffloadError::ReservedFlags),
+    /// [`CoalescingInfo`](OffloadError::CoalescingInfo),
+    /// [`UnknownGsoType`](OffloadError::UnknownGsoType).
+    #[inline]
+    pub fn parse(bytes: &[u8; LEN]) -> Result<Self, OffloadError> {
+        let raw = VirtioNetHdr::from_bytes(bytes);
+        let reserved = raw.flags & !(F_NEEDS_CSUM | F_DATA_VALID | F_RSC_INFO);
+        if reserved != 0 {
+            return Err(OffloadError::ReservedFlags { flags: reserved });
+        }
+        Self::from_raw(raw)
+    }
+
+    /// Reads a header as [`parse`](Self::parse) does, but takes no offence at reserved flags.
+    ///
+    /// The specification asks this of both sides (5.1.6.2.2 and 5.1.6.4.2: "MUST ignore flag bits
+    /// that it does not recognize"), so it is the one for a VMM that reads a guest's headers. The
+    /// bits are gone in what is [`write`](Self::write)n: nobody further on finds them.
+    ///
+    /// # Errors
+    ///
+    /// [`CoalescingInfo`](OffloadError::CoalescingInfo),
+    /// [`UnknownGsoType`](OffloadError::UnknownGsoType).
+    #[inline]
+    pub fn parse_ignoring_reserved(bytes: &[u8; LEN]) -> Result<Self, OffloadError> {
+        Self::from_raw(VirtioNetHdr::from_bytes(bytes))
+    }
+
+    #[inline]
+    fn from_raw(raw: VirtioNetHdr) -> Result<Self, OffloadError> {
+        if raw.flags & F_RSC_INFO != 0 {
+            return Err(OffloadError::CoalescingInfo);
+        }
+        let checksum = if raw.flags & F_NEEDS_CSUM != 0 {
+            Checksum::Partial { start: raw.csum_start.get(), offset: raw.csum_offset.get() }
+        } else if raw.flags & F_DATA_VALID != 0 {
+            Checksum::DataValid
+        } else {
+            Checksum::Complete
+        };
+        let gso = match raw.gso_type & !GSO_ECN {
+            GSO_NONE => Gso::None,
+            GSO_TCPV4 => Gso::TcpV4,
+            GSO_TCPV6 => Gso::TcpV6,
+            GSO_UDP => Gso::Udp,
+            GSO_UDP_L4 => Gso::UdpL4,
+            gso_type => return Err(OffloadError::UnknownGsoType { gso_type }),
+        };
+        Ok(Self {
+            checksum,
+            gso,
+            ecn: raw.gso_type & GSO_ECN != 0,
+            segment_size: raw.gso_size.get(),
+            header_len: raw.hdr_len.get(),
+            num_buffers: raw.num_buffers.get(),
+        })
+    }
+
+    /// Writes the header over all of `bytes`: nothing stale is left. [`parse`](Self::parse) of them
+    /// gives this header again.
+    #[inline]
+    pub const fn write(&self, bytes: &mut [u8; LEN]) {
+        *bytes = self.to_raw().to_bytes();
+    }
+
+    /// The header as it lies in memory.
+    #[inline]
+    pub const fn to_raw(&self) -> VirtioNetHdr {
+        let (flags, start, offset) = match self.checksum {
+            Checksum::Complete => (0, 0, 0),
+            Checksum::Partial { start, offset } => (F_NEEDS_CSUM, start, offset),
+            Checksum::DataValid => (F_DATA_VALID, 0, 0),
+        };
+        VirtioNetHdr {
+            flags,
+            gso_type: self.gso.to_wire() | if self.ecn { GSO_ECN } else { 0 },
+            hdr_len: Le16::new(self.header_len),
+            gso_size: Le16::new(self.segment_size),
+            csum_start: Le16::new(start),
+            csum_offset: Le16::new(offset),
+            num_buffers: Le16::new(self.num_buffers),
+        }
+    }
+
+    /// Whether the packet is as it goes on a wire: nothing to complete, nothing to cut.
+    #[inline]
+    pub const fn is_plain(&self) -> bool {
+        matches!(self.gso, Gso::None) && !matches!(self.checksum, Checksum::Partial { .. })
+    }
+
+    /// Holds the header against a packet of `packet_len` bytes (without the header), from its
+    /// length only: what the packet's bytes say is not looked at.
+    ///
+    /// `header_len` is only a hint, and one that is too small or 0 passes. One beyond the packet's
+    /// end does not: it hints at nothing, and Linux's TAP answers such a write with `EINVAL`.
+    ///
+    /// # Errors
+    ///
+    /// The first broken rule: all of [`OffloadError`] but those of `parse` and `trim_front`.
+    pub fn validate(&self, packet_len: usize) -> Result<(), OffloadError> {
+        // 32 bits hold the sum of three 16-bit fields; a packet that is longer passes every check.
+        let len = u32::try_from(packet_len).unwrap_or(u32::MAX);
+        let end = |start: u16, n: u32| u32::from(start) + n;
+
+        if let Checksum::Partial { start, offset } = self.checksum {
+            if start < ETHERNET_LEN {
+                return Err(OffloadError::ChecksumStartInEthernet { start });
+            }
+            if end(start, u32::from(offset) + 2) > len {
+                return Err(OffloadError::ChecksumPastEnd { start, offset, packet_len });
+            }
+        }
+        if let Some((transport_len, field)) = self.gso.transport() {
+            let Checksum::Partial { start, offset } = self.checksum else {
+                return Err(OffloadError::GsoWithoutChecksum);
+            };
+            if offset != field {
+                return Err(OffloadError::GsoChecksumOffset { offset, expected: field });
+            }
+            if end(start, transport_len.into()) > len {
+                return Err(OffloadError::TransportPastEnd { start, packet_len });
+            }
+            if self.segment_size == 0 || self.segment_size == SEGMENT_SIZE_BY_FRAGS {
+                return Err(OffloadError::SegmentSize { size: self.segment_size });
+            }
+        }
+        if self.ecn && !self.gso.is_tcp() {
+            return Err(OffloadError::EcnWithoutTcp);
+        }
+        if u32::from(self.header_len) > len {
+            return Err(OffloadError::HeaderLenPastEnd { header_len: self.header_len, packet_len });
+        }
+        Ok(())
+    }
+
+    /// The header for the same packet without its first `n` bytes: positions move with the bytes
+    /// they mean.
+    ///
+    /// `header_len` shrinks by `n`, at most to 0 ("not said"). [`Checksum::DataValid`] becomes
+    /// [`Checksum::Complete`] (to be verified): it may have been about a checksum in the bytes that
+    /// went.
+    ///
+    /// # Errors
+    ///
+    /// [`TrimPastChecksumStart`](OffloadError::TrimPastChecksumStart) if bytes would go that a
+    /// partial checksum covers; [`GsoWithoutChecksum`](OffloadError::GsoWithoutChecksum) if the
+    /// packet is to be cut but does not say where its transport header is.
+    pub fn trim_front(&self, n: usize) -> Result<Self, OffloadError> {
+        if n == 0 {
+            return Ok(*self);
+        }
+        let checksum = match self.checksum {
+            Checksum::Partial { start, offset } => {
+                let start = u16::try_from(n)
+                    .ok()
+                    .and_then(|n| start.checked_sub(n))
+                    .ok_or(OffloadError::TrimPastChecksumStart { trim: n, start })?;
+                Checksum::Partial { start, offset }
+            }
+            _ if self.gso != Gso::None => return Err(OffloadError::GsoWithoutChecksum),
+            Checksum::DataValid | Checksum::Complete => Checksum::Complete,
+        };
+        let header_len = self.header_len.saturating_sub(u16::try_from(n).unwrap_or(u16::MAX));
+        Ok(Self { checksum, header_len, ..*self })
+    }
+
+    /// The header for handing a packet to a guest: `num_buffers` is 1. TAP delivers 0; 5.1.6.4.1
+    /// wants 1 unless mergeable buffers are negotiated.
+    #[inline]
+    #[must_use]
+    pub const fn for_guest(self) -> Self {
+        Self { num_buffers: 1, ..self }
+    }
+
+    /// The header for sending on a packet that was received: `num_buffers` is 0 and
+    /// [`Checksum::DataValid`], which no sender may claim, is gone (5.1.6.2.1).
+    #[inline]
+    #[must_use]
+    pub const fn for_sending(self) -> Self {
+        let checksum = match self.checksum {
+            Checksum::DataValid => Checksum::Complete,
+            other => other,
+        };
+        Self { checksum, num_buffers: 0, ..self }
+    }
+}
+
+/// Sets `num_buffers` in a header where it lies, without looking at the rest: what the read path
+/// does (with 1) to every header that TAP delivers.
+#[inline]
+pub const fn set_num_buffers(header: &mut [u8; LEN], num_buffers: u16) {
+    [header[NUM_BUFFERS_AT], header[NUM_BUFFERS_AT + 1]] = num_buffers.to_le_bytes();
+}
+
+/// The rule that a header breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OffloadError {
+    /// Flags are set that virtio 1.2 does not define.
+    ReservedFlags {
+        /// Those flags.
+        flags: u8,
+    },
+    /// [`F_RSC_INFO`] is set. It belongs to a feature (`VIRTIO_NET_F_RSC_EXT`) that neither TAP nor
+    /// vmnet has, and no sender may set it (5.1.6.2.1).
+    CoalescingInfo,
+    /// Virtio 1.2 does not define this `gso_type`.
+    UnknownGsoType {
+        /// The type, without [`GSO_ECN`].
+        gso_type: u8,
+    },
+    /// The checksum would begin in the Ethernet header, which no checksum covers.
+    ChecksumStartInEthernet {
+        /// Where it would begin.
+        start: u16,
+    },
+    /// The two bytes of the checksum are not all in the packet.
+    ChecksumPastEnd {
+        /// `csum_start`.
+        start: u16,
+        /// `csum_offset`.
+        offset: u16,
+        /// The packet's length.
+        packet_len: usize,
+    },
+    /// A packet to be cut must have a partial checksum (5.1.6.2.1: "the driver MUST also set the
+    /// VIRTIO_NET_HDR_F_NEEDS_CSUM bit").
+    GsoWithoutChecksum,
+    /// In a packet to be cut the checksum does not lie where this transport protocol has it.
+    GsoChecksumOffset {
+        /// Where it lies in the transport header.
+        offset: u16,
+        /// Where it ought to.
+        expected: u16,
+    },
+    /// The transport header of a packet to be cut is not all in the packet.
+    TransportPastEnd {
+        /// Where it begins.
+        start: u16,
+        /// The packet's length.
+        packet_len: usize,
+    },
+    /// A packet cannot be cut into segments of 0 bytes; 65,535 means something else to Linux
+    /// (`GSO_BY_FRAGS`), which refuses it.
+    SegmentSize {
+        /// 0 or 65,535.
+        size: u16,
+    },
+    /// The ECN bit is set but the packet is not TCP to be cut.
+    EcnWithoutTcp,
+    /// The headers are said to be longer than the packet.
+    HeaderLenPastEnd {
+        /// `hdr_len`.
+        header_len: u16,
+        /// The packet's length.
+        packet_len: usize,
+    },
+    /// Trimming would take away bytes that a partial checksum covers.
+    TrimPastChecksumStart {
+        /// Bytes to be trimmed.
+        trim: usize,
+        /// Where the checksummed part begins.
+        start: u16,
+    },
+}
+
+impl fmt::Display for OffloadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::ReservedFlags { flags } => {
+                write!(f, "the offload header has reserved flags set ({flags:#04x})")
+            }
+            Self::CoalescingInfo => f.write_str(
+                "the offload header carries coalescing information, which is not supported",
+            ),
+            Self::UnknownGsoType { gso_type } => {
+                write!(f, "the offload header has the unknown segmentation type {gso_type}")
+            }
+            Self::ChecksumStartInEthernet { start } => {
+                write!(f, "the checksum would begin at byte {start}, inside the Ethernet header")
+            }
+            Self::ChecksumPastEnd { start, offset, packet_len } => write!(
+                f,
+                "the checksum at {start} + {offset} is outside the packet of {packet_len} bytes"
+            ),
+            Self::GsoWithoutChecksum => {
+                f.write_str("a packet to be segmented must have a partial checksum")
+            }
+            Self::GsoChecksumOffset { offset, expected } => write!(
+                f,
+                "the checksum of a packet to be segmented lies at byte {offset} of its transport \
+                 header instead of {expected}"
+            ),
+            Self::TransportPastEnd { start, packet_len } => write!(
+                f,
+                "the transport header at {start} does not fit in the packet of {packet_len} bytes"
+            ),
+            Self::SegmentSize { size } => {
+                write!(f, "a packet cannot be cut into segments of {size} bytes")
+            }
+            Self::EcnWithoutTcp => {
+                f.write_str("the ECN bit is set on a packet that is not TCP to be segmented")
+            }
+            Self::HeaderLenPastEnd { header_len, packet_len } => write!(
+                f,
+                "the headers are said to have {header_len} bytes in a packet of {packet_len} bytes"
+            ),
+            Self::TrimPastChecksumStart { trim, start } => write!(
+                f,
+                "trimming {trim} bytes would cut into the checksummed part, which begins at {start}"
+            ),
+        }
+    }
+}
+
+impl core::error::Error for OffloadError {}

@@ -1,0 +1,320 @@
+//! Slots: a region of memory cut into equal pieces, a free list, and the count that decides when
+//! the memory goes.
+//!
+//! Invariants (ARCHITECTURE.md, "Ownership"):
+//! * **One place per slot.** A slot index is in the free list, or in exactly one [`Frame`], or in
+//!   exactly one queue entry. Only this module and `queue` turn one into the other.
+//! * **The pool outlives its slots.** `refs` counts handles and slots out of the free list; the
+//!   one who takes it to zero frees the header and the memory.
+
+use crate::frame::Frame;
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use alloc::boxed::Box;
+use core::fmt;
+use core::ptr::NonNull;
+use crossbeam_utils::CachePadded;
+
+/// Memory for a [`Pool`] to stand on. It is dropped with the pool, which is when the last handle is
+/// gone and the last slot is home.
+///
+/// # Safety
+///
+/// From construction until drop, `len()` bytes at `base()` must be valid for reads and writes,
+/// initialised, at a fixed address, and reached by nobody but the pool.
+pub unsafe trait Backing: Send {
+    /// The first byte.
+    fn base(&self) -> NonNull<u8>;
+    /// How many bytes.
+    fn len(&self) -> usize;
+    /// Whether there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// How a region is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Number of slots.
+    pub slots: u32,
+    /// Bytes from one slot to the next.
+    pub slot_size: u32,
+    /// Bytes at a slot's start kept free in front of a fresh frame.
+    pub headroom: u32,
+}
+
+/// Why a region cannot be cut that way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayoutError {
+    /// No slots, or slots of no bytes.
+    Zero,
+    /// 2^31 slots or more, or 2^31 bytes or more in one.
+    TooLarge,
+    /// The headroom leaves no room for a packet.
+    NoRoom,
+    /// The memory is smaller than `slots * slot_size`.
+    NotEnoughMemory,
+}
+
+impl fmt::Display for LayoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LayoutError::Zero => "a pool needs at least one slot of at least one byte",
+            LayoutError::TooLarge => "a pool holds fewer than 2^31 slots of less than 2 GiB each",
+            LayoutError::NoRoom => "the headroom leaves no room for a packet in the slot",
+            LayoutError::NotEnoughMemory => "the memory is smaller than the slots need",
+        })
+    }
+}
+
+impl core::error::Error for LayoutError {}
+
+const LIMIT: u32 = 1 << 31;
+
+impl Layout {
+    fn check(&self, memory: usize) -> Result<(), LayoutError> {
+        if self.slots == 0 || self.slot_size == 0 {
+            return Err(LayoutError::Zero);
+        }
+        if self.slots >= LIMIT || self.slot_size >= LIMIT {
+            return Err(LayoutError::TooLarge);
+        }
+        if self.headroom >= self.slot_size {
+            return Err(LayoutError::NoRoom);
+        }
+        match (self.slots as usize).checked_mul(self.slot_size as usize) {
+            Some(bytes) if bytes <= memory => Ok(()),
+            _ => Err(LayoutError::NotEnoughMemory),
+        }
+    }
+}
+
+/// One handle in `Header::refs`; slots out are counted in the low half.
+const HANDLE: u64 = 1 << 32;
+/// End of the free list.
+const NIL: u32 = u32::MAX;
+
+pub(crate) struct Header {
+    base: NonNull<u8>,
+    pub(crate) layout: Layout,
+    /// Index of the first free slot in the low half; in the high half a tag that every change
+    /// raises, so that a compare-exchange cannot mistake a slot that left and came back.
+    free: CachePadded<AtomicU64>,
+    /// `handles * HANDLE + slots out`. At zero nobody can reach the header any more.
+    refs: CachePadded<AtomicU64>,
+    /// `next[i]`: the free slot behind free slot `i`.
+    next: Box<[AtomicU32]>,
+    /// Dropped with the header: the memory under `base`.
+    _backing: Box<dyn Backing>,
+}
+
+impl Header {
+    fn push(&self, slot: u32) {
+        let mut head = self.free.load(Ordering::Relaxed);
+        loop {
+            // Relaxed: published by the Release exchange below.
+            self.next[slot as usize].store(head as u32, Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(slot);
+            // Release: pairs with the Acquire in `pop`. The next owner sees our link, and every
+            // byte we wrote into the slot before it.
+            match self.free.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    fn pop(&self) -> Option<u32> {
+        // Acquire (both): pairs with the Release in `push`.
+        let mut head = self.free.load(Ordering::Acquire);
+        loop {
+            let slot = head as u32;
+            if slot == NIL {
+                return None;
+            }
+            // May be stale if somebody else took the slot; then the tag has moved and we retry.
+            let next = self.next[slot as usize].load(Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next);
+            match self.free.compare_exchange_weak(head, new, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => return Some(slot),
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn slot_start(&self, slot: u32) -> NonNull<u8> {
+        debug_assert!(slot < self.layout.slots);
+        // SAFETY: `slot < slots`, and `Layout::check` made sure that slots * slot_size bytes lie
+        // inside the backing.
+        unsafe { self.base.add(slot as usize * self.layout.slot_size as usize) }
+    }
+}
+
+/// Gives `what` (a handle or slots) back; frees everything if it was the last.
+///
+/// # Safety
+///
+/// The caller owns `what` in `refs` and touches the header no more.
+unsafe fn release(header: NonNull<Header>, what: u64) {
+    // SAFETY: the caller's share keeps the header alive up to this line.
+    let refs = unsafe { &header.as_ref().refs };
+    // Release: what we did with the pool comes before the freeing, whoever does it.
+    if refs.fetch_sub(what, Ordering::Release) == what {
+        // Acquire: what all the others did comes before our freeing.
+        fence(Ordering::Acquire);
+        // SAFETY: the count is zero, so no handle and no slot is left, and we are the one who
+        // took it there ("the pool outlives its slots"); the header came from `Box::leak`.
+        drop(unsafe { Box::from_raw(header.as_ptr()) });
+    }
+}
+
+/// Puts a slot home.
+///
+/// # Safety
+///
+/// The caller owns `slot` and gives it up here; `header` is its pool.
+pub(crate) unsafe fn put_home(header: NonNull<Header>, slot: u32) {
+    // SAFETY: the slot is still counted as out, so the header is alive.
+    unsafe { header.as_ref() }.push(slot);
+    // SAFETY: we give up exactly the one slot we owned.
+    unsafe { release(header, 1) }
+}
+
+/// A handle to a pool of slots. Cloning it is cheap; any thread may allocate from it.
+///
+/// The memory lives until the last handle is gone **and** the last [`Frame`] is home, in whatever
+/// order they go.
+pub struct Pool {
+    header: NonNull<Header>,
+}
+
+// SAFETY: everything reachable through a handle is atomic or immutable after construction, and a
+// slot's bytes are reached only through the one `Frame` that owns it ("one place per slot").
+unsafe impl Send for Pool {}
+// SAFETY: as above.
+unsafe impl Sync for Pool {}
+
+impl Pool {
+    /// Cuts `backing` into slots, all free.
+    pub fn new(backing: Box<dyn Backing>, layout: Layout) -> Result<Self, LayoutError> {
+        layout.check(backing.len())?;
+        let next = (1..layout.slots).chain([NIL]).map(AtomicU32::new).collect();
+        let header = Box::leak(Box::new(Header {
+            base: backing.base(),
+            layout,
+            free: CachePadded::new(AtomicU64::new(0)),
+            refs: CachePadded::new(AtomicU64::new(HANDLE)),
+            next,
+            _backing: backing,
+        }));
+        Ok(Self { header: NonNull::from(header) })
+    }
+
+    fn header(&self) -> &Header {
+        // SAFETY: this handle is counted in `refs`, so the header is alive ("the pool outlives
+        // its slots").
+        unsafe { self.header.as_ref() }
+    }
+
+    /// Takes a slot from the free list: an empty frame behind the headroom. `None` if every slot
+    /// is out. The bytes are what the slot's last owner left there.
+    pub fn alloc(&self) -> Option<Frame> {
+        let header = self.header();
+        let slot = header.pop()?;
+        // Relaxed: our handle keeps the count above zero.
+        header.refs.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: `pop` took the slot out of the free list, so it is in no other place, and it is
+        // counted as out.
+        Some(unsafe { Frame::from_raw(self.header, slot, header.layout.headroom, 0) })
+    }
+
+    /// How the region is cut.
+    pub fn layout(&self) -> Layout {
+        self.header().layout
+    }
+
+    /// Bytes a packet may take in a fresh frame.
+    pub fn capacity(&self) -> u32 {
+        self.layout().slot_size - self.layout().headroom
+    }
+
+    /// Slots that are not in the free list: held as frames, queued, or with a device. A snapshot.
+    pub fn slots_out(&self) -> u32 {
+        self.header().refs.load(Ordering::Relaxed) as u32
+    }
+
+    /// Whether `frame` is a slot of this pool.
+    #[inline]
+    pub fn owns(&self, frame: &Frame) -> bool {
+        frame.header() == self.header
+    }
+
+    #[inline]
+    pub(crate) fn raw(&self) -> NonNull<Header> {
+        self.header
+    }
+}
+
+impl Clone for Pool {
+    fn clone(&self) -> Self {
+        // Relaxed: our own handle keeps the count above zero.
+        let before = self.header().refs.fetch_add(HANDLE, Ordering::Relaxed);
+        // 2^31 handles can only be a leak in a loop; stop before the count can wrap.
+        assert!(before < HANDLE << 31, "too many handles to one pool");
+        Self { header: self.header }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // SAFETY: we give up the one handle we are.
+        unsafe { release(self.header, HANDLE) }
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("layout", &self.layout())
+            .field("slots_out", &self.slots_out())
+            .finish()
+    }
+}
+
+/// A backing on the heap, for tests and for places without an operating system.
+#[derive(Debug)]
+pub struct HeapBacking {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl HeapBacking {
+    /// `len` zeroed bytes.
+    pub fn new(len: usize) -> Self {
+        let bytes = Box::leak(alloc::vec![0_u8; len].into_boxed_slice());
+        Self { len: bytes.len(), base: NonNull::from(bytes).cast() }
+    }
+}
+
+impl Drop for HeapBacking {
+    fn drop(&mut self) {
+        let bytes = core::ptr::slice_from_raw_parts_mut(self.base.as_ptr(), self.len);
+        // SAFETY: `new` leaked exactly this slice, and nobody else frees it.
+        drop(unsafe { Box::from_raw(bytes) });
+    }
+}
+
+// SAFETY: the pointer is to bytes this value alone owns.
+unsafe impl Send for HeapBacking {}
+// SAFETY: the bytes are initialised, stay where they are until drop, and `new` gave away no other
+// way to reach them.
+unsafe impl Backing for HeapBacking {
+    fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}

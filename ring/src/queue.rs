@@ -1,0 +1,297 @@
+//! The single-producer single-consumer queue of plain entries under both SQ and CQ.
+//!
+//! Indices are free-running `u32`s that wrap; a cell is found by masking. Each side keeps a copy of
+//! the other's index and reads the shared one only when the copy says "full" or "empty".
+//!
+//! Orderings: `tail` is stored with Release after the entry is written and loaded with Acquire
+//! before it is read; `head` is stored with Release after the entry is copied out and loaded with
+//! Acquire before the cell is written again. No fence takes part, so ThreadSanitizer can follow.
+
+use crate::entry::Entry;
+use crate::frame::Frame;
+use crate::pool::Pool;
+use crate::sync::{Arc, AtomicU32, Ordering, UnsafeCell};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::cell::Cell;
+use core::fmt;
+use core::marker::PhantomData;
+use core::mem::MaybeUninit;
+use crossbeam_utils::CachePadded;
+
+/// The pools whose slots may stand in a ring's queues; a pool's place in the list is its region
+/// number.
+#[derive(Clone, Debug)]
+pub struct Regions(Box<[Pool]>);
+
+impl Regions {
+    /// At most 2^16 pools; `None` if there are more, or none.
+    pub fn new(pools: Vec<Pool>) -> Option<Self> {
+        (1..=1 << 16).contains(&pools.len()).then(|| Self(pools.into_boxed_slice()))
+    }
+
+    /// The pools, in the order of their region numbers.
+    pub fn pools(&self) -> &[Pool] {
+        &self.0
+    }
+
+    #[inline]
+    pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
+        if self.0[0].owns(frame) {
+            return Some(0);
+        }
+        self.0.iter().position(|pool| pool.owns(frame)).map(|region| region as u16)
+    }
+
+    /// Makes an entry's slot a frame again.
+    ///
+    /// # Safety
+    ///
+    /// The entry came from a frame that `find` placed in these regions, it was retired from its
+    /// queue, and this is the only call for it.
+    #[inline]
+    pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
+        let place = entry.place()?;
+        let header = self.0[usize::from(place.region)].raw();
+        // SAFETY: the caller retired the entry, so the slot is in no other place now; it is
+        // counted as out since its frame was submitted, and offset and length were the frame's.
+        Some(unsafe { Frame::from_raw(header, place.slot, place.offset, place.len) })
+    }
+}
+
+struct Shared<T: Entry> {
+    /// Entries published so far. Written by the producer.
+    tail: CachePadded<AtomicU32>,
+    /// Entries retired so far. Written by the consumer.
+    head: CachePadded<AtomicU32>,
+    mask: u32,
+    cells: Box<[UnsafeCell<MaybeUninit<T>>]>,
+    regions: Regions,
+}
+
+// SAFETY: a cell is written by the one producer while it is outside head..tail and read by the one
+// consumer while it is inside; the two indices hand it over (module documentation). `T` is plain
+// data.
+unsafe impl<T: Entry + Send> Sync for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Entry + Send> Send for Shared<T> {}
+
+impl<T: Entry> Shared<T> {
+    fn read(&self, index: u32) -> T {
+        self.cells[(index & self.mask) as usize].with(|cell| {
+            // SAFETY: `index` is in head..tail, so the producer wrote this cell before its Release
+            // store of `tail`, which the caller has loaded with Acquire, and will not write it
+            // again before `head` has passed.
+            unsafe { (*cell).assume_init_read() }
+        })
+    }
+}
+
+impl<T: Entry> Drop for Shared<T> {
+    fn drop(&mut self) {
+        // Both halves are gone (we are the last reference): whatever stands in the queue goes home.
+        let tail = self.tail.load(Ordering::Acquire);
+        let mut head = self.head.load(Ordering::Acquire);
+        while head != tail {
+            let entry = self.read(head);
+            head = head.wrapping_add(1);
+            // SAFETY: the queue is gone, so the entry is retired, and read once.
+            drop(unsafe { self.regions.frame(&entry) });
+        }
+    }
+}
+
+/// Makes `Send` halves that are not `Sync`: two threads must not share one.
+type NotSync = PhantomData<Cell<()>>;
+
+pub(crate) struct Producer<T: Entry> {
+    shared: Arc<Shared<T>>,
+    /// Next index to write; up to here entries may be unpublished.
+    tail: u32,
+    published: u32,
+    head_seen: u32,
+    _not_sync: NotSync,
+}
+
+pub(crate) struct Consumer<T: Entry> {
+    shared: Arc<Shared<T>>,
+    head: u32,
+    tail_seen: u32,
+    _not_sync: NotSync,
+}
+
+/// A view of how many entries were ever published.
+pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);
+
+/// A queue of `capacity` (a power of two) entries whose indices begin at `start`.
+pub(crate) fn queue<T: Entry>(
+    capacity: u32,
+    regions: Regions,
+    start: u32,
+) -> (Producer<T>, Consumer<T>) {
+    assert!(capacity.is_power_of_two() && capacity <= 1 << 30, "a queue's size is a power of two");
+    let shared = Arc::new(Shared {
+        tail: CachePadded::new(AtomicU32::new(start)),
+        head: CachePadded::new(AtomicU32::new(start)),
+        mask: capacity - 1,
+        cells: (0..capacity).map(|_| UnsafeCell::new(MaybeUninit::uninit())).collect(),
+        regions,
+    });
+    let producer = Producer {
+        shared: shared.clone(),
+        tail: start,
+        published: start,
+        head_seen: start,
+        _not_sync: PhantomData,
+    };
+    (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
+}
+
+impl<T: Entry> Producer<T> {
+    pub(crate) fn regions(&self) -> &Regions {
+        &self.shared.regions
+    }
+
+    pub(crate) fn capacity(&self) -> u32 {
+        self.shared.mask + 1
+    }
+
+    /// Whether one more entry fits.
+    #[inline]
+    pub(crate) fn has_room(&mut self) -> bool {
+        if self.tail.wrapping_sub(self.head_seen) < self.capacity() {
+            return true;
+        }
+        self.free() > 0
+    }
+
+    /// Entries that fit now; more may fit at any time later.
+    pub(crate) fn free(&mut self) -> u32 {
+        // Acquire: pairs with the Release in `next`: the consumer has copied these cells out.
+        self.head_seen = self.shared.head.load(Ordering::Acquire);
+        self.capacity() - self.tail.wrapping_sub(self.head_seen)
+    }
+
+    /// Writes an entry that the consumer will not see before `publish`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no room: the caller asks first.
+    #[inline]
+    pub(crate) fn write(&mut self, entry: T) {
+        assert!(self.has_room(), "a queue overflowed");
+        self.shared.cells[(self.tail & self.shared.mask) as usize].with_mut(|cell| {
+            // SAFETY: `tail - head < capacity`, so the cell is outside head..tail: the consumer is
+            // done with it (Acquire in `free`) and looks at it again only after `publish`.
+            unsafe { (*cell).write(entry) };
+        });
+        self.tail = self.tail.wrapping_add(1);
+    }
+
+    /// Shows everything written to the consumer; the commit point. Returns whether there was
+    /// anything.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> bool {
+        let anything = self.published != self.tail;
+        if anything {
+            // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes
+            // written before them, come first.
+            self.shared.tail.store(self.tail, Ordering::Release);
+            self.published = self.tail;
+        }
+        anything
+    }
+
+    /// Entries ever published (plus the start index).
+    pub(crate) fn published(&self) -> u32 {
+        self.published
+    }
+
+    /// Entries published and not retired. A snapshot.
+    pub(crate) fn backlog(&self) -> u32 {
+        self.published.wrapping_sub(self.shared.head.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn watch(&self) -> Published<T> {
+        Published(self.shared.clone())
+    }
+}
+
+impl<T: Entry> Drop for Producer<T> {
+    fn drop(&mut self) {
+        // An entry written but not published owns a slot: let the other half, or the end of the
+        // queue, bring it home.
+        self.publish();
+    }
+}
+
+impl<T: Entry> Consumer<T> {
+    pub(crate) fn regions(&self) -> &Regions {
+        &self.shared.regions
+    }
+
+    /// Looks at the producer's index; returns how many entries wait.
+    #[inline]
+    pub(crate) fn refresh(&mut self) -> u32 {
+        // Acquire: pairs with the Release in `publish`.
+        self.tail_seen = self.shared.tail.load(Ordering::Acquire);
+        self.known()
+    }
+
+    /// How many entries wait, as of the last look.
+    #[inline]
+    pub(crate) fn known(&self) -> u32 {
+        self.tail_seen.wrapping_sub(self.head)
+    }
+
+    /// Entries ever retired (plus the start index).
+    pub(crate) fn head(&self) -> u32 {
+        self.head
+    }
+
+    /// Copies the next known entry out and retires it. Only then may its slot become a frame: what
+    /// is lost after this line is lost, but nothing is owned twice.
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<T> {
+        if self.head == self.tail_seen {
+            return None;
+        }
+        let entry = self.shared.read(self.head);
+        self.head = self.head.wrapping_add(1);
+        // Release: pairs with the Acquire in `free`: our copy comes before the next write.
+        self.shared.head.store(self.head, Ordering::Release);
+        Some(entry)
+    }
+}
+
+impl<T: Entry> Published<T> {
+    pub(crate) fn count(&self) -> u32 {
+        // Acquire: a reader that sees a submission also sees what its thread did before.
+        self.0.tail.load(Ordering::Acquire)
+    }
+}
+
+impl<T: Entry> fmt::Debug for Producer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Producer")
+            .field("capacity", &self.capacity())
+            .field("tail", &self.tail)
+            .field("backlog", &self.backlog())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Entry> fmt::Debug for Consumer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Consumer")
+            .field("head", &self.head)
+            .field("known", &self.known())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Entry> fmt::Debug for Published<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Published").field(&self.count()).finish()
+    }
+}

@@ -1,0 +1,340 @@
+//! A ring's four halves: the caller's ends of SQ and CQ ([`Submitter`], [`Reaper`]) and the
+//! poller's ([`Intake`], [`Outlet`]).
+//!
+//! This is where a [`Frame`] becomes a queue entry and a queue entry becomes a frame. Each half is
+//! `Send` and not `Sync`, and works through `&mut self`.
+
+use crate::credits::{Class, Giver, Taker, credits};
+use crate::entry::{Cqe, Opcode, Outcome, Place, Sqe};
+use crate::frame::Frame;
+use crate::queue::{Consumer, Producer, Published, Regions, queue};
+use core::fmt;
+use static_assertions::{assert_impl_all, assert_not_impl_any};
+
+/// How big a ring is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Depths {
+    /// Reads that may be in flight.
+    pub read: u32,
+    /// Writes that may be in flight.
+    pub write: u32,
+    /// Cancel requests that may be in flight.
+    pub cancel: u32,
+    /// Entries of the SQ, a power of two. Smaller than the sum of the others is allowed: then a
+    /// submit can find the SQ full.
+    pub sq: u32,
+}
+
+/// The largest sum of credits a ring may have.
+pub const DEPTH_MAX: u32 = 1 << 30;
+
+impl Depths {
+    /// A ring whose SQ has room for every credit.
+    pub fn new(read: u32, write: u32, cancel: u32) -> Self {
+        let sum = read.saturating_add(write).saturating_add(cancel).min(DEPTH_MAX);
+        Self { read, write, cancel, sq: sum.next_power_of_two() }
+    }
+
+    fn sum(&self) -> u32 {
+        self.read + self.write + self.cancel
+    }
+}
+
+/// The four halves of a ring with `depths` over `regions`. Indices begin at `start`: 0, or any
+/// other number to exercise the wrap.
+///
+/// # Panics
+///
+/// If the SQ's size is not a power of two or the credits' sum is above [`DEPTH_MAX`].
+pub fn rings(depths: Depths, regions: Regions, start: u32) -> (Submitter, Reaper, Intake, Outlet) {
+    let (sq_in, sq_out) = queue(depths.sq, regions.clone(), start);
+    let (cq_in, cq_out) = queue(depths.sum().next_power_of_two(), regions, start);
+    let (taker, giver) = credits([depths.read, depths.write, depths.cancel]);
+    let submitted = sq_in.watch();
+    (
+        Submitter { sq: sq_in, credits: taker },
+        Reaper { cq: cq_out, credits: giver, submitted },
+        Intake { sq: sq_out },
+        Outlet { cq: cq_in },
+    )
+}
+
+/// Why the ring would not take an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The SQ is full; the poller has not come round yet.
+    SqFull,
+    /// As many entries of this class are in flight as the ring has credits.
+    NoCredit,
+    /// The frame is of a pool that the ring does not know.
+    ForeignPool,
+}
+
+/// The caller's end of the SQ.
+pub struct Submitter {
+    sq: Producer<Sqe>,
+    credits: Taker,
+}
+
+/// The caller's end of the CQ.
+pub struct Reaper {
+    cq: Consumer<Cqe>,
+    credits: Giver,
+    submitted: Published<Sqe>,
+}
+
+/// The poller's end of the SQ.
+pub struct Intake {
+    sq: Consumer<Sqe>,
+}
+
+/// The poller's end of the CQ.
+pub struct Outlet {
+    cq: Producer<Cqe>,
+}
+
+assert_impl_all!(Submitter: Send);
+assert_impl_all!(Reaper: Send);
+assert_impl_all!(Intake: Send);
+assert_impl_all!(Outlet: Send);
+assert_not_impl_any!(Submitter: Sync, Clone);
+assert_not_impl_any!(Reaper: Sync, Clone);
+assert_not_impl_any!(Intake: Sync, Clone);
+assert_not_impl_any!(Outlet: Sync, Clone);
+
+/// What the poller took from the SQ.
+#[derive(Debug)]
+pub enum Submission {
+    /// A frame to fill.
+    Read {
+        /// The caller's number.
+        user_data: u64,
+        /// Where the packet goes.
+        frame: Frame,
+    },
+    /// A frame to send.
+    Write {
+        /// The caller's number.
+        user_data: u64,
+        /// The packet.
+        frame: Frame,
+    },
+    /// Entries to complete now.
+    Cancel {
+        /// The caller's number for the cancel itself.
+        user_data: u64,
+        /// Whose entries; `None`: everybody's.
+        target: Option<u64>,
+    },
+}
+
+/// What the caller took from the CQ.
+#[derive(Debug)]
+pub struct Reaped {
+    /// The caller's number.
+    pub user_data: u64,
+    /// What was asked.
+    pub opcode: Opcode,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Of a cancel, how many entries it found; else the packet's length in bytes.
+    pub len: u32,
+    /// The frame, on success and on failure; a cancel has none.
+    pub frame: Option<Frame>,
+}
+
+fn place(region: u16, frame: Frame) -> Place {
+    let (slot, offset, len) = frame.into_raw();
+    Place { region, slot, offset, len }
+}
+
+impl Submitter {
+    /// Whether an entry of `class` would be taken now.
+    #[inline]
+    pub fn check(&mut self, class: Class) -> Result<(), Refusal> {
+        if !self.credits.any(class) {
+            return Err(Refusal::NoCredit);
+        }
+        if !self.sq.has_room() {
+            return Err(Refusal::SqFull);
+        }
+        Ok(())
+    }
+
+    /// Writes a read or write entry; the poller sees it after [`publish`](Self::publish). A refusal
+    /// gives the frame back.
+    #[inline]
+    pub fn push(
+        &mut self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (Refusal, Frame)> {
+        let opcode = match class {
+            Class::Read => Opcode::Read,
+            _ => Opcode::Write,
+        };
+        if let Err(refusal) = self.check(class) {
+            return Err((refusal, frame));
+        }
+        let Some(region) = self.sq.regions().find(&frame) else {
+            return Err((Refusal::ForeignPool, frame));
+        };
+        self.credits.take(class);
+        self.sq.write(Sqe::packet(opcode, place(region, frame), user_data));
+        Ok(())
+    }
+
+    /// Writes a cancel entry for all entries of `target`, or for all (`None`).
+    pub fn push_cancel(&mut self, target: Option<u64>, user_data: u64) -> Result<(), Refusal> {
+        self.check(Class::Cancel)?;
+        let opcode = if target.is_some() { Opcode::Cancel } else { Opcode::CancelAll };
+        self.credits.take(Class::Cancel);
+        self.sq.write(Sqe::cancel(opcode, target.unwrap_or(0), user_data));
+        Ok(())
+    }
+
+    /// The commit point: everything pushed is the poller's from here. Returns whether there was
+    /// anything.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.sq.publish()
+    }
+
+    /// Credits of `class` to be had now; reaping brings more.
+    pub fn available(&mut self, class: Class) -> u32 {
+        self.credits.available(class)
+    }
+
+    /// Credits of `class` in all.
+    pub fn depth(&self, class: Class) -> u32 {
+        self.credits.depth(class)
+    }
+
+    /// The ring's pools.
+    pub fn regions(&self) -> &Regions {
+        self.sq.regions()
+    }
+}
+
+impl Reaper {
+    /// Completions that wait, after a look at the queue.
+    #[inline]
+    pub fn ready(&mut self) -> u32 {
+        self.cq.refresh()
+    }
+
+    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    pub fn in_flight(&self) -> u32 {
+        self.submitted.count().wrapping_sub(self.cq.head())
+    }
+
+    /// The index that the CQ's tail reaches when `n` completions wait.
+    pub fn index_of(&self, n: u32) -> u32 {
+        self.cq.head().wrapping_add(n)
+    }
+
+    /// The next completion among those that [`ready`](Self::ready) saw. The entry is retired and
+    /// its credit returned before the frame exists.
+    #[inline]
+    pub fn next(&mut self) -> Option<Reaped> {
+        let cqe = self.cq.next()?;
+        self.credits.give(cqe.opcode().into());
+        // SAFETY: the entry was retired by `next`, which yields each once; the poller's `push`
+        // placed it by a frame of these regions.
+        let frame = unsafe { self.cq.regions().frame(&cqe) };
+        Some(Reaped {
+            user_data: cqe.user_data(),
+            opcode: cqe.opcode(),
+            outcome: cqe.outcome(),
+            len: cqe.len(),
+            frame,
+        })
+    }
+
+    /// How many of the completions that `ready` saw are left.
+    pub fn known(&self) -> u32 {
+        self.cq.known()
+    }
+
+    /// The ring's pools.
+    pub fn regions(&self) -> &Regions {
+        self.cq.regions()
+    }
+}
+
+impl Intake {
+    /// Submissions that wait, after a look at the queue.
+    #[inline]
+    pub fn ready(&mut self) -> u32 {
+        self.sq.refresh()
+    }
+
+    /// The next submission among those that [`ready`](Self::ready) saw.
+    #[inline]
+    pub fn next(&mut self) -> Option<Submission> {
+        let sqe = self.sq.next()?;
+        let user_data = sqe.user_data();
+        // SAFETY: the entry was retired by `next`, which yields each once; `Submitter::push` placed
+        // it by a frame of these regions.
+        let frame = unsafe { self.sq.regions().frame(&sqe) };
+        Some(match (sqe.opcode(), frame) {
+            (Opcode::Read, Some(frame)) => Submission::Read { user_data, frame },
+            (Opcode::Write, Some(frame)) => Submission::Write { user_data, frame },
+            (Opcode::Cancel, _) => Submission::Cancel { user_data, target: Some(sqe.target()) },
+            _ => Submission::Cancel { user_data, target: None },
+        })
+    }
+}
+
+impl Outlet {
+    /// Writes the completion of a read or write; seen after [`publish`](Self::publish).
+    ///
+    /// # Panics
+    ///
+    /// If the CQ is full or the frame foreign: each completion answers one submission, and the
+    /// credits make room for it.
+    #[inline]
+    pub fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        let opcode = match class {
+            Class::Read => Opcode::Read,
+            _ => Opcode::Write,
+        };
+        let region = self.cq.regions().find(&frame).expect("a completion's frame is of the ring");
+        assert!(self.cq.has_room(), "more completions than credits");
+        self.cq.write(Cqe::packet(opcode, place(region, frame), user_data, outcome));
+    }
+
+    /// Writes the completion of a cancel that found `matched` entries.
+    pub fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
+        let opcode = if all { Opcode::CancelAll } else { Opcode::Cancel };
+        self.cq.write(Cqe::cancel(opcode, matched, user_data));
+    }
+
+    /// Shows everything pushed to the reaper, with one store. Returns whether there was anything.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.cq.publish()
+    }
+
+    /// Completions shown and not reaped. A snapshot.
+    pub fn backlog(&self) -> u32 {
+        self.cq.backlog()
+    }
+
+    /// The CQ's tail: the number of completions ever shown, plus the start index.
+    pub fn index(&self) -> u32 {
+        self.cq.published()
+    }
+}
+
+macro_rules! debug_by_queue {
+    ($($half:ident.$queue:ident),*) => {$(
+        impl fmt::Debug for $half {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_tuple(stringify!($half)).field(&self.$queue).finish()
+            }
+        }
+    )*};
+}
+debug_by_queue!(Submitter.sq, Reaper.cq, Intake.sq, Outlet.cq);
