@@ -10,13 +10,13 @@ mod credits;
 pub mod doorbell;
 mod entry;
 mod frame;
-
+pub mod offload;
 mod pool;
 mod queue;
 mod rings;
 #[doc(hidden)]
 pub mod sync;
-mod view;
+pub mod view;
 
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};

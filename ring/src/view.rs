@@ -243,8 +243,8 @@ impl<B: AsMut<[u8]>> PacketView<B> {
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_bytes(&mut self, at: usize, bytes: &[u8]) -> Option<()> {
-        let end = at.checked_add(bytes.len())?;
-        self.as_bytes_mut().get_mut(at..end)?.copy_from_slice(bytes);
+        let room = self.as_bytes_mut().get_mut(at..)?;
+        room.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(())
     }
 
@@ -320,7 +320,7 @@ impl<'a> PacketView<&'a [u8]> {
 impl<'a> PacketView<&'a mut [u8]> {
     /// The view's bytes, for as long as the buffer is borrowed.
     #[inline]
-    pub fn bytes(self) -> &'a mut [u8] {
+    pub fn bytes_mut(self) -> &'a mut [u8] {
         let range = self.range();
         self.buffer.get_mut(range).unwrap_or_default()
     }
@@ -335,7 +335,7 @@ impl<'a> PacketView<&'a mut [u8]> {
     /// The first `at` bytes and the rest, each of which can be written while the other is held.
     /// `None` if the view has fewer than `at`.
     #[inline]
-    pub fn split_at(self, at: usize) -> Option<(Self, Self)> {
+    pub fn split_at_mut(self, at: usize) -> Option<(Self, Self)> {
         let rest = self.len().checked_sub(at)?;
         let (left, right) = self.buffer.split_at_mut_checked(self.range().start + at)?;
         // Exact: `at` and `rest` are at most `self.len`.

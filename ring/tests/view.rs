@@ -102,8 +102,8 @@ impl Cut {
             Cut::Sub(at, len) => view.sub(at, len),
             Cut::Shift(n) => view.shift(n),
             Cut::Truncate(len) => view.truncate(len),
-            Cut::Left(at) => Some(view.split_at(at)?.0),
-            Cut::Right(at) => Some(view.split_at(at)?.1),
+            Cut::Left(at) => Some(view.split_at_mut(at)?.0),
+            Cut::Right(at) => Some(view.split_at_mut(at)?.1),
             Cut::Narrow(at, len) => view.narrow(at, len).map(|()| view),
         }
     }
@@ -222,7 +222,7 @@ proptest! {
             prop_assert_eq!(view.as_bytes(), &buffer[place.clone()]);
         }
         let offset = view.offset();
-        let bytes = view.bytes();
+        let bytes = view.bytes_mut();
         let len = bytes.len();
         bytes.iter_mut().for_each(|byte| *byte = !*byte);
         let mut expected = buffer;
@@ -235,11 +235,11 @@ proptest! {
         (buffer, place) in placed(), at in 0..320usize, again in 0..320usize,
     ) {
         let mut written = buffer.clone();
-        if let Some((mut left, right)) = view(&mut written[..], &place).split_at(at) {
+        if let Some((mut left, right)) = view(&mut written[..], &place).split_at_mut(at) {
             prop_assert_eq!(left.offset()..left.offset() + left.len(), place.start..place.start + at);
             prop_assert_eq!(right.offset()..right.offset() + right.len(), place.start + at..place.end);
             left.as_bytes_mut().fill(1);
-            if let Some((mut middle, mut right)) = right.split_at(again) {
+            if let Some((mut middle, mut right)) = right.split_at_mut(again) {
                 prop_assert_eq!(right.offset(), place.start + at + again);
                 prop_assert_eq!(right.as_view().offset(), right.offset());
                 middle.as_bytes_mut().fill(2);
@@ -275,6 +275,25 @@ proptest! {
                 prop_assert_eq!(fields.array::<24, 0>(), []);
             }
             None => prop_assert!(place.len() < 24),
+        }
+    }
+}
+
+/// Every edge of small buffers, which random positions may miss.
+#[test]
+fn small_views_are_right_at_every_edge() {
+    let bytes = [1, 2, 3, 4, 5, 6, 7, 8];
+    for size in 0..=bytes.len() {
+        for (offset, len) in (0..10).flat_map(|offset| (0..10).map(move |len| (offset, len))) {
+            let view = PacketView::new(&bytes[..size], offset as u32, len as u32);
+            assert_eq!(view.map(PacketView::bytes), bytes[..size].get(offset..offset + len));
+            let whole = PacketView::whole(&bytes[..size]).unwrap();
+            assert_eq!(whole.sub(offset, len).map(PacketView::bytes), view.map(PacketView::bytes));
+
+            let mut copy = bytes;
+            let mut whole = PacketView::whole(&mut copy[..size]).unwrap();
+            assert_eq!(whole.set_bytes(offset, &[9; 10][..len]).is_some(), view.is_some());
+            assert_eq!(copy != bytes, view.is_some() && len > 0);
         }
     }
 }
@@ -334,7 +353,7 @@ fn a_view_that_owns_its_buffer_is_cut_without_losing_it() {
     assert_eq!((view.offset(), view.as_bytes()), (2, &[3, 4][..]));
     view.as_mut().fill(9);
     assert_eq!(view.as_view().shift(1).unwrap().offset(), 3);
-    assert_eq!(view.as_view_mut().bytes(), [9, 9]);
+    assert_eq!(view.as_view_mut().bytes_mut(), [9, 9]);
 }
 
 #[test]
@@ -380,8 +399,8 @@ fn a_buffer_that_shrinks_gives_an_empty_view() {
     assert_eq!(view.as_view().shift(24).unwrap().bytes(), []);
     assert_eq!(view.as_view().split_at(12).unwrap().1.bytes(), []);
     assert_eq!(view.set_u8(0, 1), None);
-    assert!(view.as_view_mut().split_at(12).is_none());
-    assert_eq!(view.as_view_mut().bytes(), []);
+    assert!(view.as_view_mut().split_at_mut(12).is_none());
+    assert_eq!(view.as_view_mut().bytes_mut(), []);
 }
 
 #[test]
