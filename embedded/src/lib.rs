@@ -1,1 +1,49 @@
-//! The in-process network of vmring.
+//! The in-process network of vmring: a learning switch, a gateway and a DHCP server. Packets in,
+//! packets out; it runs wherever Rust does and needs no privileges.
+//!
+//! A [`Network`] joins up to 1,024 ports. Each [`Port`] has a [`Receiver`], which lends empty
+//! buffers to the network and gets them back with packets, and a [`Sender`], whose caller's thread
+//! does the forwarding: straight into a buffer the receiver posted, with one copy. Buffers are
+//! anything that exclusively owns bytes (`B: AsMut<[u8]> + Send`).
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vmring_embedded::{Network, NetworkConfig, PortConfig, Sent};
+//!
+//! let network = Network::<Vec<u8>>::new(NetworkConfig::default())?;
+//! let port = |id| PortConfig { interface_id: [id; 16], mac: None, isolated: false, wake: Arc::new(|| {}) };
+//! let (mut alice, mut alice_sends) = network.join(port(1))?.split();
+//! let (mut bob, _bob_sends) = network.join(port(2))?.split();
+//!
+//! bob.post(vec![0; network.max_packet_size()]).unwrap();
+//! let mut frame = Vec::new();
+//! frame.extend(bob.mac().as_bytes());
+//! frame.extend(alice.mac().as_bytes());
+//! frame.extend(b"\x88\xb5hello");
+//! assert_eq!(alice_sends.send(&frame), Sent::Forwarded);
+//! alice_sends.flush(); // wakes bob, if he sleeps
+//!
+//! let (buffer, len) = bob.collect().unwrap();
+//! assert_eq!(buffer[..len], frame);
+//! # assert!(alice.collect().is_none());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! - [`network`]: networks, ports and the rules of forwarding
+//! - [`inbox`]: how a frame gets into a receiver's buffer, and why that is safe
+//! - [`gateway`]: ARP and ICMP echo at the network's first address
+//! - [`dhcp`]: the DHCPv4 server, usable alone
+
+pub mod config;
+pub mod dhcp;
+pub mod gateway;
+pub mod inbox;
+pub mod network;
+mod table;
+
+pub use config::{ConfigError, Ipv4Range, NetworkConfig, NetworkMode};
+pub use dhcp::Lease;
+pub use network::{
+    DropReason, JoinError, Monitor, Network, OpenError, Port, PortConfig, PortStats, Receiver,
+    Registry, Sender, Sent,
+};

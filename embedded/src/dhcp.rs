@@ -1,0 +1,622 @@
+//! A DHCPv4 server (RFC 2131) for one subnet: frames in, frames out.
+//!
+//! It stands alone: give [`DhcpServer::handle`] any Ethernet frame and it either writes a reply
+//! frame or says nothing. It runs on the thread that brings the frame and takes a lock that only
+//! DHCP uses. Parsing and emitting are smoltcp's; nothing a client sends makes it panic.
+//!
+//! Leases belong to MAC addresses: a client gets the address it had before, as long as the server
+//! lives and nobody else needed it. New clients get the address they ask for if it is free, else
+//! the first that was never used, else the one that has been free longest. Offers are held for a
+//! minute, declined addresses are put aside for an hour. When no address is free the server is
+//! silent and counts. The client identifier option is not looked at, so that a boot loader and the
+//! system it boots share an address. Relay agents are not served: `giaddr` is ignored.
+
+use core::net::Ipv4Addr;
+use core::time::Duration;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use macaddr::MacAddr6;
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    DHCP_CLIENT_PORT, DHCP_SERVER_PORT, DhcpFlags, DhcpMessageType, DhcpOption, DhcpPacket,
+    DhcpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, IpAddress,
+    IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
+};
+
+/// How long an offered address waits for its request.
+const OFFER_TIME: Duration = Duration::from_secs(60);
+/// How long an address that a client found in use is put aside.
+const DECLINE_TIME: Duration = Duration::from_secs(3600);
+/// The most addresses one server gives out, however wide its range: what bounds its memory.
+const MAX_LEASES: u32 = 65_536;
+/// Some old clients want no less (RFC 1542, section 2.1).
+const MIN_MESSAGE: usize = 300;
+/// Ethernet, IPv4 and UDP headers.
+const HEADERS: usize = 14 + 20 + 8;
+
+mod option {
+    pub(super) const REQUESTED_IP: u8 = 50;
+    pub(super) const MESSAGE_TYPE: u8 = 53;
+    pub(super) const SERVER_ID: u8 = 54;
+    pub(super) const INTERFACE_MTU: u8 = 26;
+    pub(super) const BROADCAST_ADDRESS: u8 = 28;
+    pub(super) const RENEWAL_TIME: u8 = 58;
+    pub(super) const REBINDING_TIME: u8 = 59;
+}
+
+/// What a [`DhcpServer`] gives out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DhcpConfig {
+    /// The server's own address.
+    pub server: Ipv4Addr,
+    /// The server's own MAC address: the source of its replies.
+    pub server_mac: MacAddr6,
+    /// The first address for clients.
+    pub first: Ipv4Addr,
+    /// The last address for clients. Of a wider range, the first 65,536 addresses are used.
+    pub last: Ipv4Addr,
+    /// The subnet's mask.
+    pub mask: Ipv4Addr,
+    /// The router told to clients, if there is a way out.
+    pub router: Option<Ipv4Addr>,
+    /// The name servers told to clients; the first three.
+    pub dns: Vec<Ipv4Addr>,
+    /// The MTU told to clients.
+    pub mtu: Option<u16>,
+    /// How long a lease lasts. At least a second, at most what 32 bits of seconds hold.
+    pub lease_time: Duration,
+}
+
+/// An address somebody has been given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Who.
+    pub mac: MacAddr6,
+    /// What.
+    pub address: Ipv4Addr,
+    /// For how long from now.
+    pub remaining: Duration,
+}
+
+/// An address cannot be reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// The address is not one the server gives out.
+    #[error("{0} is not one of the addresses the DHCP server gives out")]
+    OutOfRange(Ipv4Addr),
+    /// Somebody else has the address, or has it reserved.
+    #[error("{address} already belongs to {holder}")]
+    Taken {
+        /// The address asked for.
+        address: Ipv4Addr,
+        /// Whose it is.
+        holder: MacAddr6,
+    },
+}
+
+/// How often a [`DhcpServer`] did what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DhcpStats {
+    /// Addresses offered.
+    pub offers: u64,
+    /// Requests granted, and questions answered (`INFORM`).
+    pub acks: u64,
+    /// Requests refused.
+    pub naks: u64,
+    /// Leases given back.
+    pub releases: u64,
+    /// Addresses a client found in use.
+    pub declines: u64,
+    /// Clients that got no answer because no address was free.
+    pub exhausted: u64,
+    /// Messages that were not understood, or did not come from the client they named.
+    pub malformed: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Offered,
+    Leased,
+    Released,
+    /// Found in use by somebody else; bound to no client.
+    Declined,
+    /// Kept for one client for ever.
+    Reserved,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    mac: [u8; 6],
+    state: State,
+    /// When it may be given to another client. Time is counted from the owner's start.
+    free_at: Duration,
+}
+
+/// All addresses that were ever used. Three indices over the same entries.
+#[derive(Default)]
+struct Pool {
+    size: u32,
+    /// By address, counted from the first.
+    entries: BTreeMap<u32, Entry>,
+    /// By client; declined addresses have none.
+    clients: BTreeMap<[u8; 6], u32>,
+    /// By the time they become free; reserved addresses never do.
+    queue: BTreeSet<(Duration, u32)>,
+    /// Every address before this one has been used.
+    unused: u32,
+    stats: DhcpStats,
+}
+
+impl Pool {
+    fn put(&mut self, offset: u32, entry: Entry) {
+        self.remove(offset);
+        if entry.state != State::Declined {
+            self.clients.insert(entry.mac, offset);
+        }
+        if entry.state != State::Reserved {
+            self.queue.insert((entry.free_at, offset));
+        }
+        self.entries.insert(offset, entry);
+    }
+
+    fn remove(&mut self, offset: u32) {
+        if let Some(old) = self.entries.remove(&offset) {
+            self.queue.remove(&(old.free_at, offset));
+            if self.clients.get(&old.mac) == Some(&offset) {
+                self.clients.remove(&old.mac);
+            }
+        }
+    }
+
+    fn of(&self, mac: [u8; 6]) -> Option<(u32, Entry)> {
+        let offset = *self.clients.get(&mac)?;
+        Some((offset, *self.entries.get(&offset)?))
+    }
+
+    fn is_free(&self, offset: u32, now: Duration) -> bool {
+        offset < self.size
+            && self
+                .entries
+                .get(&offset)
+                .is_none_or(|entry| entry.state != State::Reserved && entry.free_at <= now)
+    }
+
+    /// The address for a client that has none: what it wishes, the first never used, the one that
+    /// has been free longest.
+    fn choose(&mut self, wish: Option<u32>, now: Duration) -> Option<u32> {
+        if let Some(wish) = wish.filter(|&offset| self.is_free(offset, now)) {
+            return Some(wish);
+        }
+        while self.unused < self.size && self.entries.contains_key(&self.unused) {
+            self.unused += 1;
+        }
+        if self.unused < self.size {
+            return Some(self.unused);
+        }
+        self.queue.first().filter(|(free_at, _)| *free_at <= now).map(|(_, offset)| *offset)
+    }
+}
+
+/// What the server wants from a client's message.
+struct Message {
+    kind: DhcpMessageType,
+    xid: u32,
+    secs: u16,
+    mac: [u8; 6],
+    client_ip: Ipv4Addr,
+    requested: Option<Ipv4Addr>,
+    server: Option<Ipv4Addr>,
+    broadcast: bool,
+}
+
+/// What the server says.
+struct Answer {
+    kind: DhcpMessageType,
+    address: Ipv4Addr,
+}
+
+/// A DHCPv4 server for one subnet. See the [module](self).
+pub struct DhcpServer {
+    config: DhcpConfig,
+    pool: Mutex<Pool>,
+}
+
+impl core::fmt::Debug for DhcpServer {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("DhcpServer").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl DhcpServer {
+    /// A server that has given out nothing yet. The caller answers for the configuration: the
+    /// range lies in the subnet and holds neither the server nor the broadcast address.
+    pub fn new(config: DhcpConfig) -> Self {
+        let width = u32::from(config.last).wrapping_sub(u32::from(config.first));
+        let size = if config.last < config.first { 0 } else { width.saturating_add(1) };
+        let pool = Pool { size: size.min(MAX_LEASES), ..Pool::default() };
+        Self { config, pool: Mutex::new(pool) }
+    }
+
+    /// What it gives out.
+    pub fn config(&self) -> &DhcpConfig {
+        &self.config
+    }
+
+    /// How often it did what.
+    pub fn stats(&self) -> DhcpStats {
+        self.pool().stats
+    }
+
+    /// Every lease that is running at `now`, by address.
+    pub fn leases(&self, now: Duration) -> Vec<Lease> {
+        let pool = self.pool();
+        pool.entries.iter().filter_map(|(&offset, entry)| self.lease(offset, entry, now)).collect()
+    }
+
+    /// The lease of one client, if it is running at `now`.
+    pub fn lease_of(&self, mac: MacAddr6, now: Duration) -> Option<Lease> {
+        let (offset, entry) = self.pool().of(mac.into_array())?;
+        self.lease(offset, &entry, now)
+    }
+
+    fn lease(&self, offset: u32, entry: &Entry, now: Duration) -> Option<Lease> {
+        let running = matches!(entry.state, State::Leased | State::Reserved) && entry.free_at > now;
+        running.then(|| Lease {
+            mac: entry.mac.into(),
+            address: self.address(offset),
+            remaining: entry.free_at - now,
+        })
+    }
+
+    /// Keeps an address for one client, whether it has asked yet or not. A lease it holds on
+    /// another address ends.
+    ///
+    /// # Errors
+    ///
+    /// If the address is not the server's to give, or is another client's at `now`.
+    pub fn reserve(
+        &self,
+        mac: MacAddr6,
+        address: Ipv4Addr,
+        now: Duration,
+    ) -> Result<(), ReserveError> {
+        let mut pool = self.pool();
+        let offset = self.offset(&pool, address).ok_or(ReserveError::OutOfRange(address))?;
+        let mac = mac.into_array();
+        if let Some(entry) = pool.entries.get(&offset)
+            && entry.mac != mac
+            && !pool.is_free(offset, now)
+        {
+            return Err(ReserveError::Taken { address, holder: entry.mac.into() });
+        }
+        let mut free_at = Duration::ZERO;
+        if let Some((old, entry)) = pool.of(mac) {
+            if old == offset && entry.state != State::Offered {
+                free_at = entry.free_at; // its lease goes on
+            }
+            pool.remove(old);
+            pool.unused = pool.unused.min(old);
+        }
+        pool.put(offset, Entry { mac, state: State::Reserved, free_at });
+        Ok(())
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn address(&self, offset: u32) -> Ipv4Addr {
+        Ipv4Addr::from(u32::from(self.config.first).wrapping_add(offset))
+    }
+
+    fn offset(&self, pool: &Pool, address: Ipv4Addr) -> Option<u32> {
+        let offset = u32::from(address).checked_sub(u32::from(self.config.first))?;
+        (offset < pool.size).then_some(offset)
+    }
+
+    fn is_on_subnet(&self, address: Ipv4Addr) -> bool {
+        let mask = u32::from(self.config.mask);
+        u32::from(address) & mask == u32::from(self.config.server) & mask
+    }
+
+    /// Answers a frame: if it is a DHCP message that deserves a reply, writes the reply frame to
+    /// the start of `reply` and returns its length. `now` is the time since any fixed moment.
+    ///
+    /// `reply` needs at most 346 bytes; in less room some replies are not sent.
+    pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
+        let ethernet = EthernetFrame::new_checked(frame).ok()?;
+        if ethernet.ethertype() != EthernetProtocol::Ipv4 {
+            return None;
+        }
+        let ip = Ipv4Packet::new_checked(ethernet.payload()).ok()?;
+        if ip.header_len() < 20 || ip.next_header() != IpProtocol::Udp {
+            return None;
+        }
+        let checksums = ChecksumCapabilities::default();
+        let repr = Ipv4Repr::parse(&ip, &checksums).ok()?;
+        let to_us = repr.dst_addr == self.config.server || repr.dst_addr.is_broadcast();
+        if !to_us || ip.more_frags() || ip.frag_offset() != 0 {
+            return None;
+        }
+        let udp = UdpPacket::new_checked(ip.payload()).ok()?;
+        let (from, to) = (IpAddress::from(repr.src_addr), IpAddress::from(repr.dst_addr));
+        let ports = UdpRepr::parse(&udp, &from, &to, &checksums).ok()?;
+        if ports.dst_port != DHCP_SERVER_PORT {
+            return None;
+        }
+        // A client speaks for itself only: its leases are safe from its neighbours.
+        let Some(message) = parse(udp.payload()).filter(|message| {
+            message.mac == ethernet.src_addr().0 && ethernet.src_addr().is_unicast()
+        }) else {
+            self.pool().stats.malformed += 1;
+            return None;
+        };
+        let answer = self.answer(&message, now)?;
+        self.emit(&message, &answer, reply)
+    }
+
+    /// The decision: RFC 2131, section 4.3.
+    fn answer(&self, message: &Message, now: Duration) -> Option<Answer> {
+        let pool = &mut *self.pool();
+        match message.kind {
+            DhcpMessageType::Discover => self.discover(pool, message, now),
+            DhcpMessageType::Request => self.request(pool, message, now),
+            DhcpMessageType::Release => {
+                if let Some((offset, entry)) = self.held(pool, message, message.client_ip) {
+                    pool.stats.releases += 1;
+                    match entry.state {
+                        State::Reserved => {
+                            pool.put(offset, Entry { free_at: Duration::ZERO, ..entry });
+                        }
+                        _ => {
+                            let state = State::Released;
+                            pool.put(offset, Entry { state, free_at: now, ..entry });
+                        }
+                    }
+                }
+                None
+            }
+            DhcpMessageType::Decline => {
+                if let Some((offset, entry)) =
+                    message.requested.and_then(|address| self.held(pool, message, address))
+                {
+                    pool.stats.declines += 1;
+                    if entry.state != State::Reserved {
+                        let free_at = now + DECLINE_TIME;
+                        pool.put(offset, Entry { state: State::Declined, free_at, ..entry });
+                    }
+                }
+                None
+            }
+            DhcpMessageType::Inform => {
+                if !self.is_on_subnet(message.client_ip) {
+                    return None;
+                }
+                pool.stats.acks += 1;
+                Some(Answer { kind: DhcpMessageType::Ack, address: Ipv4Addr::UNSPECIFIED })
+            }
+            _ => {
+                pool.stats.malformed += 1;
+                None
+            }
+        }
+    }
+
+    /// The client's entry, if it is the one for `address` and the message is meant for us.
+    fn held(&self, pool: &Pool, message: &Message, address: Ipv4Addr) -> Option<(u32, Entry)> {
+        let ours = message.server.is_none_or(|server| server == self.config.server);
+        pool.of(message.mac).filter(|(offset, _)| ours && self.address(*offset) == address)
+    }
+
+    fn discover(&self, pool: &mut Pool, message: &Message, now: Duration) -> Option<Answer> {
+        let offset = match pool.of(message.mac) {
+            Some((offset, _)) => offset,
+            None => {
+                let wish = message.requested.and_then(|address| self.offset(pool, address));
+                let Some(offset) = pool.choose(wish, now) else {
+                    pool.stats.exhausted += 1;
+                    return None;
+                };
+                offset
+            }
+        };
+        let free_at = now + OFFER_TIME;
+        match pool.entries.get(&offset).copied() {
+            // An offer shortens no lease and ends no reservation.
+            Some(entry) if entry.mac == message.mac && entry.state == State::Reserved => {}
+            Some(entry)
+                if entry.mac == message.mac
+                    && entry.state == State::Leased
+                    && entry.free_at > free_at => {}
+            _ => pool.put(offset, Entry { mac: message.mac, state: State::Offered, free_at }),
+        }
+        pool.stats.offers += 1;
+        Some(Answer { kind: DhcpMessageType::Offer, address: self.address(offset) })
+    }
+
+    fn request(&self, pool: &mut Pool, message: &Message, now: Duration) -> Option<Answer> {
+        let known = pool.of(message.mac);
+        if message.server.is_some_and(|server| server != self.config.server) {
+            // It has chosen another server: our offer is void.
+            if let Some((offset, entry)) = known.filter(|(_, e)| e.state == State::Offered) {
+                pool.put(offset, Entry { state: State::Released, free_at: now, ..entry });
+            }
+            return None;
+        }
+        // SELECTING and INIT-REBOOT name the address in an option, RENEWING and REBINDING have it
+        // as their own.
+        let wanted = match message.requested {
+            Some(address) => address,
+            None if !message.client_ip.is_unspecified() => message.client_ip,
+            None => {
+                pool.stats.malformed += 1;
+                return None;
+            }
+        };
+        let Some((offset, entry)) = known else {
+            // Without a record: a refusal if it answers an offer we never made, or if the address
+            // is of another network; else silence (RFC 2131, 4.3.2), and the client starts over.
+            let refuse = message.server.is_some() || !self.is_on_subnet(wanted);
+            return refuse.then(|| refusal(pool));
+        };
+        if self.address(offset) != wanted {
+            return Some(refusal(pool));
+        }
+        let state = if entry.state == State::Reserved { entry.state } else { State::Leased };
+        pool.put(offset, Entry { state, free_at: now + self.lease_time(), ..entry });
+        pool.stats.acks += 1;
+        Some(Answer { kind: DhcpMessageType::Ack, address: wanted })
+    }
+
+    fn lease_time(&self) -> Duration {
+        self.config.lease_time.clamp(Duration::from_secs(1), Duration::from_secs(u32::MAX.into()))
+    }
+
+    /// Writes the reply frame.
+    fn emit(&self, message: &Message, answer: &Answer, reply: &mut [u8]) -> Option<usize> {
+        let config = &self.config;
+        let nak = answer.kind == DhcpMessageType::Nak;
+        let with_lease = !nak && !answer.address.is_unspecified();
+        let lease = self.lease_time().as_secs() as u32;
+        let renewal = (lease / 2).to_be_bytes();
+        let rebinding = (lease - lease / 8).to_be_bytes();
+        let mtu = config.mtu.unwrap_or(0).to_be_bytes();
+        let broadcast = Ipv4Addr::from(u32::from(config.server) | !u32::from(config.mask)).octets();
+        let extra = [
+            DhcpOption { kind: option::BROADCAST_ADDRESS, data: &broadcast },
+            DhcpOption { kind: option::RENEWAL_TIME, data: &renewal },
+            DhcpOption { kind: option::REBINDING_TIME, data: &rebinding },
+            DhcpOption { kind: option::INTERFACE_MTU, data: &mtu },
+        ];
+        // The options of an INFORM have no times, those of a refusal nothing at all.
+        let mut options = [extra[0]; 4];
+        let mut count = 0;
+        for option in extra {
+            let wanted = match option.kind {
+                option::RENEWAL_TIME | option::REBINDING_TIME => with_lease,
+                option::INTERFACE_MTU => !nak && config.mtu.is_some(),
+                _ => !nak,
+            };
+            if wanted {
+                options[count] = option;
+                count += 1;
+            }
+        }
+        let repr = DhcpRepr {
+            message_type: answer.kind,
+            transaction_id: message.xid,
+            secs: message.secs,
+            client_hardware_address: EthernetAddress(message.mac),
+            client_ip: if answer.kind == DhcpMessageType::Ack {
+                message.client_ip
+            } else {
+                Ipv4Addr::UNSPECIFIED
+            },
+            your_ip: if nak { Ipv4Addr::UNSPECIFIED } else { answer.address },
+            server_ip: Ipv4Addr::UNSPECIFIED,
+            router: config.router.filter(|_| !nak),
+            subnet_mask: (!nak).then_some(config.mask),
+            relay_agent_ip: Ipv4Addr::UNSPECIFIED,
+            broadcast: message.broadcast,
+            requested_ip: None,
+            client_identifier: None,
+            server_identifier: Some(config.server),
+            parameter_request_list: None,
+            dns_servers: (!nak && !config.dns.is_empty())
+                .then(|| config.dns.iter().copied().take(3).collect()),
+            max_size: None,
+            lease_duration: with_lease.then_some(lease),
+            renew_duration: None, // smoltcp parses but does not emit these two
+            rebind_duration: None,
+            additional_options: &options[..count],
+        };
+        // Where to (RFC 2131, 4.1): a refusal to all, else to the address the client has, else
+        // to all if it asks for that, else to the address it will have.
+        let (to_ip, to_mac) = if nak {
+            (Ipv4Addr::BROADCAST, EthernetAddress::BROADCAST)
+        } else if !message.client_ip.is_unspecified() {
+            (message.client_ip, EthernetAddress(message.mac))
+        } else if message.broadcast {
+            (Ipv4Addr::BROADCAST, EthernetAddress::BROADCAST)
+        } else {
+            (answer.address, EthernetAddress(message.mac))
+        };
+        let message_len = repr.buffer_len().max(MIN_MESSAGE);
+        let len = HEADERS + message_len;
+        let out = reply.get_mut(..len)?;
+        out.fill(0);
+        let checksums = ChecksumCapabilities::default();
+        let mut ethernet = EthernetFrame::new_unchecked(out);
+        EthernetRepr {
+            src_addr: EthernetAddress(config.server_mac.into_array()),
+            dst_addr: to_mac,
+            ethertype: EthernetProtocol::Ipv4,
+        }
+        .emit(&mut ethernet);
+        let mut ip = Ipv4Packet::new_unchecked(ethernet.payload_mut());
+        Ipv4Repr {
+            src_addr: config.server,
+            dst_addr: to_ip,
+            next_header: IpProtocol::Udp,
+            payload_len: 8 + message_len,
+            hop_limit: 64,
+        }
+        .emit(&mut ip, &checksums);
+        let mut udp = UdpPacket::new_unchecked(ip.payload_mut());
+        let mut written = Ok(());
+        UdpRepr { src_port: DHCP_SERVER_PORT, dst_port: DHCP_CLIENT_PORT }.emit(
+            &mut udp,
+            &config.server.into(),
+            &to_ip.into(),
+            message_len,
+            |payload| written = repr.emit(&mut DhcpPacket::new_unchecked(payload)),
+            &checksums,
+        );
+        written.ok().map(|()| len)
+    }
+}
+
+fn refusal(pool: &mut Pool) -> Answer {
+    pool.stats.naks += 1;
+    Answer { kind: DhcpMessageType::Nak, address: Ipv4Addr::UNSPECIFIED }
+}
+
+/// Reads a client's message. By the packet's fields, because smoltcp's `DhcpRepr::parse` refuses
+/// client identifiers that are not Ethernet addresses, which many clients send.
+fn parse(payload: &[u8]) -> Option<Message> {
+    let packet = DhcpPacket::new_checked(payload).ok()?;
+    let is_ethernet = packet.hardware_type() == smoltcp::wire::ArpHardware::Ethernet
+        && packet.hardware_len() == 6;
+    if !is_ethernet
+        || packet.magic_number() != 0x6382_5363
+        || packet.opcode() != smoltcp::wire::DhcpOpCode::Request
+    {
+        return None;
+    }
+    let mut kind = None;
+    let mut requested = None;
+    let mut server = None;
+    for option in packet.options() {
+        let address = || <[u8; 4]>::try_from(option.data).ok().map(Ipv4Addr::from);
+        match option.kind {
+            option::MESSAGE_TYPE if option.data.len() == 1 => {
+                kind = Some(DhcpMessageType::from(option.data[0]));
+            }
+            option::REQUESTED_IP => requested = address().or(requested),
+            option::SERVER_ID => server = address().or(server),
+            _ => {}
+        }
+    }
+    Some(Message {
+        kind: kind?,
+        xid: packet.transaction_id(),
+        secs: packet.secs(),
+        mac: packet.client_hardware_address().0,
+        client_ip: packet.client_ip(),
+        requested,
+        server,
+        broadcast: packet.flags().contains(DhcpFlags::BROADCAST),
+    })
+}

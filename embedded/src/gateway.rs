@@ -1,0 +1,284 @@
+//! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address.
+//!
+//! [`Gateway::handle`] is a function from frame to frame: it knows no port, no buffer and no
+//! thread, so tests and fuzzers call it as it is. It ignores, and counts, what it does not
+//! understand; nothing in a frame makes it panic. Parsing and emitting are smoltcp's.
+
+use core::net::Ipv4Addr;
+use core::time::Duration;
+
+use macaddr::MacAddr6;
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, DHCP_SERVER_PORT, EthernetAddress, EthernetFrame,
+    EthernetProtocol, EthernetRepr, Icmpv4Message, Icmpv4Packet, Icmpv4Repr, IpProtocol,
+    Ipv4Packet, Ipv4Repr, UdpPacket,
+};
+use vmring_core::sync::{AtomicU64, Ordering};
+
+use crate::dhcp::{DhcpConfig, DhcpServer};
+
+const ETHERNET_HEADER: usize = 14;
+
+/// The host's end of a network. See the [module](self).
+#[derive(Debug)]
+pub struct Gateway {
+    mac: MacAddr6,
+    address: Ipv4Addr,
+    mask: Ipv4Addr,
+    dhcp: DhcpServer,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    arp_replies: AtomicU64,
+    echo_replies: AtomicU64,
+    dhcp_replies: AtomicU64,
+    fragments: AtomicU64,
+    malformed: AtomicU64,
+    ignored: AtomicU64,
+}
+
+/// What a [`Gateway`] did with the frames it was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct GatewayStats {
+    /// ARP requests for its address answered.
+    pub arp_replies: u64,
+    /// Pings of its address answered.
+    pub echo_replies: u64,
+    /// DHCP messages answered; [`DhcpServer::stats`] has the details.
+    pub dhcp_replies: u64,
+    /// IPv4 fragments, which it does not put together.
+    pub fragments: u64,
+    /// Frames with a broken length, checksum or field.
+    pub malformed: u64,
+    /// Whole frames that ask nothing the gateway could answer.
+    pub ignored: u64,
+}
+
+/// Why a frame has no answer.
+enum Silence {
+    Fragment,
+    Malformed,
+    Ignored,
+    /// The DHCP server keeps its own count.
+    Dhcp,
+}
+
+fn malformed<E>(_: E) -> Silence {
+    Silence::Malformed
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl Gateway {
+    /// A gateway with the address and MAC address of `dhcp`'s server.
+    pub fn new(dhcp: DhcpConfig) -> Self {
+        Self {
+            mac: dhcp.server_mac,
+            address: dhcp.server,
+            mask: dhcp.mask,
+            dhcp: DhcpServer::new(dhcp),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Its MAC address.
+    pub fn mac(&self) -> MacAddr6 {
+        self.mac
+    }
+
+    /// Its IPv4 address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Its DHCP server.
+    pub fn dhcp(&self) -> &DhcpServer {
+        &self.dhcp
+    }
+
+    /// What it did so far.
+    pub fn stats(&self) -> GatewayStats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        GatewayStats {
+            arp_replies: get(&self.counters.arp_replies),
+            echo_replies: get(&self.counters.echo_replies),
+            dhcp_replies: get(&self.counters.dhcp_replies),
+            fragments: get(&self.counters.fragments),
+            malformed: get(&self.counters.malformed),
+            ignored: get(&self.counters.ignored),
+        }
+    }
+
+    /// Answers a frame: writes the reply to the start of `reply` and returns its length, or says
+    /// nothing. The reply goes back to where the frame came from. `now` is the time since any
+    /// fixed moment.
+    ///
+    /// The longest reply is as long as the frame, or 346 bytes; in less room some are not sent.
+    pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
+        match self.answer(frame, reply, now) {
+            Ok((len, counter)) => {
+                count(counter);
+                Some(len)
+            }
+            Err(silence) => {
+                match silence {
+                    Silence::Fragment => count(&self.counters.fragments),
+                    Silence::Malformed => count(&self.counters.malformed),
+                    Silence::Ignored => count(&self.counters.ignored),
+                    Silence::Dhcp => {}
+                }
+                None
+            }
+        }
+    }
+
+    fn answer(
+        &self,
+        frame: &[u8],
+        reply: &mut [u8],
+        now: Duration,
+    ) -> Result<(usize, &AtomicU64), Silence> {
+        let ethernet = EthernetFrame::new_checked(frame).map_err(malformed)?;
+        let to = ethernet.dst_addr();
+        let from = ethernet.src_addr();
+        if !(to == self.ethernet() || to.is_broadcast()) || !from.is_unicast() {
+            return Err(Silence::Ignored);
+        }
+        match ethernet.ethertype() {
+            EthernetProtocol::Arp => {
+                let len = self.arp(from, ethernet.payload(), reply)?;
+                Ok((len, &self.counters.arp_replies))
+            }
+            EthernetProtocol::Ipv4 => {
+                let ip = Ipv4Packet::new_checked(ethernet.payload()).map_err(malformed)?;
+                // smoltcp lets a header shorter than its own fields pass.
+                if ip.version() != 4 || ip.header_len() < 20 || !ip.verify_checksum() {
+                    return Err(Silence::Malformed);
+                }
+                let for_us = ip.dst_addr() == self.address || ip.dst_addr().is_broadcast();
+                if !for_us {
+                    return Err(Silence::Ignored);
+                }
+                if ip.more_frags() || ip.frag_offset() != 0 {
+                    return Err(Silence::Fragment);
+                }
+                match ip.next_header() {
+                    IpProtocol::Icmp => {
+                        let len = self.icmp(from, &ip, reply)?;
+                        Ok((len, &self.counters.echo_replies))
+                    }
+                    IpProtocol::Udp => {
+                        let udp = UdpPacket::new_checked(ip.payload()).map_err(malformed)?;
+                        if udp.dst_port() != DHCP_SERVER_PORT {
+                            return Err(Silence::Ignored);
+                        }
+                        let len = self.dhcp.handle(frame, reply, now).ok_or(Silence::Dhcp)?;
+                        Ok((len, &self.counters.dhcp_replies))
+                    }
+                    _ => Err(Silence::Ignored),
+                }
+            }
+            _ => Err(Silence::Ignored),
+        }
+    }
+
+    fn ethernet(&self) -> EthernetAddress {
+        EthernetAddress(self.mac.into_array())
+    }
+
+    /// Writes the Ethernet header of a reply and returns the room for `len` bytes after it.
+    fn frame<'a>(
+        &self,
+        reply: &'a mut [u8],
+        to: EthernetAddress,
+        ethertype: EthernetProtocol,
+        len: usize,
+    ) -> Result<&'a mut [u8], Silence> {
+        let out = reply.get_mut(..ETHERNET_HEADER + len).ok_or(Silence::Ignored)?;
+        let header = EthernetRepr { src_addr: self.ethernet(), dst_addr: to, ethertype };
+        header.emit(&mut EthernetFrame::new_unchecked(&mut *out));
+        Ok(&mut out[ETHERNET_HEADER..])
+    }
+
+    fn arp(
+        &self,
+        from: EthernetAddress,
+        payload: &[u8],
+        reply: &mut [u8],
+    ) -> Result<usize, Silence> {
+        let packet = ArpPacket::new_checked(payload).map_err(malformed)?;
+        let ArpRepr::EthernetIpv4 {
+            operation,
+            source_hardware_addr,
+            source_protocol_addr,
+            target_protocol_addr,
+            ..
+        } = ArpRepr::parse(&packet).map_err(malformed)?
+        else {
+            return Err(Silence::Ignored);
+        };
+        if operation != ArpOperation::Request || target_protocol_addr != self.address {
+            return Err(Silence::Ignored);
+        }
+        let answer = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Reply,
+            source_hardware_addr: self.ethernet(),
+            source_protocol_addr: self.address,
+            target_hardware_addr: source_hardware_addr,
+            target_protocol_addr: source_protocol_addr,
+        };
+        let len = answer.buffer_len();
+        let room = self.frame(reply, from, EthernetProtocol::Arp, len)?;
+        answer.emit(&mut ArpPacket::new_unchecked(room));
+        Ok(ETHERNET_HEADER + len)
+    }
+
+    fn icmp(
+        &self,
+        from: EthernetAddress,
+        ip: &Ipv4Packet<&[u8]>,
+        reply: &mut [u8],
+    ) -> Result<usize, Silence> {
+        let checksums = ChecksumCapabilities::default();
+        let packet = Icmpv4Packet::new_checked(ip.payload()).map_err(malformed)?;
+        if packet.msg_type() != Icmpv4Message::EchoRequest {
+            return Err(Silence::Ignored);
+        }
+        let Icmpv4Repr::EchoRequest { ident, seq_no, data } =
+            Icmpv4Repr::parse(&packet, &checksums).map_err(malformed)?
+        else {
+            return Err(Silence::Malformed);
+        };
+        // Answers only neighbours, and never a broadcast in either direction.
+        let (source, mask) = (u32::from(ip.src_addr()), u32::from(self.mask));
+        let network = u32::from(self.address) & mask;
+        if ip.dst_addr() != self.address
+            || source & mask != network
+            || source == network
+            || source == network | !mask
+            || ip.src_addr() == self.address
+        {
+            return Err(Silence::Ignored);
+        }
+        let echo = Icmpv4Repr::EchoReply { ident, seq_no, data };
+        let header = Ipv4Repr {
+            src_addr: self.address,
+            dst_addr: ip.src_addr(),
+            next_header: IpProtocol::Icmp,
+            payload_len: echo.buffer_len(),
+            hop_limit: 64,
+        };
+        let len = header.buffer_len() + echo.buffer_len();
+        let room = self.frame(reply, from, EthernetProtocol::Ipv4, len)?;
+        let mut out = Ipv4Packet::new_unchecked(room);
+        header.emit(&mut out, &checksums);
+        echo.emit(&mut Icmpv4Packet::new_unchecked(out.payload_mut()), &checksums);
+        Ok(ETHERNET_HEADER + len)
+    }
+}

@@ -1,0 +1,744 @@
+//! The forwarding mechanism: the buffers a receiver has posted *are* its queue.
+//!
+//! An [`Inbox`] belongs to one receiver (its [`Collector`]) and may be delivered to by any thread.
+//! The receiver posts empty buffers; a sender claims the oldest one, copies its frame into it, and
+//! the receiver collects it. That is the only copy. If no buffer is posted, the frame goes to a
+//! fixed overflow ring (a second copy when it is collected), and if that is full the frame is
+//! dropped and the sender is told. Nothing here blocks, locks, allocates or makes a system call,
+//! except that [`Collector::close`] waits for copies that are under way.
+//!
+//! # How it works
+//!
+//! One 64-bit word decides everything: how many posted buffers were ever claimed, how many frames
+//! were ever pushed to the overflow ring, whether the ring is in use (the *overflow bit*), and
+//! whether the inbox is closed. A sender changes it with one compare-and-swap, and whoever wins
+//! owns the cell it counted until it stores the cell's state.
+//!
+//! - While the overflow bit is clear, senders claim posted buffers in the order they were posted.
+//! - When none is left, a push sets the overflow bit. While it is set no sender claims a posted
+//!   buffer; the receiver, and only the receiver, moves frames from the ring to posted buffers,
+//!   and clears the bit in the same step that takes the last one.
+//!
+//! So the changes of the word put all frames in one order, and the receiver collects them in that
+//! order: frames of one sender are never reordered, and buffers are filled as they were posted.
+//!
+//! # Invariants
+//!
+//! 1. *A posted cell has one owner.* Cells `collected..claimed` belong to the sender that made the
+//!    claim until it stores the state, then to the collector; cells `claimed..posted` belong to
+//!    nobody but whoever next moves `claimed` (the collector alone while the overflow bit is set);
+//!    all others belong to the collector.
+//! 2. *An overflow cell has one owner.* Cells `popped..pushed` belong to the sender that pushed
+//!    until it stores the state, then to the collector; all others to whoever next moves `pushed`.
+//! 3. *Once closed, the word counts no new claim,* and `close` returns only when every cell that
+//!    was claimed before has its state.
+//!
+//! Indices wrap; a sender would have to sleep for exactly 2^32 claims between its load and its
+//! compare-and-swap to mistake one lap for another.
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::ops::Range;
+use core::time::Duration;
+use std::sync::{Mutex, PoisonError};
+
+use crossbeam_utils::{Backoff, CachePadded};
+use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
+
+/// What is called, on a sender's thread, when a receiver that has [armed](Collector::arm) has
+/// something to collect. It must not block, and it may still be called once while, or shortly
+/// after, the receiver closes.
+pub type Wake = std::sync::Arc<dyn Fn() + Send + Sync>;
+
+/// What became of a frame given to [`Inbox::deliver`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// Copied into a posted buffer.
+    Direct,
+    /// Copied into the overflow ring: no buffer was posted, or older frames wait there.
+    Overflow,
+    /// Not taken.
+    Dropped(Refused),
+}
+
+/// Why an inbox did not take a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// No buffer is posted and the overflow ring is full.
+    NoBuffer,
+    /// The frame is longer than the inbox's `max_frame`.
+    TooBig,
+    /// The receiver has closed.
+    Closed,
+}
+
+/// A packet as it comes out of an inbox.
+#[derive(Debug)]
+pub struct Collected<B> {
+    /// The buffer the receiver posted.
+    pub buffer: B,
+    /// How many bytes of it the packet fills.
+    pub len: usize,
+    /// Whether the packet waited in the overflow ring, which cost it a second copy.
+    pub overflow: bool,
+}
+
+/// Cell states. A filled cell holds the frame's length plus one.
+const PENDING: u32 = 0;
+const RECALLED: u32 = u32::MAX;
+
+/// The widest index of the overflow ring in the word: 30 bits.
+const PUSHED_MASK: u32 = (1 << 30) - 1;
+const OVERFLOW: u64 = 1 << 62;
+const CLOSED: u64 = 1 << 63;
+
+/// The largest number of cells, posted or overflow.
+const MAX_CELLS: u32 = 1 << 24;
+
+/// The word that decides everything, unpacked.
+#[derive(Clone, Copy)]
+struct Word(u64);
+
+impl Word {
+    fn new(claimed: u32, pushed: u32, flags: u64) -> Self {
+        Self(u64::from(claimed) | u64::from(pushed & PUSHED_MASK) << 32 | flags)
+    }
+
+    fn claimed(self) -> u32 {
+        self.0 as u32
+    }
+
+    fn pushed(self) -> u32 {
+        (self.0 >> 32) as u32 & PUSHED_MASK
+    }
+
+    fn overflow(self) -> bool {
+        self.0 & OVERFLOW != 0
+    }
+
+    fn closed(self) -> bool {
+        self.0 & CLOSED != 0
+    }
+
+    fn with_claimed(self, claimed: u32) -> Self {
+        Self(self.0 & !u64::from(u32::MAX) | u64::from(claimed))
+    }
+
+    fn with_push(self) -> Self {
+        Self::new(self.claimed(), self.pushed().wrapping_add(1), self.0 & CLOSED | OVERFLOW)
+    }
+
+    fn without(self, flags: u64) -> Self {
+        Self(self.0 & !flags)
+    }
+}
+
+/// A posted buffer and how far it has come.
+struct Cell<B> {
+    state: AtomicU32,
+    buffer: UnsafeCell<Option<B>>,
+}
+
+/// The state of one overflow cell. Its bytes lie in [`Overflow::bytes`]; `access` is where loom
+/// watches them, and nothing otherwise.
+struct OverflowCell {
+    state: AtomicU32,
+    access: UnsafeCell<()>,
+}
+
+struct Overflow {
+    cells: Box<[OverflowCell]>,
+    /// `cells.len() * max_frame` bytes. Zeroed by the allocator, so that pages nobody has used yet
+    /// cost no memory.
+    bytes: Box<[core::cell::UnsafeCell<u8>]>,
+    max_frame: usize,
+}
+
+impl Overflow {
+    fn new(cells: usize, max_frame: usize) -> Self {
+        let bytes = Box::into_raw(vec![0u8; cells * max_frame].into_boxed_slice());
+        Self {
+            cells: (0..cells)
+                .map(|_| OverflowCell {
+                    state: AtomicU32::new(PENDING),
+                    access: UnsafeCell::new(()),
+                })
+                .collect(),
+            // SAFETY: `bytes` comes from `Box::into_raw` in the line above and goes nowhere else;
+            // `UnsafeCell<u8>` has the layout of `u8`.
+            bytes: unsafe { Box::from_raw(bytes as *mut [core::cell::UnsafeCell<u8>]) },
+            max_frame,
+        }
+    }
+
+    fn cell(&self, index: u32) -> &OverflowCell {
+        &self.cells[self.slot(index)]
+    }
+
+    fn slot(&self, index: u32) -> usize {
+        index as usize & (self.cells.len() - 1)
+    }
+
+    /// The bytes of a cell, as a pointer.
+    fn room(&self, index: u32) -> *mut u8 {
+        let start = self.slot(index) * self.max_frame;
+        core::cell::UnsafeCell::raw_get(self.bytes[start..start + self.max_frame].as_ptr())
+    }
+}
+
+/// Wakes a receiver by calling its callback; the `Park` under the inbox's doorbell.
+#[derive(Default)]
+struct Callback(Mutex<Option<Wake>>);
+
+impl Callback {
+    fn set(&self, wake: Option<Wake>) {
+        let old =
+            core::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), wake);
+        drop(old); // outside the lock: it may own anything
+    }
+}
+
+impl Park for Callback {
+    /// An inbox's receiver sleeps by its own means.
+    fn park(&self, _timeout: Option<Duration>) {}
+
+    /// Once per wake-up, never per packet, so the lock and the reference count do not matter. The
+    /// callback runs outside the lock: it may close the receiver.
+    fn unpark(&self) {
+        let wake = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(wake) = wake {
+            wake();
+        }
+    }
+}
+
+/// A bounded queue of frames made of its receiver's own buffers. See the [module](self).
+///
+/// `B` is a buffer lent to the network: its exclusive owner, with [`AsMut`] giving all its room.
+pub struct Inbox<B> {
+    /// The word that decides everything: changed by senders and by the collector.
+    word: CachePadded<AtomicU64>,
+    /// Written by the collector only, read by senders.
+    posted: CachePadded<AtomicU32>,
+    /// Written by the collector only, read by senders that found no buffer.
+    popped: CachePadded<AtomicU32>,
+    doorbell: Doorbell<Callback>,
+    /// Whether a [`Collector`] exists.
+    taken: AtomicBool,
+    cells: Box<[Cell<B>]>,
+    overflow: Overflow,
+    max_frame: usize,
+}
+
+// SAFETY: the `UnsafeCell`s are the cells of invariants 1 and 2, whose owner changes only through
+// the atomics; a buffer moves or is lent to another thread, hence `B: Send`. No `&B` is ever
+// shared, so `B: Sync` is not needed.
+unsafe impl<B: Send> Sync for Inbox<B> {}
+// SAFETY: as above; nothing in it is tied to a thread.
+unsafe impl<B: Send> Send for Inbox<B> {}
+
+impl<B> fmt::Debug for Inbox<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inbox")
+            .field("depth", &self.cells.len())
+            .field("overflow", &self.overflow.cells.len())
+            .field("max_frame", &self.max_frame)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Inbox<B> {
+    /// A closed inbox for at most `depth` posted buffers and `overflow` waiting frames (both are
+    /// rounded up to a power of two; `overflow` may be 0) of at most `max_frame` bytes.
+    /// [`open`](Self::open) opens it. This is the only place that allocates.
+    ///
+    /// # Panics
+    ///
+    /// If `depth` is 0, or either number is above 2^24.
+    pub fn new(depth: u32, overflow: u32, max_frame: usize) -> Self {
+        Self::starting_at(depth, overflow, max_frame, 0)
+    }
+
+    /// Like [`new`](Self::new), with every index at `start`, so that tests can cross the wrap.
+    #[doc(hidden)]
+    pub fn starting_at(depth: u32, overflow: u32, max_frame: usize, start: u32) -> Self {
+        assert!(depth > 0, "an inbox needs at least one cell");
+        assert!(depth <= MAX_CELLS && overflow <= MAX_CELLS, "an inbox of more than 2^24 cells");
+        assert!(max_frame < (u32::MAX - 1) as usize, "frames of 4 GiB");
+        let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
+        Self {
+            word: CachePadded::new(AtomicU64::new(Word::new(start, start, CLOSED).0)),
+            posted: CachePadded::new(AtomicU32::new(start)),
+            popped: CachePadded::new(AtomicU32::new(start & PUSHED_MASK)),
+            doorbell: Doorbell::new(Callback::default()),
+            taken: AtomicBool::new(false),
+            cells: (0..depth.next_power_of_two())
+                .map(|_| Cell { state: AtomicU32::new(PENDING), buffer: UnsafeCell::new(None) })
+                .collect(),
+            overflow: Overflow::new(overflow as usize, max_frame),
+            max_frame,
+        }
+    }
+
+    /// Opens the inbox and gives out its one receiving half; `None` while that half exists.
+    /// When the half is dropped, the inbox is closed and empty and may be opened again.
+    pub fn open(inbox: &Arc<Self>, wake: Wake) -> Option<Collector<B>> {
+        // Acquire: pairs with the Release in `Collector::drop`; the last owner's indices are ours.
+        if inbox.taken.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        let posted = inbox.posted.load(Ordering::Relaxed);
+        let mut collector = Collector {
+            inbox: Arc::clone(inbox),
+            collected: posted,
+            posted,
+            popped: inbox.popped.load(Ordering::Relaxed),
+            lent: 0,
+            recalled: false,
+            not_sync: PhantomData,
+        };
+        inbox.doorbell.parker().set(Some(wake));
+        collector.reopen();
+        Some(collector)
+    }
+
+    /// The longest frame it takes, and the least room a posted buffer must have.
+    pub fn max_frame(&self) -> usize {
+        self.max_frame
+    }
+
+    /// How many buffers can be posted at once.
+    pub fn depth(&self) -> usize {
+        self.cells.len()
+    }
+
+    /// Whether deliveries are refused. A hint: it may change at once.
+    pub fn is_closed(&self) -> bool {
+        Word(self.word.load(Ordering::Relaxed)).closed()
+    }
+
+    /// Copies `frame` to the receiver: into the oldest posted buffer, else into the overflow ring.
+    /// Never blocks. It does not wake the receiver: [`ring`](Self::ring) once after a batch.
+    pub fn deliver(&self, frame: &[u8]) -> Delivery {
+        if frame.len() > self.max_frame {
+            return Delivery::Dropped(Refused::TooBig);
+        }
+        // Acquire, here and in the failures below: pairs with the Release of whoever changed the
+        // word, so that `posted` and `popped` are never read older than the word.
+        let mut seen = self.word.load(Ordering::Acquire);
+        loop {
+            let word = Word(seen);
+            if word.closed() {
+                return Delivery::Dropped(Refused::Closed);
+            }
+            // Acquire: pairs with the Release in `post`; the buffer is in its cell.
+            if !word.overflow() && word.claimed() != self.posted.load(Ordering::Acquire) {
+                let index = word.claimed();
+                match self.change(word, word.with_claimed(index.wrapping_add(1))) {
+                    Ok(()) => {
+                        self.fill(index, frame);
+                        return Delivery::Direct;
+                    }
+                    Err(now) => seen = now,
+                }
+                continue;
+            }
+            // Acquire: pairs with the Release in `collect`; its reading of the cell is over.
+            let waiting = word.pushed().wrapping_sub(self.popped.load(Ordering::Acquire));
+            if ((waiting & PUSHED_MASK) as usize) < self.overflow.cells.len() {
+                match self.change(word, word.with_push()) {
+                    Ok(()) => {
+                        self.fill_overflow(word.pushed(), frame);
+                        return Delivery::Overflow;
+                    }
+                    Err(now) => seen = now,
+                }
+                continue;
+            }
+            // Full, unless the word is stale: `popped` may be newer than it and make the
+            // difference meaningless.
+            let now = self.word.load(Ordering::Acquire);
+            if now == seen {
+                return Delivery::Dropped(Refused::NoBuffer);
+            }
+            seen = now;
+        }
+    }
+
+    /// Wakes the receiver if it has armed. Call it once after a batch of deliveries: it costs a
+    /// fence, and only if the receiver sleeps a call of its wake callback. Returns whether it did.
+    ///
+    /// A sender that has delivered and does not ring may leave the receiver asleep.
+    pub fn ring(&self) -> bool {
+        self.doorbell.ring()
+    }
+
+    /// Moves the word. AcqRel: Release publishes what the caller knows of `posted` and `popped` to
+    /// those who see the new word; Acquire takes the same from whoever wrote the old one.
+    fn change(&self, from: Word, to: Word) -> Result<(), u64> {
+        self.word.compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(drop)
+    }
+
+    fn cell(&self, index: u32) -> &Cell<B> {
+        &self.cells[index as usize & (self.cells.len() - 1)]
+    }
+
+    /// Copies `frame` into the posted buffer `index`, which the caller has claimed.
+    fn fill(&self, index: u32, frame: &[u8]) {
+        let cell = self.cell(index);
+        // The state is stored even if `as_mut` panics: a claim must always end.
+        let mut done = Done { state: &cell.state, len: 0 };
+        cell.buffer.with_mut(|buffer| {
+            // SAFETY: invariant 1: we moved `claimed` past this cell, so it is ours until `done`
+            // stores its state.
+            let buffer = unsafe { &mut *buffer };
+            done.len = buffer.as_mut().map_or(0, |buffer| copy(buffer.as_mut(), frame));
+        });
+    }
+
+    /// Copies `frame` into the overflow cell `index`, which the caller has pushed.
+    fn fill_overflow(&self, index: u32, frame: &[u8]) {
+        let cell = self.overflow.cell(index);
+        let _done = Done { state: &cell.state, len: frame.len() };
+        cell.access.with_mut(|_| {
+            // SAFETY: invariant 2: we moved `pushed` past this cell, so its `max_frame` bytes are
+            // ours until the state is stored; `deliver` has checked the length against it.
+            unsafe {
+                self.overflow.room(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
+            }
+        });
+    }
+}
+
+/// Ends a claim when it goes out of scope.
+struct Done<'a> {
+    state: &'a AtomicU32,
+    len: usize,
+}
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in `collect`; the bytes are there. `len` is at most
+        // `max_frame`, which `starting_at` keeps below the special values.
+        self.state.store(self.len as u32 + 1, Ordering::Release);
+    }
+}
+
+/// Copies what fits. All of it does, unless a buffer has shrunk since it was posted.
+fn copy(to: &mut [u8], from: &[u8]) -> usize {
+    let len = to.len().min(from.len());
+    to[..len].copy_from_slice(&from[..len]);
+    len
+}
+
+/// The receiving half of an [`Inbox`]: posts buffers and collects packets. Dropping it closes the
+/// inbox (waiting for copies under way) and drops the buffers that are still in it.
+pub struct Collector<B: AsMut<[u8]> + Send> {
+    inbox: Arc<Inbox<B>>,
+    /// Cells before this one have been taken out.
+    collected: u32,
+    /// What `inbox.posted` says.
+    posted: u32,
+    /// What `inbox.popped` says.
+    popped: u32,
+    /// Buffers in the inbox.
+    lent: usize,
+    /// Whether there may be recalled cells behind claimed ones.
+    recalled: bool,
+    not_sync: PhantomData<core::cell::Cell<()>>,
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Collector<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Collector").field("posted", &self.lent).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Collector<B> {
+    /// The inbox this half receives from.
+    pub fn inbox(&self) -> &Arc<Inbox<B>> {
+        &self.inbox
+    }
+
+    /// How many buffers are in the inbox, filled or not.
+    pub fn posted(&self) -> usize {
+        self.lent
+    }
+
+    /// Whether [`post`](Self::post) would find no cell for another buffer.
+    pub fn is_full(&self) -> bool {
+        self.posted.wrapping_sub(self.collected) as usize >= self.inbox.cells.len()
+    }
+
+    /// Lends a buffer to the network. It comes back from [`collect`](Self::collect) with a packet,
+    /// in the order of posting, or from [`recall`](Self::recall) without one.
+    ///
+    /// # Errors
+    ///
+    /// The buffer comes straight back if the inbox [is full](Self::is_full), or if the buffer has
+    /// less room than [`Inbox::max_frame`].
+    pub fn post(&mut self, mut buffer: B) -> Result<(), B> {
+        if self.is_full() || buffer.as_mut().len() < self.inbox.max_frame {
+            return Err(buffer);
+        }
+        let cell = self.inbox.cell(self.posted);
+        // Relaxed, both: published by the store of `posted`.
+        cell.state.store(PENDING, Ordering::Relaxed);
+        let old = cell.buffer.with_mut(|place| {
+            // SAFETY: invariant 1: the cell is outside `collected..posted`, so it is ours.
+            unsafe { (*place).replace(buffer) }
+        });
+        self.posted = self.posted.wrapping_add(1);
+        self.lent += 1 - usize::from(old.is_some());
+        // Release: pairs with the Acquire in `deliver`; whoever claims the cell sees the buffer.
+        self.inbox.posted.store(self.posted, Ordering::Release);
+        drop(old); // only there if a callback of `recall` panicked
+        Ok(())
+    }
+
+    /// The next packet, or `None` if there is none, if its sender is still copying (it will
+    /// [ring](Inbox::ring)), or if it waits in the overflow ring for a buffer to be posted.
+    pub fn collect(&mut self) -> Option<Collected<B>> {
+        while self.collected != self.posted {
+            let cell = self.inbox.cell(self.collected);
+            // Acquire: pairs with the Release in `Done`; the sender's copy is complete.
+            match cell.state.load(Ordering::Acquire) {
+                PENDING => return self.collect_overflow(),
+                RECALLED => drop(self.take()),
+                filled => {
+                    let buffer = self.take()?;
+                    self.skip_recalled();
+                    return Some(Collected { buffer, len: filled as usize - 1, overflow: false });
+                }
+            }
+        }
+        None
+    }
+
+    /// Frees the recalled cells that come next, if a recall left any behind a claim.
+    fn skip_recalled(&mut self) {
+        while self.recalled && self.collected != self.posted {
+            // Relaxed: a recalled cell was marked by us.
+            if self.inbox.cell(self.collected).state.load(Ordering::Relaxed) != RECALLED {
+                return;
+            }
+            drop(self.take());
+        }
+        self.recalled = false;
+    }
+
+    /// Takes the buffer out of the cell `collected` and steps over it. The caller has made sure
+    /// that the cell is the collector's.
+    fn take(&mut self) -> Option<B> {
+        let cell = self.inbox.cell(self.collected);
+        let buffer = cell.buffer.with_mut(|place| {
+            // SAFETY: invariant 1: every caller found the cell filled, recalled, or unclaimed
+            // with the overflow bit set (and then moved `claimed` past it); it is ours.
+            unsafe { (*place).take() }
+        });
+        self.collected = self.collected.wrapping_add(1);
+        self.lent -= usize::from(buffer.is_some());
+        buffer
+    }
+
+    /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are
+    /// both and no earlier claim is still being filled.
+    fn collect_overflow(&mut self) -> Option<Collected<B>> {
+        // Acquire: see `change`.
+        let word = Word(self.inbox.word.load(Ordering::Acquire));
+        if word.claimed() != self.collected || !word.overflow() {
+            return None;
+        }
+        let waiting = self.inbox.overflow.cell(self.popped);
+        // Acquire: pairs with the Release in `Done`; the sender's copy is complete.
+        let state = waiting.state.load(Ordering::Acquire);
+        if state == PENDING {
+            return None;
+        }
+        let len = state as usize - 1;
+        let cell = self.inbox.cell(self.collected);
+        let len = waiting.access.with(|_| {
+            cell.buffer.with_mut(|place| {
+                // SAFETY: invariant 2: the cell is filled and not popped, so its first `len` bytes
+                // are ours to read.
+                let frame = unsafe {
+                    core::slice::from_raw_parts(self.inbox.overflow.room(self.popped), len)
+                };
+                // SAFETY: invariant 1: the cell is posted and unclaimed and the overflow bit is
+                // set; until we clear it no sender claims, so the cell is ours.
+                let buffer = unsafe { &mut *place };
+                buffer.as_mut().map_or(0, |buffer| copy(buffer.as_mut(), frame))
+            })
+        });
+        waiting.state.store(PENDING, Ordering::Relaxed); // published by `popped`
+        let popped = self.popped.wrapping_add(1) & PUSHED_MASK;
+        let mut word = word;
+        loop {
+            let mut next = word.with_claimed(self.collected.wrapping_add(1));
+            if word.pushed() == popped {
+                next = next.without(OVERFLOW); // it was the last: senders may claim again
+            }
+            match self.inbox.change(word, next) {
+                Ok(()) => break,
+                Err(now) => word = Word(now), // somebody pushed; nobody claimed
+            }
+        }
+        self.popped = popped;
+        // Release: pairs with the Acquire in `deliver`; our reading of the cell is over.
+        self.inbox.popped.store(popped, Ordering::Release);
+        let buffer = self.take()?;
+        Some(Collected { buffer, len, overflow: true })
+    }
+
+    /// Takes back every posted buffer that no sender has claimed, and gives each to `f`. Buffers
+    /// that are being filled come later, with their packets: a recall drops no packet. Frames in
+    /// the overflow ring stay there. Returns how many buffers came back.
+    pub fn recall(&mut self, mut f: impl FnMut(B)) -> usize {
+        let mut word = Word(self.inbox.word.load(Ordering::Acquire));
+        while let Err(now) = self.inbox.change(word, word.with_claimed(self.posted)) {
+            word = Word(now);
+        }
+        // We moved `claimed` past these cells, so they are ours.
+        let cells = word.claimed()..self.posted;
+        if cells.start == self.collected {
+            self.collected = self.posted;
+        } else {
+            self.recalled = true;
+        }
+        for index in indices(&cells) {
+            self.inbox.cell(index).state.store(RECALLED, Ordering::Relaxed); // read only by us
+        }
+        let mut count = 0;
+        for index in indices(&cells) {
+            let buffer = self.inbox.cell(index).buffer.with_mut(|place| {
+                // SAFETY: invariant 1: the change of the word above gave us these cells.
+                unsafe { (*place).take() }
+            });
+            if let Some(buffer) = buffer {
+                self.lent -= 1;
+                count += 1;
+                f(buffer);
+            }
+        }
+        count
+    }
+
+    /// The receiver wants to sleep. True: nothing can be collected, and the next sender to ring
+    /// calls the wake callback, once. False: there is something to collect, and the receiver stays
+    /// awake.
+    ///
+    /// A frame that is still being copied does not count, because its sender has yet to ring; nor
+    /// does one that waits in the overflow ring while no buffer is posted: who posts must collect.
+    pub fn arm(&mut self) -> bool {
+        // The doorbell's fence is between its flag and our look: either the ringer sees the flag
+        // or we see its packet (see `vmring_core::doorbell`).
+        self.inbox.doorbell.arm();
+        let asleep = !self.is_ready();
+        if !asleep {
+            self.inbox.doorbell.disarm();
+        }
+        asleep
+    }
+
+    /// The receiver is awake again: senders no longer call the wake callback. Returns false if one
+    /// has already done so, or is about to.
+    pub fn disarm(&mut self) -> bool {
+        self.inbox.doorbell.disarm()
+    }
+
+    /// Whether [`collect`](Self::collect) would return a packet.
+    pub fn is_ready(&self) -> bool {
+        let mut index = self.collected;
+        while index != self.posted {
+            match self.inbox.cell(index).state.load(Ordering::Acquire) {
+                RECALLED => index = index.wrapping_add(1),
+                PENDING => {
+                    let word = Word(self.inbox.word.load(Ordering::Acquire));
+                    return word.claimed() == index
+                        && word.overflow()
+                        && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire)
+                            != PENDING;
+                }
+                _ => return true,
+            }
+        }
+        false
+    }
+
+    /// Refuses further deliveries and waits for those under way, each of which is the copying of
+    /// one frame. When it returns, no sender touches any buffer. Packets that have arrived can
+    /// still be collected and the other buffers recalled; [`discard`](Self::discard) drops the
+    /// rest.
+    pub fn close(&mut self) {
+        // AcqRel: as in `change`.
+        let word = Word(self.inbox.word.fetch_or(CLOSED, Ordering::AcqRel));
+        for index in indices(&(self.collected..word.claimed())) {
+            wait(&self.inbox.cell(index).state);
+        }
+        let mut index = self.popped;
+        while index != word.pushed() {
+            wait(&self.inbox.overflow.cell(index).state);
+            index = index.wrapping_add(1) & PUSHED_MASK;
+        }
+    }
+
+    /// Closes, then drops every packet that has not been collected and gives every buffer to `f`.
+    /// Returns how many packets were dropped.
+    pub fn discard(&mut self, mut f: impl FnMut(B)) -> usize {
+        self.close();
+        let mut dropped = 0;
+        while let Some(packet) = self.collect() {
+            dropped += 1;
+            f(packet.buffer);
+        }
+        self.recall(&mut f);
+        // Nobody else changes the word of a closed inbox.
+        let word = Word(self.inbox.word.load(Ordering::Acquire));
+        while self.popped != word.pushed() {
+            self.inbox.overflow.cell(self.popped).state.store(PENDING, Ordering::Relaxed);
+            self.popped = self.popped.wrapping_add(1) & PUSHED_MASK;
+            dropped += 1;
+        }
+        self.inbox.popped.store(self.popped, Ordering::Release);
+        // Release: pairs with the Acquire of senders after a reopening.
+        self.inbox.word.store(word.without(OVERFLOW).0, Ordering::Release);
+        dropped
+    }
+
+    /// Accepts deliveries again after a [`close`](Self::close). What was not collected before
+    /// stays where it was. No effect on an open inbox.
+    pub fn reopen(&mut self) {
+        // AcqRel: as in `change`.
+        self.inbox.word.fetch_and(!CLOSED, Ordering::AcqRel);
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
+    fn drop(&mut self) {
+        self.inbox.doorbell.disarm();
+        self.inbox.doorbell.parker().set(None);
+        self.discard(drop);
+        // Release: pairs with the Acquire in `open`.
+        self.inbox.taken.store(false, Ordering::Release);
+    }
+}
+
+/// Waits until a claim has ended: as long as copying one frame takes.
+fn wait(state: &AtomicU32) {
+    let backoff = Backoff::new();
+    // Acquire: pairs with the Release in `Done`; the sender has let go of the cell.
+    while state.load(Ordering::Acquire) == PENDING {
+        if cfg!(loom) {
+            spin_loop();
+        } else {
+            backoff.snooze();
+        }
+    }
+}
+
+/// The indices of a range that may wrap.
+fn indices(range: &Range<u32>) -> impl Iterator<Item = u32> + use<> {
+    let start = range.start;
+    (0..range.end.wrapping_sub(start)).map(move |offset| start.wrapping_add(offset))
+}

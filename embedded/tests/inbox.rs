@@ -1,0 +1,384 @@
+//! The inbox against a plain model, and under threads.
+#![cfg(not(loom))]
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
+
+const MAX_FRAME: usize = 64;
+
+#[derive(Debug)]
+struct Buffer {
+    number: u32,
+    bytes: Vec<u8>,
+}
+
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+fn buffer(number: u32) -> Buffer {
+    Buffer { number, bytes: vec![0xee; MAX_FRAME] }
+}
+
+fn open(depth: u32, overflow: u32, start: u32) -> (Arc<Inbox<Buffer>>, Collector<Buffer>) {
+    let inbox = Arc::new(Inbox::starting_at(depth, overflow, MAX_FRAME, start));
+    let collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
+    (inbox, collector)
+}
+
+/// What an inbox is, in plain words.
+struct Model {
+    depth: usize,
+    overflow: usize,
+    /// Buffers without a packet, by number.
+    free: VecDeque<u32>,
+    /// Buffers with one.
+    filled: VecDeque<(u32, Vec<u8>)>,
+    waiting: VecDeque<Vec<u8>>,
+    closed: bool,
+}
+
+impl Model {
+    fn deliver(&mut self, frame: Vec<u8>) -> Delivery {
+        if frame.len() > MAX_FRAME {
+            Delivery::Dropped(Refused::TooBig)
+        } else if self.closed {
+            Delivery::Dropped(Refused::Closed)
+        } else if self.waiting.is_empty() && !self.free.is_empty() {
+            self.filled.push_back((self.free.pop_front().unwrap(), frame));
+            Delivery::Direct
+        } else if self.waiting.len() < self.overflow {
+            self.waiting.push_back(frame);
+            Delivery::Overflow
+        } else {
+            Delivery::Dropped(Refused::NoBuffer)
+        }
+    }
+
+    fn collect(&mut self) -> Option<(u32, Vec<u8>, bool)> {
+        if let Some((number, frame)) = self.filled.pop_front() {
+            return Some((number, frame, false));
+        }
+        if self.free.is_empty() || self.waiting.is_empty() {
+            return None;
+        }
+        Some((self.free.pop_front()?, self.waiting.pop_front()?, true))
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Post,
+    Deliver(Vec<u8>),
+    Collect,
+    Recall,
+    Arm,
+    Close,
+    Reopen,
+    /// Drop the receiving half and open a new one.
+    Replace,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => Just(Step::Post),
+        10 => prop::collection::vec(any::<u8>(), 0..=MAX_FRAME + 1).prop_map(Step::Deliver),
+        8 => Just(Step::Collect),
+        1 => Just(Step::Recall),
+        2 => Just(Step::Arm),
+        1 => Just(Step::Close),
+        2 => Just(Step::Reopen),
+        1 => Just(Step::Replace),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Every buffer is in one place and comes back once; every packet comes out once, whole, in
+    /// order, in the oldest buffer; across the wrap of the indices.
+    #[test]
+    fn behaves_like_a_plain_queue(
+        depth in 0u32..3,
+        overflow in prop_oneof![Just(0u32), Just(1), Just(2), Just(4)],
+        start in prop_oneof![Just(0u32), u32::MAX - 8..=u32::MAX, (1u32 << 30) - 8..=1 << 30],
+        steps in prop::collection::vec(step(), 1..200),
+    ) {
+        let depth = 1 << depth;
+        let (inbox, mut collector) = open(depth, overflow, start);
+        let mut model = Model {
+            depth: depth as usize,
+            overflow: overflow as usize,
+            free: VecDeque::new(),
+            filled: VecDeque::new(),
+            waiting: VecDeque::new(),
+            closed: false,
+        };
+        let mut next = 0;
+        for step in steps {
+            match step {
+                Step::Post => {
+                    let full = model.free.len() + model.filled.len() >= model.depth;
+                    prop_assert_eq!(collector.is_full(), full);
+                    match collector.post(buffer(next)) {
+                        Ok(()) => {
+                            prop_assert!(!full);
+                            model.free.push_back(next);
+                        }
+                        Err(back) => {
+                            prop_assert!(full);
+                            prop_assert_eq!(back.number, next);
+                        }
+                    }
+                    next += 1;
+                }
+                Step::Deliver(frame) => {
+                    prop_assert_eq!(inbox.deliver(&frame), model.deliver(frame));
+                }
+                Step::Collect => {
+                    let got = collector.collect().map(|packet| {
+                        let frame = packet.buffer.bytes[..packet.len].to_vec();
+                        (packet.buffer.number, frame, packet.overflow)
+                    });
+                    prop_assert_eq!(got, model.collect());
+                }
+                Step::Recall => {
+                    let mut back = Vec::new();
+                    let count = collector.recall(|buffer| back.push(buffer.number));
+                    prop_assert_eq!(count, back.len());
+                    prop_assert_eq!(back, model.free.drain(..).collect::<Vec<_>>());
+                    // Recalled cells are free again once the packets before them are collected.
+                    while let Some((number, frame)) = model.filled.pop_front() {
+                        let packet = collector.collect().unwrap();
+                        prop_assert_eq!(packet.buffer.number, number);
+                        prop_assert_eq!(&packet.buffer.bytes[..packet.len], &frame[..]);
+                    }
+                }
+                Step::Arm => {
+                    let ready = !model.filled.is_empty()
+                        || (!model.free.is_empty() && !model.waiting.is_empty());
+                    prop_assert_eq!(collector.is_ready(), ready);
+                    prop_assert_eq!(collector.arm(), !ready);
+                    prop_assert_eq!(inbox.ring(), !ready);
+                }
+                Step::Close => {
+                    collector.close();
+                    model.closed = true;
+                }
+                Step::Reopen => {
+                    collector.reopen();
+                    model.closed = false;
+                }
+                Step::Replace => {
+                    let second = Inbox::open(&inbox, Arc::new(|| {}));
+                    prop_assert!(second.is_none());
+                    drop(collector);
+                    prop_assert_eq!(inbox.deliver(&[1]), Delivery::Dropped(Refused::Closed));
+                    collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
+                    model.free.clear();
+                    model.filled.clear();
+                    model.waiting.clear();
+                    model.closed = false;
+                }
+            }
+            prop_assert_eq!(collector.posted(), model.free.len() + model.filled.len());
+        }
+    }
+}
+
+#[test]
+fn a_buffer_that_is_too_small_comes_straight_back() {
+    let (_inbox, mut collector) = open(4, 0, 0);
+    let small = Buffer { number: 7, bytes: vec![0; MAX_FRAME - 1] };
+    assert_eq!(collector.post(small).unwrap_err().number, 7);
+    assert_eq!(collector.posted(), 0);
+}
+
+#[test]
+fn discard_gives_back_every_buffer_and_counts_every_packet() {
+    let (inbox, mut collector) = open(4, 4, u32::MAX - 1);
+    for number in 0..2 {
+        collector.post(buffer(number)).unwrap();
+    }
+    for _ in 0..5 {
+        assert!(!matches!(inbox.deliver(&[1]), Delivery::Dropped(_)));
+    }
+    collector.post(buffer(2)).unwrap();
+    let mut back = Vec::new();
+    assert_eq!(collector.discard(|buffer| back.push(buffer.number)), 5);
+    assert_eq!(back, [0, 1, 2]);
+    collector.reopen();
+    collector.post(buffer(3)).unwrap();
+    assert_eq!(inbox.deliver(&[9]), Delivery::Direct, "nothing old is left");
+    assert_eq!(collector.collect().unwrap().buffer.bytes[0], 9);
+}
+
+/// A buffer whose room shrinks after it was posted, or that panics, harms itself only.
+#[test]
+fn a_buffer_that_misbehaves_ends_its_claim() {
+    struct Odd {
+        calls: u32,
+        bytes: [u8; 8],
+        panics: bool,
+    }
+    impl AsMut<[u8]> for Odd {
+        fn as_mut(&mut self) -> &mut [u8] {
+            self.calls += 1;
+            match (self.calls, self.panics) {
+                (1, _) => &mut self.bytes,
+                (_, true) => panic!("as_mut"),
+                _ => &mut self.bytes[..3],
+            }
+        }
+    }
+    let inbox = Arc::new(Inbox::new(4, 0, 8));
+    let mut collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
+    for panics in [false, true] {
+        assert!(collector.post(Odd { calls: 0, bytes: [0; 8], panics }).is_ok());
+    }
+    assert_eq!(inbox.deliver(&[1; 8]), Delivery::Direct);
+    let sender = inbox.clone();
+    assert!(std::thread::spawn(move || sender.deliver(&[2; 8])).join().is_err());
+    let cut = collector.collect().unwrap();
+    assert_eq!((cut.len, &cut.buffer.bytes[..4]), (3, &[1, 1, 1, 0][..]));
+    assert_eq!(collector.collect().unwrap().len, 0);
+    collector.close();
+}
+
+/// Three senders, one receiver that posts, recalls, sleeps and wakes: every frame that was taken
+/// arrives once, whole, and in its sender's order; every buffer comes back; nobody hangs.
+#[test]
+fn many_senders_under_threads_lose_nothing() {
+    const SENDERS: u32 = 3;
+    let frames: u32 = if cfg!(debug_assertions) { 20_000 } else { 200_000 };
+    let started = Instant::now();
+    for overflow in [0, 4] {
+        let inbox = Arc::new(Inbox::starting_at(8, overflow, MAX_FRAME, u32::MAX - 1000));
+        let receiver = std::thread::current();
+        let mut collector = Inbox::open(&inbox, Arc::new(move || receiver.unpark())).unwrap();
+        let finished = Arc::new(AtomicU32::new(0));
+        let senders: Vec<_> = (0..SENDERS)
+            .map(|id| {
+                let (inbox, finished) = (inbox.clone(), finished.clone());
+                std::thread::spawn(move || {
+                    let mut taken = Vec::new();
+                    for number in 0..frames {
+                        let len = 12 + (number as usize * 7) % (MAX_FRAME - 12);
+                        let mut frame = vec![(id * 31 + number) as u8; len];
+                        frame[..4].copy_from_slice(&id.to_le_bytes());
+                        frame[4..8].copy_from_slice(&number.to_le_bytes());
+                        frame[8..12].copy_from_slice(&(len as u32).to_le_bytes());
+                        match inbox.deliver(&frame) {
+                            Delivery::Direct | Delivery::Overflow => taken.push(number),
+                            Delivery::Dropped(Refused::NoBuffer) => std::thread::yield_now(),
+                            other => panic!("{other:?}"),
+                        }
+                        if number.is_multiple_of(5) {
+                            inbox.ring();
+                        }
+                    }
+                    finished.fetch_add(1, Ordering::Release);
+                    inbox.ring();
+                    taken
+                })
+            })
+            .collect();
+        let mut spare: Vec<Buffer> = (0..8).map(buffer).collect();
+        let mut seen = vec![Vec::new(); SENDERS as usize];
+        let mut rounds = 0u32;
+        loop {
+            assert!(started.elapsed() < Duration::from_secs(120), "stuck");
+            let done = finished.load(Ordering::Acquire) == SENDERS;
+            rounds += 1;
+            if rounds.is_multiple_of(64) {
+                collector.recall(|buffer| spare.push(buffer));
+            }
+            while let Some(buffer) = spare.pop() {
+                if let Err(buffer) = collector.post(buffer) {
+                    spare.push(buffer); // recalled cells wait for a packet before them
+                    break;
+                }
+            }
+            let mut any = false;
+            while let Some(packet) = collector.collect() {
+                any = true;
+                let word = |at: usize| {
+                    u32::from_le_bytes(packet.buffer.bytes[at..at + 4].try_into().unwrap())
+                };
+                let (id, number) = (word(0), word(4));
+                assert_eq!(word(8) as usize, packet.len);
+                assert!(
+                    packet.buffer.bytes[12..packet.len]
+                        .iter()
+                        .all(|&b| b == (id * 31 + number) as u8)
+                );
+                seen[id as usize].push(number);
+                spare.push(packet.buffer);
+            }
+            if done && !any {
+                break;
+            }
+            if !any && spare.is_empty() && collector.arm() {
+                if finished.load(Ordering::Acquire) < SENDERS {
+                    std::thread::park_timeout(Duration::from_secs(10));
+                }
+                collector.disarm();
+            }
+        }
+        for (sender, seen) in senders.into_iter().zip(&seen) {
+            assert_eq!(&sender.join().unwrap(), seen);
+        }
+        collector.close();
+        collector.recall(|buffer| spare.push(buffer));
+        let mut numbers: Vec<_> = spare.iter().map(|buffer| buffer.number).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+    }
+}
+
+/// Close while senders run: afterwards each buffer is back and nobody writes to it.
+#[test]
+fn close_under_threads_gets_every_buffer_back_untouched() {
+    let inbox = Arc::new(Inbox::new(8, 8, MAX_FRAME));
+    let stop = Arc::new(AtomicU32::new(0));
+    let senders: Vec<_> = (0..2u8)
+        .map(|id| {
+            let (inbox, stop) = (inbox.clone(), stop.clone());
+            std::thread::spawn(move || {
+                while stop.load(Ordering::Relaxed) == 0 {
+                    if matches!(inbox.deliver(&[id; MAX_FRAME]), Delivery::Dropped(_)) {
+                        std::thread::yield_now();
+                    }
+                }
+            })
+        })
+        .collect();
+    for _ in 0..500 {
+        let mut collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
+        for number in 0..8 {
+            collector.post(buffer(number)).unwrap();
+        }
+        if let Some(packet) = collector.collect() {
+            collector.post(packet.buffer).unwrap();
+        }
+        let mut back = Vec::new();
+        collector.discard(|buffer| back.push(buffer));
+        back.iter_mut().for_each(|buffer| buffer.bytes.fill(0x55));
+        std::thread::yield_now();
+        assert!(back.iter().all(|buffer| buffer.bytes.iter().all(|&byte| byte == 0x55)));
+        let mut numbers: Vec<_> = back.iter().map(|buffer| buffer.number).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+    }
+    stop.store(1, Ordering::Relaxed);
+    for sender in senders {
+        sender.join().unwrap();
+    }
+}

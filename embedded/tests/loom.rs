@@ -1,0 +1,291 @@
+//! Model checking of the inbox: every interleaving (within a preemption bound) of the claims of
+//! senders with each other and with close, recall, overflow and sleep.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test --release -p vmring-embedded --test loom`
+//!
+//! The bound is three preemptions (`LOOM_MAX_PREEMPTIONS` overrides it).
+#![cfg(loom)]
+
+use std::sync::Arc as StdArc;
+
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use loom::thread;
+use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
+
+/// A buffer that knows its number. Loom watches accesses to it through the inbox's cells.
+#[derive(Debug)]
+struct Buffer {
+    number: u8,
+    bytes: [u8; 2],
+}
+
+impl AsMut<[u8]> for Buffer {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}
+
+fn buffer(number: u8) -> Buffer {
+    Buffer { number, bytes: [0; 2] }
+}
+
+fn open(depth: u32, overflow: u32) -> (Arc<Inbox<Buffer>>, Collector<Buffer>) {
+    // Every index starts just below its wrap.
+    let inbox = Arc::new(Inbox::starting_at(depth, overflow, 2, u32::MAX));
+    let collector = Inbox::open(&inbox, StdArc::new(|| {})).unwrap();
+    (inbox, collector)
+}
+
+fn check(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    if builder.preemption_bound.is_none() {
+        builder.preemption_bound = Some(3);
+    }
+    builder.check(model);
+}
+
+/// Collects until `count` packets are there, posting a fresh buffer whenever `post` allows.
+fn collect(collector: &mut Collector<Buffer>, count: usize) -> Vec<[u8; 2]> {
+    let mut seen = Vec::new();
+    while seen.len() < count {
+        match collector.collect() {
+            Some(packet) => {
+                assert_eq!(packet.len, 2);
+                seen.push(packet.buffer.bytes);
+            }
+            None => thread::yield_now(),
+        }
+    }
+    seen
+}
+
+#[test]
+fn two_senders_lose_nothing_and_keep_their_order() {
+    check(|| {
+        let (inbox, mut collector) = open(4, 0);
+        for number in 0..3 {
+            collector.post(buffer(number)).unwrap();
+        }
+        let other = {
+            let inbox = inbox.clone();
+            thread::spawn(move || assert_eq!(inbox.deliver(&[2, 0]), Delivery::Direct))
+        };
+        let first = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                assert_eq!(inbox.deliver(&[1, 0]), Delivery::Direct);
+                assert_eq!(inbox.deliver(&[1, 1]), Delivery::Direct);
+            })
+        };
+        let seen = collect(&mut collector, 3);
+        let of_first: Vec<_> = seen.iter().filter(|p| p[0] == 1).map(|p| p[1]).collect();
+        assert_eq!(of_first, [0, 1]);
+        assert!(seen.contains(&[2, 0]));
+        other.join().unwrap();
+        first.join().unwrap();
+    });
+}
+
+#[test]
+fn after_close_no_sender_touches_a_buffer_and_each_comes_back_once() {
+    check(|| {
+        let (inbox, mut collector) = open(2, 1);
+        collector.post(buffer(0)).unwrap();
+        collector.post(buffer(1)).unwrap();
+        let senders: Vec<_> = (0..2u8)
+            .map(|id| {
+                let inbox = inbox.clone();
+                thread::spawn(move || inbox.deliver(&[id, id]))
+            })
+            .collect();
+        collector.close();
+        let mut back = Vec::new();
+        let mut packets = 0;
+        while let Some(packet) = collector.collect() {
+            packets += 1;
+            back.push(packet.buffer);
+        }
+        collector.recall(|buffer| back.push(buffer));
+        assert_eq!(collector.posted(), 0);
+        // Loom would report a sender that still writes here.
+        back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
+        let mut numbers: Vec<_> = back.iter().map(|buffer| buffer.number).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [0, 1]);
+        drop(collector);
+        let delivered = senders
+            .into_iter()
+            .map(|sender| sender.join().unwrap())
+            .filter(|delivery| {
+                assert!(*delivery != Delivery::Dropped(Refused::NoBuffer));
+                *delivery == Delivery::Direct
+            })
+            .count();
+        assert_eq!(delivered, packets);
+    });
+}
+
+#[test]
+fn a_reopened_inbox_serves_its_new_owner_though_an_old_sender_is_late() {
+    check(|| {
+        let (inbox, mut collector) = open(1, 1);
+        collector.post(buffer(0)).unwrap();
+        let late = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[7, 7]))
+        };
+        drop(collector);
+        let mut collector = Inbox::open(&inbox, StdArc::new(|| {})).unwrap();
+        collector.post(buffer(1)).unwrap();
+        let late = late.join().unwrap();
+        let got = collector.collect();
+        if let Some(packet) = &got {
+            // The late frame came in time for the new owner: as a packet of its own, whole.
+            assert_eq!((packet.buffer.number, packet.buffer.bytes), (1, [7, 7]));
+            assert!(matches!(late, Delivery::Direct | Delivery::Overflow));
+        }
+        assert!(collector.collect().is_none());
+        let posted = usize::from(got.is_none());
+        assert_eq!(collector.recall(|_| {}), posted);
+    });
+}
+
+#[test]
+fn a_recall_takes_back_each_unclaimed_buffer_and_drops_no_packet() {
+    check(|| {
+        let (inbox, mut collector) = open(2, 1);
+        collector.post(buffer(0)).unwrap();
+        collector.post(buffer(1)).unwrap();
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[5, 5]))
+        };
+        let mut back = Vec::new();
+        collector.recall(|buffer| back.push(buffer));
+        // Loom would report a sender that still writes here.
+        back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
+        if back.len() == 2 {
+            // Whatever the sender does now, it needs a new buffer.
+            collector.post(buffer(2)).unwrap();
+        }
+        let packet = loop {
+            match collector.collect() {
+                Some(packet) => break packet,
+                None => thread::yield_now(),
+            }
+        };
+        assert_eq!(packet.buffer.bytes, [5, 5]);
+        assert_eq!(packet.buffer.number, if back.len() == 2 { 2 } else { 0 });
+        assert_ne!(sender.join().unwrap(), Delivery::Dropped(Refused::NoBuffer));
+        assert!(collector.collect().is_none());
+        assert_eq!(collector.posted(), 0);
+    });
+}
+
+#[test]
+fn entering_and_leaving_overflow_keeps_the_order_of_a_sender() {
+    check(|| {
+        let (inbox, mut collector) = open(2, 2);
+        collector.post(buffer(0)).unwrap();
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                for number in 0..3 {
+                    assert!(!matches!(inbox.deliver(&[1, number]), Delivery::Dropped(_)));
+                }
+            })
+        };
+        let mut seen = collect(&mut collector, 1);
+        collector.post(buffer(1)).unwrap();
+        collector.post(buffer(2)).unwrap();
+        seen.extend(collect(&mut collector, 2));
+        assert_eq!(seen, [[1, 0], [1, 1], [1, 2]]);
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn two_senders_share_the_overflow_ring() {
+    check(|| {
+        let (inbox, mut collector) = open(2, 2);
+        let senders: Vec<_> = (0..2u8)
+            .map(|id| {
+                let inbox = inbox.clone();
+                thread::spawn(move || {
+                    assert!(!matches!(inbox.deliver(&[id, id]), Delivery::Dropped(_)))
+                })
+            })
+            .collect();
+        collector.post(buffer(0)).unwrap();
+        collector.post(buffer(1)).unwrap();
+        let mut seen = collect(&mut collector, 2);
+        seen.sort_unstable();
+        assert_eq!(seen, [[0, 0], [1, 1]]);
+        for sender in senders {
+            sender.join().unwrap();
+        }
+    });
+}
+
+/// The receiver sleeps only if the sender's ring will wake it. `overflow` makes the frame take the
+/// other way.
+fn sleep_against_ring(first_in_overflow: bool) {
+    check(move || {
+        let inbox = Arc::new(Inbox::starting_at(2, 2, 2, u32::MAX));
+        let woken = Arc::new(AtomicUsize::new(0));
+        let mut collector = {
+            let woken = woken.clone();
+            Inbox::open(
+                &inbox,
+                StdArc::new(move || {
+                    woken.fetch_add(1, Ordering::Release);
+                }),
+            )
+            .unwrap()
+        };
+        if first_in_overflow {
+            assert_eq!(inbox.deliver(&[0, 0]), Delivery::Overflow);
+        }
+        collector.post(buffer(0)).unwrap();
+        collector.post(buffer(1)).unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let sender = {
+            let (inbox, done) = (inbox.clone(), done.clone());
+            thread::spawn(move || {
+                assert!(!matches!(inbox.deliver(&[1, 1]), Delivery::Dropped(_)));
+                inbox.ring();
+                done.store(true, Ordering::Release);
+            })
+        };
+        if first_in_overflow {
+            assert_eq!(collect(&mut collector, 1), [[0, 0]]);
+        }
+        loop {
+            if let Some(packet) = collector.collect() {
+                assert_eq!(packet.buffer.bytes, [1, 1]);
+                break;
+            }
+            if collector.arm() {
+                // Asleep: once the sender is done it must have called.
+                while !done.load(Ordering::Acquire) {
+                    thread::yield_now();
+                }
+                assert_eq!(woken.load(Ordering::Acquire), 1, "a wake-up was lost");
+                assert!(!collector.disarm());
+            }
+        }
+        sender.join().unwrap();
+        assert!(woken.load(Ordering::Acquire) <= 1, "one ring, one wake-up at most");
+    });
+}
+
+#[test]
+fn no_wake_up_is_lost_on_the_direct_way() {
+    sleep_against_ring(false);
+}
+
+#[test]
+fn no_wake_up_is_lost_on_the_way_through_overflow() {
+    sleep_against_ring(true);
+}

@@ -1,0 +1,599 @@
+//! The switch: who gets which frame, and who does not.
+#![cfg(not(loom))]
+
+mod common;
+
+use core::net::Ipv4Addr;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use common::*;
+use macaddr::MacAddr6;
+use smoltcp::wire::DhcpMessageType;
+use vmring_embedded::network::{Clock, MAX_PORTS, ManualClock, mac_of_interface};
+use vmring_embedded::{
+    ConfigError, DropReason, Ipv4Range, JoinError, Network, NetworkConfig, NetworkMode, OpenError,
+    PortConfig, Registry, Sent,
+};
+
+fn network() -> Arc<Network<Buffer>> {
+    Network::new(NetworkConfig::default()).unwrap()
+}
+
+/// A network whose clock the test moves.
+fn timed(config: NetworkConfig) -> (Arc<Network<Buffer>>, Arc<ManualClock>) {
+    struct Shared(Arc<ManualClock>);
+    impl Clock for Shared {
+        fn now(&self) -> Duration {
+            self.0.now()
+        }
+    }
+    let clock = Arc::new(ManualClock::new());
+    (Network::with_clock(config, Box::new(Shared(clock.clone()))).unwrap(), clock)
+}
+
+const STRANGER: MacAddr6 = MacAddr6::new(2, 9, 9, 9, 9, 9);
+const MULTICAST: MacAddr6 = MacAddr6::new(1, 0, 0x5e, 0, 0, 0xfb);
+
+#[test]
+fn a_unicast_frame_reaches_its_destination_and_nobody_else() {
+    let network = network();
+    let mut guests: Vec<_> = (0..4).map(|id| Guest::join(&network, id)).collect();
+    let frame = data(guests[2].mac, guests[0].mac, b"hello");
+    assert_eq!(guests[0].sender.send(&frame), Sent::Forwarded);
+    guests[0].sender.flush();
+    for (index, guest) in guests.iter_mut().enumerate() {
+        let expected = if index == 2 { vec![frame.clone()] } else { vec![] };
+        assert_eq!(guest.receive(), expected, "guest {index}");
+    }
+    assert_eq!(guests[0].sender.stats().sent_packets, 1);
+    assert_eq!(guests[2].receiver.stats().received_direct, 1);
+    assert_eq!(guests[2].receiver.stats().received_bytes, frame.len() as u64);
+}
+
+#[test]
+fn broadcast_multicast_and_unknown_reach_all_others_once() {
+    let network = network();
+    let mut guests: Vec<_> = (0..5).map(|id| Guest::join(&network, id)).collect();
+    for to in [MacAddr6::broadcast(), MULTICAST, STRANGER] {
+        let frame = data(to, guests[1].mac, b"to all");
+        assert_eq!(guests[1].sender.send(&frame), Sent::Flooded { reached: 4 });
+        guests[1].sender.flush();
+        for (index, guest) in guests.iter_mut().enumerate() {
+            let expected = if index == 1 { vec![] } else { vec![frame.clone()] };
+            assert_eq!(guest.receive(), expected, "guest {index}");
+        }
+    }
+    let stats = guests[1].sender.stats();
+    assert_eq!((stats.sent_floods, stats.sent_to_gateway), (3, 1));
+}
+
+#[test]
+fn a_learned_address_is_known_moves_and_ages() {
+    let (network, clock) = timed(NetworkConfig::default());
+    let mut guests: Vec<_> = (0..3).map(|id| Guest::join(&network, id)).collect();
+    let to_stranger = data(STRANGER, guests[0].mac, b"?");
+    let from_stranger = data(guests[0].mac, STRANGER, b"!");
+    let ask = |guests: &mut Vec<Guest>| {
+        let sent = guests[0].sender.send(&to_stranger);
+        guests[0].sender.flush();
+        let got: Vec<_> = guests.iter_mut().map(|guest| guest.receive().len()).collect();
+        (sent, got)
+    };
+    assert_eq!(ask(&mut guests), (Sent::Flooded { reached: 2 }, vec![0, 1, 1]));
+    // It is behind guest 1, then behind guest 2.
+    guests[1].ask(&from_stranger);
+    guests[0].receive();
+    assert_eq!(ask(&mut guests), (Sent::Forwarded, vec![0, 1, 0]));
+    guests[2].ask(&from_stranger);
+    guests[0].receive();
+    assert_eq!(ask(&mut guests), (Sent::Forwarded, vec![0, 0, 1]));
+    clock.advance(Duration::from_secs(299));
+    assert_eq!(ask(&mut guests), (Sent::Forwarded, vec![0, 0, 1]));
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(ask(&mut guests), (Sent::Flooded { reached: 2 }, vec![0, 1, 1]));
+    // An assigned address does not age.
+    clock.advance(Duration::from_secs(1_000_000));
+    let to_guest = data(guests[1].mac, guests[0].mac, b"still there?");
+    assert_eq!(guests[0].sender.send(&to_guest), Sent::Forwarded);
+}
+
+#[test]
+fn a_frame_for_the_port_it_came_from_goes_nowhere() {
+    let network = network();
+    let mut guest = Guest::join(&network, 1);
+    let mut other = Guest::join(&network, 2);
+    guest.ask(&data(other.mac, STRANGER, b"a second address behind the port"));
+    other.receive();
+    for to in [guest.mac, STRANGER] {
+        let frame = data(to, guest.mac, b"to myself");
+        assert_eq!(guest.sender.send(&frame), Sent::Dropped(DropReason::OwnPort));
+    }
+    guest.sender.flush();
+    assert_eq!((guest.receive().len(), other.receive().len()), (0, 0));
+    assert_eq!((guest.sender.stats().dropped_own_port, guest.sender.stats().drops()), (2, 0));
+}
+
+#[test]
+fn bad_frames_are_dropped_and_counted_by_reason() {
+    let network = network();
+    let mut guest = Guest::join(&network, 1);
+    let mut other = Guest::join(&network, 2);
+    let gateway = network.gateway().mac();
+    let mut drop_of = |frame: &[u8]| match guest.sender.send(frame) {
+        Sent::Dropped(reason) => reason,
+        sent => panic!("{sent:?}"),
+    };
+    assert_eq!(drop_of(&[]), DropReason::Runt);
+    assert_eq!(drop_of(&[2; 13]), DropReason::Runt);
+    let from = |mac| data(other.mac, mac, b"spoofed");
+    assert_eq!(drop_of(&vec![2; 1515]), DropReason::TooBig);
+    for mac in [gateway, other.mac, MULTICAST, MacAddr6::broadcast(), MacAddr6::nil()] {
+        assert_eq!(drop_of(&from(mac)), DropReason::BadSource, "{mac}");
+    }
+    guest.sender.flush();
+    assert!(other.receive().is_empty());
+    let stats = guest.sender.stats();
+    assert_eq!((stats.dropped_runt, stats.dropped_too_big, stats.dropped_bad_source), (2, 1, 5));
+    assert_eq!((stats.drops(), stats.sent_packets), (8, 0));
+    // The largest frame passes, whole.
+    let mut frame = vec![7; 1514];
+    frame[..14].copy_from_slice(&data(other.mac, guest.mac, b"")[..14]);
+    guest.ask(&frame);
+    assert_eq!(other.receive(), [frame]);
+}
+
+#[test]
+fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
+    let network = network();
+    let mut hermit = Guest::isolated(&network, 1);
+    let mut second = Guest::isolated(&network, 2);
+    let mut open = Guest::join(&network, 3);
+    let refused = Sent::Dropped(DropReason::Isolated);
+    for to in [second.mac, open.mac, MULTICAST, STRANGER] {
+        assert_eq!(hermit.sender.send(&data(to, hermit.mac, b"hello?")), refused, "{to}");
+    }
+    assert_eq!(open.sender.send(&data(hermit.mac, open.mac, b"hello?")), refused);
+    // An address learned behind the isolated port is isolated too.
+    let hidden = data(network.gateway().mac(), STRANGER, b"here");
+    assert_eq!(hermit.sender.send(&hidden), Sent::Gateway);
+    assert_eq!(open.sender.send(&data(STRANGER, open.mac, b"hello?")), refused);
+    let all = data(MacAddr6::broadcast(), open.mac, b"all?");
+    assert_eq!(open.sender.send(&all), Sent::Flooded { reached: 0 });
+    hermit.sender.flush();
+    open.sender.flush();
+    // Its broadcasts reach the gateway, whose answer reaches it alone.
+    let arp = arp_request(hermit.mac, Ipv4Addr::new(192, 168, 64, 9), SHARED);
+    assert_eq!(hermit.sender.send(&arp), Sent::Gateway);
+    hermit.sender.flush();
+    assert_eq!(hermit.receive().len(), 1);
+    assert_eq!((second.receive().len(), open.receive().len()), (0, 0));
+    assert_eq!(hermit.sender.stats().dropped_isolated, 4);
+    assert_eq!(open.sender.stats().dropped_isolated, 2);
+}
+
+#[test]
+fn guests_get_addresses_and_ping_the_gateway_and_only_the_asker_hears_it() {
+    for mode in [NetworkMode::Shared, NetworkMode::Host] {
+        let config =
+            NetworkConfig { lease_time: Duration::from_secs(600), ..NetworkConfig::of(mode) };
+        let gateway_ip = config.ipv4.gateway;
+        let network = Network::<Buffer>::new(config).unwrap();
+        let mut alice = Guest::join(&network, 1);
+        let mut bob = Guest::join(&network, 2);
+        let offer = dhcp_reply(&alice.ask(&Dhcp::discover(alice.mac).frame())[0]);
+        let router = (mode == NetworkMode::Shared).then_some(gateway_ip);
+        assert_eq!((offer.kind, offer.router), (DhcpMessageType::Offer, router));
+        let request = Dhcp::select(alice.mac, offer.address, gateway_ip);
+        let replies = alice.ask(&Dhcp { broadcast: true, ..request }.frame());
+        let ack = dhcp_reply(&replies[0]);
+        assert_eq!((ack.kind, ack.lease), (DhcpMessageType::Ack, Some(600)));
+        assert_eq!(bob.receive().len(), 2, "the questions, not the answers");
+        let lease = network.lease_of(alice.mac).unwrap();
+        assert_eq!(lease.address, ack.address);
+        assert_eq!(network.leases(), [lease]);
+        let gateway = network.gateway().mac();
+        let request = ping(gateway, alice.mac, ack.address, gateway_ip, 1, b"payload");
+        assert_eq!(alice.sender.send(&request), Sent::Gateway);
+        alice.sender.flush();
+        assert_eq!((alice.receive().len(), bob.receive().len()), (1, 0));
+    }
+}
+
+#[test]
+fn the_mac_follows_from_the_identity() {
+    let network = network();
+    let mut seen = HashSet::new();
+    for id in 0..100_000u64 {
+        let mac = mac_of_interface(config(id).interface_id);
+        assert!(mac.is_unicast() && mac.is_local());
+        assert!(seen.insert(mac), "{mac} twice");
+    }
+    // Fixed for ever: a guest keeps its address when the program is updated.
+    assert_eq!(mac_of_interface([0; 16]).to_string(), "F6:DB:F7:03:08:57");
+    assert_eq!(mac_of_interface([0xff; 16]).to_string(), "2A:15:F4:FC:49:F1");
+    assert_eq!(network.gateway().mac().to_string(), "12:BE:4E:19:5E:CC");
+    let port = network.join(config(5)).unwrap();
+    assert_eq!(port.mac(), mac_of_interface(config(5).interface_id));
+    let chosen = PortConfig { mac: Some(STRANGER), ..config(6) };
+    assert_eq!(network.join(chosen).unwrap().mac(), STRANGER);
+}
+
+#[test]
+fn a_mac_is_used_once_and_must_be_one() {
+    let network = network();
+    let first = network.join(config(1)).unwrap();
+    let mac = first.mac();
+    assert_eq!(network.join(config(1)).unwrap_err(), JoinError::DuplicateMac { mac });
+    let with = |mac| network.join(PortConfig { mac: Some(mac), ..config(9) }).unwrap_err();
+    let gateway = network.gateway().mac();
+    assert_eq!(with(gateway), JoinError::DuplicateMac { mac: gateway });
+    for mac in [MULTICAST, MacAddr6::nil(), MacAddr6::broadcast()] {
+        assert_eq!(with(mac), JoinError::NotUnicast { mac });
+    }
+    drop(first);
+    assert_eq!(network.ports(), 0);
+    assert!(network.join(config(1)).is_ok(), "free again");
+}
+
+/// A thousand ports join and forward; the next is refused; the cost of a unicast frame is that of
+/// a small network (within a factor that only a search over the ports would exceed).
+#[test]
+fn a_thousand_ports_join_and_forward() {
+    let config = NetworkConfig { inbox_depth: 8, ..NetworkConfig::default() };
+    let cost = |ports: usize| {
+        let network = Network::<Buffer>::new(config.clone()).unwrap();
+        let mut guests: Vec<_> = (0..ports).map(|id| Guest::join(&network, id as u64)).collect();
+        for index in 0..ports {
+            let frame = data(guests[(index + 7) % ports].mac, guests[index].mac, b"x");
+            assert_eq!(guests[index].sender.send(&frame), Sent::Forwarded);
+        }
+        for guest in &mut guests {
+            assert_eq!(guest.receive().len(), 1);
+        }
+        let frame = data(guests[ports - 1].mac, guests[0].mac, &[0; 46]);
+        let mut best = Duration::MAX;
+        for _ in 0..20 {
+            let start = Instant::now();
+            for _ in 0..100 {
+                assert_eq!(guests[0].sender.send(&frame), Sent::Forwarded);
+                guests[ports - 1].receive();
+            }
+            best = best.min(start.elapsed());
+        }
+        if ports == MAX_PORTS {
+            assert_eq!(network.join(common::config(5000)).unwrap_err(), JoinError::Full);
+            let all = data(MacAddr6::broadcast(), guests[3].mac, b"x");
+            let reached = MAX_PORTS as u32 - 1;
+            assert_eq!(guests[3].sender.send(&all), Sent::Flooded { reached });
+            drop(guests.remove(500));
+            assert!(network.join(common::config(5000)).is_ok());
+        }
+        best
+    };
+    let (small, large) = (cost(10), cost(MAX_PORTS));
+    assert!(large < small * 10, "{large:?} for 100 packets among 1024 ports, {small:?} among 10");
+}
+
+#[test]
+fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
+    let config = NetworkConfig { overflow_depth: Some(4), ..NetworkConfig::default() };
+    let network = Network::<Buffer>::new(config).unwrap();
+    let mut sender = Guest::join(&network, 1);
+    let mut slow = Guest::join(&network, 2);
+    let frame = data(slow.mac, sender.mac, b"x");
+    let sent: Vec<_> = (0..20).map(|_| sender.sender.send(&frame)).collect();
+    assert_eq!(sent[..12], [Sent::Forwarded; 12], "8 posted, 4 waiting");
+    assert_eq!(sent[12..], [Sent::Dropped(DropReason::NoBuffer); 8]);
+    sender.sender.flush();
+    assert_eq!(slow.receive().len(), 12);
+    let stats = slow.receiver.stats();
+    assert_eq!((stats.received_direct, stats.received_overflow), (8, 4));
+    assert_eq!((stats.missed_no_buffer, stats.drops()), (8, 8));
+    assert_eq!(sender.sender.stats().dropped_no_receiver, 8);
+    assert_eq!(sender.sender.stats().drops(), 0, "counted once");
+    // Closed: refused, but what had come is still there, and its own sending works.
+    assert_eq!(sender.sender.send(&frame), Sent::Forwarded);
+    slow.receiver.close();
+    assert_eq!(sender.sender.send(&frame), Sent::Dropped(DropReason::Closed));
+    let all = data(MacAddr6::broadcast(), sender.mac, b"x");
+    assert_eq!(sender.sender.send(&all), Sent::Flooded { reached: 0 });
+    assert!(slow.receiver.collect().is_some() && slow.receiver.collect().is_none());
+    let mut back = 0;
+    slow.receiver.recall(|_| back += 1);
+    assert_eq!((back, slow.receiver.posted()), (7, 0));
+    assert_eq!(slow.sender.send(&data(sender.mac, slow.mac, b"still")), Sent::Forwarded);
+    slow.receiver.reopen();
+    slow.post(1);
+    assert_eq!(sender.sender.send(&frame), Sent::Forwarded);
+    assert_eq!(slow.receive().len(), 1);
+    // The receiver goes, the sender stays, and the port with it.
+    let monitor = slow.receiver.monitor();
+    let Guest { receiver, sender: mut slow_sender, mac, .. } = slow;
+    drop(receiver);
+    assert_eq!(network.ports(), 2);
+    assert_eq!(sender.sender.send(&frame), Sent::Dropped(DropReason::Closed));
+    assert_eq!(slow_sender.send(&data(sender.mac, mac, b"still")), Sent::Forwarded);
+    assert_eq!(monitor.stats().unwrap().missed_closed, 2);
+    drop(slow_sender);
+    assert_eq!((network.ports(), monitor.stats()), (1, None));
+    // Gone: its address is unknown again.
+    assert_eq!(sender.sender.send(&frame), Sent::Flooded { reached: 0 });
+}
+
+#[test]
+fn a_reused_port_starts_afresh() {
+    let network = network();
+    let mut sender = Guest::join(&network, 1);
+    let mut old = Guest::join(&network, 2);
+    old.ask(&data(sender.mac, STRANGER, b"an address behind the old port"));
+    sender.ask(&data(old.mac, sender.mac, b"never collected"));
+    sender.receive();
+    let old_mac = old.mac;
+    drop(old);
+    let mut new = Guest::join(&network, 3);
+    assert_ne!(new.mac, old_mac);
+    assert!(new.receive().is_empty());
+    assert_eq!(new.receiver.stats(), Default::default());
+    for mac in [STRANGER, old_mac] {
+        let frame = data(mac, sender.mac, b"?");
+        assert_eq!(sender.sender.send(&frame), Sent::Flooded { reached: 1 });
+    }
+    assert_eq!(new.receive().len(), 2);
+}
+
+#[test]
+fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
+    let network = network();
+    let mut sender = Guest::join(&network, 1);
+    let mut sleeper = Guest::join(&network, 2);
+    let wakes = |guest: &Guest| guest.wakes.load(Ordering::SeqCst);
+    let frame = data(sleeper.mac, sender.mac, b"x");
+    for _ in 0..5 {
+        sender.sender.send(&frame);
+    }
+    sender.sender.flush();
+    assert_eq!(wakes(&sleeper), 0, "it was awake");
+    assert!(!sleeper.receiver.arm(), "packets are there");
+    sleeper.receive();
+    assert!(sleeper.receiver.arm());
+    for _ in 0..5 {
+        sender.sender.send(&frame);
+        assert_eq!(wakes(&sleeper), 0, "not before the flush");
+    }
+    sender.sender.flush();
+    sender.sender.flush();
+    assert_eq!(wakes(&sleeper), 1);
+    // Dropping a sender flushes.
+    sleeper.receive();
+    assert!(sleeper.receiver.arm());
+    let mut second = sender.sender.another();
+    second.send(&frame);
+    drop(second);
+    assert_eq!(wakes(&sleeper), 2);
+    assert!(!sleeper.receiver.disarm());
+    // A reply of the gateway wakes the asker itself.
+    assert!(sender.receiver.arm());
+    sender.sender.send(&arp_request(sender.mac, Ipv4Addr::new(192, 168, 64, 9), SHARED));
+    sender.sender.flush();
+    assert_eq!(wakes(&sender), 1);
+}
+
+/// Two guests on two threads, with real sleeping: every packet arrives, in order, and every sleep
+/// ends.
+#[test]
+fn two_threads_exchange_packets_and_sleep_between() {
+    let packets: u32 = if cfg!(debug_assertions) { 20_000 } else { 200_000 };
+    let network = network();
+    let (tell, told) = mpsc::channel();
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut threads = Vec::new();
+    let macs = [1, 2].map(|id| mac_of_interface(config(id).interface_id));
+    for side in 0..2usize {
+        let (network, tell, stop) = (network.clone(), tell.clone(), stop.clone());
+        threads.push(std::thread::spawn(move || {
+            let thread = std::thread::current();
+            let wake = Arc::new(move || thread.unpark());
+            let port = network.join(PortConfig { wake, ..config(side as u64 + 1) }).unwrap();
+            let (mut receiver, mut sender) = port.split();
+            for _ in 0..64 {
+                receiver.post(vec![0; 1514]).unwrap();
+            }
+            while network.ports() < 2 {
+                std::thread::yield_now();
+            }
+            // Side 0 sends; side 1 sends back what it gets; at most 32 are under way.
+            let (mut sent, mut got) = (0u32, 0u32);
+            let mut frame = data(macs[1 - side], macs[side], &[0; 500]);
+            while got < packets && !stop.load(Ordering::Relaxed) {
+                while side == 0 && sent < packets && sent - got < 32 {
+                    frame[20..24].copy_from_slice(&sent.to_be_bytes());
+                    assert_eq!(sender.send(&frame), Sent::Forwarded);
+                    sent += 1;
+                }
+                while let Some((buffer, len)) = receiver.collect() {
+                    assert_eq!(len, frame.len());
+                    assert_eq!(buffer[20..24], got.to_be_bytes());
+                    got += 1;
+                    if side == 1 {
+                        frame[20..24].copy_from_slice(&buffer[20..24]);
+                        assert_eq!(sender.send(&frame), Sent::Forwarded);
+                    }
+                    receiver.post(buffer).unwrap();
+                }
+                sender.flush();
+                // With nothing under way nobody would wake us.
+                if got < packets && (side == 1 || sent > got) && receiver.arm() {
+                    std::thread::park_timeout(Duration::from_secs(20));
+                    receiver.disarm();
+                }
+            }
+            tell.send((side, got)).unwrap();
+            // Stay until both are done, so that no packet finds its port gone.
+            while !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            receiver.stats()
+        }));
+    }
+    let mut done = Vec::new();
+    for _ in 0..2 {
+        done.push(told.recv_timeout(Duration::from_secs(60)));
+    }
+    stop.store(true, Ordering::Relaxed);
+    for thread in threads {
+        let stats = thread.join().unwrap();
+        assert_eq!(stats.received_direct + stats.received_overflow, u64::from(packets));
+        assert_eq!(stats.drops(), 0);
+    }
+    for result in done {
+        assert_eq!(result.unwrap().1, packets);
+    }
+}
+
+/// Ports join, talk and leave on several threads while others flood them.
+#[test]
+fn joining_and_leaving_under_traffic_harms_nobody() {
+    let network = network();
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut talker = Guest::join(&network, 1);
+    let threads: Vec<_> = (0..2u64)
+        .map(|thread| {
+            let (network, stop) = (network.clone(), stop.clone());
+            std::thread::spawn(move || {
+                let mut rounds = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let mut guest = Guest::join(&network, 100 + thread * 1000 + rounds % 50);
+                    let frame = data(MacAddr6::broadcast(), guest.mac, b"hello all");
+                    guest.ask(&frame);
+                    for frame in guest.receive() {
+                        assert!(frame.ends_with(b"hello all"));
+                    }
+                    rounds += 1;
+                }
+                rounds
+            })
+        })
+        .collect();
+    let start = Instant::now();
+    let mut sent = 0u32;
+    while start.elapsed() < Duration::from_millis(700) {
+        for id in (0..50).flat_map(|id| [100 + id, 1100 + id]) {
+            let to = mac_of_interface(config(id).interface_id);
+            talker.sender.send(&data(to, talker.mac, b"hello all"));
+            sent += 1;
+        }
+        talker.sender.flush();
+        talker.receive();
+    }
+    stop.store(true, Ordering::Relaxed);
+    for thread in threads {
+        assert!(thread.join().unwrap() > 10);
+    }
+    assert!(sent > 100);
+    assert_eq!(network.ports(), 1);
+}
+
+#[test]
+fn a_named_network_lives_as_long_as_somebody_holds_it() {
+    static NETWORKS: Registry<Buffer> = Registry::new();
+    let shared = NetworkConfig::default();
+    let first = NETWORKS.open("a", &shared).unwrap();
+    let again = NETWORKS.open("a", &shared).unwrap();
+    assert!(Arc::ptr_eq(&first, &again));
+    assert!(!Arc::ptr_eq(&first, &NETWORKS.open("b", &shared).unwrap()));
+    let host = NetworkConfig::of(NetworkMode::Host);
+    let conflict = OpenError::Conflict { name: "a".into(), existing: Box::new(shared.clone()) };
+    assert_eq!(NETWORKS.open("a", &host).unwrap_err(), conflict);
+    assert_eq!(conflict.to_string(), "the network \"a\" already exists with another configuration");
+    // A port holds it; its lease with it.
+    let mut guest = Guest::join(&first, 1);
+    guest.ask(&Dhcp::discover(guest.mac).frame());
+    drop((first, again));
+    assert_eq!(NETWORKS.open("a", &shared).unwrap().ports(), 1);
+    drop(guest);
+    assert_eq!(NETWORKS.open("a", &host).unwrap().ports(), 0);
+    let impossible = NetworkConfig { mtu: 100, ..shared };
+    let error = NETWORKS.open("c", &impossible).unwrap_err();
+    assert_eq!(error, OpenError::Config(ConfigError::Mtu { mtu: 100 }));
+}
+
+#[test]
+fn impossible_configurations_are_refused_with_a_sentence() {
+    let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
+    let refused = |gateway, end, mask| {
+        let range = Ipv4Range { gateway: address(gateway), end: address(end), mask: address(mask) };
+        range.check().map_err(|error| error.to_string())
+    };
+    let refusal = |gateway, end, mask| refused(gateway, end, mask).unwrap_err();
+    let net = "255.255.255.0";
+    assert!(refusal("10.0.0.1", "10.0.0.9", "255.0.255.0").contains("one bits"));
+    assert!(refusal("10.0.0.1", "10.0.0.9", "0.0.0.0").contains("one bits"));
+    assert!(refusal("10.0.0.1", "10.0.0.2", "255.255.255.254").contains("no room"));
+    assert!(refusal("10.0.0.1", "10.0.0.1", "255.255.255.255").contains("no room"));
+    assert!(refusal("8.8.8.1", "8.8.8.9", net).contains("private"));
+    assert!(refusal("172.16.0.1", "172.16.0.9", "255.0.0.0").contains("private"));
+    assert!(refusal("10.0.0.0", "10.0.0.9", net).contains("cannot be the gateway"));
+    assert!(refusal("10.0.0.255", "10.0.0.9", net).contains("cannot be the gateway"));
+    assert!(refusal("10.0.0.1", "10.0.1.9", net).contains("cannot end"));
+    assert!(refusal("10.0.0.1", "10.0.0.255", net).contains("cannot end"));
+    assert!(refusal("10.0.0.1", "10.0.0.1", net).contains("no address is left"));
+    assert!(refusal("10.0.0.9", "10.0.0.5", net).contains("no address is left"));
+    assert!(refused("10.0.0.1", "10.0.0.2", "255.255.255.252").is_ok());
+    assert!(refused("172.31.0.1", "172.31.255.254", "255.255.0.0").is_ok());
+    assert!(refused("10.0.0.1", "10.255.255.254", "255.0.0.0").is_ok());
+    let with = |change: fn(&mut NetworkConfig)| {
+        let mut config = NetworkConfig::default();
+        change(&mut config);
+        config.check()
+    };
+    assert!(with(|_| {}).is_ok());
+    assert!(with(|c| c.mtu = 1279).is_err() && with(|c| c.mtu = 1280).is_ok());
+    assert!(with(|c| c.mtu = 65_522).is_err() && with(|c| c.mtu = 65_521).is_ok());
+    assert!(with(|c| c.inbox_depth = 0).is_err());
+    assert!(with(|c| c.overflow_depth = Some(70_000)).is_err());
+    assert!(with(|c| c.lease_time = Duration::ZERO).is_err());
+    assert!(with(|c| c.mac_ageing = Duration::ZERO).is_err());
+    assert!(with(|c| c.dns = vec![SHARED; 4]).is_err());
+}
+
+#[test]
+fn the_largest_mtu_works_end_to_end() {
+    let config = NetworkConfig { mtu: 65_521, ..NetworkConfig::default() };
+    let network = Network::<Buffer>::new(config).unwrap();
+    assert_eq!(network.max_packet_size(), 65_535);
+    let mut alice = Guest::join(&network, 1);
+    let mut bob = Guest::join(&network, 2);
+    let frame = data(bob.mac, alice.mac, &vec![0x5a; 65_521]);
+    alice.ask(&frame);
+    assert_eq!(bob.receive(), [frame]);
+    let offer = dhcp_reply(&alice.ask(&Dhcp::discover(alice.mac).frame())[0]);
+    assert_eq!(offer.mtu, Some(65_521));
+    let gateway = network.gateway().mac();
+    let request = ping(gateway, alice.mac, offer.address, SHARED, 1, &vec![1; 65_521 - 28]);
+    assert_eq!(alice.ask(&request)[0].len(), 65_535);
+}
+
+/// A hostile guest makes up addresses; the others still reach each other, and nobody else hears.
+#[test]
+fn a_flood_of_made_up_sources_does_not_turn_the_switch_into_a_hub() {
+    let network = network();
+    let mut hostile = Guest::join(&network, 1);
+    let mut alice = Guest::join(&network, 2);
+    let mut bob = Guest::join(&network, 3);
+    for number in 0..50_000u32 {
+        let [_, b, c, d] = number.to_be_bytes();
+        let from = MacAddr6::new(0x0a, 0, 0, b, c, d);
+        hostile.sender.send(&data(network.gateway().mac(), from, b""));
+    }
+    hostile.sender.flush();
+    for _ in 0..10 {
+        let frame = data(bob.mac, alice.mac, b"private");
+        assert_eq!(alice.sender.send(&frame), Sent::Forwarded);
+    }
+    alice.sender.flush();
+    assert_eq!((bob.receive().len(), hostile.receive().len()), (10, 0));
+    assert!(alice.receive().is_empty());
+}

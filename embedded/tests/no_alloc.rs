@@ -1,0 +1,75 @@
+//! Forwarding allocates nothing: direct, through overflow, flooded, dropped, or answered by the
+//! gateway.
+#![cfg(not(loom))]
+
+mod common;
+
+use core::net::Ipv4Addr;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use common::*;
+use macaddr::MacAddr6;
+use vmring_embedded::{Network, NetworkConfig};
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: passes everything on to the system's allocator, unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the pointer came from `alloc`, which had it from `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn forwarding_allocates_nothing() {
+    let network =
+        Network::new(NetworkConfig { overflow_depth: Some(16), ..NetworkConfig::default() })
+            .unwrap();
+    let mut alice = Guest::join(&network, 1);
+    let mut bob = Guest::join(&network, 2);
+    let stranger = MacAddr6::new(2, 9, 9, 9, 9, 9);
+    let gateway = network.gateway().mac();
+    let frames = [
+        data(bob.mac, alice.mac, &[1; 1000]),
+        data(MacAddr6::broadcast(), alice.mac, b"to all"),
+        data(MacAddr6::new(2, 8, 8, 8, 8, 8), alice.mac, b"to whom?"),
+        data(bob.mac, stranger, b"from whom?"),
+        data(bob.mac, gateway, b"dropped"),
+        vec![1; 3],
+        vec![1; 2000],
+        arp_request(alice.mac, Ipv4Addr::UNSPECIFIED, SHARED),
+        ping(gateway, alice.mac, Ipv4Addr::new(192, 168, 64, 9), SHARED, 1, &[1; 1000]),
+    ];
+    let before = ALLOCATIONS.get();
+    for _ in 0..1000 {
+        for frame in &frames {
+            alice.sender.send(frame); // of 9 frames, 5 reach bob, who has 8 buffers and 16 cells
+        }
+        alice.sender.flush();
+        for guest in [&mut alice, &mut bob] {
+            while let Some((buffer, _)) = guest.receiver.collect() {
+                guest.receiver.post(buffer).unwrap();
+            }
+            guest.receiver.arm();
+        }
+    }
+    assert_eq!(ALLOCATIONS.get() - before, 0);
+    let stats = bob.receiver.stats();
+    assert_eq!(stats.received_direct + stats.received_overflow, 5000);
+    assert!(alice.receiver.stats().received_direct == 2000, "the gateway's answers");
+}
