@@ -1,0 +1,640 @@
+//! The one seam between the poller and a system: [`Device`], its [`Queue`]s, and the
+//! [`PostedSlot`]s they fill and drain.
+//!
+//! A device is completion-shaped: the poller lends it slots, asks it to make progress without
+//! blocking, and gets each slot back by value. Batch calls (vmnet, a TAP's read and write) take a
+//! slot and complete it in the same call; a real completion engine (io_uring) keeps it until the
+//! kernel lets go. Everything here is safe Rust, and a device cannot break memory safety: a slot
+//! cannot be cloned, so it cannot be given back twice, and giving it back takes its memory away.
+//!
+//! See `examples/device.rs` for a device of one's own.
+
+pub mod embedded;
+pub mod loopback;
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
+
+use macaddr::MacAddr6;
+use vmring_core::{Class, Frame, Outcome};
+
+use crate::error::{Direction, EntryError, Error, Status};
+use crate::interface::InterfaceInfo;
+use crate::notify::lock;
+use crate::ring::RingShared;
+
+/// What a device can do, as values to ask for instead of systems to tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// Largest IP packet, bytes.
+    pub mtu: u32,
+    /// Largest frame that may be written, and the least room of a frame to read into, bytes.
+    pub max_packet_size: u32,
+    /// Packets per read call.
+    pub max_read_batch: u32,
+    /// Packets per write call.
+    pub max_write_batch: u32,
+    /// Bytes the device needs in front of a packet.
+    pub headroom: u32,
+    /// What the device does to packets on the way.
+    pub offloads: Offloads,
+    /// Rings that may read at a time.
+    pub reading_rings: usize,
+    /// Rings that may write at a time.
+    pub writing_rings: usize,
+    /// How often the poller looks at an idle device although it has not rung. `None`: never.
+    pub safety_poll: Option<Duration>,
+}
+
+/// Work the device takes off the guest. All off unless negotiated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Offloads {
+    /// Checksums.
+    pub checksum: bool,
+    /// TCP segmentation over IPv4.
+    pub tso4: bool,
+    /// TCP segmentation over IPv6.
+    pub tso6: bool,
+    /// UDP segmentation.
+    pub uso: bool,
+    /// A 12-byte `virtio_net_hdr` in front of each packet.
+    pub virtio_header: bool,
+}
+
+impl Capabilities {
+    /// A device of one ring each way, with vmnet's documented batch limit of 200 packets per call
+    /// where nothing else is said.
+    pub fn new(mtu: u32, max_packet_size: u32) -> Self {
+        Self {
+            mtu,
+            max_packet_size,
+            max_read_batch: 200,
+            max_write_batch: 200,
+            headroom: 0,
+            offloads: Offloads::default(),
+            reading_rings: 1,
+            writing_rings: 1,
+            safety_poll: None,
+        }
+    }
+}
+
+/// A TCP or UDP port of the host that leads to a port of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortForward {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The host's port.
+    pub external_port: u16,
+    /// The guest's address.
+    pub internal_address: IpAddr,
+    /// The guest's port.
+    pub internal_port: u16,
+}
+
+/// The protocols that can be forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// IP protocol 6.
+    Tcp,
+    /// IP protocol 17.
+    Udp,
+}
+
+/// A network interface of some system. [`Interface`](crate::Interface) owns one; rings drive its
+/// queues.
+pub trait Device: Send + Sync {
+    /// The device's name, as the command's `--device` takes it.
+    fn name(&self) -> &str;
+
+    /// What was negotiated at start.
+    fn info(&self) -> InterfaceInfo;
+
+    /// What the queues can do. Does not change while the device runs.
+    fn capabilities(&self) -> Capabilities;
+
+    /// An endpoint for one ring. The queue calls `wake` whenever packets may have come since it
+    /// last said that there were none. The caller keeps to the number of rings in
+    /// [`Capabilities`].
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error>;
+
+    /// Ends the interface. Queues that are still there say so when polled.
+    fn stop(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Stops and starts anew with the same identity. The poller has closed every queue and asks for
+    /// new ones afterwards.
+    fn restart(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Forwards a port of the host.
+    fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
+        let _ = rule;
+        Err(self.not_supported("port forwarding"))
+    }
+
+    /// Ends a forwarding.
+    fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
+        let _ = (protocol, external_port);
+        Err(self.not_supported("port forwarding"))
+    }
+
+    /// The forwardings in force.
+    fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
+        Err(self.not_supported("port forwarding"))
+    }
+
+    /// Names of the interfaces that bridged mode can share.
+    fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
+        Err(self.not_supported("listing shared interfaces"))
+    }
+
+    /// The address the network has given to `mac`, if this device hands out addresses and knows.
+    fn lease(&self, mac: MacAddr6) -> Option<Lease> {
+        let _ = mac;
+        None
+    }
+
+    /// Packets the device dropped by itself since it started, by reason; the sum of a network.
+    fn drops(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
+    /// The error for a function that this device lacks.
+    fn not_supported(&self, what: &'static str) -> Error {
+        Error::NotSupported { what, device: self.name().to_owned() }
+    }
+}
+
+/// An address in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// How long it is valid, from the last renewal.
+    pub duration: Duration,
+}
+
+/// What a [`Queue::poll`] left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// No more packets can be read now.
+    Idle,
+    /// Packets may still wait: call again when slots are posted.
+    More,
+}
+
+/// One ring's endpoint of a device, driven by one thread at a time.
+pub trait Queue: Send {
+    /// Makes progress without blocking: takes posted slots from `io` and completes them, or keeps
+    /// them to complete in a later call. What it leaves, or puts back, stays posted in its order.
+    /// `Err` means that the device is dead for good: everything in flight completes with the
+    /// status and the ring closes.
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status>;
+
+    /// The poller is about to sleep: from here on a packet must ring the `wake`. False if there is
+    /// something to do already.
+    fn arm(&mut self) -> bool {
+        true
+    }
+
+    /// Asks for slots that the queue keeps, all or those of one `user_data`, to be completed soon:
+    /// with their packet, or by [`Io::cancel`]. Returns how many match. A packet must not get
+    /// lost by it.
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        let _ = target;
+        0
+    }
+
+    /// Lets go of everything: gives back what it keeps, through `io`. Called until it answers true
+    /// (nothing kept) or the close has waited long enough.
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        let _ = io;
+        true
+    }
+
+    /// A descriptor that is readable when there is something to do; the poller sleeps on it.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// A device's way to say that there is something to do. Cheap while the poller is awake.
+#[derive(Clone)]
+pub struct Wake(Inner);
+
+#[derive(Clone)]
+enum Inner {
+    Ring(Arc<RingShared>),
+    Call(Arc<dyn Fn() + Send + Sync>),
+}
+
+impl Wake {
+    pub(crate) fn ring(shared: Arc<RingShared>) -> Self {
+        Self(Inner::Ring(shared))
+    }
+
+    /// A wake that calls a function: for wrappers, and for driving a queue by hand.
+    pub fn from_fn(f: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Inner::Call(Arc::new(f)))
+    }
+
+    /// Rings. Callable from any thread, at any time, any number of times.
+    pub fn wake(&self) {
+        match &self.0 {
+            Inner::Ring(shared) => shared.device_rang(),
+            Inner::Call(f) => f(),
+        }
+    }
+}
+
+impl fmt::Debug for Wake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Wake")
+    }
+}
+
+/// A slot lent to a device: a frame to fill or to send. Not `Clone`; ends by being completed through
+/// [`Io`].
+///
+/// If it is dropped instead, the entry completes as [`EntryError::Abandoned`] and the frame goes
+/// back to the caller. If it is forgotten, the slot is lost and counted as such at close.
+pub struct PostedSlot {
+    /// `None` only in the moment between completing and dropping.
+    frame: Option<Frame>,
+    user_data: u64,
+    /// The ring to which the entry belongs: a number, not a pointer, so that a slot costs no
+    /// reference count.
+    ring: u32,
+    class: Class,
+}
+
+impl PostedSlot {
+    pub(crate) fn new(frame: Frame, user_data: u64, ring: u32, class: Class) -> Self {
+        Self { frame: Some(frame), user_data, ring, class }
+    }
+
+    pub(crate) fn into_frame(mut self) -> (Frame, u64, Class) {
+        let frame = self.frame.take().expect("a posted slot has its frame until it is completed");
+        (frame, self.user_data, self.class)
+    }
+
+    /// The number the caller gave.
+    pub fn user_data(&self) -> u64 {
+        self.user_data
+    }
+
+    /// Whether it is to be filled rather than sent.
+    pub fn is_read(&self) -> bool {
+        self.class == Class::Read
+    }
+
+    /// Of a write: the packet.
+    #[inline]
+    pub fn packet(&self) -> &[u8] {
+        self.frame().as_ref()
+    }
+
+    /// Of a read: where the packet goes, at least `max_packet_size` bytes. Of a write: the packet
+    /// and the room behind it.
+    #[inline]
+    pub fn room_mut(&mut self) -> &mut [u8] {
+        self.frame_mut().room_mut()
+    }
+
+    /// Of a write: the packet, to be changed in place.
+    pub fn packet_mut(&mut self) -> &mut [u8] {
+        self.frame_mut().as_mut()
+    }
+
+    #[inline]
+    fn frame(&self) -> &Frame {
+        self.frame.as_ref().expect("a posted slot has its frame until it is completed")
+    }
+
+    #[inline]
+    fn frame_mut(&mut self) -> &mut Frame {
+        self.frame.as_mut().expect("a posted slot has its frame until it is completed")
+    }
+}
+
+impl AsMut<[u8]> for PostedSlot {
+    #[inline]
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.room_mut()
+    }
+}
+
+impl Drop for PostedSlot {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(frame) = self.frame.take() {
+            abandon(self.ring, Orphan { frame, user_data: self.user_data, class: self.class });
+        }
+    }
+}
+
+impl fmt::Debug for PostedSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostedSlot")
+            .field("user_data", &self.user_data)
+            .field("class", &self.class)
+            .finish_non_exhaustive()
+    }
+}
+
+/// An entry whose slot the device dropped.
+#[derive(Debug)]
+pub(crate) struct Orphan {
+    pub(crate) frame: Frame,
+    pub(crate) user_data: u64,
+    pub(crate) class: Class,
+}
+
+/// Rings by number, so that a dropped slot finds its ring, or finds that it is gone. Touched when a
+/// ring is made or goes, and when a device drops a slot: never on a packet's way.
+fn registry() -> &'static Mutex<HashMap<u32, Weak<RingShared>>> {
+    static REGISTRY: OnceLock<Mutex<HashMap<u32, Weak<RingShared>>>> = OnceLock::new();
+    REGISTRY.get_or_init(Mutex::default)
+}
+
+pub(crate) fn next_ring_number() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+pub(crate) fn register(shared: &Arc<RingShared>) {
+    lock(registry()).insert(shared.number, Arc::downgrade(shared));
+}
+
+pub(crate) fn deregister(number: u32) {
+    lock(registry()).remove(&number);
+}
+
+#[cold]
+fn abandon(ring: u32, orphan: Orphan) {
+    let shared = lock(registry()).get(&ring).and_then(Weak::upgrade);
+    match shared {
+        Some(shared) => shared.abandoned(orphan),
+        // The ring is gone: the frame goes home to its pool.
+        None => drop(orphan),
+    }
+}
+
+/// Where a completed slot goes.
+pub(crate) trait Sink {
+    fn done(&mut self, slot: Done);
+}
+
+/// A slot that a queue is done with.
+#[derive(Debug)]
+pub struct Done {
+    slot: PostedSlot,
+    outcome: Outcome,
+}
+
+impl Done {
+    /// Whether it succeeded, and if so with how many bytes.
+    pub fn result(&self) -> Result<usize, EntryError> {
+        EntryError::from_outcome(self.outcome).map(|()| self.slot.packet().len())
+    }
+
+    /// The slot.
+    pub fn slot(&self) -> &PostedSlot {
+        &self.slot
+    }
+
+    /// The slot's packet, to be changed in place.
+    pub fn packet_mut(&mut self) -> &mut [u8] {
+        self.slot.packet_mut()
+    }
+
+    pub(crate) fn into_parts(mut self) -> (Option<Frame>, u64, u32, Class, Outcome) {
+        let frame = self.slot.frame.take();
+        (frame, self.slot.user_data, self.slot.ring, self.slot.class, self.outcome)
+    }
+}
+
+impl Sink for VecDeque<Done> {
+    fn done(&mut self, done: Done) {
+        self.push_back(done);
+    }
+}
+
+/// Slots posted and not taken, in submission order.
+#[derive(Debug, Default)]
+pub(crate) struct Posted {
+    pub(crate) reads: VecDeque<PostedSlot>,
+    pub(crate) writes: VecDeque<PostedSlot>,
+}
+
+/// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
+/// for what it has completed.
+pub struct Io<'a> {
+    posted: &'a mut Posted,
+    sink: &'a mut dyn Sink,
+    read_limit: u32,
+    write_limit: u32,
+    /// Slots taken and not brought back in this call, by this call's own count.
+    pub(crate) held: [i64; 2],
+}
+
+impl fmt::Debug for Io<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Io")
+            .field("reads", &self.reads())
+            .field("writes", &self.writes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'a> Io<'a> {
+    pub(crate) fn new(
+        posted: &'a mut Posted,
+        sink: &'a mut dyn Sink,
+        read_limit: u32,
+        write_limit: u32,
+    ) -> Self {
+        Self { posted, sink, read_limit, write_limit, held: [0; 2] }
+    }
+
+    /// Reads that may be taken in this call.
+    #[inline]
+    pub fn reads(&self) -> usize {
+        self.posted.reads.len().min(self.read_limit as usize)
+    }
+
+    /// Writes that may be taken in this call.
+    #[inline]
+    pub fn writes(&self) -> usize {
+        self.posted.writes.len().min(self.write_limit as usize)
+    }
+
+    /// Takes the read posted longest ago.
+    #[inline]
+    pub fn take_read(&mut self) -> Option<PostedSlot> {
+        self.read_limit = self.read_limit.checked_sub(1)?;
+        let slot = self.posted.reads.pop_front()?;
+        self.held[0] += 1;
+        Some(slot)
+    }
+
+    /// Takes the write submitted longest ago.
+    #[inline]
+    pub fn take_write(&mut self) -> Option<PostedSlot> {
+        self.write_limit = self.write_limit.checked_sub(1)?;
+        let slot = self.posted.writes.pop_front()?;
+        self.held[1] += 1;
+        Some(slot)
+    }
+
+    /// The write that [`take_write`](Self::take_write) would take.
+    #[inline]
+    pub fn peek_write(&self) -> Option<&PostedSlot> {
+        (self.write_limit > 0).then(|| self.posted.writes.front()).flatten()
+    }
+
+    /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
+    /// several back in the reverse order of taking.
+    pub fn put_back(&mut self, slot: PostedSlot) {
+        let (list, limit) = match slot.class {
+            Class::Read => (&mut self.posted.reads, &mut self.read_limit),
+            _ => (&mut self.posted.writes, &mut self.write_limit),
+        };
+        *limit = limit.saturating_add(1);
+        self.held[slot.class as usize] -= 1;
+        list.push_front(slot);
+    }
+
+    /// A packet of `len` bytes stands in the slot. A length beyond the slot's room completes it as
+    /// refused with `InvalidArgument` instead: a device cannot make anybody read outside.
+    #[inline]
+    pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
+        let outcome = match slot.frame_mut().set_len(len) {
+            Ok(()) => Outcome::Done,
+            Err(_) => Status::InvalidArgument.into(),
+        };
+        self.finish(slot, outcome);
+    }
+
+    /// The slot's packet was sent.
+    #[inline]
+    pub fn complete_write(&mut self, slot: PostedSlot) {
+        self.finish(slot, Outcome::Done);
+    }
+
+    /// The device refuses this slot.
+    pub fn fail(&mut self, slot: PostedSlot, status: Status) {
+        self.finish(slot, status.into());
+    }
+
+    /// The slot was given back because of a cancel or a close.
+    pub fn cancel(&mut self, slot: PostedSlot) {
+        self.finish(slot, Outcome::Cancelled);
+    }
+
+    /// Passes on what an inner queue completed: for wrappers.
+    pub fn forward(&mut self, done: Done) {
+        self.held[done.slot.class as usize] -= 1;
+        self.sink.done(done);
+    }
+
+    #[inline]
+    fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
+        self.held[slot.class as usize] -= 1;
+        self.sink.done(Done { slot, outcome });
+    }
+}
+
+/// A private pair of lists for a wrapper: it takes slots from the poller's [`Io`], posts those it
+/// likes to the queue it wraps, and sees what that queue completes.
+#[derive(Debug, Default)]
+pub struct Relay {
+    posted: Posted,
+    done: VecDeque<Done>,
+    held: [i64; 2],
+}
+
+impl Relay {
+    /// Posts a slot to the inner queue.
+    pub fn post(&mut self, slot: PostedSlot) {
+        match slot.class {
+            Class::Read => self.posted.reads.push_back(slot),
+            _ => self.posted.writes.push_back(slot),
+        }
+    }
+
+    /// Slots posted and not taken by the inner queue: reads and writes.
+    pub fn posted(&self) -> (usize, usize) {
+        (self.posted.reads.len(), self.posted.writes.len())
+    }
+
+    /// Polls the inner queue with what is posted.
+    pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
+        let mut io = Io::new(&mut self.posted, &mut self.done, u32::MAX, u32::MAX);
+        let result = queue.poll(&mut io);
+        let held = io.held;
+        self.settle(held);
+        result
+    }
+
+    /// As [`poll`](Self::poll) with everything that `io` offers; what the inner queue leaves posted
+    /// is put back.
+    pub fn pass_through(
+        &mut self,
+        queue: &mut dyn Queue,
+        io: &mut Io<'_>,
+    ) -> Result<Progress, Status> {
+        while let Some(slot) = io.take_read() {
+            self.post(slot);
+        }
+        while let Some(slot) = io.take_write() {
+            self.post(slot);
+        }
+        let result = self.poll(queue);
+        self.put_back(io);
+        result
+    }
+
+    /// Puts what the inner queue left posted back to the poller.
+    pub fn put_back(&mut self, io: &mut Io<'_>) {
+        for list in [&mut self.posted.reads, &mut self.posted.writes] {
+            while let Some(slot) = list.pop_back() {
+                io.put_back(slot);
+            }
+        }
+    }
+
+    /// Asks the inner queue to close.
+    pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
+        let mut io = Io::new(&mut self.posted, &mut self.done, 0, 0);
+        let closed = queue.close(&mut io);
+        let held = io.held;
+        self.settle(held);
+        closed
+    }
+
+    fn settle(&mut self, held: [i64; 2]) {
+        self.held[0] += held[0];
+        self.held[1] += held[1];
+    }
+
+    /// What the inner queue has completed, oldest first.
+    pub fn next_done(&mut self) -> Option<Done> {
+        self.done.pop_front()
+    }
+
+    /// Slots the inner queue keeps: reads and writes.
+    pub fn kept(&self) -> (usize, usize) {
+        (self.held[0].max(0) as usize, self.held[1].max(0) as usize)
+    }
+}

@@ -1,0 +1,293 @@
+//! The embedded network as a device: what vmnet does, in this process and without privileges. See
+//! [`vmring_embedded`].
+
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use macaddr::MacAddr6;
+use vmring_embedded::network::{PortConfig, Receiver, Registry, Sender};
+use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, OpenError, Sent};
+
+use crate::device::loopback::{InboxReader, Inlet};
+use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
+use crate::error::{ConfigError, Direction, Error, Status};
+use crate::interface::{Config, Driver, InterfaceInfo, Ipv4Range, Mode};
+use crate::notify::lock;
+
+/// The networks of this process.
+static NETWORKS: Registry<PostedSlot> = Registry::new();
+
+/// A driver for [`Interface::builder`](crate::Interface::builder): a port of a network in this
+/// process.
+///
+/// Interfaces of one process that name the same network see each other. A network lives as long as
+/// an interface is on it. Those who join must agree on its mode, addresses and MTU.
+#[derive(Clone, Debug)]
+pub struct Embedded {
+    network: String,
+    lease_time: Option<Duration>,
+    overflow: Option<u32>,
+    dns: Vec<Ipv4Addr>,
+}
+
+impl Embedded {
+    /// A port of the network of that name. Host and shared networks of one name are two networks.
+    pub fn network(name: impl Into<String>) -> Self {
+        Self { network: name.into(), lease_time: None, overflow: None, dns: Vec::new() }
+    }
+
+    /// How long the network's addresses are given out for. Default 24 hours, as Apple's `bootpd`.
+    pub fn lease_time(mut self, time: Duration) -> Self {
+        self.lease_time = Some(time);
+        self
+    }
+
+    /// Packets that wait for a port without a posted read, before packets are dropped.
+    pub fn overflow(mut self, packets: u32) -> Self {
+        self.overflow = Some(packets);
+        self
+    }
+
+    /// Name servers to announce; the network has none of its own.
+    pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
+        self.dns.extend(servers);
+        self
+    }
+}
+
+impl Driver for Embedded {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let mode = match &config.mode {
+            Mode::Host => NetworkMode::Host,
+            Mode::Shared => NetworkMode::Shared,
+            Mode::Bridged(_) => {
+                let device = "embedded".to_owned();
+                return Err(Error::NotSupported { what: "bridged mode", device });
+            }
+        };
+        let mut network = NetworkConfig::of(mode);
+        if let Some(Ipv4Range { start: gateway, end, mask }) = config.ipv4 {
+            network.ipv4 = vmring_embedded::Ipv4Range { gateway, end, mask };
+        }
+        network.mtu = config.mtu.unwrap_or(network.mtu);
+        network.lease_time = self.lease_time.unwrap_or(network.lease_time);
+        network.overflow_depth = self.overflow.or(network.overflow_depth);
+        network.dns = self.dns;
+        let name = format!("{}/{}", config.mode, self.network);
+        let network = NETWORKS.open(&name, &network).map_err(|error| match error {
+            OpenError::Config(error) => ConfigError::Invalid(error.to_string()),
+            error => ConfigError::Invalid(error.to_string()),
+        })?;
+        Ok(Arc::new(EmbeddedPort::join(network, config)?))
+    }
+}
+
+struct EmbeddedPort {
+    info: InterfaceInfo,
+    network: Arc<Network<PostedSlot>>,
+    isolated: bool,
+    /// The reading ring's wake, while there is one.
+    wake: Arc<Mutex<Option<Wake>>>,
+    ends: Arc<Mutex<Option<Ends>>>,
+    monitor: Mutex<Monitor<PostedSlot>>,
+}
+
+/// A port's two ends, while no ring has them. `Receiver` is `None` while a ring reads.
+struct Ends {
+    receiver: Option<Receiver<PostedSlot>>,
+    sender: Sender<PostedSlot>,
+}
+
+impl EmbeddedPort {
+    fn join(network: Arc<Network<PostedSlot>>, config: &Config) -> Result<Self, Error> {
+        let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
+        let (ends, mac) =
+            Self::ends(&network, &wake, config.interface_id, config.mac, config.isolated)?;
+        let monitor = Mutex::new(ends.sender.monitor());
+        let settings = network.config();
+        let max = network.max_packet_size() as u32;
+        let mut info = InterfaceInfo::new(config, mac, settings.mtu, max);
+        let range = settings.ipv4;
+        info.ipv4 = Some(Ipv4Range { start: range.gateway, end: range.end, mask: range.mask });
+        let ends = Arc::new(Mutex::new(Some(ends)));
+        Ok(Self { info, network, isolated: config.isolated, wake, ends, monitor })
+    }
+
+    fn ends(
+        network: &Arc<Network<PostedSlot>>,
+        wake: &Arc<Mutex<Option<Wake>>>,
+        interface_id: [u8; 16],
+        mac: Option<MacAddr6>,
+        isolated: bool,
+    ) -> Result<(Ends, MacAddr6), Error> {
+        let wake = wake.clone();
+        let wake = Arc::new(move || {
+            // Only a sleeping receiver is woken, so this lock is not on a packet's way. The wake is
+            // called outside it: it may run anything.
+            let wake = lock(&wake).clone();
+            if let Some(wake) = wake {
+                wake.wake();
+            }
+        });
+        let port = network
+            .join(PortConfig { interface_id, mac, isolated, wake })
+            .map_err(|error| ConfigError::Invalid(error.to_string()))?;
+        let mac = port.mac();
+        let (receiver, sender) = port.split();
+        Ok((Ends { receiver: Some(receiver), sender }, mac))
+    }
+}
+
+impl Device for EmbeddedPort {
+    fn name(&self) -> &str {
+        "embedded"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
+        caps.writing_rings = usize::MAX;
+        caps
+    }
+
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let mut ends = lock(&self.ends);
+        let ends_now = ends.as_mut().ok_or(Status::SetupIncomplete)?;
+        let rx = if direction.reads() {
+            let receiver = ends_now.receiver.take().ok_or(Status::SetupIncomplete)?;
+            *lock(&self.wake) = Some(wake);
+            Some(InboxReader::new(receiver))
+        } else {
+            None
+        };
+        let tx = direction.writes().then(|| ends_now.sender.another());
+        Ok(Box::new(EmbeddedQueue { rx, tx, home: self.ends.clone(), wake: self.wake.clone() }))
+    }
+
+    fn stop(&self) -> Result<(), Error> {
+        // The port leaves the network.
+        let ends = lock(&self.ends).take();
+        drop(ends);
+        Ok(())
+    }
+
+    fn restart(&self) -> Result<(), Error> {
+        self.stop()?;
+        let InterfaceInfo { interface_id, mac, .. } = self.info;
+        let (ends, _) =
+            Self::ends(&self.network, &self.wake, interface_id, Some(mac), self.isolated)?;
+        *lock(&self.monitor) = ends.sender.monitor();
+        *lock(&self.ends) = Some(ends);
+        Ok(())
+    }
+
+    fn lease(&self, mac: MacAddr6) -> Option<Lease> {
+        let lease = self.network.lease_of(mac)?;
+        let duration = self.network.config().lease_time;
+        Some(Lease { address: lease.address, duration })
+    }
+
+    fn drops(&self) -> Vec<(&'static str, u64)> {
+        let Some(stats) = lock(&self.monitor).stats() else { return Vec::new() };
+        vec![
+            ("no buffer posted", stats.missed_no_buffer),
+            ("closed", stats.missed_closed),
+            ("runt", stats.dropped_runt),
+            ("too big", stats.dropped_too_big),
+            ("bad source", stats.dropped_bad_source),
+            ("isolated", stats.dropped_isolated),
+        ]
+    }
+}
+
+struct EmbeddedQueue {
+    rx: Option<InboxReader<Receiver<PostedSlot>>>,
+    tx: Option<Sender<PostedSlot>>,
+    /// Where the receiver goes back to.
+    home: Arc<Mutex<Option<Ends>>>,
+    wake: Arc<Mutex<Option<Wake>>>,
+}
+
+impl Queue for EmbeddedQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        if let Some(rx) = &mut self.rx {
+            rx.post(io);
+        }
+        if let Some(tx) = &mut self.tx
+            && io.writes() > 0
+        {
+            while let Some(slot) = io.take_write() {
+                match tx.send(slot.packet()) {
+                    // As vmnet answers to what is no Ethernet frame.
+                    Sent::Dropped(DropReason::Runt) => io.fail(slot, Status::InvalidArgument),
+                    Sent::Dropped(DropReason::TooBig) => io.fail(slot, Status::PacketTooBig),
+                    // A network takes every frame; what it drops, it counts.
+                    _ => io.complete_write(slot),
+                }
+            }
+            tx.flush();
+        }
+        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(io)))
+    }
+
+    fn arm(&mut self) -> bool {
+        self.rx.as_mut().is_none_or(InboxReader::arm)
+    }
+
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        self.rx.as_mut().map_or(0, |rx| rx.cancel(target))
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        if let Some(mut rx) = self.rx.take() {
+            *lock(&self.wake) = None;
+            rx.close(io);
+            let mut receiver = rx.into_inner();
+            // For the next ring, unless the port has been stopped.
+            if let Some(ends) = &mut *lock(&self.home) {
+                receiver.reopen();
+                ends.receiver = Some(receiver);
+            }
+        }
+        self.tx = None;
+        true
+    }
+}
+
+impl Drop for EmbeddedQueue {
+    fn drop(&mut self) {
+        if self.rx.is_some() {
+            *lock(&self.wake) = None;
+        }
+    }
+}
+
+impl Inlet for Receiver<PostedSlot> {
+    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
+        Receiver::post(self, slot)
+    }
+
+    fn collect(&mut self) -> Option<(PostedSlot, usize)> {
+        Receiver::collect(self)
+    }
+
+    fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
+        Receiver::recall(self, f);
+    }
+
+    fn arm(&mut self) -> bool {
+        Receiver::arm(self)
+    }
+
+    fn disarm(&mut self) {
+        Receiver::disarm(self);
+    }
+
+    fn close(&mut self) {
+        Receiver::close(self);
+    }
+}

@@ -1,0 +1,261 @@
+//! The reference device: what is written is read, in order, on the same interface.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use macaddr::MacAddr6;
+use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
+use vmring_embedded::network::mac_of_interface;
+
+use crate::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
+use crate::error::{ConfigError, Direction, Error, Status};
+use crate::interface::{Config, Driver, InterfaceInfo};
+
+/// Packets that wait in the device while no read is posted.
+const QUEUE: u32 = 256;
+/// Reads that the device itself keeps; more stay with the poller.
+const POSTED: u32 = 1024;
+/// Bytes of an Ethernet header.
+const ETHERNET: u32 = 14;
+
+/// A driver for [`Interface::builder`](crate::Interface::builder): a wire from the interface back to
+/// itself. One ring reads, any number write. With 256 packets waiting and no read posted it takes
+/// no more, which the writer sees as [`Status::BufferExhausted`] after the retry budget.
+#[derive(Clone, Debug)]
+pub struct Loopback {
+    mtu: u32,
+}
+
+impl Loopback {
+    /// A loop for IP packets of up to `mtu` bytes, 1 to 65,521; frames have 14 more.
+    pub fn new(mtu: u32) -> Self {
+        Self { mtu }
+    }
+}
+
+impl Driver for Loopback {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let mtu = config.mtu.unwrap_or(self.mtu);
+        if !(1..=65_521).contains(&mtu) {
+            let sentence = format!("a loopback's MTU is 1 to 65,521 bytes, and not {mtu}");
+            return Err(ConfigError::Invalid(sentence).into());
+        }
+        let mac = mac_of(config);
+        Ok(Arc::new(Loop::new(InterfaceInfo::new(config, mac, mtu, mtu + ETHERNET))))
+    }
+}
+
+struct Loop {
+    info: InterfaceInfo,
+    inbox: Arc<Inbox<PostedSlot>>,
+}
+
+impl Loop {
+    fn new(info: InterfaceInfo) -> Self {
+        let inbox = Arc::new(Inbox::new(POSTED, QUEUE, info.max_packet_size as usize));
+        Self { info, inbox }
+    }
+}
+
+impl Device for Loop {
+    fn name(&self) -> &str {
+        "loopback"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
+        caps.writing_rings = usize::MAX;
+        caps
+    }
+
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let collector = if direction.reads() {
+            let wake = Arc::new(move || wake.wake());
+            // The caller keeps to one reading ring; the last one has closed.
+            Some(Inbox::open(&self.inbox, wake).ok_or(Status::SetupIncomplete)?)
+        } else {
+            None
+        };
+        let inbox = direction.writes().then(|| self.inbox.clone());
+        Ok(Box::new(End { inbox, rx: collector.map(InboxReader::new) }))
+    }
+}
+
+struct End {
+    inbox: Option<Arc<Inbox<PostedSlot>>>,
+    rx: Option<InboxReader>,
+}
+
+impl Queue for End {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        if let Some(rx) = &mut self.rx {
+            rx.post(io);
+        }
+        if let Some(inbox) = &self.inbox {
+            let mut sent = false;
+            while let Some(slot) = io.take_write() {
+                match inbox.deliver(slot.packet()) {
+                    Delivery::Direct | Delivery::Overflow => {
+                        io.complete_write(slot);
+                        sent = true;
+                    }
+                    Delivery::Dropped(Refused::TooBig) => io.fail(slot, Status::PacketTooBig),
+                    Delivery::Dropped(Refused::NoBuffer | Refused::Closed) => {
+                        io.put_back(slot);
+                        break;
+                    }
+                }
+            }
+            if sent {
+                inbox.ring();
+            }
+        }
+        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(io)))
+    }
+
+    fn arm(&mut self) -> bool {
+        self.rx.as_mut().is_none_or(InboxReader::arm)
+    }
+
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        self.rx.as_mut().map_or(0, |rx| rx.cancel(target))
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        if let Some(mut rx) = self.rx.take() {
+            rx.close(io);
+        }
+        self.inbox = None;
+        true
+    }
+}
+
+/// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
+/// `embedded`.
+pub(crate) trait Inlet: Send {
+    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
+    fn collect(&mut self) -> Option<(PostedSlot, usize)>;
+    fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
+    fn arm(&mut self) -> bool;
+    fn disarm(&mut self);
+    fn close(&mut self);
+}
+
+impl Inlet for Collector<PostedSlot> {
+    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
+        Collector::post(self, slot)
+    }
+
+    fn collect(&mut self) -> Option<(PostedSlot, usize)> {
+        Collector::collect(self).map(|packet| (packet.buffer, packet.len))
+    }
+
+    fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
+        Collector::recall(self, f);
+    }
+
+    fn arm(&mut self) -> bool {
+        Collector::arm(self)
+    }
+
+    fn disarm(&mut self) {
+        Collector::disarm(self);
+    }
+
+    fn close(&mut self) {
+        Collector::close(self);
+    }
+}
+
+/// The reading side of a queue over an inbox: posts reads there, collects packets, takes back what
+/// is cancelled.
+pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
+    inlet: I,
+    armed: bool,
+    /// Taken back from the inbox by a cancel, to be completed at the next poll.
+    cancelled: VecDeque<PostedSlot>,
+}
+
+impl<I: Inlet> InboxReader<I> {
+    pub(crate) fn new(inlet: I) -> Self {
+        Self { inlet, armed: false, cancelled: VecDeque::new() }
+    }
+
+    /// Posts the poller's reads, as many as fit.
+    #[inline]
+    pub(crate) fn post(&mut self, io: &mut Io<'_>) {
+        if self.armed {
+            self.armed = false;
+            self.inlet.disarm();
+        }
+        while let Some(slot) = self.cancelled.pop_front() {
+            io.cancel(slot);
+        }
+        while let Some(slot) = io.take_read() {
+            if let Err(slot) = self.inlet.post(slot) {
+                io.put_back(slot);
+                break;
+            }
+        }
+    }
+
+    /// Completes the packets that are there, at most the posted.
+    #[inline]
+    pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
+        for _ in 0..POSTED {
+            let Some((slot, len)) = self.inlet.collect() else { return Progress::Idle };
+            io.complete_read(slot, len);
+        }
+        Progress::More
+    }
+
+    pub(crate) fn arm(&mut self) -> bool {
+        self.armed = self.inlet.arm();
+        self.armed && self.cancelled.is_empty()
+    }
+
+    pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
+        let before = self.cancelled.len();
+        let mut kept = VecDeque::new();
+        let cancelled = &mut self.cancelled;
+        self.inlet.recall(&mut |slot| {
+            if target.is_none_or(|target| target == slot.user_data()) {
+                cancelled.push_back(slot);
+            } else {
+                kept.push_back(slot);
+            }
+        });
+        for slot in kept {
+            // They stood there a moment ago. Should there be no room after all, dropping one
+            // completes it as abandoned.
+            drop(self.inlet.post(slot));
+        }
+        (self.cancelled.len() - before) as u32
+    }
+
+    /// Ends the reading: packets that came complete, the rest is cancelled. Waits only for copies
+    /// that are under way.
+    pub(crate) fn close(&mut self, io: &mut Io<'_>) {
+        self.inlet.close();
+        while let Some((slot, len)) = self.inlet.collect() {
+            io.complete_read(slot, len);
+        }
+        self.inlet.recall(&mut |slot| io.cancel(slot));
+        while let Some(slot) = self.cancelled.pop_front() {
+            io.cancel(slot);
+        }
+    }
+
+    pub(crate) fn into_inner(self) -> I {
+        self.inlet
+    }
+}
+
+/// The MAC that devices without an allocation of their own give an interface.
+pub(crate) fn mac_of(config: &Config) -> MacAddr6 {
+    config.mac.unwrap_or_else(|| mac_of_interface(config.interface_id))
+}

@@ -1,0 +1,870 @@
+//! [`Interface`]: a network interface of some system, its identity, and the rings on it.
+//! The `t` of `Lwt_vmnet`.
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use macaddr::MacAddr6;
+use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
+
+use crate::device::{
+    Capabilities, Device, Lease, PortForward, Protocol, next_ring_number, register,
+};
+use crate::error::{ConfigError, Direction, Error};
+use crate::notify::{Notifier, lock};
+use crate::poller::{Engine, EngineParts, Handoff, IdlePolicy, Poller, PollerBuilder, RetryPolicy};
+use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
+use crate::ring::{CompletionQueue, Ring, RingPark, RingShared, SubmissionQueue, control};
+
+/// Which network the interface is on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[doc(alias = "operating_modes_t")]
+pub enum Mode {
+    /// The host and the other interfaces of this mode; no way out.
+    #[doc(alias = "VMNET_HOST_MODE")]
+    Host,
+    /// As host, and the world beyond through address translation. The default.
+    #[default]
+    #[doc(alias = "VMNET_SHARED_MODE")]
+    Shared,
+    /// A port on the network of a physical interface, by name.
+    #[doc(alias = "VMNET_BRIDGED_MODE")]
+    Bridged(String),
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mode::Host => f.write_str("host"),
+            Mode::Shared => f.write_str("shared"),
+            Mode::Bridged(name) => write!(f, "bridged:{name}"),
+        }
+    }
+}
+
+impl FromStr for Mode {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "host" => Ok(Mode::Host),
+            "shared" => Ok(Mode::Shared),
+            _ => match text.strip_prefix("bridged:") {
+                Some(name) if !name.is_empty() => Ok(Mode::Bridged(name.to_owned())),
+                _ => Err(ConfigError::Invalid(format!(
+                    "the mode is host, shared or bridged:INTERFACE, and not '{text}'"
+                ))),
+            },
+        }
+    }
+}
+
+/// The IPv4 addresses of a host or shared network. Apple's rule holds on every device: the first
+/// address is the gateway, those after it up to `end` are given out by DHCP, and all are private
+/// (RFC 1918).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ipv4Range {
+    /// The gateway's address.
+    #[doc(alias = "vmnet_start_address_key")]
+    pub start: Ipv4Addr,
+    /// The last address given out.
+    #[doc(alias = "vmnet_end_address_key")]
+    pub end: Ipv4Addr,
+    /// The subnet mask.
+    #[doc(alias = "vmnet_subnet_mask_key")]
+    pub mask: Ipv4Addr,
+}
+
+impl FromStr for Ipv4Range {
+    type Err = ConfigError;
+
+    /// `192.168.64.1/24`: the gateway's address, and the mask's length. The range ends at the last
+    /// address before the broadcast address.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let wrong = || {
+            ConfigError::Invalid(format!(
+                "a subnet is written as GATEWAY/BITS, like 192.168.64.1/24, and not '{text}'"
+            ))
+        };
+        let (start, bits) = text.split_once('/').ok_or_else(wrong)?;
+        let start: Ipv4Addr = start.parse().map_err(|_| wrong())?;
+        let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).ok_or_else(wrong)?;
+        let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+        let end = (u32::from(start) | !mask).saturating_sub(1);
+        Ok(Self { start, end: end.into(), mask: mask.into() })
+    }
+}
+
+/// What a driver is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Config {
+    /// Which network.
+    pub mode: Mode,
+    /// The interface's identity, a UUID: the same gives the same MAC.
+    pub interface_id: [u8; 16],
+    /// The MAC asked for; `None`: the driver allocates one.
+    pub mac: Option<MacAddr6>,
+    /// The network's addresses; `None`: the mode's default.
+    pub ipv4: Option<Ipv4Range>,
+    /// The MTU in bytes; `None`: the driver's default.
+    pub mtu: Option<u32>,
+    /// Keep packets between this and the other interfaces apart.
+    pub isolated: bool,
+}
+
+/// What was negotiated at start: `Lwt_vmnet`'s `t`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InterfaceInfo {
+    /// Which network.
+    pub mode: Mode,
+    /// The interface's identity.
+    pub interface_id: [u8; 16],
+    /// The MAC the guest is to use.
+    pub mac: MacAddr6,
+    /// Largest IP packet, bytes.
+    pub mtu: u32,
+    /// Largest frame, bytes.
+    pub max_packet_size: u32,
+    /// The network's addresses, where the device says.
+    pub ipv4: Option<Ipv4Range>,
+}
+
+impl InterfaceInfo {
+    /// What `config` asked for, with what a driver decides.
+    pub fn new(config: &Config, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
+        let Config { mode, interface_id, ipv4, .. } = config.clone();
+        Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
+    }
+}
+
+/// Something that can start a device: what [`Builder::device`] takes.
+pub trait Driver: Send + 'static {
+    /// Starts the interface. May block; the builder's start timeout runs meanwhile.
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error>;
+}
+
+/// Starts an [`Interface`].
+pub struct Builder {
+    config: Config,
+    driver: Option<Box<dyn Driver>>,
+    start_timeout: Duration,
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Builder {
+    /// Which network. Default [`Mode::Shared`], as in `Lwt_vmnet.init`.
+    pub fn mode(mut self, mode: Mode) -> Self {
+        self.config.mode = mode;
+        self
+    }
+
+    /// The interface's identity, a UUID: the same gives the same MAC. Default: a random one.
+    #[doc(alias = "uuid")]
+    pub fn interface_id(mut self, id: [u8; 16]) -> Self {
+        self.config.interface_id = id;
+        self
+    }
+
+    /// The MAC to use, instead of one allocated from the identity.
+    pub fn mac(mut self, mac: MacAddr6) -> Self {
+        self.config.mac = Some(mac);
+        self
+    }
+
+    /// The network's addresses. Default: the mode's own range.
+    pub fn ipv4(mut self, range: Ipv4Range) -> Self {
+        self.config.ipv4 = Some(range);
+        self
+    }
+
+    /// The MTU in bytes.
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.config.mtu = Some(mtu);
+        self
+    }
+
+    /// Keep packets between this and the other interfaces of the network apart; the gateway stays
+    /// reachable.
+    pub fn isolated(mut self, yes: bool) -> Self {
+        self.config.isolated = yes;
+        self
+    }
+
+    /// The device to start. Default: the embedded network `default`.
+    pub fn device(mut self, driver: impl Driver) -> Self {
+        self.driver = Some(Box::new(driver));
+        self
+    }
+
+    /// How long [`start`](Self::start) waits. Default 10 seconds.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Starts the interface.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StartTimeout`] if the driver does not answer in time; if it answers later, the
+    /// interface is stopped again behind the scenes. Else what the driver says.
+    pub fn start(self) -> Result<Interface, Error> {
+        let Builder { config, driver, start_timeout } = self;
+        let driver = driver
+            .unwrap_or_else(|| Box::new(crate::device::embedded::Embedded::network("default")));
+        let (answer, waiting) = mpsc::sync_channel::<Result<Arc<dyn Device>, Error>>(0);
+        thread::Builder::new()
+            .name("vmring-start".to_owned())
+            .spawn(move || {
+                let started = catch_unwind(AssertUnwindSafe(|| driver.start(&config)));
+                let started = started.unwrap_or_else(|_| {
+                    Err(Error::Io {
+                        what: "starting the device",
+                        source: std::io::Error::other("the driver panicked"),
+                    })
+                });
+                // A rendezvous: it fails if nobody waits any more, and gives the device back.
+                if let Err(mpsc::SendError(Ok(device))) = answer.send(started) {
+                    tracing::warn!(device = device.name(), "started too late; stopping it");
+                    if let Err(error) = device.stop() {
+                        tracing::warn!(%error, "the late device did not stop");
+                    }
+                }
+            })
+            .map_err(Error::io("starting the driver's thread"))?;
+        let device = match waiting.recv_timeout(start_timeout) {
+            Ok(started) => started?,
+            Err(_) => return Err(Error::StartTimeout(start_timeout)),
+        };
+        let info = device.info();
+        tracing::info!(device = device.name(), mac = %info.mac, mtu = info.mtu, "started");
+        Ok(Interface { group: Arc::new(RingGroup::new(device)) })
+    }
+}
+
+/// A started network interface.
+///
+/// It lives until [`stop`](Self::stop), or until it and all its rings are dropped, in any order.
+#[derive(Debug)]
+pub struct Interface {
+    group: Arc<RingGroup>,
+}
+
+impl Interface {
+    /// Settings, then [`Builder::start`].
+    #[doc(alias = "init")]
+    pub fn builder() -> Builder {
+        let config = Config {
+            mode: Mode::default(),
+            interface_id: random_id(),
+            mac: None,
+            ipv4: None,
+            mtu: None,
+            isolated: false,
+        };
+        Builder { config, driver: None, start_timeout: Duration::from_secs(10) }
+    }
+
+    /// Everything negotiated at start.
+    pub fn info(&self) -> InterfaceInfo {
+        self.group.device.info()
+    }
+
+    /// Which network.
+    pub fn mode(&self) -> Mode {
+        self.info().mode
+    }
+
+    /// The MAC the guest is to use.
+    pub fn mac(&self) -> MacAddr6 {
+        self.info().mac
+    }
+
+    /// Largest IP packet, bytes.
+    pub fn mtu(&self) -> u32 {
+        self.info().mtu
+    }
+
+    /// Largest frame that may be written, and least room of a frame to read into, bytes.
+    pub fn max_packet_size(&self) -> u32 {
+        self.info().max_packet_size
+    }
+
+    /// The interface's identity, a UUID.
+    #[doc(alias = "uuid")]
+    pub fn interface_id(&self) -> [u8; 16] {
+        self.info().interface_id
+    }
+
+    /// What the device can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.group.device.capabilities()
+    }
+
+    /// The device's name.
+    pub fn device_name(&self) -> &str {
+        self.group.device.name()
+    }
+
+    /// A ring on this interface: settings, then [`RingBuilder::build`].
+    pub fn ring(&self, direction: Direction) -> RingBuilder<'_> {
+        RingBuilder {
+            group: &self.group,
+            direction,
+            read_depth: 256,
+            write_depth: 256,
+            cancel_depth: 16,
+            sq_depth: None,
+            pools: Vec::new(),
+            frames: None,
+            headroom: HEADROOM_DEFAULT,
+            prefault: false,
+            drive: Drive::Thread,
+            poller: Poller::builder(),
+            idle: IdlePolicy::default(),
+            retry: RetryPolicy::default(),
+            close_timeout: Duration::from_secs(2),
+            start_index: 0,
+        }
+    }
+
+    /// Ends the interface: every ring closes, what was in flight completes as cancelled, the device
+    /// stops.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if a ring did not let go by then: the device stops when it does. A ring
+    /// with `Drive::Inline` lets go when its owner drives it; close such rings first.
+    pub fn stop(&self, timeout: Duration) -> Result<(), Error> {
+        self.group.stop(timeout)
+    }
+
+    /// Stops the device and starts it anew with the same identity, for hosts that come back from
+    /// sleep. Rings, frames and pools stay; what was in flight completes as cancelled; what is
+    /// submitted meanwhile waits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if a ring did not let go by then: the restart happens when it does. A
+    /// ring with `Drive::Inline` lets go when its owner drives it. Else what the device says; then
+    /// the rings close.
+    pub fn restart(&self, timeout: Duration) -> Result<(), Error> {
+        self.group.restart(timeout)
+    }
+
+    /// Forwards a port of the host to a guest.
+    #[doc(alias = "vmnet_interface_add_port_forwarding_rule")]
+    pub fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
+        self.group.device.add_port_forward(rule)
+    }
+
+    /// Ends a forwarding.
+    #[doc(alias = "vmnet_interface_remove_port_forwarding_rule")]
+    pub fn remove_port_forward(&self, protocol: Protocol, port: u16) -> Result<(), Error> {
+        self.group.device.remove_port_forward(protocol, port)
+    }
+
+    /// The forwardings in force.
+    #[doc(alias = "vmnet_interface_get_port_forwarding_rules")]
+    pub fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
+        self.group.device.port_forwards()
+    }
+
+    /// Names of the interfaces that [`Mode::Bridged`] can share.
+    #[doc(alias = "vmnet_copy_shared_interface_list")]
+    pub fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
+        self.group.device.shared_interfaces()
+    }
+
+    /// The address the network gave to `mac`, where the device knows.
+    pub fn lease(&self, mac: MacAddr6) -> Option<Lease> {
+        self.group.device.lease(mac)
+    }
+
+    /// Packets the device (or its whole network) dropped, by reason.
+    pub fn drops(&self) -> Vec<(&'static str, u64)> {
+        self.group.device.drops()
+    }
+}
+
+/// A version 4 UUID from the standard library's random hasher keys.
+fn random_id() -> [u8; 16] {
+    use std::hash::{BuildHasher, RandomState};
+    let half = || RandomState::new().hash_one(Instant::now()).to_be_bytes();
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&half());
+    id[8..].copy_from_slice(&half());
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
+}
+
+/// Who turns a ring's engine.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Drive<'a> {
+    /// A thread of its own. The default.
+    #[default]
+    Thread,
+    /// A thread shared with other rings.
+    Shared(&'a Poller),
+    /// The caller's own thread, in `reap` and `wait`: for VMMs that already have an I/O thread.
+    Inline,
+}
+
+/// Builds a [`Ring`]; see [`Interface::ring`].
+#[derive(Debug)]
+pub struct RingBuilder<'a> {
+    group: &'a Arc<RingGroup>,
+    direction: Direction,
+    read_depth: u32,
+    write_depth: u32,
+    cancel_depth: u32,
+    sq_depth: Option<u32>,
+    pools: Vec<Pool>,
+    frames: Option<usize>,
+    headroom: usize,
+    prefault: bool,
+    drive: Drive<'a>,
+    poller: PollerBuilder,
+    idle: IdlePolicy,
+    retry: RetryPolicy,
+    close_timeout: Duration,
+    start_index: u32,
+}
+
+impl<'a> RingBuilder<'a> {
+    /// Reads and writes that may be in flight, each; a power of two. Default 256.
+    pub fn depth(self, depth: u32) -> Self {
+        self.read_depth(depth).write_depth(depth)
+    }
+
+    /// Reads that may be in flight; a power of two.
+    pub fn read_depth(mut self, depth: u32) -> Self {
+        self.read_depth = depth;
+        self
+    }
+
+    /// Writes that may be in flight; a power of two.
+    pub fn write_depth(mut self, depth: u32) -> Self {
+        self.write_depth = depth;
+        self
+    }
+
+    /// Cancels that may be in flight; a power of two. Default 16.
+    pub fn cancel_depth(mut self, depth: u32) -> Self {
+        self.cancel_depth = depth;
+        self
+    }
+
+    /// Entries of the SQ; a power of two. Default: room for every credit, so that it is never full.
+    pub fn sq_depth(mut self, depth: u32) -> Self {
+        self.sq_depth = Some(depth);
+        self
+    }
+
+    /// A pool whose frames the ring takes; may be called several times, and a pool may serve several
+    /// rings. The first is the one that [`Ring::alloc`] takes from. Default: a pool of the ring's
+    /// own.
+    pub fn pool(mut self, pool: &Pool) -> Self {
+        self.pools.push(pool.clone());
+        self
+    }
+
+    /// Frames of the ring's own pool. Default: one for every read and write credit.
+    pub fn frames(mut self, frames: usize) -> Self {
+        self.frames = Some(frames);
+        self
+    }
+
+    /// Bytes in front of a packet, in the ring's own pool.
+    pub fn headroom(mut self, bytes: usize) -> Self {
+        self.headroom = bytes;
+        self
+    }
+
+    /// Touch every page of the ring's own pool now.
+    pub fn prefault(mut self, yes: bool) -> Self {
+        self.prefault = yes;
+        self
+    }
+
+    /// Who turns the ring's engine. Default [`Drive::Thread`].
+    pub fn drive(mut self, drive: Drive<'a>) -> Self {
+        self.drive = drive;
+        self
+    }
+
+    /// With [`Drive::Thread`], the thread's name.
+    pub fn thread_name(mut self, name: impl Into<String>) -> Self {
+        self.poller = self.poller.name(name);
+        self
+    }
+
+    /// With [`Drive::Thread`], the processor the thread stays on; see [`PollerBuilder::cpu`].
+    pub fn cpu(mut self, cpu: usize) -> Self {
+        self.poller = self.poller.cpu(cpu);
+        self
+    }
+
+    /// How the ring's own poller, and `wait`, wait for work.
+    pub fn idle(mut self, idle: IdlePolicy) -> Self {
+        self.idle = idle;
+        self
+    }
+
+    /// What happens when the device takes fewer writes than it was offered.
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// How long a close waits for the device to let go. Default 2 seconds.
+    pub fn close_timeout(mut self, timeout: Duration) -> Self {
+        self.close_timeout = timeout;
+        self
+    }
+
+    /// Where the queues' free-running indices begin, to exercise their wrap in tests.
+    #[doc(hidden)]
+    pub fn start_index(mut self, index: u32) -> Self {
+        self.start_index = index;
+        self
+    }
+
+    /// Builds the ring, on which nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for sizes that cannot be, [`Error::Memory`], [`Error::TooManyRings`] if the
+    /// device bears no more, [`Error::Io`] for a thread that cannot be had, and what the device says.
+    pub fn build(self) -> Result<Ring, Error> {
+        let caps = self.group.device.capabilities();
+        let read = if self.direction.reads() { self.read_depth } else { 0 };
+        let write = if self.direction.writes() { self.write_depth } else { 0 };
+        let wanted = [
+            ("read depth", read, self.direction.reads()),
+            ("write depth", write, self.direction.writes()),
+            ("cancel depth", self.cancel_depth, true),
+            ("SQ depth", self.sq_depth.unwrap_or(1), true),
+        ];
+        for (what, value, used) in wanted {
+            if used {
+                check_depth(what, value)?;
+            }
+        }
+        let mut depths = Depths::new(read, write, self.cancel_depth);
+        if let Some(sq) = self.sq_depth {
+            depths.sq = sq;
+        }
+        let packet = caps.max_packet_size as usize;
+        let pools = if self.pools.is_empty() {
+            let frames = self.frames.unwrap_or((read + write) as usize);
+            let headroom = self.headroom.max(caps.headroom as usize);
+            let pool = PoolBuilder::new(frames, packet).headroom(headroom);
+            vec![pool.prefault(self.prefault).build()?]
+        } else {
+            self.pools
+        };
+        for pool in &pools {
+            let room = pool.capacity() as usize;
+            if self.direction.reads() && room < packet {
+                return Err(ConfigError::PoolTooSmall { room, needed: packet }.into());
+            }
+        }
+        let regions = Regions::new(pools)
+            .ok_or_else(|| ConfigError::Invalid("a ring takes at most 65,536 pools".to_owned()))?;
+
+        let claim = self.group.claim(self.direction)?;
+        let number = next_ring_number();
+        let notifier = Arc::new(Notifier::default());
+        let own_poller;
+        let poller = match self.drive {
+            Drive::Inline => None,
+            Drive::Shared(poller) => Some(poller),
+            Drive::Thread => {
+                own_poller = self.poller.idle(self.idle).start()?;
+                Some(&own_poller)
+            }
+        };
+        let (park, place) = match poller {
+            None => (RingPark::Inline(notifier.clone()), None),
+            Some(poller) => {
+                let place = poller.shared().reserve()?;
+                (RingPark::Poller { poller: poller.shared().clone(), place }, Some(place))
+            }
+        };
+        let slots = (read + write) as usize;
+        let shared = Arc::new(RingShared::new(number, park, notifier.clone(), slots));
+        register(&shared);
+        self.group.add(&shared);
+        let (submitter, reaper, intake, outlet) = rings(depths, regions, self.start_index);
+        let engine = Engine::new(EngineParts {
+            intake,
+            outlet,
+            group: self.group.clone(),
+            direction: self.direction,
+            shared: shared.clone(),
+            retry: self.retry,
+            close_timeout: self.close_timeout,
+            claim,
+            depths: (read as usize, write as usize),
+        });
+        let engine = match (engine, poller, place) {
+            (Err(error), Some(poller), Some(place)) => {
+                poller.shared().unreserve(place);
+                return Err(error);
+            }
+            (engine, ..) => engine?,
+        };
+        let (engine, remote) = match (poller, place) {
+            (Some(poller), Some(place)) => {
+                let handoff = Arc::new(Handoff::default());
+                poller.shared().adopt(place, engine, handoff.clone());
+                (None, Some((handoff, poller.shared().clone())))
+            }
+            _ => (Some(Box::new(engine)), None),
+        };
+        tracing::debug!(ring = number, direction = %self.direction, ?depths, "ring built");
+        let sq = SubmissionQueue::new(submitter, shared.clone(), packet);
+        let cq = CompletionQueue::new(
+            reaper,
+            shared,
+            notifier,
+            engine,
+            remote,
+            self.idle,
+            self.close_timeout,
+            caps,
+        );
+        Ok(Ring::new(sq, cq))
+    }
+}
+
+fn check_depth(what: &'static str, value: u32) -> Result<(), ConfigError> {
+    let (max, wide) = (u64::from(DEPTH_MAX / 4), u64::from(value));
+    if value == 0 {
+        Err(ConfigError::Zero { what })
+    } else if wide > max {
+        Err(ConfigError::TooLarge { what, value: wide, max })
+    } else if !value.is_power_of_two() {
+        Err(ConfigError::NotPowerOfTwo { what, value: wide })
+    } else {
+        Ok(())
+    }
+}
+
+/// A device and the rings on it: who may claim a ring, and who goes first when it stops or restarts.
+pub(crate) struct RingGroup {
+    pub(crate) device: Arc<dyn Device>,
+    state: Mutex<GroupState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GroupState {
+    rings: Vec<Weak<RingShared>>,
+    readers: usize,
+    writers: usize,
+    /// Queues of the device that exist.
+    attached: usize,
+    /// What happens to the device when no queue is left.
+    then: Then,
+    /// How the last stop or restart ended.
+    outcome: Option<Result<(), Error>>,
+    stopped: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Then {
+    #[default]
+    Nothing,
+    Restart,
+    Stop,
+}
+
+impl fmt::Debug for RingGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingGroup").field("device", &self.device.name()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for RingGroup {
+    fn drop(&mut self) {
+        // The interface and all its rings are gone.
+        if !lock(&self.state).stopped
+            && let Err(error) = self.device.stop()
+        {
+            tracing::warn!(%error, "the device did not stop cleanly");
+        }
+    }
+}
+
+impl RingGroup {
+    fn new(device: Arc<dyn Device>) -> Self {
+        Self { device, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    fn claim(self: &Arc<Self>, direction: Direction) -> Result<Claim, Error> {
+        let caps = self.device.capabilities();
+        let mut state = lock(&self.state);
+        if state.stopped || state.then != Then::Nothing {
+            return Err(ConfigError::Invalid(
+                "the interface is stopped, or in the middle of a restart".to_owned(),
+            )
+            .into());
+        }
+        let too_many = |direction, limit| Error::TooManyRings {
+            device: self.device.name().to_owned(),
+            direction,
+            limit,
+        };
+        if direction.reads() && state.readers >= caps.reading_rings {
+            return Err(too_many("reading", caps.reading_rings));
+        }
+        if direction.writes() && state.writers >= caps.writing_rings {
+            return Err(too_many("writing", caps.writing_rings));
+        }
+        state.readers += usize::from(direction.reads());
+        state.writers += usize::from(direction.writes());
+        drop(state);
+        Ok(Claim { group: self.clone(), direction })
+    }
+
+    fn add(&self, ring: &Arc<RingShared>) {
+        let mut state = lock(&self.state);
+        state.rings.retain(|ring| ring.strong_count() > 0);
+        state.rings.push(Arc::downgrade(ring));
+    }
+
+    /// An engine has a queue of the device.
+    pub(crate) fn attached(&self) {
+        lock(&self.state).attached += 1;
+    }
+
+    /// An engine has let go of its queue. The last one carries out what was asked for.
+    pub(crate) fn detached(&self) {
+        let mut state = lock(&self.state);
+        state.attached -= 1;
+        if state.attached == 0 {
+            drop(state);
+            self.carry_out();
+        } else {
+            self.changed.notify_all();
+        }
+    }
+
+    fn wish(&self, bits: u32) {
+        // Not under the lock: ringing may run somebody's waker.
+        let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
+        for ring in rings {
+            ring.wish(bits);
+        }
+    }
+
+    /// No queue is left: stops or restarts the device, if that was asked for.
+    fn carry_out(&self) {
+        let then = std::mem::take(&mut lock(&self.state).then);
+        let outcome = match then {
+            Then::Nothing => {
+                self.changed.notify_all();
+                return;
+            }
+            Then::Restart => catch_unwind(AssertUnwindSafe(|| self.device.restart())),
+            Then::Stop => catch_unwind(AssertUnwindSafe(|| self.device.stop())),
+        };
+        let outcome = outcome.unwrap_or_else(|_| {
+            Err(Error::Io {
+                what: "stopping the device",
+                source: std::io::Error::other("the device panicked"),
+            })
+        });
+        let failed = outcome.is_err();
+        let mut state = lock(&self.state);
+        state.stopped |= then == Then::Stop;
+        state.outcome = Some(outcome);
+        drop(state);
+        self.changed.notify_all();
+        match then {
+            Then::Restart if failed => self.wish(control::STOP),
+            Then::Restart => self.wish(control::REOPEN),
+            _ => {}
+        }
+    }
+
+    fn ask(&self, then: Then, bits: u32, timeout: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + timeout;
+        let mut state = lock(&self.state);
+        if state.stopped {
+            return match then {
+                Then::Stop => Ok(()),
+                _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
+            };
+        }
+        // A stop overrides a restart under way; a second restart joins the first.
+        state.then = then;
+        state.outcome = None;
+        let none_attached = state.attached == 0;
+        drop(state);
+        if none_attached {
+            self.carry_out();
+        } else {
+            self.wish(bits);
+        }
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(outcome) = state.outcome.take() {
+                return outcome;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout(timeout));
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    fn stop(&self, timeout: Duration) -> Result<(), Error> {
+        self.ask(Then::Stop, control::STOP, timeout)
+    }
+
+    fn restart(&self, timeout: Duration) -> Result<(), Error> {
+        self.ask(Then::Restart, control::DETACH, timeout)
+    }
+}
+
+/// One ring's place among those a device bears.
+pub(crate) struct Claim {
+    group: Arc<RingGroup>,
+    direction: Direction,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = lock(&self.group.state);
+        state.readers -= usize::from(self.direction.reads());
+        state.writers -= usize::from(self.direction.writes());
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claim").field("direction", &self.direction).finish_non_exhaustive()
+    }
+}

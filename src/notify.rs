@@ -1,0 +1,278 @@
+//! The one notifier: a thread that parks, a descriptor that becomes readable, a `Waker` that is
+//! woken. Whatever a sleeper chose, the other side calls [`unpark`](Park::unpark).
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use vmring_core::doorbell::Park;
+
+/// See the [module](self).
+#[derive(Default)]
+pub(crate) struct Notifier {
+    state: Mutex<State>,
+    wakeup: Condvar,
+    descriptor: OnceLock<Descriptor>,
+    /// Whether somebody sleeps on the descriptor: one signal per arming.
+    descriptor_armed: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    /// An `unpark` that no `park` has consumed.
+    token: bool,
+    waker: Option<Waker>,
+}
+
+impl fmt::Debug for Notifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Notifier").field("descriptor", &self.descriptor).finish_non_exhaustive()
+    }
+}
+
+/// Locks, also after a panic elsewhere: what the mutexes here guard is valid at every point.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+impl Notifier {
+    /// The descriptor, created on the first call. It becomes readable on the first `unpark` after
+    /// each [`arm_descriptor`](Self::arm_descriptor).
+    pub(crate) fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        if self.descriptor.get().is_none() {
+            let created = Descriptor::new()?;
+            // If another thread was faster, its descriptor stays and ours is closed.
+            let _ = self.descriptor.set(created);
+        }
+        Ok(self.descriptor.get().expect("set above").readable())
+    }
+
+    /// Empties the descriptor and lets the next `unpark` signal it.
+    pub(crate) fn arm_descriptor(&self) {
+        if let Some(descriptor) = self.descriptor.get() {
+            descriptor.drain();
+            self.descriptor_armed.store(true, Ordering::Release);
+        }
+    }
+
+    /// The next `unpark` wakes `waker` too.
+    pub(crate) fn set_waker(&self, waker: &Waker) {
+        let mut state = lock(&self.state);
+        match &mut state.waker {
+            Some(old) => old.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+    }
+
+    /// As `park`, and returns early when one of `others` is readable, which its `revents` tells.
+    pub(crate) fn park_on(&self, timeout: Option<Duration>, others: &mut Vec<libc::pollfd>) {
+        if others.is_empty() {
+            return self.park(timeout);
+        }
+        let Ok(own) = self.descriptor() else {
+            // Without a descriptor of our own we can still look around at short intervals.
+            let short = Duration::from_millis(1);
+            return self.park(Some(timeout.map_or(short, |t| t.min(short))));
+        };
+        let own = own.as_raw_fd();
+        self.arm_descriptor();
+        if std::mem::take(&mut lock(&self.state).token) {
+            return;
+        }
+        others.push(libc::pollfd { fd: own, events: libc::POLLIN, revents: 0 });
+        // Rounded up, so that a short sleep does not become a busy loop.
+        let millis =
+            timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+        // SAFETY: the pointer and length are of a live, exclusively borrowed vector; the kernel
+        // writes `revents` only.
+        unsafe { libc::poll(others.as_mut_ptr(), others.len() as libc::nfds_t, millis) };
+        others.pop();
+        lock(&self.state).token = false;
+    }
+}
+
+impl Park for Notifier {
+    fn park(&self, timeout: Option<Duration>) {
+        // A time too far for the clock is for ever.
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        let mut state = lock(&self.state);
+        while !state.token {
+            state = match deadline {
+                None => self.wakeup.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return;
+                    }
+                    self.wakeup
+                        .wait_timeout(state, left)
+                        .unwrap_or_else(std::sync::PoisonError::into_inner)
+                        .0
+                }
+            };
+        }
+        state.token = false;
+    }
+
+    fn unpark(&self) {
+        let waker = {
+            let mut state = lock(&self.state);
+            state.token = true;
+            state.waker.take()
+        };
+        // After the lock is released, so that the sleeper does not wake into a held lock.
+        self.wakeup.notify_one();
+        if self.descriptor_armed.swap(false, Ordering::AcqRel) {
+            if let Some(descriptor) = self.descriptor.get() {
+                descriptor.signal();
+            }
+        }
+        if let Some(waker) = waker {
+            // Somebody else's code, on a poller's thread: its panic must not end the poller.
+            if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
+                tracing::error!("a waker panicked");
+            }
+        }
+    }
+}
+
+/// A descriptor that one side makes readable and the other empties: an eventfd where there is one,
+/// else a pipe.
+#[derive(Debug)]
+struct Descriptor {
+    readable: File,
+    #[cfg(not(target_os = "linux"))]
+    writable: File,
+}
+
+impl Descriptor {
+    #[cfg(target_os = "linux")]
+    fn new() -> io::Result<Self> {
+        // SAFETY: eventfd takes no pointers.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        Ok(Self { readable: own(fd)? })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn new() -> io::Result<Self> {
+        let mut ends = [-1; 2];
+        // SAFETY: the pointer is to two integers, which is what pipe writes.
+        if unsafe { libc::pipe(ends.as_mut_ptr()) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let [readable, writable] = [own(ends[0])?, own(ends[1])?];
+        for end in [&readable, &writable] {
+            for (get, set, flag) in [
+                (libc::F_GETFD, libc::F_SETFD, libc::FD_CLOEXEC),
+                (libc::F_GETFL, libc::F_SETFL, libc::O_NONBLOCK),
+            ] {
+                let fd = end.as_raw_fd();
+                // SAFETY: fcntl with these commands takes and returns integers.
+                let flags = unsafe { libc::fcntl(fd, get) };
+                // SAFETY: as above.
+                if flags < 0 || unsafe { libc::fcntl(fd, set, flags | flag) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+        }
+        Ok(Self { readable, writable })
+    }
+
+    fn readable(&self) -> BorrowedFd<'_> {
+        self.readable.as_fd()
+    }
+
+    fn signal(&self) {
+        #[cfg(target_os = "linux")]
+        let mut end = &self.readable;
+        #[cfg(not(target_os = "linux"))]
+        let mut end = &self.writable;
+        // Fails only when the counter or the pipe is full, and then it is readable already.
+        let _ = end.write(&1_u64.to_ne_bytes());
+    }
+
+    fn drain(&self) {
+        // Non-blocking: ends with an error or a short read when nothing is left.
+        let mut bytes = [0; 64];
+        while (&self.readable).read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
+    }
+}
+
+fn own(fd: RawFd) -> io::Result<File> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::thread;
+
+    #[test]
+    fn an_unpark_before_the_park_is_remembered_once() {
+        let notifier = Notifier::default();
+        notifier.unpark();
+        let start = Instant::now();
+        notifier.park(Some(Duration::from_secs(20)));
+        assert!(start.elapsed() < Duration::from_secs(10), "the token was lost");
+        notifier.park(Some(Duration::from_millis(20)));
+        assert!(start.elapsed() >= Duration::from_millis(20), "the token was used twice");
+    }
+
+    #[test]
+    fn the_descriptor_is_signalled_once_per_arming() {
+        let notifier = Notifier::default();
+        let readable = |notifier: &Notifier| {
+            let fd = notifier.descriptor().unwrap().as_raw_fd();
+            let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd, exclusively borrowed.
+            unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+        };
+        assert!(!readable(&notifier));
+        notifier.unpark();
+        assert!(!readable(&notifier), "signalled without being armed");
+        notifier.arm_descriptor();
+        assert!(!readable(&notifier));
+        notifier.unpark();
+        assert!(readable(&notifier));
+        notifier.arm_descriptor();
+        assert!(!readable(&notifier), "arming empties it");
+    }
+
+    fn polls(fd: RawFd) -> Vec<libc::pollfd> {
+        vec![libc::pollfd { fd, events: libc::POLLIN, revents: 0 }]
+    }
+
+    #[test]
+    fn a_sleeper_on_descriptors_is_woken_by_unpark() {
+        let notifier = Arc::new(Notifier::default());
+        let other = Notifier::default();
+        let fd = other.descriptor().unwrap().as_raw_fd();
+        let waker = {
+            let notifier = notifier.clone();
+            thread::spawn(move || {
+                thread::sleep(Duration::from_millis(30));
+                notifier.unpark();
+            })
+        };
+        let start = Instant::now();
+        notifier.park_on(Some(Duration::from_secs(20)), &mut polls(fd));
+        assert!(start.elapsed() < Duration::from_secs(10), "not woken");
+        waker.join().unwrap();
+        other.arm_descriptor();
+        other.unpark();
+        let start = Instant::now();
+        notifier.park_on(Some(Duration::from_secs(20)), &mut polls(fd));
+        assert!(start.elapsed() < Duration::from_secs(10), "the other descriptor did not wake it");
+    }
+}

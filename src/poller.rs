@@ -1,0 +1,1130 @@
+//! The poller: submission queue -> batches -> device -> completion queue.
+//!
+//! [`Engine`] is one ring's share of that work; it never blocks. A [`Poller`] is a thread that turns
+//! the engines of one ring or of many; with `Drive::Inline` the reaping half turns its engine itself.
+//!
+//! A poller turns only engines that have something to do. An engine that runs dry arms its ring's
+//! doorbell and leaves the active list; whoever rings puts a bit into the poller's ready set and
+//! rings the poller's own doorbell, which costs a system call only if the thread sleeps. So the cost
+//! of a turn does not grow with the number of idle rings.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use crossbeam_utils::CachePadded;
+use vmring_core::doorbell::Doorbell;
+use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
+
+use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
+use crate::error::{Closed, ConfigError, Direction, Error, Status};
+use crate::interface::{Claim, RingGroup};
+use crate::notify::{Notifier, lock};
+use crate::ring::{RingShared, control};
+use crate::stats::add_batch;
+
+/// How a thread waits for work: first spinning, then giving up its time slice, then sleeping until
+/// the doorbell rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdlePolicy {
+    /// Rounds without work that spin.
+    pub spins: u32,
+    /// Rounds after those that call `yield_now`.
+    pub yields: u32,
+}
+
+impl Default for IdlePolicy {
+    /// Right for the machine: on one or two processors no spinning, because the other side needs
+    /// the processor to make the work we wait for; with more, about ten microseconds of it.
+    fn default() -> Self {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        if processors <= 2 {
+            Self { spins: 0, yields: 16 }
+        } else {
+            Self { spins: 2000, yields: 8 }
+        }
+    }
+}
+
+impl IdlePolicy {
+    /// Sleep at once.
+    pub const PARK: IdlePolicy = IdlePolicy { spins: 0, yields: 0 };
+
+    /// Waits out round number `round`; false when it is time to sleep.
+    #[inline]
+    pub(crate) fn pause(&self, round: u32) -> bool {
+        if round < self.spins {
+            std::hint::spin_loop();
+        } else if round - self.spins < self.yields {
+            thread::yield_now();
+        } else {
+            return false;
+        }
+        true
+    }
+
+    fn rounds(&self) -> u32 {
+        self.spins.saturating_add(self.yields)
+    }
+}
+
+/// What happens when the device takes fewer writes than it was offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Attempts in one stall; afterwards what is posted completes with `BufferExhausted`, and
+    /// later writes get one attempt each until the device takes something again.
+    pub attempts: u32,
+    /// Time between attempts.
+    pub delay: Duration,
+}
+
+impl Default for RetryPolicy {
+    /// Ten attempts, 50 microseconds apart: the budget vmnet-helper arrived at for the same stall.
+    fn default() -> Self {
+        Self { attempts: 10, delay: Duration::from_micros(50) }
+    }
+}
+
+/// Sums of one device call, to be added to the ring's counters in one go.
+#[derive(Debug, Default)]
+struct Tally {
+    rx_packets: u32,
+    rx_bytes: u64,
+    tx_packets: u32,
+    tx_bytes: u64,
+    cancelled: u64,
+    errors: u64,
+    abandoned: u64,
+}
+
+/// The way from the device into the completion queue.
+struct CqSink<'a> {
+    outlet: &'a mut Outlet,
+    number: u32,
+    tally: Tally,
+}
+
+impl Sink for CqSink<'_> {
+    #[inline]
+    fn done(&mut self, done: Done) {
+        let (frame, user_data, ring, class, outcome) = done.into_parts();
+        let Some(frame) = frame else { return };
+        if ring != self.number {
+            // A device mixed up two rings' slots: give it to its own ring as abandoned.
+            drop(PostedSlot::new(frame, user_data, ring, class));
+            return;
+        }
+        self.tally.count(class, outcome, frame.len());
+        self.outlet.push(class, frame, user_data, outcome);
+    }
+}
+
+impl Tally {
+    #[inline]
+    fn count(&mut self, class: Class, outcome: Outcome, len: usize) {
+        match (outcome, class) {
+            (Outcome::Done, Class::Read) => {
+                self.rx_packets += 1;
+                self.rx_bytes += len as u64;
+            }
+            (Outcome::Done, _) => {
+                self.tx_packets += 1;
+                self.tx_bytes += len as u64;
+            }
+            (Outcome::Cancelled, _) => self.cancelled += 1,
+            (Outcome::Refused(_), _) => self.errors += 1,
+            (Outcome::Abandoned | Outcome::DevicePanicked, _) => self.abandoned += 1,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Stall {
+    attempts: u32,
+    /// When to try again.
+    next: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Open,
+    /// The queue is being asked to let go.
+    Closing {
+        deadline: Instant,
+        /// `None`: to be opened again by a restart.
+        then: Option<Closed>,
+    },
+    /// Between the two halves of a restart: submissions wait.
+    Detached,
+    Closed(Closed),
+}
+
+/// Everything an engine is built from.
+pub(crate) struct EngineParts {
+    pub(crate) intake: Intake,
+    pub(crate) outlet: Outlet,
+    pub(crate) group: Arc<RingGroup>,
+    pub(crate) direction: Direction,
+    pub(crate) shared: Arc<RingShared>,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) close_timeout: Duration,
+    pub(crate) claim: Claim,
+    pub(crate) depths: (usize, usize),
+}
+
+/// One ring's poller work.
+pub(crate) struct Engine {
+    intake: Intake,
+    outlet: Outlet,
+    posted: Posted,
+    /// Slots that the queue keeps: reads, writes.
+    kept: [i64; 2],
+    queue: Option<Box<dyn Queue>>,
+    group: Arc<RingGroup>,
+    caps: Capabilities,
+    direction: Direction,
+    pub(crate) shared: Arc<RingShared>,
+    retry: RetryPolicy,
+    close_timeout: Duration,
+    claim: Option<Claim>,
+    phase: Phase,
+    stall: Option<Stall>,
+    /// When to notify a reaper that waits for more completions than there are.
+    coalesce: Option<Instant>,
+    /// Orphans taken out of the shared list, kept to reuse its memory.
+    orphans: Vec<crate::device::Orphan>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("posted", &(self.posted.reads.len(), self.posted.writes.len()))
+            .field("kept", &self.kept)
+            .field("phase", &self.phase)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
+        let EngineParts { intake, outlet, group, direction, shared, retry, .. } = parts;
+        let (reads, writes) = parts.depths;
+        let caps = group.device.capabilities();
+        let queue = group.device.queue(direction, Wake::ring(shared.clone()))?;
+        group.attached();
+        Ok(Self {
+            intake,
+            outlet,
+            posted: Posted {
+                reads: VecDeque::with_capacity(reads),
+                writes: VecDeque::with_capacity(writes),
+            },
+            kept: [0; 2],
+            queue: Some(queue),
+            caps,
+            group,
+            direction,
+            shared,
+            retry,
+            close_timeout: parts.close_timeout,
+            claim: Some(parts.claim),
+            phase: Phase::Open,
+            stall: None,
+            coalesce: None,
+            orphans: Vec::with_capacity(reads + writes),
+        })
+    }
+
+    /// One round: takes submissions, lets the device make progress once, shows completions. Never
+    /// blocks. Returns whether anything was done, so that there may be more.
+    pub(crate) fn turn(&mut self) -> bool {
+        let mut worked = self.attend_control();
+        worked |= self.take_submissions();
+        worked |= match self.phase {
+            Phase::Open => self.drive(),
+            Phase::Closing { .. } => self.let_go(),
+            Phase::Detached | Phase::Closed(_) => false,
+        };
+        if self.shared.has_orphans() {
+            self.bury_orphans();
+            worked = true;
+        }
+        self.show();
+        worked
+    }
+
+    /// Whether the ring is closed and every entry that was with the device has completed.
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(self.phase, Phase::Closed(_))
+    }
+
+    fn attend_control(&mut self) -> bool {
+        let wishes = self.shared.take_control();
+        if wishes == 0 {
+            return false;
+        }
+        if wishes & control::CANCEL_ALL != 0 {
+            self.take_submissions();
+            self.cancel(None);
+        }
+        if wishes & control::STOP != 0 {
+            self.begin_close(Some(Closed::Stopped));
+        } else {
+            if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
+                self.begin_close(None);
+            }
+            if wishes & control::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
+                self.reopen();
+            }
+        }
+        true
+    }
+
+    fn take_submissions(&mut self) -> bool {
+        if self.intake.ready() == 0 {
+            return false;
+        }
+        let number = self.shared.number;
+        while let Some(submission) = self.intake.next() {
+            let (class, user_data, frame) = match submission {
+                Submission::Read { user_data, frame } => (Class::Read, user_data, frame),
+                Submission::Write { user_data, frame } => (Class::Write, user_data, frame),
+                Submission::Cancel { user_data, target } => {
+                    let matched = self.cancel(target);
+                    self.outlet.push_cancel(target.is_none(), matched, user_data);
+                    continue;
+                }
+            };
+            if let Some(outcome) = self.refusal() {
+                let mut tally = Tally::default();
+                tally.count(class, outcome, 0);
+                self.outlet.push(class, frame, user_data, outcome);
+                self.add(tally);
+                continue;
+            }
+            let list = match class {
+                Class::Read => &mut self.posted.reads,
+                _ => &mut self.posted.writes,
+            };
+            list.push_back(PostedSlot::new(frame, user_data, number, class));
+        }
+        true
+    }
+
+    /// How an entry ends that came too late for the device.
+    fn refusal(&self) -> Option<Outcome> {
+        match self.phase {
+            Phase::Open | Phase::Detached | Phase::Closing { then: None, .. } => None,
+            Phase::Closing { then: Some(closed), .. } | Phase::Closed(closed) => {
+                Some(closed.outcome())
+            }
+        }
+    }
+
+    /// Completes the posted entries of `target` (or all) as cancelled and asks the queue for those
+    /// it keeps. Returns how many there are.
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        let mut matched = 0;
+        let mut tally = Tally::default();
+        for list in [&mut self.posted.reads, &mut self.posted.writes] {
+            for _ in 0..list.len() {
+                let slot = list.pop_front().expect("counted");
+                if target.is_none_or(|target| target == slot.user_data()) {
+                    matched += 1;
+                    complete(&mut self.outlet, &mut tally, slot, Outcome::Cancelled);
+                } else {
+                    list.push_back(slot);
+                }
+            }
+        }
+        self.add(tally);
+        if let Some(queue) = &mut self.queue {
+            match catch_unwind(AssertUnwindSafe(|| queue.cancel(target))) {
+                Ok(kept) => matched += kept,
+                Err(_) => self.panicked(),
+            }
+        }
+        matched
+    }
+
+    /// Lets the device make progress once.
+    fn drive(&mut self) -> bool {
+        let rang = self.shared.take_device_rang();
+        let kept = self.kept != [0; 2];
+        if !rang && !kept && self.posted.reads.is_empty() && self.posted.writes.is_empty() {
+            return false;
+        }
+        let Some(queue) = &mut self.queue else { return false };
+        let waits = self.stall.as_ref().is_some_and(|stall| Instant::now() < stall.next);
+        let write_limit = if waits { 0 } else { self.caps.max_write_batch };
+        let posted_before = (self.posted.reads.len(), self.posted.writes.len());
+        let offered = self.posted.writes.len().min(write_limit as usize);
+        let number = self.shared.number;
+        let mut sink = CqSink { outlet: &mut self.outlet, number, tally: Tally::default() };
+        let mut io = Io::new(&mut self.posted, &mut sink, self.caps.max_read_batch, write_limit);
+        let result = catch_unwind(AssertUnwindSafe(|| queue.poll(&mut io)));
+        let held = io.held;
+        self.kept[0] += held[0];
+        self.kept[1] += held[1];
+        let tally = sink.tally;
+        let completed = tally.rx_packets + tally.tx_packets > 0
+            || tally.cancelled + tally.errors + tally.abandoned > 0;
+        let counters = &self.shared.counters.poller;
+        add_batch(&counters.read_batches, tally.rx_packets);
+        add_batch(&counters.write_batches, tally.tx_packets);
+        counters.device_wakeups.add(rang.into());
+        self.add(tally);
+        let left = (self.posted.reads.len(), self.posted.writes.len());
+        let moved = completed || left != posted_before;
+        match result {
+            Ok(Ok(progress)) => {
+                if offered > 0 {
+                    // What of the offer is still posted was not taken.
+                    let taken = posted_before.1 - left.1;
+                    self.writes_taken(taken, offered);
+                }
+                moved || (progress == Progress::More && !self.posted.reads.is_empty())
+            }
+            Ok(Err(status)) => {
+                tracing::warn!(ring = number, %status, "the device failed for good");
+                self.begin_close(Some(Closed::Failed(status)));
+                true
+            }
+            Err(_) => {
+                self.panicked();
+                true
+            }
+        }
+    }
+
+    /// Keeps the books of a stall: the device took `taken` of `offered` writes.
+    fn writes_taken(&mut self, taken: usize, offered: usize) {
+        if taken == offered {
+            self.stall = None;
+            return;
+        }
+        let attempts = match &self.stall {
+            // It moves: a new stall, with a budget of its own, begins at most here.
+            _ if taken > 0 => 1,
+            None => 1,
+            Some(stall) => stall.attempts + 1,
+        };
+        self.shared.counters.poller.retries.add(1);
+        if attempts >= self.retry.attempts {
+            let mut tally = Tally::default();
+            let mut given_up = 0;
+            while let Some(slot) = self.posted.writes.pop_front() {
+                complete(&mut self.outlet, &mut tally, slot, Status::BufferExhausted.into());
+                given_up += 1;
+            }
+            // Counted by their own name.
+            tally.errors = 0;
+            self.add(tally);
+            self.shared.counters.poller.exhausted.add(given_up);
+            tracing::debug!(ring = self.shared.number, given_up, "the device takes no packets");
+        }
+        // Past the budget the count stays, so that later writes get one attempt each.
+        let attempts = attempts.min(self.retry.attempts);
+        self.stall = Some(Stall { attempts, next: Instant::now() + self.retry.delay });
+    }
+
+    /// Begins to close the queue: for good, or (`None`) to open it anew.
+    fn begin_close(&mut self, then: Option<Closed>) {
+        if let Some(closed) = then {
+            self.shared.close(closed);
+        }
+        match self.phase {
+            Phase::Closed(_) => return,
+            // A restart's close becomes a close for good.
+            Phase::Closing { deadline, then: before } => {
+                self.phase = Phase::Closing { deadline, then: before.or(then) };
+            }
+            Phase::Open => {
+                let deadline = Instant::now() + self.close_timeout;
+                self.phase = Phase::Closing { deadline, then };
+            }
+            Phase::Detached => {
+                if let Some(closed) = then {
+                    self.phase = Phase::Closed(closed);
+                    self.claim = None;
+                }
+            }
+        }
+        let outcome = then.map_or(Outcome::Cancelled, Closed::outcome);
+        self.complete_posted(outcome);
+        self.stall = None;
+    }
+
+    fn complete_posted(&mut self, outcome: Outcome) {
+        let mut tally = Tally::default();
+        for list in [&mut self.posted.reads, &mut self.posted.writes] {
+            while let Some(slot) = list.pop_front() {
+                complete(&mut self.outlet, &mut tally, slot, outcome);
+            }
+        }
+        self.add(tally);
+    }
+
+    /// Asks the queue to let go; ends the closing when it has, or when the time is up.
+    fn let_go(&mut self) -> bool {
+        let Phase::Closing { deadline, then } = self.phase else { return false };
+        let before = self.kept;
+        let mut free = true;
+        if let Some(queue) = &mut self.queue {
+            let number = self.shared.number;
+            let mut nothing = Posted::default();
+            let mut sink = CqSink { outlet: &mut self.outlet, number, tally: Tally::default() };
+            let mut io = Io::new(&mut nothing, &mut sink, 0, 0);
+            let result = catch_unwind(AssertUnwindSafe(|| queue.close(&mut io)));
+            let held = io.held;
+            self.kept[0] += held[0];
+            self.kept[1] += held[1];
+            let tally = sink.tally;
+            self.add(tally);
+            match result {
+                Ok(closed) => free = closed,
+                Err(_) => {
+                    self.panicked();
+                    return true;
+                }
+            }
+        }
+        if free {
+            self.drop_queue();
+            self.closed(then);
+            return true;
+        }
+        if Instant::now() >= deadline {
+            let slots = (self.kept[0] + self.kept[1]).max(0) as u32;
+            tracing::error!(ring = self.shared.number, slots, "leaked: the device holds on");
+            // On purpose: somebody may still write to these slots.
+            if let Some(queue) = self.queue.take() {
+                std::mem::forget(queue);
+                std::mem::forget(self.group.device.clone());
+                std::mem::forget(self.claim.take());
+            }
+            self.closed(Some(then.unwrap_or(Closed::Failed(Status::Failure))));
+            return true;
+        }
+        self.kept != before
+    }
+
+    /// The queue is gone; what it did not give back is lost.
+    fn closed(&mut self, then: Option<Closed>) {
+        self.bury_orphans();
+        let lost = (self.kept[0] + self.kept[1]).max(0) as u32;
+        if lost > 0 {
+            tracing::error!(ring = self.shared.number, lost, "slots were not given back");
+            self.shared.add_leaked(lost);
+            self.kept = [0; 2];
+        }
+        match then {
+            Some(closed) => {
+                self.shared.close(closed);
+                self.phase = Phase::Closed(closed);
+                self.complete_posted(closed.outcome());
+                self.claim = None;
+                tracing::debug!(ring = self.shared.number, ?closed, "ring closed");
+            }
+            None => self.phase = Phase::Detached,
+        }
+        self.group.detached();
+    }
+
+    fn reopen(&mut self) {
+        let wake = Wake::ring(self.shared.clone());
+        match self.group.device.queue(self.direction, wake) {
+            Ok(queue) => {
+                self.queue = Some(queue);
+                self.caps = self.group.device.capabilities();
+                self.phase = Phase::Open;
+                self.group.attached();
+                self.shared.counters.poller.restarts.add(1);
+                // Whatever came between is looked at once.
+                self.shared.device_rang();
+            }
+            Err(error) => {
+                tracing::error!(ring = self.shared.number, %error, "no queue after the restart");
+                let status = match error {
+                    Error::Vmnet(status) => status,
+                    _ => Status::Failure,
+                };
+                self.begin_close(Some(Closed::Failed(status)));
+            }
+        }
+    }
+
+    /// The device panicked: it is not called again, and what it held comes home.
+    fn panicked(&mut self) {
+        tracing::error!(ring = self.shared.number, "the device panicked");
+        self.shared.close(Closed::DevicePanicked);
+        let attached = self.queue.is_some();
+        self.drop_queue();
+        self.phase = Phase::Closed(Closed::DevicePanicked);
+        self.complete_posted(Outcome::DevicePanicked);
+        if attached {
+            self.closed(Some(Closed::DevicePanicked));
+        }
+    }
+
+    /// Drops the queue; the slots it kept become orphans.
+    fn drop_queue(&mut self) {
+        if let Some(queue) = self.queue.take() {
+            if catch_unwind(AssertUnwindSafe(|| drop(queue))).is_err() {
+                tracing::error!(ring = self.shared.number, "the device panicked while dropped");
+            }
+        }
+    }
+
+    /// Completes what a device dropped.
+    fn bury_orphans(&mut self) {
+        let outcome = match self.phase {
+            Phase::Open | Phase::Detached => Outcome::Abandoned,
+            Phase::Closing { then: None, .. } => Outcome::Cancelled,
+            Phase::Closing { then: Some(closed), .. } | Phase::Closed(closed) => closed.outcome(),
+        };
+        let mut orphans = std::mem::take(&mut self.orphans);
+        self.shared.take_orphans(&mut orphans);
+        let mut tally = Tally::default();
+        for orphan in orphans.drain(..) {
+            self.kept[orphan.class as usize] -= 1;
+            tally.count(orphan.class, outcome, 0);
+            self.outlet.push(orphan.class, orphan.frame, orphan.user_data, outcome);
+        }
+        self.orphans = orphans;
+        self.add(tally);
+    }
+
+    /// Publishes completions and notifies a sleeping reaper when its wish is met.
+    fn show(&mut self) {
+        let news = self.outlet.publish();
+        if !news && self.coalesce.is_none() && !self.shared.wants_coalescing() {
+            return;
+        }
+        let index = self.outlet.index();
+        if news && self.shared.notify_if_due(index) {
+            self.coalesce = None;
+            self.shared.counters.poller.notifications.add(1);
+            return;
+        }
+        // Somebody waits for more than there is: from the first completion on, the clock runs.
+        match self.shared.coalescing_delay() {
+            Some(delay) if self.outlet.backlog() > 0 => {
+                let now = Instant::now();
+                let due = *self.coalesce.get_or_insert_with(|| now + delay);
+                if now >= due {
+                    self.coalesce = None;
+                    self.shared.notify();
+                    self.shared.counters.poller.notifications.add(1);
+                }
+            }
+            _ => self.coalesce = None,
+        }
+    }
+
+    fn add(&self, tally: Tally) {
+        let counters = &self.shared.counters.poller;
+        counters.rx_packets.add(tally.rx_packets.into());
+        counters.rx_bytes.add(tally.rx_bytes);
+        counters.tx_packets.add(tally.tx_packets.into());
+        counters.tx_bytes.add(tally.tx_bytes);
+        counters.cancelled.add(tally.cancelled);
+        counters.errors.add(tally.errors);
+        counters.abandoned.add(tally.abandoned);
+    }
+
+    /// Arms the ring's doorbell. False (and disarmed) if there is something to do after all; else
+    /// whoever brings work rings.
+    pub(crate) fn try_sleep(&mut self) -> bool {
+        self.shared.bell.arm();
+        let nothing = self.intake.ready() == 0 && !self.shared.has_wishes() && self.arm_queue();
+        if nothing {
+            self.shared.counters.poller.parks.add(1);
+        } else {
+            self.shared.bell.disarm();
+        }
+        nothing
+    }
+
+    fn arm_queue(&mut self) -> bool {
+        let Some(queue) = &mut self.queue else { return true };
+        match catch_unwind(AssertUnwindSafe(|| queue.arm())) {
+            // A queue that has packets but no posted read has nothing to do.
+            Ok(armed) => armed || (self.posted.reads.is_empty() && self.kept == [0; 2]),
+            Err(_) => {
+                self.panicked();
+                false
+            }
+        }
+    }
+
+    /// When the engine wants to be turned although nobody rings.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let closing = match self.phase {
+            Phase::Closing { deadline, .. } => {
+                Some(deadline.min(Instant::now() + Duration::from_millis(1)))
+            }
+            _ => None,
+        };
+        let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);
+        let safety = match self.phase {
+            Phase::Open => self.caps.safety_poll.map(|every| Instant::now() + every),
+            _ => None,
+        };
+        [closing, stall, safety, self.coalesce].into_iter().flatten().min()
+    }
+
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        self.queue.as_ref()?.descriptor().map(|fd| fd.as_raw_fd())
+    }
+
+    /// The device is to be polled even if it did not ring: its descriptor or the safety poll says
+    /// so.
+    pub(crate) fn look_at_device(&self) {
+        self.shared.device_rang();
+    }
+}
+
+fn complete(outlet: &mut Outlet, tally: &mut Tally, slot: PostedSlot, outcome: Outcome) {
+    let (frame, user_data, class) = slot.into_frame();
+    tally.count(class, outcome, 0);
+    outlet.push(class, frame, user_data, outcome);
+}
+
+impl Closed {
+    /// How an entry ends on a ring closed for this reason.
+    fn outcome(self) -> Outcome {
+        match self {
+            Closed::Stopped => Outcome::Cancelled,
+            Closed::Failed(status) => status.into(),
+            Closed::DevicePanicked => Outcome::DevicePanicked,
+        }
+    }
+}
+
+/// Where a poller leaves an engine whose ring is closed, for the reaping half to take.
+#[derive(Debug, Default)]
+pub(crate) struct Handoff {
+    state: Mutex<HandoffState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+enum HandoffState {
+    #[default]
+    Running,
+    Returned(Box<Engine>),
+    /// Nobody will come for it.
+    Abandoned,
+}
+
+impl Handoff {
+    fn give(&self, engine: Engine) {
+        let mut state = lock(&self.state);
+        if matches!(*state, HandoffState::Running) {
+            *state = HandoffState::Returned(Box::new(engine));
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    pub(crate) fn abandon(&self) {
+        // Dropped outside the lock.
+        let before = std::mem::replace(&mut *lock(&self.state), HandoffState::Abandoned);
+        drop(before);
+    }
+
+    /// Takes the engine if it is there, waiting up to `timeout` for it.
+    pub(crate) fn take(&self, timeout: Duration) -> Option<Box<Engine>> {
+        let deadline = Instant::now() + timeout;
+        let mut state = lock(&self.state);
+        loop {
+            if matches!(*state, HandoffState::Returned(_)) {
+                let taken = std::mem::replace(&mut *state, HandoffState::Abandoned);
+                let HandoffState::Returned(engine) = taken else { unreachable!("just seen") };
+                return Some(engine);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || matches!(*state, HandoffState::Abandoned) {
+                return None;
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+}
+
+/// Rings one poller can drive.
+pub(crate) const RINGS_MAX: usize = 64 * 64;
+
+/// The part of a poller that rings and ringers see.
+#[derive(Debug)]
+pub(crate) struct PollerShared {
+    bell: Doorbell<Notifier>,
+    /// Rings whose doorbell was rung: a bit each, and a bit per word in `words`.
+    ready: Box<[AtomicU64]>,
+    words: CachePadded<AtomicU64>,
+    arrivals: Mutex<Arrivals>,
+    arrived: AtomicBool,
+    thread: OnceLock<ThreadId>,
+}
+
+#[derive(Debug, Default)]
+struct Arrivals {
+    engines: Vec<(usize, Engine, Arc<Handoff>)>,
+    free: Vec<usize>,
+    used: usize,
+    /// The last handle to the poller is gone: end when the last ring is.
+    orphaned: bool,
+}
+
+impl PollerShared {
+    /// A place in the ready set.
+    pub(crate) fn reserve(&self) -> Result<usize, Error> {
+        let mut arrivals = lock(&self.arrivals);
+        if let Some(place) = arrivals.free.pop() {
+            return Ok(place);
+        }
+        if arrivals.used == RINGS_MAX {
+            let (value, max) = (RINGS_MAX as u64 + 1, RINGS_MAX as u64);
+            let what = "number of rings on one poller";
+            return Err(ConfigError::TooLarge { what, value, max }.into());
+        }
+        arrivals.used += 1;
+        Ok(arrivals.used - 1)
+    }
+
+    pub(crate) fn unreserve(&self, place: usize) {
+        lock(&self.arrivals).free.push(place);
+    }
+
+    pub(crate) fn adopt(&self, place: usize, engine: Engine, handoff: Arc<Handoff>) {
+        lock(&self.arrivals).engines.push((place, engine, handoff));
+        self.arrived.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+
+    /// Marks a ring as having work. Called by whoever found its doorbell armed.
+    pub(crate) fn set_ready(&self, place: usize) {
+        let word = place / 64;
+        // Release, both: pairs with the Acquire in `collect`; the word's bit comes first, so that
+        // who sees the summary sees the word.
+        self.ready[word].fetch_or(1 << (place % 64), Ordering::Release);
+        self.words.fetch_or(1 << word, Ordering::Release);
+        self.bell.ring();
+    }
+
+    pub(crate) fn is_current_thread(&self) -> bool {
+        self.thread.get() == Some(&thread::current().id())
+    }
+
+    fn collect(&self, mut each: impl FnMut(usize)) {
+        if self.words.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut words = self.words.swap(0, Ordering::Acquire);
+        while words != 0 {
+            let word = words.trailing_zeros() as usize;
+            words &= words - 1;
+            let mut bits = self.ready[word].swap(0, Ordering::Acquire);
+            while bits != 0 {
+                each(word * 64 + bits.trailing_zeros() as usize);
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        self.words.load(Ordering::Acquire) != 0 || self.arrived.load(Ordering::Acquire)
+    }
+}
+
+/// A thread that drives rings: `Drive::Shared(&poller)`.
+///
+/// It ends when this handle is gone and the last of its rings is closed.
+#[derive(Debug)]
+pub struct Poller {
+    shared: Arc<PollerShared>,
+}
+
+/// Makes a [`Poller`].
+#[derive(Clone, Debug, Default)]
+pub struct PollerBuilder {
+    name: Option<String>,
+    cpu: Option<usize>,
+    idle: IdlePolicy,
+}
+
+impl PollerBuilder {
+    /// The thread's name. Default `vmring-poller`.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Keeps the thread on one processor, counted from 0. Linux only: macOS offers no such call.
+    pub fn cpu(mut self, cpu: usize) -> Self {
+        self.cpu = Some(cpu);
+        self
+    }
+
+    /// How the thread waits for work.
+    pub fn idle(mut self, idle: IdlePolicy) -> Self {
+        self.idle = idle;
+        self
+    }
+
+    /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] for
+    /// a processor on a system that cannot.
+    pub fn start(self) -> Result<Poller, Error> {
+        let shared = Arc::new(PollerShared {
+            bell: Doorbell::new(Notifier::default()),
+            ready: (0..RINGS_MAX / 64).map(|_| AtomicU64::new(0)).collect(),
+            words: CachePadded::new(AtomicU64::new(0)),
+            arrivals: Mutex::default(),
+            arrived: AtomicBool::new(false),
+            thread: OnceLock::new(),
+        });
+        let (started, starting) = mpsc::sync_channel(1);
+        let thread = {
+            let shared = shared.clone();
+            thread::Builder::new()
+                .name(self.name.unwrap_or_else(|| "vmring-poller".to_owned()))
+                .spawn(move || {
+                    let pinned = self.cpu.map_or(Ok(()), pin_to);
+                    let go = pinned.is_ok();
+                    let _ = shared.thread.set(thread::current().id());
+                    let _ = started.send(pinned);
+                    if go {
+                        run(&shared, self.idle);
+                    }
+                })
+        };
+        thread.map_err(Error::io("starting the poller's thread"))?;
+        starting.recv().unwrap_or_else(|_| {
+            Err(Error::Io {
+                what: "starting the poller's thread",
+                source: std::io::ErrorKind::BrokenPipe.into(),
+            })
+        })?;
+        Ok(Poller { shared })
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn pin_to(cpu: usize) -> Result<(), Error> {
+    // SAFETY: a cpu_set_t is a plain bit set, for which all zeroes is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    if cpu >= libc::CPU_SETSIZE as usize {
+        let source = std::io::ErrorKind::InvalidInput.into();
+        return Err(Error::Io { what: "pinning the poller's thread", source });
+    }
+    // SAFETY: `cpu` is within the set.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the pointer and size are those of the set; 0 is the calling thread.
+    if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } != 0 {
+        return Err(Error::io("pinning the poller's thread")(std::io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pin_to(_cpu: usize) -> Result<(), Error> {
+    Err(Error::NotSupported {
+        what: "pinning a thread to a processor",
+        device: std::env::consts::OS.to_owned(),
+    })
+}
+
+impl Poller {
+    /// A poller thread with the defaults.
+    pub fn start() -> Result<Self, Error> {
+        Self::builder().start()
+    }
+
+    /// A poller thread with settings.
+    pub fn builder() -> PollerBuilder {
+        PollerBuilder::default()
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<PollerShared> {
+        &self.shared
+    }
+}
+
+impl Drop for Poller {
+    fn drop(&mut self) {
+        lock(&self.shared.arrivals).orphaned = true;
+        self.shared.arrived.store(true, Ordering::Release);
+        self.shared.bell.ring();
+    }
+}
+
+/// A ring's place on a poller's thread.
+struct Seat {
+    engine: Engine,
+    handoff: Arc<Handoff>,
+    /// Rounds without work.
+    idle: u32,
+    active: bool,
+    /// Whether it stands in the list of those with a time or a descriptor.
+    watched: bool,
+    /// When it wants to be turned although nobody rings; looked at only while inactive.
+    wake_at: Option<Instant>,
+}
+
+fn run(shared: &PollerShared, idle: IdlePolicy) {
+    let mut seats: Vec<Option<Seat>> = Vec::new();
+    let mut active: Vec<usize> = Vec::new();
+    let mut watched: Vec<usize> = Vec::new();
+    let mut descriptors: Vec<libc::pollfd> = Vec::new();
+    let mut seated = 0;
+    let mut orphaned = false;
+    loop {
+        if shared.arrived.swap(false, Ordering::AcqRel) {
+            let mut arrivals = lock(&shared.arrivals);
+            orphaned |= arrivals.orphaned;
+            for (place, engine, handoff) in arrivals.engines.drain(..) {
+                if seats.len() <= place {
+                    seats.resize_with(place + 1, || None);
+                }
+                let wake_at = None;
+                let (active_now, watched) = (true, false);
+                seats[place] =
+                    Some(Seat { engine, handoff, idle: 0, active: active_now, wake_at, watched });
+                active.push(place);
+                seated += 1;
+            }
+        }
+        shared.collect(|place| activate(&mut seats, &mut active, place));
+
+        let mut worked = false;
+        let mut rounds = u32::MAX;
+        let mut i = 0;
+        while let Some(&place) = active.get(i) {
+            let seat = seats[place].as_mut().expect("an active place is taken");
+            let did = seat.engine.turn();
+            if seat.engine.is_closed() {
+                let seat = seats[place].take().expect("as above");
+                active.swap_remove(i);
+                seated -= 1;
+                leave(shared, place, seat);
+                worked = true;
+                continue;
+            }
+            if did {
+                seat.idle = 0;
+                worked = true;
+            } else if seat.idle < idle.rounds() {
+                rounds = rounds.min(seat.idle);
+                seat.idle += 1;
+            } else if seat.engine.try_sleep() {
+                seat.active = false;
+                seat.wake_at = seat.engine.deadline();
+                let watch = seat.wake_at.is_some() || seat.engine.descriptor().is_some();
+                if watch && !seat.watched {
+                    seat.watched = true;
+                    watched.push(place);
+                }
+                active.swap_remove(i);
+                continue;
+            } else {
+                worked = true;
+            }
+            i += 1;
+        }
+        if worked {
+            continue;
+        }
+        if !active.is_empty() {
+            idle.pause(rounds);
+            continue;
+        }
+        if orphaned && seated == 0 {
+            // No handle, so nobody can add a ring; no ring, so nobody rings.
+            return;
+        }
+        sleep(shared, &mut seats, &mut active, &mut watched, &mut descriptors);
+    }
+}
+
+fn activate(seats: &mut [Option<Seat>], active: &mut Vec<usize>, place: usize) {
+    // A bit may outlive its ring.
+    if let Some(Some(seat)) = seats.get_mut(place)
+        && !seat.active
+    {
+        seat.active = true;
+        seat.idle = 0;
+        active.push(place);
+    }
+}
+
+/// A closed ring leaves: its engine goes to the reaping half, which may be waiting for it.
+fn leave(shared: &PollerShared, place: usize, seat: Seat) {
+    let ring = seat.engine.shared.clone();
+    seat.handoff.give(seat.engine);
+    shared.unreserve(place);
+    ring.notify();
+}
+
+/// Nothing is active: sleeps until somebody rings, a descriptor is readable, or a ring's time has
+/// come. `watched` are the places of the rings with a time or a descriptor: the others cost nothing
+/// here.
+fn sleep(
+    shared: &PollerShared,
+    seats: &mut [Option<Seat>],
+    active: &mut Vec<usize>,
+    watched: &mut Vec<usize>,
+    descriptors: &mut Vec<libc::pollfd>,
+) {
+    let mut wake_at: Option<Instant> = None;
+    descriptors.clear();
+    for &place in watched.iter() {
+        let Some(seat) = &seats[place] else { continue };
+        wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
+        if let Some(fd) = seat.engine.descriptor() {
+            descriptors.push(libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+        }
+    }
+    let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+    shared.bell.arm();
+    if !shared.has_news() {
+        shared.bell.parker().park_on(timeout, descriptors);
+    }
+    shared.bell.disarm();
+    if watched.is_empty() {
+        return;
+    }
+    let now = Instant::now();
+    watched.retain(|&place| {
+        let Some(seat) = &mut seats[place] else { return false };
+        let due = seat.wake_at.is_some_and(|at| at <= now);
+        let readable = seat
+            .engine
+            .descriptor()
+            .is_some_and(|fd| descriptors.iter().any(|poll| poll.fd == fd && poll.revents != 0));
+        if !seat.active && (due || readable) {
+            // It was not rung awake, so its doorbell is still armed.
+            seat.engine.shared.bell.disarm();
+            seat.engine.look_at_device();
+            seat.active = true;
+            seat.idle = 0;
+            active.push(place);
+        }
+        seat.watched = !seat.active;
+        seat.watched
+    });
+}

@@ -1,0 +1,1119 @@
+//! [`Ring`]: submit frames, reap completions.
+//!
+//! ```
+//! use vmring::{Direction, Interface, Loopback};
+//!
+//! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+//! let mut ring = interface.ring(Direction::Both).build()?;
+//!
+//! // Somewhere for packets to arrive, and a packet.
+//! let frame = ring.alloc().expect("a fresh ring has free frames");
+//! ring.submit_read(frame, 1)?;
+//! let mut frame = ring.alloc().expect("as above");
+//! frame.copy_from(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+//! ring.submit_write(frame, 2)?;
+//!
+//! while ring.in_flight() > 0 {
+//!     ring.wait(1, None);
+//!     for done in ring.reap() {
+//!         let frame = done.frame_ok()?;
+//!         if done.user_data == 1 {
+//!             assert_eq!(frame.view().be16(12), Some(0x88b5));
+//!         }
+//!     }
+//! }
+//! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+//! ```
+
+use std::cell::Cell;
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use static_assertions::{assert_impl_all, assert_not_impl_any};
+use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::{Class, Frame, Opcode, Pool, Reaped, Reaper, Refusal, Submitter};
+
+use crate::device::{Capabilities, Orphan, deregister};
+use crate::error::{
+    BatchError, Closed, CompletionError, EntryError, Error, Status, SubmitError, SubmitErrorKind,
+};
+use crate::notify::{Notifier, lock};
+use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
+use crate::stats::{RingCounters, RingStats};
+
+/// Bits of [`RingShared::control`].
+pub(crate) mod control {
+    pub(crate) const STOP: u32 = 1;
+    pub(crate) const CANCEL_ALL: u32 = 2;
+    pub(crate) const DETACH: u32 = 4;
+    pub(crate) const REOPEN: u32 = 8;
+}
+
+/// How a ring's engine sleeps: by leaving its poller's active list, or, when its owner drives it,
+/// by parking the owner.
+#[derive(Debug)]
+pub(crate) enum RingPark {
+    Poller { poller: Arc<PollerShared>, place: usize },
+    Inline(Arc<Notifier>),
+}
+
+impl Park for RingPark {
+    fn park(&self, timeout: Option<Duration>) {
+        match self {
+            // An engine on a poller parks by leaving the active list; see `Engine::try_sleep`.
+            RingPark::Poller { .. } => {}
+            RingPark::Inline(notifier) => notifier.park(timeout),
+        }
+    }
+
+    fn unpark(&self) {
+        match self {
+            RingPark::Poller { poller, place } => poller.set_ready(*place),
+            RingPark::Inline(notifier) => notifier.unpark(),
+        }
+    }
+}
+
+const OPEN: u64 = 0;
+const STOPPED: u64 = 1;
+const PANICKED: u64 = 2;
+const FAILED: u64 = 3 << 32;
+
+/// What a ring's halves, its engine, its device and its control handles share.
+pub(crate) struct RingShared {
+    pub(crate) number: u32,
+    /// Wakes the engine.
+    pub(crate) bell: Doorbell<RingPark>,
+    /// Wakes the reaping half.
+    cq_bell: Doorbell<Arc<Notifier>>,
+    /// The CQ index that the sleeping reaper waits for.
+    wanted: AtomicU32,
+    /// Microseconds after which it wants to be woken with less; 0: never.
+    coalesce_us: AtomicU64,
+    /// Why the ring is closed; `OPEN` while it is not.
+    closed: AtomicU64,
+    control: AtomicU32,
+    device_rang: AtomicBool,
+    has_orphans: AtomicBool,
+    orphans: Mutex<Vec<Orphan>>,
+    /// A control handle wants `wait` to return.
+    woken: AtomicBool,
+    leaked: AtomicU32,
+    pub(crate) counters: RingCounters,
+}
+
+impl fmt::Debug for RingShared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingShared")
+            .field("number", &self.number)
+            .field("closed", &self.why_closed())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for RingShared {
+    fn drop(&mut self) {
+        deregister(self.number);
+    }
+}
+
+impl RingShared {
+    pub(crate) fn new(number: u32, park: RingPark, notifier: Arc<Notifier>, depth: usize) -> Self {
+        Self {
+            number,
+            bell: Doorbell::new(park),
+            cq_bell: Doorbell::new(notifier),
+            wanted: AtomicU32::new(0),
+            coalesce_us: AtomicU64::new(0),
+            closed: AtomicU64::new(OPEN),
+            control: AtomicU32::new(0),
+            device_rang: AtomicBool::new(false),
+            has_orphans: AtomicBool::new(false),
+            orphans: Mutex::new(Vec::with_capacity(depth)),
+            woken: AtomicBool::new(false),
+            leaked: AtomicU32::new(0),
+            counters: RingCounters::default(),
+        }
+    }
+
+    /// The first reason stays.
+    pub(crate) fn close(&self, why: Closed) {
+        let code = match why {
+            Closed::Stopped => STOPPED,
+            Closed::DevicePanicked => PANICKED,
+            Closed::Failed(status) => FAILED | u64::from(status.code()),
+        };
+        // Release: who sees the reason sees what led to it.
+        let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn is_open(&self) -> bool {
+        // Acquire: pairs with `close`.
+        self.closed.load(Ordering::Acquire) == OPEN
+    }
+
+    fn why_closed(&self) -> Option<Closed> {
+        match self.closed.load(Ordering::Acquire) {
+            OPEN => None,
+            STOPPED => Some(Closed::Stopped),
+            PANICKED => Some(Closed::DevicePanicked),
+            failed => {
+                let code = failed as u32;
+                Some(Closed::Failed(Status::from_code(code).unwrap_or(Status::Unknown(code))))
+            }
+        }
+    }
+
+    /// Something for the engine to do besides submissions.
+    pub(crate) fn wish(&self, bits: u32) {
+        // Release: pairs with the Acquire in `take_control`: submissions published before are seen.
+        self.control.fetch_or(bits, Ordering::Release);
+        self.bell.ring();
+        // An engine driven by a sleeping owner sleeps on both bells at once.
+        if matches!(self.bell.parker(), RingPark::Inline(_)) {
+            self.cq_bell.ring();
+        }
+    }
+
+    #[inline]
+    pub(crate) fn take_control(&self) -> u32 {
+        if self.control.load(Ordering::Relaxed) == 0 {
+            return 0;
+        }
+        self.control.swap(0, Ordering::Acquire)
+    }
+
+    /// The device says that there may be packets.
+    pub(crate) fn device_rang(&self) {
+        // Release: pairs with the Acquire in `take_device_rang`.
+        self.device_rang.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+
+    #[inline]
+    pub(crate) fn take_device_rang(&self) -> bool {
+        self.device_rang.load(Ordering::Relaxed) && self.device_rang.swap(false, Ordering::Acquire)
+    }
+
+    /// Whether anything but a submission waits for the engine.
+    pub(crate) fn has_wishes(&self) -> bool {
+        self.control.load(Ordering::Relaxed) != 0
+            || self.device_rang.load(Ordering::Relaxed)
+            || self.has_orphans.load(Ordering::Relaxed)
+            || self.wants_coalescing_now()
+    }
+
+    pub(crate) fn abandoned(&self, orphan: Orphan) {
+        lock(&self.orphans).push(orphan);
+        self.has_orphans.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+
+    #[inline]
+    pub(crate) fn has_orphans(&self) -> bool {
+        self.has_orphans.load(Ordering::Relaxed)
+    }
+
+    /// Swaps the orphans into `empty`.
+    pub(crate) fn take_orphans(&self, empty: &mut Vec<Orphan>) {
+        let mut orphans = lock(&self.orphans);
+        std::mem::swap(&mut *orphans, empty);
+        self.has_orphans.store(false, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_leaked(&self, slots: u32) {
+        self.leaked.fetch_add(slots, Ordering::Relaxed);
+    }
+
+    /// After publishing up to `index`: wakes the reaper if it sleeps and that is enough for it.
+    #[inline]
+    pub(crate) fn notify_if_due(&self, index: u32) -> bool {
+        self.cq_bell.ring_if(|| {
+            // Relaxed: stored before arming; the Acquire in `ring_if` makes it visible.
+            index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31
+        })
+    }
+
+    /// Wakes the reaper if it sleeps, whatever it waits for.
+    pub(crate) fn notify(&self) {
+        self.cq_bell.ring();
+    }
+
+    #[inline]
+    pub(crate) fn wants_coalescing(&self) -> bool {
+        self.coalesce_us.load(Ordering::Relaxed) != 0
+    }
+
+    fn wants_coalescing_now(&self) -> bool {
+        // Set to the high bit by `arm_after` when completions wait already: the engine must start
+        // the clock.
+        self.coalesce_us.load(Ordering::Relaxed) & START_CLOCK != 0
+    }
+
+    /// How long a sleeping reaper puts up with fewer completions than it wants.
+    pub(crate) fn coalescing_delay(&self) -> Option<Duration> {
+        let us = self.coalesce_us.load(Ordering::Relaxed);
+        if us == 0 || !self.cq_bell.is_armed() {
+            return None;
+        }
+        if us & START_CLOCK != 0 {
+            // Only the bit: a newer wish stays.
+            self.coalesce_us.fetch_and(!START_CLOCK, Ordering::Relaxed);
+        }
+        Some(Duration::from_micros(us & !START_CLOCK))
+    }
+}
+
+const START_CLOCK: u64 = 1 << 63;
+
+/// What a submit asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// A packet into the frame.
+    Read,
+    /// The frame's packet out.
+    Write,
+    /// Entries to be completed now.
+    Cancel,
+}
+
+/// What became of one submission.
+///
+/// The frame comes back on success **and** on error; a cancel has none. Take it with
+/// [`frame_ok`](Self::frame_ok) (an error if there is no packet), [`frame`](Self::frame) (in any
+/// case) or all at once with [`into_parts`](Self::into_parts).
+pub struct Completion {
+    /// The number given at submit.
+    pub user_data: u64,
+    /// What was asked.
+    pub op: Op,
+    /// The packet's length in bytes; of a cancel, the number of entries that matched.
+    pub result: Result<usize, EntryError>,
+    /// A cell, so that the frame can be taken while `user_data` is still read, as the hot loop
+    /// wants.
+    frame: Cell<Option<Frame>>,
+}
+
+assert_impl_all!(Completion: Send);
+
+impl Completion {
+    #[inline]
+    fn new(reaped: Reaped) -> Self {
+        let op = match reaped.opcode {
+            Opcode::Read => Op::Read,
+            Opcode::Write => Op::Write,
+            Opcode::Cancel | Opcode::CancelAll => Op::Cancel,
+        };
+        let result = EntryError::from_outcome(reaped.outcome).map(|()| reaped.len as usize);
+        Self { user_data: reaped.user_data, op, result, frame: Cell::new(reaped.frame) }
+    }
+
+    /// The frame of a read or write that succeeded. Otherwise the error, with the frame inside. The
+    /// frame is taken: a second call gives an error without one.
+    #[inline]
+    pub fn frame_ok(&self) -> Result<Frame, CompletionError> {
+        let (error, frame) = match (self.result, self.frame.take()) {
+            (Ok(_), Some(frame)) => return Ok(frame),
+            (Ok(_), None) => (EntryError::Abandoned, None),
+            (Err(error), frame) => (error, frame),
+        };
+        Err(CompletionError { error, user_data: self.user_data, frame })
+    }
+
+    /// The frame, however it ended; `None` for a cancel, or when it was taken before.
+    #[inline]
+    pub fn frame(&self) -> Option<Frame> {
+        self.frame.take()
+    }
+
+    /// Everything.
+    pub fn into_parts(self) -> (u64, Result<usize, EntryError>, Option<Frame>) {
+        (self.user_data, self.result, self.frame.into_inner())
+    }
+}
+
+impl fmt::Debug for Completion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Completion")
+            .field("user_data", &self.user_data)
+            .field("op", &self.op)
+            .field("result", &self.result)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The submitting half of a ring.
+pub struct SubmissionQueue {
+    submitter: Submitter,
+    pub(crate) shared: Arc<RingShared>,
+    max_packet_size: usize,
+}
+
+/// The reaping half of a ring. Dropping it closes the ring.
+pub struct CompletionQueue {
+    reaper: Reaper,
+    pub(crate) shared: Arc<RingShared>,
+    notifier: Arc<Notifier>,
+    /// Ours to turn: with `Drive::Inline`, or after the poller has handed it back.
+    engine: Option<Box<Engine>>,
+    /// Where the poller leaves the engine; `None` with `Drive::Inline`.
+    remote: Option<(Arc<Handoff>, Arc<PollerShared>)>,
+    idle: IdlePolicy,
+    close_timeout: Duration,
+    caps: Capabilities,
+}
+
+assert_impl_all!(SubmissionQueue: Send);
+assert_impl_all!(CompletionQueue: Send);
+assert_not_impl_any!(SubmissionQueue: Sync, Clone);
+assert_not_impl_any!(CompletionQueue: Sync, Clone);
+
+/// Both halves of a ring. See the [module](self) for an example.
+#[derive(Debug)]
+pub struct Ring {
+    sq: SubmissionQueue,
+    cq: CompletionQueue,
+}
+
+/// A half, borrowed from its ring by [`Ring::split`].
+#[derive(Debug)]
+pub struct Half<'a, T>(&'a mut T);
+
+impl<T> Deref for Half<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        self.0
+    }
+}
+
+impl<T> DerefMut for Half<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        self.0
+    }
+}
+
+impl SubmissionQueue {
+    pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, max: usize) -> Self {
+        Self { submitter, shared, max_packet_size: max }
+    }
+
+    /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
+    /// out. (For the hot loop, recycle the frames you reap instead.)
+    pub fn alloc(&self) -> Option<Frame> {
+        self.submitter.regions().pools()[0].alloc()
+    }
+
+    /// Gives `frame` to the device to fill with the next packet. The frame's view is reset first:
+    /// the packet will stand behind the pool's headroom.
+    ///
+    /// After `Ok` exactly one completion with this `user_data` will come, and nothing can refuse it
+    /// any more.
+    ///
+    /// # Errors
+    ///
+    /// [`SubmitError`] with the frame inside; [`SubmitError::is_backpressure`] tells "later" from
+    /// "never".
+    #[inline]
+    pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.submit(Class::Read, frame, user_data)
+    }
+
+    /// Gives `frame`'s packet to the device to send.
+    ///
+    /// After `Ok` exactly one completion with this `user_data` will come, with the frame.
+    ///
+    /// # Errors
+    ///
+    /// As [`submit_read`](Self::submit_read).
+    #[inline]
+    pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.submit(Class::Write, frame, user_data)
+    }
+
+    /// Submits reads from an iterator of frames and their `user_data`: one publish, at most one
+    /// doorbell. Takes no more from the iterator than it can submit, so a `by_ref` iterator keeps
+    /// the rest. Returns how many were submitted.
+    ///
+    /// # Errors
+    ///
+    /// [`BatchError`] with the frame that could not be taken for a reason other than backpressure,
+    /// and the number of those before it, which are in flight.
+    pub fn submit_reads(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.submit_batch(Class::Read, frames)
+    }
+
+    /// As [`submit_reads`](Self::submit_reads), for writes.
+    pub fn submit_writes(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.submit_batch(Class::Write, frames)
+    }
+
+    /// Asks for every entry in flight whose `user_data` is `target` to complete now: cancelled, or
+    /// with its packet if it has one (a packet is never dropped by a cancel). The cancel has its own
+    /// completion, `user_data`, without a frame; its `result` is the number of entries found.
+    ///
+    /// # Errors
+    ///
+    /// Backpressure of the cancels' own credits, or a closed ring.
+    pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.submit_cancel(Some(target), user_data)
+    }
+
+    /// As [`cancel`](Self::cancel), for every entry in flight.
+    pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.submit_cancel(None, user_data)
+    }
+
+    fn submit_cancel(&mut self, target: Option<u64>, data: u64) -> Result<(), SubmitErrorKind> {
+        if let Some(closed) = self.why_closed() {
+            return Err(closed.into());
+        }
+        self.submitter.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
+        self.ring_doorbell();
+        Ok(())
+    }
+
+    /// Reads that can be submitted before backpressure says no. Reaping makes it more.
+    pub fn read_credits(&mut self) -> u32 {
+        self.submitter.available(Class::Read)
+    }
+
+    /// Writes that can be submitted before backpressure says no. Reaping makes it more.
+    pub fn write_credits(&mut self) -> u32 {
+        self.submitter.available(Class::Write)
+    }
+
+    /// A handle that can be used from anywhere.
+    pub fn control(&self) -> RingControl {
+        RingControl { shared: self.shared.clone() }
+    }
+
+    #[inline]
+    fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        let mut frame = frame;
+        if let Err(kind) = self.fits(class, &mut frame) {
+            return Err(SubmitError { kind, frame });
+        }
+        match self.submitter.push(class, frame, user_data) {
+            Ok(()) => {
+                self.ring_doorbell();
+                Ok(())
+            }
+            Err((refusal, frame)) => {
+                Err(SubmitError { kind: self.kind(refusal, Some(class)), frame })
+            }
+        }
+    }
+
+    fn submit_batch(
+        &mut self,
+        class: Class,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        let mut frames = frames.into_iter();
+        let mut accepted = 0;
+        let result = loop {
+            if self.submitter.check(class).is_err() {
+                break Ok(accepted);
+            }
+            let Some((mut frame, user_data)) = frames.next() else { break Ok(accepted) };
+            if let Err(kind) = self.fits(class, &mut frame) {
+                break Err(BatchError { kind, frame, accepted });
+            }
+            match self.submitter.push(class, frame, user_data) {
+                Ok(()) => accepted += 1,
+                Err((refusal, frame)) => {
+                    let kind = self.kind(refusal, Some(class));
+                    break Err(BatchError { kind, frame, accepted });
+                }
+            }
+        };
+        if accepted > 0 {
+            self.ring_doorbell();
+        }
+        result
+    }
+
+    /// Everything that can refuse a frame but the queue itself.
+    #[inline]
+    fn fits(&self, class: Class, frame: &mut Frame) -> Result<(), SubmitErrorKind> {
+        if let Some(closed) = self.why_closed() {
+            return Err(closed.into());
+        }
+        let max = self.max_packet_size;
+        if class == Class::Read {
+            frame.reset();
+            let room = frame.capacity();
+            if room < max {
+                return Err(SubmitErrorKind::TooSmall { room, needed: max });
+            }
+        } else if frame.len() > max {
+            return Err(SubmitErrorKind::TooBig { len: frame.len(), max });
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn why_closed(&self) -> Option<Closed> {
+        if self.shared.is_open() { None } else { self.shared.why_closed() }
+    }
+
+    #[cold]
+    fn kind(&self, refusal: Refusal, class: Option<Class>) -> SubmitErrorKind {
+        match refusal {
+            Refusal::SqFull => SubmitErrorKind::SqFull,
+            Refusal::NoCredit if class.is_some_and(|class| self.submitter.depth(class) == 0) => {
+                SubmitErrorKind::WrongDirection
+            }
+            Refusal::NoCredit => SubmitErrorKind::NoCredit,
+            Refusal::ForeignPool => SubmitErrorKind::ForeignPool,
+        }
+    }
+
+    /// Publishes, which commits, and wakes the engine if it sleeps.
+    #[inline]
+    fn ring_doorbell(&mut self) {
+        self.submitter.publish();
+        if self.shared.bell.ring() {
+            self.shared.counters.doorbells.add(1);
+        }
+    }
+}
+
+impl fmt::Debug for SubmissionQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SubmissionQueue")
+            .field("submitter", &self.submitter)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Whether to go to sleep on [`CompletionQueue::completion_fd`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Armed {
+    /// Completions wait: reap them first.
+    Ready,
+    /// The descriptor becomes readable when the wish is met, once.
+    Armed,
+}
+
+impl CompletionQueue {
+    #[allow(clippy::too_many_arguments)] // a private constructor, each argument a field
+    pub(crate) fn new(
+        reaper: Reaper,
+        shared: Arc<RingShared>,
+        notifier: Arc<Notifier>,
+        engine: Option<Box<Engine>>,
+        remote: Option<(Arc<Handoff>, Arc<PollerShared>)>,
+        idle: IdlePolicy,
+        close_timeout: Duration,
+        caps: Capabilities,
+    ) -> Self {
+        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps }
+    }
+
+    /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
+    /// first. Never blocks.
+    ///
+    /// Each completion is retired as the iterator yields it; those not taken from the iterator stay
+    /// for the next call.
+    #[inline]
+    pub fn reap(&mut self) -> Reap<'_> {
+        self.drive();
+        let left = self.reaper.ready();
+        Reap { reaper: &mut self.reaper, left }
+    }
+
+    /// Completions that wait to be reaped.
+    pub fn ready(&mut self) -> usize {
+        self.drive();
+        self.reaper.ready() as usize
+    }
+
+    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    pub fn in_flight(&self) -> usize {
+        self.reaper.in_flight() as usize
+    }
+
+    /// Sleeps until `min` completions wait, or as many as are in flight if those are fewer, or until
+    /// `timeout` has passed (`None`: for ever) or [`RingControl::wake`] was called. Returns how
+    /// many wait.
+    pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut round = 0;
+        loop {
+            let worked = self.drive();
+            let ready = self.reaper.ready();
+            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.reaper.in_flight());
+            if ready >= want || self.take_woken() {
+                return ready as usize;
+            }
+            if worked {
+                round = 0;
+                continue;
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return ready as usize;
+            }
+            if self.idle.pause(round) {
+                round += 1;
+                continue;
+            }
+            self.sleep(want, deadline);
+        }
+    }
+
+    /// With `Drive::Inline`: when to call [`reap`](Self::reap) or [`wait`](Self::wait) at the latest
+    /// although the descriptor has not become readable, because a device that took no packets is to
+    /// be tried again, or is polled for safety. `None`: no need.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.engine.as_ref().and_then(|engine| engine.deadline())
+    }
+
+    /// A descriptor for an event loop: after [`arm`](Self::arm) said `Armed`, it becomes readable
+    /// when there are completions. Created by the first call (an eventfd on Linux, a pipe
+    /// elsewhere); costs nothing before, and one signal per arming after.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the system has no more descriptors. [`Error::NotSupported`] with
+    /// `Drive::Inline` over a device that itself is a descriptor.
+    pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        if self.remote.is_none() && self.engine.as_ref().is_some_and(|e| e.descriptor().is_some()) {
+            return Err(Error::NotSupported {
+                what: "a completion descriptor with inline driving",
+                device: "descriptor-driven".to_owned(),
+            });
+        }
+        self.notifier.descriptor().map_err(Error::io("creating the completion descriptor"))
+    }
+
+    /// Empties the descriptor and asks for a signal at the next completion. `Ready` if there is one
+    /// already: then nothing was armed.
+    pub fn arm(&mut self) -> Armed {
+        self.arm_after(1, None)
+    }
+
+    /// As [`arm`](Self::arm), for a VMM that injects one interrupt per batch: the signal comes when
+    /// `n` completions wait, or `max_delay` after the first one. With `Drive::Inline` nobody counts
+    /// while the caller sleeps, so the signal comes with the first packet.
+    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+        self.notifier.arm_descriptor();
+        self.arm_notifier(n, max_delay)
+    }
+
+    /// For futures: whether `n` completions wait; if not, `cx`'s waker is woken when they do.
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
+        self.notifier.set_waker(cx.waker());
+        match self.arm_notifier(n, None) {
+            Armed::Ready => Poll::Ready(self.reaper.ready() as usize),
+            Armed::Armed => Poll::Pending,
+        }
+    }
+
+    /// Counters of the ring so far.
+    pub fn stats(&self) -> RingStats {
+        self.shared.counters.poller.snapshot()
+    }
+
+    /// What the ring's device can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    /// A handle that can be used from anywhere.
+    pub fn control(&self) -> RingControl {
+        RingControl { shared: self.shared.clone() }
+    }
+
+    /// Asks the engine to complete everything in flight as cancelled and waits until it has. The
+    /// ring stays open. The completions wait to be reaped, with their frames; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
+    /// it keeps completes later.
+    pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
+        self.shared.wish(control::CANCEL_ALL);
+        let deadline = Instant::now() + timeout;
+        loop {
+            let in_flight = self.in_flight();
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ready = self.wait(in_flight, Some(left));
+            if ready >= self.in_flight() {
+                return Ok(ready);
+            }
+            if left.is_zero() {
+                return Err(Error::Timeout(timeout));
+            }
+        }
+    }
+
+    /// Closes the ring: the device lets go of everything, the poller ends its work for it, every
+    /// entry in flight completes as cancelled and can still be reaped. Submits say
+    /// [`Closed::Stopped`] from here on. Closing twice is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Leaked`] if the device did not let go of some slots within the ring's close
+    /// timeout, or the poller did not come back: what they hold is leaked on purpose.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let timeout = self.close_timeout;
+        self.shared.close(Closed::Stopped);
+        self.shared.wish(control::STOP);
+        let deadline = Instant::now() + timeout * 2;
+        if self.engine.is_none()
+            && let Some((handoff, poller)) = &self.remote
+        {
+            if poller.is_current_thread() {
+                // We are inside the poller (in a waker): it will see the wish when we return, and
+                // nobody can wait for it here.
+                return Ok(());
+            }
+            // The engine's own close takes at most `timeout`; twice that means that the device
+            // does not return from a call.
+            self.engine = handoff.take(timeout * 2);
+        }
+        let Some(engine) = &mut self.engine else {
+            let slots = self.in_flight() - self.reaper.ready() as usize;
+            // Should it come back after all, it finds nobody waiting, and cleans up.
+            if let Some((handoff, _)) = &self.remote {
+                handoff.abandon();
+            }
+            tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
+            return Err(Error::Leaked { slots, timeout });
+        };
+        while !engine.is_closed() && Instant::now() < deadline {
+            if !engine.turn() {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        engine.turn();
+        match self.shared.leaked.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            slots => Err(Error::Leaked { slots: slots as usize, timeout }),
+        }
+    }
+
+    /// Turns the engine if it is ours; takes it over from a poller that is done with it.
+    #[inline]
+    fn drive(&mut self) -> bool {
+        if let Some(engine) = &mut self.engine {
+            // Whoever drives is awake: the engine need not signal its own reaper.
+            if self.shared.cq_bell.is_armed() {
+                self.shared.cq_bell.disarm();
+            }
+            return engine.turn();
+        }
+        !self.shared.is_open() && self.take_over()
+    }
+
+    #[cold]
+    fn take_over(&mut self) -> bool {
+        let Some((handoff, _)) = &self.remote else { return false };
+        self.engine = handoff.take(Duration::ZERO);
+        self.engine.as_mut().is_some_and(|engine| engine.turn())
+    }
+
+    fn take_woken(&self) -> bool {
+        self.shared.woken.load(Ordering::Relaxed)
+            && self.shared.woken.swap(false, Ordering::Acquire)
+    }
+
+    /// Arms for `want` completions, looks once more, and parks.
+    fn sleep(&mut self, want: u32, deadline: Option<Instant>) {
+        if self.arm_bells(want, None) == Armed::Armed {
+            let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
+            let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
+            let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+            match self.engine.as_ref().and_then(|engine| engine.descriptor()) {
+                None => self.notifier.park(timeout),
+                Some(fd) => {
+                    let poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+                    self.notifier.park_on(timeout, &mut vec![poll]);
+                }
+            }
+            if engine_deadline.is_some_and(|at| at <= Instant::now())
+                || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
+            {
+                self.engine.as_ref().expect("it has a deadline").look_at_device();
+            }
+        }
+        self.disarm();
+    }
+
+    fn disarm(&self) {
+        self.shared.cq_bell.disarm();
+        if self.engine.is_some() {
+            self.shared.bell.disarm();
+        }
+    }
+
+    fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+        let want = u32::try_from(n).unwrap_or(u32::MAX).clamp(1, 1 << 30);
+        // Inline, what there is to do is done now rather than after a signal.
+        while self.drive() {
+            if self.reaper.ready() >= want {
+                return Armed::Ready;
+            }
+        }
+        self.arm_bells(want, max_delay)
+    }
+
+    /// Arms whatever can bring `want` completions, and looks once more. `Ready`: nothing is armed.
+    fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> Armed {
+        let us = max_delay.map_or(0, |delay| (delay.as_micros() as u64).clamp(1, START_CLOCK - 1));
+        self.shared.wanted.store(self.reaper.index_of(want), Ordering::Relaxed);
+        self.shared.coalesce_us.store(us, Ordering::Relaxed);
+        self.shared.cq_bell.arm();
+        // The look after the fence: a completion published before it is seen here, one after it
+        // sees us armed.
+        let ready = self.reaper.ready();
+        let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
+        if let Some(engine) = &mut self.engine {
+            awake = awake || !engine.try_sleep();
+        } else {
+            // A poller that has just closed the ring may have handed the engine over unseen.
+            awake = awake || (!self.shared.is_open() && self.take_over());
+        }
+        if awake {
+            self.disarm();
+            return Armed::Ready;
+        }
+        if us != 0 && ready > 0 {
+            // Too few are here already: the engine must start the clock now.
+            self.shared.coalesce_us.fetch_or(START_CLOCK, Ordering::Relaxed);
+            self.shared.bell.ring();
+        }
+        Armed::Armed
+    }
+}
+
+impl Drop for CompletionQueue {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "a dropped ring did not close cleanly");
+        }
+        if let Some((handoff, _)) = &self.remote {
+            handoff.abandon();
+        }
+    }
+}
+
+impl fmt::Debug for CompletionQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompletionQueue").field("reaper", &self.reaper).finish_non_exhaustive()
+    }
+}
+
+/// The completions that were there when [`CompletionQueue::reap`] was called.
+#[derive(Debug)]
+pub struct Reap<'a> {
+    reaper: &'a mut Reaper,
+    left: u32,
+}
+
+impl Iterator for Reap<'_> {
+    type Item = Completion;
+
+    #[inline]
+    fn next(&mut self) -> Option<Completion> {
+        self.left = self.left.checked_sub(1)?;
+        self.reaper.next().map(Completion::new)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left as usize, Some(self.left as usize))
+    }
+}
+
+impl ExactSizeIterator for Reap<'_> {}
+
+impl Ring {
+    pub(crate) fn new(sq: SubmissionQueue, cq: CompletionQueue) -> Self {
+        Self { sq, cq }
+    }
+
+    /// The two halves, borrowed: one submits while the other is reaped.
+    pub fn split(&mut self) -> (Half<'_, SubmissionQueue>, Half<'_, CompletionQueue>) {
+        (Half(&mut self.sq), Half(&mut self.cq))
+    }
+
+    /// The two halves, owned; they may live on two threads. The ring closes when the reaping half is
+    /// dropped.
+    pub fn into_split(self) -> (SubmissionQueue, CompletionQueue) {
+        (self.sq, self.cq)
+    }
+
+    /// The ring's pools; [`alloc`](Self::alloc) takes from the first.
+    pub fn pools(&self) -> &[Pool] {
+        self.sq.submitter.regions().pools()
+    }
+
+    /// See [`SubmissionQueue::alloc`].
+    pub fn alloc(&self) -> Option<Frame> {
+        self.sq.alloc()
+    }
+
+    /// See [`SubmissionQueue::submit_read`].
+    #[inline]
+    pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.sq.submit_read(frame, user_data)
+    }
+
+    /// See [`SubmissionQueue::submit_write`].
+    #[inline]
+    pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.sq.submit_write(frame, user_data)
+    }
+
+    /// See [`SubmissionQueue::submit_reads`].
+    pub fn submit_reads(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_reads(frames)
+    }
+
+    /// See [`SubmissionQueue::submit_writes`].
+    pub fn submit_writes(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_writes(frames)
+    }
+
+    /// See [`SubmissionQueue::cancel`].
+    pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.sq.cancel(target, user_data)
+    }
+
+    /// See [`SubmissionQueue::cancel_all`].
+    pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.sq.cancel_all(user_data)
+    }
+
+    /// See [`CompletionQueue::reap`].
+    #[inline]
+    pub fn reap(&mut self) -> Reap<'_> {
+        self.cq.reap()
+    }
+
+    /// See [`CompletionQueue::wait`].
+    pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
+        self.cq.wait(min, timeout)
+    }
+
+    /// See [`CompletionQueue::in_flight`].
+    pub fn in_flight(&self) -> usize {
+        self.cq.in_flight()
+    }
+
+    /// See [`CompletionQueue::quiesce`].
+    pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
+        self.cq.quiesce(timeout)
+    }
+
+    /// See [`CompletionQueue::completion_fd`].
+    pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        self.cq.completion_fd()
+    }
+
+    /// See [`CompletionQueue::arm`].
+    pub fn arm(&mut self) -> Armed {
+        self.cq.arm()
+    }
+
+    /// See [`CompletionQueue::arm_after`].
+    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+        self.cq.arm_after(n, max_delay)
+    }
+
+    /// See [`CompletionQueue::poll_ready`].
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
+        self.cq.poll_ready(cx, n)
+    }
+
+    /// See [`CompletionQueue::next_deadline`].
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.cq.next_deadline()
+    }
+
+    /// See [`CompletionQueue::stats`].
+    pub fn stats(&self) -> RingStats {
+        self.cq.stats()
+    }
+
+    /// See [`CompletionQueue::capabilities`].
+    pub fn capabilities(&self) -> Capabilities {
+        self.cq.capabilities()
+    }
+
+    /// See [`CompletionQueue::control`].
+    pub fn control(&self) -> RingControl {
+        self.cq.control()
+    }
+
+    /// See [`CompletionQueue::close`].
+    pub fn close(&mut self) -> Result<(), Error> {
+        self.cq.close()
+    }
+}
+
+/// A handle on a ring for any thread: wakes a blocked `wait`, stops the ring, reads its counters.
+/// Does not keep the ring alive.
+#[derive(Clone, Debug)]
+pub struct RingControl {
+    shared: Arc<RingShared>,
+}
+
+assert_impl_all!(RingControl: Send, Sync, Clone);
+
+impl RingControl {
+    /// Makes the `wait` under way return, or the next one if none is.
+    pub fn wake(&self) {
+        self.shared.woken.store(true, Ordering::Release);
+        self.shared.notify();
+    }
+
+    /// Asks for everything in flight to complete as cancelled; the ring stays open. Does not wait.
+    pub fn cancel_all(&self) {
+        self.shared.wish(control::CANCEL_ALL);
+    }
+
+    /// Closes the ring as [`CompletionQueue::close`] does, but does not wait: the completions of
+    /// what was in flight come in their time, and submits say [`Closed::Stopped`].
+    pub fn stop(&self) {
+        self.shared.close(Closed::Stopped);
+        self.shared.wish(control::STOP);
+    }
+
+    /// Why the ring takes no more submissions, or `None` if it does.
+    pub fn closed(&self) -> Option<Closed> {
+        self.shared.why_closed()
+    }
+
+    /// Counters of the ring so far.
+    pub fn stats(&self) -> RingStats {
+        self.shared.counters.poller.snapshot()
+    }
+
+    /// Doorbells that had to wake the poller. None are rung while it is awake.
+    pub fn doorbells(&self) -> u64 {
+        self.shared.counters.doorbells.get()
+    }
+}

@@ -1,0 +1,152 @@
+//! Counters. The poller writes them once per turn, not per packet, with plain stores to a line of
+//! its own; anybody may read them at any time and never slows it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+
+/// Number of buckets of [`Histogram`].
+pub const BATCH_BUCKETS: usize = 12;
+
+/// Batch sizes: bucket `i` counts the batches of 2^i to 2^(i+1) - 1 packets, the last one all above.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Histogram(pub [u64; BATCH_BUCKETS]);
+
+impl Histogram {
+    /// Batches counted.
+    pub fn count(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// The smallest batch size of the bucket in which the median batch lies; 0 if there is none.
+    pub fn median(&self) -> u64 {
+        let half = self.count().div_ceil(2);
+        let mut seen = 0;
+        for (i, n) in self.0.iter().enumerate() {
+            seen += n;
+            if seen >= half && half > 0 {
+                return 1 << i;
+            }
+        }
+        0
+    }
+}
+
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
+        /// A snapshot of a ring's counters since it was built. Each number is exact; together they
+        /// may be of slightly different moments.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct RingStats {
+            $($(#[doc = $doc])+ pub $name: u64,)+
+            /// Packets read per device call that read any.
+            pub read_batches: Histogram,
+            /// Packets written per device call that wrote any.
+            pub write_batches: Histogram,
+        }
+
+        /// The counters as the poller adds them up.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters {
+            $(pub(crate) $name: Counter,)+
+            pub(crate) read_batches: [Counter; BATCH_BUCKETS],
+            pub(crate) write_batches: [Counter; BATCH_BUCKETS],
+        }
+
+        impl Counters {
+            pub(crate) fn snapshot(&self) -> RingStats {
+                let histogram = |counters: &[Counter; BATCH_BUCKETS]| {
+                    Histogram(std::array::from_fn(|i| counters[i].get()))
+                };
+                RingStats {
+                    $($name: self.$name.get(),)+
+                    read_batches: histogram(&self.read_batches),
+                    write_batches: histogram(&self.write_batches),
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets read.
+    rx_packets,
+    /// Bytes read.
+    rx_bytes,
+    /// Packets written.
+    tx_packets,
+    /// Bytes written.
+    tx_bytes,
+    /// Entries completed as cancelled.
+    cancelled,
+    /// Entries the device refused, `BufferExhausted` not counted.
+    errors,
+    /// Writes given up after the retry budget, completed with `BufferExhausted`.
+    exhausted,
+    /// Entries the device let go of, or held when it panicked.
+    abandoned,
+    /// Times the device took fewer writes than it was offered and was tried again.
+    retries,
+    /// Times the device's own wake-up (callback or descriptor) was seen.
+    device_wakeups,
+    /// Times the poller gave up its processor for this ring's lack of work.
+    parks,
+    /// Times the poller had to wake the reaping side.
+    notifications,
+    /// Times the ring's device was started anew.
+    restarts,
+}
+
+/// A counter with one writer.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds; only the one writer may call it.
+    #[inline]
+    pub(crate) fn add(&self, n: u64) {
+        if n > 0 {
+            // One writer, so no read-modify-write is needed. Relaxed: a number, nothing hangs on it.
+            self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Adds a batch of `n` packets to a histogram.
+pub(crate) fn add_batch(histogram: &[Counter; BATCH_BUCKETS], n: u32) {
+    if n > 0 {
+        histogram[(n.ilog2() as usize).min(BATCH_BUCKETS - 1)].add(1);
+    }
+}
+
+/// The counters of one ring: the poller's on a line apart from the submitter's.
+#[derive(Debug, Default)]
+pub(crate) struct RingCounters {
+    pub(crate) poller: CachePadded<Counters>,
+    /// Doorbells that cost a wake-up, written by the submitting side.
+    pub(crate) doorbells: CachePadded<Counter>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_fall_into_power_of_two_buckets() {
+        let counters = Counters::default();
+        for n in [0, 1, 2, 3, 4, 200, 1 << 20] {
+            add_batch(&counters.read_batches, n);
+        }
+        let histogram = counters.snapshot().read_batches;
+        assert_eq!(histogram.count(), 6);
+        assert_eq!((histogram.0[0], histogram.0[1], histogram.0[2]), (1, 2, 1));
+        assert_eq!((histogram.0[7], histogram.0[BATCH_BUCKETS - 1]), (1, 1));
+        assert_eq!(histogram.median(), 2);
+        assert_eq!(Histogram::default().median(), 0);
+    }
+}
