@@ -10,7 +10,11 @@
 //! See `examples/device.rs` for a device of one's own.
 
 pub mod embedded;
+#[cfg(feature = "fault")]
+pub mod fault;
 pub mod loopback;
+#[cfg(feature = "pcap")]
+pub mod pcap;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -174,6 +178,62 @@ pub trait Device: Send + Sync {
         Error::NotSupported { what, device: self.name().to_owned() }
     }
 }
+
+#[cfg(any(feature = "pcap", feature = "fault"))]
+/// For wrappers: passes everything but `queue` (and what is given in braces) on to `self.device`.
+macro_rules! delegate_device {
+    ($device:ty { $($own:item)* }) => {
+        impl $crate::device::Device for $device {
+            $($own)*
+
+            fn name(&self) -> &str {
+                self.device.name()
+            }
+
+            fn info(&self) -> $crate::InterfaceInfo {
+                self.device.info()
+            }
+
+            fn capabilities(&self) -> $crate::device::Capabilities {
+                self.device.capabilities()
+            }
+
+            fn stop(&self) -> Result<(), $crate::Error> {
+                self.device.stop()
+            }
+
+            fn restart(&self) -> Result<(), $crate::Error> {
+                self.device.restart()
+            }
+
+            fn add_port_forward(&self, rule: &$crate::device::PortForward) -> Result<(), $crate::Error> {
+                self.device.add_port_forward(rule)
+            }
+
+            fn remove_port_forward(&self, protocol: $crate::device::Protocol, port: u16) -> Result<(), $crate::Error> {
+                self.device.remove_port_forward(protocol, port)
+            }
+
+            fn port_forwards(&self) -> Result<Vec<$crate::device::PortForward>, $crate::Error> {
+                self.device.port_forwards()
+            }
+
+            fn shared_interfaces(&self) -> Result<Vec<String>, $crate::Error> {
+                self.device.shared_interfaces()
+            }
+
+            fn lease(&self, mac: $crate::MacAddr6) -> Option<$crate::device::Lease> {
+                self.device.lease(mac)
+            }
+
+            fn drops(&self) -> Vec<(&'static str, u64)> {
+                self.device.drops()
+            }
+        }
+    };
+}
+#[cfg(any(feature = "pcap", feature = "fault"))]
+pub(crate) use delegate_device;
 
 /// An address in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,390 @@
+//! A wrapper that makes any device misbehave, in ways that a seed decides: for testing what stands
+//! on top of vmring, and vmring itself.
+//!
+//! ```
+//! use vmring::device::fault::Faults;
+//! use vmring::{Direction, Interface, Loopback};
+//!
+//! let faults = Faults::seeded(7).short_batches(0.5).exhaustion(0.1).duplicate_wakes(0.2);
+//! let interface = Interface::builder().device(faults.wrap(Loopback::new(1500))).start()?;
+//! let ring = interface.ring(Direction::Both).build()?;
+//! # Ok::<(), vmring::Error>(())
+//! ```
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+
+use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
+use crate::error::{Direction, Error, Status};
+use crate::interface::{Config, Driver};
+use crate::notify::lock;
+
+/// What goes wrong, and how often. Probabilities are from 0.0 (the default) to 1.0.
+#[derive(Clone, Debug)]
+pub struct Faults {
+    seed: u64,
+    short_batches: f64,
+    exhaustion: f64,
+    errors: Option<(f64, Status)>,
+    abandon: f64,
+    corruption: f64,
+    late_wakes: Option<(f64, Duration)>,
+    duplicate_wakes: f64,
+    fail_after: Option<(u64, Status)>,
+    panic_after: Option<u64>,
+    engine: Option<Engine>,
+    stuck: bool,
+    start_delay: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Engine {
+    hold: Duration,
+    reorder: bool,
+}
+
+impl Faults {
+    /// Nothing goes wrong yet. The same seed gives the same decisions for the same calls.
+    pub fn seeded(seed: u64) -> Self {
+        Self {
+            seed,
+            short_batches: 0.0,
+            exhaustion: 0.0,
+            errors: None,
+            abandon: 0.0,
+            corruption: 0.0,
+            late_wakes: None,
+            duplicate_wakes: 0.0,
+            fail_after: None,
+            panic_after: None,
+            engine: None,
+            stuck: false,
+            start_delay: Duration::ZERO,
+        }
+    }
+
+    /// A call takes only a random part of what is posted.
+    pub fn short_batches(mut self, probability: f64) -> Self {
+        self.short_batches = probability;
+        self
+    }
+
+    /// A call takes no writes, as when the system's buffers are full for a moment.
+    pub fn exhaustion(mut self, probability: f64) -> Self {
+        self.exhaustion = probability;
+        self
+    }
+
+    /// A write is refused with `status`.
+    pub fn errors(mut self, probability: f64, status: Status) -> Self {
+        self.errors = Some((probability, status));
+        self
+    }
+
+    /// A write's slot is dropped instead of being completed.
+    pub fn abandon(mut self, probability: f64) -> Self {
+        self.abandon = probability;
+        self
+    }
+
+    /// A read packet has one bit flipped.
+    pub fn corruption(mut self, probability: f64) -> Self {
+        self.corruption = probability;
+        self
+    }
+
+    /// A wake-up comes only after `delay`.
+    pub fn late_wakes(mut self, probability: f64, delay: Duration) -> Self {
+        self.late_wakes = Some((probability, delay));
+        self
+    }
+
+    /// A wake-up comes twice.
+    pub fn duplicate_wakes(mut self, probability: f64) -> Self {
+        self.duplicate_wakes = probability;
+        self
+    }
+
+    /// After `packets` completed, the device fails for good.
+    pub fn fail_after(mut self, packets: u64, status: Status) -> Self {
+        self.fail_after = Some((packets, status));
+        self
+    }
+
+    /// After `packets` completed, the device panics.
+    pub fn panic_after(mut self, packets: u64) -> Self {
+        self.panic_after = Some(packets);
+        self
+    }
+
+    /// The device is a completion engine: it holds each finished slot up to `hold` on a thread of
+    /// its own and gives it back later, also after a cancel; in another order if `reorder`.
+    pub fn engine(mut self, hold: Duration, reorder: bool) -> Self {
+        self.engine = Some(Engine { hold, reorder });
+        self
+    }
+
+    /// The device never lets go of what it holds when it is closed.
+    pub fn stuck_at_close(mut self) -> Self {
+        self.stuck = true;
+        self
+    }
+
+    /// Starting takes this long.
+    pub fn start_delay(mut self, delay: Duration) -> Self {
+        self.start_delay = delay;
+        self
+    }
+
+    /// A driver that starts `inner` and misbehaves on top of it.
+    pub fn wrap(self, inner: impl Driver) -> Faulty {
+        Faulty { faults: self, inner: Box::new(inner) }
+    }
+}
+
+/// A driver that misbehaves; see [`Faults::wrap`].
+pub struct Faulty {
+    faults: Faults,
+    inner: Box<dyn Driver>,
+}
+
+impl fmt::Debug for Faulty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Faulty").field("faults", &self.faults).finish_non_exhaustive()
+    }
+}
+
+impl Driver for Faulty {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        thread::sleep(self.faults.start_delay);
+        let device = self.inner.start(config)?;
+        Ok(Arc::new(FaultyDevice { device, faults: self.faults, queues: AtomicU64::new(0) }))
+    }
+}
+
+struct FaultyDevice {
+    device: Arc<dyn Device>,
+    faults: Faults,
+    /// Queues made: each draws from a seed of its own.
+    queues: AtomicU64,
+}
+
+delegate_device!(FaultyDevice {
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let n = self.queues.fetch_add(1, Ordering::Relaxed);
+        let rng = Rng::with_seed(self.faults.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n);
+        let faults = self.faults.clone();
+        let inner = self.device.queue(direction, faulty_wake(&faults, rng.clone(), wake.clone()))?;
+        let engine = faults.engine.map(|engine| Held::start(engine, rng.clone(), wake));
+        Ok(Box::new(FaultyQueue {
+            inner,
+            relay: Relay::default(),
+            held: engine,
+            rng,
+            completed: 0,
+            faults,
+        }))
+    }
+});
+
+/// A wake that is sometimes late and sometimes double.
+fn faulty_wake(faults: &Faults, rng: Rng, wake: Wake) -> Wake {
+    let (late, twice) = (faults.late_wakes, faults.duplicate_wakes);
+    if late.is_none() && twice == 0.0 {
+        return wake;
+    }
+    let rng = Mutex::new(rng);
+    Wake::from_fn(move || {
+        let draw = |p| chance(&mut lock(&rng), p);
+        if draw(twice) {
+            wake.wake();
+        }
+        match late {
+            Some((p, delay)) if draw(p) => {
+                let wake = wake.clone();
+                thread::spawn(move || {
+                    thread::sleep(delay);
+                    wake.wake();
+                });
+            }
+            _ => wake.wake(),
+        }
+    })
+}
+
+fn chance(rng: &mut Rng, probability: f64) -> bool {
+    probability > 0.0 && rng.f64() < probability
+}
+
+struct FaultyQueue {
+    inner: Box<dyn Queue>,
+    relay: Relay,
+    held: Option<Held>,
+    rng: Rng,
+    completed: u64,
+    faults: Faults,
+}
+
+impl FaultyQueue {
+    /// How much of `n` the next call gets.
+    fn part(&mut self, n: usize) -> usize {
+        if n > 0 && chance(&mut self.rng, self.faults.short_batches) {
+            self.rng.usize(0..n)
+        } else {
+            n
+        }
+    }
+
+    fn finish(&mut self, mut done: Done, io: &mut Io<'_>) {
+        self.completed += 1;
+        if done.slot().is_read()
+            && done.result().is_ok_and(|len| len > 0)
+            && chance(&mut self.rng, self.faults.corruption)
+        {
+            let packet = done.packet_mut();
+            let at = self.rng.usize(0..packet.len());
+            packet[at] ^= 1 << self.rng.u8(0..8);
+        }
+        match &mut self.held {
+            Some(held) => held.hold(done),
+            None => io.forward(done),
+        }
+    }
+
+    fn give_back(&mut self, io: &mut Io<'_>) {
+        if let Some(held) = &mut self.held {
+            while let Some(done) = held.next() {
+                io.forward(done);
+            }
+        }
+    }
+}
+
+impl Queue for FaultyQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        if self.faults.panic_after.is_some_and(|after| self.completed >= after) {
+            panic!("the fault device panics as it was told to");
+        }
+        if let Some((after, status)) = self.faults.fail_after
+            && self.completed >= after
+        {
+            return Err(status);
+        }
+        self.give_back(io);
+        for _ in 0..self.part(io.reads()) {
+            let Some(slot) = io.take_read() else { break };
+            self.relay.post(slot);
+        }
+        let exhausted = chance(&mut self.rng, self.faults.exhaustion);
+        let writes = if exhausted { 0 } else { self.part(io.writes()) };
+        for _ in 0..writes {
+            let Some(slot) = io.take_write() else { break };
+            match self.faults.errors {
+                Some((p, status)) if chance(&mut self.rng, p) => io.fail(slot, status),
+                _ if chance(&mut self.rng, self.faults.abandon) => drop(slot),
+                _ => self.relay.post(slot),
+            }
+        }
+        let result = self.relay.poll(&mut *self.inner);
+        self.relay.put_back(io);
+        while let Some(done) = self.relay.next_done() {
+            self.finish(done, io);
+        }
+        result
+    }
+
+    fn arm(&mut self) -> bool {
+        self.inner.arm() && self.held.as_mut().is_none_or(|held| held.returned.is_empty())
+    }
+
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        // What the engine holds comes back in its own time, as in a kernel that has it already.
+        self.inner.cancel(target)
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        let closed = self.relay.close(&mut *self.inner);
+        while let Some(done) = self.relay.next_done() {
+            self.finish(done, io);
+        }
+        if self.faults.stuck {
+            return false;
+        }
+        self.give_back(io);
+        closed && self.held.as_ref().is_none_or(|held| held.out == 0)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.descriptor()
+    }
+}
+
+/// The completion engine: finished slots go through a thread that holds them for a while.
+struct Held {
+    to_thread: Sender<Done>,
+    from_thread: Receiver<Done>,
+    /// Looked at and not yet given back.
+    returned: Vec<Done>,
+    out: usize,
+}
+
+impl Held {
+    fn start(engine: Engine, mut rng: Rng, wake: Wake) -> Self {
+        let (to_thread, inbox) = mpsc::channel::<Done>();
+        let (outbox, from_thread) = mpsc::channel();
+        thread::spawn(move || {
+            let mut held: Vec<(Instant, Done)> = Vec::new();
+            loop {
+                let next = held.iter().map(|(due, _)| *due).min();
+                let wait = next.map_or(Duration::from_secs(3600), |due| {
+                    due.saturating_duration_since(Instant::now())
+                });
+                match inbox.recv_timeout(wait) {
+                    Ok(done) => {
+                        let hold = engine.hold.mul_f64(rng.f64());
+                        let hold = if engine.reorder { hold } else { engine.hold };
+                        held.push((Instant::now() + hold, done));
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    // The queue is gone; what is held is dropped, and so finds its own way home.
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
+                let now = Instant::now();
+                while let Some(i) = held.iter().position(|(due, _)| *due <= now) {
+                    let (_, done) =
+                        if engine.reorder { held.swap_remove(i) } else { held.remove(i) };
+                    if outbox.send(done).is_err() {
+                        return;
+                    }
+                    wake.wake();
+                }
+            }
+        });
+        Self { to_thread, from_thread, returned: Vec::new(), out: 0 }
+    }
+
+    fn hold(&mut self, done: Done) {
+        match self.to_thread.send(done) {
+            Ok(()) => self.out += 1,
+            // The thread has died; nothing is held then.
+            Err(mpsc::SendError(done)) => self.returned.push(done),
+        }
+    }
+
+    fn next(&mut self) -> Option<Done> {
+        if let Some(done) = self.returned.pop() {
+            return Some(done);
+        }
+        let done = self.from_thread.try_recv().ok()?;
+        self.out -= 1;
+        Some(done)
+    }
+}
