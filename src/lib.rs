@@ -1,8 +1,10 @@
 //! vmring
 #![warn(missing_docs)]
 
+pub mod blocking;
 pub mod device;
 mod error;
+pub mod future;
 mod interface;
 mod memory;
 mod notify;
@@ -11,12 +13,14 @@ pub mod pool;
 mod ring;
 pub mod stats;
 
+pub use blocking::Blocking;
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
 pub use error::{
     BatchError, Closed, CompletionError, ConfigError, Direction, EntryError, Error, Status,
     SubmitError, SubmitErrorKind,
 };
+pub use future::{Async, block_on};
 pub use interface::{
     Builder, Config, Drive, Driver, Interface, InterfaceInfo, Ipv4Range, Mode, RingBuilder,
 };

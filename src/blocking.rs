@@ -1,0 +1,212 @@
+//! The blocking front-end: `read` and `write` over a ring of its own. What `Lwt_vmnet`'s `read` and
+//! `write` are, without Lwt.
+//!
+//! ```
+//! use std::time::Duration;
+//! use vmring::{Blocking, Direction, Interface, Loopback};
+//!
+//! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+//! let mut packets = Blocking::new(interface.ring(Direction::Both).build()?)?;
+//! packets.write(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+//! let packet = packets.read_timeout(Duration::from_secs(5))?.expect("it came back");
+//! assert_eq!(&packet[14..], b" hello");
+//! # Ok::<(), vmring::Error>(())
+//! ```
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use vmring_core::Frame;
+
+use crate::error::{Closed, EntryError, Error, Status, SubmitErrorKind};
+use crate::ring::{Op, Ring};
+
+/// A ring behind blocking calls. Reads are posted ahead, as many as the ring has credits.
+#[derive(Debug)]
+pub struct Blocking {
+    ring: Ring,
+    /// Packets that came while a write was waited for.
+    ready: VecDeque<Frame>,
+    /// Writes submitted so far: the next one's `user_data`.
+    writes: u64,
+}
+
+/// The `user_data` of reads; writes count from 0.
+const READ: u64 = u64::MAX;
+
+impl Blocking {
+    /// Takes over a ring on which nothing is in flight.
+    pub fn new(ring: Ring) -> Result<Self, Error> {
+        let mut front = Self { ring, ready: VecDeque::new(), writes: 0 };
+        front.post_reads()?;
+        Ok(front)
+    }
+
+    /// The next packet; waits for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
+    /// device refused the read.
+    pub fn read(&mut self) -> Result<Frame, Error> {
+        loop {
+            if let Some(packet) = self.next_packet(None)? {
+                return Ok(packet);
+            }
+        }
+    }
+
+    /// The next packet, or `None` if none came within `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn read_timeout(&mut self, timeout: Duration) -> Result<Option<Frame>, Error> {
+        self.next_packet(Some(timeout))
+    }
+
+    /// Sends a packet; waits until the device has taken it. The bytes are copied into a frame;
+    /// [`write_frame`](Self::write_frame) does without.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::PacketTooBig`] before anything is sent if it is longer than `max_packet_size`;
+    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it.
+    pub fn write(&mut self, packet: &[u8]) -> Result<(), Error> {
+        if packet.len() > self.ring.capabilities().max_packet_size as usize {
+            return Err(Status::PacketTooBig.into());
+        }
+        let mut frame = self.alloc()?;
+        frame.copy_from(packet).map_err(|_| Status::PacketTooBig)?;
+        self.write_frame(frame)
+    }
+
+    /// A frame to be filled and written. Waits for one to come home if all are out.
+    pub fn alloc(&mut self) -> Result<Frame, Error> {
+        loop {
+            if let Some(frame) = self.ring.alloc() {
+                return Ok(frame);
+            }
+            if let Some(packet) = self.ready.pop_back() {
+                // Every frame is a packet that nobody has read: better drop the last than wait for
+                // ever.
+                drop(packet);
+                continue;
+            }
+            self.closed()?;
+            self.pump(Some(Duration::from_millis(10)))?;
+        }
+    }
+
+    /// As [`write`](Self::write), without a copy.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write).
+    pub fn write_frame(&mut self, frame: Frame) -> Result<(), Error> {
+        let number = self.writes;
+        self.writes += 1;
+        let mut frame = frame;
+        loop {
+            match self.ring.submit_write(frame, number) {
+                Ok(()) => break,
+                Err(refused) if refused.is_backpressure() => {
+                    frame = refused.frame;
+                    self.pump(None)?;
+                }
+                Err(refused) => {
+                    return Err(match refused.kind {
+                        SubmitErrorKind::TooBig { .. } => Status::PacketTooBig.into(),
+                        kind => Error::Submit(kind),
+                    });
+                }
+            }
+        }
+        loop {
+            if let Some(result) = self.pump_for(number, None)? {
+                return result.map_err(|error| match error {
+                    EntryError::Cancelled => Error::Closed(Closed::Stopped),
+                    other => Error::Entry(other),
+                });
+            }
+        }
+    }
+
+    /// The ring, for its counters and its control handle.
+    pub fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    /// Gives the ring back. What is in flight stays so.
+    pub fn into_ring(self) -> Ring {
+        self.ring
+    }
+
+    fn closed(&self) -> Result<(), Error> {
+        self.ring.control().closed().map_or(Ok(()), |closed| Err(closed.into()))
+    }
+
+    fn next_packet(&mut self, timeout: Option<Duration>) -> Result<Option<Frame>, Error> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if let Some(packet) = self.ready.pop_front() {
+                return Ok(Some(packet));
+            }
+            self.post_reads()?;
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            self.pump(left)?;
+            if self.ready.is_empty() {
+                self.closed()?;
+                if left.is_some_and(|left| left.is_zero()) {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    fn post_reads(&mut self) -> Result<(), Error> {
+        let (mut sq, _) = self.ring.split();
+        for _ in 0..sq.read_credits() {
+            let Some(frame) = sq.alloc() else { break };
+            match sq.submit_read(frame, READ) {
+                Ok(()) => {}
+                Err(refused) if refused.is_backpressure() => break,
+                Err(refused) if matches!(refused.kind, SubmitErrorKind::Closed(_)) => break,
+                Err(refused) => return Err(refused.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn pump(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
+        self.pump_for(u64::MAX - 1, timeout).map(drop)
+    }
+
+    /// Waits for completions and sorts them; returns that of write `number` if it is among them.
+    fn pump_for(
+        &mut self,
+        number: u64,
+        timeout: Option<Duration>,
+    ) -> Result<Option<Result<(), EntryError>>, Error> {
+        self.ring.wait(1, timeout);
+        let mut answer = None;
+        let mut failed = None;
+        for done in self.ring.reap() {
+            match (done.op, done.result) {
+                (Op::Read, Ok(_)) => self.ready.extend(done.frame()),
+                (Op::Read, Err(EntryError::Cancelled)) => {}
+                (Op::Read, Err(error)) => failed = failed.or(Some(error)),
+                (_, result) if done.user_data == number => answer = Some(result.map(drop)),
+                _ => {}
+            }
+        }
+        match failed {
+            // The write's own answer is more to the point.
+            Some(error) if answer.is_none() && self.ready.is_empty() => {
+                self.closed()?;
+                Err(error.into())
+            }
+            _ => Ok(answer),
+        }
+    }
+}
