@@ -11,6 +11,8 @@ mod notify;
 mod poller;
 pub mod pool;
 mod ring;
+#[cfg(feature = "serde")]
+mod sexp;
 pub mod stats;
 
 pub use blocking::Blocking;

@@ -1,0 +1,184 @@
+//! Serde for what `Lwt_vmnet` converts to S-expressions, in the form OCaml's sexplib prints:
+//! `Host_mode`, `(Bridged_mode en0)`, `(Unknown 1009)`.
+//!
+//! A variant with an argument is a tuple variant of one element, because that is a list in an
+//! S-expression. (In JSON it reads `{"Unknown":[1009]}`.)
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{self, Deserialize, Deserializer, EnumAccess, SeqAccess, VariantAccess, Visitor};
+use serde::ser::{Serialize, SerializeStruct, SerializeTupleVariant, Serializer};
+
+use crate::error::Status;
+use crate::interface::{InterfaceInfo, Ipv4Range, Mode};
+
+const MODES: &[&str] = &["Host_mode", "Shared_mode", "Bridged_mode"];
+
+impl Serialize for Mode {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Mode::Host => serializer.serialize_unit_variant("Mode", 0, MODES[0]),
+            Mode::Shared => serializer.serialize_unit_variant("Mode", 1, MODES[1]),
+            Mode::Bridged(name) => {
+                let mut variant = serializer.serialize_tuple_variant("Mode", 2, MODES[2], 1)?;
+                variant.serialize_field(name)?;
+                variant.end()
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Mode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_enum("Mode", MODES, VariantVisitor::<Mode>(PhantomData))
+    }
+}
+
+/// The constant statuses by name, in the order of their codes from 1001.
+const STATUSES: &[&str] = &[
+    "Failure",
+    "Mem_failure",
+    "Invalid_argument",
+    "Setup_incomplete",
+    "Invalid_access",
+    "Packet_too_big",
+    "Buffer_exhausted",
+    "Too_many_packets",
+    "Sharing_service_busy",
+    "Not_authorized",
+    "Unknown",
+];
+const UNKNOWN: u32 = 10;
+
+impl Serialize for Status {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match *self {
+            Status::Unknown(code) => {
+                let name = STATUSES[UNKNOWN as usize];
+                let mut variant = serializer.serialize_tuple_variant("Status", UNKNOWN, name, 1)?;
+                variant.serialize_field(&code)?;
+                variant.end()
+            }
+            known => {
+                let i = known.code() - 1001;
+                serializer.serialize_unit_variant("Status", i, STATUSES[i as usize])
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Status {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_enum("Status", STATUSES, VariantVisitor::<Status>(PhantomData))
+    }
+}
+
+/// A type whose variants have no argument or one.
+trait Variants: Sized {
+    type Argument: for<'de> Deserialize<'de>;
+    const NAMES: &'static [&'static str];
+    fn constant(name: &str) -> Option<Self>;
+    fn with(name: &str, argument: Self::Argument) -> Option<Self>;
+    fn takes_argument(name: &str) -> bool;
+}
+
+impl Variants for Mode {
+    type Argument = String;
+    const NAMES: &'static [&'static str] = MODES;
+
+    fn constant(name: &str) -> Option<Self> {
+        match name {
+            "Host_mode" => Some(Mode::Host),
+            "Shared_mode" => Some(Mode::Shared),
+            _ => None,
+        }
+    }
+
+    fn with(name: &str, argument: String) -> Option<Self> {
+        Self::takes_argument(name).then_some(Mode::Bridged(argument))
+    }
+
+    fn takes_argument(name: &str) -> bool {
+        name == "Bridged_mode"
+    }
+}
+
+impl Variants for Status {
+    type Argument = u32;
+    const NAMES: &'static [&'static str] = STATUSES;
+
+    fn constant(name: &str) -> Option<Self> {
+        let i = STATUSES.iter().position(|known| *known == name)? as u32;
+        Status::from_code(1001 + i).filter(|_| i < UNKNOWN)
+    }
+
+    fn with(name: &str, argument: u32) -> Option<Self> {
+        Self::takes_argument(name).then_some(Status::Unknown(argument))
+    }
+
+    fn takes_argument(name: &str) -> bool {
+        name == "Unknown"
+    }
+}
+
+struct VariantVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Variants> Visitor<'de> for VariantVisitor<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "one of {}", T::NAMES.join(", "))
+    }
+
+    fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<T, A::Error> {
+        let (name, access) = data.variant::<String>()?;
+        let unknown = || de::Error::unknown_variant(&name, T::NAMES);
+        if T::takes_argument(&name) {
+            let argument = access.tuple_variant(1, ArgumentVisitor(PhantomData))?;
+            return T::with(&name, argument).ok_or_else(unknown);
+        }
+        let value = T::constant(&name).ok_or_else(unknown)?;
+        access.unit_variant()?;
+        Ok(value)
+    }
+}
+
+struct ArgumentVisitor<A>(PhantomData<A>);
+
+impl<'de, A: Deserialize<'de>> Visitor<'de> for ArgumentVisitor<A> {
+    type Value = A;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("one argument")
+    }
+
+    fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<A, S::Error> {
+        seq.next_element()?.ok_or_else(|| de::Error::invalid_length(0, &self))
+    }
+}
+
+impl Serialize for Ipv4Range {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Ipv4Range", 3)?;
+        fields.serialize_field("start", &self.start)?;
+        fields.serialize_field("end", &self.end)?;
+        fields.serialize_field("mask", &self.mask)?;
+        fields.end()
+    }
+}
+
+impl Serialize for InterfaceInfo {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let id = self.interface_id.map(|byte| format!("{byte:02x}")).concat();
+        let uuid = [&id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]].join("-");
+        let mut fields = serializer.serialize_struct("InterfaceInfo", 6)?;
+        fields.serialize_field("mode", &self.mode)?;
+        fields.serialize_field("interface_id", &uuid)?;
+        fields.serialize_field("mac", &self.mac.to_string())?;
+        fields.serialize_field("mtu", &self.mtu)?;
+        fields.serialize_field("max_packet_size", &self.max_packet_size)?;
+        fields.serialize_field("ipv4", &self.ipv4)?;
+        fields.end()
+    }
+}
