@@ -1,5 +1,52 @@
-//! vmring
-#![warn(missing_docs)]
+//! io_uring-style packet rings for virtual machine monitors.
+//!
+//! A [`Ring`] is a pair of lock-free queues between a VMM and a network device. The VMM moves a
+//! [`Frame`] (the exclusive owner of one slot of a page-aligned [`Pool`]) into the submission queue
+//! to have it filled ([`submit_read`](Ring::submit_read)) or sent
+//! ([`submit_write`](Ring::submit_write)); a poller drives the device in batches; each submission
+//! comes back once through the completion queue ([`reap`](Ring::reap)), with its frame.
+//!
+//! ```
+//! use std::time::Duration;
+//! use vmring::{Direction, Embedded, Interface, Op};
+//!
+//! // Two guests on one in-process network.
+//! let start = || Interface::builder().device(Embedded::network("guide")).start();
+//! let (alice, bob) = (start()?, start()?);
+//! let mut to = bob.ring(Direction::Read).build()?;
+//! let mut from = alice.ring(Direction::Write).build()?;
+//!
+//! // Bob posts a frame; Alice sends one.
+//! let frame = to.alloc().expect("a fresh ring has free frames");
+//! to.submit_read(frame, 7)?;
+//! let mut frame = from.alloc().expect("as above");
+//! frame.copy_from(&[&bob.mac().into_array()[..], &alice.mac().into_array(), b"\x88\xb5 hello"].concat())?;
+//! from.submit_write(frame, 8)?;
+//!
+//! to.wait(1, Some(Duration::from_secs(10)));
+//! let done = to.reap().next().expect("the packet came");
+//! assert_eq!((done.user_data, done.op, done.result), (7, Op::Read, Ok(20)));
+//! let packet = done.frame_ok()?;
+//! let ethernet = packet.view().ethernet().map(|header| header.ethertype());
+//! assert_eq!((ethernet, &packet[14..]), (Some(0x88b5), &b" hello"[..]));
+//!
+//! // Everything closes by itself when dropped, in any order; `close` says how it went.
+//! to.close()?;
+//! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+//! ```
+//!
+//! * **What a VMM needs**: [`Interface`], [`Ring`] and its halves, [`Drive`] (who polls),
+//!   [`Completion`]; for event loops [`Ring::completion_fd`].
+//! * **Front-ends**: [`Blocking`] and [`Async`], each over a ring of its own.
+//! * **Devices**: [`Embedded`] (the default), [`Loopback`], the wrappers in [`device`], and the trait
+//!   [`device::Device`] for your own.
+//! * **Contracts** (each has a test of its name): a slot is in one place at a time; a refused submit
+//!   gives the frame back; the completion queue never overflows; packets complete in arrival order;
+//!   no posted read, no packet; a cancel never drops a packet; closing completes everything in
+//!   flight; no wake-up is lost, and none is paid for while the other side is awake.
+//!
+//! The whole API is safe Rust. The only `unsafe` a user can write is an implementation of
+//! [`pool::Backing`], to put a pool on memory of his own.
 
 pub mod blocking;
 pub mod device;
@@ -34,3 +81,8 @@ pub use ring::{
     Armed, Completion, CompletionQueue, Half, Op, Reap, Ring, RingControl, SubmissionQueue,
 };
 pub use vmring_core::{Frame, OutOfRoom, PacketView};
+
+/// The README's example, compiled and run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
