@@ -170,11 +170,23 @@ impl RingShared {
         }
     }
 
+    /// Wakes the engine if it sleeps, wherever it is. Returns whether it had to.
+    #[inline]
+    pub(crate) fn ring_engine(&self) -> bool {
+        let rang = self.bell.ring();
+        if rang && !self.is_open() {
+            // The poller may have handed the engine to the reaping half, which sleeps on its own
+            // bell. That it closed is visible: the Acquire in `ring_if` saw what it armed after.
+            self.cq_bell.ring();
+        }
+        rang
+    }
+
     /// Something for the engine to do besides submissions.
     pub(crate) fn wish(&self, bits: u32) {
         // Release: pairs with the Acquire in `take_control`: submissions published before are seen.
         self.control.fetch_or(bits, Ordering::Release);
-        self.bell.ring();
+        self.ring_engine();
         // An engine driven by a sleeping owner sleeps on both bells at once.
         if matches!(self.bell.parker(), RingPark::Inline(_)) {
             self.cq_bell.ring();
@@ -193,7 +205,7 @@ impl RingShared {
     pub(crate) fn device_rang(&self) {
         // Release: pairs with the Acquire in `take_device_rang`.
         self.device_rang.store(true, Ordering::Release);
-        self.bell.ring();
+        self.ring_engine();
     }
 
     #[inline]
@@ -212,7 +224,7 @@ impl RingShared {
     pub(crate) fn abandoned(&self, orphan: Orphan) {
         lock(&self.orphans).push(orphan);
         self.has_orphans.store(true, Ordering::Release);
-        self.bell.ring();
+        self.ring_engine();
     }
 
     #[inline]
@@ -259,12 +271,16 @@ impl RingShared {
     /// How long a sleeping reaper puts up with fewer completions than it wants.
     pub(crate) fn coalescing_delay(&self) -> Option<Duration> {
         let us = self.coalesce_us.load(Ordering::Relaxed);
-        if us == 0 || !self.cq_bell.is_armed() {
+        if us == 0 {
             return None;
         }
         if us & START_CLOCK != 0 {
-            // Only the bit: a newer wish stays.
-            self.coalesce_us.fetch_and(!START_CLOCK, Ordering::Relaxed);
+            // Cleared in any case, or the engine would never sleep again; only the bit, so that a
+            // newer wish stays. Acquire: the look at the bell comes after.
+            self.coalesce_us.fetch_and(!START_CLOCK, Ordering::Acquire);
+        }
+        if !self.cq_bell.is_armed() {
+            return None;
         }
         Some(Duration::from_micros(us & !START_CLOCK))
     }
@@ -588,7 +604,7 @@ impl SubmissionQueue {
     #[inline]
     fn ring_doorbell(&mut self) {
         self.submitter.publish();
-        if self.shared.bell.ring() {
+        if self.shared.ring_engine() {
             self.shared.counters.doorbells.add(1);
         }
     }
@@ -884,11 +900,12 @@ impl CompletionQueue {
         // sees us armed.
         let ready = self.reaper.ready();
         let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
+        if self.engine.is_none() && !self.shared.is_open() {
+            // A poller that has just closed the ring may have handed the engine over unseen.
+            awake |= self.take_over();
+        }
         if let Some(engine) = &mut self.engine {
             awake = awake || !engine.try_sleep();
-        } else {
-            // A poller that has just closed the ring may have handed the engine over unseen.
-            awake = awake || (!self.shared.is_open() && self.take_over());
         }
         if awake {
             self.disarm();

@@ -1,3 +1,51 @@
 //! The vmring command.
+//!
+//! Exit codes: 0 if every step held, 1 if one failed, 2 for arguments that cannot be. A failure is
+//! one sentence on stderr; stdout carries results only.
 
-fn main() {}
+mod args;
+mod bench;
+mod demo;
+mod failure;
+mod guest;
+mod info;
+mod lab;
+mod port;
+mod progress;
+mod report;
+mod stream;
+mod system;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let outcome = args::parse(std::env::args_os()).and_then(run);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Nobody is left to tell if this fails.
+            let _ = writeln!(io::stderr(), "vmring: {failure}");
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "vmring", &mut script);
+            report::print(&String::from_utf8_lossy(&script))
+        }
+        Command::Text(text) => report::print(&text),
+    }
+}
