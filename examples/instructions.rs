@@ -15,7 +15,10 @@ use vmring::{
     MacAddr6, Ring, Status,
 };
 
-const SCENARIOS: &[(&str, fn(u64))] = &[
+/// A name, and what runs so many packets.
+type Scenario = (&'static str, fn(u64));
+
+const SCENARIOS: &[Scenario] = &[
     ("null-read-batch-1", |n| null_read(n, 1)),
     ("null-read-batch-32", |n| null_read(n, 32)),
     ("loopback-60-batch-1", |n| loopback(n, 1)),

@@ -50,14 +50,14 @@
 
 pub mod blocking;
 pub mod device;
-mod error;
+pub mod error;
 pub mod future;
-mod interface;
+pub mod interface;
 mod memory;
 mod notify;
-mod poller;
+pub mod poller;
 pub mod pool;
-mod ring;
+pub mod ring;
 #[cfg(feature = "serde")]
 mod sexp;
 pub mod stats;

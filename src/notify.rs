@@ -128,10 +128,10 @@ impl Park for Notifier {
         };
         // After the lock is released, so that the sleeper does not wake into a held lock.
         self.wakeup.notify_one();
-        if self.descriptor_armed.swap(false, Ordering::AcqRel) {
-            if let Some(descriptor) = self.descriptor.get() {
-                descriptor.signal();
-            }
+        if self.descriptor_armed.swap(false, Ordering::AcqRel)
+            && let Some(descriptor) = self.descriptor.get()
+        {
+            descriptor.signal();
         }
         if let Some(waker) = waker {
             // Somebody else's code, on a poller's thread: its panic must not end the poller.

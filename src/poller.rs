@@ -1,6 +1,6 @@
 //! The poller: submission queue -> batches -> device -> completion queue.
 //!
-//! [`Engine`] is one ring's share of that work; it never blocks. A [`Poller`] is a thread that turns
+//! An *engine* is one ring's share of that work; it never blocks. A [`Poller`] is a thread that turns
 //! the engines of one ring or of many; with `Drive::Inline` the reaping half turns its engine itself.
 //!
 //! A poller turns only engines that have something to do. An engine that runs dry arms its ring's
@@ -575,10 +575,10 @@ impl Engine {
 
     /// Drops the queue; the slots it kept become orphans.
     fn drop_queue(&mut self) {
-        if let Some(queue) = self.queue.take() {
-            if catch_unwind(AssertUnwindSafe(|| drop(queue))).is_err() {
-                tracing::error!(ring = self.shared.number, "the device panicked while dropped");
-            }
+        if let Some(queue) = self.queue.take()
+            && catch_unwind(AssertUnwindSafe(|| drop(queue))).is_err()
+        {
+            tracing::error!(ring = self.shared.number, "the device panicked while dropped");
         }
     }
 
