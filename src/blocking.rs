@@ -38,7 +38,7 @@ impl Blocking {
     /// Takes over a ring on which nothing is in flight.
     pub fn new(ring: Ring) -> Result<Self, Error> {
         let mut front = Self { ring, ready: VecDeque::new(), writes: 0 };
-        front.post_reads()?;
+        front.ring.split().0.post_reads(READ)?;
         Ok(front)
     }
 
@@ -47,7 +47,8 @@ impl Blocking {
     /// # Errors
     ///
     /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
-    /// device refused the read.
+    /// device refused the read, [`Error::OutOfFrames`] if the caller holds so many frames that none
+    /// is left to read into.
     pub fn read(&mut self) -> Result<Frame, Error> {
         loop {
             if let Some(packet) = self.next_packet(None)? {
@@ -82,18 +83,19 @@ impl Blocking {
     }
 
     /// A frame to be filled and written. Waits for one to come home if all are out.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfFrames`] if the caller holds them all, [`Error::Closed`].
     pub fn alloc(&mut self) -> Result<Frame, Error> {
         loop {
             if let Some(frame) = self.ring.alloc() {
                 return Ok(frame);
             }
-            if let Some(packet) = self.ready.pop_back() {
-                // Every frame is a packet that nobody has read: better drop the last than wait for
-                // ever.
-                drop(packet);
-                continue;
-            }
             self.closed()?;
+            if self.ring.in_flight() == 0 {
+                return Err(Error::OutOfFrames);
+            }
             self.pump(Some(Duration::from_millis(10)))?;
         }
     }
@@ -117,7 +119,7 @@ impl Blocking {
                 Err(refused) => {
                     return Err(match refused.kind {
                         SubmitErrorKind::TooBig { .. } => Status::PacketTooBig.into(),
-                        kind => Error::Submit(kind),
+                        kind => kind.into(),
                     });
                 }
             }
@@ -152,30 +154,20 @@ impl Blocking {
             if let Some(packet) = self.ready.pop_front() {
                 return Ok(Some(packet));
             }
-            self.post_reads()?;
+            self.ring.split().0.post_reads(READ)?;
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let posted = self.ring.in_flight() > 0;
             self.pump(left)?;
             if self.ready.is_empty() {
                 self.closed()?;
+                if !posted {
+                    return Err(Error::OutOfFrames);
+                }
                 if left.is_some_and(|left| left.is_zero()) {
                     return Ok(None);
                 }
             }
         }
-    }
-
-    fn post_reads(&mut self) -> Result<(), Error> {
-        let (mut sq, _) = self.ring.split();
-        for _ in 0..sq.read_credits() {
-            let Some(frame) = sq.alloc() else { break };
-            match sq.submit_read(frame, READ) {
-                Ok(()) => {}
-                Err(refused) if refused.is_backpressure() => break,
-                Err(refused) if matches!(refused.kind, SubmitErrorKind::Closed(_)) => break,
-                Err(refused) => return Err(refused.into()),
-            }
-        }
-        Ok(())
     }
 
     fn pump(&mut self, timeout: Option<Duration>) -> Result<(), Error> {

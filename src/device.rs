@@ -478,9 +478,9 @@ impl Done {
         self.slot.packet_mut()
     }
 
-    pub(crate) fn into_parts(mut self) -> (Option<Frame>, u64, u32, Class, Outcome) {
-        let frame = self.slot.frame.take();
-        (frame, self.slot.user_data, self.slot.ring, self.slot.class, self.outcome)
+    pub(crate) fn into_parts(self) -> (Frame, u64, Class, Outcome) {
+        let (frame, user_data, class) = self.slot.into_frame();
+        (frame, user_data, class, self.outcome)
     }
 }
 
@@ -500,6 +500,8 @@ pub(crate) struct Posted {
 /// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
 /// for what it has completed.
 pub struct Io<'a> {
+    /// The ring whose slots these are; 0 for a wrapper's, which only hands them through.
+    ring: u32,
     posted: &'a mut Posted,
     sink: &'a mut dyn Sink,
     read_limit: u32,
@@ -519,12 +521,13 @@ impl fmt::Debug for Io<'_> {
 
 impl<'a> Io<'a> {
     pub(crate) fn new(
+        ring: u32,
         posted: &'a mut Posted,
         sink: &'a mut dyn Sink,
         read_limit: u32,
         write_limit: u32,
     ) -> Self {
-        Self { posted, sink, read_limit, write_limit, held: [0; 2] }
+        Self { ring, posted, sink, read_limit, write_limit, held: [0; 2] }
     }
 
     /// Reads that may be taken in this call.
@@ -566,6 +569,9 @@ impl<'a> Io<'a> {
     /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
     /// several back in the reverse order of taking.
     pub fn put_back(&mut self, slot: PostedSlot) {
+        if self.is_foreign(&slot) {
+            return;
+        }
         let (list, limit) = match slot.class {
             Class::Read => (&mut self.posted.reads, &mut self.read_limit),
             _ => (&mut self.posted.writes, &mut self.write_limit),
@@ -604,12 +610,25 @@ impl<'a> Io<'a> {
 
     /// Passes on what an inner queue completed: for wrappers.
     pub fn forward(&mut self, done: Done) {
+        if self.is_foreign(&done.slot) {
+            return;
+        }
         self.held[done.slot.class as usize] -= 1;
         self.sink.done(done);
     }
 
+    /// Whether a device has mixed up two rings' slots. Such a slot is dropped, and so completes on
+    /// its own ring as abandoned.
+    #[inline]
+    fn is_foreign(&self, slot: &PostedSlot) -> bool {
+        self.ring != 0 && self.ring != slot.ring
+    }
+
     #[inline]
     fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
+        if self.is_foreign(&slot) {
+            return;
+        }
         self.held[slot.class as usize] -= 1;
         self.sink.done(Done { slot, outcome });
     }
@@ -640,7 +659,7 @@ impl Relay {
 
     /// Polls the inner queue with what is posted.
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
-        let mut io = Io::new(&mut self.posted, &mut self.done, u32::MAX, u32::MAX);
+        let mut io = Io::new(0, &mut self.posted, &mut self.done, u32::MAX, u32::MAX);
         let result = queue.poll(&mut io);
         let held = io.held;
         self.settle(held);
@@ -676,7 +695,7 @@ impl Relay {
 
     /// Asks the inner queue to close.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
-        let mut io = Io::new(&mut self.posted, &mut self.done, 0, 0);
+        let mut io = Io::new(0, &mut self.posted, &mut self.done, 0, 0);
         let closed = queue.close(&mut io);
         let held = io.held;
         self.settle(held);

@@ -322,6 +322,10 @@ pub enum Error {
         /// How long the close waited.
         timeout: Duration,
     },
+    /// Every frame of the ring's pool is held by the caller, so nothing can be read or written until
+    /// some are dropped.
+    #[error("every frame of the pool is held by the caller")]
+    OutOfFrames,
     /// It did not happen in time; nothing is lost.
     #[error("it did not happen within {0:?}")]
     Timeout(Duration),
@@ -346,9 +350,18 @@ pub enum Error {
     },
 }
 
+impl From<SubmitErrorKind> for Error {
+    fn from(kind: SubmitErrorKind) -> Self {
+        match kind {
+            SubmitErrorKind::Closed(closed) => Error::Closed(closed),
+            kind => Error::Submit(kind),
+        }
+    }
+}
+
 impl From<SubmitError> for Error {
     fn from(refused: SubmitError) -> Self {
-        Error::Submit(refused.kind)
+        refused.kind.into()
     }
 }
 
@@ -360,7 +373,7 @@ impl From<CompletionError> for Error {
 
 impl From<BatchError> for Error {
     fn from(refused: BatchError) -> Self {
-        Error::Submit(refused.kind)
+        refused.kind.into()
     }
 }
 

@@ -19,13 +19,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use vmring_core::Frame;
 
-use crate::error::{Closed, EntryError, Error, Status, SubmitErrorKind};
+use crate::error::{Closed, EntryError, Error, Status};
 use crate::notify::lock;
 use crate::ring::{Op, Ring, RingControl};
 
@@ -34,6 +35,8 @@ use crate::ring::{Op, Ring, RingControl};
 pub struct Async {
     state: Arc<Mutex<State>>,
     sleepers: Arc<Sleepers>,
+    /// The next future's number, and its write's `user_data`.
+    numbers: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Async {
@@ -48,7 +51,6 @@ struct State {
     ready: VecDeque<Frame>,
     /// Writes in flight whose future lives: `None` until the completion comes.
     writes: BTreeMap<u64, Option<Result<(), EntryError>>>,
-    next: u64,
     /// The first error a read met, for the next reader.
     failed: Option<EntryError>,
 }
@@ -79,9 +81,13 @@ impl Async {
     /// usual one; one with `Drive::Inline` makes progress when a future is polled.
     pub fn new(ring: Ring) -> Result<Self, Error> {
         let mut state =
-            State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), next: 0, failed: None };
-        state.post_reads()?;
-        Ok(Self { state: Arc::new(Mutex::new(state)), sleepers: Arc::default() })
+            State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
+        state.ring.split().0.post_reads(READ)?;
+        Ok(Self {
+            state: Arc::new(Mutex::new(state)),
+            sleepers: Arc::default(),
+            numbers: Arc::default(),
+        })
     }
 
     /// The next packet. Readers may come in any number; a packet goes to one of them. Dropping the
@@ -90,9 +96,10 @@ impl Async {
     /// # Errors
     ///
     /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
-    /// device refused a read.
+    /// device refused a read, [`Error::OutOfFrames`] if the caller holds so many frames that none is
+    /// left to read into.
     pub fn read(&self) -> ReadFuture {
-        let number = lock(&self.state).number();
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         ReadFuture { front: self.clone(), number }
     }
 
@@ -102,9 +109,10 @@ impl Async {
     /// # Errors
     ///
     /// [`Status::PacketTooBig`] before anything is sent if it is longer than `max_packet_size`;
-    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it.
+    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it; [`Error::OutOfFrames`] if the
+    /// caller holds every frame.
     pub fn write<'a>(&self, packet: &'a [u8]) -> WriteFuture<'a> {
-        let number = lock(&self.state).number();
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         WriteFuture { front: self.clone(), number, packet, sent: false }
     }
 
@@ -121,37 +129,36 @@ impl Async {
         state.ring.poll_ready(&mut Context::from_waker(&all), 1).map(drop)
     }
 
-    /// Takes in what has come. If that lets somebody else proceed, wakes everybody.
-    fn pump(&self, state: &mut State) -> Result<(), Error> {
-        let news = state.pump();
-        state.post_reads()?;
+    /// Runs `step` on the state until it is done or nothing comes any more, taking in what has come
+    /// before each. If anything came, everybody is woken: any of them may proceed.
+    fn advance<T>(
+        &self,
+        number: u64,
+        cx: &Context<'_>,
+        mut step: impl FnMut(&mut State) -> Result<Option<T>, Error>,
+    ) -> Poll<Result<T, Error>> {
+        let mut news = false;
+        let answer = {
+            let state = &mut *lock(&self.state);
+            loop {
+                news |= state.pump();
+                match state.ring.split().0.post_reads(READ).and_then(|()| step(state)) {
+                    Ok(Some(answer)) => break Poll::Ready(Ok(answer)),
+                    Err(error) => break Poll::Ready(Err(error)),
+                    Ok(None) if self.sleep(state, number, cx).is_pending() => break Poll::Pending,
+                    Ok(None) => {}
+                }
+            }
+        };
+        // Outside the lock: a waker may run anything.
         if news {
             self.sleepers.wake_all();
         }
-        Ok(())
+        answer
     }
 }
 
 impl State {
-    fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
-    }
-
-    fn post_reads(&mut self) -> Result<(), Error> {
-        let (mut sq, _) = self.ring.split();
-        for _ in 0..sq.read_credits() {
-            let Some(frame) = sq.alloc() else { break };
-            match sq.submit_read(frame, READ) {
-                Ok(()) => {}
-                Err(refused) if refused.is_backpressure() => break,
-                Err(refused) if matches!(refused.kind, SubmitErrorKind::Closed(_)) => break,
-                Err(refused) => return Err(refused.into()),
-            }
-        }
-        Ok(())
-    }
-
     fn pump(&mut self) -> bool {
         let mut news = false;
         for done in self.ring.reap() {
@@ -187,22 +194,21 @@ impl Future for ReadFuture {
     type Output = Result<Frame, Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let state = &mut *lock(&self.front.state);
-        loop {
-            self.front.pump(state)?;
+        self.front.advance(self.number, cx, |state| {
             if let Some(packet) = state.ready.pop_front() {
-                return Poll::Ready(Ok(packet));
+                return Ok(Some(packet));
             }
             if let Some(closed) = state.closed() {
-                return Poll::Ready(Err(closed.into()));
+                return Err(closed.into());
             }
             if let Some(error) = state.failed.take() {
-                return Poll::Ready(Err(error.into()));
+                return Err(error.into());
             }
-            if self.front.sleep(state, self.number, cx).is_pending() {
-                return Poll::Pending;
+            if state.ring.in_flight() == 0 {
+                return Err(Error::OutOfFrames);
             }
-        }
+            Ok(None)
+        })
     }
 }
 
@@ -227,7 +233,12 @@ impl WriteFuture<'_> {
         if self.packet.len() > state.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
         }
-        let Some(mut frame) = state.ring.alloc() else { return Ok(()) };
+        if let Some(closed) = state.closed() {
+            return Err(closed.into());
+        }
+        let Some(mut frame) = state.ring.alloc() else {
+            return if state.ring.in_flight() == 0 { Err(Error::OutOfFrames) } else { Ok(()) };
+        };
         frame.copy_from(self.packet).map_err(|_| Status::PacketTooBig)?;
         match state.ring.submit_write(frame, self.number) {
             Ok(()) => {
@@ -236,10 +247,7 @@ impl WriteFuture<'_> {
                 Ok(())
             }
             Err(refused) if refused.is_backpressure() => Ok(()),
-            Err(refused) => match refused.kind {
-                SubmitErrorKind::Closed(closed) => Err(closed.into()),
-                kind => Err(Error::Submit(kind)),
-            },
+            Err(refused) => Err(refused.into()),
         }
     }
 }
@@ -248,24 +256,20 @@ impl Future for WriteFuture<'_> {
     type Output = Result<(), Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let front = self.front.clone();
-        let state = &mut *lock(&front.state);
-        loop {
-            front.pump(state)?;
+        let (front, number) = (self.front.clone(), self.number);
+        front.advance(number, cx, |state| {
             if !self.sent {
                 self.send(state)?;
             }
-            if let Some(answer) = state.writes.get_mut(&self.number).and_then(Option::take) {
-                state.writes.remove(&self.number);
-                return Poll::Ready(answer.map_err(|error| match (error, state.closed()) {
-                    (EntryError::Cancelled, Some(closed)) => Error::Closed(closed),
-                    (error, _) => Error::Entry(error),
-                }));
-            }
-            if front.sleep(state, self.number, cx).is_pending() {
-                return Poll::Pending;
-            }
-        }
+            let Some(answer) = state.writes.get_mut(&number).and_then(Option::take) else {
+                return Ok(None);
+            };
+            state.writes.remove(&number);
+            answer.map(Some).map_err(|error| match (error, state.closed()) {
+                (EntryError::Cancelled, Some(closed)) => Error::Closed(closed),
+                (error, _) => Error::Entry(error),
+            })
+        })
     }
 }
 

@@ -106,20 +106,17 @@ struct Tally {
 /// The way from the device into the completion queue.
 struct CqSink<'a> {
     outlet: &'a mut Outlet,
-    number: u32,
+    /// How a slot ends that the device gives back undone: cancelled, or with the reason for which
+    /// the ring closes.
+    undone: Outcome,
     tally: Tally,
 }
 
 impl Sink for CqSink<'_> {
     #[inline]
     fn done(&mut self, done: Done) {
-        let (frame, user_data, ring, class, outcome) = done.into_parts();
-        let Some(frame) = frame else { return };
-        if ring != self.number {
-            // A device mixed up two rings' slots: give it to its own ring as abandoned.
-            drop(PostedSlot::new(frame, user_data, ring, class));
-            return;
-        }
+        let (frame, user_data, class, outcome) = done.into_parts();
+        let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
         self.tally.count(class, outcome, frame.len());
         self.outlet.push(class, frame, user_data, outcome);
     }
@@ -270,17 +267,21 @@ impl Engine {
             return false;
         }
         if wishes & control::CANCEL_ALL != 0 {
+            let asked = self.shared.cancels_asked();
             self.take_submissions();
             self.cancel(None);
+            self.outlet.publish();
+            self.shared.cancels_done(asked);
         }
         if wishes & control::STOP != 0 {
             self.begin_close(Some(Closed::Stopped));
         } else {
-            if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
-                self.begin_close(None);
-            }
+            // With both pending, REOPEN is the older: it comes only when nobody is attached.
             if wishes & control::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
                 self.reopen();
+            }
+            if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
+                self.begin_close(None);
             }
         }
         true
@@ -366,8 +367,10 @@ impl Engine {
         let posted_before = (self.posted.reads.len(), self.posted.writes.len());
         let offered = self.posted.writes.len().min(write_limit as usize);
         let number = self.shared.number;
-        let mut sink = CqSink { outlet: &mut self.outlet, number, tally: Tally::default() };
-        let mut io = Io::new(&mut self.posted, &mut sink, self.caps.max_read_batch, write_limit);
+        let undone = Outcome::Cancelled;
+        let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
+        let reads = self.caps.max_read_batch;
+        let mut io = Io::new(number, &mut self.posted, &mut sink, reads, write_limit);
         let result = catch_unwind(AssertUnwindSafe(|| queue.poll(&mut io)));
         let held = io.held;
         self.kept[0] += held[0];
@@ -386,7 +389,8 @@ impl Engine {
             Ok(Ok(progress)) => {
                 if offered > 0 {
                     // What of the offer is still posted was not taken.
-                    let taken = posted_before.1 - left.1;
+                    // (A device may also put back what it took in an earlier call.)
+                    let taken = posted_before.1.saturating_sub(left.1);
                     self.writes_taken(taken, offered);
                 }
                 moved || (progress == Progress::More && !self.posted.reads.is_empty())
@@ -479,14 +483,21 @@ impl Engine {
         if let Some(queue) = &mut self.queue {
             let number = self.shared.number;
             let mut nothing = Posted::default();
-            let mut sink = CqSink { outlet: &mut self.outlet, number, tally: Tally::default() };
-            let mut io = Io::new(&mut nothing, &mut sink, 0, 0);
+            let undone = then.map_or(Outcome::Cancelled, Closed::outcome);
+            let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
+            let mut io = Io::new(number, &mut nothing, &mut sink, 0, 0);
             let result = catch_unwind(AssertUnwindSafe(|| queue.close(&mut io)));
             let held = io.held;
             self.kept[0] += held[0];
             self.kept[1] += held[1];
             let tally = sink.tally;
             self.add(tally);
+            // A device that puts slots back instead of cancelling them.
+            self.posted.reads.append(&mut nothing.reads);
+            self.posted.writes.append(&mut nothing.writes);
+            if then.is_some() {
+                self.complete_posted(undone);
+            }
             match result {
                 Ok(closed) => free = closed,
                 Err(_) => {
@@ -501,7 +512,7 @@ impl Engine {
             return true;
         }
         if Instant::now() >= deadline {
-            let slots = (self.kept[0] + self.kept[1]).max(0) as u32;
+            let slots = self.slots_kept();
             tracing::error!(ring = self.shared.number, slots, "leaked: the device holds on");
             // On purpose: somebody may still write to these slots.
             if let Some(queue) = self.queue.take() {
@@ -515,15 +526,15 @@ impl Engine {
         self.kept != before
     }
 
-    /// The queue is gone; what it did not give back is lost.
+    /// Slots that the device took and has not given back. On a closed ring they may still come, when
+    /// somebody drops them; what never comes is leaked.
+    pub(crate) fn slots_kept(&self) -> usize {
+        (self.kept[0] + self.kept[1]).max(0) as usize
+    }
+
+    /// The queue is gone.
     fn closed(&mut self, then: Option<Closed>) {
         self.bury_orphans();
-        let lost = (self.kept[0] + self.kept[1]).max(0) as u32;
-        if lost > 0 {
-            tracing::error!(ring = self.shared.number, lost, "slots were not given back");
-            self.shared.add_leaked(lost);
-            self.kept = [0; 2];
-        }
         match then {
             Some(closed) => {
                 self.shared.close(closed);

@@ -103,7 +103,8 @@ pub(crate) struct RingShared {
     orphans: Mutex<Vec<Orphan>>,
     /// A control handle wants `wait` to return.
     woken: AtomicBool,
-    leaked: AtomicU32,
+    /// `CANCEL_ALL` wishes ever made, and those carried out.
+    cancels: [AtomicU32; 2],
     pub(crate) counters: RingCounters,
 }
 
@@ -136,7 +137,7 @@ impl RingShared {
             has_orphans: AtomicBool::new(false),
             orphans: Mutex::new(Vec::with_capacity(depth)),
             woken: AtomicBool::new(false),
-            leaked: AtomicU32::new(0),
+            cancels: [0, 0].map(AtomicU32::new),
             counters: RingCounters::default(),
         }
     }
@@ -239,8 +240,28 @@ impl RingShared {
         self.has_orphans.store(false, Ordering::Relaxed);
     }
 
-    pub(crate) fn add_leaked(&self, slots: u32) {
-        self.leaked.fetch_add(slots, Ordering::Relaxed);
+    /// Asks for everything in flight to be cancelled; returns the number to wait for.
+    fn ask_cancel_all(&self) -> u32 {
+        // Relaxed: published with the wish.
+        let asked = self.cancels[0].fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        self.wish(control::CANCEL_ALL);
+        asked
+    }
+
+    /// How many were asked for: the engine looks before it cancels.
+    pub(crate) fn cancels_asked(&self) -> u32 {
+        self.cancels[0].load(Ordering::Relaxed)
+    }
+
+    /// All that were asked for up to `asked` are carried out, and their completions shown.
+    pub(crate) fn cancels_done(&self, asked: u32) {
+        // Release: pairs with the Acquire in `are_cancelled`.
+        self.cancels[1].store(asked, Ordering::Release);
+        self.notify();
+    }
+
+    fn are_cancelled(&self, asked: u32) -> bool {
+        self.cancels[1].load(Ordering::Acquire).wrapping_sub(asked) < 1 << 31
     }
 
     /// After publishing up to `index`: wakes the reaper if it sleeps and that is enough for it.
@@ -518,6 +539,25 @@ impl SubmissionQueue {
         RingControl { shared: self.shared.clone() }
     }
 
+    /// For the front-ends: posts free frames for reading, as many as there are credits, but leaves
+    /// some of the pool to writes. A closed ring takes none, which is no error here.
+    pub(crate) fn post_reads(&mut self, user_data: u64) -> Result<(), Error> {
+        let pool = &self.submitter.regions().pools()[0];
+        let slots = pool.layout().slots;
+        let reserve = self.submitter.depth(Class::Write).min((slots / 4).max(u32::from(slots > 1)));
+        let free = slots.saturating_sub(pool.slots_out() + reserve);
+        for _ in 0..self.read_credits().min(free) {
+            let Some(frame) = self.alloc() else { break };
+            match self.submit_read(frame, user_data) {
+                Ok(()) => {}
+                Err(refused) if refused.is_backpressure() => break,
+                Err(SubmitError { kind: SubmitErrorKind::Closed(_), .. }) => break,
+                Err(refused) => return Err(refused.into()),
+            }
+        }
+        Ok(())
+    }
+
     #[inline]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         let mut frame = frame;
@@ -764,18 +804,24 @@ impl CompletionQueue {
     /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
     /// it keeps completes later.
     pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
-        self.shared.wish(control::CANCEL_ALL);
+        // A short nap, for the moment between a look and going to sleep; the engine's
+        // notification ends it early.
+        const NAP: Duration = Duration::from_millis(1);
+        let asked = self.shared.ask_cancel_all();
         let deadline = Instant::now() + timeout;
         loop {
-            let in_flight = self.in_flight();
-            let left = deadline.saturating_duration_since(Instant::now());
-            let ready = self.wait(in_flight, Some(left));
-            if ready >= self.in_flight() {
-                return Ok(ready);
+            self.drive();
+            let ready = self.reaper.ready();
+            // A closed ring cancels everything anyway.
+            let carried_out = self.shared.are_cancelled(asked) || !self.shared.is_open();
+            if carried_out && ready >= self.reaper.in_flight() {
+                return Ok(ready as usize);
             }
-            if left.is_zero() {
+            let now = Instant::now();
+            if now >= deadline {
                 return Err(Error::Timeout(timeout));
             }
+            self.sleep(ready + 1, Some(deadline.min(now + NAP)));
         }
     }
 
@@ -813,15 +859,18 @@ impl CompletionQueue {
             tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
             return Err(Error::Leaked { slots, timeout });
         };
-        while !engine.is_closed() && Instant::now() < deadline {
+        // A closed engine may still wait for slots that somebody drops, as after a panic.
+        while (!engine.is_closed() && Instant::now() < deadline)
+            || (engine.slots_kept() > 0 && Instant::now() < deadline - timeout)
+        {
             if !engine.turn() {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
         engine.turn();
-        match self.shared.leaked.load(Ordering::Relaxed) {
+        match engine.slots_kept() {
             0 => Ok(()),
-            slots => Err(Error::Leaked { slots: slots as usize, timeout }),
+            slots => Err(Error::Leaked { slots, timeout }),
         }
     }
 
@@ -1109,7 +1158,7 @@ impl RingControl {
 
     /// Asks for everything in flight to complete as cancelled; the ring stays open. Does not wait.
     pub fn cancel_all(&self) {
-        self.shared.wish(control::CANCEL_ALL);
+        self.shared.ask_cancel_all();
     }
 
     /// Closes the ring as [`CompletionQueue::close`] does, but does not wait: the completions of

@@ -244,24 +244,32 @@ impl Queue for EmbeddedQueue {
 
     fn close(&mut self, io: &mut Io<'_>) -> bool {
         if let Some(mut rx) = self.rx.take() {
-            *lock(&self.wake) = None;
             rx.close(io);
-            let mut receiver = rx.into_inner();
-            // For the next ring, unless the port has been stopped.
-            if let Some(ends) = &mut *lock(&self.home) {
-                receiver.reopen();
-                ends.receiver = Some(receiver);
-            }
+            self.bring_home(rx);
         }
         self.tx = None;
         true
     }
 }
 
+impl EmbeddedQueue {
+    /// The emptied receiver waits for the next ring, unless the port has been stopped.
+    fn bring_home(&self, rx: InboxReader<Receiver<PostedSlot>>) {
+        *lock(&self.wake) = None;
+        let mut receiver = rx.into_inner();
+        if let Some(ends) = &mut *lock(&self.home) {
+            receiver.reopen();
+            ends.receiver = Some(receiver);
+        }
+    }
+}
+
 impl Drop for EmbeddedQueue {
     fn drop(&mut self) {
-        if self.rx.is_some() {
-            *lock(&self.wake) = None;
+        // Dropped without being closed: something above us panicked.
+        if let Some(mut rx) = self.rx.take() {
+            rx.abandon();
+            self.bring_home(rx);
         }
     }
 }

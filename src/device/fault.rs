@@ -189,6 +189,7 @@ delegate_device!(FaultyDevice {
             held: engine,
             rng,
             completed: 0,
+            left_some: false,
             faults,
         }))
     }
@@ -229,6 +230,8 @@ struct FaultyQueue {
     held: Option<Held>,
     rng: Rng,
     completed: u64,
+    /// The last call left something posted that the inner queue could have used.
+    left_some: bool,
     faults: Faults,
 }
 
@@ -292,6 +295,7 @@ impl Queue for FaultyQueue {
                 _ => self.relay.post(slot),
             }
         }
+        self.left_some = io.reads() + io.writes() > 0;
         let result = self.relay.poll(&mut *self.inner);
         self.relay.put_back(io);
         while let Some(done) = self.relay.next_done() {
@@ -301,7 +305,9 @@ impl Queue for FaultyQueue {
     }
 
     fn arm(&mut self) -> bool {
-        self.inner.arm() && self.held.as_mut().is_none_or(|held| held.returned.is_empty())
+        !self.left_some
+            && self.inner.arm()
+            && self.held.as_mut().is_none_or(|held| held.returned.is_empty())
     }
 
     fn cancel(&mut self, target: Option<u64>) -> u32 {

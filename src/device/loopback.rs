@@ -250,6 +250,14 @@ impl<I: Inlet> InboxReader<I> {
         }
     }
 
+    /// Ends the reading without an [`Io`]: every slot is dropped, and so completes as abandoned.
+    pub(crate) fn abandon(&mut self) {
+        self.inlet.close();
+        while self.inlet.collect().is_some() {}
+        self.inlet.recall(&mut drop);
+        self.cancelled.clear();
+    }
+
     pub(crate) fn into_inner(self) -> I {
         self.inlet
     }
