@@ -332,6 +332,9 @@ pub enum Error {
     /// The ring takes no more submissions.
     #[error(transparent)]
     Closed(#[from] Closed),
+    /// The device did not stop or restart cleanly. (Shared, because several may have asked.)
+    #[error(transparent)]
+    Device(std::sync::Arc<Error>),
     /// A submit was refused. (The frame went back to its pool; keep the [`SubmitError`] to keep the
     /// frame.)
     #[error(transparent)]

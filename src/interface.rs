@@ -666,6 +666,8 @@ fn check_depth(what: &'static str, value: u32) -> Result<(), ConfigError> {
     }
 }
 
+pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
+
 /// A device and the rings on it: who may claim a ring, and who goes first when it stops or restarts.
 pub(crate) struct RingGroup {
     pub(crate) device: Arc<dyn Device>,
@@ -682,8 +684,11 @@ struct GroupState {
     attached: usize,
     /// What happens to the device when no queue is left.
     then: Then,
-    /// How the last stop or restart ended.
-    outcome: Option<Result<(), Error>>,
+    /// The device is being stopped or restarted this moment.
+    carrying: bool,
+    /// Stops and restarts carried out so far, and how the last one ended.
+    carried: u64,
+    outcome: Option<Arc<Error>>,
     stopped: bool,
 }
 
@@ -721,10 +726,7 @@ impl RingGroup {
         let caps = self.device.capabilities();
         let mut state = lock(&self.state);
         if state.stopped || state.then != Then::Nothing {
-            return Err(ConfigError::Invalid(
-                "the interface is stopped, or in the middle of a restart".to_owned(),
-            )
-            .into());
+            return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
         let too_many = |direction, limit| Error::TooManyRings {
             device: self.device.name().to_owned(),
@@ -749,21 +751,19 @@ impl RingGroup {
         state.rings.push(Arc::downgrade(ring));
     }
 
-    /// An engine has a queue of the device.
-    pub(crate) fn attached(&self) {
-        lock(&self.state).attached += 1;
+    /// An engine is about to ask the device for a queue. False while the device is to be stopped or
+    /// restarted: that waits until no queue exists. (After a restart every ring is told to ask again.)
+    pub(crate) fn try_attach(&self) -> bool {
+        let mut state = lock(&self.state);
+        let free = !state.carrying && !state.stopped && state.then == Then::Nothing;
+        state.attached += usize::from(free);
+        free
     }
 
     /// An engine has let go of its queue. The last one carries out what was asked for.
     pub(crate) fn detached(&self) {
-        let mut state = lock(&self.state);
-        state.attached -= 1;
-        if state.attached == 0 {
-            drop(state);
-            self.carry_out();
-        } else {
-            self.changed.notify_all();
-        }
+        lock(&self.state).attached -= 1;
+        self.carry_out();
     }
 
     fn wish(&self, bits: u32) {
@@ -774,14 +774,18 @@ impl RingGroup {
         }
     }
 
-    /// No queue is left: stops or restarts the device, if that was asked for.
+    /// If no queue is left: stops or restarts the device, if that was asked for.
     fn carry_out(&self) {
-        let then = std::mem::take(&mut lock(&self.state).then);
-        let outcome = match then {
-            Then::Nothing => {
-                self.changed.notify_all();
+        let then = {
+            let mut state = lock(&self.state);
+            if state.attached > 0 || state.carrying || state.then == Then::Nothing {
                 return;
             }
+            state.carrying = true;
+            std::mem::take(&mut state.then)
+        };
+        let outcome = match then {
+            Then::Nothing => return,
             Then::Restart => catch_unwind(AssertUnwindSafe(|| self.device.restart())),
             Then::Stop => catch_unwind(AssertUnwindSafe(|| self.device.stop())),
         };
@@ -793,14 +797,21 @@ impl RingGroup {
         });
         let failed = outcome.is_err();
         let mut state = lock(&self.state);
+        state.carrying = false;
         state.stopped |= then == Then::Stop;
-        state.outcome = Some(outcome);
+        state.carried += 1;
+        state.outcome = outcome.err().map(Arc::new);
+        // Asked for meanwhile.
+        let again = state.then != Then::Nothing;
         drop(state);
         self.changed.notify_all();
         match then {
             Then::Restart if failed => self.wish(control::STOP),
             Then::Restart => self.wish(control::REOPEN),
             _ => {}
+        }
+        if again {
+            self.carry_out();
         }
     }
 
@@ -813,20 +824,22 @@ impl RingGroup {
                 _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
             };
         }
-        // A stop overrides a restart under way; a second restart joins the first.
-        state.then = then;
-        state.outcome = None;
-        let none_attached = state.attached == 0;
-        drop(state);
-        if none_attached {
-            self.carry_out();
-        } else {
-            self.wish(bits);
+        // A stop overrides a restart that waits; a second restart joins it.
+        if state.then != Then::Stop {
+            state.then = then;
         }
+        // One that is carried out this moment does not count: ours comes after it.
+        let ours = state.carried + 1 + u64::from(state.carrying);
+        drop(state);
+        self.wish(bits);
+        self.carry_out();
         let mut state = lock(&self.state);
         loop {
-            if let Some(outcome) = state.outcome.take() {
-                return outcome;
+            if state.carried >= ours || (then == Then::Stop && state.stopped) {
+                return match &state.outcome {
+                    None => Ok(()),
+                    Some(error) => Err(Error::Device(error.clone())),
+                };
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

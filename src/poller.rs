@@ -24,7 +24,7 @@ use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 
 use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
-use crate::interface::{Claim, RingGroup};
+use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::notify::{Notifier, lock};
 use crate::ring::{RingShared, control};
 use crate::stats::add_batch;
@@ -213,8 +213,16 @@ impl Engine {
         let EngineParts { intake, outlet, group, direction, shared, retry, .. } = parts;
         let (reads, writes) = parts.depths;
         let caps = group.device.capabilities();
-        let queue = group.device.queue(direction, Wake::ring(shared.clone()))?;
-        group.attached();
+        if !group.try_attach() {
+            return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
+        }
+        let queue = match group.device.queue(direction, Wake::ring(shared.clone())) {
+            Ok(queue) => queue,
+            Err(error) => {
+                group.detached();
+                return Err(error);
+            }
+        };
         Ok(Self {
             intake,
             outlet,
@@ -549,13 +557,16 @@ impl Engine {
     }
 
     fn reopen(&mut self) {
+        if !self.group.try_attach() {
+            // Another restart is under way, and will say when it is over.
+            return;
+        }
         let wake = Wake::ring(self.shared.clone());
         match self.group.device.queue(self.direction, wake) {
             Ok(queue) => {
                 self.queue = Some(queue);
                 self.caps = self.group.device.capabilities();
                 self.phase = Phase::Open;
-                self.group.attached();
                 self.shared.counters.poller.restarts.add(1);
                 // Whatever came between is looked at once.
                 self.shared.device_rang();
@@ -567,6 +578,7 @@ impl Engine {
                     _ => Status::Failure,
                 };
                 self.begin_close(Some(Closed::Failed(status)));
+                self.group.detached();
             }
         }
     }

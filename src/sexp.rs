@@ -7,7 +7,9 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::{self, Deserialize, Deserializer, EnumAccess, SeqAccess, VariantAccess, Visitor};
+use serde::de::{
+    self, Deserialize, Deserializer, EnumAccess, IgnoredAny, SeqAccess, VariantAccess, Visitor,
+};
 use serde::ser::{Serialize, SerializeStruct, SerializeTupleVariant, Serializer};
 
 use crate::error::Status;
@@ -74,9 +76,51 @@ impl<'de> Deserialize<'de> for Status {
     }
 }
 
+/// A name without quotes: a symbol, where a format tells symbols from strings.
+struct Name(String);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct NameVisitor;
+        impl Visitor<'_> for NameVisitor {
+            type Value = Name;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a name")
+            }
+
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Name, E> {
+                Ok(Name(name.to_owned()))
+            }
+        }
+        deserializer.deserialize_identifier(NameVisitor)
+    }
+}
+
+/// What a variant can carry.
+trait Argument: Sized {
+    fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error>;
+}
+
+impl Argument for u32 {
+    fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error> {
+        seq.next_element()
+    }
+}
+
+impl Argument for String {
+    fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error> {
+        // sexplib quotes only where it must. An S-expression's sequence stays at an element that
+        // was not what was asked for; where it does not, the second error is as good as the first.
+        seq.next_element::<String>().or_else(|error| {
+            seq.next_element::<Name>().map(|name| name.map(|Name(name)| name)).map_err(|_| error)
+        })
+    }
+}
+
 /// A type whose variants have no argument or one.
 trait Variants: Sized {
-    type Argument: for<'de> Deserialize<'de>;
+    type Argument: Argument;
     const NAMES: &'static [&'static str];
     fn constant(name: &str) -> Option<Self>;
     fn with(name: &str, argument: Self::Argument) -> Option<Self>;
@@ -132,7 +176,7 @@ impl<'de, T: Variants> Visitor<'de> for VariantVisitor<T> {
     }
 
     fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<T, A::Error> {
-        let (name, access) = data.variant::<String>()?;
+        let (Name(name), access) = data.variant::<Name>()?;
         let unknown = || de::Error::unknown_variant(&name, T::NAMES);
         if T::takes_argument(&name) {
             let argument = access.tuple_variant(1, ArgumentVisitor(PhantomData))?;
@@ -146,7 +190,7 @@ impl<'de, T: Variants> Visitor<'de> for VariantVisitor<T> {
 
 struct ArgumentVisitor<A>(PhantomData<A>);
 
-impl<'de, A: Deserialize<'de>> Visitor<'de> for ArgumentVisitor<A> {
+impl<'de, A: Argument> Visitor<'de> for ArgumentVisitor<A> {
     type Value = A;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -154,7 +198,11 @@ impl<'de, A: Deserialize<'de>> Visitor<'de> for ArgumentVisitor<A> {
     }
 
     fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<A, S::Error> {
-        seq.next_element()?.ok_or_else(|| de::Error::invalid_length(0, &self))
+        let argument = A::next(&mut seq)?.ok_or_else(|| de::Error::invalid_length(0, &self))?;
+        match seq.next_element::<IgnoredAny>()? {
+            None => Ok(argument),
+            Some(_) => Err(de::Error::invalid_length(2, &self)),
+        }
     }
 }
 
