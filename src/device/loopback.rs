@@ -178,11 +178,14 @@ pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
     armed: bool,
     /// Taken back from the inbox by a cancel, to be completed at the next poll.
     cancelled: VecDeque<PostedSlot>,
+    /// Taken back with those, to be posted again: their cells are free once collecting has passed
+    /// them.
+    returned: VecDeque<PostedSlot>,
 }
 
 impl<I: Inlet> InboxReader<I> {
     pub(crate) fn new(inlet: I) -> Self {
-        Self { inlet, armed: false, cancelled: VecDeque::new() }
+        Self { inlet, armed: false, cancelled: VecDeque::new(), returned: VecDeque::new() }
     }
 
     /// Posts the poller's reads, as many as fit.
@@ -195,6 +198,9 @@ impl<I: Inlet> InboxReader<I> {
         while let Some(slot) = self.cancelled.pop_front() {
             io.cancel(slot);
         }
+        if !self.post_returned() {
+            return;
+        }
         while let Some(slot) = io.take_read() {
             if let Err(slot) = self.inlet.post(slot) {
                 io.put_back(slot);
@@ -203,11 +209,25 @@ impl<I: Inlet> InboxReader<I> {
         }
     }
 
+    /// Posts again what a cancel took back in passing; false if there was no room for all.
+    fn post_returned(&mut self) -> bool {
+        while let Some(slot) = self.returned.pop_front() {
+            if let Err(slot) = self.inlet.post(slot) {
+                self.returned.push_front(slot);
+                return false;
+            }
+        }
+        true
+    }
+
     /// Completes the packets that are there, at most the posted.
     #[inline]
     pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
         for _ in 0..POSTED {
-            let Some((slot, len)) = self.inlet.collect() else { return Progress::Idle };
+            let Some((slot, len)) = self.inlet.collect() else {
+                self.post_returned();
+                return Progress::Idle;
+            };
             io.complete_read(slot, len);
         }
         Progress::More
@@ -215,24 +235,20 @@ impl<I: Inlet> InboxReader<I> {
 
     pub(crate) fn arm(&mut self) -> bool {
         self.armed = self.inlet.arm();
-        self.armed && self.cancelled.is_empty()
+        self.armed && self.cancelled.is_empty() && self.returned.is_empty()
     }
 
     pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
         let before = self.cancelled.len();
-        let mut kept = VecDeque::new();
-        let cancelled = &mut self.cancelled;
-        self.inlet.recall(&mut |slot| {
+        // What an earlier cancel took back was posted before what stands in the inbox now.
+        let mut all = std::mem::take(&mut self.returned);
+        self.inlet.recall(&mut |slot| all.push_back(slot));
+        for slot in all {
             if target.is_none_or(|target| target == slot.user_data()) {
-                cancelled.push_back(slot);
+                self.cancelled.push_back(slot);
             } else {
-                kept.push_back(slot);
+                self.returned.push_back(slot);
             }
-        });
-        for slot in kept {
-            // They stood there a moment ago. Should there be no room after all, dropping one
-            // completes it as abandoned.
-            drop(self.inlet.post(slot));
         }
         (self.cancelled.len() - before) as u32
     }
@@ -245,8 +261,8 @@ impl<I: Inlet> InboxReader<I> {
             io.complete_read(slot, len);
         }
         self.inlet.recall(&mut |slot| io.cancel(slot));
-        while let Some(slot) = self.cancelled.pop_front() {
-            io.cancel(slot);
+        for list in [&mut self.cancelled, &mut self.returned] {
+            list.drain(..).for_each(|slot| io.cancel(slot));
         }
     }
 
@@ -256,6 +272,7 @@ impl<I: Inlet> InboxReader<I> {
         while self.inlet.collect().is_some() {}
         self.inlet.recall(&mut drop);
         self.cancelled.clear();
+        self.returned.clear();
     }
 
     pub(crate) fn into_inner(self) -> I {
