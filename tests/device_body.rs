@@ -1,0 +1,315 @@
+//! The same behaviour on every device: one body for loopback and embedded, each plain, under faults,
+//! as a completion engine, and recorded, each driven in the three ways.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use vmring::device::fault::Faults;
+use vmring::device::pcap::Capture;
+use vmring::pool::HEADROOM_DEFAULT;
+use vmring::{
+    Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
+};
+
+use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
+
+const MTU: u32 = 9000;
+const MAX: usize = MTU as usize + 14;
+const SIZES: [usize; 4] = [14, 60, 1514, MAX];
+const WRITES: u32 = 16;
+const READS: u32 = 64;
+/// Packets under way per lane: fewer than the reads posted at the receiver, so that a network which
+/// drops what nobody waits for drops nothing.
+const WINDOW: u64 = 48;
+
+/// A device to test, as a way to start its two ends.
+trait Kind {
+    /// Wraps the driver of one end.
+    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface>;
+
+    /// Whether it promises the order of packets and completions.
+    fn ordered(&self) -> bool {
+        true
+    }
+}
+
+fn start(driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+    Box::new(move || {
+        Interface::builder().mtu(MTU).device(driver).start().expect("the device starts")
+    })
+}
+
+struct Plain;
+
+impl Kind for Plain {
+    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(inner)
+    }
+}
+
+struct Faulty {
+    faults: Faults,
+    ordered: bool,
+}
+
+impl Kind for Faulty {
+    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(self.faults.clone().wrap(inner))
+    }
+
+    fn ordered(&self) -> bool {
+        self.ordered
+    }
+}
+
+struct Recorded(Capture);
+
+impl Kind for Recorded {
+    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(self.0.wrap("end", inner))
+    }
+}
+
+/// Short batches, exhaustion, and wake-ups that come late and twice.
+fn troubled(seed: u64) -> Faulty {
+    let faults = Faults::seeded(seed)
+        .short_batches(0.3)
+        .exhaustion(0.2)
+        .late_wakes(0.2, Duration::from_micros(300))
+        .duplicate_wakes(0.3);
+    Faulty { faults, ordered: true }
+}
+
+fn engine(seed: u64, reorder: bool) -> Faulty {
+    let faults = Faults::seeded(seed).engine(Duration::from_micros(200), reorder);
+    Faulty { faults, ordered: !reorder }
+}
+
+/// One end: a ring, and what it has sent and received.
+struct End {
+    ring: Ring,
+    interface: Interface,
+    /// Packets to send: those submitted first come first in `written`.
+    sent: u64,
+    sent_bytes: u64,
+    /// Numbers of writes whose completion has not come.
+    written: VecDeque<u64>,
+    received: u64,
+    received_bytes: u64,
+    /// Where no order is promised: packets sent to this end and not received, with their count.
+    expected: HashMap<Vec<u8>, u32>,
+    spare: Vec<Frame>,
+}
+
+impl End {
+    fn new(interface: Interface, way: Way, poller: &Poller) -> Self {
+        let ring = interface
+            .ring(Direction::Both)
+            .read_depth(READS)
+            .write_depth(WRITES)
+            .drive(way.drive(poller))
+            .retry(RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(20) })
+            // Across the wrap of the indices.
+            .start_index(u32::MAX - 100)
+            .build()
+            .expect("a ring");
+        let mut end = Self {
+            ring,
+            interface,
+            sent: 0,
+            sent_bytes: 0,
+            written: VecDeque::new(),
+            received: 0,
+            received_bytes: 0,
+            expected: HashMap::new(),
+            spare: Vec::new(),
+        };
+        end.spare.extend(std::iter::from_fn(|| end.ring.alloc()));
+        assert_eq!(end.spare.len() as u32, READS + WRITES);
+        let frames: Vec<_> = end.spare.drain(..READS as usize).zip(1_000_000..).collect();
+        let posted = end.ring.submit_reads(frames).expect("reads are taken");
+        assert_eq!(posted as u32, READS);
+        assert_eq!(end.ring.split().0.read_credits(), 0);
+        end
+    }
+
+    fn mac(&self) -> [u8; 6] {
+        self.interface.mac().into_array()
+    }
+}
+
+fn size_of(number: u64) -> usize {
+    SIZES[(number % SIZES.len() as u64) as usize]
+}
+
+/// Goal: packets arrive in order, intact and of the right size, at the right place in their frame,
+/// full duplex; write completions come in submission order; every credit comes back; the counters
+/// agree. Method: one or two ends, each sending `count` packets to the next within a window.
+fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poller: &Poller) {
+    let count = scaled(400);
+    let mut ends: Vec<End> = make.into_iter().map(|start| End::new(start(), way, poller)).collect();
+    let n = ends.len();
+    let macs: Vec<[u8; 6]> = ends.iter().map(End::mac).collect();
+    let bytes = |from: usize, number: u64| {
+        packet_between(macs[from], macs[(from + 1) % n], number, size_of(number))
+    };
+    while ends.iter().any(|end| end.received < count || !end.written.is_empty()) {
+        let mut moved = false;
+        for from in 0..n {
+            let to = (from + 1) % n;
+            moved |= send(&mut ends, from, to, count, ordered, &bytes);
+            let before = (from + n - 1) % n;
+            moved |= receive(&mut ends[from], ordered, |number| bytes(before, number));
+        }
+        stage(format!(
+            "{way:?}: received {:?} of {count}",
+            ends.iter().map(|end| end.received).collect::<Vec<_>>()
+        ));
+        if !moved {
+            for end in &mut ends {
+                end.ring.wait(1, Some(Duration::from_millis(1)));
+            }
+        }
+    }
+
+    stage(format!("{way:?}: the end"));
+    for i in 0..n {
+        let sender_bytes = ends[(i + n - 1) % n].sent_bytes;
+        let end = &mut ends[i];
+        assert_eq!(end.received_bytes, sender_bytes);
+        assert!(end.expected.values().all(|count| *count == 0), "packets are missing");
+        let stats = end.ring.stats();
+        assert_eq!((stats.rx_packets, stats.rx_bytes), (count, end.received_bytes), "{stats:?}");
+        assert_eq!((stats.tx_packets, stats.tx_bytes), (count, end.sent_bytes), "{stats:?}");
+        assert_eq!((stats.errors, stats.exhausted, stats.abandoned, stats.cancelled), (0, 0, 0, 0));
+        assert!((1..=count).contains(&stats.read_batches.count()));
+        assert!((1..=count).contains(&stats.write_batches.count()));
+        // All that is in flight is the posted reads, and they come back.
+        assert_eq!(end.ring.in_flight() as u32, READS);
+        end.ring.quiesce(crate::support::LONG).expect("it lets go");
+        end.spare.extend(end.ring.reap().filter_map(|done| done.frame()));
+        assert_eq!(end.spare.len() as u32, READS + WRITES, "a frame is missing");
+        let (mut sq, _) = end.ring.split();
+        assert_eq!((sq.read_credits(), sq.write_credits()), (READS, WRITES));
+        let drops = end.interface.drops();
+        assert!(drops.iter().all(|(_, n)| *n == 0), "{drops:?}");
+    }
+    for mut end in ends {
+        end.ring.close().expect("it closes");
+        end.interface.stop(crate::support::LONG).expect("it stops");
+    }
+}
+
+fn send(
+    ends: &mut [End],
+    from: usize,
+    to: usize,
+    count: u64,
+    ordered: bool,
+    bytes: &impl Fn(usize, u64) -> Vec<u8>,
+) -> bool {
+    let under_way = ends[from].sent - ends[to].received;
+    let window = WINDOW.saturating_sub(under_way).min(count - ends[from].sent);
+    let mut unsent = Vec::new();
+    for number in ends[from].sent..ends[from].sent + window {
+        let Some(mut frame) = ends[from].spare.pop() else { break };
+        frame.reset();
+        frame.copy_from(&bytes(from, number)).expect("a packet fits");
+        unsent.push((frame, number));
+    }
+    // The iterator may offer more than there are credits: what is not taken stays in it.
+    let mut offer = unsent.into_iter();
+    let taken = ends[from].ring.submit_writes(offer.by_ref()).expect("writes are taken");
+    for number in ends[from].sent..ends[from].sent + taken as u64 {
+        ends[from].written.push_back(number);
+        ends[from].sent_bytes += size_of(number) as u64;
+        if !ordered {
+            *ends[to].expected.entry(bytes(from, number)).or_default() += 1;
+        }
+    }
+    ends[from].sent += taken as u64;
+    ends[from].spare.extend(offer.map(|(frame, _)| frame));
+    taken > 0
+}
+
+fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool {
+    let mut moved = false;
+    let (mut sq, mut cq) = end.ring.split();
+    for done in cq.reap() {
+        moved = true;
+        let len = done.result.expect("nothing fails");
+        let frame = done.frame_ok().expect("it has a frame");
+        match done.op {
+            Op::Read => {
+                assert_eq!((frame.len(), frame.headroom()), (len, HEADROOM_DEFAULT));
+                if ordered {
+                    let expected = bytes(end.received);
+                    assert_eq!(frame.len(), expected.len(), "packet {}", end.received);
+                    assert!(frame[..] == expected[..], "packet {} differs", end.received);
+                } else {
+                    let left = end.expected.get_mut(&frame[..]).expect("it was sent like this");
+                    *left = left.checked_sub(1).expect("it came twice");
+                }
+                end.received += 1;
+                end.received_bytes += len as u64;
+                sq.submit_read(frame, done.user_data).expect("its credit came back");
+            }
+            Op::Write => {
+                let at = match ordered {
+                    true => Some(0),
+                    false => end.written.iter().position(|number| *number == done.user_data),
+                };
+                let number = at.and_then(|at| end.written.remove(at));
+                assert_eq!(number, Some(done.user_data), "writes complete in submission order");
+                assert_eq!(len, size_of(done.user_data));
+                end.spare.push(frame);
+            }
+            Op::Cancel => panic!("nothing was cancelled"),
+        }
+    }
+    moved
+}
+
+fn on_loopback(kind: &impl Kind) {
+    every_way(|way, poller| {
+        body(vec![kind.wrap(Loopback::new(1500))], kind.ordered(), way, poller);
+    });
+}
+
+fn on_embedded(kind: &impl Kind) {
+    every_way(|way, poller| {
+        let network = unique("body");
+        let end = || kind.wrap(Embedded::network(network.clone()));
+        body(vec![end(), end()], kind.ordered(), way, poller);
+    });
+}
+
+fn sink() -> Capture {
+    Capture::to_writer(std::io::sink()).expect("a capture")
+}
+
+macro_rules! on_every_device {
+    ($($name:ident: $kind:expr;)+) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn loopback() {
+                guarded(|| on_loopback(&$kind));
+            }
+
+            #[test]
+            fn embedded() {
+                guarded(|| on_embedded(&$kind));
+            }
+        }
+    )+};
+}
+
+on_every_device! {
+    plain: Plain;
+    with_short_batches_exhaustion_and_bad_wakes: troubled(1);
+    as_a_completion_engine: engine(2, false);
+    as_a_completion_engine_out_of_order: engine(3, true);
+    recorded: Recorded(sink());
+}

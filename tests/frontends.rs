@@ -1,0 +1,766 @@
+//! The blocking and the asynchronous front-end, the latter under tokio's two executors and under
+//! `block_on` with a thread per task.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmring::device::fault::Faults;
+use vmring::{
+    Async, Blocking, Closed, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
+    Loopback, Poller, Ring, Status, block_on,
+};
+
+use crate::support::{
+    LONG, Way, eventually, every_way, guarded, loopback, number_of, packet, packet_between, scaled,
+    stage, unique,
+};
+
+fn ring(interface: &Interface, way: Way, poller: &Poller) -> Ring {
+    interface.ring(Direction::Both).drive(way.drive(poller)).build().expect("a ring")
+}
+
+fn is_closed<T>(result: &Result<T, Error>) -> bool {
+    matches!(result, Err(Error::Closed(Closed::Stopped)))
+}
+
+mod blocking {
+    use super::*;
+
+    fn front(interface: &Interface, way: Way, poller: &Poller) -> Blocking {
+        Blocking::new(ring(interface, way, poller)).expect("reads are posted")
+    }
+
+    fn read(front: &mut Blocking) -> Frame {
+        front.read_timeout(LONG).expect("an open ring").expect("a packet")
+    }
+
+    #[test]
+    fn what_is_written_is_read_in_order() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let mut front = front(&interface, way, poller);
+                for round in 0..scaled(100) {
+                    for i in 0..10 {
+                        let number = round * 10 + i;
+                        let len = 22 + (number as usize * 37) % 1492;
+                        front.write(&packet(number, len)).expect("it is taken");
+                    }
+                    for i in 0..10 {
+                        let got = read(&mut front);
+                        assert_eq!(number_of(&got), round * 10 + i, "{way:?}");
+                        assert_eq!(*got, *packet(round * 10 + i, got.len()));
+                    }
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn a_read_with_nothing_to_read_ends_with_its_timeout() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let mut front = front(&interface, way, poller);
+                for timeout in [Duration::ZERO, Duration::from_millis(20)] {
+                    let start = Instant::now();
+                    assert!(front.read_timeout(timeout).expect("an open ring").is_none());
+                    assert!(start.elapsed() >= timeout, "{way:?}");
+                }
+                // And loses nothing by it.
+                front.write(&packet(1, 60)).expect("it is taken");
+                assert_eq!(number_of(&read(&mut front)), 1);
+            });
+        });
+    }
+
+    #[test]
+    fn a_packet_too_big_is_refused_before_anything_is_sent() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let mut front = front(&interface, way, poller);
+                let too_big = front.write(&packet(1, 1515));
+                assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))), "{too_big:?}");
+                let mut frame = front.alloc().expect("a frame");
+                if frame.set_len(1515).is_ok() {
+                    let too_big = front.write_frame(frame);
+                    assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))));
+                }
+                front.write(&packet(2, 1514)).expect("the largest there is");
+                assert_eq!(number_of(&read(&mut front)), 2, "{way:?}: the first that was sent");
+                assert_eq!(front.ring().stats().tx_packets, 1);
+            });
+        });
+    }
+
+    #[test]
+    fn a_refusal_of_the_device_is_the_writes_answer() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let driver =
+                    Faults::seeded(1).errors(1.0, Status::NotAuthorized).wrap(Loopback::new(1500));
+                let interface = Interface::builder().device(driver).start().expect("it starts");
+                let mut front = front(&interface, way, poller);
+                let refused = front.write(&packet(1, 60));
+                let expected = EntryError::Device(Status::NotAuthorized);
+                assert!(matches!(refused, Err(Error::Entry(e)) if e == expected), "{refused:?}");
+            });
+        });
+    }
+
+    #[test]
+    fn a_closed_ring_gives_its_packets_and_then_says_so() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let mut front = front(&interface, way, poller);
+                for number in 0..3 {
+                    front.write(&packet(number, 60)).expect("it is taken");
+                }
+                eventually("the packets arrive", || front.ring().stats().rx_packets == 3);
+                front.ring().control().stop();
+                for number in 0..3 {
+                    assert_eq!(number_of(&read(&mut front)), number, "{way:?}");
+                }
+                for _ in 0..2 {
+                    assert!(is_closed(&front.write(&packet(9, 60))), "{way:?}: write");
+                    assert!(is_closed(&front.read_timeout(LONG)), "{way:?}: read_timeout");
+                    assert!(is_closed(&front.read()), "{way:?}: read");
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn a_reader_that_waits_hears_of_the_close() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let mut front = front(&interface, way, poller);
+                let control = front.ring().control();
+                let stopper = thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(20));
+                    control.stop();
+                });
+                assert!(is_closed(&front.read()), "{way:?}");
+                stopper.join().expect("it ends");
+            });
+        });
+    }
+
+    /// A caller that keeps every packet it reads can still write, and goes on once it lets go.
+    #[test]
+    fn frames_the_caller_holds_do_not_stop_the_ring() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let ring = interface.ring(Direction::Both).depth(4).drive(way.drive(poller));
+                let mut front = Blocking::new(ring.build().expect("a ring")).expect("posted");
+                let mut held = Vec::new();
+                for number in 0..100 {
+                    stage(format!("{way:?}: write {number}, {} packets held", held.len()));
+                    match front.write(&packet(number, 60)) {
+                        Ok(()) => {}
+                        // Nobody reads any more.
+                        Err(Error::Entry(EntryError::Device(Status::BufferExhausted))) => break,
+                        Err(error) => panic!("{error}"),
+                    }
+                    stage(format!("{way:?}: read {number}, {} packets held", held.len()));
+                    let next = front.read_timeout(Duration::from_millis(50)).expect("open");
+                    held.extend(next);
+                    if held.len() >= 8 {
+                        break;
+                    }
+                }
+                assert!(held.len() >= 4, "{way:?}: only {} could be held", held.len());
+                for (i, frame) in held.iter().enumerate() {
+                    assert_eq!(number_of(frame), i as u64);
+                }
+                let got = held.len() as u64;
+                held.clear();
+                stage(format!("{way:?}: everything is given back"));
+                front.write(&packet(1000, 60)).expect("there is room again");
+                let mut expected = got;
+                loop {
+                    let number = number_of(&read(&mut front));
+                    if number == 1000 {
+                        break;
+                    }
+                    assert_eq!(number, expected, "{way:?}");
+                    expected += 1;
+                }
+            });
+        });
+    }
+}
+
+/// The executors; `Tiny` is `block_on` on a thread for each task.
+#[derive(Clone, Copy, Debug)]
+enum Executor {
+    TokioMany,
+    TokioOne,
+    Tiny,
+}
+
+type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl Executor {
+    /// Runs the tasks to their ends.
+    fn run(self, tasks: Vec<Task>) {
+        let mut builder = match self {
+            Executor::TokioMany => tokio::runtime::Builder::new_multi_thread(),
+            Executor::TokioOne => tokio::runtime::Builder::new_current_thread(),
+            Executor::Tiny => {
+                let threads: Vec<_> =
+                    tasks.into_iter().map(|task| thread::spawn(move || block_on(task))).collect();
+                return threads.into_iter().for_each(|thread| thread.join().expect("it ends"));
+            }
+        };
+        let runtime = builder.worker_threads(2).enable_time().build().expect("a runtime");
+        runtime.block_on(async {
+            let tasks: Vec<_> = tasks.into_iter().map(tokio::spawn).collect();
+            for task in tasks {
+                task.await.expect("it ends");
+            }
+        });
+    }
+}
+
+/// Runs `body` under each executor with a ring on a thread and on a shared poller; inline driving
+/// needs somebody who polls, so only the tests that drive by hand use it.
+fn every_executor(body: impl Fn(Executor, Async)) {
+    let poller = Poller::start().expect("a poller");
+    for executor in [Executor::TokioMany, Executor::TokioOne, Executor::Tiny] {
+        for way in Way::ALL {
+            stage(format!("{executor:?}, {way:?}"));
+            let interface = loopback();
+            body(executor, Async::new(ring(&interface, way, &poller)).expect("reads are posted"));
+        }
+    }
+}
+
+fn task(future: impl Future<Output = ()> + Send + 'static) -> Task {
+    Box::pin(future)
+}
+
+/// Writes a packet, again while the loop is full.
+async fn write(front: &Async, packet: &[u8]) {
+    loop {
+        match front.write(packet).await {
+            Ok(()) => return,
+            Err(Error::Entry(EntryError::Device(Status::BufferExhausted))) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Which packets came, each at most once.
+#[derive(Default)]
+struct Tally(Mutex<Vec<bool>>);
+
+impl Tally {
+    fn new(n: u64) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(vec![false; n as usize])))
+    }
+
+    /// Returns how many are missing.
+    fn saw(&self, packet: &[u8]) -> usize {
+        let mut seen = self.0.lock().expect("nobody panicked");
+        let number = number_of(packet) as usize;
+        assert!(!std::mem::replace(&mut seen[number], true), "packet {number} came twice");
+        seen.iter().filter(|seen| !**seen).count()
+    }
+
+    fn missing(&self) -> Vec<usize> {
+        let seen = self.0.lock().expect("nobody panicked");
+        seen.iter().enumerate().filter(|(_, seen)| !**seen).map(|(i, _)| i).collect()
+    }
+}
+
+#[test]
+fn many_readers_and_writers_share_a_ring() {
+    const WRITERS: u64 = 6;
+    guarded(|| {
+        every_executor(|executor, front| {
+            let each = scaled(200);
+            let tally = Tally::new(WRITERS * each);
+            let mut tasks = Vec::new();
+            for _ in 0..5 {
+                let (front, tally) = (front.clone(), tally.clone());
+                tasks.push(task(async move {
+                    while let Ok(packet) = front.read().await {
+                        if tally.saw(&packet) == 0 {
+                            // The others wait for a packet that will not come.
+                            front.control().stop();
+                        }
+                    }
+                }));
+            }
+            for writer in 0..WRITERS {
+                let front = front.clone();
+                tasks.push(task(async move {
+                    for i in 0..each {
+                        write(&front, &packet(writer * each + i, 60)).await;
+                    }
+                }));
+            }
+            executor.run(tasks);
+            assert_eq!(tally.missing(), [0; 0], "{executor:?}");
+        });
+    });
+}
+
+/// Tasks that change their minds all the time: a future is dropped after any number of polls.
+#[test]
+fn a_storm_of_cancellations_loses_no_packet() {
+    guarded(|| {
+        every_executor(|executor, front| {
+            let n = scaled(600);
+            let tally = Tally::new(n);
+            let mut tasks = Vec::new();
+            for reader in 0..4 {
+                let (front, tally) = (front.clone(), tally.clone());
+                tasks.push(task(async move {
+                    for polls in (0..4).cycle() {
+                        // Odd readers always give up early; the even ones wait now and then.
+                        let patience = if reader % 2 == 0 && polls == 3 { u32::MAX } else { polls };
+                        match GivesUp::new(front.read(), patience).await {
+                            Some(Ok(packet)) => {
+                                if tally.saw(&packet) == 0 {
+                                    front.control().stop();
+                                }
+                            }
+                            Some(Err(error)) => {
+                                assert!(matches!(error, Error::Closed(_)), "{error}");
+                                return;
+                            }
+                            None => Pause::default().await,
+                        }
+                    }
+                }));
+            }
+            for writer in 0..2 {
+                let front = front.clone();
+                tasks.push(task(async move {
+                    for number in (writer..n).step_by(2) {
+                        // Dropped before its first poll it sends nothing.
+                        drop(front.write(&packet(number, 60)));
+                        write(&front, &packet(number, 60)).await;
+                    }
+                }));
+            }
+            executor.run(tasks);
+            assert_eq!(tally.missing(), [0; 0], "{executor:?}");
+        });
+    });
+}
+
+/// A write whose future is dropped half-way sends its packet once or not at all.
+#[test]
+fn a_dropped_write_is_sent_at_most_once_and_disturbs_nobody() {
+    guarded(|| {
+        every_executor(|executor, front| {
+            let n = scaled(400);
+            let tally = Tally::new(2 * n + 1);
+            let reader = {
+                let (front, tally) = (front.clone(), tally.clone());
+                task(async move {
+                    loop {
+                        let packet = front.read().await.expect("an open ring");
+                        tally.saw(&packet);
+                        if number_of(&packet) == 2 * n {
+                            return;
+                        }
+                    }
+                })
+            };
+            let writer = task(async move {
+                for number in 0..n {
+                    let dropped = packet(number, 60);
+                    let _ = GivesUp::new(front.write(&dropped), number as u32 % 3).await;
+                    write(&front, &packet(n + number, 60)).await;
+                }
+                write(&front, &packet(2 * n, 60)).await;
+            });
+            executor.run(vec![reader, writer]);
+            // What was waited for has come; of the others only nobody's came twice.
+            let missing = tally.missing();
+            assert!(missing.iter().all(|number| *number < n as usize), "{executor:?}: {missing:?}");
+        });
+    });
+}
+
+/// Timeouts of tokio's own, which drop the future that waits.
+#[test]
+fn timeouts_lose_no_packet() {
+    guarded(|| {
+        let interface = loopback();
+        let ring = interface.ring(Direction::Both).build().expect("a ring");
+        let front = Async::new(ring).expect("reads are posted");
+        let n = scaled(300);
+        let tally = Tally::new(n);
+        let reader = {
+            let (front, tally) = (front.clone(), tally.clone());
+            task(async move {
+                for round in 0_u64.. {
+                    let patience = Duration::from_micros(round % 5 * 50);
+                    tokio::select! {
+                        biased;
+                        () = tokio::time::sleep(patience) => {}
+                        packet = front.read() => {
+                            if tally.saw(&packet.expect("an open ring")) == 0 {
+                                return;
+                            }
+                        }
+                    }
+                }
+            })
+        };
+        let writer = task(async move {
+            for number in 0..n {
+                write(&front, &packet(number, 60)).await;
+                tokio::time::sleep(Duration::from_micros(number % 7 * 20)).await;
+            }
+        });
+        stage("tokio, one thread");
+        Executor::TokioOne.run(vec![reader, writer]);
+        assert_eq!(tally.missing(), [0; 0]);
+    });
+}
+
+#[test]
+fn readers_that_wait_hear_of_the_close() {
+    guarded(|| {
+        every_executor(|executor, front| {
+            let control = front.control();
+            let waiting = Arc::new(AtomicU64::new(0));
+            let mut tasks: Vec<_> = (0..5)
+                .map(|_| {
+                    let (front, waiting) = (front.clone(), waiting.clone());
+                    task(async move {
+                        waiting.fetch_add(1, Ordering::SeqCst);
+                        assert!(is_closed(&front.read().await), "{executor:?}");
+                        // And whoever comes later.
+                        assert!(is_closed(&front.read().await), "{executor:?}");
+                        assert!(is_closed(&front.write(&packet(1, 60)).await), "{executor:?}");
+                    })
+                })
+                .collect();
+            tasks.push(task(async move {
+                while waiting.load(Ordering::SeqCst) < 5 {
+                    Pause::default().await;
+                }
+                control.stop();
+            }));
+            executor.run(tasks);
+        });
+    });
+}
+
+#[test]
+fn an_async_packet_too_big_is_refused_before_anything_is_sent() {
+    guarded(|| {
+        every_executor(|executor, front| {
+            let task = task(async move {
+                let too_big = front.write(&packet(1, 1515)).await;
+                assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))), "{too_big:?}");
+                front.write(&packet(2, 1514)).await.expect("the largest there is");
+                assert_eq!(number_of(&front.read().await.expect("a packet")), 2, "{executor:?}");
+                assert_eq!(front.control().stats().tx_packets, 1);
+            });
+            executor.run(vec![task]);
+        });
+    });
+}
+
+/// Closed, and no frame left to write with: the answer comes all the same.
+#[test]
+fn a_write_on_a_closed_ring_does_not_wait_for_a_frame() {
+    guarded(|| {
+        let interface = loopback();
+        let ring = interface.ring(Direction::Both).depth(2).build().expect("a ring");
+        let pool = ring.pools()[0].clone();
+        let front = Async::new(ring).expect("reads are posted");
+        front.control().stop();
+        stage("the reads come home");
+        assert!(is_closed(&block_on(front.read())));
+        let held: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+        stage(format!("a write while {} frames are held", held.len()));
+        assert!(is_closed(&block_on(front.write(&packet(1, 60)))));
+    });
+}
+
+/// Callers that keep every packet starve the reads; when they let go, a reader that waits goes on.
+#[test]
+fn frames_held_and_given_back_let_a_waiting_reader_go_on() {
+    guarded(|| {
+        let interface = loopback();
+        let ring = interface.ring(Direction::Both).depth(4).build().expect("a ring");
+        let pool = ring.pools()[0].clone();
+        let front = Async::new(ring).expect("reads are posted");
+        for number in 0..8 {
+            block_on(write(&front, &packet(number, 60)));
+        }
+        let mut held = Vec::new();
+        let mut next = Poll::Pending;
+        let mut read = front.read();
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(wakes.clone());
+        for round in 0..20 {
+            stage(format!("round {round}: {} packets held", held.len()));
+            let start = wakes.count();
+            next = Pin::new(&mut read).poll(&mut Context::from_waker(&waker));
+            match std::mem::replace(&mut next, Poll::Pending) {
+                Poll::Ready(packet) => {
+                    held.push(packet.expect("an open ring"));
+                    read = front.read();
+                }
+                Poll::Pending if held.len() < 3 => {
+                    eventually("a wake", || wakes.count() > start);
+                }
+                Poll::Pending => break,
+            }
+        }
+        assert!(next.is_pending());
+        let others: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+        stage("everything is given back; the reader waits");
+        let before = held.len() as u64;
+        drop((held, others));
+        let packet = block_on(read).expect("an open ring");
+        assert_eq!(number_of(&packet), before);
+    });
+}
+
+/// Dropping a future that waits, before and after its packet has come.
+#[test]
+fn a_dropped_reads_packet_goes_to_the_next_reader() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        for way in Way::ALL {
+            for woken_first in [false, true] {
+                stage(format!("{way:?}, woken first: {woken_first}"));
+                let interface = loopback();
+                let front = Async::new(ring(&interface, way, &poller)).expect("posted");
+                let (mut first, mut second) = (front.read(), front.read());
+                let (a, b) = (Arc::new(Wakes::default()), Arc::new(Wakes::default()));
+                assert!(poll(&mut first, &a).is_pending());
+                assert!(poll(&mut second, &b).is_pending());
+                if !woken_first {
+                    drop(first);
+                    block_on(write(&front, &packet(7, 60)));
+                } else {
+                    block_on(write(&front, &packet(7, 60)));
+                    eventually("both readers are woken", || {
+                        // Inline, somebody has to poll.
+                        if way == Way::Inline {
+                            let _ = poll(&mut front.write(&packet(8, 2000)), &b);
+                        }
+                        a.count() > 0 && b.count() > 0
+                    });
+                    drop(first);
+                }
+                let packet = block_on(second).expect("an open ring");
+                assert_eq!(number_of(&packet), 7, "{way:?}");
+            }
+        }
+    });
+}
+
+/// Eight packets arrive in one batch, so one wake-up: it must reach all eight readers.
+#[test]
+fn one_wake_lets_every_reader_proceed() {
+    guarded(|| {
+        let network = unique("one-wake");
+        let join = || {
+            let driver = Embedded::network(&network);
+            Interface::builder().device(driver).start().expect("a port")
+        };
+        let (to, from) = (join(), join());
+        let inline = |interface: &Interface| {
+            let ring = interface.ring(Direction::Both).drive(Drive::Inline);
+            ring.build().expect("a ring")
+        };
+        let front = Async::new(inline(&to)).expect("reads are posted");
+        let mut sender = inline(&from);
+        let mut reads: Vec<_> =
+            (0..8).map(|_| (front.read(), Arc::new(Wakes::default()))).collect();
+        for (read, wakes) in &mut reads {
+            assert!(poll(read, wakes).is_pending());
+        }
+        let (macs, pool) = ([from.mac(), to.mac()], sender.pools()[0].clone());
+        let packets = (0..8).map(|number| {
+            let mut frame = pool.alloc().expect("a fresh ring");
+            let [from, to] = macs.map(|mac| mac.into_array());
+            frame.copy_from(&packet_between(from, to, number, 60)).expect("it fits");
+            (frame, number)
+        });
+        assert_eq!(sender.submit_writes(packets).expect("they are taken"), 8);
+        assert_eq!(sender.reap().count(), 8, "sent in one turn");
+        let mut numbers = Vec::new();
+        for (read, wakes) in &mut reads {
+            assert!(wakes.count() > 0, "a reader sleeps on");
+            match poll(read, wakes) {
+                Poll::Ready(packet) => numbers.push(number_of(&packet.expect("an open ring"))),
+                Poll::Pending => panic!("woken, and its packet is not there"),
+            }
+        }
+        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+    });
+}
+
+/// The futures hold the ring: it closes, and its frames come home, with the last of them.
+#[test]
+fn futures_outlive_their_front_end() {
+    guarded(|| {
+        let interface = loopback();
+        let ring = interface.ring(Direction::Both).build().expect("a ring");
+        let pool = ring.pools()[0].clone();
+        let front = Async::new(ring).expect("reads are posted");
+        let other = front.clone();
+        let (mut read, control) = (front.read(), front.control());
+        assert!(poll(&mut read, &Arc::default()).is_pending());
+        drop(front);
+        block_on(write(&other, &packet(3, 60)));
+        drop(other);
+        assert_eq!(control.closed(), None, "the read keeps it open");
+        assert_eq!(number_of(&block_on(&mut read).expect("an open ring")), 3);
+        drop(read);
+        assert_eq!(control.closed(), Some(Closed::Stopped));
+        assert_eq!(pool.slots_out(), 0);
+    });
+}
+
+/// An executor may poll a task right in its waker, and so inside whoever wakes it.
+#[test]
+fn a_waker_may_poll_at_once() {
+    /// A task that its waker polls.
+    struct Eager {
+        task: Mutex<Option<Task>>,
+        again: AtomicBool,
+    }
+    impl Wake for Eager {
+        fn wake(self: Arc<Self>) {
+            self.again.store(true, Ordering::SeqCst);
+            // Locked: it is being polled, and whoever does so looks at `again`.
+            while let Ok(mut task) = self.task.try_lock()
+                && self.again.swap(false, Ordering::SeqCst)
+            {
+                let waker = Waker::from(self.clone());
+                if let Some(running) = &mut *task
+                    && running.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
+                {
+                    *task = None;
+                }
+            }
+        }
+    }
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        for way in Way::ALL {
+            let interface = loopback();
+            let front = Async::new(ring(&interface, way, &poller)).expect("reads are posted");
+            let n = scaled(200);
+            let tally = Tally::new(n);
+            let readers: Vec<_> = (0..3)
+                .map(|_| {
+                    let (front, tally) = (front.clone(), tally.clone());
+                    let task = task(async move {
+                        while let Ok(packet) = front.read().await {
+                            tally.saw(&packet);
+                        }
+                    });
+                    Arc::new(Eager { task: Mutex::new(Some(task)), again: AtomicBool::new(false) })
+                })
+                .collect();
+            readers.iter().cloned().for_each(Wake::wake);
+            for number in 0..n {
+                stage(format!("{way:?}: packet {number}"));
+                block_on(write(&front, &packet(number, 60)));
+            }
+            eventually("every packet is read", || {
+                readers.iter().cloned().for_each(Wake::wake);
+                tally.missing().is_empty()
+            });
+            front.control().stop();
+            eventually("every reader ends", || {
+                readers.iter().cloned().for_each(Wake::wake);
+                readers.iter().all(|reader| reader.task.lock().expect("no panic").is_none())
+            });
+        }
+    });
+}
+
+/// Counts how often it is woken.
+#[derive(Default)]
+struct Wakes(AtomicU64);
+
+impl Wakes {
+    fn count(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl Wake for Wakes {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn poll<F: Future + Unpin>(future: &mut F, wakes: &Arc<Wakes>) -> Poll<F::Output> {
+    let waker = Waker::from(wakes.clone());
+    Pin::new(future).poll(&mut Context::from_waker(&waker))
+}
+
+/// Drops its future when it is polled once more than `polls` times and still not done.
+struct GivesUp<F> {
+    future: Option<F>,
+    polls: u32,
+}
+
+impl<F> GivesUp<F> {
+    fn new(future: F, polls: u32) -> Self {
+        Self { future: Some(future), polls }
+    }
+}
+
+impl<F: Future + Unpin> Future for GivesUp<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        if self.polls == 0 {
+            self.future = None;
+        }
+        let Some(future) = &mut self.future else { return Poll::Ready(None) };
+        if let Poll::Ready(output) = Pin::new(future).poll(cx) {
+            return Poll::Ready(Some(output));
+        }
+        if self.polls < u32::MAX {
+            self.polls -= 1;
+            // Do not wait for an event: give up on the next round.
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+}
+
+/// Lets the others go first, once.
+#[derive(Default)]
+struct Pause(bool);
+
+impl Future for Pause {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.0, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        thread::yield_now();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,1079 @@
+//! Random operations on rings over random misbehaving devices, against a plain model.
+//!
+//! The model knows what is in flight, what was sent, and which frames the caller holds; after each
+//! step it checks the conservation of slots, and with each completion that it was owed, that it is
+//! in order, and that it ended in a way that something explains. The fuzz target `ring_ops` runs the
+//! same [`run`].
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use vmring::device::fault::Faults;
+use vmring::pool::{Pool, PoolBuilder};
+use vmring::{
+    Closed, Completion, Config, Direction, Drive, Driver, Embedded, EntryError, Error, Frame,
+    IdlePolicy, Interface, Loopback, Op as Kind, RetryPolicy, Ring, Status, SubmitErrorKind,
+};
+
+/// Far longer than anything here takes: reaching it is a hang.
+const LONG: Duration = Duration::from_secs(20);
+/// The least that carries both addresses, a type and a number.
+const NUMBERED: usize = 22;
+/// What the fault device says for good, and what it refuses a write with.
+const FATAL: Status = Status::SharingServiceBusy;
+const REFUSAL: Status = Status::NotAuthorized;
+
+/// What the rings stand on. Probabilities are in percent.
+#[derive(Clone, Debug)]
+#[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
+pub(crate) struct Setup {
+    /// Two interfaces that see each other, instead of one that sees itself.
+    pub(crate) embedded: bool,
+    pub(crate) seed: u64,
+    pub(crate) short: u8,
+    pub(crate) exhaustion: u8,
+    pub(crate) errors: u8,
+    pub(crate) abandon: u8,
+    pub(crate) corruption: u8,
+    pub(crate) twice: u8,
+    pub(crate) late: u8,
+    /// How long a completion engine holds a slot; 0: there is none.
+    pub(crate) hold_us: u8,
+    pub(crate) reorder: bool,
+    pub(crate) fate: Fate,
+    /// Depths as exponents of two.
+    pub(crate) depths: [u8; 3],
+    pub(crate) sq_depth: Option<u8>,
+    pub(crate) frames: u8,
+    /// How many submissions before the wrap of the indices.
+    pub(crate) before_wrap: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
+pub(crate) enum Fate {
+    Lives,
+    FailsAfter(u8),
+    PanicsAfter(u8),
+}
+
+/// One step. `end` chooses the interface; numbers are taken modulo what there is.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
+pub(crate) enum Step {
+    Read { end: bool, n: u8 },
+    Write { end: bool, size: Size },
+    Writes { end: bool, sizes: [Size; 3] },
+    Foreign { end: bool, read: bool },
+    Cancel { end: bool, target: u8, to_the_end: bool },
+    CancelAll { end: bool },
+    Reap { end: bool, n: u8 },
+    Wait { end: bool, min: u8, ms: u8 },
+    Take { n: u8 },
+    Drop { frame: u8 },
+    Trim { frame: u8, front: bool, n: u8 },
+    Grow { frame: u8, n: u8 },
+    Quiesce { end: bool },
+    Restart { end: bool },
+    ControlCancel { end: bool },
+    ControlWake { end: bool },
+    ControlStop { end: bool },
+    Close { end: bool },
+    Rebuild { end: bool },
+}
+
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
+pub(crate) enum Size {
+    Empty,
+    /// One byte short of an Ethernet header.
+    Runt,
+    Some(u8),
+    Max,
+    TooBig,
+    /// The frame as it was trimmed and grown.
+    AsItIs,
+}
+
+/// Runs `steps` and then closes everything, in `threads` (a poller each) or inline.
+///
+/// # Panics
+///
+/// If a contract is broken.
+pub(crate) fn run(setup: &Setup, threads: bool, steps: &[Step]) {
+    let mut model = Model::new(setup, threads);
+    for step in steps {
+        model.step(*step);
+        model.check();
+    }
+    model.finish();
+}
+
+#[derive(Debug)]
+struct Entry {
+    kind: Kind,
+    /// The slot, of a read or a write.
+    slot: Option<u32>,
+    /// Of a write: its place among the sent.
+    sent: usize,
+    /// Something asked for its end.
+    cancelled: bool,
+}
+
+/// A packet submitted, in submission order.
+#[derive(Debug)]
+struct Sent {
+    bytes: Vec<u8>,
+    /// It cannot have reached the device.
+    failed: bool,
+    received: bool,
+}
+
+/// One interface, its ring, and what the model knows of both.
+struct End {
+    interface: Interface,
+    ring: Option<Ring>,
+    flight: BTreeMap<u64, Entry>,
+    sent: Vec<Sent>,
+    /// How many of the other end's packets were matched, in an order that must be kept.
+    cursor: usize,
+    /// Reads, writes and cancels in flight.
+    count: [usize; 3],
+    /// Submitted since the engine last turned.
+    in_sq: usize,
+    /// The highest `user_data` that came back with a packet, and that of a packet sent.
+    last_ok: [Option<u64>; 2],
+    /// What the ring's own counters must say.
+    seen: Seen,
+    restarts: u64,
+    restart_pending: bool,
+    /// A control handle asked for the end of everything, and the engine may not have seen it.
+    cancel_pending: bool,
+    /// Packets may have been lost: a close or a restart empties the device's own queue.
+    lossy: bool,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Seen {
+    rx_packets: u64,
+    rx_bytes: u64,
+    tx_packets: u64,
+    tx_bytes: u64,
+    cancelled: u64,
+    errors: u64,
+    exhausted: u64,
+    abandoned: u64,
+}
+
+struct Model<'a> {
+    setup: &'a Setup,
+    threads: bool,
+    depths: [usize; 3],
+    sq_depth: usize,
+    max: usize,
+    pool: Pool,
+    stranger: Pool,
+    held: Vec<Frame>,
+    ends: Vec<End>,
+    next: u64,
+}
+
+impl Setup {
+    fn faults(&self, end: u64) -> Faults {
+        let p = |percent: u8| f64::from(percent % 101) / 100.0;
+        // A device that takes nothing at all is not a fault but a wall.
+        let some = |percent: u8| p(percent % 91);
+        let mut faults = Faults::seeded(self.seed.wrapping_add(end))
+            .short_batches(some(self.short))
+            .exhaustion(some(self.exhaustion))
+            .errors(p(self.errors), REFUSAL)
+            .abandon(p(self.abandon))
+            .corruption(p(self.corruption))
+            .duplicate_wakes(p(self.twice))
+            .late_wakes(p(self.late), Duration::from_micros(300));
+        if self.hold_us > 0 {
+            faults = faults.engine(Duration::from_micros(self.hold_us.into()), self.reorder);
+        }
+        match self.fate {
+            Fate::Lives => faults,
+            Fate::FailsAfter(n) => faults.fail_after(n.into(), FATAL),
+            Fate::PanicsAfter(n) => faults.panic_after(n.into()),
+        }
+    }
+
+    fn has_engine(&self) -> bool {
+        self.hold_us > 0
+    }
+
+    fn in_order(&self) -> bool {
+        !(self.has_engine() && self.reorder)
+    }
+
+    fn lives(&self) -> bool {
+        matches!(self.fate, Fate::Lives)
+    }
+
+    fn interface(&self, end: u8, network: &str) -> Interface {
+        let faults = self.faults(end.into());
+        // Big enough for the fastest test: packets that wait are not dropped.
+        let driver: Box<dyn Driver> = if self.embedded {
+            Box::new(faults.wrap(Embedded::network(network).overflow(1024)))
+        } else {
+            Box::new(faults.wrap(Loopback::new(200)))
+        };
+        Interface::builder()
+            .interface_id([end + 1; 16])
+            .device(Boxed(driver))
+            .start()
+            .expect("a device of this process starts")
+    }
+}
+
+/// A driver chosen at run time.
+struct Boxed(Box<dyn Driver>);
+
+impl Driver for Boxed {
+    fn start(
+        self: Box<Self>,
+        config: &Config,
+    ) -> Result<std::sync::Arc<dyn vmring::device::Device>, Error> {
+        self.0.start(config)
+    }
+}
+
+impl<'a> Model<'a> {
+    fn new(setup: &'a Setup, threads: bool) -> Self {
+        static NETWORKS: AtomicU64 = AtomicU64::new(0);
+        let network = format!("model-{}", NETWORKS.fetch_add(1, Ordering::Relaxed));
+        let n = if setup.embedded { 2 } else { 1 };
+        let interfaces: Vec<_> = (0..n).map(|end| setup.interface(end, &network)).collect();
+        let max = interfaces[0].max_packet_size() as usize;
+        let build = |frames| PoolBuilder::new(frames, max + 1).huge_pages(false).build();
+        let pool = build(usize::from(setup.frames) % 64 + 2).expect("a small pool");
+        let stranger = build(1).expect("a small pool");
+        let depths = [0, 1, 2].map(|i| 1 << (setup.depths[i] % [5, 5, 3][i]));
+        let sum: usize = depths.iter().sum();
+        let sq_depth =
+            setup.sq_depth.map_or(sum.next_power_of_two(), |exponent| 1 << (exponent % 5));
+        let mut model = Self {
+            setup,
+            threads,
+            depths,
+            sq_depth,
+            max,
+            pool,
+            stranger,
+            held: Vec::new(),
+            ends: Vec::new(),
+            next: 1,
+        };
+        for interface in interfaces {
+            let ring = Some(model.build(&interface));
+            model.ends.push(End {
+                interface,
+                ring,
+                flight: BTreeMap::new(),
+                sent: Vec::new(),
+                cursor: 0,
+                count: [0; 3],
+                in_sq: 0,
+                last_ok: [None; 2],
+                seen: Seen::default(),
+                restarts: 0,
+                restart_pending: false,
+                cancel_pending: false,
+                lossy: false,
+            });
+        }
+        model
+    }
+
+    fn build(&self, interface: &Interface) -> Ring {
+        let [read, write, cancel] = self.depths.map(|depth| depth as u32);
+        let drive = if self.threads { Drive::Thread } else { Drive::Inline };
+        interface
+            .ring(Direction::Both)
+            .read_depth(read)
+            .write_depth(write)
+            .cancel_depth(cancel)
+            .sq_depth(self.sq_depth as u32)
+            .pool(&self.pool)
+            .drive(drive)
+            .idle(IdlePolicy { spins: 0, yields: 2 })
+            .retry(RetryPolicy { attempts: 3, delay: Duration::from_micros(20) })
+            .close_timeout(LONG)
+            .start_index(0_u32.wrapping_sub(self.setup.before_wrap.into()))
+            .build()
+            .expect("a ring")
+    }
+
+    fn end(&self, end: bool) -> usize {
+        usize::from(end) % self.ends.len()
+    }
+
+    /// The law of conservation, after each step.
+    fn check(&self) {
+        let in_flight: usize = self.ends.iter().map(|end| end.count[0] + end.count[1]).sum();
+        let out = self.pool.slots_out() as usize;
+        assert_eq!(out, self.held.len() + in_flight, "slots out: held and in flight");
+        for end in &self.ends {
+            let count = end.ring.as_ref().map_or(0, Ring::in_flight);
+            assert_eq!(count, end.flight.len(), "the ring's own count of what is in flight");
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Read { end, n } => self.read(self.end(end), n.into()),
+            Step::Write { end, size } => self.write(self.end(end), &[size], false),
+            Step::Writes { end, sizes } => self.write(self.end(end), &sizes, true),
+            Step::Foreign { end, read } => self.foreign(self.end(end), read),
+            Step::Cancel { end, target, to_the_end } => {
+                self.cancel(self.end(end), target, to_the_end);
+            }
+            Step::CancelAll { end } => self.cancel_all(self.end(end)),
+            Step::Reap { end, n } => self.reap(self.end(end), n.into()),
+            Step::Wait { end, min, ms } => self.wait(self.end(end), min.into(), ms),
+            Step::Take { n } => {
+                for _ in 0..n % 4 {
+                    let full = self.pool.slots_out() == self.pool.layout().slots;
+                    let frame = self.pool.alloc();
+                    assert_eq!(frame.is_none(), full, "a frame is refused only if all are out");
+                    self.held.extend(frame);
+                }
+            }
+            Step::Drop { frame } => {
+                if !self.held.is_empty() {
+                    self.held.swap_remove(usize::from(frame) % self.held.len());
+                }
+            }
+            Step::Trim { frame, front, n } => self.resize(frame, n, |frame, n| {
+                let fits = n <= frame.len();
+                let result = if front { frame.trim_front(n) } else { frame.trim_back(n) };
+                assert_eq!(result.is_ok(), fits);
+            }),
+            Step::Grow { frame, n } => self.resize(frame, n, |frame, n| {
+                let fits = n <= frame.headroom();
+                assert_eq!(frame.grow_front(n).is_ok(), fits);
+            }),
+            Step::Quiesce { end } => self.quiesce(self.end(end)),
+            Step::Restart { end } => self.restart(self.end(end)),
+            Step::ControlCancel { end } => {
+                let end = self.end(end);
+                self.ends[end].allow_cancels();
+                self.ends[end].cancel_pending = true;
+                self.with_ring(end, |ring| ring.control().cancel_all());
+            }
+            Step::ControlWake { end } => {
+                let end = self.end(end);
+                self.with_ring(end, |ring| ring.control().wake());
+            }
+            Step::ControlStop { end } => {
+                let end = self.end(end);
+                self.ends[end].allow_cancels();
+                self.ends[end].lossy = true;
+                self.with_ring(end, |ring| {
+                    ring.control().stop();
+                    assert!(ring.control().closed().is_some());
+                });
+            }
+            Step::Close { end } => self.close(self.end(end)),
+            Step::Rebuild { end } => self.rebuild(self.end(end)),
+        }
+    }
+
+    fn with_ring(&mut self, end: usize, f: impl FnOnce(&mut Ring)) {
+        if let Some(ring) = &mut self.ends[end].ring {
+            f(ring);
+        }
+    }
+
+    fn resize(&mut self, frame: u8, n: u8, f: impl FnOnce(&mut Frame, usize)) {
+        let len = self.held.len();
+        if len > 0 {
+            let frame = &mut self.held[usize::from(frame) % len];
+            let before = (frame.headroom() + frame.len(), frame.capacity() + frame.headroom());
+            f(frame, n.into());
+            assert!(frame.headroom() + frame.len() <= before.0);
+            assert_eq!(frame.capacity() + frame.headroom(), before.1, "the slot's own size");
+        }
+    }
+
+    /// A frame to submit: one of the caller's, or a fresh one.
+    fn frame(&mut self) -> Option<Frame> {
+        self.held.pop().or_else(|| self.pool.alloc())
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Why a submit of this class must be refused. On a thread nobody knows how full the SQ is.
+    fn refusal(&self, end: usize, class: usize) -> Option<SubmitErrorKind> {
+        let end = &self.ends[end];
+        if end.count[class] == self.depths[class] {
+            Some(SubmitErrorKind::NoCredit)
+        } else if end.in_sq == self.sq_depth && !self.threads {
+            Some(SubmitErrorKind::SqFull)
+        } else {
+            None
+        }
+    }
+
+    /// A submit answered. Inline the answer is foreseen; on a thread the SQ empties, and the device
+    /// dies, when they like.
+    fn expect(
+        &self,
+        end: usize,
+        answer: Option<SubmitErrorKind>,
+        closed: Option<Closed>,
+        foreseen: Option<SubmitErrorKind>,
+    ) {
+        if let Some(closed) = closed {
+            assert_eq!(answer, Some(SubmitErrorKind::Closed(closed)));
+            return;
+        }
+        if self.threads {
+            if let Some(SubmitErrorKind::Closed(_)) = answer {
+                assert!(!self.setup.lives() || self.ends[end].restart_pending, "{answer:?}");
+                return;
+            }
+            if answer == Some(SubmitErrorKind::SqFull) {
+                assert!(self.sq_depth < self.depths.iter().sum(), "an SQ with room for all");
+                return;
+            }
+        }
+        assert_eq!(answer, foreseen);
+    }
+
+    fn entered(&mut self, end: usize, number: u64, kind: Kind, slot: Option<u32>, sent: usize) {
+        let end = &mut self.ends[end];
+        let cancelled = end.restart_pending || end.cancel_pending;
+        end.flight.insert(number, Entry { kind, slot, sent, cancelled });
+        end.count[kind as usize] += 1;
+        end.in_sq += 1;
+    }
+
+    fn read(&mut self, end: usize, n: usize) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        let closed = ring.control().closed();
+        let n = n % 6 + 1;
+        let frames: Vec<_> = (0..n).map_while(|_| self.frame()).collect();
+        let mut batch: Vec<_> = frames.into_iter().map(|frame| (frame, self.number())).collect();
+        let slots: Vec<_> = batch.iter().map(|(frame, n)| (frame.slot(), *n)).collect();
+        if n == 1 {
+            // The single form.
+            if let Some((frame, number)) = batch.pop() {
+                let slot = frame.slot();
+                let foreseen = self.refusal(end, 0);
+                let answer = ring.submit_read(frame, number).map_err(|refused| {
+                    assert_eq!(refused.frame.slot(), slot, "the refused frame comes back");
+                    self.held.push(refused.frame);
+                    refused.kind
+                });
+                self.expect(end, answer.err(), closed, foreseen);
+                if answer.is_ok() {
+                    self.entered(end, number, Kind::Read, Some(slot), 0);
+                }
+            }
+        } else {
+            let mut rest = batch.into_iter();
+            let accepted = match ring.submit_reads(rest.by_ref()) {
+                Ok(accepted) => accepted,
+                Err(refused) => {
+                    assert_eq!(refused.frame.slot(), slots[refused.accepted].0);
+                    self.expect(end, Some(refused.kind), closed, None);
+                    self.held.push(refused.frame);
+                    refused.accepted
+                }
+            };
+            let left = rest.len();
+            self.held.extend(rest.map(|(frame, _)| frame));
+            self.accepted(end, &slots, accepted, left, Kind::Read, closed);
+        }
+        let credits = ring.split().0.read_credits() as usize;
+        assert_eq!(credits, self.depths[0] - self.ends[end].count[0], "read credits");
+        self.ends[end].ring = Some(ring);
+    }
+
+    /// The first `accepted` of a batch are in flight; no more than could be.
+    fn accepted(
+        &mut self,
+        end: usize,
+        batch: &[(u32, u64)],
+        accepted: usize,
+        left: usize,
+        kind: Kind,
+        closed: Option<Closed>,
+    ) {
+        if closed.is_some() {
+            assert_eq!(accepted, 0, "a closed ring takes nothing");
+        }
+        for (slot, number) in &batch[..accepted] {
+            if !self.threads {
+                assert_eq!(self.refusal(end, kind as usize), None, "more than there was room for");
+            }
+            self.entered(end, *number, kind, Some(*slot), 0);
+        }
+        assert!(self.ends[end].count[kind as usize] <= self.depths[kind as usize], "credits");
+        let stopped_early = accepted + left == batch.len() && left > 0;
+        if stopped_early && !self.threads && closed.is_none() {
+            assert!(self.refusal(end, kind as usize).is_some(), "it could have taken more");
+        }
+    }
+
+    fn write(&mut self, end: usize, sizes: &[Size], as_batch: bool) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        let closed = ring.control().closed();
+        let mut batch = Vec::new();
+        for size in sizes {
+            let Some(mut frame) = self.frame() else { break };
+            self.fill(end, &mut frame, *size);
+            batch.push((frame, self.number()));
+        }
+        let slots: Vec<_> = batch.iter().map(|(frame, n)| (frame.slot(), *n)).collect();
+        let packets: Vec<_> = batch.iter().map(|(frame, _)| frame.to_vec()).collect();
+        let mut entered = slots.len();
+        if as_batch {
+            let mut rest = batch.into_iter();
+            let result = ring.submit_writes(rest.by_ref());
+            let left = rest.len();
+            self.held.extend(rest.map(|(frame, _)| frame));
+            entered = match result {
+                Ok(accepted) => accepted,
+                Err(refused) => {
+                    let at = refused.accepted;
+                    assert_eq!(refused.frame.slot(), slots[at].0);
+                    self.expect(end, Some(refused.kind), closed, self.too_big(&packets[at]));
+                    self.held.push(refused.frame);
+                    at
+                }
+            };
+            self.accepted(end, &slots, entered, left, Kind::Write, closed);
+        } else if let Some((frame, number)) = batch.pop() {
+            let slot = frame.slot();
+            let foreseen = self.too_big(&packets[0]).or(self.refusal(end, 1));
+            let answer = ring.submit_write(frame, number).map_err(|refused| {
+                assert_eq!(refused.frame.slot(), slot, "the refused frame comes back");
+                assert_eq!(*refused.frame, *packets[0], "with its packet");
+                self.held.push(refused.frame);
+                refused.kind
+            });
+            self.expect(end, answer.err(), closed, foreseen);
+            if answer.is_ok() {
+                self.entered(end, number, Kind::Write, Some(slot), 0);
+            } else {
+                entered = 0;
+            }
+        }
+        for ((_, number), bytes) in slots.into_iter().zip(packets).take(entered) {
+            let end = &mut self.ends[end];
+            end.flight.get_mut(&number).expect("just entered").sent = end.sent.len();
+            end.sent.push(Sent { bytes, failed: false, received: false });
+        }
+        let credits = ring.split().0.write_credits() as usize;
+        assert_eq!(credits, self.depths[1] - self.ends[end].count[1], "write credits");
+        self.ends[end].ring = Some(ring);
+    }
+
+    fn too_big(&self, packet: &[u8]) -> Option<SubmitErrorKind> {
+        let (len, max) = (packet.len(), self.max);
+        (len > max).then_some(SubmitErrorKind::TooBig { len, max })
+    }
+
+    /// Makes the frame a packet from this end to the other, with a number where it fits.
+    fn fill(&mut self, end: usize, frame: &mut Frame, size: Size) {
+        let len = match size {
+            Size::Empty => 0,
+            Size::Runt => 13,
+            Size::Some(n) => usize::from(n).min(self.max),
+            Size::Max => self.max,
+            Size::TooBig => self.max + 1,
+            Size::AsItIs => frame.len(),
+        };
+        if !matches!(size, Size::AsItIs) {
+            frame.reset();
+            frame.set_len(len).expect("the pool has room for it");
+        }
+        let other = &self.ends[(end + 1) % self.ends.len()];
+        let mut packet = [0x5a; NUMBERED];
+        packet[..6].copy_from_slice(other.interface.mac().as_bytes());
+        packet[6..12].copy_from_slice(self.ends[end].interface.mac().as_bytes());
+        packet[12..14].copy_from_slice(&[0x88, 0xb5]);
+        packet[14..].copy_from_slice(&self.next.to_be_bytes());
+        frame.fill(self.next as u8);
+        let n = frame.len().min(NUMBERED);
+        frame[..n].copy_from_slice(&packet[..n]);
+    }
+
+    fn foreign(&mut self, end: usize, read: bool) {
+        let foreseen = self.refusal(end, usize::from(!read));
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        let closed = ring.control().closed();
+        let frame = self.stranger.alloc().expect("the stranger's only frame is home");
+        let result = if read { ring.submit_read(frame, 0) } else { ring.submit_write(frame, 0) };
+        let refused = result.expect_err("a stranger's frame");
+        let foreseen = foreseen.or(Some(SubmitErrorKind::ForeignPool));
+        self.expect(end, Some(refused.kind), closed, foreseen);
+        assert!(self.stranger.owns(&refused.frame));
+        self.ends[end].ring = Some(ring);
+    }
+
+    fn cancel(&mut self, end: usize, target: u8, to_the_end: bool) {
+        let candidates: Vec<_> = self.ends[end].flight.keys().copied().collect();
+        // Sometimes nobody's number.
+        let target = candidates.get(usize::from(target) % (candidates.len() + 1)).copied();
+        let target = target.unwrap_or(u64::MAX);
+        if !self.submit_cancel(end, Some(target)) || !to_the_end {
+            return;
+        }
+        let start = Instant::now();
+        while self.ends[end].flight.contains_key(&target) {
+            assert!(start.elapsed() < LONG, "{target} was cancelled and never completed");
+            self.wait(end, 1, 1);
+            self.reap(end, usize::MAX);
+        }
+    }
+
+    fn cancel_all(&mut self, end: usize) {
+        self.submit_cancel(end, None);
+    }
+
+    fn submit_cancel(&mut self, end: usize, target: Option<u64>) -> bool {
+        let Some(mut ring) = self.ends[end].ring.take() else { return false };
+        let closed = ring.control().closed();
+        let number = self.number();
+        let foreseen = self.refusal(end, 2);
+        let answer = match target {
+            Some(target) => ring.cancel(target, number),
+            None => ring.cancel_all(number),
+        };
+        self.ends[end].ring = Some(ring);
+        self.expect(end, answer.err(), closed, foreseen);
+        if answer.is_ok() {
+            for (number, entry) in &mut self.ends[end].flight {
+                entry.cancelled |= target.is_none_or(|target| target == *number);
+            }
+            self.entered(end, number, Kind::Cancel, None, 0);
+        }
+        answer.is_ok()
+    }
+
+    /// Takes up to `n` completions.
+    fn reap(&mut self, end: usize, n: usize) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        self.turned(end);
+        let batch = ring.reap();
+        let waiting = batch.len();
+        let done: Vec<_> = batch.take(n).collect();
+        assert_eq!(done.len(), waiting.min(n));
+        self.look_for_restart(end, &ring);
+        self.ends[end].ring = Some(ring);
+        for done in done {
+            self.completed(end, done);
+        }
+    }
+
+    /// Inline, the engine has taken what was submitted and heard what was asked.
+    fn turned(&mut self, end: usize) {
+        self.ends[end].in_sq = 0;
+        self.ends[end].cancel_pending &= self.threads;
+    }
+
+    fn look_for_restart(&mut self, end: usize, ring: &Ring) {
+        let restarts = ring.stats().restarts;
+        let end = &mut self.ends[end];
+        if restarts != end.restarts {
+            end.restarts = restarts;
+            end.restart_pending = false;
+        }
+    }
+
+    fn completed(&mut self, end: usize, done: Completion) {
+        let (number, kind) = (done.user_data, done.op);
+        let entry = self.ends[end].flight.remove(&number);
+        let entry = entry.unwrap_or_else(|| panic!("{done:?}: nobody is waiting for that"));
+        assert_eq!(entry.kind, kind, "{done:?}");
+        self.ends[end].count[kind as usize] -= 1;
+        let (_, result, frame) = done.into_parts();
+        let Some(frame) = frame else {
+            assert_eq!(kind, Kind::Cancel, "the frame comes back, also on an error");
+            assert!(result.is_ok_and(|found| found <= self.depths[0] + self.depths[1]));
+            return;
+        };
+        assert_eq!(Some(frame.slot()), entry.slot, "the frame is the one submitted");
+        assert!(self.pool.owns(&frame));
+        if kind == Kind::Write {
+            let sent = &mut self.ends[end].sent[entry.sent];
+            assert_eq!(*frame, *sent.bytes, "a write does not change its packet");
+            sent.failed = matches!(result, Err(EntryError::Cancelled | EntryError::Device(_)));
+        }
+        match result {
+            Ok(len) => {
+                assert_eq!(len, frame.len());
+                let last = &mut self.ends[end].last_ok[kind as usize];
+                if self.setup.in_order() {
+                    assert!(last.is_none_or(|last| last < number), "{kind:?} {number} is late");
+                }
+                *last = Some(number);
+            }
+            Err(error) => self.explain(end, &entry, error, frame.len()),
+        }
+        self.count(end, kind, result);
+        if kind == Kind::Read && result.is_ok() {
+            self.received(end, &frame);
+        }
+        self.held.push(frame);
+    }
+
+    /// An error must have a reason.
+    fn explain(&self, end: usize, entry: &Entry, error: EntryError, len: usize) {
+        let write = entry.kind == Kind::Write;
+        let setup = self.setup;
+        let why = match error {
+            EntryError::Cancelled => entry.cancelled,
+            EntryError::DevicePanicked => matches!(setup.fate, Fate::PanicsAfter(_)),
+            // A dead engine's thread may let go of what it holds before or after the close.
+            EntryError::Abandoned => {
+                write && setup.abandon % 101 > 0
+                    || setup.has_engine() && matches!(setup.fate, Fate::PanicsAfter(_))
+            }
+            EntryError::Device(FATAL) => matches!(setup.fate, Fate::FailsAfter(_)),
+            EntryError::Device(REFUSAL) => write && setup.errors % 101 > 0,
+            EntryError::Device(Status::InvalidArgument) => write && setup.embedded && len < 14,
+            // Exhaustion, a short batch, or a loop that nobody reads.
+            EntryError::Device(Status::BufferExhausted) => write,
+            EntryError::Device(_) => false,
+        };
+        let closed = self.ends[end].ring.as_ref().and_then(|ring| ring.control().closed());
+        assert!(why, "{error} of {entry:?}, {len} bytes, closed: {closed:?}");
+    }
+
+    fn count(&mut self, end: usize, kind: Kind, result: Result<usize, EntryError>) {
+        let seen = &mut self.ends[end].seen;
+        match (result, kind) {
+            (Ok(len), Kind::Read) => {
+                seen.rx_packets += 1;
+                seen.rx_bytes += len as u64;
+            }
+            (Ok(len), _) => {
+                seen.tx_packets += 1;
+                seen.tx_bytes += len as u64;
+            }
+            (Err(EntryError::Cancelled), _) => seen.cancelled += 1,
+            (Err(EntryError::Device(Status::BufferExhausted)), _) => seen.exhausted += 1,
+            (Err(EntryError::Device(_)), _) => seen.errors += 1,
+            (Err(EntryError::Abandoned | EntryError::DevicePanicked), _) => seen.abandoned += 1,
+        }
+    }
+
+    /// A packet arrived: it is one that the other end sent, not seen before, and, where the device
+    /// keeps order, behind all that were seen.
+    fn received(&mut self, end: usize, packet: &[u8]) {
+        let corrupt = self.setup.corruption % 101 > 0;
+        let from = (end + 1) % self.ends.len();
+        let cursor = if self.setup.in_order() { self.ends[end].cursor } else { 0 };
+        let found = self.ends[from].sent.iter_mut().enumerate().skip(cursor).find(|(_, sent)| {
+            let free = !sent.received && !sent.failed;
+            free && sent.bytes.len() == packet.len()
+                && flipped_bits(&sent.bytes, packet) <= u32::from(corrupt)
+        });
+        let Some((i, sent)) = found else {
+            panic!("a packet of {} bytes that nobody sent, or too late: {packet:?}", packet.len());
+        };
+        sent.received = true;
+        self.ends[end].cursor = i + 1;
+    }
+
+    fn wait(&mut self, end: usize, min: usize, ms: u8) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        let timeout = Duration::from_micros(u64::from(ms % 4) * 400);
+        let start = Instant::now();
+        let waiting = ring.wait(min % 8, Some(timeout));
+        assert!(start.elapsed() < LONG, "a wait of {timeout:?} hung");
+        assert!(waiting <= self.ends[end].flight.len());
+        self.turned(end);
+        self.look_for_restart(end, &ring);
+        self.ends[end].ring = Some(ring);
+    }
+
+    fn quiesce(&mut self, end: usize) {
+        self.ends[end].allow_cancels();
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        let waiting = ring.quiesce(LONG).expect("the device lets go");
+        assert_eq!(waiting, ring.in_flight());
+        self.ends[end].ring = Some(ring);
+        self.ends[end].cancel_pending = false;
+        self.reap(end, usize::MAX);
+        assert!(self.ends[end].flight.is_empty(), "a quiet ring has nothing in flight");
+    }
+
+    fn restart(&mut self, end: usize) {
+        let me = &mut self.ends[end];
+        me.allow_cancels();
+        me.lossy = true;
+        me.restart_pending = true;
+        let patience = if self.threads { LONG } else { Duration::ZERO };
+        match me.interface.restart(patience) {
+            Ok(()) | Err(Error::Timeout(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn close(&mut self, end: usize) {
+        self.ends[end].allow_cancels();
+        self.ends[end].lossy = true;
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        match ring.close() {
+            Ok(()) => {}
+            // Slots on a thread of the fault device while that panics come home too late to tell.
+            Err(Error::Leaked { .. })
+                if self.setup.has_engine() && matches!(self.setup.fate, Fate::PanicsAfter(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        let start = Instant::now();
+        self.ends[end].ring = Some(ring);
+        loop {
+            self.reap(end, usize::MAX);
+            if self.ends[end].flight.is_empty() {
+                break;
+            }
+            let panics = matches!(self.setup.fate, Fate::PanicsAfter(_));
+            assert!(panics, "close() left {:?} in flight", self.ends[end].flight);
+            assert!(start.elapsed() < LONG, "never: {:?}", self.ends[end].flight);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let me = &self.ends[end];
+        let stats = me.ring.as_ref().expect("just put there").stats();
+        let counted = Seen {
+            rx_packets: stats.rx_packets,
+            rx_bytes: stats.rx_bytes,
+            tx_packets: stats.tx_packets,
+            tx_bytes: stats.tx_bytes,
+            cancelled: stats.cancelled,
+            errors: stats.errors,
+            exhausted: stats.exhausted,
+            abandoned: stats.abandoned,
+        };
+        assert_eq!(counted, me.seen, "the ring's counters");
+    }
+
+    /// A new ring on the same interface and pool.
+    fn rebuild(&mut self, end: usize) {
+        self.close(end);
+        let me = &mut self.ends[end];
+        me.ring = None;
+        me.last_ok = [None; 2];
+        me.seen = Seen::default();
+        me.restarts = 0;
+        // A restart that was asked for while the ring closed has happened with it.
+        me.restart_pending = false;
+        me.cancel_pending = false;
+        let interface = &self.ends[end].interface;
+        if matches!(self.setup.fate, Fate::PanicsAfter(_)) {
+            // Whatever the panic left of the device.
+            interface.restart(LONG).expect("no ring is left");
+        }
+        let ring = self.build(interface);
+        self.ends[end].ring = Some(ring);
+    }
+
+    fn finish(mut self) {
+        if self.setup.lives() && !self.ends.iter().any(|end| end.lossy) {
+            self.drain();
+        }
+        for end in 0..self.ends.len() {
+            self.close(end);
+            self.check();
+        }
+        for sent in self.ends.iter().flat_map(|end| &end.sent) {
+            // Short and flipped packets look like others.
+            let known = sent.bytes.len() >= NUMBERED && self.setup.corruption % 101 == 0;
+            assert!(!(known && sent.failed && sent.received), "refused and yet sent");
+        }
+        self.held.clear();
+        self.ends.clear();
+        let start = Instant::now();
+        while self.pool.slots_out() > 0 {
+            assert!(start.elapsed() < LONG, "slots that did not come home");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Nothing was closed: every packet that the device took arrives.
+    fn drain(&mut self) {
+        let start = Instant::now();
+        loop {
+            let mut missing = 0;
+            for end in 0..self.ends.len() {
+                self.reap(end, usize::MAX);
+                self.check();
+            }
+            for end in 0..self.ends.len() {
+                let from = &self.ends[(end + 1) % self.ends.len()];
+                let owed = from.seen.tx_packets;
+                missing += owed - self.ends[end].seen.rx_packets.min(owed);
+                missing += self.ends[end].count[1] as u64;
+            }
+            if missing == 0 {
+                return;
+            }
+            assert!(start.elapsed() < LONG, "{missing} packets are missing: {:?}", self.flights());
+            for end in 0..self.ends.len() {
+                if self.ends[end].count[0] == 0 {
+                    self.held.truncate(2);
+                    self.read(end, 0);
+                }
+                self.wait(end, 1, 1);
+            }
+        }
+    }
+
+    fn flights(&self) -> Vec<Vec<(&u64, &Entry)>> {
+        self.ends.iter().map(|end| end.flight.iter().collect()).collect()
+    }
+}
+
+impl End {
+    fn allow_cancels(&mut self) {
+        for entry in self.flight.values_mut() {
+            entry.cancelled = true;
+        }
+    }
+}
+
+fn flipped_bits(a: &[u8], b: &[u8]) -> u32 {
+    a.iter().zip(b).map(|(a, b)| (a ^ b).count_ones()).sum()
+}
+
+#[cfg(test)]
+mod properties {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::test_runner::{Config, FileFailurePersistence};
+
+    use super::*;
+    use crate::support::{guarded, stage};
+
+    fn config() -> Config {
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/proptest-regressions/model.txt");
+        Config {
+            failure_persistence: Some(Box::new(FileFailurePersistence::Direct(file))),
+            ..Config::default()
+        }
+    }
+
+    /// Mostly none, so that a case shows one misbehaviour or two.
+    fn percent() -> impl Strategy<Value = u8> {
+        prop_oneof![3 => Just(0), 1 => 1_u8..60]
+    }
+
+    fn setup() -> impl Strategy<Value = Setup> {
+        let faults = (percent(), percent(), percent(), percent(), percent(), percent(), percent());
+        let engine = (prop_oneof![3 => Just(0), 1 => 1_u8..200], any::<bool>());
+        let fate = prop_oneof![
+            6 => Just(Fate::Lives),
+            1 => (0_u8..40).prop_map(Fate::FailsAfter),
+            1 => (0_u8..40).prop_map(Fate::PanicsAfter),
+        ];
+        let sizes = (any::<[u8; 3]>(), proptest::option::of(0_u8..5), any::<u8>(), 0_u8..40);
+        (any::<bool>(), any::<u64>(), faults, engine, fate, sizes).prop_map(
+            |(embedded, seed, faults, (hold_us, reorder), fate, sizes)| {
+                let (short, exhaustion, errors, abandon, corruption, twice, late) = faults;
+                let (depths, sq_depth, frames, before_wrap) = sizes;
+                Setup {
+                    embedded,
+                    seed,
+                    short,
+                    exhaustion,
+                    errors,
+                    abandon,
+                    corruption,
+                    twice,
+                    late,
+                    hold_us,
+                    reorder,
+                    fate,
+                    depths,
+                    sq_depth,
+                    frames,
+                    before_wrap,
+                }
+            },
+        )
+    }
+
+    fn size() -> impl Strategy<Value = Size> {
+        prop_oneof![
+            1 => Just(Size::Empty),
+            1 => Just(Size::Runt),
+            8 => any::<u8>().prop_map(Size::Some),
+            2 => Just(Size::Max),
+            1 => Just(Size::TooBig),
+            2 => Just(Size::AsItIs),
+        ]
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let end = any::<bool>;
+        let n = any::<u8>;
+        let twos = || (any::<bool>(), any::<u8>());
+        prop_oneof![
+            8 => twos().prop_map(|(end, n)| Step::Read { end, n }),
+            8 => (end(), size()).prop_map(|(end, size)| Step::Write { end, size }),
+            3 => (end(), [size(), size(), size()])
+                .prop_map(|(end, sizes)| Step::Writes { end, sizes }),
+            1 => (end(), end()).prop_map(|(end, read)| Step::Foreign { end, read }),
+            3 => (end(), n(), any::<bool>())
+                .prop_map(|(end, target, to_the_end)| Step::Cancel { end, target, to_the_end }),
+            1 => end().prop_map(|end| Step::CancelAll { end }),
+            8 => twos().prop_map(|(end, n)| Step::Reap { end, n }),
+            3 => (end(), n(), n()).prop_map(|(end, min, ms)| Step::Wait { end, min, ms }),
+            2 => n().prop_map(|n| Step::Take { n }),
+            3 => n().prop_map(|frame| Step::Drop { frame }),
+            2 => (n(), end(), n()).prop_map(|(frame, front, n)| Step::Trim { frame, front, n }),
+            2 => (n(), n()).prop_map(|(frame, n)| Step::Grow { frame, n }),
+            1 => end().prop_map(|end| Step::Quiesce { end }),
+            1 => end().prop_map(|end| Step::ControlCancel { end }),
+            1 => end().prop_map(|end| Step::ControlWake { end }),
+        ]
+    }
+
+    /// As `step`, and the steps after which packets may be lost.
+    fn rough_step() -> impl Strategy<Value = Step> {
+        let end = any::<bool>;
+        prop_oneof![
+            40 => step(),
+            1 => end().prop_map(|end| Step::Restart { end }),
+            1 => end().prop_map(|end| Step::ControlStop { end }),
+            1 => end().prop_map(|end| Step::Close { end }),
+            1 => end().prop_map(|end| Step::Rebuild { end }),
+        ]
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        prop_oneof![vec(step(), 1..100), vec(rough_step(), 1..100)]
+    }
+
+    proptest! {
+        #![proptest_config(config())]
+
+        #[test]
+        fn a_ring_keeps_its_contracts_when_its_owner_drives_it(setup in setup(), steps in steps()) {
+            guarded(move || {
+                stage(format!("{setup:?}\n{steps:?}"));
+                run(&setup, false, &steps);
+            });
+        }
+
+        #[test]
+        fn a_ring_keeps_its_contracts_on_a_poller_thread(setup in setup(), steps in steps()) {
+            guarded(move || {
+                stage(format!("{setup:?}\n{steps:?}"));
+                run(&setup, true, &steps);
+            });
+        }
+    }
+}

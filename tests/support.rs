@@ -1,0 +1,353 @@
+//! What the tests share: a watchdog, numbered packets, and a device whose every move is a closure.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::{
+    Config, Direction, Drive, Driver, Error, Frame, Interface, InterfaceInfo, Loopback, MacAddr6,
+    Op, Poller, Ring, RingBuilder, Status,
+};
+
+/// Far longer than any test needs on a slow and busy machine: reaching it is a hang.
+pub(crate) const LONG: Duration = Duration::from_secs(60);
+
+thread_local! {
+    static STAGE: RefCell<Option<Arc<Mutex<String>>>> = const { RefCell::new(None) };
+}
+
+/// Names what a [`guarded`] body is doing, for the message when it does not end.
+pub(crate) fn stage(name: impl Into<String>) {
+    STAGE.with_borrow(|stage| {
+        if let Some(stage) = stage {
+            *stage.lock().unwrap_or_else(PoisonError::into_inner) = name.into();
+        }
+    });
+}
+
+/// Runs `body` on a thread of its own. If it does not end, panics with the [`stage`] it is in
+/// instead of hanging the whole run.
+pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
+    let reached = Arc::new(Mutex::new("the beginning".to_owned()));
+    let (ended, ending) = mpsc::sync_channel::<()>(1);
+    let test = thread::current().name().unwrap_or("test").to_owned();
+    let thread = thread::Builder::new()
+        .name(test)
+        .spawn({
+            let reached = reached.clone();
+            move || {
+                STAGE.set(Some(reached));
+                body();
+                drop(ended);
+            }
+        })
+        .expect("a thread for the test's body");
+    // The sender is dropped when the body returns, and when it panics.
+    if ending.recv_timeout(LONG * 2) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let reached = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        panic!("it does not end; it hangs in: {reached}");
+    }
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// `n`, or a tenth of it where everything is slow (`VMRING_TEST_SCALE=small`: sanitizers).
+pub(crate) fn scaled(n: u64) -> u64 {
+    if std::env::var_os("VMRING_TEST_SCALE").is_some_and(|scale| scale == "small") {
+        (n / 10).max(1)
+    } else {
+        n
+    }
+}
+
+/// A name that no other test uses.
+pub(crate) fn unique(name: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("{name}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Calls `done` until it says so.
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    stage(what);
+    let start = std::time::Instant::now();
+    while !done() {
+        assert!(start.elapsed() < LONG, "it never happened: {what}");
+        thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// The three ways to drive a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Thread,
+    Shared,
+    Inline,
+}
+
+impl Way {
+    pub(crate) const ALL: [Way; 3] = [Way::Thread, Way::Shared, Way::Inline];
+
+    pub(crate) fn drive(self, poller: &Poller) -> Drive<'_> {
+        match self {
+            Way::Thread => Drive::Thread,
+            Way::Shared => Drive::Shared(poller),
+            Way::Inline => Drive::Inline,
+        }
+    }
+}
+
+/// Runs `body` once for each way to drive a ring.
+pub(crate) fn every_way(mut body: impl FnMut(Way, &Poller)) {
+    let poller = Poller::start().expect("a poller");
+    for way in Way::ALL {
+        stage(format!("{way:?}"));
+        body(way, &poller);
+    }
+}
+
+/// A small pseudo-random generator (xorshift64*), so that a failure can be repeated.
+pub(crate) struct Dice(u64);
+
+impl Dice {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % n
+    }
+}
+
+pub(crate) fn loopback() -> Interface {
+    Interface::builder().device(Loopback::new(1500)).start().expect("a loopback starts")
+}
+
+/// A ring whose engine moves only when the test reaps.
+pub(crate) fn inline(interface: &Interface, direction: Direction) -> RingBuilder<'_> {
+    interface.ring(direction).drive(Drive::Inline)
+}
+
+/// The bytes of packet `number`, `len` (at least 14) long.
+pub(crate) fn packet(number: u64, len: usize) -> Vec<u8> {
+    packet_between([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2], number, len)
+}
+
+/// As [`packet`], with the addresses of two interfaces.
+pub(crate) fn packet_between(from: [u8; 6], to: [u8; 6], number: u64, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(len);
+    bytes.extend(to);
+    bytes.extend(from);
+    bytes.extend([0x88, 0xb5]);
+    bytes.extend(number.to_be_bytes());
+    // A pattern that depends on the number, so that bytes of another packet are noticed.
+    bytes.extend((bytes.len()..len.max(22)).map(|i| (i as u64 ^ number.wrapping_mul(31)) as u8));
+    bytes.truncate(len);
+    bytes
+}
+
+/// The number of a [`packet`] of at least 22 bytes.
+pub(crate) fn number_of(packet: &[u8]) -> u64 {
+    u64::from_be_bytes(packet[14..22].try_into().expect("22 bytes"))
+}
+
+/// A frame of the ring's own pool with packet `number`.
+pub(crate) fn filled(ring: &Ring, number: u64) -> Frame {
+    let mut frame = ring.alloc().expect("a free frame");
+    frame.copy_from(&packet(number, 60)).expect("60 bytes fit");
+    frame
+}
+
+/// Submits packet `number` under its own number.
+pub(crate) fn send(ring: &mut Ring, number: u64) {
+    let frame = filled(ring, number);
+    ring.submit_write(frame, number).expect("there are credits");
+}
+
+/// Posts a read.
+pub(crate) fn post(ring: &mut Ring, user_data: u64) {
+    let frame = ring.alloc().expect("a free frame");
+    ring.submit_read(frame, user_data).expect("there are credits");
+}
+
+/// A completion taken apart.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) user_data: u64,
+    pub(crate) op: Op,
+    pub(crate) result: Result<usize, vmring::EntryError>,
+    pub(crate) frame: Option<Frame>,
+}
+
+impl Seen {
+    /// Without the frame, for comparing.
+    pub(crate) fn brief(&self) -> (Op, u64, Result<usize, vmring::EntryError>) {
+        (self.op, self.user_data, self.result)
+    }
+}
+
+/// What waits now.
+pub(crate) fn reap(ring: &mut Ring) -> Vec<Seen> {
+    ring.reap().map(seen).collect()
+}
+
+fn seen(done: vmring::Completion) -> Seen {
+    let op = done.op;
+    let (user_data, result, frame) = done.into_parts();
+    Seen { user_data, op, result, frame }
+}
+
+/// Waits for `n` completions and takes exactly those.
+pub(crate) fn reap_n(ring: &mut Ring, n: usize) -> Vec<Seen> {
+    let mut all = Vec::new();
+    let start = std::time::Instant::now();
+    while all.len() < n {
+        let left = n - all.len();
+        ring.wait(left, Some(LONG));
+        all.extend(ring.reap().take(left).map(seen));
+        assert!(start.elapsed() < LONG, "{} of {n} completions came: {all:?}", all.len());
+    }
+    all
+}
+
+/// Turns an inline ring's engine until nothing moves any more, without taking completions.
+pub(crate) fn settle(ring: &mut Ring) {
+    for _ in 0..8 {
+        let _ = ring.reap().len();
+    }
+}
+
+type PollFn = dyn FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send;
+type CancelFn = dyn FnMut(Option<u64>) -> u32 + Send;
+type CloseFn = dyn FnMut(&mut Io<'_>) -> bool + Send;
+
+/// A third-party queue whose every move is a closure.
+pub(crate) struct ScriptQueue {
+    poll: Box<PollFn>,
+    cancel: Box<CancelFn>,
+    close: Box<CloseFn>,
+}
+
+impl ScriptQueue {
+    pub(crate) fn new(
+        poll: impl FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send + 'static,
+    ) -> Self {
+        Self { poll: Box::new(poll), cancel: Box::new(|_| 0), close: Box::new(|_| true) }
+    }
+
+    pub(crate) fn on_close(mut self, f: impl FnMut(&mut Io<'_>) -> bool + Send + 'static) -> Self {
+        self.close = Box::new(f);
+        self
+    }
+}
+
+impl Queue for ScriptQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        (self.poll)(io)
+    }
+
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        (self.cancel)(target)
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        (self.close)(io)
+    }
+}
+
+type QueueFn = dyn Fn(Direction, Wake) -> Result<ScriptQueue, Error> + Send + Sync;
+
+/// A third-party device. It is its own driver.
+pub(crate) struct Script {
+    queue: Box<QueueFn>,
+    limits: Box<dyn Fn(&mut Capabilities) + Send + Sync>,
+    info: Option<InterfaceInfo>,
+    stopped: Arc<AtomicU64>,
+}
+
+impl Script {
+    pub(crate) fn new(
+        queue: impl Fn(Direction, Wake) -> ScriptQueue + Send + Sync + 'static,
+    ) -> Self {
+        Self::fallible(move |direction, wake| Ok(queue(direction, wake)))
+    }
+
+    pub(crate) fn fallible(
+        queue: impl Fn(Direction, Wake) -> Result<ScriptQueue, Error> + Send + Sync + 'static,
+    ) -> Self {
+        let limits = |caps: &mut Capabilities| {
+            caps.reading_rings = usize::MAX;
+            caps.writing_rings = usize::MAX;
+        };
+        Self {
+            queue: Box::new(queue),
+            limits: Box::new(limits),
+            info: None,
+            stopped: Arc::default(),
+        }
+    }
+
+    /// Changes the capabilities.
+    pub(crate) fn limits(
+        mut self,
+        limits: impl Fn(&mut Capabilities) + Send + Sync + 'static,
+    ) -> Self {
+        self.limits = Box::new(limits);
+        self
+    }
+
+    /// How many times the device has been stopped.
+    pub(crate) fn stops(&self) -> Arc<AtomicU64> {
+        self.stopped.clone()
+    }
+
+    pub(crate) fn start(self) -> Interface {
+        Interface::builder().device(self).start().expect("a script starts")
+    }
+}
+
+impl Driver for Script {
+    fn start(mut self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let mac = MacAddr6::new(2, 0, 0, 0, 0, 9);
+        self.info = Some(InterfaceInfo::new(config, mac, 1500, 1514));
+        Ok(Arc::new(*self))
+    }
+}
+
+impl Device for Script {
+    fn name(&self) -> &str {
+        "script"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone().expect("it has started")
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut caps = Capabilities::new(1500, 1514);
+        (self.limits)(&mut caps);
+        caps
+    }
+
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        Ok(Box::new((self.queue)(direction, wake)?))
+    }
+
+    fn stop(&self) -> Result<(), Error> {
+        self.stopped.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// Completes every write with success and leaves reads posted.
+pub(crate) fn take_writes(io: &mut Io<'_>) {
+    while let Some(slot) = io.take_write() {
+        io.complete_write(slot);
+    }
+}
