@@ -300,7 +300,7 @@ impl Engine {
             return false;
         }
         let number = self.shared.number;
-        while let Some(submission) = self.intake.next() {
+        while let Some(submission) = self.intake.pop() {
             let (class, user_data, frame) = match submission {
                 Submission::Read { user_data, frame } => (Class::Read, user_data, frame),
                 Submission::Write { user_data, frame } => (Class::Write, user_data, frame),

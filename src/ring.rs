@@ -999,7 +999,7 @@ impl Iterator for Reap<'_> {
     #[inline]
     fn next(&mut self) -> Option<Completion> {
         self.left = self.left.checked_sub(1)?;
-        self.reaper.next().map(Completion::new)
+        self.reaper.pop().map(Completion::new)
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

@@ -80,7 +80,9 @@ impl<P: Park> Doorbell<P> {
     /// then either [`disarm`](Self::disarm) or park.
     pub fn arm(&self) {
         // Release: pairs with the Acquire in `ring_if`: what the sleeper wrote about its wishes.
-        self.asleep.store(1, Ordering::Release);
+        // A store would do. But loom lets a store and an exchange that race both come last, which no
+        // exchange may, and then finds wake-ups lost that cannot be; and the fence costs more.
+        self.asleep.swap(1, Ordering::Release);
         // Pairs with the fence in `ring`: either that ringer sees our store, or we see its work.
         fence(Ordering::SeqCst);
     }

@@ -167,7 +167,7 @@ impl<T: Entry> Producer<T> {
 
     /// Entries that fit now; more may fit at any time later.
     pub(crate) fn free(&mut self) -> u32 {
-        // Acquire: pairs with the Release in `next`: the consumer has copied these cells out.
+        // Acquire: pairs with the Release in `pop`: the consumer has copied these cells out.
         self.head_seen = self.shared.head.load(Ordering::Acquire);
         self.capacity() - self.tail.wrapping_sub(self.head_seen)
     }
@@ -252,7 +252,7 @@ impl<T: Entry> Consumer<T> {
     /// Copies the next known entry out and retires it. Only then may its slot become a frame: what
     /// is lost after this line is lost, but nothing is owned twice.
     #[inline]
-    pub(crate) fn next(&mut self) -> Option<T> {
+    pub(crate) fn pop(&mut self) -> Option<T> {
         if self.head == self.tail_seen {
             return None;
         }

@@ -237,10 +237,10 @@ impl Reaper {
     /// The next completion among those that [`ready`](Self::ready) saw. The entry is retired and
     /// its credit returned before the frame exists.
     #[inline]
-    pub fn next(&mut self) -> Option<Reaped> {
-        let cqe = self.cq.next()?;
+    pub fn pop(&mut self) -> Option<Reaped> {
+        let cqe = self.cq.pop()?;
         self.credits.give(cqe.opcode().into());
-        // SAFETY: the entry was retired by `next`, which yields each once; the poller's `push`
+        // SAFETY: the entry was retired by `pop`, which yields each once; the poller's `push`
         // placed it by a frame of these regions.
         let frame = unsafe { self.cq.regions().frame(&cqe) };
         Some(Reaped {
@@ -272,10 +272,10 @@ impl Intake {
 
     /// The next submission among those that [`ready`](Self::ready) saw.
     #[inline]
-    pub fn next(&mut self) -> Option<Submission> {
-        let sqe = self.sq.next()?;
+    pub fn pop(&mut self) -> Option<Submission> {
+        let sqe = self.sq.pop()?;
         let user_data = sqe.user_data();
-        // SAFETY: the entry was retired by `next`, which yields each once; `Submitter::push` placed
+        // SAFETY: the entry was retired by `pop`, which yields each once; `Submitter::push` placed
         // it by a frame of these regions.
         let frame = unsafe { self.sq.regions().frame(&sqe) };
         Some(match (sqe.opcode(), frame) {

@@ -1,0 +1,1154 @@
+//! Model checking of the rings: every interleaving (within a preemption bound), and every value
+//! that the memory model lets a load return, of the queues, the credits, the doorbell, the free list
+//! and the end of a pool.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test --release -p vmring-core --test loom`
+//!
+//! `LOOM_MAX_PREEMPTIONS` sets another bound; `-- --nocapture` shows how much was explored.
+//!
+//! Loom does not see a slot's bytes, which are raw memory. So each slot has a mark, a cell that loom
+//! does see, written and read together with the bytes: if nothing orders the two accesses, loom
+//! reports a causality violation. All indices begin just below their wrap.
+//!
+//! Models named `without_...` run a copy of a protocol with a part left out and must fail: they show
+//! that the models beside them would see the bug.
+#![cfg(loom)]
+
+use std::collections::BTreeSet;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize as Uncounted;
+use std::time::Duration;
+
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use loom::sync::{Condvar, Mutex};
+use loom::thread;
+use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::{
+    Backing, Class, Depths, Frame, HeapBacking, Intake, Layout, Outcome, Outlet, Pool, Reaper,
+    Refusal, Regions, Submission, Submitter, rings,
+};
+
+/// Explores `model` with at most `preemptions` preemptions in one run.
+fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound.get_or_insert(preemptions);
+    builder.max_branches = builder.max_branches.max(10_000);
+    let bound = builder.preemption_bound;
+    let runs = Arc::new(Uncounted::new(0));
+    let counted = runs.clone();
+    let start = std::time::Instant::now();
+    builder.check(move || {
+        // An atomic of std: loom does not see it, and it adds no order.
+        counted.fetch_add(1, Ordering::Relaxed);
+        model();
+    });
+    let (runs, name) = (runs.load(Ordering::Relaxed), std::thread::current());
+    println!("{:?}: {runs} runs, bound {bound:?}, {:?}", name.name(), start.elapsed());
+    assert!(runs > 1, "nothing was explored");
+}
+
+const SLOT_SIZE: u32 = 16;
+
+/// A cell per slot that stands for the slot's bytes.
+#[derive(Clone)]
+struct Marks(Arc<[UnsafeCell<u64>]>);
+
+// SAFETY: accesses go through loom's cells, which report those that race.
+unsafe impl Send for Marks {}
+// SAFETY: as above.
+unsafe impl Sync for Marks {}
+
+impl Marks {
+    /// Writes a packet: `stamp`, into the frame and into the slot's mark.
+    fn write(&self, frame: &mut Frame, stamp: u64) {
+        frame.copy_from(&stamp.to_le_bytes()).unwrap();
+        self.0[frame.slot() as usize].with_mut(|mark| {
+            // SAFETY: loom has just checked that nobody else has access.
+            unsafe { *mark = stamp }
+        });
+    }
+
+    /// Reads the packet, which must be whole.
+    fn read(&self, frame: &Frame) -> u64 {
+        let mark = self.0[frame.slot() as usize].with(|mark| {
+            // SAFETY: loom has just checked that nobody writes.
+            unsafe { *mark }
+        });
+        assert_eq!(frame[..], mark.to_le_bytes(), "the bytes are not the ones last written");
+        mark
+    }
+}
+
+/// Memory whose freeing counts as a write to every slot.
+struct Tracked {
+    bytes: HeapBacking,
+    marks: Marks,
+    freed: Arc<Uncounted>,
+}
+
+// SAFETY: the bytes are those of a `HeapBacking`, given to nobody else.
+unsafe impl Backing for Tracked {
+    fn base(&self) -> NonNull<u8> {
+        self.bytes.base()
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        self.freed.fetch_add(1, Ordering::Relaxed);
+        if !std::thread::panicking() {
+            self.marks.0.iter().for_each(|mark| mark.with_mut(|_| ()));
+        }
+    }
+}
+
+fn pool(slots: u32) -> (Pool, Marks, Arc<Uncounted>) {
+    let marks = Marks((0..slots).map(|_| UnsafeCell::new(0)).collect());
+    let freed = Arc::new(Uncounted::new(0));
+    let bytes = HeapBacking::new((slots * SLOT_SIZE) as usize);
+    let backing = Tracked { bytes, marks: marks.clone(), freed: freed.clone() };
+    let layout = Layout { slots, slot_size: SLOT_SIZE, headroom: 0 };
+    (Pool::new(Box::new(backing), layout).unwrap(), marks, freed)
+}
+
+fn regions(pool: &Pool) -> Regions {
+    Regions::new(vec![pool.clone()]).unwrap()
+}
+
+/// How a thread parks, in the model: as `std::thread::park` does, with a token.
+#[derive(Default)]
+struct Token {
+    state: Mutex<TokenState>,
+    wakeup: Condvar,
+}
+
+#[derive(Default)]
+struct TokenState {
+    there: bool,
+    unparks: u32,
+}
+
+impl Token {
+    fn unparks(&self) -> u32 {
+        self.state.lock().unwrap().unparks
+    }
+}
+
+impl Park for Token {
+    /// For ever: a wake-up that does not come is a deadlock, which loom reports.
+    fn park(&self, timeout: Option<Duration>) {
+        assert_eq!(timeout, None);
+        let mut state = self.state.lock().unwrap();
+        while !state.there {
+            state = self.wakeup.wait(state).unwrap();
+        }
+        state.there = false;
+    }
+
+    fn unpark(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.there = true;
+        state.unparks += 1;
+        self.wakeup.notify_one();
+    }
+}
+
+fn bell() -> Doorbell<Token> {
+    Doorbell::new(Token::default())
+}
+
+/// Takes everything from the SQ and completes it.
+fn turn(intake: &mut Intake, outlet: &mut Outlet, outcome: Outcome) {
+    if intake.ready() == 0 {
+        return;
+    }
+    while let Some(submission) = intake.pop() {
+        match submission {
+            Submission::Read { user_data, frame } => {
+                outlet.push(Class::Read, frame, user_data, outcome);
+            }
+            Submission::Write { user_data, frame } => {
+                outlet.push(Class::Write, frame, user_data, outcome);
+            }
+            Submission::Cancel { user_data, target } => {
+                outlet.push_cancel(target.is_none(), 0, user_data);
+            }
+        }
+    }
+    outlet.publish();
+}
+
+// ------------------------------------------------------------------------------------------------
+// The queues
+
+/// Broken by: a Relaxed store or load of the SQ's tail; publishing before writing.
+#[test]
+fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
+    check(3, || {
+        let (pool, marks, _) = pool(2);
+        let depths = Depths { read: 1, write: 1, cancel: 1, sq: 4 };
+        let (mut submitter, reaper, mut intake, outlet) =
+            rings(depths, regions(&pool), u32::MAX - 1);
+        let frames = [pool.alloc().unwrap(), pool.alloc().unwrap()];
+        let sender = thread::spawn({
+            let marks = marks.clone();
+            move || {
+                let [mut first, mut second] = frames;
+                marks.write(&mut first, 1);
+                submitter.push(Class::Write, first, 1).unwrap();
+                marks.write(&mut second, 2);
+                submitter.push(Class::Read, second, 2).unwrap();
+                assert!(submitter.publish());
+                submitter.push_cancel(Some(2), 3).unwrap();
+                assert!(submitter.publish());
+                submitter
+            }
+        });
+        let mut kept = Vec::new();
+        let mut seen = 0;
+        while seen < 3 {
+            let ready = intake.ready();
+            if ready == 0 {
+                thread::yield_now();
+            } else if seen == 0 {
+                assert!(ready >= 2, "half a batch");
+            }
+            while let Some(submission) = intake.pop() {
+                seen += 1;
+                match submission {
+                    Submission::Write { user_data: 1, frame } if seen == 1 => kept.push(frame),
+                    Submission::Read { user_data: 2, frame } if seen == 2 => kept.push(frame),
+                    Submission::Cancel { user_data: 3, target: Some(2) } if seen == 3 => continue,
+                    other => panic!("{other:?} came as number {seen}"),
+                }
+                assert_eq!(marks.read(kept.last().unwrap()), seen);
+            }
+        }
+        assert_eq!(reaper.in_flight(), 3);
+        drop((sender.join().unwrap(), reaper, intake, outlet));
+        drop(kept);
+        assert_eq!(pool.slots_out(), 0);
+    });
+}
+
+/// Broken by: a Relaxed store or load of the SQ's head; retiring an entry before it was copied out.
+#[test]
+fn an_sq_cell_is_not_written_before_it_was_copied_out() {
+    check(3, || {
+        let (pool, marks, _) = pool(3);
+        let depths = Depths { read: 0, write: 3, cancel: 0, sq: 1 };
+        let (mut submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX);
+        let frames = [0; 3].map(|_| pool.alloc().unwrap());
+        let sender = thread::spawn({
+            let marks = marks.clone();
+            move || {
+                for (n, mut frame) in (1..).zip(frames) {
+                    marks.write(&mut frame, n);
+                    while let Err((refusal, back)) = submitter.push(Class::Write, frame, n) {
+                        assert_eq!(refusal, Refusal::SqFull);
+                        // The refused frame is whole.
+                        assert_eq!(marks.read(&back), n);
+                        frame = back;
+                        thread::yield_now();
+                    }
+                    submitter.publish();
+                }
+                submitter
+            }
+        });
+        let mut kept = Vec::new();
+        while kept.len() < 3 {
+            if intake.ready() == 0 {
+                thread::yield_now();
+            }
+            while let Some(submission) = intake.pop() {
+                let Submission::Write { user_data, frame } = submission else { unreachable!() };
+                assert_eq!(user_data, kept.len() as u64 + 1);
+                assert_eq!(marks.read(&frame), user_data);
+                kept.push(frame);
+            }
+        }
+        drop((sender.join().unwrap(), reaper, intake, outlet));
+    });
+}
+
+/// A ring whose `n` reads have been submitted and taken by the poller.
+#[allow(clippy::type_complexity)]
+fn posted(n: u32, pool: &Pool, start: u32) -> (Submitter, Reaper, Intake, Outlet, Vec<Frame>) {
+    let (mut submitter, reaper, mut intake, outlet) =
+        rings(Depths::new(n, 0, 0), regions(pool), start);
+    for user_data in 1..=u64::from(n) {
+        submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
+    }
+    submitter.publish();
+    assert_eq!(intake.ready(), n);
+    let frames = std::iter::from_fn(|| match intake.pop()? {
+        Submission::Read { frame, .. } => Some(frame),
+        other => panic!("{other:?}"),
+    })
+    .collect();
+    (submitter, reaper, intake, outlet, frames)
+}
+
+/// Broken by: a Relaxed store or load of the CQ's tail; publishing before writing.
+#[test]
+fn completions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
+    check(3, || {
+        let (pool, marks, _) = pool(3);
+        let (submitter, mut reaper, intake, mut outlet, frames) = posted(3, &pool, u32::MAX - 1);
+        let poller = thread::spawn({
+            let marks = marks.clone();
+            move || {
+                for (n, mut frame) in (1..).zip(frames) {
+                    marks.write(&mut frame, n);
+                    outlet.push(Class::Read, frame, n, Outcome::Refused(n as u32));
+                    if n > 1 {
+                        assert!(outlet.publish());
+                    }
+                }
+                outlet
+            }
+        });
+        let mut kept = Vec::new();
+        while kept.len() < 3 {
+            let ready = reaper.ready();
+            if ready == 0 {
+                thread::yield_now();
+            } else if kept.is_empty() {
+                assert!(ready >= 2, "half a batch");
+            }
+            while let Some(reaped) = reaper.pop() {
+                let n = kept.len() as u64 + 1;
+                let frame = reaped.frame.unwrap();
+                assert_eq!((reaped.user_data, reaped.len), (n, 8));
+                assert_eq!(reaped.outcome, Outcome::Refused(n as u32));
+                assert_eq!(marks.read(&frame), n);
+                kept.push(frame);
+                assert_eq!(reaper.in_flight(), 3 - kept.len() as u32);
+            }
+        }
+        drop((poller.join().unwrap(), submitter, reaper, intake));
+    });
+}
+
+/// Demonstration: what the models above would say to a Relaxed publish.
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
+    check(3, || {
+        let (pool, marks, _) = pool(1);
+        let mut frame = pool.alloc().unwrap();
+        let tail = Arc::new(AtomicU32::new(u32::MAX));
+        let entry = Arc::new(std::sync::Mutex::new(None));
+        let sender = thread::spawn({
+            let (marks, tail, entry) = (marks.clone(), tail.clone(), entry.clone());
+            move || {
+                marks.write(&mut frame, 1);
+                // Std's mutex moves the frame behind loom's back, so only `tail` could order us.
+                *entry.lock().unwrap() = Some(frame);
+                tail.store(0, Ordering::Relaxed);
+            }
+        });
+        if tail.load(Ordering::Acquire) == 0 {
+            marks.read(entry.lock().unwrap().as_ref().unwrap());
+        }
+        sender.join().unwrap();
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Credits
+
+/// A CQ full of completions. One thread reaps them, one submits as credits come back, one completes
+/// what was submitted: into the cells that the first has just copied out.
+fn reap_submit_and_complete_at_once(depth: u32) {
+    let (pool, marks, _) = pool(2 * depth);
+    let (mut submitter, mut reaper, mut intake, mut outlet, frames) =
+        posted(depth, &pool, u32::MAX);
+    for (n, mut frame) in (1..).zip(frames) {
+        marks.write(&mut frame, n);
+        outlet.push(Class::Read, frame, n, Outcome::Done);
+    }
+    outlet.publish();
+    let more: Vec<_> = (0..depth).map(|_| pool.alloc().unwrap()).collect();
+    let sender = thread::spawn(move || {
+        let mut accepted = 0;
+        for (n, frame) in (u64::from(depth) + 1..).zip(more) {
+            assert!(submitter.available(Class::Read) <= depth);
+            match submitter.push(Class::Read, frame, n) {
+                Ok(()) => accepted += u32::from(submitter.publish()),
+                Err((refusal, _)) => {
+                    assert_eq!(refusal, Refusal::NoCredit);
+                    break;
+                }
+            }
+        }
+        (accepted, submitter)
+    });
+    let complete = |intake: &mut Intake, outlet: &mut Outlet, marks: &Marks| {
+        intake.ready();
+        while let Some(submission) = intake.pop() {
+            let Submission::Read { user_data, mut frame } = submission else { unreachable!() };
+            marks.write(&mut frame, user_data);
+            // Panics if the credit did not mean room.
+            outlet.push(Class::Read, frame, user_data, Outcome::Done);
+            outlet.publish();
+        }
+    };
+    let poller = thread::spawn({
+        let marks = marks.clone();
+        move || {
+            complete(&mut intake, &mut outlet, &marks);
+            (intake, outlet)
+        }
+    });
+    let mut kept = Vec::new();
+    let mut reap = |reaper: &mut Reaper| {
+        reaper.ready();
+        while let Some(reaped) = reaper.pop() {
+            let frame = reaped.frame.unwrap();
+            assert_eq!(reaped.user_data, kept.len() as u64 + 1);
+            assert_eq!(marks.read(&frame), reaped.user_data);
+            kept.push(frame);
+            assert!(reaper.in_flight() <= depth, "in_flight wrapped");
+        }
+    };
+    reap(&mut reaper);
+    let (accepted, mut submitter) = sender.join().unwrap();
+    let (mut intake, mut outlet) = poller.join().unwrap();
+    complete(&mut intake, &mut outlet, &marks);
+    reap(&mut reaper);
+    assert_eq!(kept.len() as u32, depth + accepted);
+    assert_eq!(submitter.available(Class::Read), depth);
+    drop((submitter, intake, outlet, reaper));
+}
+
+/// Broken by: giving the credit before the entry was copied out; a Relaxed store or load of the
+/// credits; a CQ with fewer cells than credits.
+#[test]
+fn a_credit_means_room_in_a_cq_of_one_cell() {
+    check(3, || reap_submit_and_complete_at_once(1));
+}
+
+/// As above, where credits come back one at a time.
+#[test]
+fn a_credit_means_room_in_a_cq_of_two_cells() {
+    check(2, || reap_submit_and_complete_at_once(2));
+}
+
+/// The same over several laps, where one thread submits and completes, so that nothing but the
+/// credit orders it behind the reaper.
+///
+/// Broken by: as above.
+#[test]
+fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
+    check(3, || {
+        let (pool, marks, _) = pool(1);
+        let (mut submitter, mut reaper, mut intake, mut outlet) =
+            rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX - 1);
+        const LAPS: u64 = 4;
+        let both_ends = thread::spawn({
+            let (pool, marks) = (pool.clone(), marks.clone());
+            move || {
+                for n in 1..=LAPS {
+                    while submitter.available(Class::Read) == 0 {
+                        thread::yield_now();
+                    }
+                    // The reaper drops a frame only after it gave the credit back.
+                    let mut frame = loop {
+                        match pool.alloc() {
+                            Some(frame) => break frame,
+                            None => thread::yield_now(),
+                        }
+                    };
+                    marks.write(&mut frame, n);
+                    submitter.push(Class::Read, frame, n).unwrap();
+                    submitter.publish();
+                    turn(&mut intake, &mut outlet, Outcome::Done);
+                }
+                (submitter, intake, outlet)
+            }
+        });
+        for n in 1..=LAPS {
+            while reaper.ready() == 0 {
+                thread::yield_now();
+            }
+            let frame = reaper.pop().unwrap().frame.unwrap();
+            assert_eq!(marks.read(&frame), n);
+        }
+        drop((both_ends.join().unwrap(), reaper));
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// The doorbell
+
+/// Broken by: either fence missing; a look for work before arming; a `Park` without memory.
+#[test]
+fn no_wake_up_is_lost_in_either_direction() {
+    check(2, || {
+        let (pool, marks, _) = pool(1);
+        let (mut submitter, mut reaper, mut intake, mut outlet) =
+            rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
+        let bells = Arc::new([bell(), bell()]);
+        const LAPS: u64 = 2;
+        let poller = thread::spawn({
+            let (bells, marks) = (bells.clone(), marks.clone());
+            move || {
+                for n in 1..=LAPS {
+                    while intake.ready() == 0 {
+                        bells[0].sleep(None, || intake.ready() > 0);
+                    }
+                    let Some(Submission::Read { user_data, mut frame }) = intake.pop() else {
+                        unreachable!()
+                    };
+                    assert_eq!(user_data, n);
+                    marks.write(&mut frame, n);
+                    outlet.push(Class::Read, frame, n, Outcome::Done);
+                    outlet.publish();
+                    bells[1].ring();
+                }
+                (intake, outlet)
+            }
+        });
+        let mut frame = pool.alloc().unwrap();
+        for n in 1..=LAPS {
+            submitter.push(Class::Read, frame, n).unwrap();
+            submitter.publish();
+            bells[0].ring();
+            while reaper.ready() == 0 {
+                bells[1].sleep(None, || reaper.ready() > 0);
+            }
+            frame = reaper.pop().unwrap().frame.unwrap();
+            assert_eq!(marks.read(&frame), n);
+        }
+        assert!(bells.iter().all(|bell| u64::from(bell.parker().unparks()) <= LAPS));
+        drop((poller.join().unwrap(), submitter, reaper, frame));
+    });
+}
+
+/// Broken by: a load and a store instead of the exchange in `wake`.
+#[test]
+fn of_two_ringers_exactly_one_pays_for_each_arming() {
+    check(3, || {
+        let bell = Arc::new(bell());
+        let work = Arc::new(AtomicU32::new(0));
+        let ringers: Vec<_> = (0..2)
+            .map(|_| {
+                let (bell, work) = (bell.clone(), work.clone());
+                thread::spawn(move || {
+                    work.fetch_add(1, Ordering::Release);
+                    bell.ring()
+                })
+            })
+            .collect();
+        let (mut armings, mut own) = (0, 0);
+        while work.load(Ordering::Acquire) < 2 {
+            bell.arm();
+            armings += 1;
+            if work.load(Ordering::Acquire) < 2 {
+                bell.parker().park(None);
+            }
+            own += u32::from(bell.disarm());
+        }
+        let paid: u32 = ringers.into_iter().map(|ringer| u32::from(ringer.join().unwrap())).sum();
+        assert_eq!(paid + own, armings, "each arming ends once");
+        assert_eq!(paid, bell.parker().unparks(), "who pays wakes");
+    });
+}
+
+/// Work of several kinds, as an engine has: an entry in the SQ, and a wish (a control flag) that the
+/// last look reads with a Relaxed load.
+///
+/// Broken by: either fence missing.
+#[test]
+fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
+    check(3, || {
+        let (pool, _, _) = pool(1);
+        let (mut submitter, reaper, mut intake, outlet) =
+            rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
+        let bell = Arc::new(bell());
+        let wish = Arc::new(AtomicU32::new(0));
+        let frame = pool.alloc().unwrap();
+        let submitting = thread::spawn({
+            let bell = bell.clone();
+            move || {
+                submitter.push(Class::Read, frame, 1).unwrap();
+                submitter.publish();
+                bell.ring();
+                submitter
+            }
+        });
+        let wishing = thread::spawn({
+            let (bell, wish) = (bell.clone(), wish.clone());
+            move || {
+                wish.fetch_or(1, Ordering::Release);
+                bell.ring();
+            }
+        });
+        let (mut taken, mut granted) = (None, false);
+        while taken.is_none() || !granted {
+            granted |= wish.load(Ordering::Relaxed) != 0 && wish.swap(0, Ordering::Acquire) != 0;
+            intake.ready();
+            taken = taken.or(intake.pop());
+            if taken.is_none() || !granted {
+                bell.sleep(None, || intake.ready() > 0 || wish.load(Ordering::Relaxed) != 0);
+            }
+        }
+        wishing.join().unwrap();
+        drop((submitting.join().unwrap(), reaper, intake, outlet, taken));
+    });
+}
+
+/// A copy of the doorbell with parts left out.
+fn crippled_doorbell(sleeper_fence: bool, ringer_fence: bool) {
+    check(3, move || {
+        let shared = Arc::new((AtomicU32::new(0), AtomicU32::new(0), Token::default()));
+        let ringer = thread::spawn({
+            let shared = shared.clone();
+            move || {
+                let (asleep, work, token) = &*shared;
+                work.store(1, Ordering::Release);
+                if ringer_fence {
+                    fence(Ordering::SeqCst);
+                }
+                if asleep.load(Ordering::Acquire) != 0 && asleep.swap(0, Ordering::Relaxed) == 1 {
+                    token.unpark();
+                }
+            }
+        });
+        let (asleep, work, token) = &*shared;
+        while work.load(Ordering::Acquire) == 0 {
+            asleep.swap(1, Ordering::Release);
+            if sleeper_fence {
+                fence(Ordering::SeqCst);
+            }
+            if work.load(Ordering::Acquire) == 0 {
+                token.park(None);
+            }
+            asleep.swap(0, Ordering::Relaxed);
+        }
+        ringer.join().unwrap();
+    });
+}
+
+/// The control of the three demonstrations below: whole, the copy is right.
+#[test]
+fn the_copied_doorbell_with_both_fences_loses_nothing() {
+    crippled_doorbell(true, true);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_the_sleepers_fence_a_wake_up_is_lost() {
+    crippled_doorbell(false, true);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_the_ringers_fence_a_wake_up_is_lost() {
+    crippled_doorbell(true, false);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_any_fence_a_wake_up_is_lost() {
+    crippled_doorbell(false, false);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Arm against post
+
+/// The reaping half's bell, as in the root crate: the sleeper waits for an index of the CQ.
+struct CqBell {
+    bell: Doorbell<Token>,
+    wanted: AtomicU32,
+}
+
+impl CqBell {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { bell: bell(), wanted: AtomicU32::new(0) })
+    }
+
+    /// Arms for `n` completions and looks once more. False if they are there.
+    fn arm(&self, reaper: &mut Reaper, n: u32) -> bool {
+        self.wanted.store(reaper.index_of(n), Ordering::Relaxed);
+        self.bell.arm();
+        let armed = reaper.ready() < n;
+        if !armed {
+            self.bell.disarm();
+        }
+        armed
+    }
+
+    /// After publishing: wakes the sleeper if that is enough for it.
+    fn post(&self, outlet: &Outlet) -> bool {
+        let index = outlet.index();
+        self.bell.ring_if(|| index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31)
+    }
+}
+
+/// Broken by: either fence missing; arming with Relaxed (an old wish is read); comparing indices
+/// without regard to the wrap.
+#[test]
+fn arming_for_two_completions_is_answered_by_the_second_once() {
+    check(3, || {
+        let (pool, _, _) = pool(2);
+        let (submitter, mut reaper, intake, mut outlet, frames) = posted(2, &pool, u32::MAX);
+        let cq = CqBell::new();
+        let poller = thread::spawn({
+            let cq = cq.clone();
+            move || {
+                let mut paid = Vec::new();
+                for (n, frame) in (1..).zip(frames) {
+                    outlet.push(Class::Read, frame, n, Outcome::Done);
+                    outlet.publish();
+                    paid.push(cq.post(&outlet));
+                }
+                (paid, outlet)
+            }
+        });
+        if cq.arm(&mut reaper, 2) {
+            cq.bell.parker().park(None);
+            assert_eq!(reaper.ready(), 2, "woken with less than was wished");
+        }
+        let (paid, outlet) = poller.join().unwrap();
+        assert!(!paid[0], "one completion woke a sleeper that wanted two");
+        assert_eq!(u32::from(paid[1]), cq.bell.parker().unparks());
+        let kept: Vec<_> = std::iter::from_fn(|| reaper.pop()).collect();
+        assert_eq!(kept.len(), 2);
+        drop((kept, outlet, submitter, reaper, intake));
+    });
+}
+
+fn arm_anew(wish_first: bool) {
+    check(3, move || {
+        let (pool, _, _) = pool(2);
+        let (submitter, mut reaper, intake, mut outlet, mut frames) = posted(2, &pool, u32::MAX);
+        let cq = CqBell::new();
+        let frame = frames.pop().unwrap();
+        let poller = thread::spawn({
+            let cq = cq.clone();
+            move || {
+                outlet.push(Class::Read, frame, 1, Outcome::Done);
+                outlet.publish();
+                cq.post(&outlet);
+                outlet
+            }
+        });
+        // Two will not come; then it makes do with one.
+        assert!(cq.arm(&mut reaper, 2));
+        while reaper.ready() == 0 {
+            let armed = if wish_first {
+                cq.arm(&mut reaper, 1)
+            } else {
+                cq.bell.arm();
+                cq.wanted.store(reaper.index_of(1), Ordering::Relaxed);
+                reaper.ready() == 0
+            };
+            if armed {
+                cq.bell.parker().park(None);
+            }
+        }
+        let kept = reaper.pop();
+        drop((poller.join().unwrap(), kept, frames, submitter, reaper, intake));
+    });
+}
+
+/// Broken by: either fence missing; arming with Relaxed, so that a ringer reads the older wish.
+#[test]
+fn arming_anew_with_a_smaller_wish_is_not_lost() {
+    arm_anew(true);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn without_the_wish_before_the_arming_a_wake_up_is_lost() {
+    arm_anew(false);
+}
+
+// ------------------------------------------------------------------------------------------------
+// A poller's two levels of doorbells
+
+/// The poller of the root crate in miniature: rings whose `Park` puts a bit into a ready set (words
+/// of one bit here), a bit per word into the summary, and rings the poller's own bell.
+struct MiniPoller {
+    bell: Doorbell<Token>,
+    ready: [AtomicU64; 2],
+    words: AtomicU64,
+}
+
+struct ReadyBit {
+    poller: Arc<MiniPoller>,
+    place: usize,
+}
+
+impl Park for ReadyBit {
+    fn park(&self, _: Option<Duration>) {}
+
+    fn unpark(&self) {
+        self.poller.ready[self.place].fetch_or(1, Ordering::Release);
+        self.poller.words.fetch_or(1 << self.place, Ordering::Release);
+        self.poller.bell.ring();
+    }
+}
+
+impl MiniPoller {
+    fn collect(&self, mut each: impl FnMut(usize)) {
+        if self.words.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let words = self.words.swap(0, Ordering::Acquire);
+        for place in (0..2).filter(|place| words & 1 << place != 0) {
+            if self.ready[place].swap(0, Ordering::Acquire) != 0 {
+                each(place);
+            }
+        }
+    }
+}
+
+/// Broken by: a summary bit set before its word; clearing a word before its summary bit; the
+/// poller's last look anywhere but behind its arming; any fence of either level.
+#[test]
+fn no_ring_is_lost_through_two_levels_of_doorbells() {
+    check(2, || {
+        let poller = Arc::new(MiniPoller {
+            bell: bell(),
+            ready: [AtomicU64::new(0), AtomicU64::new(0)],
+            words: AtomicU64::new(0),
+        });
+        // Each ring: its bell, and the number of entries ever published.
+        let rings = Arc::new([0, 1].map(|place| {
+            let bell = Doorbell::new(ReadyBit { poller: poller.clone(), place });
+            (bell, AtomicU32::new(0))
+        }));
+        // Every ring sleeps.
+        rings.iter().for_each(|(bell, _)| bell.arm());
+        let ringers = [&[0][..], &[1, 0]].map(|places| {
+            let rings = rings.clone();
+            thread::spawn(move || {
+                for &place in places {
+                    let (bell, published) = &rings[place];
+                    published.fetch_add(1, Ordering::Release);
+                    bell.ring();
+                }
+            })
+        });
+        let mut active = BTreeSet::new();
+        let mut taken = [0; 2];
+        while taken != [2, 1] {
+            poller.collect(|place| {
+                active.insert(place);
+            });
+            let mut worked = false;
+            active.retain(|&place| {
+                let (bell, published) = &rings[place];
+                let now = published.load(Ordering::Acquire);
+                if now != taken[place] {
+                    taken[place] = now;
+                    worked = true;
+                    return true;
+                }
+                // Goes to sleep, unless something came.
+                bell.arm();
+                let awake = published.load(Ordering::Acquire) != now;
+                if awake {
+                    bell.disarm();
+                }
+                worked |= awake;
+                awake
+            });
+            if !worked && active.is_empty() {
+                poller.bell.sleep(None, || poller.words.load(Ordering::Acquire) != 0);
+            }
+        }
+        for ringer in ringers {
+            ringer.join().unwrap();
+        }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Close
+
+/// The real halves between a submitter that looks at a flag before it pushes, a poller that ends
+/// with a last turn once it is told to stop, and a closer that takes the poller's halves over and
+/// turns them whenever it reaps.
+///
+/// Broken by: a closer that does not drain the SQ after the hand-over; a poller whose last look
+/// misses the stop; either fence missing.
+#[test]
+fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
+    check(2, || {
+        let (pool, marks, _) = pool(2);
+        let (mut submitter, mut reaper, mut intake, mut outlet) =
+            rings(Depths::new(0, 2, 0), regions(&pool), u32::MAX);
+        // The bell, the closed flag that submits look at, and the stop that the poller looks at.
+        let shared = Arc::new((bell(), AtomicU32::new(0), AtomicU32::new(0)));
+        let mut frames = [pool.alloc().unwrap(), pool.alloc().unwrap()];
+        for (n, frame) in (0..).zip(&mut frames) {
+            marks.write(frame, n);
+        }
+        let submitting = thread::spawn({
+            let shared = shared.clone();
+            move || {
+                let (bell, closed, _) = &*shared;
+                let (mut accepted, mut refused) = (Vec::new(), Vec::new());
+                for (n, frame) in (0..).zip(frames) {
+                    if closed.load(Ordering::Acquire) != 0 {
+                        refused.push(frame);
+                        continue;
+                    }
+                    submitter.push(Class::Write, frame, n).unwrap();
+                    submitter.publish();
+                    bell.ring();
+                    accepted.push(n);
+                }
+                (accepted, refused, submitter)
+            }
+        });
+        let poller = thread::spawn({
+            let shared = shared.clone();
+            move || {
+                let (bell, _, stop) = &*shared;
+                loop {
+                    let stopped = stop.swap(0, Ordering::Acquire) != 0;
+                    let outcome = if stopped { Outcome::Cancelled } else { Outcome::Done };
+                    turn(&mut intake, &mut outlet, outcome);
+                    if stopped {
+                        return (intake, outlet);
+                    }
+                    bell.sleep(None, || intake.ready() > 0 || stop.load(Ordering::Relaxed) != 0);
+                }
+            }
+        });
+        let (bell, closed, stop) = &*shared;
+        closed.store(1, Ordering::Release);
+        stop.fetch_or(1, Ordering::Release);
+        bell.ring();
+        let (mut intake, mut outlet) = poller.join().unwrap();
+        let mut completed = Vec::new();
+        let mut reap = |reaper: &mut Reaper| {
+            turn(&mut intake, &mut outlet, Outcome::Cancelled);
+            reaper.ready();
+            while let Some(reaped) = reaper.pop() {
+                let frame = reaped.frame.unwrap();
+                assert_eq!(marks.read(&frame), reaped.user_data);
+                completed.push((reaped.user_data, frame));
+            }
+        };
+        // Perhaps too early for the submitter's last entry, which the next reap finds.
+        reap(&mut reaper);
+        let (accepted, refused, submitter) = submitting.join().unwrap();
+        reap(&mut reaper);
+        assert_eq!(reaper.in_flight(), 0);
+        let numbers: Vec<_> = completed.iter().map(|(n, _)| *n).collect();
+        assert_eq!(numbers, accepted, "each accepted entry completes once, in order");
+        assert_eq!(completed.len() + refused.len(), 2);
+        drop((completed, refused, submitter, reaper, intake, outlet));
+        assert_eq!(pool.slots_out(), 0);
+    });
+}
+
+/// The owner of a closed ring's two bells sleeps until something completes. The entry comes from a
+/// submitter that had looked at the flag before it was set, and its ring of the engine's bell goes
+/// to a poller that has nothing to do with the ring any more: so whoever finds the engine's bell
+/// armed on a closed ring rings the reaper's too.
+///
+/// Broken by: leaving out that second ring, or the taker-over's arming of the engine's bell.
+#[test]
+fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
+    struct Nobody;
+    impl Park for Nobody {
+        fn park(&self, _: Option<Duration>) {}
+        fn unpark(&self) {}
+    }
+    check(3, || {
+        let (pool, _, _) = pool(1);
+        let (mut submitter, mut reaper, mut intake, mut outlet) =
+            rings(Depths::new(0, 1, 0), regions(&pool), u32::MAX);
+        let shared = Arc::new((Doorbell::new(Nobody), bell(), AtomicU32::new(0)));
+        let frame = pool.alloc().unwrap();
+        let submitting = thread::spawn({
+            let shared = shared.clone();
+            move || {
+                let (engine_bell, cq_bell, closed) = &*shared;
+                submitter.push(Class::Write, frame, 1).unwrap();
+                submitter.publish();
+                if engine_bell.ring() && closed.load(Ordering::Acquire) != 0 {
+                    cq_bell.ring();
+                }
+                submitter
+            }
+        });
+        let (engine_bell, cq_bell, closed) = &*shared;
+        closed.store(1, Ordering::Release);
+        let reaped = loop {
+            turn(&mut intake, &mut outlet, Outcome::Cancelled);
+            reaper.ready();
+            if let Some(reaped) = reaper.pop() {
+                break reaped;
+            }
+            cq_bell.arm();
+            engine_bell.arm();
+            if intake.ready() == 0 {
+                cq_bell.parker().park(None);
+            }
+            cq_bell.disarm();
+            engine_bell.disarm();
+        };
+        assert_eq!(reaped.outcome, Outcome::Cancelled);
+        drop((submitting.join().unwrap(), reaped, reaper, intake, outlet));
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// The pool
+
+/// Broken by: a free list without tags (the head came back, the link behind it is stale); a Relaxed
+/// push or pop (the next owner races with the last one's bytes).
+#[test]
+fn two_threads_never_hold_one_slot_and_lose_none() {
+    check(3, || {
+        let (pool, marks, freed) = pool(2);
+        let other = thread::spawn({
+            let (pool, marks) = (pool.clone(), marks.clone());
+            move || {
+                let mut held: Vec<_> = std::iter::from_fn(|| pool.alloc()).take(2).collect();
+                for (n, frame) in (10..).zip(&mut held) {
+                    marks.write(frame, n);
+                }
+                // The first goes home while the second stays out.
+                if !held.is_empty() {
+                    drop(held.remove(0));
+                }
+                held
+            }
+        });
+        let mut held: Vec<_> = std::iter::from_fn(|| pool.alloc()).take(2).collect();
+        for (n, frame) in (20..).zip(&mut held) {
+            marks.write(frame, n);
+        }
+        let theirs = other.join().unwrap();
+        for (n, frame) in (20..).zip(&held) {
+            assert_eq!(marks.read(frame), n);
+        }
+        let all: Vec<_> = held.into_iter().chain(theirs).collect();
+        let slots: BTreeSet<_> = all.iter().map(Frame::slot).collect();
+        assert_eq!(slots.len(), all.len(), "a slot was handed out twice");
+        assert_eq!(pool.slots_out() as usize, all.len());
+        drop(all);
+        let all = [pool.alloc().unwrap(), pool.alloc().unwrap()];
+        assert_ne!(all[0].slot(), all[1].slot());
+        assert!(pool.alloc().is_none());
+        drop(all);
+        assert_eq!(pool.slots_out(), 0);
+        drop(pool);
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// Two threads bring frames home that a third allocated, while it allocates again.
+///
+/// Broken by: a Relaxed push or pop; a push that does not try again when it loses.
+#[test]
+fn frames_come_home_from_other_threads() {
+    check(3, || {
+        let (pool, marks, freed) = pool(2);
+        let droppers = [1, 2].map(|n| {
+            let (mut frame, marks) = (pool.alloc().unwrap(), marks.clone());
+            thread::spawn(move || {
+                marks.write(&mut frame, n);
+                drop(frame);
+            })
+        });
+        let mut early = pool.alloc();
+        if let Some(frame) = &mut early {
+            marks.write(frame, 3);
+        }
+        for dropper in droppers {
+            dropper.join().unwrap();
+        }
+        let mut rest: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+        assert_eq!(rest.len() + usize::from(early.is_some()), 2, "a slot was lost");
+        rest.iter_mut().for_each(|frame| marks.write(frame, 4));
+        assert!(early.is_none_or(|frame| marks.read(&frame) == 3));
+        drop((rest, pool));
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// Broken by: a Relaxed decrement or no fence before the freeing (it races with the last owner's
+/// bytes); handles and slots in two counts; a load instead of the decrement's own result.
+#[test]
+fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
+    check(3, || {
+        let (pool, marks, freed) = pool(2);
+        let holders = [1, 2].map(|n| {
+            let mut frame = pool.alloc().unwrap();
+            let (marks, freed) = (marks.clone(), freed.clone());
+            thread::spawn(move || {
+                marks.write(&mut frame, n);
+                assert_eq!(freed.load(Ordering::Relaxed), 0, "freed under a frame");
+                drop(frame);
+            })
+        });
+        assert_eq!(freed.load(Ordering::Relaxed), 0, "freed under a handle");
+        drop(pool);
+        for holder in holders {
+            holder.join().unwrap();
+        }
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// The last places of a pool's slots go at once: a frame on one thread, a queue with entries inside
+/// on another (one of them written and not published), the handle on a third.
+///
+/// Broken by: a queue that forgets its entries, or a half that forgets what it has not published; a
+/// queue whose end frees its pools before its entries.
+#[test]
+fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
+    check(2, || {
+        let (pool, marks, freed) = pool(3);
+        let (mut submitter, reaper, mut intake, mut outlet) =
+            rings(Depths::new(0, 3, 0), regions(&pool), u32::MAX);
+        let mut frames = [0; 3].map(|_| pool.alloc().unwrap()).into_iter();
+        for user_data in 0..2 {
+            submitter.push(Class::Write, frames.next().unwrap(), user_data).unwrap();
+        }
+        submitter.publish();
+        // One in the CQ, one in the SQ, one written to the SQ and not published.
+        intake.ready();
+        let Some(Submission::Write { user_data, frame }) = intake.pop() else { unreachable!() };
+        let mut last = frames.next().unwrap();
+        let submitting = thread::spawn({
+            let marks = marks.clone();
+            move || {
+                marks.write(&mut last, 2);
+                submitter.push(Class::Write, last, 2).unwrap();
+                drop(submitter);
+            }
+        });
+        let polling = thread::spawn({
+            let (mut frame, marks) = (frame, marks.clone());
+            move || {
+                marks.write(&mut frame, 0);
+                outlet.push(Class::Write, frame, user_data, Outcome::Done);
+                drop(outlet);
+                drop(intake);
+            }
+        });
+        drop(pool);
+        drop(reaper);
+        submitting.join().unwrap();
+        polling.join().unwrap();
+        assert_eq!(freed.load(Ordering::Relaxed), 1, "the memory stayed, or went twice");
+    });
+}
