@@ -4,7 +4,6 @@
 //! one sentence on stderr; stdout carries results only.
 
 mod args;
-mod bench;
 mod demo;
 mod failure;
 mod guest;
@@ -14,6 +13,7 @@ mod port;
 mod progress;
 mod report;
 mod stream;
+mod summary;
 mod system;
 
 use std::io::{self, Write};
@@ -40,7 +40,6 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Demo(args) => demo::run(&args),
         Command::Info(args) => info::run(&args),
-        Command::Bench(args) => bench::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "vmring", &mut script);

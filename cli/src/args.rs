@@ -1,0 +1,238 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use vmring::{Ipv4Range, Mode};
+
+use crate::failure::Failure;
+
+/// Packet rings for virtual machine monitors.
+///
+/// Without a command it runs the demo: two guests, each a TCP/IP stack on a ring of its own, get
+/// addresses by DHCP, ping, and move a gigabyte through a network inside this process. No root is
+/// needed.
+#[derive(Debug, Parser)]
+#[command(name = "vmring", version, disable_help_subcommand = true, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+const EXIT_CODES: &str = "Exit code: 0 if every step held, 1 if one failed, 2 for wrong arguments.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Two guests get addresses, ping and move a gigabyte (the default)
+    #[command(after_help = DEMO_EXAMPLES)]
+    Demo(DemoArgs),
+    /// What this machine offers: devices, what each needs, what it can do
+    Info(InfoArgs),
+    /// Prints a completion script for a shell
+    #[command(after_help = "Example: vmring completions bash > \
+                            ~/.local/share/bash-completion/completions/vmring")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Help or the version, as asked for.
+    #[command(skip)]
+    Text(String),
+}
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  vmring demo --bytes 64M --mtu 9000
+  vmring demo --mode host --capture run.pcapng --bytes 1M
+  vmring demo --idle 10 --json
+
+The guests ping the gateway and each other; the transfer's SHA-256 is checked at the far end.
+Exit code: 0 if every step held, 1 if one failed, 2 for wrong arguments.";
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// The network: host (the guests and the gateway) or shared (and a way out)
+    #[arg(long, default_value = "shared")]
+    pub(crate) mode: Mode,
+    /// The device the guests are on
+    #[arg(long, default_value = "embedded", value_name = "NAME")]
+    pub(crate) device: String,
+    /// Bytes to transfer: 64M, 1GiB, 500MB [default: 1GiB, or none with --idle]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) bytes: Option<Size>,
+    /// Largest IP packet in bytes, 1280 to 65521 [default: the device's, 1500]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mtu: Option<u32>,
+    /// The gateway's address and the subnet, like 192.168.70.1/24 [default: the mode's]
+    #[arg(long, value_name = "GATEWAY/BITS")]
+    pub(crate) subnet: Option<Ipv4Range>,
+    /// Who drives the rings
+    #[arg(long, value_enum, default_value_t = DriveArg::Thread)]
+    pub(crate) drive: DriveArg,
+    /// Let the guests idle that long, measure the processor time, then ping once more
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) idle: Option<u64>,
+    /// Record every packet of both guests as pcapng, for Wireshark
+    #[arg(long, value_name = "FILE")]
+    pub(crate) capture: Option<PathBuf>,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Who drives the rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DriveArg {
+    /// A poller thread per ring
+    Thread,
+    /// One poller thread for all rings
+    Shared,
+    /// Each guest's own thread
+    Inline,
+}
+
+impl fmt::Display for DriveArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DriveArg::Thread => "thread",
+            DriveArg::Shared => "shared",
+            DriveArg::Inline => "inline",
+        })
+    }
+}
+
+/// A number of bytes, at least one, with a unit: K, M, G, T (and KiB...) are powers of 1024; KB,
+/// MB, GB, TB of 1000.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("a size is a number of bytes like 64M or 1GiB, and not '{text}'");
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let number: u64 = number.parse().map_err(|_| wrong())?;
+        let unit: u64 = match unit.to_ascii_uppercase().as_str() {
+            "" | "B" => 1,
+            "K" | "KIB" => 1 << 10,
+            "M" | "MIB" => 1 << 20,
+            "G" | "GIB" => 1 << 30,
+            "T" | "TIB" => 1 << 40,
+            "KB" => 1_000,
+            "MB" => 1_000_000,
+            "GB" => 1_000_000_000,
+            "TB" => 1_000_000_000_000,
+            _ => return Err(wrong()),
+        };
+        match number.checked_mul(unit) {
+            Some(0) => Err("there must be at least one byte".to_owned()),
+            Some(bytes) => Ok(Size(bytes)),
+            None => Err(wrong()),
+        }
+    }
+}
+
+/// What to do, or one sentence on what is wrong with the arguments.
+pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Failure> {
+    let with_default = |cli: Cli| cli.command.map_or_else(default_command, Ok);
+    Cli::try_parse_from(args).map_err(Box::new).map_or_else(|error| refused(&error), with_default)
+}
+
+fn default_command() -> Result<Command, Failure> {
+    parse(["vmring", "demo"].map(OsString::from))
+}
+
+fn refused(error: &clap::Error) -> Result<Command, Failure> {
+    let text = error.render().to_string();
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Command::Text(text)),
+        _ => Err(Failure::Usage(one_line(&text))),
+    }
+}
+
+/// clap's message without its heading, its usage and its line breaks.
+fn one_line(text: &str) -> String {
+    let told = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let told: Vec<_> = told.collect();
+    let sentence = told.join(" ");
+    let sentence = sentence.strip_prefix("error: ").unwrap_or(&sentence);
+    format!("{sentence}; see 'vmring --help'")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parsed(line: &str) -> Result<Command, Failure> {
+        parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_is_the_demo_with_its_defaults() {
+        let Command::Demo(args) = parsed("vmring").unwrap() else { panic!("not the demo") };
+        assert_eq!(args.mode, Mode::Shared);
+        assert_eq!(args.device, "embedded");
+        assert_eq!((args.bytes, args.idle, args.json), (None, None, false));
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [
+            ("1", 1),
+            ("4096B", 4096),
+            ("64M", 64 << 20),
+            ("64m", 64 << 20),
+            ("1GiB", 1 << 30),
+            ("500MB", 500_000_000),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
+        }
+        for text in ["", "M", "-1", "1.5G", "1X", "0", "0M", "99999999T", "1 M"] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line() {
+        for (line, said) in [
+            ("vmring demo --fast", "unexpected argument '--fast'"),
+            ("vmring frob", "unrecognized subcommand 'frob'"),
+            ("vmring demo --mode nat", "the mode is host, shared or bridged:INTERFACE"),
+            ("vmring demo --bytes lots", "a size is a number of bytes"),
+            ("vmring demo --subnet 1.2.3.4", "a subnet is written as GATEWAY/BITS"),
+            ("vmring demo --drive sideways", "[possible values: thread, shared, inline]"),
+            ("vmring demo --idle 0", "0 is not in 1..=86400"),
+            ("vmring completions", "required arguments were not provided: <SHELL>"),
+        ] {
+            let Err(failure) = parsed(line) else { panic!("{line} was taken") };
+            assert_eq!(failure.exit_code(), 2);
+            let sentence = failure.to_string();
+            assert!(sentence.contains(said), "{line}: {sentence}");
+            assert!(!sentence.contains('\n'), "{sentence}");
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! `vmring demo`: two guests get addresses, ping and move a gigabyte.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use vmring::device::pcap::Capture;
+use vmring::{Error, Interface, Poller, RingControl};
+
+use crate::args::DemoArgs;
+use crate::failure::Failure;
+use crate::guest::{Command, Guest, Lease, Pings, Report};
+use crate::lab::{self, Lab, Settings};
+use crate::progress::{Progress, say};
+use crate::report::{bytes, print, print_json, round};
+use crate::stream::Stream;
+use crate::summary::{CaptureSummary, GuestSummary, IdleSummary, Summary, TransferSummary, name};
+use crate::system;
+
+/// Pings from each guest to each target.
+const PINGS: u32 = 50;
+/// Bytes transferred unless told otherwise.
+const BYTES: u64 = 1 << 30;
+/// DHCP clients repeat a lost packet after ten seconds.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A guest gives up on a ping after a second.
+const PING_TIMEOUT: Duration = Duration::from_secs(PINGS as u64 + 10);
+/// A transfer that has not moved for so long is over.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+const TICK: Duration = Duration::from_millis(100);
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Who sends, and who receives.
+const SENDER: usize = 0;
+const RECEIVER: usize = 1;
+
+pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
+    let settings = Settings::of(args)?;
+    let capture = match &args.capture {
+        None => None,
+        Some(path) => {
+            // What cannot be is found before the file is touched.
+            drop(Lab::start(&settings, None).map_err(Failure::starting)?);
+            Some(Recording::create(path)?)
+        }
+    };
+    let lab = Lab::start(&settings, capture.as_ref().map(|recording| &recording.capture));
+    let lab = match (lab, &capture) {
+        (Ok(lab), _) => lab,
+        (Err(error), recording) => {
+            if let Some(recording) = recording {
+                recording.discard();
+            }
+            return Err(Failure::starting(error));
+        }
+    };
+    let mut summary = Summary {
+        device: lab.places[0].interface.device_name().to_owned(),
+        mode: args.mode.to_string(),
+        drive: args.drive.to_string(),
+        ..Summary::default()
+    };
+    let demo = Demo::start(lab, &mut summary)?;
+    let steps = demo.steps(args, &mut summary);
+    let end = demo.end(&mut summary);
+    let recorded = capture.map_or(Ok(()), |recording| recording.finish(&mut summary));
+    // The first failure is the one to tell.
+    let outcome = steps.and(end).and(recorded);
+    summary.ok = outcome.is_ok();
+    summary.failed = outcome.as_ref().err().map(ToString::to_string);
+    if args.json {
+        print_json(&summary)?;
+    } else {
+        print(&summary.text())?;
+    }
+    outcome
+}
+
+/// The guests at work, and what of them stays with us.
+struct Demo {
+    guests: Vec<Guest>,
+    interfaces: Vec<Interface>,
+    controls: Vec<RingControl>,
+    reports: Receiver<(usize, Report)>,
+    /// Kept while its rings live.
+    poller: Option<Poller>,
+}
+
+impl Demo {
+    fn start(lab: Lab, summary: &mut Summary) -> Result<Self, Failure> {
+        let (tell, reports) = channel();
+        let poller = lab.poller;
+        let mut demo = Self {
+            guests: Vec::new(),
+            interfaces: Vec::new(),
+            controls: Vec::new(),
+            reports,
+            poller,
+        };
+        for (number, place) in lab.places.into_iter().enumerate() {
+            let (interface, control, port) = place.into_port();
+            summary.guests.push(GuestSummary::new(number, &interface));
+            let guest = Guest::start(number, interface.mac(), port, control.clone(), tell.clone())
+                .map_err(|error| Failure::Step(format!("a guest's thread: {error}")))?;
+            demo.guests.push(guest);
+            demo.interfaces.push(interface);
+            demo.controls.push(control);
+        }
+        Ok(demo)
+    }
+
+    fn steps(&self, args: &DemoArgs, summary: &mut Summary) -> Result<(), Failure> {
+        let leases = self.get_addresses(summary)?;
+        self.ping_all(&leases, summary)?;
+        let bytes = args.bytes.map(|size| size.0);
+        if let Some(bytes) = bytes.or(args.idle.is_none().then_some(BYTES)) {
+            self.transfer(bytes, &leases, summary)?;
+        }
+        if let Some(seconds) = args.idle {
+            self.idle(Duration::from_secs(seconds), &leases, summary)?;
+        }
+        Ok(())
+    }
+
+    /// The next report, or `None` at `deadline`.
+    fn next(&self, deadline: Instant) -> Result<Option<(usize, Report)>, Failure> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match self.reports.recv_timeout(left) {
+            Ok((number, Report::Failed(why))) => {
+                Err(Failure::Step(format!("{}: {why}", name(number))))
+            }
+            Ok(report) => Ok(Some(report)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Failure::Step("the guests' threads have ended".to_owned()))
+            }
+        }
+    }
+
+    /// Waits for the report that `pick` wants.
+    fn wait_for<T>(
+        &self,
+        timeout: Duration,
+        what: &str,
+        mut pick: impl FnMut(usize, Report) -> Option<T>,
+    ) -> Result<T, Failure> {
+        let deadline = Instant::now() + timeout;
+        while let Some((number, report)) = self.next(deadline)? {
+            if let Some(picked) = pick(number, report) {
+                return Ok(picked);
+            }
+        }
+        Err(Failure::Step(format!("{what} within {} seconds", timeout.as_secs())))
+    }
+
+    fn get_addresses(&self, summary: &mut Summary) -> Result<[Lease; 2], Failure> {
+        let mut leases = [None; 2];
+        let leases = self.wait_for(LEASE_TIMEOUT, "a guest got no address", |number, report| {
+            if let Report::Leased(lease) = report {
+                summary.guests[number].leased(&lease);
+                leases[number] = Some(lease);
+            }
+            leases[0].zip(leases[1])
+        })?;
+        let leases = [leases.0, leases.1];
+        for (number, lease) in leases.iter().enumerate() {
+            say(&format!("  {} has the address {}", name(number), lease.address));
+        }
+        if leases[0].address.address() == leases[1].address.address() {
+            return Err(Failure::Step("both guests got the same address".to_owned()));
+        }
+        Ok(leases)
+    }
+
+    fn ping(&self, from: usize, target: Ipv4Addr, count: u32) -> Result<Pings, Failure> {
+        self.guests[from].tell(Command::Ping { target, count });
+        let what = format!("{} did not finish its pings of {target}", name(from));
+        self.wait_for(PING_TIMEOUT, &what, |number, report| match report {
+            Report::Pinged(pings) if number == from => Some(pings),
+            _ => None,
+        })
+    }
+
+    fn ping_all(&self, leases: &[Lease; 2], summary: &mut Summary) -> Result<(), Failure> {
+        let address = |guest: usize| (name(guest), leases[guest].address.address());
+        let gateway = |guest: usize| ("gateway".to_owned(), leases[guest].server);
+        // In this order the guests have to ask for few MACs, see `CONTACT_TIMEOUT` there.
+        let paths = [(0, address(1)), (1, address(0)), (1, gateway(1)), (0, gateway(0))];
+        for (from, (to, target)) in paths {
+            let pings = self.ping(from, target, PINGS)?;
+            let answered = pings.round_trips.len();
+            summary.ping.add(name(from), to.clone(), &pings);
+            if answered < PINGS as usize {
+                return Err(Failure::Step(format!(
+                    "{answered} of {PINGS} pings from {} to {to} ({target}) were answered",
+                    name(from)
+                )));
+            }
+        }
+        let (sent, p50) = (summary.ping.sent, summary.ping.rtt_us_p50.unwrap_or_default());
+        say(&format!("  {sent} of {sent} pings answered, half of them within {p50:.1} us"));
+        Ok(())
+    }
+
+    fn transfer(
+        &self,
+        bytes: u64,
+        leases: &[Lease; 2],
+        summary: &mut Summary,
+    ) -> Result<(), Failure> {
+        let window = lab::window(self.interfaces[SENDER].mtu());
+        self.guests[RECEIVER].tell(Command::Receive { window });
+        self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
+            matches!(report, Report::Listening).then_some(())
+        })?;
+        let before = self.written();
+        let stream = Stream::new(bytes ^ 0x766d_7269_6e67);
+        let target = leases[RECEIVER].address.address();
+        let what = format!("sending {} from guest0 to guest1", self::bytes(bytes));
+        let mut progress = Progress::of_bytes(&what, bytes);
+        self.guests[SENDER].tell(Command::Send { target, bytes, stream: stream.clone(), window });
+
+        let (mut started, mut received) = (None, None);
+        let counter = &self.guests[RECEIVER].progress;
+        let mut moved = (0, Instant::now());
+        let (started, received) = loop {
+            match self.next(Instant::now() + TICK)? {
+                Some((_, Report::Sent { started: at })) => started = Some(at),
+                Some((_, Report::Received(all))) => received = Some(all),
+                _ => {}
+            }
+            if let (Some(started), Some(received)) = (started, &received) {
+                break (started, received.clone());
+            }
+            let position = counter.load(Ordering::Relaxed);
+            progress.at(position);
+            if position > moved.0 {
+                moved = (position, Instant::now());
+            } else if moved.1.elapsed() > STALL_TIMEOUT {
+                return Err(Failure::Step(format!(
+                    "the transfer stands still after {} of {bytes} bytes",
+                    position
+                )));
+            }
+        };
+        drop(progress);
+        let after = self.written();
+
+        // Made anew here, and not while sending, so that the time above is the network's.
+        say("  checking what arrived");
+        let sha256_ok = stream.digest(bytes) == received.digest && received.bytes == bytes;
+        let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
+        let data_packets = after[SENDER] - before[SENDER];
+        let packets = data_packets + after[RECEIVER] - before[RECEIVER];
+        summary.transfer = Some(TransferSummary {
+            bytes: received.bytes,
+            seconds: round(seconds, 6),
+            gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
+            packets,
+            data_packets,
+            packets_per_s: round(packets as f64 / seconds, 0),
+            sha256_ok,
+            sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        });
+        if sha256_ok {
+            Ok(())
+        } else {
+            let got = received.bytes;
+            Err(Failure::Step(format!(
+                "what arrived is not what was sent: {got} of {bytes} bytes, and another SHA-256"
+            )))
+        }
+    }
+
+    /// Packets each guest has written so far.
+    fn written(&self) -> [u64; 2] {
+        [0, 1].map(|number| self.controls[number].stats().tx_packets)
+    }
+
+    fn idle(
+        &self,
+        time: Duration,
+        leases: &[Lease; 2],
+        summary: &mut Summary,
+    ) -> Result<(), Failure> {
+        let mut progress = Progress::of_time("both guests idle", time);
+        let (start, cpu) = (Instant::now(), system::cpu_time());
+        let tick = if progress.is_watched() { Duration::from_secs(1) } else { time };
+        while start.elapsed() < time {
+            // Guests renew their leases; nothing else is expected.
+            self.next((Instant::now() + tick).min(start + time))?;
+            progress.at_time(start.elapsed());
+        }
+        let (elapsed, cpu) = (start.elapsed(), system::cpu_time().saturating_sub(cpu));
+        drop(progress);
+        let pings = self.ping(SENDER, leases[RECEIVER].address.address(), 1)?;
+        let next_packet_arrived = pings.round_trips.len() == 1;
+        summary.idle = Some(IdleSummary {
+            seconds: round(elapsed.as_secs_f64(), 3),
+            cpu_percent: round(100.0 * cpu.as_secs_f64() / elapsed.as_secs_f64(), 3),
+            next_packet_arrived,
+        });
+        if next_packet_arrived {
+            Ok(())
+        } else {
+            Err(Failure::Step("after idling, a ping was not answered".to_owned()))
+        }
+    }
+
+    /// Ends the guests and counts.
+    fn end(self, summary: &mut Summary) -> Result<(), Failure> {
+        let Self { guests, interfaces, controls, reports, poller } = self;
+        let mut ended = true;
+        for guest in guests {
+            ended &= guest.quit(END_TIMEOUT);
+        }
+        for (number, control) in controls.iter().enumerate() {
+            summary.guests[number].counted(&control.stats());
+        }
+        for (reason, n) in interfaces.iter().flat_map(Interface::drops).filter(|(_, n)| *n > 0) {
+            *summary.drops_by_reason.entry(reason).or_default() += n;
+            summary.drops += n;
+        }
+        drop((interfaces, poller));
+        for (number, report) in reports.try_iter() {
+            if let Report::Failed(why) = report {
+                return Err(Failure::Step(format!("{}: {why}", name(number))));
+            }
+        }
+        if ended { Ok(()) } else { Err(Failure::Step("a guest did not end".to_owned())) }
+    }
+}
+
+/// The file of `--capture`.
+struct Recording {
+    capture: Capture,
+    path: PathBuf,
+    /// It was not there before.
+    is_new: bool,
+}
+
+impl Recording {
+    fn create(path: &Path) -> Result<Self, Failure> {
+        let is_new = !path.exists();
+        let capture = Capture::create(path).map_err(|error| {
+            let why = match error {
+                Error::Io { source, .. } => source.to_string(),
+                other => other.to_string(),
+            };
+            Failure::Usage(format!(
+                "the capture file '{}' cannot be written: {why}",
+                path.display()
+            ))
+        })?;
+        Ok(Self { capture, path: path.to_owned(), is_new })
+    }
+
+    /// Nothing was started: leaves no file behind.
+    fn discard(&self) {
+        if self.is_new {
+            // It is empty; if it cannot be removed there is no harm in it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+
+    fn finish(&self, summary: &mut Summary) -> Result<(), Failure> {
+        let packets = self.capture.packets();
+        summary.capture = Some(CaptureSummary { file: self.path.display().to_string(), packets });
+        self.capture.finish().map_err(|error| {
+            Failure::Step(format!(
+                "the capture file '{}' is incomplete: {error}",
+                self.path.display()
+            ))
+        })
+    }
+}

@@ -1,0 +1,38 @@
+//! Why the command ends without having done what was asked.
+
+use std::fmt;
+
+use vmring::Error;
+
+/// A sentence for stderr and an exit code.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// Arguments that cannot be: exit code 2, and nothing was started.
+    Usage(String),
+    /// A step that did not hold: exit code 1.
+    Step(String),
+}
+
+impl Failure {
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Usage(_) => 2,
+            Failure::Step(_) => 1,
+        }
+    }
+
+    /// A failure to start, which is the arguments' fault if the library says that they cannot be.
+    pub(crate) fn starting(error: Error) -> Self {
+        match error {
+            Error::Config(_) | Error::NotSupported { .. } => Failure::Usage(error.to_string()),
+            error => Failure::Step(error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Failure::Usage(sentence) | Failure::Step(sentence)) = self;
+        f.write_str(sentence)
+    }
+}

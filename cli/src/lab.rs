@@ -1,0 +1,152 @@
+//! The demo's network: two interfaces with a ring each.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use vmring::device::pcap::Capture;
+use vmring::{
+    Builder, Direction, Drive, Embedded, Error, Interface, Ipv4Range, Mode, Poller, Ring,
+    RingControl,
+};
+
+use crate::args::{DemoArgs, DriveArg};
+use crate::failure::Failure;
+use crate::port::Port;
+
+/// What the network is to be like.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    mode: Mode,
+    mtu: Option<u32>,
+    subnet: Option<Ipv4Range>,
+    drive: DriveArg,
+}
+
+impl Settings {
+    /// Refuses devices that cannot carry two guests.
+    pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
+        match args.device.as_str() {
+            "embedded" => {}
+            "loopback" => {
+                return Err(Failure::Usage(
+                    "the loopback device has one interface and the demo needs two that see each \
+                     other; use --device embedded"
+                        .to_owned(),
+                ));
+            }
+            name => return Err(unknown_device(name, "embedded")),
+        }
+        let DemoArgs { mode, mtu, subnet, drive, .. } = args;
+        Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive })
+    }
+}
+
+/// What to say to a `--device` that is not here; `usable` names those that are.
+pub(crate) fn unknown_device(name: &str, usable: &str) -> Failure {
+    Failure::Usage(match name {
+        "vmnet" | "tap" => format!(
+            "the {name} device is not in this version; use {usable} ('vmring info' lists devices)"
+        ),
+        _ => {
+            format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
+        }
+    })
+}
+
+/// One guest's place on the network.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) interface: Interface,
+    pub(crate) control: RingControl,
+    ring: Ring,
+    depth: usize,
+}
+
+impl Place {
+    /// The guest's network card; the interface and the ring's control handle stay.
+    pub(crate) fn into_port(self) -> (Interface, RingControl, Port) {
+        let port = Port::new(self.ring, self.depth, self.depth);
+        (self.interface, self.control, port)
+    }
+}
+
+/// Two places on one network, fresh for this call, and the poller if they share one.
+#[derive(Debug)]
+pub(crate) struct Lab {
+    pub(crate) places: [Place; 2],
+    pub(crate) poller: Option<Poller>,
+}
+
+impl Lab {
+    pub(crate) fn start(settings: &Settings, capture: Option<&Capture>) -> Result<Self, Error> {
+        static RUNS: AtomicU32 = AtomicU32::new(0);
+        let network = format!("demo {}", RUNS.fetch_add(1, Ordering::Relaxed));
+        let poller = match settings.drive {
+            DriveArg::Shared => Some(Poller::builder().name("poller").start()?),
+            _ => None,
+        };
+        let start = |number: usize| {
+            let driver = Embedded::network(&network).overflow(QUEUE);
+            let mut builder = Interface::builder().mode(settings.mode.clone());
+            if let Some(mtu) = settings.mtu {
+                builder = builder.mtu(mtu);
+            }
+            if let Some(range) = settings.subnet {
+                builder = builder.ipv4(range);
+            }
+            let name = format!("guest{number}");
+            let builder: Builder = match capture {
+                Some(capture) => builder.device(capture.wrap(&name, driver)),
+                None => builder.device(driver),
+            };
+            let interface = builder.start()?;
+            let depth = depth(interface.mtu());
+            let drive = match (settings.drive, &poller) {
+                (DriveArg::Inline, _) => Drive::Inline,
+                (_, Some(poller)) => Drive::Shared(poller),
+                _ => Drive::Thread,
+            };
+            let ring = interface
+                .ring(Direction::Both)
+                .depth(depth)
+                .drive(drive)
+                .thread_name(format!("poller{number}"))
+                .close_timeout(Duration::from_secs(2))
+                .build()?;
+            let control = ring.control();
+            Ok::<_, Error>(Place { interface, control, ring, depth: depth as usize })
+        };
+        Ok(Self { places: [start(0)?, start(1)?], poller })
+    }
+}
+
+/// Packets that wait in the network for a guest that has posted no frame. More than a TCP window
+/// has, so that none is dropped.
+const QUEUE: u32 = 2048;
+
+/// Bytes of the TCP window: the amount under way between the guests. Large enough that neither
+/// waits for the other, small enough for the processors' caches.
+pub(crate) fn window(mtu: u32) -> usize {
+    (32 * mtu as usize).clamp(512 << 10, 2 << 20)
+}
+
+/// Frames a ring has in flight each way: a TCP window and its acknowledgements.
+fn depth(mtu: u32) -> u32 {
+    let packets = window(mtu) as u32 / (mtu - 40);
+    packets.next_power_of_two().clamp(64, 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_fits_into_the_queues_at_every_mtu() {
+        for mtu in (1280..=65_521).step_by(7) {
+            let packets = window(mtu) / (mtu as usize - 40);
+            assert!(packets >= 16, "mtu {mtu}: too few to keep two guests busy");
+            assert!(packets <= depth(mtu) as usize, "mtu {mtu}");
+            assert!(depth(mtu) <= QUEUE / 2, "mtu {mtu}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! A guest's network card: smoltcp's device over a [`Ring`].
+//!
+//! Frames are never copied or allocated on the way: a packet is parsed where the device wrote it,
+//! and built where the device reads it. What one round of the stack takes and makes is submitted in
+//! two batches at its end.
+
+use std::collections::VecDeque;
+use std::iter;
+use std::time::Duration;
+
+use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::time::Instant;
+use vmring::{Error, Frame, Op, Ring};
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(crate) struct Port {
+    ring: Ring,
+    max_packet_size: usize,
+    /// Packets for the stack.
+    received: VecDeque<Frame>,
+    /// Frames to be posted for reading.
+    to_read: VecDeque<Frame>,
+    /// Packets to be written.
+    to_write: VecDeque<Frame>,
+    /// Frames to build packets in.
+    free: Vec<Frame>,
+    /// Writes that have not completed.
+    writing: usize,
+    /// The stack wanted to send and there was no free frame.
+    starved: bool,
+}
+
+impl Port {
+    /// Takes over a ring on which nothing is in flight, posts `reads` of its frames for reading and
+    /// keeps `writes` to send.
+    pub(crate) fn new(ring: Ring, reads: usize, writes: usize) -> Self {
+        let max_packet_size = ring.capabilities().max_packet_size as usize;
+        let frames = |n| iter::from_fn(|| ring.alloc()).take(n);
+        let to_read = frames(reads).collect();
+        let free = frames(writes).collect();
+        Self {
+            max_packet_size,
+            received: VecDeque::with_capacity(reads),
+            to_read,
+            to_write: VecDeque::with_capacity(writes),
+            free,
+            writing: 0,
+            starved: false,
+            ring,
+        }
+    }
+
+    /// Takes in what has completed.
+    pub(crate) fn collect(&mut self) {
+        for done in self.ring.reap() {
+            let (op, result) = (done.op, done.result);
+            if op == Op::Write {
+                self.writing -= 1;
+            }
+            let Some(frame) = done.frame() else { continue };
+            match (op, result) {
+                (Op::Read, Ok(_)) => self.received.push_back(frame),
+                (Op::Read, Err(_)) => self.to_read.push_back(frame),
+                _ => self.free.push(frame),
+            }
+        }
+    }
+
+    /// Submits what the stack has made and what it has read, each in one batch.
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
+        if !self.to_write.is_empty() {
+            let frames = iter::from_fn(|| self.to_write.pop_front().map(|frame| (frame, 0)));
+            self.writing += self.ring.submit_writes(frames)?;
+        }
+        if !self.to_read.is_empty() {
+            let frames = iter::from_fn(|| self.to_read.pop_front().map(|frame| (frame, 0)));
+            self.ring.submit_reads(frames)?;
+        }
+        Ok(())
+    }
+
+    /// Whether packets wait for the stack.
+    pub(crate) fn has_received(&self) -> bool {
+        !self.received.is_empty()
+    }
+
+    /// Whether the stack has to wait for frames; forgets it.
+    pub(crate) fn take_starved(&mut self) -> bool {
+        std::mem::take(&mut self.starved)
+    }
+
+    /// Sleeps until a packet comes, at most `timeout`. A write completes soon and by itself, and
+    /// what it brings is a free frame; so unless frames are short it is not worth waking for.
+    pub(crate) fn wait(&mut self, timeout: Duration, for_frames: bool) {
+        let completions = if for_frames { 1 } else { self.writing + 1 };
+        self.ring.wait(completions, Some(timeout));
+    }
+
+    /// Closes the ring.
+    pub(crate) fn close(mut self) -> Result<(), Error> {
+        self.ring.close()
+    }
+}
+
+impl Device for Port {
+    type RxToken<'a> = Received<'a>;
+    type TxToken<'a> = ToSend<'a>;
+
+    fn receive(&mut self, _: Instant) -> Option<(Received<'_>, ToSend<'_>)> {
+        if self.free.is_empty() && !self.received.is_empty() {
+            // The stack may answer the packet, so it has to wait until an answer can be sent.
+            self.starved = true;
+            return None;
+        }
+        let frame = self.received.pop_front()?;
+        let received = Received { frame, to_read: &mut self.to_read };
+        Some((received, ToSend { free: &mut self.free, to_write: &mut self.to_write }))
+    }
+
+    fn transmit(&mut self, _: Instant) -> Option<ToSend<'_>> {
+        if self.free.is_empty() {
+            self.starved = true;
+            return None;
+        }
+        Some(ToSend { free: &mut self.free, to_write: &mut self.to_write })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        let mut capabilities = DeviceCapabilities::default();
+        capabilities.medium = Medium::Ethernet;
+        capabilities.max_transmission_unit = self.max_packet_size;
+        capabilities
+    }
+}
+
+/// A packet that came; its frame is posted again once the stack has seen it.
+#[derive(Debug)]
+pub(crate) struct Received<'a> {
+    frame: Frame,
+    to_read: &'a mut VecDeque<Frame>,
+}
+
+impl RxToken for Received<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        let result = f(&self.frame);
+        self.to_read.push_back(self.frame);
+        result
+    }
+}
+
+/// Leave to send one packet.
+#[derive(Debug)]
+pub(crate) struct ToSend<'a> {
+    free: &'a mut Vec<Frame>,
+    to_write: &'a mut VecDeque<Frame>,
+}
+
+impl TxToken for ToSend<'_> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        // The token is only made when there is one.
+        let mut frame = self.free.pop().expect("a token stands for a free frame");
+        frame.reset();
+        frame.set_len(len).expect("smoltcp keeps to the interface's MTU");
+        let result = f(&mut frame);
+        self.to_write.push_back(frame);
+        result
+    }
+}

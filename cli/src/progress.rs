@@ -1,0 +1,85 @@
+//! What a person sees on stderr while the command works: a bar on a terminal, a few lines
+//! elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// The shortest time between two lines about the same thing.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// Says `text` on stderr.
+pub(crate) fn say(text: &str) {
+    // Nobody is left to tell if this fails.
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// How far something long has come.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    what: String,
+    total: u64,
+    quarter: u64,
+    said: Instant,
+}
+
+impl Progress {
+    /// Of bytes, shown with their rate.
+    pub(crate) fn of_bytes(what: &str, total: u64) -> Self {
+        let template = "  {msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, \
+                        {binary_bytes_per_sec}, {eta} left";
+        Self::new(what, total, template)
+    }
+
+    /// Of a stretch of time.
+    pub(crate) fn of_time(what: &str, total: Duration) -> Self {
+        Self::new(what, total.as_millis() as u64, "  {msg} {wide_bar} {eta} left")
+    }
+
+    fn new(what: &str, total: u64, template: &str) -> Self {
+        let bar = io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template(template);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.set_message(what.to_owned());
+            bar
+        });
+        if bar.is_none() {
+            say(&format!("  {what}"));
+        }
+        Self { bar, what: what.to_owned(), total, quarter: 0, said: Instant::now() }
+    }
+
+    /// It has come to `position`.
+    pub(crate) fn at(&mut self, position: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(position);
+            return;
+        }
+        let quarter = (u128::from(position) * 4 / u128::from(self.total.max(1))) as u64;
+        if quarter > self.quarter && quarter < 4 && self.said.elapsed() >= QUIET {
+            (self.quarter, self.said) = (quarter, Instant::now());
+            say(&format!("  {}: {} %", self.what, quarter * 25));
+        }
+    }
+
+    /// As [`at`](Self::at), of time.
+    pub(crate) fn at_time(&mut self, position: Duration) {
+        self.at(position.as_millis() as u64);
+    }
+
+    /// Whether somebody watches a bar, so that it is worth moving.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.bar.is_some()
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

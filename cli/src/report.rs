@@ -1,0 +1,173 @@
+//! Results, for people and for programs.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+
+use serde::Serialize;
+use vmring::stats::Histogram;
+
+use crate::failure::Failure;
+
+/// Prints to stdout. A reader that has gone away is not a failure.
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    let newline = if text.ends_with('\n') { "" } else { "\n" };
+    match write!(out, "{text}{newline}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::Step(format!("the result could not be printed: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints one JSON object to stdout.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => print(&text),
+        Err(error) => Err(Failure::Step(format!("the result could not be printed: {error}"))),
+    }
+}
+
+/// Columns of text: the first to the left, the others to the right, unless told otherwise.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    rows: Vec<Vec<String>>,
+    all_left: bool,
+}
+
+impl Table {
+    pub(crate) fn new(heading: &[&str]) -> Self {
+        let mut table = Self::default();
+        table.row(heading.iter().map(ToString::to_string));
+        table
+    }
+
+    /// Every column to the left.
+    pub(crate) fn left(mut self) -> Self {
+        self.all_left = true;
+        self
+    }
+
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    /// The table, each line behind two blanks.
+    pub(crate) fn text(&self) -> String {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<_> = (0..columns).map(width).collect();
+        let mut text = String::new();
+        for row in &self.rows {
+            let mut line = String::new();
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                // Writing to a string does not fail.
+                let _ = if column == 0 || self.all_left {
+                    write!(line, "  {cell:<width$}")
+                } else {
+                    write!(line, "  {cell:>width$}")
+                };
+            }
+            text.push_str(line.trim_end());
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// A number with its thousands apart.
+pub(crate) fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A number of bytes in the largest unit that leaves it readable.
+pub(crate) fn bytes(n: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    for (shift, unit) in units {
+        if n >= 1 << shift {
+            let value = n as f64 / (1_u64 << shift) as f64;
+            return if n.trailing_zeros() >= shift {
+                format!("{value:.0} {unit}")
+            } else {
+                format!("{value:.2} {unit}")
+            };
+        }
+    }
+    format!("{n} bytes")
+}
+
+/// Sizes of the batches that went through a ring one way.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct Batches {
+    /// Calls to the device that moved packets.
+    pub(crate) calls: u64,
+    /// Packets per call.
+    pub(crate) mean: f64,
+    /// The power of two at or below the median batch.
+    pub(crate) median: u64,
+}
+
+impl Batches {
+    pub(crate) fn of(packets: u64, histogram: &Histogram) -> Self {
+        let calls = histogram.count();
+        let mean = if calls == 0 { 0.0 } else { round(packets as f64 / calls as f64, 1) };
+        Self { calls, mean, median: histogram.median() }
+    }
+}
+
+/// Rounded to so many places: JSON is read by people too.
+pub(crate) fn round(value: f64, places: i32) -> f64 {
+    let scale = 10_f64.powi(places);
+    (value * scale).round() / scale
+}
+
+/// The value at the `p`th part (0 to 1) of sorted values, by the nearest rank.
+pub(crate) fn percentile(sorted: &[f64], p: f64) -> Option<f64> {
+    let rank = (sorted.len() as f64 * p).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_stand_under_each_other() {
+        let mut table = Table::new(&["a", "number"]);
+        table.row(["long name".to_owned(), "7".to_owned()]);
+        assert_eq!(table.text(), "  a          number\n  long name       7\n");
+        assert_eq!(table.left().text(), "  a          number\n  long name  7\n");
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(grouped(1_234_567), "1,234,567");
+        assert_eq!(bytes(64 << 20), "64 MiB");
+        assert_eq!(bytes(1 << 30), "1 GiB");
+        assert_eq!(bytes(1_500_000), "1.43 MiB");
+        assert_eq!(bytes(12), "12 bytes");
+    }
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let values: Vec<_> = (1..=100).map(f64::from).collect();
+        assert_eq!(percentile(&values, 0.5), Some(50.0));
+        assert_eq!(percentile(&values, 0.99), Some(99.0));
+        assert_eq!(percentile(&values, 1.0), Some(100.0));
+        assert_eq!(percentile(&values[..1], 0.5), Some(1.0));
+        assert_eq!(percentile(&[], 0.5), None);
+    }
+}

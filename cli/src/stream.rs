@@ -1,0 +1,103 @@
+//! The transfer's data: a stream of cheap pseudo-random bytes that both ends can make anew.
+
+use sha2::{Digest, Sha256};
+
+/// An odd number with its bits well mixed: 2^64 divided by the golden ratio.
+const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Bytes that depend on the seed and their position only, however they are cut into pieces.
+#[derive(Clone, Debug)]
+pub(crate) struct Stream {
+    state: u64,
+    /// What is left of the last word; its lowest byte comes next.
+    word: u64,
+    left: usize,
+}
+
+impl Stream {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self { state: seed, word: 0, left: 0 }
+    }
+
+    /// A Weyl sequence, folded so that the low bytes change as the high ones do. It has no other
+    /// merit than that it repeats after 2^64 words only, and that the processor makes several at a
+    /// time: what is to be measured is the way to the other guest.
+    #[inline]
+    fn word_at(state: u64) -> u64 {
+        state ^ (state >> 32)
+    }
+
+    #[inline]
+    fn next_word(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(STEP);
+        Self::word_at(self.state)
+    }
+
+    /// The next `buffer.len()` bytes.
+    pub(crate) fn fill(&mut self, mut buffer: &mut [u8]) {
+        if self.left > 0 {
+            let n = self.left.min(buffer.len());
+            let (start, rest) = buffer.split_at_mut(n);
+            self.take(start);
+            buffer = rest;
+        }
+        let mut words = buffer.chunks_exact_mut(8);
+        let mut state = self.state;
+        for chunk in &mut words {
+            state = state.wrapping_add(STEP);
+            chunk.copy_from_slice(&Self::word_at(state).to_le_bytes());
+        }
+        self.state = state;
+        let tail = words.into_remainder();
+        if !tail.is_empty() {
+            self.word = self.next_word();
+            self.left = 8;
+            self.take(tail);
+        }
+    }
+
+    fn take(&mut self, bytes: &mut [u8]) {
+        for byte in bytes {
+            *byte = self.word as u8;
+            self.word >>= 8;
+            self.left -= 1;
+        }
+    }
+
+    /// The SHA-256 of the next `bytes` bytes.
+    pub(crate) fn digest(mut self, bytes: u64) -> [u8; 32] {
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 64 * 1024];
+        let mut left = bytes;
+        while left > 0 {
+            let n = left.min(buffer.len() as u64) as usize;
+            self.fill(&mut buffer[..n]);
+            hasher.update(&buffer[..n]);
+            left -= n as u64;
+        }
+        hasher.finalize().into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stream_does_not_depend_on_how_it_is_cut() {
+        let mut whole = vec![0; 1000];
+        Stream::new(7).fill(&mut whole);
+        let mut stream = Stream::new(7);
+        let mut pieces = vec![0; 1000];
+        let (mut rest, mut size) = (&mut pieces[..], 0);
+        while !rest.is_empty() {
+            let (piece, more) = rest.split_at_mut(size.min(rest.len()));
+            stream.fill(piece);
+            rest = more;
+            size = (size + 3) % 23;
+        }
+        assert_eq!(whole, pieces);
+        assert_eq!(Stream::new(7).digest(1000), <[u8; 32]>::from(Sha256::digest(&whole)));
+        assert_ne!(Stream::new(8).digest(1000), Stream::new(7).digest(1000));
+    }
+}

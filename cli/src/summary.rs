@@ -1,0 +1,321 @@
+//! The demo's results: one JSON object, or tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use vmring::Interface;
+use vmring::stats::RingStats;
+
+use crate::guest::{Lease, Pings};
+use crate::report::{Batches, Table, bytes, grouped, percentile, round};
+
+/// Everything the demo found out; what it did not get to is `None`.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Summary {
+    /// Whether every step held.
+    pub(crate) ok: bool,
+    /// Which step did not hold, in a sentence.
+    pub(crate) failed: Option<String>,
+    pub(crate) device: String,
+    pub(crate) mode: String,
+    pub(crate) drive: String,
+    pub(crate) guests: Vec<GuestSummary>,
+    pub(crate) ping: PingSummary,
+    pub(crate) transfer: Option<TransferSummary>,
+    pub(crate) idle: Option<IdleSummary>,
+    /// Packets that the network dropped.
+    pub(crate) drops: u64,
+    /// The same, those that there were.
+    pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
+    pub(crate) capture: Option<CaptureSummary>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct GuestSummary {
+    pub(crate) name: String,
+    pub(crate) mac: String,
+    pub(crate) mtu: u32,
+    pub(crate) max_packet_size: u32,
+    pub(crate) ipv4: Option<String>,
+    pub(crate) prefix_length: Option<u8>,
+    pub(crate) gateway: Option<String>,
+    /// `None` also where the network has no way out.
+    pub(crate) router: Option<String>,
+    pub(crate) lease_seconds: Option<u32>,
+    pub(crate) packets_read: u64,
+    pub(crate) packets_written: u64,
+    pub(crate) read_batches: Batches,
+    pub(crate) write_batches: Batches,
+    /// Writes that the device refused.
+    pub(crate) writes_failed: u64,
+}
+
+impl GuestSummary {
+    pub(crate) fn new(number: usize, interface: &Interface) -> Self {
+        let info = interface.info();
+        Self {
+            name: name(number),
+            mac: info.mac.to_string().to_lowercase(),
+            mtu: info.mtu,
+            max_packet_size: info.max_packet_size,
+            ipv4: None,
+            prefix_length: None,
+            gateway: None,
+            router: None,
+            lease_seconds: None,
+            packets_read: 0,
+            packets_written: 0,
+            read_batches: Batches::default(),
+            write_batches: Batches::default(),
+            writes_failed: 0,
+        }
+    }
+
+    pub(crate) fn leased(&mut self, lease: &Lease) {
+        self.ipv4 = Some(lease.address.address().to_string());
+        self.prefix_length = Some(lease.address.prefix_len());
+        self.gateway = Some(lease.server.to_string());
+        self.router = lease.router.map(|router| router.to_string());
+        self.lease_seconds = lease.seconds;
+    }
+
+    pub(crate) fn counted(&mut self, stats: &RingStats) {
+        self.packets_read = stats.rx_packets;
+        self.packets_written = stats.tx_packets;
+        self.read_batches = Batches::of(stats.rx_packets, &stats.read_batches);
+        self.write_batches = Batches::of(stats.tx_packets, &stats.write_batches);
+        self.writes_failed = stats.errors + stats.exhausted;
+    }
+}
+
+/// What a guest is called.
+pub(crate) fn name(number: usize) -> String {
+    format!("guest{number}")
+}
+
+/// All pings, and those of each pair.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct PingSummary {
+    pub(crate) sent: u32,
+    pub(crate) received: usize,
+    pub(crate) rtt_us_p50: Option<f64>,
+    pub(crate) rtt_us_p99: Option<f64>,
+    pub(crate) rtt_us_max: Option<f64>,
+    pub(crate) paths: Vec<PathSummary>,
+    #[serde(skip)]
+    rtts: Vec<f64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct PathSummary {
+    pub(crate) from: String,
+    pub(crate) to: String,
+    pub(crate) sent: u32,
+    pub(crate) received: usize,
+    pub(crate) rtt_us_p50: Option<f64>,
+    pub(crate) rtt_us_p99: Option<f64>,
+    pub(crate) rtt_us_max: Option<f64>,
+}
+
+impl PingSummary {
+    pub(crate) fn add(&mut self, from: String, to: String, pings: &Pings) {
+        let mut rtts: Vec<_> =
+            pings.round_trips.iter().map(|rtt| round(rtt.as_secs_f64() * 1e6, 1)).collect();
+        rtts.sort_by(f64::total_cmp);
+        self.paths.push(PathSummary {
+            from,
+            to,
+            sent: pings.sent,
+            received: rtts.len(),
+            rtt_us_p50: percentile(&rtts, 0.5),
+            rtt_us_p99: percentile(&rtts, 0.99),
+            rtt_us_max: percentile(&rtts, 1.0),
+        });
+        self.sent += pings.sent;
+        self.rtts.append(&mut rtts);
+        self.rtts.sort_by(f64::total_cmp);
+        self.received = self.rtts.len();
+        self.rtt_us_p50 = percentile(&self.rtts, 0.5);
+        self.rtt_us_p99 = percentile(&self.rtts, 0.99);
+        self.rtt_us_max = percentile(&self.rtts, 1.0);
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct TransferSummary {
+    /// Bytes that arrived.
+    pub(crate) bytes: u64,
+    /// From the first packet of the connection to the last byte's hash.
+    pub(crate) seconds: f64,
+    pub(crate) gbit_per_s: f64,
+    /// All that crossed the network for it: those with data, and the acknowledgements.
+    pub(crate) packets: u64,
+    pub(crate) data_packets: u64,
+    pub(crate) packets_per_s: f64,
+    pub(crate) sha256_ok: bool,
+    /// Of what arrived.
+    pub(crate) sha256: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct IdleSummary {
+    pub(crate) seconds: f64,
+    /// Processor time of the whole process, in per cent of one processor.
+    pub(crate) cpu_percent: f64,
+    pub(crate) next_packet_arrived: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct CaptureSummary {
+    pub(crate) file: String,
+    pub(crate) packets: u64,
+}
+
+impl Summary {
+    /// For people.
+    pub(crate) fn text(&self) -> String {
+        let mut text = format!(
+            "Two guests on the {} device, {} mode, rings driven {}\n",
+            self.device,
+            self.mode,
+            match self.drive.as_str() {
+                "inline" => "by the guests' own threads",
+                "shared" => "by one shared thread",
+                _ => "by a thread each",
+            }
+        );
+        text.push_str(&self.interfaces());
+        text.push_str(&self.round_trips());
+        text.push_str(&self.moved());
+        // Writing to a string does not fail.
+        if let Some(idle) = &self.idle {
+            let arrived = if idle.next_packet_arrived { "arrived" } else { "did not arrive" };
+            let _ = writeln!(
+                text,
+                "\nIdle: {:.2} % of one processor for {:.1} s, and the next packet {arrived}",
+                idle.cpu_percent, idle.seconds
+            );
+        }
+        let _ = writeln!(text, "\nDrops: {}", self.dropped());
+        if let Some(capture) = &self.capture {
+            let _ = writeln!(text, "Capture: {}, {} packets", capture.file, capture.packets);
+        }
+        text
+    }
+
+    fn interfaces(&self) -> String {
+        let mut table =
+            Table::new(&["", "MAC", "MTU", "max packet", "address", "router", "lease"]).left();
+        let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".to_owned());
+        for guest in &self.guests {
+            let address = guest.ipv4.as_ref().zip(guest.prefix_length);
+            table.row([
+                guest.name.clone(),
+                guest.mac.clone(),
+                guest.mtu.to_string(),
+                guest.max_packet_size.to_string(),
+                or_none(address.map(|(address, length)| format!("{address}/{length}"))),
+                or_none(guest.router.clone()),
+                or_none(guest.lease_seconds.map(lease)),
+            ]);
+        }
+        table.text()
+    }
+
+    fn round_trips(&self) -> String {
+        if self.ping.paths.is_empty() {
+            return String::new();
+        }
+        let mut table = Table::new(&["ping", "answered", "p50", "p99", "max"]);
+        let us = |rtt: Option<f64>| rtt.map_or_else(String::new, |rtt| format!("{rtt:.1} us"));
+        for path in &self.ping.paths {
+            table.row([
+                format!("{} to {}", path.from, path.to),
+                format!("{} of {}", path.received, path.sent),
+                us(path.rtt_us_p50),
+                us(path.rtt_us_p99),
+                us(path.rtt_us_max),
+            ]);
+        }
+        format!("\nRound-trip times\n{}", table.text())
+    }
+
+    fn moved(&self) -> String {
+        let mut text = String::new();
+        if let Some(transfer) = &self.transfer {
+            let _ = writeln!(
+                text,
+                "\nTransfer: {} from guest0 to guest1 in {:.2} s, SHA-256 {}\n  {:.2} Gbit/s, {} \
+                 packets per second, {} packets",
+                bytes(transfer.bytes),
+                transfer.seconds,
+                if transfer.sha256_ok { "matches" } else { "DOES NOT MATCH" },
+                transfer.gbit_per_s,
+                grouped(transfer.packets_per_s as u64),
+                grouped(transfer.packets),
+            );
+        }
+        let mut table = Table::new(&["ring of", "read", "per batch", "written", "per batch"]);
+        for guest in &self.guests {
+            table.row([
+                guest.name.clone(),
+                grouped(guest.packets_read),
+                format!("{:.1}", guest.read_batches.mean),
+                grouped(guest.packets_written),
+                format!("{:.1}", guest.write_batches.mean),
+            ]);
+        }
+        let _ = write!(text, "\nPackets and the mean size of batches\n{}", table.text());
+        text
+    }
+
+    fn dropped(&self) -> String {
+        if self.drops == 0 {
+            return "none".to_owned();
+        }
+        let reasons: Vec<_> =
+            self.drops_by_reason.iter().map(|(why, n)| format!("{n} {why}")).collect();
+        reasons.join(", ")
+    }
+}
+
+/// A time in the largest unit in which it is whole.
+fn lease(seconds: u32) -> String {
+    match seconds {
+        s if s % 3600 == 0 => format!("{} h", s / 3600),
+        s if s % 60 == 0 => format!("{} min", s / 60),
+        s => format!("{s} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn pings_of_all_paths_add_up() {
+        let mut summary = PingSummary::default();
+        let pings = |us: &[u64]| Pings {
+            sent: us.len() as u32 + 1,
+            round_trips: us.iter().map(|us| Duration::from_micros(*us)).collect(),
+        };
+        summary.add("a".into(), "b".into(), &pings(&[30, 10, 20]));
+        summary.add("b".into(), "a".into(), &pings(&[40]));
+        assert_eq!((summary.sent, summary.received), (6, 4));
+        assert_eq!((summary.rtt_us_p50, summary.rtt_us_p99), (Some(20.0), Some(40.0)));
+        assert_eq!(summary.paths[0].rtt_us_max, Some(30.0));
+    }
+
+    #[test]
+    fn a_run_that_got_nowhere_still_reads() {
+        let summary = Summary { device: "embedded".into(), ..Summary::default() };
+        let text = summary.text();
+        assert!(text.contains("Drops: none"), "{text}");
+        let json = serde_json::to_value(&summary).unwrap();
+        for key in ["mode", "guests", "ping", "transfer", "drops"] {
+            assert!(json.get(key).is_some(), "{key} is missing");
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The command as a user meets it: run, read, and judged by what it prints and how it exits.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// No run here needs a tenth of it, even on a busy machine.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs `vmring` with `arguments`; kills it, and fails, when it does not end.
+fn vmring(arguments: &[&str]) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    let mut stdout = child.stdout.take().expect("piped");
+    let mut stderr = child.stderr.take().expect("piped");
+    let out = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stdout.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let err = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        stderr.read_to_end(&mut bytes).map(|_| bytes)
+    });
+    let start = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("it can be waited for") {
+            break status;
+        }
+        if start.elapsed() > LIMIT {
+            child.kill().expect("it can be killed");
+            panic!("vmring {arguments:?} does not end");
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    let bytes = |thread: thread::JoinHandle<std::io::Result<Vec<u8>>>| {
+        thread.join().expect("the reader ends").expect("the pipe can be read")
+    };
+    Output { status, stdout: bytes(out), stderr: bytes(err) }
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).expect("it prints text")
+}
+
+/// A run that succeeds and prints exactly one JSON object.
+fn json(arguments: &[&str]) -> Value {
+    let output = vmring(arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let value: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert!(value.is_object());
+    value
+}
+
+/// A run with arguments that cannot be: exit code 2, nothing on stdout, one sentence on stderr.
+fn refused(arguments: &[&str]) -> String {
+    let output = vmring(arguments);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+    assert_eq!(text(&output.stdout), "", "{arguments:?}");
+    let message = text(&output.stderr).trim_end().to_owned();
+    assert!(!message.is_empty() && !message.contains('\n'), "one sentence: {message}");
+    message
+}
+
+/// A path in a folder of the test's own, which is empty at first.
+fn scratch(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).expect("a scratch folder");
+    folder
+}
+
+#[test]
+fn the_demo_moves_every_byte_and_says_so_in_json() {
+    let report = json(&["demo", "--json", "--bytes", "8M"]);
+    assert_eq!(report["mode"], "shared");
+    let guests = report["guests"].as_array().expect("a list");
+    assert_eq!(guests.len(), 2);
+    for guest in guests {
+        assert_eq!(guest["mac"].as_str().expect("a MAC").len(), 17);
+        assert_eq!((&guest["mtu"], &guest["max_packet_size"]), (&1500.into(), &1514.into()));
+        assert!(guest["ipv4"].as_str().expect("an address").starts_with("192.168.64."));
+        assert_eq!(guest["lease_seconds"], 86_400);
+    }
+    assert_ne!(guests[0]["ipv4"], guests[1]["ipv4"]);
+    let ping = &report["ping"];
+    assert!(ping["sent"].as_u64().expect("a number") >= 100);
+    assert_eq!(ping["sent"], ping["received"]);
+    assert!(ping["rtt_us_p50"].as_f64() > Some(0.0) && ping["rtt_us_p99"].as_f64() > Some(0.0));
+    let transfer = &report["transfer"];
+    assert_eq!((&transfer["bytes"], &transfer["sha256_ok"]), (&(8 << 20).into(), &true.into()));
+    assert!(transfer["seconds"].as_f64() > Some(0.0));
+    assert!(transfer["gbit_per_s"].as_f64() > Some(0.0));
+    assert!(transfer["packets"].as_u64() > Some((8 << 20) / 1500));
+    assert_eq!(report["drops"], 0);
+}
+
+#[test]
+fn the_demo_runs_in_host_mode_on_a_subnet_of_choice_and_other_drives() {
+    for drive in ["shared", "inline"] {
+        let report = json(&[
+            "demo",
+            "--json",
+            "--bytes",
+            "1M",
+            "--mode",
+            "host",
+            "--subnet",
+            "10.7.0.1/24",
+            "--mtu",
+            "9000",
+            "--drive",
+            drive,
+        ]);
+        assert_eq!(report["mode"], "host");
+        assert_eq!(report["transfer"]["sha256_ok"], true);
+        for guest in report["guests"].as_array().expect("a list") {
+            assert!(guest["ipv4"].as_str().expect("an address").starts_with("10.7.0."));
+            assert_eq!(guest["mtu"], 9000);
+            assert_eq!(guest["router"], Value::Null, "a host network has no router");
+        }
+    }
+}
+
+#[test]
+fn the_demo_ends_with_a_table_for_people() {
+    let output = vmring(&["demo", "--bytes", "1M"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for word in ["MAC", "MTU", "192.168.64.", "p50", "Gbit/s", "packets per second", "Drops"] {
+        assert!(text(&output.stdout).contains(word), "no {word} in {}", text(&output.stdout));
+    }
+    assert!(!output.stderr.is_empty(), "a person sees progress");
+}
+
+#[test]
+fn the_capture_holds_the_packets_of_both_guests_in_both_directions() {
+    use pcap_file::pcapng::blocks::Block;
+    use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
+
+    let path = scratch("capture").join("demo.pcapng");
+    json(&["demo", "--json", "--bytes", "64K", "--capture", path.to_str().expect("UTF-8")]);
+    let file = std::fs::File::open(&path).expect("it was written");
+    let mut reader = pcap_file::pcapng::PcapNgReader::new(file).expect("it is pcapng");
+    // Packets by interface and direction (1 inbound, 2 outbound).
+    let mut packets = [[0; 3]; 2];
+    while let Some(block) = reader.next_block() {
+        if let Block::EnhancedPacket(packet) = block.expect("a whole block") {
+            let direction = packet.options.iter().find_map(|option| match option {
+                EnhancedPacketOption::Flags(flags) => Some(*flags as usize & 3),
+                _ => None,
+            });
+            packets[packet.interface_id as usize][direction.expect("a direction")] += 1;
+        }
+    }
+    for [none, inbound, outbound] in packets {
+        assert!(none == 0 && inbound > 50 && outbound > 50, "{packets:?}");
+    }
+}
+
+#[test]
+fn idle_guests_cost_next_to_nothing_and_still_hear_the_next_packet() {
+    let report = json(&["demo", "--json", "--idle", "1"]);
+    assert_eq!(report["idle"]["next_packet_arrived"], true);
+    // The bound is two percent; a busy machine's clock ticks are given room here.
+    assert!(report["idle"]["cpu_percent"].as_f64() < Some(20.0), "{report}");
+    assert_eq!(report["transfer"], Value::Null);
+}
+
+#[test]
+fn what_cannot_be_is_refused_in_one_sentence() {
+    assert!(refused(&["demo", "--mtu", "99"]).contains("1280"));
+    assert!(refused(&["demo", "--subnet", "8.8.8.1/33"]).contains("192.168.64.1/24"));
+    assert!(refused(&["demo", "--subnet", "8.8.8.1/24"]).contains("8.8.8.1"));
+    assert!(refused(&["demo", "--device", "tap"]).contains("not in this version"));
+    assert!(refused(&["demo", "--device", "abacus"]).contains("abacus"));
+    assert!(refused(&["demo", "--mode", "bridged:en0"]).contains("bridged"));
+    assert!(refused(&["demo", "--bytes", "many"]).contains("many"));
+    assert!(refused(&["demo", "--wrong"]).contains("--wrong"));
+    refused(&["nonsense"]);
+}
+
+#[test]
+fn a_capture_that_cannot_be_written_is_refused_and_leaves_nothing() {
+    let folder = scratch("unwritable");
+    let path = folder.join("no such folder").join("demo.pcapng");
+    let message = refused(&["demo", "--capture", path.to_str().expect("UTF-8")]);
+    assert!(message.contains("cannot be written"), "{message}");
+    // Found out after the file was made, another mistake leaves none behind.
+    let path = folder.join("demo.pcapng");
+    refused(&["demo", "--subnet", "8.8.8.1/24", "--capture", path.to_str().expect("UTF-8")]);
+    assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
+}
+
+#[test]
+fn info_names_the_devices_and_what_each_needs() {
+    let output = vmring(&["info"]);
+    assert_eq!(output.status.code(), Some(0));
+    for word in ["embedded", "loopback", "vmnet", "tap", "entitlement", "CAP_NET_ADMIN", "MTU"] {
+        assert!(text(&output.stdout).contains(word), "no {word}");
+    }
+    let report = json(&["info", "--json"]);
+    assert!(report.to_string().contains("embedded"));
+}
+
+#[test]
+fn help_and_completions_are_there() {
+    let help = vmring(&["--help"]);
+    assert_eq!(help.status.code(), Some(0));
+    for word in ["demo", "info", "completions", "Exit code"] {
+        assert!(text(&help.stdout).contains(word), "no {word} in {}", text(&help.stdout));
+    }
+    let script = vmring(&["completions", "bash"]);
+    assert_eq!(script.status.code(), Some(0));
+    assert!(text(&script.stdout).contains("_vmring"));
+}
