@@ -1,0 +1,101 @@
+//! Hostile frames to the gateway: it does not panic, its replies are well formed and no longer than
+//! they may be, and leases stay distinct and in range.
+#![no_main]
+
+mod frames;
+
+use arbitrary::Arbitrary;
+use core::net::Ipv4Addr;
+use core::time::Duration;
+use frames::{Frame, GATEWAY, LAST, MASK, checksum};
+use libfuzzer_sys::fuzz_target;
+use std::collections::HashSet;
+use vmring_embedded::Lease;
+use vmring_embedded::dhcp::DhcpConfig;
+use vmring_embedded::gateway::Gateway;
+
+const FIRST: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 2);
+/// The longest reply to a shorter frame.
+const DHCP_REPLY: usize = 346;
+const MAC: [u8; 6] = [0x02, 0, 0, 0, 1, 0];
+const GUESTS: [[u8; 6]; 2] = [[0x02, 0, 0, 0, 2, 1], [0x02, 0, 0, 0, 2, 2]];
+
+#[derive(Arbitrary, Debug)]
+struct Input<'a> {
+    router: bool,
+    dns: Vec<[u8; 4]>,
+    mtu: Option<u16>,
+    steps: Vec<Step<'a>>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step<'a> {
+    Ask(Frame<'a>),
+    AskWithRoom(Frame<'a>, u16),
+    Wait { seconds: u16 },
+}
+
+fn check_reply(frame: &[u8], reply: &[u8], gateway: [u8; 6]) {
+    assert!(reply.len() <= frame.len().max(DHCP_REPLY), "a reply that amplifies");
+    assert!(reply.len() >= 14);
+    assert_eq!(reply[6..12], gateway);
+    match [reply[12], reply[13]] {
+        [8, 6] => assert_eq!(reply.len(), 14 + 28),
+        [8, 0] => {
+            assert_eq!(reply[14], 0x45);
+            assert_eq!(usize::from(u16::from_be_bytes([reply[16], reply[17]])), reply.len() - 14);
+            assert_eq!(checksum(&[&reply[14..34]]), 0);
+            assert_eq!(reply[26..30], GATEWAY.octets());
+            let payload = &reply[34..];
+            match reply[23] {
+                1 => assert_eq!(checksum(&[payload]), 0),
+                17 if payload[6..8] == [0, 0] => {} // none was computed
+                17 => {
+                    let len = &payload[4..6];
+                    assert_eq!(checksum(&[&reply[26..34], &[0, 17], len, payload]), 0);
+                }
+                other => panic!("a reply of protocol {other}"),
+            }
+        }
+        other => panic!("a reply of type {other:x?}"),
+    }
+}
+
+/// One address per guest, one guest per address, none that is not to be given.
+fn check_leases(leases: &[Lease]) {
+    let addresses: HashSet<_> = leases.iter().map(|lease| lease.address).collect();
+    let holders: HashSet<_> = leases.iter().map(|lease| lease.mac).collect();
+    assert_eq!((addresses.len(), holders.len()), (leases.len(), leases.len()));
+    assert!(addresses.iter().all(|address| (FIRST..=LAST).contains(address)));
+}
+
+fuzz_target!(|input: Input| {
+    let gateway = Gateway::new(DhcpConfig {
+        server: GATEWAY,
+        server_mac: MAC.into(),
+        first: FIRST,
+        last: LAST,
+        mask: MASK,
+        router: input.router.then_some(GATEWAY),
+        dns: input.dns.iter().copied().map(Ipv4Addr::from).collect(),
+        mtu: input.mtu,
+        lease_time: Duration::from_secs(3600),
+    });
+    let mut now = Duration::ZERO;
+    for step in &input.steps {
+        let (frame, room) = match step {
+            Step::Ask(frame) => (frame, 65_535),
+            Step::AskWithRoom(frame, room) => (frame, usize::from(*room) % 512),
+            Step::Wait { seconds } => {
+                now += Duration::from_secs((*seconds).into());
+                continue;
+            }
+        };
+        let frame = frame.bytes(&GUESTS, MAC);
+        let mut reply = vec![0; room.min(frame.len().max(DHCP_REPLY))];
+        if let Some(len) = gateway.handle(&frame, &mut reply, now) {
+            check_reply(&frame, &reply[..len], MAC);
+        }
+        check_leases(&gateway.dhcp().leases(now));
+    }
+});

@@ -1,0 +1,102 @@
+//! Hostile frames through the switch: it does not panic, what arrives is whole, and every buffer
+//! comes back.
+#![no_main]
+
+mod frames;
+
+use arbitrary::Arbitrary;
+use core::time::Duration;
+use frames::{Frame, GATEWAY, LAST, MASK};
+use libfuzzer_sys::fuzz_target;
+use std::sync::Arc;
+use vmring_embedded::network::{Clock, ManualClock};
+use vmring_embedded::{
+    DropReason, Ipv4Range, Network, NetworkConfig, NetworkMode, PortConfig, Sent,
+};
+
+#[derive(Arbitrary, Debug)]
+struct Input<'a> {
+    isolated: bool,
+    steps: Vec<Step<'a>>,
+}
+
+#[derive(Arbitrary, Debug)]
+enum Step<'a> {
+    Send { from_second: bool, frame: Frame<'a> },
+    Post { to_second: bool },
+    Collect { of_second: bool },
+    Recall { of_second: bool },
+    Wait { seconds: u16 },
+}
+
+/// A clock that is moved on from outside.
+struct Shared(Arc<ManualClock>);
+
+impl Clock for Shared {
+    fn now(&self) -> Duration {
+        self.0.now()
+    }
+}
+
+fuzz_target!(|input: Input| {
+    let mut config = NetworkConfig::of(NetworkMode::Shared);
+    config.ipv4 = Ipv4Range { gateway: GATEWAY, end: LAST, mask: MASK };
+    config.inbox_depth = 4;
+    config.overflow_depth = Some(2);
+    let clock = Arc::new(ManualClock::new());
+    let network = Network::<Vec<u8>>::with_clock(config, Box::new(Shared(clock.clone())))
+        .expect("the configuration is possible");
+    let room = network.max_packet_size();
+    let gateway = network.gateway().mac().into_array();
+    let join = |id| {
+        let wake = Arc::new(|| {});
+        let isolated = input.isolated && id == 1;
+        let config = PortConfig { interface_id: [id; 16], mac: None, isolated, wake };
+        network.join(config).expect("there is room for two").split()
+    };
+    let (mut ports, mut posted) = ([join(1), join(2)], [0usize; 2]);
+    let macs = [0, 1].map(|i: usize| ports[i].0.mac().into_array());
+
+    for step in &input.steps {
+        match step {
+            Step::Send { from_second, frame } => {
+                let frame = frame.bytes(&macs, gateway);
+                let sender = &mut ports[usize::from(*from_second)].1;
+                match sender.send(&frame) {
+                    Sent::Dropped(DropReason::Runt) => assert!(frame.len() < 14),
+                    Sent::Dropped(DropReason::TooBig) => assert!(frame.len() > room),
+                    _ => assert!((14..=room).contains(&frame.len())),
+                }
+                sender.flush();
+            }
+            Step::Post { to_second } => {
+                let i = usize::from(*to_second);
+                match ports[i].0.post(vec![0; room]) {
+                    Ok(()) => posted[i] += 1,
+                    Err(buffer) => assert_eq!(buffer.len(), room),
+                }
+            }
+            Step::Collect { of_second } => {
+                let i = usize::from(*of_second);
+                if let Some((buffer, len)) = ports[i].0.collect() {
+                    assert!(buffer.len() == room && (14..=room).contains(&len));
+                    posted[i] -= 1;
+                }
+            }
+            Step::Recall { of_second } => {
+                let i = usize::from(*of_second);
+                posted[i] -= ports[i].0.recall(|buffer| assert_eq!(buffer.len(), room));
+            }
+            Step::Wait { seconds } => clock.advance(Duration::from_secs((*seconds).into())),
+        }
+    }
+
+    for (i, (receiver, _)) in ports.iter_mut().enumerate() {
+        receiver.close();
+        while receiver.collect().is_some() {
+            posted[i] -= 1;
+        }
+        posted[i] -= receiver.recall(drop);
+        assert_eq!(posted[i], 0, "every buffer came back");
+    }
+});
