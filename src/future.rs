@@ -19,8 +19,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, TryLockError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
@@ -55,21 +55,44 @@ struct State {
     failed: Option<EntryError>,
 }
 
-/// Tasks to wake when completions come: all of them, since any may be able to proceed.
-#[derive(Default)]
-struct Sleepers(Mutex<BTreeMap<u64, Waker>>);
+/// Tasks to wake when completions come: all of them, since any may be able to proceed. Also the
+/// ring's own waker.
+struct Sleepers {
+    wakers: Mutex<BTreeMap<u64, Waker>>,
+    /// The ring has called while the state was locked: who unlocks it wakes.
+    called: AtomicBool,
+    state: Weak<Mutex<State>>,
+}
 
 impl Sleepers {
     fn wake_all(&self) {
         // Woken outside the lock: a waker may run anything.
-        let wakers = std::mem::take(&mut *lock(&self.0));
+        let wakers = std::mem::take(&mut *lock(&self.wakers));
         wakers.into_values().for_each(Waker::wake);
+    }
+
+    /// After the state was unlocked: does what a call that found it locked left to do.
+    fn unlocked(&self) {
+        // Pairs with the fence in `wake`: either we see `called`, or it sees the state unlocked.
+        fence(Ordering::SeqCst);
+        if self.called.swap(false, Ordering::AcqRel) {
+            self.wake_all();
+        }
     }
 }
 
 impl Wake for Sleepers {
+    /// May run inside a submit, with the state locked by this very thread: then it must not run
+    /// tasks, which would lock it again.
     fn wake(self: Arc<Self>) {
-        self.wake_all();
+        self.called.store(true, Ordering::Release);
+        // Pairs with the fence in `unlocked`.
+        fence(Ordering::SeqCst);
+        let Some(state) = self.state.upgrade() else { return };
+        let unlocked = !matches!(state.try_lock(), Err(TryLockError::WouldBlock));
+        if unlocked && self.called.swap(false, Ordering::AcqRel) {
+            self.wake_all();
+        }
     }
 }
 
@@ -83,11 +106,13 @@ impl Async {
         let mut state =
             State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
         state.ring.split().0.post_reads(READ)?;
-        Ok(Self {
-            state: Arc::new(Mutex::new(state)),
-            sleepers: Arc::default(),
-            numbers: Arc::default(),
-        })
+        let state = Arc::new(Mutex::new(state));
+        let sleepers = Arc::new(Sleepers {
+            wakers: Mutex::default(),
+            called: AtomicBool::new(false),
+            state: Arc::downgrade(&state),
+        });
+        Ok(Self { state, sleepers, numbers: Arc::default() })
     }
 
     /// The next packet. Readers may come in any number; a packet goes to one of them. Dropping the
@@ -118,13 +143,20 @@ impl Async {
 
     /// The ring's control handle, for its counters and to close it.
     pub fn control(&self) -> RingControl {
-        lock(&self.state).ring.control()
+        self.locked(|state| state.ring.control())
+    }
+
+    /// The one way to the state.
+    fn locked<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+        let result = f(&mut lock(&self.state));
+        self.sleepers.unlocked();
+        result
     }
 
     /// Lets `cx` be woken with the others at the next completion; polls again if there is one
     /// already.
     fn sleep(&self, state: &mut State, number: u64, cx: &Context<'_>) -> Poll<()> {
-        lock(&self.sleepers.0).insert(number, cx.waker().clone());
+        lock(&self.sleepers.wakers).insert(number, cx.waker().clone());
         let all = Waker::from(self.sleepers.clone());
         state.ring.poll_ready(&mut Context::from_waker(&all), 1).map(drop)
     }
@@ -138,8 +170,7 @@ impl Async {
         mut step: impl FnMut(&mut State) -> Result<Option<T>, Error>,
     ) -> Poll<Result<T, Error>> {
         let mut news = false;
-        let answer = {
-            let state = &mut *lock(&self.state);
+        let answer = self.locked(|state| {
             loop {
                 news |= state.pump();
                 match state.ring.split().0.post_reads(READ).and_then(|()| step(state)) {
@@ -149,7 +180,7 @@ impl Async {
                     Ok(None) => {}
                 }
             }
-        };
+        });
         // Outside the lock: a waker may run anything.
         if news {
             self.sleepers.wake_all();
@@ -214,7 +245,7 @@ impl Future for ReadFuture {
 
 impl Drop for ReadFuture {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.0).remove(&self.number);
+        lock(&self.front.sleepers.wakers).remove(&self.number);
     }
 }
 
@@ -275,9 +306,9 @@ impl Future for WriteFuture<'_> {
 
 impl Drop for WriteFuture<'_> {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.0).remove(&self.number);
+        lock(&self.front.sleepers.wakers).remove(&self.number);
         if self.sent {
-            lock(&self.front.state).writes.remove(&self.number);
+            self.front.locked(|state| state.writes.remove(&self.number));
         }
     }
 }

@@ -226,7 +226,7 @@ impl Builder {
         let driver = driver
             .unwrap_or_else(|| Box::new(crate::device::embedded::Embedded::network("default")));
         let (answer, waiting) = mpsc::sync_channel::<Result<Arc<dyn Device>, Error>>(0);
-        thread::Builder::new()
+        let starter = thread::Builder::new()
             .name("vmring-start".to_owned())
             .spawn(move || {
                 let started = catch_unwind(AssertUnwindSafe(|| driver.start(&config)));
@@ -245,10 +245,11 @@ impl Builder {
                 }
             })
             .map_err(Error::io("starting the driver's thread"))?;
-        let device = match waiting.recv_timeout(start_timeout) {
-            Ok(started) => started?,
-            Err(_) => return Err(Error::StartTimeout(start_timeout)),
-        };
+        let started =
+            waiting.recv_timeout(start_timeout).map_err(|_| Error::StartTimeout(start_timeout))?;
+        // It has answered and ends; nothing of it stays behind.
+        let _ = starter.join();
+        let device = started?;
         let info = device.info();
         tracing::info!(device = device.name(), mac = %info.mac, mtu = info.mtu, "started");
         Ok(Interface { group: Arc::new(RingGroup::new(device)) })

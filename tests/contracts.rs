@@ -421,6 +421,7 @@ fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
                     let n = writer.in_flight();
                     reap_n(&mut writer, n);
                 }
+                settle(&mut writer);
                 reader.wait(usize::from(posted > seen && arrived > seen), Some(LONG));
                 for done in reap(&mut reader) {
                     let frame = done.frame.unwrap();

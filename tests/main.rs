@@ -4,4 +4,6 @@ mod contracts;
 mod device_body;
 mod support;
 
+mod frontends;
 mod model;
+mod serde;
