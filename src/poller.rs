@@ -1031,6 +1031,10 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                 active.push(place);
                 seated += 1;
             }
+            // Room for all, now, so that nothing grows on a packet's way.
+            active.reserve(seats.len().saturating_sub(active.len()));
+            watched.reserve(seats.len().saturating_sub(watched.len()));
+            descriptors.reserve(seats.len() + 1);
         }
         shared.collect(|place| activate(&mut seats, &mut active, place));
 

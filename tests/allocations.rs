@@ -1,0 +1,195 @@
+//! Between the first packet and the millionth nothing is allocated and nothing is freed: not by the
+//! caller, not by the poller's threads, not by the device.
+//!
+//! A program of its own, because the allocator that counts is the whole program's, and without the
+//! test harness, whose threads allocate when they like.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use vmring::{Direction, Drive, Embedded, Interface, Loopback, Op, Poller, Ring};
+
+struct Counting;
+
+static COUNTING: AtomicBool = AtomicBool::new(false);
+/// Allocations, frees and reallocations of any thread.
+static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+
+fn count(what: usize, layout: Layout) {
+    if COUNTING.load(Ordering::Relaxed) && COUNTS[what].fetch_add(1, Ordering::Relaxed) == 0 {
+        // The culprit's stack, once; taking it allocates, which is no matter any more.
+        COUNTING.store(false, Ordering::Relaxed);
+        let thread = std::thread::current().name().unwrap_or("?").to_owned();
+        let stack = std::backtrace::Backtrace::force_capture();
+        eprintln!("{} bytes, thread {thread}:\n{stack}", layout.size());
+        COUNTING.store(true, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(0, layout);
+        // SAFETY: as the caller promised us.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count(1, layout);
+        // SAFETY: as above.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count(2, layout);
+        // SAFETY: as above.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Reaching it is a hang.
+const LONG: Duration = Duration::from_secs(60);
+const BATCH: u64 = 32;
+
+fn packets() -> u64 {
+    let small = std::env::var_os("VMRING_TEST_SCALE").is_some_and(|scale| scale == "small");
+    if small { 20_000 } else { 1_000_000 }
+}
+
+/// Runs `turn`, which returns the packets it saw, until `n` have come.
+fn until(what: &str, n: u64, turn: &mut dyn FnMut() -> u64) {
+    let (mut seen, mut last) = (0, Instant::now());
+    while seen < n {
+        match turn() {
+            0 => assert!(last.elapsed() < LONG, "{what}: hangs after {seen} packets"),
+            packets => {
+                seen += packets;
+                last = Instant::now();
+            }
+        }
+    }
+}
+
+fn nothing_is_allocated(what: &str, packets: u64, mut turn: impl FnMut() -> u64) {
+    // Lists grow to their size, threads start, lazy statics come to be.
+    until(what, 5_000, &mut turn);
+    let start = Instant::now();
+    COUNTS.iter().for_each(|count| count.store(0, Ordering::SeqCst));
+    COUNTING.store(true, Ordering::SeqCst);
+    until(what, packets, &mut turn);
+    COUNTING.store(false, Ordering::SeqCst);
+    let [allocated, freed, moved] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
+    let took = start.elapsed();
+    println!("{what}: {allocated} allocations, {freed} frees in {packets} packets, {took:.1?}");
+    assert_eq!((allocated, freed, moved), (0, 0, 0), "{what}");
+}
+
+fn ring(interface: &Interface, drive: Drive<'_>) -> Ring {
+    interface.ring(Direction::Both).drive(drive).build().expect("a ring")
+}
+
+fn fill(ring: &mut Ring, packet: &[u8]) {
+    for i in 0..BATCH {
+        let frame = ring.alloc().expect("a fresh ring");
+        ring.submit_read(frame, i).expect("a fresh ring");
+        let mut frame = ring.alloc().expect("a fresh ring");
+        frame.copy_from(packet).expect("it fits");
+        ring.submit_write(frame, i).expect("a fresh ring");
+    }
+}
+
+/// Reaps what there is and submits it again. Returns the packets read.
+fn turn(ring: &mut Ring, patience: Duration) -> u64 {
+    ring.wait(1, Some(patience));
+    let (mut sq, mut cq) = ring.split();
+    let mut read = 0;
+    for done in cq.reap() {
+        let frame = done.frame_ok().expect("it succeeds");
+        match done.op {
+            Op::Read => {
+                read += 1;
+                sq.submit_read(frame, done.user_data)
+            }
+            _ => sq.submit_write(frame, done.user_data),
+        }
+        .expect("its credit just came back");
+    }
+    read
+}
+
+fn loopback(what: &str, packets: u64, drive: Drive<'_>) {
+    let interface = Interface::builder().device(Loopback::new(1500)).start().expect("it starts");
+    let mut ring = ring(&interface, drive);
+    fill(&mut ring, &[0x5a; 60]);
+    nothing_is_allocated(what, packets, || turn(&mut ring, Duration::from_secs(1)));
+}
+
+/// Two interfaces that send to each other.
+fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
+    let join = || {
+        let driver = Embedded::network(what);
+        Interface::builder().device(driver).start().expect("a port")
+    };
+    let (a, b) = (join(), join());
+    let packet = |from: &Interface, to: &Interface| {
+        let mut packet = [0x5a; 60];
+        packet[..6].copy_from_slice(to.mac().as_bytes());
+        packet[6..12].copy_from_slice(from.mac().as_bytes());
+        packet[12..14].copy_from_slice(&[0x88, 0xb5]);
+        packet
+    };
+    let (mut first, mut second) = (ring(&a, drive), ring(&b, drive));
+    fill(&mut first, &packet(&a, &b));
+    fill(&mut second, &packet(&b, &a));
+    nothing_is_allocated(what, packets, || {
+        // A write completes even if its packet is dropped, so there is always something to come.
+        turn(&mut first, Duration::from_millis(5)) + turn(&mut second, Duration::from_millis(5))
+    });
+}
+
+/// One packet at a time, so that both sides sleep for each: parking and waking allocate nothing
+/// either.
+fn one_at_a_time(what: &str, packets: u64, drive: Drive<'_>) {
+    let interface = Interface::builder().device(Loopback::new(1500)).start().expect("it starts");
+    let mut ring = ring(&interface, drive);
+    let mut read = ring.alloc();
+    let mut write = ring.alloc();
+    write.as_mut().expect("a fresh ring").copy_from(&[1; 60]).expect("it fits");
+    nothing_is_allocated(what, packets, || {
+        ring.submit_read(read.take().expect("it came back"), 0).expect("nothing is in flight");
+        ring.submit_write(write.take().expect("it came back"), 1).expect("as above");
+        while read.is_none() || write.is_none() {
+            assert!(ring.wait(1, Some(LONG)) > 0, "{what}: hangs");
+            for done in ring.reap() {
+                let frame = done.frame_ok().expect("a loop succeeds");
+                let place = if done.op == Op::Read { &mut read } else { &mut write };
+                *place = Some(frame);
+            }
+        }
+        1
+    });
+}
+
+fn main() {
+    // As the harness would: only what was asked for.
+    let unasked = |argument: String| {
+        argument == "--list" || !argument.starts_with('-') && !"allocations".contains(&argument)
+    };
+    if std::env::args().skip(1).any(unasked) {
+        return;
+    }
+    let poller = Poller::start().expect("a poller");
+    let (all, some, few) = (packets(), packets() / 5, packets() / 20);
+    loopback("loopback, inline", all, Drive::Inline);
+    loopback("loopback, a thread", all, Drive::Thread);
+    loopback("loopback, a shared poller", some, Drive::Shared(&poller));
+    embedded("embedded, inline", all, Drive::Inline);
+    embedded("embedded, threads", all, Drive::Thread);
+    embedded("embedded, a shared poller", some, Drive::Shared(&poller));
+    one_at_a_time("one at a time, inline", few, Drive::Inline);
+    one_at_a_time("one at a time, a thread", few, Drive::Thread);
+}
