@@ -289,6 +289,8 @@ impl Engine {
                 self.reopen();
             }
             if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
+                // What was submitted before the restart is cancelled by it.
+                self.take_submissions();
                 self.begin_close(None);
             }
         }

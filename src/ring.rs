@@ -404,6 +404,8 @@ pub struct CompletionQueue {
     idle: IdlePolicy,
     close_timeout: Duration,
     caps: Capabilities,
+    /// The poller did not give the engine back at close.
+    lost: bool,
 }
 
 assert_impl_all!(SubmissionQueue: Send);
@@ -679,7 +681,8 @@ impl CompletionQueue {
         close_timeout: Duration,
         caps: Capabilities,
     ) -> Self {
-        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps }
+        let lost = false;
+        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps, lost }
     }
 
     /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
@@ -716,6 +719,10 @@ impl CompletionQueue {
             let ready = self.reaper.ready();
             let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.reaper.in_flight());
             if ready >= want || self.take_woken() {
+                return ready as usize;
+            }
+            if !worked && self.is_over() {
+                // What is still in flight has leaked.
                 return ready as usize;
             }
             if worked {
@@ -856,6 +863,7 @@ impl CompletionQueue {
             if let Some((handoff, _)) = &self.remote {
                 handoff.abandon();
             }
+            self.lost = true;
             tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
             return Err(Error::Leaked { slots, timeout });
         };
@@ -894,6 +902,11 @@ impl CompletionQueue {
         self.engine.as_mut().is_some_and(|engine| engine.turn())
     }
 
+    /// Whether nothing can complete any more.
+    fn is_over(&self) -> bool {
+        self.lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
+    }
+
     fn take_woken(&self) -> bool {
         self.shared.woken.load(Ordering::Relaxed)
             && self.shared.woken.swap(false, Ordering::Acquire)
@@ -930,6 +943,9 @@ impl CompletionQueue {
 
     fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
         let want = u32::try_from(n).unwrap_or(u32::MAX).clamp(1, 1 << 30);
+        if self.take_woken() {
+            return Armed::Ready;
+        }
         // Inline, what there is to do is done now rather than after a signal.
         while self.drive() {
             if self.reaper.ready() >= want {

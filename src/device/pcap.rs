@@ -102,9 +102,12 @@ impl Capture {
     /// unrecorded after it.
     pub fn finish(&self) -> Result<(), Error> {
         let mut recorder = lock(&self.file);
-        let failed = recorder.failed.take();
         let flushed = recorder.writer.get_mut().flush();
-        failed.map_or(flushed, Err).map_err(Error::io("writing the capture"))
+        // The first error stays: what was recorded behind a gap would deceive.
+        let failed = recorder.failed.as_ref();
+        failed
+            .map_or(flushed, |error| Err(io::Error::new(error.kind(), error.to_string())))
+            .map_err(Error::io("writing the capture"))
     }
 }
 
