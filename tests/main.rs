@@ -1,9 +1,14 @@
 //! Integration tests of vmring: one binary, one module per behaviour.
 
+mod compile_fail;
 mod contracts;
 mod device_body;
 mod support;
 
+mod close;
 mod frontends;
 mod model;
+mod notify;
+mod pcap;
+mod pollers;
 mod serde;

@@ -737,11 +737,11 @@ impl<'a> Model<'a> {
             EntryError::DevicePanicked => matches!(setup.fate, Fate::PanicsAfter(_)),
             // A dead engine's thread may let go of what it holds before or after the close.
             EntryError::Abandoned => {
-                write && setup.abandon % 101 > 0
+                write && !setup.abandon.is_multiple_of(101)
                     || setup.has_engine() && matches!(setup.fate, Fate::PanicsAfter(_))
             }
             EntryError::Device(FATAL) => matches!(setup.fate, Fate::FailsAfter(_)),
-            EntryError::Device(REFUSAL) => write && setup.errors % 101 > 0,
+            EntryError::Device(REFUSAL) => write && !setup.errors.is_multiple_of(101),
             EntryError::Device(Status::InvalidArgument) => write && setup.embedded && len < 14,
             // Exhaustion, a short batch, or a loop that nobody reads.
             EntryError::Device(Status::BufferExhausted) => write,
@@ -772,7 +772,7 @@ impl<'a> Model<'a> {
     /// A packet arrived: it is one that the other end sent, not seen before, and, where the device
     /// keeps order, behind all that were seen.
     fn received(&mut self, end: usize, packet: &[u8]) {
-        let corrupt = self.setup.corruption % 101 > 0;
+        let corrupt = !self.setup.corruption.is_multiple_of(101);
         let from = (end + 1) % self.ends.len();
         let cursor = if self.setup.in_order() { self.ends[end].cursor } else { 0 };
         let found = self.ends[from].sent.iter_mut().enumerate().skip(cursor).find(|(_, sent)| {
@@ -890,7 +890,7 @@ impl<'a> Model<'a> {
         }
         for sent in self.ends.iter().flat_map(|end| &end.sent) {
             // Short and flipped packets look like others.
-            let known = sent.bytes.len() >= NUMBERED && self.setup.corruption % 101 == 0;
+            let known = sent.bytes.len() >= NUMBERED && self.setup.corruption.is_multiple_of(101);
             assert!(!(known && sent.failed && sent.received), "refused and yet sent");
         }
         self.held.clear();

@@ -1,0 +1,14 @@
+//! E0499: one reaping at a time.
+
+use vmring::CompletionQueue;
+
+fn nested(cq: &mut CompletionQueue) {
+    for done in cq.reap() {
+        drop(done);
+        drop(cq.reap());
+    }
+}
+
+fn main() {
+    let _ = nested;
+}

@@ -1,0 +1,13 @@
+//! E0505: a frame in view cannot be submitted.
+
+use vmring::{Frame, Ring};
+
+fn under(ring: &mut Ring, frame: Frame) -> usize {
+    let view = frame.view();
+    let _ = ring.submit_write(frame, 1);
+    view.len()
+}
+
+fn main() {
+    let _ = under;
+}

@@ -1,0 +1,468 @@
+//! Waking and sleeping: who may wake a waiting ring, how the descriptor and the wakers behave, and
+//! that nobody is woken, and nothing is spent, without need.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmring::device::Progress;
+use vmring::{Armed, Closed, Direction, EntryError, IdlePolicy, Op, Ring, SubmitErrorKind};
+
+use crate::support::{
+    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, post, reap,
+    reap_n, scaled, send, stage, take_writes,
+};
+
+/// Whether the ring's descriptor becomes readable within `timeout`.
+fn readable(ring: &Ring, timeout: Duration) -> bool {
+    let fd = ring.completion_fd().expect("a descriptor").as_raw_fd();
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, exclusively borrowed.
+    unsafe { libc::poll(&mut poll, 1, timeout.as_millis() as i32) == 1 }
+}
+
+const NOW: Duration = Duration::ZERO;
+
+#[test]
+fn a_control_handle_wakes_a_blocked_wait() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            post(&mut ring, 1);
+            let control = ring.control();
+            for _ in 0..scaled(50) {
+                let control = control.clone();
+                let waking = thread::spawn(move || control.wake());
+                // Whether it comes before or during the wait, the wait ends.
+                assert_eq!(ring.wait(1, None), 0);
+                waking.join().unwrap();
+            }
+            // Used up: the next wait sleeps its time.
+            let start = Instant::now();
+            assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0);
+            assert!(start.elapsed() >= Duration::from_millis(20), "a wake was used twice");
+        });
+    });
+}
+
+/// An event loop that never calls `wait` is woken through its descriptor, and once.
+#[test]
+fn a_control_handle_wakes_an_armed_descriptor_once() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            ring.completion_fd().unwrap();
+            post(&mut ring, 1);
+            assert_eq!(ring.arm(), Armed::Armed);
+            ring.control().wake();
+            assert!(readable(&ring, LONG));
+            // Whether `arm` says so once more or not, it does not do so for ever.
+            let again = (0..10).filter(|_| ring.arm() == Armed::Ready).count();
+            assert!(again <= 1, "{again} of 10 calls said that there is something to reap");
+            let waker = Waker::from(Arc::new(Count::default()));
+            ring.control().wake();
+            let mut cx = Context::from_waker(&waker);
+            let again = (0..10).filter(|_| ring.poll_ready(&mut cx, 1).is_ready()).count();
+            assert!(again <= 1, "{again} of 10 polls were ready with nothing there");
+        });
+    });
+}
+
+#[test]
+fn a_control_handle_stops_a_ring_from_anywhere() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            (0..8).for_each(|number| post(&mut ring, number));
+            let control = ring.control();
+            let stopping = thread::spawn({
+                let control = control.clone();
+                move || control.stop()
+            });
+            // A wait under way ends when everything has completed.
+            assert_eq!(ring.wait(8, None), 8);
+            stopping.join().unwrap();
+            assert_eq!(control.closed(), Some(Closed::Stopped));
+            for done in reap(&mut ring) {
+                assert_eq!(done.result, Err(EntryError::Cancelled));
+            }
+            let frame = ring.alloc().unwrap();
+            let kind = ring.submit_read(frame, 1).unwrap_err().kind;
+            assert_eq!(kind, SubmitErrorKind::Closed(Closed::Stopped));
+            drop(ring);
+            // A handle outlives its ring.
+            control.wake();
+            control.stop();
+            control.cancel_all();
+            assert_eq!(control.stats().cancelled, 8);
+        });
+    });
+}
+
+#[test]
+fn wait_returns_early_when_fewer_are_in_flight() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            assert_eq!(ring.wait(1, None), 0, "nothing is in flight");
+            assert_eq!(ring.wait(0, None), 0);
+            (0..3).for_each(|number| send(&mut ring, number));
+            assert_eq!(ring.wait(100, None), 3, "three are in flight");
+            assert_eq!(ring.wait(usize::MAX, None), 3);
+            assert_eq!(reap(&mut ring).len(), 3);
+            post(&mut ring, 1);
+            post(&mut ring, 2);
+            send(&mut ring, 3);
+            // Two packets for two reads: the first came before.
+            assert_eq!(ring.wait(100, None), 3);
+        });
+    });
+}
+
+#[test]
+fn wait_ends_at_its_timeout() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            post(&mut ring, 1);
+            let start = Instant::now();
+            assert_eq!(ring.wait(1, Some(Duration::from_millis(5))), 0);
+            assert!(start.elapsed() >= Duration::from_millis(5));
+            assert_eq!(ring.wait(1, Some(NOW)), 0);
+            // A time too far for any clock is for ever, not a panic.
+            send(&mut ring, 2);
+            assert_eq!(ring.wait(2, Some(Duration::MAX)), 2);
+        });
+    });
+}
+
+#[test]
+fn completion_fd_signals_once_per_arm() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            let mut writer = inline(&interface, Direction::Write).build().unwrap();
+            let mut arrive = |number| {
+                send(&mut writer, number);
+                assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
+            };
+            (0..8).for_each(|number| post(&mut ring, number));
+            assert!(!readable(&ring, NOW));
+            for round in 0..3 {
+                stage(format!("{way:?}: round {round}"));
+                assert_eq!(ring.arm(), Armed::Armed);
+                assert!(!readable(&ring, NOW));
+                arrive(round);
+                assert!(readable(&ring, LONG));
+                assert_eq!(reap_n(&mut ring, 1).len(), 1);
+                // Armed anew it is empty again: the one signal was for the first packet.
+                assert_eq!(ring.arm(), Armed::Armed);
+                assert!(!readable(&ring, NOW));
+                // Two packets, one arming: whoever looks once sees both or arms again.
+                arrive(10);
+                arrive(11);
+                assert!(readable(&ring, LONG));
+                assert_eq!(reap_n(&mut ring, 2).len(), 2);
+                (0..3).for_each(|number| post(&mut ring, number));
+            }
+            // Not armed: no signal.
+            let before = ring.stats().rx_packets;
+            assert_eq!(ring.arm(), Armed::Armed);
+            arrive(20);
+            assert!(readable(&ring, LONG));
+            let fd = ring.completion_fd().unwrap().as_raw_fd();
+            let mut bytes = [0_u8; 64];
+            // SAFETY: the pointer and length are of a live, exclusively borrowed array.
+            let n = unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) };
+            assert_eq!(n, 8);
+            if cfg!(target_os = "linux") {
+                assert_eq!(u64::from_ne_bytes(bytes[..8].try_into().unwrap()), 1, "one signal");
+            }
+            // Reaped without `wait`, which would arm to sleep. A signal is counted after it is given:
+            // with the second packet, the first one's is.
+            let mut reaped = 0;
+            let mut notifications = None;
+            for number in 1..=4 {
+                if number > 1 {
+                    arrive(20 + number);
+                }
+                eventually("one more packet has come", || {
+                    reaped += reap(&mut ring).len() as u64;
+                    reaped == number
+                });
+                assert_eq!(ring.stats().rx_packets, before + number);
+                if number == 2 {
+                    notifications = Some(ring.stats().notifications);
+                }
+            }
+            assert!(!readable(&ring, NOW), "signalled without being armed");
+            assert_eq!(Some(ring.stats().notifications), notifications);
+            assert_eq!(fd, ring.completion_fd().unwrap().as_raw_fd(), "always the same");
+        });
+    });
+}
+
+#[test]
+fn arm_rechecks_after_its_fence() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            ring.completion_fd().unwrap();
+            send(&mut ring, 1);
+            ring.wait(1, None);
+            for _ in 0..3 {
+                assert_eq!(ring.arm(), Armed::Ready, "a completion waits");
+            }
+            reap_n(&mut ring, 1);
+            // The race itself: a packet at any moment is either seen by `arm` or signalled.
+            let patient =
+                vmring::RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(50) };
+            let mut writer = interface.ring(Direction::Write).retry(patient).build().unwrap();
+            let count = scaled(300);
+            let writing = thread::spawn(move || {
+                for number in 0..count {
+                    send(&mut writer, number);
+                    assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
+                }
+            });
+            (0..64).for_each(|number| post(&mut ring, number));
+            // The packet written above.
+            let mut left = count + 1;
+            while left > 0 {
+                stage(format!("{way:?}: {left} packets left"));
+                if ring.arm() == Armed::Armed {
+                    assert!(readable(&ring, LONG), "the wake-up was lost");
+                }
+                let (mut sq, mut cq) = ring.split();
+                for done in cq.reap() {
+                    sq.submit_read(done.frame_ok().unwrap(), 0).unwrap();
+                    left -= 1;
+                }
+            }
+            writing.join().unwrap();
+        });
+    });
+}
+
+/// Goal: `arm_after` coalesces. Method: the n-th completion signals; with fewer it is the delay,
+/// from the first one on. An inline ring's owner sleeps, so nobody counts for it.
+#[test]
+fn arm_after_coalesces() {
+    guarded(|| {
+        every_way(|way, poller| {
+            if way == Way::Inline {
+                return;
+            }
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            ring.completion_fd().unwrap();
+            let mut writer = inline(&interface, Direction::Write).build().unwrap();
+            let mut arrive = |number| {
+                send(&mut writer, number);
+                assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
+            };
+            (0..64).for_each(|number| post(&mut ring, number));
+
+            stage(format!("{way:?}: by number"));
+            let hour = Duration::from_secs(3600);
+            assert_eq!(ring.arm_after(4, Some(hour)), Armed::Armed);
+            (0..3).for_each(&mut arrive);
+            eventually("three packets have come", || ring.stats().rx_packets == 3);
+            assert!(!readable(&ring, Duration::from_millis(20)), "three are not four");
+            arrive(3);
+            assert!(readable(&ring, LONG));
+            assert_eq!(reap_n(&mut ring, 4).len(), 4);
+            // So many are there already.
+            (0..2).for_each(&mut arrive);
+            eventually("two more have come", || ring.stats().rx_packets == 6);
+            eventually("they are shown", || ring.arm_after(2, Some(hour)) == Armed::Ready);
+            assert_eq!(ring.arm_after(3, None), Armed::Armed);
+            assert!(!readable(&ring, Duration::from_millis(20)), "without a delay, none");
+            arrive(2);
+            assert!(readable(&ring, LONG));
+            assert_eq!(reap_n(&mut ring, 3).len(), 3);
+
+            stage(format!("{way:?}: by time"));
+            let delay = Duration::from_millis(30);
+            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            assert!(!readable(&ring, delay * 2), "the clock starts with the first completion");
+            let start = Instant::now();
+            arrive(10);
+            assert!(readable(&ring, LONG));
+            assert!(start.elapsed() >= delay);
+            assert_eq!(reap_n(&mut ring, 1).len(), 1);
+
+            stage(format!("{way:?}: by time, with one there already"));
+            arrive(11);
+            eventually("it has come", || ring.stats().rx_packets == 9);
+            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            assert!(readable(&ring, LONG));
+            assert_eq!(reap_n(&mut ring, 1).len(), 1);
+        });
+    });
+}
+
+#[derive(Default)]
+struct Count(AtomicU64);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Thread park, descriptor and waker are one notifier.
+#[test]
+fn a_waker_is_woken_once_when_enough_is_there() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            let mut writer = inline(&interface, Direction::Write).build().unwrap();
+            (0..8).for_each(|number| post(&mut ring, number));
+            let count = Arc::new(Count::default());
+            let waker = Waker::from(count.clone());
+            let mut cx = Context::from_waker(&waker);
+            assert_eq!(ring.poll_ready(&mut cx, 1), Poll::Pending);
+            send(&mut writer, 1);
+            reap_n(&mut writer, 1);
+            eventually("the waker is woken", || count.0.load(Ordering::SeqCst) == 1);
+            eventually("it is ready", || ring.poll_ready(&mut cx, 1) == Poll::Ready(1));
+            assert_eq!(reap_n(&mut ring, 1)[0].op, Op::Read);
+        });
+    });
+}
+
+/// Goal: while the poller is awake, submitting costs no wake-up; while the reaper is awake,
+/// completing costs none. Method: a device whose call lasts until the test says so keeps the poller
+/// awake; a reaper that never sleeps is never notified.
+#[test]
+fn no_doorbell_while_the_other_side_is_awake() {
+    guarded(|| {
+        let (inside, release) =
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (enter, go) = (inside.clone(), release.clone());
+        let interface = Script::new(move |_, _| {
+            let (enter, go) = (enter.clone(), go.clone());
+            ScriptQueue::new(move |io| {
+                enter.store(true, Ordering::SeqCst);
+                while !go.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+        })
+        .start();
+        let mut ring = interface.ring(Direction::Write).idle(IdlePolicy::PARK).build().unwrap();
+        let control = ring.control();
+        eventually("the poller sleeps", || control.stats().parks == 1);
+        assert_eq!(control.doorbells(), 0);
+        send(&mut ring, 0);
+        assert_eq!(control.doorbells(), 1, "it slept");
+        eventually("the device is in its call", || inside.load(Ordering::SeqCst));
+        (1..100).for_each(|number| send(&mut ring, number));
+        assert_eq!(control.doorbells(), 1, "it is awake");
+        release.store(true, Ordering::SeqCst);
+        let mut reaped = 0;
+        eventually("everything completes", || {
+            reaped += reap(&mut ring).len();
+            reaped == 100
+        });
+        assert_eq!(ring.stats().notifications, 0, "this side never slept");
+        eventually("the poller sleeps again", || control.stats().parks == 2);
+        // A batch is one publish, and one doorbell at most.
+        let frames: Vec<_> = (0..50).map(|n| (crate::support::filled(&ring, n), n)).collect();
+        ring.submit_writes(frames).unwrap();
+        assert_eq!(control.doorbells(), 2);
+        reap_n(&mut ring, 50);
+        // Inline there is nobody to wake.
+        let mut own = inline(&interface, Direction::Write).build().unwrap();
+        (0..100).for_each(|number| send(&mut own, number));
+        assert_eq!(reap_n(&mut own, 100).len(), 100);
+        assert_eq!((own.control().doorbells(), own.stats().notifications), (0, 0));
+    });
+}
+
+/// User and system time that thread `name` of this process has used.
+#[cfg(target_os = "linux")]
+fn cpu_time_of(name: &str) -> Option<Duration> {
+    for task in std::fs::read_dir("/proc/self/task").ok()? {
+        let path = task.ok()?.path();
+        if std::fs::read_to_string(path.join("comm")).ok()?.trim_end() != name {
+            continue;
+        }
+        // Behind the name, which may have spaces: field 14 and 15 of proc(5), in ticks.
+        let stat = std::fs::read_to_string(path.join("stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+        let ticks: u64 = fields[11].parse::<u64>().ok()? + fields[12].parse::<u64>().ok()?;
+        // SAFETY: sysconf takes no pointers.
+        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+        return Some(Duration::from_millis(ticks * 1000 / per_second));
+    }
+    None
+}
+
+/// The calling thread's own time.
+#[cfg(target_os = "linux")]
+fn own_cpu_time() -> Duration {
+    // SAFETY: all zeroes is a valid rusage.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live rusage, exclusively borrowed.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    let time = |t: libc::timeval| Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    time(usage.ru_utime) + time(usage.ru_stime)
+}
+
+/// Goal: a ring with nothing to do costs nearly nothing, on either side. Method: the processor time
+/// of the poller's thread and of the waiting one over 300 ms with reads posted.
+#[cfg(target_os = "linux")]
+#[test]
+fn idle_costs_nearly_nothing() {
+    guarded(|| {
+        let interface = loopback();
+        let mut ring = interface.ring(Direction::Both).thread_name("idle-probe").build().unwrap();
+        (0..8).for_each(|number| post(&mut ring, number));
+        let control = ring.control();
+        eventually("the poller sleeps", || control.stats().parks > 0);
+        let time = || (cpu_time_of("idle-probe").expect("its thread"), own_cpu_time());
+        let (parks, before) = (control.stats().parks, time());
+        assert_eq!(ring.wait(1, Some(Duration::from_millis(300))), 0);
+        let after = time();
+        let (poller, waiter) = (after.0 - before.0, after.1 - before.1);
+        assert!(poller <= Duration::from_millis(30), "the poller used {poller:?} of 300 ms");
+        assert!(waiter <= Duration::from_millis(30), "the waiter used {waiter:?} of 300 ms");
+        assert!(control.stats().parks - parks <= 3, "it woke up for nothing");
+        // And the next packet still comes.
+        send(&mut ring, 9);
+        assert_eq!(reap_n(&mut ring, 2).len(), 2);
+
+        // Inline.
+        let interface = loopback();
+        let mut ring = inline(&interface, Direction::Both).build().unwrap();
+        (0..8).for_each(|number| post(&mut ring, number));
+        let before = own_cpu_time();
+        assert_eq!(ring.wait(1, Some(Duration::from_millis(300))), 0);
+        let used = own_cpu_time() - before;
+        assert!(used <= Duration::from_millis(30), "the waiter used {used:?} of 300 ms");
+    });
+}

@@ -1,0 +1,285 @@
+//! Captures: what was on the wire, and nothing else, in a file that another reader understands.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pcap_file::DataLink;
+use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
+use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
+use pcap_file::pcapng::{Block, PcapNgReader};
+use vmring::device::pcap::Capture;
+use vmring::{Direction, Embedded, Error, Interface, Loopback, Op, RetryPolicy, Status};
+
+use crate::support::{
+    every_way, guarded, inline, number_of, packet, packet_between, post, reap_n, send, unique,
+};
+
+/// A writer whose bytes the test can read.
+#[derive(Clone, Default)]
+struct Tape(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Tape {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Tape {
+    fn bytes(&self) -> Vec<u8> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Recorded {
+    interface: u32,
+    inbound: bool,
+    bytes: Vec<u8>,
+}
+
+#[derive(Debug, Default)]
+struct File {
+    /// Name and MAC of each interface.
+    interfaces: Vec<(String, [u8; 6])>,
+    packets: Vec<Recorded>,
+    times: Vec<Duration>,
+}
+
+/// Reads a capture with another's reader; panics if that does not understand it.
+fn parse(bytes: &[u8]) -> File {
+    let mut reader = PcapNgReader::new(bytes).expect("a section header");
+    let mut file = File::default();
+    while let Some(block) = reader.next_block() {
+        match block.expect("a whole block") {
+            Block::InterfaceDescription(interface) => {
+                assert_eq!(interface.linktype, DataLink::ETHERNET);
+                let (mut name, mut mac, mut resolution) = (String::new(), [0; 6], 0);
+                for option in &interface.options {
+                    match option {
+                        InterfaceDescriptionOption::IfName(text) => name = text.to_string(),
+                        InterfaceDescriptionOption::IfMacAddr(address) => {
+                            mac.copy_from_slice(address);
+                        }
+                        InterfaceDescriptionOption::IfTsResol(digits) => resolution = *digits,
+                        other => panic!("{other:?}"),
+                    }
+                }
+                assert_eq!(resolution, 9, "nanoseconds");
+                file.interfaces.push((name, mac));
+            }
+            Block::EnhancedPacket(packet) => {
+                assert_eq!(packet.original_len as usize, packet.data.len());
+                let [EnhancedPacketOption::Flags(flags)] = packet.options[..] else {
+                    panic!("{:?}", packet.options)
+                };
+                assert!(flags == 1 || flags == 2, "inbound or outbound");
+                assert!((packet.interface_id as usize) < file.interfaces.len());
+                file.times.push(packet.timestamp);
+                file.packets.push(Recorded {
+                    interface: packet.interface_id,
+                    inbound: flags == 1,
+                    bytes: packet.data.into_owned(),
+                });
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    file
+}
+
+/// Goal: two interfaces record to one file, both directions flagged as each guest sees them, bytes
+/// as they were, times never going back and of today.
+#[test]
+fn two_interfaces_record_both_directions_to_one_file() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let today = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let (tape, network) = (Tape::default(), unique("capture"));
+            let capture = Capture::to_writer(tape.clone()).unwrap();
+            let start = |name: &str| {
+                let driver = capture.wrap(name, Embedded::network(network.clone()));
+                Interface::builder().device(driver).start().unwrap()
+            };
+            let interfaces = [start("left"), start("right")];
+            let mut rings = [0, 1].map(|i: usize| {
+                let builder = interfaces[i].ring(Direction::Both).drive(way.drive(poller));
+                builder.build().unwrap()
+            });
+            let macs = [0, 1].map(|i: usize| interfaces[i].mac().into_array());
+            // There and back, in every size.
+            let mut expected = Vec::new();
+            for (number, size) in [(0, 14), (1, 60), (2, 1514), (3, 61), (4, 1000), (5, 22)] {
+                let from = number % 2;
+                let to = 1 - from;
+                let bytes = packet_between(macs[from], macs[to], number as u64, size);
+                post(&mut rings[to], 100);
+                // Inline, the read must be with the network before the packet comes.
+                rings[to].reap().for_each(drop);
+                let mut frame = rings[from].alloc().unwrap();
+                frame.copy_from(&bytes).unwrap();
+                rings[from].submit_write(frame, number as u64).unwrap();
+                assert_eq!(reap_n(&mut rings[from], 1)[0].result, Ok(size));
+                let received = reap_n(&mut rings[to], 1).remove(0);
+                assert_eq!(received.frame.unwrap()[..], bytes[..]);
+                for (end, inbound) in [(from, false), (to, true)] {
+                    let interface = end as u32;
+                    expected.push(Recorded { interface, inbound, bytes: bytes.clone() });
+                }
+            }
+            // Neither what was refused nor what was cancelled was on the wire.
+            let runt = rings[0].alloc().unwrap();
+            rings[0].submit_write(runt, 9).unwrap();
+            let refused = Err(Status::InvalidArgument.into());
+            assert_eq!(reap_n(&mut rings[0], 1)[0].result, refused);
+            post(&mut rings[0], 10);
+            assert_eq!(capture.packets(), 12);
+            rings.into_iter().for_each(drop);
+            capture.finish().unwrap();
+
+            let file = parse(&tape.bytes());
+            let names = [("left".to_owned(), macs[0]), ("right".to_owned(), macs[1])];
+            assert_eq!(file.interfaces, names);
+            // Across two interfaces the sender and the receiver may record in either order.
+            let position = |packet: &Recorded| {
+                let at = |other| expected.iter().position(|e| e == other);
+                at(packet).expect("it was sent") / 2
+            };
+            assert_eq!(file.packets.len(), expected.len());
+            assert!(file.packets.iter().map(position).is_sorted(), "{:?}", file.packets);
+            assert!(expected.iter().all(|packet| file.packets.contains(packet)));
+            assert!(file.times.is_sorted(), "{:?}", file.times);
+            let hour = Duration::from_secs(3600);
+            assert!(file.times.iter().all(|time| (today - hour..today + hour).contains(time)));
+        });
+    });
+}
+
+/// Through a real file, which is complete once the interface is gone.
+#[test]
+fn a_capture_file_is_complete_when_its_rings_are_closed() {
+    guarded(|| {
+        let path = std::env::temp_dir().join(format!("vmring-{}.pcapng", std::process::id()));
+        let capture = Capture::create(&path).unwrap();
+        let driver = capture.wrap("loop", Loopback::new(1500));
+        let interface = Interface::builder().device(driver).start().unwrap();
+        let mut ring = interface.ring(Direction::Both).build().unwrap();
+        for number in 0..100 {
+            post(&mut ring, number);
+            send(&mut ring, number);
+            reap_n(&mut ring, 2);
+        }
+        ring.close().unwrap();
+        // Not even `finish` is needed.
+        let file = parse(&std::fs::read(&path).unwrap());
+        assert_eq!(capture.packets(), 200);
+        for (direction, inbound) in [("out", false), ("in", true)] {
+            let packets = file.packets.iter().filter(|packet| packet.inbound == inbound);
+            let numbers: Vec<u64> = packets.map(|packet| number_of(&packet.bytes)).collect();
+            assert!(numbers.iter().copied().eq(0..100), "{direction}: {numbers:?}");
+        }
+        assert_eq!(file.packets[0].bytes, packet(0, 60));
+        capture.finish().unwrap();
+        std::fs::remove_file(&path).unwrap();
+
+        let nowhere = Capture::create("/nonexistent/directory/file.pcapng");
+        assert!(matches!(nowhere, Err(Error::Io { .. })), "{nowhere:?}");
+    });
+}
+
+/// A disk with room for so many bytes.
+struct Full {
+    room: usize,
+    tape: Tape,
+}
+
+impl Write for Full {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.room == 0 {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        let n = bytes.len().min(self.room);
+        self.room -= n;
+        self.tape.write(&bytes[..n])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_writer_that_fails_is_reported_by_finish_and_packets_go_on() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let tape = Tape::default();
+            // More than the capture's buffer, so that it fails in the middle and not at the end.
+            let capture = Capture::to_writer(Full { room: 1_200_000, tape: tape.clone() }).unwrap();
+            let driver = capture.wrap("loop", Loopback::new(65_000));
+            let interface = Interface::builder().device(driver).start().unwrap();
+            let mut ring = interface
+                .ring(Direction::Both)
+                .depth(4)
+                .drive(way.drive(poller))
+                .retry(RetryPolicy::default())
+                .build()
+                .unwrap();
+            let round_trip = |ring: &mut vmring::Ring, number| {
+                let mut frame = ring.alloc().unwrap();
+                frame.copy_from(&packet(number, 60_000)).unwrap();
+                ring.submit_write(frame, number).unwrap();
+                post(ring, number);
+                for done in reap_n(ring, 2) {
+                    assert_eq!((done.user_data, done.result), (number, Ok(60_000)));
+                    if done.op == Op::Read {
+                        assert_eq!(done.frame.unwrap()[..], packet(number, 60_000)[..]);
+                    }
+                }
+            };
+            (0..50).for_each(|number| round_trip(&mut ring, number));
+            let recorded = capture.packets();
+            assert!((10..100).contains(&recorded), "{recorded} packets");
+            let full = |result: Result<(), Error>| match result {
+                Err(Error::Io { source, .. }) => {
+                    assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+                }
+                other => panic!("{other:?}"),
+            };
+            full(capture.finish());
+            // Nothing is recorded behind the gap, and the file stays incomplete.
+            (50..55).for_each(|number| round_trip(&mut ring, number));
+            assert_eq!(capture.packets(), recorded);
+            full(capture.finish());
+            ring.close().unwrap();
+        });
+        // A capture that cannot even begin.
+        let capture = Capture::to_writer(Full { room: 0, tape: Tape::default() });
+        let failed = capture.and_then(|capture| capture.finish());
+        assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
+    });
+}
+
+/// A wrapper changes nothing about the ring: cancel, quiesce and close go through.
+#[test]
+fn a_recorded_device_lets_go_like_the_one_it_wraps() {
+    guarded(|| {
+        let capture = Capture::to_writer(io::sink()).unwrap();
+        let driver = capture.wrap("loop", Loopback::new(1500));
+        let interface = Interface::builder().device(driver).start().unwrap();
+        let mut ring = inline(&interface, Direction::Both).build().unwrap();
+        (0..8).for_each(|number| post(&mut ring, number));
+        ring.cancel(3, 100).unwrap();
+        assert_eq!(reap_n(&mut ring, 2).len(), 2);
+        assert_eq!(ring.quiesce(crate::support::LONG).unwrap(), 7);
+        ring.reap().for_each(drop);
+        (0..4).for_each(|number| post(&mut ring, number));
+        ring.close().unwrap();
+        assert_eq!(ring.reap().len(), 4);
+        assert_eq!((capture.packets(), interface.device_name()), (0, "loopback"));
+    });
+}

@@ -1,0 +1,331 @@
+//! Who drives a ring: its own thread, a thread shared with others, or its owner.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
+use std::thread;
+use std::time::Duration;
+
+use vmring::device::Progress;
+use vmring::{Direction, Drive, Error, IdlePolicy, Interface, Op, Poller, Ring};
+
+use crate::support::{
+    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, number_of,
+    post, reap, reap_n, scaled, send, stage, take_writes,
+};
+
+/// Sends and receives packets `numbers` on a ring over a loopback.
+fn round_trips(ring: &mut Ring, numbers: std::ops::Range<u64>) {
+    for number in numbers {
+        post(ring, 1_000_000);
+        send(ring, number);
+        for done in reap_n(ring, 2) {
+            assert_eq!(done.result, Ok(60));
+            if done.op == Op::Read {
+                assert_eq!(number_of(&done.frame.unwrap()), number);
+            }
+        }
+    }
+}
+
+/// The names of this process's threads.
+#[cfg(target_os = "linux")]
+fn thread_names() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    tasks
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+        .map(|name| name.trim_end().to_owned())
+        .collect()
+}
+
+/// Goal: the same ring works in each of the three ways, and the device is called on the thread that
+/// was chosen.
+#[test]
+fn three_ways_to_drive() {
+    guarded(|| {
+        let poller = Poller::builder().name("shared-one").start().unwrap();
+        for way in Way::ALL {
+            let callers: Arc<Mutex<Vec<String>>> = Arc::default();
+            let calling = callers.clone();
+            let interface = Script::new(move |_, _| {
+                let calling = calling.clone();
+                ScriptQueue::new(move |io| {
+                    let name = thread::current().name().unwrap_or_default().to_owned();
+                    calling.lock().unwrap().push(name);
+                    take_writes(io);
+                    Ok(Progress::Idle)
+                })
+            })
+            .start();
+            let mut ring = interface
+                .ring(Direction::Write)
+                .drive(way.drive(&poller))
+                .thread_name("its-own")
+                .build()
+                .unwrap();
+            for number in 0..20 {
+                send(&mut ring, number);
+                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Write, number, Ok(60)));
+            }
+            let expected = match way {
+                Way::Thread => "its-own".to_owned(),
+                Way::Shared => "shared-one".to_owned(),
+                Way::Inline => thread::current().name().unwrap().to_owned(),
+            };
+            let callers = callers.lock().unwrap();
+            assert!(callers.iter().all(|name| *name == expected), "{way:?}: {callers:?}");
+        }
+    });
+}
+
+#[test]
+fn a_poller_drives_many_rings_and_all_make_progress() {
+    guarded(|| {
+        let poller = Poller::start().unwrap();
+        let count = scaled(200).max(20);
+        let interfaces: Vec<Interface> = (0..64).map(|_| loopback()).collect();
+        let mut rings: Vec<Ring> = interfaces
+            .iter()
+            .map(|interface| {
+                let builder = interface.ring(Direction::Both).depth(8);
+                builder.drive(Drive::Shared(&poller)).build().unwrap()
+            })
+            .collect();
+        // All have work at the same time, and each gets its turn.
+        let mut received = vec![0; rings.len()];
+        let mut sent = vec![0; rings.len()];
+        while received.iter().any(|n| *n < count) {
+            for (i, ring) in rings.iter_mut().enumerate() {
+                let (mut sq, _) = ring.split();
+                let (reads, writes) = (sq.read_credits(), sq.write_credits());
+                (0..reads).for_each(|_| post(ring, 0));
+                for _ in 0..u64::from(writes).min(count - sent[i]) {
+                    send(ring, sent[i]);
+                    sent[i] += 1;
+                }
+                for done in reap(ring) {
+                    assert_eq!(done.result, Ok(60));
+                    if done.op == Op::Read {
+                        assert_eq!(number_of(&done.frame.unwrap()), received[i]);
+                        received[i] += 1;
+                    }
+                }
+            }
+            stage(format!("received {received:?} of {count}"));
+            rings[0].wait(1, Some(Duration::from_micros(100)));
+        }
+        // One that is closed, and one that is new, disturb nobody.
+        drop(rings.swap_remove(10));
+        rings[20].quiesce(LONG).unwrap();
+        rings[20].reap().for_each(drop);
+        round_trips(&mut rings[20], 0..10);
+        let extra = loopback();
+        let mut ring = extra.ring(Direction::Both).drive(Drive::Shared(&poller)).build().unwrap();
+        round_trips(&mut ring, 0..10);
+    });
+}
+
+#[test]
+fn a_busy_ring_does_not_starve_its_neighbour() {
+    guarded(|| {
+        let poller = Poller::start().unwrap();
+        let (busy, calm) = (loopback(), loopback());
+        let build = |interface: &Interface| {
+            interface.ring(Direction::Both).drive(Drive::Shared(&poller)).build().unwrap()
+        };
+        let (mut busy, mut calm) = (build(&busy), build(&calm));
+        let stop = Arc::new(AtomicBool::new(false));
+        let busily = {
+            let stop = stop.clone();
+            thread::spawn(move || {
+                (0..64).for_each(|number| post(&mut busy, number));
+                (0..32).for_each(|number| send(&mut busy, number));
+                while !stop.load(Ordering::Relaxed) {
+                    let (mut sq, mut cq) = busy.split();
+                    for done in cq.reap() {
+                        let frame = done.frame_ok().unwrap();
+                        match done.op {
+                            Op::Read => sq.submit_read(frame, 0).unwrap(),
+                            _ => sq.submit_write(frame, 0).unwrap(),
+                        }
+                    }
+                }
+            })
+        };
+        round_trips(&mut calm, 0..scaled(200));
+        stop.store(true, Ordering::Relaxed);
+        busily.join().unwrap();
+    });
+}
+
+#[test]
+fn a_poller_outlives_its_handle_until_its_rings_are_closed() {
+    guarded(|| {
+        let name = "outliving";
+        let poller = Poller::builder().name(name).start().unwrap();
+        let interfaces = [loopback(), loopback()];
+        let mut rings: Vec<Ring> = interfaces
+            .iter()
+            .map(|i| i.ring(Direction::Both).drive(Drive::Shared(&poller)).build().unwrap())
+            .collect();
+        drop(poller);
+        round_trips(&mut rings[0], 0..20);
+        rings[0].close().unwrap();
+        round_trips(&mut rings[1], 0..20);
+        #[cfg(target_os = "linux")]
+        {
+            assert!(thread_names().iter().any(|thread| thread == name));
+            rings.clear();
+            eventually("the poller's thread ends", || {
+                thread_names().iter().all(|thread| thread != name)
+            });
+        }
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_rings_own_thread_ends_with_it() {
+    guarded(|| {
+        let interface = loopback();
+        let mut ring =
+            interface.ring(Direction::Both).thread_name("ends-with-ring").build().unwrap();
+        let there = || thread_names().iter().any(|thread| thread == "ends-with-ring");
+        round_trips(&mut ring, 0..1);
+        assert!(there());
+        ring.close().unwrap();
+        eventually("its thread ends", || !there());
+        // A poller nobody used ends with its handle.
+        let poller = Poller::builder().name("never-used").start().unwrap();
+        drop(poller);
+        eventually("the unused poller ends", || {
+            thread_names().iter().all(|thread| thread != "never-used")
+        });
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_poller_stays_on_its_processor_or_says_why_not() {
+    guarded(|| {
+        // A processor that this process may use, whatever the machine allows.
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let first: usize =
+            allowed.unwrap().trim().split(['-', ',']).next().unwrap().parse().unwrap();
+        let places: Arc<Mutex<Vec<i32>>> = Arc::default();
+        let seen = places.clone();
+        let interface = Script::new(move |_, _| {
+            let seen = seen.clone();
+            ScriptQueue::new(move |io| {
+                // SAFETY: it takes nothing and returns a number.
+                seen.lock().unwrap().push(unsafe { libc::sched_getcpu() });
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+        })
+        .start();
+        let poller = Poller::builder().cpu(first).idle(IdlePolicy::PARK).start().unwrap();
+        for drive in [Drive::Shared(&poller), Drive::Thread] {
+            let builder = interface.ring(Direction::Write).drive(drive).cpu(first);
+            let mut ring = builder.build().unwrap();
+            for number in 0..20 {
+                send(&mut ring, number);
+                reap_n(&mut ring, 1);
+            }
+        }
+        assert!(places.lock().unwrap().iter().all(|cpu| *cpu == first as i32));
+        for cpu in [1 << 20, libc::CPU_SETSIZE as usize - 1] {
+            let start = Poller::builder().cpu(cpu).start();
+            assert!(matches!(start, Err(Error::Io { .. })), "{start:?}");
+            let build = interface.ring(Direction::Write).cpu(cpu).build();
+            assert!(matches!(build, Err(Error::Io { .. })), "{build:?}");
+        }
+    });
+}
+
+/// A waker that drops a ring, wherever it is woken.
+struct Dropper {
+    ring: Mutex<Option<Ring>>,
+    dropped_on: Mutex<Option<thread::ThreadId>>,
+    wakes: AtomicU64,
+}
+
+impl Wake for Dropper {
+    fn wake(self: Arc<Self>) {
+        self.wakes.fetch_add(1, Ordering::SeqCst);
+        // Out of the lock first: dropping it may wake again.
+        let ring = self.ring.lock().unwrap().take();
+        if let Some(ring) = ring {
+            drop(ring);
+            *self.dropped_on.lock().unwrap() = Some(thread::current().id());
+        }
+    }
+}
+
+#[test]
+fn dropping_a_ring_on_its_own_poller_thread_does_not_deadlock() {
+    guarded(|| {
+        let poller = Poller::start().unwrap();
+        for drive in [Drive::Thread, Drive::Shared(&poller)] {
+            let interface = loopback();
+            let mut ring = interface.ring(Direction::Both).drive(drive).build().unwrap();
+            let pool = ring.pools()[0].clone();
+            let mut writer = inline(&interface, Direction::Write).build().unwrap();
+            for number in 0..8 {
+                post(&mut ring, number);
+            }
+            let dropper = Arc::new(Dropper {
+                ring: Mutex::new(None),
+                dropped_on: Mutex::new(None),
+                wakes: AtomicU64::new(0),
+            });
+            let waker = Waker::from(dropper.clone());
+            assert!(ring.poll_ready(&mut Context::from_waker(&waker), 1).is_pending());
+            *dropper.ring.lock().unwrap() = Some(ring);
+            send(&mut writer, 1);
+            writer.reap().for_each(drop);
+            eventually("the waker drops the ring", || dropper.dropped_on.lock().unwrap().is_some());
+            let dropped_on = dropper.dropped_on.lock().unwrap().unwrap();
+            assert_ne!(dropped_on, thread::current().id(), "it was woken by the poller");
+            eventually("what was in flight comes home", || pool.slots_out() == 0);
+            drop(writer);
+            // The poller lives, and the device's reading end is free again.
+            let mut ring = None;
+            eventually("the place of the dropped ring is free", || {
+                ring = interface.ring(Direction::Both).drive(drive).build().ok();
+                ring.is_some()
+            });
+            let mut ring = ring.unwrap();
+            // The packet that woke it went with the ring; others come.
+            round_trips(&mut ring, 0..5);
+        }
+    });
+}
+
+/// A waker that panics ends neither the poller nor the ring.
+#[test]
+fn a_waker_that_panics_does_not_end_the_poller() {
+    struct Panicking;
+    impl Wake for Panicking {
+        fn wake(self: Arc<Self>) {
+            std::panic::resume_unwind(Box::new("a waker's own bug"));
+        }
+    }
+    guarded(|| {
+        every_way(|way, poller| {
+            if way == Way::Inline {
+                return;
+            }
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            post(&mut ring, 1);
+            let waker = Waker::from(Arc::new(Panicking));
+            assert!(ring.poll_ready(&mut Context::from_waker(&waker), 1).is_pending());
+            send(&mut ring, 2);
+            assert_eq!(reap_n(&mut ring, 2).len(), 2);
+            round_trips(&mut ring, 0..5);
+        });
+    });
+}
