@@ -143,7 +143,8 @@ fuzz_target!(|case: Case| {
             Step::Trim(at, by, front) if !world.frames.is_empty() => {
                 let n = world.frames.len();
                 let frame = &mut world.frames[usize::from(at) % n];
-                let _ = if front { frame.trim_front(by.into()) } else { frame.grow_front(by.into()) };
+                let _ =
+                    if front { frame.trim_front(by.into()) } else { frame.grow_front(by.into()) };
             }
             Step::Read(at) => world.submit(at, true),
             Step::Write(at) => world.submit(at, false),
