@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Mutex, TryLockError, Weak};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
@@ -57,11 +57,14 @@ struct State {
 
 /// Tasks to wake when completions come: all of them, since any may be able to proceed. Also the
 /// ring's own waker.
+#[derive(Default)]
 struct Sleepers {
     wakers: Mutex<BTreeMap<u64, Waker>>,
-    /// The ring has called while the state was locked: who unlocks it wakes.
+    /// Somebody works on the state. Not asked of the state's own lock: that would take a reference to
+    /// the ring, and the poller would be the one to drop it.
+    busy: AtomicBool,
+    /// The ring has called while somebody was busy: who ends that wakes.
     called: AtomicBool,
-    state: Weak<Mutex<State>>,
 }
 
 impl Sleepers {
@@ -71,9 +74,9 @@ impl Sleepers {
         wakers.into_values().for_each(Waker::wake);
     }
 
-    /// After the state was unlocked: does what a call that found it locked left to do.
+    /// After the state was unlocked: does what a call that found it busy left to do.
     fn unlocked(&self) {
-        // Pairs with the fence in `wake`: either we see `called`, or it sees the state unlocked.
+        // Pairs with the fence in `wake`: either we see `called`, or it sees that nobody is busy.
         fence(Ordering::SeqCst);
         if self.called.swap(false, Ordering::AcqRel) {
             self.wake_all();
@@ -88,9 +91,7 @@ impl Wake for Sleepers {
         self.called.store(true, Ordering::Release);
         // Pairs with the fence in `unlocked`.
         fence(Ordering::SeqCst);
-        let Some(state) = self.state.upgrade() else { return };
-        let unlocked = !matches!(state.try_lock(), Err(TryLockError::WouldBlock));
-        if unlocked && self.called.swap(false, Ordering::AcqRel) {
+        if !self.busy.load(Ordering::Acquire) && self.called.swap(false, Ordering::AcqRel) {
             self.wake_all();
         }
     }
@@ -107,12 +108,7 @@ impl Async {
             State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
         state.ring.split().0.post_reads(READ)?;
         let state = Arc::new(Mutex::new(state));
-        let sleepers = Arc::new(Sleepers {
-            wakers: Mutex::default(),
-            called: AtomicBool::new(false),
-            state: Arc::downgrade(&state),
-        });
-        Ok(Self { state, sleepers, numbers: Arc::default() })
+        Ok(Self { state, sleepers: Arc::default(), numbers: Arc::default() })
     }
 
     /// The next packet. Readers may come in any number; a packet goes to one of them. Dropping the
@@ -148,7 +144,20 @@ impl Async {
 
     /// The one way to the state.
     fn locked<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        let result = f(&mut lock(&self.state));
+        /// Also when `f` panics.
+        struct Busy<'a>(&'a AtomicBool);
+        impl Drop for Busy<'_> {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::Release);
+            }
+        }
+        let mut state = lock(&self.state);
+        self.sleepers.busy.store(true, Ordering::Relaxed);
+        let busy = Busy(&self.sleepers.busy);
+        let result = f(&mut state);
+        // Before the lock is, so that nobody else's work is taken for ours.
+        drop(busy);
+        drop(state);
         self.sleepers.unlocked();
         result
     }
