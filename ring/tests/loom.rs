@@ -64,7 +64,11 @@ impl Marks {
     /// Writes a packet: `stamp`, into the frame and into the slot's mark.
     fn write(&self, frame: &mut Frame, stamp: u64) {
         frame.copy_from(&stamp.to_le_bytes()).unwrap();
-        self.0[frame.slot() as usize].with_mut(|mark| {
+        self.set(frame.slot(), stamp);
+    }
+
+    fn set(&self, slot: u32, stamp: u64) {
+        self.0[slot as usize].with_mut(|mark| {
             // SAFETY: loom has just checked that nobody else has access.
             unsafe { *mark = stamp }
         });
@@ -275,6 +279,32 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
             }
         }
         drop((sender.join().unwrap(), reaper, intake, outlet));
+    });
+}
+
+/// The reaper counts what is in flight by the SQ's tail, without the poller between.
+///
+/// Broken by: a Relaxed load of the tail there.
+#[test]
+fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
+    check(3, || {
+        let (pool, marks, _) = pool(2);
+        let (mut submitter, reaper, intake, outlet) =
+            rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
+        let (frame, seen) = (pool.alloc().unwrap(), pool.alloc().unwrap());
+        let sender = thread::spawn({
+            let (slot, marks) = (seen.slot(), marks.clone());
+            move || {
+                marks.set(slot, 0);
+                submitter.push(Class::Read, frame, 1).unwrap();
+                submitter.publish();
+                submitter
+            }
+        });
+        if reaper.in_flight() == 1 {
+            marks.set(seen.slot(), 1);
+        }
+        drop((sender.join().unwrap(), seen, reaper, intake, outlet));
     });
 }
 
