@@ -7,7 +7,9 @@ use std::thread;
 use std::time::Duration;
 
 use vmring::device::Progress;
-use vmring::{Direction, Drive, Error, IdlePolicy, Interface, Op, Poller, Ring};
+use vmring::{Direction, Drive, Interface, Op, Poller, Ring};
+#[cfg(target_os = "linux")]
+use vmring::{Error, IdlePolicy};
 
 use crate::support::{
     LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, number_of,
