@@ -577,13 +577,8 @@ proptest! {
         drop(world);
         for pool in pools {
             prop_assert_eq!(pool.slots_out(), 0, "a frame did not come home");
-            let all: BTreeSet<_> = std::iter::from_fn(|| pool.alloc())
-                .map(|frame| {
-                    let slot = frame.slot();
-                    std::mem::forget(frame);
-                    slot
-                })
-                .collect();
+            let frames: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+            let all: BTreeSet<_> = frames.iter().map(Frame::slot).collect();
             prop_assert_eq!(all, (0..pool.layout().slots).collect::<BTreeSet<_>>());
         }
     }
