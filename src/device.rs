@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_core::{Class, Frame, Outcome};
+use vmring_core::{Class, Frame, Outcome, offload};
 
 use crate::error::{Direction, EntryError, Error, Status};
 use crate::interface::InterfaceInfo;
@@ -168,6 +168,11 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// What the device counts of itself beyond packets, by name.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Packets the device dropped by itself since it started, by reason; the sum of a network.
     fn drops(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -224,6 +229,10 @@ macro_rules! delegate_device {
 
             fn lease(&self, mac: $crate::MacAddr6) -> Option<$crate::device::Lease> {
                 self.device.lease(mac)
+            }
+
+            fn counters(&self) -> Vec<(&'static str, u64)> {
+                self.device.counters()
             }
 
             fn drops(&self) -> Vec<(&'static str, u64)> {
@@ -369,6 +378,20 @@ impl PostedSlot {
     #[inline]
     pub fn room_mut(&mut self) -> &mut [u8] {
         self.frame_mut().room_mut()
+    }
+
+    /// As [`room_mut`](Self::room_mut), from `header` bytes before the packet: for devices that put
+    /// an offload header there. `None` if there is less headroom.
+    #[inline]
+    pub fn room_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+        self.frame_mut().room_behind_header_mut(header)
+    }
+
+    /// Of a write: the packet, from `header` bytes before it. `None` if there is less headroom.
+    #[inline]
+    pub fn packet_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+        let len = header + self.packet().len();
+        self.room_behind_header_mut(header)?.get_mut(..len)
     }
 
     /// Of a write: the packet, to be changed in place.
@@ -588,6 +611,18 @@ impl<'a> Io<'a> {
         let outcome = match slot.frame_mut().set_len(len) {
             Ok(()) => Outcome::Done,
             Err(_) => Status::InvalidArgument.into(),
+        };
+        self.finish(slot, outcome);
+    }
+
+    /// An offload header and behind it a packet, `len` bytes together, stand in the slot, where
+    /// [`PostedSlot::room_behind_header_mut`] said. Lengths that cannot be complete it as refused with
+    /// `InvalidArgument`.
+    pub fn complete_read_with_header(&mut self, mut slot: PostedSlot, len: usize) {
+        let packet = len.checked_sub(offload::LEN);
+        let outcome = match packet.map(|len| slot.frame_mut().received_with_offload(len)) {
+            Some(Ok(())) => Outcome::Done,
+            _ => Status::InvalidArgument.into(),
         };
         self.finish(slot, outcome);
     }

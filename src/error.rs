@@ -5,6 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use thiserror::Error as ThisError;
+use vmring_core::offload::OffloadError;
 use vmring_core::{Frame, LayoutError, Outcome};
 
 /// A vmnet return code other than success. Every device answers in these terms.
@@ -175,6 +176,21 @@ pub enum SubmitErrorKind {
         /// The interface's `max_packet_size` in bytes.
         needed: usize,
     },
+    /// The frame has less room in front of the packet than the device's offload header needs.
+    #[error("there are {headroom} bytes in front of the packet and the interface needs {needed}")]
+    NoHeadroom {
+        /// Bytes in front of the packet.
+        headroom: usize,
+        /// Bytes the interface needs there.
+        needed: usize,
+    },
+    /// The packet's offload header is not true of the packet.
+    #[error("the packet's offload header is wrong: {0}")]
+    Offload(OffloadError),
+    /// The packet's offload header asks for what was not negotiated: the checksum or the segments
+    /// would never be made.
+    #[error("the packet's offload header asks for what the interface does not do")]
+    OffloadNotNegotiated,
     /// The frame belongs to a pool that this ring was not built with.
     #[error("the frame belongs to a pool that this ring does not know")]
     ForeignPool,
@@ -258,6 +274,14 @@ pub enum ConfigError {
         /// Bytes a packet may have.
         needed: usize,
     },
+    /// A pool whose frames have no place for the device's offload header.
+    #[error("the pool's frames have {headroom} bytes of headroom and the device needs {needed}")]
+    PoolHeadroom {
+        /// Bytes in front of a packet.
+        headroom: usize,
+        /// Bytes the device needs there.
+        needed: usize,
+    },
     /// A region that cannot be cut into such slots.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -286,6 +310,22 @@ pub enum Error {
         what: &'static str,
         /// The device.
         device: String,
+    },
+    /// The running macOS is too old for it.
+    #[error("{what} needs macOS {version}")]
+    NeedsMacos {
+        /// What.
+        what: &'static str,
+        /// The first macOS that has it.
+        version: &'static str,
+    },
+    /// The device answered with what cannot be.
+    #[error("the {device} device answered with {what}")]
+    Answer {
+        /// The device.
+        device: &'static str,
+        /// The answer, in words.
+        what: &'static str,
     },
     /// A setting that cannot be.
     #[error(transparent)]

@@ -14,7 +14,7 @@ use macaddr::MacAddr6;
 use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
 
 use crate::device::{
-    Capabilities, Device, Lease, PortForward, Protocol, next_ring_number, register,
+    Capabilities, Device, Lease, Offloads, PortForward, Protocol, next_ring_number, register,
 };
 use crate::error::{ConfigError, Direction, Error};
 use crate::notify::{Notifier, lock};
@@ -117,6 +117,8 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// Keep packets between this and the other interfaces apart.
     pub isolated: bool,
+    /// Work that the device is to take off the guest. What it does is in its [`Capabilities`].
+    pub offloads: Offloads,
 }
 
 /// What was negotiated at start: `Lwt_vmnet`'s `t`.
@@ -203,6 +205,16 @@ impl Builder {
         self
     }
 
+    /// Work that the device is to take off the guest; what it does is in
+    /// [`Interface::capabilities`]. Default: none. A device that cannot says so at start.
+    #[doc(alias = "vmnet_enable_tso_key")]
+    #[doc(alias = "vmnet_enable_checksum_offload_key")]
+    #[doc(alias = "vmnet_enable_virtio_header_key")]
+    pub fn offloads(mut self, offloads: Offloads) -> Self {
+        self.config.offloads = offloads;
+        self
+    }
+
     /// The device to start. Default: the embedded network `default`.
     pub fn device(mut self, driver: impl Driver) -> Self {
         self.driver = Some(Box::new(driver));
@@ -275,6 +287,7 @@ impl Interface {
             ipv4: None,
             mtu: None,
             isolated: false,
+            offloads: Offloads::default(),
         };
         Builder { config, driver: None, start_timeout: Duration::from_secs(10) }
     }
@@ -393,6 +406,11 @@ impl Interface {
     /// The address the network gave to `mac`, where the device knows.
     pub fn lease(&self, mac: MacAddr6) -> Option<Lease> {
         self.group.device.lease(mac)
+    }
+
+    /// What the device counts of itself beyond packets, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.group.device.counters()
     }
 
     /// Packets the device (or its whole network) dropped, by reason.
@@ -584,6 +602,10 @@ impl<'a> RingBuilder<'a> {
             if self.direction.reads() && room < packet {
                 return Err(ConfigError::PoolTooSmall { room, needed: packet }.into());
             }
+            let (headroom, needed) = (pool.layout().headroom as usize, caps.headroom as usize);
+            if headroom < needed {
+                return Err(ConfigError::PoolHeadroom { headroom, needed }.into());
+            }
         }
         let regions = Regions::new(pools)
             .ok_or_else(|| ConfigError::Invalid("a ring takes at most 65,536 pools".to_owned()))?;
@@ -639,7 +661,7 @@ impl<'a> RingBuilder<'a> {
             _ => (Some(Box::new(engine)), None),
         };
         tracing::debug!(ring = number, direction = %self.direction, ?depths, "ring built");
-        let sq = SubmissionQueue::new(submitter, shared.clone(), packet);
+        let sq = SubmissionQueue::new(submitter, shared.clone(), caps);
         let cq = CompletionQueue::new(
             reaper,
             shared,

@@ -80,7 +80,8 @@ pub use pool::{Pool, PoolBuilder};
 pub use ring::{
     Armed, Completion, CompletionQueue, Half, Op, Reap, Ring, RingControl, SubmissionQueue,
 };
-pub use vmring_core::{Frame, OutOfRoom, PacketView};
+pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};
+pub use vmring_core::{Frame, FrontError, OutOfRoom, PacketView};
 
 /// The README's example, compiled and run as a test.
 #[cfg(doctest)]

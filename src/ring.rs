@@ -36,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::offload::{self, Gso, OffloadHeader};
 use vmring_core::{Class, Frame, Opcode, Pool, Reaped, Reaper, Refusal, Submitter};
 
 use crate::device::{Capabilities, Orphan, deregister};
@@ -389,7 +390,7 @@ impl fmt::Debug for Completion {
 pub struct SubmissionQueue {
     submitter: Submitter,
     pub(crate) shared: Arc<RingShared>,
-    max_packet_size: usize,
+    caps: Capabilities,
 }
 
 /// The reaping half of a ring. Dropping it closes the ring.
@@ -441,8 +442,8 @@ impl<T> DerefMut for Half<'_, T> {
 }
 
 impl SubmissionQueue {
-    pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, max: usize) -> Self {
-        Self { submitter, shared, max_packet_size: max }
+    pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, caps: Capabilities) -> Self {
+        Self { submitter, shared, caps }
     }
 
     /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
@@ -612,7 +613,7 @@ impl SubmissionQueue {
         if let Some(closed) = self.why_closed() {
             return Err(closed.into());
         }
-        let max = self.max_packet_size;
+        let max = self.caps.max_packet_size as usize;
         if class == Class::Read {
             frame.reset();
             let room = frame.capacity();
@@ -621,6 +622,46 @@ impl SubmissionQueue {
             }
         } else if frame.len() > max {
             return Err(SubmitErrorKind::TooBig { len: frame.len(), max });
+        }
+        let (headroom, needed) = (frame.headroom(), self.caps.headroom as usize);
+        if headroom < needed {
+            return Err(SubmitErrorKind::NoHeadroom { headroom, needed });
+        }
+        if class == Class::Write && (needed > 0 || frame.has_offload_to_send()) {
+            return self.prepare_offload(frame);
+        }
+        Ok(())
+    }
+
+    /// Makes what stands in front of a packet to be sent what the device is to read there: the header
+    /// that the caller has set, if it is true and was negotiated, or zeroes. Never what was left there
+    /// by another packet.
+    fn prepare_offload(&self, frame: &mut Frame) -> Result<(), SubmitErrorKind> {
+        let offloads = &self.caps.offloads;
+        let header = match frame.has_offload_to_send() {
+            true => frame.offload().map_err(SubmitErrorKind::Offload)?.unwrap_or_default(),
+            false => OffloadHeader::NONE,
+        };
+        header.validate(frame.len()).map_err(SubmitErrorKind::Offload)?;
+        let negotiated = match header.gso {
+            Gso::None => true,
+            Gso::TcpV4 => offloads.tso4,
+            Gso::TcpV6 => offloads.tso6,
+            Gso::UdpL4 => offloads.uso,
+            Gso::Udp => false,
+        } && (header.is_plain() || offloads.virtio_header && offloads.checksum);
+        if !negotiated {
+            return Err(SubmitErrorKind::OffloadNotNegotiated);
+        }
+        if offloads.virtio_header {
+            let room = frame.headroom();
+            let needed = offload::LEN;
+            frame
+                .set_offload(&header.for_sending())
+                .map_err(|_| SubmitErrorKind::NoHeadroom { headroom: room, needed })?;
+        } else {
+            // Plain, and the device takes none.
+            frame.clear_offload();
         }
         Ok(())
     }

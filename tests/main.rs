@@ -9,6 +9,7 @@ mod close;
 mod frontends;
 mod model;
 mod notify;
+mod offload;
 mod pcap;
 mod pollers;
 mod serde;

@@ -469,8 +469,9 @@ impl<'a> Model<'a> {
             }
             Step::Trim { frame, front, n } => self.resize(frame, n, |frame, n| {
                 let fits = n <= frame.len();
-                let result = if front { frame.trim_front(n) } else { frame.trim_back(n) };
-                assert_eq!(result.is_ok(), fits);
+                let trimmed =
+                    if front { frame.trim_front(n).is_ok() } else { frame.trim_back(n).is_ok() };
+                assert_eq!(trimmed, fits);
             }),
             Step::Grow { frame, n } => self.resize(frame, n, |frame, n| {
                 let fits = n <= frame.headroom();

@@ -64,11 +64,27 @@ pub(crate) struct Place {
     pub(crate) slot: u32,
     pub(crate) offset: u32,
     pub(crate) len: u32,
+    /// What stands in front of the packet.
+    pub(crate) header: HeaderState,
+}
+
+/// What the 12 bytes in front of a packet are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum HeaderState {
+    /// Nothing: headroom.
+    #[default]
+    Absent = 0,
+    /// The offload header with which the packet was received.
+    Received = 1,
+    /// The offload header with which the packet is to be sent.
+    ToSend = 2,
 }
 
 /// The slot number of an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
-const NOWHERE: Place = Place { region: 0, slot: NO_SLOT, offset: 0, len: 0 };
+const NOWHERE: Place =
+    Place { region: 0, slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::Absent };
 
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
 #[derive(Clone, Copy, Debug)]
@@ -80,7 +96,7 @@ pub struct Sqe {
     len: u32,
     region: u16,
     opcode: Opcode,
-    reserved: u8,
+    header: HeaderState,
     target: u64,
 }
 
@@ -97,7 +113,8 @@ pub struct Cqe {
     opcode: Opcode,
     outcome: u8,
     code: u32,
-    reserved: u32,
+    header: HeaderState,
+    reserved: [u8; 3],
 }
 
 const_assert_eq!(size_of::<Sqe>(), 32);
@@ -108,7 +125,7 @@ const_assert_eq!(offset_of!(Sqe, offset), 12);
 const_assert_eq!(offset_of!(Sqe, len), 16);
 const_assert_eq!(offset_of!(Sqe, region), 20);
 const_assert_eq!(offset_of!(Sqe, opcode), 22);
-const_assert_eq!(offset_of!(Sqe, reserved), 23);
+const_assert_eq!(offset_of!(Sqe, header), 23);
 const_assert_eq!(offset_of!(Sqe, target), 24);
 
 const_assert_eq!(size_of::<Cqe>(), 32);
@@ -121,7 +138,8 @@ const_assert_eq!(offset_of!(Cqe, region), 20);
 const_assert_eq!(offset_of!(Cqe, opcode), 22);
 const_assert_eq!(offset_of!(Cqe, outcome), 23);
 const_assert_eq!(offset_of!(Cqe, code), 24);
-const_assert_eq!(offset_of!(Cqe, reserved), 28);
+const_assert_eq!(offset_of!(Cqe, header), 28);
+const_assert_eq!(offset_of!(Cqe, reserved), 29);
 assert_impl_all!(Sqe: Copy, Send);
 assert_impl_all!(Cqe: Copy, Send);
 
@@ -132,8 +150,8 @@ pub(crate) trait Entry: Copy {
 
 impl Sqe {
     pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64) -> Self {
-        let Place { region, slot, offset, len } = place;
-        Self { user_data, slot, offset, len, region, opcode, reserved: 0, target: 0 }
+        let Place { region, slot, offset, len, header } = place;
+        Self { user_data, slot, offset, len, region, opcode, header, target: 0 }
     }
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
@@ -158,9 +176,10 @@ impl Sqe {
 
 impl Cqe {
     pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64, outcome: Outcome) -> Self {
-        let Place { region, slot, offset, len } = place;
+        let Place { region, slot, offset, len, header } = place;
         let (outcome, code) = outcome.encode();
-        Self { user_data, slot, offset, len, region, opcode, outcome, code, reserved: 0 }
+        let reserved = [0; 3];
+        Self { user_data, slot, offset, len, region, opcode, outcome, code, header, reserved }
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
@@ -193,23 +212,20 @@ impl Cqe {
     }
 }
 
-fn place_of(region: u16, slot: u32, offset: u32, len: u32) -> Option<Place> {
-    (slot != NO_SLOT).then_some(Place { region, slot, offset, len })
+/// Both entries name their slot in the same words.
+macro_rules! entry {
+    ($entry:ident) => {
+        impl Entry for $entry {
+            #[inline]
+            fn place(&self) -> Option<Place> {
+                let Self { region, slot, offset, len, header, .. } = *self;
+                (slot != NO_SLOT).then_some(Place { region, slot, offset, len, header })
+            }
+        }
+    };
 }
-
-impl Entry for Sqe {
-    #[inline]
-    fn place(&self) -> Option<Place> {
-        place_of(self.region, self.slot, self.offset, self.len)
-    }
-}
-
-impl Entry for Cqe {
-    #[inline]
-    fn place(&self) -> Option<Place> {
-        place_of(self.region, self.slot, self.offset, self.len)
-    }
-}
+entry!(Sqe);
+entry!(Cqe);
 
 #[cfg(test)]
 mod tests {
@@ -234,7 +250,8 @@ mod tests {
     #[test]
     fn an_entry_without_a_slot_has_no_place() {
         assert_eq!(Sqe::cancel(Opcode::Cancel, 3, 4).place(), None);
-        let place = Place { region: 9, slot: 8, offset: 7, len: 6 };
+        let header = HeaderState::ToSend;
+        let place = Place { region: 9, slot: 8, offset: 7, len: 6, header };
         assert_eq!(Sqe::packet(Opcode::Write, place, 5).place(), Some(place));
     }
 }

@@ -1,5 +1,7 @@
 //! [`Frame`]: the one owner of a slot.
 
+use crate::entry::{HeaderState, Place};
+use crate::offload::{self, OffloadError, OffloadHeader};
 use crate::pool::{Header, put_home};
 use crate::view::PacketView;
 use core::fmt;
@@ -18,6 +20,9 @@ use static_assertions::{assert_impl_all, assert_not_impl_any};
 /// it away, and a completion moves it back. Dropping it puts the slot into its pool's free list,
 /// from any thread, also after the pool's handles are gone.
 ///
+/// On a device with offload a 12-byte header stands directly in front of the packet, in the
+/// headroom; see [`offload`](Self::offload). It goes with the packet: trimming and growing move it.
+///
 /// Bytes that a longer length or a smaller offset uncovers are what was last written there, possibly
 /// by an earlier packet; they are never uninitialised.
 pub struct Frame {
@@ -25,6 +30,7 @@ pub struct Frame {
     slot: u32,
     offset: u32,
     len: u32,
+    offload: HeaderState,
 }
 
 assert_not_impl_any!(Frame: Clone, Copy);
@@ -35,6 +41,38 @@ assert_impl_all!(Frame: Send, Sync);
 unsafe impl Send for Frame {}
 // SAFETY: `&Frame` only reads.
 unsafe impl Sync for Frame {}
+
+/// Why a packet's front could not be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrontError {
+    /// There is not that much packet, or headroom.
+    Room(OutOfRoom),
+    /// The packet's offload header would not be true any more.
+    Offload(OffloadError),
+}
+
+impl fmt::Display for FrontError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FrontError::Room(error) => error.fmt(f),
+            FrontError::Offload(error) => error.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for FrontError {}
+
+impl From<OutOfRoom> for FrontError {
+    fn from(error: OutOfRoom) -> Self {
+        FrontError::Room(error)
+    }
+}
+
+impl From<OffloadError> for FrontError {
+    fn from(error: OffloadError) -> Self {
+        FrontError::Offload(error)
+    }
+}
 
 /// The slot has not that much room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,25 +94,21 @@ impl core::error::Error for OutOfRoom {}
 impl Frame {
     /// # Safety
     ///
-    /// `slot` is counted as out in `header` and is in no other place; `offset + len` is within the
-    /// slot.
+    /// The place's slot is counted as out in `header` and is in no other place; `offset + len` is
+    /// within the slot, and so is the offload header if there is one.
     #[inline]
-    pub(crate) unsafe fn from_raw(
-        header: NonNull<Header>,
-        slot: u32,
-        offset: u32,
-        len: u32,
-    ) -> Self {
-        Self { header, slot, offset, len }
+    pub(crate) unsafe fn from_raw(header: NonNull<Header>, place: Place) -> Self {
+        let Place { slot, offset, len, header: offload, .. } = place;
+        Self { header, slot, offset, len, offload }
     }
 
-    /// Gives up ownership without putting the slot home: the caller puts slot, offset and length
-    /// into a queue entry, which owns it from then on.
+    /// Gives up ownership without putting the slot home: the caller puts the place into a queue
+    /// entry, which owns the slot from then on.
     #[inline]
-    pub(crate) fn into_raw(self) -> (u32, u32, u32) {
-        let raw = (self.slot, self.offset, self.len);
+    pub(crate) fn into_raw(self, region: u16) -> Place {
+        let Self { slot, offset, len, offload: header, .. } = self;
         core::mem::forget(self);
-        raw
+        Place { region, slot, offset, len, header }
     }
 
     #[inline]
@@ -114,10 +148,12 @@ impl Frame {
         self.slot
     }
 
-    /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0.
+    /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0, no
+    /// offload header.
     pub fn reset(&mut self) {
         self.offset = self.pool().layout.headroom;
         self.len = 0;
+        self.offload = HeaderState::Absent;
     }
 
     /// Makes the packet `len` bytes long, from the same start.
@@ -130,13 +166,21 @@ impl Frame {
         Ok(())
     }
 
-    /// Drops `n` bytes at the packet's front; they become headroom.
-    pub fn trim_front(&mut self, n: usize) -> Result<(), OutOfRoom> {
+    /// Drops `n` bytes at the packet's front; they become headroom. An offload header moves along, and
+    /// its positions with it.
+    ///
+    /// # Errors
+    ///
+    /// [`FrontError::Room`] if the packet is shorter; [`FrontError::Offload`] if the header would lose
+    /// what it is about. Nothing has changed then.
+    pub fn trim_front(&mut self, n: usize) -> Result<(), FrontError> {
         if n > self.len() {
-            return Err(OutOfRoom { wanted: n, room: self.len() });
+            return Err(OutOfRoom { wanted: n, room: self.len() }.into());
         }
+        let header = self.offload()?.map(|header| header.trim_front(n)).transpose()?;
         self.offset += n as u32;
         self.len -= n as u32;
+        self.put_offload(header);
         Ok(())
     }
 
@@ -149,21 +193,141 @@ impl Frame {
         Ok(())
     }
 
-    /// Takes `n` bytes of headroom into the packet's front, for a header to be written there.
-    pub fn grow_front(&mut self, n: usize) -> Result<(), OutOfRoom> {
-        if n > self.headroom() {
-            return Err(OutOfRoom { wanted: n, room: self.headroom() });
+    /// Takes `n` bytes of headroom into the packet's front, for a header to be written there. An
+    /// offload header moves along, and its positions with it.
+    ///
+    /// # Errors
+    ///
+    /// [`FrontError::Room`] if there is less headroom (in front of the offload header, if there is
+    /// one); [`FrontError::Offload`] if its positions do not fit. Nothing has changed then.
+    pub fn grow_front(&mut self, n: usize) -> Result<(), FrontError> {
+        let header = self.offload()?.map(|header| header.grow_front(n)).transpose()?;
+        let room = self.headroom() - if header.is_some() { offload::LEN } else { 0 };
+        if n > room {
+            return Err(OutOfRoom { wanted: n, room }.into());
         }
         self.offset -= n as u32;
         self.len += n as u32;
+        self.put_offload(header);
         Ok(())
     }
 
-    /// Makes the packet a copy of `bytes`, from the same start.
+    /// Makes the packet a copy of `bytes`, from the same start. It is another packet, so an offload
+    /// header is gone.
     pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfRoom> {
         self.set_len(bytes.len())?;
+        self.offload = HeaderState::Absent;
         self.copy_from_slice(bytes);
         Ok(())
+    }
+
+    /// The offload header in front of the packet: the one it was received with, or the one set for
+    /// sending. `None` if there is none, as on every device without offload.
+    ///
+    /// # Errors
+    ///
+    /// What stands there is no header that we know.
+    pub fn offload(&self) -> Result<Option<OffloadHeader>, OffloadError> {
+        if self.offload == HeaderState::Absent {
+            return Ok(None);
+        }
+        OffloadHeader::parse(self.offload_bytes()).map(Some)
+    }
+
+    /// Puts an offload header in front of the packet, to be sent with it. Without one, a packet is
+    /// sent as it is: nothing to complete, nothing to cut.
+    ///
+    /// # Errors
+    ///
+    /// There are less than 12 bytes of headroom.
+    pub fn set_offload(&mut self, header: &OffloadHeader) -> Result<(), OutOfRoom> {
+        let room = self.headroom();
+        if room < offload::LEN {
+            return Err(OutOfRoom { wanted: offload::LEN, room });
+        }
+        self.offload = HeaderState::ToSend;
+        header.write(self.offload_bytes_mut());
+        Ok(())
+    }
+
+    /// Says that the header with which the packet was received is to be sent with it: for handing a
+    /// packet from one interface to another. What only a receiver may say is taken out of it. False
+    /// if there is no header.
+    ///
+    /// Nothing is forwarded without this call, so a frame that is reused carries no stale header.
+    ///
+    /// # Errors
+    ///
+    /// What stands there is no header that we know.
+    pub fn forward_offload(&mut self) -> Result<bool, OffloadError> {
+        let header = self.offload()?.map(OffloadHeader::for_sending);
+        if header.is_some() {
+            self.offload = HeaderState::ToSend;
+            self.put_offload(header);
+        }
+        Ok(header.is_some())
+    }
+
+    /// Takes the offload header away.
+    pub fn clear_offload(&mut self) {
+        self.offload = HeaderState::Absent;
+    }
+
+    /// Whether the offload header is one to be sent.
+    #[inline]
+    pub fn has_offload_to_send(&self) -> bool {
+        self.offload == HeaderState::ToSend
+    }
+
+    /// The offload header and the packet behind it, as they lie in memory: what a VMM hands to its
+    /// guest. `None` if there is no header.
+    pub fn with_offload(&self) -> Option<&[u8]> {
+        let start = (self.offset as usize).checked_sub(offload::LEN)?;
+        let end = self.offset as usize + self.len();
+        (self.offload != HeaderState::Absent).then(|| &self.whole()[start..end])
+    }
+
+    /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
+    /// device to fill. `None` if there is less headroom.
+    #[inline]
+    pub fn room_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+        let start = (self.offset as usize).checked_sub(header)?;
+        Some(&mut self.whole_mut()[start..])
+    }
+
+    /// A device has put an offload header and a packet of `len` bytes there, with
+    /// [`room_behind_header_mut`](Self::room_behind_header_mut).
+    ///
+    /// # Errors
+    ///
+    /// The slot, or its headroom, is too small for that. Nothing has changed then.
+    pub fn received_with_offload(&mut self, len: usize) -> Result<(), OutOfRoom> {
+        let room = self.headroom();
+        if room < offload::LEN {
+            return Err(OutOfRoom { wanted: offload::LEN, room });
+        }
+        self.set_len(len)?;
+        self.offload = HeaderState::Received;
+        // 1, also where the device says 0 (virtio 1.2, 5.1.6.4.1).
+        offload::set_num_buffers(self.offload_bytes_mut(), 1);
+        Ok(())
+    }
+
+    /// Puts `header` in front again, after the front has moved.
+    fn put_offload(&mut self, header: Option<OffloadHeader>) {
+        if let Some(header) = header {
+            header.write(self.offload_bytes_mut());
+        }
+    }
+
+    fn offload_bytes(&self) -> &[u8; offload::LEN] {
+        let start = self.offset as usize - offload::LEN;
+        self.whole()[start..].first_chunk().expect("a header stands in the headroom")
+    }
+
+    fn offload_bytes_mut(&mut self) -> &mut [u8; offload::LEN] {
+        let start = self.offset as usize - offload::LEN;
+        self.whole_mut()[start..].first_chunk_mut().expect("a header stands in the headroom")
     }
 
     /// The packet as a view on its slot, for parsing without copying.

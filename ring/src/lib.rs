@@ -20,7 +20,7 @@ pub mod view;
 
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
-pub use frame::{Frame, OutOfRoom};
+pub use frame::{Frame, FrontError, OutOfRoom};
 pub use pool::{Backing, HeapBacking, Layout, LayoutError, Pool};
 pub use queue::Regions;
 pub use rings::{

@@ -449,6 +449,28 @@ impl OffloadHeader {
         Ok(Self { checksum, header_len, ..*self })
     }
 
+    /// The header for the same packet with `n` more bytes in front.
+    ///
+    /// # Errors
+    ///
+    /// [`ChecksumStartTooFar`](OffloadError::ChecksumStartTooFar) if a position does not fit in its
+    /// field any more.
+    pub fn grow_front(&self, n: usize) -> Result<Self, OffloadError> {
+        let further = |at: u16| u16::try_from(n).ok().and_then(|n| at.checked_add(n));
+        let checksum = match self.checksum {
+            Checksum::Partial { start, offset } => {
+                let start =
+                    further(start).ok_or(OffloadError::ChecksumStartTooFar { grow: n, start })?;
+                Checksum::Partial { start, offset }
+            }
+            other => other,
+        };
+        // Only a hint, and 0 stays "not said".
+        let header_len =
+            if self.header_len == 0 { 0 } else { further(self.header_len).unwrap_or(0) };
+        Ok(Self { checksum, header_len, ..*self })
+    }
+
     /// The header for handing a packet to a guest: `num_buffers` is 1. TAP delivers 0; 5.1.6.4.1
     /// wants 1 unless mergeable buffers are negotiated.
     #[inline]
@@ -540,6 +562,13 @@ pub enum OffloadError {
         /// The packet's length.
         packet_len: usize,
     },
+    /// Growing would move the checksummed part beyond what its field holds.
+    ChecksumStartTooFar {
+        /// Bytes to be added in front.
+        grow: usize,
+        /// Where the checksummed part begins.
+        start: u16,
+    },
     /// Trimming would take away bytes that a partial checksum covers.
     TrimPastChecksumStart {
         /// Bytes to be trimmed.
@@ -589,6 +618,11 @@ impl fmt::Display for OffloadError {
             Self::HeaderLenPastEnd { header_len, packet_len } => write!(
                 f,
                 "the headers are said to have {header_len} bytes in a packet of {packet_len} bytes"
+            ),
+            Self::ChecksumStartTooFar { grow, start } => write!(
+                f,
+                "{grow} more bytes in front would move the checksummed part, which begins at \
+                 {start}, beyond 65,535"
             ),
             Self::TrimPastChecksumStart { trim, start } => write!(
                 f,

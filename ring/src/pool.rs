@@ -7,6 +7,7 @@
 //! * **The pool outlives its slots.** `refs` counts handles and slots out of the free list; the
 //!   one who takes it to zero frees the header and the memory.
 
+use crate::entry::{HeaderState, Place};
 use crate::frame::Frame;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use alloc::boxed::Box;
@@ -225,9 +226,11 @@ impl Pool {
         let slot = header.pop()?;
         // Relaxed: our handle keeps the count above zero.
         header.refs.fetch_add(1, Ordering::Relaxed);
+        let (offset, header) = (header.layout.headroom, HeaderState::Absent);
+        let place = Place { region: 0, slot, offset, len: 0, header };
         // SAFETY: `pop` took the slot out of the free list, so it is in no other place, and it is
         // counted as out.
-        Some(unsafe { Frame::from_raw(self.header, slot, header.layout.headroom, 0) })
+        Some(unsafe { Frame::from_raw(self.header, place) })
     }
 
     /// How the region is cut.

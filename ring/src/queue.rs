@@ -55,7 +55,7 @@ impl Regions {
         let header = self.0[usize::from(place.region)].raw();
         // SAFETY: the caller retired the entry, so the slot is in no other place now; it is
         // counted as out since its frame was submitted, and offset and length were the frame's.
-        Some(unsafe { Frame::from_raw(header, place.slot, place.offset, place.len) })
+        Some(unsafe { Frame::from_raw(header, place) })
     }
 }
 

@@ -144,8 +144,7 @@ pub struct Reaped {
 }
 
 fn place(region: u16, frame: Frame) -> Place {
-    let (slot, offset, len) = frame.into_raw();
-    Place { region, slot, offset, len }
+    frame.into_raw(region)
 }
 
 impl Submitter {

@@ -12,8 +12,8 @@ use std::thread;
 use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
-    Backing, Class, Depths, Frame, HeapBacking, Intake, Layout, LayoutError, Opcode, OutOfRoom,
-    Outcome, Outlet, Pool, Reaper, Refusal, Regions, Submission, Submitter, rings,
+    Backing, Class, Depths, Frame, FrontError, HeapBacking, Intake, Layout, LayoutError, Opcode,
+    OutOfRoom, Outcome, Outlet, Pool, Reaper, Refusal, Regions, Submission, Submitter, rings,
 };
 
 /// The default, with failing cases kept beside those of the other crates.
@@ -603,9 +603,15 @@ proptest! {
                     let (room, result) = (SLOT_SIZE as usize - offset, frame.set_len(n));
                     (room, result.map(|()| len = n))
                 }
-                1 => (len, frame.trim_front(n).map(|()| (offset, len) = (offset + n, len - n))),
+                1 => {
+                    let result = frame.trim_front(n).map_err(room_of);
+                    (len, result.map(|()| (offset, len) = (offset + n, len - n)))
+                }
                 2 => (len, frame.trim_back(n).map(|()| len -= n)),
-                3 => (offset, frame.grow_front(n).map(|()| (offset, len) = (offset - n, len + n))),
+                3 => {
+                    let result = frame.grow_front(n).map_err(room_of);
+                    (offset, result.map(|()| (offset, len) = (offset - n, len + n)))
+                }
                 4 => {
                     frame.reset();
                     (offset, len) = (HEADROOM as usize, 0);
@@ -778,6 +784,14 @@ fn a_refused_layout_frees_its_memory() {
     assert_eq!(freed.load(Ordering::SeqCst), 1);
 }
 
+/// Of a frame without an offload header.
+fn room_of(error: FrontError) -> OutOfRoom {
+    match error {
+        FrontError::Room(error) => error,
+        FrontError::Offload(error) => panic!("there is no header: {error}"),
+    }
+}
+
 #[test]
 fn an_error_about_room_says_what_was_asked_and_what_there_is() {
     let mut frame = pool(1).alloc().unwrap();
@@ -785,7 +799,8 @@ fn an_error_about_room_says_what_was_asked_and_what_there_is() {
     assert_eq!(error.to_string(), "49 bytes were asked of a frame that has 48");
     let error = frame.copy_from(&[0; 100]).unwrap_err();
     assert_eq!(error, OutOfRoom { wanted: 100, room: 48 });
-    assert_eq!(frame.trim_front(usize::MAX), Err(OutOfRoom { wanted: usize::MAX, room: 0 }));
+    let refused = OutOfRoom { wanted: usize::MAX, room: 0 };
+    assert_eq!(frame.trim_front(usize::MAX), Err(FrontError::Room(refused)));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use macaddr::MacAddr6;
 use vmring_embedded::network::{PortConfig, Receiver, Registry, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, OpenError, Sent};
 
-use crate::device::loopback::{InboxReader, Inlet};
+use crate::device::loopback::{InboxReader, Inlet, no_offloads};
 use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo, Ipv4Range, Mode};
@@ -58,6 +58,7 @@ impl Embedded {
 
 impl Driver for Embedded {
     fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        no_offloads(config, "embedded")?;
         let mode = match &config.mode {
             Mode::Host => NetworkMode::Host,
             Mode::Shared => NetworkMode::Shared,

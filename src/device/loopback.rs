@@ -7,7 +7,7 @@ use macaddr::MacAddr6;
 use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
 use vmring_embedded::network::mac_of_interface;
 
-use crate::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
+use crate::device::{Capabilities, Device, Io, Offloads, PostedSlot, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo};
 
@@ -35,6 +35,7 @@ impl Loopback {
 
 impl Driver for Loopback {
     fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        no_offloads(config, "loopback")?;
         let mtu = config.mtu.unwrap_or(self.mtu);
         if !(1..=65_521).contains(&mtu) {
             let sentence = format!("a loopback's MTU is 1 to 65,521 bytes, and not {mtu}");
@@ -278,6 +279,14 @@ impl<I: Inlet> InboxReader<I> {
     pub(crate) fn into_inner(self) -> I {
         self.inlet
     }
+}
+
+/// Refuses offloads, for devices that have none.
+pub(crate) fn no_offloads(config: &Config, device: &str) -> Result<(), Error> {
+    if config.offloads == Offloads::default() {
+        return Ok(());
+    }
+    Err(Error::NotSupported { what: "offload", device: device.to_owned() })
 }
 
 /// The MAC that devices without an allocation of their own give an interface.

@@ -1,0 +1,169 @@
+//! The offload header that stands in front of a packet, in its frame's headroom.
+
+use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
+use vmring_core::{
+    Class, Depths, Frame, FrontError, HeapBacking, Layout, OutOfRoom, Pool, Regions,
+};
+use vmring_core::{Outcome, Submission, rings};
+
+const HEADROOM: u32 = 64;
+const TSO: OffloadHeader = OffloadHeader {
+    checksum: Checksum::Partial { start: 34, offset: 16 },
+    gso: Gso::TcpV4,
+    segment_size: 1448,
+    header_len: 66,
+    ..OffloadHeader::NONE
+};
+
+fn pool() -> Pool {
+    let layout = Layout { slots: 4, slot_size: 4096, headroom: HEADROOM };
+    Pool::new(Box::new(HeapBacking::new(4 * 4096)), layout).unwrap()
+}
+
+fn packet(pool: &Pool, len: usize) -> Frame {
+    let mut frame = pool.alloc().unwrap();
+    frame.set_len(len).unwrap();
+    frame.fill(0x5a);
+    frame
+}
+
+/// As a device receives: header and packet in one piece.
+fn received(pool: &Pool, header: &OffloadHeader, len: usize) -> Frame {
+    let mut frame = pool.alloc().unwrap();
+    let room = frame.room_behind_header_mut(LEN).unwrap();
+    header.write(room.first_chunk_mut().unwrap());
+    room[LEN..LEN + len].fill(0x5a);
+    frame.received_with_offload(len).unwrap();
+    frame
+}
+
+#[test]
+fn the_header_stands_directly_in_front_of_the_packet() {
+    let pool = pool();
+    let mut frame = packet(&pool, 2000);
+    assert_eq!((frame.offload(), frame.with_offload()), (Ok(None), None));
+    frame.set_offload(&TSO).unwrap();
+    assert_eq!(frame.offload(), Ok(Some(TSO)));
+    assert_eq!((frame.len(), frame.headroom()), (2000, HEADROOM as usize), "lengths exclude it");
+    let whole = frame.with_offload().unwrap();
+    assert_eq!(whole.len(), LEN + 2000);
+    let mut header = [0; LEN];
+    TSO.write(&mut header);
+    assert_eq!((&whole[..LEN], &whole[LEN..]), (&header[..], &[0x5a; 2000][..]));
+}
+
+#[test]
+fn trimming_and_growing_move_the_header_and_what_it_points_at() {
+    let pool = pool();
+    let mut frame = packet(&pool, 2000);
+    frame.set_offload(&TSO).unwrap();
+    frame.trim_front(4).unwrap();
+    let moved = frame.offload().unwrap().unwrap();
+    assert_eq!(moved.checksum, Checksum::Partial { start: 30, offset: 16 });
+    assert_eq!((moved.header_len, frame.len()), (62, 1996));
+    assert_eq!(&frame.with_offload().unwrap()[LEN..], &[0x5a; 1996]);
+    frame.grow_front(4).unwrap();
+    assert_eq!(frame.offload(), Ok(Some(TSO)));
+
+    // Beyond the checksum's start there is nothing true to say: refused, and nothing has changed.
+    let error = OffloadError::TrimPastChecksumStart { trim: 35, start: 34 };
+    assert_eq!(frame.trim_front(35), Err(FrontError::Offload(error)));
+    assert_eq!((frame.offload(), frame.len()), (Ok(Some(TSO)), 2000));
+
+    // The header needs room, too.
+    let room = HEADROOM as usize - LEN;
+    let error = OutOfRoom { wanted: room + 1, room };
+    assert_eq!(frame.grow_front(room + 1), Err(FrontError::Room(error)));
+    frame.grow_front(room).unwrap();
+    assert_eq!(frame.headroom(), LEN);
+    let far = OffloadHeader { checksum: Checksum::Partial { start: 0xfff0, offset: 0 }, ..TSO };
+    frame.trim_front(room).unwrap();
+    frame.set_offload(&far).unwrap();
+    let error = OffloadError::ChecksumStartTooFar { grow: 16, start: 0xfff0 };
+    assert_eq!(frame.grow_front(16), Err(FrontError::Offload(error)));
+}
+
+#[test]
+fn a_frame_that_is_reused_carries_no_stale_header() {
+    let pool = pool();
+    let mut frame = received(&pool, &TSO, 2000);
+    // Read, and another packet put in its place.
+    assert_eq!(frame.offload(), Ok(Some(OffloadHeader { num_buffers: 1, ..TSO })));
+    assert!(!frame.has_offload_to_send(), "not forwarded unless it is said");
+    frame.copy_from(&[1; 60]).unwrap();
+    assert_eq!(frame.offload(), Ok(None));
+    frame.set_offload(&TSO).unwrap();
+    assert!(frame.has_offload_to_send());
+    frame.reset();
+    assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(None), false));
+    frame.set_len(60).unwrap();
+    frame.set_offload(&TSO).unwrap();
+    frame.clear_offload();
+    assert_eq!(frame.offload(), Ok(None));
+}
+
+#[test]
+fn forwarding_takes_out_what_only_a_receiver_may_say() {
+    let pool = pool();
+    let valid = OffloadHeader { checksum: Checksum::DataValid, ..OffloadHeader::NONE };
+    let mut frame = received(&pool, &valid, 60);
+    let seen = frame.offload().unwrap().unwrap();
+    assert_eq!((seen.checksum, seen.num_buffers), (Checksum::DataValid, 1));
+    assert_eq!(frame.forward_offload(), Ok(true));
+    assert_eq!(frame.offload(), Ok(Some(OffloadHeader::NONE)));
+    assert!(frame.has_offload_to_send());
+    assert_eq!(packet(&pool, 60).forward_offload(), Ok(false), "there is nothing to forward");
+}
+
+#[test]
+fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
+    let pool = pool();
+    let mut frame = pool.alloc().unwrap();
+    frame.room_behind_header_mut(LEN).unwrap()[..LEN].fill(0xff);
+    frame.received_with_offload(60).unwrap();
+    let error = OffloadError::ReservedFlags { flags: 0xf8 };
+    assert_eq!(frame.offload(), Err(error));
+    assert_eq!(frame.forward_offload(), Err(error));
+    assert_eq!(frame.trim_front(4), Err(FrontError::Offload(error)));
+    assert_eq!(frame.grow_front(4), Err(FrontError::Offload(error)));
+    assert_eq!(frame.with_offload().map(<[u8]>::len), Some(72));
+    // More than the slot holds.
+    let room = 4096 - HEADROOM as usize;
+    let refused = OutOfRoom { wanted: room + 1, room };
+    assert_eq!(frame.received_with_offload(room + 1), Err(refused));
+}
+
+#[test]
+fn without_headroom_there_is_no_header() {
+    let layout = Layout { slots: 1, slot_size: 4096, headroom: 8 };
+    let pool = Pool::new(Box::new(HeapBacking::new(4096)), layout).unwrap();
+    let mut frame = packet(&pool, 60);
+    let refused = OutOfRoom { wanted: LEN, room: 8 };
+    assert_eq!(frame.set_offload(&TSO), Err(refused));
+    assert_eq!(frame.received_with_offload(60), Err(refused));
+    assert!(frame.room_behind_header_mut(LEN).is_none());
+    assert_eq!(frame.offload(), Ok(None));
+}
+
+#[test]
+fn the_header_goes_through_both_queues_with_its_frame() {
+    let pool = pool();
+    let regions = Regions::new(vec![pool.clone()]).unwrap();
+    let (mut submitter, mut reaper, mut intake, mut outlet) =
+        rings(Depths::new(1, 1, 1), regions, u32::MAX);
+    let mut frame = packet(&pool, 2000);
+    frame.set_offload(&TSO).unwrap();
+    submitter.push(Class::Write, frame, 1).unwrap();
+    submitter.publish();
+    intake.ready();
+    let Some(Submission::Write { frame, .. }) = intake.pop() else { panic!("a write") };
+    assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(TSO)), true));
+    drop(frame);
+    outlet.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);
+    outlet.publish();
+    reaper.ready();
+    // (An answer to nothing: the credit it would return is not looked at here.)
+    let frame = reaper.pop().unwrap().frame.unwrap();
+    let seen = OffloadHeader { num_buffers: 1, ..TSO };
+    assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(seen)), false));
+}
