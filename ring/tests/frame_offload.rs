@@ -1,4 +1,5 @@
 //! The offload header that stands in front of a packet, in its frame's headroom.
+#![cfg(not(loom))]
 
 use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
 use vmring_core::{
