@@ -1,0 +1,284 @@
+//! Port forwarding of both generations. Nothing is forwarded: the rules are kept.
+
+use std::ffi::c_void;
+use std::thread;
+
+use libc::in_addr;
+
+use crate::blocks::Held;
+use crate::interface::{self, FAILURE, INVALID_ARGUMENT, Interface, SUCCESS};
+use crate::objects::{lock, violation};
+use crate::xpc::{self, Handle, Object};
+
+const INET: u8 = 2;
+/// Darwin's.
+const INET6: u8 = 30;
+
+/// A rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) protocol: u8,
+    pub(crate) outside: u16,
+    pub(crate) family: u8,
+    pub(crate) address: [u8; 16],
+    pub(crate) inside: u16,
+}
+
+/// How many bytes an address of that family has.
+pub(crate) fn address_len(family: u8) -> Option<usize> {
+    match family {
+        INET => Some(4),
+        INET6 => Some(16),
+        _ => None,
+    }
+}
+
+/// # Safety
+///
+/// `from` points at an address of that family.
+pub(crate) unsafe fn address(from: *const c_void, family: u8) -> Option<[u8; 16]> {
+    let len = address_len(family)?;
+    let mut bytes = [0; 16];
+    // SAFETY: as the caller says.
+    bytes[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(from.cast::<u8>(), len) });
+    Some(bytes)
+}
+
+impl Interface {
+    /// Whether forwarding is for it; else the functions fail at once, without their handler.
+    fn forwards(&self) -> bool {
+        self.is_running() && lock(&self.network).is_none()
+    }
+
+    fn add(&self, rule: Rule) -> u32 {
+        let mut rules = lock(&self.rules);
+        let same = |known: &Rule| {
+            (known.protocol, known.outside, known.family)
+                == (rule.protocol, rule.outside, rule.family)
+        };
+        if rules.iter().any(same) || !matches!(rule.protocol, 6 | 17) {
+            return FAILURE;
+        }
+        rules.push(rule);
+        SUCCESS
+    }
+
+    fn remove(&self, protocol: u8, outside: u16, family: u8) -> u32 {
+        let mut rules = lock(&self.rules);
+        let before = rules.len();
+        rules.retain(|rule| {
+            (rule.protocol, rule.outside, rule.family) != (protocol, outside, family)
+        });
+        if rules.len() < before { SUCCESS } else { FAILURE }
+    }
+}
+
+/// Calls a handler from a thread of vmnet's own. There is no queue in these functions.
+///
+/// # Safety
+///
+/// `handler` is a block, or nothing that lives, which is told.
+unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32) -> u32 {
+    // SAFETY: as the caller says.
+    let handler = unsafe { Held::new(handler, "the forwarding's handler", true) };
+    interface.world().saw(handler.life(), "the forwarding's handler");
+    thread::spawn(move || handler.call_status(status));
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`answer`].
+unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8) -> u32 {
+    let rules = lock(&interface.rules);
+    let handle = |rule: &Rule| Handle::new(Object::Opaque(Box::new(rule.clone())));
+    let rules: Vec<Handle> =
+        rules.iter().filter(|rule| rule.family == family).map(handle).collect();
+    // SAFETY: as the caller says.
+    let handler = unsafe { Held::new(handler, "the rules' handler", true) };
+    interface.world().saw(handler.life(), "the rules' handler");
+    thread::spawn(move || {
+        // None is null.
+        let array = (!rules.is_empty()).then(|| Handle::new(Object::Array(rules)));
+        handler.call_object(array.as_ref().map_or(std::ptr::null_mut(), Handle::as_raw));
+    });
+    SUCCESS
+}
+
+/// # Safety
+///
+/// `interface` is a handle and `handler` a block; so in all that follow.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
+    interface: *mut c_void,
+    protocol: u8,
+    outside: u16,
+    inner: in_addr,
+    inside: u16,
+    handler: *const c_void,
+) -> u32 {
+    let inner = inner.s_addr.to_ne_bytes();
+    // SAFETY: as the caller says; the address is an IPv4 one.
+    unsafe {
+        vmnet_interface_add_ip_port_forwarding_rule(
+            interface,
+            protocol,
+            outside,
+            INET,
+            inner.as_ptr().cast(),
+            inside,
+            handler,
+        )
+    }
+}
+
+/// # Safety
+///
+/// As [`vmnet_interface_add_port_forwarding_rule`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
+    interface: *mut c_void,
+    protocol: u8,
+    outside: u16,
+    handler: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    unsafe {
+        vmnet_interface_remove_ip_port_forwarding_rule(interface, protocol, outside, INET, handler)
+    }
+}
+
+/// # Safety
+///
+/// As [`vmnet_interface_add_port_forwarding_rule`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_get_port_forwarding_rules(
+    interface: *mut c_void,
+    handler: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    unsafe { vmnet_interface_get_ip_port_forwarding_rules(interface, INET, handler) }
+}
+
+/// # Safety
+///
+/// `rule` is one of the rules of a handler's call; the others point at room for what they name.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_port_forwarding_rule_get_details(
+    rule: *mut c_void,
+    protocol: *mut u8,
+    outside: *mut u16,
+    inner: *mut in_addr,
+    inside: *mut u16,
+) -> u32 {
+    // SAFETY: as the caller says.
+    unsafe {
+        vmnet_ip_port_forwarding_rule_get_details(
+            rule,
+            protocol,
+            outside,
+            INET,
+            inner.cast(),
+            inside,
+        )
+    }
+}
+
+/// # Safety
+///
+/// As [`vmnet_interface_add_port_forwarding_rule`], and `inner` points at an address of that family.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
+    interface: *mut c_void,
+    protocol: u8,
+    outside: u16,
+    family: u8,
+    inner: *const c_void,
+    inside: u16,
+    handler: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let interface = unsafe { interface::borrow(interface, "adding a forwarding") };
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    // SAFETY: as the caller says.
+    let Some(address) = (unsafe { address(inner, family) }) else {
+        return interface.world().forbids("an unknown address family", INVALID_ARGUMENT);
+    };
+    let status = interface.add(Rule { protocol, outside, family, address, inside });
+    // SAFETY: as the caller says.
+    unsafe { answer(interface, handler, status) }
+}
+
+/// # Safety
+///
+/// As [`vmnet_interface_add_port_forwarding_rule`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
+    interface: *mut c_void,
+    protocol: u8,
+    outside: u16,
+    family: u8,
+    handler: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let interface = unsafe { interface::borrow(interface, "removing a forwarding") };
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    let status = interface.remove(protocol, outside, family);
+    // SAFETY: as the caller says.
+    unsafe { answer(interface, handler, status) }
+}
+
+/// # Safety
+///
+/// As [`vmnet_interface_add_port_forwarding_rule`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
+    interface: *mut c_void,
+    family: u8,
+    handler: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let interface = unsafe { interface::borrow(interface, "listing forwardings") };
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    // SAFETY: as the caller says.
+    unsafe { answer_rules(interface, handler, family) }
+}
+
+/// # Safety
+///
+/// As [`vmnet_port_forwarding_rule_get_details`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_ip_port_forwarding_rule_get_details(
+    rule: *mut c_void,
+    protocol: *mut u8,
+    outside: *mut u16,
+    family: u8,
+    inner: *mut c_void,
+    inside: *mut u16,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (object, _) = unsafe { xpc::borrow(rule, "a forwarding rule") };
+    let rule = match object {
+        Object::Opaque(rule) => rule.downcast_ref::<Rule>(),
+        _ => None,
+    };
+    let Some(rule) = rule else { violation("the details of what is no forwarding rule") };
+    if rule.family != family {
+        return INVALID_ARGUMENT;
+    }
+    let len = address_len(family).unwrap_or(0);
+    // SAFETY: as the caller says.
+    unsafe {
+        *protocol = rule.protocol;
+        *outside = rule.outside;
+        inner.cast::<u8>().copy_from_nonoverlapping(rule.address.as_ptr(), len);
+        *inside = rule.inside;
+    }
+    SUCCESS
+}

@@ -1,0 +1,49 @@
+//! The C ABI of Apple's vmnet, with the parts of XPC, libdispatch and the Blocks runtime that a driver
+//! needs, for systems that are no macOS: so the macOS driver of vmring runs in its tests there, the
+//! very same files.
+//!
+//! Interfaces of one [`World`] that name the same network really exchange frames and get leases: behind
+//! the ABI sits [`vmring_embedded`].
+//!
+//! It is strict: whatever vmnet's header forbids, or is known to go wrong, prints a sentence and
+//! aborts the process. It is scriptable: a [`Script`] says per interface what vmnet answers, and when,
+//! so that where Apple's documents leave a question open both answers can be had.
+//!
+//! On macOS this crate is empty.
+
+#![cfg(not(target_os = "macos"))]
+
+mod blocks;
+mod dispatch;
+mod forwarding;
+mod interface;
+mod network;
+mod objects;
+mod script;
+mod symbols;
+mod world;
+mod xpc;
+
+use std::ffi::{CStr, c_void};
+
+pub use script::{
+    CallPlan, Counts, Dead, Events, ForwardMade, NetworkMade, NetworkPlan, Reported, Script,
+    StartHandler, StartPlan, StopPlan, Value,
+};
+pub use world::{Host, Rules, World};
+
+/// What `dlsym` would find on the current world's macOS: null for what that version lacks, and for
+/// what no version has.
+pub fn symbol(name: &CStr) -> *const c_void {
+    symbols::find(name, World::current().host().macos)
+}
+
+/// The version of macOS that the current world plays.
+pub fn macos_version() -> (u32, u32) {
+    World::current().host().macos
+}
+
+/// Whether the current world's process is root.
+pub fn is_root() -> bool {
+    World::current().host().root
+}

@@ -1,0 +1,527 @@
+//! Network objects, macOS 26.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::net::Ipv4Addr;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use libc::{in_addr, in6_addr};
+use vmring_embedded::Ipv4Range;
+
+use crate::forwarding::{Rule, address, address_len};
+use crate::interface::{self, FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
+use crate::objects::{self, Kind, lock, violation};
+use crate::script::{ForwardMade, NetworkMade};
+use crate::world::World;
+use crate::xpc::{self, Handle, Object};
+
+/// What `CFRelease` is given: either kind.
+pub(crate) enum CfObject {
+    Configuration(Configuration),
+    Network(Arc<Network>),
+}
+
+/// What a network is to be like.
+pub(crate) struct Configuration {
+    world: World,
+    wish: Mutex<Wish>,
+}
+
+#[derive(Clone)]
+struct Wish {
+    mode: u64,
+    subnet: Option<(Ipv4Addr, Ipv4Addr)>,
+    prefix: Option<([u8; 16], u8)>,
+    mtu: u32,
+    external: Option<String>,
+    off: Vec<&'static str>,
+    reservations: Vec<([u8; 6], Ipv4Addr)>,
+    rules: Vec<Rule>,
+}
+
+/// A network: its addresses are reserved as long as it exists.
+pub(crate) struct Network {
+    world: World,
+    wish: Wish,
+    gateway: Ipv4Addr,
+    mask: Ipv4Addr,
+    serial: u64,
+}
+
+/// Networks by number, for those who have them serialized.
+static SERIALIZED: Mutex<Vec<(u64, Weak<Network>)>> = Mutex::new(Vec::new());
+
+impl Network {
+    pub(crate) fn world(&self) -> World {
+        self.world.clone()
+    }
+
+    pub(crate) fn mtu(&self) -> u32 {
+        self.wish.mtu
+    }
+
+    pub(crate) fn gateway(&self) -> Ipv4Addr {
+        self.gateway
+    }
+
+    /// The subnet's own address was taken at the creation, and then nothing starts (measured).
+    pub(crate) fn startable(&self) -> bool {
+        self.range().check().is_ok()
+    }
+
+    pub(crate) fn range(&self) -> Ipv4Range {
+        let (gateway, mask) = (self.gateway, self.mask);
+        // The last address is reserved.
+        let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
+        Ipv4Range { gateway, end, mask }
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let subnet = self.subnet();
+        lock(&self.world.0.subnets).retain(|held| *held != subnet);
+    }
+}
+
+impl Network {
+    fn subnet(&self) -> Ipv4Addr {
+        self.gateway & self.mask
+    }
+
+    fn describe(&self) -> NetworkMade {
+        let Wish { mode, prefix, mtu, external, off, reservations, rules, .. } = self.wish.clone();
+        let rule = |rule: Rule| ForwardMade {
+            protocol: rule.protocol,
+            external_port: rule.outside,
+            address: rule.address[..address_len(rule.family).unwrap_or(0)].to_vec(),
+            internal_port: rule.inside,
+        };
+        NetworkMade {
+            mode,
+            gateway: self.gateway,
+            mask: self.mask,
+            prefix,
+            mtu,
+            external,
+            off,
+            reservations,
+            rules: rules.into_iter().map(rule).collect(),
+        }
+    }
+
+    pub(crate) fn reservations(&self) -> &[([u8; 6], Ipv4Addr)] {
+        &self.wish.reservations
+    }
+
+    pub(crate) fn mode(&self) -> u64 {
+        self.wish.mode
+    }
+
+    fn create(world: &World, wish: Wish) -> Result<Arc<Self>, u32> {
+        let mut subnets = lock(&world.0.subnets);
+        let (gateway, mask) = match wish.subnet {
+            Some(subnet) => subnet,
+            None => {
+                let free = (100..=254)
+                    .map(|third| Ipv4Addr::new(192, 168, third, 1))
+                    .find(|gateway| {
+                        let third = gateway.octets()[2];
+                        !subnets.contains(&Ipv4Addr::new(192, 168, third, 0))
+                    })
+                    .ok_or(FAILURE)?;
+                (free, Ipv4Addr::new(255, 255, 255, 0))
+            }
+        };
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let serial = NEXT.fetch_add(1, Ordering::Relaxed);
+        let subnet = gateway & mask;
+        if subnets.contains(&subnet) {
+            return Err(FAILURE);
+        }
+        subnets.push(subnet);
+        drop(subnets);
+        Ok(Arc::new(Self { world: world.clone(), wish, gateway, mask, serial }))
+    }
+}
+
+impl CfObject {
+    fn give(self) -> *mut c_void {
+        let (kind, world) = match &self {
+            CfObject::Configuration(configuration) => {
+                (Kind::Configuration, configuration.world.clone())
+            }
+            CfObject::Network(network) => (Kind::Network, network.world.clone()),
+        };
+        let object = Box::into_raw(Box::new(self));
+        let role = match kind {
+            Kind::Configuration => "a network configuration",
+            _ => "a network object",
+        };
+        world.saw(objects::born(object, kind), role);
+        object.cast()
+    }
+}
+
+/// # Safety
+///
+/// `configuration` is one, or nothing that lives, which is told.
+unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Configuration {
+    objects::alive(configuration, Kind::Configuration, role);
+    // SAFETY: it lives, and is a CfObject of this kind.
+    match unsafe { &*configuration.cast::<CfObject>() } {
+        CfObject::Configuration(configuration) => configuration,
+        CfObject::Network(_) => violation(role),
+    }
+}
+
+/// # Safety
+///
+/// `network` is one, or nothing that lives, which is told.
+unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<Network> {
+    objects::alive(network, Kind::Network, role);
+    // SAFETY: it lives, and is a CfObject of this kind.
+    match unsafe { &*network.cast::<CfObject>() } {
+        CfObject::Network(network) => network,
+        CfObject::Configuration(_) => violation(role),
+    }
+}
+
+/// # Safety
+///
+/// `status` is null or can be written.
+unsafe fn say(status: *mut u32, value: u32) {
+    if !status.is_null() {
+        // SAFETY: as the caller says.
+        unsafe { *status = value }
+    }
+}
+
+/// # Safety
+///
+/// `object` is a configuration or a network of which the caller gives up its reference.
+#[unsafe(no_mangle)]
+#[allow(non_snake_case, reason = "the name is Apple's")]
+pub(crate) unsafe extern "C" fn CFRelease(object: *const c_void) {
+    if object.is_null() {
+        violation("CFRelease: null");
+    }
+    let object = object.cast::<CfObject>().cast_mut();
+    if !objects::is_alive(object) {
+        violation("CFRelease: nothing lives there (any more)");
+    }
+    objects::died(object);
+    // SAFETY: it lived until now, and is a box of ours with one owner.
+    drop(unsafe { Box::from_raw(object) });
+}
+
+/// # Safety
+///
+/// `status` is null or can be written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
+    mode: u32,
+    status: *mut u32,
+) -> *mut c_void {
+    let mode = u64::from(mode);
+    if !matches!(mode, HOST_MODE | SHARED_MODE) {
+        // SAFETY: as the caller says.
+        unsafe { say(status, INVALID_ARGUMENT) };
+        return ptr::null_mut();
+    }
+    let wish = Wish {
+        mode,
+        subnet: None,
+        prefix: None,
+        mtu: 1500,
+        external: None,
+        off: Vec::new(),
+        reservations: Vec::new(),
+        rules: Vec::new(),
+    };
+    // SAFETY: as the caller says.
+    unsafe { say(status, SUCCESS) };
+    CfObject::Configuration(Configuration { world: World::current(), wish: Mutex::new(wish) })
+        .give()
+}
+
+/// # Safety
+///
+/// As [`configuration`], and `name` is a C string.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_external_interface(
+    to: *mut c_void,
+    name: *const c_char,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (to, name) = unsafe { (configuration(to, "external interface"), CStr::from_ptr(name)) };
+    let known = to.world.host().shared_interfaces.unwrap_or_default();
+    let mut wish = lock(&to.wish);
+    match known.into_iter().find(|known| known.as_bytes() == name.to_bytes()) {
+        Some(name) if wish.mode == SHARED_MODE => wish.external = Some(name),
+        _ => return INVALID_ARGUMENT,
+    }
+    SUCCESS
+}
+
+macro_rules! disable {
+    ($($name:ident $what:literal;)*) => {$(
+        /// # Safety
+        ///
+        /// As [`configuration`].
+        #[unsafe(no_mangle)]
+        pub(crate) unsafe extern "C" fn $name(from: *mut c_void) {
+            // SAFETY: as the caller says.
+            let from = unsafe { configuration(from, $what) };
+            lock(&from.wish).off.push($what);
+        }
+    )*};
+}
+
+disable! {
+    vmnet_network_configuration_disable_nat44 "nat44";
+    vmnet_network_configuration_disable_nat66 "nat66";
+    vmnet_network_configuration_disable_dhcp "dhcp";
+    vmnet_network_configuration_disable_dns_proxy "dns proxy";
+    vmnet_network_configuration_disable_router_advertisement "router advertisement";
+}
+
+/// # Safety
+///
+/// As [`configuration`], and both addresses can be read.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv4_subnet(
+    to: *mut c_void,
+    subnet: *const in_addr,
+    mask: *const in_addr,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (to, subnet, mask) = unsafe { (configuration(to, "subnet"), *subnet, *mask) };
+    let [subnet, mask] = [subnet, mask].map(|addr| Ipv4Addr::from(addr.s_addr.to_ne_bytes()));
+    if !subnet.is_private() || u32::from(mask).leading_ones() < 8 {
+        return INVALID_ARGUMENT;
+    }
+    lock(&to.wish).subnet = Some((subnet, mask));
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`configuration`], and the prefix can be read.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv6_prefix(
+    to: *mut c_void,
+    prefix: *const in6_addr,
+    bits: u8,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (to, prefix) = unsafe { (configuration(to, "prefix"), *prefix) };
+    if bits > 128 {
+        return INVALID_ARGUMENT;
+    }
+    lock(&to.wish).prefix = Some((prefix.s6_addr, bits));
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`configuration`].
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_mtu(
+    to: *mut c_void,
+    mtu: u32,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let to = unsafe { configuration(to, "MTU") };
+    if !(1280..=65_521).contains(&mtu) {
+        return INVALID_ARGUMENT;
+    }
+    lock(&to.wish).mtu = mtu;
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`configuration`], and both addresses can be read.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_dhcp_reservation(
+    to: *mut c_void,
+    client: *const [u8; 6],
+    reservation: *const in_addr,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (to, client, reservation) =
+        unsafe { (configuration(to, "reservation"), *client, *reservation) };
+    let address = Ipv4Addr::from(reservation.s_addr.to_ne_bytes());
+    let mut wish = lock(&to.wish);
+    if wish.reservations.iter().any(|(_, known)| *known == address) {
+        return INVALID_ARGUMENT;
+    }
+    wish.reservations.push((client, address));
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`configuration`], and `inner` points at an address of that family.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_port_forwarding_rule(
+    to: *mut c_void,
+    protocol: u8,
+    family: u8,
+    inside: u16,
+    outside: u16,
+    inner: *const c_void,
+) -> u32 {
+    // SAFETY: as the caller says.
+    let (to, address) = unsafe { (configuration(to, "forwarding"), address(inner, family)) };
+    let Some(address) = address else { return INVALID_ARGUMENT };
+    if !matches!(protocol, 6 | 17) {
+        return INVALID_ARGUMENT;
+    }
+    lock(&to.wish).rules.push(Rule { protocol, outside, family, address, inside });
+    SUCCESS
+}
+
+/// # Safety
+///
+/// As [`configuration`]; `status` is null or can be written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_create(
+    from: *mut c_void,
+    status: *mut u32,
+) -> *mut c_void {
+    // SAFETY: as the caller says.
+    let from = unsafe { configuration(from, "vmnet_network_create") };
+    let wish = lock(&from.wish).clone();
+    let plan = from.world.network_plan();
+    std::thread::sleep(plan.delay);
+    let made = match plan.status {
+        SUCCESS => Network::create(&from.world, wish),
+        status => Err(status),
+    };
+    if let Ok(network) = &made {
+        lock(&from.world.0.networks_made).push(network.describe());
+    }
+    // SAFETY: as the caller says.
+    unsafe { give(made, status) }
+}
+
+/// # Safety
+///
+/// `status` is null or can be written.
+unsafe fn give(made: Result<Arc<Network>, u32>, status: *mut u32) -> *mut c_void {
+    match made {
+        Ok(network) => {
+            // SAFETY: as the caller says.
+            unsafe { say(status, SUCCESS) };
+            CfObject::Network(network).give()
+        }
+        Err(why) => {
+            // SAFETY: as the caller says.
+            unsafe { say(status, why) };
+            ptr::null_mut()
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`network`], and both can be written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_get_ipv4_subnet(
+    of: *mut c_void,
+    subnet: *mut in_addr,
+    mask: *mut in_addr,
+) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let of = network(of, "vmnet_network_get_ipv4_subnet");
+        (*subnet).s_addr = u32::from_ne_bytes(of.gateway.octets());
+        (*mask).s_addr = u32::from_ne_bytes(of.mask.octets());
+    }
+}
+
+/// # Safety
+///
+/// As [`network`], and both can be written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_get_ipv6_prefix(
+    of: *mut c_void,
+    prefix: *mut in6_addr,
+    bits: *mut u8,
+) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let of = network(of, "vmnet_network_get_ipv6_prefix");
+        let default = ([0xfd, 0, 0, 0x26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 64);
+        let (bytes, length) = of.wish.prefix.unwrap_or(default);
+        (*prefix).s6_addr = bytes;
+        *bits = length;
+    }
+}
+
+/// What another process is told.
+struct Serialized(u64);
+
+/// # Safety
+///
+/// As [`network`]; `status` is null or can be written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_copy_serialization(
+    of: *mut c_void,
+    status: *mut u32,
+) -> *mut c_void {
+    // SAFETY: as the caller says.
+    let of = unsafe {
+        say(status, SUCCESS);
+        network(of, "vmnet_network_copy_serialization")
+    };
+    lock(&SERIALIZED).push((of.serial, Arc::downgrade(of)));
+    let object = Handle::new(Object::Opaque(Box::new(Serialized(of.serial))));
+    // SAFETY: it lives: we have it.
+    let (_, life) = unsafe { xpc::borrow(object.as_raw(), "a serialization") };
+    of.world.saw(life, "a serialization");
+    object.into_raw()
+}
+
+/// # Safety
+///
+/// `object` is an XPC object, or nothing that lives, which is told; `status` is null or can be
+/// written.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
+    object: *mut c_void,
+    status: *mut u32,
+) -> *mut c_void {
+    // SAFETY: as the caller says.
+    let (object, _) = unsafe { xpc::borrow(object, "vmnet_network_create_with_serialization") };
+    let serial = match object {
+        Object::Opaque(opaque) => opaque.downcast_ref::<Serialized>().map(|found| found.0),
+        _ => None,
+    };
+    let known = lock(&SERIALIZED)
+        .iter()
+        .find(|(known, _)| Some(*known) == serial)
+        .and_then(|(_, network)| network.upgrade());
+    // SAFETY: as the caller says.
+    unsafe { give(known.ok_or(INVALID_ARGUMENT), status) }
+}
+
+/// # Safety
+///
+/// As [`network`] and [`vmnet_start_interface`](interface::vmnet_start_interface).
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_start_with_network(
+    on: *mut c_void,
+    description: *const c_void,
+    queue: *const c_void,
+    handler: *const c_void,
+) -> *mut c_void {
+    // SAFETY: as the caller says.
+    unsafe {
+        let on = network(on, "vmnet_interface_start_with_network").clone();
+        interface::start(description, queue, handler, Some(on))
+    }
+}

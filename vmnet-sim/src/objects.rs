@@ -1,0 +1,106 @@
+//! What lives: every block, queue, XPC object and network object, by address. So a use after the
+//! last release is told, and not left to luck; and so a world can say what was never released.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+/// What an address is the address of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Block,
+    Queue,
+    Xpc,
+    Configuration,
+    Network,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Block => "a block",
+            Kind::Queue => "a dispatch queue",
+            Kind::Xpc => "an XPC object",
+            Kind::Configuration => "a network configuration",
+            Kind::Network => "a network object",
+        })
+    }
+}
+
+/// One life of one object: the address may come again, this does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Life {
+    address: usize,
+    serial: u64,
+}
+
+#[derive(Default)]
+struct Table {
+    alive: HashMap<usize, (u64, Kind)>,
+    next: u64,
+}
+
+static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn born<T: ?Sized>(address: *const T, kind: Kind) -> Life {
+    let mut table = lock(&TABLE);
+    table.next += 1;
+    let (address, serial) = (address.cast::<()>() as usize, table.next);
+    table.alive.insert(address, (serial, kind));
+    Life { address, serial }
+}
+
+pub(crate) fn died<T: ?Sized>(address: *const T) {
+    lock(&TABLE).alive.remove(&(address.cast::<()>() as usize));
+}
+
+/// Whether anything lives at `address`.
+pub(crate) fn is_alive<T: ?Sized>(address: *const T) -> bool {
+    lock(&TABLE).alive.contains_key(&(address.cast::<()>() as usize))
+}
+
+/// The life of what stands at `address`, which must be of that kind. `role` says in whose place it
+/// was given.
+pub(crate) fn alive<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Life {
+    let address = address.cast::<()>() as usize;
+    match lock(&TABLE).alive.get(&address) {
+        Some((serial, found)) if *found == kind => Life { address, serial: *serial },
+        Some((_, found)) => violation(&format!("{role}: {kind} is expected and {found} was given")),
+        None if address == 0 => violation(&format!("{role}: {kind} is expected and it is null")),
+        None => {
+            violation(&format!("{role}: {kind} is expected, and nothing lives there (any more)"))
+        }
+    }
+}
+
+impl Life {
+    pub(crate) fn goes_on(self) -> bool {
+        lock(&TABLE).alive.get(&self.address).is_some_and(|(serial, _)| *serial == self.serial)
+    }
+
+    /// It must go on: it is about to be used.
+    pub(crate) fn check(self, role: &str) {
+        if !self.goes_on() {
+            violation(&format!("{role}: it was released too early"));
+        }
+    }
+}
+
+/// Says what was done wrong and ends the process. Not a panic: the caller is foreign code.
+#[cold]
+pub(crate) fn violation(what: &str) -> ! {
+    let thread = thread::current();
+    // Not eprintln: a test harness would keep that to itself.
+    let _ = writeln!(
+        io::stderr(),
+        "vmnet-sim: the caller broke a rule of vmnet: {what} (on thread '{}')",
+        thread.name().unwrap_or("unnamed")
+    );
+    std::process::abort();
+}

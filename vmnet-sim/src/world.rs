@@ -1,0 +1,240 @@
+//! A world: a Mac of its own, with its version, its networks and the scripts of its interfaces. Tests
+//! that run at a time do not see each other's.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmring_embedded::Registry;
+
+use crate::interface::Interface;
+use crate::objects::{Life, lock, violation};
+use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
+
+/// The machine.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The version of macOS.
+    pub macos: (u32, u32),
+    /// Whether the process is root.
+    pub root: bool,
+    /// What bridged mode can share; `None`: vmnet answers null.
+    pub shared_interfaces: Option<Vec<String>>,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        let shared_interfaces = Some(vec!["en0".to_owned(), "en1".to_owned()]);
+        Self { macos: (26, 0), root: true, shared_interfaces }
+    }
+}
+
+/// What happens on a misuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rules {
+    /// The process is aborted.
+    Strict,
+    /// The call answers with a status, as vmnet may: for programs that ask on purpose.
+    Answers,
+}
+
+/// A Mac of its own. Cheap to clone: it is the same one.
+#[derive(Clone)]
+pub struct World(pub(crate) Arc<Inner>);
+
+impl fmt::Debug for World {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("World").finish_non_exhaustive()
+    }
+}
+
+pub(crate) struct Inner {
+    host: Mutex<Host>,
+    rules: Rules,
+    /// Whether vmnet copies the blocks and retains the queues it is given.
+    retains: bool,
+    pub(crate) networks: Registry<Vec<u8>>,
+    entries: Mutex<HashMap<[u8; 16], Arc<Mutex<Entry>>>>,
+    /// What it was given and what it gave, with the place.
+    seen: Mutex<Vec<(Life, &'static str)>>,
+    /// Subnets that network objects hold.
+    pub(crate) subnets: Mutex<Vec<Ipv4Addr>>,
+    network_plan: Mutex<NetworkPlan>,
+    pub(crate) networks_made: Mutex<Vec<NetworkMade>>,
+}
+
+/// What is known of an interface identity.
+#[derive(Default)]
+pub(crate) struct Entry {
+    pub(crate) script: Script,
+    pub(crate) counts: Counts,
+    pub(crate) description: BTreeMap<String, Value>,
+    pub(crate) running: Weak<Interface>,
+}
+
+static BY_ID: LazyLock<Mutex<HashMap<[u8; 16], Weak<Inner>>>> = LazyLock::new(Mutex::default);
+static DEFAULT: LazyLock<World> = LazyLock::new(World::new);
+
+thread_local! {
+    static CURRENT: RefCell<Option<World>> = const { RefCell::new(None) };
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl World {
+    /// A strict world: macOS 26, root; vmnet takes references of its own to blocks and queues.
+    pub fn new() -> Self {
+        Self::with(Rules::Strict, true)
+    }
+
+    /// A world of those rules, in which vmnet keeps references to blocks and queues, or does not.
+    pub fn with(rules: Rules, retains: bool) -> Self {
+        Self(Arc::new(Inner {
+            host: Mutex::default(),
+            rules,
+            retains,
+            networks: Registry::new(),
+            entries: Mutex::default(),
+            seen: Mutex::default(),
+            subnets: Mutex::default(),
+            network_plan: Mutex::default(),
+            networks_made: Mutex::default(),
+        }))
+    }
+
+    /// The calling thread's world, or the process's.
+    pub fn current() -> Self {
+        CURRENT.with_borrow(Clone::clone).unwrap_or_else(|| DEFAULT.clone())
+    }
+
+    /// Runs `body` in this world: what it asks of the system is answered for this Mac, and network
+    /// objects it makes are here.
+    pub fn enter<T>(&self, body: impl FnOnce() -> T) -> T {
+        struct Restore(Option<World>);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                CURRENT.set(self.0.take());
+            }
+        }
+        let before = CURRENT.replace(Some(self.clone()));
+        let _restore = Restore(before);
+        body()
+    }
+
+    /// The machine.
+    pub fn host(&self) -> Host {
+        lock(&self.0.host).clone()
+    }
+
+    /// Changes the machine.
+    pub fn set_host(&self, change: impl FnOnce(&mut Host)) {
+        change(&mut lock(&self.0.host));
+    }
+
+    /// An interface identity that nobody else has, and whose interfaces are in this world.
+    pub fn interface_id(&self) -> [u8; 16] {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let mut id = *b"vmnet-sim_______";
+        id[8..].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes());
+        self.adopt(id);
+        id
+    }
+
+    /// Has interfaces of that identity in this world.
+    pub fn adopt(&self, id: [u8; 16]) {
+        lock(&BY_ID).insert(id, Arc::downgrade(&self.0));
+    }
+
+    /// Changes an interface's script.
+    pub fn script(&self, id: [u8; 16], change: impl FnOnce(&mut Script)) {
+        change(&mut lock(&self.entry(id)).script);
+    }
+
+    /// What an interface has seen.
+    pub fn counts(&self, id: [u8; 16]) -> Counts {
+        lock(&self.entry(id)).counts
+    }
+
+    /// What the last start of the interface was asked for: the description's entries, by the names of
+    /// their keys without `vmnet_` and `_key`.
+    pub fn description(&self, id: [u8; 16]) -> BTreeMap<String, Value> {
+        lock(&self.entry(id)).description.clone()
+    }
+
+    /// Changes how the creation of network objects goes.
+    pub fn plan_networks(&self, change: impl FnOnce(&mut NetworkPlan)) {
+        change(&mut lock(&self.0.network_plan));
+    }
+
+    /// The network objects made so far.
+    pub fn networks_made(&self) -> Vec<NetworkMade> {
+        lock(&self.0.networks_made).clone()
+    }
+
+    pub(crate) fn network_plan(&self) -> NetworkPlan {
+        *lock(&self.0.network_plan)
+    }
+
+    /// The host sleeps and wakes: this is what it makes of the interface, until it is started again.
+    pub fn sleep(&self, id: [u8; 16], dead: Dead) {
+        let running = lock(&self.entry(id)).running.upgrade();
+        if let Some(interface) = running {
+            interface.die(dead);
+        }
+    }
+
+    /// Blocks, queues and objects that passed through this world's calls and are still there, after
+    /// waiting up to `patience` for none.
+    pub fn unreleased(&self, patience: Duration) -> Vec<&'static str> {
+        let start = Instant::now();
+        loop {
+            let mut seen = lock(&self.0.seen);
+            seen.retain(|(life, _)| life.goes_on());
+            if seen.is_empty() || start.elapsed() > patience {
+                return seen.iter().map(|(_, role)| *role).collect();
+            }
+            drop(seen);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub(crate) fn of_interface(id: Option<[u8; 16]>) -> Self {
+        let known = id.and_then(|id| lock(&BY_ID).get(&id).and_then(Weak::upgrade));
+        known.map_or_else(Self::current, World)
+    }
+
+    pub(crate) fn entry(&self, id: [u8; 16]) -> Arc<Mutex<Entry>> {
+        lock(&self.0.entries).entry(id).or_default().clone()
+    }
+
+    pub(crate) fn retains(&self) -> bool {
+        self.0.retains
+    }
+
+    pub(crate) fn saw(&self, life: impl Into<Option<Life>>, role: &'static str) {
+        if let Some(life) = life.into() {
+            let mut seen = lock(&self.0.seen);
+            seen.retain(|(life, _)| life.goes_on());
+            if !seen.iter().any(|(known, _)| *known == life) {
+                seen.push((life, role));
+            }
+        }
+    }
+
+    /// What vmnet does about a misuse: the status to answer with, if this world answers.
+    pub(crate) fn forbids(&self, what: &str, status: u32) -> u32 {
+        match self.0.rules {
+            Rules::Strict => violation(what),
+            Rules::Answers => status,
+        }
+    }
+}
