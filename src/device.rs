@@ -15,6 +15,8 @@ pub mod fault;
 pub mod loopback;
 #[cfg(feature = "pcap")]
 pub mod pcap;
+#[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+pub mod vmnet;
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -587,6 +589,21 @@ impl<'a> Io<'a> {
     #[inline]
     pub fn peek_write(&self) -> Option<&PostedSlot> {
         (self.write_limit > 0).then(|| self.posted.writes.front()).flatten()
+    }
+
+    /// The reads that may be taken, oldest first, where they are: for a device that fills before it
+    /// knows how many it will take.
+    #[inline]
+    pub(crate) fn posted_reads(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
+        let limit = self.read_limit as usize;
+        self.posted.reads.iter_mut().take(limit)
+    }
+
+    /// As [`posted_reads`](Self::posted_reads), for writes.
+    #[inline]
+    pub(crate) fn posted_writes(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
+        let limit = self.write_limit as usize;
+        self.posted.writes.iter_mut().take(limit)
     }
 
     /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put

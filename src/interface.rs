@@ -121,6 +121,14 @@ pub struct Config {
     pub offloads: Offloads,
 }
 
+impl Config {
+    /// An interface of that identity, everything else left to the driver.
+    pub(crate) fn new(mode: Mode, interface_id: [u8; 16]) -> Self {
+        let offloads = Offloads::default();
+        Self { mode, interface_id, mac: None, ipv4: None, mtu: None, isolated: false, offloads }
+    }
+}
+
 /// What was negotiated at start: `Lwt_vmnet`'s `t`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -151,6 +159,12 @@ impl InterfaceInfo {
 pub trait Driver: Send + 'static {
     /// Starts the interface. May block; the builder's start timeout runs meanwhile.
     fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error>;
+}
+
+impl<D: Driver + ?Sized> Driver for Box<D> {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        (*self).start(config)
+    }
 }
 
 /// Starts an [`Interface`].
@@ -215,7 +229,14 @@ impl Builder {
         self
     }
 
-    /// The device to start. Default: the embedded network `default`.
+    /// Joins a network object (macOS 26): short for [`Vmnet::network`](crate::Vmnet::network) as the
+    /// device.
+    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+    pub fn network(self, network: &crate::Network) -> Self {
+        self.device(crate::Vmnet::new().network(network))
+    }
+
+    /// The device to start. Default: vmnet on macOS, else the embedded network `default`.
     pub fn device(mut self, driver: impl Driver) -> Self {
         self.driver = Some(Box::new(driver));
         self
@@ -235,8 +256,7 @@ impl Builder {
     /// interface is stopped again behind the scenes. Else what the driver says.
     pub fn start(self) -> Result<Interface, Error> {
         let Builder { config, driver, start_timeout } = self;
-        let driver = driver
-            .unwrap_or_else(|| Box::new(crate::device::embedded::Embedded::network("default")));
+        let driver = driver.unwrap_or_else(default_driver);
         let (answer, waiting) = mpsc::sync_channel::<Result<Arc<dyn Device>, Error>>(0);
         let starter = thread::Builder::new()
             .name("vmring-start".to_owned())
@@ -280,15 +300,7 @@ impl Interface {
     /// Settings, then [`Builder::start`].
     #[doc(alias = "init")]
     pub fn builder() -> Builder {
-        let config = Config {
-            mode: Mode::default(),
-            interface_id: random_id(),
-            mac: None,
-            ipv4: None,
-            mtu: None,
-            isolated: false,
-            offloads: Offloads::default(),
-        };
+        let config = Config::new(Mode::default(), random_id());
         Builder { config, driver: None, start_timeout: Duration::from_secs(10) }
     }
 
@@ -417,6 +429,13 @@ impl Interface {
     pub fn drops(&self) -> Vec<(&'static str, u64)> {
         self.group.device.drops()
     }
+}
+
+fn default_driver() -> Box<dyn Driver> {
+    #[cfg(target_os = "macos")]
+    return Box::new(crate::Vmnet::new());
+    #[cfg(not(target_os = "macos"))]
+    return Box::new(crate::device::embedded::Embedded::network("default"));
 }
 
 /// A version 4 UUID from the standard library's random hasher keys.

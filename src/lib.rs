@@ -65,6 +65,8 @@ pub mod stats;
 pub use blocking::Blocking;
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
+#[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+pub use device::vmnet::{Network, Vmnet};
 pub use error::{
     BatchError, Closed, CompletionError, ConfigError, Direction, EntryError, Error, Status,
     SubmitError, SubmitErrorKind,

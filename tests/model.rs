@@ -233,18 +233,9 @@ impl Setup {
         };
         Interface::builder()
             .interface_id([end + 1; 16])
-            .device(Boxed(driver))
+            .device(driver)
             .start()
             .expect("a device of this process starts")
-    }
-}
-
-/// A driver chosen at run time.
-struct Boxed(Box<dyn Driver>);
-
-impl Driver for Boxed {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
-        self.0.start(config)
     }
 }
 

@@ -1,0 +1,295 @@
+//! Apple's vmnet, driven in batches by the poller.
+//!
+//! On macOS this is what [`Interface::builder`](crate::Interface::builder) starts. On other systems
+//! the same files run against a simulated vmnet (feature `vmnet-sim`), which is how they are tested:
+//! nobody has run them on a Mac yet. What the simulation cannot prove is listed in the [guide](guide).
+//!
+//! A small file by subject: what C declares (`ffi`), what newer systems have (`newer`), the
+//! description, the started interface from start to stop (`port`), events, the batches (`queue`),
+//! port forwarding, network objects.
+
+mod description;
+mod events;
+mod ffi;
+mod forwarding;
+pub mod guide;
+mod network;
+mod newer;
+mod permission;
+mod port;
+pub mod probe;
+mod queue;
+mod system;
+mod xpc;
+
+use std::net::Ipv6Addr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub use description::IsolatedNetwork;
+use description::{Extras, describe};
+pub use network::{Network, NetworkBuilder, SerializedNetwork, Service};
+use newer::System;
+use port::{Port, Timeouts};
+use queue::VmnetQueue;
+use vmring_core::offload;
+
+use crate::device::loopback::mac_of;
+use crate::device::{Capabilities, Device, PortForward, Protocol, Queue, Wake};
+use crate::error::{Direction, Error, Status};
+#[cfg(doc)]
+use crate::interface::Mode;
+use crate::interface::{Config, Driver, InterfaceInfo};
+use crate::notify::lock;
+
+/// How often an interface is looked at although no event came.
+const SAFETY_POLL: Duration = Duration::from_millis(200);
+
+/// The driver for [`Builder::device`](crate::Builder::device), with what only vmnet can be asked
+/// for. On macOS it is the default.
+#[derive(Clone, Debug)]
+pub struct Vmnet {
+    extras: Extras,
+    network: Option<Network>,
+    timeouts: Timeouts,
+    safety_poll: Option<Duration>,
+    system: System,
+}
+
+impl Default for Vmnet {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Vmnet {
+    /// vmnet with nothing special.
+    pub fn new() -> Self {
+        Self {
+            extras: Extras::default(),
+            network: None,
+            timeouts: Timeouts { start: Duration::from_secs(60), stop: Duration::from_secs(5) },
+            safety_poll: Some(SAFETY_POLL),
+            system: System::look(),
+        }
+    }
+
+    /// The IPv6 prefix of a shared network, of fd00::/8.
+    #[doc(alias = "vmnet_nat66_prefix_key")]
+    pub fn nat66_prefix(mut self, prefix: Ipv6Addr) -> Self {
+        self.extras.nat66_prefix = Some(prefix);
+        self
+    }
+
+    /// A host-mode network of its own.
+    #[doc(alias = "vmnet_network_identifier_key")]
+    pub fn isolated_network(mut self, network: IsolatedNetwork) -> Self {
+        self.extras.isolated_network = Some(network);
+        self
+    }
+
+    /// Joins a network object (macOS 26), which then decides mode, addresses and MTU.
+    #[doc(alias = "vmnet_interface_start_with_network")]
+    pub fn network(mut self, network: &Network) -> Self {
+        self.extras.on_network = true;
+        self.network = Some(network.clone());
+        self
+    }
+
+    /// How long a start waits for vmnet. What has not come by then is leaked on purpose, because it
+    /// may still come. Longer than [`Builder::start_timeout`](crate::Builder::start_timeout), so
+    /// that an interface that starts in between is stopped again. Default 60 seconds.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.timeouts.start = timeout;
+        self
+    }
+
+    /// How long a stop waits for vmnet: for the last event, and for the stop itself. Default 5
+    /// seconds.
+    pub fn stop_timeout(mut self, timeout: Duration) -> Self {
+        self.timeouts.stop = timeout;
+        self
+    }
+
+    /// How often the poller reads although no event came; `None`: never. It is the answer to events
+    /// that get lost, which nobody has seen and nothing rules out. Default 200 milliseconds;
+    /// [`Interface::counters`](crate::Interface::counters) says how often it found something.
+    pub fn safety_poll(mut self, every: Option<Duration>) -> Self {
+        self.safety_poll = every;
+        self
+    }
+
+    fn start_port(&self, config: &Config) -> Result<Port, Error> {
+        let description = describe(config, &self.extras, &self.system)?;
+        Port::start(&description, self.network.as_ref(), self.system, self.timeouts)
+    }
+}
+
+/// Names of the interfaces that [`Mode::Bridged`] can share.
+#[doc(alias = "vmnet_copy_shared_interface_list")]
+pub fn shared_interfaces() -> Vec<String> {
+    // SAFETY: it takes nothing; the result is null or an array that is ours.
+    let list = unsafe { xpc::Owned::from_raw(ffi::vmnet_copy_shared_interface_list()) };
+    list.map(|list| list.borrow().strings()).unwrap_or_default()
+}
+
+impl Driver for Vmnet {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let mut config = config.clone();
+        if let Some(network) = &self.network {
+            config.mode = network.mode().clone();
+        }
+        let port = self.start_port(&config)?;
+        let (info, caps) = self.negotiated(&config, &port)?;
+        // From here on the same again: a restart asks for the identity that was given.
+        config.interface_id = info.interface_id;
+        Ok(Arc::new(VmnetDevice {
+            driver: *self,
+            config,
+            info,
+            caps,
+            port: Mutex::new(Some(Arc::new(port))),
+            forwards: Mutex::default(),
+        }))
+    }
+}
+
+impl Vmnet {
+    /// What the interface says of itself, checked.
+    fn negotiated(
+        &self,
+        config: &Config,
+        port: &Port,
+    ) -> Result<(InterfaceInfo, Capabilities), Error> {
+        let parameters = &port.parameters;
+        let (mtu, max) = parameters.sizes().ok_or(Status::SetupIncomplete)?;
+        // A MAC that was asked for counts, whether vmnet heard of it or not: it carries any.
+        let mac = config.mac.or(parameters.mac).unwrap_or_else(|| mac_of(config));
+        let mut info = InterfaceInfo::new(config, mac, mtu, max);
+        info.interface_id = parameters.interface_id.unwrap_or(config.interface_id);
+        info.ipv4 = parameters.ipv4.or(config.ipv4);
+        let mut caps = Capabilities::new(mtu, max);
+        (caps.max_read_batch, caps.max_write_batch) = parameters.batches();
+        caps.writing_rings = usize::MAX;
+        caps.safety_poll = self.safety_poll;
+        caps.offloads = config.offloads;
+        if config.offloads.virtio_header {
+            caps.headroom = offload::LEN as u32;
+            // vmnet has one key for both, and checksums are the header's.
+            let tso = config.offloads.tso4 || config.offloads.tso6;
+            (caps.offloads.tso4, caps.offloads.tso6) = (tso, tso);
+            caps.offloads.checksum = true;
+        }
+        Ok((info, caps))
+    }
+}
+
+struct VmnetDevice {
+    driver: Vmnet,
+    config: Config,
+    info: InterfaceInfo,
+    caps: Capabilities,
+    /// `None` while stopped.
+    port: Mutex<Option<Arc<Port>>>,
+    /// Rules added through us: a restart adds them again.
+    forwards: Mutex<Vec<PortForward>>,
+}
+
+impl VmnetDevice {
+    /// With the interface, which does not stop meanwhile.
+    fn with_port<T>(&self, f: impl FnOnce(&Arc<Port>) -> Result<T, Error>) -> Result<T, Error> {
+        f(lock(&self.port).as_ref().ok_or(Status::SetupIncomplete)?)
+    }
+}
+
+impl Device for VmnetDevice {
+    fn name(&self) -> &str {
+        if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" }
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let caps = &self.caps;
+        let batches = (caps.max_read_batch, caps.max_write_batch);
+        let header = caps.headroom as usize;
+        self.with_port(|port| {
+            let queue = VmnetQueue::new(port.clone(), direction, wake, batches, header)?;
+            Ok(Box::new(queue) as Box<dyn Queue>)
+        })
+    }
+
+    /// # Errors
+    ///
+    /// [`Status::SetupIncomplete`] while a queue exists, which nothing of this crate asks for.
+    fn stop(&self) -> Result<(), Error> {
+        let Some(port) = lock(&self.port).take() else { return Ok(()) };
+        match Arc::try_unwrap(port) {
+            Ok(port) => port.stop(),
+            Err(port) => {
+                // Nobody may read or write while it stops.
+                *lock(&self.port) = Some(port);
+                Err(Status::SetupIncomplete.into())
+            }
+        }
+    }
+
+    fn restart(&self) -> Result<(), Error> {
+        if let Err(error) = self.stop() {
+            // After a sleep it may not be there any more; the new one is what counts.
+            tracing::warn!(%error, "the interface before the restart did not stop cleanly");
+        }
+        let port = self.driver.start_port(&self.config)?;
+        let (info, caps) = self.driver.negotiated(&self.config, &port)?;
+        let changed = (info.max_packet_size, caps.headroom)
+            != (self.info.max_packet_size, self.caps.headroom);
+        if changed {
+            // The rings' frames and promises are made for the sizes before.
+            let what = "another packet size after a restart";
+            port.stop()?;
+            return Err(Error::Answer { device: "vmnet", what });
+        }
+        for rule in lock(&self.forwards).iter() {
+            if let Err(error) = forwarding::add(&port, &self.driver.system, rule) {
+                tracing::warn!(%error, ?rule, "a port is not forwarded any more");
+            }
+        }
+        *lock(&self.port) = Some(Arc::new(port));
+        Ok(())
+    }
+
+    fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
+        self.with_port(|port| forwarding::add(port, &self.driver.system, rule))?;
+        lock(&self.forwards).push(*rule);
+        Ok(())
+    }
+
+    fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
+        let system = &self.driver.system;
+        self.with_port(|port| forwarding::remove(port, system, protocol, external_port))?;
+        lock(&self.forwards)
+            .retain(|rule| (rule.protocol, rule.external_port) != (protocol, external_port));
+        Ok(())
+    }
+
+    fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
+        self.with_port(|port| forwarding::list(port, &self.driver.system))
+    }
+
+    fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
+        Ok(shared_interfaces())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let Some(port) = &*lock(&self.port) else { return Vec::new() };
+        let rescued = port.events.rescued.load(Ordering::Relaxed);
+        vec![("events", port.events.count()), ("safety polls that found packets", rescued)]
+    }
+}

@@ -1,0 +1,310 @@
+//! Reading and writing: batches of descriptors over the poller's own slots. No packet is copied here.
+
+use std::ffi::c_int;
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use libc::iovec;
+
+use super::events::check;
+use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
+use super::port::Port;
+use crate::device::{Io, Progress, Queue, Wake};
+use crate::error::{Direction, Error, Status};
+use crate::notify::lock;
+use vmring_core::offload;
+
+/// Reads offered at least, if posted. What is offered must be reset each time, so it follows what
+/// comes: twice the last batch.
+const OFFER_MIN: usize = 32;
+
+/// Descriptors with an iovec each, allocated once. They point at slots only during the call for
+/// which they were set.
+struct Batch {
+    descriptors: Box<[PacketDescriptor]>,
+    iovecs: Box<[iovec]>,
+}
+
+// SAFETY: the pointers are looked at only by the call that follows their being set, on one thread.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    fn new(len: usize) -> Self {
+        let empty = PacketDescriptor {
+            vm_pkt_size: 0,
+            vm_pkt_iov: null_mut(),
+            vm_pkt_iovcnt: 1,
+            vm_flags: 0,
+        };
+        Self {
+            descriptors: vec![empty; len].into_boxed_slice(),
+            iovecs: vec![iovec { iov_base: null_mut(), iov_len: 0 }; len].into_boxed_slice(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.descriptors.len()
+    }
+
+    /// Sets one: all fields, since vmnet changes some of them in a read. One iovec a packet: with
+    /// more, reports differ.
+    #[inline]
+    fn set(&mut self, i: usize, base: *mut u8, len: usize) {
+        let iovec = &mut self.iovecs[i];
+        iovec.iov_base = base.cast();
+        iovec.iov_len = len;
+        self.descriptors[i] =
+            PacketDescriptor { vm_pkt_size: len, vm_pkt_iov: iovec, vm_pkt_iovcnt: 1, vm_flags: 0 };
+    }
+
+    /// Calls `vmnet_read` or `vmnet_write` with the first `n`, which were just set. Answers with the
+    /// status, and the count as far as it can be true.
+    ///
+    /// # Safety
+    ///
+    /// The descriptors point at bytes that the caller has to itself, to be written in a read.
+    unsafe fn call(
+        &mut self,
+        function: unsafe extern "C" fn(InterfaceRef, *mut PacketDescriptor, *mut c_int) -> u32,
+        port: &Port,
+        n: usize,
+    ) -> (Result<(), Status>, usize) {
+        let mut count = n as c_int;
+        // SAFETY: `port` runs as long as it exists; there are `n` descriptors, as the caller says.
+        let status =
+            unsafe { function(port.interface(), self.descriptors.as_mut_ptr(), &mut count) };
+        (check(status), usize::try_from(count).unwrap_or(0).min(n))
+    }
+}
+
+pub(crate) struct VmnetQueue {
+    /// `None` once it has let go.
+    port: Option<Arc<Port>>,
+    reads: Option<Reads>,
+    writes: Option<Writes>,
+    /// Bytes of the virtio header in front of each packet: 12 or none.
+    header: usize,
+}
+
+struct Reads {
+    batch: Batch,
+    /// How many to offer.
+    offer: usize,
+    /// Events before the last read.
+    seen: u64,
+    /// The poller has slept since the last read, and that one had found nothing more.
+    slept: bool,
+    drained: bool,
+}
+
+struct Writes {
+    batch: Batch,
+    /// How many to send one to a call, because a batch failed and vmnet did not say where.
+    singly: usize,
+}
+
+impl VmnetQueue {
+    pub(crate) fn new(
+        port: Arc<Port>,
+        direction: Direction,
+        wake: Wake,
+        batches: (u32, u32),
+        header: usize,
+    ) -> Result<Self, Error> {
+        let reads = direction.reads().then(|| Reads {
+            batch: Batch::new(batches.0 as usize),
+            offer: OFFER_MIN,
+            seen: 0,
+            slept: false,
+            drained: false,
+        });
+        let writes =
+            direction.writes().then(|| Writes { batch: Batch::new(batches.1 as usize), singly: 0 });
+        if reads.is_some() {
+            if !port.claim_reading() {
+                return Err(Status::SetupIncomplete.into());
+            }
+            port.events.set_wake(Some(wake));
+            // Now that there is somebody to wake and something to read into.
+            if let Err(status) = port.listen() {
+                port.release_reading();
+                return Err(status.into());
+            }
+        }
+        Ok(Self { port: Some(port), reads, writes, header })
+    }
+
+    fn let_go(&mut self) {
+        if let Some(port) = self.port.take()
+            && self.reads.take().is_some()
+        {
+            port.release_reading();
+        }
+    }
+}
+
+impl Reads {
+    fn read(&mut self, port: &Port, io: &mut Io<'_>, header: usize) -> Progress {
+        let events = port.events.count();
+        let offer = self.offer.min(self.batch.len());
+        let mut n = 0;
+        for slot in io.posted_reads().take(offer) {
+            let Some(room) = slot.room_behind_header_mut(header) else { break };
+            self.batch.set(n, room.as_mut_ptr(), room.len());
+            n += 1;
+        }
+        if n == 0 {
+            // Nothing posted; or, from a wrapper that hides what we need, no headroom.
+            if let Some(slot) = io.take_read() {
+                io.fail(slot, Status::InvalidArgument);
+            }
+            return Progress::Idle;
+        }
+        // SAFETY: each descriptor has the room of a slot posted in `io`, which we have borrowed.
+        let (result, count) = unsafe { self.batch.call(vmnet_read, port, n) };
+        let slept = std::mem::take(&mut self.slept);
+        let surprise = slept && self.drained && events == self.seen;
+        self.seen = events;
+        let count = match result {
+            Ok(()) => count,
+            // As much as "nothing there".
+            Err(Status::BufferExhausted) => 0,
+            Err(status) => {
+                self.drained = true;
+                if let Some(slot) = io.take_read() {
+                    io.fail(slot, status);
+                }
+                return Progress::Idle;
+            }
+        };
+        for descriptor in &self.batch.descriptors[..count] {
+            let Some(slot) = io.take_read() else { break };
+            let len = descriptor.vm_pkt_size;
+            match header {
+                0 => io.complete_read(slot, len),
+                _ => io.complete_read_with_header(slot, len),
+            }
+        }
+        if surprise && count > 0 {
+            port.events.rescued.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+        self.offer = (2 * count).max(OFFER_MIN);
+        self.drained = count < n;
+        if self.drained { Progress::Idle } else { Progress::More }
+    }
+}
+
+/// What passes, so that the write is to be tried again: vmnet has no event for it.
+fn passes(status: Status) -> bool {
+    matches!(status, Status::BufferExhausted | Status::MemFailure)
+}
+
+impl Writes {
+    fn write(&mut self, port: &Port, io: &mut Io<'_>, header: usize) {
+        // Uncontended unless several rings write.
+        let _writing = lock(&port.writing);
+        if self.singly == 0 {
+            let n = io.writes().min(self.batch.len());
+            if n == 0 {
+                return;
+            }
+            let (result, count) = self.send(port, io, n, header);
+            let sent = match result {
+                Ok(()) => count,
+                // Whether the count is right after an error is not known: one below what was asked
+                // for is taken at its word.
+                Err(_) if count < n => count,
+                Err(_) => 0,
+            };
+            complete(io, sent);
+            if result.is_err() {
+                self.singly = n - sent;
+            }
+        }
+        // One to a call, each gets its own answer; a batch that failed does not say whose it was.
+        while self.singly > 0 && io.writes() > 0 {
+            match self.send(port, io, 1, header) {
+                (Ok(()), 1) => complete(io, 1),
+                // Not taken, without an error: it waits.
+                (Ok(()), _) => return,
+                (Err(status), _) if passes(status) => return,
+                (Err(status), _) => {
+                    if let Some(slot) = io.take_write() {
+                        io.fail(slot, status);
+                    }
+                }
+            }
+            self.singly -= 1;
+        }
+        if io.writes() == 0 {
+            self.singly = 0;
+        }
+    }
+
+    fn send(
+        &mut self,
+        port: &Port,
+        io: &mut Io<'_>,
+        n: usize,
+        header: usize,
+    ) -> (Result<(), Status>, usize) {
+        let mut set = 0;
+        for slot in io.posted_writes().take(n) {
+            let Some(packet) = slot.packet_behind_header_mut(header) else { break };
+            self.batch.set(set, packet.as_mut_ptr(), packet.len());
+            set += 1;
+        }
+        if set == 0 {
+            // From a wrapper that hides what we need.
+            return (Err(Status::InvalidArgument), 0);
+        }
+        // SAFETY: each descriptor has the packet of a slot posted in `io`, which we have borrowed.
+        unsafe { self.batch.call(vmnet_write, port, set) }
+    }
+}
+
+fn complete(io: &mut Io<'_>, sent: usize) {
+    for _ in 0..sent {
+        let Some(slot) = io.take_write() else { break };
+        io.complete_write(slot);
+    }
+}
+
+impl Queue for VmnetQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        let Some(port) = &self.port else { return Ok(Progress::Idle) };
+        if let Some(writes) = &mut self.writes {
+            writes.write(port, io, self.header);
+        }
+        Ok(match &mut self.reads {
+            Some(reads) => reads.read(port, io, self.header),
+            None => Progress::Idle,
+        })
+    }
+
+    fn arm(&mut self) -> bool {
+        // Events are always on. One that came since the last read has rung, and perhaps too early.
+        match (&self.port, &mut self.reads) {
+            (Some(port), Some(reads)) => {
+                reads.slept = port.events.count() == reads.seen;
+                reads.slept
+            }
+            _ => true,
+        }
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        let _ = io; // no slot is ever kept
+        self.let_go();
+        true
+    }
+}
+
+impl Drop for VmnetQueue {
+    fn drop(&mut self) {
+        // Without being closed, if something above panicked.
+        self.let_go();
+    }
+}
+
+const _: () = assert!(offload::LEN == 12, "the header that vmnet carries");

@@ -1,0 +1,86 @@
+//! The three things the driver asks of the system itself. Under the simulator it asks that, so that
+//! tests can be on any macOS.
+
+use std::ffi::{CStr, c_void};
+use std::fmt;
+
+/// A version of macOS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Macos(pub(crate) u32, pub(crate) u32);
+
+impl fmt::Display for Macos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Macos(major, 0) => write!(f, "macOS {major}"),
+            Macos(major, minor) => write!(f, "macOS {major}.{minor}"),
+        }
+    }
+}
+
+#[cfg(target_os = "macos")]
+mod imp {
+    use super::*;
+
+    pub(crate) fn symbol(name: &CStr) -> *const c_void {
+        // SAFETY: the name is a C string; RTLD_DEFAULT asks all libraries that are loaded.
+        unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
+    }
+
+    pub(crate) fn macos() -> Macos {
+        let mut text = [0_u8; 32];
+        let mut len = text.len();
+        // SAFETY: `len` is the room at `text`; nothing is set.
+        let failed = unsafe {
+            libc::sysctlbyname(
+                c"kern.osproductversion".as_ptr(),
+                text.as_mut_ptr().cast(),
+                &mut len,
+                std::ptr::null_mut(),
+                0,
+            )
+        };
+        let text = if failed == 0 { &text[..len.min(text.len())] } else { b"" };
+        let text = String::from_utf8_lossy(text);
+        let mut parts = text.trim_end_matches('\0').split('.').map(|part| part.parse().ok());
+        let mut next = || parts.next().flatten().unwrap_or(0);
+        Macos(next(), next())
+    }
+
+    pub(crate) fn is_root() -> bool {
+        // SAFETY: it takes nothing and cannot fail.
+        unsafe { libc::geteuid() == 0 }
+    }
+}
+
+#[cfg(not(target_os = "macos"))]
+mod imp {
+    use super::*;
+
+    pub(crate) fn symbol(name: &CStr) -> *const c_void {
+        vmnet_sim::symbol(name)
+    }
+
+    pub(crate) fn macos() -> Macos {
+        let (major, minor) = vmnet_sim::macos_version();
+        Macos(major, minor)
+    }
+
+    pub(crate) fn is_root() -> bool {
+        vmnet_sim::is_root()
+    }
+}
+
+/// What `dlsym` finds: null if the running system does not have it.
+pub(crate) fn symbol(name: &CStr) -> *const c_void {
+    imp::symbol(name)
+}
+
+/// The running system.
+pub(crate) fn macos() -> Macos {
+    imp::macos()
+}
+
+/// Whether the process has all rights.
+pub(crate) fn is_root() -> bool {
+    imp::is_root()
+}
