@@ -1,5 +1,5 @@
-//! The same behaviour on every device: one body for loopback and embedded, each plain, under faults,
-//! as a completion engine, and recorded, each driven in the three ways.
+//! The same behaviour on every device: one body for loopback, embedded and vmnet (simulated), each plain,
+//! under faults, as a completion engine, and recorded, each driven in the three ways.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
+    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
 };
 
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
@@ -24,8 +24,8 @@ const WINDOW: u64 = 48;
 
 /// A device to test, as a way to start its two ends.
 trait Kind {
-    /// Wraps the driver of one end.
-    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface>;
+    /// Wraps the driver of one end, and builds its interface.
+    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface>;
 
     /// Whether it promises the order of packets and completions.
     fn ordered(&self) -> bool {
@@ -33,17 +33,15 @@ trait Kind {
     }
 }
 
-fn start(driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
-    Box::new(move || {
-        Interface::builder().mtu(MTU).device(driver).start().expect("the device starts")
-    })
+fn start(builder: Builder, driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+    Box::new(move || builder.mtu(MTU).device(driver).start().expect("the device starts"))
 }
 
 struct Plain;
 
 impl Kind for Plain {
-    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
-        start(inner)
+    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(builder, inner)
     }
 }
 
@@ -53,8 +51,8 @@ struct Faulty {
 }
 
 impl Kind for Faulty {
-    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
-        start(self.faults.clone().wrap(inner))
+    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(builder, self.faults.clone().wrap(inner))
     }
 
     fn ordered(&self) -> bool {
@@ -65,8 +63,8 @@ impl Kind for Faulty {
 struct Recorded(Capture);
 
 impl Kind for Recorded {
-    fn wrap(&self, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
-        start(self.0.wrap("end", inner))
+    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+        start(builder, self.0.wrap("end", inner))
     }
 }
 
@@ -272,15 +270,30 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
 
 fn on_loopback(kind: &impl Kind) {
     every_way(|way, poller| {
-        body(vec![kind.wrap(Loopback::new(1500))], kind.ordered(), way, poller);
+        let end = kind.wrap(Interface::builder(), Loopback::new(1500));
+        body(vec![end], kind.ordered(), way, poller);
     });
 }
 
 fn on_embedded(kind: &impl Kind) {
     every_way(|way, poller| {
         let network = unique("body");
-        let end = || kind.wrap(Embedded::network(network.clone()));
+        let end = || kind.wrap(Interface::builder(), Embedded::network(network.clone()));
         body(vec![end(), end()], kind.ordered(), way, poller);
+    });
+}
+
+/// The macOS driver over the simulated vmnet, which aborts on a misuse.
+#[cfg(not(target_os = "macos"))]
+fn on_vmnet(kind: &impl Kind) {
+    every_way(|way, poller| {
+        let world = vmnet_sim::World::new();
+        let end = || {
+            let builder = Interface::builder().interface_id(world.interface_id());
+            kind.wrap(builder, vmring::Vmnet::new())
+        };
+        body(vec![end(), end()], kind.ordered(), way, poller);
+        assert_eq!(world.unreleased(crate::support::LONG), [""; 0]);
     });
 }
 
@@ -301,6 +314,12 @@ macro_rules! on_every_device {
             #[test]
             fn embedded() {
                 guarded(|| on_embedded(&$kind));
+            }
+
+            #[cfg(not(target_os = "macos"))]
+            #[test]
+            fn vmnet() {
+                guarded(|| on_vmnet(&$kind));
             }
         }
     )+};
