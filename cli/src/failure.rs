@@ -24,7 +24,9 @@ impl Failure {
     /// A failure to start, which is the arguments' fault if the library says that they cannot be.
     pub(crate) fn starting(error: Error) -> Self {
         match error {
-            Error::Config(_) | Error::NotSupported { .. } => Failure::Usage(error.to_string()),
+            Error::Config(_) | Error::NotSupported { .. } | Error::NeedsMacos { .. } => {
+                Failure::Usage(error.to_string())
+            }
             error => Failure::Step(error.to_string()),
         }
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use vmring::device::pcap::Capture;
 use vmring::{
-    Builder, Direction, Drive, Embedded, Error, Interface, Ipv4Range, Mode, Poller, Ring,
-    RingControl,
+    Builder, Direction, Drive, Driver, Embedded, Error, Interface, Ipv4Range, Mode, Poller, Ring,
+    RingControl, Vmnet,
 };
 
 use crate::args::{DemoArgs, DriveArg};
@@ -20,13 +20,36 @@ pub(crate) struct Settings {
     mtu: Option<u32>,
     subnet: Option<Ipv4Range>,
     drive: DriveArg,
+    device: DemoDevice,
+}
+
+/// The devices that carry two guests who see each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DemoDevice {
+    Embedded,
+    Vmnet,
+}
+
+/// What vmnet is called here: Apple's, or the simulated one elsewhere.
+pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" };
+
+impl DemoDevice {
+    /// A driver for one end of the network of that name.
+    fn driver(self, network: &str) -> Box<dyn Driver> {
+        match self {
+            DemoDevice::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
+            // One network of each mode, as on a Mac.
+            DemoDevice::Vmnet => Box::new(Vmnet::new()),
+        }
+    }
 }
 
 impl Settings {
     /// Refuses devices that cannot carry two guests.
     pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
-        match args.device.as_str() {
-            "embedded" => {}
+        let device = match args.device.as_str() {
+            "embedded" => DemoDevice::Embedded,
+            VMNET => DemoDevice::Vmnet,
             "loopback" => {
                 return Err(Failure::Usage(
                     "the loopback device has one interface and the demo needs two that see each \
@@ -34,18 +57,21 @@ impl Settings {
                         .to_owned(),
                 ));
             }
-            name => return Err(unknown_device(name, "embedded")),
-        }
+            name => return Err(unknown_device(name, &format!("embedded or {VMNET}"))),
+        };
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
-        Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive })
+        Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive, device })
     }
 }
 
 /// What to say to a `--device` that is not here; `usable` names those that are.
 pub(crate) fn unknown_device(name: &str, usable: &str) -> Failure {
     Failure::Usage(match name {
-        "vmnet" | "tap" => format!(
-            "the {name} device is not in this version; use {usable} ('vmring info' lists devices)"
+        "vmnet" => format!(
+            "the vmnet device exists on macOS only; use {usable} ('vmring info' lists devices)"
+        ),
+        "tap" => format!(
+            "the tap device is not in this version; use {usable} ('vmring info' lists devices)"
         ),
         _ => {
             format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
@@ -86,7 +112,7 @@ impl Lab {
             _ => None,
         };
         let start = |number: usize| {
-            let driver = Embedded::network(&network).overflow(QUEUE);
+            let driver = settings.device.driver(&network);
             let mut builder = Interface::builder().mode(settings.mode.clone());
             if let Some(mtu) = settings.mtu {
                 builder = builder.mtu(mtu);
