@@ -77,6 +77,8 @@ pub(crate) struct Interface {
     writing: AtomicBool,
     calls: AtomicUsize,
     kernel: Mutex<Kernel>,
+    /// The longest frame on the simulated wire.
+    wire: usize,
     sender: Mutex<Option<Sender<Vec<u8>>>>,
     events: Mutex<Option<Arc<EventTarget>>>,
     /// A repeated event is on its way.
@@ -533,6 +535,7 @@ impl Interface {
             writing: AtomicBool::new(false),
             calls: AtomicUsize::new(0),
             kernel: Mutex::new(Kernel { receiver: Some(receiver), ..Kernel::default() }),
+            wire: wire.max_packet_size(),
             sender: Mutex::new(Some(sender)),
             events: Mutex::new(None),
             repeating: AtomicBool::new(false),
@@ -571,10 +574,8 @@ impl Interface {
     /// Takes in what the network has for us, on the sender's thread, and says so.
     fn arrived(self: &Arc<Self>) {
         let depth = lock(&self.entry).script.queue_depth;
-        let wire = match &*lock(&self.sender) {
-            Some(sender) => sender.network().max_packet_size(),
-            None => return,
-        };
+        // Not `sender`: it may be the one that sends to us.
+        let wire = self.wire;
         let mut kernel = lock(&self.kernel);
         let Kernel { receiver: Some(receiver), waiting, free } = &mut *kernel else { return };
         let (was_empty, mut arrived, mut dropped) = (waiting.is_empty(), false, 0);
