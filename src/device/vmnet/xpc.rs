@@ -26,7 +26,7 @@ impl Owned {
     ///
     /// `object` is null or an XPC object with a reference that becomes ours.
     pub(crate) unsafe fn from_raw(object: Object) -> Option<Self> {
-        (!object.is_null()).then_some(Self(object))
+        (!object.is_null()).then(|| Self(object))
     }
 
     pub(crate) fn as_raw(&self) -> Object {
