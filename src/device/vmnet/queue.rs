@@ -3,6 +3,7 @@
 use std::ffi::c_int;
 use std::ptr::null_mut;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use libc::iovec;
 
@@ -95,6 +96,8 @@ struct Reads {
     /// The poller has slept since the last read, and that one had found nothing more.
     slept: bool,
     drained: bool,
+    /// The last read found packets after a sleep and no event had come.
+    surprised: bool,
 }
 
 struct Writes {
@@ -117,6 +120,7 @@ impl VmnetQueue {
             seen: 0,
             slept: false,
             drained: false,
+            surprised: false,
         });
         let writes =
             direction.writes().then(|| Writes { batch: Batch::new(batches.1 as usize), singly: 0 });
@@ -185,9 +189,7 @@ impl Reads {
                 _ => io.complete_read_with_header(slot, len),
             }
         }
-        if surprise && count > 0 {
-            port.events.rescued.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        }
+        self.surprised |= surprise && count > 0;
         self.offer = (2 * count).max(OFFER_MIN);
         self.drained = count < n;
         if self.drained { Progress::Idle } else { Progress::More }
@@ -287,6 +289,11 @@ impl Queue for VmnetQueue {
         match (&self.port, &mut self.reads) {
             (Some(port), Some(reads)) => {
                 reads.slept = port.events.count() == reads.seen;
+                // Whatever else woke the poller may have been faster than the event, but not so much
+                // faster: one that has not come by now was not going to.
+                if std::mem::take(&mut reads.surprised) && reads.slept {
+                    port.events.rescued.fetch_add(1, Ordering::Relaxed);
+                }
                 reads.slept
             }
             _ => true,
