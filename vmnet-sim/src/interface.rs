@@ -503,9 +503,9 @@ impl Interface {
             mask: Ipv4Addr::new(255, 255, 255, 0),
         });
         // The wire bears what the offloads make, and what stands behind a frame.
-        let large = settings.header || settings.max > settings.mtu + 14;
+        let large = settings.header || settings.max > settings.mtu.saturating_add(14);
         let wanted = if large { 65_521 } else { settings.mtu };
-        config.mtu = (wanted as u32).clamp(1280, 65_521);
+        config.mtu = wanted.clamp(1280, 65_521) as u32;
         config.inbox_depth = LENT as u32;
         let name = format!("{name} mtu {}", config.mtu);
         let wire = world.0.networks.open(&name, &config).map_err(|_| FAILURE)?;
