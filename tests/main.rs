@@ -13,3 +13,5 @@ mod offload;
 mod pcap;
 mod pollers;
 mod serde;
+#[cfg(not(target_os = "macos"))]
+mod vmnet;
