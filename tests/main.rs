@@ -15,3 +15,5 @@ mod pollers;
 mod serde;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
+#[cfg(not(target_os = "macos"))]
+mod vmnet_faults;

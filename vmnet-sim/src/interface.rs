@@ -876,29 +876,27 @@ impl Interface {
         // SAFETY: as the caller says.
         let frames: Vec<Vec<u8>> =
             (0..asked).map(|i| unsafe { gather(&*packets.add(i)) }).collect();
-        let (n, status, reported) = match plan {
-            CallPlan::Takes(n) => (n.min(asked), SUCCESS, Reported::Done),
-            CallPlan::Fails { status, sent, reported } => (sent.min(asked), status, reported),
-            CallPlan::Well => {
-                let fault = frames.iter().enumerate().find_map(|(i, frame)| {
-                    let status = self.refuses(frame);
-                    (status != SUCCESS).then_some((i, status))
-                });
-                match fault {
-                    None => (asked, SUCCESS, Reported::Done),
-                    Some((i, status)) => {
-                        (if failed_batch.0 { i } else { 0 }, status, failed_batch.1)
-                    }
-                }
+        let fault = frames.iter().enumerate().find_map(|(i, frame)| {
+            let status = self.refuses(frame);
+            (status != SUCCESS).then_some((i, status))
+        });
+        // What cannot be sent is not, whatever the plan.
+        let possible = fault.map_or(asked, |(i, _)| i);
+        let (n, status, reported) = match (plan, fault) {
+            (CallPlan::Takes(n), _) => (n.min(possible), SUCCESS, Reported::Done),
+            (CallPlan::Fails { status, sent, reported }, _) => {
+                (sent.min(possible), status, reported)
+            }
+            (CallPlan::Well, None) => (asked, SUCCESS, Reported::Done),
+            (CallPlan::Well, Some((i, status))) => {
+                (if failed_batch.0 { i } else { 0 }, status, failed_batch.1)
             }
         };
         let dead = lock(&self.dead).is_some();
-        // A plan may send what cannot be sent: then it is not.
-        let sent = frames[..n].iter().filter(|frame| self.refuses(frame) == SUCCESS);
         if !dead {
             let mut sender = lock(&self.sender);
             if let Some(sender) = &mut *sender {
-                for (i, frame) in sent.enumerate() {
+                for (i, frame) in frames[..n].iter().enumerate() {
                     self.send(sender, frame);
                     if i % FLUSH == FLUSH - 1 {
                         sender.flush();
