@@ -119,8 +119,14 @@ struct EventTarget {
     pending: AtomicBool,
 }
 
-/// Interfaces for ever.
-static ALL: Mutex<Vec<Arc<Interface>>> = Mutex::new(Vec::new());
+/// A handle, which stays for ever.
+struct Handed(*mut Arc<Interface>);
+
+// SAFETY: a pointer that is only kept.
+unsafe impl Send for Handed {}
+
+/// All of them: so that they are kept, and not leaked.
+static ALL: Mutex<Vec<Handed>> = Mutex::new(Vec::new());
 
 /// # Safety
 ///
@@ -129,7 +135,6 @@ pub(crate) unsafe fn borrow<'a>(interface: *const c_void, role: &str) -> &'a Arc
     if interface.is_null() {
         violation(&format!("{role}: the interface is null"));
     }
-    // The Arcs lie in ALL, which may move; so what is handed out is the pointer to a box of one.
     // SAFETY: as the caller says; a handle's box is never freed.
     unsafe { &*interface.cast::<Arc<Interface>>() }
 }
@@ -551,8 +556,9 @@ impl Interface {
 
     /// The pointer that foreign code gets: never freed.
     fn handle(self: &Arc<Self>) -> *mut c_void {
-        lock(&ALL).push(self.clone());
-        Box::into_raw(Box::new(self.clone())).cast()
+        let handle = Box::into_raw(Box::new(self.clone()));
+        lock(&ALL).push(Handed(handle));
+        handle.cast()
     }
 
     fn count(&self, count: impl FnOnce(&mut Counts)) {
