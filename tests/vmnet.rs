@@ -904,7 +904,10 @@ fn row_4_5_a_packet_that_came_before_the_callback_was_set_is_read() {
 fn row_4_6_one_ring_reads_and_several_write_one_at_a_time() {
     guarded(|| {
         let world = World::new();
-        let interface = start(&world, world.interface_id());
+        let id = world.interface_id();
+        // Long enough for calls to overlap.
+        world.script(id, |script| script.call_cost = Duration::from_micros(200));
+        let interface = start(&world, id);
         let peer = start(&world, world.interface_id());
         let _reader = interface.ring(Direction::Read).build().unwrap();
         assert!(matches!(
@@ -1050,6 +1053,8 @@ fn row_4_7_the_callback_is_off_and_its_queue_drained_before_the_stop() {
             let world = World::with(Rules::Strict, retains);
             for _ in 0..20 {
                 let ids = [world.interface_id(), world.interface_id()];
+                // One waits on the queue when the callback is taken off.
+                world.script(ids[1], |script| script.event_delay = Duration::from_millis(3));
                 let [from, to] = ids.map(|id| start(&world, id));
                 let macs = [from.mac().into_array(), to.mac().into_array()];
                 let reader = to.ring(Direction::Read).build().unwrap();

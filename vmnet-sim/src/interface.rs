@@ -81,6 +81,8 @@ pub(crate) struct Interface {
     wire: usize,
     sender: Mutex<Option<Sender<Vec<u8>>>>,
     events: Mutex<Option<Arc<EventTarget>>>,
+    /// Events on the queue or under way.
+    underway: AtomicUsize,
     /// A repeated event is on its way.
     repeating: AtomicBool,
     dead: Mutex<Option<Dead>>,
@@ -543,6 +545,7 @@ impl Interface {
             wire: wire.max_packet_size(),
             sender: Mutex::new(Some(sender)),
             events: Mutex::new(None),
+            underway: AtomicUsize::new(0),
             repeating: AtomicBool::new(false),
             dead: Mutex::new(None),
             rules: Mutex::default(),
@@ -627,7 +630,10 @@ impl Interface {
             return;
         }
         let interface = self.clone();
+        self.underway.fetch_add(1, Ordering::AcqRel);
         target.queue.clone().run(move || {
+            let delay = lock(&interface.entry).script.event_delay;
+            thread::sleep(delay);
             target.pending.store(false, Ordering::Release);
             interface.count(|counts| counts.events += 1);
             let event = Handle::dictionary();
@@ -639,6 +645,7 @@ impl Interface {
             // It may have been taken off meanwhile: an event that is on the queue still comes.
             target.block.call_status_object(1, event.as_raw());
             drop(target);
+            interface.underway.fetch_sub(1, Ordering::AcqRel);
             interface.repeat();
         });
     }
@@ -1112,6 +1119,9 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     }
     if interface.calls.load(Ordering::Acquire) > 0 {
         violation(&format!("{what}: a read or a write is under way"));
+    }
+    if interface.underway.load(Ordering::Acquire) > 0 {
+        violation(&format!("{what}: an event is on its queue or under way"));
     }
     let queue = Target::new(queue, "the stop's queue", world.retains());
     if queue.is_current() {

@@ -30,6 +30,8 @@ pub struct Script {
     /// What `vmnet_estimated_packets_available_key` says: `None`: it is not there; `Some(None)`: the
     /// truth; else this.
     pub estimate: Option<Option<u64>>,
+    /// How long an event waits on its queue before its callback is called.
+    pub event_delay: Duration,
     /// Plans for the next reads, one a call; afterwards they go well.
     pub reads: VecDeque<CallPlan>,
     /// Plans for the next writes.
@@ -60,6 +62,7 @@ impl Default for Script {
             header_in_max: false,
             events: Events::Arrival,
             estimate: Some(None),
+            event_delay: Duration::ZERO,
             reads: VecDeque::new(),
             writes: VecDeque::new(),
             failed_batch: (false, Reported::Asked),
