@@ -27,6 +27,8 @@ pub struct Blocking {
     ring: Ring,
     /// Packets that came while a write was waited for.
     ready: VecDeque<Frame>,
+    /// The first error a read met and no `read` has told of yet.
+    failed: Option<EntryError>,
     /// Writes submitted so far: the next one's `user_data`.
     writes: u64,
 }
@@ -37,7 +39,7 @@ const READ: u64 = u64::MAX;
 impl Blocking {
     /// Takes over a ring on which nothing is in flight.
     pub fn new(ring: Ring) -> Result<Self, Error> {
-        let mut front = Self { ring, ready: VecDeque::new(), writes: 0 };
+        let mut front = Self { ring, ready: VecDeque::new(), failed: None, writes: 0 };
         front.ring.split().0.post_reads(READ)?;
         Ok(front)
     }
@@ -96,7 +98,7 @@ impl Blocking {
             if self.ring.in_flight() == 0 {
                 return Err(Error::OutOfFrames);
             }
-            self.pump(Some(Duration::from_millis(10)))?;
+            self.pump(Some(Duration::from_millis(10)));
         }
     }
 
@@ -114,7 +116,7 @@ impl Blocking {
                 Ok(()) => break,
                 Err(refused) if refused.is_backpressure() => {
                     frame = refused.frame;
-                    self.pump(None)?;
+                    self.pump(None);
                 }
                 Err(refused) => {
                     return Err(match refused.kind {
@@ -125,7 +127,7 @@ impl Blocking {
             }
         }
         loop {
-            if let Some(result) = self.pump_for(number, None)? {
+            if let Some(result) = self.pump_for(number, None) {
                 return result.map_err(|error| match error {
                     EntryError::Cancelled => Error::Closed(Closed::Stopped),
                     other => Error::Entry(other),
@@ -154,11 +156,15 @@ impl Blocking {
             if let Some(packet) = self.ready.pop_front() {
                 return Ok(Some(packet));
             }
+            if let Some(error) = self.failed.take() {
+                self.closed()?;
+                return Err(error.into());
+            }
             self.ring.split().0.post_reads(READ)?;
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
             let posted = self.ring.in_flight() > 0;
-            self.pump(left)?;
-            if self.ready.is_empty() {
+            self.pump(left);
+            if self.ready.is_empty() && self.failed.is_none() {
                 self.closed()?;
                 if !posted {
                     return Err(Error::OutOfFrames);
@@ -170,8 +176,8 @@ impl Blocking {
         }
     }
 
-    fn pump(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
-        self.pump_for(u64::MAX - 1, timeout).map(drop)
+    fn pump(&mut self, timeout: Option<Duration>) {
+        let _ = self.pump_for(u64::MAX - 1, timeout);
     }
 
     /// Waits for completions and sorts them; returns that of write `number` if it is among them.
@@ -179,26 +185,19 @@ impl Blocking {
         &mut self,
         number: u64,
         timeout: Option<Duration>,
-    ) -> Result<Option<Result<(), EntryError>>, Error> {
+    ) -> Option<Result<(), EntryError>> {
         self.ring.wait(1, timeout);
         let mut answer = None;
-        let mut failed = None;
         for done in self.ring.reap() {
             match (done.op, done.result) {
                 (Op::Read, Ok(_)) => self.ready.extend(done.frame()),
                 (Op::Read, Err(EntryError::Cancelled)) => {}
-                (Op::Read, Err(error)) => failed = failed.or(Some(error)),
+                // For the next `read`: whoever waits here may wait for a write.
+                (Op::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
                 (_, result) if done.user_data == number => answer = Some(result.map(drop)),
                 _ => {}
             }
         }
-        match failed {
-            // The write's own answer is more to the point.
-            Some(error) if answer.is_none() && self.ready.is_empty() => {
-                self.closed()?;
-                Err(error.into())
-            }
-            _ => Ok(answer),
-        }
+        answer
     }
 }

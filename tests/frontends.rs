@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmring::device::Progress;
 use vmring::device::fault::Faults;
 use vmring::{
     Async, Blocking, Closed, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
@@ -15,8 +16,8 @@ use vmring::{
 };
 
 use crate::support::{
-    LONG, Way, eventually, every_way, guarded, loopback, number_of, packet, packet_between, scaled,
-    stage, unique,
+    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, loopback, number_of, packet,
+    packet_between, scaled, stage, unique,
 };
 
 fn ring(interface: &Interface, way: Way, poller: &Poller) -> Ring {
@@ -109,6 +110,48 @@ mod blocking {
                 let refused = front.write(&packet(1, 60));
                 let expected = EntryError::Device(Status::NotAuthorized);
                 assert!(matches!(refused, Err(Error::Entry(e)) if e == expected), "{refused:?}");
+            });
+        });
+    }
+
+    /// The device keeps a write and meanwhile refuses a read.
+    #[test]
+    fn a_read_that_fails_is_no_writes_answer() {
+        const REFUSED: EntryError = EntryError::Device(Status::NotAuthorized);
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = Script::new(|_, wake| {
+                    let mut kept = None;
+                    let sent = Arc::new(AtomicBool::new(false));
+                    ScriptQueue::new(move |io| {
+                        if let Some(write) = io.take_write() {
+                            kept = Some(write);
+                            let read = io.take_read().expect("reads are posted first");
+                            io.fail(read, Status::NotAuthorized);
+                            let (sent, wake) = (sent.clone(), wake.clone());
+                            thread::spawn(move || {
+                                thread::sleep(Duration::from_millis(50));
+                                sent.store(true, Ordering::SeqCst);
+                                wake.wake();
+                            });
+                        }
+                        if sent.load(Ordering::SeqCst)
+                            && let Some(write) = kept.take()
+                        {
+                            io.complete_write(write);
+                        }
+                        Ok(Progress::Idle)
+                    })
+                })
+                .start();
+                let mut front = front(&interface, way, poller);
+                let start = Instant::now();
+                front.write(&packet(1, 60)).expect("it is sent");
+                assert!(start.elapsed() >= Duration::from_millis(50), "{way:?}: not sent yet");
+                let failed = front.read_timeout(LONG);
+                assert!(matches!(failed, Err(Error::Entry(REFUSED))), "{way:?}: {failed:?}");
+                let next = front.read_timeout(Duration::ZERO);
+                assert!(matches!(next, Ok(None)), "{way:?}: told once, not twice: {next:?}");
             });
         });
     }
