@@ -36,6 +36,10 @@ pub struct Blocking {
 /// The `user_data` of reads; writes count from 0.
 const READ: u64 = u64::MAX;
 
+/// The longest sleep between two looks at a full SQ. The engine has been rung for, so it is empty
+/// soon.
+const NAP: Duration = Duration::from_micros(50);
+
 impl Blocking {
     /// Takes over a ring on which nothing is in flight.
     pub fn new(ring: Ring) -> Result<Self, Error> {
@@ -115,8 +119,11 @@ impl Blocking {
             match self.ring.submit_write(frame, number) {
                 Ok(()) => break,
                 Err(refused) if refused.is_backpressure() => {
+                    // A credit comes with a completion. Room in the SQ comes when the engine takes
+                    // what is there, which wakes nobody.
+                    let full = refused.kind == SubmitErrorKind::SqFull;
                     frame = refused.frame;
-                    self.pump(None);
+                    self.pump(full.then_some(NAP));
                 }
                 Err(refused) => {
                     return Err(match refused.kind {

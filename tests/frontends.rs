@@ -114,6 +114,23 @@ mod blocking {
         });
     }
 
+    /// The SQ has one place, and a posted read stands in it: no completion will say that it is free.
+    #[test]
+    fn a_full_submission_queue_holds_no_write_up() {
+        guarded(|| {
+            every_way(|way, poller| {
+                let interface = loopback();
+                let ring = interface.ring(Direction::Both).sq_depth(1).drive(way.drive(poller));
+                let mut front = Blocking::new(ring.build().expect("a ring")).expect("posted");
+                for number in 0..scaled(100) {
+                    stage(format!("{way:?}: packet {number}"));
+                    front.write(&packet(number, 60)).expect("it is taken");
+                    assert_eq!(number_of(&read(&mut front)), number, "{way:?}");
+                }
+            });
+        });
+    }
+
     /// The device keeps a write and meanwhile refuses a read.
     #[test]
     fn a_read_that_fails_is_no_writes_answer() {
