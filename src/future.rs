@@ -26,9 +26,9 @@ use std::thread::{self, Thread};
 
 use vmring_core::Frame;
 
-use crate::error::{Closed, EntryError, Error, Status};
+use crate::error::{Closed, ConfigError, EntryError, Error, Status};
 use crate::notify::lock;
-use crate::ring::{Op, Ring, RingControl};
+use crate::ring::{Op, Ring, RingControl, RingPark};
 
 /// A ring behind futures. Clone it for other tasks.
 #[derive(Clone)]
@@ -100,10 +100,24 @@ impl Wake for Sleepers {
 /// The `user_data` of reads; writes count from 0.
 const READ: u64 = u64::MAX;
 
+const INLINE: &str = "an async front-end needs a ring that a poller drives: with Drive::Inline \
+                      nobody would while its tasks sleep";
+
 impl Async {
-    /// Takes over a ring on which nothing is in flight. A ring with a poller of its own is the
-    /// usual one; one with `Drive::Inline` makes progress when a future is polled.
-    pub fn new(ring: Ring) -> Result<Self, Error> {
+    /// Takes over a ring on which nothing is in flight, driven by a poller: its own
+    /// ([`Drive::Thread`](crate::Drive::Thread), the default) or one for many rings
+    /// ([`Drive::Shared`](crate::Drive::Shared)).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for a ring with [`Drive::Inline`](crate::Drive::Inline). While every task
+    /// sleeps nobody would drive it: not when a device that took no packets is to be tried again,
+    /// nor when one that is a descriptor has packets. That takes a timer and a reactor, so a
+    /// runtime; this front-end works with any.
+    pub fn new(mut ring: Ring) -> Result<Self, Error> {
+        if matches!(ring.split().0.shared.bell.parker(), RingPark::Inline(_)) {
+            return Err(ConfigError::Invalid(INLINE.to_owned()).into());
+        }
         let mut state =
             State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
         state.ring.split().0.post_reads(READ)?;

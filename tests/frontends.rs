@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use vmring::device::Progress;
 use vmring::device::fault::Faults;
 use vmring::{
-    Async, Blocking, Closed, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
-    Loopback, Poller, Ring, Status, block_on,
+    Async, Blocking, Closed, Direction, EntryError, Error, Frame, Interface, Loopback, Poller,
+    Ring, Status, block_on,
 };
 
 use crate::support::{
     LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, loopback, number_of, packet,
-    packet_between, scaled, stage, unique,
+    scaled, stage,
 };
 
 fn ring(interface: &Interface, way: Way, poller: &Poller) -> Ring {
@@ -283,12 +283,14 @@ impl Executor {
     }
 }
 
-/// Runs `body` under each executor with a ring on a thread and on a shared poller; inline driving
-/// needs somebody who polls, so only the tests that drive by hand use it.
+/// Whoever drives an asynchronous front-end's ring.
+const POLLERS: [Way; 2] = [Way::Thread, Way::Shared];
+
+/// Runs `body` under each executor with a ring on a thread and on a shared poller.
 fn every_executor(body: impl Fn(Executor, Async)) {
     let poller = Poller::start().expect("a poller");
     for executor in [Executor::TokioMany, Executor::TokioOne, Executor::Tiny] {
-        for way in Way::ALL {
+        for way in POLLERS {
             stage(format!("{executor:?}, {way:?}"));
             let interface = loopback();
             body(executor, Async::new(ring(&interface, way, &poller)).expect("reads are posted"));
@@ -552,7 +554,7 @@ fn a_write_on_a_closed_ring_does_not_wait_for_a_frame() {
 fn packets_held_and_given_back_let_the_readers_go_on() {
     guarded(|| {
         let poller = Poller::start().expect("a poller");
-        for way in Way::ALL {
+        for way in POLLERS {
             let interface = loopback();
             let ring = interface.ring(Direction::Both).depth(4).drive(way.drive(&poller));
             let front = Async::new(ring.build().expect("a ring")).expect("reads are posted");
@@ -590,7 +592,7 @@ fn packets_held_and_given_back_let_the_readers_go_on() {
 fn a_dropped_reads_packet_goes_to_the_next_reader() {
     guarded(|| {
         let poller = Poller::start().expect("a poller");
-        for way in Way::ALL {
+        for way in POLLERS {
             for woken_first in [false, true] {
                 stage(format!("{way:?}, woken first: {woken_first}"));
                 let interface = loopback();
@@ -604,13 +606,7 @@ fn a_dropped_reads_packet_goes_to_the_next_reader() {
                     block_on(write(&front, &packet(7, 60)));
                 } else {
                     block_on(write(&front, &packet(7, 60)));
-                    eventually("both readers are woken", || {
-                        // Inline, somebody has to poll.
-                        if way == Way::Inline {
-                            let _ = poll(&mut front.write(&packet(8, 2000)), &b);
-                        }
-                        a.count() > 0 && b.count() > 0
-                    });
+                    eventually("both readers are woken", || a.count() > 0 && b.count() > 0);
                     drop(first);
                 }
                 let packet = block_on(second).expect("an open ring");
@@ -624,41 +620,75 @@ fn a_dropped_reads_packet_goes_to_the_next_reader() {
 #[test]
 fn one_wake_lets_every_reader_proceed() {
     guarded(|| {
-        let network = unique("one-wake");
-        let join = || {
-            let driver = Embedded::network(&network);
-            Interface::builder().device(driver).start().expect("a port")
-        };
-        let (to, from) = (join(), join());
-        let inline = |interface: &Interface| {
-            let ring = interface.ring(Direction::Both).drive(Drive::Inline);
-            ring.build().expect("a ring")
-        };
-        let front = Async::new(inline(&to)).expect("reads are posted");
-        let mut sender = inline(&from);
-        let mut reads: Vec<_> =
-            (0..8).map(|_| (front.read(), Arc::new(Wakes::default()))).collect();
-        for (read, wakes) in &mut reads {
-            assert!(poll(read, wakes).is_pending());
-        }
-        let (macs, pool) = ([from.mac(), to.mac()], sender.pools()[0].clone());
-        let packets = (0..8).map(|number| {
-            let mut frame = pool.alloc().expect("a fresh ring");
-            let [from, to] = macs.map(|mac| mac.into_array());
-            frame.copy_from(&packet_between(from, to, number, 60)).expect("it fits");
-            (frame, number)
-        });
-        assert_eq!(sender.submit_writes(packets).expect("they are taken"), 8);
-        assert_eq!(sender.reap().count(), 8, "sent in one turn");
-        let mut numbers = Vec::new();
-        for (read, wakes) in &mut reads {
-            assert!(wakes.count() > 0, "a reader sleeps on");
-            match poll(read, wakes) {
-                Poll::Ready(packet) => numbers.push(number_of(&packet.expect("an open ring"))),
-                Poll::Pending => panic!("woken, and its packet is not there"),
+        let poller = Poller::start().expect("a poller");
+        for way in POLLERS {
+            stage(format!("{way:?}"));
+            let bell = Arc::new(Mutex::new(None));
+            let batch = Arc::new(AtomicBool::new(false));
+            let interface = {
+                let (bell, batch) = (bell.clone(), batch.clone());
+                Script::new(move |_, wake| {
+                    *bell.lock().expect("no panic") = Some(wake);
+                    let batch = batch.clone();
+                    ScriptQueue::new(move |io| {
+                        for number in 0..if batch.swap(false, Ordering::SeqCst) { 8 } else { 0 } {
+                            let mut slot = io.take_read().expect("eight readers, eight reads");
+                            slot.room_mut()[..60].copy_from_slice(&packet(number, 60));
+                            io.complete_read(slot, 60);
+                        }
+                        Ok(Progress::Idle)
+                    })
+                })
+                .start()
+            };
+            let front = Async::new(ring(&interface, way, &poller)).expect("reads are posted");
+            let mut reads: Vec<_> =
+                (0..8).map(|_| (front.read(), Arc::new(Wakes::default()))).collect();
+            for (read, wakes) in &mut reads {
+                assert!(poll(read, wakes).is_pending());
             }
+            batch.store(true, Ordering::SeqCst);
+            bell.lock().expect("no panic").as_ref().expect("a queue was made").wake();
+            eventually("every reader is woken", || {
+                reads.iter().all(|(_, wakes)| wakes.count() > 0)
+            });
+            let mut numbers = Vec::new();
+            for (read, wakes) in &mut reads {
+                match poll(read, wakes) {
+                    Poll::Ready(packet) => numbers.push(number_of(&packet.expect("it is open"))),
+                    Poll::Pending => panic!("woken, and its packet is not there"),
+                }
+            }
+            assert_eq!(numbers, (0..8).collect::<Vec<_>>(), "{way:?}");
         }
-        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+    });
+}
+
+/// Nobody would drive it when a write is to be tried again.
+#[test]
+fn an_async_front_end_refuses_a_ring_that_no_poller_drives() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        let interface = loopback();
+        let refused = Async::new(ring(&interface, Way::Inline, &poller));
+        let Err(Error::Config(why)) = refused else { panic!("{refused:?}") };
+        assert!(why.to_string().contains("Drive::Inline"), "{why}");
+    });
+}
+
+/// A device that takes no packet ends the write with its answer, though nothing else happens.
+#[test]
+fn a_stalled_write_ends_when_its_budget_does() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        for way in POLLERS {
+            stage(format!("{way:?}"));
+            let wall = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start();
+            let front = Async::new(ring(&wall, way, &poller)).expect("reads are posted");
+            let stalled = block_on(front.write(&packet(1, 60)));
+            let expected = EntryError::Device(Status::BufferExhausted);
+            assert!(matches!(stalled, Err(Error::Entry(e)) if e == expected), "{stalled:?}");
+        }
     });
 }
 
@@ -710,7 +740,7 @@ fn a_waker_may_poll_at_once() {
     }
     guarded(|| {
         let poller = Poller::start().expect("a poller");
-        for way in Way::ALL {
+        for way in POLLERS {
             let interface = loopback();
             let front = Async::new(ring(&interface, way, &poller)).expect("reads are posted");
             let n = scaled(200);
