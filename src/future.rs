@@ -26,7 +26,7 @@ use std::thread::{self, Thread};
 
 use vmring_core::Frame;
 
-use crate::error::{Closed, ConfigError, EntryError, Error, Status};
+use crate::error::{Closed, ConfigError, EntryError, Error, Status, SubmitErrorKind};
 use crate::notify::lock;
 use crate::ring::{Op, Ring, RingControl, RingPark};
 
@@ -120,7 +120,7 @@ impl Async {
         }
         let mut state =
             State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
-        state.ring.split().0.post_reads(READ)?;
+        state.post_reads()?;
         let state = Arc::new(Mutex::new(state));
         Ok(Self { state, sleepers: Arc::default(), numbers: Arc::default() })
     }
@@ -196,7 +196,7 @@ impl Async {
         let answer = self.locked(|state| {
             loop {
                 news |= state.pump();
-                match state.ring.split().0.post_reads(READ).and_then(|()| step(state)) {
+                match step(state) {
                     Ok(Some(answer)) => break Poll::Ready(Ok(answer)),
                     Err(error) => break Poll::Ready(Err(error)),
                     Ok(None) if self.sleep(state, number, cx).is_pending() => break Poll::Pending,
@@ -232,6 +232,10 @@ impl State {
         news
     }
 
+    fn post_reads(&mut self) -> Result<(), Error> {
+        self.ring.split().0.post_reads(READ)
+    }
+
     fn closed(&self) -> Option<Closed> {
         self.ring.control().closed()
     }
@@ -249,6 +253,7 @@ impl Future for ReadFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         self.front.advance(self.number, cx, |state| {
+            state.post_reads()?;
             if let Some(packet) = state.ready.pop_front() {
                 return Ok(Some(packet));
             }
@@ -282,8 +287,9 @@ pub struct WriteFuture<'a> {
 }
 
 impl WriteFuture<'_> {
-    /// Submits the packet if the ring takes it now.
-    fn send(&mut self, state: &mut State) -> Result<(), Error> {
+    /// Submits the packet if the ring takes it now. Returns whether it is to be tried again although
+    /// no completion comes: the SQ is full until the poller takes what is there.
+    fn send(&mut self, state: &mut State) -> Result<bool, Error> {
         if self.packet.len() > state.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
         }
@@ -291,16 +297,18 @@ impl WriteFuture<'_> {
             return Err(closed.into());
         }
         let Some(mut frame) = state.ring.alloc() else {
-            return if state.ring.in_flight() == 0 { Err(Error::OutOfFrames) } else { Ok(()) };
+            return if state.ring.in_flight() == 0 { Err(Error::OutOfFrames) } else { Ok(false) };
         };
         frame.copy_from(self.packet).map_err(|_| Status::PacketTooBig)?;
         match state.ring.submit_write(frame, self.number) {
             Ok(()) => {
                 state.writes.insert(self.number, None);
                 self.sent = true;
-                Ok(())
+                Ok(false)
             }
-            Err(refused) if refused.is_backpressure() => Ok(()),
+            Err(refused) if refused.is_backpressure() => {
+                Ok(refused.kind == SubmitErrorKind::SqFull)
+            }
             Err(refused) => Err(refused.into()),
         }
     }
@@ -311,10 +319,11 @@ impl Future for WriteFuture<'_> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let (front, number) = (self.front.clone(), self.number);
-        front.advance(number, cx, |state| {
-            if !self.sent {
-                self.send(state)?;
-            }
+        let mut full = false;
+        let answer = front.advance(number, cx, |state| {
+            full = !self.sent && self.send(state)?;
+            // After the write, or they would take its place in a small SQ each time.
+            state.post_reads()?;
             let Some(answer) = state.writes.get_mut(&number).and_then(Option::take) else {
                 return Ok(None);
             };
@@ -323,7 +332,13 @@ impl Future for WriteFuture<'_> {
                 (EntryError::Cancelled, Some(closed)) => Error::Closed(closed),
                 (error, _) => Error::Entry(error),
             })
-        })
+        });
+        if answer.is_pending() && full {
+            // The poller has been rung for, so it is there soon. It may want this processor.
+            thread::yield_now();
+            cx.waker().wake_by_ref();
+        }
+        answer
     }
 }
 

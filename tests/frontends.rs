@@ -17,7 +17,7 @@ use vmring::{
 
 use crate::support::{
     LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, loopback, number_of, packet,
-    scaled, stage,
+    scaled, stage, take_writes,
 };
 
 fn ring(interface: &Interface, way: Way, poller: &Poller) -> Ring {
@@ -262,6 +262,8 @@ enum Executor {
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 impl Executor {
+    const ALL: [Executor; 3] = [Executor::TokioMany, Executor::TokioOne, Executor::Tiny];
+
     /// Runs the tasks to their ends.
     fn run(self, tasks: Vec<Task>) {
         let mut builder = match self {
@@ -289,7 +291,7 @@ const POLLERS: [Way; 2] = [Way::Thread, Way::Shared];
 /// Runs `body` under each executor with a ring on a thread and on a shared poller.
 fn every_executor(body: impl Fn(Executor, Async)) {
     let poller = Poller::start().expect("a poller");
-    for executor in [Executor::TokioMany, Executor::TokioOne, Executor::Tiny] {
+    for executor in Executor::ALL {
         for way in POLLERS {
             stage(format!("{executor:?}, {way:?}"));
             let interface = loopback();
@@ -660,6 +662,58 @@ fn one_wake_lets_every_reader_proceed() {
                 }
             }
             assert_eq!(numbers, (0..8).collect::<Vec<_>>(), "{way:?}");
+        }
+    });
+}
+
+/// The SQ has one place, a posted read stands in it, and the poller comes only later: no completion
+/// will say that it has.
+#[test]
+fn a_full_submission_queue_delays_a_write_and_no_more() {
+    /// Whether the device is called, and whether it may return.
+    #[derive(Default)]
+    struct Gate {
+        entered: AtomicBool,
+        open: AtomicBool,
+    }
+    guarded(|| {
+        for executor in Executor::ALL {
+            for way in POLLERS {
+                stage(format!("{executor:?}, {way:?}"));
+                let poller = Poller::start().expect("a poller");
+                let gate = Arc::new(Gate::default());
+                let interface = {
+                    let gate = gate.clone();
+                    Script::new(move |_, _| {
+                        let gate = gate.clone();
+                        ScriptQueue::new(move |io| {
+                            gate.entered.store(true, Ordering::SeqCst);
+                            while !gate.open.load(Ordering::SeqCst) {
+                                thread::sleep(Duration::from_millis(1));
+                            }
+                            take_writes(io);
+                            Ok(Progress::Idle)
+                        })
+                    })
+                    .start()
+                };
+                let ring = interface.ring(Direction::Both).sq_depth(1).drive(way.drive(&poller));
+                let front = Async::new(ring.build().expect("a ring")).expect("posted");
+                eventually("the poller is with the device", || gate.entered.load(Ordering::SeqCst));
+                // Fills the SQ.
+                let mut read = front.read();
+                assert!(poll(&mut read, &Arc::default()).is_pending());
+                let mut write = front.write(&[2; 60]);
+                assert!(poll(&mut write, &Arc::default()).is_pending());
+                stage(format!("{executor:?}, {way:?}: the write waits for the poller"));
+                let opener = thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(20));
+                    gate.open.store(true, Ordering::SeqCst);
+                });
+                executor.run(vec![task(async move { write.await.expect("it is taken") })]);
+                opener.join().expect("it ends");
+                assert_eq!(front.control().stats().tx_packets, 1);
+            }
         }
     });
 }
