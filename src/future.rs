@@ -51,6 +51,8 @@ struct State {
     ready: VecDeque<Frame>,
     /// Writes in flight whose future lives: `None` until the completion comes.
     writes: BTreeMap<u64, Option<Result<(), EntryError>>>,
+    /// Writes in flight, with those whose future is gone.
+    writes_in_flight: usize,
     /// The first error a read met, for the next reader.
     failed: Option<EntryError>,
 }
@@ -118,8 +120,13 @@ impl Async {
         if matches!(ring.split().0.shared.bell.parker(), RingPark::Inline(_)) {
             return Err(ConfigError::Invalid(INLINE.to_owned()).into());
         }
-        let mut state =
-            State { ring, ready: VecDeque::new(), writes: BTreeMap::new(), failed: None };
+        let mut state = State {
+            ring,
+            ready: VecDeque::new(),
+            writes: BTreeMap::new(),
+            writes_in_flight: 0,
+            failed: None,
+        };
         state.post_reads()?;
         let state = Arc::new(Mutex::new(state));
         Ok(Self { state, sleepers: Arc::default(), numbers: Arc::default() })
@@ -144,8 +151,10 @@ impl Async {
     /// # Errors
     ///
     /// [`Status::PacketTooBig`] before anything is sent if it is longer than `max_packet_size`;
-    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it; [`Error::OutOfFrames`] if the
-    /// caller holds every frame.
+    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it; [`Error::OutOfFrames`] if no frame
+    /// is free and no write is in flight that will bring one back. A frame given back wakes nobody, so
+    /// this does not wait for it. Packets that were read and are held do not lead here, since reading
+    /// leaves frames to writes; frames that the caller allocated, or other rings on the pool, may.
     pub fn write<'a>(&self, packet: &'a [u8]) -> WriteFuture<'a> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         WriteFuture { front: self.clone(), number, packet, sent: false }
@@ -220,7 +229,10 @@ impl State {
                 (Op::Read, Ok(_)) => self.ready.extend(done.frame()),
                 (Op::Read, Err(EntryError::Cancelled)) => {}
                 (Op::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
-                (_, result) => {
+                (Op::Cancel, _) => {}
+                (Op::Write, result) => {
+                    // Saturating: a ring taken over with writes in flight is the caller's mistake.
+                    self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
                     // A write whose future is gone has no entry.
                     if let Some(answer) = self.writes.get_mut(&done.user_data) {
                         *answer = Some(result.map(drop));
@@ -297,12 +309,15 @@ impl WriteFuture<'_> {
             return Err(closed.into());
         }
         let Some(mut frame) = state.ring.alloc() else {
-            return if state.ring.in_flight() == 0 { Err(Error::OutOfFrames) } else { Ok(false) };
+            // A write in flight brings its frame back and wakes us. Posted reads do not, and a frame
+            // that the caller drops wakes nobody.
+            return if state.writes_in_flight == 0 { Err(Error::OutOfFrames) } else { Ok(false) };
         };
         frame.copy_from(self.packet).map_err(|_| Status::PacketTooBig)?;
         match state.ring.submit_write(frame, self.number) {
             Ok(()) => {
                 state.writes.insert(self.number, None);
+                state.writes_in_flight += 1;
                 self.sent = true;
                 Ok(false)
             }

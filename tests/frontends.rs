@@ -589,6 +589,77 @@ fn packets_held_and_given_back_let_the_readers_go_on() {
     });
 }
 
+/// Nobody would hear of a frame that the caller gives back.
+#[test]
+fn a_write_without_a_free_frame_says_so() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        for way in POLLERS {
+            let interface = loopback();
+            let ring = interface.ring(Direction::Both).depth(2).frames(4).drive(way.drive(&poller));
+            let ring = ring.build().expect("a ring");
+            let pool = ring.pools()[0].clone();
+            let front = Async::new(ring).expect("reads are posted");
+            let held: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
+            stage(format!("{way:?}: a write while {} frames are held", held.len()));
+            let refused = block_on(front.write(&packet(1, 60)));
+            assert!(matches!(refused, Err(Error::OutOfFrames)), "{way:?}: {refused:?}");
+            drop(held);
+            stage(format!("{way:?}: a write after they were given back"));
+            block_on(front.write(&packet(2, 60))).expect("there are frames again");
+            assert_eq!(number_of(&block_on(front.read()).expect("an open ring")), 2);
+        }
+    });
+}
+
+/// The only free frame is with a write in flight, also if nobody waits for that any more.
+#[test]
+fn a_write_waits_for_the_frame_of_another() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        for way in POLLERS {
+            for dropped in [false, true] {
+                stage(format!("{way:?}, the first is dropped: {dropped}"));
+                let bell = Arc::new(Mutex::new(None));
+                let taking = Arc::new(AtomicBool::new(false));
+                let interface = {
+                    let (bell, taking) = (bell.clone(), taking.clone());
+                    Script::new(move |_, wake| {
+                        *bell.lock().expect("no panic") = Some(wake);
+                        let (taking, mut kept) = (taking.clone(), Vec::new());
+                        ScriptQueue::new(move |io| {
+                            kept.extend(std::iter::from_fn(|| io.take_write()));
+                            if taking.load(Ordering::SeqCst) {
+                                kept.drain(..).for_each(|write| io.complete_write(write));
+                            }
+                            Ok(Progress::Idle)
+                        })
+                    })
+                    .start()
+                };
+                let ring = interface.ring(Direction::Both).depth(2).frames(4);
+                let ring = ring.drive(way.drive(&poller)).build().expect("a ring");
+                let pool = ring.pools()[0].clone();
+                let front = Async::new(ring).expect("two reads are posted");
+                let _held = pool.alloc().expect("the third frame");
+                let mut first = front.write(&[1; 60]);
+                assert!(poll(&mut first, &Arc::default()).is_pending());
+                let first = (!dropped).then_some(first);
+                let (mut second, wakes) = (front.write(&[2; 60]), Arc::default());
+                assert!(poll(&mut second, &wakes).is_pending(), "{way:?}: it waits");
+                taking.store(true, Ordering::SeqCst);
+                bell.lock().expect("no panic").as_ref().expect("a queue was made").wake();
+                eventually("the second is woken", || wakes.count() > 0);
+                block_on(second).expect("the first one's frame is free");
+                if let Some(first) = first {
+                    block_on(first).expect("it is taken");
+                }
+                assert_eq!(front.control().stats().tx_packets, 2);
+            }
+        }
+    });
+}
+
 /// Dropping a future that waits, before and after its packet has come.
 #[test]
 fn a_dropped_reads_packet_goes_to_the_next_reader() {
