@@ -26,6 +26,12 @@ const SCENARIOS: &[Scenario] = &[
     ("embedded-60-batch-32", |n| embedded(n, 60, 32)),
     ("embedded-1514-batch-32", |n| embedded(n, 1514, 32)),
     ("view-parse", view_parse),
+    #[cfg(not(target_os = "macos"))]
+    ("vmnet-read-batch-1", |n| vmnet(n, 1, Direction::Read)),
+    #[cfg(not(target_os = "macos"))]
+    ("vmnet-read-batch-32", |n| vmnet(n, 32, Direction::Read)),
+    #[cfg(not(target_os = "macos"))]
+    ("vmnet-write-batch-32", |n| vmnet(n, 32, Direction::Write)),
 ];
 
 fn main() -> ExitCode {
@@ -179,6 +185,38 @@ fn recycle(ring: &mut Ring) -> u64 {
         reaped += 1;
     }
     reaped
+}
+
+/// The vmnet driver over a simulated vmnet that costs nothing.
+#[cfg(not(target_os = "macos"))]
+fn vmnet(packets: u64, batch: u64, direction: Direction) {
+    let world = vmnet_sim::World::new();
+    let id = world.interface_id();
+    world.script(id, |script| script.free_of_charge = Some(60));
+    let builder = Interface::builder().device(vmring::Vmnet::new()).interface_id(id);
+    let interface = builder.start().expect("the simulator starts it");
+    let builder = interface.ring(direction).depth(64).prefault(true).drive(Drive::Inline);
+    let mut ring = builder.build().expect("a ring");
+    for i in 0..batch {
+        let mut frame = ring.alloc().expect("a fresh ring");
+        match direction {
+            Direction::Read => ring.submit_read(frame, i).expect("a fresh ring"),
+            _ => {
+                frame.copy_from(&[0x5a; 60]).expect("60 bytes fit");
+                ring.submit_write(frame, i).expect("a fresh ring");
+            }
+        }
+    }
+    let mut reaped = 0;
+    while reaped < packets {
+        let (mut sq, mut cq) = ring.split();
+        let frames = cq.reap().map(|done| (done.frame_ok().expect("it succeeds"), done.user_data));
+        let submitted = match direction {
+            Direction::Read => sq.submit_reads(frames),
+            _ => sq.submit_writes(frames),
+        };
+        reaped += submitted.expect("their credits came back") as u64;
+    }
 }
 
 fn view_parse(packets: u64) {
