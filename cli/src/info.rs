@@ -101,29 +101,34 @@ fn planned(
     DeviceInfo { name, what, needs, usable: false, why_not: Some(why_not), capabilities: None }
 }
 
+const VMNET: (&str, &str, &str) = (
+    "vmnet",
+    "Apple's network for virtual machines",
+    "root or the entitlement com.apple.vm.networking; from macOS 26 on the entitlement \
+     com.apple.security.virtualization is enough",
+);
+
 #[cfg(target_os = "macos")]
-fn vmnet() -> DeviceInfo {
-    tried(
-        "vmnet",
-        "Apple's network for virtual machines",
-        "root or the entitlement com.apple.vm.networking; from macOS 26 on the entitlement \
-         com.apple.security.virtualization is enough",
-        vmring::Vmnet::new(),
-    )
+fn vmnet() -> Vec<DeviceInfo> {
+    let (name, what, needs) = VMNET;
+    vec![tried(name, what, needs, vmring::Vmnet::new())]
 }
 
 #[cfg(not(target_os = "macos"))]
-fn vmnet() -> DeviceInfo {
-    tried(
+fn vmnet() -> Vec<DeviceInfo> {
+    let (name, what, needs) = VMNET;
+    let why_not = Some("it exists on macOS only".to_owned());
+    let simulated = tried(
         "vmnet-sim",
-        "the macOS driver over a simulated vmnet, for tests; on macOS it is vmnet",
+        "the macOS driver over a simulated vmnet, for tests",
         "nothing",
         vmring::Vmnet::new(),
-    )
+    );
+    vec![DeviceInfo { name, what, needs, usable: false, why_not, capabilities: None }, simulated]
 }
 
 fn devices() -> Vec<DeviceInfo> {
-    vec![
+    let mut devices = vec![
         tried(
             "embedded",
             "a network inside this process, with gateway and DHCP",
@@ -136,15 +141,16 @@ fn devices() -> Vec<DeviceInfo> {
             "nothing",
             Loopback::new(1500),
         ),
-        vmnet(),
-        planned(
-            "tap",
-            "a network interface of the host's kernel",
-            "root or the capability CAP_NET_ADMIN, or a TAP interface that was made for this user",
-            "Linux",
-            cfg!(target_os = "linux"),
-        ),
-    ]
+    ];
+    devices.extend(vmnet());
+    devices.push(planned(
+        "tap",
+        "a network interface of the host's kernel",
+        "root or the capability CAP_NET_ADMIN, or a TAP interface that was made for this user",
+        "Linux",
+        cfg!(target_os = "linux"),
+    ));
+    devices
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
@@ -223,7 +229,7 @@ mod tests {
     fn what_this_version_has_is_usable_without_privileges() {
         for device in devices() {
             let here = matches!(device.name, "embedded" | "loopback" | "vmnet-sim");
-            if device.name == "vmnet" {
+            if device.name == "vmnet" && cfg!(target_os = "macos") {
                 continue; // needs a privilege
             }
             assert_eq!(device.usable, here, "{}", device.name);
