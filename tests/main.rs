@@ -17,3 +17,5 @@ mod serde;
 mod vmnet;
 #[cfg(not(target_os = "macos"))]
 mod vmnet_faults;
+#[cfg(not(target_os = "macos"))]
+mod vmnet_probe;

@@ -12,6 +12,7 @@ mod description;
 mod events;
 mod ffi;
 mod forwarding;
+mod guest_memory;
 pub mod guide;
 mod network;
 mod newer;

@@ -1,111 +1,204 @@
 //! Questions to a real vmnet that no document answers: `vmring probe`. Each is asked with calls that
-//! cannot harm more than the probe's own two interfaces, and the answers are for an issue report.
+//! cannot harm more than the probe's own interfaces, and the answers are for an issue report.
+//!
+//! Frames that are not the probe's own (the host's multicasts, say) are read and not counted, as far as
+//! that can be told: they make events all the same.
 
+use std::collections::BTreeMap;
 use std::ffi::c_int;
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::hash::{BuildHasher, RandomState};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use libc::iovec;
 
 use super::description::{Extras, describe};
-use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
+use super::ffi::{InterfaceRef, PacketDescriptor, SUCCESS, vmnet_read, vmnet_write};
+use super::guest_memory::GuestMemory;
 use super::network::Network;
 use super::newer::System;
 use super::port::{Port, Timeouts};
 use crate::error::Error;
 use crate::interface::{Config, Mode};
+use vmring_core::offload;
 
 /// What the probe does.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// The identities of its two interfaces.
+    /// The identities of its two interfaces. A third, fourth and so on differ from these in the first
+    /// byte.
     pub interface_ids: [[u8; 16]; 2],
-    /// How long the host has to be put to sleep and woken; `None`: that is not asked.
+    /// How long the host has to be put to sleep and woken, not counting the sleep; `None`: that is not
+    /// asked.
     pub sleep: Option<Duration>,
+    /// How long to wait for an event that may not come.
+    pub patience: Duration,
+}
+
+/// What [`Probe::run`] has to tell while it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told<'a> {
+    /// It asks a question now: what an impatient person should see.
+    Asking {
+        /// The question's number, from 1 to 12.
+        number: u32,
+        /// What it is about.
+        question: &'a str,
+    },
+    /// A line of the report. It comes when it is known, so that a probe that hangs or crashes has
+    /// reported what came before.
+    Line(&'a str),
+}
+
+impl Default for Probe {
+    /// Random identities; the host does not sleep.
+    fn default() -> Self {
+        let half = || RandomState::new().hash_one(0).to_ne_bytes();
+        let id = || {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&half());
+            id[8..].copy_from_slice(&half());
+            id
+        };
+        Self { interface_ids: [id(), id()], sleep: None, patience: Duration::from_millis(1500) }
+    }
 }
 
 const TIMEOUTS: Timeouts =
     Timeouts { start: Duration::from_secs(20), stop: Duration::from_secs(10) };
-/// How long to wait for what may not come.
-const PATIENCE: Duration = Duration::from_millis(1500);
+/// How long a frame may be under way from one interface to the other.
+const UNDER_WAY: Duration = Duration::from_millis(50);
+/// When that long nothing has come, nothing comes.
+const QUIET: Duration = Duration::from_millis(100);
+/// Reading ends at the latest then, however much others send.
+const ENOUGH: Duration = Duration::from_secs(5);
+/// The ethertype of the probe's frames: for experiments in a local network.
+const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+const BROADCAST: [u8; 6] = [0xff; 6];
+/// Bytes of a small frame.
+const SMALL: usize = 60;
 
-/// One packet's buffer of its own.
-struct Buffers {
-    bytes: Vec<Vec<u8>>,
-    iovecs: Vec<Vec<iovec>>,
-    descriptors: Vec<PacketDescriptor>,
+/// What vmnet answered to a read or a write.
+#[derive(Clone, Debug)]
+struct Answer {
+    status: u32,
+    /// As vmnet left it: it may be anything.
+    count: c_int,
+    /// The descriptors' sizes afterwards.
+    sizes: Vec<usize>,
 }
 
-impl Buffers {
-    /// `n` packets of `size` bytes, each in `pieces`.
-    fn new(n: usize, size: usize, pieces: usize) -> Self {
-        let mut bytes = vec![vec![0_u8; size]; n];
-        let piece = size.div_ceil(pieces);
-        let mut iovecs: Vec<Vec<iovec>> = bytes
-            .iter_mut()
-            .map(|packet| {
-                let each = |part: &mut [u8]| iovec {
-                    iov_base: part.as_mut_ptr().cast(),
-                    iov_len: part.len(),
-                };
-                packet.chunks_mut(piece).map(each).collect()
-            })
-            .collect();
-        let descriptors = iovecs
-            .iter_mut()
-            .map(|iovecs| PacketDescriptor {
-                vm_pkt_size: size,
-                vm_pkt_iov: iovecs.as_mut_ptr(),
-                vm_pkt_iovcnt: iovecs.len() as u32,
-                vm_flags: 0,
-            })
-            .collect();
-        Self { bytes, iovecs, descriptors }
+impl Answer {
+    /// How many packets went, if it is a success.
+    fn done(&self) -> usize {
+        let count = usize::try_from(self.count).unwrap_or(0).min(self.sizes.len());
+        if self.status == SUCCESS { count } else { 0 }
     }
 
-    /// Frames from `from` to `to`, numbered, ready to be written.
-    fn filled(n: usize, size: usize, pieces: usize, [from, to]: [[u8; 6]; 2]) -> Self {
-        let mut all = Self::new(n, size, pieces);
-        for (number, packet) in all.bytes.iter_mut().enumerate() {
-            let header = [&to[..], &from, &[0x88, 0xb5], &(number as u32).to_be_bytes()].concat();
-            let n = header.len().min(size);
-            packet[..n].copy_from_slice(&header[..n]);
-        }
-        all
+    /// Those of `packets` that a read has filled.
+    fn packets<'a>(&self, packets: &'a [Vec<u8>]) -> impl Iterator<Item = &'a [u8]> {
+        let sizes = self.sizes.iter().copied().take(self.done());
+        packets
+            .iter()
+            .zip(sizes.collect::<Vec<_>>())
+            .map(|(packet, n)| &packet[..n.min(packet.len())])
     }
+}
 
-    fn call(
-        &mut self,
-        function: unsafe extern "C" fn(
-            *mut std::ffi::c_void,
-            *mut PacketDescriptor,
-            *mut c_int,
-        ) -> u32,
-        interface: InterfaceRef,
-        count: usize,
-    ) -> (u32, c_int) {
-        debug_assert_eq!(self.iovecs.len(), self.descriptors.len());
-        let mut pktcnt = count.min(self.descriptors.len()) as c_int;
-        // SAFETY: the interface is not stopped; descriptors, iovecs and bytes are ours and live.
-        let status = unsafe { function(interface, self.descriptors.as_mut_ptr(), &mut pktcnt) };
-        (status, pktcnt)
+/// Status and count.
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "({}, {})", self.status, self.count)
     }
+}
 
-    fn read(&mut self, port: &Port, count: usize) -> (u32, c_int) {
-        self.call(vmnet_read, port.interface(), count)
-    }
+type Transfer = unsafe extern "C" fn(InterfaceRef, *mut PacketDescriptor, *mut c_int) -> u32;
 
-    fn write(&mut self, port: &Port, count: usize) -> (u32, c_int) {
-        self.call(vmnet_write, port.interface(), count)
-    }
+/// Calls `vmnet_read` or `vmnet_write` with these packets, each in so many `pieces`.
+///
+/// # Safety
+///
+/// `interface` is a handle of a start, and is not stopped during the call.
+unsafe fn call(
+    function: Transfer,
+    interface: InterfaceRef,
+    packets: &mut [&mut [u8]],
+    pieces: usize,
+) -> Answer {
+    let mut iovecs: Vec<Vec<iovec>> = packets
+        .iter_mut()
+        .map(|packet| {
+            let piece = packet.len().div_ceil(pieces).max(1);
+            let each =
+                |part: &mut [u8]| iovec { iov_base: part.as_mut_ptr().cast(), iov_len: part.len() };
+            packet.chunks_mut(piece).map(each).collect()
+        })
+        .collect();
+    let mut descriptors: Vec<PacketDescriptor> = packets
+        .iter()
+        .zip(&mut iovecs)
+        .map(|(packet, iovecs)| PacketDescriptor {
+            vm_pkt_size: packet.len(),
+            vm_pkt_iov: iovecs.as_mut_ptr(),
+            vm_pkt_iovcnt: iovecs.len() as u32,
+            vm_flags: 0,
+        })
+        .collect();
+    let mut count = descriptors.len() as c_int;
+    // SAFETY: the interface is as the caller says; there are `count` descriptors, and they, their
+    // iovecs and the bytes are ours during the call.
+    let status = unsafe { function(interface, descriptors.as_mut_ptr(), &mut count) };
+    let sizes = descriptors.iter().map(|descriptor| descriptor.vm_pkt_size).collect();
+    Answer { status, count, sizes }
+}
+
+fn slices(packets: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
+    packets.iter_mut().map(Vec::as_mut_slice).collect()
+}
+
+fn read(port: &Port, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+    // SAFETY: a port runs as long as it exists.
+    unsafe { call(vmnet_read, port.interface(), &mut slices(packets), pieces) }
+}
+
+fn write(port: &Port, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+    // SAFETY: as in `read`.
+    unsafe { call(vmnet_write, port.interface(), &mut slices(packets), pieces) }
+}
+
+/// `n` buffers.
+fn room(n: usize, size: usize) -> Vec<Vec<u8>> {
+    vec![vec![0; size]; n]
+}
+
+/// A frame of the probe's, as far as it fits into `size` bytes.
+fn frame(number: usize, size: usize, [from, to]: [[u8; 6]; 2]) -> Vec<u8> {
+    let mut frame = [&to[..], &from, &ETHERTYPE, &(number as u32).to_be_bytes()].concat();
+    frame.resize(size, 0x5a);
+    frame
+}
+
+/// `n` frames, numbered.
+fn frames(n: usize, size: usize, between: [[u8; 6]; 2]) -> Vec<Vec<u8>> {
+    (0..n).map(|number| frame(number, size, between)).collect()
+}
+
+fn is_ours(packet: &[u8]) -> bool {
+    packet.get(12..14) == Some(&ETHERTYPE)
+}
+
+fn number_of(packet: &[u8]) -> u32 {
+    packet.get(14..18).and_then(<[u8]>::first_chunk).map_or(u32::MAX, |n| u32::from_be_bytes(*n))
 }
 
 /// Two interfaces on one network.
 struct Pair {
     ports: [Port; 2],
+    /// From the first to the second.
     macs: [[u8; 6]; 2],
     max: usize,
+    /// Packets per read and per write.
     limits: (usize, usize),
 }
 
@@ -123,6 +216,22 @@ fn start(id: [u8; 16], system: System, virtio_header: bool) -> Result<Port, Erro
     Port::start(&description, None, system, TIMEOUTS)
 }
 
+fn start_on(network: &Network, id: [u8; 16], system: System) -> Result<Port, Error> {
+    let extras = Extras { on_network: true, ..Extras::default() };
+    let description = describe(&config(id, true), &extras, &system)?;
+    Port::start(&description, Some(network), system, TIMEOUTS)
+}
+
+impl Probe {
+    /// Identities of further interfaces.
+    fn other_ids(&self, which: u8) -> [[u8; 16]; 2] {
+        self.interface_ids.map(|mut id| {
+            id[0] ^= which;
+            id
+        })
+    }
+}
+
 impl Pair {
     fn start(ids: [[u8; 16]; 2], system: System) -> Result<Self, Error> {
         let ports = [start(ids[0], system, false)?, start(ids[1], system, false)?];
@@ -135,35 +244,52 @@ impl Pair {
         Ok(Self { ports, macs, max: max as usize, limits: (read as usize, write as usize) })
     }
 
-    /// Sends `n` frames from the first to the second. How many were taken.
+    /// Sends `n` small frames from the first to the second, numbered. How many were taken.
     fn send(&self, n: usize) -> usize {
+        let mut all = frames(n, SMALL, self.macs);
         let mut sent = 0;
         while sent < n {
-            let batch = (n - sent).min(self.limits.1);
-            match Buffers::filled(batch, 60, 1, self.macs).write(&self.ports[0], batch) {
-                (super::ffi::SUCCESS, count) if count > 0 => sent += count as usize,
-                _ => break,
+            let end = n.min(sent + self.limits.1);
+            match write(&self.ports[0], &mut all[sent..end], 1).done() {
+                0 => break,
+                taken => sent += taken,
             }
         }
         sent
     }
 
-    /// Reads everything that is there at the second, and counts the probe's own frames.
-    fn drain(&self) -> usize {
-        let mut ours = 0;
+    /// Reads at the second until nothing comes any more: the probe's own frames.
+    fn collect(&self) -> Vec<Vec<u8>> {
+        let mut ours = Vec::new();
+        let (start, mut last) = (Instant::now(), Instant::now());
+        let mut buffers = room(self.limits.0, self.max);
+        while last.elapsed() < QUIET && start.elapsed() < ENOUGH {
+            let answer = read(&self.ports[1], &mut buffers, 1);
+            if answer.done() == 0 {
+                thread::sleep(Duration::from_millis(5));
+                continue;
+            }
+            last = Instant::now();
+            let packets = answer.packets(&buffers).filter(|packet| is_ours(packet));
+            ours.extend(packets.map(<[u8]>::to_vec));
+        }
+        ours
+    }
+
+    /// Reads one packet at a time, with `read`, until it is one of the probe's own or the answer is
+    /// another than "nothing there". The packet is in the buffer.
+    fn receive(&self, buffer: &mut [u8], pieces: usize) -> Answer {
         let start = Instant::now();
         loop {
-            let mut buffers = Buffers::new(self.limits.0, self.max, 1);
-            match buffers.read(&self.ports[1], self.limits.0) {
-                (super::ffi::SUCCESS, count) if count > 0 => {
-                    let packets = buffers.bytes.iter().take(count as usize);
-                    ours += packets.filter(|packet| packet[12..14] == [0x88, 0xb5]).count();
-                }
-                _ if start.elapsed() < Duration::from_millis(200) => {
-                    thread::sleep(Duration::from_millis(10));
-                }
-                _ => return ours,
+            // SAFETY: a port runs as long as it exists.
+            let answer =
+                unsafe { call(vmnet_read, self.ports[1].interface(), &mut [&mut *buffer], pieces) };
+            let foreign = answer.done() == 1 && !is_ours(buffer);
+            let nothing = answer.status == SUCCESS && answer.count == 0;
+            if !(foreign || nothing) || start.elapsed() > QUIET {
+                return answer;
             }
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -175,6 +301,7 @@ impl Pair {
 /// A question's number, its words, and what to do for the answer.
 type Question = (u32, &'static str, fn(&Pair, &Probe, System) -> String);
 
+/// The sleep comes last: what is asked after it might be asked of dead interfaces.
 const QUESTIONS: &[Question] = &[
     (1, "several iovecs in one packet", several_iovecs),
     (2, "the count after a write that failed or was not taken whole; 1007", counts_after_failure),
@@ -184,143 +311,201 @@ const QUESTIONS: &[Question] = &[
     (6, "the virtio header and max_packet_size", virtio_header),
     (7, "the virtio header on a network object", header_on_a_network),
     (8, "reading and writing right after the start", right_after_start),
-    (9, "the host's sleep", host_sleep),
     (10, "packets that wait unread before some are dropped", queue_depth),
-    (11, "a shared mapping as a buffer", shared_mapping),
+    (11, "a virtual machine's memory as a buffer", guest_memory),
     (12, "the shortest frame that is taken", shortest_frame),
+    (9, "the host's sleep", host_sleep),
 ];
 
 impl Probe {
-    /// Asks everything; the report as text. Each answer stands alone: one that fails says so, and the
-    /// next is asked.
+    /// Asks everything, one question after the other; `tell` gets the report line by line. Each answer
+    /// stands alone: one that fails says so, and the next is asked. In the answers a pair in brackets
+    /// is what a call returned: its status (1000 is success) and its count.
     ///
     /// # Errors
     ///
     /// The interfaces could not be started.
-    pub fn run(&self, progress: &mut dyn FnMut(u32, &str)) -> Result<String, Error> {
+    pub fn run(&self, tell: &mut dyn FnMut(Told<'_>)) -> Result<(), Error> {
         let system = System::look();
         let pair = Pair::start(self.interface_ids, system)?;
-        let mut report = String::new();
         let parameters = &pair.ports[0].parameters;
-        // Writing to a String does not fail.
-        let _ = writeln!(report, "vmring {} on {}", env!("CARGO_PKG_VERSION"), system.macos);
-        let _ = writeln!(report, "root: {}", system.root);
-        let _ = writeln!(report, "parameters: {parameters:?}");
-        for (number, words, ask) in QUESTIONS {
-            progress(*number, words);
-            pair.drain();
+        let (version, processor) = (env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
+        tell(Told::Line(&format!("vmring {version} on {}, {processor}", system.macos)));
+        tell(Told::Line(&format!("root: {}", system.root)));
+        tell(Told::Line(&format!("parameters: {parameters:?}")));
+        for (number, question, ask) in QUESTIONS {
+            tell(Told::Asking { number: *number, question });
+            pair.collect();
             let answer = ask(&pair, self, system);
-            let _ = writeln!(report, "{number:2}. {words}: {answer}");
+            tell(Told::Line(&format!("{number:2}. {question}: {answer}")));
         }
-        Ok(report)
+        Ok(())
     }
 }
 
 fn several_iovecs(pair: &Pair, _: &Probe, _: System) -> String {
-    let write = Buffers::filled(1, 60, 2, pair.macs).write(&pair.ports[0], 1);
-    thread::sleep(Duration::from_millis(50));
-    let read = Buffers::new(1, pair.max, 2).read(&pair.ports[1], 1);
-    format!("write with 2: {write:?}; read with 2: {read:?} (status, count)")
+    let written = write(&pair.ports[0], &mut frames(1, SMALL, pair.macs), 2);
+    let arrived = pair.collect();
+    let whole = arrived.first().is_some_and(|packet| *packet == frame(0, SMALL, pair.macs));
+    // One that needs both iovecs.
+    let mut long = frames(1, pair.max, pair.macs);
+    let sent = write(&pair.ports[0], &mut long, 1);
+    let mut buffer = vec![0; pair.max];
+    let read = pair.receive(&mut buffer, 2);
+    format!(
+        "write with 2: {written}, {} arrived, right: {whole}; read with 2 of a packet of {} bytes \
+         (its write: {sent}): {read}, {:?} bytes, right: {}",
+        arrived.len(),
+        pair.max,
+        read.sizes,
+        read.done() == 1 && buffer == long[0],
+    )
 }
 
 fn counts_after_failure(pair: &Pair, _: &Probe, _: System) -> String {
-    let mut mixed = Buffers::filled(4, 60, 1, pair.macs);
+    let mut mixed = frames(4, SMALL, pair.macs);
     // The third is longer than allowed.
-    let long = Buffers::filled(1, pair.max + 100, 1, pair.macs);
-    mixed.descriptors[2] = long.descriptors[0];
-    let failed = mixed.write(&pair.ports[0], 4);
-    let arrived = pair.drain();
-    let mut seen = Vec::new();
+    mixed[2].resize(pair.max + 100, 0);
+    let failed = write(&pair.ports[0], &mut mixed, 1);
+    let arrived: Vec<u32> = pair.collect().iter().map(|packet| number_of(packet)).collect();
+    let batch = pair.limits.1;
+    let mut full = frames(batch, pair.max, pair.macs);
+    let mut seen: BTreeMap<String, u32> = BTreeMap::new();
     for _ in 0..64 {
-        let batch = pair.limits.1;
-        let answer = Buffers::filled(batch, pair.max, 1, pair.macs).write(&pair.ports[0], batch);
-        if !seen.contains(&answer) {
-            seen.push(answer);
-        }
+        *seen.entry(write(&pair.ports[0], &mut full, 1).to_string()).or_default() += 1;
     }
     format!(
-        "4 with the third too long: {failed:?}, {arrived} arrived; 64 full writes of {}: {seen:?}",
-        pair.limits.1
+        "4 with the third too long: {failed}, arrived {arrived:?}; 64 full writes of {batch} (answer: \
+         how often): {seen:?}, arrived {}",
+        pair.collect().len()
     )
 }
 
 fn beyond_the_limit(pair: &Pair, _: &Probe, _: System) -> String {
-    let (read, write) = (pair.limits.0 + 1, pair.limits.1 + 1);
-    let write = Buffers::filled(write, 60, 1, pair.macs).write(&pair.ports[0], write);
-    let read = Buffers::new(read, pair.max, 1).read(&pair.ports[1], read);
-    format!("write of one more than {}: {write:?}; read: {read:?}", pair.limits.1)
+    let (reads, writes) = pair.limits;
+    let written = write(&pair.ports[0], &mut frames(writes + 1, SMALL, pair.macs), 1);
+    let arrived = pair.collect().len();
+    let sent = pair.send(reads + 1);
+    thread::sleep(UNDER_WAY);
+    let read = read(&pair.ports[1], &mut room(reads + 1, pair.max), 1);
+    format!(
+        "write of one more than {writes}: {written}, {arrived} arrived; read of one more than \
+         {reads}, after {sent} were sent: {read}"
+    )
 }
 
-fn events_while_unread(pair: &Pair, _: &Probe, _: System) -> String {
+fn events_while_unread(pair: &Pair, probe: &Probe, _: System) -> String {
     if let Err(status) = pair.ports[1].listen() {
         return format!("no events: {status}");
     }
-    let before = pair.events();
+    let mut before = pair.events();
+    let mut news = || {
+        thread::sleep(probe.patience);
+        let now = pair.events();
+        now - std::mem::replace(&mut before, now)
+    };
     pair.send(3);
-    thread::sleep(PATIENCE);
-    let first = pair.events() - before;
-    let read = Buffers::new(1, pair.max, 1).read(&pair.ports[1], 1);
-    thread::sleep(PATIENCE);
-    let after_read = pair.events() - before - first;
+    let first = news();
+    let mut buffer = vec![0; pair.max];
+    let read = pair.receive(&mut buffer, 1);
+    let after_read = news();
     pair.send(1);
-    thread::sleep(PATIENCE);
-    let after_more = pair.events() - before - first - after_read;
+    let after_more = news();
     format!(
-        "3 packets: {first} events; one of them read ({read:?}): {after_read} more; a fourth \
-         packet: {after_more} more"
+        "3 packets: {first} events; one of them read {read}: {after_read} more; a fourth packet: \
+         {after_more} more"
     )
 }
 
 fn two_readers(pair: &Pair, _: &Probe, _: System) -> String {
-    pair.send(32);
-    let mut answers = Vec::new();
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..2)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut seen = Vec::new();
-                    for _ in 0..64 {
-                        let answer = Buffers::new(1, pair.max, 1).read(&pair.ports[1], 1);
-                        if !seen.contains(&answer) {
-                            seen.push(answer);
-                        }
-                    }
-                    seen
-                })
-            })
-            .collect();
-        answers.extend(readers.into_iter().map(|reader| reader.join().unwrap_or_default()));
+    let sent = pair.send(32);
+    thread::sleep(UNDER_WAY);
+    let reader = || {
+        let mut seen: BTreeMap<String, u32> = BTreeMap::new();
+        let mut numbers = Vec::new();
+        let mut buffers = room(1, pair.max);
+        for _ in 0..64 {
+            let answer = read(&pair.ports[1], &mut buffers, 1);
+            *seen.entry(answer.to_string()).or_default() += 1;
+            let packets = answer.packets(&buffers).filter(|packet| is_ours(packet));
+            numbers.extend(packets.map(number_of));
+        }
+        (seen, numbers)
+    };
+    let both = thread::scope(|scope| {
+        let readers = [0, 1].map(|_| scope.spawn(reader));
+        readers.map(|reader| reader.join().unwrap_or_default())
     });
-    format!("the different answers of each: {answers:?}")
+    let mut all: Vec<u32> = both.iter().flat_map(|(_, numbers)| numbers.clone()).collect();
+    let read = all.len();
+    all.sort_unstable();
+    all.dedup();
+    format!(
+        "{sent} sent; the answers of each (and how often): {:?}, {:?}; read {read}, {} different, {} \
+         left",
+        both[0].0,
+        both[1].0,
+        all.len(),
+        pair.collect().len()
+    )
+}
+
+/// A frame to everybody with a virtio header in front, `size` bytes together.
+fn with_header(number: usize, size: usize, header: &[u8; offload::LEN]) -> Vec<u8> {
+    let between = [[2, 0, 0, 0, 0, 1], BROADCAST];
+    [&header[..], &frame(number, size - offload::LEN, between)].concat()
+}
+
+/// Writes frames with a header on the first and says what comes to the second.
+fn headers(ports: &[Port; 2]) -> String {
+    let Some((mtu, max)) = ports[0].parameters.sizes() else { return "no sizes".to_owned() };
+    let (mtu, max) = (mtu as usize, max as usize);
+    let mut answer = format!("mtu {mtu}, max_packet_size {max}");
+    let none = [0; offload::LEN];
+    let mut one_buffer = none;
+    one_buffer[10] = 1;
+    let mut checksum = none;
+    // VIRTIO_NET_HDR_F_NEEDS_CSUM, from byte 14 on, to be put at 14 + 16 (virtio 1.2, 5.1.6).
+    (checksum[0], checksum[6], checksum[8]) = (1, 14, 16);
+    let small = SMALL + offload::LEN;
+    let wanted = [
+        ("no flag", small, none),
+        ("one buffer", small, one_buffer),
+        ("a checksum to be completed", small, checksum),
+        ("as long as the MTU allows", mtu + 14 + offload::LEN, none),
+        ("max_packet_size with the header", max, none),
+        ("max_packet_size and the header", max + offload::LEN, none),
+    ];
+    for (number, (what, size, header)) in wanted.into_iter().enumerate() {
+        let written = write(&ports[0], &mut [with_header(number, size, &header)], 1);
+        let _ = write!(answer, "; {what}, write of {size}: {written}");
+    }
+    thread::sleep(UNDER_WAY);
+    for _ in 0..64 {
+        let mut buffers = room(1, max + offload::LEN);
+        let read = read(&ports[1], &mut buffers, 1);
+        let Some(packet) = read.packets(&buffers).next() else {
+            let _ = write!(answer, "; last read {read}");
+            break;
+        };
+        let size = packet.len();
+        if packet.get(offload::LEN..).is_some_and(is_ours) {
+            let (header, frame) = packet.split_at(offload::LEN);
+            let number = number_of(frame);
+            let _ = write!(answer, "; number {number} came with {size} bytes, {header:02x?}");
+        } else if is_ours(packet) {
+            let number = number_of(packet);
+            let _ = write!(answer, "; number {number} came with {size} bytes and no header");
+        }
+    }
+    answer
 }
 
 fn virtio_header(_: &Pair, probe: &Probe, system: System) -> String {
-    let mut ids = probe.interface_ids;
-    ids.iter_mut().for_each(|id| id[15] ^= 0x55);
-    let pair = match ids.map(|id| start(id, system, true)) {
-        [Ok(a), Ok(b)] => [a, b],
-        [a, b] => return format!("not started: {:?}, {:?}", a.err(), b.err()),
-    };
-    let Some((mtu, max)) = pair[0].parameters.sizes() else { return "no sizes".to_owned() };
-    let mut answer = format!("mtu {mtu}, max_packet_size {max}");
-    let macs = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
-    // A broadcast, so that no MAC needs to be known.
-    for size in [60 + 12, mtu as usize + 14 + 12, max as usize, max as usize + 12] {
-        let mut buffers = Buffers::new(1, size, 1);
-        let packet = &mut buffers.bytes[0][12..];
-        packet[..6].fill(0xff);
-        packet[6..12].copy_from_slice(&macs[0]);
-        packet[12..14].copy_from_slice(&[0x88, 0xb5]);
-        let written = buffers.write(&pair[0], 1);
-        let _ = write!(answer, "; write of {size}: {written:?}");
+    match probe.other_ids(0x55).map(|id| start(id, system, true)) {
+        [Ok(a), Ok(b)] => headers(&[a, b]),
+        [Err(error), _] | [_, Err(error)] => format!("not started: {error}"),
     }
-    thread::sleep(Duration::from_millis(50));
-    let mut buffers = Buffers::new(1, max as usize + 12, 1);
-    if let (super::ffi::SUCCESS, 1) = buffers.read(&pair[1], 1) {
-        let size = buffers.descriptors[0].vm_pkt_size;
-        let _ = write!(answer, "; received {size} bytes, header {:02x?}", &buffers.bytes[0][..12]);
-    }
-    answer
 }
 
 fn header_on_a_network(_: &Pair, probe: &Probe, system: System) -> String {
@@ -328,28 +513,26 @@ fn header_on_a_network(_: &Pair, probe: &Probe, system: System) -> String {
         Ok(network) => network,
         Err(error) => return format!("no network: {error}"),
     };
-    let mut id = probe.interface_ids[0];
-    id[15] ^= 0xaa;
-    let extras = Extras { on_network: true, ..Extras::default() };
-    let port = describe(&config(id, true), &extras, &system)
-        .and_then(|description| Port::start(&description, Some(&network), system, TIMEOUTS));
-    match port {
-        Ok(port) => format!("started: {:?}", port.parameters),
-        Err(error) => format!("not started: {error}"),
+    match probe.other_ids(0xaa).map(|id| start_on(&network, id, system)) {
+        [Ok(a), Ok(b)] => headers(&[a, b]),
+        [Err(error), _] | [_, Err(error)] => format!("not started: {error}"),
     }
 }
 
 fn right_after_start(_: &Pair, probe: &Probe, system: System) -> String {
-    let mut id = probe.interface_ids[1];
-    id[15] ^= 0xaa;
-    let mut answer = String::new();
+    let id = probe.other_ids(0x33)[0];
+    let mut answer = "no handle".to_owned();
     let started =
         describe(&config(id, false), &Extras::default(), &system).and_then(|description| {
             Port::start_with(&description, None, system, TIMEOUTS, |interface| {
-                let read = Buffers::new(1, 2048, 1).call(vmnet_read, interface, 1);
-                let macs = [[2, 0, 0, 0, 0, 1], [0xff; 6]];
-                let write = Buffers::filled(1, 60, 1, macs).call(vmnet_write, interface, 1);
-                answer = format!("before the handler: read {read:?}, write {write:?}");
+                // Larger than any packet can be here, whatever its size turns out to be.
+                let mut buffer = vec![0; 128 * 1024];
+                // SAFETY: the handle has just come from the start, and is not stopped.
+                let read = unsafe { call(vmnet_read, interface, &mut [&mut buffer], 1) };
+                let mut frame = frame(0, SMALL, [[2, 0, 0, 0, 0, 1], BROADCAST]);
+                // SAFETY: as above.
+                let write = unsafe { call(vmnet_write, interface, &mut [&mut frame], 1) };
+                answer = format!("before the handler was waited for: read {read}, write {write}");
             })
         });
     match started {
@@ -363,41 +546,60 @@ fn host_sleep(pair: &Pair, probe: &Probe, _: System) -> String {
         return "not asked; say how many seconds you need to let the host sleep and wake it"
             .to_owned();
     };
+    if let Err(status) = pair.ports[1].listen() {
+        return format!("no events: {status}");
+    }
+    let before = pair.events();
+    // The first of these clocks stands still while macOS sleeps.
+    let (awake, wall) = (Instant::now(), SystemTime::now());
     thread::sleep(time);
+    let slept = wall.elapsed().unwrap_or_default().saturating_sub(awake.elapsed());
+    let meanwhile = pair.events() - before;
     let sent = pair.send(8);
-    let (arrived, events) = (pair.drain(), pair.events());
-    format!("afterwards {sent} of 8 were taken, {arrived} arrived, {events} events in all")
+    thread::sleep(probe.patience);
+    let events = pair.events() - before - meanwhile;
+    let arrived = pair.collect().len();
+    format!(
+        "it slept {} s, {meanwhile} events meanwhile; then {sent} of 8 were taken, {events} events, \
+         {arrived} arrived",
+        slept.as_secs()
+    )
 }
 
 fn queue_depth(pair: &Pair, _: &Probe, _: System) -> String {
     let sent = pair.send(8192);
-    let arrived = pair.drain();
+    thread::sleep(UNDER_WAY);
+    let arrived = pair.collect().len();
     format!("{sent} sent and none read meanwhile: {arrived} waited")
 }
 
-fn shared_mapping(pair: &Pair, _: &Probe, _: System) -> String {
-    let Ok(mut memory) = memmap2::MmapOptions::new().len(64 * 1024).map_anon() else {
-        return "no memory".to_owned();
+fn guest_memory(pair: &Pair, _: &Probe, _: System) -> String {
+    let (mut memory, why_not) = match GuestMemory::new() {
+        Ok(made) => made,
+        Err(error) => return format!("no memory: {error}"),
     };
-    let mut buffers = Buffers::filled(1, 60, 1, pair.macs);
-    memory[..60].copy_from_slice(&buffers.bytes[0]);
-    buffers.iovecs[0][0].iov_base = memory.as_mut_ptr().cast();
-    let write = buffers.write(&pair.ports[0], 1);
-    thread::sleep(Duration::from_millis(50));
-    let mut buffers = Buffers::new(1, pair.max, 1);
-    buffers.iovecs[0][0].iov_base = memory.as_mut_ptr().cast();
-    let read = buffers.read(&pair.ports[1], 1);
-    format!(
-        "write {write:?}, read {read:?} (memory that a hypervisor has mapped needs its entitlement \
-         and is not asked)"
-    )
+    let wanted = frame(7, SMALL, pair.macs);
+    memory.bytes[..SMALL].copy_from_slice(&wanted);
+    let [sender, _] = &pair.ports;
+    // SAFETY: a port runs as long as it exists.
+    let written =
+        unsafe { call(vmnet_write, sender.interface(), &mut [&mut memory.bytes[..SMALL]], 1) };
+    memory.bytes.fill(0);
+    let read = pair.receive(&mut memory.bytes, 1);
+    let right = read.done() == 1 && memory.bytes[..SMALL] == wanted[..];
+    let whose = why_not.map_or_else(
+        || "in a virtual machine's memory".to_owned(),
+        |why_not| format!("in memory of no virtual machine ({why_not})"),
+    );
+    format!("{whose}: write {written}, read {read}, right: {right}")
 }
 
 fn shortest_frame(pair: &Pair, _: &Probe, _: System) -> String {
     let mut answer = String::new();
-    for size in [1, 4, 13, 14, 15, 59, 60] {
-        let written = Buffers::filled(1, size, 1, pair.macs).write(&pair.ports[0], 1);
-        let _ = write!(answer, "{size} bytes: {written:?}; ");
+    for size in [1, 4, 13, 14, 15, 18, 59, 60] {
+        let written = write(&pair.ports[0], &mut [frame(0, size, pair.macs)], 1);
+        let _ = write!(answer, "{size} bytes: {written}; ");
     }
-    answer
+    let arrived: Vec<usize> = pair.collect().iter().map(Vec::len).collect();
+    format!("{answer}of ours arrived with lengths {arrived:?}")
 }
