@@ -33,6 +33,9 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// What this machine offers: devices, what each needs, what it can do
     Info(InfoArgs),
+    /// For people with a Mac: asks Apple's vmnet what no document answers
+    #[command(after_help = PROBE_NOTES)]
+    Probe(ProbeArgs),
     /// Prints a completion script for a shell
     #[command(after_help = "Example: vmring completions bash > \
                             ~/.local/share/bash-completion/completions/vmring")]
@@ -83,6 +86,23 @@ pub(crate) struct DemoArgs {
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+const PROBE_NOTES: &str = "\
+Example: sudo vmring probe > report.txt
+It takes about ten seconds and starts a few interfaces of its own, in shared mode; the report is to
+be pasted into an issue. It needs what vmnet needs (see 'vmring info').";
+
+#[derive(Debug, Args)]
+pub(crate) struct ProbeArgs {
+    /// Ask also what a sleep of the host does: puts off the end by that long, in which to let it
+    /// sleep and to wake it
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) sleep: Option<u64>,
+    /// Ask the simulated vmnet instead: it proves nothing but the probe
+    #[cfg(not(target_os = "macos"))]
+    #[arg(long)]
+    pub(crate) simulated: bool,
 }
 
 #[derive(Debug, Args)]
@@ -226,6 +246,7 @@ mod tests {
             ("vmring demo --subnet 1.2.3.4", "a subnet is written as GATEWAY/BITS"),
             ("vmring demo --drive sideways", "[possible values: thread, shared, inline]"),
             ("vmring demo --idle 0", "0 is not in 1..=86400"),
+            ("vmring probe --sleep 0", "0 is not in 1..=86400"),
             ("vmring completions", "required arguments were not provided: <SHELL>"),
         ] {
             let Err(failure) = parsed(line) else { panic!("{line} was taken") };

@@ -10,6 +10,7 @@ mod guest;
 mod info;
 mod lab;
 mod port;
+mod probe;
 mod progress;
 mod report;
 mod stream;
@@ -40,6 +41,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Demo(args) => demo::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Probe(args) => probe::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "vmring", &mut script);

@@ -214,10 +214,47 @@ fn info_names_the_devices_and_what_each_needs() {
 fn help_and_completions_are_there() {
     let help = vmring(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
-    for word in ["demo", "info", "completions", "Exit code"] {
+    for word in ["demo", "info", "probe", "completions", "Exit code"] {
         assert!(text(&help.stdout).contains(word), "no {word} in {}", text(&help.stdout));
     }
     let script = vmring(&["completions", "bash"]);
     assert_eq!(script.status.code(), Some(0));
     assert!(text(&script.stdout).contains("_vmring"));
+}
+
+#[cfg(not(target_os = "macos"))]
+#[test]
+fn the_probe_asks_its_twelve_questions() {
+    assert!(refused(&["probe"]).contains("exists on macOS only"));
+
+    let start = Instant::now();
+    let output = vmring(&["probe", "--simulated", "--sleep", "1"]);
+    assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report = text(&output.stdout);
+    assert!(report.starts_with("These are the simulator's answers"), "{report}");
+    // What the simulator does by default.
+    for (number, said) in [
+        (1, &["write with 2: (1000, 1), 1 arrived, right: true", "[1514] bytes, right: true"][..]),
+        (2, &["the third too long: (1006, 4), arrived []", "\"(1000, 256)\": 64", "arrived 1024"]),
+        (3, &["more than 256: (1008, 257), 0 arrived", "after 257 were sent: (1008, 257)"]),
+        (4, &["one of them read (1000, 1): 0 more; a fourth packet: 1 more"]),
+        (5, &["32 sent", "read 32, 32 different, 0 left"]),
+        (6, &["max_packet_size 65550", "write of 65562: (1000, 1)", "came with 72 bytes, [01, 00"]),
+        (7, &["max_packet_size 65550", "came with 72 bytes, [01, 00"]),
+        (8, &["before the handler was waited for: read (100", "write (100"]),
+        (9, &["it slept 0 s", "8 of 8 were taken", "8 arrived"]),
+        (10, &["8192 sent and none read meanwhile: 1024 waited"]),
+        (11, &["write (1000, 1), read (1000, 1), right: true"]),
+        (12, &["13 bytes: (1003, 1); 14 bytes: (1000, 1)", "lengths [14, 15, 18, 59, 60]"]),
+    ] {
+        let start = format!("{number:2}. ");
+        let lines: Vec<_> = report.lines().filter(|line| line.starts_with(&start)).collect();
+        let [line] = lines[..] else { panic!("{number} is answered once: {report}") };
+        for words in said {
+            assert!(line.contains(words), "no '{words}' in {line}");
+        }
+        let asking = format!("question {number}: ");
+        assert!(text(&output.stderr).contains(&asking), "a person sees progress");
+    }
 }
