@@ -5,19 +5,25 @@
 //! the receiver collects it. That is the only copy. If no buffer is posted, the frame goes to a
 //! fixed overflow ring (a second copy when it is collected), and if that is full the frame is
 //! dropped and the sender is told. Nothing here blocks, locks, allocates or makes a system call,
-//! except that [`Collector::close`] waits for copies that are under way.
+//! except that [`Collector::close`] waits for copies that are under way, and senders wait while
+//! [`Collector::recall_if`] looks through the posted buffers.
 //!
 //! # How it works
 //!
 //! One 64-bit word decides everything: how many posted buffers were ever claimed, how many frames
-//! were ever pushed to the overflow ring, whether the ring is in use (the *overflow bit*), and
-//! whether the inbox is closed. A sender changes it with one compare-and-swap, and whoever wins
-//! owns the cell it counted until it stores the cell's state.
+//! were ever pushed to the overflow ring, whether the ring is in use (the *overflow bit*), whether
+//! the receiver is choosing among its posted buffers (the *held bit*), and whether the inbox is
+//! closed. A sender changes it with one compare-and-swap, and whoever wins owns the cell it counted
+//! until it stores the cell's state.
 //!
 //! - While the overflow bit is clear, senders claim posted buffers in the order they were posted.
 //! - When none is left, a push sets the overflow bit. While it is set no sender claims a posted
 //!   buffer; the receiver, and only the receiver, moves frames from the ring to posted buffers,
 //!   and clears the bit in the same step that takes the last one.
+//! - To take back some posted buffers and leave the others, the receiver sets the held bit. While it
+//!   is set no sender changes the word: it waits, for as long as looking at each posted buffer
+//!   takes. It does not go to the overflow ring instead, nor drop its frame, because the buffers
+//!   that stay may suffice for it. With the overflow bit set there is nothing to hold.
 //!
 //! So the changes of the word put all frames in one order, and the receiver collects them in that
 //! order: frames of one sender are never reordered, and buffers are filled as they were posted.
@@ -26,8 +32,8 @@
 //!
 //! 1. *A posted cell has one owner.* Cells `collected..claimed` belong to the sender that made the
 //!    claim until it stores the state, then to the collector; cells `claimed..posted` belong to
-//!    nobody but whoever next moves `claimed` (the collector alone while the overflow bit is set);
-//!    all others belong to the collector.
+//!    nobody but whoever next moves `claimed` (the collector alone while the overflow bit or the
+//!    held bit is set); all others belong to the collector.
 //! 2. *An overflow cell has one owner.* Cells `popped..pushed` belong to the sender that pushed
 //!    until it stores the state, then to the collector; all others to whoever next moves `pushed`.
 //! 3. *Once closed, the word counts no new claim,* and `close` returns only when every cell that
@@ -88,8 +94,9 @@ pub struct Collected<B> {
 const PENDING: u32 = 0;
 const RECALLED: u32 = u32::MAX;
 
-/// The widest index of the overflow ring in the word: 30 bits.
-const PUSHED_MASK: u32 = (1 << 30) - 1;
+/// The widest index of the overflow ring in the word: 29 bits.
+const PUSHED_MASK: u32 = (1 << 29) - 1;
+const HELD: u64 = 1 << 61;
 const OVERFLOW: u64 = 1 << 62;
 const CLOSED: u64 = 1 << 63;
 
@@ -119,6 +126,10 @@ impl Word {
 
     fn closed(self) -> bool {
         self.0 & CLOSED != 0
+    }
+
+    fn held(self) -> bool {
+        self.0 & HELD != 0
     }
 
     fn with_claimed(self, claimed: u32) -> Self {
@@ -319,7 +330,9 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     }
 
     /// Copies `frame` to the receiver: into the oldest posted buffer, else into the overflow ring.
-    /// Never blocks. It does not wake the receiver: [`ring`](Self::ring) once after a batch.
+    /// Waits for nothing but the receiver's look through its posted buffers in
+    /// [`recall_if`](Collector::recall_if). It does not wake the receiver: [`ring`](Self::ring) once
+    /// after a batch.
     pub fn deliver(&self, frame: &[u8]) -> Delivery {
         if frame.len() > self.max_frame {
             return Delivery::Dropped(Refused::TooBig);
@@ -329,8 +342,12 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         let mut seen = self.word.load(Ordering::Acquire);
         loop {
             let word = Word(seen);
-            if word.closed() {
-                return Delivery::Dropped(Refused::Closed);
+            if word.0 & (CLOSED | HELD) != 0 {
+                if word.closed() {
+                    return Delivery::Dropped(Refused::Closed);
+                }
+                seen = self.held();
+                continue;
             }
             // Acquire: pairs with the Release in `post`; the buffer is in its cell.
             if !word.overflow() && word.claimed() != self.posted.load(Ordering::Acquire) {
@@ -363,6 +380,20 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 return Delivery::Dropped(Refused::NoBuffer);
             }
             seen = now;
+        }
+    }
+
+    /// The word after the receiver has chosen among its posted buffers.
+    #[cold]
+    fn held(&self) -> u64 {
+        let backoff = Backoff::new();
+        loop {
+            // Acquire: as in `deliver`.
+            let seen = self.word.load(Ordering::Acquire);
+            if !Word(seen).held() {
+                return seen;
+            }
+            pause(&backoff);
         }
     }
 
@@ -624,6 +655,41 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         count
     }
 
+    /// Takes back the posted buffers that no sender has claimed and that `matches`, and gives each to
+    /// `f`, oldest first. The others stay posted, in their order, and are never out of the senders'
+    /// reach: a sender that comes meanwhile waits, so `matches` and `f` should be short. Like
+    /// [`recall`](Self::recall) it drops no packet. Returns how many buffers came back.
+    pub fn recall_if(
+        &mut self,
+        mut matches: impl FnMut(&mut B) -> bool,
+        mut f: impl FnMut(B),
+    ) -> usize {
+        let mut word = Word(self.inbox.word.load(Ordering::Acquire));
+        // While the overflow bit is set no sender claims, and only we clear it.
+        while !word.overflow() && word.claimed() != self.posted {
+            match self.inbox.change(word, Word(word.0 | HELD)) {
+                Ok(()) => break,
+                Err(now) => word = Word(now),
+            }
+        }
+        let start = word.claimed();
+        let mut held = Held { collector: self, start, taken: 0 };
+        for index in indices(&(start..held.collector.posted)) {
+            let buffer = held.collector.inbox.cell(index).buffer.with_mut(|place| {
+                // SAFETY: invariant 1: the cell is posted and unclaimed and the overflow bit or the
+                // held bit is set; until `held` is dropped no sender claims, so the cell is ours.
+                let place = unsafe { &mut *place };
+                if place.as_mut().is_some_and(&mut matches) { place.take() } else { None }
+            });
+            if let Some(buffer) = buffer {
+                held.collector.lent -= 1;
+                held.taken += 1;
+                f(buffer);
+            }
+        }
+        held.taken as usize
+    }
+
     /// The receiver wants to sleep. True: nothing can be collected, and the next sender to ring
     /// calls the wake callback, once. False: there is something to collect, and the receiver stays
     /// awake.
@@ -714,6 +780,52 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     }
 }
 
+/// The cells `start..posted`, kept from the senders by the overflow bit or the held bit, some without
+/// their buffer. Dropped, also by a panic, it gives the senders those that have one.
+struct Held<'a, B: AsMut<[u8]> + Send> {
+    collector: &'a mut Collector<B>,
+    start: u32,
+    taken: u32,
+}
+
+impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
+    fn drop(&mut self) {
+        let (start, posted) = (self.start, self.collector.posted);
+        let inbox = &*self.collector.inbox;
+        // Those that stay move up to the last cells, the newest first. The indices that senders
+        // compare only ever grow, so none can mistake what it saw before for what is there now.
+        let first = start.wrapping_add(self.taken);
+        let mut free = posted;
+        let cells = if self.taken > 0 { start..posted } else { start..start };
+        for index in indices(&cells).rev() {
+            let buffer = inbox.cell(index).buffer.with_mut(|place| {
+                // SAFETY: invariant 1, as in `recall_if`.
+                unsafe { (*place).take() }
+            });
+            if buffer.is_some() {
+                free = free.wrapping_sub(1);
+                inbox.cell(free).buffer.with_mut(|place| {
+                    // SAFETY: as above. It is empty: we have just taken what was in it, or it was
+                    // taken back.
+                    unsafe { *place = buffer }
+                });
+            }
+        }
+        for index in indices(&(start..first)) {
+            inbox.cell(index).state.store(RECALLED, Ordering::Relaxed); // read only by us
+        }
+        let mut word = Word(inbox.word.load(Ordering::Relaxed));
+        while let Err(now) = inbox.change(word, word.with_claimed(first).without(HELD)) {
+            word = Word(now); // somebody pushed; nobody claimed
+        }
+        if start == self.collector.collected {
+            self.collector.collected = first;
+        } else {
+            self.collector.recalled |= first != start;
+        }
+    }
+}
+
 impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
     fn drop(&mut self) {
         self.inbox.doorbell.disarm();
@@ -729,16 +841,20 @@ fn wait(state: &AtomicU32) {
     let backoff = Backoff::new();
     // Acquire: pairs with the Release in `Done`; the sender has let go of the cell.
     while state.load(Ordering::Acquire) == PENDING {
-        if cfg!(loom) {
-            spin_loop();
-        } else {
-            backoff.snooze();
-        }
+        pause(&backoff);
+    }
+}
+
+fn pause(backoff: &Backoff) {
+    if cfg!(loom) {
+        spin_loop();
+    } else {
+        backoff.snooze();
     }
 }
 
 /// The indices of a range that may wrap.
-fn indices(range: &Range<u32>) -> impl Iterator<Item = u32> + use<> {
+fn indices(range: &Range<u32>) -> impl DoubleEndedIterator<Item = u32> + use<> {
     let start = range.start;
     (0..range.end.wrapping_sub(start)).map(move |offset| start.wrapping_add(offset))
 }

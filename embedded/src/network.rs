@@ -759,6 +759,12 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         self.collector.recall(f)
     }
 
+    /// Takes back those of them that match and leaves the others posted; see
+    /// [`Collector::recall_if`].
+    pub fn recall_if(&mut self, matches: impl FnMut(&mut B) -> bool, f: impl FnMut(B)) -> usize {
+        self.collector.recall_if(matches, f)
+    }
+
     /// True: nothing can be collected, and the wake callback will be called once when that
     /// changes. False: there is something to collect. See [`Collector::arm`].
     pub fn arm(&mut self) -> bool {
@@ -916,7 +922,9 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         Monitor::new(&self.membership)
     }
 
-    /// Forwards one frame. Never blocks; what cannot be delivered is dropped and counted.
+    /// Forwards one frame. Waits for no packet and no buffer (only for a receiver that is in the
+    /// middle of [`recall_if`](Receiver::recall_if)); what cannot be delivered is dropped and
+    /// counted.
     /// Receivers that sleep learn of it at the next [`flush`](Self::flush).
     pub fn send(&mut self, frame: &[u8]) -> Sent {
         if !self.busy {

@@ -183,6 +183,82 @@ fn a_recall_takes_back_each_unclaimed_buffer_and_drops_no_packet() {
     });
 }
 
+/// One sender, three buffers, no overflow ring: whichever one is taken back, and whatever the sender
+/// has claimed by then, its frames find the others, in order.
+fn recall_one(target: u8) {
+    check(move || {
+        let (inbox, mut collector) = open(4, 0);
+        for number in 0..3 {
+            collector.post(buffer(number)).unwrap();
+        }
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                for number in 0..2 {
+                    assert_eq!(inbox.deliver(&[5, number]), Delivery::Direct);
+                }
+            })
+        };
+        let mut back = Vec::new();
+        collector.recall_if(|buffer| buffer.number == target, |buffer| back.push(buffer));
+        // Loom would report a sender that still writes here.
+        back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
+        assert!(back.iter().all(|buffer| buffer.number == target));
+        let mut left: Vec<_> = (0..3).filter(|n| back.is_empty() || *n != target).collect();
+        for number in 0..2 {
+            let packet = loop {
+                match collector.collect() {
+                    Some(packet) => break packet,
+                    None => thread::yield_now(),
+                }
+            };
+            assert_eq!((packet.buffer.number, packet.buffer.bytes), (left.remove(0), [5, number]));
+        }
+        sender.join().unwrap();
+        assert_eq!(collector.posted(), left.len());
+        assert_eq!(collector.recall(|buffer| assert_eq!(buffer.number, left[0])), left.len());
+    });
+}
+
+#[test]
+fn recalling_the_first_buffer_leaves_the_others_to_the_sender() {
+    recall_one(0);
+}
+
+#[test]
+fn recalling_the_last_buffer_leaves_the_others_to_the_sender() {
+    recall_one(2);
+}
+
+#[test]
+fn recalling_what_is_not_there_leaves_all_to_the_sender() {
+    recall_one(7);
+}
+
+/// Choosing while frames wait in the overflow ring: the sender pushes on, or finds a buffer.
+#[test]
+fn recalling_one_in_overflow_loses_nothing_and_keeps_the_order() {
+    check(|| {
+        let (inbox, mut collector) = open(4, 2);
+        assert_eq!(inbox.deliver(&[1, 0]), Delivery::Overflow);
+        for number in 0..3 {
+            collector.post(buffer(number)).unwrap();
+        }
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                assert!(!matches!(inbox.deliver(&[1, 1]), Delivery::Dropped(_)));
+            })
+        };
+        let mut back = Vec::new();
+        collector.recall_if(|buffer| buffer.number == 1, |buffer| back.push(buffer.number));
+        assert_eq!(back, [1]);
+        assert_eq!(collect(&mut collector, 2), [[1, 0], [1, 1]]);
+        sender.join().unwrap();
+        assert_eq!(collector.posted(), 0);
+    });
+}
+
 #[test]
 fn entering_and_leaving_overflow_keeps_the_order_of_a_sender() {
     check(|| {

@@ -288,6 +288,10 @@ impl Inlet for Receiver<PostedSlot> {
         Receiver::recall(self, f);
     }
 
+    fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot)) {
+        Receiver::recall_if(self, |slot| slot.user_data() == target, f);
+    }
+
     fn arm(&mut self) -> bool {
         Receiver::arm(self)
     }

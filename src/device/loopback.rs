@@ -141,6 +141,7 @@ pub(crate) trait Inlet: Send {
     fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
     fn collect(&mut self) -> Option<(PostedSlot, usize)>;
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
+    fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
     fn arm(&mut self) -> bool;
     fn disarm(&mut self);
     fn close(&mut self);
@@ -157,6 +158,10 @@ impl Inlet for Collector<PostedSlot> {
 
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
         Collector::recall(self, f);
+    }
+
+    fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot)) {
+        Collector::recall_if(self, |slot| slot.user_data() == target, f);
     }
 
     fn arm(&mut self) -> bool {
@@ -179,14 +184,11 @@ pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
     armed: bool,
     /// Taken back from the inbox by a cancel, to be completed at the next poll.
     cancelled: VecDeque<PostedSlot>,
-    /// Taken back with those, to be posted again: their cells are free once collecting has passed
-    /// them.
-    returned: VecDeque<PostedSlot>,
 }
 
 impl<I: Inlet> InboxReader<I> {
     pub(crate) fn new(inlet: I) -> Self {
-        Self { inlet, armed: false, cancelled: VecDeque::new(), returned: VecDeque::new() }
+        Self { inlet, armed: false, cancelled: VecDeque::new() }
     }
 
     /// Posts the poller's reads, as many as fit.
@@ -199,9 +201,6 @@ impl<I: Inlet> InboxReader<I> {
         while let Some(slot) = self.cancelled.pop_front() {
             io.cancel(slot);
         }
-        if !self.post_returned() {
-            return;
-        }
         while let Some(slot) = io.take_read() {
             if let Err(slot) = self.inlet.post(slot) {
                 io.put_back(slot);
@@ -210,23 +209,11 @@ impl<I: Inlet> InboxReader<I> {
         }
     }
 
-    /// Posts again what a cancel took back in passing; false if there was no room for all.
-    fn post_returned(&mut self) -> bool {
-        while let Some(slot) = self.returned.pop_front() {
-            if let Err(slot) = self.inlet.post(slot) {
-                self.returned.push_front(slot);
-                return false;
-            }
-        }
-        true
-    }
-
     /// Completes the packets that are there, at most the posted.
     #[inline]
     pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
         for _ in 0..POSTED {
             let Some((slot, len)) = self.inlet.collect() else {
-                self.post_returned();
                 return Progress::Idle;
             };
             io.complete_read(slot, len);
@@ -236,20 +223,16 @@ impl<I: Inlet> InboxReader<I> {
 
     pub(crate) fn arm(&mut self) -> bool {
         self.armed = self.inlet.arm();
-        self.armed && self.cancelled.is_empty() && self.returned.is_empty()
+        self.armed && self.cancelled.is_empty()
     }
 
     pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
         let before = self.cancelled.len();
-        // What an earlier cancel took back was posted before what stands in the inbox now.
-        let mut all = std::mem::take(&mut self.returned);
-        self.inlet.recall(&mut |slot| all.push_back(slot));
-        for slot in all {
-            if target.is_none_or(|target| target == slot.user_data()) {
-                self.cancelled.push_back(slot);
-            } else {
-                self.returned.push_back(slot);
-            }
+        let mut take = |slot| self.cancelled.push_back(slot);
+        match target {
+            None => self.inlet.recall(&mut take),
+            // The others stay where senders find them.
+            Some(target) => self.inlet.recall_target(target, &mut take),
         }
         (self.cancelled.len() - before) as u32
     }
@@ -262,9 +245,7 @@ impl<I: Inlet> InboxReader<I> {
             io.complete_read(slot, len);
         }
         self.inlet.recall(&mut |slot| io.cancel(slot));
-        for list in [&mut self.cancelled, &mut self.returned] {
-            list.drain(..).for_each(|slot| io.cancel(slot));
-        }
+        self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
     }
 
     /// Ends the reading without an [`Io`]: every slot is dropped, and so completes as abandoned.
@@ -273,7 +254,6 @@ impl<I: Inlet> InboxReader<I> {
         while self.inlet.collect().is_some() {}
         self.inlet.recall(&mut drop);
         self.cancelled.clear();
-        self.returned.clear();
     }
 
     pub(crate) fn into_inner(self) -> I {
