@@ -13,7 +13,8 @@
 //!   is neither the gateway's nor assigned to another port.
 //! - A frame to the gateway's address goes to the gateway only; one to a known address to its port
 //!   only; never back to where it came from. Broadcasts go to all other ports and the gateway,
-//!   multicasts and unknown addresses to all other ports.
+//!   multicasts and unknown addresses (also 00:00:00:00:00:00, which can be nobody's) to all other
+//!   ports.
 //! - An isolated port exchanges frames with the gateway only.
 //! - Every frame that is not delivered is counted, by reason (see [`PortStats`]).
 //!

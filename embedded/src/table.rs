@@ -16,9 +16,12 @@ use vmring_core::sync::{AtomicU32, AtomicU64, Ordering};
 const WAYS: usize = 8;
 const BUCKETS: usize = 1024;
 
-const EMPTY: u64 = 0;
-/// Once pinned in a bucket that was full, now free; searches go on past it. No address is 0, so no entry looks like it.
-const TOMBSTONE: u64 = 1;
+/// A way without an entry. Its address is the broadcast address, which is neither entered nor looked
+/// up, so that no way without an entry is ever found; 0 would be taken for one of 00:00:00:00:00:00,
+/// which a guest can send to.
+const EMPTY: u64 = u64::MAX;
+/// Once pinned in a bucket that was full, now free; searches go on past it. Not found, as above.
+const TOMBSTONE: u64 = u64::MAX - 1;
 
 /// A MAC address in the low 48 bits, first byte highest.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -124,7 +127,8 @@ impl MacTable {
         mix(mac.0 ^ self.key) as usize % BUCKETS
     }
 
-    /// The port an address is behind, unless nothing has been heard of it for too long.
+    /// The port an address is behind, unless nothing has been heard of it for too long. Not for
+    /// group addresses.
     #[inline]
     pub(crate) fn lookup(&self, mac: Mac, now: u32) -> Option<PortRef> {
         let home = self.bucket(mac);
@@ -259,6 +263,22 @@ mod tests {
         assert_eq!(table.lookup(mac(1), 0), Some(port(3)));
         table.learn(mac(1), PortRef::new(4, true), 0);
         assert_eq!(table.lookup(mac(1), 0), Some(PortRef::new(4, true)));
+    }
+
+    /// No way without an entry is taken for one, whatever was there.
+    #[test]
+    fn the_address_zero_is_behind_no_port() {
+        let table = MacTable::new(300);
+        let zero = Mac::new([0; 6]);
+        for index in 0..1024 {
+            table.pin(mac(index), port(index as usize));
+        }
+        for index in 0..1024 {
+            table.learn(mac(0x10_0000 + index), port(7), 0);
+            table.forget(mac(index), index as usize);
+        }
+        assert_eq!((table.lookup(zero, 0), table.assigned(zero)), (None, None));
+        assert_eq!(table.lookup(zero, 1000), None);
     }
 
     #[test]

@@ -174,6 +174,26 @@ fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
     assert_eq!(open.sender.stats().dropped_isolated, 2);
 }
 
+/// 00:00:00:00:00:00 can be nobody's address, so a frame to it goes where one to any unknown address
+/// goes: never to an isolated port, also not to the one that joined first.
+#[test]
+fn a_frame_to_the_address_zero_is_one_to_a_stranger() {
+    let network = network();
+    let mut hermit = Guest::isolated(&network, 1);
+    let mut open = Guest::join(&network, 2);
+    let mut other = Guest::join(&network, 3);
+    let zero = MacAddr6::nil();
+    let sent = open.sender.send(&data(zero, open.mac, b"anybody?"));
+    assert_eq!(sent, Sent::Flooded { reached: 1 });
+    let refused = Sent::Dropped(DropReason::Isolated);
+    assert_eq!(hermit.sender.send(&data(zero, hermit.mac, b"anybody?")), refused);
+    for guest in [&mut hermit, &mut open, &mut other] {
+        guest.sender.flush();
+    }
+    assert_eq!((hermit.receive().len(), open.receive().len(), other.receive().len()), (0, 0, 1));
+    assert_eq!(hermit.sender.stats().dropped_isolated, 1);
+}
+
 #[test]
 fn guests_get_addresses_and_ping_the_gateway_and_only_the_asker_hears_it() {
     for mode in [NetworkMode::Shared, NetworkMode::Host] {
