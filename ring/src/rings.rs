@@ -35,8 +35,11 @@ impl Depths {
         Self { read, write, cancel, sq: sum.next_power_of_two() }
     }
 
-    fn sum(&self) -> u32 {
-        self.read + self.write + self.cancel
+    /// Entries of the CQ: at least one for every credit.
+    fn cq(&self) -> u32 {
+        let sum = u64::from(self.read) + u64::from(self.write) + u64::from(self.cancel);
+        assert!(sum <= u64::from(DEPTH_MAX), "a ring of more than {DEPTH_MAX} credits");
+        (sum as u32).next_power_of_two()
     }
 }
 
@@ -48,7 +51,7 @@ impl Depths {
 /// If the SQ's size is not a power of two or the credits' sum is above [`DEPTH_MAX`].
 pub fn rings(depths: Depths, regions: Regions, start: u32) -> (Submitter, Reaper, Intake, Outlet) {
     let (sq_in, sq_out) = queue(depths.sq, regions.clone(), start);
-    let (cq_in, cq_out) = queue(depths.sum().next_power_of_two(), regions, start);
+    let (cq_in, cq_out) = queue(depths.cq(), regions, start);
     let (taker, giver) = credits([depths.read, depths.write, depths.cancel]);
     let submitted = sq_in.watch();
     (

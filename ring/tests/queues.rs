@@ -729,6 +729,21 @@ fn an_sq_whose_size_is_not_a_power_of_two_is_a_programmers_mistake() {
     rings(Depths { read: 1, write: 1, cancel: 1, sq: 3 }, regions(&pool(1)), 0);
 }
 
+/// The sum is not taken modulo 2^32, which would leave the CQ less room than there are credits.
+#[test]
+fn more_credits_than_a_ring_may_have_are_a_programmers_mistake() {
+    let max = vmring_core::DEPTH_MAX;
+    for (read, write, cancel) in
+        [(1 << 31, 1 << 31, 1), (max, 0, 1), (max / 2, max / 2, 1), (u32::MAX, u32::MAX, u32::MAX)]
+    {
+        let depths = Depths { read, write, cancel, sq: 4 };
+        let made = std::panic::catch_unwind(|| rings(depths, regions(&pool(1)), 0));
+        let panic = made.err().unwrap_or_else(|| panic!("{depths:?} were taken"));
+        let message = panic.downcast_ref::<String>().expect("it says why");
+        assert!(message.contains("credits"), "{message}");
+    }
+}
+
 #[test]
 fn regions_are_between_one_pool_and_65536() {
     assert!(Regions::new(Vec::new()).is_none());
