@@ -1242,6 +1242,24 @@ fn sizes_that_cannot_be_are_refused_with_the_reason() {
     assert_eq!(config(ring().frames(0).build()), ConfigError::Zero { what: "number of frames" });
     let error = ring().frames(1 << 30).headroom(1 << 30).build().unwrap_err();
     assert!(matches!(error, Error::Memory { .. }), "{error}");
+    // The largest depth can be had, and one that is larger is refused before any memory is asked for.
+    let max = 1 << 16;
+    for what in ["read depth", "write depth", "cancel depth", "SQ depth"] {
+        let with = |depth| match what {
+            "read depth" => ring().read_depth(depth),
+            "write depth" => ring().write_depth(depth),
+            "cancel depth" => ring().cancel_depth(depth),
+            _ => ring().sq_depth(depth),
+        };
+        with(max as u32).frames(4).build().unwrap();
+        for depth in [1 << 17, 1 << 28] {
+            let value = u64::from(depth);
+            assert_eq!(
+                config(with(depth).frames(4).build()),
+                ConfigError::TooLarge { what, value, max }
+            );
+        }
+    }
     // A direction that is not used needs no depth; a small pool will do for writing.
     inline(&interface, Direction::Write).read_depth(0).pool(&small).build().unwrap();
     // None of the refused has taken the one place there is.

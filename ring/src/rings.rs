@@ -25,8 +25,9 @@ pub struct Depths {
     pub sq: u32,
 }
 
-/// The largest sum of credits a ring may have.
-pub const DEPTH_MAX: u32 = 1 << 30;
+/// The largest sum of credits a ring may have: 262,144, so that each class may have a quarter of it,
+/// 65,536, twice the largest virtqueue. The queues of such a ring take some 16 MB.
+pub const DEPTH_MAX: u32 = 1 << 18;
 
 impl Depths {
     /// A ring whose SQ has room for every credit.
