@@ -184,15 +184,24 @@ fn refused(error: &clap::Error) -> Result<Command, Failure> {
     }
 }
 
-/// clap's message without its heading, its usage and its line breaks.
+/// clap's message without its heading, its usage and its line breaks; its tips as further clauses.
 fn one_line(text: &str) -> String {
     let told = text
         .lines()
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
-    let told: Vec<_> = told.collect();
-    let sentence = told.join(" ");
+    let mut sentence = String::new();
+    for line in told {
+        let (joint, line) = match line.strip_prefix("tip: ") {
+            Some(tip) => ("; ", tip),
+            None => (" ", line),
+        };
+        if !sentence.is_empty() {
+            sentence.push_str(joint);
+        }
+        sentence.push_str(line);
+    }
     let sentence = sentence.strip_prefix("error: ").unwrap_or(&sentence);
     format!("{sentence}; see 'vmring --help'")
 }
@@ -240,6 +249,10 @@ mod tests {
     fn what_is_wrong_is_said_in_one_line() {
         for (line, said) in [
             ("vmring demo --fast", "unexpected argument '--fast'"),
+            (
+                "vmring demo --mtuu 3",
+                "unexpected argument '--mtuu' found; a similar argument exists: '--mtu'; see",
+            ),
             ("vmring frob", "unrecognized subcommand 'frob'"),
             ("vmring demo --mode nat", "the mode is host, shared or bridged:INTERFACE"),
             ("vmring demo --bytes lots", "a size is a number of bytes"),
@@ -253,7 +266,7 @@ mod tests {
             assert_eq!(failure.exit_code(), 2);
             let sentence = failure.to_string();
             assert!(sentence.contains(said), "{line}: {sentence}");
-            assert!(!sentence.contains('\n'), "{sentence}");
+            assert!(!sentence.contains('\n') && !sentence.contains("tip:"), "{sentence}");
         }
     }
 }
