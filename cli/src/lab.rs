@@ -45,7 +45,7 @@ impl DemoDevice {
 }
 
 impl Settings {
-    /// Refuses devices that cannot carry two guests.
+    /// Refuses devices and subnets that cannot carry two guests.
     pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
         let device = match args.device.as_str() {
             "embedded" => DemoDevice::Embedded,
@@ -60,8 +60,25 @@ impl Settings {
             name => return Err(unknown_device(name, &format!("embedded or {VMNET}"))),
         };
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
+        if let Some(range) = subnet {
+            room_for_two(range)?;
+        }
         Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive, device })
     }
+}
+
+/// Refuses a range that leaves fewer than two addresses behind the gateway's.
+fn room_for_two(range: &Ipv4Range) -> Result<(), Failure> {
+    let guests = u32::from(range.end).saturating_sub(u32::from(range.start));
+    if guests >= 2 {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "the demo has two guests and the subnet has {} behind the gateway {}; use /29 or wider with \
+         the first address as the gateway, like 192.168.70.1/24",
+        if guests == 1 { "one address" } else { "no address" },
+        range.start
+    )))
 }
 
 /// What to say to a `--device` that is not here; `usable` names those that are.
@@ -165,6 +182,24 @@ fn depth(mtu: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_subnet_needs_an_address_for_each_guest() {
+        for (subnet, fits) in [
+            ("10.0.0.1/29", true),
+            ("10.0.0.1/24", true),
+            ("192.168.64.252/24", true),
+            ("192.168.64.253/24", false),
+            ("192.168.64.254/24", false),
+            ("192.168.64.255/24", false),
+            ("10.0.0.1/30", false),
+            ("10.0.0.1/31", false),
+            ("10.0.0.1/32", false),
+        ] {
+            let checked = room_for_two(&subnet.parse().unwrap());
+            assert_eq!(checked.is_ok(), fits, "{subnet}");
+        }
+    }
 
     #[test]
     fn a_window_fits_into_the_queues_at_every_mtu() {

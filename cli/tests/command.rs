@@ -179,6 +179,8 @@ fn what_cannot_be_is_refused_in_one_sentence() {
     assert!(refused(&["demo", "--mtu", "99"]).contains("1280"));
     assert!(refused(&["demo", "--subnet", "8.8.8.1/33"]).contains("192.168.64.1/24"));
     assert!(refused(&["demo", "--subnet", "8.8.8.1/24"]).contains("8.8.8.1"));
+    assert!(refused(&["demo", "--subnet", "10.0.0.1/30"]).contains("two guests"));
+    assert!(refused(&["demo", "--subnet", "192.168.64.253/24"]).contains("one address"));
     assert!(refused(&["demo", "--device", "tap"]).contains("not in this version"));
     assert!(refused(&["demo", "--device", "abacus"]).contains("abacus"));
     assert!(refused(&["demo", "--mode", "bridged:en0"]).contains("bridged"));
