@@ -189,6 +189,8 @@ fn a_capture_file_is_complete_when_its_rings_are_closed() {
 
         let nowhere = Capture::create("/nonexistent/directory/file.pcapng");
         assert!(matches!(nowhere, Err(Error::Io { .. })), "{nowhere:?}");
+        let full = Capture::to_writer(Full { room: 20, tape: Tape::default() });
+        assert!(matches!(full, Err(Error::Io { .. })), "{full:?}");
     });
 }
 

@@ -345,6 +345,10 @@ impl Recording {
     fn create(path: &Path) -> Result<Self, Failure> {
         let is_new = !path.exists();
         let capture = Capture::create(path).map_err(|error| {
+            if is_new {
+                // There may be an empty file, whose header could not be written.
+                let _ = std::fs::remove_file(path);
+            }
             let why = match error {
                 Error::Io { source, .. } => source.to_string(),
                 other => other.to_string(),
@@ -360,7 +364,7 @@ impl Recording {
     /// Nothing was started: leaves no file behind.
     fn discard(&self) {
         if self.is_new {
-            // It is empty; if it cannot be removed there is no harm in it.
+            // It has a header only; if it cannot be removed there is no harm in it.
             let _ = std::fs::remove_file(&self.path);
         }
     }

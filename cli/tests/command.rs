@@ -201,6 +201,27 @@ fn a_capture_that_cannot_be_written_is_refused_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
 }
 
+/// A file that can be made and takes nothing, as on a full disk: found before anything is started.
+#[test]
+fn a_capture_on_a_full_disk_is_refused_at_once_and_leaves_nothing() {
+    if cfg!(target_os = "linux") {
+        let message = refused(&["demo", "--capture", "/dev/full"]);
+        assert!(message.contains("'/dev/full' cannot be written"), "{message}");
+    }
+    // A limit of no byte per file stands in for a full disk.
+    let folder = scratch("full");
+    let path = folder.join("demo.pcapng");
+    let script = "trap '' XFSZ; ulimit -f 0; exec \"$0\" demo --capture \"$1\"";
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_vmring"), path.to_str().expect("UTF-8")])
+        .output()
+        .expect("a shell");
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("cannot be written"), "{message}");
+    assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
+}
+
 #[test]
 fn info_names_the_devices_and_what_each_needs() {
     let output = vmring(&["info"]);

@@ -65,21 +65,27 @@ impl fmt::Debug for Capture {
 }
 
 impl Capture {
-    /// Creates the file, or empties it.
+    /// Creates the file, or empties it, and writes the capture's header.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses.
+    /// [`Error::Io`] if the system refuses either; then a file that was created stays, empty.
     pub fn create(path: impl AsRef<Path>) -> Result<Self, Error> {
         let file = File::create(path).map_err(Error::io("creating the capture file"))?;
         Self::to_writer(file)
     }
 
-    /// Records to anything that takes bytes.
+    /// Records to anything that takes bytes. The header is written out now, so that a writer which
+    /// takes nothing is found before a packet is on its way.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the header cannot be written.
     pub fn to_writer(writer: impl Write + Send + 'static) -> Result<Self, Error> {
         let writer: Box<dyn Write + Send> = Box::new(writer);
-        let writer = PcapNgWriter::new(BufWriter::with_capacity(1 << 20, writer))
+        let mut writer = PcapNgWriter::new(BufWriter::with_capacity(1 << 20, writer))
             .map_err(|error| Error::io("writing the capture")(into_io(error)))?;
+        writer.get_mut().flush().map_err(Error::io("writing the capture"))?;
         let recorder = Recorder { writer, interfaces: 0, packets: 0, failed: None };
         Ok(Self { file: Arc::new(Mutex::new(recorder)) })
     }
