@@ -1342,6 +1342,47 @@ fn an_interface_says_what_was_negotiated() {
     assert_ne!(loopback().interface_id(), loopback().interface_id());
 }
 
+/// Goal: what happens to a packet on the embedded network can be read from outside: second copies,
+/// frames the gateway could not answer, and every drop, also of what a guest sends to itself.
+#[test]
+fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
+    guarded(|| {
+        let network = unique("counts");
+        let port = || Interface::builder().device(Embedded::network(network.clone())).start();
+        let (near, far) = (port().unwrap(), port().unwrap());
+        let (mac, peer) = (near.mac().into_array(), far.mac().into_array());
+        let mut ring = inline(&near, Direction::Both).build().unwrap();
+        let mut other = inline(&far, Direction::Both).build().unwrap();
+        let write = |ring: &mut Ring, bytes: &[u8]| {
+            let mut frame = ring.alloc().unwrap();
+            frame.copy_from(bytes).unwrap();
+            ring.submit_write(frame, 0).unwrap();
+            assert!(reap_n(ring, 1)[0].result.is_ok());
+        };
+        let read = |counts: Vec<(&'static str, u64)>, what: &str| {
+            let found = counts.iter().find(|(name, _)| *name == what);
+            found.unwrap_or_else(|| panic!("no {what} in {counts:?}")).1
+        };
+        write(&mut ring, &packet_between(mac, mac, 0, 60));
+        assert_eq!(read(near.drops(), "own port"), 1);
+        // No read is posted there: it waits, and is copied once more.
+        write(&mut ring, &packet_between(mac, peer, 1, 60));
+        post(&mut other, 0);
+        assert_eq!(number_of(reap_n(&mut other, 1)[0].frame.as_ref().unwrap()), 1);
+        assert_eq!((read(far.counters(), "second copies"), near.counters()[0].1), (1, 0));
+        // An ARP packet cut short, and a protocol that the gateway does not know.
+        let mut broken = packet_between(mac, [0xff; 6], 2, 30);
+        broken[12..14].copy_from_slice(&[8, 6]);
+        write(&mut ring, &broken);
+        write(&mut ring, &packet_between(mac, [0xff; 6], 3, 60));
+        for interface in [&near, &far] {
+            assert_eq!(read(interface.counters(), "gateway malformed"), 1);
+            assert_eq!(read(interface.counters(), "gateway ignored"), 1);
+            assert_eq!(read(interface.counters(), "gateway ARP replies"), 0);
+        }
+    });
+}
+
 #[test]
 fn what_a_device_lacks_answers_not_supported() {
     let rule = PortForward {

@@ -353,7 +353,8 @@ pub struct PortStats {
 }
 
 impl PortStats {
-    /// Every packet that was on its way to or from this port and was dropped.
+    /// Every packet that was on its way to or from this port and was dropped. Those whose receiver
+    /// did not take them count at the receiver, once.
     pub fn drops(&self) -> u64 {
         self.missed_no_buffer
             + self.missed_closed
@@ -361,6 +362,7 @@ impl PortStats {
             + self.dropped_too_big
             + self.dropped_bad_source
             + self.dropped_isolated
+            + self.dropped_own_port
     }
 }
 

@@ -201,6 +201,26 @@ impl Device for EmbeddedPort {
             ("too big", stats.dropped_too_big),
             ("bad source", stats.dropped_bad_source),
             ("isolated", stats.dropped_isolated),
+            ("own port", stats.dropped_own_port),
+        ]
+    }
+
+    /// Of this port: copied twice. Of the network: what its gateway answered, and what not.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let monitor = lock(&self.monitor);
+        let Some(port) = monitor.stats() else { return Vec::new() };
+        let gateway = monitor.network().gateway();
+        let (asked, dhcp) = (gateway.stats(), gateway.dhcp().stats());
+        vec![
+            ("second copies", port.received_overflow),
+            ("gateway ARP replies", asked.arp_replies),
+            ("gateway echo replies", asked.echo_replies),
+            ("gateway DHCP replies", asked.dhcp_replies),
+            ("gateway fragments", asked.fragments),
+            ("gateway malformed", asked.malformed),
+            ("gateway ignored", asked.ignored),
+            ("DHCP malformed", dhcp.malformed),
+            ("DHCP out of addresses", dhcp.exhausted),
         ]
     }
 }
