@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::Ipv4Addr;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -121,14 +121,8 @@ struct EventTarget {
     pending: AtomicBool,
 }
 
-/// A handle, which stays for ever.
-struct Handed(*mut Arc<Interface>);
-
-// SAFETY: a pointer that is only kept.
-unsafe impl Send for Handed {}
-
-/// All of them: so that they are kept, and not leaked.
-static ALL: Mutex<Vec<Handed>> = Mutex::new(Vec::new());
+/// All handles: so that they are kept, and not leaked.
+static ALL: Mutex<Vec<AtomicPtr<Arc<Interface>>>> = Mutex::new(Vec::new());
 
 /// # Safety
 ///
@@ -560,7 +554,7 @@ impl Interface {
     /// The pointer that foreign code gets: never freed.
     fn handle(self: &Arc<Self>) -> *mut c_void {
         let handle = Box::into_raw(Box::new(self.clone()));
-        lock(&ALL).push(Handed(handle));
+        lock(&ALL).push(AtomicPtr::new(handle));
         handle.cast()
     }
 
