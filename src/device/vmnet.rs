@@ -2,7 +2,7 @@
 //!
 //! On macOS this is what [`Interface::builder`](crate::Interface::builder) starts. On other systems
 //! the same files run against a simulated vmnet (feature `vmnet-sim`), which is how they are tested:
-//! nobody has run them on a Mac yet. What the simulation cannot prove is listed in the [guide](guide).
+//! nobody has run them on a Mac yet. What the simulation cannot prove is listed in the [guide].
 //!
 //! A small file by subject: what C declares (`ffi`), what newer systems have (`newer`), the
 //! description, the started interface from start to stop (`port`), events, the batches (`queue`),
