@@ -5,6 +5,8 @@ use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{c_int, c_ulong, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use crate::objects::{self, Kind, Life, violation};
 
@@ -27,6 +29,10 @@ struct Descriptor {
     copy: unsafe extern "C" fn(*mut c_void, *const c_void),
     dispose: unsafe extern "C" fn(*const c_void),
 }
+
+/// How long a block takes to return, where nobody has a reference but who gave it: long enough that
+/// one who lets go as soon as he hears from it is found out.
+const LAST_STEPS: Duration = Duration::from_millis(2);
 
 const REFERENCES: i32 = 0xffff;
 const NEEDS_FREE: i32 = 1 << 24;
@@ -91,7 +97,7 @@ pub(crate) unsafe extern "C" fn _Block_copy(block: *const c_void) -> *mut c_void
             ((*(*to).descriptor).copy)(to.cast(), from.cast());
         }
     }
-    objects::born(to, Kind::Block);
+    objects::born(to, Kind::Block, Box::new(Memory(to, layout)));
     to.cast()
 }
 
@@ -104,8 +110,8 @@ pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
     if block.is_null() {
         return;
     }
-    // SAFETY: as the caller says. A block that is gone is told as far as its memory can still be
-    // read; AddressSanitizer tells the rest.
+    // SAFETY: as the caller says. One that is gone can still be read for some time, and is told below;
+    // later AddressSanitizer tells.
     let flags = unsafe { (*block).flags.load(Ordering::Relaxed) };
     if flags & IS_GLOBAL != 0 || flags & NEEDS_FREE == 0 {
         return;
@@ -116,13 +122,28 @@ pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
     if before & REFERENCES != 1 {
         return;
     }
-    objects::died(block);
-    // SAFETY: that was the last reference; the memory is of `_Block_copy`, of this layout.
-    unsafe {
-        if flags & HAS_COPY_DISPOSE != 0 {
-            ((*(*block).descriptor).dispose)(block.cast());
-        }
-        dealloc(block.cast(), Block::layout(block));
+    if objects::is_running(block) {
+        violation("_Block_release: the last reference to a block that still runs");
+    }
+    // Freed some time after its end: what is done with it until then is told for certain.
+    let remains = objects::died(block);
+    if flags & HAS_COPY_DISPOSE != 0 {
+        // SAFETY: that was the last reference, and the memory is still there.
+        unsafe { ((*(*block).descriptor).dispose)(block.cast()) }
+    }
+    drop(remains);
+}
+
+/// A block's memory, from `_Block_copy`.
+struct Memory(*mut Block, Layout);
+
+// SAFETY: nobody uses it any more when it is dropped, on whichever thread.
+unsafe impl Send for Memory {}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: of this layout, and dropped once, after the block's end.
+        unsafe { dealloc(self.0.cast(), self.1) }
     }
 }
 
@@ -180,41 +201,43 @@ impl Held {
         self.life
     }
 
-    /// The function to call, with the block as its first argument.
-    fn invoke(&self) -> *const c_void {
+    /// Calls `call` with the function to call, whose first argument is the block.
+    fn invoke(&self, call: impl FnOnce(*const c_void)) {
         if let Some(life) = self.life {
             life.check(self.role);
         }
+        let borrowed = self.life.filter(|_| !self.copied).map(Life::run);
         // SAFETY: it lives, as just seen.
-        unsafe { (*self.block).invoke }
+        call(unsafe { (*self.block).invoke });
+        if borrowed.is_some() {
+            // What it said has been heard by now; but it has not returned.
+            thread::sleep(LAST_STEPS);
+        }
     }
 
     pub(crate) fn call_status(&self, status: u32) {
-        let invoke = self.invoke();
         // SAFETY: a block of this place has this type (vmnet.h), and Rust's type of the declaration
         // said so.
-        unsafe {
+        self.invoke(|invoke| unsafe {
             let invoke: extern "C" fn(*mut Block, u32) = std::mem::transmute(invoke);
             invoke(self.block, status);
-        }
+        });
     }
 
     pub(crate) fn call_status_object(&self, status: u32, object: *mut c_void) {
-        let invoke = self.invoke();
         // SAFETY: as in `call_status`.
-        unsafe {
+        self.invoke(|invoke| unsafe {
             let invoke: extern "C" fn(*mut Block, u32, *mut c_void) = std::mem::transmute(invoke);
             invoke(self.block, status, object);
-        }
+        });
     }
 
     pub(crate) fn call_object(&self, object: *mut c_void) {
-        let invoke = self.invoke();
         // SAFETY: as in `call_status`.
-        unsafe {
+        self.invoke(|invoke| unsafe {
             let invoke: extern "C" fn(*mut Block, *mut c_void) = std::mem::transmute(invoke);
             invoke(self.block, object);
-        }
+        });
     }
 }
 

@@ -52,7 +52,7 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        objects::died(ptr::from_ref(self));
+        drop(objects::died(ptr::from_ref(self)));
     }
 }
 
@@ -124,8 +124,10 @@ pub(crate) unsafe extern "C" fn dispatch_queue_create(
     }
     // SAFETY: as the caller says.
     let label = unsafe { CStr::from_ptr(label) }.to_string_lossy().into_owned();
-    let queue = Arc::into_raw(Arc::new(Queue { label, jobs: Mutex::new(None) }));
-    objects::born(queue, Kind::Queue);
+    let queue = Arc::new(Queue { label, jobs: Mutex::new(None) });
+    let memory = Arc::downgrade(&queue);
+    let queue = Arc::into_raw(queue);
+    objects::born(queue, Kind::Queue, Box::new(memory));
     queue.cast()
 }
 

@@ -154,13 +154,15 @@ impl CfObject {
             }
             CfObject::Network(network) => (Kind::Network, network.world.clone()),
         };
-        let object = Box::into_raw(Box::new(self));
+        let object = Arc::new(self);
+        let memory = Box::new(Arc::downgrade(&object));
+        let object = Arc::into_raw(object);
         let role = match kind {
             Kind::Configuration => "a network configuration",
             _ => "a network object",
         };
-        world.saw(objects::born(object, kind), role);
-        object.cast()
+        world.saw(objects::born(object, kind, memory), role);
+        object.cast_mut().cast()
     }
 }
 
@@ -207,13 +209,15 @@ pub(crate) unsafe extern "C" fn CFRelease(object: *const c_void) {
     if object.is_null() {
         violation("CFRelease: null");
     }
-    let object = object.cast::<CfObject>().cast_mut();
-    if !objects::is_alive(object) {
-        violation("CFRelease: nothing lives there (any more)");
+    let object = object.cast::<CfObject>();
+    match objects::kind(object) {
+        Some(Kind::Configuration | Kind::Network) => {}
+        Some(other) => violation(&format!("CFRelease: {other} is no object of CoreFoundation's")),
+        None => violation("CFRelease: nothing lives there (any more)"),
     }
-    objects::died(object);
-    // SAFETY: it lived until now, and is a box of ours with one owner.
-    drop(unsafe { Box::from_raw(object) });
+    drop(objects::died(object));
+    // SAFETY: it lived until now, and is an Arc of ours with one owner.
+    drop(unsafe { Arc::from_raw(object) });
 }
 
 /// # Safety

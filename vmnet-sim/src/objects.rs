@@ -1,7 +1,7 @@
 //! What lives: every block, queue, XPC object and network object, by address. So a use after the
 //! last release is told, and not left to luck; and so a world can say what was never released.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
@@ -36,10 +36,35 @@ pub(crate) struct Life {
     serial: u64,
 }
 
+/// What keeps an address from being given out again, while it exists.
+pub(crate) type Memory = Box<dyn Send>;
+
 #[derive(Default)]
 struct Table {
-    alive: HashMap<usize, (u64, Kind)>,
+    alive: HashMap<usize, (u64, Kind, Memory)>,
+    /// Blocks that are being called, by somebody without a reference.
+    running: Vec<Life>,
+    /// Of those that died last: so that one of them is not mistaken for one born in its place.
+    buried: VecDeque<Memory>,
     next: u64,
+}
+
+/// How many of the dead keep their memory.
+const BURIED: usize = 256;
+
+/// The memory of one that died. Whoever drops it is done with it.
+#[must_use = "as long as it exists the memory may be used"]
+pub(crate) struct Remains(Option<Memory>);
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        let Some(memory) = self.0.take() else { return };
+        let mut table = lock(&TABLE);
+        table.buried.push_back(memory);
+        let oldest = if table.buried.len() > BURIED { table.buried.pop_front() } else { None };
+        drop(table);
+        drop(oldest);
+    }
 }
 
 static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
@@ -48,21 +73,22 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(crate) fn born<T: ?Sized>(address: *const T, kind: Kind) -> Life {
+pub(crate) fn born<T: ?Sized>(address: *const T, kind: Kind, memory: Memory) -> Life {
     let mut table = lock(&TABLE);
     table.next += 1;
     let (address, serial) = (address.cast::<()>() as usize, table.next);
-    table.alive.insert(address, (serial, kind));
+    table.alive.insert(address, (serial, kind, memory));
     Life { address, serial }
 }
 
-pub(crate) fn died<T: ?Sized>(address: *const T) {
-    lock(&TABLE).alive.remove(&(address.cast::<()>() as usize));
+pub(crate) fn died<T: ?Sized>(address: *const T) -> Remains {
+    let removed = lock(&TABLE).alive.remove(&(address.cast::<()>() as usize));
+    Remains(removed.map(|(.., memory)| memory))
 }
 
-/// Whether anything lives at `address`.
-pub(crate) fn is_alive<T: ?Sized>(address: *const T) -> bool {
-    lock(&TABLE).alive.contains_key(&(address.cast::<()>() as usize))
+/// What lives at `address`.
+pub(crate) fn kind<T: ?Sized>(address: *const T) -> Option<Kind> {
+    lock(&TABLE).alive.get(&(address.cast::<()>() as usize)).map(|(_, kind, _)| *kind)
 }
 
 /// The life of what stands at `address`, which must be of that kind. `role` says in whose place it
@@ -70,8 +96,10 @@ pub(crate) fn is_alive<T: ?Sized>(address: *const T) -> bool {
 pub(crate) fn alive<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Life {
     let address = address.cast::<()>() as usize;
     match lock(&TABLE).alive.get(&address) {
-        Some((serial, found)) if *found == kind => Life { address, serial: *serial },
-        Some((_, found)) => violation(&format!("{role}: {kind} is expected and {found} was given")),
+        Some((serial, found, _)) if *found == kind => Life { address, serial: *serial },
+        Some((_, found, _)) => {
+            violation(&format!("{role}: {kind} is expected and {found} was given"))
+        }
         None if address == 0 => violation(&format!("{role}: {kind} is expected and it is null")),
         None => {
             violation(&format!("{role}: {kind} is expected, and nothing lives there (any more)"))
@@ -79,9 +107,32 @@ pub(crate) fn alive<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Lif
     }
 }
 
+/// While it exists, a block is being called.
+pub(crate) struct Running(Life);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let mut table = lock(&TABLE);
+        if let Some(at) = table.running.iter().position(|life| *life == self.0) {
+            table.running.swap_remove(at);
+        }
+    }
+}
+
+/// Whether what lives at `address` is being called.
+pub(crate) fn is_running<T: ?Sized>(address: *const T) -> bool {
+    let address = address.cast::<()>() as usize;
+    lock(&TABLE).running.iter().any(|life| life.address == address)
+}
+
 impl Life {
+    pub(crate) fn run(self) -> Running {
+        lock(&TABLE).running.push(self);
+        Running(self)
+    }
+
     pub(crate) fn goes_on(self) -> bool {
-        lock(&TABLE).alive.get(&self.address).is_some_and(|(serial, _)| *serial == self.serial)
+        lock(&TABLE).alive.get(&self.address).is_some_and(|(serial, ..)| *serial == self.serial)
     }
 
     /// It must go on: it is about to be used.

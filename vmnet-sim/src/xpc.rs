@@ -22,7 +22,7 @@ pub(crate) enum Object {
 
 impl Drop for Object {
     fn drop(&mut self) {
-        objects::died(ptr::from_ref(self));
+        drop(objects::died(ptr::from_ref(self)));
     }
 }
 
@@ -33,7 +33,8 @@ pub(crate) struct Handle(Arc<Object>);
 impl Handle {
     pub(crate) fn new(object: Object) -> Self {
         let object = Arc::new(object);
-        objects::born(Arc::as_ptr(&object), Kind::Xpc);
+        let memory = Box::new(Arc::downgrade(&object));
+        objects::born(Arc::as_ptr(&object), Kind::Xpc, memory);
         Self(object)
     }
 
