@@ -1,10 +1,10 @@
 //! Interfaces: start, events, reads, writes, stop.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::Ipv4Addr;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use libc::iovec;
 use macaddr::MacAddr6;
 use vmring_embedded::network::mac_of_interface;
-use vmring_embedded::{
-    DropReason, Ipv4Range, NetworkConfig, NetworkMode, PortConfig, Receiver, Sender, Sent,
-};
+use vmring_embedded::{Ipv4Range, NetworkConfig, NetworkMode, PortConfig, Receiver, Sender, Sent};
 
 use crate::blocks::Held;
 use crate::dispatch::Target;
@@ -51,6 +49,8 @@ const FLUSH: usize = 16;
 const BLOCKED: Duration = Duration::from_secs(20);
 /// Behind a frame on the simulated wire stands its virtio header, if that says anything, and this.
 const MARK: &[u8; 8] = b"vmnetsim";
+/// Behind a ticket stands this.
+const LONG_MARK: &[u8; 8] = b"vmnetlng";
 
 /// `struct vmpktdesc` as Apple has it (vmnet.h).
 #[repr(C)]
@@ -77,9 +77,11 @@ pub(crate) struct Interface {
     writing: AtomicBool,
     calls: AtomicUsize,
     kernel: Mutex<Kernel>,
-    /// The longest frame on the simulated wire.
-    wire: usize,
     sender: Mutex<Option<Sender<Vec<u8>>>>,
+    /// The longest packet of the wire.
+    wire: usize,
+    /// Where the network gives out no addresses: the gateway, whose DHCP then does not come through.
+    no_dhcp: Option<MacAddr6>,
     events: Mutex<Option<Arc<EventTarget>>>,
     /// Events on the queue or under way.
     underway: AtomicUsize,
@@ -114,6 +116,13 @@ struct Kernel {
     free: Vec<Vec<u8>>,
 }
 
+/// Keeps a buffer to be lent again.
+fn spare(free: &mut Vec<Vec<u8>>, buffer: Vec<u8>) {
+    if free.len() < LENT {
+        free.push(buffer);
+    }
+}
+
 struct EventTarget {
     block: Held,
     queue: Target,
@@ -133,6 +142,12 @@ pub(crate) unsafe fn borrow<'a>(interface: *const c_void, role: &str) -> &'a Arc
     }
     // SAFETY: as the caller says; a handle's box is never freed.
     unsafe { &*interface.cast::<Arc<Interface>>() }
+}
+
+/// A subnet's addresses from its gateway's to the last but one: the last is the broadcast's.
+pub(crate) fn range_from(gateway: Ipv4Addr, mask: Ipv4Addr) -> Ipv4Range {
+    let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
+    Ipv4Range { gateway, end, mask }
 }
 
 /// A description, understood.
@@ -230,6 +245,13 @@ impl Wish {
     fn addresses(&self) -> Result<Option<Ipv4Range>, u32> {
         let address = |key| self.str(key).map(|text| text.parse::<Ipv4Addr>());
         let asked = (address("start_address"), address("end_address"), address("subnet_mask"));
+        let host = (address("host_ip_address"), address("host_subnet_mask"));
+        if let (Some(gateway), Some(mask)) = host {
+            let (Ok(gateway), Ok(mask)) = (gateway, mask) else { return Err(INVALID_ARGUMENT) };
+            let range = range_from(gateway, mask);
+            range.check().map_err(|_| INVALID_ARGUMENT)?;
+            return Ok(Some(range));
+        }
         match (self.mode, asked) {
             (BRIDGED_MODE, _) => Ok(None),
             (_, (Some(Ok(gateway)), Some(Ok(end)), Some(Ok(mask)))) => {
@@ -503,10 +525,8 @@ impl Interface {
             end: Ipv4Addr::new(192, 168, 1, 254),
             mask: Ipv4Addr::new(255, 255, 255, 0),
         });
-        // The wire bears what the offloads make, and what stands behind a frame.
-        let large = settings.header || settings.max > settings.mtu.saturating_add(14);
-        let wanted = if large { 65_521 } else { settings.mtu };
-        config.mtu = wanted.clamp(1280, 65_521) as u32;
+        // What is longer, as the offloads make it, does not go over the wire itself: see `Long`.
+        config.mtu = settings.mtu.clamp(1280, 65_521) as u32;
         config.inbox_depth = LENT as u32;
         let name = format!("{name} mtu {}", config.mtu);
         let wire = world.0.networks.open(&name, &config).map_err(|_| FAILURE)?;
@@ -515,6 +535,10 @@ impl Interface {
             let dhcp = wire.gateway().dhcp();
             let _ = dhcp.reserve(MacAddr6::from(*mac), *address, Duration::ZERO);
         }
+        let gives = !wish.has("network_identifier")
+            && network.as_ref().is_none_or(|network| network.dhcp());
+        let no_dhcp = (!gives).then(|| wire.gateway().mac());
+        let longest = wire.max_packet_size();
         let port_of: Arc<OnceLock<Weak<Interface>>> = Arc::default();
         let woken = port_of.clone();
         let wake = Arc::new(move || {
@@ -536,8 +560,9 @@ impl Interface {
             writing: AtomicBool::new(false),
             calls: AtomicUsize::new(0),
             kernel: Mutex::new(Kernel { receiver: Some(receiver), ..Kernel::default() }),
-            wire: wire.max_packet_size(),
             sender: Mutex::new(Some(sender)),
+            wire: longest,
+            no_dhcp,
             events: Mutex::new(None),
             underway: AtomicUsize::new(0),
             repeating: AtomicBool::new(false),
@@ -577,24 +602,33 @@ impl Interface {
     /// Takes in what the network has for us, on the sender's thread, and says so.
     fn arrived(self: &Arc<Self>) {
         let depth = lock(&self.entry).script.queue_depth;
-        // Not `sender`: it may be the one that sends to us.
-        let wire = self.wire;
         let mut kernel = lock(&self.kernel);
         let Kernel { receiver: Some(receiver), waiting, free } = &mut *kernel else { return };
         let (was_empty, mut arrived, mut dropped) = (waiting.is_empty(), false, 0);
         loop {
-            while let Some((buffer, len)) = receiver.collect() {
-                let too_long = len > self.settings.max_frame() + HEADER + MARK.len();
+            while let Some((mut buffer, mut len)) = receiver.collect() {
+                if let Some(ticket) = ticket(&buffer[..len]) {
+                    // The wire's own buffer goes back to be lent again.
+                    spare(free, std::mem::replace(&mut buffer, self.world.0.long.take(ticket)));
+                    len = buffer.len();
+                }
+                if self.no_dhcp.is_some_and(|gateway| is_dhcp(&buffer[..len], gateway)) {
+                    spare(free, buffer);
+                    continue;
+                }
+                let (frame, _) = parts(&buffer[..len]);
+                let header = if self.settings.header { HEADER } else { 0 };
+                let too_long = header + frame.len() > self.settings.max_frame();
                 if waiting.len() < depth && !too_long {
                     waiting.push_back((buffer, len));
                     arrived = true;
                 } else {
-                    free.push(buffer);
+                    spare(free, buffer);
                     dropped += 1;
                 }
             }
             while !receiver.is_full() {
-                let buffer = free.pop().unwrap_or_else(|| vec![0; wire]);
+                let buffer = free.pop().unwrap_or_else(|| vec![0; self.wire]);
                 if receiver.post(buffer).is_err() {
                     break;
                 }
@@ -788,7 +822,7 @@ impl Interface {
             let Some((buffer, len)) = kernel.waiting.pop_front() else { break };
             // SAFETY: as the caller says; the room was checked.
             unsafe { self.deliver(&buffer[..len], &mut *packets.add(i)) };
-            kernel.free.push(buffer);
+            spare(&mut kernel.free, buffer);
         }
         for i in 0..asked {
             // In and out: whoever does not reset it shows.
@@ -822,36 +856,26 @@ impl Interface {
     ///
     /// As [`read`](Self::read).
     unsafe fn deliver(&self, wire: &[u8], packet: &mut Descriptor) {
-        let (frame, header) = match wire.strip_suffix(MARK) {
-            Some(rest) => rest.split_at(rest.len() - HEADER),
-            None => (wire, &[0; HEADER][..]),
-        };
-        let pieces = if self.settings.header { [header, frame] } else { [&[][..], frame] };
-        let mut bytes = pieces.iter().flat_map(|piece| piece.iter().copied());
+        let (frame, header) = parts(wire);
+        let mut pieces = if self.settings.header { [header, frame] } else { [&[], frame] };
         let len = pieces[0].len() + pieces[1].len();
+        let mut left = len;
         // SAFETY: as the caller says.
         for iovec in unsafe { iovecs_mut(packet) } {
             // SAFETY: as the caller says: `iov_len` bytes at `iov_base`.
-            let room = unsafe {
+            let mut room = unsafe {
                 std::slice::from_raw_parts_mut(iovec.iov_base.cast::<u8>(), iovec.iov_len)
             };
-            let mut filled = 0;
-            if let [piece, rest] = pieces
-                && piece.is_empty()
-                && room.len() >= rest.len()
-            {
-                // The usual case, faster.
-                room[..rest.len()].copy_from_slice(rest);
-                filled = rest.len();
-            } else {
-                for (to, byte) in room.iter_mut().zip(bytes.by_ref()) {
-                    *to = byte;
-                    filled += 1;
-                }
+            // "Both are in/out": it says what is used of it.
+            iovec.iov_len = left.min(room.len());
+            left -= iovec.iov_len;
+            for piece in &mut pieces {
+                let (now, later) = piece.split_at(piece.len().min(room.len()));
+                let (to, rest) = room.split_at_mut(now.len());
+                to.copy_from_slice(now);
+                (*piece, room) = (later, rest);
             }
-            // "Both are in/out": it says what was used of it.
-            iovec.iov_len = filled;
-            if filled >= len {
+            if left == 0 {
                 break;
             }
         }
@@ -933,20 +957,24 @@ impl Interface {
     }
 
     fn send(&self, sender: &mut Sender<Vec<u8>>, packet: &[u8]) {
-        let sent = if self.settings.header {
-            let (header, frame) = packet.split_at(HEADER);
-            // num_buffers says nothing on this way.
-            if header[..10].iter().all(|byte| *byte == 0) {
-                sender.send(frame)
-            } else {
-                sender.send(&[frame, header, MARK].concat())
-            }
-        } else {
-            sender.send(packet)
-        };
-        if let Sent::Dropped(DropReason::TooBig) = sent {
-            self.count(|counts| counts.dropped += 1);
+        let header_len = if self.settings.header { HEADER } else { 0 };
+        let (header, frame) = packet.split_at(header_len);
+        // num_buffers says nothing on this way.
+        let says = header.iter().take(10).any(|byte| *byte != 0);
+        let marked = says.then(|| [frame, header, MARK].concat());
+        let whole = marked.as_deref().unwrap_or(frame);
+        if whole.len() <= self.wire {
+            sender.send(whole);
+            return;
         }
+        let long = &self.world.0.long;
+        let ticket = long.give(whole.to_vec());
+        let copies = match sender.send(&[&whole[..14], &ticket.to_le_bytes(), LONG_MARK].concat()) {
+            Sent::Forwarded => 1,
+            Sent::Flooded { reached } => reached,
+            Sent::Gateway | Sent::Dropped(_) => 0,
+        };
+        long.expect(ticket, copies);
     }
 
     fn asked(&self, count: c_int, what: &str) -> Result<usize, u32> {
@@ -977,6 +1005,72 @@ impl Drop for Call<'_> {
         self.busy.store(false, Ordering::Release);
         self.interface.calls.fetch_sub(1, Ordering::AcqRel);
     }
+}
+
+/// Frames that are longer than the simulated wire takes. A short one goes over it instead, which
+/// finds its way by the same addresses and says with a ticket what it stands for.
+#[derive(Default)]
+pub(crate) struct Long(Mutex<HashMap<u64, Awaited>>);
+
+struct Awaited {
+    bytes: Vec<u8>,
+    /// How many still come for it, as soon as that is known; those who came before are below zero.
+    copies: i64,
+    known: bool,
+}
+
+impl Long {
+    fn give(&self, bytes: Vec<u8>) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let ticket = NEXT.fetch_add(1, Ordering::Relaxed);
+        lock(&self.0).insert(ticket, Awaited { bytes, copies: 0, known: false });
+        ticket
+    }
+
+    fn expect(&self, ticket: u64, copies: u32) {
+        self.change(ticket, |awaited| {
+            awaited.copies += i64::from(copies);
+            awaited.known = true;
+        });
+    }
+
+    fn take(&self, ticket: u64) -> Vec<u8> {
+        self.change(ticket, |awaited| {
+            awaited.copies -= 1;
+            awaited.bytes.clone()
+        })
+    }
+
+    fn change<T>(&self, ticket: u64, change: impl FnOnce(&mut Awaited) -> T) -> T {
+        let mut all = lock(&self.0);
+        let awaited = all.get_mut(&ticket).expect("a ticket is good until all have come for it");
+        let result = change(awaited);
+        if awaited.known && awaited.copies == 0 {
+            all.remove(&ticket);
+        }
+        result
+    }
+}
+
+/// The ticket of a frame that stands for a long one.
+fn ticket(wire: &[u8]) -> Option<u64> {
+    let rest = wire.strip_suffix(LONG_MARK)?;
+    Some(u64::from_le_bytes(*rest.last_chunk()?))
+}
+
+/// A frame of the simulated wire, and its virtio header.
+fn parts(wire: &[u8]) -> (&[u8], &[u8]) {
+    match wire.strip_suffix(MARK) {
+        Some(rest) => rest.split_at(rest.len() - HEADER),
+        None => (wire, &[0; HEADER]),
+    }
+}
+
+/// Whether that is the gateway's answer to a DHCP client.
+fn is_dhcp(frame: &[u8], gateway: MacAddr6) -> bool {
+    let at = |from: usize, bytes: &[u8]| frame.get(from..from + bytes.len()) == Some(bytes);
+    // Ethernet's source and type, IPv4's protocol; the gateway's headers have no options: UDP's ports.
+    at(6, gateway.as_bytes()) && at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68])
 }
 
 /// # Safety

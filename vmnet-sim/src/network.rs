@@ -71,10 +71,7 @@ impl Network {
     }
 
     pub(crate) fn range(&self) -> Ipv4Range {
-        let (gateway, mask) = (self.gateway, self.mask);
-        // The last address is reserved.
-        let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
-        Ipv4Range { gateway, end, mask }
+        interface::range_from(self.gateway, self.mask)
     }
 }
 
@@ -113,6 +110,11 @@ impl Network {
 
     pub(crate) fn reservations(&self) -> &[([u8; 6], Ipv4Addr)] {
         &self.wish.reservations
+    }
+
+    /// Whether it gives out addresses.
+    pub(crate) fn dhcp(&self) -> bool {
+        !self.wish.off.contains(&"dhcp")
     }
 
     pub(crate) fn mode(&self) -> u64 {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmring_embedded::Registry;
 
-use crate::interface::Interface;
+use crate::interface::{Interface, Long};
 use crate::objects::{Life, lock, violation};
 use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
 
@@ -59,6 +59,7 @@ pub(crate) struct Inner {
     /// Whether vmnet copies the blocks and retains the queues it is given.
     retains: bool,
     pub(crate) networks: Registry<Vec<u8>>,
+    pub(crate) long: Long,
     entries: Mutex<HashMap<[u8; 16], Arc<Mutex<Entry>>>>,
     /// What it was given and what it gave, with the place.
     seen: Mutex<Vec<(Life, &'static str)>>,
@@ -103,6 +104,7 @@ impl World {
             rules,
             retains,
             networks: Registry::new(),
+            long: Long::default(),
             entries: Mutex::default(),
             seen: Mutex::default(),
             subnets: Mutex::default(),
