@@ -4,9 +4,10 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use crate::objects::{self, Kind, Life, lock, violation};
 
@@ -105,9 +106,50 @@ impl Target {
         }
     }
 
+    /// As [`run`](Self::run); and if the job has not ended after `patience` the queue counts as
+    /// blocked, which is told.
+    pub(crate) fn run_within(
+        &self,
+        patience: Duration,
+        what: &'static str,
+        run: impl FnOnce() + Send + 'static,
+    ) {
+        let (ended, end) = channel::<()>();
+        let watch = move || {
+            if end.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+                violation(&format!("{what} waits on a queue that is blocked"));
+            }
+        };
+        self.run(move || {
+            run();
+            drop(ended);
+        });
+        let watcher = thread::Builder::new().name("vmnet-sim-watch".to_owned()).spawn(watch);
+        drop(watcher.expect("a thread"));
+    }
+
     /// Whether the calling thread runs a job of it.
     pub(crate) fn is_current(&self) -> bool {
         ptr::eq(CURRENT.get(), self.queue)
+    }
+
+    /// Which queue it is, to remember without a reference.
+    pub(crate) fn name(&self) -> Name {
+        Name { queue: self.queue as usize, life: self.life }
+    }
+}
+
+/// Which queue something was given, whether that still exists or not.
+#[derive(Clone, Copy)]
+pub(crate) struct Name {
+    queue: usize,
+    life: Life,
+}
+
+impl Name {
+    /// As [`Target::is_current`].
+    pub(crate) fn is_current(self) -> bool {
+        CURRENT.get() as usize == self.queue && self.life.goes_on()
     }
 }
 

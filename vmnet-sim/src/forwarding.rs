@@ -8,6 +8,7 @@ use libc::in_addr;
 use crate::blocks::Held;
 use crate::interface::{self, FAILURE, INVALID_ARGUMENT, Interface, SUCCESS};
 use crate::objects::{lock, violation};
+use crate::symbols::require;
 use crate::xpc::{self, Handle, Object};
 
 const INET: u8 = 2;
@@ -77,8 +78,12 @@ impl Interface {
 ///
 /// # Safety
 ///
-/// `handler` is a block, or nothing that lives, which is told.
-unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32) -> u32 {
+/// `handler` is a block, or nothing that lives, which is told; in the older functions null means that
+/// nobody wants to know.
+unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, older: bool) -> u32 {
+    if older && handler.is_null() {
+        return SUCCESS;
+    }
     // SAFETY: as the caller says.
     let handler = unsafe { Held::new(handler, "the forwarding's handler", true) };
     interface.world().saw(handler.life(), "the forwarding's handler");
@@ -107,7 +112,61 @@ unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8
 
 /// # Safety
 ///
-/// `interface` is a handle and `handler` a block; so in all that follow.
+/// `interface` is a handle, `inner` points at an address of that family, and `handler` is as in
+/// [`answer`]; so in all that follow.
+unsafe fn add(
+    interface: &Interface,
+    rule: (u8, u16, u16),
+    family: u8,
+    inner: *const c_void,
+    handler: *const c_void,
+    older: bool,
+) -> u32 {
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    // SAFETY: as the caller says.
+    let Some(address) = (unsafe { address(inner, family) }) else {
+        return interface.world().forbids("an unknown address family", INVALID_ARGUMENT);
+    };
+    let (protocol, outside, inside) = rule;
+    let status = interface.add(Rule { protocol, outside, family, address, inside });
+    // SAFETY: as the caller says.
+    unsafe { answer(interface, handler, status, older) }
+}
+
+/// # Safety
+///
+/// As [`add`].
+unsafe fn remove(
+    interface: &Interface,
+    (protocol, outside): (u8, u16),
+    family: u8,
+    handler: *const c_void,
+    older: bool,
+) -> u32 {
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    let status = interface.remove(protocol, outside, family);
+    // SAFETY: as the caller says.
+    unsafe { answer(interface, handler, status, older) }
+}
+
+/// # Safety
+///
+/// As [`add`].
+unsafe fn get(interface: &Interface, family: u8, handler: *const c_void) -> u32 {
+    if !interface.forwards() {
+        return FAILURE;
+    }
+    // SAFETY: as the caller says.
+    unsafe { answer_rules(interface, handler, family) }
+}
+
+/// # Safety
+///
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
     interface: *mut c_void,
@@ -120,21 +179,14 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
     let inner = inner.s_addr.to_ne_bytes();
     // SAFETY: as the caller says; the address is an IPv4 one.
     unsafe {
-        vmnet_interface_add_ip_port_forwarding_rule(
-            interface,
-            protocol,
-            outside,
-            INET,
-            inner.as_ptr().cast(),
-            inside,
-            handler,
-        )
+        let interface = interface::borrow(interface, "adding a forwarding");
+        add(interface, (protocol, outside, inside), INET, inner.as_ptr().cast(), handler, true)
     }
 }
 
 /// # Safety
 ///
-/// As [`vmnet_interface_add_port_forwarding_rule`].
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
     interface: *mut c_void,
@@ -144,20 +196,21 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
 ) -> u32 {
     // SAFETY: as the caller says.
     unsafe {
-        vmnet_interface_remove_ip_port_forwarding_rule(interface, protocol, outside, INET, handler)
+        let interface = interface::borrow(interface, "removing a forwarding");
+        remove(interface, (protocol, outside), INET, handler, true)
     }
 }
 
 /// # Safety
 ///
-/// As [`vmnet_interface_add_port_forwarding_rule`].
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_get_port_forwarding_rules(
     interface: *mut c_void,
     handler: *const c_void,
 ) -> u32 {
     // SAFETY: as the caller says.
-    unsafe { vmnet_interface_get_ip_port_forwarding_rules(interface, INET, handler) }
+    unsafe { get(interface::borrow(interface, "listing forwardings"), INET, handler) }
 }
 
 /// # Safety
@@ -186,7 +239,7 @@ pub(crate) unsafe extern "C" fn vmnet_port_forwarding_rule_get_details(
 
 /// # Safety
 ///
-/// As [`vmnet_interface_add_port_forwarding_rule`], and `inner` points at an address of that family.
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
     interface: *mut c_void,
@@ -198,22 +251,16 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
     handler: *const c_void,
 ) -> u32 {
     // SAFETY: as the caller says.
-    let interface = unsafe { interface::borrow(interface, "adding a forwarding") };
-    if !interface.forwards() {
-        return FAILURE;
+    unsafe {
+        let interface = interface::borrow(interface, "adding a forwarding");
+        require(interface.world(), c"vmnet_interface_add_ip_port_forwarding_rule");
+        add(interface, (protocol, outside, inside), family, inner, handler, false)
     }
-    // SAFETY: as the caller says.
-    let Some(address) = (unsafe { address(inner, family) }) else {
-        return interface.world().forbids("an unknown address family", INVALID_ARGUMENT);
-    };
-    let status = interface.add(Rule { protocol, outside, family, address, inside });
-    // SAFETY: as the caller says.
-    unsafe { answer(interface, handler, status) }
 }
 
 /// # Safety
 ///
-/// As [`vmnet_interface_add_port_forwarding_rule`].
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
     interface: *mut c_void,
@@ -223,18 +270,16 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
     handler: *const c_void,
 ) -> u32 {
     // SAFETY: as the caller says.
-    let interface = unsafe { interface::borrow(interface, "removing a forwarding") };
-    if !interface.forwards() {
-        return FAILURE;
+    unsafe {
+        let interface = interface::borrow(interface, "removing a forwarding");
+        require(interface.world(), c"vmnet_interface_remove_ip_port_forwarding_rule");
+        remove(interface, (protocol, outside), family, handler, false)
     }
-    let status = interface.remove(protocol, outside, family);
-    // SAFETY: as the caller says.
-    unsafe { answer(interface, handler, status) }
 }
 
 /// # Safety
 ///
-/// As [`vmnet_interface_add_port_forwarding_rule`].
+/// As [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
     interface: *mut c_void,
@@ -242,12 +287,11 @@ pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
     handler: *const c_void,
 ) -> u32 {
     // SAFETY: as the caller says.
-    let interface = unsafe { interface::borrow(interface, "listing forwardings") };
-    if !interface.forwards() {
-        return FAILURE;
+    unsafe {
+        let interface = interface::borrow(interface, "listing forwardings");
+        require(interface.world(), c"vmnet_interface_get_ip_port_forwarding_rules");
+        get(interface, family, handler)
     }
-    // SAFETY: as the caller says.
-    unsafe { answer_rules(interface, handler, family) }
 }
 
 /// # Safety

@@ -15,7 +15,7 @@ use vmring_embedded::network::mac_of_interface;
 use vmring_embedded::{Ipv4Range, NetworkConfig, NetworkMode, PortConfig, Receiver, Sender, Sent};
 
 use crate::blocks::Held;
-use crate::dispatch::Target;
+use crate::dispatch::{Name, Target};
 use crate::forwarding::Rule;
 use crate::network::Network;
 use crate::objects::{lock, violation};
@@ -45,8 +45,6 @@ const BATCH: usize = 200;
 const LENT: usize = 64;
 /// Packets sent between two flushes.
 const FLUSH: usize = 16;
-/// How long a handler waits on a queue before that counts as blocked.
-const BLOCKED: Duration = Duration::from_secs(20);
 /// Behind a frame on the simulated wire stands its virtio header, if that says anything, and this.
 const MARK: &[u8; 8] = b"vmnetsim";
 /// Behind a ticket stands this.
@@ -60,6 +58,8 @@ pub(crate) struct Descriptor {
     vm_pkt_iovcnt: u32,
     vm_flags: u32,
 }
+
+const START_HANDLER: &str = "the start's handler";
 
 const STARTING: u8 = 0;
 const RUNNING: u8 = 1;
@@ -85,6 +85,8 @@ pub(crate) struct Interface {
     events: Mutex<Option<Arc<EventTarget>>>,
     /// Events on the queue or under way.
     underway: AtomicUsize,
+    /// The queue of the last event callback.
+    events_queue: Mutex<Option<Name>>,
     /// A repeated event is on its way.
     repeating: AtomicBool,
     dead: Mutex<Option<Dead>>,
@@ -104,6 +106,7 @@ struct Settings {
     mac: Option<MacAddr6>,
     addresses: Option<Ipv4Range>,
     nat66: Option<String>,
+    several_iovecs: bool,
     free_of_charge: Option<usize>,
     call_cost: Duration,
 }
@@ -304,6 +307,7 @@ impl Settings {
             mac,
             addresses,
             nat66: shared.then(|| wish.str("nat66_prefix").unwrap_or("fd00:64::").to_owned()),
+            several_iovecs: script.several_iovecs,
             free_of_charge: script.free_of_charge,
             call_cost: script.call_cost,
         })
@@ -391,9 +395,12 @@ pub(crate) unsafe fn start(
     // Without a copy of its own vmnet could not come back later, so a second call implies one.
     let copies = world.retains() || script.start.handler == StartHandler::Twice;
     // SAFETY: as the caller says.
-    let handler = unsafe { Held::new(handler, "the start's handler", copies) };
+    let handler = unsafe { Held::new(handler, START_HANDLER, copies) };
     let queue = Target::new(queue, "the start's queue", world.retains());
-    world.saw(handler.life(), "the start's handler");
+    for key in wish.values.keys() {
+        symbols::require_key(&world, key);
+    }
+    world.saw(handler.life(), START_HANDLER);
     world.saw(queue.life(), "the start's queue");
     // SAFETY: as the caller says.
     world.saw(unsafe { xpc::borrow(description, "the description") }.1, "the description");
@@ -432,21 +439,53 @@ pub(crate) unsafe fn start(
         Some(interface) if !script.start.no_handle => interface.handle(),
         _ => ptr::null_mut(),
     };
-    answer(script.start.handler, queue, handler, status, parameters, interface);
+    let answer =
+        Answer { queue, handler, status, parameters, interface, patience: script.patience };
+    answer.give(script.start.handler);
     handle
 }
 
-/// Calls the start's handler, as the plan says.
-fn answer(
-    plan: StartHandler,
+/// What a start has for its handler.
+struct Answer {
     queue: Target,
     handler: Held,
     status: u32,
     parameters: Option<Handle>,
     interface: Option<Arc<Interface>>,
-) {
-    let call = move |handler: &Held| {
-        if let Some(interface) = &interface {
+    patience: Duration,
+}
+
+impl Answer {
+    /// Calls the handler, as the plan says.
+    fn give(self, plan: StartHandler) {
+        match plan {
+            StartHandler::Prompt => self.call_on_queue(),
+            StartHandler::After(delay) => spawn("vmnet-sim-late", move || {
+                thread::sleep(delay);
+                self.call_on_queue();
+            }),
+            // It keeps for ever what it has.
+            StartHandler::Never => std::mem::forget((self.queue, self.handler)),
+            StartHandler::Twice => {
+                let (queue, patience) = (self.queue.clone(), self.patience);
+                let first = Arc::new(self);
+                let again = first.clone();
+                queue.run_within(patience, START_HANDLER, move || first.call());
+                spawn("vmnet-sim-again", move || {
+                    thread::sleep(Duration::from_millis(20));
+                    again.call();
+                });
+            }
+        }
+    }
+
+    fn call_on_queue(self) {
+        // The references end with the job, as far as there are any.
+        self.queue.clone().run_within(self.patience, START_HANDLER, move || self.call());
+    }
+
+    fn call(&self) {
+        if let Some(interface) = &self.interface {
             let _ = interface.state.compare_exchange(
                 STARTING,
                 RUNNING,
@@ -454,41 +493,8 @@ fn answer(
                 Ordering::Acquire,
             );
         }
-        let parameters = parameters.as_ref().map_or(ptr::null_mut(), Handle::as_raw);
-        handler.call_status_object(status, parameters);
-    };
-    match plan {
-        StartHandler::Prompt => {
-            queue.clone().run(move || {
-                call(&handler);
-                // The references end here, as far as there are any.
-                drop((handler, call, queue));
-            });
-        }
-        StartHandler::After(delay) => {
-            spawn("vmnet-sim-late", move || {
-                thread::sleep(delay);
-                queue.clone().run(move || {
-                    call(&handler);
-                    drop((handler, call, queue));
-                });
-            });
-        }
-        // It keeps for ever what it has.
-        StartHandler::Never => std::mem::forget((queue, handler)),
-        StartHandler::Twice => {
-            let handler = Arc::new(handler);
-            let (first, call) = (handler.clone(), Arc::new(call));
-            let again = call.clone();
-            queue.clone().run(move || {
-                call(&first);
-                drop((first, call, queue));
-            });
-            spawn("vmnet-sim-again", move || {
-                thread::sleep(Duration::from_millis(20));
-                again(&handler);
-            });
-        }
+        let parameters = self.parameters.as_ref().map_or(ptr::null_mut(), Handle::as_raw);
+        self.handler.call_status_object(self.status, parameters);
     }
 }
 
@@ -565,6 +571,7 @@ impl Interface {
             no_dhcp,
             events: Mutex::new(None),
             underway: AtomicUsize::new(0),
+            events_queue: Mutex::new(None),
             repeating: AtomicBool::new(false),
             dead: Mutex::new(None),
             rules: Mutex::default(),
@@ -641,7 +648,7 @@ impl Interface {
         if dropped > 0 {
             self.count(|counts| counts.dropped += dropped);
         }
-        if arrived && lock(&self.dead).is_none() {
+        if arrived {
             let events = lock(&self.entry).script.events;
             match events {
                 Events::Arrival | Events::Level => self.fire(),
@@ -653,6 +660,9 @@ impl Interface {
 
     /// Puts an event on the queue, unless one is there that has not begun.
     fn fire(self: &Arc<Self>) {
+        if lock(&self.dead).is_some() {
+            return;
+        }
         let Some(target) = lock(&self.events).clone() else { return };
         if target.pending.swap(true, Ordering::AcqRel) {
             return;
@@ -739,10 +749,11 @@ impl Interface {
         if n > limit {
             return forbids(format!("{n} packets where {limit} are allowed"), TOO_MANY_PACKETS);
         }
+        let mut mapped = Mapped::default();
         for i in 0..n {
             // SAFETY: as the caller says.
             let packet = unsafe { &*packets.add(i) };
-            if packet.vm_pkt_iov.is_null() || !packet.vm_pkt_iov.is_aligned() {
+            if !mapped.holds(packet.vm_pkt_iov) {
                 return forbids(
                     format!(
                         "packet {i}: vm_pkt_iov is no pointer to iovecs (is the layout right?)"
@@ -761,7 +772,11 @@ impl Interface {
                 );
             }
             // SAFETY: as the caller says.
-            let sum: usize = unsafe { iovecs(packet) }.iter().map(|iovec| iovec.iov_len).sum();
+            let iovecs = unsafe { iovecs(packet) };
+            if iovecs.iter().any(|iovec| iovec.iov_base.is_null()) {
+                return forbids(format!("packet {i}: an iov_base is null"), INVALID_ARGUMENT);
+            }
+            let sum = iovecs.iter().fold(0_usize, |sum, iovec| sum.saturating_add(iovec.iov_len));
             if sum != packet.vm_pkt_size {
                 let size = packet.vm_pkt_size;
                 return forbids(
@@ -769,6 +784,11 @@ impl Interface {
                     INVALID_ARGUMENT,
                 );
             }
+        }
+        // SAFETY: as the caller says.
+        let several = || (0..n).any(|i| unsafe { (*packets.add(i)).vm_pkt_iovcnt } > 1);
+        if !self.settings.several_iovecs && several() {
+            return Err(INVALID_ARGUMENT);
         }
         Ok(())
     }
@@ -1073,6 +1093,50 @@ fn is_dhcp(frame: &[u8], gateway: MacAddr6) -> bool {
     at(6, gateway.as_bytes()) && at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68])
 }
 
+/// Tells pointers from the numbers that stand in their place in a descriptor of another layout.
+#[derive(Default)]
+struct Mapped {
+    /// The last page that was found.
+    page: Option<usize>,
+}
+
+impl Mapped {
+    /// Whether there is memory at `pointer`.
+    fn holds(&mut self, pointer: *const iovec) -> bool {
+        // Below that no system maps anything for a program.
+        const LOWEST: usize = 1 << 16;
+        let address = pointer as usize;
+        if address < LOWEST || !pointer.is_aligned() {
+            return false;
+        }
+        let page = address & !(page_size() - 1);
+        if self.page != Some(page) && !is_mapped(page) {
+            return false;
+        }
+        self.page = Some(page);
+        true
+    }
+}
+
+fn page_size() -> usize {
+    static SIZE: OnceLock<usize> = OnceLock::new();
+    // SAFETY: it asks for a constant.
+    *SIZE.get_or_init(|| unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize)
+}
+
+#[cfg(target_os = "linux")]
+fn is_mapped(page: usize) -> bool {
+    let mut resident = 0_u8;
+    // SAFETY: it tells whether the page is there, in one byte, and touches nothing else.
+    unsafe { libc::mincore(page as *mut c_void, 1, &mut resident) == 0 }
+}
+
+/// Elsewhere a wrong pointer ends the process without a sentence.
+#[cfg(not(target_os = "linux"))]
+fn is_mapped(_page: usize) -> bool {
+    true
+}
+
 /// # Safety
 ///
 /// There are as many iovecs as the descriptor says.
@@ -1126,6 +1190,9 @@ pub(crate) unsafe extern "C" fn vmnet_read(
     packets: *mut Descriptor,
     count: *mut c_int,
 ) -> u32 {
+    if packets.is_null() || count.is_null() {
+        violation("vmnet_read: the packets and their count are pointers, and one is null");
+    }
     // SAFETY: as the caller says.
     unsafe { borrow(interface, "vmnet_read").read(packets, &mut *count) }.err().unwrap_or(SUCCESS)
 }
@@ -1139,6 +1206,9 @@ pub(crate) unsafe extern "C" fn vmnet_write(
     packets: *mut Descriptor,
     count: *mut c_int,
 ) -> u32 {
+    if packets.is_null() || count.is_null() {
+        violation("vmnet_write: the packets and their count are pointers, and one is null");
+    }
     // SAFETY: as the caller says.
     unsafe { borrow(interface, "vmnet_write").write(packets, &mut *count) }.err().unwrap_or(SUCCESS)
 }
@@ -1178,6 +1248,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
         let queue = Target::new(queue, "the events' queue", retains);
         interface.world.saw(block.life(), "the event callback");
         interface.world.saw(queue.life(), "the events' queue");
+        *lock(&interface.events_queue) = Some(queue.name());
         Some(Arc::new(EventTarget { block, queue, pending: AtomicBool::new(false) }))
     };
     let before = std::mem::replace(&mut *lock(&interface.events), target);
@@ -1208,6 +1279,9 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     if interface.calls.load(Ordering::Acquire) > 0 {
         violation(&format!("{what}: a read or a write is under way"));
     }
+    if lock(&interface.events_queue).is_some_and(Name::is_current) {
+        violation(&format!("{what}: from a job of the queue that its events come on"));
+    }
     if interface.underway.load(Ordering::Acquire) > 0 {
         violation(&format!("{what}: an event is on its queue or under way"));
     }
@@ -1219,7 +1293,10 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     let handler = unsafe { Held::new(handler, "the stop's handler", world.retains()) };
     world.saw(handler.life(), "the stop's handler");
     world.saw(queue.life(), "the stop's queue");
-    let plan = lock(&interface.entry).script.stop;
+    let (plan, patience) = {
+        let script = &lock(&interface.entry).script;
+        (script.stop, script.patience)
+    };
     if let Some(status) = plan.refused {
         return status;
     }
@@ -1232,14 +1309,11 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
             return;
         };
         thread::sleep(delay);
-        let (called, calls) = std::sync::mpsc::channel::<()>();
-        queue.clone().run(move || {
+        // The references end with the job, as far as there are any.
+        queue.clone().run_within(patience, "the stop's handler", move || {
             handler.call_status(plan.status);
-            drop((handler, queue, called));
+            drop((handler, queue));
         });
-        if calls.recv_timeout(BLOCKED) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-            violation("the stop's handler waits on a queue that is blocked");
-        }
     });
     SUCCESS
 }

@@ -13,6 +13,7 @@ use crate::forwarding::{Rule, address, address_len};
 use crate::interface::{self, FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::objects::{self, Kind, lock, violation};
 use crate::script::{ForwardMade, NetworkMade};
+use crate::symbols::require;
 use crate::world::World;
 use crate::xpc::{self, Handle, Object};
 
@@ -230,6 +231,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
     mode: u32,
     status: *mut u32,
 ) -> *mut c_void {
+    require(&World::current(), c"vmnet_network_configuration_create");
     let mode = u64::from(mode);
     if !matches!(mode, HOST_MODE | SHARED_MODE) {
         // SAFETY: as the caller says.
@@ -501,6 +503,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
     object: *mut c_void,
     status: *mut u32,
 ) -> *mut c_void {
+    require(&World::current(), c"vmnet_network_create_with_serialization");
     // SAFETY: as the caller says.
     let (object, _) = unsafe { xpc::borrow(object, "vmnet_network_create_with_serialization") };
     let serial = match object {

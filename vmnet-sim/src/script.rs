@@ -39,8 +39,13 @@ pub struct Script {
     /// What becomes of a batch with a packet that cannot be sent (too short, too long): whether those
     /// before it are sent, and what the count says.
     pub failed_batch: (bool, Reported),
+    /// Whether a packet may stand in several iovecs; else such a call fails with 1003. Reports differ.
+    pub several_iovecs: bool,
     /// How a stop goes.
     pub stop: StopPlan,
+    /// How long the handler of a start or a stop waits on its queue; then that counts as blocked,
+    /// which is a misuse.
+    pub patience: Duration,
     /// Packets that wait unread before some are dropped.
     pub queue_depth: usize,
     /// For benchmarks, fixed at the start: reads deliver this many bytes at once and in any number,
@@ -66,7 +71,9 @@ impl Default for Script {
             reads: VecDeque::new(),
             writes: VecDeque::new(),
             failed_batch: (false, Reported::Asked),
+            several_iovecs: true,
             stop: StopPlan::default(),
+            patience: Duration::from_secs(20),
             queue_depth: 1024,
             free_of_charge: None,
             call_cost: Duration::ZERO,

@@ -5,6 +5,8 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 
+use crate::objects::violation;
+use crate::world::World;
 use crate::{forwarding, network};
 
 /// A key: a constant that points at its text.
@@ -69,6 +71,32 @@ pub(crate) fn input(text: &str) -> Option<&'static str> {
 /// The type of a description's value.
 pub(crate) fn input_type(name: &str) -> char {
     KEYS.iter().find(|(known, ..)| *known == name).map_or('-', |(.., class)| *class)
+}
+
+/// The version of macOS that has a name, if not all have it.
+fn since(name: &CStr) -> Option<(u32, u32)> {
+    SYMBOLS.iter().find(|(known, ..)| *known == name).map(|(_, since, _)| *since)
+}
+
+/// On a macOS that lacks a name whoever refers to it does not even start.
+pub(crate) fn require(world: &World, name: &CStr) {
+    let here = world.host().macos;
+    if let Some(since) = since(name).filter(|since| *since > here) {
+        violation(&format!(
+            "{}: macOS {}.{} does not have it, {}.{} does",
+            name.to_string_lossy(),
+            here.0,
+            here.1,
+            since.0,
+            since.1
+        ));
+    }
+}
+
+/// As [`require`], for the key of that name.
+pub(crate) fn require_key(world: &World, name: &str) {
+    let variable = std::ffi::CString::new(format!("vmnet_{name}_key")).expect("a key's name");
+    require(world, &variable);
 }
 
 /// An address in a constant.
