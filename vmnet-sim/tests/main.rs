@@ -1,0 +1,16 @@
+//! Integration tests of the simulated vmnet: one binary, one module per subject.
+
+#![cfg(not(target_os = "macos"))]
+
+mod abi;
+mod dhcp;
+mod support;
+
+mod calls;
+mod events;
+mod forwarding;
+mod network;
+mod start;
+mod stop;
+mod strict;
+mod wire;
