@@ -287,7 +287,9 @@ fn on_embedded(kind: &impl Kind) {
 #[cfg(not(target_os = "macos"))]
 fn on_vmnet(kind: &impl Kind) {
     every_way(|way, poller| {
-        let world = vmnet_sim::World::new();
+        // Whether vmnet keeps references to what it is given is not known: both.
+        let retains = way == Way::Thread;
+        let world = vmnet_sim::World::with(vmnet_sim::Rules::Strict, retains);
         let end = || {
             let builder = Interface::builder().interface_id(world.interface_id());
             kind.wrap(builder, vmring::Vmnet::new())

@@ -171,9 +171,13 @@ impl Port {
             Some(network) => network.start(description, &queue, &handler),
         };
         if interface.is_null() {
-            // Nobody promises that the handler is called, so this wait is short.
-            let status = answers.recv_timeout(GRACE).map_or(SUCCESS, |(status, _)| status);
-            let status = Status::from_code(status).unwrap_or(Status::Failure);
+            // Nobody promises that the handler is called, so this wait is short; nor that it is not
+            // called later, so then it is kept.
+            let status = answers.recv_timeout(GRACE).map(|(status, _)| status);
+            if status.is_err() || !drained(&queue, timeouts.start) {
+                forget((handler, queue));
+            }
+            let status = status.ok().and_then(Status::from_code).unwrap_or(Status::Failure);
             return Err(permission::error(status, &system));
         }
         early(interface);
@@ -190,7 +194,12 @@ impl Port {
             writing: Mutex::new(()),
             stop_timeout: timeouts.stop,
         };
-        match answers.recv_timeout(timeouts.start) {
+        let answered = answers.recv_timeout(timeouts.start);
+        // The answer comes from inside the handler: until that has returned it is not to be released.
+        if answered.is_ok() && !drained(&queue, timeouts.start) {
+            forget(handler.clone());
+        }
+        match answered {
             Ok((SUCCESS, Some(parameters))) if parameters.sizes().is_some() => Ok(port(parameters)),
             Ok((SUCCESS, parameters)) => {
                 // It runs, and we do not know what it takes.
@@ -256,6 +265,14 @@ impl Drop for Port {
     }
 }
 
+/// Waits until what is on a queue, which is serial, has run. With a timeout, which dispatch_sync has
+/// not.
+fn drained(queue: &DispatchQueue, timeout: Duration) -> bool {
+    let (over, last) = sync_channel::<()>(1);
+    queue.exec_async(move || drop(over));
+    last.recv_timeout(timeout) != Err(RecvTimeoutError::Timeout)
+}
+
 impl Running {
     fn stop(self, timeout: Duration) -> Result<(), Error> {
         if !inside_event() {
@@ -277,12 +294,8 @@ impl Running {
             if let Err(status) = unsafe { Callback::clear(self.interface) } {
                 tracing::warn!(%status, "vmnet did not turn its events off");
             }
-            // That does not wait for a call under way. The queue is serial, so what is put on it
-            // now runs after the last call; and it is waited for with a timeout, which
-            // dispatch_sync has not.
-            let (over, last) = sync_channel::<()>(1);
-            self.queue.exec_async(move || drop(over));
-            if last.recv_timeout(timeout) == Err(RecvTimeoutError::Timeout) {
+            // That does not wait for a call under way.
+            if !drained(&self.queue, timeout) {
                 tracing::error!(
                     "an event callback does not end; the interface is leaked on purpose"
                 );
@@ -306,7 +319,12 @@ impl Running {
             return Err(status.into());
         }
         match answers.recv_timeout(timeout) {
-            Ok(status) => Ok(check(status)?),
+            Ok(status) => {
+                if !drained(&queue, timeout) {
+                    forget((handler, queue));
+                }
+                Ok(check(status)?)
+            }
             Err(_) => {
                 tracing::error!("vmnet did not answer a stop; the interface is leaked on purpose");
                 forget((self, handler, queue));
