@@ -12,6 +12,7 @@ mod notify;
 mod offload;
 mod pcap;
 mod pollers;
+mod safe_api;
 mod serde;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
