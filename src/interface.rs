@@ -17,7 +17,7 @@ use crate::device::{
     Capabilities, Device, Lease, Offloads, PortForward, Protocol, next_ring_number, register,
 };
 use crate::error::{ConfigError, Direction, Error};
-use crate::notify::{Notifier, lock};
+use crate::notify::{Notifier, after, lock};
 use crate::poller::{Engine, EngineParts, Handoff, IdlePolicy, Poller, PollerBuilder, RetryPolicy};
 use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
 use crate::ring::{CompletionQueue, Ring, RingPark, RingShared, SubmissionQueue, control};
@@ -858,7 +858,7 @@ impl RingGroup {
     }
 
     fn ask(&self, then: Then, bits: u32, timeout: Duration) -> Result<(), Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         let mut state = lock(&self.state);
         if state.stopped {
             return match then {

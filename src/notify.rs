@@ -41,6 +41,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// The time `delay` from now. One too far for the clock is a century away, which is for ever.
+pub(crate) fn after(delay: Duration) -> Instant {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    let now = Instant::now();
+    now.checked_add(delay).unwrap_or_else(|| now + CENTURY)
+}
+
 impl Notifier {
     /// The descriptor, created on the first call. It becomes readable on the first `unpark` after
     /// each [`arm_descriptor`](Self::arm_descriptor).
@@ -99,8 +106,7 @@ impl Notifier {
 
 impl Park for Notifier {
     fn park(&self, timeout: Option<Duration>) {
-        // A time too far for the clock is for ever.
-        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        let deadline = timeout.map(after);
         let mut state = lock(&self.state);
         while !state.token {
             state = match deadline {

@@ -25,7 +25,7 @@ use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
-use crate::notify::{Notifier, lock};
+use crate::notify::{Notifier, after, lock};
 use crate::ring::{RingShared, control};
 use crate::stats::add_batch;
 
@@ -445,7 +445,7 @@ impl Engine {
         }
         // Past the budget the count stays, so that later writes get one attempt each.
         let attempts = attempts.min(self.retry.attempts);
-        self.stall = Some(Stall { attempts, next: Instant::now() + self.retry.delay });
+        self.stall = Some(Stall { attempts, next: after(self.retry.delay) });
     }
 
     /// Begins to close the queue: for good, or (`None`) to open it anew.
@@ -460,7 +460,7 @@ impl Engine {
                 self.phase = Phase::Closing { deadline, then: before.or(then) };
             }
             Phase::Open => {
-                let deadline = Instant::now() + self.close_timeout;
+                let deadline = after(self.close_timeout);
                 self.phase = Phase::Closing { deadline, then };
             }
             Phase::Detached => {
@@ -641,9 +641,8 @@ impl Engine {
         // Somebody waits for more than there is: from the first completion on, the clock runs.
         match self.shared.coalescing_delay() {
             Some(delay) if self.outlet.backlog() > 0 => {
-                let now = Instant::now();
-                let due = *self.coalesce.get_or_insert_with(|| now + delay);
-                if now >= due {
+                let due = *self.coalesce.get_or_insert_with(|| after(delay));
+                if Instant::now() >= due {
                     self.coalesce = None;
                     self.shared.notify();
                     self.shared.counters.poller.notifications.add(1);
@@ -699,7 +698,7 @@ impl Engine {
         };
         let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);
         let safety = match self.phase {
-            Phase::Open => self.caps.safety_poll.map(|every| Instant::now() + every),
+            Phase::Open => self.caps.safety_poll.map(after),
             _ => None,
         };
         [closing, stall, safety, self.coalesce].into_iter().flatten().min()
@@ -767,7 +766,7 @@ impl Handoff {
 
     /// Takes the engine if it is there, waiting up to `timeout` for it.
     pub(crate) fn take(&self, timeout: Duration) -> Option<Box<Engine>> {
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         let mut state = lock(&self.state);
         loop {
             if matches!(*state, HandoffState::Returned(_)) {

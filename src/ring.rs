@@ -43,7 +43,7 @@ use crate::device::{Capabilities, Orphan, deregister};
 use crate::error::{
     BatchError, Closed, CompletionError, EntryError, Error, Status, SubmitError, SubmitErrorKind,
 };
-use crate::notify::{Notifier, lock};
+use crate::notify::{Notifier, after, lock};
 use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
 use crate::stats::{RingCounters, RingStats};
 
@@ -753,7 +753,7 @@ impl CompletionQueue {
     /// `timeout` has passed (`None`: for ever) or [`RingControl::wake`] was called. Returns how
     /// many wait.
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = timeout.map(after);
         let mut round = 0;
         loop {
             let worked = self.drive();
@@ -856,7 +856,7 @@ impl CompletionQueue {
         // notification ends it early.
         const NAP: Duration = Duration::from_millis(1);
         let asked = self.shared.ask_cancel_all();
-        let deadline = Instant::now() + timeout;
+        let deadline = after(timeout);
         loop {
             self.drive();
             let ready = self.reaper.ready();
@@ -885,7 +885,8 @@ impl CompletionQueue {
         let timeout = self.close_timeout;
         self.shared.close(Closed::Stopped);
         self.shared.wish(control::STOP);
-        let deadline = Instant::now() + timeout * 2;
+        let twice = timeout.saturating_mul(2);
+        let (half, deadline) = (after(timeout), after(twice));
         if self.engine.is_none()
             && let Some((handoff, poller)) = &self.remote
         {
@@ -896,7 +897,7 @@ impl CompletionQueue {
             }
             // The engine's own close takes at most `timeout`; twice that means that the device
             // does not return from a call.
-            self.engine = handoff.take(timeout * 2);
+            self.engine = handoff.take(twice);
         }
         let Some(engine) = &mut self.engine else {
             let slots = self.in_flight() - self.reaper.ready() as usize;
@@ -910,7 +911,7 @@ impl CompletionQueue {
         };
         // A closed engine may still wait for slots that somebody drops, as after a panic.
         while (!engine.is_closed() && Instant::now() < deadline)
-            || (engine.slots_kept() > 0 && Instant::now() < deadline - timeout)
+            || (engine.slots_kept() > 0 && Instant::now() < half)
         {
             if !engine.turn() {
                 std::thread::sleep(Duration::from_micros(200));
@@ -998,7 +999,9 @@ impl CompletionQueue {
 
     /// Arms whatever can bring `want` completions, and looks once more. `Ready`: nothing is armed.
     fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> Armed {
-        let us = max_delay.map_or(0, |delay| (delay.as_micros() as u64).clamp(1, START_CLOCK - 1));
+        let us = max_delay.map_or(0, |delay| {
+            u64::try_from(delay.as_micros()).unwrap_or(u64::MAX).clamp(1, START_CLOCK - 1)
+        });
         self.shared.wanted.store(self.reaper.index_of(want), Ordering::Relaxed);
         self.shared.coalesce_us.store(us, Ordering::Relaxed);
         self.shared.cq_bell.arm();

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::device::{Io, PortForward, PostedSlot, Progress, Protocol};
+use vmring::device::{Capabilities, Io, PortForward, PostedSlot, Progress, Protocol};
 use vmring::{
     Closed, ConfigError, Direction, Embedded, EntryError, Error, Frame, Interface, Ipv4Range,
     Loopback, MacAddr6, Mode, Op, Pool, PoolBuilder, RetryPolicy, Ring, Status, SubmitErrorKind,
@@ -546,6 +546,10 @@ struct Gate {
 
 impl Gate {
     fn start(&self) -> Interface {
+        self.start_with(|_| ())
+    }
+
+    fn start_with(&self, limits: fn(&mut Capabilities)) -> Interface {
         let gate = self.clone();
         Script::new(move |_, _| {
             let gate = gate.clone();
@@ -564,6 +568,7 @@ impl Gate {
                 Ok(Progress::Idle)
             })
         })
+        .limits(limits)
         .start()
     }
 
@@ -769,6 +774,36 @@ fn inline_reap_never_sleeps_and_next_deadline_tells_when_to_come_back() {
         assert_eq!(ring.wait(1, None), 1);
         assert_eq!(gate.offers(), 4);
         assert_eq!(reap(&mut ring)[0].result, Err(Status::BufferExhausted.into()));
+    });
+}
+
+#[test]
+fn times_too_long_for_the_clock_are_for_ever() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let gate = Gate::default();
+            let interface = gate.start_with(|caps| caps.safety_poll = Some(Duration::MAX));
+            let mut ring = interface
+                .ring(Direction::Write)
+                .retry(RetryPolicy { attempts: 9, delay: Duration::MAX })
+                .close_timeout(Duration::MAX)
+                .drive(way.drive(poller))
+                .build()
+                .unwrap();
+            send(&mut ring, 1);
+            assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0, "it is not tried again");
+            assert_eq!(ring.quiesce(Duration::MAX).unwrap(), 1);
+            reap_n(&mut ring, 1);
+            if way != Way::Inline {
+                // Which ends the stall.
+                interface.restart(Duration::MAX).unwrap();
+                gate.take(1);
+                send(&mut ring, 2);
+                assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(60));
+            }
+            ring.close().unwrap();
+            interface.stop(Duration::MAX).unwrap();
+        });
     });
 }
 
