@@ -48,6 +48,18 @@ pub(crate) fn after(delay: Duration) -> Instant {
     now.checked_add(delay).unwrap_or_else(|| now + CENTURY)
 }
 
+/// The wish to know whether `fd` is readable. With -1, a place that is never.
+pub(crate) fn poll_in(fd: RawFd) -> libc::pollfd {
+    libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
+}
+
+/// Finds out which of `polls` are readable, waiting up to `millis` for one (-1: for ever).
+pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
+    // SAFETY: the pointer and length are of a live, exclusively borrowed slice; the kernel writes
+    // `revents` only.
+    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
+}
+
 impl Notifier {
     /// The descriptor, created on the first call. It becomes readable on the first `unpark` after
     /// each [`arm_descriptor`](Self::arm_descriptor).
@@ -77,9 +89,10 @@ impl Notifier {
         }
     }
 
-    /// As `park`, and returns early when one of `others` is readable, which its `revents` tells.
-    pub(crate) fn park_on(&self, timeout: Option<Duration>, others: &mut Vec<libc::pollfd>) {
-        if others.is_empty() {
+    /// As `park`, and returns early when one of `polls` is readable, which its `revents` tells. The
+    /// last place of `polls` is for the notifier's own descriptor.
+    pub(crate) fn park_on(&self, timeout: Option<Duration>, polls: &mut [libc::pollfd]) {
+        if polls.len() < 2 {
             return self.park(timeout);
         }
         let Ok(own) = self.descriptor() else {
@@ -87,19 +100,15 @@ impl Notifier {
             let short = Duration::from_millis(1);
             return self.park(Some(timeout.map_or(short, |t| t.min(short))));
         };
-        let own = own.as_raw_fd();
+        polls[polls.len() - 1] = poll_in(own.as_raw_fd());
         self.arm_descriptor();
         if std::mem::take(&mut lock(&self.state).token) {
             return;
         }
-        others.push(libc::pollfd { fd: own, events: libc::POLLIN, revents: 0 });
         // Rounded up, so that a short sleep does not become a busy loop.
         let millis =
             timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
-        // SAFETY: the pointer and length are of a live, exclusively borrowed vector; the kernel
-        // writes `revents` only.
-        unsafe { libc::poll(others.as_mut_ptr(), others.len() as libc::nfds_t, millis) };
-        others.pop();
+        poll(polls, millis);
         lock(&self.state).token = false;
     }
 }
@@ -239,10 +248,9 @@ mod tests {
     fn the_descriptor_is_signalled_once_per_arming() {
         let notifier = Notifier::default();
         let readable = |notifier: &Notifier| {
-            let fd = notifier.descriptor().unwrap().as_raw_fd();
-            let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-            // SAFETY: one pollfd, exclusively borrowed.
-            unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+            let mut polls = [poll_in(notifier.descriptor().unwrap().as_raw_fd())];
+            poll(&mut polls, 0);
+            polls[0].revents != 0
         };
         assert!(!readable(&notifier));
         notifier.unpark();
@@ -255,8 +263,8 @@ mod tests {
         assert!(!readable(&notifier), "arming empties it");
     }
 
-    fn polls(fd: RawFd) -> Vec<libc::pollfd> {
-        vec![libc::pollfd { fd, events: libc::POLLIN, revents: 0 }]
+    fn polls(fd: RawFd) -> [libc::pollfd; 2] {
+        [poll_in(fd), poll_in(-1)]
     }
 
     #[test]

@@ -25,7 +25,7 @@ use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
-use crate::notify::{Notifier, after, lock};
+use crate::notify::{Notifier, after, lock, poll_in};
 use crate::ring::{RingShared, control};
 use crate::stats::add_batch;
 
@@ -1124,9 +1124,11 @@ fn sleep(
         let Some(seat) = &seats[place] else { continue };
         wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
         if let Some(fd) = seat.engine.descriptor() {
-            descriptors.push(libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+            descriptors.push(poll_in(fd));
         }
     }
+    // The notifier's own.
+    descriptors.push(poll_in(-1));
     let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
     shared.bell.arm();
     if !shared.has_news() {

@@ -43,7 +43,7 @@ use crate::device::{Capabilities, Orphan, deregister};
 use crate::error::{
     BatchError, Closed, CompletionError, EntryError, Error, Status, SubmitError, SubmitErrorKind,
 };
-use crate::notify::{Notifier, after, lock};
+use crate::notify::{Notifier, after, lock, poll_in};
 use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
 use crate::stats::{RingCounters, RingStats};
 
@@ -963,8 +963,7 @@ impl CompletionQueue {
             match self.engine.as_ref().and_then(|engine| engine.descriptor()) {
                 None => self.notifier.park(timeout),
                 Some(fd) => {
-                    let poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-                    self.notifier.park_on(timeout, &mut vec![poll]);
+                    self.notifier.park_on(timeout, &mut [poll_in(fd), poll_in(-1)]);
                 }
             }
             if engine_deadline.is_some_and(|at| at <= Instant::now())

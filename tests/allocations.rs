@@ -5,10 +5,18 @@
 //! test harness, whose threads allocate when they like.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::{Direction, Drive, Embedded, Interface, Loopback, Op, Poller, Ring};
+use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::{
+    Config, Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceInfo,
+    Loopback, MacAddr6, Op, Poller, Ring, Status,
+};
 
 struct Counting;
 
@@ -153,9 +161,10 @@ fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
 
 /// One packet at a time, so that both sides sleep for each: parking and waking allocate nothing
 /// either.
-fn one_at_a_time(what: &str, packets: u64, drive: Drive<'_>) {
-    let interface = Interface::builder().device(Loopback::new(1500)).start().expect("it starts");
-    let mut ring = ring(&interface, drive);
+fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>) {
+    let interface = Interface::builder().device(driver).start().expect("it starts");
+    let builder = interface.ring(Direction::Both).drive(drive).idle(IdlePolicy::PARK);
+    let mut ring = builder.build().expect("a ring");
     let mut read = ring.alloc();
     let mut write = ring.alloc();
     write.as_mut().expect("a fresh ring").copy_from(&[1; 60]).expect("it fits");
@@ -174,6 +183,81 @@ fn one_at_a_time(what: &str, packets: u64, drive: Drive<'_>) {
     });
 }
 
+/// A device that is a descriptor: a socket whose other end a thread echoes.
+struct Echo {
+    socket: UnixDatagram,
+    info: Option<InterfaceInfo>,
+}
+
+impl Echo {
+    fn new() -> Self {
+        let (socket, other) = UnixDatagram::pair().expect("two sockets");
+        socket.set_nonblocking(true).expect("a socket can");
+        thread::spawn(move || {
+            let mut packet = [0; 1514];
+            while let Ok(len @ 1..) = other.recv(&mut packet) {
+                if other.send(&packet[..len]).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { socket, info: None }
+    }
+}
+
+impl Driver for Echo {
+    fn start(mut self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let mac = MacAddr6::new(2, 0, 0, 0, 0, 9);
+        self.info = Some(InterfaceInfo::new(config, mac, 1500, 1514));
+        Ok(Arc::new(*self))
+    }
+}
+
+impl Device for Echo {
+    fn name(&self) -> &str {
+        "echo"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone().expect("it has started")
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(1500, 1514)
+    }
+
+    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+        let socket =
+            self.socket.try_clone().map_err(|source| Error::Io { what: "echo", source })?;
+        Ok(Box::new(EchoQueue(socket)))
+    }
+}
+
+struct EchoQueue(UnixDatagram);
+
+impl Queue for EchoQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = io.take_write() {
+            self.0.send(slot.packet()).map_err(|_| Status::Failure)?;
+            io.complete_write(slot);
+        }
+        while let Some(mut slot) = io.take_read() {
+            match self.0.recv(slot.room_mut()) {
+                Ok(len) => io.complete_read(slot, len),
+                Err(_) => {
+                    io.put_back(slot);
+                    break;
+                }
+            }
+        }
+        Ok(Progress::Idle)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
 fn main() {
     // As the harness would: only what was asked for.
     let unasked = |argument: String| {
@@ -190,6 +274,9 @@ fn main() {
     embedded("embedded, inline", all, Drive::Inline);
     embedded("embedded, threads", all, Drive::Thread);
     embedded("embedded, a shared poller", some, Drive::Shared(&poller));
-    one_at_a_time("one at a time, inline", few, Drive::Inline);
-    one_at_a_time("one at a time, a thread", few, Drive::Thread);
+    let driver = || Loopback::new(1500);
+    one_at_a_time("one at a time, inline", few, driver(), Drive::Inline);
+    one_at_a_time("one at a time, a thread", few, driver(), Drive::Thread);
+    one_at_a_time("one at a time, inline on a descriptor", few, Echo::new(), Drive::Inline);
+    one_at_a_time("one at a time, a thread on a descriptor", few, Echo::new(), Drive::Thread);
 }
