@@ -1418,6 +1418,31 @@ fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
     });
 }
 
+/// Goal: a network ends when the last interface on it stops, though its handle is still there, and
+/// its name is free; a restart keeps the network and who was on it.
+#[test]
+fn a_network_lives_as_long_as_an_interface_is_on_it() {
+    guarded(|| {
+        let network = unique("lives");
+        let port =
+            |mtu| Interface::builder().mtu(mtu).device(Embedded::network(network.clone())).start();
+        let (first, second) = (port(1500).unwrap(), port(1500).unwrap());
+        let ring = first.ring(Direction::Both).build().unwrap();
+        first.stop(LONG).unwrap();
+        assert!(matches!(port(2000), Err(Error::Config(_))), "the second is still there");
+        second.restart(LONG).unwrap();
+        assert!(matches!(port(2000), Err(Error::Config(_))), "the second has come back");
+        second.stop(LONG).unwrap();
+        assert_eq!((first.drops(), second.counters()), (Vec::new(), Vec::new()));
+        assert_eq!(second.lease(second.mac()), None);
+        let third = port(2000).unwrap();
+        assert_eq!(third.mtu(), 2000);
+        drop(ring);
+        drop((first, second, third));
+        port(1500).unwrap();
+    });
+}
+
 #[test]
 fn what_a_device_lacks_answers_not_supported() {
     let rule = PortForward {

@@ -632,13 +632,14 @@ impl<B: AsMut<[u8]> + Send> Port<B> {
         &self.receiver.membership.network
     }
 
-    /// A handle that reads the port's counters and keeps nothing on the network.
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
     pub fn monitor(&self) -> Monitor<B> {
         self.receiver.monitor()
     }
 }
 
-/// Reads a port's counters, from any thread. The port can leave while it exists.
+/// Reads a port's counters, from any thread. The port can leave while it exists; the network lives on
+/// with it.
 pub struct Monitor<B> {
     network: Arc<Network<B>>,
     index: usize,
@@ -719,7 +720,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         self.membership.stats()
     }
 
-    /// A handle that reads the port's counters and keeps nothing on the network.
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
     pub fn monitor(&self) -> Monitor<B> {
         Monitor::new(&self.membership)
     }
@@ -920,7 +921,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         self.membership.stats()
     }
 
-    /// A handle that reads the port's counters and keeps nothing on the network.
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
     pub fn monitor(&self) -> Monitor<B> {
         Monitor::new(&self.membership)
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 use vmring_embedded::network::{PortConfig, Receiver, Registry, Sender};
-use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, OpenError, Sent};
+use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::device::loopback::{InboxReader, Inlet, no_offloads};
 use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
@@ -22,7 +22,8 @@ static NETWORKS: Registry<PostedSlot> = Registry::new();
 /// process.
 ///
 /// Interfaces of one process that name the same network see each other. A network lives as long as
-/// an interface is on it. Those who join must agree on its mode, addresses and MTU.
+/// an interface is on it; one that has stopped is not. Those who join must agree on its mode,
+/// addresses and MTU.
 #[derive(Clone, Debug)]
 pub struct Embedded {
     network: String,
@@ -76,22 +77,27 @@ impl Driver for Embedded {
         network.overflow_depth = self.overflow.or(network.overflow_depth);
         network.dns = self.dns;
         let name = format!("{}/{}", config.mode, self.network);
-        let network = NETWORKS.open(&name, &network).map_err(|error| match error {
-            OpenError::Config(error) => ConfigError::Invalid(error.to_string()),
-            error => ConfigError::Invalid(error.to_string()),
-        })?;
-        Ok(Arc::new(EmbeddedPort::join(network, config)?))
+        Ok(Arc::new(EmbeddedPort::join(name, network, config)?))
     }
+}
+
+/// The network of that name, which must be like this.
+fn open(name: &str, config: &NetworkConfig) -> Result<Arc<Network<PostedSlot>>, Error> {
+    NETWORKS.open(name, config).map_err(|error| ConfigError::Invalid(error.to_string()).into())
 }
 
 struct EmbeddedPort {
     info: InterfaceInfo,
-    network: Arc<Network<PostedSlot>>,
+    /// What the network is called and like, for coming back to it.
+    name: String,
+    network: NetworkConfig,
     isolated: bool,
     /// The reading ring's wake, while there is one.
     wake: Arc<Mutex<Option<Wake>>>,
     ends: Arc<Mutex<Option<Ends>>>,
-    monitor: Mutex<Monitor<PostedSlot>>,
+    /// The port as others see it, and the network; `None` while stopped, so that nothing of a stopped
+    /// interface keeps the network.
+    monitor: Mutex<Option<Monitor<PostedSlot>>>,
 }
 
 /// A port's two ends, while no ring has them. `Receiver` is `None` while a ring reads.
@@ -101,18 +107,19 @@ struct Ends {
 }
 
 impl EmbeddedPort {
-    fn join(network: Arc<Network<PostedSlot>>, config: &Config) -> Result<Self, Error> {
+    fn join(name: String, settings: NetworkConfig, config: &Config) -> Result<Self, Error> {
+        let network = open(&name, &settings)?;
         let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
         let (ends, mac) =
             Self::ends(&network, &wake, config.interface_id, config.mac, config.isolated)?;
-        let monitor = Mutex::new(ends.sender.monitor());
-        let settings = network.config();
+        let monitor = Mutex::new(Some(ends.sender.monitor()));
         let max = network.max_packet_size() as u32;
         let mut info = InterfaceInfo::new(config, mac, settings.mtu, max);
         let range = settings.ipv4;
         info.ipv4 = Some(Ipv4Range { start: range.gateway, end: range.end, mask: range.mask });
         let ends = Arc::new(Mutex::new(Some(ends)));
-        Ok(Self { info, network, isolated: config.isolated, wake, ends, monitor })
+        let isolated = config.isolated;
+        Ok(Self { info, name, network: settings, isolated, wake, ends, monitor })
     }
 
     fn ends(
@@ -170,30 +177,36 @@ impl Device for EmbeddedPort {
     }
 
     fn stop(&self) -> Result<(), Error> {
-        // The port leaves the network.
+        // The port leaves the network, which ends if it was the last.
         let ends = lock(&self.ends).take();
-        drop(ends);
+        let monitor = lock(&self.monitor).take();
+        drop((ends, monitor));
         Ok(())
     }
 
     fn restart(&self) -> Result<(), Error> {
+        // Held over the stop, so that it keeps its leases though nobody else is on it.
+        let network = lock(&self.monitor).as_ref().map(|monitor| monitor.network().clone());
         self.stop()?;
+        let network = match network {
+            Some(network) => network,
+            None => open(&self.name, &self.network)?,
+        };
         let InterfaceInfo { interface_id, mac, .. } = self.info;
-        let (ends, _) =
-            Self::ends(&self.network, &self.wake, interface_id, Some(mac), self.isolated)?;
-        *lock(&self.monitor) = ends.sender.monitor();
+        let (ends, _) = Self::ends(&network, &self.wake, interface_id, Some(mac), self.isolated)?;
+        *lock(&self.monitor) = Some(ends.sender.monitor());
         *lock(&self.ends) = Some(ends);
         Ok(())
     }
 
     fn lease(&self, mac: MacAddr6) -> Option<Lease> {
-        let lease = self.network.lease_of(mac)?;
-        let duration = self.network.config().lease_time;
-        Some(Lease { address: lease.address, duration })
+        let lease = lock(&self.monitor).as_ref()?.network().lease_of(mac)?;
+        Some(Lease { address: lease.address, duration: self.network.lease_time })
     }
 
     fn drops(&self) -> Vec<(&'static str, u64)> {
-        let Some(stats) = lock(&self.monitor).stats() else { return Vec::new() };
+        let monitor = lock(&self.monitor);
+        let Some(stats) = monitor.as_ref().and_then(Monitor::stats) else { return Vec::new() };
         vec![
             ("no buffer posted", stats.missed_no_buffer),
             ("closed", stats.missed_closed),
@@ -208,6 +221,7 @@ impl Device for EmbeddedPort {
     /// Of this port: copied twice. Of the network: what its gateway answered, and what not.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let monitor = lock(&self.monitor);
+        let Some(monitor) = &*monitor else { return Vec::new() };
         let Some(port) = monitor.stats() else { return Vec::new() };
         let gateway = monitor.network().gateway();
         let (asked, dhcp) = (gateway.stats(), gateway.dhcp().stats());
