@@ -193,7 +193,7 @@ pub(crate) struct Engine {
     phase: Phase,
     stall: Option<Stall>,
     /// When to notify a reaper that waits for more completions than there are.
-    coalesce: Option<Instant>,
+    coalesce: Option<(u64, Instant)>,
     /// Orphans taken out of the shared list, kept to reuse its memory.
     orphans: Vec<crate::device::Orphan>,
 }
@@ -639,9 +639,11 @@ impl Engine {
             return;
         }
         // Somebody waits for more than there is: from the first completion on, the clock runs.
-        match self.shared.coalescing_delay() {
-            Some(delay) if self.outlet.backlog() > 0 => {
-                let due = *self.coalesce.get_or_insert_with(|| after(delay));
+        match self.shared.coalescing() {
+            Some((arming, delay)) if self.outlet.backlog() > 0 => {
+                // An older arming's clock is not this one's.
+                self.coalesce = self.coalesce.filter(|(of, _)| *of == arming);
+                let (_, due) = *self.coalesce.get_or_insert_with(|| (arming, after(delay)));
                 if Instant::now() >= due {
                     self.coalesce = None;
                     self.shared.notify();
@@ -701,7 +703,7 @@ impl Engine {
             Phase::Open => self.caps.safety_poll.map(after),
             _ => None,
         };
-        [closing, stall, safety, self.coalesce].into_iter().flatten().min()
+        [closing, stall, safety, self.coalesce.map(|(_, due)| due)].into_iter().flatten().min()
     }
 
     pub(crate) fn descriptor(&self) -> Option<RawFd> {

@@ -95,7 +95,7 @@ pub(crate) struct RingShared {
     /// The CQ index that the sleeping reaper waits for.
     wanted: AtomicU32,
     /// Microseconds after which it wants to be woken with less; 0: never.
-    coalesce_us: AtomicU64,
+    coalesce: AtomicU64,
     /// Why the ring is closed; `OPEN` while it is not.
     closed: AtomicU64,
     control: AtomicU32,
@@ -131,7 +131,7 @@ impl RingShared {
             bell: Doorbell::new(park),
             cq_bell: Doorbell::new(notifier),
             wanted: AtomicU32::new(0),
-            coalesce_us: AtomicU64::new(0),
+            coalesce: AtomicU64::new(0),
             closed: AtomicU64::new(OPEN),
             control: AtomicU32::new(0),
             device_rang: AtomicBool::new(false),
@@ -281,34 +281,39 @@ impl RingShared {
 
     #[inline]
     pub(crate) fn wants_coalescing(&self) -> bool {
-        self.coalesce_us.load(Ordering::Relaxed) != 0
+        self.coalesce.load(Ordering::Relaxed) != 0
     }
 
     fn wants_coalescing_now(&self) -> bool {
         // Set to the high bit by `arm_after` when completions wait already: the engine must start
         // the clock.
-        self.coalesce_us.load(Ordering::Relaxed) & START_CLOCK != 0
+        self.coalesce.load(Ordering::Relaxed) & START_CLOCK != 0
     }
 
-    /// How long a sleeping reaper puts up with fewer completions than it wants.
-    pub(crate) fn coalescing_delay(&self) -> Option<Duration> {
-        let us = self.coalesce_us.load(Ordering::Relaxed);
-        if us == 0 {
+    /// How long a sleeping reaper puts up with fewer completions than it wants, and the number of
+    /// the arming that said so: each has a clock of its own.
+    pub(crate) fn coalescing(&self) -> Option<(u64, Duration)> {
+        let wish = self.coalesce.load(Ordering::Relaxed);
+        if wish == 0 {
             return None;
         }
-        if us & START_CLOCK != 0 {
+        if wish & START_CLOCK != 0 {
             // Cleared in any case, or the engine would never sleep again; only the bit, so that a
             // newer wish stays. Acquire: the look at the bell comes after.
-            self.coalesce_us.fetch_and(!START_CLOCK, Ordering::Acquire);
+            self.coalesce.fetch_and(!START_CLOCK, Ordering::Acquire);
         }
         if !self.cq_bell.is_armed() {
             return None;
         }
-        Some(Duration::from_micros(us & !START_CLOCK))
+        let wish = wish & !START_CLOCK;
+        Some((wish >> DELAY_BITS, Duration::from_micros(wish & DELAY_MAX_US)))
     }
 }
 
+// A wish for coalescing: a bit, the number of the arming, and microseconds (up to twelve days).
 const START_CLOCK: u64 = 1 << 63;
+const DELAY_BITS: u32 = 40;
+const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
 
 /// What a submit asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -407,6 +412,8 @@ pub struct CompletionQueue {
     caps: Capabilities,
     /// The poller did not give the engine back at close.
     lost: bool,
+    /// Counts the times it has armed.
+    armings: u64,
 }
 
 assert_impl_all!(SubmissionQueue: Send);
@@ -723,7 +730,8 @@ impl CompletionQueue {
         caps: Capabilities,
     ) -> Self {
         let lost = false;
-        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps, lost }
+        let armings = 0;
+        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps, lost, armings }
     }
 
     /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
@@ -998,11 +1006,13 @@ impl CompletionQueue {
 
     /// Arms whatever can bring `want` completions, and looks once more. `Ready`: nothing is armed.
     fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> Armed {
-        let us = max_delay.map_or(0, |delay| {
-            u64::try_from(delay.as_micros()).unwrap_or(u64::MAX).clamp(1, START_CLOCK - 1)
+        self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
+        let coalesce = max_delay.map_or(0, |delay| {
+            let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
+            self.armings << DELAY_BITS | us
         });
         self.shared.wanted.store(self.reaper.index_of(want), Ordering::Relaxed);
-        self.shared.coalesce_us.store(us, Ordering::Relaxed);
+        self.shared.coalesce.store(coalesce, Ordering::Relaxed);
         self.shared.cq_bell.arm();
         // The look after the fence: a completion published before it is seen here, one after it
         // sees us armed.
@@ -1019,9 +1029,9 @@ impl CompletionQueue {
             self.disarm();
             return Armed::Ready;
         }
-        if us != 0 && ready > 0 {
+        if coalesce != 0 && ready > 0 {
             // Too few are here already: the engine must start the clock now.
-            self.shared.coalesce_us.fetch_or(START_CLOCK, Ordering::Relaxed);
+            self.shared.coalesce.fetch_or(START_CLOCK, Ordering::Relaxed);
             self.shared.bell.ring();
         }
         Armed::Armed

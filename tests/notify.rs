@@ -310,9 +310,21 @@ fn arm_after_coalesces() {
             assert!(start.elapsed() >= delay);
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
 
+            // Goal: each arming has a clock of its own. The first one's is started and left running.
+            stage(format!("{way:?}: by time, after one whose time has not come"));
+            assert_eq!(ring.arm_after(50, Some(hour)), Armed::Armed);
+            arrive(20);
+            eventually("it has come", || ring.stats().rx_packets == 9);
+            assert!(!readable(&ring, Duration::from_millis(20)), "an hour is not over");
+            assert_eq!(reap_n(&mut ring, 1).len(), 1);
+            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            arrive(21);
+            assert!(readable(&ring, LONG), "it waits for the first arming's hour");
+            assert_eq!(reap_n(&mut ring, 1).len(), 1);
+
             stage(format!("{way:?}: by time, with one there already"));
             arrive(11);
-            eventually("it has come", || ring.stats().rx_packets == 9);
+            eventually("it has come", || ring.stats().rx_packets == 11);
             assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
             assert!(readable(&ring, LONG));
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
