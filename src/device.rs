@@ -593,6 +593,7 @@ impl<'a> Io<'a> {
 
     /// The reads that may be taken, oldest first, where they are: for a device that fills before it
     /// knows how many it will take.
+    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_reads(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
         let limit = self.read_limit as usize;
@@ -600,6 +601,7 @@ impl<'a> Io<'a> {
     }
 
     /// As [`posted_reads`](Self::posted_reads), for writes.
+    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_writes(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
         let limit = self.write_limit as usize;
