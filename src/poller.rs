@@ -208,6 +208,12 @@ impl fmt::Debug for Engine {
     }
 }
 
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.send_orphans_home();
+    }
+}
+
 impl Engine {
     pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
         let EngineParts { intake, outlet, group, direction, shared, retry, .. } = parts;
@@ -431,6 +437,9 @@ impl Engine {
         };
         self.shared.counters.poller.retries.add(1);
         if attempts >= self.retry.attempts {
+            // Once a stall: past its budget every later write comes here.
+            let budget = self.retry.attempts;
+            let first = self.stall.as_ref().is_none_or(|stall| stall.attempts < budget);
             let mut tally = Tally::default();
             let mut given_up = 0;
             while let Some(slot) = self.posted.writes.pop_front() {
@@ -441,7 +450,9 @@ impl Engine {
             tally.errors = 0;
             self.add(tally);
             self.shared.counters.poller.exhausted.add(given_up);
-            tracing::debug!(ring = self.shared.number, given_up, "the device takes no packets");
+            if first {
+                tracing::debug!(ring = self.shared.number, given_up, "the device takes no packets");
+            }
         }
         // Past the budget the count stays, so that later writes get one attempt each.
         let attempts = attempts.min(self.retry.attempts);

@@ -101,7 +101,8 @@ pub(crate) struct RingShared {
     control: AtomicU32,
     device_rang: AtomicBool,
     has_orphans: AtomicBool,
-    orphans: Mutex<Vec<Orphan>>,
+    /// `None`: the engine is gone, and nobody completes them any more.
+    orphans: Mutex<Option<Vec<Orphan>>>,
     /// A control handle wants `wait` to return.
     woken: AtomicBool,
     /// `CANCEL_ALL` wishes ever made, and those carried out.
@@ -136,7 +137,7 @@ impl RingShared {
             control: AtomicU32::new(0),
             device_rang: AtomicBool::new(false),
             has_orphans: AtomicBool::new(false),
-            orphans: Mutex::new(Vec::with_capacity(depth)),
+            orphans: Mutex::new(Some(Vec::with_capacity(depth))),
             woken: AtomicBool::new(false),
             cancels: [0, 0].map(AtomicU32::new),
             counters: RingCounters::default(),
@@ -223,8 +224,13 @@ impl RingShared {
             || self.wants_coalescing_now()
     }
 
+    /// Takes in a slot that the device dropped; without an engine it goes home to its pool.
     pub(crate) fn abandoned(&self, orphan: Orphan) {
-        lock(&self.orphans).push(orphan);
+        match &mut *lock(&self.orphans) {
+            Some(orphans) => orphans.push(orphan),
+            // Dropped behind the lock, which is not on any packet's way.
+            None => return drop(orphan),
+        }
         self.has_orphans.store(true, Ordering::Release);
         self.ring_engine();
     }
@@ -236,9 +242,16 @@ impl RingShared {
 
     /// Swaps the orphans into `empty`.
     pub(crate) fn take_orphans(&self, empty: &mut Vec<Orphan>) {
-        let mut orphans = lock(&self.orphans);
-        std::mem::swap(&mut *orphans, empty);
+        if let Some(orphans) = &mut *lock(&self.orphans) {
+            std::mem::swap(orphans, empty);
+        }
         self.has_orphans.store(false, Ordering::Relaxed);
+    }
+
+    /// The engine is gone: what comes from now on goes home.
+    pub(crate) fn send_orphans_home(&self) {
+        let orphans = lock(&self.orphans).take();
+        drop(orphans);
     }
 
     /// Asks for everything in flight to be cancelled; returns the number to wait for.
@@ -412,6 +425,8 @@ pub struct CompletionQueue {
     caps: Capabilities,
     /// The poller did not give the engine back at close.
     lost: bool,
+    /// A close has waited for the device in vain: the next does not wait again.
+    waited: bool,
     /// Counts the times it has armed.
     armings: u64,
 }
@@ -730,8 +745,20 @@ impl CompletionQueue {
         caps: Capabilities,
     ) -> Self {
         let lost = false;
-        let armings = 0;
-        Self { reaper, shared, notifier, engine, remote, idle, close_timeout, caps, lost, armings }
+        let (armings, waited) = (0, false);
+        Self {
+            reaper,
+            shared,
+            notifier,
+            engine,
+            remote,
+            idle,
+            close_timeout,
+            caps,
+            lost,
+            waited,
+            armings,
+        }
     }
 
     /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
@@ -905,7 +932,7 @@ impl CompletionQueue {
             }
             // The engine's own close takes at most `timeout`; twice that means that the device
             // does not return from a call.
-            self.engine = handoff.take(twice);
+            self.engine = handoff.take(if self.lost { Duration::ZERO } else { twice });
         }
         let Some(engine) = &mut self.engine else {
             let slots = self.in_flight() - self.reaper.ready() as usize;
@@ -919,13 +946,14 @@ impl CompletionQueue {
         };
         // A closed engine may still wait for slots that somebody drops, as after a panic.
         while (!engine.is_closed() && Instant::now() < deadline)
-            || (engine.slots_kept() > 0 && Instant::now() < half)
+            || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
         {
             if !engine.turn() {
                 std::thread::sleep(Duration::from_micros(200));
             }
         }
         engine.turn();
+        self.waited = true;
         match engine.slots_kept() {
             0 => Ok(()),
             slots => Err(Error::Leaked { slots, timeout }),

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmring::device::fault::Faults;
 use vmring::device::{PostedSlot, Progress};
@@ -276,6 +276,78 @@ fn wait_does_not_wait_for_what_has_leaked() {
             assert!(matches!(error, Error::Leaked { slots: 1, .. }), "{error}");
             stage(format!("{way:?}: waiting for what has leaked"));
             assert_eq!(ring.wait(1, None), 0);
+        });
+    });
+}
+
+/// A close that has waited in vain says so again at once, and a drop does not wait either.
+#[test]
+fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = Script::new(|_, _| {
+                ScriptQueue::new(|io| {
+                    while let Some(slot) = io.take_write() {
+                        std::mem::forget(slot);
+                    }
+                    Ok(Progress::Idle)
+                })
+            })
+            .start();
+            let timeout = Duration::from_millis(400);
+            let builder = interface.ring(Direction::Write).close_timeout(timeout);
+            let mut ring = builder.drive(way.drive(poller)).build().unwrap();
+            send(&mut ring, 1);
+            ring.reap().for_each(drop);
+            let _ = ring.wait(1, Some(Duration::from_millis(20)));
+            assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
+            let start = Instant::now();
+            assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
+            drop(ring);
+            assert!(start.elapsed() < timeout / 2, "it waited again");
+        });
+    });
+}
+
+/// Goal: a slot that a device drops after its ring is gone goes home, although a control handle still
+/// knows the ring.
+#[test]
+fn a_slot_dropped_after_its_ring_goes_home_while_a_control_handle_lives() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let kept: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
+            let keep = kept.clone();
+            let interface = Script::new(move |_, _| {
+                let keep = keep.clone();
+                ScriptQueue::new(move |io| {
+                    while let Some(slot) = io.take_write() {
+                        keep.lock().unwrap().push(slot);
+                    }
+                    Ok(Progress::Idle)
+                })
+                .on_close(|_| false)
+            })
+            .start();
+            let pool = PoolBuilder::new(4, 1514).build().unwrap();
+            let mut ring = interface
+                .ring(Direction::Write)
+                .pool(&pool)
+                .close_timeout(Duration::from_millis(30))
+                .drive(way.drive(poller))
+                .build()
+                .unwrap();
+            let control = ring.control();
+            send(&mut ring, 1);
+            let start = Instant::now();
+            while kept.lock().unwrap().is_empty() && start.elapsed() < LONG {
+                let _ = ring.wait(1, Some(Duration::from_millis(1)));
+            }
+            drop(ring);
+            assert_eq!(pool.slots_out(), 1);
+            let slots = std::mem::take(&mut *kept.lock().unwrap());
+            drop(slots);
+            assert_eq!(pool.slots_out(), 0, "it waits for a ring that is gone");
+            assert!(control.closed().is_some());
         });
     });
 }
