@@ -25,7 +25,7 @@ use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
-use crate::notify::{Notifier, after, lock, poll_in};
+use crate::notify::{Notifier, after, lock, poll, poll_in};
 use crate::ring::{RingShared, control};
 use crate::stats::add_batch;
 
@@ -1030,6 +1030,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut descriptors: Vec<libc::pollfd> = Vec::new();
     let mut seated = 0;
     let mut orphaned = false;
+    let mut look = Look::default();
     loop {
         if shared.arrived.swap(false, Ordering::AcqRel) {
             let mut arrivals = lock(&shared.arrivals);
@@ -1087,6 +1088,10 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             }
             i += 1;
         }
+        if !active.is_empty() && !watched.is_empty() && look.is_due() {
+            // Those who sleep are not to wait until everybody does.
+            look.at(&mut seats, &mut active, &mut watched, &mut descriptors);
+        }
         if worked {
             continue;
         }
@@ -1131,15 +1136,7 @@ fn sleep(
     watched: &mut Vec<usize>,
     descriptors: &mut Vec<libc::pollfd>,
 ) {
-    let mut wake_at: Option<Instant> = None;
-    descriptors.clear();
-    for &place in watched.iter() {
-        let Some(seat) = &seats[place] else { continue };
-        wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
-        if let Some(fd) = seat.engine.descriptor() {
-            descriptors.push(poll_in(fd));
-        }
-    }
+    let wake_at = gather(seats, watched, descriptors);
     // The notifier's own.
     descriptors.push(poll_in(-1));
     let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
@@ -1148,10 +1145,79 @@ fn sleep(
         shared.bell.parker().park_on(timeout, descriptors);
     }
     shared.bell.disarm();
-    if watched.is_empty() {
-        return;
+    if !watched.is_empty() {
+        attend(seats, active, watched, descriptors, Instant::now());
     }
-    let now = Instant::now();
+}
+
+/// The descriptors of those who sleep, and the first of their times.
+fn gather(
+    seats: &[Option<Seat>],
+    watched: &[usize],
+    descriptors: &mut Vec<libc::pollfd>,
+) -> Option<Instant> {
+    let mut wake_at: Option<Instant> = None;
+    descriptors.clear();
+    for &place in watched {
+        let Some(seat) = &seats[place] else { continue };
+        wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
+        if let Some(fd) = seat.engine.descriptor() {
+            descriptors.push(poll_in(fd));
+        }
+    }
+    wake_at
+}
+
+/// When a poller that is busy looks after those who sleep: now and then, and never in a packet's
+/// share of a round.
+#[derive(Debug, Default)]
+struct Look {
+    rounds: u32,
+    /// Before then no descriptor is polled again.
+    next: Option<Instant>,
+}
+
+impl Look {
+    /// Rounds between two looks at the clock.
+    const EVERY: u32 = 32;
+    /// The least time between two system calls for descriptors: a few times what one costs.
+    const PAUSE: Duration = Duration::from_micros(50);
+
+    fn is_due(&mut self) -> bool {
+        self.rounds = (self.rounds + 1) % Self::EVERY;
+        self.rounds == 0
+    }
+
+    fn at(
+        &mut self,
+        seats: &mut [Option<Seat>],
+        active: &mut Vec<usize>,
+        watched: &mut Vec<usize>,
+        descriptors: &mut Vec<libc::pollfd>,
+    ) {
+        let now = Instant::now();
+        let wake_at = gather(seats, watched, descriptors);
+        if self.next.is_some_and(|next| now < next) {
+            descriptors.clear();
+        }
+        if !descriptors.is_empty() {
+            self.next = now.checked_add(Self::PAUSE);
+            poll(descriptors, 0);
+        }
+        if !descriptors.is_empty() || wake_at.is_some_and(|at| at <= now) {
+            attend(seats, active, watched, descriptors, now);
+        }
+    }
+}
+
+/// Turns those again whose time has come or whose descriptor is readable.
+fn attend(
+    seats: &mut [Option<Seat>],
+    active: &mut Vec<usize>,
+    watched: &mut Vec<usize>,
+    descriptors: &[libc::pollfd],
+    now: Instant,
+) {
     watched.retain(|&place| {
         let Some(seat) = &mut seats[place] else { return false };
         let due = seat.wake_at.is_some_and(|at| at <= now);

@@ -1,13 +1,19 @@
 //! Who drives a ring: its own thread, a thread shared with others, or its owner.
 
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use vmring::device::Progress;
-use vmring::{Direction, Drive, Interface, Op, Poller, Ring};
+use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake as DeviceWake};
+use vmring::{
+    Config, Direction, Drive, Driver, EntryError, Interface, InterfaceInfo, Op, Poller,
+    RetryPolicy, Ring, Status,
+};
 #[cfg(target_os = "linux")]
 use vmring::{Error, IdlePolicy};
 
@@ -157,6 +163,110 @@ fn a_busy_ring_does_not_starve_its_neighbour() {
         round_trips(&mut calm, 0..scaled(200));
         stop.store(true, Ordering::Relaxed);
         busily.join().unwrap();
+    });
+}
+
+/// A device that never rests, so that its poller never sleeps.
+fn restless(stop: &Arc<AtomicBool>) -> Interface {
+    let stop = stop.clone();
+    Script::new(move |_, _| {
+        let stop = stop.clone();
+        ScriptQueue::new(move |io| {
+            take_writes(io);
+            Ok(if stop.load(Ordering::Relaxed) { Progress::Idle } else { Progress::More })
+        })
+    })
+    .start()
+}
+
+/// Goal: the times of a ring that sleeps (here those of its retries) come also while a neighbour on
+/// its poller is never idle.
+#[test]
+fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
+    guarded(|| {
+        let stop = Arc::default();
+        let poller = Poller::start().unwrap();
+        let drive = Drive::Shared(&poller);
+        let busy = restless(&stop);
+        let mut busy = busy.ring(Direction::Both).drive(drive).build().unwrap();
+        post(&mut busy, 1);
+        // It takes no write, ever.
+        let full = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start();
+        let retry = RetryPolicy { attempts: 4, delay: Duration::from_millis(2) };
+        let mut calm = full.ring(Direction::Write).drive(drive).retry(retry).build().unwrap();
+        send(&mut calm, 1);
+        let done = reap_n(&mut calm, 1);
+        assert_eq!(done[0].result, Err(EntryError::Device(Status::BufferExhausted)));
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+/// A device whose packets are the bytes that can be read from a socket; it rings no doorbell.
+struct Socket(Arc<UnixStream>, InterfaceInfo);
+
+impl Device for Socket {
+    fn name(&self) -> &str {
+        "socket"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.1.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(1500, 1514)
+    }
+
+    fn queue(&self, _: Direction, _: DeviceWake) -> Result<Box<dyn Queue>, vmring::Error> {
+        Ok(Box::new(SocketQueue(self.0.clone())))
+    }
+}
+
+struct SocketQueue(Arc<UnixStream>);
+
+impl Queue for SocketQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        while io.reads() > 0 && (&*self.0).read(&mut [0]).is_ok_and(|n| n == 1) {
+            let slot = io.take_read().expect("one is posted");
+            io.complete_read(slot, 60);
+        }
+        Ok(Progress::Idle)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+}
+
+/// As above, for a ring that sleeps on its device's descriptor.
+#[test]
+fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
+    struct Start(UnixStream);
+    impl Driver for Start {
+        fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, vmring::Error> {
+            let mac = vmring::MacAddr6::new(2, 0, 0, 0, 0, 8);
+            let info = InterfaceInfo::new(config, mac, 1500, 1514);
+            Ok(Arc::new(Socket(Arc::new(self.0), info)))
+        }
+    }
+    guarded(|| {
+        let stop = Arc::default();
+        let poller = Poller::start().unwrap();
+        let drive = Drive::Shared(&poller);
+        let busy = restless(&stop);
+        let mut busy = busy.ring(Direction::Both).drive(drive).build().unwrap();
+        post(&mut busy, 1);
+        let (mut far, near) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let calm = Interface::builder().device(Start(near)).start().unwrap();
+        let mut calm = calm.ring(Direction::Read).drive(drive).build().unwrap();
+        for number in 0..20 {
+            post(&mut calm, number);
+            thread::sleep(Duration::from_millis(1)); // it sleeps
+            far.write_all(&[1]).unwrap();
+            assert_eq!(reap_n(&mut calm, 1)[0].brief(), (Op::Read, number, Ok(60)));
+        }
+        stop.store(true, Ordering::Relaxed);
     });
 }
 
