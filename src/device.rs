@@ -22,6 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
@@ -293,7 +294,8 @@ pub trait Queue: Send {
         true
     }
 
-    /// A descriptor that is readable when there is something to do; the poller sleeps on it.
+    /// A descriptor that is readable when there is something to do; the poller sleeps on it. Asked
+    /// for when the queue is opened, and anew after each [`arm`](Self::arm).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -473,6 +475,16 @@ fn abandon(ring: u32, orphan: Orphan) {
         // The ring is gone: the frame goes home to its pool.
         None => drop(orphan),
     }
+}
+
+/// A device's code has panicked.
+#[derive(Debug)]
+pub(crate) struct Panicked;
+
+/// Calls a device: a panic of its goes no further.
+#[inline]
+pub(crate) fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| Panicked)
 }
 
 /// Where a completed slot goes.

@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::net::Ipv4Addr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -14,7 +13,8 @@ use macaddr::MacAddr6;
 use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
 
 use crate::device::{
-    Capabilities, Device, Lease, Offloads, PortForward, Protocol, next_ring_number, register,
+    Capabilities, Device, Lease, Offloads, Panicked, PortForward, Protocol, guard,
+    next_ring_number, register,
 };
 use crate::error::{ConfigError, Direction, Error};
 use crate::notify::{Notifier, after, lock};
@@ -261,7 +261,7 @@ impl Builder {
         let starter = thread::Builder::new()
             .name("vmring-start".to_owned())
             .spawn(move || {
-                let started = catch_unwind(AssertUnwindSafe(|| driver.start(&config)));
+                let started = guard(|| driver.start(&config));
                 let started = started.unwrap_or_else(|_| {
                     Err(Error::Io {
                         what: "starting the device",
@@ -271,8 +271,10 @@ impl Builder {
                 // A rendezvous: it fails if nobody waits any more, and gives the device back.
                 if let Err(mpsc::SendError(Ok(device))) = answer.send(started) {
                     tracing::warn!(device = device.name(), "started too late; stopping it");
-                    if let Err(error) = device.stop() {
-                        tracing::warn!(%error, "the late device did not stop");
+                    match guard(|| device.stop()) {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => tracing::warn!(%error, "the late device did not stop"),
+                        Err(Panicked) => tracing::error!("the late device panicked"),
                     }
                 }
             })
@@ -751,10 +753,13 @@ impl fmt::Debug for RingGroup {
 impl Drop for RingGroup {
     fn drop(&mut self) {
         // The interface and all its rings are gone.
-        if !lock(&self.state).stopped
-            && let Err(error) = self.device.stop()
-        {
-            tracing::warn!(%error, "the device did not stop cleanly");
+        if lock(&self.state).stopped {
+            return;
+        }
+        match guard(|| self.device.stop()) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the device did not stop cleanly"),
+            Err(Panicked) => tracing::error!("the device panicked while it was stopped"),
         }
     }
 }
@@ -828,8 +833,8 @@ impl RingGroup {
         };
         let outcome = match then {
             Then::Nothing => return,
-            Then::Restart => catch_unwind(AssertUnwindSafe(|| self.device.restart())),
-            Then::Stop => catch_unwind(AssertUnwindSafe(|| self.device.stop())),
+            Then::Restart => guard(|| self.device.restart()),
+            Then::Stop => guard(|| self.device.stop()),
         };
         let outcome = outcome.unwrap_or_else(|_| {
             Err(Error::Io {

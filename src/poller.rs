@@ -11,7 +11,6 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -22,7 +21,10 @@ use crossbeam_utils::CachePadded;
 use vmring_core::doorbell::Doorbell;
 use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 
-use crate::device::{Capabilities, Done, Io, Posted, PostedSlot, Progress, Queue, Sink, Wake};
+use crate::device::{
+    Capabilities, Device, Done, Io, Panicked, Posted, PostedSlot, Progress, Queue, Sink, Wake,
+    guard,
+};
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::notify::{Notifier, after, lock, poll, poll_in};
@@ -183,6 +185,8 @@ pub(crate) struct Engine {
     /// Slots that the queue keeps: reads, writes.
     kept: [i64; 2],
     queue: Option<Box<dyn Queue>>,
+    /// The queue's own, as it said when it was opened or last armed.
+    descriptor: Option<RawFd>,
     group: Arc<RingGroup>,
     caps: Capabilities,
     direction: Direction,
@@ -218,12 +222,15 @@ impl Engine {
     pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
         let EngineParts { intake, outlet, group, direction, shared, retry, .. } = parts;
         let (reads, writes) = parts.depths;
-        let caps = group.device.capabilities();
         if !group.try_attach() {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
-        let queue = match group.device.queue(direction, Wake::ring(shared.clone())) {
-            Ok(queue) => queue,
+        let opened = guard(|| open(&*group.device, direction, &shared));
+        let Opened { queue, caps, descriptor } = match opened.unwrap_or_else(|Panicked| {
+            let source = std::io::Error::other("the device panicked");
+            Err(Error::Io { what: "opening a queue of the device", source })
+        }) {
+            Ok(opened) => opened,
             Err(error) => {
                 group.detached();
                 return Err(error);
@@ -238,6 +245,7 @@ impl Engine {
             },
             kept: [0; 2],
             queue: Some(queue),
+            descriptor,
             caps,
             group,
             direction,
@@ -362,9 +370,9 @@ impl Engine {
         }
         self.add(tally);
         if let Some(queue) = &mut self.queue {
-            match catch_unwind(AssertUnwindSafe(|| queue.cancel(target))) {
+            match guard(|| queue.cancel(target)) {
                 Ok(kept) => matched += kept,
-                Err(_) => self.panicked(),
+                Err(Panicked) => self.panicked(),
             }
         }
         matched
@@ -387,7 +395,7 @@ impl Engine {
         let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
         let reads = self.caps.max_read_batch;
         let mut io = Io::new(number, &mut self.posted, &mut sink, reads, write_limit);
-        let result = catch_unwind(AssertUnwindSafe(|| queue.poll(&mut io)));
+        let result = guard(|| queue.poll(&mut io));
         let held = io.held;
         self.kept[0] += held[0];
         self.kept[1] += held[1];
@@ -416,7 +424,7 @@ impl Engine {
                 self.begin_close(Some(Closed::Failed(status)));
                 true
             }
-            Err(_) => {
+            Err(Panicked) => {
                 self.panicked();
                 true
             }
@@ -507,7 +515,7 @@ impl Engine {
             let undone = then.map_or(Outcome::Cancelled, Closed::outcome);
             let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
             let mut io = Io::new(number, &mut nothing, &mut sink, 0, 0);
-            let result = catch_unwind(AssertUnwindSafe(|| queue.close(&mut io)));
+            let result = guard(|| queue.close(&mut io));
             let held = io.held;
             self.kept[0] += held[0];
             self.kept[1] += held[1];
@@ -521,7 +529,7 @@ impl Engine {
             }
             match result {
                 Ok(closed) => free = closed,
-                Err(_) => {
+                Err(Panicked) => {
                     self.panicked();
                     return true;
                 }
@@ -536,6 +544,7 @@ impl Engine {
             let slots = self.slots_kept();
             tracing::error!(ring = self.shared.number, slots, "leaked: the device holds on");
             // On purpose: somebody may still write to these slots.
+            self.descriptor = None;
             if let Some(queue) = self.queue.take() {
                 std::mem::forget(queue);
                 std::mem::forget(self.group.device.clone());
@@ -574,17 +583,20 @@ impl Engine {
             // Another restart is under way, and will say when it is over.
             return;
         }
-        let wake = Wake::ring(self.shared.clone());
-        match self.group.device.queue(self.direction, wake) {
-            Ok(queue) => {
+        match guard(|| open(&*self.group.device, self.direction, &self.shared)) {
+            Ok(Ok(Opened { queue, caps, descriptor })) => {
+                (self.caps, self.descriptor) = (caps, descriptor);
                 self.queue = Some(queue);
-                self.caps = self.group.device.capabilities();
                 self.phase = Phase::Open;
                 self.shared.counters.poller.restarts.add(1);
                 // Whatever came between is looked at once.
                 self.shared.device_rang();
             }
-            Err(error) => {
+            Err(Panicked) => {
+                self.panicked();
+                self.group.detached();
+            }
+            Ok(Err(error)) => {
                 tracing::error!(ring = self.shared.number, %error, "no queue after the restart");
                 let status = match error {
                     Error::Vmnet(status) => status,
@@ -597,13 +609,14 @@ impl Engine {
     }
 
     /// The device panicked: it is not called again, and what it held comes home.
-    fn panicked(&mut self) {
+    pub(crate) fn panicked(&mut self) {
         tracing::error!(ring = self.shared.number, "the device panicked");
         self.shared.close(Closed::DevicePanicked);
         let attached = self.queue.is_some();
         self.drop_queue();
         self.phase = Phase::Closed(Closed::DevicePanicked);
         self.complete_posted(Outcome::DevicePanicked);
+        self.claim = None;
         if attached {
             self.closed(Some(Closed::DevicePanicked));
         }
@@ -611,8 +624,9 @@ impl Engine {
 
     /// Drops the queue; the slots it kept become orphans.
     fn drop_queue(&mut self) {
+        self.descriptor = None;
         if let Some(queue) = self.queue.take()
-            && catch_unwind(AssertUnwindSafe(|| drop(queue))).is_err()
+            && guard(|| drop(queue)).is_err()
         {
             tracing::error!(ring = self.shared.number, "the device panicked while dropped");
         }
@@ -691,10 +705,13 @@ impl Engine {
 
     fn arm_queue(&mut self) -> bool {
         let Some(queue) = &mut self.queue else { return true };
-        match catch_unwind(AssertUnwindSafe(|| queue.arm())) {
-            // A queue that has packets but no posted read has nothing to do.
-            Ok(armed) => armed || (self.posted.reads.is_empty() && self.kept == [0; 2]),
-            Err(_) => {
+        match guard(|| (queue.arm(), fd_of(&**queue))) {
+            Ok((armed, descriptor)) => {
+                self.descriptor = descriptor;
+                // A queue that has packets but no posted read has nothing to do.
+                armed || (self.posted.reads.is_empty() && self.kept == [0; 2])
+            }
+            Err(Panicked) => {
                 self.panicked();
                 false
             }
@@ -717,8 +734,9 @@ impl Engine {
         [closing, stall, safety, self.coalesce.map(|(_, due)| due)].into_iter().flatten().min()
     }
 
+    /// What its sleeper sleeps on as well.
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
-        self.queue.as_ref()?.descriptor().map(|fd| fd.as_raw_fd())
+        self.descriptor
     }
 
     /// The device is to be polled even if it did not ring: its descriptor or the safety poll says
@@ -726,6 +744,27 @@ impl Engine {
     pub(crate) fn look_at_device(&self) {
         self.shared.device_rang();
     }
+}
+
+/// A queue of a device, and what is asked only when it is opened.
+struct Opened {
+    queue: Box<dyn Queue>,
+    caps: Capabilities,
+    descriptor: Option<RawFd>,
+}
+
+fn open(
+    device: &dyn Device,
+    direction: Direction,
+    shared: &Arc<RingShared>,
+) -> Result<Opened, Error> {
+    let queue = device.queue(direction, Wake::ring(shared.clone()))?;
+    let descriptor = fd_of(&*queue);
+    Ok(Opened { queue, caps: device.capabilities(), descriptor })
+}
+
+fn fd_of(queue: &dyn Queue) -> Option<RawFd> {
+    queue.descriptor().map(|fd| fd.as_raw_fd())
 }
 
 fn complete(outlet: &mut Outlet, tally: &mut Tally, slot: PostedSlot, outcome: Outcome) {
@@ -1023,6 +1062,45 @@ struct Seat {
     wake_at: Option<Instant>,
 }
 
+/// What became of a seat's turn.
+enum Turned {
+    Worked,
+    /// For that many rounds before this one as well.
+    Idle(u32),
+    Asleep,
+    Closed,
+}
+
+impl Seat {
+    fn turn(&mut self, idle: IdlePolicy) -> Turned {
+        // The engine catches what its device does. Whatever panics besides (what a panic carried,
+        // when it is dropped; a subscriber of our traces) is this ring's end and nobody else's.
+        guard(|| self.turn_unguarded(idle)).unwrap_or_else(|Panicked| {
+            let _ = guard(|| self.engine.panicked());
+            Turned::Closed
+        })
+    }
+
+    fn turn_unguarded(&mut self, idle: IdlePolicy) -> Turned {
+        let worked = self.engine.turn();
+        if self.engine.is_closed() {
+            Turned::Closed
+        } else if worked {
+            self.idle = 0;
+            Turned::Worked
+        } else if self.idle < idle.rounds() {
+            self.idle += 1;
+            Turned::Idle(self.idle - 1)
+        } else if self.engine.try_sleep() {
+            self.active = false;
+            self.wake_at = self.engine.deadline();
+            Turned::Asleep
+        } else {
+            Turned::Worked
+        }
+    }
+}
+
 fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut seats: Vec<Option<Seat>> = Vec::new();
     let mut active: Vec<usize> = Vec::new();
@@ -1058,33 +1136,26 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
         let mut i = 0;
         while let Some(&place) = active.get(i) {
             let seat = seats[place].as_mut().expect("an active place is taken");
-            let did = seat.engine.turn();
-            if seat.engine.is_closed() {
-                let seat = seats[place].take().expect("as above");
-                active.swap_remove(i);
-                seated -= 1;
-                leave(shared, place, seat);
-                worked = true;
-                continue;
-            }
-            if did {
-                seat.idle = 0;
-                worked = true;
-            } else if seat.idle < idle.rounds() {
-                rounds = rounds.min(seat.idle);
-                seat.idle += 1;
-            } else if seat.engine.try_sleep() {
-                seat.active = false;
-                seat.wake_at = seat.engine.deadline();
-                let watch = seat.wake_at.is_some() || seat.engine.descriptor().is_some();
-                if watch && !seat.watched {
-                    seat.watched = true;
-                    watched.push(place);
+            match seat.turn(idle) {
+                Turned::Worked => worked = true,
+                Turned::Idle(round) => rounds = rounds.min(round),
+                Turned::Asleep => {
+                    let watch = seat.wake_at.is_some() || seat.engine.descriptor().is_some();
+                    if watch && !seat.watched {
+                        seat.watched = true;
+                        watched.push(place);
+                    }
+                    active.swap_remove(i);
+                    continue;
                 }
-                active.swap_remove(i);
-                continue;
-            } else {
-                worked = true;
+                Turned::Closed => {
+                    let seat = seats[place].take().expect("as above");
+                    active.swap_remove(i);
+                    seated -= 1;
+                    leave(shared, place, seat);
+                    worked = true;
+                    continue;
+                }
             }
             i += 1;
         }
@@ -1120,8 +1191,12 @@ fn activate(seats: &mut [Option<Seat>], active: &mut Vec<usize>, place: usize) {
 
 /// A closed ring leaves: its engine goes to the reaping half, which may be waiting for it.
 fn leave(shared: &PollerShared, place: usize, seat: Seat) {
-    let ring = seat.engine.shared.clone();
-    seat.handoff.give(seat.engine);
+    let Seat { engine, handoff, .. } = seat;
+    let ring = engine.shared.clone();
+    // Nobody may want it any more; then the device may end here, whose code that is.
+    if guard(|| handoff.give(engine)).is_err() {
+        tracing::error!(ring = ring.number, "the device panicked while dropped");
+    }
     shared.unreserve(place);
     ring.notify();
 }

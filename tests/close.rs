@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,8 @@ use vmring::device::fault::Faults;
 use vmring::device::{PostedSlot, Progress};
 use vmring::pool::{Backing, Layout};
 use vmring::{
-    Closed, Direction, Drive, Embedded, EntryError, Error, Frame, Interface, Loopback, Op, Pool,
-    PoolBuilder, RetryPolicy, Ring, Status, SubmitErrorKind,
+    Closed, CompletionQueue, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
+    Loopback, Op, Pool, PoolBuilder, RetryPolicy, Ring, Status, SubmitErrorKind,
 };
 use vmring_core::HeapBacking;
 
@@ -594,6 +595,124 @@ fn slots_that_a_panicking_device_held_come_home() {
             send(&mut other, 2);
             assert!(reap_n(&mut other, 2).iter().all(|done| done.result.is_ok()));
         });
+    });
+}
+
+/// A waker that drops the reaping half it holds.
+struct Holder(Mutex<Option<CompletionQueue>>);
+
+impl Wake for Holder {
+    fn wake(self: Arc<Self>) {
+        let held = self.0.lock().unwrap().take();
+        drop(held);
+    }
+}
+
+/// Whatever a device's code panics in, it ends its own ring and not the thread that others share.
+#[test]
+fn no_panic_of_a_device_ends_a_shared_poller() {
+    /// Panics once more when what it carried is dropped.
+    struct Twice;
+    impl Drop for Twice {
+        fn drop(&mut self) {
+            std::panic::resume_unwind(Box::new(()));
+        }
+    }
+    fn panics() {
+        std::panic::resume_unwind(Box::new("the device's own bug"));
+    }
+    fn patient() -> ScriptQueue {
+        ScriptQueue::new(|_| Ok(Progress::Idle))
+    }
+    // The first call is the builder's; those after it are on the poller.
+    fn second(calls: &AtomicUsize) -> bool {
+        calls.fetch_add(1, Ordering::SeqCst) > 0
+    }
+    guarded(|| {
+        let poller = vmring::Poller::start().unwrap();
+        let healthy = loopback();
+        let build = |interface: &Interface| {
+            interface.ring(Direction::Both).drive(Drive::Shared(&poller)).build().unwrap()
+        };
+        let mut neighbour = build(&healthy);
+        let mut works = || {
+            post(&mut neighbour, 1);
+            send(&mut neighbour, 2);
+            let done = reap_n(&mut neighbour, 2);
+            assert!(done.iter().all(|done| done.result.is_ok()), "{done:?}");
+        };
+        works();
+
+        let ends = |what: &str, script: Script, restart: bool| {
+            stage(what);
+            let interface = script.start();
+            let mut ring = build(&interface);
+            (0..3).for_each(|number| post(&mut ring, number));
+            if restart {
+                interface.restart(LONG).unwrap();
+                reap_n(&mut ring, 3);
+            }
+            let panicked = Some(Closed::DevicePanicked);
+            eventually(what, || ring.control().closed() == panicked);
+            for done in reap_n(&mut ring, if restart { 0 } else { 3 }) {
+                assert_eq!(done.result, Err(EntryError::DevicePanicked));
+            }
+            ring.close().expect("nothing is leaked");
+            // Nor has it left a claim behind, or a place among those that must let go.
+            interface.stop(LONG).unwrap();
+        };
+        let calls = AtomicUsize::new(0);
+        let script = Script::new(move |_, _| {
+            second(&calls).then(panics);
+            patient()
+        });
+        ends("queue, after a restart", script, true);
+        works();
+        let restarted = Arc::new(AtomicBool::new(false));
+        let restarting = restarted.clone();
+        let script = Script::new(|_, _| patient())
+            .on_restart(move || restarting.store(true, Ordering::SeqCst))
+            .limits(move |_| {
+                restarted.load(Ordering::SeqCst).then(panics);
+            });
+        ends("capabilities, after a restart", script, true);
+        works();
+        let script = Script::new(|_, _| {
+            let calls = AtomicUsize::new(0);
+            let (socket, _) = std::os::unix::net::UnixDatagram::pair().unwrap();
+            patient().descriptor(socket.into(), move || {
+                second(&calls).then(panics);
+            })
+        });
+        ends("descriptor", script, false);
+        works();
+        let script =
+            Script::new(|_, _| ScriptQueue::new(|_| std::panic::resume_unwind(Box::new(Twice))));
+        ends("what a panic carries", script, false);
+        works();
+
+        stage("stop, when the last ring goes on its poller's thread");
+        let script = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+        })
+        .on_stop(panics);
+        let stops = script.stops();
+        let interface = script.start();
+        let mut ring = build(&interface);
+        drop(interface);
+        let frame = ring.alloc().unwrap();
+        let holder = Arc::new(Holder(Mutex::default()));
+        let waker = Waker::from(holder.clone());
+        assert!(ring.poll_ready(&mut Context::from_waker(&waker), 1).is_pending());
+        let (mut sq, cq) = ring.into_split();
+        *holder.0.lock().unwrap() = Some(cq);
+        sq.submit_write(frame, 1).unwrap();
+        drop(sq);
+        eventually("it is stopped", || stops.load(Ordering::SeqCst) == 1);
+        works();
     });
 }
 

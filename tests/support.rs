@@ -1,6 +1,7 @@
 //! What the tests share: a watchdog, numbered packets, and a device whose every move is a closure.
 
 use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
@@ -232,13 +233,31 @@ pub(crate) struct ScriptQueue {
     poll: Box<PollFn>,
     cancel: Box<CancelFn>,
     close: Box<CloseFn>,
+    descriptor: Option<OwnedFd>,
+    asked: Box<dyn Fn() + Send>,
 }
 
 impl ScriptQueue {
     pub(crate) fn new(
         poll: impl FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send + 'static,
     ) -> Self {
-        Self { poll: Box::new(poll), cancel: Box::new(|_| 0), close: Box::new(|_| true) }
+        Self {
+            poll: Box::new(poll),
+            cancel: Box::new(|_| 0),
+            close: Box::new(|_| true),
+            descriptor: None,
+            asked: Box::new(|| ()),
+        }
+    }
+
+    /// The poller is to sleep on this; each time it asks, `asked` is called.
+    pub(crate) fn descriptor(
+        mut self,
+        descriptor: OwnedFd,
+        asked: impl Fn() + Send + 'static,
+    ) -> Self {
+        (self.descriptor, self.asked) = (Some(descriptor), Box::new(asked));
+        self
     }
 
     pub(crate) fn on_close(mut self, f: impl FnMut(&mut Io<'_>) -> bool + Send + 'static) -> Self {
@@ -259,6 +278,11 @@ impl Queue for ScriptQueue {
     fn close(&mut self, io: &mut Io<'_>) -> bool {
         (self.close)(io)
     }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        (self.asked)();
+        self.descriptor.as_ref().map(|descriptor| descriptor.as_fd())
+    }
 }
 
 type QueueFn = dyn Fn(Direction, Wake) -> Result<ScriptQueue, Error> + Send + Sync;
@@ -269,6 +293,8 @@ pub(crate) struct Script {
     limits: Box<dyn Fn(&mut Capabilities) + Send + Sync>,
     info: Option<InterfaceInfo>,
     stopped: Arc<AtomicU64>,
+    stop: Box<dyn Fn() + Send + Sync>,
+    restart: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Script {
@@ -290,7 +316,21 @@ impl Script {
             limits: Box::new(limits),
             info: None,
             stopped: Arc::default(),
+            stop: Box::new(|| ()),
+            restart: Box::new(|| ()),
         }
+    }
+
+    /// What a stop does.
+    pub(crate) fn on_stop(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.stop = Box::new(f);
+        self
+    }
+
+    /// What a restart does.
+    pub(crate) fn on_restart(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
+        self.restart = Box::new(f);
+        self
     }
 
     /// Changes the capabilities.
@@ -341,6 +381,12 @@ impl Device for Script {
 
     fn stop(&self) -> Result<(), Error> {
         self.stopped.fetch_add(1, Ordering::SeqCst);
+        (self.stop)();
+        Ok(())
+    }
+
+    fn restart(&self) -> Result<(), Error> {
+        (self.restart)();
         Ok(())
     }
 }
