@@ -46,29 +46,37 @@ fn turn(ring: &mut Ring, packet: &[u8]) -> u64 {
     read
 }
 
+/// Throughput of `size`-byte packets, in packets and in bytes. A group of criterion's has one unit, so
+/// each is measured in two.
+fn units(size: usize) -> [(&'static str, Throughput); 2] {
+    [("packets", Throughput::Elements(1)), ("bytes", Throughput::Bytes(size as u64))]
+}
+
 /// A packet out and back: two submissions, two completions, one copy.
 fn echo(c: &mut Criterion) {
     let packet = [0x5a; 60];
     for (name, inline) in [("inline", true), ("thread", false)] {
-        let mut group = c.benchmark_group(format!("echo/{name}"));
-        for batch in BATCHES {
-            group.throughput(Throughput::Elements(1));
-            let interface = loopback();
-            let drive = if inline { Drive::Inline } else { Drive::Thread };
-            let mut ring = build(interface.ring(Direction::Both).drive(drive));
-            fill(&mut ring, batch, &packet);
-            group.bench_function(BenchmarkId::from_parameter(batch), |b| {
-                b.iter_custom(|packets| {
-                    let start = Instant::now();
-                    let mut seen = 0;
-                    while seen < packets {
-                        seen += turn(&mut ring, &packet);
-                    }
-                    start.elapsed().mul_f64(packets as f64 / seen as f64)
+        for (unit, throughput) in units(packet.len()) {
+            let mut group = c.benchmark_group(format!("echo/{name}/{unit}"));
+            group.throughput(throughput);
+            for batch in BATCHES {
+                let interface = loopback();
+                let drive = if inline { Drive::Inline } else { Drive::Thread };
+                let mut ring = build(interface.ring(Direction::Both).drive(drive));
+                fill(&mut ring, batch, &packet);
+                group.bench_function(BenchmarkId::from_parameter(batch), |b| {
+                    b.iter_custom(|packets| {
+                        let start = Instant::now();
+                        let mut seen = 0;
+                        while seen < packets {
+                            seen += turn(&mut ring, &packet);
+                        }
+                        start.elapsed().mul_f64(packets as f64 / seen as f64)
+                    });
                 });
-            });
+            }
+            group.finish();
         }
-        group.finish();
     }
 }
 
@@ -97,7 +105,6 @@ fn wakeup(c: &mut Criterion) {
 
 /// Two guests, each driving its own ring: one sends, the other receives.
 fn forward(c: &mut Criterion) {
-    let mut group = c.benchmark_group("forward");
     for (size, mtu) in [(60, 1500), (1514, 1500), (65_535, 65_521)] {
         let start = |name| {
             let driver = Embedded::network(name);
@@ -122,22 +129,25 @@ fn forward(c: &mut Criterion) {
         }
         receiver.wait(0, None);
         // One thread drives both, so that the figure is the cost of the way and not of the wake-up.
-        group.throughput(Throughput::Bytes(size as u64));
-        group.bench_function(BenchmarkId::from_parameter(size), |bench| {
-            bench.iter_custom(|packets| {
-                let start = Instant::now();
-                let mut seen = 0;
-                while seen < packets {
-                    turn(&mut sender, &packet);
-                    seen += turn(&mut receiver, &packet);
-                }
-                start.elapsed().mul_f64(packets as f64 / seen as f64)
+        for (unit, throughput) in units(size) {
+            let mut group = c.benchmark_group(format!("forward/{unit}"));
+            group.throughput(throughput);
+            group.bench_function(BenchmarkId::from_parameter(size), |bench| {
+                bench.iter_custom(|packets| {
+                    let start = Instant::now();
+                    let mut seen = 0;
+                    while seen < packets {
+                        turn(&mut sender, &packet);
+                        seen += turn(&mut receiver, &packet);
+                    }
+                    start.elapsed().mul_f64(packets as f64 / seen as f64)
+                });
             });
-        });
+            group.finish();
+        }
         drop((sender, receiver));
         assert!(a.drops().iter().chain(&b.drops()).all(|(_, n)| *n == 0), "packets were dropped");
     }
-    group.finish();
 }
 
 fn main() {
