@@ -90,6 +90,25 @@ mod tests {
         }
     }
 
+    /// Protection goes by whole pages, so the system itself says whether we believe in too small or
+    /// too large ones. An emulator that only pretends other pages says no such thing: there the size
+    /// must be the one that `VMRING_TEST_PAGE_SIZE` names.
+    #[test]
+    fn the_page_size_is_the_systems() {
+        let page = page_size();
+        let region = Region::map(3 * page, Mapping::default()).unwrap();
+        let protect = |from: usize| {
+            let start = region.base().as_ptr().wrapping_add(from);
+            // SAFETY: within the mapping, which stays readable and writable.
+            unsafe { libc::mprotect(start.cast(), page, libc::PROT_READ | libc::PROT_WRITE) }
+        };
+        assert_eq!(protect(page), 0, "larger than {page}: {}", io::Error::last_os_error());
+        match std::env::var("VMRING_TEST_PAGE_SIZE") {
+            Ok(emulated) => assert_eq!(page.to_string(), emulated),
+            Err(_) => assert_eq!(protect(page / 2), -1, "smaller than {page}"),
+        }
+    }
+
     #[test]
     fn memory_that_is_not_there_is_an_error_with_the_number() {
         let error = Region::map(usize::MAX / 4, Mapping::default()).unwrap_err();

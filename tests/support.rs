@@ -56,7 +56,8 @@ pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// `n`, or a tenth of it where everything is slow (`VMRING_TEST_SCALE=small`: sanitizers).
+/// `n`, or a tenth of it where everything is slow (`VMRING_TEST_SCALE=small`: sanitizers,
+/// emulators).
 pub(crate) fn scaled(n: u64) -> u64 {
     if std::env::var_os("VMRING_TEST_SCALE").is_some_and(|scale| scale == "small") {
         (n / 10).max(1)
