@@ -2,8 +2,8 @@
 //!
 //! The model knows what is in flight, what was sent, and which frames the caller holds; after each
 //! step it checks the conservation of slots, and with each completion that it was owed, that it is
-//! in order, and that it ended in a way that something explains. The fuzz target `ring_ops` runs the
-//! same [`run`].
+//! in order, and that it ended in a way that something explains. The fuzz target `ring_ops` has a
+//! smaller model of its own.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
