@@ -29,7 +29,7 @@ use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::notify::{Notifier, after, lock, poll, poll_in};
 use crate::ring::{RingShared, control};
-use crate::stats::add_batch;
+use crate::stats::{REASONS, add_batch, reason};
 
 /// How a thread waits for work: first spinning, then giving up its time slice, then sleeping until
 /// the doorbell rings.
@@ -102,6 +102,8 @@ struct Tally {
     tx_bytes: u64,
     cancelled: u64,
     errors: u64,
+    /// The same by status.
+    by_status: [u32; REASONS],
     abandoned: u64,
 }
 
@@ -137,7 +139,10 @@ impl Tally {
                 self.tx_bytes += len as u64;
             }
             (Outcome::Cancelled, _) => self.cancelled += 1,
-            (Outcome::Refused(_), _) => self.errors += 1,
+            (Outcome::Refused(code), _) => {
+                self.errors += 1;
+                self.by_status[reason(code)] += 1;
+            }
             (Outcome::Abandoned | Outcome::DevicePanicked, _) => self.abandoned += 1,
         }
     }
@@ -686,7 +691,12 @@ impl Engine {
         counters.tx_packets.add(tally.tx_packets.into());
         counters.tx_bytes.add(tally.tx_bytes);
         counters.cancelled.add(tally.cancelled);
-        counters.errors.add(tally.errors);
+        if tally.errors > 0 {
+            counters.errors.add(tally.errors);
+            for (counter, n) in counters.errors_by_status.iter().zip(tally.by_status) {
+                counter.add(n.into());
+            }
+        }
         counters.abandoned.add(tally.abandoned);
     }
 

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 
+use crate::error::Status;
+
 /// Number of buckets of [`Histogram`].
 pub const BATCH_BUCKETS: usize = 12;
 
@@ -32,6 +34,30 @@ impl Histogram {
     }
 }
 
+/// Refused entries by the status they were refused with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals([u64; REASONS]);
+
+/// 1001 to 1010, and all others.
+pub(crate) const REASONS: usize = 11;
+
+/// The place of a status code's count.
+pub(crate) fn reason(code: u32) -> usize {
+    code.checked_sub(1001).map_or(REASONS - 1, |i| (i as usize).min(REASONS - 1))
+}
+
+impl Refusals {
+    /// How many were refused with `status`; all [`Status::Unknown`] codes are counted together.
+    pub fn of(&self, status: Status) -> u64 {
+        self.0[reason(status.code())]
+    }
+
+    /// How many were refused.
+    pub fn sum(&self) -> u64 {
+        self.0.iter().sum()
+    }
+}
+
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
         /// A snapshot of a ring's counters since it was built. Each number is exact; together they
@@ -40,6 +66,8 @@ macro_rules! counters {
         #[non_exhaustive]
         pub struct RingStats {
             $($(#[doc = $doc])+ pub $name: u64,)+
+            /// The `errors` by their status.
+            pub errors_by_status: Refusals,
             /// Packets read per device call that read any.
             pub read_batches: Histogram,
             /// Packets written per device call that wrote any.
@@ -50,6 +78,7 @@ macro_rules! counters {
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: Counter,)+
+            pub(crate) errors_by_status: [Counter; REASONS],
             pub(crate) read_batches: [Counter; BATCH_BUCKETS],
             pub(crate) write_batches: [Counter; BATCH_BUCKETS],
         }
@@ -61,6 +90,9 @@ macro_rules! counters {
                 };
                 RingStats {
                     $($name: self.$name.get(),)+
+                    errors_by_status: Refusals(std::array::from_fn(|i| {
+                        self.errors_by_status[i].get()
+                    })),
                     read_batches: histogram(&self.read_batches),
                     write_batches: histogram(&self.write_batches),
                 }
@@ -135,6 +167,13 @@ pub(crate) struct RingCounters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_status_has_a_count_of_its_own_and_unknown_ones_share_one() {
+        let known: Vec<usize> = (1001..=1010).map(reason).collect();
+        assert_eq!(known, (0..10).collect::<Vec<_>>());
+        assert!([0, 1000, 1011, u32::MAX].iter().all(|code| reason(*code) == REASONS - 1));
+    }
 
     #[test]
     fn batches_fall_into_power_of_two_buckets() {

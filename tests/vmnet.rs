@@ -156,6 +156,11 @@ fn row_1_2_each_status_of_a_failed_write_is_the_error_of_its_completion() {
         }
         pair.send_numbered(0..1);
         assert_eq!(pair.written(1), all_well(1));
+        // And counted under its own name.
+        let stats = pair.rings[0].stats();
+        assert_eq!(stats.errors_by_status.of(Status::NotAuthorized), 1);
+        assert_eq!(stats.errors_by_status.of(Status::Unknown(1)), 4);
+        assert_eq!((stats.errors, stats.errors_by_status.sum()), (12, 12));
         pair.close();
     });
 }
