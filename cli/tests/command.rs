@@ -103,6 +103,37 @@ fn the_demo_moves_every_byte_and_says_so_in_json() {
     assert_eq!(report["drops"], 0);
 }
 
+/// The macOS driver, end to end over the simulated vmnet: leases, pings, a transfer.
+#[cfg(not(target_os = "macos"))]
+#[test]
+fn the_demo_runs_on_the_vmnet_driver_over_the_simulator() {
+    for (mode, network) in [("shared", "192.168.64."), ("host", "192.168.128.")] {
+        for drive in ["thread", "inline"] {
+            let report = json(&[
+                "demo",
+                "--json",
+                "--device",
+                "vmnet-sim",
+                "--bytes",
+                "2M",
+                "--mode",
+                mode,
+                "--drive",
+                drive,
+            ]);
+            for guest in report["guests"].as_array().expect("a list") {
+                assert_eq!(
+                    (&guest["mtu"], &guest["lease_seconds"]),
+                    (&1500.into(), &86_400.into())
+                );
+                assert!(guest["ipv4"].as_str().expect("an address").starts_with(network));
+            }
+            assert_eq!(report["ping"]["sent"], report["ping"]["received"]);
+            assert_eq!(report["transfer"]["sha256_ok"], true);
+        }
+    }
+}
+
 #[test]
 fn the_demo_runs_in_host_mode_on_a_subnet_of_choice_and_other_drives() {
     for drive in ["shared", "inline"] {
