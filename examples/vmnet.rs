@@ -1,9 +1,9 @@
 //! Apple's vmnet: starts a shared interface, asks the gateway for its address, says what comes, and
 //! stops.
 //!
-//! It needs root, or from macOS 26 on a signature with the entitlement in `vmnet.entitlements`; an
-//! ad-hoc signature is enough. `cargo build` strips signatures, so sign after each build, and start
-//! the program itself: `cargo run` would build again.
+//! It needs root, or from macOS 26 on a signature with the entitlement in `vmnet.entitlements`,
+//! `com.apple.security.virtualization`; an ad-hoc signature is enough. `cargo build` strips signatures,
+//! so sign after each build, and start the program itself: `cargo run` may put the unsigned one back.
 //!
 //! ```sh
 //! cargo build --release --example vmnet
@@ -12,7 +12,9 @@
 //! ```
 //!
 //! Up to macOS 15 the entitlement is `com.apple.vm.networking`, which Apple grants to developers; a
-//! binary that has it from an ad-hoc signature is killed when it starts. There, use `sudo`.
+//! binary that has it from an ad-hoc signature is killed when it starts, so it is not in the file.
+//! There, use `sudo`. (Nor is a comment: `codesign` reads entitlements with a parser of its own, which
+//! has refused comments that other parsers take.)
 //!
 //! On other systems it runs on a simulated vmnet if it is built with `--features vmnet-sim`.
 

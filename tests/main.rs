@@ -18,7 +18,6 @@ mod serde;
 mod vmnet;
 #[cfg(not(target_os = "macos"))]
 mod vmnet_faults;
-#[cfg(target_os = "macos")]
 mod vmnet_on_a_mac;
 #[cfg(not(target_os = "macos"))]
 mod vmnet_probe;

@@ -34,13 +34,17 @@
 //! vmnet answers a start that is not allowed with 1001 ("failure"), so that is what `start()` calls
 //! [`PermissionDenied`](crate::Error::PermissionDenied) unless the process is root; the text says
 //! what is missing on the running system. `cargo build` strips signatures, so sign after each build,
-//! with the file `examples/vmnet.entitlements`:
+//! with the file `examples/vmnet.entitlements`, which has `com.apple.security.virtualization`, and
+//! start the program itself (`cargo run` may put the unsigned one back):
 //!
 //! ```sh
 //! cargo build --release --example vmnet
 //! codesign --sign - --force --entitlements examples/vmnet.entitlements target/release/examples/vmnet
 //! target/release/examples/vmnet
 //! ```
+//!
+//! The restricted entitlement is not for that file: a binary that has it from an ad-hoc signature is
+//! killed when it starts. Up to macOS 15, use `sudo`.
 //!
 //! # What is proved, and what waits for a Mac
 //!
