@@ -56,7 +56,8 @@
 //! * whether events come again while packets are left unread (reads go on until one comes back
 //!   short; a [safety poll](super::Vmnet::safety_poll) looks every 200 ms, and counts what it finds);
 //! * whether a failed write has sent a part of its batch (a count below what was asked for is taken
-//!   at its word; the others are then sent one by one, so that each gets its own answer);
+//!   at its word; the others are then sent one by one, so that each gets its own answer; if vmnet
+//!   sends some and does not say so, these arrive twice, and none is lost);
 //! * whether a success can come with fewer packets than asked for (what is left stays posted);
 //! * whether two writers at a time are allowed (a lock keeps them apart), and two readers (one ring
 //!   reads);
