@@ -46,7 +46,8 @@
 //!   flight; no wake-up is lost, and none is paid for while the other side is awake.
 //!
 //! The whole API is safe Rust. The only `unsafe` a user can write is an implementation of
-//! [`pool::Backing`], to put a pool on memory of his own.
+//! [`pool::Backing`], to put a pool on memory of his own; and, on macOS, taking over a network object
+//! that came in an XPC message.
 
 pub mod blocking;
 pub mod device;

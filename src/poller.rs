@@ -744,9 +744,16 @@ impl Engine {
         [closing, stall, safety, self.coalesce.map(|(_, due)| due)].into_iter().flatten().min()
     }
 
-    /// What its sleeper sleeps on as well.
+    /// What its sleeper sleeps on as well. None while nothing is posted: a packet that nobody can
+    /// take would end each sleep at once.
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
-        self.descriptor
+        let waits = !self.posted.reads.is_empty() || self.kept != [0; 2];
+        self.descriptor.filter(|_| waits)
+    }
+
+    /// Whether its device has one.
+    pub(crate) fn has_descriptor(&self) -> bool {
+        self.descriptor.is_some()
     }
 
     /// The device is to be polled even if it did not ring: its descriptor or the safety poll says
@@ -1161,6 +1168,10 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                 Turned::Closed => {
                     let seat = seats[place].take().expect("as above");
                     active.swap_remove(i);
+                    if seat.watched {
+                        // Or whoever takes the place next would stand there twice.
+                        watched.retain(|watched| *watched != place);
+                    }
                     seated -= 1;
                     leave(shared, place, seat);
                     worked = true;
@@ -1169,7 +1180,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             }
             i += 1;
         }
-        if !active.is_empty() && !watched.is_empty() && look.is_due() {
+        if !active.is_empty() && !watched.is_empty() && look.is_due(active.len()) {
             // Those who sleep are not to wait until everybody does.
             look.at(&mut seats, &mut active, &mut watched, &mut descriptors);
         }
@@ -1244,7 +1255,7 @@ fn gather(
     let mut wake_at: Option<Instant> = None;
     descriptors.clear();
     for &place in watched {
-        let Some(seat) = &seats[place] else { continue };
+        let Some(seat) = seats[place].as_ref().filter(|seat| !seat.active) else { continue };
         wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
         if let Some(fd) = seat.engine.descriptor() {
             descriptors.push(poll_in(fd));
@@ -1257,20 +1268,25 @@ fn gather(
 /// share of a round.
 #[derive(Debug, Default)]
 struct Look {
-    rounds: u32,
+    turns: usize,
     /// Before then no descriptor is polled again.
     next: Option<Instant>,
 }
 
 impl Look {
-    /// Rounds between two looks at the clock.
-    const EVERY: u32 = 32;
+    /// Turns of rings between two looks at the clock.
+    const EVERY: usize = 32;
     /// The least time between two system calls for descriptors: a few times what one costs.
     const PAUSE: Duration = Duration::from_micros(50);
 
-    fn is_due(&mut self) -> bool {
-        self.rounds = (self.rounds + 1) % Self::EVERY;
-        self.rounds == 0
+    /// Counts a round of so many turns.
+    fn is_due(&mut self, turns: usize) -> bool {
+        self.turns += turns;
+        let due = self.turns >= Self::EVERY;
+        if due {
+            self.turns = 0;
+        }
+        due
     }
 
     fn at(

@@ -832,7 +832,9 @@ impl CompletionQueue {
     /// [`Error::Io`] if the system has no more descriptors. [`Error::NotSupported`] with
     /// `Drive::Inline` over a device that itself is a descriptor.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
-        if self.remote.is_none() && self.engine.as_ref().is_some_and(|e| e.descriptor().is_some()) {
+        if self.remote.is_none()
+            && self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
+        {
             return Err(Error::NotSupported {
                 what: "a completion descriptor with inline driving",
                 device: "descriptor-driven".to_owned(),

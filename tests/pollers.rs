@@ -238,17 +238,41 @@ impl Queue for SocketQueue {
     }
 }
 
-/// As above, for a ring that sleeps on its device's descriptor.
+struct Start(UnixStream);
+
+impl Driver for Start {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, vmring::Error> {
+        let mac = vmring::MacAddr6::new(2, 0, 0, 0, 0, 8);
+        let info = InterfaceInfo::new(config, mac, 1500, 1514);
+        Ok(Arc::new(Socket(Arc::new(self.0), info)))
+    }
+}
+
+/// Goal: a descriptor stays readable while no read is posted, and the poller sleeps all the same; a
+/// read that is posted then gets the packet.
+#[test]
+fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
+    guarded(|| {
+        let (mut far, near) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let interface = Interface::builder().device(Start(near)).start().unwrap();
+        let builder = interface.ring(Direction::Read).idle(vmring::IdlePolicy::PARK);
+        let mut ring = builder.drive(Drive::Thread).build().unwrap();
+        far.write_all(&[1]).unwrap();
+        thread::sleep(Duration::from_millis(20));
+        let before = ring.stats().parks;
+        thread::sleep(Duration::from_millis(50));
+        let woken = ring.stats().parks - before;
+        assert!(woken < 5, "woken {woken} times for nothing");
+        post(&mut ring, 7);
+        assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Read, 7, Ok(60)));
+    });
+}
+
+/// As `a_busy_ring_does_not_hold_up_its_neighbours_times`, for a ring that sleeps on its device's
+/// descriptor.
 #[test]
 fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
-    struct Start(UnixStream);
-    impl Driver for Start {
-        fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, vmring::Error> {
-            let mac = vmring::MacAddr6::new(2, 0, 0, 0, 0, 8);
-            let info = InterfaceInfo::new(config, mac, 1500, 1514);
-            Ok(Arc::new(Socket(Arc::new(self.0), info)))
-        }
-    }
     guarded(|| {
         let stop = Arc::default();
         let poller = Poller::start().unwrap();
