@@ -486,7 +486,7 @@ pub struct RingBuilder<'a> {
 }
 
 impl<'a> RingBuilder<'a> {
-    /// Reads and writes that may be in flight, each; a power of two. Default 256.
+    /// Reads and writes that may be in flight, each; a power of two, at most 65,536. Default 256.
     pub fn depth(self, depth: u32) -> Self {
         self.read_depth(depth).write_depth(depth)
     }
