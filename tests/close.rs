@@ -250,20 +250,25 @@ fn a_device_that_does_not_return_from_a_call_is_leaked_too() {
     });
 }
 
+/// A device that loses every write it is given.
+fn forgetful() -> Interface {
+    Script::new(|_, _| {
+        ScriptQueue::new(|io| {
+            while let Some(slot) = io.take_write() {
+                std::mem::forget(slot);
+            }
+            Ok(Progress::Idle)
+        })
+    })
+    .start()
+}
+
 /// Nothing will ever complete what has leaked, so nobody may wait for it.
 #[test]
 fn wait_does_not_wait_for_what_has_leaked() {
     guarded(|| {
         every_way(|way, poller| {
-            let interface = Script::new(|_, _| {
-                ScriptQueue::new(|io| {
-                    while let Some(slot) = io.take_write() {
-                        std::mem::forget(slot);
-                    }
-                    Ok(Progress::Idle)
-                })
-            })
-            .start();
+            let interface = forgetful();
             let mut ring = interface
                 .ring(Direction::Write)
                 .close_timeout(Duration::from_millis(30))
@@ -286,15 +291,7 @@ fn wait_does_not_wait_for_what_has_leaked() {
 fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
     guarded(|| {
         every_way(|way, poller| {
-            let interface = Script::new(|_, _| {
-                ScriptQueue::new(|io| {
-                    while let Some(slot) = io.take_write() {
-                        std::mem::forget(slot);
-                    }
-                    Ok(Progress::Idle)
-                })
-            })
-            .start();
+            let interface = forgetful();
             let timeout = Duration::from_millis(400);
             let builder = interface.ring(Direction::Write).close_timeout(timeout);
             let mut ring = builder.drive(way.drive(poller)).build().unwrap();

@@ -166,17 +166,18 @@ fn a_busy_ring_does_not_starve_its_neighbour() {
     });
 }
 
-/// A device that never rests, so that its poller never sleeps.
-fn restless(stop: &Arc<AtomicBool>) -> Interface {
-    let stop = stop.clone();
-    Script::new(move |_, _| {
-        let stop = stop.clone();
-        ScriptQueue::new(move |io| {
+/// A ring that never rests, so that its poller never sleeps: its device always has more.
+fn restless(poller: &Poller) -> Ring {
+    let interface = Script::new(|_, _| {
+        ScriptQueue::new(|io| {
             take_writes(io);
-            Ok(if stop.load(Ordering::Relaxed) { Progress::Idle } else { Progress::More })
+            Ok(Progress::More)
         })
     })
-    .start()
+    .start();
+    let mut ring = interface.ring(Direction::Both).drive(Drive::Shared(poller)).build().unwrap();
+    post(&mut ring, 1);
+    ring
 }
 
 /// Goal: the times of a ring that sleeps (here those of its retries) come also while a neighbour on
@@ -184,12 +185,9 @@ fn restless(stop: &Arc<AtomicBool>) -> Interface {
 #[test]
 fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
     guarded(|| {
-        let stop = Arc::default();
         let poller = Poller::start().unwrap();
         let drive = Drive::Shared(&poller);
-        let busy = restless(&stop);
-        let mut busy = busy.ring(Direction::Both).drive(drive).build().unwrap();
-        post(&mut busy, 1);
+        let _busy = restless(&poller);
         // It takes no write, ever.
         let full = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start();
         let retry = RetryPolicy { attempts: 4, delay: Duration::from_millis(2) };
@@ -197,7 +195,6 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
         send(&mut calm, 1);
         let done = reap_n(&mut calm, 1);
         assert_eq!(done[0].result, Err(EntryError::Device(Status::BufferExhausted)));
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
@@ -274,12 +271,9 @@ fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
 #[test]
 fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
     guarded(|| {
-        let stop = Arc::default();
         let poller = Poller::start().unwrap();
         let drive = Drive::Shared(&poller);
-        let busy = restless(&stop);
-        let mut busy = busy.ring(Direction::Both).drive(drive).build().unwrap();
-        post(&mut busy, 1);
+        let _busy = restless(&poller);
         let (mut far, near) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         let calm = Interface::builder().device(Start(near)).start().unwrap();
@@ -290,7 +284,6 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
             far.write_all(&[1]).unwrap();
             assert_eq!(reap_n(&mut calm, 1)[0].brief(), (Op::Read, number, Ok(60)));
         }
-        stop.store(true, Ordering::Relaxed);
     });
 }
 
