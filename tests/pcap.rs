@@ -1,6 +1,8 @@
 //! Captures: what was on the wire, and nothing else, in a file that another reader understands.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,8 +10,10 @@ use pcap_file::DataLink;
 use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
-use vmring::device::pcap::Capture;
-use vmring::{Direction, Embedded, Error, Interface, Loopback, Op, RetryPolicy, Status};
+use vmring::device::pcap::{Capture, Replay};
+use vmring::{
+    ConfigError, Direction, Embedded, Error, Interface, Loopback, Op, RetryPolicy, Ring, Status,
+};
 
 use crate::support::{
     every_way, guarded, inline, number_of, packet, packet_between, post, reap_n, send, unique,
@@ -284,4 +288,152 @@ fn a_recorded_device_lets_go_like_the_one_it_wraps() {
         assert_eq!(ring.reap().len(), 4);
         assert_eq!((capture.packets(), interface.device_name()), (0, "loopback"));
     });
+}
+
+/// A file of the test's own.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn holding(name: &str, bytes: &[u8]) -> Self {
+        let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("replay {name}"));
+        std::fs::write(&path, bytes).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A pcap file of these packets, and what each had on the wire.
+fn pcap(link: DataLink, packets: &[(Vec<u8>, usize)]) -> Vec<u8> {
+    let header =
+        pcap_file::pcap::PcapHeader { datalink: link, snaplen: 1 << 20, ..Default::default() };
+    let mut writer = pcap_file::pcap::PcapWriter::with_header(Vec::new(), header).unwrap();
+    for (packet, len) in packets {
+        let packet = pcap_file::pcap::PcapPacket {
+            timestamp: Duration::from_secs(1),
+            orig_len: *len as u32,
+            data: Cow::Borrowed(packet),
+        };
+        writer.write_packet(&packet).unwrap();
+    }
+    writer.into_writer()
+}
+
+fn whole(packets: &[Vec<u8>]) -> Vec<(Vec<u8>, usize)> {
+    packets.iter().map(|packet| (packet.clone(), packet.len())).collect()
+}
+
+fn write(ring: &mut Ring, packet: &[u8], user_data: u64) {
+    let mut frame = ring.alloc().unwrap();
+    frame.copy_from(packet).unwrap();
+    ring.submit_write(frame, user_data).unwrap();
+}
+
+/// Everything the ring reads, with up to 3 reads posted at a time.
+fn read_all(ring: &mut Ring, replay: &Replay) -> Vec<Vec<u8>> {
+    let mut packets = Vec::new();
+    while replay.left() > 0 {
+        for user_data in 0..3 {
+            post(ring, user_data);
+        }
+        // The last batch may be a short one.
+        ring.wait(3, Some(Duration::from_millis(20)));
+        ring.quiesce(Duration::from_secs(10)).unwrap();
+        let done: Vec<_> = ring.reap().collect();
+        packets.extend(done.iter().filter_map(|done| done.frame_ok().ok()).map(|f| f.to_vec()));
+    }
+    packets
+}
+
+/// What a capture has recorded is read again, both ways' packets, in order; in pcap as well.
+#[test]
+fn a_replay_reads_what_was_recorded() {
+    let packets: Vec<Vec<u8>> = (0..10).map(|i| packet(i, 60 + 100 * i as usize)).collect();
+    let tape = Tape::default();
+    let capture = Capture::to_writer(tape.clone()).unwrap();
+    let driver = capture.wrap("loop", Loopback::new(1500));
+    let interface = Interface::builder().device(driver).start().unwrap();
+    let mut ring = interface.ring(Direction::Both).build().unwrap();
+    for packet in &packets {
+        write(&mut ring, packet, 7);
+    }
+    reap_n(&mut ring, packets.len());
+    drop((ring, interface));
+
+    let files = [tape.bytes(), pcap(DataLink::ETHERNET, &whole(&packets))];
+    for (name, bytes) in ["pcapng", "pcap"].into_iter().zip(files) {
+        let file = Scratch::holding(name, &bytes);
+        let replay = Replay::open(&file.0).unwrap();
+        assert_eq!((replay.packets(), replay.left()), (10, 10), "{name}");
+        let interface = Interface::builder().device(replay.clone()).start().unwrap();
+        assert_eq!((interface.device_name(), interface.max_packet_size()), ("pcap", 1514));
+        let mut ring = interface.ring(Direction::Both).build().unwrap();
+        write(&mut ring, &packets[0], 9);
+        reap_n(&mut ring, 1);
+        assert_eq!(read_all(&mut ring, &replay), packets, "{name}");
+        assert_eq!(interface.counters(), [("left", 0), ("discarded", 1)]);
+        assert!(interface.drops().iter().all(|(_, n)| *n == 0));
+        drop((ring, interface));
+        let again = Interface::builder().device(replay).start().unwrap_err();
+        assert!(again.to_string().contains("runs once"), "{again}");
+    }
+}
+
+#[test]
+fn a_replay_leaves_out_what_is_no_whole_packet_and_counts_it() {
+    let whole = packet(1, 9000);
+    let packets = [(packet(0, 100), 1500), (whole.clone(), 9000), (packet(2, 70_000), 70_000)];
+    let file = Scratch::holding("unfit", &pcap(DataLink::ETHERNET, &packets));
+    let replay = Replay::open(&file.0).unwrap();
+    assert_eq!(replay.packets(), 1);
+    let interface = Interface::builder().device(replay.clone()).start().unwrap();
+    assert_eq!((interface.mtu(), interface.max_packet_size()), (1500, 9000));
+    let mut ring = interface.ring(Direction::Read).build().unwrap();
+    assert_eq!(read_all(&mut ring, &replay), [whole]);
+    assert_eq!(interface.drops(), [("recorded incompletely", 1), ("too big", 1)]);
+}
+
+#[test]
+fn a_file_that_cannot_be_replayed_is_refused_at_once() {
+    let good = pcap(DataLink::ETHERNET, &whole(&[packet(0, 100), packet(1, 100)]));
+    for (name, bytes) in [
+        ("cut", &good[..good.len() - 1]),
+        ("text", &b"this is no capture at all, whoever wrote it"[..]),
+        ("short", &b"ab"[..]),
+        ("empty", &b""[..]),
+    ] {
+        let file = Scratch::holding(name, bytes);
+        let error = Replay::open(&file.0).unwrap_err();
+        assert!(matches!(error, Error::Io { what: "reading the capture", .. }), "{name}: {error}");
+    }
+    let file = Scratch::holding("raw IP", &pcap(DataLink::RAW, &whole(&[packet(0, 100)])));
+    let error = Replay::open(&file.0).unwrap_err();
+    let expected = "the capture's packets are of link type RAW, and only Ethernet is replayed";
+    assert!(matches!(error, Error::Config(ConfigError::Invalid(text)) if text == expected));
+    assert!(matches!(Replay::open("no such file"), Err(Error::Io { .. })));
+    let mut offload = vmring::device::Offloads::default();
+    offload.checksum = true;
+    let started = Interface::builder().offloads(offload).device(Replay::nothing()).start();
+    assert!(matches!(started, Err(Error::NotSupported { .. })));
+}
+
+#[test]
+fn from_nothing_nothing_comes_and_what_is_written_is_recorded() {
+    let tape = Tape::default();
+    let capture = Capture::to_writer(tape.clone()).unwrap();
+    let driver = capture.wrap("out", Replay::nothing());
+    let interface = Interface::builder().device(driver).start().unwrap();
+    let mut ring = interface.ring(Direction::Both).build().unwrap();
+    post(&mut ring, 0);
+    write(&mut ring, &packet(5, 200), 1);
+    let done = reap_n(&mut ring, 1);
+    assert_eq!((done[0].op, done[0].result), (Op::Write, Ok(200)));
+    assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0);
+    drop((ring, interface));
+    let file = parse(&tape.bytes());
+    assert_eq!(file.packets, [Recorded { interface: 0, inbound: false, bytes: packet(5, 200) }]);
 }

@@ -16,7 +16,7 @@ const QUEUE: u32 = 256;
 /// Reads that the device itself keeps; more stay with the poller.
 const POSTED: u32 = 1024;
 /// Bytes of an Ethernet header.
-const ETHERNET: u32 = 14;
+pub(crate) const ETHERNET: u32 = 14;
 
 /// A driver for [`Interface::builder`](crate::Interface::builder): a wire from the interface back to
 /// itself. One ring reads, any number write. With 256 packets waiting and no read posted it takes

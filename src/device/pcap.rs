@@ -14,6 +14,10 @@
 //! ```
 //!
 //! Recording writes to the file on the poller's thread, one block per packet, buffered.
+//!
+//! And the other way: [`Replay`], a device that reads out of such a file.
+
+mod replay;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -36,6 +40,8 @@ use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_dev
 use crate::error::{Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo};
 use crate::notify::lock;
+
+pub use replay::Replay;
 
 /// `epb_flags` bits 0-1 (draft-ietf-opsawg-pcapng, section 4.3.1): inbound is 1, outbound 2; here
 /// as seen from the guest.

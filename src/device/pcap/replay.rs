@@ -1,0 +1,324 @@
+//! A device that reads out of a capture file; see [`Replay`].
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use pcap_file::DataLink;
+use pcap_file::pcap::PcapReader;
+use pcap_file::pcapng::{Block, PcapNgReader};
+
+use super::into_io;
+use crate::device::loopback::{ETHERNET, mac_of, no_offloads};
+use crate::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use crate::error::{ConfigError, Direction, Error, Status};
+use crate::interface::{Config, Driver, InterfaceInfo};
+use crate::notify::lock;
+
+/// The first four bytes of a pcapng file, the same in either byte order.
+const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];
+/// The largest packet that is replayed: as large as IP and Ethernet make them.
+const LEN_MAX: usize = 65_535 + ETHERNET as usize;
+
+/// A driver whose device reads the packets of a capture file (pcap or pcapng), as fast as frames are
+/// posted for them, and takes writes, which go nowhere.
+///
+/// ```no_run
+/// use vmring::Interface;
+/// use vmring::device::pcap::Replay;
+///
+/// let replay = Replay::open("run.pcapng")?;
+/// let interface = Interface::builder().device(replay.clone()).start()?;
+/// // ... a ring, reads, packets ...
+/// assert_eq!(replay.left(), 0, "all of them");
+/// # Ok::<(), vmring::Error>(())
+/// ```
+///
+/// The interface's `max_packet_size` is at least the longest packet's. Packets that were recorded
+/// incompletely, and those beyond 65,549 bytes, are left out and counted in
+/// [`Interface::drops`](crate::Interface::drops). All of an interface's packets are replayed, those
+/// that it had sent too. Clones are handles on one replay: it runs once, for whichever started it.
+///
+/// The file is read on the poller's thread.
+#[derive(Clone)]
+pub struct Replay {
+    state: Arc<State>,
+}
+
+struct State {
+    path: Option<PathBuf>,
+    /// Packets that fit, and the longest of them.
+    packets: u64,
+    len_max: usize,
+    /// Of those that fit, not read yet.
+    left: AtomicU64,
+    truncated: AtomicU64,
+    too_big: AtomicU64,
+    discarded: AtomicU64,
+    /// `None` until it starts, and at the end.
+    source: Mutex<Option<Source>>,
+}
+
+impl fmt::Debug for Replay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replay").field("left", &self.left()).finish_non_exhaustive()
+    }
+}
+
+impl Replay {
+    /// Reads the file once, to find out now what is wrong with it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if it cannot be read or is no capture, as far as its end;
+    /// [`ConfigError::Invalid`] if its packets are not Ethernet frames.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let mut source = Source::open(path)?;
+        let (mut packets, mut len_max) = (0, 0);
+        while let Some(len) = source.next(|packet| packet.fitting().map(<[u8]>::len).ok())? {
+            if let Some(len) = len {
+                packets += 1;
+                len_max = len_max.max(len);
+            }
+        }
+        Ok(Self::new(Some(path.to_owned()), packets, len_max))
+    }
+
+    /// A device from which nothing comes: with a [`Capture`](super::Capture) around it, a device whose
+    /// writes are recorded.
+    pub fn nothing() -> Self {
+        Self::new(None, 0, 0)
+    }
+
+    fn new(path: Option<PathBuf>, packets: u64, len_max: usize) -> Self {
+        let count = AtomicU64::new;
+        let state = State {
+            path,
+            packets,
+            len_max,
+            left: count(packets),
+            truncated: count(0),
+            too_big: count(0),
+            discarded: count(0),
+            source: Mutex::new(None),
+        };
+        Self { state: Arc::new(state) }
+    }
+
+    /// Packets of the file that can be replayed.
+    pub fn packets(&self) -> u64 {
+        self.state.packets
+    }
+
+    /// Those that have not been read yet.
+    pub fn left(&self) -> u64 {
+        self.state.left.load(Ordering::Relaxed)
+    }
+}
+
+impl Driver for Replay {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        no_offloads(config, "pcap")?;
+        let mtu = config.mtu.unwrap_or(1500);
+        let longest = self.state.len_max as u32;
+        if !(1280..=65_521).contains(&mtu) {
+            let sentence = format!("the MTU is 1280 to 65521 bytes, and not {mtu}");
+            return Err(ConfigError::Invalid(sentence).into());
+        }
+        if let Some(path) = &self.state.path {
+            let mut source = lock(&self.state.source);
+            if source.is_some() || self.left() < self.packets() {
+                let sentence = "a replay runs once; open the file again".to_owned();
+                return Err(ConfigError::Invalid(sentence).into());
+            }
+            *source = Some(Source::open(path)?);
+        }
+        let info = InterfaceInfo::new(config, mac_of(config), mtu, longest.max(mtu + ETHERNET));
+        Ok(Arc::new(ReplayDevice { info, state: self.state }))
+    }
+}
+
+struct ReplayDevice {
+    info: InterfaceInfo,
+    state: Arc<State>,
+}
+
+impl Device for ReplayDevice {
+    fn name(&self) -> &str {
+        "pcap"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
+        caps.writing_rings = usize::MAX;
+        caps
+    }
+
+    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+        // It never has to wake anybody: what is to be read is there from the start.
+        Ok(Box::new(ReplayQueue { state: self.state.clone() }))
+    }
+
+    fn drops(&self) -> Vec<(&'static str, u64)> {
+        let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        vec![
+            ("recorded incompletely", count(&self.state.truncated)),
+            ("too big", count(&self.state.too_big)),
+        ]
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let discarded = self.state.discarded.load(Ordering::Relaxed);
+        vec![("left", self.state.left.load(Ordering::Relaxed)), ("discarded", discarded)]
+    }
+}
+
+struct ReplayQueue {
+    state: Arc<State>,
+}
+
+impl ReplayQueue {
+    fn read(&self, io: &mut Io<'_>) -> Result<Progress, Error> {
+        let mut source = lock(&self.state.source);
+        // Behind the last packet it goes on to the end: what it leaves out there counts, too.
+        while let Some(file) = &mut *source
+            && (io.reads() > 0 || self.state.left.load(Ordering::Relaxed) == 0)
+        {
+            let taken = file.next(|packet| match packet.fitting() {
+                Ok(bytes) => {
+                    let Some(mut slot) = io.take_read() else { return };
+                    // `max_packet_size` is the longest packet's, so there is room, unless somebody
+                    // has written another file there: then the length is refused.
+                    let room = slot.room_mut();
+                    let n = bytes.len().min(room.len());
+                    room[..n].copy_from_slice(&bytes[..n]);
+                    io.complete_read(slot, bytes.len());
+                    let left = &self.state.left;
+                    left.store(left.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+                }
+                Err(Unfit::Truncated) => add_one(&self.state.truncated),
+                Err(Unfit::TooBig) => add_one(&self.state.too_big),
+            })?;
+            if taken.is_none() {
+                self.state.left.store(0, Ordering::Relaxed);
+                *source = None;
+            }
+        }
+        Ok(if source.is_some() { Progress::More } else { Progress::Idle })
+    }
+}
+
+fn add_one(count: &AtomicU64) {
+    count.fetch_add(1, Ordering::Relaxed);
+}
+
+impl Queue for ReplayQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = io.take_write() {
+            add_one(&self.state.discarded);
+            io.complete_write(slot);
+        }
+        self.read(io).map_err(|error| {
+            tracing::error!(%error, "the replay ends here");
+            Status::Failure
+        })
+    }
+}
+
+/// A packet as it stands in the file.
+struct Packet<'a> {
+    bytes: &'a [u8],
+    /// What it had on the wire.
+    len: usize,
+}
+
+/// Why a packet is not replayed.
+enum Unfit {
+    Truncated,
+    TooBig,
+}
+
+impl<'a> Packet<'a> {
+    /// Padding goes (that of a simple packet block is not told apart by its reader).
+    fn new(bytes: &'a [u8], len: u32) -> Self {
+        let len = len as usize;
+        Self { bytes: &bytes[..bytes.len().min(len)], len }
+    }
+
+    fn fitting(&self) -> Result<&'a [u8], Unfit> {
+        if self.bytes.len() < self.len {
+            Err(Unfit::Truncated)
+        } else if self.bytes.len() > LEN_MAX {
+            Err(Unfit::TooBig)
+        } else {
+            Ok(self.bytes)
+        }
+    }
+}
+
+/// A file that is being read.
+enum Source {
+    Pcap(PcapReader<Box<dyn Read + Send>>),
+    PcapNg(PcapNgReader<Box<dyn Read + Send>>),
+}
+
+const READING: &str = "reading the capture";
+
+fn ethernet(link: DataLink) -> Result<(), Error> {
+    if link == DataLink::ETHERNET {
+        return Ok(());
+    }
+    let sentence =
+        format!("the capture's packets are of link type {link:?}, and only Ethernet is replayed");
+    Err(ConfigError::Invalid(sentence).into())
+}
+
+impl Source {
+    fn open(path: &Path) -> Result<Self, Error> {
+        let mut file = File::open(path).map_err(Error::io(READING))?;
+        let mut magic = [0; 4];
+        file.read_exact(&mut magic).map_err(Error::io(READING))?;
+        let whole: Box<dyn Read + Send> = Box::new(io::Cursor::new(magic).chain(file));
+        let failed = |error| Error::io(READING)(into_io(error));
+        if magic == PCAPNG_MAGIC {
+            return PcapNgReader::new(whole).map(Source::PcapNg).map_err(failed);
+        }
+        let reader = PcapReader::new(whole).map_err(failed)?;
+        ethernet(reader.header().datalink)?;
+        Ok(Source::Pcap(reader))
+    }
+
+    /// Shows `f` the next packet; `None` at the end.
+    fn next<T>(&mut self, f: impl FnOnce(Packet<'_>) -> T) -> Result<Option<T>, Error> {
+        let failed = |error| Error::io(READING)(into_io(error));
+        match self {
+            Source::Pcap(reader) => {
+                let Some(packet) = reader.next_packet() else { return Ok(None) };
+                let packet = packet.map_err(failed)?;
+                Ok(Some(f(Packet::new(&packet.data, packet.orig_len))))
+            }
+            Source::PcapNg(reader) => loop {
+                let Some(block) = reader.next_block() else { return Ok(None) };
+                let (data, len) = match block.map_err(failed)? {
+                    Block::InterfaceDescription(interface) => {
+                        ethernet(interface.linktype)?;
+                        continue;
+                    }
+                    Block::EnhancedPacket(packet) => (packet.data, packet.original_len),
+                    Block::SimplePacket(packet) => (packet.data, packet.original_len),
+                    Block::Packet(packet) => (packet.data, packet.original_len),
+                    _ => continue,
+                };
+                return Ok(Some(f(Packet::new(&data, len))));
+            },
+        }
+    }
+}
