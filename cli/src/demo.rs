@@ -1,19 +1,18 @@
 //! `vmring demo`: two guests get addresses, ping and move a gigabyte.
 
 use std::net::Ipv4Addr;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use vmring::device::pcap::Capture;
-use vmring::{Error, Interface, Poller, RingControl};
+use vmring::{Interface, Poller, RingControl};
 
 use crate::args::DemoArgs;
 use crate::failure::Failure;
 use crate::guest::{Command, Guest, Lease, Pings, Report};
 use crate::lab::{self, Lab, Settings};
 use crate::progress::{Progress, say};
+use crate::recording::Recording;
 use crate::report::{bytes, print, print_json, round};
 use crate::stream::Stream;
 use crate::summary::{CaptureSummary, GuestSummary, IdleSummary, Summary, TransferSummary, name};
@@ -65,7 +64,11 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let demo = Demo::start(lab, &mut summary)?;
     let steps = demo.steps(args, &mut summary);
     let end = demo.end(&mut summary);
-    let recorded = capture.map_or(Ok(()), |recording| recording.finish(&mut summary));
+    let recorded = capture.map_or(Ok(()), |recording| {
+        let packets = recording.capture.packets();
+        summary.capture = Some(CaptureSummary { file: recording.name(), packets });
+        recording.finish()
+    });
     // The first failure is the one to tell.
     let outcome = steps.and(end).and(recorded);
     summary.ok = outcome.is_ok();
@@ -330,53 +333,5 @@ impl Demo {
             }
         }
         if ended { Ok(()) } else { Err(Failure::Step("a guest did not end".to_owned())) }
-    }
-}
-
-/// The file of `--capture`.
-struct Recording {
-    capture: Capture,
-    path: PathBuf,
-    /// It was not there before.
-    is_new: bool,
-}
-
-impl Recording {
-    fn create(path: &Path) -> Result<Self, Failure> {
-        let is_new = !path.exists();
-        let capture = Capture::create(path).map_err(|error| {
-            if is_new {
-                // There may be an empty file, whose header could not be written.
-                let _ = std::fs::remove_file(path);
-            }
-            let why = match error {
-                Error::Io { source, .. } => source.to_string(),
-                other => other.to_string(),
-            };
-            Failure::Usage(format!(
-                "the capture file '{}' cannot be written: {why}",
-                path.display()
-            ))
-        })?;
-        Ok(Self { capture, path: path.to_owned(), is_new })
-    }
-
-    /// Nothing was started: leaves no file behind.
-    fn discard(&self) {
-        if self.is_new {
-            // It has a header only; if it cannot be removed there is no harm in it.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-
-    fn finish(&self, summary: &mut Summary) -> Result<(), Failure> {
-        let packets = self.capture.packets();
-        summary.capture = Some(CaptureSummary { file: self.path.display().to_string(), packets });
-        self.capture.finish().map_err(|error| {
-            Failure::Step(format!(
-                "the capture file '{}' is incomplete: {error}",
-                self.path.display()
-            ))
-        })
     }
 }

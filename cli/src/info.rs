@@ -6,7 +6,7 @@ use vmring::{Driver, Embedded, Error, Interface, Loopback};
 
 use crate::args::InfoArgs;
 use crate::failure::Failure;
-use crate::report::{Table, grouped, print, print_json};
+use crate::report::{Table, grouped, offload_names, print, print_json};
 use crate::system;
 
 /// Everything.
@@ -50,13 +50,6 @@ struct CapabilitiesInfo {
 impl From<Capabilities> for CapabilitiesInfo {
     fn from(caps: Capabilities) -> Self {
         let any = |rings| (rings != usize::MAX).then_some(rings);
-        let offloads = [
-            (caps.offloads.checksum, "checksum"),
-            (caps.offloads.tso4, "tso4"),
-            (caps.offloads.tso6, "tso6"),
-            (caps.offloads.uso, "uso"),
-            (caps.offloads.virtio_header, "virtio_header"),
-        ];
         Self {
             mtu: caps.mtu,
             max_packet_size: caps.max_packet_size,
@@ -65,7 +58,7 @@ impl From<Capabilities> for CapabilitiesInfo {
             headroom: caps.headroom,
             reading_rings: any(caps.reading_rings),
             writing_rings: any(caps.writing_rings),
-            offloads: offloads.into_iter().filter_map(|(on, name)| on.then_some(name)).collect(),
+            offloads: offload_names(caps.offloads),
         }
     }
 }

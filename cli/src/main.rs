@@ -12,6 +12,7 @@ mod lab;
 mod port;
 mod probe;
 mod progress;
+mod recording;
 mod report;
 mod stream;
 mod summary;

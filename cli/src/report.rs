@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 
 use serde::Serialize;
+use vmring::device::Offloads;
 use vmring::stats::Histogram;
 
 use crate::failure::Failure;
@@ -105,6 +106,18 @@ pub(crate) fn bytes(n: u64) -> String {
         }
     }
     format!("{n} bytes")
+}
+
+/// What of the offloads is on.
+pub(crate) fn offload_names(offloads: Offloads) -> Vec<&'static str> {
+    let named = [
+        (offloads.checksum, "checksum"),
+        (offloads.tso4, "tso4"),
+        (offloads.tso6, "tso6"),
+        (offloads.uso, "uso"),
+        (offloads.virtio_header, "virtio_header"),
+    ];
+    named.into_iter().filter_map(|(on, name)| on.then_some(name)).collect()
 }
 
 /// Sizes of the batches that went through a ring one way.
