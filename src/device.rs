@@ -21,6 +21,7 @@ pub mod vmnet;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::BitAnd;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -73,6 +74,27 @@ pub struct Offloads {
     pub uso: bool,
     /// A 12-byte `virtio_net_hdr` in front of each packet.
     pub virtio_header: bool,
+}
+
+impl Offloads {
+    /// Every one.
+    pub const ALL: Self =
+        Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
+}
+
+/// What both do.
+impl BitAnd for Offloads {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self {
+            checksum: self.checksum && other.checksum,
+            tso4: self.tso4 && other.tso4,
+            tso6: self.tso6 && other.tso6,
+            uso: self.uso && other.uso,
+            virtio_header: self.virtio_header && other.virtio_header,
+        }
+    }
 }
 
 impl Capabilities {

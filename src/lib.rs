@@ -40,6 +40,8 @@
 //! * **Front-ends**: [`Blocking`] and [`Async`], each over a ring of its own.
 //! * **Devices**: [`Embedded`] (the default), [`Loopback`], the wrappers in [`device`], and the trait
 //!   [`device::Device`] for your own.
+//! * **From one device to another**: [`Frame::forward_offload`], and [`software`] for what the other
+//!   one does not do.
 //! * **Contracts** (each has a test of its name): a slot is in one place at a time; a refused submit
 //!   gives the frame back; the completion queue never overflows; packets complete in arrival order;
 //!   no posted read, no packet; a cancel never drops a packet; closing completes everything in
@@ -61,6 +63,7 @@ pub mod pool;
 pub mod ring;
 #[cfg(feature = "serde")]
 mod sexp;
+pub mod software;
 pub mod stats;
 
 pub use blocking::Blocking;

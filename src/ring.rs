@@ -36,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::doorbell::{Doorbell, Park};
-use vmring_core::offload::{self, Gso, OffloadHeader};
+use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Class, Frame, Opcode, Pool, Reaped, Reaper, Refusal, Submitter};
 
 use crate::device::{Capabilities, Orphan, deregister};
@@ -45,6 +45,7 @@ use crate::error::{
 };
 use crate::notify::{Notifier, after, lock, poll_in};
 use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
+use crate::software::{self, Left};
 use crate::stats::{RingCounters, RingStats};
 
 /// Bits of [`RingShared::control`].
@@ -665,14 +666,7 @@ impl SubmissionQueue {
             false => OffloadHeader::NONE,
         };
         header.validate(frame.len()).map_err(SubmitErrorKind::Offload)?;
-        let negotiated = match header.gso {
-            Gso::None => true,
-            Gso::TcpV4 => offloads.tso4,
-            Gso::TcpV6 => offloads.tso6,
-            Gso::UdpL4 => offloads.uso,
-            Gso::Udp => false,
-        } && (header.is_plain() || offloads.virtio_header && offloads.checksum);
-        if !negotiated {
+        if software::left_by(offloads, &header) != Left::Nothing {
             return Err(SubmitErrorKind::OffloadNotNegotiated);
         }
         if offloads.virtio_header {

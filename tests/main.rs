@@ -14,6 +14,7 @@ mod pcap;
 mod pollers;
 mod safe_api;
 mod serde;
+mod software;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
 #[cfg(not(target_os = "macos"))]
