@@ -295,6 +295,11 @@ pub trait Queue: Send {
     /// status and the ring closes.
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status>;
 
+    /// From here on one thread drives the queue, a poller's, and this is it. Without this call, which
+    /// comes before the first [`poll`](Self::poll), the queue may be driven by another thread each
+    /// time.
+    fn settle(&mut self) {}
+
     /// The poller is about to sleep: from here on a packet must ring the `wake`. False if there is
     /// something to do already.
     fn arm(&mut self) -> bool {

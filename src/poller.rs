@@ -205,6 +205,8 @@ pub(crate) struct Engine {
     coalesce: Option<(u64, Instant)>,
     /// Orphans taken out of the shared list, kept to reuse its memory.
     orphans: Vec<crate::device::Orphan>,
+    /// A poller's thread drives it, and no other will.
+    settled: bool,
 }
 
 impl fmt::Debug for Engine {
@@ -262,7 +264,18 @@ impl Engine {
             stall: None,
             coalesce: None,
             orphans: Vec::with_capacity(reads + writes),
+            settled: false,
         })
+    }
+
+    /// From here on this thread drives it.
+    fn settle(&mut self) {
+        self.settled = true;
+        if let Some(queue) = &mut self.queue
+            && guard(|| queue.settle()).is_err()
+        {
+            self.panicked();
+        }
     }
 
     /// One round: takes submissions, lets the device make progress once, shows completions. Never
@@ -593,6 +606,9 @@ impl Engine {
                 (self.caps, self.descriptor) = (caps, descriptor);
                 self.queue = Some(queue);
                 self.phase = Phase::Open;
+                if self.settled {
+                    self.settle();
+                }
                 self.shared.counters.poller.restarts.add(1);
                 // Whatever came between is looked at once.
                 self.shared.device_rang();
@@ -1130,7 +1146,8 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
         if shared.arrived.swap(false, Ordering::AcqRel) {
             let mut arrivals = lock(&shared.arrivals);
             orphaned |= arrivals.orphaned;
-            for (place, engine, handoff) in arrivals.engines.drain(..) {
+            for (place, mut engine, handoff) in arrivals.engines.drain(..) {
+                engine.settle();
                 if seats.len() <= place {
                     seats.resize_with(place + 1, || None);
                 }

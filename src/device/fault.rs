@@ -304,6 +304,10 @@ impl Queue for FaultyQueue {
         result
     }
 
+    fn settle(&mut self) {
+        self.inner.settle();
+    }
+
     fn arm(&mut self) -> bool {
         !self.left_some
             && self.inner.arm()

@@ -239,6 +239,10 @@ impl Queue for RecordedQueue {
         result
     }
 
+    fn settle(&mut self) {
+        self.inner.settle();
+    }
+
     fn arm(&mut self) -> bool {
         self.inner.arm()
     }
