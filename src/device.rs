@@ -15,6 +15,8 @@ pub mod fault;
 pub mod loopback;
 #[cfg(feature = "pcap")]
 pub mod pcap;
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub mod tap;
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub mod vmnet;
 

@@ -327,6 +327,10 @@ pub enum Error {
         /// The answer, in words.
         what: &'static str,
     },
+    /// A rule of the kernel's TAP was broken.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    #[error(transparent)]
+    Tap(#[from] crate::device::tap::TapError),
     /// A setting that cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -69,6 +69,8 @@ pub mod stats;
 pub use blocking::Blocking;
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub use device::tap::{Tap, TapEngine, TapError};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub use device::vmnet::{Network, Vmnet};
 pub use error::{

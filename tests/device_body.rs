@@ -8,7 +8,8 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
+    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Mode, Op, Poller,
+    RetryPolicy, Ring,
 };
 
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
@@ -299,6 +300,26 @@ fn on_vmnet(kind: &impl Kind) {
     });
 }
 
+/// Two TAPs of the kernel on a bridge, in a namespace of their own.
+#[cfg(target_os = "linux")]
+fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
+    use crate::netns::{in_namespace, sh};
+    in_namespace(move || {
+        sh("ip link add br0 mtu 9000 type bridge mcast_snooping 0 && ip link set br0 up");
+        every_way(|way, poller| {
+            let end = |name: &str| {
+                let builder = Interface::builder().mode(Mode::Bridged("br0".to_owned()));
+                kind.wrap(builder, vmring::Tap::named(name).engine(engine))
+            };
+            body(vec![end("left"), end("right")], kind.ordered(), way, poller);
+            // (A program that another test starts has our descriptors until it has begun.)
+            crate::support::eventually("the interfaces take their TAPs with them", || {
+                sh("ip -o link show type tun").is_empty()
+            });
+        });
+    });
+}
+
 fn sink() -> Capture {
     Capture::to_writer(std::io::sink()).expect("a capture")
 }
@@ -322,6 +343,18 @@ macro_rules! on_every_device {
             #[test]
             fn vmnet() {
                 guarded(|| on_vmnet(&$kind));
+            }
+
+            #[cfg(target_os = "linux")]
+            #[test]
+            fn tap_by_io_uring() {
+                on_tap(vmring::TapEngine::IoUring, $kind);
+            }
+
+            #[cfg(target_os = "linux")]
+            #[test]
+            fn tap_by_plain_calls() {
+                on_tap(vmring::TapEngine::Plain, $kind);
             }
         }
     )+};

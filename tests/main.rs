@@ -3,6 +3,8 @@
 mod compile_fail;
 mod contracts;
 mod device_body;
+#[cfg(target_os = "linux")]
+mod netns;
 mod support;
 
 mod close;

@@ -1,0 +1,703 @@
+//! The kernel's TAP: what vmnet is on macOS, on Linux. Feature `tap`.
+//!
+//! ```no_run
+//! use vmring::{Direction, Interface, Mode, Tap};
+//!
+//! // As root: makes tap0, gives the host 192.168.64.1 on it, masquerades, and answers DHCP.
+//! let interface = Interface::builder().mode(Mode::Shared).device(Tap::named("tap0")).start()?;
+//! let mut ring = interface.ring(Direction::Both).build()?;
+//! # Ok::<(), vmring::Error>(())
+//! ```
+//!
+//! # Where the TAP comes from
+//!
+//! | | makes it | sets it up | needs |
+//! |---|---|---|---|
+//! | [`Tap::new`] | the kernel chooses the name | as the mode says | root, or CAP_NET_ADMIN |
+//! | [`Tap::named`], none there | under that name | as the mode says | the same |
+//! | [`Tap::named`], a persistent one | root did (`ip tuntap add t0 mode tap user me`) | root did | nothing |
+//! | [`Tap::from_fd`] | who opened it | who opened it | nothing |
+//!
+//! [`Tap::configure`] overrides the third column. What an interface has set up it takes away again
+//! when it stops, and nothing else; a TAP that it made goes with it.
+//!
+//! # Modes
+//!
+//! * [`Mode::Host`]: the host has the first address of the range on the TAP, and a DHCP server
+//!   answers there with the others.
+//! * [`Mode::Shared`]: the same, with the host as the router: the guest's packets leave with the
+//!   host's own address (an nftables table `vmring_NAME` of this interface's own), and IPv4
+//!   forwarding is on while the interface runs.
+//! * [`Mode::Bridged`]: the TAP is a port of the bridge of that name. Addresses are the network's
+//!   affair.
+//!
+//! # Engines
+//!
+//! Frames move by io_uring: one multishot read over a ring of provided buffers, which are the posted
+//! slots, and writes in batches. Where the kernel is older than 6.7, or a container forbids io_uring,
+//! a plain `read(2)` and `write(2)` per frame do the same work. [`Device::counters`] says which one
+//! runs; [`Tap::engine`] chooses.
+//!
+//! # Offload
+//!
+//! Asked for at start ([`Builder::offloads`](crate::Builder::offloads)), granted as far as the kernel
+//! knows it: [`Capabilities::offloads`] has the answer. With any of it each packet has its 12-byte
+//! header in the headroom, and packets of up to 65,549 bytes come and go; without, none is longer
+//! than the MTU and 14 bytes, and one that is, because somebody has raised the MTU meanwhile, is
+//! dropped and counted.
+//!
+//! # When the TAP goes away
+//!
+//! Somebody deletes it: what is in flight completes with [`Status::Failure`], the rings are closed
+//! for that reason. [`Interface::restart`](crate::Interface::restart) takes the TAP up again when it
+//! is back (or makes it again, if this interface had made it), and new rings can be built. Link down
+//! is not that: writes fail with [`Status::SetupIncomplete`] until it is up again, reads wait.
+
+mod dhcp;
+mod error;
+mod link;
+mod nat;
+mod open;
+mod plain;
+mod setup;
+mod uring;
+mod wire;
+
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use macaddr::MacAddr6;
+
+pub use error::TapError;
+use open::{Flags, TapQueueFd};
+use plain::Plain;
+use setup::Setup;
+use uring::Uring;
+use wire::{ETHERNET, Wire};
+
+use crate::device::loopback::mac_of;
+use crate::device::{Capabilities, Device, Io, Lease, Offloads, Progress, Queue, Wake};
+use crate::error::{ConfigError, Direction, Error, Status};
+use crate::interface::{Config, Driver, InterfaceInfo, Mode};
+use crate::notify::lock;
+use vmring_core::offload;
+
+/// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.
+const IP_MAX: u32 = 65_535;
+/// The most queues the kernel gives a TAP (`MAX_TAP_QUEUES`).
+const QUEUES_MAX: usize = 256;
+
+/// How frames move between slots and the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TapEngine {
+    /// io_uring where it works, else plain calls. The default.
+    #[default]
+    Auto,
+    /// io_uring, or no start.
+    IoUring,
+    /// `read(2)` and `write(2)`.
+    Plain,
+}
+
+impl fmt::Display for TapEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TapEngine::Auto => "auto",
+            TapEngine::IoUring => "io_uring",
+            TapEngine::Plain => "plain",
+        })
+    }
+}
+
+impl FromStr for TapEngine {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "auto" => Ok(TapEngine::Auto),
+            "io_uring" => Ok(TapEngine::IoUring),
+            "plain" => Ok(TapEngine::Plain),
+            _ => Err(ConfigError::Invalid(format!(
+                "the engine is auto, io_uring or plain, and not '{text}'"
+            ))),
+        }
+    }
+}
+
+impl TapEngine {
+    /// The engine that this process can have; for `Auto`, which one it is.
+    ///
+    /// # Errors
+    ///
+    /// Of [`IoUring`](Self::IoUring), why it cannot be had.
+    pub fn resolve(self) -> Result<Self, Error> {
+        match self {
+            TapEngine::Plain => Ok(TapEngine::Plain),
+            TapEngine::IoUring => uring::check()
+                .map(|()| TapEngine::IoUring)
+                .map_err(Error::io("making an io_uring with multishot reads")),
+            TapEngine::Auto => Ok(match uring::check() {
+                Ok(()) => TapEngine::IoUring,
+                Err(error) => {
+                    tracing::info!(%error, "no io_uring: the TAP is driven by plain calls");
+                    TapEngine::Plain
+                }
+            }),
+        }
+    }
+}
+
+/// A driver for [`Interface::builder`](crate::Interface::builder): a TAP of the Linux kernel. See the
+/// [module](self).
+#[derive(Debug)]
+pub struct Tap {
+    source: Source,
+    options: Options,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// A name, which may hold `%d`.
+    Name(String),
+    Descriptors(Vec<OwnedFd>),
+}
+
+#[derive(Clone, Debug)]
+struct Options {
+    queues: usize,
+    engine: TapEngine,
+    dhcp: bool,
+    lease_time: Duration,
+    dns: Vec<Ipv4Addr>,
+    host_mac: Option<MacAddr6>,
+    configure: Option<bool>,
+}
+
+impl Default for Tap {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Tap {
+    /// A new TAP, to which the kernel gives a name (`tap0`, `tap1`, ...).
+    pub fn new() -> Self {
+        Self::of(Source::Name("tap%d".to_owned()))
+    }
+
+    /// The TAP of that name: the persistent one, if it is there, else a new one.
+    pub fn named(name: impl Into<String>) -> Self {
+        Self::of(Source::Name(name.into()))
+    }
+
+    /// A TAP that somebody else has opened: for a VMM that gets it from a privileged parent. Opened
+    /// with `IFF_TAP | IFF_NO_PI`, and with `IFF_VNET_HDR` if offload is wanted.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self::from_fds([fd])
+    }
+
+    /// As [`from_fd`](Self::from_fd), with a descriptor for each queue of a TAP with several.
+    pub fn from_fds(fds: impl IntoIterator<Item = OwnedFd>) -> Self {
+        Self::of(Source::Descriptors(fds.into_iter().collect()))
+    }
+
+    fn of(source: Source) -> Self {
+        let options = Options {
+            queues: 1,
+            engine: TapEngine::Auto,
+            dhcp: true,
+            lease_time: Duration::from_secs(86_400),
+            dns: Vec::new(),
+            host_mac: None,
+            configure: None,
+        };
+        Self { source, options }
+    }
+
+    /// Queues of the TAP, each for a reading ring of its own: 1 to 256. The kernel spreads flows over
+    /// the queues that are read. Default 1. For rings on all of them see
+    /// [`RingBuilder::rings`](crate::RingBuilder::rings).
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.options.queues = queues;
+        self
+    }
+
+    /// How frames move. Default [`TapEngine::Auto`].
+    pub fn engine(mut self, engine: TapEngine) -> Self {
+        self.options.engine = engine;
+        self
+    }
+
+    /// Whether a DHCP server answers on the TAP in host and shared mode. Default true.
+    pub fn dhcp(mut self, yes: bool) -> Self {
+        self.options.dhcp = yes;
+        self
+    }
+
+    /// How long its addresses are given out for. Default 24 hours.
+    pub fn lease_time(mut self, time: Duration) -> Self {
+        self.options.lease_time = time;
+        self
+    }
+
+    /// Name servers that it announces. Default none.
+    pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
+        self.options.dns.extend(servers);
+        self
+    }
+
+    /// The MAC address of the host's end. Default: the kernel's choice.
+    pub fn host_mac(mut self, mac: MacAddr6) -> Self {
+        self.options.host_mac = Some(mac);
+        self
+    }
+
+    /// Whether the interface sets up the host's end as its mode says: address, DHCP, address
+    /// translation, bridge. Default: yes for a TAP that it makes, no for one that is there. (Either
+    /// way it brings the TAP up, and sets the MTU and the host's MAC if they were asked for.)
+    pub fn configure(mut self, yes: bool) -> Self {
+        self.options.configure = Some(yes);
+        self
+    }
+}
+
+impl Driver for Tap {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        let Tap { source, options } = *self;
+        let queues = match &source {
+            Source::Name(name) => {
+                if name != "tap%d" {
+                    open::check_name(name)?;
+                }
+                options.queues
+            }
+            Source::Descriptors(fds) => fds.len(),
+        };
+        if !(1..=QUEUES_MAX).contains(&queues) {
+            let sentence = format!("a TAP has 1 to {QUEUES_MAX} queues, and not {queues}");
+            return Err(ConfigError::Invalid(sentence).into());
+        }
+        if config.isolated && matches!(config.mode, Mode::Bridged(_)) {
+            let device = "tap".to_owned();
+            return Err(Error::NotSupported { what: "isolation on a bridge", device });
+        }
+        let engine = options.engine.resolve()?;
+        let source = match source {
+            Source::Name(name) => Origin::Name { name, made: false },
+            Source::Descriptors(fds) => {
+                let adopted = fds.into_iter().map(TapQueueFd::adopt).collect::<Result<_, _>>()?;
+                Origin::Descriptors(adopted)
+            }
+        };
+        let mut origin = source;
+        let running = Running::start(&mut origin, None, &options, engine, config)?;
+        Ok(Arc::new(TapDevice {
+            info: running.info(config),
+            caps: running.caps(config),
+            config: config.clone(),
+            options,
+            engine,
+            name: running.name.clone(),
+            fallbacks: Arc::default(),
+            origin: Mutex::new(origin),
+            running: Mutex::new(Some(running)),
+        }))
+    }
+}
+
+/// Where the queues' descriptors come from, at a start and at each restart.
+#[derive(Debug)]
+enum Origin {
+    Name {
+        name: String,
+        /// This interface has made the TAP, so it may make it again.
+        made: bool,
+    },
+    /// Kept for the interface's whole life: nobody can open them again.
+    Descriptors(Vec<TapQueueFd>),
+}
+
+struct TapDevice {
+    info: InterfaceInfo,
+    caps: Capabilities,
+    config: Config,
+    options: Options,
+    engine: TapEngine,
+    name: String,
+    /// Queues that were to have an io_uring and got none.
+    fallbacks: Arc<AtomicU64>,
+    origin: Mutex<Origin>,
+    /// `None` while stopped.
+    running: Mutex<Option<Running>>,
+}
+
+/// An open TAP.
+struct Running {
+    name: String,
+    seats: Arc<Mutex<Vec<Seat>>>,
+    wire: Arc<Wire>,
+    setup: Setup,
+    mtu: u32,
+    offloads: Offloads,
+}
+
+/// A queue of the TAP, and who uses it.
+#[derive(Debug)]
+struct Seat {
+    fd: Arc<TapQueueFd>,
+    multi: bool,
+    reader: bool,
+    writers: usize,
+    /// The kernel puts frames into it.
+    attached: bool,
+}
+
+impl Running {
+    /// `again`: the name it had before, at a restart.
+    fn start(
+        origin: &mut Origin,
+        again: Option<&str>,
+        options: &Options,
+        engine: TapEngine,
+        config: &Config,
+    ) -> Result<Self, Error> {
+        let wants = config.offloads != Offloads::default();
+        let mut setup = Setup::open()?;
+        let (fds, name, header, multi, fresh) = match origin {
+            Origin::Name { name, made } => {
+                let flags = Flags { multi: options.queues > 1, header: wants };
+                let wanted = again.unwrap_or(name);
+                let there = !wanted.contains('%') && setup.find(wanted)?.is_some();
+                if again.is_some() && !there && !*made {
+                    return Err(TapError::Gone(wanted.to_owned()).into());
+                }
+                let (first, name) = open::open(wanted, flags)?;
+                *made = !there;
+                let mut fds = vec![first];
+                for _ in 1..options.queues {
+                    fds.push(open::open(&name, flags)?.0);
+                }
+                let fds: Vec<_> = fds.into_iter().map(Arc::new).collect();
+                (fds, name, wants, flags.multi, !there)
+            }
+            Origin::Descriptors(adopted) => {
+                let described: Vec<_> =
+                    adopted.iter().map(TapQueueFd::describe).collect::<Result<_, _>>()?;
+                let first = &described[0];
+                if described.iter().any(|other| other.name != first.name) {
+                    return Err(TapError::Descriptor("they are queues of different TAPs").into());
+                }
+                let fds = adopted.iter().map(TapQueueFd::another).collect::<Result<Vec<_>, _>>()?;
+                let fds = fds.into_iter().map(Arc::new).collect();
+                (fds, first.name.clone(), first.header, first.multi, false)
+            }
+        };
+        let mut offloads = Offloads::default();
+        if header {
+            fds[0].set_header()?;
+            offloads = fds[0].set_offloads(config.offloads)?;
+        } else if fresh {
+            // A persistent one may have been left with some.
+            fds[0].set_offloads(offloads)?;
+        }
+        let mut seats: Vec<_> = fds
+            .into_iter()
+            .map(|fd| Seat { fd, multi, reader: false, writers: 0, attached: true })
+            .collect();
+        let asked = setup::Asked {
+            name: &name,
+            fresh,
+            configure: options.configure.unwrap_or(fresh),
+            config,
+            host_mac: options.host_mac,
+            dhcp: options.dhcp,
+            lease_time: options.lease_time,
+            dns: &options.dns,
+        };
+        let host_mac = seats[0].fd.host_mac()?;
+        let (mtu, dhcp) = setup.apply(&asked, host_mac)?;
+        for seat in seats.iter_mut().skip(1) {
+            seat.attach(false);
+        }
+        let segments = offloads.tso4 || offloads.tso6 || offloads.uso;
+        let longest = if segments { IP_MAX.max(mtu) } else { mtu };
+        let wire = Wire {
+            header: if header { offload::LEN } else { 0 },
+            max_packet_size: longest as usize + ETHERNET,
+            dhcp,
+            too_big: AtomicU64::new(0),
+            malformed: AtomicU64::new(0),
+        };
+        tracing::info!(tap = name, mtu, ?offloads, %engine, queues = seats.len(), "opened");
+        Ok(Self {
+            name,
+            seats: Arc::new(Mutex::new(seats)),
+            wire: Arc::new(wire),
+            setup,
+            mtu,
+            offloads,
+        })
+    }
+
+    fn info(&self, config: &Config) -> InterfaceInfo {
+        let max = self.wire.max_packet_size as u32;
+        let mut info = InterfaceInfo::new(config, mac_of(config), self.mtu, max);
+        info.ipv4 = self.setup.range();
+        info
+    }
+
+    fn caps(&self, _config: &Config) -> Capabilities {
+        let mut caps = Capabilities::new(self.mtu, self.wire.max_packet_size as u32);
+        caps.max_read_batch = uring::WRITES.into();
+        caps.max_write_batch = uring::WRITES.into();
+        caps.headroom = self.wire.header as u32;
+        caps.offloads = self.offloads;
+        caps.reading_rings = lock(&self.seats).len();
+        caps.writing_rings = usize::MAX;
+        caps
+    }
+}
+
+impl Seat {
+    /// Whether the kernel is to put frames into it. Only a TAP with several queues has the choice.
+    fn attach(&mut self, yes: bool) {
+        if self.multi && self.attached != yes {
+            match self.fd.attach(yes) {
+                Ok(()) => self.attached = yes,
+                Err(error) => tracing::warn!(%error, attach = yes, "a queue of the TAP stays"),
+            }
+        }
+    }
+
+    fn is_used(&self) -> bool {
+        self.reader || self.writers > 0
+    }
+}
+
+/// The seats that nobody uses get no frames, but one of all stays.
+fn tidy(seats: &mut [Seat]) {
+    let any = seats.iter().any(Seat::is_used);
+    for (i, seat) in seats.iter_mut().enumerate() {
+        let yes = seat.is_used() || (!any && i == 0);
+        if yes {
+            seat.attach(true);
+        }
+    }
+    for (i, seat) in seats.iter_mut().enumerate() {
+        if !(seat.is_used() || (!any && i == 0)) {
+            seat.attach(false);
+        }
+    }
+}
+
+impl Device for TapDevice {
+    fn name(&self) -> &str {
+        "tap"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    fn queue(&self, direction: Direction, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let running = lock(&self.running);
+        let running = running.as_ref().ok_or(Status::SetupIncomplete)?;
+        let mut seats = lock(&running.seats);
+        let place = if direction.reads() {
+            let free = seats.iter().position(|seat| !seat.reader);
+            // The caller keeps to the number of rings; the last one has closed.
+            free.ok_or(Status::SetupIncomplete)?
+        } else {
+            seats.iter().position(Seat::is_used).unwrap_or(0)
+        };
+        let seat = &mut seats[place];
+        seat.reader |= direction.reads();
+        seat.writers += usize::from(direction.writes());
+        let fd = seat.fd.clone();
+        tidy(&mut seats);
+        let engine = match self.engine {
+            TapEngine::Plain => Engine::Plain(Plain::new(fd.clone())),
+            _ => Engine::Uring(Box::new(Uring::new(fd.clone()))),
+        };
+        Ok(Box::new(TapQueue {
+            engine,
+            fd,
+            wire: running.wire.clone(),
+            seats: running.seats.clone(),
+            place,
+            direction,
+            may_fall_back: self.options.engine == TapEngine::Auto,
+            fallbacks: self.fallbacks.clone(),
+            prepared: false,
+        }))
+    }
+
+    fn stop(&self) -> Result<(), Error> {
+        let Some(running) = lock(&self.running).take() else { return Ok(()) };
+        let Running { seats, mut setup, .. } = running;
+        let result = setup.undo();
+        drop(seats);
+        result
+    }
+
+    fn restart(&self) -> Result<(), Error> {
+        let before = self.stop();
+        if let Err(error) = before {
+            // It may be gone, with all that was to be undone.
+            tracing::debug!(%error, "the TAP was not left as it was found");
+        }
+        let origin = &mut *lock(&self.origin);
+        let mut config = self.config.clone();
+        // With the MTU that rings and guests know.
+        config.mtu = Some(self.info.mtu);
+        let name = Some(self.name.as_str());
+        let running = Running::start(origin, name, &self.options, self.engine, &config)?;
+        if running.offloads != self.caps.offloads {
+            let what = "fewer offloads than before the restart";
+            return Err(Error::Answer { device: "tap", what });
+        }
+        *lock(&self.running) = Some(running);
+        Ok(())
+    }
+
+    fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
+        setup::bridges()
+    }
+
+    fn lease(&self, mac: MacAddr6) -> Option<Lease> {
+        lock(&self.running).as_ref()?.wire.dhcp.as_ref()?.lease(mac)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let fallbacks = self.fallbacks.load(Ordering::Relaxed);
+        let mut counters = vec![
+            ("io_uring", u64::from(self.engine == TapEngine::IoUring)),
+            ("io_uring fallbacks", fallbacks),
+        ];
+        if let Some(running) = &*lock(&self.running) {
+            counters.push(("queues", lock(&running.seats).len() as u64));
+            if let Some(dhcp) = &running.wire.dhcp {
+                counters.extend(dhcp.counters());
+            }
+        }
+        counters
+    }
+
+    fn drops(&self) -> Vec<(&'static str, u64)> {
+        let running = lock(&self.running);
+        let Some(running) = &*running else { return Vec::new() };
+        let wire = &running.wire;
+        vec![
+            ("too big", wire.too_big.load(Ordering::Relaxed)),
+            ("malformed", wire.malformed.load(Ordering::Relaxed)),
+        ]
+    }
+}
+
+#[derive(Debug)]
+enum Engine {
+    Uring(Box<Uring>),
+    Plain(Plain),
+}
+
+/// One ring's share of a TAP.
+struct TapQueue {
+    engine: Engine,
+    fd: Arc<TapQueueFd>,
+    wire: Arc<Wire>,
+    seats: Arc<Mutex<Vec<Seat>>>,
+    place: usize,
+    direction: Direction,
+    may_fall_back: bool,
+    fallbacks: Arc<AtomicU64>,
+    prepared: bool,
+}
+
+impl TapQueue {
+    /// The engine's first use, on the thread that uses it.
+    #[cold]
+    fn prepare(&mut self) -> Result<(), Status> {
+        if let Engine::Uring(uring) = &mut self.engine
+            && let Err(error) = uring.prepare()
+        {
+            if !self.may_fall_back {
+                tracing::error!(%error, "no io_uring for a queue of the TAP");
+                return Err(Status::MemFailure);
+            }
+            tracing::warn!(%error, "no io_uring for a queue of the TAP: plain calls instead");
+            self.fallbacks.fetch_add(1, Ordering::Relaxed);
+            self.engine = Engine::Plain(Plain::new(self.fd.clone()));
+        }
+        self.prepared = true;
+        Ok(())
+    }
+}
+
+impl Queue for TapQueue {
+    fn settle(&mut self) {
+        if let Engine::Uring(uring) = &mut self.engine {
+            uring.settle();
+        }
+    }
+
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        if !self.prepared {
+            self.prepare()?;
+        }
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.poll(io, &self.wire),
+            Engine::Plain(plain) => {
+                plain.write(io, &self.wire)?;
+                plain.read(io, &self.wire)
+            }
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.arm(),
+            Engine::Plain(_) => true,
+        }
+    }
+
+    fn cancel(&mut self, target: Option<u64>) -> u32 {
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.cancel(target),
+            Engine::Plain(_) => 0,
+        }
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        match &mut self.engine {
+            Engine::Uring(uring) => uring.close(io, &self.wire),
+            Engine::Plain(_) => true,
+        }
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(match &self.engine {
+            Engine::Uring(uring) => uring.descriptor(),
+            Engine::Plain(plain) => plain.descriptor(),
+        })
+    }
+}
+
+impl Drop for TapQueue {
+    fn drop(&mut self) {
+        let mut seats = lock(&self.seats);
+        let seat = &mut seats[self.place];
+        seat.reader &= !self.direction.reads();
+        seat.writers -= usize::from(self.direction.writes());
+        tidy(&mut seats);
+    }
+}

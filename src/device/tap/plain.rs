@@ -1,0 +1,85 @@
+//! The engine for kernels and containers without io_uring: a `read(2)` or `write(2)` for each frame,
+//! never blocking.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use super::open::TapQueueFd;
+use super::wire::{Fault, Wire, fault_of};
+use crate::device::{Io, Progress};
+use crate::error::Status;
+
+#[derive(Debug)]
+pub(crate) struct Plain {
+    fd: Arc<TapQueueFd>,
+}
+
+impl Plain {
+    pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
+        Self { fd }
+    }
+
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(crate) fn write(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
+        while let Some(mut slot) = io.take_write() {
+            let Some(bytes) = slot.packet_behind_header_mut(wire.header) else {
+                io.fail(slot, Status::InvalidArgument);
+                continue;
+            };
+            if wire.take_dhcp(bytes) {
+                io.complete_write(slot);
+                continue;
+            }
+            let fd = self.fd.as_raw_fd();
+            // SAFETY: the bytes live through the call, with this length.
+            let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+            if written >= 0 {
+                io.complete_write(slot);
+                continue;
+            }
+            match fault_of(errno()) {
+                Fault::Wait => {
+                    io.put_back(slot);
+                    break;
+                }
+                Fault::Entry(status) => io.fail(slot, status),
+                Fault::Gone(status) => {
+                    io.put_back(slot);
+                    return Err(status);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn read(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
+        while let Some(mut slot) = io.take_read() {
+            let Some(room) = slot.room_behind_header_mut(wire.header) else {
+                io.fail(slot, Status::InvalidArgument);
+                continue;
+            };
+            let fd = self.fd.as_raw_fd();
+            // SAFETY: the room is ours through the call, with this length.
+            let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
+            if let Ok(len) = usize::try_from(len) {
+                wire.received(io, slot, len);
+                continue;
+            }
+            let fault = fault_of(errno());
+            io.put_back(slot);
+            return match fault {
+                Fault::Wait => Ok(Progress::Idle),
+                Fault::Entry(status) | Fault::Gone(status) => Err(status),
+            };
+        }
+        Ok(Progress::More)
+    }
+}
+
+fn errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}

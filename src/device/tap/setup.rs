@@ -1,0 +1,223 @@
+//! The host's end of a TAP: what is set when an interface starts, and taken away when it stops.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use macaddr::MacAddr6;
+use vmring_embedded::dhcp::DhcpConfig;
+use vmring_embedded::{Ipv4Range as Range, NetworkMode};
+
+use super::TapError;
+use super::dhcp::Dhcp;
+use super::link::{Link, Netlink};
+use super::nat::{Forwarding, Masquerade};
+use crate::error::{ConfigError, Error};
+use crate::interface::{Config, Ipv4Range, Mode};
+
+/// What an interface asks of the host's end.
+pub(crate) struct Asked<'a> {
+    pub(crate) name: &'a str,
+    /// The TAP has just been made, and goes when it is closed.
+    pub(crate) fresh: bool,
+    /// Set up what the mode says.
+    pub(crate) configure: bool,
+    pub(crate) config: &'a Config,
+    pub(crate) host_mac: Option<MacAddr6>,
+    pub(crate) dhcp: bool,
+    pub(crate) lease_time: Duration,
+    pub(crate) dns: &'a [Ipv4Addr],
+}
+
+/// What was set, and how to take it back.
+#[derive(Debug)]
+pub(crate) struct Setup {
+    netlink: Netlink,
+    undo: Vec<Undo>,
+    /// In the order in which they are dropped.
+    masquerade: Option<Masquerade>,
+    forwarding: Option<Forwarding>,
+    range: Option<Ipv4Range>,
+}
+
+#[derive(Debug)]
+enum Undo {
+    Down { index: u32 },
+    Mtu { index: u32, mtu: u32 },
+    Mac { index: u32, mac: MacAddr6 },
+    Address { index: u32, address: Ipv4Addr, prefix: u8 },
+    Master { index: u32, master: Option<u32> },
+}
+
+/// The bridges there are.
+pub(crate) fn bridges() -> Result<Vec<String>, Error> {
+    Netlink::open()?.bridges()
+}
+
+impl Setup {
+    /// In the network namespace of this thread, in which it stays.
+    pub(crate) fn open() -> Result<Self, Error> {
+        let netlink = Netlink::open()?;
+        Ok(Self { netlink, undo: Vec::new(), masquerade: None, forwarding: None, range: None })
+    }
+
+    pub(crate) fn find(&mut self, name: &str) -> Result<Option<Link>, Error> {
+        self.netlink.link(name)
+    }
+
+    pub(crate) fn range(&self) -> Option<Ipv4Range> {
+        self.range
+    }
+
+    /// Sets what was asked for. Answers with the MTU, and the DHCP server if there is one. After an
+    /// error, what was set is taken back.
+    pub(crate) fn apply(
+        &mut self,
+        asked: &Asked<'_>,
+        host_mac: MacAddr6,
+    ) -> Result<(u32, Option<Dhcp>), Error> {
+        let result = self.try_apply(asked, host_mac);
+        if result.is_err() {
+            let _ = self.undo();
+        }
+        result
+    }
+
+    fn try_apply(
+        &mut self,
+        asked: &Asked<'_>,
+        host_mac: MacAddr6,
+    ) -> Result<(u32, Option<Dhcp>), Error> {
+        let config = asked.config;
+        if let Some(mtu) = config.mtu
+            && !(68..=65_521).contains(&mtu)
+        {
+            let sentence = format!("a TAP's MTU is 68 to 65,521 bytes, and not {mtu}");
+            return Err(ConfigError::Invalid(sentence).into());
+        }
+        let Some(link) = self.netlink.link(asked.name)?.filter(|link| link.mac == host_mac) else {
+            // A descriptor from another network namespace: whoever sent it has set it up.
+            if asked.configure || asked.host_mac.is_some() {
+                return Err(TapError::Setting(
+                    "the TAP is in another network namespace, where it cannot be configured from \
+                     here",
+                )
+                .into());
+            }
+            return Ok((config.mtu.unwrap_or(1500), None));
+        };
+        let index = link.index;
+        if let Some(mac) = asked.host_mac.filter(|mac| *mac != link.mac) {
+            self.netlink.set_mac(index, mac)?;
+            self.undo.push(Undo::Mac { index, mac: link.mac });
+        }
+        let mtu = config.mtu.unwrap_or(link.mtu);
+        if mtu != link.mtu {
+            self.netlink.set_mtu(index, mtu)?;
+            self.undo.push(Undo::Mtu { index, mtu: link.mtu });
+        }
+        let mut dhcp = None;
+        if asked.configure {
+            match &config.mode {
+                Mode::Bridged(bridge) => self.enslave(&link, bridge)?,
+                Mode::Host => dhcp = self.address(asked, &link, NetworkMode::Host, mtu)?,
+                Mode::Shared => {
+                    dhcp = self.address(asked, &link, NetworkMode::Shared, mtu)?;
+                }
+            }
+        }
+        if !link.up {
+            self.netlink.set_up(index, true)?;
+            self.undo.push(Undo::Down { index });
+        }
+        if asked.fresh {
+            // All of that goes with the TAP.
+            self.undo.clear();
+        }
+        Ok((mtu, dhcp))
+    }
+
+    fn enslave(&mut self, link: &Link, bridge: &str) -> Result<(), Error> {
+        let master = self.netlink.link(bridge)?.filter(|link| link.is_bridge);
+        let master = master.ok_or_else(|| TapError::NoBridge(bridge.to_owned()))?;
+        if link.master != Some(master.index) {
+            self.netlink.set_master(link.index, Some(master.index))?;
+            self.undo.push(Undo::Master { index: link.index, master: link.master });
+        }
+        Ok(())
+    }
+
+    fn address(
+        &mut self,
+        asked: &Asked<'_>,
+        link: &Link,
+        mode: NetworkMode,
+        mtu: u32,
+    ) -> Result<Option<Dhcp>, Error> {
+        let range = match asked.config.ipv4 {
+            Some(Ipv4Range { start: gateway, end, mask }) => Range { gateway, end, mask },
+            None => Range::of(mode),
+        };
+        range.check().map_err(|error| ConfigError::Invalid(error.to_string()))?;
+        let Range { gateway, end, mask } = range;
+        self.range = Some(Ipv4Range { start: gateway, end, mask });
+        let prefix = u32::from(mask).count_ones() as u8;
+        let network = Ipv4Addr::from(u32::from(gateway) & u32::from(mask));
+        if self.netlink.add_address(link.index, gateway, prefix)? {
+            self.undo.push(Undo::Address { index: link.index, address: gateway, prefix });
+        }
+        let shared = mode == NetworkMode::Shared;
+        if shared {
+            self.masquerade = Some(Masquerade::start(asked.name, network, prefix)?);
+            self.forwarding = Some(Forwarding::start()?);
+        }
+        if !asked.dhcp {
+            return Ok(None);
+        }
+        let config = DhcpConfig {
+            server: gateway,
+            server_mac: asked.host_mac.unwrap_or(link.mac),
+            first: Ipv4Addr::from(u32::from(gateway) + 1),
+            last: end,
+            mask,
+            router: shared.then_some(gateway),
+            dns: asked.dns.to_vec(),
+            mtu: u16::try_from(mtu).ok(),
+            lease_time: asked.lease_time,
+        };
+        Dhcp::new(config, link.index).map(Some)
+    }
+
+    /// Takes back what was set, last first; goes on after an error, of which it answers the first.
+    pub(crate) fn undo(&mut self) -> Result<(), Error> {
+        let mut result = Ok(());
+        let mut keep = |outcome: Result<(), Error>| {
+            if result.is_ok() {
+                result = outcome;
+            }
+        };
+        self.masquerade = None;
+        if let Some(forwarding) = self.forwarding.take() {
+            keep(forwarding.stop());
+        }
+        while let Some(step) = self.undo.pop() {
+            keep(match step {
+                Undo::Down { index } => self.netlink.set_up(index, false),
+                Undo::Mtu { index, mtu } => self.netlink.set_mtu(index, mtu),
+                Undo::Mac { index, mac } => self.netlink.set_mac(index, mac),
+                Undo::Address { index, address, prefix } => {
+                    self.netlink.remove_address(index, address, prefix)
+                }
+                Undo::Master { index, master } => self.netlink.set_master(index, master),
+            });
+        }
+        result
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        if let Err(error) = self.undo() {
+            tracing::debug!(%error, "the TAP was not left as it was found");
+        }
+    }
+}

@@ -1,0 +1,581 @@
+//! The engine over Linux io_uring: one `READ_MULTISHOT` over a ring of provided buffers, which are the
+//! posted slots, and writes in batches; one `io_uring_enter` per turn carries both.
+//!
+//! # Whose a slot is
+//!
+//! A slot that the kernel may touch stands in [`Kernel::reads`] or [`Kernel::writes`]. It leaves them
+//! in two ways only: by the completion that names it, or, for a read, after the multishot request
+//! has ended (its last completion is in) and the buffer ring has been unregistered. Nothing else
+//! takes a slot out, and if neither happens the tables are leaked on purpose ([`Kernel::drop`]).
+//!
+//! # Whose a ring is
+//!
+//! A queue on a poller's thread has a ring for that thread alone (`SINGLE_ISSUER`), in which the
+//! kernel works only inside our `io_uring_enter` (`DEFER_TASKRUN`). A queue that its owner drives may
+//! change threads between two calls; it has a ring without these, and its multishot is ended and
+//! armed anew by the thread that finds itself new. So the ring is made by the first poll, not where
+//! the queue is opened.
+//!
+//! With `DEFER_TASKRUN` the poller sleeps on the TAP's own descriptor: the kernel reads only inside
+//! our calls, so a packet that came is still in the TAP. The ring's descriptor is not enough there:
+//! when one call did not finish the work (the kernel does about 20 pieces a call), neither it nor the
+//! ring's `TASKRUN` flag told of the rest (Linux 6.18). So after a call that brought something comes
+//! another one.
+//!
+//! Sources: io_uring_setup(2), io_uring_enter(2), io_uring_register_buf_ring(3),
+//! io_uring_prep_read_multishot(3), io_uring_cancelation(7).
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use io_uring::types::{BufRingEntry, CancelBuilder, Fd};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
+use memmap2::MmapMut;
+
+use super::open::TapQueueFd;
+use super::wire::{Fault, Wire, fault_of};
+use crate::device::{Io, PostedSlot, Progress};
+use crate::error::Status;
+
+/// Reads that the kernel has at a time; more stay with the poller. A power of two.
+const READS: u16 = 1024;
+/// Writes that one turn hands over.
+pub(crate) const WRITES: u16 = 256;
+/// A completion for each read and write the kernel has, and for cancels.
+const COMPLETIONS: u32 = 2048;
+/// The buffer group of the reads.
+const GROUP: u16 = 0;
+
+/// `user_data` of the multishot request, of its cancel, and of the first write.
+const READ: u64 = 0;
+const CANCEL: u64 = 1;
+const WRITE: u64 = 2;
+
+/// Whether this process may have such a ring and the kernel knows every operation.
+pub(crate) fn check() -> io::Result<()> {
+    let mut kernel = Kernel::new(true).or_else(|_| Kernel::new(false))?;
+    let mut probe = Probe::new();
+    kernel.ring.submitter().register_probe(&mut probe)?;
+    let known = [opcode::ReadMulti::CODE, opcode::Write::CODE, opcode::AsyncCancel::CODE];
+    if known.into_iter().all(|code| probe.is_supported(code)) {
+        kernel.unregister();
+        Ok(())
+    } else {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "READ_MULTISHOT needs Linux 6.7"))
+    }
+}
+
+pub(crate) struct Uring {
+    fd: Arc<TapQueueFd>,
+    /// Whether one thread drives from now on.
+    settled: bool,
+    kernel: Option<Kernel>,
+    /// Taken back from the kernel, or put back by it, until the next poll.
+    recall: Recall,
+}
+
+/// What a cancel is after.
+#[derive(Debug, Default)]
+struct Recall {
+    all: bool,
+    targets: Vec<u64>,
+}
+
+impl Recall {
+    fn is_empty(&self) -> bool {
+        !self.all && self.targets.is_empty()
+    }
+
+    fn wants(&self, slot: &PostedSlot) -> bool {
+        self.all || self.targets.contains(&slot.user_data())
+    }
+
+    fn clear(&mut self) {
+        self.all = false;
+        self.targets.clear();
+    }
+}
+
+impl fmt::Debug for Uring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uring").field("settled", &self.settled).finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
+        Self { fd, settled: false, kernel: None, recall: Recall::default() }
+    }
+
+    pub(crate) fn settle(&mut self) {
+        // A ring that is there already goes on as it is.
+        self.settled = true;
+    }
+
+    /// Makes the ring, on the thread that is to drive it.
+    pub(crate) fn prepare(&mut self) -> io::Result<()> {
+        if self.kernel.is_none() {
+            self.kernel = Some(match Kernel::new(self.settled) {
+                // A kernel before 6.1 does not know the flags.
+                Err(error) if self.settled && error.raw_os_error() == Some(libc::EINVAL) => {
+                    Kernel::new(false)?
+                }
+                kernel => kernel?,
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        match &self.kernel {
+            // SAFETY: the ring has its descriptor as long as it lives, which the borrow says.
+            Some(kernel) if !kernel.single => unsafe {
+                BorrowedFd::borrow_raw(kernel.ring.as_raw_fd())
+            },
+            _ => self.fd.as_fd(),
+        }
+    }
+
+    pub(crate) fn poll(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
+        let Some(kernel) = &mut self.kernel else { return Ok(Progress::Idle) };
+        if !kernel.single && kernel.here != here() {
+            kernel.here = here();
+            kernel.ask_to_end();
+        }
+        kernel.push_writes(io, wire, &self.fd);
+        if self.recall.is_empty() {
+            kernel.provide(io, wire.header);
+            kernel.arm_multishot(&self.fd);
+        }
+        kernel.enter().map_err(|_| Status::Failure)?;
+        let result = kernel.complete(io, wire);
+        if !kernel.armed && !self.recall.is_empty() {
+            let recall = &self.recall;
+            kernel.take_back(io, wire.header, |slot| recall.wants(slot))?;
+            self.recall.clear();
+        }
+        result?;
+        Ok(if kernel.look || kernel.has_work() { Progress::More } else { Progress::Idle })
+    }
+
+    /// Whether nothing has come meanwhile. What ends the sleep is to be looked at.
+    pub(crate) fn arm(&mut self) -> bool {
+        let Some(kernel) = &mut self.kernel else { return true };
+        let quiet = !kernel.look && !kernel.has_work() && kernel.is_quiet();
+        kernel.look = true;
+        quiet
+    }
+
+    pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
+        let Some(kernel) = &mut self.kernel else { return 0 };
+        let slots = kernel.reads.iter().flatten();
+        let matched = slots.filter(|slot| target.is_none_or(|t| t == slot.user_data())).count();
+        if matched > 0 {
+            match target {
+                None => self.recall.all = true,
+                Some(target) => self.recall.targets.push(target),
+            }
+            kernel.ask_to_end();
+        }
+        matched as u32
+    }
+
+    /// Takes everything back from the kernel. False while it still holds on.
+    pub(crate) fn close(&mut self, io: &mut Io<'_>, wire: &Wire) -> bool {
+        let Some(kernel) = &mut self.kernel else { return true };
+        kernel.ask_to_end();
+        if kernel.enter().is_err() {
+            return false;
+        }
+        // A TAP that is gone is no reason to keep anything.
+        let _ = kernel.complete(io, wire);
+        if !kernel.lets_go() {
+            return false;
+        }
+        kernel.unregister();
+        for bid in kernel.order.drain(..) {
+            if let Some(slot) = kernel.reads[usize::from(bid)].take() {
+                io.cancel(slot);
+            }
+        }
+        self.kernel = None;
+        true
+    }
+}
+
+/// Stands for the running thread.
+fn here() -> usize {
+    thread_local!(static HERE: u8 = const { 0 });
+    HERE.with(|here| &raw const *here as usize)
+}
+
+/// A ring, and what the kernel has of ours.
+struct Kernel {
+    ring: IoUring,
+    buffers: Buffers,
+    /// For the thread that made it alone.
+    single: bool,
+    /// The thread that drove it last.
+    here: usize,
+    /// By buffer number: what the kernel may fill.
+    reads: Box<[Option<PostedSlot>]>,
+    /// Numbers of the buffers that the kernel has, in the order in which it will fill them.
+    order: VecDeque<u16>,
+    /// Numbers of buffers that it has not.
+    free_reads: Vec<u16>,
+    /// By number: what the kernel may read.
+    writes: Box<[Option<PostedSlot>]>,
+    free_writes: Vec<u16>,
+    /// The multishot request is in flight: its last completion has not come.
+    armed: bool,
+    /// It has been asked to end.
+    ending: bool,
+    /// The kernel may have work for us of which nothing tells.
+    look: bool,
+    /// Writes that the kernel did not take now, in submission order.
+    refused: Vec<PostedSlot>,
+}
+
+impl Kernel {
+    fn new(single: bool) -> io::Result<Self> {
+        let mut builder = IoUring::builder();
+        builder.setup_cqsize(COMPLETIONS).dontfork();
+        if single {
+            builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+        }
+        let ring = builder.build(u32::from(WRITES) + 2)?;
+        let buffers = Buffers::new()?;
+        let kernel = Self {
+            ring,
+            buffers,
+            single,
+            here: here(),
+            reads: (0..READS).map(|_| None).collect(),
+            order: VecDeque::with_capacity(usize::from(READS)),
+            free_reads: (0..READS).rev().collect(),
+            writes: (0..WRITES).map(|_| None).collect(),
+            free_writes: (0..WRITES).rev().collect(),
+            armed: false,
+            ending: false,
+            look: false,
+            refused: Vec::with_capacity(usize::from(WRITES)),
+        };
+        kernel.register()?;
+        Ok(kernel)
+    }
+
+    fn register(&self) -> io::Result<()> {
+        let address = self.buffers.memory.as_ptr() as u64;
+        // SAFETY: the memory has `READS` entries and lives until the group is unregistered, or for
+        // ever; what its entries name is in `reads`.
+        unsafe { self.ring.submitter().register_buf_ring_with_flags(address, READS, GROUP, 0) }
+    }
+
+    fn unregister(&mut self) {
+        if self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
+            self.buffers.forget_all();
+        }
+    }
+
+    /// Queues the posted writes, as far as there is room.
+    fn push_writes(&mut self, io: &mut Io<'_>, wire: &Wire, fd: &TapQueueFd) {
+        if io.writes() == 0 {
+            return;
+        }
+        let mut queue = self.ring.submission();
+        while let Some(&number) = self.free_writes.last() {
+            if queue.capacity() - queue.len() <= 2 {
+                break;
+            }
+            let Some(mut slot) = io.take_write() else { break };
+            let Some(bytes) = slot.packet_behind_header_mut(wire.header) else {
+                io.fail(slot, Status::InvalidArgument);
+                continue;
+            };
+            if wire.take_dhcp(bytes) {
+                io.complete_write(slot);
+                continue;
+            }
+            let entry = opcode::Write::new(Fd(fd.as_raw_fd()), bytes.as_ptr(), bytes.len() as u32)
+                .build()
+                .user_data(WRITE + u64::from(number));
+            self.free_writes.pop();
+            self.writes[usize::from(number)] = Some(slot);
+            // SAFETY: the bytes are those of a slot in `writes`.
+            unsafe { queue.push(&entry) }.expect("there is room, as just seen");
+        }
+    }
+
+    /// Gives the kernel the posted reads, as far as there is room.
+    fn provide(&mut self, io: &mut Io<'_>, header: usize) {
+        while let Some(&number) = self.free_reads.last() {
+            let Some(slot) = io.take_read() else { break };
+            self.free_reads.pop();
+            if let Err(slot) = self.provide_one(number, slot, header) {
+                self.free_reads.push(number);
+                io.fail(slot, Status::InvalidArgument);
+            }
+        }
+        self.buffers.publish();
+    }
+
+    fn provide_one(
+        &mut self,
+        number: u16,
+        mut slot: PostedSlot,
+        header: usize,
+    ) -> Result<(), PostedSlot> {
+        let Some(room) = slot.room_behind_header_mut(header) else { return Err(slot) };
+        let (address, len) = (room.as_mut_ptr() as u64, room.len() as u32);
+        self.reads[usize::from(number)] = Some(slot);
+        self.order.push_back(number);
+        self.buffers.put(number, address, len);
+        Ok(())
+    }
+
+    /// Queues the multishot request, if the kernel has buffers and the request is not in flight.
+    fn arm_multishot(&mut self, fd: &TapQueueFd) {
+        if self.armed || self.order.is_empty() {
+            return;
+        }
+        let entry = opcode::ReadMulti::new(Fd(fd.as_raw_fd()), 0, GROUP).build().user_data(READ);
+        self.armed = self.push(&entry);
+    }
+
+    /// Asks the multishot request to end, if it is in flight and has not been asked.
+    fn ask_to_end(&mut self) {
+        if self.armed && !self.ending {
+            let entry = opcode::AsyncCancel::new(READ).build().user_data(CANCEL);
+            self.ending = self.push(&entry);
+        }
+    }
+
+    /// For what names no memory of its own.
+    fn push(&mut self, entry: &squeue::Entry) -> bool {
+        // SAFETY: a read from a buffer group, or a cancel: the memory it may touch is in `reads`.
+        unsafe { self.ring.submission().push(entry) }.is_ok()
+    }
+
+    /// Whether the kernel has something for us that takes an `io_uring_enter`.
+    fn has_work(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow()
+    }
+
+    /// Nothing is queued on either side, and if there are buffers the request that fills them runs.
+    fn is_quiet(&mut self) -> bool {
+        self.ring.completion().is_empty()
+            && self.ring.submission().is_empty()
+            && (self.armed || self.order.is_empty())
+    }
+
+    /// Submits what is queued and lets the kernel do its work for us, in one call; none if there is
+    /// neither.
+    fn enter(&mut self) -> io::Result<()> {
+        const GETEVENTS: u32 = 1;
+        let mut queue = self.ring.submission();
+        queue.sync();
+        let told = queue.taskrun() || queue.cq_overflow();
+        let (len, work) = (queue.len() as u32, told || std::mem::take(&mut self.look));
+        drop(queue);
+        if len == 0 && !work {
+            return Ok(());
+        }
+        let flags = if self.single || work { GETEVENTS } else { 0 };
+        // SAFETY: no argument beyond the flags; what the entries name is in `reads` and `writes`.
+        match unsafe { self.ring.submitter().enter::<libc::sigset_t>(len, 0, flags, None) } {
+            Ok(_) => Ok(()),
+            Err(error) => match error.raw_os_error() {
+                // Later: interrupted, or the completions have to be taken first.
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => Ok(()),
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Takes the completions that are there.
+    fn complete(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
+        let mut result = Ok(());
+        let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
+        for cqe in ring.completion() {
+            match cqe.user_data() {
+                READ => {
+                    self.look = true;
+                    if let Some(number) = cqueue::buffer_select(cqe.flags()) {
+                        // In order but for requests that ended and began anew.
+                        match order.front() {
+                            Some(front) if *front == number => drop(order.pop_front()),
+                            _ => order.retain(|other| *other != number),
+                        }
+                        if let Some(slot) = reads[usize::from(number)].take() {
+                            free_reads.push(number);
+                            match usize::try_from(cqe.result()) {
+                                Ok(len) => wire.received(io, slot, len),
+                                Err(_) => io.put_back(slot),
+                            }
+                        }
+                    }
+                    if !cqueue::more(cqe.flags()) {
+                        (self.armed, self.ending) = (false, false);
+                    }
+                    match cqe.result() {
+                        // No buffers left, or asked to end.
+                        0.. => {}
+                        error if [-libc::ENOBUFS, -libc::ECANCELED].contains(&error) => {}
+                        error => match fault_of(-error) {
+                            Fault::Wait => {}
+                            Fault::Entry(status) | Fault::Gone(status) => result = Err(status),
+                        },
+                    }
+                }
+                CANCEL => {}
+                write => {
+                    let number = (write - WRITE) as u16;
+                    let Some(slot) = writes[usize::from(number)].take() else { continue };
+                    free_writes.push(number);
+                    match cqe.result() {
+                        0.. => io.complete_write(slot),
+                        error => match fault_of(-error) {
+                            Fault::Wait => refused.push(slot),
+                            Fault::Entry(status) => io.fail(slot, status),
+                            Fault::Gone(status) => {
+                                refused.push(slot);
+                                result = Err(status);
+                            }
+                        },
+                    }
+                }
+            }
+        }
+        while let Some(slot) = refused.pop() {
+            io.put_back(slot);
+        }
+        result
+    }
+
+    /// Whether the kernel touches nothing of ours any more.
+    fn lets_go(&self) -> bool {
+        !self.armed && self.free_writes.len() == usize::from(WRITES)
+    }
+
+    /// With no multishot request in flight: takes the buffers back, completes those that `wanted`
+    /// names as cancelled and gives the others to the kernel again, in their order.
+    fn take_back(
+        &mut self,
+        io: &mut Io<'_>,
+        header: usize,
+        wanted: impl Fn(&PostedSlot) -> bool,
+    ) -> Result<(), Status> {
+        debug_assert!(!self.armed, "the kernel may fill them");
+        self.ring.submitter().unregister_buf_ring(GROUP).map_err(|_| Status::Failure)?;
+        self.buffers.forget_all();
+        self.register().map_err(|_| Status::MemFailure)?;
+        for _ in 0..self.order.len() {
+            let Some(number) = self.order.pop_front() else { break };
+            let Some(slot) = self.reads[usize::from(number)].take() else { continue };
+            if wanted(&slot) {
+                self.free_reads.push(number);
+                io.cancel(slot);
+            } else if let Err(slot) = self.provide_one(number, slot, header) {
+                self.free_reads.push(number);
+                io.fail(slot, Status::InvalidArgument);
+            }
+        }
+        self.buffers.publish();
+        Ok(())
+    }
+}
+
+impl Drop for Kernel {
+    /// Where a queue was not closed: something above us panicked, or time was up.
+    fn drop(&mut self) {
+        let slots = self.reads.iter().chain(&self.writes).flatten().count();
+        if slots == 0 && !self.armed {
+            return;
+        }
+        // Ends every request before it returns, or says that it could not.
+        let timeout = io_uring::types::Timespec::from(Duration::from_secs(1));
+        let every = CancelBuilder::any();
+        let _ = self.ring.submitter().register_sync_cancel(Some(timeout), every);
+        for _ in 0..100 {
+            if self.enter().is_err() {
+                break;
+            }
+            for cqe in self.ring.completion() {
+                match cqe.user_data() {
+                    READ if !cqueue::more(cqe.flags()) => self.armed = false,
+                    READ | CANCEL => {}
+                    write => self.free_writes.push((write - WRITE) as u16),
+                }
+            }
+            if self.lets_go() && self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        tracing::error!(slots, "leaked: the kernel holds on");
+        std::mem::forget(std::mem::take(&mut self.reads));
+        std::mem::forget(std::mem::take(&mut self.writes));
+        self.buffers.leak();
+    }
+}
+
+/// The memory of a ring of provided buffers: entries, and among them the tail.
+struct Buffers {
+    memory: MmapMut,
+    tail: u16,
+    leaked: bool,
+}
+
+impl Buffers {
+    fn new() -> io::Result<Self> {
+        let memory = MmapMut::map_anon(usize::from(READS) * size_of::<BufRingEntry>())?;
+        Ok(Self { memory, tail: 0, leaked: false })
+    }
+
+    /// Puts a buffer behind the others; the kernel sees it after [`publish`](Self::publish).
+    fn put(&mut self, number: u16, address: u64, len: u32) {
+        let place = usize::from(self.tail & (READS - 1));
+        self.tail = self.tail.wrapping_add(1);
+        // SAFETY: `place` is one of `READS` entries. The kernel reads an entry only between head and
+        // tail, and this one is not: there are no more numbers than entries.
+        let entry = unsafe { &mut *self.memory.as_mut_ptr().cast::<BufRingEntry>().add(place) };
+        entry.set_addr(address);
+        entry.set_len(len);
+        entry.set_bid(number);
+    }
+
+    fn publish(&mut self) {
+        let base = self.memory.as_ptr().cast::<BufRingEntry>();
+        // SAFETY: the memory is that of a buffer ring; the tail lies in its first entry, aligned to
+        // two bytes, and is written by nobody else.
+        let tail = unsafe { &*BufRingEntry::tail(base).cast::<AtomicU16>() };
+        // Release: pairs with the kernel's acquire of the tail; it sees the entries.
+        tail.store(self.tail, Ordering::Release);
+    }
+
+    /// The group has been unregistered: a new one begins at zero.
+    fn forget_all(&mut self) {
+        self.tail = 0;
+        self.publish();
+    }
+
+    fn leak(&mut self) {
+        self.leaked = true;
+    }
+}
+
+impl Drop for Buffers {
+    fn drop(&mut self) {
+        if self.leaked
+            && let Ok(empty) = MmapMut::map_anon(1)
+        {
+            std::mem::forget(std::mem::replace(&mut self.memory, empty));
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What both engines agree on: what stands in a slot, and what the kernel's answers mean.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::dhcp::Dhcp;
+use crate::device::{Io, PostedSlot};
+use crate::error::Status;
+use vmring_core::offload;
+
+/// Bytes of an Ethernet header.
+pub(crate) const ETHERNET: usize = 14;
+
+/// One TAP's conventions and counters, shared by its queues.
+#[derive(Debug)]
+pub(crate) struct Wire {
+    /// Bytes of offload header in front of each packet: 12 or none.
+    pub(crate) header: usize,
+    /// The longest packet, without the header.
+    pub(crate) max_packet_size: usize,
+    pub(crate) dhcp: Option<Dhcp>,
+    /// Packets from the host that were longer than that: its MTU has been raised meanwhile.
+    pub(crate) too_big: AtomicU64,
+    /// Packets that came without a whole header.
+    pub(crate) malformed: AtomicU64,
+}
+
+/// What the kernel's refusal of a frame means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Later perhaps.
+    Wait,
+    /// Not this frame.
+    Entry(Status),
+    /// Never again: the TAP is gone.
+    Gone(Status),
+}
+
+/// Sources: `tun_get_user`, `tun_chr_write_iter` and `tun_do_read` in the kernel's
+/// `drivers/net/tun.c`.
+pub(crate) fn fault_of(errno: i32) -> Fault {
+    match errno {
+        libc::EAGAIN | libc::EINTR | libc::ENOBUFS | libc::ENOMEM => Fault::Wait,
+        // The interface has been deleted, or the queue detached.
+        libc::EBADFD | libc::EBADF | libc::ENODEV => Fault::Gone(Status::Failure),
+        // The host's end is down.
+        libc::EIO => Fault::Entry(Status::SetupIncomplete),
+        // Shorter than an Ethernet header, or an offload header that is not true of it.
+        libc::EINVAL => Fault::Entry(Status::InvalidArgument),
+        libc::EMSGSIZE => Fault::Entry(Status::PacketTooBig),
+        _ => Fault::Entry(Status::Failure),
+    }
+}
+
+impl Wire {
+    /// Completes a read with the `len` bytes that the kernel has put in front of and into the slot,
+    /// or posts the slot again if they are no packet to hand on.
+    #[inline]
+    pub(crate) fn received(&self, io: &mut Io<'_>, mut slot: PostedSlot, len: usize) {
+        let packet = len.wrapping_sub(self.header);
+        if packet > self.max_packet_size || self.is_cut(&mut slot, len) {
+            self.drop_packet(io, slot, len);
+        } else if self.header > 0 {
+            io.complete_read_with_header(slot, len);
+        } else {
+            io.complete_read(slot, len);
+        }
+    }
+
+    #[cold]
+    fn drop_packet(&self, io: &mut Io<'_>, slot: PostedSlot, len: usize) {
+        let counter = if len < self.header { &self.malformed } else { &self.too_big };
+        counter.fetch_add(1, Ordering::Relaxed);
+        io.put_back(slot);
+    }
+
+    /// Whether the packet was longer than the room and the kernel has cut it without a word: then
+    /// its IP header promises more than is there.
+    #[inline]
+    fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
+        match slot.room_behind_header_mut(self.header) {
+            Some(room) if len == room.len() => promises_more(&room[self.header..]),
+            _ => false,
+        }
+    }
+
+    /// Whether what the guest writes is a DHCP request, which is then answered. `bytes` begin with
+    /// the offload header if there is one.
+    #[inline]
+    pub(crate) fn take_dhcp(&self, bytes: &[u8]) -> bool {
+        let Some(dhcp) = &self.dhcp else { return false };
+        let (header, packet) = bytes.split_at(self.header.min(bytes.len()));
+        Dhcp::is_request(packet)
+            && dhcp.take(packet, (header.len() == offload::LEN).then_some(header))
+    }
+}
+
+fn promises_more(packet: &[u8]) -> bool {
+    let field = |at: usize| {
+        packet.get(at..at + 2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]])))
+    };
+    match field(12) {
+        0x0800 => ETHERNET + field(16) > packet.len(),
+        0x86dd => ETHERNET + 40 + field(18) > packet.len(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_packet_promises_more_than_it_has() {
+        let mut packet = vec![0; 100];
+        packet[12..14].copy_from_slice(&[0x08, 0x00]);
+        packet[16..18].copy_from_slice(&86u16.to_be_bytes());
+        assert!(!promises_more(&packet));
+        assert!(promises_more(&packet[..99]));
+        packet[12..14].copy_from_slice(&[0x86, 0xdd]);
+        packet[18..20].copy_from_slice(&46u16.to_be_bytes());
+        assert!(!promises_more(&packet));
+        assert!(promises_more(&packet[..99]));
+        packet[12..14].copy_from_slice(&[0x88, 0xb5]);
+        assert!(!promises_more(&packet[..20]), "of what is not IP nobody knows the length");
+        for len in 0..20 {
+            promises_more(&packet[..len]);
+        }
+    }
+}

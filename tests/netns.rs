@@ -1,0 +1,185 @@
+//! Network namespaces for tests that need the kernel's own network: made by a test, gone with it. No
+//! test touches the network of the host.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{LONG, guarded, stage};
+
+/// Runs `body` as [`guarded`] does, in a network namespace of its own, where the loopback interface is
+/// up and no interface talks IPv6 by itself. Without the privilege the test says that it was skipped,
+/// and why.
+pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
+    guarded(|| {
+        if enter() {
+            body();
+        }
+    });
+}
+
+fn enter() -> bool {
+    if std::env::var_os("VMRING_SKIP_TAP").is_some() {
+        skip("VMRING_SKIP_TAP is set");
+        return false;
+    }
+    // SAFETY: a plain number; it concerns this thread, and those that it starts.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        skip("a network namespace needs root");
+        return false;
+    }
+    if !std::path::Path::new("/dev/net/tun").exists() {
+        skip("there is no /dev/net/tun");
+        return false;
+    }
+    for set in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{set}/disable_ipv6");
+        // A kernel without IPv6 has no such file.
+        let _ = std::fs::write(path, "1");
+    }
+    sh("ip link set lo up");
+    true
+}
+
+/// Past the test harness, which would keep it to itself.
+pub(crate) fn skip(why: &str) {
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
+}
+
+/// IPv6 for interfaces made from here on.
+pub(crate) fn with_ipv6() {
+    for set in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{set}/disable_ipv6");
+        std::fs::write(path, "0").expect("a kernel with IPv6");
+        // No waiting for somebody else's claim to a fresh address.
+        let path = format!("/proc/sys/net/ipv6/conf/{set}/accept_dad");
+        std::fs::write(path, "0").expect("a kernel with IPv6");
+    }
+}
+
+/// Whether the program is installed; if not, says that the test is skipped.
+pub(crate) fn has(program: &str) -> bool {
+    let found = Command::new("sh")
+        .args(["-c", &format!("command -v {program}")])
+        .stdout(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !found {
+        skip(&format!("{program} is not installed"));
+    }
+    found
+}
+
+/// Runs a shell command in this namespace, which must succeed within a minute; its output.
+pub(crate) fn sh(command: &str) -> String {
+    match try_sh(command) {
+        Ok(output) => output,
+        Err(said) => panic!("`{command}` failed:\n{said}"),
+    }
+}
+
+/// As [`sh`], for what may fail: what it has said.
+pub(crate) fn try_sh(command: &str) -> Result<String, String> {
+    stage(format!("`{command}`"));
+    let seconds = LONG.as_secs();
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", &seconds.to_string(), "sh", "-c", command])
+        .stdin(Stdio::null())
+        .output()
+        .expect("a shell");
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(text(&output.stdout) + &text(&output.stderr))
+    }
+}
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Another host: a network namespace with a thread that runs what it is told.
+pub(crate) struct Host {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<thread::JoinHandle<()>>,
+    tid: i32,
+}
+
+impl Host {
+    pub(crate) fn new() -> Self {
+        let (jobs, todo) = mpsc::channel::<Job>();
+        let (made, making) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            assert!(enter(), "the privilege was there a moment ago");
+            // SAFETY: no arguments.
+            let _ = made.send(unsafe { libc::gettid() });
+            while let Ok(job) = todo.recv() {
+                job();
+            }
+        });
+        let tid = making.recv_timeout(LONG).expect("a host");
+        Self { jobs: Some(jobs), thread: Some(thread), tid }
+    }
+
+    /// Moves an interface of this thread's namespace there.
+    pub(crate) fn give(&self, interface: &str) {
+        sh(&format!("ip link set {interface} netns {}", self.tid));
+    }
+
+    /// Runs `f` there and waits for it.
+    pub(crate) fn run<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> T {
+        self.start(f).wait(LONG * 2)
+    }
+
+    /// Runs `f` there.
+    pub(crate) fn start<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> T + Send + 'static,
+    ) -> Running<T> {
+        let (done, waiting) = mpsc::channel();
+        let job = Box::new(move || {
+            let _ = done.send(std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)));
+        });
+        self.jobs.as_ref().expect("until it is dropped").send(job).expect("its thread runs");
+        Running(waiting)
+    }
+
+    pub(crate) fn sh(&self, command: &str) -> String {
+        let command = command.to_owned();
+        self.run(move || sh(&command))
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.jobs = None;
+        let thread = self.thread.take().expect("taken here only");
+        // One that hangs is the watchdog's business.
+        let start = Instant::now();
+        while !thread.is_finished() && start.elapsed() < LONG {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// What a [`Host`] does meanwhile.
+pub(crate) struct Running<T>(mpsc::Receiver<thread::Result<T>>);
+
+impl<T> Running<T> {
+    pub(crate) fn wait(self, timeout: Duration) -> T {
+        match self.0.recv_timeout(timeout).expect("the other host answers in time") {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    pub(crate) fn is_done(&self) -> Option<T> {
+        match self.0.try_recv() {
+            Ok(Ok(value)) => Some(value),
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => None,
+        }
+    }
+}
