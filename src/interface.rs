@@ -465,7 +465,7 @@ pub enum Drive<'a> {
 }
 
 /// Builds a [`Ring`]; see [`Interface::ring`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RingBuilder<'a> {
     group: &'a Arc<RingGroup>,
     direction: Direction,
@@ -582,6 +582,17 @@ impl<'a> RingBuilder<'a> {
     pub fn start_index(mut self, index: u32) -> Self {
         self.start_index = index;
         self
+    }
+
+    /// Builds `n` rings alike, for a device with several queues, such as a TAP with
+    /// `Tap::queues(n)`: with [`Drive::Thread`] each has a poller of its own, and each has a pool of
+    /// its own unless one was given.
+    ///
+    /// # Errors
+    ///
+    /// As for [`build`](Self::build); then the rings built before are closed.
+    pub fn rings(self, n: usize) -> Result<Vec<Ring>, Error> {
+        (0..n).map(|_| self.clone().build()).collect()
     }
 
     /// Builds the ring, on which nothing is in flight.

@@ -17,6 +17,8 @@ mod pollers;
 mod safe_api;
 mod serde;
 mod software;
+#[cfg(target_os = "linux")]
+mod tap;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
 #[cfg(not(target_os = "macos"))]

@@ -69,7 +69,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
 
@@ -84,7 +85,7 @@ use crate::device::loopback::mac_of;
 use crate::device::{Capabilities, Device, Io, Lease, Offloads, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo, Mode};
-use crate::notify::lock;
+use crate::notify::{after, lock};
 use vmring_core::offload;
 
 /// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.
@@ -197,7 +198,8 @@ impl Tap {
     }
 
     /// A TAP that somebody else has opened: for a VMM that gets it from a privileged parent. Opened
-    /// with `IFF_TAP | IFF_NO_PI`, and with `IFF_VNET_HDR` if offload is wanted.
+    /// with `IFF_TAP | IFF_NO_PI`, and with `IFF_VNET_HDR` if offload is wanted. (Without `IFF_NO_PI`
+    /// every frame has four bytes more in front, and the kernel does not let anybody ask.)
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self::from_fds([fd])
     }
@@ -299,7 +301,7 @@ impl Driver for Tap {
         let running = Running::start(&mut origin, None, &options, engine, config)?;
         Ok(Arc::new(TapDevice {
             info: running.info(config),
-            caps: running.caps(config),
+            caps: running.caps(),
             config: config.clone(),
             options,
             engine,
@@ -377,7 +379,10 @@ impl Running {
                 if again.is_some() && !there && !*made {
                     return Err(TapError::Gone(wanted.to_owned()).into());
                 }
-                let (first, name) = open::open(wanted, flags)?;
+                let (first, name) = match again {
+                    Some(_) => open_again(wanted, flags)?,
+                    None => open::open(wanted, flags)?,
+                };
                 *made = !there;
                 let mut fds = vec![first];
                 for _ in 1..options.queues {
@@ -452,7 +457,7 @@ impl Running {
         info
     }
 
-    fn caps(&self, _config: &Config) -> Capabilities {
+    fn caps(&self) -> Capabilities {
         let mut caps = Capabilities::new(self.mtu, self.wire.max_packet_size as u32);
         caps.max_read_batch = uring::WRITES.into();
         caps.max_write_batch = uring::WRITES.into();
@@ -461,6 +466,20 @@ impl Running {
         caps.reading_rings = lock(&self.seats).len();
         caps.writing_rings = usize::MAX;
         caps
+    }
+}
+
+/// A program that is being started has our descriptors for a moment, and with them the queue that we
+/// have just closed.
+fn open_again(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
+    let deadline = after(Duration::from_secs(1));
+    loop {
+        match open::open(name, flags) {
+            Err(Error::Tap(TapError::Taken(_))) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            outcome => return outcome,
+        }
     }
 }
 

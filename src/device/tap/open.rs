@@ -191,9 +191,8 @@ impl TapQueueFd {
         if flags & libc::IFF_TAP == 0 {
             return Err(TapError::Descriptor("it is a TUN, which has no Ethernet").into());
         }
-        if flags & libc::IFF_NO_PI == 0 {
-            return Err(TapError::Descriptor("it was opened without IFF_NO_PI").into());
-        }
+        // Whether it was opened with IFF_NO_PI is not to be seen: TUNGETIFF has another flag with the
+        // same value (IFF_NOFILTER).
         Ok(Described {
             name: name_of(&request),
             header: flags & libc::IFF_VNET_HDR != 0,

@@ -1,0 +1,723 @@
+//! A TAP's life: where it comes from, what is set up and taken away, what goes wrong, and that nothing
+//! the kernel has is let go too early. In network namespaces of their own.
+
+use std::collections::HashSet;
+use std::fs::OpenOptions;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use vmring::device::Offloads;
+use vmring::{
+    Closed, Direction, Drive, EntryError, Error, Frame, Interface, Mode, Op, PoolBuilder, Ring,
+    Status, SubmitErrorKind, Tap, TapEngine, TapError,
+};
+
+use crate::netns::{Host, in_namespace, sh};
+use crate::support::{LONG, Way, eventually, every_way, number_of, packet_between, stage};
+
+const HOST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const BROADCAST: [u8; 6] = [0xff; 6];
+
+fn start(tap: Tap) -> Result<Interface, Error> {
+    Interface::builder().mode(Mode::Host).device(tap).start()
+}
+
+/// Sends and receives frames of our own ethertype on an interface of this namespace, as a neighbour
+/// on the host would.
+struct Neighbour(OwnedFd);
+
+impl Neighbour {
+    fn on(interface: &str) -> Self {
+        use std::os::fd::FromRawFd;
+        let index: u32 =
+            std::fs::read_to_string("/proc/thread-self/net/dev_snmp6/".to_owned() + interface)
+                .ok()
+                .and_then(|text| text.split_whitespace().nth(1)?.parse().ok())
+                .unwrap_or_else(|| {
+                    sh(&format!("ip -o link show {interface}"))
+                        .split(':')
+                        .next()
+                        .unwrap()
+                        .parse()
+                        .unwrap()
+                });
+        let protocol = 0x88b5u16.to_be();
+        // SAFETY: plain numbers.
+        let fd = unsafe {
+            libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into())
+        };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: just opened.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: all zeroes are an address.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = protocol;
+        address.sll_ifindex = index as i32;
+        let len = size_of_val(&address) as u32;
+        // SAFETY: the address lives through the call.
+        let bound = unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) };
+        assert_eq!(bound, 0, "{}", std::io::Error::last_os_error());
+        Self(fd)
+    }
+
+    fn send(&self, number: u64, len: usize) {
+        let frame = packet_between(HOST, BROADCAST, number, len);
+        // SAFETY: the frame lives through the call.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    }
+
+    /// The number of the next frame, which has come already or comes soon.
+    fn receive(&self) -> Option<u64> {
+        let mut buffer = [0; 2048];
+        let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor.
+        if unsafe { libc::poll(&mut poll, 1, 5) } <= 0 {
+            return None;
+        }
+        // SAFETY: the buffer lives through the call.
+        let len =
+            unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        Some(number_of(&buffer[..usize::try_from(len).ok()?]))
+    }
+}
+
+fn post(ring: &mut Ring, n: u64) {
+    for i in 0..n {
+        let frame = ring.alloc().expect("a fresh ring");
+        ring.submit_read(frame, i).expect("a fresh ring");
+    }
+}
+
+/// The next frame of ours, within the time that everything has.
+fn next(ring: &mut Ring) -> Frame {
+    let start = Instant::now();
+    loop {
+        ring.wait(1, Some(Duration::from_millis(20)));
+        let (mut sq, mut cq) = ring.split();
+        for done in cq.reap() {
+            if done.op != Op::Read {
+                continue;
+            }
+            let (user_data, result) = (done.user_data, done.result);
+            let frame = done.frame().expect("it has one");
+            match result {
+                Ok(_) => {}
+                // By a restart; what was posted again waits behind it.
+                Err(EntryError::Cancelled) => continue,
+                Err(error) => panic!("a read failed: {error}"),
+            }
+            if frame.len() >= 22 && frame[12..14] == [0x88, 0xb5] {
+                return frame;
+            }
+            sq.submit_read(frame, user_data).expect("its credit came back");
+        }
+        assert!(start.elapsed() < LONG, "nothing comes");
+    }
+}
+
+/// A frame each way; as many reads are posted afterwards as before.
+fn exchange(ring: &mut Ring, neighbour: &Neighbour, number: u64) {
+    neighbour.send(number, 100);
+    let mut frame = next(ring);
+    assert_eq!(number_of(&frame), number);
+    frame.reset();
+    frame.copy_from(&packet_between([2, 9, 9, 9, 9, 9], BROADCAST, number + 1, 100)).unwrap();
+    ring.submit_write(frame, 0).expect("a credit");
+    // (Packet sockets see their own frames too.)
+    let start = Instant::now();
+    loop {
+        // Where this thread drives, it is here.
+        ring.wait(ring.in_flight(), Some(Duration::from_millis(1)));
+        if neighbour.receive() == Some(number + 1) {
+            break;
+        }
+        assert!(start.elapsed() < LONG, "the frame does not reach the host");
+    }
+    loop {
+        ring.wait(1, Some(Duration::from_millis(20)));
+        let (mut sq, mut cq) = ring.split();
+        let (mut written, mut chatter) = (false, Vec::new());
+        for done in cq.reap() {
+            match done.op {
+                Op::Write => written = true,
+                _ => chatter.extend(done.frame()),
+            }
+        }
+        for frame in chatter {
+            sq.submit_read(frame, 98).expect("its credit came back");
+        }
+        if written {
+            break;
+        }
+        assert!(start.elapsed() < LONG, "the write does not complete");
+    }
+    let frame = ring.alloc().expect("the written one");
+    ring.submit_read(frame, 97).expect("the read's credit came back");
+}
+
+#[test]
+fn the_kernel_names_a_new_tap_which_goes_with_its_interface() {
+    in_namespace(|| {
+        let interface = start(Tap::new().host_mac(HOST.into())).expect("it starts");
+        let taps = sh("ip -o link show type tun");
+        assert!(taps.contains("tap0") && taps.contains("02:00:00:00:00:01"), "{taps}");
+        assert!(taps.contains(",UP"), "{taps}");
+        assert!(sh("ip -o -4 address show tap0").contains("192.168.128.1/24"));
+        assert_eq!(interface.mtu(), 1500);
+        assert_eq!(interface.max_packet_size(), 1514);
+        interface.stop(LONG).expect("it stops");
+        eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+    });
+}
+
+#[test]
+fn frames_go_both_ways_on_every_engine_and_in_every_way() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            every_way(|way, poller| {
+                let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
+                let neighbour = Neighbour::on("t0");
+                let ring = interface.ring(Direction::Both).drive(way.drive(poller));
+                let mut ring = ring.build().expect("a ring");
+                post(&mut ring, 32);
+                for number in 0..50 {
+                    exchange(&mut ring, &neighbour, number * 2);
+                }
+                ring.close().expect("it closes");
+                interface.stop(LONG).expect("it stops");
+                eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+            });
+        }
+    });
+}
+
+#[test]
+fn a_persistent_tap_is_left_as_it_was_found() {
+    in_namespace(|| {
+        sh("ip link add br0 type bridge && ip link set br0 up");
+        sh("ip tuntap add p0 mode tap && ip link set p0 address 02:00:00:00:00:77 mtu 1400");
+        let look = || sh("ip -o link show p0; ip -o address show p0").replace("NO-CARRIER,", "");
+        let link = |text: String| text.split("qdisc").next().unwrap_or_default().to_owned();
+        let before = look();
+
+        stage("as it is");
+        let interface = start(Tap::named("p0")).expect("it starts");
+        assert_eq!(interface.mtu(), 1400);
+        assert!(look().contains(",UP") && !look().contains("192.168"), "{}", look());
+        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+        post(&mut ring, 8);
+        exchange(&mut ring, &Neighbour::on("p0"), 1);
+        ring.close().expect("it closes");
+        interface.stop(LONG).expect("it stops");
+        assert_eq!(link(look()), link(before.clone()));
+
+        stage("set up");
+        let tap = Tap::named("p0").configure(true).host_mac(HOST.into());
+        let interface =
+            Interface::builder().mode(Mode::Host).mtu(1300).device(tap).start().unwrap();
+        let now = look();
+        for part in ["192.168.128.1/24", "mtu 1300", "02:00:00:00:00:01", ",UP"] {
+            assert!(now.contains(part), "{part} is not in {now}");
+        }
+        drop(interface);
+        eventually("as before", || link(look()) == link(before.clone()));
+        assert!(!look().contains("192.168"));
+
+        stage("on a bridge");
+        let tap = Tap::named("p0").configure(true);
+        let mode = Mode::Bridged("br0".to_owned());
+        let interface = Interface::builder().mode(mode).device(tap).start().unwrap();
+        assert!(look().contains("master br0"));
+        assert_eq!(interface.shared_interfaces().unwrap(), ["br0"]);
+        interface.stop(LONG).expect("it stops");
+        assert!(!look().contains("master"));
+    });
+}
+
+#[test]
+fn shared_mode_puts_forwarding_and_translation_back() {
+    in_namespace(|| {
+        let forwarding =
+            || std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap().trim().to_owned();
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
+        let shared = |name: &str, net: &str| {
+            let builder = Interface::builder().mode(Mode::Shared).ipv4(net.parse().unwrap());
+            builder.device(Tap::named(name)).start().expect("it starts")
+        };
+        let tables = || if has_nft() { sh("nft list tables") } else { String::new() };
+        let first = shared("s0", "10.7.0.1/24");
+        let second = shared("s1", "10.8.0.1/24");
+        assert_eq!(forwarding(), "1");
+        if has_nft() {
+            let rules = sh("nft list table ip vmring_s0");
+            let wanted = "ip saddr 10.7.0.0/24 oifname != \"s0\" masquerade";
+            assert!(rules.contains(wanted), "{rules}");
+        }
+        first.stop(LONG).expect("it stops");
+        assert_eq!(forwarding(), "1", "the second needs it");
+        assert!(!tables().contains("vmring_s0"), "{}", tables());
+        // From another namespace: what is put back is this one's.
+        Host::new().run(move || second.stop(LONG).expect("it stops"));
+        assert_eq!(forwarding(), "0");
+        assert_eq!(tables(), "");
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        drop(shared("s0", "10.7.0.1/24"));
+        assert_eq!(forwarding(), "1", "it was on before");
+    });
+}
+
+fn has_nft() -> bool {
+    crate::netns::has("nft")
+}
+
+/// Opens a TAP as a privileged parent does.
+fn parent_opens(name: &str, flags: i32) -> OwnedFd {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+    // SAFETY: all zeroes are an `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = flags as i16;
+    // SAFETY: TUNSETIFF reads and writes an `ifreq`.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    file.into()
+}
+
+#[test]
+fn a_descriptor_from_a_parent_works_without_the_privilege() {
+    in_namespace(|| {
+        let fd = parent_opens("f0", libc::IFF_TAP | libc::IFF_NO_PI);
+        sh("ip link set f0 up mtu 1350");
+        let neighbour = Neighbour::on("f0");
+        let interface = start(Tap::from_fd(fd)).expect("it starts");
+        assert_eq!(interface.mtu(), 1350);
+        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+        post(&mut ring, 8);
+        exchange(&mut ring, &neighbour, 1);
+        stage("a restart with the same descriptor");
+        interface.restart(LONG).expect("it restarts");
+        ring.reap().for_each(drop);
+        post(&mut ring, 8);
+        exchange(&mut ring, &neighbour, 3);
+        drop((ring, interface));
+        eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+
+        stage("from another namespace");
+        let fd = parent_opens("f1", libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
+        sh("ip link set f1 up");
+        let neighbour = Neighbour::on("f1");
+        let other = Host::new();
+        let (interface, mut ring) = other.run(move || {
+            let mut offloads = Offloads::default();
+            offloads.checksum = true;
+            let builder = Interface::builder().offloads(offloads).device(Tap::from_fd(fd));
+            let interface = builder.start().expect("it starts");
+            let ring = interface.ring(Direction::Both).build().expect("a ring");
+            (interface, ring)
+        });
+        assert!(interface.capabilities().offloads.checksum);
+        assert_eq!(interface.capabilities().headroom, 12);
+        post(&mut ring, 8);
+        exchange(&mut ring, &neighbour, 5);
+    });
+}
+
+#[track_caller]
+fn tap_error(tap: Tap) -> TapError {
+    error_of(Interface::builder().mode(Mode::Host), tap)
+}
+
+#[track_caller]
+fn error_of(builder: vmring::Builder, tap: Tap) -> TapError {
+    match builder.device(tap).start() {
+        Err(Error::Tap(error)) => {
+            let sentence = error.to_string();
+            assert!(sentence.contains(':'), "{sentence} has no remedy");
+            error
+        }
+        Err(error) => panic!("another error: {error}"),
+        Ok(_) => panic!("it started"),
+    }
+}
+
+#[test]
+fn what_cannot_be_opened_says_why() {
+    in_namespace(|| {
+        assert_eq!(tap_error(Tap::named("a/b")), TapError::Name("a/b".to_owned()));
+        let long = "sixteen-bytes-xx";
+        assert_eq!(tap_error(Tap::named(long)), TapError::Name(long.to_owned()));
+
+        sh("ip link add br0 type bridge");
+        assert_eq!(tap_error(Tap::named("br0")), TapError::NotATap("br0".to_owned()));
+        sh("ip tuntap add tun0 mode tun");
+        assert_eq!(tap_error(Tap::named("tun0")), TapError::NotATap("tun0".to_owned()));
+
+        let holder = start(Tap::named("taken")).expect("it starts");
+        assert_eq!(tap_error(Tap::named("taken")), TapError::Taken("taken".to_owned()));
+        drop(holder);
+
+        sh("ip tuntap add solo mode tap && ip tuntap add many mode tap multi_queue");
+        let mismatch = |name: &str, multi| TapError::QueueMismatch { name: name.to_owned(), multi };
+        assert_eq!(tap_error(Tap::named("solo").queues(2)), mismatch("solo", false));
+        assert_eq!(tap_error(Tap::named("many")), mismatch("many", true));
+        for queues in [0, 257] {
+            let refused = start(Tap::named("q0").queues(queues));
+            assert!(matches!(refused, Err(Error::Config(_))), "{refused:?}");
+        }
+
+        let bridged = |name: &str| Interface::builder().mode(Mode::Bridged(name.to_owned()));
+        let none = TapError::NoBridge("none".to_owned());
+        assert_eq!(error_of(bridged("none"), Tap::named("b0")), none);
+        let no_bridge = TapError::NoBridge("solo".to_owned());
+        assert_eq!(error_of(bridged("solo"), Tap::named("b0")), no_bridge);
+        let taps = sh("ip -o link show type tun");
+        assert!(!taps.contains("b0"), "a start that failed leaves nothing: {taps}");
+
+        let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+        for fd in [file.into(), std::fs::File::open("/dev/null").unwrap().into()] {
+            assert!(matches!(tap_error(Tap::from_fd(fd)), TapError::Descriptor(_)));
+        }
+        let tun = parent_opens("tun1", libc::IFF_TUN | libc::IFF_NO_PI);
+        assert!(matches!(tap_error(Tap::from_fd(tun)), TapError::Descriptor(_)));
+        for mtu in [67, 65_522] {
+            let refused =
+                Interface::builder().mode(Mode::Host).mtu(mtu).device(Tap::named("m0")).start();
+            assert!(matches!(refused, Err(Error::Config(_))), "{refused:?}");
+        }
+    });
+}
+
+/// Runs `f` on a thread without capabilities, as a user has none.
+fn unprivileged<T: Send>(f: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            // Of this thread alone: not by libc's wrapper, which tells all threads.
+            // SAFETY: a plain number.
+            let done = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+            f()
+        });
+        run.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Lets this thread, and what it starts, see a /dev/net/tun that everybody may open, as most systems
+/// have it.
+fn with_a_public_tun() {
+    // SAFETY: a plain number; it concerns this thread.
+    let done = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    sh(
+        "mount --make-rprivate / && mount -t tmpfs none /dev/net && mknod -m 666 /dev/net/tun c 10 200",
+    );
+}
+
+#[test]
+fn without_the_privilege_it_says_what_is_needed() {
+    in_namespace(|| {
+        with_a_public_tun();
+        let denied = unprivileged(|| start(Tap::named("t0")));
+        let Err(Error::PermissionDenied { needs }) = denied else { panic!("{denied:?}") };
+        assert!(needs.contains("CAP_NET_ADMIN") && needs.contains("ip tuntap add"), "{needs}");
+
+        stage("a persistent TAP of the user's own");
+        sh("ip tuntap add u0 mode tap user 65534 && ip link set u0 up");
+        let neighbour = Neighbour::on("u0");
+        let (interface, mut ring) = unprivileged(|| {
+            let interface = start(Tap::named("u0")).expect("it is the user's");
+            let ring = interface.ring(Direction::Both).build().expect("a ring");
+            (interface, ring)
+        });
+        post(&mut ring, 8);
+        exchange(&mut ring, &neighbour, 1);
+        drop((ring, interface));
+        sh("ip link set u0 down");
+        let denied = unprivileged(|| start(Tap::named("u0")));
+        let Err(Error::PermissionDenied { needs }) = denied else { panic!("{denied:?}") };
+        assert!(needs.contains("ip link set"), "{needs}");
+    });
+}
+
+/// Reads posted and inside the kernel: as many as there are.
+fn with_reads_in_the_kernel(engine: TapEngine, way: Way, body: impl FnOnce(Interface, Ring)) {
+    let poller = vmring::Poller::start().unwrap();
+    let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
+    let ring = interface.ring(Direction::Both).depth(64).drive(way.drive(&poller));
+    let mut ring = ring.build().expect("a ring");
+    post(&mut ring, 64);
+    exchange(&mut ring, &Neighbour::on("t0"), 1);
+    assert_eq!(ring.in_flight(), 64);
+    body(interface, ring);
+    eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+}
+
+#[test]
+fn a_cancel_takes_reads_back_from_the_kernel_and_loses_no_packet() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            for way in Way::ALL {
+                with_reads_in_the_kernel(engine, way, |interface, mut ring| {
+                    let neighbour = Neighbour::on("t0");
+                    stage(format!("{engine} {way:?}: one of them"));
+                    let mut numbers = Vec::new();
+                    let mut cancelled = HashSet::new();
+                    let mut sent = 0;
+                    // One after the other, with packets coming in between.
+                    for round in 0..10 {
+                        neighbour.send(1000 + sent, 60);
+                        sent += 1;
+                        let target = 63 - round;
+                        ring.split().0.cancel(target, 7_000).expect("a cancel's credit");
+                        let deadline = Instant::now() + LONG;
+                        let mut answered = false;
+                        while !answered || numbers.len() < sent as usize {
+                            ring.wait(1, Some(Duration::from_millis(5)));
+                            for done in ring.reap() {
+                                let (data, result) = (done.user_data, done.result);
+                                match (done.op, result) {
+                                    (Op::Cancel, result) => {
+                                        assert_eq!(result, Ok(1), "target {target}");
+                                        answered = true;
+                                    }
+                                    (Op::Read, Err(error)) => {
+                                        assert_eq!(error, EntryError::Cancelled);
+                                        assert!(cancelled.insert(data), "twice");
+                                    }
+                                    (Op::Read, Ok(_)) => {
+                                        let frame = done.frame_ok().expect("a packet");
+                                        if frame[12..14] == [0x88, 0xb5] {
+                                            numbers.push(number_of(&frame));
+                                        }
+                                    }
+                                    (Op::Write, _) => {}
+                                }
+                            }
+                            assert!(Instant::now() < deadline, "round {round}: {numbers:?}");
+                        }
+                    }
+                    assert_eq!(numbers, (1000..1000 + sent).collect::<Vec<_>>());
+                    stage(format!("{engine} {way:?}: all of them"));
+                    ring.quiesce(LONG).expect("it empties");
+                    for done in ring.reap() {
+                        assert_eq!(done.result, Err(EntryError::Cancelled));
+                        assert!(cancelled.insert(done.user_data), "twice");
+                    }
+                    assert_eq!(ring.in_flight(), 0);
+                    // Every frame is back, and the ring goes on.
+                    let all: Vec<Frame> = std::iter::from_fn(|| ring.alloc()).collect();
+                    assert_eq!(all.len(), 128);
+                    drop(all);
+                    post(&mut ring, 8);
+                    exchange(&mut ring, &neighbour, 5000);
+                    ring.close().expect("it closes");
+                    drop(interface);
+                });
+            }
+        }
+    });
+}
+
+#[test]
+fn a_close_with_reads_in_the_kernel_brings_every_frame_home() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            for way in Way::ALL {
+                stage(format!("{engine} {way:?}: close"));
+                with_reads_in_the_kernel(engine, way, |interface, mut ring| {
+                    ring.close().expect("it closes");
+                    let cancelled = ring.reap().filter(|done| {
+                        done.result == Err(EntryError::Cancelled) && done.op == Op::Read
+                    });
+                    assert_eq!(cancelled.count(), 64);
+                    interface.stop(LONG).expect("it stops");
+                });
+                stage(format!("{engine} {way:?}: drop"));
+                with_reads_in_the_kernel(engine, way, |interface, ring| {
+                    drop(interface);
+                    drop(ring);
+                });
+            }
+        }
+    });
+}
+
+/// Goal: an inline ring that changes threads goes on; so does one whose thread has ended.
+#[test]
+fn an_inline_ring_may_change_threads() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
+            let neighbour = Neighbour::on("t0");
+            let ring = interface.ring(Direction::Both).depth(64).drive(Drive::Inline);
+            let mut ring = ring.build().expect("a ring");
+            post(&mut ring, 32);
+            for round in 0..10 {
+                stage(format!("{engine} round {round}"));
+                exchange(&mut ring, &neighbour, round * 10);
+                let (moved, neighbour) = (&mut ring, &neighbour);
+                std::thread::scope(|scope| {
+                    scope.spawn(move || exchange(moved, neighbour, round * 10 + 5));
+                });
+            }
+            ring.close().expect("it closes");
+            interface.stop(LONG).expect("it stops");
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}
+
+#[test]
+fn a_tap_that_is_deleted_ends_the_ring_and_comes_back_with_a_restart() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            for way in Way::ALL {
+                for persistent in [false, true] {
+                    stage(format!("{engine} {way:?} persistent: {persistent}"));
+                    deleted(engine, way, persistent);
+                }
+            }
+        }
+    });
+}
+
+fn deleted(engine: TapEngine, way: Way, persistent: bool) {
+    let make = || sh("ip tuntap add d0 mode tap && ip link set d0 up");
+    if persistent {
+        make();
+    }
+    let poller = vmring::Poller::start().unwrap();
+    let interface = start(Tap::named("d0").engine(engine)).expect("it starts");
+    let build = |interface: &Interface| {
+        let ring = interface.ring(Direction::Both).depth(64).drive(way.drive(&poller));
+        let mut ring = ring.build().expect("a ring");
+        post(&mut ring, 32);
+        ring
+    };
+    let mut ring = build(&interface);
+    exchange(&mut ring, &Neighbour::on("d0"), 1);
+    sh("ip link del d0");
+    let mut failed = 0;
+    let mut refused = None;
+    eventually("the ring says so", || {
+        ring.wait(1, Some(Duration::from_millis(5)));
+        for done in ring.reap() {
+            if done.op == Op::Read {
+                assert_eq!(done.result, Err(EntryError::Device(Status::Failure)));
+                failed += 1;
+            }
+        }
+        // A write finds it out as well as a read.
+        if refused.is_none()
+            && let Some(frame) = ring.alloc()
+            && let Err(error) = ring.submit_read(frame, 99)
+        {
+            refused = Some(error.kind);
+        }
+        refused.is_some() && ring.in_flight() == 0
+    });
+    assert!(failed >= 31, "{failed} of what was in flight");
+    assert_eq!(refused, Some(SubmitErrorKind::Closed(Closed::Failed(Status::Failure))));
+    if persistent {
+        let gone = interface.restart(LONG);
+        let Err(Error::Device(error)) = &gone else { panic!("{gone:?}") };
+        assert!(matches!(&**error, Error::Tap(TapError::Gone(name)) if name == "d0"), "{error}");
+        make();
+    }
+    interface.restart(LONG).expect("it is back");
+    let mut again = build(&interface);
+    exchange(&mut again, &Neighbour::on("d0"), 7);
+    drop((ring, again));
+    interface.stop(LONG).expect("it stops");
+    if persistent {
+        sh("ip link del d0");
+    }
+    eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+}
+
+/// Frames from many flows spread over the queues, and each comes once.
+#[test]
+fn every_queue_has_a_ring_and_a_poller() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            let interface = start(Tap::named("q0").queues(4).engine(engine)).expect("it starts");
+            assert_eq!(interface.capabilities().reading_rings, 4);
+            let mut rings = interface.ring(Direction::Both).depth(64).rings(4).expect("rings");
+            let fifth = interface.ring(Direction::Read).build();
+            assert!(matches!(fifth, Err(Error::TooManyRings { limit: 4, .. })), "{fifth:?}");
+            rings.iter_mut().for_each(|ring| post(ring, 64));
+            // Each flow is a UDP socket of the host's that sends to an address of the network.
+            sh("ip neigh add 192.168.128.9 lladdr 02:00:00:00:00:09 dev q0");
+            let to = (Ipv4Addr::new(192, 168, 128, 9), 7);
+            let flows = 64;
+            for flow in 0..flows {
+                let socket = std::net::UdpSocket::bind("192.168.128.1:0").unwrap();
+                socket.send_to(&[flow; 20], to).unwrap();
+            }
+            let mut seen = HashSet::new();
+            let mut per_ring = [0; 4];
+            eventually("every flow's packet", || {
+                for (ring, count) in rings.iter_mut().zip(&mut per_ring) {
+                    ring.wait(1, Some(Duration::from_millis(1)));
+                    for done in ring.reap() {
+                        let frame = done.frame_ok().expect("a packet");
+                        if frame.len() == 62 && frame[23] == 17 {
+                            assert!(seen.insert(frame[42]), "flow {} came twice", frame[42]);
+                            *count += 1;
+                        }
+                    }
+                }
+                seen.len() == usize::from(flows)
+            });
+            assert!(per_ring.iter().filter(|count| **count > 0).count() > 1, "{per_ring:?}");
+            stage("one ring is left, and gets everything");
+            rings.truncate(1);
+            let ring = &mut rings[0];
+            for round in 0..flows {
+                let socket = std::net::UdpSocket::bind("192.168.128.1:0").unwrap();
+                socket.send_to(&[round; 30], to).unwrap();
+                let frame = ring.alloc().expect("frames came home");
+                let _ = ring.submit_read(frame, 0);
+            }
+            let mut came = 0;
+            eventually("all of them", || {
+                ring.wait(1, Some(Duration::from_millis(1)));
+                came += ring
+                    .reap()
+                    .filter_map(|done| done.frame_ok().ok())
+                    .filter(|frame| frame.len() == 72 && frame[23] == 17)
+                    .count();
+                came == usize::from(flows)
+            });
+            drop(rings);
+            interface.stop(LONG).expect("it stops");
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}
+
+/// A reading ring and writing rings on the one queue of a TAP.
+#[test]
+fn one_ring_reads_and_others_write() {
+    in_namespace(|| {
+        let interface = start(Tap::named("t0")).expect("it starts");
+        let neighbour = Neighbour::on("t0");
+        let pool = PoolBuilder::new(64, 1514).build().unwrap();
+        let ring = |direction| interface.ring(direction).pool(&pool).build().expect("a ring");
+        let (mut reads, mut first, mut second) =
+            (ring(Direction::Read), ring(Direction::Write), ring(Direction::Write));
+        post(&mut reads, 8);
+        neighbour.send(1, 60);
+        assert_eq!(number_of(&next(&mut reads)), 1);
+        for (number, ring) in [(2, &mut first), (3, &mut second)] {
+            let mut frame = ring.alloc().unwrap();
+            frame.copy_from(&packet_between(HOST, BROADCAST, number, 60)).unwrap();
+            ring.submit_write(frame, 0).unwrap();
+            eventually("it reaches the host", || neighbour.receive() == Some(number));
+        }
+    });
+}
