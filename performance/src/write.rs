@@ -1,0 +1,197 @@
+//! Packets per second into a TAP.
+
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, types};
+
+use crate::Result;
+use crate::clock::Moment;
+use crate::net::{Tap, counters, in_new_namespace, udp_frame};
+use crate::report::Sample;
+use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
+
+/// Something that writes packets.
+trait Writer {
+    /// Writes `count` packets and returns when the kernel has all of them.
+    fn write(&mut self, count: usize) -> Result<()>;
+}
+
+/// The contenders.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Plain,
+    Uring,
+    UringFixed,
+    TunRs,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 4] = [Self::Plain, Self::Uring, Self::UringFixed, Self::TunRs];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "write(2)",
+            Self::Uring => "io_uring WRITE, 64 at once",
+            Self::UringFixed => "io_uring WRITE_FIXED, 64 at once",
+            Self::TunRs => "tun-rs send",
+        }
+    }
+}
+
+/// One measurement of one contender, for about `time`.
+pub(crate) fn measure(way: Way, length: usize, time: Duration) -> Result<Sample> {
+    in_new_namespace(|| {
+        let tap = Tap::open_up("tap0", 1000)?;
+        let slots = filled(&udp_frame(length));
+        let mut writer: Box<dyn Writer> = match way {
+            Way::Plain => Box::new(Plain { tap: &tap, slots, next: 0, length }),
+            Way::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
+            Way::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
+            Way::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
+        };
+        // Before anything is timed: so many packets, of that length, did come.
+        let before = counters("tap0")?;
+        writer.write(SLOTS + 1)?;
+        let after = counters("tap0")?;
+        let came = (after.received - before.received, after.received_bytes - before.received_bytes);
+        let wanted = SLOTS as u64 + 1;
+        if came != (wanted, wanted * length as u64) {
+            let name = way.name();
+            return Err(
+                format!("{name}: wrote {wanted} packets, (packets, bytes) came: {came:?}").into()
+            );
+        }
+        let start = Moment::now();
+        let mut packets = 0;
+        loop {
+            writer.write(16 * BATCH)?;
+            packets += 16 * BATCH;
+            let elapsed = start.elapsed();
+            if elapsed.wall >= time {
+                return Ok(Sample { packets: packets as u64, elapsed });
+            }
+        }
+    })
+}
+
+/// One system call a packet.
+struct Plain<'a> {
+    tap: &'a Tap,
+    slots: Vec<Slot>,
+    next: usize,
+    length: usize,
+}
+
+impl Writer for Plain<'_> {
+    fn write(&mut self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            let frame = &self.slots[self.next].0[..self.length];
+            self.next = (self.next + 1) % SLOTS;
+            // SAFETY: the frame is that long and outlives the call.
+            let written =
+                unsafe { libc::write(self.tap.as_raw_fd(), frame.as_ptr().cast(), frame.len()) };
+            if written != self.length as isize {
+                return Err(io::Error::last_os_error().into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One system call for a batch.
+struct Uring<'a> {
+    ring: IoUring,
+    tap: &'a Tap,
+    slots: Vec<Slot>,
+    next: usize,
+    length: usize,
+    /// With the descriptor and the memory made known to the kernel before.
+    fixed: bool,
+}
+
+impl<'a> Uring<'a> {
+    fn new(tap: &'a Tap, mut slots: Vec<Slot>, length: usize, fixed: bool) -> Result<Self> {
+        let ring =
+            IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(BATCH as u32)?;
+        if fixed {
+            let all = libc::iovec {
+                iov_base: slots.as_mut_ptr().cast(),
+                iov_len: slots.len() * SLOT_SIZE,
+            };
+            // SAFETY: the slots are neither moved nor freed before the ring, and shared with nobody.
+            unsafe { ring.submitter().register_buffers(&[all]) }?;
+            ring.submitter().register_files(&[tap.as_raw_fd()])?;
+        }
+        Ok(Self { ring, tap, slots, next: 0, length, fixed })
+    }
+}
+
+impl Writer for Uring<'_> {
+    fn write(&mut self, count: usize) -> Result<()> {
+        let mut left = count;
+        while left > 0 {
+            let batch = left.min(BATCH);
+            let mut queue = self.ring.submission();
+            for _ in 0..batch {
+                let slot = &self.slots[self.next];
+                self.next = (self.next + 1) % SLOTS;
+                let (start, length) = (slot.0.as_ptr(), self.length as u32);
+                let entry = if self.fixed {
+                    opcode::WriteFixed::new(types::Fixed(0), start, length, 0).build()
+                } else {
+                    opcode::Write::new(types::Fd(self.tap.as_raw_fd()), start, length).build()
+                };
+                // SAFETY: the slots are not moved, changed or freed before the batch is complete,
+                // which is before this function returns: errors of the ring itself end the program.
+                unsafe { queue.push(&entry) }?;
+            }
+            drop(queue);
+            self.ring.submit_and_wait(batch)?;
+            let mut done = 0;
+            for completion in self.ring.completion() {
+                if completion.result() != self.length as i32 {
+                    return Err(io::Error::from_raw_os_error(-completion.result()).into());
+                }
+                done += 1;
+            }
+            if done != batch {
+                return Err(format!("{done} of {batch} writes completed").into());
+            }
+            left -= batch;
+        }
+        Ok(())
+    }
+}
+
+/// The crate of that name, over the same descriptor.
+struct TunRs {
+    device: tun_rs::SyncDevice,
+    slots: Vec<Slot>,
+    next: usize,
+    length: usize,
+}
+
+impl TunRs {
+    fn new(tap: &Tap, slots: Vec<Slot>, length: usize) -> Result<Self> {
+        // SAFETY: the descriptor is a TAP's without packet information and virtio header, and from
+        // here on the device's own.
+        let device = unsafe { tun_rs::SyncDevice::from_fd(tap.duplicate()?.into_raw_fd()) }?;
+        Ok(Self { device, slots, next: 0, length })
+    }
+}
+
+impl Writer for TunRs {
+    fn write(&mut self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            let frame = &self.slots[self.next].0[..self.length];
+            self.next = (self.next + 1) % SLOTS;
+            let written = self.device.send(frame)?;
+            if written != self.length {
+                return Err(format!("{written} of {} bytes written", self.length).into());
+            }
+        }
+        Ok(())
+    }
+}
