@@ -7,8 +7,10 @@
 compile_error!("TAP is Linux's");
 
 mod clock;
+mod forward;
 mod net;
 mod read;
+mod relay;
 mod report;
 mod slots;
 mod write;
@@ -40,6 +42,10 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 0.1, value_parser = seconds)]
     seconds: f64,
 
+    /// How long one TCP stream takes.
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
+    stream_seconds: u32,
+
     /// One short round, to see that everything works; its figures say little.
     #[arg(long, global = true)]
     quick: bool,
@@ -55,6 +61,8 @@ enum What {
     TapWrite,
     /// Packets per second out of a TAP: out of a full queue, and while they come.
     TapRead,
+    /// A TCP stream (iperf3) from one namespace through a bridge of two TAPs to another.
+    TapForward,
     /// All of these.
     All,
 }
@@ -103,6 +111,11 @@ fn run(arguments: &Arguments) -> Result<()> {
             turns(rounds, &read::Way::ALL, |way, length| read::measure_flood(way, length, time))?;
         let about = "packets out of a TAP while another thread sends all it can".to_owned();
         report.packets("tap-read, flood", about, named(measured, read::Way::name));
+    }
+    if wanted(What::TapForward) {
+        let stream_seconds = if arguments.quick { 1 } else { arguments.stream_seconds };
+        let about = format!("one TCP stream of {stream_seconds} s through a bridge");
+        report.streams("tap-forward", about, forward::turns(rounds, stream_seconds)?);
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // Whoever reads has read enough.

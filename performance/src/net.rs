@@ -50,6 +50,33 @@ pub(crate) fn in_new_namespace<T: Send>(work: impl FnOnce() -> Result<T> + Send)
     })
 }
 
+/// A network namespace for others to work in. It lives as long as this and what is in it.
+pub(crate) struct Namespace(File);
+
+impl Namespace {
+    pub(crate) fn new() -> Result<Self> {
+        in_new_namespace(|| Ok(Self(File::open("/proc/thread-self/ns/net")?)))
+    }
+
+    /// Runs `work` on a thread in this namespace.
+    pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // SAFETY: setns takes no pointer; it moves this thread only.
+                check(unsafe { libc::setns(self.0.as_raw_fd(), libc::CLONE_NEWNET) })?;
+                work()
+            });
+            thread.join().unwrap_or_else(|_| Err("a thread in a namespace panicked".into()))
+        })
+    }
+
+    /// Moves an interface here from the calling thread's namespace.
+    pub(crate) fn adopt(&self, interface: &str) -> Result<()> {
+        let (process, file) = (std::process::id(), self.0.as_raw_fd());
+        ip(&format!("link set {interface} netns /proc/{process}/fd/{file}"))
+    }
+}
+
 /// Runs `ip` in the calling thread's namespace.
 pub(crate) fn ip(arguments: &str) -> Result<()> {
     let output = Command::new("ip").args(arguments.split_whitespace()).output()?;
@@ -73,6 +100,20 @@ pub(crate) enum Offload {
     On,
 }
 
+/// A request about the interface `name`.
+fn request_for(name: &str) -> Result<libc::ifreq> {
+    // SAFETY: an ifreq is plain old data, for which zeroes are a value.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    // The last byte ends the name.
+    if name.len() >= request.ifr_name.len() {
+        return Err(format!("{name} is too long for a network interface's name").into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
 impl Tap {
     /// A new non-blocking TAP in the calling thread's namespace, not yet up.
     pub(crate) fn open(name: &str, offload: Offload) -> Result<Self> {
@@ -81,14 +122,7 @@ impl Tap {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")?;
-        // SAFETY: an ifreq is plain old data, for which zeroes are a value.
-        let mut request: libc::ifreq = unsafe { mem::zeroed() };
-        if name.len() >= request.ifr_name.len() {
-            return Err(format!("{name} is too long for a network interface's name").into());
-        }
-        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as libc::c_char;
-        }
+        let mut request = request_for(name)?;
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI;
         if offload == Offload::On {
             flags |= libc::IFF_VNET_HDR;
@@ -156,6 +190,8 @@ pub(crate) struct Counters {
     pub(crate) received_bytes: u64,
     /// Packets that the kernel sent: for a TAP, those read.
     pub(crate) sent: u64,
+    /// Bytes of them.
+    pub(crate) sent_bytes: u64,
     /// Packets that the kernel could not send: for a TAP, those that found its queue full.
     pub(crate) dropped: u64,
 }
@@ -173,10 +209,35 @@ pub(crate) fn counters(name: &str) -> Result<Counters> {
         .filter_map(|field| field.parse().ok())
         .collect();
     // Eight of receiving, eight of sending: bytes, packets, errors, drops, ...
-    let [received_bytes, received, .., sent, _, dropped, _, _, _, _] = fields[..] else {
+    let [received_bytes, received, .., sent_bytes, sent, _, dropped, _, _, _, _] = fields[..]
+    else {
         return Err(format!("/proc/net/dev has {} columns", fields.len()).into());
     };
-    Ok(Counters { received, received_bytes, sent, dropped })
+    Ok(Counters { received, received_bytes, sent, sent_bytes, dropped })
+}
+
+/// Takes from an interface of the calling thread's namespace what a TAP without offload does not
+/// have: with the checksums go scattered packets and every kind of segmentation.
+pub(crate) fn without_checksums(name: &str) -> Result<()> {
+    /// `struct ethtool_value` of linux/ethtool.h.
+    #[repr(C)]
+    struct EthtoolValue {
+        command: u32,
+        data: u32,
+    }
+    const ETHTOOL_STXCSUM: u32 = 0x17;
+
+    // SAFETY: socket takes no pointer.
+    let socket =
+        check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor is new and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    let mut value = EthtoolValue { command: ETHTOOL_STXCSUM, data: 0 };
+    let mut request = request_for(name)?;
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    // SAFETY: SIOCETHTOOL reads one ifreq and the value that it points to; both outlive the call.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL, &raw mut request) })?;
+    Ok(())
 }
 
 /// A UDP frame of `length` bytes to a station that is not there: the kernel looks at its address

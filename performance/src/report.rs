@@ -109,6 +109,18 @@ struct PacketRow {
     cpu_ns_per_packet: Spread,
 }
 
+/// One line of the table of streams.
+#[derive(Serialize)]
+pub(crate) struct StreamRow {
+    pub(crate) contender: &'static str,
+    pub(crate) offload: bool,
+    pub(crate) gbit_per_second: Spread,
+    /// Of the bridge between; a veth pair has none.
+    pub(crate) bridge_cpu_seconds_per_gigabyte: Option<Spread>,
+    /// Of all processors, both ends of the stream and whoever else was busy included.
+    pub(crate) system_cpu_seconds_per_gigabyte: Spread,
+}
+
 /// One table.
 #[derive(Serialize)]
 struct Table {
@@ -122,6 +134,7 @@ struct Table {
 #[serde(rename_all = "lowercase")]
 enum Rows {
     Packets(Vec<PacketRow>),
+    Streams(Vec<StreamRow>),
 }
 
 /// Everything that was measured.
@@ -154,6 +167,11 @@ impl Report {
         self.tables.push(Table { name, about, rows });
     }
 
+    /// A table of streams.
+    pub(crate) fn streams(&mut self, name: &'static str, about: String, rows: Vec<StreamRow>) {
+        self.tables.push(Table { name, about, rows: Rows::Streams(rows) });
+    }
+
     pub(crate) fn print(&self, json: bool, out: &mut impl Write) -> io::Result<()> {
         if json {
             writeln!(out, "{}", serde_json::to_string_pretty(self)?)?;
@@ -173,6 +191,7 @@ impl Report {
             writeln!(out, "\n{}: {}", table.name, table.about)?;
             match &table.rows {
                 Rows::Packets(rows) => print_packets(rows, out)?,
+                Rows::Streams(rows) => print_streams(rows, out)?,
             }
         }
         Ok(())
@@ -196,6 +215,29 @@ fn print_packets(rows: &[PacketRow], out: &mut impl Write) -> io::Result<()> {
             time.median,
             format!("({:.0} to {:.0})", time.min, time.max),
             row.cpu_ns_per_packet.median
+        )?;
+    }
+    Ok(())
+}
+
+fn print_streams(rows: &[StreamRow], out: &mut impl Write) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<8} {:<28} {:>8} {:>16} {:>16} {:>16}",
+        "offload", "contender", "Gbit/s", "", "bridge CPU s/GB", "system CPU s/GB"
+    )?;
+    for row in rows {
+        let rate = row.gbit_per_second;
+        writeln!(
+            out,
+            "{:<8} {:<28} {:>8.2} {:>16} {:>16} {:>16.2}",
+            if row.offload { "on" } else { "off" },
+            row.contender,
+            rate.median,
+            format!("({:.2} to {:.2})", rate.min, rate.max),
+            row.bridge_cpu_seconds_per_gigabyte
+                .map_or("-".to_owned(), |spread| format!("{:.2}", spread.median)),
+            row.system_cpu_seconds_per_gigabyte.median
         )?;
     }
     Ok(())

@@ -1,0 +1,223 @@
+//! A TCP stream from one network namespace through a bridge to another.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::net::without_checksums;
+use crate::net::{FULL_FRAME, Namespace, Offload, Tap, counters, in_new_namespace, ip};
+use crate::relay;
+use crate::report::{Spread, StreamRow};
+
+/// The contenders.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Two TAPs and the relay.
+    Relay,
+    /// No bridge at all: what the two ends can do at most.
+    Veth,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 2] = [Self::Relay, Self::Veth];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Relay => "read(2)/write(2) relay",
+            Self::Veth => "veth pair, no bridge",
+        }
+    }
+}
+
+/// What one stream gave.
+#[derive(Clone, Copy)]
+struct Stream {
+    gbit_per_second: f64,
+    bridge_cpu_seconds_per_gigabyte: Option<f64>,
+    system_cpu_seconds_per_gigabyte: f64,
+}
+
+/// The interfaces' names, one in each of the outer namespaces.
+const LEFT: &str = "left";
+const RIGHT: &str = "right";
+const RIGHT_ADDRESS: &str = "10.9.0.2";
+
+/// All contenders in turns, `rounds` times, with and without offload.
+pub(crate) fn turns(rounds: u32, seconds: u32) -> Result<Vec<StreamRow>> {
+    let mut all: Vec<(Way, Offload, Vec<Stream>)> = [Offload::Off, Offload::On]
+        .into_iter()
+        .flat_map(|offload| Way::ALL.into_iter().map(move |way| (way, offload, Vec::new())))
+        .collect();
+    for _ in 0..rounds {
+        for (way, offload, streams) in &mut all {
+            let stream = in_new_namespace(|| measure(*way, *offload, seconds));
+            streams.push(stream.map_err(|error| format!("{}: {error}", way.name()))?);
+        }
+    }
+    Ok(all.into_iter().map(|(way, offload, streams)| row(way, offload, &streams)).collect())
+}
+
+fn row(way: Way, offload: Offload, streams: &[Stream]) -> StreamRow {
+    let spread = |figure: fn(&Stream) -> f64| Spread::of(streams.iter().map(figure));
+    let bridge: Vec<f64> =
+        streams.iter().filter_map(|stream| stream.bridge_cpu_seconds_per_gigabyte).collect();
+    StreamRow {
+        contender: way.name(),
+        offload: offload == Offload::On,
+        gbit_per_second: spread(|stream| stream.gbit_per_second),
+        bridge_cpu_seconds_per_gigabyte: (!bridge.is_empty()).then(|| Spread::of(bridge)),
+        system_cpu_seconds_per_gigabyte: spread(|stream| stream.system_cpu_seconds_per_gigabyte),
+    }
+}
+
+/// One stream, from within the namespace of the bridge.
+fn measure(way: Way, offload: Offload, seconds: u32) -> Result<Stream> {
+    let ends = (Namespace::new()?, Namespace::new()?);
+    match way {
+        Way::Relay => {
+            let (left, right) = (Tap::open(LEFT, offload)?, Tap::open(RIGHT, offload)?);
+            connect(&ends)?;
+            let stop = AtomicBool::new(false);
+            thread::scope(|scope| {
+                let relay = scope.spawn(|| relay::run(&left, &right, &stop));
+                let transfer = transfer(&ends, offload, seconds);
+                stop.store(true, Ordering::Relaxed);
+                let bridge = relay.join().unwrap_or_else(|_| Err("the relay panicked".into()))?;
+                Ok(transfer?.stream(Some(bridge)))
+            })
+        }
+        Way::Veth => {
+            ip(&format!("link add {LEFT} type veth peer name {RIGHT}"))?;
+            if offload == Offload::Off {
+                without_checksums(LEFT)?;
+                without_checksums(RIGHT)?;
+            }
+            connect(&ends)?;
+            Ok(transfer(&ends, offload, seconds)?.stream(None))
+        }
+    }
+}
+
+/// Moves the two interfaces to their namespaces and gives them addresses.
+fn connect(ends: &(Namespace, Namespace)) -> Result<()> {
+    for (end, name, address) in [(&ends.0, LEFT, "10.9.0.1"), (&ends.1, RIGHT, RIGHT_ADDRESS)] {
+        end.adopt(name)?;
+        end.inside(|| {
+            ip(&format!("address add {address}/24 dev {name}"))?;
+            ip(&format!("link set {name} up"))
+        })?;
+    }
+    Ok(())
+}
+
+/// What went through, and what it took of all processors.
+struct Transfer {
+    bytes: f64,
+    seconds: f64,
+    busy: Duration,
+}
+
+impl Transfer {
+    fn stream(&self, bridge: Option<Duration>) -> Stream {
+        let a_gigabyte = |time: Duration| time.as_secs_f64() / (self.bytes / 1e9);
+        Stream {
+            gbit_per_second: self.bytes * 8.0 / 1e9 / self.seconds,
+            bridge_cpu_seconds_per_gigabyte: bridge.map(a_gigabyte),
+            system_cpu_seconds_per_gigabyte: a_gigabyte(self.busy),
+        }
+    }
+}
+
+/// A child process that does not outlive its measurement.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself, and then there is nothing to do.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// iperf3 from the left end to the right one.
+fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Result<Transfer> {
+    let server = ends.1.inside(|| {
+        let server = Command::new("iperf3")
+            .args(["--server", "--one-off"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("iperf3 does not start: {error}"))?;
+        let server = Process(server);
+        await_listener()?;
+        Ok(server)
+    })?;
+    let (before, output, after) = ends.0.inside(|| {
+        let before = busy()?;
+        let output = Command::new("iperf3")
+            .args(["--client", RIGHT_ADDRESS, "--json", "--time", &seconds.to_string()])
+            .output()?;
+        let after = busy()?;
+        let counted = counters(LEFT)?;
+        let average = counted.sent_bytes / counted.sent.max(1);
+        if (average > FULL_FRAME as u64) != (offload == Offload::On) {
+            return Err(format!("packets had {average} bytes on average").into());
+        }
+        Ok((before, output, after))
+    })?;
+    drop(server);
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    if let Some(error) = result["error"].as_str() {
+        return Err(format!("iperf3: {error}").into());
+    }
+    let received = &result["end"]["sum_received"];
+    let (Some(bytes), Some(seconds)) = (received["bytes"].as_f64(), received["seconds"].as_f64())
+    else {
+        return Err("iperf3 does not say what was received".into());
+    };
+    if bytes == 0.0 {
+        return Err("nothing was received".into());
+    }
+    Ok(Transfer { bytes, seconds, busy: after.saturating_sub(before) })
+}
+
+/// Waits until the calling thread's namespace has a socket that listens.
+fn await_listener() -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        // The fourth column is the state; 0A listens. iperf3 listens on IPv6 for both.
+        for table in ["tcp", "tcp6"] {
+            let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"));
+            let table = table.unwrap_or_default();
+            if table.lines().any(|line| line.split_whitespace().nth(3) == Some("0A")) {
+                return Ok(());
+            }
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Err("iperf3 does not listen".into())
+}
+
+/// How long all processors together have been busy.
+fn busy() -> Result<Duration> {
+    let table = fs::read_to_string("/proc/stat")?;
+    let fields: Vec<u64> = table
+        .lines()
+        .next()
+        .into_iter()
+        .flat_map(|line| line.split_whitespace().skip(1))
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    let [user, nice, system, _idle, _waiting, interrupts, soft_interrupts, ..] = fields[..] else {
+        return Err(format!("/proc/stat has {} columns", fields.len()).into());
+    };
+    Ok(ticks(user + nice + system + interrupts + soft_interrupts))
+}
+
+/// The kernel's hundredths of a second.
+fn ticks(count: u64) -> Duration {
+    Duration::from_millis(count * 10)
+}

@@ -1,0 +1,67 @@
+//! A bridge between two TAPs as anybody would write it: one thread, one system call a packet.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::Result;
+use crate::clock::Moment;
+use crate::net::{Tap, VIRTIO_HEADER, check};
+use crate::slots::BATCH;
+
+/// The longest frame with segmentation left to the other side, and its virtio header.
+const LONGEST: usize = VIRTIO_HEADER + 14 + 65_535;
+
+/// How often the relay looks whether it shall stop while nothing comes.
+const LOOK_MS: libc::c_int = 20;
+
+/// Carries packets both ways until `stop`. Returns the processor time that it took.
+pub(crate) fn run(left: &Tap, right: &Tap, stop: &AtomicBool) -> Result<Duration> {
+    let start = Moment::now();
+    let mut buffer = vec![0; LONGEST];
+    let mut entries = [left, right].map(|tap| libc::pollfd {
+        fd: tap.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    while !stop.load(Ordering::Relaxed) {
+        // SAFETY: poll reads and writes two entries, which outlive the call.
+        check(unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, LOOK_MS) })?;
+        for (entry, from, to) in [(entries[0], left, right), (entries[1], right, left)] {
+            if entry.revents != 0 {
+                carry(from, to, &mut buffer)?;
+            }
+        }
+    }
+    Ok(start.elapsed().cpu)
+}
+
+/// A batch or what there is of it.
+fn carry(from: &Tap, to: &Tap, buffer: &mut [u8]) -> Result<()> {
+    for _ in 0..BATCH {
+        // SAFETY: the buffer is that long and outlives the call.
+        let length =
+            unsafe { libc::read(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+        let Ok(length) = usize::try_from(length) else {
+            let error = io::Error::last_os_error();
+            if error.kind() == io::ErrorKind::WouldBlock {
+                return Ok(());
+            }
+            return Err(error.into());
+        };
+        let packet = &buffer[..length];
+        // SAFETY: the packet is that long and outlives the call.
+        let written = unsafe { libc::write(to.as_raw_fd(), packet.as_ptr().cast(), packet.len()) };
+        if written < 0 {
+            let error = io::Error::last_os_error();
+            // A network may lose packets, and this one does when its other end is not up (yet).
+            let lost =
+                matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::EIO));
+            if !lost {
+                return Err(error.into());
+            }
+        }
+    }
+    Ok(())
+}
