@@ -1,6 +1,9 @@
-//! Wall time and the calling thread's processor time, together.
+//! Wall time and processor time, together.
 
+use std::io;
 use std::time::{Duration, Instant};
+
+use crate::net::check;
 
 /// A moment in both times.
 #[derive(Clone, Copy)]
@@ -14,13 +17,19 @@ pub(crate) struct Moment {
 pub(crate) struct Elapsed {
     /// On the clock on the wall.
     pub(crate) wall: Duration,
-    /// On the calling thread's processor: what other programs of the machine took is not in it.
+    /// Of all threads of this program, as a contender may have threads of its own. What other
+    /// programs of the machine took is not in it.
     pub(crate) cpu: Duration,
 }
 
 impl Moment {
     pub(crate) fn now() -> Self {
-        Self { wall: Instant::now(), cpu: thread_time() }
+        Self { wall: Instant::now(), cpu: Processor::PROGRAM.time() }
+    }
+
+    /// On the clock on the wall only, which costs no system call.
+    pub(crate) fn wall_elapsed(&self) -> Duration {
+        self.wall.elapsed()
     }
 
     pub(crate) fn elapsed(&self) -> Elapsed {
@@ -36,10 +45,29 @@ impl std::ops::AddAssign for Elapsed {
     }
 }
 
-fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: clock_gettime writes one timespec, which outlives the call. It cannot fail: every Linux
-    // has this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+/// A clock of processor time, which any thread of the program may read.
+#[derive(Clone, Copy)]
+pub(crate) struct Processor(libc::clockid_t);
+
+impl Processor {
+    const PROGRAM: Self = Self(libc::CLOCK_PROCESS_CPUTIME_ID);
+
+    /// Of the calling thread. Once that has ended, it says zero.
+    pub(crate) fn of_this_thread() -> io::Result<Self> {
+        let mut clock = 0;
+        // SAFETY: the thread is the calling one, and the clock's name outlives the call.
+        match unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &raw mut clock) } {
+            0 => Ok(Self(clock)),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    pub(crate) fn time(self) -> Duration {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: clock_gettime writes one timespec, which outlives the call.
+        match check(unsafe { libc::clock_gettime(self.0, &raw mut time) }) {
+            Ok(_) => Duration::new(time.tv_sec as u64, time.tv_nsec as u32),
+            Err(_) => Duration::ZERO,
+        }
+    }
 }

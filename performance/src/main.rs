@@ -9,6 +9,8 @@ compile_error!("TAP is Linux's");
 mod clock;
 mod forward;
 mod net;
+#[cfg(feature = "ours")]
+mod ours;
 mod read;
 mod relay;
 mod report;
@@ -98,17 +100,17 @@ fn run(arguments: &Arguments) -> Result<()> {
     let wanted = |what| arguments.what == what || arguments.what == What::All;
     if wanted(What::TapWrite) {
         let measured =
-            turns(rounds, &write::Way::ALL, |way, length| write::measure(way, length, time))?;
+            turns(rounds, write::Way::ALL, |way, length| write::measure(way, length, time))?;
         let about = "packets into a TAP, dropped by the kernel for their address".to_owned();
         report.packets("tap-write", about, named(measured, write::Way::name));
     }
     if wanted(What::TapRead) {
         let measured =
-            turns(rounds, &read::Way::ALL, |way, length| read::measure_drain(way, length, time))?;
+            turns(rounds, read::Way::ALL, |way, length| read::measure_drain(way, length, time))?;
         let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);
         report.packets("tap-read, drain", about, named(measured, read::Way::name));
         let measured =
-            turns(rounds, &read::Way::ALL, |way, length| read::measure_flood(way, length, time))?;
+            turns(rounds, read::Way::ALL, |way, length| read::measure_flood(way, length, time))?;
         let about = "packets out of a TAP while another thread sends all it can".to_owned();
         report.packets("tap-read, flood", about, named(measured, read::Way::name));
     }

@@ -3,35 +3,43 @@
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, types};
 
 use crate::Result;
-use crate::clock::{Elapsed, Moment};
+use crate::clock::{Elapsed, Moment, Processor};
 use crate::net::{PacketSocket, Tap, check, counters, in_new_namespace, udp_frame};
+#[cfg(feature = "ours")]
+use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
 /// What one look at the TAP gave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Taken {
-    packets: u64,
-    bytes: u64,
+pub(crate) struct Taken {
+    pub(crate) packets: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Taken {
-    fn add(&mut self, bytes: usize) {
+    pub(crate) fn add(&mut self, bytes: usize) {
         self.packets += 1;
         self.bytes += bytes as u64;
     }
 }
 
 /// Something that reads packets.
-trait Reader {
+pub(crate) trait Reader {
     /// Takes what is there, about a batch; where nothing is there, waits for at most `patience`.
     fn read(&mut self, patience: Duration) -> Result<Taken>;
+
+    /// Leaves packets that come in the TAP's queue until the next `read`. Most do so anyway.
+    fn rest(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The contenders.
@@ -43,16 +51,26 @@ pub(crate) enum Way {
     UringFixed,
     UringAdaptive,
     TunRs,
+    #[cfg(feature = "ours")]
+    Ours(Ours),
 }
 
 impl Way {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: &[Self] = &[
         Self::Plain,
         Self::UringMultishot,
         Self::UringBatch,
         Self::UringFixed,
         Self::UringAdaptive,
         Self::TunRs,
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::URING_INLINE),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::URING_THREAD),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::PLAIN_INLINE),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::PLAIN_THREAD),
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -63,6 +81,8 @@ impl Way {
             Self::UringFixed => "io_uring READ_FIXED, 64 at once",
             Self::UringAdaptive => "io_uring READ, 4 to 64 at once",
             Self::TunRs => "tun-rs recv",
+            #[cfg(feature = "ours")]
+            Self::Ours(ours) => ours.name(),
         }
     }
 
@@ -74,6 +94,8 @@ impl Way {
             Self::UringFixed => Box::new(Batch::new(tap.as_raw_fd(), BATCH, true)?),
             Self::UringAdaptive => Box::new(Batch::new(tap.as_raw_fd(), 4, false)?),
             Self::TunRs => Box::new(TunRs::new(tap)?),
+            #[cfg(feature = "ours")]
+            Self::Ours(ours) => ours.reader(tap)?,
         })
     }
 }
@@ -107,16 +129,21 @@ pub(crate) fn measure_drain(way: Way, length: usize, time: Duration) -> Result<S
         let socket = PacketSocket::on(tap.name())?;
         let frame = udp_frame(length);
         let mut reader = way.open(&tap)?;
-        // Before anything is timed: so many packets, of that length, come out.
+        // Before anything is timed: so many packets, of that length, come out, and only when asked.
         let before = counters("tap0")?;
+        reader.rest()?;
         socket.send(&frame, QUEUE)?;
+        let filled = counters("tap0")?;
         drain(&mut *reader, QUEUE, length)?;
         let after = counters("tap0")?;
-        if after.sent - before.sent != QUEUE as u64 || after.dropped != before.dropped {
-            return Err(format!("{}: {QUEUE} packets sent, {after:?}", way.name()).into());
+        let packets = (filled.sent - before.sent, after.sent - before.sent);
+        if packets != (0, QUEUE as u64) || after.dropped != before.dropped {
+            let name = way.name();
+            return Err(format!("{name}: {packets:?} packets left the queue: {after:?}").into());
         }
         let (mut packets, mut elapsed) = (0, Elapsed::default());
         while elapsed.wall < time {
+            reader.rest()?;
             socket.send(&frame, QUEUE)?;
             let start = Moment::now();
             drain(&mut *reader, QUEUE, length)?;
@@ -135,20 +162,25 @@ pub(crate) fn measure_flood(way: Way, length: usize, time: Duration) -> Result<S
         let frame = udp_frame(length);
         let mut reader = way.open(&tap)?;
         let stop = AtomicBool::new(false);
+        let (tell, told) = mpsc::channel();
         thread::scope(|scope| {
             let sender = scope.spawn(|| {
+                tell.send(Processor::of_this_thread()?)?;
                 while !stop.load(Ordering::Relaxed) {
                     socket.send(&frame, BATCH)?;
                 }
                 Ok(())
             });
-            let received = receive(&mut *reader, time);
+            let received = told
+                .recv()
+                .map_err(Into::into)
+                .and_then(|processor| receive(&mut *reader, processor, time));
             stop.store(true, Ordering::Relaxed);
             let sent: Result<()> =
                 sender.join().unwrap_or_else(|_| Err("the sender panicked".into()));
             sent?;
             let (taken, elapsed) = received?;
-            if taken.bytes != taken.packets * length as u64 {
+            if taken.packets == 0 || taken.bytes != taken.packets * length as u64 {
                 return Err(format!("{}: {taken:?} came", way.name()).into());
             }
             Ok(Sample { packets: taken.packets, elapsed })
@@ -156,17 +188,18 @@ pub(crate) fn measure_flood(way: Way, length: usize, time: Duration) -> Result<S
     })
 }
 
-/// What comes in `time`.
-fn receive(reader: &mut dyn Reader, time: Duration) -> Result<(Taken, Elapsed)> {
+/// What comes in `time`, and what it took without the sender's processor time.
+fn receive(reader: &mut dyn Reader, sender: Processor, time: Duration) -> Result<(Taken, Elapsed)> {
     reader.read(PATIENCE)?;
-    let start = Moment::now();
+    let (start, sender_start) = (Moment::now(), sender.time());
     let mut all = Taken::default();
     loop {
         let taken = reader.read(PATIENCE)?;
         all.packets += taken.packets;
         all.bytes += taken.bytes;
-        let elapsed = start.elapsed();
-        if elapsed.wall >= time {
+        if start.wall_elapsed() >= time {
+            let mut elapsed = start.elapsed();
+            elapsed.cpu = elapsed.cpu.saturating_sub(sender.time() - sender_start);
             return Ok((all, elapsed));
         }
     }

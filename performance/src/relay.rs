@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::Result;
-use crate::clock::Moment;
+use crate::clock::Processor;
 use crate::net::{Tap, VIRTIO_HEADER, check};
 use crate::slots::BATCH;
 
@@ -18,7 +18,7 @@ const LOOK_MS: libc::c_int = 20;
 
 /// Carries packets both ways until `stop`. Returns the processor time that it took.
 pub(crate) fn run(left: &Tap, right: &Tap, stop: &AtomicBool) -> Result<Duration> {
-    let start = Moment::now();
+    let processor = Processor::of_this_thread()?;
     let mut buffer = vec![0; LONGEST];
     let mut entries = [left, right].map(|tap| libc::pollfd {
         fd: tap.as_raw_fd(),
@@ -34,7 +34,7 @@ pub(crate) fn run(left: &Tap, right: &Tap, stop: &AtomicBool) -> Result<Duration
             }
         }
     }
-    Ok(start.elapsed().cpu)
+    Ok(processor.time())
 }
 
 /// A batch or what there is of it.

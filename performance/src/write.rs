@@ -9,11 +9,13 @@ use io_uring::{IoUring, opcode, types};
 use crate::Result;
 use crate::clock::Moment;
 use crate::net::{Tap, counters, in_new_namespace, udp_frame};
+#[cfg(feature = "ours")]
+use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
 /// Something that writes packets.
-trait Writer {
+pub(crate) trait Writer {
     /// Writes `count` packets and returns when the kernel has all of them.
     fn write(&mut self, count: usize) -> Result<()>;
 }
@@ -25,10 +27,25 @@ pub(crate) enum Way {
     Uring,
     UringFixed,
     TunRs,
+    #[cfg(feature = "ours")]
+    Ours(Ours),
 }
 
 impl Way {
-    pub(crate) const ALL: [Self; 4] = [Self::Plain, Self::Uring, Self::UringFixed, Self::TunRs];
+    pub(crate) const ALL: &[Self] = &[
+        Self::Plain,
+        Self::Uring,
+        Self::UringFixed,
+        Self::TunRs,
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::URING_INLINE),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::URING_THREAD),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::PLAIN_INLINE),
+        #[cfg(feature = "ours")]
+        Self::Ours(Ours::PLAIN_THREAD),
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -36,6 +53,8 @@ impl Way {
             Self::Uring => "io_uring WRITE, 64 at once",
             Self::UringFixed => "io_uring WRITE_FIXED, 64 at once",
             Self::TunRs => "tun-rs send",
+            #[cfg(feature = "ours")]
+            Self::Ours(ours) => ours.name(),
         }
     }
 }
@@ -50,6 +69,8 @@ pub(crate) fn measure(way: Way, length: usize, time: Duration) -> Result<Sample>
             Way::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
             Way::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
             Way::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
+            #[cfg(feature = "ours")]
+            Way::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
         };
         // Before anything is timed: so many packets, of that length, did come.
         let before = counters("tap0")?;
