@@ -1,6 +1,7 @@
 //! A TCP stream from one network namespace through a bridge to another.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -12,21 +13,27 @@ use crate::net::{FULL_FRAME, Namespace, Offload, Tap, counters, in_new_namespace
 use crate::relay;
 use crate::report::{Spread, StreamRow};
 
+/// What `vmring bridge` is given: it makes both TAPs, which are then moved to their namespaces, and
+/// carries packets until it is killed.
+const BRIDGE: &str = "bridge --tap {left} --tap {right} --engine {engine} --offload {offload}";
+
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+enum Way<'a> {
     /// Two TAPs and the relay.
     Relay,
+    /// The `vmring` command of that path, with that engine.
+    Ours { program: &'a Path, engine: &'static str },
     /// No bridge at all: what the two ends can do at most.
     Veth,
 }
 
-impl Way {
-    pub(crate) const ALL: [Self; 2] = [Self::Relay, Self::Veth];
-
+impl Way<'_> {
     fn name(self) -> &'static str {
         match self {
             Self::Relay => "read(2)/write(2) relay",
+            Self::Ours { engine: "io_uring", .. } => "vmring bridge, io_uring",
+            Self::Ours { .. } => "vmring bridge, plain calls",
             Self::Veth => "veth pair, no bridge",
         }
     }
@@ -45,11 +52,16 @@ const LEFT: &str = "left";
 const RIGHT: &str = "right";
 const RIGHT_ADDRESS: &str = "10.9.0.2";
 
-/// All contenders in turns, `rounds` times, with and without offload.
-pub(crate) fn turns(rounds: u32, seconds: u32) -> Result<Vec<StreamRow>> {
-    let mut all: Vec<(Way, Offload, Vec<Stream>)> = [Offload::Off, Offload::On]
+/// All contenders in turns, `rounds` times, with and without offload; the `vmring` command if there
+/// is one.
+pub(crate) fn turns(rounds: u32, seconds: u32, program: Option<&Path>) -> Result<Vec<StreamRow>> {
+    let ours = program
         .into_iter()
-        .flat_map(|offload| Way::ALL.into_iter().map(move |way| (way, offload, Vec::new())))
+        .flat_map(|program| ["io_uring", "plain"].map(|engine| Way::Ours { program, engine }));
+    let ways: Vec<Way<'_>> = [Way::Relay].into_iter().chain(ours).chain([Way::Veth]).collect();
+    let mut all: Vec<(Way<'_>, Offload, Vec<Stream>)> = [Offload::Off, Offload::On]
+        .into_iter()
+        .flat_map(|offload| ways.iter().map(move |way| (*way, offload, Vec::new())))
         .collect();
     for _ in 0..rounds {
         for (way, offload, streams) in &mut all {
@@ -60,7 +72,7 @@ pub(crate) fn turns(rounds: u32, seconds: u32) -> Result<Vec<StreamRow>> {
     Ok(all.into_iter().map(|(way, offload, streams)| row(way, offload, &streams)).collect())
 }
 
-fn row(way: Way, offload: Offload, streams: &[Stream]) -> StreamRow {
+fn row(way: Way<'_>, offload: Offload, streams: &[Stream]) -> StreamRow {
     let spread = |figure: fn(&Stream) -> f64| Spread::of(streams.iter().map(figure));
     let bridge: Vec<f64> =
         streams.iter().filter_map(|stream| stream.bridge_cpu_seconds_per_gigabyte).collect();
@@ -74,7 +86,7 @@ fn row(way: Way, offload: Offload, streams: &[Stream]) -> StreamRow {
 }
 
 /// One stream, from within the namespace of the bridge.
-fn measure(way: Way, offload: Offload, seconds: u32) -> Result<Stream> {
+fn measure(way: Way<'_>, offload: Offload, seconds: u32) -> Result<Stream> {
     let ends = (Namespace::new()?, Namespace::new()?);
     match way {
         Way::Relay => {
@@ -88,6 +100,13 @@ fn measure(way: Way, offload: Offload, seconds: u32) -> Result<Stream> {
                 let bridge = relay.join().unwrap_or_else(|_| Err("the relay panicked".into()))?;
                 Ok(transfer?.stream(Some(bridge)))
             })
+        }
+        Way::Ours { program, engine } => {
+            let bridge = Bridge::start(program, engine, offload)?;
+            connect(&ends)?;
+            let before = bridge.processor_time()?;
+            let transfer = transfer(&ends, offload, seconds)?;
+            Ok(transfer.stream(Some(bridge.processor_time()?.saturating_sub(before))))
         }
         Way::Veth => {
             ip(&format!("link add {LEFT} type veth peer name {RIGHT}"))?;
@@ -139,6 +158,53 @@ impl Drop for Process {
         // It may have ended by itself, and then there is nothing to do.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// A `vmring bridge` between two TAPs in the calling thread's namespace.
+struct Bridge(Process);
+
+impl Bridge {
+    fn start(program: &Path, engine: &str, offload: Offload) -> Result<Self> {
+        let offload = if offload == Offload::On { "on" } else { "off" };
+        let arguments = BRIDGE.split(' ').map(|argument| match argument {
+            "{left}" => LEFT,
+            "{right}" => RIGHT,
+            "{engine}" => engine,
+            "{offload}" => offload,
+            other => other,
+        });
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("{} does not start: {error}", program.display()))?;
+        let mut bridge = Process(child);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while counters(LEFT).is_err() || counters(RIGHT).is_err() {
+            if let Some(status) = bridge.0.try_wait()? {
+                return Err(format!("{} ended: {status}", program.display()).into());
+            }
+            if Instant::now() > deadline {
+                return Err(format!("{} makes no TAPs", program.display()).into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Self(bridge))
+    }
+
+    /// Of all its threads so far.
+    fn processor_time(&self) -> Result<Duration> {
+        let line = fs::read_to_string(format!("/proc/{}/stat", self.0.0.id()))?;
+        // The second field is a name in brackets, which may hold anything; the 14th and the 15th are
+        // the times of the program and of the kernel for it.
+        let fields = line.rsplit_once(')').ok_or("/proc/PID/stat has no name")?.1;
+        let mut fields = fields.split_whitespace().skip(11).map(str::parse::<u64>);
+        let (Some(user), Some(system)) = (fields.next(), fields.next()) else {
+            return Err("/proc/PID/stat has too few fields".into());
+        };
+        Ok(ticks(user? + system?))
     }
 }
 

@@ -17,6 +17,7 @@ mod report;
 mod slots;
 mod write;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -47,6 +48,10 @@ struct Arguments {
     /// How long one TCP stream takes.
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
+
+    /// The vmring command, to have `vmring bridge` in tap-forward.
+    #[arg(long, global = true, value_name = "PATH")]
+    bridge: Option<PathBuf>,
 
     /// One short round, to see that everything works; its figures say little.
     #[arg(long, global = true)]
@@ -117,7 +122,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     if wanted(What::TapForward) {
         let stream_seconds = if arguments.quick { 1 } else { arguments.stream_seconds };
         let about = format!("one TCP stream of {stream_seconds} s through a bridge");
-        report.streams("tap-forward", about, forward::turns(rounds, stream_seconds)?);
+        let rows = forward::turns(rounds, stream_seconds, arguments.bridge.as_deref())?;
+        report.streams("tap-forward", about, rows);
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // Whoever reads has read enough.
