@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vmring::{Ipv4Range, Mode};
 
+use crate::bridge::Spec;
 use crate::failure::Failure;
 
 /// Packet rings for virtual machine monitors.
@@ -31,6 +32,9 @@ pub(crate) enum Command {
     /// Two guests get addresses, ping and move a gigabyte (the default)
     #[command(after_help = DEMO_EXAMPLES)]
     Demo(DemoArgs),
+    /// Joins two networks, or a network and a file
+    #[command(after_help = BRIDGE_NOTES)]
+    Bridge(BridgeArgs),
     /// What this machine offers: devices, what each needs, what it can do
     Info(InfoArgs),
     /// For people with a Mac: asks Apple's vmnet what no document answers
@@ -83,6 +87,46 @@ pub(crate) struct DemoArgs {
     /// Record every packet of both guests as pcapng, for Wireshark
     #[arg(long, value_name = "FILE")]
     pub(crate) capture: Option<PathBuf>,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const BRIDGE_NOTES: &str = "\
+Ends:
+  embedded:NETWORK[,GATEWAY/BITS]  a port of a network inside this process
+  vmnet[:MODE]                     Apple's vmnet (elsewhere vmnet-sim, the simulated one)
+  pcap:FILE                        reads the packets of a pcap or pcapng file
+  capture:FILE                     records what is written to it as pcapng
+Examples:
+  vmring bridge pcap:run.pcapng embedded:lab --seconds 10
+  vmring bridge embedded:lab capture:lab.pcapng --json
+
+It ends by itself when no end can bring another packet, as when a file is replayed into another.
+Exit code: 0 if it was ended, or ended by itself, 1 if an end failed, 2 for wrong arguments.";
+
+#[derive(Debug, Args)]
+pub(crate) struct BridgeArgs {
+    /// One end
+    #[arg(value_name = "A")]
+    pub(crate) a: Spec,
+    /// The other
+    #[arg(value_name = "B")]
+    pub(crate) b: Spec,
+    /// Let each end do what it can, and do in software what the other lacks: checksums, segments
+    /// [default: only what both do]
+    #[arg(long)]
+    pub(crate) offload: bool,
+    /// Largest IP packet of both ends in bytes [default: each end's own]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mtu: Option<u32>,
+    /// Packets that may be under way in each direction, a power of two
+    #[arg(long, value_name = "PACKETS", default_value_t = 256,
+          value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) depth: u32,
+    /// End by itself after that long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: Option<u64>,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,

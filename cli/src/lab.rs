@@ -165,7 +165,7 @@ impl Lab {
 
 /// Packets that wait in the network for a guest that has posted no frame. More than a TCP window
 /// has, so that none is dropped.
-const QUEUE: u32 = 2048;
+pub(crate) const QUEUE: u32 = 2048;
 
 /// Bytes of the TCP window: the amount under way between the guests. Large enough that neither
 /// waits for the other, small enough for the processors' caches.

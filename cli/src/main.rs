@@ -4,6 +4,7 @@
 //! one sentence on stderr; stdout carries results only.
 
 mod args;
+mod bridge;
 mod demo;
 mod failure;
 mod guest;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Demo(args) => demo::run(&args),
+        Command::Bridge(args) => bridge::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Completions { shell } => {

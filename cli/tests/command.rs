@@ -1,7 +1,7 @@
 //! The command as a user meets it: run, read, and judged by what it prints and how it exits.
 
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -253,6 +253,119 @@ fn a_capture_on_a_full_disk_is_refused_at_once_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
 }
 
+/// The frames of a pcapng file.
+fn frames(path: &Path) -> Vec<Vec<u8>> {
+    use pcap_file::pcapng::blocks::Block;
+
+    let file = std::fs::File::open(path).expect("it was written");
+    let mut reader = pcap_file::pcapng::PcapNgReader::new(file).expect("it is pcapng");
+    let mut frames = Vec::new();
+    while let Some(block) = reader.next_block() {
+        if let Block::EnhancedPacket(packet) = block.expect("a whole block") {
+            frames.push(packet.data.to_vec());
+        }
+    }
+    frames
+}
+
+#[test]
+fn a_file_replayed_into_a_capture_is_the_same_packets() {
+    let folder = scratch("replay");
+    let [demo, copy] = ["demo.pcapng", "copy.pcapng"].map(|name| folder.join(name));
+    json(&["demo", "--json", "--bytes", "4M", "--capture", demo.to_str().expect("UTF-8")]);
+    let packets = frames(&demo);
+    assert!(packets.len() > 2000);
+    let [from, to] = [format!("pcap:{}", demo.display()), format!("capture:{}", copy.display())];
+    for [a, b] in [[&from, &to], [&to, &from]] {
+        // It ends by itself.
+        let report = json(&["bridge", a, b, "--json", "--depth", "64"]);
+        assert!(frames(&copy) == packets, "other packets came");
+        let way =
+            report["ways"].as_array().expect("a list").iter().find(|way| way["from"] == *from);
+        let way = way.expect("the way from the file");
+        assert_eq!(way["packets_written"], packets.len());
+        assert_eq!(way["bytes_written"], packets.iter().map(Vec::len).sum::<usize>());
+        assert_eq!((&way["drops"], &report["ok"]), (&0.into(), &true.into()));
+        assert!(way["read_batches"]["mean"].as_f64() > Some(1.0));
+    }
+    // Frames that the other end cannot take are counted, and told to people.
+    json(&["demo", "--json", "--bytes", "256K", "--mtu", "9000", "--capture", path(&demo)]);
+    let output = vmring(&["bridge", &from, "embedded:lab", "--seconds", "1"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report = text(&output.stdout);
+    for word in ["MTU", "per batch", "9014", "1514", "too big for the other end"] {
+        assert!(report.contains(word), "no {word} in {report}");
+    }
+    assert!(text(&output.stderr).contains("are joined"), "a person sees what it does");
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn an_idle_bridge_costs_next_to_nothing() {
+    for other in ["embedded:two", "vmnet-sim"] {
+        let other = if cfg!(target_os = "macos") { "embedded:two" } else { other };
+        let report = json(&["bridge", "embedded:one", other, "--json", "--seconds", "2"]);
+        assert!(report["seconds"].as_f64() >= Some(2.0), "{report}");
+        // Next to nothing is below one percent; a busy machine's clock ticks are given room here.
+        assert!(report["cpu_percent"].as_f64() < Some(10.0), "{report}");
+    }
+}
+
+#[test]
+fn an_interrupt_ends_a_bridge_with_its_report() {
+    for signal in ["INT", "TERM"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
+            .args(["bridge", "embedded:one", "embedded:two", "--json"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command starts");
+        // It says so when it is at work.
+        let mut said = [0; 16];
+        child.stderr.as_mut().expect("piped").read_exact(&mut said).expect("a line");
+        let kill =
+            Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(kill.expect("there is kill").success());
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!(output.status.code(), Some(0), "{signal}: {}", text(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!((&report["ok"], &report["failed"]), (&true.into(), &Value::Null));
+    }
+}
+
+#[test]
+fn a_bridge_that_cannot_be_is_refused_in_one_sentence() {
+    assert!(refused(&["bridge", "embedded:a"]).contains("<B>"));
+    assert!(refused(&["bridge", "embedded:a", "abacus:b"]).contains("no end 'abacus:b'"));
+    assert!(refused(&["bridge", "embedded:a", "embedded:a"]).contains("name two networks"));
+    assert!(refused(&["bridge", "embedded:a", "embedded:b", "--mtu", "99"]).contains("1280"));
+    assert!(
+        refused(&["bridge", "embedded:a", "embedded:b", "--depth", "3"]).contains("power of two")
+    );
+    assert!(
+        refused(&["bridge", "embedded:a", "embedded:b", "--depth", "0"]).contains("0 is not in")
+    );
+    assert!(
+        refused(&["bridge", "embedded:a", "pcap:nowhere"]).contains("'nowhere' cannot be replayed")
+    );
+    let folder = scratch("bridge");
+    let file = folder.join("text");
+    std::fs::write(&file, "this is no capture, whoever wrote it").expect("a file");
+    let pcap = format!("pcap:{}", file.display());
+    assert!(refused(&["bridge", "embedded:a", &pcap]).contains("cannot be replayed"));
+    let nowhere = format!("capture:{}", folder.join("no/such/folder").display());
+    assert!(refused(&["bridge", "embedded:a", &nowhere]).contains("cannot be written"));
+    // What is wrong with the other end is found before the file is touched.
+    let capture = format!("capture:{}", folder.join("new").display());
+    refused(&["bridge", &capture, "pcap:nowhere"]);
+    refused(&["bridge", &capture, "embedded:a", "--depth", "3"]);
+    refused(&["bridge", &capture, "embedded:a", "--mtu", "99"]);
+    assert!(!folder.join("new").exists());
+}
+
 #[test]
 fn info_names_the_devices_and_what_each_needs() {
     let output = vmring(&["info"]);
@@ -268,7 +381,7 @@ fn info_names_the_devices_and_what_each_needs() {
 fn help_and_completions_are_there() {
     let help = vmring(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
-    for word in ["demo", "info", "probe", "completions", "Exit code"] {
+    for word in ["demo", "bridge", "info", "probe", "completions", "Exit code"] {
         assert!(text(&help.stdout).contains(word), "no {word} in {}", text(&help.stdout));
     }
     let script = vmring(&["completions", "bash"]);

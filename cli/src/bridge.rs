@@ -1,0 +1,355 @@
+//! `vmring bridge`: joins two devices through two rings over one pool.
+//!
+//! A frame that one ring has read is written by the other, without a copy, and when that is done it is
+//! posted for reading where it came from. One thread does it: it turns both rings, and sleeps until
+//! either has something to do.
+
+mod spec;
+mod summary;
+mod way;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use vmring::{
+    Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, Poller, PoolBuilder, Ring,
+    RingControl,
+};
+
+use crate::args::BridgeArgs;
+use crate::failure::Failure;
+use crate::progress::{Live, say};
+use crate::recording::Recording;
+use crate::report::{print, print_json};
+use crate::system;
+
+use spec::End;
+pub(crate) use spec::Spec;
+use summary::Summary;
+use way::{READ, Way};
+
+/// How long packets that were read are given to be written when the bridge ends.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two looks at the counters, when somebody watches.
+const TICK: Duration = Duration::from_secs(1);
+/// Of an interface to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
+    spec::check(&args.a, &args.b)?;
+    let stop = Stop::on_signals()?;
+    let ends = spec::start([&args.a, &args.b], args.offload, args.mtu)?;
+    let mut bridge = Bridge::new(ends, args.offload, args.depth).map_err(Failure::starting)?;
+    let [a, b] = &bridge.ends;
+    say(&format!(
+        "  {} and {} are joined{}",
+        a.name,
+        b.name,
+        match args.seconds {
+            Some(seconds) => format!(" for {seconds} s"),
+            None => "; Ctrl-C ends it".to_owned(),
+        }
+    ));
+    let (start, cpu) = (Instant::now(), system::cpu_time());
+    let deadline = args.seconds.map(|seconds| start + Duration::from_secs(seconds));
+    let live = Live::start();
+    let mut before = bridge.moved();
+    let moving = bridge.run(&stop, deadline, live.is_watched().then_some(TICK), |bridge| {
+        let now = bridge.moved();
+        live.show(&summary::rates(&bridge.ends, before, now, bridge.dropped()));
+        before = now;
+    });
+    drop(live);
+    let ended = bridge.end();
+    let mut summary = Summary::of(&bridge, start.elapsed(), system::cpu_time().saturating_sub(cpu));
+    // The first failure is the one to tell.
+    let outcome = moving.and(ended).and_then(|()| bridge.stop());
+    summary.end(&outcome);
+    if args.json {
+        print_json(&summary)?;
+    } else {
+        print(&summary.text())?;
+    }
+    outcome
+}
+
+/// Somebody's wish that the bridge end.
+#[derive(Clone, Debug)]
+struct Stop {
+    wanted: Arc<AtomicBool>,
+    thread: Thread,
+}
+
+impl Stop {
+    /// For a bridge on this thread.
+    fn new() -> Self {
+        Self { wanted: Arc::default(), thread: thread::current() }
+    }
+
+    /// As [`new`](Self::new), and Ctrl-C is such a wish. A second one ends the process at once.
+    fn on_signals() -> Result<Self, Failure> {
+        let failed =
+            |error: std::io::Error| Failure::Step(format!("Ctrl-C cannot be waited for: {error}"));
+        let stop = Self::new();
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+        let told = stop.clone();
+        let wait = move || {
+            for signal in signals.forever() {
+                if told.is_wanted() {
+                    std::process::exit(128 + signal);
+                }
+                told.tell();
+            }
+        };
+        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(failed)?;
+        Ok(stop)
+    }
+
+    fn tell(&self) {
+        self.wanted.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+}
+
+/// Wakes the bridge's thread when a ring has something for it.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Two ends, joined. `ways[i]` leads from `ends[i]` to the other.
+struct Bridge {
+    ways: [Way; 2],
+    rings: [Ring; 2],
+    controls: [RingControl; 2],
+    ends: [End; 2],
+    /// Turns the rings that this thread cannot.
+    _poller: Option<Poller>,
+    /// No more reads.
+    is_ending: bool,
+}
+
+impl Bridge {
+    /// Joins the ends, with up to `depth` packets under way in each direction. If that cannot be, they
+    /// leave no file behind.
+    fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
+        let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
+        let (rings, ways, poller) = joined.inspect_err(|_| {
+            ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
+        })?;
+        let controls = [rings[0].control(), rings[1].control()];
+        Ok(Self { ways, rings, controls, ends, _poller: poller, is_ending: false })
+    }
+
+    #[allow(clippy::type_complexity)] // the parts of a bridge
+    fn join(
+        interfaces: [&Interface; 2],
+        software: bool,
+        depth: u32,
+    ) -> Result<([Ring; 2], [Way; 2], Option<Poller>), Error> {
+        let caps = interfaces.map(Interface::capabilities);
+        let most =
+            |f: fn(&vmring::device::Capabilities) -> u32| caps.iter().map(f).max().unwrap_or(0);
+        // Room for any packet of either, and for its header.
+        let packet = most(|caps| caps.max_packet_size) as usize;
+        let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
+        let headroom = headroom.max(most(|caps| caps.headroom) as usize);
+        let reads = depth as usize;
+        let cuts = software && caps[0].offloads != caps[1].offloads;
+        let segments = if cuts { reads } else { 0 };
+        let frames = 2 * (2 * reads + segments);
+        let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
+        let mut poller = None;
+        let ring = |i: usize, poller: &mut Option<Poller>| {
+            let build = |drive: Drive<'_>| {
+                interfaces[i].ring(Direction::Both).depth(depth).pool(&pool).drive(drive).build()
+            };
+            let ring = build(Drive::Inline)?;
+            if ring.completion_fd().is_ok() {
+                return Ok(ring);
+            }
+            // A device that itself is a descriptor, on which this thread would have to sleep, too.
+            drop(ring);
+            let poller = match poller {
+                Some(poller) => poller,
+                none => none.insert(Poller::builder().name("bridge").start()?),
+            };
+            build(Drive::Shared(poller))
+        };
+        let rings = [ring(0, &mut poller)?, ring(1, &mut poller)?];
+        let way = |to: usize| Way::new(&caps[to], software, &pool, reads, segments);
+        Ok((rings, [way(1), way(0)], poller))
+    }
+
+    /// Moves packets until it is told to stop, the `deadline` is there, or no end has anything more.
+    /// Calls `tick` once in that time, if it is given.
+    fn run(
+        &mut self,
+        stop: &Stop,
+        deadline: Option<Instant>,
+        every: Option<Duration>,
+        mut tick: impl FnMut(&Self),
+    ) -> Result<(), Failure> {
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let mut next_tick = every.map(|every| Instant::now() + every);
+        let idle = IdlePolicy::default();
+        let mut rounds = 0;
+        loop {
+            let moved = self.turn()?;
+            let now = Instant::now();
+            if stop.is_wanted() || deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(());
+            }
+            if let (Some(at), Some(every)) = (next_tick, every)
+                && now >= at
+            {
+                next_tick = Some(now + every);
+                tick(self);
+            }
+            if moved {
+                rounds = 0;
+                continue;
+            }
+            if self.ends.iter().all(End::is_exhausted) {
+                return Ok(());
+            }
+            if rounds < idle.spins {
+                std::hint::spin_loop();
+            } else if rounds - idle.spins < idle.yields {
+                thread::yield_now();
+            } else {
+                self.sleep(&waker, [deadline, next_tick].into_iter().flatten().min());
+            }
+            rounds = rounds.saturating_add(1);
+        }
+    }
+
+    /// Takes in what has completed and submits what can be. Whether there was anything.
+    fn turn(&mut self) -> Result<bool, Failure> {
+        let mut moved = 0;
+        for i in 0..2 {
+            for done in self.rings[i].reap() {
+                moved += 1;
+                match done.op {
+                    Op::Read => self.ways[i].read(done),
+                    Op::Write => self.ways[1 - i].written(done),
+                    Op::Cancel => {}
+                }
+            }
+        }
+        for i in 0..2 {
+            let (mut sq, _) = self.rings[1 - i].split();
+            moved += self.ways[i].write(&mut sq).map_err(|error| self.failed(1 - i, error))?;
+        }
+        for i in 0..2 {
+            if !self.is_ending {
+                let (mut sq, _) = self.rings[i].split();
+                moved += self.ways[i].post(&mut sq).map_err(|error| self.failed(i, error))?;
+            }
+        }
+        if moved == 0 {
+            for i in 0..2 {
+                if let Some(closed) = self.controls[i].closed() {
+                    return Err(self.failed(i, closed.into()));
+                }
+            }
+        }
+        Ok(moved > 0)
+    }
+
+    fn failed(&self, end: usize, error: Error) -> Failure {
+        Failure::Step(format!("{}: {error}", self.ends[end].name))
+    }
+
+    /// Sleeps until either ring has a completion, at most until `deadline`.
+    fn sleep(&mut self, waker: &Waker, deadline: Option<Instant>) {
+        let mut cx = Context::from_waker(waker);
+        for ring in &mut self.rings {
+            let (_, mut cq) = ring.split();
+            if cq.poll_ready(&mut cx, 1).is_ready() {
+                return;
+            }
+        }
+        let due = self.rings.iter().filter_map(Ring::next_deadline);
+        match due.chain(deadline).min() {
+            Some(at) => thread::park_timeout(at.saturating_duration_since(Instant::now())),
+            None => thread::park(),
+        }
+    }
+
+    /// Ends the reading, writes what was read, and closes the rings.
+    fn end(&mut self) -> Result<(), Failure> {
+        self.is_ending = true;
+        for ring in &mut self.rings {
+            // Refused on a closed ring only, where nothing is in flight.
+            let _ = ring.cancel(READ, READ);
+        }
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let deadline = Instant::now() + END_TIMEOUT;
+        let mut outcome = Ok(());
+        while self.rings.iter().any(|ring| ring.in_flight() > 0)
+            || self.ways.iter().any(Way::is_busy)
+        {
+            match self.turn() {
+                Ok(true) => {}
+                Ok(false) if Instant::now() < deadline => self.sleep(&waker, Some(deadline)),
+                Ok(false) => break,
+                Err(failure) => {
+                    outcome = Err(failure);
+                    break;
+                }
+            }
+        }
+        for i in 0..2 {
+            let closed = self.rings[i].close();
+            outcome = outcome.and(closed.map_err(|error| self.failed(i, error)));
+            for done in self.rings[i].reap() {
+                if done.op == Op::Write {
+                    self.ways[1 - i].written(done);
+                }
+            }
+        }
+        self.ways.iter_mut().for_each(Way::abandon);
+        outcome
+    }
+
+    /// Stops the interfaces and writes out the files.
+    fn stop(&self) -> Result<(), Failure> {
+        for (i, end) in self.ends.iter().enumerate() {
+            end.interface.stop(STOP_TIMEOUT).map_err(|error| self.failed(i, error))?;
+            if let Some(recording) = &end.recording {
+                recording.finish()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Packets and bytes written so far, each way.
+    fn moved(&self) -> [(u64, u64); 2] {
+        self.ways.each_ref().map(|way| (way.counts.packets_written, way.counts.bytes_written))
+    }
+
+    /// Packets dropped so far.
+    fn dropped(&self) -> u64 {
+        self.ways.iter().flat_map(|way| way.counts.drops.values()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests;

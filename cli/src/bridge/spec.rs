@@ -1,0 +1,279 @@
+//! The two ends of a bridge: how they are written, whether they can be joined, how they are started.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use vmring::device::Offloads;
+use vmring::device::pcap::Replay;
+use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
+
+use crate::failure::Failure;
+use crate::lab::{QUEUE, VMNET};
+use crate::recording::{Recording, why};
+
+/// One end, as `vmring bridge` takes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Spec {
+    /// A port of an in-process network, with addresses of choice.
+    Embedded { network: String, subnet: Option<Ipv4Range> },
+    /// Apple's, or the simulated one elsewhere.
+    Vmnet(Mode),
+    /// Reads the file's packets.
+    Pcap(PathBuf),
+    /// Records what is written.
+    Capture(PathBuf),
+}
+
+impl FromStr for Spec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, rest) = match text.split_once(':') {
+            Some((kind, rest)) => (kind, Some(rest).filter(|rest| !rest.is_empty())),
+            None => (text, None),
+        };
+        let named = |what: &str, example: &str| {
+            rest.map(str::to_owned).ok_or(format!("'{kind}' needs {what}, like {kind}:{example}"))
+        };
+        match kind {
+            "embedded" => {
+                let name = named("the name of a network", "lab")?;
+                let (network, subnet) = match name.split_once(',') {
+                    None => (name, None),
+                    Some((name, subnet)) => {
+                        let subnet = subnet.parse().map_err(|e: vmring::ConfigError| e.to_string());
+                        (name.to_owned(), Some(subnet?))
+                    }
+                };
+                Ok(Spec::Embedded { network, subnet })
+            }
+            "pcap" => named("a file", "run.pcapng").map(|file| Spec::Pcap(file.into())),
+            "capture" => named("a file", "run.pcapng").map(|file| Spec::Capture(file.into())),
+            VMNET => match rest.map(str::parse) {
+                None => Ok(Spec::Vmnet(Mode::default())),
+                Some(mode) => mode.map(Spec::Vmnet).map_err(|e| e.to_string()),
+            },
+            _ if kind == "vmnet" => {
+                Err(format!("the vmnet device exists on macOS only; use {}", usable()))
+            }
+            _ => Err(format!("there is no end '{text}'; use {}", usable())),
+        }
+    }
+}
+
+fn usable() -> String {
+    format!("embedded:NETWORK, {VMNET}, pcap:FILE or capture:FILE")
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Spec::Embedded { network, .. } => write!(f, "embedded:{network}"),
+            Spec::Vmnet(mode) => write!(f, "{VMNET}:{mode}"),
+            Spec::Pcap(file) => write!(f, "pcap:{}", file.display()),
+            Spec::Capture(file) => write!(f, "capture:{}", file.display()),
+        }
+    }
+}
+
+/// Refuses two ends that cannot be joined.
+pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
+    let same_file = |a: &Path, b: &Path| {
+        let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        whole(a) == whole(b)
+    };
+    let sentence = match (a, b) {
+        (Spec::Embedded { network: one, .. }, Spec::Embedded { network: other, .. })
+            if one == other =>
+        {
+            format!(
+                "both ends are on the network '{one}', and every packet would go round for ever; \
+                 name two networks"
+            )
+        }
+        (Spec::Vmnet(one), Spec::Vmnet(other)) if one == other => format!(
+            "both ends are on vmnet's {one} network, and every packet would go round for ever; name \
+             two modes, like {VMNET}:host {VMNET}:shared"
+        ),
+        (Spec::Capture(_), Spec::Capture(_)) => {
+            "nothing comes out of two captures; let one end be a network or pcap:FILE".to_owned()
+        }
+        (Spec::Pcap(from), Spec::Capture(to)) | (Spec::Capture(to), Spec::Pcap(from))
+            if same_file(from, to) =>
+        {
+            format!(
+                "the file '{}' would be overwritten while it is read; name another for the capture",
+                to.display()
+            )
+        }
+        _ => return Ok(()),
+    };
+    Err(Failure::Usage(sentence))
+}
+
+/// An end that has been started.
+#[derive(Debug)]
+pub(crate) struct End {
+    /// As it was written.
+    pub(crate) name: String,
+    pub(crate) interface: Interface,
+    /// Of a file that is replayed.
+    pub(crate) replay: Option<Replay>,
+    /// Of a file that is written.
+    pub(crate) recording: Option<Recording>,
+}
+
+impl End {
+    /// Another kind of interface: for tests.
+    #[cfg(test)]
+    pub(crate) fn of(name: &str, interface: Interface) -> Self {
+        Self { name: name.to_owned(), interface, replay: None, recording: None }
+    }
+
+    pub(crate) fn offloads(&self) -> Offloads {
+        self.interface.capabilities().offloads
+    }
+
+    /// Whether nothing more will come out of it.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.recording.is_some() || self.replay.as_ref().is_some_and(|replay| replay.left() == 0)
+    }
+}
+
+impl Spec {
+    /// Whether its device may do offloads, so that it is worth asking.
+    fn may_offload(&self) -> bool {
+        match self {
+            Spec::Vmnet(_) => true,
+            Spec::Embedded { .. } | Spec::Pcap(_) | Spec::Capture(_) => false,
+        }
+    }
+
+    fn start(&self, offloads: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
+        let builder = || {
+            let builder = Interface::builder().offloads(offloads);
+            match mtu {
+                Some(mtu) => builder.mtu(mtu),
+                None => builder,
+            }
+        };
+        let started = |builder: Builder| builder.start().map_err(|e| self.failure(e));
+        let name = self.to_string();
+        let (replay, recording) = (None, None);
+        match self {
+            Spec::Embedded { network, subnet } => {
+                let builder = match subnet {
+                    Some(range) => builder().ipv4(*range),
+                    None => builder(),
+                };
+                let driver = Embedded::network(network).overflow(QUEUE);
+                let interface = started(builder.device(driver))?;
+                Ok(End { name, interface, replay, recording })
+            }
+            Spec::Vmnet(mode) => {
+                let builder = builder().mode(mode.clone());
+                let interface = started(builder.device(Vmnet::new()))?;
+                Ok(End { name, interface, replay, recording })
+            }
+            Spec::Pcap(file) => {
+                let replay = Replay::open(file).map_err(|error| {
+                    let (file, why) = (file.display(), why(error));
+                    Failure::Usage(format!("the file '{file}' cannot be replayed: {why}"))
+                })?;
+                let interface = started(builder().device(replay.clone()))?;
+                Ok(End { name, interface, replay: Some(replay), recording })
+            }
+            Spec::Capture(file) => {
+                let recording = Recording::create(file)?;
+                let driver = recording.capture.wrap("bridge", Replay::nothing());
+                match started(builder().device(driver)) {
+                    Ok(interface) => {
+                        Ok(End { name, interface, replay, recording: Some(recording) })
+                    }
+                    Err(failure) => {
+                        recording.discard();
+                        Err(failure)
+                    }
+                }
+            }
+        }
+    }
+
+    fn failure(&self, error: Error) -> Failure {
+        match Failure::starting(error) {
+            Failure::Usage(sentence) => Failure::Usage(format!("{self}: {sentence}")),
+            Failure::Step(sentence) => Failure::Step(format!("{self}: {sentence}")),
+        }
+    }
+
+    /// Starts it with as many of the `wanted` offloads as it grants.
+    fn start_with_most(&self, wanted: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
+        let none = Offloads::default();
+        if self.may_offload() {
+            let mut tcp = Offloads::ALL;
+            tcp.uso = false;
+            let mut checksum = none;
+            (checksum.checksum, checksum.virtio_header) = (true, true);
+            let mut tried = none;
+            for step in [Offloads::ALL, tcp, checksum] {
+                let offloads = step & wanted;
+                if offloads == none || offloads == tried {
+                    continue;
+                }
+                tried = offloads;
+                match self.start(offloads, mtu) {
+                    // It has not that; with less it may start, or say what is really wrong.
+                    Err(Failure::Usage(_)) => {}
+                    started => return started,
+                }
+            }
+        }
+        self.start(none, mtu)
+    }
+}
+
+/// Starts both ends. With `software` each does what it can; without, both do the same, so that
+/// whatever comes out of one can go into the other.
+pub(crate) fn start(
+    specs: [&Spec; 2],
+    software: bool,
+    mtu: Option<u32>,
+) -> Result<[End; 2], Failure> {
+    let none = Offloads::default();
+    // A capture's file is touched last, when all else is there.
+    let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
+    let [first, second] = order.map(|i| specs[i]);
+    let wanted = match software || second.may_offload() {
+        true => Offloads::ALL,
+        false => none,
+    };
+    let mut one = first.start_with_most(wanted, mtu)?;
+    let wanted = if software { Offloads::ALL } else { one.offloads() };
+    let mut other = second.start_with_most(wanted, mtu)?;
+    if !software {
+        let mut common = one.offloads() & other.offloads();
+        if !common.virtio_header {
+            // Nobody would say what is left undone.
+            common = none;
+        }
+        for common in [common, none] {
+            for (end, spec) in [(&mut one, first), (&mut other, second)] {
+                if end.offloads() == common {
+                    continue;
+                }
+                // It ends before it starts anew: a system may have it only once.
+                let stopped = end.interface.stop(std::time::Duration::from_secs(10));
+                stopped.map_err(|error| spec.failure(error))?;
+                *end = match spec.start(common, mtu) {
+                    Err(Failure::Usage(_)) if common != none => spec.start(none, mtu)?,
+                    started => started?,
+                };
+            }
+            if one.offloads() == other.offloads() {
+                break;
+            }
+        }
+    }
+    Ok(if order == [0, 1] { [one, other] } else { [other, one] })
+}

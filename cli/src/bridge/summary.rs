@@ -1,0 +1,176 @@
+//! The bridge's results: one JSON object, or tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::spec::End;
+use super::{Bridge, TICK};
+use crate::failure::Failure;
+use crate::report::{Batches, Table, bytes, grouped, offload_names, round};
+
+/// Everything that is to be told of a bridge.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    /// Whether it ended as it was to.
+    pub(crate) ok: bool,
+    /// If not, why, in a sentence.
+    pub(crate) failed: Option<String>,
+    pub(crate) seconds: f64,
+    /// Processor time of the whole process, in per cent of one processor.
+    pub(crate) cpu_percent: f64,
+    pub(crate) ends: [EndSummary; 2],
+    /// From the first end to the second, and back.
+    pub(crate) ways: [WaySummary; 2],
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EndSummary {
+    pub(crate) name: String,
+    pub(crate) mtu: u32,
+    pub(crate) max_packet_size: u32,
+    pub(crate) offloads: Vec<&'static str>,
+    /// Packets that its device dropped, or its whole network.
+    pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct WaySummary {
+    pub(crate) from: String,
+    pub(crate) to: String,
+    pub(crate) packets_read: u64,
+    pub(crate) bytes_read: u64,
+    pub(crate) packets_written: u64,
+    pub(crate) bytes_written: u64,
+    /// Checksums completed in software.
+    pub(crate) checksums_completed: u64,
+    /// Packets cut in software: each is read once and written as several.
+    pub(crate) packets_cut: u64,
+    /// Packets that the bridge did not pass on.
+    pub(crate) drops: u64,
+    /// The same, those that there were.
+    pub(crate) drops_by_reason: BTreeMap<String, u64>,
+    pub(crate) read_batches: Batches,
+    pub(crate) write_batches: Batches,
+}
+
+impl Summary {
+    pub(super) fn of(bridge: &Bridge, time: Duration, cpu: Duration) -> Self {
+        let end = |i: usize| {
+            let End { name, interface, .. } = &bridge.ends[i];
+            EndSummary {
+                name: name.clone(),
+                mtu: interface.mtu(),
+                max_packet_size: interface.max_packet_size(),
+                offloads: offload_names(bridge.ends[i].offloads()),
+                drops_by_reason: interface.drops().into_iter().filter(|(_, n)| *n > 0).collect(),
+            }
+        };
+        let way = |from: usize| {
+            let to = 1 - from;
+            let counts = &bridge.ways[from].counts;
+            let (read, written) = (bridge.controls[from].stats(), bridge.controls[to].stats());
+            WaySummary {
+                from: bridge.ends[from].name.clone(),
+                to: bridge.ends[to].name.clone(),
+                packets_read: counts.packets_read,
+                bytes_read: counts.bytes_read,
+                packets_written: counts.packets_written,
+                bytes_written: counts.bytes_written,
+                checksums_completed: counts.checksums,
+                packets_cut: counts.packets_cut,
+                drops: counts.drops.values().sum(),
+                drops_by_reason: counts.drops.clone(),
+                read_batches: Batches::of(read.rx_packets, &read.read_batches),
+                write_batches: Batches::of(written.tx_packets, &written.write_batches),
+            }
+        };
+        Self {
+            ok: true,
+            failed: None,
+            seconds: round(time.as_secs_f64(), 3),
+            cpu_percent: round(100.0 * cpu.as_secs_f64() / time.as_secs_f64().max(1e-9), 3),
+            ends: [end(0), end(1)],
+            ways: [way(0), way(1)],
+        }
+    }
+
+    pub(super) fn end(&mut self, outcome: &Result<(), Failure>) {
+        self.ok = outcome.is_ok();
+        self.failed = outcome.as_ref().err().map(ToString::to_string);
+    }
+
+    /// For people.
+    pub(super) fn text(&self) -> String {
+        let [a, b] = &self.ends;
+        let mut text = format!(
+            "{} and {}, for {:.1} s, with {:.1} % of one processor\n",
+            a.name, b.name, self.seconds, self.cpu_percent
+        );
+        let mut table = Table::new(&["end", "MTU", "max packet", "offloads"]).left();
+        for end in &self.ends {
+            let none = "none".to_owned();
+            let offloads = if end.offloads.is_empty() { none } else { end.offloads.join(", ") };
+            let (mtu, max) = (end.mtu.to_string(), end.max_packet_size.to_string());
+            table.row([end.name.clone(), mtu, max, offloads]);
+        }
+        text.push_str(&table.text());
+        let mut table =
+            Table::new(&["from", "read", "per batch", "written", "per batch", "bytes", "dropped"]);
+        for way in &self.ways {
+            table.row([
+                way.from.clone(),
+                grouped(way.packets_read),
+                format!("{:.1}", way.read_batches.mean),
+                grouped(way.packets_written),
+                format!("{:.1}", way.write_batches.mean),
+                bytes(way.bytes_written),
+                grouped(way.drops),
+            ]);
+        }
+        // Writing to a string does not fail.
+        let _ = write!(text, "\nPackets and the mean size of batches\n{}", table.text());
+        for way in &self.ways {
+            let (from, to) = (&way.from, &way.to);
+            if way.checksums_completed + way.packets_cut > 0 {
+                let _ = writeln!(
+                    text,
+                    "In software from {from} to {to}: {} checksums completed, {} packets cut",
+                    grouped(way.checksums_completed),
+                    grouped(way.packets_cut),
+                );
+            }
+            for (why, n) in &way.drops_by_reason {
+                let _ = writeln!(text, "Dropped from {from} to {to}: {} {why}", grouped(*n));
+            }
+        }
+        for end in &self.ends {
+            for (why, n) in &end.drops_by_reason {
+                let _ = writeln!(text, "Dropped by {}: {} {why}", end.name, grouped(*n));
+            }
+        }
+        text
+    }
+}
+
+/// What has moved in the last second, in a line.
+pub(super) fn rates(
+    ends: &[End; 2],
+    before: [(u64, u64); 2],
+    now: [(u64, u64); 2],
+    dropped: u64,
+) -> String {
+    let way = |from: usize| {
+        let (packets, octets) = (now[from].0 - before[from].0, now[from].1 - before[from].1);
+        let seconds = TICK.as_secs_f64();
+        format!(
+            "from {}: {} packets/s, {:.2} Gbit/s",
+            ends[from].name,
+            grouped((packets as f64 / seconds) as u64),
+            octets as f64 * 8.0 / seconds / 1e9
+        )
+    };
+    format!("{}; {}; {} dropped", way(0), way(1), grouped(dropped))
+}

@@ -1,0 +1,691 @@
+use super::*;
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    EthernetFrame, IpAddress, IpProtocol, Ipv4Address, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket,
+    TcpRepr, TcpSeqNumber,
+};
+use vmring::device::{
+    Capabilities, Device, Io, Offloads, PostedSlot, Progress, Queue, Wake as DeviceWake,
+};
+use vmring::{
+    Checksum, Config, Driver, Embedded, Gso, InterfaceInfo, Ipv4Range, MacAddr6, OffloadHeader,
+    Status,
+};
+
+use crate::guest::{Command, Guest, Lease, Report};
+use crate::lab::{QUEUE, VMNET};
+use crate::port::Port;
+use crate::stream::Stream;
+
+/// No step takes a hundredth of it.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A bridge at work on a thread of its own.
+struct Running {
+    stop: Stop,
+    thread: JoinHandle<(Summary, Result<(), Failure>)>,
+}
+
+impl Running {
+    fn start(ends: [End; 2], software: bool, depth: u32) -> Self {
+        let (tell, told) = channel();
+        let thread = thread::spawn(move || {
+            let stop = Stop::new();
+            tell.send(stop.clone()).unwrap();
+            let mut bridge = Bridge::new(ends, software, depth).unwrap();
+            let start = Instant::now();
+            let moving = bridge.run(&stop, None, None, |_| {});
+            let ended = bridge.end();
+            let summary = Summary::of(&bridge, start.elapsed(), Duration::ZERO);
+            (summary, moving.and(ended).and_then(|()| bridge.stop()))
+        });
+        Self { stop: told.recv().unwrap(), thread }
+    }
+
+    fn end(self) -> Summary {
+        self.stop.tell();
+        let (summary, outcome) = self.thread.join().unwrap();
+        outcome.unwrap();
+        summary
+    }
+}
+
+/// A guest on a network, and what it tells.
+struct Place {
+    guest: Guest,
+    reports: Receiver<(usize, Report)>,
+    _interface: Interface,
+}
+
+impl Place {
+    fn join(network: &str, subnet: &str) -> Self {
+        let range: Ipv4Range = subnet.parse().unwrap();
+        let driver = Embedded::network(network).overflow(QUEUE);
+        let interface = Interface::builder().ipv4(range).device(driver).start().unwrap();
+        let ring = interface.ring(Direction::Both).build().unwrap();
+        let control = ring.control();
+        let (tell, reports) = channel();
+        let port = Port::new(ring, 256, 256);
+        let guest = Guest::start(0, interface.mac(), port, control, tell).unwrap();
+        Self { guest, reports, _interface: interface }
+    }
+
+    fn next(&self) -> Report {
+        match self.reports.recv_timeout(LONG).expect("a report in time").1 {
+            Report::Failed(why) => panic!("{why}"),
+            report => report,
+        }
+    }
+
+    fn lease(&self) -> Lease {
+        match self.next() {
+            Report::Leased(lease) => lease,
+            report => panic!("{report:?} instead of an address"),
+        }
+    }
+}
+
+fn spec(text: &str) -> Spec {
+    text.parse().unwrap()
+}
+
+/// Two networks with a guest each, and `bytes` from one guest to the other over the bridge.
+fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
+    let networks = [format!("{name} one"), format!("{name} two")];
+    let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
+    let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
+    let ends = spec::start([&specs[0], &specs[1]], false, None).unwrap();
+    let places = [0, 1].map(|i| Place::join(&networks[i], subnets[i]));
+    let leases = places.each_ref().map(Place::lease);
+    let addresses = leases.map(|lease| lease.address.address());
+    assert_ne!(addresses[0], addresses[1]);
+    let running = Running::start(ends, false, depth);
+    for (from, to) in [(0, 1), (1, 0)] {
+        // The other guest, and the gateway of its network.
+        for target in [addresses[to], leases[to].server] {
+            places[from].guest.tell(Command::Ping { target, count: 5 });
+            match places[from].next() {
+                Report::Pinged(pings) => assert_eq!(pings.round_trips.len(), 5, "{target}"),
+                report => panic!("{report:?} instead of pings"),
+            }
+        }
+    }
+    let window = 256 << 10;
+    let stream = Stream::new(bytes);
+    places[1].guest.tell(Command::Receive { window });
+    assert!(matches!(places[1].next(), Report::Listening));
+    let start = Instant::now();
+    let (target, sent) = (addresses[1], stream.clone());
+    places[0].guest.tell(Command::Send { target, bytes, stream: sent, window });
+    let Report::Received(received) = places[1].next() else { panic!("nothing came") };
+    let time = received.finished - start;
+    assert_eq!((received.bytes, received.digest), (bytes, stream.digest(bytes)));
+    assert!(matches!(places[0].next(), Report::Sent { .. }));
+    let summary = running.end();
+    for place in places {
+        assert!(place.guest.quit(LONG));
+    }
+    (summary, time)
+}
+
+#[test]
+fn guests_of_two_networks_meet_over_the_bridge() {
+    let (summary, _) = transfer("meet", 4 << 20, 256);
+    let [there, back] = &summary.ways;
+    assert_eq!(summary.ends[0].name, "embedded:meet one");
+    for way in [there, back] {
+        assert_eq!((way.drops, way.packets_cut, way.checksums_completed), (0, 0, 0), "{way:?}");
+        assert_eq!(way.packets_written, way.packets_read);
+        assert_eq!(way.bytes_written, way.bytes_read);
+    }
+    assert!(there.packets_written > (4 << 20) / 1500 && there.bytes_written > 4 << 20);
+    assert!(back.packets_written > 20);
+    assert!(there.read_batches.mean >= 1.0 && there.write_batches.mean >= 1.0);
+}
+
+/// A wire whose far end is in the test's hands.
+#[derive(Clone, Default)]
+struct Wire {
+    offloads: Offloads,
+    /// `None`: as long as the MTU of 1,500 makes them.
+    max_packet_size: Option<u32>,
+    /// Whether it tells of packets by a descriptor instead of a call.
+    has_descriptor: bool,
+    state: Arc<Mutex<Far>>,
+}
+
+#[derive(Default)]
+struct Far {
+    /// What is to be read.
+    incoming: VecDeque<(OffloadHeader, Vec<u8>)>,
+    read: usize,
+    /// What was written.
+    written: Vec<(OffloadHeader, Vec<u8>)>,
+    behaviour: Behaviour,
+    wake: Option<DeviceWake>,
+    /// The far end of the descriptor.
+    signal: Option<UnixStream>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Behaviour {
+    #[default]
+    Takes,
+    /// Keeps the slots it is given.
+    Keeps,
+    Refuses,
+    Dies,
+}
+
+impl Wire {
+    fn with(offloads: Offloads) -> Self {
+        Self { offloads, ..Self::default() }
+    }
+
+    fn holding(self, packets: impl IntoIterator<Item = (OffloadHeader, Vec<u8>)>) -> Self {
+        self.state.lock().unwrap().incoming.extend(packets);
+        self
+    }
+
+    fn that(self, behaviour: Behaviour) -> Self {
+        self.becomes(behaviour);
+        self
+    }
+
+    fn becomes(&self, behaviour: Behaviour) {
+        let mut far = self.state.lock().unwrap();
+        far.behaviour = behaviour;
+        if let Some(mut signal) = far.signal.as_ref() {
+            return signal.write_all(&[1]).unwrap();
+        }
+        let wake = far.wake.clone();
+        drop(far);
+        if let Some(wake) = wake {
+            wake.wake();
+        }
+    }
+
+    fn end(&self, name: &str) -> End {
+        let builder = Interface::builder().device(self.clone()).offloads(self.offloads);
+        End::of(name, builder.start().unwrap())
+    }
+
+    fn read(&self) -> usize {
+        self.state.lock().unwrap().read
+    }
+
+    fn written(&self) -> Vec<(OffloadHeader, Vec<u8>)> {
+        self.state.lock().unwrap().written.clone()
+    }
+}
+
+impl Driver for Wire {
+    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+        assert_eq!(config.offloads, self.offloads);
+        Ok(Arc::new(WireDevice {
+            info: InterfaceInfo::new(
+                config,
+                MacAddr6::new(2, 0, 0, 0, 0, 1),
+                1500,
+                self.max_packet_size.unwrap_or(1514),
+            ),
+            wire: *self,
+        }))
+    }
+}
+
+struct WireDevice {
+    info: InterfaceInfo,
+    wire: Wire,
+}
+
+impl Device for WireDevice {
+    fn name(&self) -> &str {
+        "wire"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.info.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
+        caps.offloads = self.wire.offloads;
+        caps.headroom = if caps.offloads.virtio_header { OFFLOAD_LEN as u32 } else { 0 };
+        caps
+    }
+
+    fn queue(&self, _: Direction, wake: DeviceWake) -> Result<Box<dyn Queue>, Error> {
+        let mut far = self.wire.state.lock().unwrap();
+        far.wake = Some(wake);
+        let mut near = None;
+        if self.wire.has_descriptor {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            (near, far.signal) = (Some(ours), Some(theirs));
+        }
+        Ok(Box::new(WireQueue { wire: self.wire.clone(), kept: Vec::new(), near }))
+    }
+}
+
+struct WireQueue {
+    wire: Wire,
+    kept: Vec<PostedSlot>,
+    near: Option<UnixStream>,
+}
+
+impl Queue for WireQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        let header_len = if self.wire.offloads.virtio_header { OFFLOAD_LEN } else { 0 };
+        if let Some(near) = &mut self.near {
+            while near.read(&mut [0; 8]).is_ok_and(|n| n > 0) {}
+        }
+        let mut far = self.wire.state.lock().unwrap();
+        if far.behaviour == Behaviour::Dies {
+            return Err(Status::Failure);
+        }
+        while io.reads() > 0 && !far.incoming.is_empty() {
+            let (header, packet) = far.incoming.pop_front().unwrap();
+            let mut slot = io.take_read().unwrap();
+            let room = slot.room_behind_header_mut(header_len).unwrap();
+            if let Some(bytes) = room.first_chunk_mut().filter(|_| header_len > 0) {
+                header.write(bytes);
+            }
+            room[header_len..][..packet.len()].copy_from_slice(&packet);
+            far.read += 1;
+            match header_len {
+                0 => io.complete_read(slot, packet.len()),
+                n => io.complete_read_with_header(slot, n + packet.len()),
+            }
+        }
+        while let Some(slot) = io.take_write() {
+            self.kept.push(slot);
+        }
+        if far.behaviour != Behaviour::Keeps {
+            for mut slot in self.kept.drain(..) {
+                if far.behaviour == Behaviour::Refuses {
+                    io.fail(slot, Status::InvalidAccess);
+                    continue;
+                }
+                let bytes = slot.packet_behind_header_mut(header_len).unwrap();
+                let header = bytes.first_chunk().filter(|_| header_len > 0);
+                let header = header
+                    .map_or(OffloadHeader::NONE, |bytes| OffloadHeader::parse(bytes).unwrap());
+                far.written.push((header, bytes[header_len..].to_vec()));
+                io.complete_write(slot);
+            }
+        }
+        Ok(Progress::Idle)
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.near.as_ref().map(AsFd::as_fd)
+    }
+
+    fn close(&mut self, io: &mut Io<'_>) -> bool {
+        self.kept.drain(..).for_each(|slot| io.cancel(slot));
+        true
+    }
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < LONG, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+const FROM: Ipv4Address = Ipv4Address::new(10, 0, 0, 1);
+const TO: Ipv4Address = Ipv4Address::new(10, 0, 0, 2);
+
+/// TCP over IPv4 with so much payload, its checksum partial; in segments of 1,000 bytes if it is
+/// more.
+fn tcp(payload: usize) -> (OffloadHeader, Vec<u8>) {
+    let payload: Vec<u8> = (0..payload).map(|i| (i / 7) as u8).collect();
+    let repr = TcpRepr {
+        src_port: 1,
+        dst_port: 2,
+        control: TcpControl::None,
+        seq_number: TcpSeqNumber(5),
+        ack_number: Some(TcpSeqNumber(6)),
+        window_len: 100,
+        window_scale: None,
+        max_seg_size: None,
+        sack_permitted: false,
+        sack_ranges: [None; 3],
+        timestamp: None,
+        payload: &payload,
+    };
+    let mut packet = vec![2; 34 + repr.buffer_len()];
+    packet[12..14].copy_from_slice(&[8, 0]);
+    let ip = Ipv4Repr {
+        src_addr: FROM,
+        dst_addr: TO,
+        next_header: IpProtocol::Tcp,
+        payload_len: repr.buffer_len(),
+        hop_limit: 9,
+    };
+    let caps = ChecksumCapabilities::default();
+    ip.emit(&mut Ipv4Packet::new_unchecked(&mut packet[14..]), &caps);
+    let mut view = TcpPacket::new_unchecked(&mut packet[34..]);
+    repr.emit(&mut view, &FROM.into(), &TO.into(), &ChecksumCapabilities::ignored());
+    // The pseudo header's sum.
+    let words = [FROM.octets(), TO.octets()].concat();
+    let words = words.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+    let sum = words.sum::<u32>() + 6 + repr.buffer_len() as u32;
+    view.set_checksum((sum + (sum >> 16)) as u16);
+    let mut header = OffloadHeader {
+        checksum: Checksum::Partial { start: 34, offset: 16 },
+        num_buffers: 1,
+        ..OffloadHeader::NONE
+    };
+    if payload.len() > 1000 {
+        (header.gso, header.segment_size) = (Gso::TcpV4, 1000);
+    }
+    (header, packet)
+}
+
+/// The payload of a packet whose checksums are right.
+fn judged(packet: &[u8]) -> &[u8] {
+    let ip = EthernetFrame::new_checked(packet).unwrap().payload();
+    let ip = Ipv4Packet::new_checked(ip).unwrap();
+    assert!(ip.verify_checksum());
+    let tcp = TcpPacket::new_checked(ip.payload()).unwrap();
+    assert!(tcp.verify_checksum(&IpAddress::from(FROM), &IpAddress::from(TO)));
+    tcp.payload()
+}
+
+fn plain(len: usize) -> (OffloadHeader, Vec<u8>) {
+    (OffloadHeader::NONE, vec![3; len])
+}
+
+fn checksums() -> Offloads {
+    let mut offloads = Offloads::default();
+    (offloads.checksum, offloads.virtio_header) = (true, true);
+    offloads
+}
+
+/// Everything the one wire holds, sent over a bridge to the other.
+fn cross(from: &Wire, to: &Wire, software: bool, depth: u32) -> Summary {
+    let packets = from.state.lock().unwrap().incoming.len();
+    let ends = [from.end("one"), to.end("other")];
+    let running = Running::start(ends, software, depth);
+    until("everything is read", || from.read() == packets);
+    running.end()
+}
+
+/// An end with every offload, that carries packets of 64 KiB.
+fn large() -> Wire {
+    Wire { max_packet_size: Some(65_549), ..Wire::with(Offloads::ALL) }
+}
+
+#[test]
+fn what_an_end_cannot_do_is_done_in_software() {
+    let packets = || [tcp(10_500), tcp(500), plain(60), tcp(2000)];
+    // Many times, through few frames.
+    let times = 50;
+    let from = large().holding((0..times).flat_map(|_| packets()));
+    let to = Wire::default();
+    let summary = cross(&from, &to, true, 4);
+    let way = &summary.ways[0];
+    assert_eq!((way.packets_cut, way.checksums_completed, way.drops), (2 * times, times, 0));
+    assert_eq!((way.packets_read, way.packets_written), (4 * times, 15 * times));
+    let written = to.written();
+    for packets in written.chunks(15) {
+        assert!(packets.iter().all(|(header, _)| *header == OffloadHeader::NONE));
+        assert_eq!(packets[12].1, plain(60).1, "in its place");
+        let payload = |packets: &[(OffloadHeader, Vec<u8>)]| -> Vec<u8> {
+            packets.iter().flat_map(|(_, packet)| judged(packet).to_vec()).collect()
+        };
+        assert_eq!(payload(&packets[..11]), &tcp(10_500).1[54..]);
+        assert_eq!(payload(&packets[11..12]), &tcp(500).1[54..]);
+        assert_eq!(payload(&packets[13..]), &tcp(2000).1[54..]);
+    }
+}
+
+#[test]
+fn segments_leave_their_checksum_to_an_end_that_completes_it() {
+    let from = large().holding([tcp(2500), tcp(500)]);
+    let to = Wire::with(checksums());
+    let summary = cross(&from, &to, true, 16);
+    assert_eq!((summary.ways[0].packets_cut, summary.ways[0].checksums_completed), (1, 0));
+    let written = to.written();
+    assert_eq!(written.len(), 4);
+    for (header, mut packet) in written {
+        let partial = OffloadHeader { num_buffers: 0, ..tcp(500).0 };
+        assert_eq!(header, partial);
+        vmring::software::complete_checksum(&header, &mut packet).unwrap();
+        judged(&packet);
+    }
+}
+
+#[test]
+fn between_ends_that_do_the_same_packets_go_as_they_are() {
+    for software in [false, true] {
+        let packets = [tcp(10_500), tcp(500), plain(60)];
+        let (from, to) = (large().holding(packets.clone()), large());
+        let summary = cross(&from, &to, software, 16);
+        let way = &summary.ways[0];
+        assert_eq!((way.packets_written, way.packets_cut, way.checksums_completed), (3, 0, 0));
+        let sent = packets.map(|(header, packet)| (header.for_sending(), packet));
+        assert_eq!(to.written(), sent);
+    }
+}
+
+#[test]
+fn a_packet_that_the_other_end_cannot_take_is_dropped_and_counted() {
+    let ufo = OffloadHeader { gso: Gso::Udp, ..tcp(2000).0 };
+    let ufo = (
+        OffloadHeader { checksum: Checksum::Partial { start: 34, offset: 6 }, ..ufo },
+        tcp(2000).1,
+    );
+    let long = (OffloadHeader { segment_size: 1500, ..tcp(4000).0 }, tcp(4000).1);
+    let wrong = (OffloadHeader { segment_size: 0, ..tcp(4000).0 }, tcp(4000).1);
+    let drops = |from: Wire, to: &Wire, software| {
+        let summary = cross(&from, to, software, 16);
+        assert_eq!(summary.ways[0].packets_written, 1, "the good one");
+        let drops = summary.ways[0].drops_by_reason.clone();
+        assert_eq!(summary.ways[0].drops, drops.values().sum::<u64>());
+        drops.into_iter().collect::<Vec<_>>()
+    };
+    let counted = |counts: &[(&str, u64)]| -> Vec<(String, u64)> {
+        counts.iter().map(|(why, n)| ((*why).to_owned(), *n)).collect()
+    };
+    const TOO_BIG: &str = "too big for the other end";
+
+    let from =
+        large().holding([plain(1515), plain(1514), long.clone(), ufo.clone(), wrong.clone()]);
+    let expected = [("bad offload header", 1), ("cannot be segmented", 1), (TOO_BIG, 2)];
+    assert_eq!(drops(from, &Wire::default(), true), counted(&expected));
+
+    let from = large().holding([tcp(2000), tcp(500), plain(1514)]);
+    let expected = [("offload that the other end does not do", 2)];
+    assert_eq!(drops(from, &Wire::default(), false), counted(&expected));
+
+    // Room for 64 KiB is for packets that say how they are to be cut.
+    let from = large().holding([plain(1519), plain(1518), long]);
+    assert_eq!(drops(from, &large(), false), counted(&[(TOO_BIG, 2)]));
+}
+
+#[test]
+fn a_slow_end_holds_the_other_back_and_nothing_is_lost() {
+    let packets: Vec<_> = (0..1000_u32)
+        .map(|i| (OffloadHeader::NONE, [&[4; 14][..], &i.to_be_bytes()].concat()))
+        .collect();
+    // On devices that call, and on those that are a descriptor: on either side, or on both.
+    for has_descriptor in [[false, false], [true, false], [false, true], [true, true]] {
+        let [from, to] =
+            has_descriptor.map(|has_descriptor| Wire { has_descriptor, ..Wire::default() });
+        let from = from.holding(packets.clone());
+        let to = to.that(Behaviour::Keeps).holding([plain(77), plain(78)]);
+        let running = Running::start([from.end("one"), to.end("other")], false, 16);
+        // Those that are kept, and as many that wait.
+        until("its frames are all taken", || from.read() == 32);
+        until("the way back is free", || from.written().len() == 2);
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!((from.read(), to.written().len()), (32, 0));
+        to.becomes(Behaviour::Takes);
+        until("all come", || to.written().len() == 1000);
+        assert_eq!(to.written(), packets);
+        assert_eq!(running.end().ways[0].drops, 0);
+    }
+}
+
+#[test]
+fn writes_that_fail_are_counted_by_reason_and_their_frames_go_on() {
+    let from = Wire::default().holding((0..500).map(|_| plain(100)));
+    let to = Wire::default().that(Behaviour::Refuses);
+    let summary = cross(&from, &to, false, 8);
+    let why = format!("write failed: {}", Status::InvalidAccess);
+    let drops: Vec<_> = summary.ways[0].drops_by_reason.clone().into_iter().collect();
+    assert_eq!((drops, summary.ways[0].packets_written), (vec![(why, 500)], 0));
+}
+
+#[test]
+fn what_cannot_be_written_before_the_end_is_counted() {
+    let from = Wire::default().holding((0..100).map(|_| plain(100)));
+    let to = Wire::default().that(Behaviour::Keeps);
+    let running = Running::start([from.end("one"), to.end("other")], false, 8);
+    until("its frames are all taken", || from.read() == 16);
+    let summary = running.end();
+    let way = &summary.ways[0];
+    assert_eq!(way.packets_read, way.drops + way.packets_written);
+    assert_eq!(way.drops_by_reason.get("not written at the end"), Some(&16), "{way:?}");
+}
+
+#[test]
+fn an_end_that_dies_ends_the_bridge_with_its_name() {
+    let (from, to) = (Wire::default(), Wire::default());
+    let running = Running::start([from.end("one"), to.end("other")], false, 8);
+    thread::sleep(Duration::from_millis(20));
+    to.becomes(Behaviour::Dies);
+    let (_, outcome) = running.thread.join().unwrap();
+    let failure = outcome.unwrap_err();
+    assert_eq!(failure.exit_code(), 1);
+    let sentence = failure.to_string();
+    assert!(sentence.starts_with("other: the device failed for good"), "{sentence}");
+}
+
+#[test]
+fn ends_are_written_as_a_kind_and_a_name() {
+    for text in ["embedded:lab", "pcap:a b.pcapng", "capture:x:y"] {
+        assert_eq!(spec(text).to_string(), text);
+    }
+    assert_eq!(spec("embedded:lab,10.0.0.1/24").to_string(), "embedded:lab");
+    assert_eq!(spec(VMNET).to_string(), format!("{VMNET}:shared"));
+    assert_eq!(spec(&format!("{VMNET}:host")), Spec::Vmnet(vmring::Mode::Host));
+    for (text, said) in [
+        ("abacus:x", "there is no end 'abacus:x'; use embedded:NETWORK"),
+        ("", "there is no end ''"),
+        ("embedded", "'embedded' needs the name of a network, like embedded:lab"),
+        ("embedded:", "'embedded' needs the name"),
+        ("pcap", "'pcap' needs a file, like pcap:run.pcapng"),
+        ("embedded:lab,10.0.0.1", "GATEWAY/BITS"),
+    ] {
+        let error = text.parse::<Spec>().unwrap_err();
+        assert!(error.contains(said), "{text}: {error}");
+    }
+}
+
+#[test]
+fn two_ends_that_cannot_be_joined_are_refused() {
+    for (a, b, said) in [
+        ("embedded:lab", "embedded:lab", "name two networks"),
+        ("embedded:lab", "embedded:lab,10.0.0.1/24", "name two networks"),
+        (VMNET, VMNET, "round for ever"),
+        ("capture:a", "capture:b", "nothing comes out"),
+        ("pcap:a", "capture:a", "name another"),
+        ("capture:./Cargo.toml", "pcap:Cargo.toml", "name another"),
+    ] {
+        let failure = spec::check(&spec(a), &spec(b)).unwrap_err();
+        assert_eq!(failure.exit_code(), 2);
+        assert!(failure.to_string().contains(said), "{a} {b}: {failure}");
+    }
+    for (a, b) in [("embedded:lab", "embedded:bal"), ("pcap:a", "pcap:a"), ("pcap:a", "capture:b")]
+    {
+        spec::check(&spec(a), &spec(b)).unwrap();
+    }
+}
+
+/// The simulated vmnet grants TCP's, the embedded network none.
+#[cfg(not(target_os = "macos"))]
+#[test]
+fn both_ends_start_with_what_both_do_or_each_with_its_own() {
+    let host = format!("{VMNET}:host");
+    let offloads = |b: &str, software| {
+        let ends = spec::start([&spec(VMNET), &spec(b)], software, None).unwrap();
+        ends.each_ref().map(|end| crate::report::offload_names(end.offloads()))
+    };
+    let none: Vec<&str> = Vec::new();
+    let tcp = vec!["checksum", "tso4", "tso6", "virtio_header"];
+    assert_eq!(offloads("embedded:offloads", false), [none.clone(), none.clone()]);
+    assert_eq!(offloads("embedded:offloads", true), [tcp.clone(), none]);
+    assert_eq!(offloads(&host, false), [tcp.clone(), tcp.clone()]);
+    assert_eq!(offloads(&host, true), [tcp.clone(), tcp]);
+}
+
+/// Raw frames from a ring on one network to a ring on another, both turned by this thread, a window of
+/// them under way.
+#[test]
+#[ignore = "a measurement: cargo test -p vmring-cli --release speed -- --ignored --nocapture"]
+fn speed() {
+    const PACKETS: u64 = 3_000_000;
+    const WINDOW: u64 = 512;
+    for len in [64, 1514] {
+        let networks = ["speed one", "speed two"];
+        let specs = networks.map(|network| spec(&format!("embedded:{network}")));
+        let ends = spec::start([&specs[0], &specs[1]], false, None).unwrap();
+        let interfaces = networks.map(|name| {
+            let driver = Embedded::network(name).overflow(QUEUE);
+            Interface::builder().device(driver).start().unwrap()
+        });
+        let [mut from, mut to] = interfaces.each_ref().map(|interface| {
+            let ring = interface.ring(Direction::Both).drive(Drive::Inline).depth(1024);
+            ring.build().unwrap()
+        });
+        let running = Running::start(ends, false, 256);
+        let frames: Vec<_> = std::iter::from_fn(|| to.alloc()).take(1024).collect();
+        to.submit_reads(frames.into_iter().zip(0..)).unwrap();
+        let mut packet = vec![0; len];
+        packet[..6].copy_from_slice(&interfaces[1].mac().into_array());
+        packet[6..12].copy_from_slice(&interfaces[0].mac().into_array());
+        let mut free: Vec<_> = std::iter::from_fn(|| from.alloc()).take(1024).collect();
+        for frame in &mut free {
+            frame.copy_from(&packet).unwrap();
+        }
+        let (mut sent, mut received) = (0, 0);
+        let start = Instant::now();
+        while received < PACKETS {
+            free.extend(from.reap().filter_map(|done| done.frame()));
+            let room = (WINDOW - (sent - received)).min(PACKETS - sent) as usize;
+            let keep = free.len() - room.min(free.len());
+            sent += from.submit_writes(free.drain(keep..).map(|frame| (frame, 0))).unwrap() as u64;
+            if room == 0 {
+                to.wait(1, Some(Duration::from_secs(1)));
+            }
+            let came: Vec<_> = to.reap().filter_map(|done| done.frame()).collect();
+            let came = came.into_iter().map(|frame| (frame, 0));
+            received += to.submit_reads(came).unwrap() as u64;
+            assert!(start.elapsed() < LONG, "{received} of {sent} came");
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let summary = running.end();
+        eprintln!(
+            "{len} bytes: {:.0} packets/s, {:.2} Gbit/s; batches {:?}; dropped {:?}",
+            PACKETS as f64 / seconds,
+            PACKETS as f64 * len as f64 * 8.0 / seconds / 1e9,
+            summary.ways[0].read_batches,
+            summary.ends[1].drops_by_reason,
+        );
+    }
+}
