@@ -219,6 +219,52 @@ impl Descriptor {
     }
 }
 
+/// Two descriptors as one: the notifier's own, and a device's while it is watched. For those who sleep
+/// elsewhere and drive a device that itself is a descriptor.
+#[cfg(target_os = "linux")]
+#[derive(Debug)]
+pub(crate) struct Both {
+    epoll: File,
+    watched: Option<RawFd>,
+}
+
+#[cfg(target_os = "linux")]
+impl Both {
+    pub(crate) fn new(notifier: &Notifier) -> io::Result<Self> {
+        // SAFETY: epoll_create1 takes no pointers.
+        let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        let both = Self { epoll, watched: None };
+        both.control(libc::EPOLL_CTL_ADD, notifier.descriptor()?.as_raw_fd())?;
+        Ok(both)
+    }
+
+    pub(crate) fn readable(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// Watches that device, or none. One that is closed has left by itself.
+    pub(crate) fn watch(&mut self, device: Option<RawFd>) -> io::Result<()> {
+        if let Some(fd) = self.watched.take() {
+            // Fails if it is closed.
+            let _ = self.control(libc::EPOLL_CTL_DEL, fd);
+        }
+        if let Some(fd) = device {
+            self.control(libc::EPOLL_CTL_ADD, fd)?;
+            self.watched = device;
+        }
+        Ok(())
+    }
+
+    fn control(&self, what: libc::c_int, fd: RawFd) -> io::Result<()> {
+        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
+        // SAFETY: the event lives through the call.
+        match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), what, fd, &mut event) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
 fn own(fd: RawFd) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());

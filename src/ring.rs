@@ -26,6 +26,8 @@
 //! ```
 
 use std::cell::Cell;
+#[cfg(target_os = "linux")]
+use std::cell::OnceCell;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::BorrowedFd;
@@ -43,6 +45,8 @@ use crate::device::{Capabilities, Orphan, deregister};
 use crate::error::{
     BatchError, Closed, CompletionError, EntryError, Error, Status, SubmitError, SubmitErrorKind,
 };
+#[cfg(target_os = "linux")]
+use crate::notify::Both;
 use crate::notify::{Notifier, after, lock, poll_in};
 use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
 use crate::software::{self, Left};
@@ -430,6 +434,9 @@ pub struct CompletionQueue {
     waited: bool,
     /// Counts the times it has armed.
     armings: u64,
+    /// Of an inline ring over a device that is a descriptor, if somebody has asked for one.
+    #[cfg(target_os = "linux")]
+    both: OnceCell<Both>,
 }
 
 assert_impl_all!(SubmissionQueue: Send);
@@ -752,6 +759,8 @@ impl CompletionQueue {
             lost,
             waited,
             armings,
+            #[cfg(target_os = "linux")]
+            both: OnceCell::new(),
         }
     }
 
@@ -819,22 +828,32 @@ impl CompletionQueue {
 
     /// A descriptor for an event loop: after [`arm`](Self::arm) said `Armed`, it becomes readable
     /// when there are completions. Created by the first call (an eventfd on Linux, a pipe
-    /// elsewhere); costs nothing before, and one signal per arming after.
+    /// elsewhere); costs nothing before, and one signal per arming after. With `Drive::Inline` over
+    /// a device that itself is a descriptor it is an epoll of both.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] if the system has no more descriptors. [`Error::NotSupported`] with
-    /// `Drive::Inline` over a device that itself is a descriptor.
+    /// `Drive::Inline` over a device that itself is a descriptor, elsewhere than on Linux.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        let failed = Error::io("creating the completion descriptor");
         if self.remote.is_none()
             && self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
         {
+            #[cfg(target_os = "linux")]
+            {
+                if self.both.get().is_none() {
+                    let _ = self.both.set(Both::new(&self.notifier).map_err(failed)?);
+                }
+                return Ok(self.both.get().expect("set above").readable());
+            }
+            #[cfg(not(target_os = "linux"))]
             return Err(Error::NotSupported {
                 what: "a completion descriptor with inline driving",
                 device: "descriptor-driven".to_owned(),
             });
         }
-        self.notifier.descriptor().map_err(Error::io("creating the completion descriptor"))
+        self.notifier.descriptor().map_err(failed)
     }
 
     /// Empties the descriptor and asks for a signal at the next completion. `Ready` if there is one
@@ -848,7 +867,17 @@ impl CompletionQueue {
     /// while the caller sleeps, so the signal comes with the first packet.
     pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
         self.notifier.arm_descriptor();
-        self.arm_notifier(n, max_delay)
+        let armed = self.arm_notifier(n, max_delay);
+        #[cfg(target_os = "linux")]
+        if armed == Armed::Armed
+            && let Some(both) = self.both.get_mut()
+            && both.watch(self.engine.as_ref().and_then(|engine| engine.descriptor())).is_err()
+        {
+            // Nobody would tell of a packet: the caller must not sleep.
+            self.disarm();
+            return Armed::Ready;
+        }
+        armed
     }
 
     /// For futures: whether `n` completions wait; if not, `cx`'s waker is woken when they do.

@@ -95,6 +95,8 @@ pub(crate) struct DemoArgs {
 const BRIDGE_NOTES: &str = "\
 Ends:
   embedded:NETWORK[,GATEWAY/BITS]  a port of a network inside this process
+  tap:NAME[,MODE]                  a TAP of the Linux kernel; with a mode (host, shared,
+                                   bridged:BRIDGE) its host's end is set up
   vmnet[:MODE]                     Apple's vmnet (elsewhere vmnet-sim, the simulated one)
   pcap:FILE                        reads the packets of a pcap or pcapng file
   capture:FILE                     records what is written to it as pcapng
@@ -105,6 +107,14 @@ Examples:
 It ends by itself when no end can bring another packet, as when a file is replayed into another.
 Exit code: 0 if it was ended, or ended by itself, 1 if an end failed, 2 for wrong arguments.";
 
+/// What the ends of a bridge do with checksums and segments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Offload {
+    Common,
+    Software,
+    None,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct BridgeArgs {
     /// One end
@@ -113,10 +123,15 @@ pub(crate) struct BridgeArgs {
     /// The other
     #[arg(value_name = "B")]
     pub(crate) b: Spec,
-    /// Let each end do what it can, and do in software what the other lacks: checksums, segments
-    /// [default: only what both do]
-    #[arg(long)]
-    pub(crate) offload: bool,
+    /// Checksums and segments: only what both ends do, or each what it can and the rest in software
+    /// (--offload alone), or none
+    #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
+          default_value_t = Offload::Common, default_missing_value = "software")]
+    pub(crate) offload: Offload,
+    /// How frames move into and out of a TAP: auto, io_uring or plain
+    #[cfg(target_os = "linux")]
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub(crate) engine: vmring::TapEngine,
     /// Largest IP packet of both ends in bytes [default: each end's own]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u32>,

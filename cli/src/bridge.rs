@@ -8,20 +8,22 @@ mod spec;
 mod summary;
 mod way;
 
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Wake, Waker};
-use std::thread::{self, Thread};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use vmring::{
-    Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, Poller, PoolBuilder, Ring,
+    Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, PoolBuilder, Ring,
     RingControl,
 };
 
-use crate::args::BridgeArgs;
+use crate::args::{BridgeArgs, Offload};
 use crate::failure::Failure;
 use crate::progress::{Live, say};
 use crate::recording::Recording;
@@ -43,8 +45,12 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     spec::check(&args.a, &args.b)?;
     let stop = Stop::on_signals()?;
-    let ends = spec::start([&args.a, &args.b], args.offload, args.mtu)?;
-    let mut bridge = Bridge::new(ends, args.offload, args.depth).map_err(Failure::starting)?;
+    let specs = [&args.a, &args.b].map(Spec::clone);
+    #[cfg(target_os = "linux")]
+    let specs = specs.map(|spec| spec.driven_by(args.engine));
+    let ends = spec::start(specs.each_ref(), args.offload, args.mtu)?;
+    let software = args.offload == Offload::Software;
+    let mut bridge = Bridge::new(ends, software, args.depth).map_err(Failure::starting)?;
     let [a, b] = &bridge.ends;
     say(&format!(
         "  {} and {} are joined{}",
@@ -82,21 +88,20 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
 #[derive(Clone, Debug)]
 struct Stop {
     wanted: Arc<AtomicBool>,
-    thread: Thread,
+    /// Readable when it is wanted; and what makes it so.
+    bell: Arc<(UnixStream, UnixStream)>,
 }
 
 impl Stop {
-    /// For a bridge on this thread.
-    fn new() -> Self {
-        Self { wanted: Arc::default(), thread: thread::current() }
+    fn new() -> Result<Self, Failure> {
+        let bell = UnixStream::pair().map_err(Self::failed)?;
+        Ok(Self { wanted: Arc::default(), bell: Arc::new(bell) })
     }
 
     /// As [`new`](Self::new), and Ctrl-C is such a wish. A second one ends the process at once.
     fn on_signals() -> Result<Self, Failure> {
-        let failed =
-            |error: std::io::Error| Failure::Step(format!("Ctrl-C cannot be waited for: {error}"));
-        let stop = Self::new();
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+        let stop = Self::new()?;
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Self::failed)?;
         let told = stop.clone();
         let wait = move || {
             for signal in signals.forever() {
@@ -106,30 +111,22 @@ impl Stop {
                 told.tell();
             }
         };
-        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(failed)?;
+        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(Self::failed)?;
         Ok(stop)
+    }
+
+    fn failed(error: std::io::Error) -> Failure {
+        Failure::Step(format!("Ctrl-C cannot be waited for: {error}"))
     }
 
     fn tell(&self) {
         self.wanted.store(true, Ordering::Release);
-        self.thread.unpark();
+        // One byte has room.
+        let _ = (&self.bell.1).write(&[1]);
     }
 
     fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::Acquire)
-    }
-}
-
-/// Wakes the bridge's thread when a ring has something for it.
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.0.unpark();
     }
 }
 
@@ -139,8 +136,6 @@ struct Bridge {
     rings: [Ring; 2],
     controls: [RingControl; 2],
     ends: [End; 2],
-    /// Turns the rings that this thread cannot.
-    _poller: Option<Poller>,
     /// No more reads.
     is_ending: bool,
 }
@@ -150,19 +145,18 @@ impl Bridge {
     /// leave no file behind.
     fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
-        let (rings, ways, poller) = joined.inspect_err(|_| {
+        let (rings, ways) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
         })?;
         let controls = [rings[0].control(), rings[1].control()];
-        Ok(Self { ways, rings, controls, ends, _poller: poller, is_ending: false })
+        Ok(Self { ways, rings, controls, ends, is_ending: false })
     }
 
-    #[allow(clippy::type_complexity)] // the parts of a bridge
     fn join(
         interfaces: [&Interface; 2],
         software: bool,
         depth: u32,
-    ) -> Result<([Ring; 2], [Way; 2], Option<Poller>), Error> {
+    ) -> Result<([Ring; 2], [Way; 2]), Error> {
         let caps = interfaces.map(Interface::capabilities);
         let most =
             |f: fn(&vmring::device::Capabilities) -> u32| caps.iter().map(f).max().unwrap_or(0);
@@ -175,26 +169,14 @@ impl Bridge {
         let segments = if cuts { reads } else { 0 };
         let frames = 2 * (2 * reads + segments);
         let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
-        let mut poller = None;
-        let ring = |i: usize, poller: &mut Option<Poller>| {
-            let build = |drive: Drive<'_>| {
-                interfaces[i].ring(Direction::Both).depth(depth).pool(&pool).drive(drive).build()
-            };
-            let ring = build(Drive::Inline)?;
-            if ring.completion_fd().is_ok() {
-                return Ok(ring);
-            }
-            // A device that itself is a descriptor, on which this thread would have to sleep, too.
-            drop(ring);
-            let poller = match poller {
-                Some(poller) => poller,
-                none => none.insert(Poller::builder().name("bridge").start()?),
-            };
-            build(Drive::Shared(poller))
+        // Both on this thread: a frame that one has read is warm when the other writes it.
+        let ring = |i: usize| {
+            let ring = interfaces[i].ring(Direction::Both).depth(depth).pool(&pool);
+            ring.drive(Drive::Inline).build()
         };
-        let rings = [ring(0, &mut poller)?, ring(1, &mut poller)?];
+        let rings = [ring(0)?, ring(1)?];
         let way = |to: usize| Way::new(&caps[to], software, &pool, reads, segments);
-        Ok((rings, [way(1), way(0)], poller))
+        Ok((rings, [way(1), way(0)]))
     }
 
     /// Moves packets until it is told to stop, the `deadline` is there, or no end has anything more.
@@ -206,7 +188,6 @@ impl Bridge {
         every: Option<Duration>,
         mut tick: impl FnMut(&Self),
     ) -> Result<(), Failure> {
-        let waker = Waker::from(Arc::new(Unpark(thread::current())));
         let mut next_tick = every.map(|every| Instant::now() + every);
         let idle = IdlePolicy::default();
         let mut rounds = 0;
@@ -234,7 +215,8 @@ impl Bridge {
             } else if rounds - idle.spins < idle.yields {
                 thread::yield_now();
             } else {
-                self.sleep(&waker, [deadline, next_tick].into_iter().flatten().min());
+                let until = [deadline, next_tick].into_iter().flatten().min();
+                self.sleep(Some(stop), until)?;
             }
             rounds = rounds.saturating_add(1);
         }
@@ -277,20 +259,27 @@ impl Bridge {
         Failure::Step(format!("{}: {error}", self.ends[end].name))
     }
 
-    /// Sleeps until either ring has a completion, at most until `deadline`.
-    fn sleep(&mut self, waker: &Waker, deadline: Option<Instant>) {
-        let mut cx = Context::from_waker(waker);
-        for ring in &mut self.rings {
-            let (_, mut cq) = ring.split();
-            if cq.poll_ready(&mut cx, 1).is_ready() {
-                return;
+    /// Sleeps until either ring has a completion or `stop` is wanted, at most until `deadline`.
+    fn sleep(&mut self, stop: Option<&Stop>, deadline: Option<Instant>) -> Result<(), Failure> {
+        let mut polls = [nothing(), nothing(), nothing()];
+        for (i, poll) in polls.iter_mut().enumerate().take(2) {
+            let fd = self.rings[i].completion_fd().map(|fd| fd.as_raw_fd());
+            poll.fd = fd.map_err(|error| self.failed(i, error))?;
+            if self.rings[i].arm() == Armed::Ready {
+                return Ok(());
             }
         }
-        let due = self.rings.iter().filter_map(Ring::next_deadline);
-        match due.chain(deadline).min() {
-            Some(at) => thread::park_timeout(at.saturating_duration_since(Instant::now())),
-            None => thread::park(),
+        if let Some(stop) = stop {
+            polls[2].fd = stop.bell.0.as_raw_fd();
         }
+        let due = self.rings.iter().filter_map(Ring::next_deadline).chain(deadline).min();
+        // Rounded up, so that a short sleep does not become a busy loop.
+        let millis = due.map_or(-1, |at| {
+            let left = at.saturating_duration_since(Instant::now());
+            i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        system::poll(&mut polls, millis);
+        Ok(())
     }
 
     /// Ends the reading, writes what was read, and closes the rings.
@@ -300,7 +289,6 @@ impl Bridge {
             // Refused on a closed ring only, where nothing is in flight.
             let _ = ring.cancel(READ, READ);
         }
-        let waker = Waker::from(Arc::new(Unpark(thread::current())));
         let deadline = Instant::now() + END_TIMEOUT;
         let mut outcome = Ok(());
         while self.rings.iter().any(|ring| ring.in_flight() > 0)
@@ -308,7 +296,7 @@ impl Bridge {
         {
             match self.turn() {
                 Ok(true) => {}
-                Ok(false) if Instant::now() < deadline => self.sleep(&waker, Some(deadline)),
+                Ok(false) if Instant::now() < deadline => self.sleep(None, Some(deadline))?,
                 Ok(false) => break,
                 Err(failure) => {
                     outcome = Err(failure);
@@ -349,6 +337,10 @@ impl Bridge {
     fn dropped(&self) -> u64 {
         self.ways.iter().flat_map(|way| way.counts.drops.values()).sum()
     }
+}
+
+fn nothing() -> libc::pollfd {
+    libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }
 }
 
 #[cfg(test)]

@@ -28,6 +28,12 @@ pub(crate) fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// Waits up to `millis` (-1: for ever) until one of them is readable.
+pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
+    // SAFETY: the pointer and length are of a live, exclusively borrowed slice.
+    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,7 +15,7 @@ use crate::report::{Spread, StreamRow};
 
 /// What `vmring bridge` is given: it makes both TAPs, which are then moved to their namespaces, and
 /// carries packets until it is killed.
-const BRIDGE: &str = "bridge --tap {left} --tap {right} --engine {engine} --offload {offload}";
+const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine} --offload={offload}";
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -166,13 +166,13 @@ struct Bridge(Process);
 
 impl Bridge {
     fn start(program: &Path, engine: &str, offload: Offload) -> Result<Self> {
-        let offload = if offload == Offload::On { "on" } else { "off" };
-        let arguments = BRIDGE.split(' ').map(|argument| match argument {
-            "{left}" => LEFT,
-            "{right}" => RIGHT,
-            "{engine}" => engine,
-            "{offload}" => offload,
-            other => other,
+        let offload = if offload == Offload::On { "common" } else { "none" };
+        let arguments = BRIDGE.split(' ').map(|argument| {
+            argument
+                .replace("{left}", LEFT)
+                .replace("{right}", RIGHT)
+                .replace("{engine}", engine)
+                .replace("{offload}", offload)
         });
         let child = Command::new(program)
             .args(arguments)
@@ -191,6 +191,8 @@ impl Bridge {
             }
             thread::sleep(Duration::from_millis(5));
         }
+        // It brings them up where they are; then they move.
+        thread::sleep(Duration::from_millis(200));
         Ok(Self(bridge))
     }
 

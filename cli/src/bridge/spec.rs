@@ -8,6 +8,7 @@ use vmring::device::Offloads;
 use vmring::device::pcap::Replay;
 use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
 
+use crate::args::Offload;
 use crate::failure::Failure;
 use crate::lab::{QUEUE, VMNET};
 use crate::recording::{Recording, why};
@@ -17,6 +18,9 @@ use crate::recording::{Recording, why};
 pub(crate) enum Spec {
     /// A port of an in-process network, with addresses of choice.
     Embedded { network: String, subnet: Option<Ipv4Range> },
+    /// A TAP of the kernel, whose host's end is set up if there is a mode.
+    #[cfg(target_os = "linux")]
+    Tap { name: String, mode: Option<Mode>, engine: vmring::TapEngine },
     /// Apple's, or the simulated one elsewhere.
     Vmnet(Mode),
     /// Reads the file's packets.
@@ -48,6 +52,18 @@ impl FromStr for Spec {
                 };
                 Ok(Spec::Embedded { network, subnet })
             }
+            #[cfg(target_os = "linux")]
+            "tap" => {
+                let name = named("a name", "tap0")?;
+                let (name, mode) = match name.split_once(',') {
+                    None => (name.as_str(), None),
+                    Some((name, mode)) => {
+                        let mode = mode.parse().map_err(|e: vmring::ConfigError| e.to_string());
+                        (name, Some(mode?))
+                    }
+                };
+                Ok(Spec::Tap { name: name.to_owned(), mode, engine: vmring::TapEngine::Auto })
+            }
             "pcap" => named("a file", "run.pcapng").map(|file| Spec::Pcap(file.into())),
             "capture" => named("a file", "run.pcapng").map(|file| Spec::Capture(file.into())),
             VMNET => match rest.map(str::parse) {
@@ -63,13 +79,16 @@ impl FromStr for Spec {
 }
 
 fn usable() -> String {
-    format!("embedded:NETWORK, {VMNET}, pcap:FILE or capture:FILE")
+    let tap = if cfg!(target_os = "linux") { "tap:NAME, " } else { "" };
+    format!("embedded:NETWORK, {tap}{VMNET}, pcap:FILE or capture:FILE")
 }
 
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Spec::Embedded { network, .. } => write!(f, "embedded:{network}"),
+            #[cfg(target_os = "linux")]
+            Spec::Tap { name, .. } => write!(f, "tap:{name}"),
             Spec::Vmnet(mode) => write!(f, "{VMNET}:{mode}"),
             Spec::Pcap(file) => write!(f, "pcap:{}", file.display()),
             Spec::Capture(file) => write!(f, "capture:{}", file.display()),
@@ -91,6 +110,10 @@ pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
                 "both ends are on the network '{one}', and every packet would go round for ever; \
                  name two networks"
             )
+        }
+        #[cfg(target_os = "linux")]
+        (Spec::Tap { name: one, .. }, Spec::Tap { name: other, .. }) if one == other => {
+            format!("both ends are the TAP '{one}'; name two")
         }
         (Spec::Vmnet(one), Spec::Vmnet(other)) if one == other => format!(
             "both ends are on vmnet's {one} network, and every packet would go round for ever; name \
@@ -142,9 +165,20 @@ impl End {
 }
 
 impl Spec {
+    /// With that engine, if it is a TAP.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn driven_by(mut self, by: vmring::TapEngine) -> Self {
+        if let Spec::Tap { engine, .. } = &mut self {
+            *engine = by;
+        }
+        self
+    }
+
     /// Whether its device may do offloads, so that it is worth asking.
     fn may_offload(&self) -> bool {
         match self {
+            #[cfg(target_os = "linux")]
+            Spec::Tap { .. } => true,
             Spec::Vmnet(_) => true,
             Spec::Embedded { .. } | Spec::Pcap(_) | Spec::Capture(_) => false,
         }
@@ -168,6 +202,17 @@ impl Spec {
                     None => builder(),
                 };
                 let driver = Embedded::network(network).overflow(QUEUE);
+                let interface = started(builder.device(driver))?;
+                Ok(End { name, interface, replay, recording })
+            }
+            #[cfg(target_os = "linux")]
+            Spec::Tap { name: tap, mode, engine } => {
+                // Without a mode whoever is on the host's end sets it up.
+                let driver = vmring::Tap::named(tap).configure(mode.is_some()).engine(*engine);
+                let builder = match mode {
+                    Some(mode) => builder().mode(mode.clone()),
+                    None => builder(),
+                };
                 let interface = started(builder.device(driver))?;
                 Ok(End { name, interface, replay, recording })
             }
@@ -233,20 +278,22 @@ impl Spec {
     }
 }
 
-/// Starts both ends. With `software` each does what it can; without, both do the same, so that
-/// whatever comes out of one can go into the other.
+/// Starts both ends: each does what it can and the rest is done in software, or both do the same (or
+/// nothing), so that whatever comes out of one can go into the other.
 pub(crate) fn start(
     specs: [&Spec; 2],
-    software: bool,
+    offload: Offload,
     mtu: Option<u32>,
 ) -> Result<[End; 2], Failure> {
     let none = Offloads::default();
+    let software = offload == Offload::Software;
     // A capture's file is touched last, when all else is there.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
     let [first, second] = order.map(|i| specs[i]);
-    let wanted = match software || second.may_offload() {
-        true => Offloads::ALL,
-        false => none,
+    let wanted = match offload {
+        Offload::None => none,
+        Offload::Common if !second.may_offload() => none,
+        Offload::Common | Offload::Software => Offloads::ALL,
     };
     let mut one = first.start_with_most(wanted, mtu)?;
     let wanted = if software { Offloads::ALL } else { one.offloads() };

@@ -39,7 +39,7 @@ impl Running {
     fn start(ends: [End; 2], software: bool, depth: u32) -> Self {
         let (tell, told) = channel();
         let thread = thread::spawn(move || {
-            let stop = Stop::new();
+            let stop = Stop::new().unwrap();
             tell.send(stop.clone()).unwrap();
             let mut bridge = Bridge::new(ends, software, depth).unwrap();
             let start = Instant::now();
@@ -103,7 +103,7 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let networks = [format!("{name} one"), format!("{name} two")];
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
     let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
-    let ends = spec::start([&specs[0], &specs[1]], false, None).unwrap();
+    let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None).unwrap();
     let places = [0, 1].map(|i| Place::join(&networks[i], subnets[i]));
     let leases = places.each_ref().map(Place::lease);
     let addresses = leases.map(|lease| lease.address.address());
@@ -623,7 +623,8 @@ fn two_ends_that_cannot_be_joined_are_refused() {
 fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     let host = format!("{VMNET}:host");
     let offloads = |b: &str, software| {
-        let ends = spec::start([&spec(VMNET), &spec(b)], software, None).unwrap();
+        let offload = if software { Offload::Software } else { Offload::Common };
+        let ends = spec::start([&spec(VMNET), &spec(b)], offload, None).unwrap();
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()))
     };
     let none: Vec<&str> = Vec::new();
@@ -644,7 +645,7 @@ fn speed() {
     for len in [64, 1514] {
         let networks = ["speed one", "speed two"];
         let specs = networks.map(|network| spec(&format!("embedded:{network}")));
-        let ends = spec::start([&specs[0], &specs[1]], false, None).unwrap();
+        let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None).unwrap();
         let interfaces = networks.map(|name| {
             let driver = Embedded::network(name).overflow(QUEUE);
             Interface::builder().device(driver).start().unwrap()

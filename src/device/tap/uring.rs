@@ -27,14 +27,13 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use io_uring::types::{BufRingEntry, CancelBuilder, Fd, Fixed};
+use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
 
@@ -58,42 +57,6 @@ const FILE: Fixed = Fixed(0);
 const READ: u64 = 0;
 const CANCEL: u64 = 1;
 const WRITE: u64 = 2;
-
-/// Whether frames cost less by io_uring than by a system call each, on this machine: io_uring saves
-/// system calls and adds its own work to each operation, and either may be more. Told from what both
-/// take to write to /dev/null, which is little beside; once in a process.
-pub(crate) fn pays() -> io::Result<bool> {
-    const BATCH: u32 = 64;
-    const ROUNDS: usize = 9;
-    static PAYS: OnceLock<bool> = OnceLock::new();
-    if let Some(pays) = PAYS.get() {
-        return Ok(*pays);
-    }
-    let null = OpenOptions::new().write(true).open("/dev/null")?;
-    let mut ring = IoUring::new(BATCH)?;
-    let byte = 0u8;
-    let (mut batch, mut calls) = (Duration::MAX, Duration::MAX);
-    for _ in 0..ROUNDS {
-        let start = Instant::now();
-        for _ in 0..BATCH {
-            let entry = opcode::Write::new(Fd(null.as_raw_fd()), &byte, 1).build();
-            // SAFETY: the byte and the file live until the ring is dropped; the queue is empty.
-            unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;
-        }
-        ring.submit_and_wait(BATCH as usize)?;
-        if ring.completion().any(|done| done.result() != 1) {
-            return Err(io::Error::other("an io_uring does not write"));
-        }
-        batch = batch.min(start.elapsed());
-        let start = Instant::now();
-        for _ in 0..BATCH {
-            (&null).write_all(&[byte])?;
-        }
-        calls = calls.min(start.elapsed());
-    }
-    tracing::debug!(?batch, ?calls, "64 writes by io_uring, and by system calls");
-    Ok(*PAYS.get_or_init(|| batch < calls))
-}
 
 /// Whether this process may have such a ring and the kernel knows every operation.
 pub(crate) fn check() -> io::Result<()> {
