@@ -1,0 +1,417 @@
+//! Traffic of the kernel's own stacks over the TAP: the host is the test's namespace, the guest another
+//! one with a TAP of its own, and between them a relay over two rings.
+
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use vmring::device::Offloads;
+use vmring::stats::RingStats;
+use vmring::{
+    Armed, Direction, EntryError, Interface, Mode, Op, Poller, PoolBuilder, Ring, Status, Tap,
+    TapEngine,
+};
+
+use crate::netns::{Host, has, in_namespace, sh, skip, with_ipv6};
+use crate::support::{LONG, Way, eventually, scaled, stage};
+
+/// The port whose UDP datagrams are counted.
+const PORT: u16 = 7777;
+
+/// Runs `body` in a namespace of its own, if the engine can be had.
+fn on(engine: TapEngine, body: impl FnOnce(TapEngine) + Send + 'static) {
+    in_namespace(move || match engine.resolve() {
+        Ok(_) => body(engine),
+        Err(error) => skip(&error.to_string()),
+    });
+}
+
+macro_rules! on_both_engines {
+    ($($name:ident;)+) => {
+        mod by_io_uring {
+            $(#[test]
+            fn $name() {
+                super::on(vmring::TapEngine::IoUring, super::$name);
+            })+
+        }
+
+        mod by_plain_calls {
+            $(#[test]
+            fn $name() {
+                super::on(vmring::TapEngine::Plain, super::$name);
+            })+
+        }
+    };
+}
+
+/// Counters of one way through the relay.
+#[derive(Debug, Default)]
+struct Lane {
+    /// Frames handed on.
+    frames: AtomicU64,
+    /// UDP datagrams to [`PORT`] among them.
+    counted: AtomicU64,
+    /// The longest frame.
+    longest: AtomicU64,
+    /// Frames refused because the other TAP was down, and for another reason.
+    down: AtomicU64,
+    refused: AtomicU64,
+    /// Frames that came after the end.
+    late: AtomicU64,
+}
+
+fn add(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+impl Lane {
+    fn see(&self, frame: &[u8]) {
+        add(&self.frames);
+        self.longest.fetch_max(frame.len() as u64, Ordering::Relaxed);
+        if frame.len() >= 42
+            && frame[12..15] == [8, 0, 0x45]
+            && frame[23] == 17
+            && frame[36..38] == PORT.to_be_bytes()
+        {
+            add(&self.counted);
+        }
+    }
+}
+
+/// A thread that hands every frame of one interface to the other, without a copy: both rings are
+/// over one pool. Lane 0 goes from the first interface to the second, lane 1 back.
+struct Relay {
+    stop: Arc<AtomicBool>,
+    lanes: Arc<[Lane; 2]>,
+    thread: Option<JoinHandle<[RingStats; 2]>>,
+}
+
+impl Relay {
+    fn start(ends: [&Interface; 2], way: Way) -> Self {
+        let packet = ends.map(Interface::max_packet_size).into_iter().max().expect("two") as usize;
+        let depth = if packet > 16_384 { 64 } else { 256 };
+        // A frame belongs to one lane for good: so a lane has never more frames to write than the
+        // other ring has credits.
+        let pool = PoolBuilder::new(2 * depth as usize, packet).build().expect("a pool");
+        let poller = Poller::start().expect("a poller");
+        let rings = ends.map(|end| {
+            let ring = end.ring(Direction::Both).depth(depth).pool(&pool);
+            ring.drive(way.drive(&poller)).build().expect("a ring")
+        });
+        let (stop, lanes) = (Arc::new(AtomicBool::new(false)), Arc::<[Lane; 2]>::default());
+        let thread = thread::spawn({
+            let (stop, lanes) = (stop.clone(), lanes.clone());
+            move || {
+                let stats = relay(rings, &lanes, &stop);
+                drop(poller);
+                assert_eq!(pool.slots_out(), 0, "every frame comes home");
+                stats
+            }
+        });
+        Self { stop, lanes, thread: Some(thread) }
+    }
+
+    /// Ends it. The counters of both rings agree with those of the lanes, whatever the traffic was.
+    fn end(mut self) -> Arc<[Lane; 2]> {
+        self.stop.store(true, Ordering::Release);
+        let thread = self.thread.take().expect("taken here or in drop");
+        eventually("the relay ends", || thread.is_finished());
+        let stats = match thread.join() {
+            Ok(stats) => stats,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        for (from, lane) in self.lanes.iter().enumerate() {
+            let (from, to) = (&stats[from], &stats[1 - from]);
+            assert_eq!(from.rx_packets, get(&lane.frames) + get(&lane.late), "{from:?} {lane:?}");
+            let failed = get(&lane.down) + get(&lane.refused);
+            assert_eq!(to.tx_packets + failed, get(&lane.frames), "{to:?} {lane:?}");
+            assert_eq!((to.errors, to.exhausted, to.abandoned), (failed, 0, 0), "{to:?} {lane:?}");
+        }
+        self.lanes.clone()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
+fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingStats; 2] {
+    for ring in &mut rings {
+        let half = ring.pools()[0].layout().slots / 2;
+        for _ in 0..half {
+            let frame = ring.alloc().expect("half of the frames for each ring");
+            ring.submit_read(frame, 0).expect("a credit for each");
+        }
+    }
+    let (mut writing, mut stopping) = (0, false);
+    while !(stopping && writing == 0) {
+        stopping = stop.load(Ordering::Acquire);
+        let mut idle = true;
+        for from in 0..2 {
+            let [first, second] = &mut rings;
+            let (here, there) = if from == 0 { (first, second) } else { (second, first) };
+            for done in here.reap() {
+                idle = false;
+                let op = done.op;
+                let (_, result, frame) = done.into_parts();
+                let mut frame = frame.expect("reads and writes have one");
+                match op {
+                    Op::Read if stopping => {
+                        if result.is_ok() {
+                            add(&lanes[from].late);
+                        }
+                    }
+                    Op::Read => {
+                        result.expect("a packet");
+                        lanes[from].see(&frame);
+                        frame.forward_offload().expect("the kernel's header");
+                        there.submit_write(frame, 0).expect("a credit for each frame");
+                        writing += 1;
+                    }
+                    Op::Write => {
+                        writing -= 1;
+                        let lane = &lanes[1 - from];
+                        match result {
+                            Ok(_) => {}
+                            Err(EntryError::Device(Status::SetupIncomplete)) => add(&lane.down),
+                            Err(_) => add(&lane.refused),
+                        }
+                        if !stopping {
+                            frame.reset();
+                            there.submit_read(frame, 0).expect("a credit for each frame");
+                        }
+                    }
+                    Op::Cancel => panic!("nothing was cancelled"),
+                }
+            }
+        }
+        if idle && rings.iter_mut().all(|ring| ring.arm() == Armed::Armed) {
+            let fds = rings.each_ref().map(|ring| libc::pollfd {
+                fd: ring.completion_fd().expect("a descriptor").as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            });
+            let mut fds = fds;
+            // SAFETY: two of them, which live through the call.
+            unsafe { libc::poll(fds.as_mut_ptr(), 2, 20) };
+        }
+    }
+    for (from, ring) in rings.iter_mut().enumerate() {
+        ring.quiesce(LONG).expect("the kernel lets go");
+        for done in ring.reap() {
+            if done.op == Op::Read && done.result.is_ok() {
+                add(&lanes[from].late);
+            }
+        }
+    }
+    let stats = rings.each_ref().map(Ring::stats);
+    for mut ring in rings {
+        ring.close().expect("it closes");
+    }
+    stats
+}
+
+/// What is to be joined.
+struct Plan {
+    engine: TapEngine,
+    mode: Mode,
+    offload: bool,
+    mtu: u32,
+    way: Way,
+    ipv6: bool,
+}
+
+impl Plan {
+    fn of(engine: TapEngine) -> Self {
+        Self { engine, mode: Mode::Host, offload: false, mtu: 1500, way: Way::Thread, ipv6: false }
+    }
+
+    /// An interface on the TAP of that name, in the namespace of this thread.
+    fn interface(&self, tap: Tap) -> Interface {
+        if self.ipv6 {
+            with_ipv6();
+        }
+        let mut offloads = Offloads::default();
+        if self.offload {
+            (offloads.checksum, offloads.uso) = (true, true);
+            (offloads.tso4, offloads.tso6) = (true, true);
+        }
+        let tap = tap.engine(self.engine);
+        let builder = Interface::builder().mode(self.mode.clone()).mtu(self.mtu);
+        builder.offloads(offloads).device(tap).start().expect("an interface")
+    }
+}
+
+/// The host with `a0`, the guest with `b0`, and the relay between them.
+struct World {
+    host: Interface,
+    guest: Interface,
+    b: Host,
+    relay: Relay,
+}
+
+impl World {
+    fn new(plan: Plan) -> Self {
+        stage("making the host's TAP");
+        let host = plan.interface(Tap::named("a0"));
+        let b = Host::new();
+        let way = plan.way;
+        let guest = b.run(move || plan.interface(Tap::named("b0").configure(false)));
+        let relay = Relay::start([&host, &guest], way);
+        Self { host, guest, b, relay }
+    }
+
+    /// In host mode, with the guest at the second address.
+    fn with_address(plan: Plan) -> Self {
+        let this = Self::new(plan);
+        this.b.sh(&format!("ip addr add {GUEST}/24 dev b0"));
+        this
+    }
+
+    /// Ends it and gives what the relay has counted.
+    fn end(self) -> Arc<[Lane; 2]> {
+        let lanes = self.relay.end();
+        stage("the interfaces stop");
+        self.host.stop(LONG).expect("it stops");
+        self.guest.stop(LONG).expect("it stops");
+        lanes
+    }
+}
+
+/// In host mode.
+const HOST: &str = "192.168.128.1";
+const GUEST: &str = "192.168.128.2";
+
+on_both_engines! {
+    ping;
+    datagrams;
+}
+
+/// Goal: ARP, ping and IPv6 neighbour discovery work in both directions and nothing is lost.
+fn ping(engine: TapEngine) {
+    if !has("ping") {
+        return;
+    }
+    for way in [Way::Thread, Way::Shared] {
+        let world = World::with_address(Plan { ipv6: true, way, ..Plan::of(engine) });
+        let local = |said: String| {
+            let address = said.split_whitespace().find(|word| word.starts_with("fe80::"));
+            address.and_then(|word| word.split('/').next()).expect("an address").to_owned()
+        };
+        let local_of = |tap: &str| format!("ip -6 -oneline addr show dev {tap} scope link");
+        let (at_a, at_b) = (local(sh(&local_of("a0"))), local(world.b.sh(&local_of("b0"))));
+        let ping = "ping -n -q -c 20 -i 0.05 -W 5";
+        let loses_nothing = |said: &str| assert!(said.contains(" 0% packet loss"), "{said}");
+        loses_nothing(&world.b.sh(&format!("{ping} {HOST}")));
+        loses_nothing(&sh(&format!("{ping} {GUEST}")));
+        loses_nothing(&world.b.sh(&format!("{ping} -6 {at_a}%b0")));
+        loses_nothing(&sh(&format!("{ping} -6 {at_b}%a0")));
+        // In fragments.
+        loses_nothing(&world.b.sh(&format!("{ping} -s 8000 {HOST}")));
+        let lanes = world.end();
+        for lane in &*lanes {
+            assert!((200..300).contains(&get(&lane.frames)), "{lanes:?}");
+            assert_eq!(get(&lane.longest), 1514, "{lanes:?}");
+        }
+    }
+}
+
+/// Goal: of many datagrams, fewer under way than any queue holds, none is lost, doubled or
+/// overtaken, and sender, receiver, both rings and both kernels count the same.
+fn datagrams(engine: TapEngine) {
+    let count = scaled(if engine == TapEngine::Plain { 200_000 } else { 1_000_000 });
+    let world = World::with_address(Plan { way: Way::Shared, ..Plan::of(engine) });
+    let at_a = UdpSocket::bind((HOST, PORT)).expect("a socket");
+    let at_b = world.b.run(|| UdpSocket::bind((GUEST, PORT)).expect("a socket"));
+    at_a.connect((GUEST, PORT)).expect("a way to the guest");
+    at_b.connect((HOST, PORT)).expect("a way to the host");
+    let start = Instant::now();
+    for (from, to) in [(&at_a, &at_b), (&at_b, &at_a)] {
+        stage("datagrams");
+        let received = AtomicU64::new(0);
+        thread::scope(|scope| {
+            scope.spawn(|| send(from, count, &received));
+            receive(to, count, &received);
+        });
+    }
+    let rate = 2.0 * count as f64 / start.elapsed().as_secs_f64();
+    eprintln!("{engine}: {rate:.0} datagrams a second");
+    // ARP may be under way still.
+    let lanes = world.relay.lanes.clone();
+    eventually("both kernels and the relay count the same", || {
+        let frames = lanes.each_ref().map(|lane| get(&lane.frames));
+        let a = kernel_counts("a0");
+        let b = world.b.run(|| kernel_counts("b0"));
+        [a.sent, b.received] == [frames[0]; 2] && [b.sent, a.received] == [frames[1]; 2]
+    });
+    for counts in [kernel_counts("a0"), world.b.run(|| kernel_counts("b0"))] {
+        assert_eq!(counts.dropped, 0);
+    }
+    world.end();
+    for lane in &*lanes {
+        assert_eq!(get(&lane.counted), count, "{lanes:?}");
+        assert_eq!((get(&lane.down), get(&lane.refused)), (0, 0));
+    }
+}
+
+const PAYLOAD: usize = 60;
+const WINDOW: u64 = 128;
+
+fn payload(number: u64) -> [u8; PAYLOAD] {
+    let mut bytes = [number as u8; PAYLOAD];
+    bytes[..8].copy_from_slice(&number.to_be_bytes());
+    bytes
+}
+
+fn send(socket: &UdpSocket, count: u64, received: &AtomicU64) {
+    let start = Instant::now();
+    for number in 0..count {
+        while number - received.load(Ordering::Acquire) >= WINDOW {
+            if start.elapsed() > LONG {
+                return; // the receiver says what is missing
+            }
+            thread::yield_now();
+        }
+        assert_eq!(socket.send(&payload(number)).expect("it is sent"), PAYLOAD);
+    }
+}
+
+fn receive(socket: &UdpSocket, count: u64, received: &AtomicU64) {
+    socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    let mut bytes = [0; 2048];
+    for number in 0..count {
+        let len = socket.recv(&mut bytes);
+        let len = len.unwrap_or_else(|error| panic!("datagram {number} of {count}: {error}"));
+        assert_eq!(bytes[..len], payload(number), "datagram {number}");
+        received.store(number + 1, Ordering::Release);
+    }
+}
+
+/// What the kernel has counted on an interface of this thread's namespace.
+#[derive(Debug)]
+struct KernelCounts {
+    received: u64,
+    sent: u64,
+    dropped: u64,
+}
+
+fn kernel_counts(interface: &str) -> KernelCounts {
+    let all = std::fs::read_to_string("/proc/thread-self/net/dev").expect("counters");
+    let line = all.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
+    let line = line.expect("the interface is there");
+    let fields: Vec<u64> = line.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+    KernelCounts {
+        received: fields[1],
+        sent: fields[9],
+        dropped: fields[2] + fields[3] + fields[10] + fields[11],
+    }
+}
