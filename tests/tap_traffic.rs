@@ -1,8 +1,10 @@
 //! Traffic of the kernel's own stacks over the TAP: the host is the test's namespace, the guest another
 //! one with a TAP of its own, and between them a relay over two rings.
 
-use std::net::UdpSocket;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
@@ -294,6 +296,8 @@ const GUEST: &str = "192.168.128.2";
 on_both_engines! {
     ping;
     datagrams;
+    iperf;
+    streams;
 }
 
 /// Goal: ARP, ping and IPv6 neighbour discovery work in both directions and nothing is lost.
@@ -373,10 +377,10 @@ fn payload(number: u64) -> [u8; PAYLOAD] {
 }
 
 fn send(socket: &UdpSocket, count: u64, received: &AtomicU64) {
-    let start = Instant::now();
     for number in 0..count {
+        let start = Instant::now();
         while number - received.load(Ordering::Acquire) >= WINDOW {
-            if start.elapsed() > LONG {
+            if start.elapsed() > Duration::from_secs(20) {
                 return; // the receiver says what is missing
             }
             thread::yield_now();
@@ -413,5 +417,143 @@ fn kernel_counts(interface: &str) -> KernelCounts {
         received: fields[1],
         sent: fields[9],
         dropped: fields[2] + fields[3] + fields[10] + fields[11],
+    }
+}
+
+/// A program in the background, until it is dropped.
+struct Background(Child);
+
+impl Background {
+    /// In the namespace of this thread, for a minute at most.
+    fn start(program: &str, arguments: &[&str]) -> Self {
+        let seconds = LONG.as_secs().to_string();
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", &seconds, program]).args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        Self(command.spawn().expect("it starts"))
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // `timeout` hands it on.
+        // SAFETY: a process that we have started and not waited for.
+        unsafe { libc::kill(self.0.id() as i32, libc::SIGTERM) };
+        let _ = self.0.wait();
+    }
+}
+
+/// Whether somebody in this thread's namespace listens on the TCP port.
+fn listens(port: u16) -> bool {
+    ["tcp", "tcp6"].into_iter().any(|family| {
+        let path = format!("/proc/thread-self/net/{family}");
+        let all = std::fs::read_to_string(path).unwrap_or_default();
+        all.lines().any(|line| line.contains(&format!(":{port:04X} ")) && line.contains(" 0A "))
+    })
+}
+
+/// What the relay must have seen: packets longer than the wire's if segmentation is offloaded, and
+/// none otherwise.
+fn check_longest(lanes: &[Lane; 2], offload: bool, mtu: u32) {
+    for lane in lanes {
+        let (longest, wire) = (get(&lane.longest), u64::from(mtu) + 14);
+        if offload {
+            assert!(longest > wire && longest <= 65_549, "{lanes:?}");
+        } else {
+            assert_eq!(longest, wire, "{lanes:?}");
+        }
+        assert_eq!((get(&lane.down), get(&lane.refused)), (0, 0), "{lanes:?}");
+    }
+}
+
+/// Goal: iperf3 moves data in both directions, with segmentation offload in packets longer than the
+/// MTU, without it in none.
+fn iperf(engine: TapEngine) {
+    if !has("iperf3") {
+        return;
+    }
+    for offload in [false, true] {
+        let world = World::with_address(Plan { offload, ..Plan::of(engine) });
+        for (name, way) in [("to the guest", ""), ("to the host", "-R")] {
+            let server = world.b.run(|| Background::start("iperf3", &["-s", "-1"]));
+            eventually("iperf3 listens", || world.b.run(|| listens(5201)));
+            let said = sh(&format!("iperf3 -c {GUEST} -J -t 2 --connect-timeout 5000 {way}"));
+            drop(server);
+            let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+            let rate = said["end"]["sum_received"]["bits_per_second"].as_f64();
+            let rate = rate.unwrap_or_else(|| panic!("{said}"));
+            assert!(rate > 0.0, "{said}");
+            let gigabits = rate / 1e9;
+            eprintln!("{engine}, offload {offload}, TCP {name}: {gigabits:.2} Gbit/s");
+        }
+        check_longest(&world.end(), offload, 1500);
+    }
+}
+
+/// Goal: megabytes in both directions of one TCP connection at the same time arrive byte for byte,
+/// with and without offload, with small and large packets.
+fn streams(engine: TapEngine) {
+    let bytes = scaled(64 << 20);
+    for (offload, mtu) in [(false, 1500), (true, 1500), (false, 9000), (true, 9000)] {
+        let world = World::with_address(Plan { offload, mtu, ..Plan::of(engine) });
+        let listener = TcpListener::bind((HOST, 0)).expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        let connect = move || TcpStream::connect_timeout(&address, LONG).expect("a connection");
+        let at_b = world.b.run(connect);
+        let (at_a, _) = listener.accept().expect("it is there");
+        stage(format!("TCP both ways, offload {offload}, MTU {mtu}"));
+        let start = Instant::now();
+        exchange(&at_a, &at_b, bytes);
+        let rate = 16.0 * bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
+        eprintln!("{engine}, offload {offload}, MTU {mtu}: {rate:.2} Gbit/s both ways together");
+        drop((at_a, at_b));
+        check_longest(&world.end(), offload, mtu);
+    }
+}
+
+/// Both ends send `bytes` bytes at the same time, and check what comes.
+fn exchange(one: &TcpStream, other: &TcpStream, bytes: u64) {
+    for end in [one, other] {
+        end.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        end.set_write_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    }
+    thread::scope(|scope| {
+        for (seed, from, to) in [(1, one, other), (2, other, one)] {
+            scope.spawn(move || speak(from, seed, bytes));
+            scope.spawn(move || listen(to, seed, bytes));
+        }
+    });
+}
+
+const CHUNK: usize = 65_536;
+
+/// Bytes of a pseudo-random stream (splitmix64), beginning at a multiple of [`CHUNK`].
+fn chunk(seed: u64, at: u64, into: &mut [u8]) {
+    for (i, word) in into.chunks_mut(8).enumerate() {
+        let mut z = (seed << 48 ^ at / 8 + i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word.copy_from_slice(&(z ^ z >> 31).to_le_bytes()[..word.len()]);
+    }
+}
+
+fn pieces(bytes: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..bytes).step_by(CHUNK).map(move |at| (at, CHUNK.min((bytes - at) as usize)))
+}
+
+fn speak(mut to: &TcpStream, seed: u64, bytes: u64) {
+    let mut piece = vec![0; CHUNK];
+    for (at, len) in pieces(bytes) {
+        chunk(seed, at, &mut piece[..len]);
+        to.write_all(&piece[..len]).unwrap_or_else(|error| panic!("at {at}: {error}"));
+    }
+}
+
+fn listen(mut from: &TcpStream, seed: u64, bytes: u64) {
+    let (mut piece, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
+    for (at, len) in pieces(bytes) {
+        from.read_exact(&mut piece[..len]).unwrap_or_else(|error| panic!("at {at}: {error}"));
+        chunk(seed, at, &mut expected[..len]);
+        assert!(piece[..len] == expected[..len], "the stream differs at {at} or after it");
     }
 }
