@@ -2,8 +2,9 @@
 //! one with a TAP of its own, and between them a relay over two rings.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,12 +14,12 @@ use std::time::{Duration, Instant};
 use vmring::device::Offloads;
 use vmring::stats::RingStats;
 use vmring::{
-    Armed, Direction, EntryError, Interface, Mode, Op, Poller, PoolBuilder, Ring, Status, Tap,
-    TapEngine,
+    Armed, Direction, EntryError, Interface, MacAddr6, Mode, Op, Poller, PoolBuilder, Ring, Status,
+    Tap, TapEngine,
 };
 
-use crate::netns::{Host, has, in_namespace, sh, skip, with_ipv6};
-use crate::support::{LONG, Way, eventually, scaled, stage};
+use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
+use crate::support::{LONG, Way, eventually, scaled, stage, unique};
 
 /// The port whose UDP datagrams are counted.
 const PORT: u16 = 7777;
@@ -298,6 +299,8 @@ on_both_engines! {
     datagrams;
     iperf;
     streams;
+    dhcp;
+    way_out;
 }
 
 /// Goal: ARP, ping and IPv6 neighbour discovery work in both directions and nothing is lost.
@@ -555,5 +558,191 @@ fn listen(mut from: &TcpStream, seed: u64, bytes: u64) {
         from.read_exact(&mut piece[..len]).unwrap_or_else(|error| panic!("at {at}: {error}"));
         chunk(seed, at, &mut expected[..len]);
         assert!(piece[..len] == expected[..len], "the stream differs at {at} or after it");
+    }
+}
+
+/// A directory for a test's files, until it is dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        let name = unique(&format!("vmring-{}", std::process::id()));
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).expect("a directory");
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().expect("a path").to_owned()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The word behind `key`, without what is around it.
+fn word_after<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    let rest = &text[text.find(key)? + key.len()..];
+    rest.split(|c: char| c.is_whitespace() || c == ';').find(|word| !word.is_empty())
+}
+
+/// Goal: the DHCP clients that guests have get an address of the range from our server, and a router
+/// in shared mode only; a renewal by the kernel's UDP, with its checksum left to the device if that
+/// has offload, is answered as well.
+fn dhcp(engine: TapEngine) {
+    let clients = [("busybox", udhcpc as fn(&Host) -> Answer), ("dhclient", dhclient)];
+    let clients = clients.map(|(program, run)| has(program).then_some(run));
+    for (mode, offload) in
+        [(Mode::Host, false), (Mode::Shared, false), (Mode::Host, true), (Mode::Shared, true)]
+    {
+        let (net, router) = match mode {
+            Mode::Shared => ([192, 168, 64], Some(Ipv4Addr::new(192, 168, 64, 1))),
+            _ => ([192, 168, 128], None),
+        };
+        let server = Ipv4Addr::new(net[0], net[1], net[2], 1);
+        let world = World::new(Plan { mode, offload, ..Plan::of(engine) });
+        let said = world.b.sh("ip -oneline link show b0");
+        let mac: MacAddr6 = word_after(&said, "link/ether ").expect("one").parse().expect("a MAC");
+        assert_eq!(world.host.lease(mac), None);
+        let mut before = None;
+        for client in clients.iter().flatten() {
+            let answer = client(&world.b);
+            let octets = answer.address.octets();
+            assert!(octets[..3] == net && (2..=254).contains(&octets[3]), "{answer:?}");
+            assert_eq!((answer.router, answer.mtu), (router, 1500), "{answer:?}");
+            assert_eq!(answer.server, server, "{answer:?}");
+            let lease = world.host.lease(mac).expect("a lease");
+            assert_eq!((lease.address, lease.duration.as_secs()), (answer.address, 86_400));
+            // The same host gets the same address.
+            assert_eq!(*before.get_or_insert(answer.address), answer.address);
+        }
+        let Some(address) = before else { return };
+        world.b.sh(&format!("ip addr add {address}/24 dev b0"));
+        renew(&world.b, mac, address, server);
+        let counter = |name: &str| {
+            let all = world.host.counters();
+            all.into_iter().find(|(other, _)| *other == name).expect("a counter").1
+        };
+        let replies = 2 * clients.iter().flatten().count() as u64 + 1;
+        assert!(counter("DHCP replies") >= replies, "{:?}", world.host.counters());
+        for name in ["DHCP malformed", "DHCP unsent", "DHCP out of addresses"] {
+            assert_eq!(counter(name), 0, "{name}");
+        }
+        world.end();
+    }
+}
+
+/// What a client was told.
+#[derive(Debug)]
+struct Answer {
+    address: Ipv4Addr,
+    router: Option<Ipv4Addr>,
+    server: Ipv4Addr,
+    mtu: u32,
+}
+
+fn udhcpc(host: &Host) -> Answer {
+    let files = Scratch::new();
+    let script = files.path("script");
+    // Written by another process: one that a test next door has just forked must not hold it open.
+    let told = r#"echo "address=$ip router=$router server=$serverid mtu=$mtu.""#;
+    sh(&format!(
+        "cat >{script} <<'END'\n#!/bin/sh\nif [ \"$1\" = bound ]; then {told}; fi\nEND\nchmod +x {script}"
+    ));
+    let said = host.sh(&format!("busybox udhcpc -i b0 -n -q -f -t 5 -T 1 -O mtu -s {script} 2>&1"));
+    let field = |name: &str| {
+        let rest = &said[said.find(name).unwrap_or_else(|| panic!("{said}")) + name.len()..];
+        rest.split([' ', '\n']).next().unwrap_or_default().trim_end_matches('.').to_owned()
+    };
+    Answer {
+        address: field("address=").parse().expect("an address"),
+        router: field("router=").parse().ok(),
+        server: field("server=").parse().expect("an address"),
+        mtu: field("mtu=").parse().expect("a number"),
+    }
+}
+
+fn dhclient(host: &Host) -> Answer {
+    let files = Scratch::new();
+    let [config, leases, pid] = ["config", "leases", "pid"].map(|name| files.path(name));
+    let wishes = "timeout 30; request subnet-mask, routers, interface-mtu;";
+    std::fs::write(&config, wishes).expect("a file");
+    // Once it has a lease it goes on in the background.
+    host.sh(&format!(
+        "dhclient -4 -1 -v -cf {config} -sf /bin/true -lf {leases} -pf {pid} b0 2>&1 && \
+         kill $(cat {pid})"
+    ));
+    let said = std::fs::read_to_string(&leases).expect("leases");
+    let address = |key| word_after(&said, key).map(|word| word.parse().expect("an address"));
+    Answer {
+        address: address("fixed-address ").unwrap_or_else(|| panic!("{said}")),
+        router: address("option routers "),
+        server: address("option dhcp-server-identifier ").expect("it says who it is"),
+        mtu: word_after(&said, "option interface-mtu ").expect("one").parse().expect("a number"),
+    }
+}
+
+/// Renews a lease with a socket of the kernel's UDP, which knows of offload what the TAP says.
+fn renew(host: &Host, mac: MacAddr6, address: Ipv4Addr, server: Ipv4Addr) {
+    stage("renewing the lease");
+    let socket = host.run(|| UdpSocket::bind("0.0.0.0:68").expect("a socket"));
+    let mut request = vec![0; 240];
+    request[..8].copy_from_slice(&[1, 1, 6, 0, 1, 2, 3, 4]);
+    request[12..16].copy_from_slice(&address.octets());
+    request[28..34].copy_from_slice(mac.as_bytes());
+    request[236..].copy_from_slice(&[99, 130, 83, 99]);
+    request.extend([53, 1, 3, 255]);
+    request.resize(300, 0);
+    socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    socket.send_to(&request, (server, 67)).expect("it is sent");
+    let mut reply = [0; 1500];
+    let (len, from) = socket.recv_from(&mut reply).expect("an answer");
+    assert!(len > 243, "{len}");
+    assert_eq!(from.ip(), IpAddr::V4(server));
+    assert_eq!((reply[0], &reply[4..8]), (2, &[1, 2, 3, 4][..]));
+    assert_eq!(reply[16..20], address.octets());
+    assert_eq!(reply[240..243], [53, 1, 5], "an acknowledgement");
+}
+
+/// Goal: in shared mode the guest reaches a network which knows nothing of the guest's, under the
+/// host's address; afterwards the host's rules and forwarding are as before.
+fn way_out(engine: TapEngine) {
+    const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
+    let c = Host::new();
+    sh("ip link add v0 type veth peer name v1");
+    c.give("v1");
+    sh("ip addr add 10.9.0.1/24 dev v0 && ip link set v0 up");
+    c.sh("ip addr add 10.9.0.2/24 dev v1 && ip link set v1 up");
+    let listener = c.run(|| TcpListener::bind("10.9.0.2:7").expect("a listener"));
+    for (offload, forwarding) in [(false, "0"), (true, "1")] {
+        std::fs::write(FORWARD, forwarding).expect("a setting");
+        let world = World::new(Plan { mode: Mode::Shared, offload, ..Plan::of(engine) });
+        world.b.sh("ip addr add 192.168.64.2/24 dev b0 && ip route add default via 192.168.64.1");
+        assert!(c.run(|| try_sh("ip route get 192.168.64.2")).is_err(), "there is a way back");
+        let said = world.b.sh("ping -n -q -c 20 -i 0.05 -W 5 10.9.0.2");
+        assert!(said.contains(" 0% packet loss"), "{said}");
+        let at_b = world.b.run(|| {
+            let address = "10.9.0.2:7".parse().expect("an address");
+            TcpStream::connect_timeout(&address, LONG).expect("a connection")
+        });
+        let (at_c, peer) = listener.accept().expect("it is there");
+        assert_eq!(peer.ip(), IpAddr::from([10, 9, 0, 1]));
+        stage("TCP with the outside");
+        exchange(&at_b, &at_c, scaled(4 << 20));
+        drop((at_b, at_c));
+        let nft = has("nft");
+        if nft {
+            assert!(sh("nft list ruleset").contains("vmring_a0"));
+        }
+        assert_eq!(std::fs::read_to_string(FORWARD).expect("a setting"), "1\n");
+        check_longest(&world.end(), offload, 1500);
+        if nft {
+            assert_eq!(sh("nft list ruleset"), "");
+        }
+        let after = std::fs::read_to_string(FORWARD).expect("a setting");
+        assert_eq!(after.trim(), forwarding);
     }
 }
