@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use vmring::{
 };
 
 use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
-use crate::support::{LONG, Way, eventually, scaled, stage, unique};
+use crate::support::{LONG, Way, eventually, number_of, packet_between, scaled, stage, unique};
 
 /// The port whose UDP datagrams are counted.
 const PORT: u16 = 7777;
@@ -33,16 +33,18 @@ fn on(engine: TapEngine, body: impl FnOnce(TapEngine) + Send + 'static) {
 }
 
 macro_rules! on_both_engines {
-    ($($name:ident;)+) => {
+    ($($(#[$attribute:meta])* $name:ident;)+) => {
         mod by_io_uring {
-            $(#[test]
+            $($(#[$attribute])*
+            #[test]
             fn $name() {
                 super::on(vmring::TapEngine::IoUring, super::$name);
             })+
         }
 
         mod by_plain_calls {
-            $(#[test]
+            $($(#[$attribute])*
+            #[test]
             fn $name() {
                 super::on(vmring::TapEngine::Plain, super::$name);
             })+
@@ -301,6 +303,12 @@ on_both_engines! {
     streams;
     dhcp;
     way_out;
+    bridged_over_vxlan;
+    link_down_and_up;
+    mtu_raised;
+    cut_at_the_end_of_the_slot;
+    #[ignore = "a tagged packet is delivered without its end"]
+    cut_behind_a_vlan_tag;
 }
 
 /// Goal: ARP, ping and IPv6 neighbour discovery work in both directions and nothing is lost.
@@ -745,4 +753,298 @@ fn way_out(engine: TapEngine) {
         let after = std::fs::read_to_string(FORWARD).expect("a setting");
         assert_eq!(after.trim(), forwarding);
     }
+}
+
+/// Goal: two hosts' bridges with a VXLAN of the kernel between them carry what a ring writes on the
+/// one to a ring on the other: every frame, in order, of any length, both ways.
+fn bridged_over_vxlan(engine: TapEngine) {
+    let probe = try_sh("ip link add vx0 type vxlan id 42 dstport 4789 remote 10.1.0.2");
+    if let Err(said) = probe {
+        return skip(&format!("no VXLAN: {}", said.trim()));
+    }
+    sh("ip link del vx0");
+    let far = Host::new();
+    sh("ip link add u0 type veth peer name u1");
+    far.give("u1");
+    let lan = |mine: &str, others: &str, wire: &str| {
+        format!(
+            "ip addr add {mine}/24 dev {wire} && ip link set {wire} up && \
+             ip link add br0 type bridge mcast_snooping 0 && ip link set br0 up && \
+             ip link add vx0 type vxlan id 42 local {mine} remote {others} dstport 4789 \
+             dev {wire} && ip link set vx0 master br0 up"
+        )
+    };
+    sh(&lan("10.1.0.1", "10.1.0.2", "u0"));
+    far.sh(&lan("10.1.0.2", "10.1.0.1", "u1"));
+    let plan = move || Plan { mode: Mode::Bridged("br0".into()), mtu: 1400, ..Plan::of(engine) };
+    let near = plan().interface(Tap::named("t0"));
+    let there = far.run(move || plan().interface(Tap::named("t1")));
+    let ends = [near, there];
+    let macs = ends.each_ref().map(|end| end.mac().into_array());
+    let mut rings = ends.each_ref().map(|end| {
+        let mut ring = end.ring(Direction::Both).depth(64).build().expect("a ring");
+        for _ in 0..64 {
+            let frame = ring.alloc().expect("a frame");
+            ring.submit_read(frame, 0).expect("a credit");
+        }
+        ring
+    });
+    let [near, there] = &mut rings;
+    for _ in 0..2 {
+        carry((near, macs[0]), (there, macs[1]), 1000);
+        carry((there, macs[1]), (near, macs[0]), 1000);
+    }
+    for mut ring in rings {
+        ring.quiesce(LONG).expect("it lets go");
+        let stats = ring.stats();
+        assert_eq!((stats.errors, stats.exhausted), (0, 0), "{stats:?}");
+        ring.close().expect("it closes");
+    }
+    for end in ends {
+        assert!(end.drops().iter().all(|(_, n)| *n == 0), "{:?}", end.drops());
+        end.stop(LONG).expect("it stops");
+    }
+}
+
+/// Writes `count` packets to one ring, which come out of the other one.
+fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]), count: u64) {
+    /// Until the first one comes, the bridges and the tunnel may be on their way up.
+    const TRIAL: u64 = u64::MAX;
+    let packet = |number: u64| {
+        packet_between(source, target, number, 60 + (number.wrapping_mul(331) % 1355) as usize)
+    };
+    let write = |ring: &mut Ring, number: u64| {
+        for done in ring.reap() {
+            match done.op {
+                Op::Write => assert!(done.result.is_ok(), "{done:?}"),
+                _ => panic!("nobody writes to this side: {done:?}"),
+            }
+        }
+        let mut frame = ring.alloc().expect("fewer are under way than there are");
+        frame.copy_from(&packet(number)).expect("it fits");
+        ring.submit_write(frame, number).expect("a credit");
+    };
+    let (start, mut tried) = (Instant::now(), None::<Instant>);
+    let (mut open, mut sent, mut received) = (false, 0, 0);
+    stage("frames through the tunnel");
+    while received < count {
+        assert!(start.elapsed() < LONG, "{received} of {count} came, {sent} were sent");
+        if !open && tried.is_none_or(|last| last.elapsed() > Duration::from_millis(200)) {
+            tried = Some(Instant::now());
+            write(from, TRIAL);
+        }
+        while open && sent < count && sent - received < 32 {
+            write(from, sent);
+            sent += 1;
+        }
+        to.wait(1, Some(Duration::from_millis(10)));
+        let (mut sq, mut cq) = to.split();
+        for done in cq.reap() {
+            if done.op == Op::Write {
+                continue; // of the way before
+            }
+            let frame = done.frame_ok().expect("a packet");
+            if frame[12..14] == [0x88, 0xb5] {
+                match number_of(&frame) {
+                    TRIAL => open = true,
+                    number => {
+                        assert_eq!(number, received, "in order, and none is missing");
+                        assert!(frame[..] == packet(number)[..], "packet {number} differs");
+                        received += 1;
+                    }
+                }
+            }
+            let mut frame = frame;
+            frame.reset();
+            sq.submit_read(frame, 0).expect("its credit came back");
+        }
+    }
+    from.wait(1, Some(Duration::from_millis(1)));
+    for done in from.reap() {
+        assert!(done.op == Op::Write && done.result.is_ok(), "{done:?}");
+    }
+}
+
+/// Goal: while the host's end is down, the guest's packets are refused with `SetupIncomplete` and
+/// none is kept; the rings stay, and traffic goes on by itself after it is up again.
+fn link_down_and_up(engine: TapEngine) {
+    for way in [Way::Thread, Way::Shared] {
+        let world = World::with_address(Plan { way, ..Plan::of(engine) });
+        // So that the guest goes on while nobody answers.
+        let said = sh("ip -oneline link show a0");
+        let mac = word_after(&said, "link/ether ").expect("one");
+        world.b.sh(&format!("ip neigh replace {HOST} lladdr {mac} dev b0 nud permanent"));
+        let at_a = UdpSocket::bind((HOST, PORT)).expect("a socket");
+        let at_b = world.b.run(|| UdpSocket::bind((GUEST, PORT)).expect("a socket"));
+        at_a.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout");
+        at_b.connect((HOST, PORT)).expect("a way to the host");
+        let (received, done) = (AtomicU64::new(0), AtomicBool::new(false));
+        let lane = &world.relay.lanes[1];
+        // What is sent, and at the end what is known to have been sent.
+        let sent = thread::scope(|scope| {
+            let _done = SetAtEnd(&done);
+            let sender = scope.spawn(|| {
+                let mut sent = 0;
+                while !done.load(Ordering::Acquire) {
+                    sent += u64::from(at_b.send(&payload(sent)).is_ok());
+                    thread::sleep(Duration::from_micros(100));
+                }
+                sent
+            });
+            scope.spawn(|| {
+                let mut bytes = [0; 2048];
+                while !done.load(Ordering::Acquire) {
+                    if at_a.recv(&mut bytes).is_ok() {
+                        add(&received);
+                    }
+                }
+            });
+            for _ in 0..3 {
+                let before = get(&received);
+                eventually("traffic", || get(&received) >= before + 200);
+                let before = get(&lane.down);
+                sh("ip link set a0 down");
+                eventually("refusals", || get(&lane.down) >= before + 200);
+                // Nothing comes through a link that is down.
+                let before = kernel_counts("a0").received;
+                thread::sleep(Duration::from_millis(20));
+                assert_eq!(kernel_counts("a0").received, before);
+                sh("ip link set a0 up");
+            }
+            let before = get(&received);
+            eventually("traffic after the last time", || get(&received) >= before + 200);
+            done.store(true, Ordering::Release);
+            sender.join().expect("the sender")
+        });
+        eventually("the relay has all", || get(&lane.counted) >= sent);
+        let lanes = world.end();
+        let lane = &lanes[1];
+        assert_eq!((get(&lane.counted), get(&lane.refused)), (sent, 0), "{lanes:?}");
+        assert_eq!((get(&lanes[0].down), get(&lanes[0].refused)), (0, 0), "{lanes:?}");
+        // The socket's end gave up reading a little earlier.
+        let arrived = get(&lane.frames) - get(&lane.down);
+        assert!(get(&received) <= arrived, "{} {lanes:?}", get(&received));
+    }
+}
+
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+fn too_big(interface: &Interface) -> u64 {
+    let drops = interface.drops();
+    assert!(drops.iter().all(|(name, n)| *name == "too big" || *n == 0), "{drops:?}");
+    drops.into_iter().find(|(name, _)| *name == "too big").expect("it counts them").1
+}
+
+/// Goal: if the operator raises the host's MTU under a running interface, longer packets are dropped
+/// and counted and nothing else is lost.
+fn mtu_raised(engine: TapEngine) {
+    let world = World::with_address(Plan::of(engine));
+    sh("ip link set a0 mtu 9000");
+    let at_a = UdpSocket::bind((HOST, PORT)).expect("a socket");
+    let at_b = world.b.run(|| UdpSocket::bind((GUEST, PORT)).expect("a socket"));
+    at_b.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    at_a.connect((GUEST, PORT)).expect("a way to the guest");
+    let mut bytes = [0; 9000];
+    for round in 0..50 {
+        // Each fits, is one byte too long, fits the slot only, or not even that.
+        for len in [1472, 1473, 1550, 4000, 8972, 1] {
+            bytes[..len].fill(round);
+            assert_eq!(at_a.send(&bytes[..len]).expect("it is sent"), len);
+        }
+        for expected in [1472, 1] {
+            let len = at_b.recv(&mut bytes).expect("what fits arrives");
+            assert_eq!(len, expected);
+            assert!(bytes[..len].iter().all(|byte| *byte == round));
+        }
+        assert_eq!(too_big(&world.host), 4 * (u64::from(round) + 1));
+    }
+    assert_eq!(too_big(&world.guest), 0);
+    // Back, and all is as before.
+    sh("ip link set a0 mtu 1500");
+    at_a.send(&bytes[..4000]).expect("it is sent, in fragments");
+    assert_eq!(at_b.recv(&mut bytes).expect("fragments arrive"), 4000);
+    assert_eq!(too_big(&world.host), 200);
+    let lanes = world.end();
+    assert_eq!(get(&lanes[0].longest), 1514, "{lanes:?}");
+}
+
+/// Goal: a packet longer than its slot is dropped and not delivered without its end, also where the
+/// slots hold no byte more than the longest packet.
+fn cut_at_the_end_of_the_slot(engine: TapEngine) {
+    exact_slots(engine, false);
+}
+
+/// Goal: the same for a packet with a VLAN's tag.
+fn cut_behind_a_vlan_tag(engine: TapEngine) {
+    exact_slots(engine, true);
+}
+
+fn exact_slots(engine: TapEngine, tagged: bool) {
+    let host = Plan::of(engine).interface(Tap::named("a0"));
+    // 22 bytes of headroom and 1514 of packet are twelve times 128.
+    let mut ring = host.ring(Direction::Read).headroom(22).build().expect("a ring");
+    assert_eq!(ring.pools()[0].capacity(), 1514);
+    for _ in 0..64 {
+        let frame = ring.alloc().expect("a frame");
+        ring.submit_read(frame, 0).expect("a credit");
+    }
+    sh("ip link set a0 mtu 9000");
+    // Fits, is one byte too long, is much too long. The last one says that all others have been
+    // looked at.
+    for len in [1514, 1515, 8000, 43] {
+        send_frame("a0", &ipv4_frame(len, tagged));
+    }
+    let mut lengths = Vec::new();
+    while lengths.last() != Some(&43) {
+        assert!(ring.wait(1, Some(Duration::from_secs(20))) > 0, "{lengths:?}");
+        lengths.extend(ring.reap().map(|done| done.frame_ok().expect("a packet").len()));
+    }
+    assert_eq!((&lengths[..], too_big(&host)), (&[1514, 43][..], 2));
+    ring.close().expect("it closes");
+    host.stop(LONG).expect("it stops");
+}
+
+/// An Ethernet frame of that length, with an IPv4 packet that says how long it is.
+fn ipv4_frame(len: usize, tagged: bool) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
+    if tagged {
+        frame.extend([0x81, 0x00, 0, 7]);
+    }
+    frame.extend([0x08, 0x00, 0x45, 0]);
+    frame.extend(((len + 2 - frame.len()) as u16).to_be_bytes());
+    frame.resize(len, 0);
+    frame
+}
+
+/// Sends a frame as it is on an interface of this thread's namespace.
+fn send_frame(interface: &str, frame: &[u8]) {
+    let name = std::ffi::CString::new(interface).expect("a name");
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+    assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the system just gave us this descriptor.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all zeroes are a `sockaddr_ll`.
+    let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    to.sll_family = libc::AF_PACKET as libc::c_ushort;
+    // SAFETY: a string that ends with a zero.
+    to.sll_ifindex = unsafe { libc::if_nametoindex(name.as_ptr()) } as i32;
+    // SAFETY: frame and address live through the call, with these lengths.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const to).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
 }
