@@ -19,6 +19,7 @@ mod serde;
 mod software;
 #[cfg(target_os = "linux")]
 mod tap;
+#[cfg(target_os = "linux")]
 mod tap_traffic;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
