@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use smoltcp::wire::Ipv4Cidr;
 use vmring::{Interface, Poller, RingControl};
 
 use crate::args::DemoArgs;
@@ -13,9 +14,9 @@ use crate::guest::{Command, Guest, Lease, Pings, Report};
 use crate::lab::{self, Lab, Settings};
 use crate::progress::{Progress, say};
 use crate::recording::Recording;
-use crate::report::{bytes, print, print_json, round};
+use crate::report::{bytes, offload_names, print, print_json, round};
 use crate::stream::Stream;
-use crate::summary::{CaptureSummary, GuestSummary, IdleSummary, Summary, TransferSummary, name};
+use crate::summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
 use crate::system;
 
 /// Pings from each guest to each target.
@@ -37,15 +38,23 @@ const RECEIVER: usize = 1;
 
 pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     let settings = Settings::of(args)?;
+    #[cfg(target_os = "linux")]
+    if settings.has_kernel() {
+        return crate::tap::in_namespace(|| run_with(args, &settings))?;
+    }
+    run_with(args, &settings)
+}
+
+fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     let capture = match &args.capture {
         None => None,
         Some(path) => {
             // What cannot be is found before the file is touched.
-            drop(Lab::start(&settings, None).map_err(Failure::starting)?);
+            drop(Lab::start(settings, None).map_err(Failure::starting)?);
             Some(Recording::create(path)?)
         }
     };
-    let lab = Lab::start(&settings, capture.as_ref().map(|recording| &recording.capture));
+    let lab = Lab::start(settings, capture.as_ref().map(|recording| &recording.capture));
     let lab = match (lab, &capture) {
         (Ok(lab), _) => lab,
         (Err(error), recording) => {
@@ -57,11 +66,12 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
     };
     let mut summary = Summary {
         device: lab.places[0].interface.device_name().to_owned(),
+        offloads: offload_names(lab.places[0].interface.capabilities().offloads),
         mode: args.mode.to_string(),
         drive: args.drive.to_string(),
         ..Summary::default()
     };
-    let demo = Demo::start(lab, &mut summary)?;
+    let demo = Demo::start(lab, settings, &mut summary)?;
     let steps = demo.steps(args, &mut summary);
     let end = demo.end(&mut summary);
     let recorded = capture.map_or(Ok(()), |recording| {
@@ -83,6 +93,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
 
 /// The guests at work, and what of them stays with us.
 struct Demo {
+    names: [&'static str; 2],
     guests: Vec<Guest>,
     interfaces: Vec<Interface>,
     controls: Vec<RingControl>,
@@ -92,10 +103,12 @@ struct Demo {
 }
 
 impl Demo {
-    fn start(lab: Lab, summary: &mut Summary) -> Result<Self, Failure> {
+    fn start(lab: Lab, settings: &Settings, summary: &mut Summary) -> Result<Self, Failure> {
         let (tell, reports) = channel();
         let poller = lab.poller;
+        let other = if settings.has_kernel() { KERNEL } else { "guest1" };
         let mut demo = Self {
+            names: ["guest0", other],
             guests: Vec::new(),
             interfaces: Vec::new(),
             controls: Vec::new(),
@@ -104,12 +117,21 @@ impl Demo {
         };
         for (number, place) in lab.places.into_iter().enumerate() {
             let (interface, control, port) = place.into_port();
-            summary.guests.push(GuestSummary::new(number, &interface));
+            summary.guests.push(GuestSummary::new(demo.names[number], &interface));
             let guest = Guest::start(number, interface.mac(), port, control.clone(), tell.clone())
                 .map_err(|error| Failure::Step(format!("a guest's thread: {error}")))?;
             demo.guests.push(guest);
             demo.interfaces.push(interface);
             demo.controls.push(control);
+        }
+        #[cfg(target_os = "linux")]
+        if settings.has_kernel() {
+            let mut kernel = GuestSummary::new(KERNEL, &demo.interfaces[0]);
+            kernel.mac = crate::tap::HOST_MAC.to_string().to_lowercase();
+            summary.guests.push(kernel);
+            let kernel = crate::kernel::start(demo.guests.len(), tell)
+                .map_err(|error| Failure::Step(format!("the kernel's thread: {error}")))?;
+            demo.guests.push(kernel);
         }
         Ok(demo)
     }
@@ -119,7 +141,12 @@ impl Demo {
         self.ping_all(&leases, summary)?;
         let bytes = args.bytes.map(|size| size.0);
         if let Some(bytes) = bytes.or(args.idle.is_none().then_some(BYTES)) {
-            self.transfer(bytes, &leases, summary)?;
+            let there = self.transfer((SENDER, RECEIVER), bytes, &leases)?;
+            whole(summary.transfer.insert(there), bytes)?;
+            if self.has_kernel() {
+                let back = self.transfer((RECEIVER, SENDER), bytes, &leases)?;
+                whole(summary.transfer_back.insert(back), bytes)?;
+            }
         }
         if let Some(seconds) = args.idle {
             self.idle(Duration::from_secs(seconds), &leases, summary)?;
@@ -127,12 +154,16 @@ impl Demo {
         Ok(())
     }
 
+    fn has_kernel(&self) -> bool {
+        self.names[1] == KERNEL
+    }
+
     /// The next report, or `None` at `deadline`.
     fn next(&self, deadline: Instant) -> Result<Option<(usize, Report)>, Failure> {
         let left = deadline.saturating_duration_since(Instant::now());
         match self.reports.recv_timeout(left) {
             Ok((number, Report::Failed(why))) => {
-                Err(Failure::Step(format!("{}: {why}", name(number))))
+                Err(Failure::Step(format!("{}: {why}", self.names[number])))
             }
             Ok(report) => Ok(Some(report)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
@@ -164,12 +195,23 @@ impl Demo {
             if let Report::Leased(lease) = report {
                 summary.guests[number].leased(&lease);
                 leases[number] = Some(lease);
+                if self.has_kernel() {
+                    // Who answered is the kernel itself.
+                    let own = Lease {
+                        address: Ipv4Cidr::new(lease.server, lease.address.prefix_len()),
+                        router: None,
+                        seconds: None,
+                        ..lease
+                    };
+                    summary.guests[1].leased(&own);
+                    leases[1] = Some(own);
+                }
             }
             leases[0].zip(leases[1])
         })?;
         let leases = [leases.0, leases.1];
         for (number, lease) in leases.iter().enumerate() {
-            say(&format!("  {} has the address {}", name(number), lease.address));
+            say(&format!("  {} has the address {}", self.names[number], lease.address));
         }
         if leases[0].address.address() == leases[1].address.address() {
             return Err(Failure::Step("both guests got the same address".to_owned()));
@@ -179,7 +221,7 @@ impl Demo {
 
     fn ping(&self, from: usize, target: Ipv4Addr, count: u32) -> Result<Pings, Failure> {
         self.guests[from].tell(Command::Ping { target, count });
-        let what = format!("{} did not finish its pings of {target}", name(from));
+        let what = format!("{} did not finish its pings of {target}", self.names[from]);
         self.wait_for(PING_TIMEOUT, &what, |number, report| match report {
             Report::Pinged(pings) if number == from => Some(pings),
             _ => None,
@@ -187,18 +229,20 @@ impl Demo {
     }
 
     fn ping_all(&self, leases: &[Lease; 2], summary: &mut Summary) -> Result<(), Failure> {
-        let address = |guest: usize| (name(guest), leases[guest].address.address());
-        let gateway = |guest: usize| ("gateway".to_owned(), leases[guest].server);
+        let address = |guest: usize| (self.names[guest], leases[guest].address.address());
+        let gateway = |guest: usize| ("gateway", leases[guest].server);
         // In this order the guests have to ask for few MACs, see `CONTACT_TIMEOUT` there.
         let paths = [(0, address(1)), (1, address(0)), (1, gateway(1)), (0, gateway(0))];
-        for (from, (to, target)) in paths {
+        // The kernel is the gateway.
+        let paths = if self.has_kernel() { &paths[..2] } else { &paths[..] };
+        for &(from, (to, target)) in paths {
             let pings = self.ping(from, target, PINGS)?;
             let answered = pings.round_trips.len();
-            summary.ping.add(name(from), to.clone(), &pings);
+            summary.ping.add(self.names[from].to_owned(), to.to_owned(), &pings);
             if answered < PINGS as usize {
                 return Err(Failure::Step(format!(
                     "{answered} of {PINGS} pings from {} to {to} ({target}) were answered",
-                    name(from)
+                    self.names[from]
                 )));
             }
         }
@@ -209,24 +253,25 @@ impl Demo {
 
     fn transfer(
         &self,
+        (from, to): (usize, usize),
         bytes: u64,
         leases: &[Lease; 2],
-        summary: &mut Summary,
-    ) -> Result<(), Failure> {
-        let window = lab::window(self.interfaces[SENDER].mtu());
-        self.guests[RECEIVER].tell(Command::Receive { window });
+    ) -> Result<TransferSummary, Failure> {
+        let window = lab::window(self.interfaces[0].mtu());
+        self.guests[to].tell(Command::Receive { window });
         self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
             matches!(report, Report::Listening).then_some(())
         })?;
         let before = self.written();
         let stream = Stream::new(bytes ^ 0x766d_7269_6e67);
-        let target = leases[RECEIVER].address.address();
-        let what = format!("sending {} from guest0 to guest1", self::bytes(bytes));
+        let target = leases[to].address.address();
+        let names = (self.names[from], self.names[to]);
+        let what = format!("sending {} from {} to {}", self::bytes(bytes), names.0, names.1);
         let mut progress = Progress::of_bytes(&what, bytes);
-        self.guests[SENDER].tell(Command::Send { target, bytes, stream: stream.clone(), window });
+        self.guests[from].tell(Command::Send { target, bytes, stream: stream.clone(), window });
 
         let (mut started, mut received) = (None, None);
-        let counter = &self.guests[RECEIVER].progress;
+        let counter = &self.guests[to].progress;
         let mut moved = (0, Instant::now());
         let (started, received) = loop {
             match self.next(Instant::now() + TICK)? {
@@ -255,9 +300,11 @@ impl Demo {
         say("  checking what arrived");
         let sha256_ok = stream.digest(bytes) == received.digest && received.bytes == bytes;
         let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
-        let data_packets = after[SENDER] - before[SENDER];
-        let packets = data_packets + after[RECEIVER] - before[RECEIVER];
-        summary.transfer = Some(TransferSummary {
+        let data_packets = after[from] - before[from];
+        let packets = data_packets + after[to] - before[to];
+        Ok(TransferSummary {
+            from: names.0.to_owned(),
+            to: names.1.to_owned(),
             bytes: received.bytes,
             seconds: round(seconds, 6),
             gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
@@ -266,20 +313,14 @@ impl Demo {
             packets_per_s: round(packets as f64 / seconds, 0),
             sha256_ok,
             sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-        });
-        if sha256_ok {
-            Ok(())
-        } else {
-            let got = received.bytes;
-            Err(Failure::Step(format!(
-                "what arrived is not what was sent: {got} of {bytes} bytes, and another SHA-256"
-            )))
-        }
+        })
     }
 
-    /// Packets each guest has written so far.
+    /// Packets each guest has written so far; of the kernel's those that the guest has read.
     fn written(&self) -> [u64; 2] {
-        [0, 1].map(|number| self.controls[number].stats().tx_packets)
+        let of = |number: usize| self.controls.get(number).map(RingControl::stats);
+        let first = of(0).unwrap_or_default();
+        [first.tx_packets, of(1).map_or(first.rx_packets, |other| other.tx_packets)]
     }
 
     fn idle(
@@ -288,7 +329,8 @@ impl Demo {
         leases: &[Lease; 2],
         summary: &mut Summary,
     ) -> Result<(), Failure> {
-        let mut progress = Progress::of_time("both guests idle", time);
+        let what = if self.has_kernel() { "the guest idles" } else { "both guests idle" };
+        let mut progress = Progress::of_time(what, time);
         let (start, cpu) = (Instant::now(), system::cpu_time());
         let tick = if progress.is_watched() { Duration::from_secs(1) } else { time };
         while start.elapsed() < time {
@@ -314,13 +356,22 @@ impl Demo {
 
     /// Ends the guests and counts.
     fn end(self, summary: &mut Summary) -> Result<(), Failure> {
-        let Self { guests, interfaces, controls, reports, poller } = self;
+        let Self { names, guests, interfaces, controls, reports, poller } = self;
         let mut ended = true;
         for guest in guests {
             ended &= guest.quit(END_TIMEOUT);
         }
         for (number, control) in controls.iter().enumerate() {
             summary.guests[number].counted(&control.stats());
+        }
+        #[cfg(target_os = "linux")]
+        if names[1] == KERNEL {
+            summary.engine = Some(crate::tap::engine(&interfaces[0]));
+            let dropped = crate::tap::dropped();
+            if dropped > 0 {
+                summary.drops_by_reason.insert("for a full TAP", dropped);
+                summary.drops += dropped;
+            }
         }
         for (reason, n) in interfaces.iter().flat_map(Interface::drops).filter(|(_, n)| *n > 0) {
             *summary.drops_by_reason.entry(reason).or_default() += n;
@@ -329,9 +380,21 @@ impl Demo {
         drop((interfaces, poller));
         for (number, report) in reports.try_iter() {
             if let Report::Failed(why) = report {
-                return Err(Failure::Step(format!("{}: {why}", name(number))));
+                return Err(Failure::Step(format!("{}: {why}", names[number])));
             }
         }
         if ended { Ok(()) } else { Err(Failure::Step("a guest did not end".to_owned())) }
     }
+}
+
+/// Fails where the transfer did not bring every byte as it was sent.
+fn whole(transfer: &TransferSummary, bytes: u64) -> Result<(), Failure> {
+    if transfer.sha256_ok {
+        return Ok(());
+    }
+    let TransferSummary { bytes: got, from, to, .. } = transfer;
+    Err(Failure::Step(format!(
+        "what arrived is not what was sent: {got} of {bytes} bytes from {from} to {to}, and another \
+         SHA-256"
+    )))
 }

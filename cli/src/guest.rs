@@ -29,14 +29,14 @@ const BATCH: usize = 64;
 /// An upper limit for any sleep.
 const SLEEP_MAX: Duration = Duration::from_secs(10);
 /// How long a ping is waited for.
-const PING_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the first one is, which has to find out the target's MAC: the stack asks for one MAC a
 /// second, whoever's it is.
-const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The payload `ping` sends.
 const PING_PAYLOAD: [u8; 56] = *b"vmring demo: an echo request from one guest to the other";
 /// Where the receiving guest listens.
-const TCP_PORT: u16 = 5001;
+pub(crate) const TCP_PORT: u16 = 5001;
 /// DHCP option 51 (RFC 2132, 9.2).
 const OPTION_LEASE_TIME: u8 = 51;
 
@@ -104,7 +104,8 @@ pub(crate) struct Received {
 #[derive(Debug)]
 pub(crate) struct Guest {
     commands: Sender<Command>,
-    control: RingControl,
+    /// Of the ring it sleeps in. The kernel has none.
+    control: Option<RingControl>,
     /// Bytes it has received so far.
     pub(crate) progress: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
@@ -119,10 +120,7 @@ impl Guest {
         control: RingControl,
         reports: Sender<(usize, Report)>,
     ) -> std::io::Result<Self> {
-        let (commands, inbox) = channel();
-        let progress = Arc::new(AtomicU64::new(0));
-        let counter = progress.clone();
-        let thread = thread::Builder::new().name(format!("guest{number}")).spawn(move || {
+        Self::on_thread(format!("guest{number}"), Some(control), move |inbox, counter| {
             let tell = |report| drop(reports.send((number, report)));
             // DHCP's options are read out of the packet, which is kept here.
             let mut dhcp_packet = [0; 1500];
@@ -130,14 +128,28 @@ impl Guest {
             if let Err(error) = guest.run() {
                 tell(Report::Failed(error.to_string()));
             }
-        })?;
+        })
+    }
+
+    /// `body` does what it is told, and counts the bytes it receives.
+    pub(crate) fn on_thread(
+        name: String,
+        control: Option<RingControl>,
+        body: impl FnOnce(Receiver<Command>, Arc<AtomicU64>) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = channel();
+        let progress = Arc::new(AtomicU64::new(0));
+        let counter = progress.clone();
+        let thread = thread::Builder::new().name(name).spawn(move || body(inbox, counter))?;
         Ok(Self { commands, control, progress, thread: Some(thread) })
     }
 
     /// Gives it something to do. If it has ended, its last report says why.
     pub(crate) fn tell(&self, command: Command) {
         let _ = self.commands.send(command);
-        self.control.wake();
+        if let Some(control) = &self.control {
+            control.wake();
+        }
     }
 
     /// Ends it and waits for its end. False if it does not come within `timeout`.
@@ -475,11 +487,7 @@ impl Pinging {
         }
         if self.waiting.is_none() && self.left > 0 && socket.can_send() {
             *sequence = sequence.wrapping_add(1);
-            let request = Icmpv4Repr::EchoRequest {
-                ident: ECHO_IDENT,
-                seq_no: *sequence,
-                data: &PING_PAYLOAD,
-            };
+            let request = request(*sequence);
             if let Ok(packet) = socket.send(request.buffer_len(), self.target.into()) {
                 let mut packet = Icmpv4Packet::new_unchecked(packet);
                 request.emit(&mut packet, &ChecksumCapabilities::default());
@@ -494,8 +502,13 @@ impl Pinging {
     }
 }
 
+/// An echo request.
+pub(crate) fn request(sequence: u16) -> Icmpv4Repr<'static> {
+    Icmpv4Repr::EchoRequest { ident: ECHO_IDENT, seq_no: sequence, data: &PING_PAYLOAD }
+}
+
 /// The sequence number of a good echo reply.
-fn answer(packet: &[u8]) -> Option<u16> {
+pub(crate) fn answer(packet: &[u8]) -> Option<u16> {
     let packet = Icmpv4Packet::new_checked(packet).ok()?;
     match Icmpv4Repr::parse(&packet, &ChecksumCapabilities::default()).ok()? {
         Icmpv4Repr::EchoReply { ident: ECHO_IDENT, seq_no, data } if data == PING_PAYLOAD => {

@@ -1,8 +1,9 @@
-//! The demo's network: two interfaces with a ring each.
+//! The demo's network: two interfaces with a ring each, or one with the kernel behind it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use vmring::device::Offloads;
 use vmring::device::pcap::Capture;
 use vmring::{
     Builder, Direction, Drive, Driver, Embedded, Error, Interface, Ipv4Range, Mode, Poller, Ring,
@@ -12,6 +13,8 @@ use vmring::{
 use crate::args::{DemoArgs, DriveArg};
 use crate::failure::Failure;
 use crate::port::Port;
+#[cfg(target_os = "linux")]
+use crate::tap::{self, TapArgs};
 
 /// What the network is to be like.
 #[derive(Clone, Debug)]
@@ -23,33 +26,70 @@ pub(crate) struct Settings {
     device: DemoDevice,
 }
 
-/// The devices that carry two guests who see each other.
+/// The devices that carry two guests who see each other, or a guest and the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DemoDevice {
     Embedded,
     Vmnet,
+    #[cfg(target_os = "linux")]
+    Tap(TapArgs),
 }
 
 /// What vmnet is called here: Apple's, or the simulated one elsewhere.
 pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" };
 
+/// The same for the sentence that refuses another.
+const USABLE: &str = if cfg!(target_os = "macos") {
+    "embedded or vmnet"
+} else if cfg!(target_os = "linux") {
+    "embedded, tap or vmnet-sim"
+} else {
+    "embedded or vmnet-sim"
+};
+
 impl DemoDevice {
+    fn has_kernel(self) -> bool {
+        #[cfg(target_os = "linux")]
+        if let DemoDevice::Tap(_) = self {
+            return true;
+        }
+        false
+    }
+
     /// A driver for one end of the network of that name.
     fn driver(self, network: &str) -> Box<dyn Driver> {
         match self {
             DemoDevice::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
             // One network of each mode, as on a Mac.
             DemoDevice::Vmnet => Box::new(Vmnet::new()),
+            #[cfg(target_os = "linux")]
+            DemoDevice::Tap(args) => Box::new(args.driver()),
+        }
+    }
+
+    /// What it is asked to take off the guests.
+    fn offloads(self) -> Offloads {
+        match self {
+            #[cfg(target_os = "linux")]
+            DemoDevice::Tap(args) => args.offloads(),
+            _ => Offloads::default(),
         }
     }
 }
 
 impl Settings {
+    /// Whether the kernel's stack is the other guest.
+    pub(crate) fn has_kernel(&self) -> bool {
+        self.device.has_kernel()
+    }
+
     /// Refuses devices and subnets that cannot carry two guests.
     pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
         let device = match args.device.as_str() {
             "embedded" => DemoDevice::Embedded,
             VMNET => DemoDevice::Vmnet,
+            #[cfg(target_os = "linux")]
+            "tap" => DemoDevice::Tap(args.tap),
             "loopback" => {
                 return Err(Failure::Usage(
                     "the loopback device has one interface and the demo needs two that see each \
@@ -57,10 +97,17 @@ impl Settings {
                         .to_owned(),
                 ));
             }
-            name => return Err(unknown_device(name, &format!("embedded or {VMNET}"))),
+            name => return Err(unknown_device(name, USABLE)),
         };
+        #[cfg(target_os = "linux")]
+        match device {
+            DemoDevice::Tap(_) => tap::check(args)?,
+            _ => args.tap.check_absent()?,
+        }
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
-        if let Some(range) = subnet {
+        if let Some(range) = subnet
+            && !device.has_kernel()
+        {
             room_for_two(range)?;
         }
         Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive, device })
@@ -87,8 +134,11 @@ pub(crate) fn unknown_device(name: &str, usable: &str) -> Failure {
         "vmnet" => format!(
             "the vmnet device exists on macOS only; use {usable} ('vmring info' lists devices)"
         ),
+        "tap" if cfg!(target_os = "linux") => {
+            format!("the tap device is not for this; use {usable} ('vmring info' lists devices)")
+        }
         "tap" => format!(
-            "the tap device is not in this version; use {usable} ('vmring info' lists devices)"
+            "the tap device exists on Linux only; use {usable} ('vmring info' lists devices)"
         ),
         _ => {
             format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
@@ -113,10 +163,11 @@ impl Place {
     }
 }
 
-/// Two places on one network, fresh for this call, and the poller if they share one.
+/// Two places on one network, or one with the kernel behind it, fresh for this call; and the poller
+/// if they share one.
 #[derive(Debug)]
 pub(crate) struct Lab {
-    pub(crate) places: [Place; 2],
+    pub(crate) places: Vec<Place>,
     pub(crate) poller: Option<Poller>,
 }
 
@@ -130,7 +181,9 @@ impl Lab {
         };
         let start = |number: usize| {
             let driver = settings.device.driver(&network);
-            let mut builder = Interface::builder().mode(settings.mode.clone());
+            let mut builder = Interface::builder()
+                .mode(settings.mode.clone())
+                .offloads(settings.device.offloads());
             if let Some(mtu) = settings.mtu {
                 builder = builder.mtu(mtu);
             }
@@ -159,7 +212,8 @@ impl Lab {
             let control = ring.control();
             Ok::<_, Error>(Place { interface, control, ring, depth: depth as usize })
         };
-        Ok(Self { places: [start(0)?, start(1)?], poller })
+        let places = if settings.has_kernel() { 1 } else { 2 };
+        Ok(Self { places: (0..places).map(start).collect::<Result<_, _>>()?, poller })
     }
 }
 

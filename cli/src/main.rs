@@ -9,6 +9,8 @@ mod demo;
 mod failure;
 mod guest;
 mod info;
+#[cfg(target_os = "linux")]
+mod kernel;
 mod lab;
 mod port;
 mod probe;
@@ -18,6 +20,8 @@ mod report;
 mod stream;
 mod summary;
 mod system;
+#[cfg(target_os = "linux")]
+mod tap;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

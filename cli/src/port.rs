@@ -8,15 +8,17 @@ use std::collections::VecDeque;
 use std::iter;
 use std::time::Duration;
 
-use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
+use smoltcp::wire::ETHERNET_HEADER_LEN;
+use vmring::device::Capabilities;
 use vmring::{Error, Frame, Op, Ring};
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Port {
     ring: Ring,
-    max_packet_size: usize,
+    capabilities: DeviceCapabilities,
     /// Packets for the stack.
     received: VecDeque<Frame>,
     /// Frames to be posted for reading.
@@ -35,12 +37,12 @@ impl Port {
     /// Takes over a ring on which nothing is in flight, posts `reads` of its frames for reading and
     /// keeps `writes` to send.
     pub(crate) fn new(ring: Ring, reads: usize, writes: usize) -> Self {
-        let max_packet_size = ring.capabilities().max_packet_size as usize;
+        let capabilities = capabilities(&ring.capabilities());
         let frames = |n| iter::from_fn(|| ring.alloc()).take(n);
         let to_read = frames(reads).collect();
         let free = frames(writes).collect();
         Self {
-            max_packet_size,
+            capabilities,
             received: VecDeque::with_capacity(reads),
             to_read,
             to_write: VecDeque::with_capacity(writes),
@@ -127,11 +129,22 @@ impl Device for Port {
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
-        let mut capabilities = DeviceCapabilities::default();
-        capabilities.medium = Medium::Ethernet;
-        capabilities.max_transmission_unit = self.max_packet_size;
-        capabilities
+        self.capabilities.clone()
     }
+}
+
+/// What the stack is to know of the network. It makes no packet longer than the MTU, but takes what
+/// a device with segmentation offload puts together; and where the device does checksums, what it
+/// brings has none to be checked.
+fn capabilities(device: &Capabilities) -> DeviceCapabilities {
+    let mut capabilities = DeviceCapabilities::default();
+    capabilities.medium = Medium::Ethernet;
+    capabilities.max_transmission_unit = device.mtu as usize + ETHERNET_HEADER_LEN;
+    if device.offloads.checksum {
+        capabilities.checksum.tcp = Checksum::Tx;
+        capabilities.checksum.udp = Checksum::Tx;
+    }
+    capabilities
 }
 
 /// A packet that came; its frame is posted again once the stack has seen it.

@@ -10,6 +10,9 @@ use vmring::stats::RingStats;
 use crate::guest::{Lease, Pings};
 use crate::report::{Batches, Table, bytes, grouped, percentile, round};
 
+/// What the kernel is called where it is the other guest.
+pub(crate) const KERNEL: &str = "kernel";
+
 /// Everything the demo found out; what it did not get to is `None`.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
@@ -20,9 +23,15 @@ pub(crate) struct Summary {
     pub(crate) device: String,
     pub(crate) mode: String,
     pub(crate) drive: String,
+    /// How frames move, where there is a choice: `io_uring` or `plain`.
+    pub(crate) engine: Option<&'static str>,
+    /// What the device takes off the guests.
+    pub(crate) offloads: Vec<&'static str>,
     pub(crate) guests: Vec<GuestSummary>,
     pub(crate) ping: PingSummary,
     pub(crate) transfer: Option<TransferSummary>,
+    /// The other way, where the other guest is the kernel.
+    pub(crate) transfer_back: Option<TransferSummary>,
     pub(crate) idle: Option<IdleSummary>,
     /// Packets that the network dropped.
     pub(crate) drops: u64,
@@ -43,19 +52,20 @@ pub(crate) struct GuestSummary {
     /// `None` also where the network has no way out.
     pub(crate) router: Option<String>,
     pub(crate) lease_seconds: Option<u32>,
-    pub(crate) packets_read: u64,
-    pub(crate) packets_written: u64,
-    pub(crate) read_batches: Batches,
-    pub(crate) write_batches: Batches,
+    /// This and the rest is what its ring counted; the kernel has none.
+    pub(crate) packets_read: Option<u64>,
+    pub(crate) packets_written: Option<u64>,
+    pub(crate) read_batches: Option<Batches>,
+    pub(crate) write_batches: Option<Batches>,
     /// Writes that the device refused.
-    pub(crate) writes_failed: u64,
+    pub(crate) writes_failed: Option<u64>,
 }
 
 impl GuestSummary {
-    pub(crate) fn new(number: usize, interface: &Interface) -> Self {
+    pub(crate) fn new(name: &str, interface: &Interface) -> Self {
         let info = interface.info();
         Self {
-            name: name(number),
+            name: name.to_owned(),
             mac: info.mac.to_string().to_lowercase(),
             mtu: info.mtu,
             max_packet_size: info.max_packet_size,
@@ -64,11 +74,11 @@ impl GuestSummary {
             gateway: None,
             router: None,
             lease_seconds: None,
-            packets_read: 0,
-            packets_written: 0,
-            read_batches: Batches::default(),
-            write_batches: Batches::default(),
-            writes_failed: 0,
+            packets_read: None,
+            packets_written: None,
+            read_batches: None,
+            write_batches: None,
+            writes_failed: None,
         }
     }
 
@@ -81,17 +91,12 @@ impl GuestSummary {
     }
 
     pub(crate) fn counted(&mut self, stats: &RingStats) {
-        self.packets_read = stats.rx_packets;
-        self.packets_written = stats.tx_packets;
-        self.read_batches = Batches::of(stats.rx_packets, &stats.read_batches);
-        self.write_batches = Batches::of(stats.tx_packets, &stats.write_batches);
-        self.writes_failed = stats.errors + stats.exhausted;
+        self.packets_read = Some(stats.rx_packets);
+        self.packets_written = Some(stats.tx_packets);
+        self.read_batches = Some(Batches::of(stats.rx_packets, &stats.read_batches));
+        self.write_batches = Some(Batches::of(stats.tx_packets, &stats.write_batches));
+        self.writes_failed = Some(stats.errors + stats.exhausted);
     }
-}
-
-/// What a guest is called.
-pub(crate) fn name(number: usize) -> String {
-    format!("guest{number}")
 }
 
 /// All pings, and those of each pair.
@@ -144,6 +149,8 @@ impl PingSummary {
 
 #[derive(Debug, Serialize)]
 pub(crate) struct TransferSummary {
+    pub(crate) from: String,
+    pub(crate) to: String,
     /// Bytes that arrived.
     pub(crate) bytes: u64,
     /// From the first packet of the connection to the last byte's hash.
@@ -176,15 +183,24 @@ impl Summary {
     /// For people.
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
-            "Two guests on the {} device, {} mode, rings driven {}\n",
+            "{} on the {} device, {} mode, {}\n",
+            if self.has_kernel() { "A guest and the kernel" } else { "Two guests" },
             self.device,
             self.mode,
-            match self.drive.as_str() {
-                "inline" => "by the guests' own threads",
-                "shared" => "by one shared thread",
-                _ => "by a thread each",
+            match (self.drive.as_str(), self.has_kernel()) {
+                ("inline", false) => "rings driven by the guests' own threads",
+                ("shared", false) => "rings driven by one shared thread",
+                (_, false) => "rings driven by a thread each",
+                ("inline", true) => "the ring driven by the guest's own thread",
+                (_, true) => "the ring driven by a thread of its own",
             }
         );
+        if let Some(engine) = self.engine {
+            let how = if engine == "plain" { "read(2) and write(2)" } else { engine };
+            let offloads = self.offloads.join(", ");
+            let offloads = if offloads.is_empty() { "none" } else { &offloads };
+            let _ = writeln!(text, "Frames moved by {how}; offloads: {offloads}");
+        }
         text.push_str(&self.interfaces());
         text.push_str(&self.round_trips());
         text.push_str(&self.moved());
@@ -202,6 +218,10 @@ impl Summary {
             let _ = writeln!(text, "Capture: {}, {} packets", capture.file, capture.packets);
         }
         text
+    }
+
+    fn has_kernel(&self) -> bool {
+        self.guests.iter().any(|guest| guest.name == KERNEL)
     }
 
     fn interfaces(&self) -> String {
@@ -243,12 +263,14 @@ impl Summary {
 
     fn moved(&self) -> String {
         let mut text = String::new();
-        if let Some(transfer) = &self.transfer {
+        for transfer in self.transfer.iter().chain(&self.transfer_back) {
             let _ = writeln!(
                 text,
-                "\nTransfer: {} from guest0 to guest1 in {:.2} s, SHA-256 {}\n  {:.2} Gbit/s, {} \
+                "\nTransfer: {} from {} to {} in {:.2} s, SHA-256 {}\n  {:.2} Gbit/s, {} \
                  packets per second, {} packets",
                 bytes(transfer.bytes),
+                transfer.from,
+                transfer.to,
                 transfer.seconds,
                 if transfer.sha256_ok { "matches" } else { "DOES NOT MATCH" },
                 transfer.gbit_per_s,
@@ -258,12 +280,15 @@ impl Summary {
         }
         let mut table = Table::new(&["ring of", "read", "per batch", "written", "per batch"]);
         for guest in &self.guests {
+            let packets = guest.packets_read.zip(guest.packets_written);
+            let batches = guest.read_batches.zip(guest.write_batches);
+            let Some(((read, written), (reads, writes))) = packets.zip(batches) else { continue };
             table.row([
                 guest.name.clone(),
-                grouped(guest.packets_read),
-                format!("{:.1}", guest.read_batches.mean),
-                grouped(guest.packets_written),
-                format!("{:.1}", guest.write_batches.mean),
+                grouped(read),
+                format!("{:.1}", reads.mean),
+                grouped(written),
+                format!("{:.1}", writes.mean),
             ]);
         }
         let _ = write!(text, "\nPackets and the mean size of batches\n{}", table.text());

@@ -134,6 +134,219 @@ fn the_demo_runs_on_the_vmnet_driver_over_the_simulator() {
     }
 }
 
+/// Tests that need a TAP say so where they cannot have one, past the harness, which would keep it to
+/// itself.
+#[cfg(target_os = "linux")]
+mod tap {
+    use std::io::Write;
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    fn skip(why: &str) {
+        let name = thread::current().name().unwrap_or("test").to_owned();
+        let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
+    }
+
+    fn is_root() -> bool {
+        // SAFETY: it takes nothing and cannot fail.
+        unsafe { libc::geteuid() == 0 }
+    }
+
+    /// Whether this process may have a TAP in a network namespace of its own.
+    fn is_possible() -> bool {
+        // SAFETY: a plain number; it concerns that thread only, which ends at once.
+        let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
+        let why = if std::env::var_os("VMRING_SKIP_TAP").is_some() {
+            "VMRING_SKIP_TAP is set"
+        } else if !thread::spawn(unshare).join().expect("it does not panic") {
+            "a network namespace needs root"
+        } else if !std::path::Path::new("/dev/net/tun").exists() {
+            "there is no /dev/net/tun"
+        } else {
+            return true;
+        };
+        skip(why);
+        false
+    }
+
+    /// A run on a TAP in which everything held.
+    fn demo(arguments: &[&str]) -> Value {
+        let report = json(&[&["demo", "--json", "--device", "tap"], arguments].concat());
+        assert_eq!((&report["ok"], &report["device"]), (&true.into(), &"tap".into()));
+        let [guest, kernel] = &report["guests"].as_array().expect("a list")[..] else {
+            panic!("not two guests: {report}")
+        };
+        assert_eq!((&guest["name"], &kernel["name"]), (&"guest0".into(), &"kernel".into()));
+        assert_eq!(guest["gateway"], kernel["ipv4"]);
+        assert_ne!(guest["ipv4"], kernel["ipv4"]);
+        assert_ne!(guest["mac"], kernel["mac"]);
+        assert_eq!(guest["lease_seconds"], 86_400);
+        assert_eq!(kernel["packets_read"], Value::Null, "the kernel has no ring");
+        assert_eq!(
+            (&report["ping"]["sent"], &report["ping"]["received"]),
+            (&100.into(), &100.into())
+        );
+        report
+    }
+
+    /// The transfers there and back, of so many bytes.
+    fn transfers(report: &Value, bytes: u64) -> [&Value; 2] {
+        let transfers = [&report["transfer"], &report["transfer_back"]];
+        for (transfer, (from, to)) in
+            transfers.into_iter().zip([("guest0", "kernel"), ("kernel", "guest0")])
+        {
+            assert_eq!((&transfer["from"], &transfer["to"]), (&from.into(), &to.into()));
+            assert_eq!((&transfer["bytes"], &transfer["sha256_ok"]), (&bytes.into(), &true.into()));
+            assert!(transfer["gbit_per_s"].as_f64() > Some(0.0));
+        }
+        transfers
+    }
+
+    #[test]
+    fn the_demo_runs_on_a_tap_with_the_kernel_by_both_engines() {
+        if !is_possible() {
+            return;
+        }
+        let report = demo(&["--bytes", "2M"]);
+        transfers(&report, 2 << 20);
+        assert_eq!(report["mode"], "shared");
+        assert_eq!(report["guests"][0]["router"], report["guests"][1]["ipv4"]);
+        assert_eq!(report["offloads"], serde_json::json!([]));
+        let auto = report["engine"].as_str().expect("a name");
+        assert!(["io_uring", "plain"].contains(&auto), "{auto}");
+
+        for engine in ["io_uring", "plain"] {
+            if engine == "io_uring" && auto != engine {
+                skip("no io_uring here");
+                continue;
+            }
+            for drive in ["thread", "inline"] {
+                let report = demo(&[
+                    "--bytes",
+                    "1M",
+                    "--engine",
+                    engine,
+                    "--drive",
+                    drive,
+                    "--mode",
+                    "host",
+                    "--subnet",
+                    "10.7.0.1/30",
+                    "--mtu",
+                    "9000",
+                ]);
+                transfers(&report, 1 << 20);
+                assert_eq!((&report["engine"], &report["mode"]), (&engine.into(), &"host".into()));
+                let guest = &report["guests"][0];
+                assert_eq!((&guest["ipv4"], &guest["mtu"]), (&"10.7.0.2".into(), &9000.into()));
+                assert_eq!(guest["router"], Value::Null, "a host network has no router");
+            }
+        }
+    }
+
+    /// With offload the guest gets packets that are longer than the MTU.
+    #[test]
+    fn offload_makes_fewer_and_larger_packets_for_the_guest() {
+        if !is_possible() {
+            return;
+        }
+        for engine in ["auto", "plain"] {
+            let report = demo(&["--bytes", "4M", "--offload", "--engine", engine]);
+            let [_, back] = transfers(&report, 4 << 20);
+            let offloads = report["offloads"].as_array().expect("a list");
+            for offload in ["checksum", "tso4"] {
+                assert!(offloads.contains(&offload.into()), "no {offload}: {offloads:?}");
+            }
+            let packets = back["data_packets"].as_u64().expect("a number");
+            assert!(packets < (4 << 20) / 1460 / 2, "{packets} for 4 MiB");
+            assert_eq!(report["guests"][0]["mtu"], 1500);
+        }
+    }
+
+    #[test]
+    fn a_capture_on_a_tap_has_the_kernels_packets() {
+        if !is_possible() {
+            return;
+        }
+        let path = scratch("tap").join("demo.pcapng");
+        let report = demo(&["--bytes", "64K", "--capture", path.to_str().expect("UTF-8")]);
+        let guest = &report["guests"][0];
+        let both = [&guest["packets_read"], &guest["packets_written"]]
+            .map(|packets| packets.as_u64().expect("a number"));
+        assert_eq!(report["capture"]["packets"], both[0] + both[1]);
+        assert!(both.into_iter().all(|packets| packets > 100), "{both:?}");
+    }
+
+    /// No interface, namespace or table of the demo's is in the host's network meanwhile or after it.
+    #[test]
+    fn the_demo_on_a_tap_leaves_the_hosts_network_alone() {
+        if !is_possible() {
+            return;
+        }
+        let taps = || {
+            let table = std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc");
+            table.lines().filter(|line| line.trim_start().starts_with("tap")).count()
+        };
+        let before = taps();
+        let most = thread::scope(|scope| {
+            let demo = scope.spawn(|| demo(&["--idle", "1"]));
+            let mut most = before;
+            while !demo.is_finished() {
+                most = most.max(taps());
+                thread::sleep(Duration::from_millis(5));
+            }
+            demo.join().expect("it held");
+            most
+        });
+        assert_eq!((most, taps()), (before, before));
+    }
+
+    #[test]
+    fn what_a_tap_cannot_do_is_refused_in_one_sentence() {
+        let on_a_tap =
+            |arguments: &[&str]| refused(&[&["demo", "--device", "tap"], arguments].concat());
+        assert!(
+            on_a_tap(&["--engine", "turbo"]).contains("auto, io_uring or plain, and not 'turbo'")
+        );
+        assert!(on_a_tap(&["--mode", "bridged:br0"]).contains("no bridge"));
+        assert!(on_a_tap(&["--mtu", "99"]).contains("1280"));
+        for option in [&["--engine", "plain"][..], &["--offload"]] {
+            let message = refused(&[&["demo"], option].concat());
+            assert!(message.contains(option[0]) && message.contains("--device tap"), "{message}");
+        }
+    }
+
+    #[test]
+    fn without_root_the_demo_on_a_tap_says_what_is_missing_and_touches_nothing() {
+        let path = scratch("no root").join("demo.pcapng");
+        let capture = path.to_str().expect("UTF-8");
+        let program = env!("CARGO_BIN_EXE_vmring");
+        let mut command = if is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid", "65534", "--clear-groups", program]);
+            command
+        } else {
+            Command::new(program)
+        };
+        command.args(["demo", "--device", "tap", "--bytes", "1K", "--capture", capture]);
+        let Ok(output) = command.stdin(Stdio::null()).output() else {
+            return skip("setpriv is not installed");
+        };
+        if matches!(output.status.code(), Some(126 | 127)) {
+            return skip("another user may not run the program where it is");
+        }
+        let message = text(&output.stderr).trim_end();
+        assert_eq!(output.status.code(), Some(1), "{message} {:?}", output.status.signal());
+        assert_eq!(text(&output.stdout), "");
+        assert!(!message.contains('\n'), "one sentence: {message}");
+        for words in ["permission denied", "CAP_SYS_ADMIN", "run as root"] {
+            assert!(message.contains(words), "no {words} in {message}");
+        }
+        assert!(!path.exists(), "a capture of nothing");
+    }
+}
+
 #[test]
 fn the_demo_runs_in_host_mode_on_a_subnet_of_choice_and_other_drives() {
     for drive in ["shared", "inline"] {
@@ -212,7 +425,9 @@ fn what_cannot_be_is_refused_in_one_sentence() {
     assert!(refused(&["demo", "--subnet", "8.8.8.1/24"]).contains("8.8.8.1"));
     assert!(refused(&["demo", "--subnet", "10.0.0.1/30"]).contains("two guests"));
     assert!(refused(&["demo", "--subnet", "192.168.64.253/24"]).contains("one address"));
-    assert!(refused(&["demo", "--device", "tap"]).contains("not in this version"));
+    if cfg!(not(target_os = "linux")) {
+        assert!(refused(&["demo", "--device", "tap"]).contains("exists on Linux only"));
+    }
     assert!(refused(&["demo", "--device", "abacus"]).contains("abacus"));
     assert!(refused(&["demo", "--mode", "bridged:en0"]).contains("bridged"));
     assert!(refused(&["demo", "--bytes", "many"]).contains("many"));

@@ -1,0 +1,135 @@
+//! The TAP device: the demo on it, in a network namespace of its own, and what `info` says of it.
+
+use std::io;
+use std::panic::resume_unwind;
+use std::thread;
+
+use clap::Args;
+use vmring::device::Offloads;
+use vmring::{Error, Interface, MacAddr6, Mode, Tap, TapEngine};
+
+use crate::args::DemoArgs;
+use crate::failure::Failure;
+
+/// The kernel's end in the demo: a locally administered address.
+pub(crate) const HOST_MAC: MacAddr6 = MacAddr6::new(0x02, 0x6b, 0x65, 0x72, 0x6e, 0x01);
+
+/// What only the TAP device has.
+#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TapArgs {
+    /// With --device tap: how frames move, auto, io_uring or plain [default: auto]
+    #[arg(long, value_name = "NAME")]
+    engine: Option<TapEngine>,
+    /// With --device tap: let checksums and TCP segmentation to the kernel; the guest takes large
+    /// packets so, but makes none
+    #[arg(long)]
+    offload: bool,
+}
+
+impl TapArgs {
+    /// Refuses what another device does not have.
+    pub(crate) fn check_absent(self) -> Result<(), Failure> {
+        let given = match self {
+            TapArgs { engine: Some(_), .. } => "--engine",
+            TapArgs { offload: true, .. } => "--offload",
+            _ => return Ok(()),
+        };
+        Err(Failure::Usage(format!("{given} is for the tap device; add --device tap")))
+    }
+
+    pub(crate) fn driver(self) -> Tap {
+        Tap::new().engine(self.engine.unwrap_or_default()).host_mac(HOST_MAC)
+    }
+
+    pub(crate) fn offloads(self) -> Offloads {
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.tso4) = (self.offload, self.offload);
+        offloads
+    }
+}
+
+/// Refuses what the demo cannot do on a TAP.
+pub(crate) fn check(args: &DemoArgs) -> Result<(), Failure> {
+    if let Mode::Bridged(_) = args.mode {
+        return Err(Failure::Usage(
+            "the demo has the tap device in a network namespace of its own, where there is no \
+             bridge; use --mode host or shared"
+                .to_owned(),
+        ));
+    }
+    // The kernel takes less, but IPv4's own packets and those of DHCP have to fit.
+    if let Some(mtu) = args.mtu.filter(|mtu| !(1280..=65_521).contains(mtu)) {
+        return Err(Failure::Usage(format!(
+            "an MTU of {mtu} is not possible; it must be from 1280 to 65521"
+        )));
+    }
+    Ok(())
+}
+
+/// Runs `f` on a thread in a network namespace of its own. The threads that it starts are there
+/// too, and the namespace goes with the last of them.
+pub(crate) fn in_namespace<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, Failure> {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            enter()?;
+            Ok(f())
+        });
+        thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+fn enter() -> Result<(), Failure> {
+    // SAFETY: a plain number; it concerns this thread, and those that it starts.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 {
+        return Ok(());
+    }
+    const WHAT: &str = "making a network namespace";
+    let source = io::Error::last_os_error();
+    Err(Failure::starting(match source.raw_os_error() {
+        Some(libc::EPERM) => Error::PermissionDenied {
+            needs: format!(
+                "CAP_SYS_ADMIN for {WHAT}: run as root, or, where /dev/net/tun may be opened by \
+                 all, behind 'unshare --user --map-root-user'"
+            ),
+        },
+        _ => Error::Io { what: WHAT, source },
+    }))
+}
+
+/// The engine that runs, or ran.
+pub(crate) fn engine(interface: &Interface) -> &'static str {
+    let counters = interface.counters();
+    let count = |name| counters.iter().find(|(of, _)| *of == name).map_or(0, |(_, n)| *n);
+    if count("io_uring") > count("io_uring fallbacks") { "io_uring" } else { "plain" }
+}
+
+/// Packets for the guest that the kernel has dropped, because the TAP's queue was full or nobody had
+/// opened it. Of the network namespace of this thread, where there is no interface but the TAP.
+pub(crate) fn dropped() -> u64 {
+    // Without /proc nobody knows.
+    std::fs::read_to_string("/proc/thread-self/net/dev").map_or(0, |table| dropped_in(&table))
+}
+
+/// The sum of the drops of what was sent (`dev_seq_printf_stats` in the kernel's
+/// `net/core/net-procfs.c`): the twelfth number behind an interface's name.
+fn dropped_in(table: &str) -> u64 {
+    let lines = table.lines().filter_map(|line| line.split_once(':'));
+    lines.filter_map(|(_, numbers)| numbers.split_whitespace().nth(11)?.parse::<u64>().ok()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_drops_are_found_in_its_table() {
+        let table = "\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo:       0       0    0    9    0     0          0         0        0       0    0    0    0     0       0          0
+  tap0:    1000      10    1    2    3     4          5         6     2000      20    7   42    8     9      10         11
+";
+        assert_eq!(dropped_in(table), 42);
+        assert_eq!(dropped_in(""), 0);
+    }
+}
