@@ -19,23 +19,25 @@ struct Info {
     processors: usize,
     root: bool,
     devices: Vec<DeviceInfo>,
+    #[cfg(target_os = "linux")]
+    tap: crate::tap::TapInfo,
 }
 
 #[derive(Debug, Serialize)]
-struct DeviceInfo {
+pub(crate) struct DeviceInfo {
     name: &'static str,
     what: &'static str,
     /// What a process must have to use it.
     needs: &'static str,
-    usable: bool,
+    pub(crate) usable: bool,
     /// Why it is not usable here.
-    why_not: Option<String>,
+    pub(crate) why_not: Option<String>,
     /// With default settings; `None` if it is not usable.
-    capabilities: Option<CapabilitiesInfo>,
+    pub(crate) capabilities: Option<CapabilitiesInfo>,
 }
 
 #[derive(Debug, Serialize)]
-struct CapabilitiesInfo {
+pub(crate) struct CapabilitiesInfo {
     mtu: u32,
     max_packet_size: u32,
     max_read_batch: u32,
@@ -64,7 +66,7 @@ impl From<Capabilities> for CapabilitiesInfo {
 }
 
 /// A device of this version: tried out, not only described.
-fn tried(
+pub(crate) fn tried(
     name: &'static str,
     what: &'static str,
     needs: &'static str,
@@ -79,18 +81,11 @@ fn tried(
     DeviceInfo { name, what, needs, usable: why_not.is_none(), why_not, capabilities }
 }
 
-/// A device that is still to come.
-fn planned(
-    name: &'static str,
-    what: &'static str,
-    needs: &'static str,
-    home: &'static str,
-    is_home: bool,
+/// A device that is not usable here, and why.
+pub(crate) fn unusable(
+    (name, what, needs): (&'static str, &'static str, &'static str),
+    why_not: String,
 ) -> DeviceInfo {
-    let mut why_not = "its driver is not in this version of vmring".to_owned();
-    if !is_home {
-        why_not.push_str(&format!(", and it exists on {home} only"));
-    }
     DeviceInfo { name, what, needs, usable: false, why_not: Some(why_not), capabilities: None }
 }
 
@@ -109,16 +104,20 @@ fn vmnet() -> Vec<DeviceInfo> {
 
 #[cfg(not(target_os = "macos"))]
 fn vmnet() -> Vec<DeviceInfo> {
-    let (name, what, needs) = VMNET;
-    let why_not = Some("it exists on macOS only".to_owned());
     let simulated = tried(
         "vmnet-sim",
         "the macOS driver over a simulated vmnet, for tests",
         "nothing",
         vmring::Vmnet::new(),
     );
-    vec![DeviceInfo { name, what, needs, usable: false, why_not, capabilities: None }, simulated]
+    vec![unusable(VMNET, "it exists on macOS only".to_owned()), simulated]
 }
+
+pub(crate) const TAP: (&str, &str, &str) = (
+    "tap",
+    "a network interface of the host's kernel",
+    "root or the capability CAP_NET_ADMIN, or a TAP interface that was made for this user",
+);
 
 fn devices() -> Vec<DeviceInfo> {
     let mut devices = vec![
@@ -136,17 +135,15 @@ fn devices() -> Vec<DeviceInfo> {
         ),
     ];
     devices.extend(vmnet());
-    devices.push(planned(
-        "tap",
-        "a network interface of the host's kernel",
-        "root or the capability CAP_NET_ADMIN, or a TAP interface that was made for this user",
-        "Linux",
-        cfg!(target_os = "linux"),
-    ));
+    #[cfg(not(target_os = "linux"))]
+    devices.push(unusable(TAP, "it exists on Linux only".to_owned()));
     devices
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
+    let devices = devices();
+    #[cfg(target_os = "linux")]
+    let (devices, tap) = crate::tap::look(devices);
     let info = Info {
         version: env!("CARGO_PKG_VERSION"),
         system: std::env::consts::OS,
@@ -154,7 +151,9 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
         page_size: vmring::page_size(),
         processors: system::processors(),
         root: system::is_root(),
-        devices: devices(),
+        devices,
+        #[cfg(target_os = "linux")]
+        tap,
     };
     if args.json { print_json(&info) } else { print(&info.text()) }
 }
@@ -210,6 +209,8 @@ impl Info {
             ]);
         }
         text.push_str(&table.text());
+        #[cfg(target_os = "linux")]
+        text.push_str(&self.tap.text());
         text
     }
 }

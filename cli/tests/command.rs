@@ -139,7 +139,6 @@ fn the_demo_runs_on_the_vmnet_driver_over_the_simulator() {
 #[cfg(target_os = "linux")]
 mod tap {
     use std::io::Write;
-    use std::os::unix::process::ExitStatusExt;
 
     use super::*;
 
@@ -302,6 +301,76 @@ mod tap {
         assert_eq!((most, taps()), (before, before));
     }
 
+    /// What `info` says of the TAP among the devices, and beside them.
+    fn info() -> [Value; 2] {
+        let report = json(&["info", "--json"]);
+        let devices = report["devices"].as_array().expect("a list");
+        let mut taps = devices.iter().filter(|device| device["name"] == "tap");
+        let device = taps.next().expect("it is listed");
+        assert_eq!(taps.next(), None, "once");
+        [device.clone(), report["tap"].clone()]
+    }
+
+    #[test]
+    fn info_says_what_a_tap_can_do_here() {
+        let [device, tap] = info();
+        let engine = tap["engine"].as_str().expect("a name");
+        assert_eq!(engine == "io_uring", tap["why_no_io_uring"].is_null(), "{tap}");
+        assert!(["io_uring", "plain"].contains(&engine), "{engine}");
+        assert!(tap["bridges"].is_array(), "{tap}");
+        assert_eq!(tap["opens"] == true, tap["why_not"].is_null(), "{tap}");
+        assert_eq!(device["usable"] == true, device["why_not"].is_null(), "{device}");
+        assert_eq!(device["usable"] == true, tap["offloads"].is_array(), "{device} {tap}");
+        if !is_possible() {
+            return;
+        }
+        assert_eq!((&device["usable"], &tap["opens"]), (&true.into(), &true.into()));
+        assert_eq!(device["capabilities"]["mtu"], 1500);
+        let offloads = tap["offloads"].as_array().expect("a list");
+        for offload in ["checksum", "tso4", "tso6"] {
+            assert!(offloads.contains(&offload.into()), "no {offload}: {offloads:?}");
+        }
+        let output = vmring(&["info"]);
+        for words in ["/dev/net/tun      may be opened", engine, "checksum, tso4", "bridges"] {
+            assert!(text(&output.stdout).contains(words), "no {words} in {}", text(&output.stdout));
+        }
+    }
+
+    /// The same without root, where there is no TAP to ask.
+    #[test]
+    fn without_root_info_says_what_is_missing() {
+        let Some(output) = without_root(&["info", "--json"]) else { return };
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+        assert_eq!((&report["root"], &report["tap"]["offloads"]), (&false.into(), &Value::Null));
+        let devices = report["devices"].as_array().expect("a list");
+        let tap = devices.iter().find(|device| device["name"] == "tap").expect("it is listed");
+        assert_eq!(tap["usable"], false);
+        let why_not = tap["why_not"].as_str().expect("a sentence");
+        assert!(why_not.contains("root") && !why_not.contains('\n'), "{why_not}");
+    }
+
+    /// A run as a user who may nothing. `None`, and a sentence, where there is no way to become one.
+    fn without_root(arguments: &[&str]) -> Option<Output> {
+        let program = env!("CARGO_BIN_EXE_vmring");
+        let mut command = if is_root() {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid", "65534", "--clear-groups", program]);
+            command
+        } else {
+            Command::new(program)
+        };
+        let Ok(output) = command.args(arguments).stdin(Stdio::null()).output() else {
+            skip("setpriv is not installed");
+            return None;
+        };
+        if matches!(output.status.code(), Some(126 | 127)) {
+            skip("another user may not run the program where it is");
+            return None;
+        }
+        Some(output)
+    }
+
     #[test]
     fn what_a_tap_cannot_do_is_refused_in_one_sentence() {
         let on_a_tap =
@@ -321,23 +390,10 @@ mod tap {
     fn without_root_the_demo_on_a_tap_says_what_is_missing_and_touches_nothing() {
         let path = scratch("no root").join("demo.pcapng");
         let capture = path.to_str().expect("UTF-8");
-        let program = env!("CARGO_BIN_EXE_vmring");
-        let mut command = if is_root() {
-            let mut command = Command::new("setpriv");
-            command.args(["--reuid", "65534", "--clear-groups", program]);
-            command
-        } else {
-            Command::new(program)
-        };
-        command.args(["demo", "--device", "tap", "--bytes", "1K", "--capture", capture]);
-        let Ok(output) = command.stdin(Stdio::null()).output() else {
-            return skip("setpriv is not installed");
-        };
-        if matches!(output.status.code(), Some(126 | 127)) {
-            return skip("another user may not run the program where it is");
-        }
+        let arguments = ["demo", "--device", "tap", "--bytes", "1K", "--capture", capture];
+        let Some(output) = without_root(&arguments) else { return };
         let message = text(&output.stderr).trim_end();
-        assert_eq!(output.status.code(), Some(1), "{message} {:?}", output.status.signal());
+        assert_eq!(output.status.code(), Some(1), "{message}");
         assert_eq!(text(&output.stdout), "");
         assert!(!message.contains('\n'), "one sentence: {message}");
         for words in ["permission denied", "CAP_SYS_ADMIN", "run as root"] {
