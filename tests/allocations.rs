@@ -85,15 +85,23 @@ fn until(what: &str, n: u64, turn: &mut dyn FnMut() -> u64) {
 fn nothing_is_allocated(what: &str, packets: u64, mut turn: impl FnMut() -> u64) {
     // Lists grow to their size, threads start, lazy statics come to be.
     until(what, 5_000, &mut turn);
-    let start = Instant::now();
-    COUNTS.iter().for_each(|count| count.store(0, Ordering::SeqCst));
-    COUNTING.store(true, Ordering::SeqCst);
-    until(what, packets, &mut turn);
-    COUNTING.store(false, Ordering::SeqCst);
-    let [allocated, freed, moved] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
-    let took = start.elapsed();
-    println!("{what}: {allocated} allocations, {freed} frees in {packets} packets, {took:.1?}");
-    assert_eq!((allocated, freed, moved), (0, 0, 0), "{what}");
+    let mut counted = (0, 0, 0);
+    // A thread that has just ended may still free something of its own, once.
+    for _ in 0..2 {
+        let start = Instant::now();
+        COUNTS.iter().for_each(|count| count.store(0, Ordering::SeqCst));
+        COUNTING.store(true, Ordering::SeqCst);
+        until(what, packets, &mut turn);
+        COUNTING.store(false, Ordering::SeqCst);
+        let [allocated, freed, moved] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
+        let took = start.elapsed();
+        println!("{what}: {allocated} allocations, {freed} frees in {packets} packets, {took:.1?}");
+        counted = (allocated, freed, moved);
+        if counted == (0, 0, 0) {
+            return;
+        }
+    }
+    panic!("{what}: {counted:?}");
 }
 
 fn ring(interface: &Interface, drive: Drive<'_>) -> Ring {

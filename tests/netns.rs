@@ -174,12 +174,4 @@ impl<T> Running<T> {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
-
-    pub(crate) fn is_done(&self) -> Option<T> {
-        match self.0.try_recv() {
-            Ok(Ok(value)) => Some(value),
-            Ok(Err(panic)) => std::panic::resume_unwind(panic),
-            Err(_) => None,
-        }
-    }
 }

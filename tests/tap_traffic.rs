@@ -541,7 +541,7 @@ const CHUNK: usize = 65_536;
 /// Bytes of a pseudo-random stream (splitmix64), beginning at a multiple of [`CHUNK`].
 fn chunk(seed: u64, at: u64, into: &mut [u8]) {
     for (i, word) in into.chunks_mut(8).enumerate() {
-        let mut z = (seed << 48 ^ at / 8 + i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut z = ((seed << 48) ^ (at / 8 + i as u64)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         word.copy_from_slice(&(z ^ z >> 31).to_le_bytes()[..word.len()]);

@@ -381,10 +381,7 @@ impl Running {
                 if again.is_some() && !there && !*made {
                     return Err(TapError::Gone(wanted.to_owned()).into());
                 }
-                let (first, name) = match again {
-                    Some(_) => open_again(wanted, flags)?,
-                    None => open::open(wanted, flags)?,
-                };
+                let (first, name) = open_patiently(wanted, flags)?;
                 *made = !there;
                 let mut fds = vec![first];
                 for _ in 1..options.queues {
@@ -471,10 +468,10 @@ impl Running {
     }
 }
 
-/// A program that is being started has our descriptors for a moment, and with them the queue that we
-/// have just closed.
-fn open_again(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
-    let deadline = after(Duration::from_secs(1));
+/// A program that is being started has our descriptors for a moment, and with them the queue that this
+/// process has just closed: what is taken may be free at once.
+fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
+    let deadline = after(Duration::from_millis(500));
     loop {
         match open::open(name, flags) {
             Err(Error::Tap(TapError::Taken(_))) if Instant::now() < deadline => {
@@ -607,6 +604,8 @@ impl Device for TapDevice {
         ];
         if let Some(running) = &*lock(&self.running) {
             counters.push(("queues", lock(&running.seats).len() as u64));
+            let forwarding = running.setup.turned_forwarding_on();
+            counters.push(("IPv4 forwarding turned on", forwarding.into()));
             if let Some(dhcp) = &running.wire.dhcp {
                 counters.extend(dhcp.counters());
             }

@@ -1,280 +1,682 @@
-//! Shared mode's way out: address translation and IPv4 forwarding.
+//! What a guest's network needs of the host to reach the world: [`Masquerade`] gives its packets
+//! the host's address, [`Forwarding`] lets them pass. Both are undone when they are dropped.
 
 use std::collections::HashMap;
-use std::ffi::CString;
-use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::net::Ipv4Addr;
-use std::os::unix::fs::MetadataExt;
-use std::sync::{Mutex, PoisonError};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::sync::Mutex;
 
+use netlink_bindings::consts;
 use netlink_bindings::nftables::{
-    self, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, Registers, TableFlags,
+    Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers, TableFlags,
 };
-use netlink_socket2::{NetlinkSocket, ReplyError};
+use netlink_bindings::utils::Pusher;
 
-use super::link::refused;
-use crate::error::Error;
+use super::link::{Refusal, Socket, is_interface_name};
+use crate::error::{ConfigError, Error};
+use crate::notify::lock;
 
-const WHAT: &str = "translating addresses with nftables";
-/// `NFNL_SUBSYS_NFTABLES`, for a batch's first and last message.
-const SUBSYSTEM: u16 = 10;
-/// `NF_INET_POST_ROUTING`.
-const POSTROUTING: u32 = 4;
-/// `NF_IP_PRI_NAT_SRC`.
-const SOURCE_NAT: i32 = 100;
-/// Where an IPv4 header has the source address.
-const SOURCE_AT: u32 = 12;
-
-/// Address translation for one network, while it lives: an nftables table of its own. The table is
-/// owned by the socket in here, so the kernel removes it with the socket, also when the process is
-/// killed (`NFT_TABLE_F_OWNER`, Linux 5.12).
+/// Network address translation for one network: its packets leave the host with the address of the
+/// interface they leave by. Lives in an nftables table of its own, `vmring_TAP`.
+///
+/// A drop removes the table; so does the kernel when the process dies, however it dies. Until then
+/// no other process can change it, and `nft flush ruleset` spares it. (Linux before 5.12 does not
+/// know such tables; there, what a killed process left is replaced by the next start for the same
+/// TAP.)
+///
+/// Connections that were translated before a drop stay so until they are over.
+#[derive(Debug)]
 pub(crate) struct Masquerade {
-    socket: NetlinkSocket,
-    table: CString,
-    owned: bool,
-}
-
-impl fmt::Debug for Masquerade {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Masquerade").field("table", &self.table).finish_non_exhaustive()
-    }
-}
-
-fn batch() -> Nfgenmsg {
-    let mut header = Nfgenmsg::new();
-    header.set_res_id(SUBSYSTEM);
-    header
-}
-
-fn ip() -> Nfgenmsg {
-    Nfgenmsg { nfgen_family: libc::AF_INET as u8, ..Nfgenmsg::new() }
+    socket: Socket,
+    table: String,
 }
 
 impl Masquerade {
-    /// What comes from `network` and leaves by another interface than `tap` gets that interface's
-    /// address.
-    pub(crate) fn start(tap: &str, network: Ipv4Addr, prefix: u8) -> Result<Self, Error> {
-        let table = CString::new(format!("vmring_{tap}")).map_err(|error| Error::Io {
-            what: WHAT,
-            source: io::Error::new(io::ErrorKind::InvalidInput, error),
-        })?;
-        let mut this = Self { socket: NetlinkSocket::new(), table, owned: true };
-        match this.add(tap, network, prefix) {
-            Err(error)
-                if matches!(
-                    error.as_io_error().raw_os_error(),
-                    Some(libc::EOPNOTSUPP | libc::EINVAL)
-                ) =>
-            {
-                // An older kernel: the table is deleted in `drop`.
-                this.owned = false;
-                this.add(tap, network, prefix)
+    /// Translates what comes from `network`, goes elsewhere, and does not leave by `tap` (or the
+    /// bridge of that name). In the network namespace of this thread.
+    pub(crate) fn start(tap: &str, network: Ipv4Addr, prefix_len: u8) -> Result<Self, Error> {
+        let rule = Rule::new(tap, network, prefix_len)?;
+        match Self::start_as(tap, &rule, true) {
+            // An older kernel does not know the flag. If that was not it, the answer is the same.
+            Err(refusal) if refusal.is(libc::EOPNOTSUPP) || refusal.is(libc::EINVAL) => {
+                Self::start_as(tap, &rule, false)
             }
-            outcome => outcome,
+            answer => answer,
         }
-        .map_err(|error| {
-            this.owned = true; // there is nothing to delete
-            refused(WHAT, error)
-        })?;
-        tracing::info!(tap, %network, prefix, "address translation on");
-        Ok(this)
+        .map_err(|refusal| {
+            let missing = [libc::ENOENT, libc::EOPNOTSUPP, libc::EPROTONOSUPPORT];
+            let trying = if missing.into_iter().any(|errno| refusal.is(errno)) {
+                "making an nftables table for NAT, for which the kernel needs nf_tables, \
+                 nft_chain_nat and nft_masq"
+            } else {
+                "making an nftables table for NAT"
+            };
+            refusal.into_error(trying)
+        })
     }
 
-    fn add(&mut self, tap: &str, network: Ipv4Addr, prefix: u8) -> Result<(), ReplyError> {
-        let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0).to_be_bytes();
-        let mut name = [0; libc::IFNAMSIZ];
-        for (to, from) in name.iter_mut().zip(tap.bytes().take(libc::IFNAMSIZ - 1)) {
-            *to = from;
+    /// `owned`: the kernel removes the table with the socket.
+    fn start_as(tap: &str, rule: &Rule, owned: bool) -> Result<Self, Refusal> {
+        let mut socket = Socket::open(consts::NETLINK_NETFILTER)?;
+        let table = format!("vmring_{tap}");
+        let mut made = make_table(&mut socket, &table, rule, owned, false);
+        // What a process that was killed left on an older kernel is ours to replace.
+        if made.as_ref().is_err_and(|refusal| refusal.is(libc::EEXIST)) {
+            made = make_table(&mut socket, &table, rule, owned, true);
         }
-        let (table, chain, register) = (&*self.table, c"postrouting", Registers::Reg1 as u32);
-        let flags = if self.owned { TableFlags::Owner as u32 } else { 0 };
-        let mut all = nftables::Chained::new(self.socket.reserve_seq(16));
-        all.request().op_batch_begin_do(&batch());
-        let mut new = all.request().set_create().set_excl().op_newtable_do(&ip());
-        new.encode().push_name(table).push_flags(flags);
-        drop(new);
-        let mut new = all.request().set_create().op_newchain_do(&ip());
-        new.encode()
-            .push_table(table)
-            .push_name(chain)
+        made.map_err(|refusal| {
+            // A process without the privilege is refused at the first message, the batch's begin;
+            // another socket's table, when it is named.
+            if refusal.is(libc::EPERM) && refusal.message() > 0 {
+                let text = format!(
+                    "the table {table} is another interface's, which translates for {tap} \
+                     already; stop that one first"
+                );
+                io::Error::new(io::ErrorKind::AddrInUse, text).into()
+            } else {
+                refusal
+            }
+        })?;
+        Ok(Self { socket, table })
+    }
+}
+
+/// All or nothing: the table, its chain and its rule. `replace`: instead of the one there is.
+fn make_table(
+    socket: &mut Socket,
+    table: &str,
+    rule: &Rule,
+    owned: bool,
+    replace: bool,
+) -> Result<(), Refusal> {
+    let table = table.as_bytes();
+    transact(socket, |batch| {
+        if replace {
+            batch.request().op_deltable_do(&ip()).encode().push_name_bytes(table);
+        }
+        batch
+            .request()
+            .set_create()
+            .set_excl()
+            .op_newtable_do(&ip())
+            .encode()
+            .push_name_bytes(table)
+            .push_flags(if owned { TableFlags::Owner as u32 } else { 0 });
+        batch
+            .request()
+            .set_create()
+            .op_newchain_do(&ip())
+            .encode()
+            .push_table_bytes(table)
+            .push_name(CHAIN)
+            .push_type(c"nat")
             .nested_hook()
-            .push_num(POSTROUTING)
-            .push_priority(SOURCE_NAT)
+            .push_num(libc::NF_INET_POST_ROUTING as u32)
+            .push_priority(SOURCE_NAT);
+        rule.push(
+            batch
+                .request()
+                .set_create()
+                .set_append()
+                .op_newrule_do(&ip())
+                .encode()
+                .push_table_bytes(table)
+                .push_chain(CHAIN)
+                .nested_expressions(),
+        );
+    })
+}
+
+impl Drop for Masquerade {
+    fn drop(&mut self) {
+        // Closing the socket is not enough: a child that another thread has just forked holds it,
+        // too, until it runs its program.
+        let table = self.table.as_bytes();
+        let gone = transact(&mut self.socket, |batch| {
+            batch.request().op_deltable_do(&ip()).encode().push_name_bytes(table);
+        });
+        // Not there: before 5.12 anybody may have removed it.
+        if let Err(refusal) = gone
+            && !refusal.is(libc::ENOENT)
+        {
+            let error = refusal.into_error("removing the nftables table for NAT");
+            tracing::warn!(table = self.table, %error, "NAT could not be switched off");
+        }
+    }
+}
+
+const CHAIN: &std::ffi::CStr = c"postrouting";
+
+/// `priority srcnat` (`NF_IP_PRI_NAT_SRC`).
+const SOURCE_NAT: i32 = 100;
+
+/// The messages' family.
+fn ip() -> Nfgenmsg {
+    let mut header = Nfgenmsg::new();
+    header.nfgen_family = libc::AF_INET as u8;
+    header
+}
+
+/// Runs the messages that `fill` adds as one transaction: all of them happen or none.
+fn transact(socket: &mut Socket, fill: impl FnOnce(&mut Chained<'static>)) -> Result<(), Refusal> {
+    let mut subsystem = Nfgenmsg::new();
+    subsystem.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
+    let first = socket.sequences(16);
+    let mut batch = Chained::new(first);
+    batch.request().op_batch_begin_do(&subsystem);
+    fill(&mut batch);
+    batch.request().op_batch_end_do(&subsystem);
+    let batch = batch.finalize();
+    let count = netlink_bindings::traits::NetlinkChained::chain_len(&batch) as u32;
+    assert!(count <= 16, "more messages than sequence numbers");
+    // Answers come in order. Linux before 6.10 answers neither to the begin nor to the end, so the
+    // last one sure to come is that to the message before the end. A failed commit is told as an
+    // error of the begin.
+    let last = first.wrapping_add(count - 2);
+    socket.exchange(batch.buf(), first, last, |_| ())
+}
+
+/// `ip saddr NETWORK ip daddr != NETWORK oifname != TAP counter masquerade`
+struct Rule {
+    network: [u8; 4],
+    mask: [u8; 4],
+    tap: [u8; libc::IFNAMSIZ],
+}
+
+impl Rule {
+    fn new(tap: &str, network: Ipv4Addr, prefix_len: u8) -> Result<Self, Error> {
+        if !is_interface_name(tap) {
+            let what = format!(
+                "{tap:?} cannot be an interface's name: it needs 1 to 15 bytes, without / and :"
+            );
+            return Err(ConfigError::Invalid(what).into());
+        }
+        if prefix_len > 32 {
+            return Err(ConfigError::TooLarge {
+                what: "prefix length of the IPv4 network",
+                value: prefix_len.into(),
+                max: 32,
+            }
+            .into());
+        }
+        let mask = u32::MAX.checked_shl(32 - u32::from(prefix_len)).unwrap_or(0);
+        let mut name = [0; libc::IFNAMSIZ];
+        name[..tap.len()].copy_from_slice(tap.as_bytes());
+        Ok(Self {
+            network: (network.to_bits() & mask).to_be_bytes(),
+            mask: mask.to_be_bytes(),
+            tap: name,
+        })
+    }
+
+    fn push<Prev: Pusher>(&self, rule: PushExprListAttrs<Prev>) {
+        /// Where the addresses are in an IPv4 header.
+        const SOURCE: u32 = 12;
+        const DESTINATION: u32 = 16;
+        let rule = self.push_network(rule, SOURCE, CmpOps::Eq);
+        // The host, too, has an address in that network, and may talk to itself.
+        let rule = self.push_network(rule, DESTINATION, CmpOps::Neq);
+        let rule = rule
+            .nested_elem()
+            .nested_data_meta()
+            .push_key(MetaKeys::Oifname as u32)
+            .push_dreg(REGISTER)
             .end_nested()
-            .push_type(c"nat");
-        drop(new);
-        let mut new = all.request().set_create().set_append().op_newrule_do(&ip());
-        new.encode()
-            .push_table(table)
-            .push_chain(chain)
-            .nested_expressions()
-            // The source address...
+            .end_nested();
+        let rule = push_compare(rule, CmpOps::Neq, &self.tap);
+        rule.nested_elem()
+            .nested_data_counter()
+            .end_nested()
+            .end_nested()
+            // Without attributes: any port.
+            .nested_elem()
+            .push_name(c"masq")
+            .end_nested()
+            .end_nested();
+    }
+
+    /// Goes on only if the address at `offset` is in the network, or only if it is not.
+    fn push_network<Prev: Pusher>(
+        &self,
+        rule: PushExprListAttrs<Prev>,
+        offset: u32,
+        op: CmpOps,
+    ) -> PushExprListAttrs<Prev> {
+        let rule = rule
             .nested_elem()
             .nested_data_payload()
-            .push_dreg(register)
+            .push_dreg(REGISTER)
             .push_base(PayloadBase::NetworkHeader as u32)
-            .push_offset(SOURCE_AT)
+            .push_offset(offset)
             .push_len(4)
             .end_nested()
             .end_nested()
-            // ...but for the host's part of it...
             .nested_elem()
             .nested_data_bitwise()
-            .push_sreg(register)
-            .push_dreg(register)
+            .push_sreg(REGISTER)
+            .push_dreg(REGISTER)
             .push_len(4)
             .nested_mask()
-            .push_value(&mask)
+            .push_value(&self.mask)
             .end_nested()
             .nested_xor()
             .push_value(&[0; 4])
             .end_nested()
             .end_nested()
-            .end_nested()
-            // ...is the network's.
-            .nested_elem()
-            .nested_data_cmp()
-            .push_sreg(register)
-            .push_op(CmpOps::Eq as u32)
-            .nested_data()
-            .push_value(&network.octets())
-            .end_nested()
-            .end_nested()
-            .end_nested()
-            // The interface by which it leaves is not the TAP.
-            .nested_elem()
-            .nested_data_meta()
-            .push_dreg(register)
-            .push_key(MetaKeys::Oifname as u32)
-            .end_nested()
-            .end_nested()
-            .nested_elem()
-            .nested_data_cmp()
-            .push_sreg(register)
-            .push_op(CmpOps::Neq as u32)
-            .nested_data()
-            .push_value(&name)
-            .end_nested()
-            .end_nested()
-            .end_nested()
-            .nested_elem()
-            .push_name(c"masq")
-            .end_nested()
             .end_nested();
-        drop(new);
-        all.request().op_batch_end_do(&batch());
-        self.socket.request_chained(&all.finalize())?.recv_all()
-    }
-
-    fn delete(&mut self) -> Result<(), ReplyError> {
-        let mut all = nftables::Chained::new(self.socket.reserve_seq(4));
-        all.request().op_batch_begin_do(&batch());
-        let mut gone = all.request().op_deltable_do(&ip());
-        gone.encode().push_name(&self.table);
-        drop(gone);
-        all.request().op_batch_end_do(&batch());
-        self.socket.request_chained(&all.finalize())?.recv_all()
+        push_compare(rule, op, &self.network)
     }
 }
 
-impl Drop for Masquerade {
-    fn drop(&mut self) {
-        if !self.owned
-            && let Err(error) = self.delete()
-        {
-            tracing::warn!(table = ?self.table, %error, "an nftables table stays");
-        }
-    }
+/// The one register that the rule computes in.
+const REGISTER: u32 = Registers::Reg1 as u32;
+
+fn push_compare<Prev: Pusher>(
+    rule: PushExprListAttrs<Prev>,
+    op: CmpOps,
+    value: &[u8],
+) -> PushExprListAttrs<Prev> {
+    rule.nested_elem()
+        .nested_data_cmp()
+        .push_sreg(REGISTER)
+        .push_op(op as u32)
+        .nested_data()
+        .push_value(value)
+        .end_nested()
+        .end_nested()
+        .end_nested()
 }
 
-/// IPv4 forwarding in one network namespace, while somebody holds it: on from the first holder of this
-/// process on, and after the last one as it was.
+/// IPv4 forwarding of this thread's network namespace (`net.ipv4.ip_forward`): switched on, if it
+/// was off, until the last holder in this process is gone.
+///
+/// Switching it, either way, resets what the kernel lets one set per interface for hosts and
+/// routers (`accept_redirects`, `conf.*.forwarding`): the kernel's doing. A process that is killed
+/// leaves it on.
 #[derive(Debug)]
 pub(crate) struct Forwarding {
-    /// Of the network namespace.
-    namespace: u64,
+    /// `None`: stopped.
+    namespace: Option<NamespaceId>,
+    changed: bool,
 }
 
+/// Device and inode of a namespace's file.
+type NamespaceId = (u64, u64);
+
+/// What all holders in one namespace share.
 #[derive(Debug)]
-struct Held {
+struct Forwarded {
     holders: usize,
-    /// The setting. Opened at the start, it stays that of its namespace, whoever writes.
-    setting: File,
-    was_on: bool,
+    /// What it was before, if that was "off", and the file to put it back: whoever writes there,
+    /// it means the namespace it was opened in.
+    before: Option<(File, Vec<u8>)>,
+    /// Keeps the namespace, and so its inode's number from being used again.
+    _namespace: File,
 }
 
-static FORWARDING: Mutex<Option<HashMap<u64, Held>>> = Mutex::new(None);
+static FORWARDED: Mutex<Option<HashMap<NamespaceId, Forwarded>>> = Mutex::new(None);
+
+const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
 impl Forwarding {
-    /// In the network namespace of this thread.
+    /// Forwards from now on.
     pub(crate) fn start() -> Result<Self, Error> {
-        let what = "turning IPv4 forwarding on (net.ipv4.ip_forward)";
-        let namespace = fs::metadata("/proc/thread-self/ns/net").map_err(Error::io(what))?.ino();
-        let mut all = FORWARDING.lock().unwrap_or_else(PoisonError::into_inner);
+        let looking = "looking up this thread's network namespace";
+        let namespace = File::open("/proc/thread-self/ns/net").map_err(Error::io(looking))?;
+        let metadata = namespace.metadata().map_err(Error::io(looking))?;
+        let id = (metadata.dev(), metadata.ino());
+
+        let mut all = lock(&FORWARDED);
         let all = all.get_or_insert_default();
-        if let Some(held) = all.get_mut(&namespace) {
-            held.holders += 1;
-            return Ok(Self { namespace });
-        }
-        let path = "/proc/sys/net/ipv4/ip_forward";
-        let was_on = fs::read_to_string(path).map_err(Error::io(what))?.trim() != "0";
-        let mut options = OpenOptions::new();
-        options.read(true).write(!was_on);
-        let mut setting = options.open(path).map_err(|source| match source.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM | libc::EROFS) => Error::PermissionDenied {
-                needs: "the right to write net.ipv4.ip_forward for shared mode: run as root, or \
-                        turn it on beforehand (sysctl net.ipv4.ip_forward=1)"
-                    .to_owned(),
-            },
-            _ => Error::Io { what, source },
-        })?;
-        if !was_on {
-            setting.write_all(b"1").map_err(Error::io(what))?;
-            tracing::info!("IPv4 forwarding on");
-        }
-        all.insert(namespace, Held { holders: 1, setting, was_on });
-        Ok(Self { namespace })
+        let changed = match all.get_mut(&id) {
+            Some(forwarded) => {
+                forwarded.holders += 1;
+                forwarded.before.is_some()
+            }
+            None => {
+                let before = switch_on()?;
+                let changed = before.is_some();
+                all.insert(id, Forwarded { holders: 1, before, _namespace: namespace });
+                changed
+            }
+        };
+        Ok(Self { namespace: Some(id), changed })
     }
 
-    /// Lets go.
-    pub(crate) fn stop(self) -> Result<(), Error> {
-        let namespace = self.namespace;
-        std::mem::forget(self);
-        release(namespace).map_err(Error::io("putting IPv4 forwarding back"))
+    /// Whether it was off before this process switched it on. (And will be again.)
+    pub(crate) fn changed(&self) -> bool {
+        self.changed
+    }
+
+    /// Lets go, and says whether what was to be put back was. A drop only logs.
+    pub(crate) fn stop(mut self) -> Result<(), Error> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<(), Error> {
+        let Some(id) = self.namespace.take() else { return Ok(()) };
+        let mut all = lock(&FORWARDED);
+        let all = all.get_or_insert_default();
+        let forwarded = all.get_mut(&id).expect("a holder is counted until it lets go");
+        forwarded.holders -= 1;
+        if forwarded.holders > 0 {
+            return Ok(());
+        }
+        let forwarded = all.remove(&id).expect("it was just there");
+        if let Some((file, before)) = forwarded.before {
+            file.write_all_at(&before, 0)
+                .map_err(Error::io("putting net.ipv4.ip_forward back to 0"))?;
+            tracing::info!("IPv4 forwarding is off again, as it was");
+        }
+        Ok(())
     }
 }
 
 impl Drop for Forwarding {
     fn drop(&mut self) {
-        if let Err(error) = release(self.namespace) {
+        if let Err(error) = self.release() {
             tracing::warn!(%error, "IPv4 forwarding stays on");
         }
     }
 }
 
-fn release(namespace: u64) -> io::Result<()> {
-    let mut all = FORWARDING.lock().unwrap_or_else(PoisonError::into_inner);
-    let all = all.get_or_insert_default();
-    let Some(held) = all.get_mut(&namespace) else { return Ok(()) };
-    held.holders -= 1;
-    if held.holders > 0 {
-        return Ok(());
+/// Switches forwarding on. `None`: it was on.
+fn switch_on() -> Result<Option<(File, Vec<u8>)>, Error> {
+    let before =
+        std::fs::read(IP_FORWARD).map_err(Error::io("reading /proc/sys/net/ipv4/ip_forward"))?;
+    if before.trim_ascii() != b"0" {
+        return Ok(None);
     }
-    let Some(mut held) = all.remove(&namespace) else { return Ok(()) };
-    if held.was_on {
-        return Ok(());
+    let write = || {
+        let file = OpenOptions::new().write(true).open(IP_FORWARD)?;
+        file.write_all_at(b"1\n", 0)?;
+        Ok(file)
+    };
+    let file = write().map_err(|source: io::Error| match source.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            Error::PermissionDenied {
+                needs: format!(
+                    "root and a writable /proc/sys to switch IPv4 forwarding on (or let root do \
+                     it: sysctl -w net.ipv4.ip_forward=1): {source}"
+                ),
+            }
+        }
+        _ => Error::Io { what: "switching net.ipv4.ip_forward on", source },
+    })?;
+    tracing::info!("IPv4 forwarding is on now (net.ipv4.ip_forward); it was off");
+    Ok(Some((file, before)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, SocketAddrV4, UdpSocket};
+    use std::time::{Duration, Instant};
+
+    use serde_json::Value;
+
+    use super::super::link::testing::{Namespace, run};
+    use super::*;
+
+    const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 0);
+
+    /// The names of the tables there are.
+    fn tables() -> Vec<String> {
+        let mut tables = Vec::new();
+        for item in ruleset() {
+            if let Some(name) = item["table"]["name"].as_str() {
+                tables.push(name.to_owned());
+            }
+        }
+        tables
     }
-    held.setting.seek(SeekFrom::Start(0))?;
-    let mut now = String::new();
-    held.setting.read_to_string(&mut now)?;
-    if now.trim() == "0" {
-        // Somebody else has turned it off meanwhile.
-        return Ok(());
+
+    fn ruleset() -> Vec<Value> {
+        let all: Value = serde_json::from_str(&run("nft -j list ruleset")).unwrap();
+        all["nftables"].as_array().unwrap().clone()
     }
-    held.setting.seek(SeekFrom::Start(0))?;
-    held.setting.write_all(b"0")?;
-    tracing::info!("IPv4 forwarding off again");
-    Ok(())
+
+    #[test]
+    fn the_table_says_what_was_asked_and_goes_at_the_drop() {
+        let Some(namespace) = Namespace::new(&["nft"]) else { return };
+        namespace.run(|| {
+            // Bits after the prefix do not count.
+            let masquerade = Masquerade::start("tap0", Ipv4Addr::new(10, 9, 8, 77), 24).unwrap();
+            let text = run("nft list table ip vmring_tap0");
+            assert!(text.contains("flags owner"), "is this kernel older than 5.12? {text}");
+            let hook = "type nat hook postrouting priority srcnat; policy accept;";
+            assert!(text.contains(hook), "{text}");
+            let rule = "ip saddr 10.9.8.0/24 ip daddr != 10.9.8.0/24 oifname != \"tap0\" \
+                        counter packets 0 bytes 0 masquerade";
+            assert!(text.contains(rule), "{text}");
+            let rules = ruleset().iter().filter(|item| item["rule"].is_object()).count();
+            assert_eq!((tables(), rules), (vec!["vmring_tap0".into()], 1));
+            drop(masquerade);
+            assert_eq!(tables(), [""; 0]);
+        });
+    }
+
+    #[test]
+    fn every_prefix_length_makes_a_rule() {
+        let Some(namespace) = Namespace::new(&["nft"]) else { return };
+        namespace.run(|| {
+            for (prefix_len, shown) in [(0, "0.0.0.0/0"), (20, "10.9.0.0/20"), (32, "10.9.8.0")] {
+                let _masquerade = Masquerade::start("tap0", NETWORK, prefix_len).unwrap();
+                let text = run("nft list table ip vmring_tap0");
+                assert!(text.contains(&format!("ip saddr {shown} ")), "{text}");
+            }
+            let error = Masquerade::start("tap0", NETWORK, 33).unwrap_err();
+            assert!(error.to_string().contains("at most 32, and 33 is more"), "{error}");
+            let error = Masquerade::start("no/name", NETWORK, 24).unwrap_err();
+            assert!(error.to_string().contains("cannot be an interface's name"), "{error}");
+        });
+    }
+
+    #[test]
+    fn one_tap_is_masqueraded_once_and_others_beside_it() {
+        let Some(namespace) = Namespace::new(&["nft"]) else { return };
+        namespace.run(|| {
+            let first = Masquerade::start("tap0", NETWORK, 24).unwrap();
+            let error = Masquerade::start("tap0", NETWORK, 24).unwrap_err().to_string();
+            assert!(error.contains("stop that one first"), "{error}");
+            let other = Masquerade::start("tap1", NETWORK, 24).unwrap();
+            assert_eq!(tables(), ["vmring_tap0", "vmring_tap1"]);
+            drop(first);
+            assert_eq!(tables(), ["vmring_tap1"]);
+            let _again = Masquerade::start("tap0", NETWORK, 24).unwrap();
+            drop(other);
+            assert_eq!(tables(), ["vmring_tap0"]);
+        });
+    }
+
+    /// As when the process is killed: nobody says that the table is to go.
+    #[test]
+    fn an_owners_table_goes_with_its_socket() {
+        let Some(namespace) = Namespace::new(&["nft"]) else { return };
+        namespace.run(|| {
+            let mut socket = Socket::open(consts::NETLINK_NETFILTER).unwrap();
+            let rule = Rule::new("tap0", NETWORK, 24).unwrap();
+            make_table(&mut socket, "vmring_tap0", &rule, true, false).unwrap();
+            assert_eq!(tables(), ["vmring_tap0"]);
+            drop(socket);
+            // Tests beside this one start programs, whose forks hold it for a moment.
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while !tables().is_empty() {
+                assert!(Instant::now() < deadline, "the table is still there");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+    }
+
+    /// As on a kernel that does not know owners: dropped by hand, and from outside the namespace.
+    #[test]
+    fn a_table_without_an_owner_is_removed_and_a_left_one_replaced() {
+        let Some(namespace) = Namespace::new(&["nft"]) else { return };
+        let masquerade = namespace.run(|| {
+            run("nft add table ip vmring_tap0");
+            run("nft add chain ip vmring_tap0 left-behind");
+            let rule = Rule::new("tap0", NETWORK, 24).unwrap();
+            let masquerade = Masquerade::start_as("tap0", &rule, false).unwrap();
+            let text = run("nft list table ip vmring_tap0");
+            assert!(text.contains("masquerade") && !text.contains("owner"), "{text}");
+            assert!(!text.contains("left-behind"), "{text}");
+            masquerade
+        });
+        drop(masquerade);
+        namespace.run(|| assert_eq!(tables(), [""; 0]));
+    }
+
+    #[test]
+    fn without_the_privilege_the_error_says_what_is_needed() {
+        let Some(namespace) = Namespace::new(&[]) else { return };
+        namespace.run(|| {
+            // SAFETY: the raw call takes numbers and no memory and, unlike libc's setresuid,
+            // changes this thread only; it ends with the test.
+            let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+            assert_eq!(result, 0);
+            let error = Masquerade::start("tap0", NETWORK, 24).unwrap_err();
+            assert!(matches!(error, Error::PermissionDenied { .. }), "{error:?}");
+            let error = Forwarding::start().unwrap_err();
+            assert!(matches!(error, Error::PermissionDenied { .. }), "{error:?}");
+            assert!(error.to_string().contains("sysctl -w net.ipv4.ip_forward=1"), "{error}");
+        });
+    }
+
+    /// Next packet, and whose it is. (A socket with a time-out may say "interrupted" at any time.)
+    fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+        let mut buffer = [0; 16];
+        loop {
+            match socket.recv_from(&mut buffer) {
+                Ok((len, from)) => return (buffer[..len].to_vec(), from),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => panic!("no packet came: {error}"),
+            }
+        }
+    }
+
+    fn forwards() -> bool {
+        std::fs::read_to_string(IP_FORWARD).unwrap().trim() == "1"
+    }
+
+    #[test]
+    fn forwarding_ends_with_its_last_holder() {
+        let Some(namespace) = Namespace::new(&[]) else { return };
+        let second = namespace.run(|| {
+            std::fs::write(IP_FORWARD, "0").unwrap();
+            let first = Forwarding::start().unwrap();
+            assert!(first.changed() && forwards());
+            let second = Forwarding::start().unwrap();
+            assert!(second.changed());
+            first.stop().unwrap();
+            assert!(forwards());
+            second
+        });
+        // From a thread of another namespace.
+        second.stop().unwrap();
+        namespace.run(|| {
+            assert!(!forwards());
+            let third = Forwarding::start().unwrap();
+            assert!(third.changed() && forwards());
+            drop(third);
+            assert!(!forwards());
+        });
+    }
+
+    #[test]
+    fn forwarding_that_was_on_stays_on() {
+        let Some(namespace) = Namespace::new(&[]) else { return };
+        namespace.run(|| {
+            std::fs::write(IP_FORWARD, "1").unwrap();
+            let forwarding = Forwarding::start().unwrap();
+            assert!(!forwarding.changed());
+            forwarding.stop().unwrap();
+            assert!(forwards());
+        });
+    }
+
+    #[test]
+    fn each_namespace_forwards_for_itself() {
+        let (Some(one), Some(two)) = (Namespace::new(&[]), Namespace::new(&[])) else { return };
+        for namespace in [&one, &two] {
+            namespace.run(|| std::fs::write(IP_FORWARD, "0").unwrap());
+        }
+        let first = one.run(|| Forwarding::start().unwrap());
+        two.run(|| assert!(!forwards()));
+        let second = two.run(|| Forwarding::start().unwrap());
+        assert!(second.changed());
+        drop(first);
+        one.run(|| assert!(!forwards()));
+        two.run(|| assert!(forwards()));
+    }
+
+    /// A guest behind the host, and a world that knows no way back to the guest's network: answers
+    /// come only if the host gave the guest's packets its own address.
+    #[test]
+    fn a_guest_reaches_the_world_by_the_hosts_address() {
+        let programs = ["ip", "ping"];
+        let Some(guest) = Namespace::new(&programs) else { return };
+        let (Some(host), Some(world)) = (Namespace::new(&[]), Namespace::new(&[])) else { return };
+        let world_address = Ipv4Addr::new(192, 0, 2, 2);
+        let host_address = Ipv4Addr::new(192, 0, 2, 1);
+
+        host.run(|| {
+            std::fs::write(IP_FORWARD, "0").unwrap();
+            // The way out first: it is the address that the host's own packets would be given.
+            run(&format!("ip link add up0 type veth peer name eth0 netns {}", world.path()));
+            run(&format!("ip link add tap0 type veth peer name eth0 netns {}", guest.path()));
+            run("ip link set lo up");
+            run("ip address add 192.0.2.1/24 dev up0");
+            run("ip link set up0 up");
+            run("ip address add 10.9.8.1/24 dev tap0");
+            run("ip link set tap0 up");
+        });
+        guest.run(|| {
+            run("ip address add 10.9.8.2/24 dev eth0");
+            run("ip link set eth0 up");
+            run("ip route add default via 10.9.8.1");
+        });
+        world.run(|| {
+            run("ip address add 192.0.2.2/24 dev eth0");
+            run("ip link set eth0 up");
+        });
+
+        let patience = Some(Duration::from_secs(5));
+        let server = world.run(|| UdpSocket::bind((world_address, 7000)).unwrap());
+        server.set_read_timeout(patience).unwrap();
+        let client = guest.run(|| UdpSocket::bind("10.9.8.2:0").unwrap());
+        client.set_read_timeout(patience).unwrap();
+        let world_server = SocketAddrV4::new(world_address, 7000);
+
+        let (masquerade, forwarding) = host.run(|| {
+            (Masquerade::start("tap0", NETWORK, 24).unwrap(), Forwarding::start().unwrap())
+        });
+        client.send_to(b"ask", world_server).unwrap();
+        let (packet, from) = receive(&server);
+        assert_eq!((&packet[..], from.ip()), (&b"ask"[..], host_address.into()));
+        server.send_to(b"answer", from).unwrap();
+        let (packet, from) = receive(&client);
+        assert_eq!((&packet[..], from), (&b"answer"[..], world_server.into()));
+        guest.run(|| run("ping -c 1 -W 5 192.0.2.2"));
+
+        // The host talks to its own address in the guest's network by that address.
+        host.run(|| {
+            let own = UdpSocket::bind("10.9.8.1:7001").unwrap();
+            own.set_read_timeout(patience).unwrap();
+            own.send_to(b"me", "10.9.8.1:7001").unwrap();
+            let (_, from) = receive(&own);
+            assert_eq!(from, "10.9.8.1:7001".parse().unwrap());
+        });
+
+        // Without it, from a new port (the old one's connection is translated until it is over),
+        // the world sees an address that it cannot answer.
+        drop(masquerade);
+        let late = guest.run(|| UdpSocket::bind("10.9.8.2:0").unwrap());
+        late.send_to(b"ask", world_server).unwrap();
+        let (_, from) = receive(&server);
+        assert_eq!(from.ip(), Ipv4Addr::new(10, 9, 8, 2));
+        assert!(server.send_to(b"answer", from).is_err(), "the world has a way back");
+        forwarding.stop().unwrap();
+        host.run(|| assert!(!forwards()));
+    }
 }

@@ -64,6 +64,11 @@ impl Setup {
         self.netlink.link(name)
     }
 
+    /// Whether IPv4 forwarding was off before.
+    pub(crate) fn turned_forwarding_on(&self) -> bool {
+        self.forwarding.as_ref().is_some_and(Forwarding::changed)
+    }
+
     pub(crate) fn range(&self) -> Option<Ipv4Range> {
         self.range
     }
@@ -205,7 +210,7 @@ impl Setup {
                 Undo::Mtu { index, mtu } => self.netlink.set_mtu(index, mtu),
                 Undo::Mac { index, mac } => self.netlink.set_mac(index, mac),
                 Undo::Address { index, address, prefix } => {
-                    self.netlink.remove_address(index, address, prefix)
+                    self.netlink.remove_address(index, address, prefix).map(drop)
                 }
                 Undo::Master { index, master } => self.netlink.set_master(index, master),
             });
