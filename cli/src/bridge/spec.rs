@@ -8,6 +8,7 @@ use vmring::device::Offloads;
 use vmring::device::pcap::Replay;
 use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
 
+use super::STOP_TIMEOUT;
 use crate::args::Offload;
 use crate::failure::Failure;
 use crate::lab::{QUEUE, VMNET};
@@ -251,31 +252,61 @@ impl Spec {
             Failure::Step(sentence) => Failure::Step(format!("{self}: {sentence}")),
         }
     }
+}
 
-    /// Starts it with as many of the `wanted` offloads as it grants.
-    fn start_with_most(&self, wanted: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
-        let none = Offloads::default();
-        if self.may_offload() {
-            let mut tcp = Offloads::ALL;
-            tcp.uso = false;
-            let mut checksum = none;
-            (checksum.checksum, checksum.virtio_header) = (true, true);
-            let mut tried = none;
-            for step in [Offloads::ALL, tcp, checksum] {
-                let offloads = step & wanted;
-                if offloads == none || offloads == tried {
-                    continue;
-                }
-                tried = offloads;
-                match self.start(offloads, mtu) {
-                    // It has not that; with less it may start, or say what is really wrong.
-                    Err(Failure::Usage(_)) => {}
-                    started => return started,
-                }
-            }
+/// Starts an end with as many of the `wanted` offloads as it grants.
+pub(crate) fn start_with_most(
+    wanted: Offloads,
+    mut start: impl FnMut(Offloads) -> Result<End, Failure>,
+) -> Result<End, Failure> {
+    let none = Offloads::default();
+    let (mut tcp, mut checksum) = (Offloads::ALL, none);
+    tcp.uso = false;
+    (checksum.checksum, checksum.virtio_header) = (true, true);
+    let mut tried = none;
+    for step in [Offloads::ALL, tcp, checksum] {
+        let offloads = step & wanted;
+        if offloads == none || offloads == tried {
+            continue;
         }
-        self.start(none, mtu)
+        tried = offloads;
+        match start(offloads) {
+            // It has not that; with less it may start, or say what is really wrong.
+            Err(Failure::Usage(_)) => {}
+            started => return started,
+        }
     }
+    start(none)
+}
+
+/// Starts anew what has more than both have; without any if an end cannot have just that.
+pub(crate) fn start_alike(
+    mut ends: [End; 2],
+    mut start: impl FnMut(usize, Offloads) -> Result<End, Failure>,
+) -> Result<[End; 2], Failure> {
+    let none = Offloads::default();
+    let mut common = ends[0].offloads() & ends[1].offloads();
+    if !common.virtio_header {
+        // Nobody would say what is left undone.
+        common = none;
+    }
+    for common in [common, none] {
+        for (i, end) in ends.iter_mut().enumerate() {
+            if end.offloads() == common {
+                continue;
+            }
+            // It ends before it starts anew: a system may have it only once.
+            end.interface.stop(STOP_TIMEOUT).map_err(Failure::starting)?;
+            *end = match start(i, common) {
+                Err(Failure::Usage(_)) if common != none => start(i, none)?,
+                started => started?,
+            };
+        }
+        if ends[0].offloads() == ends[1].offloads() {
+            break;
+        }
+    }
+    Ok(ends)
 }
 
 /// Starts both ends: each does what it can and the rest is done in software, or both do the same (or
@@ -285,42 +316,19 @@ pub(crate) fn start(
     offload: Offload,
     mtu: Option<u32>,
 ) -> Result<[End; 2], Failure> {
-    let none = Offloads::default();
-    let software = offload == Offload::Software;
     // A capture's file is touched last, when all else is there.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
     let [first, second] = order.map(|i| specs[i]);
-    let wanted = match offload {
-        Offload::None => none,
-        Offload::Common if !second.may_offload() => none,
-        Offload::Common | Offload::Software => Offloads::ALL,
+    let software = offload == Offload::Software;
+    let wanted = |spec: &Spec, other: &Spec| match spec.may_offload() {
+        true if software || offload == Offload::Common && other.may_offload() => Offloads::ALL,
+        _ => Offloads::default(),
     };
-    let mut one = first.start_with_most(wanted, mtu)?;
-    let wanted = if software { Offloads::ALL } else { one.offloads() };
-    let mut other = second.start_with_most(wanted, mtu)?;
-    if !software {
-        let mut common = one.offloads() & other.offloads();
-        if !common.virtio_header {
-            // Nobody would say what is left undone.
-            common = none;
-        }
-        for common in [common, none] {
-            for (end, spec) in [(&mut one, first), (&mut other, second)] {
-                if end.offloads() == common {
-                    continue;
-                }
-                // It ends before it starts anew: a system may have it only once.
-                let stopped = end.interface.stop(std::time::Duration::from_secs(10));
-                stopped.map_err(|error| spec.failure(error))?;
-                *end = match spec.start(common, mtu) {
-                    Err(Failure::Usage(_)) if common != none => spec.start(none, mtu)?,
-                    started => started?,
-                };
-            }
-            if one.offloads() == other.offloads() {
-                break;
-            }
-        }
+    let one = start_with_most(wanted(first, second), |offloads| first.start(offloads, mtu))?;
+    let other = start_with_most(wanted(second, first), |offloads| second.start(offloads, mtu))?;
+    let ends = if order == [0, 1] { [one, other] } else { [other, one] };
+    if software {
+        return Ok(ends);
     }
-    Ok(if order == [0, 1] { [one, other] } else { [other, one] })
+    start_alike(ends, |i, offloads| specs[i].start(offloads, mtu))
 }

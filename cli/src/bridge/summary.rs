@@ -156,21 +156,28 @@ impl Summary {
 }
 
 /// What has moved in the last second, in a line.
-pub(super) fn rates(
-    ends: &[End; 2],
-    before: [(u64, u64); 2],
-    now: [(u64, u64); 2],
-    dropped: u64,
-) -> String {
-    let way = |from: usize| {
-        let (packets, octets) = (now[from].0 - before[from].0, now[from].1 - before[from].1);
+pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64) -> String {
+    let way = |way: usize| {
+        let (packets, octets) = (now[way].0 - before[way].0, now[way].1 - before[way].1);
         let seconds = TICK.as_secs_f64();
         format!(
-            "from {}: {} packets/s, {:.2} Gbit/s",
-            ends[from].name,
+            "{} packets/s {:.2} Gbit/s",
             grouped((packets as f64 / seconds) as u64),
             octets as f64 * 8.0 / seconds / 1e9
         )
     };
-    format!("{}; {}; {} dropped", way(0), way(1), grouped(dropped))
+    format!("there {}, back {}, {} dropped", way(0), way(1), grouped(dropped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_fits_into_a_line() {
+        let line = rates([(5, 500), (0, 0)], [(4_500_005, 5_625_000_500), (1234, 99_999)], 7);
+        let said =
+            "there 4,500,000 packets/s 45.00 Gbit/s, back 1,234 packets/s 0.00 Gbit/s, 7 dropped";
+        assert_eq!(line, said);
+    }
 }

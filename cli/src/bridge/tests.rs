@@ -421,7 +421,10 @@ fn cross(from: &Wire, to: &Wire, software: bool, depth: u32) -> Summary {
     let ends = [from.end("one"), to.end("other")];
     let running = Running::start(ends, software, depth);
     until("everything is read", || from.read() == packets);
-    running.end()
+    let start = Instant::now();
+    let summary = running.end();
+    assert!(start.elapsed() < END_TIMEOUT, "it waited for packets that do not come");
+    summary
 }
 
 /// An end with every offload, that carries packets of 64 KiB.
@@ -614,6 +617,56 @@ fn two_ends_that_cannot_be_joined_are_refused() {
     for (a, b) in [("embedded:lab", "embedded:bal"), ("pcap:a", "pcap:a"), ("pcap:a", "capture:b")]
     {
         spec::check(&spec(a), &spec(b)).unwrap();
+    }
+}
+
+/// An end that has these, and starts with any of them unless it `has_all_or_none`.
+fn able(able: Offloads, has_all_or_none: bool, wanted: Offloads) -> Result<End, Failure> {
+    let all_or_none = wanted == able || wanted == Offloads::default();
+    if wanted & able != wanted || has_all_or_none && !all_or_none {
+        return Err(Failure::Usage("it has not that".to_owned()));
+    }
+    Ok(Wire { max_packet_size: Some(65_549), ..Wire::with(wanted) }.end("able"))
+}
+
+#[test]
+fn an_end_starts_with_as_much_as_it_grants() {
+    let (none, all) = (Offloads::default(), Offloads::ALL);
+    let mut tcp = all;
+    tcp.uso = false;
+    for has in [all, tcp, checksums(), none] {
+        for wanted in [all, tcp, checksums(), none] {
+            let end = spec::start_with_most(wanted, |offloads| able(has, false, offloads));
+            assert_eq!(end.unwrap().offloads(), has & wanted);
+        }
+    }
+    let mut tries = 0;
+    let broken = spec::start_with_most(all, |_| {
+        tries += 1;
+        Err(Failure::Step("no permission".to_owned()))
+    });
+    assert_eq!((broken.unwrap_err().to_string().as_str(), tries), ("no permission", 1));
+}
+
+#[test]
+fn two_ends_are_started_anew_with_what_both_have() {
+    let (none, all) = (Offloads::default(), Offloads::ALL);
+    let mut mute = all;
+    mute.virtio_header = false;
+    for (has, rigid, both) in [
+        ([all, all], false, all),
+        ([all, checksums()], false, checksums()),
+        ([checksums(), all], false, checksums()),
+        ([all, none], false, none),
+        ([all, mute], false, none),
+        // One of them cannot have just that, so neither has any.
+        ([all, checksums()], true, none),
+        ([checksums(), all], true, none),
+    ] {
+        let ends = has.map(|has| able(has, rigid, has).unwrap());
+        let alike = spec::start_alike(ends, |i, offloads| able(has[i], rigid, offloads));
+        let offloads = alike.unwrap().each_ref().map(End::offloads);
+        assert_eq!(offloads, [both, both], "{has:?}");
     }
 }
 
