@@ -24,8 +24,8 @@ pub(crate) struct TapArgs {
     /// With --device tap: how frames move, auto, io_uring or plain [default: auto]
     #[arg(long, value_name = "NAME")]
     engine: Option<TapEngine>,
-    /// With --device tap: let checksums and TCP segmentation to the kernel; the guest takes large
-    /// packets so, but makes none
+    /// With --device tap: ask for checksum offload and TCP segmentation; the guest takes the kernel's
+    /// large packets, but makes none itself
     #[arg(long)]
     offload: bool,
 }
@@ -61,7 +61,7 @@ pub(crate) fn check(args: &DemoArgs) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
-    // The kernel takes less, but IPv4's own packets and those of DHCP have to fit.
+    // The kernel takes less; the demo has the same bounds on every device.
     if let Some(mtu) = args.mtu.filter(|mtu| !(1280..=65_521).contains(mtu)) {
         return Err(Failure::Usage(format!(
             "an MTU of {mtu} is not possible; it must be from 1280 to 65521"
