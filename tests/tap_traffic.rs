@@ -1,8 +1,8 @@
 //! Traffic of the kernel's own stacks over the TAP: the host is the test's namespace, the guest another
 //! one with a TAP of its own, and between them a relay over two rings.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -400,11 +400,22 @@ fn send(socket: &UdpSocket, count: u64, received: &AtomicU64) {
     }
 }
 
+/// As the socket's own, until there is something to say: an io_uring that was closed interrupts, a
+/// little later, what its thread waits for with a timeout.
+fn recv_from(socket: &UdpSocket, bytes: &mut [u8]) -> std::io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(bytes) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
 fn receive(socket: &UdpSocket, count: u64, received: &AtomicU64) {
     socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
     let mut bytes = [0; 2048];
     for number in 0..count {
-        let len = socket.recv(&mut bytes);
+        let len = recv_from(socket, &mut bytes).map(|(len, _)| len);
         let len = len.unwrap_or_else(|error| panic!("datagram {number} of {count}: {error}"));
         assert_eq!(bytes[..len], payload(number), "datagram {number}");
         received.store(number + 1, Ordering::Release);
@@ -542,9 +553,9 @@ const CHUNK: usize = 65_536;
 fn chunk(seed: u64, at: u64, into: &mut [u8]) {
     for (i, word) in into.chunks_mut(8).enumerate() {
         let mut z = ((seed << 48) ^ (at / 8 + i as u64)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word.copy_from_slice(&(z ^ z >> 31).to_le_bytes()[..word.len()]);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word.copy_from_slice(&(z ^ (z >> 31)).to_le_bytes()[..word.len()]);
     }
 }
 
@@ -678,15 +689,21 @@ fn dhclient(host: &Host) -> Answer {
     let [config, leases, pid] = ["config", "leases", "pid"].map(|name| files.path(name));
     let wishes = "timeout 30; request subnet-mask, routers, interface-mtu;";
     std::fs::write(&config, wishes).expect("a file");
-    // Once it has a lease it goes on in the background.
-    host.sh(&format!(
-        "dhclient -4 -1 -v -cf {config} -sf /bin/true -lf {leases} -pf {pid} b0 2>&1 && \
-         kill $(cat {pid})"
-    ));
-    let said = std::fs::read_to_string(&leases).expect("leases");
+    let arguments = [&*config, &leases, &pid].map(str::to_owned);
+    let client = host.run(move || {
+        let [config, leases, pid] = arguments.each_ref().map(String::as_str);
+        let files = ["-sf", "/bin/true", "-cf", config, "-lf", leases, "-pf", pid];
+        Background::start("dhclient", &[&["-4", "-d", "-q", "-1"], &files[..], &["b0"]].concat())
+    });
+    let mut said = String::new();
+    eventually("dhclient has a lease", || {
+        said = std::fs::read_to_string(&leases).unwrap_or_default();
+        said.contains("fixed-address ") && said.ends_with("}\n")
+    });
+    drop(client);
     let address = |key| word_after(&said, key).map(|word| word.parse().expect("an address"));
     Answer {
-        address: address("fixed-address ").unwrap_or_else(|| panic!("{said}")),
+        address: address("fixed-address ").expect("one"),
         router: address("option routers "),
         server: address("option dhcp-server-identifier ").expect("it says who it is"),
         mtu: word_after(&said, "option interface-mtu ").expect("one").parse().expect("a number"),
@@ -707,7 +724,7 @@ fn renew(host: &Host, mac: MacAddr6, address: Ipv4Addr, server: Ipv4Addr) {
     socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
     socket.send_to(&request, (server, 67)).expect("it is sent");
     let mut reply = [0; 1500];
-    let (len, from) = socket.recv_from(&mut reply).expect("an answer");
+    let (len, from) = recv_from(&socket, &mut reply).expect("an answer");
     assert!(len > 243, "{len}");
     assert_eq!(from.ip(), IpAddr::V4(server));
     assert_eq!((reply[0], &reply[4..8]), (2, &[1, 2, 3, 4][..]));
@@ -958,7 +975,7 @@ fn mtu_raised(engine: TapEngine) {
             assert_eq!(at_a.send(&bytes[..len]).expect("it is sent"), len);
         }
         for expected in [1472, 1] {
-            let len = at_b.recv(&mut bytes).expect("what fits arrives");
+            let len = recv_from(&at_b, &mut bytes).expect("what fits arrives").0;
             assert_eq!(len, expected);
             assert!(bytes[..len].iter().all(|byte| *byte == round));
         }
@@ -968,7 +985,7 @@ fn mtu_raised(engine: TapEngine) {
     // Back, and all is as before.
     sh("ip link set a0 mtu 1500");
     at_a.send(&bytes[..4000]).expect("it is sent, in fragments");
-    assert_eq!(at_b.recv(&mut bytes).expect("fragments arrive"), 4000);
+    assert_eq!(recv_from(&at_b, &mut bytes).expect("fragments arrive").0, 4000);
     assert_eq!(too_big(&world.host), 200);
     let lanes = world.end();
     assert_eq!(get(&lanes[0].longest), 1514, "{lanes:?}");
