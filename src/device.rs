@@ -184,6 +184,11 @@ pub trait Device: Send + Sync {
         Err(self.not_supported("port forwarding"))
     }
 
+    /// What the system calls the interface, if it has a name there: `tap0`.
+    fn system_name(&self) -> Option<String> {
+        None
+    }
+
     /// Names of the interfaces that bridged mode can share.
     fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
         Err(self.not_supported("listing shared interfaces"))
@@ -252,6 +257,10 @@ macro_rules! delegate_device {
 
             fn shared_interfaces(&self) -> Result<Vec<String>, $crate::Error> {
                 self.device.shared_interfaces()
+            }
+
+            fn system_name(&self) -> Option<String> {
+                self.device.system_name()
             }
 
             fn lease(&self, mac: $crate::MacAddr6) -> Option<$crate::device::Lease> {

@@ -347,6 +347,12 @@ impl Interface {
         self.group.device.name()
     }
 
+    /// What the system calls the interface, if it has a name there: `tap0`, for one that the kernel
+    /// has named.
+    pub fn system_name(&self) -> Option<String> {
+        self.group.device.system_name()
+    }
+
     /// A ring on this interface: settings, then [`RingBuilder::build`].
     pub fn ring(&self, direction: Direction) -> RingBuilder<'_> {
         RingBuilder {

@@ -162,6 +162,7 @@ fn exchange(ring: &mut Ring, neighbour: &Neighbour, number: u64) {
 fn the_kernel_names_a_new_tap_which_goes_with_its_interface() {
     in_namespace(|| {
         let interface = start(Tap::new().host_mac(HOST.into())).expect("it starts");
+        assert_eq!(interface.system_name().as_deref(), Some("tap0"));
         let taps = sh("ip -o link show type tun");
         assert!(taps.contains("tap0") && taps.contains("02:00:00:00:00:01"), "{taps}");
         assert!(taps.contains(",UP"), "{taps}");
@@ -231,7 +232,11 @@ fn a_persistent_tap_is_left_as_it_was_found() {
         let mode = Mode::Bridged("br0".to_owned());
         let interface = Interface::builder().mode(mode).device(tap).start().unwrap();
         assert!(look().contains("master br0"));
-        assert_eq!(interface.shared_interfaces().unwrap(), ["br0"]);
+        let (interface, bridges) = Host::new().run(move || {
+            let bridges = interface.shared_interfaces();
+            (interface, bridges)
+        });
+        assert_eq!(bridges.unwrap(), ["br0"], "of its own namespace, whoever asks");
         interface.stop(LONG).expect("it stops");
         assert!(!look().contains("master"));
     });
@@ -698,6 +703,66 @@ fn every_queue_has_a_ring_and_a_poller() {
             interface.stop(LONG).expect("it stops");
             eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
         }
+    });
+}
+
+/// Makes the kernel refuse io_uring_setup(2) to this thread and those it starts, as containers do
+/// (seccomp(2)).
+fn forbid_io_uring() {
+    let instruction = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut program = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // the call's number
+        instruction(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            1,
+            libc::SYS_io_uring_setup as u32,
+        ),
+        instruction(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let mode = libc::SECCOMP_MODE_FILTER;
+    // SAFETY: the filter and its program live through the call.
+    let done = unsafe { libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const filter) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn where_io_uring_is_forbidden_plain_calls_do_its_work() {
+    in_namespace(|| {
+        forbid_io_uring();
+        let refused = start(Tap::named("t0").engine(TapEngine::IoUring));
+        assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
+        assert_eq!(TapEngine::Auto.resolve().unwrap(), TapEngine::Plain);
+        let interface = start(Tap::named("t0")).expect("it starts");
+        let counters = interface.counters();
+        assert!(counters.contains(&("io_uring", 0)), "{counters:?}");
+        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+        post(&mut ring, 8);
+        exchange(&mut ring, &Neighbour::on("t0"), 1);
+    });
+}
+
+/// Where it is forbidden only after the start, as by a process that gives up its rights meanwhile.
+#[test]
+fn a_ring_that_gets_no_io_uring_falls_back() {
+    in_namespace(|| {
+        if TapEngine::Auto.resolve().unwrap() != TapEngine::IoUring {
+            return crate::netns::skip("no io_uring on this kernel");
+        }
+        let interface = start(Tap::named("t0")).expect("it starts");
+        assert!(interface.counters().contains(&("io_uring", 1)));
+        forbid_io_uring();
+        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+        post(&mut ring, 8);
+        exchange(&mut ring, &Neighbour::on("t0"), 1);
+        assert!(interface.counters().contains(&("io_uring fallbacks", 1)));
     });
 }
 

@@ -588,8 +588,13 @@ impl Device for TapDevice {
         Ok(())
     }
 
+    fn system_name(&self) -> Option<String> {
+        Some(self.name.clone())
+    }
+
     fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
-        setup::bridges()
+        let mut running = lock(&self.running);
+        running.as_mut().ok_or(Status::SetupIncomplete)?.setup.bridges()
     }
 
     fn lease(&self, mac: MacAddr6) -> Option<Lease> {

@@ -48,11 +48,6 @@ enum Undo {
     Master { index: u32, master: Option<u32> },
 }
 
-/// The bridges there are.
-pub(crate) fn bridges() -> Result<Vec<String>, Error> {
-    Netlink::open()?.bridges()
-}
-
 impl Setup {
     /// In the network namespace of this thread, in which it stays.
     pub(crate) fn open() -> Result<Self, Error> {
@@ -62,6 +57,11 @@ impl Setup {
 
     pub(crate) fn find(&mut self, name: &str) -> Result<Option<Link>, Error> {
         self.netlink.link(name)
+    }
+
+    /// The bridges there are, in the TAP's network namespace.
+    pub(crate) fn bridges(&mut self) -> Result<Vec<String>, Error> {
+        self.netlink.bridges()
     }
 
     /// Whether IPv4 forwarding was off before.
