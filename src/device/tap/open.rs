@@ -79,7 +79,10 @@ pub(crate) fn open(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Err
         .map_err(|source| match source.raw_os_error() {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun.into(),
             Some(libc::EACCES | libc::EPERM) => Error::PermissionDenied {
-                needs: "read and write access to /dev/net/tun".to_owned(),
+                needs:
+                    "read and write access to /dev/net/tun: run as root, or let root open it to \
+                        this user (most systems have it open to all: chmod 0666 /dev/net/tun)"
+                        .to_owned(),
             },
             _ => Error::Io { what: "opening /dev/net/tun", source },
         })?;
