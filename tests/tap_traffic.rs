@@ -321,9 +321,7 @@ on_both_engines! {
     link_down_and_up;
     mtu_raised;
     cut_at_the_end_of_the_slot;
-    #[ignore = "a tagged packet is delivered without its end"]
     cut_behind_a_vlan_tag;
-    #[ignore = "the io_uring made to look whether there is one interrupts it"]
     a_start_interrupts_nothing;
 }
 

@@ -40,13 +40,18 @@
 //! where a system call is cheap; traffic both ways, as a guest's TCP is, took 1.6 times their processor
 //! time (`performance/`).
 //!
+//! An inline ring's io_uring belongs to the thread that drives it. Some milliseconds after such a ring
+//! is closed the kernel takes it apart on that thread, and a system call that waits there then may end
+//! with `EINTR`, as by a signal.
+//!
 //! # Offload
 //!
 //! Asked for at start ([`Builder::offloads`](crate::Builder::offloads)), granted as far as the kernel
 //! knows it: [`Capabilities::offloads`] has the answer. With any of it each packet has its 12-byte
 //! header in the headroom, and packets of up to 65,549 bytes come and go; without, none is longer
-//! than the MTU and 14 bytes, and one that is, because somebody has raised the MTU meanwhile, is
-//! dropped and counted.
+//! than the MTU and 14 bytes, and one that is, because somebody has raised the MTU meanwhile or because
+//! it has a VLAN tag, is dropped and counted. (One that is not IP, and longer than a slot of just that
+//! size, arrives cut: the kernel does not say.)
 //!
 //! # When the TAP goes away
 //!

@@ -31,6 +31,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
@@ -59,7 +60,15 @@ const CANCEL: u64 = 1;
 const WRITE: u64 = 2;
 
 /// Whether this process may have such a ring and the kernel knows every operation.
+///
+/// On a thread of its own: the kernel ends a ring some milliseconds after its last descriptor, and
+/// interrupts whatever system call the thread that had it is in then, as a signal would.
 pub(crate) fn check() -> io::Result<()> {
+    let checker = thread::Builder::new().name("vmring-check".to_owned()).spawn(check_here)?;
+    checker.join().unwrap_or_else(|_| Err(io::Error::other("the check panicked")))
+}
+
+fn check_here() -> io::Result<()> {
     let mut kernel = Kernel::new(true).or_else(|_| Kernel::new(false))?;
     let mut probe = Probe::new();
     kernel.ring.submitter().register_probe(&mut probe)?;
@@ -520,7 +529,7 @@ impl Drop for Kernel {
             if self.lets_go() && self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
                 return;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         tracing::error!(slots, "leaked: the kernel holds on");
         std::mem::forget(std::mem::take(&mut self.reads));

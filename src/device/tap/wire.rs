@@ -98,9 +98,14 @@ fn promises_more(packet: &[u8]) -> bool {
     let field = |at: usize| {
         packet.get(at..at + 2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]])))
     };
-    match field(12) {
-        0x0800 => ETHERNET + field(16) > packet.len(),
-        0x86dd => ETHERNET + 40 + field(18) > packet.len(),
+    // Behind up to two VLAN tags (IEEE 802.1Q, 802.1ad).
+    let mut at = ETHERNET;
+    while matches!(field(at - 2), 0x8100 | 0x88a8) && at < ETHERNET + 8 {
+        at += 4;
+    }
+    match field(at - 2) {
+        0x0800 => at + field(at + 2) > packet.len(),
+        0x86dd => at + 40 + field(at + 4) > packet.len(),
         _ => false,
     }
 }
@@ -120,6 +125,14 @@ mod tests {
         packet[18..20].copy_from_slice(&46u16.to_be_bytes());
         assert!(!promises_more(&packet));
         assert!(promises_more(&packet[..99]));
+        for tags in [&[0x81, 0, 0, 7][..], &[0x88, 0xa8, 0, 7, 0x81, 0, 0, 9]] {
+            let mut tagged = packet.clone();
+            tagged.splice(12..12, tags.iter().copied());
+            assert!(!promises_more(&tagged));
+            assert!(promises_more(&tagged[..tagged.len() - 1]));
+        }
+        let only_tags: Vec<u8> = [0x81, 0].into_iter().cycle().take(100).collect();
+        assert!(!promises_more(&only_tags));
         packet[12..14].copy_from_slice(&[0x88, 0xb5]);
         assert!(!promises_more(&packet[..20]), "of what is not IP nobody knows the length");
         for len in 0..20 {
