@@ -787,3 +787,23 @@ fn one_ring_reads_and_others_write() {
         }
     });
 }
+
+/// Goal: a TAP that is about to go when its name is asked for is not taken for one that somebody else
+/// has set up. Method: another descriptor holds the old one until the new start is under way.
+#[test]
+fn a_new_tap_is_set_up_even_if_the_old_one_is_still_there() {
+    in_namespace(|| {
+        for _ in 0..20 {
+            let holder = parent_opens("t0", libc::IFF_TAP | libc::IFF_NO_PI);
+            let letting_go = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(holder);
+            });
+            let interface = start(Tap::named("t0")).expect("it starts");
+            assert!(sh("ip -o -4 address show t0").contains("192.168.128.1/24"));
+            letting_go.join().expect("it lets go");
+            interface.stop(LONG).expect("it stops");
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}

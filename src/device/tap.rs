@@ -382,11 +382,17 @@ impl Running {
             Origin::Name { name, made } => {
                 let flags = Flags { multi: options.queues > 1, header: wants };
                 let wanted = again.unwrap_or(name);
-                let there = !wanted.contains('%') && setup.find(wanted)?.is_some();
-                if again.is_some() && !there && !*made {
+                let before = if wanted.contains('%') { None } else { setup.find(wanted)? };
+                if again.is_some() && before.is_none() && !*made {
                     return Err(TapError::Gone(wanted.to_owned()).into());
                 }
                 let (first, name) = open_patiently(wanted, flags)?;
+                // One that was about to go when it was found is another one now.
+                let now = setup.find(&name)?;
+                let there = match (before, &now) {
+                    (Some(before), Some(now)) => before.index == now.index,
+                    _ => false,
+                };
                 *made = !there;
                 let mut fds = vec![first];
                 for _ in 1..options.queues {

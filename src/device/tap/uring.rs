@@ -158,8 +158,9 @@ impl Uring {
         let Some(kernel) = &mut self.kernel else { return Ok(Progress::Idle) };
         if !kernel.single && kernel.here != here() {
             kernel.here = here();
-            kernel.ask_to_end();
+            kernel.unwanted = true;
         }
+        kernel.ask_to_end();
         kernel.push_writes(io, wire);
         if self.recall.is_empty() {
             kernel.provide(io, wire.header);
@@ -193,7 +194,7 @@ impl Uring {
                 None => self.recall.all = true,
                 Some(target) => self.recall.targets.push(target),
             }
-            kernel.ask_to_end();
+            kernel.unwanted = true;
         }
         matched as u32
     }
@@ -201,6 +202,7 @@ impl Uring {
     /// Takes everything back from the kernel. False while it still holds on.
     pub(crate) fn close(&mut self, io: &mut Io<'_>, wire: &Wire) -> bool {
         let Some(kernel) = &mut self.kernel else { return true };
+        kernel.unwanted = true;
         kernel.ask_to_end();
         if kernel.enter().is_err() {
             return false;
@@ -246,7 +248,9 @@ struct Kernel {
     free_writes: Vec<u16>,
     /// The multishot request is in flight: its last completion has not come.
     armed: bool,
-    /// It has been asked to end.
+    /// It is to end: for a cancel, a close, or another thread.
+    unwanted: bool,
+    /// It has been asked to.
     ending: bool,
     /// The kernel may have work for us of which nothing tells.
     look: bool,
@@ -274,6 +278,7 @@ impl Kernel {
             writes: (0..WRITES).map(|_| None).collect(),
             free_writes: (0..WRITES).rev().collect(),
             armed: false,
+            unwanted: false,
             ending: false,
             look: false,
             refused: Vec::with_capacity(usize::from(WRITES)),
@@ -289,7 +294,10 @@ impl Kernel {
         unsafe { self.ring.submitter().register_buf_ring_with_flags(address, READS, GROUP, 0) }
     }
 
+    /// Takes back what is registered, the TAP too: the ring itself ends some time after it is dropped,
+    /// and would hold it till then.
     fn unregister(&mut self) {
+        let _ = self.ring.submitter().unregister_files();
         if self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
             self.buffers.forget_all();
         }
@@ -360,9 +368,10 @@ impl Kernel {
         self.armed = self.push(&entry);
     }
 
-    /// Asks the multishot request to end, if it is in flight and has not been asked.
+    /// Asks the multishot request to end, if it is to and has not been asked.
     fn ask_to_end(&mut self) {
-        if self.armed && !self.ending {
+        self.unwanted &= self.armed;
+        if self.unwanted && !self.ending {
             let entry = opcode::AsyncCancel::new(READ).build().user_data(CANCEL);
             self.ending = self.push(&entry);
         }
@@ -434,7 +443,7 @@ impl Kernel {
                         }
                     }
                     if !cqueue::more(cqe.flags()) {
-                        (self.armed, self.ending) = (false, false);
+                        (self.armed, self.unwanted, self.ending) = (false, false, false);
                     }
                     match cqe.result() {
                         // No buffers left, or asked to end.
