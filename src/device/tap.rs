@@ -417,8 +417,8 @@ impl Running {
         if header {
             fds[0].set_header()?;
             offloads = fds[0].set_offloads(config.offloads)?;
-        } else if fresh {
-            // A persistent one may have been left with some.
+        } else {
+            // A persistent one may have been left with some, which would come without a header.
             fds[0].set_offloads(offloads)?;
         }
         let mut seats: Vec<_> = fds
