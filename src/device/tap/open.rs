@@ -251,6 +251,15 @@ impl TapQueueFd {
         }
     }
 
+    /// Whether somebody has set how many bytes written may be under way (TUNSETSNDBUF); if nobody has,
+    /// the kernel takes any number.
+    pub(crate) fn refuses_writes(&self) -> bool {
+        let mut room: c_int = c_int::MAX;
+        // SAFETY: TUNGETSNDBUF writes a number.
+        let asked = unsafe { ioctl(self.as_raw_fd(), libc::TUNGETSNDBUF, &mut room) };
+        asked.is_err() || room != c_int::MAX
+    }
+
     /// Of a TAP with several queues: whether the kernel puts frames into this one.
     pub(crate) fn attach(&self, yes: bool) -> io::Result<()> {
         let mut request = request("");

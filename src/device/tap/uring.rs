@@ -131,7 +131,7 @@ impl Uring {
     /// Makes the ring, on the thread that is to drive it.
     pub(crate) fn prepare(&mut self) -> io::Result<()> {
         if self.kernel.is_none() {
-            let kernel = match Kernel::new(self.settled) {
+            let mut kernel = match Kernel::new(self.settled) {
                 // A kernel before 6.1 does not know the flags.
                 Err(error) if self.settled && error.raw_os_error() == Some(libc::EINVAL) => {
                     Kernel::new(false)?
@@ -139,6 +139,7 @@ impl Uring {
                 kernel => kernel?,
             };
             kernel.ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
+            kernel.chained = self.fd.refuses_writes();
             self.kernel = Some(kernel);
         }
         Ok(())
@@ -254,8 +255,13 @@ struct Kernel {
     ending: bool,
     /// The kernel may have work for us of which nothing tells.
     look: bool,
-    /// Writes that the kernel did not take now, in submission order.
-    refused: Vec<PostedSlot>,
+    /// Writes that the kernel did not take now, with their places in submission order.
+    refused: Vec<(u64, PostedSlot)>,
+    /// By number: the place of a write in submission order.
+    places: Box<[u64]>,
+    next_place: u64,
+    /// The kernel may refuse a write for a moment: then those behind it are not to be tried.
+    chained: bool,
 }
 
 impl Kernel {
@@ -282,6 +288,9 @@ impl Kernel {
             ending: false,
             look: false,
             refused: Vec::with_capacity(usize::from(WRITES)),
+            places: vec![0; usize::from(WRITES)].into(),
+            next_place: 0,
+            chained: false,
         };
         kernel.register()?;
         Ok(kernel)
@@ -305,12 +314,15 @@ impl Kernel {
 
     /// Queues the posted writes, as far as there is room.
     fn push_writes(&mut self, io: &mut Io<'_>, wire: &Wire) {
-        if io.writes() == 0 {
+        if io.writes() == 0 || (self.chained && self.is_writing()) {
             return;
         }
         let mut queue = self.ring.submission();
+        // Of a chain all but the last name the next.
+        let mut last: Option<squeue::Entry> = None;
+        let link = if self.chained { squeue::Flags::IO_LINK } else { squeue::Flags::empty() };
         while let Some(&number) = self.free_writes.last() {
-            if queue.capacity() - queue.len() <= 2 {
+            if queue.capacity() - queue.len() <= 2 + usize::from(last.is_some()) {
                 break;
             }
             let Some(mut slot) = io.take_write() else { break };
@@ -322,14 +334,29 @@ impl Kernel {
                 io.complete_write(slot);
                 continue;
             }
+            // Without the flag the kernel lets each one wait by itself until there is room, and then
+            // takes them in any order.
             let entry = opcode::Write::new(FILE, bytes.as_ptr(), bytes.len() as u32)
+                .rw_flags(libc::RWF_NOWAIT)
                 .build()
                 .user_data(WRITE + u64::from(number));
             self.free_writes.pop();
             self.writes[usize::from(number)] = Some(slot);
-            // SAFETY: the bytes are those of a slot in `writes`.
-            unsafe { queue.push(&entry) }.expect("there is room, as just seen");
+            self.places[usize::from(number)] = self.next_place;
+            self.next_place += 1;
+            if let Some(entry) = last.replace(entry) {
+                // SAFETY: the bytes are those of a slot in `writes`.
+                unsafe { queue.push(&entry.flags(link)) }.expect("there is room, as just seen");
+            }
         }
+        if let Some(entry) = last {
+            // SAFETY: as above.
+            unsafe { queue.push(&entry) }.expect("there is room, as seen");
+        }
+    }
+
+    fn is_writing(&self) -> bool {
+        self.free_writes.len() < usize::from(WRITES)
     }
 
     /// Gives the kernel the posted reads, as far as there is room.
@@ -424,6 +451,7 @@ impl Kernel {
     fn complete(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
         let mut result = Ok(());
         let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
+        let (places, chained) = (&self.places, self.chained);
         for cqe in ring.completion() {
             match cqe.user_data() {
                 READ => {
@@ -460,13 +488,18 @@ impl Kernel {
                     let number = (write - WRITE) as u16;
                     let Some(slot) = writes[usize::from(number)].take() else { continue };
                     free_writes.push(number);
+                    let place = places[usize::from(number)];
                     match cqe.result() {
                         0.. => io.complete_write(slot),
+                        // One before it in its chain was refused.
+                        error if chained && error == -libc::ECANCELED => {
+                            refused.push((place, slot));
+                        }
                         error => match fault_of(-error) {
-                            Fault::Wait => refused.push(slot),
+                            Fault::Wait => refused.push((place, slot)),
                             Fault::Entry(status) => io.fail(slot, status),
                             Fault::Gone(status) => {
-                                refused.push(slot);
+                                refused.push((place, slot));
                                 result = Err(status);
                             }
                         },
@@ -474,15 +507,18 @@ impl Kernel {
                 }
             }
         }
-        while let Some(slot) = refused.pop() {
+        refused.sort_unstable_by_key(|(place, _)| *place);
+        while let Some((_, slot)) = refused.pop() {
             io.put_back(slot);
         }
+        // Those that are out yet hold up the others.
+        self.look |= self.chained && self.is_writing();
         result
     }
 
     /// Whether the kernel touches nothing of ours any more.
     fn lets_go(&self) -> bool {
-        !self.armed && self.free_writes.len() == usize::from(WRITES)
+        !self.armed && !self.is_writing()
     }
 
     /// With no multishot request in flight: takes the buffers back, completes those that `wanted`
