@@ -20,6 +20,8 @@ mod software;
 #[cfg(target_os = "linux")]
 mod tap;
 #[cfg(target_os = "linux")]
+mod tap_soak;
+#[cfg(target_os = "linux")]
 mod tap_traffic;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;

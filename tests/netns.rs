@@ -7,13 +7,18 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{LONG, guarded, stage};
+use crate::support::{LONG, guarded_for, stage};
 
-/// Runs `body` as [`guarded`] does, in a network namespace of its own, where the loopback interface is
-/// up and no interface talks IPv6 by itself. Without the privilege the test says that it was skipped,
-/// and why.
+/// Runs `body` on a thread of its own that is watched, in a network namespace of its own, where the
+/// loopback interface is up and no interface talks IPv6 by itself. Without the privilege the test says
+/// that it was skipped, and why.
 pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
-    guarded(|| {
+    in_namespace_for(LONG * 2, body);
+}
+
+/// As [`in_namespace`], for a body that may take longer than others.
+pub(crate) fn in_namespace_for(limit: Duration, body: impl FnOnce() + Send + 'static) {
+    guarded_for(limit, || {
         if enter() {
             body();
         }

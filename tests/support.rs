@@ -32,6 +32,11 @@ pub(crate) fn stage(name: impl Into<String>) {
 /// Runs `body` on a thread of its own. If it does not end, panics with the [`stage`] it is in
 /// instead of hanging the whole run.
 pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
+    guarded_for(LONG * 2, body);
+}
+
+/// As [`guarded`], for a body that may take longer than others.
+pub(crate) fn guarded_for(limit: Duration, body: impl FnOnce() + Send + 'static) {
     let reached = Arc::new(Mutex::new("the beginning".to_owned()));
     let (ended, ending) = mpsc::sync_channel::<()>(1);
     let test = thread::current().name().unwrap_or("test").to_owned();
@@ -47,7 +52,7 @@ pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
         })
         .expect("a thread for the test's body");
     // The sender is dropped when the body returns, and when it panics.
-    if ending.recv_timeout(LONG * 2) == Err(mpsc::RecvTimeoutError::Timeout) {
+    if ending.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
         let reached = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
         panic!("it does not end; it hangs in: {reached}");
     }

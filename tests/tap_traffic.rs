@@ -22,7 +22,7 @@ use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
 use crate::support::{LONG, Way, eventually, number_of, packet_between, scaled, stage, unique};
 
 /// The port whose UDP datagrams are counted.
-const PORT: u16 = 7777;
+pub(crate) const PORT: u16 = 7777;
 
 /// Runs `body` in a namespace of its own, if the engine can be had.
 fn on(engine: TapEngine, body: impl FnOnce(TapEngine) + Send + 'static) {
@@ -68,11 +68,11 @@ struct Lane {
     late: AtomicU64,
 }
 
-fn add(counter: &AtomicU64) {
+pub(crate) fn add(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-fn get(counter: &AtomicU64) -> u64 {
+pub(crate) fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
@@ -307,8 +307,8 @@ fn index_of(interface: &str) -> u32 {
 }
 
 /// In host mode.
-const HOST: &str = "192.168.128.1";
-const GUEST: &str = "192.168.128.2";
+pub(crate) const HOST: &str = "192.168.128.1";
+pub(crate) const GUEST: &str = "192.168.128.2";
 
 on_both_engines! {
     ping;
@@ -413,10 +413,10 @@ fn datagrams(engine: TapEngine) {
     }
 }
 
-const PAYLOAD: usize = 60;
+pub(crate) const PAYLOAD: usize = 60;
 const WINDOW: u64 = 128;
 
-fn payload(number: u64) -> [u8; PAYLOAD] {
+pub(crate) fn payload(number: u64) -> [u8; PAYLOAD] {
     let mut bytes = [number as u8; PAYLOAD];
     bytes[..8].copy_from_slice(&number.to_be_bytes());
     bytes
@@ -582,10 +582,10 @@ fn exchange(one: &TcpStream, other: &TcpStream, bytes: u64) {
     });
 }
 
-const CHUNK: usize = 65_536;
+pub(crate) const CHUNK: usize = 65_536;
 
 /// Bytes of a pseudo-random stream (splitmix64), beginning at a multiple of [`CHUNK`].
-fn chunk(seed: u64, at: u64, into: &mut [u8]) {
+pub(crate) fn chunk(seed: u64, at: u64, into: &mut [u8]) {
     for (i, word) in into.chunks_mut(8).enumerate() {
         let mut z = ((seed << 48) ^ (at / 8 + i as u64)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -980,7 +980,7 @@ fn link_down_and_up(engine: TapEngine) {
     }
 }
 
-struct SetAtEnd<'a>(&'a AtomicBool);
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for SetAtEnd<'_> {
     fn drop(&mut self) {
