@@ -807,3 +807,18 @@ fn a_new_tap_is_set_up_even_if_the_old_one_is_still_there() {
         }
     });
 }
+
+#[test]
+fn a_restart_from_another_namespace_is_in_the_first_one() {
+    in_namespace(|| {
+        let interface = start(Tap::named("t0")).expect("it starts");
+        let interface = Host::new().run(move || {
+            interface.restart(LONG).expect("it restarts");
+            interface
+        });
+        assert!(sh("ip -o -4 address show t0").contains("192.168.128.1/24"));
+        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+        post(&mut ring, 8);
+        exchange(&mut ring, &Neighbour::on("t0"), 1);
+    });
+}

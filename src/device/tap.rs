@@ -63,6 +63,7 @@
 mod dhcp;
 mod error;
 mod link;
+mod namespace;
 mod nat;
 mod open;
 mod plain;
@@ -82,6 +83,7 @@ use std::time::{Duration, Instant};
 use macaddr::MacAddr6;
 
 pub use error::TapError;
+use namespace::Namespace;
 use open::{Flags, TapQueueFd};
 use plain::Plain;
 use setup::Setup;
@@ -305,6 +307,7 @@ impl Driver for Tap {
             }
         };
         let mut origin = source;
+        let namespace = Namespace::here().map_err(Error::io("looking at the network namespace"))?;
         let running = Running::start(&mut origin, None, &options, engine, config)?;
         Ok(Arc::new(TapDevice {
             info: running.info(config),
@@ -314,6 +317,7 @@ impl Driver for Tap {
             engine,
             name: running.name.clone(),
             fallbacks: Arc::default(),
+            namespace,
             origin: Mutex::new(origin),
             running: Mutex::new(Some(running)),
         }))
@@ -341,6 +345,7 @@ struct TapDevice {
     name: String,
     /// Queues that were to have an io_uring and got none.
     fallbacks: Arc<AtomicU64>,
+    namespace: Namespace,
     origin: Mutex<Origin>,
     /// `None` while stopped.
     running: Mutex<Option<Running>>,
@@ -590,7 +595,9 @@ impl Device for TapDevice {
         // With the MTU that rings and guests know.
         config.mtu = Some(self.info.mtu);
         let name = Some(self.name.as_str());
-        let running = Running::start(origin, name, &self.options, self.engine, &config)?;
+        let start = || Running::start(origin, name, &self.options, self.engine, &config);
+        let entering = Error::io("going back to the TAP's network namespace");
+        let running = self.namespace.run(start).map_err(entering)??;
         if running.offloads != self.caps.offloads {
             let what = "fewer offloads than before the restart";
             return Err(Error::Answer { device: "tap", what });
