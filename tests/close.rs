@@ -780,6 +780,52 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
     });
 }
 
+/// Goal: a queue knows before its first poll whether a poller's thread alone will drive it, also the
+/// one that a restart makes. (A TAP's makes its io_uring for that thread.)
+#[test]
+fn a_pollers_queue_is_settled_before_it_is_polled_and_an_owners_never() {
+    guarded(|| {
+        every_way(|way, poller| {
+            // Of each queue, by how many calls of `settle` its first poll was preceded.
+            let seen: Arc<Mutex<Vec<usize>>> = Arc::default();
+            let told = seen.clone();
+            let interface = Script::new(move |_, _| {
+                let told = told.clone();
+                let settled = Arc::new(AtomicUsize::new(0));
+                let before = settled.clone();
+                let mut polled = false;
+                ScriptQueue::new(move |io| {
+                    if !std::mem::replace(&mut polled, true) {
+                        told.lock().unwrap().push(before.load(Ordering::SeqCst));
+                    }
+                    take_writes(io);
+                    Ok(Progress::Idle)
+                })
+                .on_settle(move || {
+                    settled.fetch_add(1, Ordering::SeqCst);
+                })
+            })
+            .start();
+            let mut ring =
+                interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
+            send(&mut ring, 1);
+            assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(60));
+            thread::scope(|scope| {
+                let restarting = scope.spawn(|| interface.restart(LONG));
+                eventually("the restart", || {
+                    ring.reap().for_each(drop);
+                    restarting.is_finished() && ring.stats().restarts == 1
+                });
+                restarting.join().unwrap().unwrap();
+            });
+            send(&mut ring, 2);
+            assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(60));
+            let times = usize::from(way != crate::support::Way::Inline);
+            assert_eq!(*seen.lock().unwrap(), [times; 2], "{way:?}");
+        });
+    });
+}
+
 /// Inline, the owner's own turns let go and open again.
 #[test]
 fn a_restart_of_an_inline_ring_happens_when_its_owner_drives_it() {

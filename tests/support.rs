@@ -239,6 +239,7 @@ pub(crate) struct ScriptQueue {
     poll: Box<PollFn>,
     cancel: Box<CancelFn>,
     close: Box<CloseFn>,
+    settle: Box<dyn FnMut() + Send>,
     descriptor: Option<OwnedFd>,
     asked: Box<dyn Fn() + Send>,
 }
@@ -251,6 +252,7 @@ impl ScriptQueue {
             poll: Box::new(poll),
             cancel: Box::new(|_| 0),
             close: Box::new(|_| true),
+            settle: Box::new(|| ()),
             descriptor: None,
             asked: Box::new(|| ()),
         }
@@ -270,6 +272,11 @@ impl ScriptQueue {
         self.close = Box::new(f);
         self
     }
+
+    pub(crate) fn on_settle(mut self, f: impl FnMut() + Send + 'static) -> Self {
+        self.settle = Box::new(f);
+        self
+    }
 }
 
 impl Queue for ScriptQueue {
@@ -283,6 +290,10 @@ impl Queue for ScriptQueue {
 
     fn close(&mut self, io: &mut Io<'_>) -> bool {
         (self.close)(io)
+    }
+
+    fn settle(&mut self) {
+        (self.settle)();
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

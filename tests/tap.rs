@@ -8,9 +8,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use vmring::device::Offloads;
+use vmring::device::fault::Faults;
 use vmring::{
-    Closed, Direction, Drive, EntryError, Error, Frame, Interface, Mode, Op, PoolBuilder, Ring,
-    Status, SubmitErrorKind, Tap, TapEngine, TapError,
+    Armed, Closed, Direction, Drive, EntryError, Error, Frame, Interface, Mode, Op, PoolBuilder,
+    RetryPolicy, Ring, Status, SubmitErrorKind, Tap, TapEngine, TapError,
 };
 
 use crate::netns::{Host, in_namespace, sh};
@@ -201,7 +202,13 @@ fn a_persistent_tap_is_left_as_it_was_found() {
         sh("ip link add br0 type bridge && ip link set br0 up");
         sh("ip tuntap add p0 mode tap && ip link set p0 address 02:00:00:00:00:77 mtu 1400");
         let look = || sh("ip -o link show p0; ip -o address show p0").replace("NO-CARRIER,", "");
-        let link = |text: String| text.split("qdisc").next().unwrap_or_default().to_owned();
+        // The flags, the MTU and the MAC.
+        let link = |text: String| {
+            let mut words = text.split_whitespace();
+            let first: Vec<_> = words.by_ref().take_while(|word| *word != "qdisc").collect();
+            let mac = words.skip_while(|word| *word != "link/ether").nth(1).expect("a MAC");
+            format!("{} {mac}", first.join(" "))
+        };
         let before = look();
 
         stage("as it is");
@@ -275,6 +282,71 @@ fn shared_mode_puts_forwarding_and_translation_back() {
     });
 }
 
+/// The sum of big-endian words, folded: all ones over what has a right checksum.
+fn sum_of(bytes: &[u8], start: u32) -> u32 {
+    let words = bytes.chunks(2).map(|c| u32::from(c[0]) << 8 | c.get(1).map_or(0, |b| (*b).into()));
+    let mut sum = start + words.sum::<u32>();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum
+}
+
+/// Goal: what an interface with offload has asked of a persistent TAP does not concern the next one,
+/// which has none. Method: the host's datagram has a checksum.
+#[test]
+fn a_persistent_tap_keeps_no_offload_for_the_next_interface() {
+    in_namespace(|| {
+        sh("ip tuntap add p0 mode tap && ip address add 10.9.0.1/24 dev p0");
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.tso4) = (true, true);
+        let builder = Interface::builder().mode(Mode::Host).offloads(offloads);
+        let first = builder.device(Tap::named("p0")).start().expect("it starts");
+        assert!(first.capabilities().offloads.checksum);
+        first.stop(LONG).expect("it stops");
+        drop(first);
+
+        let second = start(Tap::named("p0")).expect("it starts");
+        assert_eq!(second.capabilities().offloads, Offloads::default());
+        let mut ring = second.ring(Direction::Read).depth(64).build().expect("a ring");
+        post(&mut ring, 32);
+        sh("ip neigh add 10.9.0.2 lladdr 02:00:00:00:00:09 dev p0");
+        let socket = std::net::UdpSocket::bind("10.9.0.1:0").unwrap();
+        socket.send_to(&[7; 33], "10.9.0.2:9").unwrap();
+        let start = Instant::now();
+        let frame = loop {
+            ring.wait(1, Some(Duration::from_millis(20)));
+            let mut frames = ring.reap().map(|done| done.frame_ok().expect("a packet"));
+            if let Some(frame) = frames.find(|frame| frame.len() == 75 && frame[23] == 17) {
+                break frame;
+            }
+            assert!(start.elapsed() < LONG, "the datagram does not come");
+        };
+        // The pseudo header: both addresses, the protocol and the length.
+        assert_eq!(sum_of(&frame[26..], 17 + 41), 0xffff, "the checksum was left to us");
+    });
+}
+
+/// Goal: a TAP that was there when the interface began to start, and was gone before it could have it,
+/// is one that the interface makes, and sets up.
+#[test]
+fn a_tap_that_goes_while_an_interface_waits_for_it_is_made_anew() {
+    in_namespace(|| {
+        let holder = parent_opens("r0", libc::IFF_TAP | libc::IFF_NO_PI);
+        let interface = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                drop(holder);
+            });
+            start(Tap::named("r0")).expect("it starts")
+        });
+        let address = sh("ip -o -4 address show r0");
+        assert!(address.contains("192.168.128.1/24"), "{address}");
+        drop(interface);
+        eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+    });
+}
+
 fn has_nft() -> bool {
     crate::netns::has("nft")
 }
@@ -297,21 +369,23 @@ fn parent_opens(name: &str, flags: i32) -> OwnedFd {
 #[test]
 fn a_descriptor_from_a_parent_works_without_the_privilege() {
     in_namespace(|| {
-        let fd = parent_opens("f0", libc::IFF_TAP | libc::IFF_NO_PI);
-        sh("ip link set f0 up mtu 1350");
-        let neighbour = Neighbour::on("f0");
-        let interface = start(Tap::from_fd(fd)).expect("it starts");
-        assert_eq!(interface.mtu(), 1350);
-        let mut ring = interface.ring(Direction::Both).build().expect("a ring");
-        post(&mut ring, 8);
-        exchange(&mut ring, &neighbour, 1);
-        stage("a restart with the same descriptor");
-        interface.restart(LONG).expect("it restarts");
-        ring.reap().for_each(drop);
-        post(&mut ring, 8);
-        exchange(&mut ring, &neighbour, 3);
-        drop((ring, interface));
-        eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            let fd = parent_opens("f0", libc::IFF_TAP | libc::IFF_NO_PI);
+            sh("ip link set f0 up mtu 1350");
+            let neighbour = Neighbour::on("f0");
+            let interface = start(Tap::from_fd(fd).engine(engine)).expect("it starts");
+            assert_eq!(interface.mtu(), 1350);
+            let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+            post(&mut ring, 8);
+            exchange(&mut ring, &neighbour, 1);
+            stage("a restart with the same descriptor");
+            interface.restart(LONG).expect("it restarts");
+            ring.reap().for_each(drop);
+            post(&mut ring, 8);
+            exchange(&mut ring, &neighbour, 3);
+            drop((ring, interface));
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
 
         stage("from another namespace");
         let fd = parent_opens("f1", libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
@@ -381,8 +455,9 @@ fn what_cannot_be_opened_says_why() {
         assert_eq!(error_of(bridged("none"), Tap::named("b0")), none);
         let no_bridge = TapError::NoBridge("solo".to_owned());
         assert_eq!(error_of(bridged("solo"), Tap::named("b0")), no_bridge);
-        let taps = sh("ip -o link show type tun");
-        assert!(!taps.contains("b0"), "a start that failed leaves nothing: {taps}");
+        eventually("a start that failed leaves nothing", || {
+            !sh("ip -o link show type tun").contains("b0")
+        });
 
         let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
         for fd in [file.into(), std::fs::File::open("/dev/null").unwrap().into()] {
@@ -548,6 +623,143 @@ fn a_close_with_reads_in_the_kernel_brings_every_frame_home() {
                     drop(ring);
                 });
             }
+        }
+    });
+}
+
+/// Goal: a queue that ends without a close, because something above it has panicked, takes back what
+/// the kernel has before a frame goes home. Method: packets come all the time, and no frame that is
+/// home changes any more.
+#[test]
+fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            every_way(|way, poller| {
+                let after = 20;
+                let tap =
+                    Faults::seeded(1).panic_after(after).wrap(Tap::named("t0").engine(engine));
+                let interface = Interface::builder().mode(Mode::Host).device(tap).start().unwrap();
+                let neighbour = Neighbour::on("t0");
+                let ring = interface.ring(Direction::Both).depth(64).drive(way.drive(poller));
+                let mut ring = ring.build().expect("a ring");
+                post(&mut ring, 64);
+                ring.reap().for_each(drop);
+                stage(format!("{engine} {way:?}: the panic"));
+                let mut home: Vec<(Frame, Vec<u8>)> = Vec::new();
+                let (mut came, mut panicked, mut number) = (0, 0, 0);
+                eventually("every read comes back", || {
+                    neighbour.send(number, 1000);
+                    number += 1;
+                    for done in ring.reap() {
+                        match done.result {
+                            Ok(_) => came += 1,
+                            Err(EntryError::DevicePanicked) => panicked += 1,
+                            Err(error) => panic!("{error}"),
+                        }
+                        let mut frame = done.frame().expect("it has one");
+                        frame.reset();
+                        frame.copy_from(&[home.len() as u8; 1200]).unwrap();
+                        let bytes = frame.to_vec();
+                        home.push((frame, bytes));
+                    }
+                    came + panicked == 64
+                });
+                assert!(came >= after && panicked > 0, "{came} {panicked}");
+                for number in 0..200 {
+                    neighbour.send(number, 1000);
+                }
+                for (frame, bytes) in &home {
+                    assert!(frame[..] == bytes[..], "the kernel wrote into a frame that was home");
+                }
+                assert_eq!(ring.control().closed(), Some(Closed::DevicePanicked));
+                let pool = ring.pools()[0].clone();
+                ring.close().expect("nothing is leaked");
+                drop((home, ring));
+                assert_eq!(pool.slots_out(), 0);
+                interface.stop(LONG).expect("it stops");
+                eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+            });
+        }
+    });
+}
+
+/// Goal: the numbers of the kernel's buffers come back with their packets. Method: more packets than
+/// there are numbers.
+#[test]
+fn thousands_of_packets_go_through_one_ring_in_order() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            for way in [Way::Thread, Way::Inline] {
+                with_reads_in_the_kernel(engine, way, |interface, mut ring| {
+                    let neighbour = Neighbour::on("t0");
+                    for first in (0..2500).step_by(32) {
+                        (first..first + 32).for_each(|number| neighbour.send(number, 60));
+                        for number in first..first + 32 {
+                            let mut frame = next(&mut ring);
+                            assert_eq!(number_of(&frame), number, "{engine} {way:?}");
+                            frame.reset();
+                            ring.submit_read(frame, 0).expect("its credit came back");
+                        }
+                    }
+                    drop((ring, interface));
+                });
+            }
+        }
+    });
+}
+
+/// Goal: with inline driving, the descriptor tells of a packet that comes to the TAP, before and
+/// after a restart, and of nothing else.
+#[test]
+fn the_descriptor_of_an_inline_ring_tells_of_packets() {
+    fn readable(ring: &Ring, timeout: Duration) -> bool {
+        let fd = ring.completion_fd().expect("a descriptor").as_raw_fd();
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one descriptor.
+        unsafe { libc::poll(&mut poll, 1, timeout.as_millis() as i32) == 1 }
+    }
+    fn packets(ring: &mut Ring) {
+        let neighbour = Neighbour::on("t0");
+        ring.completion_fd().expect("a descriptor");
+        for number in 0..20 {
+            // Twice: who sleeps again without a packet arms again.
+            for _ in 0..2 {
+                let mut turns = 0;
+                while ring.arm() == Armed::Ready {
+                    assert_eq!(ring.reap().count(), 0, "nothing was sent");
+                    turns += 1;
+                    assert!(turns < 100, "it never says that it is armed");
+                }
+                assert!(!readable(ring, Duration::ZERO), "nothing has come");
+            }
+            neighbour.send(number, 60);
+            assert!(readable(ring, LONG), "nothing tells of the packet");
+            let mut frame = next(ring);
+            assert_eq!(number_of(&frame), number);
+            frame.reset();
+            ring.submit_read(frame, 0).expect("its credit came back");
+        }
+    }
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            stage(format!("{engine}"));
+            let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
+            let ring = interface.ring(Direction::Both).depth(64).drive(Drive::Inline);
+            let mut ring = ring.build().expect("a ring");
+            post(&mut ring, 32);
+            packets(&mut ring);
+            std::thread::scope(|scope| {
+                let restarting = scope.spawn(|| interface.restart(LONG));
+                eventually("the restart", || {
+                    ring.reap().for_each(drop);
+                    restarting.is_finished() && ring.stats().restarts == 1
+                });
+                restarting.join().unwrap().expect("it restarts");
+            });
+            post(&mut ring, 32);
+            packets(&mut ring);
+            drop((ring, interface));
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
         }
     });
 }
@@ -764,6 +976,124 @@ fn a_ring_that_gets_no_io_uring_falls_back() {
         exchange(&mut ring, &Neighbour::on("t0"), 1);
         assert!(interface.counters().contains(&("io_uring fallbacks", 1)));
     });
+}
+
+/// Goal: what comes before there is a ring waits in the queue that the first ring gets, and not in
+/// those that nobody reads.
+#[test]
+fn packets_wait_for_the_first_ring_in_its_queue() {
+    in_namespace(|| {
+        let interface = start(Tap::named("q0").queues(4)).expect("it starts");
+        sh("ip neigh add 192.168.128.9 lladdr 02:00:00:00:00:09 dev q0");
+        let flows = 64;
+        for flow in 0..flows {
+            let socket = std::net::UdpSocket::bind("192.168.128.1:0").unwrap();
+            socket.send_to(&[flow; 20], "192.168.128.9:7").unwrap();
+        }
+        let mut ring = interface.ring(Direction::Read).depth(128).build().expect("a ring");
+        post(&mut ring, 128);
+        let mut seen = HashSet::new();
+        eventually("every flow's packet", || {
+            ring.wait(1, Some(Duration::from_millis(1)));
+            for done in ring.reap() {
+                let frame = done.frame_ok().expect("a packet");
+                if frame.len() == 62 && frame[23] == 17 {
+                    assert!(seen.insert(frame[42]), "flow {} came twice", frame[42]);
+                }
+            }
+            seen.len() == usize::from(flows)
+        });
+    });
+}
+
+/// Goal: after a restart the MTU is the one that rings and guests know, although the TAP's is another
+/// by now; a stop puts that one back.
+#[test]
+fn a_restart_keeps_the_mtu() {
+    in_namespace(|| {
+        sh("ip tuntap add p0 mode tap && ip link set p0 mtu 1400");
+        let interface = start(Tap::named("p0")).expect("it starts");
+        sh("ip link set p0 mtu 1300");
+        interface.restart(LONG).expect("it restarts");
+        let link = || sh("ip -o link show p0");
+        assert!(link().contains("mtu 1400"), "{}", link());
+        assert_eq!(interface.mtu(), 1400);
+        interface.stop(LONG).expect("it stops");
+        assert!(link().contains("mtu 1300"), "{}", link());
+    });
+}
+
+/// Goal: writes that the kernel has no room for wait, lose nothing, and keep their order. Method: the
+/// TAP may have a few packets under way, and they leave by a slow link.
+#[test]
+fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
+    if !crate::netns::has("tc") {
+        return;
+    }
+    in_namespace(|| {
+        sh("ip link add br0 type bridge && ip link set br0 up");
+        sh("ip link add v0 type veth peer name v1 && ip link set v1 up");
+        sh("ip link set v0 up master br0");
+        sh("tc qdisc add dev v0 root tbf rate 20mbit burst 4kb limit 1mb");
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            let fd = parent_opens("f0", libc::IFF_TAP | libc::IFF_NO_PI);
+            let room: libc::c_int = 6000;
+            // SAFETY: TUNSETSNDBUF reads a number.
+            let done = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETSNDBUF, &room) };
+            assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+            sh("ip link set f0 up master br0");
+            let neighbour = Neighbour::on("v1");
+            let interface = start(Tap::from_fd(fd).engine(engine)).expect("it starts");
+            let retry = RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(100) };
+            let ring = interface.ring(Direction::Write).depth(128).retry(retry);
+            let mut ring = ring.drive(Drive::Inline).build().expect("a ring");
+            // The bridge's port is ready when something arrives.
+            let mut number = 0;
+            eventually("the way is open", || {
+                number += 1;
+                write(&mut ring, number, 60);
+                // (Those of the engine before may still be on their way.)
+                neighbour.receive().is_some_and(|number| number < 1000)
+            });
+            for number in 1000..1100 {
+                write(&mut ring, number, 1000);
+            }
+            let mut came = Vec::new();
+            eventually("all of them come", || {
+                ring.reap().for_each(|done| assert!(done.result.is_ok()));
+                came.extend(neighbour.receive().filter(|number| (1000..1100).contains(number)));
+                came.len() == 100
+            });
+            assert_eq!(came, (1000..1100).collect::<Vec<_>>(), "{engine}");
+            assert!(ring.stats().retries > 0, "nothing was refused");
+
+            stage(format!("{engine}: a close does not wait for room"));
+            sh("tc qdisc change dev v0 root tbf rate 8kbit burst 4kb limit 1mb");
+            for number in 2000..2050 {
+                write(&mut ring, number, 1000);
+            }
+            let in_flight = ring.in_flight();
+            assert!(in_flight > 0, "nothing was refused");
+            ring.close().expect("it closes");
+            let mut cancelled = Vec::new();
+            for done in ring.reap() {
+                assert_eq!(done.result, Err(EntryError::Cancelled));
+                cancelled.push(done.user_data);
+            }
+            assert_eq!(cancelled, (2050 - in_flight as u64..2050).collect::<Vec<_>>());
+            sh("tc qdisc change dev v0 root tbf rate 20mbit burst 4kb limit 1mb");
+            drop((ring, interface));
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}
+
+fn write(ring: &mut Ring, number: u64, len: usize) {
+    let mut frame = ring.alloc().expect("a free frame");
+    // To one host: of a broadcast the bridge sends a copy, which does not count.
+    frame.copy_from(&packet_between([2, 9, 9, 9, 9, 9], HOST, number, len)).unwrap();
+    ring.submit_write(frame, number).expect("a credit");
+    ring.reap().for_each(|done| assert!(done.result.is_ok()));
 }
 
 /// A reading ring and writing rings on the one queue of a TAP.
