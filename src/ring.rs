@@ -513,6 +513,9 @@ impl SubmissionQueue {
     /// doorbell. Takes no more from the iterator than it can submit, so a `by_ref` iterator keeps
     /// the rest. Returns how many were submitted.
     ///
+    /// How many it can is seen before the iterator is: credits that come back while it runs, because
+    /// it reaps, count from the next call on. So collect what was reaped, then submit it.
+    ///
     /// # Errors
     ///
     /// [`BatchError`] with the frame that could not be taken for a reason other than backpressure,
