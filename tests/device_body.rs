@@ -8,8 +8,7 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Mode, Op, Poller,
-    RetryPolicy, Ring,
+    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
 };
 
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
@@ -308,7 +307,7 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
         sh("ip link add br0 mtu 9000 type bridge mcast_snooping 0 && ip link set br0 up");
         every_way(|way, poller| {
             let end = |name: &str| {
-                let builder = Interface::builder().mode(Mode::Bridged("br0".to_owned()));
+                let builder = Interface::builder().mode(vmring::Mode::Bridged("br0".to_owned()));
                 kind.wrap(builder, vmring::Tap::named(name).engine(engine))
             };
             body(vec![end("left"), end("right")], kind.ordered(), way, poller);
