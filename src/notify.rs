@@ -225,7 +225,7 @@ impl Descriptor {
 #[derive(Debug)]
 pub(crate) struct Both {
     epoll: File,
-    watched: Option<RawFd>,
+    watched: Option<(RawFd, u64)>,
 }
 
 #[cfg(target_os = "linux")]
@@ -242,15 +242,22 @@ impl Both {
         self.epoll.as_fd()
     }
 
-    /// Watches that device, or none. One that is closed has left by itself.
-    pub(crate) fn watch(&mut self, device: Option<RawFd>) -> io::Result<()> {
-        if let Some(fd) = self.watched.take() {
-            // Fails if it is closed.
-            let _ = self.control(libc::EPOLL_CTL_DEL, fd);
+    /// Watches that device, or none. A device is its descriptor and which of its owner's queues it
+    /// belongs to: that of an earlier queue is closed and has left by itself, and its number may be
+    /// somebody else's by now.
+    pub(crate) fn watch(&mut self, device: Option<RawFd>, queue: u64) -> io::Result<()> {
+        let wanted = device.map(|fd| (fd, queue));
+        if self.watched == wanted {
+            return Ok(());
+        }
+        if let Some((fd, of)) = self.watched.take()
+            && of == queue
+        {
+            self.control(libc::EPOLL_CTL_DEL, fd)?;
         }
         if let Some(fd) = device {
             self.control(libc::EPOLL_CTL_ADD, fd)?;
-            self.watched = device;
+            self.watched = wanted;
         }
         Ok(())
     }

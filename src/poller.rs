@@ -207,6 +207,8 @@ pub(crate) struct Engine {
     orphans: Vec<crate::device::Orphan>,
     /// A poller's thread drives it, and no other will.
     settled: bool,
+    /// Queues that it has had and that are gone.
+    queues_closed: u64,
 }
 
 impl fmt::Debug for Engine {
@@ -215,6 +217,7 @@ impl fmt::Debug for Engine {
             .field("posted", &(self.posted.reads.len(), self.posted.writes.len()))
             .field("kept", &self.kept)
             .field("phase", &self.phase)
+            .field("queues_closed", &self.queues_closed)
             .finish_non_exhaustive()
     }
 }
@@ -265,6 +268,7 @@ impl Engine {
             coalesce: None,
             orphans: Vec::with_capacity(reads + writes),
             settled: false,
+            queues_closed: 0,
         })
     }
 
@@ -646,6 +650,7 @@ impl Engine {
     /// Drops the queue; the slots it kept become orphans.
     fn drop_queue(&mut self) {
         self.descriptor = None;
+        self.queues_closed += 1;
         if let Some(queue) = self.queue.take()
             && guard(|| drop(queue)).is_err()
         {
@@ -765,6 +770,12 @@ impl Engine {
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
         let waits = !self.posted.reads.is_empty() || self.kept != [0; 2];
         self.descriptor.filter(|_| waits)
+    }
+
+    /// Tells the descriptors of one queue from those of the next, whose numbers may be the same.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn queues_closed(&self) -> u64 {
+        self.queues_closed
     }
 
     /// Whether its device has one.

@@ -874,7 +874,8 @@ impl CompletionQueue {
         #[cfg(target_os = "linux")]
         if armed == Armed::Armed
             && let Some(both) = self.both.get_mut()
-            && both.watch(self.engine.as_ref().and_then(|engine| engine.descriptor())).is_err()
+            && let Some(engine) = &self.engine
+            && both.watch(engine.descriptor(), engine.queues_closed()).is_err()
         {
             // Nobody would tell of a packet: the caller must not sleep.
             self.disarm();
