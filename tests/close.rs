@@ -753,7 +753,10 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
             for interface in [loopback(), embedded] {
                 let mac = interface.mac();
                 let mut ring = interface.ring(Direction::Both).drive(drive).build().unwrap();
-                let mut writer = interface.ring(Direction::Write).drive(drive).build().unwrap();
+                // After a restart the writer may be there before the reader is.
+                let patient = RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(50) };
+                let writer = interface.ring(Direction::Write).drive(drive).retry(patient);
+                let mut writer = writer.build().unwrap();
                 for round in 1..=3 {
                     stage(format!("{}: restart {round}", interface.device_name()));
                     (0..4).for_each(|number| post(&mut ring, number));
