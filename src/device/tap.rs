@@ -36,9 +36,9 @@
 //! Frames move by io_uring: one multishot read over a ring of provided buffers, which are the posted
 //! slots, and writes in batches. Where the kernel is older than 6.7, or a container forbids io_uring,
 //! a plain `read(2)` and `write(2)` per frame do the same work. [`Device::counters`] says which one
-//! runs; [`Tap::engine`] chooses. A loop that does nothing but write is a little faster by plain calls
-//! where a system call is cheap; traffic both ways, as a guest's TCP is, took 1.6 times their processor
-//! time (`performance/`).
+//! runs; [`Tap::engine`] chooses. Which is faster depends on what a system call costs and on what else
+//! the machine does; `performance/` measures both. With `Drive::Inline` under a flood of packets plain
+//! calls are.
 //!
 //! An inline ring's io_uring belongs to the thread that drives it. Some milliseconds after such a ring
 //! is closed the kernel takes it apart on that thread, and a system call that waits there then may end
