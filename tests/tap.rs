@@ -1152,3 +1152,14 @@ fn a_restart_from_another_namespace_is_in_the_first_one() {
         exchange(&mut ring, &Neighbour::on("t0"), 1);
     });
 }
+
+#[test]
+fn a_tap_whose_queues_are_all_taken_gives_no_further_one() {
+    in_namespace(|| {
+        let multi = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE;
+        let taken: Vec<OwnedFd> = (0..255).map(|_| parent_opens("m0", multi)).collect();
+        let refused = tap_error(Tap::named("m0").queues(2));
+        assert_eq!(refused, TapError::TooManyQueues("m0".to_owned()));
+        drop(taken);
+    });
+}

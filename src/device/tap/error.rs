@@ -44,14 +44,12 @@ pub enum TapError {
         /// Whether it was made for several.
         multi: bool,
     },
-    /// More queues than the kernel gives one TAP.
-    #[error("the kernel gives the TAP '{name}' no {queues} queues: ask for fewer (at most 256)")]
-    TooManyQueues {
-        /// The TAP's name.
-        name: String,
-        /// How many were asked for.
-        queues: usize,
-    },
+    /// The kernel gives the TAP no further queue.
+    #[error(
+        "the kernel gives the TAP '{0}' no further queue: ask for fewer (256 are the most, with those \
+         of others)"
+    )]
+    TooManyQueues(String),
     /// A descriptor that is no TAP's, or not set up for this use.
     #[error("the descriptor is no open TAP: {0}")]
     Descriptor(&'static str),

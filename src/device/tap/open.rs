@@ -11,6 +11,7 @@ use libc::{IFNAMSIZ, c_ulong, ifreq};
 use macaddr::MacAddr6;
 
 use super::TapError;
+use super::link::is_interface_name;
 use crate::device::Offloads;
 use crate::error::Error;
 use vmring_core::offload;
@@ -61,11 +62,14 @@ pub(crate) struct Described {
     pub(crate) multi: bool,
 }
 
-/// Whether the kernel takes it as the name of an interface (`dev_valid_name`).
+/// Whether an interface can have that name. A `%` would be a wish for a number, not a name.
 pub(crate) fn check_name(name: &str) -> Result<(), TapError> {
-    let fits = !name.is_empty() && name.len() < IFNAMSIZ && name != "." && name != "..";
-    let odd = |byte: u8| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | b'%' | 0);
-    if fits && !name.bytes().any(odd) { Ok(()) } else { Err(TapError::Name(name.to_owned())) }
+    let odd = |byte: u8| byte.is_ascii_whitespace() || byte == b'%';
+    if is_interface_name(name) && !name.bytes().any(odd) {
+        Ok(())
+    } else {
+        Err(TapError::Name(name.to_owned()))
+    }
 }
 
 /// Opens a queue of the TAP `name`, which is made if there is none. `name` may hold `%d`, for which
@@ -102,9 +106,7 @@ fn refusal(name: &str, flags: Flags, source: io::Error) -> Error {
             ),
         },
         Some(libc::EBUSY) => TapError::Taken(name.to_owned()).into(),
-        Some(libc::E2BIG | libc::ENFILE) => {
-            TapError::TooManyQueues { name: name.to_owned(), queues: 257 }.into()
-        }
+        Some(libc::E2BIG | libc::ENFILE) => TapError::TooManyQueues(name.to_owned()).into(),
         // Either it is no TAP, or it is one of the other kind. One way to find out is to try.
         Some(libc::EINVAL) => {
             let other = Flags { multi: !flags.multi, ..flags };
