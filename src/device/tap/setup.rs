@@ -73,21 +73,9 @@ impl Setup {
         self.range
     }
 
-    /// Sets what was asked for. Answers with the MTU, and the DHCP server if there is one. After an
-    /// error, what was set is taken back.
+    /// Sets what was asked for. Answers with the MTU, and the DHCP server if there is one. What was set
+    /// before an error is taken back when this is dropped.
     pub(crate) fn apply(
-        &mut self,
-        asked: &Asked<'_>,
-        host_mac: MacAddr6,
-    ) -> Result<(u32, Option<Dhcp>), Error> {
-        let result = self.try_apply(asked, host_mac);
-        if result.is_err() {
-            let _ = self.undo();
-        }
-        result
-    }
-
-    fn try_apply(
         &mut self,
         asked: &Asked<'_>,
         host_mac: MacAddr6,
