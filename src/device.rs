@@ -33,7 +33,9 @@ use std::time::Duration;
 use macaddr::MacAddr6;
 use vmring_core::{Class, Frame, Outcome, offload};
 
+use crate::completions::Completions;
 use crate::error::{Direction, EntryError, Error, Status};
+use crate::fifo::Fifo;
 use crate::interface::InterfaceInfo;
 use crate::notify::lock;
 use crate::ring::RingShared;
@@ -390,21 +392,28 @@ pub struct PostedSlot {
 }
 
 impl PostedSlot {
+    #[inline(always)]
     pub(crate) fn new(frame: Frame, user_data: u64, ring: u32, class: Class) -> Self {
         Self { frame: Some(frame), user_data, ring, class }
     }
 
+    #[inline(always)]
     pub(crate) fn into_frame(mut self) -> (Frame, u64, Class) {
-        let frame = self.frame.take().expect("a posted slot has its frame until it is completed");
-        (frame, self.user_data, self.class)
+        let frame = self.frame.take();
+        let (user_data, class) = (self.user_data, self.class);
+        // Nothing is left to drop, and nobody need ask.
+        std::mem::forget(self);
+        (frame.expect("a posted slot has its frame until it is completed"), user_data, class)
     }
 
     /// The number the caller gave.
+    #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
     /// Whether it is to be filled rather than sent.
+    #[inline]
     pub fn is_read(&self) -> bool {
         self.class == Class::Read
     }
@@ -525,9 +534,11 @@ pub(crate) fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|_| Panicked)
 }
 
-/// Where a completed slot goes.
-pub(crate) trait Sink {
-    fn done(&mut self, slot: Done);
+/// Where a completed slot goes: to its ring, or, behind a wrapper, to the wrapper's list. Two known
+/// ways and no trait object, so that a completion costs no call.
+pub(crate) enum Sink<'a> {
+    Ring(&'a mut Completions),
+    Wrapper(&'a mut VecDeque<Done>),
 }
 
 /// A slot that a queue is done with.
@@ -552,24 +563,20 @@ impl Done {
     pub fn packet_mut(&mut self) -> &mut [u8] {
         self.slot.packet_mut()
     }
-
-    pub(crate) fn into_parts(self) -> (Frame, u64, Class, Outcome) {
-        let (frame, user_data, class) = self.slot.into_frame();
-        (frame, user_data, class, self.outcome)
-    }
-}
-
-impl Sink for VecDeque<Done> {
-    fn done(&mut self, done: Done) {
-        self.push_back(done);
-    }
 }
 
 /// Slots posted and not taken, in submission order.
 #[derive(Debug, Default)]
 pub(crate) struct Posted {
-    pub(crate) reads: VecDeque<PostedSlot>,
-    pub(crate) writes: VecDeque<PostedSlot>,
+    pub(crate) reads: Fifo<PostedSlot>,
+    pub(crate) writes: Fifo<PostedSlot>,
+}
+
+impl Posted {
+    /// How many reads and writes.
+    pub(crate) fn lens(&self) -> [i64; 2] {
+        [self.reads.len() as i64, self.writes.len() as i64]
+    }
 }
 
 /// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
@@ -578,11 +585,10 @@ pub struct Io<'a> {
     /// The ring whose slots these are; 0 for a wrapper's, which only hands them through.
     ring: u32,
     posted: &'a mut Posted,
-    sink: &'a mut dyn Sink,
-    read_limit: u32,
-    write_limit: u32,
-    /// Slots taken and not brought back in this call, by this call's own count.
-    pub(crate) held: [i64; 2],
+    sink: Sink<'a>,
+    /// Where in the posted reads and writes this call must stop. Positions, so that a slot that is put
+    /// back may be taken again.
+    until: [usize; 2],
 }
 
 impl fmt::Debug for Io<'_> {
@@ -598,47 +604,44 @@ impl<'a> Io<'a> {
     pub(crate) fn new(
         ring: u32,
         posted: &'a mut Posted,
-        sink: &'a mut dyn Sink,
+        sink: Sink<'a>,
         read_limit: u32,
         write_limit: u32,
     ) -> Self {
-        Self { ring, posted, sink, read_limit, write_limit, held: [0; 2] }
+        let until =
+            |list: &Fifo<_>, limit: u32| list.head().wrapping_add(list.len().min(limit as usize));
+        let until = [until(&posted.reads, read_limit), until(&posted.writes, write_limit)];
+        Self { ring, posted, sink, until }
     }
 
     /// Reads that may be taken in this call.
     #[inline]
     pub fn reads(&self) -> usize {
-        self.posted.reads.len().min(self.read_limit as usize)
+        self.until[0].wrapping_sub(self.posted.reads.head())
     }
 
     /// Writes that may be taken in this call.
     #[inline]
     pub fn writes(&self) -> usize {
-        self.posted.writes.len().min(self.write_limit as usize)
+        self.until[1].wrapping_sub(self.posted.writes.head())
     }
 
     /// Takes the read posted longest ago.
-    #[inline]
+    #[inline(always)]
     pub fn take_read(&mut self) -> Option<PostedSlot> {
-        self.read_limit = self.read_limit.checked_sub(1)?;
-        let slot = self.posted.reads.pop_front()?;
-        self.held[0] += 1;
-        Some(slot)
+        if self.reads() == 0 { None } else { self.posted.reads.pop_front() }
     }
 
     /// Takes the write submitted longest ago.
-    #[inline]
+    #[inline(always)]
     pub fn take_write(&mut self) -> Option<PostedSlot> {
-        self.write_limit = self.write_limit.checked_sub(1)?;
-        let slot = self.posted.writes.pop_front()?;
-        self.held[1] += 1;
-        Some(slot)
+        if self.writes() == 0 { None } else { self.posted.writes.pop_front() }
     }
 
     /// The write that [`take_write`](Self::take_write) would take.
     #[inline]
     pub fn peek_write(&self) -> Option<&PostedSlot> {
-        (self.write_limit > 0).then(|| self.posted.writes.front()).flatten()
+        if self.writes() == 0 { None } else { self.posted.writes.front() }
     }
 
     /// The reads that may be taken, oldest first, where they are: for a device that fills before it
@@ -646,7 +649,7 @@ impl<'a> Io<'a> {
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_reads(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
-        let limit = self.read_limit as usize;
+        let limit = self.reads();
         self.posted.reads.iter_mut().take(limit)
     }
 
@@ -654,34 +657,31 @@ impl<'a> Io<'a> {
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_writes(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
-        let limit = self.write_limit as usize;
+        let limit = self.writes();
         self.posted.writes.iter_mut().take(limit)
     }
 
     /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
     /// several back in the reverse order of taking.
+    #[inline]
     pub fn put_back(&mut self, slot: PostedSlot) {
-        if self.is_foreign(&slot) {
+        if self.is_foreign(slot.ring) {
             return;
         }
-        let (list, limit) = match slot.class {
-            Class::Read => (&mut self.posted.reads, &mut self.read_limit),
-            _ => (&mut self.posted.writes, &mut self.write_limit),
-        };
-        *limit = limit.saturating_add(1);
-        self.held[slot.class as usize] -= 1;
-        list.push_front(slot);
+        match slot.class {
+            Class::Read => self.posted.reads.push_front(slot),
+            _ => self.posted.writes.push_front(slot),
+        }
     }
 
     /// A packet of `len` bytes stands in the slot. A length beyond the slot's room completes it as
     /// refused with `InvalidArgument` instead: a device cannot make anybody read outside.
-    #[inline]
+    #[inline(always)]
     pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
-        let outcome = match slot.frame_mut().set_len(len) {
-            Ok(()) => Outcome::Done,
-            Err(_) => Status::InvalidArgument.into(),
-        };
-        self.finish(slot, outcome);
+        match slot.frame_mut().set_len(len) {
+            Ok(()) => self.finish(slot, Outcome::Done),
+            Err(_) => self.fail(slot, Status::InvalidArgument),
+        }
     }
 
     /// An offload header and behind it a packet, `len` bytes together, stand in the slot, where
@@ -697,45 +697,62 @@ impl<'a> Io<'a> {
     }
 
     /// The slot's packet was sent.
-    #[inline]
+    #[inline(always)]
     pub fn complete_write(&mut self, slot: PostedSlot) {
         self.finish(slot, Outcome::Done);
     }
 
     /// The device refuses this slot.
+    #[cold]
+    #[inline(never)]
     pub fn fail(&mut self, slot: PostedSlot, status: Status) {
         self.finish(slot, status.into());
     }
 
     /// The slot was given back because of a cancel or a close.
+    #[inline]
     pub fn cancel(&mut self, slot: PostedSlot) {
         self.finish(slot, Outcome::Cancelled);
     }
 
     /// Passes on what an inner queue completed: for wrappers.
     pub fn forward(&mut self, done: Done) {
-        if self.is_foreign(&done.slot) {
-            return;
-        }
-        self.held[done.slot.class as usize] -= 1;
-        self.sink.done(done);
+        let Done { slot, outcome } = done;
+        self.finish(slot, outcome);
     }
 
-    /// Whether a device has mixed up two rings' slots. Such a slot is dropped, and so completes on
-    /// its own ring as abandoned.
-    #[inline]
-    fn is_foreign(&self, slot: &PostedSlot) -> bool {
-        self.ring != 0 && self.ring != slot.ring
-    }
-
-    #[inline]
+    /// Always inlined, with all that it calls, and the slot taken apart first: it then never leaves the
+    /// registers, where a call, or a panic that has to drop it, would want it in memory, written in
+    /// small pieces and read back in large ones.
+    #[inline(always)]
     fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
-        if self.is_foreign(&slot) {
-            return;
+        let ring = slot.ring;
+        let (frame, user_data, class) = slot.into_frame();
+        if self.is_foreign(ring) {
+            return abandon(ring, Orphan { frame, user_data, class });
         }
-        self.held[slot.class as usize] -= 1;
-        self.sink.done(Done { slot, outcome });
+        match &mut self.sink {
+            Sink::Ring(completions) => completions.done(class, frame, user_data, outcome),
+            Sink::Wrapper(list) => {
+                let slot = PostedSlot::new(frame, user_data, ring, class);
+                list.push_back(Done { slot, outcome });
+            }
+        }
     }
+
+    /// Whether a device has mixed up two rings' slots. Such a slot completes on its own ring as
+    /// abandoned.
+    #[inline(always)]
+    fn is_foreign(&self, ring: u32) -> bool {
+        // In this order: nearly always they are the same.
+        self.ring != ring && self.ring != 0
+    }
+}
+
+/// The place of a class in a pair of reads and writes.
+#[inline(always)]
+pub(crate) fn list_of(class: Class) -> usize {
+    usize::from(class != Class::Read)
 }
 
 /// A private pair of lists for a wrapper: it takes slots from the poller's [`Io`], posts those it
@@ -763,10 +780,11 @@ impl Relay {
 
     /// Polls the inner queue with what is posted.
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
-        let mut io = Io::new(0, &mut self.posted, &mut self.done, u32::MAX, u32::MAX);
+        let before = self.with_us();
+        let sink = Sink::Wrapper(&mut self.done);
+        let mut io = Io::new(0, &mut self.posted, sink, u32::MAX, u32::MAX);
         let result = queue.poll(&mut io);
-        let held = io.held;
-        self.settle(held);
+        self.settle(before);
         result
     }
 
@@ -789,6 +807,7 @@ impl Relay {
     }
 
     /// Puts what the inner queue left posted back to the poller.
+    #[inline]
     pub fn put_back(&mut self, io: &mut Io<'_>) {
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             while let Some(slot) = list.pop_back() {
@@ -799,16 +818,27 @@ impl Relay {
 
     /// Asks the inner queue to close.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
-        let mut io = Io::new(0, &mut self.posted, &mut self.done, 0, 0);
+        let before = self.with_us();
+        let mut io = Io::new(0, &mut self.posted, Sink::Wrapper(&mut self.done), 0, 0);
         let closed = queue.close(&mut io);
-        let held = io.held;
-        self.settle(held);
+        self.settle(before);
         closed
     }
 
-    fn settle(&mut self, held: [i64; 2]) {
-        self.held[0] += held[0];
-        self.held[1] += held[1];
+    /// Slots that are posted or done, by class: what a call of the inner queue takes off this sum, it
+    /// keeps.
+    fn with_us(&self) -> [i64; 2] {
+        let mut sum = self.posted.lens();
+        for done in &self.done {
+            sum[list_of(done.slot.class)] += 1;
+        }
+        sum
+    }
+
+    fn settle(&mut self, before: [i64; 2]) {
+        let now = self.with_us();
+        self.held[0] += before[0] - now[0];
+        self.held[1] += before[1] - now[1];
     }
 
     /// What the inner queue has completed, oldest first.

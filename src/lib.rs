@@ -52,9 +52,11 @@
 //! that came in an XPC message.
 
 pub mod blocking;
+mod completions;
 pub mod device;
 pub mod error;
-pub mod future;
+pub mod fifo;
+mod future;
 pub mod interface;
 mod memory;
 mod notify;

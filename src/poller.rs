@@ -8,7 +8,6 @@
 //! rings the poller's own doorbell, which costs a system call only if the thread sleeps. So the cost
 //! of a turn does not grow with the number of idle rings.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,15 +20,16 @@ use crossbeam_utils::CachePadded;
 use vmring_core::doorbell::Doorbell;
 use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
 
+use crate::completions::Completions;
 use crate::device::{
-    Capabilities, Device, Done, Io, Panicked, Posted, PostedSlot, Progress, Queue, Sink, Wake,
-    guard,
+    Capabilities, Device, Io, Panicked, Posted, PostedSlot, Progress, Queue, Sink, Wake, guard,
+    list_of,
 };
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
+use crate::fifo::Fifo;
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::notify::{Notifier, after, lock, poll, poll_in};
 use crate::ring::{RingShared, control};
-use crate::stats::{REASONS, add_batch, reason};
 
 /// How a thread waits for work: first spinning, then giving up its time slice, then sleeping until
 /// the doorbell rings.
@@ -93,61 +93,6 @@ impl Default for RetryPolicy {
     }
 }
 
-/// Sums of one device call, to be added to the ring's counters in one go.
-#[derive(Debug, Default)]
-struct Tally {
-    rx_packets: u32,
-    rx_bytes: u64,
-    tx_packets: u32,
-    tx_bytes: u64,
-    cancelled: u64,
-    errors: u64,
-    /// The same by status.
-    by_status: [u32; REASONS],
-    abandoned: u64,
-}
-
-/// The way from the device into the completion queue.
-struct CqSink<'a> {
-    outlet: &'a mut Outlet,
-    /// How a slot ends that the device gives back undone: cancelled, or with the reason for which
-    /// the ring closes.
-    undone: Outcome,
-    tally: Tally,
-}
-
-impl Sink for CqSink<'_> {
-    #[inline]
-    fn done(&mut self, done: Done) {
-        let (frame, user_data, class, outcome) = done.into_parts();
-        let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
-        self.tally.count(class, outcome, frame.len());
-        self.outlet.push(class, frame, user_data, outcome);
-    }
-}
-
-impl Tally {
-    #[inline]
-    fn count(&mut self, class: Class, outcome: Outcome, len: usize) {
-        match (outcome, class) {
-            (Outcome::Done, Class::Read) => {
-                self.rx_packets += 1;
-                self.rx_bytes += len as u64;
-            }
-            (Outcome::Done, _) => {
-                self.tx_packets += 1;
-                self.tx_bytes += len as u64;
-            }
-            (Outcome::Cancelled, _) => self.cancelled += 1,
-            (Outcome::Refused(code), _) => {
-                self.errors += 1;
-                self.by_status[reason(code)] += 1;
-            }
-            (Outcome::Abandoned | Outcome::DevicePanicked, _) => self.abandoned += 1,
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Stall {
     attempts: u32,
@@ -185,7 +130,7 @@ pub(crate) struct EngineParts {
 /// One ring's poller work.
 pub(crate) struct Engine {
     intake: Intake,
-    outlet: Outlet,
+    completions: Completions,
     posted: Posted,
     /// Slots that the queue keeps: reads, writes.
     kept: [i64; 2],
@@ -248,10 +193,10 @@ impl Engine {
         };
         Ok(Self {
             intake,
-            outlet,
+            completions: Completions::new(outlet, shared.clone()),
             posted: Posted {
-                reads: VecDeque::with_capacity(reads),
-                writes: VecDeque::with_capacity(writes),
+                reads: Fifo::with_capacity(reads),
+                writes: Fifo::with_capacity(writes),
             },
             kept: [0; 2],
             queue: Some(queue),
@@ -314,7 +259,7 @@ impl Engine {
             let asked = self.shared.cancels_asked();
             self.take_submissions();
             self.cancel(None);
-            self.outlet.publish();
+            self.completions.publish();
             self.shared.cancels_done(asked);
         }
         if wishes & control::STOP != 0 {
@@ -340,31 +285,30 @@ impl Engine {
         let number = self.shared.number;
         while let Some(submission) = self.intake.pop() {
             let (class, user_data, frame) = match submission {
-                Submission::Read { user_data, frame } => (Class::Read, user_data, frame),
-                Submission::Write { user_data, frame } => (Class::Write, user_data, frame),
+                Submission::Packet { class, user_data, frame } => (class, user_data, frame),
                 Submission::Cancel { user_data, target } => {
                     let matched = self.cancel(target);
-                    self.outlet.push_cancel(target.is_none(), matched, user_data);
+                    self.completions.cancelled(target.is_none(), matched, user_data);
                     continue;
                 }
             };
-            if let Some(outcome) = self.refusal() {
-                let mut tally = Tally::default();
-                tally.count(class, outcome, 0);
-                self.outlet.push(class, frame, user_data, outcome);
-                self.add(tally);
+            if !matches!(self.phase, Phase::Open)
+                && let Some(outcome) = self.refusal()
+            {
+                self.completions.push(class, frame, user_data, outcome);
                 continue;
             }
             let list = match class {
                 Class::Read => &mut self.posted.reads,
                 _ => &mut self.posted.writes,
             };
-            list.push_back(PostedSlot::new(frame, user_data, number, class));
+            list.push_back_with(|| PostedSlot::new(frame, user_data, number, class));
         }
         true
     }
 
     /// How an entry ends that came too late for the device.
+    #[cold]
     fn refusal(&self) -> Option<Outcome> {
         match self.phase {
             Phase::Open | Phase::Detached | Phase::Closing { then: None, .. } => None,
@@ -378,19 +322,17 @@ impl Engine {
     /// it keeps. Returns how many there are.
     fn cancel(&mut self, target: Option<u64>) -> u32 {
         let mut matched = 0;
-        let mut tally = Tally::default();
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             for _ in 0..list.len() {
                 let slot = list.pop_front().expect("counted");
                 if target.is_none_or(|target| target == slot.user_data()) {
                     matched += 1;
-                    complete(&mut self.outlet, &mut tally, slot, Outcome::Cancelled);
+                    self.completions.complete(slot, Outcome::Cancelled);
                 } else {
                     list.push_back(slot);
                 }
             }
         }
-        self.add(tally);
         if let Some(queue) = &mut self.queue {
             match guard(|| queue.cancel(target)) {
                 Ok(kept) => matched += kept,
@@ -410,33 +352,23 @@ impl Engine {
         let Some(queue) = &mut self.queue else { return false };
         let waits = self.stall.as_ref().is_some_and(|stall| Instant::now() < stall.next);
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
-        let posted_before = (self.posted.reads.len(), self.posted.writes.len());
+        let before = self.posted.lens();
         let offered = self.posted.writes.len().min(write_limit as usize);
         let number = self.shared.number;
-        let undone = Outcome::Cancelled;
-        let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
         let reads = self.caps.max_read_batch;
-        let mut io = Io::new(number, &mut self.posted, &mut sink, reads, write_limit);
+        let sink = Sink::Ring(&mut self.completions);
+        let mut io = Io::new(number, &mut self.posted, sink, reads, write_limit);
         let result = guard(|| queue.poll(&mut io));
-        let held = io.held;
-        self.kept[0] += held[0];
-        self.kept[1] += held[1];
-        let tally = sink.tally;
-        let completed = tally.rx_packets + tally.tx_packets > 0
-            || tally.cancelled + tally.errors + tally.abandoned > 0;
-        let counters = &self.shared.counters.poller;
-        add_batch(&counters.read_batches, tally.rx_packets);
-        add_batch(&counters.write_batches, tally.tx_packets);
-        counters.device_wakeups.add(rang.into());
-        self.add(tally);
-        let left = (self.posted.reads.len(), self.posted.writes.len());
-        let moved = completed || left != posted_before;
+        let completed = self.settle_kept(before);
+        self.shared.counters.poller.device_wakeups.add(rang.into());
+        let left = self.posted.lens();
+        let moved = completed || left != before;
         match result {
             Ok(Ok(progress)) => {
                 if offered > 0 {
                     // What of the offer is still posted was not taken.
                     // (A device may also put back what it took in an earlier call.)
-                    let taken = posted_before.1.saturating_sub(left.1);
+                    let taken = (before[1] - left[1]).max(0) as usize;
                     self.writes_taken(taken, offered);
                 }
                 moved || (progress == Progress::More && !self.posted.reads.is_empty())
@@ -451,6 +383,17 @@ impl Engine {
                 true
             }
         }
+    }
+
+    /// Keeps the books of a device call that found so many reads and writes posted: what it took and
+    /// has not brought back, it keeps. Returns whether it completed anything.
+    fn settle_kept(&mut self, before: [i64; 2]) -> bool {
+        let left = self.posted.lens();
+        let ended = self.completions.end_batch();
+        for i in 0..2 {
+            self.kept[i] += before[i] - left[i] - i64::from(ended[i]);
+        }
+        ended != [0; 2]
     }
 
     /// Keeps the books of a stall: the device took `taken` of `offered` writes.
@@ -470,16 +413,10 @@ impl Engine {
             // Once a stall: past its budget every later write comes here.
             let budget = self.retry.attempts;
             let first = self.stall.as_ref().is_none_or(|stall| stall.attempts < budget);
-            let mut tally = Tally::default();
-            let mut given_up = 0;
+            let given_up = self.posted.writes.len();
             while let Some(slot) = self.posted.writes.pop_front() {
-                complete(&mut self.outlet, &mut tally, slot, Status::BufferExhausted.into());
-                given_up += 1;
+                self.completions.give_up(slot, Status::BufferExhausted.into());
             }
-            // Counted by their own name.
-            tally.errors = 0;
-            self.add(tally);
-            self.shared.counters.poller.exhausted.add(given_up);
             if first {
                 tracing::debug!(ring = self.shared.number, given_up, "the device takes no packets");
             }
@@ -517,13 +454,11 @@ impl Engine {
     }
 
     fn complete_posted(&mut self, outcome: Outcome) {
-        let mut tally = Tally::default();
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             while let Some(slot) = list.pop_front() {
-                complete(&mut self.outlet, &mut tally, slot, outcome);
+                self.completions.complete(slot, outcome);
             }
         }
-        self.add(tally);
     }
 
     /// Asks the queue to let go; ends the closing when it has, or when the time is up.
@@ -535,17 +470,16 @@ impl Engine {
             let number = self.shared.number;
             let mut nothing = Posted::default();
             let undone = then.map_or(Outcome::Cancelled, Closed::outcome);
-            let mut sink = CqSink { outlet: &mut self.outlet, undone, tally: Tally::default() };
-            let mut io = Io::new(number, &mut nothing, &mut sink, 0, 0);
+            self.completions.set_undone(undone);
+            let sink = Sink::Ring(&mut self.completions);
+            let mut io = Io::new(number, &mut nothing, sink, 0, 0);
             let result = guard(|| queue.close(&mut io));
-            let held = io.held;
-            self.kept[0] += held[0];
-            self.kept[1] += held[1];
-            let tally = sink.tally;
-            self.add(tally);
+            self.completions.set_undone(Outcome::Cancelled);
             // A device that puts slots back instead of cancelling them.
+            let before = self.posted.lens();
             self.posted.reads.append(&mut nothing.reads);
             self.posted.writes.append(&mut nothing.writes);
+            self.settle_kept(before);
             if then.is_some() {
                 self.complete_posted(undone);
             }
@@ -667,23 +601,20 @@ impl Engine {
         };
         let mut orphans = std::mem::take(&mut self.orphans);
         self.shared.take_orphans(&mut orphans);
-        let mut tally = Tally::default();
         for orphan in orphans.drain(..) {
-            self.kept[orphan.class as usize] -= 1;
-            tally.count(orphan.class, outcome, 0);
-            self.outlet.push(orphan.class, orphan.frame, orphan.user_data, outcome);
+            self.kept[list_of(orphan.class)] -= 1;
+            self.completions.push(orphan.class, orphan.frame, orphan.user_data, outcome);
         }
         self.orphans = orphans;
-        self.add(tally);
     }
 
     /// Publishes completions and notifies a sleeping reaper when its wish is met.
     fn show(&mut self) {
-        let news = self.outlet.publish();
+        let news = self.completions.publish();
         if !news && self.coalesce.is_none() && !self.shared.wants_coalescing() {
             return;
         }
-        let index = self.outlet.index();
+        let index = self.completions.index();
         if news && self.shared.notify_if_due(index) {
             self.coalesce = None;
             self.shared.counters.poller.notifications.add(1);
@@ -691,7 +622,7 @@ impl Engine {
         }
         // Somebody waits for more than there is: from the first completion on, the clock runs.
         match self.shared.coalescing() {
-            Some((arming, delay)) if self.outlet.backlog() > 0 => {
+            Some((arming, delay)) if self.completions.backlog() > 0 => {
                 // An older arming's clock is not this one's.
                 self.coalesce = self.coalesce.filter(|(of, _)| *of == arming);
                 let (_, due) = *self.coalesce.get_or_insert_with(|| (arming, after(delay)));
@@ -703,22 +634,6 @@ impl Engine {
             }
             _ => self.coalesce = None,
         }
-    }
-
-    fn add(&self, tally: Tally) {
-        let counters = &self.shared.counters.poller;
-        counters.rx_packets.add(tally.rx_packets.into());
-        counters.rx_bytes.add(tally.rx_bytes);
-        counters.tx_packets.add(tally.tx_packets.into());
-        counters.tx_bytes.add(tally.tx_bytes);
-        counters.cancelled.add(tally.cancelled);
-        if tally.errors > 0 {
-            counters.errors.add(tally.errors);
-            for (counter, n) in counters.errors_by_status.iter().zip(tally.by_status) {
-                counter.add(n.into());
-            }
-        }
-        counters.abandoned.add(tally.abandoned);
     }
 
     /// Arms the ring's doorbell. False (and disarmed) if there is something to do after all; else
@@ -809,12 +724,6 @@ fn open(
 
 fn fd_of(queue: &dyn Queue) -> Option<RawFd> {
     queue.descriptor().map(|fd| fd.as_raw_fd())
-}
-
-fn complete(outlet: &mut Outlet, tally: &mut Tally, slot: PostedSlot, outcome: Outcome) {
-    let (frame, user_data, class) = slot.into_frame();
-    tally.count(class, outcome, 0);
-    outlet.push(class, frame, user_data, outcome);
 }
 
 impl Closed {

@@ -7,10 +7,12 @@
 use crate::entry::Opcode;
 use crate::sync::{Arc, AtomicU32, Ordering};
 use crossbeam_utils::CachePadded;
+use static_assertions::const_assert_eq;
 
 /// What a credit is for. Each class has its own, so reads that fill the ring never block a write
 /// or a cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Class {
     /// Posted reads.
     Read,
@@ -20,16 +22,15 @@ pub enum Class {
     Cancel,
 }
 
-impl From<Opcode> for Class {
-    #[inline]
-    fn from(opcode: Opcode) -> Self {
-        match opcode {
-            Opcode::Read => Class::Read,
-            Opcode::Write => Class::Write,
-            Opcode::Cancel | Opcode::CancelAll => Class::Cancel,
-        }
-    }
+/// The class of an entry: both kinds of cancel come after the other two.
+#[inline]
+fn class_of(opcode: Opcode) -> usize {
+    (opcode as usize).min(Class::Cancel as usize)
 }
+
+const_assert_eq!(Opcode::Read as usize, Class::Read as usize);
+const_assert_eq!(Opcode::Write as usize, Class::Write as usize);
+const_assert_eq!(Opcode::Cancel as usize, Class::Cancel as usize);
 
 /// Credits ever given back, by class.
 type Returned = Arc<CachePadded<[AtomicU32; 3]>>;
@@ -87,8 +88,8 @@ impl Taker {
 
 impl Giver {
     #[inline]
-    pub(crate) fn give(&mut self, class: Class) {
-        let i = class as usize;
+    pub(crate) fn give(&mut self, of: Opcode) {
+        let i = class_of(of);
         self.given[i] = self.given[i].wrapping_add(1);
         // Release: pairs with the Acquire in `available`.
         self.returned[i].store(self.given[i], Ordering::Release);

@@ -125,6 +125,7 @@ impl<P: Park> Doorbell<P> {
     }
 
     #[cold]
+    #[inline(never)]
     fn wake(&self) -> bool {
         // Relaxed: only decides who pays; the sleeper's Acquire loads of the work do the rest.
         let ours = self.asleep.swap(0, Ordering::Relaxed) == 1;

@@ -36,6 +36,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    #[inline]
     const fn encode(self) -> (u8, u32) {
         match self {
             Outcome::Done => (0, 0),
@@ -46,6 +47,7 @@ impl Outcome {
         }
     }
 
+    #[inline]
     const fn decode(kind: u8, code: u32) -> Self {
         match kind {
             0 => Outcome::Done,
@@ -69,8 +71,10 @@ pub(crate) struct Place {
 }
 
 /// What the 12 bytes in front of a packet are.
+///
+/// Of the size of the fields beside it, in a frame as in an entry: padding would be copied around.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
+#[repr(u32)]
 pub(crate) enum HeaderState {
     /// Nothing: headroom.
     #[default]
@@ -86,7 +90,8 @@ const NO_SLOT: u32 = u32::MAX;
 const NOWHERE: Place =
     Place { region: 0, slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::Absent };
 
-/// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
+/// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
+/// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Sqe {
@@ -96,8 +101,9 @@ pub struct Sqe {
     len: u32,
     region: u16,
     opcode: Opcode,
+    reserved: u8,
     header: HeaderState,
-    target: u64,
+    reserved_too: u32,
 }
 
 /// A completion queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
@@ -114,7 +120,6 @@ pub struct Cqe {
     outcome: u8,
     code: u32,
     header: HeaderState,
-    reserved: [u8; 3],
 }
 
 const_assert_eq!(size_of::<Sqe>(), 32);
@@ -125,8 +130,9 @@ const_assert_eq!(offset_of!(Sqe, offset), 12);
 const_assert_eq!(offset_of!(Sqe, len), 16);
 const_assert_eq!(offset_of!(Sqe, region), 20);
 const_assert_eq!(offset_of!(Sqe, opcode), 22);
-const_assert_eq!(offset_of!(Sqe, header), 23);
-const_assert_eq!(offset_of!(Sqe, target), 24);
+const_assert_eq!(offset_of!(Sqe, reserved), 23);
+const_assert_eq!(offset_of!(Sqe, header), 24);
+const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
 
 const_assert_eq!(size_of::<Cqe>(), 32);
 const_assert_eq!(align_of::<Cqe>(), 8);
@@ -139,7 +145,6 @@ const_assert_eq!(offset_of!(Cqe, opcode), 22);
 const_assert_eq!(offset_of!(Cqe, outcome), 23);
 const_assert_eq!(offset_of!(Cqe, code), 24);
 const_assert_eq!(offset_of!(Cqe, header), 28);
-const_assert_eq!(offset_of!(Cqe, reserved), 29);
 assert_impl_all!(Sqe: Copy, Send);
 assert_impl_all!(Cqe: Copy, Send);
 
@@ -149,37 +154,43 @@ pub(crate) trait Entry: Copy {
 }
 
 impl Sqe {
+    #[inline]
     pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64) -> Self {
         let Place { region, slot, offset, len, header } = place;
-        Self { user_data, slot, offset, len, region, opcode, header, target: 0 }
+        let (reserved, reserved_too) = (0, 0);
+        Self { user_data, slot, offset, len, region, opcode, reserved, header, reserved_too }
     }
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
-        Self { target, ..Self::packet(opcode, NOWHERE, user_data) }
+        let (offset, len) = ((target >> 32) as u32, target as u32);
+        Self::packet(opcode, Place { offset, len, ..NOWHERE }, user_data)
     }
 
     /// The number the caller gave.
+    #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
     /// What is asked.
+    #[inline]
     pub fn opcode(&self) -> Opcode {
         self.opcode
     }
 
     /// Of a cancel: whose entries.
+    #[inline]
     pub fn target(&self) -> u64 {
-        self.target
+        u64::from(self.offset) << 32 | u64::from(self.len)
     }
 }
 
 impl Cqe {
+    #[inline]
     pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64, outcome: Outcome) -> Self {
         let Place { region, slot, offset, len, header } = place;
         let (outcome, code) = outcome.encode();
-        let reserved = [0; 3];
-        Self { user_data, slot, offset, len, region, opcode, outcome, code, header, reserved }
+        Self { user_data, slot, offset, len, region, opcode, outcome, code, header }
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
@@ -187,21 +198,25 @@ impl Cqe {
     }
 
     /// The number the caller gave.
+    #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
     /// What was asked.
+    #[inline]
     pub fn opcode(&self) -> Opcode {
         self.opcode
     }
 
     /// How it ended.
+    #[inline]
     pub fn outcome(&self) -> Outcome {
         Outcome::decode(self.outcome, self.code)
     }
 
     /// Bytes of the packet; of a cancel, the number of entries that matched.
+    #[inline]
     pub fn len(&self) -> u32 {
         self.len
     }
@@ -249,7 +264,8 @@ mod tests {
 
     #[test]
     fn an_entry_without_a_slot_has_no_place() {
-        assert_eq!(Sqe::cancel(Opcode::Cancel, 3, 4).place(), None);
+        let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
+        assert_eq!((cancel.place(), cancel.target()), (None, 3 << 40 | 5));
         let header = HeaderState::ToSend;
         let place = Place { region: 9, slot: 8, offset: 7, len: 6, header };
         assert_eq!(Sqe::packet(Opcode::Write, place, 5).place(), Some(place));

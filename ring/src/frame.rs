@@ -116,6 +116,7 @@ impl Frame {
         self.header
     }
 
+    #[inline]
     fn pool(&self) -> &Header {
         // SAFETY: our slot is counted as out, so the header is alive ("the pool outlives its
         // slots").
@@ -129,27 +130,32 @@ impl Frame {
     }
 
     /// Whether the packet has no bytes.
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Bytes from the packet's start to the end of the slot: the longest the packet may become.
+    #[inline]
     pub fn capacity(&self) -> usize {
         (self.pool().layout.slot_size - self.offset) as usize
     }
 
     /// Bytes in front of the packet.
+    #[inline]
     pub fn headroom(&self) -> usize {
         self.offset as usize
     }
 
     /// The slot's number in its pool.
+    #[inline]
     pub fn slot(&self) -> u32 {
         self.slot
     }
 
     /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0, no
     /// offload header.
+    #[inline]
     pub fn reset(&mut self) {
         self.offset = self.pool().layout.headroom;
         self.len = 0;
@@ -157,6 +163,7 @@ impl Frame {
     }
 
     /// Makes the packet `len` bytes long, from the same start.
+    #[inline]
     pub fn set_len(&mut self, len: usize) -> Result<(), OutOfRoom> {
         let room = self.capacity();
         if len > room {
@@ -351,6 +358,7 @@ impl Frame {
         &mut self.whole_mut()[offset..]
     }
 
+    #[inline]
     fn whole(&self) -> &[u8] {
         let (start, size) = (self.pool().slot_start(self.slot), self.pool().layout.slot_size);
         // SAFETY: the slot lies in the backing, which is initialised; we own it alone ("one place
@@ -358,6 +366,7 @@ impl Frame {
         unsafe { core::slice::from_raw_parts(start.as_ptr(), size as usize) }
     }
 
+    #[inline]
     fn whole_mut(&mut self) -> &mut [u8] {
         let (start, size) = (self.pool().slot_start(self.slot), self.pool().layout.slot_size);
         // SAFETY: as in `whole`, and we are borrowed exclusively.
@@ -391,12 +400,14 @@ impl DerefMut for Frame {
 }
 
 impl AsRef<[u8]> for Frame {
+    #[inline]
     fn as_ref(&self) -> &[u8] {
         self
     }
 }
 
 impl AsMut<[u8]> for Frame {
+    #[inline]
     fn as_mut(&mut self) -> &mut [u8] {
         self
     }

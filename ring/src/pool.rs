@@ -176,6 +176,7 @@ unsafe fn release(header: NonNull<Header>, what: u64) {
 /// # Safety
 ///
 /// The caller owns `slot` and gives it up here; `header` is its pool.
+#[inline(never)]
 pub(crate) unsafe fn put_home(header: NonNull<Header>, slot: u32) {
     // SAFETY: the slot is still counted as out, so the header is alive.
     unsafe { header.as_ref() }.push(slot);

@@ -22,25 +22,31 @@ use crossbeam_utils::CachePadded;
 /// The pools whose slots may stand in a ring's queues; a pool's place in the list is its region
 /// number.
 #[derive(Clone, Debug)]
-pub struct Regions(Box<[Pool]>);
+pub struct Regions {
+    /// Another handle to the first pool, in most rings the only one, where it costs one load.
+    first: Pool,
+    pools: Box<[Pool]>,
+}
 
 impl Regions {
     /// At most 2^16 pools; `None` if there are more, or none.
     pub fn new(pools: Vec<Pool>) -> Option<Self> {
-        (1..=1 << 16).contains(&pools.len()).then(|| Self(pools.into_boxed_slice()))
+        let first = pools.first()?.clone();
+        (pools.len() <= 1 << 16).then(|| Self { first, pools: pools.into_boxed_slice() })
     }
 
     /// The pools, in the order of their region numbers.
     pub fn pools(&self) -> &[Pool] {
-        &self.0
+        &self.pools
     }
 
     #[inline]
     pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
-        if self.0[0].owns(frame) {
+        let header = frame.header();
+        if self.first.raw() == header {
             return Some(0);
         }
-        self.0.iter().position(|pool| pool.owns(frame)).map(|region| region as u16)
+        self.pools.iter().position(|pool| pool.raw() == header).map(|region| region as u16)
     }
 
     /// Makes an entry's slot a frame again.
@@ -52,7 +58,9 @@ impl Regions {
     #[inline]
     pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
         let place = entry.place()?;
-        let header = self.0[usize::from(place.region)].raw();
+        debug_assert!(usize::from(place.region) < self.pools.len());
+        // SAFETY: `find` gave the region's number, which the entry carries unchanged.
+        let header = unsafe { self.pools.get_unchecked(usize::from(place.region)) }.raw();
         // SAFETY: the caller retired the entry, so the slot is in no other place now; it is
         // counted as out since its frame was submitted, and offset and length were the frame's.
         Some(unsafe { Frame::from_raw(header, place) })
@@ -77,8 +85,15 @@ unsafe impl<T: Entry + Send> Sync for Shared<T> {}
 unsafe impl<T: Entry + Send> Send for Shared<T> {}
 
 impl<T: Entry> Shared<T> {
+    #[inline]
+    fn cell(&self, index: u32) -> &UnsafeCell<MaybeUninit<T>> {
+        // SAFETY: `queue` made `mask + 1` cells, and neither changes afterwards.
+        unsafe { self.cells.get_unchecked((index & self.mask) as usize) }
+    }
+
+    #[inline]
     fn read(&self, index: u32) -> T {
-        self.cells[(index & self.mask) as usize].with(|cell| {
+        self.cell(index).with(|cell| {
             // SAFETY: `index` is in head..tail, so the producer wrote this cell before its Release
             // store of `tail`, which the caller has loaded with Acquire, and will not write it
             // again before `head` has passed.
@@ -152,6 +167,7 @@ impl<T: Entry> Producer<T> {
         &self.shared.regions
     }
 
+    #[inline]
     pub(crate) fn capacity(&self) -> u32 {
         self.shared.mask + 1
     }
@@ -166,26 +182,17 @@ impl<T: Entry> Producer<T> {
     }
 
     /// Entries that fit now; more may fit at any time later.
+    #[inline]
     pub(crate) fn free(&mut self) -> u32 {
         // Acquire: pairs with the Release in `pop`: the consumer has copied these cells out.
         self.head_seen = self.shared.head.load(Ordering::Acquire);
         self.capacity() - self.tail.wrapping_sub(self.head_seen)
     }
 
-    /// Writes an entry that the consumer will not see before `publish`.
-    ///
-    /// # Panics
-    ///
-    /// If there is no room: the caller asks first.
+    /// The next free cell, if there is one.
     #[inline]
-    pub(crate) fn write(&mut self, entry: T) {
-        assert!(self.has_room(), "a queue overflowed");
-        self.shared.cells[(self.tail & self.shared.mask) as usize].with_mut(|cell| {
-            // SAFETY: `tail - head < capacity`, so the cell is outside head..tail: the consumer is
-            // done with it (Acquire in `free`) and looks at it again only after `publish`.
-            unsafe { (*cell).write(entry) };
-        });
-        self.tail = self.tail.wrapping_add(1);
+    pub(crate) fn vacant(&mut self) -> Option<Vacant<'_, T>> {
+        self.has_room().then_some(Vacant(self))
     }
 
     /// Shows everything written to the consumer; the commit point. Returns whether there was
@@ -203,6 +210,7 @@ impl<T: Entry> Producer<T> {
     }
 
     /// Entries ever published (plus the start index).
+    #[inline]
     pub(crate) fn published(&self) -> u32 {
         self.published
     }
@@ -214,6 +222,28 @@ impl<T: Entry> Producer<T> {
 
     pub(crate) fn watch(&self) -> Published<T> {
         Published(self.shared.clone())
+    }
+}
+
+/// A free cell of a queue, for one entry.
+pub(crate) struct Vacant<'a, T: Entry>(&'a mut Producer<T>);
+
+impl<T: Entry> Vacant<'_, T> {
+    pub(crate) fn regions(&self) -> &Regions {
+        &self.0.shared.regions
+    }
+
+    /// Writes an entry that the consumer will not see before `publish`.
+    #[inline(always)]
+    pub(crate) fn write(self, entry: T) {
+        let Producer { shared, tail, .. } = self.0;
+        shared.cell(*tail).with_mut(|cell| {
+            // SAFETY: `vacant` saw `tail - head < capacity`, so the cell is outside head..tail: the
+            // consumer is done with it (Acquire in `free`) and looks at it again only after
+            // `publish`.
+            unsafe { (*cell).write(entry) };
+        });
+        *tail = tail.wrapping_add(1);
     }
 }
 

@@ -5,7 +5,7 @@
 //! `Send` and not `Sync`, and works through `&mut self`.
 
 use crate::credits::{Class, Giver, Taker, credits};
-use crate::entry::{Cqe, Opcode, Outcome, Place, Sqe};
+use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Producer, Published, Regions, queue};
 use core::fmt;
@@ -109,18 +109,13 @@ assert_not_impl_any!(Outlet: Sync, Clone);
 /// What the poller took from the SQ.
 #[derive(Debug)]
 pub enum Submission {
-    /// A frame to fill.
-    Read {
+    /// A frame to fill or to send.
+    Packet {
+        /// Which of the two.
+        class: Class,
         /// The caller's number.
         user_data: u64,
-        /// Where the packet goes.
-        frame: Frame,
-    },
-    /// A frame to send.
-    Write {
-        /// The caller's number.
-        user_data: u64,
-        /// The packet.
+        /// Where the packet goes, or the packet.
         frame: Frame,
     },
     /// Entries to complete now.
@@ -147,10 +142,6 @@ pub struct Reaped {
     pub frame: Option<Frame>,
 }
 
-fn place(region: u16, frame: Frame) -> Place {
-    frame.into_raw(region)
-}
-
 impl Submitter {
     /// Whether an entry of `class` would be taken now.
     #[inline]
@@ -166,7 +157,7 @@ impl Submitter {
 
     /// Writes a read or write entry; the poller sees it after [`publish`](Self::publish). A refusal
     /// gives the frame back.
-    #[inline]
+    #[inline(always)]
     pub fn push(
         &mut self,
         class: Class,
@@ -177,14 +168,15 @@ impl Submitter {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
-        if let Err(refusal) = self.check(class) {
-            return Err((refusal, frame));
+        if !self.credits.any(class) {
+            return Err((Refusal::NoCredit, frame));
         }
-        let Some(region) = self.sq.regions().find(&frame) else {
+        let Some(vacant) = self.sq.vacant() else { return Err((Refusal::SqFull, frame)) };
+        let Some(region) = vacant.regions().find(&frame) else {
             return Err((Refusal::ForeignPool, frame));
         };
         self.credits.take(class);
-        self.sq.write(Sqe::packet(opcode, place(region, frame), user_data));
+        vacant.write(Sqe::packet(opcode, frame.into_raw(region), user_data));
         Ok(())
     }
 
@@ -192,8 +184,9 @@ impl Submitter {
     pub fn push_cancel(&mut self, target: Option<u64>, user_data: u64) -> Result<(), Refusal> {
         self.check(Class::Cancel)?;
         let opcode = if target.is_some() { Opcode::Cancel } else { Opcode::CancelAll };
+        let vacant = self.sq.vacant().ok_or(Refusal::SqFull)?;
         self.credits.take(Class::Cancel);
-        self.sq.write(Sqe::cancel(opcode, target.unwrap_or(0), user_data));
+        vacant.write(Sqe::cancel(opcode, target.unwrap_or(0), user_data));
         Ok(())
     }
 
@@ -228,6 +221,7 @@ impl Reaper {
     }
 
     /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    #[inline]
     pub fn in_flight(&self) -> u32 {
         self.submitted.count().wrapping_sub(self.cq.head())
     }
@@ -242,7 +236,7 @@ impl Reaper {
     #[inline]
     pub fn pop(&mut self) -> Option<Reaped> {
         let cqe = self.cq.pop()?;
-        self.credits.give(cqe.opcode().into());
+        self.credits.give(cqe.opcode());
         // SAFETY: the entry was retired by `pop`, which yields each once; the poller's `push`
         // placed it by a frame of these regions.
         let frame = unsafe { self.cq.regions().frame(&cqe) };
@@ -256,6 +250,7 @@ impl Reaper {
     }
 
     /// How many of the completions that `ready` saw are left.
+    #[inline]
     pub fn known(&self) -> u32 {
         self.cq.known()
     }
@@ -281,11 +276,16 @@ impl Intake {
         // SAFETY: the entry was retired by `pop`, which yields each once; `Submitter::push` placed
         // it by a frame of these regions.
         let frame = unsafe { self.sq.regions().frame(&sqe) };
-        Some(match (sqe.opcode(), frame) {
-            (Opcode::Read, Some(frame)) => Submission::Read { user_data, frame },
-            (Opcode::Write, Some(frame)) => Submission::Write { user_data, frame },
-            (Opcode::Cancel, _) => Submission::Cancel { user_data, target: Some(sqe.target()) },
-            _ => Submission::Cancel { user_data, target: None },
+        Some(match frame {
+            Some(frame) => {
+                let read = sqe.opcode() == Opcode::Read;
+                let class = if read { Class::Read } else { Class::Write };
+                Submission::Packet { class, user_data, frame }
+            }
+            None => {
+                let target = (sqe.opcode() == Opcode::Cancel).then(|| sqe.target());
+                Submission::Cancel { user_data, target }
+            }
         })
     }
 }
@@ -297,21 +297,29 @@ impl Outlet {
     ///
     /// If the CQ is full or the frame foreign: each completion answers one submission, and the
     /// credits make room for it.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
         let opcode = match class {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
-        let region = self.cq.regions().find(&frame).expect("a completion's frame is of the ring");
-        assert!(self.cq.has_room(), "more completions than credits");
-        self.cq.write(Cqe::packet(opcode, place(region, frame), user_data, outcome));
+        let region = self.cq.regions().find(&frame);
+        // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
+        // it in memory instead of in registers.
+        let (pool, place) = (frame.header(), frame.into_raw(region.unwrap_or_default()));
+        let (Some(_), Some(vacant)) = (region, self.cq.vacant()) else {
+            // SAFETY: the frame was given up above, and became nothing else.
+            drop(unsafe { Frame::from_raw(pool, place) });
+            misused();
+        };
+        vacant.write(Cqe::packet(opcode, place, user_data, outcome));
     }
 
     /// Writes the completion of a cancel that found `matched` entries.
     pub fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
         let opcode = if all { Opcode::CancelAll } else { Opcode::Cancel };
-        self.cq.write(Cqe::cancel(opcode, matched, user_data));
+        let vacant = self.cq.vacant().expect("no more completions than credits");
+        vacant.write(Cqe::cancel(opcode, matched, user_data));
     }
 
     /// Shows everything pushed to the reaper, with one store. Returns whether there was anything.
@@ -321,14 +329,21 @@ impl Outlet {
     }
 
     /// Completions shown and not reaped. A snapshot.
+    #[inline]
     pub fn backlog(&self) -> u32 {
         self.cq.backlog()
     }
 
     /// The CQ's tail: the number of completions ever shown, plus the start index.
+    #[inline]
     pub fn index(&self) -> u32 {
         self.cq.published()
     }
+}
+
+#[cold]
+fn misused() -> ! {
+    panic!("more completions than credits, or a frame that is not the ring's");
 }
 
 macro_rules! debug_by_queue {

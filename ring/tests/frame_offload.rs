@@ -157,7 +157,9 @@ fn the_header_goes_through_both_queues_with_its_frame() {
     submitter.push(Class::Write, frame, 1).unwrap();
     submitter.publish();
     intake.ready();
-    let Some(Submission::Write { frame, .. }) = intake.pop() else { panic!("a write") };
+    let Some(Submission::Packet { class: Class::Write, frame, .. }) = intake.pop() else {
+        panic!("a write")
+    };
     assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(TSO)), true));
     drop(frame);
     outlet.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);

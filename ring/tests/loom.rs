@@ -174,10 +174,10 @@ fn turn(intake: &mut Intake, outlet: &mut Outlet, outcome: Outcome) {
     }
     while let Some(submission) = intake.pop() {
         match submission {
-            Submission::Read { user_data, frame } => {
+            Submission::Packet { class: Class::Read, user_data, frame } => {
                 outlet.push(Class::Read, frame, user_data, outcome);
             }
-            Submission::Write { user_data, frame } => {
+            Submission::Packet { class: Class::Write, user_data, frame } => {
                 outlet.push(Class::Write, frame, user_data, outcome);
             }
             Submission::Cancel { user_data, target } => {
@@ -226,8 +226,14 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
             while let Some(submission) = intake.pop() {
                 seen += 1;
                 match submission {
-                    Submission::Write { user_data: 1, frame } if seen == 1 => kept.push(frame),
-                    Submission::Read { user_data: 2, frame } if seen == 2 => kept.push(frame),
+                    Submission::Packet { class: Class::Write, user_data: 1, frame }
+                        if seen == 1 =>
+                    {
+                        kept.push(frame)
+                    }
+                    Submission::Packet { class: Class::Read, user_data: 2, frame } if seen == 2 => {
+                        kept.push(frame)
+                    }
                     Submission::Cancel { user_data: 3, target: Some(2) } if seen == 3 => continue,
                     other => panic!("{other:?} came as number {seen}"),
                 }
@@ -272,7 +278,10 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
                 thread::yield_now();
             }
             while let Some(submission) = intake.pop() {
-                let Submission::Write { user_data, frame } = submission else { unreachable!() };
+                let Submission::Packet { class: Class::Write, user_data, frame } = submission
+                else {
+                    unreachable!()
+                };
                 assert_eq!(user_data, kept.len() as u64 + 1);
                 assert_eq!(marks.read(&frame), user_data);
                 kept.push(frame);
@@ -319,7 +328,7 @@ fn posted(n: u32, pool: &Pool, start: u32) -> (Submitter, Reaper, Intake, Outlet
     submitter.publish();
     assert_eq!(intake.ready(), n);
     let frames = std::iter::from_fn(|| match intake.pop()? {
-        Submission::Read { frame, .. } => Some(frame),
+        Submission::Packet { class: Class::Read, frame, .. } => Some(frame),
         other => panic!("{other:?}"),
     })
     .collect();
@@ -424,7 +433,9 @@ fn reap_submit_and_complete_at_once(depth: u32) {
     let complete = |intake: &mut Intake, outlet: &mut Outlet, marks: &Marks| {
         intake.ready();
         while let Some(submission) = intake.pop() {
-            let Submission::Read { user_data, mut frame } = submission else { unreachable!() };
+            let Submission::Packet { class: Class::Read, user_data, mut frame } = submission else {
+                unreachable!()
+            };
             marks.write(&mut frame, user_data);
             // Panics if the credit did not mean room.
             outlet.push(Class::Read, frame, user_data, Outcome::Done);
@@ -535,7 +546,9 @@ fn no_wake_up_is_lost_in_either_direction() {
                     while intake.ready() == 0 {
                         bells[0].sleep(None, || intake.ready() > 0);
                     }
-                    let Some(Submission::Read { user_data, mut frame }) = intake.pop() else {
+                    let Some(Submission::Packet { class: Class::Read, user_data, mut frame }) =
+                        intake.pop()
+                    else {
                         unreachable!()
                     };
                     assert_eq!(user_data, n);
@@ -1156,7 +1169,10 @@ fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
         submitter.publish();
         // One in the CQ, one in the SQ, one written to the SQ and not published.
         intake.ready();
-        let Some(Submission::Write { user_data, frame }) = intake.pop() else { unreachable!() };
+        let Some(Submission::Packet { class: Class::Write, user_data, frame }) = intake.pop()
+        else {
+            unreachable!()
+        };
         let mut last = frames.next().unwrap();
         let submitting = thread::spawn({
             let marks = marks.clone();

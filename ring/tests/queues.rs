@@ -426,8 +426,10 @@ impl World {
         self.sq_known -= 1;
         let (expected, ask) = self.sq.pop_front().unwrap();
         let (got, frame) = match (submission.unwrap(), &ask) {
-            (Submission::Read { user_data, frame }, Ask::Read(_))
-            | (Submission::Write { user_data, frame }, Ask::Write(_)) => (user_data, Some(frame)),
+            (Submission::Packet { class: Class::Read, user_data, frame }, Ask::Read(_))
+            | (Submission::Packet { class: Class::Write, user_data, frame }, Ask::Write(_)) => {
+                (user_data, Some(frame))
+            }
             (Submission::Cancel { user_data, target }, Ask::Cancel(wanted)) => {
                 assert_eq!(target, *wanted);
                 (user_data, None)
@@ -664,7 +666,7 @@ fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     }
     submitter.publish();
     intake.ready();
-    while let Some(Submission::Read { user_data, frame }) = intake.pop() {
+    while let Some(Submission::Packet { class: Class::Read, user_data, frame }) = intake.pop() {
         outlet.push(Class::Read, frame, user_data, Outcome::Done);
     }
     outlet.publish();
@@ -763,7 +765,9 @@ fn an_entry_of_any_region_comes_back_as_a_frame_of_its_pool() {
     submitter.publish();
     assert_eq!(intake.ready(), 300);
     for pool in &pools {
-        let Some(Submission::Write { frame, .. }) = intake.pop() else { panic!("one is missing") };
+        let Some(Submission::Packet { class: Class::Write, frame, .. }) = intake.pop() else {
+            panic!("one is missing")
+        };
         assert!(pool.owns(&frame));
     }
 }
@@ -864,7 +868,9 @@ fn the_memory_outlives_a_ring_that_is_dropped_with_entries_inside() {
     }
     submitter.publish();
     intake.ready();
-    let Some(Submission::Read { user_data, frame }) = intake.pop() else { panic!("no entry") };
+    let Some(Submission::Packet { class: Class::Read, user_data, frame }) = intake.pop() else {
+        panic!("no entry")
+    };
     outlet.push(Class::Read, frame, user_data, Outcome::Done);
     drop(pool);
     drop((submitter, reaper, intake, outlet));
@@ -986,17 +992,17 @@ fn serve(mut intake: Intake, mut outlet: Outlet, bells: &[Doorbell<Token>; 2], t
         }
         while let Some(submission) = intake.pop() {
             match submission {
-                Submission::Read { user_data, mut frame } => {
+                Submission::Packet { class: Class::Read, user_data, mut frame } => {
                     write_packet(&mut frame, reads);
                     reads += 1;
                     outlet.push(Class::Read, frame, user_data, Outcome::Done);
                 }
-                Submission::Write { user_data, frame } => {
+                Submission::Packet { class: Class::Write, user_data, frame } => {
                     check_packet(&frame, writes);
                     writes += 1;
                     outlet.push(Class::Write, frame, user_data, Outcome::Done);
                 }
-                Submission::Cancel { .. } => unreachable!("nobody cancels"),
+                _ => unreachable!("nobody cancels"),
             }
         }
         outlet.publish();
@@ -1098,7 +1104,9 @@ fn three_threads_share_a_ring_and_a_free_list() {
                     thread::yield_now();
                 }
                 while let Some(submission) = intake.pop() {
-                    let Submission::Read { user_data, mut frame } = submission else {
+                    let Submission::Packet { class: Class::Read, user_data, mut frame } =
+                        submission
+                    else {
                         unreachable!("nobody writes or cancels")
                     };
                     assert_eq!(user_data, served);

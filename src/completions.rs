@@ -1,0 +1,137 @@
+//! The way from the device into the completion queue: what a device is done with becomes a CQE, and is
+//! counted.
+
+use std::sync::Arc;
+
+use vmring_core::{Class, Frame, Outcome, Outlet};
+
+use crate::device::{PostedSlot, list_of};
+use crate::ring::RingShared;
+use crate::stats::{add_batch, reason};
+
+/// The poller's end of a completion queue. What it writes is seen after [`publish`](Self::publish).
+pub(crate) struct Completions {
+    outlet: Outlet,
+    /// How a slot ends that the device gives back undone: cancelled, or with the reason for which the
+    /// ring closes.
+    undone: Outcome,
+    batch: Batch,
+    shared: Arc<RingShared>,
+}
+
+/// Sums of one device call, which reach the ring's counters in one go.
+#[derive(Debug, Default)]
+struct Batch {
+    rx_packets: u32,
+    tx_packets: u32,
+    rx_bytes: u64,
+    tx_bytes: u64,
+    /// Reads and writes that ended otherwise. They are counted by their reason at once, being rare.
+    failed: [u32; 2],
+}
+
+impl Completions {
+    pub(crate) fn new(outlet: Outlet, shared: Arc<RingShared>) -> Self {
+        Self { outlet, undone: Outcome::Cancelled, batch: Batch::default(), shared }
+    }
+
+    /// A slot that the device gives back undone ends like this from here on.
+    pub(crate) fn set_undone(&mut self, outcome: Outcome) {
+        self.undone = outcome;
+    }
+
+    /// Completes what a device is done with, in a batch that [`end_batch`](Self::end_batch) ends.
+    #[inline(always)]
+    pub(crate) fn done(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        let len = frame.len() as u64;
+        if outcome != Outcome::Done {
+            return self.failed(class, frame, user_data, outcome);
+        }
+        self.outlet.push(class, frame, user_data, outcome);
+        if class == Class::Read {
+            self.batch.rx_packets += 1;
+            self.batch.rx_bytes += len;
+        } else {
+            self.batch.tx_packets += 1;
+            self.batch.tx_bytes += len;
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn failed(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        self.batch.failed[list_of(class)] += 1;
+        let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
+        self.push(class, frame, user_data, outcome);
+    }
+
+    /// Completes a slot that no device has.
+    pub(crate) fn complete(&mut self, slot: PostedSlot, outcome: Outcome) {
+        let (frame, user_data, class) = slot.into_frame();
+        self.push(class, frame, user_data, outcome);
+    }
+
+    /// Completes an entry that did not succeed.
+    pub(crate) fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        let counters = &self.shared.counters.poller;
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Cancelled => counters.cancelled.add(1),
+            Outcome::Refused(code) => {
+                counters.errors.add(1);
+                counters.errors_by_status[reason(code)].add(1);
+            }
+            Outcome::Abandoned | Outcome::DevicePanicked => counters.abandoned.add(1),
+        }
+        self.outlet.push(class, frame, user_data, outcome);
+    }
+
+    /// Completes a write that the device did not take within the retry budget; counted by that name
+    /// alone.
+    pub(crate) fn give_up(&mut self, slot: PostedSlot, outcome: Outcome) {
+        let (frame, user_data, class) = slot.into_frame();
+        self.shared.counters.poller.exhausted.add(1);
+        self.outlet.push(class, frame, user_data, outcome);
+    }
+
+    /// Completes a cancel that found `matched` entries.
+    pub(crate) fn cancelled(&mut self, all: bool, matched: u32, user_data: u64) {
+        self.outlet.push_cancel(all, matched, user_data);
+    }
+
+    /// Adds the device call that has just ended to the ring's counters. Returns how many reads and
+    /// writes it brought back.
+    #[inline]
+    pub(crate) fn end_batch(&mut self) -> [u32; 2] {
+        let Batch { rx_packets, tx_packets, rx_bytes, tx_bytes, failed } =
+            std::mem::take(&mut self.batch);
+        let counters = &self.shared.counters.poller;
+        if rx_packets > 0 {
+            counters.rx_packets.add(rx_packets.into());
+            counters.rx_bytes.add(rx_bytes);
+            add_batch(&counters.read_batches, rx_packets);
+        }
+        if tx_packets > 0 {
+            counters.tx_packets.add(tx_packets.into());
+            counters.tx_bytes.add(tx_bytes);
+            add_batch(&counters.write_batches, tx_packets);
+        }
+        [rx_packets + failed[0], tx_packets + failed[1]]
+    }
+
+    /// Shows everything to the reaper, with one store. Returns whether there was anything.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> bool {
+        self.outlet.publish()
+    }
+
+    /// Completions shown and not reaped. A snapshot.
+    pub(crate) fn backlog(&self) -> u32 {
+        self.outlet.backlog()
+    }
+
+    /// The CQ's tail: the number of completions ever shown, plus the start index.
+    pub(crate) fn index(&self) -> u32 {
+        self.outlet.index()
+    }
+}
