@@ -88,7 +88,8 @@ pub use memory::page_size;
 pub use poller::{IdlePolicy, Poller, PollerBuilder, RetryPolicy};
 pub use pool::{Pool, PoolBuilder};
 pub use ring::{
-    Armed, Completion, CompletionQueue, Half, Op, Reap, Ring, RingControl, SubmissionQueue,
+    Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Op, Reap, Ring, RingControl,
+    SubmissionHalf, SubmissionQueue,
 };
 pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};
 pub use vmring_core::{Frame, FrontError, OutOfRoom, PacketView};

@@ -615,7 +615,8 @@ impl Engine {
             return;
         }
         let index = self.completions.index();
-        if news && self.shared.notify_if_due(index) {
+        // Whoever drives the engine himself is awake.
+        if news && !self.shared.is_inline() && self.shared.notify_if_due(index) {
             self.coalesce = None;
             self.shared.counters.poller.notifications.add(1);
             return;

@@ -29,6 +29,7 @@ use std::cell::Cell;
 #[cfg(target_os = "linux")]
 use std::cell::OnceCell;
 use std::fmt;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -160,12 +161,20 @@ impl RingShared {
         let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
     }
 
+    /// Whether the owner of the reaping half drives the engine, always.
+    #[inline]
+    pub(crate) fn is_inline(&self) -> bool {
+        matches!(self.bell.parker(), RingPark::Inline(_))
+    }
+
     #[inline]
     fn is_open(&self) -> bool {
         // Acquire: pairs with `close`.
         self.closed.load(Ordering::Acquire) == OPEN
     }
 
+    #[cold]
+    #[inline(never)]
     fn why_closed(&self) -> Option<Closed> {
         match self.closed.load(Ordering::Acquire) {
             OPEN => None,
@@ -190,13 +199,21 @@ impl RingShared {
         rang
     }
 
+    /// The submitter's doorbell, after it has published.
+    #[inline]
+    fn ring_doorbell(&self) {
+        if self.ring_engine() {
+            self.counters.submitter.doorbells.add(1);
+        }
+    }
+
     /// Something for the engine to do besides submissions.
     pub(crate) fn wish(&self, bits: u32) {
         // Release: pairs with the Acquire in `take_control`: submissions published before are seen.
         self.control.fetch_or(bits, Ordering::Release);
         self.ring_engine();
         // An engine driven by a sleeping owner sleeps on both bells at once.
-        if matches!(self.bell.parker(), RingPark::Inline(_)) {
+        if self.is_inline() {
             self.cq_bell.ring();
         }
     }
@@ -451,23 +468,108 @@ pub struct Ring {
     cq: CompletionQueue,
 }
 
-/// A half, borrowed from its ring by [`Ring::split`].
+/// The submitting half, borrowed from its ring by [`Ring::split`]. It dereferences to the
+/// [`SubmissionQueue`].
+///
+/// What it submits inside `for done in cq.reap()` is shown at once to an engine that is awake; but the
+/// doorbell, which costs a fence, and a wake-up if the engine sleeps, is rung once, when the loop over
+/// [`CompletionHalf::reap`] ends.
+///
+/// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
 #[derive(Debug)]
-pub struct Half<'a, T>(&'a mut T);
+pub struct SubmissionHalf<'a> {
+    sq: &'a mut SubmissionQueue,
+    _one_thread: OneThread,
+}
 
-impl<T> Deref for Half<'_, T> {
-    type Target = T;
+/// The reaping half, borrowed from its ring by [`Ring::split`]. It dereferences to the
+/// [`CompletionQueue`], and stays on its thread as the [other](SubmissionHalf).
+#[derive(Debug)]
+pub struct CompletionHalf<'a> {
+    cq: &'a mut CompletionQueue,
+    _one_thread: OneThread,
+}
 
+/// Makes a half that stays on its thread. So whoever submits through one knows whether the other is
+/// reaping, without a fence.
+type OneThread = PhantomData<*mut ()>;
+
+assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
+assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);
+
+impl SubmissionHalf<'_> {
+    /// As [`SubmissionQueue::submit_read`]; while the other half is reaping, the doorbell waits for the
+    /// end of it.
+    ///
+    /// # Errors
+    ///
+    /// As there.
     #[inline]
-    fn deref(&self) -> &T {
-        self.0
+    pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.submit(Class::Read, frame, user_data)
+    }
+
+    /// As [`SubmissionQueue::submit_write`]; while the other half is reaping, the doorbell waits for
+    /// the end of it.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    #[inline]
+    pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.submit(Class::Write, frame, user_data)
+    }
+
+    #[inline(always)]
+    fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.sq.show(class, frame, user_data)?;
+        self.sq.shared.counters.submitter.debt.add(|| self.sq.shared.ring_doorbell());
+        Ok(())
     }
 }
 
-impl<T> DerefMut for Half<'_, T> {
+impl CompletionHalf<'_> {
+    /// As [`CompletionQueue::reap`]. The doorbell of what is submitted meanwhile through the other half
+    /// is rung when the iterator is dropped.
     #[inline]
-    fn deref_mut(&mut self) -> &mut T {
-        self.0
+    pub fn reap(&mut self) -> HalfReap<'_> {
+        self.cq.drive();
+        self.cq.reaper.ready();
+        let CompletionQueue { reaper, shared, .. } = &mut *self.cq;
+        shared.counters.submitter.debt.begin();
+        HalfReap { reap: Reap { reaper }, shared }
+    }
+}
+
+impl Deref for SubmissionHalf<'_> {
+    type Target = SubmissionQueue;
+
+    #[inline]
+    fn deref(&self) -> &SubmissionQueue {
+        self.sq
+    }
+}
+
+impl DerefMut for SubmissionHalf<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut SubmissionQueue {
+        self.sq
+    }
+}
+
+impl Deref for CompletionHalf<'_> {
+    type Target = CompletionQueue;
+
+    #[inline]
+    fn deref(&self) -> &CompletionQueue {
+        self.cq
+    }
+}
+
+impl DerefMut for CompletionHalf<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut CompletionQueue {
+        self.cq
     }
 }
 
@@ -594,15 +696,23 @@ impl SubmissionQueue {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.show(class, frame, user_data)?;
+        self.shared.ring_doorbell();
+        Ok(())
+    }
+
+    /// Submits an entry and publishes it, which commits; the doorbell is the caller's to ring.
+    #[inline(always)]
+    fn show(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         let mut frame = frame;
         if let Err(kind) = self.fits(class, &mut frame) {
             return Err(SubmitError { kind, frame });
         }
         match self.submitter.push(class, frame, user_data) {
             Ok(()) => {
-                self.ring_doorbell();
+                self.submitter.publish();
                 Ok(())
             }
             Err((refusal, frame)) => {
@@ -692,7 +802,7 @@ impl SubmissionQueue {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     fn why_closed(&self) -> Option<Closed> {
         if self.shared.is_open() { None } else { self.shared.why_closed() }
     }
@@ -713,9 +823,7 @@ impl SubmissionQueue {
     #[inline]
     fn ring_doorbell(&mut self) {
         self.submitter.publish();
-        if self.shared.ring_engine() {
-            self.shared.counters.doorbells.add(1);
-        }
+        self.shared.ring_doorbell();
     }
 }
 
@@ -775,8 +883,8 @@ impl CompletionQueue {
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
         self.drive();
-        let left = self.reaper.ready();
-        Reap { reaper: &mut self.reaper, left }
+        self.reaper.ready();
+        Reap { reaper: &mut self.reaper }
     }
 
     /// Completions that wait to be reaped.
@@ -1116,7 +1224,6 @@ impl fmt::Debug for CompletionQueue {
 #[derive(Debug)]
 pub struct Reap<'a> {
     reaper: &'a mut Reaper,
-    left: u32,
 }
 
 impl Iterator for Reap<'_> {
@@ -1124,25 +1231,68 @@ impl Iterator for Reap<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<Completion> {
-        self.left = self.left.checked_sub(1)?;
         self.reaper.pop().map(Completion::new)
     }
 
+    #[inline]
     fn size_hint(&self) -> (usize, Option<usize>) {
-        (self.left as usize, Some(self.left as usize))
+        // Nobody looks at the queue anew while we have it.
+        let left = self.reaper.known() as usize;
+        (left, Some(left))
     }
 }
 
 impl ExactSizeIterator for Reap<'_> {}
+
+/// The completions that were there when [`CompletionHalf::reap`] was called. When it is dropped, the
+/// doorbell is rung for what was submitted meanwhile.
+#[derive(Debug)]
+pub struct HalfReap<'a> {
+    reap: Reap<'a>,
+    shared: &'a RingShared,
+}
+
+impl Iterator for HalfReap<'_> {
+    type Item = Completion;
+
+    #[inline]
+    fn next(&mut self) -> Option<Completion> {
+        self.reap.next()
+    }
+
+    #[inline]
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.reap.size_hint()
+    }
+}
+
+impl ExactSizeIterator for HalfReap<'_> {}
+
+impl Drop for HalfReap<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.shared.counters.submitter.debt.end() {
+            self.shared.ring_doorbell();
+        }
+    }
+}
 
 impl Ring {
     pub(crate) fn new(sq: SubmissionQueue, cq: CompletionQueue) -> Self {
         Self { sq, cq }
     }
 
-    /// The two halves, borrowed: one submits while the other is reaped.
-    pub fn split(&mut self) -> (Half<'_, SubmissionQueue>, Half<'_, CompletionQueue>) {
-        (Half(&mut self.sq), Half(&mut self.cq))
+    /// The two halves, borrowed: one submits while the other is reaped. They stay on this thread, and
+    /// the doorbell of what is submitted is rung once, at the end of the loop; see [`SubmissionHalf`].
+    #[inline]
+    pub fn split(&mut self) -> (SubmissionHalf<'_>, CompletionHalf<'_>) {
+        let Self { sq, cq } = self;
+        let _one_thread = PhantomData;
+        // Should somebody have forgotten a `HalfReap`.
+        if sq.shared.counters.submitter.debt.end() {
+            sq.shared.ring_doorbell();
+        }
+        (SubmissionHalf { sq, _one_thread }, CompletionHalf { cq, _one_thread })
     }
 
     /// The two halves, owned; they may live on two threads. The ring closes when the reaping half is
@@ -1306,6 +1456,6 @@ impl RingControl {
 
     /// Doorbells that had to wake the poller. None are rung while it is awake.
     pub fn doorbells(&self) -> u64 {
-        self.shared.counters.doorbells.get()
+        self.shared.counters.submitter.doorbells.get()
     }
 }

@@ -415,6 +415,70 @@ fn no_doorbell_while_the_other_side_is_awake() {
     });
 }
 
+/// Goal: what borrowed halves submit while reaping is one doorbell, rung when the loop ends; at any
+/// other time they ring at once; and a loop that is forgotten, or left by a panic, leaves nobody
+/// asleep.
+#[test]
+fn borrowed_halves_ring_once_a_loop() {
+    guarded(|| {
+        let interface = loopback();
+        let mut ring = interface.ring(Direction::Both).idle(IdlePolicy::PARK).build().unwrap();
+        let control = ring.control();
+        let mut parks = 0;
+        let mut sleeps = || {
+            eventually("the poller sleeps", || control.stats().parks > parks);
+            parks = control.stats().parks;
+            control.doorbells()
+        };
+        let before = sleeps();
+        let frames: Vec<_> = (0..8).map(|n| (ring.alloc().unwrap(), n)).collect();
+        ring.submit_reads(frames).unwrap();
+        let frames: Vec<_> = (8..16).map(|n| (crate::support::filled(&ring, n), n)).collect();
+        ring.submit_writes(frames).unwrap();
+        eventually("both ways are done", || ring.split().1.ready() == 16);
+        let rung = sleeps();
+        assert!(rung > before);
+
+        let (mut sq, mut cq) = ring.split();
+        let mut frames = Vec::new();
+        for done in cq.reap() {
+            match done.op {
+                Op::Read => frames.push(done.frame_ok().unwrap()),
+                _ => sq.submit_write(done.frame_ok().unwrap(), done.user_data).unwrap(),
+            }
+            assert_eq!(control.doorbells(), rung, "rung before the loop's end");
+        }
+        assert_eq!(control.doorbells(), rung + 1, "eight writes, one doorbell");
+        let rung = sleeps();
+        // Not while reaping: at once.
+        sq.submit_read(frames.pop().unwrap(), 1).unwrap();
+        assert_eq!(control.doorbells(), rung + 1);
+        eventually("a packet that waited arrives", || cq.ready() > 0);
+
+        // Left by a panic: the debt is paid on the way out.
+        let rung = sleeps();
+        let left = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for done in cq.reap() {
+                if done.op == Op::Read {
+                    sq.submit_read(frames.pop().unwrap(), 2).unwrap();
+                    panic!("on purpose");
+                }
+            }
+        }));
+        assert!(left.is_err());
+        assert_eq!(control.doorbells(), rung + 1);
+
+        // Forgotten: the next split pays.
+        eventually("another packet arrives", || cq.ready() > 0);
+        let rung = sleeps();
+        std::mem::forget(cq.reap());
+        sq.submit_read(frames.pop().unwrap(), 3).unwrap();
+        assert_eq!(control.doorbells(), rung);
+        let _ = ring.split();
+        assert_eq!(control.doorbells(), rung + 1);
+    });
+}
+
 /// User and system time that thread `name` of this process has used.
 #[cfg(target_os = "linux")]
 fn cpu_time_of(name: &str) -> Option<Duration> {
