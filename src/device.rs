@@ -644,6 +644,13 @@ impl<'a> Io<'a> {
         if self.writes() == 0 { None } else { self.posted.writes.front() }
     }
 
+    /// How many of the writes that may be taken, from the oldest on, are like that.
+    #[inline]
+    pub(crate) fn leading_writes(&self, like: impl Fn(&[u8]) -> bool) -> usize {
+        let writes = self.posted.writes.iter().take(self.writes());
+        writes.take_while(|slot| like(slot.packet())).count()
+    }
+
     /// The reads that may be taken, oldest first, where they are: for a device that fills before it
     /// knows how many it will take.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
@@ -663,7 +670,8 @@ impl<'a> Io<'a> {
 
     /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
     /// several back in the reverse order of taking.
-    #[inline]
+    #[cold]
+    #[inline(never)]
     pub fn put_back(&mut self, slot: PostedSlot) {
         if self.is_foreign(slot.ring) {
             return;
@@ -807,7 +815,8 @@ impl Relay {
     }
 
     /// Puts what the inner queue left posted back to the poller.
-    #[inline]
+    #[cold]
+    #[inline(never)]
     pub fn put_back(&mut self, io: &mut Io<'_>) {
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             while let Some(slot) = list.pop_back() {

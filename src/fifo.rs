@@ -123,6 +123,13 @@ impl<T> Fifo<T> {
         }
     }
 
+    /// The elements, oldest first.
+    #[inline]
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        let indices = (0..self.len()).map(|i| self.cell(self.head.wrapping_add(i)));
+        indices.filter_map(|cell| self.cells[cell].as_ref())
+    }
+
     /// The elements where they are, oldest first.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim", test))]
     #[inline]
@@ -179,6 +186,7 @@ mod tests {
                 prop_assert_eq!(fifo.len(), model.len());
                 prop_assert_eq!(fifo.is_empty(), model.is_empty());
                 prop_assert_eq!(fifo.front(), model.front());
+                prop_assert!(fifo.iter().eq(model.iter()));
                 prop_assert!(fifo.iter_mut().eq(model.iter_mut()));
             }
             let mut second = Fifo::default();

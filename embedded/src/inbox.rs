@@ -33,11 +33,22 @@
 //! 1. *A posted cell has one owner.* Cells `collected..claimed` belong to the sender that made the
 //!    claim until it stores the state, then to the collector; cells `claimed..posted` belong to
 //!    nobody but whoever next moves `claimed` (the collector alone while the overflow bit or the
-//!    held bit is set); all others belong to the collector.
+//!    held bit is set); all others belong to the collector. Who owns a cell may write to its room.
 //! 2. *An overflow cell has one owner.* Cells `popped..pushed` belong to the sender that pushed
 //!    until it stores the state, then to the collector; all others to whoever next moves `pushed`.
 //! 3. *Once closed, the word counts no new claim,* and `close` returns only when every cell that
 //!    was claimed before has its state.
+//! 4. *A lent buffer stays where it is.* It lies in the collector's own list, untouched from the moment
+//!    its room was noted until it is collected or taken back; who moves it notes its room anew. So a
+//!    sender needs the room's address only, and the buffers stay in the receiver's cache.
+//!
+//! # What crosses between processors
+//!
+//! A room is 8 bytes and a state is 8 bytes, in two arrays: eight of either to a cache line, the rooms
+//! written by the receiver, the states by the senders. A state carries the index it is for, so nobody
+//! resets it, and a room that is the same as a lap ago is not written again. A sender that has several
+//! frames for the inbox claims their buffers in one step ([`Inbox::claim`]), and a receiver publishes
+//! several buffers with one store ([`Collector::stage`]).
 //!
 //! Indices wrap; a sender would have to sleep for exactly 2^32 claims between its load and its
 //! compare-and-swap to mistake one lap for another.
@@ -46,6 +57,7 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::ops::Range;
 use core::time::Duration;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
 use crossbeam_utils::{Backoff, CachePadded};
@@ -90,9 +102,19 @@ pub struct Collected<B> {
     pub overflow: bool,
 }
 
-/// Cell states. A filled cell holds the frame's length plus one.
+/// The state of an overflow cell without a frame. With one it is the frame's length plus one.
 const PENDING: u32 = 0;
-const RECALLED: u32 = u32::MAX;
+
+/// The state of a posted cell that is filled: for which index, and the frame's length plus one. Any
+/// other state is pending, also that of an earlier lap.
+fn filled(index: u32, len: usize) -> u64 {
+    u64::from(index) << 32 | (len as u64 + 1)
+}
+
+/// The length of the frame in the posted cell `index`, if `state` says that it is filled.
+fn filled_len(state: u64, index: u32) -> Option<usize> {
+    ((state >> 32) as u32 == index).then_some(state as u32)?.checked_sub(1).map(|len| len as usize)
+}
 
 /// The widest index of the overflow ring in the word: 29 bits.
 const PUSHED_MASK: u32 = (1 << 29) - 1;
@@ -143,12 +165,6 @@ impl Word {
     fn without(self, flags: u64) -> Self {
         Self(self.0 & !flags)
     }
-}
-
-/// A posted buffer and how far it has come.
-struct Cell<B> {
-    state: AtomicU32,
-    buffer: UnsafeCell<Option<B>>,
 }
 
 /// The state of one overflow cell. Its bytes lie in [`Overflow::bytes`]; `access` is where loom
@@ -237,14 +253,23 @@ pub struct Inbox<B> {
     doorbell: Doorbell<Callback>,
     /// Whether a [`Collector`] exists.
     taken: AtomicBool,
-    cells: Box<[Cell<B>]>,
+    /// Whether the overflow bit may be set: a hint on a line that hardly ever changes, so that a
+    /// receiver that finds nothing does not fetch the word from its senders.
+    overflowing: CachePadded<AtomicBool>,
+    /// Where the bytes of each posted buffer are; null: it has lost its room.
+    rooms: Box<[UnsafeCell<*mut u8>]>,
+    /// How far each posted buffer has come.
+    states: Box<[AtomicU64]>,
+    /// The posted buffers; touched by the collector only. None: taken back.
+    lent: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
 }
 
 // SAFETY: the `UnsafeCell`s are the cells of invariants 1 and 2, whose owner changes only through
-// the atomics; a buffer moves or is lent to another thread, hence `B: Send`. No `&B` is ever
-// shared, so `B: Sync` is not needed.
+// the atomics, and the buffers of invariant 4, which are the collector's, of which there is one; a
+// buffer moves or is lent to another thread, hence `B: Send`. No `&B` is ever shared, so `B: Sync`
+// is not needed.
 unsafe impl<B: Send> Sync for Inbox<B> {}
 // SAFETY: as above; nothing in it is tied to a thread.
 unsafe impl<B: Send> Send for Inbox<B> {}
@@ -252,7 +277,7 @@ unsafe impl<B: Send> Send for Inbox<B> {}
 impl<B> fmt::Debug for Inbox<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inbox")
-            .field("depth", &self.cells.len())
+            .field("depth", &self.rooms.len())
             .field("overflow", &self.overflow.cells.len())
             .field("max_frame", &self.max_frame)
             .finish_non_exhaustive()
@@ -278,15 +303,17 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         assert!(depth <= MAX_CELLS && overflow <= MAX_CELLS, "an inbox of more than 2^24 cells");
         assert!(max_frame < (u32::MAX - 1) as usize, "frames of 4 GiB");
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
+        let depth = depth.next_power_of_two();
         Self {
             word: CachePadded::new(AtomicU64::new(Word::new(start, start, CLOSED).0)),
             posted: CachePadded::new(AtomicU32::new(start)),
             popped: CachePadded::new(AtomicU32::new(start & PUSHED_MASK)),
             doorbell: Doorbell::new(Callback::default()),
             taken: AtomicBool::new(false),
-            cells: (0..depth.next_power_of_two())
-                .map(|_| Cell { state: AtomicU32::new(PENDING), buffer: UnsafeCell::new(None) })
-                .collect(),
+            overflowing: CachePadded::new(AtomicBool::new(false)),
+            rooms: (0..depth).map(|_| UnsafeCell::new(core::ptr::null_mut())).collect(),
+            states: (0..depth).map(|_| AtomicU64::new(0)).collect(),
+            lent: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
             overflow: Overflow::new(overflow as usize, max_frame),
             max_frame,
         }
@@ -304,9 +331,9 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             inbox: Arc::clone(inbox),
             collected: posted,
             posted,
+            published: posted,
             popped: inbox.popped.load(Ordering::Relaxed),
             lent: 0,
-            recalled: false,
             not_sync: PhantomData,
         };
         inbox.doorbell.parker().set(Some(wake));
@@ -321,7 +348,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     /// How many buffers can be posted at once.
     pub fn depth(&self) -> usize {
-        self.cells.len()
+        self.rooms.len()
     }
 
     /// Whether deliveries are refused. A hint: it may change at once.
@@ -354,6 +381,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 let index = word.claimed();
                 match self.change(word, word.with_claimed(index.wrapping_add(1))) {
                     Ok(()) => {
+                        // Longer ones were refused above.
                         self.fill(index, frame);
                         return Delivery::Direct;
                     }
@@ -367,6 +395,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 match self.change(word, word.with_push()) {
                     Ok(()) => {
                         self.fill_overflow(word.pushed(), frame);
+                        // Relaxed: a hint; `arm` looks at the word.
+                        self.overflowing.store(true, Ordering::Relaxed);
                         return Delivery::Overflow;
                     }
                     Err(now) => seen = now,
@@ -381,6 +411,32 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             }
             seen = now;
         }
+    }
+
+    /// Claims posted buffers for up to `wanted` frames, in one step. `None` if none is to be had: the
+    /// receiver has closed or is choosing, frames wait in the overflow ring, or no buffer is posted;
+    /// [`deliver`](Self::deliver) knows what to do then.
+    ///
+    /// What was claimed is to be filled: see [`Claim`].
+    #[inline]
+    pub fn claim(&self, wanted: usize) -> Option<Claim<'_, B>> {
+        // Acquire, both: as in `deliver`.
+        let mut word = Word(self.word.load(Ordering::Acquire));
+        while word.0 & (CLOSED | HELD | OVERFLOW) == 0 {
+            let next = word.claimed();
+            let posted = self.posted.load(Ordering::Acquire).wrapping_sub(next);
+            // `posted` may be newer than the word, but never says more than there are cells.
+            let count = (posted as usize).min(self.rooms.len()).min(wanted) as u32;
+            if count == 0 {
+                return None;
+            }
+            let end = next.wrapping_add(count);
+            match self.change(word, word.with_claimed(end)) {
+                Ok(()) => return Some(Claim { inbox: self, next, end }),
+                Err(now) => word = Word(now),
+            }
+        }
+        None
     }
 
     /// The word after the receiver has chosen among its posted buffers.
@@ -411,27 +467,57 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         self.word.compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(drop)
     }
 
-    fn cell(&self, index: u32) -> &Cell<B> {
-        &self.cells[index as usize & (self.cells.len() - 1)]
+    #[inline]
+    fn cell(&self, index: u32) -> usize {
+        index as usize & (self.rooms.len() - 1)
     }
 
-    /// Copies `frame` into the posted buffer `index`, which the caller has claimed.
+    #[inline]
+    fn state(&self, index: u32) -> &AtomicU64 {
+        &self.states[self.cell(index)]
+    }
+
+    /// The collector's place for the buffer of the posted cell `index`.
+    #[inline]
+    fn place(&self, index: u32) -> &UnsafeCell<Option<B>> {
+        &self.lent[self.cell(index)]
+    }
+
+    #[inline]
+    fn room(&self, index: u32) -> &UnsafeCell<*mut u8> {
+        &self.rooms[self.cell(index)]
+    }
+
+    /// Copies `frame`, of at most `max_frame` bytes, into the posted buffer `index`, which the caller
+    /// has claimed.
+    #[inline]
     fn fill(&self, index: u32, frame: &[u8]) {
-        let cell = self.cell(index);
-        // The state is stored even if `as_mut` panics: a claim must always end.
-        let mut done = Done { state: &cell.state, len: 0 };
-        cell.buffer.with_mut(|buffer| {
-            // SAFETY: invariant 1: we moved `claimed` past this cell, so it is ours until `done`
-            // stores its state.
-            let buffer = unsafe { &mut *buffer };
-            done.len = buffer.as_mut().map_or(0, |buffer| copy(buffer.as_mut(), frame));
+        debug_assert!(frame.len() <= self.max_frame);
+        let len = self.room(index).with_mut(|room| {
+            // SAFETY: invariant 1: we moved `claimed` past this cell, so it is ours until its state is
+            // stored.
+            let room = unsafe { *room };
+            if room.is_null() {
+                return 0;
+            }
+            // SAFETY: invariant 4: the room is of a lent buffer that nobody touches, and has at least
+            // `max_frame` bytes; the frame is no longer, and is not in it, because it is borrowed.
+            unsafe { room.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
+            frame.len()
         });
+        self.end_claim(index, len);
+    }
+
+    /// The cell is filled, and the collector's.
+    #[inline]
+    fn end_claim(&self, index: u32, len: usize) {
+        // Release: pairs with the Acquire in `collect`; the bytes are there.
+        self.state(index).store(filled(index, len), Ordering::Release);
     }
 
     /// Copies `frame` into the overflow cell `index`, which the caller has pushed.
     fn fill_overflow(&self, index: u32, frame: &[u8]) {
         let cell = self.overflow.cell(index);
-        let _done = Done { state: &cell.state, len: frame.len() };
         cell.access.with_mut(|_| {
             // SAFETY: invariant 2: we moved `pushed` past this cell, so its `max_frame` bytes are
             // ours until the state is stored; `deliver` has checked the length against it.
@@ -439,20 +525,55 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 self.overflow.room(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
             }
         });
+        // Release: pairs with the Acquire in `collect_from_overflow`; the bytes are there. The length
+        // is at most `max_frame`, which `starting_at` keeps below 4 GiB.
+        cell.state.store(frame.len() as u32 + 1, Ordering::Release);
     }
 }
 
-/// Ends a claim when it goes out of scope.
-struct Done<'a> {
-    state: &'a AtomicU32,
-    len: usize,
+/// Posted buffers that a sender has claimed and not filled yet. The receiver waits for them, so they
+/// are to be filled at once. Those that are not, because of a panic in between, become packets of no
+/// bytes when the claim is dropped.
+#[must_use = "a claim that is not filled delivers empty packets"]
+pub struct Claim<'a, B: AsMut<[u8]> + Send> {
+    inbox: &'a Inbox<B>,
+    next: u32,
+    end: u32,
 }
 
-impl Drop for Done<'_> {
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Claim<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claim").field("left", &self.left()).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Claim<'_, B> {
+    /// Buffers that are still to be filled.
+    #[inline]
+    pub fn left(&self) -> usize {
+        self.end.wrapping_sub(self.next) as usize
+    }
+
+    /// Copies `frame` into the next buffer. False if there is none, or if the frame is longer than
+    /// [`Inbox::max_frame`]: then nothing has happened.
+    #[inline]
+    pub fn fill(&mut self, frame: &[u8]) -> bool {
+        if self.next == self.end || frame.len() > self.inbox.max_frame {
+            return false;
+        }
+        self.inbox.fill(self.next, frame);
+        self.next = self.next.wrapping_add(1);
+        true
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Drop for Claim<'_, B> {
+    #[inline]
     fn drop(&mut self) {
-        // Release: pairs with the Acquire in `collect`; the bytes are there. `len` is at most
-        // `max_frame`, which `starting_at` keeps below the special values.
-        self.state.store(self.len as u32 + 1, Ordering::Release);
+        while self.next != self.end {
+            self.inbox.end_claim(self.next, 0);
+            self.next = self.next.wrapping_add(1);
+        }
     }
 }
 
@@ -463,20 +584,27 @@ fn copy(to: &mut [u8], from: &[u8]) -> usize {
     len
 }
 
+/// Where a buffer's bytes are, if there are enough of them. To be asked of a buffer that stays where it
+/// is (invariant 4).
+fn room_of<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
+    let room = buffer.as_mut();
+    (room.len() >= max_frame).then_some(room.as_mut_ptr())
+}
+
 /// The receiving half of an [`Inbox`]: posts buffers and collects packets. Dropping it closes the
 /// inbox (waiting for copies under way) and drops the buffers that are still in it.
 pub struct Collector<B: AsMut<[u8]> + Send> {
     inbox: Arc<Inbox<B>>,
     /// Cells before this one have been taken out.
     collected: u32,
-    /// What `inbox.posted` says.
+    /// Cells before this one have a buffer, or had one.
     posted: u32,
+    /// What `inbox.posted` says: how many of them senders know of.
+    published: u32,
     /// What `inbox.popped` says.
     popped: u32,
     /// Buffers in the inbox.
     lent: usize,
-    /// Whether there may be recalled cells behind claimed ones.
-    recalled: bool,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
@@ -499,7 +627,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
 
     /// Whether [`post`](Self::post) would find no cell for another buffer.
     pub fn is_full(&self) -> bool {
-        self.posted.wrapping_sub(self.collected) as usize >= self.inbox.cells.len()
+        self.posted.wrapping_sub(self.collected) as usize >= self.inbox.rooms.len()
     }
 
     /// Lends a buffer to the network. It comes back from [`collect`](Self::collect) with a packet,
@@ -509,66 +637,123 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     ///
     /// The buffer comes straight back if the inbox [is full](Self::is_full), or if the buffer has
     /// less room than [`Inbox::max_frame`].
-    pub fn post(&mut self, mut buffer: B) -> Result<(), B> {
-        if self.is_full() || buffer.as_mut().len() < self.inbox.max_frame {
+    pub fn post(&mut self, buffer: B) -> Result<(), B> {
+        self.stage(buffer)?;
+        self.publish();
+        Ok(())
+    }
+
+    /// As [`post`](Self::post), but senders do not see the buffer before [`publish`](Self::publish):
+    /// for several buffers.
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    #[inline(always)]
+    pub fn stage(&mut self, buffer: B) -> Result<(), B> {
+        if self.is_full() {
             return Err(buffer);
         }
-        let cell = self.inbox.cell(self.posted);
-        // Relaxed, both: published by the store of `posted`.
-        cell.state.store(PENDING, Ordering::Relaxed);
-        let old = cell.buffer.with_mut(|place| {
-            // SAFETY: invariant 1: the cell is outside `collected..posted`, so it is ours.
-            unsafe { (*place).replace(buffer) }
+        let inbox = &*self.inbox;
+        let room = inbox.place(self.posted).with_mut(|place| {
+            // SAFETY: invariant 4: the places are the collector's.
+            let place = unsafe { &mut *place };
+            // The cell is empty, so there is nothing to drop.
+            core::mem::forget(place.replace(buffer));
+            let room = place.as_mut().and_then(|buffer| room_of(buffer, inbox.max_frame));
+            room.ok_or_else(|| place.take())
         });
+        match room {
+            Ok(room) => self.note_room(self.posted, room),
+            Err(Some(buffer)) => return Err(buffer),
+            Err(None) => unreachable!("it was put there above"),
+        }
         self.posted = self.posted.wrapping_add(1);
-        self.lent += 1 - usize::from(old.is_some());
-        // Release: pairs with the Acquire in `deliver`; whoever claims the cell sees the buffer.
-        self.inbox.posted.store(self.posted, Ordering::Release);
-        drop(old); // only there if a callback of `recall` panicked
+        self.lent += 1;
         Ok(())
+    }
+
+    /// Writes down where the bytes of the buffer of cell `index` are. The cell is the collector's.
+    #[inline(always)]
+    fn note_room(&self, index: u32, room: *mut u8) {
+        self.inbox.room(index).with_mut(|noted| {
+            // SAFETY: invariant 1: the caller says that the cell is ours. Not written if it is what it
+            // was: then the line stays with the senders.
+            unsafe {
+                if *noted != room {
+                    *noted = room;
+                }
+            }
+        });
+    }
+
+    /// Shows what was [staged](Self::stage) to the senders, with one store.
+    #[inline]
+    pub fn publish(&mut self) {
+        if self.published != self.posted {
+            // Release: pairs with the Acquire in `deliver`; whoever claims the cells sees the rooms.
+            self.inbox.posted.store(self.posted, Ordering::Release);
+            self.published = self.posted;
+        }
     }
 
     /// The next packet, or `None` if there is none, if its sender is still copying (it will
     /// [ring](Inbox::ring)), or if it waits in the overflow ring for a buffer to be posted.
+    #[inline(always)]
     pub fn collect(&mut self) -> Option<Collected<B>> {
         while self.collected != self.posted {
-            let cell = self.inbox.cell(self.collected);
-            // Acquire: pairs with the Release in `Done`; the sender's copy is complete.
-            match cell.state.load(Ordering::Acquire) {
-                PENDING => return self.collect_overflow(),
-                RECALLED => drop(self.take()),
-                filled => {
-                    let buffer = self.take()?;
-                    self.skip_recalled();
-                    return Some(Collected { buffer, len: filled as usize - 1, overflow: false });
+            // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
+            let state = self.inbox.state(self.collected).load(Ordering::Acquire);
+            let Some(len) = filled_len(state, self.collected) else {
+                if self.skip_taken_back() {
+                    continue;
                 }
-            }
+                return self.collect_overflow();
+            };
+            let buffer = self.take()?;
+            self.skip_taken_back();
+            return Some(Collected { buffer, len, overflow: false });
         }
         None
     }
 
-    /// Frees the recalled cells that come next, if a recall left any behind a claim.
-    fn skip_recalled(&mut self) {
-        while self.recalled && self.collected != self.posted {
-            // Relaxed: a recalled cell was marked by us.
-            if self.inbox.cell(self.collected).state.load(Ordering::Relaxed) != RECALLED {
-                return;
+    /// Steps over the cells that come next and whose buffer was taken back, if a recall left any behind
+    /// a claim. Returns whether there was one.
+    #[inline(always)]
+    fn skip_taken_back(&mut self) -> bool {
+        let start = self.collected;
+        while self.collected != self.posted {
+            let taken = self.inbox.place(self.collected).with(|place| {
+                // SAFETY: invariant 4: the places are the collector's.
+                unsafe { (*place).is_none() }
+            });
+            if !taken {
+                break;
             }
-            drop(self.take());
+            self.collected = self.collected.wrapping_add(1);
         }
-        self.recalled = false;
+        self.collected != start
     }
 
     /// Takes the buffer out of the cell `collected` and steps over it. The caller has made sure
     /// that the cell is the collector's.
+    #[inline(always)]
     fn take(&mut self) -> Option<B> {
-        let cell = self.inbox.cell(self.collected);
-        let buffer = cell.buffer.with_mut(|place| {
-            // SAFETY: invariant 1: every caller found the cell filled, recalled, or unclaimed
-            // with the overflow bit set (and then moved `claimed` past it); it is ours.
+        let buffer = self.take_from(self.collected);
+        self.collected = self.collected.wrapping_add(1);
+        buffer
+    }
+
+    /// Takes the buffer out of a cell that is the collector's.
+    #[inline(always)]
+    fn take_from(&mut self, index: u32) -> Option<B> {
+        // Where loom sees whether a sender still writes.
+        self.inbox.room(index).with_mut(|_| ());
+        let buffer = self.inbox.place(index).with_mut(|place| {
+            // SAFETY: invariant 4: the places are the collector's, and the caller has made sure that no
+            // sender has the room.
             unsafe { (*place).take() }
         });
-        self.collected = self.collected.wrapping_add(1);
         self.lent -= usize::from(buffer.is_some());
         buffer
     }
@@ -576,6 +761,18 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are
     /// both and no earlier claim is still being filled.
     fn collect_overflow(&mut self) -> Option<Collected<B>> {
+        // Relaxed: see `overflowing`.
+        if !self.inbox.overflowing.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.collect_from_overflow()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn collect_from_overflow(&mut self) -> Option<Collected<B>> {
+        // We are about to move `claimed`, which must not overtake what senders know.
+        self.publish();
         // Acquire: see `change`.
         let word = Word(self.inbox.word.load(Ordering::Acquire));
         if word.claimed() != self.collected || !word.overflow() {
@@ -588,15 +785,15 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             return None;
         }
         let len = state as usize - 1;
-        let cell = self.inbox.cell(self.collected);
+        let place = self.inbox.place(self.collected);
         let len = waiting.access.with(|_| {
-            cell.buffer.with_mut(|place| {
+            place.with_mut(|place| {
                 // SAFETY: invariant 2: the cell is filled and not popped, so its first `len` bytes
                 // are ours to read.
                 let frame = unsafe {
                     core::slice::from_raw_parts(self.inbox.overflow.room(self.popped), len)
                 };
-                // SAFETY: invariant 1: the cell is posted and unclaimed and the overflow bit is
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit is
                 // set; until we clear it no sender claims, so the cell is ours.
                 let buffer = unsafe { &mut *place };
                 buffer.as_mut().map_or(0, |buffer| copy(buffer.as_mut(), frame))
@@ -607,9 +804,12 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let mut word = word;
         loop {
             let mut next = word.with_claimed(self.collected.wrapping_add(1));
-            if word.pushed() == popped {
+            let last = word.pushed() == popped;
+            if last {
                 next = next.without(OVERFLOW); // it was the last: senders may claim again
             }
+            // Before the change: who sets the bit again raises the hint after it.
+            self.inbox.overflowing.store(!last, Ordering::Relaxed);
             match self.inbox.change(word, next) {
                 Ok(()) => break,
                 Err(now) => word = Word(now), // somebody pushed; nobody claimed
@@ -626,32 +826,22 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// that are being filled come later, with their packets: a recall drops no packet. Frames in
     /// the overflow ring stay there. Returns how many buffers came back.
     pub fn recall(&mut self, mut f: impl FnMut(B)) -> usize {
+        // `claimed` must not overtake what senders know.
+        self.publish();
         let mut word = Word(self.inbox.word.load(Ordering::Acquire));
         while let Err(now) = self.inbox.change(word, word.with_claimed(self.posted)) {
             word = Word(now);
         }
         // We moved `claimed` past these cells, so they are ours.
         let cells = word.claimed()..self.posted;
-        if cells.start == self.collected {
-            self.collected = self.posted;
-        } else {
-            self.recalled = true;
-        }
-        for index in indices(&cells) {
-            self.inbox.cell(index).state.store(RECALLED, Ordering::Relaxed); // read only by us
-        }
         let mut count = 0;
         for index in indices(&cells) {
-            let buffer = self.inbox.cell(index).buffer.with_mut(|place| {
-                // SAFETY: invariant 1: the change of the word above gave us these cells.
-                unsafe { (*place).take() }
-            });
-            if let Some(buffer) = buffer {
-                self.lent -= 1;
+            if let Some(buffer) = self.take_from(index) {
                 count += 1;
                 f(buffer);
             }
         }
+        self.skip_taken_back();
         count
     }
 
@@ -664,6 +854,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         mut matches: impl FnMut(&mut B) -> bool,
         mut f: impl FnMut(B),
     ) -> usize {
+        self.publish();
         let mut word = Word(self.inbox.word.load(Ordering::Acquire));
         // While the overflow bit is set no sender claims, and only we clear it.
         while !word.overflow() && word.claimed() != self.posted {
@@ -675,9 +866,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let start = word.claimed();
         let mut held = Held { collector: self, start, taken: 0 };
         for index in indices(&(start..held.collector.posted)) {
-            let buffer = held.collector.inbox.cell(index).buffer.with_mut(|place| {
-                // SAFETY: invariant 1: the cell is posted and unclaimed and the overflow bit or the
-                // held bit is set; until `held` is dropped no sender claims, so the cell is ours.
+            let buffer = held.collector.inbox.place(index).with_mut(|place| {
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit or
+                // the held bit is set; until `held` is dropped no sender claims, so the cell is ours.
                 let place = unsafe { &mut *place };
                 if place.as_mut().is_some_and(&mut matches) { place.take() } else { None }
             });
@@ -715,21 +906,22 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
 
     /// Whether [`collect`](Self::collect) would return a packet.
     pub fn is_ready(&self) -> bool {
-        let mut index = self.collected;
-        while index != self.posted {
-            match self.inbox.cell(index).state.load(Ordering::Acquire) {
-                RECALLED => index = index.wrapping_add(1),
-                PENDING => {
-                    let word = Word(self.inbox.word.load(Ordering::Acquire));
-                    return word.claimed() == index
-                        && word.overflow()
-                        && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire)
-                            != PENDING;
-                }
-                _ => return true,
-            }
+        let index = self.collected;
+        if index == self.posted {
+            return false;
         }
-        false
+        if filled_len(self.inbox.state(index).load(Ordering::Acquire), index).is_some() {
+            return true;
+        }
+        let word = Word(self.inbox.word.load(Ordering::Acquire));
+        let ready = word.claimed() == index
+            && word.overflow()
+            && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) != PENDING;
+        if ready {
+            // Whoever is told that there is something must find it.
+            self.inbox.overflowing.store(true, Ordering::Relaxed);
+        }
+        ready
     }
 
     /// Refuses further deliveries and waits for those under way, each of which is the copying of
@@ -740,11 +932,23 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         // AcqRel: as in `change`.
         let word = Word(self.inbox.word.fetch_or(CLOSED, Ordering::AcqRel));
         for index in indices(&(self.collected..word.claimed())) {
-            wait(&self.inbox.cell(index).state);
+            // A buffer that was taken back is no sender's.
+            let lent = self.inbox.place(index).with(|place| {
+                // SAFETY: invariant 4: the places are the collector's.
+                unsafe { (*place).is_some() }
+            });
+            if lent {
+                // Acquire: pairs with the Release in `end_claim`; the sender has let go of the cell.
+                wait(|| {
+                    filled_len(self.inbox.state(index).load(Ordering::Acquire), index).is_some()
+                });
+            }
         }
         let mut index = self.popped;
         while index != word.pushed() {
-            wait(&self.inbox.overflow.cell(index).state);
+            // Acquire: pairs with the Release in `fill_overflow`.
+            let cell = self.inbox.overflow.cell(index);
+            wait(|| cell.state.load(Ordering::Acquire) != PENDING);
             index = index.wrapping_add(1) & PUSHED_MASK;
         }
     }
@@ -767,6 +971,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             dropped += 1;
         }
         self.inbox.popped.store(self.popped, Ordering::Release);
+        self.inbox.overflowing.store(false, Ordering::Relaxed);
         // Release: pairs with the Acquire of senders after a reopening.
         self.inbox.word.store(word.without(OVERFLOW).0, Ordering::Release);
         dropped
@@ -796,33 +1001,31 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
         // compare only ever grow, so none can mistake what it saw before for what is there now.
         let first = start.wrapping_add(self.taken);
         let mut free = posted;
-        let cells = if self.taken > 0 { start..posted } else { start..start };
-        for index in indices(&cells).rev() {
-            let buffer = inbox.cell(index).buffer.with_mut(|place| {
-                // SAFETY: invariant 1, as in `recall_if`.
+        for index in indices(&(start..posted)).rev() {
+            let buffer = inbox.place(index).with_mut(|place| {
+                // SAFETY: invariants 1 and 4, as in `recall_if`.
                 unsafe { (*place).take() }
             });
-            if buffer.is_some() {
+            if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
-                inbox.cell(free).buffer.with_mut(|place| {
+                let room = inbox.place(free).with_mut(|place| {
                     // SAFETY: as above. It is empty: we have just taken what was in it, or it was
                     // taken back.
-                    unsafe { *place = buffer }
+                    let buffer = unsafe { (*place).insert(buffer) };
+                    // It may have moved, and whoever was asked about it may have changed it. Senders wait
+                    // for us, so not even a buffer that panics may end this: one that has no room any
+                    // more gets packets of no bytes.
+                    let room = AssertUnwindSafe(|| room_of(buffer, inbox.max_frame));
+                    catch_unwind(room).ok().flatten().unwrap_or_default()
                 });
+                self.collector.note_room(free, room);
             }
-        }
-        for index in indices(&(start..first)) {
-            inbox.cell(index).state.store(RECALLED, Ordering::Relaxed); // read only by us
         }
         let mut word = Word(inbox.word.load(Ordering::Relaxed));
         while let Err(now) = inbox.change(word, word.with_claimed(first).without(HELD)) {
             word = Word(now); // somebody pushed; nobody claimed
         }
-        if start == self.collector.collected {
-            self.collector.collected = first;
-        } else {
-            self.collector.recalled |= first != start;
-        }
+        self.collector.skip_taken_back();
     }
 }
 
@@ -836,11 +1039,10 @@ impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
     }
 }
 
-/// Waits until a claim has ended: as long as copying one frame takes.
-fn wait(state: &AtomicU32) {
+/// Waits until a claim has ended: as long as copying its frames takes.
+fn wait(ended: impl Fn() -> bool) {
     let backoff = Backoff::new();
-    // Acquire: pairs with the Release in `Done`; the sender has let go of the cell.
-    while state.load(Ordering::Acquire) == PENDING {
+    while !ended() {
         pause(&backoff);
     }
 }

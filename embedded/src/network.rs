@@ -39,7 +39,7 @@ use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
 use crate::config::{ConfigError, NetworkConfig, NetworkMode};
 use crate::dhcp::{DhcpConfig, Lease};
 use crate::gateway::Gateway;
-use crate::inbox::{Collector, Delivery, Inbox, Refused, Wake};
+use crate::inbox::{Claim, Collector, Delivery, Inbox, Refused, Wake};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
 /// How many ports one network can have.
@@ -382,7 +382,7 @@ pub struct Network<B> {
     /// The clock's seconds when somebody last looked.
     seconds: CachePadded<AtomicU32>,
     table: MacTable,
-    slots: Box<[OnceLock<Box<Slot<B>>>]>,
+    slots: Box<[OnceLock<Arc<Slot<B>>>]>,
     /// Ports that get what is sent to all: present, open, not isolated.
     floodable: [AtomicU64; WORDS],
     members: Mutex<Members>,
@@ -526,7 +526,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         }
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
         let slot = self.slots[index].get_or_init(|| {
-            Box::new(Slot {
+            Arc::new(Slot {
                 inbox: sync::Arc::new(Inbox::new(
                     self.config.inbox_depth,
                     self.config.overflow(),
@@ -558,7 +558,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         });
         Ok(Port {
             sender: Sender::new(Arc::clone(&membership)),
-            receiver: Receiver { collector, membership },
+            receiver: Receiver { collector, slot: Arc::clone(slot), membership },
         })
     }
 }
@@ -692,6 +692,8 @@ impl<B> Monitor<B> {
 pub struct Receiver<B: AsMut<[u8]> + Send> {
     // In this order: the inbox is closed and empty before the port leaves.
     collector: Collector<B>,
+    /// Its own, for the counters.
+    slot: Arc<Slot<B>>,
     membership: Arc<Membership<B>>,
 }
 
@@ -736,6 +738,22 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         self.collector.post(buffer)
     }
 
+    /// As [`post`](Self::post), not shown to senders before [`publish`](Self::publish).
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    #[inline(always)]
+    pub fn stage(&mut self, buffer: B) -> Result<(), B> {
+        self.collector.stage(buffer)
+    }
+
+    /// Shows what was [staged](Self::stage), with one store.
+    #[inline]
+    pub fn publish(&mut self) {
+        self.collector.publish();
+    }
+
     /// How many buffers are lent, filled or not.
     pub fn posted(&self) -> usize {
         self.collector.posted()
@@ -747,14 +765,12 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     }
 
     /// The next packet and its length, or `None`; see [`Collector::collect`].
+    #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
         let packet = self.collector.collect()?;
-        if let Some(slot) = self.membership.slot() {
-            let counter =
-                if packet.overflow { &slot.received.overflow } else { &slot.received.direct };
-            add(counter, 1);
-            add(&slot.received.bytes, packet.len as u64);
-        }
+        let received = &self.slot.received;
+        add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
+        add(&received.bytes, packet.len as u64);
         Some((packet.buffer, packet.len))
     }
 
@@ -811,6 +827,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
 }
 
 /// Adds to a counter that only one thread writes.
+#[inline]
 fn add(counter: &AtomicU64, amount: u64) {
     counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
 }
@@ -931,10 +948,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// counted.
     /// Receivers that sleep learn of it at the next [`flush`](Self::flush).
     pub fn send(&mut self, frame: &[u8]) -> Sent {
-        if !self.busy {
-            self.busy = true;
-            self.now = self.membership.network.refresh();
-        }
+        self.begin();
         let sent = self.forward(frame);
         let count = match sent {
             Sent::Forwarded => Count::Packets,
@@ -959,6 +973,45 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         sent
     }
 
+    /// Prepares up to `wanted` frames that all begin with these addresses: asks once where they go, and
+    /// claims buffers there in one step. `None` if they do not all go to one port, or if it has no buffer
+    /// posted: then [`send`](Self::send) knows what becomes of each.
+    ///
+    /// Like frames that are sent, those of a run reach a sleeping receiver at the next
+    /// [`flush`](Self::flush).
+    pub fn run(&mut self, addresses: [u8; ADDRESSES], wanted: usize) -> Option<Run<'_, B>> {
+        let [a, b, c, d, e, f, from @ ..] = addresses;
+        let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
+        if to.is_group() {
+            return None;
+        }
+        self.begin();
+        let Self { membership, touched, counts, now, mac, .. } = self;
+        let network = &*membership.network;
+        let port = membership.port;
+        if from != *mac && !is_ours(network, port, from, *now) {
+            return None;
+        }
+        // The gateway's address is behind no port.
+        let target = network.table.lookup(to, *now)?;
+        if target.index() == port.index() || target.isolated() || port.isolated() {
+            return None;
+        }
+        let index = target.index();
+        let claim = network.slot(index)?.inbox.claim(wanted)?;
+        touched[index / 64] |= 1 << (index % 64);
+        Some(Run { claim, counts })
+    }
+
+    /// The first frame of a batch reads the clock, for all.
+    #[inline]
+    fn begin(&mut self) {
+        if !self.busy {
+            self.busy = true;
+            self.now = self.membership.network.refresh();
+        }
+    }
+
     fn count(&mut self, count: Count, amount: u64) {
         self.counts[count as usize] += amount;
     }
@@ -974,13 +1027,8 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         };
         let from = Mac::new(ethernet.src_addr().0);
         let to = Mac::new(ethernet.dst_addr().0);
-        if from != self.mac {
-            let ours = from.is_unicast()
-                && from != network.gateway_mac
-                && network.table.learn(from, port, self.now) == Learned::Here;
-            if !ours {
-                return Sent::Dropped(DropReason::BadSource);
-            }
+        if from != self.mac && !is_ours(network, port, from, self.now) {
+            return Sent::Dropped(DropReason::BadSource);
         }
         if to.is_group() {
             let gateway = to == Mac::BROADCAST;
@@ -1090,6 +1138,49 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
                 ports &= ports - 1;
             }
         }
+    }
+}
+
+/// Whether a frame with this source address may come from this port; if so, its way back is learned.
+fn is_ours<B>(network: &Network<B>, port: PortRef, from: Mac, now: u32) -> bool {
+    from.is_unicast()
+        && from != network.gateway_mac
+        && network.table.learn(from, port, now) == Learned::Here
+}
+
+/// Bytes of an Ethernet frame's two addresses, the destination first.
+pub const ADDRESSES: usize = 12;
+
+/// Frames of one sender to one port, whose buffers are claimed; see [`Sender::run`].
+pub struct Run<'a, B: AsMut<[u8]> + Send> {
+    claim: Claim<'a, B>,
+    counts: &'a mut [u64; COUNTS],
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").field("left", &self.left()).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Run<'_, B> {
+    /// Frames that are still to be put. The receiver waits for them.
+    #[inline]
+    pub fn left(&self) -> usize {
+        self.claim.left()
+    }
+
+    /// Copies the next frame to the port. It begins with the run's addresses, is an Ethernet frame, and
+    /// no longer than the network carries. False if it is longer, or if none is left to put: then
+    /// nothing has happened.
+    #[inline]
+    pub fn put(&mut self, frame: &[u8]) -> bool {
+        let done = self.claim.fill(frame);
+        if done {
+            self.counts[Count::Packets as usize] += 1;
+            self.counts[Count::Bytes as usize] += frame.len() as u64;
+        }
+        done
     }
 }
 

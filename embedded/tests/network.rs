@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::DhcpMessageType;
-use vmring_embedded::network::{Clock, MAX_PORTS, ManualClock, mac_of_interface};
+use vmring_embedded::network::{ADDRESSES, Clock, MAX_PORTS, ManualClock, mac_of_interface};
 use vmring_embedded::{
     ConfigError, DropReason, Ipv4Range, JoinError, Network, NetworkConfig, NetworkMode, OpenError,
     PortConfig, Registry, Sent,
@@ -98,6 +98,55 @@ fn a_learned_address_is_known_moves_and_ages() {
     clock.advance(Duration::from_secs(1_000_000));
     let to_guest = data(guests[1].mac, guests[0].mac, b"still there?");
     assert_eq!(guests[0].sender.send(&to_guest), Sent::Forwarded);
+}
+
+/// A run goes where single frames would go, if that is one other port, and is counted like them; in all
+/// other cases there is none.
+#[test]
+fn a_run_goes_to_one_port_and_to_no_other() {
+    let network = network();
+    let mut guests: Vec<_> = (0..3).map(|id| Guest::join(&network, id)).collect();
+    let mut hermit = Guest::isolated(&network, 7);
+    let addresses = |to: MacAddr6, from: MacAddr6| {
+        let frame = data(to, from, b"");
+        <[u8; ADDRESSES]>::try_from(&frame[..ADDRESSES]).unwrap()
+    };
+    let (own, to) = (guests[0].mac, guests[1].mac);
+    let frames: Vec<_> = (0..3).map(|n| data(to, own, &[n; 50])).collect();
+    let mut run = guests[0].sender.run(addresses(to, own), 3).unwrap();
+    assert_eq!(run.left(), 3);
+    frames.iter().for_each(|frame| assert!(run.put(frame)));
+    assert!(!run.put(&frames[0]), "it has three");
+    drop(run);
+    guests[0].sender.flush();
+    assert_eq!(guests[1].receive(), frames);
+    assert_eq!(guests[2].receive(), Vec::<Vec<u8>>::new());
+    let stats = guests[0].sender.stats();
+    assert_eq!((stats.sent_packets, stats.sent_bytes), (3, 3 * frames[0].len() as u64));
+
+    // A second address of its own is learned, as from a single frame.
+    assert!(guests[0].sender.run(addresses(to, STRANGER), 1).unwrap().put(&frames[0]));
+    assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
+
+    let gateway = network.gateway().mac();
+    for (to, from) in [
+        (MacAddr6::broadcast(), own),
+        (MULTICAST, own),
+        (gateway, own),
+        (MacAddr6::new(2, 8, 8, 8, 8, 8), own),
+        (own, own),
+        (STRANGER, own),
+        (hermit.mac, own),
+        (to, gateway),
+        (to, guests[2].mac),
+        (to, MULTICAST),
+    ] {
+        assert!(guests[0].sender.run(addresses(to, from), 1).is_none(), "{from} to {to}");
+    }
+    assert!(hermit.sender.run(addresses(to, hermit.mac), 1).is_none(), "it is isolated");
+    guests[1].receiver.close();
+    assert!(guests[0].sender.run(addresses(to, own), 1).is_none(), "it is closed");
+    assert_eq!(guests[0].sender.send(&frames[0]), Sent::Dropped(DropReason::Closed));
 }
 
 #[test]

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_embedded::network::{PortConfig, Receiver, Registry, Sender};
+use vmring_embedded::network::{ADDRESSES, PortConfig, Receiver, Registry, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
-use crate::device::loopback::{InboxReader, Inlet, no_offloads};
+use crate::device::loopback::{ETHERNET, InboxReader, Inlet, no_offloads};
 use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo, Ipv4Range, Mode};
@@ -173,7 +173,9 @@ impl Device for EmbeddedPort {
             None
         };
         let tx = direction.writes().then(|| ends_now.sender.another());
-        Ok(Box::new(EmbeddedQueue { rx, tx, home: self.ends.clone(), wake: self.wake.clone() }))
+        let max = self.info.max_packet_size as usize;
+        let (home, wake) = (self.ends.clone(), self.wake.clone());
+        Ok(Box::new(EmbeddedQueue { max, rx, tx, home, wake }))
     }
 
     fn stop(&self) -> Result<(), Error> {
@@ -240,6 +242,8 @@ impl Device for EmbeddedPort {
 }
 
 struct EmbeddedQueue {
+    /// The longest frame that the network takes.
+    max: usize,
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,
     /// Where the receiver goes back to.
@@ -255,7 +259,21 @@ impl Queue for EmbeddedQueue {
         if let Some(tx) = &mut self.tx
             && io.writes() > 0
         {
-            while let Some(slot) = io.take_write() {
+            while let Some(first) = io.peek_write() {
+                if let Some(addresses) = addresses_of(first.packet(), self.max) {
+                    let same = |packet: &[u8]| addresses_of(packet, self.max) == Some(addresses);
+                    let wanted = io.leading_writes(same);
+                    if let Some(mut run) = tx.run(addresses, wanted) {
+                        while run.left() > 0
+                            && let Some(slot) = io.take_write()
+                        {
+                            run.put(slot.packet());
+                            io.complete_write(slot);
+                        }
+                        continue;
+                    }
+                }
+                let Some(slot) = io.take_write() else { break };
                 match tx.send(slot.packet()) {
                     // As vmnet answers to what is no Ethernet frame.
                     Sent::Dropped(DropReason::Runt) => io.fail(slot, Status::InvalidArgument),
@@ -287,6 +305,14 @@ impl Queue for EmbeddedQueue {
     }
 }
 
+/// The addresses of a frame that a network of this largest frame takes. `None`: whoever sends it will
+/// say what is wrong.
+#[inline]
+fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES]> {
+    let is_frame = (ETHERNET as usize..=max).contains(&packet.len());
+    if is_frame { packet.first_chunk().copied() } else { None }
+}
+
 impl EmbeddedQueue {
     /// The emptied receiver waits for the next ring, unless the port has been stopped.
     fn bring_home(&self, rx: InboxReader<Receiver<PostedSlot>>) {
@@ -310,10 +336,17 @@ impl Drop for EmbeddedQueue {
 }
 
 impl Inlet for Receiver<PostedSlot> {
-    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
-        Receiver::post(self, slot)
+    #[inline(always)]
+    fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
+        Receiver::stage(self, slot)
     }
 
+    #[inline]
+    fn publish(&mut self) {
+        Receiver::publish(self);
+    }
+
+    #[inline(always)]
     fn collect(&mut self) -> Option<(PostedSlot, usize)> {
         Receiver::collect(self)
     }

@@ -98,6 +98,18 @@ impl Queue for End {
         }
         if let Some(inbox) = &self.inbox {
             let mut sent = false;
+            // As many as there are buffers for in one claim, the rest one by one.
+            let max = inbox.max_frame();
+            let fitting = io.leading_writes(|packet| packet.len() <= max);
+            if let Some(mut claim) = inbox.claim(fitting) {
+                while claim.left() > 0
+                    && let Some(slot) = io.take_write()
+                {
+                    claim.fill(slot.packet());
+                    io.complete_write(slot);
+                }
+                sent = true;
+            }
             while let Some(slot) = io.take_write() {
                 match inbox.deliver(slot.packet()) {
                     Delivery::Direct | Delivery::Overflow => {
@@ -138,7 +150,9 @@ impl Queue for End {
 /// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
 /// `embedded`.
 pub(crate) trait Inlet: Send {
-    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
+    /// Not shown to senders before `publish`.
+    fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
+    fn publish(&mut self);
     fn collect(&mut self) -> Option<(PostedSlot, usize)>;
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
     fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
@@ -148,10 +162,17 @@ pub(crate) trait Inlet: Send {
 }
 
 impl Inlet for Collector<PostedSlot> {
-    fn post(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
-        Collector::post(self, slot)
+    #[inline(always)]
+    fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
+        Collector::stage(self, slot)
     }
 
+    #[inline]
+    fn publish(&mut self) {
+        Collector::publish(self);
+    }
+
+    #[inline(always)]
     fn collect(&mut self) -> Option<(PostedSlot, usize)> {
         Collector::collect(self).map(|packet| (packet.buffer, packet.len))
     }
@@ -192,7 +213,7 @@ impl<I: Inlet> InboxReader<I> {
     }
 
     /// Posts the poller's reads, as many as fit.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn post(&mut self, io: &mut Io<'_>) {
         if self.armed {
             self.armed = false;
@@ -202,15 +223,16 @@ impl<I: Inlet> InboxReader<I> {
             io.cancel(slot);
         }
         while let Some(slot) = io.take_read() {
-            if let Err(slot) = self.inlet.post(slot) {
+            if let Err(slot) = self.inlet.stage(slot) {
                 io.put_back(slot);
                 break;
             }
         }
+        self.inlet.publish();
     }
 
     /// Completes the packets that are there, at most the posted.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
         for _ in 0..POSTED {
             let Some((slot, len)) = self.inlet.collect() else {
