@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmring::device::Offloads;
@@ -16,6 +17,7 @@ use vmring::{
 
 use crate::netns::{Host, in_namespace, sh};
 use crate::support::{LONG, Way, eventually, every_way, number_of, packet_between, stage};
+use crate::tap_traffic::{SetAtEnd, kernel_counts};
 
 const HOST: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -785,6 +787,95 @@ fn an_inline_ring_may_change_threads() {
             ring.close().expect("it closes");
             interface.stop(LONG).expect("it stops");
             eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}
+
+/// Goal: packets wait in the TAP and writes in the ring while an inline ring goes from thread to
+/// thread, and each comes once and in its turn. Method: somebody sends all the time; each thread takes
+/// some packets, leaves others and a write, and ends.
+#[test]
+fn an_inline_ring_loses_and_mixes_up_nothing_on_its_way_through_threads() {
+    /// Of the ring's writes, to tell them from the packets that it reads.
+    const WRITTEN: u64 = 1_000_000;
+    /// Packets that may wait: fewer than the TAP's queue has room for.
+    const WAITING: u64 = 200;
+
+    fn hop(ring: &mut Ring, listener: &Neighbour, hop: u64, taken: &AtomicU64) {
+        for _ in 0..=hop % 23 {
+            let mut frame = next(ring);
+            let expected = taken.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(number_of(&frame), expected, "hop {hop}");
+            frame.reset();
+            ring.submit_read(frame, 0).expect("its credit came back");
+        }
+        if hop > 0 {
+            let mut written = None;
+            eventually("the write that the thread before has left", || {
+                written = listener.receive().filter(|number| *number >= WRITTEN);
+                written.is_some()
+            });
+            assert_eq!(written, Some(WRITTEN + hop - 1), "hop {hop}");
+        }
+        let mut frame = ring.alloc().expect("a frame that is free");
+        frame.copy_from(&packet_between([2, 9, 9, 9, 9, 9], BROADCAST, WRITTEN + hop, 60)).unwrap();
+        ring.submit_write(frame, 0).expect("a credit");
+    }
+
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            stage(format!("{engine}"));
+            let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
+            let (neighbour, listener) = (Neighbour::on("t0"), Neighbour::on("t0"));
+            let ring = interface.ring(Direction::Both).depth(64).drive(Drive::Inline);
+            let mut ring = ring.build().expect("a ring");
+            post(&mut ring, 16);
+            let (taken, over) = (AtomicU64::new(0), AtomicBool::new(false));
+            std::thread::scope(|scope| {
+                // Also if an assertion fails: the sender is to end.
+                let _over = SetAtEnd(&over);
+                scope.spawn(|| {
+                    let mut number = 0;
+                    while !over.load(Ordering::Relaxed) {
+                        if number < taken.load(Ordering::Relaxed) + WAITING {
+                            neighbour.send(number, 60);
+                            number += 1;
+                        } else {
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+                for i in 0..100 {
+                    let (ring, listener, taken) = (&mut ring, &listener, &taken);
+                    std::thread::scope(|scope| {
+                        scope.spawn(|| hop(ring, listener, i, taken));
+                    });
+                }
+            });
+            ring.close().expect("it closes");
+            interface.stop(LONG).expect("it stops");
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
+    });
+}
+
+/// Goal: between two calls nobody takes packets for an inline ring, which would interrupt its thread
+/// for each one. Method: what the kernel has counted as taken out of the TAP.
+#[test]
+fn packets_for_an_inline_ring_stay_in_the_tap_until_it_is_called() {
+    in_namespace(|| {
+        for engine in [TapEngine::IoUring, TapEngine::Plain] {
+            stage(format!("{engine}"));
+            with_reads_in_the_kernel(engine, Way::Inline, |_interface, mut ring| {
+                let neighbour = Neighbour::on("t0");
+                let before = kernel_counts("t0").sent;
+                (0..8).for_each(|number| neighbour.send(number, 60));
+                assert_eq!(kernel_counts("t0").sent, before);
+                for number in 0..8 {
+                    assert_eq!(number_of(&next(&mut ring)), number);
+                }
+                assert!(kernel_counts("t0").sent >= before + 8, "they were taken uncounted");
+            });
         }
     });
 }

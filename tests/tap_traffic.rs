@@ -459,13 +459,13 @@ fn receive(socket: &UdpSocket, count: u64, received: &AtomicU64) {
 
 /// What the kernel has counted on an interface of this thread's namespace.
 #[derive(Debug)]
-struct KernelCounts {
+pub(crate) struct KernelCounts {
     received: u64,
-    sent: u64,
+    pub(crate) sent: u64,
     dropped: u64,
 }
 
-fn kernel_counts(interface: &str) -> KernelCounts {
+pub(crate) fn kernel_counts(interface: &str) -> KernelCounts {
     let all = std::fs::read_to_string("/proc/thread-self/net/dev").expect("counters");
     let line = all.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
     let line = line.expect("the interface is there");

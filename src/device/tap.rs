@@ -33,16 +33,17 @@
 //!
 //! # Engines
 //!
-//! Frames move by io_uring: one multishot read over a ring of provided buffers, which are the posted
-//! slots, and writes in batches. Where the kernel is older than 6.7, or a container forbids io_uring,
-//! a plain `read(2)` and `write(2)` per frame do the same work. [`Device::counters`] says which one
-//! runs; [`Tap::engine`] chooses. Which is faster depends on what a system call costs and on what else
-//! the machine does; `performance/` measures both. With `Drive::Inline` under a flood of packets plain
-//! calls are.
+//! Frames move by io_uring: writes in batches, and on a poller's thread one multishot read over a ring
+//! of provided buffers, which are the posted slots. A ring with `Drive::Inline` may change threads and
+//! therefore reads by `read(2)`, which costs it less; its writes are batches too. Where the kernel is
+//! older than 6.7, or a container forbids io_uring, a plain `read(2)` and `write(2)` per frame do all
+//! of the work. [`Device::counters`] says which one runs; [`Tap::engine`] chooses. Which is faster
+//! depends on what a system call costs and on what else the machine does; `performance/` measures both.
+//! Whoever waits on the host for what is written may take the processor after each `write(2)`, and
+//! after a batch only once.
 //!
-//! An inline ring's io_uring belongs to the thread that drives it. Some milliseconds after such a ring
-//! is closed the kernel takes it apart on that thread, and a system call that waits there then may end
-//! with `EINTR`, as by a signal.
+//! Some milliseconds after an inline ring is closed the kernel takes its io_uring apart on the threads
+//! that have driven it, and a system call that waits there then may end with `EINTR`, as by a signal.
 //!
 //! # Offload
 //!
@@ -73,7 +74,7 @@ mod wire;
 
 use std::fmt;
 use std::net::Ipv4Addr;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -109,7 +110,7 @@ pub enum TapEngine {
     /// io_uring where it works, else plain calls. The default.
     #[default]
     Auto,
-    /// io_uring, or no start.
+    /// io_uring, or no start. (Reads of a ring with `Drive::Inline` are `read(2)` all the same.)
     IoUring,
     /// `read(2)` and `write(2)`.
     Plain,
@@ -728,10 +729,7 @@ impl Queue for TapQueue {
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(match &self.engine {
-            Engine::Uring(uring) => uring.descriptor(),
-            Engine::Plain(plain) => plain.descriptor(),
-        })
+        Some(self.fd.as_fd())
     }
 }
 

@@ -2,7 +2,7 @@
 //! never blocking.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::open::TapQueueFd;
@@ -18,10 +18,6 @@ pub(crate) struct Plain {
 impl Plain {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
         Self { fd }
-    }
-
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
     }
 
     pub(crate) fn write(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {

@@ -1,5 +1,6 @@
-//! The engine over Linux io_uring: one `READ_MULTISHOT` over a ring of provided buffers, which are the
-//! posted slots, and writes in batches; one `io_uring_enter` per turn carries both.
+//! The engine over Linux io_uring: writes in batches, and for a queue on a poller's thread one
+//! `READ_MULTISHOT` over a ring of provided buffers, which are the posted slots; one `io_uring_enter`
+//! per turn carries both. A queue that its owner drives has its packets by `read(2)`.
 //!
 //! # Whose a slot is
 //!
@@ -11,16 +12,18 @@
 //! # Whose a ring is
 //!
 //! A queue on a poller's thread has a ring for that thread alone (`SINGLE_ISSUER`), in which the
-//! kernel works only inside our `io_uring_enter` (`DEFER_TASKRUN`). A queue that its owner drives may
-//! change threads between two calls; it has a ring without these, and its multishot is ended and
-//! armed anew by the thread that finds itself new. So the ring is made by the first poll, not where
-//! the queue is opened.
+//! kernel works only inside our `io_uring_enter` (`DEFER_TASKRUN`). So the ring is made by the first
+//! poll, not where the queue is opened.
 //!
-//! With `DEFER_TASKRUN` the poller sleeps on the TAP's own descriptor: the kernel reads only inside
-//! our calls, so a packet that came is still in the TAP. The ring's descriptor is not enough there:
-//! when one call did not finish the work (the kernel does about 20 pieces a call), neither it nor the
-//! ring's `TASKRUN` flag told of the rest (Linux 6.18). So after a call that brought something comes
-//! another one.
+//! A queue that its owner drives may change threads between two calls, and so goes without these. A
+//! multishot there would interrupt the thread for each packet that comes. It has none: the ring does
+//! writes only, which are over when the call that submits them is, so that the kernel has nothing of
+//! ours between two calls and any thread may make the next.
+//!
+//! Either sleeps on the TAP's own descriptor: a packet that came is in the TAP until one of our calls
+//! takes it. The ring's descriptor is not enough: when one call did not finish the work (the kernel
+//! does about 20 pieces a call), neither it nor the ring's `TASKRUN` flag told of the rest (Linux
+//! 6.18). So after a call that brought something comes another one.
 //!
 //! Sources: io_uring_setup(2), io_uring_enter(2), io_uring_register_buf_ring(3),
 //! io_uring_prep_read_multishot(3), io_uring_cancelation(7).
@@ -28,7 +31,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
@@ -39,11 +42,12 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
 
 use super::open::TapQueueFd;
+use super::plain::Plain;
 use super::wire::{Fault, Wire, fault_of};
 use crate::device::{Io, PostedSlot, Progress};
 use crate::error::Status;
 
-/// Reads that the kernel has at a time; more stay with the poller. A power of two.
+/// Reads that the kernel has at a time on a poller's thread; more stay with it. A power of two.
 const READS: u16 = 1024;
 /// Writes that one turn hands over.
 pub(crate) const WRITES: u16 = 256;
@@ -69,7 +73,7 @@ pub(crate) fn check() -> io::Result<()> {
 }
 
 fn check_here() -> io::Result<()> {
-    let mut kernel = Kernel::new(true).or_else(|_| Kernel::new(false))?;
+    let mut kernel = Kernel::new(true)?;
     let mut probe = Probe::new();
     kernel.ring.submitter().register_probe(&mut probe)?;
     let known = [opcode::ReadMulti::CODE, opcode::Write::CODE, opcode::AsyncCancel::CODE];
@@ -86,6 +90,8 @@ pub(crate) struct Uring {
     /// Whether one thread drives from now on.
     settled: bool,
     kernel: Option<Kernel>,
+    /// Reads while no thread has settled.
+    plain: Plain,
     /// Taken back from the kernel, or put back by it, until the next poll.
     recall: Recall,
 }
@@ -120,7 +126,8 @@ impl fmt::Debug for Uring {
 
 impl Uring {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
-        Self { fd, settled: false, kernel: None, recall: Recall::default() }
+        let plain = Plain::new(fd.clone());
+        Self { fd, settled: false, kernel: None, plain, recall: Recall::default() }
     }
 
     pub(crate) fn settle(&mut self) {
@@ -131,13 +138,7 @@ impl Uring {
     /// Makes the ring, on the thread that is to drive it.
     pub(crate) fn prepare(&mut self) -> io::Result<()> {
         if self.kernel.is_none() {
-            let mut kernel = match Kernel::new(self.settled) {
-                // A kernel before 6.1 does not know the flags.
-                Err(error) if self.settled && error.raw_os_error() == Some(libc::EINVAL) => {
-                    Kernel::new(false)?
-                }
-                kernel => kernel?,
-            };
+            let mut kernel = Kernel::new(self.settled)?;
             kernel.ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
             kernel.chained = self.fd.refuses_writes();
             self.kernel = Some(kernel);
@@ -145,22 +146,8 @@ impl Uring {
         Ok(())
     }
 
-    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
-        match &self.kernel {
-            // SAFETY: the ring has its descriptor as long as it lives, which the borrow says.
-            Some(kernel) if !kernel.single => unsafe {
-                BorrowedFd::borrow_raw(kernel.ring.as_raw_fd())
-            },
-            _ => self.fd.as_fd(),
-        }
-    }
-
     pub(crate) fn poll(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
         let Some(kernel) = &mut self.kernel else { return Ok(Progress::Idle) };
-        if !kernel.single && kernel.here != here() {
-            kernel.here = here();
-            kernel.unwanted = true;
-        }
         kernel.ask_to_end();
         kernel.push_writes(io, wire);
         if self.recall.is_empty() {
@@ -175,14 +162,18 @@ impl Uring {
             self.recall.clear();
         }
         result?;
-        Ok(if kernel.look || kernel.has_work() { Progress::More } else { Progress::Idle })
+        let more = kernel.look || kernel.has_work();
+        if !kernel.single && self.plain.read(io, wire)? == Progress::More {
+            return Ok(Progress::More);
+        }
+        Ok(if more { Progress::More } else { Progress::Idle })
     }
 
     /// Whether nothing has come meanwhile. What ends the sleep is to be looked at.
     pub(crate) fn arm(&mut self) -> bool {
         let Some(kernel) = &mut self.kernel else { return true };
         let quiet = !kernel.look && !kernel.has_work() && kernel.is_quiet();
-        kernel.look = true;
+        kernel.look |= kernel.single;
         quiet
     }
 
@@ -224,20 +215,12 @@ impl Uring {
     }
 }
 
-/// Stands for the running thread.
-fn here() -> usize {
-    thread_local!(static HERE: u8 = const { 0 });
-    HERE.with(|here| &raw const *here as usize)
-}
-
 /// A ring, and what the kernel has of ours.
 struct Kernel {
     ring: IoUring,
     buffers: Buffers,
-    /// For the thread that made it alone.
+    /// For the thread that made it alone. If it is not, there are no reads in it.
     single: bool,
-    /// The thread that drove it last.
-    here: usize,
     /// By buffer number: what the kernel may fill.
     reads: Box<[Option<PostedSlot>]>,
     /// Numbers of the buffers that the kernel has, in the order in which it will fill them.
@@ -249,7 +232,7 @@ struct Kernel {
     free_writes: Vec<u16>,
     /// The multishot request is in flight: its last completion has not come.
     armed: bool,
-    /// It is to end: for a cancel, a close, or another thread.
+    /// It is to end: for a cancel or a close.
     unwanted: bool,
     /// It has been asked to.
     ending: bool,
@@ -272,15 +255,15 @@ impl Kernel {
             builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         }
         let ring = builder.build(u32::from(WRITES) + 2)?;
+        let reads = if single { READS } else { 0 };
         let buffers = Buffers::new()?;
         let kernel = Self {
             ring,
             buffers,
             single,
-            here: here(),
-            reads: (0..READS).map(|_| None).collect(),
-            order: VecDeque::with_capacity(usize::from(READS)),
-            free_reads: (0..READS).rev().collect(),
+            reads: (0..reads).map(|_| None).collect(),
+            order: VecDeque::with_capacity(usize::from(reads)),
+            free_reads: (0..reads).rev().collect(),
             writes: (0..WRITES).map(|_| None).collect(),
             free_writes: (0..WRITES).rev().collect(),
             armed: false,
@@ -292,7 +275,9 @@ impl Kernel {
             next_place: 0,
             chained: false,
         };
-        kernel.register()?;
+        if single {
+            kernel.register()?;
+        }
         Ok(kernel)
     }
 
@@ -571,7 +556,8 @@ impl Drop for Kernel {
                     write => self.free_writes.push((write - WRITE) as u16),
                 }
             }
-            if self.lets_go() && self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
+            let buffers = !self.single || self.ring.submitter().unregister_buf_ring(GROUP).is_ok();
+            if self.lets_go() && buffers {
                 return;
             }
             thread::sleep(Duration::from_millis(1));
