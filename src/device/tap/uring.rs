@@ -238,7 +238,8 @@ struct Kernel {
     ending: bool,
     /// The kernel may have work for us of which nothing tells.
     look: bool,
-    /// Writes that the kernel did not take now, with their places in submission order.
+    /// Writes that the kernel did not take now, with their places in submission order, until it has
+    /// answered for all of them.
     refused: Vec<(u64, PostedSlot)>,
     /// By number: the place of a write in submission order.
     places: Box<[u64]>,
@@ -492,12 +493,15 @@ impl Kernel {
                 }
             }
         }
-        refused.sort_unstable_by_key(|(place, _)| *place);
-        while let Some((_, slot)) = refused.pop() {
+        if self.is_writing() {
+            // Those that are out yet hold up the others: put back alone, these would stand behind them.
+            self.look |= self.chained;
+            return result;
+        }
+        self.refused.sort_unstable_by_key(|(place, _)| *place);
+        while let Some((_, slot)) = self.refused.pop() {
             io.put_back(slot);
         }
-        // Those that are out yet hold up the others.
-        self.look |= self.chained && self.is_writing();
         result
     }
 
