@@ -11,7 +11,7 @@ use crate::Result;
 use crate::net::without_checksums;
 use crate::net::{FULL_FRAME, Namespace, Offload, Tap, counters, in_new_namespace, ip};
 use crate::relay;
-use crate::report::{Spread, StreamRow};
+use crate::report::{Table, Want};
 
 /// What `vmring bridge` is given: it makes both TAPs, which are then moved to their namespaces, and
 /// carries packets until it is killed.
@@ -52,9 +52,12 @@ const LEFT: &str = "left";
 const RIGHT: &str = "right";
 const RIGHT_ADDRESS: &str = "10.9.0.2";
 
-/// All contenders in turns, `rounds` times, with and without offload; the `vmring` command if there
-/// is one.
-pub(crate) fn turns(rounds: u32, seconds: u32, program: Option<&Path>) -> Result<Vec<StreamRow>> {
+/// All contenders in turns, with and without offload; the `vmring` command if there is one.
+pub(crate) fn run(
+    rounds: u32,
+    seconds: u32,
+    program: Option<&Path>,
+) -> Result<(Vec<Table>, Vec<Want>)> {
     let ours = program
         .into_iter()
         .flat_map(|program| ["io_uring", "plain"].map(|engine| Way::Ours { program, engine }));
@@ -69,20 +72,40 @@ pub(crate) fn turns(rounds: u32, seconds: u32, program: Option<&Path>) -> Result
             streams.push(stream.map_err(|error| format!("{}: {error}", way.name()))?);
         }
     }
-    Ok(all.into_iter().map(|(way, offload, streams)| row(way, offload, &streams)).collect())
-}
-
-fn row(way: Way<'_>, offload: Offload, streams: &[Stream]) -> StreamRow {
-    let spread = |figure: fn(&Stream) -> f64| Spread::of(streams.iter().map(figure));
-    let bridge: Vec<f64> =
-        streams.iter().filter_map(|stream| stream.bridge_cpu_seconds_per_gigabyte).collect();
-    StreamRow {
-        contender: way.name(),
-        offload: offload == Offload::On,
-        gbit_per_second: spread(|stream| stream.gbit_per_second),
-        bridge_cpu_seconds_per_gigabyte: (!bridge.is_empty()).then(|| Spread::of(bridge)),
-        system_cpu_seconds_per_gigabyte: spread(|stream| stream.system_cpu_seconds_per_gigabyte),
+    let mut table = Table::new(
+        "tap-forward",
+        format!("one TCP stream of {seconds} s through a bridge"),
+        &["offload", "contender"],
+        &["Gbit/s", "bridge CPU s/GB", "system CPU s/GB"],
+    );
+    let mut medians = Vec::new();
+    for (way, offload, streams) in &all {
+        let rate: Vec<f64> = streams.iter().map(|stream| stream.gbit_per_second).collect();
+        let bridge: Vec<f64> =
+            streams.iter().filter_map(|stream| stream.bridge_cpu_seconds_per_gigabyte).collect();
+        let system: Vec<f64> =
+            streams.iter().map(|stream| stream.system_cpu_seconds_per_gigabyte).collect();
+        let on = *offload == Offload::On;
+        let label = if on { "on" } else { "off" };
+        let median = table.row(&[label, way.name()], &[&rate, &bridge, &system]);
+        medians.push((way.name(), on, median));
     }
+    let of = |name: &str, on: bool| {
+        medians.iter().find(|(of, offload, _)| *of == name && *offload == on).map(|row| row.2)
+    };
+    let mut wants = Vec::new();
+    for (on, rival, least) in [(false, Way::Relay, 1.3), (true, Way::Veth, 0.9)] {
+        if let Some(rival_rate) = of(rival.name(), on) {
+            for ours in ["vmring bridge, io_uring", "vmring bridge, plain calls"] {
+                if let Some(rate) = of(ours, on) {
+                    let offload = if on { "with" } else { "without" };
+                    let what = format!("{ours}, {offload} offload, / {}", rival.name());
+                    wants.push(Want::at_least(what, rate / rival_rate, least));
+                }
+            }
+        }
+    }
+    Ok((vec![table], wants))
 }
 
 /// One stream, from within the namespace of the bridge.

@@ -1,15 +1,15 @@
-//! vmring's Linux TAP device against other ways to move the same packets.
+//! vmring beside its rivals and beside the least that the machine can do.
 //!
-//! Everything happens in network namespaces that the program makes; it needs root. The contenders
-//! take turns within each round, so that a slow minute of the machine is a slow minute for all.
+//! The contenders take turns within each round, so that a slow minute of the machine is a slow minute
+//! for all. What needs a TAP happens in network namespaces that the program makes, as root.
 
 #[cfg(not(target_os = "linux"))]
-compile_error!("TAP is Linux's");
+compile_error!("io_uring, TAPs and processor clocks are Linux's");
 
 mod clock;
+mod common;
 mod forward;
 mod net;
-#[cfg(feature = "ours")]
 mod ours;
 mod read;
 mod relay;
@@ -17,32 +17,33 @@ mod report;
 mod slots;
 mod write;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
-use report::{Heading, Report, Sample};
+use report::{Heading, Report, Sample, Table, Want};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// vmring's Linux TAP device against other ways to move the same packets.
+/// vmring beside its rivals and beside the least that the machine can do.
 ///
-/// Needs root, for network namespaces of its own; the host's network is not touched.
+/// The parts that need a TAP need root, for network namespaces of their own; the host's network is not
+/// touched. Without it they are skipped.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
 
     /// How often each contender has its turn; the figures are medians.
-    #[arg(long, global = true, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, global = true, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
     /// How long one measurement of packets takes.
-    #[arg(long, global = true, default_value_t = 0.1, value_parser = seconds)]
+    #[arg(long, global = true, default_value_t = 0.05, value_parser = seconds)]
     seconds: f64,
 
     /// How long one TCP stream takes.
@@ -70,7 +71,7 @@ enum What {
     TapRead,
     /// A TCP stream (iperf3) from one namespace through a bridge of two TAPs to another.
     TapForward,
-    /// All of these.
+    /// All of these, which is also what happens if none is named.
     All,
 }
 
@@ -81,13 +82,20 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
+/// How long and how often.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan {
+    pub(crate) rounds: u32,
+    /// Of one measurement.
+    pub(crate) time: Duration,
+}
+
+/// What a part gives.
+type Part = Result<(Vec<Table>, Vec<Want>)>;
+type Run = fn(Plan) -> Part;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // SAFETY: geteuid takes nothing and cannot fail.
-    if unsafe { libc::geteuid() } != 0 {
-        eprintln!("root is needed: network namespaces and TAPs are made");
-        return ExitCode::from(2);
-    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -97,39 +105,108 @@ fn main() -> ExitCode {
     }
 }
 
+/// Why the parts that need a TAP cannot run here, if they cannot.
+fn no_tap() -> Option<&'static str> {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        return Some("root is needed: network namespaces and TAPs are made");
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        return Some("this machine has no /dev/net/tun");
+    }
+    (!has_program("ip")).then_some("the program ip (iproute2) is not here")
+}
+
+/// Whether a program is on the path.
+fn has_program(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
 fn run(arguments: &Arguments) -> Result<()> {
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
-    let time = Duration::from_secs_f64(seconds);
+    let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
     let mut report = Report::new(Heading::of_this_machine(rounds, seconds)?);
-    let wanted = |what| arguments.what == what || arguments.what == What::All;
-    if wanted(What::TapWrite) {
-        let measured =
-            turns(rounds, write::Way::ALL, |way, length| write::measure(way, length, time))?;
-        let about = "packets into a TAP, dropped by the kernel for their address".to_owned();
-        report.packets("tap-write", about, named(measured, write::Way::name));
+    let what = arguments.what.unwrap_or(What::All);
+    let wanted = |part| what == part || what == What::All;
+    let parts: &[(What, Run)] = &[
+        // More parts here.
+    ];
+    for (part, run) in parts {
+        if wanted(*part) {
+            let (tables, wants) = run(plan)?;
+            report.add(tables, wants);
+        }
     }
-    if wanted(What::TapRead) {
-        let measured =
-            turns(rounds, read::Way::ALL, |way, length| read::measure_drain(way, length, time))?;
-        let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);
-        report.packets("tap-read, drain", about, named(measured, read::Way::name));
-        let measured =
-            turns(rounds, read::Way::ALL, |way, length| read::measure_flood(way, length, time))?;
-        let about = "packets out of a TAP while another thread sends all it can".to_owned();
-        report.packets("tap-read, flood", about, named(measured, read::Way::name));
+    let taps: &[(What, &'static str, Run)] =
+        &[(What::TapWrite, "tap-write", tap_write), (What::TapRead, "tap-read", tap_read)];
+    for (part, name, run) in taps {
+        if wanted(*part) {
+            match no_tap() {
+                Some(why) => report.skip(name, why),
+                None => {
+                    let (tables, wants) = run(plan)?;
+                    report.add(tables, wants);
+                }
+            }
+        }
     }
     if wanted(What::TapForward) {
-        let stream_seconds = if arguments.quick { 1 } else { arguments.stream_seconds };
-        let about = format!("one TCP stream of {stream_seconds} s through a bridge");
-        let rows = forward::turns(rounds, stream_seconds, arguments.bridge.as_deref())?;
-        report.streams("tap-forward", about, rows);
+        let no_iperf = (!has_program("iperf3")).then_some("the program iperf3 is not here");
+        if let Some(why) = no_tap().or(no_iperf) {
+            report.skip("tap-forward", why);
+        } else {
+            let seconds = if arguments.quick { 1 } else { arguments.stream_seconds };
+            let (tables, wants) = forward::run(rounds, seconds, arguments.bridge.as_deref())?;
+            report.add(tables, wants);
+        }
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // Whoever reads has read enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         printed => Ok(printed?),
     }
+}
+
+fn tap_write(plan: Plan) -> Part {
+    let measured =
+        turns(plan.rounds, write::Way::ALL, |way, length| write::measure(way, length, plan.time))?;
+    let about = "packets into a TAP, dropped by the kernel for their address";
+    let (table, medians) = packets("tap-write", about, measured, write::Way::name);
+    Ok((vec![table], tap_wants("into a TAP", &medians, "write(2)", "io_uring WRITE, 64 at once")))
+}
+
+fn tap_read(plan: Plan) -> Part {
+    let Plan { rounds, time } = plan;
+    let drained = turns(rounds, read::Way::ALL, |way, len| read::measure_drain(way, len, time))?;
+    let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);
+    let (drain, medians) = packets("tap-read, drain", about, drained, read::Way::name);
+    let wants = tap_wants("out of a TAP", &medians, "read(2)", "io_uring READ_MULTISHOT");
+    let flooded = turns(rounds, read::Way::ALL, |way, len| read::measure_flood(way, len, time))?;
+    let about = "packets out of a TAP while another thread sends all it can";
+    let (flood, _) = packets("tap-read, flood", about, flooded, read::Way::name);
+    Ok((vec![drain, flood], wants))
+}
+
+/// What was wanted of the TAP: 1.5 times the plain system call, and 0.95 of the loop by hand.
+fn tap_wants(what: &str, medians: &[(&str, usize, f64)], plain: &str, by_hand: &str) -> Vec<Want> {
+    let of = |name: &str, bytes| {
+        medians.iter().find(|row| row.0 == name && row.1 == bytes).map_or(f64::NAN, |row| row.2)
+    };
+    let mut wants = Vec::new();
+    for ours in ["vmring, io_uring, inline", "vmring, plain calls, inline"] {
+        for bytes in [SMALL_FRAME, FULL_FRAME] {
+            for (rival, least) in [(plain, 1.5), (by_hand, 0.95)] {
+                let ratio = of(rival, bytes) / of(ours, bytes);
+                if ratio.is_finite() {
+                    let name = format!("{bytes} B {what}: {ours}, / {rival}");
+                    wants.push(Want::at_least(name, ratio, least));
+                }
+            }
+        }
+    }
+    wants
 }
 
 /// The samples of one contender with one length of frame.
@@ -153,10 +230,24 @@ fn turns<W: Copy>(
     Ok(all)
 }
 
-/// The same with the contenders' names.
-fn named<W>(
+/// A table of packets: for each contender and length of frame, the samples of all rounds; and the
+/// medians, in nanoseconds a packet.
+fn packets<W>(
+    name: &'static str,
+    about: impl Into<String>,
     measured: Vec<Measured<W>>,
-    name: impl Fn(W) -> &'static str,
-) -> impl Iterator<Item = (&'static str, usize, Vec<Sample>)> {
-    measured.into_iter().map(move |(way, length, samples)| (name(way), length, samples))
+    name_of: impl Fn(W) -> &'static str,
+) -> (Table, Vec<(&'static str, usize, f64)>) {
+    let figures = &["ns/packet", "CPU ns", "packets/s"];
+    let mut table = Table::new(name, about, &["bytes", "contender"], figures);
+    let mut medians = Vec::new();
+    for (way, length, samples) in measured {
+        let values = |of: fn(&Sample) -> f64| samples.iter().map(of).collect::<Vec<_>>();
+        let (wall, cpu) = (values(Sample::wall_ns), values(Sample::cpu_ns));
+        let rate = values(|sample| 1e9 / sample.wall_ns());
+        let contender = name_of(way);
+        let median = table.row(&[&length.to_string(), contender], &[&wall, &cpu, &rate]);
+        medians.push((contender, length, median));
+    }
+    (table, medians)
 }

@@ -12,7 +12,6 @@ use io_uring::{IoUring, cqueue, opcode, types};
 use crate::Result;
 use crate::clock::{Elapsed, Moment, Processor};
 use crate::net::{PacketSocket, Tap, check, counters, in_new_namespace, udp_frame};
-#[cfg(feature = "ours")]
 use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
@@ -51,7 +50,6 @@ pub(crate) enum Way {
     UringFixed,
     UringAdaptive,
     TunRs,
-    #[cfg(feature = "ours")]
     Ours(Ours),
 }
 
@@ -63,13 +61,9 @@ impl Way {
         Self::UringFixed,
         Self::UringAdaptive,
         Self::TunRs,
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::URING_INLINE),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::URING_THREAD),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::PLAIN_INLINE),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::PLAIN_THREAD),
     ];
 
@@ -81,7 +75,6 @@ impl Way {
             Self::UringFixed => "io_uring READ_FIXED, 64 at once",
             Self::UringAdaptive => "io_uring READ, 4 to 64 at once",
             Self::TunRs => "tun-rs recv",
-            #[cfg(feature = "ours")]
             Self::Ours(ours) => ours.name(),
         }
     }
@@ -94,7 +87,6 @@ impl Way {
             Self::UringFixed => Box::new(Batch::new(tap.as_raw_fd(), BATCH, true)?),
             Self::UringAdaptive => Box::new(Batch::new(tap.as_raw_fd(), 4, false)?),
             Self::TunRs => Box::new(TunRs::new(tap)?),
-            #[cfg(feature = "ours")]
             Self::Ours(ours) => ours.reader(tap)?,
         })
     }

@@ -29,15 +29,15 @@ impl Sample {
 
 /// Smallest, middle and greatest of the rounds.
 #[derive(Clone, Copy, Serialize)]
-pub(crate) struct Spread {
-    pub(crate) min: f64,
-    pub(crate) median: f64,
-    pub(crate) max: f64,
+struct Spread {
+    min: f64,
+    median: f64,
+    max: f64,
 }
 
 impl Spread {
     /// Of at least one value; of none, zeroes.
-    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Self {
+    fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let [min, .., max] = values[..] else {
@@ -69,7 +69,8 @@ pub(crate) struct Heading {
 const LOCK: &str = include_str!("../Cargo.lock");
 
 /// The crates whose speed is compared.
-const COMPARED: [&str; 3] = ["vmring", "io-uring", "tun-rs"];
+const COMPARED: [&str; 6] =
+    ["vmring", "rtrb", "crossbeam-channel", "io-uring", "tun-rs", "hdrhistogram"];
 
 /// The version of `name` in the lock file.
 fn version(name: &str) -> Option<&'static str> {
@@ -99,42 +100,130 @@ impl Heading {
     }
 }
 
-/// One line of a table of packets.
+/// A table: for each row, a spread of each figure that was measured.
 #[derive(Serialize)]
-struct PacketRow {
-    contender: &'static str,
-    frame_bytes: usize,
-    packets_per_second: Spread,
-    ns_per_packet: Spread,
-    cpu_ns_per_packet: Spread,
-}
-
-/// One line of the table of streams.
-#[derive(Serialize)]
-pub(crate) struct StreamRow {
-    pub(crate) contender: &'static str,
-    pub(crate) offload: bool,
-    pub(crate) gbit_per_second: Spread,
-    /// Of the bridge between; a veth pair has none.
-    pub(crate) bridge_cpu_seconds_per_gigabyte: Option<Spread>,
-    /// Of all processors, both ends of the stream and whoever else was busy included.
-    pub(crate) system_cpu_seconds_per_gigabyte: Spread,
-}
-
-/// One table.
-#[derive(Serialize)]
-struct Table {
+pub(crate) struct Table {
     name: &'static str,
     about: String,
-    #[serde(flatten)]
-    rows: Rows,
+    /// What tells the rows apart.
+    labels: &'static [&'static str],
+    /// The figures, with their unit in the name.
+    figures: &'static [&'static str],
+    rows: Vec<Row>,
 }
 
 #[derive(Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Rows {
-    Packets(Vec<PacketRow>),
-    Streams(Vec<StreamRow>),
+struct Row {
+    labels: Vec<String>,
+    /// `None`: this one has no such figure.
+    figures: Vec<Option<Spread>>,
+}
+
+impl Table {
+    pub(crate) fn new(
+        name: &'static str,
+        about: impl Into<String>,
+        labels: &'static [&'static str],
+        figures: &'static [&'static str],
+    ) -> Self {
+        Self { name, about: about.into(), labels, figures, rows: Vec::new() }
+    }
+
+    /// Adds a row: its labels, and of each figure the values of all rounds (none: it has no such
+    /// figure). Returns the median of the first.
+    pub(crate) fn row(&mut self, labels: &[&str], figures: &[&[f64]]) -> f64 {
+        assert_eq!((labels.len(), figures.len()), (self.labels.len(), self.figures.len()));
+        let spread =
+            |values: &&[f64]| (!values.is_empty()).then(|| Spread::of(values.iter().copied()));
+        let figures: Vec<_> = figures.iter().map(spread).collect();
+        let median = figures[0].map_or(f64::NAN, |spread| spread.median);
+        let labels = labels.iter().map(|label| (*label).to_owned()).collect();
+        self.rows.push(Row { labels, figures });
+        median
+    }
+
+    /// The medians of the first figure, with the rows' labels.
+    pub(crate) fn medians(&self) -> impl Iterator<Item = (&[String], f64)> {
+        let median = |row: &Row| row.figures[0].map_or(f64::NAN, |spread| spread.median);
+        self.rows.iter().map(move |row| (&row.labels[..], median(row)))
+    }
+
+    /// Columns as wide as what is in them: labels to the left, figures to the right, the first with its
+    /// smallest and greatest.
+    fn print(&self, out: &mut impl Write) -> io::Result<()> {
+        writeln!(out, "\n{}: {}", self.name, self.about)?;
+        let mut lines: Vec<Vec<String>> = Vec::new();
+        let mut head: Vec<String> = self.labels.iter().map(|label| (*label).to_owned()).collect();
+        for (i, figure) in self.figures.iter().enumerate() {
+            head.push((*figure).to_owned());
+            if i == 0 {
+                head.push(String::new());
+            }
+        }
+        lines.push(head);
+        for row in &self.rows {
+            let mut line = row.labels.clone();
+            for (i, figure) in row.figures.iter().enumerate() {
+                let text = |of: fn(&Spread) -> f64| figure.as_ref().map(|s| shorten(of(s)));
+                line.push(text(|s| s.median).unwrap_or("-".to_owned()));
+                if i == 0 {
+                    let range = text(|s| s.min).zip(text(|s| s.max));
+                    line.push(
+                        range.map_or(String::new(), |(min, max)| format!("({min} to {max})")),
+                    );
+                }
+            }
+            lines.push(line);
+        }
+        let columns = lines[0].len();
+        let width = |i: usize| lines.iter().map(|line| line[i].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        for line in &lines {
+            let mut text = String::new();
+            for (i, (cell, width)) in line.iter().zip(&widths).enumerate() {
+                let (width, gap) = (*width, if i == 0 { "" } else { "  " });
+                text += &if i < self.labels.len() {
+                    format!("{gap}{cell:<width$}")
+                } else {
+                    format!("{gap}{cell:>width$}")
+                };
+            }
+            writeln!(out, "{}", text.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// Three digits that say something, or all of a whole number.
+fn shorten(value: f64) -> String {
+    match value.abs() {
+        x if x >= 100.0 => format!("{value:.0}"),
+        x if x >= 10.0 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// What was to be reached, and whether it was, by this run's medians.
+#[derive(Serialize)]
+pub(crate) struct Want {
+    what: String,
+    measured: f64,
+    wanted: f64,
+    /// Whether `wanted` is the most it may be, or the least.
+    at_most: bool,
+    met: bool,
+}
+
+impl Want {
+    pub(crate) fn at_most(what: impl Into<String>, measured: f64, wanted: f64) -> Self {
+        let met = measured <= wanted;
+        Self { what: what.into(), measured, wanted, at_most: true, met }
+    }
+
+    pub(crate) fn at_least(what: impl Into<String>, measured: f64, wanted: f64) -> Self {
+        let met = measured >= wanted;
+        Self { what: what.into(), measured, wanted, at_most: false, met }
+    }
 }
 
 /// Everything that was measured.
@@ -142,34 +231,27 @@ enum Rows {
 pub(crate) struct Report {
     heading: Heading,
     tables: Vec<Table>,
+    wants: Vec<Want>,
+    /// Parts that were left out, and why.
+    skipped: Vec<(&'static str, String)>,
 }
 
 impl Report {
     pub(crate) fn new(heading: Heading) -> Self {
-        Self { heading, tables: Vec::new() }
+        Self { heading, tables: Vec::new(), wants: Vec::new(), skipped: Vec::new() }
     }
 
-    /// A table of packets: for each contender and length of frame, the samples of all rounds.
-    pub(crate) fn packets(
-        &mut self,
-        name: &'static str,
-        about: String,
-        measured: impl IntoIterator<Item = (&'static str, usize, Vec<Sample>)>,
-    ) {
-        let row = |(contender, frame_bytes, samples): (_, _, Vec<Sample>)| PacketRow {
-            contender,
-            frame_bytes,
-            packets_per_second: Spread::of(samples.iter().map(|sample| 1e9 / sample.wall_ns())),
-            ns_per_packet: Spread::of(samples.iter().map(Sample::wall_ns)),
-            cpu_ns_per_packet: Spread::of(samples.iter().map(Sample::cpu_ns)),
-        };
-        let rows = Rows::Packets(measured.into_iter().map(row).collect());
-        self.tables.push(Table { name, about, rows });
+    pub(crate) fn add(&mut self, tables: Vec<Table>, wants: Vec<Want>) {
+        self.tables.extend(tables);
+        self.wants.extend(wants);
     }
 
-    /// A table of streams.
-    pub(crate) fn streams(&mut self, name: &'static str, about: String, rows: Vec<StreamRow>) {
-        self.tables.push(Table { name, about, rows: Rows::Streams(rows) });
+    pub(crate) fn skip(&mut self, part: &'static str, why: impl Into<String>) {
+        self.skipped.push((part, why.into()));
+    }
+
+    pub(crate) fn tables(&self) -> &[Table] {
+        &self.tables
     }
 
     pub(crate) fn print(&self, json: bool, out: &mut impl Write) -> io::Result<()> {
@@ -184,61 +266,29 @@ impl Report {
         writeln!(out, "{}", versions.join(", "))?;
         writeln!(
             out,
-            "medians of {} interleaved round(s) of {} s, in brackets the fastest and the slowest",
+            "medians of {} interleaved round(s) of {} s, in brackets the smallest and the greatest",
             heading.rounds, heading.seconds
         )?;
         for table in &self.tables {
-            writeln!(out, "\n{}: {}", table.name, table.about)?;
-            match &table.rows {
-                Rows::Packets(rows) => print_packets(rows, out)?,
-                Rows::Streams(rows) => print_streams(rows, out)?,
-            }
+            table.print(out)?;
+        }
+        for (part, why) in &self.skipped {
+            writeln!(out, "\n{part}: skipped: {why}")?;
+        }
+        if !self.wants.is_empty() {
+            writeln!(out, "\nwanted")?;
+        }
+        for want in &self.wants {
+            writeln!(
+                out,
+                "{:<4} {:>7} ({} {:>5})  {}",
+                if want.met { "yes" } else { "no" },
+                shorten(want.measured),
+                if want.at_most { "at most" } else { "at least" },
+                want.wanted,
+                want.what
+            )?;
         }
         Ok(())
     }
-}
-
-fn print_packets(rows: &[PacketRow], out: &mut impl Write) -> io::Result<()> {
-    writeln!(
-        out,
-        "{:>6}  {:<34} {:>12} {:>10} {:>15} {:>8}",
-        "bytes", "contender", "packets/s", "ns/packet", "", "CPU ns"
-    )?;
-    for row in rows {
-        let time = row.ns_per_packet;
-        writeln!(
-            out,
-            "{:>6}  {:<34} {:>12.0} {:>10.0} {:>15} {:>8.0}",
-            row.frame_bytes,
-            row.contender,
-            row.packets_per_second.median,
-            time.median,
-            format!("({:.0} to {:.0})", time.min, time.max),
-            row.cpu_ns_per_packet.median
-        )?;
-    }
-    Ok(())
-}
-
-fn print_streams(rows: &[StreamRow], out: &mut impl Write) -> io::Result<()> {
-    writeln!(
-        out,
-        "{:<8} {:<28} {:>8} {:>16} {:>16} {:>16}",
-        "offload", "contender", "Gbit/s", "", "bridge CPU s/GB", "system CPU s/GB"
-    )?;
-    for row in rows {
-        let rate = row.gbit_per_second;
-        writeln!(
-            out,
-            "{:<8} {:<28} {:>8.2} {:>16} {:>16} {:>16.2}",
-            if row.offload { "on" } else { "off" },
-            row.contender,
-            rate.median,
-            format!("({:.2} to {:.2})", rate.min, rate.max),
-            row.bridge_cpu_seconds_per_gigabyte
-                .map_or("-".to_owned(), |spread| format!("{:.2}", spread.median)),
-            row.system_cpu_seconds_per_gigabyte.median
-        )?;
-    }
-    Ok(())
 }

@@ -9,7 +9,6 @@ use io_uring::{IoUring, opcode, types};
 use crate::Result;
 use crate::clock::Moment;
 use crate::net::{Tap, counters, in_new_namespace, udp_frame};
-#[cfg(feature = "ours")]
 use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
@@ -27,7 +26,6 @@ pub(crate) enum Way {
     Uring,
     UringFixed,
     TunRs,
-    #[cfg(feature = "ours")]
     Ours(Ours),
 }
 
@@ -37,13 +35,9 @@ impl Way {
         Self::Uring,
         Self::UringFixed,
         Self::TunRs,
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::URING_INLINE),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::URING_THREAD),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::PLAIN_INLINE),
-        #[cfg(feature = "ours")]
         Self::Ours(Ours::PLAIN_THREAD),
     ];
 
@@ -53,7 +47,6 @@ impl Way {
             Self::Uring => "io_uring WRITE, 64 at once",
             Self::UringFixed => "io_uring WRITE_FIXED, 64 at once",
             Self::TunRs => "tun-rs send",
-            #[cfg(feature = "ours")]
             Self::Ours(ours) => ours.name(),
         }
     }
@@ -69,7 +62,6 @@ pub(crate) fn measure(way: Way, length: usize, time: Duration) -> Result<Sample>
             Way::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
             Way::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
             Way::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
-            #[cfg(feature = "ours")]
             Way::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
         };
         // Before anything is timed: so many packets, of that length, did come.

@@ -1,0 +1,87 @@
+//! What several parts need: taking turns, a processor for a thread, and a device that costs nothing.
+
+use std::sync::Arc;
+
+use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::{Config, Direction, Driver, InterfaceInfo, MacAddr6, Status};
+
+use crate::{Plan, Result};
+
+/// Lets all contenders take turns, as often as the plan says. Gives the values of each, in order.
+pub(crate) fn take_turns<C>(
+    plan: Plan,
+    contenders: &mut [C],
+    mut measure: impl FnMut(&mut C) -> Result<f64>,
+) -> Result<Vec<Vec<f64>>> {
+    let mut values = vec![Vec::new(); contenders.len()];
+    for _ in 0..plan.rounds {
+        for (contender, values) in contenders.iter_mut().zip(&mut values) {
+            values.push(measure(contender)?);
+        }
+    }
+    Ok(values)
+}
+
+/// Keeps the calling thread on one processor if there are at least two; else nothing happens, as where
+/// the system refuses.
+pub(crate) fn pin(processor: usize) {
+    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+        return;
+    }
+    // SAFETY: a cpu_set_t is a plain bit set, for which all zeroes is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: 0 and 1 are within the set.
+    unsafe { libc::CPU_SET(processor % 2, &mut set) };
+    // SAFETY: the pointer and size are those of the set; 0 is the calling thread.
+    unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+}
+
+/// A device that completes every slot at once and touches no byte: what is left is the rings.
+pub(crate) struct Null;
+
+/// The length of what the null device says it has read, bytes.
+pub(crate) const NULL_LENGTH: usize = 60;
+
+impl Driver for Null {
+    fn start(
+        self: Box<Self>,
+        config: &Config,
+    ) -> std::result::Result<Arc<dyn Device>, vmring::Error> {
+        let mac = MacAddr6::new(2, 0, 0, 0, 0, 1);
+        Ok(Arc::new(NullDevice(InterfaceInfo::new(config, mac, 1500, 1514))))
+    }
+}
+
+struct NullDevice(InterfaceInfo);
+
+impl Device for NullDevice {
+    fn name(&self) -> &str {
+        "null"
+    }
+
+    fn info(&self) -> InterfaceInfo {
+        self.0.clone()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(1500, 1514)
+    }
+
+    fn queue(&self, _: Direction, _: Wake) -> std::result::Result<Box<dyn Queue>, vmring::Error> {
+        Ok(Box::new(NullQueue))
+    }
+}
+
+struct NullQueue;
+
+impl Queue for NullQueue {
+    fn poll(&mut self, io: &mut Io<'_>) -> std::result::Result<Progress, Status> {
+        while let Some(slot) = io.take_read() {
+            io.complete_read(slot, NULL_LENGTH);
+        }
+        while let Some(slot) = io.take_write() {
+            io.complete_write(slot);
+        }
+        Ok(Progress::Idle)
+    }
+}
