@@ -8,16 +8,10 @@ mod spec;
 mod summary;
 mod way;
 
-use std::io::Write;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use vmring::{
     Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, PoolBuilder, Ring,
     RingControl,
@@ -28,6 +22,7 @@ use crate::failure::Failure;
 use crate::progress::{Live, say};
 use crate::recording::Recording;
 use crate::report::{print, print_json};
+use crate::stop::Stop;
 use crate::system;
 
 use spec::End;
@@ -82,52 +77,6 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
         print(&summary.text())?;
     }
     outcome
-}
-
-/// Somebody's wish that the bridge end.
-#[derive(Clone, Debug)]
-struct Stop {
-    wanted: Arc<AtomicBool>,
-    /// Readable when it is wanted; and what makes it so.
-    bell: Arc<(UnixStream, UnixStream)>,
-}
-
-impl Stop {
-    fn new() -> Result<Self, Failure> {
-        let bell = UnixStream::pair().map_err(Self::failed)?;
-        Ok(Self { wanted: Arc::default(), bell: Arc::new(bell) })
-    }
-
-    /// As [`new`](Self::new), and Ctrl-C is such a wish. A second one ends the process at once.
-    fn on_signals() -> Result<Self, Failure> {
-        let stop = Self::new()?;
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Self::failed)?;
-        let told = stop.clone();
-        let wait = move || {
-            for signal in signals.forever() {
-                if told.is_wanted() {
-                    std::process::exit(128 + signal);
-                }
-                told.tell();
-            }
-        };
-        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(Self::failed)?;
-        Ok(stop)
-    }
-
-    fn failed(error: std::io::Error) -> Failure {
-        Failure::Step(format!("Ctrl-C cannot be waited for: {error}"))
-    }
-
-    fn tell(&self) {
-        self.wanted.store(true, Ordering::Release);
-        // One byte has room.
-        let _ = (&self.bell.1).write(&[1]);
-    }
-
-    fn is_wanted(&self) -> bool {
-        self.wanted.load(Ordering::Acquire)
-    }
 }
 
 /// Two ends, joined. `ways[i]` leads from `ends[i]` to the other.
@@ -264,7 +213,7 @@ impl Bridge {
             }
         }
         if let Some(stop) = stop {
-            polls[2].fd = stop.bell.0.as_raw_fd();
+            polls[2].fd = stop.bell();
         }
         let due = self.rings.iter().filter_map(Ring::next_deadline).chain(deadline).min();
         // Rounded up, so that a short sleep does not become a busy loop.

@@ -17,6 +17,7 @@ mod probe;
 mod progress;
 mod recording;
 mod report;
+mod stop;
 mod stream;
 mod summary;
 mod system;
