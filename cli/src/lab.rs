@@ -6,11 +6,11 @@ use std::time::Duration;
 use vmring::device::Offloads;
 use vmring::device::pcap::Capture;
 use vmring::{
-    Builder, Direction, Drive, Driver, Embedded, Error, Interface, Ipv4Range, Mode, Poller, Ring,
-    RingControl, Vmnet,
+    Builder, Direction, Drive, Driver, Error, Interface, Ipv4Range, Mode, Poller, Ring, RingControl,
 };
 
 use crate::args::{DemoArgs, DriveArg};
+use crate::device::DeviceName;
 use crate::failure::Failure;
 use crate::port::Port;
 #[cfg(target_os = "linux")]
@@ -23,22 +23,13 @@ pub(crate) struct Settings {
     mtu: Option<u32>,
     subnet: Option<Ipv4Range>,
     drive: DriveArg,
-    device: DemoDevice,
-}
-
-/// The devices that carry two guests who see each other, or a guest and the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DemoDevice {
-    Embedded,
-    Vmnet,
+    device: DeviceName,
     #[cfg(target_os = "linux")]
-    Tap(TapArgs),
+    tap: TapArgs,
 }
 
-/// What vmnet is called here: Apple's, or the simulated one elsewhere.
-pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" };
-
-/// The same for the sentence that refuses another.
+/// The devices that carry two guests who see each other, or a guest and the kernel, for the sentence
+/// that refuses another.
 const USABLE: &str = if cfg!(target_os = "macos") {
     "embedded or vmnet"
 } else if cfg!(target_os = "linux") {
@@ -47,70 +38,61 @@ const USABLE: &str = if cfg!(target_os = "macos") {
     "embedded or vmnet-sim"
 };
 
-impl DemoDevice {
-    fn has_kernel(self) -> bool {
-        #[cfg(target_os = "linux")]
-        if let DemoDevice::Tap(_) = self {
-            return true;
-        }
-        false
-    }
-
-    /// A driver for one end of the network of that name.
-    fn driver(self, network: &str) -> Box<dyn Driver> {
-        match self {
-            DemoDevice::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
-            // One network of each mode, as on a Mac.
-            DemoDevice::Vmnet => Box::new(Vmnet::new()),
-            #[cfg(target_os = "linux")]
-            DemoDevice::Tap(args) => Box::new(args.driver()),
-        }
-    }
-
-    /// What it is asked to take off the guests.
-    fn offloads(self) -> Offloads {
-        match self {
-            #[cfg(target_os = "linux")]
-            DemoDevice::Tap(args) => args.offloads(),
-            _ => Offloads::default(),
-        }
-    }
-}
-
 impl Settings {
     /// Whether the kernel's stack is the other guest.
     pub(crate) fn has_kernel(&self) -> bool {
-        self.device.has_kernel()
+        self.device.is_tap()
+    }
+
+    /// A driver for one end of the network of that name.
+    fn driver(&self, network: &str) -> Box<dyn Driver> {
+        #[cfg(target_os = "linux")]
+        if self.has_kernel() {
+            return Box::new(self.tap.driver());
+        }
+        self.device.driver(network)
+    }
+
+    /// What the device is asked to take off the guests.
+    fn offloads(&self) -> Offloads {
+        #[cfg(target_os = "linux")]
+        if self.has_kernel() {
+            return self.tap.offloads();
+        }
+        Offloads::default()
     }
 
     /// Refuses devices and subnets that cannot carry two guests.
     pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
-        let device = match args.device.as_str() {
-            "embedded" => DemoDevice::Embedded,
-            VMNET => DemoDevice::Vmnet,
-            #[cfg(target_os = "linux")]
-            "tap" => DemoDevice::Tap(args.tap),
-            "loopback" => {
-                return Err(Failure::Usage(
-                    "the loopback device has one interface and the demo needs two that see each \
-                     other; use --device embedded"
-                        .to_owned(),
-                ));
-            }
-            name => return Err(unknown_device(name, USABLE)),
-        };
+        let device = DeviceName::of(&args.device, USABLE)?;
+        if device == DeviceName::Loopback {
+            return Err(Failure::Usage(
+                "the loopback device has one interface and the demo needs two that see each other; \
+                 use --device embedded"
+                    .to_owned(),
+            ));
+        }
         #[cfg(target_os = "linux")]
         match device {
-            DemoDevice::Tap(_) => tap::check(args)?,
+            DeviceName::Tap => tap::check(args)?,
             _ => args.tap.check_absent()?,
         }
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
+        let settings = Self {
+            mode: mode.clone(),
+            mtu: *mtu,
+            subnet: *subnet,
+            drive: *drive,
+            device,
+            #[cfg(target_os = "linux")]
+            tap: args.tap,
+        };
         if let Some(range) = subnet
-            && !device.has_kernel()
+            && !settings.has_kernel()
         {
             room_for_two(range)?;
         }
-        Ok(Self { mode: mode.clone(), mtu: *mtu, subnet: *subnet, drive: *drive, device })
+        Ok(settings)
     }
 }
 
@@ -126,24 +108,6 @@ fn room_for_two(range: &Ipv4Range) -> Result<(), Failure> {
         if guests == 1 { "one address" } else { "no address" },
         range.start
     )))
-}
-
-/// What to say to a `--device` that is not here; `usable` names those that are.
-pub(crate) fn unknown_device(name: &str, usable: &str) -> Failure {
-    Failure::Usage(match name {
-        "vmnet" => format!(
-            "the vmnet device exists on macOS only; use {usable} ('vmring info' lists devices)"
-        ),
-        "tap" if cfg!(target_os = "linux") => {
-            format!("the tap device is not for this; use {usable} ('vmring info' lists devices)")
-        }
-        "tap" => format!(
-            "the tap device exists on Linux only; use {usable} ('vmring info' lists devices)"
-        ),
-        _ => {
-            format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
-        }
-    })
 }
 
 /// One guest's place on the network.
@@ -180,10 +144,9 @@ impl Lab {
             _ => None,
         };
         let start = |number: usize| {
-            let driver = settings.device.driver(&network);
-            let mut builder = Interface::builder()
-                .mode(settings.mode.clone())
-                .offloads(settings.device.offloads());
+            let driver = settings.driver(&network);
+            let mut builder =
+                Interface::builder().mode(settings.mode.clone()).offloads(settings.offloads());
             if let Some(mtu) = settings.mtu {
                 builder = builder.mtu(mtu);
             }
@@ -217,10 +180,6 @@ impl Lab {
     }
 }
 
-/// Packets that wait in the network for a guest that has posted no frame. More than a TCP window
-/// has, so that none is dropped.
-pub(crate) const QUEUE: u32 = 2048;
-
 /// Bytes of the TCP window: the amount under way between the guests. Large enough that neither
 /// waits for the other, small enough for the processors' caches.
 pub(crate) fn window(mtu: u32) -> usize {
@@ -236,6 +195,7 @@ fn depth(mtu: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::QUEUE;
 
     #[test]
     fn a_subnet_needs_an_address_for_each_guest() {

@@ -6,6 +6,7 @@
 mod args;
 mod bridge;
 mod demo;
+mod device;
 mod failure;
 mod guest;
 mod info;

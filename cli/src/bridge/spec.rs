@@ -10,8 +10,8 @@ use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
 
 use super::STOP_TIMEOUT;
 use crate::args::Offload;
+use crate::device::{QUEUE, VMNET};
 use crate::failure::Failure;
-use crate::lab::{QUEUE, VMNET};
 use crate::recording::{Recording, why};
 
 /// One end, as `vmring bridge` takes it.

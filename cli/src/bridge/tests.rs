@@ -21,8 +21,8 @@ use vmring::{
     Status,
 };
 
+use crate::device::{QUEUE, VMNET};
 use crate::guest::{Command, Guest, Lease, Report};
-use crate::lab::{QUEUE, VMNET};
 use crate::port::Port;
 use crate::stream::Stream;
 

@@ -1,0 +1,73 @@
+//! The devices as `--device` names them.
+
+use vmring::{Driver, Embedded, Loopback, Vmnet};
+
+use crate::failure::Failure;
+
+/// A device of this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceName {
+    Embedded,
+    Loopback,
+    /// Apple's, or the simulated one elsewhere.
+    Vmnet,
+    #[cfg(target_os = "linux")]
+    Tap,
+}
+
+/// What vmnet is called here: Apple's, or the simulated one elsewhere.
+pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" };
+
+/// Packets that wait in the network for a guest that has posted no frame. More than a TCP window
+/// has, so that none is dropped.
+pub(crate) const QUEUE: u32 = 2048;
+
+impl DeviceName {
+    /// The device of that name; `usable` are those to tell somebody who has named another.
+    pub(crate) fn of(name: &str, usable: &str) -> Result<Self, Failure> {
+        match name {
+            "embedded" => Ok(DeviceName::Embedded),
+            "loopback" => Ok(DeviceName::Loopback),
+            VMNET => Ok(DeviceName::Vmnet),
+            #[cfg(target_os = "linux")]
+            "tap" => Ok(DeviceName::Tap),
+            _ => Err(unknown_device(name, usable)),
+        }
+    }
+
+    /// Whether the other end is the kernel's.
+    pub(crate) fn is_tap(self) -> bool {
+        #[cfg(target_os = "linux")]
+        if self == DeviceName::Tap {
+            return true;
+        }
+        false
+    }
+
+    /// A driver for one end of the network of that name, with its own settings.
+    pub(crate) fn driver(self, network: &str) -> Box<dyn Driver> {
+        match self {
+            DeviceName::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
+            DeviceName::Loopback => Box::new(Loopback::new(1500)),
+            // One network of each mode, as on a Mac.
+            DeviceName::Vmnet => Box::new(Vmnet::new()),
+            #[cfg(target_os = "linux")]
+            DeviceName::Tap => Box::new(vmring::Tap::new()),
+        }
+    }
+}
+
+/// What to say to a `--device` that is not here; `usable` names those that are.
+fn unknown_device(name: &str, usable: &str) -> Failure {
+    Failure::Usage(match name {
+        "vmnet" => format!(
+            "the vmnet device exists on macOS only; use {usable} ('vmring info' lists devices)"
+        ),
+        "tap" => format!(
+            "the tap device exists on Linux only; use {usable} ('vmring info' lists devices)"
+        ),
+        _ => {
+            format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
+        }
+    })
+}
