@@ -4,6 +4,7 @@
 //! one sentence on stderr; stdout carries results only.
 
 mod args;
+mod bench;
 mod bridge;
 mod demo;
 mod device;
@@ -49,6 +50,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Demo(args) => demo::run(&args),
         Command::Bridge(args) => bridge::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Completions { shell } => {

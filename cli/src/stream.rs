@@ -56,6 +56,33 @@ impl Stream {
         }
     }
 
+    /// Whether the next bytes are these.
+    pub(crate) fn starts_with(&self, bytes: &[u8]) -> bool {
+        let (mut stream, mut buffer) = (self.clone(), [0; 8]);
+        let (start, bytes) = bytes.split_at(stream.left.min(bytes.len()));
+        stream.take(&mut buffer[..start.len()]);
+        if buffer[..start.len()] != *start {
+            return false;
+        }
+        let mut words = bytes.chunks_exact(8);
+        let (mut state, mut differs) = (stream.state, 0);
+        // Without a way out in the middle, so that the processor compares several at a time.
+        for chunk in &mut words {
+            state = state.wrapping_add(STEP);
+            let word = u64::from_le_bytes(chunk.try_into().expect("eight bytes"));
+            differs |= Self::word_at(state) ^ word;
+        }
+        if differs != 0 {
+            return false;
+        }
+        stream.state = state;
+        let tail = words.remainder();
+        if !tail.is_empty() {
+            stream.fill(&mut buffer[..tail.len()]);
+        }
+        buffer[..tail.len()] == *tail
+    }
+
     fn take(&mut self, bytes: &mut [u8]) {
         for byte in bytes {
             *byte = self.word as u8;
@@ -99,5 +126,22 @@ mod tests {
         assert_eq!(whole, pieces);
         assert_eq!(Stream::new(7).digest(1000), <[u8; 32]>::from(Sha256::digest(&whole)));
         assert_ne!(Stream::new(8).digest(1000), Stream::new(7).digest(1000));
+    }
+    #[test]
+    fn the_stream_knows_its_own_bytes_wherever_it_stands() {
+        for at in [0, 1, 8, 13] {
+            let mut stream = Stream::new(7);
+            stream.fill(&mut vec![0; at]);
+            for len in 0..40 {
+                let mut bytes = vec![0; len];
+                stream.clone().fill(&mut bytes);
+                assert!(stream.starts_with(&bytes), "{len} bytes from {at}");
+                for i in 0..len {
+                    bytes[i] ^= 0x10;
+                    assert!(!stream.starts_with(&bytes), "byte {i} of {len} from {at}");
+                    bytes[i] ^= 0x10;
+                }
+            }
+        }
     }
 }

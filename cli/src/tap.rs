@@ -2,6 +2,8 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::panic::resume_unwind;
 use std::thread;
 
@@ -98,6 +100,37 @@ fn enter() -> Result<(), Failure> {
         },
         _ => Error::Io { what: WHAT, source },
     }))
+}
+
+/// The bridge between two TAPs of `vmring bench`.
+pub(crate) const BRIDGE: &str = "bench";
+
+/// Makes [`BRIDGE`] in the network namespace of this thread. It learns and forwards at once: a bridge
+/// has no spanning tree unless it is told to.
+pub(crate) fn make_bridge() -> Result<(), Failure> {
+    // `SIOCBRADDBR` of the kernel's `linux/sockios.h`.
+    const ADD_BRIDGE: libc::Ioctl = 0x89a0;
+    // Any socket takes these requests.
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(no_bridge)?;
+    // SAFETY: zeroes are one, of an interface without a name.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(BRIDGE.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let ask = |what: libc::Ioctl, with: *const libc::c_char| {
+        // SAFETY: `with` is live, and what the request reads: a name or an ifreq.
+        match unsafe { libc::ioctl(socket.as_raw_fd(), what, with) } {
+            0 => Ok(()),
+            _ => Err(no_bridge(io::Error::last_os_error())),
+        }
+    };
+    ask(ADD_BRIDGE, request.ifr_name.as_ptr())?;
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    ask(libc::SIOCSIFFLAGS as libc::Ioctl, (&raw const request).cast())
+}
+
+fn no_bridge(source: io::Error) -> Failure {
+    Failure::starting(Error::Io { what: "making a bridge between two TAPs", source })
 }
 
 /// The engine that runs, or ran.

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+#[path = "command/bench.rs"]
+mod bench;
+
 /// No run here needs a tenth of it, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -153,7 +156,7 @@ mod tap {
     }
 
     /// Whether this process may have a TAP in a network namespace of its own.
-    fn is_possible() -> bool {
+    pub(super) fn is_possible() -> bool {
         // SAFETY: a plain number; it concerns that thread only, which ends at once.
         let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
         let why = if std::env::var_os("VMRING_SKIP_TAP").is_some() {
@@ -351,7 +354,7 @@ mod tap {
     }
 
     /// A run as a user who may nothing. `None`, and a sentence, where there is no way to become one.
-    fn without_root(arguments: &[&str]) -> Option<Output> {
+    pub(super) fn without_root(arguments: &[&str]) -> Option<Output> {
         let program = env!("CARGO_BIN_EXE_vmring");
         let mut command = if is_root() {
             let mut command = Command::new("setpriv");
@@ -652,7 +655,7 @@ fn info_names_the_devices_and_what_each_needs() {
 fn help_and_completions_are_there() {
     let help = vmring(&["--help"]);
     assert_eq!(help.status.code(), Some(0));
-    for word in ["demo", "bridge", "info", "probe", "completions", "Exit code"] {
+    for word in ["demo", "bridge", "bench", "info", "probe", "completions", "Exit code"] {
         assert!(text(&help.stdout).contains(word), "no {word} in {}", text(&help.stdout));
     }
     let script = vmring(&["completions", "bash"]);

@@ -1,0 +1,224 @@
+//! `vmring bench`: how fast packets move through the rings on this machine, and whether all of them
+//! arrive as they were sent.
+//!
+//! One thread submits and reaps at both ends, as a machine with one guest at each would on one
+//! processor; with a poller thread there are two.
+
+mod check;
+mod ends;
+mod one_way;
+mod progress;
+mod round_trip;
+mod summary;
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use crate::args::BenchArgs;
+use crate::device::DeviceName;
+use crate::failure::Failure;
+use crate::report::{grouped, print, print_json};
+use crate::stop::Stop;
+use crate::system;
+
+use check::{Account, Pattern, SMALLEST};
+use ends::{Driving, Ends};
+use progress::Clock;
+use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
+
+/// An Ethernet frame of 1,500 bytes of IP.
+const SIZE: u32 = 1514;
+/// How long an interval is at least, if there are enough of them; and how many there are at least.
+const INTERVAL: Duration = Duration::from_millis(100);
+const INTERVALS: u32 = 5;
+
+const USABLE: &str = if cfg!(target_os = "macos") {
+    "embedded, loopback or vmnet"
+} else if cfg!(target_os = "linux") {
+    "embedded, loopback, tap or vmnet-sim"
+} else {
+    "embedded, loopback or vmnet-sim"
+};
+
+/// What is measured one way.
+const ONE_WAY: [(Driving, &str); 2] = [(Driving::Inline, "inline"), (Driving::Poller, "poller")];
+/// What is measured out and back, and how it waits.
+const ROUND_TRIP: [(Driving, &str, &str); 3] = [
+    (Driving::Inline, "inline", "spinning"),
+    (Driving::Spinning, "poller", "spinning"),
+    (Driving::Parked, "poller", "parked"),
+];
+
+/// What is asked for.
+#[derive(Debug)]
+struct Setup {
+    device: DeviceName,
+    size: usize,
+    batch: usize,
+    /// For each thing that is measured.
+    time: Duration,
+}
+
+impl Setup {
+    /// How many intervals, and how long.
+    fn intervals(&self) -> (u32, Duration) {
+        let n = (self.time.as_millis() / INTERVAL.as_millis()) as u32;
+        let n = n.max(INTERVALS);
+        (n, self.time / n)
+    }
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    let device = DeviceName::of(&args.device, USABLE)?;
+    #[cfg(target_os = "linux")]
+    if device.is_tap() {
+        return crate::tap::in_namespace(|| {
+            crate::tap::make_bridge()?;
+            run_on(device, args)
+        })?;
+    }
+    run_on(device, args)
+}
+
+fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
+    let interface = ends::start_interface(device, "bench").map_err(Failure::starting)?;
+    let size = size(args.size, interface.max_packet_size())?;
+    let mut summary = Summary {
+        device: interface.device_name().to_owned(),
+        size,
+        batch: args.batch as usize,
+        seconds: args.seconds,
+        processors: system::processors(),
+        may_lose: may_lose(device),
+        ..Summary::default()
+    };
+    drop(interface);
+    let stop = Stop::on_signals()?;
+    let measures = (ONE_WAY.len() + ROUND_TRIP.len()) as u32;
+    let total = Duration::from_secs(args.seconds);
+    let setup = Setup { device, size, batch: args.batch as usize, time: total / measures };
+    summary.checks = ChecksSummary::new(cost_of_checks(size));
+    let what = format!("measuring the {} device; Ctrl-C ends it", summary.device);
+    let mut clock = Clock::start(&stop, total, (!args.json).then_some(&*what));
+    let measured = measure(&setup, &mut clock, &mut summary);
+    drop(clock);
+    summary.interrupted = stop.is_wanted();
+    summary.drops = summary.drops_by_reason.values().sum();
+    let wrong = summary.packets.wrong(summary.may_lose).map(Failure::Step);
+    let outcome = measured.and_then(|()| wrong.map_or(Ok(()), Err));
+    summary.ok = outcome.is_ok();
+    summary.failed = outcome.as_ref().err().map(ToString::to_string);
+    if args.json {
+        print_json(&summary)?;
+    } else {
+        print(&summary.text())?;
+    }
+    outcome
+}
+
+/// Bytes of a packet on a device that takes up to `max`.
+fn size(asked: Option<u32>, max: u32) -> Result<usize, Failure> {
+    let size = asked.unwrap_or(SIZE.min(max));
+    if (SMALLEST..=max).contains(&size) {
+        return Ok(size as usize);
+    }
+    Err(Failure::Usage(format!(
+        "a packet has {SMALLEST} to {} bytes on this device, and not {}",
+        grouped(max.into()),
+        grouped(size.into())
+    )))
+}
+
+/// Whether a packet may be lost on it: the kernel and Apple promise none. In this process every packet
+/// that is under way has a place.
+fn may_lose(device: DeviceName) -> bool {
+    device.is_tap() || (device == DeviceName::Vmnet && cfg!(target_os = "macos"))
+}
+
+fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Result<(), Failure> {
+    let window = one_way::window(setup.batch);
+    for (driving, drive) in ONE_WAY {
+        if !clock.tick() {
+            return Ok(());
+        }
+        let mut ends = Ends::start(setup.device, driving, window, setup.size)?;
+        let (account, rates) = one_way::measure(setup, driving, &mut ends, clock)?;
+        let rings = finish(setup, ends, &account, summary)?;
+        summary.one_way.push(OneWaySummary { drive, rates, rings });
+    }
+    for (driving, drive, waits) in ROUND_TRIP {
+        if !clock.tick() {
+            return Ok(());
+        }
+        if driving == Driving::Spinning && summary.processors < 2 {
+            summary.left_out.push(format!(
+                "round trips with a spinning {drive}: two threads that spin need two processors"
+            ));
+            continue;
+        }
+        let mut ends = Ends::start(setup.device, driving, window, setup.size)?;
+        let (account, trips) = round_trip::measure(setup, driving, &mut ends, clock)?;
+        finish(setup, ends, &account, summary)?;
+        summary.round_trip.push(RoundTripSummary { drive, waits, trips });
+    }
+    Ok(())
+}
+
+/// Adds a run to what was found out.
+fn finish(
+    setup: &Setup,
+    ends: Ends,
+    account: &Account,
+    summary: &mut Summary,
+) -> Result<summary::RingsSummary, Failure> {
+    #[cfg(target_os = "linux")]
+    if setup.device.is_tap() {
+        summary.engine = Some(ends.engine());
+    }
+    summary.packets.add(&account.totals());
+    ends.end(setup.device, &mut summary.drops_by_reason)
+}
+
+/// Nanoseconds that writing and comparing cost of a packet one way, without any device.
+fn cost_of_checks(size: usize) -> f64 {
+    const TIME: Duration = Duration::from_millis(20);
+    let pattern = Pattern::new([2; 6], [4; 6], one_way::SAMPLE);
+    let mut packets = vec![vec![0; size]; one_way::window(1)];
+    let (start, mut account) = (Instant::now(), Account::default());
+    while start.elapsed() < TIME {
+        for packet in &mut packets {
+            pattern.write(packet, account.sent);
+            account.sent += 1;
+            account.found(pattern.look(black_box(packet), size));
+        }
+    }
+    start.elapsed().as_nanos() as f64 / account.sent as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_what_the_device_takes() {
+        assert_eq!(size(None, 1514).unwrap(), 1514);
+        assert_eq!(size(None, 65_535).unwrap(), 1514);
+        assert_eq!(size(None, 600).unwrap(), 600);
+        assert_eq!(size(Some(60), 1514).unwrap(), 60);
+        for wrong in [0, 59, 1515] {
+            let failure = size(Some(wrong), 1514).unwrap_err();
+            assert_eq!(failure.exit_code(), 2);
+            assert!(failure.to_string().contains("60 to 1,514 bytes"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn a_short_time_has_enough_intervals() {
+        let intervals = |millis| {
+            let time = Duration::from_millis(millis);
+            Setup { device: DeviceName::Embedded, size: 60, batch: 1, time }.intervals()
+        };
+        assert_eq!(intervals(1000), (10, Duration::from_millis(100)));
+        assert_eq!(intervals(200), (5, Duration::from_millis(40)));
+    }
+}

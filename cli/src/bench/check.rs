@@ -1,0 +1,328 @@
+//! Whether the packets that arrive are those that were sent: what is in a packet, and what has come
+//! of them so far.
+//!
+//! ```text
+//!  0   destination, source
+//! 12   ethertype
+//! 14   number
+//! 22   guard, made from the number
+//! 30   body, made from the guard
+//! ```
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use crate::report::grouped;
+use crate::stream::Stream;
+
+/// The smallest packet: Ethernet's without its checksum. What is shorter may be padded on the way.
+pub(crate) const SMALLEST: u32 = 60;
+
+/// For local experiments, by IEEE 802: no stack answers it.
+const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+const BODY: usize = 30;
+/// Odd, with its bits well mixed.
+const FACTOR: u64 = 0xd6e8_feb8_6659_fd93;
+
+/// The packets of one run: how they are made, and how they must arrive.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pattern {
+    header: [u8; 14],
+    /// One body in so many is written and compared; a power of two.
+    every: u64,
+}
+
+/// What a packet turns out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    Number(u64),
+    /// One of ours, and not as it was sent.
+    Corrupt,
+    /// None of ours: the network's own, as a kernel's questions for neighbours.
+    Other,
+}
+
+impl Pattern {
+    pub(crate) fn new(from: [u8; 6], to: [u8; 6], every: u64) -> Self {
+        let mut header = [0; 14];
+        header[..6].copy_from_slice(&to);
+        header[6..12].copy_from_slice(&from);
+        header[12..].copy_from_slice(&ETHERTYPE);
+        Self { header, every }
+    }
+
+    /// Writes packet number `number`, which is to be as long as `packet` and at least [`SMALLEST`].
+    pub(crate) fn write(&self, packet: &mut [u8], number: u64) {
+        let guard = guard(number);
+        packet[..14].copy_from_slice(&self.header);
+        packet[14..22].copy_from_slice(&number.to_le_bytes());
+        packet[22..BODY].copy_from_slice(&guard.to_le_bytes());
+        if self.has_body(guard) {
+            Stream::new(guard).fill(&mut packet[BODY..]);
+        }
+    }
+
+    /// Looks at a packet that was sent with `len` bytes.
+    pub(crate) fn look(&self, packet: &[u8], len: usize) -> Found {
+        if packet.len() < BODY || packet[12..14] != ETHERTYPE {
+            return Found::Other;
+        }
+        let word = |at: usize| u64::from_le_bytes(packet[at..at + 8].try_into().expect("eight"));
+        let number = word(14);
+        let guard = guard(number);
+        let whole = packet.len() == len
+            && packet[..12] == self.header[..12]
+            && word(22) == guard
+            && (!self.has_body(guard) || Stream::new(guard).starts_with(&packet[BODY..]));
+        if whole { Found::Number(number) } else { Found::Corrupt }
+    }
+
+    /// Whether it claims to be that one. Quicker than [`look`](Self::look), and not instead of it.
+    pub(crate) fn is_number(packet: &[u8], number: u64) -> bool {
+        packet.len() >= BODY
+            && packet[12..14] == ETHERTYPE
+            && packet[14..22] == number.to_le_bytes()
+    }
+
+    /// By the guard and not by the number: every so-manieth packet would be the same few frames again
+    /// and again, and the same place in each batch.
+    fn has_body(&self, guard: u64) -> bool {
+        // Where the highest bits of the product are, which depend on all of the number's.
+        (guard >> 27) & (self.every - 1) == 0
+    }
+}
+
+fn guard(number: u64) -> u64 {
+    (number ^ FACTOR).wrapping_mul(FACTOR).rotate_left(32)
+}
+
+/// What has become of the packets so far.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Account {
+    /// Numbers from 0 up to here were sent.
+    pub(crate) sent: u64,
+    /// Whole, each number once.
+    pub(crate) arrived: u64,
+    /// Not taken by the device, and so told.
+    pub(crate) refused: u64,
+    reordered: u64,
+    duplicated: u64,
+    corrupt: u64,
+    other: u64,
+    /// One above the highest that has arrived...
+    pub(crate) next: u64,
+    /// ...and those below it that have not.
+    missing: BTreeSet<u64>,
+}
+
+/// The same, added up over runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Totals {
+    pub(crate) sent: u64,
+    pub(crate) arrived: u64,
+    /// Sent, and never seen again.
+    pub(crate) lost: u64,
+    /// Arrived behind a packet that was sent later.
+    pub(crate) reordered: u64,
+    /// Arrived once more.
+    pub(crate) duplicated: u64,
+    pub(crate) corrupt: u64,
+    /// Writes that the device did not take, and said so.
+    pub(crate) refused: u64,
+    /// Packets of others that were on the network.
+    pub(crate) other: u64,
+}
+
+impl Account {
+    pub(crate) fn found(&mut self, found: Found) {
+        match found {
+            Found::Other => self.other += 1,
+            Found::Number(number) if number < self.sent => self.number(number),
+            // Never sent.
+            Found::Number(_) | Found::Corrupt => self.corrupt += 1,
+        }
+    }
+
+    #[inline]
+    fn number(&mut self, number: u64) {
+        if number >= self.next {
+            if number > self.next {
+                self.missing.extend(self.next..number);
+            }
+            self.next = number + 1;
+        } else if self.missing.remove(&number) {
+            self.reordered += 1;
+        } else {
+            self.duplicated += 1;
+            return;
+        }
+        self.arrived += 1;
+    }
+
+    /// Sent, and nothing known of it yet. Who has waited for them long enough knows them lost.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.sent.saturating_sub(self.arrived + self.refused + self.corrupt)
+    }
+
+    /// When nothing is to come any more.
+    pub(crate) fn totals(&self) -> Totals {
+        Totals {
+            sent: self.sent,
+            arrived: self.arrived,
+            lost: self.under_way(),
+            reordered: self.reordered,
+            duplicated: self.duplicated,
+            corrupt: self.corrupt,
+            refused: self.refused,
+            other: self.other,
+        }
+    }
+}
+
+impl Totals {
+    pub(crate) fn add(&mut self, other: &Totals) {
+        self.sent += other.sent;
+        self.arrived += other.arrived;
+        self.lost += other.lost;
+        self.reordered += other.reordered;
+        self.duplicated += other.duplicated;
+        self.corrupt += other.corrupt;
+        self.refused += other.refused;
+        self.other += other.other;
+    }
+
+    /// What must not be, in a sentence. `may_lose`: the device promises no packet.
+    pub(crate) fn wrong(&self, may_lose: bool) -> Option<String> {
+        let lost = if may_lose { 0 } else { self.lost };
+        let counts = [(self.corrupt, "corrupt"), (self.duplicated, "doubled"), (lost, "lost")];
+        let wrong: Vec<_> = counts
+            .into_iter()
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, what)| format!("{} {what}", grouped(n)))
+            .collect();
+        (!wrong.is_empty()).then(|| {
+            let (sent, wrong) = (grouped(self.sent), wrong.join(", "));
+            format!("of {sent} packets not all arrived as they were sent: {wrong}")
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    const TO: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+    /// What is told of `packets`, of which the first `sent` numbers were sent.
+    fn told(sent: u64, packets: &[Vec<u8>]) -> Totals {
+        let pattern = Pattern::new(FROM, TO, 1);
+        let mut account = Account { sent, ..Account::default() };
+        packets.iter().for_each(|packet| account.found(pattern.look(packet, 100)));
+        account.totals()
+    }
+
+    fn packets(n: u64) -> Vec<Vec<u8>> {
+        let packet = |number| {
+            let mut packet = vec![0; 100];
+            Pattern::new(FROM, TO, 1).write(&mut packet, number);
+            packet
+        };
+        (0..n).map(packet).collect()
+    }
+
+    fn all_well(n: u64) -> Totals {
+        Totals { sent: n, arrived: n, ..Totals::default() }
+    }
+
+    #[test]
+    fn packets_as_they_were_sent_are_all_well() {
+        let totals = told(9, &packets(9));
+        assert_eq!(totals, all_well(9));
+        assert_eq!(totals.wrong(false), None);
+    }
+
+    #[test]
+    fn one_wrong_bit_anywhere_is_told() {
+        for i in 0..100 {
+            let mut packets = packets(3);
+            packets[1][i] ^= 4;
+            let totals = told(3, &packets);
+            // With another ethertype it is none of ours, and ours is lost.
+            let is_other = matches!(i, 12 | 13);
+            let (corrupt, lost, other) = if is_other { (0, 1, 1) } else { (1, 0, 0) };
+            assert_eq!(totals, Totals { arrived: 2, corrupt, lost, other, ..all_well(3) }, "{i}");
+            assert!(totals.wrong(false).is_some());
+        }
+        for len in [99, 101, 20] {
+            let mut packets = packets(3);
+            packets[1].resize(len, 0);
+            assert_ne!(told(3, &packets), all_well(3), "{len}");
+        }
+    }
+
+    #[test]
+    fn a_lost_packet_is_told() {
+        for gone in 0..4 {
+            let mut packets = packets(4);
+            packets.remove(gone);
+            let totals = told(4, &packets);
+            assert_eq!(totals, Totals { arrived: 3, lost: 1, ..all_well(4) }, "{gone}");
+            assert_eq!(
+                totals.wrong(false).unwrap(),
+                "of 4 packets not all arrived as they were sent: 1 lost"
+            );
+            assert_eq!(totals.wrong(true), None, "where the device may");
+        }
+    }
+
+    #[test]
+    fn a_doubled_packet_is_told() {
+        for twice in 0..4 {
+            let mut packets = packets(4);
+            packets.push(packets[twice].clone());
+            let totals = told(4, &packets);
+            assert_eq!(totals, Totals { duplicated: 1, ..all_well(4) }, "{twice}");
+            assert!(totals.wrong(true).unwrap().ends_with("as they were sent: 1 doubled"));
+        }
+    }
+
+    #[test]
+    fn swapped_packets_are_told() {
+        let mut packets = packets(4);
+        packets.swap(1, 2);
+        let totals = told(4, &packets);
+        assert_eq!(totals, Totals { reordered: 1, ..all_well(4) });
+        assert_eq!(totals.wrong(false), None, "a network may");
+    }
+
+    #[test]
+    fn a_number_that_was_never_sent_is_none() {
+        assert_eq!(told(2, &packets(3)), Totals { corrupt: 1, ..all_well(2) });
+    }
+
+    #[test]
+    fn what_the_device_refused_is_not_lost() {
+        let account = Account { sent: 5, arrived: 3, refused: 1, ..Account::default() };
+        assert_eq!((account.under_way(), account.totals().lost), (1, 1));
+    }
+
+    /// A body that is not one of those is not looked at; of those that are, every byte.
+    #[test]
+    fn of_a_sample_one_body_in_so_many_is_compared() {
+        let pattern = Pattern::new(FROM, TO, 16);
+        let mut compared = [0; 32];
+        for number in 0..64_000 {
+            let mut packet = vec![0; 100];
+            pattern.write(&mut packet, number);
+            assert_eq!(pattern.look(&packet, 100), Found::Number(number));
+            packet[99] ^= 1;
+            compared[number as usize % 32] +=
+                u32::from(pattern.look(&packet, 100) == Found::Corrupt);
+        }
+        let all: u32 = compared.iter().sum();
+        assert!((3_800..4_200).contains(&all), "{all}");
+        assert!(compared.iter().all(|n| *n > 0), "at every place of a batch: {compared:?}");
+    }
+}

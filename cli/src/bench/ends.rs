@@ -1,0 +1,323 @@
+//! What the packets move between: two interfaces on one network with a ring each, or one whose ring
+//! gets back what it writes.
+
+use std::collections::BTreeMap;
+use std::iter;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmring::{Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, Op, Poller, Ring};
+
+use super::check::Account;
+use super::summary::RingsSummary;
+use crate::device::DeviceName;
+use crate::failure::Failure;
+
+/// Who turns the rings, and how they wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Driving {
+    /// The thread that submits and reaps.
+    Inline,
+    /// A poller thread; both threads wait as they do by default.
+    Poller,
+    /// A poller thread; neither sleeps.
+    Spinning,
+    /// A poller thread; both sleep as soon as there is nothing to do.
+    Parked,
+}
+
+impl Driving {
+    fn idle(self) -> IdlePolicy {
+        match self {
+            Driving::Inline | Driving::Poller => IdlePolicy::default(),
+            // For longer than a round trip takes; then it may be that the other thread needs this
+            // very processor.
+            Driving::Spinning => IdlePolicy { spins: SPINS, yields: u32::MAX },
+            Driving::Parked => IdlePolicy::PARK,
+        }
+    }
+}
+
+/// Rounds of spinning before the processor is offered to others.
+pub(crate) const SPINS: u32 = 128;
+/// For how long both ends are given to see each other: a bridge's port may take its time.
+const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONTACT_PAUSE: Duration = Duration::from_millis(10);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Says who is where, so that switches on the way know. Another ethertype than the packets' that are
+/// counted, also for local experiments.
+const HELLO: [u8; 2] = [0x88, 0xb6];
+
+/// An interface on `network`; a TAP is on the bridge of this network namespace.
+pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Interface, Error> {
+    // No way out of the network is wanted; and TAPs have nothing but a bridge between them.
+    #[cfg(target_os = "linux")]
+    let mode =
+        if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { Mode::Host };
+    #[cfg(not(target_os = "linux"))]
+    let mode = Mode::Host;
+    Interface::builder().mode(mode).device(device.driver(network)).start()
+}
+
+/// A ring, and where its frames are that are not in it.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) ring: Ring,
+    /// To write packets in.
+    pub(crate) free: Vec<Frame>,
+    /// Packets that have been read, oldest first.
+    pub(crate) read: Vec<Frame>,
+    /// To be posted for reading.
+    pub(crate) spare: Vec<Frame>,
+    /// Writes that have not completed.
+    pub(crate) writing: usize,
+}
+
+/// See the [module](self). Packets go from the first to the last.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    // In this order they go.
+    ends: Vec<End>,
+    interfaces: Vec<Interface>,
+    _poller: Option<Poller>,
+    /// What the kernel had dropped before.
+    dropped_before: u64,
+}
+
+impl Ends {
+    /// On a network of their own, with room for `window` packets under way from each end, of `size`
+    /// bytes.
+    pub(crate) fn start(
+        device: DeviceName,
+        driving: Driving,
+        window: usize,
+        size: usize,
+    ) -> Result<Self, Failure> {
+        static RUNS: AtomicU32 = AtomicU32::new(0);
+        let dropped_before = dropped(device);
+        let network = format!("bench {}", RUNS.fetch_add(1, Ordering::Relaxed));
+        let count = if device == DeviceName::Loopback { 1 } else { 2 };
+        let interfaces = iter::repeat_with(|| start_interface(device, &network)).take(count);
+        let interfaces = interfaces.collect::<Result<_, _>>().map_err(Failure::starting)?;
+        Ok(Self { dropped_before, ..Self::over(interfaces, driving, window, size)? })
+    }
+
+    /// As [`start`](Self::start), over one interface or two on the same network.
+    pub(crate) fn over(
+        interfaces: Vec<Interface>,
+        driving: Driving,
+        window: usize,
+        size: usize,
+    ) -> Result<Self, Failure> {
+        let mut ends = Self::open(interfaces, driving, window, size).map_err(Failure::starting)?;
+        ends.make_contact()?;
+        Ok(ends)
+    }
+
+    fn open(
+        interfaces: Vec<Interface>,
+        driving: Driving,
+        window: usize,
+        size: usize,
+    ) -> Result<Self, Error> {
+        let poller = match driving {
+            Driving::Inline => None,
+            _ => Some(Poller::builder().name("poller").idle(driving.idle()).start()?),
+        };
+        // A write's credit may come back later than the packet arrives.
+        let depth = (2 * window).next_power_of_two();
+        let open = |interface: &Interface| {
+            let ring = interface
+                .ring(Direction::Both)
+                .depth(depth as u32)
+                .drive(poller.as_ref().map_or(Drive::Inline, Drive::Shared))
+                .idle(driving.idle())
+                .close_timeout(CLOSE_TIMEOUT)
+                .prefault(true)
+                .build()?;
+            let frames = |n| iter::from_fn(|| ring.alloc()).take(n).collect::<Vec<_>>();
+            let (spare, mut free) = (frames(depth), frames(depth));
+            for frame in &mut free {
+                // All of it, so that the body of a packet out of the sample is no other's.
+                frame.reset();
+                frame.set_len(size).expect("a frame has room for the largest packet");
+            }
+            let read = Vec::with_capacity(depth);
+            Ok::<_, Error>(End { ring, free, read, spare, writing: 0 })
+        };
+        let ends = interfaces.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { ends, interfaces, _poller: poller, dropped_before: 0 })
+    }
+
+    pub(crate) fn first(&mut self) -> &mut End {
+        &mut self.ends[0]
+    }
+
+    pub(crate) fn last(&mut self) -> &mut End {
+        self.ends.last_mut().expect("there is one")
+    }
+
+    /// Whether what is written comes back to the same ring.
+    pub(crate) fn is_loop(&self) -> bool {
+        self.ends.len() == 1
+    }
+
+    /// The addresses of the first end and the last.
+    pub(crate) fn addresses(&self) -> [[u8; 6]; 2] {
+        let last = self.interfaces.len() - 1;
+        [0, last].map(|i| self.interfaces[i].mac().into_array())
+    }
+
+    /// Takes in what has completed. Returns how much.
+    #[inline]
+    pub(crate) fn collect(&mut self, account: &mut Account) -> usize {
+        let mut completed = 0;
+        for end in &mut self.ends {
+            for done in end.ring.reap() {
+                completed += 1;
+                let is_well = done.result.is_ok();
+                let Some(frame) = done.frame() else { continue };
+                if done.op == Op::Write {
+                    end.writing -= 1;
+                    account.refused += u64::from(!is_well);
+                    end.free.push(frame);
+                } else if is_well {
+                    end.read.push(frame);
+                } else {
+                    end.spare.push(frame);
+                }
+            }
+        }
+        completed
+    }
+
+    /// Posts what can be read into again, everywhere.
+    #[inline]
+    pub(crate) fn post(&mut self) -> Result<(), Failure> {
+        for end in &mut self.ends {
+            if !end.spare.is_empty() {
+                let frames = iter::from_fn(|| end.spare.pop().map(|frame| (frame, 0)));
+                end.ring.submit_reads(frames).map_err(step)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Until the first end has heard of the last.
+    fn make_contact(&mut self) -> Result<(), Failure> {
+        let [to, from] = self.addresses();
+        let hello = [&to[..], &from, &HELLO, &[0; 46]].concat();
+        let start = Instant::now();
+        while start.elapsed() < CONTACT_TIMEOUT {
+            self.post()?;
+            let last = self.last();
+            if let Some(mut frame) = last.free.pop() {
+                let len = frame.len();
+                frame.copy_from(&hello).expect("a frame has room for the smallest packet");
+                last.write(iter::once(frame))?;
+                last.ring.wait(1, Some(CONTACT_PAUSE));
+                // As long again as before when it comes back.
+                if self.heard(&hello) {
+                    self.settle(len);
+                    return Ok(());
+                }
+            }
+        }
+        Err(Failure::Step(format!(
+            "what one end writes does not arrive at the other within {} seconds",
+            CONTACT_TIMEOUT.as_secs()
+        )))
+    }
+
+    /// Whether the first end hears it, in a while.
+    fn heard(&mut self, hello: &[u8]) -> bool {
+        let start = Instant::now();
+        let mut heard = false;
+        while !heard && start.elapsed() < CONTACT_PAUSE {
+            self.collect(&mut Account::default());
+            let first = self.first();
+            heard = first.read.iter().any(|frame| **frame == *hello);
+            first.spare.append(&mut first.read);
+            thread::yield_now();
+        }
+        heard
+    }
+
+    /// Waits for the writes of the hellos and makes their frames `len` bytes long again.
+    fn settle(&mut self, len: usize) {
+        let start = Instant::now();
+        while self.last().writing > 0 && start.elapsed() < CONTACT_TIMEOUT {
+            self.collect(&mut Account::default());
+            thread::yield_now();
+        }
+        for frame in &mut self.last().free {
+            frame.set_len(len).expect("it was so long");
+        }
+    }
+
+    /// Ends it all: what the rings counted. Adds to `drops` what the devices did.
+    pub(crate) fn end(
+        mut self,
+        device: DeviceName,
+        drops: &mut BTreeMap<&'static str, u64>,
+    ) -> Result<RingsSummary, Failure> {
+        let rings = RingsSummary::of(self.ends.iter().map(|end| &end.ring));
+        let kernel = dropped(device).saturating_sub(self.dropped_before);
+        let counted = self.interfaces.iter().flat_map(Interface::drops);
+        for (reason, n) in counted.chain([("for a full TAP", kernel)]).filter(|(_, n)| *n > 0) {
+            *drops.entry(reason).or_default() += n;
+        }
+        for end in &mut self.ends {
+            end.ring.close().map_err(step)?;
+        }
+        Ok(rings)
+    }
+
+    /// How frames move, where there is a choice.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn engine(&self) -> &'static str {
+        crate::tap::engine(&self.interfaces[0])
+    }
+}
+
+impl End {
+    /// Writes as many of `frames` as there are credits for.
+    #[inline]
+    pub(crate) fn write(&mut self, frames: impl Iterator<Item = Frame>) -> Result<(), Failure> {
+        let frames = frames.map(|frame| (frame, 0));
+        self.writing += self.ring.submit_writes(frames).map_err(step)?;
+        Ok(())
+    }
+
+    /// As [`write`](Self::write), `n` of the free ones, when `fill` has made each a packet.
+    #[inline]
+    pub(crate) fn send(
+        &mut self,
+        n: usize,
+        mut fill: impl FnMut(&mut Frame),
+    ) -> Result<(), Failure> {
+        let free = &mut self.free;
+        let frames = iter::from_fn(|| {
+            let mut frame = free.pop()?;
+            fill(&mut frame);
+            Some((frame, 0))
+        });
+        self.writing += self.ring.submit_writes(frames.take(n)).map_err(step)?;
+        Ok(())
+    }
+}
+
+fn step(error: impl Into<Error>) -> Failure {
+    Failure::Step(error.into().to_string())
+}
+
+/// Packets that the kernel has dropped in this network namespace.
+fn dropped(device: DeviceName) -> u64 {
+    #[cfg(target_os = "linux")]
+    if device.is_tap() {
+        return crate::tap::dropped();
+    }
+    let _ = device;
+    0
+}

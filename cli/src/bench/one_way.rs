@@ -1,0 +1,232 @@
+//! As many packets as go from one end to the other.
+
+use std::time::{Duration, Instant};
+
+use super::Setup;
+use super::check::{Account, Pattern};
+use super::ends::{Driving, Ends};
+use super::progress::Clock;
+use super::summary::Rates;
+use crate::failure::Failure;
+
+/// One body in so many is written and compared; of the others the header, the number and its guard.
+/// With all bodies of 1,514 bytes, a packet on the embedded network takes 201 ns instead of 132.
+pub(crate) const SAMPLE: u64 = 16;
+
+/// Until caches and branch predictors know the way.
+const WARM_UP: Duration = Duration::from_millis(50);
+/// Packets that have not arrived by then are taken for lost, so that others may be sent. On a busy
+/// machine a thread may well wait for its processor a while.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The longest sleep between two looks at the clock.
+const NAP: Duration = Duration::from_millis(10);
+/// Turns between them while packets move: looking costs as much as a packet.
+const TURNS: u32 = 16;
+
+/// Packets under way in all: enough that neither side waits for the other, and below what the kernel
+/// keeps for a TAP (1,000).
+pub(crate) fn window(batch: usize) -> usize {
+    (4 * batch).clamp(64, 512)
+}
+
+/// Measures for `time`, in intervals. `None` if it was stopped before the first was over.
+pub(crate) fn measure(
+    setup: &Setup,
+    driving: Driving,
+    ends: &mut Ends,
+    clock: &mut Clock<'_>,
+) -> Result<(Account, Option<Rates>), Failure> {
+    let [from, to] = ends.addresses();
+    let mut run = Run {
+        pattern: Pattern::new(from, to, SAMPLE),
+        account: Account::default(),
+        size: setup.size,
+        batch: setup.batch,
+        window: window(setup.batch) as u64,
+        given_up: 0,
+        last_move: Instant::now(),
+        is_inline: driving == Driving::Inline,
+        ends,
+    };
+    run.go_on(WARM_UP, true)?;
+    let mut rates = Vec::new();
+    let (intervals, interval) = setup.intervals();
+    for _ in 0..intervals {
+        let (start, before) = (Instant::now(), run.account.arrived);
+        run.go_on(interval, true)?;
+        let packets = run.account.arrived - before;
+        rates.push(packets as f64 / start.elapsed().as_secs_f64());
+        if !clock.tick() {
+            break;
+        }
+    }
+    run.go_on(2 * PATIENCE, false)?;
+    Ok((run.account, Rates::of(&rates, setup.size)))
+}
+
+struct Run<'a> {
+    ends: &'a mut Ends,
+    pattern: Pattern,
+    account: Account,
+    size: usize,
+    batch: usize,
+    window: u64,
+    /// The packets below this number are waited for no more.
+    given_up: u64,
+    last_move: Instant,
+    is_inline: bool,
+}
+
+impl Run<'_> {
+    /// Moves packets for `time`, or, if none `is_sent`, until all have arrived.
+    fn go_on(&mut self, time: Duration, is_sent: bool) -> Result<(), Failure> {
+        let deadline = Instant::now() + time;
+        let (mut turns, mut has_moved) = (0, false);
+        loop {
+            if is_sent {
+                self.send()?;
+            } else if self.under_way() == 0 {
+                return Ok(());
+            }
+            let moved = self.take()?;
+            has_moved |= moved;
+            turns += 1;
+            if moved && turns < TURNS {
+                continue;
+            }
+            turns = 0;
+            let now = Instant::now();
+            if std::mem::take(&mut has_moved) {
+                self.last_move = now;
+            }
+            if now >= deadline {
+                return Ok(());
+            }
+            if moved {
+                continue;
+            }
+            if self.under_way() == 0 || now - self.last_move < PATIENCE {
+                self.sleep(deadline - now);
+            } else {
+                self.given_up = self.account.sent;
+                self.last_move = now;
+            }
+        }
+    }
+
+    /// Packets that may still come. One that was overtaken is not waited for: on most networks it
+    /// never comes, and many of them would fill the window.
+    fn under_way(&self) -> u64 {
+        let Account { sent, next, .. } = self.account;
+        self.account.under_way().min(sent - next.max(self.given_up))
+    }
+
+    /// As many batches as have room.
+    #[inline]
+    fn send(&mut self) -> Result<(), Failure> {
+        // Inline, one at a time: the packets are read before more are written, as by a guest.
+        let batches = if self.is_inline { 1 } else { u64::MAX };
+        for _ in 0..batches.min(self.window) {
+            let room = self.window.saturating_sub(self.under_way());
+            let first = self.ends.first();
+            if room < self.batch as u64 || first.free.len() < self.batch {
+                break;
+            }
+            let (pattern, sent) = (&self.pattern, &mut self.account.sent);
+            first.send(self.batch, |frame| {
+                pattern.write(frame, *sent);
+                *sent += 1;
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Takes in what has come. Whether there was anything.
+    #[inline]
+    fn take(&mut self) -> Result<bool, Failure> {
+        let completed = self.ends.collect(&mut self.account);
+        let last = self.ends.last();
+        for frame in &last.read {
+            self.account.found(self.pattern.look(frame, self.size));
+        }
+        last.spare.append(&mut last.read);
+        if !self.ends.is_loop() {
+            // Nobody sends there; what comes is the network's own.
+            let first = self.ends.first();
+            first.spare.append(&mut first.read);
+        }
+        self.ends.post()?;
+        Ok(completed > 0)
+    }
+
+    fn sleep(&mut self, left: Duration) {
+        let (under_way, batch) = (self.under_way(), self.batch as u64);
+        // Who arrives last says that all is through; without any there are only writes to wait for.
+        let (end, n) = match under_way {
+            0 => (self.ends.first(), 1),
+            _ => (self.ends.last(), under_way.min(batch) as usize),
+        };
+        end.ring.wait(n, Some(left.min(NAP)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::check::Totals;
+    use crate::device::DeviceName;
+    use crate::stop::Stop;
+    use vmring::device::fault::Faults;
+    use vmring::{Embedded, Interface};
+
+    /// A fifth of a second between two ports of a network, each behind such faults.
+    fn totals(network: &str, driving: Driving, fault: impl Fn() -> Faults) -> Totals {
+        let setup = Setup {
+            device: DeviceName::Embedded,
+            size: 60,
+            batch: 8,
+            time: Duration::from_millis(200),
+        };
+        let start = |_| {
+            let driver = fault().wrap(Embedded::network(network).overflow(2048));
+            Interface::builder().device(driver).start().unwrap()
+        };
+        let interfaces = (0..2).map(start).collect();
+        let stop = Stop::new().unwrap();
+        let mut clock = Clock::start(&stop, setup.time, None);
+        let mut ends = Ends::over(interfaces, driving, window(8), setup.size).unwrap();
+        let (account, rates) = measure(&setup, driving, &mut ends, &mut clock).unwrap();
+        assert!(rates.is_some(), "{account:?}");
+        account.totals()
+    }
+
+    #[test]
+    fn a_device_without_faults_brings_every_packet() {
+        for (network, driving) in
+            [("no faults", Driving::Inline), ("no faults either", Driving::Poller)]
+        {
+            let totals = totals(network, driving, || Faults::seeded(1));
+            assert_eq!(totals.arrived, totals.sent);
+            assert_eq!(totals.wrong(false), None);
+        }
+    }
+
+    #[test]
+    fn a_device_that_corrupts_packets_is_found_out() {
+        for (network, driving) in [("bad bits", Driving::Inline), ("more of them", Driving::Poller)]
+        {
+            let totals = totals(network, driving, || Faults::seeded(2).corruption(0.05));
+            assert!(totals.corrupt > 0, "{totals:?}");
+            assert!(totals.wrong(true).is_some_and(|wrong| wrong.contains("corrupt")));
+        }
+    }
+
+    /// Refused is not lost: the writer was told.
+    #[test]
+    fn packets_that_the_device_refuses_are_counted_apart() {
+        let fault = || Faults::seeded(3).errors(0.01, vmring::Status::Failure);
+        let totals = totals("refusals", Driving::Inline, fault);
+        assert!(totals.refused > 0, "{totals:?}");
+        assert_eq!(totals.wrong(false), None, "{totals:?}");
+    }
+}

@@ -1,0 +1,155 @@
+//! One packet out and back: from its submit to the reap of what came.
+
+use std::hint;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use vmring::Frame;
+
+use super::Setup;
+use super::check::{Account, Found, Pattern};
+use super::ends::{Driving, Ends, SPINS};
+use super::progress::Clock;
+use super::summary::Trips;
+use crate::failure::Failure;
+
+/// A packet that has not come by then is lost. On a busy machine a thread may well wait for its
+/// processor a while.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Trips before those that count.
+const WARM_UP: u32 = 200;
+/// Between two looks at the wish to end.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Measures for `setup`'s time; `None` if there was no trip.
+pub(crate) fn measure(
+    setup: &Setup,
+    driving: Driving,
+    ends: &mut Ends,
+    clock: &mut Clock<'_>,
+) -> Result<(Account, Option<Trips>), Failure> {
+    let [first, last] = ends.addresses();
+    let mut run = Run {
+        there: Pattern::new(first, last, 1),
+        back: Pattern::new(last, first, 1),
+        account: Account::default(),
+        size: setup.size,
+        sleeps: driving == Driving::Parked,
+        ends,
+    };
+    for _ in 0..WARM_UP {
+        if run.trip()?.is_none() {
+            // Who waits in vain does not get warm.
+            break;
+        }
+    }
+    let longest = PATIENCE.as_nanos() as u64;
+    let mut times = Histogram::<u64>::new_with_bounds(1, longest, 3).expect("these are possible");
+    let deadline = Instant::now() + setup.time;
+    let mut tick = Instant::now() + TICK;
+    loop {
+        if let Some(time) = run.trip()? {
+            times.saturating_record(time.as_nanos() as u64);
+        }
+        let now = Instant::now();
+        if now >= tick {
+            tick = now + TICK;
+            if !clock.tick() || now >= deadline {
+                break;
+            }
+        }
+    }
+    Ok((run.account, Trips::of(&times)))
+}
+
+struct Run<'a> {
+    ends: &'a mut Ends,
+    there: Pattern,
+    back: Pattern,
+    account: Account,
+    size: usize,
+    sleeps: bool,
+}
+
+impl Run<'_> {
+    /// One; `None` if the packet is lost.
+    fn trip(&mut self) -> Result<Option<Duration>, Failure> {
+        let number = self.account.sent;
+        self.account.sent += 1;
+        self.ends.post()?;
+        let first = self.ends.first();
+        let Some(mut frame) = first.free.pop() else {
+            return Err(Failure::Step("the device keeps what was written".to_owned()));
+        };
+        self.there.write(&mut frame, number);
+        let start = Instant::now();
+        first.write([frame].into_iter())?;
+        let came = if self.ends.is_loop() {
+            self.wait(false, number, self.there)?
+        } else {
+            match self.wait(true, number, self.there)? {
+                None => None,
+                Some(frame) => {
+                    self.answer(frame)?;
+                    self.wait(false, number, self.back)?
+                }
+            }
+        };
+        let time = start.elapsed();
+        let Some(frame) = came else { return Ok(None) };
+        let pattern = if self.ends.is_loop() { self.there } else { self.back };
+        let found = pattern.look(&frame, self.size);
+        self.account.found(found);
+        self.ends.first().spare.push(frame);
+        Ok((found == Found::Number(number)).then_some(time))
+    }
+
+    /// The last end sends it back as it is, with the addresses exchanged.
+    fn answer(&mut self, mut frame: Frame) -> Result<(), Failure> {
+        let (to, from) = frame[..12].split_at_mut(6);
+        to.swap_with_slice(from);
+        let last = self.ends.last();
+        // One for the one that is not posted again for now.
+        last.spare.extend(last.free.pop());
+        last.write([frame].into_iter())
+    }
+
+    /// The next packet of ours at an end. Looks at its number only, for it is timed; what is late or
+    /// comes twice is counted.
+    fn wait(
+        &mut self,
+        last: bool,
+        number: u64,
+        pattern: Pattern,
+    ) -> Result<Option<Frame>, Failure> {
+        let start = Instant::now();
+        let mut rounds = 0;
+        loop {
+            self.ends.collect(&mut self.account);
+            let end = if last { self.ends.last() } else { self.ends.first() };
+            while let Some(frame) = end.read.pop() {
+                if Pattern::is_number(&frame, number) {
+                    return Ok(Some(frame));
+                }
+                self.account.found(pattern.look(&frame, self.size));
+                end.spare.push(frame);
+            }
+            rounds += 1;
+            if self.sleeps {
+                // A write completes soon and by itself; it is not worth waking for.
+                let n = end.writing + 1;
+                end.ring.wait(n, Some(PATIENCE));
+            } else if rounds % SPINS == 0 {
+                // Perhaps the other thread has no processor.
+                thread::yield_now();
+            } else {
+                hint::spin_loop();
+                continue;
+            }
+            if start.elapsed() >= PATIENCE {
+                return Ok(None);
+            }
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! The figures: one JSON object, or tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use hdrhistogram::Histogram;
+use serde::Serialize;
+use vmring::Ring;
+use vmring::stats::RingStats;
+
+use super::check::Totals;
+use super::one_way::SAMPLE;
+use crate::report::{Batches, Table, grouped, percentile, round};
+
+/// Everything that was found out; what it did not get to is missing.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Summary {
+    /// Whether every packet was as it had to be.
+    pub(crate) ok: bool,
+    /// What was not, in a sentence.
+    pub(crate) failed: Option<String>,
+    /// Whether it was ended before its time.
+    pub(crate) interrupted: bool,
+    pub(crate) device: String,
+    /// How frames move, where there is a choice: `io_uring` or `plain`.
+    pub(crate) engine: Option<&'static str>,
+    /// Bytes of a packet.
+    pub(crate) size: usize,
+    /// Packets submitted in one go.
+    pub(crate) batch: usize,
+    pub(crate) seconds: u64,
+    pub(crate) processors: usize,
+    pub(crate) one_way: Vec<OneWaySummary>,
+    pub(crate) round_trip: Vec<RoundTripSummary>,
+    /// What was not measured, and why.
+    pub(crate) left_out: Vec<String>,
+    pub(crate) checks: ChecksSummary,
+    pub(crate) packets: Totals,
+    /// Whether the device may lose packets.
+    pub(crate) may_lose: bool,
+    /// Packets that the network dropped.
+    pub(crate) drops: u64,
+    /// The same, those that there were.
+    pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
+}
+
+/// What is checked within the time that is measured.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct ChecksSummary {
+    /// Numbers are those of every packet, bodies of one in so many, each way...
+    pub(crate) one_way_bodies_one_in: u64,
+    /// ...and this is what it costs of a packet's time there, to write and to compare.
+    pub(crate) one_way_ns_per_packet: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct OneWaySummary {
+    pub(crate) drive: &'static str,
+    /// `None` if it was ended before.
+    pub(crate) rates: Option<Rates>,
+    pub(crate) rings: RingsSummary,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct RoundTripSummary {
+    pub(crate) drive: &'static str,
+    pub(crate) waits: &'static str,
+    pub(crate) trips: Option<Trips>,
+}
+
+/// Of several intervals.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Rates {
+    pub(crate) intervals: usize,
+    pub(crate) packets_per_s: Spread,
+    pub(crate) gbit_per_s: Spread,
+    pub(crate) ns_per_packet: Spread,
+}
+
+impl Rates {
+    /// Of packets a second, `size` bytes each. `None` if there are none, or nothing moved.
+    pub(crate) fn of(rates: &[f64], size: usize) -> Option<Self> {
+        let mut sorted = rates.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let at = |p| percentile(&sorted, p);
+        let spread = |places, of: &dyn Fn(f64) -> f64| {
+            let values = (of(at(0.5)?), of(at(0.0)?), of(at(1.0)?));
+            let (median, a, b) = values;
+            let [median, min, max] = [median, a.min(b), a.max(b)].map(|v| round(v, places));
+            Some(Spread { median, min, max })
+        };
+        if at(0.5)? == 0.0 {
+            return None;
+        }
+        // In an interval in which nothing came, a packet took at least the interval.
+        let ns = |rate: f64| 1e9 / rate.max(1.0);
+        Some(Self {
+            intervals: rates.len(),
+            packets_per_s: spread(0, &|rate| rate)?,
+            gbit_per_s: spread(3, &|rate| rate * size as f64 * 8.0 / 1e9)?,
+            ns_per_packet: spread(1, &ns)?,
+        })
+    }
+}
+
+/// Nanoseconds of many trips.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Trips {
+    pub(crate) count: u64,
+    pub(crate) min_ns: u64,
+    pub(crate) median_ns: u64,
+    pub(crate) p99_ns: u64,
+    pub(crate) p99_9_ns: u64,
+    pub(crate) max_ns: u64,
+}
+
+impl Trips {
+    pub(crate) fn of(times: &Histogram<u64>) -> Option<Self> {
+        (!times.is_empty()).then(|| Self {
+            count: times.len(),
+            min_ns: times.min(),
+            median_ns: times.value_at_quantile(0.5),
+            p99_ns: times.value_at_quantile(0.99),
+            p99_9_ns: times.value_at_quantile(0.999),
+            max_ns: times.max(),
+        })
+    }
+}
+
+/// What the rings of one run counted.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(crate) struct RingsSummary {
+    /// Of the end that sends, and of the one that receives.
+    pub(crate) write_batches: Batches,
+    pub(crate) read_batches: Batches,
+    /// Times that whoever drives had nothing to do and slept, of all rings.
+    pub(crate) parks: u64,
+    /// Times that a submit had to wake it.
+    pub(crate) doorbells: u64,
+    /// Times that the device woke it.
+    pub(crate) device_wakeups: u64,
+    /// Times that it had to wake who reaps.
+    pub(crate) notifications: u64,
+    /// Times that the device took less than it was offered.
+    pub(crate) retries: u64,
+    /// Packets written by the end that sends.
+    pub(crate) packets: u64,
+}
+
+impl RingsSummary {
+    /// From the ring that sends to the one that receives, which may be the same.
+    pub(crate) fn of<'a>(rings: impl Iterator<Item = &'a Ring> + Clone) -> Self {
+        let stats: Vec<_> = rings.clone().map(Ring::stats).collect();
+        let (Some(first), Some(last)) = (stats.first(), stats.last()) else {
+            return Self::default();
+        };
+        let sum = |of: fn(&RingStats) -> u64| stats.iter().map(of).sum();
+        Self {
+            write_batches: Batches::of(first.tx_packets, &first.write_batches),
+            read_batches: Batches::of(last.rx_packets, &last.read_batches),
+            parks: sum(|stats| stats.parks),
+            doorbells: rings.map(|ring| ring.control().doorbells()).sum(),
+            device_wakeups: sum(|stats| stats.device_wakeups),
+            notifications: sum(|stats| stats.notifications),
+            retries: sum(|stats| stats.retries),
+            packets: first.tx_packets,
+        }
+    }
+
+    /// Of a count, for a thousand packets.
+    fn per_thousand(&self, n: u64) -> String {
+        format!("{:.2}", n as f64 * 1000.0 / self.packets.max(1) as f64)
+    }
+}
+
+impl Summary {
+    /// For people.
+    pub(crate) fn text(&self) -> String {
+        let mut text = format!(
+            "The {} device{}: packets of {} bytes, {} processors\n",
+            self.device,
+            self.engine.map_or_else(String::new, |engine| format!(" ({engine})")),
+            grouped(self.size as u64),
+            self.processors,
+        );
+        self.tell_one_way(&mut text);
+        self.tell_round_trip(&mut text);
+        self.tell_rings(&mut text);
+        text.push('\n');
+        for why in &self.left_out {
+            let _ = writeln!(text, "Left out: {why}");
+        }
+        let checks = &self.checks;
+        let _ = writeln!(
+            text,
+            "Checked: the number of every packet, and all bytes of one in {}, which takes about {:.1} ns \
+             of a packet's\n         time one way; in round trips all bytes of every packet, outside of \
+             the time.",
+            checks.one_way_bodies_one_in, checks.one_way_ns_per_packet
+        );
+        self.tell_packets(&mut text);
+        if self.interrupted {
+            text.push_str("It was ended before its time: these are the figures so far.\n");
+        }
+        text
+    }
+
+    // Writing to a string does not fail.
+
+    fn tell_one_way(&self, text: &mut String) {
+        let heading = ["driven", "packets/s", "min", "max", "Gbit/s", "ns/packet", "min", "max"];
+        let mut table = Table::new(&heading);
+        let mut intervals = 0;
+        for run in &self.one_way {
+            let Some(rates) = &run.rates else { continue };
+            intervals = intervals.max(rates.intervals);
+            let (packets, ns) = (rates.packets_per_s, rates.ns_per_packet);
+            table.row([
+                run.drive.to_owned(),
+                grouped(packets.median as u64),
+                grouped(packets.min as u64),
+                grouped(packets.max as u64),
+                format!("{:.2}", rates.gbit_per_s.median),
+                format!("{:.0}", ns.median),
+                format!("{:.0}", ns.min),
+                format!("{:.0}", ns.max),
+            ]);
+        }
+        if intervals > 0 {
+            let batch = self.batch;
+            let _ = write!(
+                text,
+                "\nOne way, in batches of {batch}: medians of {intervals} intervals\n{}",
+                table.text()
+            );
+        }
+    }
+
+    fn tell_round_trip(&self, text: &mut String) {
+        let heading = ["driven", "waits", "median", "99 %", "99.9 %", "min", "max", "trips"];
+        let mut table = Table::new(&heading);
+        let mut any = false;
+        for run in &self.round_trip {
+            let Some(trips) = &run.trips else { continue };
+            any = true;
+            let us = |ns: u64| format!("{:.2}", ns as f64 / 1000.0);
+            table.row([
+                run.drive.to_owned(),
+                run.waits.to_owned(),
+                us(trips.median_ns),
+                us(trips.p99_ns),
+                us(trips.p99_9_ns),
+                us(trips.min_ns),
+                us(trips.max_ns),
+                grouped(trips.count),
+            ]);
+        }
+        if any {
+            let _ = write!(
+                text,
+                "\nOne packet out and back, from submit to reap, in us\n{}",
+                table.text()
+            );
+        }
+    }
+
+    fn tell_rings(&self, text: &mut String) {
+        let heading = [
+            "driven",
+            "written per batch",
+            "read per batch",
+            "driver slept",
+            "submit woke it",
+            "device woke it",
+            "it woke the reaper",
+        ];
+        let mut table = Table::new(&heading);
+        for run in &self.one_way {
+            let rings = &run.rings;
+            table.row([
+                run.drive.to_owned(),
+                format!("{:.1}", rings.write_batches.mean),
+                format!("{:.1}", rings.read_batches.mean),
+                rings.per_thousand(rings.parks),
+                rings.per_thousand(rings.doorbells),
+                rings.per_thousand(rings.device_wakeups),
+                rings.per_thousand(rings.notifications),
+            ]);
+        }
+        if !self.one_way.is_empty() {
+            let _ = write!(
+                text,
+                "\nThe rings, one way: mean batches, and how often for 1,000 packets\n{}",
+                table.text()
+            );
+        }
+    }
+
+    fn tell_packets(&self, text: &mut String) {
+        let Totals { sent, lost, reordered, duplicated, corrupt, refused, .. } = self.packets;
+        let counts = [
+            (lost, "lost"),
+            (corrupt, "corrupt"),
+            (duplicated, "doubled"),
+            (reordered, "out of order"),
+            (refused, "refused by the device"),
+        ];
+        let _ = write!(text, "Of {} packets", grouped(sent));
+        let told: Vec<_> = counts
+            .iter()
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, what)| format!("{} {what}", grouped(*n)))
+            .collect();
+        let _ = match &told[..] {
+            [] => writeln!(text, " none was lost, corrupt, doubled or out of order."),
+            _ => writeln!(text, ": {}.", told.join(", ")),
+        };
+        let drops = self.drops_by_reason.iter();
+        let drops: Vec<_> = drops.map(|(why, n)| format!("{} {why}", grouped(*n))).collect();
+        let _ = match &drops[..] {
+            [] => writeln!(text, "The device dropped none."),
+            _ => writeln!(text, "The device dropped: {}.", drops.join(", ")),
+        };
+    }
+}
+
+impl ChecksSummary {
+    pub(crate) fn new(ns_per_packet: f64) -> Self {
+        Self { one_way_bodies_one_in: SAMPLE, one_way_ns_per_packet: round(ns_per_packet, 1) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_of_the_median_interval_and_times_of_the_same() {
+        let rates = Rates::of(&[2e6, 1e6, 4e6], 1000).unwrap();
+        assert_eq!(rates.packets_per_s, Spread { median: 2e6, min: 1e6, max: 4e6 });
+        assert_eq!(rates.gbit_per_s, Spread { median: 16.0, min: 8.0, max: 32.0 });
+        assert_eq!(rates.ns_per_packet, Spread { median: 500.0, min: 250.0, max: 1000.0 });
+        assert_eq!(Rates::of(&[], 1000), None);
+        assert_eq!(Rates::of(&[0.0, 0.0], 1000), None);
+        assert_eq!(Rates::of(&[0.0, 5.0, 6.0], 1000).unwrap().ns_per_packet.max, 1e9);
+    }
+
+    #[test]
+    fn trips_are_counted_by_their_share() {
+        let mut times = Histogram::new(3).unwrap();
+        assert_eq!(Trips::of(&times), None);
+        (1..=1000).for_each(|ns| times.record(ns).unwrap());
+        let trips = Trips::of(&times).unwrap();
+        assert_eq!((trips.count, trips.min_ns, trips.median_ns), (1000, 1, 500));
+        assert_eq!((trips.p99_ns, trips.p99_9_ns, trips.max_ns), (990, 999, 1000));
+    }
+}

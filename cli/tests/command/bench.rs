@@ -1,0 +1,171 @@
+//! `vmring bench`: short runs, for what they say and not for how fast they are.
+
+use super::*;
+
+/// A short run in which everything held.
+fn bench(arguments: &[&str]) -> Value {
+    let report = json(&[&["bench", "--json", "--seconds", "1"], arguments].concat());
+    assert_eq!((&report["ok"], &report["failed"]), (&true.into(), &Value::Null));
+    assert_eq!(report["interrupted"], false);
+    report
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// A median between the least and the most.
+fn spread(value: &Value) {
+    let [min, median, max] = ["min", "median", "max"].map(|name| number(&value[name]));
+    assert!(min <= median && median <= max && max > 0.0, "{value}");
+}
+
+/// Every figure is there, and nothing was lost.
+fn whole(report: &Value, size: u64, batch: u64) {
+    assert_eq!((&report["size"], &report["batch"]), (&size.into(), &batch.into()));
+    let ways = report["one_way"].as_array().expect("a list");
+    let drives: Vec<_> = ways.iter().map(|way| way["drive"].as_str().expect("a name")).collect();
+    assert_eq!(drives, ["inline", "poller"]);
+    for way in ways {
+        let rates = &way["rates"];
+        assert!(number(&rates["intervals"]) >= 5.0);
+        for figure in ["packets_per_s", "gbit_per_s", "ns_per_packet"] {
+            spread(&rates[figure]);
+        }
+        let (packets, gbit) = (&rates["packets_per_s"]["median"], &rates["gbit_per_s"]["median"]);
+        let exact = number(packets) * size as f64 * 8.0 / 1e9;
+        assert!((number(gbit) - exact).abs() < 0.01 + exact / 100.0, "{rates}");
+        assert!(number(&way["rings"]["write_batches"]["mean"]) >= 1.0);
+        assert!(number(&way["rings"]["read_batches"]["mean"]) >= 1.0);
+    }
+    let left_out = report["left_out"].as_array().expect("a list").len();
+    let trips = report["round_trip"].as_array().expect("a list");
+    assert_eq!(trips.len() + left_out, 3);
+    for trip in trips {
+        let trips = &trip["trips"];
+        assert!(number(&trips["count"]) > 0.0);
+        let names = ["min_ns", "median_ns", "p99_ns", "p99_9_ns", "max_ns"];
+        let values = names.map(|name| number(&trips[name]));
+        assert!(values[0] > 0.0 && values.is_sorted(), "{trip}");
+    }
+    let packets = &report["packets"];
+    assert!(number(&packets["sent"]) > 0.0);
+    assert_eq!(packets["sent"], packets["arrived"]);
+    for wrong in ["lost", "reordered", "duplicated", "corrupt", "refused"] {
+        assert_eq!(packets[wrong], 0, "{packets}");
+    }
+    assert_eq!(report["drops"], 0);
+    assert!(number(&report["checks"]["one_way_ns_per_packet"]) > 0.0);
+}
+
+#[test]
+fn a_bench_in_this_process_has_every_figure_and_loses_nothing() {
+    for (device, size, batch) in
+        [("embedded", 1514, 32), ("loopback", 60, 1), ("embedded", 60, 256)]
+    {
+        let (size_text, batch_text) = (size.to_string(), batch.to_string());
+        let report = bench(&["--device", device, "--size", &size_text, "--batch", &batch_text]);
+        assert_eq!(report["device"], device);
+        whole(&report, size, batch);
+    }
+    // The defaults.
+    whole(&bench(&[]), 1514, 32);
+}
+
+#[cfg(not(target_os = "macos"))]
+#[test]
+fn a_bench_runs_on_the_vmnet_driver_over_the_simulator() {
+    whole(&bench(&["--device", "vmnet-sim"]), 1514, 32);
+}
+
+/// The kernel may lose packets, so nothing is asked of that here.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_bench_runs_between_two_taps() {
+    if !tap::is_possible() {
+        return;
+    }
+    let report = bench(&["--device", "tap"]);
+    assert_eq!((&report["device"], &report["may_lose"]), (&"tap".into(), &true.into()));
+    assert!(["io_uring", "plain"].contains(&report["engine"].as_str().expect("a name")));
+    assert!(number(&report["packets"]["arrived"]) > 0.0);
+    assert_eq!(
+        (&report["packets"]["corrupt"], &report["packets"]["duplicated"]),
+        (&0.into(), &0.into())
+    );
+    assert_eq!(report["one_way"].as_array().map(Vec::len), Some(2));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn without_root_a_bench_on_taps_says_what_is_missing() {
+    let Some(output) = tap::without_root(&["bench", "--device", "tap", "--seconds", "1"]) else {
+        return;
+    };
+    let message = text(&output.stderr).trim_end();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert_eq!(text(&output.stdout), "");
+    assert!(!message.contains('\n'), "one sentence: {message}");
+    for words in ["permission denied", "CAP_SYS_ADMIN", "run as root"] {
+        assert!(message.contains(words), "no {words} in {message}");
+    }
+}
+
+#[test]
+fn a_bench_ends_with_tables_for_people() {
+    let output = vmring(&["bench", "--seconds", "1", "--device", "loopback"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    for words in ["packets/s", "Gbit/s", "99.9 %", "parked", "Checked: ", "none was lost"] {
+        assert!(text(&output.stdout).contains(words), "no {words} in {}", text(&output.stdout));
+    }
+    assert!(text(&output.stderr).contains("measuring"), "a person sees what it does");
+}
+
+#[test]
+fn a_bench_that_cannot_be_is_refused_in_one_sentence() {
+    for size in ["0", "59", "1515"] {
+        let message = refused(&["bench", "--size", size]);
+        assert!(message.contains("60 to 1,514 bytes"), "{message}");
+    }
+    assert!(refused(&["bench", "--size", "many"]).contains("many"));
+    assert!(refused(&["bench", "--batch", "0"]).contains("0 is not in 1..=256"));
+    assert!(refused(&["bench", "--batch", "257"]).contains("257 is not in 1..=256"));
+    assert!(refused(&["bench", "--seconds", "0"]).contains("0 is not in"));
+    let message = refused(&["bench", "--device", "abacus"]);
+    assert!(message.contains("abacus") && message.contains("loopback"), "{message}");
+    if cfg!(not(target_os = "macos")) {
+        assert!(refused(&["bench", "--device", "vmnet"]).contains("exists on macOS only"));
+    }
+    if cfg!(not(target_os = "linux")) {
+        assert!(refused(&["bench", "--device", "tap"]).contains("exists on Linux only"));
+    }
+}
+
+#[test]
+fn an_interrupt_ends_a_bench_with_the_figures_so_far() {
+    for signal in ["INT", "TERM"] {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
+            .args(["bench", "--seconds", "3600"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command starts");
+        // It says so when it is at work; then some of its first intervals pass, a tenth of a second
+        // each.
+        let mut said = [0; 16];
+        child.stderr.as_mut().expect("piped").read_exact(&mut said).expect("a line");
+        thread::sleep(Duration::from_secs(1));
+        let kill =
+            Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+        assert!(kill.expect("there is kill").success());
+        let start = Instant::now();
+        let output = child.wait_with_output().expect("it ends");
+        assert!(start.elapsed() < LIMIT / 4, "it took {:?}", start.elapsed());
+        assert_eq!(output.status.code(), Some(0), "{signal}: {}", text(&output.stderr));
+        let report = text(&output.stdout);
+        for words in ["packets/s", "inline", "none was lost", "the figures so far"] {
+            assert!(report.contains(words), "no {words} in {report}");
+        }
+        assert!(!report.contains("parked"), "it did not get there: {report}");
+    }
+}
