@@ -725,6 +725,12 @@ fn stop_around_an_event(inside: bool) {
     b.send(&frame(a.mac(), b.mac(), 1, 60));
     events.recv_timeout(LONG).expect("an event");
     if !inside {
+        // The event has told us, but may not have returned yet.
+        let (over, end) = channel();
+        a.queue.exec_async(move || {
+            let _ = over.send(());
+        });
+        end.recv_timeout(LONG).expect("the queue goes on");
         stop();
     }
     assert_eq!(answers.recv_timeout(LONG), Ok(SUCCESS));
