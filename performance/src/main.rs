@@ -9,12 +9,16 @@ compile_error!("io_uring, TAPs and processor clocks are Linux's");
 mod clock;
 mod common;
 mod forward;
+mod idle;
 mod net;
 mod ours;
+mod plot;
 mod read;
 mod relay;
 mod report;
+mod scale;
 mod slots;
+mod vmnet;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -61,6 +65,10 @@ struct Arguments {
     /// Print one JSON document.
     #[arg(long, global = true)]
     json: bool,
+
+    /// Also draw the figures of guests and growth, as far as they were measured.
+    #[arg(long, global = true, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
@@ -71,6 +79,12 @@ enum What {
     TapRead,
     /// A TCP stream (iperf3) from one namespace through a bridge of two TAPs to another.
     TapForward,
+    /// Packets through the vmnet driver over a simulated vmnet, beside loops over the C ABI.
+    Vmnet,
+    /// What the depth of a ring, the size of a frame and the number of rings change; memory and start.
+    Scale,
+    /// What sixteen interfaces cost on which nothing happens.
+    Idle,
     /// All of these, which is also what happens if none is named.
     All,
 }
@@ -130,9 +144,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     let mut report = Report::new(Heading::of_this_machine(rounds, seconds)?);
     let what = arguments.what.unwrap_or(What::All);
     let wanted = |part| what == part || what == What::All;
-    let parts: &[(What, Run)] = &[
-        // More parts here.
-    ];
+    let parts: &[(What, Run)] =
+        &[(What::Vmnet, vmnet::run), (What::Scale, scale::run), (What::Idle, idle::run)];
     for (part, run) in parts {
         if wanted(*part) {
             let (tables, wants) = run(plan)?;
@@ -164,8 +177,12 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // Whoever reads has read enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        printed => Ok(printed?),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
+        printed => printed?,
+    }
+    match &arguments.plot {
+        Some(path) => plot::write(&report, path),
+        None => Ok(()),
     }
 }
 

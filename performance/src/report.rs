@@ -100,6 +100,12 @@ impl Heading {
     }
 }
 
+impl std::fmt::Display for Heading {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, {} cores, Linux {}", self.machine, self.cores, self.kernel)
+    }
+}
+
 /// A table: for each row, a spread of each figure that was measured.
 #[derive(Serialize)]
 pub(crate) struct Table {
@@ -140,6 +146,10 @@ impl Table {
         let labels = labels.iter().map(|label| (*label).to_owned()).collect();
         self.rows.push(Row { labels, figures });
         median
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
     }
 
     /// The medians of the first figure, with the rows' labels.
@@ -195,7 +205,7 @@ impl Table {
 }
 
 /// Three digits that say something, or all of a whole number.
-fn shorten(value: f64) -> String {
+pub(crate) fn shorten(value: f64) -> String {
     match value.abs() {
         x if x >= 100.0 => format!("{value:.0}"),
         x if x >= 10.0 => format!("{value:.1}"),
@@ -250,6 +260,10 @@ impl Report {
         self.skipped.push((part, why.into()));
     }
 
+    pub(crate) fn heading(&self) -> &Heading {
+        &self.heading
+    }
+
     pub(crate) fn tables(&self) -> &[Table] {
         &self.tables
     }
@@ -260,7 +274,7 @@ impl Report {
             return Ok(());
         }
         let heading = &self.heading;
-        writeln!(out, "{}, {} cores, Linux {}", heading.machine, heading.cores, heading.kernel)?;
+        writeln!(out, "{heading}")?;
         let versions: Vec<_> =
             heading.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
         writeln!(out, "{}", versions.join(", "))?;

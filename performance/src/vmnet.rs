@@ -1,0 +1,285 @@
+//! The vmnet driver over a simulated vmnet that costs nothing, or a system call's time for each call,
+//! beside loops that call the C ABI themselves.
+//!
+//! The batched loop does what every caller of the ABI has to do: set each descriptor, call, look at
+//! each length. The other one does the same with one packet to a call, as Lwt_vmnet and QEMU write.
+
+mod bare;
+
+use std::time::{Duration, Instant};
+
+use vmnet_sim::World;
+use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
+
+use crate::common::take_turns;
+use crate::report::{Table, Want};
+use crate::scale::{pinned, time_packets};
+use crate::{Part, Plan, Result};
+use bare::Bare;
+
+/// Bytes of a packet.
+const LENGTH: usize = 60;
+/// Bytes of a buffer.
+const ROOM: usize = 2048;
+/// Packets in flight: what the other parts have, and what vmnet took at once before macOS 15.
+const BATCHES: [usize; 2] = [32, 200];
+/// What a system call costs.
+const CALL: Duration = Duration::from_nanos(300);
+/// What a packet costs in vmnet beside the call, roughly as its way through a kernel.
+const PACKET: Duration = Duration::from_nanos(250);
+/// Longer than anything here may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(crate) fn run(plan: Plan) -> Part {
+    pinned(|| {
+        check()?;
+        measure(plan)
+    })
+}
+
+/// What vmnet itself takes of the time.
+#[derive(Clone, Copy)]
+enum Price {
+    Nothing,
+    Call,
+    /// For each packet. The simulator only knows prices of calls, so this is the price of a call with
+    /// all packets in flight. That favours nobody: with fewer packets a call would cost the same.
+    Packet,
+}
+
+impl Price {
+    fn of_call(self, batch: usize) -> Duration {
+        match self {
+            Self::Nothing => Duration::ZERO,
+            Self::Call => CALL,
+            Self::Packet => PACKET * batch as u32,
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Nothing => "nothing".to_owned(),
+            Self::Call => format!("{} ns a call", CALL.as_nanos()),
+            Self::Packet => format!("{} ns a packet", PACKET.as_nanos()),
+        }
+    }
+}
+
+/// One contender at one price.
+struct Contender {
+    direction: Direction,
+    batch: usize,
+    way: Way,
+}
+
+enum Way {
+    Ours(Box<Ours>),
+    Bare(Bare),
+}
+
+impl Contender {
+    fn start(price: Price, direction: Direction, batch: usize, ours: bool) -> Result<Self> {
+        let world = World::new();
+        let id = world.interface_id();
+        world.script(id, |script| {
+            script.free_of_charge = Some(LENGTH);
+            script.call_cost = price.of_call(batch);
+        });
+        let way = if ours {
+            let mut ours = Ours::start(world, id, direction)?;
+            ours.fill(direction, batch)?;
+            Way::Ours(Box::new(ours))
+        } else {
+            Way::Bare(Bare::start(world, id, batch)?)
+        };
+        Ok(Self { direction, batch, way })
+    }
+
+    #[inline]
+    fn turn(&mut self) -> Result<u64> {
+        match (&mut self.way, self.direction) {
+            (Way::Ours(ours), direction) => ours.turn(direction),
+            (Way::Bare(bare), Direction::Read) => bare.read(),
+            (Way::Bare(bare), _) => bare.write(),
+        }
+    }
+
+    fn labels(&self, price: Price) -> [String; 4] {
+        let way = match &self.way {
+            Way::Ours(_) => "vmring, inline",
+            Way::Bare(_) if self.batch == 1 => "loop over the C ABI, one packet a call",
+            Way::Bare(_) => "loop over the C ABI, in batches",
+        };
+        [price.name(), self.direction.to_string(), self.batch.to_string(), way.to_owned()]
+    }
+}
+
+fn measure(plan: Plan) -> Part {
+    const LABELS: &[&str] = &["vmnet costs", "direction", "batch", "contender"];
+    let about = format!("packets of {LENGTH} B through a simulated vmnet that copies nothing");
+    let mut table = Table::new("vmnet", about, LABELS, &["ns/packet"]);
+    let mut wants = Vec::new();
+    for price in [Price::Nothing, Price::Call, Price::Packet] {
+        for direction in [Direction::Read, Direction::Write] {
+            let mut contenders = Vec::new();
+            for batch in BATCHES {
+                contenders.push(Contender::start(price, direction, batch, true)?);
+                contenders.push(Contender::start(price, direction, batch, false)?);
+            }
+            contenders.push(Contender::start(price, direction, 1, false)?);
+            let values = take_turns(plan, &mut contenders, |contender| {
+                time_packets(plan.time, 64, || contender.turn())
+            })?;
+            let mut medians = Vec::new();
+            for (contender, values) in contenders.iter().zip(&values) {
+                let labels = contender.labels(price);
+                medians.push(table.row(&labels.each_ref().map(String::as_str), &[values]));
+            }
+            let single = medians[medians.len() - 1];
+            for (pair, batch) in medians.chunks_exact(2).zip(BATCHES) {
+                let what = format!("vmnet, {direction}, batch {batch}, at {}", price.name());
+                wants.push(match price {
+                    Price::Nothing | Price::Packet => {
+                        Want::at_most(format!("{what}: x loop in batches"), pair[0] / pair[1], 1.1)
+                    }
+                    Price::Call => {
+                        Want::at_least(format!("{what}: loop of one / it"), single / pair[0], 5.0)
+                    }
+                });
+            }
+        }
+    }
+    Ok((vec![table], wants))
+}
+
+/// A packet to all, the way from the other end included, with its number all over.
+fn packet(number: usize) -> [u8; LENGTH] {
+    let mut packet = [number as u8; LENGTH];
+    packet[..14].copy_from_slice(b"\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\x07\x88\xb5");
+    packet
+}
+
+/// What a packet that came has to be; `None` for what a host says of its own.
+fn expect(seen: &mut usize, packet_seen: &[u8]) -> Result<()> {
+    if packet_seen.get(12..14) != Some(b"\x88\xb5") {
+        return Ok(());
+    }
+    if packet_seen != packet(*seen) {
+        return Err(format!("packet {seen} did not come as it was sent").into());
+    }
+    *seen += 1;
+    Ok(())
+}
+
+/// That ring and loop really send and receive: through a network, from one to the other and back.
+fn check() -> Result<()> {
+    const COUNT: usize = BATCHES[0];
+    let world = World::new();
+    let (id, other) = (world.interface_id(), world.interface_id());
+    let mut ours = Ours::start(world.clone(), id, Direction::Both)?;
+    let mut bare = Bare::start(world, other, COUNT)?;
+    ours.fill(Direction::Read, COUNT)?;
+    for (i, buffer) in bare.buffers_mut().enumerate() {
+        buffer[..LENGTH].copy_from_slice(&packet(i));
+    }
+    let mut seen = 0;
+    // The reads have to be posted before anything comes.
+    ours.ring.wait(0, None);
+    if bare.write()? != COUNT as u64 {
+        return Err("the simulator took fewer packets than it was given".into());
+    }
+    let end = Instant::now() + PATIENCE;
+    while seen < COUNT && Instant::now() < end {
+        ours.ring.wait(1, Some(PATIENCE));
+        let (mut sq, mut cq) = ours.ring.split();
+        for done in cq.reap() {
+            let frame = done.frame_ok()?;
+            expect(&mut seen, &frame)?;
+            sq.submit_read(frame, done.user_data)?;
+        }
+    }
+    if seen != COUNT {
+        return Err(format!("{seen} of {COUNT} packets came from the loop to the ring").into());
+    }
+
+    ours.fill(Direction::Write, COUNT)?;
+    let (mut seen, mut written) = (0, 0);
+    while (seen < COUNT || written < COUNT) && Instant::now() < end {
+        for done in ours.ring.reap() {
+            if done.op == Op::Write {
+                done.frame_ok()?;
+                written += 1;
+            }
+        }
+        let mut came = false;
+        for packet in bare.receive()? {
+            came = true;
+            expect(&mut seen, packet)?;
+        }
+        if !came {
+            std::thread::yield_now();
+        }
+    }
+    if (seen, written) != (COUNT, COUNT) {
+        return Err(format!("{written} of {COUNT} were sent, {seen} came to the loop").into());
+    }
+    Ok(())
+}
+
+/// An interface and a ring.
+struct Ours {
+    ring: Ring,
+    _interface: Interface,
+    _world: World,
+}
+
+impl Ours {
+    fn start(world: World, id: [u8; 16], direction: Direction) -> Result<Self> {
+        let builder = Interface::builder().device(Vmnet::new()).interface_id(id);
+        let interface = builder.start()?;
+        let builder = interface.ring(direction).drive(Drive::Inline);
+        let ring = builder.depth(256).prefault(true).build()?;
+        Ok(Self { ring, _interface: interface, _world: world })
+    }
+
+    /// Brings `batch` frames in flight.
+    fn fill(&mut self, direction: Direction, batch: usize) -> Result<()> {
+        for i in 0..batch {
+            let mut frame = self.ring.alloc().ok_or("the ring has too few frames")?;
+            if direction == Direction::Read {
+                self.ring.submit_read(frame, i as u64)?;
+            } else {
+                frame.copy_from(&packet(i))?;
+                self.ring.submit_write(frame, i as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reaps what there is and submits it again. Returns the packets.
+    #[inline]
+    fn turn(&mut self, direction: Direction) -> Result<u64> {
+        let mut wrong = None;
+        let (mut sq, mut cq) = self.ring.split();
+        let frames = cq.reap().filter_map(|done| match done.frame_ok() {
+            Ok(frame) if frame.len() == LENGTH => Some((frame, done.user_data)),
+            Ok(frame) => {
+                wrong = Some(format!("a packet of {} bytes", frame.len()));
+                None
+            }
+            Err(error) => {
+                wrong = Some(error.to_string());
+                None
+            }
+        });
+        let submitted = if direction == Direction::Read {
+            sq.submit_reads(frames)?
+        } else {
+            sq.submit_writes(frames)?
+        };
+        match wrong {
+            Some(wrong) => Err(format!("vmnet, {direction}: {wrong}").into()),
+            None => Ok(submitted as u64),
+        }
+    }
+}
