@@ -66,7 +66,8 @@ fn used(depth: usize) -> Result<(Interface, Ring)> {
             ring.submit_write(frame, i as u64)?;
         }
     }
-    // Twice through its frames is once through its queues, which are at most twice as long.
+    // Its queues are the next power of two, so twice as long as there are frames: four times through
+    // the frames is twice through them.
     let (mut left, end) = (6 * depth, Instant::now() + PATIENCE);
     while left > 0 {
         if Instant::now() > end || ring.wait(1, Some(PATIENCE)) == 0 {

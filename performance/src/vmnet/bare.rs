@@ -169,7 +169,7 @@ impl Drop for Bare {
         });
         // SAFETY: the interface runs, nobody else has it, and queue and block outlive the handler.
         let status = unsafe { vmnet_stop_interface(self.interface, &self.queue, &handler) };
-        // The process ends soon; what matters is that the buffers are not used any more.
+        // Outside a call nobody uses the buffers, so there is nothing left to do about it but to say so.
         if status != SUCCESS || answers.recv_timeout(PATIENCE).is_err() {
             eprintln!("a simulated vmnet interface does not stop: {status}");
         }
