@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use vmnet_sim::World;
 use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
 
-use crate::common::take_turns;
+use crate::common::{NULL_LENGTH, Null, take_turns};
 use crate::report::{Table, Want};
 use crate::scale::{pinned, time_packets};
 use crate::{Part, Plan, Result};
 use bare::Bare;
 
 /// Bytes of a packet.
-const LENGTH: usize = 60;
+const LENGTH: usize = NULL_LENGTH;
 /// Bytes of a buffer.
 const ROOM: usize = 2048;
 /// Packets in flight: what the other parts have, and what vmnet took at once before macOS 15.
@@ -74,6 +74,8 @@ struct Contender {
 
 enum Way {
     Ours(Box<Ours>),
+    /// The same ring over a device that does nothing: what of the driver's figure is the ring's.
+    Null(Box<Ours>),
     Bare(Bare),
 }
 
@@ -95,10 +97,16 @@ impl Contender {
         Ok(Self { direction, batch, way })
     }
 
+    fn start_null(direction: Direction, batch: usize) -> Result<Self> {
+        let mut null = Ours::over(Interface::builder().device(Null).start()?, None, direction)?;
+        null.fill(direction, batch)?;
+        Ok(Self { direction, batch, way: Way::Null(Box::new(null)) })
+    }
+
     #[inline]
     fn turn(&mut self) -> Result<u64> {
         match (&mut self.way, self.direction) {
-            (Way::Ours(ours), direction) => ours.turn(direction),
+            (Way::Ours(ours) | Way::Null(ours), direction) => ours.turn(direction),
             (Way::Bare(bare), Direction::Read) => bare.read(),
             (Way::Bare(bare), _) => bare.write(),
         }
@@ -107,6 +115,7 @@ impl Contender {
     fn labels(&self, price: Price) -> [String; 4] {
         let way = match &self.way {
             Way::Ours(_) => "vmring, inline",
+            Way::Null(_) => "vmring, inline, null device instead",
             Way::Bare(_) if self.batch == 1 => "loop over the C ABI, one packet a call",
             Way::Bare(_) => "loop over the C ABI, in batches",
         };
@@ -126,7 +135,11 @@ fn measure(plan: Plan) -> Part {
                 contenders.push(Contender::start(price, direction, batch, true)?);
                 contenders.push(Contender::start(price, direction, batch, false)?);
             }
+            let single = contenders.len();
             contenders.push(Contender::start(price, direction, 1, false)?);
+            if matches!(price, Price::Nothing) {
+                contenders.push(Contender::start_null(direction, BATCHES[0])?);
+            }
             let values = take_turns(plan, &mut contenders, |contender| {
                 time_packets(plan.time, 64, || contender.turn())
             })?;
@@ -135,7 +148,7 @@ fn measure(plan: Plan) -> Part {
                 let labels = contender.labels(price);
                 medians.push(table.row(&labels.each_ref().map(String::as_str), &[values]));
             }
-            let single = medians[medians.len() - 1];
+            let single = medians[single];
             for (pair, batch) in medians.chunks_exact(2).zip(BATCHES) {
                 let what = format!("vmnet, {direction}, batch {batch}, at {}", price.name());
                 wants.push(match price {
@@ -230,13 +243,16 @@ fn check() -> Result<()> {
 struct Ours {
     ring: Ring,
     _interface: Interface,
-    _world: World,
+    _world: Option<World>,
 }
 
 impl Ours {
     fn start(world: World, id: [u8; 16], direction: Direction) -> Result<Self> {
         let builder = Interface::builder().device(Vmnet::new()).interface_id(id);
-        let interface = builder.start()?;
+        Self::over(builder.start()?, Some(world), direction)
+    }
+
+    fn over(interface: Interface, world: Option<World>, direction: Direction) -> Result<Self> {
         let builder = interface.ring(direction).drive(Drive::Inline);
         let ring = builder.depth(256).prefault(true).build()?;
         Ok(Self { ring, _interface: interface, _world: world })
