@@ -31,6 +31,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use macaddr::MacAddr6;
+use static_assertions::const_assert_eq;
 use vmring_core::{Class, Frame, Outcome, offload};
 
 use crate::completions::Completions;
@@ -390,6 +391,10 @@ pub struct PostedSlot {
     ring: u32,
     class: Class,
 }
+
+// As the docs of `RingBuilder` say.
+#[cfg(target_pointer_width = "64")]
+const_assert_eq!(size_of::<Option<PostedSlot>>(), 40);
 
 impl PostedSlot {
     #[inline(always)]

@@ -471,6 +471,21 @@ pub enum Drive<'a> {
 }
 
 /// Builds a [`Ring`]; see [`Interface::ring`].
+///
+/// # Memory
+///
+/// All of it is taken when the ring is built. With `entries = read depth + write depth + cancel depth`
+/// rounded up to a power of two, a ring has, on a 64-bit machine:
+///
+/// | what | bytes |
+/// |---|---|
+/// | SQ and CQ | 32 x `entries` each (the SQ: of [`sq_depth`](Self::sq_depth), if that is set) |
+/// | reads and writes posted to the device | 40 x read depth + 40 x write depth |
+/// | frames, unless they come from [`pool`](Self::pool)s | slots x slot size, rounded up to pages |
+///
+/// and some 5 KiB besides. A ring of depth 256 each way over a device of 1,514-byte packets: 64 KiB,
+/// 20 KiB, and 832 KiB of frames. What a device may come to owe (lists of 80 bytes for each read and
+/// write) is address space until it does. `performance/` compares this with what the system says.
 #[derive(Clone, Debug)]
 pub struct RingBuilder<'a> {
     group: &'a Arc<RingGroup>,
