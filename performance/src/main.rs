@@ -9,6 +9,8 @@ compile_error!("io_uring, TAPs and processor clocks are Linux's");
 mod clock;
 mod common;
 mod forward;
+mod growth;
+mod guests;
 mod idle;
 mod net;
 mod ours;
@@ -73,6 +75,10 @@ struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
 enum What {
+    /// Packets between two guests on two threads, beside the least it can cost and Unix sockets.
+    Guests,
+    /// What a packet costs with 2 to 1,024 interfaces on one network.
+    Growth,
     /// Packets per second into a TAP.
     TapWrite,
     /// Packets per second out of a TAP: out of a full queue, and while they come.
@@ -146,6 +152,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     let wanted = |part| what == part || what == What::All;
     let parts: &[(What, Run)] =
         &[(What::Vmnet, vmnet::run), (What::Scale, scale::run), (What::Idle, idle::run)];
+    let parts: &[(What, Run)] = &[
+        (What::Guests, guests::run),
+        (What::Growth, growth::run),
+        // More parts here.
+    ];
     for (part, run) in parts {
         if wanted(*part) {
             let (tables, wants) = run(plan)?;

@@ -1,0 +1,137 @@
+//! The limit: two rings of slot numbers and one copy a packet, with nothing around them.
+
+use std::cell::UnsafeCell;
+
+use rtrb::{Consumer, Producer, RingBuffer};
+
+use super::{BATCH, FROM, Look, Receiver, Sender, TO, Traffic, WINDOW, carry, numbered, packet};
+use crate::Result;
+
+/// Slots begin with a cache line, as vmring's do.
+#[repr(C, align(64))]
+struct Line(UnsafeCell<[u8; 64]>);
+
+/// The receiver's slots, which the sender writes to.
+struct Slots {
+    lines: Box<[Line]>,
+    /// Of one slot.
+    count: usize,
+}
+
+// SAFETY: a slot is touched only by the side that has its number, and the rings through which numbers
+// go order what one side did before what the other does.
+unsafe impl Sync for Slots {}
+
+impl Slots {
+    fn new(length: usize) -> Self {
+        let count = length.div_ceil(64);
+        let lines = (0..WINDOW * count).map(|_| Line(UnsafeCell::new([0; 64]))).collect();
+        Self { lines, count }
+    }
+
+    /// Where a slot begins, and how much room it has.
+    fn at(&self, slot: u32) -> (*mut u8, usize) {
+        let lines = &self.lines[slot as usize * self.count..][..self.count];
+        (lines.as_ptr().cast_mut().cast(), size_of_val(lines))
+    }
+
+    /// # Safety
+    ///
+    /// The caller has the slot's number.
+    #[inline]
+    unsafe fn fill(&self, slot: u32, packet: &[u8]) {
+        let (start, room) = self.at(slot);
+        assert!(packet.len() <= room);
+        // SAFETY: it fits; the lines are cells, and the slot is the caller's.
+        unsafe { start.copy_from_nonoverlapping(packet.as_ptr(), packet.len()) };
+    }
+
+    /// # Safety
+    ///
+    /// The caller has the slot's number, and keeps it while it looks.
+    #[inline]
+    unsafe fn view(&self, slot: u32, length: usize) -> &[u8] {
+        let (start, room) = self.at(slot);
+        assert!(length <= room);
+        // SAFETY: it is within the slot, which nobody writes to meanwhile.
+        unsafe { std::slice::from_raw_parts(start, length) }
+    }
+}
+
+/// A slot with a packet.
+#[derive(Clone, Copy)]
+struct Filled {
+    slot: u32,
+    length: u32,
+}
+
+struct BareSender<'a> {
+    slots: &'a Slots,
+    packets: Vec<Vec<u8>>,
+    filled: Producer<Filled>,
+    empty: Consumer<u32>,
+    sent: u64,
+}
+
+impl Sender for BareSender<'_> {
+    fn send(&mut self) -> Result<bool> {
+        let Self { slots, packets, filled, empty, sent } = self;
+        let count = empty.slots().min(BATCH);
+        if count == 0 {
+            return Ok(false);
+        }
+        let slot_numbers = empty.read_chunk(count)?;
+        let room = filled.write_chunk_uninit(count)?;
+        room.fill_from_iter(slot_numbers.into_iter().map(|slot| {
+            let packet = &packets[*sent as usize % packets.len()];
+            // SAFETY: the number came out of the ring of empty slots and is in no other place.
+            unsafe { slots.fill(slot, packet) };
+            *sent += 1;
+            Filled { slot, length: packet.len() as u32 }
+        }));
+        Ok(true)
+    }
+
+    fn finish(&mut self) -> Result<Option<u64>> {
+        Ok(Some(self.sent))
+    }
+}
+
+struct BareReceiver<'a> {
+    slots: &'a Slots,
+    filled: Consumer<Filled>,
+    empty: Producer<u32>,
+}
+
+impl Receiver for BareReceiver<'_> {
+    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+        let Self { slots, filled, empty } = self;
+        let count = filled.slots().min(BATCH);
+        if count == 0 {
+            return Ok(false);
+        }
+        let packets = filled.read_chunk(count)?;
+        let room = empty.write_chunk_uninit(count)?;
+        room.fill_from_iter(packets.into_iter().map(|Filled { slot, length }| {
+            // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
+            look.at(unsafe { slots.view(slot, length as usize) });
+            slot
+        }));
+        Ok(true)
+    }
+}
+
+pub(super) fn measure(traffic: Traffic) -> Result<f64> {
+    let expected = packet(traffic.length, TO, FROM);
+    let slots = Slots::new(traffic.length);
+    // More than there are numbers: a batch's come into one ring before the other has let go of them.
+    let (to_receiver, filled) = RingBuffer::new(WINDOW + BATCH);
+    let (mut to_sender, empty) = RingBuffer::new(WINDOW + BATCH);
+    for slot in 0..WINDOW as u32 {
+        to_sender.push(slot)?;
+    }
+    let packets = numbered(&expected).collect();
+    let sender = BareSender { slots: &slots, packets, filled: to_receiver, empty, sent: 0 };
+    let receiver = BareReceiver { slots: &slots, filled, empty: to_sender };
+    carry(sender, receiver, expected, traffic)
+}

@@ -1,0 +1,184 @@
+//! vmring's own network between the guests.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
+
+use super::{BATCH, Look, PACKETS, Receiver, Sender, Traffic, WINDOW, carry, numbered, packet};
+use crate::Result;
+
+/// Who turns the rings' engines.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Driven {
+    Inline,
+    TwoPollers,
+    SharedPoller,
+}
+
+impl Driven {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Inline => "vmring, inline",
+            Self::TwoPollers => "vmring, two pollers",
+            Self::SharedPoller => "vmring, one shared poller",
+        }
+    }
+}
+
+/// Reads that the receiver has posted where a poller hands them to the network: up to two windows of
+/// them may still be on their way there when the sender is told of them, and one window is in use.
+const POLLED_READS: usize = 4 * WINDOW;
+/// Those of them that the sender is not told of.
+const SPARE: u64 = (POLLED_READS - WINDOW) as u64;
+/// How long a receiver with a poller sleeps at once.
+const NAP: Duration = Duration::from_millis(1);
+
+/// The packets that the sender may have sent in all, on a cache line of its own (two, as processors
+/// fetch them in pairs).
+#[repr(align(128))]
+struct Allowed(AtomicU64);
+
+impl Allowed {
+    #[inline]
+    fn set(&self, packets: u64) {
+        // Release: who sees the number sees what was posted before.
+        self.0.store(packets, Ordering::Release);
+    }
+}
+
+struct OurSender<'a> {
+    ring: Ring,
+    /// Frames that are not under way, each with its packet, the next first.
+    idle: VecDeque<Frame>,
+    allowed: &'a Allowed,
+    length: usize,
+    submitted: u64,
+    sent: u64,
+}
+
+impl Sender for OurSender<'_> {
+    fn send(&mut self) -> Result<bool> {
+        let Self { ring, idle, allowed, length, submitted, sent } = self;
+        // Acquire: what is allowed is posted.
+        let allowed = allowed.0.load(Ordering::Acquire) - *submitted;
+        let mut budget = allowed.min(BATCH as u64);
+        let before = (*submitted, *sent);
+        let (mut sq, mut cq) = ring.split();
+        while budget > 0
+            && let Some(frame) = idle.pop_front()
+        {
+            sq.submit_write(frame, 0)?;
+            *submitted += 1;
+            budget -= 1;
+        }
+        for done in cq.reap() {
+            let frame = done.frame_ok()?;
+            if done.result != Ok(*length) {
+                return Err(format!("a write gave {:?}", done.result).into());
+            }
+            *sent += 1;
+            if budget > 0 {
+                sq.submit_write(frame, 0)?;
+                *submitted += 1;
+                budget -= 1;
+            } else {
+                idle.push_back(frame);
+            }
+        }
+        Ok((*submitted, *sent) != before)
+    }
+
+    fn finish(&mut self) -> Result<Option<u64>> {
+        for done in self.ring.reap() {
+            self.idle.push_back(done.frame_ok()?);
+            self.sent += 1;
+        }
+        Ok((self.ring.in_flight() == 0).then_some(self.sent))
+    }
+}
+
+struct OurReceiver<'a> {
+    ring: Ring,
+    allowed: &'a Allowed,
+    /// Reads submitted in all.
+    submitted: u64,
+    /// How many of them the sender was told of.
+    told: u64,
+    polled: bool,
+}
+
+impl Receiver for OurReceiver<'_> {
+    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+        if self.polled && self.ring.wait(1, Some(NAP)) == 0 {
+            return Ok(false);
+        }
+        let before = self.submitted;
+        let (mut sq, mut cq) = self.ring.split();
+        let reap = cq.reap();
+        // An inline ring has posted with this call what was submitted before it. The cache line stays
+        // with the sender while there is nothing new.
+        if !self.polled && self.told != before {
+            self.allowed.set(before);
+            self.told = before;
+        }
+        for done in reap.take(BATCH) {
+            let frame = done.frame_ok()?;
+            look.at(frame.view().bytes());
+            sq.submit_read(frame, 0)?;
+            self.submitted += 1;
+        }
+        if self.polled {
+            self.allowed.set(self.submitted - SPARE);
+        }
+        Ok(self.submitted != before)
+    }
+}
+
+/// A guest's interface. A port keeps a window of packets, for pollers that have not yet begun.
+fn start() -> Result<Interface> {
+    let network = Embedded::network("performance-guests").overflow(WINDOW as u32);
+    Ok(Interface::builder().device(network).mtu(65_521).start()?)
+}
+
+pub(super) fn measure(driven: Driven, traffic: Traffic) -> Result<f64> {
+    let length = traffic.length;
+    let (a, b) = (start()?, start()?);
+    let poller = if driven == Driven::SharedPoller { Some(Poller::start()?) } else { None };
+    let ring = |interface: &Interface, depth: usize| {
+        let drive = match (driven, &poller) {
+            (_, Some(poller)) => Drive::Shared(poller),
+            (Driven::Inline, _) => Drive::Inline,
+            _ => Drive::Thread,
+        };
+        let ring = interface.ring(Direction::Both).depth(depth as u32);
+        ring.drive(drive).prefault(true).build()
+    };
+    let polled = driven != Driven::Inline;
+    let reads = if polled { POLLED_READS } else { WINDOW };
+    let (sending, mut receiving) = (ring(&a, PACKETS)?, ring(&b, reads)?);
+    let expected = packet(length, b.mac().into_array(), a.mac().into_array());
+    let mut idle = VecDeque::with_capacity(PACKETS);
+    for packet in numbered(&expected) {
+        let mut frame = sending.alloc().ok_or("the sender's ring has too few frames")?;
+        frame.copy_from(&packet)?;
+        idle.push_back(frame);
+    }
+    for _ in 0..reads {
+        let frame = receiving.alloc().ok_or("the receiver's ring has too few frames")?;
+        receiving.submit_read(frame, 0)?;
+    }
+    // An inline ring posts them when the receiver first looks, and then allows them.
+    let allowed = Allowed(AtomicU64::new(if polled { WINDOW as u64 } else { 0 }));
+    let allowed = &allowed;
+    let sender = OurSender { ring: sending, idle, allowed, length, submitted: 0, sent: 0 };
+    let submitted = reads as u64;
+    let receiver = OurReceiver { ring: receiving, allowed, submitted, told: 0, polled };
+    let measured = carry(sender, receiver, expected, traffic)?;
+    let drops = [a.drops(), b.drops()].concat();
+    if drops.iter().any(|(_, count)| *count != 0) {
+        return Err(format!("packets were dropped: {drops:?}").into());
+    }
+    Ok(measured)
+}
