@@ -4,6 +4,7 @@
 //! packets it has room for.
 
 mod bare;
+mod look;
 mod ours;
 mod sockets;
 
@@ -15,13 +16,12 @@ use crate::common::{pin, take_turns};
 use crate::net::{FULL_FRAME, SMALL_FRAME};
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
+use look::{Depth, Look, words};
 
 /// Packets that either side handles at once.
 const BATCH: usize = 32;
 /// Packets that may be on their way.
 const WINDOW: usize = 64;
-/// Different packets that a sender sends in turn.
-const PACKETS: usize = 32;
 /// The longest packet of the network with the greatest MTU.
 const LONG_PACKET: usize = 65_535;
 const LENGTHS: [usize; 3] = [SMALL_FRAME, FULL_FRAME, LONG_PACKET];
@@ -149,91 +149,6 @@ struct Traffic {
     time: Duration,
 }
 
-/// Addresses where nobody looks at them.
-const TO: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// Where a packet has its number, two bytes: not within a word that a receiver adds up.
-const NUMBER: usize = 14;
-
-/// A packet whose bytes tell where in it they are. Its number is zero.
-fn packet(length: usize, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
-    let mut packet: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
-    packet[..6].copy_from_slice(&to);
-    packet[6..12].copy_from_slice(&from);
-    packet[NUMBER..NUMBER + 2].fill(0);
-    packet
-}
-
-/// The packets that a sender sends in turn: alike but for their number.
-fn numbered(packet: &[u8]) -> impl Iterator<Item = Vec<u8>> {
-    (0..PACKETS as u16).map(|number| {
-        let mut packet = packet.to_vec();
-        packet[NUMBER..NUMBER + 2].copy_from_slice(&number.to_be_bytes());
-        packet
-    })
-}
-
-/// The sum of a word of each cache line.
-#[inline]
-fn words(bytes: &[u8]) -> u64 {
-    let word = |line: &[u8]| line.first_chunk::<8>().map_or(0, |word| u64::from_ne_bytes(*word));
-    let lines = bytes.chunks_exact(64);
-    let rest = word(lines.remainder());
-    lines.map(word).fold(rest, u64::wrapping_add)
-}
-
-/// How closely a receiver looks.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Depth {
-    Lengths,
-    Words,
-    Everything,
-}
-
-/// What a receiver has seen.
-struct Look {
-    depth: Depth,
-    expected: Vec<u8>,
-    packets: u64,
-    /// The sum of all words read so far.
-    words: u64,
-    /// Packets that were not as they were sent.
-    wrong: u64,
-}
-
-impl Look {
-    fn new(expected: Vec<u8>) -> Self {
-        Self { depth: Depth::Everything, expected, packets: 0, words: 0, wrong: 0 }
-    }
-
-    /// The next packet.
-    #[inline]
-    fn at(&mut self, bytes: &[u8]) {
-        self.wrong += u64::from(bytes.len() != self.expected.len());
-        match self.depth {
-            Depth::Lengths => {}
-            Depth::Words => self.words = self.words.wrapping_add(words(bytes)),
-            Depth::Everything => self.compare(bytes),
-        }
-        self.packets += 1;
-    }
-
-    #[cold]
-    fn compare(&mut self, bytes: &[u8]) {
-        let number = (self.packets % PACKETS as u64) as u16;
-        let right = bytes.get(..NUMBER) == self.expected.get(..NUMBER)
-            && bytes.get(NUMBER..NUMBER + 2) == Some(&number.to_be_bytes())
-            && bytes.get(NUMBER + 2..) == self.expected.get(NUMBER + 2..);
-        self.wrong += u64::from(!right);
-    }
-
-    /// Whether `packets` of those seen had their words added up, and rightly.
-    fn check_words(&self, packets: u64) -> Result<()> {
-        let expected = words(&self.expected).wrapping_mul(packets);
-        if self.words == expected { Ok(()) } else { Err("a packet's words are wrong".into()) }
-    }
-}
-
 trait Sender: Send {
     /// Sends what may go now, a batch at most. `false`: nothing could be done.
     fn send(&mut self) -> Result<bool>;
@@ -263,8 +178,7 @@ impl Idle {
     #[inline]
     fn turn(&mut self, worked: bool) -> Result<()> {
         if worked {
-            self.turns = 0;
-            self.since = None;
+            (self.turns, self.since) = (0, None);
             return Ok(());
         }
         self.turns += 1;
@@ -298,8 +212,7 @@ fn carry(
     expected: Vec<u8>,
     traffic: Traffic,
 ) -> Result<f64> {
-    let told = Told { stop: AtomicBool::new(false), sent: AtomicU64::new(UNKNOWN) };
-    let told = &told;
+    let told = &Told { stop: AtomicBool::new(false), sent: AtomicU64::new(UNKNOWN) };
     thread::scope(|scope| {
         let sending = scope.spawn(move || send_all(sender, told));
         let receiving = scope.spawn(move || receive_all(receiver, expected, traffic, told));
@@ -338,7 +251,8 @@ fn receive_all(
     told: &Told,
 ) -> Result<f64> {
     pin(1);
-    let mut look = Look::new(expected);
+    let depth = Depth::Everything;
+    let mut look = Look { depth, expected, packets: 0, words: 0, wrong: 0 };
     let mut idle = Idle::new("receiving");
     while look.packets < COMPARED {
         idle.turn(receiver.receive(&mut look)?)?;
@@ -367,6 +281,9 @@ fn receive_all(
         let (came, wrong) = (look.packets, look.wrong);
         return Err(format!("{sent} sent, {came} came, {wrong} of them wrong").into());
     }
-    look.check_words(if traffic.touched { packets } else { 0 })?;
+    let added = if traffic.touched { packets } else { 0 };
+    if look.words != words(&look.expected).wrapping_mul(added) {
+        return Err("a packet's words are wrong".into());
+    }
     Ok(elapsed.as_nanos() as f64 / packets as f64)
 }

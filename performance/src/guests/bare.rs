@@ -4,7 +4,8 @@ use std::cell::UnsafeCell;
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
-use super::{BATCH, FROM, Look, Receiver, Sender, TO, Traffic, WINDOW, carry, numbered, packet};
+use super::look::{FROM, Look, TO, numbered, packet};
+use super::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 
 /// Slots begin with a cache line, as vmring's do.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
-use super::{BATCH, Look, PACKETS, Receiver, Sender, Traffic, WINDOW, carry, numbered, packet};
+use super::look::{Look, PACKETS, numbered, packet};
+use super::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 
 /// Who turns the rings' engines.

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_void, iovec, mmsghdr};
 
-use super::{BATCH, FROM, Look, PACKETS, Receiver, Sender, TO, Traffic, carry, numbered, packet};
+use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
+use super::{BATCH, Receiver, Sender, Traffic, carry};
 use crate::Result;
 use crate::net::check;
 

@@ -1,0 +1,78 @@
+//! What is sent, and how a receiver looks at it.
+
+/// Different packets that a sender sends in turn.
+pub(super) const PACKETS: usize = 32;
+/// Addresses where nobody looks at them.
+pub(super) const TO: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(super) const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// Where a packet has its number, two bytes: not within a word that a receiver adds up.
+const NUMBER: usize = 14;
+
+/// A packet whose bytes tell where in it they are. Its number is zero.
+pub(super) fn packet(length: usize, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
+    let mut packet: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
+    packet[..6].copy_from_slice(&to);
+    packet[6..12].copy_from_slice(&from);
+    packet[NUMBER..NUMBER + 2].fill(0);
+    packet
+}
+
+/// The packets that a sender sends in turn: alike but for their number.
+pub(super) fn numbered(packet: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    (0..PACKETS as u16).map(|number| {
+        let mut packet = packet.to_vec();
+        packet[NUMBER..NUMBER + 2].copy_from_slice(&number.to_be_bytes());
+        packet
+    })
+}
+
+/// The sum of a word of each cache line.
+#[inline]
+pub(super) fn words(bytes: &[u8]) -> u64 {
+    let word = |line: &[u8]| line.first_chunk::<8>().map_or(0, |word| u64::from_ne_bytes(*word));
+    let lines = bytes.chunks_exact(64);
+    let rest = word(lines.remainder());
+    lines.map(word).fold(rest, u64::wrapping_add)
+}
+
+/// How closely a receiver looks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Depth {
+    Lengths,
+    Words,
+    Everything,
+}
+
+/// What a receiver has seen.
+pub(super) struct Look {
+    pub(super) depth: Depth,
+    pub(super) expected: Vec<u8>,
+    pub(super) packets: u64,
+    /// The sum of all words read so far.
+    pub(super) words: u64,
+    /// Packets that were not as they were sent.
+    pub(super) wrong: u64,
+}
+
+impl Look {
+    /// The next packet.
+    #[inline]
+    pub(super) fn at(&mut self, bytes: &[u8]) {
+        self.wrong += u64::from(bytes.len() != self.expected.len());
+        match self.depth {
+            Depth::Lengths => {}
+            Depth::Words => self.words = self.words.wrapping_add(words(bytes)),
+            Depth::Everything => self.compare(bytes),
+        }
+        self.packets += 1;
+    }
+
+    #[cold]
+    fn compare(&mut self, bytes: &[u8]) {
+        let number = (self.packets % PACKETS as u64) as u16;
+        let right = bytes.get(..NUMBER) == self.expected.get(..NUMBER)
+            && bytes.get(NUMBER..NUMBER + 2) == Some(&number.to_be_bytes())
+            && bytes.get(NUMBER + 2..) == self.expected.get(NUMBER + 2..);
+        self.wrong += u64::from(!right);
+    }
+}
