@@ -1,6 +1,6 @@
 //! What several parts need: taking turns, a processor for a thread, and a device that costs nothing.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
 use vmring::{Config, Direction, Driver, InterfaceInfo, MacAddr6, Status};
@@ -22,10 +22,16 @@ pub(crate) fn take_turns<C>(
     Ok(values)
 }
 
+/// Processors that this program had when it first asked: a thread that is pinned has but one.
+pub(crate) fn processors() -> usize {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
+}
+
 /// Keeps the calling thread on one processor if there are at least two; else nothing happens, as where
 /// the system refuses.
 pub(crate) fn pin(processor: usize) {
-    if std::thread::available_parallelism().map_or(1, usize::from) < 2 {
+    if processors() < 2 {
         return;
     }
     // SAFETY: a cpu_set_t is a plain bit set, for which all zeroes is the empty set.

@@ -8,10 +8,13 @@ compile_error!("io_uring, TAPs and processor clocks are Linux's");
 
 mod clock;
 mod common;
+mod echo;
 mod forward;
 mod growth;
 mod guests;
 mod idle;
+mod inline;
+mod latency;
 mod net;
 mod ours;
 mod plot;
@@ -75,6 +78,14 @@ struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
 enum What {
+    /// An entry to another thread and back, beside rtrb, a channel and io_uring.
+    Echo,
+    /// What the rings cost where nothing else does.
+    Inline,
+    /// How long one entry takes there and back while both sides spin.
+    Latency,
+    /// The same while both sides sleep.
+    Wakeup,
     /// Packets between two guests on two threads, beside the least it can cost and Unix sockets.
     Guests,
     /// What a packet costs with 2 to 1,024 interfaces on one network.
@@ -144,18 +155,24 @@ fn has_program(name: &str) -> bool {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    // Before anybody is pinned.
+    common::processors();
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
     let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
     let mut report = Report::new(Heading::of_this_machine(rounds, seconds)?);
     let what = arguments.what.unwrap_or(What::All);
     let wanted = |part| what == part || what == What::All;
-    let parts: &[(What, Run)] =
-        &[(What::Vmnet, vmnet::run), (What::Scale, scale::run), (What::Idle, idle::run)];
     let parts: &[(What, Run)] = &[
+        (What::Echo, echo::run),
+        (What::Inline, inline::run),
+        (What::Latency, latency::run),
+        (What::Wakeup, latency::run_wakeup),
         (What::Guests, guests::run),
         (What::Growth, growth::run),
-        // More parts here.
+        (What::Vmnet, vmnet::run),
+        (What::Scale, scale::run),
+        (What::Idle, idle::run),
     ];
     for (part, run) in parts {
         if wanted(*part) {

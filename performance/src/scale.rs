@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmring::pool::PoolBuilder;
 use vmring::{Direction, Drive, Frame, Interface, Loopback, Op, Poller, Ring};
 
-use crate::common::{pin, take_turns};
+use crate::common::{pin, processors, take_turns};
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 
@@ -316,7 +316,7 @@ fn by_rings(plan: Plan) -> Part {
             // A poller for each contender: one that is not measured sleeps, with its rings.
             let poller = if shared {
                 let builder = Poller::builder();
-                let two = std::thread::available_parallelism().is_ok_and(|n| n.get() > 1);
+                let two = processors() > 1;
                 Some(if two { builder.cpu(1) } else { builder }.start()?)
             } else {
                 None

@@ -1,0 +1,128 @@
+//! What the rings cost where nothing else does: one thread, a device that does nothing.
+
+use vmring::{Direction, Drive, Interface, Ring};
+
+use crate::common::{NULL_LENGTH, Null, take_turns};
+use crate::report::{Table, Want};
+use crate::scale::{pinned, time_packets};
+use crate::{Part, Plan, Result};
+
+const TURNS: u32 = 256;
+/// The most a packet may take, ns, by batch.
+const WANTED: [(u64, f64); 2] = [(1, 40.0), (32, 12.0)];
+
+pub(crate) fn run(plan: Plan) -> Part {
+    let mut contenders: Vec<(u64, bool)> =
+        WANTED.iter().flat_map(|(batch, _)| [(*batch, false), (*batch, true)]).collect();
+    let mut instructions: Vec<Vec<f64>> = vec![Vec::new(); contenders.len()];
+    let mut counted = instructions.iter_mut();
+    let values = pinned(|| {
+        for (batch, one) in &contenders {
+            if let (Some(list), Some(count)) = (counted.next(), count(*batch, *one)?) {
+                list.push(count);
+            }
+        }
+        take_turns(plan, &mut contenders, |(batch, one)| {
+            let mut ring = ring(*batch)?;
+            time_packets(plan.time, TURNS, || turn(&mut ring, *one))
+        })
+    })?;
+    let mut table = Table::new(
+        "inline",
+        "a read posted and reaped by one thread, over a device that does nothing",
+        &["batch", "submitted"],
+        &["ns/packet", "instructions"],
+    );
+    let mut wants = Vec::new();
+    for (((batch, one), values), counts) in contenders.iter().zip(&values).zip(&instructions) {
+        let name = if *one { "as one batch" } else { "one by one" };
+        let median = table.row(&[&batch.to_string(), name], &[values, counts]);
+        if let Some((_, most)) = WANTED.iter().find(|(of, _)| of == batch) {
+            wants.push(Want::at_most(
+                format!("inline, {batch}, {name}: ns a packet"),
+                median,
+                *most,
+            ));
+        }
+    }
+    Ok((vec![table], wants))
+}
+
+fn ring(batch: u64) -> Result<Ring> {
+    let interface = Interface::builder().device(Null).start()?;
+    let ring = interface.ring(Direction::Read).depth(64).prefault(true);
+    let mut ring = ring.drive(Drive::Inline).build()?;
+    for i in 0..batch {
+        let frame = ring.alloc().ok_or("a fresh ring has free frames")?;
+        ring.submit_read(frame, i)?;
+    }
+    Ok(ring)
+}
+
+#[inline]
+fn turn(ring: &mut Ring, one: bool) -> Result<u64> {
+    let (mut sq, mut cq) = ring.split();
+    if one {
+        let frames = cq.reap().filter_map(|done| Some((done.frame_ok().ok()?, done.user_data)));
+        return Ok(sq.submit_reads(frames)? as u64);
+    }
+    let mut count = 0;
+    for done in cq.reap() {
+        let frame = done.frame_ok()?;
+        if frame.len() != NULL_LENGTH {
+            return Err("a packet of another length".into());
+        }
+        sq.submit_read(frame, done.user_data)?;
+        count += 1;
+    }
+    Ok(count)
+}
+
+/// Instructions a packet by the processor's own counter; `None` where there is none for us, as in many
+/// virtual machines. (`.ci/instructions` counts them by simulation.)
+fn count(batch: u64, one: bool) -> Result<Option<f64>> {
+    const PACKETS: u64 = 100_000;
+    let mut ring = ring(batch)?;
+    let Some(counter) = Counter::open() else { return Ok(None) };
+    turn(&mut ring, one)?;
+    let (mut packets, before) = (0, counter.read());
+    while packets < PACKETS {
+        packets += turn(&mut ring, one)?;
+    }
+    let counted = counter.read().zip(before).map(|(after, before)| after - before);
+    Ok(counted.filter(|count| *count > 0).map(|count| count as f64 / packets as f64))
+}
+
+/// The instructions that this thread has executed in user space.
+struct Counter(std::fs::File);
+
+impl Counter {
+    fn open() -> Option<Self> {
+        use std::os::fd::FromRawFd;
+        const HARDWARE: u32 = 0;
+        const INSTRUCTIONS: u64 = 1;
+        /// `exclude_kernel` and `exclude_hv` of `struct perf_event_attr`.
+        const USER_ONLY: u64 = 1 << 5 | 1 << 6;
+        // The first fields of `struct perf_event_attr` in its oldest size: type, size, config, then
+        // four words, of which the last but one are the flags (perf_event_open(2)).
+        let mut attributes = [0_u64; 8];
+        attributes[0] = u64::from(HARDWARE) | (size_of_val(&attributes) as u64) << 32;
+        attributes[1] = INSTRUCTIONS;
+        attributes[5] = USER_ONLY;
+        // SAFETY: the pointer is to a structure of the size that it says; the other arguments ask for
+        // this thread, any processor, no group, no flags.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 0_u64)
+        };
+        let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+        Some(Self(unsafe { std::fs::File::from_raw_fd(fd) }))
+    }
+
+    fn read(&self) -> Option<u64> {
+        use std::io::Read;
+        let mut bytes = [0; 8];
+        (&self.0).read_exact(&mut bytes).ok()?;
+        Some(u64::from_ne_bytes(bytes))
+    }
+}

@@ -1,0 +1,361 @@
+//! How long one entry takes there and back: while both sides spin, beside a cache line that goes to the
+//! other processor and back; and while both sleep, beside the kernel's own ways to wake a thread.
+
+use std::fs::File;
+use std::hint;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
+
+use crate::common::{Null, pin, processors, take_turns};
+use crate::net::check;
+use crate::report::{Table, Want};
+use crate::scale::pinned;
+use crate::{Part, Plan, Result};
+
+/// Longer than anything here may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Round trips that are not measured.
+const WARM_UP: usize = 100;
+const MOST_NS: u64 = 1_000_000_000;
+
+/// A cache line of its own.
+#[repr(align(128))]
+struct Line(AtomicU32);
+
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Line,
+    Null,
+    Loopback,
+    Eventfd,
+    Futex,
+    Wait,
+    Descriptor,
+}
+
+impl Way {
+    const SPINNING: [Self; 3] = [Self::Line, Self::Null, Self::Loopback];
+    const ASLEEP: [Self; 4] = [Self::Eventfd, Self::Futex, Self::Wait, Self::Descriptor];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Line => "a cache line",
+            Self::Null => "vmring, null device",
+            Self::Loopback => "vmring, loopback",
+            Self::Eventfd => "eventfd",
+            Self::Futex => "futex",
+            Self::Wait => "vmring, wait",
+            Self::Descriptor => "vmring, completion_fd and poll(2)",
+        }
+    }
+}
+
+pub(crate) fn run(plan: Plan) -> Part {
+    let about = "one entry to the other processor and back, both sides spinning";
+    let (table, medians) = measured(plan, "latency", about, &Way::SPINNING, 1.0)?;
+    let mut wants = Vec::new();
+    let line = medians[0];
+    for (way, median) in Way::SPINNING.iter().zip(&medians).skip(1) {
+        let what = format!("latency: {}, / a cache line's round trip", way.name());
+        wants.push(Want::at_most(what, median / line, 2.5));
+    }
+    Ok((vec![table], wants))
+}
+
+pub(crate) fn run_wakeup(plan: Plan) -> Part {
+    let about = "one entry to a sleeping thread and back to a sleeping thread";
+    let (table, medians) = measured(plan, "wakeup", about, &Way::ASLEEP, 1e3)?;
+    let mut wants = Vec::new();
+    for (ours, rival) in [(2, 1), (2, 0), (3, 0)] {
+        let (name, bare) = (Way::ASLEEP[ours].name(), Way::ASLEEP[rival].name());
+        let ratio = medians[ours] / medians[rival];
+        wants.push(Want::at_most(format!("wakeup: {name}, / {bare}"), ratio, 1.3));
+    }
+    Ok((vec![table], wants))
+}
+
+/// Takes turns; the figures are the quantiles of each round, in units of so many nanoseconds.
+fn measured(
+    plan: Plan,
+    name: &'static str,
+    about: &'static str,
+    ways: &[Way],
+    unit: f64,
+) -> Result<(Table, Vec<f64>)> {
+    let mut contenders: Vec<(Way, Vec<f64>, Vec<f64>)> =
+        ways.iter().map(|way| (*way, Vec::new(), Vec::new())).collect();
+    let values = pinned(|| {
+        take_turns(plan, &mut contenders, |(way, high, highest)| {
+            let times = round(*way, plan.time)
+                .map_err(|error| format!("{name}, {}: {error}", way.name()))?;
+            high.push(times.value_at_quantile(0.99) as f64 / unit);
+            highest.push(times.value_at_quantile(0.999) as f64 / unit);
+            Ok(times.value_at_quantile(0.5) as f64 / unit)
+        })
+    })?;
+    let figures: &'static [&'static str] =
+        if unit == 1.0 { &["ns", "99 %", "99.9 %"] } else { &["us", "99 %", "99.9 %"] };
+    let mut table = Table::new(name, about, &["contender"], figures);
+    let mut medians = Vec::new();
+    for ((way, high, highest), values) in contenders.iter().zip(&values) {
+        medians.push(table.row(&[way.name()], &[values, high, highest]));
+    }
+    Ok((table, medians))
+}
+
+fn round(way: Way, time: Duration) -> Result<Histogram<u64>> {
+    match way {
+        Way::Line => line(time),
+        Way::Null => spinning(time, false),
+        Way::Loopback => spinning(time, true),
+        Way::Eventfd => eventfd(time),
+        Way::Futex => futex(time),
+        Way::Wait => asleep(time, false),
+        Way::Descriptor => asleep(time, true),
+    }
+}
+
+/// Times one trip after the other. Those of a few nanoseconds are timed one by one as well: reading the
+/// clock is in each alike.
+fn trips(time: Duration, mut trip: impl FnMut() -> Result<()>) -> Result<Histogram<u64>> {
+    for _ in 0..WARM_UP {
+        trip()?;
+    }
+    let mut times = Histogram::new_with_max(MOST_NS, 3)?;
+    let start = Instant::now();
+    let mut before = start;
+    loop {
+        trip()?;
+        let now = Instant::now();
+        times.saturating_record((now - before).as_nanos() as u64);
+        if now - start >= time {
+            return Ok(times);
+        }
+        before = now;
+    }
+}
+
+/// Spins until `done`, and not for ever.
+fn spin(mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let mut rounds = 0_u32;
+    let start = Instant::now();
+    while !done()? {
+        rounds += 1;
+        hint::spin_loop();
+        if rounds.is_multiple_of(20_000) {
+            if start.elapsed() > PATIENCE {
+                return Err("nothing came back".into());
+            }
+            thread::yield_now();
+        }
+    }
+    Ok(())
+}
+
+fn line(time: Duration) -> Result<Histogram<u64>> {
+    let (there, back, over) = (Line(0.into()), Line(0.into()), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let far = scope.spawn(|| {
+            pin(1);
+            let mut seen = 0;
+            let mut rounds = 0_u32;
+            while !over.load(Ordering::Relaxed) {
+                let now = there.0.load(Ordering::Acquire);
+                if now != seen {
+                    seen = now;
+                    back.0.store(now, Ordering::Release);
+                }
+                rounds = rounds.wrapping_add(1);
+                hint::spin_loop();
+                if rounds.is_multiple_of(20_000) {
+                    thread::yield_now();
+                }
+            }
+        });
+        let mut number = 0_u32;
+        let times = trips(time, || {
+            number = number.wrapping_add(1);
+            there.0.store(number, Ordering::Release);
+            spin(|| Ok(back.0.load(Ordering::Acquire) == number))
+        });
+        over.store(true, Ordering::Relaxed);
+        far.join().map_err(|_| "the far end panicked")?;
+        times
+    })
+}
+
+/// A ring with a poller on the other processor.
+fn ring(loopback: bool, idle: IdlePolicy) -> Result<(Poller, Interface, Ring)> {
+    let poller = Poller::builder().idle(idle);
+    let poller = if processors() > 1 { poller.cpu(1) } else { poller }.start()?;
+    let builder = Interface::builder();
+    let interface = match loopback {
+        true => builder.device(Loopback::new(1500)).start()?,
+        false => builder.device(Null).start()?,
+    };
+    let ring = interface.ring(Direction::Both).idle(IdlePolicy::PARK).prefault(true);
+    let mut ring = ring.drive(Drive::Shared(&poller)).build()?;
+    if loopback {
+        // The read that the written packet arrives in.
+        let frame = ring.alloc().ok_or("a fresh ring has free frames")?;
+        ring.submit_read(frame, 0)?;
+    }
+    Ok((poller, interface, ring))
+}
+
+/// One packet written and, over the loopback, read again: over when everything has come back.
+fn spinning(time: Duration, loopback: bool) -> Result<Histogram<u64>> {
+    let (_poller, _interface, mut ring) =
+        ring(loopback, IdlePolicy { spins: u32::MAX / 2, yields: 0 })?;
+    let mut packet = ring.alloc();
+    if let Some(frame) = &mut packet {
+        frame.copy_from(&[0x5a; 60])?;
+    }
+    trips(time, || {
+        ring.submit_write(packet.take().ok_or("the packet is gone")?, 1)?;
+        let mut missing = if loopback { 2 } else { 1 };
+        spin(|| {
+            let (mut sq, mut cq) = ring.split();
+            for done in cq.reap() {
+                let frame = done.frame_ok()?;
+                missing -= 1;
+                match done.op {
+                    Op::Read => sq.submit_read(frame, 0)?,
+                    _ => packet = Some(frame),
+                }
+            }
+            Ok(missing == 0)
+        })
+    })
+}
+
+/// One read of nothing, posted and waited for, by `wait` or by the descriptor.
+fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
+    let (_poller, _interface, mut ring) = ring(false, IdlePolicy::PARK)?;
+    let mut idle = ring.alloc();
+    let fd = ring.completion_fd()?.as_raw_fd();
+    trips(time, || {
+        ring.submit_read(idle.take().ok_or("the frame is gone")?, 1)?;
+        let end = Instant::now() + PATIENCE;
+        while idle.is_none() {
+            if !descriptor {
+                ring.wait(1, Some(PATIENCE));
+            } else if ring.arm() == Armed::Armed {
+                let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+                // SAFETY: one pollfd, exclusively borrowed.
+                check(unsafe { libc::poll(&raw mut poll, 1, PATIENCE.as_millis() as i32) })?;
+            }
+            idle = ring.reap().find_map(|done| done.frame_ok().ok());
+            if Instant::now() > end {
+                return Err("nobody was woken".into());
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A counter that a thread sleeps on.
+fn new_eventfd() -> Result<File> {
+    // SAFETY: eventfd takes no pointers.
+    let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?;
+    // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+fn eventfd(time: Duration) -> Result<Histogram<u64>> {
+    const ONE: [u8; 8] = 1_u64.to_ne_bytes();
+    let (there, back) = (new_eventfd()?, new_eventfd()?);
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let far = scope.spawn(|| -> std::io::Result<()> {
+            pin(1);
+            let mut count = [0; 8];
+            loop {
+                (&there).read_exact(&mut count)?;
+                if over.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                (&back).write_all(&ONE)?;
+            }
+        });
+        let mut count = [0; 8];
+        let times = trips(time, || {
+            (&there).write_all(&ONE)?;
+            Ok((&back).read_exact(&mut count)?)
+        });
+        over.store(true, Ordering::Relaxed);
+        (&there).write_all(&ONE)?;
+        far.join().map_err(|_| "the far end panicked")??;
+        times
+    })
+}
+
+/// Sleeps while the word is `old`, and not for ever.
+fn futex_wait(word: &AtomicU32, old: u32) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    let limit = libc::timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    while word.load(Ordering::Acquire) == old {
+        // SAFETY: the word and the time live through the call; the kernel reads both.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word.as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                old,
+                &raw const limit,
+            )
+        };
+        if Instant::now() > end {
+            return Err("nobody was woken".into());
+        }
+    }
+    Ok(())
+}
+
+fn futex_wake(word: &AtomicU32, new: u32) {
+    word.store(new, Ordering::Release);
+    // SAFETY: the kernel takes the word's address as a name only.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
+            1,
+        )
+    };
+}
+
+fn futex(time: Duration) -> Result<Histogram<u64>> {
+    let (there, back, over) = (Line(0.into()), Line(0.into()), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let far = scope.spawn(|| -> Result<()> {
+            pin(1);
+            let mut number = 0_u32;
+            loop {
+                futex_wait(&there.0, number)?;
+                if over.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                number = number.wrapping_add(1);
+                futex_wake(&back.0, number);
+            }
+        });
+        let mut number = 0_u32;
+        let times = trips(time, || {
+            let old = number;
+            number = number.wrapping_add(1);
+            futex_wake(&there.0, number);
+            futex_wait(&back.0, old)
+        });
+        over.store(true, Ordering::Relaxed);
+        futex_wake(&there.0, number.wrapping_add(1));
+        far.join().map_err(|_| "the far end panicked")??;
+        times
+    })
+}
