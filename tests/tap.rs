@@ -1126,7 +1126,7 @@ fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
         sh("ip link add br0 type bridge && ip link set br0 up");
         sh("ip link add v0 type veth peer name v1 && ip link set v1 up");
         sh("ip link set v0 up master br0");
-        sh("tc qdisc add dev v0 root tbf rate 20mbit burst 4kb limit 1mb");
+        sh("tc qdisc add dev v0 root tbf rate 2mbit burst 4kb limit 1mb");
         let ways = [Way::Inline, Way::Thread];
         let engines = [TapEngine::IoUring, TapEngine::Plain];
         for (engine, way) in engines.into_iter().flat_map(|engine| ways.map(|way| (engine, way))) {
@@ -1177,7 +1177,7 @@ fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
             assert!(done.keys().copied().eq(2050 - done.len() as u64..2050), "{done:?}");
             let cancelled = Err(EntryError::Cancelled);
             assert!(done.values().skip(written).all(|result| *result == cancelled), "{done:?}");
-            sh("tc qdisc change dev v0 root tbf rate 20mbit burst 4kb limit 1mb");
+            sh("tc qdisc change dev v0 root tbf rate 2mbit burst 4kb limit 1mb");
             drop((ring, interface));
             eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
         }
