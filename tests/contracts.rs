@@ -948,7 +948,7 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
         every_way(|way, poller| {
             const READS: u64 = 256;
             const UNDER_WAY: u64 = 64;
-            let count = scaled(30_000);
+            let count = scaled(10_000);
             let name = unique("cancel");
             let port = || {
                 let driver = Embedded::network(name.clone()).overflow(0);

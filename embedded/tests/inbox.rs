@@ -315,6 +315,31 @@ fn a_choice_may_change_the_buffers() {
     assert_eq!(collector.posted(), 1);
 }
 
+/// Buffers that were staged and not shown come back like the others, and no sender finds a place where
+/// they were.
+#[test]
+fn staged_buffers_are_taken_back_too() {
+    for all in [true, false] {
+        let (inbox, mut collector) = open(4, 0, u32::MAX - 1);
+        collector.post(buffer(0)).unwrap();
+        (1..3).for_each(|number| collector.stage(buffer(number)).unwrap());
+        let mut back = Vec::new();
+        let take = |buffer: Buffer| back.push(buffer.number);
+        match all {
+            true => collector.recall(take),
+            false => collector.recall_if(|buffer| buffer.number != 1, take),
+        };
+        if !all {
+            assert_eq!(inbox.deliver(&[7]), Delivery::Direct);
+            back.push(collector.collect().unwrap().buffer.number);
+            back.sort_unstable();
+        }
+        assert_eq!(back, [0, 1, 2]);
+        assert_eq!(inbox.deliver(&[7]), Delivery::Dropped(Refused::NoBuffer));
+        assert!(inbox.claim(1).is_none() && collector.collect().is_none());
+    }
+}
+
 /// Buffers are claimed for several frames at once: as many as are posted, in order with what is
 /// delivered one by one; none of a closed inbox, nor while frames wait in the overflow ring. What a
 /// claim leaves unfilled does not stop the receiver.

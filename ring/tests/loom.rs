@@ -174,11 +174,8 @@ fn turn(intake: &mut Intake, outlet: &mut Outlet, outcome: Outcome) {
     }
     while let Some(submission) = intake.pop() {
         match submission {
-            Submission::Packet { class: Class::Read, user_data, frame } => {
-                outlet.push(Class::Read, frame, user_data, outcome);
-            }
-            Submission::Packet { class: Class::Write, user_data, frame } => {
-                outlet.push(Class::Write, frame, user_data, outcome);
+            Submission::Packet { class, user_data, frame } => {
+                outlet.push(class, frame, user_data, outcome);
             }
             Submission::Cancel { user_data, target } => {
                 outlet.push_cancel(target.is_none(), 0, user_data);
