@@ -634,13 +634,13 @@ impl<'a> Io<'a> {
     /// Takes the read posted longest ago.
     #[inline(always)]
     pub fn take_read(&mut self) -> Option<PostedSlot> {
-        if self.reads() == 0 { None } else { self.posted.reads.pop_front() }
+        if self.reads() == 0 { None } else { self.posted.reads.pop_known() }
     }
 
     /// Takes the write submitted longest ago.
     #[inline(always)]
     pub fn take_write(&mut self) -> Option<PostedSlot> {
-        if self.writes() == 0 { None } else { self.posted.writes.pop_front() }
+        if self.writes() == 0 { None } else { self.posted.writes.pop_known() }
     }
 
     /// The write that [`take_write`](Self::take_write) would take.
@@ -757,8 +757,13 @@ impl<'a> Io<'a> {
     /// abandoned.
     #[inline(always)]
     fn is_foreign(&self, ring: u32) -> bool {
-        // In this order: nearly always they are the same.
-        self.ring != ring && self.ring != 0
+        // Nearly always they are the same.
+        self.ring != ring && self.is_a_ring()
+    }
+
+    #[cold]
+    fn is_a_ring(&self) -> bool {
+        self.ring != 0
     }
 }
 

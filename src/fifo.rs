@@ -98,9 +98,13 @@ impl<T> Fifo<T> {
     /// The oldest.
     #[inline]
     pub(crate) fn pop_front(&mut self) -> Option<T> {
-        if self.is_empty() {
-            return None;
-        }
+        if self.is_empty() { None } else { self.pop_known() }
+    }
+
+    /// The oldest, for who knows that there is one: `None` if there is not, and then the list is wrong.
+    #[inline(always)]
+    pub(crate) fn pop_known(&mut self) -> Option<T> {
+        debug_assert!(!self.is_empty());
         let cell = self.cell(self.head);
         self.head = self.head.wrapping_add(1);
         self.cells[cell].take()

@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::offload::{self, OffloadHeader};
-use vmring_core::{Class, Frame, Opcode, Pool, Reaped, Reaper, Refusal, Submitter};
+use vmring_core::{Class, Frame, Opcode, Outcome, Pool, Reaped, Reaper, Refusal, Submitter};
 
 use crate::device::{Capabilities, Orphan, deregister};
 use crate::error::{
@@ -388,8 +388,16 @@ impl Completion {
             Opcode::Write => Op::Write,
             Opcode::Cancel | Opcode::CancelAll => Op::Cancel,
         };
-        let result = EntryError::from_outcome(reaped.outcome).map(|()| reaped.len as usize);
+        let result = match reaped.outcome {
+            Outcome::Done => Ok(reaped.len as usize),
+            failed => Err(Self::error(failed)),
+        };
         Self { user_data: reaped.user_data, op, result, frame: Cell::new(reaped.frame) }
+    }
+
+    #[cold]
+    fn error(outcome: Outcome) -> EntryError {
+        EntryError::from_outcome(outcome).err().unwrap_or(EntryError::Abandoned)
     }
 
     /// The frame of a read or write that succeeded. Otherwise the error, with the frame inside. The

@@ -195,8 +195,12 @@ impl Debt {
     /// Owes a doorbell if that is allowed, else rings it.
     #[inline]
     pub(crate) fn add(&self, ring: impl FnOnce()) {
-        match self.0.load(Ordering::Relaxed) {
-            Self::OWED => {}
+        let now = self.0.load(Ordering::Relaxed);
+        // Nearly always the second or a later one of a loop.
+        if now == Self::OWED {
+            return;
+        }
+        match now {
             Self::OPEN => self.0.store(Self::OWED, Ordering::Relaxed),
             _ => ring(),
         }

@@ -72,23 +72,25 @@ pub(crate) struct Place {
 
 /// What the 12 bytes in front of a packet are.
 ///
-/// Of the size of the fields beside it, in a frame as in an entry: padding would be copied around.
+/// A number rather than an enum: then an `Option` of a frame or an entry has no reason to look into it.
+/// And of the size of the fields beside it: padding would be copied around.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u32)]
-pub(crate) enum HeaderState {
+#[repr(transparent)]
+pub(crate) struct HeaderState(u32);
+
+impl HeaderState {
     /// Nothing: headroom.
-    #[default]
-    Absent = 0,
+    pub(crate) const ABSENT: Self = Self(0);
     /// The offload header with which the packet was received.
-    Received = 1,
+    pub(crate) const RECEIVED: Self = Self(1);
     /// The offload header with which the packet is to be sent.
-    ToSend = 2,
+    pub(crate) const TO_SEND: Self = Self(2);
 }
 
 /// The slot number of an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
 const NOWHERE: Place =
-    Place { region: 0, slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::Absent };
+    Place { region: 0, slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::ABSENT };
 
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
 /// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
@@ -266,7 +268,7 @@ mod tests {
     fn an_entry_without_a_slot_has_no_place() {
         let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
         assert_eq!((cancel.place(), cancel.target()), (None, 3 << 40 | 5));
-        let header = HeaderState::ToSend;
+        let header = HeaderState::TO_SEND;
         let place = Place { region: 9, slot: 8, offset: 7, len: 6, header };
         assert_eq!(Sqe::packet(Opcode::Write, place, 5).place(), Some(place));
     }

@@ -159,7 +159,7 @@ impl Frame {
     pub fn reset(&mut self) {
         self.offset = self.pool().layout.headroom;
         self.len = 0;
-        self.offload = HeaderState::Absent;
+        self.offload = HeaderState::ABSENT;
     }
 
     /// Makes the packet `len` bytes long, from the same start.
@@ -223,7 +223,7 @@ impl Frame {
     /// header is gone.
     pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfRoom> {
         self.set_len(bytes.len())?;
-        self.offload = HeaderState::Absent;
+        self.offload = HeaderState::ABSENT;
         self.copy_from_slice(bytes);
         Ok(())
     }
@@ -235,7 +235,7 @@ impl Frame {
     ///
     /// What stands there is no header that we know.
     pub fn offload(&self) -> Result<Option<OffloadHeader>, OffloadError> {
-        if self.offload == HeaderState::Absent {
+        if self.offload == HeaderState::ABSENT {
             return Ok(None);
         }
         OffloadHeader::parse(self.offload_bytes()).map(Some)
@@ -252,7 +252,7 @@ impl Frame {
         if room < offload::LEN {
             return Err(OutOfRoom { wanted: offload::LEN, room });
         }
-        self.offload = HeaderState::ToSend;
+        self.offload = HeaderState::TO_SEND;
         header.write(self.offload_bytes_mut());
         Ok(())
     }
@@ -269,7 +269,7 @@ impl Frame {
     pub fn forward_offload(&mut self) -> Result<bool, OffloadError> {
         let header = self.offload()?.map(OffloadHeader::for_sending);
         if header.is_some() {
-            self.offload = HeaderState::ToSend;
+            self.offload = HeaderState::TO_SEND;
             self.put_offload(header);
         }
         Ok(header.is_some())
@@ -277,13 +277,13 @@ impl Frame {
 
     /// Takes the offload header away.
     pub fn clear_offload(&mut self) {
-        self.offload = HeaderState::Absent;
+        self.offload = HeaderState::ABSENT;
     }
 
     /// Whether the offload header is one to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {
-        self.offload == HeaderState::ToSend
+        self.offload == HeaderState::TO_SEND
     }
 
     /// The offload header and the packet behind it, as they lie in memory: what a VMM hands to its
@@ -291,7 +291,7 @@ impl Frame {
     pub fn with_offload(&self) -> Option<&[u8]> {
         let start = (self.offset as usize).checked_sub(offload::LEN)?;
         let end = self.offset as usize + self.len();
-        (self.offload != HeaderState::Absent).then(|| &self.whole()[start..end])
+        (self.offload != HeaderState::ABSENT).then(|| &self.whole()[start..end])
     }
 
     /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
@@ -314,7 +314,7 @@ impl Frame {
             return Err(OutOfRoom { wanted: offload::LEN, room });
         }
         self.set_len(len)?;
-        self.offload = HeaderState::Received;
+        self.offload = HeaderState::RECEIVED;
         // 1, also where the device says 0 (virtio 1.2, 5.1.6.4.1).
         offload::set_num_buffers(self.offload_bytes_mut(), 1);
         Ok(())

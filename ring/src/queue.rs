@@ -199,20 +199,32 @@ impl<T: Entry> Producer<T> {
     /// anything.
     #[inline]
     pub(crate) fn publish(&mut self) -> bool {
-        let anything = self.published != self.tail;
+        let anything = self.is_behind();
         if anything {
-            // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes
-            // written before them, come first.
-            self.shared.tail.store(self.tail, Ordering::Release);
-            self.published = self.tail;
+            self.publish_anyway();
         }
         anything
+    }
+
+    /// As [`publish`](Self::publish), for who knows that there is something.
+    #[inline]
+    pub(crate) fn publish_anyway(&mut self) {
+        // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes written
+        // before them, come first.
+        self.shared.tail.store(self.tail, Ordering::Release);
+        self.published = self.tail;
     }
 
     /// Entries ever published (plus the start index).
     #[inline]
     pub(crate) fn published(&self) -> u32 {
         self.published
+    }
+
+    /// Whether something was written and not published.
+    #[inline]
+    pub(crate) fn is_behind(&self) -> bool {
+        self.published != self.tail
     }
 
     /// Entries published and not retired. A snapshot.
