@@ -1,6 +1,8 @@
-//! What several parts need: taking turns, a processor for a thread, and a device that costs nothing.
+//! What several parts need: taking turns, timing them, a processor for a thread, and a device that
+//! costs nothing.
 
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
 use vmring::{Config, Direction, Driver, InterfaceInfo, MacAddr6, Status};
@@ -40,6 +42,42 @@ pub(crate) fn pin(processor: usize) {
     unsafe { libc::CPU_SET(processor % 2, &mut set) };
     // SAFETY: the pointer and size are those of the set; 0 is the calling thread.
     unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
+}
+
+/// Runs on a thread of its own on the first processor: other threads do not inherit that.
+pub(crate) fn pinned<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            pin(0);
+            body()
+        });
+        thread.join().unwrap_or_else(|_| Err("a measuring thread panicked".into()))
+    })
+}
+
+/// Nanoseconds a packet: takes turns for so long, each of which says how many packets it was good for.
+/// The clock is read once in `turns` of them; the first ones are not measured.
+pub(crate) fn time_packets(
+    time: Duration,
+    turns: u32,
+    mut turn: impl FnMut() -> Result<u64>,
+) -> Result<f64> {
+    for _ in 0..turns {
+        turn()?;
+    }
+    let (start, mut packets) = (Instant::now(), 0);
+    loop {
+        for _ in 0..turns {
+            packets += turn()?;
+        }
+        let passed = start.elapsed();
+        if passed >= time {
+            if packets == 0 {
+                return Err("no packet came back".into());
+            }
+            return Ok(passed.as_nanos() as f64 / packets as f64);
+        }
+    }
 }
 
 /// A device that completes every slot at once and touches no byte: what is left is the rings.

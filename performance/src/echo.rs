@@ -8,9 +8,8 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, opcode};
 use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
 
-use crate::common::{NULL_LENGTH, Null, pin, processors, take_turns};
+use crate::common::{NULL_LENGTH, Null, pin, pinned, processors, take_turns, time_packets};
 use crate::report::{Table, Want};
-use crate::scale::{pinned, time_packets};
 use crate::{Part, Plan, Result};
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];

@@ -2,9 +2,8 @@
 
 use vmring::{Direction, Drive, Interface, Ring};
 
-use crate::common::{NULL_LENGTH, Null, take_turns};
+use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
 use crate::report::{Table, Want};
-use crate::scale::{pinned, time_packets};
 use crate::{Part, Plan, Result};
 
 const TURNS: u32 = 256;

@@ -12,10 +12,9 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
 
-use crate::common::{Null, pin, processors, take_turns};
+use crate::common::{Null, pin, pinned, processors, take_turns};
 use crate::net::check;
 use crate::report::{Table, Want};
-use crate::scale::pinned;
 use crate::{Part, Plan, Result};
 
 /// Longer than anything here may take.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use vmring::pool::PoolBuilder;
 use vmring::{Direction, Drive, Frame, Interface, Loopback, Op, Poller, Ring};
 
-use crate::common::{pin, processors, take_turns};
+use crate::common::{pinned, processors, take_turns, time_packets};
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 
@@ -40,42 +40,6 @@ pub(crate) fn run(plan: Plan) -> Part {
     tables.extend(more_tables);
     wants.extend(more_wants);
     Ok((tables, wants))
-}
-
-/// Runs on a thread of its own on the first processor: other threads do not inherit that.
-pub(crate) fn pinned<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            pin(0);
-            body()
-        });
-        thread.join().unwrap_or_else(|_| Err("a measuring thread panicked".into()))
-    })
-}
-
-/// Nanoseconds a packet: takes turns for so long, each of which says how many packets it was good for.
-/// The clock is read once in `turns` of them; the first ones are not measured.
-pub(crate) fn time_packets(
-    time: Duration,
-    turns: u32,
-    mut turn: impl FnMut() -> Result<u64>,
-) -> Result<f64> {
-    for _ in 0..turns {
-        turn()?;
-    }
-    let (start, mut packets) = (Instant::now(), 0);
-    loop {
-        for _ in 0..turns {
-            packets += turn()?;
-        }
-        let passed = start.elapsed();
-        if passed >= time {
-            if packets == 0 {
-                return Err("no packet came back".into());
-            }
-            return Ok(passed.as_nanos() as f64 / packets as f64);
-        }
-    }
 }
 
 /// What packet `number` of a ring holds.

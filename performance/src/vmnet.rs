@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 use vmnet_sim::World;
 use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
 
-use crate::common::{NULL_LENGTH, Null, take_turns};
+use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
 use crate::report::{Table, Want};
-use crate::scale::{pinned, time_packets};
 use crate::{Part, Plan, Result};
 use bare::Bare;
 
