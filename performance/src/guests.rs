@@ -81,6 +81,9 @@ impl Contender {
     }
 }
 
+/// What tells the table's rows apart.
+pub(crate) const LABELS: &[&str] = &["bytes", "receiver", "contender"];
+
 /// How a variant is called.
 fn seen(touched: bool) -> &'static str {
     if touched { "touched" } else { "untouched" }
@@ -102,7 +105,7 @@ pub(crate) fn run(plan: Plan) -> Part {
     let mut table = Table::new(
         "guests",
         "packets one way between two threads; touched: the receiver reads a word of each cache line",
-        &["bytes", "receiver", "contender"],
+        LABELS,
         &["ns/packet", "packets/s"],
     );
     let mut medians = Vec::new();
