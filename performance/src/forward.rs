@@ -1,6 +1,7 @@
 //! A TCP stream from one network namespace through a bridge to another.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,6 +47,9 @@ struct Stream {
     bridge_cpu_seconds_per_gigabyte: Option<f64>,
     system_cpu_seconds_per_gigabyte: f64,
 }
+
+/// Longer than anything may take beside the stream itself.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The interfaces' names, one in each of the outer namespaces.
 const LEFT: &str = "left";
@@ -204,7 +208,7 @@ impl Bridge {
             .spawn()
             .map_err(|error| format!("{} does not start: {error}", program.display()))?;
         let mut bridge = Process(child);
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while counters(LEFT).is_err() || counters(RIGHT).is_err() {
             if let Some(status) = bridge.0.try_wait()? {
                 return Err(format!("{} ended: {status}", program.display()).into());
@@ -248,9 +252,9 @@ fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Re
     })?;
     let (before, output, after) = ends.0.inside(|| {
         let before = busy()?;
-        let output = Command::new("iperf3")
-            .args(["--client", RIGHT_ADDRESS, "--json", "--time", &seconds.to_string()])
-            .output()?;
+        let mut client = Command::new("iperf3");
+        client.args(["--client", RIGHT_ADDRESS, "--json", "--time", &seconds.to_string()]);
+        let output = output_in_time(client, PATIENCE + Duration::from_secs(seconds.into()))?;
         let after = busy()?;
         let counted = counters(LEFT)?;
         let average = counted.sent_bytes / counted.sent.max(1);
@@ -260,7 +264,7 @@ fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Re
         Ok((before, output, after))
     })?;
     drop(server);
-    let result: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let result: serde_json::Value = serde_json::from_slice(&output)?;
     if let Some(error) = result["error"].as_str() {
         return Err(format!("iperf3: {error}").into());
     }
@@ -275,9 +279,32 @@ fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Re
     Ok(Transfer { bytes, seconds, busy: after.saturating_sub(before) })
 }
 
+/// What a program prints, if it ends within the time.
+fn output_in_time(mut command: Command, limit: Duration) -> Result<Vec<u8>> {
+    let mut process = Process(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
+    let mut pipe = process.0.stdout.take().ok_or("its output is not a pipe")?;
+    thread::scope(|scope| {
+        // It is read meanwhile: a pipe does not hold everything.
+        let reading = scope.spawn(move || {
+            let mut output = Vec::new();
+            pipe.read_to_end(&mut output).map(|_| output)
+        });
+        let deadline = Instant::now() + limit;
+        while process.0.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                // Ends the reading, too.
+                process.0.kill()?;
+                return Err(format!("{command:?} does not end").into());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(reading.join().map_err(|_| "the reading thread panicked")??)
+    })
+}
+
 /// Waits until the calling thread's namespace has a socket that listens.
 fn await_listener() -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         // The fourth column is the state; 0A listens. iperf3 listens on IPv6 for both.
         for table in ["tcp", "tcp6"] {

@@ -23,7 +23,12 @@ pub(crate) fn run(plan: Plan) -> Part {
         }
         take_turns(plan, &mut contenders, |(batch, one)| {
             let mut ring = ring(*batch)?;
-            time_packets(plan.time, TURNS, || turn(&mut ring, *one))
+            let ns = time_packets(plan.time, TURNS, || turn(&mut ring, *one))?;
+            // What was posted still is: none was lost on the way.
+            match ring.in_flight() as u64 {
+                all if all == *batch => Ok(ns),
+                some => Err(format!("inline: {some} of {batch} reads are in flight").into()),
+            }
         })
     })?;
     let mut table = Table::new(
@@ -62,8 +67,14 @@ fn ring(batch: u64) -> Result<Ring> {
 fn turn(ring: &mut Ring, one: bool) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
     if one {
-        let frames = cq.reap().filter_map(|done| Some((done.frame_ok().ok()?, done.user_data)));
-        return Ok(sq.submit_reads(frames)? as u64);
+        let mut wrong = false;
+        let frames = cq.reap().filter_map(|done| {
+            let frame = done.frame_ok().ok().filter(|frame| frame.len() == NULL_LENGTH);
+            wrong |= frame.is_none();
+            Some((frame?, done.user_data))
+        });
+        let count = sq.submit_reads(frames)? as u64;
+        return if wrong { Err("a packet is not as it should be".into()) } else { Ok(count) };
     }
     let mut count = 0;
     for done in cq.reap() {
