@@ -205,13 +205,18 @@ impl Bridge {
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| format!("{} does not start: {error}", program.display()))?;
         let mut bridge = Process(child);
         let deadline = Instant::now() + PATIENCE;
         while counters(LEFT).is_err() || counters(RIGHT).is_err() {
             if let Some(status) = bridge.0.try_wait()? {
-                return Err(format!("{} ended: {status}", program.display()).into());
+                let mut said = String::new();
+                if let Some(pipe) = &mut bridge.0.stderr {
+                    pipe.read_to_string(&mut said)?;
+                }
+                return Err(format!("{} ended: {status}: {said}", program.display()).into());
             }
             if Instant::now() > deadline {
                 return Err(format!("{} makes no TAPs", program.display()).into());

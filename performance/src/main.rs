@@ -59,7 +59,8 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, to have `vmring bridge` in tap-forward.
+    /// The vmring command, for `vmring bridge` in tap-forward. Unless given, the one that
+    /// `cargo build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
@@ -123,7 +124,14 @@ pub(crate) struct Plan {
 
 /// What a part gives.
 type Part = Result<(Vec<Table>, Vec<Want>)>;
-type Run = fn(Plan) -> Part;
+
+/// A part, its name, why it cannot run here if it cannot, and what runs it.
+type Step<'a> = (What, &'static str, Option<&'static str>, &'a dyn Fn(Plan) -> Part);
+
+/// Where `cargo build --release` in the folder above leaves the vmring command.
+const BRIDGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/vmring");
+const NO_BRIDGE: &str = "no vmring command: `cargo build --release` in the folder above makes it, \
+    or --bridge says where it is";
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -161,46 +169,43 @@ fn run(arguments: &Arguments) -> Result<()> {
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
     let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
     let mut report = Report::new(Heading::of_this_machine(rounds, seconds)?);
-    let what = arguments.what.unwrap_or(What::All);
-    let wanted = |part| what == part || what == What::All;
-    let parts: &[(What, Run)] = &[
-        (What::Echo, echo::run),
-        (What::Inline, inline::run),
-        (What::Latency, latency::run),
-        (What::Wakeup, latency::run_wakeup),
-        (What::Guests, guests::run),
-        (What::Growth, growth::run),
-        (What::Vmnet, vmnet::run),
-        (What::Scale, scale::run),
-        (What::Idle, idle::run),
+    let found = arguments.bridge.is_none().then(|| Path::new(BRIDGE)).filter(|path| path.is_file());
+    let bridge = arguments.bridge.as_deref().or(found);
+    let stream = if arguments.quick { 1 } else { arguments.stream_seconds };
+    let tap = no_tap();
+    let stream_tap = tap.or((!has_program("iperf3")).then_some("the program iperf3 is not here"));
+    let forward = move |plan: Plan| forward::run(plan.rounds, stream, bridge);
+    let steps: [Step<'_>; 12] = [
+        (What::Echo, "echo", None, &echo::run),
+        (What::Inline, "inline", None, &inline::run),
+        (What::Latency, "latency", None, &latency::run),
+        (What::Wakeup, "wakeup", None, &latency::run_wakeup),
+        (What::Guests, "guests", None, &guests::run),
+        (What::Growth, "growth", None, &growth::run),
+        (What::Vmnet, "vmnet", None, &vmnet::run),
+        (What::Scale, "scale", None, &scale::run),
+        (What::Idle, "idle", None, &idle::run),
+        (What::TapWrite, "tap-write", tap, &tap_write),
+        (What::TapRead, "tap-read", tap, &tap_read),
+        (What::TapForward, "tap-forward", stream_tap, &forward),
     ];
-    for (part, run) in parts {
-        if wanted(*part) {
-            let (tables, wants) = run(plan)?;
-            report.add(tables, wants);
+    let what = arguments.what.unwrap_or(What::All);
+    for (part, name, missing, run) in steps {
+        if what != part && what != What::All {
+            continue;
         }
-    }
-    let taps: &[(What, &'static str, Run)] =
-        &[(What::TapWrite, "tap-write", tap_write), (What::TapRead, "tap-read", tap_read)];
-    for (part, name, run) in taps {
-        if wanted(*part) {
-            match no_tap() {
-                Some(why) => report.skip(name, why),
-                None => {
-                    let (tables, wants) = run(plan)?;
-                    report.add(tables, wants);
-                }
-            }
+        if let Some(why) = missing {
+            report.skip(name, why);
+            continue;
         }
-    }
-    if wanted(What::TapForward) {
-        let no_iperf = (!has_program("iperf3")).then_some("the program iperf3 is not here");
-        if let Some(why) = no_tap().or(no_iperf) {
-            report.skip("tap-forward", why);
-        } else {
-            let seconds = if arguments.quick { 1 } else { arguments.stream_seconds };
-            let (tables, wants) = forward::run(rounds, seconds, arguments.bridge.as_deref())?;
-            report.add(tables, wants);
+        eprintln!("measuring {name}");
+        match run(plan) {
+            Ok((tables, wants)) => report.add(tables, wants),
+            // The others' figures are not lost for it.
+            Err(error) => report.fail(name, error.to_string()),
+        }
+        if part == What::TapForward && bridge.is_none() {
+            report.skip("tap-forward, vmring bridge", NO_BRIDGE);
         }
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
@@ -208,9 +213,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
         printed => printed?,
     }
-    match &arguments.plot {
-        Some(path) => plot::write(&report, path),
-        None => Ok(()),
+    if let Some(path) = &arguments.plot {
+        plot::write(&report, path)?;
+    }
+    match report.failed() {
+        0 => Ok(()),
+        count => Err(format!("{count} part(s) failed").into()),
     }
 }
 

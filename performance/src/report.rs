@@ -244,11 +244,19 @@ pub(crate) struct Report {
     wants: Vec<Want>,
     /// Parts that were left out, and why.
     skipped: Vec<(&'static str, String)>,
+    /// Parts that ended with an error, and with which.
+    failed: Vec<(&'static str, String)>,
 }
 
 impl Report {
     pub(crate) fn new(heading: Heading) -> Self {
-        Self { heading, tables: Vec::new(), wants: Vec::new(), skipped: Vec::new() }
+        Self {
+            heading,
+            tables: Vec::new(),
+            wants: Vec::new(),
+            skipped: Vec::new(),
+            failed: Vec::new(),
+        }
     }
 
     pub(crate) fn add(&mut self, tables: Vec<Table>, wants: Vec<Want>) {
@@ -258,6 +266,15 @@ impl Report {
 
     pub(crate) fn skip(&mut self, part: &'static str, why: impl Into<String>) {
         self.skipped.push((part, why.into()));
+    }
+
+    pub(crate) fn fail(&mut self, part: &'static str, error: String) {
+        self.failed.push((part, error));
+    }
+
+    /// How many parts ended with an error.
+    pub(crate) fn failed(&self) -> usize {
+        self.failed.len()
     }
 
     pub(crate) fn heading(&self) -> &Heading {
@@ -289,13 +306,17 @@ impl Report {
         for (part, why) in &self.skipped {
             writeln!(out, "\n{part}: skipped: {why}")?;
         }
-        if !self.wants.is_empty() {
-            writeln!(out, "\nwanted")?;
+        for (part, error) in &self.failed {
+            writeln!(out, "\n{part}: FAILED: {error}")?;
         }
-        for want in &self.wants {
+        if !self.wants.is_empty() {
+            writeln!(out, "\nwanted, and measured in this run")?;
+            writeln!(out, "  #  met  measured    wanted         what")?;
+        }
+        for (number, want) in (1..).zip(&self.wants) {
             writeln!(
                 out,
-                "{:<4} {:>7} ({} {:>5})  {}",
+                "{number:>3}  {:<3}  {:>8}    {:<8} {:>5}  {}",
                 if want.met { "yes" } else { "no" },
                 shorten(want.measured),
                 if want.at_most { "at most" } else { "at least" },
