@@ -90,14 +90,14 @@ fn seen(touched: bool) -> &'static str {
 }
 
 pub(crate) fn run(plan: Plan) -> Part {
-    let mut contenders = Vec::new();
+    let (mut contenders, mut refused) = (Vec::new(), Vec::new());
     for length in LENGTHS {
+        let datagrams = sockets::takes_datagrams_of(length)?;
         for touched in [false, true] {
             for way in Way::ALL {
-                // The system may refuse datagrams of that length.
-                if way != Way::Datagrams || sockets::takes_datagrams_of(length)? {
-                    contenders.push(Contender { way, length, touched });
-                }
+                let taken = way != Way::Datagrams || datagrams;
+                let list = if taken { &mut contenders } else { &mut refused };
+                list.push(Contender { way, length, touched });
             }
         }
     }
@@ -114,6 +114,10 @@ pub(crate) fn run(plan: Plan) -> Part {
         let rates: Vec<f64> = values.iter().map(|ns| 1e9 / ns).collect();
         let labels = [&length.to_string(), seen(touched), way.name()];
         medians.push((*contender, table.row(&labels, &[values, &rates])));
+    }
+    for Contender { way, length, touched } in refused {
+        let name = format!("{}: the system refuses that length", way.name());
+        table.row(&[&length.to_string(), seen(touched), &name], &[&[], &[]]);
     }
     Ok((vec![table], wants(&medians)))
 }
