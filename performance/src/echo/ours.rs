@@ -60,7 +60,7 @@ pub(super) fn measure(kind: Kind, batch: usize, time: Duration) -> Result<f64> {
     let mut patience = Patience::new();
     let ns = time_packets(time, TURNS, || {
         let done = match (kind.loopback, kind.batches) {
-            (_, false) => one_by_one(&mut ring, &mut reads)?,
+            (loopback, false) => one_by_one(&mut ring, loopback, &mut reads)?,
             (false, true) => reads_in_batches(&mut ring, &mut reads)?,
             (true, true) => both_in_batches(&mut ring, &mut lists, &mut reads)?,
         };
@@ -93,7 +93,7 @@ fn check(
             let frame = done.frame_ok()?;
             entries = entries.saturating_sub(1);
             if done.op != Op::Read {
-                sq.submit_write(frame, number)?;
+                sq.submit_read(frame, number)?;
                 continue;
             }
             // Packets and reads go around in the same order, so each read gets its own number's.
@@ -105,15 +105,20 @@ fn check(
             if kind.loopback && frame[..] != packet(number) {
                 return Err(format!("packet {number} came back changed").into());
             }
-            sq.submit_read(frame, number)?;
+            match kind.loopback {
+                true => sq.submit_write(frame, number)?,
+                false => sq.submit_read(frame, number)?,
+            }
         }
     }
     Ok(())
 }
 
-/// The hot loop, as a user writes it.
+/// The hot loop, as a user writes it. Over the loopback what was read is written, and the frame of what
+/// was written takes the next: so as many packets are on their way as at first, and none waits in the
+/// device for a read, which would copy it twice.
 #[inline]
-fn one_by_one(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
+fn one_by_one(ring: &mut Ring, loopback: bool, reads: &mut u64) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
     let mut done = 0;
     for completion in cq.reap() {
@@ -124,9 +129,12 @@ fn one_by_one(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
         match completion.op {
             Op::Read => {
                 *reads += 1;
-                sq.submit_read(frame, completion.user_data)?;
+                match loopback {
+                    true => sq.submit_write(frame, completion.user_data)?,
+                    false => sq.submit_read(frame, completion.user_data)?,
+                }
             }
-            _ => sq.submit_write(frame, completion.user_data)?,
+            _ => sq.submit_read(frame, completion.user_data)?,
         }
         done += 1;
     }
@@ -150,7 +158,7 @@ fn reads_in_batches(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
 /// Frames to submit.
 type Entries = Vec<(Frame, u64)>;
 
-/// One submission for the reads and one for the writes.
+/// The same with one submission for the reads and one for the writes.
 #[inline]
 fn both_in_batches(
     ring: &mut Ring,
@@ -163,11 +171,12 @@ fn both_in_batches(
         if frame.len() != LENGTH {
             return Err("a packet of another length".into());
         }
-        let list = if completion.op == Op::Read { &mut *to_read } else { &mut *to_write };
+        let read = completion.op == Op::Read;
+        *reads += u64::from(read);
+        let list = if read { &mut *to_write } else { &mut *to_read };
         list.push((frame, completion.user_data));
     }
     let done = (to_read.len() + to_write.len()) as u64;
-    *reads += to_read.len() as u64;
     if done > 0 {
         sq.submit_reads(to_read.drain(..))?;
         sq.submit_writes(to_write.drain(..))?;
