@@ -402,7 +402,7 @@ fn no_doorbell_while_the_other_side_is_awake() {
         });
         assert_eq!(ring.stats().notifications, 0, "this side never slept");
         eventually("the poller sleeps again", || control.stats().parks == 2);
-        // A batch is one publish, and one doorbell at most.
+        // A batch is one doorbell at most.
         let frames: Vec<_> = (0..50).map(|n| (crate::support::filled(&ring, n), n)).collect();
         ring.submit_writes(frames).unwrap();
         assert_eq!(control.doorbells(), 2);
