@@ -42,9 +42,9 @@ pub struct IdlePolicy {
 }
 
 impl Default for IdlePolicy {
-    /// Right for the machine, or for the processors that the calling thread is kept on, if it is: on one
-    /// or two processors no spinning, because the other side needs
-    /// the processor to make the work we wait for; with more, about ten microseconds of it.
+    /// Right for the machine, or for the processors that the calling thread is kept on, if it is: on
+    /// one or two no spinning, because the other side needs the processor to make the work we wait
+    /// for; with more, about ten microseconds of it.
     fn default() -> Self {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         if processors <= 2 {

@@ -37,6 +37,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use crossbeam_utils::CachePadded;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::offload::{self, OffloadHeader};
@@ -113,6 +114,8 @@ pub(crate) struct RingShared {
     woken: AtomicBool,
     /// `CANCEL_ALL` wishes ever made, and those carried out.
     cancels: [AtomicU32; 2],
+    /// On a line of its own: the submitting side writes it for each loop.
+    debt: CachePadded<Debt>,
     pub(crate) counters: RingCounters,
 }
 
@@ -146,6 +149,7 @@ impl RingShared {
             orphans: Mutex::new(Some(Vec::with_capacity(depth))),
             woken: AtomicBool::new(false),
             cancels: [0, 0].map(AtomicU32::new),
+            debt: CachePadded::default(),
             counters: RingCounters::default(),
         }
     }
@@ -203,7 +207,7 @@ impl RingShared {
     #[inline]
     fn ring_doorbell(&self) {
         if self.ring_engine() {
-            self.counters.submitter.doorbells.add(1);
+            self.counters.doorbells.add(1);
         }
     }
 
@@ -349,6 +353,52 @@ impl RingShared {
 const START_CLOCK: u64 = 1 << 63;
 const DELAY_BITS: u32 = 40;
 const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
+
+/// A doorbell that is rung later. Written and read by the thread that has both borrowed halves of a
+/// ring, and by no other: an atomic only because the ring is shared, and so Relaxed throughout.
+#[derive(Debug, Default)]
+struct Debt(AtomicU32);
+
+impl Debt {
+    /// Doorbells are rung at once.
+    const NONE: u32 = 0;
+    /// They may be owed, and none is.
+    const OPEN: u32 = 1;
+    /// One is.
+    const OWED: u32 = 2;
+
+    /// From here on a doorbell may be owed.
+    #[inline]
+    fn begin(&self) {
+        if self.0.load(Ordering::Relaxed) == Self::NONE {
+            self.0.store(Self::OPEN, Ordering::Relaxed);
+        }
+    }
+
+    /// Owes a doorbell if that is allowed, else rings it.
+    #[inline]
+    fn add(&self, ring: impl FnOnce()) {
+        let now = self.0.load(Ordering::Relaxed);
+        // Nearly always the second or a later one of a loop.
+        if now == Self::OWED {
+            return;
+        }
+        match now {
+            Self::OPEN => self.0.store(Self::OWED, Ordering::Relaxed),
+            _ => ring(),
+        }
+    }
+
+    /// No doorbell may be owed any more. Whether one is to be rung now.
+    #[inline]
+    fn end(&self) -> bool {
+        let before = self.0.load(Ordering::Relaxed);
+        if before != Self::NONE {
+            self.0.store(Self::NONE, Ordering::Relaxed);
+        }
+        before == Self::OWED
+    }
+}
 
 /// What a submit asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -531,7 +581,7 @@ impl SubmissionHalf<'_> {
     #[inline(always)]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.sq.show(class, frame, user_data)?;
-        self.sq.shared.counters.submitter.debt.add(|| self.sq.shared.ring_doorbell());
+        self.sq.shared.debt.add(|| self.sq.shared.ring_doorbell());
         Ok(())
     }
 }
@@ -544,7 +594,7 @@ impl CompletionHalf<'_> {
         self.cq.drive();
         self.cq.reaper.ready();
         let CompletionQueue { reaper, shared, .. } = &mut *self.cq;
-        shared.counters.submitter.debt.begin();
+        shared.debt.begin();
         HalfReap { reap: Reap { reaper }, shared }
     }
 }
@@ -1288,7 +1338,7 @@ impl ExactSizeIterator for HalfReap<'_> {}
 impl Drop for HalfReap<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.shared.counters.submitter.debt.end() {
+        if self.shared.debt.end() {
             self.shared.ring_doorbell();
         }
     }
@@ -1306,7 +1356,7 @@ impl Ring {
         let Self { sq, cq } = self;
         let _one_thread = PhantomData;
         // Should somebody have forgotten a `HalfReap`.
-        if sq.shared.counters.submitter.debt.end() {
+        if sq.shared.debt.end() {
             sq.shared.ring_doorbell();
         }
         (SubmissionHalf { sq, _one_thread }, CompletionHalf { cq, _one_thread })
@@ -1473,6 +1523,6 @@ impl RingControl {
 
     /// Doorbells that had to wake the poller. None are rung while it is awake.
     pub fn doorbells(&self) -> u64 {
-        self.shared.counters.submitter.doorbells.get()
+        self.shared.counters.doorbells.get()
     }
 }

@@ -1,7 +1,7 @@
-//! Counters. The poller writes them once per turn, not per packet, with plain stores to a line of
-//! its own; anybody may read them at any time and never slows it.
+//! Counters. The poller writes them once per device call, not per packet (what fails, when it does),
+//! with plain stores to a line of its own; anybody may read them at any time and never slows it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
 
@@ -160,61 +160,8 @@ pub(crate) fn add_batch(histogram: &[Counter; BATCH_BUCKETS], n: u32) {
 #[derive(Debug, Default)]
 pub(crate) struct RingCounters {
     pub(crate) poller: CachePadded<Counters>,
-    pub(crate) submitter: CachePadded<Submitting>,
-}
-
-/// What the submitting side writes.
-#[derive(Debug, Default)]
-pub(crate) struct Submitting {
-    /// Doorbells that cost a wake-up.
-    pub(crate) doorbells: Counter,
-    pub(crate) debt: Debt,
-}
-
-/// A doorbell that is rung later. Written and read by the thread that has both borrowed halves of a
-/// ring, and by no other: an atomic only because the ring is shared, and so Relaxed throughout.
-#[derive(Debug, Default)]
-pub(crate) struct Debt(AtomicU32);
-
-impl Debt {
-    /// Doorbells are rung at once.
-    const NONE: u32 = 0;
-    /// They may be owed, and none is.
-    const OPEN: u32 = 1;
-    /// One is.
-    const OWED: u32 = 2;
-
-    /// From here on a doorbell may be owed.
-    #[inline]
-    pub(crate) fn begin(&self) {
-        if self.0.load(Ordering::Relaxed) == Self::NONE {
-            self.0.store(Self::OPEN, Ordering::Relaxed);
-        }
-    }
-
-    /// Owes a doorbell if that is allowed, else rings it.
-    #[inline]
-    pub(crate) fn add(&self, ring: impl FnOnce()) {
-        let now = self.0.load(Ordering::Relaxed);
-        // Nearly always the second or a later one of a loop.
-        if now == Self::OWED {
-            return;
-        }
-        match now {
-            Self::OPEN => self.0.store(Self::OWED, Ordering::Relaxed),
-            _ => ring(),
-        }
-    }
-
-    /// No doorbell may be owed any more. Whether one is to be rung now.
-    #[inline]
-    pub(crate) fn end(&self) -> bool {
-        let before = self.0.load(Ordering::Relaxed);
-        if before != Self::NONE {
-            self.0.store(Self::NONE, Ordering::Relaxed);
-        }
-        before == Self::OWED
-    }
+    /// Doorbells that cost a wake-up, written by the submitting side.
+    pub(crate) doorbells: CachePadded<Counter>,
 }
 
 #[cfg(test)]

@@ -925,7 +925,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     }
 
     /// Refuses further deliveries and waits for those under way, each of which is the copying of
-    /// one frame. When it returns, no sender touches any buffer. Packets that have arrived can
+    /// one frame, or of a [`Claim`]'s. When it returns, no sender touches any buffer. Packets that have arrived can
     /// still be collected and the other buffers recalled; [`discard`](Self::discard) drops the
     /// rest.
     pub fn close(&mut self) {

@@ -797,7 +797,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     }
 
     /// Refuses further packets and waits for the copies under way, each no longer than one frame
-    /// takes. Afterwards no sender touches a buffer; what has arrived can be
+    /// takes, or a [`Run`]. Afterwards no sender touches a buffer; what has arrived can be
     /// [collected](Self::collect), the rest [recalled](Self::recall). The port's senders can still
     /// send.
     pub fn close(&mut self) {
