@@ -95,7 +95,7 @@ const NOWHERE: Place =
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
 /// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct Sqe {
     user_data: u64,
     slot: u32,
@@ -111,7 +111,7 @@ pub struct Sqe {
 /// A completion queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
 /// Of a cancel's completion `len` is the number of entries that matched.
 #[derive(Clone, Copy, Debug)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct Cqe {
     user_data: u64,
     slot: u32,
@@ -125,7 +125,7 @@ pub struct Cqe {
 }
 
 const_assert_eq!(size_of::<Sqe>(), 32);
-const_assert_eq!(align_of::<Sqe>(), 8);
+const_assert_eq!(align_of::<Sqe>(), 32);
 const_assert_eq!(offset_of!(Sqe, user_data), 0);
 const_assert_eq!(offset_of!(Sqe, slot), 8);
 const_assert_eq!(offset_of!(Sqe, offset), 12);
@@ -137,7 +137,7 @@ const_assert_eq!(offset_of!(Sqe, header), 24);
 const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
 
 const_assert_eq!(size_of::<Cqe>(), 32);
-const_assert_eq!(align_of::<Cqe>(), 8);
+const_assert_eq!(align_of::<Cqe>(), 32);
 const_assert_eq!(offset_of!(Cqe, user_data), 0);
 const_assert_eq!(offset_of!(Cqe, slot), 8);
 const_assert_eq!(offset_of!(Cqe, offset), 12);
