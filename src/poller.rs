@@ -283,6 +283,9 @@ impl Engine {
         if self.intake.ready() == 0 {
             return false;
         }
+        if !self.shared.is_inline() {
+            self.intake.prefetch();
+        }
         let number = self.shared.number;
         while let Some(submission) = self.intake.pop() {
             let (class, user_data, frame) = match submission {

@@ -591,8 +591,7 @@ impl CompletionHalf<'_> {
     /// is rung when the iterator is dropped.
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
-        self.cq.drive();
-        self.cq.reaper.ready();
+        self.cq.look();
         let CompletionQueue { reaper, shared, .. } = &mut *self.cq;
         shared.debt.begin();
         HalfReap { reap: Reap { reaper }, shared }
@@ -949,9 +948,18 @@ impl CompletionQueue {
     /// for the next call.
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
+        self.look();
+        Reap { reaper: &mut self.reaper }
+    }
+
+    /// Looks for completions that are to be reaped now.
+    #[inline]
+    fn look(&mut self) {
         self.drive();
         self.reaper.ready();
-        Reap { reaper: &mut self.reaper }
+        if self.engine.is_none() {
+            self.reaper.prefetch();
+        }
     }
 
     /// Completions that wait to be reaped.

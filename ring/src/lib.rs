@@ -12,6 +12,7 @@ mod entry;
 mod frame;
 pub mod offload;
 mod pool;
+mod prefetch;
 mod queue;
 mod rings;
 #[doc(hidden)]

@@ -7,9 +7,10 @@
 //! before it is read; `head` is stored with Release after the entry is copied out and loaded with
 //! Acquire before the cell is written again. No fence takes part, so ThreadSanitizer can follow.
 
-use crate::entry::Entry;
+use crate::entry::{Entry, Sqe};
 use crate::frame::Frame;
 use crate::pool::Pool;
+use crate::prefetch::prefetch;
 use crate::sync::{Arc, AtomicU32, Ordering, UnsafeCell};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -134,6 +135,12 @@ pub(crate) struct Consumer<T: Entry> {
     tail_seen: u32,
     _not_sync: NotSync,
 }
+
+/// Entries to a cache line of 64 bytes.
+const TO_A_LINE: usize = 64 / size_of::<Sqe>();
+/// Entries whose lines are asked for together: sixteen lines, about as many transfers as a core can
+/// have under way.
+const PREFETCHED: u32 = 32;
 
 /// A view of how many entries were ever published.
 pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);
@@ -284,6 +291,15 @@ impl<T: Entry> Consumer<T> {
     #[inline]
     pub(crate) fn known(&self) -> u32 {
         self.tail_seen.wrapping_sub(self.head)
+    }
+
+    /// Asks for the cache lines of the first of the known entries, together; see
+    /// [`prefetch`](crate::prefetch).
+    #[inline]
+    pub(crate) fn prefetch(&self) {
+        for i in (0..self.known().min(PREFETCHED)).step_by(TO_A_LINE) {
+            self.shared.cell(self.head.wrapping_add(i)).with(prefetch);
+        }
     }
 
     /// Entries ever retired (plus the start index).

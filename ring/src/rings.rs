@@ -223,6 +223,13 @@ impl Reaper {
         self.cq.refresh()
     }
 
+    /// Asks for the completions that [`ready`](Self::ready) saw, all together: for who reaps what
+    /// another processor has written. A hint, which changes nothing but time.
+    #[inline]
+    pub fn prefetch(&self) {
+        self.cq.prefetch();
+    }
+
     /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
     #[inline]
     pub fn in_flight(&self) -> u32 {
@@ -269,6 +276,13 @@ impl Intake {
     #[inline]
     pub fn ready(&mut self) -> u32 {
         self.sq.refresh()
+    }
+
+    /// Asks for the submissions that [`ready`](Self::ready) saw, all together: for who takes what
+    /// another processor has written. A hint, which changes nothing but time.
+    #[inline]
+    pub fn prefetch(&self) {
+        self.sq.prefetch();
     }
 
     /// The next submission among those that [`ready`](Self::ready) saw.
