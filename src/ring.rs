@@ -29,15 +29,13 @@ use std::cell::Cell;
 #[cfg(target_os = "linux")]
 use std::cell::OnceCell;
 use std::fmt;
-use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
+use std::ops::Deref;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use crossbeam_utils::CachePadded;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::offload::{self, OffloadHeader};
@@ -114,8 +112,6 @@ pub(crate) struct RingShared {
     woken: AtomicBool,
     /// `CANCEL_ALL` wishes ever made, and those carried out.
     cancels: [AtomicU32; 2],
-    /// On a line of its own: the submitting side writes it for each loop.
-    debt: CachePadded<Debt>,
     pub(crate) counters: RingCounters,
 }
 
@@ -149,7 +145,6 @@ impl RingShared {
             orphans: Mutex::new(Some(Vec::with_capacity(depth))),
             woken: AtomicBool::new(false),
             cancels: [0, 0].map(AtomicU32::new),
-            debt: CachePadded::default(),
             counters: RingCounters::default(),
         }
     }
@@ -354,50 +349,15 @@ const START_CLOCK: u64 = 1 << 63;
 const DELAY_BITS: u32 = 40;
 const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
 
-/// A doorbell that is rung later. Written and read by the thread that has both borrowed halves of a
-/// ring, and by no other: an atomic only because the ring is shared, and so Relaxed throughout.
-#[derive(Debug, Default)]
-struct Debt(AtomicU32);
-
-impl Debt {
-    /// Doorbells are rung at once.
-    const NONE: u32 = 0;
-    /// They may be owed, and none is.
-    const OPEN: u32 = 1;
-    /// One is.
-    const OWED: u32 = 2;
-
-    /// From here on a doorbell may be owed.
-    #[inline]
-    fn begin(&self) {
-        if self.0.load(Ordering::Relaxed) == Self::NONE {
-            self.0.store(Self::OPEN, Ordering::Relaxed);
-        }
-    }
-
-    /// Owes a doorbell if that is allowed, else rings it.
-    #[inline]
-    fn add(&self, ring: impl FnOnce()) {
-        let now = self.0.load(Ordering::Relaxed);
-        // Nearly always the second or a later one of a loop.
-        if now == Self::OWED {
-            return;
-        }
-        match now {
-            Self::OPEN => self.0.store(Self::OWED, Ordering::Relaxed),
-            _ => ring(),
-        }
-    }
-
-    /// No doorbell may be owed any more. Whether one is to be rung now.
-    #[inline]
-    fn end(&self) -> bool {
-        let before = self.0.load(Ordering::Relaxed);
-        if before != Self::NONE {
-            self.0.store(Self::NONE, Ordering::Relaxed);
-        }
-        before == Self::OWED
-    }
+/// Whether what is submitted is published and rung for later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Debt {
+    /// No: at once.
+    None,
+    /// It may be, and nothing is.
+    Allowed,
+    /// Something is.
+    Owed,
 }
 
 /// What a submit asked for.
@@ -489,6 +449,8 @@ pub struct SubmissionQueue {
     submitter: Submitter,
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
+    /// While the ring's other half, borrowed together with this one, is reaping.
+    debt: Cell<Debt>,
 }
 
 /// The reaping half of a ring. Dropping it closes the ring.
@@ -527,31 +489,31 @@ pub struct Ring {
 }
 
 /// The submitting half, borrowed from its ring by [`Ring::split`]. It dereferences to the
-/// [`SubmissionQueue`].
+/// [`SubmissionQueue`] for what needs no exclusive access.
 ///
-/// What it submits inside `for done in cq.reap()` is shown at once to an engine that is awake; but the
-/// doorbell, which costs a fence, and a wake-up if the engine sleeps, is rung once, when the loop over
-/// [`CompletionHalf::reap`] ends.
+/// What it submits inside `for done in cq.reap()` is shown to an engine that is awake as soon as it fills
+/// cache lines (which takes at most four entries), the rest when the loop over
+/// [`CompletionHalf::reap`] ends; and then the doorbell, which costs a fence, and a wake-up if the engine
+/// sleeps, is rung once.
 ///
 /// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
 #[derive(Debug)]
 pub struct SubmissionHalf<'a> {
-    sq: &'a mut SubmissionQueue,
-    _one_thread: OneThread,
+    /// Shared with the other half, which pays its debts.
+    sq: &'a SubmissionQueue,
 }
 
 /// The reaping half, borrowed from its ring by [`Ring::split`]. It dereferences to the
-/// [`CompletionQueue`], and stays on its thread as the [other](SubmissionHalf).
+/// [`CompletionQueue`] for what needs no exclusive access, and stays on its thread as the
+/// [other](SubmissionHalf).
 #[derive(Debug)]
 pub struct CompletionHalf<'a> {
     cq: &'a mut CompletionQueue,
-    _one_thread: OneThread,
+    sq: &'a SubmissionQueue,
 }
 
-/// Makes a half that stays on its thread. So whoever submits through one knows whether the other is
-/// reaping, without a fence.
-type OneThread = PhantomData<*mut ()>;
-
+// Both reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
+// reaping, without a fence.
 assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
 assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);
 
@@ -580,21 +542,80 @@ impl SubmissionHalf<'_> {
 
     #[inline(always)]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.sq.show(class, frame, user_data)?;
-        self.sq.shared.debt.add(|| self.sq.shared.ring_doorbell());
+        self.sq.push(class, frame, user_data)?;
+        match self.sq.debt.get() {
+            Debt::None => self.sq.ring_doorbell(),
+            // Nearly always the second or a later one of a loop.
+            Debt::Owed => self.sq.submitter.publish_lines(),
+            Debt::Allowed => {
+                self.sq.debt.set(Debt::Owed);
+                self.sq.submitter.publish_lines();
+            }
+        }
         Ok(())
+    }
+
+    /// See [`SubmissionQueue::submit_reads`].
+    pub fn submit_reads(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_batch(Class::Read, frames)
+    }
+
+    /// See [`SubmissionQueue::submit_writes`].
+    pub fn submit_writes(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_batch(Class::Write, frames)
+    }
+
+    /// See [`SubmissionQueue::cancel`].
+    pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.sq.submit_cancel(Some(target), user_data)
+    }
+
+    /// See [`SubmissionQueue::cancel_all`].
+    pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
+        self.sq.submit_cancel(None, user_data)
+    }
+
+    /// See [`SubmissionQueue::read_credits`].
+    pub fn read_credits(&mut self) -> u32 {
+        self.sq.submitter.available(Class::Read)
+    }
+
+    /// See [`SubmissionQueue::write_credits`].
+    pub fn write_credits(&mut self) -> u32 {
+        self.sq.submitter.available(Class::Write)
+    }
+
+    pub(crate) fn post_reads(&mut self, user_data: u64) -> Result<(), Error> {
+        self.sq.post_reads(user_data)
     }
 }
 
 impl CompletionHalf<'_> {
-    /// As [`CompletionQueue::reap`]. The doorbell of what is submitted meanwhile through the other half
-    /// is rung when the iterator is dropped.
+    /// As [`CompletionQueue::reap`]. What is submitted meanwhile through the other half is published, and
+    /// its doorbell rung, when the iterator is dropped at the latest.
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
         self.cq.look();
-        let CompletionQueue { reaper, shared, .. } = &mut *self.cq;
-        shared.debt.begin();
-        HalfReap { reap: Reap { reaper }, shared }
+        if self.sq.debt.get() == Debt::None {
+            self.sq.debt.set(Debt::Allowed);
+        }
+        HalfReap { reap: Reap { reaper: &mut self.cq.reaper }, sq: self.sq }
+    }
+
+    /// See [`CompletionQueue::ready`].
+    pub fn ready(&mut self) -> usize {
+        self.cq.ready()
+    }
+
+    /// See [`CompletionQueue::wait`].
+    pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
+        self.cq.wait(min, timeout)
     }
 }
 
@@ -603,13 +624,6 @@ impl Deref for SubmissionHalf<'_> {
 
     #[inline]
     fn deref(&self) -> &SubmissionQueue {
-        self.sq
-    }
-}
-
-impl DerefMut for SubmissionHalf<'_> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut SubmissionQueue {
         self.sq
     }
 }
@@ -623,20 +637,9 @@ impl Deref for CompletionHalf<'_> {
     }
 }
 
-impl DerefMut for CompletionHalf<'_> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut CompletionQueue {
-        self.cq
-    }
-}
-
-/// Entries of a batch that are published together, and not only at its end: four cache lines of the SQ.
-/// So an engine that is awake begins with the first while the others are still being written.
-const PUBLISH_EVERY: usize = 8;
-
 impl SubmissionQueue {
     pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, caps: Capabilities) -> Self {
-        Self { submitter, shared, caps }
+        Self { submitter, shared, caps, debt: Cell::new(Debt::None) }
     }
 
     /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
@@ -714,7 +717,7 @@ impl SubmissionQueue {
         self.submit_cancel(None, user_data)
     }
 
-    fn submit_cancel(&mut self, target: Option<u64>, data: u64) -> Result<(), SubmitErrorKind> {
+    fn submit_cancel(&self, target: Option<u64>, data: u64) -> Result<(), SubmitErrorKind> {
         if let Some(closed) = self.why_closed() {
             return Err(closed.into());
         }
@@ -740,14 +743,14 @@ impl SubmissionQueue {
 
     /// For the front-ends: posts free frames for reading, as many as there are credits, but leaves
     /// some of the pool to writes. A closed ring takes none, which is no error here.
-    pub(crate) fn post_reads(&mut self, user_data: u64) -> Result<(), Error> {
+    pub(crate) fn post_reads(&self, user_data: u64) -> Result<(), Error> {
         let pool = &self.submitter.regions().pools()[0];
         let slots = pool.layout().slots;
         let reserve = self.submitter.depth(Class::Write).min((slots / 4).max(u32::from(slots > 1)));
         let free = slots.saturating_sub(pool.slots_out() + reserve);
-        for _ in 0..self.read_credits().min(free) {
+        for _ in 0..self.submitter.available(Class::Read).min(free) {
             let Some(frame) = self.alloc() else { break };
-            match self.submit_read(frame, user_data) {
+            match self.submit(Class::Read, frame, user_data) {
                 Ok(()) => {}
                 Err(refused) if refused.is_backpressure() => break,
                 Err(SubmitError { kind: SubmitErrorKind::Closed(_), .. }) => break,
@@ -758,32 +761,27 @@ impl SubmissionQueue {
     }
 
     #[inline(always)]
-    fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.show(class, frame, user_data)?;
-        self.shared.ring_doorbell();
+    fn submit(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        self.push(class, frame, user_data)?;
+        self.ring_doorbell();
         Ok(())
     }
 
-    /// Submits an entry and publishes it, which commits; the doorbell is the caller's to ring.
+    /// Writes an entry, which the caller is to publish.
     #[inline(always)]
-    fn show(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+    fn push(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         let mut frame = frame;
         if let Err(kind) = self.fits(class, &mut frame) {
             return Err(SubmitError { kind, frame });
         }
-        match self.submitter.push(class, frame, user_data) {
-            Ok(()) => {
-                self.submitter.publish();
-                Ok(())
-            }
-            Err((refusal, frame)) => {
-                Err(SubmitError { kind: self.kind(refusal, Some(class)), frame })
-            }
-        }
+        self.submitter.push(class, frame, user_data).map_err(|(refusal, frame)| SubmitError {
+            kind: self.kind(refusal, Some(class)),
+            frame,
+        })
     }
 
     fn submit_batch(
-        &mut self,
+        &self,
         class: Class,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
@@ -800,9 +798,7 @@ impl SubmissionQueue {
             match self.submitter.push(class, frame, user_data) {
                 Ok(()) => {
                     accepted += 1;
-                    if accepted % PUBLISH_EVERY == 0 {
-                        self.submitter.publish();
-                    }
+                    self.submitter.publish_lines();
                 }
                 Err((refusal, frame)) => {
                     let kind = self.kind(refusal, Some(class));
@@ -885,9 +881,17 @@ impl SubmissionQueue {
         }
     }
 
+    /// Publishes and rings for what was submitted while the other half was reaping.
+    #[inline]
+    fn pay(&self) {
+        if self.debt.replace(Debt::None) == Debt::Owed {
+            self.ring_doorbell();
+        }
+    }
+
     /// Publishes, which commits, and wakes the engine if it sleeps.
     #[inline]
-    fn ring_doorbell(&mut self) {
+    fn ring_doorbell(&self) {
         self.submitter.publish();
         self.shared.ring_doorbell();
     }
@@ -1319,12 +1323,13 @@ impl Iterator for Reap<'_> {
 
 impl ExactSizeIterator for Reap<'_> {}
 
-/// The completions that were there when [`CompletionHalf::reap`] was called. When it is dropped, the
-/// doorbell is rung for what was submitted meanwhile.
+/// The completions that were there when [`CompletionHalf::reap`] was called. When it is dropped, what was
+/// submitted meanwhile is published and the doorbell rung; should it be forgotten instead, with the
+/// next submission or the next [`Ring::split`].
 #[derive(Debug)]
 pub struct HalfReap<'a> {
     reap: Reap<'a>,
-    shared: &'a RingShared,
+    sq: &'a SubmissionQueue,
 }
 
 impl Iterator for HalfReap<'_> {
@@ -1346,9 +1351,7 @@ impl ExactSizeIterator for HalfReap<'_> {}
 impl Drop for HalfReap<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.shared.debt.end() {
-            self.shared.ring_doorbell();
-        }
+        self.sq.pay();
     }
 }
 
@@ -1362,12 +1365,9 @@ impl Ring {
     #[inline]
     pub fn split(&mut self) -> (SubmissionHalf<'_>, CompletionHalf<'_>) {
         let Self { sq, cq } = self;
-        let _one_thread = PhantomData;
         // Should somebody have forgotten a `HalfReap`.
-        if sq.shared.debt.end() {
-            sq.shared.ring_doorbell();
-        }
-        (SubmissionHalf { sq, _one_thread }, CompletionHalf { cq, _one_thread })
+        sq.pay();
+        (SubmissionHalf { sq }, CompletionHalf { cq, sq })
     }
 
     /// The two halves, owned; they may live on two threads. The ring closes when the reaping half is

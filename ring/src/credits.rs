@@ -6,6 +6,7 @@
 
 use crate::entry::Opcode;
 use crate::sync::{Arc, AtomicU32, Ordering};
+use core::cell::Cell;
 use crossbeam_utils::CachePadded;
 use static_assertions::const_assert_eq;
 
@@ -35,12 +36,12 @@ const_assert_eq!(Opcode::Cancel as usize, Class::Cancel as usize);
 /// Credits ever given back, by class.
 type Returned = Arc<CachePadded<[AtomicU32; 3]>>;
 
-/// The submitting side.
+/// The submitting side; as the queue's producer it works through `&self`, on one thread.
 #[derive(Debug)]
 pub(crate) struct Taker {
     depth: [u32; 3],
-    taken: [u32; 3],
-    returned_seen: [u32; 3],
+    taken: [Cell<u32>; 3],
+    returned_seen: [Cell<u32>; 3],
     returned: Returned,
 }
 
@@ -54,31 +55,33 @@ pub(crate) struct Giver {
 pub(crate) fn credits(depth: [u32; 3]) -> (Taker, Giver) {
     let returned: Returned = Arc::new(CachePadded::new([0, 0, 0].map(AtomicU32::new)));
     let giver = Giver { given: [0; 3], returned: returned.clone() };
-    (Taker { depth, taken: [0; 3], returned_seen: [0; 3], returned }, giver)
+    let zeros = || [0, 0, 0].map(Cell::new);
+    (Taker { depth, taken: zeros(), returned_seen: zeros(), returned }, giver)
 }
 
 impl Taker {
     /// Credits of `class` that can be taken now.
-    pub(crate) fn available(&mut self, class: Class) -> u32 {
+    pub(crate) fn available(&self, class: Class) -> u32 {
         let i = class as usize;
         // Acquire: pairs with the Release in `give`. The reaper has copied the completion out, so
         // through us and the poller its cell may be written again.
-        self.returned_seen[i] = self.returned[i].load(Ordering::Acquire);
-        self.depth[i] - self.taken[i].wrapping_sub(self.returned_seen[i])
+        self.returned_seen[i].set(self.returned[i].load(Ordering::Acquire));
+        self.depth[i] - self.taken[i].get().wrapping_sub(self.returned_seen[i].get())
     }
 
     /// Whether a credit of `class` is to be had.
     #[inline]
-    pub(crate) fn any(&mut self, class: Class) -> bool {
+    pub(crate) fn any(&self, class: Class) -> bool {
         let i = class as usize;
-        self.taken[i].wrapping_sub(self.returned_seen[i]) < self.depth[i]
+        self.taken[i].get().wrapping_sub(self.returned_seen[i].get()) < self.depth[i]
             || self.available(class) > 0
     }
 
     /// Takes one; the caller has asked `any`.
     #[inline]
-    pub(crate) fn take(&mut self, class: Class) {
-        self.taken[class as usize] = self.taken[class as usize].wrapping_add(1);
+    pub(crate) fn take(&self, class: Class) {
+        let taken = &self.taken[class as usize];
+        taken.set(taken.get().wrapping_add(1));
     }
 
     pub(crate) fn depth(&self, class: Class) -> u32 {

@@ -120,13 +120,14 @@ impl<T: Entry> Drop for Shared<T> {
 /// Makes `Send` halves that are not `Sync`: two threads must not share one.
 type NotSync = PhantomData<Cell<()>>;
 
+/// Works through `&self`, so that the borrowed halves of a ring can both reach it; its cells keep it on
+/// one thread.
 pub(crate) struct Producer<T: Entry> {
     shared: Arc<Shared<T>>,
     /// Next index to write; up to here entries may be unpublished.
-    tail: u32,
-    published: u32,
-    head_seen: u32,
-    _not_sync: NotSync,
+    tail: Cell<u32>,
+    published: Cell<u32>,
+    head_seen: Cell<u32>,
 }
 
 pub(crate) struct Consumer<T: Entry> {
@@ -138,6 +139,9 @@ pub(crate) struct Consumer<T: Entry> {
 
 /// Entries to a cache line of 64 bytes.
 const TO_A_LINE: usize = 64 / size_of::<Sqe>();
+/// Entries that are published together in a longer run of them: two lines. So the other side begins
+/// with the first while the others are still being written.
+const PUBLISHED: u32 = 4;
 /// Entries whose lines are asked for together: sixteen lines, about as many transfers as a core can
 /// have under way.
 const PREFETCHED: u32 = 32;
@@ -161,10 +165,9 @@ pub(crate) fn queue<T: Entry>(
     });
     let producer = Producer {
         shared: shared.clone(),
-        tail: start,
-        published: start,
-        head_seen: start,
-        _not_sync: PhantomData,
+        tail: Cell::new(start),
+        published: Cell::new(start),
+        head_seen: Cell::new(start),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
 }
@@ -181,8 +184,8 @@ impl<T: Entry> Producer<T> {
 
     /// Whether one more entry fits.
     #[inline]
-    pub(crate) fn has_room(&mut self) -> bool {
-        if self.tail.wrapping_sub(self.head_seen) < self.capacity() {
+    pub(crate) fn has_room(&self) -> bool {
+        if self.tail.get().wrapping_sub(self.head_seen.get()) < self.capacity() {
             return true;
         }
         self.free() > 0
@@ -190,22 +193,23 @@ impl<T: Entry> Producer<T> {
 
     /// Entries that fit now; more may fit at any time later.
     #[inline]
-    pub(crate) fn free(&mut self) -> u32 {
+    pub(crate) fn free(&self) -> u32 {
         // Acquire: pairs with the Release in `pop`: the consumer has copied these cells out.
-        self.head_seen = self.shared.head.load(Ordering::Acquire);
-        self.capacity() - self.tail.wrapping_sub(self.head_seen)
+        self.head_seen.set(self.shared.head.load(Ordering::Acquire));
+        self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get())
     }
 
-    /// The next free cell, if there is one.
+    /// The next free cell, if there is one. There is one `Vacant` of a producer at a time: the callers,
+    /// in `rings.rs`, write it, or let it go, in the call that asked for it.
     #[inline]
-    pub(crate) fn vacant(&mut self) -> Option<Vacant<'_, T>> {
+    pub(crate) fn vacant(&self) -> Option<Vacant<'_, T>> {
         self.has_room().then_some(Vacant(self))
     }
 
     /// Shows everything written to the consumer; the commit point. Returns whether there was
     /// anything.
     #[inline]
-    pub(crate) fn publish(&mut self) -> bool {
+    pub(crate) fn publish(&self) -> bool {
         let anything = self.is_behind();
         if anything {
             self.publish_anyway();
@@ -215,17 +219,26 @@ impl<T: Entry> Producer<T> {
 
     /// As [`publish`](Self::publish), for who knows that there is something.
     #[inline]
-    pub(crate) fn publish_anyway(&mut self) {
+    pub(crate) fn publish_anyway(&self) {
         // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes written
         // before them, come first.
-        self.shared.tail.store(self.tail, Ordering::Release);
-        self.published = self.tail;
+        self.shared.tail.store(self.tail.get(), Ordering::Release);
+        self.published.set(self.tail.get());
+    }
+
+    /// As [`publish`](Self::publish), if the entries fill cache lines to their ends: a line that the
+    /// other side already reads is not written to.
+    #[inline]
+    pub(crate) fn publish_lines(&self) {
+        if self.tail.get().is_multiple_of(PUBLISHED) {
+            self.publish_anyway();
+        }
     }
 
     /// Entries ever published (plus the start index).
     #[inline]
     pub(crate) fn published(&self) -> u32 {
-        self.published
+        self.published.get()
     }
 
     /// Whether something was written and not published.
@@ -236,7 +249,7 @@ impl<T: Entry> Producer<T> {
 
     /// Entries published and not retired. A snapshot.
     pub(crate) fn backlog(&self) -> u32 {
-        self.published.wrapping_sub(self.shared.head.load(Ordering::Relaxed))
+        self.published.get().wrapping_sub(self.shared.head.load(Ordering::Relaxed))
     }
 
     pub(crate) fn watch(&self) -> Published<T> {
@@ -245,7 +258,7 @@ impl<T: Entry> Producer<T> {
 }
 
 /// A free cell of a queue, for one entry.
-pub(crate) struct Vacant<'a, T: Entry>(&'a mut Producer<T>);
+pub(crate) struct Vacant<'a, T: Entry>(&'a Producer<T>);
 
 impl<T: Entry> Vacant<'_, T> {
     pub(crate) fn regions(&self) -> &Regions {
@@ -256,13 +269,13 @@ impl<T: Entry> Vacant<'_, T> {
     #[inline(always)]
     pub(crate) fn write(self, entry: T) {
         let Producer { shared, tail, .. } = self.0;
-        shared.cell(*tail).with_mut(|cell| {
-            // SAFETY: `vacant` saw `tail - head < capacity`, so the cell is outside head..tail: the
-            // consumer is done with it (Acquire in `free`) and looks at it again only after
-            // `publish`.
+        shared.cell(tail.get()).with_mut(|cell| {
+            // SAFETY: `vacant` saw `tail - head < capacity`, and nobody has moved the tail since, because
+            // there is one `Vacant` at a time. So the cell is outside head..tail: the consumer is done
+            // with it (Acquire in `free`) and looks at it again only after `publish`.
             unsafe { (*cell).write(entry) };
         });
-        *tail = tail.wrapping_add(1);
+        tail.set(tail.get().wrapping_add(1));
     }
 }
 
@@ -333,7 +346,7 @@ impl<T: Entry> fmt::Debug for Producer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Producer")
             .field("capacity", &self.capacity())
-            .field("tail", &self.tail)
+            .field("tail", &self.tail.get())
             .field("backlog", &self.backlog())
             .finish_non_exhaustive()
     }

@@ -2,7 +2,8 @@
 //! poller's ([`Intake`], [`Outlet`]).
 //!
 //! This is where a [`Frame`] becomes a queue entry and a queue entry becomes a frame. Each half is
-//! `Send` and not `Sync`, and works through `&mut self`.
+//! `Send` and not `Sync`. All but the [`Submitter`] work through `&mut self`; that one is reached from two
+//! places of its thread, by who submits and by who ends a loop in which something was submitted.
 
 use crate::credits::{Class, Giver, Taker, credits};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
@@ -145,7 +146,7 @@ pub struct Reaped {
 impl Submitter {
     /// Whether an entry of `class` would be taken now.
     #[inline]
-    pub fn check(&mut self, class: Class) -> Result<(), Refusal> {
+    pub fn check(&self, class: Class) -> Result<(), Refusal> {
         if !self.credits.any(class) {
             return Err(Refusal::NoCredit);
         }
@@ -158,12 +159,7 @@ impl Submitter {
     /// Writes a read or write entry; the poller sees it after [`publish`](Self::publish). A refusal
     /// gives the frame back.
     #[inline(always)]
-    pub fn push(
-        &mut self,
-        class: Class,
-        frame: Frame,
-        user_data: u64,
-    ) -> Result<(), (Refusal, Frame)> {
+    pub fn push(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), (Refusal, Frame)> {
         let opcode = match class {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
@@ -181,7 +177,7 @@ impl Submitter {
     }
 
     /// Writes a cancel entry for all entries of `target`, or for all (`None`).
-    pub fn push_cancel(&mut self, target: Option<u64>, user_data: u64) -> Result<(), Refusal> {
+    pub fn push_cancel(&self, target: Option<u64>, user_data: u64) -> Result<(), Refusal> {
         self.check(Class::Cancel)?;
         let opcode = if target.is_some() { Opcode::Cancel } else { Opcode::CancelAll };
         let vacant = self.sq.vacant().ok_or(Refusal::SqFull)?;
@@ -193,15 +189,22 @@ impl Submitter {
     /// The commit point: everything pushed is the poller's from here. Returns whether there was
     /// anything.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    pub fn publish(&self) -> bool {
         // It is called after a push, so nothing is asked: whoever ignores the answer pays for none.
         let anything = self.sq.is_behind();
         self.sq.publish_anyway();
         anything
     }
 
+    /// As [`publish`](Self::publish), but only when the entries fill cache lines to their ends: for a
+    /// run of entries, whose last the caller publishes in any case.
+    #[inline]
+    pub fn publish_lines(&self) {
+        self.sq.publish_lines();
+    }
+
     /// Credits of `class` to be had now; reaping brings more.
-    pub fn available(&mut self, class: Class) -> u32 {
+    pub fn available(&self, class: Class) -> u32 {
         self.credits.available(class)
     }
 

@@ -150,7 +150,7 @@ fn without_headroom_there_is_no_header() {
 fn the_header_goes_through_both_queues_with_its_frame() {
     let pool = pool();
     let regions = Regions::new(vec![pool.clone()]).unwrap();
-    let (mut submitter, mut reaper, mut intake, mut outlet) =
+    let (submitter, mut reaper, mut intake, mut outlet) =
         rings(Depths::new(1, 1, 1), regions, u32::MAX);
     let mut frame = packet(&pool, 2000);
     frame.set_offload(&TSO).unwrap();

@@ -194,8 +194,7 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
     check(3, || {
         let (pool, marks, _) = pool(2);
         let depths = Depths { read: 1, write: 1, cancel: 1, sq: 4 };
-        let (mut submitter, reaper, mut intake, outlet) =
-            rings(depths, regions(&pool), u32::MAX - 1);
+        let (submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX - 1);
         let frames = [pool.alloc().unwrap(), pool.alloc().unwrap()];
         let sender = thread::spawn({
             let marks = marks.clone();
@@ -250,7 +249,7 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
     check(3, || {
         let (pool, marks, _) = pool(3);
         let depths = Depths { read: 0, write: 3, cancel: 0, sq: 1 };
-        let (mut submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX);
+        let (submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX);
         let frames = [0; 3].map(|_| pool.alloc().unwrap());
         let sender = thread::spawn({
             let marks = marks.clone();
@@ -295,7 +294,7 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
     check(3, || {
         let (pool, marks, _) = pool(2);
-        let (mut submitter, reaper, intake, outlet) =
+        let (submitter, reaper, intake, outlet) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let (frame, seen) = (pool.alloc().unwrap(), pool.alloc().unwrap());
         let sender = thread::spawn({
@@ -317,8 +316,7 @@ fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
 /// A ring whose `n` reads have been submitted and taken by the poller.
 #[allow(clippy::type_complexity)]
 fn posted(n: u32, pool: &Pool, start: u32) -> (Submitter, Reaper, Intake, Outlet, Vec<Frame>) {
-    let (mut submitter, reaper, mut intake, outlet) =
-        rings(Depths::new(n, 0, 0), regions(pool), start);
+    let (submitter, reaper, mut intake, outlet) = rings(Depths::new(n, 0, 0), regions(pool), start);
     for user_data in 1..=u64::from(n) {
         submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
     }
@@ -405,8 +403,7 @@ fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
 /// what was submitted: into the cells that the first has just copied out.
 fn reap_submit_and_complete_at_once(depth: u32) {
     let (pool, marks, _) = pool(2 * depth);
-    let (mut submitter, mut reaper, mut intake, mut outlet, frames) =
-        posted(depth, &pool, u32::MAX);
+    let (submitter, mut reaper, mut intake, mut outlet, frames) = posted(depth, &pool, u32::MAX);
     for (n, mut frame) in (1..).zip(frames) {
         marks.write(&mut frame, n);
         outlet.push(Class::Read, frame, n, Outcome::Done);
@@ -458,7 +455,7 @@ fn reap_submit_and_complete_at_once(depth: u32) {
         }
     };
     reap(&mut reaper);
-    let (accepted, mut submitter) = sender.join().unwrap();
+    let (accepted, submitter) = sender.join().unwrap();
     let (mut intake, mut outlet) = poller.join().unwrap();
     complete(&mut intake, &mut outlet, &marks);
     reap(&mut reaper);
@@ -488,7 +485,7 @@ fn a_credit_means_room_in_a_cq_of_two_cells() {
 fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
     check(3, || {
         let (pool, marks, _) = pool(1);
-        let (mut submitter, mut reaper, mut intake, mut outlet) =
+        let (submitter, mut reaper, mut intake, mut outlet) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX - 1);
         const LAPS: u64 = 4;
         let both_ends = thread::spawn({
@@ -532,7 +529,7 @@ fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
 fn no_wake_up_is_lost_in_either_direction() {
     check(2, || {
         let (pool, marks, _) = pool(1);
-        let (mut submitter, mut reaper, mut intake, mut outlet) =
+        let (submitter, mut reaper, mut intake, mut outlet) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let bells = Arc::new([bell(), bell()]);
         const LAPS: u64 = 2;
@@ -611,7 +608,7 @@ fn of_two_ringers_exactly_one_pays_for_each_arming() {
 fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
     check(3, || {
         let (pool, _, _) = pool(1);
-        let (mut submitter, reaper, mut intake, outlet) =
+        let (submitter, reaper, mut intake, outlet) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let bell = Arc::new(bell());
         let wish = Arc::new(AtomicU32::new(0));
@@ -927,7 +924,7 @@ fn no_ring_is_lost_through_two_levels_of_doorbells() {
 fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
     check(2, || {
         let (pool, marks, _) = pool(2);
-        let (mut submitter, mut reaper, mut intake, mut outlet) =
+        let (submitter, mut reaper, mut intake, mut outlet) =
             rings(Depths::new(0, 2, 0), regions(&pool), u32::MAX);
         // The bell, the closed flag that submits look at, and the stop that the poller looks at.
         let shared = Arc::new((bell(), AtomicU32::new(0), AtomicU32::new(0)));
@@ -1011,7 +1008,7 @@ fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
     }
     check(3, || {
         let (pool, _, _) = pool(1);
-        let (mut submitter, mut reaper, mut intake, mut outlet) =
+        let (submitter, mut reaper, mut intake, mut outlet) =
             rings(Depths::new(0, 1, 0), regions(&pool), u32::MAX);
         let shared = Arc::new((Doorbell::new(Nobody), bell(), AtomicU32::new(0)));
         let frame = pool.alloc().unwrap();
@@ -1157,7 +1154,7 @@ fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
 fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
     check(2, || {
         let (pool, marks, freed) = pool(3);
-        let (mut submitter, reaper, mut intake, mut outlet) =
+        let (submitter, reaper, mut intake, mut outlet) =
             rings(Depths::new(0, 3, 0), regions(&pool), u32::MAX);
         let mut frames = [0; 3].map(|_| pool.alloc().unwrap()).into_iter();
         for user_data in 0..2 {

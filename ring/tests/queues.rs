@@ -659,7 +659,7 @@ fn regions(pool: &Pool) -> Regions {
 #[test]
 fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     let pool = pool(2);
-    let (mut submitter, mut reaper, mut intake, mut outlet) =
+    let (submitter, mut reaper, mut intake, mut outlet) =
         rings(Depths::new(2, 0, 0), regions(&pool), u32::MAX);
     for user_data in 0..2 {
         submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
@@ -705,9 +705,8 @@ fn a_completion_without_a_submission_panics_and_the_frame_goes_home() {
 #[test]
 fn a_full_class_leaves_room_for_the_others() {
     let pool = pool(2);
-    let (mut submitter, _reaper, mut intake, _outlet) =
-        rings(Depths::new(1, 1, 1), regions(&pool), 0);
-    let mut push = |class| submitter.push(class, pool.alloc().unwrap(), 0);
+    let (submitter, _reaper, mut intake, _outlet) = rings(Depths::new(1, 1, 1), regions(&pool), 0);
+    let push = |class| submitter.push(class, pool.alloc().unwrap(), 0);
     push(Class::Read).unwrap();
     assert_eq!(submitter.check(Class::Read), Err(Refusal::NoCredit));
     assert_eq!(submitter.check(Class::Write), Ok(()));
@@ -757,7 +756,7 @@ fn regions_are_between_one_pool_and_65536() {
 #[test]
 fn an_entry_of_any_region_comes_back_as_a_frame_of_its_pool() {
     let pools: Vec<_> = (0..300).map(|_| pool(1)).collect();
-    let (mut submitter, _reaper, mut intake, _outlet) =
+    let (submitter, _reaper, mut intake, _outlet) =
         rings(Depths::new(0, 512, 0), Regions::new(pools.clone()).unwrap(), u32::MAX);
     for pool in &pools {
         submitter.push(Class::Write, pool.alloc().unwrap(), 0).unwrap();
@@ -860,7 +859,7 @@ fn the_memory_outlives_the_pools_handles_until_the_last_frame_is_home() {
 #[test]
 fn the_memory_outlives_a_ring_that_is_dropped_with_entries_inside() {
     let (pool, freed) = counted(3);
-    let (mut submitter, reaper, mut intake, mut outlet) =
+    let (submitter, reaper, mut intake, mut outlet) =
         rings(Depths::new(3, 0, 0), regions(&pool), u32::MAX);
     let mut last = pool.alloc().unwrap();
     for user_data in 0..2 {
@@ -1016,7 +1015,7 @@ fn serve(mut intake: Intake, mut outlet: Outlet, bells: &[Doorbell<Token>; 2], t
 fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
     let each = scale(200_000, 2_000);
     let pool = pool(48);
-    let (mut submitter, mut reaper, intake, outlet) =
+    let (submitter, mut reaper, intake, outlet) =
         rings(Depths { read: 16, write: 16, cancel: 0, sq: 8 }, regions(&pool), u32::MAX - 999);
     let bells = Arc::new([(); 2].map(|()| Doorbell::new(Token::default())));
     let poller = thread::spawn({
@@ -1079,10 +1078,11 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
 fn three_threads_share_a_ring_and_a_free_list() {
     let total = scale(200_000, 2_000);
     let pool = pool(8);
-    let (mut submitter, mut reaper, mut intake, mut outlet) =
+    let (submitter, mut reaper, mut intake, mut outlet) =
         rings(Depths { read: 4, write: 0, cancel: 0, sq: 2 }, regions(&pool), u32::MAX - 500);
     thread::scope(|scope| {
-        scope.spawn(|| {
+        let pool = &pool;
+        scope.spawn(move || {
             let mut asked = 0;
             while asked < total {
                 let taken = match pool.alloc() {

@@ -6,7 +6,7 @@ use vmring::device::{Capabilities, Offloads};
 use vmring::software::{self, Left, Segments};
 use vmring::{
     BatchError, Checksum, Completion, EntryError, Error, Frame, Gso, OffloadHeader, Pool,
-    SubmissionQueue, SubmitErrorKind,
+    SubmissionHalf, SubmitErrorKind,
 };
 
 /// `user_data` of reads, and of writes: a frame as it was read, and one that holds a segment.
@@ -198,7 +198,7 @@ impl Way {
 
     /// Writes what waits, as far as the other end has credits for it; the rest goes on waiting.
     /// Returns how many.
-    pub(crate) fn write(&mut self, to: &mut SubmissionQueue) -> Result<usize, Error> {
+    pub(crate) fn write(&mut self, to: &mut SubmissionHalf<'_>) -> Result<usize, Error> {
         let mut written = 0;
         while !self.waiting.is_empty() {
             match to.submit_writes(std::iter::from_fn(|| self.next_frame())) {
@@ -266,7 +266,7 @@ impl Way {
     }
 
     /// Posts the frames that are free for reading, as far as there are credits. Returns how many.
-    pub(crate) fn post(&mut self, from: &mut SubmissionQueue) -> Result<usize, Error> {
+    pub(crate) fn post(&mut self, from: &mut SubmissionHalf<'_>) -> Result<usize, Error> {
         if self.spare.is_empty() {
             return Ok(0);
         }
