@@ -13,7 +13,7 @@ use static_assertions::const_assert_eq;
 /// What a credit is for. Each class has its own, so reads that fill the ring never block a write
 /// or a cancel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
+#[repr(u32)]
 pub enum Class {
     /// Posted reads.
     Read,
