@@ -107,13 +107,18 @@ const PENDING: u32 = 0;
 
 /// The state of a posted cell that is filled: for which index, and the frame's length plus one. Any
 /// other state is pending, also that of an earlier lap.
+#[inline]
 fn filled(index: u32, len: usize) -> u64 {
     u64::from(index) << 32 | (len as u64 + 1)
 }
 
-/// The length of the frame in the posted cell `index`, if `state` says that it is filled.
-fn filled_len(state: u64, index: u32) -> Option<usize> {
-    ((state >> 32) as u32 == index).then_some(state as u32)?.checked_sub(1).map(|len| len as usize)
+/// Beside the length in the state of a posted cell: the frame has waited in the overflow ring.
+const WAITED: u32 = 1 << 31;
+
+/// The low half of the state of the posted cell `index`, if it is filled.
+#[inline]
+fn filled_with(state: u64, index: u32) -> Option<u32> {
+    ((state >> 32) as u32 == index && state as u32 != 0).then_some(state as u32)
 }
 
 /// The widest index of the overflow ring in the word: 29 bits.
@@ -301,7 +306,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     pub fn starting_at(depth: u32, overflow: u32, max_frame: usize, start: u32) -> Self {
         assert!(depth > 0, "an inbox needs at least one cell");
         assert!(depth <= MAX_CELLS && overflow <= MAX_CELLS, "an inbox of more than 2^24 cells");
-        assert!(max_frame < (u32::MAX - 1) as usize, "frames of 4 GiB");
+        assert!(max_frame < WAITED as usize - 1, "frames of 2 GiB");
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();
         Self {
@@ -334,6 +339,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             published: posted,
             popped: inbox.popped.load(Ordering::Relaxed),
             lent: 0,
+            gaps: 0,
             not_sync: PhantomData,
         };
         inbox.doorbell.parker().set(Some(wake));
@@ -467,6 +473,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         self.word.compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(drop)
     }
 
+    /// A place in the three arrays, which are equally long, by a power of two.
     #[inline]
     fn cell(&self, index: u32) -> usize {
         index as usize & (self.rooms.len() - 1)
@@ -474,18 +481,21 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     #[inline]
     fn state(&self, index: u32) -> &AtomicU64 {
-        &self.states[self.cell(index)]
+        // SAFETY: `cell` is below the number of rooms, and `starting_at` makes as many states.
+        unsafe { self.states.get_unchecked(self.cell(index)) }
     }
 
     /// The collector's place for the buffer of the posted cell `index`.
     #[inline]
     fn place(&self, index: u32) -> &UnsafeCell<Option<B>> {
-        &self.lent[self.cell(index)]
+        // SAFETY: `cell` is below the number of rooms, and `starting_at` makes as many places.
+        unsafe { self.lent.get_unchecked(self.cell(index)) }
     }
 
     #[inline]
     fn room(&self, index: u32) -> &UnsafeCell<*mut u8> {
-        &self.rooms[self.cell(index)]
+        // SAFETY: `cell` is below the number of rooms.
+        unsafe { self.rooms.get_unchecked(self.cell(index)) }
     }
 
     /// Copies `frame`, of at most `max_frame` bytes, into the posted buffer `index`, which the caller
@@ -525,8 +535,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 self.overflow.room(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
             }
         });
-        // Release: pairs with the Acquire in `collect_from_overflow`; the bytes are there. The length
-        // is at most `max_frame`, which `starting_at` keeps below 4 GiB.
+        // Release: pairs with the Acquire in `fill_from_overflow`; the bytes are there. The length
+        // is at most `max_frame`, which `starting_at` keeps below 2 GiB.
         cell.state.store(frame.len() as u32 + 1, Ordering::Release);
     }
 }
@@ -605,6 +615,8 @@ pub struct Collector<B: AsMut<[u8]> + Send> {
     popped: u32,
     /// Buffers in the inbox.
     lent: usize,
+    /// Cells that are posted and not collected, and whose buffer was taken back.
+    gaps: u32,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
@@ -701,28 +713,33 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// [ring](Inbox::ring)), or if it waits in the overflow ring for a buffer to be posted.
     #[inline(always)]
     pub fn collect(&mut self) -> Option<Collected<B>> {
-        while self.collected != self.posted {
+        loop {
+            if self.collected == self.posted {
+                return None;
+            }
             // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
             let state = self.inbox.state(self.collected).load(Ordering::Acquire);
-            let Some(len) = filled_len(state, self.collected) else {
-                if self.skip_taken_back() {
-                    continue;
+            if let Some(with) = filled_with(state, self.collected) {
+                let buffer = self.take()?;
+                if self.gaps > 0 {
+                    self.skip_taken_back();
                 }
-                return self.collect_overflow();
-            };
-            let buffer = self.take()?;
-            self.skip_taken_back();
-            return Some(Collected { buffer, len, overflow: false });
+                let (len, overflow) = ((with & !WAITED) as usize - 1, with & WAITED != 0);
+                return Some(Collected { buffer, len, overflow });
+            }
+            // Relaxed: see `overflowing`.
+            if !self.inbox.overflowing.load(Ordering::Relaxed) || !self.fill_from_overflow() {
+                return None;
+            }
         }
-        None
     }
 
     /// Steps over the cells that come next and whose buffer was taken back, if a recall left any behind
-    /// a claim. Returns whether there was one.
-    #[inline(always)]
-    fn skip_taken_back(&mut self) -> bool {
-        let start = self.collected;
-        while self.collected != self.posted {
+    /// a claim.
+    #[cold]
+    #[inline(never)]
+    fn skip_taken_back(&mut self) {
+        while self.gaps > 0 && self.collected != self.posted {
             let taken = self.inbox.place(self.collected).with(|place| {
                 // SAFETY: invariant 4: the places are the collector's.
                 unsafe { (*place).is_none() }
@@ -731,8 +748,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
                 break;
             }
             self.collected = self.collected.wrapping_add(1);
+            self.gaps -= 1;
         }
-        self.collected != start
     }
 
     /// Takes the buffer out of the cell `collected` and steps over it. The caller has made sure
@@ -759,30 +776,22 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     }
 
     /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are
-    /// both and no earlier claim is still being filled.
-    fn collect_overflow(&mut self) -> Option<Collected<B>> {
-        // Relaxed: see `overflowing`.
-        if !self.inbox.overflowing.load(Ordering::Relaxed) {
-            return None;
-        }
-        self.collect_from_overflow()
-    }
-
+    /// both and no earlier claim is still being filled. Whether it did: then the buffer is to be collected.
     #[cold]
     #[inline(never)]
-    fn collect_from_overflow(&mut self) -> Option<Collected<B>> {
+    fn fill_from_overflow(&mut self) -> bool {
         // We are about to move `claimed`, which must not overtake what senders know.
         self.publish();
         // Acquire: see `change`.
         let word = Word(self.inbox.word.load(Ordering::Acquire));
         if word.claimed() != self.collected || !word.overflow() {
-            return None;
+            return false;
         }
         let waiting = self.inbox.overflow.cell(self.popped);
-        // Acquire: pairs with the Release in `Done`; the sender's copy is complete.
+        // Acquire: pairs with the Release in `fill_overflow`; the sender's copy is complete.
         let state = waiting.state.load(Ordering::Acquire);
         if state == PENDING {
-            return None;
+            return false;
         }
         let len = state as usize - 1;
         let place = self.inbox.place(self.collected);
@@ -818,8 +827,10 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         self.popped = popped;
         // Release: pairs with the Acquire in `deliver`; our reading of the cell is over.
         self.inbox.popped.store(popped, Ordering::Release);
-        let buffer = self.take()?;
-        Some(Collected { buffer, len, overflow: true })
+        // Relaxed: the cell is ours, as just now, and we are who looks at it next.
+        let state = filled(self.collected, len) | u64::from(WAITED);
+        self.inbox.state(self.collected).store(state, Ordering::Relaxed);
+        true
     }
 
     /// Takes back every posted buffer that no sender has claimed, and gives each to `f`. Buffers
@@ -838,6 +849,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         for index in indices(&cells) {
             if let Some(buffer) = self.take_from(index) {
                 count += 1;
+                self.gaps += 1;
                 f(buffer);
             }
         }
@@ -874,6 +886,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             });
             if let Some(buffer) = buffer {
                 held.collector.lent -= 1;
+                held.collector.gaps += 1;
                 held.taken += 1;
                 f(buffer);
             }
@@ -910,7 +923,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         if index == self.posted {
             return false;
         }
-        if filled_len(self.inbox.state(index).load(Ordering::Acquire), index).is_some() {
+        if filled_with(self.inbox.state(index).load(Ordering::Acquire), index).is_some() {
             return true;
         }
         let word = Word(self.inbox.word.load(Ordering::Acquire));
@@ -940,7 +953,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             if lent {
                 // Acquire: pairs with the Release in `end_claim`; the sender has let go of the cell.
                 wait(|| {
-                    filled_len(self.inbox.state(index).load(Ordering::Acquire), index).is_some()
+                    filled_with(self.inbox.state(index).load(Ordering::Acquire), index).is_some()
                 });
             }
         }
