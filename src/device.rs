@@ -382,14 +382,18 @@ impl fmt::Debug for Wake {
 ///
 /// If it is dropped instead, the entry completes as [`EntryError::Abandoned`] and the frame goes
 /// back to the caller. If it is forgotten, the slot is lost and counted as such at close.
+// In this order, what is left beside the class, which says whether an `Option` of a slot has one, is 32
+// bytes at its end or 24 and a number: copied in pieces that do not overlap. Overlapping ones cost the
+// processor some fifteen cycles when they are read back.
+#[repr(C)]
 pub struct PostedSlot {
-    /// `None` only in the moment between completing and dropping.
-    frame: Option<Frame>,
-    user_data: u64,
+    class: Class,
     /// The ring to which the entry belongs: a number, not a pointer, so that a slot costs no
     /// reference count.
     ring: u32,
-    class: Class,
+    /// `None` only in the moment between completing and dropping.
+    frame: Option<Frame>,
+    user_data: u64,
 }
 
 // As the docs of `RingBuilder` say.
