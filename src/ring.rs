@@ -449,7 +449,7 @@ pub struct SubmissionQueue {
     submitter: Submitter,
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
-    /// While the ring's other half, borrowed together with this one, is reaping.
+    /// Other than `None` only while the ring's other half, borrowed together with this one, is reaping.
     debt: Cell<Debt>,
 }
 
@@ -543,14 +543,11 @@ impl SubmissionHalf<'_> {
     #[inline(always)]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.sq.push(class, frame, user_data)?;
-        match self.sq.debt.get() {
-            Debt::None => self.sq.ring_doorbell(),
-            // Nearly always the second or a later one of a loop.
-            Debt::Owed => self.sq.submitter.publish_lines(),
-            Debt::Allowed => {
-                self.sq.debt.set(Debt::Owed);
-                self.sq.submitter.publish_lines();
-            }
+        if self.sq.debt.get() == Debt::None {
+            self.sq.ring_doorbell();
+        } else {
+            self.sq.debt.set(Debt::Owed);
+            self.sq.submitter.publish_lines();
         }
         Ok(())
     }
@@ -1324,8 +1321,8 @@ impl Iterator for Reap<'_> {
 impl ExactSizeIterator for Reap<'_> {}
 
 /// The completions that were there when [`CompletionHalf::reap`] was called. When it is dropped, what was
-/// submitted meanwhile is published and the doorbell rung; should it be forgotten instead, with the
-/// next submission or the next [`Ring::split`].
+/// submitted meanwhile is published and the doorbell rung; should it be forgotten instead, with the next
+/// [`Ring::split`], or the next submission through the [`Ring`] itself.
 #[derive(Debug)]
 pub struct HalfReap<'a> {
     reap: Reap<'a>,
