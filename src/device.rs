@@ -382,9 +382,9 @@ impl fmt::Debug for Wake {
 ///
 /// If it is dropped instead, the entry completes as [`EntryError::Abandoned`] and the frame goes
 /// back to the caller. If it is forgotten, the slot is lost and counted as such at close.
-// In this order, what is left beside the class, which says whether an `Option` of a slot has one, is 32
-// bytes at its end or 24 and a number: copied in pieces that do not overlap. Overlapping ones cost the
-// processor some fifteen cycles when they are read back.
+// In this order what stands behind the class and the ring is 32 bytes, which are copied in pieces that do
+// not overlap. (The class is looked at by itself: it says whether an `Option` of a slot has one.) Reading
+// overlapping pieces back costs some fifteen cycles.
 #[repr(C)]
 pub struct PostedSlot {
     class: Class,
