@@ -483,7 +483,7 @@ rule!(
 
 /// Starts a call that takes a while; what it does with it is running then.
 fn beside_a_call(writes: bool, body: impl FnOnce(&World, &Interface)) {
-    let (world, _, interface) = one(|script| script.call_cost = Duration::from_millis(400));
+    let (world, _, interface) = one(|script| script.call_cost = Duration::from_secs(1));
     let handle = interface.handle as usize;
     let call = thread::spawn(move || {
         let handle = handle as Pointer;
@@ -493,7 +493,7 @@ fn beside_a_call(writes: bool, body: impl FnOnce(&World, &Interface)) {
             Packets::rooms(1, 1514).read(handle)
         }
     });
-    thread::sleep(Duration::from_millis(100));
+    thread::sleep(Duration::from_millis(200));
     body(&world, &interface);
     assert_eq!(call.join().expect("a call").0, SUCCESS);
 }
@@ -538,10 +538,11 @@ rule!(
         });
     },
     || {
-        beside_a_call(false, |_, interface| {
-            thread::sleep(Duration::from_millis(500));
-            assert_eq!(interface.stop(), SUCCESS);
-        });
+        let (_world, interface, _) = interface();
+        let handle = interface.handle as usize;
+        let read = move || Packets::rooms(1, 1514).read(handle as Pointer).0;
+        assert_eq!(thread::spawn(read).join().expect("a reader"), SUCCESS);
+        assert_eq!(interface.stop(), SUCCESS);
     }
 );
 
@@ -1049,7 +1050,7 @@ rule!(
 fn start_letting_go(early: impl FnOnce(&mut Option<ObjectBlock>, &mut Option<Queue>)) {
     let world = bare();
     let id = world.interface_id();
-    let late = Duration::from_millis(50);
+    let late = Duration::from_millis(300);
     world.script(id, |script| script.start.handler = StartHandler::After(late));
     let description = Description::shared(id);
     let (handler, answers) = start_block();
@@ -1099,7 +1100,7 @@ rule!(
 fn stop_letting_go(early: impl FnOnce(&mut Option<StatusBlock>, &mut Option<Queue>)) {
     let world = bare();
     let id = world.interface_id();
-    world.script(id, |script| script.stop.handler = Some(Duration::from_millis(50)));
+    world.script(id, |script| script.stop.handler = Some(Duration::from_millis(300)));
     let interface = Start::of(&Description::shared(id)).interface();
     let (handler, answers) = status_block();
     let (mut handler, mut to) = (Some(handler), Some(new_queue()));
@@ -1137,15 +1138,22 @@ rule!(
     || stop_letting_go(|_, _| ())
 );
 
-/// Releases a stop's handler as soon as it has said something, or when it has returned.
+/// Releases a stop's handler when it has returned, or while it certainly has not: it says its word and
+/// then waits to be told to return.
 fn stop_letting_go_on_its_word(waits: bool) {
     let world = bare();
     let interface = Start::of(&Description::shared(world.interface_id())).interface();
     let to = new_queue();
-    let (handler, answers) = status_block();
+    let (answer, answers) = channel();
+    let (returning, may_return) = channel::<()>();
+    let handler = RcBlock::new(move |status: u32| {
+        let _ = answer.send(status);
+        let _ = may_return.recv_timeout(LONG);
+    });
     assert_eq!(interface.stop_with(queue(&to), block(&handler)), SUCCESS);
     assert_eq!(answers.recv_timeout(LONG), Ok(SUCCESS));
     if waits {
+        returning.send(()).expect("a handler that waits");
         drain(&to);
     }
     drop(handler);
