@@ -433,6 +433,73 @@ fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
     });
 }
 
+/// Goal: on a loopback, packets keep their order and fill the longest posted read first, whether they
+/// go from writes to reads directly, by reads that were lent, or through the device's own queue.
+/// Method: one ring, which has another beside it for a while.
+#[test]
+fn a_loopback_keeps_the_order_on_every_way_through_it() {
+    guarded(|| {
+        let interface = loopback();
+        let mut ring = inline(&interface, Direction::Both).depth(64).build().unwrap();
+        let (mut sent, mut posted) = (0, 0);
+        let mut came = 0;
+        let mut round = |ring: &mut Ring, writes: u64, reads: u64| {
+            (sent..sent + writes).for_each(|number| send(ring, number));
+            (posted..posted + reads).for_each(|number| post(ring, number));
+            (sent, posted) = (sent + writes, posted + reads);
+            settle(ring);
+            for done in reap(ring) {
+                assert!(done.result.is_ok(), "{done:?}");
+                if done.op == Op::Read {
+                    let number = done.frame.as_deref().map(number_of);
+                    assert_eq!((done.user_data, number), (came, Some(came)), "order");
+                    came += 1;
+                }
+            }
+            assert_eq!(came, sent.min(posted), "so many have both a write and a read");
+        };
+        stage("directly, and the rest waits");
+        round(&mut ring, 3, 1);
+        round(&mut ring, 2, 1);
+        round(&mut ring, 0, 2);
+        stage("what waited is gone, reads are left over");
+        round(&mut ring, 1, 7);
+        round(&mut ring, 1, 1);
+        stage("another ring writes: reads are lent");
+        let mut beside = inline(&interface, Direction::Write).depth(8).build().unwrap();
+        round(&mut ring, 2, 9);
+        beside.close().unwrap();
+        stage("alone again, with lent reads and fresh ones");
+        round(&mut ring, 1, 4);
+        round(&mut ring, 16, 2);
+        round(&mut ring, 5, 9);
+        round(&mut ring, 4, 4);
+    });
+}
+
+/// Goal: the reads of a ring are there for others' packets too, and not only as many as the device
+/// queues (256). Method: a reader that writes as well, first alone, then with another beside it.
+#[test]
+fn reads_on_a_loopback_are_there_for_every_writing_ring() {
+    const COUNT: u64 = 512;
+    guarded(|| {
+        let interface = loopback();
+        let depth = |direction| inline(&interface, direction).depth(COUNT as u32);
+        let mut reader = depth(Direction::Both).build().unwrap();
+        (0..COUNT).for_each(|number| post(&mut reader, number));
+        settle(&mut reader);
+        let mut writer = depth(Direction::Write).build().unwrap();
+        settle(&mut reader);
+        (0..COUNT).for_each(|number| send(&mut writer, number));
+        for done in reap_n(&mut writer, COUNT as usize) {
+            assert!(done.result.is_ok(), "{done:?}");
+        }
+        let came = reap_n(&mut reader, COUNT as usize);
+        let numbers = came.iter().map(|done| done.frame.as_deref().map_or(u64::MAX, number_of));
+        assert!(numbers.eq(0..COUNT), "{came:?}");
+    });
+}
+
 /// Goal: the device gets writes in submission order although it takes them in odd pieces.
 #[test]
 fn writes_reach_the_device_in_submission_order() {

@@ -362,6 +362,13 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         Word(self.word.load(Ordering::Relaxed)).closed()
     }
 
+    /// Whether frames wait in the overflow ring for buffers to be posted. A hint, unless nobody else
+    /// delivers: it may change at once.
+    #[inline]
+    pub fn frames_wait(&self) -> bool {
+        Word(self.word.load(Ordering::Relaxed)).overflow()
+    }
+
     /// Copies `frame` to the receiver: into the oldest posted buffer, else into the overflow ring.
     /// Waits for nothing but the receiver's look through its posted buffers in
     /// [`recall_if`](Collector::recall_if). It does not wake the receiver: [`ring`](Self::ring) once

@@ -254,6 +254,7 @@ struct EmbeddedQueue {
 impl Queue for EmbeddedQueue {
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
         if let Some(rx) = &mut self.rx {
+            rx.attend(io);
             rx.post(io);
         }
         if let Some(tx) = &mut self.tx

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use macaddr::MacAddr6;
 use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
@@ -21,6 +22,9 @@ pub(crate) const ETHERNET: u32 = 14;
 /// A driver for [`Interface::builder`](crate::Interface::builder): a wire from the interface back to
 /// itself. One ring reads, any number write. With 256 packets waiting and no read posted it takes
 /// no more, which the writer sees as [`Status::BufferExhausted`] after the retry budget.
+///
+/// The only ring that writes, if it is the one that reads too, fills its own reads directly. They are
+/// there for another ring from the first turn on that its engine has after the other was built.
 #[derive(Clone, Debug)]
 pub struct Loopback {
     mtu: u32,
@@ -48,13 +52,20 @@ impl Driver for Loopback {
 
 struct Loop {
     info: InterfaceInfo,
+    wire: Arc<Wire>,
+}
+
+/// What the interface's rings share.
+struct Wire {
     inbox: Arc<Inbox<PostedSlot>>,
+    /// Rings that write.
+    writers: AtomicUsize,
 }
 
 impl Loop {
     fn new(info: InterfaceInfo) -> Self {
         let inbox = Arc::new(Inbox::new(POSTED, QUEUE, info.max_packet_size as usize));
-        Self { info, inbox }
+        Self { info, wire: Arc::new(Wire { inbox, writers: AtomicUsize::new(0) }) }
     }
 }
 
@@ -77,61 +88,75 @@ impl Device for Loop {
         let collector = if direction.reads() {
             let wake = Arc::new(move || wake.wake());
             // The caller keeps to one reading ring; the last one has closed.
-            Some(Inbox::open(&self.inbox, wake).ok_or(Status::SetupIncomplete)?)
+            Some(Inbox::open(&self.wire.inbox, wake).ok_or(Status::SetupIncomplete)?)
         } else {
             None
         };
-        let inbox = direction.writes().then(|| self.inbox.clone());
-        Ok(Box::new(End { inbox, rx: collector.map(InboxReader::new) }))
+        let tx = direction.writes().then(|| Writer::new(&self.wire));
+        Ok(Box::new(End { tx, rx: collector.map(InboxReader::new), lends: false }))
+    }
+}
+
+/// One of the rings that write.
+struct Writer(Arc<Wire>);
+
+impl Writer {
+    fn new(wire: &Arc<Wire>) -> Self {
+        // Relaxed, as everywhere: a reader that has not seen it yet sees the packet that it could not
+        // deliver, whose doorbell has the fence that this needs.
+        wire.writers.fetch_add(1, Ordering::Relaxed);
+        Self(wire.clone())
+    }
+
+    fn inbox(&self) -> &Inbox<PostedSlot> {
+        &self.0.inbox
+    }
+
+    fn is_alone(&self) -> bool {
+        self.0.writers.load(Ordering::Relaxed) == 1
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.0.writers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 struct End {
-    inbox: Option<Arc<Inbox<PostedSlot>>>,
+    tx: Option<Writer>,
     rx: Option<InboxReader>,
+    /// Whether reads that the poller has are put into the inbox.
+    lends: bool,
+}
+
+impl End {
+    /// Reads are for other rings to fill, or for packets that wait. If neither is so, they stay with
+    /// the poller, and this ring's own writes find them there.
+    fn has_to_lend(&self) -> bool {
+        !self.tx.as_ref().is_some_and(|tx| tx.is_alone() && !tx.inbox().frames_wait())
+    }
 }
 
 impl Queue for End {
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        self.lends = self.has_to_lend();
         if let Some(rx) = &mut self.rx {
-            rx.post(io);
+            rx.attend(io);
+            if self.lends {
+                rx.post(io);
+            }
         }
-        if let Some(inbox) = &self.inbox {
-            let mut sent = false;
-            // As many as there are buffers for in one claim, the rest one by one.
-            let max = inbox.max_frame();
-            let fitting = io.leading_writes(|packet| packet.len() <= max);
-            if let Some(mut claim) = inbox.claim(fitting) {
-                while claim.left() > 0
-                    && let Some(slot) = io.take_write()
-                {
-                    claim.fill(slot.packet());
-                    io.complete_write(slot);
-                }
-                sent = true;
-            }
-            while let Some(slot) = io.take_write() {
-                match inbox.deliver(slot.packet()) {
-                    Delivery::Direct | Delivery::Overflow => {
-                        io.complete_write(slot);
-                        sent = true;
-                    }
-                    Delivery::Dropped(Refused::TooBig) => io.fail(slot, Status::PacketTooBig),
-                    Delivery::Dropped(Refused::NoBuffer | Refused::Closed) => {
-                        io.put_back(slot);
-                        break;
-                    }
-                }
-            }
-            if sent {
-                inbox.ring();
-            }
+        if let Some(tx) = &self.tx {
+            write(io, tx.inbox(), self.rx.as_mut().filter(|_| !self.lends));
         }
         Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(io)))
     }
 
     fn arm(&mut self) -> bool {
-        self.rx.as_mut().is_none_or(InboxReader::arm)
+        // Armed first: who comes after our look rings.
+        let armed = self.rx.as_mut().is_none_or(InboxReader::arm);
+        armed && (self.lends || !self.has_to_lend())
     }
 
     fn cancel(&mut self, target: Option<u64>) -> u32 {
@@ -142,8 +167,70 @@ impl Queue for End {
         if let Some(mut rx) = self.rx.take() {
             rx.close(io);
         }
-        self.inbox = None;
+        self.tx = None;
         true
+    }
+}
+
+/// Sends the poller's writes: `own` is the end that reads them, if it is this ring's and nobody else
+/// wants its reads.
+#[inline(always)]
+fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReader>) {
+    let mut sent = false;
+    let max = inbox.max_frame();
+    // As many as there are buffers for in one claim, the rest one by one.
+    if own.as_ref().is_none_or(|rx| rx.inlet.posted() > 0)
+        && let Some(mut claim) = inbox.claim(io.leading_writes(|packet| packet.len() <= max))
+    {
+        while claim.left() > 0
+            && let Some(slot) = io.take_write()
+        {
+            claim.fill(slot.packet());
+            io.complete_write(slot);
+        }
+        sent = true;
+    }
+    if let Some(rx) = own {
+        // Reads that were lent come first.
+        rx.collect(io);
+        if rx.inlet.posted() == 0 {
+            pass(io);
+        }
+    }
+    while let Some(slot) = io.take_write() {
+        match inbox.deliver(slot.packet()) {
+            Delivery::Direct | Delivery::Overflow => {
+                io.complete_write(slot);
+                sent = true;
+            }
+            Delivery::Dropped(Refused::TooBig) => io.fail(slot, Status::PacketTooBig),
+            Delivery::Dropped(Refused::NoBuffer | Refused::Closed) => {
+                io.put_back(slot);
+                break;
+            }
+        }
+    }
+    if sent {
+        inbox.ring();
+    }
+}
+
+/// Gives each write to the next read, as long as there are both.
+#[inline(always)]
+fn pass(io: &mut Io<'_>) {
+    while io.reads() > 0
+        && let Some(from) = io.take_write()
+    {
+        let Some(mut to) = io.take_read() else { return io.put_back(from) };
+        let len = from.packet().len();
+        if let Some(room) = to.room_mut().get_mut(..len) {
+            room.copy_from_slice(from.packet());
+            io.complete_write(from);
+            io.complete_read(to, len);
+        } else {
+            io.fail(from, Status::PacketTooBig);
+            io.put_back(to);
+        }
     }
 }
 
@@ -212,9 +299,9 @@ impl<I: Inlet> InboxReader<I> {
         Self { inlet, armed: false, cancelled: VecDeque::new() }
     }
 
-    /// Posts the poller's reads, as many as fit.
+    /// Awake again: completes what was cancelled.
     #[inline(always)]
-    pub(crate) fn post(&mut self, io: &mut Io<'_>) {
+    pub(crate) fn attend(&mut self, io: &mut Io<'_>) {
         if self.armed {
             self.armed = false;
             self.inlet.disarm();
@@ -222,6 +309,11 @@ impl<I: Inlet> InboxReader<I> {
         while let Some(slot) = self.cancelled.pop_front() {
             io.cancel(slot);
         }
+    }
+
+    /// Posts the poller's reads, as many as fit.
+    #[inline(always)]
+    pub(crate) fn post(&mut self, io: &mut Io<'_>) {
         while let Some(slot) = io.take_read() {
             if let Err(slot) = self.inlet.stage(slot) {
                 io.put_back(slot);
