@@ -398,7 +398,7 @@ pub struct PostedSlot {
 
 // As the docs of `RingBuilder` say.
 #[cfg(target_pointer_width = "64")]
-const_assert_eq!(size_of::<Option<PostedSlot>>(), 40);
+const_assert_eq!(size_of::<PostedSlot>(), 40);
 
 impl PostedSlot {
     #[inline(always)]
@@ -638,13 +638,13 @@ impl<'a> Io<'a> {
     /// Takes the read posted longest ago.
     #[inline(always)]
     pub fn take_read(&mut self) -> Option<PostedSlot> {
-        if self.reads() == 0 { None } else { self.posted.reads.pop_known() }
+        if self.reads() == 0 { None } else { self.posted.reads.pop_front() }
     }
 
     /// Takes the write submitted longest ago.
     #[inline(always)]
     pub fn take_write(&mut self) -> Option<PostedSlot> {
-        if self.writes() == 0 { None } else { self.posted.writes.pop_known() }
+        if self.writes() == 0 { None } else { self.posted.writes.pop_front() }
     }
 
     /// The write that [`take_write`](Self::take_write) would take.

@@ -3,12 +3,16 @@
 //! `VecDeque::push_back` takes its element by value, so that a slot is put together on the stack first
 //! and then copied: a wide load behind narrow stores, for which the processor waits some fifteen cycles.
 
+use std::fmt;
+use std::mem::MaybeUninit;
+
 /// First in, first out. Grows when it is full, which a ring's lists never are: their size is the
 /// ring's depth.
-#[derive(Debug)]
+///
+/// Invariant: exactly the cells `head..tail` hold an element, and those are at most all.
 pub(crate) struct Fifo<T> {
     /// A power of two, or none.
-    cells: Box<[Option<T>]>,
+    cells: Box<[MaybeUninit<T>]>,
     /// Where the oldest is, and where the next comes. Free-running; a cell is found by masking.
     head: usize,
     tail: usize,
@@ -20,10 +24,22 @@ impl<T> Default for Fifo<T> {
     }
 }
 
+impl<T> fmt::Debug for Fifo<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fifo").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl<T> Drop for Fifo<T> {
+    fn drop(&mut self) {
+        while self.pop_front().is_some() {}
+    }
+}
+
 impl<T> Fifo<T> {
     pub(crate) fn with_capacity(capacity: usize) -> Self {
         let capacity = if capacity == 0 { 0 } else { capacity.next_power_of_two() };
-        Self { cells: (0..capacity).map(|_| None).collect(), head: 0, tail: 0 }
+        Self { cells: Box::new_uninit_slice(capacity), head: 0, tail: 0 }
     }
 
     #[inline]
@@ -45,6 +61,19 @@ impl<T> Fifo<T> {
     #[inline]
     fn cell(&self, index: usize) -> usize {
         index & self.cells.len().wrapping_sub(1)
+    }
+
+    /// The element at `index`, taken out.
+    ///
+    /// # Safety
+    ///
+    /// There was one until just now: the caller has moved `head` or `tail` past it, and has left none there
+    /// before.
+    #[inline(always)]
+    unsafe fn take(&self, index: usize) -> T {
+        // SAFETY: there is a cell, as something was in it; masking by a power of two finds it, and the
+        // caller says that it is full and will not be read again.
+        unsafe { self.cells.get_unchecked(self.cell(index)).assume_init_read() }
     }
 
     #[inline]
@@ -71,11 +100,9 @@ impl<T> Fifo<T> {
     pub(crate) fn push_back_with(&mut self, make: impl FnOnce() -> T) {
         self.make_room();
         let cell = self.cell(self.tail);
-        let place = &mut self.cells[cell];
+        // SAFETY: there is room, so there are cells; masking by a power of two finds one of them.
+        unsafe { self.cells.get_unchecked_mut(cell) }.write(make());
         self.tail = self.tail.wrapping_add(1);
-        // The cell is empty. Forgetting what was in it saves asking, and with the question the copy:
-        // an assignment makes the new element elsewhere, because dropping the old one may panic.
-        std::mem::forget(place.replace(make()));
     }
 
     #[inline]
@@ -85,29 +112,26 @@ impl<T> Fifo<T> {
 
     pub(crate) fn push_front(&mut self, element: T) {
         self.make_room();
+        let cell = self.cell(self.head.wrapping_sub(1));
+        self.cells[cell].write(element);
         self.head = self.head.wrapping_sub(1);
-        let cell = self.cell(self.head);
-        self.cells[cell] = Some(element);
     }
 
     #[inline]
     pub(crate) fn front(&self) -> Option<&T> {
-        if self.is_empty() { None } else { self.cells[self.cell(self.head)].as_ref() }
+        self.iter().next()
     }
 
     /// The oldest.
-    #[inline]
-    pub(crate) fn pop_front(&mut self) -> Option<T> {
-        if self.is_empty() { None } else { self.pop_known() }
-    }
-
-    /// The oldest, for who knows that there is one: `None` if there is not, and then the list is wrong.
     #[inline(always)]
-    pub(crate) fn pop_known(&mut self) -> Option<T> {
-        debug_assert!(!self.is_empty());
-        let cell = self.cell(self.head);
-        self.head = self.head.wrapping_add(1);
-        self.cells[cell].take()
+    pub(crate) fn pop_front(&mut self) -> Option<T> {
+        if self.is_empty() {
+            return None;
+        }
+        let index = self.head;
+        self.head = index.wrapping_add(1);
+        // SAFETY: it was in `head..tail`, and is not any more.
+        Some(unsafe { self.take(index) })
     }
 
     /// The newest.
@@ -116,8 +140,8 @@ impl<T> Fifo<T> {
             return None;
         }
         self.tail = self.tail.wrapping_sub(1);
-        let cell = self.cell(self.tail);
-        self.cells[cell].take()
+        // SAFETY: as in `pop_front`.
+        Some(unsafe { self.take(self.tail) })
     }
 
     /// Moves everything of `other` behind what is here.
@@ -130,8 +154,11 @@ impl<T> Fifo<T> {
     /// The elements, oldest first.
     #[inline]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
-        let indices = (0..self.len()).map(|i| self.cell(self.head.wrapping_add(i)));
-        indices.filter_map(|cell| self.cells[cell].as_ref())
+        (0..self.len()).map(|i| {
+            let cell = self.cell(self.head.wrapping_add(i));
+            // SAFETY: it is in `head..tail`.
+            unsafe { self.cells[cell].assume_init_ref() }
+        })
     }
 
     /// The elements where they are, oldest first.
@@ -141,7 +168,9 @@ impl<T> Fifo<T> {
         let len = self.len();
         let start = self.cell(self.head).min(self.cells.len());
         let (behind, first) = self.cells.split_at_mut(start);
-        first.iter_mut().chain(behind).flatten().take(len)
+        let cells = first.iter_mut().chain(behind).take(len);
+        // SAFETY: so many from `head` on are `head..tail`.
+        cells.map(|cell| unsafe { cell.assume_init_mut() })
     }
 }
 
@@ -167,6 +196,23 @@ mod tests {
             1 => Just(Step::PopBack),
         ];
         prop::collection::vec(step, 0..60)
+    }
+
+    /// Each element is dropped once, wherever it is.
+    #[test]
+    fn it_drops_what_is_left() {
+        let element = std::sync::Arc::new(());
+        let mut fifo = Fifo::with_capacity(2);
+        for _ in 0..5 {
+            fifo.push_back(element.clone());
+            drop(fifo.pop_front());
+            fifo.push_front(element.clone());
+        }
+        assert_eq!(std::sync::Arc::strong_count(&element), 6);
+        drop(fifo.pop_back());
+        assert_eq!(std::sync::Arc::strong_count(&element), 5);
+        drop(fifo);
+        assert_eq!(std::sync::Arc::strong_count(&element), 1);
     }
 
     proptest! {
