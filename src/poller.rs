@@ -286,33 +286,38 @@ impl Engine {
         if !self.shared.is_inline() {
             self.intake.prefetch();
         }
-        let number = self.shared.number;
-        while let Some(submission) = self.intake.pop() {
-            let (class, user_data, frame) = match submission {
-                Submission::Packet { class, user_data, frame } => (class, user_data, frame),
-                Submission::Cancel { user_data, target } => {
-                    let matched = self.cancel(target);
-                    self.completions.cancelled(target.is_none(), matched, user_data);
-                    continue;
-                }
+        loop {
+            self.take_packets();
+            // What comes behind the packets is a cancel.
+            let Some(submission) = self.intake.pop() else { return true };
+            let Submission::Cancel { user_data, target } = submission else {
+                unreachable!("the packets were taken")
             };
-            if !matches!(self.phase, Phase::Open)
-                && let Some(outcome) = self.refusal()
-            {
-                self.completions.push(class, frame, user_data, outcome);
-                continue;
-            }
-            let list = match class {
-                Class::Read => &mut self.posted.reads,
-                _ => &mut self.posted.writes,
-            };
-            list.push_back_with(|| PostedSlot::new(frame, user_data, number, class));
+            let matched = self.cancel(target);
+            self.completions.cancelled(target.is_none(), matched, user_data);
         }
-        true
+    }
+
+    /// Posts the submissions up to a cancel.
+    fn take_packets(&mut self) {
+        let refusal = self.refusal();
+        let number = self.shared.number;
+        let Self { intake, posted: Posted { reads, writes }, completions, .. } = self;
+        intake.take_packets(|parcel| {
+            let class = parcel.class();
+            if let Some(outcome) = refusal {
+                let (frame, user_data) = parcel.open();
+                return completions.push(class, frame, user_data, outcome);
+            }
+            let list = if class == Class::Read { &mut *reads } else { &mut *writes };
+            list.push_back_with(|| {
+                let (frame, user_data) = parcel.open();
+                PostedSlot::new(frame, user_data, number, class)
+            });
+        });
     }
 
     /// How an entry ends that came too late for the device.
-    #[cold]
     fn refusal(&self) -> Option<Outcome> {
         match self.phase {
             Phase::Open | Phase::Detached | Phase::Closing { then: None, .. } => None,

@@ -59,10 +59,11 @@ impl Outcome {
     }
 }
 
-/// Where a packet is: a slot of a region, and a part of the slot.
+/// Where a packet is in its region: a slot, and a part of the slot. Sixteen bytes that are copied as one:
+/// what is written in pieces and read back in others makes the processor wait some fifteen cycles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub(crate) struct Place {
-    pub(crate) region: u16,
     pub(crate) slot: u32,
     pub(crate) offset: u32,
     pub(crate) len: u32,
@@ -89,8 +90,7 @@ impl HeaderState {
 
 /// The slot number of an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
-const NOWHERE: Place =
-    Place { region: 0, slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::ABSENT };
+const NOWHERE: Place = Place { slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::ABSENT };
 
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
 /// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
@@ -98,13 +98,10 @@ const NOWHERE: Place =
 #[repr(C, align(32))]
 pub struct Sqe {
     user_data: u64,
-    slot: u32,
-    offset: u32,
-    len: u32,
+    place: Place,
     region: u16,
     opcode: Opcode,
     reserved: u8,
-    header: HeaderState,
     reserved_too: u32,
 }
 
@@ -114,58 +111,55 @@ pub struct Sqe {
 #[repr(C, align(32))]
 pub struct Cqe {
     user_data: u64,
-    slot: u32,
-    offset: u32,
-    len: u32,
+    place: Place,
     region: u16,
     opcode: Opcode,
     outcome: u8,
     code: u32,
-    header: HeaderState,
 }
 
 const_assert_eq!(size_of::<Sqe>(), 32);
 const_assert_eq!(align_of::<Sqe>(), 32);
 const_assert_eq!(offset_of!(Sqe, user_data), 0);
-const_assert_eq!(offset_of!(Sqe, slot), 8);
-const_assert_eq!(offset_of!(Sqe, offset), 12);
-const_assert_eq!(offset_of!(Sqe, len), 16);
-const_assert_eq!(offset_of!(Sqe, region), 20);
-const_assert_eq!(offset_of!(Sqe, opcode), 22);
-const_assert_eq!(offset_of!(Sqe, reserved), 23);
-const_assert_eq!(offset_of!(Sqe, header), 24);
+const_assert_eq!(offset_of!(Sqe, place.slot), 8);
+const_assert_eq!(offset_of!(Sqe, place.offset), 12);
+const_assert_eq!(offset_of!(Sqe, place.len), 16);
+const_assert_eq!(offset_of!(Sqe, place.header), 20);
+const_assert_eq!(offset_of!(Sqe, region), 24);
+const_assert_eq!(offset_of!(Sqe, opcode), 26);
+const_assert_eq!(offset_of!(Sqe, reserved), 27);
 const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
 
 const_assert_eq!(size_of::<Cqe>(), 32);
 const_assert_eq!(align_of::<Cqe>(), 32);
 const_assert_eq!(offset_of!(Cqe, user_data), 0);
-const_assert_eq!(offset_of!(Cqe, slot), 8);
-const_assert_eq!(offset_of!(Cqe, offset), 12);
-const_assert_eq!(offset_of!(Cqe, len), 16);
-const_assert_eq!(offset_of!(Cqe, region), 20);
-const_assert_eq!(offset_of!(Cqe, opcode), 22);
-const_assert_eq!(offset_of!(Cqe, outcome), 23);
-const_assert_eq!(offset_of!(Cqe, code), 24);
-const_assert_eq!(offset_of!(Cqe, header), 28);
+const_assert_eq!(offset_of!(Cqe, place.slot), 8);
+const_assert_eq!(offset_of!(Cqe, place.offset), 12);
+const_assert_eq!(offset_of!(Cqe, place.len), 16);
+const_assert_eq!(offset_of!(Cqe, place.header), 20);
+const_assert_eq!(offset_of!(Cqe, region), 24);
+const_assert_eq!(offset_of!(Cqe, opcode), 26);
+const_assert_eq!(offset_of!(Cqe, outcome), 27);
+const_assert_eq!(offset_of!(Cqe, code), 28);
 assert_impl_all!(Sqe: Copy, Send);
 assert_impl_all!(Cqe: Copy, Send);
 
 /// What a queue needs to know of its entries: whether one owns a slot.
 pub(crate) trait Entry: Copy {
-    fn place(&self) -> Option<Place>;
+    fn has_slot(&self) -> bool;
+    /// The region and the place in it, if it [has a slot](Self::has_slot).
+    fn slot(&self) -> (u16, Place);
 }
 
 impl Sqe {
     #[inline]
-    pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64) -> Self {
-        let Place { region, slot, offset, len, header } = place;
-        let (reserved, reserved_too) = (0, 0);
-        Self { user_data, slot, offset, len, region, opcode, reserved, header, reserved_too }
+    pub(crate) fn packet(opcode: Opcode, region: u16, place: Place, user_data: u64) -> Self {
+        Self { user_data, place, region, opcode, reserved: 0, reserved_too: 0 }
     }
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
         let (offset, len) = ((target >> 32) as u32, target as u32);
-        Self::packet(opcode, Place { offset, len, ..NOWHERE }, user_data)
+        Self::packet(opcode, 0, Place { offset, len, ..NOWHERE }, user_data)
     }
 
     /// The number the caller gave.
@@ -183,20 +177,26 @@ impl Sqe {
     /// Of a cancel: whose entries.
     #[inline]
     pub fn target(&self) -> u64 {
-        u64::from(self.offset) << 32 | u64::from(self.len)
+        u64::from(self.place.offset) << 32 | u64::from(self.place.len)
     }
 }
 
 impl Cqe {
     #[inline]
-    pub(crate) fn packet(opcode: Opcode, place: Place, user_data: u64, outcome: Outcome) -> Self {
-        let Place { region, slot, offset, len, header } = place;
+    pub(crate) fn packet(
+        opcode: Opcode,
+        region: u16,
+        place: Place,
+        user_data: u64,
+        outcome: Outcome,
+    ) -> Self {
         let (outcome, code) = outcome.encode();
-        Self { user_data, slot, offset, len, region, opcode, outcome, code, header }
+        Self { user_data, place, region, opcode, outcome, code }
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
-        Self { len: matched, ..Self::packet(opcode, NOWHERE, user_data, Outcome::Done) }
+        let place = Place { len: matched, ..NOWHERE };
+        Self::packet(opcode, 0, place, user_data, Outcome::Done)
     }
 
     /// The number the caller gave.
@@ -220,12 +220,12 @@ impl Cqe {
     /// Bytes of the packet; of a cancel, the number of entries that matched.
     #[inline]
     pub fn len(&self) -> u32 {
-        self.len
+        self.place.len
     }
 
     /// Whether `len` is 0.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.place.len == 0
     }
 }
 
@@ -233,10 +233,14 @@ impl Cqe {
 macro_rules! entry {
     ($entry:ident) => {
         impl Entry for $entry {
-            #[inline]
-            fn place(&self) -> Option<Place> {
-                let Self { region, slot, offset, len, header, .. } = *self;
-                (slot != NO_SLOT).then_some(Place { region, slot, offset, len, header })
+            #[inline(always)]
+            fn has_slot(&self) -> bool {
+                self.place.slot != NO_SLOT
+            }
+
+            #[inline(always)]
+            fn slot(&self) -> (u16, Place) {
+                (self.region, self.place)
             }
         }
     };
@@ -259,7 +263,7 @@ mod tests {
             Outcome::Refused(1007),
             Outcome::Refused(u32::MAX),
         ] {
-            let cqe = Cqe::packet(Opcode::Read, NOWHERE, 7, outcome);
+            let cqe = Cqe::packet(Opcode::Read, 0, NOWHERE, 7, outcome);
             assert_eq!(cqe.outcome(), outcome);
         }
     }
@@ -267,9 +271,10 @@ mod tests {
     #[test]
     fn an_entry_without_a_slot_has_no_place() {
         let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
-        assert_eq!((cancel.place(), cancel.target()), (None, 3 << 40 | 5));
+        assert_eq!((cancel.has_slot(), cancel.target()), (false, 3 << 40 | 5));
         let header = HeaderState::TO_SEND;
-        let place = Place { region: 9, slot: 8, offset: 7, len: 6, header };
-        assert_eq!(Sqe::packet(Opcode::Write, place, 5).place(), Some(place));
+        let place = Place { slot: 8, offset: 7, len: 6, header };
+        let packet = Sqe::packet(Opcode::Write, 9, place, 5);
+        assert_eq!((packet.has_slot(), packet.slot()), (true, (9, place)));
     }
 }

@@ -25,6 +25,7 @@ pub use frame::{Frame, FrontError, OutOfRoom};
 pub use pool::{Backing, HeapBacking, Layout, LayoutError, Pool};
 pub use queue::Regions;
 pub use rings::{
-    DEPTH_MAX, Depths, Intake, Outlet, Reaped, Reaper, Refusal, Submission, Submitter, rings,
+    DEPTH_MAX, Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter,
+    rings,
 };
 pub use view::PacketView;

@@ -58,13 +58,24 @@ impl Regions {
     /// queue, and this is the only call for it.
     #[inline]
     pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
-        let place = entry.place()?;
-        debug_assert!(usize::from(place.region) < self.pools.len());
+        // SAFETY: as the caller says.
+        entry.has_slot().then(|| unsafe { self.frame_of(entry) })
+    }
+
+    /// As [`frame`](Self::frame), of an entry that has a slot.
+    ///
+    /// # Safety
+    ///
+    /// As there.
+    #[inline(always)]
+    pub(crate) unsafe fn frame_of(&self, entry: &impl Entry) -> Frame {
+        let (region, place) = entry.slot();
+        debug_assert!(entry.has_slot() && usize::from(region) < self.pools.len());
         // SAFETY: `find` gave the region's number, which the entry carries unchanged.
-        let header = unsafe { self.pools.get_unchecked(usize::from(place.region)) }.raw();
+        let header = unsafe { self.pools.get_unchecked(usize::from(region)) }.raw();
         // SAFETY: the caller retired the entry, so the slot is in no other place now; it is
         // counted as out since its frame was submitted, and offset and length were the frame's.
-        Some(unsafe { Frame::from_raw(header, place) })
+        unsafe { Frame::from_raw(header, place) }
     }
 }
 
@@ -332,6 +343,49 @@ impl<T: Entry> Consumer<T> {
         // Release: pairs with the Acquire in `free`: our copy comes before the next write.
         self.shared.head.store(self.head, Ordering::Release);
         Some(entry)
+    }
+
+    /// Gives the entries that [`refresh`](Self::refresh) saw to `each`, oldest first and where they are, up
+    /// to the first that is not `wanted`. They are retired together, also if `each` panics.
+    #[inline(always)]
+    pub(crate) fn take_while(
+        &mut self,
+        wanted: impl Fn(&T) -> bool,
+        mut each: impl FnMut(&T, &Regions),
+    ) {
+        let mut taking = Taking { next: self.head, head: &mut self.head, shared: &self.shared };
+        while taking.next != self.tail_seen {
+            let index = taking.next;
+            let taken = taking.shared.cell(index).with(|cell| {
+                // SAFETY: as in `read`; `head` passes this cell when `taking` is dropped.
+                let entry = unsafe { (*cell).assume_init_ref() };
+                let wanted = wanted(entry);
+                if wanted {
+                    taking.next = index.wrapping_add(1);
+                    each(entry, &taking.shared.regions);
+                }
+                wanted
+            });
+            if !taken {
+                break;
+            }
+        }
+    }
+}
+
+/// Entries being taken: `head` up to `next` are, and are retired when this is dropped.
+struct Taking<'a, T: Entry> {
+    next: u32,
+    head: &'a mut u32,
+    shared: &'a Shared<T>,
+}
+
+impl<T: Entry> Drop for Taking<'_, T> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.head = self.next;
+        // Release: as in `pop`.
+        self.shared.head.store(self.next, Ordering::Release);
     }
 }
 

@@ -6,7 +6,7 @@
 //! places of its thread, by who submits and by who ends a loop in which something was submitted.
 
 use crate::credits::{Class, Giver, Taker, credits};
-use crate::entry::{Cqe, Opcode, Outcome, Sqe};
+use crate::entry::{Cqe, Entry, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Producer, Published, Regions, queue};
 use core::fmt;
@@ -172,7 +172,7 @@ impl Submitter {
             return Err((Refusal::ForeignPool, frame));
         };
         self.credits.take(class);
-        vacant.write(Sqe::packet(opcode, frame.into_raw(region), user_data));
+        vacant.write(Sqe::packet(opcode, region, frame.into_raw(), user_data));
         Ok(())
     }
 
@@ -288,6 +288,13 @@ impl Intake {
         self.sq.prefetch();
     }
 
+    /// Gives the packets among the submissions that [`ready`](Self::ready) saw to `each`, in their order,
+    /// up to a cancel, which [`pop`](Self::pop) takes. When it returns, the SQ has room for as many more.
+    #[inline(always)]
+    pub fn take_packets(&mut self, mut each: impl FnMut(Parcel<'_>)) {
+        self.sq.take_while(Entry::has_slot, |sqe, regions| each(Parcel { sqe, regions }));
+    }
+
     /// The next submission among those that [`ready`](Self::ready) saw.
     #[inline]
     pub fn pop(&mut self) -> Option<Submission> {
@@ -297,17 +304,61 @@ impl Intake {
         // it by a frame of these regions.
         let frame = unsafe { self.sq.regions().frame(&sqe) };
         Some(match frame {
-            Some(frame) => {
-                let read = sqe.opcode() == Opcode::Read;
-                let class = if read { Class::Read } else { Class::Write };
-                Submission::Packet { class, user_data, frame }
-            }
+            Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
             None => {
                 let target = (sqe.opcode() == Opcode::Cancel).then(|| sqe.target());
                 Submission::Cancel { user_data, target }
             }
         })
     }
+}
+
+/// A packet's submission while it is being taken: still in its queue's memory, so that whoever opens it
+/// copies it once, to where it is to be. Dropped unopened, the frame goes home.
+pub struct Parcel<'a> {
+    sqe: &'a Sqe,
+    regions: &'a Regions,
+}
+
+impl fmt::Debug for Parcel<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Parcel").field(self.sqe).finish()
+    }
+}
+
+impl Parcel<'_> {
+    /// Whether it is to be filled or to be sent.
+    #[inline(always)]
+    pub fn class(&self) -> Class {
+        class_of(self.sqe)
+    }
+
+    /// The frame, and the caller's number.
+    #[inline(always)]
+    pub fn open(self) -> (Frame, u64) {
+        let (user_data, frame) = (self.sqe.user_data(), self.frame());
+        core::mem::forget(self);
+        (frame, user_data)
+    }
+
+    #[inline(always)]
+    fn frame(&self) -> Frame {
+        // SAFETY: `take_while` retires the entry and gives it once, so there is one parcel of it; and a
+        // parcel ends with this call, by `open` or by `drop`. `Submitter::push` placed the entry by a
+        // frame of these regions, and `take_packets` has seen that it has a slot.
+        unsafe { self.regions.frame_of(self.sqe) }
+    }
+}
+
+impl Drop for Parcel<'_> {
+    fn drop(&mut self) {
+        drop(self.frame());
+    }
+}
+
+#[inline(always)]
+fn class_of(sqe: &Sqe) -> Class {
+    if sqe.opcode() == Opcode::Read { Class::Read } else { Class::Write }
 }
 
 impl Outlet {
@@ -326,13 +377,13 @@ impl Outlet {
         let region = self.cq.regions().find(&frame);
         // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
         // it in memory instead of in registers.
-        let (pool, place) = (frame.header(), frame.into_raw(region.unwrap_or_default()));
-        let (Some(_), Some(vacant)) = (region, self.cq.vacant()) else {
+        let (pool, place) = (frame.header(), frame.into_raw());
+        let (Some(region), Some(vacant)) = (region, self.cq.vacant()) else {
             // SAFETY: the frame was given up above, and became nothing else.
             drop(unsafe { Frame::from_raw(pool, place) });
             misused();
         };
-        vacant.write(Cqe::packet(opcode, place, user_data, outcome));
+        vacant.write(Cqe::packet(opcode, region, place, user_data, outcome));
     }
 
     /// Writes the completion of a cancel that found `matched` entries.

@@ -13,7 +13,8 @@ use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
     Backing, Class, Depths, Frame, FrontError, HeapBacking, Intake, Layout, LayoutError, Opcode,
-    OutOfRoom, Outcome, Outlet, Pool, Reaper, Refusal, Regions, Submission, Submitter, rings,
+    OutOfRoom, Outcome, Outlet, Parcel, Pool, Reaper, Refusal, Regions, Submission, Submitter,
+    rings,
 };
 
 /// The default, with failing cases kept beside those of the other crates.
@@ -679,6 +680,61 @@ fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     assert!(reaper.pop().is_none());
     drop((submitter, reaper, intake, outlet, second));
     assert_eq!(pool.slots_out(), 1);
+}
+
+/// Four entries: two packets, a cancel, a packet.
+fn mixed(pool: &Pool) -> (Submitter, Reaper, Intake, Outlet) {
+    let depths = Depths { read: 2, write: 2, cancel: 1, sq: 4 };
+    let (submitter, reaper, mut intake, outlet) = rings(depths, regions(pool), u32::MAX);
+    submitter.push(Class::Read, pool.alloc().unwrap(), 1).unwrap();
+    submitter.push(Class::Write, pool.alloc().unwrap(), 2).unwrap();
+    submitter.push_cancel(Some(1), 3).unwrap();
+    submitter.push(Class::Read, pool.alloc().unwrap(), 4).unwrap();
+    submitter.publish();
+    assert_eq!(intake.ready(), 4);
+    (submitter, reaper, intake, outlet)
+}
+
+#[test]
+fn packets_are_taken_up_to_a_cancel_and_make_room_together() {
+    let pool = pool(4);
+    let (submitter, _reaper, mut intake, _outlet) = mixed(&pool);
+    assert_eq!(submitter.check(Class::Write), Err(Refusal::SqFull));
+    let mut taken = Vec::new();
+    let mut take = |packet: Parcel<'_>| taken.push((packet.class(), packet.open()));
+    intake.take_packets(&mut take);
+    assert_eq!(submitter.check(Class::Write), Ok(()));
+    // The next is none.
+    intake.take_packets(&mut take);
+    let cancel = intake.pop();
+    assert!(matches!(cancel, Some(Submission::Cancel { user_data: 3, target: Some(1) })));
+    intake.take_packets(&mut take);
+    assert!(intake.pop().is_none());
+    let seen: Vec<_> = taken.iter().map(|(class, (_, user_data))| (*class, *user_data)).collect();
+    assert_eq!(seen, [(Class::Read, 1), (Class::Write, 2), (Class::Read, 4)]);
+    let slots: BTreeSet<u32> = taken.iter().map(|(_, (frame, _))| frame.slot()).collect();
+    assert_eq!((slots.len(), pool.slots_out()), (3, 3));
+}
+
+#[test]
+fn a_parcel_that_is_not_opened_goes_home_and_so_does_one_whose_taker_panics() {
+    let pool = pool(4);
+    let (submitter, reaper, mut intake, outlet) = mixed(&pool);
+    let mut first = true;
+    let panics = AssertUnwindSafe(|| {
+        intake.take_packets(|packet| {
+            if !std::mem::take(&mut first) {
+                let _frame = packet.open();
+                panic!("in the middle");
+            }
+        });
+    });
+    assert!(catch_unwind(panics).is_err());
+    // Both are retired; what comes behind them is still there.
+    assert_eq!(pool.slots_out(), 1);
+    assert!(matches!(intake.pop(), Some(Submission::Cancel { user_data: 3, .. })));
+    drop((submitter, reaper, intake, outlet));
+    assert_eq!(pool.slots_out(), 0);
 }
 
 #[test]
