@@ -33,6 +33,8 @@ const LIMIT: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Bare,
+    /// The bare loop behind the least that a ring on each side can be.
+    Queued,
     Ours(ours::Driven),
     Datagrams,
     Stream,
@@ -40,8 +42,9 @@ enum Way {
 
 impl Way {
     const INLINE: Self = Self::Ours(ours::Driven::Inline);
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Bare,
+        Self::Queued,
         Self::INLINE,
         Self::Ours(ours::Driven::TwoPollers),
         Self::Ours(ours::Driven::SharedPoller),
@@ -52,6 +55,7 @@ impl Way {
     fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare loop",
+            Self::Queued => "bare loop behind rtrb queues",
             Self::Ours(driven) => driven.name(),
             Self::Datagrams => "Unix datagrams",
             Self::Stream => "Unix stream",
@@ -72,7 +76,8 @@ impl Contender {
         let Self { way, length, touched } = *self;
         let traffic = Traffic { length, touched, time };
         let measured = match way {
-            Way::Bare => bare::measure(traffic),
+            Way::Bare => bare::measure(traffic, false),
+            Way::Queued => bare::measure(traffic, true),
             Way::Ours(driven) => ours::measure(driven, traffic),
             Way::Datagrams => sockets::measure_datagrams(traffic),
             Way::Stream => sockets::measure_stream(traffic),

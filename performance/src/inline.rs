@@ -1,8 +1,11 @@
 //! What the rings cost where nothing else does: one thread, a device that does nothing.
 
+use std::time::Duration;
+
 use vmring::{Direction, Drive, Interface, Ring};
 
 use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
+use crate::queues::{Entry, Queues};
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 
@@ -10,20 +13,66 @@ const TURNS: u32 = 256;
 /// The most a packet may take, ns, by batch.
 const WANTED: [(u64, f64); 2] = [(1, 40.0), (32, 12.0)];
 
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    OneByOne,
+    OneBatch,
+    Bare,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::OneByOne, Self::OneBatch, Self::Bare];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::OneByOne => "vmring, one by one",
+            Self::OneBatch => "vmring, as one batch",
+            Self::Bare => "two rtrb queues and no device",
+        }
+    }
+
+    /// Of ours, whether a batch is one submission.
+    fn as_one_batch(self) -> Option<bool> {
+        match self {
+            Self::OneByOne => Some(false),
+            Self::OneBatch => Some(true),
+            Self::Bare => None,
+        }
+    }
+}
+
+/// Nothing but entries from one queue to the other and back.
+fn bare(batch: u64, time: Duration) -> Result<f64> {
+    let mut queues = Queues::new(64);
+    queues.fill(batch as u32)?;
+    time_packets(time, TURNS, || {
+        let waiting = queues.waiting();
+        queues.complete(waiting, |entry| Entry { length: NULL_LENGTH as u32, ..entry })?;
+        let mut right = true;
+        let done = queues.turn(waiting, |entry| {
+            right &= entry.length == NULL_LENGTH as u32;
+            Entry { length: 0, ..entry }
+        })?;
+        if right { Ok(done as u64) } else { Err("an entry of another length".into()) }
+    })
+}
+
 pub(crate) fn run(plan: Plan) -> Part {
-    let mut contenders: Vec<(u64, bool)> =
-        WANTED.iter().flat_map(|(batch, _)| [(*batch, false), (*batch, true)]).collect();
+    let mut contenders: Vec<(u64, Way)> =
+        WANTED.iter().flat_map(|(batch, _)| Way::ALL.map(|way| (*batch, way))).collect();
     let mut instructions: Vec<Vec<f64>> = vec![Vec::new(); contenders.len()];
     let mut counted = instructions.iter_mut();
     let values = pinned(|| {
-        for (batch, one) in &contenders {
-            if let (Some(list), Some(count)) = (counted.next(), count(*batch, *one)?) {
-                list.push(count);
+        for (batch, way) in &contenders {
+            let Some(list) = counted.next() else { break };
+            if let Some(one) = way.as_one_batch() {
+                list.extend(count(*batch, one)?);
             }
         }
-        take_turns(plan, &mut contenders, |(batch, one)| {
+        take_turns(plan, &mut contenders, |(batch, way)| {
+            let Some(one) = way.as_one_batch() else { return bare(*batch, plan.time) };
             let mut ring = ring(*batch)?;
-            let ns = time_packets(plan.time, TURNS, || turn(&mut ring, *one))?;
+            let ns = time_packets(plan.time, TURNS, || turn(&mut ring, one))?;
             // What was posted still is: none was lost on the way.
             match ring.in_flight() as u64 {
                 all if all == *batch => Ok(ns),
@@ -34,19 +83,17 @@ pub(crate) fn run(plan: Plan) -> Part {
     let mut table = Table::new(
         "inline",
         "a read posted and reaped by one thread, over a device that does nothing",
-        &["batch", "submitted"],
+        &["batch", "contender"],
         &["ns/packet", "instructions"],
     );
     let mut wants = Vec::new();
-    for (((batch, one), values), counts) in contenders.iter().zip(&values).zip(&instructions) {
-        let name = if *one { "as one batch" } else { "one by one" };
+    for (((batch, way), values), counts) in contenders.iter().zip(&values).zip(&instructions) {
+        let name = way.name();
         let median = table.row(&[&batch.to_string(), name], &[values, counts]);
-        if let Some((_, most)) = WANTED.iter().find(|(of, _)| of == batch) {
-            wants.push(Want::at_most(
-                format!("inline, {batch}, {name}: ns a packet"),
-                median,
-                *most,
-            ));
+        let wanted = WANTED.iter().find(|(of, _)| of == batch && *way != Way::Bare);
+        if let Some((_, most)) = wanted {
+            let name = format!("inline, {batch}, {name}: ns a packet");
+            wants.push(Want::at_most(name, median, *most));
         }
     }
     Ok((vec![table], wants))

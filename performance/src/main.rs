@@ -18,6 +18,7 @@ mod latency;
 mod net;
 mod ours;
 mod plot;
+mod queues;
 mod read;
 mod relay;
 mod report;

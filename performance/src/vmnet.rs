@@ -12,6 +12,7 @@ use vmnet_sim::World;
 use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
 
 use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
+use crate::queues::Queues;
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 use bare::Bare;
@@ -76,16 +77,24 @@ enum Way {
     /// The same ring over a device that does nothing: what of the driver's figure is the ring's.
     Null(Box<Ours>),
     Bare(Bare),
+    /// The loop in batches, with the packets behind the least that a ring can be.
+    Queued(Bare, Queues),
 }
 
 impl Contender {
-    fn start(price: Price, direction: Direction, batch: usize, ours: bool) -> Result<Self> {
+    /// A world with an interface whose calls cost so much.
+    fn world(price: Price, batch: usize) -> (World, [u8; 16]) {
         let world = World::new();
         let id = world.interface_id();
         world.script(id, |script| {
             script.free_of_charge = Some(LENGTH);
             script.call_cost = price.of_call(batch);
         });
+        (world, id)
+    }
+
+    fn start(price: Price, direction: Direction, batch: usize, ours: bool) -> Result<Self> {
+        let (world, id) = Self::world(price, batch);
         let way = if ours {
             let mut ours = Ours::start(world, id, direction)?;
             ours.fill(direction, batch)?;
@@ -93,6 +102,14 @@ impl Contender {
         } else {
             Way::Bare(Bare::start(world, id, batch)?)
         };
+        Ok(Self { direction, batch, way })
+    }
+
+    fn start_queued(direction: Direction, batch: usize) -> Result<Self> {
+        let (world, id) = Self::world(Price::Nothing, batch);
+        let mut queues = Queues::new(256);
+        queues.fill(batch as u32)?;
+        let way = Way::Queued(Bare::start(world, id, batch)?, queues);
         Ok(Self { direction, batch, way })
     }
 
@@ -108,6 +125,9 @@ impl Contender {
             (Way::Ours(ours) | Way::Null(ours), direction) => ours.turn(direction),
             (Way::Bare(bare), Direction::Read) => bare.read(),
             (Way::Bare(bare), _) => bare.write(),
+            (Way::Queued(bare, queues), direction) => {
+                bare.turn_behind(queues, direction == Direction::Read)
+            }
         }
     }
 
@@ -117,6 +137,7 @@ impl Contender {
             Way::Null(_) => "vmring, inline, null device instead",
             Way::Bare(_) if self.batch == 1 => "loop over the C ABI, one packet a call",
             Way::Bare(_) => "loop over the C ABI, in batches",
+            Way::Queued(..) => "that loop behind two rtrb queues",
         };
         [price.name(), self.direction.to_string(), self.batch.to_string(), way.to_owned()]
     }
@@ -138,6 +159,7 @@ fn measure(plan: Plan) -> Part {
             contenders.push(Contender::start(price, direction, 1, false)?);
             if matches!(price, Price::Nothing) {
                 contenders.push(Contender::start_null(direction, BATCHES[0])?);
+                contenders.push(Contender::start_queued(direction, BATCHES[0])?);
             }
             let values = take_turns(plan, &mut contenders, |contender| {
                 time_packets(plan.time, 64, || contender.turn())

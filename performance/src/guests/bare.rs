@@ -4,9 +4,10 @@ use std::cell::UnsafeCell;
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
-use super::look::{FROM, Look, TO, numbered, packet};
+use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
 use super::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
+use crate::queues::{Entry, Queues};
 
 /// Slots begin with a cache line, as vmring's do.
 #[repr(C, align(64))]
@@ -74,12 +75,14 @@ struct BareSender<'a> {
     sent: u64,
 }
 
-impl Sender for BareSender<'_> {
-    fn send(&mut self) -> Result<bool> {
+impl BareSender<'_> {
+    /// Sends up to `most` packets.
+    #[inline(always)]
+    fn send_some(&mut self, most: usize) -> Result<usize> {
         let Self { slots, packets, filled, empty, sent } = self;
-        let count = empty.slots().min(BATCH);
+        let count = empty.slots().min(most);
         if count == 0 {
-            return Ok(false);
+            return Ok(0);
         }
         let slot_numbers = empty.read_chunk(count)?;
         let room = filled.write_chunk_uninit(count)?;
@@ -90,7 +93,13 @@ impl Sender for BareSender<'_> {
             *sent += 1;
             Filled { slot, length: packet.len() as u32 }
         }));
-        Ok(true)
+        Ok(count)
+    }
+}
+
+impl Sender for BareSender<'_> {
+    fn send(&mut self) -> Result<bool> {
+        Ok(self.send_some(BATCH)? > 0)
     }
 
     fn finish(&mut self) -> Result<Option<u64>> {
@@ -122,7 +131,48 @@ impl Receiver for BareReceiver<'_> {
     }
 }
 
-pub(super) fn measure(traffic: Traffic) -> Result<f64> {
+/// A sender who submits its packets to a queue and reaps them out of another.
+struct QueuedSender<'a> {
+    bare: BareSender<'a>,
+    queues: Queues,
+}
+
+impl Sender for QueuedSender<'_> {
+    fn send(&mut self) -> Result<bool> {
+        self.queues.turn(BATCH, |entry| entry)?;
+        let sent = self.bare.send_some(self.queues.waiting().min(BATCH))?;
+        let length = self.bare.packets[0].len() as u32;
+        self.queues.complete(sent, |entry| Entry { length, ..entry })?;
+        Ok(sent > 0)
+    }
+
+    fn finish(&mut self) -> Result<Option<u64>> {
+        self.bare.finish()
+    }
+}
+
+/// A receiver who submits its slots to a queue and reaps them, filled, out of another.
+struct QueuedReceiver<'a> {
+    bare: BareReceiver<'a>,
+    queues: Queues,
+}
+
+impl Receiver for QueuedReceiver<'_> {
+    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+        let Self { bare: BareReceiver { slots, filled, empty }, queues } = self;
+        let came = queues.complete_from(filled, BATCH, |Filled { slot, length }| (slot, length))?;
+        queues.turn(came, |entry| {
+            // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
+            look.at(unsafe { slots.view(entry.buffer, entry.length as usize) });
+            Entry { length: 0, ..entry }
+        })?;
+        queues.pass_on(came, empty)?;
+        Ok(came > 0)
+    }
+}
+
+/// The bare loop, or the same with a submission and a completion queue on either side.
+pub(super) fn measure(traffic: Traffic, queued: bool) -> Result<f64> {
     let expected = packet(traffic.length, TO, FROM);
     let slots = Slots::new(traffic.length);
     // More than there are numbers: a batch's come into one ring before the other has let go of them.
@@ -134,5 +184,12 @@ pub(super) fn measure(traffic: Traffic) -> Result<f64> {
     let packets = numbered(&expected).collect();
     let sender = BareSender { slots: &slots, packets, filled: to_receiver, empty, sent: 0 };
     let receiver = BareReceiver { slots: &slots, filled, empty: to_sender };
+    if !queued {
+        return carry(sender, receiver, expected, traffic);
+    }
+    let mut queues = Queues::new(WINDOW);
+    queues.fill(PACKETS as u32)?;
+    let sender = QueuedSender { bare: sender, queues };
+    let receiver = QueuedReceiver { bare: receiver, queues: Queues::new(WINDOW) };
     carry(sender, receiver, expected, traffic)
 }

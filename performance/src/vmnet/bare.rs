@@ -11,6 +11,7 @@ use vmnet_sim::World;
 
 use super::{LENGTH, PATIENCE, ROOM};
 use crate::Result;
+use crate::queues::{Entry, Queues};
 
 const SUCCESS: u32 = 1000;
 
@@ -134,6 +135,28 @@ impl Bare {
             return Err("the simulated vmnet gives a packet of another length".into());
         }
         Ok(count as u64)
+    }
+
+    /// As [`read`](Self::read) and [`write`](Self::write), for packets that are submitted to queues and
+    /// reaped out of them.
+    #[inline]
+    pub(super) fn turn_behind(&mut self, queues: &mut Queues, reads: bool) -> Result<u64> {
+        let waiting = queues.waiting();
+        if waiting != self.descriptors.len() {
+            return Err(format!("{waiting} packets are in the submission queue").into());
+        }
+        if reads { self.read() } else { self.write() }?;
+        let mut descriptors = self.descriptors.iter();
+        queues.complete(waiting, |entry| {
+            let length = descriptors.next().map_or(0, |packet| packet.vm_pkt_size as u32);
+            Entry { length, ..entry }
+        })?;
+        let mut right = true;
+        let done = queues.turn(waiting, |entry| {
+            right &= entry.length == LENGTH as u32;
+            Entry { length: 0, ..entry }
+        })?;
+        if right { Ok(done as u64) } else { Err("a packet of another length".into()) }
     }
 
     pub(super) fn buffers_mut(&mut self) -> impl Iterator<Item = &mut [u8; ROOM]> {
