@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 use static_assertions::const_assert_eq;
-use vmring_core::{Class, Frame, Outcome, offload};
+use vmring_core::{Class, Frame, Intake, Outcome, Parcel, offload};
 
 use crate::completions::Completions;
 use crate::error::{Direction, EntryError, Error, Status};
@@ -406,6 +406,13 @@ impl PostedSlot {
         Self { frame: Some(frame), user_data, ring, class }
     }
 
+    /// The slot of ring number `ring` that a parcel of that class was submitted with.
+    #[inline(always)]
+    fn unpack(parcel: Parcel<'_>, ring: u32, class: Class) -> Self {
+        let (frame, user_data) = parcel.open();
+        Self::new(frame, user_data, ring, class)
+    }
+
     #[inline(always)]
     pub(crate) fn into_frame(mut self) -> (Frame, u64, Class) {
         let frame = self.frame.take();
@@ -582,9 +589,17 @@ pub(crate) struct Posted {
 }
 
 impl Posted {
-    /// How many reads and writes.
-    pub(crate) fn lens(&self) -> [i64; 2] {
-        [self.reads.len() as i64, self.writes.len() as i64]
+    #[inline(always)]
+    fn list(&mut self, class: Class) -> &mut Fifo<PostedSlot> {
+        if class == Class::Read { &mut self.reads } else { &mut self.writes }
+    }
+
+    /// Posts the packets of ring number `ring` that its SQ has, up to a cancel.
+    pub(crate) fn take_in(&mut self, intake: &mut Intake, ring: u32) {
+        while let Some(parcel) = intake.front() {
+            let class = parcel.class();
+            self.list(class).push_back_with(|| PostedSlot::unpack(parcel, ring, class));
+        }
     }
 }
 
@@ -593,18 +608,21 @@ impl Posted {
 pub struct Io<'a> {
     /// The ring whose slots these are; 0 for a wrapper's, which only hands them through.
     ring: u32,
+    /// What earlier calls have left: older than whatever is in the SQ.
     posted: &'a mut Posted,
+    /// What was submitted since then, taken by the device out of the SQ itself. A wrapper has none.
+    intake: Option<&'a mut Intake>,
     sink: Sink<'a>,
-    /// Where in the posted reads and writes this call must stop. Positions, so that a slot that is put
-    /// back may be taken again.
-    until: [usize; 2],
+    /// How many reads and writes may be taken, if there are as many.
+    left: [usize; 2],
 }
 
 impl fmt::Debug for Io<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Io")
-            .field("reads", &self.reads())
-            .field("writes", &self.writes())
+            .field("posted", &self.posted)
+            .field("intake", &self.intake)
+            .field("left", &self.left)
             .finish_non_exhaustive()
     }
 }
@@ -613,50 +631,104 @@ impl<'a> Io<'a> {
     pub(crate) fn new(
         ring: u32,
         posted: &'a mut Posted,
+        intake: Option<&'a mut Intake>,
         sink: Sink<'a>,
-        read_limit: u32,
-        write_limit: u32,
+        limits: [u32; 2],
     ) -> Self {
-        let until =
-            |list: &Fifo<_>, limit: u32| list.head().wrapping_add(list.len().min(limit as usize));
-        let until = [until(&posted.reads, read_limit), until(&posted.writes, write_limit)];
-        Self { ring, posted, sink, until }
+        let left = limits.map(|limit| limit as usize);
+        Self { ring, posted, intake, sink, left }
+    }
+
+    /// How many reads and writes may still be taken, if there are as many: what was put back may be taken
+    /// again. Before a call these are its limits.
+    pub(crate) fn left(&self) -> [i64; 2] {
+        self.left.map(|left| left as i64)
     }
 
     /// Reads that may be taken in this call.
     #[inline]
-    pub fn reads(&self) -> usize {
-        self.until[0].wrapping_sub(self.posted.reads.head())
+    pub fn reads(&mut self) -> usize {
+        self.take_in();
+        self.posted.reads.len().min(self.left[0])
     }
 
     /// Writes that may be taken in this call.
     #[inline]
-    pub fn writes(&self) -> usize {
-        self.until[1].wrapping_sub(self.posted.writes.head())
+    pub fn writes(&mut self) -> usize {
+        self.take_in();
+        self.posted.writes.len().min(self.left[1])
     }
 
     /// Takes the read posted longest ago.
     #[inline(always)]
     pub fn take_read(&mut self) -> Option<PostedSlot> {
-        if self.reads() == 0 { None } else { self.posted.reads.pop_front() }
+        self.take(Class::Read)
     }
 
     /// Takes the write submitted longest ago.
     #[inline(always)]
     pub fn take_write(&mut self) -> Option<PostedSlot> {
-        if self.writes() == 0 { None } else { self.posted.writes.pop_front() }
+        self.take(Class::Write)
     }
 
-    /// The write that [`take_write`](Self::take_write) would take.
-    #[inline]
-    pub fn peek_write(&self) -> Option<&PostedSlot> {
-        if self.writes() == 0 { None } else { self.posted.writes.front() }
+    #[inline(always)]
+    fn take(&mut self, class: Class) -> Option<PostedSlot> {
+        let i = list_of(class);
+        if self.left[i] == 0 {
+            return None;
+        }
+        let slot = match self.posted.list(class).pop_front() {
+            Some(slot) => slot,
+            None => self.fetch(class)?,
+        };
+        self.left[i] -= 1;
+        Some(slot)
     }
 
-    /// How many of the writes that may be taken, from the oldest on, are like that.
+    /// The next of `wanted` in the SQ. What stands before it is posted.
+    #[inline(always)]
+    fn fetch(&mut self, wanted: Class) -> Option<PostedSlot> {
+        let intake = self.intake.as_deref_mut()?;
+        loop {
+            let parcel = intake.front()?;
+            let class = parcel.class();
+            if class == wanted {
+                return Some(PostedSlot::unpack(parcel, self.ring, class));
+            }
+            self.posted.list(class).push_back_with(|| PostedSlot::unpack(parcel, self.ring, class));
+        }
+    }
+
+    /// Posts what is in the SQ, for who looks at several slots before taking one.
     #[inline]
-    pub(crate) fn leading_writes(&self, like: impl Fn(&[u8]) -> bool) -> usize {
-        let writes = self.posted.writes.iter().take(self.writes());
+    fn take_in(&mut self) {
+        if let Some(intake) = self.intake.as_deref_mut()
+            && intake.known() > 0
+        {
+            self.posted.take_in(intake, self.ring);
+        }
+    }
+
+    /// Whether the oldest slot that nobody has taken is a write, as far as that can be told: of slots that
+    /// an earlier call has left it cannot.
+    #[inline]
+    pub(crate) fn is_write_next(&mut self) -> bool {
+        let front = self.intake.as_deref_mut().and_then(Intake::front);
+        front.is_some_and(|parcel| parcel.class() == Class::Write)
+    }
+
+    /// How many of the writes that may be taken, from the oldest on, are like that. There may be more of
+    /// them behind.
+    #[inline]
+    pub(crate) fn leading_writes(&mut self, mut like: impl FnMut(&[u8]) -> bool) -> usize {
+        let most = self.left[1];
+        if self.posted.writes.is_empty() && self.is_write_next() {
+            let most = u32::try_from(most).unwrap_or(u32::MAX);
+            return self.intake.as_ref().map_or(0, |intake| intake.leading(Class::Write, most, like))
+                as usize;
+        }
+        self.take_in();
+        let writes = self.posted.writes.iter().take(most);
         writes.take_while(|slot| like(slot.packet())).count()
     }
 
@@ -677,6 +749,16 @@ impl<'a> Io<'a> {
         self.posted.writes.iter_mut().take(limit)
     }
 
+    /// Takes the oldest of those that [`posted_reads`](Self::posted_reads) or
+    /// [`posted_writes`](Self::posted_writes) has shown: there is no need to look into the SQ.
+    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+    #[inline(always)]
+    pub(crate) fn take_shown(&mut self, class: Class) -> Option<PostedSlot> {
+        let slot = self.posted.list(class).pop_front()?;
+        self.left[list_of(class)] -= 1;
+        Some(slot)
+    }
+
     /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
     /// several back in the reverse order of taking.
     #[cold]
@@ -685,10 +767,8 @@ impl<'a> Io<'a> {
         if self.is_foreign(slot.ring) {
             return;
         }
-        match slot.class {
-            Class::Read => self.posted.reads.push_front(slot),
-            _ => self.posted.writes.push_front(slot),
-        }
+        self.left[list_of(slot.class)] += 1;
+        self.posted.list(slot.class).push_front(slot);
     }
 
     /// A packet of `len` bytes stands in the slot. A length beyond the slot's room completes it as
@@ -789,10 +869,7 @@ pub struct Relay {
 impl Relay {
     /// Posts a slot to the inner queue.
     pub fn post(&mut self, slot: PostedSlot) {
-        match slot.class {
-            Class::Read => self.posted.reads.push_back(slot),
-            _ => self.posted.writes.push_back(slot),
-        }
+        self.posted.list(slot.class).push_back(slot);
     }
 
     /// Slots posted and not taken by the inner queue: reads and writes.
@@ -804,7 +881,7 @@ impl Relay {
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
         let before = self.with_us();
         let sink = Sink::Wrapper(&mut self.done);
-        let mut io = Io::new(0, &mut self.posted, sink, u32::MAX, u32::MAX);
+        let mut io = Io::new(0, &mut self.posted, None, sink, [u32::MAX; 2]);
         let result = queue.poll(&mut io);
         self.settle(before);
         result
@@ -842,7 +919,7 @@ impl Relay {
     /// Asks the inner queue to close.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
         let before = self.with_us();
-        let mut io = Io::new(0, &mut self.posted, Sink::Wrapper(&mut self.done), 0, 0);
+        let mut io = Io::new(0, &mut self.posted, None, Sink::Wrapper(&mut self.done), [0; 2]);
         let closed = queue.close(&mut io);
         self.settle(before);
         closed
@@ -851,7 +928,8 @@ impl Relay {
     /// Slots that are posted or done, by class: what a call of the inner queue takes off this sum, it
     /// keeps.
     fn with_us(&self) -> [i64; 2] {
-        let mut sum = self.posted.lens();
+        let (reads, writes) = self.posted();
+        let mut sum = [reads as i64, writes as i64];
         for done in &self.done {
             sum[list_of(done.slot.class)] += 1;
         }

@@ -52,12 +52,6 @@ impl<T> Fifo<T> {
         self.tail == self.head
     }
 
-    /// Where the oldest is, counted from the first element that there ever was.
-    #[inline]
-    pub(crate) fn head(&self) -> usize {
-        self.head
-    }
-
     #[inline]
     fn cell(&self, index: usize) -> usize {
         index & self.cells.len().wrapping_sub(1)
@@ -115,11 +109,6 @@ impl<T> Fifo<T> {
         let cell = self.cell(self.head.wrapping_sub(1));
         self.cells[cell].write(element);
         self.head = self.head.wrapping_sub(1);
-    }
-
-    #[inline]
-    pub(crate) fn front(&self) -> Option<&T> {
-        self.iter().next()
     }
 
     /// The oldest.
@@ -235,7 +224,6 @@ mod tests {
                 }
                 prop_assert_eq!(fifo.len(), model.len());
                 prop_assert_eq!(fifo.is_empty(), model.is_empty());
-                prop_assert_eq!(fifo.front(), model.front());
                 prop_assert!(fifo.iter().eq(model.iter()));
                 prop_assert!(fifo.iter_mut().eq(model.iter_mut()));
             }

@@ -18,12 +18,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_utils::CachePadded;
 use vmring_core::doorbell::Doorbell;
-use vmring_core::{Class, Intake, Outcome, Outlet, Submission};
+use vmring_core::{Intake, Outcome, Outlet, Submission};
 
 use crate::completions::Completions;
 use crate::device::{
-    Capabilities, Device, Io, Panicked, Posted, PostedSlot, Progress, Queue, Sink, Wake, guard,
-    list_of,
+    Capabilities, Device, Io, Panicked, Posted, Progress, Queue, Sink, Wake, guard, list_of,
 };
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::fifo::Fifo;
@@ -232,11 +231,13 @@ impl Engine {
     /// blocks. Returns whether anything was done, so that there may be more.
     pub(crate) fn turn(&mut self) -> bool {
         let mut worked = self.attend_control();
-        worked |= self.take_submissions();
+        if self.intake.ready() > 0 && !self.shared.is_inline() {
+            self.intake.prefetch();
+        }
         worked |= match self.phase {
             Phase::Open => self.drive(),
-            Phase::Closing { .. } => self.let_go(),
-            Phase::Detached | Phase::Closed(_) => false,
+            Phase::Closing { .. } => self.take_submissions() | self.let_go(),
+            Phase::Detached | Phase::Closed(_) => self.take_submissions(),
         };
         if self.shared.has_orphans() {
             self.bury_orphans();
@@ -256,9 +257,13 @@ impl Engine {
         if wishes == 0 {
             return false;
         }
-        if wishes & control::CANCEL_ALL != 0 {
-            let asked = self.shared.cancels_asked();
+        let asked = self.shared.cancels_asked();
+        if wishes & (control::CANCEL | control::CANCEL_ALL) != 0 {
+            // What a cancel finds in the SQ is not the device's any more.
+            self.intake.ready();
             self.take_submissions();
+        }
+        if wishes & control::CANCEL_ALL != 0 {
             self.cancel(None);
             self.completions.publish();
             self.shared.cancels_done(asked);
@@ -272,6 +277,7 @@ impl Engine {
             }
             if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
                 // What was submitted before the restart is cancelled by it.
+                self.intake.ready();
                 self.take_submissions();
                 self.begin_close(None);
             }
@@ -279,15 +285,24 @@ impl Engine {
         true
     }
 
+    /// Posts the submissions that are known, or refuses them, and carries out the cancels among them.
+    /// Returns whether there were any.
     fn take_submissions(&mut self) -> bool {
-        if self.intake.ready() == 0 {
+        if self.intake.known() == 0 {
             return false;
         }
-        if !self.shared.is_inline() {
-            self.intake.prefetch();
-        }
         loop {
-            self.take_packets();
+            match self.refusal() {
+                None => self.posted.take_in(&mut self.intake, self.shared.number),
+                Some(outcome) => {
+                    while let Some(parcel) = self.intake.front() {
+                        let class = parcel.class();
+                        let (frame, user_data) = parcel.open();
+                        self.completions.push(class, frame, user_data, outcome);
+                    }
+                }
+            }
+            self.intake.retire();
             // What comes behind the packets is a cancel.
             let Some(submission) = self.intake.pop() else { return true };
             let Submission::Cancel { user_data, target } = submission else {
@@ -296,25 +311,6 @@ impl Engine {
             let matched = self.cancel(target);
             self.completions.cancelled(target.is_none(), matched, user_data);
         }
-    }
-
-    /// Posts the submissions up to a cancel.
-    fn take_packets(&mut self) {
-        let refusal = self.refusal();
-        let number = self.shared.number;
-        let Self { intake, posted: Posted { reads, writes }, completions, .. } = self;
-        intake.take_packets(|parcel| {
-            let class = parcel.class();
-            if let Some(outcome) = refusal {
-                let (frame, user_data) = parcel.open();
-                return completions.push(class, frame, user_data, outcome);
-            }
-            let list = if class == Class::Read { &mut *reads } else { &mut *writes };
-            list.push_back_with(|| {
-                let (frame, user_data) = parcel.open();
-                PostedSlot::new(frame, user_data, number, class)
-            });
-        });
     }
 
     /// How an entry ends that came too late for the device.
@@ -351,33 +347,42 @@ impl Engine {
         matched
     }
 
-    /// Lets the device make progress once.
+    /// Lets the device make progress once, with what it has left and what is in the SQ.
     fn drive(&mut self) -> bool {
         let rang = self.shared.take_device_rang();
         let kept = self.kept != [0; 2];
-        if !rang && !kept && self.posted.reads.is_empty() && self.posted.writes.is_empty() {
+        let submitted = self.intake.known() > 0;
+        if !rang
+            && !kept
+            && !submitted
+            && self.posted.reads.is_empty()
+            && self.posted.writes.is_empty()
+        {
             return false;
         }
         let Some(queue) = &mut self.queue else { return false };
         let waits = self.stall.as_ref().is_some_and(|stall| Instant::now() < stall.next);
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
-        let before = self.posted.lens();
-        let offered = self.posted.writes.len().min(write_limit as usize);
         let number = self.shared.number;
-        let reads = self.caps.max_read_batch;
+        let limits = [self.caps.max_read_batch, write_limit];
         let sink = Sink::Ring(&mut self.completions);
-        let mut io = Io::new(number, &mut self.posted, sink, reads, write_limit);
+        let intake = Some(&mut self.intake);
+        let mut io = Io::new(number, &mut self.posted, intake, sink, limits);
+        let before = io.left();
         let result = guard(|| queue.poll(&mut io));
-        let completed = self.settle_kept(before);
+        let taken = difference(before, io.left());
+        self.intake.retire();
+        let completed = self.settle_kept(taken);
         self.shared.counters.poller.device_wakeups.add(rang.into());
-        let left = self.posted.lens();
-        let moved = completed || left != before;
+        let moved = submitted || completed || taken != [0; 2];
         match result {
             Ok(Ok(progress)) => {
+                // What the device has not looked at in the SQ was offered as well.
+                self.take_submissions();
+                // A device may also put back what it took in an earlier call.
+                let taken = taken[1].max(0) as usize;
+                let offered = (taken + self.posted.writes.len()).min(write_limit as usize);
                 if offered > 0 {
-                    // What of the offer is still posted was not taken.
-                    // (A device may also put back what it took in an earlier call.)
-                    let taken = (before[1] - left[1]).max(0) as usize;
                     self.writes_taken(taken, offered);
                 }
                 moved || (progress == Progress::More && !self.posted.reads.is_empty())
@@ -394,13 +399,12 @@ impl Engine {
         }
     }
 
-    /// Keeps the books of a device call that found so many reads and writes posted: what it took and
-    /// has not brought back, it keeps. Returns whether it completed anything.
-    fn settle_kept(&mut self, before: [i64; 2]) -> bool {
-        let left = self.posted.lens();
+    /// Keeps the books of a device call that has taken so many reads and writes: what it has not brought
+    /// back, it keeps. Returns whether it completed anything.
+    fn settle_kept(&mut self, taken: [i64; 2]) -> bool {
         let ended = self.completions.end_batch();
         for i in 0..2 {
-            self.kept[i] += before[i] - left[i] - i64::from(ended[i]);
+            self.kept[i] += taken[i] - i64::from(ended[i]);
         }
         ended != [0; 2]
     }
@@ -481,14 +485,15 @@ impl Engine {
             let undone = then.map_or(Outcome::Cancelled, Closed::outcome);
             self.completions.set_undone(undone);
             let sink = Sink::Ring(&mut self.completions);
-            let mut io = Io::new(number, &mut nothing, sink, 0, 0);
+            let mut io = Io::new(number, &mut nothing, None, sink, [0; 2]);
+            let before = io.left();
             let result = guard(|| queue.close(&mut io));
+            let taken = difference(before, io.left());
             self.completions.set_undone(Outcome::Cancelled);
             // A device that puts slots back instead of cancelling them.
-            let before = self.posted.lens();
             self.posted.reads.append(&mut nothing.reads);
             self.posted.writes.append(&mut nothing.writes);
-            self.settle_kept(before);
+            self.settle_kept(taken);
             if then.is_some() {
                 self.complete_posted(undone);
             }
@@ -716,6 +721,11 @@ impl Engine {
 }
 
 /// A queue of a device, and what is asked only when it is opened.
+/// What was taken between two readings of [`Io::left`].
+fn difference(before: [i64; 2], after: [i64; 2]) -> [i64; 2] {
+    [before[0] - after[0], before[1] - after[1]]
+}
+
 struct Opened {
     queue: Box<dyn Queue>,
     caps: Capabilities,

@@ -58,6 +58,8 @@ pub(crate) mod control {
     pub(crate) const CANCEL_ALL: u32 = 2;
     pub(crate) const DETACH: u32 = 4;
     pub(crate) const REOPEN: u32 = 8;
+    /// A cancel stands in the SQ.
+    pub(crate) const CANCEL: u32 = 16;
 }
 
 /// How a ring's engine sleeps: by leaving its poller's active list, or, when its owner drives it,
@@ -719,7 +721,10 @@ impl SubmissionQueue {
             return Err(closed.into());
         }
         self.submitter.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
-        self.ring_doorbell();
+        self.submitter.publish();
+        // Release: who sees the wish sees the cancel, and what was submitted before it.
+        self.shared.control.fetch_or(control::CANCEL, Ordering::Release);
+        self.shared.ring_doorbell();
         Ok(())
     }
 

@@ -26,7 +26,7 @@ fn pool(frames: usize) -> Pool {
     PoolBuilder::new(frames, 1514).build().expect("a pool")
 }
 
-fn full(io: &Io<'_>) -> usize {
+fn full(io: &mut Io<'_>) -> usize {
     io.writes()
 }
 
@@ -940,6 +940,25 @@ fn cancel_has_its_own_completion_and_all_matching_entries_complete() {
             }
         });
     });
+}
+
+/// Goal: what is submitted and cancelled before the device is called is not given to it, also where the
+/// caller drives the ring and nothing is a matter of luck.
+#[test]
+fn a_cancel_comes_before_the_device() {
+    let gate = Gate::default();
+    gate.take(10);
+    let interface = gate.start();
+    let mut ring = inline(&interface, Direction::Both).build().unwrap();
+    for user_data in [1, 2] {
+        let frame = ring.alloc().unwrap();
+        ring.submit_write(frame, user_data).unwrap();
+    }
+    ring.cancel(1, 3).unwrap();
+    let mut done: Vec<_> = reap(&mut ring).iter().map(|seen| seen.brief()).collect();
+    done.sort_by_key(|(_, user_data, _)| *user_data);
+    let cancelled = Err(EntryError::Cancelled);
+    assert_eq!(done, [(Op::Write, 1, cancelled), (Op::Write, 2, Ok(0)), (Op::Cancel, 3, Ok(1))]);
 }
 
 /// Goal: cancels at any moment lose no packet. Method: a writer sends numbered packets while the

@@ -174,6 +174,12 @@ impl Sqe {
         self.opcode
     }
 
+    /// Whether it has a slot, being no cancel.
+    #[inline(always)]
+    pub(crate) fn is_packet(&self) -> bool {
+        matches!(self.opcode, Opcode::Read | Opcode::Write)
+    }
+
     /// Of a cancel: whose entries.
     #[inline]
     pub fn target(&self) -> u64 {

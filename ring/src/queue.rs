@@ -54,7 +54,7 @@ impl Regions {
     ///
     /// # Safety
     ///
-    /// The entry came from a frame that `find` placed in these regions, it was retired from its
+    /// The entry came from a frame that `find` placed in these regions, it was taken out of its
     /// queue, and this is the only call for it.
     #[inline]
     pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
@@ -73,7 +73,7 @@ impl Regions {
         debug_assert!(entry.has_slot() && usize::from(region) < self.pools.len());
         // SAFETY: `find` gave the region's number, which the entry carries unchanged.
         let header = unsafe { self.pools.get_unchecked(usize::from(region)) }.raw();
-        // SAFETY: the caller retired the entry, so the slot is in no other place now; it is
+        // SAFETY: the caller has taken the entry, so the slot is in no other place now; it is
         // counted as out since its frame was submitted, and offset and length were the frame's.
         unsafe { Frame::from_raw(header, place) }
     }
@@ -102,16 +102,17 @@ impl<T: Entry> Shared<T> {
         // SAFETY: `queue` made `mask + 1` cells, and neither changes afterwards.
         unsafe { self.cells.get_unchecked((index & self.mask) as usize) }
     }
+}
 
-    #[inline]
-    fn read(&self, index: u32) -> T {
-        self.cell(index).with(|cell| {
-            // SAFETY: `index` is in head..tail, so the producer wrote this cell before its Release
-            // store of `tail`, which the caller has loaded with Acquire, and will not write it
-            // again before `head` has passed.
-            unsafe { (*cell).assume_init_read() }
-        })
-    }
+/// Shows the entry of a cell that the caller, the consumer, knows of and has not retired.
+#[inline(always)]
+fn look_at<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
+    cell.with(|cell| {
+        // SAFETY: the cell's index is in head..tail, so the producer wrote it before its Release store of
+        // `tail`, which the caller has loaded with Acquire, and will not write it again before `head` has
+        // passed.
+        look(unsafe { (*cell).assume_init_ref() })
+    })
 }
 
 impl<T: Entry> Drop for Shared<T> {
@@ -120,9 +121,9 @@ impl<T: Entry> Drop for Shared<T> {
         let tail = self.tail.load(Ordering::Acquire);
         let mut head = self.head.load(Ordering::Acquire);
         while head != tail {
-            let entry = self.read(head);
+            let entry = look_at(self.cell(head), |entry| *entry);
             head = head.wrapping_add(1);
-            // SAFETY: the queue is gone, so the entry is retired, and read once.
+            // SAFETY: the queue is gone, and what was not taken of it is taken here, once.
             drop(unsafe { self.regions.frame(&entry) });
         }
     }
@@ -335,57 +336,73 @@ impl<T: Entry> Consumer<T> {
     /// is lost after this line is lost, but nothing is owned twice.
     #[inline]
     pub(crate) fn pop(&mut self) -> Option<T> {
-        if self.head == self.tail_seen {
-            return None;
-        }
-        let entry = self.shared.read(self.head);
-        self.head = self.head.wrapping_add(1);
-        // Release: pairs with the Acquire in `free`: our copy comes before the next write.
-        self.shared.head.store(self.head, Ordering::Release);
+        let entry = self.front()?.take(|entry, _| *entry);
+        self.retire();
         Some(entry)
     }
 
-    /// Gives the entries that [`refresh`](Self::refresh) saw to `each`, oldest first and where they are, up
-    /// to the first that is not `wanted`. They are retired together, also if `each` panics.
+    /// The oldest known entry, to be taken or left.
     #[inline(always)]
-    pub(crate) fn take_while(
-        &mut self,
-        wanted: impl Fn(&T) -> bool,
-        mut each: impl FnMut(&T, &Regions),
-    ) {
-        let mut taking = Taking { next: self.head, head: &mut self.head, shared: &self.shared };
-        while taking.next != self.tail_seen {
-            let index = taking.next;
-            let taken = taking.shared.cell(index).with(|cell| {
-                // SAFETY: as in `read`; `head` passes this cell when `taking` is dropped.
-                let entry = unsafe { (*cell).assume_init_ref() };
-                let wanted = wanted(entry);
-                if wanted {
-                    taking.next = index.wrapping_add(1);
-                    each(entry, &taking.shared.regions);
-                }
-                wanted
-            });
-            if !taken {
-                break;
-            }
+    pub(crate) fn front(&mut self) -> Option<Front<'_, T>> {
+        let Self { shared, head, tail_seen, .. } = self;
+        (head != tail_seen).then(|| Front {
+            cell: shared.cell(*head),
+            regions: &shared.regions,
+            head,
+        })
+    }
+
+    /// Tells the producer of all that was taken; a [`Front`] does not.
+    #[inline]
+    pub(crate) fn retire(&mut self) {
+        // Release: pairs with the Acquire in `free`: what we copied out comes before the next write.
+        self.shared.head.store(self.head, Ordering::Release);
+    }
+
+    /// How many of the known entries, from the oldest on and up to `most`, are like that.
+    #[inline(always)]
+    pub(crate) fn leading(&self, most: u32, mut like: impl FnMut(&T, &Regions) -> bool) -> u32 {
+        let most = self.known().min(most);
+        let mut count = 0;
+        while count < most
+            && look_at(self.shared.cell(self.head.wrapping_add(count)), |entry| {
+                like(entry, &self.shared.regions)
+            })
+        {
+            count += 1;
         }
+        count
     }
 }
 
-/// Entries being taken: `head` up to `next` are, and are retired when this is dropped.
-struct Taking<'a, T: Entry> {
-    next: u32,
-    head: &'a mut u32,
-    shared: &'a Shared<T>,
+impl<T: Entry> Drop for Consumer<T> {
+    fn drop(&mut self) {
+        // What was taken is not the queue's to bring home.
+        self.retire();
+    }
 }
 
-impl<T: Entry> Drop for Taking<'_, T> {
+/// The oldest entry of a queue, still there: let go, it stays.
+pub(crate) struct Front<'a, T: Entry> {
+    /// Where `head` is.
+    cell: &'a UnsafeCell<MaybeUninit<T>>,
+    regions: &'a Regions,
+    head: &'a mut u32,
+}
+
+impl<T: Entry> Front<'_, T> {
     #[inline(always)]
-    fn drop(&mut self) {
-        *self.head = self.next;
-        // Release: as in `pop`.
-        self.shared.head.store(self.next, Ordering::Release);
+    pub(crate) fn look<R>(&self, look: impl FnOnce(&T) -> R) -> R {
+        look_at(self.cell, look)
+    }
+
+    /// Takes it: `open` sees it where it is, and nobody sees it again. The producer learns of it by
+    /// [`retire`](Consumer::retire), so several entries cost one store.
+    #[inline(always)]
+    pub(crate) fn take<R>(self, open: impl FnOnce(&T, &Regions) -> R) -> R {
+        // Before `open`, which may panic.
+        *self.head = self.head.wrapping_add(1);
+        look_at(self.cell, |entry| open(entry, self.regions))
     }
 }
 

@@ -6,10 +6,11 @@
 //! places of its thread, by who submits and by who ends a loop in which something was submitted.
 
 use crate::credits::{Class, Giver, Taker, credits};
-use crate::entry::{Cqe, Entry, Opcode, Outcome, Sqe};
+use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
-use crate::queue::{Consumer, Producer, Published, Regions, queue};
+use crate::queue::{Consumer, Front, Producer, Published, Regions, queue};
 use core::fmt;
+use core::mem::ManuallyDrop;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 
 /// How big a ring is.
@@ -250,7 +251,7 @@ impl Reaper {
     pub fn pop(&mut self) -> Option<Reaped> {
         let cqe = self.cq.pop()?;
         self.credits.give(cqe.opcode());
-        // SAFETY: the entry was retired by `pop`, which yields each once; the poller's `push`
+        // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
         // placed it by a frame of these regions.
         let frame = unsafe { self.cq.regions().frame(&cqe) };
         Some(Reaped {
@@ -288,11 +289,37 @@ impl Intake {
         self.sq.prefetch();
     }
 
-    /// Gives the packets among the submissions that [`ready`](Self::ready) saw to `each`, in their order,
-    /// up to a cancel, which [`pop`](Self::pop) takes. When it returns, the SQ has room for as many more.
+    /// How many of the submissions that [`ready`](Self::ready) saw are left.
+    #[inline]
+    pub fn known(&self) -> u32 {
+        self.sq.known()
+    }
+
+    /// The next submission among those, to be opened or left; `None` also before a cancel, which
+    /// [`pop`](Self::pop) takes.
     #[inline(always)]
-    pub fn take_packets(&mut self, mut each: impl FnMut(Parcel<'_>)) {
-        self.sq.take_while(Entry::has_slot, |sqe, regions| each(Parcel { sqe, regions }));
+    pub fn front(&mut self) -> Option<Parcel<'_>> {
+        let front = self.sq.front()?;
+        front.look(Sqe::is_packet).then_some(Parcel(front))
+    }
+
+    /// Makes room in the SQ for as many submissions as parcels were opened, which until then still count
+    /// as there: one store for all of them.
+    #[inline]
+    pub fn retire(&mut self) {
+        self.sq.retire();
+    }
+
+    /// How many of those submissions, from the next on and up to `most`, are packets of `class` of which
+    /// `like` says so.
+    #[inline(always)]
+    pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&[u8]) -> bool) -> u32 {
+        self.sq.leading(most, |sqe, regions| {
+            // SAFETY: the entry stays where it is and so does its slot: what is made here is only looked
+            // at, and not dropped. `Submitter::push` placed the entry by a frame of these regions.
+            let packet = || ManuallyDrop::new(unsafe { regions.frame_of(sqe) });
+            sqe.is_packet() && class_of(sqe) == class && like(&packet())
+        })
     }
 
     /// The next submission among those that [`ready`](Self::ready) saw.
@@ -300,7 +327,7 @@ impl Intake {
     pub fn pop(&mut self) -> Option<Submission> {
         let sqe = self.sq.pop()?;
         let user_data = sqe.user_data();
-        // SAFETY: the entry was retired by `pop`, which yields each once; `Submitter::push` placed
+        // SAFETY: the entry was taken by `pop`, which yields each once; `Submitter::push` placed
         // it by a frame of these regions.
         let frame = unsafe { self.sq.regions().frame(&sqe) };
         Some(match frame {
@@ -313,16 +340,13 @@ impl Intake {
     }
 }
 
-/// A packet's submission while it is being taken: still in its queue's memory, so that whoever opens it
-/// copies it once, to where it is to be. Dropped unopened, the frame goes home.
-pub struct Parcel<'a> {
-    sqe: &'a Sqe,
-    regions: &'a Regions,
-}
+/// A packet's submission, still in its queue's memory: whoever opens it copies it once, to where it is to
+/// be. Dropped unopened, it stays the queue's next.
+pub struct Parcel<'a>(Front<'a, Sqe>);
 
 impl fmt::Debug for Parcel<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Parcel").field(self.sqe).finish()
+        self.0.look(|sqe| f.debug_tuple("Parcel").field(sqe).finish())
     }
 }
 
@@ -330,29 +354,17 @@ impl Parcel<'_> {
     /// Whether it is to be filled or to be sent.
     #[inline(always)]
     pub fn class(&self) -> Class {
-        class_of(self.sqe)
+        self.0.look(class_of)
     }
 
     /// The frame, and the caller's number.
     #[inline(always)]
     pub fn open(self) -> (Frame, u64) {
-        let (user_data, frame) = (self.sqe.user_data(), self.frame());
-        core::mem::forget(self);
-        (frame, user_data)
-    }
-
-    #[inline(always)]
-    fn frame(&self) -> Frame {
-        // SAFETY: `take_while` retires the entry and gives it once, so there is one parcel of it; and a
-        // parcel ends with this call, by `open` or by `drop`. `Submitter::push` placed the entry by a
-        // frame of these regions, and `take_packets` has seen that it has a slot.
-        unsafe { self.regions.frame_of(self.sqe) }
-    }
-}
-
-impl Drop for Parcel<'_> {
-    fn drop(&mut self) {
-        drop(self.frame());
+        self.0.take(|sqe, regions| {
+            // SAFETY: `take` gives each entry once. `Submitter::push` placed the entry by a frame of these regions, and `front` has seen that it
+            // is a packet's.
+            (unsafe { regions.frame_of(sqe) }, sqe.user_data())
+        })
     }
 }
 

@@ -173,11 +173,12 @@ fn turn(intake: &mut Intake, outlet: &mut Outlet, outcome: Outcome) {
         return;
     }
     loop {
-        intake.take_packets(|packet| {
+        while let Some(packet) = intake.front() {
             let class = packet.class();
             let (frame, user_data) = packet.open();
             outlet.push(class, frame, user_data, outcome);
-        });
+        }
+        intake.retire();
         match intake.pop() {
             Some(Submission::Cancel { user_data, target }) => {
                 outlet.push_cancel(target.is_none(), 0, user_data);
@@ -304,8 +305,8 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 #[test]
 fn an_sq_cell_is_not_written_before_its_parcel_was_opened() {
     cells_of_the_sq_are_reused(|intake| {
-        let mut packets = Vec::new();
-        intake.take_packets(|packet| packets.push(packet.open()));
+        let packets = std::iter::from_fn(|| Some(intake.front()?.open())).collect();
+        intake.retire();
         packets
     });
 }

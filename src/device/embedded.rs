@@ -253,39 +253,22 @@ struct EmbeddedQueue {
 
 impl Queue for EmbeddedQueue {
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+        // What was submitted first is looked at first: who looks for reads behind writes moves those.
+        let writes_first = io.is_write_next();
         if let Some(rx) = &mut self.rx {
             rx.attend(io);
+            if !writes_first {
+                rx.post(io);
+            }
+        }
+        if let Some(tx) = &mut self.tx {
+            send(io, tx, self.max);
+        }
+        let Some(rx) = &mut self.rx else { return Ok(Progress::Idle) };
+        if writes_first {
             rx.post(io);
         }
-        if let Some(tx) = &mut self.tx
-            && io.writes() > 0
-        {
-            while let Some(first) = io.peek_write() {
-                if let Some(addresses) = addresses_of(first.packet(), self.max) {
-                    let same = |packet: &[u8]| addresses_of(packet, self.max) == Some(addresses);
-                    let wanted = io.leading_writes(same);
-                    if let Some(mut run) = tx.run(addresses, wanted) {
-                        while run.left() > 0
-                            && let Some(slot) = io.take_write()
-                        {
-                            run.put(slot.packet());
-                            io.complete_write(slot);
-                        }
-                        continue;
-                    }
-                }
-                let Some(slot) = io.take_write() else { break };
-                match tx.send(slot.packet()) {
-                    // As vmnet answers to what is no Ethernet frame.
-                    Sent::Dropped(DropReason::Runt) => io.fail(slot, Status::InvalidArgument),
-                    Sent::Dropped(DropReason::TooBig) => io.fail(slot, Status::PacketTooBig),
-                    // A network takes every frame; what it drops, it counts.
-                    _ => io.complete_write(slot),
-                }
-            }
-            tx.flush();
-        }
-        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(io)))
+        Ok(rx.collect(io))
     }
 
     fn arm(&mut self) -> bool {
@@ -304,6 +287,38 @@ impl Queue for EmbeddedQueue {
         self.tx = None;
         true
     }
+}
+
+/// Sends the poller's writes: those to one port in a row together.
+#[inline(always)]
+fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
+    loop {
+        let mut first = None;
+        let wanted = io.leading_writes(|packet| match addresses_of(packet, max) {
+            None => false,
+            addresses => *first.get_or_insert(addresses) == addresses,
+        });
+        if let Some(Some(addresses)) = first
+            && let Some(mut run) = tx.run(addresses, wanted)
+        {
+            while run.left() > 0
+                && let Some(slot) = io.take_write()
+            {
+                run.put(slot.packet());
+                io.complete_write(slot);
+            }
+            continue;
+        }
+        let Some(slot) = io.take_write() else { break };
+        match tx.send(slot.packet()) {
+            // As vmnet answers to what is no Ethernet frame.
+            Sent::Dropped(DropReason::Runt) => io.fail(slot, Status::InvalidArgument),
+            Sent::Dropped(DropReason::TooBig) => io.fail(slot, Status::PacketTooBig),
+            // A network takes every frame; what it drops, it counts.
+            _ => io.complete_write(slot),
+        }
+    }
+    tx.flush();
 }
 
 /// The addresses of a frame that a network of this largest frame takes. `None`: whoever sends it will

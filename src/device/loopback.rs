@@ -218,9 +218,7 @@ fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReade
 /// Gives each write to the next read, as long as there are both.
 #[inline(always)]
 fn pass(io: &mut Io<'_>) {
-    while io.reads() > 0
-        && let Some(from) = io.take_write()
-    {
+    while let Some(from) = io.take_write() {
         let Some(mut to) = io.take_read() else { return io.put_back(from) };
         let len = from.packet().len();
         if let Some(room) = to.room_mut().get_mut(..len) {

@@ -13,7 +13,7 @@ use super::port::Port;
 use crate::device::{Io, Progress, Queue, Wake};
 use crate::error::{Direction, Error, Status};
 use crate::notify::lock;
-use vmring_core::offload;
+use vmring_core::{Class, offload};
 
 /// Reads offered at least, if posted. What is offered must be reset each time, so it follows what
 /// comes: twice the last batch.
@@ -182,7 +182,7 @@ impl Reads {
             }
         };
         for descriptor in &self.batch.descriptors[..count] {
-            let Some(slot) = io.take_read() else { break };
+            let Some(slot) = io.take_shown(Class::Read) else { break };
             let len = descriptor.vm_pkt_size;
             match header {
                 0 => io.complete_read(slot, len),
@@ -267,7 +267,7 @@ impl Writes {
 
 fn complete(io: &mut Io<'_>, sent: usize) {
     for _ in 0..sent {
-        let Some(slot) = io.take_write() else { break };
+        let Some(slot) = io.take_shown(Class::Write) else { break };
         io.complete_write(slot);
     }
 }
