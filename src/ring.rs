@@ -200,10 +200,11 @@ impl RingShared {
         rang
     }
 
-    /// The submitter's doorbell, after it has published.
+    /// The submitter's doorbell, after it has published; `oneself`: it drives the engine as well.
     #[inline]
-    fn ring_doorbell(&self) {
-        if self.ring_engine() {
+    fn ring_doorbell(&self, oneself: bool) {
+        let rang = if oneself { self.bell.ring_oneself() } else { self.ring_engine() };
+        if rang {
             self.counters.doorbells.add(1);
         }
     }
@@ -453,6 +454,8 @@ pub struct SubmissionQueue {
     caps: Capabilities,
     /// Other than `None` only while the ring's other half, borrowed together with this one, is reaping.
     debt: Cell<Debt>,
+    /// Who submits drives the engine as well: of a ring that is inline and undivided.
+    drives: bool,
 }
 
 /// The reaping half of a ring. Dropping it closes the ring.
@@ -638,7 +641,8 @@ impl Deref for CompletionHalf<'_> {
 
 impl SubmissionQueue {
     pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, caps: Capabilities) -> Self {
-        Self { submitter, shared, caps, debt: Cell::new(Debt::None) }
+        let drives = shared.is_inline();
+        Self { submitter, shared, caps, debt: Cell::new(Debt::None), drives }
     }
 
     /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
@@ -724,7 +728,7 @@ impl SubmissionQueue {
         self.submitter.publish();
         // Release: who sees the wish sees the cancel, and what was submitted before it.
         self.shared.control.fetch_or(control::CANCEL, Ordering::Release);
-        self.shared.ring_doorbell();
+        self.ring_doorbell();
         Ok(())
     }
 
@@ -895,7 +899,7 @@ impl SubmissionQueue {
     #[inline]
     fn ring_doorbell(&self) {
         self.submitter.publish();
-        self.shared.ring_doorbell();
+        self.shared.ring_doorbell(self.drives);
     }
 }
 
@@ -1375,7 +1379,9 @@ impl Ring {
     /// The two halves, owned; they may live on two threads. The ring closes when the reaping half is
     /// dropped.
     pub fn into_split(self) -> (SubmissionQueue, CompletionQueue) {
-        (self.sq, self.cq)
+        let Self { mut sq, cq } = self;
+        sq.drives = false;
+        (sq, cq)
     }
 
     /// The ring's pools; [`alloc`](Self::alloc) takes from the first.
@@ -1534,5 +1540,22 @@ impl RingControl {
     /// Doorbells that had to wake the poller. None are rung while it is awake.
     pub fn doorbells(&self) -> u64 {
         self.shared.counters.doorbells.get()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Direction, Drive, Interface, Loopback};
+
+    /// A wake-up that is lost for want of the fence is too rare for a test to wait for.
+    #[test]
+    fn only_who_drives_the_engine_rings_without_a_fence() {
+        let interface = Interface::builder().device(Loopback::new(1500)).start().unwrap();
+        let ring = |drive| interface.ring(Direction::Write).drive(drive).build().unwrap();
+        assert!(!ring(Drive::Thread).sq.drives);
+        let inline = ring(Drive::Inline);
+        assert!(inline.sq.drives);
+        let (sq, _cq) = inline.into_split();
+        assert!(!sq.drives);
     }
 }

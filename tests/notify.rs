@@ -12,8 +12,8 @@ use vmring::device::Progress;
 use vmring::{Armed, Closed, Direction, EntryError, IdlePolicy, Op, Ring, SubmitErrorKind};
 
 use crate::support::{
-    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, post, reap,
-    reap_n, scaled, send, stage, take_writes,
+    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, packet, post,
+    reap, reap_n, scaled, send, stage, take_writes,
 };
 
 /// Whether the ring's descriptor becomes readable within `timeout`.
@@ -214,6 +214,81 @@ fn completion_fd_signals_once_per_arm() {
             assert_eq!(Some(ring.stats().notifications), notifications);
             assert_eq!(fd, ring.completion_fd().unwrap().as_raw_fd(), "always the same");
         });
+    });
+}
+
+/// Goal: who drives a ring may arm its descriptor, submit, and only then sleep.
+#[test]
+fn what_an_inline_ring_submits_after_arming_signals() {
+    guarded(|| {
+        let interface = loopback();
+        let mut ring = inline(&interface, Direction::Both).build().unwrap();
+        assert!(!readable(&ring, NOW));
+        post(&mut ring, 1);
+        assert_eq!(ring.arm(), Armed::Armed);
+        assert!(!readable(&ring, NOW));
+        send(&mut ring, 2);
+        assert!(readable(&ring, NOW));
+        assert_eq!(reap_n(&mut ring, 2).len(), 2);
+        // In a loop over completions as well.
+        post(&mut ring, 3);
+        send(&mut ring, 4);
+        assert_eq!(ring.arm(), Armed::Ready);
+        let (mut sq, mut cq) = ring.split();
+        for done in cq.reap() {
+            sq.submit_read(done.frame_ok().unwrap(), 5).unwrap();
+        }
+        assert_eq!(ring.arm(), Armed::Armed);
+        let mut frame = ring.alloc().unwrap();
+        frame.copy_from(&packet(6, 60)).unwrap();
+        let (mut sq, _) = ring.split();
+        sq.submit_write(frame, 6).unwrap();
+        assert!(readable(&ring, NOW));
+    });
+}
+
+/// Goal: the submitting half of an inline ring, on a thread of its own, wakes the other, which drives the
+/// ring, whenever it comes.
+#[test]
+fn a_submission_from_another_thread_wakes_who_drives_the_ring() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                while let Some(slot) = io.take_write() {
+                    io.complete_write(slot);
+                }
+                Ok(Progress::Idle)
+            })
+        });
+        let interface = interface.start();
+        let mut ring = inline(&interface, Direction::Both).idle(IdlePolicy::PARK).build().unwrap();
+        // Never filled: so the other half has something to wait for.
+        post(&mut ring, 0);
+        let (mut sq, mut cq) = ring.into_split();
+        let count = scaled(20_000);
+        let reaped = Arc::new(AtomicU64::new(0));
+        let told = reaped.clone();
+        let reaping = thread::spawn(move || {
+            for number in 0..count {
+                assert_eq!(cq.wait(1, Some(LONG)), 1, "packet {number} woke nobody");
+                cq.reap().for_each(drop);
+                told.store(number + 1, Ordering::Relaxed);
+            }
+        });
+        for number in 0..count {
+            let mut frame = sq.alloc().unwrap();
+            frame.copy_from(&packet(number, 60)).unwrap();
+            sq.submit_write(frame, number).unwrap();
+            // Spinning, so that the next comes just when the other is falling asleep.
+            let mut turns = 0;
+            while reaped.load(Ordering::Relaxed) <= number && !reaping.is_finished() {
+                turns += 1;
+                if turns % 1000 == 0 {
+                    thread::yield_now();
+                }
+            }
+        }
+        reaping.join().unwrap();
     });
 }
 

@@ -124,6 +124,14 @@ impl<P: Park> Doorbell<P> {
         self.asleep.load(Ordering::Acquire) != 0 && due() && self.wake()
     }
 
+    /// As [`ring`](Self::ring), by the sleeper itself, which may have armed but does not sleep yet. It costs
+    /// no fence: flag and work are of one thread, so its program order is enough.
+    #[inline]
+    pub fn ring_oneself(&self) -> bool {
+        // Armed, and not so any more, it was rung by another, whose `unpark` is under way.
+        self.is_armed() && self.wake()
+    }
+
     #[cold]
     #[inline(never)]
     fn wake(&self) -> bool {

@@ -594,6 +594,27 @@ fn no_wake_up_is_lost_in_either_direction() {
     });
 }
 
+/// Who arms and then finds that it makes work itself is not put to sleep by it, whether or not another
+/// rings at the same time.
+///
+/// Broken by: not looking at the flag; a `Park` without memory.
+#[test]
+fn a_sleeper_that_rings_for_itself_does_not_sleep() {
+    check(3, || {
+        let bell = Arc::new(bell());
+        let other = thread::spawn({
+            let bell = bell.clone();
+            move || bell.ring()
+        });
+        bell.arm();
+        let own = bell.ring_oneself();
+        // For ever, if nobody has rung.
+        bell.parker().park(None);
+        assert!(!bell.disarm());
+        assert!(own ^ other.join().unwrap(), "one of the two has woken the sleeper");
+    });
+}
+
 /// Broken by: a load and a store instead of the exchange in `wake`.
 #[test]
 fn of_two_ringers_exactly_one_pays_for_each_arming() {
