@@ -776,10 +776,25 @@ impl SubmissionQueue {
     /// Writes an entry, which the caller is to publish.
     #[inline(always)]
     fn push(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        let mut frame = frame;
-        if let Err(kind) = self.fits(class, &mut frame) {
-            return Err(SubmitError { kind, frame });
+        let frame = self.fitting(class, frame)?;
+        if class == Class::Write && (self.caps.headroom > 0 || frame.has_offload_to_send()) {
+            return self.push_prepared(frame, user_data);
         }
+        self.push_fitting(class, frame, user_data)
+    }
+
+    /// Of a write where something may stand in front of the packet. Apart, so that the address of a frame
+    /// is given away here only: else it would live in memory on every way.
+    #[inline(never)]
+    fn push_prepared(&self, mut frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+        match self.prepare_offload(&mut frame) {
+            Ok(()) => self.push_fitting(Class::Write, frame, user_data),
+            Err(kind) => Err(SubmitError { kind, frame }),
+        }
+    }
+
+    #[inline(always)]
+    fn push_fitting(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.submitter.push(class, frame, user_data).map_err(|(refusal, frame)| SubmitError {
             kind: self.kind(refusal, Some(class)),
             frame,
@@ -797,20 +812,12 @@ impl SubmissionQueue {
             if self.submitter.check(class).is_err() {
                 break Ok(accepted);
             }
-            let Some((mut frame, user_data)) = frames.next() else { break Ok(accepted) };
-            if let Err(kind) = self.fits(class, &mut frame) {
+            let Some((frame, user_data)) = frames.next() else { break Ok(accepted) };
+            if let Err(SubmitError { kind, frame }) = self.push(class, frame, user_data) {
                 break Err(BatchError { kind, frame, accepted });
             }
-            match self.submitter.push(class, frame, user_data) {
-                Ok(()) => {
-                    accepted += 1;
-                    self.submitter.publish_lines();
-                }
-                Err((refusal, frame)) => {
-                    let kind = self.kind(refusal, Some(class));
-                    break Err(BatchError { kind, frame, accepted });
-                }
-            }
+            accepted += 1;
+            self.submitter.publish_lines();
         };
         if accepted > 0 {
             self.ring_doorbell();
@@ -818,30 +825,32 @@ impl SubmissionQueue {
         result
     }
 
-    /// Everything that can refuse a frame but the queue itself.
-    #[inline]
-    fn fits(&self, class: Class, frame: &mut Frame) -> Result<(), SubmitErrorKind> {
+    /// The frame, if nothing refuses it but perhaps the queue.
+    #[inline(always)]
+    fn fitting(&self, class: Class, mut frame: Frame) -> Result<Frame, SubmitError> {
         if let Some(closed) = self.why_closed() {
-            return Err(closed.into());
+            return Err(SubmitError { kind: closed.into(), frame });
         }
         let max = self.caps.max_packet_size as usize;
         if class == Class::Read {
             frame.reset();
             let room = frame.capacity();
             if room < max {
-                return Err(SubmitErrorKind::TooSmall { room, needed: max });
+                return Err(SubmitError {
+                    kind: SubmitErrorKind::TooSmall { room, needed: max },
+                    frame,
+                });
             }
         } else if frame.len() > max {
-            return Err(SubmitErrorKind::TooBig { len: frame.len(), max });
+            let kind = SubmitErrorKind::TooBig { len: frame.len(), max };
+            return Err(SubmitError { kind, frame });
         }
         let (headroom, needed) = (frame.headroom(), self.caps.headroom as usize);
         if headroom < needed {
-            return Err(SubmitErrorKind::NoHeadroom { headroom, needed });
+            let kind = SubmitErrorKind::NoHeadroom { headroom, needed };
+            return Err(SubmitError { kind, frame });
         }
-        if class == Class::Write && (needed > 0 || frame.has_offload_to_send()) {
-            return self.prepare_offload(frame);
-        }
-        Ok(())
+        Ok(frame)
     }
 
     /// Makes what stands in front of a packet to be sent what the device is to read there: the header

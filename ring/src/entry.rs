@@ -59,22 +59,70 @@ impl Outcome {
     }
 }
 
-/// Where a packet is in its region: a slot, and a part of the slot. Sixteen bytes that are copied as one:
-/// what is written in pieces and read back in others makes the processor wait some fifteen cycles.
+/// Where a packet is in its region: a slot, and a part of the slot.
+///
+/// Two words, and not four numbers of half the size: those the compiler would write in pieces and copy in
+/// others, for which the processor waits some fifteen cycles each time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Place {
-    pub(crate) slot: u32,
-    pub(crate) offset: u32,
-    pub(crate) len: u32,
-    /// What stands in front of the packet.
-    pub(crate) header: HeaderState,
+    /// The slot, and in the upper half the packet's offset in it.
+    start: u64,
+    /// The packet's length, and in the upper half what stands in front of it.
+    content: u64,
+}
+
+#[inline(always)]
+const fn word(lower: u32, upper: u32) -> u64 {
+    lower as u64 | (upper as u64) << 32
+}
+
+impl Place {
+    #[inline(always)]
+    pub(crate) const fn new(slot: u32, offset: u32, len: u32, header: HeaderState) -> Self {
+        Self { start: word(slot, offset), content: word(len, header.0) }
+    }
+
+    #[inline(always)]
+    pub(crate) const fn slot(self) -> u32 {
+        self.start as u32
+    }
+
+    #[inline(always)]
+    pub(crate) const fn offset(self) -> u32 {
+        (self.start >> 32) as u32
+    }
+
+    #[inline(always)]
+    pub(crate) const fn len(self) -> u32 {
+        self.content as u32
+    }
+
+    #[inline(always)]
+    pub(crate) const fn header(self) -> HeaderState {
+        HeaderState((self.content >> 32) as u32)
+    }
+
+    /// The packet is there: `len` bytes from `offset` on.
+    #[inline(always)]
+    pub(crate) fn set_window(&mut self, offset: u32, len: u32) {
+        *self = Self::new(self.slot(), offset, len, self.header());
+    }
+
+    #[inline(always)]
+    pub(crate) fn set_len(&mut self, len: u32) {
+        self.content = word(len, self.header().0);
+    }
+
+    #[inline(always)]
+    pub(crate) fn set_header(&mut self, header: HeaderState) {
+        self.content = word(self.len(), header.0);
+    }
 }
 
 /// What the 12 bytes in front of a packet are.
 ///
 /// A number rather than an enum: then an `Option` of a frame or an entry has no reason to look into it.
-/// And of the size of the fields beside it: padding would be copied around.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub(crate) struct HeaderState(u32);
@@ -90,7 +138,7 @@ impl HeaderState {
 
 /// The slot number of an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
-const NOWHERE: Place = Place { slot: NO_SLOT, offset: 0, len: 0, header: HeaderState::ABSENT };
+const NOWHERE: Place = Place::new(NO_SLOT, 0, 0, HeaderState::ABSENT);
 
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
 /// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
@@ -121,10 +169,8 @@ pub struct Cqe {
 const_assert_eq!(size_of::<Sqe>(), 32);
 const_assert_eq!(align_of::<Sqe>(), 32);
 const_assert_eq!(offset_of!(Sqe, user_data), 0);
-const_assert_eq!(offset_of!(Sqe, place.slot), 8);
-const_assert_eq!(offset_of!(Sqe, place.offset), 12);
-const_assert_eq!(offset_of!(Sqe, place.len), 16);
-const_assert_eq!(offset_of!(Sqe, place.header), 20);
+const_assert_eq!(offset_of!(Sqe, place.start), 8);
+const_assert_eq!(offset_of!(Sqe, place.content), 16);
 const_assert_eq!(offset_of!(Sqe, region), 24);
 const_assert_eq!(offset_of!(Sqe, opcode), 26);
 const_assert_eq!(offset_of!(Sqe, reserved), 27);
@@ -133,10 +179,8 @@ const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
 const_assert_eq!(size_of::<Cqe>(), 32);
 const_assert_eq!(align_of::<Cqe>(), 32);
 const_assert_eq!(offset_of!(Cqe, user_data), 0);
-const_assert_eq!(offset_of!(Cqe, place.slot), 8);
-const_assert_eq!(offset_of!(Cqe, place.offset), 12);
-const_assert_eq!(offset_of!(Cqe, place.len), 16);
-const_assert_eq!(offset_of!(Cqe, place.header), 20);
+const_assert_eq!(offset_of!(Cqe, place.start), 8);
+const_assert_eq!(offset_of!(Cqe, place.content), 16);
 const_assert_eq!(offset_of!(Cqe, region), 24);
 const_assert_eq!(offset_of!(Cqe, opcode), 26);
 const_assert_eq!(offset_of!(Cqe, outcome), 27);
@@ -159,7 +203,7 @@ impl Sqe {
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
         let (offset, len) = ((target >> 32) as u32, target as u32);
-        Self::packet(opcode, 0, Place { offset, len, ..NOWHERE }, user_data)
+        Self::packet(opcode, 0, Place::new(NO_SLOT, offset, len, HeaderState::ABSENT), user_data)
     }
 
     /// The number the caller gave.
@@ -183,7 +227,7 @@ impl Sqe {
     /// Of a cancel: whose entries.
     #[inline]
     pub fn target(&self) -> u64 {
-        u64::from(self.place.offset) << 32 | u64::from(self.place.len)
+        u64::from(self.place.offset()) << 32 | u64::from(self.place.len())
     }
 }
 
@@ -201,7 +245,8 @@ impl Cqe {
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
-        let place = Place { len: matched, ..NOWHERE };
+        let mut place = NOWHERE;
+        place.set_len(matched);
         Self::packet(opcode, 0, place, user_data, Outcome::Done)
     }
 
@@ -226,12 +271,12 @@ impl Cqe {
     /// Bytes of the packet; of a cancel, the number of entries that matched.
     #[inline]
     pub fn len(&self) -> u32 {
-        self.place.len
+        self.place.len()
     }
 
     /// Whether `len` is 0.
     pub fn is_empty(&self) -> bool {
-        self.place.len == 0
+        self.place.len() == 0
     }
 }
 
@@ -241,7 +286,7 @@ macro_rules! entry {
         impl Entry for $entry {
             #[inline(always)]
             fn has_slot(&self) -> bool {
-                self.place.slot != NO_SLOT
+                self.place.slot() != NO_SLOT
             }
 
             #[inline(always)]
@@ -279,7 +324,7 @@ mod tests {
         let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
         assert_eq!((cancel.has_slot(), cancel.target()), (false, 3 << 40 | 5));
         let header = HeaderState::TO_SEND;
-        let place = Place { slot: 8, offset: 7, len: 6, header };
+        let place = Place::new(8, 7, 6, header);
         let packet = Sqe::packet(Opcode::Write, 9, place, 5);
         assert_eq!((packet.has_slot(), packet.slot()), (true, (9, place)));
     }

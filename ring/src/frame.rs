@@ -122,40 +122,39 @@ impl Frame {
     /// Bytes of the packet.
     #[inline]
     pub fn len(&self) -> usize {
-        self.place.len as usize
+        self.place.len() as usize
     }
 
     /// Whether the packet has no bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.place.len == 0
+        self.place.len() == 0
     }
 
     /// Bytes from the packet's start to the end of the slot: the longest the packet may become.
     #[inline]
     pub fn capacity(&self) -> usize {
-        (self.pool().layout.slot_size - self.place.offset) as usize
+        (self.pool().layout.slot_size - self.place.offset()) as usize
     }
 
     /// Bytes in front of the packet.
     #[inline]
     pub fn headroom(&self) -> usize {
-        self.place.offset as usize
+        self.place.offset() as usize
     }
 
     /// The slot's number in its pool.
     #[inline]
     pub fn slot(&self) -> u32 {
-        self.place.slot
+        self.place.slot()
     }
 
     /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0, no
     /// offload header.
     #[inline]
     pub fn reset(&mut self) {
-        self.place.offset = self.pool().layout.headroom;
-        self.place.len = 0;
-        self.place.header = HeaderState::ABSENT;
+        let headroom = self.pool().layout.headroom;
+        self.place = Place::new(self.place.slot(), headroom, 0, HeaderState::ABSENT);
     }
 
     /// Makes the packet `len` bytes long, from the same start.
@@ -165,7 +164,7 @@ impl Frame {
         if len > room {
             return Err(OutOfRoom { wanted: len, room });
         }
-        self.place.len = len as u32;
+        self.place.set_len(len as u32);
         Ok(())
     }
 
@@ -181,8 +180,7 @@ impl Frame {
             return Err(OutOfRoom { wanted: n, room: self.len() }.into());
         }
         let header = self.offload()?.map(|header| header.trim_front(n)).transpose()?;
-        self.place.offset += n as u32;
-        self.place.len -= n as u32;
+        self.place.set_window(self.place.offset() + n as u32, self.place.len() - n as u32);
         self.put_offload(header);
         Ok(())
     }
@@ -192,7 +190,7 @@ impl Frame {
         if n > self.len() {
             return Err(OutOfRoom { wanted: n, room: self.len() });
         }
-        self.place.len -= n as u32;
+        self.place.set_len(self.place.len() - n as u32);
         Ok(())
     }
 
@@ -209,8 +207,7 @@ impl Frame {
         if n > room {
             return Err(OutOfRoom { wanted: n, room }.into());
         }
-        self.place.offset -= n as u32;
-        self.place.len += n as u32;
+        self.place.set_window(self.place.offset() - n as u32, self.place.len() + n as u32);
         self.put_offload(header);
         Ok(())
     }
@@ -219,7 +216,7 @@ impl Frame {
     /// header is gone.
     pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfRoom> {
         self.set_len(bytes.len())?;
-        self.place.header = HeaderState::ABSENT;
+        self.place.set_header(HeaderState::ABSENT);
         self.copy_from_slice(bytes);
         Ok(())
     }
@@ -231,7 +228,7 @@ impl Frame {
     ///
     /// What stands there is no header that we know.
     pub fn offload(&self) -> Result<Option<OffloadHeader>, OffloadError> {
-        if self.place.header == HeaderState::ABSENT {
+        if self.place.header() == HeaderState::ABSENT {
             return Ok(None);
         }
         OffloadHeader::parse(self.offload_bytes()).map(Some)
@@ -248,7 +245,7 @@ impl Frame {
         if room < offload::LEN {
             return Err(OutOfRoom { wanted: offload::LEN, room });
         }
-        self.place.header = HeaderState::TO_SEND;
+        self.place.set_header(HeaderState::TO_SEND);
         header.write(self.offload_bytes_mut());
         Ok(())
     }
@@ -265,7 +262,7 @@ impl Frame {
     pub fn forward_offload(&mut self) -> Result<bool, OffloadError> {
         let header = self.offload()?.map(OffloadHeader::for_sending);
         if header.is_some() {
-            self.place.header = HeaderState::TO_SEND;
+            self.place.set_header(HeaderState::TO_SEND);
             self.put_offload(header);
         }
         Ok(header.is_some())
@@ -273,28 +270,28 @@ impl Frame {
 
     /// Takes the offload header away.
     pub fn clear_offload(&mut self) {
-        self.place.header = HeaderState::ABSENT;
+        self.place.set_header(HeaderState::ABSENT);
     }
 
     /// Whether the offload header is one to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {
-        self.place.header == HeaderState::TO_SEND
+        self.place.header() == HeaderState::TO_SEND
     }
 
     /// The offload header and the packet behind it, as they lie in memory: what a VMM hands to its
     /// guest. `None` if there is no header.
     pub fn with_offload(&self) -> Option<&[u8]> {
-        let start = (self.place.offset as usize).checked_sub(offload::LEN)?;
-        let end = self.place.offset as usize + self.len();
-        (self.place.header != HeaderState::ABSENT).then(|| &self.whole()[start..end])
+        let start = (self.place.offset() as usize).checked_sub(offload::LEN)?;
+        let end = self.place.offset() as usize + self.len();
+        (self.place.header() != HeaderState::ABSENT).then(|| &self.whole()[start..end])
     }
 
     /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
     /// device to fill. `None` if there is less headroom.
     #[inline]
     pub fn room_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
-        let start = (self.place.offset as usize).checked_sub(header)?;
+        let start = (self.place.offset() as usize).checked_sub(header)?;
         Some(&mut self.whole_mut()[start..])
     }
 
@@ -310,7 +307,7 @@ impl Frame {
             return Err(OutOfRoom { wanted: offload::LEN, room });
         }
         self.set_len(len)?;
-        self.place.header = HeaderState::RECEIVED;
+        self.place.set_header(HeaderState::RECEIVED);
         // 1, also where the device says 0 (virtio 1.2, 5.1.6.4.1).
         offload::set_num_buffers(self.offload_bytes_mut(), 1);
         Ok(())
@@ -324,26 +321,26 @@ impl Frame {
     }
 
     fn offload_bytes(&self) -> &[u8; offload::LEN] {
-        let start = self.place.offset as usize - offload::LEN;
+        let start = self.place.offset() as usize - offload::LEN;
         self.whole()[start..].first_chunk().expect("a header stands in the headroom")
     }
 
     fn offload_bytes_mut(&mut self) -> &mut [u8; offload::LEN] {
-        let start = self.place.offset as usize - offload::LEN;
+        let start = self.place.offset() as usize - offload::LEN;
         self.whole_mut()[start..].first_chunk_mut().expect("a header stands in the headroom")
     }
 
     /// The packet as a view on its slot, for parsing without copying.
     #[inline]
     pub fn view(&self) -> PacketView<&[u8]> {
-        PacketView::new(self.whole(), self.place.offset, self.place.len)
+        PacketView::new(self.whole(), self.place.offset(), self.place.len())
             .expect("the packet is in its slot")
     }
 
     /// The packet as a view that can be written through.
     #[inline]
     pub fn view_mut(&mut self) -> PacketView<&mut [u8]> {
-        let (offset, len) = (self.place.offset, self.place.len);
+        let (offset, len) = (self.place.offset(), self.place.len());
         PacketView::new(self.whole_mut(), offset, len).expect("the packet is in its slot")
     }
 
@@ -351,13 +348,14 @@ impl Frame {
     /// length later; see [`set_len`](Self::set_len).
     #[inline]
     pub fn room_mut(&mut self) -> &mut [u8] {
-        let offset = self.place.offset as usize;
+        let offset = self.place.offset() as usize;
         &mut self.whole_mut()[offset..]
     }
 
     #[inline]
     fn whole(&self) -> &[u8] {
-        let (start, size) = (self.pool().slot_start(self.place.slot), self.pool().layout.slot_size);
+        let (start, size) =
+            (self.pool().slot_start(self.place.slot()), self.pool().layout.slot_size);
         // SAFETY: the slot lies in the backing, which is initialised; we own it alone ("one place
         // per slot") and are borrowed shared.
         unsafe { core::slice::from_raw_parts(start.as_ptr(), size as usize) }
@@ -365,7 +363,8 @@ impl Frame {
 
     #[inline]
     fn whole_mut(&mut self) -> &mut [u8] {
-        let (start, size) = (self.pool().slot_start(self.place.slot), self.pool().layout.slot_size);
+        let (start, size) =
+            (self.pool().slot_start(self.place.slot()), self.pool().layout.slot_size);
         // SAFETY: as in `whole`, and we are borrowed exclusively.
         unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), size as usize) }
     }
@@ -375,7 +374,7 @@ impl Drop for Frame {
     #[inline]
     fn drop(&mut self) {
         // SAFETY: we own the slot ("one place per slot") and this is the end of us.
-        unsafe { put_home(self.header, self.place.slot) }
+        unsafe { put_home(self.header, self.place.slot()) }
     }
 }
 
@@ -384,14 +383,14 @@ impl Deref for Frame {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        &self.whole()[self.place.offset as usize..][..self.place.len as usize]
+        &self.whole()[self.place.offset() as usize..][..self.place.len() as usize]
     }
 }
 
 impl DerefMut for Frame {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        let len = self.place.len as usize;
+        let len = self.place.len() as usize;
         &mut self.room_mut()[..len]
     }
 }
@@ -413,9 +412,9 @@ impl AsMut<[u8]> for Frame {
 impl fmt::Debug for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Frame")
-            .field("slot", &self.place.slot)
-            .field("offset", &self.place.offset)
-            .field("len", &self.place.len)
+            .field("slot", &self.place.slot())
+            .field("offset", &self.place.offset())
+            .field("len", &self.place.len())
             .finish_non_exhaustive()
     }
 }

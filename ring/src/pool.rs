@@ -228,7 +228,7 @@ impl Pool {
         // Relaxed: our handle keeps the count above zero.
         header.refs.fetch_add(1, Ordering::Relaxed);
         let (offset, header) = (header.layout.headroom, HeaderState::ABSENT);
-        let place = Place { slot, offset, len: 0, header };
+        let place = Place::new(slot, offset, 0, header);
         // SAFETY: `pop` took the slot out of the free list, so it is in no other place, and it is
         // counted as out.
         Some(unsafe { Frame::from_raw(self.header, place) })
