@@ -497,8 +497,8 @@ pub struct Ring {
 /// [`SubmissionQueue`] for what needs no exclusive access.
 ///
 /// What it submits inside `for done in cq.reap()` is shown to an engine that is awake as soon as it fills
-/// cache lines (which takes at most four entries), the rest when the loop over
-/// [`CompletionHalf::reap`] ends; and then the doorbell, which costs a fence, and a wake-up if the engine
+/// cache lines (which takes at most four entries, or sixteen while 32 or more are in flight), the rest when
+/// the loop over [`CompletionHalf::reap`] ends; and then the doorbell, which costs a fence, and a wake-up if the engine
 /// sleeps, is rung once.
 ///
 /// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
@@ -604,6 +604,7 @@ impl CompletionHalf<'_> {
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
         self.cq.look();
+        self.sq.submitter.begin_run(&self.cq.reaper);
         if self.sq.debt.get() == Debt::None {
             self.sq.debt.set(Debt::Allowed);
         }

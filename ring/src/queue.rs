@@ -140,6 +140,8 @@ pub(crate) struct Producer<T: Entry> {
     tail: Cell<u32>,
     published: Cell<u32>,
     head_seen: Cell<u32>,
+    /// Entries that [`publish_lines`](Self::publish_lines) publishes together.
+    together: Cell<u32>,
 }
 
 pub(crate) struct Consumer<T: Entry> {
@@ -151,9 +153,14 @@ pub(crate) struct Consumer<T: Entry> {
 
 /// Entries to a cache line of 64 bytes.
 const TO_A_LINE: usize = 64 / size_of::<Sqe>();
-/// Entries that are published together in a longer run of them: two lines. So the other side begins
-/// with the first while the others are still being written.
+/// Entries that are published together in a run of them: two lines. So the other side begins with the
+/// first while the others are still being written.
 const PUBLISHED: u32 = 4;
+/// The same while many are on their way: the other side has enough to do, and what is published in
+/// smaller pieces it takes in smaller pieces, each of which costs both sides transfers of lines.
+const PUBLISHED_OF_MANY: u32 = 16;
+/// So many: with fewer, pieces of that size would leave the other side without work.
+const MANY: u32 = 32;
 /// Entries whose lines are asked for together: sixteen lines, about as many transfers as a core can
 /// have under way.
 const PREFETCHED: u32 = 32;
@@ -180,6 +187,7 @@ pub(crate) fn queue<T: Entry>(
         tail: Cell::new(start),
         published: Cell::new(start),
         head_seen: Cell::new(start),
+        together: Cell::new(PUBLISHED),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
 }
@@ -242,9 +250,17 @@ impl<T: Entry> Producer<T> {
     /// other side already reads is not written to.
     #[inline]
     pub(crate) fn publish_lines(&self) {
-        if self.tail.get().is_multiple_of(PUBLISHED) {
+        // `together` is a power of two.
+        if self.tail.get() & (self.together.get() - 1) == 0 {
             self.publish_anyway();
         }
+    }
+
+    /// A run of entries begins, while those from the index `since` on are on their way.
+    #[inline]
+    pub(crate) fn begin_run(&self, since: u32) {
+        let many = self.tail.get().wrapping_sub(since) >= MANY;
+        self.together.set(if many { PUBLISHED_OF_MANY } else { PUBLISHED });
     }
 
     /// Entries ever published (plus the start index).

@@ -204,6 +204,13 @@ impl Submitter {
         self.sq.publish_lines();
     }
 
+    /// A loop over `reaper`'s completions begins. The more entries are on their way, the more are published
+    /// together by [`publish_lines`](Self::publish_lines).
+    #[inline]
+    pub fn begin_run(&self, reaper: &Reaper) {
+        self.sq.begin_run(reaper.cq.head());
+    }
+
     /// Credits of `class` to be had now; reaping brings more.
     pub fn available(&self, class: Class) -> u32 {
         self.credits.available(class)

@@ -785,6 +785,26 @@ fn packets_are_taken_up_to_a_cancel_and_make_room_together() {
     assert_eq!((slots.len(), pool.slots_out()), (3, 3));
 }
 
+/// Whole lines of entries, and the more of them together the more are on their way.
+#[test]
+fn a_run_is_published_in_pieces_of_four_or_sixteen() {
+    let pool = pool(64);
+    let (submitter, reaper, mut intake, _outlet) = rings(Depths::new(64, 0, 0), regions(&pool), 0);
+    let mut shown = Vec::new();
+    for n in 0..64 {
+        if n == 20 || n == 40 {
+            submitter.publish();
+            submitter.begin_run(&reaper);
+        }
+        submitter.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+        submitter.publish_lines();
+        shown.push(intake.ready());
+    }
+    let pieces = |n: usize| if n < 40 { n / 4 * 4 } else { (n / 16 * 16).max(40) };
+    let expected: Vec<_> = (1..=64).map(|n| pieces(n) as u32).collect();
+    assert_eq!(shown, expected);
+}
+
 /// An opened parcel is its taker's, also if the SQ never hears of it: what becomes of the queue is no
 /// matter.
 #[test]
