@@ -7,7 +7,7 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
 use super::look::{Look, PACKETS, numbered, packet};
-use super::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
+use super::{BATCH, FULL_FRAME, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 
 /// Who turns the rings' engines.
@@ -33,6 +33,8 @@ impl Driven {
 const POLLED_READS: usize = 4 * WINDOW;
 /// Those of them that the sender is not told of.
 const SPARE: u64 = (POLLED_READS - WINDOW) as u64;
+/// Bytes of an Ethernet header.
+const ETHERNET: usize = 14;
 /// How long a receiver with a poller sleeps at once.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -143,15 +145,17 @@ impl Receiver for OurReceiver<'_> {
     }
 }
 
-/// A guest's interface. A port keeps a window of packets, for pollers that have not yet begun.
-fn start() -> Result<Interface> {
+/// A guest's interface, on a network that carries packets of `length` bytes, or the usual ones if that is
+/// more. A port keeps a window of packets, for pollers that have not yet begun.
+fn start(length: usize) -> Result<Interface> {
     let network = Embedded::network("performance-guests").overflow(WINDOW as u32);
-    Ok(Interface::builder().device(network).mtu(65_521).start()?)
+    let mtu = length.max(FULL_FRAME) - ETHERNET;
+    Ok(Interface::builder().device(network).mtu(mtu as u32).start()?)
 }
 
 pub(super) fn measure(driven: Driven, traffic: Traffic) -> Result<f64> {
     let length = traffic.length;
-    let (a, b) = (start()?, start()?);
+    let (a, b) = (start(length)?, start(length)?);
     let poller = if driven == Driven::SharedPoller { Some(Poller::start()?) } else { None };
     let ring = |interface: &Interface, depth: usize| {
         let drive = match (driven, &poller) {
