@@ -1741,6 +1741,34 @@ fn a_slot_put_back_in_a_later_call_is_posted_again() {
     });
 }
 
+/// What is put back may be taken again, in its order, and takes nothing of what a call may take; what
+/// stands in the SQ comes behind it.
+#[test]
+fn a_slot_that_is_put_back_may_be_taken_again_in_the_same_call() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                for _ in 0..3 {
+                    let taken: Vec<_> = std::iter::from_fn(|| io.take_write()).collect();
+                    assert!(taken.len() <= 2, "the limit of a call");
+                    taken.into_iter().rev().for_each(|slot| io.put_back(slot));
+                }
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+        })
+        .limits(|caps| caps.max_write_batch = 2)
+        .start();
+        let mut ring = inline(&interface, Direction::Write).build().unwrap();
+        let frames: Vec<_> = (0..5).map(|number| (filled(&ring, number), number)).collect();
+        ring.submit_writes(frames).unwrap();
+        for calls in [2, 2, 1] {
+            assert_eq!(ring.reap().count(), calls);
+        }
+        assert_eq!((ring.in_flight(), ring.stats().retries), (0, 0));
+    });
+}
+
 /// A driver that starts too slowly, fails, or panics.
 #[test]
 fn a_start_that_takes_too_long_times_out_and_is_undone() {
