@@ -294,11 +294,12 @@ impl Queue for EmbeddedQueue {
 fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
         let mut first = None;
-        let wanted = io.leading_writes(|packet| match addresses_of(packet, max) {
-            None => false,
-            addresses => *first.get_or_insert(addresses) == addresses,
+        let wanted = io.leading_writes(|packet| {
+            let addresses = addresses_of(packet, max);
+            *first.get_or_insert(addresses) == addresses && addresses.is_some()
         });
-        if let Some(Some(addresses)) = first
+        let Some(addresses) = first else { break };
+        if let Some(addresses) = addresses
             && let Some(mut run) = tx.run(addresses, wanted)
         {
             while run.left() > 0
@@ -307,8 +308,18 @@ fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
                 run.put(slot.packet());
                 io.complete_write(slot);
             }
-            continue;
+        } else {
+            send_singly(io, tx, wanted.max(1));
         }
+    }
+    tx.flush();
+}
+
+/// Sends so many writes for which no buffers are to be had together; or each would be looked at again for
+/// each.
+#[inline(never)]
+fn send_singly(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
+    for _ in 0..count {
         let Some(slot) = io.take_write() else { break };
         match tx.send(slot.packet()) {
             // As vmnet answers to what is no Ethernet frame.
@@ -318,7 +329,6 @@ fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
             _ => io.complete_write(slot),
         }
     }
-    tx.flush();
 }
 
 /// The addresses of a frame that a network of this largest frame takes. `None`: whoever sends it will
