@@ -709,8 +709,7 @@ impl<'a> Io<'a> {
         }
     }
 
-    /// Whether the oldest slot that nobody has taken is a write, as far as that can be told: of slots that
-    /// an earlier call has left it cannot.
+    /// Whether the SQ's next is a write. What earlier calls have left is in no common order.
     #[inline]
     pub(crate) fn is_write_next(&mut self) -> bool {
         let front = self.intake.as_deref_mut().and_then(Intake::front);
