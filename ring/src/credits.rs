@@ -23,18 +23,14 @@ pub enum Class {
     Cancel,
 }
 
-/// The class of an entry: both kinds of cancel come after the other two.
-#[inline]
-fn class_of(opcode: Opcode) -> usize {
-    (opcode as usize).min(Class::Cancel as usize)
-}
+/// Credits ever given back, by opcode: as by class, but that both kinds of cancel are of one class. So
+/// giving one back, which every packet does, needs no class.
+type Returned = Arc<CachePadded<[AtomicU32; OPCODES]>>;
 
+const OPCODES: usize = Opcode::CancelAll as usize + 1;
 const_assert_eq!(Opcode::Read as usize, Class::Read as usize);
 const_assert_eq!(Opcode::Write as usize, Class::Write as usize);
 const_assert_eq!(Opcode::Cancel as usize, Class::Cancel as usize);
-
-/// Credits ever given back, by class.
-type Returned = Arc<CachePadded<[AtomicU32; 3]>>;
 
 /// The submitting side; as the queue's producer it works through `&self`, on one thread.
 #[derive(Debug)]
@@ -48,13 +44,13 @@ pub(crate) struct Taker {
 /// The reaping side.
 #[derive(Debug)]
 pub(crate) struct Giver {
-    given: [u32; 3],
+    given: [u32; OPCODES],
     returned: Returned,
 }
 
 pub(crate) fn credits(depth: [u32; 3]) -> (Taker, Giver) {
-    let returned: Returned = Arc::new(CachePadded::new([0, 0, 0].map(AtomicU32::new)));
-    let giver = Giver { given: [0; 3], returned: returned.clone() };
+    let returned: Returned = Arc::new(CachePadded::new([0; OPCODES].map(AtomicU32::new)));
+    let giver = Giver { given: [0; OPCODES], returned: returned.clone() };
     let zeros = || [0, 0, 0].map(Cell::new);
     (Taker { depth, taken: zeros(), returned_seen: zeros(), returned }, giver)
 }
@@ -65,7 +61,12 @@ impl Taker {
         let i = class as usize;
         // Acquire: pairs with the Release in `give`. The reaper has copied the completion out, so
         // through us and the poller its cell may be written again.
-        self.returned_seen[i].set(self.returned[i].load(Ordering::Acquire));
+        let mut returned = self.returned[i].load(Ordering::Acquire);
+        if class == Class::Cancel {
+            let others = &self.returned[Opcode::CancelAll as usize];
+            returned = returned.wrapping_add(others.load(Ordering::Acquire));
+        }
+        self.returned_seen[i].set(returned);
         self.depth[i] - self.taken[i].get().wrapping_sub(self.returned_seen[i].get())
     }
 
@@ -92,7 +93,7 @@ impl Taker {
 impl Giver {
     #[inline]
     pub(crate) fn give(&mut self, of: Opcode) {
-        let i = class_of(of);
+        let i = of as usize;
         self.given[i] = self.given[i].wrapping_add(1);
         // Release: pairs with the Acquire in `available`.
         self.returned[i].store(self.given[i], Ordering::Release);

@@ -256,7 +256,8 @@ impl Reaper {
     /// its credit returned before the frame exists.
     #[inline]
     pub fn pop(&mut self) -> Option<Reaped> {
-        let cqe = self.cq.pop()?;
+        let cqe = self.cq.front()?.take(|cqe, _| *cqe);
+        self.cq.retire();
         self.credits.give(cqe.opcode());
         // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
         // placed it by a frame of these regions.
@@ -397,12 +398,14 @@ impl Outlet {
         // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
         // it in memory instead of in registers.
         let (pool, place) = (frame.header(), frame.into_raw());
-        let (Some(region), Some(vacant)) = (region, self.cq.vacant()) else {
-            // SAFETY: the frame was given up above, and became nothing else.
-            drop(unsafe { Frame::from_raw(pool, place) });
-            misused();
-        };
-        vacant.write(Cqe::packet(opcode, region, place, user_data, outcome));
+        if let Some(region) = region
+            && let Some(vacant) = self.cq.vacant()
+        {
+            return vacant.write(Cqe::packet(opcode, region, place, user_data, outcome));
+        }
+        // SAFETY: the frame was given up above, and became nothing else.
+        drop(unsafe { Frame::from_raw(pool, place) });
+        misused();
     }
 
     /// Writes the completion of a cancel that found `matched` entries.
