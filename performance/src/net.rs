@@ -13,6 +13,8 @@ use std::thread;
 
 use crate::Result;
 
+/// Bytes of an Ethernet header.
+pub(crate) const ETHERNET: usize = 14;
 /// How long an Ethernet frame of an MTU of 1,500 can be.
 pub(crate) const FULL_FRAME: usize = 1514;
 /// What an Ethernet frame has at least.

@@ -10,14 +10,13 @@ use vmring::pool::PoolBuilder;
 use vmring::{Direction, Drive, Frame, Interface, Loopback, Op, Poller, Ring};
 
 use crate::common::{pinned, processors, take_turns, time_packets};
+use crate::net::ETHERNET;
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 
 /// Reads and writes in flight, each.
 const BATCH: usize = 32;
 const SMALL: usize = 60;
-/// Bytes of an Ethernet header.
-const ETHERNET: usize = 14;
 const DEPTHS: [u32; 4] = [64, 512, 4096, 32_768];
 const SIZES: [usize; 4] = [SMALL, 1514, 9014, 65_535];
 const RINGS: [usize; 5] = [1, 2, 4, 8, 16];

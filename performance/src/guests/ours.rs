@@ -9,6 +9,7 @@ use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 use super::look::{Look, PACKETS, numbered, packet};
 use super::{BATCH, FULL_FRAME, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
+use crate::net::ETHERNET;
 
 /// Who turns the rings' engines.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,8 +34,6 @@ impl Driven {
 const POLLED_READS: usize = 4 * WINDOW;
 /// Those of them that the sender is not told of.
 const SPARE: u64 = (POLLED_READS - WINDOW) as u64;
-/// Bytes of an Ethernet header.
-const ETHERNET: usize = 14;
 /// How long a receiver with a poller sleeps at once.
 const NAP: Duration = Duration::from_millis(1);
 
