@@ -613,7 +613,9 @@ pub struct Io<'a> {
     /// What was submitted since then, taken by the device out of the SQ itself. A wrapper has none.
     intake: Option<&'a mut Intake>,
     sink: Sink<'a>,
-    /// How many reads and writes may be taken, if there are as many.
+    /// How many reads and writes may be taken in this call, if there are as many.
+    limits: [usize; 2],
+    /// How many of them may still be: what is put back may be taken again.
     left: [usize; 2],
 }
 
@@ -635,14 +637,13 @@ impl<'a> Io<'a> {
         sink: Sink<'a>,
         limits: [u32; 2],
     ) -> Self {
-        let left = limits.map(|limit| limit as usize);
-        Self { ring, posted, intake, sink, left }
+        let limits = limits.map(|limit| limit as usize);
+        Self { ring, posted, intake, sink, limits, left: limits }
     }
 
-    /// How many reads and writes may still be taken, if there are as many: what was put back may be taken
-    /// again. Before a call these are its limits.
-    pub(crate) fn left(&self) -> [i64; 2] {
-        self.left.map(|left| left as i64)
+    /// How many reads and writes were taken and not put back; below 0 if more came back of earlier calls.
+    pub(crate) fn taken(&self) -> [i64; 2] {
+        [0, 1].map(|i| self.limits[i] as i64 - self.left[i] as i64)
     }
 
     /// Reads that may be taken in this call.

@@ -368,9 +368,8 @@ impl Engine {
         let sink = Sink::Ring(&mut self.completions);
         let intake = Some(&mut self.intake);
         let mut io = Io::new(number, &mut self.posted, intake, sink, limits);
-        let before = io.left();
         let result = guard(|| queue.poll(&mut io));
-        let taken = difference(before, io.left());
+        let taken = io.taken();
         self.intake.retire();
         let completed = self.settle_kept(taken);
         self.shared.counters.poller.device_wakeups.add(rang.into());
@@ -486,9 +485,8 @@ impl Engine {
             self.completions.set_undone(undone);
             let sink = Sink::Ring(&mut self.completions);
             let mut io = Io::new(number, &mut nothing, None, sink, [0; 2]);
-            let before = io.left();
             let result = guard(|| queue.close(&mut io));
-            let taken = difference(before, io.left());
+            let taken = io.taken();
             self.completions.set_undone(Outcome::Cancelled);
             // A device that puts slots back instead of cancelling them.
             self.posted.reads.append(&mut nothing.reads);
@@ -721,11 +719,6 @@ impl Engine {
 }
 
 /// A queue of a device, and what is asked only when it is opened.
-/// What was taken between two readings of [`Io::left`].
-fn difference(before: [i64; 2], after: [i64; 2]) -> [i64; 2] {
-    [before[0] - after[0], before[1] - after[1]]
-}
-
 struct Opened {
     queue: Box<dyn Queue>,
     caps: Capabilities,

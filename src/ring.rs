@@ -498,8 +498,8 @@ pub struct Ring {
 ///
 /// What it submits inside `for done in cq.reap()` is shown to an engine that is awake as soon as it fills
 /// cache lines (which takes at most four entries, or sixteen while 32 or more are in flight), the rest when
-/// the loop over [`CompletionHalf::reap`] ends; and then the doorbell, which costs a fence, and a wake-up if the engine
-/// sleeps, is rung once.
+/// the loop over [`CompletionHalf::reap`] ends; and then the doorbell is rung once, which costs a fence (none
+/// with `Drive::Inline`), and a wake-up if the engine sleeps.
 ///
 /// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
 #[derive(Debug)]
@@ -729,7 +729,7 @@ impl SubmissionQueue {
         self.submitter.publish();
         // Release: who sees the wish sees the cancel, and what was submitted before it.
         self.shared.control.fetch_or(control::CANCEL, Ordering::Release);
-        self.ring_doorbell();
+        self.shared.ring_doorbell(self.drives);
         Ok(())
     }
 

@@ -348,13 +348,13 @@ impl<T: Entry> Consumer<T> {
         self.head
     }
 
-    /// Copies the next known entry out and retires it. Only then may its slot become a frame: what
-    /// is lost after this line is lost, but nothing is owned twice.
+    /// Copies the next known entry out, retires it, and makes something of it. Only then may its slot
+    /// become a frame: what `make` loses is lost, but nothing is owned twice.
     #[inline]
-    pub(crate) fn pop(&mut self) -> Option<T> {
+    pub(crate) fn pop<R>(&mut self, make: impl FnOnce(T, &Regions) -> R) -> Option<R> {
         let entry = self.front()?.take(|entry, _| *entry);
         self.retire();
-        Some(entry)
+        Some(make(entry, self.regions()))
     }
 
     /// The oldest known entry, to be taken or left.

@@ -256,18 +256,19 @@ impl Reaper {
     /// its credit returned before the frame exists.
     #[inline]
     pub fn pop(&mut self) -> Option<Reaped> {
-        let cqe = self.cq.front()?.take(|cqe, _| *cqe);
-        self.cq.retire();
-        self.credits.give(cqe.opcode());
-        // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
-        // placed it by a frame of these regions.
-        let frame = unsafe { self.cq.regions().frame(&cqe) };
-        Some(Reaped {
-            user_data: cqe.user_data(),
-            opcode: cqe.opcode(),
-            outcome: cqe.outcome(),
-            len: cqe.len(),
-            frame,
+        let Self { cq, credits, .. } = self;
+        cq.pop(|cqe, regions| {
+            credits.give(cqe.opcode());
+            // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
+            // placed it by a frame of these regions.
+            let frame = unsafe { regions.frame(&cqe) };
+            Reaped {
+                user_data: cqe.user_data(),
+                opcode: cqe.opcode(),
+                outcome: cqe.outcome(),
+                len: cqe.len(),
+                frame,
+            }
         })
     }
 
@@ -333,16 +334,16 @@ impl Intake {
     /// The next submission among those that [`ready`](Self::ready) saw.
     #[inline]
     pub fn pop(&mut self) -> Option<Submission> {
-        let sqe = self.sq.pop()?;
-        let user_data = sqe.user_data();
-        // SAFETY: the entry was taken by `pop`, which yields each once; `Submitter::push` placed
-        // it by a frame of these regions.
-        let frame = unsafe { self.sq.regions().frame(&sqe) };
-        Some(match frame {
-            Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
-            None => {
-                let target = (sqe.opcode() == Opcode::Cancel).then(|| sqe.target());
-                Submission::Cancel { user_data, target }
+        self.sq.pop(|sqe, regions| {
+            let user_data = sqe.user_data();
+            // SAFETY: the entry was taken by `pop`, which yields each once; `Submitter::push` placed
+            // it by a frame of these regions.
+            match unsafe { regions.frame(&sqe) } {
+                Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
+                None => {
+                    let target = (sqe.opcode() == Opcode::Cancel).then(|| sqe.target());
+                    Submission::Cancel { user_data, target }
+                }
             }
         })
     }
@@ -369,8 +370,8 @@ impl Parcel<'_> {
     #[inline(always)]
     pub fn open(self) -> (Frame, u64) {
         self.0.take(|sqe, regions| {
-            // SAFETY: `take` gives each entry once. `Submitter::push` placed the entry by a frame of these regions, and `front` has seen that it
-            // is a packet's.
+            // SAFETY: `take` gives each entry once. `Submitter::push` placed it by a frame of these
+            // regions, and `front` has seen that it is a packet's.
             (unsafe { regions.frame_of(sqe) }, sqe.user_data())
         })
     }
