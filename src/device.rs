@@ -38,8 +38,8 @@ use crate::completions::Completions;
 use crate::error::{Direction, EntryError, Error, Status};
 use crate::fifo::Fifo;
 use crate::interface::InterfaceInfo;
-use crate::notify::lock;
 use crate::ring::RingShared;
+use crate::sys::lock;
 
 /// What a device can do, as values to ask for instead of systems to tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

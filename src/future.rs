@@ -27,8 +27,8 @@ use std::thread::{self, Thread};
 use vmring_core::Frame;
 
 use crate::error::{Closed, ConfigError, EntryError, Error, Status, SubmitErrorKind};
-use crate::notify::lock;
 use crate::ring::{Op, Ring, RingControl, RingPark};
+use crate::sys::lock;
 
 /// A ring behind futures. Clone it for other tasks.
 #[derive(Clone)]

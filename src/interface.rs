@@ -17,10 +17,11 @@ use crate::device::{
     next_ring_number, register,
 };
 use crate::error::{ConfigError, Direction, Error};
-use crate::notify::{Notifier, after, lock};
+use crate::notify::Notifier;
 use crate::poller::{Engine, EngineParts, Handoff, IdlePolicy, Poller, PollerBuilder, RetryPolicy};
 use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
 use crate::ring::{CompletionQueue, Ring, RingPark, RingShared, SubmissionQueue, control};
+use crate::sys::{after, lock};
 
 /// Which network the interface is on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

@@ -67,6 +67,7 @@ pub mod ring;
 mod sexp;
 pub mod software;
 pub mod stats;
+mod sys;
 
 pub use blocking::Blocking;
 pub use device::embedded::Embedded;

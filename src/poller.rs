@@ -27,8 +27,9 @@ use crate::device::{
 use crate::error::{Closed, ConfigError, Direction, Error, Status};
 use crate::fifo::Fifo;
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
-use crate::notify::{Notifier, after, lock, poll, poll_in};
+use crate::notify::Notifier;
 use crate::ring::{RingShared, control};
+use crate::sys::{after, lock, poll, poll_in};
 
 /// How a thread waits for work: first spinning, then giving up its time slice, then sleeping until
 /// the doorbell rings.

@@ -47,10 +47,11 @@ use crate::error::{
 };
 #[cfg(target_os = "linux")]
 use crate::notify::Both;
-use crate::notify::{Notifier, after, lock, poll_in};
+use crate::notify::Notifier;
 use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
 use crate::software::{self, Left};
 use crate::stats::{RingCounters, RingStats};
+use crate::sys::{after, lock, poll_in};
 
 /// Bits of [`RingShared::control`].
 pub(crate) mod control {

@@ -13,7 +13,7 @@ use crate::device::loopback::{ETHERNET, InboxReader, Inlet, no_offloads};
 use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo, Ipv4Range, Mode};
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// The networks of this process.
 static NETWORKS: Registry<PostedSlot> = Registry::new();

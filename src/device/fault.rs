@@ -24,7 +24,7 @@ use fastrand::Rng;
 use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
 use crate::error::{Direction, Error, Status};
 use crate::interface::{Config, Driver};
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// What goes wrong, and how often. Probabilities are from 0.0 (the default) to 1.0.
 #[derive(Clone, Debug)]

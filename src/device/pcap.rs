@@ -39,7 +39,7 @@ use pcap_file::{DataLink, PcapError};
 use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
 use crate::error::{Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo};
-use crate::notify::lock;
+use crate::sys::lock;
 
 pub use replay::Replay;
 

@@ -95,7 +95,7 @@ use crate::device::loopback::mac_of;
 use crate::device::{Capabilities, Device, Io, Lease, Offloads, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo, Mode};
-use crate::notify::{after, lock};
+use crate::sys::{after, lock};
 use vmring_core::offload;
 
 /// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.

@@ -42,7 +42,7 @@ use crate::error::{Direction, Error, Status};
 #[cfg(doc)]
 use crate::interface::Mode;
 use crate::interface::{Config, Driver, InterfaceInfo};
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// How often an interface is looked at although no event came.
 const SAFETY_POLL: Duration = Duration::from_millis(200);

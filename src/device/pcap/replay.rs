@@ -16,7 +16,7 @@ use crate::device::loopback::{ETHERNET, mac_of, no_offloads};
 use crate::device::{Capabilities, Device, Io, Progress, Queue, Wake};
 use crate::error::{ConfigError, Direction, Error, Status};
 use crate::interface::{Config, Driver, InterfaceInfo};
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// The first four bytes of a pcapng file, the same in either byte order.
 const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];

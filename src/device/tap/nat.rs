@@ -16,7 +16,7 @@ use netlink_bindings::utils::Pusher;
 
 use super::link::{Refusal, Socket, is_interface_name};
 use crate::error::{ConfigError, Error};
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// Network address translation for one network: its packets leave the host with the address of the
 /// interface they leave by. Lives in an nftables table of its own, `vmring_TAP`.

@@ -15,7 +15,7 @@ use dispatch2::DispatchQueue;
 use super::ffi::{InterfaceRef, Object, PACKETS_AVAILABLE, vmnet_interface_set_event_callback};
 use crate::device::Wake;
 use crate::error::Status;
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// What the event block shares with the driver.
 #[derive(Debug, Default)]

@@ -25,7 +25,7 @@ use super::permission;
 use super::xpc::{Borrowed, Dictionary};
 use crate::error::{Error, Status};
 use crate::interface::Ipv4Range;
-use crate::notify::lock;
+use crate::sys::lock;
 
 /// How long to wait for the handler's word after a start has answered null, which says only that it
 /// failed.

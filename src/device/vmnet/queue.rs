@@ -12,7 +12,7 @@ use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
 use super::port::Port;
 use crate::device::{Io, Progress, Queue, Wake};
 use crate::error::{Direction, Error, Status};
-use crate::notify::lock;
+use crate::sys::lock;
 use vmring_core::{Class, offload};
 
 /// Reads offered at least, if posted. What is offered must be reset each time, so it follows what
