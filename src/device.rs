@@ -20,10 +20,10 @@ pub mod tap;
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub mod vmnet;
 
+pub use crate::config::{Offloads, PortForward, Protocol};
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
-use std::ops::BitAnd;
+use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -35,9 +35,9 @@ use static_assertions::const_assert_eq;
 use vmring_core::{Class, Frame, Intake, Outcome, Parcel, offload};
 
 use crate::completions::Completions;
-use crate::error::{Direction, EntryError, Error, Status};
+use crate::config::{Direction, InterfaceInfo};
+use crate::error::{EntryError, Error, Status};
 use crate::fifo::Fifo;
-use crate::interface::InterfaceInfo;
 use crate::ring::RingShared;
 use crate::sys::lock;
 
@@ -65,43 +65,6 @@ pub struct Capabilities {
     pub safety_poll: Option<Duration>,
 }
 
-/// Work the device takes off the guest. All off unless negotiated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Offloads {
-    /// Checksums.
-    pub checksum: bool,
-    /// TCP segmentation over IPv4.
-    pub tso4: bool,
-    /// TCP segmentation over IPv6.
-    pub tso6: bool,
-    /// UDP segmentation.
-    pub uso: bool,
-    /// A 12-byte `virtio_net_hdr` in front of each packet.
-    pub virtio_header: bool,
-}
-
-impl Offloads {
-    /// Every one.
-    pub const ALL: Self =
-        Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
-}
-
-/// What both do.
-impl BitAnd for Offloads {
-    type Output = Self;
-
-    fn bitand(self, other: Self) -> Self {
-        Self {
-            checksum: self.checksum && other.checksum,
-            tso4: self.tso4 && other.tso4,
-            tso6: self.tso6 && other.tso6,
-            uso: self.uso && other.uso,
-            virtio_header: self.virtio_header && other.virtio_header,
-        }
-    }
-}
-
 impl Capabilities {
     /// A device of one ring each way, with vmnet's documented batch limit of 200 packets per call
     /// where nothing else is said.
@@ -118,28 +81,6 @@ impl Capabilities {
             safety_poll: None,
         }
     }
-}
-
-/// A TCP or UDP port of the host that leads to a port of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PortForward {
-    /// TCP or UDP.
-    pub protocol: Protocol,
-    /// The host's port.
-    pub external_port: u16,
-    /// The guest's address.
-    pub internal_address: IpAddr,
-    /// The guest's port.
-    pub internal_port: u16,
-}
-
-/// The protocols that can be forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Protocol {
-    /// IP protocol 6.
-    Tcp,
-    /// IP protocol 17.
-    Udp,
 }
 
 /// A network interface of some system. [`Interface`](crate::Interface) owns one; rings drive its

@@ -1,9 +1,13 @@
 //! What can go wrong: one enum per boundary, and every error about a frame gives the frame back.
 
-use std::fmt;
+#[cfg(all(target_os = "linux", feature = "tap"))]
+mod tap;
+
 use std::io;
 use std::time::Duration;
 
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub use tap::TapError;
 use thiserror::Error as ThisError;
 use vmring_core::offload::OffloadError;
 use vmring_core::{Frame, LayoutError, Outcome};
@@ -330,7 +334,7 @@ pub enum Error {
     /// A rule of the kernel's TAP was broken.
     #[cfg(all(target_os = "linux", feature = "tap"))]
     #[error(transparent)]
-    Tap(#[from] crate::device::tap::TapError),
+    Tap(#[from] TapError),
     /// A setting that cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -427,38 +431,5 @@ impl From<BatchError> for Error {
 impl Error {
     pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::Io { what, source }
-    }
-}
-
-/// Which way packets go through a ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// From the device to the caller.
-    Read,
-    /// From the caller to the device.
-    Write,
-    /// Both ways.
-    Both,
-}
-
-impl Direction {
-    /// Whether it includes reading.
-    pub fn reads(self) -> bool {
-        self != Direction::Write
-    }
-
-    /// Whether it includes writing.
-    pub fn writes(self) -> bool {
-        self != Direction::Read
-    }
-}
-
-impl fmt::Display for Direction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Direction::Read => "reading",
-            Direction::Write => "writing",
-            Direction::Both => "reading and writing",
-        })
     }
 }

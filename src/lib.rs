@@ -53,6 +53,7 @@
 
 pub mod blocking;
 mod completions;
+pub mod config;
 pub mod device;
 pub mod error;
 pub mod fifo;
@@ -70,20 +71,21 @@ pub mod stats;
 mod sys;
 
 pub use blocking::Blocking;
+pub use config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
 #[cfg(all(target_os = "linux", feature = "tap"))]
-pub use device::tap::{Tap, TapEngine, TapError};
+pub use device::tap::{Tap, TapEngine};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub use device::vmnet::{Network, Vmnet};
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub use error::TapError;
 pub use error::{
-    BatchError, Closed, CompletionError, ConfigError, Direction, EntryError, Error, Status,
-    SubmitError, SubmitErrorKind,
+    BatchError, Closed, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
+    SubmitErrorKind,
 };
 pub use future::{Async, block_on};
-pub use interface::{
-    Builder, Config, Drive, Driver, Interface, InterfaceInfo, Ipv4Range, Mode, RingBuilder,
-};
+pub use interface::{Builder, Drive, Driver, Interface, RingBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
 pub use poller::{IdlePolicy, Poller, PollerBuilder, RetryPolicy};

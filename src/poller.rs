@@ -21,10 +21,11 @@ use vmring_core::doorbell::Doorbell;
 use vmring_core::{Intake, Outcome, Outlet, Submission};
 
 use crate::completions::Completions;
+use crate::config::Direction;
 use crate::device::{
     Capabilities, Device, Io, Panicked, Posted, Progress, Queue, Sink, Wake, guard, list_of,
 };
-use crate::error::{Closed, ConfigError, Direction, Error, Status};
+use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::notify::Notifier;

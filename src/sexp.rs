@@ -12,8 +12,8 @@ use serde::de::{
 };
 use serde::ser::{Serialize, SerializeStruct, SerializeTupleVariant, Serializer};
 
+use crate::config::{InterfaceInfo, Ipv4Range, Mode};
 use crate::error::Status;
-use crate::interface::{InterfaceInfo, Ipv4Range, Mode};
 
 const MODES: &[&str] = &["Host_mode", "Shared_mode", "Bridged_mode"];
 

@@ -51,7 +51,7 @@ use smoltcp::wire::{
 use thiserror::Error as ThisError;
 use vmring_core::offload::{Checksum, Gso, OffloadError, OffloadHeader};
 
-use crate::device::Offloads;
+use crate::config::Offloads;
 
 /// EtherTypes of a VLAN tag, IEEE 802.1Q and 802.1ad, and what a tag has in all.
 const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];

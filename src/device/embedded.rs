@@ -9,10 +9,11 @@ use macaddr::MacAddr6;
 use vmring_embedded::network::{ADDRESSES, PortConfig, Receiver, Registry, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
+use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
 use crate::device::loopback::{ETHERNET, InboxReader, Inlet, no_offloads};
 use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
-use crate::error::{ConfigError, Direction, Error, Status};
-use crate::interface::{Config, Driver, InterfaceInfo, Ipv4Range, Mode};
+use crate::error::{ConfigError, Error, Status};
+use crate::interface::Driver;
 use crate::sys::lock;
 
 /// The networks of this process.

@@ -21,9 +21,10 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
+use crate::config::{Config, Direction};
 use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
-use crate::error::{Direction, Error, Status};
-use crate::interface::{Config, Driver};
+use crate::error::{Error, Status};
+use crate::interface::Driver;
 use crate::sys::lock;
 
 /// What goes wrong, and how often. Probabilities are from 0.0 (the default) to 1.0.

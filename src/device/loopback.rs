@@ -8,9 +8,10 @@ use macaddr::MacAddr6;
 use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
 use vmring_embedded::network::mac_of_interface;
 
-use crate::device::{Capabilities, Device, Io, Offloads, PostedSlot, Progress, Queue, Wake};
-use crate::error::{ConfigError, Direction, Error, Status};
-use crate::interface::{Config, Driver, InterfaceInfo};
+use crate::config::{Config, Direction, InterfaceInfo, Offloads};
+use crate::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
+use crate::error::{ConfigError, Error, Status};
+use crate::interface::Driver;
 
 /// Packets that wait in the device while no read is posted.
 const QUEUE: u32 = 256;

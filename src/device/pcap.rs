@@ -36,9 +36,10 @@ use pcap_file::pcapng::blocks::interface_description::{
 };
 use pcap_file::{DataLink, PcapError};
 
+use crate::config::{Config, Direction, InterfaceInfo};
 use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
-use crate::error::{Direction, Error, Status};
-use crate::interface::{Config, Driver, InterfaceInfo};
+use crate::error::{Error, Status};
+use crate::interface::Driver;
 use crate::sys::lock;
 
 pub use replay::Replay;

@@ -62,7 +62,6 @@
 //! is not that: writes fail with [`Status::SetupIncomplete`] until it is up again, reads wait.
 
 mod dhcp;
-mod error;
 mod link;
 mod namespace;
 mod nat;
@@ -83,7 +82,6 @@ use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
 
-pub use error::TapError;
 use namespace::Namespace;
 use open::{Flags, TapQueueFd};
 use plain::Plain;
@@ -91,10 +89,11 @@ use setup::Setup;
 use uring::Uring;
 use wire::{ETHERNET, Wire};
 
+use crate::config::{Config, Direction, InterfaceInfo, Mode, Offloads};
 use crate::device::loopback::mac_of;
-use crate::device::{Capabilities, Device, Io, Lease, Offloads, Progress, Queue, Wake};
-use crate::error::{ConfigError, Direction, Error, Status};
-use crate::interface::{Config, Driver, InterfaceInfo, Mode};
+use crate::device::{Capabilities, Device, Io, Lease, Progress, Queue, Wake};
+use crate::error::{ConfigError, Error, Status, TapError};
+use crate::interface::Driver;
 use crate::sys::{after, lock};
 use vmring_core::offload;
 

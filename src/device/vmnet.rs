@@ -36,12 +36,13 @@ use port::{Port, Timeouts};
 use queue::VmnetQueue;
 use vmring_core::offload;
 
-use crate::device::loopback::mac_of;
-use crate::device::{Capabilities, Device, PortForward, Protocol, Queue, Wake};
-use crate::error::{Direction, Error, Status};
 #[cfg(doc)]
-use crate::interface::Mode;
-use crate::interface::{Config, Driver, InterfaceInfo};
+use crate::config::Mode;
+use crate::config::{Config, Direction, InterfaceInfo, PortForward, Protocol};
+use crate::device::loopback::mac_of;
+use crate::device::{Capabilities, Device, Queue, Wake};
+use crate::error::{Error, Status};
+use crate::interface::Driver;
 use crate::sys::lock;
 
 /// How often an interface is looked at although no event came.

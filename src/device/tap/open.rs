@@ -10,10 +10,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use libc::{IFNAMSIZ, c_ulong, ifreq};
 use macaddr::MacAddr6;
 
-use super::TapError;
 use super::link::is_interface_name;
-use crate::device::Offloads;
+use crate::config::Offloads;
 use crate::error::Error;
+use crate::error::TapError;
 use vmring_core::offload;
 
 /// One queue of a TAP: a non-blocking descriptor on which each read and each write is one frame.

@@ -7,12 +7,12 @@ use macaddr::MacAddr6;
 use vmring_embedded::dhcp::DhcpConfig;
 use vmring_embedded::{Ipv4Range as Range, NetworkMode};
 
-use super::TapError;
 use super::dhcp::Dhcp;
 use super::link::{Link, Netlink};
 use super::nat::{Forwarding, Masquerade};
+use crate::config::{Config, Ipv4Range, Mode};
+use crate::error::TapError;
 use crate::error::{ConfigError, Error};
-use crate::interface::{Config, Ipv4Range, Mode};
 
 /// What an interface asks of the host's end.
 pub(crate) struct Asked<'a> {

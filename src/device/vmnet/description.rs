@@ -12,8 +12,8 @@ use super::ffi::{
 };
 use super::newer::System;
 use super::xpc::Dictionary;
+use crate::config::{Config, Mode};
 use crate::error::{ConfigError, Error};
-use crate::interface::{Config, Mode};
 
 /// A host-mode network of its own: only interfaces with the same identifier are on it, and nobody
 /// gives out addresses there. macOS 11.

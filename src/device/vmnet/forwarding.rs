@@ -18,7 +18,7 @@ use super::ffi::{
 use super::newer::{IpForwarding, System};
 use super::port::Port;
 use super::xpc::Borrowed;
-use crate::device::{PortForward, Protocol};
+use crate::config::{PortForward, Protocol};
 use crate::error::Error;
 
 /// How long to wait for an answer.

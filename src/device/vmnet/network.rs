@@ -21,9 +21,8 @@ use super::forwarding::address;
 use super::newer::{Networks, System};
 use super::permission;
 use super::xpc::{Dictionary, Owned};
-use crate::device::PortForward;
+use crate::config::{Mode, PortForward};
 use crate::error::{ConfigError, Error, Status};
-use crate::interface::Mode;
 
 /// A network of its own (macOS 26): its addresses are reserved while it exists. Interfaces join it
 /// with [`Builder::network`](crate::Builder::network), in this process or, through

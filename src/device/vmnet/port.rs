@@ -23,8 +23,8 @@ use super::network::Network;
 use super::newer::System;
 use super::permission;
 use super::xpc::{Borrowed, Dictionary};
+use crate::config::Ipv4Range;
 use crate::error::{Error, Status};
-use crate::interface::Ipv4Range;
 use crate::sys::lock;
 
 /// How long to wait for the handler's word after a start has answered null, which says only that it

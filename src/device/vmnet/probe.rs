@@ -19,8 +19,8 @@ use super::guest_memory::GuestMemory;
 use super::network::Network;
 use super::newer::System;
 use super::port::{Port, Timeouts};
+use crate::config::{Config, Mode};
 use crate::error::Error;
-use crate::interface::{Config, Mode};
 use vmring_core::offload;
 
 /// What the probe does.

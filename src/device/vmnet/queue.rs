@@ -10,8 +10,9 @@ use libc::iovec;
 use super::events::check;
 use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
 use super::port::Port;
+use crate::config::Direction;
 use crate::device::{Io, Progress, Queue, Wake};
-use crate::error::{Direction, Error, Status};
+use crate::error::{Error, Status};
 use crate::sys::lock;
 use vmring_core::{Class, offload};
 

@@ -1,0 +1,235 @@
+//! What an interface is asked for, and what it answers: mode, addresses, offloads, directions.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::BitAnd;
+use std::str::FromStr;
+
+use macaddr::MacAddr6;
+
+use crate::error::ConfigError;
+
+/// Which network the interface is on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[doc(alias = "operating_modes_t")]
+pub enum Mode {
+    /// The host and the other interfaces of this mode; no way out.
+    #[doc(alias = "VMNET_HOST_MODE")]
+    Host,
+    /// As host, and the world beyond through address translation. The default.
+    #[default]
+    #[doc(alias = "VMNET_SHARED_MODE")]
+    Shared,
+    /// A port on the network of a physical interface, by name.
+    #[doc(alias = "VMNET_BRIDGED_MODE")]
+    Bridged(String),
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mode::Host => f.write_str("host"),
+            Mode::Shared => f.write_str("shared"),
+            Mode::Bridged(name) => write!(f, "bridged:{name}"),
+        }
+    }
+}
+
+impl FromStr for Mode {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "host" => Ok(Mode::Host),
+            "shared" => Ok(Mode::Shared),
+            _ => match text.strip_prefix("bridged:") {
+                Some(name) if !name.is_empty() => Ok(Mode::Bridged(name.to_owned())),
+                _ => Err(ConfigError::Invalid(format!(
+                    "the mode is host, shared or bridged:INTERFACE, and not '{text}'"
+                ))),
+            },
+        }
+    }
+}
+
+/// The IPv4 addresses of a host or shared network. Apple's rule holds on every device: the first
+/// address is the gateway, those after it up to `end` are given out by DHCP, and all are private
+/// (RFC 1918).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ipv4Range {
+    /// The gateway's address.
+    #[doc(alias = "vmnet_start_address_key")]
+    pub start: Ipv4Addr,
+    /// The last address given out.
+    #[doc(alias = "vmnet_end_address_key")]
+    pub end: Ipv4Addr,
+    /// The subnet mask.
+    #[doc(alias = "vmnet_subnet_mask_key")]
+    pub mask: Ipv4Addr,
+}
+
+impl FromStr for Ipv4Range {
+    type Err = ConfigError;
+
+    /// `192.168.64.1/24`: the gateway's address, and the mask's length. The range ends at the last
+    /// address before the broadcast address.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let wrong = || {
+            ConfigError::Invalid(format!(
+                "a subnet is written as GATEWAY/BITS, like 192.168.64.1/24, and not '{text}'"
+            ))
+        };
+        let (start, bits) = text.split_once('/').ok_or_else(wrong)?;
+        let start: Ipv4Addr = start.parse().map_err(|_| wrong())?;
+        let bits: u32 = bits.parse().ok().filter(|bits| *bits <= 32).ok_or_else(wrong)?;
+        let mask = u32::MAX.checked_shl(32 - bits).unwrap_or(0);
+        let end = (u32::from(start) | !mask).saturating_sub(1);
+        Ok(Self { start, end: end.into(), mask: mask.into() })
+    }
+}
+
+/// What a driver is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Config {
+    /// Which network.
+    pub mode: Mode,
+    /// The interface's identity, a UUID: the same gives the same MAC.
+    pub interface_id: [u8; 16],
+    /// The MAC asked for; `None`: the driver allocates one.
+    pub mac: Option<MacAddr6>,
+    /// The network's addresses; `None`: the mode's default.
+    pub ipv4: Option<Ipv4Range>,
+    /// The MTU in bytes; `None`: the driver's default.
+    pub mtu: Option<u32>,
+    /// Keep packets between this and the other interfaces apart.
+    pub isolated: bool,
+    /// Work that the device is to take off the guest. What it does is in its [`Capabilities`].
+    pub offloads: Offloads,
+}
+
+impl Config {
+    /// An interface of that identity, everything else left to the driver.
+    pub(crate) fn new(mode: Mode, interface_id: [u8; 16]) -> Self {
+        let offloads = Offloads::default();
+        Self { mode, interface_id, mac: None, ipv4: None, mtu: None, isolated: false, offloads }
+    }
+}
+
+/// What was negotiated at start: `Lwt_vmnet`'s `t`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InterfaceInfo {
+    /// Which network.
+    pub mode: Mode,
+    /// The interface's identity.
+    pub interface_id: [u8; 16],
+    /// The MAC the guest is to use.
+    pub mac: MacAddr6,
+    /// Largest IP packet, bytes.
+    pub mtu: u32,
+    /// Largest frame, bytes.
+    pub max_packet_size: u32,
+    /// The network's addresses, where the device says.
+    pub ipv4: Option<Ipv4Range>,
+}
+
+impl InterfaceInfo {
+    /// What `config` asked for, with what a driver decides.
+    pub fn new(config: &Config, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
+        let Config { mode, interface_id, ipv4, .. } = config.clone();
+        Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
+    }
+}
+
+/// Work the device takes off the guest. All off unless negotiated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Offloads {
+    /// Checksums.
+    pub checksum: bool,
+    /// TCP segmentation over IPv4.
+    pub tso4: bool,
+    /// TCP segmentation over IPv6.
+    pub tso6: bool,
+    /// UDP segmentation.
+    pub uso: bool,
+    /// A 12-byte `virtio_net_hdr` in front of each packet.
+    pub virtio_header: bool,
+}
+
+impl Offloads {
+    /// Every one.
+    pub const ALL: Self =
+        Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
+}
+
+/// What both do.
+impl BitAnd for Offloads {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self {
+            checksum: self.checksum && other.checksum,
+            tso4: self.tso4 && other.tso4,
+            tso6: self.tso6 && other.tso6,
+            uso: self.uso && other.uso,
+            virtio_header: self.virtio_header && other.virtio_header,
+        }
+    }
+}
+
+/// A TCP or UDP port of the host that leads to a port of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortForward {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// The host's port.
+    pub external_port: u16,
+    /// The guest's address.
+    pub internal_address: IpAddr,
+    /// The guest's port.
+    pub internal_port: u16,
+}
+
+/// The protocols that can be forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// IP protocol 6.
+    Tcp,
+    /// IP protocol 17.
+    Udp,
+}
+
+/// Which way packets go through a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the device to the caller.
+    Read,
+    /// From the caller to the device.
+    Write,
+    /// Both ways.
+    Both,
+}
+
+impl Direction {
+    /// Whether it includes reading.
+    pub fn reads(self) -> bool {
+        self != Direction::Write
+    }
+
+    /// Whether it includes writing.
+    pub fn writes(self) -> bool {
+        self != Direction::Read
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Direction::Read => "reading",
+            Direction::Write => "writing",
+            Direction::Both => "reading and writing",
+        })
+    }
+}
