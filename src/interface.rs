@@ -16,7 +16,8 @@ use crate::config::{
 use crate::device::{Capabilities, Device, Lease, Panicked, guard, next_ring_number, register};
 use crate::error::{ConfigError, Error};
 use crate::notify::Notifier;
-use crate::poller::{Engine, EngineParts, Handoff, IdlePolicy, Poller, PollerBuilder, RetryPolicy};
+use crate::policy::{IdlePolicy, RetryPolicy};
+use crate::poller::{Engine, EngineParts, Handoff, Poller, PollerBuilder};
 use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
 use crate::ring::{CompletionQueue, Ring, RingPark, RingShared, SubmissionQueue, control};
 use crate::sys::{after, lock};

@@ -61,6 +61,7 @@ mod future;
 pub mod interface;
 mod memory;
 mod notify;
+pub mod policy;
 pub mod poller;
 pub mod pool;
 pub mod ring;
@@ -88,7 +89,8 @@ pub use future::{Async, block_on};
 pub use interface::{Builder, Drive, Driver, Interface, RingBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
-pub use poller::{IdlePolicy, Poller, PollerBuilder, RetryPolicy};
+pub use policy::{IdlePolicy, RetryPolicy};
+pub use poller::{Poller, PollerBuilder};
 pub use pool::{Pool, PoolBuilder};
 pub use ring::{
     Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Op, Reap, Ring, RingControl,

@@ -48,7 +48,8 @@ use crate::error::{
 #[cfg(target_os = "linux")]
 use crate::notify::Both;
 use crate::notify::Notifier;
-use crate::poller::{Engine, Handoff, IdlePolicy, PollerShared};
+use crate::policy::IdlePolicy;
+use crate::poller::{Engine, Handoff, PollerShared};
 use crate::software::{self, Left};
 use crate::stats::{RingCounters, RingStats};
 use crate::sys::{after, lock, poll_in};
