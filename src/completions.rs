@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vmring_core::{Class, Frame, Outcome, Outlet};
 
 use crate::device::{PostedSlot, list_of};
-use crate::ring::RingShared;
+use crate::mailbox::RingShared;
 use crate::stats::{add_batch, reason};
 
 /// The poller's end of a completion queue. What it writes is seen after [`publish`](Self::publish).

@@ -21,13 +21,12 @@ pub mod tap;
 pub mod vmnet;
 
 pub use crate::config::{Offloads, PortForward, Protocol};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use macaddr::MacAddr6;
@@ -38,8 +37,7 @@ use crate::completions::Completions;
 use crate::config::{Direction, InterfaceInfo};
 use crate::error::{EntryError, Error, Status};
 use crate::fifo::Fifo;
-use crate::ring::RingShared;
-use crate::sys::lock;
+use crate::mailbox::{Orphan, RingShared, abandon};
 
 /// What a device can do, as values to ask for instead of systems to tell apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -440,44 +438,6 @@ impl fmt::Debug for PostedSlot {
             .field("user_data", &self.user_data)
             .field("class", &self.class)
             .finish_non_exhaustive()
-    }
-}
-
-/// An entry whose slot the device dropped.
-#[derive(Debug)]
-pub(crate) struct Orphan {
-    pub(crate) frame: Frame,
-    pub(crate) user_data: u64,
-    pub(crate) class: Class,
-}
-
-/// Rings by number, so that a dropped slot finds its ring, or finds that it is gone. Touched when a
-/// ring is made or goes, and when a device drops a slot: never on a packet's way.
-fn registry() -> &'static Mutex<HashMap<u32, Weak<RingShared>>> {
-    static REGISTRY: OnceLock<Mutex<HashMap<u32, Weak<RingShared>>>> = OnceLock::new();
-    REGISTRY.get_or_init(Mutex::default)
-}
-
-pub(crate) fn next_ring_number() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
-}
-
-pub(crate) fn register(shared: &Arc<RingShared>) {
-    lock(registry()).insert(shared.number, Arc::downgrade(shared));
-}
-
-pub(crate) fn deregister(number: u32) {
-    lock(registry()).remove(&number);
-}
-
-#[cold]
-fn abandon(ring: u32, orphan: Orphan) {
-    let shared = lock(registry()).get(&ring).and_then(Weak::upgrade);
-    match shared {
-        Some(shared) => shared.abandoned(orphan),
-        // The ring is gone: the frame goes home to its pool.
-        None => drop(orphan),
     }
 }
 

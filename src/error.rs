@@ -6,11 +6,12 @@ mod tap;
 use std::io;
 use std::time::Duration;
 
-#[cfg(all(target_os = "linux", feature = "tap"))]
-pub use tap::TapError;
 use thiserror::Error as ThisError;
 use vmring_core::offload::OffloadError;
 use vmring_core::{Frame, LayoutError, Outcome};
+
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub use tap::TapError;
 
 /// A vmnet return code other than success. Every device answers in these terms.
 ///

@@ -27,7 +27,8 @@ use std::thread::{self, Thread};
 use vmring_core::Frame;
 
 use crate::error::{Closed, ConfigError, EntryError, Error, Status, SubmitErrorKind};
-use crate::ring::{Op, Ring, RingControl, RingPark};
+use crate::mailbox::RingPark;
+use crate::ring::{Op, Ring, RingControl};
 use crate::sys::lock;
 
 /// A ring behind futures. Clone it for other tasks.

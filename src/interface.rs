@@ -1,11 +1,9 @@
 //! [`Interface`]: a network interface of some system, its identity, and the rings on it.
 //! The `t` of `Lwt_vmnet`.
 
-use std::fmt;
-use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, Weak};
-use std::thread;
+use std::sync::{Arc, Condvar, Mutex, Weak, mpsc};
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use macaddr::MacAddr6;
 use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
@@ -13,13 +11,14 @@ use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
 use crate::config::{
     Config, Direction, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
-use crate::device::{Capabilities, Device, Lease, Panicked, guard, next_ring_number, register};
+use crate::device::{Capabilities, Device, Lease, Panicked, guard};
 use crate::error::{ConfigError, Error};
+use crate::mailbox::{RingPark, RingShared, control, next_ring_number, register};
 use crate::notify::Notifier;
 use crate::policy::{IdlePolicy, RetryPolicy};
 use crate::poller::{Engine, EngineParts, Handoff, Poller, PollerBuilder};
 use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
-use crate::ring::{CompletionQueue, Ring, RingPark, RingShared, SubmissionQueue, control};
+use crate::ring::{CompletionQueue, Ring, SubmissionQueue};
 use crate::sys::{after, lock};
 
 /// Something that can start a device: what [`Builder::device`] takes.
@@ -546,7 +545,7 @@ impl<'a> RingBuilder<'a> {
             None => (RingPark::Inline(notifier.clone()), None),
             Some(poller) => {
                 let place = poller.shared().reserve()?;
-                (RingPark::Poller { poller: poller.shared().clone(), place }, Some(place))
+                (RingPark::Poller { poller: poller.shared().set.clone(), place }, Some(place))
             }
         };
         let slots = (read + write) as usize;

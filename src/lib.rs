@@ -59,6 +59,7 @@ pub mod error;
 pub mod fifo;
 mod future;
 pub mod interface;
+mod mailbox;
 mod memory;
 mod notify;
 pub mod policy;

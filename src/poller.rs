@@ -10,14 +10,11 @@
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use crossbeam_utils::CachePadded;
-use vmring_core::doorbell::Doorbell;
 use vmring_core::{Intake, Outcome, Outlet, Submission};
 
 use crate::completions::Completions;
@@ -28,9 +25,9 @@ use crate::device::{
 use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
-use crate::notify::Notifier;
+use crate::mailbox::ready::{RINGS_MAX, ReadySet};
+use crate::mailbox::{RingShared, control};
 use crate::policy::{IdlePolicy, RetryPolicy};
-use crate::ring::{RingShared, control};
 use crate::sys::{after, lock, poll, poll_in};
 
 #[derive(Debug)]
@@ -89,7 +86,7 @@ pub(crate) struct Engine {
     /// When to notify a reaper that waits for more completions than there are.
     coalesce: Option<(u64, Instant)>,
     /// Orphans taken out of the shared list, kept to reuse its memory.
-    orphans: Vec<crate::device::Orphan>,
+    orphans: Vec<crate::mailbox::Orphan>,
     /// A poller's thread drives it, and no other will.
     settled: bool,
     /// Queues that it has had and that are gone.
@@ -745,18 +742,11 @@ impl Handoff {
     }
 }
 
-/// Rings one poller can drive.
-pub(crate) const RINGS_MAX: usize = 64 * 64;
-
 /// The part of a poller that rings and ringers see.
 #[derive(Debug)]
 pub(crate) struct PollerShared {
-    bell: Doorbell<Notifier>,
-    /// Rings whose doorbell was rung: a bit each, and a bit per word in `words`.
-    ready: Box<[AtomicU64]>,
-    words: CachePadded<AtomicU64>,
+    pub(crate) set: Arc<ReadySet>,
     arrivals: Mutex<Arrivals>,
-    arrived: AtomicBool,
     thread: OnceLock<ThreadId>,
 }
 
@@ -791,42 +781,12 @@ impl PollerShared {
 
     pub(crate) fn adopt(&self, place: usize, engine: Engine, handoff: Arc<Handoff>) {
         lock(&self.arrivals).engines.push((place, engine, handoff));
-        self.arrived.store(true, Ordering::Release);
-        self.bell.ring();
-    }
-
-    /// Marks a ring as having work. Called by whoever found its doorbell armed.
-    pub(crate) fn set_ready(&self, place: usize) {
-        let word = place / 64;
-        // Release, both: pairs with the Acquire in `collect`; the word's bit comes first, so that
-        // who sees the summary sees the word.
-        self.ready[word].fetch_or(1 << (place % 64), Ordering::Release);
-        self.words.fetch_or(1 << word, Ordering::Release);
-        self.bell.ring();
+        self.set.arrived.store(true, Ordering::Release);
+        self.set.bell.ring();
     }
 
     pub(crate) fn is_current_thread(&self) -> bool {
         self.thread.get() == Some(&thread::current().id())
-    }
-
-    fn collect(&self, mut each: impl FnMut(usize)) {
-        if self.words.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let mut words = self.words.swap(0, Ordering::Acquire);
-        while words != 0 {
-            let word = words.trailing_zeros() as usize;
-            words &= words - 1;
-            let mut bits = self.ready[word].swap(0, Ordering::Acquire);
-            while bits != 0 {
-                each(word * 64 + bits.trailing_zeros() as usize);
-                bits &= bits - 1;
-            }
-        }
-    }
-
-    fn has_news(&self) -> bool {
-        self.words.load(Ordering::Acquire) != 0 || self.arrived.load(Ordering::Acquire)
     }
 }
 
@@ -873,11 +833,8 @@ impl PollerBuilder {
     /// a processor on a system that cannot.
     pub fn start(self) -> Result<Poller, Error> {
         let shared = Arc::new(PollerShared {
-            bell: Doorbell::new(Notifier::default()),
-            ready: (0..RINGS_MAX / 64).map(|_| AtomicU64::new(0)).collect(),
-            words: CachePadded::new(AtomicU64::new(0)),
+            set: Arc::new(ReadySet::new()),
             arrivals: Mutex::default(),
-            arrived: AtomicBool::new(false),
             thread: OnceLock::new(),
         });
         let (started, starting) = mpsc::sync_channel(1);
@@ -950,8 +907,8 @@ impl Poller {
 impl Drop for Poller {
     fn drop(&mut self) {
         lock(&self.shared.arrivals).orphaned = true;
-        self.shared.arrived.store(true, Ordering::Release);
-        self.shared.bell.ring();
+        self.shared.set.arrived.store(true, Ordering::Release);
+        self.shared.set.bell.ring();
     }
 }
 
@@ -1016,7 +973,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut orphaned = false;
     let mut look = Look::default();
     loop {
-        if shared.arrived.swap(false, Ordering::AcqRel) {
+        if shared.set.arrived.swap(false, Ordering::AcqRel) {
             let mut arrivals = lock(&shared.arrivals);
             orphaned |= arrivals.orphaned;
             for (place, mut engine, handoff) in arrivals.engines.drain(..) {
@@ -1036,7 +993,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             watched.reserve(seats.len().saturating_sub(watched.len()));
             descriptors.reserve(seats.len() + 1);
         }
-        shared.collect(|place| activate(&mut seats, &mut active, place));
+        shared.set.collect(|place| activate(&mut seats, &mut active, place));
 
         let mut worked = false;
         let mut rounds = u32::MAX;
@@ -1126,11 +1083,11 @@ fn sleep(
     // The notifier's own.
     descriptors.push(poll_in(-1));
     let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
-    shared.bell.arm();
-    if !shared.has_news() {
-        shared.bell.parker().park_on(timeout, descriptors);
+    shared.set.bell.arm();
+    if !shared.set.has_news() {
+        shared.set.bell.parker().park_on(timeout, descriptors);
     }
-    shared.bell.disarm();
+    shared.set.bell.disarm();
     if !watched.is_empty() {
         attend(seats, active, watched, descriptors, Instant::now());
     }

@@ -26,333 +26,35 @@
 //! ```
 
 use std::cell::Cell;
-#[cfg(target_os = "linux")]
-use std::cell::OnceCell;
 use std::fmt;
 use std::ops::Deref;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
-use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::doorbell::Park;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Class, Frame, Opcode, Outcome, Pool, Reaped, Reaper, Refusal, Submitter};
 
-use crate::device::{Capabilities, Orphan, deregister};
+use crate::device::Capabilities;
 use crate::error::{
-    BatchError, Closed, CompletionError, EntryError, Error, Status, SubmitError, SubmitErrorKind,
+    BatchError, Closed, CompletionError, EntryError, Error, SubmitError, SubmitErrorKind,
 };
-#[cfg(target_os = "linux")]
-use crate::notify::Both;
+use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, control};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
 use crate::poller::{Engine, Handoff, PollerShared};
 use crate::software::{self, Left};
-use crate::stats::{RingCounters, RingStats};
-use crate::sys::{after, lock, poll_in};
+use crate::stats::RingStats;
+use crate::sys::{after, poll_in};
+#[cfg(target_os = "linux")]
+use std::cell::OnceCell;
 
-/// Bits of [`RingShared::control`].
-pub(crate) mod control {
-    pub(crate) const STOP: u32 = 1;
-    pub(crate) const CANCEL_ALL: u32 = 2;
-    pub(crate) const DETACH: u32 = 4;
-    pub(crate) const REOPEN: u32 = 8;
-    /// A cancel stands in the SQ.
-    pub(crate) const CANCEL: u32 = 16;
-}
-
-/// How a ring's engine sleeps: by leaving its poller's active list, or, when its owner drives it,
-/// by parking the owner.
-#[derive(Debug)]
-pub(crate) enum RingPark {
-    Poller { poller: Arc<PollerShared>, place: usize },
-    Inline(Arc<Notifier>),
-}
-
-impl Park for RingPark {
-    fn park(&self, timeout: Option<Duration>) {
-        match self {
-            // An engine on a poller parks by leaving the active list; see `Engine::try_sleep`.
-            RingPark::Poller { .. } => {}
-            RingPark::Inline(notifier) => notifier.park(timeout),
-        }
-    }
-
-    fn unpark(&self) {
-        match self {
-            RingPark::Poller { poller, place } => poller.set_ready(*place),
-            RingPark::Inline(notifier) => notifier.unpark(),
-        }
-    }
-}
-
-const OPEN: u64 = 0;
-const STOPPED: u64 = 1;
-const PANICKED: u64 = 2;
-const FAILED: u64 = 3 << 32;
-
-/// What a ring's halves, its engine, its device and its control handles share.
-pub(crate) struct RingShared {
-    pub(crate) number: u32,
-    /// Wakes the engine.
-    pub(crate) bell: Doorbell<RingPark>,
-    /// Wakes the reaping half.
-    cq_bell: Doorbell<Arc<Notifier>>,
-    /// The CQ index that the sleeping reaper waits for.
-    wanted: AtomicU32,
-    /// Microseconds after which it wants to be woken with less; 0: never.
-    coalesce: AtomicU64,
-    /// Why the ring is closed; `OPEN` while it is not.
-    closed: AtomicU64,
-    control: AtomicU32,
-    device_rang: AtomicBool,
-    has_orphans: AtomicBool,
-    /// `None`: the engine is gone, and nobody completes them any more.
-    orphans: Mutex<Option<Vec<Orphan>>>,
-    /// A control handle wants `wait` to return.
-    woken: AtomicBool,
-    /// `CANCEL_ALL` wishes ever made, and those carried out.
-    cancels: [AtomicU32; 2],
-    pub(crate) counters: RingCounters,
-}
-
-impl fmt::Debug for RingShared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RingShared")
-            .field("number", &self.number)
-            .field("closed", &self.why_closed())
-            .finish_non_exhaustive()
-    }
-}
-
-impl Drop for RingShared {
-    fn drop(&mut self) {
-        deregister(self.number);
-    }
-}
-
-impl RingShared {
-    pub(crate) fn new(number: u32, park: RingPark, notifier: Arc<Notifier>, depth: usize) -> Self {
-        Self {
-            number,
-            bell: Doorbell::new(park),
-            cq_bell: Doorbell::new(notifier),
-            wanted: AtomicU32::new(0),
-            coalesce: AtomicU64::new(0),
-            closed: AtomicU64::new(OPEN),
-            control: AtomicU32::new(0),
-            device_rang: AtomicBool::new(false),
-            has_orphans: AtomicBool::new(false),
-            orphans: Mutex::new(Some(Vec::with_capacity(depth))),
-            woken: AtomicBool::new(false),
-            cancels: [0, 0].map(AtomicU32::new),
-            counters: RingCounters::default(),
-        }
-    }
-
-    /// The first reason stays.
-    pub(crate) fn close(&self, why: Closed) {
-        let code = match why {
-            Closed::Stopped => STOPPED,
-            Closed::DevicePanicked => PANICKED,
-            Closed::Failed(status) => FAILED | u64::from(status.code()),
-        };
-        // Release: who sees the reason sees what led to it.
-        let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
-    }
-
-    /// Whether the owner of the reaping half drives the engine, always.
-    #[inline]
-    pub(crate) fn is_inline(&self) -> bool {
-        matches!(self.bell.parker(), RingPark::Inline(_))
-    }
-
-    #[inline]
-    fn is_open(&self) -> bool {
-        // Acquire: pairs with `close`.
-        self.closed.load(Ordering::Acquire) == OPEN
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn why_closed(&self) -> Option<Closed> {
-        match self.closed.load(Ordering::Acquire) {
-            OPEN => None,
-            STOPPED => Some(Closed::Stopped),
-            PANICKED => Some(Closed::DevicePanicked),
-            failed => {
-                let code = failed as u32;
-                Some(Closed::Failed(Status::from_code(code).unwrap_or(Status::Unknown(code))))
-            }
-        }
-    }
-
-    /// Wakes the engine if it sleeps, wherever it is. Returns whether it had to.
-    #[inline]
-    pub(crate) fn ring_engine(&self) -> bool {
-        let rang = self.bell.ring();
-        if rang && !self.is_open() {
-            // The poller may have handed the engine to the reaping half, which sleeps on its own
-            // bell. That it closed is visible: the Acquire in `ring_if` saw what it armed after.
-            self.cq_bell.ring();
-        }
-        rang
-    }
-
-    /// The submitter's doorbell, after it has published; `oneself`: it drives the engine as well.
-    #[inline]
-    fn ring_doorbell(&self, oneself: bool) {
-        let rang = if oneself { self.bell.ring_oneself() } else { self.ring_engine() };
-        if rang {
-            self.counters.doorbells.add(1);
-        }
-    }
-
-    /// Something for the engine to do besides submissions.
-    pub(crate) fn wish(&self, bits: u32) {
-        // Release: pairs with the Acquire in `take_control`: submissions published before are seen.
-        self.control.fetch_or(bits, Ordering::Release);
-        self.ring_engine();
-        // An engine driven by a sleeping owner sleeps on both bells at once.
-        if self.is_inline() {
-            self.cq_bell.ring();
-        }
-    }
-
-    #[inline]
-    pub(crate) fn take_control(&self) -> u32 {
-        if self.control.load(Ordering::Relaxed) == 0 {
-            return 0;
-        }
-        self.control.swap(0, Ordering::Acquire)
-    }
-
-    /// The device says that there may be packets.
-    pub(crate) fn device_rang(&self) {
-        // Release: pairs with the Acquire in `take_device_rang`.
-        self.device_rang.store(true, Ordering::Release);
-        self.ring_engine();
-    }
-
-    #[inline]
-    pub(crate) fn take_device_rang(&self) -> bool {
-        self.device_rang.load(Ordering::Relaxed) && self.device_rang.swap(false, Ordering::Acquire)
-    }
-
-    /// Whether anything but a submission waits for the engine.
-    pub(crate) fn has_wishes(&self) -> bool {
-        self.control.load(Ordering::Relaxed) != 0
-            || self.device_rang.load(Ordering::Relaxed)
-            || self.has_orphans.load(Ordering::Relaxed)
-            || self.wants_coalescing_now()
-    }
-
-    /// Takes in a slot that the device dropped; without an engine it goes home to its pool.
-    pub(crate) fn abandoned(&self, orphan: Orphan) {
-        match &mut *lock(&self.orphans) {
-            Some(orphans) => orphans.push(orphan),
-            // Dropped behind the lock, which is not on any packet's way.
-            None => return drop(orphan),
-        }
-        self.has_orphans.store(true, Ordering::Release);
-        self.ring_engine();
-    }
-
-    #[inline]
-    pub(crate) fn has_orphans(&self) -> bool {
-        self.has_orphans.load(Ordering::Relaxed)
-    }
-
-    /// Swaps the orphans into `empty`.
-    pub(crate) fn take_orphans(&self, empty: &mut Vec<Orphan>) {
-        if let Some(orphans) = &mut *lock(&self.orphans) {
-            std::mem::swap(orphans, empty);
-        }
-        self.has_orphans.store(false, Ordering::Relaxed);
-    }
-
-    /// The engine is gone: what comes from now on goes home.
-    pub(crate) fn send_orphans_home(&self) {
-        let orphans = lock(&self.orphans).take();
-        drop(orphans);
-    }
-
-    /// Asks for everything in flight to be cancelled; returns the number to wait for.
-    fn ask_cancel_all(&self) -> u32 {
-        // Relaxed: published with the wish.
-        let asked = self.cancels[0].fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        self.wish(control::CANCEL_ALL);
-        asked
-    }
-
-    /// How many were asked for: the engine looks before it cancels.
-    pub(crate) fn cancels_asked(&self) -> u32 {
-        self.cancels[0].load(Ordering::Relaxed)
-    }
-
-    /// All that were asked for up to `asked` are carried out, and their completions shown.
-    pub(crate) fn cancels_done(&self, asked: u32) {
-        // Release: pairs with the Acquire in `are_cancelled`.
-        self.cancels[1].store(asked, Ordering::Release);
-        self.notify();
-    }
-
-    fn are_cancelled(&self, asked: u32) -> bool {
-        self.cancels[1].load(Ordering::Acquire).wrapping_sub(asked) < 1 << 31
-    }
-
-    /// After publishing up to `index`: wakes the reaper if it sleeps and that is enough for it.
-    #[inline]
-    pub(crate) fn notify_if_due(&self, index: u32) -> bool {
-        self.cq_bell.ring_if(|| {
-            // Relaxed: stored before arming; the Acquire in `ring_if` makes it visible.
-            index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31
-        })
-    }
-
-    /// Wakes the reaper if it sleeps, whatever it waits for.
-    pub(crate) fn notify(&self) {
-        self.cq_bell.ring();
-    }
-
-    #[inline]
-    pub(crate) fn wants_coalescing(&self) -> bool {
-        self.coalesce.load(Ordering::Relaxed) != 0
-    }
-
-    fn wants_coalescing_now(&self) -> bool {
-        // Set to the high bit by `arm_after` when completions wait already: the engine must start
-        // the clock.
-        self.coalesce.load(Ordering::Relaxed) & START_CLOCK != 0
-    }
-
-    /// How long a sleeping reaper puts up with fewer completions than it wants, and the number of
-    /// the arming that said so: each has a clock of its own.
-    pub(crate) fn coalescing(&self) -> Option<(u64, Duration)> {
-        let wish = self.coalesce.load(Ordering::Relaxed);
-        if wish == 0 {
-            return None;
-        }
-        if wish & START_CLOCK != 0 {
-            // Cleared in any case, or the engine would never sleep again; only the bit, so that a
-            // newer wish stays. Acquire: the look at the bell comes after.
-            self.coalesce.fetch_and(!START_CLOCK, Ordering::Acquire);
-        }
-        if !self.cq_bell.is_armed() {
-            return None;
-        }
-        let wish = wish & !START_CLOCK;
-        Some((wish >> DELAY_BITS, Duration::from_micros(wish & DELAY_MAX_US)))
-    }
-}
-
-// A wish for coalescing: a bit, the number of the arming, and microseconds (up to twelve days).
-const START_CLOCK: u64 = 1 << 63;
-const DELAY_BITS: u32 = 40;
-const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
+#[cfg(target_os = "linux")]
+use crate::notify::Both;
 
 /// Whether what is submitted is published and rung for later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
