@@ -8,10 +8,12 @@ use std::{fmt, thread};
 use macaddr::MacAddr6;
 use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
 
+use crate::Driver;
 use crate::config::{
     Config, Direction, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
-use crate::device::{Capabilities, Device, Lease, Panicked, guard};
+use crate::device::catch::{Panicked, guard};
+use crate::device::seam::{Capabilities, Device, Lease};
 use crate::error::{ConfigError, Error};
 use crate::mailbox::{RingPark, RingShared, control, next_ring_number, register};
 use crate::notify::Notifier;
@@ -20,18 +22,6 @@ use crate::poller::{Engine, EngineParts, Handoff, Poller, PollerBuilder};
 use crate::pool::{HEADROOM_DEFAULT, PoolBuilder};
 use crate::ring::{CompletionQueue, Ring, SubmissionQueue};
 use crate::sys::{after, lock};
-
-/// Something that can start a device: what [`Builder::device`] takes.
-pub trait Driver: Send + 'static {
-    /// Starts the interface. May block; the builder's start timeout runs meanwhile.
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error>;
-}
-
-impl<D: Driver + ?Sized> Driver for Box<D> {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
-        (*self).start(config)
-    }
-}
 
 /// Starts an [`Interface`].
 pub struct Builder {

@@ -52,7 +52,6 @@
 //! that came in an XPC message.
 
 pub mod blocking;
-mod completions;
 pub mod config;
 pub mod device;
 pub mod error;
@@ -76,6 +75,7 @@ pub use blocking::Blocking;
 pub use config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
+pub use device::seam::Driver;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use device::tap::{Tap, TapEngine};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
@@ -87,7 +87,7 @@ pub use error::{
     SubmitErrorKind,
 };
 pub use future::{Async, block_on};
-pub use interface::{Builder, Drive, Driver, Interface, RingBuilder};
+pub use interface::{Builder, Drive, Interface, RingBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
 pub use policy::{IdlePolicy, RetryPolicy};

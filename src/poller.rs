@@ -17,11 +17,12 @@ use std::time::{Duration, Instant};
 
 use vmring_core::{Intake, Outcome, Outlet, Submission};
 
-use crate::completions::Completions;
 use crate::config::Direction;
-use crate::device::{
-    Capabilities, Device, Io, Panicked, Posted, Progress, Queue, Sink, Wake, guard, list_of,
-};
+use crate::device::catch::{Panicked, guard};
+use crate::device::completions::Completions;
+use crate::device::io::{Io, Posted, Sink};
+use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
+use crate::device::slot::list_of;
 use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};

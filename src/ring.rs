@@ -39,7 +39,7 @@ use vmring_core::doorbell::Park;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Class, Frame, Opcode, Outcome, Pool, Reaped, Reaper, Refusal, Submitter};
 
-use crate::device::Capabilities;
+use crate::device::seam::Capabilities;
 use crate::error::{
     BatchError, Closed, CompletionError, EntryError, Error, SubmitError, SubmitErrorKind,
 };
@@ -50,6 +50,7 @@ use crate::poller::{Engine, Handoff, PollerShared};
 use crate::software::{self, Left};
 use crate::stats::RingStats;
 use crate::sys::{after, poll_in};
+
 #[cfg(target_os = "linux")]
 use std::cell::OnceCell;
 

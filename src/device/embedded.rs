@@ -10,10 +10,11 @@ use vmring_embedded::network::{ADDRESSES, PortConfig, Receiver, Registry, Sender
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
+use crate::device::io::Io;
 use crate::device::loopback::{ETHERNET, InboxReader, Inlet, no_offloads};
-use crate::device::{Capabilities, Device, Io, Lease, PostedSlot, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
+use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
-use crate::interface::Driver;
 use crate::sys::lock;
 
 /// The networks of this process.

@@ -11,20 +11,20 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 
-use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use fastrand::Rng;
 
 use crate::config::{Config, Direction};
-use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
+use crate::device::io::{Done, Io};
+use crate::device::relay::{Relay, delegate_device};
+use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
-use crate::interface::Driver;
 use crate::sys::lock;
 
 /// What goes wrong, and how often. Probabilities are from 0.0 (the default) to 1.0.

@@ -9,9 +9,10 @@ use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
 use vmring_embedded::network::mac_of_interface;
 
 use crate::config::{Config, Direction, InterfaceInfo, Offloads};
-use crate::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
+use crate::device::io::Io;
+use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
+use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
-use crate::interface::Driver;
 
 /// Packets that wait in the device while no read is posted.
 const QUEUE: u32 = 256;

@@ -17,6 +17,7 @@
 //!
 //! And the other way: [`Replay`], a device that reads out of such a file.
 
+mod error;
 mod replay;
 
 use std::borrow::Cow;
@@ -28,18 +29,20 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pcap_file::DataLink;
 use pcap_file::pcapng::PcapNgWriter;
 use pcap_file::pcapng::blocks::PcapNgBlock;
 use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
 use pcap_file::pcapng::blocks::interface_description::{
     InterfaceDescriptionBlock, InterfaceDescriptionOption,
 };
-use pcap_file::{DataLink, PcapError};
 
 use crate::config::{Config, Direction, InterfaceInfo};
-use crate::device::{Device, Done, Io, Progress, Queue, Relay, Wake, delegate_device};
+use crate::device::io::{Done, Io};
+use crate::device::pcap::error::into_io;
+use crate::device::relay::{Relay, delegate_device};
+use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
-use crate::interface::Driver;
 use crate::sys::lock;
 
 pub use replay::Replay;
@@ -121,13 +124,6 @@ impl Capture {
         failed
             .map_or(flushed, |error| Err(io::Error::new(error.kind(), error.to_string())))
             .map_err(Error::io("writing the capture"))
-    }
-}
-
-fn into_io(error: PcapError) -> io::Error {
-    match error {
-        PcapError::IoError(error) => error,
-        other => io::Error::other(other),
     }
 }
 

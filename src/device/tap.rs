@@ -71,31 +71,29 @@ mod setup;
 mod uring;
 mod wire;
 
-use std::fmt;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fmt, thread};
 
 use macaddr::MacAddr6;
-
 use namespace::Namespace;
 use open::{Flags, TapQueueFd};
 use plain::Plain;
 use setup::Setup;
 use uring::Uring;
+use vmring_core::offload;
 use wire::{ETHERNET, Wire};
 
 use crate::config::{Config, Direction, InterfaceInfo, Mode, Offloads};
+use crate::device::io::Io;
 use crate::device::loopback::mac_of;
-use crate::device::{Capabilities, Device, Io, Lease, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status, TapError};
-use crate::interface::Driver;
 use crate::sys::{after, lock};
-use vmring_core::offload;
 
 /// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.
 const IP_MAX: u32 = 65_535;

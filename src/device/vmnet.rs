@@ -28,22 +28,23 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-pub use description::IsolatedNetwork;
 use description::{Extras, describe};
-pub use network::{Network, NetworkBuilder, SerializedNetwork, Service};
 use newer::System;
 use port::{Port, Timeouts};
 use queue::VmnetQueue;
 use vmring_core::offload;
 
-#[cfg(doc)]
-use crate::config::Mode;
 use crate::config::{Config, Direction, InterfaceInfo, PortForward, Protocol};
 use crate::device::loopback::mac_of;
-use crate::device::{Capabilities, Device, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
 use crate::error::{Error, Status};
-use crate::interface::Driver;
 use crate::sys::lock;
+
+pub use description::IsolatedNetwork;
+pub use network::{Network, NetworkBuilder, SerializedNetwork, Service};
+
+#[cfg(doc)]
+use crate::config::Mode;
 
 /// How often an interface is looked at although no event came.
 const SAFETY_POLL: Duration = Duration::from_millis(200);

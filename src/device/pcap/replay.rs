@@ -11,12 +11,12 @@ use pcap_file::DataLink;
 use pcap_file::pcap::PcapReader;
 use pcap_file::pcapng::{Block, PcapNgReader};
 
-use super::into_io;
+use super::error::into_io;
 use crate::config::{Config, Direction, InterfaceInfo};
+use crate::device::io::Io;
 use crate::device::loopback::{ETHERNET, mac_of, no_offloads};
-use crate::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
-use crate::interface::Driver;
 use crate::sys::lock;
 
 /// The first four bytes of a pcapng file, the same in either byte order.

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
+use vmring_core::offload::{self, OffloadHeader};
 use vmring_embedded::dhcp::{DhcpConfig, DhcpServer};
 
-use crate::device::Lease;
+use crate::device::seam::Lease;
 use crate::error::Error;
 use crate::software::complete_checksum;
-use vmring_core::offload::{self, OffloadHeader};
 
 /// What a reply has at most (`DhcpServer::handle`), rounded up.
 const REPLY_MAX: usize = 512;

@@ -2,12 +2,11 @@
 //!
 //! [`Socket`] below [`Netlink`] is any netlink socket; `nat.rs` speaks to nf_tables over it.
 
-use std::fmt;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
+use std::{fmt, io};
 
 use macaddr::MacAddr6;
 use netlink_bindings::builtin::{NlmsgerrAttrs, Nlmsghdr};

@@ -2,10 +2,9 @@
 //! last, and that thread may be in another one.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::thread;
+use std::{io, thread};
 
 /// A network namespace (network_namespaces(7)).
 #[derive(Debug)]

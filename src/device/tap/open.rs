@@ -9,12 +9,11 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use libc::{IFNAMSIZ, c_ulong, ifreq};
 use macaddr::MacAddr6;
+use vmring_core::offload;
 
 use super::link::is_interface_name;
 use crate::config::Offloads;
-use crate::error::Error;
-use crate::error::TapError;
-use vmring_core::offload;
+use crate::error::{Error, TapError};
 
 /// One queue of a TAP: a non-blocking descriptor on which each read and each write is one frame.
 #[derive(Debug)]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use super::open::TapQueueFd;
 use super::wire::{Fault, Wire, fault_of};
-use crate::device::{Io, Progress};
+use crate::device::io::Io;
+use crate::device::seam::Progress;
 use crate::error::Status;
 
 #[derive(Debug)]

@@ -11,8 +11,7 @@ use super::dhcp::Dhcp;
 use super::link::{Link, Netlink};
 use super::nat::{Forwarding, Masquerade};
 use crate::config::{Config, Ipv4Range, Mode};
-use crate::error::TapError;
-use crate::error::{ConfigError, Error};
+use crate::error::{ConfigError, Error, TapError};
 
 /// What an interface asks of the host's end.
 pub(crate) struct Asked<'a> {

@@ -29,13 +29,11 @@
 //! io_uring_prep_read_multishot(3), io_uring_cancelation(7).
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::thread;
 use std::time::Duration;
+use std::{fmt, io, thread};
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
@@ -44,7 +42,9 @@ use memmap2::MmapMut;
 use super::open::TapQueueFd;
 use super::plain::Plain;
 use super::wire::{Fault, Wire, fault_of};
-use crate::device::{Io, PostedSlot, Progress};
+use crate::device::io::Io;
+use crate::device::seam::Progress;
+use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
 /// Reads that the kernel has at a time on a poller's thread; more stay with it. A power of two.

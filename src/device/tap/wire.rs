@@ -2,10 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::dhcp::Dhcp;
-use crate::device::{Io, PostedSlot};
-use crate::error::Status;
 use vmring_core::offload;
+
+use super::dhcp::Dhcp;
+use crate::device::io::Io;
+use crate::device::slot::PostedSlot;
+use crate::error::Status;
 
 /// Bytes of an Ethernet header.
 pub(crate) const ETHERNET: usize = 14;

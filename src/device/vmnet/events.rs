@@ -13,7 +13,7 @@ use block2::RcBlock;
 use dispatch2::DispatchQueue;
 
 use super::ffi::{InterfaceRef, Object, PACKETS_AVAILABLE, vmnet_interface_set_event_callback};
-use crate::device::Wake;
+use crate::device::seam::Wake;
 use crate::error::Status;
 use crate::sys::lock;
 

@@ -2,12 +2,11 @@
 //! interface is on it.
 
 use std::ffi::{CString, c_void};
-use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
-use std::thread;
 use std::time::Duration;
+use std::{fmt, thread};
 
 use dispatch2::DispatchQueue;
 use libc::{in_addr, in6_addr};

@@ -1,13 +1,12 @@
 //! A started interface, from the start's handler to the stop's.
 
-use std::fmt;
 use std::mem::forget;
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
+use std::{fmt, thread};
 
 use block2::RcBlock;
 use dispatch2::{DispatchQueue, DispatchRetained};

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use libc::iovec;
+use vmring_core::offload;
 
 use super::description::{Extras, describe};
 use super::ffi::{InterfaceRef, PacketDescriptor, SUCCESS, vmnet_read, vmnet_write};
@@ -21,7 +22,6 @@ use super::newer::System;
 use super::port::{Port, Timeouts};
 use crate::config::{Config, Mode};
 use crate::error::Error;
-use vmring_core::offload;
 
 /// What the probe does.
 #[derive(Clone, Debug)]

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use libc::iovec;
+use vmring_core::{Class, offload};
 
 use super::events::check;
 use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
 use super::port::Port;
 use crate::config::Direction;
-use crate::device::{Io, Progress, Queue, Wake};
+use crate::device::io::Io;
+use crate::device::seam::{Progress, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
-use vmring_core::{Class, offload};
 
 /// Reads offered at least, if posted. What is offered must be reset each time, so it follows what
 /// comes: twice the last batch.

@@ -19,7 +19,9 @@ impl fmt::Display for Macos {
 
 #[cfg(target_os = "macos")]
 mod imp {
-    use super::*;
+    use std::ffi::{CStr, c_void};
+
+    use crate::device::vmnet::system::Macos;
 
     pub(crate) fn symbol(name: &CStr) -> *const c_void {
         // SAFETY: the name is a C string; RTLD_DEFAULT asks all libraries that are loaded.
@@ -54,7 +56,9 @@ mod imp {
 
 #[cfg(not(target_os = "macos"))]
 mod imp {
-    use super::*;
+    use std::ffi::{CStr, c_void};
+
+    use crate::device::vmnet::system::Macos;
 
     pub(crate) fn symbol(name: &CStr) -> *const c_void {
         vmnet_sim::symbol(name)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use vmring_core::{Class, Frame, Outcome, Outlet};
 
-use crate::device::{PostedSlot, list_of};
+use crate::device::slot::{PostedSlot, list_of};
 use crate::mailbox::RingShared;
 use crate::stats::{add_batch, reason};
 
