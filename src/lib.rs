@@ -58,6 +58,7 @@ pub mod error;
 pub mod fifo;
 mod future;
 pub mod interface;
+mod lifecycle;
 mod mailbox;
 mod memory;
 mod notify;
@@ -65,6 +66,7 @@ pub mod policy;
 pub mod poller;
 pub mod pool;
 pub mod ring;
+pub mod ring_builder;
 #[cfg(feature = "serde")]
 mod sexp;
 pub mod software;
@@ -87,7 +89,7 @@ pub use error::{
     SubmitErrorKind,
 };
 pub use future::{Async, block_on};
-pub use interface::{Builder, Drive, Interface, RingBuilder};
+pub use interface::{Builder, Interface};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
 pub use policy::{IdlePolicy, RetryPolicy};
@@ -97,6 +99,7 @@ pub use ring::{
     Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Op, Reap, Ring, RingControl,
     SubmissionHalf, SubmissionQueue,
 };
+pub use ring_builder::{Drive, RingBuilder};
 pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};
 pub use vmring_core::{Frame, FrontError, OutOfRoom, PacketView};
 

@@ -25,7 +25,7 @@ use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
 use crate::device::slot::list_of;
 use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
-use crate::interface::{Claim, INTERFACE_BUSY, RingGroup};
+use crate::lifecycle::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::mailbox::ready::{RINGS_MAX, ReadySet};
 use crate::mailbox::{RingShared, control};
 use crate::policy::{IdlePolicy, RetryPolicy};

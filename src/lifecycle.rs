@@ -1,0 +1,230 @@
+//! Who may have a ring on an interface, and how the interface stops and restarts.
+
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use crate::device::Device;
+use crate::device::catch::{Panicked, guard};
+use crate::mailbox::{RingShared, control};
+use crate::sys::{after, lock};
+use crate::{ConfigError, Direction, Error};
+
+pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
+
+/// A device and the rings on it: who may claim a ring, and who goes first when it stops or restarts.
+pub(crate) struct RingGroup {
+    pub(crate) device: Arc<dyn Device>,
+    state: Mutex<GroupState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GroupState {
+    rings: Vec<Weak<RingShared>>,
+    readers: usize,
+    writers: usize,
+    /// Queues of the device that exist.
+    attached: usize,
+    /// What happens to the device when no queue is left.
+    then: Then,
+    /// The device is being stopped or restarted this moment.
+    carrying: bool,
+    /// Stops and restarts carried out so far, and how the last one ended.
+    carried: u64,
+    outcome: Option<Arc<Error>>,
+    stopped: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Then {
+    #[default]
+    Nothing,
+    Restart,
+    Stop,
+}
+
+impl fmt::Debug for RingGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RingGroup").field("device", &self.device.name()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for RingGroup {
+    fn drop(&mut self) {
+        // The interface and all its rings are gone.
+        if lock(&self.state).stopped {
+            return;
+        }
+        match guard(|| self.device.stop()) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the device did not stop cleanly"),
+            Err(Panicked) => tracing::error!("the device panicked while it was stopped"),
+        }
+    }
+}
+
+impl RingGroup {
+    pub(crate) fn new(device: Arc<dyn Device>) -> Self {
+        Self { device, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    pub(crate) fn claim(self: &Arc<Self>, direction: Direction) -> Result<Claim, Error> {
+        let caps = self.device.capabilities();
+        let mut state = lock(&self.state);
+        if state.stopped || state.then != Then::Nothing {
+            return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
+        }
+        let too_many = |direction, limit| Error::TooManyRings {
+            device: self.device.name().to_owned(),
+            direction,
+            limit,
+        };
+        if direction.reads() && state.readers >= caps.reading_rings {
+            return Err(too_many("reading", caps.reading_rings));
+        }
+        if direction.writes() && state.writers >= caps.writing_rings {
+            return Err(too_many("writing", caps.writing_rings));
+        }
+        state.readers += usize::from(direction.reads());
+        state.writers += usize::from(direction.writes());
+        drop(state);
+        Ok(Claim { group: self.clone(), direction })
+    }
+
+    pub(crate) fn add(&self, ring: &Arc<RingShared>) {
+        let mut state = lock(&self.state);
+        state.rings.retain(|ring| ring.strong_count() > 0);
+        state.rings.push(Arc::downgrade(ring));
+    }
+
+    /// An engine is about to ask the device for a queue. False while the device is to be stopped or
+    /// restarted: that waits until no queue exists. (After a restart every ring is told to ask again.)
+    pub(crate) fn try_attach(&self) -> bool {
+        let mut state = lock(&self.state);
+        let free = !state.carrying && !state.stopped && state.then == Then::Nothing;
+        state.attached += usize::from(free);
+        free
+    }
+
+    /// An engine has let go of its queue. The last one carries out what was asked for.
+    pub(crate) fn detached(&self) {
+        lock(&self.state).attached -= 1;
+        self.carry_out();
+    }
+
+    fn wish(&self, bits: u32) {
+        // Not under the lock: ringing may run somebody's waker.
+        let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
+        for ring in rings {
+            ring.wish(bits);
+        }
+    }
+
+    /// If no queue is left: stops or restarts the device, if that was asked for.
+    fn carry_out(&self) {
+        let then = {
+            let mut state = lock(&self.state);
+            if state.attached > 0 || state.carrying || state.then == Then::Nothing {
+                return;
+            }
+            state.carrying = true;
+            std::mem::take(&mut state.then)
+        };
+        let outcome = match then {
+            Then::Nothing => return,
+            Then::Restart => guard(|| self.device.restart()),
+            Then::Stop => guard(|| self.device.stop()),
+        };
+        let outcome = outcome.unwrap_or_else(|_| {
+            Err(Error::Io {
+                what: "stopping the device",
+                source: std::io::Error::other("the device panicked"),
+            })
+        });
+        let failed = outcome.is_err();
+        let mut state = lock(&self.state);
+        state.carrying = false;
+        state.stopped |= then == Then::Stop;
+        state.carried += 1;
+        state.outcome = outcome.err().map(Arc::new);
+        // Asked for meanwhile.
+        let again = state.then != Then::Nothing;
+        drop(state);
+        self.changed.notify_all();
+        match then {
+            Then::Restart if failed => self.wish(control::STOP),
+            Then::Restart => self.wish(control::REOPEN),
+            _ => {}
+        }
+        if again {
+            self.carry_out();
+        }
+    }
+
+    fn ask(&self, then: Then, bits: u32, timeout: Duration) -> Result<(), Error> {
+        let deadline = after(timeout);
+        let mut state = lock(&self.state);
+        if state.stopped {
+            return match then {
+                Then::Stop => Ok(()),
+                _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
+            };
+        }
+        // A stop overrides a restart that waits; a second restart joins it.
+        if state.then != Then::Stop {
+            state.then = then;
+        }
+        // One that is carried out this moment does not count: ours comes after it.
+        let ours = state.carried + 1 + u64::from(state.carrying);
+        drop(state);
+        self.wish(bits);
+        self.carry_out();
+        let mut state = lock(&self.state);
+        loop {
+            if state.carried >= ours || (then == Then::Stop && state.stopped) {
+                return match &state.outcome {
+                    None => Ok(()),
+                    Some(error) => Err(Error::Device(error.clone())),
+                };
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout(timeout));
+            }
+            state = self
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    pub(crate) fn stop(&self, timeout: Duration) -> Result<(), Error> {
+        self.ask(Then::Stop, control::STOP, timeout)
+    }
+
+    pub(crate) fn restart(&self, timeout: Duration) -> Result<(), Error> {
+        self.ask(Then::Restart, control::DETACH, timeout)
+    }
+}
+
+/// One ring's place among those a device bears.
+pub(crate) struct Claim {
+    group: Arc<RingGroup>,
+    direction: Direction,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut state = lock(&self.group.state);
+        state.readers -= usize::from(self.direction.reads());
+        state.writers -= usize::from(self.direction.writes());
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claim").field("direction", &self.direction).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,321 @@
+//! [`RingBuilder`]: the settings of a ring, and its parts put together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
+
+use crate::lifecycle::RingGroup;
+use crate::mailbox::{RingPark, RingShared, next_ring_number, register};
+use crate::notify::Notifier;
+use crate::poller::{Engine, EngineParts, Handoff};
+use crate::pool::HEADROOM_DEFAULT;
+use crate::{
+    CompletionQueue, ConfigError, Direction, Error, IdlePolicy, Poller, PollerBuilder, PoolBuilder,
+    RetryPolicy, Ring, SubmissionQueue,
+};
+
+/// Who turns a ring's engine.
+#[derive(Clone, Copy, Debug, Default)]
+pub enum Drive<'a> {
+    /// A thread of its own. The default.
+    #[default]
+    Thread,
+    /// A thread shared with other rings.
+    Shared(&'a Poller),
+    /// The caller's own thread, in `reap` and `wait`: for VMMs that already have an I/O thread.
+    Inline,
+}
+
+/// Builds a [`Ring`]; see [`Interface::ring`].
+///
+/// # Memory
+///
+/// All of it is taken when the ring is built. With `entries = read depth + write depth + cancel depth`
+/// rounded up to a power of two, a ring has, on a 64-bit machine:
+///
+/// | what | bytes |
+/// |---|---|
+/// | SQ and CQ | 32 x `entries` each (the SQ: of [`sq_depth`](Self::sq_depth), if that is set) |
+/// | reads and writes posted to the device | 40 x read depth + 40 x write depth |
+/// | frames, unless they come from [`pool`](Self::pool)s | slots x slot size, rounded up to pages |
+///
+/// and some 5 KiB besides. A ring of depth 256 each way over a device of 1,514-byte packets: 64 KiB,
+/// 20 KiB, and 832 KiB of frames. What a device may come to owe (lists of 80 bytes for each read and
+/// write) is address space until it does. `performance/` compares this with what the system says.
+#[derive(Clone, Debug)]
+pub struct RingBuilder<'a> {
+    group: &'a Arc<RingGroup>,
+    direction: Direction,
+    read_depth: u32,
+    write_depth: u32,
+    cancel_depth: u32,
+    sq_depth: Option<u32>,
+    pools: Vec<Pool>,
+    frames: Option<usize>,
+    headroom: usize,
+    prefault: bool,
+    drive: Drive<'a>,
+    poller: PollerBuilder,
+    idle: IdlePolicy,
+    retry: RetryPolicy,
+    close_timeout: Duration,
+    start_index: u32,
+}
+
+impl<'a> RingBuilder<'a> {
+    pub(crate) fn new(group: &'a Arc<RingGroup>, direction: Direction) -> Self {
+        Self {
+            group,
+            direction,
+            read_depth: 256,
+            write_depth: 256,
+            cancel_depth: 16,
+            sq_depth: None,
+            pools: Vec::new(),
+            frames: None,
+            headroom: HEADROOM_DEFAULT,
+            prefault: false,
+            drive: Drive::Thread,
+            poller: Poller::builder(),
+            idle: IdlePolicy::default(),
+            retry: RetryPolicy::default(),
+            close_timeout: Duration::from_secs(2),
+            start_index: 0,
+        }
+    }
+
+    /// Reads and writes that may be in flight, each; a power of two, at most 65,536. Default 256.
+    pub fn depth(self, depth: u32) -> Self {
+        self.read_depth(depth).write_depth(depth)
+    }
+
+    /// Reads that may be in flight; a power of two.
+    pub fn read_depth(mut self, depth: u32) -> Self {
+        self.read_depth = depth;
+        self
+    }
+
+    /// Writes that may be in flight; a power of two.
+    pub fn write_depth(mut self, depth: u32) -> Self {
+        self.write_depth = depth;
+        self
+    }
+
+    /// Cancels that may be in flight; a power of two. Default 16.
+    pub fn cancel_depth(mut self, depth: u32) -> Self {
+        self.cancel_depth = depth;
+        self
+    }
+
+    /// Entries of the SQ; a power of two. Default: room for every credit, so that it is never full.
+    pub fn sq_depth(mut self, depth: u32) -> Self {
+        self.sq_depth = Some(depth);
+        self
+    }
+
+    /// A pool whose frames the ring takes; may be called several times, and a pool may serve several
+    /// rings. The first is the one that [`Ring::alloc`] takes from. Default: a pool of the ring's
+    /// own.
+    pub fn pool(mut self, pool: &Pool) -> Self {
+        self.pools.push(pool.clone());
+        self
+    }
+
+    /// Frames of the ring's own pool. Default: one for every read and write credit.
+    pub fn frames(mut self, frames: usize) -> Self {
+        self.frames = Some(frames);
+        self
+    }
+
+    /// Bytes in front of a packet, in the ring's own pool.
+    pub fn headroom(mut self, bytes: usize) -> Self {
+        self.headroom = bytes;
+        self
+    }
+
+    /// Touch every page of the ring's own pool now.
+    pub fn prefault(mut self, yes: bool) -> Self {
+        self.prefault = yes;
+        self
+    }
+
+    /// Who turns the ring's engine. Default [`Drive::Thread`].
+    pub fn drive(mut self, drive: Drive<'a>) -> Self {
+        self.drive = drive;
+        self
+    }
+
+    /// With [`Drive::Thread`], the thread's name.
+    pub fn thread_name(mut self, name: impl Into<String>) -> Self {
+        self.poller = self.poller.name(name);
+        self
+    }
+
+    /// With [`Drive::Thread`], the processor the thread stays on; see [`PollerBuilder::cpu`].
+    pub fn cpu(mut self, cpu: usize) -> Self {
+        self.poller = self.poller.cpu(cpu);
+        self
+    }
+
+    /// How the ring's own poller, and `wait`, wait for work.
+    pub fn idle(mut self, idle: IdlePolicy) -> Self {
+        self.idle = idle;
+        self
+    }
+
+    /// What happens when the device takes fewer writes than it was offered.
+    pub fn retry(mut self, retry: RetryPolicy) -> Self {
+        self.retry = retry;
+        self
+    }
+
+    /// How long a close waits for the device to let go. Default 2 seconds.
+    pub fn close_timeout(mut self, timeout: Duration) -> Self {
+        self.close_timeout = timeout;
+        self
+    }
+
+    /// Where the queues' free-running indices begin, to exercise their wrap in tests.
+    #[doc(hidden)]
+    pub fn start_index(mut self, index: u32) -> Self {
+        self.start_index = index;
+        self
+    }
+
+    /// Builds `n` rings alike, for a device with several queues, such as a TAP with
+    /// `Tap::queues(n)`: with [`Drive::Thread`] each has a poller of its own, and each has a pool of
+    /// its own unless one was given.
+    ///
+    /// # Errors
+    ///
+    /// As for [`build`](Self::build); then the rings built before are closed.
+    pub fn rings(self, n: usize) -> Result<Vec<Ring>, Error> {
+        (0..n).map(|_| self.clone().build()).collect()
+    }
+
+    /// Builds the ring, on which nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Config`] for sizes that cannot be, [`Error::Memory`], [`Error::TooManyRings`] if the
+    /// device bears no more, [`Error::Io`] for a thread that cannot be had, and what the device says.
+    pub fn build(self) -> Result<Ring, Error> {
+        let caps = self.group.device.capabilities();
+        let read = if self.direction.reads() { self.read_depth } else { 0 };
+        let write = if self.direction.writes() { self.write_depth } else { 0 };
+        let wanted = [
+            ("read depth", read, self.direction.reads()),
+            ("write depth", write, self.direction.writes()),
+            ("cancel depth", self.cancel_depth, true),
+            ("SQ depth", self.sq_depth.unwrap_or(1), true),
+        ];
+        for (what, value, used) in wanted {
+            if used {
+                check_depth(what, value)?;
+            }
+        }
+        let mut depths = Depths::new(read, write, self.cancel_depth);
+        if let Some(sq) = self.sq_depth {
+            depths.sq = sq;
+        }
+        let packet = caps.max_packet_size as usize;
+        let pools = if self.pools.is_empty() {
+            let frames = self.frames.unwrap_or((read + write) as usize);
+            let headroom = self.headroom.max(caps.headroom as usize);
+            let pool = PoolBuilder::new(frames, packet).headroom(headroom);
+            vec![pool.prefault(self.prefault).build()?]
+        } else {
+            self.pools
+        };
+        for pool in &pools {
+            let room = pool.capacity() as usize;
+            if self.direction.reads() && room < packet {
+                return Err(ConfigError::PoolTooSmall { room, needed: packet }.into());
+            }
+            let (headroom, needed) = (pool.layout().headroom as usize, caps.headroom as usize);
+            if headroom < needed {
+                return Err(ConfigError::PoolHeadroom { headroom, needed }.into());
+            }
+        }
+        let regions = Regions::new(pools)
+            .ok_or_else(|| ConfigError::Invalid("a ring takes at most 65,536 pools".to_owned()))?;
+
+        let claim = self.group.claim(self.direction)?;
+        let number = next_ring_number();
+        let notifier = Arc::new(Notifier::default());
+        let own_poller;
+        let poller = match self.drive {
+            Drive::Inline => None,
+            Drive::Shared(poller) => Some(poller),
+            Drive::Thread => {
+                own_poller = self.poller.idle(self.idle).start()?;
+                Some(&own_poller)
+            }
+        };
+        let (park, place) = match poller {
+            None => (RingPark::Inline(notifier.clone()), None),
+            Some(poller) => {
+                let place = poller.shared().reserve()?;
+                (RingPark::Poller { poller: poller.shared().set.clone(), place }, Some(place))
+            }
+        };
+        let slots = (read + write) as usize;
+        let shared = Arc::new(RingShared::new(number, park, notifier.clone(), slots));
+        register(&shared);
+        self.group.add(&shared);
+        let (submitter, reaper, intake, outlet) = rings(depths, regions, self.start_index);
+        let engine = Engine::new(EngineParts {
+            intake,
+            outlet,
+            group: self.group.clone(),
+            direction: self.direction,
+            shared: shared.clone(),
+            retry: self.retry,
+            close_timeout: self.close_timeout,
+            claim,
+            depths: (read as usize, write as usize),
+        });
+        let engine = match (engine, poller, place) {
+            (Err(error), Some(poller), Some(place)) => {
+                poller.shared().unreserve(place);
+                return Err(error);
+            }
+            (engine, ..) => engine?,
+        };
+        let (engine, remote) = match (poller, place) {
+            (Some(poller), Some(place)) => {
+                let handoff = Arc::new(Handoff::default());
+                poller.shared().adopt(place, engine, handoff.clone());
+                (None, Some((handoff, poller.shared().clone())))
+            }
+            _ => (Some(Box::new(engine)), None),
+        };
+        tracing::debug!(ring = number, direction = %self.direction, ?depths, "ring built");
+        let sq = SubmissionQueue::new(submitter, shared.clone(), caps);
+        let cq = CompletionQueue::new(
+            reaper,
+            shared,
+            notifier,
+            engine,
+            remote,
+            self.idle,
+            self.close_timeout,
+            caps,
+        );
+        Ok(Ring::new(sq, cq))
+    }
+}
+
+fn check_depth(what: &'static str, value: u32) -> Result<(), ConfigError> {
+    let (max, wide) = (u64::from(DEPTH_MAX / 4), u64::from(value));
+    if value == 0 {
+        Err(ConfigError::Zero { what })
+    } else if wide > max {
+        Err(ConfigError::TooLarge { what, value: wide, max })
+    } else if !value.is_power_of_two() {
+        Err(ConfigError::NotPowerOfTwo { what, value: wide })
+    } else {
+        Ok(())
+    }
+}
