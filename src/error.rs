@@ -156,6 +156,17 @@ pub enum Closed {
     DevicePanicked,
 }
 
+impl Closed {
+    /// How an entry ends on a ring closed for this reason.
+    pub(crate) fn outcome(self) -> Outcome {
+        match self {
+            Closed::Stopped => Outcome::Cancelled,
+            Closed::Failed(status) => status.into(),
+            Closed::DevicePanicked => Outcome::DevicePanicked,
+        }
+    }
+}
+
 /// Why a submit was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ThisError)]
 pub enum SubmitErrorKind {

@@ -54,6 +54,7 @@
 pub mod blocking;
 pub mod config;
 pub mod device;
+mod engine;
 pub mod error;
 pub mod fifo;
 mod future;

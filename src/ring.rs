@@ -40,13 +40,14 @@ use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Class, Frame, Opcode, Outcome, Pool, Reaped, Reaper, Refusal, Submitter};
 
 use crate::device::seam::Capabilities;
+use crate::engine::{Engine, Handoff};
 use crate::error::{
     BatchError, Closed, CompletionError, EntryError, Error, SubmitError, SubmitErrorKind,
 };
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, control};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
-use crate::poller::{Engine, Handoff, PollerShared};
+use crate::poller::PollerShared;
 use crate::software::{self, Left};
 use crate::stats::RingStats;
 use crate::sys::{after, poll_in};
