@@ -7,16 +7,18 @@ use std::time::{Duration, Instant};
 
 use vmring_core::{Intake, Outcome, Outlet, Submission};
 
+use crate::config::Direction;
 use crate::device::catch::{Panicked, guard};
 use crate::device::completions::Completions;
-use crate::device::io::{Posted, Sink};
+use crate::device::io::{Io, Posted, Sink};
+use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
 use crate::device::slot::list_of;
-use crate::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::lifecycle::{Claim, INTERFACE_BUSY, RingGroup};
 use crate::mailbox::{RingShared, control};
+use crate::policy::RetryPolicy;
 use crate::sys::{after, lock};
-use crate::{Closed, ConfigError, Direction, Error, RetryPolicy, Status};
 
 #[derive(Debug)]
 struct Stall {

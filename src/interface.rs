@@ -7,14 +7,14 @@ use std::{fmt, thread};
 
 use macaddr::MacAddr6;
 
+use crate::RingBuilder;
 use crate::config::{
     Config, Direction, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
 use crate::device::catch::{Panicked, guard};
-use crate::device::seam::{Capabilities, Device, Lease};
+use crate::device::seam::{Capabilities, Device, Driver, Lease};
 use crate::error::Error;
 use crate::lifecycle::RingGroup;
-use crate::{Driver, RingBuilder};
 
 /// Starts an [`Interface`].
 pub struct Builder {

@@ -4,11 +4,12 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use crate::device::Device;
+use crate::config::Direction;
 use crate::device::catch::{Panicked, guard};
+use crate::device::seam::Device;
+use crate::error::{ConfigError, Error};
 use crate::mailbox::{RingShared, control};
 use crate::sys::{after, lock};
-use crate::{ConfigError, Direction, Error};
 
 pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
 

@@ -5,22 +5,17 @@ use std::time::Duration;
 
 use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
 
-use crate::CompletionQueue;
-use crate::ConfigError;
-use crate::Direction;
-use crate::Error;
-use crate::IdlePolicy;
-use crate::Poller;
-use crate::PollerBuilder;
 use crate::PoolBuilder;
-use crate::RetryPolicy;
-use crate::Ring;
-use crate::SubmissionQueue;
+use crate::config::Direction;
 use crate::engine::{Engine, EngineParts, Handoff};
+use crate::error::{ConfigError, Error};
 use crate::lifecycle::RingGroup;
 use crate::mailbox::{RingPark, RingShared, next_ring_number, register};
 use crate::notify::Notifier;
+use crate::policy::{IdlePolicy, RetryPolicy};
+use crate::poller::{Poller, PollerBuilder};
 use crate::pool::HEADROOM_DEFAULT;
+use crate::ring::{CompletionQueue, Ring, SubmissionQueue};
 
 /// Who turns a ring's engine.
 #[derive(Clone, Copy, Debug, Default)]

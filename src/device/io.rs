@@ -7,9 +7,9 @@ use vmring_core::{Class, Intake, Outcome, offload};
 
 use crate::device::completions::Completions;
 use crate::device::slot::{PostedSlot, list_of};
+use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
 use crate::mailbox::{Orphan, abandon};
-use crate::{EntryError, Status};
 
 /// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
 /// for what it has completed.

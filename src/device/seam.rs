@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 
-use crate::config::{Offloads, PortForward, Protocol};
+use crate::config::{Config, Direction, InterfaceInfo, Offloads, PortForward, Protocol};
 use crate::device::io::Io;
+use crate::error::{Error, Status};
 use crate::mailbox::RingShared;
-use crate::{Config, Direction, Error, InterfaceInfo, Status};
 
 /// Something that can start a device: what [`Builder::device`] takes.
 pub trait Driver: Send + 'static {

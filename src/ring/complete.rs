@@ -1,0 +1,473 @@
+//! The reaping half: [`CompletionQueue`].
+
+#[cfg(target_os = "linux")]
+use std::cell::OnceCell;
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use static_assertions::{assert_impl_all, assert_not_impl_any};
+use vmring_core::Reaper;
+use vmring_core::doorbell::Park;
+
+use crate::device::seam::Capabilities;
+use crate::engine::{Engine, Handoff};
+use crate::error::{Closed, Error};
+use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, control};
+use crate::notify::Notifier;
+use crate::policy::IdlePolicy;
+use crate::poller::PollerShared;
+use crate::ring::completion::Completion;
+use crate::ring::control::RingControl;
+use crate::stats::RingStats;
+use crate::sys::{after, poll_in};
+
+#[cfg(target_os = "linux")]
+use crate::notify::Both;
+
+/// The reaping half of a ring. Dropping it closes the ring.
+pub struct CompletionQueue {
+    pub(super) reaper: Reaper,
+    pub(crate) shared: Arc<RingShared>,
+    notifier: Arc<Notifier>,
+    /// Ours to turn: with `Drive::Inline`, or after the poller has handed it back.
+    engine: Option<Box<Engine>>,
+    /// Where the poller leaves the engine; `None` with `Drive::Inline`.
+    remote: Option<(Arc<Handoff>, Arc<PollerShared>)>,
+    idle: IdlePolicy,
+    close_timeout: Duration,
+    caps: Capabilities,
+    /// The poller did not give the engine back at close.
+    lost: bool,
+    /// A close has waited for the device in vain: the next does not wait again.
+    waited: bool,
+    /// Counts the times it has armed.
+    armings: u64,
+    /// Of an inline ring over a device that is a descriptor, if somebody has asked for one.
+    #[cfg(target_os = "linux")]
+    both: OnceCell<Both>,
+}
+
+assert_impl_all!(CompletionQueue: Send);
+assert_not_impl_any!(CompletionQueue: Sync, Clone);
+
+/// Whether to go to sleep on [`CompletionQueue::completion_fd`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Armed {
+    /// Completions wait: reap them first.
+    Ready,
+    /// The descriptor becomes readable when the wish is met, once.
+    Armed,
+}
+
+impl CompletionQueue {
+    #[allow(clippy::too_many_arguments)] // a private constructor, each argument a field
+    pub(crate) fn new(
+        reaper: Reaper,
+        shared: Arc<RingShared>,
+        notifier: Arc<Notifier>,
+        engine: Option<Box<Engine>>,
+        remote: Option<(Arc<Handoff>, Arc<PollerShared>)>,
+        idle: IdlePolicy,
+        close_timeout: Duration,
+        caps: Capabilities,
+    ) -> Self {
+        let lost = false;
+        let (armings, waited) = (0, false);
+        Self {
+            reaper,
+            shared,
+            notifier,
+            engine,
+            remote,
+            idle,
+            close_timeout,
+            caps,
+            lost,
+            waited,
+            armings,
+            #[cfg(target_os = "linux")]
+            both: OnceCell::new(),
+        }
+    }
+
+    /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
+    /// first. Never blocks.
+    ///
+    /// Each completion is retired as the iterator yields it; those not taken from the iterator stay
+    /// for the next call.
+    #[inline]
+    pub fn reap(&mut self) -> Reap<'_> {
+        self.look();
+        Reap { reaper: &mut self.reaper }
+    }
+
+    /// Looks for completions that are to be reaped now.
+    #[inline]
+    pub(super) fn look(&mut self) {
+        self.drive();
+        self.reaper.ready();
+        if self.engine.is_none() {
+            self.reaper.prefetch();
+        }
+    }
+
+    /// Completions that wait to be reaped.
+    pub fn ready(&mut self) -> usize {
+        self.drive();
+        self.reaper.ready() as usize
+    }
+
+    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    pub fn in_flight(&self) -> usize {
+        self.reaper.in_flight() as usize
+    }
+
+    /// Sleeps until `min` completions wait, or as many as are in flight if those are fewer, or until
+    /// `timeout` has passed (`None`: for ever) or [`RingControl::wake`] was called. Returns how
+    /// many wait.
+    pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
+        let deadline = timeout.map(after);
+        let mut round = 0;
+        loop {
+            let worked = self.drive();
+            let ready = self.reaper.ready();
+            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.reaper.in_flight());
+            if ready >= want || self.take_woken() {
+                return ready as usize;
+            }
+            if !worked && self.is_over() {
+                // What is still in flight has leaked.
+                return ready as usize;
+            }
+            if worked {
+                round = 0;
+                continue;
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return ready as usize;
+            }
+            if self.idle.pause(round) {
+                round += 1;
+                continue;
+            }
+            self.sleep(want, deadline);
+        }
+    }
+
+    /// With `Drive::Inline`: when to call [`reap`](Self::reap) or [`wait`](Self::wait) at the latest
+    /// although the descriptor has not become readable, because a device that took no packets is to
+    /// be tried again, or is polled for safety. `None`: no need.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.engine.as_ref().and_then(|engine| engine.deadline())
+    }
+
+    /// A descriptor for an event loop: after [`arm`](Self::arm) said `Armed`, it becomes readable
+    /// when there are completions. Created by the first call (an eventfd on Linux, a pipe
+    /// elsewhere); costs nothing before, and one signal per arming after. With `Drive::Inline` over
+    /// a device that itself is a descriptor it is an epoll of both.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if the system has no more descriptors. [`Error::NotSupported`] with
+    /// `Drive::Inline` over a device that itself is a descriptor, elsewhere than on Linux.
+    pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
+        let failed = Error::io("creating the completion descriptor");
+        if self.remote.is_none()
+            && self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
+        {
+            #[cfg(target_os = "linux")]
+            {
+                if self.both.get().is_none() {
+                    let _ = self.both.set(Both::new(&self.notifier).map_err(failed)?);
+                }
+                return Ok(self.both.get().expect("set above").readable());
+            }
+            #[cfg(not(target_os = "linux"))]
+            return Err(Error::NotSupported {
+                what: "a completion descriptor with inline driving",
+                device: "descriptor-driven".to_owned(),
+            });
+        }
+        self.notifier.descriptor().map_err(failed)
+    }
+
+    /// Empties the descriptor and asks for a signal at the next completion. `Ready` if there is one
+    /// already: then nothing was armed.
+    pub fn arm(&mut self) -> Armed {
+        self.arm_after(1, None)
+    }
+
+    /// As [`arm`](Self::arm), for a VMM that injects one interrupt per batch: the signal comes when
+    /// `n` completions wait, or `max_delay` after the first one. With `Drive::Inline` nobody counts
+    /// while the caller sleeps, so the signal comes with the first packet.
+    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+        self.notifier.arm_descriptor();
+        let armed = self.arm_notifier(n, max_delay);
+        #[cfg(target_os = "linux")]
+        if armed == Armed::Armed
+            && let Some(both) = self.both.get_mut()
+            && let Some(engine) = &self.engine
+            && both.watch(engine.descriptor(), engine.queues_closed()).is_err()
+        {
+            // Nobody would tell of a packet: the caller must not sleep.
+            self.disarm();
+            return Armed::Ready;
+        }
+        armed
+    }
+
+    /// For futures: whether `n` completions wait; if not, `cx`'s waker is woken when they do.
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
+        self.notifier.set_waker(cx.waker());
+        match self.arm_notifier(n, None) {
+            Armed::Ready => Poll::Ready(self.reaper.ready() as usize),
+            Armed::Armed => Poll::Pending,
+        }
+    }
+
+    /// Counters of the ring so far.
+    pub fn stats(&self) -> RingStats {
+        self.shared.counters.poller.snapshot()
+    }
+
+    /// What the ring's device can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.caps
+    }
+
+    /// A handle that can be used from anywhere.
+    pub fn control(&self) -> RingControl {
+        RingControl { shared: self.shared.clone() }
+    }
+
+    /// Asks the engine to complete everything in flight as cancelled and waits until it has. The
+    /// ring stays open. The completions wait to be reaped, with their frames; returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
+    /// it keeps completes later.
+    pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
+        // A short nap, for the moment between a look and going to sleep; the engine's
+        // notification ends it early.
+        const NAP: Duration = Duration::from_millis(1);
+        let asked = self.shared.ask_cancel_all();
+        let deadline = after(timeout);
+        loop {
+            self.drive();
+            let ready = self.reaper.ready();
+            // A closed ring cancels everything anyway.
+            let carried_out = self.shared.are_cancelled(asked) || !self.shared.is_open();
+            if carried_out && ready >= self.reaper.in_flight() {
+                return Ok(ready as usize);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(Error::Timeout(timeout));
+            }
+            self.sleep(ready + 1, Some(deadline.min(now + NAP)));
+        }
+    }
+
+    /// Closes the ring: the device lets go of everything, the poller ends its work for it, every
+    /// entry in flight completes as cancelled and can still be reaped. Submits say
+    /// [`Closed::Stopped`] from here on. Closing twice is harmless.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Leaked`] if the device did not let go of some slots within the ring's close
+    /// timeout, or the poller did not come back: what they hold is leaked on purpose.
+    pub fn close(&mut self) -> Result<(), Error> {
+        let timeout = self.close_timeout;
+        self.shared.close(Closed::Stopped);
+        self.shared.wish(control::STOP);
+        let twice = timeout.saturating_mul(2);
+        let (half, deadline) = (after(timeout), after(twice));
+        if self.engine.is_none()
+            && let Some((handoff, poller)) = &self.remote
+        {
+            if poller.is_current_thread() {
+                // We are inside the poller (in a waker): it will see the wish when we return, and
+                // nobody can wait for it here.
+                return Ok(());
+            }
+            // The engine's own close takes at most `timeout`; twice that means that the device
+            // does not return from a call.
+            self.engine = handoff.take(if self.lost { Duration::ZERO } else { twice });
+        }
+        let Some(engine) = &mut self.engine else {
+            let slots = self.in_flight() - self.reaper.ready() as usize;
+            // Should it come back after all, it finds nobody waiting, and cleans up.
+            if let Some((handoff, _)) = &self.remote {
+                handoff.abandon();
+            }
+            self.lost = true;
+            tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
+            return Err(Error::Leaked { slots, timeout });
+        };
+        // A closed engine may still wait for slots that somebody drops, as after a panic.
+        while (!engine.is_closed() && Instant::now() < deadline)
+            || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
+        {
+            if !engine.turn() {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
+        engine.turn();
+        self.waited = true;
+        match engine.slots_kept() {
+            0 => Ok(()),
+            slots => Err(Error::Leaked { slots, timeout }),
+        }
+    }
+
+    /// Turns the engine if it is ours; takes it over from a poller that is done with it.
+    #[inline]
+    fn drive(&mut self) -> bool {
+        if let Some(engine) = &mut self.engine {
+            // Whoever drives is awake: the engine need not signal its own reaper.
+            if self.shared.cq_bell.is_armed() {
+                self.shared.cq_bell.disarm();
+            }
+            return engine.turn();
+        }
+        !self.shared.is_open() && self.take_over()
+    }
+
+    #[cold]
+    fn take_over(&mut self) -> bool {
+        let Some((handoff, _)) = &self.remote else { return false };
+        self.engine = handoff.take(Duration::ZERO);
+        self.engine.as_mut().is_some_and(|engine| engine.turn())
+    }
+
+    /// Whether nothing can complete any more.
+    fn is_over(&self) -> bool {
+        self.lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
+    }
+
+    fn take_woken(&self) -> bool {
+        self.shared.woken.load(Ordering::Relaxed)
+            && self.shared.woken.swap(false, Ordering::Acquire)
+    }
+
+    /// Arms for `want` completions, looks once more, and parks.
+    fn sleep(&mut self, want: u32, deadline: Option<Instant>) {
+        if self.arm_bells(want, None) == Armed::Armed {
+            let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
+            let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
+            let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+            match self.engine.as_ref().and_then(|engine| engine.descriptor()) {
+                None => self.notifier.park(timeout),
+                Some(fd) => {
+                    self.notifier.park_on(timeout, &mut [poll_in(fd), poll_in(-1)]);
+                }
+            }
+            if engine_deadline.is_some_and(|at| at <= Instant::now())
+                || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
+            {
+                self.engine.as_ref().expect("it has a deadline").look_at_device();
+            }
+        }
+        self.disarm();
+    }
+
+    fn disarm(&self) {
+        self.shared.cq_bell.disarm();
+        if self.engine.is_some() {
+            self.shared.bell.disarm();
+        }
+    }
+
+    fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+        let want = u32::try_from(n).unwrap_or(u32::MAX).clamp(1, 1 << 30);
+        if self.take_woken() {
+            return Armed::Ready;
+        }
+        // Inline, what there is to do is done now rather than after a signal.
+        while self.drive() {
+            if self.reaper.ready() >= want {
+                return Armed::Ready;
+            }
+        }
+        self.arm_bells(want, max_delay)
+    }
+
+    /// Arms whatever can bring `want` completions, and looks once more. `Ready`: nothing is armed.
+    fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> Armed {
+        self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
+        let coalesce = max_delay.map_or(0, |delay| {
+            let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
+            self.armings << DELAY_BITS | us
+        });
+        self.shared.wanted.store(self.reaper.index_of(want), Ordering::Relaxed);
+        self.shared.coalesce.store(coalesce, Ordering::Relaxed);
+        self.shared.cq_bell.arm();
+        // The look after the fence: a completion published before it is seen here, one after it
+        // sees us armed.
+        let ready = self.reaper.ready();
+        let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
+        if self.engine.is_none() && !self.shared.is_open() {
+            // A poller that has just closed the ring may have handed the engine over unseen.
+            awake |= self.take_over();
+        }
+        if let Some(engine) = &mut self.engine {
+            awake = awake || !engine.try_sleep();
+        }
+        if awake {
+            self.disarm();
+            return Armed::Ready;
+        }
+        if coalesce != 0 && ready > 0 {
+            // Too few are here already: the engine must start the clock now.
+            self.shared.coalesce.fetch_or(START_CLOCK, Ordering::Relaxed);
+            self.shared.bell.ring();
+        }
+        Armed::Armed
+    }
+}
+
+impl Drop for CompletionQueue {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "a dropped ring did not close cleanly");
+        }
+        if let Some((handoff, _)) = &self.remote {
+            handoff.abandon();
+        }
+    }
+}
+
+impl fmt::Debug for CompletionQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompletionQueue").field("reaper", &self.reaper).finish_non_exhaustive()
+    }
+}
+
+/// The completions that were there when [`CompletionQueue::reap`] was called.
+#[derive(Debug)]
+pub struct Reap<'a> {
+    pub(super) reaper: &'a mut Reaper,
+}
+
+impl Iterator for Reap<'_> {
+    type Item = Completion;
+
+    #[inline]
+    fn next(&mut self) -> Option<Completion> {
+        self.reaper.pop().map(Completion::new)
+    }
+
+    #[inline]
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        // Nobody looks at the queue anew while we have it.
+        let left = self.reaper.known() as usize;
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Reap<'_> {}
