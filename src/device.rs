@@ -10,10 +10,12 @@
 //! See `examples/device.rs` for a device of one's own.
 
 pub(crate) mod catch;
+mod common;
 pub(crate) mod completions;
 pub mod embedded;
 #[cfg(feature = "fault")]
 pub mod fault;
+mod inbox_reader;
 pub(crate) mod io;
 pub mod loopback;
 #[cfg(feature = "pcap")]

@@ -16,6 +16,7 @@ use crate::device::slot::list_of;
 use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::lifecycle::{Claim, INTERFACE_BUSY, RingGroup};
+use crate::limits::CLOSE_RETRY;
 use crate::mailbox::{RingShared, control};
 use crate::policy::RetryPolicy;
 use crate::sys::{after, lock};
@@ -607,9 +608,7 @@ impl Engine {
     /// When the engine wants to be turned although nobody rings.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let closing = match self.phase {
-            Phase::Closing { deadline, .. } => {
-                Some(deadline.min(Instant::now() + Duration::from_millis(1)))
-            }
+            Phase::Closing { deadline, .. } => Some(deadline.min(Instant::now() + CLOSE_RETRY)),
             _ => None,
         };
         let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);

@@ -15,6 +15,7 @@ use crate::device::catch::{Panicked, guard};
 use crate::device::seam::{Capabilities, Device, Driver, Lease};
 use crate::error::Error;
 use crate::lifecycle::RingGroup;
+use crate::limits::START_TIMEOUT;
 
 /// Starts an [`Interface`].
 pub struct Builder {
@@ -152,7 +153,7 @@ impl Interface {
     #[doc(alias = "init")]
     pub fn builder() -> Builder {
         let config = Config::new(Mode::default(), random_id());
-        Builder { config, driver: None, start_timeout: Duration::from_secs(10) }
+        Builder { config, driver: None, start_timeout: START_TIMEOUT }
     }
 
     /// Everything negotiated at start.

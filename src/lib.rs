@@ -60,6 +60,7 @@ pub mod fifo;
 mod future;
 pub mod interface;
 mod lifecycle;
+mod limits;
 mod mailbox;
 mod memory;
 mod notify;

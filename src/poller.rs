@@ -11,12 +11,13 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::device::catch::{Panicked, guard};
 use crate::engine::{Engine, Handoff};
 use crate::error::{ConfigError, Error};
-use crate::mailbox::ready::{RINGS_MAX, ReadySet};
+use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_TURNS};
+use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
 use crate::sys::{lock, poll, poll_in};
 
@@ -44,8 +45,8 @@ impl PollerShared {
         if let Some(place) = arrivals.free.pop() {
             return Ok(place);
         }
-        if arrivals.used == RINGS_MAX {
-            let (value, max) = (RINGS_MAX as u64 + 1, RINGS_MAX as u64);
+        if arrivals.used == RINGS_PER_POLLER_MAX {
+            let (value, max) = (RINGS_PER_POLLER_MAX as u64 + 1, RINGS_PER_POLLER_MAX as u64);
             let what = "number of rings on one poller";
             return Err(ConfigError::TooLarge { what, value, max }.into());
         }
@@ -399,15 +400,10 @@ struct Look {
 }
 
 impl Look {
-    /// Turns of rings between two looks at the clock.
-    const EVERY: usize = 32;
-    /// The least time between two system calls for descriptors: a few times what one costs.
-    const PAUSE: Duration = Duration::from_micros(50);
-
     /// Counts a round of so many turns.
     fn is_due(&mut self, turns: usize) -> bool {
         self.turns += turns;
-        let due = self.turns >= Self::EVERY;
+        let due = self.turns >= SLEEPER_CHECK_TURNS;
         if due {
             self.turns = 0;
         }
@@ -427,7 +423,7 @@ impl Look {
             descriptors.clear();
         }
         if !descriptors.is_empty() {
-            self.next = now.checked_add(Self::PAUSE);
+            self.next = now.checked_add(SLEEPER_CHECK_INTERVAL);
             poll(descriptors, 0);
         }
         if !descriptors.is_empty() || wake_at.is_some_and(|at| at <= now) {

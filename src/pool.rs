@@ -15,17 +15,12 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 
+pub use crate::limits::HEADROOM_DEFAULT;
 pub use vmring_core::{Backing, Layout, LayoutError, Pool};
 
 use crate::error::{ConfigError, Error};
+use crate::limits::SLOT_ALIGN;
 use crate::memory::{Mapping, Region};
-
-/// Bytes a slot's size is rounded up to: the line size of Apple silicon, two lines elsewhere.
-const SLOT_ALIGN: usize = 128;
-
-/// Bytes kept free in front of a fresh frame unless asked otherwise: room for an offload header and
-/// an encapsulation.
-pub const HEADROOM_DEFAULT: usize = 64;
 
 /// Makes a [`Pool`] over a fresh mapping.
 #[derive(Clone, Debug)]

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmring_core::{DEPTH_MAX, Depths, Pool, Regions, rings};
+use vmring_core::{Depths, Pool, Regions, rings};
 
 use crate::PoolBuilder;
 use crate::config::Direction;
 use crate::engine::{Engine, EngineParts, Handoff};
 use crate::error::{ConfigError, Error};
 use crate::lifecycle::RingGroup;
+use crate::limits::{CANCEL_DEPTH, CLOSE_TIMEOUT, DEPTH, DEPTH_MAX};
 use crate::mailbox::{RingPark, RingShared, next_ring_number, register};
 use crate::notify::Notifier;
 use crate::policy::{IdlePolicy, RetryPolicy};
@@ -70,9 +71,9 @@ impl<'a> RingBuilder<'a> {
         Self {
             group,
             direction,
-            read_depth: 256,
-            write_depth: 256,
-            cancel_depth: 16,
+            read_depth: DEPTH,
+            write_depth: DEPTH,
+            cancel_depth: CANCEL_DEPTH,
             sq_depth: None,
             pools: Vec::new(),
             frames: None,
@@ -82,7 +83,7 @@ impl<'a> RingBuilder<'a> {
             poller: Poller::builder(),
             idle: IdlePolicy::default(),
             retry: RetryPolicy::default(),
-            close_timeout: Duration::from_secs(2),
+            close_timeout: CLOSE_TIMEOUT,
             start_index: 0,
         }
     }
@@ -310,7 +311,7 @@ impl<'a> RingBuilder<'a> {
 }
 
 fn check_depth(what: &'static str, value: u32) -> Result<(), ConfigError> {
-    let (max, wide) = (u64::from(DEPTH_MAX / 4), u64::from(value));
+    let (max, wide) = (u64::from(DEPTH_MAX), u64::from(value));
     if value == 0 {
         Err(ConfigError::Zero { what })
     } else if wide > max {

@@ -10,8 +10,9 @@ use vmring_embedded::network::{ADDRESSES, PortConfig, Receiver, Registry, Sender
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
+use crate::device::common::{ETHERNET_HEADER_LEN, no_offloads};
+use crate::device::inbox_reader::{InboxReader, Inlet};
 use crate::device::io::Io;
-use crate::device::loopback::{ETHERNET, InboxReader, Inlet, no_offloads};
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
@@ -337,7 +338,7 @@ fn send_singly(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
 /// say what is wrong.
 #[inline]
 fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES]> {
-    let is_frame = (ETHERNET as usize..=max).contains(&packet.len());
+    let is_frame = (ETHERNET_HEADER_LEN..=max).contains(&packet.len());
     if is_frame { packet.first_chunk().copied() } else { None }
 }
 

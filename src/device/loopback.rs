@@ -1,25 +1,18 @@
 //! The reference device: what is written is read, in order, on the same interface.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use macaddr::MacAddr6;
-use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
-use vmring_embedded::network::mac_of_interface;
+use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
-use crate::config::{Config, Direction, InterfaceInfo, Offloads};
+use crate::config::{Config, Direction, InterfaceInfo};
+use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
+use crate::device::inbox_reader::InboxReader;
 use crate::device::io::Io;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
-
-/// Packets that wait in the device while no read is posted.
-const QUEUE: u32 = 256;
-/// Reads that the device itself keeps; more stay with the poller.
-const POSTED: u32 = 1024;
-/// Bytes of an Ethernet header.
-pub(crate) const ETHERNET: u32 = 14;
+use crate::limits::{INBOX_READS_MAX, LOOPBACK_QUEUE};
 
 /// A driver for [`Interface::builder`](crate::Interface::builder): a wire from the interface back to
 /// itself. One ring reads, any number write. With 256 packets waiting and no read posted it takes
@@ -48,7 +41,12 @@ impl Driver for Loopback {
             return Err(ConfigError::Invalid(sentence).into());
         }
         let mac = mac_of(config);
-        Ok(Arc::new(Loop::new(InterfaceInfo::new(config, mac, mtu, mtu + ETHERNET))))
+        Ok(Arc::new(Loop::new(InterfaceInfo::new(
+            config,
+            mac,
+            mtu,
+            mtu + ETHERNET_HEADER_LEN as u32,
+        ))))
     }
 }
 
@@ -66,7 +64,8 @@ struct Wire {
 
 impl Loop {
     fn new(info: InterfaceInfo) -> Self {
-        let inbox = Arc::new(Inbox::new(POSTED, QUEUE, info.max_packet_size as usize));
+        let inbox =
+            Arc::new(Inbox::new(INBOX_READS_MAX, LOOPBACK_QUEUE, info.max_packet_size as usize));
         Self { info, wire: Arc::new(Wire { inbox, writers: AtomicUsize::new(0) }) }
     }
 }
@@ -232,158 +231,4 @@ fn pass(io: &mut Io<'_>) {
             io.put_back(to);
         }
     }
-}
-
-/// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
-/// `embedded`.
-pub(crate) trait Inlet: Send {
-    /// Not shown to senders before `publish`.
-    fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
-    fn publish(&mut self);
-    fn collect(&mut self) -> Option<(PostedSlot, usize)>;
-    fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
-    fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
-    fn arm(&mut self) -> bool;
-    fn disarm(&mut self);
-    fn close(&mut self);
-}
-
-impl Inlet for Collector<PostedSlot> {
-    #[inline(always)]
-    fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
-        Collector::stage(self, slot)
-    }
-
-    #[inline]
-    fn publish(&mut self) {
-        Collector::publish(self);
-    }
-
-    #[inline(always)]
-    fn collect(&mut self) -> Option<(PostedSlot, usize)> {
-        Collector::collect(self).map(|packet| (packet.buffer, packet.len))
-    }
-
-    fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
-        Collector::recall(self, f);
-    }
-
-    fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot)) {
-        Collector::recall_if(self, |slot| slot.user_data() == target, f);
-    }
-
-    fn arm(&mut self) -> bool {
-        Collector::arm(self)
-    }
-
-    fn disarm(&mut self) {
-        Collector::disarm(self);
-    }
-
-    fn close(&mut self) {
-        Collector::close(self);
-    }
-}
-
-/// The reading side of a queue over an inbox: posts reads there, collects packets, takes back what
-/// is cancelled.
-pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
-    inlet: I,
-    armed: bool,
-    /// Taken back from the inbox by a cancel, to be completed at the next poll.
-    cancelled: VecDeque<PostedSlot>,
-}
-
-impl<I: Inlet> InboxReader<I> {
-    pub(crate) fn new(inlet: I) -> Self {
-        Self { inlet, armed: false, cancelled: VecDeque::new() }
-    }
-
-    /// Awake again: completes what was cancelled.
-    #[inline(always)]
-    pub(crate) fn attend(&mut self, io: &mut Io<'_>) {
-        if self.armed {
-            self.armed = false;
-            self.inlet.disarm();
-        }
-        while let Some(slot) = self.cancelled.pop_front() {
-            io.cancel(slot);
-        }
-    }
-
-    /// Posts the poller's reads, as many as fit.
-    #[inline(always)]
-    pub(crate) fn post(&mut self, io: &mut Io<'_>) {
-        while let Some(slot) = io.take_read() {
-            if let Err(slot) = self.inlet.stage(slot) {
-                io.put_back(slot);
-                break;
-            }
-        }
-        self.inlet.publish();
-    }
-
-    /// Completes the packets that are there, at most the posted.
-    #[inline(always)]
-    pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
-        for _ in 0..POSTED {
-            let Some((slot, len)) = self.inlet.collect() else {
-                return Progress::Idle;
-            };
-            io.complete_read(slot, len);
-        }
-        Progress::More
-    }
-
-    pub(crate) fn arm(&mut self) -> bool {
-        self.armed = self.inlet.arm();
-        self.armed && self.cancelled.is_empty()
-    }
-
-    pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
-        let before = self.cancelled.len();
-        let mut take = |slot| self.cancelled.push_back(slot);
-        match target {
-            None => self.inlet.recall(&mut take),
-            // The others stay where senders find them.
-            Some(target) => self.inlet.recall_target(target, &mut take),
-        }
-        (self.cancelled.len() - before) as u32
-    }
-
-    /// Ends the reading: packets that came complete, the rest is cancelled. Waits only for copies
-    /// that are under way.
-    pub(crate) fn close(&mut self, io: &mut Io<'_>) {
-        self.inlet.close();
-        while let Some((slot, len)) = self.inlet.collect() {
-            io.complete_read(slot, len);
-        }
-        self.inlet.recall(&mut |slot| io.cancel(slot));
-        self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
-    }
-
-    /// Ends the reading without an [`Io`]: every slot is dropped, and so completes as abandoned.
-    pub(crate) fn abandon(&mut self) {
-        self.inlet.close();
-        while self.inlet.collect().is_some() {}
-        self.inlet.recall(&mut drop);
-        self.cancelled.clear();
-    }
-
-    pub(crate) fn into_inner(self) -> I {
-        self.inlet
-    }
-}
-
-/// Refuses offloads, for devices that have none.
-pub(crate) fn no_offloads(config: &Config, device: &str) -> Result<(), Error> {
-    if config.offloads == Offloads::default() {
-        return Ok(());
-    }
-    Err(Error::NotSupported { what: "offload", device: device.to_owned() })
-}
-
-/// The MAC that devices without an allocation of their own give an interface.
-pub(crate) fn mac_of(config: &Config) -> MacAddr6 {
-    config.mac.unwrap_or_else(|| mac_of_interface(config.interface_id))
 }

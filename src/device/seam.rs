@@ -11,6 +11,7 @@ use macaddr::MacAddr6;
 use crate::config::{Config, Direction, InterfaceInfo, Offloads, PortForward, Protocol};
 use crate::device::io::Io;
 use crate::error::{Error, Status};
+use crate::limits::PACKETS_PER_CALL;
 use crate::mailbox::RingShared;
 
 /// Something that can start a device: what [`Builder::device`] takes.
@@ -218,8 +219,8 @@ impl Capabilities {
         Self {
             mtu,
             max_packet_size,
-            max_read_batch: 200,
-            max_write_batch: 200,
+            max_read_batch: PACKETS_PER_CALL,
+            max_write_batch: PACKETS_PER_CALL,
             headroom: 0,
             offloads: Offloads::default(),
             reading_rings: 1,

@@ -62,6 +62,7 @@
 //! is not that: writes fail with [`Status::SetupIncomplete`] until it is up again, reads wait.
 
 mod dhcp;
+mod limits;
 mod link;
 mod namespace;
 mod nat;
@@ -79,6 +80,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
+use limits::{IP_MAX, LEASE_TIME, OPEN_PATIENCE, QUEUES_MAX};
 use macaddr::MacAddr6;
 use namespace::Namespace;
 use open::{Flags, TapQueueFd};
@@ -86,19 +88,14 @@ use plain::Plain;
 use setup::Setup;
 use uring::Uring;
 use vmring_core::offload;
-use wire::{ETHERNET, Wire};
+use wire::Wire;
 
 use crate::config::{Config, Direction, InterfaceInfo, Mode, Offloads};
+use crate::device::common::{ETHERNET_HEADER_LEN, mac_of};
 use crate::device::io::Io;
-use crate::device::loopback::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status, TapError};
 use crate::sys::{after, lock};
-
-/// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.
-const IP_MAX: u32 = 65_535;
-/// The most queues the kernel gives a TAP (`MAX_TAP_QUEUES`).
-const QUEUES_MAX: usize = 256;
 
 /// How frames move between slots and the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -221,7 +218,7 @@ impl Tap {
             queues: 1,
             engine: TapEngine::Auto,
             dhcp: true,
-            lease_time: Duration::from_secs(86_400),
+            lease_time: LEASE_TIME,
             dns: Vec::new(),
             host_mac: None,
             configure: None,
@@ -447,7 +444,7 @@ impl Running {
         let longest = if segments { IP_MAX.max(mtu) } else { mtu };
         let wire = Wire {
             header: if header { offload::LEN } else { 0 },
-            max_packet_size: longest as usize + ETHERNET,
+            max_packet_size: longest as usize + ETHERNET_HEADER_LEN,
             dhcp,
             too_big: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
@@ -472,8 +469,8 @@ impl Running {
 
     fn caps(&self) -> Capabilities {
         let mut caps = Capabilities::new(self.mtu, self.wire.max_packet_size as u32);
-        caps.max_read_batch = uring::WRITES.into();
-        caps.max_write_batch = uring::WRITES.into();
+        caps.max_read_batch = limits::URING_WRITES.into();
+        caps.max_write_batch = limits::URING_WRITES.into();
         caps.headroom = self.wire.header as u32;
         caps.offloads = self.offloads;
         caps.reading_rings = lock(&self.seats).len();
@@ -485,7 +482,7 @@ impl Running {
 /// A program that is being started has our descriptors for a moment, and with them the queue that this
 /// process has just closed: what is taken may be free at once.
 fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
-    let deadline = after(Duration::from_millis(500));
+    let deadline = after(OPEN_PATIENCE);
     loop {
         match open::open(name, flags) {
             Err(Error::Tap(TapError::Taken(_))) if Instant::now() < deadline => {

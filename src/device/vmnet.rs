@@ -8,12 +8,14 @@
 //! description, the started interface from start to stop (`port`), events, the batches (`queue`),
 //! port forwarding, network objects.
 
+mod address;
 mod description;
 mod events;
 mod ffi;
 mod forwarding;
 mod guest_memory;
 pub mod guide;
+mod limits;
 mod network;
 mod newer;
 mod permission;
@@ -29,13 +31,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use description::{Extras, describe};
+use limits::{SAFETY_POLL, START_TIMEOUT, STOP_TIMEOUT};
 use newer::System;
 use port::{Port, Timeouts};
 use queue::VmnetQueue;
 use vmring_core::offload;
 
 use crate::config::{Config, Direction, InterfaceInfo, PortForward, Protocol};
-use crate::device::loopback::mac_of;
+use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
@@ -45,9 +48,6 @@ pub use network::{Network, NetworkBuilder, SerializedNetwork, Service};
 
 #[cfg(doc)]
 use crate::config::Mode;
-
-/// How often an interface is looked at although no event came.
-const SAFETY_POLL: Duration = Duration::from_millis(200);
 
 /// The driver for [`Builder::device`](crate::Builder::device), with what only vmnet can be asked
 /// for. On macOS it is the default.
@@ -72,7 +72,7 @@ impl Vmnet {
         Self {
             extras: Extras::default(),
             network: None,
-            timeouts: Timeouts { start: Duration::from_secs(60), stop: Duration::from_secs(5) },
+            timeouts: Timeouts { start: START_TIMEOUT, stop: STOP_TIMEOUT },
             safety_poll: Some(SAFETY_POLL),
             system: System::look(),
         }

@@ -5,10 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam_utils::CachePadded;
 use vmring_core::doorbell::Doorbell;
 
+use crate::limits::RINGS_PER_POLLER_MAX;
 use crate::notify::Notifier;
-
-/// Rings one poller can drive.
-pub(crate) const RINGS_MAX: usize = 64 * 64;
 
 /// The part of a poller that rings and ringers see.
 #[derive(Debug)]
@@ -25,7 +23,7 @@ impl ReadySet {
     pub(crate) fn new() -> Self {
         Self {
             bell: Doorbell::new(Notifier::default()),
-            ready: (0..RINGS_MAX / 64).map(|_| AtomicU64::new(0)).collect(),
+            ready: (0..RINGS_PER_POLLER_MAX / 64).map(|_| AtomicU64::new(0)).collect(),
             words: CachePadded::new(AtomicU64::new(0)),
             arrived: AtomicBool::new(false),
         }

@@ -16,6 +16,7 @@ use vmring_core::doorbell::Park;
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
 use crate::error::{Closed, Error};
+use crate::limits::{CANCEL_WAIT, CLOSE_POLL};
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, control};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
@@ -252,9 +253,6 @@ impl CompletionQueue {
     /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
     /// it keeps completes later.
     pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
-        // A short nap, for the moment between a look and going to sleep; the engine's
-        // notification ends it early.
-        const NAP: Duration = Duration::from_millis(1);
         let asked = self.shared.ask_cancel_all();
         let deadline = after(timeout);
         loop {
@@ -269,7 +267,7 @@ impl CompletionQueue {
             if now >= deadline {
                 return Err(Error::Timeout(timeout));
             }
-            self.sleep(ready + 1, Some(deadline.min(now + NAP)));
+            self.sleep(ready + 1, Some(deadline.min(now + CANCEL_WAIT)));
         }
     }
 
@@ -314,7 +312,7 @@ impl CompletionQueue {
             || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
         {
             if !engine.turn() {
-                std::thread::sleep(Duration::from_micros(200));
+                std::thread::sleep(CLOSE_POLL);
             }
         }
         engine.turn();

@@ -13,8 +13,8 @@ use pcap_file::pcapng::{Block, PcapNgReader};
 
 use super::error::into_io;
 use crate::config::{Config, Direction, InterfaceInfo};
+use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
 use crate::device::io::Io;
-use crate::device::loopback::{ETHERNET, mac_of, no_offloads};
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sys::lock;
@@ -22,7 +22,7 @@ use crate::sys::lock;
 /// The first four bytes of a pcapng file, the same in either byte order.
 const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];
 /// The largest packet that is replayed: as large as IP and Ethernet make them.
-const LEN_MAX: usize = 65_535 + ETHERNET as usize;
+const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 
 /// A driver whose device reads the packets of a capture file (pcap or pcapng), as fast as frames are
 /// posted for them, and takes writes, which go nowhere.
@@ -138,7 +138,12 @@ impl Driver for Replay {
             }
             *source = Some(Source::open(path)?);
         }
-        let info = InterfaceInfo::new(config, mac_of(config), mtu, longest.max(mtu + ETHERNET));
+        let info = InterfaceInfo::new(
+            config,
+            mac_of(config),
+            mtu,
+            longest.max(mtu + ETHERNET_HEADER_LEN as u32),
+        );
         Ok(Arc::new(ReplayDevice { info, state: self.state }))
     }
 }

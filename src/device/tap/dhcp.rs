@@ -15,14 +15,10 @@ use macaddr::MacAddr6;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_embedded::dhcp::{DhcpConfig, DhcpServer};
 
+use super::limits::{DHCP_REPLY_MAX, DHCP_REQUEST_MAX};
 use crate::device::seam::Lease;
 use crate::error::Error;
 use crate::software::complete_checksum;
-
-/// What a reply has at most (`DhcpServer::handle`), rounded up.
-const REPLY_MAX: usize = 512;
-/// No request is longer: an Ethernet frame.
-const REQUEST_MAX: usize = 1514;
 
 #[derive(Debug)]
 pub(crate) struct Dhcp {
@@ -79,10 +75,10 @@ impl Dhcp {
     /// Takes a request, and answers it on the TAP. False if it is none that this server knows, so
     /// that it goes on to the host.
     pub(crate) fn take(&self, frame: &[u8], header: Option<&[u8]>) -> bool {
-        if frame.len() > REQUEST_MAX {
+        if frame.len() > DHCP_REQUEST_MAX {
             return false;
         }
-        let mut request = [0; REQUEST_MAX];
+        let mut request = [0; DHCP_REQUEST_MAX];
         let request = &mut request[..frame.len()];
         request.copy_from_slice(frame);
         let header = header.and_then(|bytes| bytes.first_chunk::<{ offload::LEN }>());
@@ -92,7 +88,7 @@ impl Dhcp {
             return false;
         }
         let before = self.server.stats();
-        let mut reply = [0; REPLY_MAX];
+        let mut reply = [0; DHCP_REPLY_MAX];
         match self.server.handle(request, &mut reply, self.started.elapsed()) {
             Some(len) => self.send(&reply[..len]),
             None if self.server.stats() == before => return false,

@@ -5,7 +5,6 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
-use std::time::Duration;
 use std::{fmt, io};
 
 use macaddr::MacAddr6;
@@ -15,6 +14,7 @@ use netlink_bindings::rt_addr::{self, Ifaddrmsg};
 use netlink_bindings::rt_link::{self, IfinfoFlags, Ifinfomsg, IterableLinkAttrs, RtextFilter};
 use netlink_bindings::traits::{NetlinkRequest, Protocol};
 
+use super::limits::{NETLINK_DATAGRAM_MAX, NETLINK_TIMEOUT};
 use crate::error::Error;
 
 /// The interfaces of one network namespace: that of the thread that opened it, whichever thread
@@ -231,13 +231,6 @@ fn ipv4_of(index: u32, prefix_len: u8) -> Ifaddrmsg {
     header
 }
 
-/// How long the kernel may take to answer. It answers while it is asked, so this is for what
-/// nobody thought of.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-/// More than the kernel puts in one datagram of a list (32 KiB).
-const LARGEST_ANSWER: usize = 64 * 1024;
-
 /// A netlink socket that hears only the kernel. Bound to a network namespace when it is opened.
 pub(super) struct Socket {
     /// std has no netlink sockets, but its datagram calls (`send`, `recv`, timeouts) are the same
@@ -283,9 +276,9 @@ impl Socket {
             )
         })?;
         let socket = UnixDatagram::from(fd);
-        socket.set_read_timeout(Some(PATIENCE))?;
-        socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { socket, answer: vec![0; LARGEST_ANSWER].into(), sequence: 0 })
+        socket.set_read_timeout(Some(NETLINK_TIMEOUT))?;
+        socket.set_write_timeout(Some(NETLINK_TIMEOUT))?;
+        Ok(Self { socket, answer: vec![0; NETLINK_DATAGRAM_MAX].into(), sequence: 0 })
     }
 
     /// Asks, and calls `each` with every message of the answer (without its header).
@@ -339,7 +332,7 @@ impl Socket {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let text = format!("the kernel did not answer within {PATIENCE:?}");
+                    let text = format!("the kernel did not answer within {NETLINK_TIMEOUT:?}");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text).into());
                 }
                 Err(error) => return Err(error.into()),

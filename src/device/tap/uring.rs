@@ -39,6 +39,7 @@ use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
 
+use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
 use super::wire::{Fault, Wire, fault_of};
@@ -47,12 +48,6 @@ use crate::device::seam::Progress;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
-/// Reads that the kernel has at a time on a poller's thread; more stay with it. A power of two.
-const READS: u16 = 1024;
-/// Writes that one turn hands over.
-pub(crate) const WRITES: u16 = 256;
-/// A completion for each read and write the kernel has, and for cancels.
-const COMPLETIONS: u32 = 2048;
 /// The buffer group of the reads.
 const GROUP: u16 = 0;
 /// The TAP, as it is registered with the ring: that saves looking it up for each frame.
@@ -251,12 +246,12 @@ struct Kernel {
 impl Kernel {
     fn new(single: bool) -> io::Result<Self> {
         let mut builder = IoUring::builder();
-        builder.setup_cqsize(COMPLETIONS).dontfork();
+        builder.setup_cqsize(URING_COMPLETIONS).dontfork();
         if single {
             builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         }
-        let ring = builder.build(u32::from(WRITES) + 2)?;
-        let reads = if single { READS } else { 0 };
+        let ring = builder.build(u32::from(URING_WRITES) + 2)?;
+        let reads = if single { URING_READS } else { 0 };
         let buffers = Buffers::new()?;
         let kernel = Self {
             ring,
@@ -265,14 +260,14 @@ impl Kernel {
             reads: (0..reads).map(|_| None).collect(),
             order: VecDeque::with_capacity(usize::from(reads)),
             free_reads: (0..reads).rev().collect(),
-            writes: (0..WRITES).map(|_| None).collect(),
-            free_writes: (0..WRITES).rev().collect(),
+            writes: (0..URING_WRITES).map(|_| None).collect(),
+            free_writes: (0..URING_WRITES).rev().collect(),
             armed: false,
             unwanted: false,
             ending: false,
             look: false,
-            refused: Vec::with_capacity(usize::from(WRITES)),
-            places: vec![0; usize::from(WRITES)].into(),
+            refused: Vec::with_capacity(usize::from(URING_WRITES)),
+            places: vec![0; usize::from(URING_WRITES)].into(),
             next_place: 0,
             chained: false,
         };
@@ -284,9 +279,11 @@ impl Kernel {
 
     fn register(&self) -> io::Result<()> {
         let address = self.buffers.memory.as_ptr() as u64;
-        // SAFETY: the memory has `READS` entries and lives until the group is unregistered, or for
+        // SAFETY: the memory has `URING_READS` entries and lives until the group is unregistered, or for
         // ever; what its entries name is in `reads`.
-        unsafe { self.ring.submitter().register_buf_ring_with_flags(address, READS, GROUP, 0) }
+        unsafe {
+            self.ring.submitter().register_buf_ring_with_flags(address, URING_READS, GROUP, 0)
+        }
     }
 
     /// Takes back what is registered, the TAP too: the ring itself ends some time after it is dropped,
@@ -342,7 +339,7 @@ impl Kernel {
     }
 
     fn is_writing(&self) -> bool {
-        self.free_writes.len() < usize::from(WRITES)
+        self.free_writes.len() < usize::from(URING_WRITES)
     }
 
     /// Gives the kernel the posted reads, as far as there is room.
@@ -582,15 +579,15 @@ struct Buffers {
 
 impl Buffers {
     fn new() -> io::Result<Self> {
-        let memory = MmapMut::map_anon(usize::from(READS) * size_of::<BufRingEntry>())?;
+        let memory = MmapMut::map_anon(usize::from(URING_READS) * size_of::<BufRingEntry>())?;
         Ok(Self { memory, tail: 0, leaked: false })
     }
 
     /// Puts a buffer behind the others; the kernel sees it after [`publish`](Self::publish).
     fn put(&mut self, number: u16, address: u64, len: u32) {
-        let place = usize::from(self.tail & (READS - 1));
+        let place = usize::from(self.tail & (URING_READS - 1));
         self.tail = self.tail.wrapping_add(1);
-        // SAFETY: `place` is one of `READS` entries. The kernel reads an entry only between head and
+        // SAFETY: `place` is one of `URING_READS` entries. The kernel reads an entry only between head and
         // tail, and this one is not: there are no more numbers than entries.
         let entry = unsafe { &mut *self.memory.as_mut_ptr().cast::<BufRingEntry>().add(place) };
         entry.set_addr(address);

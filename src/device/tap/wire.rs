@@ -5,12 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use vmring_core::offload;
 
 use super::dhcp::Dhcp;
+use crate::device::common::ETHERNET_HEADER_LEN;
 use crate::device::io::Io;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
-
-/// Bytes of an Ethernet header.
-pub(crate) const ETHERNET: usize = 14;
 
 /// One TAP's conventions and counters, shared by its queues.
 #[derive(Debug)]
@@ -101,8 +99,8 @@ fn promises_more(packet: &[u8]) -> bool {
         packet.get(at..at + 2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]])))
     };
     // Behind up to two VLAN tags (IEEE 802.1Q, 802.1ad).
-    let mut at = ETHERNET;
-    while matches!(field(at - 2), 0x8100 | 0x88a8) && at < ETHERNET + 8 {
+    let mut at = ETHERNET_HEADER_LEN;
+    while matches!(field(at - 2), 0x8100 | 0x88a8) && at < ETHERNET_HEADER_LEN + 8 {
         at += 4;
     }
     match field(at - 2) {

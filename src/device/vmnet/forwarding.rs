@@ -4,25 +4,23 @@ use std::ffi::c_void;
 use std::mem::forget;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::mpsc::sync_channel;
-use std::time::Duration;
 
 use block2::RcBlock;
 use libc::in_addr;
 
+use super::address::address;
 use super::events::check;
 use super::ffi::{
     AF_INET, AF_INET6, Object, ObjectBlock, StatusBlock, vmnet_interface_add_port_forwarding_rule,
     vmnet_interface_get_port_forwarding_rules, vmnet_interface_remove_port_forwarding_rule,
     vmnet_port_forwarding_rule_get_details,
 };
+use super::limits::FORWARDING_TIMEOUT;
 use super::newer::{IpForwarding, System};
 use super::port::Port;
 use super::xpc::Borrowed;
 use crate::config::{PortForward, Protocol};
 use crate::error::Error;
-
-/// How long to wait for an answer.
-const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Calls a function that answers through a block; the answer, or the status it failed with at once.
 fn ask(call: impl FnOnce(&StatusBlock) -> u32) -> Result<(), Error> {
@@ -31,12 +29,12 @@ fn ask(call: impl FnOnce(&StatusBlock) -> u32) -> Result<(), Error> {
         let _ = answer.try_send(status);
     });
     check(call(&handler))?;
-    match answers.recv_timeout(TIMEOUT) {
+    match answers.recv_timeout(FORWARDING_TIMEOUT) {
         Ok(status) => Ok(check(status)?),
         Err(_) => {
             // It may still be called.
             forget(handler);
-            Err(Error::Timeout(TIMEOUT))
+            Err(Error::Timeout(FORWARDING_TIMEOUT))
         }
     }
 }
@@ -56,18 +54,6 @@ impl Protocol {
             17 => Some(Protocol::Udp),
             _ => None,
         }
-    }
-}
-
-/// An address as vmnet takes it: its family, and its bytes in network order.
-pub(crate) fn address(of: IpAddr) -> (u8, [u8; 16]) {
-    let mut bytes = [0; 16];
-    match of {
-        IpAddr::V4(address) => {
-            bytes[..4].copy_from_slice(&address.octets());
-            (AF_INET, bytes)
-        }
-        IpAddr::V6(address) => (AF_INET6, address.octets()),
     }
 }
 
@@ -178,11 +164,11 @@ fn fetch(
         let _ = answer.try_send(rules);
     });
     check(get(&handler))?;
-    match answers.recv_timeout(TIMEOUT) {
+    match answers.recv_timeout(FORWARDING_TIMEOUT) {
         Ok(rules) => Ok(rules),
         Err(_) => {
             forget(handler);
-            Err(Error::Timeout(TIMEOUT))
+            Err(Error::Timeout(FORWARDING_TIMEOUT))
         }
     }
 }

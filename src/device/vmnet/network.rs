@@ -12,11 +12,11 @@ use dispatch2::DispatchQueue;
 use libc::{in_addr, in6_addr};
 use macaddr::MacAddr6;
 
+use super::address::address;
 use super::events::check;
 use super::ffi::{
     ConfigurationRef, HOST_MODE, InterfaceRef, NetworkRef, SHARED_MODE, SUCCESS, StartBlock,
 };
-use super::forwarding::address;
 use super::newer::{Networks, System};
 use super::permission;
 use super::xpc::{Dictionary, Owned};

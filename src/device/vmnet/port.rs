@@ -18,6 +18,7 @@ use super::ffi::{
     vmnet_mac_address_key, vmnet_max_packet_size_key, vmnet_mtu_key, vmnet_start_address_key,
     vmnet_start_interface, vmnet_stop_interface, vmnet_subnet_mask_key,
 };
+use super::limits::{FAILED_START_GRACE, PACKET_MAX, PACKETS_PER_CALL, PACKETS_PER_CALL_MAX};
 use super::network::Network;
 use super::newer::System;
 use super::permission;
@@ -25,16 +26,6 @@ use super::xpc::{Borrowed, Dictionary};
 use crate::config::Ipv4Range;
 use crate::error::{Error, Status};
 use crate::sys::lock;
-
-/// How long to wait for the handler's word after a start has answered null, which says only that it
-/// failed.
-const GRACE: Duration = Duration::from_millis(500);
-/// Packets per call where vmnet does not say (Apple's documentation).
-const BATCH: u32 = 200;
-/// More than this no call is given, whatever vmnet says.
-const BATCH_MAX: u64 = 1024;
-/// No frame is larger: an IP packet of 64 KiB, Ethernet, and room for what we do not know of.
-const PACKET_MAX: u64 = 128 * 1024;
 
 /// What vmnet says of an interface when it has started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -88,7 +79,9 @@ impl Parameters {
 
     /// Packets per read and per write.
     pub(crate) fn batches(&self) -> (u32, u32) {
-        let limit = |max: Option<u64>| max.map_or(BATCH, |max| max.min(BATCH_MAX) as u32);
+        let limit = |max: Option<u64>| {
+            max.map_or(PACKETS_PER_CALL, |max| max.min(PACKETS_PER_CALL_MAX) as u32)
+        };
         (limit(self.read_max_packets), limit(self.write_max_packets))
     }
 }
@@ -172,7 +165,7 @@ impl Port {
         if interface.is_null() {
             // Nobody promises that the handler is called, so this wait is short; nor that it is not
             // called later, so then it is kept.
-            let status = answers.recv_timeout(GRACE).map(|(status, _)| status);
+            let status = answers.recv_timeout(FAILED_START_GRACE).map(|(status, _)| status);
             if status.is_err() || !drained(&queue, timeouts.start) {
                 forget((handler, queue));
             }

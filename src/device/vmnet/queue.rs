@@ -10,16 +10,13 @@ use vmring_core::{Class, offload};
 
 use super::events::check;
 use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
+use super::limits::READS_OFFERED_MIN;
 use super::port::Port;
 use crate::config::Direction;
 use crate::device::io::Io;
 use crate::device::seam::{Progress, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
-
-/// Reads offered at least, if posted. What is offered must be reset each time, so it follows what
-/// comes: twice the last batch.
-const OFFER_MIN: usize = 32;
 
 /// Descriptors with an iovec each, allocated once. They point at slots only during the call for
 /// which they were set.
@@ -118,7 +115,7 @@ impl VmnetQueue {
     ) -> Result<Self, Error> {
         let reads = direction.reads().then(|| Reads {
             batch: Batch::new(batches.0 as usize),
-            offer: OFFER_MIN,
+            offer: READS_OFFERED_MIN,
             seen: 0,
             slept: false,
             drained: false,
@@ -192,7 +189,7 @@ impl Reads {
             }
         }
         self.surprised |= surprise && count > 0;
-        self.offer = (2 * count).max(OFFER_MIN);
+        self.offer = (2 * count).max(READS_OFFERED_MIN);
         self.drained = count < n;
         if self.drained { Progress::Idle } else { Progress::More }
     }
