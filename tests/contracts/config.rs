@@ -1,0 +1,110 @@
+//! Settings: what is refused, and with which reason.
+
+use vmring::{
+    ConfigError, Direction, Embedded, Error, Interface, Ipv4Range, Loopback, Mode, PoolBuilder,
+    Ring,
+};
+
+use crate::support::{inline, loopback, unique};
+
+#[test]
+fn sizes_that_cannot_be_are_refused_with_the_reason() {
+    let interface = loopback();
+    let ring = || inline(&interface, Direction::Both);
+    let config = |result: Result<Ring, Error>| match result {
+        Err(Error::Config(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    for (what, zero, odd, large) in [
+        ("read depth", ring().read_depth(0), ring().read_depth(48), ring().read_depth(1 << 31)),
+        ("write depth", ring().write_depth(0), ring().write_depth(3), ring().write_depth(1 << 29)),
+        (
+            "cancel depth",
+            ring().cancel_depth(0),
+            ring().cancel_depth(17),
+            ring().cancel_depth(1 << 31),
+        ),
+        ("SQ depth", ring().sq_depth(0), ring().sq_depth(6), ring().sq_depth(1 << 30)),
+    ] {
+        assert_eq!(config(zero.build()), ConfigError::Zero { what });
+        let error = config(odd.build());
+        assert!(
+            matches!(error, ConfigError::NotPowerOfTwo { what: w, .. } if w == what),
+            "{error}"
+        );
+        assert!(error.to_string().contains("power of two"));
+        let error = config(large.build());
+        assert!(matches!(error, ConfigError::TooLarge { what: w, .. } if w == what), "{error}");
+    }
+    let small = PoolBuilder::new(4, 60).build().unwrap();
+    let error = config(ring().pool(&small).build());
+    let (room, needed) = (small.capacity() as usize, 1514);
+    assert_eq!(error, ConfigError::PoolTooSmall { room, needed });
+    assert_eq!(config(ring().frames(0).build()), ConfigError::Zero { what: "number of frames" });
+    let error = ring().frames(1 << 30).headroom(1 << 30).build().unwrap_err();
+    assert!(matches!(error, Error::Memory { .. }), "{error}");
+    // The largest depth can be had, and one that is larger is refused before any memory is asked for.
+    let max = 1 << 16;
+    for what in ["read depth", "write depth", "cancel depth", "SQ depth"] {
+        let with = |depth| match what {
+            "read depth" => ring().read_depth(depth),
+            "write depth" => ring().write_depth(depth),
+            "cancel depth" => ring().cancel_depth(depth),
+            _ => ring().sq_depth(depth),
+        };
+        with(max as u32).frames(4).build().unwrap();
+        for depth in [1 << 17, 1 << 28] {
+            let value = u64::from(depth);
+            assert_eq!(
+                config(with(depth).frames(4).build()),
+                ConfigError::TooLarge { what, value, max }
+            );
+        }
+    }
+    // A direction that is not used needs no depth; a small pool will do for writing.
+    inline(&interface, Direction::Write).read_depth(0).pool(&small).build().unwrap();
+    // None of the refused has taken the one place there is.
+    ring().build().unwrap();
+
+    for mtu in [0, 65_522] {
+        let start = Interface::builder().device(Loopback::new(mtu)).start();
+        assert!(matches!(start, Err(Error::Config(ConfigError::Invalid(_)))), "{start:?}");
+    }
+}
+
+#[test]
+fn modes_and_ranges_are_parsed_or_refused_in_a_sentence() {
+    for (text, mode) in [
+        ("host", Mode::Host),
+        ("shared", Mode::Shared),
+        ("bridged:en0", Mode::Bridged("en0".to_owned())),
+    ] {
+        assert_eq!(text.parse(), Ok(mode.clone()));
+        assert_eq!(mode.to_string(), text);
+    }
+    assert_eq!(Mode::default(), Mode::Shared);
+    for text in ["", "Host", "bridged", "bridged:", "nat"] {
+        let error = text.parse::<Mode>().unwrap_err().to_string();
+        assert!(error.ends_with(&format!("and not '{text}'")), "{error}");
+    }
+    let range: Ipv4Range = "192.168.64.1/24".parse().unwrap();
+    assert_eq!(range.start.octets(), [192, 168, 64, 1]);
+    assert_eq!(
+        (range.end.octets(), range.mask.octets()),
+        ([192, 168, 64, 254], [255, 255, 255, 0])
+    );
+    for text in ["", "192.168.64.1", "192.168.64.1/33", "192.168.64/24", "192.168.64.1/-1", "x/24"]
+    {
+        let error = text.parse::<Ipv4Range>().unwrap_err().to_string();
+        assert!(error.ends_with(&format!("and not '{text}'")), "{error}");
+    }
+    // Extremes are numbers like others.
+    assert_eq!("10.0.0.1/0".parse::<Ipv4Range>().unwrap().mask.octets(), [0; 4]);
+    assert_eq!("10.0.0.1/32".parse::<Ipv4Range>().unwrap().mask.octets(), [255; 4]);
+    // An impossible network is refused at start.
+    for range in ["10.0.0.1/32", "8.8.8.1/24"] {
+        let builder = Interface::builder().device(Embedded::network(unique("impossible")));
+        let start = builder.ipv4(range.parse().unwrap()).start();
+        assert!(matches!(start, Err(Error::Config(_))), "{range}: {start:?}");
+    }
+}

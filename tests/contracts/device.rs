@@ -1,0 +1,243 @@
+//! What a third-party device can and cannot do.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use vmring::device::{Io, PostedSlot, Progress};
+use vmring::{Direction, EntryError, Error, Interface, Op, Pool, Status};
+
+use super::{PATIENT, pool};
+use crate::support::{
+    LONG, Script, ScriptQueue, every_way, filled, guarded, inline, number_of, post, reap_n, send,
+    stage, take_writes,
+};
+
+/// Goal: a device cannot return a slot twice or keep its memory: a slot dropped comes back as
+/// abandoned, a slot forgotten is counted at close, and each entry completes once.
+#[test]
+fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = Script::new(|_, _| {
+                ScriptQueue::new(|io| {
+                    while let Some(slot) = io.take_write() {
+                        match slot.user_data() {
+                            0 => drop(slot),
+                            1 => std::mem::forget(slot),
+                            _ => io.complete_write(slot),
+                        }
+                    }
+                    Ok(Progress::Idle)
+                })
+            })
+            .start();
+            let pool = pool(16);
+            let mut ring = interface
+                .ring(Direction::Both)
+                .depth(8)
+                .pool(&pool)
+                .drive(way.drive(poller))
+                .build()
+                .unwrap();
+            (0..3).for_each(|number| send(&mut ring, number));
+            let mut done = reap_n(&mut ring, 2);
+            done.sort_by_key(|done| done.user_data);
+            assert_eq!(done[0].brief(), (Op::Write, 0, Err(EntryError::Abandoned)));
+            assert_eq!(number_of(done[0].frame.as_ref().unwrap()), 0);
+            assert_eq!(done[1].brief(), (Op::Write, 2, Ok(60)));
+            assert_eq!((ring.in_flight(), ring.stats().abandoned), (1, 1));
+            drop(done);
+            let error = ring.close().unwrap_err();
+            assert!(matches!(error, Error::Leaked { slots: 1, .. }), "{error}");
+            drop(ring);
+            assert_eq!(pool.slots_out(), 1, "lost, and not copied");
+        });
+    });
+}
+
+/// Goal: a length beyond the slot makes nobody read outside it. Method: a device that claims any
+/// length; what fits is taken, what does not is refused as an invalid argument.
+#[test]
+fn hostile_lengths_never_reach_outside_the_slot() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                while let Some(mut slot) = io.take_read() {
+                    let (room, hostile) = (slot.room_mut().len(), slot.user_data() as usize);
+                    slot.room_mut().fill(0xaa);
+                    let len = if hostile < 2 { room + hostile } else { hostile };
+                    io.complete_read(slot, len);
+                }
+                Ok(Progress::Idle)
+            })
+        })
+        .start();
+        let mut ring = inline(&interface, Direction::Read).build().unwrap();
+        let hostile = [0, 1, 14, 1 << 16, 1 << 31, (1 << 32) + 14, u64::MAX, u64::MAX - 63];
+        hostile.iter().for_each(|len| post(&mut ring, *len));
+        for (number, done) in reap_n(&mut ring, hostile.len()).iter().enumerate() {
+            let frame = done.frame.as_ref().expect("its frame, in any case");
+            match hostile[number] {
+                0 => assert_eq!(done.result, Ok(frame.capacity())),
+                14 => assert_eq!((done.result, &frame[..]), (Ok(14), &[0xaa; 14][..])),
+                _ => {
+                    assert_eq!(done.result, Err(Status::InvalidArgument.into()));
+                    assert_eq!(frame.len(), 0);
+                }
+            }
+        }
+        assert_eq!((ring.stats().errors, ring.stats().rx_packets), (6, 2));
+    });
+}
+
+/// Two rings of one device that share what its queues may do to each other's slots.
+fn mixed_up(give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + 'static) -> Interface {
+    let taken: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
+    let queues = AtomicU64::new(0);
+    let give = Arc::new(give);
+    Script::new(move |_, _| {
+        let (taken, give) = (taken.clone(), give.clone());
+        let first = queues.fetch_add(1, Ordering::SeqCst) == 0;
+        ScriptQueue::new(move |io| {
+            let mut taken = taken.lock().unwrap();
+            if first {
+                while let Some(slot) = io.take_write() {
+                    taken.push(slot);
+                }
+            } else {
+                taken.drain(..).for_each(|slot| give(io, slot));
+                take_writes(io);
+            }
+            Ok(Progress::Idle)
+        })
+    })
+    .start()
+}
+
+/// Ring A's slot, given to ring B, completes on A, as abandoned, and nothing happens to B.
+fn a_slot_given_to_another_ring_completes_on_its_own(
+    give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + Copy + 'static,
+) {
+    for shared_pool in [false, true] {
+        every_way(|way, poller| {
+            let interface = mixed_up(give);
+            let (first, second) = (pool(8), pool(8));
+            let build = |pool: &Pool| {
+                let builder = interface.ring(Direction::Write).write_depth(4).pool(pool);
+                builder.drive(way.drive(poller)).build().unwrap()
+            };
+            let mut a = build(&first);
+            let mut b = build(if shared_pool { &first } else { &second });
+            send(&mut a, 1);
+            stage(format!("{way:?}: the slot is taken"));
+            // Inline, A's engine must have handed the slot over before B's looks.
+            let _ = a.wait(1, Some(Duration::from_millis(5)));
+            for number in 10..14 {
+                send(&mut b, number);
+                assert_eq!(reap_n(&mut b, 1)[0].brief(), (Op::Write, number, Ok(60)));
+            }
+            stage(format!("{way:?}: it comes back"));
+            let done = reap_n(&mut a, 1).remove(0);
+            assert_eq!(done.brief(), (Op::Write, 1, Err(EntryError::Abandoned)));
+            assert!(first.owns(&done.frame.unwrap()));
+            // Both live on.
+            send(&mut b, 20);
+            assert_eq!(reap_n(&mut b, 1)[0].brief(), (Op::Write, 20, Ok(60)));
+            assert_eq!((a.control().closed(), b.control().closed()), (None, None));
+            b.quiesce(LONG).unwrap();
+            b.close().unwrap();
+            a.close().unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_slot_completed_on_another_ring_comes_back_on_its_own() {
+    guarded(|| {
+        a_slot_given_to_another_ring_completes_on_its_own(|io, slot| io.complete_write(slot))
+    });
+}
+
+#[test]
+fn a_slot_put_back_to_another_ring_comes_back_on_its_own() {
+    guarded(|| a_slot_given_to_another_ring_completes_on_its_own(|io, slot| io.put_back(slot)));
+}
+
+/// A device may keep a slot for some calls and put it back later: it is posted as before.
+#[test]
+fn a_slot_put_back_in_a_later_call_is_posted_again() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = Script::new(|_, _| {
+                let (mut kept, mut calls) = (Vec::new(), 0);
+                ScriptQueue::new(move |io| {
+                    calls += 1;
+                    match calls {
+                        1 => kept.extend(std::iter::from_fn(|| io.take_write())),
+                        2 => kept.drain(..).rev().for_each(|slot| io.put_back(slot)),
+                        _ => take_writes(io),
+                    }
+                    Ok(Progress::Idle)
+                })
+            })
+            .start();
+            let mut ring = interface
+                .ring(Direction::Write)
+                .retry(PATIENT)
+                .drive(way.drive(poller))
+                .build()
+                .unwrap();
+            let frames: Vec<_> = (0..3).map(|number| (filled(&ring, number), number)).collect();
+            ring.submit_writes(frames).unwrap();
+            for (number, done) in reap_n(&mut ring, 3).iter().enumerate() {
+                assert_eq!(done.brief(), (Op::Write, number as u64, Ok(60)));
+            }
+        });
+    });
+}
+
+/// What is put back may be taken again, in its order, and takes nothing of what a call may take; what
+/// stands in the SQ comes behind it.
+#[test]
+fn a_slot_that_is_put_back_may_be_taken_again_in_the_same_call() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                for _ in 0..3 {
+                    let taken: Vec<_> = std::iter::from_fn(|| io.take_write()).collect();
+                    assert!(taken.len() <= 2, "the limit of a call");
+                    taken.into_iter().rev().for_each(|slot| io.put_back(slot));
+                }
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+        })
+        .limits(|caps| caps.max_write_batch = 2)
+        .start();
+        let mut ring = inline(&interface, Direction::Write).build().unwrap();
+        let frames: Vec<_> = (0..5).map(|number| (filled(&ring, number), number)).collect();
+        ring.submit_writes(frames).unwrap();
+        for calls in [2, 2, 1] {
+            assert_eq!(ring.reap().count(), calls);
+        }
+        assert_eq!((ring.in_flight(), ring.stats().retries), (0, 0));
+    });
+}
+
+/// A driver that starts too slowly, fails, or panics.
+#[test]
+fn a_start_that_takes_too_long_times_out_and_is_undone() {
+    use vmring::device::fault::Faults;
+    guarded(|| {
+        let script = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle)));
+        let stops = script.stops();
+        let slow = Faults::seeded(1).start_delay(Duration::from_millis(100)).wrap(script);
+        let timeout = Duration::from_millis(10);
+        let start = Interface::builder().device(slow).start_timeout(timeout).start();
+        assert!(matches!(start, Err(Error::StartTimeout(after)) if after == timeout), "{start:?}");
+        crate::support::eventually("the late device is stopped", || {
+            stops.load(Ordering::SeqCst) == 1
+        });
+    });
+}
