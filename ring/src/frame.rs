@@ -2,7 +2,7 @@
 
 use crate::entry::{HeaderState, Place};
 use crate::offload::{self, OffloadError, OffloadHeader};
-use crate::pool::{Header, put_home};
+use crate::slots::{Header, put_home};
 use crate::view::PacketView;
 use core::fmt;
 use core::ops::{Deref, DerefMut};

@@ -6,6 +6,7 @@
 
 extern crate alloc;
 
+mod backing;
 mod credits;
 pub mod doorbell;
 mod entry;
@@ -15,17 +16,20 @@ mod pool;
 mod prefetch;
 mod queue;
 mod rings;
+mod slots;
 #[doc(hidden)]
 pub mod sync;
 pub mod view;
 
+pub use backing::{Backing, HeapBacking};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfRoom};
-pub use pool::{Backing, HeapBacking, Layout, LayoutError, Pool};
+pub use pool::Pool;
 pub use queue::Regions;
 pub use rings::{
     DEPTH_MAX, Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter,
     rings,
 };
+pub use slots::{Layout, LayoutError};
 pub use view::PacketView;

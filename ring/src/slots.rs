@@ -1,0 +1,167 @@
+//! Slots: a region of memory cut into equal pieces, a free list, and the count that decides when
+//! the memory goes.
+//!
+//! Invariants (ARCHITECTURE.md, "Ownership"):
+//! * **One place per slot.** A slot index is in the free list, or in exactly one
+//!   [`Frame`](crate::Frame), or in exactly one queue entry. Only `pool` and `queue` turn one into
+//!   the other.
+//! * **The pool outlives its slots.** `refs` counts handles and slots out of the free list; the
+//!   one who takes it to zero frees the header and the memory.
+
+use crate::backing::Backing;
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use alloc::boxed::Box;
+use core::fmt;
+use core::ptr::NonNull;
+use crossbeam_utils::CachePadded;
+
+/// How a region is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Number of slots.
+    pub slots: u32,
+    /// Bytes from one slot to the next.
+    pub slot_size: u32,
+    /// Bytes at a slot's start kept free in front of a fresh frame.
+    pub headroom: u32,
+}
+
+/// Why a region cannot be cut that way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayoutError {
+    /// No slots, or slots of no bytes.
+    Zero,
+    /// 2^31 slots or more, or 2^31 bytes or more in one.
+    TooLarge,
+    /// The headroom leaves no room for a packet.
+    NoRoom,
+    /// The memory is smaller than `slots * slot_size`.
+    NotEnoughMemory,
+}
+
+impl fmt::Display for LayoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            LayoutError::Zero => "a pool needs at least one slot of at least one byte",
+            LayoutError::TooLarge => "a pool holds fewer than 2^31 slots of less than 2 GiB each",
+            LayoutError::NoRoom => "the headroom leaves no room for a packet in the slot",
+            LayoutError::NotEnoughMemory => "the memory is smaller than the slots need",
+        })
+    }
+}
+
+impl core::error::Error for LayoutError {}
+
+const LIMIT: u32 = 1 << 31;
+
+impl Layout {
+    pub(crate) fn check(&self, memory: usize) -> Result<(), LayoutError> {
+        if self.slots == 0 || self.slot_size == 0 {
+            return Err(LayoutError::Zero);
+        }
+        if self.slots >= LIMIT || self.slot_size >= LIMIT {
+            return Err(LayoutError::TooLarge);
+        }
+        if self.headroom >= self.slot_size {
+            return Err(LayoutError::NoRoom);
+        }
+        match (self.slots as usize).checked_mul(self.slot_size as usize) {
+            Some(bytes) if bytes <= memory => Ok(()),
+            _ => Err(LayoutError::NotEnoughMemory),
+        }
+    }
+}
+
+/// One handle in `Header::refs`; slots out are counted in the low half.
+pub(crate) const HANDLE: u64 = 1 << 32;
+/// End of the free list.
+pub(crate) const NIL: u32 = u32::MAX;
+
+pub(crate) struct Header {
+    pub(crate) base: NonNull<u8>,
+    pub(crate) layout: Layout,
+    /// Index of the first free slot in the low half; in the high half a tag that every change
+    /// raises, so that a compare-exchange cannot mistake a slot that left and came back.
+    pub(crate) free: CachePadded<AtomicU64>,
+    /// `handles * HANDLE + slots out`. At zero nobody can reach the header any more.
+    pub(crate) refs: CachePadded<AtomicU64>,
+    /// `next[i]`: the free slot behind free slot `i`.
+    pub(crate) next: Box<[AtomicU32]>,
+    /// Dropped with the header: the memory under `base`.
+    pub(crate) _backing: Box<dyn Backing>,
+}
+
+impl Header {
+    fn push(&self, slot: u32) {
+        let mut head = self.free.load(Ordering::Relaxed);
+        loop {
+            // Relaxed: published by the Release exchange below.
+            self.next[slot as usize].store(head as u32, Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(slot);
+            // Release: pairs with the Acquire in `pop`. The next owner sees our link, and every
+            // byte we wrote into the slot before it.
+            match self.free.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    pub(crate) fn pop(&self) -> Option<u32> {
+        // Acquire (both): pairs with the Release in `push`.
+        let mut head = self.free.load(Ordering::Acquire);
+        loop {
+            let slot = head as u32;
+            if slot == NIL {
+                return None;
+            }
+            // May be stale if somebody else took the slot; then the tag has moved and we retry.
+            let next = self.next[slot as usize].load(Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next);
+            match self.free.compare_exchange_weak(head, new, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => return Some(slot),
+                Err(seen) => head = seen,
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn slot_start(&self, slot: u32) -> NonNull<u8> {
+        debug_assert!(slot < self.layout.slots);
+        // SAFETY: `slot < slots`, and `Layout::check` made sure that slots * slot_size bytes lie
+        // inside the backing.
+        unsafe { self.base.add(slot as usize * self.layout.slot_size as usize) }
+    }
+}
+
+/// Gives `what` (a handle or slots) back; frees everything if it was the last.
+///
+/// # Safety
+///
+/// The caller owns `what` in `refs` and touches the header no more.
+pub(crate) unsafe fn release(header: NonNull<Header>, what: u64) {
+    // SAFETY: the caller's share keeps the header alive up to this line.
+    let refs = unsafe { &header.as_ref().refs };
+    // Release: what we did with the pool comes before the freeing, whoever does it.
+    if refs.fetch_sub(what, Ordering::Release) == what {
+        // Acquire: what all the others did comes before our freeing. A load and not a fence, which
+        // ThreadSanitizer does not know.
+        refs.load(Ordering::Acquire);
+        // SAFETY: the count is zero, so no handle and no slot is left, and we are the one who
+        // took it there ("the pool outlives its slots"); the header came from `Box::leak`.
+        drop(unsafe { Box::from_raw(header.as_ptr()) });
+    }
+}
+
+/// Puts a slot home.
+///
+/// # Safety
+///
+/// The caller owns `slot` and gives it up here; `header` is its pool.
+#[inline(never)]
+pub(crate) unsafe fn put_home(header: NonNull<Header>, slot: u32) {
+    // SAFETY: the slot is still counted as out, so the header is alive.
+    unsafe { header.as_ref() }.push(slot);
+    // SAFETY: we give up exactly the one slot we owned.
+    unsafe { release(header, 1) }
+}
