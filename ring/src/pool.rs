@@ -3,12 +3,10 @@
 use crate::backing::Backing;
 use crate::entry::{HeaderState, Place};
 use crate::frame::Frame;
-use crate::slots::{HANDLE, Header, Layout, LayoutError, NIL, release};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::slots::{Header, Layout, LayoutError, release_handle};
 use alloc::boxed::Box;
 use core::fmt;
 use core::ptr::NonNull;
-use crossbeam_utils::CachePadded;
 
 /// A handle to a pool of slots. Cloning it is cheap; any thread may allocate from it.
 ///
@@ -27,17 +25,7 @@ unsafe impl Sync for Pool {}
 impl Pool {
     /// Cuts `backing` into slots, all free.
     pub fn new(backing: Box<dyn Backing>, layout: Layout) -> Result<Self, LayoutError> {
-        layout.check(backing.len())?;
-        let next = (1..layout.slots).chain([NIL]).map(AtomicU32::new).collect();
-        let header = Box::leak(Box::new(Header {
-            base: backing.base(),
-            layout,
-            free: CachePadded::new(AtomicU64::new(0)),
-            refs: CachePadded::new(AtomicU64::new(HANDLE)),
-            next,
-            _backing: backing,
-        }));
-        Ok(Self { header: NonNull::from(header) })
+        Ok(Self { header: Header::new(backing, layout)? })
     }
 
     fn header(&self) -> &Header {
@@ -50,13 +38,11 @@ impl Pool {
     /// is out. The bytes are what the slot's last owner left there.
     pub fn alloc(&self) -> Option<Frame> {
         let header = self.header();
-        let slot = header.pop()?;
-        // Relaxed: our handle keeps the count above zero.
-        header.refs.fetch_add(1, Ordering::Relaxed);
+        let slot = header.alloc_slot()?;
         let (offset, header) = (header.layout.headroom, HeaderState::ABSENT);
         let place = Place::new(slot, offset, 0, header);
-        // SAFETY: `pop` took the slot out of the free list, so it is in no other place, and it is
-        // counted as out.
+        // SAFETY: `alloc_slot` took the slot out of the free list, so it is in no other place, and
+        // counted it as out.
         Some(unsafe { Frame::from_raw(self.header, place) })
     }
 
@@ -72,7 +58,7 @@ impl Pool {
 
     /// Slots that are not in the free list: held as frames, queued, or with a device. A snapshot.
     pub fn slots_out(&self) -> u32 {
-        self.header().refs.load(Ordering::Relaxed) as u32
+        self.header().slots_out()
     }
 
     /// Whether `frame` is a slot of this pool.
@@ -89,10 +75,7 @@ impl Pool {
 
 impl Clone for Pool {
     fn clone(&self) -> Self {
-        // Relaxed: our own handle keeps the count above zero.
-        let before = self.header().refs.fetch_add(HANDLE, Ordering::Relaxed);
-        // 2^31 handles can only be a leak in a loop; stop before the count can wrap.
-        assert!(before < HANDLE << 31, "too many handles to one pool");
+        self.header().add_handle();
         Self { header: self.header }
     }
 }
@@ -100,7 +83,7 @@ impl Clone for Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         // SAFETY: we give up the one handle we are.
-        unsafe { release(self.header, HANDLE) }
+        unsafe { release_handle(self.header) }
     }
 }
 

@@ -55,7 +55,7 @@ impl core::error::Error for LayoutError {}
 const LIMIT: u32 = 1 << 31;
 
 impl Layout {
-    pub(crate) fn check(&self, memory: usize) -> Result<(), LayoutError> {
+    fn check(&self, memory: usize) -> Result<(), LayoutError> {
         if self.slots == 0 || self.slot_size == 0 {
             return Err(LayoutError::Zero);
         }
@@ -73,25 +73,65 @@ impl Layout {
 }
 
 /// One handle in `Header::refs`; slots out are counted in the low half.
-pub(crate) const HANDLE: u64 = 1 << 32;
+const HANDLE: u64 = 1 << 32;
 /// End of the free list.
-pub(crate) const NIL: u32 = u32::MAX;
+const NIL: u32 = u32::MAX;
 
 pub(crate) struct Header {
-    pub(crate) base: NonNull<u8>,
+    base: NonNull<u8>,
     pub(crate) layout: Layout,
     /// Index of the first free slot in the low half; in the high half a tag that every change
     /// raises, so that a compare-exchange cannot mistake a slot that left and came back.
-    pub(crate) free: CachePadded<AtomicU64>,
+    free: CachePadded<AtomicU64>,
     /// `handles * HANDLE + slots out`. At zero nobody can reach the header any more.
-    pub(crate) refs: CachePadded<AtomicU64>,
+    refs: CachePadded<AtomicU64>,
     /// `next[i]`: the free slot behind free slot `i`.
-    pub(crate) next: Box<[AtomicU32]>,
+    next: Box<[AtomicU32]>,
     /// Dropped with the header: the memory under `base`.
-    pub(crate) _backing: Box<dyn Backing>,
+    _backing: Box<dyn Backing>,
 }
 
 impl Header {
+    /// Cuts `backing` into slots, all free, and counts the first handle.
+    pub(crate) fn new(
+        backing: Box<dyn Backing>,
+        layout: Layout,
+    ) -> Result<NonNull<Self>, LayoutError> {
+        layout.check(backing.len())?;
+        let next = (1..layout.slots).chain([NIL]).map(AtomicU32::new).collect();
+        let header = Box::leak(Box::new(Header {
+            base: backing.base(),
+            layout,
+            free: CachePadded::new(AtomicU64::new(0)),
+            refs: CachePadded::new(AtomicU64::new(HANDLE)),
+            next,
+            _backing: backing,
+        }));
+        Ok(NonNull::from(header))
+    }
+
+    /// Takes a slot out of the free list and counts it as out.
+    #[inline]
+    pub(crate) fn alloc_slot(&self) -> Option<u32> {
+        let slot = self.pop()?;
+        // Relaxed: the caller's handle keeps the count above zero.
+        self.refs.fetch_add(1, Ordering::Relaxed);
+        Some(slot)
+    }
+
+    /// Counts one more handle.
+    pub(crate) fn add_handle(&self) {
+        // Relaxed: the caller's own handle keeps the count above zero.
+        let before = self.refs.fetch_add(HANDLE, Ordering::Relaxed);
+        // 2^31 handles can only be a leak in a loop; stop before the count can wrap.
+        assert!(before < HANDLE << 31, "too many handles to one pool");
+    }
+
+    /// Slots that are not in the free list. A snapshot.
+    pub(crate) fn slots_out(&self) -> u32 {
+        self.refs.load(Ordering::Relaxed) as u32
+    }
+
     fn push(&self, slot: u32) {
         let mut head = self.free.load(Ordering::Relaxed);
         loop {
@@ -107,7 +147,7 @@ impl Header {
         }
     }
 
-    pub(crate) fn pop(&self) -> Option<u32> {
+    fn pop(&self) -> Option<u32> {
         // Acquire (both): pairs with the Release in `push`.
         let mut head = self.free.load(Ordering::Acquire);
         loop {
@@ -139,7 +179,7 @@ impl Header {
 /// # Safety
 ///
 /// The caller owns `what` in `refs` and touches the header no more.
-pub(crate) unsafe fn release(header: NonNull<Header>, what: u64) {
+unsafe fn release(header: NonNull<Header>, what: u64) {
     // SAFETY: the caller's share keeps the header alive up to this line.
     let refs = unsafe { &header.as_ref().refs };
     // Release: what we did with the pool comes before the freeing, whoever does it.
@@ -151,6 +191,16 @@ pub(crate) unsafe fn release(header: NonNull<Header>, what: u64) {
         // took it there ("the pool outlives its slots"); the header came from `Box::leak`.
         drop(unsafe { Box::from_raw(header.as_ptr()) });
     }
+}
+
+/// Gives a handle back.
+///
+/// # Safety
+///
+/// The caller owns one handle and touches the header no more.
+pub(crate) unsafe fn release_handle(header: NonNull<Header>) {
+    // SAFETY: the caller gives up exactly the one handle it owned.
+    unsafe { release(header, HANDLE) }
 }
 
 /// Puts a slot home.
