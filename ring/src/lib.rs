@@ -11,6 +11,7 @@ mod credits;
 pub mod doorbell;
 mod entry;
 mod frame;
+mod limits;
 pub mod offload;
 mod pool;
 mod prefetch;
@@ -25,11 +26,11 @@ pub use backing::{Backing, HeapBacking};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfRoom};
+pub use limits::DEPTH_MAX;
 pub use pool::Pool;
 pub use queue::Regions;
 pub use rings::{
-    DEPTH_MAX, Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter,
-    rings,
+    Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter, rings,
 };
 pub use slots::{Layout, LayoutError};
 pub use view::PacketView;

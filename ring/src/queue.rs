@@ -9,6 +9,7 @@
 
 use crate::entry::{Entry, Sqe};
 use crate::frame::Frame;
+use crate::limits::{MANY, PREFETCHED, PUBLISHED, PUBLISHED_OF_MANY};
 use crate::pool::Pool;
 use crate::prefetch::prefetch;
 use crate::sync::{Arc, AtomicU32, Ordering, UnsafeCell};
@@ -153,18 +154,6 @@ pub(crate) struct Consumer<T: Entry> {
 
 /// Entries to a cache line of 64 bytes.
 const TO_A_LINE: usize = 64 / size_of::<Sqe>();
-/// Entries that are published together in a run of them: two lines. So the other side begins with the
-/// first while the others are still being written.
-const PUBLISHED: u32 = 4;
-/// The same while many are on their way: the other side has enough to do, and what is published in
-/// smaller pieces it takes in smaller pieces, each of which costs both sides transfers of lines.
-const PUBLISHED_OF_MANY: u32 = 16;
-/// So many: with fewer, pieces of that size would leave the other side without work.
-const MANY: u32 = 32;
-/// Entries whose lines are asked for together: sixteen lines, about as many transfers as a core can
-/// have under way.
-const PREFETCHED: u32 = 32;
-
 /// A view of how many entries were ever published.
 pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);
 

@@ -8,6 +8,7 @@
 use crate::credits::{Class, Giver, Taker, credits};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
+use crate::limits::DEPTH_MAX;
 use crate::queue::{Consumer, Front, Producer, Published, Regions, queue};
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -26,10 +27,6 @@ pub struct Depths {
     /// submit can find the SQ full.
     pub sq: u32,
 }
-
-/// The largest sum of credits a ring may have: 262,144, so that each class may have a quarter of it,
-/// 65,536, twice the largest virtqueue. The queues of such a ring take some 16 MB.
-pub const DEPTH_MAX: u32 = 1 << 18;
 
 impl Depths {
     /// A ring whose SQ has room for every credit.
