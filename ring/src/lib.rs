@@ -16,6 +16,7 @@ pub mod offload;
 mod pool;
 mod prefetch;
 mod queue;
+mod regions;
 mod rings;
 mod slots;
 #[doc(hidden)]
@@ -28,7 +29,7 @@ pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfRoom};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;
-pub use queue::Regions;
+pub use regions::Regions;
 pub use rings::{
     Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter, rings,
 };
