@@ -7,6 +7,7 @@
 extern crate alloc;
 
 mod backing;
+mod cq;
 mod credits;
 pub mod doorbell;
 mod entry;
@@ -19,19 +20,20 @@ mod queue;
 mod regions;
 mod rings;
 mod slots;
+mod sq;
 #[doc(hidden)]
 pub mod sync;
 pub mod view;
 
 pub use backing::{Backing, HeapBacking};
+pub use cq::{Outlet, Reaped, Reaper};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfRoom};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;
 pub use regions::Regions;
-pub use rings::{
-    Depths, Intake, Outlet, Parcel, Reaped, Reaper, Refusal, Submission, Submitter, rings,
-};
+pub use rings::{Depths, rings};
 pub use slots::{Layout, LayoutError};
+pub use sq::{Intake, Parcel, Refusal, Submission, Submitter};
 pub use view::PacketView;

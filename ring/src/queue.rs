@@ -381,3 +381,14 @@ impl<T: Entry> fmt::Debug for Published<T> {
         f.debug_tuple("Published").field(&self.count()).finish()
     }
 }
+
+macro_rules! debug_by_queue {
+    ($($half:ident.$queue:ident),*) => {$(
+        impl fmt::Debug for $half {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.debug_tuple(stringify!($half)).field(&self.$queue).finish()
+            }
+        }
+    )*};
+}
+pub(crate) use debug_by_queue;

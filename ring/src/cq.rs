@@ -1,0 +1,171 @@
+//! The two ends of the completion queue: [`Outlet`] and [`Reaper`].
+
+use crate::credits::{Class, Giver};
+use crate::entry::{Cqe, Opcode, Outcome, Sqe};
+use crate::frame::Frame;
+use crate::queue::{Consumer, Producer, Published, debug_by_queue};
+use crate::regions::Regions;
+use core::fmt;
+use static_assertions::{assert_impl_all, assert_not_impl_any};
+
+/// The caller's end of the CQ.
+pub struct Reaper {
+    cq: Consumer<Cqe>,
+    credits: Giver,
+    submitted: Published<Sqe>,
+}
+
+/// The poller's end of the CQ.
+pub struct Outlet {
+    cq: Producer<Cqe>,
+}
+
+assert_impl_all!(Reaper: Send);
+assert_impl_all!(Outlet: Send);
+assert_not_impl_any!(Reaper: Sync, Clone);
+assert_not_impl_any!(Outlet: Sync, Clone);
+
+/// What the caller took from the CQ.
+#[derive(Debug)]
+pub struct Reaped {
+    /// The caller's number.
+    pub user_data: u64,
+    /// What was asked.
+    pub opcode: Opcode,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Of a cancel, how many entries it found; else the packet's length in bytes.
+    pub len: u32,
+    /// The frame, on success and on failure; a cancel has none.
+    pub frame: Option<Frame>,
+}
+
+impl Reaper {
+    pub(crate) fn new(cq: Consumer<Cqe>, credits: Giver, submitted: Published<Sqe>) -> Self {
+        Self { cq, credits, submitted }
+    }
+
+    /// Completions that wait, after a look at the queue.
+    #[inline]
+    pub fn ready(&mut self) -> u32 {
+        self.cq.refresh()
+    }
+
+    /// Asks for the completions that [`ready`](Self::ready) saw, all together: for who reaps what
+    /// another processor has written. A hint, which changes nothing but time.
+    #[inline]
+    pub fn prefetch(&self) {
+        self.cq.prefetch();
+    }
+
+    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    #[inline]
+    pub fn in_flight(&self) -> u32 {
+        self.submitted.count().wrapping_sub(self.cq.head())
+    }
+
+    #[inline]
+    pub(crate) fn head(&self) -> u32 {
+        self.cq.head()
+    }
+
+    /// The index that the CQ's tail reaches when `n` completions wait.
+    pub fn index_of(&self, n: u32) -> u32 {
+        self.cq.head().wrapping_add(n)
+    }
+
+    /// The next completion among those that [`ready`](Self::ready) saw. The entry is retired and
+    /// its credit returned before the frame exists.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Reaped> {
+        let Self { cq, credits, .. } = self;
+        cq.pop(|cqe, regions| {
+            credits.give(cqe.opcode());
+            // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
+            // placed it by a frame of these regions.
+            let frame = unsafe { regions.frame(&cqe) };
+            Reaped {
+                user_data: cqe.user_data(),
+                opcode: cqe.opcode(),
+                outcome: cqe.outcome(),
+                len: cqe.len(),
+                frame,
+            }
+        })
+    }
+
+    /// How many of the completions that `ready` saw are left.
+    #[inline]
+    pub fn known(&self) -> u32 {
+        self.cq.known()
+    }
+
+    /// The ring's pools.
+    pub fn regions(&self) -> &Regions {
+        self.cq.regions()
+    }
+}
+
+impl Outlet {
+    pub(crate) fn new(cq: Producer<Cqe>) -> Self {
+        Self { cq }
+    }
+
+    /// Writes the completion of a read or write; seen after [`publish`](Self::publish).
+    ///
+    /// # Panics
+    ///
+    /// If the CQ is full or the frame foreign: each completion answers one submission, and the
+    /// credits make room for it.
+    #[inline(always)]
+    pub fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        let opcode = match class {
+            Class::Read => Opcode::Read,
+            _ => Opcode::Write,
+        };
+        let region = self.cq.regions().find(&frame);
+        // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
+        // it in memory instead of in registers.
+        let (pool, place) = (frame.header(), frame.into_raw());
+        if let Some(region) = region
+            && let Some(vacant) = self.cq.vacant()
+        {
+            return vacant.write(Cqe::packet(opcode, region, place, user_data, outcome));
+        }
+        // SAFETY: the frame was given up above, and became nothing else.
+        drop(unsafe { Frame::from_raw(pool, place) });
+        misused();
+    }
+
+    /// Writes the completion of a cancel that found `matched` entries.
+    pub fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
+        let opcode = if all { Opcode::CancelAll } else { Opcode::Cancel };
+        let vacant = self.cq.vacant().expect("no more completions than credits");
+        vacant.write(Cqe::cancel(opcode, matched, user_data));
+    }
+
+    /// Shows everything pushed to the reaper, with one store. Returns whether there was anything.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.cq.publish()
+    }
+
+    /// Completions shown and not reaped. A snapshot.
+    #[inline]
+    pub fn backlog(&self) -> u32 {
+        self.cq.backlog()
+    }
+
+    /// The CQ's tail: the number of completions ever shown, plus the start index.
+    #[inline]
+    pub fn index(&self) -> u32 {
+        self.cq.published()
+    }
+}
+
+#[cold]
+fn misused() -> ! {
+    panic!("more completions than credits, or a frame that is not the ring's");
+}
+
+debug_by_queue!(Reaper.cq, Outlet.cq);
