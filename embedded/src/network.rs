@@ -266,17 +266,15 @@ enum Count {
 
 const COUNTS: usize = Count::NoReceiver as usize + 1;
 
-/// The part of a port others reach. Kept when the port leaves, and reused.
-struct Slot<B> {
-    inbox: sync::Arc<Inbox<B>>,
-    /// Goes up when a port leaves, so that a late [`Monitor`] sees that it is another's.
-    generation: AtomicU32,
+/// The counters of one port, on a cache line for each of their writers.
+#[derive(Default)]
+struct PortCounters {
     received: CachePadded<Received>,
     missed: CachePadded<Missed>,
     sent: CachePadded<[AtomicU64; COUNTS]>,
 }
 
-impl<B> Slot<B> {
+impl PortCounters {
     fn sent(&self, count: Count) -> u64 {
         self.sent[count as usize].load(Ordering::Relaxed)
     }
@@ -314,6 +312,14 @@ impl<B> Slot<B> {
             counter.store(0, Ordering::Relaxed);
         }
     }
+}
+
+/// The part of a port others reach. Kept when the port leaves, and reused.
+struct Slot<B> {
+    inbox: sync::Arc<Inbox<B>>,
+    /// Goes up when a port leaves, so that a late [`Monitor`] sees that it is another's.
+    generation: AtomicU32,
+    counters: PortCounters,
 }
 
 /// What has passed through a port. What senders count appears when they flush.
@@ -429,7 +435,7 @@ impl<B> Network<B> {
     pub fn stats(&self) -> Vec<(MacAddr6, PortStats)> {
         let members = self.members();
         let stats = |(index, mac): (usize, &Option<MacAddr6>)| {
-            Some(((*mac)?, self.slots[index].get()?.stats()))
+            Some(((*mac)?, self.slots[index].get()?.counters.stats()))
         };
         members.macs.iter().enumerate().filter_map(stats).collect()
     }
@@ -533,12 +539,10 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
                     self.max_packet_size,
                 )),
                 generation: AtomicU32::new(0),
-                received: CachePadded::default(),
-                missed: CachePadded::default(),
-                sent: CachePadded::new(core::array::from_fn(|_| AtomicU64::new(0))),
+                counters: PortCounters::default(),
             })
         });
-        slot.reset();
+        slot.counters.reset();
         // The last owner's collector was dropped before its port left, so this opens.
         let collector = Inbox::open(&slot.inbox, config.wake).ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
@@ -580,7 +584,7 @@ impl<B> Membership<B> {
     }
 
     fn stats(&self) -> PortStats {
-        self.slot().map(Slot::stats).unwrap_or_default()
+        self.slot().map(|slot| slot.counters.stats()).unwrap_or_default()
     }
 }
 
@@ -672,7 +676,7 @@ impl<B> Monitor<B> {
     /// The port's counters, or `None` once it has left.
     pub fn stats(&self) -> Option<PortStats> {
         let slot = self.network.slot(self.index)?;
-        let stats = slot.stats();
+        let stats = slot.counters.stats();
         (slot.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
     }
 
@@ -768,7 +772,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
         let packet = self.collector.collect()?;
-        let received = &self.slot.received;
+        let received = &self.slot.counters.received;
         add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
         add(&received.bytes, packet.len as u64);
         Some((packet.buffer, packet.len))
@@ -1072,11 +1076,11 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
                 Ok(())
             }
             Delivery::Dropped(Refused::NoBuffer) => {
-                slot.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
+                slot.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::NoBuffer)
             }
             Delivery::Dropped(Refused::Closed) => {
-                slot.missed.closed.fetch_add(1, Ordering::Relaxed);
+                slot.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::Closed)
             }
             Delivery::Dropped(Refused::TooBig) => Err(DropReason::TooBig),
@@ -1123,7 +1127,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         }
         let network = &*self.membership.network;
         if let Some(slot) = self.membership.slot() {
-            for (counter, count) in slot.sent.iter().zip(&mut self.counts) {
+            for (counter, count) in slot.counters.sent.iter().zip(&mut self.counts) {
                 if *count != 0 {
                     counter.fetch_add(core::mem::take(count), Ordering::Relaxed);
                 }
