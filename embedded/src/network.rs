@@ -515,12 +515,8 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         }))
     }
 
-    /// Puts an interface on the network.
-    ///
-    /// # Errors
-    ///
-    /// If the network is full, or the MAC address is taken or impossible.
-    pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
+    /// Gives an interface its place on the network, and opens the inbox there.
+    fn admit(self: &Arc<Self>, config: PortConfig) -> Result<Admitted<B>, JoinError> {
         let mac = config.mac.unwrap_or_else(|| mac_of_interface(config.interface_id));
         let key = Mac::new(mac.into_array());
         if !key.is_unicast() {
@@ -560,11 +556,31 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             mac,
             open: AtomicBool::new(true),
         });
+        Ok(Admitted { collector, slot: Arc::clone(slot), membership })
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Network<B> {
+    /// Puts an interface on the network.
+    ///
+    /// # Errors
+    ///
+    /// If the network is full, or the MAC address is taken or impossible.
+    pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
+        let Admitted { collector, slot, membership } = self.admit(config)?;
         Ok(Port {
             sender: Sender::new(Arc::clone(&membership)),
-            receiver: Receiver { collector, slot: Arc::clone(slot), membership },
+            receiver: Receiver { collector, slot, membership },
         })
     }
+}
+
+/// An interface that is on the network: what its two halves are made of.
+struct Admitted<B: AsMut<[u8]> + Send> {
+    // In this order: the inbox is closed and empty before the port leaves.
+    collector: Collector<B>,
+    slot: Arc<Slot<B>>,
+    membership: Arc<Membership<B>>,
 }
 
 /// A port's place on the network, left when its receiver and all its senders are gone.
