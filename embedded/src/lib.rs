@@ -29,21 +29,26 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! - [`network`]: networks, ports and the rules of forwarding
+//! - [`network`]: networks, and the rules of forwarding
+//! - [`port`]: an interface's place on a network, and its two halves
+//! - [`stats`]: what becomes of each frame, and the counters that say how often
+//! - [`clock`]: the time, as a network sees it
 //! - [`inbox`]: how a frame gets into a receiver's buffer, and why that is safe
 //! - [`gateway`]: ARP and ICMP echo at the network's first address
 //! - [`dhcp`]: the DHCPv4 server, usable alone
 
+pub mod clock;
 pub mod config;
 pub mod dhcp;
 pub mod gateway;
 pub mod inbox;
 pub mod network;
+pub mod port;
+pub mod stats;
 mod table;
 
 pub use config::{ConfigError, Ipv4Range, NetworkConfig, NetworkMode};
 pub use dhcp::Lease;
-pub use network::{
-    DropReason, JoinError, Monitor, Network, OpenError, Port, PortConfig, PortStats, Receiver,
-    Registry, Sender, Sent,
-};
+pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
+pub use port::{Monitor, Port, Receiver, Sender};
+pub use stats::{DropReason, PortStats, Sent};

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::DhcpMessageType;
-use vmring_embedded::network::{ADDRESSES, Clock, MAX_PORTS, ManualClock, mac_of_interface};
+use vmring_embedded::clock::{Clock, ManualClock};
+use vmring_embedded::network::{MAX_PORTS, mac_of_interface};
+use vmring_embedded::port::ADDRESSES;
 use vmring_embedded::{
     ConfigError, DropReason, Ipv4Range, JoinError, Network, NetworkConfig, NetworkMode, OpenError,
     PortConfig, Registry, Sent,

@@ -9,7 +9,7 @@ use core::time::Duration;
 use frames::{Frame, GATEWAY, LAST, MASK};
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
-use vmring_embedded::network::{Clock, ManualClock};
+use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::{
     DropReason, Ipv4Range, Network, NetworkConfig, NetworkMode, PortConfig, Sent,
 };

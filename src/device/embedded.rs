@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_embedded::network::{ADDRESSES, PortConfig, Receiver, Registry, Sender};
+use vmring_embedded::network::{PortConfig, Registry};
+use vmring_embedded::port::{ADDRESSES, Receiver, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};

@@ -1,0 +1,564 @@
+//! A port: an interface's place on a network, and its two halves.
+//!
+//! A [`Port`] splits into a [`Receiver`], which posts buffers and collects packets, and a
+//! [`Sender`], which forwards frames on its caller's own thread.
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::time::Duration;
+use std::sync::Arc;
+
+use macaddr::MacAddr6;
+use smoltcp::wire::EthernetFrame;
+use vmring_core::sync::Ordering;
+
+use crate::inbox::{Claim, Collector, Delivery, Refused};
+use crate::network::{Admitted, JoinError, Membership, Network, PortConfig, Slot, WORDS, is_ours};
+use crate::stats::{COUNTS, Count, DropReason, PortStats, Sent, add};
+use crate::table::Mac;
+
+impl<B: AsMut<[u8]> + Send> Network<B> {
+    /// Puts an interface on the network.
+    ///
+    /// # Errors
+    ///
+    /// If the network is full, or the MAC address is taken or impossible.
+    pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
+        let Admitted { collector, slot, membership } = self.admit(config)?;
+        Ok(Port {
+            sender: Sender::new(Arc::clone(&membership)),
+            receiver: Receiver { collector, slot, membership },
+        })
+    }
+}
+
+/// An interface's place on a network: a [`Receiver`] and a [`Sender`]. It leaves the network when
+/// the receiver and all senders are dropped, in any order and on any thread.
+pub struct Port<B: AsMut<[u8]> + Send> {
+    // In this order: a sender flushes when it is dropped, which may ring the receiver.
+    sender: Sender<B>,
+    receiver: Receiver<B>,
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Port<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Port").field("mac", &self.mac()).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Port<B> {
+    /// The two halves; they may go to different threads.
+    pub fn split(self) -> (Receiver<B>, Sender<B>) {
+        (self.receiver, self.sender)
+    }
+
+    /// The MAC address the network assigned to it.
+    pub fn mac(&self) -> MacAddr6 {
+        self.receiver.membership.mac
+    }
+
+    /// The network it is on.
+    pub fn network(&self) -> &Arc<Network<B>> {
+        &self.receiver.membership.network
+    }
+
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    pub fn monitor(&self) -> Monitor<B> {
+        self.receiver.monitor()
+    }
+}
+
+/// Reads a port's counters, from any thread. The port can leave while it exists; the network lives on
+/// with it.
+pub struct Monitor<B> {
+    network: Arc<Network<B>>,
+    index: usize,
+    generation: u32,
+    mac: MacAddr6,
+}
+
+impl<B> Clone for Monitor<B> {
+    fn clone(&self) -> Self {
+        Self { network: Arc::clone(&self.network), ..*self }
+    }
+}
+
+impl<B> fmt::Debug for Monitor<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Monitor").field("mac", &self.mac).finish_non_exhaustive()
+    }
+}
+
+impl<B> Monitor<B> {
+    fn new(membership: &Membership<B>) -> Self {
+        Self {
+            network: Arc::clone(&membership.network),
+            index: membership.index,
+            generation: membership.generation,
+            mac: membership.mac,
+        }
+    }
+
+    /// The port's counters, or `None` once it has left.
+    pub fn stats(&self) -> Option<PortStats> {
+        let slot = self.network.slot(self.index)?;
+        let stats = slot.counters.stats();
+        (slot.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
+    }
+
+    /// The port's MAC address.
+    pub fn mac(&self) -> MacAddr6 {
+        self.mac
+    }
+
+    /// The network the port is on.
+    pub fn network(&self) -> &Arc<Network<B>> {
+        &self.network
+    }
+}
+
+/// The half of a port that receives. Dropping it closes it: packets and buffers that are still in
+/// it are dropped, after waiting for copies that are under way.
+pub struct Receiver<B: AsMut<[u8]> + Send> {
+    // In this order: the inbox is closed and empty before the port leaves.
+    collector: Collector<B>,
+    /// Its own, for the counters.
+    slot: Arc<Slot<B>>,
+    membership: Arc<Membership<B>>,
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Receiver<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Receiver")
+            .field("mac", &self.membership.mac)
+            .field("posted", &self.posted())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Receiver<B> {
+    /// The MAC address the network assigned to the port.
+    pub fn mac(&self) -> MacAddr6 {
+        self.membership.mac
+    }
+
+    /// The network the port is on.
+    pub fn network(&self) -> &Arc<Network<B>> {
+        &self.membership.network
+    }
+
+    /// What has passed through the port.
+    pub fn stats(&self) -> PortStats {
+        self.membership.stats()
+    }
+
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    pub fn monitor(&self) -> Monitor<B> {
+        Monitor::new(&self.membership)
+    }
+
+    /// Lends a buffer to the network; see [`Collector::post`]. A receiver that finds packets
+    /// waiting for a buffer gets no wake-up for them: after posting, collect.
+    ///
+    /// # Errors
+    ///
+    /// The buffer comes straight back if `inbox_depth` buffers are posted, or if it has less room
+    /// than the network's `max_packet_size`.
+    pub fn post(&mut self, buffer: B) -> Result<(), B> {
+        self.collector.post(buffer)
+    }
+
+    /// As [`post`](Self::post), not shown to senders before [`publish`](Self::publish).
+    ///
+    /// # Errors
+    ///
+    /// As [`post`](Self::post).
+    #[inline(always)]
+    pub fn stage(&mut self, buffer: B) -> Result<(), B> {
+        self.collector.stage(buffer)
+    }
+
+    /// Shows what was [staged](Self::stage), with one store.
+    #[inline]
+    pub fn publish(&mut self) {
+        self.collector.publish();
+    }
+
+    /// How many buffers are lent, filled or not.
+    pub fn posted(&self) -> usize {
+        self.collector.posted()
+    }
+
+    /// Whether no further buffer can be posted.
+    pub fn is_full(&self) -> bool {
+        self.collector.is_full()
+    }
+
+    /// The next packet and its length, or `None`; see [`Collector::collect`].
+    #[inline(always)]
+    pub fn collect(&mut self) -> Option<(B, usize)> {
+        let packet = self.collector.collect()?;
+        let received = &self.slot.counters.received;
+        add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
+        add(&received.bytes, packet.len as u64);
+        Some((packet.buffer, packet.len))
+    }
+
+    /// Takes back every posted buffer no sender has claimed; see [`Collector::recall`].
+    pub fn recall(&mut self, f: impl FnMut(B)) -> usize {
+        self.collector.recall(f)
+    }
+
+    /// Takes back those of them that match and leaves the others posted; see
+    /// [`Collector::recall_if`].
+    pub fn recall_if(&mut self, matches: impl FnMut(&mut B) -> bool, f: impl FnMut(B)) -> usize {
+        self.collector.recall_if(matches, f)
+    }
+
+    /// True: nothing can be collected, and the wake callback will be called once when that
+    /// changes. False: there is something to collect. See [`Collector::arm`].
+    pub fn arm(&mut self) -> bool {
+        self.collector.arm()
+    }
+
+    /// The receiver is awake; see [`Collector::disarm`].
+    pub fn disarm(&mut self) -> bool {
+        self.collector.disarm()
+    }
+
+    /// Refuses further packets and waits for the copies under way, each no longer than one frame
+    /// takes, or a [`Run`]. Afterwards no sender touches a buffer; what has arrived can be
+    /// [collected](Self::collect), the rest [recalled](Self::recall). The port's senders can still
+    /// send.
+    pub fn close(&mut self) {
+        self.membership.network.set_floodable(self.membership.index, false);
+        self.membership.open.store(false, Ordering::Relaxed);
+        self.collector.close();
+    }
+
+    /// Accepts packets again after [`close`](Self::close).
+    pub fn reopen(&mut self) {
+        self.collector.reopen();
+        self.membership.open.store(true, Ordering::Relaxed);
+        let membership = &self.membership;
+        membership.network.set_floodable(membership.index, !membership.port.isolated());
+    }
+
+    /// Whether [`close`](Self::close) was called, and [`reopen`](Self::reopen) not since.
+    pub fn is_closed(&self) -> bool {
+        !self.membership.open.load(Ordering::Relaxed)
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
+    fn drop(&mut self) {
+        self.close(); // no more floods; the collector's own drop does the rest
+    }
+}
+
+/// The half of a port that sends, on the thread that calls it. A port can have several, made by
+/// [`another`](Self::another); frames of one keep their order.
+///
+/// Receivers are woken by [`flush`](Self::flush), once each: call it after every batch. Dropping a
+/// sender flushes.
+pub struct Sender<B: AsMut<[u8]> + Send> {
+    membership: Arc<Membership<B>>,
+    /// Where the gateway writes its replies.
+    reply: Box<[u8]>,
+    /// The ports that were delivered to since the last flush.
+    touched: [u64; WORDS],
+    counts: [u64; COUNTS],
+    /// Whether anything was sent since the last flush.
+    busy: bool,
+    /// The clock's seconds when the batch began.
+    now: u32,
+    mac: Mac,
+    not_sync: PhantomData<core::cell::Cell<()>>,
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Sender<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sender").field("mac", &self.membership.mac).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Sender<B> {
+    fn new(membership: Arc<Membership<B>>) -> Self {
+        // DHCP replies are shorter than the smallest MTU.
+        let reply = vec![0; membership.network.max_packet_size].into_boxed_slice();
+        Self {
+            reply,
+            touched: [0; WORDS],
+            counts: [0; COUNTS],
+            busy: false,
+            now: 0,
+            mac: Mac::new(membership.mac.into_array()),
+            membership,
+            not_sync: PhantomData,
+        }
+    }
+
+    /// Another sender of the same port, for another thread.
+    pub fn another(&self) -> Self {
+        Self::new(Arc::clone(&self.membership))
+    }
+
+    /// The MAC address the network assigned to the port.
+    pub fn mac(&self) -> MacAddr6 {
+        self.membership.mac
+    }
+
+    /// The network the port is on.
+    pub fn network(&self) -> &Arc<Network<B>> {
+        &self.membership.network
+    }
+
+    /// What has passed through the port.
+    pub fn stats(&self) -> PortStats {
+        self.membership.stats()
+    }
+
+    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    pub fn monitor(&self) -> Monitor<B> {
+        Monitor::new(&self.membership)
+    }
+
+    /// Forwards one frame. Waits for no packet and no buffer (only for a receiver that is in the
+    /// middle of [`recall_if`](Receiver::recall_if)); what cannot be delivered is dropped and
+    /// counted.
+    /// Receivers that sleep learn of it at the next [`flush`](Self::flush).
+    pub fn send(&mut self, frame: &[u8]) -> Sent {
+        self.begin();
+        let sent = self.forward(frame);
+        let count = match sent {
+            Sent::Forwarded => Count::Packets,
+            Sent::Flooded { .. } => {
+                self.count(Count::Floods, 1);
+                Count::Packets
+            }
+            Sent::Gateway => Count::Packets,
+            Sent::Dropped(reason) => match reason {
+                DropReason::Runt => Count::Runt,
+                DropReason::TooBig => Count::TooBig,
+                DropReason::BadSource => Count::BadSource,
+                DropReason::Isolated => Count::Isolated,
+                DropReason::OwnPort => Count::OwnPort,
+                DropReason::NoBuffer | DropReason::Closed => Count::NoReceiver,
+            },
+        };
+        self.count(count, 1);
+        if matches!(count, Count::Packets) {
+            self.count(Count::Bytes, frame.len() as u64);
+        }
+        sent
+    }
+
+    /// Prepares up to `wanted` frames that all begin with these addresses: asks once where they go, and
+    /// claims buffers there in one step. `None` if they do not all go to one port, or if it has no buffer
+    /// posted: then [`send`](Self::send) knows what becomes of each.
+    ///
+    /// Like frames that are sent, those of a run reach a sleeping receiver at the next
+    /// [`flush`](Self::flush).
+    pub fn run(&mut self, addresses: [u8; ADDRESSES], wanted: usize) -> Option<Run<'_, B>> {
+        let [a, b, c, d, e, f, from @ ..] = addresses;
+        let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
+        if to.is_group() {
+            return None;
+        }
+        self.begin();
+        let Self { membership, touched, counts, now, mac, .. } = self;
+        let network = &*membership.network;
+        let port = membership.port;
+        if from != *mac && !is_ours(network, port, from, *now) {
+            return None;
+        }
+        // The gateway's address is behind no port.
+        let target = network.table.lookup(to, *now)?;
+        if target.index() == port.index() || target.isolated() || port.isolated() {
+            return None;
+        }
+        let index = target.index();
+        let claim = network.slot(index)?.inbox.claim(wanted)?;
+        touched[index / 64] |= 1 << (index % 64);
+        Some(Run { claim, counts })
+    }
+
+    /// The first frame of a batch reads the clock, for all.
+    #[inline]
+    fn begin(&mut self) {
+        if !self.busy {
+            self.busy = true;
+            self.now = self.membership.network.refresh();
+        }
+    }
+
+    fn count(&mut self, count: Count, amount: u64) {
+        self.counts[count as usize] += amount;
+    }
+
+    fn forward(&mut self, frame: &[u8]) -> Sent {
+        let port = self.membership.port;
+        let network = &*self.membership.network;
+        if frame.len() > network.max_packet_size {
+            return Sent::Dropped(DropReason::TooBig);
+        }
+        let Ok(ethernet) = EthernetFrame::new_checked(frame) else {
+            return Sent::Dropped(DropReason::Runt);
+        };
+        let from = Mac::new(ethernet.src_addr().0);
+        let to = Mac::new(ethernet.dst_addr().0);
+        if from != self.mac && !is_ours(network, port, from, self.now) {
+            return Sent::Dropped(DropReason::BadSource);
+        }
+        if to.is_group() {
+            let gateway = to == Mac::BROADCAST;
+            if gateway {
+                self.ask_gateway(frame);
+            }
+            if port.isolated() {
+                return if gateway { Sent::Gateway } else { Sent::Dropped(DropReason::Isolated) };
+            }
+            return self.flood(frame);
+        }
+        if to == network.gateway_mac {
+            self.ask_gateway(frame);
+            return Sent::Gateway;
+        }
+        match network.table.lookup(to, self.now) {
+            Some(target) if target.index() == port.index() => Sent::Dropped(DropReason::OwnPort),
+            Some(target) if target.isolated() || port.isolated() => {
+                Sent::Dropped(DropReason::Isolated)
+            }
+            Some(target) => match self.deliver(target.index(), frame) {
+                Ok(()) => Sent::Forwarded,
+                Err(reason) => Sent::Dropped(reason),
+            },
+            None if port.isolated() => Sent::Dropped(DropReason::Isolated),
+            None => self.flood(frame),
+        }
+    }
+
+    /// Copies a frame to one port.
+    ///
+    /// The index may be stale by a moment: a port that left has a closed inbox, and one that took
+    /// its place gets a frame it might as well have got in a flood.
+    fn deliver(&mut self, index: usize, frame: &[u8]) -> Result<(), DropReason> {
+        let Some(slot) = self.membership.network.slot(index) else {
+            return Err(DropReason::Closed);
+        };
+        match slot.inbox.deliver(frame) {
+            Delivery::Direct | Delivery::Overflow => {
+                self.touched[index / 64] |= 1 << (index % 64);
+                Ok(())
+            }
+            Delivery::Dropped(Refused::NoBuffer) => {
+                slot.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
+                Err(DropReason::NoBuffer)
+            }
+            Delivery::Dropped(Refused::Closed) => {
+                slot.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
+                Err(DropReason::Closed)
+            }
+            Delivery::Dropped(Refused::TooBig) => Err(DropReason::TooBig),
+        }
+    }
+
+    #[cold]
+    fn flood(&mut self, frame: &[u8]) -> Sent {
+        let own = self.membership.index;
+        let mut reached = 0;
+        for word in 0..WORDS {
+            // Acquire: pairs with the Release in `set_floodable`.
+            let mut ports = self.membership.network.floodable[word].load(Ordering::Acquire);
+            if word == own / 64 {
+                ports &= !(1 << (own % 64));
+            }
+            while ports != 0 {
+                let index = word * 64 + ports.trailing_zeros() as usize;
+                ports &= ports - 1;
+                reached += u32::from(self.deliver(index, frame).is_ok());
+            }
+        }
+        Sent::Flooded { reached }
+    }
+
+    /// Lets the gateway see a frame; its reply comes back to this port and no other.
+    fn ask_gateway(&mut self, frame: &[u8]) {
+        self.count(Count::ToGateway, 1);
+        let network = &*self.membership.network;
+        let now = Duration::from_secs(self.now.into());
+        if let Some(len) = network.gateway.handle(frame, &mut self.reply, now) {
+            let reply = core::mem::take(&mut self.reply);
+            // If the port has no buffer for it the drop is counted there.
+            let _ = self.deliver(self.membership.index, &reply[..len]);
+            self.reply = reply;
+        }
+    }
+
+    /// Wakes every receiver that was delivered to since the last flush and sleeps, once, and
+    /// publishes this sender's counters. Costs almost nothing if nothing was sent.
+    pub fn flush(&mut self) {
+        if !core::mem::take(&mut self.busy) {
+            return;
+        }
+        let network = &*self.membership.network;
+        if let Some(slot) = self.membership.slot() {
+            for (counter, count) in slot.counters.sent.iter().zip(&mut self.counts) {
+                if *count != 0 {
+                    counter.fetch_add(core::mem::take(count), Ordering::Relaxed);
+                }
+            }
+        }
+        for (word, touched) in self.touched.iter_mut().enumerate() {
+            let mut ports = core::mem::take(touched);
+            while ports != 0 {
+                if let Some(slot) = network.slot(word * 64 + ports.trailing_zeros() as usize) {
+                    slot.inbox.ring();
+                }
+                ports &= ports - 1;
+            }
+        }
+    }
+}
+
+/// Frames of one sender to one port, whose buffers are claimed; see [`Sender::run`].
+pub struct Run<'a, B: AsMut<[u8]> + Send> {
+    claim: Claim<'a, B>,
+    counts: &'a mut [u64; COUNTS],
+}
+
+impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Run").field("left", &self.left()).finish_non_exhaustive()
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Run<'_, B> {
+    /// Frames that are still to be put. The receiver waits for them.
+    #[inline]
+    pub fn left(&self) -> usize {
+        self.claim.left()
+    }
+
+    /// Copies the next frame to the port. It begins with the run's addresses, is an Ethernet frame, and
+    /// no longer than the network carries. False if it is longer, or if none is left to put: then
+    /// nothing has happened.
+    #[inline]
+    pub fn put(&mut self, frame: &[u8]) -> bool {
+        let done = self.claim.fill(frame);
+        if done {
+            self.counts[Count::Packets as usize] += 1;
+            self.counts[Count::Bytes as usize] += frame.len() as u64;
+        }
+        done
+    }
+}
+
+impl<B: AsMut<[u8]> + Send> Drop for Sender<B> {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+/// Bytes of an Ethernet frame's two addresses, the destination first.
+pub const ADDRESSES: usize = 12;
