@@ -3,6 +3,12 @@
 use core::net::Ipv4Addr;
 use core::time::Duration;
 
+use crate::limits::{
+    DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
+    DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
+    MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE,
+};
+
 /// Ethernet header: what a packet is longer than the MTU.
 const ETHERNET_HEADER: usize = 14;
 
@@ -124,11 +130,11 @@ impl NetworkConfig {
         Self {
             mode,
             ipv4: Ipv4Range::of(mode),
-            mtu: 1500,
-            inbox_depth: 1024,
+            mtu: DEFAULT_MTU,
+            inbox_depth: DEFAULT_INBOX_DEPTH,
             overflow_depth: None,
-            lease_time: Duration::from_secs(86_400),
-            mac_ageing: Duration::from_secs(300),
+            lease_time: DEFAULT_LEASE_TIME,
+            mac_ageing: DEFAULT_MAC_AGEING,
             dns: Vec::new(),
         }
     }
@@ -140,8 +146,11 @@ impl NetworkConfig {
 
     /// The overflow ring's cells, with the default worked out.
     pub(crate) fn overflow(&self) -> u32 {
-        self.overflow_depth
-            .unwrap_or_else(|| ((512 * 1024 / self.max_packet_size()) as u32).clamp(16, 256))
+        self.overflow_depth.unwrap_or_else(|| {
+            let fitting = (DEFAULT_OVERFLOW_BYTES / self.max_packet_size()) as u32;
+            let depths = DEFAULT_OVERFLOW_DEPTH_RANGE;
+            fitting.clamp(*depths.start(), *depths.end())
+        })
     }
 
     /// Whether a network can be made like this.
@@ -151,23 +160,25 @@ impl NetworkConfig {
     /// A sentence on the first rule that is broken.
     pub fn check(&self) -> Result<(), ConfigError> {
         self.ipv4.check()?;
-        if !(1280..=65_521).contains(&self.mtu) {
+        if !MTU_RANGE.contains(&self.mtu) {
             return Err(ConfigError::Mtu { mtu: self.mtu });
         }
-        if !(1..=65_536).contains(&self.inbox_depth) {
+        if !INBOX_DEPTH_RANGE.contains(&self.inbox_depth) {
             return Err(ConfigError::InboxDepth { depth: self.inbox_depth });
         }
         match self.overflow_depth {
-            Some(depth) if depth > 65_536 => return Err(ConfigError::OverflowDepth { depth }),
+            Some(depth) if depth > MAX_OVERFLOW_DEPTH => {
+                return Err(ConfigError::OverflowDepth { depth });
+            }
             _ => {}
         }
-        if !(10..=u64::from(u32::MAX)).contains(&self.lease_time.as_secs()) {
+        if !LEASE_SECONDS_RANGE.contains(&self.lease_time.as_secs()) {
             return Err(ConfigError::LeaseTime { lease_time: self.lease_time });
         }
-        if !(1..=86_400).contains(&self.mac_ageing.as_secs()) {
+        if !MAC_AGEING_SECONDS_RANGE.contains(&self.mac_ageing.as_secs()) {
             return Err(ConfigError::MacAgeing { mac_ageing: self.mac_ageing });
         }
-        if self.dns.len() > 3 {
+        if self.dns.len() > MAX_DNS_SERVERS {
             return Err(ConfigError::Dns { count: self.dns.len() });
         }
         Ok(())

@@ -24,12 +24,8 @@ use smoltcp::wire::{
     IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
 };
 
-/// How long an offered address waits for its request.
-const OFFER_TIME: Duration = Duration::from_secs(60);
-/// How long an address that a client found in use is put aside.
-const DECLINE_TIME: Duration = Duration::from_secs(3600);
-/// The most addresses one server gives out, however wide its range: what bounds its memory.
-const MAX_LEASES: u32 = 65_536;
+use crate::limits::{DECLINE_TIME, MAX_DNS_SERVERS, MAX_LEASES, OFFER_TIME};
+
 /// Some old clients want no less (RFC 1542, section 2.1).
 const MIN_MESSAGE: usize = 300;
 /// Ethernet, IPv4 and UDP headers.
@@ -525,7 +521,7 @@ impl DhcpServer {
             server_identifier: Some(config.server),
             parameter_request_list: None,
             dns_servers: (!nak && !config.dns.is_empty())
-                .then(|| config.dns.iter().copied().take(3).collect()),
+                .then(|| config.dns.iter().copied().take(MAX_DNS_SERVERS).collect()),
             max_size: None,
             lease_duration: with_lease.then_some(lease),
             renew_duration: None, // smoltcp parses but does not emit these two

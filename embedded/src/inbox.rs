@@ -64,6 +64,8 @@ use crossbeam_utils::{Backoff, CachePadded};
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 
+use crate::limits::MAX_INBOX_CELLS;
+
 /// What is called, on a sender's thread, when a receiver that has [armed](Collector::arm) has
 /// something to collect. It must not block, and it may still be called once while, or shortly
 /// after, the receiver closes.
@@ -126,9 +128,6 @@ const PUSHED_MASK: u32 = (1 << 29) - 1;
 const HELD: u64 = 1 << 61;
 const OVERFLOW: u64 = 1 << 62;
 const CLOSED: u64 = 1 << 63;
-
-/// The largest number of cells, posted or overflow.
-const MAX_CELLS: u32 = 1 << 24;
 
 /// The word that decides everything, unpacked.
 #[derive(Clone, Copy)]
@@ -305,7 +304,10 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     #[doc(hidden)]
     pub fn starting_at(depth: u32, overflow: u32, max_frame: usize, start: u32) -> Self {
         assert!(depth > 0, "an inbox needs at least one cell");
-        assert!(depth <= MAX_CELLS && overflow <= MAX_CELLS, "an inbox of more than 2^24 cells");
+        assert!(
+            depth <= MAX_INBOX_CELLS && overflow <= MAX_INBOX_CELLS,
+            "an inbox of more than 2^24 cells"
+        );
         assert!(max_frame < WAITED as usize - 1, "frames of 2 GiB");
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();

@@ -32,6 +32,7 @@
 //! - [`network`]: networks, and the rules of forwarding
 //! - [`port`]: an interface's place on a network, and its two halves
 //! - [`stats`]: what becomes of each frame, and the counters that say how often
+//! - [`limits`]: the numbers that are limits or policy
 //! - [`clock`]: the time, as a network sees it
 //! - [`inbox`]: how a frame gets into a receiver's buffer, and why that is safe
 //! - [`gateway`]: ARP and ICMP echo at the network's first address
@@ -42,6 +43,7 @@ pub mod config;
 pub mod dhcp;
 pub mod gateway;
 pub mod inbox;
+pub mod limits;
 pub mod network;
 pub mod port;
 pub mod stats;

@@ -42,11 +42,9 @@ use crate::config::{ConfigError, NetworkConfig, NetworkMode};
 use crate::dhcp::{DhcpConfig, Lease};
 use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, Wake};
+use crate::limits::MAX_PORTS;
 use crate::stats::{PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
-
-/// How many ports one network can have.
-pub const MAX_PORTS: usize = 1024;
 
 pub(crate) const WORDS: usize = MAX_PORTS / 64;
 

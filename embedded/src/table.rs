@@ -13,8 +13,7 @@ use std::hash::BuildHasher;
 
 use vmring_core::sync::{AtomicU32, AtomicU64, Ordering};
 
-const WAYS: usize = 8;
-const BUCKETS: usize = 1024;
+use crate::limits::{TABLE_BUCKETS, TABLE_WAYS};
 
 /// A way without an entry. Its address is the broadcast address, which is neither entered nor looked
 /// up, so that no way without an entry is ever found; 0 would be taken for one of 00:00:00:00:00:00,
@@ -88,7 +87,7 @@ pub(crate) enum Learned {
 }
 
 #[repr(align(64))]
-struct Bucket([AtomicU64; WAYS]);
+struct Bucket([AtomicU64; TABLE_WAYS]);
 
 impl Bucket {
     fn new() -> Self {
@@ -106,7 +105,7 @@ pub(crate) struct MacTable {
     pinned: Box<[Bucket]>,
     learned: Box<[Bucket]>,
     /// When each learned entry was last seen, in seconds; same order.
-    stamps: Box<[[AtomicU32; WAYS]]>,
+    stamps: Box<[[AtomicU32; TABLE_WAYS]]>,
     key: u64,
     /// Seconds after which a learned entry no longer counts.
     ageing: u32,
@@ -115,16 +114,18 @@ pub(crate) struct MacTable {
 impl MacTable {
     pub(crate) fn new(ageing: u32) -> Self {
         Self {
-            pinned: (0..BUCKETS).map(|_| Bucket::new()).collect(),
-            learned: (0..BUCKETS).map(|_| Bucket::new()).collect(),
-            stamps: (0..BUCKETS).map(|_| core::array::from_fn(|_| AtomicU32::new(0))).collect(),
+            pinned: (0..TABLE_BUCKETS).map(|_| Bucket::new()).collect(),
+            learned: (0..TABLE_BUCKETS).map(|_| Bucket::new()).collect(),
+            stamps: (0..TABLE_BUCKETS)
+                .map(|_| core::array::from_fn(|_| AtomicU32::new(0)))
+                .collect(),
             key: RandomState::new().hash_one(0u64),
             ageing,
         }
     }
 
     fn bucket(&self, mac: Mac) -> usize {
-        mix(mac.0 ^ self.key) as usize % BUCKETS
+        mix(mac.0 ^ self.key) as usize % TABLE_BUCKETS
     }
 
     /// The port an address is behind, unless nothing has been heard of it for too long. Not for
@@ -150,8 +151,8 @@ impl MacTable {
 
     fn lookup_pinned(&self, mac: Mac, home: usize) -> Option<PortRef> {
         // Almost always one bucket: the next is looked at only if this one was ever full.
-        for step in 0..BUCKETS {
-            let bucket = &self.pinned[(home + step) % BUCKETS];
+        for step in 0..TABLE_BUCKETS {
+            let bucket = &self.pinned[(home + step) % TABLE_BUCKETS];
             for way in &bucket.0 {
                 let found = way.load(Ordering::Relaxed);
                 if mac_of(found) == mac.0 {
@@ -180,7 +181,7 @@ impl MacTable {
         let stamps = &self.stamps[home];
         let way = self.find(mac, home).unwrap_or_else(|| {
             // An empty way first, else the one that was silent longest.
-            (0..WAYS)
+            (0..TABLE_WAYS)
                 .max_by_key(|&way| match self.learned[home].0[way].load(Ordering::Relaxed) {
                     EMPTY => u64::from(u32::MAX) + 1,
                     _ => u64::from(now.wrapping_sub(stamps[way].load(Ordering::Relaxed))),
@@ -205,8 +206,8 @@ impl MacTable {
     /// address is new; there is room for many more addresses than ports.
     pub(crate) fn pin(&self, mac: Mac, port: PortRef) {
         let home = self.bucket(mac);
-        let free = (0..BUCKETS)
-            .flat_map(|step| &self.pinned[(home + step) % BUCKETS].0)
+        let free = (0..TABLE_BUCKETS)
+            .flat_map(|step| &self.pinned[(home + step) % TABLE_BUCKETS].0)
             .find(|way| matches!(way.load(Ordering::Relaxed), EMPTY | TOMBSTONE));
         if let Some(way) = free {
             way.store(entry(mac, port), Ordering::Relaxed);
@@ -217,8 +218,8 @@ impl MacTable {
     /// membership lock and knows that the port sends no more.
     pub(crate) fn forget(&self, mac: Mac, port: usize) {
         let home = self.bucket(mac);
-        let pinned = (0..BUCKETS).find_map(|step| {
-            let bucket = &self.pinned[(home + step) % BUCKETS];
+        let pinned = (0..TABLE_BUCKETS).find_map(|step| {
+            let bucket = &self.pinned[(home + step) % TABLE_BUCKETS];
             let is_it = |way: &&AtomicU64| mac_of(way.load(Ordering::Relaxed)) == mac.0;
             bucket.0.iter().find(is_it).map(|way| (bucket, way))
         });

@@ -13,7 +13,8 @@ use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::DhcpMessageType;
 use vmring_embedded::clock::{Clock, ManualClock};
-use vmring_embedded::network::{MAX_PORTS, mac_of_interface};
+use vmring_embedded::limits::MAX_PORTS;
+use vmring_embedded::network::mac_of_interface;
 use vmring_embedded::port::ADDRESSES;
 use vmring_embedded::{
     ConfigError, DropReason, Ipv4Range, JoinError, Network, NetworkConfig, NetworkMode, OpenError,
