@@ -9,8 +9,8 @@ use crate::limits::{
     MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE,
 };
 
-/// Ethernet header: what a packet is longer than the MTU.
-const ETHERNET_HEADER: usize = 14;
+/// Bytes of an Ethernet header. A frame is longer than its IP packet by this.
+pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
 
 /// What guests can reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -141,7 +141,7 @@ impl NetworkConfig {
 
     /// The longest frame: the MTU and an Ethernet header.
     pub fn max_packet_size(&self) -> usize {
-        self.mtu as usize + ETHERNET_HEADER
+        self.mtu as usize + ETHERNET_HEADER_LEN
     }
 
     /// The overflow ring's cells, with the default worked out.

@@ -24,12 +24,13 @@ use smoltcp::wire::{
     IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
 };
 
+use crate::config::ETHERNET_HEADER_LEN;
 use crate::limits::{DECLINE_TIME, MAX_DNS_SERVERS, MAX_LEASES, OFFER_TIME};
 
 /// Some old clients want no less (RFC 1542, section 2.1).
 const MIN_MESSAGE: usize = 300;
 /// Ethernet, IPv4 and UDP headers.
-const HEADERS: usize = 14 + 20 + 8;
+const HEADERS: usize = ETHERNET_HEADER_LEN + 20 + 8;
 
 mod option {
     pub(super) const REQUESTED_IP: u8 = 50;

@@ -16,9 +16,8 @@ use smoltcp::wire::{
 };
 use vmring_core::sync::{AtomicU64, Ordering};
 
+use crate::config::ETHERNET_HEADER_LEN;
 use crate::dhcp::{DhcpConfig, DhcpServer};
-
-const ETHERNET_HEADER: usize = 14;
 
 /// The host's end of a network. See the [module](self).
 #[derive(Debug)]
@@ -200,10 +199,10 @@ impl Gateway {
         ethertype: EthernetProtocol,
         len: usize,
     ) -> Result<&'a mut [u8], Silence> {
-        let out = reply.get_mut(..ETHERNET_HEADER + len).ok_or(Silence::Ignored)?;
+        let out = reply.get_mut(..ETHERNET_HEADER_LEN + len).ok_or(Silence::Ignored)?;
         let header = EthernetRepr { src_addr: self.ethernet(), dst_addr: to, ethertype };
         header.emit(&mut EthernetFrame::new_unchecked(&mut *out));
-        Ok(&mut out[ETHERNET_HEADER..])
+        Ok(&mut out[ETHERNET_HEADER_LEN..])
     }
 
     fn arp(
@@ -236,7 +235,7 @@ impl Gateway {
         let len = answer.buffer_len();
         let room = self.frame(reply, from, EthernetProtocol::Arp, len)?;
         answer.emit(&mut ArpPacket::new_unchecked(room));
-        Ok(ETHERNET_HEADER + len)
+        Ok(ETHERNET_HEADER_LEN + len)
     }
 
     fn icmp(
@@ -279,6 +278,6 @@ impl Gateway {
         let mut out = Ipv4Packet::new_unchecked(room);
         header.emit(&mut out, &checksums);
         echo.emit(&mut Icmpv4Packet::new_unchecked(out.payload_mut()), &checksums);
-        Ok(ETHERNET_HEADER + len)
+        Ok(ETHERNET_HEADER_LEN + len)
     }
 }
