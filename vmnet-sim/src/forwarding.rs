@@ -5,10 +5,10 @@ use std::thread;
 
 use libc::in_addr;
 
+use crate::availability::require;
 use crate::blocks::Held;
 use crate::interface::{self, FAILURE, INVALID_ARGUMENT, Interface, SUCCESS};
 use crate::objects::{lock, violation};
-use crate::symbols::require;
 use crate::xpc::{self, Handle, Object};
 
 const INET: u8 = 2;
@@ -253,7 +253,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
     // SAFETY: as the caller says.
     unsafe {
         let interface = interface::borrow(interface, "adding a forwarding");
-        require(interface.world(), c"vmnet_interface_add_ip_port_forwarding_rule");
+        require(interface.world().host().macos, c"vmnet_interface_add_ip_port_forwarding_rule");
         add(interface, (protocol, outside, inside), family, inner, handler, false)
     }
 }
@@ -272,7 +272,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
     // SAFETY: as the caller says.
     unsafe {
         let interface = interface::borrow(interface, "removing a forwarding");
-        require(interface.world(), c"vmnet_interface_remove_ip_port_forwarding_rule");
+        require(interface.world().host().macos, c"vmnet_interface_remove_ip_port_forwarding_rule");
         remove(interface, (protocol, outside), family, handler, false)
     }
 }
@@ -289,7 +289,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
     // SAFETY: as the caller says.
     unsafe {
         let interface = interface::borrow(interface, "listing forwardings");
-        require(interface.world(), c"vmnet_interface_get_ip_port_forwarding_rules");
+        require(interface.world().host().macos, c"vmnet_interface_get_ip_port_forwarding_rules");
         get(interface, family, handler)
     }
 }

@@ -14,13 +14,14 @@ use macaddr::MacAddr6;
 use vmring_embedded::network::mac_of_interface;
 use vmring_embedded::{Ipv4Range, NetworkConfig, NetworkMode, PortConfig, Receiver, Sender, Sent};
 
+use crate::availability::require_key;
 use crate::blocks::Held;
 use crate::dispatch::{Name, Target};
 use crate::forwarding::Rule;
+use crate::keys::{self, key};
 use crate::network::Network;
 use crate::objects::{lock, violation};
 use crate::script::{CallPlan, Counts, Dead, Events, Reported, Script, StartHandler, Value};
-use crate::symbols::{self, key};
 use crate::world::{Entry, World};
 use crate::xpc::{self, Handle, Object};
 
@@ -170,10 +171,10 @@ impl Wish {
         let (object, _) = unsafe { xpc::borrow(description, role) };
         let mut values = BTreeMap::new();
         for (name, value) in xpc::values(object, role) {
-            let Some(short) = symbols::input(&name) else {
+            let Some(short) = keys::input(&name) else {
                 violation(&format!("{role}: there is no key '{name}' that goes in"));
             };
-            let expected = symbols::input_type(short);
+            let expected = keys::input_type(short);
             let found = match value {
                 Value::U64(_) => 'u',
                 Value::Bool(_) => 'b',
@@ -398,7 +399,7 @@ pub(crate) unsafe fn start(
     let handler = unsafe { Held::new(handler, START_HANDLER, copies) };
     let queue = Target::new(queue, "the start's queue", world.retains());
     for key in wish.values.keys() {
-        symbols::require_key(&world, key);
+        require_key(world.host().macos, key);
     }
     world.saw(handler.life(), START_HANDLER);
     world.saw(queue.life(), "the start's queue");

@@ -13,10 +13,12 @@
 
 #![cfg(not(target_os = "macos"))]
 
+mod availability;
 mod blocks;
 mod dispatch;
 mod forwarding;
 mod interface;
+mod keys;
 mod network;
 mod objects;
 mod script;

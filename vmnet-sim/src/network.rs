@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, Weak};
 use libc::{in_addr, in6_addr};
 use vmring_embedded::Ipv4Range;
 
+use crate::availability::require;
 use crate::forwarding::{Rule, address, address_len};
 use crate::interface::{self, FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::objects::{self, Kind, lock, violation};
 use crate::script::{ForwardMade, NetworkMade};
-use crate::symbols::require;
 use crate::world::World;
 use crate::xpc::{self, Handle, Object};
 
@@ -231,7 +231,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
     mode: u32,
     status: *mut u32,
 ) -> *mut c_void {
-    require(&World::current(), c"vmnet_network_configuration_create");
+    require(World::current().host().macos, c"vmnet_network_configuration_create");
     let mode = u64::from(mode);
     if !matches!(mode, HOST_MODE | SHARED_MODE) {
         // SAFETY: as the caller says.
@@ -503,7 +503,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
     object: *mut c_void,
     status: *mut u32,
 ) -> *mut c_void {
-    require(&World::current(), c"vmnet_network_create_with_serialization");
+    require(World::current().host().macos, c"vmnet_network_create_with_serialization");
     // SAFETY: as the caller says.
     let (object, _) = unsafe { xpc::borrow(object, "vmnet_network_create_with_serialization") };
     let serial = match object {
