@@ -9,41 +9,8 @@ use crate::availability::require;
 use crate::blocks::Held;
 use crate::interface::{self, FAILURE, INVALID_ARGUMENT, Interface, SUCCESS};
 use crate::objects::{lock, violation};
+use crate::rules::{INET, Rule, address, address_len};
 use crate::xpc::{self, Handle, Object};
-
-const INET: u8 = 2;
-/// Darwin's.
-const INET6: u8 = 30;
-
-/// A rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Rule {
-    pub(crate) protocol: u8,
-    pub(crate) outside: u16,
-    pub(crate) family: u8,
-    pub(crate) address: [u8; 16],
-    pub(crate) inside: u16,
-}
-
-/// How many bytes an address of that family has.
-pub(crate) fn address_len(family: u8) -> Option<usize> {
-    match family {
-        INET => Some(4),
-        INET6 => Some(16),
-        _ => None,
-    }
-}
-
-/// # Safety
-///
-/// `from` points at an address of that family.
-pub(crate) unsafe fn address(from: *const c_void, family: u8) -> Option<[u8; 16]> {
-    let len = address_len(family)?;
-    let mut bytes = [0; 16];
-    // SAFETY: as the caller says.
-    bytes[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(from.cast::<u8>(), len) });
-    Some(bytes)
-}
 
 impl Interface {
     /// Whether forwarding is for it; else the functions fail at once, without their handler.

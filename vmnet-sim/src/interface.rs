@@ -17,10 +17,10 @@ use vmring_embedded::{Ipv4Range, NetworkConfig, NetworkMode, PortConfig, Receive
 use crate::availability::require_key;
 use crate::blocks::Held;
 use crate::dispatch::{Name, Target};
-use crate::forwarding::Rule;
 use crate::keys::{self, key};
 use crate::network::Network;
 use crate::objects::{lock, violation};
+use crate::rules::Rule;
 use crate::script::{CallPlan, Counts, Dead, Events, Reported, Script, StartHandler, Value};
 use crate::world::{Entry, World};
 use crate::xpc::{self, Handle, Object};

@@ -21,6 +21,7 @@ mod interface;
 mod keys;
 mod network;
 mod objects;
+mod rules;
 mod script;
 mod symbols;
 mod world;

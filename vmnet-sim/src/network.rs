@@ -10,9 +10,9 @@ use libc::{in_addr, in6_addr};
 use vmring_embedded::Ipv4Range;
 
 use crate::availability::require;
-use crate::forwarding::{Rule, address, address_len};
 use crate::interface::{self, FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::objects::{self, Kind, lock, violation};
+use crate::rules::{Rule, address, address_len};
 use crate::script::{ForwardMade, NetworkMade};
 use crate::world::World;
 use crate::xpc::{self, Handle, Object};
