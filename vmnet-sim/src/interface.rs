@@ -90,7 +90,7 @@ pub(crate) struct Interface {
     events_queue: Mutex<Option<Name>>,
     /// A repeated event is on its way.
     repeating: AtomicBool,
-    dead: Mutex<Option<Dead>>,
+    dead: Arc<Mutex<Option<Dead>>>,
     pub(crate) rules: Mutex<Vec<Rule>>,
     /// On a network object, which it keeps.
     pub(crate) network: Mutex<Option<Arc<Network>>>,
@@ -574,12 +574,12 @@ impl Interface {
             underway: AtomicUsize::new(0),
             events_queue: Mutex::new(None),
             repeating: AtomicBool::new(false),
-            dead: Mutex::new(None),
+            dead: Arc::default(),
             rules: Mutex::default(),
             network: Mutex::new(network),
         });
         port_of.get_or_init(|| Arc::downgrade(&interface));
-        lock(entry).running = Arc::downgrade(&interface);
+        lock(entry).dead = Arc::downgrade(&interface.dead);
         interface.arrived(); // lends the first buffers
         Ok(interface)
     }
@@ -593,10 +593,6 @@ impl Interface {
 
     fn count(&self, count: impl FnOnce(&mut Counts)) {
         count(&mut lock(&self.entry).counts);
-    }
-
-    pub(crate) fn die(&self, dead: Dead) {
-        *lock(&self.dead) = Some(dead);
     }
 
     pub(crate) fn is_running(&self) -> bool {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmring_embedded::Registry;
 
-use crate::interface::{Interface, Long};
+use crate::interface::Long;
 use crate::objects::{Life, lock, violation};
 use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
 
@@ -75,7 +75,8 @@ pub(crate) struct Entry {
     pub(crate) script: Script,
     pub(crate) counts: Counts,
     pub(crate) description: BTreeMap<String, Value>,
-    pub(crate) running: Weak<Interface>,
+    /// What sleep made of the running interface, which owns this.
+    pub(crate) dead: Weak<Mutex<Option<Dead>>>,
 }
 
 static BY_ID: LazyLock<Mutex<HashMap<[u8; 16], Weak<Inner>>>> = LazyLock::new(Mutex::default);
@@ -188,9 +189,9 @@ impl World {
 
     /// The host sleeps and wakes: this is what it makes of the interface, until it is started again.
     pub fn sleep(&self, id: [u8; 16], dead: Dead) {
-        let running = lock(&self.entry(id)).running.upgrade();
-        if let Some(interface) = running {
-            interface.die(dead);
+        let running = lock(&self.entry(id)).dead.upgrade();
+        if let Some(state) = running {
+            *lock(&state) = Some(dead);
         }
     }
 
