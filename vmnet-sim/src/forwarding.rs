@@ -7,9 +7,10 @@ use libc::in_addr;
 
 use crate::availability::require;
 use crate::blocks::Held;
-use crate::interface::{self, FAILURE, INVALID_ARGUMENT, Interface, SUCCESS};
+use crate::interface::{self, Interface};
 use crate::objects::{lock, violation};
 use crate::rules::{INET, Rule, address, address_len};
+use crate::status::{FAILURE, INVALID_ARGUMENT, SUCCESS};
 use crate::xpc::{self, Handle, Object};
 
 impl Interface {

@@ -15,14 +15,20 @@
 
 mod availability;
 mod blocks;
+mod description;
 mod dispatch;
 mod forwarding;
+mod framing;
 mod interface;
 mod keys;
+mod limits;
+mod mapped;
 mod network;
 mod objects;
 mod rules;
 mod script;
+mod settings;
+mod status;
 mod symbols;
 mod world;
 mod xpc;

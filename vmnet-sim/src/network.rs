@@ -10,10 +10,10 @@ use libc::{in_addr, in6_addr};
 use vmring_embedded::Ipv4Range;
 
 use crate::availability::require;
-use crate::interface::{self, FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::objects::{self, Kind, lock, violation};
 use crate::rules::{Rule, address, address_len};
 use crate::script::{ForwardMade, NetworkMade};
+use crate::status::{FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::world::World;
 use crate::xpc::{self, Handle, Object};
 
@@ -72,7 +72,7 @@ impl Network {
     }
 
     pub(crate) fn range(&self) -> Ipv4Range {
-        interface::range_from(self.gateway, self.mask)
+        range_from(self.gateway, self.mask)
     }
 }
 
@@ -184,7 +184,7 @@ unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Con
 /// # Safety
 ///
 /// `network` is one, or nothing that lives, which is told.
-unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<Network> {
+pub(crate) unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<Network> {
     objects::alive(network, Kind::Network, role);
     // SAFETY: it lives, and is a CfObject of this kind.
     match unsafe { &*network.cast::<CfObject>() } {
@@ -518,19 +518,8 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
     unsafe { give(known.ok_or(INVALID_ARGUMENT), status) }
 }
 
-/// # Safety
-///
-/// As [`network`] and [`vmnet_start_interface`](interface::vmnet_start_interface).
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn vmnet_interface_start_with_network(
-    on: *mut c_void,
-    description: *const c_void,
-    queue: *const c_void,
-    handler: *const c_void,
-) -> *mut c_void {
-    // SAFETY: as the caller says.
-    unsafe {
-        let on = network(on, "vmnet_interface_start_with_network").clone();
-        interface::start(description, queue, handler, Some(on))
-    }
+/// A subnet's addresses from its gateway's to the last but one: the last is the broadcast's.
+pub(crate) fn range_from(gateway: Ipv4Addr, mask: Ipv4Addr) -> Ipv4Range {
+    let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
+    Ipv4Range { gateway, end, mask }
 }

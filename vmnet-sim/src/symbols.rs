@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_void};
 use std::ptr;
 
 use crate::availability::since;
+use crate::interface::start;
 use crate::keys::{
     vmnet_enable_checksum_offload_key, vmnet_enable_virtio_header_key, vmnet_read_max_packets_key,
     vmnet_write_max_packets_key,
@@ -122,11 +123,7 @@ static ADDRESSES: &[(&CStr, Address)] = &{
             vmnet_network_create_with_serialization,
             c"vmnet_network_create_with_serialization"
         ),
-        function!(
-            network,
-            vmnet_interface_start_with_network,
-            c"vmnet_interface_start_with_network"
-        ),
+        function!(start, vmnet_interface_start_with_network, c"vmnet_interface_start_with_network"),
         function!(network, CFRelease, c"CFRelease"),
     ]
 };

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmring_embedded::Registry;
 
-use crate::interface::Long;
+use crate::framing::Long;
 use crate::objects::{Life, lock, violation};
 use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
 

@@ -1,0 +1,82 @@
+//! How packets are written on the simulated wire: with their virtio header, and those that are too long
+//! for it.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use macaddr::MacAddr6;
+
+use crate::limits::HEADER;
+use crate::objects::lock;
+
+/// Behind a frame on the simulated wire stands its virtio header, if that says anything, and this.
+pub(crate) const MARK: &[u8; 8] = b"vmnetsim";
+/// Behind a ticket stands this.
+pub(crate) const LONG_MARK: &[u8; 8] = b"vmnetlng";
+
+/// Frames that are longer than the simulated wire takes. A short one goes over it instead, which
+/// finds its way by the same addresses and says with a ticket what it stands for.
+#[derive(Default)]
+pub(crate) struct Long(Mutex<HashMap<u64, Awaited>>);
+
+struct Awaited {
+    bytes: Vec<u8>,
+    /// How many still come for it, as soon as that is known; those who came before are below zero.
+    copies: i64,
+    known: bool,
+}
+
+impl Long {
+    pub(crate) fn give(&self, bytes: Vec<u8>) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let ticket = NEXT.fetch_add(1, Ordering::Relaxed);
+        lock(&self.0).insert(ticket, Awaited { bytes, copies: 0, known: false });
+        ticket
+    }
+
+    pub(crate) fn expect(&self, ticket: u64, copies: u32) {
+        self.change(ticket, |awaited| {
+            awaited.copies += i64::from(copies);
+            awaited.known = true;
+        });
+    }
+
+    pub(crate) fn take(&self, ticket: u64) -> Vec<u8> {
+        self.change(ticket, |awaited| {
+            awaited.copies -= 1;
+            awaited.bytes.clone()
+        })
+    }
+
+    fn change<T>(&self, ticket: u64, change: impl FnOnce(&mut Awaited) -> T) -> T {
+        let mut all = lock(&self.0);
+        let awaited = all.get_mut(&ticket).expect("a ticket is good until all have come for it");
+        let result = change(awaited);
+        if awaited.known && awaited.copies == 0 {
+            all.remove(&ticket);
+        }
+        result
+    }
+}
+
+/// The ticket of a frame that stands for a long one.
+pub(crate) fn ticket(wire: &[u8]) -> Option<u64> {
+    let rest = wire.strip_suffix(LONG_MARK)?;
+    Some(u64::from_le_bytes(*rest.last_chunk()?))
+}
+
+/// A frame of the simulated wire, and its virtio header.
+pub(crate) fn parts(wire: &[u8]) -> (&[u8], &[u8]) {
+    match wire.strip_suffix(MARK) {
+        Some(rest) => rest.split_at(rest.len() - HEADER),
+        None => (wire, &[0; HEADER]),
+    }
+}
+
+/// Whether that is the gateway's answer to a DHCP client.
+pub(crate) fn is_dhcp(frame: &[u8], gateway: MacAddr6) -> bool {
+    let at = |from: usize, bytes: &[u8]| frame.get(from..from + bytes.len()) == Some(bytes);
+    // Ethernet's source and type, IPv4's protocol; the gateway's headers have no options: UDP's ports.
+    at(6, gateway.as_bytes()) && at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68])
+}

@@ -1,0 +1,175 @@
+//! Events: what the network delivers is taken in, and the callback is told.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use super::{EventTarget, Interface, Kernel, borrow, spare, spawn};
+use crate::blocks::Held;
+use crate::dispatch::Target;
+use crate::framing::{is_dhcp, parts, ticket};
+use crate::keys::key;
+use crate::limits::HEADER;
+use crate::objects::lock;
+use crate::script::Events;
+use crate::status::{INVALID_ARGUMENT, SETUP_INCOMPLETE, SUCCESS};
+use crate::xpc::{Handle, Object};
+
+impl Interface {
+    /// Takes in what the network has for us, on the sender's thread, and says so.
+    pub(super) fn arrived(self: &Arc<Self>) {
+        let depth = lock(&self.entry).script.queue_depth;
+        let mut kernel = lock(&self.kernel);
+        let Kernel { receiver: Some(receiver), waiting, free } = &mut *kernel else { return };
+        let (was_empty, mut arrived, mut dropped) = (waiting.is_empty(), false, 0);
+        loop {
+            while let Some((mut buffer, mut len)) = receiver.collect() {
+                if let Some(ticket) = ticket(&buffer[..len]) {
+                    // The wire's own buffer goes back to be lent again.
+                    spare(free, std::mem::replace(&mut buffer, self.world.0.long.take(ticket)));
+                    len = buffer.len();
+                }
+                if self.no_dhcp.is_some_and(|gateway| is_dhcp(&buffer[..len], gateway)) {
+                    spare(free, buffer);
+                    continue;
+                }
+                let (frame, _) = parts(&buffer[..len]);
+                let header = if self.settings.header { HEADER } else { 0 };
+                let too_long = header + frame.len() > self.settings.max_frame();
+                if waiting.len() < depth && !too_long {
+                    waiting.push_back((buffer, len));
+                    arrived = true;
+                } else {
+                    spare(free, buffer);
+                    dropped += 1;
+                }
+            }
+            while !receiver.is_full() {
+                let buffer = free.pop().unwrap_or_else(|| vec![0; self.wire]);
+                if receiver.post(buffer).is_err() {
+                    break;
+                }
+            }
+            if receiver.arm() {
+                break;
+            }
+        }
+        drop(kernel);
+        if dropped > 0 {
+            self.count(|counts| counts.dropped += dropped);
+        }
+        if arrived {
+            let events = lock(&self.entry).script.events;
+            match events {
+                Events::Arrival | Events::Level => self.fire(),
+                Events::Edge if was_empty => self.fire(),
+                Events::Edge | Events::Lost => {}
+            }
+        }
+    }
+
+    /// Puts an event on the queue, unless one is there that has not begun.
+    fn fire(self: &Arc<Self>) {
+        if lock(&self.dead).is_some() {
+            return;
+        }
+        let Some(target) = lock(&self.events).clone() else { return };
+        if target.pending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let interface = self.clone();
+        self.underway.fetch_add(1, Ordering::AcqRel);
+        target.queue.clone().run(move || {
+            let delay = lock(&interface.entry).script.event_delay;
+            thread::sleep(delay);
+            target.pending.store(false, Ordering::Release);
+            interface.count(|counts| counts.events += 1);
+            let event = Handle::dictionary();
+            let truth = lock(&interface.kernel).waiting.len() as u64;
+            if let Some(estimate) = lock(&interface.entry).script.estimate {
+                let estimate = Object::U64(estimate.unwrap_or(truth));
+                event.set(key("estimated_packets_available"), estimate);
+            }
+            // It may have been taken off meanwhile: an event that is on the queue still comes.
+            target.block.call_status_object(1, event.as_raw());
+            drop(target);
+            interface.underway.fetch_sub(1, Ordering::AcqRel);
+            interface.repeat();
+        });
+    }
+
+    /// Where events are level-triggered, another one while packets wait.
+    fn repeat(self: &Arc<Self>) {
+        let level = lock(&self.entry).script.events == Events::Level;
+        if !level || lock(&self.kernel).waiting.is_empty() {
+            return;
+        }
+        if self.repeating.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let interface = Arc::downgrade(self);
+        spawn("vmnet-sim-level", move || {
+            thread::sleep(Duration::from_millis(1));
+            if let Some(interface) = interface.upgrade() {
+                interface.repeating.store(false, Ordering::Release);
+                if !lock(&interface.kernel).waiting.is_empty() {
+                    interface.fire();
+                }
+            }
+        });
+    }
+
+    /// An event for what is left.
+    pub(super) fn again_if_waiting(self: &Arc<Self>) {
+        let events = lock(&self.entry).script.events;
+        if events != Events::Lost && !lock(&self.kernel).waiting.is_empty() {
+            self.fire();
+        }
+    }
+}
+
+/// # Safety
+///
+/// `interface` is a handle; queue and block are both null, or they live, or it is told.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
+    interface: *mut c_void,
+    mask: u32,
+    queue: *const c_void,
+    block: *const c_void,
+) -> u32 {
+    let what = "vmnet_interface_set_event_callback";
+    // SAFETY: as the caller says.
+    let interface = unsafe { borrow(interface, what) };
+    if !interface.is_running() {
+        let why = format!("{what} on an interface that does not run");
+        return interface.world.forbids(&why, SETUP_INCOMPLETE);
+    }
+    if mask != 1 {
+        return interface
+            .world
+            .forbids(&format!("{what}: there is one event, 1"), INVALID_ARGUMENT);
+    }
+    if queue.is_null() != block.is_null() {
+        let why = format!("{what}: both the queue and the block, or none of them");
+        return interface.world.forbids(&why, INVALID_ARGUMENT);
+    }
+    let target = if block.is_null() {
+        None
+    } else {
+        let retains = interface.world.retains();
+        // SAFETY: as the caller says.
+        let block = unsafe { Held::new(block, "the event callback", retains) };
+        let queue = Target::new(queue, "the events' queue", retains);
+        interface.world.saw(block.life(), "the event callback");
+        interface.world.saw(queue.life(), "the events' queue");
+        *lock(&interface.events_queue) = Some(queue.name());
+        Some(Arc::new(EventTarget { block, queue, pending: AtomicBool::new(false) }))
+    };
+    let before = std::mem::replace(&mut *lock(&interface.events), target);
+    drop(before);
+    interface.again_if_waiting();
+    SUCCESS
+}

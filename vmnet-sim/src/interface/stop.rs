@@ -1,0 +1,82 @@
+//! Stops.
+
+use std::ffi::c_void;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+use super::{Interface, STOPPED, borrow, spawn};
+use crate::blocks::Held;
+use crate::dispatch::{Name, Target};
+use crate::objects::{lock, violation};
+use crate::status::{INVALID_ARGUMENT, SUCCESS};
+
+/// # Safety
+///
+/// `interface` is a handle; queue and block live, or it is told.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn vmnet_stop_interface(
+    interface: *mut c_void,
+    queue: *const c_void,
+    handler: *const c_void,
+) -> u32 {
+    let what = "vmnet_stop_interface";
+    // SAFETY: as the caller says.
+    let interface = unsafe { borrow(interface, what) }.clone();
+    let world = interface.world.clone();
+    if interface.state.load(Ordering::Acquire) == STOPPED {
+        return world.forbids(&format!("{what}: a second time"), INVALID_ARGUMENT);
+    }
+    if lock(&interface.events).is_some() {
+        violation(&format!("{what}: the event callback is still set"));
+    }
+    if interface.calls.load(Ordering::Acquire) > 0 {
+        violation(&format!("{what}: a read or a write is under way"));
+    }
+    if lock(&interface.events_queue).is_some_and(Name::is_current) {
+        violation(&format!("{what}: from a job of the queue that its events come on"));
+    }
+    if interface.underway.load(Ordering::Acquire) > 0 {
+        violation(&format!("{what}: an event is on its queue or under way"));
+    }
+    let queue = Target::new(queue, "the stop's queue", world.retains());
+    if queue.is_current() {
+        violation(&format!("{what}: from a job of the queue that the handler is to run on"));
+    }
+    // SAFETY: as the caller says.
+    let handler = unsafe { Held::new(handler, "the stop's handler", world.retains()) };
+    world.saw(handler.life(), "the stop's handler");
+    world.saw(queue.life(), "the stop's queue");
+    let (plan, patience) = {
+        let script = &lock(&interface.entry).script;
+        (script.stop, script.patience)
+    };
+    if let Some(status) = plan.refused {
+        return status;
+    }
+    interface.state.store(STOPPED, Ordering::Release);
+    interface.count(|counts| counts.stops += 1);
+    spawn("vmnet-sim-stop", move || {
+        interface.leave();
+        let Some(delay) = plan.handler else {
+            std::mem::forget((queue, handler));
+            return;
+        };
+        thread::sleep(delay);
+        // The references end with the job, as far as there are any.
+        queue.clone().run_within(patience, "the stop's handler", move || {
+            handler.call_status(plan.status);
+            drop((handler, queue));
+        });
+    });
+    SUCCESS
+}
+
+impl Interface {
+    /// Leaves its network.
+    fn leave(&self) {
+        let sender = lock(&self.sender).take();
+        let kernel = std::mem::take(&mut *lock(&self.kernel));
+        let network = lock(&self.network).take();
+        drop((sender, kernel, network));
+    }
+}
