@@ -1,5 +1,12 @@
 //! `vmring demo`: two guests get addresses, ping and move a gigabyte.
 
+pub(crate) mod guest;
+#[cfg(target_os = "linux")]
+mod kernel;
+pub(crate) mod nic;
+mod setup;
+mod summary;
+
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -10,14 +17,14 @@ use vmring::{Interface, Poller, RingControl};
 
 use crate::args::DemoArgs;
 use crate::failure::Failure;
-use crate::guest::{Command, Guest, Lease, Pings, Report};
-use crate::lab::{self, Lab, Settings};
 use crate::progress::{Progress, say};
 use crate::recording::Recording;
 use crate::report::{bytes, offload_names, print, print_json, round};
 use crate::stream::Stream;
-use crate::summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
 use crate::system;
+use guest::{Command, Guest, Lease, Pings, Report};
+use setup::{Lab, Settings};
+use summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
 
 /// Pings from each guest to each target.
 const PINGS: u32 = 50;
@@ -129,7 +136,7 @@ impl Demo {
             let mut kernel = GuestSummary::new(KERNEL, &demo.interfaces[0]);
             kernel.mac = crate::tap::HOST_MAC.to_string().to_lowercase();
             summary.guests.push(kernel);
-            let kernel = crate::kernel::start(demo.guests.len(), tell)
+            let kernel = kernel::start(demo.guests.len(), tell)
                 .map_err(|error| Failure::Step(format!("the kernel's thread: {error}")))?;
             demo.guests.push(kernel);
         }
@@ -257,7 +264,7 @@ impl Demo {
         bytes: u64,
         leases: &[Lease; 2],
     ) -> Result<TransferSummary, Failure> {
-        let window = lab::window(self.interfaces[0].mtu());
+        let window = setup::window(self.interfaces[0].mtu());
         self.guests[to].tell(Command::Receive { window });
         self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
             matches!(report, Report::Listening).then_some(())

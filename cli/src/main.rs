@@ -9,19 +9,13 @@ mod bridge;
 mod demo;
 mod device;
 mod failure;
-mod guest;
 mod info;
-#[cfg(target_os = "linux")]
-mod kernel;
-mod lab;
-mod port;
 mod probe;
 mod progress;
 mod recording;
 mod report;
 mod stop;
 mod stream;
-mod summary;
 mod system;
 #[cfg(target_os = "linux")]
 mod tap;

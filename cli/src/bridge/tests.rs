@@ -21,9 +21,9 @@ use vmring::{
     Status,
 };
 
+use crate::demo::guest::{Command, Guest, Lease, Report};
+use crate::demo::nic::Port;
 use crate::device::{QUEUE, VMNET};
-use crate::guest::{Command, Guest, Lease, Report};
-use crate::port::Port;
 use crate::stream::Stream;
 
 /// No step takes a hundredth of it.

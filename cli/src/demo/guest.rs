@@ -20,7 +20,7 @@ use smoltcp::wire::{
 };
 use vmring::{Error, MacAddr6, RingControl};
 
-use crate::port::Port;
+use super::nic::Port;
 use crate::stream::Stream;
 
 /// Packets the stack takes in, and makes, before the other side of the ring hears of it: enough to

@@ -9,10 +9,10 @@ use vmring::{
     Builder, Direction, Drive, Driver, Error, Interface, Ipv4Range, Mode, Poller, Ring, RingControl,
 };
 
+use super::nic::Port;
 use crate::args::{DemoArgs, DriveArg};
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::port::Port;
 #[cfg(target_os = "linux")]
 use crate::tap::{self, TapArgs};
 

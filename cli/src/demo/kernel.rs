@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4Packet, Ipv4Packet};
 
-use crate::guest::{
+use super::guest::{
     CONTACT_TIMEOUT, Command, Guest, PING_TIMEOUT, Pings, Received, Report, TCP_PORT, answer,
     request,
 };

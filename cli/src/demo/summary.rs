@@ -7,7 +7,7 @@ use serde::Serialize;
 use vmring::Interface;
 use vmring::stats::RingStats;
 
-use crate::guest::{Lease, Pings};
+use super::guest::{Lease, Pings};
 use crate::report::{Batches, Table, bytes, grouped, percentile, round};
 
 /// What the kernel is called where it is the other guest.
