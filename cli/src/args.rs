@@ -95,10 +95,23 @@ pub(crate) struct DemoArgs {
     pub(crate) capture: Option<PathBuf>,
     #[cfg(target_os = "linux")]
     #[command(flatten)]
-    pub(crate) tap: crate::tap::TapArgs,
+    pub(crate) tap: TapArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What only the TAP device has.
+#[cfg(target_os = "linux")]
+#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TapArgs {
+    /// With --device tap: how frames move, auto, io_uring or plain [default: auto]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) engine: Option<vmring::TapEngine>,
+    /// With --device tap: ask for checksum offload and TCP segmentation; the guest takes the kernel's
+    /// large packets, but makes none itself
+    #[arg(long)]
+    pub(crate) offload: bool,
 }
 
 const BRIDGE_NOTES: &str = "\

@@ -6,6 +6,8 @@ mod kernel;
 pub(crate) mod nic;
 mod setup;
 mod summary;
+#[cfg(target_os = "linux")]
+mod tap;
 
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
@@ -134,7 +136,7 @@ impl Demo {
         #[cfg(target_os = "linux")]
         if settings.has_kernel() {
             let mut kernel = GuestSummary::new(KERNEL, &demo.interfaces[0]);
-            kernel.mac = crate::tap::HOST_MAC.to_string().to_lowercase();
+            kernel.mac = tap::HOST_MAC.to_string().to_lowercase();
             summary.guests.push(kernel);
             let kernel = kernel::start(demo.guests.len(), tell)
                 .map_err(|error| Failure::Step(format!("the kernel's thread: {error}")))?;

@@ -1,13 +1,19 @@
 //! `vmring info`: what this machine offers.
 
+mod device;
+#[cfg(target_os = "linux")]
+mod tap;
+
 use serde::Serialize;
-use vmring::device::Capabilities;
-use vmring::{Driver, Embedded, Error, Interface, Loopback};
+use vmring::{Embedded, Loopback};
 
 use crate::args::InfoArgs;
 use crate::failure::Failure;
-use crate::report::{Table, grouped, offload_names, print, print_json};
+use crate::report::{Table, grouped, print, print_json};
 use crate::system;
+#[cfg(not(target_os = "macos"))]
+use device::unusable;
+use device::{DeviceInfo, tried};
 
 /// Everything.
 #[derive(Debug, Serialize)]
@@ -20,73 +26,7 @@ struct Info {
     root: bool,
     devices: Vec<DeviceInfo>,
     #[cfg(target_os = "linux")]
-    tap: crate::tap::TapInfo,
-}
-
-#[derive(Debug, Serialize)]
-pub(crate) struct DeviceInfo {
-    name: &'static str,
-    what: &'static str,
-    /// What a process must have to use it.
-    needs: &'static str,
-    pub(crate) usable: bool,
-    /// Why it is not usable here.
-    pub(crate) why_not: Option<String>,
-    /// With default settings; `None` if it is not usable.
-    pub(crate) capabilities: Option<CapabilitiesInfo>,
-}
-
-#[derive(Debug, Serialize)]
-pub(crate) struct CapabilitiesInfo {
-    mtu: u32,
-    max_packet_size: u32,
-    max_read_batch: u32,
-    max_write_batch: u32,
-    headroom: u32,
-    /// `None`: any number.
-    reading_rings: Option<usize>,
-    writing_rings: Option<usize>,
-    offloads: Vec<&'static str>,
-}
-
-impl From<Capabilities> for CapabilitiesInfo {
-    fn from(caps: Capabilities) -> Self {
-        let any = |rings| (rings != usize::MAX).then_some(rings);
-        Self {
-            mtu: caps.mtu,
-            max_packet_size: caps.max_packet_size,
-            max_read_batch: caps.max_read_batch,
-            max_write_batch: caps.max_write_batch,
-            headroom: caps.headroom,
-            reading_rings: any(caps.reading_rings),
-            writing_rings: any(caps.writing_rings),
-            offloads: offload_names(caps.offloads),
-        }
-    }
-}
-
-/// A device of this version: tried out, not only described.
-pub(crate) fn tried(
-    name: &'static str,
-    what: &'static str,
-    needs: &'static str,
-    driver: impl Driver,
-) -> DeviceInfo {
-    let tried: Result<Capabilities, Error> =
-        Interface::builder().device(driver).start().map(|interface| interface.capabilities());
-    let (capabilities, why_not) = match tried {
-        Ok(caps) => (Some(caps.into()), None),
-        Err(error) => (None, Some(error.to_string())),
-    };
-    DeviceInfo { name, what, needs, usable: why_not.is_none(), why_not, capabilities }
-}
-
-/// A device that is not usable here, and why.
-pub(crate) fn unusable(
-    (name, what, needs): (&'static str, &'static str, &'static str),
-    why_not: String,
-) -> DeviceInfo {
-    DeviceInfo { name, what, needs, usable: false, why_not: Some(why_not), capabilities: None }
+    tap: tap::TapInfo,
 }
 
 const VMNET: (&str, &str, &str) = (
@@ -113,12 +53,6 @@ fn vmnet() -> Vec<DeviceInfo> {
     vec![unusable(VMNET, "it exists on macOS only".to_owned()), simulated]
 }
 
-pub(crate) const TAP: (&str, &str, &str) = (
-    "tap",
-    "a network interface of the host's kernel",
-    "root or the capability CAP_NET_ADMIN, or a TAP interface that was made for this user",
-);
-
 fn devices() -> Vec<DeviceInfo> {
     let mut devices = vec![
         tried(
@@ -136,14 +70,14 @@ fn devices() -> Vec<DeviceInfo> {
     ];
     devices.extend(vmnet());
     #[cfg(not(target_os = "linux"))]
-    devices.push(unusable(TAP, "it exists on Linux only".to_owned()));
+    devices.push(device::unusable(device::TAP, "it exists on Linux only".to_owned()));
     devices
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
     let devices = devices();
     #[cfg(target_os = "linux")]
-    let (devices, tap) = crate::tap::look(devices);
+    let (devices, tap) = tap::look(devices);
     let info = Info {
         version: env!("CARGO_PKG_VERSION"),
         system: std::env::consts::OS,

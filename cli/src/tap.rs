@@ -1,76 +1,15 @@
-//! The TAP device: the demo on it, in a network namespace of its own, and what `info` says of it.
+//! The TAP device: network namespaces, the bridge between two, and what the kernel has dropped.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::panic::resume_unwind;
 use std::thread;
 
-use clap::Args;
-use serde::Serialize;
-use vmring::device::Offloads;
-use vmring::{Error, Interface, MacAddr6, Mode, Tap, TapEngine, TapError};
+use vmring::{Error, Interface};
 
-use crate::args::DemoArgs;
 use crate::failure::Failure;
-use crate::info::{self, DeviceInfo};
-use crate::report::{Table, offload_names};
-
-/// The kernel's end in the demo: a locally administered address.
-pub(crate) const HOST_MAC: MacAddr6 = MacAddr6::new(0x02, 0x6b, 0x65, 0x72, 0x6e, 0x01);
-
-/// What only the TAP device has.
-#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct TapArgs {
-    /// With --device tap: how frames move, auto, io_uring or plain [default: auto]
-    #[arg(long, value_name = "NAME")]
-    engine: Option<TapEngine>,
-    /// With --device tap: ask for checksum offload and TCP segmentation; the guest takes the kernel's
-    /// large packets, but makes none itself
-    #[arg(long)]
-    offload: bool,
-}
-
-impl TapArgs {
-    /// Refuses what another device does not have.
-    pub(crate) fn check_absent(self) -> Result<(), Failure> {
-        let given = match self {
-            TapArgs { engine: Some(_), .. } => "--engine",
-            TapArgs { offload: true, .. } => "--offload",
-            _ => return Ok(()),
-        };
-        Err(Failure::Usage(format!("{given} is for the tap device; add --device tap")))
-    }
-
-    pub(crate) fn driver(self) -> Tap {
-        Tap::new().engine(self.engine.unwrap_or_default()).host_mac(HOST_MAC)
-    }
-
-    pub(crate) fn offloads(self) -> Offloads {
-        let mut offloads = Offloads::default();
-        (offloads.checksum, offloads.tso4) = (self.offload, self.offload);
-        offloads
-    }
-}
-
-/// Refuses what the demo cannot do on a TAP.
-pub(crate) fn check(args: &DemoArgs) -> Result<(), Failure> {
-    if let Mode::Bridged(_) = args.mode {
-        return Err(Failure::Usage(
-            "the demo has the tap device in a network namespace of its own, where there is no \
-             bridge; use --mode host or shared"
-                .to_owned(),
-        ));
-    }
-    // The kernel takes less; the demo has the same bounds on every device.
-    if let Some(mtu) = args.mtu.filter(|mtu| !(1280..=65_521).contains(mtu)) {
-        return Err(Failure::Usage(format!(
-            "an MTU of {mtu} is not possible; it must be from 1280 to 65521"
-        )));
-    }
-    Ok(())
-}
 
 /// Runs `f` on a thread in a network namespace of its own. The threads that it starts are there
 /// too, and the namespace goes with the last of them.
@@ -152,111 +91,6 @@ pub(crate) fn dropped() -> u64 {
 fn dropped_in(table: &str) -> u64 {
     let lines = table.lines().filter_map(|line| line.split_once(':'));
     lines.filter_map(|(_, numbers)| numbers.split_whitespace().nth(11)?.parse::<u64>().ok()).sum()
-}
-
-/// Where a TAP comes from.
-const NODE: &str = "/dev/net/tun";
-
-/// What of a TAP depends on this machine and this process.
-#[derive(Debug, Serialize)]
-pub(crate) struct TapInfo {
-    /// Whether `/dev/net/tun` may be opened.
-    opens: bool,
-    /// Why not.
-    why_not: Option<String>,
-    /// Which engine `auto` is.
-    engine: &'static str,
-    /// Why it is not io_uring.
-    why_no_io_uring: Option<String>,
-    /// What the kernel grants to who asks for all; `None` if no TAP could be made to ask.
-    offloads: Option<Vec<&'static str>>,
-    /// Those that may be named in the mode `bridged:NAME`.
-    bridges: Vec<String>,
-}
-
-/// Tries a TAP out, in a network namespace for it alone; adds it to the devices.
-pub(crate) fn look(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
-    let why_not = OpenOptions::new().read(true).write(true).open(NODE).err().map(closed);
-    let tried = match &why_not {
-        Some(why_not) => Err(why_not.clone()),
-        None => in_namespace(try_out).map_err(|failure| {
-            format!(
-                "it cannot be tried out here, but a TAP that root made for this user can be used; \
-                 {failure}"
-            )
-        }),
-    };
-    let (device, offloads) = tried.unwrap_or_else(|why| (info::unusable(info::TAP, why), None));
-    devices.push(device);
-    let (engine, why_no_io_uring) = match TapEngine::IoUring.resolve() {
-        Ok(_) => ("io_uring", None),
-        Err(error) => ("plain", Some(error.to_string())),
-    };
-    let opens = why_not.is_none();
-    let bridges = bridges();
-    (devices, TapInfo { opens, why_not, engine, why_no_io_uring, offloads, bridges })
-}
-
-/// Why the node cannot be opened, and what helps.
-fn closed(error: io::Error) -> String {
-    match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun.to_string(),
-        Some(libc::EACCES | libc::EPERM) => {
-            format!(
-                "permission denied: read and write access to {NODE}: run as root, or let root give \
-                 this user access"
-            )
-        }
-        _ => format!("opening {NODE}: {error}"),
-    }
-}
-
-fn try_out() -> (DeviceInfo, Option<Vec<&'static str>>) {
-    let (name, what, needs) = info::TAP;
-    let device = info::tried(name, what, needs, Tap::new());
-    let asked = Interface::builder().offloads(Offloads::ALL).device(Tap::new()).start();
-    (device, asked.ok().map(|interface| offload_names(interface.capabilities().offloads)))
-}
-
-/// Anybody may read them here; without a `/sys` there are none to be seen.
-fn bridges() -> Vec<String> {
-    let Ok(interfaces) = fs::read_dir("/sys/class/net") else { return Vec::new() };
-    let bridges = interfaces.flatten().filter(|interface| interface.path().join("bridge").is_dir());
-    let mut names: Vec<_> =
-        bridges.map(|bridge| bridge.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    names
-}
-
-impl TapInfo {
-    /// For people.
-    pub(crate) fn text(&self) -> String {
-        let list = |names: Vec<&str>| match names[..] {
-            [] => "none".to_owned(),
-            _ => names.join(", "),
-        };
-        let why = |why: &Option<String>| why.clone().unwrap_or_default();
-        let rows = [
-            (NODE, if self.opens { "may be opened".to_owned() } else { why(&self.why_not) }),
-            (
-                "engine",
-                match &self.why_no_io_uring {
-                    None => self.engine.to_owned(),
-                    Some(why) => format!("{}, no io_uring: {why}", self.engine),
-                },
-            ),
-            (
-                "offloads granted",
-                self.offloads.clone().map_or_else(|| "unknown: no TAP to ask".to_owned(), list),
-            ),
-            ("bridges", list(self.bridges.iter().map(String::as_str).collect())),
-        ];
-        let mut table = Table::default().left();
-        for (name, value) in rows {
-            table.row([name.to_owned(), value]);
-        }
-        format!("\nTAP\n{}", table.text())
-    }
 }
 
 #[cfg(test)]

@@ -10,11 +10,13 @@ use vmring::{
 };
 
 use super::nic::Port;
+#[cfg(target_os = "linux")]
+use super::tap;
+#[cfg(target_os = "linux")]
+use crate::args::TapArgs;
 use crate::args::{DemoArgs, DriveArg};
 use crate::device::DeviceName;
 use crate::failure::Failure;
-#[cfg(target_os = "linux")]
-use crate::tap::{self, TapArgs};
 
 /// What the network is to be like.
 #[derive(Clone, Debug)]

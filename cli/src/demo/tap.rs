@@ -1,0 +1,50 @@
+//! The demo on the TAP device.
+
+use vmring::device::Offloads;
+use vmring::{MacAddr6, Mode, Tap};
+
+use crate::args::{DemoArgs, TapArgs};
+use crate::failure::Failure;
+
+/// The kernel's end in the demo: a locally administered address.
+pub(crate) const HOST_MAC: MacAddr6 = MacAddr6::new(0x02, 0x6b, 0x65, 0x72, 0x6e, 0x01);
+
+impl TapArgs {
+    /// Refuses what another device does not have.
+    pub(crate) fn check_absent(self) -> Result<(), Failure> {
+        let given = match self {
+            TapArgs { engine: Some(_), .. } => "--engine",
+            TapArgs { offload: true, .. } => "--offload",
+            _ => return Ok(()),
+        };
+        Err(Failure::Usage(format!("{given} is for the tap device; add --device tap")))
+    }
+
+    pub(crate) fn driver(self) -> Tap {
+        Tap::new().engine(self.engine.unwrap_or_default()).host_mac(HOST_MAC)
+    }
+
+    pub(crate) fn offloads(self) -> Offloads {
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.tso4) = (self.offload, self.offload);
+        offloads
+    }
+}
+
+/// Refuses what the demo cannot do on a TAP.
+pub(crate) fn check(args: &DemoArgs) -> Result<(), Failure> {
+    if let Mode::Bridged(_) = args.mode {
+        return Err(Failure::Usage(
+            "the demo has the tap device in a network namespace of its own, where there is no \
+             bridge; use --mode host or shared"
+                .to_owned(),
+        ));
+    }
+    // The kernel takes less; the demo has the same bounds on every device.
+    if let Some(mtu) = args.mtu.filter(|mtu| !(1280..=65_521).contains(mtu)) {
+        return Err(Failure::Usage(format!(
+            "an MTU of {mtu} is not possible; it must be from 1280 to 65521"
+        )));
+    }
+    Ok(())
+}

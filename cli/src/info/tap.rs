@@ -1,0 +1,117 @@
+//! The TAP device, as `vmring info` shows it.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+
+use serde::Serialize;
+use vmring::device::Offloads;
+use vmring::{Interface, Tap, TapEngine, TapError};
+
+use super::device::{self, DeviceInfo};
+use crate::report::{Table, offload_names};
+use crate::tap::in_namespace;
+
+/// Where a TAP comes from.
+const NODE: &str = "/dev/net/tun";
+
+/// What of a TAP depends on this machine and this process.
+#[derive(Debug, Serialize)]
+pub(crate) struct TapInfo {
+    /// Whether `/dev/net/tun` may be opened.
+    opens: bool,
+    /// Why not.
+    why_not: Option<String>,
+    /// Which engine `auto` is.
+    engine: &'static str,
+    /// Why it is not io_uring.
+    why_no_io_uring: Option<String>,
+    /// What the kernel grants to who asks for all; `None` if no TAP could be made to ask.
+    offloads: Option<Vec<&'static str>>,
+    /// Those that may be named in the mode `bridged:NAME`.
+    bridges: Vec<String>,
+}
+
+/// Tries a TAP out, in a network namespace for it alone; adds it to the devices.
+pub(crate) fn look(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
+    let why_not = OpenOptions::new().read(true).write(true).open(NODE).err().map(closed);
+    let tried = match &why_not {
+        Some(why_not) => Err(why_not.clone()),
+        None => in_namespace(try_out).map_err(|failure| {
+            format!(
+                "it cannot be tried out here, but a TAP that root made for this user can be used; \
+                 {failure}"
+            )
+        }),
+    };
+    let (device, offloads) = tried.unwrap_or_else(|why| (device::unusable(device::TAP, why), None));
+    devices.push(device);
+    let (engine, why_no_io_uring) = match TapEngine::IoUring.resolve() {
+        Ok(_) => ("io_uring", None),
+        Err(error) => ("plain", Some(error.to_string())),
+    };
+    let opens = why_not.is_none();
+    let bridges = bridges();
+    (devices, TapInfo { opens, why_not, engine, why_no_io_uring, offloads, bridges })
+}
+
+/// Why the node cannot be opened, and what helps.
+fn closed(error: io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun.to_string(),
+        Some(libc::EACCES | libc::EPERM) => {
+            format!(
+                "permission denied: read and write access to {NODE}: run as root, or let root give \
+                 this user access"
+            )
+        }
+        _ => format!("opening {NODE}: {error}"),
+    }
+}
+
+fn try_out() -> (DeviceInfo, Option<Vec<&'static str>>) {
+    let (name, what, needs) = device::TAP;
+    let device = device::tried(name, what, needs, Tap::new());
+    let asked = Interface::builder().offloads(Offloads::ALL).device(Tap::new()).start();
+    (device, asked.ok().map(|interface| offload_names(interface.capabilities().offloads)))
+}
+
+/// Anybody may read them here; without a `/sys` there are none to be seen.
+fn bridges() -> Vec<String> {
+    let Ok(interfaces) = fs::read_dir("/sys/class/net") else { return Vec::new() };
+    let bridges = interfaces.flatten().filter(|interface| interface.path().join("bridge").is_dir());
+    let mut names: Vec<_> =
+        bridges.map(|bridge| bridge.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+impl TapInfo {
+    /// For people.
+    pub(crate) fn text(&self) -> String {
+        let list = |names: Vec<&str>| match names[..] {
+            [] => "none".to_owned(),
+            _ => names.join(", "),
+        };
+        let why = |why: &Option<String>| why.clone().unwrap_or_default();
+        let rows = [
+            (NODE, if self.opens { "may be opened".to_owned() } else { why(&self.why_not) }),
+            (
+                "engine",
+                match &self.why_no_io_uring {
+                    None => self.engine.to_owned(),
+                    Some(why) => format!("{}, no io_uring: {why}", self.engine),
+                },
+            ),
+            (
+                "offloads granted",
+                self.offloads.clone().map_or_else(|| "unknown: no TAP to ask".to_owned(), list),
+            ),
+            ("bridges", list(self.bridges.iter().map(String::as_str).collect())),
+        ];
+        let mut table = Table::default().left();
+        for (name, value) in rows {
+            table.row([name.to_owned(), value]);
+        }
+        format!("\nTAP\n{}", table.text())
+    }
+}
