@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vmring::{Ipv4Range, Mode};
 
-use crate::bridge::Spec;
+use crate::bridge::spec::{Offload, Spec};
 use crate::failure::Failure;
 
 /// Packet rings for virtual machine monitors.
@@ -128,14 +128,6 @@ Examples:
 
 It ends by itself when no end can bring another packet, as when a file is replayed into another.
 Exit code: 0 if it was ended, or ended by itself, 1 if an end failed, 2 for wrong arguments.";
-
-/// What the ends of a bridge do with checksums and segments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Offload {
-    Common,
-    Software,
-    None,
-}
 
 #[derive(Debug, Args)]
 pub(crate) struct BridgeArgs {

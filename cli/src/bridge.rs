@@ -4,38 +4,25 @@
 //! posted for reading where it came from. One thread does it: it turns both rings, and sleeps until
 //! either has something to do.
 
-mod spec;
+mod forwarding;
+mod limits;
+pub(crate) mod spec;
 mod summary;
 mod way;
 
-use std::os::fd::AsRawFd;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::{
-    Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, PoolBuilder, Ring,
-    RingControl,
-};
-
-use crate::args::{BridgeArgs, Offload};
+use crate::args::BridgeArgs;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
-use crate::recording::Recording;
 use crate::report::{print, print_json};
 use crate::stop::Stop;
 use crate::system;
 
-use spec::End;
-pub(crate) use spec::Spec;
+use forwarding::Bridge;
+use limits::TICK;
+use spec::{Offload, Spec};
 use summary::Summary;
-use way::{READ, Way};
-
-/// How long packets that were read are given to be written when the bridge ends.
-const END_TIMEOUT: Duration = Duration::from_secs(2);
-/// Between two looks at the counters, when somebody watches.
-const TICK: Duration = Duration::from_secs(1);
-/// Of an interface to stop.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     spec::check(&args.a, &args.b)?;
@@ -77,213 +64,6 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
         print(&summary.text())?;
     }
     outcome
-}
-
-/// Two ends, joined. `ways[i]` leads from `ends[i]` to the other.
-struct Bridge {
-    ways: [Way; 2],
-    rings: [Ring; 2],
-    controls: [RingControl; 2],
-    ends: [End; 2],
-    /// No more reads.
-    is_ending: bool,
-}
-
-impl Bridge {
-    /// Joins the ends, with up to `depth` packets under way in each direction. If that cannot be, they
-    /// leave no file behind.
-    fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
-        let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
-        let (rings, ways) = joined.inspect_err(|_| {
-            ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
-        })?;
-        let controls = [rings[0].control(), rings[1].control()];
-        Ok(Self { ways, rings, controls, ends, is_ending: false })
-    }
-
-    fn join(
-        interfaces: [&Interface; 2],
-        software: bool,
-        depth: u32,
-    ) -> Result<([Ring; 2], [Way; 2]), Error> {
-        let caps = interfaces.map(Interface::capabilities);
-        let most =
-            |f: fn(&vmring::device::Capabilities) -> u32| caps.iter().map(f).max().unwrap_or(0);
-        // Room for any packet of either, and for its header.
-        let packet = most(|caps| caps.max_packet_size) as usize;
-        let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
-        let headroom = headroom.max(most(|caps| caps.headroom) as usize);
-        let reads = depth as usize;
-        let cuts = software && caps[0].offloads != caps[1].offloads;
-        let segments = if cuts { reads } else { 0 };
-        let frames = 2 * (2 * reads + segments);
-        let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
-        // Both on this thread: a frame that one has read is warm when the other writes it.
-        let ring = |i: usize| {
-            let ring = interfaces[i].ring(Direction::Both).depth(depth).pool(&pool);
-            ring.drive(Drive::Inline).build()
-        };
-        let rings = [ring(0)?, ring(1)?];
-        let way = |to: usize| Way::new(&caps[to], software, &pool, reads, segments);
-        Ok((rings, [way(1), way(0)]))
-    }
-
-    /// Moves packets until it is told to stop, the `deadline` is there, or no end has anything more.
-    /// Calls `tick` once in that time, if it is given.
-    fn run(
-        &mut self,
-        stop: &Stop,
-        deadline: Option<Instant>,
-        every: Option<Duration>,
-        mut tick: impl FnMut(&Self),
-    ) -> Result<(), Failure> {
-        let mut next_tick = every.map(|every| Instant::now() + every);
-        let idle = IdlePolicy::default();
-        let mut rounds = 0;
-        loop {
-            let moved = self.turn()?;
-            let now = Instant::now();
-            if stop.is_wanted() || deadline.is_some_and(|deadline| now >= deadline) {
-                return Ok(());
-            }
-            if let (Some(at), Some(every)) = (next_tick, every)
-                && now >= at
-            {
-                next_tick = Some(now + every);
-                tick(self);
-            }
-            if moved {
-                rounds = 0;
-                continue;
-            }
-            if self.ends.iter().all(End::is_exhausted) {
-                return Ok(());
-            }
-            if rounds < idle.spins {
-                std::hint::spin_loop();
-            } else if rounds - idle.spins < idle.yields {
-                thread::yield_now();
-            } else {
-                let until = [deadline, next_tick].into_iter().flatten().min();
-                self.sleep(Some(stop), until)?;
-            }
-            rounds = rounds.saturating_add(1);
-        }
-    }
-
-    /// Takes in what has completed and submits what can be. Whether there was anything. An end that is
-    /// dead gives its reads back, and is found out when they are posted again.
-    fn turn(&mut self) -> Result<bool, Failure> {
-        let mut moved = 0;
-        for i in 0..2 {
-            for done in self.rings[i].reap() {
-                moved += 1;
-                match done.op {
-                    Op::Read => self.ways[i].read(done),
-                    Op::Write => self.ways[1 - i].written(done),
-                    Op::Cancel => {}
-                }
-            }
-        }
-        for i in 0..2 {
-            let (mut sq, _) = self.rings[1 - i].split();
-            moved += self.ways[i].write(&mut sq).map_err(|error| self.failed(1 - i, error))?;
-        }
-        for i in 0..2 {
-            if !self.is_ending {
-                let (mut sq, _) = self.rings[i].split();
-                moved += self.ways[i].post(&mut sq).map_err(|error| self.failed(i, error))?;
-            }
-        }
-        Ok(moved > 0)
-    }
-
-    fn failed(&self, end: usize, error: Error) -> Failure {
-        Failure::Step(format!("{}: {error}", self.ends[end].name))
-    }
-
-    /// Sleeps until either ring has a completion or `stop` is wanted, at most until `deadline`.
-    fn sleep(&mut self, stop: Option<&Stop>, deadline: Option<Instant>) -> Result<(), Failure> {
-        let mut polls = [nothing(), nothing(), nothing()];
-        for (i, poll) in polls.iter_mut().enumerate().take(2) {
-            let fd = self.rings[i].completion_fd().map(|fd| fd.as_raw_fd());
-            poll.fd = fd.map_err(|error| self.failed(i, error))?;
-            if self.rings[i].arm() == Armed::Ready {
-                return Ok(());
-            }
-        }
-        if let Some(stop) = stop {
-            polls[2].fd = stop.bell();
-        }
-        let due = self.rings.iter().filter_map(Ring::next_deadline).chain(deadline).min();
-        // Rounded up, so that a short sleep does not become a busy loop.
-        let millis = due.map_or(-1, |at| {
-            let left = at.saturating_duration_since(Instant::now());
-            i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-        });
-        system::poll(&mut polls, millis);
-        Ok(())
-    }
-
-    /// Ends the reading, writes what was read, and closes the rings.
-    fn end(&mut self) -> Result<(), Failure> {
-        self.is_ending = true;
-        for ring in &mut self.rings {
-            // Refused on a closed ring only, where nothing is in flight.
-            let _ = ring.cancel(READ, READ);
-        }
-        let deadline = Instant::now() + END_TIMEOUT;
-        let mut outcome = Ok(());
-        while self.rings.iter().any(|ring| ring.in_flight() > 0)
-            || self.ways.iter().any(Way::is_busy)
-        {
-            match self.turn() {
-                Ok(true) => {}
-                Ok(false) if Instant::now() < deadline => self.sleep(None, Some(deadline))?,
-                Ok(false) => break,
-                Err(failure) => {
-                    outcome = Err(failure);
-                    break;
-                }
-            }
-        }
-        for i in 0..2 {
-            let closed = self.rings[i].close();
-            outcome = outcome.and(closed.map_err(|error| self.failed(i, error)));
-            for done in self.rings[i].reap() {
-                if done.op == Op::Write {
-                    self.ways[1 - i].written(done);
-                }
-            }
-        }
-        self.ways.iter_mut().for_each(Way::abandon);
-        outcome
-    }
-
-    /// Stops the interfaces and writes out the files.
-    fn stop(&self) -> Result<(), Failure> {
-        for (i, end) in self.ends.iter().enumerate() {
-            end.interface.stop(STOP_TIMEOUT).map_err(|error| self.failed(i, error))?;
-            if let Some(recording) = &end.recording {
-                recording.finish()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Packets and bytes written so far, each way.
-    fn moved(&self) -> [(u64, u64); 2] {
-        self.ways.each_ref().map(|way| (way.counts.packets_written, way.counts.bytes_written))
-    }
-
-    /// Packets dropped so far.
-    fn dropped(&self) -> u64 {
-        self.ways.iter().flat_map(|way| way.counts.drops.values()).sum()
-    }
-}
-
-fn nothing() -> libc::pollfd {
-    libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }
 }
 
 #[cfg(test)]

@@ -4,12 +4,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use clap::ValueEnum;
 use vmring::device::Offloads;
 use vmring::device::pcap::Replay;
 use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
 
-use super::STOP_TIMEOUT;
-use crate::args::Offload;
+use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
 use crate::failure::Failure;
 use crate::recording::{Recording, why};
@@ -28,6 +28,14 @@ pub(crate) enum Spec {
     Pcap(PathBuf),
     /// Records what is written.
     Capture(PathBuf),
+}
+
+/// What the ends of a bridge do with checksums and segments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Offload {
+    Common,
+    Software,
+    None,
 }
 
 impl FromStr for Spec {

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::forwarding::Bridge;
+use super::limits::TICK;
 use super::spec::End;
-use super::{Bridge, TICK};
 use crate::failure::Failure;
 use crate::report::{Batches, Table, bytes, grouped, offload_names, round};
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
@@ -17,10 +17,12 @@ use vmring::device::{
     Capabilities, Device, Io, Offloads, PostedSlot, Progress, Queue, Wake as DeviceWake,
 };
 use vmring::{
-    Checksum, Config, Driver, Embedded, Gso, InterfaceInfo, Ipv4Range, MacAddr6, OffloadHeader,
-    Status,
+    Checksum, Config, Direction, Drive, Driver, Embedded, Error, Gso, Interface, InterfaceInfo,
+    Ipv4Range, MacAddr6, OFFLOAD_LEN, OffloadHeader, Status,
 };
 
+use super::limits::END_TIMEOUT;
+use super::spec::End;
 use crate::demo::guest::{Command, Guest, Lease, Report};
 use crate::demo::nic::Port;
 use crate::device::{QUEUE, VMNET};
