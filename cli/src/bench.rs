@@ -6,9 +6,11 @@
 
 mod check;
 mod ends;
+mod limits;
 mod one_way;
 mod progress;
 mod round_trip;
+mod setup;
 mod summary;
 
 use std::hint::black_box;
@@ -23,14 +25,10 @@ use crate::system;
 
 use check::{Account, Pattern, SMALLEST};
 use ends::{Driving, Ends};
+use limits::{SAMPLE, SIZE, window};
 use progress::Clock;
+use setup::Setup;
 use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
-
-/// An Ethernet frame of 1,500 bytes of IP.
-const SIZE: u32 = 1514;
-/// How long an interval is at least, if there are enough of them; and how many there are at least.
-const INTERVAL: Duration = Duration::from_millis(100);
-const INTERVALS: u32 = 5;
 
 const USABLE: &str = if cfg!(target_os = "macos") {
     "embedded, loopback or vmnet"
@@ -48,25 +46,6 @@ const ROUND_TRIP: [(Driving, &str, &str); 3] = [
     (Driving::Spinning, "poller", "spinning"),
     (Driving::Parked, "poller", "parked"),
 ];
-
-/// What is asked for.
-#[derive(Debug)]
-struct Setup {
-    device: DeviceName,
-    size: usize,
-    batch: usize,
-    /// For each thing that is measured.
-    time: Duration,
-}
-
-impl Setup {
-    /// How many intervals, and how long.
-    fn intervals(&self) -> (u32, Duration) {
-        let n = (self.time.as_millis() / INTERVAL.as_millis()) as u32;
-        let n = n.max(INTERVALS);
-        (n, self.time / n)
-    }
-}
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let device = DeviceName::of(&args.device, USABLE)?;
@@ -136,7 +115,7 @@ fn may_lose(device: DeviceName) -> bool {
 }
 
 fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Result<(), Failure> {
-    let window = one_way::window(setup.batch);
+    let window = window(setup.batch);
     for (driving, drive) in ONE_WAY {
         if !clock.tick() {
             return Ok(());
@@ -182,8 +161,8 @@ fn finish(
 /// Nanoseconds that writing and comparing cost of a packet one way, without any device.
 fn cost_of_checks(size: usize) -> f64 {
     const TIME: Duration = Duration::from_millis(20);
-    let pattern = Pattern::new([2; 6], [4; 6], one_way::SAMPLE);
-    let mut packets = vec![vec![0; size]; one_way::window(1)];
+    let pattern = Pattern::new([2; 6], [4; 6], SAMPLE);
+    let mut packets = vec![vec![0; size]; window(1)];
     let (start, mut account) = (Instant::now(), Account::default());
     while start.elapsed() < TIME {
         for packet in &mut packets {
@@ -210,15 +189,5 @@ mod tests {
             assert_eq!(failure.exit_code(), 2);
             assert!(failure.to_string().contains("60 to 1,514 bytes"), "{failure}");
         }
-    }
-
-    #[test]
-    fn a_short_time_has_enough_intervals() {
-        let intervals = |millis| {
-            let time = Duration::from_millis(millis);
-            Setup { device: DeviceName::Embedded, size: 60, batch: 1, time }.intervals()
-        };
-        assert_eq!(intervals(1000), (10, Duration::from_millis(100)));
-        assert_eq!(intervals(200), (5, Duration::from_millis(40)));
     }
 }

@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use std::iter;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmring::{Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, Op, Poller, Ring};
 
 use super::check::Account;
+use super::limits::{CLOSE_TIMEOUT, CONTACT_PAUSE, CONTACT_TIMEOUT, SPINS};
 use super::summary::RingsSummary;
 use crate::device::DeviceName;
 use crate::failure::Failure;
@@ -39,12 +40,6 @@ impl Driving {
     }
 }
 
-/// Rounds of spinning before the processor is offered to others.
-pub(crate) const SPINS: u32 = 128;
-/// For how long both ends are given to see each other: a bridge's port may take its time.
-const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
-const CONTACT_PAUSE: Duration = Duration::from_millis(10);
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Says who is where, so that switches on the way know. Another ethertype than the packets' that are
 /// counted, also for local experiments.
 const HELLO: [u8; 2] = [0x88, 0xb6];

@@ -2,32 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::Setup;
 use super::check::{Account, Pattern};
 use super::ends::{Driving, Ends};
+use super::limits::{NAP, PATIENCE, SAMPLE, TURNS, WARM_UP, window};
 use super::progress::Clock;
+use super::setup::Setup;
 use super::summary::Rates;
 use crate::failure::Failure;
-
-/// One body in so many is written and compared; of the others the header, the number and its guard.
-/// With all bodies of 1,514 bytes, a packet on the embedded network takes 201 ns instead of 132.
-pub(crate) const SAMPLE: u64 = 16;
-
-/// Until caches and branch predictors know the way.
-const WARM_UP: Duration = Duration::from_millis(50);
-/// Packets that have not arrived by then are taken for lost, so that others may be sent. On a busy
-/// machine a thread may well wait for its processor a while.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// The longest sleep between two looks at the clock.
-const NAP: Duration = Duration::from_millis(10);
-/// Turns between them while packets move: looking costs as much as a packet.
-const TURNS: u32 = 16;
-
-/// Packets under way in all: enough that neither side waits for the other, and below what the kernel
-/// keeps for a TAP (1,000).
-pub(crate) fn window(batch: usize) -> usize {
-    (4 * batch).clamp(64, 512)
-}
 
 /// Measures for `time`, in intervals. `None` if it was stopped before the first was over.
 pub(crate) fn measure(

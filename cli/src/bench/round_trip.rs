@@ -7,20 +7,13 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use vmring::Frame;
 
-use super::Setup;
 use super::check::{Account, Found, Pattern};
-use super::ends::{Driving, Ends, SPINS};
+use super::ends::{Driving, Ends};
+use super::limits::{PATIENCE, SPINS, TICK, WARM_UP_TRIPS};
 use super::progress::Clock;
+use super::setup::Setup;
 use super::summary::Trips;
 use crate::failure::Failure;
-
-/// A packet that has not come by then is lost. On a busy machine a thread may well wait for its
-/// processor a while.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Trips before those that count.
-const WARM_UP: u32 = 200;
-/// Between two looks at the wish to end.
-const TICK: Duration = Duration::from_millis(50);
 
 /// Measures for `setup`'s time; `None` if there was no trip.
 pub(crate) fn measure(
@@ -38,7 +31,7 @@ pub(crate) fn measure(
         sleeps: driving == Driving::Parked,
         ends,
     };
-    for _ in 0..WARM_UP {
+    for _ in 0..WARM_UP_TRIPS {
         if run.trip()?.is_none() {
             // Who waits in vain does not get warm.
             break;

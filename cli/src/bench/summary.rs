@@ -9,7 +9,7 @@ use vmring::Ring;
 use vmring::stats::RingStats;
 
 use super::check::Totals;
-use super::one_way::SAMPLE;
+use super::limits::SAMPLE;
 use crate::report::{Batches, Table, grouped, percentile, round};
 
 /// Everything that was found out; what it did not get to is missing.
