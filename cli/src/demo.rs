@@ -3,6 +3,7 @@
 pub(crate) mod guest;
 #[cfg(target_os = "linux")]
 mod kernel;
+mod limits;
 pub(crate) mod nic;
 mod setup;
 mod summary;
@@ -25,21 +26,11 @@ use crate::report::{bytes, offload_names, print, print_json, round};
 use crate::stream::Stream;
 use crate::system;
 use guest::{Command, Guest, Lease, Pings, Report};
+use limits::{
+    BYTES, END_TIMEOUT, LEASE_TIMEOUT, PINGS, PINGS_TIMEOUT, STALL_TIMEOUT, TICK, window,
+};
 use setup::{Lab, Settings};
 use summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
-
-/// Pings from each guest to each target.
-const PINGS: u32 = 50;
-/// Bytes transferred unless told otherwise.
-const BYTES: u64 = 1 << 30;
-/// DHCP clients repeat a lost packet after ten seconds.
-const LEASE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A guest gives up on a ping after a second.
-const PING_TIMEOUT: Duration = Duration::from_secs(PINGS as u64 + 10);
-/// A transfer that has not moved for so long is over.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
-const TICK: Duration = Duration::from_millis(100);
-const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Who sends, and who receives.
 const SENDER: usize = 0;
@@ -231,7 +222,7 @@ impl Demo {
     fn ping(&self, from: usize, target: Ipv4Addr, count: u32) -> Result<Pings, Failure> {
         self.guests[from].tell(Command::Ping { target, count });
         let what = format!("{} did not finish its pings of {target}", self.names[from]);
-        self.wait_for(PING_TIMEOUT, &what, |number, report| match report {
+        self.wait_for(PINGS_TIMEOUT, &what, |number, report| match report {
             Report::Pinged(pings) if number == from => Some(pings),
             _ => None,
         })
@@ -266,7 +257,7 @@ impl Demo {
         bytes: u64,
         leases: &[Lease; 2],
     ) -> Result<TransferSummary, Failure> {
-        let window = setup::window(self.interfaces[0].mtu());
+        let window = window(self.interfaces[0].mtu());
         self.guests[to].tell(Command::Receive { window });
         self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
             matches!(report, Report::Listening).then_some(())

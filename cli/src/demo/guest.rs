@@ -20,19 +20,10 @@ use smoltcp::wire::{
 };
 use vmring::{Error, MacAddr6, RingControl};
 
+use super::limits::{BATCH, CONTACT_TIMEOUT, PING_TIMEOUT, SLEEP_MAX};
 use super::nic::Port;
 use crate::stream::Stream;
 
-/// Packets the stack takes in, and makes, before the other side of the ring hears of it: enough to
-/// pay for a wake-up, few enough that both guests work at the same time.
-const BATCH: usize = 64;
-/// An upper limit for any sleep.
-const SLEEP_MAX: Duration = Duration::from_secs(10);
-/// How long a ping is waited for.
-pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the first one is, which has to find out the target's MAC: the stack asks for one MAC a
-/// second, whoever's it is.
-pub(crate) const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The payload `ping` sends.
 const PING_PAYLOAD: [u8; 56] = *b"vmring demo: an echo request from one guest to the other";
 /// Where the receiving guest listens.

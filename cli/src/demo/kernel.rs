@@ -14,19 +14,11 @@ use sha2::{Digest, Sha256};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{Icmpv4Packet, Ipv4Packet};
 
-use super::guest::{
-    CONTACT_TIMEOUT, Command, Guest, PING_TIMEOUT, Pings, Received, Report, TCP_PORT, answer,
-    request,
+use super::guest::{Command, Guest, Pings, Received, Report, TCP_PORT, answer, request};
+use super::limits::{
+    ACCEPT_PATIENCE, CHUNK, CONNECT_TIMEOUT, CONTACT_TIMEOUT, PATIENCE, PING_TIMEOUT,
 };
 use crate::stream::Stream;
-
-/// How long a socket sleeps before it looks for a command to end.
-const PATIENCE: Duration = Duration::from_millis(250);
-/// The same for a connection to come, which nothing else can wait for.
-const ACCEPT_PATIENCE: Duration = Duration::from_micros(100);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// What one call of the kernel takes or brings at most.
-const CHUNK: usize = 256 << 10;
 
 /// Starts it; it reports as number `number`, like a guest.
 pub(crate) fn start(number: usize, reports: Sender<(usize, Report)>) -> io::Result<Guest> {

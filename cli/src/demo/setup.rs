@@ -1,7 +1,6 @@
 //! The demo's network: two interfaces with a ring each, or one with the kernel behind it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use vmring::device::Offloads;
 use vmring::device::pcap::Capture;
@@ -9,6 +8,7 @@ use vmring::{
     Builder, Direction, Drive, Driver, Error, Interface, Ipv4Range, Mode, Poller, Ring, RingControl,
 };
 
+use super::limits::{CLOSE_TIMEOUT, depth};
 use super::nic::Port;
 #[cfg(target_os = "linux")]
 use super::tap;
@@ -172,7 +172,7 @@ impl Lab {
                 .depth(depth)
                 .drive(drive)
                 .thread_name(format!("poller{number}"))
-                .close_timeout(Duration::from_secs(2))
+                .close_timeout(CLOSE_TIMEOUT)
                 .build()?;
             let control = ring.control();
             Ok::<_, Error>(Place { interface, control, ring, depth: depth as usize })
@@ -182,22 +182,9 @@ impl Lab {
     }
 }
 
-/// Bytes of the TCP window: the amount under way between the guests. Large enough that neither
-/// waits for the other, small enough for the processors' caches.
-pub(crate) fn window(mtu: u32) -> usize {
-    (32 * mtu as usize).clamp(512 << 10, 2 << 20)
-}
-
-/// Frames a ring has in flight each way: a TCP window and its acknowledgements.
-fn depth(mtu: u32) -> u32 {
-    let packets = window(mtu) as u32 / (mtu - 40);
-    packets.next_power_of_two().clamp(64, 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::QUEUE;
 
     #[test]
     fn a_subnet_needs_an_address_for_each_guest() {
@@ -214,16 +201,6 @@ mod tests {
         ] {
             let checked = room_for_two(&subnet.parse().unwrap());
             assert_eq!(checked.is_ok(), fits, "{subnet}");
-        }
-    }
-
-    #[test]
-    fn a_window_fits_into_the_queues_at_every_mtu() {
-        for mtu in (1280..=65_521).step_by(7) {
-            let packets = window(mtu) / (mtu as usize - 40);
-            assert!(packets >= 16, "mtu {mtu}: too few to keep two guests busy");
-            assert!(packets <= depth(mtu) as usize, "mtu {mtu}");
-            assert!(depth(mtu) <= QUEUE / 2, "mtu {mtu}");
         }
     }
 }
