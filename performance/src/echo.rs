@@ -3,29 +3,17 @@
 //!
 //! Each contender is checked before it is timed: whole laps of its queues, entry by entry.
 
+mod limits;
 mod ours;
 mod rivals;
 
-use std::hint;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::common::{pinned, take_turns};
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];
-/// Entries that a queue has room for.
-const ROOM: usize = 256;
-/// Entries that are compared before anything is timed: each place of a queue is used twice.
-const COMPARED: usize = 4 * ROOM;
-/// Longer than an entry may take.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Turns between two looks at the clock.
-const TURNS: u32 = 64;
-/// Rounds of spinning before a thread gives its processor away.
-const SPINS: u32 = 2_000;
-
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
     Rtrb,
@@ -102,40 +90,4 @@ pub(crate) fn run(plan: Plan) -> Part {
         wants.push(Want::at_least(what, of(Way::Nop) / of(ours), 8.0));
     }
     Ok((vec![table], wants))
-}
-
-/// Waits out a round without work, and not for ever.
-struct Patience {
-    rounds: u32,
-    /// When the first rounds were in vain.
-    since: Instant,
-}
-
-impl Patience {
-    fn new() -> Self {
-        Self { rounds: 0, since: Instant::now() }
-    }
-
-    /// Once around a loop that did something or did not.
-    #[inline]
-    fn turn(&mut self, worked: bool) -> Result<()> {
-        if worked {
-            self.rounds = 0;
-            return Ok(());
-        }
-        self.rounds += 1;
-        if !self.rounds.is_multiple_of(SPINS) {
-            hint::spin_loop();
-            return Ok(());
-        }
-        // The clock is not read at each turn that did something.
-        if self.rounds == SPINS {
-            self.since = Instant::now();
-        }
-        if self.since.elapsed() > PATIENCE {
-            return Err("nothing came back".into());
-        }
-        thread::yield_now();
-        Ok(())
-    }
 }

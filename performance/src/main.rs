@@ -8,6 +8,7 @@ compile_error!("io_uring, TAPs and processor clocks are Linux's");
 
 mod clock;
 mod common;
+mod contender;
 mod echo;
 mod forward;
 mod growth;

@@ -5,10 +5,9 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Frame, Interface, Ring, Tap, TapEngine};
 
 use crate::Result;
+use crate::contender::{Reader, Taken, Writer};
 use crate::net;
-use crate::read::{Reader, Taken};
 use crate::slots::SLOTS;
-use crate::write::Writer;
 
 /// What a user of vmring chooses.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -10,36 +10,12 @@ use std::time::Duration;
 
 use crate::Result;
 use crate::clock::{Elapsed, Moment, Processor};
+use crate::contender::{Reader, Taken};
 use crate::net::{PacketSocket, Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::BATCH;
 use rivals::{Batch, Multishot, Plain, TunRs};
-
-/// What one look at the TAP gave.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Taken {
-    pub(crate) packets: u64,
-    pub(crate) bytes: u64,
-}
-
-impl Taken {
-    pub(crate) fn add(&mut self, bytes: usize) {
-        self.packets += 1;
-        self.bytes += bytes as u64;
-    }
-}
-
-/// Something that reads packets.
-pub(crate) trait Reader {
-    /// Takes what is there, about a batch; where nothing is there, waits for at most `patience`.
-    fn read(&mut self, patience: Duration) -> Result<Taken>;
-
-    /// Leaves packets that come in the TAP's queue until the next `read`. Most do so anyway.
-    fn rest(&mut self) -> Result<()> {
-        Ok(())
-    }
-}
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]

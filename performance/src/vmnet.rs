@@ -5,31 +5,26 @@
 //! each length. The other one does the same with one packet to a call, as Lwt_vmnet and QEMU write.
 
 mod bare;
+mod limits;
 
 use std::time::{Duration, Instant};
 
 use vmnet_sim::World;
 use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
 
-use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
+use crate::common::{Null, pinned, take_turns, time_packets};
 use crate::queues::Queues;
 use crate::report::{Table, Want};
 use crate::{Part, Plan, Result};
 use bare::Bare;
+use limits::{LENGTH, PATIENCE};
 
-/// Bytes of a packet.
-const LENGTH: usize = NULL_LENGTH;
-/// Bytes of a buffer.
-const ROOM: usize = 2048;
 /// Packets in flight: what the other parts have, and what vmnet took at once before macOS 15.
 const BATCHES: [usize; 2] = [32, 200];
 /// What a system call costs.
 const CALL: Duration = Duration::from_nanos(300);
 /// What a packet costs in vmnet beside the call, roughly as its way through a kernel.
 const PACKET: Duration = Duration::from_nanos(250);
-/// Longer than anything here may take.
-const PATIENCE: Duration = Duration::from_secs(5);
-
 pub(crate) fn run(plan: Plan) -> Part {
     pinned(|| {
         check()?;

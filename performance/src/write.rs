@@ -8,16 +8,11 @@ use io_uring::{IoUring, opcode, types};
 
 use crate::Result;
 use crate::clock::Moment;
+use crate::contender::Writer;
 use crate::net::{Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::report::Sample;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
-
-/// Something that writes packets.
-pub(crate) trait Writer {
-    /// Writes `count` packets and returns when the kernel has all of them.
-    fn write(&mut self, count: usize) -> Result<()>;
-}
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]

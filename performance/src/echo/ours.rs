@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
 
-use super::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
+use super::limits::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
 use crate::Result;
 use crate::common::{NULL_LENGTH, Null, processors, time_packets};
 

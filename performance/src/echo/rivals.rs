@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode};
 
-use super::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
+use super::limits::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
 use crate::Result;
 use crate::common::{pin, time_packets};
 

@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
-use super::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
+use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 use crate::queues::{Entry, Queues};
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
 use super::look::{Look, PACKETS, numbered, packet};
-use super::{BATCH, FULL_FRAME, Receiver, Sender, Traffic, WINDOW, carry};
+use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
-use crate::net::ETHERNET;
+use crate::net::{ETHERNET, FULL_FRAME};
 
 /// Who turns the rings' engines.
 #[derive(Clone, Copy, PartialEq, Eq)]

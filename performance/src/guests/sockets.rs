@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use libc::{c_int, c_void, iovec, mmsghdr};
 
 use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
-use super::{BATCH, Receiver, Sender, Traffic, carry};
+use super::traffic::{BATCH, Receiver, Sender, Traffic, carry};
 use crate::Result;
 use crate::net::check;
 

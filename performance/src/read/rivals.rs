@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, types};
 
-use super::{Reader, Taken};
 use crate::Result;
+use crate::contender::{Reader, Taken};
 use crate::net::{Tap, check};
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 

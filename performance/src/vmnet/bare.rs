@@ -9,7 +9,7 @@ use dispatch2::{DispatchQueue, DispatchRetained};
 use libc::iovec;
 use vmnet_sim::World;
 
-use super::{LENGTH, PATIENCE, ROOM};
+use super::limits::{LENGTH, PATIENCE, ROOM};
 use crate::Result;
 use crate::queues::{Entry, Queues};
 
