@@ -70,7 +70,7 @@ pub mod pool;
 pub mod ring;
 pub mod ring_builder;
 #[cfg(feature = "serde")]
-mod sexp;
+mod serde_impls;
 pub mod software;
 pub mod stats;
 mod sys;
