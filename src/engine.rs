@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use vmring_core::{Intake, Outcome, Outlet, Submission};
+use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
 
 use crate::config::Direction;
 use crate::device::catch::{Panicked, guard};
@@ -44,8 +44,8 @@ enum Phase {
 
 /// Everything an engine is built from.
 pub(crate) struct EngineParts {
-    pub(crate) intake: Intake,
-    pub(crate) outlet: Outlet,
+    pub(crate) sq_consumer: SqConsumer,
+    pub(crate) cq_producer: CqProducer,
     pub(crate) group: Arc<RingGroup>,
     pub(crate) direction: Direction,
     pub(crate) shared: Arc<RingShared>,
@@ -57,7 +57,7 @@ pub(crate) struct EngineParts {
 
 /// One ring's poller work.
 pub(crate) struct Engine {
-    intake: Intake,
+    sq_consumer: SqConsumer,
     completions: Completions,
     posted: Posted,
     /// Slots that the queue keeps: reads, writes.
@@ -103,7 +103,7 @@ impl Drop for Engine {
 
 impl Engine {
     pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
-        let EngineParts { intake, outlet, group, direction, shared, retry, .. } = parts;
+        let EngineParts { sq_consumer, cq_producer, group, direction, shared, retry, .. } = parts;
         let (reads, writes) = parts.depths;
         if !group.try_attach() {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
@@ -120,8 +120,8 @@ impl Engine {
             }
         };
         Ok(Self {
-            intake,
-            completions: Completions::new(outlet, shared.clone()),
+            sq_consumer,
+            completions: Completions::new(cq_producer, shared.clone()),
             posted: Posted {
                 reads: Fifo::with_capacity(reads),
                 writes: Fifo::with_capacity(writes),
@@ -159,8 +159,8 @@ impl Engine {
     /// blocks. Returns whether anything was done, so that there may be more.
     pub(crate) fn turn(&mut self) -> bool {
         let mut worked = self.attend_control();
-        if self.intake.ready() > 0 && !self.shared.is_inline() {
-            self.intake.prefetch();
+        if self.sq_consumer.ready() > 0 && !self.shared.is_inline() {
+            self.sq_consumer.prefetch();
         }
         worked |= match self.phase {
             Phase::Open => self.drive(),
@@ -188,7 +188,7 @@ impl Engine {
         let asked = self.shared.cancels_asked();
         if wishes & (control::CANCEL | control::CANCEL_ALL) != 0 {
             // What a cancel finds in the SQ is not the device's any more.
-            self.intake.ready();
+            self.sq_consumer.ready();
             self.take_submissions();
         }
         if wishes & control::CANCEL_ALL != 0 {
@@ -205,7 +205,7 @@ impl Engine {
             }
             if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
                 // What was submitted before the restart is cancelled by it.
-                self.intake.ready();
+                self.sq_consumer.ready();
                 self.take_submissions();
                 self.begin_close(None);
             }
@@ -216,23 +216,23 @@ impl Engine {
     /// Posts the submissions that are known, or refuses them, and carries out the cancels among them.
     /// Returns whether there were any.
     fn take_submissions(&mut self) -> bool {
-        if self.intake.known() == 0 {
+        if self.sq_consumer.known() == 0 {
             return false;
         }
         loop {
             match self.refusal() {
-                None => self.posted.take_in(&mut self.intake, self.shared.number),
+                None => self.posted.take_in(&mut self.sq_consumer, self.shared.number),
                 Some(outcome) => {
-                    while let Some(parcel) = self.intake.front() {
-                        let class = parcel.class();
-                        let (frame, user_data) = parcel.open();
+                    while let Some(sqe) = self.sq_consumer.front() {
+                        let class = sqe.class();
+                        let (frame, user_data) = sqe.take();
                         self.completions.push(class, frame, user_data, outcome);
                     }
                 }
             }
-            self.intake.retire();
+            self.sq_consumer.retire();
             // What comes behind the packets is a cancel.
-            let Some(submission) = self.intake.pop() else { return true };
+            let Some(submission) = self.sq_consumer.pop() else { return true };
             let Submission::Cancel { user_data, target } = submission else {
                 unreachable!("the packets were taken")
             };
@@ -279,7 +279,7 @@ impl Engine {
     fn drive(&mut self) -> bool {
         let rang = self.shared.take_device_rang();
         let kept = self.kept != [0; 2];
-        let submitted = self.intake.known() > 0;
+        let submitted = self.sq_consumer.known() > 0;
         if !rang
             && !kept
             && !submitted
@@ -294,11 +294,11 @@ impl Engine {
         let number = self.shared.number;
         let limits = [self.caps.max_read_batch, write_limit];
         let sink = Sink::Ring(&mut self.completions);
-        let intake = Some(&mut self.intake);
-        let mut io = Io::new(number, &mut self.posted, intake, sink, limits);
+        let sq_consumer = Some(&mut self.sq_consumer);
+        let mut io = Io::new(number, &mut self.posted, sq_consumer, sink, limits);
         let result = guard(|| queue.poll(&mut io));
         let taken = io.taken();
-        self.intake.retire();
+        self.sq_consumer.retire();
         let completed = self.settle_kept(taken);
         self.shared.counters.poller.device_wakeups.add(rang.into());
         let moved = submitted || completed || taken != [0; 2];
@@ -581,7 +581,8 @@ impl Engine {
     /// whoever brings work rings.
     pub(crate) fn try_sleep(&mut self) -> bool {
         self.shared.bell.arm();
-        let nothing = self.intake.ready() == 0 && !self.shared.has_wishes() && self.arm_queue();
+        let nothing =
+            self.sq_consumer.ready() == 0 && !self.shared.has_wishes() && self.arm_queue();
         if nothing {
             self.shared.counters.poller.parks.add(1);
         } else {

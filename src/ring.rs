@@ -79,7 +79,7 @@ impl Ring {
 
     /// The ring's pools; [`alloc`](Self::alloc) takes from the first.
     pub fn pools(&self) -> &[Pool] {
-        self.sq.submitter.regions().pools()
+        self.sq.producer.regions().pools()
     }
 
     /// See [`SubmissionQueue::alloc`].

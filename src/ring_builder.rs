@@ -267,10 +267,11 @@ impl<'a> RingBuilder<'a> {
         let shared = Arc::new(RingShared::new(number, park, notifier.clone(), slots));
         register(&shared);
         self.group.add(&shared);
-        let (submitter, reaper, intake, outlet) = rings(depths, regions, self.start_index);
+        let (sq_producer, cq_consumer, sq_consumer, cq_producer) =
+            rings(depths, regions, self.start_index);
         let engine = Engine::new(EngineParts {
-            intake,
-            outlet,
+            sq_consumer,
+            cq_producer,
             group: self.group.clone(),
             direction: self.direction,
             shared: shared.clone(),
@@ -295,9 +296,9 @@ impl<'a> RingBuilder<'a> {
             _ => (Some(Box::new(engine)), None),
         };
         tracing::debug!(ring = number, direction = %self.direction, ?depths, "ring built");
-        let sq = SubmissionQueue::new(submitter, shared.clone(), caps);
+        let sq = SubmissionQueue::new(sq_producer, shared.clone(), caps);
         let cq = CompletionQueue::new(
-            reaper,
+            cq_consumer,
             shared,
             notifier,
             engine,

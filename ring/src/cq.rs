@@ -1,4 +1,4 @@
-//! The two ends of the completion queue: [`Outlet`] and [`Reaper`].
+//! The two ends of the completion queue: [`CqProducer`] and [`CqConsumer`].
 
 use crate::credits::{Class, Giver};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
@@ -9,21 +9,21 @@ use core::fmt;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 
 /// The caller's end of the CQ.
-pub struct Reaper {
+pub struct CqConsumer {
     cq: Consumer<Cqe>,
     credits: Giver,
     submitted: Published<Sqe>,
 }
 
 /// The poller's end of the CQ.
-pub struct Outlet {
+pub struct CqProducer {
     cq: Producer<Cqe>,
 }
 
-assert_impl_all!(Reaper: Send);
-assert_impl_all!(Outlet: Send);
-assert_not_impl_any!(Reaper: Sync, Clone);
-assert_not_impl_any!(Outlet: Sync, Clone);
+assert_impl_all!(CqConsumer: Send);
+assert_impl_all!(CqProducer: Send);
+assert_not_impl_any!(CqConsumer: Sync, Clone);
+assert_not_impl_any!(CqProducer: Sync, Clone);
 
 /// What the caller took from the CQ.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ pub struct Reaped {
     pub frame: Option<Frame>,
 }
 
-impl Reaper {
+impl CqConsumer {
     pub(crate) fn new(cq: Consumer<Cqe>, credits: Giver, submitted: Published<Sqe>) -> Self {
         Self { cq, credits, submitted }
     }
@@ -106,7 +106,7 @@ impl Reaper {
     }
 }
 
-impl Outlet {
+impl CqProducer {
     pub(crate) fn new(cq: Producer<Cqe>) -> Self {
         Self { cq }
     }
@@ -168,4 +168,4 @@ fn misused() -> ! {
     panic!("more completions than credits, or a frame that is not the ring's");
 }
 
-debug_by_queue!(Reaper.cq, Outlet.cq);
+debug_by_queue!(CqConsumer.cq, CqProducer.cq);

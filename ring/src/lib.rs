@@ -26,7 +26,7 @@ pub mod sync;
 pub mod view;
 
 pub use backing::{Backing, HeapBacking};
-pub use cq::{Outlet, Reaped, Reaper};
+pub use cq::{CqConsumer, CqProducer, Reaped};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfRoom};
@@ -35,5 +35,5 @@ pub use pool::Pool;
 pub use regions::Regions;
 pub use rings::{Depths, rings};
 pub use slots::{Layout, LayoutError};
-pub use sq::{Intake, Parcel, Refusal, Submission, Submitter};
+pub use sq::{PushError, SqConsumer, SqProducer, SqeRef, Submission};
 pub use view::PacketView;

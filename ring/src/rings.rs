@@ -1,16 +1,16 @@
-//! A ring's four halves: the caller's ends of SQ and CQ ([`Submitter`], [`Reaper`]) and the
-//! poller's ([`Intake`], [`Outlet`]).
+//! A ring's four halves: the caller's ends of SQ and CQ ([`SqProducer`], [`CqConsumer`]) and the
+//! poller's ([`SqConsumer`], [`CqProducer`]).
 //!
 //! This is where a [`Frame`](crate::Frame) becomes a queue entry and a queue entry becomes a frame. Each half is
-//! `Send` and not `Sync`. All but the [`Submitter`] work through `&mut self`; that one is reached from two
+//! `Send` and not `Sync`. All but the [`SqProducer`] work through `&mut self`; that one is reached from two
 //! places of its thread, by who submits and by who ends a loop in which something was submitted.
 
-use crate::cq::{Outlet, Reaper};
+use crate::cq::{CqConsumer, CqProducer};
 use crate::credits::credits;
 use crate::limits::DEPTH_MAX;
 use crate::queue::queue;
 use crate::regions::Regions;
-use crate::sq::{Intake, Submitter};
+use crate::sq::{SqConsumer, SqProducer};
 
 /// How big a ring is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,15 +47,19 @@ impl Depths {
 /// # Panics
 ///
 /// If the SQ's size is not a power of two or the credits' sum is above [`DEPTH_MAX`].
-pub fn rings(depths: Depths, regions: Regions, start: u32) -> (Submitter, Reaper, Intake, Outlet) {
+pub fn rings(
+    depths: Depths,
+    regions: Regions,
+    start: u32,
+) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
     let (sq_in, sq_out) = queue(depths.sq, regions.clone(), start);
     let (cq_in, cq_out) = queue(depths.cq(), regions, start);
     let (taker, giver) = credits([depths.read, depths.write, depths.cancel]);
     let submitted = sq_in.watch();
     (
-        Submitter::new(sq_in, taker),
-        Reaper::new(cq_out, giver, submitted),
-        Intake::new(sq_out),
-        Outlet::new(cq_in),
+        SqProducer::new(sq_in, taker),
+        CqConsumer::new(cq_out, giver, submitted),
+        SqConsumer::new(sq_out),
+        CqProducer::new(cq_in),
     )
 }

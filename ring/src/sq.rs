@@ -1,6 +1,6 @@
-//! The two ends of the submission queue: [`Submitter`] and [`Intake`].
+//! The two ends of the submission queue: [`SqProducer`] and [`SqConsumer`].
 
-use crate::cq::Reaper;
+use crate::cq::CqConsumer;
 use crate::credits::{Class, Taker};
 use crate::entry::{Opcode, Sqe};
 use crate::frame::Frame;
@@ -12,7 +12,7 @@ use static_assertions::{assert_impl_all, assert_not_impl_any};
 
 /// Why the ring would not take an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum PushError {
     /// The SQ is full; the poller has not come round yet.
     SqFull,
     /// As many entries of this class are in flight as the ring has credits.
@@ -22,20 +22,20 @@ pub enum Refusal {
 }
 
 /// The caller's end of the SQ.
-pub struct Submitter {
+pub struct SqProducer {
     sq: Producer<Sqe>,
     credits: Taker,
 }
 
 /// The poller's end of the SQ.
-pub struct Intake {
+pub struct SqConsumer {
     sq: Consumer<Sqe>,
 }
 
-assert_impl_all!(Submitter: Send);
-assert_impl_all!(Intake: Send);
-assert_not_impl_any!(Submitter: Sync, Clone);
-assert_not_impl_any!(Intake: Sync, Clone);
+assert_impl_all!(SqProducer: Send);
+assert_impl_all!(SqConsumer: Send);
+assert_not_impl_any!(SqProducer: Sync, Clone);
+assert_not_impl_any!(SqConsumer: Sync, Clone);
 
 /// What the poller took from the SQ.
 #[derive(Debug)]
@@ -58,19 +58,19 @@ pub enum Submission {
     },
 }
 
-impl Submitter {
+impl SqProducer {
     pub(crate) fn new(sq: Producer<Sqe>, credits: Taker) -> Self {
         Self { sq, credits }
     }
 
     /// Whether an entry of `class` would be taken now.
     #[inline]
-    pub fn check(&self, class: Class) -> Result<(), Refusal> {
+    pub fn check(&self, class: Class) -> Result<(), PushError> {
         if !self.credits.any(class) {
-            return Err(Refusal::NoCredit);
+            return Err(PushError::NoCredit);
         }
         if !self.sq.has_room() {
-            return Err(Refusal::SqFull);
+            return Err(PushError::SqFull);
         }
         Ok(())
     }
@@ -78,17 +78,22 @@ impl Submitter {
     /// Writes a read or write entry; the poller sees it after [`publish`](Self::publish). A refusal
     /// gives the frame back.
     #[inline(always)]
-    pub fn push(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), (Refusal, Frame)> {
+    pub fn push(
+        &self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
         let opcode = match class {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
         if !self.credits.any(class) {
-            return Err((Refusal::NoCredit, frame));
+            return Err((PushError::NoCredit, frame));
         }
-        let Some(vacant) = self.sq.vacant() else { return Err((Refusal::SqFull, frame)) };
+        let Some(vacant) = self.sq.vacant() else { return Err((PushError::SqFull, frame)) };
         let Some(region) = vacant.regions().find(&frame) else {
-            return Err((Refusal::ForeignPool, frame));
+            return Err((PushError::ForeignPool, frame));
         };
         self.credits.take(class);
         vacant.write(Sqe::packet(opcode, region, frame.into_raw(), user_data));
@@ -96,10 +101,10 @@ impl Submitter {
     }
 
     /// Writes a cancel entry for all entries of `target`, or for all (`None`).
-    pub fn push_cancel(&self, target: Option<u64>, user_data: u64) -> Result<(), Refusal> {
+    pub fn push_cancel(&self, target: Option<u64>, user_data: u64) -> Result<(), PushError> {
         self.check(Class::Cancel)?;
         let opcode = if target.is_some() { Opcode::Cancel } else { Opcode::CancelAll };
-        let vacant = self.sq.vacant().ok_or(Refusal::SqFull)?;
+        let vacant = self.sq.vacant().ok_or(PushError::SqFull)?;
         self.credits.take(Class::Cancel);
         vacant.write(Sqe::cancel(opcode, target.unwrap_or(0), user_data));
         Ok(())
@@ -122,11 +127,11 @@ impl Submitter {
         self.sq.publish_lines();
     }
 
-    /// A loop over `reaper`'s completions begins. The more entries are on their way, the more are published
+    /// A loop over `cq_consumer`'s completions begins. The more entries are on their way, the more are published
     /// together by [`publish_lines`](Self::publish_lines).
     #[inline]
-    pub fn begin_run(&self, reaper: &Reaper) {
-        self.sq.begin_run(reaper.head());
+    pub fn begin_run(&self, cq_consumer: &CqConsumer) {
+        self.sq.begin_run(cq_consumer.head());
     }
 
     /// Credits of `class` to be had now; reaping brings more.
@@ -145,7 +150,7 @@ impl Submitter {
     }
 }
 
-impl Intake {
+impl SqConsumer {
     pub(crate) fn new(sq: Consumer<Sqe>) -> Self {
         Self { sq }
     }
@@ -172,9 +177,9 @@ impl Intake {
     /// The next submission among those, to be opened or left; `None` also before a cancel, which
     /// [`pop`](Self::pop) takes.
     #[inline(always)]
-    pub fn front(&mut self) -> Option<Parcel<'_>> {
+    pub fn front(&mut self) -> Option<SqeRef<'_>> {
         let front = self.sq.front()?;
-        front.look(Sqe::is_packet).then_some(Parcel(front))
+        front.look(Sqe::is_packet).then_some(SqeRef(front))
     }
 
     /// Makes room in the SQ for as many submissions as parcels were opened, which until then still count
@@ -190,7 +195,7 @@ impl Intake {
     pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&[u8]) -> bool) -> u32 {
         self.sq.leading(most, |sqe, regions| {
             // SAFETY: the entry stays where it is and so does its slot: what is made here is only looked
-            // at, and not dropped. `Submitter::push` placed the entry by a frame of these regions.
+            // at, and not dropped. `SqProducer::push` placed the entry by a frame of these regions.
             let packet = || ManuallyDrop::new(unsafe { regions.frame_of(sqe) });
             sqe.is_packet() && class_of(sqe) == class && like(&packet())
         })
@@ -201,7 +206,7 @@ impl Intake {
     pub fn pop(&mut self) -> Option<Submission> {
         self.sq.pop(|sqe, regions| {
             let user_data = sqe.user_data();
-            // SAFETY: the entry was taken by `pop`, which yields each once; `Submitter::push` placed
+            // SAFETY: the entry was taken by `pop`, which yields each once; `SqProducer::push` placed
             // it by a frame of these regions.
             match unsafe { regions.frame(&sqe) } {
                 Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
@@ -216,15 +221,15 @@ impl Intake {
 
 /// A packet's submission, still in its queue's memory: whoever opens it copies it once, to where it is to
 /// be. Dropped unopened, it stays the queue's next.
-pub struct Parcel<'a>(Front<'a, Sqe>);
+pub struct SqeRef<'a>(Front<'a, Sqe>);
 
-impl fmt::Debug for Parcel<'_> {
+impl fmt::Debug for SqeRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.look(|sqe| f.debug_tuple("Parcel").field(sqe).finish())
+        self.0.look(|sqe| f.debug_tuple("SqeRef").field(sqe).finish())
     }
 }
 
-impl Parcel<'_> {
+impl SqeRef<'_> {
     /// Whether it is to be filled or to be sent.
     #[inline(always)]
     pub fn class(&self) -> Class {
@@ -233,9 +238,9 @@ impl Parcel<'_> {
 
     /// The frame, and the caller's number.
     #[inline(always)]
-    pub fn open(self) -> (Frame, u64) {
+    pub fn take(self) -> (Frame, u64) {
         self.0.take(|sqe, regions| {
-            // SAFETY: `take` gives each entry once. `Submitter::push` placed it by a frame of these
+            // SAFETY: `take` gives each entry once. `SqProducer::push` placed it by a frame of these
             // regions, and `front` has seen that it is a packet's.
             (unsafe { regions.frame_of(sqe) }, sqe.user_data())
         })
@@ -247,4 +252,4 @@ fn class_of(sqe: &Sqe) -> Class {
     if sqe.opcode() == Opcode::Read { Class::Read } else { Class::Write }
 }
 
-debug_by_queue!(Submitter.sq, Intake.sq);
+debug_by_queue!(SqProducer.sq, SqConsumer.sq);

@@ -150,23 +150,23 @@ fn without_headroom_there_is_no_header() {
 fn the_header_goes_through_both_queues_with_its_frame() {
     let pool = pool();
     let regions = Regions::new(vec![pool.clone()]).unwrap();
-    let (submitter, mut reaper, mut intake, mut outlet) =
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
         rings(Depths::new(1, 1, 1), regions, u32::MAX);
     let mut frame = packet(&pool, 2000);
     frame.set_offload(&TSO).unwrap();
-    submitter.push(Class::Write, frame, 1).unwrap();
-    submitter.publish();
-    intake.ready();
-    let Some(Submission::Packet { class: Class::Write, frame, .. }) = intake.pop() else {
+    sq_producer.push(Class::Write, frame, 1).unwrap();
+    sq_producer.publish();
+    sq_consumer.ready();
+    let Some(Submission::Packet { class: Class::Write, frame, .. }) = sq_consumer.pop() else {
         panic!("a write")
     };
     assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(TSO)), true));
     drop(frame);
-    outlet.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);
-    outlet.publish();
-    reaper.ready();
+    cq_producer.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);
+    cq_producer.publish();
+    cq_consumer.ready();
     // (An answer to nothing: the credit it would return is not looked at here.)
-    let frame = reaper.pop().unwrap().frame.unwrap();
+    let frame = cq_consumer.pop().unwrap().frame.unwrap();
     let seen = OffloadHeader { num_buffers: 1, ..TSO };
     assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(seen)), false));
 }

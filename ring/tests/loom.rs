@@ -26,8 +26,8 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
-    Backing, Class, Depths, Frame, HeapBacking, Intake, Layout, Outcome, Outlet, Pool, Reaper,
-    Refusal, Regions, Submission, Submitter, rings,
+    Backing, Class, CqConsumer, CqProducer, Depths, Frame, HeapBacking, Layout, Outcome, Pool,
+    PushError, Regions, SqConsumer, SqProducer, Submission, rings,
 };
 
 /// Explores `model` with at most `preemptions` preemptions in one run.
@@ -168,26 +168,26 @@ fn bell() -> Doorbell<Token> {
 }
 
 /// Takes everything from the SQ and completes it.
-fn turn(intake: &mut Intake, outlet: &mut Outlet, outcome: Outcome) {
-    if intake.ready() == 0 {
+fn turn(sq_consumer: &mut SqConsumer, cq_producer: &mut CqProducer, outcome: Outcome) {
+    if sq_consumer.ready() == 0 {
         return;
     }
     loop {
-        while let Some(packet) = intake.front() {
+        while let Some(packet) = sq_consumer.front() {
             let class = packet.class();
-            let (frame, user_data) = packet.open();
-            outlet.push(class, frame, user_data, outcome);
+            let (frame, user_data) = packet.take();
+            cq_producer.push(class, frame, user_data, outcome);
         }
-        intake.retire();
-        match intake.pop() {
+        sq_consumer.retire();
+        match sq_consumer.pop() {
             Some(Submission::Cancel { user_data, target }) => {
-                outlet.push_cancel(target.is_none(), 0, user_data);
+                cq_producer.push_cancel(target.is_none(), 0, user_data);
             }
             Some(Submission::Packet { .. }) => unreachable!("packets were taken"),
             None => break,
         }
     }
-    outlet.publish();
+    cq_producer.publish();
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -199,32 +199,33 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
     check(3, || {
         let (pool, marks, _) = pool(2);
         let depths = Depths { read: 1, write: 1, cancel: 1, sq: 4 };
-        let (submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX - 1);
+        let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
+            rings(depths, regions(&pool), u32::MAX - 1);
         let frames = [pool.alloc().unwrap(), pool.alloc().unwrap()];
         let sender = thread::spawn({
             let marks = marks.clone();
             move || {
                 let [mut first, mut second] = frames;
                 marks.write(&mut first, 1);
-                submitter.push(Class::Write, first, 1).unwrap();
+                sq_producer.push(Class::Write, first, 1).unwrap();
                 marks.write(&mut second, 2);
-                submitter.push(Class::Read, second, 2).unwrap();
-                assert!(submitter.publish());
-                submitter.push_cancel(Some(2), 3).unwrap();
-                assert!(submitter.publish());
-                submitter
+                sq_producer.push(Class::Read, second, 2).unwrap();
+                assert!(sq_producer.publish());
+                sq_producer.push_cancel(Some(2), 3).unwrap();
+                assert!(sq_producer.publish());
+                sq_producer
             }
         });
         let mut kept = Vec::new();
         let mut seen = 0;
         while seen < 3 {
-            let ready = intake.ready();
+            let ready = sq_consumer.ready();
             if ready == 0 {
                 thread::yield_now();
             } else if seen == 0 {
                 assert!(ready >= 2, "half a batch");
             }
-            while let Some(submission) = intake.pop() {
+            while let Some(submission) = sq_consumer.pop() {
                 seen += 1;
                 match submission {
                     Submission::Packet { class: Class::Write, user_data: 1, frame }
@@ -241,8 +242,8 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
                 assert_eq!(marks.read(kept.last().unwrap()), seen);
             }
         }
-        assert_eq!(reaper.in_flight(), 3);
-        drop((sender.join().unwrap(), reaper, intake, outlet));
+        assert_eq!(cq_consumer.in_flight(), 3);
+        drop((sender.join().unwrap(), cq_consumer, sq_consumer, cq_producer));
         drop(kept);
         assert_eq!(pool.slots_out(), 0);
     });
@@ -250,49 +251,50 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
 
 /// Broken by: a Relaxed store or load of the SQ's head; retiring an entry before it was copied out.
 fn cells_of_the_sq_are_reused(
-    take: impl Fn(&mut Intake) -> Vec<(Frame, u64)> + Send + Sync + 'static,
+    take: impl Fn(&mut SqConsumer) -> Vec<(Frame, u64)> + Send + Sync + 'static,
 ) {
     check(3, move || {
         let (pool, marks, _) = pool(3);
         let depths = Depths { read: 0, write: 3, cancel: 0, sq: 1 };
-        let (submitter, reaper, mut intake, outlet) = rings(depths, regions(&pool), u32::MAX);
+        let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
+            rings(depths, regions(&pool), u32::MAX);
         let frames = [0; 3].map(|_| pool.alloc().unwrap());
         let sender = thread::spawn({
             let marks = marks.clone();
             move || {
                 for (n, mut frame) in (1..).zip(frames) {
                     marks.write(&mut frame, n);
-                    while let Err((refusal, back)) = submitter.push(Class::Write, frame, n) {
-                        assert_eq!(refusal, Refusal::SqFull);
+                    while let Err((refusal, back)) = sq_producer.push(Class::Write, frame, n) {
+                        assert_eq!(refusal, PushError::SqFull);
                         // The refused frame is whole.
                         assert_eq!(marks.read(&back), n);
                         frame = back;
                         thread::yield_now();
                     }
-                    submitter.publish();
+                    sq_producer.publish();
                 }
-                submitter
+                sq_producer
             }
         });
         let mut kept = Vec::new();
         while kept.len() < 3 {
-            if intake.ready() == 0 {
+            if sq_consumer.ready() == 0 {
                 thread::yield_now();
             }
-            for (frame, user_data) in take(&mut intake) {
+            for (frame, user_data) in take(&mut sq_consumer) {
                 assert_eq!(user_data, kept.len() as u64 + 1);
                 assert_eq!(marks.read(&frame), user_data);
                 kept.push(frame);
             }
         }
-        drop((sender.join().unwrap(), reaper, intake, outlet));
+        drop((sender.join().unwrap(), cq_consumer, sq_consumer, cq_producer));
     });
 }
 
 #[test]
 fn an_sq_cell_is_not_written_before_it_was_copied_out() {
-    cells_of_the_sq_are_reused(|intake| {
-        let packets = std::iter::from_fn(|| match intake.pop()? {
+    cells_of_the_sq_are_reused(|sq_consumer| {
+        let packets = std::iter::from_fn(|| match sq_consumer.pop()? {
             Submission::Packet { class: Class::Write, user_data, frame } => {
                 Some((frame, user_data))
             }
@@ -304,9 +306,9 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 
 #[test]
 fn an_sq_cell_is_not_written_before_its_parcel_was_opened() {
-    cells_of_the_sq_are_reused(|intake| {
-        let packets = std::iter::from_fn(|| Some(intake.front()?.open())).collect();
-        intake.retire();
+    cells_of_the_sq_are_reused(|sq_consumer| {
+        let packets = std::iter::from_fn(|| Some(sq_consumer.front()?.open())).collect();
+        sq_consumer.retire();
         packets
     });
 }
@@ -318,40 +320,45 @@ fn an_sq_cell_is_not_written_before_its_parcel_was_opened() {
 fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
     check(3, || {
         let (pool, marks, _) = pool(2);
-        let (submitter, reaper, intake, outlet) =
+        let (sq_producer, cq_consumer, sq_consumer, cq_producer) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let (frame, seen) = (pool.alloc().unwrap(), pool.alloc().unwrap());
         let sender = thread::spawn({
             let (slot, marks) = (seen.slot(), marks.clone());
             move || {
                 marks.set(slot, 0);
-                submitter.push(Class::Read, frame, 1).unwrap();
-                submitter.publish();
-                submitter
+                sq_producer.push(Class::Read, frame, 1).unwrap();
+                sq_producer.publish();
+                sq_producer
             }
         });
-        if reaper.in_flight() == 1 {
+        if cq_consumer.in_flight() == 1 {
             marks.set(seen.slot(), 1);
         }
-        drop((sender.join().unwrap(), seen, reaper, intake, outlet));
+        drop((sender.join().unwrap(), seen, cq_consumer, sq_consumer, cq_producer));
     });
 }
 
 /// A ring whose `n` reads have been submitted and taken by the poller.
 #[allow(clippy::type_complexity)]
-fn posted(n: u32, pool: &Pool, start: u32) -> (Submitter, Reaper, Intake, Outlet, Vec<Frame>) {
-    let (submitter, reaper, mut intake, outlet) = rings(Depths::new(n, 0, 0), regions(pool), start);
+fn posted(
+    n: u32,
+    pool: &Pool,
+    start: u32,
+) -> (SqProducer, CqConsumer, SqConsumer, CqProducer, Vec<Frame>) {
+    let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
+        rings(Depths::new(n, 0, 0), regions(pool), start);
     for user_data in 1..=u64::from(n) {
-        submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
     }
-    submitter.publish();
-    assert_eq!(intake.ready(), n);
-    let frames = std::iter::from_fn(|| match intake.pop()? {
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), n);
+    let frames = std::iter::from_fn(|| match sq_consumer.pop()? {
         Submission::Packet { class: Class::Read, frame, .. } => Some(frame),
         other => panic!("{other:?}"),
     })
     .collect();
-    (submitter, reaper, intake, outlet, frames)
+    (sq_producer, cq_consumer, sq_consumer, cq_producer, frames)
 }
 
 /// Broken by: a Relaxed store or load of the CQ's tail; publishing before writing.
@@ -359,39 +366,40 @@ fn posted(n: u32, pool: &Pool, start: u32) -> (Submitter, Reaper, Intake, Outlet
 fn completions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
     check(3, || {
         let (pool, marks, _) = pool(3);
-        let (submitter, mut reaper, intake, mut outlet, frames) = posted(3, &pool, u32::MAX - 1);
+        let (sq_producer, mut cq_consumer, sq_consumer, mut cq_producer, frames) =
+            posted(3, &pool, u32::MAX - 1);
         let poller = thread::spawn({
             let marks = marks.clone();
             move || {
                 for (n, mut frame) in (1..).zip(frames) {
                     marks.write(&mut frame, n);
-                    outlet.push(Class::Read, frame, n, Outcome::Refused(n as u32));
+                    cq_producer.push(Class::Read, frame, n, Outcome::Refused(n as u32));
                     if n > 1 {
-                        assert!(outlet.publish());
+                        assert!(cq_producer.publish());
                     }
                 }
-                outlet
+                cq_producer
             }
         });
         let mut kept = Vec::new();
         while kept.len() < 3 {
-            let ready = reaper.ready();
+            let ready = cq_consumer.ready();
             if ready == 0 {
                 thread::yield_now();
             } else if kept.is_empty() {
                 assert!(ready >= 2, "half a batch");
             }
-            while let Some(reaped) = reaper.pop() {
+            while let Some(reaped) = cq_consumer.pop() {
                 let n = kept.len() as u64 + 1;
                 let frame = reaped.frame.unwrap();
                 assert_eq!((reaped.user_data, reaped.len), (n, 8));
                 assert_eq!(reaped.outcome, Outcome::Refused(n as u32));
                 assert_eq!(marks.read(&frame), n);
                 kept.push(frame);
-                assert_eq!(reaper.in_flight(), 3 - kept.len() as u32);
+                assert_eq!(cq_consumer.in_flight(), 3 - kept.len() as u32);
             }
         }
-        drop((poller.join().unwrap(), submitter, reaper, intake));
+        drop((poller.join().unwrap(), sq_producer, cq_consumer, sq_consumer));
     });
 }
 
@@ -427,65 +435,66 @@ fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
 /// what was submitted: into the cells that the first has just copied out.
 fn reap_submit_and_complete_at_once(depth: u32) {
     let (pool, marks, _) = pool(2 * depth);
-    let (submitter, mut reaper, mut intake, mut outlet, frames) = posted(depth, &pool, u32::MAX);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer, frames) =
+        posted(depth, &pool, u32::MAX);
     for (n, mut frame) in (1..).zip(frames) {
         marks.write(&mut frame, n);
-        outlet.push(Class::Read, frame, n, Outcome::Done);
+        cq_producer.push(Class::Read, frame, n, Outcome::Done);
     }
-    outlet.publish();
+    cq_producer.publish();
     let more: Vec<_> = (0..depth).map(|_| pool.alloc().unwrap()).collect();
     let sender = thread::spawn(move || {
         let mut accepted = 0;
         for (n, frame) in (u64::from(depth) + 1..).zip(more) {
-            assert!(submitter.available(Class::Read) <= depth);
-            match submitter.push(Class::Read, frame, n) {
-                Ok(()) => accepted += u32::from(submitter.publish()),
+            assert!(sq_producer.available(Class::Read) <= depth);
+            match sq_producer.push(Class::Read, frame, n) {
+                Ok(()) => accepted += u32::from(sq_producer.publish()),
                 Err((refusal, _)) => {
-                    assert_eq!(refusal, Refusal::NoCredit);
+                    assert_eq!(refusal, PushError::NoCredit);
                     break;
                 }
             }
         }
-        (accepted, submitter)
+        (accepted, sq_producer)
     });
-    let complete = |intake: &mut Intake, outlet: &mut Outlet, marks: &Marks| {
-        intake.ready();
-        while let Some(submission) = intake.pop() {
+    let complete = |sq_consumer: &mut SqConsumer, cq_producer: &mut CqProducer, marks: &Marks| {
+        sq_consumer.ready();
+        while let Some(submission) = sq_consumer.pop() {
             let Submission::Packet { class: Class::Read, user_data, mut frame } = submission else {
                 unreachable!()
             };
             marks.write(&mut frame, user_data);
             // Panics if the credit did not mean room.
-            outlet.push(Class::Read, frame, user_data, Outcome::Done);
-            outlet.publish();
+            cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
+            cq_producer.publish();
         }
     };
     let poller = thread::spawn({
         let marks = marks.clone();
         move || {
-            complete(&mut intake, &mut outlet, &marks);
-            (intake, outlet)
+            complete(&mut sq_consumer, &mut cq_producer, &marks);
+            (sq_consumer, cq_producer)
         }
     });
     let mut kept = Vec::new();
-    let mut reap = |reaper: &mut Reaper| {
-        reaper.ready();
-        while let Some(reaped) = reaper.pop() {
+    let mut reap = |cq_consumer: &mut CqConsumer| {
+        cq_consumer.ready();
+        while let Some(reaped) = cq_consumer.pop() {
             let frame = reaped.frame.unwrap();
             assert_eq!(reaped.user_data, kept.len() as u64 + 1);
             assert_eq!(marks.read(&frame), reaped.user_data);
             kept.push(frame);
-            assert!(reaper.in_flight() <= depth, "in_flight wrapped");
+            assert!(cq_consumer.in_flight() <= depth, "in_flight wrapped");
         }
     };
-    reap(&mut reaper);
-    let (accepted, submitter) = sender.join().unwrap();
-    let (mut intake, mut outlet) = poller.join().unwrap();
-    complete(&mut intake, &mut outlet, &marks);
-    reap(&mut reaper);
+    reap(&mut cq_consumer);
+    let (accepted, sq_producer) = sender.join().unwrap();
+    let (mut sq_consumer, mut cq_producer) = poller.join().unwrap();
+    complete(&mut sq_consumer, &mut cq_producer, &marks);
+    reap(&mut cq_consumer);
     assert_eq!(kept.len() as u32, depth + accepted);
-    assert_eq!(submitter.available(Class::Read), depth);
-    drop((submitter, intake, outlet, reaper));
+    assert_eq!(sq_producer.available(Class::Read), depth);
+    drop((sq_producer, sq_consumer, cq_producer, cq_consumer));
 }
 
 /// Broken by: giving the credit before the entry was copied out; a Relaxed store or load of the
@@ -509,14 +518,14 @@ fn a_credit_means_room_in_a_cq_of_two_cells() {
 fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
     check(3, || {
         let (pool, marks, _) = pool(1);
-        let (submitter, mut reaper, mut intake, mut outlet) =
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX - 1);
         const LAPS: u64 = 4;
         let both_ends = thread::spawn({
             let (pool, marks) = (pool.clone(), marks.clone());
             move || {
                 for n in 1..=LAPS {
-                    while submitter.available(Class::Read) == 0 {
+                    while sq_producer.available(Class::Read) == 0 {
                         thread::yield_now();
                     }
                     // The reaper drops a frame only after it gave the credit back.
@@ -527,21 +536,21 @@ fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
                         }
                     };
                     marks.write(&mut frame, n);
-                    submitter.push(Class::Read, frame, n).unwrap();
-                    submitter.publish();
-                    turn(&mut intake, &mut outlet, Outcome::Done);
+                    sq_producer.push(Class::Read, frame, n).unwrap();
+                    sq_producer.publish();
+                    turn(&mut sq_consumer, &mut cq_producer, Outcome::Done);
                 }
-                (submitter, intake, outlet)
+                (sq_producer, sq_consumer, cq_producer)
             }
         });
         for n in 1..=LAPS {
-            while reaper.ready() == 0 {
+            while cq_consumer.ready() == 0 {
                 thread::yield_now();
             }
-            let frame = reaper.pop().unwrap().frame.unwrap();
+            let frame = cq_consumer.pop().unwrap().frame.unwrap();
             assert_eq!(marks.read(&frame), n);
         }
-        drop((both_ends.join().unwrap(), reaper));
+        drop((both_ends.join().unwrap(), cq_consumer));
     });
 }
 
@@ -553,7 +562,7 @@ fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
 fn no_wake_up_is_lost_in_either_direction() {
     check(2, || {
         let (pool, marks, _) = pool(1);
-        let (submitter, mut reaper, mut intake, mut outlet) =
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let bells = Arc::new([bell(), bell()]);
         const LAPS: u64 = 2;
@@ -561,36 +570,36 @@ fn no_wake_up_is_lost_in_either_direction() {
             let (bells, marks) = (bells.clone(), marks.clone());
             move || {
                 for n in 1..=LAPS {
-                    while intake.ready() == 0 {
-                        bells[0].sleep(None, || intake.ready() > 0);
+                    while sq_consumer.ready() == 0 {
+                        bells[0].sleep(None, || sq_consumer.ready() > 0);
                     }
                     let Some(Submission::Packet { class: Class::Read, user_data, mut frame }) =
-                        intake.pop()
+                        sq_consumer.pop()
                     else {
                         unreachable!()
                     };
                     assert_eq!(user_data, n);
                     marks.write(&mut frame, n);
-                    outlet.push(Class::Read, frame, n, Outcome::Done);
-                    outlet.publish();
+                    cq_producer.push(Class::Read, frame, n, Outcome::Done);
+                    cq_producer.publish();
                     bells[1].ring();
                 }
-                (intake, outlet)
+                (sq_consumer, cq_producer)
             }
         });
         let mut frame = pool.alloc().unwrap();
         for n in 1..=LAPS {
-            submitter.push(Class::Read, frame, n).unwrap();
-            submitter.publish();
+            sq_producer.push(Class::Read, frame, n).unwrap();
+            sq_producer.publish();
             bells[0].ring();
-            while reaper.ready() == 0 {
-                bells[1].sleep(None, || reaper.ready() > 0);
+            while cq_consumer.ready() == 0 {
+                bells[1].sleep(None, || cq_consumer.ready() > 0);
             }
-            frame = reaper.pop().unwrap().frame.unwrap();
+            frame = cq_consumer.pop().unwrap().frame.unwrap();
             assert_eq!(marks.read(&frame), n);
         }
         assert!(bells.iter().all(|bell| u64::from(bell.parker().unparks()) <= LAPS));
-        drop((poller.join().unwrap(), submitter, reaper, frame));
+        drop((poller.join().unwrap(), sq_producer, cq_consumer, frame));
     });
 }
 
@@ -653,7 +662,7 @@ fn of_two_ringers_exactly_one_pays_for_each_arming() {
 fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
     check(3, || {
         let (pool, _, _) = pool(1);
-        let (submitter, reaper, mut intake, outlet) =
+        let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let bell = Arc::new(bell());
         let wish = Arc::new(AtomicU32::new(0));
@@ -661,10 +670,10 @@ fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
         let submitting = thread::spawn({
             let bell = bell.clone();
             move || {
-                submitter.push(Class::Read, frame, 1).unwrap();
-                submitter.publish();
+                sq_producer.push(Class::Read, frame, 1).unwrap();
+                sq_producer.publish();
                 bell.ring();
-                submitter
+                sq_producer
             }
         });
         let wishing = thread::spawn({
@@ -677,14 +686,14 @@ fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
         let (mut taken, mut granted) = (None, false);
         while taken.is_none() || !granted {
             granted |= wish.load(Ordering::Relaxed) != 0 && wish.swap(0, Ordering::Acquire) != 0;
-            intake.ready();
-            taken = taken.or(intake.pop());
+            sq_consumer.ready();
+            taken = taken.or(sq_consumer.pop());
             if taken.is_none() || !granted {
-                bell.sleep(None, || intake.ready() > 0 || wish.load(Ordering::Relaxed) != 0);
+                bell.sleep(None, || sq_consumer.ready() > 0 || wish.load(Ordering::Relaxed) != 0);
             }
         }
         wishing.join().unwrap();
-        drop((submitting.join().unwrap(), reaper, intake, outlet, taken));
+        drop((submitting.join().unwrap(), cq_consumer, sq_consumer, cq_producer, taken));
     });
 }
 
@@ -759,10 +768,10 @@ impl CqBell {
     }
 
     /// Arms for `n` completions and looks once more. False if they are there.
-    fn arm(&self, reaper: &mut Reaper, n: u32) -> bool {
-        self.wanted.store(reaper.index_of(n), Ordering::Relaxed);
+    fn arm(&self, cq_consumer: &mut CqConsumer, n: u32) -> bool {
+        self.wanted.store(cq_consumer.index_of(n), Ordering::Relaxed);
         self.bell.arm();
-        let armed = reaper.ready() < n;
+        let armed = cq_consumer.ready() < n;
         if !armed {
             self.bell.disarm();
         }
@@ -770,8 +779,8 @@ impl CqBell {
     }
 
     /// After publishing: wakes the sleeper if that is enough for it.
-    fn post(&self, outlet: &Outlet) -> bool {
-        let index = outlet.index();
+    fn post(&self, cq_producer: &CqProducer) -> bool {
+        let index = cq_producer.index();
         self.bell.ring_if(|| index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31)
     }
 }
@@ -782,64 +791,66 @@ impl CqBell {
 fn arming_for_two_completions_is_answered_by_the_second_once() {
     check(3, || {
         let (pool, _, _) = pool(2);
-        let (submitter, mut reaper, intake, mut outlet, frames) = posted(2, &pool, u32::MAX);
+        let (sq_producer, mut cq_consumer, sq_consumer, mut cq_producer, frames) =
+            posted(2, &pool, u32::MAX);
         let cq = CqBell::new();
         let poller = thread::spawn({
             let cq = cq.clone();
             move || {
                 let mut paid = Vec::new();
                 for (n, frame) in (1..).zip(frames) {
-                    outlet.push(Class::Read, frame, n, Outcome::Done);
-                    outlet.publish();
-                    paid.push(cq.post(&outlet));
+                    cq_producer.push(Class::Read, frame, n, Outcome::Done);
+                    cq_producer.publish();
+                    paid.push(cq.post(&cq_producer));
                 }
-                (paid, outlet)
+                (paid, cq_producer)
             }
         });
-        if cq.arm(&mut reaper, 2) {
+        if cq.arm(&mut cq_consumer, 2) {
             cq.bell.parker().park(None);
-            assert_eq!(reaper.ready(), 2, "woken with less than was wished");
+            assert_eq!(cq_consumer.ready(), 2, "woken with less than was wished");
         }
-        let (paid, outlet) = poller.join().unwrap();
+        let (paid, cq_producer) = poller.join().unwrap();
         assert!(!paid[0], "one completion woke a sleeper that wanted two");
         assert_eq!(u32::from(paid[1]), cq.bell.parker().unparks());
-        let kept: Vec<_> = std::iter::from_fn(|| reaper.pop()).collect();
+        let kept: Vec<_> = std::iter::from_fn(|| cq_consumer.pop()).collect();
         assert_eq!(kept.len(), 2);
-        drop((kept, outlet, submitter, reaper, intake));
+        drop((kept, cq_producer, sq_producer, cq_consumer, sq_consumer));
     });
 }
 
 fn arm_anew(wish_first: bool) {
     check(3, move || {
         let (pool, _, _) = pool(2);
-        let (submitter, mut reaper, intake, mut outlet, mut frames) = posted(2, &pool, u32::MAX);
+        let (sq_producer, mut cq_consumer, sq_consumer, mut cq_producer, mut frames) =
+            posted(2, &pool, u32::MAX);
         let cq = CqBell::new();
         let frame = frames.pop().unwrap();
         let poller = thread::spawn({
             let cq = cq.clone();
             move || {
-                outlet.push(Class::Read, frame, 1, Outcome::Done);
-                outlet.publish();
-                cq.post(&outlet);
-                outlet
+                cq_producer.push(Class::Read, frame, 1, Outcome::Done);
+                cq_producer.publish();
+                cq.post(&cq_producer);
+                cq_producer
             }
         });
         // Two will not come; then it makes do with one.
-        assert!(cq.arm(&mut reaper, 2));
-        while reaper.ready() == 0 {
+        assert!(cq.arm(&mut cq_consumer, 2));
+        while cq_consumer.ready() == 0 {
             let armed = if wish_first {
-                cq.arm(&mut reaper, 1)
+                cq.arm(&mut cq_consumer, 1)
             } else {
                 cq.bell.arm();
-                cq.wanted.store(reaper.index_of(1), Ordering::Relaxed);
-                reaper.ready() == 0
+                cq.wanted.store(cq_consumer.index_of(1), Ordering::Relaxed);
+                cq_consumer.ready() == 0
             };
             if armed {
                 cq.bell.parker().park(None);
             }
         }
-        let kept = reaper.pop();
-        drop((poller.join().unwrap(), kept, frames, submitter, reaper, intake));
+        let kept = cq_consumer.pop();
+        drop((poller.join().unwrap(), kept, frames, sq_producer, cq_consumer, sq_consumer));
     });
 }
 
@@ -969,7 +980,7 @@ fn no_ring_is_lost_through_two_levels_of_doorbells() {
 fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
     check(2, || {
         let (pool, marks, _) = pool(2);
-        let (submitter, mut reaper, mut intake, mut outlet) =
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(0, 2, 0), regions(&pool), u32::MAX);
         // The bell, the closed flag that submits look at, and the stop that the poller looks at.
         let shared = Arc::new((bell(), AtomicU32::new(0), AtomicU32::new(0)));
@@ -987,12 +998,12 @@ fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
                         refused.push(frame);
                         continue;
                     }
-                    submitter.push(Class::Write, frame, n).unwrap();
-                    submitter.publish();
+                    sq_producer.push(Class::Write, frame, n).unwrap();
+                    sq_producer.publish();
                     bell.ring();
                     accepted.push(n);
                 }
-                (accepted, refused, submitter)
+                (accepted, refused, sq_producer)
             }
         });
         let poller = thread::spawn({
@@ -1002,11 +1013,13 @@ fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
                 loop {
                     let stopped = stop.swap(0, Ordering::Acquire) != 0;
                     let outcome = if stopped { Outcome::Cancelled } else { Outcome::Done };
-                    turn(&mut intake, &mut outlet, outcome);
+                    turn(&mut sq_consumer, &mut cq_producer, outcome);
                     if stopped {
-                        return (intake, outlet);
+                        return (sq_consumer, cq_producer);
                     }
-                    bell.sleep(None, || intake.ready() > 0 || stop.load(Ordering::Relaxed) != 0);
+                    bell.sleep(None, || {
+                        sq_consumer.ready() > 0 || stop.load(Ordering::Relaxed) != 0
+                    });
                 }
             }
         });
@@ -1014,26 +1027,26 @@ fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
         closed.store(1, Ordering::Release);
         stop.fetch_or(1, Ordering::Release);
         bell.ring();
-        let (mut intake, mut outlet) = poller.join().unwrap();
+        let (mut sq_consumer, mut cq_producer) = poller.join().unwrap();
         let mut completed = Vec::new();
-        let mut reap = |reaper: &mut Reaper| {
-            turn(&mut intake, &mut outlet, Outcome::Cancelled);
-            reaper.ready();
-            while let Some(reaped) = reaper.pop() {
+        let mut reap = |cq_consumer: &mut CqConsumer| {
+            turn(&mut sq_consumer, &mut cq_producer, Outcome::Cancelled);
+            cq_consumer.ready();
+            while let Some(reaped) = cq_consumer.pop() {
                 let frame = reaped.frame.unwrap();
                 assert_eq!(marks.read(&frame), reaped.user_data);
                 completed.push((reaped.user_data, frame));
             }
         };
         // Perhaps too early for the submitter's last entry, which the next reap finds.
-        reap(&mut reaper);
-        let (accepted, refused, submitter) = submitting.join().unwrap();
-        reap(&mut reaper);
-        assert_eq!(reaper.in_flight(), 0);
+        reap(&mut cq_consumer);
+        let (accepted, refused, sq_producer) = submitting.join().unwrap();
+        reap(&mut cq_consumer);
+        assert_eq!(cq_consumer.in_flight(), 0);
         let numbers: Vec<_> = completed.iter().map(|(n, _)| *n).collect();
         assert_eq!(numbers, accepted, "each accepted entry completes once, in order");
         assert_eq!(completed.len() + refused.len(), 2);
-        drop((completed, refused, submitter, reaper, intake, outlet));
+        drop((completed, refused, sq_producer, cq_consumer, sq_consumer, cq_producer));
         assert_eq!(pool.slots_out(), 0);
     });
 }
@@ -1053,7 +1066,7 @@ fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
     }
     check(3, || {
         let (pool, _, _) = pool(1);
-        let (submitter, mut reaper, mut intake, mut outlet) =
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(0, 1, 0), regions(&pool), u32::MAX);
         let shared = Arc::new((Doorbell::new(Nobody), bell(), AtomicU32::new(0)));
         let frame = pool.alloc().unwrap();
@@ -1061,32 +1074,32 @@ fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
             let shared = shared.clone();
             move || {
                 let (engine_bell, cq_bell, closed) = &*shared;
-                submitter.push(Class::Write, frame, 1).unwrap();
-                submitter.publish();
+                sq_producer.push(Class::Write, frame, 1).unwrap();
+                sq_producer.publish();
                 if engine_bell.ring() && closed.load(Ordering::Acquire) != 0 {
                     cq_bell.ring();
                 }
-                submitter
+                sq_producer
             }
         });
         let (engine_bell, cq_bell, closed) = &*shared;
         closed.store(1, Ordering::Release);
         let reaped = loop {
-            turn(&mut intake, &mut outlet, Outcome::Cancelled);
-            reaper.ready();
-            if let Some(reaped) = reaper.pop() {
+            turn(&mut sq_consumer, &mut cq_producer, Outcome::Cancelled);
+            cq_consumer.ready();
+            if let Some(reaped) = cq_consumer.pop() {
                 break reaped;
             }
             cq_bell.arm();
             engine_bell.arm();
-            if intake.ready() == 0 {
+            if sq_consumer.ready() == 0 {
                 cq_bell.parker().park(None);
             }
             cq_bell.disarm();
             engine_bell.disarm();
         };
         assert_eq!(reaped.outcome, Outcome::Cancelled);
-        drop((submitting.join().unwrap(), reaped, reaper, intake, outlet));
+        drop((submitting.join().unwrap(), reaped, cq_consumer, sq_consumer, cq_producer));
     });
 }
 
@@ -1199,16 +1212,16 @@ fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
 fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
     check(2, || {
         let (pool, marks, freed) = pool(3);
-        let (submitter, reaper, mut intake, mut outlet) =
+        let (sq_producer, cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(0, 3, 0), regions(&pool), u32::MAX);
         let mut frames = [0; 3].map(|_| pool.alloc().unwrap()).into_iter();
         for user_data in 0..2 {
-            submitter.push(Class::Write, frames.next().unwrap(), user_data).unwrap();
+            sq_producer.push(Class::Write, frames.next().unwrap(), user_data).unwrap();
         }
-        submitter.publish();
+        sq_producer.publish();
         // One in the CQ, one in the SQ, one written to the SQ and not published.
-        intake.ready();
-        let Some(Submission::Packet { class: Class::Write, user_data, frame }) = intake.pop()
+        sq_consumer.ready();
+        let Some(Submission::Packet { class: Class::Write, user_data, frame }) = sq_consumer.pop()
         else {
             unreachable!()
         };
@@ -1217,21 +1230,21 @@ fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
             let marks = marks.clone();
             move || {
                 marks.write(&mut last, 2);
-                submitter.push(Class::Write, last, 2).unwrap();
-                drop(submitter);
+                sq_producer.push(Class::Write, last, 2).unwrap();
+                drop(sq_producer);
             }
         });
         let polling = thread::spawn({
             let (mut frame, marks) = (frame, marks.clone());
             move || {
                 marks.write(&mut frame, 0);
-                outlet.push(Class::Write, frame, user_data, Outcome::Done);
-                drop(outlet);
-                drop(intake);
+                cq_producer.push(Class::Write, frame, user_data, Outcome::Done);
+                drop(cq_producer);
+                drop(sq_consumer);
             }
         });
         drop(pool);
-        drop(reaper);
+        drop(cq_consumer);
         submitting.join().unwrap();
         polling.join().unwrap();
         assert_eq!(freed.load(Ordering::Relaxed), 1, "the memory stayed, or went twice");

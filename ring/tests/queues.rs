@@ -12,8 +12,9 @@ use std::thread;
 use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
-    Backing, Class, Depths, Frame, FrontError, HeapBacking, Intake, Layout, LayoutError, Opcode,
-    OutOfRoom, Outcome, Outlet, Pool, Reaper, Refusal, Regions, Submission, Submitter, rings,
+    Backing, Class, CqConsumer, CqProducer, Depths, Frame, FrontError, HeapBacking, Layout,
+    LayoutError, Opcode, OutOfRoom, Outcome, Pool, PushError, Regions, SqConsumer, SqProducer,
+    Submission, rings,
 };
 
 /// The default, with failing cases kept beside those of the other crates.
@@ -119,10 +120,10 @@ enum Op {
         count: usize,
         keep: bool,
     },
-    DropSubmitter,
-    DropReaper,
-    DropIntake,
-    DropOutlet,
+    DropSqProducer,
+    DropCqConsumer,
+    DropSqConsumer,
+    DropCqProducer,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -150,10 +151,10 @@ fn op() -> impl Strategy<Value = Op> {
         50 => Just(Op::Show),
         40 => Just(Op::LookForCompletions),
         60 => (1..5_usize, any::<bool>()).prop_map(|(count, keep)| Op::Reap { count, keep }),
-        1 => Just(Op::DropSubmitter),
-        1 => Just(Op::DropReaper),
-        1 => Just(Op::DropIntake),
-        1 => Just(Op::DropOutlet),
+        1 => Just(Op::DropSqProducer),
+        1 => Just(Op::DropCqConsumer),
+        1 => Just(Op::DropSqConsumer),
+        1 => Just(Op::DropCqProducer),
     ]
 }
 
@@ -213,10 +214,10 @@ struct World {
     foreign: Pool,
     depths: Depths,
     start: u32,
-    submitter: Option<Submitter>,
-    reaper: Option<Reaper>,
-    intake: Option<Intake>,
-    outlet: Option<Outlet>,
+    sq_producer: Option<SqProducer>,
+    cq_consumer: Option<CqConsumer>,
+    sq_consumer: Option<SqConsumer>,
+    cq_producer: Option<CqProducer>,
 
     user: Vec<Frame>,
     next_user_data: u64,
@@ -241,16 +242,16 @@ impl World {
     fn new(depths: Depths, slots: [u32; 2], start: u32) -> Self {
         let pools = slots.map(pool);
         let regions = Regions::new(pools.to_vec()).unwrap();
-        let (submitter, reaper, intake, outlet) = rings(depths, regions, start);
+        let (sq_producer, cq_consumer, sq_consumer, cq_producer) = rings(depths, regions, start);
         Self {
             pools,
             foreign: pool(1),
             depths,
             start,
-            submitter: Some(submitter),
-            reaper: Some(reaper),
-            intake: Some(intake),
-            outlet: Some(outlet),
+            sq_producer: Some(sq_producer),
+            cq_consumer: Some(cq_consumer),
+            sq_consumer: Some(sq_consumer),
+            cq_producer: Some(cq_producer),
             user: Vec::new(),
             next_user_data: 0,
             in_flight: [0; 3],
@@ -282,11 +283,11 @@ impl World {
     }
 
     /// What the submitter must say to one more entry of `class`.
-    fn refusal(&self, class: Class) -> Option<Refusal> {
+    fn refusal(&self, class: Class) -> Option<PushError> {
         if self.in_flight[class as usize] == self.depth(class) {
-            Some(Refusal::NoCredit)
+            Some(PushError::NoCredit)
         } else if (self.sq.len() + self.sq_opened) as u32 == self.depths.sq {
-            Some(Refusal::SqFull)
+            Some(PushError::SqFull)
         } else {
             None
         }
@@ -316,11 +317,11 @@ impl World {
             frame[0] = user_data as u8;
         }
         let pool = self.pools.iter().position(|pool| pool.owns(&frame));
-        let foreign = pool.is_none().then_some(Refusal::ForeignPool);
+        let foreign = pool.is_none().then_some(PushError::ForeignPool);
         let expected = self.refusal(class).or(foreign);
         let before = (frame.slot(), frame.headroom(), frame.to_vec());
-        let Some(submitter) = &mut self.submitter else { return };
-        match submitter.push(class, frame, user_data) {
+        let Some(sq_producer) = &mut self.sq_producer else { return };
+        match sq_producer.push(class, frame, user_data) {
             Ok(()) => {
                 assert_eq!(expected, None);
                 let (slot, headroom, bytes) = before;
@@ -355,7 +356,7 @@ impl World {
                 }
             }
             Op::Push { write, frame, len, trim } => {
-                if self.user.is_empty() || self.submitter.is_none() {
+                if self.user.is_empty() || self.sq_producer.is_none() {
                     return;
                 }
                 let mut frame = self.user.swap_remove(frame % self.user.len());
@@ -373,21 +374,21 @@ impl World {
                 let user_data = self.next_user_data;
                 self.next_user_data += 1;
                 let expected = self.refusal(Class::Cancel);
-                let Some(submitter) = &mut self.submitter else { return };
-                assert_eq!(submitter.push_cancel(target, user_data).err(), expected);
+                let Some(sq_producer) = &mut self.sq_producer else { return };
+                assert_eq!(sq_producer.push_cancel(target, user_data).err(), expected);
                 if expected.is_none() {
                     self.submitted(user_data, Ask::Cancel(target));
                 }
             }
             Op::Publish => {
-                let Some(submitter) = &mut self.submitter else { return };
-                assert_eq!(submitter.publish(), self.sq_hidden > 0);
+                let Some(sq_producer) = &mut self.sq_producer else { return };
+                assert_eq!(sq_producer.publish(), self.sq_hidden > 0);
                 self.show_submissions();
             }
             Op::Look => {
-                let Some(intake) = &mut self.intake else { return };
+                let Some(sq_consumer) = &mut self.sq_consumer else { return };
                 self.sq_known = self.sq.len() - self.sq_hidden;
-                assert_eq!(intake.ready() as usize, self.sq_known);
+                assert_eq!(sq_consumer.ready() as usize, self.sq_known);
             }
             Op::Take(count) => {
                 for _ in 0..count {
@@ -399,18 +400,20 @@ impl World {
                     self.open();
                 }
                 // Looked at and let go, it stays.
-                let class = self.intake.as_mut().and_then(Intake::front).map(|it| it.class());
-                let next = self.sq.front().filter(|_| self.intake.is_some() && self.sq_known > 0);
+                let class =
+                    self.sq_consumer.as_mut().and_then(SqConsumer::front).map(|it| it.class());
+                let next =
+                    self.sq.front().filter(|_| self.sq_consumer.is_some() && self.sq_known > 0);
                 let expected = next.map(|(_, ask)| ask.class());
                 assert_eq!(class, expected.filter(|class| *class != Class::Cancel));
             }
             Op::Retire => {
-                let Some(intake) = &mut self.intake else { return };
-                intake.retire();
+                let Some(sq_consumer) = &mut self.sq_consumer else { return };
+                sq_consumer.retire();
                 self.sq_opened = 0;
             }
             Op::Leading { write, most, len } => {
-                let Some(intake) = &self.intake else { return };
+                let Some(sq_consumer) = &self.sq_consumer else { return };
                 let class = if write { Class::Write } else { Class::Read };
                 let known = self.sq.iter().take(self.sq_known.min(most as usize));
                 let expected = known.take_while(|(_, ask)| {
@@ -418,52 +421,52 @@ impl World {
                         && ask.packet().is_some_and(|packet| packet.bytes.len() <= len)
                 });
                 let expected = expected.count() as u32;
-                assert_eq!(intake.leading(class, most, |bytes| bytes.len() <= len), expected);
+                assert_eq!(sq_consumer.leading(class, most, |bytes| bytes.len() <= len), expected);
             }
             Op::Complete { which, outcome, len } => self.complete(which, outcome, len),
             Op::Show => {
-                let Some(outlet) = &mut self.outlet else { return };
-                assert_eq!(outlet.publish(), self.cq_hidden > 0);
+                let Some(cq_producer) = &mut self.cq_producer else { return };
+                assert_eq!(cq_producer.publish(), self.cq_hidden > 0);
                 self.show_completions();
             }
             Op::LookForCompletions => {
-                let Some(reaper) = &mut self.reaper else { return };
+                let Some(cq_consumer) = &mut self.cq_consumer else { return };
                 self.cq_known = self.cq.len() - self.cq_hidden;
-                assert_eq!(reaper.ready() as usize, self.cq_known);
+                assert_eq!(cq_consumer.ready() as usize, self.cq_known);
             }
             Op::Reap { count, keep } => {
                 for _ in 0..count {
                     self.reap(keep);
                 }
             }
-            Op::DropSubmitter => {
-                if self.submitter.take().is_some() {
+            Op::DropSqProducer => {
+                if self.sq_producer.take().is_some() {
                     self.show_submissions();
                 }
             }
-            Op::DropReaper => self.reaper = None,
-            Op::DropIntake => {
-                self.intake = None;
+            Op::DropCqConsumer => self.cq_consumer = None,
+            Op::DropSqConsumer => {
+                self.sq_consumer = None;
                 self.sq_opened = 0;
             }
-            Op::DropOutlet => {
-                if self.outlet.take().is_some() {
+            Op::DropCqProducer => {
+                if self.cq_producer.take().is_some() {
                     self.show_completions();
                 }
             }
         }
         // The reaper watches the SQ too.
-        if self.submitter.is_none() && self.intake.is_none() && self.reaper.is_none() {
+        if self.sq_producer.is_none() && self.sq_consumer.is_none() && self.cq_consumer.is_none() {
             self.sq.clear();
         }
-        if self.outlet.is_none() && self.reaper.is_none() {
+        if self.cq_producer.is_none() && self.cq_consumer.is_none() {
             self.cq.clear();
         }
     }
 
     fn take(&mut self) {
-        let Some(intake) = &mut self.intake else { return };
-        let submission = intake.pop();
+        let Some(sq_consumer) = &mut self.sq_consumer else { return };
+        let submission = sq_consumer.pop();
         if self.sq_known == 0 {
             assert!(submission.is_none(), "{submission:?} was not seen at the last look");
             return;
@@ -488,15 +491,15 @@ impl World {
     }
 
     fn open(&mut self) {
-        let Some(intake) = &mut self.intake else { return };
-        assert_eq!(intake.known() as usize, self.sq_known);
+        let Some(sq_consumer) = &mut self.sq_consumer else { return };
+        assert_eq!(sq_consumer.known() as usize, self.sq_known);
         let next = self.sq.front().filter(|(_, ask)| self.sq_known > 0 && ask.packet().is_some());
-        let Some(parcel) = intake.front() else {
+        let Some(sqe) = sq_consumer.front() else {
             assert!(next.is_none(), "{next:?} was not given");
             return;
         };
-        let class = parcel.class();
-        let (frame, user_data) = parcel.open();
+        let class = sqe.class();
+        let (frame, user_data) = sqe.take();
         let (expected, ask) = self.sq.pop_front().unwrap();
         self.sq_known -= 1;
         self.sq_opened += 1;
@@ -506,7 +509,7 @@ impl World {
     }
 
     fn complete(&mut self, which: usize, outcome: Outcome, len: usize) {
-        if self.device.is_empty() || self.outlet.is_none() {
+        if self.device.is_empty() || self.cq_producer.is_none() {
             return;
         }
         let (user_data, mut ask, frame) = self.device.swap_remove(which % self.device.len());
@@ -521,13 +524,13 @@ impl World {
                     ask = Ask::Read(self.packet(&frame));
                 }
                 len = frame.len() as u32;
-                let outlet = self.outlet.as_mut().unwrap();
-                outlet.push(ask.class(), frame, user_data, outcome);
+                let cq_producer = self.cq_producer.as_mut().unwrap();
+                cq_producer.push(ask.class(), frame, user_data, outcome);
             }
             None => {
                 outcome = Outcome::Done;
-                let outlet = self.outlet.as_mut().unwrap();
-                outlet.push_cancel(ask == Ask::Cancel(None), len, user_data);
+                let cq_producer = self.cq_producer.as_mut().unwrap();
+                cq_producer.push_cancel(ask == Ask::Cancel(None), len, user_data);
             }
         }
         self.cq.push_back(Done { user_data, ask, outcome, len });
@@ -535,8 +538,8 @@ impl World {
     }
 
     fn reap(&mut self, keep: bool) {
-        let Some(reaper) = &mut self.reaper else { return };
-        let reaped = reaper.pop();
+        let Some(cq_consumer) = &mut self.cq_consumer else { return };
+        let reaped = cq_consumer.pop();
         if self.cq_known == 0 {
             assert!(reaped.is_none(), "{reaped:?} was not seen at the last look");
             return;
@@ -586,19 +589,19 @@ impl World {
             let left = self.depth(class) - self.in_flight[class as usize];
             let refusal = self.refusal(class);
             let depth = self.depth(class);
-            let Some(submitter) = &mut self.submitter else { continue };
-            assert_eq!(submitter.check(class).err(), refusal);
-            assert_eq!(submitter.available(class), left);
-            assert_eq!(submitter.depth(class), depth);
+            let Some(sq_producer) = &mut self.sq_producer else { continue };
+            assert_eq!(sq_producer.check(class).err(), refusal);
+            assert_eq!(sq_producer.available(class), left);
+            assert_eq!(sq_producer.depth(class), depth);
         }
-        if let Some(reaper) = &self.reaper {
-            assert_eq!(reaper.in_flight(), self.submissions_shown - self.reaped);
-            assert_eq!(reaper.known() as usize, self.cq_known);
-            assert_eq!(reaper.index_of(3), self.start.wrapping_add(self.reaped + 3));
+        if let Some(cq_consumer) = &self.cq_consumer {
+            assert_eq!(cq_consumer.in_flight(), self.submissions_shown - self.reaped);
+            assert_eq!(cq_consumer.known() as usize, self.cq_known);
+            assert_eq!(cq_consumer.index_of(3), self.start.wrapping_add(self.reaped + 3));
         }
-        if let Some(outlet) = &self.outlet {
-            assert_eq!(outlet.backlog() as usize, self.cq.len() - self.cq_hidden);
-            assert_eq!(outlet.index(), self.start.wrapping_add(self.completions_shown));
+        if let Some(cq_producer) = &self.cq_producer {
+            assert_eq!(cq_producer.backlog() as usize, self.cq.len() - self.cq_hidden);
+            assert_eq!(cq_producer.index(), self.start.wrapping_add(self.completions_shown));
         }
     }
 }
@@ -723,62 +726,64 @@ fn regions(pool: &Pool) -> Regions {
 #[test]
 fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     let pool = pool(2);
-    let (submitter, mut reaper, mut intake, mut outlet) =
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
         rings(Depths::new(2, 0, 0), regions(&pool), u32::MAX);
     for user_data in 0..2 {
-        submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
     }
-    submitter.publish();
-    intake.ready();
-    while let Some(Submission::Packet { class: Class::Read, user_data, frame }) = intake.pop() {
-        outlet.push(Class::Read, frame, user_data, Outcome::Done);
+    sq_producer.publish();
+    sq_consumer.ready();
+    while let Some(Submission::Packet { class: Class::Read, user_data, frame }) = sq_consumer.pop()
+    {
+        cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
     }
-    outlet.publish();
-    reaper.ready();
-    std::mem::forget(reaper.pop());
-    let second = reaper.pop().unwrap();
+    cq_producer.publish();
+    cq_consumer.ready();
+    std::mem::forget(cq_consumer.pop());
+    let second = cq_consumer.pop().unwrap();
     assert_eq!(second.user_data, 1);
     // Both credits are back, both entries are gone, one slot is.
-    assert_eq!(submitter.available(Class::Read), 2);
-    assert!(reaper.pop().is_none());
-    drop((submitter, reaper, intake, outlet, second));
+    assert_eq!(sq_producer.available(Class::Read), 2);
+    assert!(cq_consumer.pop().is_none());
+    drop((sq_producer, cq_consumer, sq_consumer, cq_producer, second));
     assert_eq!(pool.slots_out(), 1);
 }
 
 /// Four entries: two packets, a cancel, a packet.
-fn mixed(pool: &Pool) -> (Submitter, Reaper, Intake, Outlet) {
+fn mixed(pool: &Pool) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
     let depths = Depths { read: 2, write: 2, cancel: 1, sq: 4 };
-    let (submitter, reaper, mut intake, outlet) = rings(depths, regions(pool), u32::MAX);
-    submitter.push(Class::Read, pool.alloc().unwrap(), 1).unwrap();
-    submitter.push(Class::Write, pool.alloc().unwrap(), 2).unwrap();
-    submitter.push_cancel(Some(1), 3).unwrap();
-    submitter.push(Class::Read, pool.alloc().unwrap(), 4).unwrap();
-    submitter.publish();
-    assert_eq!(intake.ready(), 4);
-    (submitter, reaper, intake, outlet)
+    let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
+        rings(depths, regions(pool), u32::MAX);
+    sq_producer.push(Class::Read, pool.alloc().unwrap(), 1).unwrap();
+    sq_producer.push(Class::Write, pool.alloc().unwrap(), 2).unwrap();
+    sq_producer.push_cancel(Some(1), 3).unwrap();
+    sq_producer.push(Class::Read, pool.alloc().unwrap(), 4).unwrap();
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), 4);
+    (sq_producer, cq_consumer, sq_consumer, cq_producer)
 }
 
 #[test]
 fn packets_are_taken_up_to_a_cancel_and_make_room_together() {
     let pool = pool(4);
-    let (submitter, _reaper, mut intake, _outlet) = mixed(&pool);
-    assert_eq!(submitter.check(Class::Write), Err(Refusal::SqFull));
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) = mixed(&pool);
+    assert_eq!(sq_producer.check(Class::Write), Err(PushError::SqFull));
     let mut taken = Vec::new();
-    let mut take = |intake: &mut Intake| {
-        while let Some(packet) = intake.front() {
-            taken.push((packet.class(), packet.open()));
+    let mut take = |sq_consumer: &mut SqConsumer| {
+        while let Some(packet) = sq_consumer.front() {
+            taken.push((packet.class(), packet.take()));
         }
     };
-    take(&mut intake);
-    assert_eq!(submitter.check(Class::Write), Err(Refusal::SqFull));
-    intake.retire();
-    assert_eq!(submitter.check(Class::Write), Ok(()));
+    take(&mut sq_consumer);
+    assert_eq!(sq_producer.check(Class::Write), Err(PushError::SqFull));
+    sq_consumer.retire();
+    assert_eq!(sq_producer.check(Class::Write), Ok(()));
     // The next is none.
-    take(&mut intake);
-    let cancel = intake.pop();
+    take(&mut sq_consumer);
+    let cancel = sq_consumer.pop();
     assert!(matches!(cancel, Some(Submission::Cancel { user_data: 3, target: Some(1) })));
-    take(&mut intake);
-    assert!(intake.pop().is_none());
+    take(&mut sq_consumer);
+    assert!(sq_consumer.pop().is_none());
     let seen: Vec<_> = taken.iter().map(|(class, (_, user_data))| (*class, *user_data)).collect();
     assert_eq!(seen, [(Class::Read, 1), (Class::Write, 2), (Class::Read, 4)]);
     let slots: BTreeSet<u32> = taken.iter().map(|(_, (frame, _))| frame.slot()).collect();
@@ -789,16 +794,17 @@ fn packets_are_taken_up_to_a_cancel_and_make_room_together() {
 #[test]
 fn a_run_is_published_in_pieces_of_four_or_sixteen() {
     let pool = pool(64);
-    let (submitter, reaper, mut intake, _outlet) = rings(Depths::new(64, 0, 0), regions(&pool), 0);
+    let (sq_producer, cq_consumer, mut sq_consumer, _cq_producer) =
+        rings(Depths::new(64, 0, 0), regions(&pool), 0);
     let mut shown = Vec::new();
     for n in 0..64 {
         if n == 20 || n == 40 {
-            submitter.publish();
-            submitter.begin_run(&reaper);
+            sq_producer.publish();
+            sq_producer.begin_run(&cq_consumer);
         }
-        submitter.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
-        submitter.publish_lines();
-        shown.push(intake.ready());
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+        sq_producer.publish_lines();
+        shown.push(sq_consumer.ready());
     }
     let pieces = |n: usize| if n < 40 { n / 4 * 4 } else { (n / 16 * 16).max(40) };
     let expected: Vec<_> = (1..=64).map(|n| pieces(n) as u32).collect();
@@ -810,10 +816,10 @@ fn a_run_is_published_in_pieces_of_four_or_sixteen() {
 #[test]
 fn a_parcel_that_was_opened_is_nobody_elses_and_one_that_was_not_stays() {
     let pool = pool(4);
-    let (submitter, reaper, mut intake, outlet) = mixed(&pool);
-    let (frame, user_data) = intake.front().unwrap().open();
-    assert_eq!(intake.front().map(|next| next.class()), Some(Class::Write));
-    drop((submitter, reaper, intake, outlet));
+    let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) = mixed(&pool);
+    let (frame, user_data) = sq_consumer.front().unwrap().take();
+    assert_eq!(sq_consumer.front().map(|next| next.class()), Some(Class::Write));
+    drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
     // Two went home with the queue, and this one did not.
     assert_eq!((user_data, pool.slots_out()), (1, 1));
     let others: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
@@ -823,37 +829,38 @@ fn a_parcel_that_was_opened_is_nobody_elses_and_one_that_was_not_stays() {
 #[test]
 fn a_completion_without_a_submission_panics_and_the_frame_goes_home() {
     let pool = pool(3);
-    let (submitter, reaper, intake, mut outlet) =
+    let (sq_producer, cq_consumer, sq_consumer, mut cq_producer) =
         rings(Depths::new(2, 0, 0), regions(&pool), u32::MAX);
     for _ in 0..2 {
-        outlet.push(Class::Read, pool.alloc().unwrap(), 0, Outcome::Done);
+        cq_producer.push(Class::Read, pool.alloc().unwrap(), 0, Outcome::Done);
     }
     let frame = pool.alloc().unwrap();
-    let one_more = AssertUnwindSafe(|| outlet.push(Class::Read, frame, 0, Outcome::Done));
+    let one_more = AssertUnwindSafe(|| cq_producer.push(Class::Read, frame, 0, Outcome::Done));
     assert!(catch_unwind(one_more).is_err());
     assert_eq!(pool.slots_out(), 2);
     let foreign = self::pool(1);
     let frame = foreign.alloc().unwrap();
-    let stranger = AssertUnwindSafe(|| outlet.push(Class::Read, frame, 0, Outcome::Done));
+    let stranger = AssertUnwindSafe(|| cq_producer.push(Class::Read, frame, 0, Outcome::Done));
     assert!(catch_unwind(stranger).is_err());
     assert_eq!(foreign.slots_out(), 0);
-    drop((submitter, reaper, intake, outlet));
+    drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
     assert_eq!(pool.slots_out(), 0);
 }
 
 #[test]
 fn a_full_class_leaves_room_for_the_others() {
     let pool = pool(2);
-    let (submitter, _reaper, mut intake, _outlet) = rings(Depths::new(1, 1, 1), regions(&pool), 0);
-    let push = |class| submitter.push(class, pool.alloc().unwrap(), 0);
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
+        rings(Depths::new(1, 1, 1), regions(&pool), 0);
+    let push = |class| sq_producer.push(class, pool.alloc().unwrap(), 0);
     push(Class::Read).unwrap();
-    assert_eq!(submitter.check(Class::Read), Err(Refusal::NoCredit));
-    assert_eq!(submitter.check(Class::Write), Ok(()));
-    submitter.push_cancel(None, 1).unwrap();
-    assert_eq!(submitter.push_cancel(None, 1), Err(Refusal::NoCredit));
-    submitter.push(Class::Write, pool.alloc().unwrap(), 2).unwrap();
-    submitter.publish();
-    assert_eq!(intake.ready(), 3);
+    assert_eq!(sq_producer.check(Class::Read), Err(PushError::NoCredit));
+    assert_eq!(sq_producer.check(Class::Write), Ok(()));
+    sq_producer.push_cancel(None, 1).unwrap();
+    assert_eq!(sq_producer.push_cancel(None, 1), Err(PushError::NoCredit));
+    sq_producer.push(Class::Write, pool.alloc().unwrap(), 2).unwrap();
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), 3);
 }
 
 #[test]
@@ -895,15 +902,15 @@ fn regions_are_between_one_pool_and_65536() {
 #[test]
 fn an_entry_of_any_region_comes_back_as_a_frame_of_its_pool() {
     let pools: Vec<_> = (0..300).map(|_| pool(1)).collect();
-    let (submitter, _reaper, mut intake, _outlet) =
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
         rings(Depths::new(0, 512, 0), Regions::new(pools.clone()).unwrap(), u32::MAX);
     for pool in &pools {
-        submitter.push(Class::Write, pool.alloc().unwrap(), 0).unwrap();
+        sq_producer.push(Class::Write, pool.alloc().unwrap(), 0).unwrap();
     }
-    submitter.publish();
-    assert_eq!(intake.ready(), 300);
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), 300);
     for pool in &pools {
-        let Some(Submission::Packet { class: Class::Write, frame, .. }) = intake.pop() else {
+        let Some(Submission::Packet { class: Class::Write, frame, .. }) = sq_consumer.pop() else {
             panic!("one is missing")
         };
         assert!(pool.owns(&frame));
@@ -998,20 +1005,21 @@ fn the_memory_outlives_the_pools_handles_until_the_last_frame_is_home() {
 #[test]
 fn the_memory_outlives_a_ring_that_is_dropped_with_entries_inside() {
     let (pool, freed) = counted(3);
-    let (submitter, reaper, mut intake, mut outlet) =
+    let (sq_producer, cq_consumer, mut sq_consumer, mut cq_producer) =
         rings(Depths::new(3, 0, 0), regions(&pool), u32::MAX);
     let mut last = pool.alloc().unwrap();
     for user_data in 0..2 {
-        submitter.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
     }
-    submitter.publish();
-    intake.ready();
-    let Some(Submission::Packet { class: Class::Read, user_data, frame }) = intake.pop() else {
+    sq_producer.publish();
+    sq_consumer.ready();
+    let Some(Submission::Packet { class: Class::Read, user_data, frame }) = sq_consumer.pop()
+    else {
         panic!("no entry")
     };
-    outlet.push(Class::Read, frame, user_data, Outcome::Done);
+    cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
     drop(pool);
-    drop((submitter, reaper, intake, outlet));
+    drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
     assert_eq!(freed.load(Ordering::SeqCst), 0);
     last.copy_from(b"still here").unwrap();
     drop(last);
@@ -1121,29 +1129,34 @@ fn check_packet(frame: &Frame, n: u64) {
 }
 
 /// A device that fills reads and checks writes, both in order; sleeps whenever it has nothing to do.
-fn serve(mut intake: Intake, mut outlet: Outlet, bells: &[Doorbell<Token>; 2], total: u64) {
+fn serve(
+    mut sq_consumer: SqConsumer,
+    mut cq_producer: CqProducer,
+    bells: &[Doorbell<Token>; 2],
+    total: u64,
+) {
     let (mut reads, mut writes) = (0, 0);
     while reads + writes < total {
-        if intake.ready() == 0 {
-            bells[0].sleep(None, || intake.ready() > 0);
+        if sq_consumer.ready() == 0 {
+            bells[0].sleep(None, || sq_consumer.ready() > 0);
             continue;
         }
-        while let Some(submission) = intake.pop() {
+        while let Some(submission) = sq_consumer.pop() {
             match submission {
                 Submission::Packet { class: Class::Read, user_data, mut frame } => {
                     write_packet(&mut frame, reads);
                     reads += 1;
-                    outlet.push(Class::Read, frame, user_data, Outcome::Done);
+                    cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
                 }
                 Submission::Packet { class: Class::Write, user_data, frame } => {
                     check_packet(&frame, writes);
                     writes += 1;
-                    outlet.push(Class::Write, frame, user_data, Outcome::Done);
+                    cq_producer.push(Class::Write, frame, user_data, Outcome::Done);
                 }
                 _ => unreachable!("nobody cancels"),
             }
         }
-        outlet.publish();
+        cq_producer.publish();
         bells[1].ring();
     }
 }
@@ -1154,12 +1167,12 @@ fn serve(mut intake: Intake, mut outlet: Outlet, bells: &[Doorbell<Token>; 2], t
 fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
     let each = scale(200_000, 2_000);
     let pool = pool(48);
-    let (submitter, mut reaper, intake, outlet) =
+    let (sq_producer, mut cq_consumer, sq_consumer, cq_producer) =
         rings(Depths { read: 16, write: 16, cancel: 0, sq: 8 }, regions(&pool), u32::MAX - 999);
     let bells = Arc::new([(); 2].map(|()| Doorbell::new(Token::default())));
     let poller = thread::spawn({
         let bells = bells.clone();
-        move || serve(intake, outlet, &bells, 2 * each)
+        move || serve(sq_consumer, cq_producer, &bells, 2 * each)
     });
     let mut frames: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
     let (mut asked, mut sent, mut arrived, mut written) = (0, 0, 0, 0);
@@ -1175,23 +1188,23 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
             if class == Class::Write {
                 write_packet(&mut frame, *count);
             }
-            match submitter.push(class, frame, *count) {
+            match sq_producer.push(class, frame, *count) {
                 Ok(()) => *count += 1,
                 Err((refusal, frame)) => {
-                    assert_ne!(refusal, Refusal::ForeignPool);
+                    assert_ne!(refusal, PushError::ForeignPool);
                     frames.push(frame);
                     break;
                 }
             }
         }
-        if submitter.publish() {
+        if sq_producer.publish() {
             bells[0].ring();
         }
-        if reaper.ready() == 0 {
-            bells[1].sleep(None, || reaper.ready() > 0);
+        if cq_consumer.ready() == 0 {
+            bells[1].sleep(None, || cq_consumer.ready() > 0);
         }
-        reaper.ready();
-        while let Some(reaped) = reaper.pop() {
+        cq_consumer.ready();
+        while let Some(reaped) = cq_consumer.pop() {
             let frame = reaped.frame.unwrap();
             if reaped.opcode == Opcode::Read {
                 assert_eq!(reaped.user_data, arrived);
@@ -1206,7 +1219,7 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
         }
     }
     poller.join().unwrap();
-    assert_eq!(reaper.in_flight(), 0);
+    assert_eq!(cq_consumer.in_flight(), 0);
     drop(frames);
     assert_eq!(pool.slots_out(), 0);
 }
@@ -1217,7 +1230,7 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
 fn three_threads_share_a_ring_and_a_free_list() {
     let total = scale(200_000, 2_000);
     let pool = pool(8);
-    let (submitter, mut reaper, mut intake, mut outlet) =
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
         rings(Depths { read: 4, write: 0, cancel: 0, sq: 2 }, regions(&pool), u32::MAX - 500);
     thread::scope(|scope| {
         let pool = &pool;
@@ -1225,11 +1238,11 @@ fn three_threads_share_a_ring_and_a_free_list() {
             let mut asked = 0;
             while asked < total {
                 let taken = match pool.alloc() {
-                    Some(frame) => submitter.push(Class::Read, frame, asked).is_ok(),
+                    Some(frame) => sq_producer.push(Class::Read, frame, asked).is_ok(),
                     None => false,
                 };
                 if taken {
-                    submitter.publish();
+                    sq_producer.publish();
                     asked += 1;
                 } else {
                     thread::yield_now();
@@ -1239,10 +1252,10 @@ fn three_threads_share_a_ring_and_a_free_list() {
         scope.spawn(|| {
             let mut served = 0;
             while served < total {
-                if intake.ready() == 0 {
+                if sq_consumer.ready() == 0 {
                     thread::yield_now();
                 }
-                while let Some(submission) = intake.pop() {
+                while let Some(submission) = sq_consumer.pop() {
                     let Submission::Packet { class: Class::Read, user_data, mut frame } =
                         submission
                     else {
@@ -1250,18 +1263,18 @@ fn three_threads_share_a_ring_and_a_free_list() {
                     };
                     assert_eq!(user_data, served);
                     write_packet(&mut frame, served);
-                    outlet.push(Class::Read, frame, user_data, Outcome::Done);
+                    cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
                     served += 1;
                 }
-                outlet.publish();
+                cq_producer.publish();
             }
         });
         let mut arrived = 0;
         while arrived < total {
-            if reaper.ready() == 0 {
+            if cq_consumer.ready() == 0 {
                 thread::yield_now();
             }
-            while let Some(reaped) = reaper.pop() {
+            while let Some(reaped) = cq_consumer.pop() {
                 assert_eq!(reaped.user_data, arrived);
                 check_packet(&reaped.frame.unwrap(), arrived);
                 arrived += 1;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vmring_core::{Class, Frame, Outcome, Outlet};
+use vmring_core::{Class, CqProducer, Frame, Outcome};
 
 use crate::device::slot::{PostedSlot, list_of};
 use crate::mailbox::RingShared;
@@ -11,7 +11,7 @@ use crate::stats::{add_batch, reason};
 
 /// The poller's end of a completion queue. What it writes is seen after [`publish`](Self::publish).
 pub(crate) struct Completions {
-    outlet: Outlet,
+    cq_producer: CqProducer,
     /// How a slot ends that the device gives back undone: cancelled, or with the reason for which the
     /// ring closes.
     undone: Outcome,
@@ -31,8 +31,8 @@ struct Batch {
 }
 
 impl Completions {
-    pub(crate) fn new(outlet: Outlet, shared: Arc<RingShared>) -> Self {
-        Self { outlet, undone: Outcome::Cancelled, batch: Batch::default(), shared }
+    pub(crate) fn new(cq_producer: CqProducer, shared: Arc<RingShared>) -> Self {
+        Self { cq_producer, undone: Outcome::Cancelled, batch: Batch::default(), shared }
     }
 
     /// A slot that the device gives back undone ends like this from here on.
@@ -47,7 +47,7 @@ impl Completions {
         if outcome != Outcome::Done {
             return self.failed(class, frame, user_data, outcome);
         }
-        self.outlet.push(class, frame, user_data, outcome);
+        self.cq_producer.push(class, frame, user_data, outcome);
         if class == Class::Read {
             self.batch.rx_packets += 1;
             self.batch.rx_bytes += len;
@@ -83,7 +83,7 @@ impl Completions {
             }
             Outcome::Abandoned | Outcome::DevicePanicked => counters.abandoned.add(1),
         }
-        self.outlet.push(class, frame, user_data, outcome);
+        self.cq_producer.push(class, frame, user_data, outcome);
     }
 
     /// Completes a write that the device did not take within the retry budget; counted by that name
@@ -91,12 +91,12 @@ impl Completions {
     pub(crate) fn give_up(&mut self, slot: PostedSlot, outcome: Outcome) {
         let (frame, user_data, class) = slot.into_frame();
         self.shared.counters.poller.exhausted.add(1);
-        self.outlet.push(class, frame, user_data, outcome);
+        self.cq_producer.push(class, frame, user_data, outcome);
     }
 
     /// Completes a cancel that found `matched` entries.
     pub(crate) fn cancelled(&mut self, all: bool, matched: u32, user_data: u64) {
-        self.outlet.push_cancel(all, matched, user_data);
+        self.cq_producer.push_cancel(all, matched, user_data);
     }
 
     /// Adds the device call that has just ended to the ring's counters. Returns how many reads and
@@ -122,16 +122,16 @@ impl Completions {
     /// Shows everything to the reaper, with one store. Returns whether there was anything.
     #[inline]
     pub(crate) fn publish(&mut self) -> bool {
-        self.outlet.publish()
+        self.cq_producer.publish()
     }
 
     /// Completions shown and not reaped. A snapshot.
     pub(crate) fn backlog(&self) -> u32 {
-        self.outlet.backlog()
+        self.cq_producer.backlog()
     }
 
     /// The CQ's tail: the number of completions ever shown, plus the start index.
     pub(crate) fn index(&self) -> u32 {
-        self.outlet.index()
+        self.cq_producer.index()
     }
 }

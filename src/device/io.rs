@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use vmring_core::{Class, Intake, Outcome, offload};
+use vmring_core::{Class, Outcome, SqConsumer, offload};
 
 use crate::device::completions::Completions;
 use crate::device::slot::{PostedSlot, list_of};
@@ -19,7 +19,7 @@ pub struct Io<'a> {
     /// What earlier calls have left: older than whatever is in the SQ.
     posted: &'a mut Posted,
     /// What was submitted since then, taken by the device out of the SQ itself. A wrapper has none.
-    intake: Option<&'a mut Intake>,
+    sq_consumer: Option<&'a mut SqConsumer>,
     sink: Sink<'a>,
     /// How many reads and writes may be taken in this call, if there are as many.
     limits: [usize; 2],
@@ -31,7 +31,7 @@ impl fmt::Debug for Io<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Io")
             .field("posted", &self.posted)
-            .field("intake", &self.intake)
+            .field("sq_consumer", &self.sq_consumer)
             .field("left", &self.left)
             .finish_non_exhaustive()
     }
@@ -41,12 +41,12 @@ impl<'a> Io<'a> {
     pub(crate) fn new(
         ring: u32,
         posted: &'a mut Posted,
-        intake: Option<&'a mut Intake>,
+        sq_consumer: Option<&'a mut SqConsumer>,
         sink: Sink<'a>,
         limits: [u32; 2],
     ) -> Self {
         let limits = limits.map(|limit| limit as usize);
-        Self { ring, posted, intake, sink, limits, left: limits }
+        Self { ring, posted, sq_consumer, sink, limits, left: limits }
     }
 
     /// How many reads and writes were taken and not put back; below 0 if more came back of earlier calls.
@@ -97,32 +97,32 @@ impl<'a> Io<'a> {
     /// The next of `wanted` in the SQ. What stands before it is posted.
     #[inline(always)]
     fn fetch(&mut self, wanted: Class) -> Option<PostedSlot> {
-        let intake = self.intake.as_deref_mut()?;
+        let sq_consumer = self.sq_consumer.as_deref_mut()?;
         loop {
-            let parcel = intake.front()?;
-            let class = parcel.class();
+            let sqe = sq_consumer.front()?;
+            let class = sqe.class();
             if class == wanted {
-                return Some(PostedSlot::unpack(parcel, self.ring, class));
+                return Some(PostedSlot::unpack(sqe, self.ring, class));
             }
-            self.posted.list(class).push_back_with(|| PostedSlot::unpack(parcel, self.ring, class));
+            self.posted.list(class).push_back_with(|| PostedSlot::unpack(sqe, self.ring, class));
         }
     }
 
     /// Posts what is in the SQ, for who looks at several slots before taking one.
     #[inline]
     fn take_in(&mut self) {
-        if let Some(intake) = self.intake.as_deref_mut()
-            && intake.known() > 0
+        if let Some(sq_consumer) = self.sq_consumer.as_deref_mut()
+            && sq_consumer.known() > 0
         {
-            self.posted.take_in(intake, self.ring);
+            self.posted.take_in(sq_consumer, self.ring);
         }
     }
 
     /// Whether the SQ's next is a write. What earlier calls have left is in no common order.
     #[inline]
     pub(crate) fn is_write_next(&mut self) -> bool {
-        let front = self.intake.as_deref_mut().and_then(Intake::front);
-        front.is_some_and(|parcel| parcel.class() == Class::Write)
+        let front = self.sq_consumer.as_deref_mut().and_then(SqConsumer::front);
+        front.is_some_and(|sqe| sqe.class() == Class::Write)
     }
 
     /// How many of the writes that may be taken, from the oldest on, are like that. There may be more of
@@ -132,7 +132,10 @@ impl<'a> Io<'a> {
         let most = self.left[1];
         if self.posted.writes.is_empty() && self.is_write_next() {
             let most = u32::try_from(most).unwrap_or(u32::MAX);
-            return self.intake.as_ref().map_or(0, |intake| intake.leading(Class::Write, most, like))
+            return self
+                .sq_consumer
+                .as_ref()
+                .map_or(0, |sq_consumer| sq_consumer.leading(Class::Write, most, like))
                 as usize;
         }
         self.take_in();
@@ -273,10 +276,10 @@ impl Posted {
     }
 
     /// Posts the packets of ring number `ring` that its SQ has, up to a cancel.
-    pub(crate) fn take_in(&mut self, intake: &mut Intake, ring: u32) {
-        while let Some(parcel) = intake.front() {
-            let class = parcel.class();
-            self.list(class).push_back_with(|| PostedSlot::unpack(parcel, ring, class));
+    pub(crate) fn take_in(&mut self, sq_consumer: &mut SqConsumer, ring: u32) {
+        while let Some(sqe) = sq_consumer.front() {
+            let class = sqe.class();
+            self.list(class).push_back_with(|| PostedSlot::unpack(sqe, ring, class));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use static_assertions::const_assert_eq;
-use vmring_core::{Class, Frame, Parcel};
+use vmring_core::{Class, Frame, SqeRef};
 
 use crate::mailbox::{Orphan, abandon};
 
@@ -36,10 +36,10 @@ impl PostedSlot {
         Self { frame: Some(frame), user_data, ring, class }
     }
 
-    /// The slot of ring number `ring` that a parcel of that class was submitted with.
+    /// The slot of ring number `ring` that an SQE of that class was submitted with.
     #[inline(always)]
-    pub(super) fn unpack(parcel: Parcel<'_>, ring: u32, class: Class) -> Self {
-        let (frame, user_data) = parcel.open();
+    pub(super) fn unpack(sqe: SqeRef<'_>, ring: u32, class: Class) -> Self {
+        let (frame, user_data) = sqe.take();
         Self::new(frame, user_data, ring, class)
     }
 

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
-use vmring_core::Reaper;
+use vmring_core::CqConsumer;
 use vmring_core::doorbell::Park;
 
 use crate::device::seam::Capabilities;
@@ -31,7 +31,7 @@ use crate::notify::Both;
 
 /// The reaping half of a ring. Dropping it closes the ring.
 pub struct CompletionQueue {
-    pub(super) reaper: Reaper,
+    pub(super) consumer: CqConsumer,
     pub(crate) shared: Arc<RingShared>,
     notifier: Arc<Notifier>,
     /// Ours to turn: with `Drive::Inline`, or after the poller has handed it back.
@@ -67,7 +67,7 @@ pub enum Armed {
 impl CompletionQueue {
     #[allow(clippy::too_many_arguments)] // a private constructor, each argument a field
     pub(crate) fn new(
-        reaper: Reaper,
+        consumer: CqConsumer,
         shared: Arc<RingShared>,
         notifier: Arc<Notifier>,
         engine: Option<Box<Engine>>,
@@ -79,7 +79,7 @@ impl CompletionQueue {
         let lost = false;
         let (armings, waited) = (0, false);
         Self {
-            reaper,
+            consumer,
             shared,
             notifier,
             engine,
@@ -103,28 +103,28 @@ impl CompletionQueue {
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
         self.look();
-        Reap { reaper: &mut self.reaper }
+        Reap { consumer: &mut self.consumer }
     }
 
     /// Looks for completions that are to be reaped now.
     #[inline]
     pub(super) fn look(&mut self) {
         self.drive();
-        self.reaper.ready();
+        self.consumer.ready();
         if self.engine.is_none() {
-            self.reaper.prefetch();
+            self.consumer.prefetch();
         }
     }
 
     /// Completions that wait to be reaped.
     pub fn ready(&mut self) -> usize {
         self.drive();
-        self.reaper.ready() as usize
+        self.consumer.ready() as usize
     }
 
     /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
     pub fn in_flight(&self) -> usize {
-        self.reaper.in_flight() as usize
+        self.consumer.in_flight() as usize
     }
 
     /// Sleeps until `min` completions wait, or as many as are in flight if those are fewer, or until
@@ -135,8 +135,8 @@ impl CompletionQueue {
         let mut round = 0;
         loop {
             let worked = self.drive();
-            let ready = self.reaper.ready();
-            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.reaper.in_flight());
+            let ready = self.consumer.ready();
+            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.consumer.in_flight());
             if ready >= want || self.take_woken() {
                 return ready as usize;
             }
@@ -225,7 +225,7 @@ impl CompletionQueue {
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
         self.notifier.set_waker(cx.waker());
         match self.arm_notifier(n, None) {
-            Armed::Ready => Poll::Ready(self.reaper.ready() as usize),
+            Armed::Ready => Poll::Ready(self.consumer.ready() as usize),
             Armed::Armed => Poll::Pending,
         }
     }
@@ -257,10 +257,10 @@ impl CompletionQueue {
         let deadline = after(timeout);
         loop {
             self.drive();
-            let ready = self.reaper.ready();
+            let ready = self.consumer.ready();
             // A closed ring cancels everything anyway.
             let carried_out = self.shared.are_cancelled(asked) || !self.shared.is_open();
-            if carried_out && ready >= self.reaper.in_flight() {
+            if carried_out && ready >= self.consumer.in_flight() {
                 return Ok(ready as usize);
             }
             let now = Instant::now();
@@ -298,7 +298,7 @@ impl CompletionQueue {
             self.engine = handoff.take(if self.lost { Duration::ZERO } else { twice });
         }
         let Some(engine) = &mut self.engine else {
-            let slots = self.in_flight() - self.reaper.ready() as usize;
+            let slots = self.in_flight() - self.consumer.ready() as usize;
             // Should it come back after all, it finds nobody waiting, and cleans up.
             if let Some((handoff, _)) = &self.remote {
                 handoff.abandon();
@@ -388,7 +388,7 @@ impl CompletionQueue {
         }
         // Inline, what there is to do is done now rather than after a signal.
         while self.drive() {
-            if self.reaper.ready() >= want {
+            if self.consumer.ready() >= want {
                 return Armed::Ready;
             }
         }
@@ -402,12 +402,12 @@ impl CompletionQueue {
             let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
             self.armings << DELAY_BITS | us
         });
-        self.shared.wanted.store(self.reaper.index_of(want), Ordering::Relaxed);
+        self.shared.wanted.store(self.consumer.index_of(want), Ordering::Relaxed);
         self.shared.coalesce.store(coalesce, Ordering::Relaxed);
         self.shared.cq_bell.arm();
         // The look after the fence: a completion published before it is seen here, one after it
         // sees us armed.
-        let ready = self.reaper.ready();
+        let ready = self.consumer.ready();
         let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
         if self.engine.is_none() && !self.shared.is_open() {
             // A poller that has just closed the ring may have handed the engine over unseen.
@@ -442,14 +442,14 @@ impl Drop for CompletionQueue {
 
 impl fmt::Debug for CompletionQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CompletionQueue").field("reaper", &self.reaper).finish_non_exhaustive()
+        f.debug_struct("CompletionQueue").field("consumer", &self.consumer).finish_non_exhaustive()
     }
 }
 
 /// The completions that were there when [`CompletionQueue::reap`] was called.
 #[derive(Debug)]
 pub struct Reap<'a> {
-    pub(super) reaper: &'a mut Reaper,
+    pub(super) consumer: &'a mut CqConsumer,
 }
 
 impl Iterator for Reap<'_> {
@@ -457,13 +457,13 @@ impl Iterator for Reap<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<Completion> {
-        self.reaper.pop().map(Completion::new)
+        self.consumer.pop().map(Completion::new)
     }
 
     #[inline]
     fn size_hint(&self) -> (usize, Option<usize>) {
         // Nobody looks at the queue anew while we have it.
-        let left = self.reaper.known() as usize;
+        let left = self.consumer.known() as usize;
         (left, Some(left))
     }
 }

@@ -70,7 +70,7 @@ impl SubmissionHalf<'_> {
             self.sq.ring_doorbell();
         } else {
             self.sq.debt.set(Debt::Owed);
-            self.sq.submitter.publish_lines();
+            self.sq.producer.publish_lines();
         }
         Ok(())
     }
@@ -103,12 +103,12 @@ impl SubmissionHalf<'_> {
 
     /// See [`SubmissionQueue::read_credits`].
     pub fn read_credits(&mut self) -> u32 {
-        self.sq.submitter.available(Class::Read)
+        self.sq.producer.available(Class::Read)
     }
 
     /// See [`SubmissionQueue::write_credits`].
     pub fn write_credits(&mut self) -> u32 {
-        self.sq.submitter.available(Class::Write)
+        self.sq.producer.available(Class::Write)
     }
 
     pub(crate) fn post_reads(&mut self, user_data: u64) -> Result<(), Error> {
@@ -122,11 +122,11 @@ impl CompletionHalf<'_> {
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
         self.cq.look();
-        self.sq.submitter.begin_run(&self.cq.reaper);
+        self.sq.producer.begin_run(&self.cq.consumer);
         if self.sq.debt.get() == Debt::None {
             self.sq.debt.set(Debt::Allowed);
         }
-        HalfReap { reap: Reap { reaper: &mut self.cq.reaper }, sq: self.sq }
+        HalfReap { reap: Reap { consumer: &mut self.cq.consumer }, sq: self.sq }
     }
 
     /// See [`CompletionQueue::ready`].

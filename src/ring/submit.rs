@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::offload::{self, OffloadHeader};
-use vmring_core::{Class, Frame, Refusal, Submitter};
+use vmring_core::{Class, Frame, PushError, SqProducer};
 
 use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Closed, Error, SubmitError, SubmitErrorKind};
@@ -18,7 +18,7 @@ use crate::software::Left;
 
 /// The submitting half of a ring.
 pub struct SubmissionQueue {
-    pub(super) submitter: Submitter,
+    pub(super) producer: SqProducer,
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
     /// Other than `None` only while the ring's other half, borrowed together with this one, is reaping.
@@ -42,15 +42,15 @@ pub(super) enum Debt {
 }
 
 impl SubmissionQueue {
-    pub(crate) fn new(submitter: Submitter, shared: Arc<RingShared>, caps: Capabilities) -> Self {
+    pub(crate) fn new(producer: SqProducer, shared: Arc<RingShared>, caps: Capabilities) -> Self {
         let drives = shared.is_inline();
-        Self { submitter, shared, caps, debt: Cell::new(Debt::None), drives }
+        Self { producer, shared, caps, debt: Cell::new(Debt::None), drives }
     }
 
     /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
     /// out. (For the hot loop, recycle the frames you reap instead.)
     pub fn alloc(&self) -> Option<Frame> {
-        self.submitter.regions().pools()[0].alloc()
+        self.producer.regions().pools()[0].alloc()
     }
 
     /// Gives `frame` to the device to fill with the next packet. The frame's view is reset first:
@@ -130,8 +130,8 @@ impl SubmissionQueue {
         if let Some(closed) = self.why_closed() {
             return Err(closed.into());
         }
-        self.submitter.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
-        self.submitter.publish();
+        self.producer.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
+        self.producer.publish();
         // Release: who sees the wish sees the cancel, and what was submitted before it.
         self.shared.control.fetch_or(control::CANCEL, Ordering::Release);
         self.shared.ring_doorbell(self.drives);
@@ -140,12 +140,12 @@ impl SubmissionQueue {
 
     /// Reads that can be submitted before backpressure says no. Reaping makes it more.
     pub fn read_credits(&mut self) -> u32 {
-        self.submitter.available(Class::Read)
+        self.producer.available(Class::Read)
     }
 
     /// Writes that can be submitted before backpressure says no. Reaping makes it more.
     pub fn write_credits(&mut self) -> u32 {
-        self.submitter.available(Class::Write)
+        self.producer.available(Class::Write)
     }
 
     /// A handle that can be used from anywhere.
@@ -156,11 +156,11 @@ impl SubmissionQueue {
     /// For the front-ends: posts free frames for reading, as many as there are credits, but leaves
     /// some of the pool to writes. A closed ring takes none, which is no error here.
     pub(crate) fn post_reads(&self, user_data: u64) -> Result<(), Error> {
-        let pool = &self.submitter.regions().pools()[0];
+        let pool = &self.producer.regions().pools()[0];
         let slots = pool.layout().slots;
-        let reserve = self.submitter.depth(Class::Write).min((slots / 4).max(u32::from(slots > 1)));
+        let reserve = self.producer.depth(Class::Write).min((slots / 4).max(u32::from(slots > 1)));
         let free = slots.saturating_sub(pool.slots_out() + reserve);
-        for _ in 0..self.submitter.available(Class::Read).min(free) {
+        for _ in 0..self.producer.available(Class::Read).min(free) {
             let Some(frame) = self.alloc() else { break };
             match self.submit(Class::Read, frame, user_data) {
                 Ok(()) => {}
@@ -211,7 +211,7 @@ impl SubmissionQueue {
 
     #[inline(always)]
     fn push_fitting(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.submitter.push(class, frame, user_data).map_err(|(refusal, frame)| SubmitError {
+        self.producer.push(class, frame, user_data).map_err(|(refusal, frame)| SubmitError {
             kind: self.kind(refusal, Some(class)),
             frame,
         })
@@ -225,7 +225,7 @@ impl SubmissionQueue {
         let mut frames = frames.into_iter();
         let mut accepted = 0;
         let result = loop {
-            if self.submitter.check(class).is_err() {
+            if self.producer.check(class).is_err() {
                 break Ok(accepted);
             }
             let Some((frame, user_data)) = frames.next() else { break Ok(accepted) };
@@ -233,7 +233,7 @@ impl SubmissionQueue {
                 break Err(BatchError { kind, frame, accepted });
             }
             accepted += 1;
-            self.submitter.publish_lines();
+            self.producer.publish_lines();
         };
         if accepted > 0 {
             self.ring_doorbell();
@@ -301,14 +301,14 @@ impl SubmissionQueue {
     }
 
     #[cold]
-    fn kind(&self, refusal: Refusal, class: Option<Class>) -> SubmitErrorKind {
+    fn kind(&self, refusal: PushError, class: Option<Class>) -> SubmitErrorKind {
         match refusal {
-            Refusal::SqFull => SubmitErrorKind::SqFull,
-            Refusal::NoCredit if class.is_some_and(|class| self.submitter.depth(class) == 0) => {
+            PushError::SqFull => SubmitErrorKind::SqFull,
+            PushError::NoCredit if class.is_some_and(|class| self.producer.depth(class) == 0) => {
                 SubmitErrorKind::WrongDirection
             }
-            Refusal::NoCredit => SubmitErrorKind::NoCredit,
-            Refusal::ForeignPool => SubmitErrorKind::ForeignPool,
+            PushError::NoCredit => SubmitErrorKind::NoCredit,
+            PushError::ForeignPool => SubmitErrorKind::ForeignPool,
         }
     }
 
@@ -323,15 +323,13 @@ impl SubmissionQueue {
     /// Publishes, which commits, and wakes the engine if it sleeps.
     #[inline]
     pub(super) fn ring_doorbell(&self) {
-        self.submitter.publish();
+        self.producer.publish();
         self.shared.ring_doorbell(self.drives);
     }
 }
 
 impl fmt::Debug for SubmissionQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SubmissionQueue")
-            .field("submitter", &self.submitter)
-            .finish_non_exhaustive()
+        f.debug_struct("SubmissionQueue").field("producer", &self.producer).finish_non_exhaustive()
     }
 }
