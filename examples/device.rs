@@ -74,7 +74,7 @@ impl Queue for EchoQueue {
                 continue;
             }
             let mut answer = self.waiting.pop_front().expect("just seen");
-            let room = &mut answer.room_mut()[..packet.len()];
+            let room = &mut answer.buffer_mut()[..packet.len()];
             room[..6].copy_from_slice(&packet[6..12]);
             room[6..12].copy_from_slice(&packet[..6]);
             room[12..].copy_from_slice(&packet[12..]);

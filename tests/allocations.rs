@@ -250,7 +250,7 @@ impl Queue for EchoQueue {
             io.complete_write(slot);
         }
         while let Some(mut slot) = io.take_read() {
-            match self.0.recv(slot.room_mut()) {
+            match self.0.recv(slot.buffer_mut()) {
                 Ok(len) => io.complete_read(slot, len),
                 Err(_) => {
                     io.put_back(slot);

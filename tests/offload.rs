@@ -33,12 +33,12 @@ fn device(header: bool, incoming: Vec<u8>) -> (Interface, Wire) {
         let (sent, incoming) = (sent.clone(), incoming.clone());
         ScriptQueue::new(move |io| {
             while let Some(mut slot) = io.take_write() {
-                let packet = slot.packet_behind_header_mut(len).expect("it was checked at submit");
+                let packet = slot.packet_with_header_mut(len).expect("it was checked at submit");
                 sent.lock().unwrap().push(packet.to_vec());
                 io.complete_write(slot);
             }
             while let Some(mut slot) = io.take_read() {
-                let room = slot.room_behind_header_mut(len).expect("it was checked at submit");
+                let room = slot.buffer_with_header_mut(len).expect("it was checked at submit");
                 room[..incoming.len()].copy_from_slice(&incoming);
                 match header {
                     true => io.complete_read_with_header(slot, incoming.len()),

@@ -43,7 +43,7 @@ unsafe impl Sync for Frame {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrontError {
     /// There is not that much packet, or headroom.
-    Room(OutOfRoom),
+    Space(OutOfSpace),
     /// The packet's offload header would not be true any more.
     Offload(OffloadError),
 }
@@ -51,7 +51,7 @@ pub enum FrontError {
 impl fmt::Display for FrontError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            FrontError::Room(error) => error.fmt(f),
+            FrontError::Space(error) => error.fmt(f),
             FrontError::Offload(error) => error.fmt(f),
         }
     }
@@ -59,9 +59,9 @@ impl fmt::Display for FrontError {
 
 impl core::error::Error for FrontError {}
 
-impl From<OutOfRoom> for FrontError {
-    fn from(error: OutOfRoom) -> Self {
-        FrontError::Room(error)
+impl From<OutOfSpace> for FrontError {
+    fn from(error: OutOfSpace) -> Self {
+        FrontError::Space(error)
     }
 }
 
@@ -73,20 +73,20 @@ impl From<OffloadError> for FrontError {
 
 /// The slot has not that much room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OutOfRoom {
+pub struct OutOfSpace {
     /// Bytes asked for.
     pub wanted: usize,
     /// Bytes there are.
-    pub room: usize,
+    pub available: usize,
 }
 
-impl fmt::Display for OutOfRoom {
+impl fmt::Display for OutOfSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes were asked of a frame that has {}", self.wanted, self.room)
+        write!(f, "{} bytes were asked of a frame that has {}", self.wanted, self.available)
     }
 }
 
-impl core::error::Error for OutOfRoom {}
+impl core::error::Error for OutOfSpace {}
 
 impl Frame {
     /// # Safety
@@ -159,10 +159,10 @@ impl Frame {
 
     /// Makes the packet `len` bytes long, from the same start.
     #[inline]
-    pub fn set_len(&mut self, len: usize) -> Result<(), OutOfRoom> {
-        let room = self.capacity();
-        if len > room {
-            return Err(OutOfRoom { wanted: len, room });
+    pub fn set_len(&mut self, len: usize) -> Result<(), OutOfSpace> {
+        let available = self.capacity();
+        if len > available {
+            return Err(OutOfSpace { wanted: len, available });
         }
         self.place.set_len(len as u32);
         Ok(())
@@ -173,11 +173,11 @@ impl Frame {
     ///
     /// # Errors
     ///
-    /// [`FrontError::Room`] if the packet is shorter; [`FrontError::Offload`] if the header would lose
+    /// [`FrontError::Space`] if the packet is shorter; [`FrontError::Offload`] if the header would lose
     /// what it is about. Nothing has changed then.
     pub fn trim_front(&mut self, n: usize) -> Result<(), FrontError> {
         if n > self.len() {
-            return Err(OutOfRoom { wanted: n, room: self.len() }.into());
+            return Err(OutOfSpace { wanted: n, available: self.len() }.into());
         }
         let header = self.offload()?.map(|header| header.trim_front(n)).transpose()?;
         self.place.set_window(self.place.offset() + n as u32, self.place.len() - n as u32);
@@ -186,9 +186,9 @@ impl Frame {
     }
 
     /// Drops `n` bytes at the packet's end.
-    pub fn trim_back(&mut self, n: usize) -> Result<(), OutOfRoom> {
+    pub fn trim_back(&mut self, n: usize) -> Result<(), OutOfSpace> {
         if n > self.len() {
-            return Err(OutOfRoom { wanted: n, room: self.len() });
+            return Err(OutOfSpace { wanted: n, available: self.len() });
         }
         self.place.set_len(self.place.len() - n as u32);
         Ok(())
@@ -199,13 +199,13 @@ impl Frame {
     ///
     /// # Errors
     ///
-    /// [`FrontError::Room`] if there is less headroom (in front of the offload header, if there is
+    /// [`FrontError::Space`] if there is less headroom (in front of the offload header, if there is
     /// one); [`FrontError::Offload`] if its positions do not fit. Nothing has changed then.
     pub fn grow_front(&mut self, n: usize) -> Result<(), FrontError> {
         let header = self.offload()?.map(|header| header.grow_front(n)).transpose()?;
-        let room = self.headroom() - if header.is_some() { offload::LEN } else { 0 };
-        if n > room {
-            return Err(OutOfRoom { wanted: n, room }.into());
+        let available = self.headroom() - if header.is_some() { offload::LEN } else { 0 };
+        if n > available {
+            return Err(OutOfSpace { wanted: n, available }.into());
         }
         self.place.set_window(self.place.offset() - n as u32, self.place.len() + n as u32);
         self.put_offload(header);
@@ -214,7 +214,7 @@ impl Frame {
 
     /// Makes the packet a copy of `bytes`, from the same start. It is another packet, so an offload
     /// header is gone.
-    pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfRoom> {
+    pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfSpace> {
         self.set_len(bytes.len())?;
         self.place.set_header(HeaderState::ABSENT);
         self.copy_from_slice(bytes);
@@ -240,10 +240,10 @@ impl Frame {
     /// # Errors
     ///
     /// There are less than 12 bytes of headroom.
-    pub fn set_offload(&mut self, header: &OffloadHeader) -> Result<(), OutOfRoom> {
-        let room = self.headroom();
-        if room < offload::LEN {
-            return Err(OutOfRoom { wanted: offload::LEN, room });
+    pub fn set_offload(&mut self, header: &OffloadHeader) -> Result<(), OutOfSpace> {
+        let available = self.headroom();
+        if available < offload::LEN {
+            return Err(OutOfSpace { wanted: offload::LEN, available });
         }
         self.place.set_header(HeaderState::TO_SEND);
         header.write(self.offload_bytes_mut());
@@ -290,21 +290,21 @@ impl Frame {
     /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
     /// device to fill. `None` if there is less headroom.
     #[inline]
-    pub fn room_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+    pub fn buffer_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
         let start = (self.place.offset() as usize).checked_sub(header)?;
         Some(&mut self.whole_mut()[start..])
     }
 
     /// A device has put an offload header and a packet of `len` bytes there, with
-    /// [`room_behind_header_mut`](Self::room_behind_header_mut).
+    /// [`buffer_with_header_mut`](Self::buffer_with_header_mut).
     ///
     /// # Errors
     ///
     /// The slot, or its headroom, is too small for that. Nothing has changed then.
-    pub fn received_with_offload(&mut self, len: usize) -> Result<(), OutOfRoom> {
-        let room = self.headroom();
-        if room < offload::LEN {
-            return Err(OutOfRoom { wanted: offload::LEN, room });
+    pub fn received_with_offload(&mut self, len: usize) -> Result<(), OutOfSpace> {
+        let available = self.headroom();
+        if available < offload::LEN {
+            return Err(OutOfSpace { wanted: offload::LEN, available });
         }
         self.set_len(len)?;
         self.place.set_header(HeaderState::RECEIVED);
@@ -347,7 +347,7 @@ impl Frame {
     /// All bytes from the packet's start to the end of the slot, for a writer that learns the
     /// length later; see [`set_len`](Self::set_len).
     #[inline]
-    pub fn room_mut(&mut self) -> &mut [u8] {
+    pub fn buffer_mut(&mut self) -> &mut [u8] {
         let offset = self.place.offset() as usize;
         &mut self.whole_mut()[offset..]
     }
@@ -391,7 +391,7 @@ impl DerefMut for Frame {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
         let len = self.place.len() as usize;
-        &mut self.room_mut()[..len]
+        &mut self.buffer_mut()[..len]
     }
 }
 

@@ -29,7 +29,7 @@ pub use backing::{Backing, HeapBacking};
 pub use cq::{CqConsumer, CqProducer, Reaped};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
-pub use frame::{Frame, FrontError, OutOfRoom};
+pub use frame::{Frame, FrontError, OutOfSpace};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;
 pub use regions::Regions;

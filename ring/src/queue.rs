@@ -132,7 +132,7 @@ impl<T: Entry> Producer<T> {
 
     /// Whether one more entry fits.
     #[inline]
-    pub(crate) fn has_room(&self) -> bool {
+    pub(crate) fn has_space(&self) -> bool {
         if self.tail.get().wrapping_sub(self.head_seen.get()) < self.capacity() {
             return true;
         }
@@ -151,7 +151,7 @@ impl<T: Entry> Producer<T> {
     /// in `rings.rs`, write it, or let it go, in the call that asked for it.
     #[inline]
     pub(crate) fn vacant(&self) -> Option<Vacant<'_, T>> {
-        self.has_room().then_some(Vacant(self))
+        self.has_space().then_some(Vacant(self))
     }
 
     /// Shows everything written to the consumer; the commit point. Returns whether there was

@@ -34,7 +34,7 @@ pub enum LayoutError {
     /// 2^31 slots or more, or 2^31 bytes or more in one.
     TooLarge,
     /// The headroom leaves no room for a packet.
-    NoRoom,
+    NoSpace,
     /// The memory is smaller than `slots * slot_size`.
     NotEnoughMemory,
 }
@@ -44,7 +44,7 @@ impl fmt::Display for LayoutError {
         f.write_str(match self {
             LayoutError::Zero => "a pool needs at least one slot of at least one byte",
             LayoutError::TooLarge => "a pool holds fewer than 2^31 slots of less than 2 GiB each",
-            LayoutError::NoRoom => "the headroom leaves no room for a packet in the slot",
+            LayoutError::NoSpace => "the headroom leaves no room for a packet in the slot",
             LayoutError::NotEnoughMemory => "the memory is smaller than the slots need",
         })
     }
@@ -63,7 +63,7 @@ impl Layout {
             return Err(LayoutError::TooLarge);
         }
         if self.headroom >= self.slot_size {
-            return Err(LayoutError::NoRoom);
+            return Err(LayoutError::NoSpace);
         }
         match (self.slots as usize).checked_mul(self.slot_size as usize) {
             Some(bytes) if bytes <= memory => Ok(()),

@@ -69,7 +69,7 @@ impl SqProducer {
         if !self.credits.any(class) {
             return Err(PushError::NoCredit);
         }
-        if !self.sq.has_room() {
+        if !self.sq.has_space() {
             return Err(PushError::SqFull);
         }
         Ok(())

@@ -243,8 +243,8 @@ impl<B: AsMut<[u8]>> PacketView<B> {
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_bytes(&mut self, at: usize, bytes: &[u8]) -> Option<()> {
-        let room = self.as_bytes_mut().get_mut(at..)?;
-        room.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        let rest = self.as_bytes_mut().get_mut(at..)?;
+        rest.get_mut(..bytes.len())?.copy_from_slice(bytes);
         Some(())
     }
 

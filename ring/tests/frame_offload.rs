@@ -3,7 +3,7 @@
 
 use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
 use vmring_core::{
-    Class, Depths, Frame, FrontError, HeapBacking, Layout, OutOfRoom, Pool, Regions,
+    Class, Depths, Frame, FrontError, HeapBacking, Layout, OutOfSpace, Pool, Regions,
 };
 use vmring_core::{Outcome, Submission, rings};
 
@@ -31,9 +31,9 @@ fn packet(pool: &Pool, len: usize) -> Frame {
 /// As a device receives: header and packet in one piece.
 fn received(pool: &Pool, header: &OffloadHeader, len: usize) -> Frame {
     let mut frame = pool.alloc().unwrap();
-    let room = frame.room_behind_header_mut(LEN).unwrap();
-    header.write(room.first_chunk_mut().unwrap());
-    room[LEN..LEN + len].fill(0x5a);
+    let space = frame.buffer_with_header_mut(LEN).unwrap();
+    header.write(space.first_chunk_mut().unwrap());
+    space[LEN..LEN + len].fill(0x5a);
     frame.received_with_offload(len).unwrap();
     frame
 }
@@ -72,13 +72,13 @@ fn trimming_and_growing_move_the_header_and_what_it_points_at() {
     assert_eq!((frame.offload(), frame.len()), (Ok(Some(TSO)), 2000));
 
     // The header needs room, too.
-    let room = HEADROOM as usize - LEN;
-    let error = OutOfRoom { wanted: room + 1, room };
-    assert_eq!(frame.grow_front(room + 1), Err(FrontError::Room(error)));
-    frame.grow_front(room).unwrap();
+    let space = HEADROOM as usize - LEN;
+    let error = OutOfSpace { wanted: space + 1, available: space };
+    assert_eq!(frame.grow_front(space + 1), Err(FrontError::Space(error)));
+    frame.grow_front(space).unwrap();
     assert_eq!(frame.headroom(), LEN);
     let far = OffloadHeader { checksum: Checksum::Partial { start: 0xfff0, offset: 0 }, ..TSO };
-    frame.trim_front(room).unwrap();
+    frame.trim_front(space).unwrap();
     frame.set_offload(&far).unwrap();
     let error = OffloadError::ChecksumStartTooFar { grow: 16, start: 0xfff0 };
     assert_eq!(frame.grow_front(16), Err(FrontError::Offload(error)));
@@ -120,7 +120,7 @@ fn forwarding_takes_out_what_only_a_receiver_may_say() {
 fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
     let pool = pool();
     let mut frame = pool.alloc().unwrap();
-    frame.room_behind_header_mut(LEN).unwrap()[..LEN].fill(0xff);
+    frame.buffer_with_header_mut(LEN).unwrap()[..LEN].fill(0xff);
     frame.received_with_offload(60).unwrap();
     let error = OffloadError::ReservedFlags { flags: 0xf8 };
     assert_eq!(frame.offload(), Err(error));
@@ -129,9 +129,9 @@ fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
     assert_eq!(frame.grow_front(4), Err(FrontError::Offload(error)));
     assert_eq!(frame.with_offload().map(<[u8]>::len), Some(72));
     // More than the slot holds.
-    let room = 4096 - HEADROOM as usize;
-    let refused = OutOfRoom { wanted: room + 1, room };
-    assert_eq!(frame.received_with_offload(room + 1), Err(refused));
+    let space = 4096 - HEADROOM as usize;
+    let refused = OutOfSpace { wanted: space + 1, available: space };
+    assert_eq!(frame.received_with_offload(space + 1), Err(refused));
 }
 
 #[test]
@@ -139,10 +139,10 @@ fn without_headroom_there_is_no_header() {
     let layout = Layout { slots: 1, slot_size: 4096, headroom: 8 };
     let pool = Pool::new(Box::new(HeapBacking::new(4096)), layout).unwrap();
     let mut frame = packet(&pool, 60);
-    let refused = OutOfRoom { wanted: LEN, room: 8 };
+    let refused = OutOfSpace { wanted: LEN, available: 8 };
     assert_eq!(frame.set_offload(&TSO), Err(refused));
     assert_eq!(frame.received_with_offload(60), Err(refused));
-    assert!(frame.room_behind_header_mut(LEN).is_none());
+    assert!(frame.buffer_with_header_mut(LEN).is_none());
     assert_eq!(frame.offload(), Ok(None));
 }
 

@@ -500,13 +500,13 @@ fn reap_submit_and_complete_at_once(depth: u32) {
 /// Broken by: giving the credit before the entry was copied out; a Relaxed store or load of the
 /// credits; a CQ with fewer cells than credits.
 #[test]
-fn a_credit_means_room_in_a_cq_of_one_cell() {
+fn a_credit_means_space_in_a_cq_of_one_cell() {
     check(3, || reap_submit_and_complete_at_once(1));
 }
 
 /// As above, where credits come back one at a time.
 #[test]
-fn a_credit_means_room_in_a_cq_of_two_cells() {
+fn a_credit_means_space_in_a_cq_of_two_cells() {
     check(2, || reap_submit_and_complete_at_once(2));
 }
 

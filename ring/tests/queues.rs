@@ -13,7 +13,7 @@ use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
     Backing, Class, CqConsumer, CqProducer, Depths, Frame, FrontError, HeapBacking, Layout,
-    LayoutError, Opcode, OutOfRoom, Outcome, Pool, PushError, Regions, SqConsumer, SqProducer,
+    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Regions, SqConsumer, SqProducer,
     Submission, rings,
 };
 
@@ -667,18 +667,18 @@ proptest! {
         frame.reset();
         let (mut offset, mut len) = (HEADROOM as usize, 0);
         for (kind, n) in moves {
-            let (room, moved) = match kind {
+            let (space, moved) = match kind {
                 0 => {
-                    let (room, result) = (SLOT_SIZE as usize - offset, frame.set_len(n));
-                    (room, result.map(|()| len = n))
+                    let (space, result) = (SLOT_SIZE as usize - offset, frame.set_len(n));
+                    (space, result.map(|()| len = n))
                 }
                 1 => {
-                    let result = frame.trim_front(n).map_err(room_of);
+                    let result = frame.trim_front(n).map_err(space_of);
                     (len, result.map(|()| (offset, len) = (offset + n, len - n)))
                 }
                 2 => (len, frame.trim_back(n).map(|()| len -= n)),
                 3 => {
-                    let result = frame.grow_front(n).map_err(room_of);
+                    let result = frame.grow_front(n).map_err(space_of);
                     (offset, result.map(|()| (offset, len) = (offset - n, len + n)))
                 }
                 4 => {
@@ -688,17 +688,17 @@ proptest! {
                 }
                 _ => {
                     // What is there already, so that the slot keeps its pattern.
-                    let room = SLOT_SIZE as usize - offset;
+                    let space = SLOT_SIZE as usize - offset;
                     let bytes = vec![0; n];
                     let same = slot[offset..].get(..n).unwrap_or(&bytes);
-                    (room, frame.copy_from(same).map(|()| len = n))
+                    (space, frame.copy_from(same).map(|()| len = n))
                 }
             };
             match moved {
-                Ok(()) => prop_assert!(n <= room),
+                Ok(()) => prop_assert!(n <= space),
                 Err(refused) => {
-                    prop_assert!(n > room);
-                    prop_assert_eq!(refused, OutOfRoom { wanted: n, room });
+                    prop_assert!(n > space);
+                    prop_assert_eq!(refused, OutOfSpace { wanted: n, available: space });
                 }
             }
             let expected = &slot[offset..][..len];
@@ -711,7 +711,7 @@ proptest! {
             prop_assert_eq!(frame.as_mut(), expected);
             prop_assert_eq!(frame.view().bytes(), expected);
             prop_assert_eq!(&*frame.view_mut().bytes_mut(), expected);
-            prop_assert_eq!(&*frame.room_mut(), &slot[offset..]);
+            prop_assert_eq!(&*frame.buffer_mut(), &slot[offset..]);
         }
     }
 }
@@ -764,7 +764,7 @@ fn mixed(pool: &Pool) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
 }
 
 #[test]
-fn packets_are_taken_up_to_a_cancel_and_make_room_together() {
+fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
     let pool = pool(4);
     let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) = mixed(&pool);
     assert_eq!(sq_producer.check(Class::Write), Err(PushError::SqFull));
@@ -848,7 +848,7 @@ fn a_completion_without_a_submission_panics_and_the_frame_goes_home() {
 }
 
 #[test]
-fn a_full_class_leaves_room_for_the_others() {
+fn a_full_class_leaves_space_for_the_others() {
     let pool = pool(2);
     let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
         rings(Depths::new(1, 1, 1), regions(&pool), 0);
@@ -864,7 +864,7 @@ fn a_full_class_leaves_room_for_the_others() {
 }
 
 #[test]
-fn depths_make_an_sq_with_room_for_every_credit() {
+fn depths_make_an_sq_with_space_for_every_credit() {
     assert_eq!(Depths::new(1, 1, 1).sq, 4);
     assert_eq!(Depths::new(2, 2, 0).sq, 4);
     assert_eq!(Depths::new(u32::MAX, u32::MAX, 1).sq, vmring_core::DEPTH_MAX);
@@ -933,8 +933,8 @@ fn a_layout_that_cannot_be_is_refused_with_its_reason() {
     assert_eq!(new(16, 0, 0), Err(LayoutError::Zero));
     assert_eq!(new(1 << 31, 1, 0), Err(LayoutError::TooLarge));
     assert_eq!(new(1, 1 << 31, 0), Err(LayoutError::TooLarge));
-    assert_eq!(new(16, 64, 64), Err(LayoutError::NoRoom));
-    assert_eq!(new(16, 64, u32::MAX), Err(LayoutError::NoRoom));
+    assert_eq!(new(16, 64, 64), Err(LayoutError::NoSpace));
+    assert_eq!(new(16, 64, u32::MAX), Err(LayoutError::NoSpace));
     assert_eq!(new(17, 64, 0), Err(LayoutError::NotEnoughMemory));
     let most = (1 << 31) - 1;
     assert_eq!(new(most, most, 0), Err(LayoutError::NotEnoughMemory));
@@ -949,22 +949,22 @@ fn a_refused_layout_frees_its_memory() {
 }
 
 /// Of a frame without an offload header.
-fn room_of(error: FrontError) -> OutOfRoom {
+fn space_of(error: FrontError) -> OutOfSpace {
     match error {
-        FrontError::Room(error) => error,
+        FrontError::Space(error) => error,
         FrontError::Offload(error) => panic!("there is no header: {error}"),
     }
 }
 
 #[test]
-fn an_error_about_room_says_what_was_asked_and_what_there_is() {
+fn an_error_about_space_says_what_was_asked_and_what_there_is() {
     let mut frame = pool(1).alloc().unwrap();
     let error = frame.set_len(49).unwrap_err();
     assert_eq!(error.to_string(), "49 bytes were asked of a frame that has 48");
     let error = frame.copy_from(&[0; 100]).unwrap_err();
-    assert_eq!(error, OutOfRoom { wanted: 100, room: 48 });
-    let refused = OutOfRoom { wanted: usize::MAX, room: 0 };
-    assert_eq!(frame.trim_front(usize::MAX), Err(FrontError::Room(refused)));
+    assert_eq!(error, OutOfSpace { wanted: 100, available: 48 });
+    let refused = OutOfSpace { wanted: usize::MAX, available: 0 };
+    assert_eq!(frame.trim_front(usize::MAX), Err(FrontError::Space(refused)));
 }
 
 #[test]

@@ -193,7 +193,7 @@ impl<'a> Io<'a> {
     }
 
     /// An offload header and behind it a packet, `len` bytes together, stand in the slot, where
-    /// [`PostedSlot::room_behind_header_mut`] said. Lengths that cannot be complete it as refused with
+    /// [`PostedSlot::buffer_with_header_mut`] said. Lengths that cannot be complete it as refused with
     /// `InvalidArgument`.
     pub fn complete_read_with_header(&mut self, mut slot: PostedSlot, len: usize) {
         let packet = len.checked_sub(offload::LEN);

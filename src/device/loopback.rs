@@ -222,7 +222,7 @@ fn pass(io: &mut Io<'_>) {
     while let Some(from) = io.take_write() {
         let Some(mut to) = io.take_read() else { return io.put_back(from) };
         let len = from.packet().len();
-        if let Some(room) = to.room_mut().get_mut(..len) {
+        if let Some(room) = to.buffer_mut().get_mut(..len) {
             room.copy_from_slice(from.packet());
             io.complete_write(from);
             io.complete_read(to, len);

@@ -73,22 +73,22 @@ impl PostedSlot {
     /// Of a read: where the packet goes, at least `max_packet_size` bytes. Of a write: the packet
     /// and the room behind it.
     #[inline]
-    pub fn room_mut(&mut self) -> &mut [u8] {
-        self.frame_mut().room_mut()
+    pub fn buffer_mut(&mut self) -> &mut [u8] {
+        self.frame_mut().buffer_mut()
     }
 
-    /// As [`room_mut`](Self::room_mut), from `header` bytes before the packet: for devices that put
+    /// As [`buffer_mut`](Self::buffer_mut), from `header` bytes before the packet: for devices that put
     /// an offload header there. `None` if there is less headroom.
     #[inline]
-    pub fn room_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
-        self.frame_mut().room_behind_header_mut(header)
+    pub fn buffer_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+        self.frame_mut().buffer_with_header_mut(header)
     }
 
     /// Of a write: the packet, from `header` bytes before it. `None` if there is less headroom.
     #[inline]
-    pub fn packet_behind_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
+    pub fn packet_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
         let len = header + self.packet().len();
-        self.room_behind_header_mut(header)?.get_mut(..len)
+        self.buffer_with_header_mut(header)?.get_mut(..len)
     }
 
     /// Of a write: the packet, to be changed in place.
@@ -110,7 +110,7 @@ impl PostedSlot {
 impl AsMut<[u8]> for PostedSlot {
     #[inline]
     fn as_mut(&mut self) -> &mut [u8] {
-        self.room_mut()
+        self.buffer_mut()
     }
 }
 

@@ -5,7 +5,7 @@ use vmring::device::Io;
 fn keep(io: &mut Io<'_>) {
     while let Some(mut slot) = io.take_read() {
         io.complete_read(slot, 60);
-        slot.room_mut()[0] = 1;
+        slot.buffer_mut()[0] = 1;
     }
 }
 

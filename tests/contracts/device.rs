@@ -64,8 +64,8 @@ fn hostile_lengths_never_reach_outside_the_slot() {
         let interface = Script::new(|_, _| {
             ScriptQueue::new(|io| {
                 while let Some(mut slot) = io.take_read() {
-                    let (room, hostile) = (slot.room_mut().len(), slot.user_data() as usize);
-                    slot.room_mut().fill(0xaa);
+                    let (room, hostile) = (slot.buffer_mut().len(), slot.user_data() as usize);
+                    slot.buffer_mut().fill(0xaa);
                     let len = if hostile < 2 { room + hostile } else { hostile };
                     io.complete_read(slot, len);
                 }

@@ -298,7 +298,7 @@ impl Queue for WireQueue {
         while io.reads() > 0 && !far.incoming.is_empty() {
             let (header, packet) = far.incoming.pop_front().unwrap();
             let mut slot = io.take_read().unwrap();
-            let room = slot.room_behind_header_mut(header_len).unwrap();
+            let room = slot.buffer_with_header_mut(header_len).unwrap();
             if let Some(bytes) = room.first_chunk_mut().filter(|_| header_len > 0) {
                 header.write(bytes);
             }
@@ -318,7 +318,7 @@ impl Queue for WireQueue {
                     io.fail(slot, Status::InvalidAccess);
                     continue;
                 }
-                let bytes = slot.packet_behind_header_mut(header_len).unwrap();
+                let bytes = slot.packet_with_header_mut(header_len).unwrap();
                 let header = bytes.first_chunk().filter(|_| header_len > 0);
                 let header = header
                     .map_or(OffloadHeader::NONE, |bytes| OffloadHeader::parse(bytes).unwrap());

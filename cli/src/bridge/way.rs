@@ -235,7 +235,7 @@ impl Way {
                     Left::Segments { partial: true }
                 );
                 let cut = Segments::new(header, large).and_then(|segments| {
-                    let room = frame.room_mut();
+                    let room = frame.buffer_mut();
                     let len = match partial {
                         true => segments.write_partial(self.segment, room)?,
                         false => segments.write(self.segment, room)?,

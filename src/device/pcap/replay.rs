@@ -203,7 +203,7 @@ impl ReplayQueue {
                     let Some(mut slot) = io.take_read() else { return };
                     // `max_packet_size` is the longest packet's, so there is room, unless somebody
                     // has written another file there: then the length is refused.
-                    let room = slot.room_mut();
+                    let room = slot.buffer_mut();
                     let n = bytes.len().min(room.len());
                     room[..n].copy_from_slice(&bytes[..n]);
                     io.complete_read(slot, bytes.len());

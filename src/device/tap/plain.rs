@@ -23,7 +23,7 @@ impl Plain {
 
     pub(crate) fn write(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
         while let Some(mut slot) = io.take_write() {
-            let Some(bytes) = slot.packet_behind_header_mut(wire.header) else {
+            let Some(bytes) = slot.packet_with_header_mut(wire.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };
@@ -55,7 +55,7 @@ impl Plain {
 
     pub(crate) fn read(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
         while let Some(mut slot) = io.take_read() {
-            let Some(room) = slot.room_behind_header_mut(wire.header) else {
+            let Some(room) = slot.buffer_with_header_mut(wire.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };

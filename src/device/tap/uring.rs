@@ -309,7 +309,7 @@ impl Kernel {
                 break;
             }
             let Some(mut slot) = io.take_write() else { break };
-            let Some(bytes) = slot.packet_behind_header_mut(wire.header) else {
+            let Some(bytes) = slot.packet_with_header_mut(wire.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };
@@ -361,7 +361,7 @@ impl Kernel {
         mut slot: PostedSlot,
         header: usize,
     ) -> Result<(), PostedSlot> {
-        let Some(room) = slot.room_behind_header_mut(header) else { return Err(slot) };
+        let Some(room) = slot.buffer_with_header_mut(header) else { return Err(slot) };
         let (address, len) = (room.as_mut_ptr() as u64, room.len() as u32);
         self.reads[usize::from(number)] = Some(slot);
         self.order.push_back(number);

@@ -77,7 +77,7 @@ impl Wire {
     /// its IP header promises more than is there.
     #[inline]
     fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
-        match slot.room_behind_header_mut(self.header) {
+        match slot.buffer_with_header_mut(self.header) {
             Some(room) if len == room.len() => promises_more(&room[self.header..]),
             _ => false,
         }

@@ -152,7 +152,7 @@ impl Reads {
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
         for slot in io.posted_reads().take(offer) {
-            let Some(room) = slot.room_behind_header_mut(header) else { break };
+            let Some(room) = slot.buffer_with_header_mut(header) else { break };
             self.batch.set(n, room.as_mut_ptr(), room.len());
             n += 1;
         }
@@ -251,7 +251,7 @@ impl Writes {
     ) -> (Result<(), Status>, usize) {
         let mut set = 0;
         for slot in io.posted_writes().take(n) {
-            let Some(packet) = slot.packet_behind_header_mut(header) else { break };
+            let Some(packet) = slot.packet_with_header_mut(header) else { break };
             self.batch.set(set, packet.as_mut_ptr(), packet.len());
             set += 1;
         }
