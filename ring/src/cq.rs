@@ -126,14 +126,14 @@ impl CqProducer {
         let region = self.cq.regions().find(&frame);
         // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
         // it in memory instead of in registers.
-        let (pool, place) = (frame.header(), frame.into_raw());
+        let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         if let Some(region) = region
             && let Some(vacant) = self.cq.vacant()
         {
-            return vacant.write(Cqe::packet(opcode, region, place, user_data, outcome));
+            return vacant.write(Cqe::packet(opcode, region, range, user_data, outcome));
         }
         // SAFETY: the frame was given up above, and became nothing else.
-        drop(unsafe { Frame::from_raw(pool, place) });
+        drop(unsafe { Frame::from_raw(pool, range) });
         misused();
     }
 

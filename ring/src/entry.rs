@@ -65,7 +65,7 @@ impl Outcome {
 /// others, for which the processor waits some fifteen cycles each time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub(crate) struct Place {
+pub(crate) struct SlotRange {
     /// The slot, and in the upper half the packet's offset in it.
     start: u64,
     /// The packet's length, and in the upper half what stands in front of it.
@@ -77,10 +77,10 @@ const fn word(lower: u32, upper: u32) -> u64 {
     lower as u64 | (upper as u64) << 32
 }
 
-impl Place {
+impl SlotRange {
     #[inline(always)]
-    pub(crate) const fn new(slot: u32, offset: u32, len: u32, header: HeaderState) -> Self {
-        Self { start: word(slot, offset), content: word(len, header.0) }
+    pub(crate) const fn new(slot: u32, offset: u32, len: u32, state: OffloadState) -> Self {
+        Self { start: word(slot, offset), content: word(len, state.0) }
     }
 
     #[inline(always)]
@@ -99,24 +99,24 @@ impl Place {
     }
 
     #[inline(always)]
-    pub(crate) const fn header(self) -> HeaderState {
-        HeaderState((self.content >> 32) as u32)
+    pub(crate) const fn offload_state(self) -> OffloadState {
+        OffloadState((self.content >> 32) as u32)
     }
 
     /// The packet is there: `len` bytes from `offset` on.
     #[inline(always)]
     pub(crate) fn set_window(&mut self, offset: u32, len: u32) {
-        *self = Self::new(self.slot(), offset, len, self.header());
+        *self = Self::new(self.slot(), offset, len, self.offload_state());
     }
 
     #[inline(always)]
     pub(crate) fn set_len(&mut self, len: u32) {
-        self.content = word(len, self.header().0);
+        self.content = word(len, self.offload_state().0);
     }
 
     #[inline(always)]
-    pub(crate) fn set_header(&mut self, header: HeaderState) {
-        self.content = word(self.len(), header.0);
+    pub(crate) fn set_offload_state(&mut self, state: OffloadState) {
+        self.content = word(self.len(), state.0);
     }
 }
 
@@ -125,9 +125,9 @@ impl Place {
 /// A number rather than an enum: then an `Option` of a frame or an entry has no reason to look into it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
-pub(crate) struct HeaderState(u32);
+pub(crate) struct OffloadState(u32);
 
-impl HeaderState {
+impl OffloadState {
     /// Nothing: headroom.
     pub(crate) const ABSENT: Self = Self(0);
     /// The offload header with which the packet was received.
@@ -138,7 +138,7 @@ impl HeaderState {
 
 /// The slot number of an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
-const NOWHERE: Place = Place::new(NO_SLOT, 0, 0, HeaderState::ABSENT);
+const NO_RANGE: SlotRange = SlotRange::new(NO_SLOT, 0, 0, OffloadState::ABSENT);
 
 /// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
 /// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
@@ -146,7 +146,7 @@ const NOWHERE: Place = Place::new(NO_SLOT, 0, 0, HeaderState::ABSENT);
 #[repr(C, align(32))]
 pub struct Sqe {
     user_data: u64,
-    place: Place,
+    range: SlotRange,
     region: u16,
     opcode: Opcode,
     reserved: u8,
@@ -159,7 +159,7 @@ pub struct Sqe {
 #[repr(C, align(32))]
 pub struct Cqe {
     user_data: u64,
-    place: Place,
+    range: SlotRange,
     region: u16,
     opcode: Opcode,
     outcome: u8,
@@ -169,8 +169,8 @@ pub struct Cqe {
 const_assert_eq!(size_of::<Sqe>(), 32);
 const_assert_eq!(align_of::<Sqe>(), 32);
 const_assert_eq!(offset_of!(Sqe, user_data), 0);
-const_assert_eq!(offset_of!(Sqe, place.start), 8);
-const_assert_eq!(offset_of!(Sqe, place.content), 16);
+const_assert_eq!(offset_of!(Sqe, range.start), 8);
+const_assert_eq!(offset_of!(Sqe, range.content), 16);
 const_assert_eq!(offset_of!(Sqe, region), 24);
 const_assert_eq!(offset_of!(Sqe, opcode), 26);
 const_assert_eq!(offset_of!(Sqe, reserved), 27);
@@ -179,8 +179,8 @@ const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
 const_assert_eq!(size_of::<Cqe>(), 32);
 const_assert_eq!(align_of::<Cqe>(), 32);
 const_assert_eq!(offset_of!(Cqe, user_data), 0);
-const_assert_eq!(offset_of!(Cqe, place.start), 8);
-const_assert_eq!(offset_of!(Cqe, place.content), 16);
+const_assert_eq!(offset_of!(Cqe, range.start), 8);
+const_assert_eq!(offset_of!(Cqe, range.content), 16);
 const_assert_eq!(offset_of!(Cqe, region), 24);
 const_assert_eq!(offset_of!(Cqe, opcode), 26);
 const_assert_eq!(offset_of!(Cqe, outcome), 27);
@@ -192,18 +192,23 @@ assert_impl_all!(Cqe: Copy, Send);
 pub(crate) trait Entry: Copy {
     fn has_slot(&self) -> bool;
     /// The region and the place in it, if it [has a slot](Self::has_slot).
-    fn slot(&self) -> (u16, Place);
+    fn slot(&self) -> (u16, SlotRange);
 }
 
 impl Sqe {
     #[inline]
-    pub(crate) fn packet(opcode: Opcode, region: u16, place: Place, user_data: u64) -> Self {
-        Self { user_data, place, region, opcode, reserved: 0, reserved_too: 0 }
+    pub(crate) fn packet(opcode: Opcode, region: u16, range: SlotRange, user_data: u64) -> Self {
+        Self { user_data, range, region, opcode, reserved: 0, reserved_too: 0 }
     }
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
         let (offset, len) = ((target >> 32) as u32, target as u32);
-        Self::packet(opcode, 0, Place::new(NO_SLOT, offset, len, HeaderState::ABSENT), user_data)
+        Self::packet(
+            opcode,
+            0,
+            SlotRange::new(NO_SLOT, offset, len, OffloadState::ABSENT),
+            user_data,
+        )
     }
 
     /// The number the caller gave.
@@ -227,7 +232,7 @@ impl Sqe {
     /// Of a cancel: whose entries.
     #[inline]
     pub fn target(&self) -> u64 {
-        u64::from(self.place.offset()) << 32 | u64::from(self.place.len())
+        u64::from(self.range.offset()) << 32 | u64::from(self.range.len())
     }
 }
 
@@ -236,18 +241,18 @@ impl Cqe {
     pub(crate) fn packet(
         opcode: Opcode,
         region: u16,
-        place: Place,
+        range: SlotRange,
         user_data: u64,
         outcome: Outcome,
     ) -> Self {
         let (outcome, code) = outcome.encode();
-        Self { user_data, place, region, opcode, outcome, code }
+        Self { user_data, range, region, opcode, outcome, code }
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
-        let mut place = NOWHERE;
-        place.set_len(matched);
-        Self::packet(opcode, 0, place, user_data, Outcome::Done)
+        let mut range = NO_RANGE;
+        range.set_len(matched);
+        Self::packet(opcode, 0, range, user_data, Outcome::Done)
     }
 
     /// The number the caller gave.
@@ -271,12 +276,12 @@ impl Cqe {
     /// Bytes of the packet; of a cancel, the number of entries that matched.
     #[inline]
     pub fn len(&self) -> u32 {
-        self.place.len()
+        self.range.len()
     }
 
     /// Whether `len` is 0.
     pub fn is_empty(&self) -> bool {
-        self.place.len() == 0
+        self.range.len() == 0
     }
 }
 
@@ -286,12 +291,12 @@ macro_rules! entry {
         impl Entry for $entry {
             #[inline(always)]
             fn has_slot(&self) -> bool {
-                self.place.slot() != NO_SLOT
+                self.range.slot() != NO_SLOT
             }
 
             #[inline(always)]
-            fn slot(&self) -> (u16, Place) {
-                (self.region, self.place)
+            fn slot(&self) -> (u16, SlotRange) {
+                (self.region, self.range)
             }
         }
     };
@@ -314,7 +319,7 @@ mod tests {
             Outcome::Refused(1007),
             Outcome::Refused(u32::MAX),
         ] {
-            let cqe = Cqe::packet(Opcode::Read, 0, NOWHERE, 7, outcome);
+            let cqe = Cqe::packet(Opcode::Read, 0, NO_RANGE, 7, outcome);
             assert_eq!(cqe.outcome(), outcome);
         }
     }
@@ -323,9 +328,9 @@ mod tests {
     fn an_entry_without_a_slot_has_no_place() {
         let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
         assert_eq!((cancel.has_slot(), cancel.target()), (false, 3 << 40 | 5));
-        let header = HeaderState::TO_SEND;
-        let place = Place::new(8, 7, 6, header);
-        let packet = Sqe::packet(Opcode::Write, 9, place, 5);
-        assert_eq!((packet.has_slot(), packet.slot()), (true, (9, place)));
+        let state = OffloadState::TO_SEND;
+        let range = SlotRange::new(8, 7, 6, state);
+        let packet = Sqe::packet(Opcode::Write, 9, range, 5);
+        assert_eq!((packet.has_slot(), packet.slot()), (true, (9, range)));
     }
 }

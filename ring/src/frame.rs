@@ -1,8 +1,8 @@
 //! [`Frame`]: the one owner of a slot.
 
-use crate::entry::{HeaderState, Place};
+use crate::entry::{OffloadState, SlotRange};
 use crate::offload::{self, OffloadError, OffloadHeader};
-use crate::slots::{Header, put_home};
+use crate::slots::{PoolInner, free_slot};
 use crate::view::PacketView;
 use core::fmt;
 use core::ops::{Deref, DerefMut};
@@ -26,14 +26,14 @@ use static_assertions::{assert_impl_all, assert_not_impl_any};
 /// Bytes that a longer length or a smaller offset uncovers are what was last written there, possibly
 /// by an earlier packet; they are never uninitialised.
 pub struct Frame {
-    header: NonNull<Header>,
-    place: Place,
+    pool: NonNull<PoolInner>,
+    range: SlotRange,
 }
 
 assert_not_impl_any!(Frame: Clone, Copy);
 assert_impl_all!(Frame: Send, Sync);
 
-// SAFETY: a frame is the only way to its slot's bytes ("one place per slot"), and the header is
+// SAFETY: a frame is the only way to its slot's bytes ("one place per slot"), and `PoolInner` is
 // shared through atomics.
 unsafe impl Send for Frame {}
 // SAFETY: `&Frame` only reads.
@@ -94,59 +94,59 @@ impl Frame {
     /// The place's slot is counted as out in `header` and is in no other place; `offset + len` is
     /// within the slot, and so is the offload header if there is one.
     #[inline]
-    pub(crate) unsafe fn from_raw(header: NonNull<Header>, place: Place) -> Self {
-        Self { header, place }
+    pub(crate) unsafe fn from_raw(pool: NonNull<PoolInner>, range: SlotRange) -> Self {
+        Self { pool, range }
     }
 
     /// Gives up ownership without putting the slot home: the caller puts the place into a queue
     /// entry, which owns the slot from then on.
     #[inline]
-    pub(crate) fn into_raw(self) -> Place {
-        let place = self.place;
+    pub(crate) fn into_raw(self) -> SlotRange {
+        let range = self.range;
         core::mem::forget(self);
-        place
+        range
     }
 
     #[inline]
-    pub(crate) fn header(&self) -> NonNull<Header> {
-        self.header
+    pub(crate) fn pool_ptr(&self) -> NonNull<PoolInner> {
+        self.pool
     }
 
     #[inline]
-    fn pool(&self) -> &Header {
-        // SAFETY: our slot is counted as out, so the header is alive ("the pool outlives its
+    fn pool(&self) -> &PoolInner {
+        // SAFETY: our slot is counted as out, so `PoolInner` is alive ("the pool outlives its
         // slots").
-        unsafe { self.header.as_ref() }
+        unsafe { self.pool.as_ref() }
     }
 
     /// Bytes of the packet.
     #[inline]
     pub fn len(&self) -> usize {
-        self.place.len() as usize
+        self.range.len() as usize
     }
 
     /// Whether the packet has no bytes.
     #[inline]
     pub fn is_empty(&self) -> bool {
-        self.place.len() == 0
+        self.range.len() == 0
     }
 
     /// Bytes from the packet's start to the end of the slot: the longest the packet may become.
     #[inline]
     pub fn capacity(&self) -> usize {
-        (self.pool().layout.slot_size - self.place.offset()) as usize
+        (self.pool().layout.slot_size - self.range.offset()) as usize
     }
 
     /// Bytes in front of the packet.
     #[inline]
     pub fn headroom(&self) -> usize {
-        self.place.offset() as usize
+        self.range.offset() as usize
     }
 
     /// The slot's number in its pool.
     #[inline]
     pub fn slot(&self) -> u32 {
-        self.place.slot()
+        self.range.slot()
     }
 
     /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0, no
@@ -154,7 +154,7 @@ impl Frame {
     #[inline]
     pub fn reset(&mut self) {
         let headroom = self.pool().layout.headroom;
-        self.place = Place::new(self.place.slot(), headroom, 0, HeaderState::ABSENT);
+        self.range = SlotRange::new(self.range.slot(), headroom, 0, OffloadState::ABSENT);
     }
 
     /// Makes the packet `len` bytes long, from the same start.
@@ -164,7 +164,7 @@ impl Frame {
         if len > available {
             return Err(OutOfSpace { wanted: len, available });
         }
-        self.place.set_len(len as u32);
+        self.range.set_len(len as u32);
         Ok(())
     }
 
@@ -180,7 +180,7 @@ impl Frame {
             return Err(OutOfSpace { wanted: n, available: self.len() }.into());
         }
         let header = self.offload()?.map(|header| header.trim_front(n)).transpose()?;
-        self.place.set_window(self.place.offset() + n as u32, self.place.len() - n as u32);
+        self.range.set_window(self.range.offset() + n as u32, self.range.len() - n as u32);
         self.put_offload(header);
         Ok(())
     }
@@ -190,7 +190,7 @@ impl Frame {
         if n > self.len() {
             return Err(OutOfSpace { wanted: n, available: self.len() });
         }
-        self.place.set_len(self.place.len() - n as u32);
+        self.range.set_len(self.range.len() - n as u32);
         Ok(())
     }
 
@@ -207,7 +207,7 @@ impl Frame {
         if n > available {
             return Err(OutOfSpace { wanted: n, available }.into());
         }
-        self.place.set_window(self.place.offset() - n as u32, self.place.len() + n as u32);
+        self.range.set_window(self.range.offset() - n as u32, self.range.len() + n as u32);
         self.put_offload(header);
         Ok(())
     }
@@ -216,7 +216,7 @@ impl Frame {
     /// header is gone.
     pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfSpace> {
         self.set_len(bytes.len())?;
-        self.place.set_header(HeaderState::ABSENT);
+        self.range.set_offload_state(OffloadState::ABSENT);
         self.copy_from_slice(bytes);
         Ok(())
     }
@@ -228,7 +228,7 @@ impl Frame {
     ///
     /// What stands there is no header that we know.
     pub fn offload(&self) -> Result<Option<OffloadHeader>, OffloadError> {
-        if self.place.header() == HeaderState::ABSENT {
+        if self.range.offload_state() == OffloadState::ABSENT {
             return Ok(None);
         }
         OffloadHeader::parse(self.offload_bytes()).map(Some)
@@ -245,7 +245,7 @@ impl Frame {
         if available < offload::LEN {
             return Err(OutOfSpace { wanted: offload::LEN, available });
         }
-        self.place.set_header(HeaderState::TO_SEND);
+        self.range.set_offload_state(OffloadState::TO_SEND);
         header.write(self.offload_bytes_mut());
         Ok(())
     }
@@ -262,7 +262,7 @@ impl Frame {
     pub fn forward_offload(&mut self) -> Result<bool, OffloadError> {
         let header = self.offload()?.map(OffloadHeader::for_sending);
         if header.is_some() {
-            self.place.set_header(HeaderState::TO_SEND);
+            self.range.set_offload_state(OffloadState::TO_SEND);
             self.put_offload(header);
         }
         Ok(header.is_some())
@@ -270,28 +270,28 @@ impl Frame {
 
     /// Takes the offload header away.
     pub fn clear_offload(&mut self) {
-        self.place.set_header(HeaderState::ABSENT);
+        self.range.set_offload_state(OffloadState::ABSENT);
     }
 
     /// Whether the offload header is one to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {
-        self.place.header() == HeaderState::TO_SEND
+        self.range.offload_state() == OffloadState::TO_SEND
     }
 
     /// The offload header and the packet behind it, as they lie in memory: what a VMM hands to its
     /// guest. `None` if there is no header.
     pub fn with_offload(&self) -> Option<&[u8]> {
-        let start = (self.place.offset() as usize).checked_sub(offload::LEN)?;
-        let end = self.place.offset() as usize + self.len();
-        (self.place.header() != HeaderState::ABSENT).then(|| &self.whole()[start..end])
+        let start = (self.range.offset() as usize).checked_sub(offload::LEN)?;
+        let end = self.range.offset() as usize + self.len();
+        (self.range.offload_state() != OffloadState::ABSENT).then(|| &self.whole()[start..end])
     }
 
     /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
     /// device to fill. `None` if there is less headroom.
     #[inline]
     pub fn buffer_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
-        let start = (self.place.offset() as usize).checked_sub(header)?;
+        let start = (self.range.offset() as usize).checked_sub(header)?;
         Some(&mut self.whole_mut()[start..])
     }
 
@@ -307,7 +307,7 @@ impl Frame {
             return Err(OutOfSpace { wanted: offload::LEN, available });
         }
         self.set_len(len)?;
-        self.place.set_header(HeaderState::RECEIVED);
+        self.range.set_offload_state(OffloadState::RECEIVED);
         // 1, also where the device says 0 (virtio 1.2, 5.1.6.4.1).
         offload::set_num_buffers(self.offload_bytes_mut(), 1);
         Ok(())
@@ -321,26 +321,26 @@ impl Frame {
     }
 
     fn offload_bytes(&self) -> &[u8; offload::LEN] {
-        let start = self.place.offset() as usize - offload::LEN;
+        let start = self.range.offset() as usize - offload::LEN;
         self.whole()[start..].first_chunk().expect("a header stands in the headroom")
     }
 
     fn offload_bytes_mut(&mut self) -> &mut [u8; offload::LEN] {
-        let start = self.place.offset() as usize - offload::LEN;
+        let start = self.range.offset() as usize - offload::LEN;
         self.whole_mut()[start..].first_chunk_mut().expect("a header stands in the headroom")
     }
 
     /// The packet as a view on its slot, for parsing without copying.
     #[inline]
     pub fn view(&self) -> PacketView<&[u8]> {
-        PacketView::new(self.whole(), self.place.offset(), self.place.len())
+        PacketView::new(self.whole(), self.range.offset(), self.range.len())
             .expect("the packet is in its slot")
     }
 
     /// The packet as a view that can be written through.
     #[inline]
     pub fn view_mut(&mut self) -> PacketView<&mut [u8]> {
-        let (offset, len) = (self.place.offset(), self.place.len());
+        let (offset, len) = (self.range.offset(), self.range.len());
         PacketView::new(self.whole_mut(), offset, len).expect("the packet is in its slot")
     }
 
@@ -348,14 +348,14 @@ impl Frame {
     /// length later; see [`set_len`](Self::set_len).
     #[inline]
     pub fn buffer_mut(&mut self) -> &mut [u8] {
-        let offset = self.place.offset() as usize;
+        let offset = self.range.offset() as usize;
         &mut self.whole_mut()[offset..]
     }
 
     #[inline]
     fn whole(&self) -> &[u8] {
         let (start, size) =
-            (self.pool().slot_start(self.place.slot()), self.pool().layout.slot_size);
+            (self.pool().slot_start(self.range.slot()), self.pool().layout.slot_size);
         // SAFETY: the slot lies in the backing, which is initialised; we own it alone ("one place
         // per slot") and are borrowed shared.
         unsafe { core::slice::from_raw_parts(start.as_ptr(), size as usize) }
@@ -364,7 +364,7 @@ impl Frame {
     #[inline]
     fn whole_mut(&mut self) -> &mut [u8] {
         let (start, size) =
-            (self.pool().slot_start(self.place.slot()), self.pool().layout.slot_size);
+            (self.pool().slot_start(self.range.slot()), self.pool().layout.slot_size);
         // SAFETY: as in `whole`, and we are borrowed exclusively.
         unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), size as usize) }
     }
@@ -374,7 +374,7 @@ impl Drop for Frame {
     #[inline]
     fn drop(&mut self) {
         // SAFETY: we own the slot ("one place per slot") and this is the end of us.
-        unsafe { put_home(self.header, self.place.slot()) }
+        unsafe { free_slot(self.pool, self.range.slot()) }
     }
 }
 
@@ -383,14 +383,14 @@ impl Deref for Frame {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        &self.whole()[self.place.offset() as usize..][..self.place.len() as usize]
+        &self.whole()[self.range.offset() as usize..][..self.range.len() as usize]
     }
 }
 
 impl DerefMut for Frame {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        let len = self.place.len() as usize;
+        let len = self.range.len() as usize;
         &mut self.buffer_mut()[..len]
     }
 }
@@ -412,9 +412,9 @@ impl AsMut<[u8]> for Frame {
 impl fmt::Debug for Frame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Frame")
-            .field("slot", &self.place.slot())
-            .field("offset", &self.place.offset())
-            .field("len", &self.place.len())
+            .field("slot", &self.range.slot())
+            .field("offset", &self.range.offset())
+            .field("len", &self.range.len())
             .finish_non_exhaustive()
     }
 }

@@ -1,9 +1,9 @@
 //! [`Pool`]: a handle to a region of slots, from which frames are allocated.
 
 use crate::backing::Backing;
-use crate::entry::{HeaderState, Place};
+use crate::entry::{OffloadState, SlotRange};
 use crate::frame::Frame;
-use crate::slots::{Header, Layout, LayoutError, release_handle};
+use crate::slots::{Layout, LayoutError, PoolInner, release_handle};
 use alloc::boxed::Box;
 use core::fmt;
 use core::ptr::NonNull;
@@ -13,7 +13,7 @@ use core::ptr::NonNull;
 /// The memory lives until the last handle is gone **and** the last [`Frame`] is home, in whatever
 /// order they go.
 pub struct Pool {
-    header: NonNull<Header>,
+    inner: NonNull<PoolInner>,
 }
 
 // SAFETY: everything reachable through a handle is atomic or immutable after construction, and a
@@ -25,30 +25,30 @@ unsafe impl Sync for Pool {}
 impl Pool {
     /// Cuts `backing` into slots, all free.
     pub fn new(backing: Box<dyn Backing>, layout: Layout) -> Result<Self, LayoutError> {
-        Ok(Self { header: Header::new(backing, layout)? })
+        Ok(Self { inner: PoolInner::new(backing, layout)? })
     }
 
-    fn header(&self) -> &Header {
-        // SAFETY: this handle is counted in `refs`, so the header is alive ("the pool outlives
+    fn inner(&self) -> &PoolInner {
+        // SAFETY: this handle is counted in `refs`, so `PoolInner` is alive ("the pool outlives
         // its slots").
-        unsafe { self.header.as_ref() }
+        unsafe { self.inner.as_ref() }
     }
 
     /// Takes a slot from the free list: an empty frame behind the headroom. `None` if every slot
     /// is out. The bytes are what the slot's last owner left there.
     pub fn alloc(&self) -> Option<Frame> {
-        let header = self.header();
-        let slot = header.alloc_slot()?;
-        let (offset, header) = (header.layout.headroom, HeaderState::ABSENT);
-        let place = Place::new(slot, offset, 0, header);
+        let inner = self.inner();
+        let slot = inner.alloc_slot()?;
+        let (offset, state) = (inner.layout.headroom, OffloadState::ABSENT);
+        let range = SlotRange::new(slot, offset, 0, state);
         // SAFETY: `alloc_slot` took the slot out of the free list, so it is in no other place, and
         // counted it as out.
-        Some(unsafe { Frame::from_raw(self.header, place) })
+        Some(unsafe { Frame::from_raw(self.inner, range) })
     }
 
     /// How the region is cut.
     pub fn layout(&self) -> Layout {
-        self.header().layout
+        self.inner().layout
     }
 
     /// Bytes a packet may take in a fresh frame.
@@ -58,32 +58,32 @@ impl Pool {
 
     /// Slots that are not in the free list: held as frames, queued, or with a device. A snapshot.
     pub fn slots_out(&self) -> u32 {
-        self.header().slots_out()
+        self.inner().slots_out()
     }
 
     /// Whether `frame` is a slot of this pool.
     #[inline]
     pub fn owns(&self, frame: &Frame) -> bool {
-        frame.header() == self.header
+        frame.pool_ptr() == self.inner
     }
 
     #[inline]
-    pub(crate) fn raw(&self) -> NonNull<Header> {
-        self.header
+    pub(crate) fn ptr(&self) -> NonNull<PoolInner> {
+        self.inner
     }
 }
 
 impl Clone for Pool {
     fn clone(&self) -> Self {
-        self.header().add_handle();
-        Self { header: self.header }
+        self.inner().add_handle();
+        Self { inner: self.inner }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         // SAFETY: we give up the one handle we are.
-        unsafe { release_handle(self.header) }
+        unsafe { release_handle(self.inner) }
     }
 }
 

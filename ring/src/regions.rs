@@ -29,11 +29,11 @@ impl Regions {
 
     #[inline]
     pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
-        let header = frame.header();
-        if self.first.raw() == header {
+        let pool = frame.pool_ptr();
+        if self.first.ptr() == pool {
             return Some(0);
         }
-        self.pools.iter().position(|pool| pool.raw() == header).map(|region| region as u16)
+        self.pools.iter().position(|other| other.ptr() == pool).map(|region| region as u16)
     }
 
     /// Makes an entry's slot a frame again.
@@ -55,12 +55,12 @@ impl Regions {
     /// As there.
     #[inline(always)]
     pub(crate) unsafe fn frame_of(&self, entry: &impl Entry) -> Frame {
-        let (region, place) = entry.slot();
+        let (region, range) = entry.slot();
         debug_assert!(entry.has_slot() && usize::from(region) < self.pools.len());
         // SAFETY: `find` gave the region's number, which the entry carries unchanged.
-        let header = unsafe { self.pools.get_unchecked(usize::from(region)) }.raw();
+        let pool = unsafe { self.pools.get_unchecked(usize::from(region)) }.ptr();
         // SAFETY: the caller has taken the entry, so the slot is in no other place now; it is
         // counted as out since its frame was submitted, and offset and length were the frame's.
-        unsafe { Frame::from_raw(header, place) }
+        unsafe { Frame::from_raw(pool, range) }
     }
 }

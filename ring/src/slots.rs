@@ -6,7 +6,7 @@
 //!   [`Frame`](crate::Frame), or in exactly one queue entry. Only `pool` and `queue` turn one into
 //!   the other.
 //! * **The pool outlives its slots.** `refs` counts handles and slots out of the free list; the
-//!   one who takes it to zero frees the header and the memory.
+//!   one who takes it to zero frees both.
 
 use crate::backing::Backing;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
@@ -72,26 +72,26 @@ impl Layout {
     }
 }
 
-/// One handle in `Header::refs`; slots out are counted in the low half.
+/// One handle in `PoolInner::refs`; slots out are counted in the low half.
 const HANDLE: u64 = 1 << 32;
 /// End of the free list.
 const NIL: u32 = u32::MAX;
 
-pub(crate) struct Header {
+pub(crate) struct PoolInner {
     base: NonNull<u8>,
     pub(crate) layout: Layout,
     /// Index of the first free slot in the low half; in the high half a tag that every change
     /// raises, so that a compare-exchange cannot mistake a slot that left and came back.
     free: CachePadded<AtomicU64>,
-    /// `handles * HANDLE + slots out`. At zero nobody can reach the header any more.
+    /// `handles * HANDLE + slots out`. At zero nobody can reach the pool any more.
     refs: CachePadded<AtomicU64>,
     /// `next[i]`: the free slot behind free slot `i`.
     next: Box<[AtomicU32]>,
-    /// Dropped with the header: the memory under `base`.
+    /// Dropped with the pool: the memory under `base`.
     _backing: Box<dyn Backing>,
 }
 
-impl Header {
+impl PoolInner {
     /// Cuts `backing` into slots, all free, and counts the first handle.
     pub(crate) fn new(
         backing: Box<dyn Backing>,
@@ -99,7 +99,7 @@ impl Header {
     ) -> Result<NonNull<Self>, LayoutError> {
         layout.check(backing.len())?;
         let next = (1..layout.slots).chain([NIL]).map(AtomicU32::new).collect();
-        let header = Box::leak(Box::new(Header {
+        let pool = Box::leak(Box::new(PoolInner {
             base: backing.base(),
             layout,
             free: CachePadded::new(AtomicU64::new(0)),
@@ -107,13 +107,13 @@ impl Header {
             next,
             _backing: backing,
         }));
-        Ok(NonNull::from(header))
+        Ok(NonNull::from(pool))
     }
 
     /// Takes a slot out of the free list and counts it as out.
     #[inline]
     pub(crate) fn alloc_slot(&self) -> Option<u32> {
-        let slot = self.pop()?;
+        let slot = self.pop_free()?;
         // Relaxed: the caller's handle keeps the count above zero.
         self.refs.fetch_add(1, Ordering::Relaxed);
         Some(slot)
@@ -132,13 +132,13 @@ impl Header {
         self.refs.load(Ordering::Relaxed) as u32
     }
 
-    fn push(&self, slot: u32) {
+    fn push_free(&self, slot: u32) {
         let mut head = self.free.load(Ordering::Relaxed);
         loop {
             // Relaxed: published by the Release exchange below.
             self.next[slot as usize].store(head as u32, Ordering::Relaxed);
             let new = (head >> 32).wrapping_add(1) << 32 | u64::from(slot);
-            // Release: pairs with the Acquire in `pop`. The next owner sees our link, and every
+            // Release: pairs with the Acquire in `pop_free`. The next owner sees our link, and every
             // byte we wrote into the slot before it.
             match self.free.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return,
@@ -147,8 +147,8 @@ impl Header {
         }
     }
 
-    fn pop(&self) -> Option<u32> {
-        // Acquire (both): pairs with the Release in `push`.
+    fn pop_free(&self) -> Option<u32> {
+        // Acquire (both): pairs with the Release in `push_free`.
         let mut head = self.free.load(Ordering::Acquire);
         loop {
             let slot = head as u32;
@@ -178,18 +178,18 @@ impl Header {
 ///
 /// # Safety
 ///
-/// The caller owns `what` in `refs` and touches the header no more.
-unsafe fn release(header: NonNull<Header>, what: u64) {
-    // SAFETY: the caller's share keeps the header alive up to this line.
-    let refs = unsafe { &header.as_ref().refs };
+/// The caller owns `what` in `refs` and touches the pool no more.
+unsafe fn release(pool: NonNull<PoolInner>, what: u64) {
+    // SAFETY: the caller's share keeps the pool alive up to this line.
+    let refs = unsafe { &pool.as_ref().refs };
     // Release: what we did with the pool comes before the freeing, whoever does it.
     if refs.fetch_sub(what, Ordering::Release) == what {
         // Acquire: what all the others did comes before our freeing. A load and not a fence, which
         // ThreadSanitizer does not know.
         refs.load(Ordering::Acquire);
         // SAFETY: the count is zero, so no handle and no slot is left, and we are the one who
-        // took it there ("the pool outlives its slots"); the header came from `Box::leak`.
-        drop(unsafe { Box::from_raw(header.as_ptr()) });
+        // took it there ("the pool outlives its slots"); the pool came from `Box::leak`.
+        drop(unsafe { Box::from_raw(pool.as_ptr()) });
     }
 }
 
@@ -197,21 +197,21 @@ unsafe fn release(header: NonNull<Header>, what: u64) {
 ///
 /// # Safety
 ///
-/// The caller owns one handle and touches the header no more.
-pub(crate) unsafe fn release_handle(header: NonNull<Header>) {
+/// The caller owns one handle and touches the pool no more.
+pub(crate) unsafe fn release_handle(pool: NonNull<PoolInner>) {
     // SAFETY: the caller gives up exactly the one handle it owned.
-    unsafe { release(header, HANDLE) }
+    unsafe { release(pool, HANDLE) }
 }
 
 /// Puts a slot home.
 ///
 /// # Safety
 ///
-/// The caller owns `slot` and gives it up here; `header` is its pool.
+/// The caller owns `slot` and gives it up here; `pool` is its pool.
 #[inline(never)]
-pub(crate) unsafe fn put_home(header: NonNull<Header>, slot: u32) {
-    // SAFETY: the slot is still counted as out, so the header is alive.
-    unsafe { header.as_ref() }.push(slot);
+pub(crate) unsafe fn free_slot(pool: NonNull<PoolInner>, slot: u32) {
+    // SAFETY: the slot is still counted as out, so the pool is alive.
+    unsafe { pool.as_ref() }.push_free(slot);
     // SAFETY: we give up exactly the one slot we owned.
-    unsafe { release(header, 1) }
+    unsafe { release(pool, 1) }
 }
