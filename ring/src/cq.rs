@@ -1,6 +1,6 @@
 //! The two ends of the completion queue: [`CqProducer`] and [`CqConsumer`].
 
-use crate::credits::{Class, Giver};
+use crate::credits::{Class, CreditReturner};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Producer, Published, debug_by_queue};
@@ -11,7 +11,7 @@ use static_assertions::{assert_impl_all, assert_not_impl_any};
 /// The caller's end of the CQ.
 pub struct CqConsumer {
     cq: Consumer<Cqe>,
-    credits: Giver,
+    credits: CreditReturner,
     submitted: Published<Sqe>,
 }
 
@@ -41,7 +41,11 @@ pub struct Reaped {
 }
 
 impl CqConsumer {
-    pub(crate) fn new(cq: Consumer<Cqe>, credits: Giver, submitted: Published<Sqe>) -> Self {
+    pub(crate) fn new(
+        cq: Consumer<Cqe>,
+        credits: CreditReturner,
+        submitted: Published<Sqe>,
+    ) -> Self {
         Self { cq, credits, submitted }
     }
 
@@ -80,7 +84,7 @@ impl CqConsumer {
     pub fn pop(&mut self) -> Option<Reaped> {
         let Self { cq, credits, .. } = self;
         cq.pop(|cqe, regions| {
-            credits.give(cqe.opcode());
+            credits.give_back(cqe.opcode());
             // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
             // placed it by a frame of these regions.
             let frame = unsafe { regions.frame(&cqe) };

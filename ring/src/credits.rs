@@ -34,7 +34,7 @@ const_assert_eq!(Opcode::Cancel as usize, Class::Cancel as usize);
 
 /// The submitting side; as the queue's producer it works through `&self`, on one thread.
 #[derive(Debug)]
-pub(crate) struct Taker {
+pub(crate) struct CreditTaker {
     depth: [u32; 3],
     taken: [Cell<u32>; 3],
     returned_seen: [Cell<u32>; 3],
@@ -43,23 +43,23 @@ pub(crate) struct Taker {
 
 /// The reaping side.
 #[derive(Debug)]
-pub(crate) struct Giver {
+pub(crate) struct CreditReturner {
     given: [u32; OPCODES],
     returned: Returned,
 }
 
-pub(crate) fn credits(depth: [u32; 3]) -> (Taker, Giver) {
+pub(crate) fn credits(depth: [u32; 3]) -> (CreditTaker, CreditReturner) {
     let returned: Returned = Arc::new(CachePadded::new([0; OPCODES].map(AtomicU32::new)));
-    let giver = Giver { given: [0; OPCODES], returned: returned.clone() };
+    let returner = CreditReturner { given: [0; OPCODES], returned: returned.clone() };
     let zeros = || [0, 0, 0].map(Cell::new);
-    (Taker { depth, taken: zeros(), returned_seen: zeros(), returned }, giver)
+    (CreditTaker { depth, taken: zeros(), returned_seen: zeros(), returned }, returner)
 }
 
-impl Taker {
+impl CreditTaker {
     /// Credits of `class` that can be taken now.
     pub(crate) fn available(&self, class: Class) -> u32 {
         let i = class as usize;
-        // Acquire: pairs with the Release in `give`. The reaper has copied the completion out, so
+        // Acquire: pairs with the Release in `give_back`. The reaper has copied the completion out, so
         // through us and the poller its cell may be written again.
         let mut returned = self.returned[i].load(Ordering::Acquire);
         if class == Class::Cancel {
@@ -72,13 +72,13 @@ impl Taker {
 
     /// Whether a credit of `class` is to be had.
     #[inline]
-    pub(crate) fn any(&self, class: Class) -> bool {
+    pub(crate) fn has(&self, class: Class) -> bool {
         let i = class as usize;
         self.taken[i].get().wrapping_sub(self.returned_seen[i].get()) < self.depth[i]
             || self.available(class) > 0
     }
 
-    /// Takes one; the caller has asked `any`.
+    /// Takes one; the caller has asked `has`.
     #[inline]
     pub(crate) fn take(&self, class: Class) {
         let taken = &self.taken[class as usize];
@@ -90,9 +90,9 @@ impl Taker {
     }
 }
 
-impl Giver {
+impl CreditReturner {
     #[inline]
-    pub(crate) fn give(&mut self, of: Opcode) {
+    pub(crate) fn give_back(&mut self, of: Opcode) {
         let i = of as usize;
         self.given[i] = self.given[i].wrapping_add(1);
         // Release: pairs with the Acquire in `available`.

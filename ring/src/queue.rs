@@ -8,7 +8,7 @@
 //! Acquire before the cell is written again. No fence takes part, so ThreadSanitizer can follow.
 
 use crate::entry::{Entry, Sqe};
-use crate::limits::{MANY, PREFETCHED, PUBLISHED, PUBLISHED_OF_MANY};
+use crate::limits::{BUSY_IN_FLIGHT, PREFETCH_ENTRIES, PUBLISH_BATCH, PUBLISH_BATCH_BUSY};
 use crate::prefetch::prefetch;
 use crate::regions::Regions;
 use crate::sync::{Arc, AtomicU32, Ordering, UnsafeCell};
@@ -46,7 +46,7 @@ impl<T: Entry> Shared<T> {
 
 /// Shows the entry of a cell that the caller, the consumer, knows of and has not retired.
 #[inline(always)]
-fn look_at<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
+fn peek<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
     cell.with(|cell| {
         // SAFETY: the cell's index is in head..tail, so the producer wrote it before its Release store of
         // `tail`, which the caller has loaded with Acquire, and will not write it again before `head` has
@@ -61,7 +61,7 @@ impl<T: Entry> Drop for Shared<T> {
         let tail = self.tail.load(Ordering::Acquire);
         let mut head = self.head.load(Ordering::Acquire);
         while head != tail {
-            let entry = look_at(self.cell(head), |entry| *entry);
+            let entry = peek(self.cell(head), |entry| *entry);
             head = head.wrapping_add(1);
             // SAFETY: the queue is gone, and what was not taken of it is taken here, once.
             drop(unsafe { self.regions.frame(&entry) });
@@ -81,7 +81,7 @@ pub(crate) struct Producer<T: Entry> {
     published: Cell<u32>,
     head_seen: Cell<u32>,
     /// Entries that [`publish_lines`](Self::publish_lines) publishes together.
-    together: Cell<u32>,
+    batch: Cell<u32>,
 }
 
 pub(crate) struct Consumer<T: Entry> {
@@ -92,7 +92,7 @@ pub(crate) struct Consumer<T: Entry> {
 }
 
 /// Entries to a cache line of 64 bytes.
-const TO_A_LINE: usize = 64 / size_of::<Sqe>();
+const ENTRIES_PER_LINE: usize = 64 / size_of::<Sqe>();
 /// A view of how many entries were ever published.
 pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);
 
@@ -115,7 +115,7 @@ pub(crate) fn queue<T: Entry>(
         tail: Cell::new(start),
         published: Cell::new(start),
         head_seen: Cell::new(start),
-        together: Cell::new(PUBLISHED),
+        batch: Cell::new(PUBLISH_BATCH),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
 }
@@ -136,12 +136,12 @@ impl<T: Entry> Producer<T> {
         if self.tail.get().wrapping_sub(self.head_seen.get()) < self.capacity() {
             return true;
         }
-        self.free() > 0
+        self.refresh_space() > 0
     }
 
     /// Entries that fit now; more may fit at any time later.
     #[inline]
-    pub(crate) fn free(&self) -> u32 {
+    pub(crate) fn refresh_space(&self) -> u32 {
         // Acquire: pairs with the Release in `pop`: the consumer has copied these cells out.
         self.head_seen.set(self.shared.head.load(Ordering::Acquire));
         self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get())
@@ -158,16 +158,16 @@ impl<T: Entry> Producer<T> {
     /// anything.
     #[inline]
     pub(crate) fn publish(&self) -> bool {
-        let anything = self.is_behind();
+        let anything = self.has_unpublished();
         if anything {
-            self.publish_anyway();
+            self.store_tail();
         }
         anything
     }
 
     /// As [`publish`](Self::publish), for who knows that there is something.
     #[inline]
-    pub(crate) fn publish_anyway(&self) {
+    pub(crate) fn store_tail(&self) {
         // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes written
         // before them, come first.
         self.shared.tail.store(self.tail.get(), Ordering::Release);
@@ -178,17 +178,17 @@ impl<T: Entry> Producer<T> {
     /// other side already reads is not written to.
     #[inline]
     pub(crate) fn publish_lines(&self) {
-        // `together` is a power of two.
-        if self.tail.get() & (self.together.get() - 1) == 0 {
-            self.publish_anyway();
+        // `batch` is a power of two.
+        if self.tail.get() & (self.batch.get() - 1) == 0 {
+            self.store_tail();
         }
     }
 
     /// A run of entries begins, while those from the index `since` on are on their way.
     #[inline]
     pub(crate) fn begin_run(&self, since: u32) {
-        let many = self.tail.get().wrapping_sub(since) >= MANY;
-        self.together.set(if many { PUBLISHED_OF_MANY } else { PUBLISHED });
+        let many = self.tail.get().wrapping_sub(since) >= BUSY_IN_FLIGHT;
+        self.batch.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH });
     }
 
     /// Entries ever published (plus the start index).
@@ -199,7 +199,7 @@ impl<T: Entry> Producer<T> {
 
     /// Whether something was written and not published.
     #[inline]
-    pub(crate) fn is_behind(&self) -> bool {
+    pub(crate) fn has_unpublished(&self) -> bool {
         self.published != self.tail
     }
 
@@ -228,7 +228,7 @@ impl<T: Entry> Vacant<'_, T> {
         shared.cell(tail.get()).with_mut(|cell| {
             // SAFETY: `vacant` saw `tail - head < capacity`, and nobody has moved the tail since, because
             // there is one `Vacant` at a time. So the cell is outside head..tail: the consumer is done
-            // with it (Acquire in `free`) and looks at it again only after `publish`.
+            // with it (Acquire in `refresh_space`) and looks at it again only after `publish`.
             unsafe { (*cell).write(entry) };
         });
         tail.set(tail.get().wrapping_add(1));
@@ -266,7 +266,7 @@ impl<T: Entry> Consumer<T> {
     /// [`prefetch`](crate::prefetch).
     #[inline]
     pub(crate) fn prefetch(&self) {
-        for i in (0..self.known().min(PREFETCHED)).step_by(TO_A_LINE) {
+        for i in (0..self.known().min(PREFETCH_ENTRIES)).step_by(ENTRIES_PER_LINE) {
             self.shared.cell(self.head.wrapping_add(i)).with(prefetch);
         }
     }
@@ -299,7 +299,7 @@ impl<T: Entry> Consumer<T> {
     /// Tells the producer of all that was taken; a [`Front`] does not.
     #[inline]
     pub(crate) fn retire(&mut self) {
-        // Release: pairs with the Acquire in `free`: what we copied out comes before the next write.
+        // Release: pairs with the Acquire in `refresh_space`: what we copied out comes before the next write.
         self.shared.head.store(self.head, Ordering::Release);
     }
 
@@ -309,7 +309,7 @@ impl<T: Entry> Consumer<T> {
         let most = self.known().min(most);
         let mut count = 0;
         while count < most
-            && look_at(self.shared.cell(self.head.wrapping_add(count)), |entry| {
+            && peek(self.shared.cell(self.head.wrapping_add(count)), |entry| {
                 like(entry, &self.shared.regions)
             })
         {
@@ -336,17 +336,17 @@ pub(crate) struct Front<'a, T: Entry> {
 
 impl<T: Entry> Front<'_, T> {
     #[inline(always)]
-    pub(crate) fn look<R>(&self, look: impl FnOnce(&T) -> R) -> R {
-        look_at(self.cell, look)
+    pub(crate) fn peek<R>(&self, look: impl FnOnce(&T) -> R) -> R {
+        peek(self.cell, look)
     }
 
-    /// Takes it: `open` sees it where it is, and nobody sees it again. The producer learns of it by
+    /// Takes it: `make` sees it where it is, and nobody sees it again. The producer learns of it by
     /// [`retire`](Consumer::retire), so several entries cost one store.
     #[inline(always)]
-    pub(crate) fn take<R>(self, open: impl FnOnce(&T, &Regions) -> R) -> R {
-        // Before `open`, which may panic.
+    pub(crate) fn take<R>(self, make: impl FnOnce(&T, &Regions) -> R) -> R {
+        // Before `make`, which may panic.
         *self.head = self.head.wrapping_add(1);
-        look_at(self.cell, |entry| open(entry, self.regions))
+        peek(self.cell, |entry| make(entry, self.regions))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The two ends of the submission queue: [`SqProducer`] and [`SqConsumer`].
 
 use crate::cq::CqConsumer;
-use crate::credits::{Class, Taker};
+use crate::credits::{Class, CreditTaker};
 use crate::entry::{Opcode, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Front, Producer, debug_by_queue};
@@ -24,7 +24,7 @@ pub enum PushError {
 /// The caller's end of the SQ.
 pub struct SqProducer {
     sq: Producer<Sqe>,
-    credits: Taker,
+    credits: CreditTaker,
 }
 
 /// The poller's end of the SQ.
@@ -59,14 +59,14 @@ pub enum Submission {
 }
 
 impl SqProducer {
-    pub(crate) fn new(sq: Producer<Sqe>, credits: Taker) -> Self {
+    pub(crate) fn new(sq: Producer<Sqe>, credits: CreditTaker) -> Self {
         Self { sq, credits }
     }
 
     /// Whether an entry of `class` would be taken now.
     #[inline]
     pub fn check(&self, class: Class) -> Result<(), PushError> {
-        if !self.credits.any(class) {
+        if !self.credits.has(class) {
             return Err(PushError::NoCredit);
         }
         if !self.sq.has_space() {
@@ -88,7 +88,7 @@ impl SqProducer {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
-        if !self.credits.any(class) {
+        if !self.credits.has(class) {
             return Err((PushError::NoCredit, frame));
         }
         let Some(vacant) = self.sq.vacant() else { return Err((PushError::SqFull, frame)) };
@@ -115,8 +115,8 @@ impl SqProducer {
     #[inline]
     pub fn publish(&self) -> bool {
         // It is called after a push, so nothing is asked: whoever ignores the answer pays for none.
-        let anything = self.sq.is_behind();
-        self.sq.publish_anyway();
+        let anything = self.sq.has_unpublished();
+        self.sq.store_tail();
         anything
     }
 
@@ -179,7 +179,7 @@ impl SqConsumer {
     #[inline(always)]
     pub fn front(&mut self) -> Option<SqeRef<'_>> {
         let front = self.sq.front()?;
-        front.look(Sqe::is_packet).then_some(SqeRef(front))
+        front.peek(Sqe::is_packet).then_some(SqeRef(front))
     }
 
     /// Makes room in the SQ for as many submissions as parcels were opened, which until then still count
@@ -225,7 +225,7 @@ pub struct SqeRef<'a>(Front<'a, Sqe>);
 
 impl fmt::Debug for SqeRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.look(|sqe| f.debug_tuple("SqeRef").field(sqe).finish())
+        self.0.peek(|sqe| f.debug_tuple("SqeRef").field(sqe).finish())
     }
 }
 
@@ -233,7 +233,7 @@ impl SqeRef<'_> {
     /// Whether it is to be filled or to be sent.
     #[inline(always)]
     pub fn class(&self) -> Class {
-        self.0.look(class_of)
+        self.0.peek(class_of)
     }
 
     /// The frame, and the caller's number.
