@@ -48,6 +48,7 @@
 //!
 //! [virtio]: https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html
 
+use crate::view::ETHERNET_HEADER_LEN;
 use core::fmt;
 use core::mem::{align_of, offset_of, size_of};
 use static_assertions::const_assert_eq;
@@ -86,8 +87,6 @@ pub const GSO_ECN: u8 = 0x80;
 
 /// A segment size that Linux keeps for itself (`GSO_BY_FRAGS`) and refuses from outside.
 const SEGMENT_SIZE_BY_FRAGS: u16 = 0xffff;
-
-const ETHERNET_LEN: u16 = 14;
 
 /// A 16-bit field as it lies in memory: little-endian on every machine, aligned to one byte.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -388,7 +387,7 @@ impl OffloadHeader {
         let end = |start: u16, n: u32| u32::from(start) + n;
 
         if let Checksum::Partial { start, offset } = self.checksum {
-            if start < ETHERNET_LEN {
+            if usize::from(start) < ETHERNET_HEADER_LEN {
                 return Err(OffloadError::ChecksumStartInEthernet { start });
             }
             if end(start, u32::from(offset) + 2) > len {

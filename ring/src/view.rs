@@ -7,7 +7,7 @@
 //! ([`PacketView::fields`]): after it no accessor can fail, and a wrong position does not compile.
 //!
 //! ```
-//! use vmring_core::view::PacketView;
+//! use vmring_core::view::{ETHERNET_HEADER_LEN, PacketView};
 //!
 //! # fn parse(slot: &[u8]) -> Option<()> {
 //! // A slot of 128 bytes holds a packet of 60 bytes behind 32 bytes of headroom.
@@ -17,7 +17,7 @@
 //! assert_eq!(ethernet.destination(), [0xff; 6]);
 //! assert_eq!(ethernet.ethertype(), 0x0800);
 //!
-//! let ipv4 = packet.shift(14)?; // the same bytes, 14 further on
+//! let ipv4 = packet.shift(ETHERNET_HEADER_LEN)?; // the same bytes, 14 further on
 //! assert_eq!(ipv4.offset(), 46);
 //! let fields = ipv4.fields::<20>()?; // again one check for all the reads below
 //! assert_eq!(fields.be16::<2>(), 46); // total length
@@ -43,6 +43,9 @@
 
 use core::fmt;
 use core::ops::Range;
+
+/// Bytes in an Ethernet header: two addresses and the type.
+pub const ETHERNET_HEADER_LEN: usize = 14;
 
 /// A window of `len` bytes at `offset` in a buffer. See the [module](self) for an example.
 ///
@@ -367,9 +370,9 @@ impl<B: AsMut<[u8]>> AsMut<[u8]> for PacketView<B> {
 /// without a check:
 ///
 /// ```
-/// use vmring_core::view::Fields;
+/// use vmring_core::view::{ETHERNET_HEADER_LEN, Fields};
 ///
-/// let ethernet = Fields::<14>::prefix(&[0; 60]).unwrap();
+/// let ethernet = Fields::<ETHERNET_HEADER_LEN>::prefix(&[0; 60]).unwrap();
 /// assert_eq!(ethernet.be16::<12>(), 0);
 /// ```
 ///
@@ -377,9 +380,9 @@ impl<B: AsMut<[u8]>> AsMut<[u8]> for PacketView<B> {
 /// arises when the call is instantiated):
 ///
 /// ```compile_fail,E0080
-/// use vmring_core::view::Fields;
+/// use vmring_core::view::{ETHERNET_HEADER_LEN, Fields};
 ///
-/// let ethernet = Fields::<14>::prefix(&[0; 60]).unwrap();
+/// let ethernet = Fields::<ETHERNET_HEADER_LEN>::prefix(&[0; 60]).unwrap();
 /// assert_eq!(ethernet.be16::<13>(), 0);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -456,21 +459,21 @@ impl<'a, const N: usize> Fields<'a, N> {
 /// not compile.
 ///
 /// ```
-/// use vmring_core::view::PacketView;
+/// use vmring_core::view::{ETHERNET_HEADER_LEN, PacketView};
 ///
 /// let mut slot = [0; 64];
 /// let mut packet = PacketView::new(&mut slot[..], 16, 32).unwrap();
-/// let mut ethernet = packet.fields_mut::<14>().unwrap();
+/// let mut ethernet = packet.fields_mut::<ETHERNET_HEADER_LEN>().unwrap();
 /// ethernet.set_array::<0, 6>([0xff; 6]);
 /// ethernet.set_be16::<12>(0x0806);
 /// assert_eq!(packet.be16(12), Some(0x0806));
 /// ```
 ///
 /// ```compile_fail,E0080
-/// use vmring_core::view::PacketView;
+/// use vmring_core::view::{ETHERNET_HEADER_LEN, PacketView};
 ///
 /// let mut packet = PacketView::whole([0; 64]).unwrap();
-/// packet.fields_mut::<14>().unwrap().set_be16::<13>(0x0806);
+/// packet.fields_mut::<ETHERNET_HEADER_LEN>().unwrap().set_be16::<13>(0x0806);
 /// ```
 #[derive(Debug, PartialEq, Eq)]
 pub struct FieldsMut<'a, const N: usize>(&'a mut [u8; N]);
@@ -545,12 +548,9 @@ impl<'a, const N: usize> FieldsMut<'a, N> {
 
 /// The 14 bytes every Ethernet frame begins with. From [`PacketView::ethernet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EthernetHeader<'a>(Fields<'a, { EthernetHeader::LEN }>);
+pub struct EthernetHeader<'a>(Fields<'a, ETHERNET_HEADER_LEN>);
 
 impl EthernetHeader<'_> {
-    /// Bytes in the header: two addresses and the type.
-    pub const LEN: usize = 14;
-
     /// The address of the receiver.
     #[inline]
     pub fn destination(self) -> [u8; 6] {
