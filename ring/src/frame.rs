@@ -41,6 +41,7 @@ unsafe impl Sync for Frame {}
 
 /// Why a packet's front could not be moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum FrontError {
     /// There is not that much packet, or headroom.
     Space(OutOfSpace),

@@ -28,6 +28,7 @@ pub struct Layout {
 
 /// Why a region cannot be cut that way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// No slots, or slots of no bytes.
     Zero,

@@ -952,7 +952,7 @@ fn a_refused_layout_frees_its_memory() {
 fn space_of(error: FrontError) -> OutOfSpace {
     match error {
         FrontError::Space(error) => error,
-        FrontError::Offload(error) => panic!("there is no header: {error}"),
+        error => panic!("there is no header: {error}"),
     }
 }
 
