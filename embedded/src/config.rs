@@ -25,7 +25,7 @@ pub enum NetworkMode {
 /// The addresses of a network, as vmnet has them: the gateway is the first, the range it gives out
 /// by DHCP begins behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ipv4Range {
+pub struct AddressRange {
     /// The gateway's address.
     pub gateway: Ipv4Addr,
     /// The last address DHCP gives out.
@@ -34,7 +34,7 @@ pub struct Ipv4Range {
     pub mask: Ipv4Addr,
 }
 
-impl Ipv4Range {
+impl AddressRange {
     /// What a network of this mode has unless told otherwise: `192.168.64.1` to `.254` in shared
     /// mode, `192.168.128.1` to `.254` in host mode.
     pub const fn of(mode: NetworkMode) -> Self {
@@ -54,32 +54,36 @@ impl Ipv4Range {
     /// # Errors
     ///
     /// A sentence on the first rule that is broken.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<(), NetworkConfigError> {
         let (gateway, end, mask) =
             (u32::from(self.gateway), u32::from(self.end), u32::from(self.mask));
         if mask.leading_ones() + mask.trailing_zeros() != 32 || mask == 0 {
-            return Err(ConfigError::Mask { mask: self.mask });
+            return Err(NetworkConfigError::Mask { mask: self.mask });
         }
         if mask.leading_ones() > 30 {
-            return Err(ConfigError::NoRoom { mask: self.mask });
+            return Err(NetworkConfigError::SubnetTooSmall { mask: self.mask });
         }
         if !is_private(self.gateway, mask) {
-            return Err(ConfigError::NotPrivate { gateway: self.gateway, mask: self.mask });
+            return Err(NetworkConfigError::NotPrivate { gateway: self.gateway, mask: self.mask });
         }
         if !is_host(gateway, mask) {
-            return Err(ConfigError::Gateway { gateway: self.gateway, mask: self.mask });
+            return Err(NetworkConfigError::Gateway { gateway: self.gateway, mask: self.mask });
         }
         if end & mask != gateway & mask || !is_host(end, mask) {
-            return Err(ConfigError::End { end: self.end, gateway: self.gateway, mask: self.mask });
+            return Err(NetworkConfigError::End {
+                end: self.end,
+                gateway: self.gateway,
+                mask: self.mask,
+            });
         }
         if end <= gateway {
-            return Err(ConfigError::Empty { gateway: self.gateway, end: self.end });
+            return Err(NetworkConfigError::Empty { gateway: self.gateway, end: self.end });
         }
         Ok(())
     }
 }
 
-impl Default for Ipv4Range {
+impl Default for AddressRange {
     fn default() -> Self {
         Self::of(NetworkMode::default())
     }
@@ -105,7 +109,7 @@ pub struct NetworkConfig {
     /// What guests can reach.
     pub mode: NetworkMode,
     /// The addresses.
-    pub ipv4: Ipv4Range,
+    pub ipv4: AddressRange,
     /// The largest IP packet, from 1,280 (the least IPv6 works with) to 65,521 (what an Ethernet
     /// frame of at most 65,535 bytes holds). DHCP tells it to the guests.
     pub mtu: u32,
@@ -129,7 +133,7 @@ impl NetworkConfig {
     pub fn of(mode: NetworkMode) -> Self {
         Self {
             mode,
-            ipv4: Ipv4Range::of(mode),
+            ipv4: AddressRange::of(mode),
             mtu: DEFAULT_MTU,
             inbox_depth: DEFAULT_INBOX_DEPTH,
             overflow_depth: None,
@@ -158,28 +162,28 @@ impl NetworkConfig {
     /// # Errors
     ///
     /// A sentence on the first rule that is broken.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<(), NetworkConfigError> {
         self.ipv4.check()?;
         if !MTU_RANGE.contains(&self.mtu) {
-            return Err(ConfigError::Mtu { mtu: self.mtu });
+            return Err(NetworkConfigError::Mtu { mtu: self.mtu });
         }
         if !INBOX_DEPTH_RANGE.contains(&self.inbox_depth) {
-            return Err(ConfigError::InboxDepth { depth: self.inbox_depth });
+            return Err(NetworkConfigError::InboxDepth { depth: self.inbox_depth });
         }
         match self.overflow_depth {
             Some(depth) if depth > MAX_OVERFLOW_DEPTH => {
-                return Err(ConfigError::OverflowDepth { depth });
+                return Err(NetworkConfigError::OverflowDepth { depth });
             }
             _ => {}
         }
         if !LEASE_SECONDS_RANGE.contains(&self.lease_time.as_secs()) {
-            return Err(ConfigError::LeaseTime { lease_time: self.lease_time });
+            return Err(NetworkConfigError::LeaseTime { lease_time: self.lease_time });
         }
         if !MAC_AGEING_SECONDS_RANGE.contains(&self.mac_ageing.as_secs()) {
-            return Err(ConfigError::MacAgeing { mac_ageing: self.mac_ageing });
+            return Err(NetworkConfigError::MacAgeing { mac_ageing: self.mac_ageing });
         }
         if self.dns.len() > MAX_DNS_SERVERS {
-            return Err(ConfigError::Dns { count: self.dns.len() });
+            return Err(NetworkConfigError::Dns { count: self.dns.len() });
         }
         Ok(())
     }
@@ -194,7 +198,7 @@ impl Default for NetworkConfig {
 /// Why a network cannot be made as asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum ConfigError {
+pub enum NetworkConfigError {
     /// The mask has holes, or is empty.
     #[error("{mask} is not a subnet mask: its one bits must stand together in front")]
     Mask {
@@ -206,7 +210,7 @@ pub enum ConfigError {
         "a subnet with mask {mask} has no room for a gateway and a guest; use 255.255.255.252 or \
          wider"
     )]
-    NoRoom {
+    SubnetTooSmall {
         /// The mask.
         mask: Ipv4Addr,
     },

@@ -67,7 +67,7 @@ pub struct DhcpConfig {
 
 /// An address somebody has been given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lease {
+pub struct DhcpLease {
     /// Who.
     pub mac: MacAddr6,
     /// What.
@@ -247,20 +247,20 @@ impl DhcpServer {
     }
 
     /// Every lease that is running at `now`, by address.
-    pub fn leases(&self, now: Duration) -> Vec<Lease> {
+    pub fn leases(&self, now: Duration) -> Vec<DhcpLease> {
         let pool = self.pool();
         pool.entries.iter().filter_map(|(&offset, entry)| self.lease(offset, entry, now)).collect()
     }
 
     /// The lease of one client, if it is running at `now`.
-    pub fn lease_of(&self, mac: MacAddr6, now: Duration) -> Option<Lease> {
+    pub fn lease_of(&self, mac: MacAddr6, now: Duration) -> Option<DhcpLease> {
         let (offset, entry) = self.pool().of(mac.into_array())?;
         self.lease(offset, &entry, now)
     }
 
-    fn lease(&self, offset: u32, entry: &Entry, now: Duration) -> Option<Lease> {
+    fn lease(&self, offset: u32, entry: &Entry, now: Duration) -> Option<DhcpLease> {
         let running = matches!(entry.state, State::Leased | State::Reserved) && entry.free_at > now;
-        running.then(|| Lease {
+        running.then(|| DhcpLease {
             mac: entry.mac.into(),
             address: self.address(offset),
             remaining: entry.free_at - now,

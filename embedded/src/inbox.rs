@@ -69,7 +69,7 @@ use crate::limits::MAX_INBOX_CELLS;
 /// What is called, on a sender's thread, when a receiver that has [armed](Collector::arm) has
 /// something to collect. It must not block, and it may still be called once while, or shortly
 /// after, the receiver closes.
-pub type Wake = std::sync::Arc<dyn Fn() + Send + Sync>;
+pub type PortWake = std::sync::Arc<dyn Fn() + Send + Sync>;
 
 /// What became of a frame given to [`Inbox::deliver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,10 +220,10 @@ impl Overflow {
 
 /// Wakes a receiver by calling its callback; the `Park` under the inbox's doorbell.
 #[derive(Default)]
-struct Callback(Mutex<Option<Wake>>);
+struct Callback(Mutex<Option<PortWake>>);
 
 impl Callback {
-    fn set(&self, wake: Option<Wake>) {
+    fn set(&self, wake: Option<PortWake>) {
         let old =
             core::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), wake);
         drop(old); // outside the lock: it may own anything
@@ -328,7 +328,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     /// Opens the inbox and gives out its one receiving half; `None` while that half exists.
     /// When the half is dropped, the inbox is closed and empty and may be opened again.
-    pub fn open(inbox: &Arc<Self>, wake: Wake) -> Option<Collector<B>> {
+    pub fn open(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
         // Acquire: pairs with the Release in `Collector::drop`; the last owner's indices are ours.
         if inbox.taken.swap(true, Ordering::Acquire) {
             return None;

@@ -49,8 +49,8 @@ pub mod port;
 pub mod stats;
 mod table;
 
-pub use config::{ConfigError, Ipv4Range, NetworkConfig, NetworkMode};
-pub use dhcp::Lease;
+pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
+pub use dhcp::DhcpLease;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
 pub use port::{Monitor, Port, Receiver, Sender};
 pub use stats::{DropReason, PortStats, Sent};

@@ -38,10 +38,10 @@ use macaddr::MacAddr6;
 use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::clock::{Clock, SystemClock};
-use crate::config::{ConfigError, NetworkConfig, NetworkMode};
-use crate::dhcp::{DhcpConfig, Lease};
+use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
+use crate::dhcp::{DhcpConfig, DhcpLease};
 use crate::gateway::Gateway;
-use crate::inbox::{Collector, Inbox, Wake};
+use crate::inbox::{Collector, Inbox, PortWake};
 use crate::limits::MAX_PORTS;
 use crate::stats::{PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
@@ -83,7 +83,7 @@ pub enum OpenError {
     },
     /// It cannot be made as asked.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] NetworkConfigError),
 }
 
 /// The named networks of a process. A network lives as long as somebody holds it: a port does.
@@ -147,7 +147,7 @@ pub struct PortConfig {
     /// Whether it exchanges frames with the gateway only.
     pub isolated: bool,
     /// What wakes its receiver.
-    pub wake: Wake,
+    pub wake: PortWake,
 }
 
 impl fmt::Debug for PortConfig {
@@ -236,12 +236,12 @@ impl<B> Network<B> {
     }
 
     /// The DHCP leases that are running, by address.
-    pub fn leases(&self) -> Vec<Lease> {
+    pub fn leases(&self) -> Vec<DhcpLease> {
         self.gateway.dhcp().leases(Duration::from_secs(self.refresh().into()))
     }
 
     /// The DHCP lease of one MAC address, if it is running.
-    pub fn lease_of(&self, mac: MacAddr6) -> Option<Lease> {
+    pub fn lease_of(&self, mac: MacAddr6) -> Option<DhcpLease> {
         self.gateway.dhcp().lease_of(mac, Duration::from_secs(self.refresh().into()))
     }
 
@@ -288,7 +288,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     /// # Errors
     ///
     /// If the configuration is impossible.
-    pub fn new(config: NetworkConfig) -> Result<Arc<Self>, ConfigError> {
+    pub fn new(config: NetworkConfig) -> Result<Arc<Self>, NetworkConfigError> {
         Self::with_clock(config, Box::new(SystemClock::new()))
     }
 
@@ -300,7 +300,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     pub fn with_clock(
         config: NetworkConfig,
         clock: Box<dyn Clock>,
-    ) -> Result<Arc<Self>, ConfigError> {
+    ) -> Result<Arc<Self>, NetworkConfigError> {
         config.check()?;
         let gateway_mac = mac_of_gateway(&config);
         let first = u32::from(config.ipv4.gateway) + 1;

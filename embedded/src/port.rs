@@ -257,7 +257,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
 }
 
 /// The half of a port that sends, on the thread that calls it. A port can have several, made by
-/// [`another`](Self::another); frames of one keep their order.
+/// [`new_sender`](Self::new_sender); frames of one keep their order.
 ///
 /// Receivers are woken by [`flush`](Self::flush), once each: call it after every batch. Dropping a
 /// sender flushes.
@@ -298,8 +298,8 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         }
     }
 
-    /// Another sender of the same port, for another thread.
-    pub fn another(&self) -> Self {
+    /// Makes a sender of the same port, for another thread.
+    pub fn new_sender(&self) -> Self {
         Self::new(Arc::clone(&self.membership))
     }
 
@@ -359,7 +359,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     ///
     /// Like frames that are sent, those of a run reach a sleeping receiver at the next
     /// [`flush`](Self::flush).
-    pub fn run(&mut self, addresses: [u8; ADDRESSES], wanted: usize) -> Option<Run<'_, B>> {
+    pub fn run(&mut self, addresses: [u8; ADDRESSES_LEN], wanted: usize) -> Option<Run<'_, B>> {
         let [a, b, c, d, e, f, from @ ..] = addresses;
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
         if to.is_group() {
@@ -561,4 +561,4 @@ impl<B: AsMut<[u8]> + Send> Drop for Sender<B> {
 }
 
 /// Bytes of an Ethernet frame's two addresses, the destination first.
-pub const ADDRESSES: usize = 12;
+pub const ADDRESSES_LEN: usize = 12;

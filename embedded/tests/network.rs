@@ -15,10 +15,10 @@ use smoltcp::wire::DhcpMessageType;
 use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::limits::MAX_PORTS;
 use vmring_embedded::network::mac_of_interface;
-use vmring_embedded::port::ADDRESSES;
+use vmring_embedded::port::ADDRESSES_LEN;
 use vmring_embedded::{
-    ConfigError, DropReason, Ipv4Range, JoinError, Network, NetworkConfig, NetworkMode, OpenError,
-    PortConfig, Registry, Sent,
+    AddressRange, DropReason, JoinError, Network, NetworkConfig, NetworkConfigError, NetworkMode,
+    OpenError, PortConfig, Registry, Sent,
 };
 
 fn network() -> Arc<Network<Buffer>> {
@@ -112,7 +112,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     let mut hermit = Guest::isolated(&network, 7);
     let addresses = |to: MacAddr6, from: MacAddr6| {
         let frame = data(to, from, b"");
-        <[u8; ADDRESSES]>::try_from(&frame[..ADDRESSES]).unwrap()
+        <[u8; ADDRESSES_LEN]>::try_from(&frame[..ADDRESSES_LEN]).unwrap()
     };
     let (own, to) = (guests[0].mac, guests[1].mac);
     let frames: Vec<_> = (0..3).map(|n| data(to, own, &[n; 50])).collect();
@@ -441,7 +441,7 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     // Dropping a sender flushes.
     sleeper.receive();
     assert!(sleeper.receiver.arm());
-    let mut second = sender.sender.another();
+    let mut second = sender.sender.new_sender();
     second.send(&frame);
     drop(second);
     assert_eq!(wakes(&sleeper), 2);
@@ -589,14 +589,15 @@ fn a_named_network_lives_as_long_as_somebody_holds_it() {
     assert_eq!(NETWORKS.open("a", &host).unwrap().ports(), 0);
     let impossible = NetworkConfig { mtu: 100, ..shared };
     let error = NETWORKS.open("c", &impossible).unwrap_err();
-    assert_eq!(error, OpenError::Config(ConfigError::Mtu { mtu: 100 }));
+    assert_eq!(error, OpenError::Config(NetworkConfigError::Mtu { mtu: 100 }));
 }
 
 #[test]
 fn impossible_configurations_are_refused_with_a_sentence() {
     let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
     let refused = |gateway, end, mask| {
-        let range = Ipv4Range { gateway: address(gateway), end: address(end), mask: address(mask) };
+        let range =
+            AddressRange { gateway: address(gateway), end: address(end), mask: address(mask) };
         range.check().map_err(|error| error.to_string())
     };
     let refusal = |gateway, end, mask| refused(gateway, end, mask).unwrap_err();

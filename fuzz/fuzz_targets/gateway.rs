@@ -10,7 +10,7 @@ use core::time::Duration;
 use frames::{Frame, GATEWAY, LAST, MASK, checksum};
 use libfuzzer_sys::fuzz_target;
 use std::collections::HashSet;
-use vmring_embedded::Lease;
+use vmring_embedded::DhcpLease;
 use vmring_embedded::dhcp::DhcpConfig;
 use vmring_embedded::gateway::Gateway;
 
@@ -62,7 +62,7 @@ fn check_reply(frame: &[u8], reply: &[u8], gateway: [u8; 6]) {
 }
 
 /// One address per guest, one guest per address, none that is not to be given.
-fn check_leases(leases: &[Lease]) {
+fn check_leases(leases: &[DhcpLease]) {
     let addresses: HashSet<_> = leases.iter().map(|lease| lease.address).collect();
     let holders: HashSet<_> = leases.iter().map(|lease| lease.mac).collect();
     assert_eq!((addresses.len(), holders.len()), (leases.len(), leases.len()));

@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::{
-    DropReason, Ipv4Range, Network, NetworkConfig, NetworkMode, PortConfig, Sent,
+    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, PortConfig, Sent,
 };
 
 #[derive(Arbitrary, Debug)]
@@ -40,7 +40,7 @@ impl Clock for Shared {
 
 fuzz_target!(|input: Input| {
     let mut config = NetworkConfig::of(NetworkMode::Shared);
-    config.ipv4 = Ipv4Range { gateway: GATEWAY, end: LAST, mask: MASK };
+    config.ipv4 = AddressRange { gateway: GATEWAY, end: LAST, mask: MASK };
     config.inbox_depth = 4;
     config.overflow_depth = Some(2);
     let clock = Arc::new(ManualClock::new());

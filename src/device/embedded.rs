@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 use vmring_embedded::network::{PortConfig, Registry};
-use vmring_embedded::port::{ADDRESSES, Receiver, Sender};
+use vmring_embedded::port::{ADDRESSES_LEN, Receiver, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
@@ -74,7 +74,7 @@ impl Driver for Embedded {
         };
         let mut network = NetworkConfig::of(mode);
         if let Some(Ipv4Range { start: gateway, end, mask }) = config.ipv4 {
-            network.ipv4 = vmring_embedded::Ipv4Range { gateway, end, mask };
+            network.ipv4 = vmring_embedded::AddressRange { gateway, end, mask };
         }
         network.mtu = config.mtu.unwrap_or(network.mtu);
         network.lease_time = self.lease_time.unwrap_or(network.lease_time);
@@ -176,7 +176,7 @@ impl Device for EmbeddedPort {
         } else {
             None
         };
-        let tx = direction.writes().then(|| ends_now.sender.another());
+        let tx = direction.writes().then(|| ends_now.sender.new_sender());
         let max = self.info.max_packet_size as usize;
         let (home, wake) = (self.ends.clone(), self.wake.clone());
         Ok(Box::new(EmbeddedQueue { max, rx, tx, home, wake }))
@@ -338,7 +338,7 @@ fn send_singly(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
 /// The addresses of a frame that a network of this largest frame takes. `None`: whoever sends it will
 /// say what is wrong.
 #[inline]
-fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES]> {
+fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES_LEN]> {
     let is_frame = (ETHERNET_HEADER_LEN..=max).contains(&packet.len());
     if is_frame { packet.first_chunk().copied() } else { None }
 }

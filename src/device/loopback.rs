@@ -205,7 +205,7 @@ fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReade
                 sent = true;
             }
             Delivery::Dropped(Refused::TooBig) => io.fail(slot, Status::PacketTooBig),
-            Delivery::Dropped(Refused::NoBuffer | Refused::Closed) => {
+            Delivery::Dropped(_) => {
                 io.put_back(slot);
                 break;
             }

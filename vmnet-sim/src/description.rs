@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::net::Ipv4Addr;
 
-use vmring_embedded::{Ipv4Range, NetworkMode};
+use vmring_embedded::{AddressRange, NetworkMode};
 
 use crate::keys;
 use crate::network::range_from;
@@ -105,7 +105,7 @@ impl Wish {
     }
 
     /// The addresses of the network it joins, as far as they were asked for or are the mode's.
-    pub(crate) fn addresses(&self) -> Result<Option<Ipv4Range>, u32> {
+    pub(crate) fn addresses(&self) -> Result<Option<AddressRange>, u32> {
         let address = |key| self.str(key).map(|text| text.parse::<Ipv4Addr>());
         let asked = (address("start_address"), address("end_address"), address("subnet_mask"));
         let host = (address("host_ip_address"), address("host_subnet_mask"));
@@ -118,12 +118,12 @@ impl Wish {
         match (self.mode, asked) {
             (BRIDGED_MODE, _) => Ok(None),
             (_, (Some(Ok(gateway)), Some(Ok(end)), Some(Ok(mask)))) => {
-                let range = Ipv4Range { gateway, end, mask };
+                let range = AddressRange { gateway, end, mask };
                 range.check().map_err(|_| INVALID_ARGUMENT)?;
                 Ok(Some(range))
             }
-            (HOST_MODE, (None, ..)) => Ok(Some(Ipv4Range::of(NetworkMode::Host))),
-            (_, (None, ..)) => Ok(Some(Ipv4Range::of(NetworkMode::Shared))),
+            (HOST_MODE, (None, ..)) => Ok(Some(AddressRange::of(NetworkMode::Host))),
+            (_, (None, ..)) => Ok(Some(AddressRange::of(NetworkMode::Shared))),
             _ => Err(INVALID_ARGUMENT),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use libc::{in_addr, in6_addr};
-use vmring_embedded::Ipv4Range;
+use vmring_embedded::AddressRange;
 
 use crate::availability::require;
 use crate::objects::{self, Kind, lock, violation};
@@ -71,7 +71,7 @@ impl Network {
         self.range().check().is_ok()
     }
 
-    pub(crate) fn range(&self) -> Ipv4Range {
+    pub(crate) fn range(&self) -> AddressRange {
         range_from(self.gateway, self.mask)
     }
 }
@@ -519,7 +519,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
 }
 
 /// A subnet's addresses from its gateway's to the last but one: the last is the broadcast's.
-pub(crate) fn range_from(gateway: Ipv4Addr, mask: Ipv4Addr) -> Ipv4Range {
+pub(crate) fn range_from(gateway: Ipv4Addr, mask: Ipv4Addr) -> AddressRange {
     let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
-    Ipv4Range { gateway, end, mask }
+    AddressRange { gateway, end, mask }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_embedded::Ipv4Range;
+use vmring_embedded::AddressRange;
 use vmring_embedded::network::mac_of_interface;
 
 use crate::description::Wish;
@@ -24,7 +24,7 @@ pub(crate) struct Settings {
     pub(crate) header_in_max: bool,
     pub(crate) limits: (usize, usize),
     pub(crate) mac: Option<MacAddr6>,
-    pub(crate) addresses: Option<Ipv4Range>,
+    pub(crate) addresses: Option<AddressRange>,
     pub(crate) nat66: Option<String>,
     pub(crate) several_iovecs: bool,
     pub(crate) free_of_charge: Option<usize>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 use vmring_embedded::dhcp::DhcpConfig;
-use vmring_embedded::{Ipv4Range as Range, NetworkMode};
+use vmring_embedded::{AddressRange as Range, NetworkMode};
 
 use super::dhcp::Dhcp;
 use super::link::{Link, Netlink};

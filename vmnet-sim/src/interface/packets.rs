@@ -277,7 +277,7 @@ impl Interface {
         let copies = match sender.send(&[&whole[..14], &ticket.to_le_bytes(), LONG_MARK].concat()) {
             Sent::Forwarded => 1,
             Sent::Flooded { reached } => reached,
-            Sent::Gateway | Sent::Dropped(_) => 0,
+            _ => 0,
         };
         long.expect(ticket, copies);
     }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_embedded::{Ipv4Range, NetworkConfig, NetworkMode, PortConfig};
+use vmring_embedded::{AddressRange, NetworkConfig, NetworkMode, PortConfig};
 
 use super::{Interface, Kernel, RUNNING, STARTING, spawn};
 use crate::availability::require_key;
@@ -193,7 +193,7 @@ impl Interface {
         };
         let mode = if wish.mode == HOST_MODE { NetworkMode::Host } else { NetworkMode::Shared };
         let mut config = NetworkConfig::of(mode);
-        config.ipv4 = settings.addresses.unwrap_or(Ipv4Range {
+        config.ipv4 = settings.addresses.unwrap_or(AddressRange {
             gateway: Ipv4Addr::new(192, 168, 1, 1),
             end: Ipv4Addr::new(192, 168, 1, 254),
             mask: Ipv4Addr::new(255, 255, 255, 0),
