@@ -113,7 +113,7 @@ pub struct DhcpStats {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+enum LeaseState {
     Offered,
     Leased,
     Released,
@@ -124,35 +124,35 @@ enum State {
 }
 
 #[derive(Clone, Copy)]
-struct Entry {
+struct LeaseEntry {
     mac: [u8; 6],
-    state: State,
+    state: LeaseState,
     /// When it may be given to another client. Time is counted from the owner's start.
     free_at: Duration,
 }
 
 /// All addresses that were ever used. Three indices over the same entries.
 #[derive(Default)]
-struct Pool {
+struct LeaseTable {
     size: u32,
     /// By address, counted from the first.
-    entries: BTreeMap<u32, Entry>,
+    entries: BTreeMap<u32, LeaseEntry>,
     /// By client; declined addresses have none.
     clients: BTreeMap<[u8; 6], u32>,
     /// By the time they become free; reserved addresses never do.
     queue: BTreeSet<(Duration, u32)>,
     /// Every address before this one has been used.
-    unused: u32,
+    first_unused: u32,
     stats: DhcpStats,
 }
 
-impl Pool {
-    fn put(&mut self, offset: u32, entry: Entry) {
+impl LeaseTable {
+    fn insert(&mut self, offset: u32, entry: LeaseEntry) {
         self.remove(offset);
-        if entry.state != State::Declined {
+        if entry.state != LeaseState::Declined {
             self.clients.insert(entry.mac, offset);
         }
-        if entry.state != State::Reserved {
+        if entry.state != LeaseState::Reserved {
             self.queue.insert((entry.free_at, offset));
         }
         self.entries.insert(offset, entry);
@@ -167,7 +167,7 @@ impl Pool {
         }
     }
 
-    fn of(&self, mac: [u8; 6]) -> Option<(u32, Entry)> {
+    fn entry_of(&self, mac: [u8; 6]) -> Option<(u32, LeaseEntry)> {
         let offset = *self.clients.get(&mac)?;
         Some((offset, *self.entries.get(&offset)?))
     }
@@ -177,20 +177,20 @@ impl Pool {
             && self
                 .entries
                 .get(&offset)
-                .is_none_or(|entry| entry.state != State::Reserved && entry.free_at <= now)
+                .is_none_or(|entry| entry.state != LeaseState::Reserved && entry.free_at <= now)
     }
 
-    /// The address for a client that has none: what it wishes, the first never used, the one that
+    /// The address for a client that has none: the one it requests, the first never used, the one that
     /// has been free longest.
-    fn choose(&mut self, wish: Option<u32>, now: Duration) -> Option<u32> {
-        if let Some(wish) = wish.filter(|&offset| self.is_free(offset, now)) {
-            return Some(wish);
+    fn choose(&mut self, requested: Option<u32>, now: Duration) -> Option<u32> {
+        if let Some(requested) = requested.filter(|&offset| self.is_free(offset, now)) {
+            return Some(requested);
         }
-        while self.unused < self.size && self.entries.contains_key(&self.unused) {
-            self.unused += 1;
+        while self.first_unused < self.size && self.entries.contains_key(&self.first_unused) {
+            self.first_unused += 1;
         }
-        if self.unused < self.size {
-            return Some(self.unused);
+        if self.first_unused < self.size {
+            return Some(self.first_unused);
         }
         self.queue.first().filter(|(free_at, _)| *free_at <= now).map(|(_, offset)| *offset)
     }
@@ -217,7 +217,7 @@ struct Answer {
 /// A DHCPv4 server for one subnet. See the [module](self).
 pub struct DhcpServer {
     config: DhcpConfig,
-    pool: Mutex<Pool>,
+    table: Mutex<LeaseTable>,
 }
 
 impl core::fmt::Debug for DhcpServer {
@@ -232,8 +232,8 @@ impl DhcpServer {
     pub fn new(config: DhcpConfig) -> Self {
         let width = u32::from(config.last).wrapping_sub(u32::from(config.first));
         let size = if config.last < config.first { 0 } else { width.saturating_add(1) };
-        let pool = Pool { size: size.min(MAX_LEASES), ..Pool::default() };
-        Self { config, pool: Mutex::new(pool) }
+        let table = LeaseTable { size: size.min(MAX_LEASES), ..LeaseTable::default() };
+        Self { config, table: Mutex::new(table) }
     }
 
     /// What it gives out.
@@ -243,23 +243,28 @@ impl DhcpServer {
 
     /// How often it did what.
     pub fn stats(&self) -> DhcpStats {
-        self.pool().stats
+        self.table().stats
     }
 
     /// Every lease that is running at `now`, by address.
     pub fn leases(&self, now: Duration) -> Vec<DhcpLease> {
-        let pool = self.pool();
-        pool.entries.iter().filter_map(|(&offset, entry)| self.lease(offset, entry, now)).collect()
+        let table = self.table();
+        table
+            .entries
+            .iter()
+            .filter_map(|(&offset, entry)| self.running_lease(offset, entry, now))
+            .collect()
     }
 
     /// The lease of one client, if it is running at `now`.
     pub fn lease_of(&self, mac: MacAddr6, now: Duration) -> Option<DhcpLease> {
-        let (offset, entry) = self.pool().of(mac.into_array())?;
-        self.lease(offset, &entry, now)
+        let (offset, entry) = self.table().entry_of(mac.into_array())?;
+        self.running_lease(offset, &entry, now)
     }
 
-    fn lease(&self, offset: u32, entry: &Entry, now: Duration) -> Option<DhcpLease> {
-        let running = matches!(entry.state, State::Leased | State::Reserved) && entry.free_at > now;
+    fn running_lease(&self, offset: u32, entry: &LeaseEntry, now: Duration) -> Option<DhcpLease> {
+        let running =
+            matches!(entry.state, LeaseState::Leased | LeaseState::Reserved) && entry.free_at > now;
         running.then(|| DhcpLease {
             mac: entry.mac.into(),
             address: self.address(offset),
@@ -279,38 +284,38 @@ impl DhcpServer {
         address: Ipv4Addr,
         now: Duration,
     ) -> Result<(), ReserveError> {
-        let mut pool = self.pool();
-        let offset = self.offset(&pool, address).ok_or(ReserveError::OutOfRange(address))?;
+        let mut table = self.table();
+        let offset = self.offset(&table, address).ok_or(ReserveError::OutOfRange(address))?;
         let mac = mac.into_array();
-        if let Some(entry) = pool.entries.get(&offset)
+        if let Some(entry) = table.entries.get(&offset)
             && entry.mac != mac
-            && !pool.is_free(offset, now)
+            && !table.is_free(offset, now)
         {
             return Err(ReserveError::Taken { address, holder: entry.mac.into() });
         }
         let mut free_at = Duration::ZERO;
-        if let Some((old, entry)) = pool.of(mac) {
-            if old == offset && entry.state != State::Offered {
+        if let Some((old, entry)) = table.entry_of(mac) {
+            if old == offset && entry.state != LeaseState::Offered {
                 free_at = entry.free_at; // its lease goes on
             }
-            pool.remove(old);
-            pool.unused = pool.unused.min(old);
+            table.remove(old);
+            table.first_unused = table.first_unused.min(old);
         }
-        pool.put(offset, Entry { mac, state: State::Reserved, free_at });
+        table.insert(offset, LeaseEntry { mac, state: LeaseState::Reserved, free_at });
         Ok(())
     }
 
-    fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    fn table(&self) -> MutexGuard<'_, LeaseTable> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn address(&self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.config.first).wrapping_add(offset))
     }
 
-    fn offset(&self, pool: &Pool, address: Ipv4Addr) -> Option<u32> {
+    fn offset(&self, table: &LeaseTable, address: Ipv4Addr) -> Option<u32> {
         let offset = u32::from(address).checked_sub(u32::from(self.config.first))?;
-        (offset < pool.size).then_some(offset)
+        (offset < table.size).then_some(offset)
     }
 
     fn is_on_subnet(&self, address: Ipv4Addr) -> bool {
@@ -347,7 +352,7 @@ impl DhcpServer {
         let Some(message) = parse(udp.payload()).filter(|message| {
             message.mac == ethernet.src_addr().0 && ethernet.src_addr().is_unicast()
         }) else {
-            self.pool().stats.malformed += 1;
+            self.table().stats.malformed += 1;
             return None;
         };
         let answer = self.answer(&message, now)?;
@@ -356,20 +361,20 @@ impl DhcpServer {
 
     /// The decision: RFC 2131, section 4.3.
     fn answer(&self, message: &Message, now: Duration) -> Option<Answer> {
-        let pool = &mut *self.pool();
+        let table = &mut *self.table();
         match message.kind {
-            DhcpMessageType::Discover => self.discover(pool, message, now),
-            DhcpMessageType::Request => self.request(pool, message, now),
+            DhcpMessageType::Discover => self.answer_discover(table, message, now),
+            DhcpMessageType::Request => self.answer_request(table, message, now),
             DhcpMessageType::Release => {
-                if let Some((offset, entry)) = self.held(pool, message, message.client_ip) {
-                    pool.stats.releases += 1;
+                if let Some((offset, entry)) = self.entry_for(table, message, message.client_ip) {
+                    table.stats.releases += 1;
                     match entry.state {
-                        State::Reserved => {
-                            pool.put(offset, Entry { free_at: Duration::ZERO, ..entry });
+                        LeaseState::Reserved => {
+                            table.insert(offset, LeaseEntry { free_at: Duration::ZERO, ..entry });
                         }
                         _ => {
-                            let state = State::Released;
-                            pool.put(offset, Entry { state, free_at: now, ..entry });
+                            let state = LeaseState::Released;
+                            table.insert(offset, LeaseEntry { state, free_at: now, ..entry });
                         }
                     }
                 }
@@ -377,12 +382,15 @@ impl DhcpServer {
             }
             DhcpMessageType::Decline => {
                 if let Some((offset, entry)) =
-                    message.requested.and_then(|address| self.held(pool, message, address))
+                    message.requested.and_then(|address| self.entry_for(table, message, address))
                 {
-                    pool.stats.declines += 1;
-                    if entry.state != State::Reserved {
+                    table.stats.declines += 1;
+                    if entry.state != LeaseState::Reserved {
                         let free_at = now + DECLINE_TIME;
-                        pool.put(offset, Entry { state: State::Declined, free_at, ..entry });
+                        table.insert(
+                            offset,
+                            LeaseEntry { state: LeaseState::Declined, free_at, ..entry },
+                        );
                     }
                 }
                 None
@@ -391,54 +399,75 @@ impl DhcpServer {
                 if !self.is_on_subnet(message.client_ip) {
                     return None;
                 }
-                pool.stats.acks += 1;
+                table.stats.acks += 1;
                 Some(Answer { kind: DhcpMessageType::Ack, address: Ipv4Addr::UNSPECIFIED })
             }
             _ => {
-                pool.stats.malformed += 1;
+                table.stats.malformed += 1;
                 None
             }
         }
     }
 
     /// The client's entry, if it is the one for `address` and the message is meant for us.
-    fn held(&self, pool: &Pool, message: &Message, address: Ipv4Addr) -> Option<(u32, Entry)> {
+    fn entry_for(
+        &self,
+        table: &LeaseTable,
+        message: &Message,
+        address: Ipv4Addr,
+    ) -> Option<(u32, LeaseEntry)> {
         let ours = message.server.is_none_or(|server| server == self.config.server);
-        pool.of(message.mac).filter(|(offset, _)| ours && self.address(*offset) == address)
+        table.entry_of(message.mac).filter(|(offset, _)| ours && self.address(*offset) == address)
     }
 
-    fn discover(&self, pool: &mut Pool, message: &Message, now: Duration) -> Option<Answer> {
-        let offset = match pool.of(message.mac) {
+    fn answer_discover(
+        &self,
+        table: &mut LeaseTable,
+        message: &Message,
+        now: Duration,
+    ) -> Option<Answer> {
+        let offset = match table.entry_of(message.mac) {
             Some((offset, _)) => offset,
             None => {
-                let wish = message.requested.and_then(|address| self.offset(pool, address));
-                let Some(offset) = pool.choose(wish, now) else {
-                    pool.stats.exhausted += 1;
+                let requested = message.requested.and_then(|address| self.offset(table, address));
+                let Some(offset) = table.choose(requested, now) else {
+                    table.stats.exhausted += 1;
                     return None;
                 };
                 offset
             }
         };
         let free_at = now + OFFER_TIME;
-        match pool.entries.get(&offset).copied() {
+        match table.entries.get(&offset).copied() {
             // An offer shortens no lease and ends no reservation.
-            Some(entry) if entry.mac == message.mac && entry.state == State::Reserved => {}
+            Some(entry) if entry.mac == message.mac && entry.state == LeaseState::Reserved => {}
             Some(entry)
                 if entry.mac == message.mac
-                    && entry.state == State::Leased
+                    && entry.state == LeaseState::Leased
                     && entry.free_at > free_at => {}
-            _ => pool.put(offset, Entry { mac: message.mac, state: State::Offered, free_at }),
+            _ => table.insert(
+                offset,
+                LeaseEntry { mac: message.mac, state: LeaseState::Offered, free_at },
+            ),
         }
-        pool.stats.offers += 1;
+        table.stats.offers += 1;
         Some(Answer { kind: DhcpMessageType::Offer, address: self.address(offset) })
     }
 
-    fn request(&self, pool: &mut Pool, message: &Message, now: Duration) -> Option<Answer> {
-        let known = pool.of(message.mac);
+    fn answer_request(
+        &self,
+        table: &mut LeaseTable,
+        message: &Message,
+        now: Duration,
+    ) -> Option<Answer> {
+        let known = table.entry_of(message.mac);
         if message.server.is_some_and(|server| server != self.config.server) {
             // It has chosen another server: our offer is void.
-            if let Some((offset, entry)) = known.filter(|(_, e)| e.state == State::Offered) {
-                pool.put(offset, Entry { state: State::Released, free_at: now, ..entry });
+            if let Some((offset, entry)) = known.filter(|(_, e)| e.state == LeaseState::Offered) {
+                table.insert(
+                    offset,
+                    LeaseEntry { state: LeaseState::Released, free_at: now, ..entry },
+                );
             }
             return None;
         }
@@ -448,22 +477,23 @@ impl DhcpServer {
             Some(address) => address,
             None if !message.client_ip.is_unspecified() => message.client_ip,
             None => {
-                pool.stats.malformed += 1;
+                table.stats.malformed += 1;
                 return None;
             }
         };
         let Some((offset, entry)) = known else {
             // Without a record: a refusal if it answers an offer we never made, or if the address
             // is of another network; else silence (RFC 2131, 4.3.2), and the client starts over.
-            let refuse = message.server.is_some() || !self.is_on_subnet(wanted);
-            return refuse.then(|| refusal(pool));
+            let is_refused = message.server.is_some() || !self.is_on_subnet(wanted);
+            return is_refused.then(|| refuse(table));
         };
         if self.address(offset) != wanted {
-            return Some(refusal(pool));
+            return Some(refuse(table));
         }
-        let state = if entry.state == State::Reserved { entry.state } else { State::Leased };
-        pool.put(offset, Entry { state, free_at: now + self.lease_time(), ..entry });
-        pool.stats.acks += 1;
+        let state =
+            if entry.state == LeaseState::Reserved { entry.state } else { LeaseState::Leased };
+        table.insert(offset, LeaseEntry { state, free_at: now + self.lease_time(), ..entry });
+        table.stats.acks += 1;
         Some(Answer { kind: DhcpMessageType::Ack, address: wanted })
     }
 
@@ -575,8 +605,8 @@ impl DhcpServer {
     }
 }
 
-fn refusal(pool: &mut Pool) -> Answer {
-    pool.stats.naks += 1;
+fn refuse(table: &mut LeaseTable) -> Answer {
+    table.stats.naks += 1;
     Answer { kind: DhcpMessageType::Nak, address: Ipv4Addr::UNSPECIFIED }
 }
 

@@ -213,10 +213,10 @@ fn an_offer_alone_is_no_lease_and_is_held_for_a_minute() {
     let gateway = gateway();
     assert_eq!(dhcp(&gateway, &Dhcp::discover(ALICE), NOW).unwrap().address, host(2));
     assert!(gateway.dhcp().leases(NOW).is_empty());
-    let wish = Dhcp::discover(BOB).requested(host(2));
-    assert_eq!(dhcp(&gateway, &wish, NOW + Duration::from_secs(59)).unwrap().address, host(3));
-    let wish = Dhcp::discover(mac(1)).requested(host(2));
-    assert_eq!(dhcp(&gateway, &wish, NOW + Duration::from_secs(60)).unwrap().address, host(2));
+    let request = Dhcp::discover(BOB).requested(host(2));
+    assert_eq!(dhcp(&gateway, &request, NOW + Duration::from_secs(59)).unwrap().address, host(3));
+    let request = Dhcp::discover(mac(1)).requested(host(2));
+    assert_eq!(dhcp(&gateway, &request, NOW + Duration::from_secs(60)).unwrap().address, host(2));
 }
 
 #[test]
@@ -240,12 +240,12 @@ fn the_same_mac_gets_the_same_address() {
 #[test]
 fn an_address_asked_for_is_given_if_it_is_free() {
     let gateway = gateway();
-    let wish = Dhcp::discover(ALICE).requested(host(77));
-    assert_eq!(dhcp(&gateway, &wish, NOW).unwrap().address, host(77));
+    let request = Dhcp::discover(ALICE).requested(host(77));
+    assert_eq!(dhcp(&gateway, &request, NOW).unwrap().address, host(77));
     assert!(dhcp(&gateway, &Dhcp::select(ALICE, host(77), SHARED), NOW).is_some());
     for taken in [host(77), SHARED, host(255), host(0), Ipv4Addr::new(10, 0, 0, 9)] {
-        let wish = Dhcp::discover(BOB).requested(taken);
-        assert_eq!(dhcp(&gateway, &wish, NOW).unwrap().address, host(2));
+        let request = Dhcp::discover(BOB).requested(taken);
+        assert_eq!(dhcp(&gateway, &request, NOW).unwrap().address, host(2));
     }
 }
 
@@ -268,8 +268,8 @@ fn a_client_that_chose_another_server_frees_our_offer() {
     let gateway = gateway();
     assert_eq!(dhcp(&gateway, &Dhcp::discover(ALICE), NOW).unwrap().address, host(2));
     assert!(dhcp(&gateway, &Dhcp::select(ALICE, host(200), host(250)), NOW).is_none());
-    let wish = Dhcp::discover(BOB).requested(host(2));
-    assert_eq!(dhcp(&gateway, &wish, NOW).unwrap().address, host(2));
+    let request = Dhcp::discover(BOB).requested(host(2));
+    assert_eq!(dhcp(&gateway, &request, NOW).unwrap().address, host(2));
 }
 
 #[test]
@@ -316,11 +316,11 @@ fn a_declined_address_is_put_aside() {
     assert!(dhcp(&gateway, &decline, NOW).is_none());
     assert_eq!(gateway.dhcp().lease_of(ALICE, NOW), None);
     assert_eq!(lease(&gateway, ALICE, NOW), Some(host(3)));
-    let wish = Dhcp::discover(BOB).requested(host(2));
-    assert_eq!(dhcp(&gateway, &wish, NOW).unwrap().address, host(4));
-    let wish = Dhcp::discover(mac(1)).requested(host(2));
+    let request = Dhcp::discover(BOB).requested(host(2));
+    assert_eq!(dhcp(&gateway, &request, NOW).unwrap().address, host(4));
+    let request = Dhcp::discover(mac(1)).requested(host(2));
     let later = NOW + Duration::from_secs(HOUR);
-    assert_eq!(dhcp(&gateway, &wish, later).unwrap().address, host(2));
+    assert_eq!(dhcp(&gateway, &request, later).unwrap().address, host(2));
     assert_eq!(gateway.dhcp().stats().declines, 1);
 }
 
