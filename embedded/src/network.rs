@@ -179,7 +179,7 @@ fn local_mac(hash: u64) -> MacAddr6 {
 }
 
 /// The part of a port others reach. Kept when the port leaves, and reused.
-pub(crate) struct Slot<B> {
+pub(crate) struct PortState<B> {
     pub(crate) inbox: sync::Arc<Inbox<B>>,
     /// Goes up when a port leaves, so that a late [`Monitor`](crate::port::Monitor) sees that it is another's.
     pub(crate) generation: AtomicU32,
@@ -202,7 +202,7 @@ pub struct Network<B> {
     /// The clock's seconds when somebody last looked.
     seconds: CachePadded<AtomicU32>,
     pub(crate) table: MacTable,
-    slots: Box<[OnceLock<Arc<Slot<B>>>]>,
+    ports: Box<[OnceLock<Arc<PortState<B>>>]>,
     /// Ports that get what is sent to all: present, open, not isolated.
     pub(crate) floodable: [AtomicU64; WORDS],
     members: Mutex<Members>,
@@ -237,19 +237,19 @@ impl<B> Network<B> {
 
     /// The DHCP leases that are running, by address.
     pub fn leases(&self) -> Vec<DhcpLease> {
-        self.gateway.dhcp().leases(Duration::from_secs(self.refresh().into()))
+        self.gateway.dhcp().leases(Duration::from_secs(self.read_clock().into()))
     }
 
     /// The DHCP lease of one MAC address, if it is running.
     pub fn lease_of(&self, mac: MacAddr6) -> Option<DhcpLease> {
-        self.gateway.dhcp().lease_of(mac, Duration::from_secs(self.refresh().into()))
+        self.gateway.dhcp().lease_of(mac, Duration::from_secs(self.read_clock().into()))
     }
 
     /// What has passed through each port that is on it, with its MAC address.
     pub fn stats(&self) -> Vec<(MacAddr6, PortStats)> {
         let members = self.members();
         let stats = |(index, mac): (usize, &Option<MacAddr6>)| {
-            Some(((*mac)?, self.slots[index].get()?.counters.stats()))
+            Some(((*mac)?, self.ports[index].get()?.counters.stats()))
         };
         members.macs.iter().enumerate().filter_map(stats).collect()
     }
@@ -258,12 +258,12 @@ impl<B> Network<B> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn slot(&self, index: usize) -> Option<&Slot<B>> {
-        self.slots.get(index)?.get().map(|slot| &**slot)
+    pub(crate) fn port_state(&self, index: usize) -> Option<&PortState<B>> {
+        self.ports.get(index)?.get().map(|state| &**state)
     }
 
     /// Reads the clock, for everybody.
-    pub(crate) fn refresh(&self) -> u32 {
+    pub(crate) fn read_clock(&self) -> u32 {
         let now = self.clock.now().as_secs() as u32;
         if self.seconds.load(Ordering::Relaxed) != now {
             self.seconds.store(now, Ordering::Relaxed);
@@ -322,7 +322,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             clock,
             seconds: CachePadded::new(AtomicU32::new(0)),
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
-            slots: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
+            ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             floodable: core::array::from_fn(|_| AtomicU64::new(0)),
             members: Mutex::new(Members { macs: vec![None; MAX_PORTS], count: 0 }),
             config,
@@ -341,8 +341,8 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             return Err(JoinError::DuplicateMac { mac });
         }
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
-        let slot = self.slots[index].get_or_init(|| {
-            Arc::new(Slot {
+        let state = self.ports[index].get_or_init(|| {
+            Arc::new(PortState {
                 inbox: sync::Arc::new(Inbox::new(
                     self.config.inbox_depth,
                     self.config.overflow(),
@@ -352,9 +352,9 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
                 counters: PortCounters::default(),
             })
         });
-        slot.counters.reset();
+        state.counters.reset();
         // The last owner's collector was dropped before its port left, so this opens.
-        let collector = Inbox::open(&slot.inbox, config.wake).ok_or(JoinError::Full)?;
+        let collector = Inbox::open(&state.inbox, config.wake).ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
         members.count += 1;
         let port = PortRef::new(index, config.isolated);
@@ -365,12 +365,12 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         let membership = Arc::new(Membership {
             network: Arc::clone(self),
             index,
-            generation: slot.generation.load(Ordering::Relaxed),
+            generation: state.generation.load(Ordering::Relaxed),
             port,
             mac,
-            open: AtomicBool::new(true),
+            receiver_open: AtomicBool::new(true),
         });
-        Ok(Admitted { collector, slot: Arc::clone(slot), membership })
+        Ok(Admitted { collector, state: Arc::clone(state), membership })
     }
 }
 
@@ -378,7 +378,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
 pub(crate) struct Admitted<B: AsMut<[u8]> + Send> {
     // In this order: the inbox is closed and empty before the port leaves.
     pub(crate) collector: Collector<B>,
-    pub(crate) slot: Arc<Slot<B>>,
+    pub(crate) state: Arc<PortState<B>>,
     pub(crate) membership: Arc<Membership<B>>,
 }
 
@@ -390,16 +390,16 @@ pub(crate) struct Membership<B> {
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
     /// Whether the receiver is open; it alone writes this.
-    pub(crate) open: AtomicBool,
+    pub(crate) receiver_open: AtomicBool,
 }
 
 impl<B> Membership<B> {
-    pub(crate) fn slot(&self) -> Option<&Slot<B>> {
-        self.network.slot(self.index)
+    pub(crate) fn port_state(&self) -> Option<&PortState<B>> {
+        self.network.port_state(self.index)
     }
 
     pub(crate) fn stats(&self) -> PortStats {
-        self.slot().map(|slot| slot.counters.stats()).unwrap_or_default()
+        self.port_state().map(|state| state.counters.stats()).unwrap_or_default()
     }
 }
 
@@ -411,8 +411,8 @@ impl<B> Drop for Membership<B> {
         network.set_floodable(self.index, false);
         let mut members = network.members();
         network.table.forget(Mac::new(self.mac.into_array()), self.index);
-        if let Some(slot) = self.slot() {
-            slot.generation.fetch_add(1, Ordering::Relaxed);
+        if let Some(state) = self.port_state() {
+            state.generation.fetch_add(1, Ordering::Relaxed);
         }
         members.macs[self.index] = None;
         members.count -= 1;
@@ -422,7 +422,7 @@ impl<B> Drop for Membership<B> {
 }
 
 /// Whether a frame with this source address may come from this port; if so, its way back is learned.
-pub(crate) fn is_ours<B>(network: &Network<B>, port: PortRef, from: Mac, now: u32) -> bool {
+pub(crate) fn learn_source<B>(network: &Network<B>, port: PortRef, from: Mac, now: u32) -> bool {
     from.is_unicast()
         && from != network.gateway_mac
         && network.table.learn(from, port, now) == Learned::Here

@@ -13,8 +13,10 @@ use smoltcp::wire::EthernetFrame;
 use vmring_core::sync::Ordering;
 
 use crate::inbox::{Claim, Collector, Delivery, Refused};
-use crate::network::{Admitted, JoinError, Membership, Network, PortConfig, Slot, WORDS, is_ours};
-use crate::stats::{COUNTS, Count, DropReason, PortStats, Sent, add};
+use crate::network::{
+    Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS, learn_source,
+};
+use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
 
 impl<B: AsMut<[u8]> + Send> Network<B> {
@@ -24,10 +26,10 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     ///
     /// If the network is full, or the MAC address is taken or impossible.
     pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
-        let Admitted { collector, slot, membership } = self.admit(config)?;
+        let Admitted { collector, state, membership } = self.admit(config)?;
         Ok(Port {
             sender: Sender::new(Arc::clone(&membership)),
-            receiver: Receiver { collector, slot, membership },
+            receiver: Receiver { collector, state, membership },
         })
     }
 }
@@ -101,9 +103,9 @@ impl<B> Monitor<B> {
 
     /// The port's counters, or `None` once it has left.
     pub fn stats(&self) -> Option<PortStats> {
-        let slot = self.network.slot(self.index)?;
-        let stats = slot.counters.stats();
-        (slot.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
+        let state = self.network.port_state(self.index)?;
+        let stats = state.counters.stats();
+        (state.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
     }
 
     /// The port's MAC address.
@@ -123,7 +125,7 @@ pub struct Receiver<B: AsMut<[u8]> + Send> {
     // In this order: the inbox is closed and empty before the port leaves.
     collector: Collector<B>,
     /// Its own, for the counters.
-    slot: Arc<Slot<B>>,
+    state: Arc<PortState<B>>,
     membership: Arc<Membership<B>>,
 }
 
@@ -198,7 +200,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
         let packet = self.collector.collect()?;
-        let received = &self.slot.counters.received;
+        let received = &self.state.counters.received;
         add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
         add(&received.bytes, packet.len as u64);
         Some((packet.buffer, packet.len))
@@ -232,21 +234,21 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     /// send.
     pub fn close(&mut self) {
         self.membership.network.set_floodable(self.membership.index, false);
-        self.membership.open.store(false, Ordering::Relaxed);
+        self.membership.receiver_open.store(false, Ordering::Relaxed);
         self.collector.close();
     }
 
     /// Accepts packets again after [`close`](Self::close).
     pub fn reopen(&mut self) {
         self.collector.reopen();
-        self.membership.open.store(true, Ordering::Relaxed);
+        self.membership.receiver_open.store(true, Ordering::Relaxed);
         let membership = &self.membership;
         membership.network.set_floodable(membership.index, !membership.port.isolated());
     }
 
     /// Whether [`close`](Self::close) was called, and [`reopen`](Self::reopen) not since.
     pub fn is_closed(&self) -> bool {
-        !self.membership.open.load(Ordering::Relaxed)
+        !self.membership.receiver_open.load(Ordering::Relaxed)
     }
 }
 
@@ -267,9 +269,9 @@ pub struct Sender<B: AsMut<[u8]> + Send> {
     reply: Box<[u8]>,
     /// The ports that were delivered to since the last flush.
     touched: [u64; WORDS],
-    counts: [u64; COUNTS],
+    counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
-    busy: bool,
+    unflushed: bool,
     /// The clock's seconds when the batch began.
     now: u32,
     mac: Mac,
@@ -289,8 +291,8 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         Self {
             reply,
             touched: [0; WORDS],
-            counts: [0; COUNTS],
-            busy: false,
+            counts: [0; SEND_COUNTERS],
+            unflushed: false,
             now: 0,
             mac: Mac::new(membership.mac.into_array()),
             membership,
@@ -330,25 +332,25 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     pub fn send(&mut self, frame: &[u8]) -> Sent {
         self.begin();
         let sent = self.forward(frame);
-        let count = match sent {
-            Sent::Forwarded => Count::Packets,
+        let counter = match sent {
+            Sent::Forwarded => SendCounter::Packets,
             Sent::Flooded { .. } => {
-                self.count(Count::Floods, 1);
-                Count::Packets
+                self.count(SendCounter::Floods, 1);
+                SendCounter::Packets
             }
-            Sent::Gateway => Count::Packets,
+            Sent::Gateway => SendCounter::Packets,
             Sent::Dropped(reason) => match reason {
-                DropReason::Runt => Count::Runt,
-                DropReason::TooBig => Count::TooBig,
-                DropReason::BadSource => Count::BadSource,
-                DropReason::Isolated => Count::Isolated,
-                DropReason::OwnPort => Count::OwnPort,
-                DropReason::NoBuffer | DropReason::Closed => Count::NoReceiver,
+                DropReason::Runt => SendCounter::Runt,
+                DropReason::TooBig => SendCounter::TooBig,
+                DropReason::BadSource => SendCounter::BadSource,
+                DropReason::Isolated => SendCounter::Isolated,
+                DropReason::OwnPort => SendCounter::OwnPort,
+                DropReason::NoBuffer | DropReason::Closed => SendCounter::NoReceiver,
             },
         };
-        self.count(count, 1);
-        if matches!(count, Count::Packets) {
-            self.count(Count::Bytes, frame.len() as u64);
+        self.count(counter, 1);
+        if matches!(counter, SendCounter::Packets) {
+            self.count(SendCounter::Bytes, frame.len() as u64);
         }
         sent
     }
@@ -369,7 +371,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         let Self { membership, touched, counts, now, mac, .. } = self;
         let network = &*membership.network;
         let port = membership.port;
-        if from != *mac && !is_ours(network, port, from, *now) {
+        if from != *mac && !learn_source(network, port, from, *now) {
             return None;
         }
         // The gateway's address is behind no port.
@@ -378,7 +380,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
             return None;
         }
         let index = target.index();
-        let claim = network.slot(index)?.inbox.claim(wanted)?;
+        let claim = network.port_state(index)?.inbox.claim(wanted)?;
         touched[index / 64] |= 1 << (index % 64);
         Some(Run { claim, counts })
     }
@@ -386,14 +388,14 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// The first frame of a batch reads the clock, for all.
     #[inline]
     fn begin(&mut self) {
-        if !self.busy {
-            self.busy = true;
-            self.now = self.membership.network.refresh();
+        if !self.unflushed {
+            self.unflushed = true;
+            self.now = self.membership.network.read_clock();
         }
     }
 
-    fn count(&mut self, count: Count, amount: u64) {
-        self.counts[count as usize] += amount;
+    fn count(&mut self, counter: SendCounter, amount: u64) {
+        self.counts[counter as usize] += amount;
     }
 
     fn forward(&mut self, frame: &[u8]) -> Sent {
@@ -407,7 +409,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         };
         let from = Mac::new(ethernet.src_addr().0);
         let to = Mac::new(ethernet.dst_addr().0);
-        if from != self.mac && !is_ours(network, port, from, self.now) {
+        if from != self.mac && !learn_source(network, port, from, self.now) {
             return Sent::Dropped(DropReason::BadSource);
         }
         if to.is_group() {
@@ -443,20 +445,20 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// The index may be stale by a moment: a port that left has a closed inbox, and one that took
     /// its place gets a frame it might as well have got in a flood.
     fn deliver(&mut self, index: usize, frame: &[u8]) -> Result<(), DropReason> {
-        let Some(slot) = self.membership.network.slot(index) else {
+        let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
         };
-        match slot.inbox.deliver(frame) {
+        match state.inbox.deliver(frame) {
             Delivery::Direct | Delivery::Overflow => {
                 self.touched[index / 64] |= 1 << (index % 64);
                 Ok(())
             }
             Delivery::Dropped(Refused::NoBuffer) => {
-                slot.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
+                state.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::NoBuffer)
             }
             Delivery::Dropped(Refused::Closed) => {
-                slot.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
+                state.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::Closed)
             }
             Delivery::Dropped(Refused::TooBig) => Err(DropReason::TooBig),
@@ -484,7 +486,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 
     /// Lets the gateway see a frame; its reply comes back to this port and no other.
     fn ask_gateway(&mut self, frame: &[u8]) {
-        self.count(Count::ToGateway, 1);
+        self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
         let now = Duration::from_secs(self.now.into());
         if let Some(len) = network.gateway.handle(frame, &mut self.reply, now) {
@@ -498,12 +500,12 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// Wakes every receiver that was delivered to since the last flush and sleeps, once, and
     /// publishes this sender's counters. Costs almost nothing if nothing was sent.
     pub fn flush(&mut self) {
-        if !core::mem::take(&mut self.busy) {
+        if !core::mem::take(&mut self.unflushed) {
             return;
         }
         let network = &*self.membership.network;
-        if let Some(slot) = self.membership.slot() {
-            for (counter, count) in slot.counters.sent.iter().zip(&mut self.counts) {
+        if let Some(state) = self.membership.port_state() {
+            for (counter, count) in state.counters.sent.iter().zip(&mut self.counts) {
                 if *count != 0 {
                     counter.fetch_add(core::mem::take(count), Ordering::Relaxed);
                 }
@@ -512,8 +514,9 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         for (word, touched) in self.touched.iter_mut().enumerate() {
             let mut ports = core::mem::take(touched);
             while ports != 0 {
-                if let Some(slot) = network.slot(word * 64 + ports.trailing_zeros() as usize) {
-                    slot.inbox.ring();
+                if let Some(state) = network.port_state(word * 64 + ports.trailing_zeros() as usize)
+                {
+                    state.inbox.ring();
                 }
                 ports &= ports - 1;
             }
@@ -524,7 +527,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 /// Frames of one sender to one port, whose buffers are claimed; see [`Sender::run`].
 pub struct Run<'a, B: AsMut<[u8]> + Send> {
     claim: Claim<'a, B>,
-    counts: &'a mut [u64; COUNTS],
+    counts: &'a mut [u64; SEND_COUNTERS],
 }
 
 impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
@@ -547,8 +550,8 @@ impl<B: AsMut<[u8]> + Send> Run<'_, B> {
     pub fn put(&mut self, frame: &[u8]) -> bool {
         let done = self.claim.fill(frame);
         if done {
-            self.counts[Count::Packets as usize] += 1;
-            self.counts[Count::Bytes as usize] += frame.len() as u64;
+            self.counts[SendCounter::Packets as usize] += 1;
+            self.counts[SendCounter::Bytes as usize] += frame.len() as u64;
         }
         done
     }

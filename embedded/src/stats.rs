@@ -20,7 +20,7 @@ pub(crate) struct Missed {
 
 /// What senders count for themselves and publish once per batch.
 #[derive(Clone, Copy)]
-pub(crate) enum Count {
+pub(crate) enum SendCounter {
     Packets,
     Bytes,
     Floods,
@@ -33,19 +33,19 @@ pub(crate) enum Count {
     NoReceiver,
 }
 
-pub(crate) const COUNTS: usize = Count::NoReceiver as usize + 1;
+pub(crate) const SEND_COUNTERS: usize = SendCounter::NoReceiver as usize + 1;
 
 /// The counters of one port, on a cache line for each of their writers.
 #[derive(Default)]
 pub(crate) struct PortCounters {
     pub(crate) received: CachePadded<Received>,
     pub(crate) missed: CachePadded<Missed>,
-    pub(crate) sent: CachePadded<[AtomicU64; COUNTS]>,
+    pub(crate) sent: CachePadded<[AtomicU64; SEND_COUNTERS]>,
 }
 
 impl PortCounters {
-    fn sent(&self, count: Count) -> u64 {
-        self.sent[count as usize].load(Ordering::Relaxed)
+    fn sent(&self, counter: SendCounter) -> u64 {
+        self.sent[counter as usize].load(Ordering::Relaxed)
     }
 
     pub(crate) fn stats(&self) -> PortStats {
@@ -56,16 +56,16 @@ impl PortCounters {
             received_bytes: get(&self.received.bytes),
             missed_no_buffer: get(&self.missed.no_buffer),
             missed_closed: get(&self.missed.closed),
-            sent_packets: self.sent(Count::Packets),
-            sent_bytes: self.sent(Count::Bytes),
-            sent_floods: self.sent(Count::Floods),
-            sent_to_gateway: self.sent(Count::ToGateway),
-            dropped_runt: self.sent(Count::Runt),
-            dropped_too_big: self.sent(Count::TooBig),
-            dropped_bad_source: self.sent(Count::BadSource),
-            dropped_isolated: self.sent(Count::Isolated),
-            dropped_own_port: self.sent(Count::OwnPort),
-            dropped_no_receiver: self.sent(Count::NoReceiver),
+            sent_packets: self.sent(SendCounter::Packets),
+            sent_bytes: self.sent(SendCounter::Bytes),
+            sent_floods: self.sent(SendCounter::Floods),
+            sent_to_gateway: self.sent(SendCounter::ToGateway),
+            dropped_runt: self.sent(SendCounter::Runt),
+            dropped_too_big: self.sent(SendCounter::TooBig),
+            dropped_bad_source: self.sent(SendCounter::BadSource),
+            dropped_isolated: self.sent(SendCounter::Isolated),
+            dropped_own_port: self.sent(SendCounter::OwnPort),
+            dropped_no_receiver: self.sent(SendCounter::NoReceiver),
         }
     }
 
