@@ -58,7 +58,7 @@ pub struct GatewayStats {
 }
 
 /// Why a frame has no answer.
-enum Silence {
+enum NoReply {
     Fragment,
     Malformed,
     Ignored,
@@ -66,11 +66,11 @@ enum Silence {
     Dhcp,
 }
 
-fn malformed<E>(_: E) -> Silence {
-    Silence::Malformed
+fn malformed<E>(_: E) -> NoReply {
+    NoReply::Malformed
 }
 
-fn count(counter: &AtomicU64) {
+fn increment(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
@@ -122,15 +122,15 @@ impl Gateway {
     pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
         match self.answer(frame, reply, now) {
             Ok((len, counter)) => {
-                count(counter);
+                increment(counter);
                 Some(len)
             }
-            Err(silence) => {
-                match silence {
-                    Silence::Fragment => count(&self.counters.fragments),
-                    Silence::Malformed => count(&self.counters.malformed),
-                    Silence::Ignored => count(&self.counters.ignored),
-                    Silence::Dhcp => {}
+            Err(no_reply) => {
+                match no_reply {
+                    NoReply::Fragment => increment(&self.counters.fragments),
+                    NoReply::Malformed => increment(&self.counters.malformed),
+                    NoReply::Ignored => increment(&self.counters.ignored),
+                    NoReply::Dhcp => {}
                 }
                 None
             }
@@ -142,48 +142,48 @@ impl Gateway {
         frame: &[u8],
         reply: &mut [u8],
         now: Duration,
-    ) -> Result<(usize, &AtomicU64), Silence> {
+    ) -> Result<(usize, &AtomicU64), NoReply> {
         let ethernet = EthernetFrame::new_checked(frame).map_err(malformed)?;
         let to = ethernet.dst_addr();
         let from = ethernet.src_addr();
         if !(to == self.ethernet() || to.is_broadcast()) || !from.is_unicast() {
-            return Err(Silence::Ignored);
+            return Err(NoReply::Ignored);
         }
         match ethernet.ethertype() {
             EthernetProtocol::Arp => {
-                let len = self.arp(from, ethernet.payload(), reply)?;
+                let len = self.answer_arp(from, ethernet.payload(), reply)?;
                 Ok((len, &self.counters.arp_replies))
             }
             EthernetProtocol::Ipv4 => {
                 let ip = Ipv4Packet::new_checked(ethernet.payload()).map_err(malformed)?;
                 // smoltcp lets a header shorter than its own fields pass.
                 if ip.version() != 4 || ip.header_len() < 20 || !ip.verify_checksum() {
-                    return Err(Silence::Malformed);
+                    return Err(NoReply::Malformed);
                 }
                 let for_us = ip.dst_addr() == self.address || ip.dst_addr().is_broadcast();
                 if !for_us {
-                    return Err(Silence::Ignored);
+                    return Err(NoReply::Ignored);
                 }
                 if ip.more_frags() || ip.frag_offset() != 0 {
-                    return Err(Silence::Fragment);
+                    return Err(NoReply::Fragment);
                 }
                 match ip.next_header() {
                     IpProtocol::Icmp => {
-                        let len = self.icmp(from, &ip, reply)?;
+                        let len = self.answer_echo(from, &ip, reply)?;
                         Ok((len, &self.counters.echo_replies))
                     }
                     IpProtocol::Udp => {
                         let udp = UdpPacket::new_checked(ip.payload()).map_err(malformed)?;
                         if udp.dst_port() != DHCP_SERVER_PORT {
-                            return Err(Silence::Ignored);
+                            return Err(NoReply::Ignored);
                         }
-                        let len = self.dhcp.handle(frame, reply, now).ok_or(Silence::Dhcp)?;
+                        let len = self.dhcp.handle(frame, reply, now).ok_or(NoReply::Dhcp)?;
                         Ok((len, &self.counters.dhcp_replies))
                     }
-                    _ => Err(Silence::Ignored),
+                    _ => Err(NoReply::Ignored),
                 }
             }
-            _ => Err(Silence::Ignored),
+            _ => Err(NoReply::Ignored),
         }
     }
 
@@ -192,25 +192,25 @@ impl Gateway {
     }
 
     /// Writes the Ethernet header of a reply and returns the room for `len` bytes after it.
-    fn frame<'a>(
+    fn write_header<'a>(
         &self,
         reply: &'a mut [u8],
         to: EthernetAddress,
         ethertype: EthernetProtocol,
         len: usize,
-    ) -> Result<&'a mut [u8], Silence> {
-        let out = reply.get_mut(..ETHERNET_HEADER_LEN + len).ok_or(Silence::Ignored)?;
+    ) -> Result<&'a mut [u8], NoReply> {
+        let out = reply.get_mut(..ETHERNET_HEADER_LEN + len).ok_or(NoReply::Ignored)?;
         let header = EthernetRepr { src_addr: self.ethernet(), dst_addr: to, ethertype };
         header.emit(&mut EthernetFrame::new_unchecked(&mut *out));
         Ok(&mut out[ETHERNET_HEADER_LEN..])
     }
 
-    fn arp(
+    fn answer_arp(
         &self,
         from: EthernetAddress,
         payload: &[u8],
         reply: &mut [u8],
-    ) -> Result<usize, Silence> {
+    ) -> Result<usize, NoReply> {
         let packet = ArpPacket::new_checked(payload).map_err(malformed)?;
         let ArpRepr::EthernetIpv4 {
             operation,
@@ -220,10 +220,10 @@ impl Gateway {
             ..
         } = ArpRepr::parse(&packet).map_err(malformed)?
         else {
-            return Err(Silence::Ignored);
+            return Err(NoReply::Ignored);
         };
         if operation != ArpOperation::Request || target_protocol_addr != self.address {
-            return Err(Silence::Ignored);
+            return Err(NoReply::Ignored);
         }
         let answer = ArpRepr::EthernetIpv4 {
             operation: ArpOperation::Reply,
@@ -233,26 +233,26 @@ impl Gateway {
             target_protocol_addr: source_protocol_addr,
         };
         let len = answer.buffer_len();
-        let room = self.frame(reply, from, EthernetProtocol::Arp, len)?;
-        answer.emit(&mut ArpPacket::new_unchecked(room));
+        let payload = self.write_header(reply, from, EthernetProtocol::Arp, len)?;
+        answer.emit(&mut ArpPacket::new_unchecked(payload));
         Ok(ETHERNET_HEADER_LEN + len)
     }
 
-    fn icmp(
+    fn answer_echo(
         &self,
         from: EthernetAddress,
         ip: &Ipv4Packet<&[u8]>,
         reply: &mut [u8],
-    ) -> Result<usize, Silence> {
+    ) -> Result<usize, NoReply> {
         let checksums = ChecksumCapabilities::default();
         let packet = Icmpv4Packet::new_checked(ip.payload()).map_err(malformed)?;
         if packet.msg_type() != Icmpv4Message::EchoRequest {
-            return Err(Silence::Ignored);
+            return Err(NoReply::Ignored);
         }
         let Icmpv4Repr::EchoRequest { ident, seq_no, data } =
             Icmpv4Repr::parse(&packet, &checksums).map_err(malformed)?
         else {
-            return Err(Silence::Malformed);
+            return Err(NoReply::Malformed);
         };
         // Answers only neighbours, and never a broadcast in either direction.
         let (source, mask) = (u32::from(ip.src_addr()), u32::from(self.mask));
@@ -263,7 +263,7 @@ impl Gateway {
             || source == network | !mask
             || ip.src_addr() == self.address
         {
-            return Err(Silence::Ignored);
+            return Err(NoReply::Ignored);
         }
         let echo = Icmpv4Repr::EchoReply { ident, seq_no, data };
         let header = Ipv4Repr {
@@ -274,8 +274,8 @@ impl Gateway {
             hop_limit: 64,
         };
         let len = header.buffer_len() + echo.buffer_len();
-        let room = self.frame(reply, from, EthernetProtocol::Ipv4, len)?;
-        let mut out = Ipv4Packet::new_unchecked(room);
+        let payload = self.write_header(reply, from, EthernetProtocol::Ipv4, len)?;
+        let mut out = Ipv4Packet::new_unchecked(payload);
         header.emit(&mut out, &checksums);
         echo.emit(&mut Icmpv4Packet::new_unchecked(out.payload_mut()), &checksums);
         Ok(ETHERNET_HEADER_LEN + len)

@@ -124,7 +124,7 @@ impl MacTable {
         }
     }
 
-    fn bucket(&self, mac: Mac) -> usize {
+    fn bucket_index(&self, mac: Mac) -> usize {
         mix(mac.0 ^ self.key) as usize % TABLE_BUCKETS
     }
 
@@ -132,12 +132,12 @@ impl MacTable {
     /// group addresses.
     #[inline]
     pub(crate) fn lookup(&self, mac: Mac, now: u32) -> Option<PortRef> {
-        let home = self.bucket(mac);
-        self.lookup_pinned(mac, home).or_else(|| {
-            let way = self.find(mac, home)?;
+        let index = self.bucket_index(mac);
+        self.lookup_pinned(mac, index).or_else(|| {
+            let way = self.find_learned(mac, index)?;
             // Relaxed: the entry is one word and carries nothing else.
-            let found = self.learned[home].0[way].load(Ordering::Relaxed);
-            let age = now.wrapping_sub(self.stamps[home][way].load(Ordering::Relaxed));
+            let found = self.learned[index].0[way].load(Ordering::Relaxed);
+            let age = now.wrapping_sub(self.stamps[index][way].load(Ordering::Relaxed));
             // A clock reading older than the stamp is young, not old.
             let fresh = age < self.ageing || age > u32::MAX / 2;
             (mac_of(found) == mac.0 && fresh).then(|| port_of(found))
@@ -146,13 +146,13 @@ impl MacTable {
 
     /// The port an address was assigned to.
     pub(crate) fn assigned(&self, mac: Mac) -> Option<PortRef> {
-        self.lookup_pinned(mac, self.bucket(mac))
+        self.lookup_pinned(mac, self.bucket_index(mac))
     }
 
-    fn lookup_pinned(&self, mac: Mac, home: usize) -> Option<PortRef> {
+    fn lookup_pinned(&self, mac: Mac, index: usize) -> Option<PortRef> {
         // Almost always one bucket: the next is looked at only if this one was ever full.
         for step in 0..TABLE_BUCKETS {
-            let bucket = &self.pinned[(home + step) % TABLE_BUCKETS];
+            let bucket = &self.pinned[(index + step) % TABLE_BUCKETS];
             for way in &bucket.0 {
                 let found = way.load(Ordering::Relaxed);
                 if mac_of(found) == mac.0 {
@@ -167,22 +167,22 @@ impl MacTable {
     }
 
     /// Where the learned entry of `mac` is in its bucket.
-    fn find(&self, mac: Mac, home: usize) -> Option<usize> {
-        self.learned[home].0.iter().position(|way| mac_of(way.load(Ordering::Relaxed)) == mac.0)
+    fn find_learned(&self, mac: Mac, index: usize) -> Option<usize> {
+        self.learned[index].0.iter().position(|way| mac_of(way.load(Ordering::Relaxed)) == mac.0)
     }
 
     /// Notes that a frame from `mac` came in at `port`.
     pub(crate) fn learn(&self, mac: Mac, port: PortRef, now: u32) -> Learned {
-        let home = self.bucket(mac);
-        if let Some(owner) = self.lookup_pinned(mac, home) {
+        let index = self.bucket_index(mac);
+        if let Some(owner) = self.lookup_pinned(mac, index) {
             return if owner.index() == port.index() { Learned::Here } else { Learned::Elsewhere };
         }
         let wanted = entry(mac, port);
-        let stamps = &self.stamps[home];
-        let way = self.find(mac, home).unwrap_or_else(|| {
+        let stamps = &self.stamps[index];
+        let way = self.find_learned(mac, index).unwrap_or_else(|| {
             // An empty way first, else the one that was silent longest.
             (0..TABLE_WAYS)
-                .max_by_key(|&way| match self.learned[home].0[way].load(Ordering::Relaxed) {
+                .max_by_key(|&way| match self.learned[index].0[way].load(Ordering::Relaxed) {
                     EMPTY => u64::from(u32::MAX) + 1,
                     _ => u64::from(now.wrapping_sub(stamps[way].load(Ordering::Relaxed))),
                 })
@@ -193,11 +193,11 @@ impl MacTable {
             // wrong entry is a little younger, which does no harm.
             stamps[way].store(now, Ordering::Relaxed);
         }
-        let slot = &self.learned[home].0[way];
-        let found = slot.load(Ordering::Relaxed);
+        let cell = &self.learned[index].0[way];
+        let found = cell.load(Ordering::Relaxed);
         if found != wanted {
             // If somebody else changed it meanwhile, the next frame tries again.
-            let _ = slot.compare_exchange(found, wanted, Ordering::Relaxed, Ordering::Relaxed);
+            let _ = cell.compare_exchange(found, wanted, Ordering::Relaxed, Ordering::Relaxed);
         }
         Learned::Here
     }
@@ -205,9 +205,9 @@ impl MacTable {
     /// Enters an assigned address. The caller holds the membership lock and has checked that the
     /// address is new; there is room for many more addresses than ports.
     pub(crate) fn pin(&self, mac: Mac, port: PortRef) {
-        let home = self.bucket(mac);
+        let index = self.bucket_index(mac);
         let free = (0..TABLE_BUCKETS)
-            .flat_map(|step| &self.pinned[(home + step) % TABLE_BUCKETS].0)
+            .flat_map(|step| &self.pinned[(index + step) % TABLE_BUCKETS].0)
             .find(|way| matches!(way.load(Ordering::Relaxed), EMPTY | TOMBSTONE));
         if let Some(way) = free {
             way.store(entry(mac, port), Ordering::Relaxed);
@@ -217,9 +217,9 @@ impl MacTable {
     /// Removes an assigned address, and everything learned about its port. The caller holds the
     /// membership lock and knows that the port sends no more.
     pub(crate) fn forget(&self, mac: Mac, port: usize) {
-        let home = self.bucket(mac);
+        let index = self.bucket_index(mac);
         let pinned = (0..TABLE_BUCKETS).find_map(|step| {
-            let bucket = &self.pinned[(home + step) % TABLE_BUCKETS];
+            let bucket = &self.pinned[(index + step) % TABLE_BUCKETS];
             let is_it = |way: &&AtomicU64| mac_of(way.load(Ordering::Relaxed)) == mac.0;
             bucket.0.iter().find(is_it).map(|way| (bucket, way))
         });
@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn a_port_that_leaves_is_forgotten_and_the_others_are_not() {
         let table = MacTable::new(300);
-        // Twice as many as a port table holds, in and out, so that buckets fill and hold graves.
+        // Twice as many as a port table holds, in and out, so that buckets fill and hold tombstones.
         for round in 0..20u64 {
             for index in 0..1024 {
                 table.pin(mac(round << 20 | index), port(index as usize));
@@ -341,7 +341,7 @@ mod tests {
                 table.forget(mac(round << 20 | index), index as usize);
             }
         }
-        // Graves are rare, so looking up an unknown address stays one bucket.
+        // Tombstones are rare, so looking up an unknown address stays one bucket.
         let full = table.pinned.iter().filter(|bucket| bucket.was_full()).count();
         assert!(full < 8, "{full} buckets were full");
     }
