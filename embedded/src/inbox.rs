@@ -119,8 +119,8 @@ const WAITED: u32 = 1 << 31;
 
 /// The low half of the state of the posted cell `index`, if it is filled.
 #[inline]
-fn filled_with(state: u64, index: u32) -> Option<u32> {
-    ((state >> 32) as u32 == index && state as u32 != 0).then_some(state as u32)
+fn filled_with(cell_state: u64, index: u32) -> Option<u32> {
+    ((cell_state >> 32) as u32 == index && cell_state as u32 != 0).then_some(cell_state as u32)
 }
 
 /// The widest index of the overflow ring in the word: 29 bits.
@@ -131,9 +131,9 @@ const CLOSED: u64 = 1 << 63;
 
 /// The word that decides everything, unpacked.
 #[derive(Clone, Copy)]
-struct Word(u64);
+struct InboxState(u64);
 
-impl Word {
+impl InboxState {
     fn new(claimed: u32, pushed: u32, flags: u64) -> Self {
         Self(u64::from(claimed) | u64::from(pushed & PUSHED_MASK) << 32 | flags)
     }
@@ -204,16 +204,16 @@ impl Overflow {
     }
 
     fn cell(&self, index: u32) -> &OverflowCell {
-        &self.cells[self.slot(index)]
+        &self.cells[self.cell_index(index)]
     }
 
-    fn slot(&self, index: u32) -> usize {
+    fn cell_index(&self, index: u32) -> usize {
         index as usize & (self.cells.len() - 1)
     }
 
     /// The bytes of a cell, as a pointer.
-    fn room(&self, index: u32) -> *mut u8 {
-        let start = self.slot(index) * self.max_frame;
+    fn bytes_of(&self, index: u32) -> *mut u8 {
+        let start = self.cell_index(index) * self.max_frame;
         core::cell::UnsafeCell::raw_get(self.bytes[start..start + self.max_frame].as_ptr())
     }
 }
@@ -249,23 +249,23 @@ impl Park for Callback {
 /// `B` is a buffer lent to the network: its exclusive owner, with [`AsMut`] giving all its room.
 pub struct Inbox<B> {
     /// The word that decides everything: changed by senders and by the collector.
-    word: CachePadded<AtomicU64>,
+    state: CachePadded<AtomicU64>,
     /// Written by the collector only, read by senders.
     posted: CachePadded<AtomicU32>,
     /// Written by the collector only, read by senders that found no buffer.
     popped: CachePadded<AtomicU32>,
     doorbell: Doorbell<Callback>,
     /// Whether a [`Collector`] exists.
-    taken: AtomicBool,
+    has_collector: AtomicBool,
     /// Whether the overflow bit may be set: a hint on a line that hardly ever changes, so that a
     /// receiver that finds nothing does not fetch the word from its senders.
     overflowing: CachePadded<AtomicBool>,
     /// Where the bytes of each posted buffer are; null: it has lost its room.
-    rooms: Box<[UnsafeCell<*mut u8>]>,
+    buffer_ptrs: Box<[UnsafeCell<*mut u8>]>,
     /// How far each posted buffer has come.
-    states: Box<[AtomicU64]>,
+    cell_states: Box<[AtomicU64]>,
     /// The posted buffers; touched by the collector only. None: taken back.
-    lent: Box<[UnsafeCell<Option<B>>]>,
+    buffers: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
 }
@@ -281,7 +281,7 @@ unsafe impl<B: Send> Send for Inbox<B> {}
 impl<B> fmt::Debug for Inbox<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inbox")
-            .field("depth", &self.rooms.len())
+            .field("depth", &self.buffer_ptrs.len())
             .field("overflow", &self.overflow.cells.len())
             .field("max_frame", &self.max_frame)
             .finish_non_exhaustive()
@@ -312,15 +312,15 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();
         Self {
-            word: CachePadded::new(AtomicU64::new(Word::new(start, start, CLOSED).0)),
+            state: CachePadded::new(AtomicU64::new(InboxState::new(start, start, CLOSED).0)),
             posted: CachePadded::new(AtomicU32::new(start)),
             popped: CachePadded::new(AtomicU32::new(start & PUSHED_MASK)),
             doorbell: Doorbell::new(Callback::default()),
-            taken: AtomicBool::new(false),
+            has_collector: AtomicBool::new(false),
             overflowing: CachePadded::new(AtomicBool::new(false)),
-            rooms: (0..depth).map(|_| UnsafeCell::new(core::ptr::null_mut())).collect(),
-            states: (0..depth).map(|_| AtomicU64::new(0)).collect(),
-            lent: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
+            buffer_ptrs: (0..depth).map(|_| UnsafeCell::new(core::ptr::null_mut())).collect(),
+            cell_states: (0..depth).map(|_| AtomicU64::new(0)).collect(),
+            buffers: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
             overflow: Overflow::new(overflow as usize, max_frame),
             max_frame,
         }
@@ -330,7 +330,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// When the half is dropped, the inbox is closed and empty and may be opened again.
     pub fn open(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
         // Acquire: pairs with the Release in `Collector::drop`; the last owner's indices are ours.
-        if inbox.taken.swap(true, Ordering::Acquire) {
+        if inbox.has_collector.swap(true, Ordering::Acquire) {
             return None;
         }
         let posted = inbox.posted.load(Ordering::Relaxed);
@@ -356,19 +356,19 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     /// How many buffers can be posted at once.
     pub fn depth(&self) -> usize {
-        self.rooms.len()
+        self.buffer_ptrs.len()
     }
 
     /// Whether deliveries are refused. A hint: it may change at once.
     pub fn is_closed(&self) -> bool {
-        Word(self.word.load(Ordering::Relaxed)).closed()
+        InboxState(self.state.load(Ordering::Relaxed)).closed()
     }
 
     /// Whether frames wait in the overflow ring for buffers to be posted. A hint, unless nobody else
     /// delivers: it may change at once.
     #[inline]
     pub fn frames_wait(&self) -> bool {
-        Word(self.word.load(Ordering::Relaxed)).overflow()
+        InboxState(self.state.load(Ordering::Relaxed)).overflow()
     }
 
     /// Copies `frame` to the receiver: into the oldest posted buffer, else into the overflow ring.
@@ -381,20 +381,20 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         }
         // Acquire, here and in the failures below: pairs with the Release of whoever changed the
         // word, so that `posted` and `popped` are never read older than the word.
-        let mut seen = self.word.load(Ordering::Acquire);
+        let mut seen = self.state.load(Ordering::Acquire);
         loop {
-            let word = Word(seen);
-            if word.0 & (CLOSED | HELD) != 0 {
-                if word.closed() {
+            let state = InboxState(seen);
+            if state.0 & (CLOSED | HELD) != 0 {
+                if state.closed() {
                     return Delivery::Dropped(Refused::Closed);
                 }
-                seen = self.held();
+                seen = self.wait_while_held();
                 continue;
             }
             // Acquire: pairs with the Release in `post`; the buffer is in its cell.
-            if !word.overflow() && word.claimed() != self.posted.load(Ordering::Acquire) {
-                let index = word.claimed();
-                match self.change(word, word.with_claimed(index.wrapping_add(1))) {
+            if !state.overflow() && state.claimed() != self.posted.load(Ordering::Acquire) {
+                let index = state.claimed();
+                match self.change(state, state.with_claimed(index.wrapping_add(1))) {
                     Ok(()) => {
                         // Longer ones were refused above.
                         self.fill(index, frame);
@@ -405,11 +405,11 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 continue;
             }
             // Acquire: pairs with the Release in `collect`; its reading of the cell is over.
-            let waiting = word.pushed().wrapping_sub(self.popped.load(Ordering::Acquire));
+            let waiting = state.pushed().wrapping_sub(self.popped.load(Ordering::Acquire));
             if ((waiting & PUSHED_MASK) as usize) < self.overflow.cells.len() {
-                match self.change(word, word.with_push()) {
+                match self.change(state, state.with_push()) {
                     Ok(()) => {
-                        self.fill_overflow(word.pushed(), frame);
+                        self.fill_overflow(state.pushed(), frame);
                         // Relaxed: a hint; `arm` looks at the word.
                         self.overflowing.store(true, Ordering::Relaxed);
                         return Delivery::Overflow;
@@ -420,7 +420,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             }
             // Full, unless the word is stale: `popped` may be newer than it and make the
             // difference meaningless.
-            let now = self.word.load(Ordering::Acquire);
+            let now = self.state.load(Ordering::Acquire);
             if now == seen {
                 return Delivery::Dropped(Refused::NoBuffer);
             }
@@ -436,19 +436,19 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     #[inline]
     pub fn claim(&self, wanted: usize) -> Option<Claim<'_, B>> {
         // Acquire, both: as in `deliver`.
-        let mut word = Word(self.word.load(Ordering::Acquire));
-        while word.0 & (CLOSED | HELD | OVERFLOW) == 0 {
-            let next = word.claimed();
+        let mut state = InboxState(self.state.load(Ordering::Acquire));
+        while state.0 & (CLOSED | HELD | OVERFLOW) == 0 {
+            let next = state.claimed();
             let posted = self.posted.load(Ordering::Acquire).wrapping_sub(next);
             // `posted` may be newer than the word, but never says more than there are cells.
-            let count = (posted as usize).min(self.rooms.len()).min(wanted) as u32;
+            let count = (posted as usize).min(self.buffer_ptrs.len()).min(wanted) as u32;
             if count == 0 {
                 return None;
             }
             let end = next.wrapping_add(count);
-            match self.change(word, word.with_claimed(end)) {
+            match self.change(state, state.with_claimed(end)) {
                 Ok(()) => return Some(Claim { inbox: self, next, end }),
-                Err(now) => word = Word(now),
+                Err(now) => state = InboxState(now),
             }
         }
         None
@@ -456,12 +456,12 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     /// The word after the receiver has chosen among its posted buffers.
     #[cold]
-    fn held(&self) -> u64 {
+    fn wait_while_held(&self) -> u64 {
         let backoff = Backoff::new();
         loop {
             // Acquire: as in `deliver`.
-            let seen = self.word.load(Ordering::Acquire);
-            if !Word(seen).held() {
+            let seen = self.state.load(Ordering::Acquire);
+            if !InboxState(seen).held() {
                 return seen;
             }
             pause(&backoff);
@@ -478,33 +478,37 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 
     /// Moves the word. AcqRel: Release publishes what the caller knows of `posted` and `popped` to
     /// those who see the new word; Acquire takes the same from whoever wrote the old one.
-    fn change(&self, from: Word, to: Word) -> Result<(), u64> {
-        self.word.compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(drop)
+    fn change(&self, from: InboxState, to: InboxState) -> Result<(), u64> {
+        self.state
+            .compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire)
+            .map(drop)
     }
 
     /// A place in the three arrays, which are equally long, by a power of two.
     #[inline]
-    fn cell(&self, index: u32) -> usize {
-        index as usize & (self.rooms.len() - 1)
+    fn cell_index(&self, index: u32) -> usize {
+        index as usize & (self.buffer_ptrs.len() - 1)
     }
 
     #[inline]
-    fn state(&self, index: u32) -> &AtomicU64 {
-        // SAFETY: `cell` is below the number of rooms, and `starting_at` makes as many states.
-        unsafe { self.states.get_unchecked(self.cell(index)) }
+    fn cell_state(&self, index: u32) -> &AtomicU64 {
+        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as many
+        // cell states.
+        unsafe { self.cell_states.get_unchecked(self.cell_index(index)) }
     }
 
     /// The collector's place for the buffer of the posted cell `index`.
     #[inline]
-    fn place(&self, index: u32) -> &UnsafeCell<Option<B>> {
-        // SAFETY: `cell` is below the number of rooms, and `starting_at` makes as many places.
-        unsafe { self.lent.get_unchecked(self.cell(index)) }
+    fn buffer_cell(&self, index: u32) -> &UnsafeCell<Option<B>> {
+        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as many
+        // buffer cells.
+        unsafe { self.buffers.get_unchecked(self.cell_index(index)) }
     }
 
     #[inline]
-    fn room(&self, index: u32) -> &UnsafeCell<*mut u8> {
-        // SAFETY: `cell` is below the number of rooms.
-        unsafe { self.rooms.get_unchecked(self.cell(index)) }
+    fn buffer_ptr(&self, index: u32) -> &UnsafeCell<*mut u8> {
+        // SAFETY: `cell_index` is below the number of buffer pointers.
+        unsafe { self.buffer_ptrs.get_unchecked(self.cell_index(index)) }
     }
 
     /// Copies `frame`, of at most `max_frame` bytes, into the posted buffer `index`, which the caller
@@ -512,16 +516,16 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     #[inline]
     fn fill(&self, index: u32, frame: &[u8]) {
         debug_assert!(frame.len() <= self.max_frame);
-        let len = self.room(index).with_mut(|room| {
+        let len = self.buffer_ptr(index).with_mut(|ptr| {
             // SAFETY: invariant 1: we moved `claimed` past this cell, so it is ours until its state is
             // stored.
-            let room = unsafe { *room };
-            if room.is_null() {
+            let ptr = unsafe { *ptr };
+            if ptr.is_null() {
                 return 0;
             }
             // SAFETY: invariant 4: the room is of a lent buffer that nobody touches, and has at least
             // `max_frame` bytes; the frame is no longer, and is not in it, because it is borrowed.
-            unsafe { room.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
+            unsafe { ptr.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
             frame.len()
         });
         self.end_claim(index, len);
@@ -531,7 +535,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     #[inline]
     fn end_claim(&self, index: u32, len: usize) {
         // Release: pairs with the Acquire in `collect`; the bytes are there.
-        self.state(index).store(filled(index, len), Ordering::Release);
+        self.cell_state(index).store(filled(index, len), Ordering::Release);
     }
 
     /// Copies `frame` into the overflow cell `index`, which the caller has pushed.
@@ -541,7 +545,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             // SAFETY: invariant 2: we moved `pushed` past this cell, so its `max_frame` bytes are
             // ours until the state is stored; `deliver` has checked the length against it.
             unsafe {
-                self.overflow.room(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
+                self.overflow.bytes_of(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
             }
         });
         // Release: pairs with the Acquire in `fill_from_overflow`; the bytes are there. The length
@@ -597,7 +601,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Claim<'_, B> {
 }
 
 /// Copies what fits. All of it does, unless a buffer has shrunk since it was posted.
-fn copy(to: &mut [u8], from: &[u8]) -> usize {
+fn copy_what_fits(to: &mut [u8], from: &[u8]) -> usize {
     let len = to.len().min(from.len());
     to[..len].copy_from_slice(&from[..len]);
     len
@@ -605,9 +609,9 @@ fn copy(to: &mut [u8], from: &[u8]) -> usize {
 
 /// Where a buffer's bytes are, if there are enough of them. To be asked of a buffer that stays where it
 /// is (invariant 4).
-fn room_of<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
-    let room = buffer.as_mut();
-    (room.len() >= max_frame).then_some(room.as_mut_ptr())
+fn checked_ptr<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
+    let bytes = buffer.as_mut();
+    (bytes.len() >= max_frame).then_some(bytes.as_mut_ptr())
 }
 
 /// The receiving half of an [`Inbox`]: posts buffers and collects packets. Dropping it closes the
@@ -648,7 +652,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
 
     /// Whether [`post`](Self::post) would find no cell for another buffer.
     pub fn is_full(&self) -> bool {
-        self.posted.wrapping_sub(self.collected) as usize >= self.inbox.rooms.len()
+        self.posted.wrapping_sub(self.collected) as usize >= self.inbox.buffer_ptrs.len()
     }
 
     /// Lends a buffer to the network. It comes back from [`collect`](Self::collect) with a packet,
@@ -676,16 +680,16 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             return Err(buffer);
         }
         let inbox = &*self.inbox;
-        let room = inbox.place(self.posted).with_mut(|place| {
-            // SAFETY: invariant 4: the places are the collector's.
-            let place = unsafe { &mut *place };
+        let ptr = inbox.buffer_cell(self.posted).with_mut(|cell| {
+            // SAFETY: invariant 4: the buffer cells are the collector's.
+            let cell = unsafe { &mut *cell };
             // The cell is empty, so there is nothing to drop.
-            core::mem::forget(place.replace(buffer));
-            let room = place.as_mut().and_then(|buffer| room_of(buffer, inbox.max_frame));
-            room.ok_or_else(|| place.take())
+            core::mem::forget(cell.replace(buffer));
+            let ptr = cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.max_frame));
+            ptr.ok_or_else(|| cell.take())
         });
-        match room {
-            Ok(room) => self.note_room(self.posted, room),
+        match ptr {
+            Ok(ptr) => self.store_buffer_ptr(self.posted, ptr),
             Err(Some(buffer)) => return Err(buffer),
             Err(None) => unreachable!("it was put there above"),
         }
@@ -696,13 +700,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
 
     /// Writes down where the bytes of the buffer of cell `index` are. The cell is the collector's.
     #[inline(always)]
-    fn note_room(&self, index: u32, room: *mut u8) {
-        self.inbox.room(index).with_mut(|noted| {
+    fn store_buffer_ptr(&self, index: u32, ptr: *mut u8) {
+        self.inbox.buffer_ptr(index).with_mut(|stored| {
             // SAFETY: invariant 1: the caller says that the cell is ours. Not written if it is what it
             // was: then the line stays with the senders.
             unsafe {
-                if *noted != room {
-                    *noted = room;
+                if *stored != ptr {
+                    *stored = ptr;
                 }
             }
         });
@@ -727,8 +731,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
                 return None;
             }
             // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
-            let state = self.inbox.state(self.collected).load(Ordering::Acquire);
-            if let Some(with) = filled_with(state, self.collected) {
+            let cell_state = self.inbox.cell_state(self.collected).load(Ordering::Acquire);
+            if let Some(with) = filled_with(cell_state, self.collected) {
                 let buffer = self.take()?;
                 if self.gaps > 0 {
                     self.skip_taken_back();
@@ -749,9 +753,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     #[inline(never)]
     fn skip_taken_back(&mut self) {
         while self.gaps > 0 && self.collected != self.posted {
-            let taken = self.inbox.place(self.collected).with(|place| {
-                // SAFETY: invariant 4: the places are the collector's.
-                unsafe { (*place).is_none() }
+            let taken = self.inbox.buffer_cell(self.collected).with(|cell| {
+                // SAFETY: invariant 4: the buffer cells are the collector's.
+                unsafe { (*cell).is_none() }
             });
             if !taken {
                 break;
@@ -774,11 +778,11 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     #[inline(always)]
     fn take_from(&mut self, index: u32) -> Option<B> {
         // Where loom sees whether a sender still writes.
-        self.inbox.room(index).with_mut(|_| ());
-        let buffer = self.inbox.place(index).with_mut(|place| {
-            // SAFETY: invariant 4: the places are the collector's, and the caller has made sure that no
+        self.inbox.buffer_ptr(index).with_mut(|_| ());
+        let buffer = self.inbox.buffer_cell(index).with_mut(|cell| {
+            // SAFETY: invariant 4: the buffer cells are the collector's, and the caller has made sure that no
             // sender has the room.
-            unsafe { (*place).take() }
+            unsafe { (*cell).take() }
         });
         self.lent -= usize::from(buffer.is_some());
         buffer
@@ -792,53 +796,53 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         // We are about to move `claimed`, which must not overtake what senders know.
         self.publish();
         // Acquire: see `change`.
-        let word = Word(self.inbox.word.load(Ordering::Acquire));
-        if word.claimed() != self.collected || !word.overflow() {
+        let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        if state.claimed() != self.collected || !state.overflow() {
             return false;
         }
         let waiting = self.inbox.overflow.cell(self.popped);
         // Acquire: pairs with the Release in `fill_overflow`; the sender's copy is complete.
-        let state = waiting.state.load(Ordering::Acquire);
-        if state == PENDING {
+        let cell_state = waiting.state.load(Ordering::Acquire);
+        if cell_state == PENDING {
             return false;
         }
-        let len = state as usize - 1;
-        let place = self.inbox.place(self.collected);
+        let len = cell_state as usize - 1;
+        let cell = self.inbox.buffer_cell(self.collected);
         let len = waiting.access.with(|_| {
-            place.with_mut(|place| {
+            cell.with_mut(|cell| {
                 // SAFETY: invariant 2: the cell is filled and not popped, so its first `len` bytes
                 // are ours to read.
                 let frame = unsafe {
-                    core::slice::from_raw_parts(self.inbox.overflow.room(self.popped), len)
+                    core::slice::from_raw_parts(self.inbox.overflow.bytes_of(self.popped), len)
                 };
                 // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit is
                 // set; until we clear it no sender claims, so the cell is ours.
-                let buffer = unsafe { &mut *place };
-                buffer.as_mut().map_or(0, |buffer| copy(buffer.as_mut(), frame))
+                let buffer = unsafe { &mut *cell };
+                buffer.as_mut().map_or(0, |buffer| copy_what_fits(buffer.as_mut(), frame))
             })
         });
         waiting.state.store(PENDING, Ordering::Relaxed); // published by `popped`
         let popped = self.popped.wrapping_add(1) & PUSHED_MASK;
-        let mut word = word;
+        let mut state = state;
         loop {
-            let mut next = word.with_claimed(self.collected.wrapping_add(1));
-            let last = word.pushed() == popped;
+            let mut next = state.with_claimed(self.collected.wrapping_add(1));
+            let last = state.pushed() == popped;
             if last {
                 next = next.without(OVERFLOW); // it was the last: senders may claim again
             }
             // Before the change: who sets the bit again raises the hint after it.
             self.inbox.overflowing.store(!last, Ordering::Relaxed);
-            match self.inbox.change(word, next) {
+            match self.inbox.change(state, next) {
                 Ok(()) => break,
-                Err(now) => word = Word(now), // somebody pushed; nobody claimed
+                Err(now) => state = InboxState(now), // somebody pushed; nobody claimed
             }
         }
         self.popped = popped;
         // Release: pairs with the Acquire in `deliver`; our reading of the cell is over.
         self.inbox.popped.store(popped, Ordering::Release);
         // Relaxed: the cell is ours, as just now, and we are who looks at it next.
-        let state = filled(self.collected, len) | u64::from(WAITED);
-        self.inbox.state(self.collected).store(state, Ordering::Relaxed);
+        let cell_state = filled(self.collected, len) | u64::from(WAITED);
+        self.inbox.cell_state(self.collected).store(cell_state, Ordering::Relaxed);
         true
     }
 
@@ -848,12 +852,12 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     pub fn recall(&mut self, mut f: impl FnMut(B)) -> usize {
         // `claimed` must not overtake what senders know.
         self.publish();
-        let mut word = Word(self.inbox.word.load(Ordering::Acquire));
-        while let Err(now) = self.inbox.change(word, word.with_claimed(self.posted)) {
-            word = Word(now);
+        let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        while let Err(now) = self.inbox.change(state, state.with_claimed(self.posted)) {
+            state = InboxState(now);
         }
         // We moved `claimed` past these cells, so they are ours.
-        let cells = word.claimed()..self.posted;
+        let cells = state.claimed()..self.posted;
         let mut count = 0;
         for index in indices(&cells) {
             if let Some(buffer) = self.take_from(index) {
@@ -876,22 +880,22 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         mut f: impl FnMut(B),
     ) -> usize {
         self.publish();
-        let mut word = Word(self.inbox.word.load(Ordering::Acquire));
+        let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
         // While the overflow bit is set no sender claims, and only we clear it.
-        while !word.overflow() && word.claimed() != self.posted {
-            match self.inbox.change(word, Word(word.0 | HELD)) {
+        while !state.overflow() && state.claimed() != self.posted {
+            match self.inbox.change(state, InboxState(state.0 | HELD)) {
                 Ok(()) => break,
-                Err(now) => word = Word(now),
+                Err(now) => state = InboxState(now),
             }
         }
-        let start = word.claimed();
+        let start = state.claimed();
         let mut held = Held { collector: self, start, taken: 0 };
         for index in indices(&(start..held.collector.posted)) {
-            let buffer = held.collector.inbox.place(index).with_mut(|place| {
+            let buffer = held.collector.inbox.buffer_cell(index).with_mut(|cell| {
                 // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit or
                 // the held bit is set; until `held` is dropped no sender claims, so the cell is ours.
-                let place = unsafe { &mut *place };
-                if place.as_mut().is_some_and(&mut matches) { place.take() } else { None }
+                let cell = unsafe { &mut *cell };
+                if cell.as_mut().is_some_and(&mut matches) { cell.take() } else { None }
             });
             if let Some(buffer) = buffer {
                 held.collector.lent -= 1;
@@ -932,12 +936,12 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         if index == self.posted {
             return false;
         }
-        if filled_with(self.inbox.state(index).load(Ordering::Acquire), index).is_some() {
+        if filled_with(self.inbox.cell_state(index).load(Ordering::Acquire), index).is_some() {
             return true;
         }
-        let word = Word(self.inbox.word.load(Ordering::Acquire));
-        let ready = word.claimed() == index
-            && word.overflow()
+        let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        let ready = state.claimed() == index
+            && state.overflow()
             && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) != PENDING;
         if ready {
             // Whoever is told that there is something must find it.
@@ -952,22 +956,23 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// rest.
     pub fn close(&mut self) {
         // AcqRel: as in `change`.
-        let word = Word(self.inbox.word.fetch_or(CLOSED, Ordering::AcqRel));
-        for index in indices(&(self.collected..word.claimed())) {
+        let state = InboxState(self.inbox.state.fetch_or(CLOSED, Ordering::AcqRel));
+        for index in indices(&(self.collected..state.claimed())) {
             // A buffer that was taken back is no sender's.
-            let lent = self.inbox.place(index).with(|place| {
-                // SAFETY: invariant 4: the places are the collector's.
-                unsafe { (*place).is_some() }
+            let lent = self.inbox.buffer_cell(index).with(|cell| {
+                // SAFETY: invariant 4: the buffer cells are the collector's.
+                unsafe { (*cell).is_some() }
             });
             if lent {
                 // Acquire: pairs with the Release in `end_claim`; the sender has let go of the cell.
                 wait(|| {
-                    filled_with(self.inbox.state(index).load(Ordering::Acquire), index).is_some()
+                    filled_with(self.inbox.cell_state(index).load(Ordering::Acquire), index)
+                        .is_some()
                 });
             }
         }
         let mut index = self.popped;
-        while index != word.pushed() {
+        while index != state.pushed() {
             // Acquire: pairs with the Release in `fill_overflow`.
             let cell = self.inbox.overflow.cell(index);
             wait(|| cell.state.load(Ordering::Acquire) != PENDING);
@@ -986,8 +991,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         }
         self.recall(&mut f);
         // Nobody else changes the word of a closed inbox.
-        let word = Word(self.inbox.word.load(Ordering::Acquire));
-        while self.popped != word.pushed() {
+        let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        while self.popped != state.pushed() {
             self.inbox.overflow.cell(self.popped).state.store(PENDING, Ordering::Relaxed);
             self.popped = self.popped.wrapping_add(1) & PUSHED_MASK;
             dropped += 1;
@@ -995,7 +1000,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         self.inbox.popped.store(self.popped, Ordering::Release);
         self.inbox.overflowing.store(false, Ordering::Relaxed);
         // Release: pairs with the Acquire of senders after a reopening.
-        self.inbox.word.store(word.without(OVERFLOW).0, Ordering::Release);
+        self.inbox.state.store(state.without(OVERFLOW).0, Ordering::Release);
         dropped
     }
 
@@ -1003,7 +1008,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// stays where it was. No effect on an open inbox.
     pub fn reopen(&mut self) {
         // AcqRel: as in `change`.
-        self.inbox.word.fetch_and(!CLOSED, Ordering::AcqRel);
+        self.inbox.state.fetch_and(!CLOSED, Ordering::AcqRel);
     }
 }
 
@@ -1024,28 +1029,28 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
         let first = start.wrapping_add(self.taken);
         let mut free = posted;
         for index in indices(&(start..posted)).rev() {
-            let buffer = inbox.place(index).with_mut(|place| {
+            let buffer = inbox.buffer_cell(index).with_mut(|cell| {
                 // SAFETY: invariants 1 and 4, as in `recall_if`.
-                unsafe { (*place).take() }
+                unsafe { (*cell).take() }
             });
             if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
-                let room = inbox.place(free).with_mut(|place| {
+                let ptr = inbox.buffer_cell(free).with_mut(|cell| {
                     // SAFETY: as above. It is empty: we have just taken what was in it, or it was
                     // taken back.
-                    let buffer = unsafe { (*place).insert(buffer) };
+                    let buffer = unsafe { (*cell).insert(buffer) };
                     // It may have moved, and whoever was asked about it may have changed it. Senders wait
                     // for us, so not even a buffer that panics may end this: one that has no room any
                     // more gets packets of no bytes.
-                    let room = AssertUnwindSafe(|| room_of(buffer, inbox.max_frame));
-                    catch_unwind(room).ok().flatten().unwrap_or_default()
+                    let ask = AssertUnwindSafe(|| checked_ptr(buffer, inbox.max_frame));
+                    catch_unwind(ask).ok().flatten().unwrap_or_default()
                 });
-                self.collector.note_room(free, room);
+                self.collector.store_buffer_ptr(free, ptr);
             }
         }
-        let mut word = Word(inbox.word.load(Ordering::Relaxed));
-        while let Err(now) = inbox.change(word, word.with_claimed(first).without(HELD)) {
-            word = Word(now); // somebody pushed; nobody claimed
+        let mut state = InboxState(inbox.state.load(Ordering::Relaxed));
+        while let Err(now) = inbox.change(state, state.with_claimed(first).without(HELD)) {
+            state = InboxState(now); // somebody pushed; nobody claimed
         }
         self.collector.skip_taken_back();
     }
@@ -1057,7 +1062,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
         self.inbox.doorbell.parker().set(None);
         self.discard(drop);
         // Release: pairs with the Acquire in `open`.
-        self.inbox.taken.store(false, Ordering::Release);
+        self.inbox.has_collector.store(false, Ordering::Release);
     }
 }
 
