@@ -14,6 +14,7 @@ pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
 
 /// What guests can reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum NetworkMode {
     /// Each other and the gateway; DHCP names no router.
     Host,

@@ -78,6 +78,7 @@ pub struct DhcpLease {
 
 /// An address cannot be reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReserveError {
     /// The address is not one the server gives out.
     #[error("{0} is not one of the addresses the DHCP server gives out")]

@@ -84,6 +84,7 @@ pub enum Delivery {
 
 /// Why an inbox did not take a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Refused {
     /// No buffer is posted and the overflow ring is full.
     NoBuffer,

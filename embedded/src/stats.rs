@@ -135,6 +135,7 @@ impl PortStats {
 
 /// What became of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Sent {
     /// Delivered to the one port its destination is behind.
     Forwarded,
