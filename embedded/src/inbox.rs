@@ -197,8 +197,8 @@ impl Overflow {
                     access: UnsafeCell::new(()),
                 })
                 .collect(),
-            // SAFETY: `bytes` comes from `Box::into_raw` in the line above and goes nowhere else;
-            // `UnsafeCell<u8>` has the layout of `u8`.
+            // SAFETY: `bytes` comes from `Box::into_raw` in the first line of this function and goes
+            // nowhere else. `UnsafeCell<u8>` has the layout of `u8`.
             bytes: unsafe { Box::from_raw(bytes as *mut [core::cell::UnsafeCell<u8>]) },
             max_frame,
         }
@@ -271,12 +271,13 @@ pub struct Inbox<B> {
     max_frame: usize,
 }
 
-// SAFETY: the `UnsafeCell`s are the cells of invariants 1 and 2, whose owner changes only through
-// the atomics, and the buffers of invariant 4, which are the collector's, of which there is one; a
-// buffer moves or is lent to another thread, hence `B: Send`. No `&B` is ever shared, so `B: Sync`
-// is not needed.
+// SAFETY: the `UnsafeCell`s are of two kinds. The owner of a cell of invariants 1 and 2 changes only
+// through the atomics. The buffer cells of invariant 4 belong to the collector, and `has_collector`
+// allows one collector at a time. A buffer moves to another thread or is written by one, hence
+// `B: Send`. No `&B` is ever shared, so `B: Sync` is not needed.
 unsafe impl<B: Send> Sync for Inbox<B> {}
-// SAFETY: as above; nothing in it is tied to a thread.
+// SAFETY: the raw pointers point into buffers of `B: Send` that the inbox owns (invariant 4), and
+// nothing else in the inbox is tied to a thread.
 unsafe impl<B: Send> Send for Inbox<B> {}
 
 impl<B> fmt::Debug for Inbox<B> {
@@ -330,7 +331,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// Opens the inbox and gives out its one receiving half; `None` while that half exists.
     /// When the half is dropped, the inbox is closed and empty and may be opened again.
     pub fn open(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
-        // Acquire: pairs with the Release in `Collector::drop`; the last owner's indices are ours.
+        // Acquire: pairs with the Release in `Collector::drop`, so we see the indices that the last
+        // collector left.
         if inbox.has_collector.swap(true, Ordering::Acquire) {
             return None;
         }
@@ -380,8 +382,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         if frame.len() > self.max_frame {
             return Delivery::Dropped(Refused::TooBig);
         }
-        // Acquire, here and in the failures below: pairs with the Release of whoever changed the
-        // word, so that `posted` and `popped` are never read older than the word.
+        // Acquire, here and when a `change` fails: pairs with the Release in `change`, `close`,
+        // `discard` and `reopen`, so that `posted` and `popped` are never read older than the state.
         let mut seen = self.state.load(Ordering::Acquire);
         loop {
             let state = InboxState(seen);
@@ -392,7 +394,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 seen = self.wait_while_held();
                 continue;
             }
-            // Acquire: pairs with the Release in `post`; the buffer is in its cell.
+            // Acquire: pairs with the Release in `publish`; the buffer is in its cell.
             if !state.overflow() && state.claimed() != self.posted.load(Ordering::Acquire) {
                 let index = state.claimed();
                 match self.change(state, state.with_claimed(index.wrapping_add(1))) {
@@ -405,7 +407,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 }
                 continue;
             }
-            // Acquire: pairs with the Release in `collect`; its reading of the cell is over.
+            // Acquire: pairs with the Release in `fill_from_overflow` and `discard`; the collector
+            // no longer reads the cell.
             let waiting = state.pushed().wrapping_sub(self.popped.load(Ordering::Acquire));
             if ((waiting & PUSHED_MASK) as usize) < self.overflow.cells.len() {
                 match self.change(state, state.with_push()) {
@@ -419,8 +422,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 }
                 continue;
             }
-            // Full, unless the word is stale: `popped` may be newer than it and make the
-            // difference meaningless.
+            // The ring is full, unless the state is stale: `popped` may be newer than the state and
+            // make the difference meaningless. Acquire: as for the first load.
             let now = self.state.load(Ordering::Acquire);
             if now == seen {
                 return Delivery::Dropped(Refused::NoBuffer);
@@ -436,12 +439,14 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// What was claimed is to be filled: see [`Claim`].
     #[inline]
     pub fn claim(&self, wanted: usize) -> Option<Claim<'_, B>> {
-        // Acquire, both: as in `deliver`.
+        // Acquire: pairs with the Release in `change`, `close`, `discard` and `reopen`, so that
+        // `posted` is not read older than the state.
         let mut state = InboxState(self.state.load(Ordering::Acquire));
         while state.0 & (CLOSED | HELD | OVERFLOW) == 0 {
             let next = state.claimed();
+            // Acquire: pairs with the Release in `publish`; the buffers are in their cells.
             let posted = self.posted.load(Ordering::Acquire).wrapping_sub(next);
-            // `posted` may be newer than the word, but never says more than there are cells.
+            // `posted` may be newer than the state. The number of cells bounds it.
             let count = (posted as usize).min(self.buffer_ptrs.len()).min(wanted) as u32;
             if count == 0 {
                 return None;
@@ -460,7 +465,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     fn wait_while_held(&self) -> u64 {
         let backoff = Backoff::new();
         loop {
-            // Acquire: as in `deliver`.
+            // Acquire: pairs with the Release in `change`, by which the receiver clears the held bit
+            // in `Held::drop`; the caller goes on with this state as with one it has loaded itself.
             let seen = self.state.load(Ordering::Acquire);
             if !InboxState(seen).held() {
                 return seen;
@@ -477,9 +483,12 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         self.doorbell.ring()
     }
 
-    /// Moves the word. AcqRel: Release publishes what the caller knows of `posted` and `popped` to
-    /// those who see the new word; Acquire takes the same from whoever wrote the old one.
+    /// Changes the state from `from` to `to`, or returns what it is now.
     fn change(&self, from: InboxState, to: InboxState) -> Result<(), u64> {
+        // AcqRel and Acquire: pair with each other, with the loads of the state, and with `close`,
+        // `discard` and `reopen`. Release publishes what the caller knows of `posted` and `popped` to
+        // every thread that sees the new state. Acquire takes the same from the thread that wrote
+        // the old one.
         self.state
             .compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire)
             .map(drop)
@@ -518,14 +527,16 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     fn fill(&self, index: u32, frame: &[u8]) {
         debug_assert!(frame.len() <= self.max_frame);
         let len = self.buffer_ptr(index).with_mut(|ptr| {
-            // SAFETY: invariant 1: we moved `claimed` past this cell, so it is ours until its state is
-            // stored.
+            // SAFETY: invariant 1: the caller has moved `claimed` past this cell, so the cell is ours
+            // until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
                 return 0;
             }
-            // SAFETY: invariant 4: the room is of a lent buffer that nobody touches, and has at least
-            // `max_frame` bytes; the frame is no longer, and is not in it, because it is borrowed.
+            // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither moves
+            // nor touches before it sees the cell's state, and `checked_ptr` found at least
+            // `max_frame` bytes there. The callers have checked that the frame is no longer. The
+            // frame is not in the buffer, because it is borrowed and the collector owns the buffer.
             unsafe { ptr.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
             frame.len()
         });
@@ -535,7 +546,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// The cell is filled, and the collector's.
     #[inline]
     fn end_claim(&self, index: u32, len: usize) {
-        // Release: pairs with the Acquire in `collect`; the bytes are there.
+        // Release: pairs with the Acquire in `collect`, `is_ready` and `close`; the bytes are in the
+        // buffer.
         self.cell_state(index).store(filled(index, len), Ordering::Release);
     }
 
@@ -543,14 +555,15 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     fn fill_overflow(&self, index: u32, frame: &[u8]) {
         let cell = self.overflow.cell(index);
         cell.access.with_mut(|_| {
-            // SAFETY: invariant 2: we moved `pushed` past this cell, so its `max_frame` bytes are
-            // ours until the state is stored; `deliver` has checked the length against it.
+            // SAFETY: invariant 2: the caller has moved `pushed` past this cell, so its `max_frame`
+            // bytes are ours until the store below. `deliver` has checked that the frame is no
+            // longer.
             unsafe {
                 self.overflow.bytes_of(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
             }
         });
-        // Release: pairs with the Acquire in `fill_from_overflow`; the bytes are there. The length
-        // is at most `max_frame`, which `starting_at` keeps below 2 GiB.
+        // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the bytes
+        // are in the cell. The length is at most `max_frame`, which `starting_at` keeps below 2 GiB.
         cell.state.store(frame.len() as u32 + 1, Ordering::Release);
     }
 }
@@ -682,7 +695,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         }
         let inbox = &*self.inbox;
         let ptr = inbox.buffer_cell(self.posted).with_mut(|cell| {
-            // SAFETY: invariant 4: the buffer cells are the collector's.
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
             let cell = unsafe { &mut *cell };
             // The cell is empty, so there is nothing to drop.
             core::mem::forget(cell.replace(buffer));
@@ -703,8 +716,10 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     #[inline(always)]
     fn store_buffer_ptr(&self, index: u32, ptr: *mut u8) {
         self.inbox.buffer_ptr(index).with_mut(|stored| {
-            // SAFETY: invariant 1: the caller says that the cell is ours. Not written if it is what it
-            // was: then the line stays with the senders.
+            // SAFETY: invariant 1: the callers, `stage` and `Held::drop`, pass a cell that no sender can
+            // claim now, so it is ours.
+            // A pointer that has not changed is not written, so that its cache line stays with the
+            // senders.
             unsafe {
                 if *stored != ptr {
                     *stored = ptr;
@@ -717,7 +732,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     #[inline]
     pub fn publish(&mut self) {
         if self.published != self.posted {
-            // Release: pairs with the Acquire in `deliver`; whoever claims the cells sees the rooms.
+            // Release: pairs with the Acquire in `deliver` and `claim`; a sender that claims the cells
+            // sees the buffer pointers.
             self.inbox.posted.store(self.posted, Ordering::Release);
             self.published = self.posted;
         }
@@ -755,7 +771,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     fn skip_taken_back(&mut self) {
         while self.gaps > 0 && self.collected != self.posted {
             let taken = self.inbox.buffer_cell(self.collected).with(|cell| {
-                // SAFETY: invariant 4: the buffer cells are the collector's.
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
                 unsafe { (*cell).is_none() }
             });
             if !taken {
@@ -781,8 +797,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         // Where loom sees whether a sender still writes.
         self.inbox.buffer_ptr(index).with_mut(|_| ());
         let buffer = self.inbox.buffer_cell(index).with_mut(|cell| {
-            // SAFETY: invariant 4: the buffer cells are the collector's, and the caller has made sure that no
-            // sender has the room.
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it. The
+            // callers have made sure that no sender writes through the buffer pointer any more: the
+            // cell is filled, or was never claimed (invariant 1).
             unsafe { (*cell).take() }
         });
         self.lent -= usize::from(buffer.is_some());
@@ -796,7 +813,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     fn fill_from_overflow(&mut self) -> bool {
         // We are about to move `claimed`, which must not overtake what senders know.
         self.publish();
-        // Acquire: see `change`.
+        // Acquire: pairs with the Release in `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
         if state.claimed() != self.collected || !state.overflow() {
             return false;
@@ -811,13 +828,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let cell = self.inbox.buffer_cell(self.collected);
         let len = waiting.access.with(|_| {
             cell.with_mut(|cell| {
-                // SAFETY: invariant 2: the cell is filled and not popped, so its first `len` bytes
-                // are ours to read.
+                // SAFETY: invariant 2: the sender has stored the cell's state, and we have not popped
+                // the cell, so it is ours. Its sender wrote the first `len` bytes.
                 let frame = unsafe {
                     core::slice::from_raw_parts(self.inbox.overflow.bytes_of(self.popped), len)
                 };
-                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit is
-                // set; until we clear it no sender claims, so the cell is ours.
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow bit is
+                // set. No sender claims before we clear the bit below, so the cell is ours.
                 let buffer = unsafe { &mut *cell };
                 buffer.as_mut().map_or(0, |buffer| copy_what_fits(buffer.as_mut(), frame))
             })
@@ -839,7 +856,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             }
         }
         self.popped = popped;
-        // Release: pairs with the Acquire in `deliver`; our reading of the cell is over.
+        // Release: pairs with the Acquire in `deliver`; we no longer read the cell.
         self.inbox.popped.store(popped, Ordering::Release);
         // Relaxed: the cell is ours, as just now, and we are who looks at it next.
         let cell_state = filled(self.collected, len) | u64::from(WAITED);
@@ -853,6 +870,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     pub fn recall(&mut self, mut f: impl FnMut(B)) -> usize {
         // `claimed` must not overtake what senders know.
         self.publish();
+        // Acquire: pairs with the Release in `change`.
         let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
         while let Err(now) = self.inbox.change(state, state.with_claimed(self.posted)) {
             state = InboxState(now);
@@ -881,6 +899,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         mut f: impl FnMut(B),
     ) -> usize {
         self.publish();
+        // Acquire: pairs with the Release in `change`.
         let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
         // While the overflow bit is set no sender claims, and only we clear it.
         while !state.overflow() && state.claimed() != self.posted {
@@ -893,8 +912,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let mut held = Held { collector: self, start, taken: 0 };
         for index in indices(&(start..held.collector.posted)) {
             let buffer = held.collector.inbox.buffer_cell(index).with_mut(|cell| {
-                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed and the overflow bit or
-                // the held bit is set; until `held` is dropped no sender claims, so the cell is ours.
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow bit or
+                // the held bit is set. No sender claims before `held` is dropped, so the cell is ours.
                 let cell = unsafe { &mut *cell };
                 if cell.as_mut().is_some_and(&mut matches) { cell.take() } else { None }
             });
@@ -937,10 +956,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         if index == self.posted {
             return false;
         }
+        // Acquire: pairs with the Release in `end_claim`.
         if filled_with(self.inbox.cell_state(index).load(Ordering::Acquire), index).is_some() {
             return true;
         }
+        // Acquire: pairs with the Release in `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        // Acquire, of the cell's state: pairs with the Release in `fill_overflow`.
         let ready = state.claimed() == index
             && state.overflow()
             && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) != PENDING;
@@ -956,16 +978,17 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// still be collected and the other buffers recalled; [`discard`](Self::discard) drops the
     /// rest.
     pub fn close(&mut self) {
-        // AcqRel: as in `change`.
+        // AcqRel: pairs with `change`, by which senders claim and push, and with their loads of the
+        // state in `deliver` and `claim`.
         let state = InboxState(self.inbox.state.fetch_or(CLOSED, Ordering::AcqRel));
         for index in indices(&(self.collected..state.claimed())) {
             // A buffer that was taken back is no sender's.
             let lent = self.inbox.buffer_cell(index).with(|cell| {
-                // SAFETY: invariant 4: the buffer cells are the collector's.
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
                 unsafe { (*cell).is_some() }
             });
             if lent {
-                // Acquire: pairs with the Release in `end_claim`; the sender has let go of the cell.
+                // Acquire: pairs with the Release in `end_claim`; the sender no longer uses the buffer.
                 wait(|| {
                     filled_with(self.inbox.cell_state(index).load(Ordering::Acquire), index)
                         .is_some()
@@ -974,7 +997,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         }
         let mut index = self.popped;
         while index != state.pushed() {
-            // Acquire: pairs with the Release in `fill_overflow`.
+            // Acquire: pairs with the Release in `fill_overflow`; the sender no longer uses the cell.
             let cell = self.inbox.overflow.cell(index);
             wait(|| cell.state.load(Ordering::Acquire) != PENDING);
             index = index.wrapping_add(1) & PUSHED_MASK;
@@ -991,16 +1014,20 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             f(packet.buffer);
         }
         self.recall(&mut f);
-        // Nobody else changes the word of a closed inbox.
+        // Nobody else changes the state of a closed inbox. Acquire: pairs with the Release in
+        // `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
         while self.popped != state.pushed() {
+            // Relaxed: published by `popped` below.
             self.inbox.overflow.cell(self.popped).state.store(PENDING, Ordering::Relaxed);
             self.popped = self.popped.wrapping_add(1) & PUSHED_MASK;
             dropped += 1;
         }
+        // Release: pairs with the Acquire in `deliver`; we no longer read the cells.
         self.inbox.popped.store(self.popped, Ordering::Release);
         self.inbox.overflowing.store(false, Ordering::Relaxed);
-        // Release: pairs with the Acquire of senders after a reopening.
+        // Release: pairs with the Acquire in `deliver` and `claim` of senders that come after a
+        // `reopen`.
         self.inbox.state.store(state.without(OVERFLOW).0, Ordering::Release);
         dropped
     }
@@ -1008,7 +1035,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// Accepts deliveries again after a [`close`](Self::close). What was not collected before
     /// stays where it was. No effect on an open inbox.
     pub fn reopen(&mut self) {
-        // AcqRel: as in `change`.
+        // AcqRel: pairs with the loads of the state in `deliver` and `claim`, which then see our
+        // indices, and with `change`.
         self.inbox.state.fetch_and(!CLOSED, Ordering::AcqRel);
     }
 }
@@ -1031,14 +1059,15 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
         let mut free = posted;
         for index in indices(&(start..posted)).rev() {
             let buffer = inbox.buffer_cell(index).with_mut(|cell| {
-                // SAFETY: invariants 1 and 4, as in `recall_if`.
+                // SAFETY: invariants 1 and 4: `recall_if` made this guard with the overflow bit or the
+                // held bit set, and we clear the held bit only below, so no sender claims the cell.
                 unsafe { (*cell).take() }
             });
             if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
                 let ptr = inbox.buffer_cell(free).with_mut(|cell| {
-                    // SAFETY: as above. It is empty: we have just taken what was in it, or it was
-                    // taken back.
+                    // SAFETY: invariants 1 and 4: this cell is in the same range, so no sender claims it
+                    // either. It is empty: its buffer was taken in this loop, or was taken back.
                     let buffer = unsafe { (*cell).insert(buffer) };
                     // It may have moved, and whoever was asked about it may have changed it. Senders wait
                     // for us, so not even a buffer that panics may end this: one that has no room any
@@ -1049,6 +1078,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
                 self.collector.store_buffer_ptr(free, ptr);
             }
         }
+        // Relaxed: `change` below acquires.
         let mut state = InboxState(inbox.state.load(Ordering::Relaxed));
         while let Err(now) = inbox.change(state, state.with_claimed(first).without(HELD)) {
             state = InboxState(now); // somebody pushed; nobody claimed
@@ -1062,7 +1092,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
         self.inbox.doorbell.disarm();
         self.inbox.doorbell.parker().set(None);
         self.discard(drop);
-        // Release: pairs with the Acquire in `open`.
+        // Release: pairs with the Acquire in `open`; the next collector sees our indices.
         self.inbox.has_collector.store(false, Ordering::Release);
     }
 }
