@@ -75,7 +75,7 @@ pub(crate) unsafe extern "C" fn _Block_copy(block: *const c_void) -> *mut c_void
         return from.cast_mut().cast();
     }
     if flags & NEEDS_FREE != 0 {
-        objects::alive(from, Kind::Block, "_Block_copy");
+        objects::expect_live(from, Kind::Block, "_Block_copy");
         // SAFETY: alive, as just seen, so it is a block of the heap. Relaxed: who copies has a
         // reference already.
         unsafe { (*from).flags.fetch_add(1, Ordering::Relaxed) };
@@ -97,7 +97,7 @@ pub(crate) unsafe extern "C" fn _Block_copy(block: *const c_void) -> *mut c_void
             ((*(*to).descriptor).copy)(to.cast(), from.cast());
         }
     }
-    objects::born(to, Kind::Block, Box::new(Memory(to, layout)));
+    objects::register(to, Kind::Block, Box::new(Memory(to, layout)));
     to.cast()
 }
 
@@ -116,7 +116,7 @@ pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
     if flags & IS_GLOBAL != 0 || flags & NEEDS_FREE == 0 {
         return;
     }
-    objects::alive(block, Kind::Block, "_Block_release");
+    objects::expect_live(block, Kind::Block, "_Block_release");
     // SAFETY: it lives. AcqRel: the last release comes after the others' uses.
     let before = unsafe { (*block).flags.fetch_sub(1, Ordering::AcqRel) };
     if before & REFERENCES != 1 {
@@ -126,12 +126,12 @@ pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
         violation("_Block_release: the last reference to a block that still runs");
     }
     // Freed some time after its end: what is done with it until then is told for certain.
-    let remains = objects::died(block);
+    let retired = objects::unregister(block);
     if flags & HAS_COPY_DISPOSE != 0 {
         // SAFETY: that was the last reference, and the memory is still there.
         unsafe { ((*(*block).descriptor).dispose)(block.cast()) }
     }
-    drop(remains);
+    drop(retired);
 }
 
 /// A block's memory, from `_Block_copy`.
@@ -161,7 +161,7 @@ pub(crate) extern "C" fn _Block_object_dispose(_: *const c_void, _: c_int) {
 
 /// A block that vmnet was given: with a reference of its own, as vmnet is expected to take, or
 /// without one, since that is nowhere promised.
-pub(crate) struct Held {
+pub(crate) struct GivenBlock {
     block: *mut Block,
     /// `None`: one that is never freed.
     life: Option<Life>,
@@ -170,11 +170,11 @@ pub(crate) struct Held {
 }
 
 // SAFETY: a block is called and released from any thread, as vmnet does; its owner made it for that.
-unsafe impl Send for Held {}
+unsafe impl Send for GivenBlock {}
 // SAFETY: as above.
-unsafe impl Sync for Held {}
+unsafe impl Sync for GivenBlock {}
 
-impl Held {
+impl GivenBlock {
     /// # Safety
     ///
     /// `block` is a block, or nothing that lives, which is told.
@@ -183,7 +183,7 @@ impl Held {
             violation(&format!("{role}: a block is expected and it is null"));
         }
         let from = block.cast::<Block>();
-        let known = |block: *mut Block| Some(objects::alive(block, Kind::Block, role));
+        let known = |block: *mut Block| Some(objects::expect_live(block, Kind::Block, role));
         if copies {
             // SAFETY: as the caller says.
             let copy = unsafe { _Block_copy(block) }.cast::<Block>();
@@ -206,7 +206,7 @@ impl Held {
         if let Some(life) = self.life {
             life.check(self.role);
         }
-        let borrowed = self.life.filter(|_| !self.copied).map(Life::run);
+        let borrowed = self.life.filter(|_| !self.copied).map(Life::mark_running);
         // SAFETY: it lives, as just seen.
         call(unsafe { (*self.block).invoke });
         if borrowed.is_some() {
@@ -241,7 +241,7 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for GivenBlock {
     fn drop(&mut self) {
         if self.copied {
             // SAFETY: our reference, from `_Block_copy`.

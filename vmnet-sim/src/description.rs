@@ -14,13 +14,13 @@ use crate::status::{BRIDGED_MODE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE};
 use crate::xpc;
 
 /// A description, understood.
-pub(crate) struct Wish {
+pub(crate) struct Request {
     pub(crate) id: Option<[u8; 16]>,
     pub(crate) mode: u64,
     pub(crate) values: BTreeMap<String, Value>,
 }
 
-impl Wish {
+impl Request {
     /// # Safety
     ///
     /// `description` is an XPC object, or nothing that lives, which is told.

@@ -53,13 +53,13 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        drop(objects::died(ptr::from_ref(self)));
+        drop(objects::unregister(ptr::from_ref(self)));
     }
 }
 
 /// A queue that vmnet was given: with a reference of its own or without one.
 #[derive(Clone)]
-pub(crate) struct Target {
+pub(crate) struct GivenQueue {
     queue: *const Queue,
     life: Life,
     role: &'static str,
@@ -68,14 +68,14 @@ pub(crate) struct Target {
 }
 
 // SAFETY: the pointer is used after `life` has been checked only, and queues are `Sync`.
-unsafe impl Send for Target {}
+unsafe impl Send for GivenQueue {}
 // SAFETY: as above.
-unsafe impl Sync for Target {}
+unsafe impl Sync for GivenQueue {}
 
-impl Target {
+impl GivenQueue {
     /// A queue that somebody gives: told if it is none.
     pub(crate) fn new(queue: *const c_void, role: &'static str, retains: bool) -> Self {
-        let life = objects::alive(queue, Kind::Queue, role);
+        let life = objects::expect_live(queue, Kind::Queue, role);
         let queue = queue.cast::<Queue>();
         // SAFETY: a queue lives there, made by `dispatch_queue_create` as an Arc.
         let retained = retains.then(|| unsafe {
@@ -134,22 +134,22 @@ impl Target {
     }
 
     /// Which queue it is, to remember without a reference.
-    pub(crate) fn name(&self) -> Name {
-        Name { queue: self.queue as usize, life: self.life }
+    pub(crate) fn id(&self) -> QueueId {
+        QueueId { queue: self.queue as usize, life: self.life }
     }
 }
 
 /// Which queue something was given, whether that still exists or not.
 #[derive(Clone, Copy)]
-pub(crate) struct Name {
+pub(crate) struct QueueId {
     queue: usize,
     life: Life,
 }
 
-impl Name {
-    /// As [`Target::is_current`].
+impl QueueId {
+    /// As [`GivenQueue::is_current`].
     pub(crate) fn is_current(self) -> bool {
-        CURRENT.get() as usize == self.queue && self.life.goes_on()
+        CURRENT.get() as usize == self.queue && self.life.is_live()
     }
 }
 
@@ -169,7 +169,7 @@ pub(crate) unsafe extern "C" fn dispatch_queue_create(
     let queue = Arc::new(Queue { label, jobs: Mutex::new(None) });
     let memory = Arc::downgrade(&queue);
     let queue = Arc::into_raw(queue);
-    objects::born(queue, Kind::Queue, Box::new(memory));
+    objects::register(queue, Kind::Queue, Box::new(memory));
     queue.cast()
 }
 
@@ -178,7 +178,7 @@ pub(crate) unsafe extern "C" fn dispatch_queue_create(
 /// `queue` is a queue, or nothing that lives, which is told.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_retain(queue: *const c_void) {
-    objects::alive(queue, Kind::Queue, "dispatch_retain");
+    objects::expect_live(queue, Kind::Queue, "dispatch_retain");
     // SAFETY: it lives, and was made as an Arc.
     unsafe { Arc::increment_strong_count(queue.cast::<Queue>()) }
 }
@@ -188,7 +188,7 @@ pub(crate) unsafe extern "C" fn dispatch_retain(queue: *const c_void) {
 /// As [`dispatch_retain`], and the caller has a reference to give up.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_release(queue: *const c_void) {
-    objects::alive(queue, Kind::Queue, "dispatch_release");
+    objects::expect_live(queue, Kind::Queue, "dispatch_release");
     // SAFETY: as in `dispatch_retain`; the reference is the caller's.
     unsafe { Arc::decrement_strong_count(queue.cast::<Queue>()) }
 }
@@ -206,7 +206,7 @@ pub(crate) unsafe extern "C" fn dispatch_async_f(
     // SAFETY: as the caller says.
     unsafe impl Send for Context {}
     let context = Context(context);
-    Target::new(queue, "dispatch_async_f", true).run(move || {
+    GivenQueue::new(queue, "dispatch_async_f", true).run(move || {
         let context = context; // the whole of it
         function(context.0);
     });

@@ -6,7 +6,7 @@ use std::thread;
 use libc::in_addr;
 
 use crate::availability::require;
-use crate::blocks::Held;
+use crate::blocks::GivenBlock;
 use crate::interface::{self, Interface};
 use crate::objects::{lock, violation};
 use crate::rules::{INET, Rule, address, address_len};
@@ -53,8 +53,8 @@ unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, old
         return SUCCESS;
     }
     // SAFETY: as the caller says.
-    let handler = unsafe { Held::new(handler, "the forwarding's handler", true) };
-    interface.world().saw(handler.life(), "the forwarding's handler");
+    let handler = unsafe { GivenBlock::new(handler, "the forwarding's handler", true) };
+    interface.world().track(handler.life(), "the forwarding's handler");
     thread::spawn(move || handler.call_status(status));
     SUCCESS
 }
@@ -68,8 +68,8 @@ unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8
     let rules: Vec<Handle> =
         rules.iter().filter(|rule| rule.family == family).map(handle).collect();
     // SAFETY: as the caller says.
-    let handler = unsafe { Held::new(handler, "the rules' handler", true) };
-    interface.world().saw(handler.life(), "the rules' handler");
+    let handler = unsafe { GivenBlock::new(handler, "the rules' handler", true) };
+    interface.world().track(handler.life(), "the rules' handler");
     thread::spawn(move || {
         // None is null.
         let array = (!rules.is_empty()).then(|| Handle::new(Object::Array(rules)));
@@ -95,7 +95,7 @@ unsafe fn add(
     }
     // SAFETY: as the caller says.
     let Some(address) = (unsafe { address(inner, family) }) else {
-        return interface.world().forbids("an unknown address family", INVALID_ARGUMENT);
+        return interface.world().misuse("an unknown address family", INVALID_ARGUMENT);
     };
     let (protocol, outside, inside) = rule;
     let status = interface.add(Rule { protocol, outside, family, address, inside });

@@ -18,7 +18,7 @@ pub(crate) const LONG_MARK: &[u8; 8] = b"vmnetlng";
 /// Frames that are longer than the simulated wire takes. A short one goes over it instead, which
 /// finds its way by the same addresses and says with a ticket what it stands for.
 #[derive(Default)]
-pub(crate) struct Long(Mutex<HashMap<u64, Awaited>>);
+pub(crate) struct LongFrames(Mutex<HashMap<u64, Awaited>>);
 
 struct Awaited {
     bytes: Vec<u8>,
@@ -27,7 +27,7 @@ struct Awaited {
     known: bool,
 }
 
-impl Long {
+impl LongFrames {
     pub(crate) fn give(&self, bytes: Vec<u8>) -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let ticket = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -14,8 +14,8 @@ use std::thread;
 use macaddr::MacAddr6;
 use vmring_embedded::{Receiver, Sender};
 
-use crate::blocks::Held;
-use crate::dispatch::{Name, Target};
+use crate::blocks::GivenBlock;
+use crate::dispatch::{GivenQueue, QueueId};
 use crate::limits::LENT;
 use crate::network::Network;
 use crate::objects::{lock, violation};
@@ -23,7 +23,7 @@ use crate::rules::Rule;
 use crate::script::{Counts, Dead};
 use crate::settings::Settings;
 use crate::status::{FAILURE, INVALID_ARGUMENT, SETUP_INCOMPLETE};
-use crate::world::{Entry, World};
+use crate::world::{Record, World};
 
 const STARTING: u8 = 0;
 const RUNNING: u8 = 1;
@@ -34,23 +34,23 @@ const STOPPED: u8 = 2;
 pub(crate) struct Interface {
     state: AtomicU8,
     world: World,
-    entry: Arc<Mutex<Entry>>,
+    record: Arc<Mutex<Record>>,
     settings: Settings,
     /// Calls under way.
     reading: AtomicBool,
     writing: AtomicBool,
     calls: AtomicUsize,
-    kernel: Mutex<Kernel>,
+    receive_queue: Mutex<ReceiveQueue>,
     sender: Mutex<Option<Sender<Vec<u8>>>>,
     /// The longest packet of the wire.
-    wire: usize,
+    wire_max: usize,
     /// Where the network gives out no addresses: the gateway, whose DHCP then does not come through.
     no_dhcp: Option<MacAddr6>,
     events: Mutex<Option<Arc<EventTarget>>>,
     /// Events on the queue or under way.
     underway: AtomicUsize,
     /// The queue of the last event callback.
-    events_queue: Mutex<Option<Name>>,
+    events_queue: Mutex<Option<QueueId>>,
     /// A repeated event is on its way.
     repeating: AtomicBool,
     dead: Arc<Mutex<Option<Dead>>>,
@@ -61,28 +61,28 @@ pub(crate) struct Interface {
 
 /// The queue of packets that nobody has read.
 #[derive(Default)]
-struct Kernel {
+struct ReceiveQueue {
     receiver: Option<Receiver<Vec<u8>>>,
     waiting: VecDeque<(Vec<u8>, usize)>,
     free: Vec<Vec<u8>>,
 }
 
 /// Keeps a buffer to be lent again.
-fn spare(free: &mut Vec<Vec<u8>>, buffer: Vec<u8>) {
+fn recycle(free: &mut Vec<Vec<u8>>, buffer: Vec<u8>) {
     if free.len() < LENT {
         free.push(buffer);
     }
 }
 
 struct EventTarget {
-    block: Held,
-    queue: Target,
+    block: GivenBlock,
+    queue: GivenQueue,
     /// An event is on the queue and has not begun.
     pending: AtomicBool,
 }
 
 /// All handles: so that they are kept, and not leaked.
-static ALL: Mutex<Vec<AtomicPtr<Arc<Interface>>>> = Mutex::new(Vec::new());
+static HANDLES: Mutex<Vec<AtomicPtr<Arc<Interface>>>> = Mutex::new(Vec::new());
 
 /// # Safety
 ///
@@ -103,12 +103,12 @@ impl Interface {
     /// The pointer that foreign code gets: never freed.
     fn handle(self: &Arc<Self>) -> *mut c_void {
         let handle = Box::into_raw(Box::new(self.clone()));
-        lock(&ALL).push(AtomicPtr::new(handle));
+        lock(&HANDLES).push(AtomicPtr::new(handle));
         handle.cast()
     }
 
     fn count(&self, count: impl FnOnce(&mut Counts)) {
-        count(&mut lock(&self.entry).counts);
+        count(&mut lock(&self.record).counts);
     }
 
     pub(crate) fn is_running(&self) -> bool {
@@ -125,13 +125,11 @@ impl Interface {
             RUNNING => {}
             STARTING => return Err(SETUP_INCOMPLETE),
             _ => {
-                return Err(self
-                    .world
-                    .forbids(&format!("{what} after the stop"), INVALID_ARGUMENT));
+                return Err(self.world.misuse(&format!("{what} after the stop"), INVALID_ARGUMENT));
             }
         }
         if busy.swap(true, Ordering::AcqRel) {
-            let status = self.world.forbids(&format!("two calls of {what} at once"), FAILURE);
+            let status = self.world.misuse(&format!("two calls of {what} at once"), FAILURE);
             return Err(status);
         }
         self.calls.fetch_add(1, Ordering::AcqRel);

@@ -26,11 +26,11 @@ pub(crate) enum CfObject {
 /// What a network is to be like.
 pub(crate) struct Configuration {
     world: World,
-    wish: Mutex<Wish>,
+    request: Mutex<NetworkRequest>,
 }
 
 #[derive(Clone)]
-struct Wish {
+struct NetworkRequest {
     mode: u64,
     subnet: Option<(Ipv4Addr, Ipv4Addr)>,
     prefix: Option<([u8; 16], u8)>,
@@ -44,7 +44,7 @@ struct Wish {
 /// A network: its addresses are reserved as long as it exists.
 pub(crate) struct Network {
     world: World,
-    wish: Wish,
+    request: NetworkRequest,
     gateway: Ipv4Addr,
     mask: Ipv4Addr,
     serial: u64,
@@ -59,7 +59,7 @@ impl Network {
     }
 
     pub(crate) fn mtu(&self) -> u32 {
-        self.wish.mtu
+        self.request.mtu
     }
 
     pub(crate) fn gateway(&self) -> Ipv4Addr {
@@ -89,7 +89,8 @@ impl Network {
     }
 
     fn describe(&self) -> NetworkMade {
-        let Wish { mode, prefix, mtu, external, off, reservations, rules, .. } = self.wish.clone();
+        let NetworkRequest { mode, prefix, mtu, external, off, reservations, rules, .. } =
+            self.request.clone();
         let rule = |rule: Rule| ForwardMade {
             protocol: rule.protocol,
             external_port: rule.outside,
@@ -110,21 +111,21 @@ impl Network {
     }
 
     pub(crate) fn reservations(&self) -> &[([u8; 6], Ipv4Addr)] {
-        &self.wish.reservations
+        &self.request.reservations
     }
 
     /// Whether it gives out addresses.
     pub(crate) fn dhcp(&self) -> bool {
-        !self.wish.off.contains(&"dhcp")
+        !self.request.off.contains(&"dhcp")
     }
 
     pub(crate) fn mode(&self) -> u64 {
-        self.wish.mode
+        self.request.mode
     }
 
-    fn create(world: &World, wish: Wish) -> Result<Arc<Self>, u32> {
+    fn create(world: &World, request: NetworkRequest) -> Result<Arc<Self>, u32> {
         let mut subnets = lock(&world.0.subnets);
-        let (gateway, mask) = match wish.subnet {
+        let (gateway, mask) = match request.subnet {
             Some(subnet) => subnet,
             None => {
                 let free = (100..=254)
@@ -145,12 +146,12 @@ impl Network {
         }
         subnets.push(subnet);
         drop(subnets);
-        Ok(Arc::new(Self { world: world.clone(), wish, gateway, mask, serial }))
+        Ok(Arc::new(Self { world: world.clone(), request, gateway, mask, serial }))
     }
 }
 
 impl CfObject {
-    fn give(self) -> *mut c_void {
+    fn into_raw(self) -> *mut c_void {
         let (kind, world) = match &self {
             CfObject::Configuration(configuration) => {
                 (Kind::Configuration, configuration.world.clone())
@@ -164,7 +165,7 @@ impl CfObject {
             Kind::Configuration => "a network configuration",
             _ => "a network object",
         };
-        world.saw(objects::born(object, kind, memory), role);
+        world.track(objects::register(object, kind, memory), role);
         object.cast_mut().cast()
     }
 }
@@ -173,7 +174,7 @@ impl CfObject {
 ///
 /// `configuration` is one, or nothing that lives, which is told.
 unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Configuration {
-    objects::alive(configuration, Kind::Configuration, role);
+    objects::expect_live(configuration, Kind::Configuration, role);
     // SAFETY: it lives, and is a CfObject of this kind.
     match unsafe { &*configuration.cast::<CfObject>() } {
         CfObject::Configuration(configuration) => configuration,
@@ -185,7 +186,7 @@ unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Con
 ///
 /// `network` is one, or nothing that lives, which is told.
 pub(crate) unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<Network> {
-    objects::alive(network, Kind::Network, role);
+    objects::expect_live(network, Kind::Network, role);
     // SAFETY: it lives, and is a CfObject of this kind.
     match unsafe { &*network.cast::<CfObject>() } {
         CfObject::Network(network) => network,
@@ -196,7 +197,7 @@ pub(crate) unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<
 /// # Safety
 ///
 /// `status` is null or can be written.
-unsafe fn say(status: *mut u32, value: u32) {
+unsafe fn store_status(status: *mut u32, value: u32) {
     if !status.is_null() {
         // SAFETY: as the caller says.
         unsafe { *status = value }
@@ -218,7 +219,7 @@ pub(crate) unsafe extern "C" fn CFRelease(object: *const c_void) {
         Some(other) => violation(&format!("CFRelease: {other} is no object of CoreFoundation's")),
         None => violation("CFRelease: nothing lives there (any more)"),
     }
-    drop(objects::died(object));
+    drop(objects::unregister(object));
     // SAFETY: it lived until now, and is an Arc of ours with one owner.
     drop(unsafe { Arc::from_raw(object) });
 }
@@ -235,10 +236,10 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
     let mode = u64::from(mode);
     if !matches!(mode, HOST_MODE | SHARED_MODE) {
         // SAFETY: as the caller says.
-        unsafe { say(status, INVALID_ARGUMENT) };
+        unsafe { store_status(status, INVALID_ARGUMENT) };
         return ptr::null_mut();
     }
-    let wish = Wish {
+    let request = NetworkRequest {
         mode,
         subnet: None,
         prefix: None,
@@ -249,9 +250,9 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
         rules: Vec::new(),
     };
     // SAFETY: as the caller says.
-    unsafe { say(status, SUCCESS) };
-    CfObject::Configuration(Configuration { world: World::current(), wish: Mutex::new(wish) })
-        .give()
+    unsafe { store_status(status, SUCCESS) };
+    CfObject::Configuration(Configuration { world: World::current(), request: Mutex::new(request) })
+        .into_raw()
 }
 
 /// # Safety
@@ -265,9 +266,9 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_external_interfa
     // SAFETY: as the caller says.
     let (to, name) = unsafe { (configuration(to, "external interface"), CStr::from_ptr(name)) };
     let known = to.world.host().shared_interfaces.unwrap_or_default();
-    let mut wish = lock(&to.wish);
+    let mut request = lock(&to.request);
     match known.into_iter().find(|known| known.as_bytes() == name.to_bytes()) {
-        Some(name) if wish.mode == SHARED_MODE => wish.external = Some(name),
+        Some(name) if request.mode == SHARED_MODE => request.external = Some(name),
         _ => return INVALID_ARGUMENT,
     }
     SUCCESS
@@ -282,7 +283,7 @@ macro_rules! disable {
         pub(crate) unsafe extern "C" fn $name(from: *mut c_void) {
             // SAFETY: as the caller says.
             let from = unsafe { configuration(from, $what) };
-            lock(&from.wish).off.push($what);
+            lock(&from.request).off.push($what);
         }
     )*};
 }
@@ -310,7 +311,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv4_subnet(
     if !subnet.is_private() || u32::from(mask).leading_ones() < 8 {
         return INVALID_ARGUMENT;
     }
-    lock(&to.wish).subnet = Some((subnet, mask));
+    lock(&to.request).subnet = Some((subnet, mask));
     SUCCESS
 }
 
@@ -328,7 +329,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv6_prefix(
     if bits > 128 {
         return INVALID_ARGUMENT;
     }
-    lock(&to.wish).prefix = Some((prefix.s6_addr, bits));
+    lock(&to.request).prefix = Some((prefix.s6_addr, bits));
     SUCCESS
 }
 
@@ -345,7 +346,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_mtu(
     if !(1280..=65_521).contains(&mtu) {
         return INVALID_ARGUMENT;
     }
-    lock(&to.wish).mtu = mtu;
+    lock(&to.request).mtu = mtu;
     SUCCESS
 }
 
@@ -362,11 +363,11 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_dhcp_reservation
     let (to, client, reservation) =
         unsafe { (configuration(to, "reservation"), *client, *reservation) };
     let address = Ipv4Addr::from(reservation.s_addr.to_ne_bytes());
-    let mut wish = lock(&to.wish);
-    if wish.reservations.iter().any(|(_, known)| *known == address) {
+    let mut request = lock(&to.request);
+    if request.reservations.iter().any(|(_, known)| *known == address) {
         return INVALID_ARGUMENT;
     }
-    wish.reservations.push((client, address));
+    request.reservations.push((client, address));
     SUCCESS
 }
 
@@ -388,7 +389,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_port_forwarding_
     if !matches!(protocol, 6 | 17) {
         return INVALID_ARGUMENT;
     }
-    lock(&to.wish).rules.push(Rule { protocol, outside, family, address, inside });
+    lock(&to.request).rules.push(Rule { protocol, outside, family, address, inside });
     SUCCESS
 }
 
@@ -402,33 +403,33 @@ pub(crate) unsafe extern "C" fn vmnet_network_create(
 ) -> *mut c_void {
     // SAFETY: as the caller says.
     let from = unsafe { configuration(from, "vmnet_network_create") };
-    let wish = lock(&from.wish).clone();
+    let request = lock(&from.request).clone();
     let plan = from.world.network_plan();
     std::thread::sleep(plan.delay);
     let made = match plan.status {
-        SUCCESS => Network::create(&from.world, wish),
+        SUCCESS => Network::create(&from.world, request),
         status => Err(status),
     };
     if let Ok(network) = &made {
         lock(&from.world.0.networks_made).push(network.describe());
     }
     // SAFETY: as the caller says.
-    unsafe { give(made, status) }
+    unsafe { return_network(made, status) }
 }
 
 /// # Safety
 ///
 /// `status` is null or can be written.
-unsafe fn give(made: Result<Arc<Network>, u32>, status: *mut u32) -> *mut c_void {
+unsafe fn return_network(made: Result<Arc<Network>, u32>, status: *mut u32) -> *mut c_void {
     match made {
         Ok(network) => {
             // SAFETY: as the caller says.
-            unsafe { say(status, SUCCESS) };
-            CfObject::Network(network).give()
+            unsafe { store_status(status, SUCCESS) };
+            CfObject::Network(network).into_raw()
         }
         Err(why) => {
             // SAFETY: as the caller says.
-            unsafe { say(status, why) };
+            unsafe { store_status(status, why) };
             ptr::null_mut()
         }
     }
@@ -464,7 +465,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_get_ipv6_prefix(
     unsafe {
         let of = network(of, "vmnet_network_get_ipv6_prefix");
         let default = ([0xfd, 0, 0, 0x26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 64);
-        let (bytes, length) = of.wish.prefix.unwrap_or(default);
+        let (bytes, length) = of.request.prefix.unwrap_or(default);
         (*prefix).s6_addr = bytes;
         *bits = length;
     }
@@ -483,14 +484,14 @@ pub(crate) unsafe extern "C" fn vmnet_network_copy_serialization(
 ) -> *mut c_void {
     // SAFETY: as the caller says.
     let of = unsafe {
-        say(status, SUCCESS);
+        store_status(status, SUCCESS);
         network(of, "vmnet_network_copy_serialization")
     };
     lock(&SERIALIZED).push((of.serial, Arc::downgrade(of)));
     let object = Handle::new(Object::Opaque(Box::new(Serialized(of.serial))));
     // SAFETY: it lives: we have it.
     let (_, life) = unsafe { xpc::borrow(object.as_raw(), "a serialization") };
-    of.world.saw(life, "a serialization");
+    of.world.track(life, "a serialization");
     object.into_raw()
 }
 
@@ -515,7 +516,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
         .find(|(known, _)| Some(*known) == serial)
         .and_then(|(_, network)| network.upgrade());
     // SAFETY: as the caller says.
-    unsafe { give(known.ok_or(INVALID_ARGUMENT), status) }
+    unsafe { return_network(known.ok_or(INVALID_ARGUMENT), status) }
 }
 
 /// A subnet's addresses from its gateway's to the last but one: the last is the broadcast's.

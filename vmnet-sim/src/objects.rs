@@ -45,23 +45,24 @@ struct Table {
     /// Blocks that are being called, by somebody without a reference.
     running: Vec<Life>,
     /// Of those that died last: so that one of them is not mistaken for one born in its place.
-    buried: VecDeque<Memory>,
+    retired: VecDeque<Memory>,
     next: u64,
 }
 
 /// How many of the dead keep their memory.
-const BURIED: usize = 256;
+const RETIRED_MAX: usize = 256;
 
 /// The memory of one that died. Whoever drops it is done with it.
 #[must_use = "as long as it exists the memory may be used"]
-pub(crate) struct Remains(Option<Memory>);
+pub(crate) struct RetiredMemory(Option<Memory>);
 
-impl Drop for Remains {
+impl Drop for RetiredMemory {
     fn drop(&mut self) {
         let Some(memory) = self.0.take() else { return };
         let mut table = lock(&TABLE);
-        table.buried.push_back(memory);
-        let oldest = if table.buried.len() > BURIED { table.buried.pop_front() } else { None };
+        table.retired.push_back(memory);
+        let oldest =
+            if table.retired.len() > RETIRED_MAX { table.retired.pop_front() } else { None };
         drop(table);
         drop(oldest);
     }
@@ -73,7 +74,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(crate) fn born<T: ?Sized>(address: *const T, kind: Kind, memory: Memory) -> Life {
+pub(crate) fn register<T: ?Sized>(address: *const T, kind: Kind, memory: Memory) -> Life {
     let mut table = lock(&TABLE);
     table.next += 1;
     let (address, serial) = (address.cast::<()>() as usize, table.next);
@@ -81,9 +82,9 @@ pub(crate) fn born<T: ?Sized>(address: *const T, kind: Kind, memory: Memory) -> 
     Life { address, serial }
 }
 
-pub(crate) fn died<T: ?Sized>(address: *const T) -> Remains {
+pub(crate) fn unregister<T: ?Sized>(address: *const T) -> RetiredMemory {
     let removed = lock(&TABLE).alive.remove(&(address.cast::<()>() as usize));
-    Remains(removed.map(|(.., memory)| memory))
+    RetiredMemory(removed.map(|(.., memory)| memory))
 }
 
 /// What lives at `address`.
@@ -93,7 +94,7 @@ pub(crate) fn kind<T: ?Sized>(address: *const T) -> Option<Kind> {
 
 /// The life of what stands at `address`, which must be of that kind. `role` says in whose place it
 /// was given.
-pub(crate) fn alive<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Life {
+pub(crate) fn expect_live<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Life {
     let address = address.cast::<()>() as usize;
     match lock(&TABLE).alive.get(&address) {
         Some((serial, found, _)) if *found == kind => Life { address, serial: *serial },
@@ -126,18 +127,18 @@ pub(crate) fn is_running<T: ?Sized>(address: *const T) -> bool {
 }
 
 impl Life {
-    pub(crate) fn run(self) -> Running {
+    pub(crate) fn mark_running(self) -> Running {
         lock(&TABLE).running.push(self);
         Running(self)
     }
 
-    pub(crate) fn goes_on(self) -> bool {
+    pub(crate) fn is_live(self) -> bool {
         lock(&TABLE).alive.get(&self.address).is_some_and(|(serial, ..)| *serial == self.serial)
     }
 
     /// It must go on: it is about to be used.
     pub(crate) fn check(self, role: &str) {
-        if !self.goes_on() {
+        if !self.is_live() {
             violation(&format!("{role}: it was released too early"));
         }
     }

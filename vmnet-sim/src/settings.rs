@@ -6,7 +6,7 @@ use macaddr::MacAddr6;
 use vmring_embedded::AddressRange;
 use vmring_embedded::network::mac_of_interface;
 
-use crate::description::Wish;
+use crate::description::Request;
 use crate::keys::key;
 use crate::limits::{BATCH, HEADER, TSO_MAX};
 use crate::network::Network;
@@ -33,30 +33,30 @@ pub(crate) struct Settings {
 
 impl Settings {
     pub(crate) fn negotiate(
-        wish: &Wish,
+        request: &Request,
         script: &Script,
         world: &World,
         network: Option<&Network>,
     ) -> Result<Self, u32> {
-        let asked = |key| wish.bool(key) == Some(true);
+        let asked = |key| request.bool(key) == Some(true);
         let (tso, header) = (asked("enable_tso"), asked("enable_virtio_header"));
-        let id = wish.id.unwrap_or_else(|| world.interface_id());
-        let own = network.map_or_else(|| wish.u64("mtu"), |network| Some(network.mtu().into()));
+        let id = request.id.unwrap_or_else(|| world.interface_id());
+        let own = network.map_or_else(|| request.u64("mtu"), |network| Some(network.mtu().into()));
         let mtu = own.unwrap_or(1500);
         if !(68..=65_535).contains(&mtu) {
             return Err(INVALID_ARGUMENT);
         }
         let max = if tso { TSO_MAX } else { mtu + 14 };
-        let mac = match wish.str("mac_address") {
+        let mac = match request.str("mac_address") {
             Some(text) if script.honours_mac => Some(text.parse().map_err(|_| INVALID_ARGUMENT)?),
-            _ if wish.bool("allocate_mac_address") == Some(false) => None,
+            _ if request.bool("allocate_mac_address") == Some(false) => None,
             _ => Some(mac_of_interface(id)),
         };
         let addresses = match network {
             Some(network) => Some(network.range()),
-            None => wish.addresses()?,
+            None => request.addresses()?,
         };
-        let shared = wish.mode == SHARED_MODE;
+        let shared = request.mode == SHARED_MODE;
         let told = world.host().macos >= (15, 0);
         let limit = |limit: Option<u32>| limit.filter(|_| told).map_or(BATCH, |n| n as usize);
         Ok(Self {
@@ -68,7 +68,7 @@ impl Settings {
             limits: (limit(script.read_max_packets), limit(script.write_max_packets)),
             mac,
             addresses,
-            nat66: shared.then(|| wish.str("nat66_prefix").unwrap_or("fd00:64::").to_owned()),
+            nat66: shared.then(|| request.str("nat66_prefix").unwrap_or("fd00:64::").to_owned()),
             several_iovecs: script.several_iovecs,
             free_of_charge: script.free_of_charge,
             call_cost: script.call_cost,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmring_embedded::Registry;
 
-use crate::framing::Long;
+use crate::framing::LongFrames;
 use crate::objects::{Life, lock, violation};
 use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
 
@@ -59,8 +59,8 @@ pub(crate) struct Inner {
     /// Whether vmnet copies the blocks and retains the queues it is given.
     retains: bool,
     pub(crate) networks: Registry<Vec<u8>>,
-    pub(crate) long: Long,
-    entries: Mutex<HashMap<[u8; 16], Arc<Mutex<Entry>>>>,
+    pub(crate) long_frames: LongFrames,
+    records: Mutex<HashMap<[u8; 16], Arc<Mutex<Record>>>>,
     /// What it was given and what it gave, with the place.
     seen: Mutex<Vec<(Life, &'static str)>>,
     /// Subnets that network objects hold.
@@ -71,7 +71,7 @@ pub(crate) struct Inner {
 
 /// What is known of an interface identity.
 #[derive(Default)]
-pub(crate) struct Entry {
+pub(crate) struct Record {
     pub(crate) script: Script,
     pub(crate) counts: Counts,
     pub(crate) description: BTreeMap<String, Value>,
@@ -105,8 +105,8 @@ impl World {
             rules,
             retains,
             networks: Registry::new(),
-            long: Long::default(),
-            entries: Mutex::default(),
+            long_frames: LongFrames::default(),
+            records: Mutex::default(),
             seen: Mutex::default(),
             subnets: Mutex::default(),
             network_plan: Mutex::default(),
@@ -159,18 +159,18 @@ impl World {
 
     /// Changes an interface's script.
     pub fn script(&self, id: [u8; 16], change: impl FnOnce(&mut Script)) {
-        change(&mut lock(&self.entry(id)).script);
+        change(&mut lock(&self.record(id)).script);
     }
 
     /// What an interface has seen.
     pub fn counts(&self, id: [u8; 16]) -> Counts {
-        lock(&self.entry(id)).counts
+        lock(&self.record(id)).counts
     }
 
     /// What the last start of the interface was asked for: the description's entries, by the names of
     /// their keys without `vmnet_` and `_key`.
     pub fn description(&self, id: [u8; 16]) -> BTreeMap<String, Value> {
-        lock(&self.entry(id)).description.clone()
+        lock(&self.record(id)).description.clone()
     }
 
     /// Changes how the creation of network objects goes.
@@ -189,7 +189,7 @@ impl World {
 
     /// The host sleeps and wakes: this is what it makes of the interface, until it is started again.
     pub fn sleep(&self, id: [u8; 16], dead: Dead) {
-        let running = lock(&self.entry(id)).dead.upgrade();
+        let running = lock(&self.record(id)).dead.upgrade();
         if let Some(state) = running {
             *lock(&state) = Some(dead);
         }
@@ -201,7 +201,7 @@ impl World {
         let start = Instant::now();
         loop {
             let mut seen = lock(&self.0.seen);
-            seen.retain(|(life, _)| life.goes_on());
+            seen.retain(|(life, _)| life.is_live());
             if seen.is_empty() || start.elapsed() > patience {
                 return seen.iter().map(|(_, role)| *role).collect();
             }
@@ -215,18 +215,18 @@ impl World {
         known.map_or_else(Self::current, World)
     }
 
-    pub(crate) fn entry(&self, id: [u8; 16]) -> Arc<Mutex<Entry>> {
-        lock(&self.0.entries).entry(id).or_default().clone()
+    pub(crate) fn record(&self, id: [u8; 16]) -> Arc<Mutex<Record>> {
+        lock(&self.0.records).entry(id).or_default().clone()
     }
 
     pub(crate) fn retains(&self) -> bool {
         self.0.retains
     }
 
-    pub(crate) fn saw(&self, life: impl Into<Option<Life>>, role: &'static str) {
+    pub(crate) fn track(&self, life: impl Into<Option<Life>>, role: &'static str) {
         if let Some(life) = life.into() {
             let mut seen = lock(&self.0.seen);
-            seen.retain(|(life, _)| life.goes_on());
+            seen.retain(|(life, _)| life.is_live());
             if !seen.iter().any(|(known, _)| *known == life) {
                 seen.push((life, role));
             }
@@ -234,7 +234,7 @@ impl World {
     }
 
     /// What vmnet does about a misuse: the status to answer with, if this world answers.
-    pub(crate) fn forbids(&self, what: &str, status: u32) -> u32 {
+    pub(crate) fn misuse(&self, what: &str, status: u32) -> u32 {
         match self.0.rules {
             Rules::Strict => violation(what),
             Rules::Answers => status,

@@ -22,7 +22,7 @@ pub(crate) enum Object {
 
 impl Drop for Object {
     fn drop(&mut self) {
-        drop(objects::died(ptr::from_ref(self)));
+        drop(objects::unregister(ptr::from_ref(self)));
     }
 }
 
@@ -34,7 +34,7 @@ impl Handle {
     pub(crate) fn new(object: Object) -> Self {
         let object = Arc::new(object);
         let memory = Box::new(Arc::downgrade(&object));
-        objects::born(Arc::as_ptr(&object), Kind::Xpc, memory);
+        objects::register(Arc::as_ptr(&object), Kind::Xpc, memory);
         Self(object)
     }
 
@@ -70,7 +70,7 @@ impl Handle {
 ///
 /// `object` is an XPC object, or nothing that lives, which is told.
 pub(crate) unsafe fn borrow<'a>(object: *const c_void, role: &str) -> (&'a Object, Life) {
-    let life = objects::alive(object, Kind::Xpc, role);
+    let life = objects::expect_live(object, Kind::Xpc, role);
     // SAFETY: it lives, and is an Object. The caller's reference keeps it while it is used.
     (unsafe { &*object.cast::<Object>() }, life)
 }
@@ -320,7 +320,7 @@ pub(crate) unsafe extern "C" fn xpc_get_type(object: *mut c_void) -> *const Type
 /// As [`borrow`], and the caller has a reference to give up.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_release(object: *mut c_void) {
-    objects::alive(object, Kind::Xpc, "xpc_release");
+    objects::expect_live(object, Kind::Xpc, "xpc_release");
     // SAFETY: it lives, and was made as an Arc; the reference is the caller's.
     unsafe { Arc::decrement_strong_count(object.cast::<Object>()) }
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{EventTarget, Interface, Kernel, borrow, spare, spawn};
-use crate::blocks::Held;
-use crate::dispatch::Target;
+use super::{EventTarget, Interface, ReceiveQueue, borrow, recycle, spawn};
+use crate::blocks::GivenBlock;
+use crate::dispatch::GivenQueue;
 use crate::framing::{is_dhcp, parts, ticket};
 use crate::keys::key;
 use crate::limits::HEADER;
@@ -19,20 +19,25 @@ use crate::xpc::{Handle, Object};
 
 impl Interface {
     /// Takes in what the network has for us, on the sender's thread, and says so.
-    pub(super) fn arrived(self: &Arc<Self>) {
-        let depth = lock(&self.entry).script.queue_depth;
-        let mut kernel = lock(&self.kernel);
-        let Kernel { receiver: Some(receiver), waiting, free } = &mut *kernel else { return };
+    pub(super) fn take_arrivals(self: &Arc<Self>) {
+        let depth = lock(&self.record).script.queue_depth;
+        let mut receive_queue = lock(&self.receive_queue);
+        let ReceiveQueue { receiver: Some(receiver), waiting, free } = &mut *receive_queue else {
+            return;
+        };
         let (was_empty, mut arrived, mut dropped) = (waiting.is_empty(), false, 0);
         loop {
             while let Some((mut buffer, mut len)) = receiver.collect() {
                 if let Some(ticket) = ticket(&buffer[..len]) {
                     // The wire's own buffer goes back to be lent again.
-                    spare(free, std::mem::replace(&mut buffer, self.world.0.long.take(ticket)));
+                    recycle(
+                        free,
+                        std::mem::replace(&mut buffer, self.world.0.long_frames.take(ticket)),
+                    );
                     len = buffer.len();
                 }
                 if self.no_dhcp.is_some_and(|gateway| is_dhcp(&buffer[..len], gateway)) {
-                    spare(free, buffer);
+                    recycle(free, buffer);
                     continue;
                 }
                 let (frame, _) = parts(&buffer[..len]);
@@ -42,12 +47,12 @@ impl Interface {
                     waiting.push_back((buffer, len));
                     arrived = true;
                 } else {
-                    spare(free, buffer);
+                    recycle(free, buffer);
                     dropped += 1;
                 }
             }
             while !receiver.is_full() {
-                let buffer = free.pop().unwrap_or_else(|| vec![0; self.wire]);
+                let buffer = free.pop().unwrap_or_else(|| vec![0; self.wire_max]);
                 if receiver.post(buffer).is_err() {
                     break;
                 }
@@ -56,12 +61,12 @@ impl Interface {
                 break;
             }
         }
-        drop(kernel);
+        drop(receive_queue);
         if dropped > 0 {
             self.count(|counts| counts.dropped += dropped);
         }
         if arrived {
-            let events = lock(&self.entry).script.events;
+            let events = lock(&self.record).script.events;
             match events {
                 Events::Arrival | Events::Level => self.fire(),
                 Events::Edge if was_empty => self.fire(),
@@ -82,13 +87,13 @@ impl Interface {
         let interface = self.clone();
         self.underway.fetch_add(1, Ordering::AcqRel);
         target.queue.clone().run(move || {
-            let delay = lock(&interface.entry).script.event_delay;
+            let delay = lock(&interface.record).script.event_delay;
             thread::sleep(delay);
             target.pending.store(false, Ordering::Release);
             interface.count(|counts| counts.events += 1);
             let event = Handle::dictionary();
-            let truth = lock(&interface.kernel).waiting.len() as u64;
-            if let Some(estimate) = lock(&interface.entry).script.estimate {
+            let truth = lock(&interface.receive_queue).waiting.len() as u64;
+            if let Some(estimate) = lock(&interface.record).script.estimate {
                 let estimate = Object::U64(estimate.unwrap_or(truth));
                 event.set(key("estimated_packets_available"), estimate);
             }
@@ -102,8 +107,8 @@ impl Interface {
 
     /// Where events are level-triggered, another one while packets wait.
     fn repeat(self: &Arc<Self>) {
-        let level = lock(&self.entry).script.events == Events::Level;
-        if !level || lock(&self.kernel).waiting.is_empty() {
+        let level = lock(&self.record).script.events == Events::Level;
+        if !level || lock(&self.receive_queue).waiting.is_empty() {
             return;
         }
         if self.repeating.swap(true, Ordering::AcqRel) {
@@ -114,7 +119,7 @@ impl Interface {
             thread::sleep(Duration::from_millis(1));
             if let Some(interface) = interface.upgrade() {
                 interface.repeating.store(false, Ordering::Release);
-                if !lock(&interface.kernel).waiting.is_empty() {
+                if !lock(&interface.receive_queue).waiting.is_empty() {
                     interface.fire();
                 }
             }
@@ -122,9 +127,9 @@ impl Interface {
     }
 
     /// An event for what is left.
-    pub(super) fn again_if_waiting(self: &Arc<Self>) {
-        let events = lock(&self.entry).script.events;
-        if events != Events::Lost && !lock(&self.kernel).waiting.is_empty() {
+    pub(super) fn fire_if_waiting(self: &Arc<Self>) {
+        let events = lock(&self.record).script.events;
+        if events != Events::Lost && !lock(&self.receive_queue).waiting.is_empty() {
             self.fire();
         }
     }
@@ -145,31 +150,29 @@ pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
     let interface = unsafe { borrow(interface, what) };
     if !interface.is_running() {
         let why = format!("{what} on an interface that does not run");
-        return interface.world.forbids(&why, SETUP_INCOMPLETE);
+        return interface.world.misuse(&why, SETUP_INCOMPLETE);
     }
     if mask != 1 {
-        return interface
-            .world
-            .forbids(&format!("{what}: there is one event, 1"), INVALID_ARGUMENT);
+        return interface.world.misuse(&format!("{what}: there is one event, 1"), INVALID_ARGUMENT);
     }
     if queue.is_null() != block.is_null() {
         let why = format!("{what}: both the queue and the block, or none of them");
-        return interface.world.forbids(&why, INVALID_ARGUMENT);
+        return interface.world.misuse(&why, INVALID_ARGUMENT);
     }
     let target = if block.is_null() {
         None
     } else {
         let retains = interface.world.retains();
         // SAFETY: as the caller says.
-        let block = unsafe { Held::new(block, "the event callback", retains) };
-        let queue = Target::new(queue, "the events' queue", retains);
-        interface.world.saw(block.life(), "the event callback");
-        interface.world.saw(queue.life(), "the events' queue");
-        *lock(&interface.events_queue) = Some(queue.name());
+        let block = unsafe { GivenBlock::new(block, "the event callback", retains) };
+        let queue = GivenQueue::new(queue, "the events' queue", retains);
+        interface.world.track(block.life(), "the event callback");
+        interface.world.track(queue.life(), "the events' queue");
+        *lock(&interface.events_queue) = Some(queue.id());
         Some(Arc::new(EventTarget { block, queue, pending: AtomicBool::new(false) }))
     };
     let before = std::mem::replace(&mut *lock(&interface.events), target);
     drop(before);
-    interface.again_if_waiting();
+    interface.fire_if_waiting();
     SUCCESS
 }

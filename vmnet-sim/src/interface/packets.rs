@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use libc::iovec;
 use vmring_embedded::{Sender, Sent};
 
-use super::{Interface, borrow, spare};
+use super::{Interface, borrow, recycle};
 use crate::framing::{LONG_MARK, MARK, parts};
 use crate::limits::{FLUSH, HEADER};
 use crate::mapped::Mapped;
@@ -38,7 +38,7 @@ impl Interface {
         what: &str,
     ) -> Result<(), u32> {
         let forbids =
-            |why: String, status| Err(self.world.forbids(&format!("{what}: {why}"), status));
+            |why: String, status| Err(self.world.misuse(&format!("{what}: {why}"), status));
         if n > limit {
             return forbids(format!("{n} packets where {limit} are allowed"), TOO_MANY_PACKETS);
         }
@@ -96,7 +96,7 @@ impl Interface {
     ) -> Result<(), u32> {
         let what = "vmnet_read";
         let _call = self.enter(&self.reading, what)?;
-        let asked = self.asked(*count, what)?;
+        let asked = self.check_count(*count, what)?;
         let settings = &self.settings;
         if let Some(len) = settings.free_of_charge {
             pay(settings.call_cost);
@@ -114,11 +114,11 @@ impl Interface {
             if size < settings.max_frame() {
                 let why =
                     format!("{what}: a buffer of {size} bytes for up to {}", settings.max_frame());
-                return Err(self.world.forbids(&why, INVALID_ARGUMENT));
+                return Err(self.world.misuse(&why, INVALID_ARGUMENT));
             }
         }
         pay(settings.call_cost);
-        let plan = lock(&self.entry).script.reads.pop_front().unwrap_or(CallPlan::Well);
+        let plan = lock(&self.record).script.reads.pop_front().unwrap_or(CallPlan::Well);
         let most = match plan {
             CallPlan::Well => asked,
             CallPlan::Takes(n) => n.min(asked),
@@ -129,20 +129,20 @@ impl Interface {
             }
         };
         let dead = lock(&self.dead).is_some();
-        let mut kernel = lock(&self.kernel);
-        let n = if dead { 0 } else { kernel.waiting.len().min(most) };
+        let mut receive_queue = lock(&self.receive_queue);
+        let n = if dead { 0 } else { receive_queue.waiting.len().min(most) };
         for i in 0..n {
-            let Some((buffer, len)) = kernel.waiting.pop_front() else { break };
+            let Some((buffer, len)) = receive_queue.waiting.pop_front() else { break };
             // SAFETY: as the caller says; the room was checked.
             unsafe { self.deliver(&buffer[..len], &mut *packets.add(i)) };
-            spare(&mut kernel.free, buffer);
+            recycle(&mut receive_queue.free, buffer);
         }
         for i in 0..asked {
             // In and out: whoever does not reset it shows.
             // SAFETY: as the caller says.
             unsafe { (*packets.add(i)).vm_flags = 0x5a5a }
         }
-        drop(kernel);
+        drop(receive_queue);
         *count = n as c_int;
         self.count(|counts| {
             counts.reads += 1;
@@ -150,7 +150,7 @@ impl Interface {
         });
         if n == most && most < asked {
             // It came back short although packets may wait: an event will say so.
-            self.again_if_waiting();
+            self.fire_if_waiting();
         }
         Ok(())
     }
@@ -197,7 +197,7 @@ impl Interface {
     ) -> Result<(), u32> {
         let what = "vmnet_write";
         let _call = self.enter(&self.writing, what)?;
-        let asked = self.asked(*count, what)?;
+        let asked = self.check_count(*count, what)?;
         if self.settings.free_of_charge.is_some() {
             pay(self.settings.call_cost);
             return Ok(());
@@ -206,14 +206,14 @@ impl Interface {
         unsafe { self.check(packets, asked, self.settings.limits.1, what)? };
         pay(self.settings.call_cost);
         let (plan, failed_batch) = {
-            let script = &mut lock(&self.entry).script;
+            let script = &mut lock(&self.record).script;
             (script.writes.pop_front().unwrap_or(CallPlan::Well), script.failed_batch)
         };
         // SAFETY: as the caller says.
         let frames: Vec<Vec<u8>> =
             (0..asked).map(|i| unsafe { gather(&*packets.add(i)) }).collect();
         let fault = frames.iter().enumerate().find_map(|(i, frame)| {
-            let status = self.refuses(frame);
+            let status = self.packet_status(frame);
             (status != SUCCESS).then_some((i, status))
         });
         // What cannot be sent is not, whatever the plan.
@@ -250,7 +250,7 @@ impl Interface {
     }
 
     /// What is said to a packet, header included.
-    fn refuses(&self, packet: &[u8]) -> u32 {
+    fn packet_status(&self, packet: &[u8]) -> u32 {
         let header = if self.settings.header { HEADER } else { 0 };
         if packet.len() < header + 14 {
             INVALID_ARGUMENT
@@ -268,11 +268,11 @@ impl Interface {
         let says = header.iter().take(10).any(|byte| *byte != 0);
         let marked = says.then(|| [frame, header, MARK].concat());
         let whole = marked.as_deref().unwrap_or(frame);
-        if whole.len() <= self.wire {
+        if whole.len() <= self.wire_max {
             sender.send(whole);
             return;
         }
-        let long = &self.world.0.long;
+        let long = &self.world.0.long_frames;
         let ticket = long.give(whole.to_vec());
         let copies = match sender.send(&[&whole[..14], &ticket.to_le_bytes(), LONG_MARK].concat()) {
             Sent::Forwarded => 1,
@@ -282,9 +282,9 @@ impl Interface {
         long.expect(ticket, copies);
     }
 
-    fn asked(&self, count: c_int, what: &str) -> Result<usize, u32> {
+    fn check_count(&self, count: c_int, what: &str) -> Result<usize, u32> {
         usize::try_from(count).ok().filter(|count| *count > 0).ok_or_else(|| {
-            self.world.forbids(&format!("{what}: a count of {count}"), INVALID_ARGUMENT)
+            self.world.misuse(&format!("{what}: a count of {count}"), INVALID_ARGUMENT)
         })
     }
 }

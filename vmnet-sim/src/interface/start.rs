@@ -11,18 +11,18 @@ use std::time::Duration;
 use macaddr::MacAddr6;
 use vmring_embedded::{AddressRange, NetworkConfig, NetworkMode, PortConfig};
 
-use super::{Interface, Kernel, RUNNING, STARTING, spawn};
+use super::{Interface, RUNNING, ReceiveQueue, STARTING, spawn};
 use crate::availability::require_key;
-use crate::blocks::Held;
-use crate::description::Wish;
-use crate::dispatch::Target;
+use crate::blocks::GivenBlock;
+use crate::description::Request;
+use crate::dispatch::GivenQueue;
 use crate::limits::LENT;
 use crate::network::{Network, network};
 use crate::objects::lock;
 use crate::script::{Script, StartHandler};
 use crate::settings::Settings;
 use crate::status::{BRIDGED_MODE, FAILURE, HOST_MODE, INVALID_ARGUMENT, SUCCESS};
-use crate::world::{Entry, World};
+use crate::world::{Record, World};
 use crate::xpc::{self, Handle, Object};
 
 const START_HANDLER: &str = "the start's handler";
@@ -50,48 +50,49 @@ pub(crate) unsafe fn start(
     network: Option<Arc<Network>>,
 ) -> *mut c_void {
     // SAFETY: as the caller says.
-    let mut wish = unsafe { Wish::read(description, network.is_some()) };
-    let asked_for_mode = wish.has("operation_mode");
+    let mut request = unsafe { Request::read(description, network.is_some()) };
+    let asked_for_mode = request.has("operation_mode");
     if let Some(network) = &network {
-        wish.mode = network.mode();
+        request.mode = network.mode();
     }
-    let world = network.as_ref().map_or_else(|| World::of_interface(wish.id), |n| n.world());
-    let entry = world.entry(wish.id.unwrap_or_default());
+    let world = network.as_ref().map_or_else(|| World::of_interface(request.id), |n| n.world());
+    let record = world.record(request.id.unwrap_or_default());
     let script = {
-        let mut entry = lock(&entry);
-        entry.counts.starts += 1;
-        entry.description = wish.values.clone();
-        entry.script.clone()
+        let mut record = lock(&record);
+        record.counts.starts += 1;
+        record.description = request.values.clone();
+        record.script.clone()
     };
     // Without a copy of its own vmnet could not come back later, so a second call implies one.
     let copies = world.retains() || script.start.handler == StartHandler::Twice;
     // SAFETY: as the caller says.
-    let handler = unsafe { Held::new(handler, START_HANDLER, copies) };
-    let queue = Target::new(queue, "the start's queue", world.retains());
-    for key in wish.values.keys() {
+    let handler = unsafe { GivenBlock::new(handler, START_HANDLER, copies) };
+    let queue = GivenQueue::new(queue, "the start's queue", world.retains());
+    for key in request.values.keys() {
         require_key(world.host().macos, key);
     }
-    world.saw(handler.life(), START_HANDLER);
-    world.saw(queue.life(), "the start's queue");
+    world.track(handler.life(), START_HANDLER);
+    world.track(queue.life(), "the start's queue");
     // SAFETY: as the caller says.
-    world.saw(unsafe { xpc::borrow(description, "the description") }.1, "the description");
+    world.track(unsafe { xpc::borrow(description, "the description") }.1, "the description");
 
     let made = if script.start.status != SUCCESS {
         Err(script.start.status)
-    } else if !wish.allowed() || (network.is_some() && asked_for_mode) {
+    } else if !request.allowed() || (network.is_some() && asked_for_mode) {
         Err(INVALID_ARGUMENT)
     } else if network.as_ref().is_some_and(|network| !network.startable()) {
         Err(FAILURE)
     } else {
-        Settings::negotiate(&wish, &script, &world, network.as_deref())
-            .and_then(|settings| Interface::make(&wish, settings, &world, &entry, network.clone()))
+        Settings::negotiate(&request, &script, &world, network.as_deref()).and_then(|settings| {
+            Interface::make(&request, settings, &world, &record, network.clone())
+        })
     };
     let (status, interface) = match made {
         Ok(interface) => (SUCCESS, Some(interface)),
         Err(status) if script.start.handle_on_failure => {
-            let settings = Settings::negotiate(&wish, &Script::default(), &world, None);
+            let settings = Settings::negotiate(&request, &Script::default(), &world, None);
             let interface = settings
-                .and_then(|settings| Interface::make(&wish, settings, &world, &entry, network));
+                .and_then(|settings| Interface::make(&request, settings, &world, &record, network));
             (status, interface.ok())
         }
         Err(status) => (status, None),
@@ -104,7 +105,7 @@ pub(crate) unsafe fn start(
     };
     if let Some(parameters) = &parameters {
         // SAFETY: it lives: we have it.
-        world.saw(unsafe { xpc::borrow(parameters.as_raw(), "parameters") }.1, "the parameters");
+        world.track(unsafe { xpc::borrow(parameters.as_raw(), "parameters") }.1, "the parameters");
     }
     let handle = match &interface {
         Some(interface) if !script.start.no_handle => interface.handle(),
@@ -118,8 +119,8 @@ pub(crate) unsafe fn start(
 
 /// What a start has for its handler.
 struct Answer {
-    queue: Target,
-    handler: Held,
+    queue: GivenQueue,
+    handler: GivenBlock,
     status: u32,
     parameters: Option<Handle>,
     interface: Option<Arc<Interface>>,
@@ -171,27 +172,27 @@ impl Answer {
 
 impl Interface {
     fn make(
-        wish: &Wish,
+        request: &Request,
         settings: Settings,
         world: &World,
-        entry: &Arc<Mutex<Entry>>,
+        record: &Arc<Mutex<Record>>,
         network: Option<Arc<Network>>,
     ) -> Result<Arc<Self>, u32> {
-        let name = match (&network, wish.mode) {
+        let name = match (&network, request.mode) {
             (Some(network), _) => format!("network object {}", network.gateway()),
             (None, BRIDGED_MODE) => {
-                let name = wish.str("shared_interface_name").unwrap_or_default();
+                let name = request.str("shared_interface_name").unwrap_or_default();
                 if !world.host().shared_interfaces.iter().flatten().any(|known| known == name) {
                     return Err(FAILURE);
                 }
                 format!("bridged {name}")
             }
-            (None, mode) => match wish.values.get("network_identifier") {
+            (None, mode) => match request.values.get("network_identifier") {
                 Some(identifier) => format!("isolated {identifier:?}"),
                 None => format!("mode {mode} {:?}", settings.addresses),
             },
         };
-        let mode = if wish.mode == HOST_MODE { NetworkMode::Host } else { NetworkMode::Shared };
+        let mode = if request.mode == HOST_MODE { NetworkMode::Host } else { NetworkMode::Shared };
         let mut config = NetworkConfig::of(mode);
         config.ipv4 = settings.addresses.unwrap_or(AddressRange {
             gateway: Ipv4Addr::new(192, 168, 1, 1),
@@ -208,7 +209,7 @@ impl Interface {
             let dhcp = wire.gateway().dhcp();
             let _ = dhcp.reserve(MacAddr6::from(*mac), *address, Duration::ZERO);
         }
-        let gives = !wish.has("network_identifier")
+        let gives = !request.has("network_identifier")
             && network.as_ref().is_none_or(|network| network.dhcp());
         let no_dhcp = (!gives).then(|| wire.gateway().mac());
         let longest = wire.max_packet_size();
@@ -216,10 +217,10 @@ impl Interface {
         let woken = port_of.clone();
         let wake = Arc::new(move || {
             if let Some(interface) = woken.get().and_then(Weak::upgrade) {
-                interface.arrived();
+                interface.take_arrivals();
             }
         });
-        let isolated = wish.bool("enable_isolation") == Some(true);
+        let isolated = request.bool("enable_isolation") == Some(true);
         let port = wire
             .join(PortConfig { interface_id: settings.id, mac: settings.mac, isolated, wake })
             .map_err(|_| FAILURE)?;
@@ -227,14 +228,17 @@ impl Interface {
         let interface = Arc::new(Self {
             state: AtomicU8::new(STARTING),
             world: world.clone(),
-            entry: entry.clone(),
+            record: record.clone(),
             settings,
             reading: AtomicBool::new(false),
             writing: AtomicBool::new(false),
             calls: AtomicUsize::new(0),
-            kernel: Mutex::new(Kernel { receiver: Some(receiver), ..Kernel::default() }),
+            receive_queue: Mutex::new(ReceiveQueue {
+                receiver: Some(receiver),
+                ..ReceiveQueue::default()
+            }),
             sender: Mutex::new(Some(sender)),
-            wire: longest,
+            wire_max: longest,
             no_dhcp,
             events: Mutex::new(None),
             underway: AtomicUsize::new(0),
@@ -245,8 +249,8 @@ impl Interface {
             network: Mutex::new(network),
         });
         port_of.get_or_init(|| Arc::downgrade(&interface));
-        lock(entry).dead = Arc::downgrade(&interface.dead);
-        interface.arrived(); // lends the first buffers
+        lock(record).dead = Arc::downgrade(&interface.dead);
+        interface.take_arrivals(); // lends the first buffers
         Ok(interface)
     }
 }

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use super::{Interface, STOPPED, borrow, spawn};
-use crate::blocks::Held;
-use crate::dispatch::{Name, Target};
+use crate::blocks::GivenBlock;
+use crate::dispatch::{GivenQueue, QueueId};
 use crate::objects::{lock, violation};
 use crate::status::{INVALID_ARGUMENT, SUCCESS};
 
@@ -24,7 +24,7 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     let interface = unsafe { borrow(interface, what) }.clone();
     let world = interface.world.clone();
     if interface.state.load(Ordering::Acquire) == STOPPED {
-        return world.forbids(&format!("{what}: a second time"), INVALID_ARGUMENT);
+        return world.misuse(&format!("{what}: a second time"), INVALID_ARGUMENT);
     }
     if lock(&interface.events).is_some() {
         violation(&format!("{what}: the event callback is still set"));
@@ -32,22 +32,22 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     if interface.calls.load(Ordering::Acquire) > 0 {
         violation(&format!("{what}: a read or a write is under way"));
     }
-    if lock(&interface.events_queue).is_some_and(Name::is_current) {
+    if lock(&interface.events_queue).is_some_and(QueueId::is_current) {
         violation(&format!("{what}: from a job of the queue that its events come on"));
     }
     if interface.underway.load(Ordering::Acquire) > 0 {
         violation(&format!("{what}: an event is on its queue or under way"));
     }
-    let queue = Target::new(queue, "the stop's queue", world.retains());
+    let queue = GivenQueue::new(queue, "the stop's queue", world.retains());
     if queue.is_current() {
         violation(&format!("{what}: from a job of the queue that the handler is to run on"));
     }
     // SAFETY: as the caller says.
-    let handler = unsafe { Held::new(handler, "the stop's handler", world.retains()) };
-    world.saw(handler.life(), "the stop's handler");
-    world.saw(queue.life(), "the stop's queue");
+    let handler = unsafe { GivenBlock::new(handler, "the stop's handler", world.retains()) };
+    world.track(handler.life(), "the stop's handler");
+    world.track(queue.life(), "the stop's queue");
     let (plan, patience) = {
-        let script = &lock(&interface.entry).script;
+        let script = &lock(&interface.record).script;
         (script.stop, script.patience)
     };
     if let Some(status) = plan.refused {
@@ -75,8 +75,8 @@ impl Interface {
     /// Leaves its network.
     fn leave(&self) {
         let sender = lock(&self.sender).take();
-        let kernel = std::mem::take(&mut *lock(&self.kernel));
+        let receive_queue = std::mem::take(&mut *lock(&self.receive_queue));
         let network = lock(&self.network).take();
-        drop((sender, kernel, network));
+        drop((sender, receive_queue, network));
     }
 }
