@@ -5,7 +5,7 @@
 //! processor; with a poller thread there are two.
 
 mod check;
-mod ends;
+mod endpoints;
 mod limits;
 mod one_way;
 mod progress;
@@ -24,7 +24,7 @@ use crate::stop::Stop;
 use crate::system;
 
 use check::{Account, Pattern, SMALLEST};
-use ends::{Driving, Ends};
+use endpoints::{Driving, Endpoints};
 use limits::{SAMPLE, SIZE, window};
 use progress::Clock;
 use setup::Setup;
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
-    let interface = ends::start_interface(device, "bench").map_err(Failure::starting)?;
+    let interface = endpoints::start_interface(device, "bench").map_err(Failure::starting)?;
     let size = size(args.size, interface.max_packet_size())?;
     let mut summary = Summary {
         device: interface.device_name().to_owned(),
@@ -120,9 +120,9 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
         if !clock.tick() {
             return Ok(());
         }
-        let mut ends = Ends::start(setup.device, driving, window, setup.size)?;
-        let (account, rates) = one_way::measure(setup, driving, &mut ends, clock)?;
-        let rings = finish(setup, ends, &account, summary)?;
+        let mut endpoints = Endpoints::start(setup.device, driving, window, setup.size)?;
+        let (account, rates) = one_way::measure(setup, driving, &mut endpoints, clock)?;
+        let rings = finish(setup, endpoints, &account, summary)?;
         summary.one_way.push(OneWaySummary { drive, rates, rings });
     }
     for (driving, drive, waits) in ROUND_TRIP {
@@ -135,9 +135,9 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
             ));
             continue;
         }
-        let mut ends = Ends::start(setup.device, driving, window, setup.size)?;
-        let (account, trips) = round_trip::measure(setup, driving, &mut ends, clock)?;
-        finish(setup, ends, &account, summary)?;
+        let mut endpoints = Endpoints::start(setup.device, driving, window, setup.size)?;
+        let (account, trips) = round_trip::measure(setup, driving, &mut endpoints, clock)?;
+        finish(setup, endpoints, &account, summary)?;
         summary.round_trip.push(RoundTripSummary { drive, waits, trips });
     }
     Ok(())
@@ -146,16 +146,16 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
 /// Adds a run to what was found out.
 fn finish(
     setup: &Setup,
-    ends: Ends,
+    endpoints: Endpoints,
     account: &Account,
     summary: &mut Summary,
 ) -> Result<summary::RingsSummary, Failure> {
     #[cfg(target_os = "linux")]
     if setup.device.is_tap() {
-        summary.engine = Some(ends.engine());
+        summary.engine = Some(endpoints.engine());
     }
     summary.packets.add(&account.totals());
-    ends.end(setup.device, &mut summary.drops_by_reason)
+    endpoints.end(setup.device, &mut summary.drops_by_reason)
 }
 
 /// Nanoseconds that writing and comparing cost of a packet one way, without any device.
@@ -168,7 +168,7 @@ fn cost_of_checks(size: usize) -> f64 {
         for packet in &mut packets {
             pattern.write(packet, account.sent);
             account.sent += 1;
-            account.found(pattern.look(black_box(packet), size));
+            account.record(pattern.inspect(black_box(packet), size));
         }
     }
     start.elapsed().as_nanos() as f64 / account.sent as f64

@@ -4,11 +4,11 @@
 //! posted for reading where it came from. One thread does it: it turns both rings, and sleeps until
 //! either has something to do.
 
+mod direction;
 mod forwarding;
 mod limits;
 pub(crate) mod spec;
 mod summary;
-mod way;
 
 use std::time::{Duration, Instant};
 

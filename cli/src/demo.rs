@@ -29,7 +29,7 @@ use guest::{Command, Guest, Lease, Pings, Report};
 use limits::{
     BYTES, END_TIMEOUT, LEASE_TIMEOUT, PINGS, PINGS_TIMEOUT, STALL_TIMEOUT, TICK, window,
 };
-use setup::{Lab, Settings};
+use setup::{DemoNetwork, Settings};
 use summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
 
 /// Who sends, and who receives.
@@ -50,13 +50,14 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
         None => None,
         Some(path) => {
             // What cannot be is found before the file is touched.
-            drop(Lab::start(settings, None).map_err(Failure::starting)?);
+            drop(DemoNetwork::start(settings, None).map_err(Failure::starting)?);
             Some(Recording::create(path)?)
         }
     };
-    let lab = Lab::start(settings, capture.as_ref().map(|recording| &recording.capture));
-    let lab = match (lab, &capture) {
-        (Ok(lab), _) => lab,
+    let network =
+        DemoNetwork::start(settings, capture.as_ref().map(|recording| &recording.capture));
+    let network = match (network, &capture) {
+        (Ok(network), _) => network,
         (Err(error), recording) => {
             if let Some(recording) = recording {
                 recording.discard();
@@ -65,13 +66,13 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
         }
     };
     let mut summary = Summary {
-        device: lab.places[0].interface.device_name().to_owned(),
-        offloads: offload_names(lab.places[0].interface.capabilities().offloads),
+        device: network.sides[0].interface.device_name().to_owned(),
+        offloads: offload_names(network.sides[0].interface.capabilities().offloads),
         mode: args.mode.to_string(),
         drive: args.drive.to_string(),
         ..Summary::default()
     };
-    let demo = Demo::start(lab, settings, &mut summary)?;
+    let demo = Demo::start(network, settings, &mut summary)?;
     let steps = demo.steps(args, &mut summary);
     let end = demo.end(&mut summary);
     let recorded = capture.map_or(Ok(()), |recording| {
@@ -103,9 +104,13 @@ struct Demo {
 }
 
 impl Demo {
-    fn start(lab: Lab, settings: &Settings, summary: &mut Summary) -> Result<Self, Failure> {
+    fn start(
+        network: DemoNetwork,
+        settings: &Settings,
+        summary: &mut Summary,
+    ) -> Result<Self, Failure> {
         let (tell, reports) = channel();
-        let poller = lab.poller;
+        let poller = network.poller;
         let other = if settings.has_kernel() { KERNEL } else { "guest1" };
         let mut demo = Self {
             names: ["guest0", other],
@@ -115,10 +120,10 @@ impl Demo {
             reports,
             poller,
         };
-        for (number, place) in lab.places.into_iter().enumerate() {
-            let (interface, control, port) = place.into_port();
+        for (number, side) in network.sides.into_iter().enumerate() {
+            let (interface, control, nic) = side.into_nic();
             summary.guests.push(GuestSummary::new(demo.names[number], &interface));
-            let guest = Guest::start(number, interface.mac(), port, control.clone(), tell.clone())
+            let guest = Guest::start(number, interface.mac(), nic, control.clone(), tell.clone())
                 .map_err(|error| Failure::Step(format!("a guest's thread: {error}")))?;
             demo.guests.push(guest);
             demo.interfaces.push(interface);
@@ -193,7 +198,7 @@ impl Demo {
         let mut leases = [None; 2];
         let leases = self.wait_for(LEASE_TIMEOUT, "a guest got no address", |number, report| {
             if let Report::Leased(lease) = report {
-                summary.guests[number].leased(&lease);
+                summary.guests[number].set_lease(&lease);
                 leases[number] = Some(lease);
                 if self.has_kernel() {
                     // Who answered is the kernel itself.
@@ -203,7 +208,7 @@ impl Demo {
                         seconds: None,
                         ..lease
                     };
-                    summary.guests[1].leased(&own);
+                    summary.guests[1].set_lease(&own);
                     leases[1] = Some(own);
                 }
             }
@@ -362,7 +367,7 @@ impl Demo {
             ended &= guest.quit(END_TIMEOUT);
         }
         for (number, control) in controls.iter().enumerate() {
-            summary.guests[number].counted(&control.stats());
+            summary.guests[number].set_counters(&control.stats());
         }
         #[cfg(target_os = "linux")]
         if names[1] == KERNEL {

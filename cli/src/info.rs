@@ -13,7 +13,7 @@ use crate::report::{Table, grouped, print, print_json};
 use crate::system;
 #[cfg(not(target_os = "macos"))]
 use device::unusable;
-use device::{DeviceInfo, tried};
+use device::{DeviceInfo, try_device};
 
 /// Everything.
 #[derive(Debug, Serialize)]
@@ -39,12 +39,12 @@ const VMNET: (&str, &str, &str) = (
 #[cfg(target_os = "macos")]
 fn vmnet() -> Vec<DeviceInfo> {
     let (name, what, needs) = VMNET;
-    vec![tried(name, what, needs, vmring::Vmnet::new())]
+    vec![try_device(name, what, needs, vmring::Vmnet::new())]
 }
 
 #[cfg(not(target_os = "macos"))]
 fn vmnet() -> Vec<DeviceInfo> {
-    let simulated = tried(
+    let simulated = try_device(
         "vmnet-sim",
         "the macOS driver over a simulated vmnet, for tests",
         "nothing",
@@ -55,13 +55,13 @@ fn vmnet() -> Vec<DeviceInfo> {
 
 fn devices() -> Vec<DeviceInfo> {
     let mut devices = vec![
-        tried(
+        try_device(
             "embedded",
             "a network inside this process, with gateway and DHCP",
             "nothing",
             Embedded::network("info"),
         ),
-        tried(
+        try_device(
             "loopback",
             "a wire from an interface back to itself",
             "nothing",
@@ -77,7 +77,7 @@ fn devices() -> Vec<DeviceInfo> {
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
     let devices = devices();
     #[cfg(target_os = "linux")]
-    let (devices, tap) = tap::look(devices);
+    let (devices, tap) = tap::inspect(devices);
     let info = Info {
         version: env!("CARGO_PKG_VERSION"),
         system: std::env::consts::OS,

@@ -64,7 +64,7 @@ impl Pattern {
     }
 
     /// Looks at a packet that was sent with `len` bytes.
-    pub(crate) fn look(&self, packet: &[u8], len: usize) -> Found {
+    pub(crate) fn inspect(&self, packet: &[u8], len: usize) -> Found {
         if packet.len() < BODY || packet[12..14] != ETHERTYPE {
             return Found::Other;
         }
@@ -135,17 +135,17 @@ pub(crate) struct Totals {
 }
 
 impl Account {
-    pub(crate) fn found(&mut self, found: Found) {
+    pub(crate) fn record(&mut self, found: Found) {
         match found {
             Found::Other => self.other += 1,
-            Found::Number(number) if number < self.sent => self.number(number),
+            Found::Number(number) if number < self.sent => self.record_number(number),
             // Never sent.
             Found::Number(_) | Found::Corrupt => self.corrupt += 1,
         }
     }
 
     #[inline]
-    fn number(&mut self, number: u64) {
+    fn record_number(&mut self, number: u64) {
         if number >= self.next {
             if number > self.next {
                 self.missing.extend(self.next..number);
@@ -219,7 +219,7 @@ mod tests {
     fn told(sent: u64, packets: &[Vec<u8>]) -> Totals {
         let pattern = Pattern::new(FROM, TO, 1);
         let mut account = Account { sent, ..Account::default() };
-        packets.iter().for_each(|packet| account.found(pattern.look(packet, 100)));
+        packets.iter().for_each(|packet| account.record(pattern.inspect(packet, 100)));
         account.totals()
     }
 
@@ -316,10 +316,10 @@ mod tests {
         for number in 0..64_000 {
             let mut packet = vec![0; 100];
             pattern.write(&mut packet, number);
-            assert_eq!(pattern.look(&packet, 100), Found::Number(number));
+            assert_eq!(pattern.inspect(&packet, 100), Found::Number(number));
             packet[99] ^= 1;
             compared[number as usize % 32] +=
-                u32::from(pattern.look(&packet, 100) == Found::Corrupt);
+                u32::from(pattern.inspect(&packet, 100) == Found::Corrupt);
         }
         let all: u32 = compared.iter().sum();
         assert!((3_800..4_200).contains(&all), "{all}");

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::check::{Account, Pattern};
-use super::ends::{Driving, Ends};
+use super::endpoints::{Driving, Endpoints};
 use super::limits::{NAP, PATIENCE, SAMPLE, TURNS, WARM_UP, window};
 use super::progress::Clock;
 use super::setup::Setup;
@@ -14,10 +14,10 @@ use crate::failure::Failure;
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
-    ends: &mut Ends,
+    endpoints: &mut Endpoints,
     clock: &mut Clock<'_>,
 ) -> Result<(Account, Option<Rates>), Failure> {
-    let [from, to] = ends.addresses();
+    let [from, to] = endpoints.addresses();
     let mut run = Run {
         pattern: Pattern::new(from, to, SAMPLE),
         account: Account::default(),
@@ -27,7 +27,7 @@ pub(crate) fn measure(
         given_up: 0,
         last_move: Instant::now(),
         is_inline: driving == Driving::Inline,
-        ends,
+        endpoints,
     };
     run.go_on(WARM_UP, true)?;
     let mut rates = Vec::new();
@@ -46,7 +46,7 @@ pub(crate) fn measure(
 }
 
 struct Run<'a> {
-    ends: &'a mut Ends,
+    endpoints: &'a mut Endpoints,
     pattern: Pattern,
     account: Account,
     size: usize,
@@ -109,7 +109,7 @@ impl Run<'_> {
         let batches = if self.is_inline { 1 } else { u64::MAX };
         for _ in 0..batches.min(self.window) {
             let room = self.window.saturating_sub(self.under_way());
-            let first = self.ends.first();
+            let first = self.endpoints.first();
             if room < self.batch as u64 || first.free.len() < self.batch {
                 break;
             }
@@ -125,18 +125,18 @@ impl Run<'_> {
     /// Takes in what has come. Whether there was anything.
     #[inline]
     fn take(&mut self) -> Result<bool, Failure> {
-        let completed = self.ends.collect(&mut self.account);
-        let last = self.ends.last();
+        let completed = self.endpoints.collect(&mut self.account);
+        let last = self.endpoints.last();
         for frame in &last.read {
-            self.account.found(self.pattern.look(frame, self.size));
+            self.account.record(self.pattern.inspect(frame, self.size));
         }
         last.spare.append(&mut last.read);
-        if !self.ends.is_loop() {
+        if !self.endpoints.is_loop() {
             // Nobody sends there; what comes is the network's own.
-            let first = self.ends.first();
+            let first = self.endpoints.first();
             first.spare.append(&mut first.read);
         }
-        self.ends.post()?;
+        self.endpoints.post()?;
         Ok(completed > 0)
     }
 
@@ -144,8 +144,8 @@ impl Run<'_> {
         let (under_way, batch) = (self.under_way(), self.batch as u64);
         // Who arrives last says that all is through; without any there are only writes to wait for.
         let (end, n) = match under_way {
-            0 => (self.ends.first(), 1),
-            _ => (self.ends.last(), under_way.min(batch) as usize),
+            0 => (self.endpoints.first(), 1),
+            _ => (self.endpoints.last(), under_way.min(batch) as usize),
         };
         end.ring.wait(n, Some(left.min(NAP)));
     }
@@ -175,8 +175,8 @@ mod tests {
         let interfaces = (0..2).map(start).collect();
         let stop = Stop::new().unwrap();
         let mut clock = Clock::start(&stop, setup.time, None);
-        let mut ends = Ends::over(interfaces, driving, window(8), setup.size).unwrap();
-        let (account, rates) = measure(&setup, driving, &mut ends, &mut clock).unwrap();
+        let mut endpoints = Endpoints::over(interfaces, driving, window(8), setup.size).unwrap();
+        let (account, rates) = measure(&setup, driving, &mut endpoints, &mut clock).unwrap();
         assert!(rates.is_some(), "{account:?}");
         account.totals()
     }

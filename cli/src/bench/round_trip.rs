@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use vmring::Frame;
 
 use super::check::{Account, Found, Pattern};
-use super::ends::{Driving, Ends};
+use super::endpoints::{Driving, Endpoints};
 use super::limits::{PATIENCE, SPINS, TICK, WARM_UP_TRIPS};
 use super::progress::Clock;
 use super::setup::Setup;
@@ -19,17 +19,17 @@ use crate::failure::Failure;
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
-    ends: &mut Ends,
+    endpoints: &mut Endpoints,
     clock: &mut Clock<'_>,
 ) -> Result<(Account, Option<Trips>), Failure> {
-    let [first, last] = ends.addresses();
+    let [first, last] = endpoints.addresses();
     let mut run = Run {
         there: Pattern::new(first, last, 1),
         back: Pattern::new(last, first, 1),
         account: Account::default(),
         size: setup.size,
         sleeps: driving == Driving::Parked,
-        ends,
+        endpoints,
     };
     for _ in 0..WARM_UP_TRIPS {
         if run.trip()?.is_none() {
@@ -57,7 +57,7 @@ pub(crate) fn measure(
 }
 
 struct Run<'a> {
-    ends: &'a mut Ends,
+    endpoints: &'a mut Endpoints,
     there: Pattern,
     back: Pattern,
     account: Account,
@@ -70,15 +70,15 @@ impl Run<'_> {
     fn trip(&mut self) -> Result<Option<Duration>, Failure> {
         let number = self.account.sent;
         self.account.sent += 1;
-        self.ends.post()?;
-        let first = self.ends.first();
+        self.endpoints.post()?;
+        let first = self.endpoints.first();
         let Some(mut frame) = first.free.pop() else {
             return Err(Failure::Step("the device keeps what was written".to_owned()));
         };
         self.there.write(&mut frame, number);
         let start = Instant::now();
         first.write([frame].into_iter())?;
-        let came = if self.ends.is_loop() {
+        let came = if self.endpoints.is_loop() {
             self.wait(false, number, self.there)?
         } else {
             match self.wait(true, number, self.there)? {
@@ -91,10 +91,10 @@ impl Run<'_> {
         };
         let time = start.elapsed();
         let Some(frame) = came else { return Ok(None) };
-        let pattern = if self.ends.is_loop() { self.there } else { self.back };
-        let found = pattern.look(&frame, self.size);
-        self.account.found(found);
-        self.ends.first().spare.push(frame);
+        let pattern = if self.endpoints.is_loop() { self.there } else { self.back };
+        let found = pattern.inspect(&frame, self.size);
+        self.account.record(found);
+        self.endpoints.first().spare.push(frame);
         Ok((found == Found::Number(number)).then_some(time))
     }
 
@@ -102,7 +102,7 @@ impl Run<'_> {
     fn answer(&mut self, mut frame: Frame) -> Result<(), Failure> {
         let (to, from) = frame[..12].split_at_mut(6);
         to.swap_with_slice(from);
-        let last = self.ends.last();
+        let last = self.endpoints.last();
         // One for the one that is not posted again for now.
         last.spare.extend(last.free.pop());
         last.write([frame].into_iter())
@@ -119,13 +119,13 @@ impl Run<'_> {
         let start = Instant::now();
         let mut rounds = 0;
         loop {
-            self.ends.collect(&mut self.account);
-            let end = if last { self.ends.last() } else { self.ends.first() };
+            self.endpoints.collect(&mut self.account);
+            let end = if last { self.endpoints.last() } else { self.endpoints.first() };
             while let Some(frame) = end.read.pop() {
                 if Pattern::is_number(&frame, number) {
                     return Ok(Some(frame));
                 }
-                self.account.found(pattern.look(&frame, self.size));
+                self.account.record(pattern.inspect(&frame, self.size));
                 end.spare.push(frame);
             }
             rounds += 1;

@@ -9,9 +9,9 @@ use vmring::{
     RingControl,
 };
 
+use super::direction::{BridgeDirection, READ};
 use super::limits::{END_TIMEOUT, STOP_TIMEOUT};
 use super::spec::End;
-use super::way::{READ, Way};
 use crate::failure::Failure;
 use crate::recording::Recording;
 use crate::stop::Stop;
@@ -19,7 +19,7 @@ use crate::system;
 
 /// Two ends, joined. `ways[i]` leads from `ends[i]` to the other.
 pub(super) struct Bridge {
-    pub(super) ways: [Way; 2],
+    pub(super) directions: [BridgeDirection; 2],
     pub(super) rings: [Ring; 2],
     pub(super) controls: [RingControl; 2],
     pub(super) ends: [End; 2],
@@ -32,18 +32,18 @@ impl Bridge {
     /// leave no file behind.
     pub(super) fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
-        let (rings, ways) = joined.inspect_err(|_| {
+        let (rings, directions) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
         })?;
         let controls = [rings[0].control(), rings[1].control()];
-        Ok(Self { ways, rings, controls, ends, is_ending: false })
+        Ok(Self { directions, rings, controls, ends, is_ending: false })
     }
 
     fn join(
         interfaces: [&Interface; 2],
         software: bool,
         depth: u32,
-    ) -> Result<([Ring; 2], [Way; 2]), Error> {
+    ) -> Result<([Ring; 2], [BridgeDirection; 2]), Error> {
         let caps = interfaces.map(Interface::capabilities);
         let most =
             |f: fn(&vmring::device::Capabilities) -> u32| caps.iter().map(f).max().unwrap_or(0);
@@ -62,8 +62,9 @@ impl Bridge {
             ring.drive(Drive::Inline).build()
         };
         let rings = [ring(0)?, ring(1)?];
-        let way = |to: usize| Way::new(&caps[to], software, &pool, reads, segments);
-        Ok((rings, [way(1), way(0)]))
+        let direction =
+            |to: usize| BridgeDirection::new(&caps[to], software, &pool, reads, segments);
+        Ok((rings, [direction(1), direction(0)]))
     }
 
     /// Moves packets until it is told to stop, the `deadline` is there, or no end has anything more.
@@ -117,20 +118,21 @@ impl Bridge {
             for done in self.rings[i].reap() {
                 moved += 1;
                 match done.op {
-                    Op::Read => self.ways[i].read(done),
-                    Op::Write => self.ways[1 - i].written(done),
+                    Op::Read => self.directions[i].read_done(done),
+                    Op::Write => self.directions[1 - i].write_done(done),
                     Op::Cancel => {}
                 }
             }
         }
         for i in 0..2 {
             let (mut sq, _) = self.rings[1 - i].split();
-            moved += self.ways[i].write(&mut sq).map_err(|error| self.failed(1 - i, error))?;
+            moved +=
+                self.directions[i].write(&mut sq).map_err(|error| self.failed(1 - i, error))?;
         }
         for i in 0..2 {
             if !self.is_ending {
                 let (mut sq, _) = self.rings[i].split();
-                moved += self.ways[i].post(&mut sq).map_err(|error| self.failed(i, error))?;
+                moved += self.directions[i].post(&mut sq).map_err(|error| self.failed(i, error))?;
             }
         }
         Ok(moved > 0)
@@ -173,7 +175,7 @@ impl Bridge {
         let deadline = Instant::now() + END_TIMEOUT;
         let mut outcome = Ok(());
         while self.rings.iter().any(|ring| ring.in_flight() > 0)
-            || self.ways.iter().any(Way::is_busy)
+            || self.directions.iter().any(BridgeDirection::is_busy)
         {
             match self.turn() {
                 Ok(true) => {}
@@ -190,11 +192,11 @@ impl Bridge {
             outcome = outcome.and(closed.map_err(|error| self.failed(i, error)));
             for done in self.rings[i].reap() {
                 if done.op == Op::Write {
-                    self.ways[1 - i].written(done);
+                    self.directions[1 - i].write_done(done);
                 }
             }
         }
-        self.ways.iter_mut().for_each(Way::abandon);
+        self.directions.iter_mut().for_each(BridgeDirection::abandon);
         outcome
     }
 
@@ -211,12 +213,14 @@ impl Bridge {
 
     /// Packets and bytes written so far, each way.
     pub(super) fn moved(&self) -> [(u64, u64); 2] {
-        self.ways.each_ref().map(|way| (way.counts.packets_written, way.counts.bytes_written))
+        self.directions
+            .each_ref()
+            .map(|direction| (direction.counts.packets_written, direction.counts.bytes_written))
     }
 
     /// Packets dropped so far.
     pub(super) fn dropped(&self) -> u64 {
-        self.ways.iter().flat_map(|way| way.counts.drops.values()).sum()
+        self.directions.iter().flat_map(|direction| direction.counts.drops.values()).sum()
     }
 }
 

@@ -24,7 +24,8 @@ pub(crate) struct Summary {
     pub(crate) cpu_percent: f64,
     pub(crate) ends: [EndSummary; 2],
     /// From the first end to the second, and back.
-    pub(crate) ways: [WaySummary; 2],
+    #[serde(rename = "ways")]
+    pub(crate) directions: [DirectionSummary; 2],
 }
 
 #[derive(Debug, Serialize)]
@@ -38,7 +39,7 @@ pub(crate) struct EndSummary {
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct WaySummary {
+pub(crate) struct DirectionSummary {
     pub(crate) from: String,
     pub(crate) to: String,
     pub(crate) packets_read: u64,
@@ -69,11 +70,11 @@ impl Summary {
                 drops_by_reason: interface.drops().into_iter().filter(|(_, n)| *n > 0).collect(),
             }
         };
-        let way = |from: usize| {
+        let direction = |from: usize| {
             let to = 1 - from;
-            let counts = &bridge.ways[from].counts;
+            let counts = &bridge.directions[from].counts;
             let (read, written) = (bridge.controls[from].stats(), bridge.controls[to].stats());
-            WaySummary {
+            DirectionSummary {
                 from: bridge.ends[from].name.clone(),
                 to: bridge.ends[to].name.clone(),
                 packets_read: counts.packets_read,
@@ -94,7 +95,7 @@ impl Summary {
             seconds: round(time.as_secs_f64(), 3),
             cpu_percent: round(100.0 * cpu.as_secs_f64() / time.as_secs_f64().max(1e-9), 3),
             ends: [end(0), end(1)],
-            ways: [way(0), way(1)],
+            directions: [direction(0), direction(1)],
         }
     }
 
@@ -120,30 +121,30 @@ impl Summary {
         text.push_str(&table.text());
         let mut table =
             Table::new(&["from", "read", "per batch", "written", "per batch", "bytes", "dropped"]);
-        for way in &self.ways {
+        for direction in &self.directions {
             table.row([
-                way.from.clone(),
-                grouped(way.packets_read),
-                format!("{:.1}", way.read_batches.mean),
-                grouped(way.packets_written),
-                format!("{:.1}", way.write_batches.mean),
-                bytes(way.bytes_written),
-                grouped(way.drops),
+                direction.from.clone(),
+                grouped(direction.packets_read),
+                format!("{:.1}", direction.read_batches.mean),
+                grouped(direction.packets_written),
+                format!("{:.1}", direction.write_batches.mean),
+                bytes(direction.bytes_written),
+                grouped(direction.drops),
             ]);
         }
         // Writing to a string does not fail.
         let _ = write!(text, "\nPackets and the mean size of batches\n{}", table.text());
-        for way in &self.ways {
-            let (from, to) = (&way.from, &way.to);
-            if way.checksums_completed + way.packets_cut > 0 {
+        for direction in &self.directions {
+            let (from, to) = (&direction.from, &direction.to);
+            if direction.checksums_completed + direction.packets_cut > 0 {
                 let _ = writeln!(
                     text,
                     "In software from {from} to {to}: {} checksums completed, {} packets cut",
-                    grouped(way.checksums_completed),
-                    grouped(way.packets_cut),
+                    grouped(direction.checksums_completed),
+                    grouped(direction.packets_cut),
                 );
             }
-            for (why, n) in &way.drops_by_reason {
+            for (why, n) in &direction.drops_by_reason {
                 let _ = writeln!(text, "Dropped from {from} to {to}: {} {why}", grouped(*n));
             }
         }
@@ -158,8 +159,8 @@ impl Summary {
 
 /// What has moved in the last second, in a line.
 pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64) -> String {
-    let way = |way: usize| {
-        let (packets, octets) = (now[way].0 - before[way].0, now[way].1 - before[way].1);
+    let rate = |i: usize| {
+        let (packets, octets) = (now[i].0 - before[i].0, now[i].1 - before[i].1);
         let seconds = TICK.as_secs_f64();
         format!(
             "{} packets/s {:.2} Gbit/s",
@@ -167,7 +168,7 @@ pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64)
             octets as f64 * 8.0 / seconds / 1e9
         )
     };
-    format!("there {}, back {}, {} dropped", way(0), way(1), grouped(dropped))
+    format!("there {}, back {}, {} dropped", rate(0), rate(1), grouped(dropped))
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use vmring::{
 use super::limits::END_TIMEOUT;
 use super::spec::End;
 use crate::demo::guest::{Command, Guest, Lease, Report};
-use crate::demo::nic::Port;
+use crate::demo::nic::NetworkCard;
 use crate::device::{QUEUE, VMNET};
 use crate::stream::Stream;
 
@@ -62,13 +62,13 @@ impl Running {
 }
 
 /// A guest on a network, and what it tells.
-struct Place {
+struct GuestSide {
     guest: Guest,
     reports: Receiver<(usize, Report)>,
     _interface: Interface,
 }
 
-impl Place {
+impl GuestSide {
     fn join(network: &str, subnet: &str) -> Self {
         let range: Ipv4Range = subnet.parse().unwrap();
         let driver = Embedded::network(network).overflow(QUEUE);
@@ -76,8 +76,8 @@ impl Place {
         let ring = interface.ring(Direction::Both).build().unwrap();
         let control = ring.control();
         let (tell, reports) = channel();
-        let port = Port::new(ring, 256, 256);
-        let guest = Guest::start(0, interface.mac(), port, control, tell).unwrap();
+        let nic = NetworkCard::new(ring, 256, 256);
+        let guest = Guest::start(0, interface.mac(), nic, control, tell).unwrap();
         Self { guest, reports, _interface: interface }
     }
 
@@ -106,16 +106,16 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
     let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
     let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None).unwrap();
-    let places = [0, 1].map(|i| Place::join(&networks[i], subnets[i]));
-    let leases = places.each_ref().map(Place::lease);
+    let sides = [0, 1].map(|i| GuestSide::join(&networks[i], subnets[i]));
+    let leases = sides.each_ref().map(GuestSide::lease);
     let addresses = leases.map(|lease| lease.address.address());
     assert_ne!(addresses[0], addresses[1]);
     let running = Running::start(ends, false, depth);
     for (from, to) in [(0, 1), (1, 0)] {
         // The other guest, and the gateway of its network.
         for target in [addresses[to], leases[to].server] {
-            places[from].guest.tell(Command::Ping { target, count: 5 });
-            match places[from].next() {
+            sides[from].guest.tell(Command::Ping { target, count: 5 });
+            match sides[from].next() {
                 Report::Pinged(pings) => assert_eq!(pings.round_trips.len(), 5, "{target}"),
                 report => panic!("{report:?} instead of pings"),
             }
@@ -123,18 +123,18 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     }
     let window = 256 << 10;
     let stream = Stream::new(bytes);
-    places[1].guest.tell(Command::Receive { window });
-    assert!(matches!(places[1].next(), Report::Listening));
+    sides[1].guest.tell(Command::Receive { window });
+    assert!(matches!(sides[1].next(), Report::Listening));
     let start = Instant::now();
     let (target, sent) = (addresses[1], stream.clone());
-    places[0].guest.tell(Command::Send { target, bytes, stream: sent, window });
-    let Report::Received(received) = places[1].next() else { panic!("nothing came") };
+    sides[0].guest.tell(Command::Send { target, bytes, stream: sent, window });
+    let Report::Received(received) = sides[1].next() else { panic!("nothing came") };
     let time = received.finished - start;
     assert_eq!((received.bytes, received.digest), (bytes, stream.digest(bytes)));
-    assert!(matches!(places[0].next(), Report::Sent { .. }));
+    assert!(matches!(sides[0].next(), Report::Sent { .. }));
     let summary = running.end();
-    for place in places {
-        assert!(place.guest.quit(LONG));
+    for side in sides {
+        assert!(side.guest.quit(LONG));
     }
     (summary, time)
 }
@@ -142,12 +142,16 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
 #[test]
 fn guests_of_two_networks_meet_over_the_bridge() {
     let (summary, _) = transfer("meet", 4 << 20, 256);
-    let [there, back] = &summary.ways;
+    let [there, back] = &summary.directions;
     assert_eq!(summary.ends[0].name, "embedded:meet one");
-    for way in [there, back] {
-        assert_eq!((way.drops, way.packets_cut, way.checksums_completed), (0, 0, 0), "{way:?}");
-        assert_eq!(way.packets_written, way.packets_read);
-        assert_eq!(way.bytes_written, way.bytes_read);
+    for direction in [there, back] {
+        assert_eq!(
+            (direction.drops, direction.packets_cut, direction.checksums_completed),
+            (0, 0, 0),
+            "{direction:?}"
+        );
+        assert_eq!(direction.packets_written, direction.packets_read);
+        assert_eq!(direction.bytes_written, direction.bytes_read);
     }
     assert!(there.packets_written > (4 << 20) / 1500 && there.bytes_written > 4 << 20);
     assert!(back.packets_written > 20);
@@ -442,9 +446,12 @@ fn what_an_end_cannot_do_is_done_in_software() {
     let from = large().holding((0..times).flat_map(|_| packets()));
     let to = Wire::default();
     let summary = cross(&from, &to, true, 4);
-    let way = &summary.ways[0];
-    assert_eq!((way.packets_cut, way.checksums_completed, way.drops), (2 * times, times, 0));
-    assert_eq!((way.packets_read, way.packets_written), (4 * times, 15 * times));
+    let direction = &summary.directions[0];
+    assert_eq!(
+        (direction.packets_cut, direction.checksums_completed, direction.drops),
+        (2 * times, times, 0)
+    );
+    assert_eq!((direction.packets_read, direction.packets_written), (4 * times, 15 * times));
     let written = to.written();
     for packets in written.chunks(15) {
         assert!(packets.iter().all(|(header, _)| *header == OffloadHeader::NONE));
@@ -463,7 +470,10 @@ fn segments_leave_their_checksum_to_an_end_that_completes_it() {
     let from = large().holding([tcp(2500), tcp(500)]);
     let to = Wire::with(checksums());
     let summary = cross(&from, &to, true, 16);
-    assert_eq!((summary.ways[0].packets_cut, summary.ways[0].checksums_completed), (1, 0));
+    assert_eq!(
+        (summary.directions[0].packets_cut, summary.directions[0].checksums_completed),
+        (1, 0)
+    );
     let written = to.written();
     assert_eq!(written.len(), 4);
     for (header, mut packet) in written {
@@ -480,8 +490,11 @@ fn between_ends_that_do_the_same_packets_go_as_they_are() {
         let packets = [tcp(10_500), tcp(500), plain(60)];
         let (from, to) = (large().holding(packets.clone()), large());
         let summary = cross(&from, &to, software, 16);
-        let way = &summary.ways[0];
-        assert_eq!((way.packets_written, way.packets_cut, way.checksums_completed), (3, 0, 0));
+        let direction = &summary.directions[0];
+        assert_eq!(
+            (direction.packets_written, direction.packets_cut, direction.checksums_completed),
+            (3, 0, 0)
+        );
         let sent = packets.map(|(header, packet)| (header.for_sending(), packet));
         assert_eq!(to.written(), sent);
     }
@@ -498,9 +511,9 @@ fn a_packet_that_the_other_end_cannot_take_is_dropped_and_counted() {
     let wrong = (OffloadHeader { segment_size: 0, ..tcp(4000).0 }, tcp(4000).1);
     let drops = |from: Wire, to: &Wire, software| {
         let summary = cross(&from, to, software, 16);
-        assert_eq!(summary.ways[0].packets_written, 1, "the good one");
-        let drops = summary.ways[0].drops_by_reason.clone();
-        assert_eq!(summary.ways[0].drops, drops.values().sum::<u64>());
+        assert_eq!(summary.directions[0].packets_written, 1, "the good one");
+        let drops = summary.directions[0].drops_by_reason.clone();
+        assert_eq!(summary.directions[0].drops, drops.values().sum::<u64>());
         drops.into_iter().collect::<Vec<_>>()
     };
     let counted = |counts: &[(&str, u64)]| -> Vec<(String, u64)> {
@@ -542,7 +555,7 @@ fn a_slow_end_holds_the_other_back_and_nothing_is_lost() {
         to.becomes(Behaviour::Takes);
         until("all come", || to.written().len() == 1000);
         assert_eq!(to.written(), packets);
-        assert_eq!(running.end().ways[0].drops, 0);
+        assert_eq!(running.end().directions[0].drops, 0);
     }
 }
 
@@ -552,8 +565,8 @@ fn writes_that_fail_are_counted_by_reason_and_their_frames_go_on() {
     let to = Wire::default().that(Behaviour::Refuses);
     let summary = cross(&from, &to, false, 8);
     let why = format!("write failed: {}", Status::InvalidAccess);
-    let drops: Vec<_> = summary.ways[0].drops_by_reason.clone().into_iter().collect();
-    assert_eq!((drops, summary.ways[0].packets_written), (vec![(why, 500)], 0));
+    let drops: Vec<_> = summary.directions[0].drops_by_reason.clone().into_iter().collect();
+    assert_eq!((drops, summary.directions[0].packets_written), (vec![(why, 500)], 0));
 }
 
 #[test]
@@ -563,9 +576,9 @@ fn what_cannot_be_written_before_the_end_is_counted() {
     let running = Running::start([from.end("one"), to.end("other")], false, 8);
     until("its frames are all taken", || from.read() == 16);
     let summary = running.end();
-    let way = &summary.ways[0];
-    assert_eq!(way.packets_read, way.drops + way.packets_written);
-    assert_eq!(way.drops_by_reason.get("not written at the end"), Some(&16), "{way:?}");
+    let direction = &summary.directions[0];
+    assert_eq!(direction.packets_read, direction.drops + direction.packets_written);
+    assert_eq!(direction.drops_by_reason.get("not written at the end"), Some(&16), "{direction:?}");
 }
 
 #[test]
@@ -740,7 +753,7 @@ fn speed() {
             "{len} bytes: {:.0} packets/s, {:.2} Gbit/s; batches {:?}; dropped {:?}",
             PACKETS as f64 / seconds,
             PACKETS as f64 * len as f64 * 8.0 / seconds / 1e9,
-            summary.ways[0].read_batches,
+            summary.directions[0].read_batches,
             summary.ends[1].drops_by_reason,
         );
     }

@@ -21,7 +21,7 @@ use smoltcp::wire::{
 use vmring::{Error, MacAddr6, RingControl};
 
 use super::limits::{BATCH, CONTACT_TIMEOUT, PING_TIMEOUT, SLEEP_MAX};
-use super::nic::Port;
+use super::nic::NetworkCard;
 use crate::stream::Stream;
 
 /// The payload `ping` sends.
@@ -107,7 +107,7 @@ impl Guest {
     pub(crate) fn start(
         number: usize,
         mac: MacAddr6,
-        port: Port,
+        nic: NetworkCard,
         control: RingControl,
         reports: Sender<(usize, Report)>,
     ) -> std::io::Result<Self> {
@@ -115,7 +115,7 @@ impl Guest {
             let tell = |report| drop(reports.send((number, report)));
             // DHCP's options are read out of the packet, which is kept here.
             let mut dhcp_packet = [0; 1500];
-            let guest = Stack::new(mac, port, inbox, &tell, counter, &mut dhcp_packet);
+            let guest = Stack::new(mac, nic, inbox, &tell, counter, &mut dhcp_packet);
             if let Err(error) = guest.run() {
                 tell(Report::Failed(error.to_string()));
             }
@@ -178,7 +178,7 @@ struct Pinging {
 
 /// The guest's own side.
 struct Stack<'a> {
-    port: Port,
+    nic: NetworkCard,
     interface: Interface,
     sockets: SocketSet<'a>,
     dhcp: SocketHandle,
@@ -197,7 +197,7 @@ const ECHO_IDENT: u16 = 0x766d;
 impl<'a> Stack<'a> {
     fn new(
         mac: MacAddr6,
-        mut port: Port,
+        mut nic: NetworkCard,
         commands: Receiver<Command>,
         tell: &'a dyn Fn(Report),
         progress: Arc<AtomicU64>,
@@ -210,7 +210,7 @@ impl<'a> Stack<'a> {
             RandomState::new().hash_one(mac.into_array())
         };
         let now = smoltcp::time::Instant::ZERO;
-        let interface = Interface::new(config, &mut port, now);
+        let interface = Interface::new(config, &mut nic, now);
         let mut sockets = SocketSet::new(Vec::new());
         let mut dhcp = dhcpv4::Socket::new();
         dhcp.set_receive_packet_buffer(dhcp_packet);
@@ -221,7 +221,7 @@ impl<'a> Stack<'a> {
         };
         let icmp = sockets.add(icmp::Socket::new(buffer(), buffer()));
         Self {
-            port,
+            nic,
             interface,
             sockets,
             dhcp,
@@ -241,16 +241,15 @@ impl<'a> Stack<'a> {
         loop {
             while let Ok(command) = self.commands.try_recv() {
                 match command {
-                    Command::Quit => return self.port.close(),
+                    Command::Quit => return self.nic.close(),
                     command => self.begin(command),
                 }
             }
-            self.port.collect();
+            self.nic.collect();
             let now = self.now();
             let mut worked = false;
             for _ in 0..BATCH {
-                let one =
-                    self.interface.poll_ingress_single(now, &mut self.port, &mut self.sockets);
+                let one = self.interface.poll_ingress_single(now, &mut self.nic, &mut self.sockets);
                 if matches!(one, PollIngressSingleResult::None) {
                     break;
                 }
@@ -258,16 +257,16 @@ impl<'a> Stack<'a> {
             }
             let task_due = self.work();
             for _ in 0..BATCH {
-                let out = self.interface.poll_egress(now, &mut self.port, &mut self.sockets);
+                let out = self.interface.poll_egress(now, &mut self.nic, &mut self.sockets);
                 if matches!(out, PollResult::None) {
                     break;
                 }
                 worked = true;
             }
-            self.port.flush()?;
+            self.nic.flush()?;
             self.finish();
-            let starved = self.port.take_starved();
-            if self.port.has_received() && !starved {
+            let starved = self.nic.take_starved();
+            if self.nic.has_received() && !starved {
                 continue;
             }
             let mut sleep = self
@@ -289,7 +288,7 @@ impl<'a> Stack<'a> {
                 // reason to keep a processor busy.
                 sleep = Duration::from_millis(1);
             }
-            self.port.wait(sleep, starved);
+            self.nic.wait(sleep, starved);
         }
     }
 

@@ -16,7 +16,7 @@ use vmring::{Error, Frame, Op, Ring};
 
 /// See the [module](self).
 #[derive(Debug)]
-pub(crate) struct Port {
+pub(crate) struct NetworkCard {
     ring: Ring,
     capabilities: DeviceCapabilities,
     /// Packets for the stack.
@@ -33,7 +33,7 @@ pub(crate) struct Port {
     starved: bool,
 }
 
-impl Port {
+impl NetworkCard {
     /// Takes over a ring on which nothing is in flight, posts `reads` of its frames for reading and
     /// keeps `writes` to send.
     pub(crate) fn new(ring: Ring, reads: usize, writes: usize) -> Self {
@@ -105,7 +105,7 @@ impl Port {
     }
 }
 
-impl Device for Port {
+impl Device for NetworkCard {
     type RxToken<'a> = Received<'a>;
     type TxToken<'a> = ToSend<'a>;
 

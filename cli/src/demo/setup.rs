@@ -9,7 +9,7 @@ use vmring::{
 };
 
 use super::limits::{CLOSE_TIMEOUT, depth};
-use super::nic::Port;
+use super::nic::NetworkCard;
 #[cfg(target_os = "linux")]
 use super::tap;
 #[cfg(target_os = "linux")]
@@ -114,30 +114,30 @@ fn room_for_two(range: &Ipv4Range) -> Result<(), Failure> {
 
 /// One guest's place on the network.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct GuestSide {
     pub(crate) interface: Interface,
     pub(crate) control: RingControl,
     ring: Ring,
     depth: usize,
 }
 
-impl Place {
+impl GuestSide {
     /// The guest's network card; the interface and the ring's control handle stay.
-    pub(crate) fn into_port(self) -> (Interface, RingControl, Port) {
-        let port = Port::new(self.ring, self.depth, self.depth);
-        (self.interface, self.control, port)
+    pub(crate) fn into_nic(self) -> (Interface, RingControl, NetworkCard) {
+        let nic = NetworkCard::new(self.ring, self.depth, self.depth);
+        (self.interface, self.control, nic)
     }
 }
 
 /// Two places on one network, or one with the kernel behind it, fresh for this call; and the poller
 /// if they share one.
 #[derive(Debug)]
-pub(crate) struct Lab {
-    pub(crate) places: Vec<Place>,
+pub(crate) struct DemoNetwork {
+    pub(crate) sides: Vec<GuestSide>,
     pub(crate) poller: Option<Poller>,
 }
 
-impl Lab {
+impl DemoNetwork {
     pub(crate) fn start(settings: &Settings, capture: Option<&Capture>) -> Result<Self, Error> {
         static RUNS: AtomicU32 = AtomicU32::new(0);
         let network = format!("demo {}", RUNS.fetch_add(1, Ordering::Relaxed));
@@ -175,10 +175,10 @@ impl Lab {
                 .close_timeout(CLOSE_TIMEOUT)
                 .build()?;
             let control = ring.control();
-            Ok::<_, Error>(Place { interface, control, ring, depth: depth as usize })
+            Ok::<_, Error>(GuestSide { interface, control, ring, depth: depth as usize })
         };
-        let places = if settings.has_kernel() { 1 } else { 2 };
-        Ok(Self { places: (0..places).map(start).collect::<Result<_, _>>()?, poller })
+        let sides = if settings.has_kernel() { 1 } else { 2 };
+        Ok(Self { sides: (0..sides).map(start).collect::<Result<_, _>>()?, poller })
     }
 }
 

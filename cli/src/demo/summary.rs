@@ -82,7 +82,7 @@ impl GuestSummary {
         }
     }
 
-    pub(crate) fn leased(&mut self, lease: &Lease) {
+    pub(crate) fn set_lease(&mut self, lease: &Lease) {
         self.ipv4 = Some(lease.address.address().to_string());
         self.prefix_length = Some(lease.address.prefix_len());
         self.gateway = Some(lease.server.to_string());
@@ -90,7 +90,7 @@ impl GuestSummary {
         self.lease_seconds = lease.seconds;
     }
 
-    pub(crate) fn counted(&mut self, stats: &RingStats) {
+    pub(crate) fn set_counters(&mut self, stats: &RingStats) {
         self.packets_read = Some(stats.rx_packets);
         self.packets_written = Some(stats.tx_packets);
         self.read_batches = Some(Batches::of(stats.rx_packets, &stats.read_batches));

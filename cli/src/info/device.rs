@@ -49,7 +49,7 @@ impl From<Capabilities> for CapabilitiesInfo {
 }
 
 /// A device of this version: tried out, not only described.
-pub(crate) fn tried(
+pub(crate) fn try_device(
     name: &'static str,
     what: &'static str,
     needs: &'static str,

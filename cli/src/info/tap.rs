@@ -32,8 +32,8 @@ pub(crate) struct TapInfo {
 }
 
 /// Tries a TAP out, in a network namespace for it alone; adds it to the devices.
-pub(crate) fn look(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
-    let why_not = OpenOptions::new().read(true).write(true).open(NODE).err().map(closed);
+pub(crate) fn inspect(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
+    let why_not = OpenOptions::new().read(true).write(true).open(NODE).err().map(why_closed);
     let tried = match &why_not {
         Some(why_not) => Err(why_not.clone()),
         None => in_namespace(try_out).map_err(|failure| {
@@ -55,7 +55,7 @@ pub(crate) fn look(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
 }
 
 /// Why the node cannot be opened, and what helps.
-fn closed(error: io::Error) -> String {
+fn why_closed(error: io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun.to_string(),
         Some(libc::EACCES | libc::EPERM) => {
@@ -70,7 +70,7 @@ fn closed(error: io::Error) -> String {
 
 fn try_out() -> (DeviceInfo, Option<Vec<&'static str>>) {
     let (name, what, needs) = device::TAP;
-    let device = device::tried(name, what, needs, Tap::new());
+    let device = device::try_device(name, what, needs, Tap::new());
     let asked = Interface::builder().offloads(Offloads::ALL).device(Tap::new()).start();
     (device, asked.ok().map(|interface| offload_names(interface.capabilities().offloads)))
 }

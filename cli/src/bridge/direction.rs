@@ -22,7 +22,7 @@ const ETHERNET_AND_VLAN: u32 = 18;
 /// other, and come back. So however slow the other end is, this way holds no more than these, and
 /// takes none from the way back.
 #[derive(Debug)]
-pub(crate) struct Way {
+pub(crate) struct BridgeDirection {
     /// What the other end does by itself, and the longest frame it takes that is not to be cut.
     offloads: Offloads,
     max_packet_size: usize,
@@ -66,7 +66,7 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    fn dropped(&mut self, why: &str) {
+    fn count_drop(&mut self, why: &str) {
         match self.drops.get_mut(why) {
             Some(n) => *n += 1,
             None => drop(self.drops.insert(why.to_owned(), 1)),
@@ -74,7 +74,7 @@ impl Counts {
     }
 }
 
-impl Way {
+impl BridgeDirection {
     /// Towards an end that can do `caps`; takes `reads` frames from the pool for reading and as many
     /// to be under way, and `segments` more.
     pub(crate) fn new(
@@ -113,7 +113,7 @@ impl Way {
     }
 
     /// A read is over.
-    pub(crate) fn read(&mut self, done: Completion) {
+    pub(crate) fn read_done(&mut self, done: Completion) {
         let Some(mut frame) = done.frame() else { return };
         if done.result.is_err() {
             return self.spare.push(frame);
@@ -124,7 +124,7 @@ impl Way {
             Ok(None) => self.waiting.push_back(Waiting::Packet(frame)),
             Ok(Some(header)) => self.waiting.push_back(Waiting::Large(frame, header)),
             Err(why) => {
-                self.counts.dropped(why);
+                self.counts.count_drop(why);
                 self.spare.push(frame);
             }
         }
@@ -176,7 +176,7 @@ impl Way {
     }
 
     /// A write is over: its frame is free.
-    pub(crate) fn written(&mut self, done: Completion) {
+    pub(crate) fn write_done(&mut self, done: Completion) {
         self.writing -= 1;
         let (user_data, result, frame) = done.into_parts();
         match result {
@@ -184,8 +184,8 @@ impl Way {
                 self.counts.packets_written += 1;
                 self.counts.bytes_written += len as u64;
             }
-            Err(EntryError::Cancelled) => self.counts.dropped("not written at the end"),
-            Err(error) => self.counts.dropped(&format!("write failed: {error}")),
+            Err(EntryError::Cancelled) => self.counts.count_drop("not written at the end"),
+            Err(error) => self.counts.count_drop(&format!("write failed: {error}")),
         }
         if let Some(frame) = frame {
             self.recycle(user_data, frame);
@@ -212,7 +212,7 @@ impl Way {
                 }
                 Err(BatchError { kind, frame, accepted }) => {
                     written += accepted;
-                    self.counts.dropped(&format!("refused: {kind}"));
+                    self.counts.count_drop(&format!("refused: {kind}"));
                     self.recycle(self.last, frame);
                 }
             }
@@ -278,7 +278,7 @@ impl Way {
     pub(crate) fn abandon(&mut self) {
         let lost = self.waiting.len() + self.writing;
         for _ in 0..lost {
-            self.counts.dropped("not written at the end");
+            self.counts.count_drop("not written at the end");
         }
         self.waiting.clear();
         self.writing = 0;

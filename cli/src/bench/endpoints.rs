@@ -57,7 +57,7 @@ pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Inter
 
 /// A ring, and where its frames are that are not in it.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(crate) struct Endpoint {
     pub(crate) ring: Ring,
     /// To write packets in.
     pub(crate) free: Vec<Frame>,
@@ -71,16 +71,16 @@ pub(crate) struct End {
 
 /// See the [module](self). Packets go from the first to the last.
 #[derive(Debug)]
-pub(crate) struct Ends {
+pub(crate) struct Endpoints {
     // In this order they go.
-    ends: Vec<End>,
+    endpoints: Vec<Endpoint>,
     interfaces: Vec<Interface>,
     _poller: Option<Poller>,
     /// What the kernel had dropped before.
     dropped_before: u64,
 }
 
-impl Ends {
+impl Endpoints {
     /// On a network of their own, with room for `window` packets under way from each end, of `size`
     /// bytes.
     pub(crate) fn start(
@@ -105,9 +105,10 @@ impl Ends {
         window: usize,
         size: usize,
     ) -> Result<Self, Failure> {
-        let mut ends = Self::open(interfaces, driving, window, size).map_err(Failure::starting)?;
-        ends.make_contact()?;
-        Ok(ends)
+        let mut endpoints =
+            Self::open(interfaces, driving, window, size).map_err(Failure::starting)?;
+        endpoints.make_contact()?;
+        Ok(endpoints)
     }
 
     fn open(
@@ -139,23 +140,23 @@ impl Ends {
                 frame.set_len(size).expect("a frame has room for the largest packet");
             }
             let read = Vec::with_capacity(depth);
-            Ok::<_, Error>(End { ring, free, read, spare, writing: 0 })
+            Ok::<_, Error>(Endpoint { ring, free, read, spare, writing: 0 })
         };
-        let ends = interfaces.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Self { ends, interfaces, _poller: poller, dropped_before: 0 })
+        let endpoints = interfaces.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Self { endpoints, interfaces, _poller: poller, dropped_before: 0 })
     }
 
-    pub(crate) fn first(&mut self) -> &mut End {
-        &mut self.ends[0]
+    pub(crate) fn first(&mut self) -> &mut Endpoint {
+        &mut self.endpoints[0]
     }
 
-    pub(crate) fn last(&mut self) -> &mut End {
-        self.ends.last_mut().expect("there is one")
+    pub(crate) fn last(&mut self) -> &mut Endpoint {
+        self.endpoints.last_mut().expect("there is one")
     }
 
     /// Whether what is written comes back to the same ring.
     pub(crate) fn is_loop(&self) -> bool {
-        self.ends.len() == 1
+        self.endpoints.len() == 1
     }
 
     /// The addresses of the first end and the last.
@@ -168,7 +169,7 @@ impl Ends {
     #[inline]
     pub(crate) fn collect(&mut self, account: &mut Account) -> usize {
         let mut completed = 0;
-        for end in &mut self.ends {
+        for end in &mut self.endpoints {
             for done in end.ring.reap() {
                 completed += 1;
                 let is_well = done.result.is_ok();
@@ -190,7 +191,7 @@ impl Ends {
     /// Posts what can be read into again, everywhere.
     #[inline]
     pub(crate) fn post(&mut self) -> Result<(), Failure> {
-        for end in &mut self.ends {
+        for end in &mut self.endpoints {
             if !end.spare.is_empty() {
                 let frames = iter::from_fn(|| end.spare.pop().map(|frame| (frame, 0)));
                 end.ring.submit_reads(frames).map_err(step)?;
@@ -213,8 +214,8 @@ impl Ends {
                 last.write(iter::once(frame))?;
                 last.ring.wait(1, Some(CONTACT_PAUSE));
                 // As long again as before when it comes back.
-                if self.heard(&hello) {
-                    self.settle(len);
+                if self.listen_for(&hello) {
+                    self.finish_hellos(len);
                     return Ok(());
                 }
             }
@@ -226,7 +227,7 @@ impl Ends {
     }
 
     /// Whether the first end hears it, in a while.
-    fn heard(&mut self, hello: &[u8]) -> bool {
+    fn listen_for(&mut self, hello: &[u8]) -> bool {
         let start = Instant::now();
         let mut heard = false;
         while !heard && start.elapsed() < CONTACT_PAUSE {
@@ -240,7 +241,7 @@ impl Ends {
     }
 
     /// Waits for the writes of the hellos and makes their frames `len` bytes long again.
-    fn settle(&mut self, len: usize) {
+    fn finish_hellos(&mut self, len: usize) {
         let start = Instant::now();
         while self.last().writing > 0 && start.elapsed() < CONTACT_TIMEOUT {
             self.collect(&mut Account::default());
@@ -257,13 +258,13 @@ impl Ends {
         device: DeviceName,
         drops: &mut BTreeMap<&'static str, u64>,
     ) -> Result<RingsSummary, Failure> {
-        let rings = RingsSummary::of(self.ends.iter().map(|end| &end.ring));
+        let rings = RingsSummary::of(self.endpoints.iter().map(|end| &end.ring));
         let kernel = dropped(device).saturating_sub(self.dropped_before);
         let counted = self.interfaces.iter().flat_map(Interface::drops);
         for (reason, n) in counted.chain([("for a full TAP", kernel)]).filter(|(_, n)| *n > 0) {
             *drops.entry(reason).or_default() += n;
         }
-        for end in &mut self.ends {
+        for end in &mut self.endpoints {
             end.ring.close().map_err(step)?;
         }
         Ok(rings)
@@ -276,7 +277,7 @@ impl Ends {
     }
 }
 
-impl End {
+impl Endpoint {
     /// Writes as many of `frames` as there are credits for.
     #[inline]
     pub(crate) fn write(&mut self, frames: impl Iterator<Item = Frame>) -> Result<(), Failure> {
