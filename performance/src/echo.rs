@@ -15,7 +15,7 @@ use crate::{Part, Plan, Result};
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+enum Method {
     Rtrb,
     RtrbChunks,
     Channel,
@@ -23,7 +23,7 @@ enum Way {
     Ours(ours::Kind),
 }
 
-impl Way {
+impl Method {
     const ALL: [Self; 8] = [
         Self::Rtrb,
         Self::RtrbChunks,
@@ -57,12 +57,13 @@ impl Way {
 }
 
 pub(crate) fn run(plan: Plan) -> Part {
-    let mut contenders: Vec<(usize, Way)> =
-        BATCHES.iter().flat_map(|batch| Way::ALL.map(|way| (*batch, way))).collect();
+    let mut contenders: Vec<(usize, Method)> =
+        BATCHES.iter().flat_map(|batch| Method::ALL.map(|method| (*batch, method))).collect();
     let values = pinned(|| {
-        take_turns(plan, &mut contenders, |(batch, way)| {
-            way.measure(*batch, plan.time)
-                .map_err(|e| format!("echo, {}, batch {batch}: {e}", way.name()).into())
+        take_turns(plan, &mut contenders, |(batch, method)| {
+            method
+                .measure(*batch, plan.time)
+                .map_err(|e| format!("echo, {}, batch {batch}: {e}", method.name()).into())
         })
     })?;
     let mut table = Table::new(
@@ -72,22 +73,22 @@ pub(crate) fn run(plan: Plan) -> Part {
         &["ns/entry"],
     );
     let mut medians = Vec::new();
-    for ((batch, way), values) in contenders.iter().zip(&values) {
-        let median = table.row(&[&batch.to_string(), way.name()], &[values]);
-        medians.push((*batch, *way, median));
+    for ((batch, method), values) in contenders.iter().zip(&values) {
+        let median = table.row(&[&batch.to_string(), method.name()], &[values]);
+        medians.push((*batch, *method, median));
     }
-    let of = |wanted: Way| {
-        let found = medians.iter().find(|(batch, way, _)| *batch == 32 && *way == wanted);
+    let of = |wanted: Method| {
+        let found = medians.iter().find(|(batch, method, _)| *batch == 32 && *method == wanted);
         found.map_or(f64::NAN, |row| row.2)
     };
     // The faster of rtrb's two ways, at this batch, is what is to be reached.
-    let bare = of(Way::Rtrb).min(of(Way::RtrbChunks));
+    let bare = of(Method::Rtrb).min(of(Method::RtrbChunks));
     let mut wants = Vec::new();
-    for ours in Way::ALL.into_iter().filter(|way| matches!(way, Way::Ours(_))) {
+    for ours in Method::ALL.into_iter().filter(|method| matches!(method, Method::Ours(_))) {
         let name = ours.name();
         wants.push(Want::at_least(format!("echo, 32: rtrb / {name}"), bare / of(ours), 0.8));
         let what = format!("echo, 32: io_uring NOP / {name}");
-        wants.push(Want::at_least(what, of(Way::Nop) / of(ours), 8.0));
+        wants.push(Want::at_least(what, of(Method::Nop) / of(ours), 8.0));
     }
     Ok((vec![table], wants))
 }

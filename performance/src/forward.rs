@@ -20,7 +20,7 @@ const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine} --offload=
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way<'a> {
+enum Method<'a> {
     /// Two TAPs and the relay.
     Relay,
     /// The `vmring` command of that path, with that engine.
@@ -29,7 +29,7 @@ enum Way<'a> {
     Veth,
 }
 
-impl Way<'_> {
+impl Method<'_> {
     fn name(self) -> &'static str {
         match self {
             Self::Relay => "read(2)/write(2) relay",
@@ -64,16 +64,17 @@ pub(crate) fn run(
 ) -> Result<(Vec<Table>, Vec<Want>)> {
     let ours = program
         .into_iter()
-        .flat_map(|program| ["io_uring", "plain"].map(|engine| Way::Ours { program, engine }));
-    let ways: Vec<Way<'_>> = [Way::Relay].into_iter().chain(ours).chain([Way::Veth]).collect();
-    let mut all: Vec<(Way<'_>, Offload, Vec<Stream>)> = [Offload::Off, Offload::On]
+        .flat_map(|program| ["io_uring", "plain"].map(|engine| Method::Ours { program, engine }));
+    let methods: Vec<Method<'_>> =
+        [Method::Relay].into_iter().chain(ours).chain([Method::Veth]).collect();
+    let mut all: Vec<(Method<'_>, Offload, Vec<Stream>)> = [Offload::Off, Offload::On]
         .into_iter()
-        .flat_map(|offload| ways.iter().map(move |way| (*way, offload, Vec::new())))
+        .flat_map(|offload| methods.iter().map(move |method| (*method, offload, Vec::new())))
         .collect();
     for _ in 0..rounds {
-        for (way, offload, streams) in &mut all {
-            let stream = in_new_namespace(|| measure(*way, *offload, seconds));
-            streams.push(stream.map_err(|error| format!("{}: {error}", way.name()))?);
+        for (method, offload, streams) in &mut all {
+            let stream = in_new_namespace(|| measure(*method, *offload, seconds));
+            streams.push(stream.map_err(|error| format!("{}: {error}", method.name()))?);
         }
     }
     let mut table = Table::new(
@@ -83,7 +84,7 @@ pub(crate) fn run(
         &["Gbit/s", "bridge CPU s/GB", "system CPU s/GB"],
     );
     let mut medians = Vec::new();
-    for (way, offload, streams) in &all {
+    for (method, offload, streams) in &all {
         let rate: Vec<f64> = streams.iter().map(|stream| stream.gbit_per_second).collect();
         let bridge: Vec<f64> =
             streams.iter().filter_map(|stream| stream.bridge_cpu_seconds_per_gigabyte).collect();
@@ -91,14 +92,14 @@ pub(crate) fn run(
             streams.iter().map(|stream| stream.system_cpu_seconds_per_gigabyte).collect();
         let on = *offload == Offload::On;
         let label = if on { "on" } else { "off" };
-        let median = table.row(&[label, way.name()], &[&rate, &bridge, &system]);
-        medians.push((way.name(), on, median));
+        let median = table.row(&[label, method.name()], &[&rate, &bridge, &system]);
+        medians.push((method.name(), on, median));
     }
     let of = |name: &str, on: bool| {
         medians.iter().find(|(of, offload, _)| *of == name && *offload == on).map(|row| row.2)
     };
     let mut wants = Vec::new();
-    for (on, rival, least) in [(false, Way::Relay, 1.3), (true, Way::Veth, 0.9)] {
+    for (on, rival, least) in [(false, Method::Relay, 1.3), (true, Method::Veth, 0.9)] {
         if let Some(rival_rate) = of(rival.name(), on) {
             for ours in ["vmring bridge, io_uring", "vmring bridge, plain calls"] {
                 if let Some(rate) = of(ours, on) {
@@ -113,10 +114,10 @@ pub(crate) fn run(
 }
 
 /// One stream, from within the namespace of the bridge.
-fn measure(way: Way<'_>, offload: Offload, seconds: u32) -> Result<Stream> {
+fn measure(method: Method<'_>, offload: Offload, seconds: u32) -> Result<Stream> {
     let ends = (Namespace::new()?, Namespace::new()?);
-    match way {
-        Way::Relay => {
+    match method {
+        Method::Relay => {
             let (left, right) = (Tap::open(LEFT, offload)?, Tap::open(RIGHT, offload)?);
             connect(&ends)?;
             let stop = AtomicBool::new(false);
@@ -128,14 +129,14 @@ fn measure(way: Way<'_>, offload: Offload, seconds: u32) -> Result<Stream> {
                 Ok(transfer?.stream(Some(bridge)))
             })
         }
-        Way::Ours { program, engine } => {
+        Method::Ours { program, engine } => {
             let bridge = Bridge::start(program, engine, offload)?;
             connect(&ends)?;
             let before = bridge.processor_time()?;
             let transfer = transfer(&ends, offload, seconds)?;
             Ok(transfer.stream(Some(bridge.processor_time()?.saturating_sub(before))))
         }
-        Way::Veth => {
+        Method::Veth => {
             ip(&format!("link add {LEFT} type veth peer name {RIGHT}"))?;
             if offload == Offload::Off {
                 without_checksums(LEFT)?;

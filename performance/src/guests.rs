@@ -4,7 +4,7 @@
 //! packets it has room for.
 
 mod bare;
-mod look;
+mod inspection;
 mod ours;
 mod sockets;
 mod traffic;
@@ -21,7 +21,7 @@ use traffic::Traffic;
 const LONG_PACKET: usize = 65_535;
 const LENGTHS: [usize; 3] = [SMALL_FRAME, FULL_FRAME, LONG_PACKET];
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Method {
     Bare,
     /// The bare loop behind the least that a ring on each side can be.
     Queued,
@@ -30,7 +30,7 @@ enum Way {
     Stream,
 }
 
-impl Way {
+impl Method {
     const INLINE: Self = Self::Ours(ours::Driven::Inline);
     const ALL: [Self; 7] = [
         Self::Bare,
@@ -55,7 +55,7 @@ impl Way {
 
 #[derive(Clone, Copy)]
 struct Contender {
-    way: Way,
+    method: Method,
     length: usize,
     touched: bool,
 }
@@ -63,16 +63,16 @@ struct Contender {
 impl Contender {
     /// Nanoseconds a packet.
     fn measure(&self, time: Duration) -> Result<f64> {
-        let Self { way, length, touched } = *self;
+        let Self { method, length, touched } = *self;
         let traffic = Traffic { length, touched, time };
-        let measured = match way {
-            Way::Bare => bare::measure(traffic, false),
-            Way::Queued => bare::measure(traffic, true),
-            Way::Ours(driven) => ours::measure(driven, traffic),
-            Way::Datagrams => sockets::measure_datagrams(traffic),
-            Way::Stream => sockets::measure_stream(traffic),
+        let measured = match method {
+            Method::Bare => bare::measure(traffic, false),
+            Method::Queued => bare::measure(traffic, true),
+            Method::Ours(driven) => ours::measure(driven, traffic),
+            Method::Datagrams => sockets::measure_datagrams(traffic),
+            Method::Stream => sockets::measure_stream(traffic),
         };
-        measured.map_err(|error| format!("{}, {length} B: {error}", way.name()).into())
+        measured.map_err(|error| format!("{}, {length} B: {error}", method.name()).into())
     }
 }
 
@@ -89,10 +89,10 @@ pub(crate) fn run(plan: Plan) -> Part {
     for length in LENGTHS {
         let datagrams = sockets::takes_datagrams_of(length)?;
         for touched in [false, true] {
-            for way in Way::ALL {
-                let taken = way != Way::Datagrams || datagrams;
+            for method in Method::ALL {
+                let taken = method != Method::Datagrams || datagrams;
                 let list = if taken { &mut contenders } else { &mut refused };
-                list.push(Contender { way, length, touched });
+                list.push(Contender { method, length, touched });
             }
         }
     }
@@ -105,13 +105,13 @@ pub(crate) fn run(plan: Plan) -> Part {
     );
     let mut medians = Vec::new();
     for (contender, values) in contenders.iter().zip(&values) {
-        let Contender { way, length, touched } = *contender;
+        let Contender { method, length, touched } = *contender;
         let rates: Vec<f64> = values.iter().map(|ns| 1e9 / ns).collect();
-        let labels = [&length.to_string(), seen(touched), way.name()];
+        let labels = [&length.to_string(), seen(touched), method.name()];
         medians.push((*contender, table.row(&labels, &[values, &rates])));
     }
-    for Contender { way, length, touched } in refused {
-        let name = format!("{}: the system refuses that length", way.name());
+    for Contender { method, length, touched } in refused {
+        let name = format!("{}: the system refuses that length", method.name());
         table.row(&[&length.to_string(), seen(touched), &name], &[&[], &[]]);
     }
     Ok((vec![table], wants(&medians)))
@@ -119,22 +119,23 @@ pub(crate) fn run(plan: Plan) -> Part {
 
 /// At most 1.4 times the bare loop, and so many times faster than the sockets.
 fn wants(medians: &[(Contender, f64)]) -> Vec<Want> {
-    let of = |way: Way, length, touched| {
-        let row =
-            medians.iter().find(|(c, _)| (c.way, c.length, c.touched) == (way, length, touched));
+    let of = |method: Method, length, touched| {
+        let row = medians
+            .iter()
+            .find(|(c, _)| (c.method, c.length, c.touched) == (method, length, touched));
         row.map_or(f64::NAN, |row| row.1)
     };
     let mut wants = Vec::new();
     for length in LENGTHS {
         for touched in [false, true] {
-            let ratio = of(Way::INLINE, length, touched) / of(Way::Bare, length, touched);
+            let ratio = of(Method::INLINE, length, touched) / of(Method::Bare, length, touched);
             let name = format!("{length} B {}: vmring, inline / bare loop", seen(touched));
             wants.push(Want::at_most(name, ratio, 1.4));
         }
     }
-    for rival in [Way::Datagrams, Way::Stream] {
+    for rival in [Method::Datagrams, Method::Stream] {
         for (touched, least) in [(false, 15.0), (true, 4.0)] {
-            let ratio = of(rival, FULL_FRAME, touched) / of(Way::INLINE, FULL_FRAME, touched);
+            let ratio = of(rival, FULL_FRAME, touched) / of(Method::INLINE, FULL_FRAME, touched);
             let rival = rival.name();
             let name = format!("{FULL_FRAME} B {}: {rival} / vmring, inline", seen(touched));
             wants.push(Want::at_least(name, ratio, least));

@@ -14,13 +14,13 @@ const TURNS: u32 = 256;
 const WANTED: [(u64, f64); 2] = [(1, 40.0), (32, 12.0)];
 
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+enum Method {
     OneByOne,
     OneBatch,
     Bare,
 }
 
-impl Way {
+impl Method {
     const ALL: [Self; 3] = [Self::OneByOne, Self::OneBatch, Self::Bare];
 
     fn name(self) -> &'static str {
@@ -58,19 +58,19 @@ fn bare(batch: u64, time: Duration) -> Result<f64> {
 }
 
 pub(crate) fn run(plan: Plan) -> Part {
-    let mut contenders: Vec<(u64, Way)> =
-        WANTED.iter().flat_map(|(batch, _)| Way::ALL.map(|way| (*batch, way))).collect();
+    let mut contenders: Vec<(u64, Method)> =
+        WANTED.iter().flat_map(|(batch, _)| Method::ALL.map(|method| (*batch, method))).collect();
     let mut instructions: Vec<Vec<f64>> = vec![Vec::new(); contenders.len()];
     let mut counted = instructions.iter_mut();
     let values = pinned(|| {
-        for (batch, way) in &contenders {
+        for (batch, method) in &contenders {
             let Some(list) = counted.next() else { break };
-            if let Some(one) = way.as_one_batch() {
+            if let Some(one) = method.as_one_batch() {
                 list.extend(count(*batch, one)?);
             }
         }
-        take_turns(plan, &mut contenders, |(batch, way)| {
-            let Some(one) = way.as_one_batch() else { return bare(*batch, plan.time) };
+        take_turns(plan, &mut contenders, |(batch, method)| {
+            let Some(one) = method.as_one_batch() else { return bare(*batch, plan.time) };
             let mut ring = ring(*batch)?;
             let ns = time_packets(plan.time, TURNS, || turn(&mut ring, one))?;
             // What was posted still is: none was lost on the way.
@@ -87,10 +87,10 @@ pub(crate) fn run(plan: Plan) -> Part {
         &["ns/packet", "instructions"],
     );
     let mut wants = Vec::new();
-    for (((batch, way), values), counts) in contenders.iter().zip(&values).zip(&instructions) {
-        let name = way.name();
+    for (((batch, method), values), counts) in contenders.iter().zip(&values).zip(&instructions) {
+        let name = method.name();
         let median = table.row(&[&batch.to_string(), name], &[values, counts]);
-        let wanted = WANTED.iter().find(|(of, _)| of == batch && *way != Way::Bare);
+        let wanted = WANTED.iter().find(|(of, _)| of == batch && *method != Method::Bare);
         if let Some((_, most)) = wanted {
             let name = format!("inline, {batch}, {name}: ns a packet");
             wants.push(Want::at_most(name, median, *most));

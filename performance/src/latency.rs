@@ -28,7 +28,7 @@ const MOST_NS: u64 = 1_000_000_000;
 struct Line(AtomicU32);
 
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+enum Method {
     /// Nothing between two looks at the clock: what they add to all others.
     Clock,
     Line,
@@ -40,7 +40,7 @@ enum Way {
     Descriptor,
 }
 
-impl Way {
+impl Method {
     const SPINNING: [Self; 4] = [Self::Clock, Self::Line, Self::Null, Self::Loopback];
     const ASLEEP: [Self; 4] = [Self::Eventfd, Self::Futex, Self::Wait, Self::Descriptor];
 
@@ -60,12 +60,12 @@ impl Way {
 
 pub(crate) fn run(plan: Plan) -> Part {
     let about = "one entry to the other processor and back, both sides spinning";
-    let (table, medians) = measured(plan, "latency", about, &Way::SPINNING, 1.0)?;
+    let (table, medians) = measured(plan, "latency", about, &Method::SPINNING, 1.0)?;
     let mut wants = Vec::new();
     // With the clock in both, the ratio would seem better than it is.
     let (clock, line) = (medians[0], medians[1] - medians[0]);
-    for (way, median) in Way::SPINNING.iter().zip(&medians).skip(2) {
-        let what = format!("latency: {} / a cache line, both without the clock", way.name());
+    for (method, median) in Method::SPINNING.iter().zip(&medians).skip(2) {
+        let what = format!("latency: {} / a cache line, both without the clock", method.name());
         wants.push(Want::at_most(what, (median - clock) / line, 2.5));
     }
     Ok((vec![table], wants))
@@ -73,10 +73,10 @@ pub(crate) fn run(plan: Plan) -> Part {
 
 pub(crate) fn run_wakeup(plan: Plan) -> Part {
     let about = "one entry to a sleeping thread and back to a sleeping thread";
-    let (table, medians) = measured(plan, "wakeup", about, &Way::ASLEEP, 1e3)?;
+    let (table, medians) = measured(plan, "wakeup", about, &Method::ASLEEP, 1e3)?;
     let mut wants = Vec::new();
     for (ours, rival) in [(2, 1), (2, 0), (3, 0)] {
-        let (name, bare) = (Way::ASLEEP[ours].name(), Way::ASLEEP[rival].name());
+        let (name, bare) = (Method::ASLEEP[ours].name(), Method::ASLEEP[rival].name());
         let ratio = medians[ours] / medians[rival];
         wants.push(Want::at_most(format!("wakeup: {name}, / {bare}"), ratio, 1.3));
     }
@@ -88,15 +88,15 @@ fn measured(
     plan: Plan,
     name: &'static str,
     about: &'static str,
-    ways: &[Way],
+    methods: &[Method],
     unit: f64,
 ) -> Result<(Table, Vec<f64>)> {
-    let mut contenders: Vec<(Way, Vec<f64>, Vec<f64>)> =
-        ways.iter().map(|way| (*way, Vec::new(), Vec::new())).collect();
+    let mut contenders: Vec<(Method, Vec<f64>, Vec<f64>)> =
+        methods.iter().map(|method| (*method, Vec::new(), Vec::new())).collect();
     let values = pinned(|| {
-        take_turns(plan, &mut contenders, |(way, high, highest)| {
-            let times = round(*way, plan.time)
-                .map_err(|error| format!("{name}, {}: {error}", way.name()))?;
+        take_turns(plan, &mut contenders, |(method, high, highest)| {
+            let times = round(*method, plan.time)
+                .map_err(|error| format!("{name}, {}: {error}", method.name()))?;
             high.push(times.value_at_quantile(0.99) as f64 / unit);
             highest.push(times.value_at_quantile(0.999) as f64 / unit);
             Ok(times.value_at_quantile(0.5) as f64 / unit)
@@ -106,22 +106,22 @@ fn measured(
         if unit == 1.0 { &["ns", "99 %", "99.9 %"] } else { &["us", "99 %", "99.9 %"] };
     let mut table = Table::new(name, about, &["contender"], figures);
     let mut medians = Vec::new();
-    for ((way, high, highest), values) in contenders.iter().zip(&values) {
-        medians.push(table.row(&[way.name()], &[values, high, highest]));
+    for ((method, high, highest), values) in contenders.iter().zip(&values) {
+        medians.push(table.row(&[method.name()], &[values, high, highest]));
     }
     Ok((table, medians))
 }
 
-fn round(way: Way, time: Duration) -> Result<Histogram<u64>> {
-    match way {
-        Way::Clock => trips(time, || Ok(())),
-        Way::Line => line(time),
-        Way::Null => spinning(time, false),
-        Way::Loopback => spinning(time, true),
-        Way::Eventfd => eventfd(time),
-        Way::Futex => futex(time),
-        Way::Wait => asleep(time, false),
-        Way::Descriptor => asleep(time, true),
+fn round(method: Method, time: Duration) -> Result<Histogram<u64>> {
+    match method {
+        Method::Clock => trips(time, || Ok(())),
+        Method::Line => line(time),
+        Method::Null => spinning(time, false),
+        Method::Loopback => spinning(time, true),
+        Method::Eventfd => eventfd(time),
+        Method::Futex => futex(time),
+        Method::Wait => asleep(time, false),
+        Method::Descriptor => asleep(time, true),
     }
 }
 

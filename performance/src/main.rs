@@ -225,22 +225,25 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 fn tap_write(plan: Plan) -> Part {
-    let measured =
-        turns(plan.rounds, write::Way::ALL, |way, length| write::measure(way, length, plan.time))?;
+    let measured = turns(plan.rounds, write::Method::ALL, |method, length| {
+        write::measure(method, length, plan.time)
+    })?;
     let about = "packets into a TAP, dropped by the kernel for their address";
-    let (table, medians) = packets("tap-write", about, measured, write::Way::name);
+    let (table, medians) = packets("tap-write", about, measured, write::Method::name);
     Ok((vec![table], tap_wants("into a TAP", &medians, "write(2)", "io_uring WRITE, 64 at once")))
 }
 
 fn tap_read(plan: Plan) -> Part {
     let Plan { rounds, time } = plan;
-    let drained = turns(rounds, read::Way::ALL, |way, len| read::measure_drain(way, len, time))?;
+    let drained =
+        turns(rounds, read::Method::ALL, |method, len| read::measure_drain(method, len, time))?;
     let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);
-    let (drain, medians) = packets("tap-read, drain", about, drained, read::Way::name);
+    let (drain, medians) = packets("tap-read, drain", about, drained, read::Method::name);
     let wants = tap_wants("out of a TAP", &medians, "read(2)", "io_uring READ_MULTISHOT");
-    let flooded = turns(rounds, read::Way::ALL, |way, len| read::measure_flood(way, len, time))?;
+    let flooded =
+        turns(rounds, read::Method::ALL, |method, len| read::measure_flood(method, len, time))?;
     let about = "packets out of a TAP while another thread sends all it can";
-    let (flood, _) = packets("tap-read, flood", about, flooded, read::Way::name);
+    let (flood, _) = packets("tap-read, flood", about, flooded, read::Method::name);
     Ok((vec![drain, flood], wants))
 }
 
@@ -270,16 +273,16 @@ type Measured<W> = (W, usize, Vec<Sample>);
 /// Lets all contenders take turns, `rounds` times, with short and long frames.
 fn turns<W: Copy>(
     rounds: u32,
-    ways: &[W],
+    methods: &[W],
     mut measure: impl FnMut(W, usize) -> Result<Sample>,
 ) -> Result<Vec<Measured<W>>> {
     let mut all: Vec<Measured<W>> = [SMALL_FRAME, FULL_FRAME]
         .into_iter()
-        .flat_map(|length| ways.iter().map(move |way| (*way, length, Vec::new())))
+        .flat_map(|length| methods.iter().map(move |method| (*method, length, Vec::new())))
         .collect();
     for _ in 0..rounds {
-        for (way, length, samples) in &mut all {
-            samples.push(measure(*way, *length)?);
+        for (method, length, samples) in &mut all {
+            samples.push(measure(*method, *length)?);
         }
     }
     Ok(all)
@@ -296,11 +299,11 @@ fn packets<W>(
     let figures = &["ns/packet", "CPU ns", "packets/s"];
     let mut table = Table::new(name, about, &["bytes", "contender"], figures);
     let mut medians = Vec::new();
-    for (way, length, samples) in measured {
+    for (method, length, samples) in measured {
         let values = |of: fn(&Sample) -> f64| samples.iter().map(of).collect::<Vec<_>>();
         let (wall, cpu) = (values(Sample::wall_ns), values(Sample::cpu_ns));
         let rate = values(|sample| 1e9 / sample.wall_ns());
-        let contender = name_of(way);
+        let contender = name_of(method);
         let median = table.row(&[&length.to_string(), contender], &[&wall, &cpu, &rate]);
         medians.push((contender, length, median));
     }

@@ -46,8 +46,8 @@ impl Queues {
     pub(crate) fn turn(&mut self, most: usize, each: impl FnMut(Entry) -> Entry) -> Result<usize> {
         let count = self.reap.slots().min(most);
         let reaped = self.reap.read_chunk(count)?;
-        let room = self.submit.write_chunk_uninit(count)?;
-        Ok(room.fill_from_iter(reaped.into_iter().map(each)))
+        let chunk = self.submit.write_chunk_uninit(count)?;
+        Ok(chunk.fill_from_iter(reaped.into_iter().map(each)))
     }
 
     /// Submissions that wait.
@@ -64,16 +64,16 @@ impl Queues {
         each: impl FnMut(Entry) -> Entry,
     ) -> Result<usize> {
         let taken = self.take.read_chunk(count)?;
-        let room = self.complete.write_chunk_uninit(count)?;
-        Ok(room.fill_from_iter(taken.into_iter().map(each)))
+        let chunk = self.complete.write_chunk_uninit(count)?;
+        Ok(chunk.fill_from_iter(taken.into_iter().map(each)))
     }
 
     /// Takes `count` submissions into a queue of buffers' numbers.
     #[inline(always)]
     pub(crate) fn pass_on(&mut self, count: usize, to: &mut Producer<u32>) -> Result<()> {
         let taken = self.take.read_chunk(count)?;
-        let room = to.write_chunk_uninit(count)?;
-        room.fill_from_iter(taken.into_iter().map(|entry| entry.buffer));
+        let chunk = to.write_chunk_uninit(count)?;
+        chunk.fill_from_iter(taken.into_iter().map(|entry| entry.buffer));
         Ok(())
     }
 
@@ -88,8 +88,8 @@ impl Queues {
     ) -> Result<usize> {
         let count = from.slots().min(most);
         let back = from.read_chunk(count)?;
-        let room = self.complete.write_chunk_uninit(count)?;
-        Ok(room.fill_from_iter(back.into_iter().map(|one| {
+        let chunk = self.complete.write_chunk_uninit(count)?;
+        Ok(chunk.fill_from_iter(back.into_iter().map(|one| {
             let (buffer, length) = each(one);
             Entry { buffer, length, ..Entry::default() }
         })))

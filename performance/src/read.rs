@@ -19,7 +19,7 @@ use rivals::{Batch, Multishot, Plain, TunRs};
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum Method {
     Plain,
     UringMultishot,
     UringBatch,
@@ -29,7 +29,7 @@ pub(crate) enum Way {
     Ours(Ours),
 }
 
-impl Way {
+impl Method {
     pub(crate) const ALL: &[Self] = &[
         Self::Plain,
         Self::UringMultishot,
@@ -91,12 +91,12 @@ fn drain(reader: &mut dyn Reader, count: usize, length: usize) -> Result<()> {
 
 /// One measurement of one contender: fills the queue and times the draining of it, again and again
 /// until the draining has taken `time`.
-pub(crate) fn measure_drain(way: Way, length: usize, time: Duration) -> Result<Sample> {
+pub(crate) fn measure_drain(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
         let tap = Tap::open_up("tap0", QUEUE)?;
         let socket = PacketSocket::on(tap.name())?;
         let frame = udp_frame(length);
-        let mut reader = way.open(&tap)?;
+        let mut reader = method.open(&tap)?;
         // Before anything is timed: so many packets, of that length, come out, and only when asked.
         let before = counters("tap0")?;
         reader.rest()?;
@@ -106,7 +106,7 @@ pub(crate) fn measure_drain(way: Way, length: usize, time: Duration) -> Result<S
         let after = counters("tap0")?;
         let packets = (filled.sent - before.sent, after.sent - before.sent);
         if packets != (0, QUEUE as u64) || after.dropped != before.dropped {
-            let name = way.name();
+            let name = method.name();
             return Err(format!("{name}: {packets:?} packets left the queue: {after:?}").into());
         }
         let (mut packets, mut elapsed) = (0, Elapsed::default());
@@ -123,12 +123,12 @@ pub(crate) fn measure_drain(way: Way, length: usize, time: Duration) -> Result<S
 }
 
 /// One measurement of one contender while another thread sends as fast as it can.
-pub(crate) fn measure_flood(way: Way, length: usize, time: Duration) -> Result<Sample> {
+pub(crate) fn measure_flood(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
         let tap = Tap::open_up("tap0", QUEUE)?;
         let socket = PacketSocket::on(tap.name())?;
         let frame = udp_frame(length);
-        let mut reader = way.open(&tap)?;
+        let mut reader = method.open(&tap)?;
         let stop = AtomicBool::new(false);
         let (tell, told) = mpsc::channel();
         thread::scope(|scope| {
@@ -149,7 +149,7 @@ pub(crate) fn measure_flood(way: Way, length: usize, time: Duration) -> Result<S
             sent?;
             let (taken, elapsed) = received?;
             if taken.packets == 0 || taken.bytes != taken.packets * length as u64 {
-                return Err(format!("{}: {taken:?} came", way.name()).into());
+                return Err(format!("{}: {taken:?} came", method.name()).into());
             }
             Ok(Sample { packets: taken.packets, elapsed })
         })

@@ -64,10 +64,10 @@ impl Price {
 struct Contender {
     direction: Direction,
     batch: usize,
-    way: Way,
+    method: Method,
 }
 
-enum Way {
+enum Method {
     Ours(Box<Ours>),
     /// The same ring over a device that does nothing: what of the driver's figure is the ring's.
     Null(Box<Ours>),
@@ -90,51 +90,51 @@ impl Contender {
 
     fn start(price: Price, direction: Direction, batch: usize, ours: bool) -> Result<Self> {
         let (world, id) = Self::world(price, batch);
-        let way = if ours {
+        let method = if ours {
             let mut ours = Ours::start(world, id, direction)?;
             ours.fill(direction, batch)?;
-            Way::Ours(Box::new(ours))
+            Method::Ours(Box::new(ours))
         } else {
-            Way::Bare(Bare::start(world, id, batch)?)
+            Method::Bare(Bare::start(world, id, batch)?)
         };
-        Ok(Self { direction, batch, way })
+        Ok(Self { direction, batch, method })
     }
 
     fn start_queued(direction: Direction, batch: usize) -> Result<Self> {
         let (world, id) = Self::world(Price::Nothing, batch);
         let mut queues = Queues::new(256);
         queues.fill(batch as u32)?;
-        let way = Way::Queued(Bare::start(world, id, batch)?, queues);
-        Ok(Self { direction, batch, way })
+        let method = Method::Queued(Bare::start(world, id, batch)?, queues);
+        Ok(Self { direction, batch, method })
     }
 
     fn start_null(direction: Direction, batch: usize) -> Result<Self> {
         let mut null = Ours::over(Interface::builder().device(Null).start()?, None, direction)?;
         null.fill(direction, batch)?;
-        Ok(Self { direction, batch, way: Way::Null(Box::new(null)) })
+        Ok(Self { direction, batch, method: Method::Null(Box::new(null)) })
     }
 
     #[inline]
     fn turn(&mut self) -> Result<u64> {
-        match (&mut self.way, self.direction) {
-            (Way::Ours(ours) | Way::Null(ours), direction) => ours.turn(direction),
-            (Way::Bare(bare), Direction::Read) => bare.read(),
-            (Way::Bare(bare), _) => bare.write(),
-            (Way::Queued(bare, queues), direction) => {
+        match (&mut self.method, self.direction) {
+            (Method::Ours(ours) | Method::Null(ours), direction) => ours.turn(direction),
+            (Method::Bare(bare), Direction::Read) => bare.read(),
+            (Method::Bare(bare), _) => bare.write(),
+            (Method::Queued(bare, queues), direction) => {
                 bare.turn_behind(queues, direction == Direction::Read)
             }
         }
     }
 
     fn labels(&self, price: Price) -> [String; 4] {
-        let way = match &self.way {
-            Way::Ours(_) => "vmring, inline",
-            Way::Null(_) => "vmring, inline, null device instead",
-            Way::Bare(_) if self.batch == 1 => "loop over the C ABI, one packet a call",
-            Way::Bare(_) => "loop over the C ABI, in batches",
-            Way::Queued(..) => "that loop behind two rtrb queues",
+        let method = match &self.method {
+            Method::Ours(_) => "vmring, inline",
+            Method::Null(_) => "vmring, inline, null device instead",
+            Method::Bare(_) if self.batch == 1 => "loop over the C ABI, one packet a call",
+            Method::Bare(_) => "loop over the C ABI, in batches",
+            Method::Queued(..) => "that loop behind two rtrb queues",
         };
-        [price.name(), self.direction.to_string(), self.batch.to_string(), way.to_owned()]
+        [price.name(), self.direction.to_string(), self.batch.to_string(), method.to_owned()]
     }
 }
 

@@ -16,7 +16,7 @@ use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum Method {
     Plain,
     Uring,
     UringFixed,
@@ -24,7 +24,7 @@ pub(crate) enum Way {
     Ours(Ours),
 }
 
-impl Way {
+impl Method {
     pub(crate) const ALL: &[Self] = &[
         Self::Plain,
         Self::Uring,
@@ -48,16 +48,16 @@ impl Way {
 }
 
 /// One measurement of one contender, for about `time`.
-pub(crate) fn measure(way: Way, length: usize, time: Duration) -> Result<Sample> {
+pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
         let tap = Tap::open_up("tap0", 1000)?;
         let slots = filled(&udp_frame(length));
-        let mut writer: Box<dyn Writer> = match way {
-            Way::Plain => Box::new(Plain { tap: &tap, slots, next: 0, length }),
-            Way::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
-            Way::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
-            Way::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
-            Way::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
+        let mut writer: Box<dyn Writer> = match method {
+            Method::Plain => Box::new(Plain { tap: &tap, slots, next: 0, length }),
+            Method::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
+            Method::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
+            Method::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
+            Method::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
         };
         // Before anything is timed: so many packets, of that length, did come.
         let before = counters("tap0")?;
@@ -66,7 +66,7 @@ pub(crate) fn measure(way: Way, length: usize, time: Duration) -> Result<Sample>
         let came = (after.received - before.received, after.received_bytes - before.received_bytes);
         let wanted = SLOTS as u64 + 1;
         if came != (wanted, wanted * length as u64) {
-            let name = way.name();
+            let name = method.name();
             return Err(
                 format!("{name}: wrote {wanted} packets, (packets, bytes) came: {came:?}").into()
             );

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use crate::Result;
 
 /// Entries that a queue has room for.
-pub(crate) const ROOM: usize = 256;
+pub(crate) const CAPACITY: usize = 256;
 /// Entries that are compared before anything is timed: each place of a queue is used twice.
-pub(crate) const COMPARED: usize = 4 * ROOM;
+pub(crate) const COMPARED: usize = 4 * CAPACITY;
 /// Longer than an entry may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// Turns between two looks at the clock.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
 
-use super::limits::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
+use super::limits::{CAPACITY, COMPARED, PATIENCE, Patience, SPINS, TURNS};
 use crate::Result;
 use crate::common::{NULL_LENGTH, Null, processors, time_packets};
 
@@ -42,7 +42,7 @@ pub(super) fn measure(kind: Kind, batch: usize, time: Duration) -> Result<f64> {
         true => builder.device(Loopback::new(1500)).start()?,
         false => builder.device(Null).start()?,
     };
-    let ring = interface.ring(Direction::Both).depth(ROOM as u32).prefault(true);
+    let ring = interface.ring(Direction::Both).depth(CAPACITY as u32).prefault(true);
     let mut ring = ring.drive(Drive::Shared(&poller)).build()?;
     for i in 0..batch as u64 {
         let frame = ring.alloc().ok_or("a fresh ring has too few frames")?;
@@ -56,7 +56,7 @@ pub(super) fn measure(kind: Kind, batch: usize, time: Duration) -> Result<f64> {
     let mut reads = 0;
     let entries = if kind.loopback { 2 * batch } else { batch };
     check(&mut ring, kind, batch, &mut reads, COMPARED.next_multiple_of(entries))?;
-    let mut lists = (Vec::with_capacity(ROOM), Vec::with_capacity(ROOM));
+    let mut lists = (Vec::with_capacity(CAPACITY), Vec::with_capacity(CAPACITY));
     let mut patience = Patience::new();
     let ns = time_packets(time, TURNS, || {
         let done = match (kind.loopback, kind.batches) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode};
 
-use super::limits::{COMPARED, PATIENCE, Patience, ROOM, SPINS, TURNS};
+use super::limits::{CAPACITY, COMPARED, PATIENCE, Patience, SPINS, TURNS};
 use crate::Result;
 use crate::common::{pin, time_packets};
 
@@ -25,8 +25,8 @@ fn compare(came: Entry, n: usize, batch: usize) -> Result<()> {
 
 /// Two queues between two threads, with `batch` entries on their way.
 pub(super) fn rtrb(batch: usize, time: Duration, chunks: bool) -> Result<f64> {
-    let (mut out, mut far_in) = rtrb::RingBuffer::<Entry>::new(ROOM);
-    let (mut far_out, mut back) = rtrb::RingBuffer::<Entry>::new(ROOM);
+    let (mut out, mut far_in) = rtrb::RingBuffer::<Entry>::new(CAPACITY);
+    let (mut far_out, mut back) = rtrb::RingBuffer::<Entry>::new(CAPACITY);
     thread::scope(move |scope| {
         let far = scope.spawn(move || {
             pin(1);
@@ -96,15 +96,15 @@ fn pass(from: &mut rtrb::Consumer<Entry>, to: &mut rtrb::Producer<Entry>, chunks
     if count == 0 {
         return 0;
     }
-    let (Ok(entries), Ok(room)) = (from.read_chunk(count), to.write_chunk_uninit(count)) else {
+    let (Ok(entries), Ok(chunk)) = (from.read_chunk(count), to.write_chunk_uninit(count)) else {
         return 0;
     };
-    room.fill_from_iter(entries)
+    chunk.fill_from_iter(entries)
 }
 
 pub(super) fn channel(batch: usize, time: Duration) -> Result<f64> {
-    let (out, far_in) = crossbeam_channel::bounded::<Entry>(ROOM);
-    let (far_out, back) = crossbeam_channel::bounded::<Entry>(ROOM);
+    let (out, far_in) = crossbeam_channel::bounded::<Entry>(CAPACITY);
+    let (far_out, back) = crossbeam_channel::bounded::<Entry>(CAPACITY);
     thread::scope(move |scope| {
         let far = scope.spawn(move || {
             pin(1);
@@ -138,7 +138,7 @@ pub(super) fn channel(batch: usize, time: Duration) -> Result<f64> {
 }
 
 pub(super) fn nop(batch: usize, time: Duration) -> Result<f64> {
-    let mut ring = IoUring::new(ROOM as u32)?;
+    let mut ring = IoUring::new(CAPACITY as u32)?;
     let mut turn = |mut see: Option<&mut Vec<u64>>| -> Result<u64> {
         for n in 0..batch as u64 {
             let entry = opcode::Nop::new().build().user_data(n);

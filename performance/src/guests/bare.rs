@@ -4,7 +4,7 @@ use std::cell::UnsafeCell;
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
-use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
+use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 use crate::queues::{Entry, Queues};
@@ -114,7 +114,7 @@ struct BareReceiver<'a> {
 }
 
 impl Receiver for BareReceiver<'_> {
-    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let Self { slots, filled, empty } = self;
         let count = filled.slots().min(BATCH);
         if count == 0 {
@@ -124,7 +124,7 @@ impl Receiver for BareReceiver<'_> {
         let room = empty.write_chunk_uninit(count)?;
         room.fill_from_iter(packets.into_iter().map(|Filled { slot, length }| {
             // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
-            look.at(unsafe { slots.view(slot, length as usize) });
+            inspection.inspect(unsafe { slots.view(slot, length as usize) });
             slot
         }));
         Ok(true)
@@ -158,12 +158,12 @@ struct QueuedReceiver<'a> {
 }
 
 impl Receiver for QueuedReceiver<'_> {
-    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let Self { bare: BareReceiver { slots, filled, empty }, queues } = self;
         let came = queues.complete_from(filled, BATCH, |Filled { slot, length }| (slot, length))?;
         queues.turn(came, |entry| {
             // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
-            look.at(unsafe { slots.view(entry.buffer, entry.length as usize) });
+            inspection.inspect(unsafe { slots.view(entry.buffer, entry.length as usize) });
             Entry { length: 0, ..entry }
         })?;
         queues.pass_on(came, empty)?;

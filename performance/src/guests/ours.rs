@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
-use super::look::{Look, PACKETS, numbered, packet};
+use super::inspection::{Inspection, PACKETS, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::Result;
 use crate::net::{ETHERNET, FULL_FRAME};
@@ -114,7 +114,7 @@ struct OurReceiver<'a> {
 }
 
 impl Receiver for OurReceiver<'_> {
-    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         if self.polled && self.ring.wait(1, Some(NAP)) == 0 {
             return Ok(false);
         }
@@ -133,7 +133,7 @@ impl Receiver for OurReceiver<'_> {
             self.came.push((done.frame_ok()?, 0));
         }
         for (frame, _) in &self.came {
-            look.at(frame);
+            inspection.inspect(frame);
         }
         self.submitted += self.came.len() as u64;
         sq.submit_reads(self.came.drain(..))?;

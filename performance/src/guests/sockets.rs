@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_void, iovec, mmsghdr};
 
-use super::look::{FROM, Look, PACKETS, TO, numbered, packet};
+use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, carry};
 use crate::Result;
 use crate::net::check;
@@ -128,7 +128,7 @@ struct DatagramReceiver {
 }
 
 impl Receiver for DatagramReceiver {
-    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let headers = &mut self.messages.headers;
         // SAFETY: there are so many headers, and what they point at lives as long as they and is
         // written by nobody else.
@@ -139,7 +139,7 @@ impl Receiver for DatagramReceiver {
         };
         let Some(received) = done(received as isize)? else { return Ok(false) };
         for (header, buffer) in headers[..received].iter().zip(&self.messages.buffers) {
-            look.at(&buffer[..header.msg_len as usize]);
+            inspection.inspect(&buffer[..header.msg_len as usize]);
         }
         Ok(received > 0)
     }
@@ -220,7 +220,7 @@ struct StreamReceiver {
 }
 
 impl Receiver for StreamReceiver {
-    fn receive(&mut self, look: &mut Look) -> Result<bool> {
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let room = &mut self.buffer[self.filled..];
         // SAFETY: so much room is there.
         let got =
@@ -235,7 +235,7 @@ impl Receiver for StreamReceiver {
             && let Some((packet, behind)) =
                 behind.split_at_checked(u32::from_be_bytes(*prefix) as usize)
         {
-            look.at(packet);
+            inspection.inspect(packet);
             rest = behind;
         }
         let left = rest.len();

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
-use super::look::{Depth, Look, words};
+use super::inspection::{Depth, Inspection, words};
 use crate::Result;
 use crate::common::pin;
 
@@ -35,7 +35,7 @@ pub(crate) trait Sender: Send {
 
 pub(crate) trait Receiver: Send {
     /// Looks at the packets that are there, a batch at most. `false`: none were.
-    fn receive(&mut self, look: &mut Look) -> Result<bool>;
+    fn receive(&mut self, inspection: &mut Inspection) -> Result<bool>;
 }
 
 /// Waiting for the other side: spinning, but giving the processor away now and then, and not for ever.
@@ -73,7 +73,7 @@ impl Idle {
 }
 
 /// What the two threads tell each other.
-struct Told {
+struct SharedState {
     stop: AtomicBool,
     /// The packets that were sent in all, once that is known.
     sent: AtomicU64,
@@ -88,12 +88,12 @@ pub(crate) fn carry(
     expected: Vec<u8>,
     traffic: Traffic,
 ) -> Result<f64> {
-    let told = &Told { stop: AtomicBool::new(false), sent: AtomicU64::new(UNKNOWN) };
+    let shared = &SharedState { stop: AtomicBool::new(false), sent: AtomicU64::new(UNKNOWN) };
     thread::scope(|scope| {
-        let sending = scope.spawn(move || send_all(sender, told));
-        let receiving = scope.spawn(move || receive_all(receiver, expected, traffic, told));
+        let sending = scope.spawn(move || send_all(sender, shared));
+        let receiving = scope.spawn(move || receive_all(receiver, expected, traffic, shared));
         let received = join(receiving);
-        told.stop.store(true, Ordering::Relaxed);
+        shared.stop.store(true, Ordering::Relaxed);
         // A sender that failed is why the receiver waited in vain.
         join(sending)?;
         received
@@ -104,16 +104,16 @@ fn join<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread.join().unwrap_or_else(|_| Err("a guest panicked".into()))
 }
 
-fn send_all(mut sender: impl Sender, told: &Told) -> Result<()> {
+fn send_all(mut sender: impl Sender, shared: &SharedState) -> Result<()> {
     pin(0);
     let mut idle = Idle::new("sending");
-    while !told.stop.load(Ordering::Relaxed) {
+    while !shared.stop.load(Ordering::Relaxed) {
         idle.turn(sender.send()?)?;
     }
     let mut idle = Idle::new("sending the last packets");
     loop {
         if let Some(sent) = sender.finish()? {
-            told.sent.store(sent, Ordering::Release);
+            shared.sent.store(sent, Ordering::Release);
             return Ok(());
         }
         idle.turn(false)?;
@@ -124,41 +124,41 @@ fn receive_all(
     mut receiver: impl Receiver,
     expected: Vec<u8>,
     traffic: Traffic,
-    told: &Told,
+    shared: &SharedState,
 ) -> Result<f64> {
     pin(1);
     let depth = Depth::Everything;
-    let mut look = Look { depth, expected, packets: 0, words: 0, wrong: 0 };
+    let mut inspection = Inspection { depth, expected, packets: 0, words: 0, wrong: 0 };
     let mut idle = Idle::new("receiving");
-    while look.packets < COMPARED {
-        idle.turn(receiver.receive(&mut look)?)?;
+    while inspection.packets < COMPARED {
+        idle.turn(receiver.receive(&mut inspection)?)?;
     }
-    look.depth = if traffic.touched { Depth::Words } else { Depth::Lengths };
-    let (before, start) = (look.packets, Instant::now());
+    inspection.depth = if traffic.touched { Depth::Words } else { Depth::Lengths };
+    let (before, start) = (inspection.packets, Instant::now());
     let elapsed = loop {
         // The clock costs something: not at each turn.
         for _ in 0..8 {
-            idle.turn(receiver.receive(&mut look)?)?;
+            idle.turn(receiver.receive(&mut inspection)?)?;
         }
         let elapsed = start.elapsed();
         if elapsed >= traffic.time {
             break elapsed;
         }
     };
-    let packets = look.packets - before;
-    look.depth = Depth::Everything;
-    told.stop.store(true, Ordering::Relaxed);
+    let packets = inspection.packets - before;
+    inspection.depth = Depth::Everything;
+    shared.stop.store(true, Ordering::Relaxed);
     let mut idle = Idle::new("receiving the last packets");
-    while look.packets < told.sent.load(Ordering::Acquire) {
-        idle.turn(receiver.receive(&mut look)?)?;
+    while inspection.packets < shared.sent.load(Ordering::Acquire) {
+        idle.turn(receiver.receive(&mut inspection)?)?;
     }
-    let sent = told.sent.load(Ordering::Acquire);
-    if (look.packets, look.wrong) != (sent, 0) || packets == 0 {
-        let (came, wrong) = (look.packets, look.wrong);
+    let sent = shared.sent.load(Ordering::Acquire);
+    if (inspection.packets, inspection.wrong) != (sent, 0) || packets == 0 {
+        let (came, wrong) = (inspection.packets, inspection.wrong);
         return Err(format!("{sent} sent, {came} came, {wrong} of them wrong").into());
     }
     let added = if traffic.touched { packets } else { 0 };
-    if look.words != words(&look.expected).wrapping_mul(added) {
+    if inspection.words != words(&inspection.expected).wrapping_mul(added) {
         return Err("a packet's words are wrong".into());
     }
     Ok(elapsed.as_nanos() as f64 / packets as f64)

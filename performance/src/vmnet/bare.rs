@@ -9,7 +9,7 @@ use dispatch2::{DispatchQueue, DispatchRetained};
 use libc::iovec;
 use vmnet_sim::World;
 
-use super::limits::{LENGTH, PATIENCE, ROOM};
+use super::limits::{BUFFER_LEN, LENGTH, PATIENCE};
 use crate::Result;
 use crate::queues::{Entry, Queues};
 
@@ -53,7 +53,7 @@ unsafe extern "C" {
 pub(super) struct Bare {
     interface: *mut c_void,
     queue: DispatchRetained<DispatchQueue>,
-    buffers: Vec<[u8; ROOM]>,
+    buffers: Vec<[u8; BUFFER_LEN]>,
     iovecs: Vec<iovec>,
     descriptors: Vec<Descriptor>,
     _world: World,
@@ -93,7 +93,7 @@ impl Bare {
         Ok(Self {
             interface,
             queue,
-            buffers: vec![[0; ROOM]; batch],
+            buffers: vec![[0; BUFFER_LEN]; batch],
             iovecs: (0..batch).map(|_| no_iovec()).collect(),
             descriptors: (0..batch).map(|_| no_packet()).collect(),
             _world: world,
@@ -159,22 +159,22 @@ impl Bare {
         if right { Ok(done as u64) } else { Err("a packet of another length".into()) }
     }
 
-    pub(super) fn buffers_mut(&mut self) -> impl Iterator<Item = &mut [u8; ROOM]> {
+    pub(super) fn buffers_mut(&mut self) -> impl Iterator<Item = &mut [u8; BUFFER_LEN]> {
         self.buffers.iter_mut()
     }
 
     /// Reads once, whatever comes.
     pub(super) fn receive(&mut self) -> Result<impl Iterator<Item = &[u8]>> {
-        self.prepare(ROOM);
+        self.prepare(BUFFER_LEN);
         let count = self.call(vmnet_read)?;
         let all = self.buffers.iter().zip(&self.descriptors[..count]);
-        Ok(all.map(|(buffer, descriptor)| &buffer[..descriptor.vm_pkt_size.min(ROOM)]))
+        Ok(all.map(|(buffer, descriptor)| &buffer[..descriptor.vm_pkt_size.min(BUFFER_LEN)]))
     }
 
     /// Reads once. Returns the packets.
     #[inline]
     pub(super) fn read(&mut self) -> Result<u64> {
-        self.turn(vmnet_read, ROOM)
+        self.turn(vmnet_read, BUFFER_LEN)
     }
 
     /// Writes once. Returns the packets.

@@ -7,6 +7,6 @@ use crate::common::NULL_LENGTH;
 /// Bytes of a packet.
 pub(crate) const LENGTH: usize = NULL_LENGTH;
 /// Bytes of a buffer.
-pub(crate) const ROOM: usize = 2048;
+pub(crate) const BUFFER_LEN: usize = 2048;
 /// Longer than anything here may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);

@@ -44,7 +44,7 @@ pub(super) enum Depth {
 }
 
 /// What a receiver has seen.
-pub(super) struct Look {
+pub(super) struct Inspection {
     pub(super) depth: Depth,
     pub(super) expected: Vec<u8>,
     pub(super) packets: u64,
@@ -54,10 +54,10 @@ pub(super) struct Look {
     pub(super) wrong: u64,
 }
 
-impl Look {
+impl Inspection {
     /// The next packet.
     #[inline]
-    pub(super) fn at(&mut self, bytes: &[u8]) {
+    pub(super) fn inspect(&mut self, bytes: &[u8]) {
         self.wrong += u64::from(bytes.len() != self.expected.len());
         match self.depth {
             Depth::Lengths => {}
