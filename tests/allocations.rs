@@ -1,8 +1,8 @@
 //! Between the first packet and the millionth nothing is allocated and nothing is freed: not by the
 //! caller, not by the poller's threads, not by the device.
 //!
-//! A program of its own, because the allocator that counts is the whole program's, and without the
-//! test harness, whose threads allocate when they like.
+//! This is a program of its own because the counting allocator serves the whole program. It does
+//! without the test harness because the harness has threads that allocate at any time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,12 +21,13 @@ use vmring::{
 struct Counting;
 
 static COUNTING: AtomicBool = AtomicBool::new(false);
-/// Allocations, frees and reallocations of any thread.
+/// Allocations, frees and reallocations, counted over all threads.
 static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
 fn count(what: usize, layout: Layout) {
     if COUNTING.load(Ordering::Relaxed) && COUNTS[what].fetch_add(1, Ordering::Relaxed) == 0 {
-        // The culprit's stack, once; taking it allocates, which is no matter any more.
+        // Print the stack of the first call only. Capturing it allocates, but the test has failed
+        // already.
         COUNTING.store(false, Ordering::Relaxed);
         let thread = std::thread::current().name().unwrap_or("?").to_owned();
         let stack = std::backtrace::Backtrace::force_capture();
@@ -35,11 +36,11 @@ fn count(what: usize, layout: Layout) {
     }
 }
 
-// SAFETY: every call is passed on to the system's allocator unchanged.
+// SAFETY: every call goes to the system's allocator unchanged, so its guarantees hold here.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(0, layout);
-        // SAFETY: as the caller promised us.
+        // SAFETY: the caller of `alloc` keeps its contract, which is that of `System.alloc`.
         unsafe { System.alloc(layout) }
     }
 
@@ -59,7 +60,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Reaching it is a hang.
+/// A test that reaches this hangs.
 const LONG: Duration = Duration::from_secs(60);
 const BATCH: u64 = 32;
 
@@ -68,7 +69,7 @@ fn packets() -> u64 {
     if small { 20_000 } else { 1_000_000 }
 }
 
-/// Runs `turn`, which returns the packets it saw, until `n` have come.
+/// Calls `turn`, which returns the number of packets it saw, until `n` packets have come.
 fn until(what: &str, n: u64, turn: &mut dyn FnMut() -> u64) {
     let (mut seen, mut last) = (0, Instant::now());
     while seen < n {
@@ -83,10 +84,10 @@ fn until(what: &str, n: u64, turn: &mut dyn FnMut() -> u64) {
 }
 
 fn nothing_is_allocated(what: &str, packets: u64, mut turn: impl FnMut() -> u64) {
-    // Lists grow to their size, threads start, lazy statics come to be.
+    // Warm up: lists grow to their size, threads start, lazy statics are initialised.
     until(what, 5_000, &mut turn);
     let mut counted = (0, 0, 0);
-    // A thread that has just ended may still free something of its own, once.
+    // Two attempts, because a thread that has just ended may still free something of its own.
     for _ in 0..2 {
         let start = Instant::now();
         COUNTS.iter().for_each(|count| count.store(0, Ordering::SeqCst));
@@ -118,7 +119,7 @@ fn fill(ring: &mut Ring, packet: &[u8]) {
     }
 }
 
-/// Reaps what there is and submits it again. Returns the packets read.
+/// Reaps all completions and submits their frames again. Returns the number of packets read.
 fn turn(ring: &mut Ring, patience: Duration) -> u64 {
     ring.wait(1, Some(patience));
     let (mut sq, mut cq) = ring.split();
@@ -162,13 +163,13 @@ fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
     fill(&mut first, &packet(&a, &b));
     fill(&mut second, &packet(&b, &a));
     nothing_is_allocated(what, packets, || {
-        // A write completes even if its packet is dropped, so there is always something to come.
+        // A write completes even if its packet is dropped, so another completion always comes.
         turn(&mut first, Duration::from_millis(5)) + turn(&mut second, Duration::from_millis(5))
     });
 }
 
-/// One packet at a time, so that both sides sleep for each: parking and waking allocate nothing
-/// either.
+/// Sends one packet at a time, so that both sides sleep before each packet. Parking and waking must
+/// not allocate either.
 fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>) {
     let interface = Interface::builder().device(driver).start().expect("it starts");
     let builder = interface.ring(Direction::Both).drive(drive).idle(IdlePolicy::PARK);
@@ -191,7 +192,7 @@ fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>
     });
 }
 
-/// A device that is a descriptor: a socket whose other end a thread echoes.
+/// A device driven by a descriptor: a socket, with a thread that echoes at the other end.
 struct Echo {
     socket: UnixDatagram,
     info: Option<InterfaceInfo>,
@@ -267,7 +268,7 @@ impl Queue for EchoQueue {
 }
 
 fn main() {
-    // As the harness would: only what was asked for.
+    // Like the harness, run only the cases that the arguments name.
     let unasked = |argument: String| {
         argument == "--list" || !argument.starts_with('-') && !"allocations".contains(&argument)
     };

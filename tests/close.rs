@@ -1,5 +1,5 @@
-//! Closing, in every order and with every kind of device: nothing is lost that the device gives
-//! back, and what it does not give back is leaked on purpose and counted.
+//! Closing in every order and with every kind of device. Nothing that the device gives back is
+//! lost. What it does not give back is leaked on purpose and counted.
 
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -22,13 +22,13 @@ use crate::support::{
     reap, reap_n, scaled, send, stage, take_writes, unique,
 };
 
-/// Memory that counts its end.
+/// Memory that counts how often it is freed.
 struct Counted {
     memory: HeapBacking,
     ended: Arc<AtomicUsize>,
 }
 
-// SAFETY: everything is passed on to a `Backing` that this value owns.
+// SAFETY: every call goes to a `Backing` that this value owns, which keeps the contract.
 unsafe impl Backing for Counted {
     fn base(&self) -> NonNull<u8> {
         self.memory.base()
@@ -45,7 +45,7 @@ impl Drop for Counted {
     }
 }
 
-/// A pool, and how often its memory has ended.
+/// A pool, and the number of times its memory was freed.
 fn counted_pool(slots: u32) -> (Pool, Arc<AtomicUsize>) {
     let ended = Arc::new(AtomicUsize::new(0));
     let layout = Layout { slots, slot_size: 2048, headroom: 64 };
@@ -54,14 +54,14 @@ fn counted_pool(slots: u32) -> (Pool, Arc<AtomicUsize>) {
     (pool, ended)
 }
 
-/// Takes no write.
+/// A device that takes no write.
 fn stalled() -> Interface {
     Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start()
 }
 
 const PATIENT: RetryPolicy = RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(100) };
 
-/// Keeps everything it is given; lets go at close, or never.
+/// A device that keeps every slot it takes. It releases them at close if `lets_go`, else never.
 fn keeping(lets_go: bool) -> Interface {
     keeping_in(lets_go, Arc::default())
 }
@@ -181,14 +181,14 @@ fn a_device_that_does_not_let_go_is_leaked_and_close_says_so() {
             assert_eq!(pool.slots_out(), 6, "leaked on purpose");
             drop(pool);
             assert_eq!(ended.load(Ordering::SeqCst), 0, "somebody may still write there");
-            // Should the device let go after all, even that comes home.
+            // If the device releases them after all, even these slots return to the pool.
             kept.lock().unwrap().clear();
             assert_eq!(ended.load(Ordering::SeqCst), 1);
         });
     });
 }
 
-/// The wrapper that plays such a device for users.
+/// The fault wrapper offers users such a device.
 #[test]
 fn a_fault_device_that_is_stuck_at_close_is_leaked() {
     guarded(|| {
@@ -208,7 +208,7 @@ fn a_fault_device_that_is_stuck_at_close_is_leaked() {
     });
 }
 
-/// Goal: a device that does not return from a call does not hang the close either.
+/// Goal: close ends even if the device does not return from a call.
 #[test]
 fn a_device_that_does_not_return_from_a_call_is_leaked_too() {
     guarded(|| {
@@ -244,13 +244,13 @@ fn a_device_that_does_not_return_from_a_call_is_leaked_too() {
         drop(interface);
         drop(pool);
         assert_eq!(ended.load(Ordering::SeqCst), 0);
-        // Should it come back after all, everything is cleaned up.
+        // If the call returns after all, everything is freed.
         release.store(true, Ordering::SeqCst);
         eventually("the late poller cleans up", || ended.load(Ordering::SeqCst) == 1);
     });
 }
 
-/// A device that loses every write it is given.
+/// A device that forgets every write it takes.
 fn forgetful() -> Interface {
     Script::new(|_, _| {
         ScriptQueue::new(|io| {
@@ -263,7 +263,7 @@ fn forgetful() -> Interface {
     .start()
 }
 
-/// Nothing will ever complete what has leaked, so nobody may wait for it.
+/// Leaked entries never complete, so `wait` must not wait for them.
 #[test]
 fn wait_does_not_wait_for_what_has_leaked() {
     guarded(|| {
@@ -286,7 +286,8 @@ fn wait_does_not_wait_for_what_has_leaked() {
     });
 }
 
-/// A close that has waited in vain says so again at once, and a drop does not wait either.
+/// After a close has timed out, a second close reports the same at once, and a drop does not wait
+/// either.
 #[test]
 fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
     guarded(|| {
@@ -307,8 +308,8 @@ fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
     });
 }
 
-/// Goal: a slot that a device drops after its ring is gone goes home, although a control handle still
-/// knows the ring.
+/// Goal: a slot that a device drops after its ring is gone returns to its pool, although a control
+/// handle still refers to the ring.
 #[test]
 fn a_slot_dropped_after_its_ring_goes_home_while_a_control_handle_lives() {
     guarded(|| {
@@ -367,7 +368,7 @@ fn dropping_rings_before_frames_leaks_nothing() {
             send(&mut ring, 1);
             post(&mut ring, 2);
             frames.extend(reap_n(&mut ring, 2).into_iter().filter_map(|done| done.frame));
-            // In flight, and complete but not reaped.
+            // Some entries are in flight, others are complete but not reaped.
             (0..4).for_each(|number| post(&mut ring, number));
             send(&mut ring, 3);
             drop(ring);
@@ -388,8 +389,8 @@ fn dropping_rings_before_frames_leaks_nothing() {
     });
 }
 
-/// Goal: whoever is last frees the memory, once. Method: frames on several threads, the pool's
-/// handle and a ring, all dropped at the same time.
+/// Goal: the last owner frees the memory, once. Method: frames on several threads, the pool's
+/// handle and a ring are all dropped at the same time.
 #[test]
 fn the_last_frame_home_unmaps() {
     guarded(|| {
@@ -437,7 +438,7 @@ fn dropping_a_ring_with_everything_in_flight_is_a_close() {
     });
 }
 
-/// The halves live on two threads and go in either order.
+/// The halves live on two threads and are dropped in either order.
 #[test]
 fn the_halves_of_a_ring_can_be_dropped_in_any_order() {
     guarded(|| {
@@ -492,7 +493,7 @@ fn dropping_the_interface_before_its_rings_is_harmless() {
     });
 }
 
-/// An interface that is stopped closes its rings, each with its completions.
+/// Stopping an interface closes its rings, and each ring gets its completions.
 #[test]
 fn stopping_the_interface_closes_its_rings() {
     guarded(|| {
@@ -509,7 +510,8 @@ fn stopping_the_interface_closes_its_rings() {
         assert_eq!(kind, SubmitErrorKind::Closed(Closed::Stopped));
         assert!(matches!(interface.restart(LONG), Err(Error::Config(_))));
 
-        // An inline ring lets go when its owner drives it: until then, a typed timeout.
+        // An inline ring releases the device when its owner drives it. Until then a stop returns
+        // the typed timeout.
         let interface = loopback();
         let mut ring = inline(&interface, Direction::Both).build().unwrap();
         post(&mut ring, 1);
@@ -533,14 +535,14 @@ fn a_panicking_device_completes_what_it_does_not_hold_as_device_panicked() {
                     .drive(way.drive(poller))
                     .build()
                     .unwrap();
-                // All at once, so that the first call sees all.
+                // Submit them as one batch, so that the first call sees all of them.
                 (0..after).for_each(|number| send(&mut ring, number));
                 let sent = reap_n(&mut ring, after as usize);
                 assert!(sent.iter().all(|done| done.result == Ok(60)));
                 let frames: Vec<_> =
                     (100..110).map(|number| (ring.alloc().unwrap(), number)).collect();
-                // The panic may close the ring while they are being submitted one by one; a batch
-                // is published as one.
+                // Submit them as a batch, which is published as one. If they were submitted one by
+                // one, the panic might close the ring in between.
                 assert_eq!(ring.submit_reads(frames).unwrap(), 10);
                 for done in reap_n(&mut ring, 10) {
                     assert_eq!(done.result, Err(EntryError::DevicePanicked));
@@ -559,8 +561,8 @@ fn ring_frame(ring: &Ring) -> Frame {
     ring.alloc().expect("a free frame")
 }
 
-/// Also while it holds slots: those come back by being dropped with the queue. The poller's thread
-/// survives and serves its other rings.
+/// A device panics while it holds slots. They come back because they are dropped with the queue.
+/// The poller's thread survives and serves its other rings.
 #[test]
 fn slots_that_a_panicking_device_held_come_home() {
     guarded(|| {
@@ -595,7 +597,7 @@ fn slots_that_a_panicking_device_held_come_home() {
     });
 }
 
-/// A waker that drops the reaping half it holds.
+/// A waker that holds a reaping half and drops it when woken.
 struct Holder(Mutex<Option<CompletionQueue>>);
 
 impl Wake for Holder {
@@ -605,10 +607,11 @@ impl Wake for Holder {
     }
 }
 
-/// Whatever a device's code panics in, it ends its own ring and not the thread that others share.
+/// A panic in any of a device's functions ends the ring of that device, but not the thread that
+/// other rings share.
 #[test]
 fn no_panic_of_a_device_ends_a_shared_poller() {
-    /// Panics once more when what it carried is dropped.
+    /// A panic payload that panics again when it is dropped.
     struct Twice;
     impl Drop for Twice {
         fn drop(&mut self) {
@@ -621,7 +624,7 @@ fn no_panic_of_a_device_ends_a_shared_poller() {
     fn patient() -> ScriptQueue {
         ScriptQueue::new(|_| Ok(Progress::Idle))
     }
-    // The first call is the builder's; those after it are on the poller.
+    // The builder makes the first call; the poller makes the later ones.
     fn second(calls: &AtomicUsize) -> bool {
         calls.fetch_add(1, Ordering::SeqCst) > 0
     }
@@ -655,7 +658,7 @@ fn no_panic_of_a_device_ends_a_shared_poller() {
                 assert_eq!(done.result, Err(EntryError::DevicePanicked));
             }
             ring.close().expect("nothing is leaked");
-            // Nor has it left a claim behind, or a place among those that must let go.
+            // The ring has left no claim behind, and `stop` does not wait for it.
             interface.stop(LONG).unwrap();
         };
         let calls = AtomicUsize::new(0);
@@ -741,8 +744,8 @@ fn a_device_that_fails_for_good_completes_everything_with_its_error_and_later_su
     });
 }
 
-/// Goal: a restart keeps rings, frames and pools; what was in flight completes as cancelled, what is
-/// submitted afterwards goes over the new device.
+/// Goal: a restart keeps rings, frames and pools. Entries in flight complete as cancelled, and
+/// entries submitted afterwards go to the new device.
 #[test]
 fn a_restart_of_the_interface_keeps_its_rings_alive() {
     guarded(|| {
@@ -753,7 +756,7 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
             for interface in [loopback(), embedded] {
                 let mac = interface.mac();
                 let mut ring = interface.ring(Direction::Both).drive(drive).build().unwrap();
-                // After a restart the writer may be there before the reader is.
+                // After a restart the writer may be ready before the reader.
                 let patient = RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(50) };
                 let writer = interface.ring(Direction::Write).drive(drive).retry(patient);
                 let mut writer = writer.build().unwrap();
@@ -769,8 +772,8 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
                     send(&mut writer, round);
                     assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
                     if interface.device_name() == "loopback" {
-                        // Both packets are read: one left in the device would end one of the next
-                        // round's reads.
+                        // Read both packets: a packet left in the device would complete a read of
+                        // the next round.
                         (50..52).for_each(|number| post(&mut ring, number));
                         send(&mut ring, 60);
                         let done = reap_n(&mut ring, 3);
@@ -783,13 +786,14 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
     });
 }
 
-/// Goal: a queue knows before its first poll whether a poller's thread alone will drive it, also the
-/// one that a restart makes. (A TAP's makes its io_uring for that thread.)
+/// Goal: before its first poll, a queue knows whether only a poller's thread will drive it. This
+/// holds for the queue that a restart makes too. (A TAP's queue makes its io_uring for that
+/// thread.)
 #[test]
 fn a_pollers_queue_is_settled_before_it_is_polled_and_an_owners_never() {
     guarded(|| {
         every_way(|way, poller| {
-            // Of each queue, by how many calls of `settle` its first poll was preceded.
+            // For each queue, the number of `settle` calls before its first poll.
             let seen: Arc<Mutex<Vec<usize>>> = Arc::default();
             let told = seen.clone();
             let interface = Script::new(move |_, _| {
@@ -829,7 +833,7 @@ fn a_pollers_queue_is_settled_before_it_is_polled_and_an_owners_never() {
     });
 }
 
-/// Inline, the owner's own turns let go and open again.
+/// On an inline ring, the calls of its owner close the old queue and open the new one.
 #[test]
 fn a_restart_of_an_inline_ring_happens_when_its_owner_drives_it() {
     guarded(|| {
@@ -853,7 +857,7 @@ fn a_restart_of_an_inline_ring_happens_when_its_owner_drives_it() {
     });
 }
 
-/// The ring's own mapping comes and goes as well: rings in a loop do not add up.
+/// A ring's own mapping is freed with the ring, so rings made in a loop do not accumulate memory.
 #[test]
 fn a_thousand_rings_leave_no_mapping_and_no_descriptor_behind() {
     guarded(|| {
@@ -862,14 +866,14 @@ fn a_thousand_rings_leave_no_mapping_and_no_descriptor_behind() {
         let before = descriptors();
         let interface = loopback();
         for _ in 0..scaled(1000) {
-            // 16 MiB each, untouched: a thousand of them would not go unnoticed.
+            // Each maps 16 MiB that nothing touches. The test would notice a thousand of them.
             let mut ring =
                 inline(&interface, Direction::Both).depth(4096).frames(8192).build().unwrap();
             ring.completion_fd().unwrap();
             post(&mut ring, 1);
         }
         assert!(PoolBuilder::new(8192, 1514).build().is_ok());
-        // Other tests run at the same time and have a few descriptors of their own.
+        // Other tests run at the same time and open a few descriptors.
         assert!(descriptors() < before + 500, "descriptors are left behind");
     });
 }

@@ -1,6 +1,6 @@
-//! What must not compile: a program for each misuse in `tests/compile_fail`, whose first line says
-//! which error it gets. Only the error's code is compared, because the text is another in each
-//! version of the compiler.
+//! What must not compile. For each misuse there is a program in `tests/compile_fail`, and its first
+//! line says which error it gets. Only the error's code is compared, because the text differs
+//! between versions of the compiler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -13,17 +13,17 @@ use serde_json::Value;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const DIR: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/compile-fail");
-/// Far longer than a check of all dependencies takes.
+/// Far longer than checking all dependencies takes.
 const LONG: Duration = Duration::from_secs(900);
 
-/// What the first line says: an error's code, or that it compiles.
+/// What the first line of a program says: the code of an error, or that it compiles.
 fn expectation(source: &str) -> Option<String> {
     let line = source.lines().next()?.strip_prefix("//! ")?;
     let (code, _) = line.split_once(':').or_else(|| line.split_once(' '))?;
     Some(code.to_owned())
 }
 
-/// Writes a crate with a program for each case. Returns what is expected of them.
+/// Writes a crate with one program per case. Returns what is expected of each.
 fn write_crate(dir: &Path) -> BTreeMap<String, String> {
     let mut manifest = format!(
         "[package]\nname = \"compile-fail\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\
@@ -40,7 +40,7 @@ fn write_crate(dir: &Path) -> BTreeMap<String, String> {
     }
     fs::create_dir_all(dir).expect("a place to write to");
     fs::write(dir.join("Cargo.toml"), manifest).expect("the manifest");
-    // The versions that are here already: nothing is downloaded.
+    // Use the versions of this Cargo.lock, so that nothing is downloaded.
     fs::copy(Path::new(ROOT).join("Cargo.lock"), dir.join("Cargo.lock")).expect("the lock file");
     expected
 }

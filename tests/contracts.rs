@@ -1,6 +1,5 @@
-//! The contracts, each a test named after it: submitting, credits, order, partial batches, cancel,
-//! claims, settings, and what a third-party device can and cannot do. Closing, polling and waking
-//! have modules of their own.
+//! The contracts. Each has a test of its name, in a module by subject. Closing, polling and waking
+//! are in `close`, `pollers` and `notify`.
 
 mod cancel;
 mod config;
@@ -20,7 +19,7 @@ use vmring::{Interface, Pool, PoolBuilder, RetryPolicy, Ring};
 
 use crate::support::{Script, ScriptQueue};
 
-/// Patience without end, for tests whose stalls are meant to end.
+/// Retries without end, for tests whose stalls are meant to end.
 const PATIENT: RetryPolicy = RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(50) };
 
 fn pool(frames: usize) -> Pool {
@@ -36,13 +35,13 @@ fn credits(ring: &mut Ring) -> (u32, u32) {
     (sq.read_credits(), sq.write_credits())
 }
 
-/// A device that takes writes as the test tells it: how many per call, counting the calls that
-/// offered any.
+/// A device that takes as many writes per call as the test says. It counts the calls that offered
+/// writes.
 #[derive(Clone, Default)]
 struct Gate {
     open: Arc<AtomicUsize>,
     offers: Arc<AtomicU64>,
-    /// Reads that it completes with an empty packet, per call.
+    /// How many reads it completes per call, each with 60 bytes that it does not write.
     reads: Arc<AtomicUsize>,
 }
 

@@ -1,5 +1,5 @@
-//! The same behaviour on every device: one body for loopback, embedded and vmnet (simulated), each plain,
-//! under faults, as a completion engine, and recorded, each driven in the three ways.
+//! Every device behaves alike. One body runs on loopback, embedded, vmnet (simulated) and TAP;
+//! plain, under faults, as a completion engine, and recorded; driven in each of the three ways.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -18,16 +18,16 @@ const MAX: usize = MTU as usize + 14;
 const SIZES: [usize; 4] = [14, 60, 1514, MAX];
 const WRITES: u32 = 16;
 const READS: u32 = 64;
-/// Packets under way per lane: fewer than the reads posted at the receiver, so that a network which
-/// drops what nobody waits for drops nothing.
+/// Packets under way per lane. There are more reads posted at the receiver, so a network that drops
+/// packets without a posted read drops none.
 const WINDOW: u64 = 48;
 
-/// A device to test, as a way to start its two ends.
+/// A kind of device to test: how to start its two ends.
 trait Kind {
     /// Wraps the driver of one end, and builds its interface.
     fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface>;
 
-    /// Whether it promises the order of packets and completions.
+    /// Whether it keeps the order of packets and completions.
     fn ordered(&self) -> bool {
         true
     }
@@ -68,7 +68,7 @@ impl Kind for Recorded {
     }
 }
 
-/// Short batches, exhaustion, and wake-ups that come late and twice.
+/// Short batches, exhaustion, and wake-ups that come late or twice.
 fn troubled(seed: u64) -> Faulty {
     let faults = Faults::seeded(seed)
         .short_batches(0.3)
@@ -87,14 +87,14 @@ fn engine(seed: u64, reorder: bool) -> Faulty {
 struct End {
     ring: Ring,
     interface: Interface,
-    /// Packets to send: those submitted first come first in `written`.
+    /// Number of packets submitted.
     sent: u64,
     sent_bytes: u64,
-    /// Numbers of writes whose completion has not come.
+    /// Numbers of the writes that have not completed, in submission order.
     written: VecDeque<u64>,
     received: u64,
     received_bytes: u64,
-    /// Where no order is promised: packets sent to this end and not received, with their count.
+    /// If the order is not kept: packets sent to this end and not yet received, with their count.
     expected: HashMap<Vec<u8>, u32>,
     spare: Vec<Frame>,
 }
@@ -107,7 +107,7 @@ impl End {
             .write_depth(WRITES)
             .drive(way.drive(poller))
             .retry(RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(20) })
-            // Across the wrap of the indices.
+            // Let the indices wrap.
             .start_index(u32::MAX - 100)
             .build()
             .expect("a ring");
@@ -140,9 +140,10 @@ fn size_of(number: u64) -> usize {
     SIZES[(number % SIZES.len() as u64) as usize]
 }
 
-/// Goal: packets arrive in order, intact and of the right size, at the right place in their frame,
-/// full duplex; write completions come in submission order; every credit comes back; the counters
-/// agree. Method: one or two ends, each sending `count` packets to the next within a window.
+/// Goal: packets arrive in order, intact, with the right size and at the right position in their
+/// frame, in full duplex. Write completions come in submission order, every credit comes back, and
+/// the counters agree. Method: one or two ends, each of which sends `count` packets to the next
+/// within a window.
 fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poller: &Poller) {
     let count = scaled(400);
     let mut ends: Vec<End> = make.into_iter().map(|start| End::new(start(), way, poller)).collect();
@@ -182,7 +183,7 @@ fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poll
         assert_eq!((stats.errors, stats.exhausted, stats.abandoned, stats.cancelled), (0, 0, 0, 0));
         assert!((1..=count).contains(&stats.read_batches.count()));
         assert!((1..=count).contains(&stats.write_batches.count()));
-        // All that is in flight is the posted reads, and they come back.
+        // Only the posted reads are in flight, and they come back.
         assert_eq!(end.ring.in_flight() as u32, READS);
         end.ring.quiesce(crate::support::LONG).expect("it lets go");
         end.spare.extend(end.ring.reap().filter_map(|done| done.frame()));
@@ -215,7 +216,7 @@ fn send(
         frame.copy_from(&bytes(from, number)).expect("a packet fits");
         unsent.push((frame, number));
     }
-    // The iterator may offer more than there are credits: what is not taken stays in it.
+    // The iterator may offer more entries than there are credits. The rest stays in it.
     let mut offer = unsent.into_iter();
     let taken = ends[from].ring.submit_writes(offer.by_ref()).expect("writes are taken");
     for number in ends[from].sent..ends[from].sent + taken as u64 {
@@ -283,11 +284,11 @@ fn on_embedded(kind: &impl Kind) {
     });
 }
 
-/// The macOS driver over the simulated vmnet, which aborts on a misuse.
+/// Runs on the macOS driver over the simulated vmnet, which aborts on a misuse.
 #[cfg(not(target_os = "macos"))]
 fn on_vmnet(kind: &impl Kind) {
     every_way(|way, poller| {
-        // Whether vmnet keeps references to what it is given is not known: both.
+        // It is not known whether vmnet keeps references to the objects it is given. Test both.
         let retains = way == Way::Thread;
         let world = vmnet_sim::World::with(vmnet_sim::Rules::Strict, retains);
         let end = || {
@@ -299,7 +300,7 @@ fn on_vmnet(kind: &impl Kind) {
     });
 }
 
-/// Two TAPs of the kernel on a bridge, in a namespace of their own.
+/// Runs on two TAPs on a bridge, in their own network namespace.
 #[cfg(target_os = "linux")]
 fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
     use crate::netns::{in_namespace, sh};
@@ -311,7 +312,8 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
                 kind.wrap(builder, vmring::Tap::named(name).engine(engine))
             };
             body(vec![end("left"), end("right")], kind.ordered(), way, poller);
-            // (A program that another test starts has our descriptors until it has begun.)
+            // Wait: a program that another test starts inherits our descriptors and keeps them
+            // until its exec.
             crate::support::eventually("the interfaces take their TAPs with them", || {
                 sh("ip -o link show type tun").is_empty()
             });

@@ -1,5 +1,5 @@
-//! The blocking and the asynchronous front-end, the latter under tokio's two executors and under
-//! `block_on` with a thread per task.
+//! The blocking and the asynchronous front-end. The latter runs under both of tokio's executors and
+//! under `block_on` with a thread per task.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -72,7 +72,7 @@ mod blocking {
                     assert!(front.read_timeout(timeout).expect("an open ring").is_none());
                     assert!(start.elapsed() >= timeout, "{way:?}");
                 }
-                // And loses nothing by it.
+                // The timeout loses no packet.
                 front.write(&packet(1, 60)).expect("it is taken");
                 assert_eq!(number_of(&read(&mut front)), 1);
             });
@@ -114,7 +114,7 @@ mod blocking {
         });
     }
 
-    /// The SQ has one place, and a posted read stands in it: no completion will say that it is free.
+    /// The SQ has one entry, and a posted read occupies it. No completion will say when it is free.
     #[test]
     fn a_full_submission_queue_holds_no_write_up() {
         guarded(|| {
@@ -131,7 +131,7 @@ mod blocking {
         });
     }
 
-    /// The device keeps a write and meanwhile refuses a read.
+    /// The device keeps a write and refuses a read meanwhile.
     #[test]
     fn a_read_that_fails_is_no_writes_answer() {
         const REFUSED: EntryError = EntryError::Device(Status::NotAuthorized);
@@ -213,8 +213,8 @@ mod blocking {
         });
     }
 
-    /// A caller that keeps every packet can still write; told that it holds all there is, it goes on
-    /// once it lets go.
+    /// A caller that keeps every packet can still write. A read reports that the caller holds all
+    /// frames, and reads work again once the caller has dropped some.
     #[test]
     fn frames_the_caller_holds_do_not_stop_the_ring() {
         guarded(|| {
@@ -251,7 +251,7 @@ mod blocking {
     }
 }
 
-/// The executors; `Tiny` is `block_on` on a thread for each task.
+/// The executors. `Tiny` runs `block_on` on one thread per task.
 #[derive(Clone, Copy, Debug)]
 enum Executor {
     TokioMany,
@@ -264,7 +264,7 @@ type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 impl Executor {
     const ALL: [Executor; 3] = [Executor::TokioMany, Executor::TokioOne, Executor::Tiny];
 
-    /// Runs the tasks to their ends.
+    /// Runs the tasks until all have ended.
     fn run(self, tasks: Vec<Task>) {
         let mut builder = match self {
             Executor::TokioMany => tokio::runtime::Builder::new_multi_thread(),
@@ -285,7 +285,7 @@ impl Executor {
     }
 }
 
-/// Whoever drives an asynchronous front-end's ring.
+/// The two ways to drive the ring of an asynchronous front-end.
 const POLLERS: [Way; 2] = [Way::Thread, Way::Shared];
 
 /// Runs `body` under each executor with a ring on a thread and on a shared poller.
@@ -304,7 +304,7 @@ fn task(future: impl Future<Output = ()> + Send + 'static) -> Task {
     Box::pin(future)
 }
 
-/// Writes a packet, again while the loop is full.
+/// Writes a packet, and tries again while the loopback is full.
 async fn write(front: &Async, packet: &[u8]) {
     loop {
         match front.write(packet).await {
@@ -315,7 +315,7 @@ async fn write(front: &Async, packet: &[u8]) {
     }
 }
 
-/// Which packets came, each at most once.
+/// Records which packets came. Each may come at most once.
 #[derive(Default)]
 struct Tally(Mutex<Vec<bool>>);
 
@@ -324,7 +324,7 @@ impl Tally {
         Arc::new(Self(Mutex::new(vec![false; n as usize])))
     }
 
-    /// Returns how many are missing.
+    /// Returns how many are still missing.
     fn saw(&self, packet: &[u8]) -> usize {
         let mut seen = self.0.lock().expect("nobody panicked");
         let number = number_of(packet) as usize;
@@ -351,7 +351,8 @@ fn many_readers_and_writers_share_a_ring() {
                 tasks.push(task(async move {
                     while let Ok(packet) = front.read().await {
                         if tally.saw(&packet) == 0 {
-                            // The others wait for a packet that will not come.
+                            // All packets have come. The other readers still wait for one, so stop
+                            // the ring.
                             front.control().stop();
                         }
                     }
@@ -371,7 +372,7 @@ fn many_readers_and_writers_share_a_ring() {
     });
 }
 
-/// Tasks that change their minds all the time: a future is dropped after any number of polls.
+/// Tasks that give up all the time: a future is dropped after any number of polls.
 #[test]
 fn a_storm_of_cancellations_loses_no_packet() {
     guarded(|| {
@@ -383,7 +384,7 @@ fn a_storm_of_cancellations_loses_no_packet() {
                 let (front, tally) = (front.clone(), tally.clone());
                 tasks.push(task(async move {
                     for polls in (0..4).cycle() {
-                        // Odd readers always give up early; the even ones wait now and then.
+                        // Odd readers always give up early. Even ones wait to the end now and then.
                         let patience = if reader % 2 == 0 && polls == 3 { u32::MAX } else { polls };
                         match GivesUp::new(front.read(), patience).await {
                             Some(Ok(packet)) => {
@@ -404,7 +405,7 @@ fn a_storm_of_cancellations_loses_no_packet() {
                 let front = front.clone();
                 tasks.push(task(async move {
                     for number in (writer..n).step_by(2) {
-                        // Dropped before its first poll it sends nothing.
+                        // A future that is dropped before its first poll sends nothing.
                         drop(front.write(&packet(number, 60)));
                         write(&front, &packet(number, 60)).await;
                     }
@@ -444,14 +445,14 @@ fn a_dropped_write_is_sent_at_most_once_and_disturbs_nobody() {
                 write(&front, &packet(2 * n, 60)).await;
             });
             executor.run(vec![reader, writer]);
-            // What was waited for has come; of the others only nobody's came twice.
+            // Every write that was awaited has arrived. Of the others, none came twice.
             let missing = tally.missing();
             assert!(missing.iter().all(|number| *number < n as usize), "{executor:?}: {missing:?}");
         });
     });
 }
 
-/// Timeouts of tokio's own, which drop the future that waits.
+/// tokio's own timeouts drop the future that waits.
 #[test]
 fn timeouts_lose_no_packet() {
     guarded(|| {
@@ -501,7 +502,7 @@ fn readers_that_wait_hear_of_the_close() {
                     task(async move {
                         waiting.fetch_add(1, Ordering::SeqCst);
                         assert!(is_closed(&front.read().await), "{executor:?}");
-                        // And whoever comes later.
+                        // Later calls get the same answer.
                         assert!(is_closed(&front.read().await), "{executor:?}");
                         assert!(is_closed(&front.write(&packet(1, 60)).await), "{executor:?}");
                     })
@@ -534,7 +535,7 @@ fn an_async_packet_too_big_is_refused_before_anything_is_sent() {
     });
 }
 
-/// Closed, and no frame left to write with: the answer comes all the same.
+/// The ring is closed and no frame is free to write with. The write still returns the error.
 #[test]
 fn a_write_on_a_closed_ring_does_not_wait_for_a_frame() {
     guarded(|| {
@@ -551,7 +552,8 @@ fn a_write_on_a_closed_ring_does_not_wait_for_a_frame() {
     });
 }
 
-/// As for the blocking front-end: holding packets stops no write, and the rest is said.
+/// Like the blocking front-end: holding packets stops no write, and a read reports that the caller
+/// holds all frames.
 #[test]
 fn packets_held_and_given_back_let_the_readers_go_on() {
     guarded(|| {
@@ -589,7 +591,7 @@ fn packets_held_and_given_back_let_the_readers_go_on() {
     });
 }
 
-/// Nobody would hear of a frame that the caller gives back.
+/// Nothing would wake the write when the caller frees a frame, so it must not wait.
 #[test]
 fn a_write_without_a_free_frame_says_so() {
     guarded(|| {
@@ -612,7 +614,8 @@ fn a_write_without_a_free_frame_says_so() {
     });
 }
 
-/// The only free frame is with a write in flight, also if nobody waits for that any more.
+/// The only frame is in a write in flight. A second write waits for it, even if the future of the
+/// first was dropped.
 #[test]
 fn a_write_waits_for_the_frame_of_another() {
     guarded(|| {
@@ -660,7 +663,7 @@ fn a_write_waits_for_the_frame_of_another() {
     });
 }
 
-/// Dropping a future that waits, before and after its packet has come.
+/// Drops a waiting future, before and after its packet has come.
 #[test]
 fn a_dropped_reads_packet_goes_to_the_next_reader() {
     guarded(|| {
@@ -689,7 +692,7 @@ fn a_dropped_reads_packet_goes_to_the_next_reader() {
     });
 }
 
-/// Eight packets arrive in one batch, so one wake-up: it must reach all eight readers.
+/// Eight packets arrive in one batch and cause one wake-up, which must reach all eight readers.
 #[test]
 fn one_wake_lets_every_reader_proceed() {
     guarded(|| {
@@ -737,11 +740,11 @@ fn one_wake_lets_every_reader_proceed() {
     });
 }
 
-/// The SQ has one place, a posted read stands in it, and the poller comes only later: no completion
-/// will say that it has.
+/// The SQ has one entry, a posted read occupies it, and the poller takes it only later. No
+/// completion will say when it has.
 #[test]
 fn a_full_submission_queue_delays_a_write_and_no_more() {
-    /// Whether the device is called, and whether it may return.
+    /// Whether the device was called, and whether the call may return.
     #[derive(Default)]
     struct Gate {
         entered: AtomicBool,
@@ -771,7 +774,7 @@ fn a_full_submission_queue_delays_a_write_and_no_more() {
                 let ring = interface.ring(Direction::Both).sq_depth(1).drive(way.drive(&poller));
                 let front = Async::new(ring.build().expect("a ring")).expect("posted");
                 eventually("the poller is with the device", || gate.entered.load(Ordering::SeqCst));
-                // Fills the SQ.
+                // This fills the SQ.
                 let mut read = front.read();
                 assert!(poll(&mut read, &Arc::default()).is_pending());
                 let mut write = front.write(&[2; 60]);
@@ -789,7 +792,7 @@ fn a_full_submission_queue_delays_a_write_and_no_more() {
     });
 }
 
-/// Nobody would drive it when a write is to be tried again.
+/// Nothing would drive an inline ring when a write must be retried.
 #[test]
 fn an_async_front_end_refuses_a_ring_that_no_poller_drives() {
     guarded(|| {
@@ -801,7 +804,8 @@ fn an_async_front_end_refuses_a_ring_that_no_poller_drives() {
     });
 }
 
-/// A device that takes no packet ends the write with its answer, though nothing else happens.
+/// If the device never takes a packet, the write ends when its retry budget ends, although no other
+/// event wakes the ring.
 #[test]
 fn a_stalled_write_ends_when_its_budget_does() {
     guarded(|| {
@@ -817,7 +821,8 @@ fn a_stalled_write_ends_when_its_budget_does() {
     });
 }
 
-/// The futures hold the ring: it closes, and its frames come home, with the last of them.
+/// The futures hold the ring. When the last one is dropped, the ring closes and its frames return
+/// to their pool.
 #[test]
 fn futures_outlive_their_front_end() {
     guarded(|| {
@@ -839,10 +844,10 @@ fn futures_outlive_their_front_end() {
     });
 }
 
-/// An executor may poll a task right in its waker, and so inside whoever wakes it.
+/// An executor may poll a task in its waker, that is, inside the code that wakes it.
 #[test]
 fn a_waker_may_poll_at_once() {
-    /// A task that its waker polls.
+    /// A task that is polled by its waker.
     struct Eager {
         task: Mutex<Option<Task>>,
         again: AtomicBool,
@@ -850,7 +855,8 @@ fn a_waker_may_poll_at_once() {
     impl Wake for Eager {
         fn wake(self: Arc<Self>) {
             self.again.store(true, Ordering::SeqCst);
-            // Locked: it is being polled, and whoever does so looks at `again`.
+            // If the lock is taken, another call is polling the task, and it looks at `again`
+            // afterwards.
             while let Ok(mut task) = self.task.try_lock()
                 && self.again.swap(false, Ordering::SeqCst)
             {
@@ -899,7 +905,7 @@ fn a_waker_may_poll_at_once() {
     });
 }
 
-/// Counts how often it is woken.
+/// Counts its wake-ups.
 #[derive(Default)]
 struct Wakes(AtomicU64);
 
@@ -920,7 +926,7 @@ fn poll<F: Future + Unpin>(future: &mut F, wakes: &Arc<Wakes>) -> Poll<F::Output
     Pin::new(future).poll(&mut Context::from_waker(&waker))
 }
 
-/// Drops its future when it is polled once more than `polls` times and still not done.
+/// Drops its future if that is still pending after `polls` polls and is polled once more.
 struct GivesUp<F> {
     future: Option<F>,
     polls: u32,
@@ -945,14 +951,14 @@ impl<F: Future + Unpin> Future for GivesUp<F> {
         }
         if self.polls < u32::MAX {
             self.polls -= 1;
-            // Do not wait for an event: give up on the next round.
+            // Ask for the next poll at once, so that giving up does not depend on an event.
             cx.waker().wake_by_ref();
         }
         Poll::Pending
     }
 }
 
-/// Lets the others go first, once.
+/// Yields to the other tasks once.
 #[derive(Default)]
 struct Pause(bool);
 

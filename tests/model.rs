@@ -1,9 +1,9 @@
-//! Random operations on rings over random misbehaving devices, against a plain model.
+//! Random operations on rings over randomly misbehaving devices, checked against a plain model.
 //!
-//! The model knows what is in flight, what was sent, and which frames the caller holds; after each
-//! step it checks the conservation of slots, and with each completion that it was owed, that it is
-//! in order, and that it ended in a way that something explains. The fuzz target `ring_ops` has a
-//! smaller model of its own.
+//! The model knows what is in flight, what was sent, and which frames the caller holds. After each
+//! step it checks that no slot was lost or doubled. For each completion it checks that the entry
+//! was in flight, that the order is right, and that something explains the result. The fuzz target
+//! `ring_ops` has a smaller model of its own.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,19 +19,20 @@ use vmring::{
     SubmitErrorKind,
 };
 
-/// Far longer than anything here takes: reaching it is a hang.
+/// Far longer than anything here takes. A test that reaches this hangs.
 const LONG: Duration = Duration::from_secs(20);
-/// The least that carries both addresses, a type and a number.
+/// The shortest packet with both addresses, a type and a number.
 const NUMBERED: usize = 22;
-/// What the fault device says for good, and what it refuses a write with.
+/// The status with which the fault device fails for good, and the one with which it refuses a
+/// write.
 const FATAL: Status = Status::SharingServiceBusy;
 const REFUSAL: Status = Status::NotAuthorized;
 
-/// What the rings stand on. Probabilities are in percent.
+/// The devices and depths of the rings. Probabilities are in percent.
 #[derive(Clone, Debug)]
 #[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
 pub(crate) struct Setup {
-    /// Two interfaces that see each other, instead of one that sees itself.
+    /// Two interfaces on one network, instead of one loopback.
     pub(crate) embedded: bool,
     pub(crate) seed: u64,
     pub(crate) short: u8,
@@ -41,9 +42,9 @@ pub(crate) struct Setup {
     pub(crate) corruption: u8,
     pub(crate) twice: u8,
     pub(crate) late: u8,
-    /// Taken slots are put back.
+    /// Probability that the device puts back slots it has taken.
     pub(crate) shy: u8,
-    /// How long a completion engine holds a slot; 0: there is none.
+    /// How long a completion engine holds a slot. 0 means no completion engine.
     pub(crate) hold_us: u8,
     pub(crate) reorder: bool,
     pub(crate) fate: Fate,
@@ -51,7 +52,7 @@ pub(crate) struct Setup {
     pub(crate) depths: [u8; 3],
     pub(crate) sq_depth: Option<u8>,
     pub(crate) frames: u8,
-    /// How many submissions before the wrap of the indices.
+    /// Number of submissions until the indices wrap.
     pub(crate) before_wrap: u8,
 }
 
@@ -63,7 +64,7 @@ pub(crate) enum Fate {
     PanicsAfter(u8),
 }
 
-/// One step. `end` chooses the interface; numbers are taken modulo what there is.
+/// One step. `end` chooses the interface. Numbers are taken modulo what exists.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
 pub(crate) enum Step {
@@ -97,11 +98,12 @@ pub(crate) enum Size {
     Some(u8),
     Max,
     TooBig,
-    /// The frame as it was trimmed and grown.
+    /// The frame keeps its trimmed or grown length.
     AsItIs,
 }
 
-/// Runs `steps` and then closes everything, in `threads` (a poller each) or inline.
+/// Runs `steps` and then closes everything. Each ring has a poller of its own if `threads`, else it
+/// is inline.
 ///
 /// # Panics
 ///
@@ -118,44 +120,44 @@ pub(crate) fn run(setup: &Setup, threads: bool, steps: &[Step]) {
 #[derive(Debug)]
 struct Entry {
     kind: Kind,
-    /// The slot, of a read or a write.
+    /// The slot of a read or write.
     slot: Option<u32>,
-    /// Of a write: its place among the sent.
+    /// For a write, its index in `sent`.
     sent: usize,
-    /// Something asked for its end.
+    /// A cancel, close or restart has asked for its end.
     cancelled: bool,
 }
 
-/// A packet submitted, in submission order.
+/// A submitted packet. The list is in submission order.
 #[derive(Debug)]
 struct Sent {
     bytes: Vec<u8>,
-    /// It cannot have reached the device.
+    /// The packet cannot have reached the device.
     failed: bool,
     received: bool,
 }
 
-/// One interface, its ring, and what the model knows of both.
+/// One interface, its ring, and what the model knows about both.
 struct End {
     interface: Interface,
     ring: Option<Ring>,
     flight: BTreeMap<u64, Entry>,
     sent: Vec<Sent>,
-    /// How many of the other end's packets were matched, in an order that must be kept.
+    /// How many of the other end's packets were matched, if the order must be kept.
     cursor: usize,
     /// Reads, writes and cancels in flight.
     count: [usize; 3],
-    /// Submitted since the engine last turned.
+    /// Entries submitted since the engine last ran.
     in_sq: usize,
-    /// The highest `user_data` that came back with a packet, and that of a packet sent.
+    /// The highest `user_data` of a successful read, and of a successful write.
     last_ok: [Option<u64>; 2],
-    /// What the ring's own counters must say.
+    /// What the ring's own counters must show.
     seen: Seen,
     restarts: u64,
     restart_pending: bool,
-    /// A control handle asked for the end of everything, and the engine may not have seen it.
+    /// A control handle asked to cancel everything, and the engine may not have seen the request.
     cancel_pending: bool,
-    /// Packets may have been lost: a close or a restart empties the device's own queue.
+    /// Packets may have been lost, because a close or a restart empties the device's own queue.
     lossy: bool,
 }
 
@@ -187,7 +189,8 @@ struct Model<'a> {
 impl Setup {
     fn faults(&self, end: u64) -> Faults {
         let p = |percent: u8| f64::from(percent % 101) / 100.0;
-        // A device that takes nothing at all is not a fault but a wall.
+        // At most 90 percent, because a device that takes nothing at all would stop the ring for
+        // good.
         let some = |percent: u8| p(percent % 91);
         let mut faults = Faults::seeded(self.seed.wrapping_add(end))
             .short_batches(some(self.short))
@@ -225,7 +228,7 @@ impl Setup {
 
     fn interface(&self, end: u8, network: &str) -> Interface {
         let faults = self.faults(end.into());
-        // Big enough for the fastest test: packets that wait are not dropped.
+        // Large enough that packets which wait are not dropped.
         let driver: Box<dyn Driver> = if self.embedded {
             Box::new(faults.wrap(self.shy(Embedded::network(network).overflow(1024))))
         } else {
@@ -239,7 +242,7 @@ impl Setup {
     }
 }
 
-/// A driver, and its device, that take slots and often put the last ones back, as a system call does
+/// A driver with a device that takes slots and often puts the last ones back, like a system call
 /// that takes only a part of its batch.
 struct Shy {
     inner: Box<dyn Driver>,
@@ -298,7 +301,7 @@ impl Device for ShyDevice {
 }
 
 impl ShyQueue {
-    /// How many of `n` to keep.
+    /// Returns how many of `n` to keep.
     fn some(&mut self, n: usize) -> usize {
         // xorshift64
         self.dice ^= self.dice << 13;
@@ -308,7 +311,8 @@ impl ShyQueue {
         if shy && n > 0 { (self.dice >> 32) as usize % n } else { n }
     }
 
-    /// Takes all of one kind, puts back the last ones in the reverse order, and posts the others.
+    /// Takes all slots of one kind, puts back the last ones in reverse order, and posts the others
+    /// to the inner device.
     fn take(&mut self, io: &mut Io<'_>, take: fn(&mut Io<'_>) -> Option<PostedSlot>) -> bool {
         let mut taken: Vec<_> = std::iter::from_fn(|| take(io)).collect();
         let kept = self.some(taken.len());
@@ -422,7 +426,7 @@ impl<'a> Model<'a> {
         usize::from(end) % self.ends.len()
     }
 
-    /// The law of conservation, after each step.
+    /// Checks after each step that every slot is in exactly one place.
     fn check(&self) {
         let in_flight: usize = self.ends.iter().map(|end| end.count[0] + end.count[1]).sum();
         let out = self.pool.slots_out() as usize;
@@ -511,7 +515,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// A frame to submit: one of the caller's, or a fresh one.
+    /// A frame to submit: one that the caller holds, or a new one.
     fn frame(&mut self) -> Option<Frame> {
         self.held.pop().or_else(|| self.pool.alloc())
     }
@@ -521,7 +525,8 @@ impl<'a> Model<'a> {
         self.next
     }
 
-    /// Why a submit of this class must be refused. On a thread nobody knows how full the SQ is.
+    /// Why a submit of this class must be refused. If a thread drives the ring, the model does not
+    /// know how full the SQ is.
     fn refusal(&self, end: usize, class: usize) -> Option<SubmitErrorKind> {
         let end = &self.ends[end];
         if end.count[class] == self.depths[class] {
@@ -533,8 +538,8 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// A submit answered. Inline the answer is foreseen; on a thread the SQ empties, and the device
-    /// dies, when they like.
+    /// Checks the result of a submit. On an inline ring it is predicted exactly. If a thread drives
+    /// the ring, the SQ may drain and the device may fail at any time.
     fn expect(
         &self,
         end: usize,
@@ -567,7 +572,7 @@ impl<'a> Model<'a> {
         end.in_sq += 1;
     }
 
-    /// Posts `n % 6 + 1` reads, as far as there are frames.
+    /// Posts `n % 6 + 1` reads, or fewer if frames run out.
     fn read(&mut self, end: usize, n: usize) {
         let Some(mut ring) = self.ends[end].ring.take() else { return };
         let closed = ring.control().closed();
@@ -576,7 +581,7 @@ impl<'a> Model<'a> {
         let mut batch: Vec<_> = frames.into_iter().map(|frame| (frame, self.number())).collect();
         let slots: Vec<_> = batch.iter().map(|(frame, n)| (frame.slot(), *n)).collect();
         if n == 1 {
-            // The single form.
+            // Use `submit_read` for a single frame.
             if let Some((frame, number)) = batch.pop() {
                 let slot = frame.slot();
                 let foreseen = self.refusal(end, 0);
@@ -610,7 +615,8 @@ impl<'a> Model<'a> {
         self.ends[end].ring = Some(ring);
     }
 
-    /// The first `accepted` of a batch are in flight; no more than could be.
+    /// Records that the first `accepted` entries of a batch are in flight. No more than expected
+    /// may be accepted.
     fn accepted(
         &mut self,
         end: usize,
@@ -695,7 +701,8 @@ impl<'a> Model<'a> {
         (len > max).then_some(SubmitErrorKind::TooBig { len, max })
     }
 
-    /// Makes the frame a packet from this end to the other, with a number where it fits.
+    /// Makes the frame a packet from this end to the other. It carries a number if it is long
+    /// enough.
     fn fill(&mut self, end: usize, frame: &mut Frame, size: Size) {
         let len = match size {
             Size::Empty => 0,
@@ -735,7 +742,7 @@ impl<'a> Model<'a> {
 
     fn cancel(&mut self, end: usize, target: u8, to_the_end: bool) {
         let candidates: Vec<_> = self.ends[end].flight.keys().copied().collect();
-        // Sometimes nobody's number.
+        // Sometimes the target is a number that no entry has.
         let target = candidates.get(usize::from(target) % (candidates.len() + 1)).copied();
         let target = target.unwrap_or(u64::MAX);
         if !self.submit_cancel(end, Some(target)) || !to_the_end {
@@ -788,7 +795,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Inline, the engine has taken what was submitted and heard what was asked.
+    /// If the ring is inline, the engine has now taken all submissions and seen all requests.
     fn turned(&mut self, end: usize) {
         self.ends[end].in_sq = 0;
         self.ends[end].cancel_pending &= self.threads;
@@ -840,14 +847,15 @@ impl<'a> Model<'a> {
         self.held.push(frame);
     }
 
-    /// An error must have a reason.
+    /// Checks that something explains the error.
     fn explain(&self, end: usize, entry: &Entry, error: EntryError, len: usize) {
         let write = entry.kind == Kind::Write;
         let setup = self.setup;
         let why = match error {
             EntryError::Cancelled => entry.cancelled,
             EntryError::DevicePanicked => matches!(setup.fate, Fate::PanicsAfter(_)),
-            // A dead engine's thread may let go of what it holds before or after the close.
+            // After a panic, the completion engine's thread may drop its slots before or after the
+            // close.
             EntryError::Abandoned => {
                 write && !setup.abandon.is_multiple_of(101)
                     || setup.has_engine() && matches!(setup.fate, Fate::PanicsAfter(_))
@@ -855,7 +863,7 @@ impl<'a> Model<'a> {
             EntryError::Device(FATAL) => matches!(setup.fate, Fate::FailsAfter(_)),
             EntryError::Device(REFUSAL) => write && !setup.errors.is_multiple_of(101),
             EntryError::Device(Status::InvalidArgument) => write && setup.embedded && len < 14,
-            // Exhaustion, a short batch, or a loop that nobody reads.
+            // The reason is injected exhaustion, a short batch, or a loopback that nobody reads.
             EntryError::Device(Status::BufferExhausted) => write,
             EntryError::Device(_) => false,
         };
@@ -881,8 +889,8 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// A packet arrived: it is one that the other end sent, not seen before, and, where the device
-    /// keeps order, behind all that were seen.
+    /// A packet arrived. The other end must have sent it, it must be new, and if the device keeps
+    /// the order, it must come after all packets seen so far.
     fn received(&mut self, end: usize, packet: &[u8]) {
         let corrupt = !self.setup.corruption.is_multiple_of(101);
         let from = (end + 1) % self.ends.len();
@@ -940,7 +948,8 @@ impl<'a> Model<'a> {
         let Some(mut ring) = self.ends[end].ring.take() else { return };
         match ring.close() {
             Ok(()) => {}
-            // Slots on a thread of the fault device while that panics come home too late to tell.
+            // If the fault device panics, the slots on its thread may come back too late to be
+            // counted.
             Err(Error::Leaked { .. })
                 if self.setup.has_engine() && matches!(self.setup.fate, Fate::PanicsAfter(_)) => {}
             Err(error) => panic!("{error}"),
@@ -980,12 +989,12 @@ impl<'a> Model<'a> {
         me.last_ok = [None; 2];
         me.seen = Seen::default();
         me.restarts = 0;
-        // A restart that was asked for while the ring closed has happened with it.
+        // A restart that was requested while the ring closed has happened by now.
         me.restart_pending = false;
         me.cancel_pending = false;
         let interface = &self.ends[end].interface;
         if matches!(self.setup.fate, Fate::PanicsAfter(_)) {
-            // Whatever the panic left of the device.
+            // A restart repairs the device after its panic.
             interface.restart(LONG).expect("no ring is left");
         }
         let ring = self.build(interface);
@@ -1001,7 +1010,7 @@ impl<'a> Model<'a> {
             self.check();
         }
         for sent in self.ends.iter().flat_map(|end| &end.sent) {
-            // Short and flipped packets look like others.
+            // Short packets and packets with flipped bits can be mistaken for others.
             let known = sent.bytes.len() >= NUMBERED && self.setup.corruption.is_multiple_of(101);
             assert!(!(known && sent.failed && sent.received), "refused and yet sent");
         }
@@ -1014,7 +1023,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Nothing was closed: every packet that the device took arrives.
+    /// If nothing was closed, every packet that the device took must arrive.
     fn drain(&mut self) {
         let start = Instant::now();
         loop {
@@ -1038,7 +1047,7 @@ impl<'a> Model<'a> {
                     self.read(end, 0);
                 }
                 if owed > 0 && self.ends[end].count[0] == 0 {
-                    // The other end has all the frames.
+                    // The other end holds all frames, so take its posted reads back.
                     self.quiesce((end + 1) % self.ends.len());
                 }
                 self.wait(end, 1, 1);
@@ -1046,10 +1055,10 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// How many packets the other end has sent that have not come to this one.
+    /// How many packets the other end has sent that this end has not received.
     fn owed(&self, end: usize) -> u64 {
         let from = &self.ends[(end + 1) % self.ends.len()];
-        // A packet may come before the completion of its write.
+        // A packet may arrive before its write completes.
         from.seen.tx_packets.saturating_sub(self.ends[end].seen.rx_packets)
     }
 
@@ -1059,7 +1068,7 @@ impl<'a> Model<'a> {
 }
 
 impl End {
-    /// What the device and the ring say, for messages.
+    /// The counters of the device and the ring, for messages.
     fn counters(&self) -> String {
         let stats = self.ring.as_ref().map(Ring::stats);
         format!("{:?}, {stats:?}", self.interface.drops())
@@ -1093,7 +1102,7 @@ mod properties {
         }
     }
 
-    /// Mostly none, so that a case shows one misbehaviour or two.
+    /// Mostly zero, so that a case has one or two kinds of misbehaviour.
     fn percent() -> impl Strategy<Value = u8> {
         prop_oneof![3 => Just(0), 1 => 1_u8..60]
     }
@@ -1170,7 +1179,7 @@ mod properties {
         ]
     }
 
-    /// As `step`, and the steps after which packets may be lost.
+    /// Like `step`, and also the steps after which packets may be lost.
     fn rough_step() -> impl Strategy<Value = Step> {
         let end = any::<bool>;
         prop_oneof![

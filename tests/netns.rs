@@ -1,5 +1,5 @@
-//! Network namespaces for tests that need the kernel's own network: made by a test, gone with it. No
-//! test touches the network of the host.
+//! Network namespaces for tests that need the kernel's own network. A test makes one, and it is
+//! gone when the test ends. No test touches the network of the host.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use crate::support::{LONG, guarded_for, stage};
 
-/// Runs `body` on a thread of its own that is watched, in a network namespace of its own, where the
-/// loopback interface is up and no interface talks IPv6 by itself. Without the privilege the test says
-/// that it was skipped, and why.
+/// Runs `body` under a watchdog, on a thread of its own and in a network namespace of its own.
+/// There the loopback interface is up, and IPv6 is disabled. Without the privilege, prints that the
+/// test was skipped, and why.
 pub(crate) fn in_namespace(body: impl FnOnce() + Send + 'static) {
     in_namespace_for(LONG * 2, body);
 }
 
-/// As [`in_namespace`], for a body that may take longer than others.
+/// Like [`in_namespace`], for a body that takes longer than others.
 pub(crate) fn in_namespace_for(limit: Duration, body: impl FnOnce() + Send + 'static) {
     guarded_for(limit, || {
         if enter() {
@@ -30,7 +30,8 @@ fn enter() -> bool {
         skip("VMRING_SKIP_TAP is set");
         return false;
     }
-    // SAFETY: a plain number; it concerns this thread, and those that it starts.
+    // SAFETY: the call takes no pointer. It affects this thread and the threads that it starts
+    // later.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         skip("a network namespace needs root");
         return false;
@@ -48,24 +49,24 @@ fn enter() -> bool {
     true
 }
 
-/// Past the test harness, which would keep it to itself.
+/// Writes to stderr directly, because the test harness captures `eprintln!`.
 pub(crate) fn skip(why: &str) {
     let name = thread::current().name().unwrap_or("test").to_owned();
     let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
 }
 
-/// IPv6 for interfaces made from here on.
+/// Enables IPv6 for interfaces that are made from now on.
 pub(crate) fn with_ipv6() {
     for set in ["all", "default"] {
         let path = format!("/proc/sys/net/ipv6/conf/{set}/disable_ipv6");
         std::fs::write(path, "0").expect("a kernel with IPv6");
-        // No waiting for somebody else's claim to a fresh address.
+        // Without duplicate address detection, a new address is usable at once.
         let path = format!("/proc/sys/net/ipv6/conf/{set}/accept_dad");
         std::fs::write(path, "0").expect("a kernel with IPv6");
     }
 }
 
-/// Whether the program is installed; if not, says that the test is skipped.
+/// Returns whether the program is installed. If not, prints that the test is skipped.
 pub(crate) fn has(program: &str) -> bool {
     let found = Command::new("sh")
         .args(["-c", &format!("command -v {program}")])
@@ -78,7 +79,7 @@ pub(crate) fn has(program: &str) -> bool {
     found
 }
 
-/// Runs a shell command in this namespace, which must succeed within a minute; its output.
+/// Runs a shell command in this namespace and returns its output. It must succeed within a minute.
 pub(crate) fn sh(command: &str) -> String {
     match try_sh(command) {
         Ok(output) => output,
@@ -86,7 +87,7 @@ pub(crate) fn sh(command: &str) -> String {
     }
 }
 
-/// As [`sh`], for what may fail: what it has said.
+/// Like [`sh`] for a command that may fail. Returns what the command printed.
 pub(crate) fn try_sh(command: &str) -> Result<String, String> {
     stage(format!("`{command}`"));
     let seconds = LONG.as_secs();
@@ -105,7 +106,7 @@ pub(crate) fn try_sh(command: &str) -> Result<String, String> {
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Another host: a network namespace with a thread that runs what it is told.
+/// Another host: a network namespace, with a thread that runs jobs in it.
 pub(crate) struct Host {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<thread::JoinHandle<()>>,
@@ -118,7 +119,7 @@ impl Host {
         let (made, making) = mpsc::channel();
         let thread = thread::spawn(move || {
             assert!(enter(), "the privilege was there a moment ago");
-            // SAFETY: no arguments.
+            // SAFETY: the call takes no arguments.
             let _ = made.send(unsafe { libc::gettid() });
             while let Ok(job) = todo.recv() {
                 job();
@@ -138,7 +139,7 @@ impl Host {
         self.start(f).wait(LONG * 2)
     }
 
-    /// Runs `f` there.
+    /// Starts `f` there.
     pub(crate) fn start<T: Send + 'static>(
         &self,
         f: impl FnOnce() -> T + Send + 'static,
@@ -161,7 +162,7 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.jobs = None;
         let thread = self.thread.take().expect("taken here only");
-        // One that hangs is the watchdog's business.
+        // If the thread hangs, the watchdog ends the test.
         let start = Instant::now();
         while !thread.is_finished() && start.elapsed() < LONG {
             thread::sleep(Duration::from_millis(1));
@@ -169,7 +170,7 @@ impl Drop for Host {
     }
 }
 
-/// What a [`Host`] does meanwhile.
+/// A job that a [`Host`] runs in the background.
 pub(crate) struct Running<T>(mpsc::Receiver<thread::Result<T>>);
 
 impl<T> Running<T> {

@@ -1,5 +1,5 @@
-//! Waking and sleeping: who may wake a waiting ring, how the descriptor and the wakers behave, and
-//! that nobody is woken, and nothing is spent, without need.
+//! Waking and sleeping: what wakes a waiting ring, how the descriptor and the wakers behave, and
+//! that no wake-up or processor time is spent without need.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::support::{
 fn readable(ring: &Ring, timeout: Duration) -> bool {
     let fd = ring.completion_fd().expect("a descriptor").as_raw_fd();
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one pollfd, exclusively borrowed.
+    // SAFETY: the pointer is to one `pollfd`, which is exclusively borrowed.
     unsafe { libc::poll(&mut poll, 1, timeout.as_millis() as i32) == 1 }
 }
 
@@ -38,11 +38,11 @@ fn a_control_handle_wakes_a_blocked_wait() {
             for _ in 0..scaled(50) {
                 let control = control.clone();
                 let waking = thread::spawn(move || control.wake());
-                // Whether it comes before or during the wait, the wait ends.
+                // The wait ends whether the wake comes before or during it.
                 assert_eq!(ring.wait(1, None), 0);
                 waking.join().unwrap();
             }
-            // Used up: the next wait sleeps its time.
+            // The wake is used up, so the next wait sleeps until its timeout.
             let start = Instant::now();
             assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0);
             assert!(start.elapsed() >= Duration::from_millis(20), "a wake was used twice");
@@ -50,7 +50,7 @@ fn a_control_handle_wakes_a_blocked_wait() {
     });
 }
 
-/// An event loop that never calls `wait` is woken through its descriptor, and once.
+/// `wake` reaches an event loop that never calls `wait` through its descriptor, and only once.
 #[test]
 fn a_control_handle_wakes_an_armed_descriptor_once() {
     guarded(|| {
@@ -63,7 +63,7 @@ fn a_control_handle_wakes_an_armed_descriptor_once() {
             assert_eq!(ring.arm(), Armed::Armed);
             ring.control().wake();
             assert!(readable(&ring, LONG));
-            // Whether `arm` says so once more or not, it does not do so for ever.
+            // `arm` may return `Ready` once more, but not for ever.
             let again = (0..10).filter(|_| ring.arm() == Armed::Ready).count();
             assert!(again <= 1, "{again} of 10 calls said that there is something to reap");
             let waker = Waker::from(Arc::new(Count::default()));
@@ -88,7 +88,7 @@ fn a_control_handle_stops_a_ring_from_anywhere() {
                 let control = control.clone();
                 move || control.stop()
             });
-            // A wait under way ends when everything has completed.
+            // The wait ends when everything has completed.
             assert_eq!(ring.wait(8, None), 8);
             stopping.join().unwrap();
             assert_eq!(control.closed(), Some(Closed::Stopped));
@@ -99,7 +99,7 @@ fn a_control_handle_stops_a_ring_from_anywhere() {
             let kind = ring.submit_read(frame, 1).unwrap_err().kind;
             assert_eq!(kind, SubmitErrorKind::Closed(Closed::Stopped));
             drop(ring);
-            // A handle outlives its ring.
+            // A control handle may outlive its ring.
             control.wake();
             control.stop();
             control.cancel_all();
@@ -124,7 +124,8 @@ fn wait_returns_early_when_fewer_are_in_flight() {
             post(&mut ring, 1);
             post(&mut ring, 2);
             send(&mut ring, 3);
-            // Two packets for two reads: the first came before.
+            // Two packets complete the two reads, because the first packet was sent before they
+            // were posted.
             assert_eq!(ring.wait(100, None), 3);
         });
     });
@@ -142,7 +143,7 @@ fn wait_ends_at_its_timeout() {
             assert_eq!(ring.wait(1, Some(Duration::from_millis(5))), 0);
             assert!(start.elapsed() >= Duration::from_millis(5));
             assert_eq!(ring.wait(1, Some(NOW)), 0);
-            // A time too far for any clock is for ever, not a panic.
+            // A time that no clock can hold means for ever, and does not panic.
             send(&mut ring, 2);
             assert_eq!(ring.wait(2, Some(Duration::MAX)), 2);
         });
@@ -170,31 +171,33 @@ fn completion_fd_signals_once_per_arm() {
                 arrive(round);
                 assert!(readable(&ring, LONG));
                 assert_eq!(reap_n(&mut ring, 1).len(), 1);
-                // Armed anew it is empty again: the one signal was for the first packet.
+                // Armed again, the descriptor is not readable: its one signal was for the first
+                // packet.
                 assert_eq!(ring.arm(), Armed::Armed);
                 assert!(!readable(&ring, NOW));
-                // Two packets, one arming: whoever looks once sees both or arms again.
+                // Two packets come after one arming. One loop over `reap` sees both.
                 arrive(10);
                 arrive(11);
                 assert!(readable(&ring, LONG));
                 assert_eq!(reap_n(&mut ring, 2).len(), 2);
                 (0..3).for_each(|number| post(&mut ring, number));
             }
-            // Not armed: no signal.
+            // Without arming there is no signal.
             let before = ring.stats().rx_packets;
             assert_eq!(ring.arm(), Armed::Armed);
             arrive(20);
             assert!(readable(&ring, LONG));
             let fd = ring.completion_fd().unwrap().as_raw_fd();
             let mut bytes = [0_u8; 64];
-            // SAFETY: the pointer and length are of a live, exclusively borrowed array.
+            // SAFETY: pointer and length are those of a live array, which is exclusively borrowed.
             let n = unsafe { libc::read(fd, bytes.as_mut_ptr().cast(), bytes.len()) };
             assert_eq!(n, 8);
             if cfg!(target_os = "linux") {
                 assert_eq!(u64::from_ne_bytes(bytes[..8].try_into().unwrap()), 1, "one signal");
             }
-            // Reaped without `wait`, which would arm to sleep. A signal is counted after it is given:
-            // with the second packet, the first one's is.
+            // Reap without `wait`, because `wait` would arm before it sleeps. A signal is counted
+            // after it is given, so the first packet's signal is counted when the second packet has
+            // come.
             let mut reaped = 0;
             let mut notifications = None;
             for number in 1..=4 {
@@ -217,7 +220,7 @@ fn completion_fd_signals_once_per_arm() {
     });
 }
 
-/// Goal: who drives a ring may arm its descriptor, submit, and only then sleep.
+/// Goal: the owner of an inline ring may arm its descriptor, submit, and only then sleep.
 #[test]
 fn what_an_inline_ring_submits_after_arming_signals() {
     guarded(|| {
@@ -230,7 +233,7 @@ fn what_an_inline_ring_submits_after_arming_signals() {
         send(&mut ring, 2);
         assert!(readable(&ring, NOW));
         assert_eq!(reap_n(&mut ring, 2).len(), 2);
-        // In a loop over completions as well.
+        // The same holds for a submit in a loop over completions.
         post(&mut ring, 3);
         send(&mut ring, 4);
         assert_eq!(ring.arm(), Armed::Ready);
@@ -247,8 +250,8 @@ fn what_an_inline_ring_submits_after_arming_signals() {
     });
 }
 
-/// Goal: the submitting half of an inline ring, on a thread of its own, wakes the other, which drives the
-/// ring, whenever it comes.
+/// Goal: the submitting half of an inline ring, on a thread of its own, always wakes the reaping
+/// half, which drives the ring.
 #[test]
 fn a_submission_from_another_thread_wakes_who_drives_the_ring() {
     guarded(|| {
@@ -262,7 +265,7 @@ fn a_submission_from_another_thread_wakes_who_drives_the_ring() {
         });
         let interface = interface.start();
         let mut ring = inline(&interface, Direction::Both).idle(IdlePolicy::PARK).build().unwrap();
-        // Never filled: so the other half has something to wait for.
+        // No packet fills this read, so the reaping half always has something to wait for.
         post(&mut ring, 0);
         let (mut sq, mut cq) = ring.into_split();
         let count = scaled(20_000);
@@ -279,7 +282,7 @@ fn a_submission_from_another_thread_wakes_who_drives_the_ring() {
             let mut frame = sq.alloc().unwrap();
             frame.copy_from(&packet(number, 60)).unwrap();
             sq.submit_write(frame, number).unwrap();
-            // Spinning, so that the next comes just when the other is falling asleep.
+            // Spin, so that the next submit comes just when the other half falls asleep.
             let mut turns = 0;
             while reaped.load(Ordering::Relaxed) <= number && !reaping.is_finished() {
                 turns += 1;
@@ -306,7 +309,7 @@ fn arm_rechecks_after_its_fence() {
                 assert_eq!(ring.arm(), Armed::Ready, "a completion waits");
             }
             reap_n(&mut ring, 1);
-            // The race itself: a packet at any moment is either seen by `arm` or signalled.
+            // The race: whenever a packet comes, either `arm` sees it or the descriptor signals it.
             let patient =
                 vmring::RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(50) };
             let mut writer = interface.ring(Direction::Write).retry(patient).build().unwrap();
@@ -318,7 +321,7 @@ fn arm_rechecks_after_its_fence() {
                 }
             });
             (0..64).for_each(|number| post(&mut ring, number));
-            // The packet written above.
+            // One more for the packet that was written above.
             let mut left = count + 1;
             while left > 0 {
                 stage(format!("{way:?}: {left} packets left"));
@@ -336,8 +339,9 @@ fn arm_rechecks_after_its_fence() {
     });
 }
 
-/// Goal: `arm_after` coalesces. Method: the n-th completion signals; with fewer it is the delay,
-/// from the first one on. An inline ring's owner sleeps, so nobody counts for it.
+/// Goal: `arm_after` coalesces. Method: the n-th completion signals. With fewer, the delay does,
+/// counted from the first completion. This does not apply to inline rings: while the owner sleeps,
+/// nothing counts completions for it.
 #[test]
 fn arm_after_coalesces() {
     guarded(|| {
@@ -365,7 +369,7 @@ fn arm_after_coalesces() {
             arrive(3);
             assert!(readable(&ring, LONG));
             assert_eq!(reap_n(&mut ring, 4).len(), 4);
-            // So many are there already.
+            // `arm_after` returns `Ready` if enough completions are there already.
             (0..2).for_each(&mut arrive);
             eventually("two more have come", || ring.stats().rx_packets == 6);
             eventually("they are shown", || ring.arm_after(2, Some(hour)) == Armed::Ready);
@@ -385,7 +389,8 @@ fn arm_after_coalesces() {
             assert!(start.elapsed() >= delay);
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
 
-            // Goal: each arming has a clock of its own. The first one's is started and left running.
+            // Goal: each arming has a clock of its own. Method: start the first one's clock and
+            // leave it running.
             stage(format!("{way:?}: by time, after one whose time has not come"));
             assert_eq!(ring.arm_after(50, Some(hour)), Armed::Armed);
             arrive(20);
@@ -416,7 +421,7 @@ impl Wake for Count {
     }
 }
 
-/// Thread park, descriptor and waker are one notifier.
+/// One notifier serves the parked thread, the descriptor and the waker.
 #[test]
 fn a_waker_is_woken_once_when_enough_is_there() {
     guarded(|| {
@@ -439,9 +444,9 @@ fn a_waker_is_woken_once_when_enough_is_there() {
     });
 }
 
-/// Goal: while the poller is awake, submitting costs no wake-up; while the reaper is awake,
-/// completing costs none. Method: a device whose call lasts until the test says so keeps the poller
-/// awake; a reaper that never sleeps is never notified.
+/// Goal: while the poller is awake, submitting costs no wake-up. While the reaping side is awake,
+/// completing costs none. Method: a device whose call lasts until the test ends it keeps the poller
+/// awake. A reaping side that never sleeps must never be notified.
 #[test]
 fn no_doorbell_while_the_other_side_is_awake() {
     guarded(|| {
@@ -477,12 +482,12 @@ fn no_doorbell_while_the_other_side_is_awake() {
         });
         assert_eq!(ring.stats().notifications, 0, "this side never slept");
         eventually("the poller sleeps again", || control.stats().parks == 2);
-        // A batch is one doorbell at most.
+        // A batch rings the doorbell at most once.
         let frames: Vec<_> = (0..50).map(|n| (crate::support::filled(&ring, n), n)).collect();
         ring.submit_writes(frames).unwrap();
         assert_eq!(control.doorbells(), 2);
         reap_n(&mut ring, 50);
-        // Inline there is nobody to wake.
+        // On an inline ring there is no thread to wake.
         let mut own = inline(&interface, Direction::Write).build().unwrap();
         (0..100).for_each(|number| send(&mut own, number));
         assert_eq!(reap_n(&mut own, 100).len(), 100);
@@ -490,9 +495,9 @@ fn no_doorbell_while_the_other_side_is_awake() {
     });
 }
 
-/// Goal: what borrowed halves submit while reaping is one doorbell, rung when the loop ends; at any
-/// other time they ring at once; and a loop that is forgotten, or left by a panic, leaves nobody
-/// asleep.
+/// Goal: for all entries that borrowed halves submit while reaping, the doorbell is rung once, when
+/// the loop ends. At any other time they ring at once. If a loop is forgotten or left by a panic,
+/// the poller is still woken.
 #[test]
 fn borrowed_halves_ring_once_a_loop() {
     guarded(|| {
@@ -525,12 +530,12 @@ fn borrowed_halves_ring_once_a_loop() {
         }
         assert_eq!(control.doorbells(), rung + 1, "eight writes, one doorbell");
         let rung = sleeps();
-        // Not while reaping: at once.
+        // Outside a loop over `reap`, the doorbell is rung at once.
         sq.submit_read(frames.pop().unwrap(), 1).unwrap();
         assert_eq!(control.doorbells(), rung + 1);
         eventually("a packet that waited arrives", || cq.ready() > 0);
 
-        // Left by a panic: the debt is paid on the way out.
+        // If a panic leaves the loop, the doorbell is rung while unwinding.
         let rung = sleeps();
         let left = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for done in cq.reap() {
@@ -549,7 +554,7 @@ fn borrowed_halves_ring_once_a_loop() {
             seen.contains(&(Op::Read, 2))
         });
 
-        // Forgotten: the next split pays.
+        // If the loop is forgotten, the next `split` rings the doorbell.
         let rung = sleeps();
         std::mem::forget(cq.reap());
         sq.submit_read(frames.pop().unwrap(), 3).unwrap();
@@ -571,18 +576,19 @@ fn cpu_time_of(name: &str) -> Option<Duration> {
         if std::fs::read_to_string(path.join("comm")).ok()?.trim_end() != name {
             continue;
         }
-        // Behind the name, which may have spaces: field 14 and 15 of proc(5), in ticks.
+        // Fields 14 and 15 of proc(5), in ticks. They come after the name, which may contain
+        // spaces.
         let stat = std::fs::read_to_string(path.join("stat")).ok()?;
         let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
         let ticks: u64 = fields[11].parse::<u64>().ok()? + fields[12].parse::<u64>().ok()?;
-        // SAFETY: sysconf takes no pointers.
+        // SAFETY: `sysconf` takes no pointers.
         let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
         return Some(Duration::from_millis(ticks * 1000 / per_second));
     }
     None
 }
 
-/// The calling thread's own time.
+/// The processor time of the calling thread.
 #[cfg(target_os = "linux")]
 fn own_cpu_time() -> Duration {
     // SAFETY: all zeroes is a valid rusage.
@@ -593,8 +599,8 @@ fn own_cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Goal: a ring with nothing to do costs nearly nothing, on either side. Method: the processor time
-/// of the poller's thread and of the waiting one over 300 ms with reads posted.
+/// Goal: an idle ring costs almost no processor time on either side. Method: measure the processor
+/// time of the poller's thread and of the waiting thread over 300 ms, with reads posted.
 #[cfg(target_os = "linux")]
 #[test]
 fn idle_costs_nearly_nothing() {
@@ -612,11 +618,11 @@ fn idle_costs_nearly_nothing() {
         assert!(poller <= Duration::from_millis(30), "the poller used {poller:?} of 300 ms");
         assert!(waiter <= Duration::from_millis(30), "the waiter used {waiter:?} of 300 ms");
         assert!(control.stats().parks - parks <= 3, "it woke up for nothing");
-        // And the next packet still comes.
+        // The next packet still comes.
         send(&mut ring, 9);
         assert_eq!(reap_n(&mut ring, 2).len(), 2);
 
-        // Inline.
+        // An inline ring, whose owner waits.
         let interface = loopback();
         let mut ring = inline(&interface, Direction::Both).build().unwrap();
         (0..8).for_each(|number| post(&mut ring, number));

@@ -1,5 +1,5 @@
-//! The virtio header between the caller and a device that negotiated it: where it stands, who may set
-//! it, and what is refused.
+//! The virtio header between the caller and a device that negotiated it: its position, when it may
+//! be set, and what is refused.
 
 use std::sync::{Arc, Mutex};
 
@@ -20,11 +20,11 @@ const TSO: OffloadHeader = OffloadHeader {
     ..OffloadHeader::NONE
 };
 
-/// What the device was given to send: header and packet in one piece.
+/// What the device was given to send. Header and packet are in one piece.
 type Wire = Arc<Mutex<Vec<Vec<u8>>>>;
 
-/// A device that sends to a list, and receives `incoming` again and again; with the virtio header if
-/// `header`, and the TCP offloads of IPv4 then.
+/// A device that sends to a list and receives `incoming` again and again. If `header`, it has the
+/// virtio header and the TCP offloads of IPv4.
 fn device(header: bool, incoming: Vec<u8>) -> (Interface, Wire) {
     let wire: Wire = Arc::default();
     let sent = wire.clone();
@@ -83,7 +83,7 @@ fn a_header_is_sent_as_set_and_zeroed_when_it_is_not() {
         let mut frame = packet(&ring, 1500);
         frame.set_offload(&TSO).unwrap();
         let mut frame = send(&mut ring, frame);
-        // The same frame for another packet: nothing of the header before is left.
+        // Use the frame for another packet. Nothing of the earlier header may be left.
         frame.reset();
         frame.set_len(60).unwrap();
         frame.fill(0x33);
@@ -153,7 +153,8 @@ fn what_was_not_negotiated_is_refused() {
         let refused = ring.submit_write(frame, 1).unwrap_err();
         assert_eq!(refused.kind, SubmitErrorKind::OffloadNotNegotiated);
 
-        // A device without offload sends a packet that asks for nothing, and no other.
+        // A device without offload sends a packet whose header asks for nothing, and refuses any
+        // other header.
         let (interface, plain) = device(false, Vec::new());
         let mut ring = inline(&interface);
         let mut frame = packet(&ring, 1500);
@@ -177,7 +178,7 @@ fn frames_need_headroom_for_the_header() {
         let expected = ConfigError::PoolHeadroom { headroom: LEN - 1, needed: LEN };
         assert!(matches!(refused, Error::Config(error) if error == expected));
 
-        // A ring's own pool has it, also when the caller asks for less.
+        // A ring's own pool has this headroom even if the caller asks for less.
         let mut ring = interface.ring(Direction::Both).depth(4).headroom(0).build().unwrap();
         let mut frame = packet(&ring, 60);
         frame.grow_front(4).unwrap();

@@ -1,4 +1,4 @@
-//! Captures: what was on the wire, and nothing else, in a file that another reader understands.
+//! Captures record exactly what was on the wire, in a file that another reader understands.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
@@ -55,7 +55,7 @@ struct File {
     times: Vec<Duration>,
 }
 
-/// Reads a capture with another's reader; panics if that does not understand it.
+/// Reads a capture with another project's reader. Panics if that reader does not understand it.
 fn parse(bytes: &[u8]) -> File {
     let mut reader = PcapNgReader::new(bytes).expect("a section header");
     let mut file = File::default();
@@ -97,8 +97,8 @@ fn parse(bytes: &[u8]) -> File {
     file
 }
 
-/// Goal: two interfaces record to one file, both directions flagged as each guest sees them, bytes
-/// as they were, times never going back and of today.
+/// Goal: two interfaces record to one file. The direction is the one that each guest sees, the
+/// bytes are unchanged, and the times are of today and never go back.
 #[test]
 fn two_interfaces_record_both_directions_to_one_file() {
     guarded(|| {
@@ -116,14 +116,15 @@ fn two_interfaces_record_both_directions_to_one_file() {
                 builder.build().unwrap()
             });
             let macs = [0, 1].map(|i: usize| interfaces[i].mac().into_array());
-            // There and back, in every size.
+            // Send packets of several sizes in both directions.
             let mut expected = Vec::new();
             for (number, size) in [(0, 14), (1, 60), (2, 1514), (3, 61), (4, 1000), (5, 22)] {
                 let from = number % 2;
                 let to = 1 - from;
                 let bytes = packet_between(macs[from], macs[to], number as u64, size);
                 post(&mut rings[to], 100);
-                // Inline, the read must be with the network before the packet comes.
+                // If the rings are inline, drive the receiver, so that the network has its read
+                // before the packet comes.
                 rings[to].reap().for_each(drop);
                 let mut frame = rings[from].alloc().unwrap();
                 frame.copy_from(&bytes).unwrap();
@@ -136,7 +137,7 @@ fn two_interfaces_record_both_directions_to_one_file() {
                     expected.push(Recorded { interface, inbound, bytes: bytes.clone() });
                 }
             }
-            // Neither what was refused nor what was cancelled was on the wire.
+            // Neither refused nor cancelled entries were on the wire.
             let runt = rings[0].alloc().unwrap();
             rings[0].submit_write(runt, 9).unwrap();
             let refused = Err(Status::InvalidArgument.into());
@@ -149,7 +150,7 @@ fn two_interfaces_record_both_directions_to_one_file() {
             let file = parse(&tape.bytes());
             let names = [("left".to_owned(), macs[0]), ("right".to_owned(), macs[1])];
             assert_eq!(file.interfaces, names);
-            // Across two interfaces the sender and the receiver may record in either order.
+            // The sender's and the receiver's interface may record a packet in either order.
             let position = |packet: &Recorded| {
                 let at = |other| expected.iter().position(|e| e == other);
                 at(packet).expect("it was sent") / 2
@@ -164,7 +165,7 @@ fn two_interfaces_record_both_directions_to_one_file() {
     });
 }
 
-/// Through a real file, which is complete once the interface is gone.
+/// Records to a real file, which is complete once the interface is gone.
 #[test]
 fn a_capture_file_is_complete_when_its_rings_are_closed() {
     guarded(|| {
@@ -179,7 +180,7 @@ fn a_capture_file_is_complete_when_its_rings_are_closed() {
             reap_n(&mut ring, 2);
         }
         ring.close().unwrap();
-        // Not even `finish` is needed.
+        // `finish` is not needed.
         let file = parse(&std::fs::read(&path).unwrap());
         assert_eq!(capture.packets(), 200);
         for (direction, inbound) in [("out", false), ("in", true)] {
@@ -198,7 +199,7 @@ fn a_capture_file_is_complete_when_its_rings_are_closed() {
     });
 }
 
-/// A disk with room for so many bytes.
+/// A disk with space for `room` bytes.
 struct Full {
     room: usize,
     tape: Tape,
@@ -224,7 +225,8 @@ fn a_writer_that_fails_is_reported_by_finish_and_packets_go_on() {
     guarded(|| {
         every_way(|way, poller| {
             let tape = Tape::default();
-            // More than the capture's buffer, so that it fails in the middle and not at the end.
+            // More than the capture's buffer, so that a write fails in the middle and not at the
+            // end.
             let capture = Capture::to_writer(Full { room: 1_200_000, tape: tape.clone() }).unwrap();
             let driver = capture.wrap("loop", Loopback::new(65_000));
             let interface = Interface::builder().device(driver).start().unwrap();
@@ -257,20 +259,20 @@ fn a_writer_that_fails_is_reported_by_finish_and_packets_go_on() {
                 other => panic!("{other:?}"),
             };
             full(capture.finish());
-            // Nothing is recorded behind the gap, and the file stays incomplete.
+            // Nothing is recorded after the gap, and the file stays incomplete.
             (50..55).for_each(|number| round_trip(&mut ring, number));
             assert_eq!(capture.packets(), recorded);
             full(capture.finish());
             ring.close().unwrap();
         });
-        // A capture that cannot even begin.
+        // A capture that cannot even write its beginning.
         let capture = Capture::to_writer(Full { room: 0, tape: Tape::default() });
         let failed = capture.and_then(|capture| capture.finish());
         assert!(matches!(failed, Err(Error::Io { .. })), "{failed:?}");
     });
 }
 
-/// A wrapper changes nothing about the ring: cancel, quiesce and close go through.
+/// The wrapper does not change the ring's behaviour: cancel, quiesce and close work through it.
 #[test]
 fn a_recorded_device_lets_go_like_the_one_it_wraps() {
     guarded(|| {
@@ -290,7 +292,7 @@ fn a_recorded_device_lets_go_like_the_one_it_wraps() {
     });
 }
 
-/// A file of the test's own.
+/// A file for this test only.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -307,7 +309,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A pcap file of these packets, and what each had on the wire.
+/// A pcap file of these packets, each with its length on the wire.
 fn pcap(link: DataLink, packets: &[(Vec<u8>, usize)]) -> Vec<u8> {
     let header =
         pcap_file::pcap::PcapHeader { datalink: link, snaplen: 1 << 20, ..Default::default() };
@@ -333,14 +335,14 @@ fn write(ring: &mut Ring, packet: &[u8], user_data: u64) {
     ring.submit_write(frame, user_data).unwrap();
 }
 
-/// Everything the ring reads, with up to 3 reads posted at a time.
+/// Returns everything the ring reads, with up to 3 reads posted at a time.
 fn read_all(ring: &mut Ring, replay: &Replay) -> Vec<Vec<u8>> {
     let mut packets = Vec::new();
     while replay.left() > 0 {
         for user_data in 0..3 {
             post(ring, user_data);
         }
-        // The last batch may be a short one.
+        // The last batch may be short.
         ring.wait(3, Some(Duration::from_millis(20)));
         ring.quiesce(Duration::from_secs(10)).unwrap();
         let done: Vec<_> = ring.reap().collect();
@@ -349,7 +351,8 @@ fn read_all(ring: &mut Ring, replay: &Replay) -> Vec<Vec<u8>> {
     packets
 }
 
-/// What a capture has recorded is read again, both ways' packets, in order; in pcap as well.
+/// A replay reads what a capture has recorded: the packets of both directions, in order. It reads a
+/// pcap file too.
 #[test]
 fn a_replay_reads_what_was_recorded() {
     let packets: Vec<Vec<u8>> = (0..10).map(|i| packet(i, 60 + 100 * i as usize)).collect();
@@ -392,7 +395,7 @@ fn a_replay_leaves_out_what_is_no_whole_packet_and_counts_it() {
     let interface = Interface::builder().device(replay.clone()).start().unwrap();
     assert_eq!((interface.mtu(), interface.max_packet_size()), (1500, 9000));
     let mut ring = interface.ring(Direction::Read).build().unwrap();
-    // One read, and no other that would look behind it.
+    // Post one read. A second one would look at the packets after it.
     post(&mut ring, 0);
     assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(9000));
     ring.quiesce(Duration::from_secs(10)).unwrap();
@@ -400,7 +403,7 @@ fn a_replay_leaves_out_what_is_no_whole_packet_and_counts_it() {
     assert_eq!(interface.drops(), [("recorded incompletely", 1), ("too big", 1)]);
 }
 
-/// A block that does not say its own packet's length, only that on the wire.
+/// A simple packet block has no captured length, only the length on the wire.
 #[test]
 fn a_simple_packet_is_replayed_without_its_padding() {
     use pcap_file::pcapng::PcapNgWriter;

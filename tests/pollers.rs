@@ -1,4 +1,5 @@
-//! Who drives a ring: its own thread, a thread shared with others, or its owner.
+//! The three ways to drive a ring: a thread of its own, a thread shared with other rings, or its
+//! owner.
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -46,8 +47,8 @@ fn thread_names() -> Vec<String> {
         .collect()
 }
 
-/// Goal: the same ring works in each of the three ways, and the device is called on the thread that
-/// was chosen.
+/// Goal: a ring works in each of the three ways, and the device is called on the thread that was
+/// chosen.
 #[test]
 fn three_ways_to_drive() {
     guarded(|| {
@@ -99,7 +100,7 @@ fn a_poller_drives_many_rings_and_all_make_progress() {
                 builder.drive(Drive::Shared(&poller)).build().unwrap()
             })
             .collect();
-        // All have work at the same time, and each gets its turn.
+        // All rings have work at the same time, and each must make progress.
         let mut received = vec![0; rings.len()];
         let mut sent = vec![0; rings.len()];
         while received.iter().any(|n| *n < count) {
@@ -122,7 +123,7 @@ fn a_poller_drives_many_rings_and_all_make_progress() {
             stage(format!("received {received:?} of {count}"));
             rings[0].wait(1, Some(Duration::from_micros(100)));
         }
-        // One that is closed, and one that is new, disturb nobody.
+        // Closing one ring and adding another does not disturb the others.
         drop(rings.swap_remove(10));
         rings[20].quiesce(LONG).unwrap();
         rings[20].reap().for_each(drop);
@@ -166,7 +167,7 @@ fn a_busy_ring_does_not_starve_its_neighbour() {
     });
 }
 
-/// A ring that never rests, so that its poller never sleeps: its device always has more.
+/// A ring whose poller never sleeps, because its device always reports more work.
 fn restless(poller: &Poller) -> Ring {
     let interface = Script::new(|_, _| {
         ScriptQueue::new(|io| {
@@ -180,15 +181,15 @@ fn restless(poller: &Poller) -> Ring {
     ring
 }
 
-/// Goal: the times of a ring that sleeps (here those of its retries) come also while a neighbour on
-/// its poller is never idle.
+/// Goal: the timers of a ring that sleeps (here its retries) fire even while another ring on its
+/// poller is never idle.
 #[test]
 fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
     guarded(|| {
         let poller = Poller::start().unwrap();
         let drive = Drive::Shared(&poller);
         let _busy = restless(&poller);
-        // It takes no write, ever.
+        // This device never takes a write.
         let full = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start();
         let retry = RetryPolicy { attempts: 4, delay: Duration::from_millis(2) };
         let mut calm = full.ring(Direction::Write).drive(drive).retry(retry).build().unwrap();
@@ -198,7 +199,7 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
     });
 }
 
-/// A device whose packets are the bytes that can be read from a socket; it rings no doorbell.
+/// A device whose packets are the bytes that can be read from a socket. It rings no doorbell.
 struct Socket(Arc<UnixStream>, InterfaceInfo);
 
 impl Device for Socket {
@@ -245,8 +246,8 @@ impl Driver for Start {
     }
 }
 
-/// Goal: a descriptor stays readable while no read is posted, and the poller sleeps all the same; a
-/// read that is posted then gets the packet.
+/// Goal: while no read is posted, the device's descriptor stays readable, and the poller still
+/// sleeps. A read that is posted later gets the packet.
 #[test]
 fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
     guarded(|| {
@@ -266,7 +267,7 @@ fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
     });
 }
 
-/// As `a_busy_ring_does_not_hold_up_its_neighbours_times`, for a ring that sleeps on its device's
+/// Like `a_busy_ring_does_not_hold_up_its_neighbours_times`, for a ring that sleeps on its device's
 /// descriptor.
 #[test]
 fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
@@ -280,7 +281,7 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
         let mut calm = calm.ring(Direction::Read).drive(drive).build().unwrap();
         for number in 0..20 {
             post(&mut calm, number);
-            thread::sleep(Duration::from_millis(1)); // it sleeps
+            thread::sleep(Duration::from_millis(1)); // long enough that the ring sleeps
             far.write_all(&[1]).unwrap();
             assert_eq!(reap_n(&mut calm, 1)[0].brief(), (Op::Read, number, Ok(60)));
         }
@@ -324,7 +325,7 @@ fn a_rings_own_thread_ends_with_it() {
         assert!(there());
         ring.close().unwrap();
         eventually("its thread ends", || !there());
-        // A poller nobody used ends with its handle.
+        // An unused poller ends when its handle is dropped.
         let poller = Poller::builder().name("never-used").start().unwrap();
         drop(poller);
         eventually("the unused poller ends", || {
@@ -337,7 +338,7 @@ fn a_rings_own_thread_ends_with_it() {
 #[test]
 fn a_poller_stays_on_its_processor_or_says_why_not() {
     guarded(|| {
-        // A processor that this process may use, whatever the machine allows.
+        // The first processor that this process may use.
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
         let first: usize =
@@ -347,7 +348,7 @@ fn a_poller_stays_on_its_processor_or_says_why_not() {
         let interface = Script::new(move |_, _| {
             let seen = seen.clone();
             ScriptQueue::new(move |io| {
-                // SAFETY: it takes nothing and returns a number.
+                // SAFETY: the call takes no arguments and returns a number.
                 seen.lock().unwrap().push(unsafe { libc::sched_getcpu() });
                 take_writes(io);
                 Ok(Progress::Idle)
@@ -373,7 +374,7 @@ fn a_poller_stays_on_its_processor_or_says_why_not() {
     });
 }
 
-/// A waker that drops a ring, wherever it is woken.
+/// A waker that drops a ring on the thread that wakes it.
 struct Dropper {
     ring: Mutex<Option<Ring>>,
     dropped_on: Mutex<Option<thread::ThreadId>>,
@@ -383,7 +384,7 @@ struct Dropper {
 impl Wake for Dropper {
     fn wake(self: Arc<Self>) {
         self.wakes.fetch_add(1, Ordering::SeqCst);
-        // Out of the lock first: dropping it may wake again.
+        // Take the ring out of the lock first, because dropping it may wake this waker again.
         let ring = self.ring.lock().unwrap().take();
         if let Some(ring) = ring {
             drop(ring);
@@ -419,20 +420,20 @@ fn dropping_a_ring_on_its_own_poller_thread_does_not_deadlock() {
             assert_ne!(dropped_on, thread::current().id(), "it was woken by the poller");
             eventually("what was in flight comes home", || pool.slots_out() == 0);
             drop(writer);
-            // The poller lives, and the device's reading end is free again.
+            // The poller still runs, and the device's reading claim is free again.
             let mut ring = None;
             eventually("the place of the dropped ring is free", || {
                 ring = interface.ring(Direction::Both).drive(drive).build().ok();
                 ring.is_some()
             });
             let mut ring = ring.unwrap();
-            // The packet that woke it went with the ring; others come.
+            // The packet that caused the wake-up was lost with the ring. Others arrive.
             round_trips(&mut ring, 0..5);
         }
     });
 }
 
-/// A waker that panics ends neither the poller nor the ring.
+/// A panic in a waker ends neither the poller nor the ring.
 #[test]
 fn a_waker_that_panics_does_not_end_the_poller() {
     struct Panicking;

@@ -8,7 +8,7 @@ use vmring::{Closed, Direction, Drive, EntryError, Interface, RingControl};
 
 use crate::support::{LONG, guarded, loopback, post, reap_n};
 
-/// Rust files below a folder.
+/// The Rust files below a directory.
 fn sources(folder: &Path, all: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(folder).expect("the sources are there") {
         let path = entry.expect("an entry").path();
@@ -20,8 +20,8 @@ fn sources(folder: &Path, all: &mut Vec<PathBuf>) {
     }
 }
 
-/// Goal: who uses vmring writes no `unsafe`. The exceptions adopt what only the caller knows: memory
-/// of his own, and an object of the system's.
+/// Goal: code that uses vmring needs no `unsafe`. The exceptions adopt what only the caller can
+/// vouch for: the caller's own memory, and an object of the system.
 #[test]
 fn safe_api() {
     let allowed =
@@ -52,8 +52,8 @@ fn safe_api() {
 
 fn from_any_thread<T: Send + Sync>(_: &T) {}
 
-/// Goal: another thread wakes, restarts and stops, while the ring's owner sleeps in `wait`.
-/// Stopping one ring is its control handle's, restarting all of an interface's rings the interface's.
+/// Goal: another thread can wake, restart and stop a ring while the ring's owner sleeps in `wait`.
+/// The control handle stops one ring; the interface restarts all of its rings.
 #[test]
 fn from_anywhere() {
     guarded(|| {

@@ -26,7 +26,7 @@ fn modes() -> [(Mode, &'static str); 3] {
     ]
 }
 
-/// Prints and reads back, in S-expressions and in JSON.
+/// Prints a value and reads it back, as an S-expression and as JSON.
 fn round_trip<T>(value: &T, sexp: &str)
 where
     T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug,
@@ -45,7 +45,7 @@ fn modes_print_and_read_as_in_ocaml() {
     round_trip(&Mode::Bridged("a b\"c".to_owned()), r#"(Bridged_mode "a b\"c")"#);
 }
 
-/// OCaml's sexplib quotes an atom only where it must.
+/// OCaml's sexplib quotes an atom only if it must.
 #[test]
 fn an_unquoted_name_is_read_too() {
     let mode: Mode = serde_lexpr::from_str("(Bridged_mode en0)").unwrap();
@@ -57,12 +57,13 @@ fn statuses_print_and_read_as_in_ocaml() {
     for (status, sexp) in STATUSES {
         round_trip(status, sexp);
     }
-    // Every constant of the enum is in the list: the codes have no gap.
+    // The list has every constant of the enum, because the codes have no gap.
     let codes: Vec<_> = STATUSES.iter().map(|(status, _)| status.code()).collect();
     assert_eq!(codes, (1001..=1011).collect::<Vec<_>>());
 }
 
-/// `Lwt_vmnet` has no name for 1009 and prints the number. Read back, it stays what was read.
+/// `Lwt_vmnet` has no name for 1009 and prints the number. The number survives reading and
+/// printing.
 #[test]
 fn a_number_that_has_a_name_by_now_is_still_read() {
     let status: Status = serde_lexpr::from_str("(Unknown 1009)").unwrap();

@@ -1,5 +1,5 @@
-//! Software offload, judged by smoltcp: every segment is parsed with its checksums verified, and the
-//! payloads put together again.
+//! Software offload, checked with smoltcp. Every segment is parsed and its checksums are verified,
+//! and the payloads are joined again.
 
 use proptest::prelude::*;
 use smoltcp::phy::ChecksumCapabilities;
@@ -11,7 +11,7 @@ use vmring::device::Offloads;
 use vmring::software::{self, Left, Segments, SoftwareError};
 use vmring::{Checksum, Gso, OffloadError, OffloadHeader};
 
-/// What stands in front of the payload.
+/// The headers in front of the payload.
 #[derive(Clone, Debug)]
 struct Shape {
     v4: bool,
@@ -19,7 +19,7 @@ struct Shape {
     vlans: usize,
     /// IPv4 options in words, or IPv6 extension headers of 8 bytes.
     extras: usize,
-    /// The last of the extension headers is a routing header with this many segments left.
+    /// The last extension header is a routing header with this many segments left.
     route: u8,
     sequence: i32,
     ident: u16,
@@ -77,7 +77,7 @@ const FROM4: Ipv4Address = Ipv4Address::new(10, 0, 0, 1);
 const TO4: Ipv4Address = Ipv4Address::new(10, 255, 1, 2);
 const FROM6: Ipv6Address = Ipv6Address::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 const TO6: Ipv6Address = Ipv6Address::new(0xfd00, 0xffff, 9, 8, 7, 6, 5, 4);
-/// Where the IPv6 header points while a routing header has segments left.
+/// The destination in the IPv6 header while a routing header has segments left.
 const VIA6: Ipv6Address = Ipv6Address::new(0xfd00, 1, 1, 1, 1, 1, 1, 1);
 
 impl Shape {
@@ -97,7 +97,7 @@ impl Shape {
         !self.v4 && self.extras > 0 && self.route > 0
     }
 
-    /// The packet, its checksum partial, and its header.
+    /// The packet with a partial checksum, and its offload header.
     fn build(&self) -> (Vec<u8>, OffloadHeader) {
         let payload: Vec<u8> = (0..self.payload).map(|i| ((i * 31) >> 3) as u8).collect();
         let mut packet = vec![2; 12];
@@ -153,11 +153,11 @@ impl Shape {
             view.set_ident(self.ident);
             view.set_header_len(header as u8);
             view.set_total_len((header + transport.len()) as u16);
-            ip[20..].fill(1); // no operation
+            ip[20..].fill(1); // the no-operation option
             packet.extend(ip);
         } else {
             let extras = 8 * self.extras;
-            // Destination options all, and a routing header at the end.
+            // All are destination options, except for a routing header at the end.
             let kind = |i: usize| match i {
                 i if i == self.extras => u8::from(protocol),
                 i if i + 1 == self.extras && self.route > 0 => 43,
@@ -181,7 +181,7 @@ impl Shape {
         let start = packet.len();
         assert_eq!(start, self.transport_at());
         let offset = if self.tcp { 16 } else { 6 };
-        // The pseudo header's sum, the slow way.
+        // The sum of the pseudo header, computed the simple way.
         let mut pseudo = Vec::new();
         if self.v4 {
             pseudo.extend([FROM4.octets(), TO4.octets()].concat());
@@ -210,7 +210,7 @@ impl Shape {
         (packet, header)
     }
 
-    /// Parses segment `i` of `count` with every checksum verified; returns its payload.
+    /// Parses segment `i` of `count`, verifies every checksum, and returns the payload.
     fn judge(&self, packet: &[u8], segment: &[u8], i: usize, count: usize) -> Vec<u8> {
         let (from, to) = self.addresses();
         let verify = ChecksumCapabilities::default();
@@ -270,7 +270,7 @@ proptest! {
             prop_assert!(i + 1 == count || payload.len() == usize::from(shape.segment));
             together.extend(payload);
 
-            // Left partial and completed afterwards, it is the same.
+            // A segment that is left partial and completed afterwards is the same.
             let whole = out[..len].to_vec();
             let len = segments.write_partial(i, &mut out).unwrap();
             let done = software::complete_checksum(&segments.partial_header(), &mut out[..len]);
@@ -289,7 +289,7 @@ proptest! {
         let done = software::complete_checksum(&header, &mut packet).unwrap();
         prop_assert_eq!(done, OffloadHeader::NONE);
         if shape.v4 {
-            // As it was: not what this is about.
+            // `complete_checksum` leaves the IPv4 header's checksum alone, so fill it in here.
             Ipv4Packet::new_unchecked(&mut packet[shape.ip_at()..]).fill_checksum();
         }
         let shape = Shape { segment: u16::MAX, ..shape };
@@ -297,7 +297,7 @@ proptest! {
         prop_assert_eq!(payload.len(), shape.payload);
     }
 
-    /// Headers of good packets with bytes changed, and packets cut short.
+    /// Good packets with some header bytes changed, and truncated packets.
     #[test]
     fn hostile_packets_give_an_error_or_segments_that_fit(
         shape in shapes(),
@@ -351,7 +351,7 @@ fn a_udp_checksum_of_zero_is_sent_as_ones() {
     let (mut packet, header) = Shape { tcp: false, payload: 2, ..PLAIN }.build();
     let header = OffloadHeader { gso: Gso::None, ..header };
     let at = packet.len() - 2;
-    // With this payload the sum is 0xffff, and its complement 0.
+    // For one of these payloads the sum is 0xffff and its complement is 0.
     for payload in 0..=u16::MAX {
         packet[at..].copy_from_slice(&payload.to_be_bytes());
         let mut sent = packet.clone();
@@ -470,7 +470,7 @@ fn what_a_receiver_leaves_undone() {
     assert_eq!(software::left_by(&none, &OffloadHeader::NONE), Left::Nothing);
     assert_eq!(software::left_by(&none, &partial), Left::Checksum);
     assert_eq!(software::left_by(&none, &tso), Left::Segments { partial: false });
-    // Nobody could tell it.
+    // Without the virtio header, the device cannot be told to complete a checksum.
     let mut mute = all;
     mute.virtio_header = false;
     assert_eq!(software::left_by(&mute, &partial), Left::Checksum);

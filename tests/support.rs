@@ -1,4 +1,4 @@
-//! What the tests share: a watchdog, numbered packets, and a device whose every move is a closure.
+//! What the tests share: a watchdog, numbered packets, and a device that is made of closures.
 
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,14 +13,14 @@ use vmring::{
     Op, Poller, Ring, RingBuilder, Status,
 };
 
-/// Far longer than any test needs on a slow and busy machine: reaching it is a hang.
+/// Far longer than any test needs on a slow and busy machine. A test that reaches this hangs.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 thread_local! {
     static STAGE: RefCell<Option<Arc<Mutex<String>>>> = const { RefCell::new(None) };
 }
 
-/// Names what a [`guarded`] body is doing, for the message when it does not end.
+/// Names what a [`guarded`] body is doing, for the message if it does not end.
 pub(crate) fn stage(name: impl Into<String>) {
     STAGE.with_borrow(|stage| {
         if let Some(stage) = stage {
@@ -35,7 +35,7 @@ pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
     guarded_for(LONG * 2, body);
 }
 
-/// As [`guarded`], for a body that may take longer than others.
+/// Like [`guarded`], for a body that takes longer than others.
 pub(crate) fn guarded_for(limit: Duration, body: impl FnOnce() + Send + 'static) {
     let reached = Arc::new(Mutex::new("the beginning".to_owned()));
     let (ended, ending) = mpsc::sync_channel::<()>(1);
@@ -51,7 +51,7 @@ pub(crate) fn guarded_for(limit: Duration, body: impl FnOnce() + Send + 'static)
             }
         })
         .expect("a thread for the test's body");
-    // The sender is dropped when the body returns, and when it panics.
+    // The sender is dropped when the body returns or panics.
     if ending.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
         let reached = reached.lock().unwrap_or_else(PoisonError::into_inner).clone();
         panic!("it does not end; it hangs in: {reached}");
@@ -61,8 +61,7 @@ pub(crate) fn guarded_for(limit: Duration, body: impl FnOnce() + Send + 'static)
     }
 }
 
-/// `n`, or a tenth of it where everything is slow (`VMRING_TEST_SCALE=small`: sanitizers,
-/// emulators).
+/// `n`, or a tenth of it if everything is slow (`VMRING_TEST_SCALE=small`: sanitizers, emulators).
 pub(crate) fn scaled(n: u64) -> u64 {
     if std::env::var_os("VMRING_TEST_SCALE").is_some_and(|scale| scale == "small") {
         (n / 10).max(1)
@@ -77,7 +76,7 @@ pub(crate) fn unique(name: &str) -> String {
     format!("{name}-{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Calls `done` until it says so.
+/// Calls `done` until it returns true.
 pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     stage(what);
     let start = std::time::Instant::now();
@@ -136,7 +135,7 @@ pub(crate) fn loopback() -> Interface {
     Interface::builder().device(Loopback::new(1500)).start().expect("a loopback starts")
 }
 
-/// A ring whose engine moves only when the test reaps.
+/// A ring whose engine runs only when the test drives it.
 pub(crate) fn inline(interface: &Interface, direction: Direction) -> RingBuilder<'_> {
     interface.ring(direction).drive(Drive::Inline)
 }
@@ -146,14 +145,14 @@ pub(crate) fn packet(number: u64, len: usize) -> Vec<u8> {
     packet_between([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2], number, len)
 }
 
-/// As [`packet`], with the addresses of two interfaces.
+/// Like [`packet`], with the addresses of two interfaces.
 pub(crate) fn packet_between(from: [u8; 6], to: [u8; 6], number: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len);
     bytes.extend(to);
     bytes.extend(from);
     bytes.extend([0x88, 0xb5]);
     bytes.extend(number.to_be_bytes());
-    // A pattern that depends on the number, so that bytes of another packet are noticed.
+    // The pattern depends on the number, so that bytes of another packet are noticed.
     bytes.extend((bytes.len()..len.max(22)).map(|i| (i as u64 ^ number.wrapping_mul(31)) as u8));
     bytes.truncate(len);
     bytes
@@ -171,7 +170,7 @@ pub(crate) fn filled(ring: &Ring, number: u64) -> Frame {
     frame
 }
 
-/// Submits packet `number` under its own number.
+/// Submits packet `number`, with the number as `user_data`.
 pub(crate) fn send(ring: &mut Ring, number: u64) {
     let frame = filled(ring, number);
     ring.submit_write(frame, number).expect("there are credits");
@@ -183,7 +182,7 @@ pub(crate) fn post(ring: &mut Ring, user_data: u64) {
     ring.submit_read(frame, user_data).expect("there are credits");
 }
 
-/// A completion taken apart.
+/// The parts of a completion.
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) user_data: u64,
@@ -193,13 +192,13 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// Without the frame, for comparing.
+    /// The completion without its frame, for comparing.
     pub(crate) fn brief(&self) -> (Op, u64, Result<usize, vmring::EntryError>) {
         (self.op, self.user_data, self.result)
     }
 }
 
-/// What waits now.
+/// Reaps all completions that are there now.
 pub(crate) fn reap(ring: &mut Ring) -> Vec<Seen> {
     ring.reap().map(seen).collect()
 }
@@ -223,7 +222,7 @@ pub(crate) fn reap_n(ring: &mut Ring, n: usize) -> Vec<Seen> {
     all
 }
 
-/// Turns an inline ring's engine until nothing moves any more, without taking completions.
+/// Drives an inline ring until it makes no more progress, without reaping.
 pub(crate) fn settle(ring: &mut Ring) {
     for _ in 0..8 {
         let _ = ring.reap().len();
@@ -234,7 +233,7 @@ type PollFn = dyn FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send;
 type CancelFn = dyn FnMut(Option<u64>) -> u32 + Send;
 type CloseFn = dyn FnMut(&mut Io<'_>) -> bool + Send;
 
-/// A third-party queue whose every move is a closure.
+/// A third-party queue that is made of closures.
 pub(crate) struct ScriptQueue {
     poll: Box<PollFn>,
     cancel: Box<CancelFn>,
@@ -258,7 +257,8 @@ impl ScriptQueue {
         }
     }
 
-    /// The poller is to sleep on this; each time it asks, `asked` is called.
+    /// The poller sleeps on this descriptor. Each time it asks for the descriptor, `asked` is
+    /// called.
     pub(crate) fn descriptor(
         mut self,
         descriptor: OwnedFd,
@@ -338,13 +338,13 @@ impl Script {
         }
     }
 
-    /// What a stop does.
+    /// Sets what a stop does.
     pub(crate) fn on_stop(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
         self.stop = Box::new(f);
         self
     }
 
-    /// What a restart does.
+    /// Sets what a restart does.
     pub(crate) fn on_restart(mut self, f: impl Fn() + Send + Sync + 'static) -> Self {
         self.restart = Box::new(f);
         self
@@ -359,7 +359,7 @@ impl Script {
         self
     }
 
-    /// How many times the device has been stopped.
+    /// Counts how often the device has been stopped.
     pub(crate) fn stops(&self) -> Arc<AtomicU64> {
         self.stopped.clone()
     }

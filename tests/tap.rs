@@ -1,5 +1,5 @@
-//! A TAP's life: where it comes from, what is set up and taken away, what goes wrong, and that nothing
-//! the kernel has is let go too early. In network namespaces of their own.
+//! The life of a TAP: how it is made, what is set up and removed, what can go wrong, and that no
+//! buffer is released while the kernel has it. Each test runs in a network namespace of its own.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::OpenOptions;
@@ -26,8 +26,8 @@ fn start(tap: Tap) -> Result<Interface, Error> {
     Interface::builder().mode(Mode::Host).device(tap).start()
 }
 
-/// Sends and receives frames of our own ethertype on an interface of this namespace, as a neighbour
-/// on the host would.
+/// Sends and receives frames with the tests' ethertype on an interface of this namespace, as a
+/// neighbour on the host would.
 struct Neighbour(OwnedFd);
 
 impl Neighbour {
@@ -51,9 +51,9 @@ impl Neighbour {
             libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into())
         };
         assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        // SAFETY: just opened.
+        // SAFETY: the descriptor was just opened, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: all zeroes are an address.
+        // SAFETY: all zeroes are a valid `sockaddr_ll`.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = protocol;
@@ -72,7 +72,7 @@ impl Neighbour {
         assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
     }
 
-    /// The number of the next frame, which has come already or comes soon.
+    /// The number of the next frame, if it has come or comes within 5 ms.
     fn receive(&self) -> Option<u64> {
         let mut buffer = [0; 2048];
         let mut poll = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -94,7 +94,7 @@ fn post(ring: &mut Ring, n: u64) {
     }
 }
 
-/// The next frame of ours, within the time that everything has.
+/// Returns the next frame with the tests' ethertype. Panics if none comes within `LONG`.
 fn next(ring: &mut Ring) -> Frame {
     let start = Instant::now();
     loop {
@@ -108,7 +108,7 @@ fn next(ring: &mut Ring) -> Frame {
             let frame = done.frame().expect("it has one");
             match result {
                 Ok(_) => {}
-                // By a restart; what was posted again waits behind it.
+                // A restart cancelled it. The reads that were posted afterwards come later.
                 Err(EntryError::Cancelled) => continue,
                 Err(error) => panic!("a read failed: {error}"),
             }
@@ -121,7 +121,7 @@ fn next(ring: &mut Ring) -> Frame {
     }
 }
 
-/// A frame each way; as many reads are posted afterwards as before.
+/// Sends a frame each way. Afterwards as many reads are posted as before.
 fn exchange(ring: &mut Ring, neighbour: &Neighbour, number: u64) {
     neighbour.send(number, 100);
     let mut frame = next(ring);
@@ -129,10 +129,10 @@ fn exchange(ring: &mut Ring, neighbour: &Neighbour, number: u64) {
     frame.reset();
     frame.copy_from(&packet_between([2, 9, 9, 9, 9, 9], BROADCAST, number + 1, 100)).unwrap();
     ring.submit_write(frame, 0).expect("a credit");
-    // (Packet sockets see their own frames too.)
+    // A packet socket receives its own frames too.
     let start = Instant::now();
     loop {
-        // Where this thread drives, it is here.
+        // If the ring is inline, this drives it.
         ring.wait(ring.in_flight(), Some(Duration::from_millis(1)));
         if neighbour.receive() == Some(number + 1) {
             break;
@@ -274,7 +274,7 @@ fn shared_mode_puts_forwarding_and_translation_back() {
         first.stop(LONG).expect("it stops");
         assert_eq!(forwarding(), "1", "the second needs it");
         assert!(!tables().contains("vmring_s0"), "{}", tables());
-        // From another namespace: what is put back is this one's.
+        // Stop from another namespace. The settings of this namespace must be restored.
         Host::new().run(move || second.stop(LONG).expect("it stops"));
         assert_eq!(forwarding(), "0");
         assert_eq!(tables(), "");
@@ -284,7 +284,7 @@ fn shared_mode_puts_forwarding_and_translation_back() {
     });
 }
 
-/// The sum of big-endian words, folded: all ones over what has a right checksum.
+/// The folded sum of big-endian words. It is all ones if the checksum is right.
 fn sum_of(bytes: &[u8], start: u32) -> u32 {
     let words = bytes.chunks(2).map(|c| u32::from(c[0]) << 8 | c.get(1).map_or(0, |b| (*b).into()));
     let mut sum = start + words.sum::<u32>();
@@ -294,8 +294,8 @@ fn sum_of(bytes: &[u8], start: u32) -> u32 {
     sum
 }
 
-/// Goal: what an interface with offload has asked of a persistent TAP does not concern the next one,
-/// which has none. Method: the host's datagram has a checksum.
+/// Goal: the offloads that one interface has set on a persistent TAP do not affect the next
+/// interface, which has none. Method: check that the host's datagram has a checksum.
 #[test]
 fn a_persistent_tap_keeps_no_offload_for_the_next_interface() {
     in_namespace(|| {
@@ -329,8 +329,8 @@ fn a_persistent_tap_keeps_no_offload_for_the_next_interface() {
     });
 }
 
-/// Goal: a TAP that was there when the interface began to start, and was gone before it could have it,
-/// is one that the interface makes, and sets up.
+/// Goal: if a TAP exists when an interface begins to start but is gone before the interface can
+/// open it, the interface makes the TAP and sets it up.
 #[test]
 fn a_tap_that_goes_while_an_interface_waits_for_it_is_made_anew() {
     in_namespace(|| {
@@ -479,7 +479,7 @@ fn what_cannot_be_opened_says_why() {
 fn unprivileged<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let run = scope.spawn(|| {
-            // Of this thread alone: not by libc's wrapper, which tells all threads.
+            // Change this thread only. libc's wrapper would change all threads.
             // SAFETY: a plain number.
             let done = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
             assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
@@ -489,10 +489,10 @@ fn unprivileged<T: Send>(f: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Lets this thread, and what it starts, see a /dev/net/tun that everybody may open, as most systems
+/// Gives this thread, and what it starts, a /dev/net/tun that every user may open, as most systems
 /// have it.
 fn with_a_public_tun() {
-    // SAFETY: a plain number; it concerns this thread.
+    // SAFETY: the call takes no pointer. It affects this thread only.
     let done = unsafe { libc::unshare(libc::CLONE_NEWNS) };
     assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
     sh(
@@ -526,7 +526,7 @@ fn without_the_privilege_it_says_what_is_needed() {
     });
 }
 
-/// Reads posted and inside the kernel: as many as there are.
+/// Runs `body` with as many reads as possible posted and in the kernel.
 fn with_reads_in_the_kernel(engine: TapEngine, way: Way, body: impl FnOnce(Interface, Ring)) {
     let poller = vmring::Poller::start().unwrap();
     let interface = start(Tap::named("t0").engine(engine)).expect("it starts");
@@ -550,7 +550,7 @@ fn a_cancel_takes_reads_back_from_the_kernel_and_loses_no_packet() {
                     let mut numbers = Vec::new();
                     let mut cancelled = HashSet::new();
                     let mut sent = 0;
-                    // One after the other, with packets coming in between.
+                    // Cancel one read after another, with packets arriving in between.
                     for round in 0..10 {
                         neighbour.send(1000 + sent, 60);
                         sent += 1;
@@ -591,7 +591,7 @@ fn a_cancel_takes_reads_back_from_the_kernel_and_loses_no_packet() {
                         assert!(cancelled.insert(done.user_data), "twice");
                     }
                     assert_eq!(ring.in_flight(), 0);
-                    // Every frame is back, and the ring goes on.
+                    // Every frame is back, and the ring still works.
                     let all: Vec<Frame> = std::iter::from_fn(|| ring.alloc()).collect();
                     assert_eq!(all.len(), 128);
                     drop(all);
@@ -629,9 +629,9 @@ fn a_close_with_reads_in_the_kernel_brings_every_frame_home() {
     });
 }
 
-/// Goal: a queue that ends without a close, because something above it has panicked, takes back what
-/// the kernel has before a frame goes home. Method: packets come all the time, and no frame that is
-/// home changes any more.
+/// Goal: if a queue is dropped without a close because code above it has panicked, it takes its
+/// buffers back from the kernel before a frame returns to its pool. Method: packets come all the
+/// time, and no frame in the pool may change any more.
 #[test]
 fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
     in_namespace(|| {
@@ -685,8 +685,8 @@ fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
     });
 }
 
-/// Goal: the numbers of the kernel's buffers come back with their packets. Method: more packets than
-/// there are numbers.
+/// Goal: the numbers of the kernel's buffers are reused after their packets. Method: more packets
+/// than there are numbers.
 #[test]
 fn thousands_of_packets_go_through_one_ring_in_order() {
     in_namespace(|| {
@@ -710,8 +710,8 @@ fn thousands_of_packets_go_through_one_ring_in_order() {
     });
 }
 
-/// Goal: with inline driving, the descriptor tells of a packet that comes to the TAP, before and
-/// after a restart, and of nothing else.
+/// Goal: on an inline ring, the descriptor signals a packet that comes to the TAP, before and after
+/// a restart, and nothing else.
 #[test]
 fn the_descriptor_of_an_inline_ring_tells_of_packets() {
     fn readable(ring: &Ring, timeout: Duration) -> bool {
@@ -724,7 +724,7 @@ fn the_descriptor_of_an_inline_ring_tells_of_packets() {
         let neighbour = Neighbour::on("t0");
         ring.completion_fd().expect("a descriptor");
         for number in 0..20 {
-            // Twice: who sleeps again without a packet arms again.
+            // Arm twice, like an owner that sleeps again although no packet has come.
             for _ in 0..2 {
                 let mut turns = 0;
                 while ring.arm() == Armed::Ready {
@@ -766,7 +766,8 @@ fn the_descriptor_of_an_inline_ring_tells_of_packets() {
     });
 }
 
-/// Goal: an inline ring that changes threads goes on; so does one whose thread has ended.
+/// Goal: an inline ring still works after it has moved to another thread, and after its thread has
+/// ended.
 #[test]
 fn an_inline_ring_may_change_threads() {
     in_namespace(|| {
@@ -791,14 +792,15 @@ fn an_inline_ring_may_change_threads() {
     });
 }
 
-/// Goal: packets wait in the TAP and writes in the ring while an inline ring goes from thread to
-/// thread, and each comes once and in its turn. Method: somebody sends all the time; each thread takes
-/// some packets, leaves others and a write, and ends.
+/// Goal: while an inline ring moves from thread to thread, packets wait in the TAP and writes wait
+/// in the ring. Each arrives once and in order. Method: a neighbour sends all the time. Each thread
+/// takes some packets, leaves others and a write, and ends.
 #[test]
 fn an_inline_ring_loses_and_mixes_up_nothing_on_its_way_through_threads() {
-    /// Of the ring's writes, to tell them from the packets that it reads.
+    /// Numbers of the ring's writes begin here, so that they differ from those of the packets that
+    /// it reads.
     const WRITTEN: u64 = 1_000_000;
-    /// Packets that may wait: fewer than the TAP's queue has room for.
+    /// How many packets may wait. The TAP's queue has space for more.
     const WAITING: u64 = 200;
 
     fn hop(ring: &mut Ring, listener: &Neighbour, hop: u64, taken: &AtomicU64) {
@@ -832,7 +834,7 @@ fn an_inline_ring_loses_and_mixes_up_nothing_on_its_way_through_threads() {
             post(&mut ring, 16);
             let (taken, over) = (AtomicU64::new(0), AtomicBool::new(false));
             std::thread::scope(|scope| {
-                // Also if an assertion fails: the sender is to end.
+                // Ends the sender, even if an assertion fails.
                 let _over = SetAtEnd(&over);
                 scope.spawn(|| {
                     let mut number = 0;
@@ -859,8 +861,8 @@ fn an_inline_ring_loses_and_mixes_up_nothing_on_its_way_through_threads() {
     });
 }
 
-/// Goal: between two calls nobody takes packets for an inline ring, which would interrupt its thread
-/// for each one. Method: what the kernel has counted as taken out of the TAP.
+/// Goal: between two calls, nothing takes packets for an inline ring, because each would interrupt
+/// the owner's thread. Method: the kernel's count of packets taken out of the TAP.
 #[test]
 fn packets_for_an_inline_ring_stay_in_the_tap_until_it_is_called() {
     in_namespace(|| {
@@ -920,7 +922,7 @@ fn deleted(engine: TapEngine, way: Way, persistent: bool) {
                 failed += 1;
             }
         }
-        // A write finds it out as well as a read.
+        // A new submit must be refused as well.
         if refused.is_none()
             && let Some(frame) = ring.alloc()
             && let Err(error) = ring.submit_read(frame, 99)
@@ -948,7 +950,7 @@ fn deleted(engine: TapEngine, way: Way, persistent: bool) {
     eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
 }
 
-/// Frames from many flows spread over the queues, and each comes once.
+/// Frames of many flows are spread over the queues, and each arrives once.
 #[test]
 fn every_queue_has_a_ring_and_a_poller() {
     in_namespace(|| {
@@ -959,7 +961,7 @@ fn every_queue_has_a_ring_and_a_poller() {
             let fifth = interface.ring(Direction::Read).build();
             assert!(matches!(fifth, Err(Error::TooManyRings { limit: 4, .. })), "{fifth:?}");
             rings.iter_mut().for_each(|ring| post(ring, 64));
-            // Each flow is a UDP socket of the host's that sends to an address of the network.
+            // Each flow is a UDP socket on the host that sends to an address of the network.
             sh("ip neigh add 192.168.128.9 lladdr 02:00:00:00:00:09 dev q0");
             let to = (Ipv4Addr::new(192, 168, 128, 9), 7);
             let flows = 64;
@@ -1052,7 +1054,7 @@ fn where_io_uring_is_forbidden_plain_calls_do_its_work() {
     });
 }
 
-/// Where it is forbidden only after the start, as by a process that gives up its rights meanwhile.
+/// io_uring is forbidden only after the start, as in a process that gives up its rights meanwhile.
 #[test]
 fn a_ring_that_gets_no_io_uring_falls_back() {
     in_namespace(|| {
@@ -1069,8 +1071,8 @@ fn a_ring_that_gets_no_io_uring_falls_back() {
     });
 }
 
-/// Goal: what comes before there is a ring waits in the queue that the first ring gets, and not in
-/// those that nobody reads.
+/// Goal: packets that come before the first ring wait in the queue that the first ring gets, and
+/// not in queues that no ring reads.
 #[test]
 fn packets_wait_for_the_first_ring_in_its_queue() {
     in_namespace(|| {
@@ -1097,8 +1099,8 @@ fn packets_wait_for_the_first_ring_in_its_queue() {
     });
 }
 
-/// Goal: after a restart the MTU is the one that rings and guests know, although the TAP's is another
-/// by now; a stop puts that one back.
+/// Goal: after a restart the TAP has the MTU that rings and guests know, even if it was changed
+/// meanwhile. A stop restores the changed one.
 #[test]
 fn a_restart_keeps_the_mtu() {
     in_namespace(|| {
@@ -1114,8 +1116,8 @@ fn a_restart_keeps_the_mtu() {
     });
 }
 
-/// Goal: writes that the kernel has no room for wait, lose nothing, and keep their order. Method: the
-/// TAP may have a few packets under way, and they leave by a slow link.
+/// Goal: writes for which the kernel has no space wait. None is lost, and they keep their order.
+/// Method: the TAP may have only a few packets under way, and they leave over a slow link.
 #[test]
 fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
     if !crate::netns::has("tc") {
@@ -1142,12 +1144,12 @@ fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
             let retry = RetryPolicy { attempts: u32::MAX, delay: Duration::from_micros(100) };
             let ring = interface.ring(Direction::Write).depth(128).retry(retry);
             let mut ring = ring.drive(way.drive(&poller)).build().expect("a ring");
-            // The bridge's port is ready when something arrives.
+            // When a packet arrives, the bridge's port is ready.
             let mut number = 0;
             eventually("the way is open", || {
                 number += 1;
                 write(&mut ring, number, 60);
-                // (Those of the engine before may still be on their way.)
+                // Packets of the previous engine may still arrive. Their numbers are larger.
                 neighbour.receive().is_some_and(|number| number < 1000)
             });
             for number in 1000..1100 {
@@ -1168,8 +1170,8 @@ fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
                 write(&mut ring, number, 1000);
             }
             ring.close().expect("it closes");
-            // A thread may have written some meanwhile. What it had with the kernel comes after what
-            // was only posted.
+            // A poller's thread may have written some meanwhile. Writes that the kernel had
+            // complete after those that were only posted.
             let done = ring.reap().map(|done| (done.user_data, done.result));
             let done: BTreeMap<_, _> = done.collect();
             let written = done.values().take_while(|result| result.is_ok()).count();
@@ -1186,13 +1188,14 @@ fn writes_that_the_kernel_refuses_for_now_keep_their_order() {
 
 fn write(ring: &mut Ring, number: u64, len: usize) {
     let mut frame = ring.alloc().expect("a free frame");
-    // To one host: of a broadcast the bridge sends a copy, which does not count.
+    // Send to one host. Of a broadcast, the bridge sends a copy, which does not count against the
+    // TAP's limit.
     frame.copy_from(&packet_between([2, 9, 9, 9, 9, 9], HOST, number, len)).unwrap();
     ring.submit_write(frame, number).expect("a credit");
     ring.reap().for_each(|done| assert!(done.result.is_ok()));
 }
 
-/// A reading ring and writing rings on the one queue of a TAP.
+/// One reading ring and two writing rings share the only queue of a TAP.
 #[test]
 fn one_ring_reads_and_others_write() {
     in_namespace(|| {
@@ -1214,8 +1217,9 @@ fn one_ring_reads_and_others_write() {
     });
 }
 
-/// Goal: a TAP that is about to go when its name is asked for is not taken for one that somebody else
-/// has set up. Method: another descriptor holds the old one until the new start is under way.
+/// Goal: if an old TAP of the same name is about to disappear, the new interface must not treat it
+/// as one that the operator has set up. Method: another descriptor holds the old TAP until the new
+/// start is under way.
 #[test]
 fn a_new_tap_is_set_up_even_if_the_old_one_is_still_there() {
     in_namespace(|| {

@@ -1,8 +1,9 @@
-//! A soak of the TAP: two kernels talk over two TAPs and a relay while links, rings, interfaces and TAPs
-//! go away and come back in a random order. Nothing may be lost for good, and nothing may grow.
+//! A soak test of the TAP. Two network stacks talk over two TAPs and a relay while links, rings,
+//! interfaces and TAPs disappear and return in random order. No frame may be lost for good, and no
+//! resource may grow.
 //!
-//! `VMRING_SOAK_SECONDS` makes it longer; it is then to run alone, and what the whole process holds is
-//! compared too. `VMRING_SOAK_SEED` chooses another order.
+//! `VMRING_SOAK_SECONDS` makes it longer. The test must then run alone, because it also compares
+//! what the whole process holds. `VMRING_SOAK_SEED` chooses another order.
 
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
@@ -23,7 +24,8 @@ use crate::support::{Dice, LONG, Way, eventually, scaled, stage};
 use crate::tap_traffic::{CHUNK, GUEST, HOST, PAYLOAD, PORT, SetAtEnd, add, chunk, get, payload};
 
 const DEPTH: u32 = 128;
-/// A frame is on one way or the other, so that nobody has more to write than there are credits.
+/// Frames for both directions. The relay never has more frames to write to a ring than the ring has
+/// credits.
 const FRAMES: usize = 2 * DEPTH as usize;
 
 fn number_from(variable: &str) -> Option<u64> {
@@ -31,9 +33,10 @@ fn number_from(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} is a number, and not '{text}'")))
 }
 
-/// Goal: after whatever happens to links, rings, interfaces and TAPs, every frame comes home, every flow
-/// goes on, no datagram is doubled or overtaken, no byte of a stream differs, and neither descriptors
-/// nor memory are left behind. For half of the time by io_uring, then by plain calls.
+/// Goal: whatever happens to links, rings, interfaces and TAPs, every frame returns to the pool,
+/// every flow goes on, no datagram is doubled or overtaken, no byte of a stream differs, and no
+/// descriptor or memory is left behind. Method: random acts, for half of the time with io_uring,
+/// then with plain calls.
 #[test]
 fn traffic_outlives_whatever_happens() {
     let asked = number_from("VMRING_SOAK_SECONDS");
@@ -49,7 +52,7 @@ fn traffic_outlives_whatever_happens() {
     });
 }
 
-/// The two kernels: the host is the test's namespace.
+/// The two network stacks. The host is the test's own namespace.
 struct Ends {
     names: [&'static str; 2],
     b: Host,
@@ -65,9 +68,9 @@ impl Ends {
         self.run(side, move || sh(&command));
     }
 
-    /// Makes the persistent TAP, with the addresses it had before. Without ARP, as datagrams that wait
-    /// for an answer are overtaken by those behind them; then the kernel writes to its own MAC address,
-    /// which is the other one's too.
+    /// Makes the persistent TAP, with the addresses it had before. ARP is off, because later
+    /// datagrams overtake those that wait for its answer. Without ARP, the kernel sends to its own
+    /// MAC address, so both ends have the same one.
     fn make(&self, side: usize) {
         let (name, address) = (self.names[side], [HOST, GUEST][side]);
         self.sh(
@@ -80,14 +83,14 @@ impl Ends {
         );
     }
 
-    /// In steps short enough for a test.
+    /// Shortens TCP's timeouts for the test.
     fn be_quick(&self) {
         for side in 0..2 {
             self.run(side, || {
                 for (path, value) in
                     [("ipv4/tcp_rto_min_us", "5000"), ("ipv4/tcp_rto_max_ms", "1000")]
                 {
-                    // Older kernels have not all of them; then it takes longer.
+                    // Older kernels do not have all of these settings. There the test takes longer.
                     let _ = std::fs::write(format!("/proc/sys/net/{path}"), value);
                 }
             });
@@ -97,17 +100,17 @@ impl Ends {
 
 const EVERYBODY: &str = "192.168.128.255";
 
-/// What the relay has seen of one ring, since it was built.
+/// What the relay has seen of one ring since the ring was built.
 #[derive(Debug, Default)]
 struct Tally {
     read: u64,
     written: u64,
-    /// Frames that the ring has.
+    /// Frames that the ring holds, by direction.
     reading: usize,
     writing: usize,
-    /// Cancels on their way.
+    /// Cancels in flight.
     cancelling: usize,
-    /// Its TAP is to be deleted.
+    /// The ring's TAP is about to be deleted.
     doomed: bool,
 }
 
@@ -126,7 +129,7 @@ struct Sums {
 
 type Job = Box<dyn FnOnce(&mut Relay) + Send>;
 
-/// Hands every frame of one interface to the other, whatever happens to the rings.
+/// Passes every frame of one interface to the other, whatever happens to the rings.
 struct Relay {
     ends: Arc<Ends>,
     interfaces: [Arc<Interface>; 2],
@@ -143,7 +146,7 @@ impl Relay {
         Self { ends, interfaces, pool, rings, tallies, sums }
     }
 
-    /// Until nobody has a job for it any more.
+    /// Runs until the sender of jobs is dropped.
     fn run(mut self, jobs: &mpsc::Receiver<Job>) -> Sums {
         loop {
             match jobs.try_recv() {
@@ -162,17 +165,17 @@ impl Relay {
         let mut fds = Vec::with_capacity(2);
         for ring in self.rings.iter_mut().flatten() {
             if ring.arm() != Armed::Armed {
-                // It has something already, or never will have again.
+                // The ring has completions already, or will never have any again.
                 return thread::sleep(Duration::from_micros(50));
             }
             let fd = ring.completion_fd().expect("a descriptor").as_raw_fd();
             fds.push(libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
         }
-        // SAFETY: as many as there are, which live through the call.
+        // SAFETY: pointer and length are those of `fds`, which lives through the call.
         unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, 2) };
     }
 
-    /// Reaps one ring, and gives it frames to read into. Whether there was anything.
+    /// Reaps one ring and gives it frames to read into. Returns whether there was anything to reap.
     fn turn(&mut self, from: usize) -> bool {
         let Some(mut ring) = self.rings[from].take() else { return false };
         let busy = self.reap(from, &mut ring);
@@ -253,7 +256,7 @@ impl Relay {
         self.rings[side].as_mut().expect("both sides have a ring")
     }
 
-    /// Everything comes back, and the ring stays.
+    /// Takes everything back from a ring and keeps the ring.
     fn quiesce(&mut self, side: usize) {
         let mut ring = self.rings[side].take().expect("a ring");
         ring.quiesce(LONG).expect("the kernel lets go");
@@ -279,7 +282,7 @@ impl Relay {
         closed.is_some() && ring.in_flight() == 0
     }
 
-    /// Closes the ring, or only drops it.
+    /// Closes the ring if `close`, else only drops it.
     fn end(&mut self, side: usize, close: bool) {
         let Some(mut ring) = self.rings[side].take() else { return };
         if close {
@@ -301,7 +304,8 @@ impl Relay {
         }
         self.count();
         for side in sides {
-            // Where a ring's thread is, there its interface starts anew.
+            // Build the ring on its side: the interface restarts in the namespace of the thread
+            // that drives the ring.
             let (interface, pool) = (self.interfaces[*side].clone(), self.pool.clone());
             let ring = self.ends.run(*side, move || {
                 let poller = Poller::start().expect("a poller");
@@ -313,7 +317,7 @@ impl Relay {
         }
     }
 
-    /// Every frame that is not in a ring is at home.
+    /// Checks that every frame that is not in a ring is in the pool.
     fn count(&self) {
         let out: usize = self.tallies.iter().map(|tally| tally.reading + tally.writing).sum();
         let mut home = Vec::with_capacity(FRAMES);
@@ -340,7 +344,7 @@ impl Relaying {
         Self { jobs, thread }
     }
 
-    /// Has the relay do that between two turns, and waits for it.
+    /// Has the relay run `f` between two turns, and waits for the result.
     fn ask<T: Send + 'static>(&self, f: impl FnOnce(&mut Relay) -> T + Send + 'static) -> T {
         let (done, waiting) = mpsc::channel();
         let job = Box::new(move |relay: &mut Relay| {
@@ -357,7 +361,7 @@ impl Relaying {
     }
 }
 
-/// Both ways: datagrams, broadcasts and a stream. What has arrived of each.
+/// Datagrams, broadcasts and a stream in both directions. Counts what has arrived of each.
 struct Flows {
     datagrams: [UdpSocket; 2],
     shouts: [UdpSocket; 2],
@@ -376,7 +380,7 @@ impl Flows {
                 socket
             })
         });
-        // A kernel hears its own broadcasts, so each side has its own port.
+        // A kernel receives its own broadcasts, so each side has its own port.
         let shouts = [0, 1].map(|side| {
             ends.run(side, move || {
                 let socket = UdpSocket::bind(("0.0.0.0", SHOUTS[side])).expect("a socket");
@@ -416,7 +420,7 @@ impl Flows {
         !self.done.load(Ordering::Acquire)
     }
 
-    /// Datagrams and broadcasts, numbered. While there is no way, they get lost.
+    /// Sends numbered datagrams and broadcasts. They are lost while there is no route.
     fn throw(&self, side: usize) {
         let _done = SetAtEnd(&self.done);
         let flow = |flow: usize, number: u64| payload((flow as u64) << 48 | number);
@@ -437,7 +441,7 @@ impl Flows {
         let _done = SetAtEnd(&self.done);
         let (mut bytes, mut last) = ([0; 2048], None);
         while self.is_on() {
-            // Errors are of what was sent while there was no way.
+            // Errors concern datagrams that were sent while there was no route.
             let Ok(len) = socket.recv(&mut bytes) else { continue };
             assert_eq!(len, PAYLOAD);
             let number = u64::from_be_bytes(bytes[..8].try_into().expect("eight"));
@@ -493,7 +497,7 @@ impl Flows {
         }
     }
 
-    /// Every flow makes progress again.
+    /// Waits until every flow makes progress again.
     fn go_on(&self, after: &str) {
         let look = || self.arrived.each_ref().map(|both| both.each_ref().map(get));
         let before = look();
@@ -558,7 +562,7 @@ struct Chaos<'a> {
 }
 
 impl Chaos<'_> {
-    /// Each act once, in a random order.
+    /// Performs each act once, in random order.
     fn round(&mut self) {
         let mut left = ACTS.to_vec();
         while !left.is_empty() {
@@ -600,7 +604,7 @@ impl Chaos<'_> {
                     })
                 });
                 restarted.expect("it restarts");
-                // Whoever came last.
+                // The restart or the flap may have come last, so set the link up.
                 ends.sh(side, &format!("ip link set {name} up"));
                 self.flows.go_on("a restart in a flap");
             }
@@ -643,7 +647,8 @@ impl Chaos<'_> {
         }
     }
 
-    /// Not by this thread for the guest: its interface starts anew where its ring is driven.
+    /// How to drive the ring of a side. The guest's ring is not driven by this thread, because its
+    /// interface restarts in the namespace of the driving thread.
     fn way(&mut self, side: usize) -> Way {
         Way::ALL[self.dice.below(if side == 0 { 3 } else { 2 }) as usize]
     }
@@ -707,11 +712,11 @@ fn soak(engine: TapEngine, time: Duration, seed: u64, alone: bool) {
     }
     drop(flows);
     for (side, name) in names.into_iter().enumerate() {
-        // It was there before, and so it stays.
+        // The TAP existed before the interface, so it is still there.
         ends.sh(side, &format!("ip link del {name}"));
     }
     drop(Arc::into_inner(ends).expect("nobody else has them").b);
-    // In a run with other tests only those are looked for that are surely ours.
+    // If other tests run too, count only the descriptors that are certainly ours.
     let fds = || Descriptors::now(&names);
     eventually("no descriptor of ours is left", || {
         fds().taps == 0 && (!alone || fds().all <= fds_before.all)
@@ -721,7 +726,7 @@ fn soak(engine: TapEngine, time: Duration, seed: u64, alone: bool) {
     assert!(!alone || end < warm + 8192, "memory has grown from {warm} to {end} KiB");
 }
 
-/// Open descriptors: of those TAPs, of any io_uring, and all.
+/// Numbers of open descriptors: of these TAPs, of any io_uring, and all.
 #[derive(Clone, Copy, Debug, Default)]
 struct Descriptors {
     taps: usize,
@@ -733,7 +738,7 @@ impl Descriptors {
     fn now(names: &[&str]) -> Self {
         let mut this = Self::default();
         for entry in std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten() {
-            // Other threads close theirs meanwhile.
+            // Other threads may close theirs meanwhile.
             let Ok(target) = std::fs::read_link(entry.path()) else { continue };
             this.all += 1;
             this.urings += usize::from(target.to_str() == Some("anon_inode:[io_uring]"));

@@ -1,5 +1,5 @@
-//! Traffic of the kernel's own stacks over the TAP: the host is the test's namespace, the guest another
-//! one with a TAP of its own, and between them a relay over two rings.
+//! Traffic of the kernel's own network stacks over the TAP. The host is the test's namespace, the
+//! guest is another namespace with a TAP of its own, and between them is a relay over two rings.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -24,7 +24,7 @@ use crate::support::{LONG, Way, eventually, number_of, packet_between, scaled, s
 /// The port whose UDP datagrams are counted.
 pub(crate) const PORT: u16 = 7777;
 
-/// Runs `body` in a namespace of its own, if the engine can be had.
+/// Runs `body` in a namespace of its own, if the engine is available.
 fn on(engine: TapEngine, body: impl FnOnce(TapEngine) + Send + 'static) {
     in_namespace(move || match engine.resolve() {
         Ok(_) => body(engine),
@@ -55,16 +55,16 @@ macro_rules! on_both_engines {
 /// Counters of one way through the relay.
 #[derive(Debug, Default)]
 struct Lane {
-    /// Frames handed on.
+    /// Frames passed on.
     frames: AtomicU64,
     /// UDP datagrams to [`PORT`] among them.
     counted: AtomicU64,
     /// The longest frame.
     longest: AtomicU64,
-    /// Frames refused because the other TAP was down, and for another reason.
+    /// Frames that were refused because the other TAP was down, and for any other reason.
     down: AtomicU64,
     refused: AtomicU64,
-    /// Frames that came after the end.
+    /// Frames that came after the relay was stopped.
     late: AtomicU64,
 }
 
@@ -90,8 +90,8 @@ impl Lane {
     }
 }
 
-/// A thread that hands every frame of one interface to the other, without a copy: both rings are
-/// over one pool. Lane 0 goes from the first interface to the second, lane 1 back.
+/// A thread that passes every frame of one interface to the other. It makes no copy, because both
+/// rings use one pool. Lane 0 goes from the first interface to the second, lane 1 back.
 struct Relay {
     stop: Arc<AtomicBool>,
     lanes: Arc<[Lane; 2]>,
@@ -102,8 +102,8 @@ impl Relay {
     fn start(ends: [&Interface; 2], way: Way) -> Self {
         let packet = ends.map(Interface::max_packet_size).into_iter().max().expect("two") as usize;
         let depth = if packet > 16_384 { 64 } else { 256 };
-        // A frame belongs to one lane for good: so a lane has never more frames to write than the
-        // other ring has credits.
+        // A frame always stays in its lane, so a lane never has more frames to write than the other
+        // ring has credits.
         let pool = PoolBuilder::new(2 * depth as usize, packet).build().expect("a pool");
         let poller = Poller::start().expect("a poller");
         let rings = ends.map(|end| {
@@ -123,7 +123,7 @@ impl Relay {
         Self { stop, lanes, thread: Some(thread) }
     }
 
-    /// Ends it. The counters of both rings agree with those of the lanes, whatever the traffic was.
+    /// Stops the relay and checks that the counters of both rings agree with those of the lanes.
     fn end(mut self) -> Arc<[Lane; 2]> {
         self.stop.store(true, Ordering::Release);
         let thread = self.thread.take().expect("taken here or in drop");
@@ -206,7 +206,7 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
                 revents: 0,
             });
             let mut fds = fds;
-            // SAFETY: two of them, which live through the call.
+            // SAFETY: the pointer is to two `pollfd`s, which live through the call.
             unsafe { libc::poll(fds.as_mut_ptr(), 2, 20) };
         }
     }
@@ -225,7 +225,7 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
     stats
 }
 
-/// What is to be joined.
+/// What a `World` is made of.
 struct Plan {
     engine: TapEngine,
     mode: Mode,
@@ -256,7 +256,7 @@ impl Plan {
     }
 }
 
-/// The host with `a0`, the guest with `b0`, and the relay between them.
+/// The host with the TAP `a0`, the guest with `b0`, and the relay between them.
 struct World {
     host: Interface,
     guest: Interface,
@@ -275,14 +275,14 @@ impl World {
         Self { host, guest, b, relay }
     }
 
-    /// In host mode, with the guest at the second address.
+    /// A world in host mode, with the guest at the second address.
     fn with_address(plan: Plan) -> Self {
         let this = Self::new(plan);
         this.b.sh(&format!("ip addr add {GUEST}/24 dev b0"));
         this
     }
 
-    /// Ends it and gives what the relay has counted.
+    /// Stops everything and returns what the relay has counted.
     fn end(self) -> Arc<[Lane; 2]> {
         let lanes = self.relay.end();
         stage("the interfaces stop");
@@ -293,16 +293,16 @@ impl World {
     }
 }
 
-/// Waits until the interface is not in this thread's namespace any more: a program that another test
-/// starts has our descriptors until it has begun.
+/// Waits until the interface is no longer in this thread's namespace. A program that another test
+/// starts inherits our descriptors and keeps them until its exec.
 fn gone(interface: &str) {
     eventually("the TAP goes", || index_of(interface) == 0);
 }
 
-/// 0 if there is none.
+/// The index of the interface, or 0 if there is none.
 fn index_of(interface: &str) -> u32 {
     let name = std::ffi::CString::new(interface).expect("a name");
-    // SAFETY: a string that ends with a zero.
+    // SAFETY: the string ends with a zero and lives through the call.
     unsafe { libc::if_nametoindex(name.as_ptr()) }
 }
 
@@ -343,7 +343,7 @@ fn ping(engine: TapEngine) {
         ping_20(GUEST);
         b.run(move || ping_20(&format!("-6 {at_a}%b0")));
         ping_20(&format!("-6 {at_b}%a0"));
-        b.run(|| ping_20(&format!("-s 8000 {HOST}"))); // in fragments
+        b.run(|| ping_20(&format!("-s 8000 {HOST}"))); // these are fragmented
         let lanes = world.end();
         for lane in &*lanes {
             assert!((200..300).contains(&get(&lane.frames)), "{lanes:?}");
@@ -352,8 +352,8 @@ fn ping(engine: TapEngine) {
     }
 }
 
-/// Pings from this thread's namespace. That nothing was lost the kernel knows: `ping` goes before the
-/// last reply has come if that takes much longer than those before it.
+/// Pings from this thread's namespace. The kernel's counter shows that no reply was lost. `ping`
+/// itself exits before the last reply if that takes much longer than the ones before.
 fn ping_20(whom: &str) {
     let before = echo_replies();
     sh(&format!("ping -n -q -c 20 -i 0.05 {whom}"));
@@ -361,7 +361,7 @@ fn ping_20(whom: &str) {
     assert_eq!(echo_replies(), before + 20);
 }
 
-/// Replies to pings that the kernel has counted in this thread's namespace.
+/// The number of echo replies that the kernel has counted in this thread's namespace.
 fn echo_replies() -> u64 {
     let read =
         |name| std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).expect("counters");
@@ -371,12 +371,12 @@ fn echo_replies() -> u64 {
     let mut pairs = names.split(' ').zip(values.split(' '));
     let v4 = pairs.find(|(name, _)| *name == "InEchoReps").expect("it is counted").1;
     let v6 = read("snmp6");
-    let v6 = word_after(&v6, "Icmp6InEchoReplies").unwrap_or("0"); // or a kernel without IPv6
+    let v6 = word_after(&v6, "Icmp6InEchoReplies").unwrap_or("0"); // or no IPv6
     [v4, v6].map(|n| n.parse::<u64>().expect("a number")).iter().sum()
 }
 
-/// Goal: of many datagrams, fewer under way than any queue holds, none is lost, doubled or
-/// overtaken, and sender, receiver, both rings and both kernels count the same.
+/// Goal: of many datagrams, none is lost, doubled or overtaken, and the sender, the receiver, both
+/// rings and both kernels count the same. Method: fewer datagrams under way than any queue holds.
 fn datagrams(engine: TapEngine) {
     let count = scaled(if engine == TapEngine::Plain { 200_000 } else { 1_000_000 });
     let world = World::with_address(Plan { way: Way::Shared, ..Plan::of(engine) });
@@ -395,7 +395,7 @@ fn datagrams(engine: TapEngine) {
     }
     let rate = 2.0 * count as f64 / start.elapsed().as_secs_f64();
     eprintln!("{engine}: {rate:.0} datagrams a second");
-    // ARP may be under way still.
+    // ARP may still be under way.
     let lanes = world.relay.lanes.clone();
     eventually("both kernels and the relay count the same", || {
         let frames = lanes.each_ref().map(|lane| get(&lane.frames));
@@ -427,7 +427,7 @@ fn send(socket: &UdpSocket, count: u64, received: &AtomicU64) {
         let start = Instant::now();
         while number - received.load(Ordering::Acquire) >= WINDOW {
             if start.elapsed() > Duration::from_secs(20) {
-                return; // the receiver says what is missing
+                return; // the receiver reports what is missing
             }
             thread::yield_now();
         }
@@ -435,8 +435,8 @@ fn send(socket: &UdpSocket, count: u64, received: &AtomicU64) {
     }
 }
 
-/// As the socket's own, until there is something to say: an io_uring that was closed interrupts, a
-/// little later, what its thread waits for with a timeout.
+/// Like `UdpSocket::recv_from`, but goes on if it is interrupted. An io_uring that was closed
+/// interrupts, a little later, a wait with a timeout of the thread that had it.
 fn recv_from(socket: &UdpSocket, bytes: &mut [u8]) -> std::io::Result<(usize, SocketAddr)> {
     loop {
         match socket.recv_from(bytes) {
@@ -493,14 +493,15 @@ impl Background {
 
 impl Drop for Background {
     fn drop(&mut self) {
-        // `timeout` hands it on.
-        // SAFETY: a process that we have started and not waited for.
+        // `timeout` passes the signal on.
+        // SAFETY: `kill` takes no pointer. The process is a child that was not waited for, so its
+        // number was not reused.
         unsafe { libc::kill(self.0.id() as i32, libc::SIGTERM) };
         let _ = self.0.wait();
     }
 }
 
-/// Whether somebody in this thread's namespace listens on the TCP port.
+/// Whether a socket in this thread's namespace listens on the TCP port.
 fn listens(port: u16) -> bool {
     ["tcp", "tcp6"].into_iter().any(|family| {
         let path = format!("/proc/thread-self/net/{family}");
@@ -509,8 +510,8 @@ fn listens(port: u16) -> bool {
     })
 }
 
-/// What the relay must have seen: packets longer than the wire's if segmentation is offloaded, and
-/// none otherwise.
+/// Checks what the relay has seen: packets longer than the wire's limit if segmentation is
+/// offloaded, and none otherwise.
 fn check_longest(lanes: &[Lane; 2], offload: bool, mtu: u32) {
     for lane in lanes {
         let (longest, wire) = (get(&lane.longest), u64::from(mtu) + 14);
@@ -523,8 +524,8 @@ fn check_longest(lanes: &[Lane; 2], offload: bool, mtu: u32) {
     }
 }
 
-/// Goal: iperf3 moves data in both directions, with segmentation offload in packets longer than the
-/// MTU, without it in none.
+/// Goal: iperf3 moves data in both directions. With segmentation offload, some packets are longer
+/// than the MTU; without it, none is.
 fn iperf(engine: TapEngine) {
     if !has("iperf3") {
         return;
@@ -547,8 +548,8 @@ fn iperf(engine: TapEngine) {
     }
 }
 
-/// Goal: megabytes in both directions of one TCP connection at the same time arrive byte for byte,
-/// with and without offload, with small and large packets.
+/// Goal: megabytes that are sent in both directions of one TCP connection at the same time arrive
+/// unchanged, with and without offload, with small and large packets.
 fn streams(engine: TapEngine) {
     let bytes = scaled(64 << 20);
     for (offload, mtu) in [(false, 1500), (true, 1500), (false, 9000), (true, 9000)] {
@@ -568,7 +569,7 @@ fn streams(engine: TapEngine) {
     }
 }
 
-/// Both ends send `bytes` bytes at the same time, and check what comes.
+/// Both ends send `bytes` bytes at the same time and check what they receive.
 fn exchange(one: &TcpStream, other: &TcpStream, bytes: u64) {
     for end in [one, other] {
         end.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
@@ -637,15 +638,15 @@ impl Drop for Scratch {
     }
 }
 
-/// The word behind `key`, without what is around it.
+/// The word after `key`, without the surrounding text.
 fn word_after<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     let rest = &text[text.find(key)? + key.len()..];
     rest.split(|c: char| c.is_whitespace() || c == ';').find(|word| !word.is_empty())
 }
 
-/// Goal: the DHCP clients that guests have get an address of the range from our server, and a router
-/// in shared mode only; a renewal by the kernel's UDP, with its checksum left to the device if that
-/// has offload, is answered as well.
+/// Goal: common DHCP clients get an address in the range from our server, and a router in shared
+/// mode only. The server also answers a renewal that is sent over the kernel's UDP, whose checksum
+/// is left to the device if the device has offload.
 fn dhcp(engine: TapEngine) {
     let clients = [("busybox", udhcpc as fn(&Host) -> Answer), ("dhclient", dhclient)];
     let clients = clients.map(|(program, run)| has(program).then_some(run));
@@ -689,7 +690,7 @@ fn dhcp(engine: TapEngine) {
     }
 }
 
-/// What a client was told.
+/// What the server told a client.
 #[derive(Debug)]
 struct Answer {
     address: Ipv4Addr,
@@ -701,7 +702,8 @@ struct Answer {
 fn udhcpc(host: &Host) -> Answer {
     let files = Scratch::new();
     let script = files.path("script");
-    // Written by another process: one that a test next door has just forked must not hold it open.
+    // Let another process write the script. If this process wrote it, a child that another test has
+    // just forked could hold it open for writing, and it could not be run.
     let told = r#"echo "address=$ip router=$router server=$serverid mtu=$mtu.""#;
     sh(&format!(
         "cat >{script} <<'END'\n#!/bin/sh\nif [ \"$1\" = bound ]; then {told}; fi\nEND\nchmod +x {script}"
@@ -745,7 +747,7 @@ fn dhclient(host: &Host) -> Answer {
     }
 }
 
-/// Renews a lease with a socket of the kernel's UDP, which knows of offload what the TAP says.
+/// Renews a lease over the kernel's UDP, which uses the offloads that the TAP announces.
 fn renew(host: &Host, mac: MacAddr6, address: Ipv4Addr, server: Ipv4Addr) {
     stage("renewing the lease");
     let socket = host.run(|| UdpSocket::bind("0.0.0.0:68").expect("a socket"));
@@ -767,8 +769,9 @@ fn renew(host: &Host, mac: MacAddr6, address: Ipv4Addr, server: Ipv4Addr) {
     assert_eq!(reply[240..243], [53, 1, 5], "an acknowledgement");
 }
 
-/// Goal: in shared mode the guest reaches a network which knows nothing of the guest's, under the
-/// host's address; afterwards the host's rules and forwarding are as before.
+/// Goal: in shared mode the guest reaches a network that has no route to the guest's network,
+/// because it appears under the host's address. Afterwards the host's rules and forwarding are as
+/// before.
 fn way_out(engine: TapEngine) {
     const FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
     let c = Host::new();
@@ -808,8 +811,8 @@ fn way_out(engine: TapEngine) {
     }
 }
 
-/// Goal: two hosts' bridges with a VXLAN of the kernel between them carry what a ring writes on the
-/// one to a ring on the other: every frame, in order, of any length, both ways.
+/// Goal: two hosts' bridges with a kernel VXLAN between them carry frames from a ring on one host
+/// to a ring on the other: every frame, in order, of any length, both ways.
 fn bridged_over_vxlan(engine: TapEngine) {
     let probe = try_sh("ip link add vx0 type vxlan id 42 dstport 4789 remote 10.1.0.2");
     if let Err(said) = probe {
@@ -859,9 +862,10 @@ fn bridged_over_vxlan(engine: TapEngine) {
     }
 }
 
-/// Writes `count` packets to one ring, which come out of the other one.
+/// Writes `count` packets to one ring and receives them from the other.
 fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]), count: u64) {
-    /// Until the first one comes, the bridges and the tunnel may be on their way up.
+    /// The number of trial packets. Until the first one arrives, the bridges and the tunnel may not
+    /// be up.
     const TRIAL: u64 = u64::MAX;
     let packet = |number: u64| {
         packet_between(source, target, number, 60 + (number.wrapping_mul(331) % 1355) as usize)
@@ -894,7 +898,7 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
         let (mut sq, mut cq) = to.split();
         for done in cq.reap() {
             if done.op == Op::Write {
-                continue; // of the way before
+                continue; // a write of the other direction, carried before
             }
             let frame = done.frame_ok().expect("a packet");
             if frame[12..14] == [0x88, 0xb5] {
@@ -919,11 +923,12 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
 }
 
 /// Goal: while the host's end is down, the guest's packets are refused with `SetupIncomplete` and
-/// none is kept; the rings stay, and traffic goes on by itself after it is up again.
+/// none is kept. The rings stay open, and traffic resumes by itself when the link is up again.
 fn link_down_and_up(engine: TapEngine) {
     for way in [Way::Thread, Way::Shared] {
         let world = World::with_address(Plan { way, ..Plan::of(engine) });
-        // So that the guest goes on while nobody answers.
+        // With a permanent neighbour entry, the guest keeps sending while the host does not answer
+        // ARP.
         let said = sh("ip -oneline link show a0");
         let mac = word_after(&said, "link/ether ").expect("one");
         world.b.sh(&format!("ip neigh replace {HOST} lladdr {mac} dev b0 nud permanent"));
@@ -933,7 +938,7 @@ fn link_down_and_up(engine: TapEngine) {
         at_b.connect((HOST, PORT)).expect("a way to the host");
         let (received, done) = (AtomicU64::new(0), AtomicBool::new(false));
         let lane = &world.relay.lanes[1];
-        // What is sent, and at the end what is known to have been sent.
+        // The number of datagrams that were sent.
         let sent = thread::scope(|scope| {
             let _done = SetAtEnd(&done);
             let sender = scope.spawn(|| {
@@ -958,7 +963,7 @@ fn link_down_and_up(engine: TapEngine) {
                 let before = get(&lane.down);
                 sh("ip link set a0 down");
                 eventually("refusals", || get(&lane.down) >= before + 200);
-                // Nothing comes through a link that is down.
+                // Nothing arrives through a link that is down.
                 let before = kernel_counts("a0").received;
                 thread::sleep(Duration::from_millis(20));
                 assert_eq!(kernel_counts("a0").received, before);
@@ -974,7 +979,7 @@ fn link_down_and_up(engine: TapEngine) {
         let lane = &lanes[1];
         assert_eq!((get(&lane.counted), get(&lane.refused)), (sent, 0), "{lanes:?}");
         assert_eq!((get(&lanes[0].down), get(&lanes[0].refused)), (0, 0), "{lanes:?}");
-        // The socket's end gave up reading a little earlier.
+        // The receiving thread stopped reading a little earlier.
         let arrived = get(&lane.frames) - get(&lane.down);
         assert!(get(&received) <= arrived, "{} {lanes:?}", get(&received));
     }
@@ -994,8 +999,8 @@ fn too_big(interface: &Interface) -> u64 {
     drops.into_iter().find(|(name, _)| *name == "too big").expect("it counts them").1
 }
 
-/// Goal: if the operator raises the host's MTU under a running interface, longer packets are dropped
-/// and counted and nothing else is lost.
+/// Goal: if the operator raises the host's MTU under a running interface, longer packets are
+/// dropped and counted, and nothing else is lost.
 fn mtu_raised(engine: TapEngine) {
     let world = World::with_address(Plan::of(engine));
     sh("ip link set a0 mtu 9000");
@@ -1005,7 +1010,7 @@ fn mtu_raised(engine: TapEngine) {
     at_a.connect((GUEST, PORT)).expect("a way to the guest");
     let mut bytes = [0; 9000];
     for round in 0..50 {
-        // Each fits, is one byte too long, fits the slot only, or not even that.
+        // The packets fit, are one byte too long, fit only the slot, or do not even fit that.
         for len in [1472, 1473, 1550, 4000, 8972, 1] {
             bytes[..len].fill(round);
             assert_eq!(at_a.send(&bytes[..len]).expect("it is sent"), len);
@@ -1018,7 +1023,7 @@ fn mtu_raised(engine: TapEngine) {
         assert_eq!(too_big(&world.host), 4 * (u64::from(round) + 1));
     }
     assert_eq!(too_big(&world.guest), 0);
-    // Back, and all is as before.
+    // With the old MTU, everything works as before.
     sh("ip link set a0 mtu 1500");
     at_a.send(&bytes[..4000]).expect("it is sent, in fragments");
     assert_eq!(recv_from(&at_b, &mut bytes).expect("fragments arrive").0, 4000);
@@ -1027,20 +1032,20 @@ fn mtu_raised(engine: TapEngine) {
     assert_eq!(get(&lanes[0].longest), 1514, "{lanes:?}");
 }
 
-/// Goal: a packet longer than its slot is dropped and not delivered without its end, also where the
-/// slots hold no byte more than the longest packet.
+/// Goal: a packet longer than its slot is dropped, and not delivered truncated, even if the slots
+/// hold no byte more than the longest packet.
 fn cut_at_the_end_of_the_slot(engine: TapEngine) {
     exact_slots(engine, false);
 }
 
-/// Goal: the same for a packet with a VLAN's tag.
+/// Goal: like `cut_at_the_end_of_the_slot`, for a packet with a VLAN tag.
 fn cut_behind_a_vlan_tag(engine: TapEngine) {
     exact_slots(engine, true);
 }
 
 fn exact_slots(engine: TapEngine, tagged: bool) {
     let host = Plan::of(engine).interface(Tap::named("a0"));
-    // 22 bytes of headroom and 1514 of packet are twelve times 128.
+    // 22 bytes of headroom and 1514 bytes of packet make 12 * 128 bytes.
     let mut ring = host.ring(Direction::Read).headroom(22).build().expect("a ring");
     assert_eq!(ring.pools()[0].capacity(), 1514);
     for _ in 0..64 {
@@ -1048,8 +1053,8 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
         ring.submit_read(frame, 0).expect("a credit");
     }
     sh("ip link set a0 mtu 9000");
-    // Fits, is one byte too long, is much too long. The last one says that all others have been
-    // looked at.
+    // One fits, one is one byte too long, one is much too long. When the last one arrives, all
+    // others have been handled.
     for len in [1514, 1515, 8000, 43] {
         send_frame("a0", &ipv4_frame(len, tagged));
     }
@@ -1063,8 +1068,8 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
     host.stop(LONG).expect("it stops");
 }
 
-/// Goal: to start an interface, and to stop it, leaves nothing behind that ends the caller's later
-/// system calls early, as a signal would.
+/// Goal: starting and stopping an interface leaves nothing behind that interrupts the caller's
+/// later system calls, as a signal would.
 fn a_start_interrupts_nothing(engine: TapEngine) {
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
     socket.set_read_timeout(Some(Duration::from_millis(100))).expect("a timeout");
@@ -1082,7 +1087,7 @@ fn a_start_interrupts_nothing(engine: TapEngine) {
     }
 }
 
-/// An Ethernet frame of that length, with an IPv4 packet that says how long it is.
+/// An Ethernet frame of length `len`, with an IPv4 packet whose header has the matching length.
 fn ipv4_frame(len: usize, tagged: bool) -> Vec<u8> {
     let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1];
     if tagged {
@@ -1094,18 +1099,18 @@ fn ipv4_frame(len: usize, tagged: bool) -> Vec<u8> {
     frame
 }
 
-/// Sends a frame as it is on an interface of this thread's namespace.
+/// Sends a frame unchanged on an interface of this thread's namespace.
 fn send_frame(interface: &str, frame: &[u8]) {
     // SAFETY: plain numbers.
     let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-    // SAFETY: the system just gave us this descriptor.
+    // SAFETY: the system has just returned this descriptor, and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: all zeroes are a `sockaddr_ll`.
+    // SAFETY: all zeroes are a valid `sockaddr_ll`.
     let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     to.sll_family = libc::AF_PACKET as libc::c_ushort;
     to.sll_ifindex = index_of(interface) as i32;
-    // SAFETY: frame and address live through the call, with these lengths.
+    // SAFETY: frame and address have these lengths and live through the call.
     let sent = unsafe {
         libc::sendto(
             socket.as_raw_fd(),

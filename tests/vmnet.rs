@@ -1,6 +1,7 @@
-//! The vmnet driver over the simulated vmnet: a test for each row of what is known of vmnet's ABI and
-//! behaviour that the driver depends on, named after the row. Where Apple's documents leave a
-//! question open, the test gives both answers. (What every device does is in `device_body`.)
+//! The vmnet driver over the simulated vmnet. There is a test for each fact about vmnet's ABI and
+//! behaviour on which the driver depends. The facts are numbered rows, and each test is named after
+//! its row. If Apple's documents leave a question open, the test tries both answers. (What every
+//! device does is in `device_body`.)
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -33,7 +34,7 @@ fn start(world: &World, id: [u8; 16]) -> Interface {
     builder(world, id).start().expect("it starts")
 }
 
-/// Nothing that passed through the ABI is left.
+/// Asserts that no object that passed through the ABI is left.
 fn assert_released(world: &World) {
     stage("everything is released");
     assert_eq!(world.unreleased(LONG), [""; 0]);
@@ -105,7 +106,7 @@ impl Pair {
         reap_n(&mut self.rings[0], n).iter().map(|done| (done.user_data, done.result)).collect()
     }
 
-    /// The numbers of `n` packets that the second has read.
+    /// The numbers of the next `n` packets that the second reads.
     fn received(&mut self, n: usize) -> Vec<u64> {
         let all = reap_n(&mut self.rings[1], n);
         all.iter()
@@ -144,9 +145,9 @@ fn row_1_2_each_status_of_a_failed_write_is_the_error_of_its_completion() {
             stage(format!("status {code}"));
             let status = Status::from_code(code).unwrap();
             if matches!(status, Status::BufferExhausted | Status::MemFailure) {
-                continue; // they pass: see below
+                continue; // these pass after a retry, see the tests below
             }
-            // The batch, and then the packet by itself.
+            // Both calls fail: the batch, and then the packet by itself.
             pair.script(0, |script| {
                 let plan = CallPlan::Fails { status: code, sent: 0, reported: Reported::Asked };
                 script.writes.extend([plan, plan]);
@@ -156,7 +157,7 @@ fn row_1_2_each_status_of_a_failed_write_is_the_error_of_its_completion() {
         }
         pair.send_numbered(0..1);
         assert_eq!(pair.written(1), all_well(1));
-        // And counted under its own name.
+        // Each is counted under its own name.
         let stats = pair.rings[0].stats();
         assert_eq!(stats.errors_by_status.of(Status::NotAuthorized), 1);
         assert_eq!(stats.errors_by_status.of(Status::Unknown(1)), 4);
@@ -208,7 +209,7 @@ fn row_1_2_1007_and_1002_for_the_nth_write_are_tried_again_within_the_budget() {
         for status in [1007, 1002] {
             let mut pair = Pair::new(World::new());
             pair.post(32);
-            // It passes before the budget ends.
+            // The failure passes before the budget ends.
             let sent_some = CallPlan::Fails { status, sent: 4, reported: Reported::Done };
             let sent_none = CallPlan::Fails { status, sent: 0, reported: Reported::Zero };
             pair.script(0, |script| script.writes.extend([CallPlan::Well, sent_some, sent_none]));
@@ -220,7 +221,8 @@ fn row_1_2_1007_and_1002_for_the_nth_write_are_tried_again_within_the_budget() {
             assert_eq!(pair.received(9), (0..9).collect::<Vec<_>>());
             assert!(pair.rings[0].stats().retries > 0);
 
-            // It does not: then each completes with what it was, and the next is tried anew.
+            // The failure does not pass. Each write then completes with that status, and the next
+            // write is tried again.
             pair.script(0, |script| script.writes.extend([sent_none; 100]));
             pair.send_numbered(9..12);
             let done = pair.written(3);
@@ -250,7 +252,7 @@ fn row_2_1_a_start_that_answers_null_is_a_failure_whether_the_handler_comes_or_n
             });
             let began = Instant::now();
             let error = builder(&world, id).start().unwrap_err();
-            // The handler's word if it has come, else only that it failed.
+            // The error is the handler's status if the handler ran, else a general failure.
             match handler {
                 StartHandler::Never => assert!(matches!(error, Error::Vmnet(Status::Failure))),
                 _ => assert!(matches!(error, Error::Vmnet(Status::SharingServiceBusy))),
@@ -279,7 +281,7 @@ fn row_2_1_success_is_1000_and_any_other_number_is_a_failure() {
                 let error = builder(&world, id).start().unwrap_err();
                 let Error::Vmnet(status) = error else { panic!("{error:?}") };
                 assert_eq!(Some(status), Status::from_code(code));
-                // What had started is stopped.
+                // The started interface is stopped.
                 assert_eq!(world.counts(id).stops, u64::from(handle_on_failure));
                 assert_released(&world);
             }
@@ -349,10 +351,10 @@ fn row_2_2_forwarding_goes_through_whichever_functions_there_are() {
                 ));
             }
             assert_eq!(interface.port_forwards().unwrap(), expected);
-            // Both families go.
+            // Both address families work.
             interface.remove_port_forward(Protocol::Tcp, 8080).unwrap();
             assert_eq!(interface.port_forwards().unwrap(), [udp]);
-            // A rule that is not there is an error.
+            // Removing a rule that does not exist is an error.
             assert!(matches!(
                 interface.remove_port_forward(Protocol::Tcp, 8080),
                 Err(Error::Vmnet(Status::Failure))
@@ -421,7 +423,8 @@ fn row_2_3_a_network_object_is_as_it_was_asked_for() {
         assert_eq!(made.external.as_deref(), Some("en1"));
         assert_eq!(made.off, ["nat44", "nat66", "dhcp", "dns proxy", "router advertisement"]);
         assert_eq!(made.reservations, [(mac.into_array(), Ipv4Addr::new(192, 168, 77, 9))]);
-        // The internal port comes before the external one there, and is not mixed up.
+        // That function takes the internal port before the external one. The driver must not mix
+        // them up.
         let ports = |rule: &ForwardMade| (rule.protocol, rule.external_port, rule.internal_port);
         assert_eq!(
             made.rules.iter().map(ports).collect::<Vec<_>>(),
@@ -430,7 +433,7 @@ fn row_2_3_a_network_object_is_as_it_was_asked_for() {
         assert_eq!(made.rules[0].address, [192, 168, 77, 9]);
         assert_eq!(made.rules[1].address, Ipv6Addr::LOCALHOST.octets());
 
-        // The network decides mode, addresses and MTU, and may be dropped after the start.
+        // The network decides mode, addresses and MTU. It may be dropped after the start.
         let interface = builder_on(&world, &network).start().unwrap();
         drop(network);
         assert_eq!((interface.mode(), interface.mtu()), (Mode::Shared, 9000));
@@ -456,7 +459,7 @@ fn row_2_3_a_subnet_is_exclusive_while_its_network_exists() {
         };
         let first = create().unwrap();
         assert!(matches!(create(), Err(Error::Vmnet(Status::Failure))));
-        // An interface keeps it.
+        // An interface keeps the reservation.
         let interface = builder_on(&world, &first).start().unwrap();
         drop(first);
         assert!(create().is_err());
@@ -499,7 +502,7 @@ fn row_2_3_a_creation_that_never_answers_is_given_up_and_one_without_privilege_s
             |timeout| world.enter(|| Network::builder(Mode::Shared).timeout(timeout).create());
         let short = Duration::from_millis(20);
         assert!(matches!(create(short), Err(Error::Timeout(after)) if after == short));
-        // What came too late is released.
+        // The network that came too late is released.
         assert_released(&world);
 
         world.plan_networks(|plan| (plan.delay, plan.status) = (Duration::ZERO, 1002));
@@ -519,7 +522,7 @@ fn row_2_3_a_serialized_network_is_the_same_network() {
         let same = world.enter(|| Network::deserialize(&serialized, Mode::Host)).unwrap();
         assert_eq!(same.ipv4(), network.ipv4());
         drop((network, same));
-        // It does not keep it alive.
+        // The serialized form does not keep the network alive.
         let gone = world.enter(|| Network::deserialize(&serialized, Mode::Host));
         assert!(matches!(gone, Err(Error::Vmnet(_))), "{gone:?}");
         drop(serialized);
@@ -611,8 +614,8 @@ fn row_3_the_description_says_what_was_asked_for_and_nothing_else() {
     assert_eq!(bridged.info().ipv4, None, "bridged interfaces have no addresses of their own");
 }
 
-/// What vmnet's header forbids is refused before vmnet is asked: it would answer 1001 or 1003, which
-/// say nothing.
+/// The driver refuses what vmnet's header forbids without asking vmnet. vmnet would answer 1001 or
+/// 1003, which do not say why.
 #[test]
 fn row_3_combinations_that_vmnet_forbids_are_refused_in_a_sentence() {
     let world = World::new();
@@ -675,7 +678,7 @@ fn row_3_every_parameter_but_the_sizes_may_be_missing() {
             assert!(matches!(builder(&world, id).start(), Err(Error::Answer { .. })), "{size}");
         }
         world.script(id, |script| script.start.missing.clear());
-        // What cannot be true is as if it were not there.
+        // Impossible sizes are refused like missing ones.
         for (mtu, max) in [(1500, 13), (1500, 1 << 40), (9000, 1514), (u64::MAX, 1514)] {
             world.script(id, |script| {
                 (script.mtu, script.max_packet_size) = (Some(mtu), Some(max));
@@ -705,8 +708,8 @@ fn row_4_1_a_read_with_nothing_waiting_succeeds_with_a_count_of_zero() {
     });
 }
 
-/// The simulator changes all fields of the descriptors it was given, used or not, and aborts if one
-/// comes back unchanged.
+/// The simulator changes every field of the descriptors it is given, used or not, and aborts if one
+/// comes back without being reset.
 #[test]
 fn row_4_1_descriptors_are_reset_before_every_read() {
     guarded(|| {
@@ -726,7 +729,7 @@ fn row_4_1_descriptors_are_reset_before_every_read() {
 
 // 4.2 write
 
-/// Goal: whatever a write says of itself, each packet arrives, in order, and once unless vmnet hid
+/// Goal: whatever a write reports, each packet arrives, in order, and only once unless vmnet hid
 /// that it had sent some.
 #[test]
 fn row_4_2_what_a_write_did_not_take_is_sent_afterwards() {
@@ -741,7 +744,8 @@ fn row_4_2_what_a_write_did_not_take_is_sent_afterwards() {
             (&[fails(1001, 0, Reported::Done)], true),
             (&[fails(1003, 5, Reported::Done)], true),
             (&[fails(1007, 5, Reported::Done), CallPlan::Takes(0)], true),
-            // It sent some and does not say so: at least once is all that can be had.
+            // vmnet sent some and does not say so. The driver can only ensure that each arrives at
+            // least once.
             (&[fails(1001, 5, Reported::Asked)], false),
             (&[fails(1001, 5, Reported::Zero)], false),
         ];
@@ -762,8 +766,8 @@ fn row_4_2_what_a_write_did_not_take_is_sent_afterwards() {
     });
 }
 
-/// One packet that vmnet does not take does not take its neighbours with it, whatever vmnet does to
-/// the batch.
+/// If vmnet refuses one packet, the others of the batch still succeed, whatever vmnet does to the
+/// batch.
 #[test]
 fn row_4_2_a_packet_that_is_refused_fails_alone() {
     guarded(|| {
@@ -802,7 +806,7 @@ fn row_4_4_batches_keep_to_the_limits_that_vmnet_tells_else_to_200() {
             ((26, 0), Some(1), 1),
             ((26, 0), Some(100_000), 1024),
             ((26, 0), None, 200),
-            // Not told there.
+            // macOS 14 does not report the limit.
             ((14, 0), Some(256), 200),
         ] {
             stage(format!("macOS {macos:?}, {told:?}"));
@@ -859,14 +863,15 @@ fn row_4_5_no_packet_waits_for_ever_whatever_events_mean() {
                 let rescued = || counter("safety polls that found packets");
                 let start = std::time::Instant::now();
                 for round in 0.. {
-                    // On a slow machine its poller may not have slept yet when packets came.
+                    // On a slow machine the receiver's poller may not have slept yet when the
+                    // packets came.
                     if round >= 10 && (rescued() > 0 || events != Events::Lost) {
                         break;
                     }
                     assert!(start.elapsed() < LONG, "the safety poll found nothing");
                     (0..10).for_each(|i| crate::support::post(&mut to, i));
                     if round % 3 == 0 {
-                        thread::sleep(Duration::from_millis(3)); // its poller sleeps
+                        thread::sleep(Duration::from_millis(3)); // the receiver's poller sleeps
                     }
                     for number in round * 10..round * 10 + 10 {
                         let mut frame = from.alloc().unwrap();
@@ -912,13 +917,13 @@ fn row_4_5_a_packet_that_came_before_the_callback_was_set_is_read() {
 
 // 4.6 threads
 
-/// The simulator aborts on two readers, and on two writers, at once.
+/// The simulator aborts if two threads read or two threads write at once.
 #[test]
 fn row_4_6_one_ring_reads_and_several_write_one_at_a_time() {
     guarded(|| {
         let world = World::new();
         let id = world.interface_id();
-        // Long enough for calls to overlap.
+        // Calls last long enough to overlap.
         world.script(id, |script| script.call_cost = Duration::from_micros(200));
         let interface = start(&world, id);
         let peer = start(&world, world.interface_id());
@@ -976,8 +981,8 @@ fn row_4_7_a_handler_that_comes_late_or_twice_is_a_start_like_any_other() {
     });
 }
 
-/// A handler that comes after the timeout still finds its block, its queue and its context: leaked on
-/// purpose, and so they are not released.
+/// A handler that comes after the timeout still finds its block, its queue and its context. They
+/// are leaked on purpose, so they are never released.
 #[test]
 fn row_4_7_a_handler_that_comes_after_the_timeout_finds_everything_there() {
     guarded(|| {
@@ -993,7 +998,7 @@ fn row_4_7_a_handler_that_comes_after_the_timeout_finds_everything_there() {
             let vmnet = world.enter(Vmnet::new).start_timeout(short);
             let started = Interface::builder().interface_id(id).device(vmnet).start();
             assert!(matches!(started, Err(Error::StartTimeout(after)) if after == short));
-            // The simulator aborts if it has to call what is gone.
+            // The simulator aborts if it has to call a block that is gone.
             thread::sleep(Duration::from_millis(200));
             let left = world.unreleased(Duration::ZERO);
             assert!(left.contains(&"the start's handler"), "{left:?}");
@@ -1035,7 +1040,7 @@ fn row_4_7_a_stop_that_is_refused_or_never_answered_leaks_and_says_so() {
         let world = World::new();
         let short = Duration::from_millis(50);
         let start = |plan: fn(&mut StopPlan)| {
-            // What has leaked keeps its MAC, so each has an identity of its own.
+            // A leaked interface keeps its MAC, so each one has an identity of its own.
             let id = world.interface_id();
             world.script(id, |script| plan(&mut script.stop));
             let vmnet = world.enter(Vmnet::new).stop_timeout(short);
@@ -1052,13 +1057,13 @@ fn row_4_7_a_stop_that_is_refused_or_never_answered_leaks_and_says_so() {
             matches!(&error, Error::Device(error) if matches!(**error, Error::Vmnet(Status::InvalidAccess))),
             "{error:?}"
         );
-        // A drop does the same quietly, and ends.
+        // A drop does the same without an error, and returns.
         drop(start(|stop| stop.refused = Some(1005)));
     });
 }
 
-/// The simulator aborts on a stop with the callback set, with an event's block gone, from a job of
-/// the queue, or with a call under way.
+/// The simulator aborts on a stop while the callback is set, while an event's block is gone, from a
+/// job of the queue, or during another call.
 #[test]
 fn row_4_7_the_callback_is_off_and_its_queue_drained_before_the_stop() {
     guarded(|| {
@@ -1066,13 +1071,13 @@ fn row_4_7_the_callback_is_off_and_its_queue_drained_before_the_stop() {
             let world = World::with(Rules::Strict, retains);
             for _ in 0..20 {
                 let ids = [world.interface_id(), world.interface_id()];
-                // One waits on the queue when the callback is taken off.
+                // One event waits on the queue when the callback is removed.
                 world.script(ids[1], |script| script.event_delay = Duration::from_millis(3));
                 let [from, to] = ids.map(|id| start(&world, id));
                 let macs = [from.mac().into_array(), to.mac().into_array()];
                 let reader = to.ring(Direction::Read).build().unwrap();
                 let mut writer = from.ring(Direction::Write).build().unwrap();
-                // Events are under way while it stops.
+                // Events are under way during the stop.
                 for number in 0..32 {
                     let mut frame = writer.alloc().unwrap();
                     frame.copy_from(&packet_between(macs[0], macs[1], number, 60)).unwrap();
@@ -1087,7 +1092,8 @@ fn row_4_7_the_callback_is_off_and_its_queue_drained_before_the_stop() {
     });
 }
 
-/// A waker that runs on vmnet's queue drops the ring and the interface: nothing waits for itself.
+/// A waker that runs on vmnet's queue drops the ring and the interface. The drop must not wait for
+/// the job that it runs in.
 #[test]
 fn row_4_7_an_interface_dropped_inside_its_own_event_stops() {
     struct Dropper(Mutex<Option<(Ring, Interface)>>);
@@ -1152,7 +1158,7 @@ fn row_4_8_a_start_without_privilege_says_what_is_needed_on_this_macos() {
                 assert!(text.contains(said), "{said}: {text}");
             }
         }
-        // Root has it, so it is something else.
+        // Root has the privilege, so the status means something else.
         assert_eq!(needs((26, 0), true, code), Err(code));
     }
     for code in [1003, 1004, 1006, 1009, 4711] {
@@ -1170,7 +1176,8 @@ fn virtio() -> Offloads {
     offloads
 }
 
-/// Whether the 65,550 include the 12 bytes of the header is not known: buffers are right for both.
+/// It is not known whether the 65,550 bytes include the 12 bytes of the header. The buffers are
+/// large enough for both.
 #[test]
 fn row_4_9_the_largest_packet_goes_through_whether_it_includes_the_header_or_not() {
     guarded(|| {
@@ -1268,7 +1275,7 @@ fn row_4_10_a_mac_that_was_asked_for_is_the_interfaces_whether_vmnet_follows_or_
         world.script(id, |script| script.honours_mac = honours_mac);
         assert_eq!(builder(&world, id).mac(mac).start().unwrap().mac(), mac);
     }
-    // Nobody asked: the same identity has the same MAC.
+    // Without a requested MAC, the same identity has the same MAC.
     let world = World::new();
     let id = world.interface_id();
     let first = start(&world, id).mac();
@@ -1277,8 +1284,8 @@ fn row_4_10_a_mac_that_was_asked_for_is_the_interfaces_whether_vmnet_follows_or_
 
 // 4.11 sleep, wake, restart
 
-/// The host has slept: the interface is dead in one way or another. A restart brings it back, with
-/// its rings, frames and numbers, its identity, and its forwarded ports.
+/// After the host has slept, the interface is dead in one of several ways. A restart brings it back
+/// with its rings, frames and numbers, its identity, and its forwarded ports.
 #[test]
 fn row_4_11_a_restart_revives_what_did_not_survive_the_hosts_sleep() {
     guarded(|| {
@@ -1337,7 +1344,7 @@ fn row_4_11_a_restart_that_fails_says_so_and_the_next_one_may_succeed() {
         let mut ring = interface.ring(Direction::Both).build().unwrap();
         world.script(id, |script| script.start.status = 1009);
         assert!(interface.restart(LONG).is_err());
-        // The ring says what became of its device.
+        // The ring closes because its device is gone.
         eventually("the ring closes", || ring.control().closed().is_some());
         world.script(id, |script| script.start.status = SUCCESS);
         assert_eq!(reap(&mut ring).len(), 0);
@@ -1346,9 +1353,9 @@ fn row_4_11_a_restart_that_fails_says_so_and_the_next_one_may_succeed() {
 
 // 5 XPC, libdispatch, Blocks
 
-/// That vmnet keeps references of its own to blocks and queues is to be expected and nowhere promised.
-/// Without them everything works, because ours live long enough; the simulator aborts if one does
-/// not. With them everything is released once, and the simulator counts.
+/// vmnet probably keeps its own references to blocks and queues, but this is documented nowhere.
+/// Without such references everything works, because ours live long enough; the simulator aborts if
+/// one does not. With them everything is released exactly once; the simulator counts.
 #[test]
 fn row_5_blocks_queues_and_objects_live_as_long_as_vmnet_may_use_them_and_no_longer() {
     guarded(|| {
@@ -1364,7 +1371,7 @@ fn row_5_blocks_queues_and_objects_live_as_long_as_vmnet_may_use_them_and_no_lon
             pair.interfaces[0].add_port_forward(&rule).unwrap();
             assert_eq!(pair.interfaces[0].port_forwards().unwrap(), [rule]);
             pair.interfaces[0].remove_port_forward(Protocol::Tcp, 1).unwrap();
-            // While it runs, exactly what it needs is there.
+            // While the interface runs, exactly the objects that it needs exist.
             let during = world.unreleased(Duration::from_millis(100));
             assert!(during.contains(&"the event callback"), "{during:?}");
             assert!(!during.contains(&"the description"), "{during:?}");

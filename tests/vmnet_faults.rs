@@ -1,9 +1,9 @@
-//! Random scripts for the simulated vmnet, and random things done to the rings over it meanwhile.
+//! Random scripts for the simulated vmnet, and random operations on the rings over it meanwhile.
 //!
-//! Goal: whatever vmnet answers, each submission completes once; no packet whose write succeeded is
-//! lost unless vmnet counts it as dropped or the interface went; packets keep their order, and none
-//! comes twice unless vmnet hid that it had sent it; every frame comes home; the stop is clean; and
-//! no block, queue or dictionary is left.
+//! Goal: whatever vmnet answers, each submission completes once. No packet whose write succeeded is
+//! lost unless vmnet counts it as dropped or the interface ended. Packets keep their order, and
+//! none arrives twice unless vmnet hid that it had sent it. Every frame returns to its pool, the
+//! stop succeeds, and no block, queue or dictionary is left.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::{Duration, Instant};
@@ -20,16 +20,17 @@ use crate::support::{LONG, Way, guarded, number_of, packet_between, stage};
 
 const DEPTH: u32 = 64;
 
-/// What is done.
+/// One operation of the test.
 #[derive(Clone, Debug)]
 enum Step {
-    /// The first end sends so many; the third of them is no Ethernet frame if said so.
+    /// The first end sends this many packets. If the flag is set, the third one is not an Ethernet
+    /// frame.
     Send(u8, bool),
-    /// The second end posts so many reads.
+    /// The second end posts this many reads.
     Post(u8),
     Reap,
     Wait(u8),
-    /// Cancels one of the second end's reads, by its place.
+    /// Cancels one of the second end's reads, chosen by its position.
     Cancel(u8),
     Quiesce,
     Restart(usize),
@@ -50,8 +51,8 @@ struct Faults {
 }
 
 impl Faults {
-    /// Whether it may send packets and not say so: also a count that equals what was asked for says
-    /// nothing, because vmnet may have left it as it was.
+    /// Whether vmnet may send packets without saying so. A count that equals the requested one says
+    /// nothing either, because vmnet may have left it unchanged.
     fn hides(&self) -> bool {
         self.failed_batch.0
             || self.writes.iter().any(|plan| matches!(plan, CallPlan::Fails { sent: 1.., .. }))
@@ -116,7 +117,7 @@ fn way() -> impl Strategy<Value = Way> {
     prop_oneof![Just(Way::Thread), Just(Way::Shared), Just(Way::Inline)]
 }
 
-/// The rings and what has become of what was submitted.
+/// The rings, and what has become of each submission.
 struct Run {
     rings: [Ring; 2],
     interfaces: [Interface; 2],
@@ -124,7 +125,8 @@ struct Run {
     spare: [Vec<Frame>; 2],
     next: u64,
     runts: HashSet<u64>,
-    /// Submitted and not completed: writes of the first end by number, reads of the second.
+    /// Submissions that have not completed: writes of the first end by number, reads of the second
+    /// end.
     writing: BTreeSet<u64>,
     reading: BTreeSet<u64>,
     written: BTreeMap<u64, Result<usize, EntryError>>,
@@ -220,7 +222,7 @@ impl Run {
         moved
     }
 
-    /// Reaps until `done` says so.
+    /// Reaps until `done` returns true.
     fn until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         stage(what);
         let start = Instant::now();
@@ -278,7 +280,7 @@ fn run(faults: &Faults, steps: &[Step], ways: [Way; 2]) {
         refused: 0,
         cancels: 0,
     };
-    // An interface that goes takes with it what was in it.
+    // An interface that stops loses the packets that were in it.
     let mut went = false;
     for step in steps {
         stage(format!("{step:?}"));
@@ -314,7 +316,7 @@ fn run(faults: &Faults, steps: &[Step], ways: [Way; 2]) {
         }
     }
 
-    // vmnet behaves again, and everything comes to its end.
+    // vmnet behaves well again, and everything completes.
     for id in ids {
         world.script(id, |script| {
             script.reads.clear();
@@ -350,7 +352,7 @@ fn run(faults: &Faults, steps: &[Step], ways: [Way; 2]) {
         assert!(!run.runts.contains(number), "{result:?}");
     }
     for number in &run.runts {
-        // Either it was tried, and refused, or it never was.
+        // The packet was either refused, or never tried.
         assert!(run.written[number].is_err(), "packet {number} is no Ethernet frame");
     }
 
@@ -373,7 +375,7 @@ fn run(faults: &Faults, steps: &[Step], ways: [Way; 2]) {
     assert_eq!(world.unreleased(LONG), [""; 0]);
 }
 
-/// Restarts one end; an inline ring takes part when it is driven.
+/// Restarts one end. An inline ring must be driven meanwhile.
 fn restart(run: &mut Run, end: usize) {
     stage(format!("restart {end}"));
     std::thread::scope(|scope| {

@@ -1,7 +1,8 @@
-//! The driver on Apple's own vmnet: two interfaces on the host's network, frames both ways, a restart,
-//! a stop. Elsewhere the same over the simulated one, so that this file is known to run.
+//! The driver on Apple's own vmnet: two interfaces on the host's network, frames both ways, a
+//! restart, a stop. On other systems the test runs over the simulated vmnet, so that this file is
+//! known to work.
 //!
-//! It needs a privilege: without it the test says that it was skipped, and why.
+//! It needs a privilege. Without it, the test prints that it was skipped, and why.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use vmring::{Direction, EntryError, Error, Interface, MacAddr6, Mode, Op, Ring, 
 
 use crate::support::{LONG, guarded, number_of, packet_between, stage};
 
-/// Frames under way each way at a time.
+/// Frames under way at a time, in each direction.
 const WINDOW: u64 = 16;
 const ROUNDS: u64 = 50;
 
@@ -42,8 +43,8 @@ impl End {
         self.ring.submit_write(frame, number).expect("there are credits");
     }
 
-    /// Takes what came and posts the reads again. The numbers of those frames that are from `peer`:
-    /// there are others' on a real network.
+    /// Takes the frames that came and posts the reads again. Returns the numbers of the frames from
+    /// `peer`, because a real network has other senders too.
     fn receive(&mut self, peer: MacAddr6) -> Vec<u64> {
         let me = self.interface.mac().into_array();
         self.ring.wait(1, Some(Duration::from_millis(10)));
@@ -73,7 +74,8 @@ impl End {
     }
 }
 
-/// Until a frame comes through: a network that has just started may not forward yet.
+/// Sends until a frame arrives in each direction. A network that has just started may not forward
+/// yet.
 fn meet(ends: &mut [End; 2], from: u64) {
     let macs = ends.each_ref().map(|end| end.interface.mac());
     let start = Instant::now();
@@ -95,7 +97,8 @@ fn meet(ends: &mut [End; 2], from: u64) {
     }
 }
 
-/// Every frame arrives both ways, once and in order. `first` is above every number so far.
+/// Checks that every frame arrives in both directions, once and in order. `first` is above every
+/// number used so far.
 fn exchange(ends: &mut [End; 2], first: u64) {
     let macs = ends.each_ref().map(|end| end.interface.mac());
     for round in 0..ROUNDS {
@@ -110,7 +113,7 @@ fn exchange(ends: &mut [End; 2], first: u64) {
         let mut came = [Vec::new(), Vec::new()];
         while came.iter().any(|numbers| numbers.len() < wanted.len()) {
             for i in 0..2 {
-                // Late ones of `meet` are below.
+                // Late frames of `meet` have smaller numbers.
                 let numbers = ends[i].receive(macs[1 - i]);
                 came[i].extend(numbers.into_iter().filter(|number| *number >= first));
             }
@@ -126,7 +129,7 @@ fn two_guests(ids: [Option<[u8; 16]>; 2]) {
         [Ok(a), Ok(b)] => [a, b],
         [Err(error @ Error::PermissionDenied { .. }), _]
         | [_, Err(error @ Error::PermissionDenied { .. })] => {
-            // Past the test harness, which would keep it to itself.
+            // Write to stderr directly, because the test harness captures `eprintln!`.
             let _ = writeln!(std::io::stderr(), "skipped: {error}");
             return;
         }
@@ -177,7 +180,7 @@ fn without_the_privilege_it_is_skipped() {
         let world = vmnet_sim::World::new();
         let id = world.interface_id();
         world.script(id, |script| script.start.status = 1010);
-        // The driver asks whether it is root where it is made.
+        // The driver asks whether it is root when it is made.
         world.set_host(|host| host.root = false);
         world.enter(|| two_guests([Some(id), Some(world.interface_id())]));
     });

@@ -1,4 +1,5 @@
-//! The probe tells one vmnet from another: where a question is open, it reports either answer.
+//! The probe distinguishes one vmnet from another: for each open question, it reports whichever
+//! answer is true.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use vmring::device::vmnet::probe::{Probe, Told};
 
 use crate::support::guarded;
 
-/// The answers, by the questions' numbers, of a vmnet with this script.
+/// The answers of a vmnet with this script, by number of the question.
 fn answers(change: impl Fn(&mut Script)) -> BTreeMap<u32, String> {
     let world = World::with(Rules::Answers, true);
     let interface_ids = [world.interface_id(), world.interface_id()];
@@ -71,7 +72,7 @@ fn a_vmnet_whose_events_come_once_and_whose_kernel_is_full_at_times() {
     guarded(|| {
         let answers = answers(|script| {
             script.events = Events::Edge;
-            // An old macOS says no limits.
+            // An old macOS does not report the limits.
             (script.read_max_packets, script.write_max_packets) = (None, None);
             script.failed_batch = (true, Reported::Zero);
         });

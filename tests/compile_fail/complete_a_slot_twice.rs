@@ -1,4 +1,4 @@
-//! E0382: a slot is given back once.
+//! E0382: a slot is completed once.
 
 use vmring::device::Io;
 

@@ -1,4 +1,4 @@
-//! E0382: completing a slot takes its memory away from the device.
+//! E0382: completing a slot takes its memory from the device.
 
 use vmring::device::Io;
 

@@ -1,4 +1,4 @@
-//! E0505: bytes of a slot do not outlive its completion.
+//! E0505: the bytes of a slot do not outlive its completion.
 
 use vmring::device::Io;
 

@@ -1,4 +1,4 @@
-//! Compiles: the loop of the README.
+//! Compiles: this is the loop in the README.
 
 use vmring::{CompletionQueue, Error, Frame, Ring, SubmissionQueue};
 

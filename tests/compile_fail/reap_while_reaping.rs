@@ -1,4 +1,4 @@
-//! E0499: one reaping at a time.
+//! E0499: there is one loop over completions at a time.
 
 use vmring::CompletionQueue;
 

@@ -1,4 +1,4 @@
-//! E0277: as for its halves.
+//! E0277: a ring may move to another thread, but two threads cannot share it.
 
 use vmring::Ring;
 

@@ -1,4 +1,4 @@
-//! E0277: as for the submitting half.
+//! E0277: a half may move to another thread, but two threads cannot share it.
 
 use vmring::CompletionQueue;
 

@@ -1,4 +1,4 @@
-//! E0277: a half may move to another thread; it is not for two at a time.
+//! E0277: a half may move to another thread, but two threads cannot share it.
 
 use vmring::SubmissionQueue;
 

@@ -1,4 +1,4 @@
-//! E0382: a submit moves the frame away.
+//! E0382: a submit moves the frame.
 
 use vmring::{Frame, Ring, SubmitError};
 

@@ -1,4 +1,4 @@
-//! E0505: a frame in view cannot be submitted.
+//! E0505: a frame cannot be submitted while a view borrows it.
 
 use vmring::{Frame, Ring};
 

@@ -1,4 +1,4 @@
-//! E0382: what was submitted is the device's.
+//! E0382: a submitted frame belongs to the device.
 
 use vmring::{Frame, Ring, SubmitError};
 

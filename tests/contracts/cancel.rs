@@ -18,7 +18,7 @@ use crate::support::{
 fn cancel_has_its_own_completion_and_all_matching_entries_complete() {
     guarded(|| {
         every_way(|way, poller| {
-            // A device that keeps posted reads itself, and one that leaves them with the poller.
+            // One device keeps posted reads itself, the other leaves them with the poller.
             for interface in [loopback(), Gate::default().start()] {
                 let mut ring = interface
                     .ring(Direction::Both)
@@ -54,8 +54,8 @@ fn cancel_has_its_own_completion_and_all_matching_entries_complete() {
     });
 }
 
-/// Goal: what is submitted and cancelled before the device is called is not given to it, also where the
-/// caller drives the ring and nothing is a matter of luck.
+/// Goal: the device does not get an entry that was cancelled before the device is called. Method:
+/// an inline ring, where the order of the steps is certain.
 #[test]
 fn a_cancel_comes_before_the_device() {
     let gate = Gate::default();
@@ -74,7 +74,7 @@ fn a_cancel_comes_before_the_device() {
 }
 
 /// Goal: cancels at any moment lose no packet. Method: a writer sends numbered packets while the
-/// reader posts and cancels; every number arrives, in order.
+/// reader posts and cancels; every number must arrive, in order.
 #[test]
 fn a_packet_is_never_dropped_by_a_cancel() {
     guarded(|| {
@@ -137,9 +137,10 @@ fn a_packet_is_never_dropped_by_a_cancel() {
     });
 }
 
-/// Goal: on the embedded network, where what finds no posted read is dropped, a cancel takes from the
-/// senders nothing but its target. Method: no overflow, far more reads posted than packets are under
-/// way, and cancels all the time, of what is there and of what is not: nothing is dropped.
+/// Goal: the embedded network drops a packet that finds no posted read, so a cancel must take
+/// nothing but its target from the senders. Method: no overflow, and far more posted reads than
+/// packets under way. Cancels, with and without a target that exists, come all the time. Nothing
+/// may be dropped.
 #[test]
 fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
     guarded(|| {
@@ -161,7 +162,8 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
             if way == Way::Inline {
                 settle(&mut reader);
             } else {
-                // The poller has them all when the cancel behind them has come back.
+                // When the cancel submitted after the reads has completed, the poller has taken
+                // them all.
                 reader.cancel(u64::MAX, 0).unwrap();
                 assert_eq!(reap_n(&mut reader, 1)[0].op, Op::Cancel);
             }
@@ -214,8 +216,8 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
     });
 }
 
-/// Goal: a cancel of one leaves the others posted, also when a packet has just come for the first
-/// of as many reads as the device keeps.
+/// Goal: a cancel of one read leaves the others posted. This holds even if the device keeps as many
+/// reads as it can and a packet has just come for the first of them.
 #[test]
 fn a_cancel_touches_nothing_but_its_target() {
     guarded(|| {
@@ -237,7 +239,7 @@ fn a_cancel_touches_nothing_but_its_target() {
         settle(&mut reader);
         assert_eq!(reap(&mut reader).len(), 0, "nothing else has completed");
         assert_eq!(reader.in_flight(), 1022);
-        // They still are filled, in their order.
+        // The others are still filled, in their order.
         for number in (1..1024).filter(|number| *number != 5) {
             send(&mut writer, number);
             assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
@@ -272,7 +274,7 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
                     assert_eq!((ring.in_flight(), ring.control().closed()), (0, None));
                 }
             }
-            // Alive: packets still go round.
+            // The ring still works: packets go round.
             let interface = loopback();
             let mut ring =
                 interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
@@ -286,7 +288,7 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
     });
 }
 
-/// A device that does not let go in time: an error, and nothing is lost.
+/// If a device does not release its slots in time, `quiesce` returns an error and nothing is lost.
 #[test]
 fn a_quiesce_that_does_not_end_in_time_loses_nothing() {
     guarded(|| {

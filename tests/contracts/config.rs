@@ -43,7 +43,7 @@ fn sizes_that_cannot_be_are_refused_with_the_reason() {
     assert_eq!(config(ring().frames(0).build()), ConfigError::Zero { what: "number of frames" });
     let error = ring().frames(1 << 30).headroom(1 << 30).build().unwrap_err();
     assert!(matches!(error, Error::Memory { .. }), "{error}");
-    // The largest depth can be had, and one that is larger is refused before any memory is asked for.
+    // The largest depth works. A larger one is refused before any memory is requested.
     let max = 1 << 16;
     for what in ["read depth", "write depth", "cancel depth", "SQ depth"] {
         let with = |depth| match what {
@@ -61,9 +61,9 @@ fn sizes_that_cannot_be_are_refused_with_the_reason() {
             );
         }
     }
-    // A direction that is not used needs no depth; a small pool will do for writing.
+    // An unused direction needs no depth, and a small pool is enough for writing.
     inline(&interface, Direction::Write).read_depth(0).pool(&small).build().unwrap();
-    // None of the refused has taken the one place there is.
+    // None of the refused builders has kept the interface's only reading ring.
     ring().build().unwrap();
 
     for mtu in [0, 65_522] {
@@ -98,7 +98,7 @@ fn modes_and_ranges_are_parsed_or_refused_in_a_sentence() {
         let error = text.parse::<Ipv4Range>().unwrap_err().to_string();
         assert!(error.ends_with(&format!("and not '{text}'")), "{error}");
     }
-    // Extremes are numbers like others.
+    // Extreme values are valid numbers.
     assert_eq!("10.0.0.1/0".parse::<Ipv4Range>().unwrap().mask.octets(), [0; 4]);
     assert_eq!("10.0.0.1/32".parse::<Ipv4Range>().unwrap().mask.octets(), [255; 4]);
     // An impossible network is refused at start.

@@ -1,5 +1,5 @@
-//! Credits and backpressure: the CQ has room for every completion, and without a posted read no
-//! packet comes.
+//! Credits and backpressure: the CQ has space for every completion, and no packet comes without a
+//! posted read.
 
 use vmring::{Direction, Op, SubmitErrorKind};
 
@@ -8,8 +8,8 @@ use crate::support::{
     LONG, every_way, guarded, inline, loopback, number_of, post, reap, reap_n, send, settle,
 };
 
-/// Goal: the CQ has room for every completion there can be. Method: use every credit of every
-/// kind, let everything complete, and reap nothing, twice over the wrap of the indices.
+/// Goal: the CQ has space for every possible completion. Method: use every credit of every kind,
+/// let everything complete and reap nothing. The indices wrap meanwhile.
 #[test]
 fn the_cq_never_overflows() {
     guarded(|| {
@@ -33,10 +33,10 @@ fn the_cq_never_overflows() {
                 assert_eq!(ring.cancel_all(0), Ok(()));
                 assert_eq!(ring.cancel(100, 0), Err(SubmitErrorKind::NoCredit));
                 while ring.wait(14, Some(LONG)) < 14 {}
-                // Nothing is reaped, so no credit has come back, though everything is complete.
+                // Everything is complete, but nothing is reaped, so no credit has come back.
                 assert_eq!(credits(&mut ring), (0, 0));
                 assert_eq!(reap_n(&mut ring, 14).len(), 14);
-                // Four of the eight packets are still in the device: take them out.
+                // Four of the eight packets are still in the device. Read them.
                 (0..4).for_each(|i| post(&mut ring, i));
                 reap_n(&mut ring, 4);
             }
@@ -68,7 +68,7 @@ fn reads_that_fill_the_ring_never_block_writes_or_cancels() {
     guarded(|| {
         every_way(|way, poller| {
             let interface = loopback();
-            // Reads that nobody sends to: another ring's interface has its own wire.
+            // No packet comes for these reads until this ring itself writes one.
             let mut ring = interface
                 .ring(Direction::Both)
                 .depth(4)

@@ -13,8 +13,8 @@ use crate::support::{
     stage, take_writes,
 };
 
-/// Goal: a device cannot return a slot twice or keep its memory: a slot dropped comes back as
-/// abandoned, a slot forgotten is counted at close, and each entry completes once.
+/// Goal: a device cannot return a slot twice or keep its memory. A dropped slot completes as
+/// abandoned, a forgotten slot is counted at close, and each entry completes once.
 #[test]
 fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
     guarded(|| {
@@ -56,8 +56,9 @@ fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
     });
 }
 
-/// Goal: a length beyond the slot makes nobody read outside it. Method: a device that claims any
-/// length; what fits is taken, what does not is refused as an invalid argument.
+/// Goal: a length beyond the slot makes no code read outside the slot. Method: a device that
+/// reports arbitrary lengths. A length that fits is accepted; any other completes as an invalid
+/// argument.
 #[test]
 fn hostile_lengths_never_reach_outside_the_slot() {
     guarded(|| {
@@ -91,7 +92,7 @@ fn hostile_lengths_never_reach_outside_the_slot() {
     });
 }
 
-/// Two rings of one device that share what its queues may do to each other's slots.
+/// A device with two queues. The first takes writes, and the second passes them to `give`.
 fn mixed_up(give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + 'static) -> Interface {
     let taken: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
     let queues = AtomicU64::new(0);
@@ -115,7 +116,8 @@ fn mixed_up(give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + 'static) -> I
     .start()
 }
 
-/// Ring A's slot, given to ring B, completes on A, as abandoned, and nothing happens to B.
+/// If the device gives a slot of ring A to ring B, the slot completes on A as abandoned, and
+/// nothing happens to B.
 fn a_slot_given_to_another_ring_completes_on_its_own(
     give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + Copy + 'static,
 ) {
@@ -131,7 +133,8 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
             let mut b = build(if shared_pool { &first } else { &second });
             send(&mut a, 1);
             stage(format!("{way:?}: the slot is taken"));
-            // Inline, A's engine must have handed the slot over before B's looks.
+            // If the rings are inline, A must be driven before B, so that the device has the slot
+            // when B is driven.
             let _ = a.wait(1, Some(Duration::from_millis(5)));
             for number in 10..14 {
                 send(&mut b, number);
@@ -141,7 +144,7 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
             let done = reap_n(&mut a, 1).remove(0);
             assert_eq!(done.brief(), (Op::Write, 1, Err(EntryError::Abandoned)));
             assert!(first.owns(&done.frame.unwrap()));
-            // Both live on.
+            // Both rings still work.
             send(&mut b, 20);
             assert_eq!(reap_n(&mut b, 1)[0].brief(), (Op::Write, 20, Ok(60)));
             assert_eq!((a.control().closed(), b.control().closed()), (None, None));
@@ -164,7 +167,8 @@ fn a_slot_put_back_to_another_ring_comes_back_on_its_own() {
     guarded(|| a_slot_given_to_another_ring_completes_on_its_own(|io, slot| io.put_back(slot)));
 }
 
-/// A device may keep a slot for some calls and put it back later: it is posted as before.
+/// A device may keep a slot for some calls and put it back later. The slot is then posted as
+/// before.
 #[test]
 fn a_slot_put_back_in_a_later_call_is_posted_again() {
     guarded(|| {
@@ -197,8 +201,8 @@ fn a_slot_put_back_in_a_later_call_is_posted_again() {
     });
 }
 
-/// What is put back may be taken again, in its order, and takes nothing of what a call may take; what
-/// stands in the SQ comes behind it.
+/// A slot that was put back may be taken again, in its order, and does not count against the limit
+/// of the call. Entries in the SQ come after it.
 #[test]
 fn a_slot_that_is_put_back_may_be_taken_again_in_the_same_call() {
     guarded(|| {
@@ -225,7 +229,7 @@ fn a_slot_that_is_put_back_may_be_taken_again_in_the_same_call() {
     });
 }
 
-/// A driver that starts too slowly, fails, or panics.
+/// A driver that starts too slowly.
 #[test]
 fn a_start_that_takes_too_long_times_out_and_is_undone() {
     use vmring::device::fault::Faults;

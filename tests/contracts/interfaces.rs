@@ -1,4 +1,4 @@
-//! Rings on one interface, and what an interface tells and counts.
+//! Rings on one interface, and what an interface reports and counts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,7 +35,7 @@ fn one_ring_too_many_is_a_typed_error() {
         let writers: Vec<Ring> =
             (0..5).map(|_| inline(&interface, Direction::Write).build().unwrap()).collect();
         drop(writers);
-        // Freed by a close, and by a drop.
+        // A close releases the claim, and so does a drop.
         let mut reader = reader;
         reader.close().unwrap();
         let second = inline(&interface, Direction::Read).build().unwrap();
@@ -53,7 +53,7 @@ fn one_ring_too_many_is_a_typed_error() {
     });
 }
 
-/// A build that fails gives its claim and its place back.
+/// A failed build releases what it has claimed, so a later build succeeds.
 #[test]
 fn a_ring_that_could_not_be_built_takes_no_place() {
     guarded(|| {
@@ -132,7 +132,8 @@ fn an_interface_says_what_was_negotiated() {
     assert!(first.info().ipv4.is_some());
     let ring = inline(&first, Direction::Both).build().unwrap();
     assert_eq!(ring.capabilities(), caps);
-    // The same identity gives the same MAC; those who join must agree.
+    // The same identity gives the same MAC. Interfaces that join a network must agree with its
+    // settings.
     let second = builder().mtu(2000).start().unwrap();
     let derived = second.mac();
     assert_ne!(derived, mac);
@@ -146,8 +147,9 @@ fn an_interface_says_what_was_negotiated() {
     assert_ne!(loopback().interface_id(), loopback().interface_id());
 }
 
-/// Goal: what happens to a packet on the embedded network can be read from outside: second copies,
-/// frames the gateway could not answer, and every drop, also of what a guest sends to itself.
+/// Goal: the counters show what happens to a packet on the embedded network: second copies, frames
+/// that the gateway could not answer, and every drop, including a packet that a guest sends to
+/// itself.
 #[test]
 fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
     guarded(|| {
@@ -169,12 +171,12 @@ fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
         };
         write(&mut ring, &packet_between(mac, mac, 0, 60));
         assert_eq!(read(near.drops(), "own port"), 1);
-        // No read is posted there: it waits, and is copied once more.
+        // No read is posted at the receiver, so the packet waits and is copied a second time.
         write(&mut ring, &packet_between(mac, peer, 1, 60));
         post(&mut other, 0);
         assert_eq!(number_of(reap_n(&mut other, 1)[0].frame.as_ref().unwrap()), 1);
         assert_eq!((read(far.counters(), "second copies"), near.counters()[0].1), (1, 0));
-        // An ARP packet cut short, and a protocol that the gateway does not know.
+        // A truncated ARP packet, and a protocol that the gateway does not know.
         let mut broken = packet_between(mac, [0xff; 6], 2, 30);
         broken[12..14].copy_from_slice(&[8, 6]);
         write(&mut ring, &broken);
@@ -187,8 +189,8 @@ fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
     });
 }
 
-/// Goal: a network ends when the last interface on it stops, though its handle is still there, and
-/// its name is free; a restart keeps the network and who was on it.
+/// Goal: a network ends when its last interface stops, even if the interface's handle still exists.
+/// Its name is then free. A restart keeps the network and its interfaces.
 #[test]
 fn a_network_lives_as_long_as_an_interface_is_on_it() {
     guarded(|| {

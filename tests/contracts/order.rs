@@ -11,8 +11,8 @@ use crate::support::{
     reap_n, scaled, send, settle, stage,
 };
 
-/// Goal: packets fill the posted slots first come, first served, in the order of their arrival,
-/// whether they came before or after the slots were posted.
+/// Goal: packets fill the posted slots in the order of their arrival, the slot posted first comes
+/// first, and it makes no difference whether a packet came before or after the slot was posted.
 #[test]
 fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
     guarded(|| {
@@ -29,12 +29,12 @@ fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
                     post(&mut reader, posted);
                     posted += 1;
                 }
-                // No more than the loop holds, so that none has to wait.
+                // Send no more than the loopback holds, so that no write has to wait.
                 for _ in 0..dice.below(20).min(200_u64.saturating_sub(arrived - seen)) {
                     send(&mut writer, arrived);
                     arrived += 1;
                 }
-                // (An inline writer sends when it is driven.)
+                // An inline writer sends when it is driven.
                 writer.wait(0, None);
                 let some = dice.below(2) as usize * writer.in_flight();
                 for done in reap_n(&mut writer, some) {
@@ -56,9 +56,9 @@ fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
     });
 }
 
-/// Goal: on a loopback, packets keep their order and fill the longest posted read first, whether they
-/// go from writes to reads directly, by reads that were lent, or through the device's own queue.
-/// Method: one ring, which has another beside it for a while.
+/// Goal: on a loopback, packets keep their order and fill the longest posted read first. This holds
+/// on each path: directly from writes to reads, through reads that were lent, and through the
+/// device's own queue. Method: one ring, with a second ring beside it for a while.
 #[test]
 fn a_loopback_keeps_the_order_on_every_way_through_it() {
     guarded(|| {
@@ -100,8 +100,9 @@ fn a_loopback_keeps_the_order_on_every_way_through_it() {
     });
 }
 
-/// Goal: the reads of a ring are there for others' packets too, and not only as many as the device
-/// queues (256). Method: a reader that writes as well, first alone, then with another beside it.
+/// Goal: packets from other rings can fill all reads of a ring, and not only as many as the device
+/// queues (256). Method: a reader that also writes, first alone, then with another writer beside
+/// it.
 #[test]
 fn reads_on_a_loopback_are_there_for_every_writing_ring() {
     const COUNT: u64 = 512;
@@ -123,7 +124,7 @@ fn reads_on_a_loopback_are_there_for_every_writing_ring() {
     });
 }
 
-/// Goal: the device gets writes in submission order although it takes them in odd pieces.
+/// Goal: the device gets writes in submission order, even if it takes them in irregular pieces.
 #[test]
 fn writes_reach_the_device_in_submission_order() {
     guarded(|| {
@@ -134,7 +135,7 @@ fn writes_reach_the_device_in_submission_order() {
             let interface = Script::new(move |_, _| {
                 let (seen, mut dice) = (seen.clone(), Dice::new(5));
                 ScriptQueue::new(move |io| {
-                    // Some are taken, some of those put back, the rest left.
+                    // Take some, put some of those back, and leave the rest.
                     let mut taken = Vec::new();
                     for _ in 0..dice.below(8) {
                         taken.extend(io.take_write());
@@ -175,12 +176,12 @@ fn writes_reach_the_device_in_submission_order() {
     });
 }
 
-/// Goal: an entry that is cancelled or refused does not wait for those before it.
+/// Goal: an entry that is cancelled or refused does not wait for the entries before it.
 #[test]
 fn cancelled_and_failed_entries_complete_at_once() {
     guarded(|| {
         every_way(|way, poller| {
-            // It refuses number 3 and keeps everything else for ever.
+            // The device refuses number 3 and keeps all other writes.
             let interface = Script::new(|_, _| {
                 let mut kept = Vec::new();
                 let keeping = Arc::new(Mutex::new(Vec::new()));
@@ -211,7 +212,7 @@ fn cancelled_and_failed_entries_complete_at_once() {
             (1..=3).for_each(|number| send(&mut ring, number));
             let done = reap_n(&mut ring, 1).remove(0);
             assert_eq!(done.brief(), (Op::Write, 3, Err(Status::InvalidArgument.into())));
-            // Reads that this device never takes.
+            // This device never takes reads.
             (10..20).for_each(|number| post(&mut ring, number));
             ring.cancel(15, 100).unwrap();
             let done: Vec<_> = reap_n(&mut ring, 2).iter().map(|done| done.brief()).collect();

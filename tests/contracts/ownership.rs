@@ -1,5 +1,5 @@
-//! Who owns a frame, and when: one place per slot, one completion per submission, and a refusal
-//! returns its frame.
+//! Ownership of frames: one place per slot, one completion per submission, and a refusal returns
+//! its frame.
 
 use std::collections::{BTreeSet, HashSet};
 use std::thread;
@@ -15,8 +15,8 @@ use crate::support::{
     scaled, send, stage,
 };
 
-/// Goal: a slot is in exactly one place. Method: random operations; the slots the test holds, those
-/// in flight and those in the free list always add up, and no slot comes twice.
+/// Goal: a slot is in exactly one place. Method: random operations. The slots that the test holds,
+/// those in flight and those in the free list always add up, and no slot appears twice.
 #[test]
 fn one_place_per_slot() {
     guarded(|| {
@@ -75,7 +75,7 @@ fn one_place_per_slot() {
     });
 }
 
-/// Goal: after `Ok` a completion comes, exactly one, whatever happens next. Method: one thread
+/// Goal: after `Ok`, exactly one completion comes, whatever happens next. Method: one thread
 /// submits until it is refused while another stops the ring at a random moment.
 #[test]
 fn publishing_is_the_commit_point() {
@@ -128,7 +128,8 @@ fn publishing_is_the_commit_point() {
                     completed.extend(cq.reap().map(|done| done.user_data));
                 }
                 control.stop();
-                // It may still wait for a credit: reap until it has seen that the ring is closed.
+                // The submitting thread may still wait for a credit. Reap until it has seen that
+                // the ring is closed.
                 while !submitting.is_finished() || cq.in_flight() > 0 {
                     cq.wait(1, Some(Duration::from_millis(1)));
                     for done in cq.reap() {
@@ -143,8 +144,8 @@ fn publishing_is_the_commit_point() {
     });
 }
 
-/// Goal: a CQE is retired before its frame exists. Method: forget frames and panic amid reaping;
-/// what is lost is lost, nothing comes twice, the rest still comes.
+/// Goal: a CQE is retired before its frame exists. Method: forget frames and panic while reaping. A
+/// forgotten frame stays lost, no completion comes twice, and the others still come.
 #[test]
 fn a_forgotten_completion_can_lose_its_slot_but_not_copy_it() {
     guarded(|| {
@@ -175,7 +176,7 @@ fn a_forgotten_completion_can_lose_its_slot_but_not_copy_it() {
     });
 }
 
-/// Submits `frame` and checks that it comes back as it was, with `kind`.
+/// Submits `frame` and checks that it comes back unchanged, with `kind`.
 fn refused(ring: &mut Ring, read: bool, frame: Frame, kind: SubmitErrorKind, backpressure: bool) {
     stage(format!("refusal: {kind:?}"));
     let (slot, bytes, credits) = (frame.slot(), frame.to_vec(), credits(ring));
@@ -194,7 +195,7 @@ fn refused(ring: &mut Ring, read: bool, frame: Frame, kind: SubmitErrorKind, bac
     assert_eq!((now, ring.in_flight()), (credits, in_flight), "a refusal changes nothing");
 }
 
-/// Every kind of refusal, each with its frame.
+/// Each kind of refusal returns the frame.
 #[test]
 fn refusal_returns_the_frame() {
     guarded(|| {
@@ -235,7 +236,7 @@ fn refusal_returns_the_frame() {
         refused(&mut ring, false, frame(&small, 60), SubmitErrorKind::ForeignPool, false);
         refused(&mut ring, true, frame(&pool(1), 60), SubmitErrorKind::ForeignPool, false);
 
-        // A batch says how many went before.
+        // The error of a batch says how many entries were accepted before it.
         let frames = [frame(&big, 60), frame(&big, 1515), frame(&big, 60)];
         let refusal = ring.submit_writes(frames.into_iter().zip(1..)).unwrap_err();
         assert_eq!((refusal.kind, refusal.accepted), (too_big, 1));

@@ -1,4 +1,4 @@
-//! Partial batches: what a device does not take, the budget of its retries, and deadlines.
+//! Partial batches: retries of what a device does not take, their budget, and deadlines.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,13 +13,13 @@ use crate::support::{
     reap_n, scaled, send,
 };
 
-/// Goal: what the device does not take is retried, and the budget belongs to the stall: a device
-/// that moves, however slowly, exhausts nobody.
+/// Goal: writes that the device does not take are retried, and the budget belongs to the stall. If
+/// the device makes progress, however slowly, no write is exhausted.
 #[test]
 fn a_partial_batch_is_retried_within_the_budget_of_the_stall() {
     guarded(|| {
         every_way(|way, poller| {
-            // Takes one write in every third call that offers any.
+            // Take one write in every third call that offers writes.
             let offers = Arc::new(AtomicU64::new(0));
             let count = offers.clone();
             let interface = Script::new(move |_, _| {
@@ -54,8 +54,8 @@ fn a_partial_batch_is_retried_within_the_budget_of_the_stall() {
     });
 }
 
-/// Goal: a loop without a reader holds 256 packets, then stalls; past the budget what is posted
-/// completes with `BufferExhausted`, with its frame, and is counted.
+/// Goal: a loopback without a reader holds 256 packets and then stalls. Past the budget, the posted
+/// writes complete with `BufferExhausted` and their frames, and are counted.
 #[test]
 fn past_the_budget_writes_complete_with_buffer_exhausted() {
     guarded(|| {
@@ -78,7 +78,7 @@ fn past_the_budget_writes_complete_with_buffer_exhausted() {
             }
             let stats = ring.stats();
             assert_eq!((stats.tx_packets, stats.exhausted, stats.errors), (256, 44, 0));
-            // The packets that were taken are not lost, and the ring goes on.
+            // The packets that were taken are not lost, and the ring still works.
             done.clear();
             (0..256).for_each(|number| post(&mut ring, number));
             for (number, done) in reap_n(&mut ring, 256).iter().enumerate() {
@@ -90,9 +90,9 @@ fn past_the_budget_writes_complete_with_buffer_exhausted() {
     });
 }
 
-/// Goal: the budget is one for the whole stall. Method: count how often a device that takes nothing
-/// is asked: not once more for a hundred entries than for one; later writes get one attempt each,
-/// until it takes something.
+/// Goal: there is one budget for the whole stall. Method: count the calls of a device that takes
+/// nothing. A hundred entries cause no more calls than one. Later writes get one attempt each,
+/// until the device takes something.
 #[test]
 fn the_retry_budget_belongs_to_the_stall_and_not_to_each_entry() {
     guarded(|| {
@@ -166,8 +166,9 @@ fn writes_never_wait_behind_reads() {
     });
 }
 
-/// Goal: inline, a stall costs the caller no sleep. Method: a retry delay of an hour: `reap` returns
-/// at once (or the watchdog ends the test), asks the device once, and `next_deadline` says when.
+/// Goal: on an inline ring, a stall does not make the caller sleep. Method: a retry delay of an
+/// hour. `reap` returns at once (else the watchdog ends the test) and asks the device once, and
+/// `next_deadline` says when to retry.
 #[test]
 fn inline_reap_never_sleeps_and_next_deadline_tells_when_to_come_back() {
     guarded(|| {
@@ -187,7 +188,7 @@ fn inline_reap_never_sleeps_and_next_deadline_tells_when_to_come_back() {
         assert_eq!(gate.offers(), 1);
         let deadline = ring.next_deadline().expect("the write is to be tried again");
         assert!(deadline >= before + hour);
-        // Others do not hurry it either.
+        // More writes do not bring the retry forward.
         send(&mut ring, 2);
         gate.take(usize::MAX);
         assert_eq!((ring.reap().len(), gate.offers()), (0, 0));
@@ -195,7 +196,7 @@ fn inline_reap_never_sleeps_and_next_deadline_tells_when_to_come_back() {
         assert_eq!(reap_n(&mut ring, 3).len(), 3);
         assert_eq!(ring.next_deadline(), None, "nothing is stuck any more");
 
-        // With a short delay `wait` comes back by itself at that time.
+        // With a short delay, `wait` returns by itself at that time.
         drop(ring);
         gate.take(0);
         let mut ring = inline(&interface, Direction::Write)
@@ -227,7 +228,7 @@ fn times_too_long_for_the_clock_are_for_ever() {
             assert_eq!(ring.quiesce(Duration::MAX).unwrap(), 1);
             reap_n(&mut ring, 1);
             if way != Way::Inline {
-                // Which ends the stall.
+                // The restart ends the stall.
                 interface.restart(Duration::MAX).unwrap();
                 gate.take(1);
                 send(&mut ring, 2);
