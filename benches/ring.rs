@@ -1,6 +1,6 @@
 //! The rings: echo by batch size, wake-up latency, forwarding between two interfaces.
 //!
-//! Every bench first checks that what it times is right.
+//! Every bench first checks the result of what it times.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ fn loopback() -> Interface {
     Interface::builder().device(Loopback::new(1500)).start().expect("a loop starts")
 }
 
-/// `batch` reads posted and `batch` packets of `size` bytes on their way.
+/// Posts `batch` reads and sends `batch` packets.
 fn fill(ring: &mut Ring, batch: u64, packet: &[u8]) {
     for i in 0..batch {
         let frame = ring.alloc().expect("a fresh ring");
@@ -25,7 +25,8 @@ fn fill(ring: &mut Ring, batch: u64, packet: &[u8]) {
     }
 }
 
-/// One round: reaps what there is and submits it again. Returns the packets read.
+/// One round: reaps all completions and submits their frames again. Returns the number of packets
+/// read.
 fn turn(ring: &mut Ring, packet: &[u8]) -> u64 {
     let waiting = ring.wait(1, LONG);
     assert!(waiting > 0, "nothing came back within ten seconds");
@@ -46,13 +47,13 @@ fn turn(ring: &mut Ring, packet: &[u8]) -> u64 {
     read
 }
 
-/// Throughput of `size`-byte packets, in packets and in bytes. A group of criterion's has one unit, so
-/// each is measured in two.
+/// The units for packets of `size` bytes: packets and bytes. A criterion group has one unit, so
+/// each case is measured in two groups.
 fn units(size: usize) -> [(&'static str, Throughput); 2] {
     [("packets", Throughput::Elements(1)), ("bytes", Throughput::Bytes(size as u64))]
 }
 
-/// A packet out and back: two submissions, two completions, one copy.
+/// A packet goes out and comes back: two submissions, two completions, one copy.
 fn echo(c: &mut Criterion) {
     let packet = [0x5a; 60];
     for (name, inline) in [("inline", true), ("thread", false)] {
@@ -84,8 +85,8 @@ fn build(builder: RingBuilder<'_>) -> Ring {
     builder.depth(256).prefault(true).build().expect("a ring")
 }
 
-/// A packet out and back with both sides asleep: the submit wakes the poller, its completion wakes
-/// the submitter.
+/// A packet goes out and comes back with both sides asleep. The submit wakes the poller, and the
+/// completion wakes the submitter.
 fn wakeup(c: &mut Criterion) {
     let mut group = c.benchmark_group("wakeup");
     group.sample_size(20);
@@ -103,7 +104,7 @@ fn wakeup(c: &mut Criterion) {
     group.finish();
 }
 
-/// Two guests, each driving its own ring: one sends, the other receives.
+/// Two guests, each of which drives its own ring. One sends, the other receives.
 fn forward(c: &mut Criterion) {
     for (size, mtu) in [(60, 1500), (1514, 1500), (65_535, 65_521)] {
         let start = |name| {
@@ -127,7 +128,8 @@ fn forward(c: &mut Criterion) {
             frame.copy_from(&packet).expect("it fits");
             sender.submit_write(frame, i).expect("a fresh ring");
         }
-        // One thread drives both, so that the figure is the cost of the way and not of the wake-up.
+        // One thread drives both rings, so that the figure is the cost of forwarding and not of a
+        // wake-up.
         for (unit, throughput) in units(size) {
             let mut group = c.benchmark_group(format!("forward/{unit}"));
             group.throughput(throughput);
@@ -136,7 +138,7 @@ fn forward(c: &mut Criterion) {
                     let start = Instant::now();
                     let mut seen = 0;
                     while seen < packets {
-                        // The reads of the last turn are posted before anything is sent.
+                        // Post the reads of the last turn before sending anything.
                         receiver.wait(0, None);
                         turn(&mut sender, &packet);
                         seen += turn(&mut receiver, &packet);

@@ -4,7 +4,7 @@ use criterion::{Criterion, Throughput};
 use std::hint::black_box;
 use vmring::PacketView;
 
-/// An Ethernet, IPv4 and UDP header, and a little payload.
+/// A packet with Ethernet, IPv4 and UDP headers and a little payload.
 fn packet() -> Vec<u8> {
     let mut packet = vec![0; 60];
     packet[12..14].copy_from_slice(&0x0800_u16.to_be_bytes());
@@ -15,7 +15,7 @@ fn packet() -> Vec<u8> {
     packet
 }
 
-/// Checked at every access.
+/// Checks the length at every access.
 fn ports_by_getters(bytes: &[u8]) -> Option<(u16, u16)> {
     let view = PacketView::whole(bytes)?;
     if view.be16(12)? != 0x0800 || view.u8(23)? != 17 {
@@ -25,7 +25,7 @@ fn ports_by_getters(bytes: &[u8]) -> Option<(u16, u16)> {
     Some((udp.be16(0)?, udp.be16(2)?))
 }
 
-/// Checked once.
+/// Checks the length once.
 fn ports_by_fields(bytes: &[u8]) -> Option<(u16, u16)> {
     let view = PacketView::whole(bytes)?;
     let head = view.fields::<42>()?;

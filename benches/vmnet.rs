@@ -1,5 +1,5 @@
-//! The vmnet driver's own cost: a ring over a simulated vmnet that costs nothing, against loops that
-//! call the C ABI themselves.
+//! The vmnet driver's own cost: a ring over a simulated vmnet whose calls cost nothing, compared
+//! with loops that call the C ABI themselves.
 //!
 //! * `ring`: frames reaped and submitted again, a batch at a time; ownership, completions and
 //!   counters included.
@@ -7,8 +7,8 @@
 //!   each length.
 //! * `bare-single`: the same, one packet to a call, as Lwt_vmnet and QEMU write.
 //!
-//! Each with calls that cost nothing and with calls of 300 ns, which a system call costs. On macOS
-//! there is no simulator, and nothing to run here.
+//! Each runs with calls that cost nothing and with calls of 300 ns, about the cost of a system
+//! call. On macOS there is no simulator, so nothing runs.
 
 #[cfg(target_os = "macos")]
 fn main() {}
@@ -76,7 +76,7 @@ mod imp {
         fn xpc_release(object: *mut c_void);
     }
 
-    /// A world and an interface identity in it whose calls cost `cost` and nothing else.
+    /// A world with an interface identity whose calls take `cost` and do nothing else.
     fn world(cost: Duration) -> (World, [u8; 16]) {
         let world = World::new();
         let id = world.interface_id();
@@ -87,7 +87,7 @@ mod imp {
         (world, id)
     }
 
-    /// An interface as a C program has it.
+    /// An interface as a C program would have it.
     struct Bare {
         interface: *mut c_void,
         queue: dispatch2::DispatchRetained<DispatchQueue>,
@@ -135,7 +135,8 @@ mod imp {
             }
         }
 
-        /// One call for all buffers, each with `len` bytes of room or of packet. Returns the packets.
+        /// Makes one call for all buffers, each with `len` bytes of space or of packet. Returns the
+        /// number of packets.
         #[inline]
         fn turn(&mut self, transfer: Transfer, len: usize) -> u64 {
             let all = self.buffers.iter_mut().zip(&mut self.iovecs).zip(&mut self.descriptors);
@@ -148,7 +149,8 @@ mod imp {
                 descriptor.vm_flags = 0;
             }
             let mut count = self.descriptors.len() as c_int;
-            // SAFETY: the interface runs; there are so many descriptors, and what they point at is ours.
+            // SAFETY: the interface runs. `count` is the number of descriptors, and they point to
+            // buffers that `self` owns.
             let status =
                 unsafe { transfer(self.interface, self.descriptors.as_mut_ptr(), &mut count) };
             assert_eq!(status, SUCCESS);
@@ -164,13 +166,14 @@ mod imp {
             let (answer, answers) = sync_channel(1);
             let handler =
                 RcBlock::new(move |status: u32| answer.send(status).expect("it is waited for"));
-            // SAFETY: the interface runs, nobody else has it, and queue and block outlive the handler.
+            // SAFETY: the interface runs, only `self` has it, and the queue and the block outlive
+            // the handler.
             let status = unsafe { vmnet_stop_interface(self.interface, &self.queue, &handler) };
             assert_eq!((status, answers.recv()), (SUCCESS, Ok(SUCCESS)));
         }
     }
 
-    /// An interface and a ring with `batch` frames in flight.
+    /// Starts an interface and a ring with `batch` frames in flight.
     struct Ours {
         ring: Ring,
         _interface: Interface,
@@ -196,7 +199,7 @@ mod imp {
             Self { ring, _interface: interface, _world: world }
         }
 
-        /// Reaps what there is and submits it again.
+        /// Reaps all completions and submits their frames again.
         #[inline]
         fn turn(&mut self, direction: Direction) -> u64 {
             let (mut sq, mut cq) = self.ring.split();

@@ -1,8 +1,8 @@
-//! A device of one's own, in safe Rust: an echo that answers every frame to its sender.
+//! A custom device in safe Rust: an echo that sends every frame back to its sender.
 //!
 //! A [`Driver`] starts a [`Device`]; the device gives each ring a [`Queue`]; the poller lends the
-//! queue slots through [`Io`]. This queue keeps the reads it is lent until it has something to put
-//! into them, as a completion engine does, and gives everything back when it is closed.
+//! queue slots through [`Io`]. Like a completion engine, this queue keeps the reads it is lent
+//! until it has data for them. It gives everything back when it is closed.
 //!
 //! ```sh
 //! cargo run --example device
@@ -15,7 +15,7 @@ use std::time::Duration;
 use vmring::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
 use vmring::{Config, Direction, Driver, Error, Interface, InterfaceInfo, MacAddr6, Op, Status};
 
-/// What is given to `Interface::builder().device(..)`.
+/// The driver, to pass to `Interface::builder().device(..)`.
 struct Echo;
 
 impl Driver for Echo {
@@ -45,16 +45,16 @@ impl Device for EchoDevice {
         if direction != Direction::Both {
             return Err(self.not_supported("a ring of one direction"));
         }
-        // Answers appear while the poller polls, so there is never a reason to wake it.
+        // Answers appear only while the poller polls, so there is never a reason to wake it.
         Ok(Box::new(EchoQueue::default()))
     }
 }
 
 #[derive(Default)]
 struct EchoQueue {
-    /// Reads lent to us, oldest first.
+    /// Reads that the poller has lent, oldest first.
     waiting: VecDeque<PostedSlot>,
-    /// Given back by a cancel, to be completed in the next poll.
+    /// Reads that were cancelled. The next poll completes them.
     cancelled: Vec<PostedSlot>,
 }
 
@@ -64,7 +64,8 @@ impl Queue for EchoQueue {
         while let Some(slot) = io.take_read() {
             self.waiting.push_back(slot);
         }
-        // No posted read, no packet: then the writes stay with the poller, which retries them.
+        // Without a posted read there is no place for the answer, so leave the writes with the
+        // poller, which retries them.
         while !self.waiting.is_empty()
             && let Some(write) = io.take_write()
         {

@@ -1,7 +1,8 @@
-//! A VMM's event loop: `poll(2)` on the ring's descriptor beside whatever else the VMM waits for.
+//! A VMM's event loop: `poll(2)` on the ring's descriptor, beside everything else that the VMM
+//! waits for.
 //!
-//! `arm_after` asks for one signal per 32 packets, or 200 microseconds after the first: the place
-//! where a VMM injects one interrupt for the batch.
+//! `arm_after` asks for one signal per 32 packets, or 200 microseconds after the first packet. That
+//! is where a VMM injects one interrupt for the whole batch.
 //!
 //! ```sh
 //! cargo run --example event_loop
@@ -29,9 +30,10 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let (mut packets, mut interrupts) = (0, 0);
     while packets < PACKETS {
         if ring.arm_after(32, Some(Duration::from_micros(200))) == Armed::Armed {
-            // Here a VMM waits for its other descriptors too.
+            // A VMM adds its other descriptors here.
             let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-            // SAFETY: one pollfd, exclusively borrowed; the ring keeps its descriptor open.
+            // SAFETY: the pointer is to one `pollfd`, exclusively borrowed. The ring keeps its
+            // descriptor open.
             match unsafe { libc::poll(&mut poll, 1, 5000) } {
                 0 => return Err("no packet within five seconds".into()),
                 1 => {}
@@ -51,7 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     sender.join().expect("the sender ends")
 }
 
-/// The other guest: sends `PACKETS` frames, waiting only for its own frames to come home.
+/// The other guest. It sends `PACKETS` frames and waits only until its own frames are free again.
 fn send(
     interface: &Interface,
     to: [u8; 6],

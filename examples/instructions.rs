@@ -1,4 +1,4 @@
-//! Scenarios for counting instructions per packet, which noise cannot move: `.ci/instructions` runs
+//! Scenarios for counting instructions per packet, a figure without noise. `.ci/instructions` runs
 //! this under callgrind with two packet counts and takes the difference.
 //!
 //! ```text
@@ -15,7 +15,7 @@ use vmring::{
     MacAddr6, Ring, Status,
 };
 
-/// A name, and what runs so many packets.
+/// The name of a scenario, and a function that runs the given number of packets.
 type Scenario = (&'static str, fn(u64));
 
 const SCENARIOS: &[Scenario] = &[
@@ -57,7 +57,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// A device that completes every slot at once and touches no byte: what is left is the rings.
+/// A device that completes every slot at once and touches no byte, so that the figure is the cost
+/// of the rings alone.
 struct Null;
 
 impl Driver for Null {
@@ -124,7 +125,7 @@ fn null_read(packets: u64, batch: u64) {
     }
 }
 
-/// Reads and writes in flight, `batch` each; a packet is one write and one read.
+/// Keeps `batch` reads and `batch` writes in flight. A packet is one write and one read.
 fn loopback(packets: u64, batch: u64) {
     let interface = Interface::builder().device(Loopback::new(1500)).start().expect("it starts");
     let mut ring = ring(&interface);
@@ -166,7 +167,7 @@ fn embedded(packets: u64, size: usize, batch: u64) {
     }
     let mut reaped = 0;
     while reaped < packets {
-        // The reads of the last turn are posted before anything is sent.
+        // Post the reads of the last turn before sending anything.
         receiver.wait(0, None);
         recycle(&mut sender);
         reaped += recycle(&mut receiver);
@@ -188,7 +189,7 @@ fn recycle(ring: &mut Ring) -> u64 {
     reaped
 }
 
-/// The vmnet driver over a simulated vmnet that costs nothing.
+/// The vmnet driver over a simulated vmnet whose calls cost nothing.
 #[cfg(not(target_os = "macos"))]
 fn vmnet(packets: u64, batch: u64, direction: Direction) {
     let world = vmnet_sim::World::new();

@@ -1,9 +1,10 @@
-//! Apple's vmnet: starts a shared interface, asks the gateway for its address, says what comes, and
-//! stops.
+//! Apple's vmnet: starts a shared interface, sends an ARP request for the gateway's address, prints
+//! what arrives, and stops.
 //!
-//! It needs root, or from macOS 26 on a signature with the entitlement in `vmnet.entitlements`,
-//! `com.apple.security.virtualization`; an ad-hoc signature is enough. `cargo build` strips signatures,
-//! so sign after each build, and start the program itself: `cargo run` may put the unsigned one back.
+//! It needs root. From macOS 26 on, a signature with the entitlement in `vmnet.entitlements`,
+//! `com.apple.security.virtualization`, is enough, even an ad-hoc one. `cargo build` strips
+//! signatures, so sign after each build. Start the program itself, because `cargo run` may rebuild
+//! it without the signature.
 //!
 //! ```sh
 //! cargo build --release --example vmnet
@@ -11,10 +12,10 @@
 //! target/release/examples/vmnet
 //! ```
 //!
-//! Up to macOS 15 the entitlement is `com.apple.vm.networking`, which Apple grants to developers; a
-//! binary that has it from an ad-hoc signature is killed when it starts, so it is not in the file.
-//! There, use `sudo`. (Nor is a comment: `codesign` reads entitlements with a parser of its own, which
-//! has refused comments that other parsers take.)
+//! Up to macOS 15 the entitlement is `com.apple.vm.networking`, which Apple grants to developers.
+//! macOS kills a binary that has it from an ad-hoc signature, so it is not in the file; use `sudo`
+//! there. (The file has no comment, because `codesign` reads entitlements with a parser of its own,
+//! which has refused comments that other parsers accept.)
 //!
 //! On other systems it runs on a simulated vmnet if it is built with `--features vmnet-sim`.
 
@@ -29,7 +30,7 @@ fn main() -> Outcome {
     let started = Interface::builder().mode(Mode::Shared).device(Vmnet::new()).start();
     let interface = match started {
         Err(error @ Error::PermissionDenied { .. }) => {
-            // The text says what is missing on this macOS.
+            // The message says what is missing on this macOS.
             eprintln!("{error}");
             std::process::exit(1);
         }
@@ -40,7 +41,7 @@ fn main() -> Outcome {
 
     let mut network = Blocking::new(interface.ring(Direction::Both).build()?)?;
     if let Some(range) = interface.info().ipv4 {
-        // Who has the first address? Asked by nobody in particular (RFC 5227).
+        // An ARP probe (RFC 5227): it asks for the first address and has no sender address.
         let mac = interface.mac().into_array();
         let mut request =
             [&[0xff; 6][..], &mac, b"\x08\x06\0\x01\x08\0\x06\x04\0\x01", &mac].concat();
@@ -60,7 +61,7 @@ fn main() -> Outcome {
     }
     println!("{packets} packets in five seconds");
 
-    // The ring before the interface; then the stop is at once, and says how it went.
+    // Drop the ring before the interface. The stop is then immediate and returns its result.
     drop(network);
     interface.stop(Duration::from_secs(10))?;
     Ok(())
