@@ -1,5 +1,5 @@
-//! Hostile frames to the gateway: it does not panic, its replies are well formed and no longer than
-//! they may be, and leases stay distinct and in range.
+//! Hostile frames to the gateway. It must not panic, its replies must be well formed and within the
+//! permitted length, and leases must stay distinct and in range.
 #![no_main]
 
 mod frames;
@@ -15,7 +15,7 @@ use vmring_embedded::dhcp::DhcpConfig;
 use vmring_embedded::gateway::Gateway;
 
 const FIRST: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 2);
-/// The longest reply to a shorter frame.
+/// The longest reply that may exceed its request's length.
 const DHCP_REPLY: usize = 346;
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 1, 0];
 const GUESTS: [[u8; 6]; 2] = [[0x02, 0, 0, 0, 2, 1], [0x02, 0, 0, 0, 2, 2]];
@@ -61,7 +61,8 @@ fn check_reply(frame: &[u8], reply: &[u8], gateway: [u8; 6]) {
     }
 }
 
-/// One address per guest, one guest per address, none that is not to be given.
+/// Checks that each guest has one address, each address has one guest, and all addresses are in the
+/// range.
 fn check_leases(leases: &[DhcpLease]) {
     let addresses: HashSet<_> = leases.iter().map(|lease| lease.address).collect();
     let holders: HashSet<_> = leases.iter().map(|lease| lease.mac).collect();

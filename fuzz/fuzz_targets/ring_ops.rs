@@ -1,5 +1,5 @@
-//! Random operations on rings over misbehaving devices, driven inline. Whatever happens: every
-//! submission completes exactly once, every slot is in one place, and nothing panics.
+//! Random operations on inline rings over misbehaving devices. Whatever happens, every submission
+//! completes exactly once, every slot is in one place, and nothing panics.
 #![no_main]
 
 use std::collections::BTreeSet;
@@ -47,7 +47,7 @@ struct World {
     ring: Ring,
     pool: Pool,
     frames: Vec<Frame>,
-    /// Reads and writes whose completion has not come; cancels.
+    /// Reads and writes that have not completed. `cancels` has the cancels.
     packets: BTreeSet<u64>,
     cancels: BTreeSet<u64>,
     next: u64,
@@ -97,7 +97,7 @@ impl World {
         }
     }
 
-    /// Every slot is free, a frame of ours, or in flight.
+    /// Checks that every slot is free, in one of our frames, or in flight.
     fn check(&self) {
         assert_eq!(self.pool.slots_out() as usize, self.frames.len() + self.packets.len());
         assert_eq!(self.ring.in_flight(), self.packets.len() + self.cancels.len());
@@ -156,7 +156,7 @@ fuzz_target!(|case: Case| {
                 world.ring.quiesce(Duration::from_secs(5)).expect("the device lets go");
             }
             Step::Restart => {
-                // Carried out when the ring is driven.
+                // The restart happens when the ring is driven.
                 let _ = interface.restart(Duration::ZERO);
             }
             Step::Close => world.ring.close().expect("the device lets go"),

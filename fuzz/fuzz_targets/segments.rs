@@ -1,8 +1,9 @@
-//! Software offload of any bytes: it is an error, or segments that fit where they were said to fit,
-//! each of them a packet whose checksums smoltcp finds right, and nothing of the payload is lost.
+//! Software offload of arbitrary bytes. The result is an error, or segments of at most the promised
+//! length. smoltcp must find the checksums of each segment right, and no byte of the payload may be
+//! lost.
 //!
-//! Most inputs are led to a packet that can be cut: the fields that have to agree are set, the rest
-//! is the fuzzer's.
+//! Most inputs are turned into a packet that can be segmented: the target sets the fields that have
+//! to agree, and the fuzzer chooses the rest.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -29,7 +30,7 @@ struct Lead {
 }
 
 impl Lead {
-    /// Sets what has to agree.
+    /// Sets the fields that have to agree.
     fn follow(self, packet: &mut [u8]) -> Option<OffloadHeader> {
         let protocol = if self.tcp { 6 } else { 17 };
         let ip_len = packet.len().checked_sub(14)?;
@@ -94,21 +95,21 @@ fuzz_target!(|input: Input| {
     assert_eq!(payload, packet.len() - headers_of(&header, &packet));
 });
 
-/// Bytes in front of the payload.
+/// The number of bytes in front of the payload.
 fn headers_of(header: &OffloadHeader, packet: &[u8]) -> usize {
     let Checksum::Partial { start, .. } = header.checksum else { panic!("it could be cut") };
     let start = usize::from(start);
     start + if header.gso.is_tcp() { usize::from(packet[start + 12] >> 4) * 4 } else { 8 }
 }
 
-/// Bytes of the segment's payload, after a look at its checksums.
+/// Checks the segment's checksums and returns the length of its payload.
 fn judge(header: &OffloadHeader, segment: &[u8]) -> usize {
     let headers = headers_of(header, segment);
     let Checksum::Partial { start, .. } = header.checksum else { panic!("it could be cut") };
     let transport = &segment[usize::from(start)..];
     let frame = EthernetFrame::new_checked(segment).expect("Ethernet");
-    // What is behind VLAN tags, and what the last address is behind IPv6's extension headers, is the
-    // property test's business.
+    // The property test covers packets with VLAN tags, and the last address if there are IPv6
+    // extension headers.
     let addresses: [IpAddress; 2] = match frame.ethertype() {
         EthernetProtocol::Ipv4 => {
             let ip = Ipv4Packet::new_checked(frame.payload()).expect("IPv4");

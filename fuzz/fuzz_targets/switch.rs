@@ -1,5 +1,5 @@
-//! Hostile frames through the switch: it does not panic, what arrives is whole, and every buffer
-//! comes back.
+//! Hostile frames through the switch. It must not panic, every frame that arrives must be complete,
+//! and every buffer must come back.
 #![no_main]
 
 mod frames;
@@ -29,7 +29,7 @@ enum Step<'a> {
     Wait { seconds: u16 },
 }
 
-/// A clock that is moved on from outside.
+/// A clock that the test advances.
 struct Shared(Arc<ManualClock>);
 
 impl Clock for Shared {

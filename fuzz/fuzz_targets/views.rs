@@ -1,9 +1,9 @@
-//! `PacketView` against the plain model of it: a slice and a position. Whatever is asked of a view,
-//! it answers as the slice would, or refuses where the slice would panic; and it never reaches
-//! outside what it was cut to.
+//! `PacketView` against a plain model: a slice and a range. Each operation on a view gives the
+//! result that the slice gives, or refuses if the slice would panic. It never reaches outside the
+//! view.
 //!
-//! And the virtio-net header: any 12 bytes are refused or understood, what was understood survives
-//! being written, and what was validated points into the packet.
+//! The virtio-net header, too: any 12 bytes are refused or parsed, a parsed header survives being
+//! written, and a validated header points into the packet.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -23,7 +23,7 @@ struct Input<'a> {
     trims: [u16; 2],
 }
 
-/// A position or length: mostly near the packet's, sometimes anything.
+/// A position or length, mostly near the start or end of the packet, sometimes arbitrary.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 enum Number {
     Small(u8),
@@ -58,7 +58,7 @@ fuzz_target!(|input: Input| {
     offload_header(&input);
 });
 
-/// The same cut of the model; `None` if it has not that many bytes.
+/// Cuts the model like the view. `None` if the model does not have that many bytes.
 fn cut(model: &Range<usize>, at: usize, len: usize) -> Option<Range<usize>> {
     let end = at.checked_add(len)?;
     (end <= model.len()).then(|| model.start + at..model.start + end)
@@ -224,7 +224,7 @@ fn write(input: &Input) {
         }
         check(&view, &shadow, &model);
     }
-    // What was outside the view at the time of a write is as it was.
+    // Bytes outside the view at the time of a write are unchanged.
     assert_eq!(buffer, shadow);
 }
 
