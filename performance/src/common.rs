@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
 use vmring::{Config, Direction, Driver, InterfaceInfo, MacAddr6, Status};
 
-use crate::{Plan, Result};
+use crate::plan::Plan;
+use crate::result::Result;
 
 /// Lets all contenders take turns, as often as the plan says. Gives the values of each, in order.
 pub(crate) fn take_turns<C>(

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::Result;
+use crate::result::Result;
 
 /// What one look at the TAP gave.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

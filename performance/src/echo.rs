@@ -10,8 +10,9 @@ mod rivals;
 use std::time::Duration;
 
 use crate::common::{pinned, take_turns};
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];
 #[derive(Clone, Copy, PartialEq)]

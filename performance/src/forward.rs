@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::Result;
 use crate::net::without_checksums;
 use crate::net::{FULL_FRAME, Namespace, Offload, Tap, counters, in_new_namespace, ip};
 use crate::relay;
 use crate::report::{Table, Want};
+use crate::result::Result;
 
 /// What `vmring bridge` is given: it makes both TAPs, which are then moved to their namespaces, and
 /// carries packets until it is killed.

@@ -7,8 +7,9 @@ use vmring::{Direction, Drive, Embedded, Interface, Op, Ring};
 
 use crate::common::{pinned, take_turns};
 use crate::net::SMALL_FRAME;
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 /// Interfaces on a network. The last is as many as one takes.
 const SIZES: [usize; 6] = [2, 4, 16, 64, 256, 1024];

@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use crate::common::take_turns;
 use crate::net::{FULL_FRAME, SMALL_FRAME};
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 use traffic::Traffic;
 
 /// The longest packet of the network with the greatest MTU.

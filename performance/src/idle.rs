@@ -8,8 +8,9 @@ use vmring::{Direction, Drive, IdlePolicy, Interface, Loopback, Poller, Ring};
 
 use crate::clock::Moment;
 use crate::common::take_turns;
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 const INTERFACES: usize = 16;
 /// One measurement: so many of the plan's, at most this.

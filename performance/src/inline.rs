@@ -5,9 +5,10 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Interface, Ring};
 
 use crate::common::{NULL_LENGTH, Null, pinned, take_turns, time_packets};
+use crate::plan::{Part, Plan};
 use crate::queues::{Entry, Queues};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 const TURNS: u32 = 256;
 /// The most a packet may take, ns, by batch.

@@ -14,8 +14,9 @@ use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Op, Polle
 
 use crate::common::{NULL_LENGTH, Null, pin, pinned, processors, take_turns};
 use crate::net::check;
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 /// Longer than anything here may take.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -18,11 +18,13 @@ mod inline;
 mod latency;
 mod net;
 mod ours;
+mod plan;
 mod plot;
 mod queues;
 mod read;
 mod relay;
 mod report;
+mod result;
 mod scale;
 mod slots;
 mod vmnet;
@@ -35,9 +37,9 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
+use plan::{Part, Plan};
 use report::{Heading, Report, Sample, Table, Want};
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+use result::Result;
 
 /// vmring beside its rivals and beside the least that the machine can do.
 ///
@@ -115,17 +117,6 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
         _ => Err("not between 0.001 and 60".to_owned()),
     }
 }
-
-/// How long and how often.
-#[derive(Clone, Copy)]
-pub(crate) struct Plan {
-    pub(crate) rounds: u32,
-    /// Of one measurement.
-    pub(crate) time: Duration,
-}
-
-/// What a part gives.
-type Part = Result<(Vec<Table>, Vec<Want>)>;
 
 /// A part, its name, why it cannot run here if it cannot, and what runs it.
 type Step<'a> = (What, &'static str, Option<&'static str>, &'a dyn Fn(Plan) -> Part);

@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::thread;
 
-use crate::Result;
+use crate::result::Result;
 
 /// Bytes of an Ethernet header.
 pub(crate) const ETHERNET: usize = 14;

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use vmring::{Direction, Drive, Frame, Interface, Ring, Tap, TapEngine};
 
-use crate::Result;
 use crate::contender::{Reader, Taken, Writer};
 use crate::net;
+use crate::result::Result;
 use crate::slots::SLOTS;
 
 /// What a user of vmring chooses.

@@ -4,8 +4,8 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use crate::Result;
 use crate::report::{Report, Table, shorten};
+use crate::result::Result;
 
 /// Pixels.
 const WIDTH: f64 = 1200.0;

@@ -4,7 +4,7 @@
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
-use crate::Result;
+use crate::result::Result;
 
 /// As our entries, 32 bytes.
 #[derive(Clone, Copy, Debug, Default)]

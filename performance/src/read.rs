@@ -8,12 +8,12 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use crate::Result;
 use crate::clock::{Elapsed, Moment, Processor};
 use crate::contender::{Reader, Taken};
 use crate::net::{PacketSocket, Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::report::Sample;
+use crate::result::Result;
 use crate::slots::BATCH;
 use rivals::{Batch, Multishot, Plain, TunRs};
 

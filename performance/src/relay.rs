@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::Result;
 use crate::clock::Processor;
 use crate::net::{Tap, VIRTIO_HEADER, check};
+use crate::result::Result;
 use crate::slots::BATCH;
 
 /// The longest frame with segmentation left to the other side, and its virtio header.

@@ -5,8 +5,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
-use crate::Result;
 use crate::clock::Elapsed;
+use crate::result::Result;
 
 /// What one measurement of packets gave.
 #[derive(Clone, Copy, Default)]

@@ -11,8 +11,9 @@ use vmring::{Direction, Drive, Frame, Interface, Loopback, Op, Poller, Ring};
 
 use crate::common::{pinned, processors, take_turns, time_packets};
 use crate::net::ETHERNET;
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 /// Reads and writes in flight, each.
 const BATCH: usize = 32;

@@ -13,9 +13,10 @@ use vmnet_sim::World;
 use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
 
 use crate::common::{Null, pinned, take_turns, time_packets};
+use crate::plan::{Part, Plan};
 use crate::queues::Queues;
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 use bare::Bare;
 use limits::{LENGTH, PATIENCE};
 

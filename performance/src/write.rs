@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 
-use crate::Result;
 use crate::clock::Moment;
 use crate::contender::Writer;
 use crate::net::{Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::report::Sample;
+use crate::result::Result;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
 /// The contenders.

@@ -4,7 +4,7 @@ use std::hint;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::Result;
+use crate::result::Result;
 
 /// Entries that a queue has room for.
 pub(crate) const CAPACITY: usize = 256;

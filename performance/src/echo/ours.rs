@@ -5,8 +5,8 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
 
 use super::limits::{CAPACITY, COMPARED, PATIENCE, Patience, SPINS, TURNS};
-use crate::Result;
 use crate::common::{NULL_LENGTH, Null, processors, time_packets};
+use crate::result::Result;
 
 const LENGTH: usize = NULL_LENGTH;
 

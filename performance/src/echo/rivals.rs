@@ -7,8 +7,8 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode};
 
 use super::limits::{CAPACITY, COMPARED, PATIENCE, Patience, SPINS, TURNS};
-use crate::Result;
 use crate::common::{pin, time_packets};
+use crate::result::Result;
 
 /// Our entries have 32 bytes, too.
 type Entry = [u64; 4];

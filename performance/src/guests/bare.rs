@@ -6,8 +6,8 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
-use crate::Result;
 use crate::queues::{Entry, Queues};
+use crate::result::Result;
 
 /// Slots begin with a cache line, as vmring's do.
 #[repr(C, align(64))]

@@ -8,8 +8,8 @@ use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
 use super::inspection::{Inspection, PACKETS, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
-use crate::Result;
 use crate::net::{ETHERNET, FULL_FRAME};
+use crate::result::Result;
 
 /// Who turns the rings' engines.
 #[derive(Clone, Copy, PartialEq, Eq)]

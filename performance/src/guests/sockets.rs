@@ -8,8 +8,8 @@ use libc::{c_int, c_void, iovec, mmsghdr};
 
 use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
 use super::traffic::{BATCH, Receiver, Sender, Traffic, carry};
-use crate::Result;
 use crate::net::check;
+use crate::result::Result;
 
 /// Asked for; the system may give less.
 const SEND_BUFFER: c_int = 4 << 20;

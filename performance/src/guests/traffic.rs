@@ -5,8 +5,8 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use super::inspection::{Depth, Inspection, words};
-use crate::Result;
 use crate::common::pin;
+use crate::result::Result;
 
 /// Packets that either side handles at once.
 pub(crate) const BATCH: usize = 32;

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use io_uring::{IoUring, cqueue, opcode, types};
 
-use crate::Result;
 use crate::contender::{Reader, Taken};
 use crate::net::{Tap, check};
+use crate::result::Result;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
 /// Waits for a packet.

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use vmring::{Direction, Drive, Driver, Embedded, Interface, Loopback, Op, Ring, page_size};
 
 use crate::common::{Null, take_turns};
+use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
-use crate::{Part, Plan, Result};
+use crate::result::Result;
 
 /// Rings, each on its own interface, among which the memory is divided.
 const RINGS: usize = 16;

@@ -10,8 +10,8 @@ use libc::iovec;
 use vmnet_sim::World;
 
 use super::limits::{BUFFER_LEN, LENGTH, PATIENCE};
-use crate::Result;
 use crate::queues::{Entry, Queues};
+use crate::result::Result;
 
 const SUCCESS: u32 = 1000;
 

@@ -1,0 +1,17 @@
+//! What every part is asked for, and what it gives.
+
+use std::time::Duration;
+
+use crate::report::{Table, Want};
+use crate::result::Result;
+
+/// How long and how often to measure.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan {
+    pub(crate) rounds: u32,
+    /// How long one measurement takes.
+    pub(crate) time: Duration,
+}
+
+/// What a part gives.
+pub(crate) type Part = Result<(Vec<Table>, Vec<Want>)>;
