@@ -29,7 +29,7 @@ pub mod tap;
 pub mod vmnet;
 
 pub use crate::config::{Offloads, PortForward, Protocol};
-pub use io::{Done, Io};
+pub use io::{CompletedSlot, Io};
 pub use relay::Relay;
 pub use seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 pub use slot::PostedSlot;

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
 
 use crate::config::Direction;
-use crate::device::catch::{Panicked, guard};
+use crate::device::catch::{Panicked, catch_panic};
 use crate::device::completions::Completions;
 use crate::device::io::{Io, Posted, Sink};
 use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
-use crate::device::slot::list_of;
+use crate::device::slot::class_index;
 use crate::error::{Closed, ConfigError, Error, Status};
 use crate::fifo::Fifo;
-use crate::lifecycle::{Claim, INTERFACE_BUSY, RingGroup};
+use crate::lifecycle::{INTERFACE_BUSY, InterfaceShared, RingPermit};
 use crate::limits::CLOSE_RETRY;
-use crate::mailbox::{RingShared, control};
+use crate::mailbox::{DroppedSlot, RingShared, request};
 use crate::policy::RetryPolicy;
 use crate::sys::{after, lock};
 
@@ -35,7 +35,7 @@ enum Phase {
     Closing {
         deadline: Instant,
         /// `None`: to be opened again by a restart.
-        then: Option<Closed>,
+        reason: Option<Closed>,
     },
     /// Between the two halves of a restart: submissions wait.
     Detached,
@@ -46,12 +46,12 @@ enum Phase {
 pub(crate) struct EngineParts {
     pub(crate) sq_consumer: SqConsumer,
     pub(crate) cq_producer: CqProducer,
-    pub(crate) group: Arc<RingGroup>,
+    pub(crate) interface: Arc<InterfaceShared>,
     pub(crate) direction: Direction,
     pub(crate) shared: Arc<RingShared>,
     pub(crate) retry: RetryPolicy,
     pub(crate) close_timeout: Duration,
-    pub(crate) claim: Claim,
+    pub(crate) permit: RingPermit,
     pub(crate) depths: (usize, usize),
 }
 
@@ -65,21 +65,21 @@ pub(crate) struct Engine {
     queue: Option<Box<dyn Queue>>,
     /// The queue's own, as it said when it was opened or last armed.
     descriptor: Option<RawFd>,
-    group: Arc<RingGroup>,
+    interface: Arc<InterfaceShared>,
     caps: Capabilities,
     direction: Direction,
     pub(crate) shared: Arc<RingShared>,
     retry: RetryPolicy,
     close_timeout: Duration,
-    claim: Option<Claim>,
+    permit: Option<RingPermit>,
     phase: Phase,
     stall: Option<Stall>,
     /// When to notify a reaper that waits for more completions than there are.
     coalesce: Option<(u64, Instant)>,
     /// Orphans taken out of the shared list, kept to reuse its memory.
-    orphans: Vec<crate::mailbox::Orphan>,
+    dropped: Vec<DroppedSlot>,
     /// A poller's thread drives it, and no other will.
-    settled: bool,
+    bound: bool,
     /// Queues that it has had and that are gone.
     queues_closed: u64,
 }
@@ -97,25 +97,26 @@ impl fmt::Debug for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.send_orphans_home();
+        self.shared.refuse_dropped();
     }
 }
 
 impl Engine {
     pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
-        let EngineParts { sq_consumer, cq_producer, group, direction, shared, retry, .. } = parts;
+        let EngineParts { sq_consumer, cq_producer, interface, direction, shared, retry, .. } =
+            parts;
         let (reads, writes) = parts.depths;
-        if !group.try_attach() {
+        if !interface.try_attach() {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
-        let opened = guard(|| open(&*group.device, direction, &shared));
+        let opened = catch_panic(|| open(&*interface.device, direction, &shared));
         let Opened { queue, caps, descriptor } = match opened.unwrap_or_else(|Panicked| {
             let source = std::io::Error::other("the device panicked");
             Err(Error::Io { what: "opening a queue of the device", source })
         }) {
             Ok(opened) => opened,
             Err(error) => {
-                group.detached();
+                interface.detach();
                 return Err(error);
             }
         };
@@ -130,48 +131,48 @@ impl Engine {
             queue: Some(queue),
             descriptor,
             caps,
-            group,
+            interface,
             direction,
             shared,
             retry,
             close_timeout: parts.close_timeout,
-            claim: Some(parts.claim),
+            permit: Some(parts.permit),
             phase: Phase::Open,
             stall: None,
             coalesce: None,
-            orphans: Vec::with_capacity(reads + writes),
-            settled: false,
+            dropped: Vec::with_capacity(reads + writes),
+            bound: false,
             queues_closed: 0,
         })
     }
 
     /// From here on this thread drives it.
-    pub(crate) fn settle(&mut self) {
-        self.settled = true;
+    pub(crate) fn bind_to_thread(&mut self) {
+        self.bound = true;
         if let Some(queue) = &mut self.queue
-            && guard(|| queue.settle()).is_err()
+            && catch_panic(|| queue.settle()).is_err()
         {
-            self.panicked();
+            self.close_panicked();
         }
     }
 
     /// One round: takes submissions, lets the device make progress once, shows completions. Never
     /// blocks. Returns whether anything was done, so that there may be more.
-    pub(crate) fn turn(&mut self) -> bool {
-        let mut worked = self.attend_control();
+    pub(crate) fn poll_once(&mut self) -> bool {
+        let mut worked = self.handle_requests();
         if self.sq_consumer.ready() > 0 && !self.shared.is_inline() {
             self.sq_consumer.prefetch();
         }
         worked |= match self.phase {
-            Phase::Open => self.drive(),
-            Phase::Closing { .. } => self.take_submissions() | self.let_go(),
+            Phase::Open => self.poll_device(),
+            Phase::Closing { .. } => self.take_submissions() | self.poll_close(),
             Phase::Detached | Phase::Closed(_) => self.take_submissions(),
         };
-        if self.shared.has_orphans() {
-            self.bury_orphans();
+        if self.shared.has_dropped() {
+            self.complete_dropped();
             worked = true;
         }
-        self.show();
+        self.publish_and_notify();
         worked
     }
 
@@ -180,30 +181,30 @@ impl Engine {
         matches!(self.phase, Phase::Closed(_))
     }
 
-    fn attend_control(&mut self) -> bool {
-        let wishes = self.shared.take_control();
-        if wishes == 0 {
+    fn handle_requests(&mut self) -> bool {
+        let requests = self.shared.take_requests();
+        if requests == 0 {
             return false;
         }
-        let asked = self.shared.cancels_asked();
-        if wishes & (control::CANCEL | control::CANCEL_ALL) != 0 {
+        let asked = self.shared.cancels_requested();
+        if requests & (request::CANCEL | request::CANCEL_ALL) != 0 {
             // What a cancel finds in the SQ is not the device's any more.
             self.sq_consumer.ready();
             self.take_submissions();
         }
-        if wishes & control::CANCEL_ALL != 0 {
+        if requests & request::CANCEL_ALL != 0 {
             self.cancel(None);
             self.completions.publish();
-            self.shared.cancels_done(asked);
+            self.shared.mark_cancels_done(asked);
         }
-        if wishes & control::STOP != 0 {
+        if requests & request::STOP != 0 {
             self.begin_close(Some(Closed::Stopped));
         } else {
             // With both pending, REOPEN is the older: it comes only when nobody is attached.
-            if wishes & control::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
+            if requests & request::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
                 self.reopen();
             }
-            if wishes & control::DETACH != 0 && matches!(self.phase, Phase::Open) {
+            if requests & request::DETACH != 0 && matches!(self.phase, Phase::Open) {
                 // What was submitted before the restart is cancelled by it.
                 self.sq_consumer.ready();
                 self.take_submissions();
@@ -221,7 +222,7 @@ impl Engine {
         }
         loop {
             match self.refusal() {
-                None => self.posted.take_in(&mut self.sq_consumer, self.shared.number),
+                None => self.posted.post_from_sq(&mut self.sq_consumer, self.shared.number),
                 Some(outcome) => {
                     while let Some(sqe) = self.sq_consumer.front() {
                         let class = sqe.class();
@@ -237,15 +238,15 @@ impl Engine {
                 unreachable!("the packets were taken")
             };
             let matched = self.cancel(target);
-            self.completions.cancelled(target.is_none(), matched, user_data);
+            self.completions.push_cancel(target.is_none(), matched, user_data);
         }
     }
 
     /// How an entry ends that came too late for the device.
     fn refusal(&self) -> Option<Outcome> {
         match self.phase {
-            Phase::Open | Phase::Detached | Phase::Closing { then: None, .. } => None,
-            Phase::Closing { then: Some(closed), .. } | Phase::Closed(closed) => {
+            Phase::Open | Phase::Detached | Phase::Closing { reason: None, .. } => None,
+            Phase::Closing { reason: Some(closed), .. } | Phase::Closed(closed) => {
                 Some(closed.outcome())
             }
         }
@@ -267,16 +268,16 @@ impl Engine {
             }
         }
         if let Some(queue) = &mut self.queue {
-            match guard(|| queue.cancel(target)) {
+            match catch_panic(|| queue.cancel(target)) {
                 Ok(kept) => matched += kept,
-                Err(Panicked) => self.panicked(),
+                Err(Panicked) => self.close_panicked(),
             }
         }
         matched
     }
 
     /// Lets the device make progress once, with what it has left and what is in the SQ.
-    fn drive(&mut self) -> bool {
+    fn poll_device(&mut self) -> bool {
         let rang = self.shared.take_device_rang();
         let kept = self.kept != [0; 2];
         let submitted = self.sq_consumer.known() > 0;
@@ -296,10 +297,10 @@ impl Engine {
         let sink = Sink::Ring(&mut self.completions);
         let sq_consumer = Some(&mut self.sq_consumer);
         let mut io = Io::new(number, &mut self.posted, sq_consumer, sink, limits);
-        let result = guard(|| queue.poll(&mut io));
+        let result = catch_panic(|| queue.poll(&mut io));
         let taken = io.taken();
         self.sq_consumer.retire();
-        let completed = self.settle_kept(taken);
+        let completed = self.account_kept(taken);
         self.shared.counters.poller.device_wakeups.add(rang.into());
         let moved = submitted || completed || taken != [0; 2];
         match result {
@@ -310,7 +311,7 @@ impl Engine {
                 let taken = taken[1].max(0) as usize;
                 let offered = (taken + self.posted.writes.len()).min(write_limit as usize);
                 if offered > 0 {
-                    self.writes_taken(taken, offered);
+                    self.account_writes(taken, offered);
                 }
                 moved || (progress == Progress::More && !self.posted.reads.is_empty())
             }
@@ -320,7 +321,7 @@ impl Engine {
                 true
             }
             Err(Panicked) => {
-                self.panicked();
+                self.close_panicked();
                 true
             }
         }
@@ -328,7 +329,7 @@ impl Engine {
 
     /// Keeps the books of a device call that has taken so many reads and writes: what it has not brought
     /// back, it keeps. Returns whether it completed anything.
-    fn settle_kept(&mut self, taken: [i64; 2]) -> bool {
+    fn account_kept(&mut self, taken: [i64; 2]) -> bool {
         let ended = self.completions.end_batch();
         for i in 0..2 {
             self.kept[i] += taken[i] - i64::from(ended[i]);
@@ -337,7 +338,7 @@ impl Engine {
     }
 
     /// Keeps the books of a stall: the device took `taken` of `offered` writes.
-    fn writes_taken(&mut self, taken: usize, offered: usize) {
+    fn account_writes(&mut self, taken: usize, offered: usize) {
         if taken == offered {
             self.stall = None;
             return;
@@ -367,28 +368,28 @@ impl Engine {
     }
 
     /// Begins to close the queue: for good, or (`None`) to open it anew.
-    fn begin_close(&mut self, then: Option<Closed>) {
-        if let Some(closed) = then {
+    fn begin_close(&mut self, reason: Option<Closed>) {
+        if let Some(closed) = reason {
             self.shared.close(closed);
         }
         match self.phase {
             Phase::Closed(_) => return,
             // A restart's close becomes a close for good.
-            Phase::Closing { deadline, then: before } => {
-                self.phase = Phase::Closing { deadline, then: before.or(then) };
+            Phase::Closing { deadline, reason: before } => {
+                self.phase = Phase::Closing { deadline, reason: before.or(reason) };
             }
             Phase::Open => {
                 let deadline = after(self.close_timeout);
-                self.phase = Phase::Closing { deadline, then };
+                self.phase = Phase::Closing { deadline, reason };
             }
             Phase::Detached => {
-                if let Some(closed) = then {
+                if let Some(closed) = reason {
                     self.phase = Phase::Closed(closed);
-                    self.claim = None;
+                    self.permit = None;
                 }
             }
         }
-        let outcome = then.map_or(Outcome::Cancelled, Closed::outcome);
+        let outcome = reason.map_or(Outcome::Cancelled, Closed::outcome);
         self.complete_posted(outcome);
         self.stall = None;
     }
@@ -402,38 +403,38 @@ impl Engine {
     }
 
     /// Asks the queue to let go; ends the closing when it has, or when the time is up.
-    fn let_go(&mut self) -> bool {
-        let Phase::Closing { deadline, then } = self.phase else { return false };
+    fn poll_close(&mut self) -> bool {
+        let Phase::Closing { deadline, reason } = self.phase else { return false };
         let before = self.kept;
         let mut free = true;
         if let Some(queue) = &mut self.queue {
             let number = self.shared.number;
             let mut nothing = Posted::default();
-            let undone = then.map_or(Outcome::Cancelled, Closed::outcome);
+            let undone = reason.map_or(Outcome::Cancelled, Closed::outcome);
             self.completions.set_undone(undone);
             let sink = Sink::Ring(&mut self.completions);
             let mut io = Io::new(number, &mut nothing, None, sink, [0; 2]);
-            let result = guard(|| queue.close(&mut io));
+            let result = catch_panic(|| queue.close(&mut io));
             let taken = io.taken();
             self.completions.set_undone(Outcome::Cancelled);
             // A device that puts slots back instead of cancelling them.
             self.posted.reads.append(&mut nothing.reads);
             self.posted.writes.append(&mut nothing.writes);
-            self.settle_kept(taken);
-            if then.is_some() {
+            self.account_kept(taken);
+            if reason.is_some() {
                 self.complete_posted(undone);
             }
             match result {
                 Ok(closed) => free = closed,
                 Err(Panicked) => {
-                    self.panicked();
+                    self.close_panicked();
                     return true;
                 }
             }
         }
         if free {
             self.drop_queue();
-            self.closed(then);
+            self.finish_close(reason);
             return true;
         }
         if Instant::now() >= deadline {
@@ -443,10 +444,10 @@ impl Engine {
             self.descriptor = None;
             if let Some(queue) = self.queue.take() {
                 std::mem::forget(queue);
-                std::mem::forget(self.group.device.clone());
-                std::mem::forget(self.claim.take());
+                std::mem::forget(self.interface.device.clone());
+                std::mem::forget(self.permit.take());
             }
-            self.closed(Some(then.unwrap_or(Closed::Failed(Status::Failure))));
+            self.finish_close(Some(reason.unwrap_or(Closed::Failed(Status::Failure))));
             return true;
         }
         self.kept != before
@@ -459,41 +460,41 @@ impl Engine {
     }
 
     /// The queue is gone.
-    fn closed(&mut self, then: Option<Closed>) {
-        self.bury_orphans();
-        match then {
+    fn finish_close(&mut self, reason: Option<Closed>) {
+        self.complete_dropped();
+        match reason {
             Some(closed) => {
                 self.shared.close(closed);
                 self.phase = Phase::Closed(closed);
                 self.complete_posted(closed.outcome());
-                self.claim = None;
+                self.permit = None;
                 tracing::debug!(ring = self.shared.number, ?closed, "ring closed");
             }
             None => self.phase = Phase::Detached,
         }
-        self.group.detached();
+        self.interface.detach();
     }
 
     fn reopen(&mut self) {
-        if !self.group.try_attach() {
+        if !self.interface.try_attach() {
             // Another restart is under way, and will say when it is over.
             return;
         }
-        match guard(|| open(&*self.group.device, self.direction, &self.shared)) {
+        match catch_panic(|| open(&*self.interface.device, self.direction, &self.shared)) {
             Ok(Ok(Opened { queue, caps, descriptor })) => {
                 (self.caps, self.descriptor) = (caps, descriptor);
                 self.queue = Some(queue);
                 self.phase = Phase::Open;
-                if self.settled {
-                    self.settle();
+                if self.bound {
+                    self.bind_to_thread();
                 }
                 self.shared.counters.poller.restarts.add(1);
                 // Whatever came between is looked at once.
-                self.shared.device_rang();
+                self.shared.ring_from_device();
             }
             Err(Panicked) => {
-                self.panicked();
-                self.group.detached();
+                self.close_panicked();
+                self.interface.detach();
             }
             Ok(Err(error)) => {
                 tracing::error!(ring = self.shared.number, %error, "no queue after the restart");
@@ -502,54 +503,54 @@ impl Engine {
                     _ => Status::Failure,
                 };
                 self.begin_close(Some(Closed::Failed(status)));
-                self.group.detached();
+                self.interface.detach();
             }
         }
     }
 
     /// The device panicked: it is not called again, and what it held comes home.
-    pub(crate) fn panicked(&mut self) {
+    pub(crate) fn close_panicked(&mut self) {
         tracing::error!(ring = self.shared.number, "the device panicked");
         self.shared.close(Closed::DevicePanicked);
         let attached = self.queue.is_some();
         self.drop_queue();
         self.phase = Phase::Closed(Closed::DevicePanicked);
         self.complete_posted(Outcome::DevicePanicked);
-        self.claim = None;
+        self.permit = None;
         if attached {
-            self.closed(Some(Closed::DevicePanicked));
+            self.finish_close(Some(Closed::DevicePanicked));
         }
     }
 
-    /// Drops the queue; the slots it kept become orphans.
+    /// Drops the queue; the slots that it kept are dropped with it.
     fn drop_queue(&mut self) {
         self.descriptor = None;
         self.queues_closed += 1;
         if let Some(queue) = self.queue.take()
-            && guard(|| drop(queue)).is_err()
+            && catch_panic(|| drop(queue)).is_err()
         {
             tracing::error!(ring = self.shared.number, "the device panicked while dropped");
         }
     }
 
     /// Completes what a device dropped.
-    fn bury_orphans(&mut self) {
+    fn complete_dropped(&mut self) {
         let outcome = match self.phase {
             Phase::Open | Phase::Detached => Outcome::Abandoned,
-            Phase::Closing { then: None, .. } => Outcome::Cancelled,
-            Phase::Closing { then: Some(closed), .. } | Phase::Closed(closed) => closed.outcome(),
+            Phase::Closing { reason: None, .. } => Outcome::Cancelled,
+            Phase::Closing { reason: Some(closed), .. } | Phase::Closed(closed) => closed.outcome(),
         };
-        let mut orphans = std::mem::take(&mut self.orphans);
-        self.shared.take_orphans(&mut orphans);
-        for orphan in orphans.drain(..) {
-            self.kept[list_of(orphan.class)] -= 1;
-            self.completions.push(orphan.class, orphan.frame, orphan.user_data, outcome);
+        let mut dropped = std::mem::take(&mut self.dropped);
+        self.shared.take_dropped(&mut dropped);
+        for slot in dropped.drain(..) {
+            self.kept[class_index(slot.class)] -= 1;
+            self.completions.push(slot.class, slot.frame, slot.user_data, outcome);
         }
-        self.orphans = orphans;
+        self.dropped = dropped;
     }
 
     /// Publishes completions and notifies a sleeping reaper when its wish is met.
-    fn show(&mut self) {
+    fn publish_and_notify(&mut self) {
         let news = self.completions.publish();
         if !news && self.coalesce.is_none() && !self.shared.wants_coalescing() {
             return;
@@ -582,7 +583,7 @@ impl Engine {
     pub(crate) fn try_sleep(&mut self) -> bool {
         self.shared.bell.arm();
         let nothing =
-            self.sq_consumer.ready() == 0 && !self.shared.has_wishes() && self.arm_queue();
+            self.sq_consumer.ready() == 0 && !self.shared.has_requests() && self.arm_queue();
         if nothing {
             self.shared.counters.poller.parks.add(1);
         } else {
@@ -593,14 +594,14 @@ impl Engine {
 
     fn arm_queue(&mut self) -> bool {
         let Some(queue) = &mut self.queue else { return true };
-        match guard(|| (queue.arm(), fd_of(&**queue))) {
+        match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
             Ok((armed, descriptor)) => {
                 self.descriptor = descriptor;
                 // A queue that has packets but no posted read has nothing to do.
                 armed || (self.posted.reads.is_empty() && self.kept == [0; 2])
             }
             Err(Panicked) => {
-                self.panicked();
+                self.close_panicked();
                 false
             }
         }
@@ -640,8 +641,8 @@ impl Engine {
 
     /// The device is to be polled even if it did not ring: its descriptor or the safety poll says
     /// so.
-    pub(crate) fn look_at_device(&self) {
-        self.shared.device_rang();
+    pub(crate) fn request_device_poll(&self) {
+        self.shared.ring_from_device();
     }
 }
 

@@ -11,10 +11,10 @@ use crate::RingBuilder;
 use crate::config::{
     Config, Direction, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
-use crate::device::catch::{Panicked, guard};
+use crate::device::catch::{Panicked, catch_panic};
 use crate::device::seam::{Capabilities, Device, Driver, Lease};
 use crate::error::Error;
-use crate::lifecycle::RingGroup;
+use crate::lifecycle::InterfaceShared;
 use crate::limits::START_TIMEOUT;
 
 /// Starts an [`Interface`].
@@ -111,7 +111,7 @@ impl Builder {
         let starter = thread::Builder::new()
             .name("vmring-start".to_owned())
             .spawn(move || {
-                let started = guard(|| driver.start(&config));
+                let started = catch_panic(|| driver.start(&config));
                 let started = started.unwrap_or_else(|_| {
                     Err(Error::Io {
                         what: "starting the device",
@@ -121,7 +121,7 @@ impl Builder {
                 // A rendezvous: it fails if nobody waits any more, and gives the device back.
                 if let Err(mpsc::SendError(Ok(device))) = answer.send(started) {
                     tracing::warn!(device = device.name(), "started too late; stopping it");
-                    match guard(|| device.stop()) {
+                    match catch_panic(|| device.stop()) {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => tracing::warn!(%error, "the late device did not stop"),
                         Err(Panicked) => tracing::error!("the late device panicked"),
@@ -136,7 +136,7 @@ impl Builder {
         let device = started?;
         let info = device.info();
         tracing::info!(device = device.name(), mac = %info.mac, mtu = info.mtu, "started");
-        Ok(Interface { group: Arc::new(RingGroup::new(device)) })
+        Ok(Interface { shared: Arc::new(InterfaceShared::new(device)) })
     }
 }
 
@@ -145,7 +145,7 @@ impl Builder {
 /// It lives until [`stop`](Self::stop), or until it and all its rings are dropped, in any order.
 #[derive(Debug)]
 pub struct Interface {
-    group: Arc<RingGroup>,
+    shared: Arc<InterfaceShared>,
 }
 
 impl Interface {
@@ -158,7 +158,7 @@ impl Interface {
 
     /// Everything negotiated at start.
     pub fn info(&self) -> InterfaceInfo {
-        self.group.device.info()
+        self.shared.device.info()
     }
 
     /// Which network.
@@ -189,23 +189,23 @@ impl Interface {
 
     /// What the device can do.
     pub fn capabilities(&self) -> Capabilities {
-        self.group.device.capabilities()
+        self.shared.device.capabilities()
     }
 
     /// The device's name.
     pub fn device_name(&self) -> &str {
-        self.group.device.name()
+        self.shared.device.name()
     }
 
     /// What the system calls the interface, if it has a name there: `tap0`, for one that the kernel
     /// has named.
     pub fn system_name(&self) -> Option<String> {
-        self.group.device.system_name()
+        self.shared.device.system_name()
     }
 
     /// A ring on this interface: settings, then [`RingBuilder::build`].
     pub fn ring(&self, direction: Direction) -> RingBuilder<'_> {
-        RingBuilder::new(&self.group, direction)
+        RingBuilder::new(&self.shared, direction)
     }
 
     /// Ends the interface: every ring closes, what was in flight completes as cancelled, the device
@@ -216,7 +216,7 @@ impl Interface {
     /// [`Error::Timeout`] if a ring did not let go by then: the device stops when it does. A ring
     /// with `Drive::Inline` lets go when its owner drives it; close such rings first.
     pub fn stop(&self, timeout: Duration) -> Result<(), Error> {
-        self.group.stop(timeout)
+        self.shared.stop(timeout)
     }
 
     /// Stops the device and starts it anew with the same identity, for hosts that come back from
@@ -229,46 +229,46 @@ impl Interface {
     /// ring with `Drive::Inline` lets go when its owner drives it. Else what the device says; then
     /// the rings close.
     pub fn restart(&self, timeout: Duration) -> Result<(), Error> {
-        self.group.restart(timeout)
+        self.shared.restart(timeout)
     }
 
     /// Forwards a port of the host to a guest.
     #[doc(alias = "vmnet_interface_add_port_forwarding_rule")]
     pub fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
-        self.group.device.add_port_forward(rule)
+        self.shared.device.add_port_forward(rule)
     }
 
     /// Ends a forwarding.
     #[doc(alias = "vmnet_interface_remove_port_forwarding_rule")]
     pub fn remove_port_forward(&self, protocol: Protocol, port: u16) -> Result<(), Error> {
-        self.group.device.remove_port_forward(protocol, port)
+        self.shared.device.remove_port_forward(protocol, port)
     }
 
     /// The forwardings in force.
     #[doc(alias = "vmnet_interface_get_port_forwarding_rules")]
     pub fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
-        self.group.device.port_forwards()
+        self.shared.device.port_forwards()
     }
 
     /// Names of the interfaces that [`Mode::Bridged`] can share.
     #[doc(alias = "vmnet_copy_shared_interface_list")]
     pub fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
-        self.group.device.shared_interfaces()
+        self.shared.device.shared_interfaces()
     }
 
     /// The address the network gave to `mac`, where the device knows.
     pub fn lease(&self, mac: MacAddr6) -> Option<Lease> {
-        self.group.device.lease(mac)
+        self.shared.device.lease(mac)
     }
 
     /// What the device counts of itself beyond packets, by name.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.group.device.counters()
+        self.shared.device.counters()
     }
 
     /// Packets the device (or its whole network) dropped, by reason.
     pub fn drops(&self) -> Vec<(&'static str, u64)> {
-        self.group.device.drops()
+        self.shared.device.drops()
     }
 }
 

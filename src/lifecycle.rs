@@ -5,59 +5,61 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use crate::config::Direction;
-use crate::device::catch::{Panicked, guard};
+use crate::device::catch::{Panicked, catch_panic};
 use crate::device::seam::Device;
 use crate::error::{ConfigError, Error};
-use crate::mailbox::{RingShared, control};
+use crate::mailbox::{RingShared, request};
 use crate::sys::{after, lock};
 
 pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
 
 /// A device and the rings on it: who may claim a ring, and who goes first when it stops or restarts.
-pub(crate) struct RingGroup {
+pub(crate) struct InterfaceShared {
     pub(crate) device: Arc<dyn Device>,
-    state: Mutex<GroupState>,
+    state: Mutex<LifecycleState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct GroupState {
+struct LifecycleState {
     rings: Vec<Weak<RingShared>>,
     readers: usize,
     writers: usize,
     /// Queues of the device that exist.
     attached: usize,
     /// What happens to the device when no queue is left.
-    then: Then,
+    pending: PendingAction,
     /// The device is being stopped or restarted this moment.
-    carrying: bool,
-    /// Stops and restarts carried out so far, and how the last one ended.
-    carried: u64,
+    applying: bool,
+    /// Stops and restarts applied so far, and how the last one ended.
+    applied: u64,
     outcome: Option<Arc<Error>>,
     stopped: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Then {
+enum PendingAction {
     #[default]
     Nothing,
     Restart,
     Stop,
 }
 
-impl fmt::Debug for RingGroup {
+impl fmt::Debug for InterfaceShared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RingGroup").field("device", &self.device.name()).finish_non_exhaustive()
+        f.debug_struct("InterfaceShared")
+            .field("device", &self.device.name())
+            .finish_non_exhaustive()
     }
 }
 
-impl Drop for RingGroup {
+impl Drop for InterfaceShared {
     fn drop(&mut self) {
         // The interface and all its rings are gone.
         if lock(&self.state).stopped {
             return;
         }
-        match guard(|| self.device.stop()) {
+        match catch_panic(|| self.device.stop()) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the device did not stop cleanly"),
             Err(Panicked) => tracing::error!("the device panicked while it was stopped"),
@@ -65,15 +67,15 @@ impl Drop for RingGroup {
     }
 }
 
-impl RingGroup {
+impl InterfaceShared {
     pub(crate) fn new(device: Arc<dyn Device>) -> Self {
         Self { device, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    pub(crate) fn claim(self: &Arc<Self>, direction: Direction) -> Result<Claim, Error> {
+    pub(crate) fn acquire(self: &Arc<Self>, direction: Direction) -> Result<RingPermit, Error> {
         let caps = self.device.capabilities();
         let mut state = lock(&self.state);
-        if state.stopped || state.then != Then::Nothing {
+        if state.stopped || state.pending != PendingAction::Nothing {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
         let too_many = |direction, limit| Error::TooManyRings {
@@ -90,7 +92,7 @@ impl RingGroup {
         state.readers += usize::from(direction.reads());
         state.writers += usize::from(direction.writes());
         drop(state);
-        Ok(Claim { group: self.clone(), direction })
+        Ok(RingPermit { interface: self.clone(), direction })
     }
 
     pub(crate) fn add(&self, ring: &Arc<RingShared>) {
@@ -103,39 +105,39 @@ impl RingGroup {
     /// restarted: that waits until no queue exists. (After a restart every ring is told to ask again.)
     pub(crate) fn try_attach(&self) -> bool {
         let mut state = lock(&self.state);
-        let free = !state.carrying && !state.stopped && state.then == Then::Nothing;
+        let free = !state.applying && !state.stopped && state.pending == PendingAction::Nothing;
         state.attached += usize::from(free);
         free
     }
 
     /// An engine has let go of its queue. The last one carries out what was asked for.
-    pub(crate) fn detached(&self) {
+    pub(crate) fn detach(&self) {
         lock(&self.state).attached -= 1;
-        self.carry_out();
+        self.apply_pending();
     }
 
-    fn wish(&self, bits: u32) {
+    fn request(&self, bits: u32) {
         // Not under the lock: ringing may run somebody's waker.
         let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
         for ring in rings {
-            ring.wish(bits);
+            ring.request(bits);
         }
     }
 
     /// If no queue is left: stops or restarts the device, if that was asked for.
-    fn carry_out(&self) {
-        let then = {
+    fn apply_pending(&self) {
+        let action = {
             let mut state = lock(&self.state);
-            if state.attached > 0 || state.carrying || state.then == Then::Nothing {
+            if state.attached > 0 || state.applying || state.pending == PendingAction::Nothing {
                 return;
             }
-            state.carrying = true;
-            std::mem::take(&mut state.then)
+            state.applying = true;
+            std::mem::take(&mut state.pending)
         };
-        let outcome = match then {
-            Then::Nothing => return,
-            Then::Restart => guard(|| self.device.restart()),
-            Then::Stop => guard(|| self.device.stop()),
+        let outcome = match action {
+            PendingAction::Nothing => return,
+            PendingAction::Restart => catch_panic(|| self.device.restart()),
+            PendingAction::Stop => catch_panic(|| self.device.stop()),
         };
         let outcome = outcome.unwrap_or_else(|_| {
             Err(Error::Io {
@@ -145,45 +147,50 @@ impl RingGroup {
         });
         let failed = outcome.is_err();
         let mut state = lock(&self.state);
-        state.carrying = false;
-        state.stopped |= then == Then::Stop;
-        state.carried += 1;
+        state.applying = false;
+        state.stopped |= action == PendingAction::Stop;
+        state.applied += 1;
         state.outcome = outcome.err().map(Arc::new);
         // Asked for meanwhile.
-        let again = state.then != Then::Nothing;
+        let again = state.pending != PendingAction::Nothing;
         drop(state);
         self.changed.notify_all();
-        match then {
-            Then::Restart if failed => self.wish(control::STOP),
-            Then::Restart => self.wish(control::REOPEN),
+        match action {
+            PendingAction::Restart if failed => self.request(request::STOP),
+            PendingAction::Restart => self.request(request::REOPEN),
             _ => {}
         }
         if again {
-            self.carry_out();
+            self.apply_pending();
         }
     }
 
-    fn ask(&self, then: Then, bits: u32, timeout: Duration) -> Result<(), Error> {
+    fn request_and_wait(
+        &self,
+        action: PendingAction,
+        bits: u32,
+        timeout: Duration,
+    ) -> Result<(), Error> {
         let deadline = after(timeout);
         let mut state = lock(&self.state);
         if state.stopped {
-            return match then {
-                Then::Stop => Ok(()),
+            return match action {
+                PendingAction::Stop => Ok(()),
                 _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
             };
         }
         // A stop overrides a restart that waits; a second restart joins it.
-        if state.then != Then::Stop {
-            state.then = then;
+        if state.pending != PendingAction::Stop {
+            state.pending = action;
         }
-        // One that is carried out this moment does not count: ours comes after it.
-        let ours = state.carried + 1 + u64::from(state.carrying);
+        // One that is applied this moment does not count: ours comes after it.
+        let ours = state.applied + 1 + u64::from(state.applying);
         drop(state);
-        self.wish(bits);
-        self.carry_out();
+        self.request(bits);
+        self.apply_pending();
         let mut state = lock(&self.state);
         loop {
-            if state.carried >= ours || (then == Then::Stop && state.stopped) {
+            if state.applied >= ours || (action == PendingAction::Stop && state.stopped) {
                 return match &state.outcome {
                     None => Ok(()),
                     Some(error) => Err(Error::Device(error.clone())),
@@ -202,30 +209,30 @@ impl RingGroup {
     }
 
     pub(crate) fn stop(&self, timeout: Duration) -> Result<(), Error> {
-        self.ask(Then::Stop, control::STOP, timeout)
+        self.request_and_wait(PendingAction::Stop, request::STOP, timeout)
     }
 
     pub(crate) fn restart(&self, timeout: Duration) -> Result<(), Error> {
-        self.ask(Then::Restart, control::DETACH, timeout)
+        self.request_and_wait(PendingAction::Restart, request::DETACH, timeout)
     }
 }
 
 /// One ring's place among those a device bears.
-pub(crate) struct Claim {
-    group: Arc<RingGroup>,
+pub(crate) struct RingPermit {
+    interface: Arc<InterfaceShared>,
     direction: Direction,
 }
 
-impl Drop for Claim {
+impl Drop for RingPermit {
     fn drop(&mut self) {
-        let mut state = lock(&self.group.state);
+        let mut state = lock(&self.interface.state);
         state.readers -= usize::from(self.direction.reads());
         state.writers -= usize::from(self.direction.writes());
     }
 }
 
-impl fmt::Debug for Claim {
+impl fmt::Debug for RingPermit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Claim").field("direction", &self.direction).finish_non_exhaustive()
+        f.debug_struct("RingPermit").field("direction", &self.direction).finish_non_exhaustive()
     }
 }

@@ -17,8 +17,8 @@ use crate::notify::Notifier;
 use crate::stats::RingCounters;
 use crate::sys::lock;
 
-/// Bits of [`RingShared::control`].
-pub(crate) mod control {
+/// Bits of [`RingShared::requests`].
+pub(crate) mod request {
     pub(crate) const STOP: u32 = 1;
     pub(crate) const CANCEL_ALL: u32 = 2;
     pub(crate) const DETACH: u32 = 4;
@@ -70,11 +70,11 @@ pub(crate) struct RingShared {
     pub(crate) coalesce: AtomicU64,
     /// Why the ring is closed; `OPEN` while it is not.
     closed: AtomicU64,
-    pub(crate) control: AtomicU32,
+    pub(crate) requests: AtomicU32,
     device_rang: AtomicBool,
-    has_orphans: AtomicBool,
+    has_dropped: AtomicBool,
     /// `None`: the engine is gone, and nobody completes them any more.
-    orphans: Mutex<Option<Vec<Orphan>>>,
+    dropped: Mutex<Option<Vec<DroppedSlot>>>,
     /// A control handle wants `wait` to return.
     pub(crate) woken: AtomicBool,
     /// `CANCEL_ALL` wishes ever made, and those carried out.
@@ -106,10 +106,10 @@ impl RingShared {
             wanted: AtomicU32::new(0),
             coalesce: AtomicU64::new(0),
             closed: AtomicU64::new(OPEN),
-            control: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
             device_rang: AtomicBool::new(false),
-            has_orphans: AtomicBool::new(false),
-            orphans: Mutex::new(Some(Vec::with_capacity(depth))),
+            has_dropped: AtomicBool::new(false),
+            dropped: Mutex::new(Some(Vec::with_capacity(depth))),
             woken: AtomicBool::new(false),
             cancels: [0, 0].map(AtomicU32::new),
             counters: RingCounters::default(),
@@ -175,9 +175,9 @@ impl RingShared {
     }
 
     /// Something for the engine to do besides submissions.
-    pub(crate) fn wish(&self, bits: u32) {
-        // Release: pairs with the Acquire in `take_control`: submissions published before are seen.
-        self.control.fetch_or(bits, Ordering::Release);
+    pub(crate) fn request(&self, bits: u32) {
+        // Release: pairs with the Acquire in `take_requests`: submissions published before are seen.
+        self.requests.fetch_or(bits, Ordering::Release);
         self.ring_engine();
         // An engine driven by a sleeping owner sleeps on both bells at once.
         if self.is_inline() {
@@ -186,15 +186,15 @@ impl RingShared {
     }
 
     #[inline]
-    pub(crate) fn take_control(&self) -> u32 {
-        if self.control.load(Ordering::Relaxed) == 0 {
+    pub(crate) fn take_requests(&self) -> u32 {
+        if self.requests.load(Ordering::Relaxed) == 0 {
             return 0;
         }
-        self.control.swap(0, Ordering::Acquire)
+        self.requests.swap(0, Ordering::Acquire)
     }
 
     /// The device says that there may be packets.
-    pub(crate) fn device_rang(&self) {
+    pub(crate) fn ring_from_device(&self) {
         // Release: pairs with the Acquire in `take_device_rang`.
         self.device_rang.store(true, Ordering::Release);
         self.ring_engine();
@@ -206,58 +206,58 @@ impl RingShared {
     }
 
     /// Whether anything but a submission waits for the engine.
-    pub(crate) fn has_wishes(&self) -> bool {
-        self.control.load(Ordering::Relaxed) != 0
+    pub(crate) fn has_requests(&self) -> bool {
+        self.requests.load(Ordering::Relaxed) != 0
             || self.device_rang.load(Ordering::Relaxed)
-            || self.has_orphans.load(Ordering::Relaxed)
-            || self.wants_coalescing_now()
+            || self.has_dropped.load(Ordering::Relaxed)
+            || self.wants_clock()
     }
 
     /// Takes in a slot that the device dropped; without an engine it goes home to its pool.
-    pub(crate) fn abandoned(&self, orphan: Orphan) {
-        match &mut *lock(&self.orphans) {
-            Some(orphans) => orphans.push(orphan),
+    pub(crate) fn slot_dropped(&self, slot: DroppedSlot) {
+        match &mut *lock(&self.dropped) {
+            Some(dropped) => dropped.push(slot),
             // Dropped behind the lock, which is not on any packet's way.
-            None => return drop(orphan),
+            None => return drop(slot),
         }
-        self.has_orphans.store(true, Ordering::Release);
+        self.has_dropped.store(true, Ordering::Release);
         self.ring_engine();
     }
 
     #[inline]
-    pub(crate) fn has_orphans(&self) -> bool {
-        self.has_orphans.load(Ordering::Relaxed)
+    pub(crate) fn has_dropped(&self) -> bool {
+        self.has_dropped.load(Ordering::Relaxed)
     }
 
-    /// Swaps the orphans into `empty`.
-    pub(crate) fn take_orphans(&self, empty: &mut Vec<Orphan>) {
-        if let Some(orphans) = &mut *lock(&self.orphans) {
-            std::mem::swap(orphans, empty);
+    /// Swaps the dropped into `empty`.
+    pub(crate) fn take_dropped(&self, empty: &mut Vec<DroppedSlot>) {
+        if let Some(dropped) = &mut *lock(&self.dropped) {
+            std::mem::swap(dropped, empty);
         }
-        self.has_orphans.store(false, Ordering::Relaxed);
+        self.has_dropped.store(false, Ordering::Relaxed);
     }
 
     /// The engine is gone: what comes from now on goes home.
-    pub(crate) fn send_orphans_home(&self) {
-        let orphans = lock(&self.orphans).take();
-        drop(orphans);
+    pub(crate) fn refuse_dropped(&self) {
+        let dropped = lock(&self.dropped).take();
+        drop(dropped);
     }
 
     /// Asks for everything in flight to be cancelled; returns the number to wait for.
-    pub(crate) fn ask_cancel_all(&self) -> u32 {
+    pub(crate) fn request_cancel_all(&self) -> u32 {
         // Relaxed: published with the wish.
         let asked = self.cancels[0].fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        self.wish(control::CANCEL_ALL);
+        self.request(request::CANCEL_ALL);
         asked
     }
 
     /// How many were asked for: the engine looks before it cancels.
-    pub(crate) fn cancels_asked(&self) -> u32 {
+    pub(crate) fn cancels_requested(&self) -> u32 {
         self.cancels[0].load(Ordering::Relaxed)
     }
 
     /// All that were asked for up to `asked` are carried out, and their completions shown.
-    pub(crate) fn cancels_done(&self, asked: u32) {
+    pub(crate) fn mark_cancels_done(&self, asked: u32) {
         // Release: pairs with the Acquire in `are_cancelled`.
         self.cancels[1].store(asked, Ordering::Release);
         self.notify();
@@ -286,7 +286,7 @@ impl RingShared {
         self.coalesce.load(Ordering::Relaxed) != 0
     }
 
-    pub(crate) fn wants_coalescing_now(&self) -> bool {
+    pub(crate) fn wants_clock(&self) -> bool {
         // Set to the high bit by `arm_after` when completions wait already: the engine must start
         // the clock.
         self.coalesce.load(Ordering::Relaxed) & START_CLOCK != 0
@@ -319,7 +319,7 @@ pub(crate) const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
 
 /// An entry whose slot the device dropped.
 #[derive(Debug)]
-pub(crate) struct Orphan {
+pub(crate) struct DroppedSlot {
     pub(crate) frame: Frame,
     pub(crate) user_data: u64,
     pub(crate) class: Class,
@@ -332,7 +332,7 @@ fn registry() -> &'static Mutex<HashMap<u32, Weak<RingShared>>> {
     REGISTRY.get_or_init(Mutex::default)
 }
 
-pub(crate) fn next_ring_number() -> u32 {
+pub(crate) fn new_ring_number() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
@@ -346,11 +346,11 @@ pub(crate) fn deregister(number: u32) {
 }
 
 #[cold]
-pub(crate) fn abandon(ring: u32, orphan: Orphan) {
+pub(crate) fn report_dropped(ring: u32, slot: DroppedSlot) {
     let shared = lock(registry()).get(&ring).and_then(Weak::upgrade);
     match shared {
-        Some(shared) => shared.abandoned(orphan),
+        Some(shared) => shared.slot_dropped(slot),
         // The ring is gone: the frame goes home to its pool.
-        None => drop(orphan),
+        None => drop(slot),
     }
 }

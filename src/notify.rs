@@ -201,19 +201,19 @@ impl Descriptor {
 /// elsewhere and drive a device that itself is a descriptor.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
-pub(crate) struct Both {
+pub(crate) struct EpollPair {
     epoll: File,
     watched: Option<(RawFd, u64)>,
 }
 
 #[cfg(target_os = "linux")]
-impl Both {
+impl EpollPair {
     pub(crate) fn new(notifier: &Notifier) -> io::Result<Self> {
         // SAFETY: epoll_create1 takes no pointers.
         let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
-        let both = Self { epoll, watched: None };
-        both.control(libc::EPOLL_CTL_ADD, notifier.descriptor()?.as_raw_fd())?;
-        Ok(both)
+        let pair = Self { epoll, watched: None };
+        pair.control(libc::EPOLL_CTL_ADD, notifier.descriptor()?.as_raw_fd())?;
+        Ok(pair)
     }
 
     pub(crate) fn readable(&self) -> BorrowedFd<'_> {

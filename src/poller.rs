@@ -1,9 +1,9 @@
 //! The poller: submission queue -> batches -> device -> completion queue.
 //!
-//! An *engine* is one ring's share of that work; it never blocks. A [`Poller`] is a thread that turns
-//! the engines of one ring or of many; with `Drive::Inline` the reaping half turns its engine itself.
+//! An *engine* is one ring's share of that work; it never blocks. A [`Poller`] is a thread that polls
+//! the engines of one ring or of many; with `Drive::Inline` the reaping half polls its engine itself.
 //!
-//! A poller turns only engines that have something to do. An engine that runs dry arms its ring's
+//! A poller polls only engines that have something to do. An engine that runs dry arms its ring's
 //! doorbell and leaves the active list; whoever rings puts a bit into the poller's ready set and
 //! rings the poller's own doorbell, which costs a system call only if the thread sleeps. So the cost
 //! of a turn does not grow with the number of idle rings.
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-use crate::device::catch::{Panicked, guard};
+use crate::device::catch::{Panicked, catch_panic};
 use crate::engine::{Engine, Handoff};
 use crate::error::{ConfigError, Error};
 use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_TURNS};
@@ -35,7 +35,7 @@ struct Arrivals {
     free: Vec<usize>,
     used: usize,
     /// The last handle to the poller is gone: end when the last ring is.
-    orphaned: bool,
+    handle_dropped: bool,
 }
 
 impl PollerShared {
@@ -185,14 +185,14 @@ impl Poller {
 
 impl Drop for Poller {
     fn drop(&mut self) {
-        lock(&self.shared.arrivals).orphaned = true;
+        lock(&self.shared.arrivals).handle_dropped = true;
         self.shared.set.arrived.store(true, Ordering::Release);
         self.shared.set.bell.ring();
     }
 }
 
 /// A ring's place on a poller's thread.
-struct Seat {
+struct PolledRing {
     engine: Engine,
     handoff: Arc<Handoff>,
     /// Rounds without work.
@@ -204,8 +204,8 @@ struct Seat {
     wake_at: Option<Instant>,
 }
 
-/// What became of a seat's turn.
-enum Turned {
+/// What became of a ring's turn.
+enum PollOutcome {
     Worked,
     /// For that many rounds before this one as well.
     Idle(u32),
@@ -213,102 +213,108 @@ enum Turned {
     Closed,
 }
 
-impl Seat {
-    fn turn(&mut self, idle: IdlePolicy) -> Turned {
+impl PolledRing {
+    fn poll(&mut self, idle: IdlePolicy) -> PollOutcome {
         // The engine catches what its device does. Whatever panics besides (what a panic carried,
         // when it is dropped; a subscriber of our traces) is this ring's end and nobody else's.
-        guard(|| self.turn_unguarded(idle)).unwrap_or_else(|Panicked| {
-            let _ = guard(|| self.engine.panicked());
-            Turned::Closed
+        catch_panic(|| self.poll_uncaught(idle)).unwrap_or_else(|Panicked| {
+            let _ = catch_panic(|| self.engine.close_panicked());
+            PollOutcome::Closed
         })
     }
 
-    fn turn_unguarded(&mut self, idle: IdlePolicy) -> Turned {
-        let worked = self.engine.turn();
+    fn poll_uncaught(&mut self, idle: IdlePolicy) -> PollOutcome {
+        let worked = self.engine.poll_once();
         if self.engine.is_closed() {
-            Turned::Closed
+            PollOutcome::Closed
         } else if worked {
             self.idle = 0;
-            Turned::Worked
+            PollOutcome::Worked
         } else if self.idle < idle.rounds() {
             self.idle += 1;
-            Turned::Idle(self.idle - 1)
+            PollOutcome::Idle(self.idle - 1)
         } else if self.engine.try_sleep() {
             self.active = false;
             self.wake_at = self.engine.deadline();
-            Turned::Asleep
+            PollOutcome::Asleep
         } else {
-            Turned::Worked
+            PollOutcome::Worked
         }
     }
 }
 
 fn run(shared: &PollerShared, idle: IdlePolicy) {
-    let mut seats: Vec<Option<Seat>> = Vec::new();
+    let mut rings: Vec<Option<PolledRing>> = Vec::new();
     let mut active: Vec<usize> = Vec::new();
     let mut watched: Vec<usize> = Vec::new();
     let mut descriptors: Vec<libc::pollfd> = Vec::new();
-    let mut seated = 0;
-    let mut orphaned = false;
-    let mut look = Look::default();
+    let mut ring_count = 0;
+    let mut handle_dropped = false;
+    let mut check = SleeperCheck::default();
     loop {
         if shared.set.arrived.swap(false, Ordering::AcqRel) {
             let mut arrivals = lock(&shared.arrivals);
-            orphaned |= arrivals.orphaned;
+            handle_dropped |= arrivals.handle_dropped;
             for (place, mut engine, handoff) in arrivals.engines.drain(..) {
-                engine.settle();
-                if seats.len() <= place {
-                    seats.resize_with(place + 1, || None);
+                engine.bind_to_thread();
+                if rings.len() <= place {
+                    rings.resize_with(place + 1, || None);
                 }
                 let wake_at = None;
                 let (active_now, watched) = (true, false);
-                seats[place] =
-                    Some(Seat { engine, handoff, idle: 0, active: active_now, wake_at, watched });
+                rings[place] = Some(PolledRing {
+                    engine,
+                    handoff,
+                    idle: 0,
+                    active: active_now,
+                    wake_at,
+                    watched,
+                });
                 active.push(place);
-                seated += 1;
+                ring_count += 1;
             }
             // Room for all, now, so that nothing grows on a packet's way.
-            active.reserve(seats.len().saturating_sub(active.len()));
-            watched.reserve(seats.len().saturating_sub(watched.len()));
-            descriptors.reserve(seats.len() + 1);
+            active.reserve(rings.len().saturating_sub(active.len()));
+            watched.reserve(rings.len().saturating_sub(watched.len()));
+            descriptors.reserve(rings.len() + 1);
         }
-        shared.set.collect(|place| activate(&mut seats, &mut active, place));
+        shared.set.collect(|place| activate(&mut rings, &mut active, place));
 
         let mut worked = false;
         let mut rounds = u32::MAX;
         let mut i = 0;
         while let Some(&place) = active.get(i) {
-            let seat = seats[place].as_mut().expect("an active place is taken");
-            match seat.turn(idle) {
-                Turned::Worked => worked = true,
-                Turned::Idle(round) => rounds = rounds.min(round),
-                Turned::Asleep => {
-                    let watch = seat.wake_at.is_some() || seat.engine.descriptor().is_some();
-                    if watch && !seat.watched {
-                        seat.watched = true;
+            let ring = rings[place].as_mut().expect("an active place is taken");
+            match ring.poll(idle) {
+                PollOutcome::Worked => worked = true,
+                PollOutcome::Idle(round) => rounds = rounds.min(round),
+                PollOutcome::Asleep => {
+                    let watch = ring.wake_at.is_some() || ring.engine.descriptor().is_some();
+                    if watch && !ring.watched {
+                        ring.watched = true;
                         watched.push(place);
                     }
                     active.swap_remove(i);
                     continue;
                 }
-                Turned::Closed => {
-                    let seat = seats[place].take().expect("as above");
+                PollOutcome::Closed => {
+                    let ring = rings[place].take().expect("as above");
                     active.swap_remove(i);
-                    if seat.watched {
+                    if ring.watched {
                         // Or whoever takes the place next would stand there twice.
                         watched.retain(|watched| *watched != place);
                     }
-                    seated -= 1;
-                    leave(shared, place, seat);
+                    ring_count -= 1;
+                    hand_back(shared, place, ring);
                     worked = true;
                     continue;
                 }
             }
             i += 1;
         }
-        if !active.is_empty() && !watched.is_empty() && look.is_due(active.len()) {
+        if !active.is_empty() && !watched.is_empty() && check.is_due(active.len()) {
             // Those who sleep are not to wait until everybody does.
-            look.at(&mut seats, &mut active, &mut watched, &mut descriptors);
+            check.run(&mut rings, &mut active, &mut watched, &mut descriptors);
         }
         if worked {
             continue;
@@ -317,31 +323,31 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             idle.pause(rounds);
             continue;
         }
-        if orphaned && seated == 0 {
+        if handle_dropped && ring_count == 0 {
             // No handle, so nobody can add a ring; no ring, so nobody rings.
             return;
         }
-        sleep(shared, &mut seats, &mut active, &mut watched, &mut descriptors);
+        sleep(shared, &mut rings, &mut active, &mut watched, &mut descriptors);
     }
 }
 
-fn activate(seats: &mut [Option<Seat>], active: &mut Vec<usize>, place: usize) {
+fn activate(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: usize) {
     // A bit may outlive its ring.
-    if let Some(Some(seat)) = seats.get_mut(place)
-        && !seat.active
+    if let Some(Some(ring)) = rings.get_mut(place)
+        && !ring.active
     {
-        seat.active = true;
-        seat.idle = 0;
+        ring.active = true;
+        ring.idle = 0;
         active.push(place);
     }
 }
 
 /// A closed ring leaves: its engine goes to the reaping half, which may be waiting for it.
-fn leave(shared: &PollerShared, place: usize, seat: Seat) {
-    let Seat { engine, handoff, .. } = seat;
+fn hand_back(shared: &PollerShared, place: usize, ring: PolledRing) {
+    let PolledRing { engine, handoff, .. } = ring;
     let ring = engine.shared.clone();
     // Nobody may want it any more; then the device may end here, whose code that is.
-    if guard(|| handoff.give(engine)).is_err() {
+    if catch_panic(|| handoff.give(engine)).is_err() {
         tracing::error!(ring = ring.number, "the device panicked while dropped");
     }
     shared.unreserve(place);
@@ -353,12 +359,12 @@ fn leave(shared: &PollerShared, place: usize, seat: Seat) {
 /// here.
 fn sleep(
     shared: &PollerShared,
-    seats: &mut [Option<Seat>],
+    rings: &mut [Option<PolledRing>],
     active: &mut Vec<usize>,
     watched: &mut Vec<usize>,
     descriptors: &mut Vec<libc::pollfd>,
 ) {
-    let wake_at = gather(seats, watched, descriptors);
+    let wake_at = collect_descriptors(rings, watched, descriptors);
     // The notifier's own.
     descriptors.push(poll_in(-1));
     let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
@@ -368,22 +374,22 @@ fn sleep(
     }
     shared.set.bell.disarm();
     if !watched.is_empty() {
-        attend(seats, active, watched, descriptors, Instant::now());
+        wake_due(rings, active, watched, descriptors, Instant::now());
     }
 }
 
 /// The descriptors of those who sleep, and the first of their times.
-fn gather(
-    seats: &[Option<Seat>],
+fn collect_descriptors(
+    rings: &[Option<PolledRing>],
     watched: &[usize],
     descriptors: &mut Vec<libc::pollfd>,
 ) -> Option<Instant> {
     let mut wake_at: Option<Instant> = None;
     descriptors.clear();
     for &place in watched {
-        let Some(seat) = seats[place].as_ref().filter(|seat| !seat.active) else { continue };
-        wake_at = [wake_at, seat.wake_at].into_iter().flatten().min();
-        if let Some(fd) = seat.engine.descriptor() {
+        let Some(ring) = rings[place].as_ref().filter(|ring| !ring.active) else { continue };
+        wake_at = [wake_at, ring.wake_at].into_iter().flatten().min();
+        if let Some(fd) = ring.engine.descriptor() {
             descriptors.push(poll_in(fd));
         }
     }
@@ -393,32 +399,32 @@ fn gather(
 /// When a poller that is busy looks after those who sleep: now and then, and never in a packet's
 /// share of a round.
 #[derive(Debug, Default)]
-struct Look {
-    turns: usize,
+struct SleeperCheck {
+    polls: usize,
     /// Before then no descriptor is polled again.
     next: Option<Instant>,
 }
 
-impl Look {
-    /// Counts a round of so many turns.
-    fn is_due(&mut self, turns: usize) -> bool {
-        self.turns += turns;
-        let due = self.turns >= SLEEPER_CHECK_TURNS;
+impl SleeperCheck {
+    /// Counts a round of so many polls.
+    fn is_due(&mut self, polls: usize) -> bool {
+        self.polls += polls;
+        let due = self.polls >= SLEEPER_CHECK_TURNS;
         if due {
-            self.turns = 0;
+            self.polls = 0;
         }
         due
     }
 
-    fn at(
+    fn run(
         &mut self,
-        seats: &mut [Option<Seat>],
+        rings: &mut [Option<PolledRing>],
         active: &mut Vec<usize>,
         watched: &mut Vec<usize>,
         descriptors: &mut Vec<libc::pollfd>,
     ) {
         let now = Instant::now();
-        let wake_at = gather(seats, watched, descriptors);
+        let wake_at = collect_descriptors(rings, watched, descriptors);
         if self.next.is_some_and(|next| now < next) {
             descriptors.clear();
         }
@@ -427,35 +433,35 @@ impl Look {
             poll(descriptors, 0);
         }
         if !descriptors.is_empty() || wake_at.is_some_and(|at| at <= now) {
-            attend(seats, active, watched, descriptors, now);
+            wake_due(rings, active, watched, descriptors, now);
         }
     }
 }
 
 /// Turns those again whose time has come or whose descriptor is readable.
-fn attend(
-    seats: &mut [Option<Seat>],
+fn wake_due(
+    rings: &mut [Option<PolledRing>],
     active: &mut Vec<usize>,
     watched: &mut Vec<usize>,
     descriptors: &[libc::pollfd],
     now: Instant,
 ) {
     watched.retain(|&place| {
-        let Some(seat) = &mut seats[place] else { return false };
-        let due = seat.wake_at.is_some_and(|at| at <= now);
-        let readable = seat
+        let Some(ring) = &mut rings[place] else { return false };
+        let due = ring.wake_at.is_some_and(|at| at <= now);
+        let readable = ring
             .engine
             .descriptor()
             .is_some_and(|fd| descriptors.iter().any(|poll| poll.fd == fd && poll.revents != 0));
-        if !seat.active && (due || readable) {
+        if !ring.active && (due || readable) {
             // It was not rung awake, so its doorbell is still armed.
-            seat.engine.shared.bell.disarm();
-            seat.engine.look_at_device();
-            seat.active = true;
-            seat.idle = 0;
+            ring.engine.shared.bell.disarm();
+            ring.engine.request_device_poll();
+            ring.active = true;
+            ring.idle = 0;
             active.push(place);
         }
-        seat.watched = !seat.active;
-        seat.watched
+        ring.watched = !ring.active;
+        ring.watched
     });
 }

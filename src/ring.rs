@@ -4,7 +4,7 @@
 //! use vmring::{Direction, Interface, Loopback};
 //!
 //! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
-//! let mut ring = interface.ring(Direction::Both).build()?;
+//! let mut ring = interface.ring(Direction::EpollPair).build()?;
 //!
 //! // Somewhere for packets to arrive, and a packet.
 //! let frame = ring.alloc().expect("a fresh ring has free frames");
@@ -47,7 +47,7 @@ pub use control::RingControl;
 pub use split::{CompletionHalf, HalfReap, SubmissionHalf};
 pub use submit::SubmissionQueue;
 
-/// Both halves of a ring. See the [module](self) for an example.
+/// EpollPair halves of a ring. See the [module](self) for an example.
 #[derive(Debug)]
 pub struct Ring {
     sq: SubmissionQueue,
@@ -65,7 +65,7 @@ impl Ring {
     pub fn split(&mut self) -> (SubmissionHalf<'_>, CompletionHalf<'_>) {
         let Self { sq, cq } = self;
         // Should somebody have forgotten a `HalfReap`.
-        sq.pay();
+        sq.flush_deferred();
         (SubmissionHalf { sq }, CompletionHalf { cq, sq })
     }
 
@@ -73,7 +73,7 @@ impl Ring {
     /// dropped.
     pub fn into_split(self) -> (SubmissionQueue, CompletionQueue) {
         let Self { mut sq, cq } = self;
-        sq.drives = false;
+        sq.drives_engine = false;
         (sq, cq)
     }
 
@@ -201,10 +201,10 @@ mod tests {
     fn only_who_drives_the_engine_rings_without_a_fence() {
         let interface = Interface::builder().device(Loopback::new(1500)).start().unwrap();
         let ring = |drive| interface.ring(Direction::Write).drive(drive).build().unwrap();
-        assert!(!ring(Drive::Thread).sq.drives);
+        assert!(!ring(Drive::Thread).sq.drives_engine);
         let inline = ring(Drive::Inline);
-        assert!(inline.sq.drives);
+        assert!(inline.sq.drives_engine);
         let (sq, _cq) = inline.into_split();
-        assert!(!sq.drives);
+        assert!(!sq.drives_engine);
     }
 }

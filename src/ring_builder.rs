@@ -9,9 +9,9 @@ use crate::PoolBuilder;
 use crate::config::Direction;
 use crate::engine::{Engine, EngineParts, Handoff};
 use crate::error::{ConfigError, Error};
-use crate::lifecycle::RingGroup;
+use crate::lifecycle::InterfaceShared;
 use crate::limits::{CANCEL_DEPTH, CLOSE_TIMEOUT, DEPTH, DEPTH_MAX};
-use crate::mailbox::{RingPark, RingShared, next_ring_number, register};
+use crate::mailbox::{RingPark, RingShared, new_ring_number, register};
 use crate::notify::Notifier;
 use crate::policy::{IdlePolicy, RetryPolicy};
 use crate::poller::{Poller, PollerBuilder};
@@ -48,7 +48,7 @@ pub enum Drive<'a> {
 /// write) is address space until it does. `performance/` compares this with what the system says.
 #[derive(Clone, Debug)]
 pub struct RingBuilder<'a> {
-    group: &'a Arc<RingGroup>,
+    interface: &'a Arc<InterfaceShared>,
     direction: Direction,
     read_depth: u32,
     write_depth: u32,
@@ -67,9 +67,9 @@ pub struct RingBuilder<'a> {
 }
 
 impl<'a> RingBuilder<'a> {
-    pub(crate) fn new(group: &'a Arc<RingGroup>, direction: Direction) -> Self {
+    pub(crate) fn new(interface: &'a Arc<InterfaceShared>, direction: Direction) -> Self {
         Self {
-            group,
+            interface,
             direction,
             read_depth: DEPTH,
             write_depth: DEPTH,
@@ -204,7 +204,7 @@ impl<'a> RingBuilder<'a> {
     /// [`Error::Config`] for sizes that cannot be, [`Error::Memory`], [`Error::TooManyRings`] if the
     /// device bears no more, [`Error::Io`] for a thread that cannot be had, and what the device says.
     pub fn build(self) -> Result<Ring, Error> {
-        let caps = self.group.device.capabilities();
+        let caps = self.interface.device.capabilities();
         let read = if self.direction.reads() { self.read_depth } else { 0 };
         let write = if self.direction.writes() { self.write_depth } else { 0 };
         let wanted = [
@@ -244,8 +244,8 @@ impl<'a> RingBuilder<'a> {
         let regions = Regions::new(pools)
             .ok_or_else(|| ConfigError::Invalid("a ring takes at most 65,536 pools".to_owned()))?;
 
-        let claim = self.group.claim(self.direction)?;
-        let number = next_ring_number();
+        let permit = self.interface.acquire(self.direction)?;
+        let number = new_ring_number();
         let notifier = Arc::new(Notifier::default());
         let own_poller;
         let poller = match self.drive {
@@ -266,18 +266,18 @@ impl<'a> RingBuilder<'a> {
         let slots = (read + write) as usize;
         let shared = Arc::new(RingShared::new(number, park, notifier.clone(), slots));
         register(&shared);
-        self.group.add(&shared);
+        self.interface.add(&shared);
         let (sq_producer, cq_consumer, sq_consumer, cq_producer) =
             rings(depths, regions, self.start_index);
         let engine = Engine::new(EngineParts {
             sq_consumer,
             cq_producer,
-            group: self.group.clone(),
+            interface: self.interface.clone(),
             direction: self.direction,
             shared: shared.clone(),
             retry: self.retry,
             close_timeout: self.close_timeout,
-            claim,
+            permit,
             depths: (read as usize, write as usize),
         });
         let engine = match (engine, poller, place) {

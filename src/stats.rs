@@ -42,14 +42,14 @@ pub struct Refusals([u64; REASONS]);
 pub(crate) const REASONS: usize = 11;
 
 /// The place of a status code's count.
-pub(crate) fn reason(code: u32) -> usize {
+pub(crate) fn reason_index(code: u32) -> usize {
     code.checked_sub(1001).map_or(REASONS - 1, |i| (i as usize).min(REASONS - 1))
 }
 
 impl Refusals {
     /// How many were refused with `status`; all [`Status::Unknown`] codes are counted together.
     pub fn of(&self, status: Status) -> u64 {
-        self.0[reason(status.code())]
+        self.0[reason_index(status.code())]
     }
 
     /// How many were refused.
@@ -170,9 +170,9 @@ mod tests {
 
     #[test]
     fn each_status_has_a_count_of_its_own_and_unknown_ones_share_one() {
-        let known: Vec<usize> = (1001..=1010).map(reason).collect();
+        let known: Vec<usize> = (1001..=1010).map(reason_index).collect();
         assert_eq!(known, (0..10).collect::<Vec<_>>());
-        assert!([0, 1000, 1011, u32::MAX].iter().all(|code| reason(*code) == REASONS - 1));
+        assert!([0, 1000, 1011, u32::MAX].iter().all(|code| reason_index(*code) == REASONS - 1));
     }
 
     #[test]

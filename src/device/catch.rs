@@ -8,6 +8,6 @@ pub(crate) struct Panicked;
 
 /// Calls a device: a panic of its goes no further.
 #[inline]
-pub(crate) fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
+pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|_| Panicked)
 }

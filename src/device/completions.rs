@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use vmring_core::{Class, CqProducer, Frame, Outcome};
 
-use crate::device::slot::{PostedSlot, list_of};
+use crate::device::slot::{PostedSlot, class_index};
 use crate::mailbox::RingShared;
-use crate::stats::{add_batch, reason};
+use crate::stats::{add_batch, reason_index};
 
 /// The poller's end of a completion queue. What it writes is seen after [`publish`](Self::publish).
 pub(crate) struct Completions {
@@ -42,10 +42,16 @@ impl Completions {
 
     /// Completes what a device is done with, in a batch that [`end_batch`](Self::end_batch) ends.
     #[inline(always)]
-    pub(crate) fn done(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+    pub(crate) fn push_done(
+        &mut self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+        outcome: Outcome,
+    ) {
         let len = frame.len() as u64;
         if outcome != Outcome::Done {
-            return self.failed(class, frame, user_data, outcome);
+            return self.push_failed(class, frame, user_data, outcome);
         }
         self.cq_producer.push(class, frame, user_data, outcome);
         if class == Class::Read {
@@ -59,8 +65,8 @@ impl Completions {
 
     #[cold]
     #[inline(never)]
-    fn failed(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
-        self.batch.failed[list_of(class)] += 1;
+    fn push_failed(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+        self.batch.failed[class_index(class)] += 1;
         let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
         self.push(class, frame, user_data, outcome);
     }
@@ -79,7 +85,7 @@ impl Completions {
             Outcome::Cancelled => counters.cancelled.add(1),
             Outcome::Refused(code) => {
                 counters.errors.add(1);
-                counters.errors_by_status[reason(code)].add(1);
+                counters.errors_by_status[reason_index(code)].add(1);
             }
             Outcome::Abandoned | Outcome::DevicePanicked => counters.abandoned.add(1),
         }
@@ -95,7 +101,7 @@ impl Completions {
     }
 
     /// Completes a cancel that found `matched` entries.
-    pub(crate) fn cancelled(&mut self, all: bool, matched: u32, user_data: u64) {
+    pub(crate) fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
         self.cq_producer.push_cancel(all, matched, user_data);
     }
 

@@ -12,7 +12,7 @@ use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, 
 
 use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
 use crate::device::common::{ETHERNET_HEADER_LEN, no_offloads};
-use crate::device::inbox_reader::{InboxReader, Inlet};
+use crate::device::inbox_reader::{InboxEnd, InboxReader};
 use crate::device::io::Io;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
@@ -178,8 +178,8 @@ impl Device for EmbeddedPort {
         };
         let tx = direction.writes().then(|| ends_now.sender.new_sender());
         let max = self.info.max_packet_size as usize;
-        let (home, wake) = (self.ends.clone(), self.wake.clone());
-        Ok(Box::new(EmbeddedQueue { max, rx, tx, home, wake }))
+        let (ends, wake) = (self.ends.clone(), self.wake.clone());
+        Ok(Box::new(EmbeddedQueue { max, rx, tx, ends, wake }))
     }
 
     fn stop(&self) -> Result<(), Error> {
@@ -251,7 +251,7 @@ struct EmbeddedQueue {
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,
     /// Where the receiver goes back to.
-    home: Arc<Mutex<Option<Ends>>>,
+    ends: Arc<Mutex<Option<Ends>>>,
     wake: Arc<Mutex<Option<Wake>>>,
 }
 
@@ -260,7 +260,7 @@ impl Queue for EmbeddedQueue {
         // What was submitted first is looked at first: who looks for reads behind writes moves those.
         let writes_first = io.is_write_next();
         if let Some(rx) = &mut self.rx {
-            rx.attend(io);
+            rx.begin_poll(io);
             if !writes_first {
                 rx.post(io);
             }
@@ -286,7 +286,7 @@ impl Queue for EmbeddedQueue {
     fn close(&mut self, io: &mut Io<'_>) -> bool {
         if let Some(mut rx) = self.rx.take() {
             rx.close(io);
-            self.bring_home(rx);
+            self.return_receiver(rx);
         }
         self.tx = None;
         true
@@ -345,10 +345,10 @@ fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES_LEN]> {
 
 impl EmbeddedQueue {
     /// The emptied receiver waits for the next ring, unless the port has been stopped.
-    fn bring_home(&self, rx: InboxReader<Receiver<PostedSlot>>) {
+    fn return_receiver(&self, rx: InboxReader<Receiver<PostedSlot>>) {
         *lock(&self.wake) = None;
         let mut receiver = rx.into_inner();
-        if let Some(ends) = &mut *lock(&self.home) {
+        if let Some(ends) = &mut *lock(&self.ends) {
             receiver.reopen();
             ends.receiver = Some(receiver);
         }
@@ -360,12 +360,12 @@ impl Drop for EmbeddedQueue {
         // Dropped without being closed: something above us panicked.
         if let Some(mut rx) = self.rx.take() {
             rx.abandon();
-            self.bring_home(rx);
+            self.return_receiver(rx);
         }
     }
 }
 
-impl Inlet for Receiver<PostedSlot> {
+impl InboxEnd for Receiver<PostedSlot> {
     #[inline(always)]
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
         Receiver::stage(self, slot)

@@ -21,7 +21,7 @@ use std::{fmt, thread};
 use fastrand::Rng;
 
 use crate::config::{Config, Direction};
-use crate::device::io::{Done, Io};
+use crate::device::io::{CompletedSlot, Io};
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
@@ -246,7 +246,7 @@ impl FaultyQueue {
         }
     }
 
-    fn finish(&mut self, mut done: Done, io: &mut Io<'_>) {
+    fn finish(&mut self, mut done: CompletedSlot, io: &mut Io<'_>) {
         self.completed += 1;
         if done.slot().is_read()
             && done.result().is_ok_and(|len| len > 0)
@@ -339,19 +339,19 @@ impl Queue for FaultyQueue {
 
 /// The completion engine: finished slots go through a thread that holds them for a while.
 struct Held {
-    to_thread: Sender<Done>,
-    from_thread: Receiver<Done>,
+    to_thread: Sender<CompletedSlot>,
+    from_thread: Receiver<CompletedSlot>,
     /// Looked at and not yet given back.
-    returned: Vec<Done>,
+    returned: Vec<CompletedSlot>,
     out: usize,
 }
 
 impl Held {
     fn start(engine: Engine, mut rng: Rng, wake: Wake) -> Self {
-        let (to_thread, inbox) = mpsc::channel::<Done>();
+        let (to_thread, inbox) = mpsc::channel::<CompletedSlot>();
         let (outbox, from_thread) = mpsc::channel();
         thread::spawn(move || {
-            let mut held: Vec<(Instant, Done)> = Vec::new();
+            let mut held: Vec<(Instant, CompletedSlot)> = Vec::new();
             loop {
                 let next = held.iter().map(|(due, _)| *due).min();
                 let wait = next.map_or(Duration::from_secs(3600), |due| {
@@ -382,7 +382,7 @@ impl Held {
         Self { to_thread, from_thread, returned: Vec::new(), out: 0 }
     }
 
-    fn hold(&mut self, done: Done) {
+    fn hold(&mut self, done: CompletedSlot) {
         match self.to_thread.send(done) {
             Ok(()) => self.out += 1,
             // The thread has died; nothing is held then.
@@ -390,7 +390,7 @@ impl Held {
         }
     }
 
-    fn next(&mut self) -> Option<Done> {
+    fn next(&mut self) -> Option<CompletedSlot> {
         if let Some(done) = self.returned.pop() {
             return Some(done);
         }

@@ -9,7 +9,7 @@ use crate::limits::INBOX_READS_MAX;
 
 /// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
 /// `embedded`.
-pub(crate) trait Inlet: Send {
+pub(crate) trait InboxEnd: Send {
     /// Not shown to senders before `publish`.
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
     fn publish(&mut self);
@@ -21,7 +21,7 @@ pub(crate) trait Inlet: Send {
     fn close(&mut self);
 }
 
-impl Inlet for Collector<PostedSlot> {
+impl InboxEnd for Collector<PostedSlot> {
     #[inline(always)]
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot> {
         Collector::stage(self, slot)
@@ -61,23 +61,23 @@ impl Inlet for Collector<PostedSlot> {
 /// The reading side of a queue over an inbox: posts reads there, collects packets, takes back what
 /// is cancelled.
 pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
-    pub(super) inlet: I,
+    pub(super) end: I,
     armed: bool,
     /// Taken back from the inbox by a cancel, to be completed at the next poll.
     cancelled: VecDeque<PostedSlot>,
 }
 
-impl<I: Inlet> InboxReader<I> {
-    pub(crate) fn new(inlet: I) -> Self {
-        Self { inlet, armed: false, cancelled: VecDeque::new() }
+impl<I: InboxEnd> InboxReader<I> {
+    pub(crate) fn new(end: I) -> Self {
+        Self { end, armed: false, cancelled: VecDeque::new() }
     }
 
     /// Awake again: completes what was cancelled.
     #[inline(always)]
-    pub(crate) fn attend(&mut self, io: &mut Io<'_>) {
+    pub(crate) fn begin_poll(&mut self, io: &mut Io<'_>) {
         if self.armed {
             self.armed = false;
-            self.inlet.disarm();
+            self.end.disarm();
         }
         while let Some(slot) = self.cancelled.pop_front() {
             io.cancel(slot);
@@ -88,19 +88,19 @@ impl<I: Inlet> InboxReader<I> {
     #[inline(always)]
     pub(crate) fn post(&mut self, io: &mut Io<'_>) {
         while let Some(slot) = io.take_read() {
-            if let Err(slot) = self.inlet.stage(slot) {
+            if let Err(slot) = self.end.stage(slot) {
                 io.put_back(slot);
                 break;
             }
         }
-        self.inlet.publish();
+        self.end.publish();
     }
 
     /// Completes the packets that are there, at most the posted.
     #[inline(always)]
     pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
         for _ in 0..INBOX_READS_MAX {
-            let Some((slot, len)) = self.inlet.collect() else {
+            let Some((slot, len)) = self.end.collect() else {
                 return Progress::Idle;
             };
             io.complete_read(slot, len);
@@ -109,7 +109,7 @@ impl<I: Inlet> InboxReader<I> {
     }
 
     pub(crate) fn arm(&mut self) -> bool {
-        self.armed = self.inlet.arm();
+        self.armed = self.end.arm();
         self.armed && self.cancelled.is_empty()
     }
 
@@ -117,9 +117,9 @@ impl<I: Inlet> InboxReader<I> {
         let before = self.cancelled.len();
         let mut take = |slot| self.cancelled.push_back(slot);
         match target {
-            None => self.inlet.recall(&mut take),
+            None => self.end.recall(&mut take),
             // The others stay where senders find them.
-            Some(target) => self.inlet.recall_target(target, &mut take),
+            Some(target) => self.end.recall_target(target, &mut take),
         }
         (self.cancelled.len() - before) as u32
     }
@@ -127,23 +127,23 @@ impl<I: Inlet> InboxReader<I> {
     /// Ends the reading: packets that came complete, the rest is cancelled. Waits only for copies
     /// that are under way.
     pub(crate) fn close(&mut self, io: &mut Io<'_>) {
-        self.inlet.close();
-        while let Some((slot, len)) = self.inlet.collect() {
+        self.end.close();
+        while let Some((slot, len)) = self.end.collect() {
             io.complete_read(slot, len);
         }
-        self.inlet.recall(&mut |slot| io.cancel(slot));
+        self.end.recall(&mut |slot| io.cancel(slot));
         self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
     }
 
     /// Ends the reading without an [`Io`]: every slot is dropped, and so completes as abandoned.
     pub(crate) fn abandon(&mut self) {
-        self.inlet.close();
-        while self.inlet.collect().is_some() {}
-        self.inlet.recall(&mut drop);
+        self.end.close();
+        while self.end.collect().is_some() {}
+        self.end.recall(&mut drop);
         self.cancelled.clear();
     }
 
     pub(crate) fn into_inner(self) -> I {
-        self.inlet
+        self.end
     }
 }

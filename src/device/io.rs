@@ -6,10 +6,10 @@ use std::fmt;
 use vmring_core::{Class, Outcome, SqConsumer, offload};
 
 use crate::device::completions::Completions;
-use crate::device::slot::{PostedSlot, list_of};
+use crate::device::slot::{PostedSlot, class_index};
 use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
-use crate::mailbox::{Orphan, abandon};
+use crate::mailbox::{DroppedSlot, report_dropped};
 
 /// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
 /// for what it has completed.
@@ -57,14 +57,14 @@ impl<'a> Io<'a> {
     /// Reads that may be taken in this call.
     #[inline]
     pub fn reads(&mut self) -> usize {
-        self.take_in();
+        self.post_from_sq();
         self.posted.reads.len().min(self.left[0])
     }
 
     /// Writes that may be taken in this call.
     #[inline]
     pub fn writes(&mut self) -> usize {
-        self.take_in();
+        self.post_from_sq();
         self.posted.writes.len().min(self.left[1])
     }
 
@@ -82,7 +82,7 @@ impl<'a> Io<'a> {
 
     #[inline(always)]
     fn take(&mut self, class: Class) -> Option<PostedSlot> {
-        let i = list_of(class);
+        let i = class_index(class);
         if self.left[i] == 0 {
             return None;
         }
@@ -102,19 +102,19 @@ impl<'a> Io<'a> {
             let sqe = sq_consumer.front()?;
             let class = sqe.class();
             if class == wanted {
-                return Some(PostedSlot::unpack(sqe, self.ring, class));
+                return Some(PostedSlot::from_sqe(sqe, self.ring, class));
             }
-            self.posted.list(class).push_back_with(|| PostedSlot::unpack(sqe, self.ring, class));
+            self.posted.list(class).push_back_with(|| PostedSlot::from_sqe(sqe, self.ring, class));
         }
     }
 
     /// Posts what is in the SQ, for who looks at several slots before taking one.
     #[inline]
-    fn take_in(&mut self) {
+    fn post_from_sq(&mut self) {
         if let Some(sq_consumer) = self.sq_consumer.as_deref_mut()
             && sq_consumer.known() > 0
         {
-            self.posted.take_in(sq_consumer, self.ring);
+            self.posted.post_from_sq(sq_consumer, self.ring);
         }
     }
 
@@ -138,7 +138,7 @@ impl<'a> Io<'a> {
                 .map_or(0, |sq_consumer| sq_consumer.leading(Class::Write, most, like))
                 as usize;
         }
-        self.take_in();
+        self.post_from_sq();
         let writes = self.posted.writes.iter().take(most);
         writes.take_while(|slot| like(slot.packet())).count()
     }
@@ -166,7 +166,7 @@ impl<'a> Io<'a> {
     #[inline(always)]
     pub(crate) fn take_shown(&mut self, class: Class) -> Option<PostedSlot> {
         let slot = self.posted.list(class).pop_front()?;
-        self.left[list_of(class)] -= 1;
+        self.left[class_index(class)] -= 1;
         Some(slot)
     }
 
@@ -178,7 +178,7 @@ impl<'a> Io<'a> {
         if self.is_foreign(slot.ring) {
             return;
         }
-        self.left[list_of(slot.class)] += 1;
+        self.left[class_index(slot.class)] += 1;
         self.posted.list(slot.class).push_front(slot);
     }
 
@@ -224,8 +224,8 @@ impl<'a> Io<'a> {
     }
 
     /// Passes on what an inner queue completed: for wrappers.
-    pub fn forward(&mut self, done: Done) {
-        let Done { slot, outcome } = done;
+    pub fn forward(&mut self, done: CompletedSlot) {
+        let CompletedSlot { slot, outcome } = done;
         self.finish(slot, outcome);
     }
 
@@ -237,13 +237,13 @@ impl<'a> Io<'a> {
         let ring = slot.ring;
         let (frame, user_data, class) = slot.into_frame();
         if self.is_foreign(ring) {
-            return abandon(ring, Orphan { frame, user_data, class });
+            return report_dropped(ring, DroppedSlot { frame, user_data, class });
         }
         match &mut self.sink {
-            Sink::Ring(completions) => completions.done(class, frame, user_data, outcome),
-            Sink::Wrapper(list) => {
+            Sink::Ring(completions) => completions.push_done(class, frame, user_data, outcome),
+            Sink::Relay(list) => {
                 let slot = PostedSlot::new(frame, user_data, ring, class);
-                list.push_back(Done { slot, outcome });
+                list.push_back(CompletedSlot { slot, outcome });
             }
         }
     }
@@ -276,10 +276,10 @@ impl Posted {
     }
 
     /// Posts the packets of ring number `ring` that its SQ has, up to a cancel.
-    pub(crate) fn take_in(&mut self, sq_consumer: &mut SqConsumer, ring: u32) {
+    pub(crate) fn post_from_sq(&mut self, sq_consumer: &mut SqConsumer, ring: u32) {
         while let Some(sqe) = sq_consumer.front() {
             let class = sqe.class();
-            self.list(class).push_back_with(|| PostedSlot::unpack(sqe, ring, class));
+            self.list(class).push_back_with(|| PostedSlot::from_sqe(sqe, ring, class));
         }
     }
 }
@@ -288,17 +288,17 @@ impl Posted {
 /// ways and no trait object, so that a completion costs no call.
 pub(crate) enum Sink<'a> {
     Ring(&'a mut Completions),
-    Wrapper(&'a mut VecDeque<Done>),
+    Relay(&'a mut VecDeque<CompletedSlot>),
 }
 
 /// A slot that a queue is done with.
 #[derive(Debug)]
-pub struct Done {
+pub struct CompletedSlot {
     pub(super) slot: PostedSlot,
     outcome: Outcome,
 }
 
-impl Done {
+impl CompletedSlot {
     /// Whether it succeeded, and if so with how many bytes.
     pub fn result(&self) -> Result<usize, EntryError> {
         EntryError::from_outcome(self.outcome).map(|()| self.slot.packet().len())

@@ -52,11 +52,11 @@ impl Driver for Loopback {
 
 struct Loop {
     info: InterfaceInfo,
-    wire: Arc<Wire>,
+    shared: Arc<LoopShared>,
 }
 
 /// What the interface's rings share.
-struct Wire {
+struct LoopShared {
     inbox: Arc<Inbox<PostedSlot>>,
     /// Rings that write.
     writers: AtomicUsize,
@@ -66,7 +66,7 @@ impl Loop {
     fn new(info: InterfaceInfo) -> Self {
         let inbox =
             Arc::new(Inbox::new(INBOX_READS_MAX, LOOPBACK_QUEUE, info.max_packet_size as usize));
-        Self { info, wire: Arc::new(Wire { inbox, writers: AtomicUsize::new(0) }) }
+        Self { info, shared: Arc::new(LoopShared { inbox, writers: AtomicUsize::new(0) }) }
     }
 }
 
@@ -89,24 +89,24 @@ impl Device for Loop {
         let collector = if direction.reads() {
             let wake = Arc::new(move || wake.wake());
             // The caller keeps to one reading ring; the last one has closed.
-            Some(Inbox::open(&self.wire.inbox, wake).ok_or(Status::SetupIncomplete)?)
+            Some(Inbox::open(&self.shared.inbox, wake).ok_or(Status::SetupIncomplete)?)
         } else {
             None
         };
-        let tx = direction.writes().then(|| Writer::new(&self.wire));
-        Ok(Box::new(End { tx, rx: collector.map(InboxReader::new), lends: false }))
+        let tx = direction.writes().then(|| Writer::new(&self.shared));
+        Ok(Box::new(LoopQueue { tx, rx: collector.map(InboxReader::new), lends: false }))
     }
 }
 
 /// One of the rings that write.
-struct Writer(Arc<Wire>);
+struct Writer(Arc<LoopShared>);
 
 impl Writer {
-    fn new(wire: &Arc<Wire>) -> Self {
+    fn new(shared: &Arc<LoopShared>) -> Self {
         // Relaxed, as everywhere: a reader that has not seen it yet sees the packet that it could not
         // deliver, whose doorbell has the fence that this needs.
-        wire.writers.fetch_add(1, Ordering::Relaxed);
-        Self(wire.clone())
+        shared.writers.fetch_add(1, Ordering::Relaxed);
+        Self(shared.clone())
     }
 
     fn inbox(&self) -> &Inbox<PostedSlot> {
@@ -124,14 +124,14 @@ impl Drop for Writer {
     }
 }
 
-struct End {
+struct LoopQueue {
     tx: Option<Writer>,
     rx: Option<InboxReader>,
     /// Whether reads that the poller has are put into the inbox.
     lends: bool,
 }
 
-impl End {
+impl LoopQueue {
     /// Reads are for other rings to fill, or for packets that wait. If neither is so, they stay with
     /// the poller, and this ring's own writes find them there.
     fn has_to_lend(&self) -> bool {
@@ -139,11 +139,11 @@ impl End {
     }
 }
 
-impl Queue for End {
+impl Queue for LoopQueue {
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
         self.lends = self.has_to_lend();
         if let Some(rx) = &mut self.rx {
-            rx.attend(io);
+            rx.begin_poll(io);
             if self.lends {
                 rx.post(io);
             }
@@ -180,7 +180,7 @@ fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReade
     let mut sent = false;
     let max = inbox.max_frame();
     // As many as there are buffers for in one claim, the rest one by one.
-    if own.as_ref().is_none_or(|rx| rx.inlet.posted() > 0)
+    if own.as_ref().is_none_or(|rx| rx.end.posted() > 0)
         && let Some(mut claim) = inbox.claim(io.leading_writes(|packet| packet.len() <= max))
     {
         while claim.left() > 0
@@ -194,7 +194,7 @@ fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReade
     if let Some(rx) = own {
         // Reads that were lent come first.
         rx.collect(io);
-        if rx.inlet.posted() == 0 {
+        if rx.end.posted() == 0 {
             pass(io);
         }
     }

@@ -38,7 +38,7 @@ use pcap_file::pcapng::blocks::interface_description::{
 };
 
 use crate::config::{Config, Direction, InterfaceInfo};
-use crate::device::io::{Done, Io};
+use crate::device::io::{CompletedSlot, Io};
 use crate::device::pcap::error::into_io;
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
@@ -225,7 +225,7 @@ impl RecordedQueue {
     }
 }
 
-fn direction(done: &Done) -> u32 {
+fn direction(done: &CompletedSlot) -> u32 {
     if done.slot().is_read() { INBOUND } else { OUTBOUND }
 }
 

@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 
-use crate::device::io::{Done, Io, Posted, Sink};
+use crate::device::io::{CompletedSlot, Io, Posted, Sink};
 use crate::device::seam::{Progress, Queue};
-use crate::device::slot::{PostedSlot, list_of};
+use crate::device::slot::{PostedSlot, class_index};
 use crate::error::Status;
 
 /// A private pair of lists for a wrapper: it takes slots from the poller's [`Io`], posts those it
@@ -12,8 +12,8 @@ use crate::error::Status;
 #[derive(Debug, Default)]
 pub struct Relay {
     posted: Posted,
-    done: VecDeque<Done>,
-    held: [i64; 2],
+    done: VecDeque<CompletedSlot>,
+    kept: [i64; 2],
 }
 
 impl Relay {
@@ -29,11 +29,11 @@ impl Relay {
 
     /// Polls the inner queue with what is posted.
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
-        let before = self.with_us();
-        let sink = Sink::Wrapper(&mut self.done);
+        let before = self.slots_here();
+        let sink = Sink::Relay(&mut self.done);
         let mut io = Io::new(0, &mut self.posted, None, sink, [u32::MAX; 2]);
         let result = queue.poll(&mut io);
-        self.settle(before);
+        self.account_kept(before);
         result
     }
 
@@ -68,38 +68,38 @@ impl Relay {
 
     /// Asks the inner queue to close.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
-        let before = self.with_us();
-        let mut io = Io::new(0, &mut self.posted, None, Sink::Wrapper(&mut self.done), [0; 2]);
+        let before = self.slots_here();
+        let mut io = Io::new(0, &mut self.posted, None, Sink::Relay(&mut self.done), [0; 2]);
         let closed = queue.close(&mut io);
-        self.settle(before);
+        self.account_kept(before);
         closed
     }
 
     /// Slots that are posted or done, by class: what a call of the inner queue takes off this sum, it
     /// keeps.
-    fn with_us(&self) -> [i64; 2] {
+    fn slots_here(&self) -> [i64; 2] {
         let (reads, writes) = self.posted();
         let mut sum = [reads as i64, writes as i64];
         for done in &self.done {
-            sum[list_of(done.slot.class)] += 1;
+            sum[class_index(done.slot.class)] += 1;
         }
         sum
     }
 
-    fn settle(&mut self, before: [i64; 2]) {
-        let now = self.with_us();
-        self.held[0] += before[0] - now[0];
-        self.held[1] += before[1] - now[1];
+    fn account_kept(&mut self, before: [i64; 2]) {
+        let now = self.slots_here();
+        self.kept[0] += before[0] - now[0];
+        self.kept[1] += before[1] - now[1];
     }
 
     /// What the inner queue has completed, oldest first.
-    pub fn next_done(&mut self) -> Option<Done> {
+    pub fn next_done(&mut self) -> Option<CompletedSlot> {
         self.done.pop_front()
     }
 
     /// Slots the inner queue keeps: reads and writes.
     pub fn kept(&self) -> (usize, usize) {
-        (self.held[0].max(0) as usize, self.held[1].max(0) as usize)
+        (self.kept[0].max(0) as usize, self.kept[1].max(0) as usize)
     }
 }
 

@@ -176,7 +176,7 @@ impl Wake {
     /// Rings. Callable from any thread, at any time, any number of times.
     pub fn wake(&self) {
         match &self.0 {
-            Inner::Ring(shared) => shared.device_rang(),
+            Inner::Ring(shared) => shared.ring_from_device(),
             Inner::Call(f) => f(),
         }
     }

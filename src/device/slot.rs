@@ -5,7 +5,7 @@ use std::fmt;
 use static_assertions::const_assert_eq;
 use vmring_core::{Class, Frame, SqeRef};
 
-use crate::mailbox::{Orphan, abandon};
+use crate::mailbox::{DroppedSlot, report_dropped};
 
 /// A slot lent to a device: a frame to fill or to send. Not `Clone`; ends by being completed through
 /// [`Io`].
@@ -38,7 +38,7 @@ impl PostedSlot {
 
     /// The slot of ring number `ring` that an SQE of that class was submitted with.
     #[inline(always)]
-    pub(super) fn unpack(sqe: SqeRef<'_>, ring: u32, class: Class) -> Self {
+    pub(super) fn from_sqe(sqe: SqeRef<'_>, ring: u32, class: Class) -> Self {
         let (frame, user_data) = sqe.take();
         Self::new(frame, user_data, ring, class)
     }
@@ -118,7 +118,10 @@ impl Drop for PostedSlot {
     #[inline]
     fn drop(&mut self) {
         if let Some(frame) = self.frame.take() {
-            abandon(self.ring, Orphan { frame, user_data: self.user_data, class: self.class });
+            report_dropped(
+                self.ring,
+                DroppedSlot { frame, user_data: self.user_data, class: self.class },
+            );
         }
     }
 }
@@ -134,6 +137,6 @@ impl fmt::Debug for PostedSlot {
 
 /// The place of a class in a pair of reads and writes.
 #[inline(always)]
-pub(crate) fn list_of(class: Class) -> usize {
+pub(crate) fn class_index(class: Class) -> usize {
     usize::from(class != Class::Read)
 }

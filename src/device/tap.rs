@@ -62,6 +62,7 @@
 //! is not that: writes fail with [`Status::SetupIncomplete`] until it is up again, reads wait.
 
 mod dhcp;
+mod framing;
 mod limits;
 mod link;
 mod namespace;
@@ -70,7 +71,6 @@ mod open;
 mod plain;
 mod setup;
 mod uring;
-mod wire;
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -80,6 +80,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
+use framing::Framing;
 use limits::{IP_MAX, LEASE_TIME, OPEN_PATIENCE, QUEUES_MAX};
 use macaddr::MacAddr6;
 use namespace::Namespace;
@@ -88,7 +89,6 @@ use plain::Plain;
 use setup::Setup;
 use uring::Uring;
 use vmring_core::offload;
-use wire::Wire;
 
 use crate::config::{Config, Direction, InterfaceInfo, Mode, Offloads};
 use crate::device::common::{ETHERNET_HEADER_LEN, mac_of};
@@ -349,8 +349,8 @@ struct TapDevice {
 /// An open TAP.
 struct Running {
     name: String,
-    seats: Arc<Mutex<Vec<Seat>>>,
-    wire: Arc<Wire>,
+    queue_states: Arc<Mutex<Vec<QueueState>>>,
+    framing: Arc<Framing>,
     setup: Setup,
     mtu: u32,
     offloads: Offloads,
@@ -358,7 +358,7 @@ struct Running {
 
 /// A queue of the TAP, and who uses it.
 #[derive(Debug)]
-struct Seat {
+struct QueueState {
     fd: Arc<TapQueueFd>,
     multi: bool,
     reader: bool,
@@ -421,9 +421,9 @@ impl Running {
             // A persistent one may have been left with some, which would come without a header.
             fds[0].set_offloads(offloads)?;
         }
-        let mut seats: Vec<_> = fds
+        let mut queue_states: Vec<_> = fds
             .into_iter()
-            .map(|fd| Seat { fd, multi, reader: false, writers: 0, attached: true })
+            .map(|fd| QueueState { fd, multi, reader: false, writers: 0, attached: true })
             .collect();
         let asked = setup::Asked {
             name: &name,
@@ -435,25 +435,25 @@ impl Running {
             lease_time: options.lease_time,
             dns: &options.dns,
         };
-        let host_mac = seats[0].fd.host_mac()?;
+        let host_mac = queue_states[0].fd.host_mac()?;
         let (mtu, dhcp) = setup.apply(&asked, host_mac)?;
-        for seat in seats.iter_mut().skip(1) {
-            seat.attach(false);
+        for state in queue_states.iter_mut().skip(1) {
+            state.attach(false);
         }
         let segments = offloads.tso4 || offloads.tso6 || offloads.uso;
         let longest = if segments { IP_MAX.max(mtu) } else { mtu };
-        let wire = Wire {
+        let framing = Framing {
             header: if header { offload::LEN } else { 0 },
             max_packet_size: longest as usize + ETHERNET_HEADER_LEN,
             dhcp,
             too_big: AtomicU64::new(0),
             malformed: AtomicU64::new(0),
         };
-        tracing::info!(tap = name, mtu, ?offloads, %engine, queues = seats.len(), "opened");
+        tracing::info!(tap = name, mtu, ?offloads, %engine, queues = queue_states.len(), "opened");
         Ok(Self {
             name,
-            seats: Arc::new(Mutex::new(seats)),
-            wire: Arc::new(wire),
+            queue_states: Arc::new(Mutex::new(queue_states)),
+            framing: Arc::new(framing),
             setup,
             mtu,
             offloads,
@@ -461,19 +461,19 @@ impl Running {
     }
 
     fn info(&self, config: &Config) -> InterfaceInfo {
-        let max = self.wire.max_packet_size as u32;
+        let max = self.framing.max_packet_size as u32;
         let mut info = InterfaceInfo::new(config, mac_of(config), self.mtu, max);
         info.ipv4 = self.setup.range();
         info
     }
 
     fn caps(&self) -> Capabilities {
-        let mut caps = Capabilities::new(self.mtu, self.wire.max_packet_size as u32);
+        let mut caps = Capabilities::new(self.mtu, self.framing.max_packet_size as u32);
         caps.max_read_batch = limits::URING_WRITES.into();
         caps.max_write_batch = limits::URING_WRITES.into();
-        caps.headroom = self.wire.header as u32;
+        caps.headroom = self.framing.header as u32;
         caps.offloads = self.offloads;
-        caps.reading_rings = lock(&self.seats).len();
+        caps.reading_rings = lock(&self.queue_states).len();
         caps.writing_rings = usize::MAX;
         caps
     }
@@ -493,7 +493,7 @@ fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Erro
     }
 }
 
-impl Seat {
+impl QueueState {
     /// Whether the kernel is to put frames into it. Only a TAP with several queues has the choice.
     fn attach(&mut self, yes: bool) {
         if self.multi && self.attached != yes {
@@ -509,18 +509,18 @@ impl Seat {
     }
 }
 
-/// The seats that nobody uses get no frames, but one of all stays.
-fn tidy(seats: &mut [Seat]) {
-    let any = seats.iter().any(Seat::is_used);
-    for (i, seat) in seats.iter_mut().enumerate() {
-        let yes = seat.is_used() || (!any && i == 0);
+/// The queue_states that nobody uses get no frames, but one of all stays.
+fn tidy(queue_states: &mut [QueueState]) {
+    let any = queue_states.iter().any(QueueState::is_used);
+    for (i, state) in queue_states.iter_mut().enumerate() {
+        let yes = state.is_used() || (!any && i == 0);
         if yes {
-            seat.attach(true);
+            state.attach(true);
         }
     }
-    for (i, seat) in seats.iter_mut().enumerate() {
-        if !(seat.is_used() || (!any && i == 0)) {
-            seat.attach(false);
+    for (i, state) in queue_states.iter_mut().enumerate() {
+        if !(state.is_used() || (!any && i == 0)) {
+            state.attach(false);
         }
     }
 }
@@ -541,19 +541,19 @@ impl Device for TapDevice {
     fn queue(&self, direction: Direction, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
         let running = lock(&self.running);
         let running = running.as_ref().ok_or(Status::SetupIncomplete)?;
-        let mut seats = lock(&running.seats);
+        let mut queue_states = lock(&running.queue_states);
         let place = if direction.reads() {
-            let free = seats.iter().position(|seat| !seat.reader);
+            let free = queue_states.iter().position(|state| !state.reader);
             // The caller keeps to the number of rings; the last one has closed.
             free.ok_or(Status::SetupIncomplete)?
         } else {
-            seats.iter().position(Seat::is_used).unwrap_or(0)
+            queue_states.iter().position(QueueState::is_used).unwrap_or(0)
         };
-        let seat = &mut seats[place];
-        seat.reader |= direction.reads();
-        seat.writers += usize::from(direction.writes());
-        let fd = seat.fd.clone();
-        tidy(&mut seats);
+        let state = &mut queue_states[place];
+        state.reader |= direction.reads();
+        state.writers += usize::from(direction.writes());
+        let fd = state.fd.clone();
+        tidy(&mut queue_states);
         let engine = match self.engine {
             TapEngine::Plain => Engine::Plain(Plain::new(fd.clone())),
             _ => Engine::Uring(Box::new(Uring::new(fd.clone()))),
@@ -561,8 +561,8 @@ impl Device for TapDevice {
         Ok(Box::new(TapQueue {
             engine,
             fd,
-            wire: running.wire.clone(),
-            seats: running.seats.clone(),
+            framing: running.framing.clone(),
+            queue_states: running.queue_states.clone(),
             place,
             direction,
             may_fall_back: self.options.engine == TapEngine::Auto,
@@ -573,9 +573,9 @@ impl Device for TapDevice {
 
     fn stop(&self) -> Result<(), Error> {
         let Some(running) = lock(&self.running).take() else { return Ok(()) };
-        let Running { seats, mut setup, .. } = running;
+        let Running { queue_states, mut setup, .. } = running;
         let result = setup.undo();
-        drop(seats);
+        drop(queue_states);
         result
     }
 
@@ -611,7 +611,7 @@ impl Device for TapDevice {
     }
 
     fn lease(&self, mac: MacAddr6) -> Option<Lease> {
-        lock(&self.running).as_ref()?.wire.dhcp.as_ref()?.lease(mac)
+        lock(&self.running).as_ref()?.framing.dhcp.as_ref()?.lease(mac)
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -621,10 +621,10 @@ impl Device for TapDevice {
             ("io_uring fallbacks", fallbacks),
         ];
         if let Some(running) = &*lock(&self.running) {
-            counters.push(("queues", lock(&running.seats).len() as u64));
+            counters.push(("queues", lock(&running.queue_states).len() as u64));
             let forwarding = running.setup.turned_forwarding_on();
             counters.push(("IPv4 forwarding turned on", forwarding.into()));
-            if let Some(dhcp) = &running.wire.dhcp {
+            if let Some(dhcp) = &running.framing.dhcp {
                 counters.extend(dhcp.counters());
             }
         }
@@ -634,10 +634,10 @@ impl Device for TapDevice {
     fn drops(&self) -> Vec<(&'static str, u64)> {
         let running = lock(&self.running);
         let Some(running) = &*running else { return Vec::new() };
-        let wire = &running.wire;
+        let framing = &running.framing;
         vec![
-            ("too big", wire.too_big.load(Ordering::Relaxed)),
-            ("malformed", wire.malformed.load(Ordering::Relaxed)),
+            ("too big", framing.too_big.load(Ordering::Relaxed)),
+            ("malformed", framing.malformed.load(Ordering::Relaxed)),
         ]
     }
 }
@@ -652,8 +652,8 @@ enum Engine {
 struct TapQueue {
     engine: Engine,
     fd: Arc<TapQueueFd>,
-    wire: Arc<Wire>,
-    seats: Arc<Mutex<Vec<Seat>>>,
+    framing: Arc<Framing>,
+    queue_states: Arc<Mutex<Vec<QueueState>>>,
     place: usize,
     direction: Direction,
     may_fall_back: bool,
@@ -693,10 +693,10 @@ impl Queue for TapQueue {
             self.prepare()?;
         }
         match &mut self.engine {
-            Engine::Uring(uring) => uring.poll(io, &self.wire),
+            Engine::Uring(uring) => uring.poll(io, &self.framing),
             Engine::Plain(plain) => {
-                plain.write(io, &self.wire)?;
-                plain.read(io, &self.wire)
+                plain.write(io, &self.framing)?;
+                plain.read(io, &self.framing)
             }
         }
     }
@@ -717,7 +717,7 @@ impl Queue for TapQueue {
 
     fn close(&mut self, io: &mut Io<'_>) -> bool {
         match &mut self.engine {
-            Engine::Uring(uring) => uring.close(io, &self.wire),
+            Engine::Uring(uring) => uring.close(io, &self.framing),
             Engine::Plain(_) => true,
         }
     }
@@ -729,10 +729,10 @@ impl Queue for TapQueue {
 
 impl Drop for TapQueue {
     fn drop(&mut self) {
-        let mut seats = lock(&self.seats);
-        let seat = &mut seats[self.place];
-        seat.reader &= !self.direction.reads();
-        seat.writers -= usize::from(self.direction.writes());
-        tidy(&mut seats);
+        let mut queue_states = lock(&self.queue_states);
+        let state = &mut queue_states[self.place];
+        state.reader &= !self.direction.reads();
+        state.writers -= usize::from(self.direction.writes());
+        tidy(&mut queue_states);
     }
 }

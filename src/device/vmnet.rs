@@ -9,6 +9,7 @@
 //! port forwarding, network objects.
 
 mod address;
+mod availability;
 mod description;
 mod events;
 mod ffi;
@@ -17,11 +18,10 @@ mod guest_memory;
 pub mod guide;
 mod limits;
 mod network;
-mod newer;
 mod permission;
-mod port;
 pub mod probe;
 mod queue;
+mod started;
 mod system;
 mod xpc;
 
@@ -30,11 +30,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use availability::System;
 use description::{Extras, describe};
 use limits::{SAFETY_POLL, START_TIMEOUT, STOP_TIMEOUT};
-use newer::System;
-use port::{Port, Timeouts};
 use queue::VmnetQueue;
+use started::{StartedInterface, Timeouts};
 use vmring_core::offload;
 
 use crate::config::{Config, Direction, InterfaceInfo, PortForward, Protocol};
@@ -123,9 +123,9 @@ impl Vmnet {
         self
     }
 
-    fn start_port(&self, config: &Config) -> Result<Port, Error> {
+    fn start_interface(&self, config: &Config) -> Result<StartedInterface, Error> {
         let description = describe(config, &self.extras, &self.system)?;
-        Port::start(&description, self.network.as_ref(), self.system, self.timeouts)
+        StartedInterface::start(&description, self.network.as_ref(), self.system, self.timeouts)
     }
 }
 
@@ -143,8 +143,8 @@ impl Driver for Vmnet {
         if let Some(network) = &self.network {
             config.mode = network.mode().clone();
         }
-        let port = self.start_port(&config)?;
-        let (info, caps) = self.negotiated(&config, &port)?;
+        let started = self.start_interface(&config)?;
+        let (info, caps) = self.negotiated(&config, &started)?;
         // From here on the same again: a restart asks for the identity that was given.
         config.interface_id = info.interface_id;
         Ok(Arc::new(VmnetDevice {
@@ -152,7 +152,7 @@ impl Driver for Vmnet {
             config,
             info,
             caps,
-            port: Mutex::new(Some(Arc::new(port))),
+            started: Mutex::new(Some(Arc::new(started))),
             forwards: Mutex::default(),
         }))
     }
@@ -163,9 +163,9 @@ impl Vmnet {
     fn negotiated(
         &self,
         config: &Config,
-        port: &Port,
+        started: &StartedInterface,
     ) -> Result<(InterfaceInfo, Capabilities), Error> {
-        let parameters = &port.parameters;
+        let parameters = &started.parameters;
         let (mtu, max) = parameters.sizes().ok_or(Status::SetupIncomplete)?;
         // A MAC that was asked for counts, whether vmnet heard of it or not: it carries any.
         let mac = config.mac.or(parameters.mac).unwrap_or_else(|| mac_of(config));
@@ -194,15 +194,18 @@ struct VmnetDevice {
     info: InterfaceInfo,
     caps: Capabilities,
     /// `None` while stopped.
-    port: Mutex<Option<Arc<Port>>>,
+    started: Mutex<Option<Arc<StartedInterface>>>,
     /// Rules added through us: a restart adds them again.
     forwards: Mutex<Vec<PortForward>>,
 }
 
 impl VmnetDevice {
     /// With the interface, which does not stop meanwhile.
-    fn with_port<T>(&self, f: impl FnOnce(&Arc<Port>) -> Result<T, Error>) -> Result<T, Error> {
-        f(lock(&self.port).as_ref().ok_or(Status::SetupIncomplete)?)
+    fn with_started<T>(
+        &self,
+        f: impl FnOnce(&Arc<StartedInterface>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        f(lock(&self.started).as_ref().ok_or(Status::SetupIncomplete)?)
     }
 }
 
@@ -223,8 +226,8 @@ impl Device for VmnetDevice {
         let caps = &self.caps;
         let batches = (caps.max_read_batch, caps.max_write_batch);
         let header = caps.headroom as usize;
-        self.with_port(|port| {
-            let queue = VmnetQueue::new(port.clone(), direction, wake, batches, header)?;
+        self.with_started(|started| {
+            let queue = VmnetQueue::new(started.clone(), direction, wake, batches, header)?;
             Ok(Box::new(queue) as Box<dyn Queue>)
         })
     }
@@ -233,12 +236,12 @@ impl Device for VmnetDevice {
     ///
     /// [`Status::SetupIncomplete`] while a queue exists, which nothing of this crate asks for.
     fn stop(&self) -> Result<(), Error> {
-        let Some(port) = lock(&self.port).take() else { return Ok(()) };
-        match Arc::try_unwrap(port) {
-            Ok(port) => port.stop(),
-            Err(port) => {
+        let Some(started) = lock(&self.started).take() else { return Ok(()) };
+        match Arc::try_unwrap(started) {
+            Ok(started) => started.stop(),
+            Err(started) => {
                 // Nobody may read or write while it stops.
-                *lock(&self.port) = Some(port);
+                *lock(&self.started) = Some(started);
                 Err(Status::SetupIncomplete.into())
             }
         }
@@ -249,41 +252,41 @@ impl Device for VmnetDevice {
             // After a sleep it may not be there any more; the new one is what counts.
             tracing::warn!(%error, "the interface before the restart did not stop cleanly");
         }
-        let port = self.driver.start_port(&self.config)?;
-        let (info, caps) = self.driver.negotiated(&self.config, &port)?;
+        let started = self.driver.start_interface(&self.config)?;
+        let (info, caps) = self.driver.negotiated(&self.config, &started)?;
         let changed = (info.max_packet_size, caps.headroom)
             != (self.info.max_packet_size, self.caps.headroom);
         if changed {
             // The rings' frames and promises are made for the sizes before.
             let what = "another packet size after a restart";
-            port.stop()?;
+            started.stop()?;
             return Err(Error::Answer { device: "vmnet", what });
         }
         for rule in lock(&self.forwards).iter() {
-            if let Err(error) = forwarding::add(&port, &self.driver.system, rule) {
-                tracing::warn!(%error, ?rule, "a port is not forwarded any more");
+            if let Err(error) = forwarding::add(&started, &self.driver.system, rule) {
+                tracing::warn!(%error, ?rule, "a started is not forwarded any more");
             }
         }
-        *lock(&self.port) = Some(Arc::new(port));
+        *lock(&self.started) = Some(Arc::new(started));
         Ok(())
     }
 
     fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
-        self.with_port(|port| forwarding::add(port, &self.driver.system, rule))?;
+        self.with_started(|started| forwarding::add(started, &self.driver.system, rule))?;
         lock(&self.forwards).push(*rule);
         Ok(())
     }
 
     fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
         let system = &self.driver.system;
-        self.with_port(|port| forwarding::remove(port, system, protocol, external_port))?;
+        self.with_started(|started| forwarding::remove(started, system, protocol, external_port))?;
         lock(&self.forwards)
             .retain(|rule| (rule.protocol, rule.external_port) != (protocol, external_port));
         Ok(())
     }
 
     fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
-        self.with_port(|port| forwarding::list(port, &self.driver.system))
+        self.with_started(|started| forwarding::list(started, &self.driver.system))
     }
 
     fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
@@ -291,8 +294,8 @@ impl Device for VmnetDevice {
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        let Some(port) = &*lock(&self.port) else { return Vec::new() };
-        let rescued = port.events.rescued.load(Ordering::Relaxed);
-        vec![("events", port.events.count()), ("safety polls that found packets", rescued)]
+        let Some(started) = &*lock(&self.started) else { return Vec::new() };
+        let rescued = started.events.rescued.load(Ordering::Relaxed);
+        vec![("events", started.events.count()), ("safety polls that found packets", rescued)]
     }
 }

@@ -17,7 +17,7 @@ use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
 use crate::error::{Closed, Error};
 use crate::limits::{CANCEL_WAIT, CLOSE_POLL};
-use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, control};
+use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
 use crate::poller::PollerShared;
@@ -27,7 +27,7 @@ use crate::stats::RingStats;
 use crate::sys::{after, poll_in};
 
 #[cfg(target_os = "linux")]
-use crate::notify::Both;
+use crate::notify::EpollPair;
 
 /// The reaping half of a ring. Dropping it closes the ring.
 pub struct CompletionQueue {
@@ -42,14 +42,14 @@ pub struct CompletionQueue {
     close_timeout: Duration,
     caps: Capabilities,
     /// The poller did not give the engine back at close.
-    lost: bool,
+    engine_lost: bool,
     /// A close has waited for the device in vain: the next does not wait again.
     waited: bool,
     /// Counts the times it has armed.
     armings: u64,
     /// Of an inline ring over a device that is a descriptor, if somebody has asked for one.
     #[cfg(target_os = "linux")]
-    both: OnceCell<Both>,
+    epoll: OnceCell<EpollPair>,
 }
 
 assert_impl_all!(CompletionQueue: Send);
@@ -76,7 +76,7 @@ impl CompletionQueue {
         close_timeout: Duration,
         caps: Capabilities,
     ) -> Self {
-        let lost = false;
+        let engine_lost = false;
         let (armings, waited) = (0, false);
         Self {
             consumer,
@@ -87,11 +87,11 @@ impl CompletionQueue {
             idle,
             close_timeout,
             caps,
-            lost,
+            engine_lost,
             waited,
             armings,
             #[cfg(target_os = "linux")]
-            both: OnceCell::new(),
+            epoll: OnceCell::new(),
         }
     }
 
@@ -102,13 +102,13 @@ impl CompletionQueue {
     /// for the next call.
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
-        self.look();
+        self.refresh();
         Reap { consumer: &mut self.consumer }
     }
 
     /// Looks for completions that are to be reaped now.
     #[inline]
-    pub(super) fn look(&mut self) {
+    pub(super) fn refresh(&mut self) {
         self.drive();
         self.consumer.ready();
         if self.engine.is_none() {
@@ -182,10 +182,10 @@ impl CompletionQueue {
         {
             #[cfg(target_os = "linux")]
             {
-                if self.both.get().is_none() {
-                    let _ = self.both.set(Both::new(&self.notifier).map_err(failed)?);
+                if self.epoll.get().is_none() {
+                    let _ = self.epoll.set(EpollPair::new(&self.notifier).map_err(failed)?);
                 }
-                return Ok(self.both.get().expect("set above").readable());
+                return Ok(self.epoll.get().expect("set above").readable());
             }
             #[cfg(not(target_os = "linux"))]
             return Err(Error::NotSupported {
@@ -210,9 +210,9 @@ impl CompletionQueue {
         let armed = self.arm_notifier(n, max_delay);
         #[cfg(target_os = "linux")]
         if armed == Armed::Armed
-            && let Some(both) = self.both.get_mut()
+            && let Some(epoll) = self.epoll.get_mut()
             && let Some(engine) = &self.engine
-            && both.watch(engine.descriptor(), engine.queues_closed()).is_err()
+            && epoll.watch(engine.descriptor(), engine.queues_closed()).is_err()
         {
             // Nobody would tell of a packet: the caller must not sleep.
             self.disarm();
@@ -253,7 +253,7 @@ impl CompletionQueue {
     /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
     /// it keeps completes later.
     pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
-        let asked = self.shared.ask_cancel_all();
+        let asked = self.shared.request_cancel_all();
         let deadline = after(timeout);
         loop {
             self.drive();
@@ -282,7 +282,7 @@ impl CompletionQueue {
     pub fn close(&mut self) -> Result<(), Error> {
         let timeout = self.close_timeout;
         self.shared.close(Closed::Stopped);
-        self.shared.wish(control::STOP);
+        self.shared.request(request::STOP);
         let twice = timeout.saturating_mul(2);
         let (half, deadline) = (after(timeout), after(twice));
         if self.engine.is_none()
@@ -295,7 +295,7 @@ impl CompletionQueue {
             }
             // The engine's own close takes at most `timeout`; twice that means that the device
             // does not return from a call.
-            self.engine = handoff.take(if self.lost { Duration::ZERO } else { twice });
+            self.engine = handoff.take(if self.engine_lost { Duration::ZERO } else { twice });
         }
         let Some(engine) = &mut self.engine else {
             let slots = self.in_flight() - self.consumer.ready() as usize;
@@ -303,7 +303,7 @@ impl CompletionQueue {
             if let Some((handoff, _)) = &self.remote {
                 handoff.abandon();
             }
-            self.lost = true;
+            self.engine_lost = true;
             tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
             return Err(Error::Leaked { slots, timeout });
         };
@@ -311,11 +311,11 @@ impl CompletionQueue {
         while (!engine.is_closed() && Instant::now() < deadline)
             || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
         {
-            if !engine.turn() {
+            if !engine.poll_once() {
                 std::thread::sleep(CLOSE_POLL);
             }
         }
-        engine.turn();
+        engine.poll_once();
         self.waited = true;
         match engine.slots_kept() {
             0 => Ok(()),
@@ -331,7 +331,7 @@ impl CompletionQueue {
             if self.shared.cq_bell.is_armed() {
                 self.shared.cq_bell.disarm();
             }
-            return engine.turn();
+            return engine.poll_once();
         }
         !self.shared.is_open() && self.take_over()
     }
@@ -340,12 +340,12 @@ impl CompletionQueue {
     fn take_over(&mut self) -> bool {
         let Some((handoff, _)) = &self.remote else { return false };
         self.engine = handoff.take(Duration::ZERO);
-        self.engine.as_mut().is_some_and(|engine| engine.turn())
+        self.engine.as_mut().is_some_and(|engine| engine.poll_once())
     }
 
     /// Whether nothing can complete any more.
     fn is_over(&self) -> bool {
-        self.lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
+        self.engine_lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
     }
 
     fn take_woken(&self) -> bool {
@@ -368,7 +368,7 @@ impl CompletionQueue {
             if engine_deadline.is_some_and(|at| at <= Instant::now())
                 || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
             {
-                self.engine.as_ref().expect("it has a deadline").look_at_device();
+                self.engine.as_ref().expect("it has a deadline").request_device_poll();
             }
         }
         self.disarm();

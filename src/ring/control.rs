@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use static_assertions::assert_impl_all;
 
 use crate::error::Closed;
-use crate::mailbox::{RingShared, control};
+use crate::mailbox::{RingShared, request};
 use crate::stats::RingStats;
 
 /// A handle on a ring for any thread: wakes a blocked `wait`, stops the ring, reads its counters.
@@ -27,14 +27,14 @@ impl RingControl {
 
     /// Asks for everything in flight to complete as cancelled; the ring stays open. Does not wait.
     pub fn cancel_all(&self) {
-        self.shared.ask_cancel_all();
+        self.shared.request_cancel_all();
     }
 
     /// Closes the ring as [`CompletionQueue::close`] does, but does not wait: the completions of
     /// what was in flight come in their time, and submits say [`Closed::Stopped`].
     pub fn stop(&self) {
         self.shared.close(Closed::Stopped);
-        self.shared.wish(control::STOP);
+        self.shared.request(request::STOP);
     }
 
     /// Why the ring takes no more submissions, or `None` if it does.

@@ -9,7 +9,7 @@ use vmring_core::{Class, Frame};
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::ring::complete::{CompletionQueue, Reap};
 use crate::ring::completion::Completion;
-use crate::ring::submit::{Debt, SubmissionQueue};
+use crate::ring::submit::{Deferred, SubmissionQueue};
 
 /// The submitting half, borrowed from its ring by [`Ring::split`]. It dereferences to the
 /// [`SubmissionQueue`] for what needs no exclusive access.
@@ -19,7 +19,7 @@ use crate::ring::submit::{Debt, SubmissionQueue};
 /// the loop over [`CompletionHalf::reap`] ends; and then the doorbell is rung once, which costs a fence (none
 /// with `Drive::Inline`), and a wake-up if the engine sleeps.
 ///
-/// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
+/// EpollPair borrowed halves stay on one thread; [`Ring::into_split`] is for two.
 #[derive(Debug)]
 pub struct SubmissionHalf<'a> {
     /// Shared with the other half, which pays its debts.
@@ -35,7 +35,7 @@ pub struct CompletionHalf<'a> {
     pub(super) sq: &'a SubmissionQueue,
 }
 
-// Both reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
+// EpollPair reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
 // reaping, without a fence.
 assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
 assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);
@@ -66,10 +66,10 @@ impl SubmissionHalf<'_> {
     #[inline(always)]
     fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.sq.push(class, frame, user_data)?;
-        if self.sq.debt.get() == Debt::None {
+        if self.sq.deferred.get() == Deferred::Off {
             self.sq.ring_doorbell();
         } else {
-            self.sq.debt.set(Debt::Owed);
+            self.sq.deferred.set(Deferred::Pending);
             self.sq.producer.publish_lines();
         }
         Ok(())
@@ -121,10 +121,10 @@ impl CompletionHalf<'_> {
     /// its doorbell rung, when the iterator is dropped at the latest.
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
-        self.cq.look();
+        self.cq.refresh();
         self.sq.producer.begin_run(&self.cq.consumer);
-        if self.sq.debt.get() == Debt::None {
-            self.sq.debt.set(Debt::Allowed);
+        if self.sq.deferred.get() == Deferred::Off {
+            self.sq.deferred.set(Deferred::Open);
         }
         HalfReap { reap: Reap { consumer: &mut self.cq.consumer }, sq: self.sq }
     }
@@ -186,6 +186,6 @@ impl ExactSizeIterator for HalfReap<'_> {}
 impl Drop for HalfReap<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.sq.pay();
+        self.sq.flush_deferred();
     }
 }

@@ -11,7 +11,7 @@ use vmring_core::{Class, Frame, PushError, SqProducer};
 
 use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Closed, Error, SubmitError, SubmitErrorKind};
-use crate::mailbox::{RingShared, control};
+use crate::mailbox::{RingShared, request};
 use crate::ring::control::RingControl;
 use crate::software;
 use crate::software::Left;
@@ -22,9 +22,9 @@ pub struct SubmissionQueue {
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
     /// Other than `None` only while the ring's other half, borrowed together with this one, is reaping.
-    pub(super) debt: Cell<Debt>,
+    pub(super) deferred: Cell<Deferred>,
     /// Who submits drives the engine as well: of a ring that is inline and undivided.
-    pub(super) drives: bool,
+    pub(super) drives_engine: bool,
 }
 
 assert_impl_all!(SubmissionQueue: Send);
@@ -32,19 +32,19 @@ assert_not_impl_any!(SubmissionQueue: Sync, Clone);
 
 /// Whether what is submitted is published and rung for later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Debt {
+pub(super) enum Deferred {
     /// No: at once.
-    None,
+    Off,
     /// It may be, and nothing is.
-    Allowed,
+    Open,
     /// Something is.
-    Owed,
+    Pending,
 }
 
 impl SubmissionQueue {
     pub(crate) fn new(producer: SqProducer, shared: Arc<RingShared>, caps: Capabilities) -> Self {
-        let drives = shared.is_inline();
-        Self { producer, shared, caps, debt: Cell::new(Debt::None), drives }
+        let drives_engine = shared.is_inline();
+        Self { producer, shared, caps, deferred: Cell::new(Deferred::Off), drives_engine }
     }
 
     /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
@@ -133,8 +133,8 @@ impl SubmissionQueue {
         self.producer.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
         self.producer.publish();
         // Release: who sees the wish sees the cancel, and what was submitted before it.
-        self.shared.control.fetch_or(control::CANCEL, Ordering::Release);
-        self.shared.ring_doorbell(self.drives);
+        self.shared.requests.fetch_or(request::CANCEL, Ordering::Release);
+        self.shared.ring_doorbell(self.drives_engine);
         Ok(())
     }
 
@@ -314,8 +314,8 @@ impl SubmissionQueue {
 
     /// Publishes and rings for what was submitted while the other half was reaping.
     #[inline]
-    pub(super) fn pay(&self) {
-        if self.debt.replace(Debt::None) == Debt::Owed {
+    pub(super) fn flush_deferred(&self) {
+        if self.deferred.replace(Deferred::Off) == Deferred::Pending {
             self.ring_doorbell();
         }
     }
@@ -324,7 +324,7 @@ impl SubmissionQueue {
     #[inline]
     pub(super) fn ring_doorbell(&self) {
         self.producer.publish();
-        self.shared.ring_doorbell(self.drives);
+        self.shared.ring_doorbell(self.drives_engine);
     }
 }
 

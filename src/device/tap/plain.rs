@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use super::framing::{Fault, Framing, fault_of};
 use super::open::TapQueueFd;
-use super::wire::{Fault, Wire, fault_of};
 use crate::device::io::Io;
 use crate::device::seam::Progress;
 use crate::error::Status;
@@ -21,13 +21,13 @@ impl Plain {
         Self { fd }
     }
 
-    pub(crate) fn write(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
+    pub(crate) fn write(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<(), Status> {
         while let Some(mut slot) = io.take_write() {
-            let Some(bytes) = slot.packet_with_header_mut(wire.header) else {
+            let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };
-            if wire.take_dhcp(bytes) {
+            if framing.take_dhcp(bytes) {
                 io.complete_write(slot);
                 continue;
             }
@@ -53,9 +53,9 @@ impl Plain {
         Ok(())
     }
 
-    pub(crate) fn read(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
+    pub(crate) fn read(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<Progress, Status> {
         while let Some(mut slot) = io.take_read() {
-            let Some(room) = slot.buffer_with_header_mut(wire.header) else {
+            let Some(room) = slot.buffer_with_header_mut(framing.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };
@@ -63,7 +63,7 @@ impl Plain {
             // SAFETY: the room is ours through the call, with this length.
             let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
             if let Ok(len) = usize::try_from(len) {
-                wire.received(io, slot, len);
+                framing.received(io, slot, len);
                 continue;
             }
             let fault = fault_of(errno());

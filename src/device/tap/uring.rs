@@ -39,10 +39,10 @@ use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
 
+use super::framing::{Fault, Framing, fault_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
-use super::wire::{Fault, Wire, fault_of};
 use crate::device::io::Io;
 use crate::device::seam::Progress;
 use crate::device::slot::PostedSlot;
@@ -68,12 +68,12 @@ pub(crate) fn check() -> io::Result<()> {
 }
 
 fn check_here() -> io::Result<()> {
-    let mut kernel = Kernel::new(true)?;
+    let mut state = UringState::new(true)?;
     let mut probe = Probe::new();
-    kernel.ring.submitter().register_probe(&mut probe)?;
+    state.ring.submitter().register_probe(&mut probe)?;
     let known = [opcode::ReadMulti::CODE, opcode::Write::CODE, opcode::AsyncCancel::CODE];
     if known.into_iter().all(|code| probe.is_supported(code)) {
-        kernel.unregister();
+        state.unregister();
         Ok(())
     } else {
         Err(io::Error::new(io::ErrorKind::Unsupported, "READ_MULTISHOT needs Linux 6.7"))
@@ -83,9 +83,9 @@ fn check_here() -> io::Result<()> {
 pub(crate) struct Uring {
     fd: Arc<TapQueueFd>,
     /// Whether one thread drives from now on.
-    settled: bool,
-    kernel: Option<Kernel>,
-    /// Reads while no thread has settled.
+    bound: bool,
+    state: Option<UringState>,
+    /// Reads while no thread has bound.
     plain: Plain,
     /// Taken back from the kernel, or put back by it, until the next poll.
     recall: Recall,
@@ -115,50 +115,50 @@ impl Recall {
 
 impl fmt::Debug for Uring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Uring").field("settled", &self.settled).finish_non_exhaustive()
+        f.debug_struct("Uring").field("bound", &self.bound).finish_non_exhaustive()
     }
 }
 
 impl Uring {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
         let plain = Plain::new(fd.clone());
-        Self { fd, settled: false, kernel: None, plain, recall: Recall::default() }
+        Self { fd, bound: false, state: None, plain, recall: Recall::default() }
     }
 
     pub(crate) fn settle(&mut self) {
         // A ring that is there already goes on as it is.
-        self.settled = true;
+        self.bound = true;
     }
 
     /// Makes the ring, on the thread that is to drive it.
     pub(crate) fn prepare(&mut self) -> io::Result<()> {
-        if self.kernel.is_none() {
-            let mut kernel = Kernel::new(self.settled)?;
-            kernel.ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
-            kernel.chained = self.fd.refuses_writes();
-            self.kernel = Some(kernel);
+        if self.state.is_none() {
+            let mut state = UringState::new(self.bound)?;
+            state.ring.submitter().register_files(&[self.fd.as_raw_fd()])?;
+            state.link_writes = self.fd.refuses_writes();
+            self.state = Some(state);
         }
         Ok(())
     }
 
-    pub(crate) fn poll(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<Progress, Status> {
-        let Some(kernel) = &mut self.kernel else { return Ok(Progress::Idle) };
-        kernel.ask_to_end();
-        kernel.push_writes(io, wire);
+    pub(crate) fn poll(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<Progress, Status> {
+        let Some(state) = &mut self.state else { return Ok(Progress::Idle) };
+        state.ask_to_end();
+        state.push_writes(io, framing);
         if self.recall.is_empty() {
-            kernel.provide(io, wire.header);
-            kernel.arm_multishot();
+            state.provide(io, framing.header);
+            state.arm_multishot();
         }
-        kernel.enter().map_err(|_| Status::Failure)?;
-        let result = kernel.complete(io, wire);
-        if !kernel.armed && !self.recall.is_empty() {
+        state.enter().map_err(|_| Status::Failure)?;
+        let result = state.complete(io, framing);
+        if !state.armed && !self.recall.is_empty() {
             let recall = &self.recall;
-            kernel.take_back(io, wire.header, |slot| recall.wants(slot))?;
+            state.take_back(io, framing.header, |slot| recall.wants(slot))?;
             self.recall.clear();
         }
         result?;
-        let more = kernel.look || kernel.has_work();
-        if !kernel.single && self.plain.read(io, wire)? == Progress::More {
+        let more = state.must_enter || state.has_work();
+        if !state.single_issuer && self.plain.read(io, framing)? == Progress::More {
             return Ok(Progress::More);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
@@ -166,56 +166,56 @@ impl Uring {
 
     /// Whether nothing has come meanwhile. What ends the sleep is to be looked at.
     pub(crate) fn arm(&mut self) -> bool {
-        let Some(kernel) = &mut self.kernel else { return true };
-        let quiet = !kernel.look && !kernel.has_work() && kernel.is_quiet();
-        kernel.look |= kernel.single;
+        let Some(state) = &mut self.state else { return true };
+        let quiet = !state.must_enter && !state.has_work() && state.is_quiet();
+        state.must_enter |= state.single_issuer;
         quiet
     }
 
     pub(crate) fn cancel(&mut self, target: Option<u64>) -> u32 {
-        let Some(kernel) = &mut self.kernel else { return 0 };
-        let slots = kernel.reads.iter().flatten();
+        let Some(state) = &mut self.state else { return 0 };
+        let slots = state.reads.iter().flatten();
         let matched = slots.filter(|slot| target.is_none_or(|t| t == slot.user_data())).count();
         if matched > 0 {
             match target {
                 None => self.recall.all = true,
                 Some(target) => self.recall.targets.push(target),
             }
-            kernel.unwanted = true;
+            state.cancel_requested = true;
         }
         matched as u32
     }
 
     /// Takes everything back from the kernel. False while it still holds on.
-    pub(crate) fn close(&mut self, io: &mut Io<'_>, wire: &Wire) -> bool {
-        let Some(kernel) = &mut self.kernel else { return true };
-        kernel.unwanted = true;
-        kernel.ask_to_end();
-        if kernel.enter().is_err() {
+    pub(crate) fn close(&mut self, io: &mut Io<'_>, framing: &Framing) -> bool {
+        let Some(state) = &mut self.state else { return true };
+        state.cancel_requested = true;
+        state.ask_to_end();
+        if state.enter().is_err() {
             return false;
         }
         // A TAP that is gone is no reason to keep anything.
-        let _ = kernel.complete(io, wire);
-        if !kernel.lets_go() {
+        let _ = state.complete(io, framing);
+        if !state.lets_go() {
             return false;
         }
-        kernel.unregister();
-        for bid in kernel.order.drain(..) {
-            if let Some(slot) = kernel.reads[usize::from(bid)].take() {
+        state.unregister();
+        for bid in state.order.drain(..) {
+            if let Some(slot) = state.reads[usize::from(bid)].take() {
                 io.cancel(slot);
             }
         }
-        self.kernel = None;
+        self.state = None;
         true
     }
 }
 
 /// A ring, and what the kernel has of ours.
-struct Kernel {
+struct UringState {
     ring: IoUring,
     buffers: Buffers,
     /// For the thread that made it alone. If it is not, there are no reads in it.
-    single: bool,
+    single_issuer: bool,
     /// By buffer number: what the kernel may fill.
     reads: Box<[Option<PostedSlot>]>,
     /// Numbers of the buffers that the kernel has, in the order in which it will fill them.
@@ -228,11 +228,11 @@ struct Kernel {
     /// The multishot request is in flight: its last completion has not come.
     armed: bool,
     /// It is to end: for a cancel or a close.
-    unwanted: bool,
+    cancel_requested: bool,
     /// It has been asked to.
     ending: bool,
     /// The kernel may have work for us of which nothing tells.
-    look: bool,
+    must_enter: bool,
     /// Writes that the kernel did not take now, with their places in submission order, until it has
     /// answered for all of them.
     refused: Vec<(u64, PostedSlot)>,
@@ -240,41 +240,41 @@ struct Kernel {
     places: Box<[u64]>,
     next_place: u64,
     /// The kernel may refuse a write for a moment: then those behind it are not to be tried.
-    chained: bool,
+    link_writes: bool,
 }
 
-impl Kernel {
-    fn new(single: bool) -> io::Result<Self> {
+impl UringState {
+    fn new(single_issuer: bool) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(URING_COMPLETIONS).dontfork();
-        if single {
+        if single_issuer {
             builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
         }
         let ring = builder.build(u32::from(URING_WRITES) + 2)?;
-        let reads = if single { URING_READS } else { 0 };
+        let reads = if single_issuer { URING_READS } else { 0 };
         let buffers = Buffers::new()?;
-        let kernel = Self {
+        let state = Self {
             ring,
             buffers,
-            single,
+            single_issuer,
             reads: (0..reads).map(|_| None).collect(),
             order: VecDeque::with_capacity(usize::from(reads)),
             free_reads: (0..reads).rev().collect(),
             writes: (0..URING_WRITES).map(|_| None).collect(),
             free_writes: (0..URING_WRITES).rev().collect(),
             armed: false,
-            unwanted: false,
+            cancel_requested: false,
             ending: false,
-            look: false,
+            must_enter: false,
             refused: Vec::with_capacity(usize::from(URING_WRITES)),
             places: vec![0; usize::from(URING_WRITES)].into(),
             next_place: 0,
-            chained: false,
+            link_writes: false,
         };
-        if single {
-            kernel.register()?;
+        if single_issuer {
+            state.register()?;
         }
-        Ok(kernel)
+        Ok(state)
     }
 
     fn register(&self) -> io::Result<()> {
@@ -296,24 +296,24 @@ impl Kernel {
     }
 
     /// Queues the posted writes, as far as there is room.
-    fn push_writes(&mut self, io: &mut Io<'_>, wire: &Wire) {
-        if io.writes() == 0 || (self.chained && self.is_writing()) {
+    fn push_writes(&mut self, io: &mut Io<'_>, framing: &Framing) {
+        if io.writes() == 0 || (self.link_writes && self.is_writing()) {
             return;
         }
         let mut queue = self.ring.submission();
         // Of a chain all but the last name the next.
         let mut last: Option<squeue::Entry> = None;
-        let link = if self.chained { squeue::Flags::IO_LINK } else { squeue::Flags::empty() };
+        let link = if self.link_writes { squeue::Flags::IO_LINK } else { squeue::Flags::empty() };
         while let Some(&number) = self.free_writes.last() {
             if queue.capacity() - queue.len() <= 2 + usize::from(last.is_some()) {
                 break;
             }
             let Some(mut slot) = io.take_write() else { break };
-            let Some(bytes) = slot.packet_with_header_mut(wire.header) else {
+            let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
                 io.fail(slot, Status::InvalidArgument);
                 continue;
             };
-            if wire.take_dhcp(bytes) {
+            if framing.take_dhcp(bytes) {
                 io.complete_write(slot);
                 continue;
             }
@@ -380,8 +380,8 @@ impl Kernel {
 
     /// Asks the multishot request to end, if it is to and has not been asked.
     fn ask_to_end(&mut self) {
-        self.unwanted &= self.armed;
-        if self.unwanted && !self.ending {
+        self.cancel_requested &= self.armed;
+        if self.cancel_requested && !self.ending {
             let entry = opcode::AsyncCancel::new(READ).build().user_data(CANCEL);
             self.ending = self.push(&entry);
         }
@@ -413,12 +413,12 @@ impl Kernel {
         let mut queue = self.ring.submission();
         queue.sync();
         let told = queue.taskrun() || queue.cq_overflow();
-        let (len, work) = (queue.len() as u32, told || std::mem::take(&mut self.look));
+        let (len, work) = (queue.len() as u32, told || std::mem::take(&mut self.must_enter));
         drop(queue);
         if len == 0 && !work {
             return Ok(());
         }
-        let flags = if self.single || work { GETEVENTS } else { 0 };
+        let flags = if self.single_issuer || work { GETEVENTS } else { 0 };
         // SAFETY: no argument beyond the flags; what the entries name is in `reads` and `writes`.
         match unsafe { self.ring.submitter().enter::<libc::sigset_t>(len, 0, flags, None) } {
             Ok(_) => Ok(()),
@@ -431,14 +431,14 @@ impl Kernel {
     }
 
     /// Takes the completions that are there.
-    fn complete(&mut self, io: &mut Io<'_>, wire: &Wire) -> Result<(), Status> {
+    fn complete(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<(), Status> {
         let mut result = Ok(());
         let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
-        let (places, chained) = (&self.places, self.chained);
+        let (places, link_writes) = (&self.places, self.link_writes);
         for cqe in ring.completion() {
             match cqe.user_data() {
                 READ => {
-                    self.look = true;
+                    self.must_enter = true;
                     if let Some(number) = cqueue::buffer_select(cqe.flags()) {
                         // In order but for requests that ended and began anew.
                         match order.front() {
@@ -448,13 +448,13 @@ impl Kernel {
                         if let Some(slot) = reads[usize::from(number)].take() {
                             free_reads.push(number);
                             match usize::try_from(cqe.result()) {
-                                Ok(len) => wire.received(io, slot, len),
+                                Ok(len) => framing.received(io, slot, len),
                                 Err(_) => io.put_back(slot),
                             }
                         }
                     }
                     if !cqueue::more(cqe.flags()) {
-                        (self.armed, self.unwanted, self.ending) = (false, false, false);
+                        (self.armed, self.cancel_requested, self.ending) = (false, false, false);
                     }
                     match cqe.result() {
                         // No buffers left, or asked to end.
@@ -475,7 +475,7 @@ impl Kernel {
                     match cqe.result() {
                         0.. => io.complete_write(slot),
                         // One before it in its chain was refused.
-                        error if chained && error == -libc::ECANCELED => {
+                        error if link_writes && error == -libc::ECANCELED => {
                             refused.push((place, slot));
                         }
                         error => match fault_of(-error) {
@@ -492,7 +492,7 @@ impl Kernel {
         }
         if self.is_writing() {
             // Those that are out yet hold up the others: put back alone, these would stand behind them.
-            self.look |= self.chained;
+            self.must_enter |= self.link_writes;
             return result;
         }
         self.refused.sort_unstable_by_key(|(place, _)| *place);
@@ -515,7 +515,7 @@ impl Kernel {
         header: usize,
         wanted: impl Fn(&PostedSlot) -> bool,
     ) -> Result<(), Status> {
-        debug_assert!(!self.armed, "the kernel may fill them");
+        debug_assert!(!self.armed, "the state may fill them");
         self.ring.submitter().unregister_buf_ring(GROUP).map_err(|_| Status::Failure)?;
         self.buffers.forget_all();
         self.register().map_err(|_| Status::MemFailure)?;
@@ -535,7 +535,7 @@ impl Kernel {
     }
 }
 
-impl Drop for Kernel {
+impl Drop for UringState {
     /// Where a queue was not closed: something above us panicked, or time was up.
     fn drop(&mut self) {
         let slots = self.reads.iter().chain(&self.writes).flatten().count();
@@ -557,13 +557,14 @@ impl Drop for Kernel {
                     write => self.free_writes.push((write - WRITE) as u16),
                 }
             }
-            let buffers = !self.single || self.ring.submitter().unregister_buf_ring(GROUP).is_ok();
+            let buffers =
+                !self.single_issuer || self.ring.submitter().unregister_buf_ring(GROUP).is_ok();
             if self.lets_go() && buffers {
                 return;
             }
             thread::sleep(Duration::from_millis(1));
         }
-        tracing::error!(slots, "leaked: the kernel holds on");
+        tracing::error!(slots, "leaked: the state holds on");
         std::mem::forget(std::mem::take(&mut self.reads));
         std::mem::forget(std::mem::take(&mut self.writes));
         self.buffers.leak();

@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use super::availability::System;
 use super::ffi::{
     BRIDGED_MODE, HOST_MODE, Key, SHARED_MODE, vmnet_allocate_mac_address_key,
     vmnet_enable_isolation_key, vmnet_enable_tso_key, vmnet_end_address_key,
@@ -10,7 +11,6 @@ use super::ffi::{
     vmnet_network_identifier_key, vmnet_operation_mode_key, vmnet_shared_interface_name_key,
     vmnet_start_address_key, vmnet_subnet_mask_key,
 };
-use super::newer::System;
 use super::xpc::Dictionary;
 use crate::config::{Config, Mode};
 use crate::error::{ConfigError, Error};

@@ -9,6 +9,7 @@ use block2::RcBlock;
 use libc::in_addr;
 
 use super::address::address;
+use super::availability::{IpForwarding, System};
 use super::events::check;
 use super::ffi::{
     AF_INET, AF_INET6, Object, ObjectBlock, StatusBlock, vmnet_interface_add_port_forwarding_rule,
@@ -16,8 +17,7 @@ use super::ffi::{
     vmnet_port_forwarding_rule_get_details,
 };
 use super::limits::FORWARDING_TIMEOUT;
-use super::newer::{IpForwarding, System};
-use super::port::Port;
+use super::started::StartedInterface;
 use super::xpc::Borrowed;
 use crate::config::{PortForward, Protocol};
 use crate::error::Error;
@@ -61,7 +61,11 @@ fn needs_newer() -> Error {
     Error::NeedsMacos { what: "forwarding a port over IPv6", version: "12" }
 }
 
-pub(crate) fn add(port: &Port, system: &System, rule: &PortForward) -> Result<(), Error> {
+pub(crate) fn add(
+    port: &StartedInterface,
+    system: &System,
+    rule: &PortForward,
+) -> Result<(), Error> {
     let (family, bytes) = address(rule.internal_address);
     let (protocol, outside, inside) =
         (rule.protocol.number(), rule.external_port, rule.internal_port);
@@ -101,7 +105,7 @@ pub(crate) fn add(port: &Port, system: &System, rule: &PortForward) -> Result<()
 
 /// Ends the rule of that port, of whichever family it is.
 pub(crate) fn remove(
-    port: &Port,
+    port: &StartedInterface,
     system: &System,
     protocol: Protocol,
     outside: u16,
@@ -131,7 +135,7 @@ pub(crate) fn remove(
     four.or(six)
 }
 
-pub(crate) fn list(port: &Port, system: &System) -> Result<Vec<PortForward>, Error> {
+pub(crate) fn list(port: &StartedInterface, system: &System) -> Result<Vec<PortForward>, Error> {
     let Some(newer) = system.forwarding else {
         let get = |handler: &ObjectBlock| {
             // SAFETY: the interface runs.

@@ -13,11 +13,11 @@ use libc::{in_addr, in6_addr};
 use macaddr::MacAddr6;
 
 use super::address::address;
+use super::availability::{Networks, System};
 use super::events::check;
 use super::ffi::{
     ConfigurationRef, HOST_MODE, InterfaceRef, NetworkRef, SHARED_MODE, SUCCESS, StartBlock,
 };
-use super::newer::{Networks, System};
 use super::permission;
 use super::xpc::{Dictionary, Owned};
 use crate::config::{Mode, PortForward};

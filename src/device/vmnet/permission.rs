@@ -1,7 +1,7 @@
 //! Telling "not allowed" from "failed". vmnet has a code for it and does not use it: what arrives
 //! when the process lacks the privilege is 1001 from a start and 1002 from a network's creation.
 
-use super::newer::System;
+use super::availability::System;
 use super::system::Macos;
 use crate::error::{Error, Status};
 

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 use libc::iovec;
 use vmring_core::offload;
 
+use super::availability::System;
 use super::description::{Extras, describe};
 use super::ffi::{InterfaceRef, PacketDescriptor, SUCCESS, vmnet_read, vmnet_write};
 use super::guest_memory::GuestMemory;
 use super::network::Network;
-use super::newer::System;
-use super::port::{Port, Timeouts};
+use super::started::{StartedInterface, Timeouts};
 use crate::config::{Config, Mode};
 use crate::error::Error;
 
@@ -157,12 +157,12 @@ fn slices(packets: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
     packets.iter_mut().map(Vec::as_mut_slice).collect()
 }
 
-fn read(port: &Port, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+fn read(port: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
     // SAFETY: a port runs as long as it exists.
     unsafe { call(vmnet_read, port.interface(), &mut slices(packets), pieces) }
 }
 
-fn write(port: &Port, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+fn write(port: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
     // SAFETY: as in `read`.
     unsafe { call(vmnet_write, port.interface(), &mut slices(packets), pieces) }
 }
@@ -194,7 +194,7 @@ fn number_of(packet: &[u8]) -> u32 {
 
 /// Two interfaces on one network.
 struct Pair {
-    ports: [Port; 2],
+    ports: [StartedInterface; 2],
     /// From the first to the second.
     macs: [[u8; 6]; 2],
     max: usize,
@@ -210,16 +210,16 @@ fn config(id: [u8; 16], virtio_header: bool) -> Config {
     config
 }
 
-fn start(id: [u8; 16], system: System, virtio_header: bool) -> Result<Port, Error> {
+fn start(id: [u8; 16], system: System, virtio_header: bool) -> Result<StartedInterface, Error> {
     let config = config(id, virtio_header);
     let description = describe(&config, &Extras::default(), &system)?;
-    Port::start(&description, None, system, TIMEOUTS)
+    StartedInterface::start(&description, None, system, TIMEOUTS)
 }
 
-fn start_on(network: &Network, id: [u8; 16], system: System) -> Result<Port, Error> {
+fn start_on(network: &Network, id: [u8; 16], system: System) -> Result<StartedInterface, Error> {
     let extras = Extras { on_network: true, ..Extras::default() };
     let description = describe(&config(id, true), &extras, &system)?;
-    Port::start(&description, Some(network), system, TIMEOUTS)
+    StartedInterface::start(&description, Some(network), system, TIMEOUTS)
 }
 
 impl Probe {
@@ -457,7 +457,7 @@ fn with_header(number: usize, size: usize, header: &[u8; offload::LEN]) -> Vec<u
 }
 
 /// Writes frames with a header on the first and says what comes to the second.
-fn headers(ports: &[Port; 2]) -> String {
+fn headers(ports: &[StartedInterface; 2]) -> String {
     let Some((mtu, max)) = ports[0].parameters.sizes() else { return "no sizes".to_owned() };
     let (mtu, max) = (mtu as usize, max as usize);
     let mut answer = format!("mtu {mtu}, max_packet_size {max}");
@@ -524,7 +524,7 @@ fn right_after_start(_: &Pair, probe: &Probe, system: System) -> String {
     let mut answer = "no handle".to_owned();
     let started =
         describe(&config(id, false), &Extras::default(), &system).and_then(|description| {
-            Port::start_with(&description, None, system, TIMEOUTS, |interface| {
+            StartedInterface::start_with(&description, None, system, TIMEOUTS, |interface| {
                 // Larger than any packet can be here, whatever its size turns out to be.
                 let mut buffer = vec![0; 128 * 1024];
                 // SAFETY: the handle has just come from the start, and is not stopped.

@@ -11,7 +11,7 @@ use vmring_core::{Class, offload};
 use super::events::check;
 use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
 use super::limits::READS_OFFERED_MIN;
-use super::port::Port;
+use super::started::StartedInterface;
 use crate::config::Direction;
 use crate::device::io::Io;
 use crate::device::seam::{Progress, Queue, Wake};
@@ -66,20 +66,20 @@ impl Batch {
     unsafe fn call(
         &mut self,
         function: unsafe extern "C" fn(InterfaceRef, *mut PacketDescriptor, *mut c_int) -> u32,
-        port: &Port,
+        started: &StartedInterface,
         n: usize,
     ) -> (Result<(), Status>, usize) {
         let mut count = n as c_int;
         // SAFETY: `port` runs as long as it exists; there are `n` descriptors, as the caller says.
         let status =
-            unsafe { function(port.interface(), self.descriptors.as_mut_ptr(), &mut count) };
+            unsafe { function(started.interface(), self.descriptors.as_mut_ptr(), &mut count) };
         (check(status), usize::try_from(count).unwrap_or(0).min(n))
     }
 }
 
 pub(crate) struct VmnetQueue {
     /// `None` once it has let go.
-    port: Option<Arc<Port>>,
+    started: Option<Arc<StartedInterface>>,
     reads: Option<Reads>,
     writes: Option<Writes>,
     /// Bytes of the virtio header in front of each packet: 12 or none.
@@ -107,7 +107,7 @@ struct Writes {
 
 impl VmnetQueue {
     pub(crate) fn new(
-        port: Arc<Port>,
+        started: Arc<StartedInterface>,
         direction: Direction,
         wake: Wake,
         batches: (u32, u32),
@@ -124,31 +124,31 @@ impl VmnetQueue {
         let writes =
             direction.writes().then(|| Writes { batch: Batch::new(batches.1 as usize), singly: 0 });
         if reads.is_some() {
-            if !port.claim_reading() {
+            if !started.claim_reading() {
                 return Err(Status::SetupIncomplete.into());
             }
-            port.events.set_wake(Some(wake));
+            started.events.set_wake(Some(wake));
             // Now that there is somebody to wake and something to read into.
-            if let Err(status) = port.listen() {
-                port.release_reading();
+            if let Err(status) = started.listen() {
+                started.release_reading();
                 return Err(status.into());
             }
         }
-        Ok(Self { port: Some(port), reads, writes, header })
+        Ok(Self { started: Some(started), reads, writes, header })
     }
 
     fn let_go(&mut self) {
-        if let Some(port) = self.port.take()
+        if let Some(started) = self.started.take()
             && self.reads.take().is_some()
         {
-            port.release_reading();
+            started.release_reading();
         }
     }
 }
 
 impl Reads {
-    fn read(&mut self, port: &Port, io: &mut Io<'_>, header: usize) -> Progress {
-        let events = port.events.count();
+    fn read(&mut self, started: &StartedInterface, io: &mut Io<'_>, header: usize) -> Progress {
+        let events = started.events.count();
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
         for slot in io.posted_reads().take(offer) {
@@ -164,7 +164,7 @@ impl Reads {
             return Progress::Idle;
         }
         // SAFETY: each descriptor has the room of a slot posted in `io`, which we have borrowed.
-        let (result, count) = unsafe { self.batch.call(vmnet_read, port, n) };
+        let (result, count) = unsafe { self.batch.call(vmnet_read, started, n) };
         let slept = std::mem::take(&mut self.slept);
         let surprise = slept && self.drained && events == self.seen;
         self.seen = events;
@@ -201,15 +201,15 @@ fn passes(status: Status) -> bool {
 }
 
 impl Writes {
-    fn write(&mut self, port: &Port, io: &mut Io<'_>, header: usize) {
+    fn write(&mut self, started: &StartedInterface, io: &mut Io<'_>, header: usize) {
         // Uncontended unless several rings write.
-        let _writing = lock(&port.writing);
+        let _writing = lock(&started.writing);
         if self.singly == 0 {
             let n = io.writes().min(self.batch.len());
             if n == 0 {
                 return;
             }
-            let (result, count) = self.send(port, io, n, header);
+            let (result, count) = self.send(started, io, n, header);
             let sent = match result {
                 Ok(()) => count,
                 // Whether the count is right after an error is not known: one below what was asked
@@ -224,7 +224,7 @@ impl Writes {
         }
         // One to a call, each gets its own answer; a batch that failed does not say whose it was.
         while self.singly > 0 && io.writes() > 0 {
-            match self.send(port, io, 1, header) {
+            match self.send(started, io, 1, header) {
                 (Ok(()), 1) => complete(io, 1),
                 // Not taken, without an error: it waits.
                 (Ok(()), _) => return,
@@ -244,7 +244,7 @@ impl Writes {
 
     fn send(
         &mut self,
-        port: &Port,
+        started: &StartedInterface,
         io: &mut Io<'_>,
         n: usize,
         header: usize,
@@ -260,7 +260,7 @@ impl Writes {
             return (Err(Status::InvalidArgument), 0);
         }
         // SAFETY: each descriptor has the packet of a slot posted in `io`, which we have borrowed.
-        unsafe { self.batch.call(vmnet_write, port, set) }
+        unsafe { self.batch.call(vmnet_write, started, set) }
     }
 }
 
@@ -273,25 +273,25 @@ fn complete(io: &mut Io<'_>, sent: usize) {
 
 impl Queue for VmnetQueue {
     fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        let Some(port) = &self.port else { return Ok(Progress::Idle) };
+        let Some(started) = &self.started else { return Ok(Progress::Idle) };
         if let Some(writes) = &mut self.writes {
-            writes.write(port, io, self.header);
+            writes.write(started, io, self.header);
         }
         Ok(match &mut self.reads {
-            Some(reads) => reads.read(port, io, self.header),
+            Some(reads) => reads.read(started, io, self.header),
             None => Progress::Idle,
         })
     }
 
     fn arm(&mut self) -> bool {
         // Events are always on. One that came since the last read has rung, and perhaps too early.
-        match (&self.port, &mut self.reads) {
-            (Some(port), Some(reads)) => {
-                reads.slept = port.events.count() == reads.seen;
+        match (&self.started, &mut self.reads) {
+            (Some(started), Some(reads)) => {
+                reads.slept = started.events.count() == reads.seen;
                 // Whatever else woke the poller may have been faster than the event, but not so much
                 // faster: one that has not come by now was not going to.
                 if std::mem::take(&mut reads.surprised) && reads.slept {
-                    port.events.rescued.fetch_add(1, Ordering::Relaxed);
+                    started.events.rescued.fetch_add(1, Ordering::Relaxed);
                 }
                 reads.slept
             }

@@ -12,6 +12,7 @@ use block2::RcBlock;
 use dispatch2::{DispatchQueue, DispatchRetained};
 use macaddr::MacAddr6;
 
+use super::availability::System;
 use super::events::{Callback, Events, check, inside_event};
 use super::ffi::{
     InterfaceRef, Object, SUCCESS, vmnet_end_address_key, vmnet_interface_id_key,
@@ -20,7 +21,6 @@ use super::ffi::{
 };
 use super::limits::{FAILED_START_GRACE, PACKET_MAX, PACKETS_PER_CALL, PACKETS_PER_CALL_MAX};
 use super::network::Network;
-use super::newer::System;
 use super::permission;
 use super::xpc::{Borrowed, Dictionary};
 use crate::config::Ipv4Range;
@@ -87,7 +87,7 @@ impl Parameters {
 }
 
 /// A started interface. Its queues share it; when the last owner drops it, it stops.
-pub(crate) struct Port {
+pub(crate) struct StartedInterface {
     /// `None` when it is stopped.
     running: Option<Running>,
     pub(crate) events: Arc<Events>,
@@ -115,9 +115,11 @@ unsafe impl Send for Running {}
 // SAFETY: as above.
 unsafe impl Sync for Running {}
 
-impl fmt::Debug for Port {
+impl fmt::Debug for StartedInterface {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Port").field("parameters", &self.parameters).finish_non_exhaustive()
+        f.debug_struct("StartedInterface")
+            .field("parameters", &self.parameters)
+            .finish_non_exhaustive()
     }
 }
 
@@ -128,7 +130,7 @@ pub(crate) struct Timeouts {
     pub(crate) stop: Duration,
 }
 
-impl Port {
+impl StartedInterface {
     /// Starts an interface and waits for the handler.
     pub(crate) fn start(
         description: &Dictionary,
@@ -248,7 +250,7 @@ impl Port {
     }
 }
 
-impl Drop for Port {
+impl Drop for StartedInterface {
     fn drop(&mut self) {
         let Some(running) = self.running.take() else { return };
         if let Err(error) = running.stop(self.stop_timeout) {
@@ -326,7 +328,7 @@ impl Running {
     }
 }
 
-impl Port {
+impl StartedInterface {
     /// Claims the one reading end.
     pub(crate) fn claim_reading(&self) -> bool {
         !self.read_taken.swap(true, Ordering::Acquire)

@@ -12,7 +12,7 @@ use crate::error::Status;
 
 /// One TAP's conventions and counters, shared by its queues.
 #[derive(Debug)]
-pub(crate) struct Wire {
+pub(crate) struct Framing {
     /// Bytes of offload header in front of each packet: 12 or none.
     pub(crate) header: usize,
     /// The longest packet, without the header.
@@ -51,7 +51,7 @@ pub(crate) fn fault_of(errno: i32) -> Fault {
     }
 }
 
-impl Wire {
+impl Framing {
     /// Completes a read with the `len` bytes that the kernel has put in front of and into the slot,
     /// or posts the slot again if they are no packet to hand on.
     #[inline]
