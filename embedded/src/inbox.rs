@@ -1,57 +1,79 @@
 //! The forwarding mechanism: the buffers a receiver has posted *are* its queue.
 //!
-//! An [`Inbox`] belongs to one receiver (its [`Collector`]) and may be delivered to by any thread.
-//! The receiver posts empty buffers; a sender claims the oldest one, copies its frame into it, and
+//! An [`Inbox`] belongs to one receiver (its [`Collector`]), and any thread may deliver to it. The
+//! receiver posts empty buffers. A sender claims the oldest one and copies its frame into it, and
 //! the receiver collects it. That is the only copy. If no buffer is posted, the frame goes to a
-//! fixed overflow ring (a second copy when it is collected), and if that is full the frame is
-//! dropped and the sender is told. Nothing here blocks, locks, allocates or makes a system call,
-//! except that [`Collector::close`] waits for copies that are under way, and senders wait while
-//! [`Collector::recall_if`] looks through the posted buffers.
+//! fixed overflow ring, which costs a second copy when the frame is collected. If the ring is full
+//! too, the frame is dropped and the sender gets that result. Nothing here blocks, locks, allocates
+//! or makes a system call, with two exceptions: [`Collector::close`] waits for copies that are
+//! under way, and senders wait while [`Collector::recall_if`] looks through the posted buffers.
+//!
+//! # Words
+//!
+//! An inbox is not a ring of entries, so it has words of its own:
+//!
+//! | Here | Meaning | io_uring or rtrb |
+//! |---|---|---|
+//! | [`post`](Collector::post) | lends a buffer and publishes it | add to a provided-buffer ring and advance its tail |
+//! | [`stage`](Collector::stage) | lends a buffer that senders do not see yet | `io_uring_buf_ring_add`; rtrb's write chunk |
+//! | [`publish`](Collector::publish) | shows all staged buffers, with one store | `io_uring_buf_ring_advance`; rtrb's `commit` |
+//! | lent | between `stage` and its return: the inbox has the buffer | a provided buffer |
+//! | [`deliver`](Inbox::deliver) | claims a buffer and fills it | the kernel picks a provided buffer for a receive |
+//! | [`claim`](Inbox::claim) | takes several posted buffers in one step, to fill them | a receive that takes a bundle of provided buffers |
+//! | [`ring`](Inbox::ring) | wakes the receiver if it sleeps | the eventfd of a completion queue |
+//! | [`collect`](Collector::collect) | takes a filled buffer out | reap a completion; rtrb's `pop` |
+//! | [`recall`](Collector::recall) | takes buffers back that are not claimed | cancel the receives |
+//! | overflow | frames that came while no buffer was posted | a socket's receive queue |
 //!
 //! # How it works
 //!
-//! One 64-bit word decides everything: how many posted buffers were ever claimed, how many frames
-//! were ever pushed to the overflow ring, whether the ring is in use (the *overflow bit*), whether
-//! the receiver is choosing among its posted buffers (the *held bit*), and whether the inbox is
-//! closed. A sender changes it with one compare-and-swap, and whoever wins owns the cell it counted
-//! until it stores the cell's state.
+//! One 64-bit atomic, the *state*, decides everything. It says how many posted buffers were ever
+//! claimed, how many frames were ever pushed to the overflow ring, whether that ring is in use (the
+//! *overflow bit*), whether the receiver is choosing among its posted buffers (the *held bit*), and
+//! whether the inbox is closed. A sender changes the state with one compare-and-swap. If that
+//! succeeds, the sender owns the cell it counted until it stores the cell's own state.
 //!
 //! - While the overflow bit is clear, senders claim posted buffers in the order they were posted.
 //! - When none is left, a push sets the overflow bit. While it is set no sender claims a posted
-//!   buffer; the receiver, and only the receiver, moves frames from the ring to posted buffers,
-//!   and clears the bit in the same step that takes the last one.
-//! - To take back some posted buffers and leave the others, the receiver sets the held bit. While it
-//!   is set no sender changes the word: it waits, for as long as looking at each posted buffer
-//!   takes. It does not go to the overflow ring instead, nor drop its frame, because the buffers
-//!   that stay may suffice for it. With the overflow bit set there is nothing to hold.
+//!   buffer. Only the receiver moves frames from the ring to posted buffers, and it clears the bit
+//!   in the same step that takes the last frame.
+//! - To take back some posted buffers and leave the others, the receiver sets the held bit. While
+//!   it is set no sender changes the state: it waits, for as long as it takes to look at each
+//!   posted buffer. The sender does not use the overflow ring instead, nor does it drop its frame,
+//!   because the buffers that stay may suffice. If the overflow bit is set, senders claim nothing,
+//!   so the receiver does not set the held bit.
 //!
-//! So the changes of the word put all frames in one order, and the receiver collects them in that
-//! order: frames of one sender are never reordered, and buffers are filled as they were posted.
+//! The changes of the state put all frames in one order, and the receiver collects them in that
+//! order: frames of one sender are never reordered, and buffers are filled in the order of posting.
 //!
 //! # Invariants
 //!
 //! 1. *A posted cell has one owner.* Cells `collected..claimed` belong to the sender that made the
-//!    claim until it stores the state, then to the collector; cells `claimed..posted` belong to
-//!    nobody but whoever next moves `claimed` (the collector alone while the overflow bit or the
-//!    held bit is set); all others belong to the collector. Who owns a cell may write to its room.
+//!    claim until it stores the cell's state, and to the collector after that. Cells
+//!    `claimed..posted` belong to the thread that next moves `claimed`, and to no other; while the
+//!    overflow bit or the held bit is set, only the collector moves it. All other cells belong to
+//!    the collector. The owner of a cell may write to its buffer.
 //! 2. *An overflow cell has one owner.* Cells `popped..pushed` belong to the sender that pushed
-//!    until it stores the state, then to the collector; all others to whoever next moves `pushed`.
-//! 3. *Once closed, the word counts no new claim,* and `close` returns only when every cell that
-//!    was claimed before has its state.
-//! 4. *A lent buffer stays where it is.* It lies in the collector's own list, untouched from the moment
-//!    its room was noted until it is collected or taken back; who moves it notes its room anew. So a
-//!    sender needs the room's address only, and the buffers stay in the receiver's cache.
+//!    until it stores the cell's state, and to the collector after that. All other cells belong to
+//!    the thread that next moves `pushed`.
+//! 3. *Once closed, the state counts no new claim.* `close` returns only when every cell that was
+//!    claimed before has its own state.
+//! 4. *A lent buffer stays where it is.* It lies in the collector's own list and is not touched
+//!    from the moment its buffer pointer is stored until it is collected or taken back. If the
+//!    collector moves a buffer, it stores the pointer anew. So a sender needs the pointer only, and
+//!    the buffers stay in the receiver's cache.
 //!
 //! # What crosses between processors
 //!
-//! A room is 8 bytes and a state is 8 bytes, in two arrays: eight of either to a cache line, the rooms
-//! written by the receiver, the states by the senders. A state carries the index it is for, so nobody
-//! resets it, and a room that is the same as a lap ago is not written again. A sender that has several
-//! frames for the inbox claims their buffers in one step ([`Inbox::claim`]), and a receiver publishes
-//! several buffers with one store ([`Collector::stage`]).
+//! A buffer pointer is 8 bytes and a cell state is 8 bytes, in two arrays: eight of either to a
+//! cache line. The receiver writes the pointers, the senders write the states. A cell state carries
+//! the index it is for, so nobody resets it, and a pointer that is the same as a lap ago is not
+//! written again. A sender that has several frames for the inbox claims their buffers in one step
+//! ([`Inbox::claim`]), and a receiver publishes several buffers with one store
+//! ([`Collector::stage`]).
 //!
-//! Indices wrap; a sender would have to sleep for exactly 2^32 claims between its load and its
-//! compare-and-swap to mistake one lap for another.
+//! Indices wrap. To mistake one lap for another, a sender would have to sleep for exactly 2^32
+//! claims between its load and its compare-and-swap.
 
 use core::fmt;
 use core::marker::PhantomData;
@@ -66,23 +88,23 @@ use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeC
 
 use crate::limits::MAX_INBOX_CELLS;
 
-/// What is called, on a sender's thread, when a receiver that has [armed](Collector::arm) has
-/// something to collect. It must not block, and it may still be called once while, or shortly
-/// after, the receiver closes.
+/// The callback that wakes a receiver. A sender's thread calls it when a receiver that has
+/// [armed](Collector::arm) has something to collect. It must not block. It may still be called once
+/// while the receiver closes, or shortly after.
 pub type PortWake = std::sync::Arc<dyn Fn() + Send + Sync>;
 
-/// What became of a frame given to [`Inbox::deliver`].
+/// What happened to a frame given to [`Inbox::deliver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
     /// Copied into a posted buffer.
     Direct,
-    /// Copied into the overflow ring: no buffer was posted, or older frames wait there.
+    /// Copied into the overflow ring, because no buffer was posted or older frames wait there.
     Overflow,
-    /// Not taken.
+    /// Not accepted, for this reason.
     Dropped(Refused),
 }
 
-/// Why an inbox did not take a frame.
+/// Why an inbox did not accept a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refused {
@@ -90,7 +112,7 @@ pub enum Refused {
     NoBuffer,
     /// The frame is longer than the inbox's `max_frame`.
     TooBig,
-    /// The receiver has closed.
+    /// The receiver has closed the inbox.
     Closed,
 }
 
@@ -105,32 +127,39 @@ pub struct Collected<B> {
     pub overflow: bool,
 }
 
-/// The state of an overflow cell without a frame. With one it is the frame's length plus one.
+/// The state of an overflow cell that holds no frame. If it holds one, the state is the frame's
+/// length plus one.
 const PENDING: u32 = 0;
 
-/// The state of a posted cell that is filled: for which index, and the frame's length plus one. Any
-/// other state is pending, also that of an earlier lap.
+/// The state of a posted cell that is filled: the index it is for, and the frame's length plus one.
+/// Any other value means that the cell is pending, and so does the value of an earlier lap.
 #[inline]
 fn filled(index: u32, len: usize) -> u64 {
     u64::from(index) << 32 | (len as u64 + 1)
 }
 
-/// Beside the length in the state of a posted cell: the frame has waited in the overflow ring.
+/// A flag beside the length in the state of a posted cell: the frame has waited in the overflow
+/// ring.
 const WAITED: u32 = 1 << 31;
 
-/// The low half of the state of the posted cell `index`, if it is filled.
+/// The low half of the state of the posted cell `index` (the flag and the length plus one), if the
+/// cell is filled.
 #[inline]
 fn filled_with(cell_state: u64, index: u32) -> Option<u32> {
     ((cell_state >> 32) as u32 == index && cell_state as u32 != 0).then_some(cell_state as u32)
 }
 
-/// The widest index of the overflow ring in the word: 29 bits.
+/// The index of the overflow ring takes 29 bits of the state.
 const PUSHED_MASK: u32 = (1 << 29) - 1;
+/// The receiver is choosing among its posted buffers.
 const HELD: u64 = 1 << 61;
+/// The overflow ring is in use.
 const OVERFLOW: u64 = 1 << 62;
+/// The inbox accepts no frame.
 const CLOSED: u64 = 1 << 63;
 
-/// The word that decides everything, unpacked.
+/// The value that decides everything: `claimed` in bits 0 to 31, `pushed` in bits 32 to 60, and the
+/// three flags.
 #[derive(Clone, Copy)]
 struct InboxState(u64);
 
@@ -172,16 +201,17 @@ impl InboxState {
     }
 }
 
-/// The state of one overflow cell. Its bytes lie in [`Overflow::bytes`]; `access` is where loom
-/// watches them, and nothing otherwise.
+/// The state of one overflow cell. Its bytes lie in [`Overflow::bytes`]. Loom watches accesses to
+/// them through `access`, which is empty.
 struct OverflowCell {
     state: AtomicU32,
     access: UnsafeCell<()>,
 }
 
+/// The ring of frames that wait for a buffer.
 struct Overflow {
     cells: Box<[OverflowCell]>,
-    /// `cells.len() * max_frame` bytes. Zeroed by the allocator, so that pages nobody has used yet
+    /// `cells.len() * max_frame` bytes. The allocator zeroes them, so pages that were never used
     /// cost no memory.
     bytes: Box<[core::cell::UnsafeCell<u8>]>,
     max_frame: usize,
@@ -197,8 +227,8 @@ impl Overflow {
                     access: UnsafeCell::new(()),
                 })
                 .collect(),
-            // SAFETY: `bytes` comes from `Box::into_raw` in the first line of this function and goes
-            // nowhere else. `UnsafeCell<u8>` has the layout of `u8`.
+            // SAFETY: `bytes` comes from `Box::into_raw` in the first line of this function and
+            // goes nowhere else. `UnsafeCell<u8>` has the layout of `u8`.
             bytes: unsafe { Box::from_raw(bytes as *mut [core::cell::UnsafeCell<u8>]) },
             max_frame,
         }
@@ -212,14 +242,14 @@ impl Overflow {
         index as usize & (self.cells.len() - 1)
     }
 
-    /// The bytes of a cell, as a pointer.
+    /// A pointer to the `max_frame` bytes of a cell.
     fn bytes_of(&self, index: u32) -> *mut u8 {
         let start = self.cell_index(index) * self.max_frame;
         core::cell::UnsafeCell::raw_get(self.bytes[start..start + self.max_frame].as_ptr())
     }
 }
 
-/// Wakes a receiver by calling its callback; the `Park` under the inbox's doorbell.
+/// The `Park` under the inbox's doorbell: wakes a receiver by calling its callback.
 #[derive(Default)]
 struct Callback(Mutex<Option<PortWake>>);
 
@@ -227,16 +257,17 @@ impl Callback {
     fn set(&self, wake: Option<PortWake>) {
         let old =
             core::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), wake);
-        drop(old); // outside the lock: it may own anything
+        drop(old); // outside the lock, because it may own anything
     }
 }
 
 impl Park for Callback {
-    /// An inbox's receiver sleeps by its own means.
+    /// Does nothing: an inbox's receiver sleeps by its own means.
     fn park(&self, _timeout: Option<Duration>) {}
 
-    /// Once per wake-up, never per packet, so the lock and the reference count do not matter. The
-    /// callback runs outside the lock: it may close the receiver.
+    /// Runs once per wake-up and never per packet, so the cost of the lock and of the reference
+    /// count does not matter. The callback runs outside the lock, because it may close the
+    /// receiver.
     fn unpark(&self) {
         let wake = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(wake) = wake {
@@ -245,36 +276,38 @@ impl Park for Callback {
     }
 }
 
-/// A bounded queue of frames made of its receiver's own buffers. See the [module](self).
+/// A bounded queue of frames, made of its receiver's own buffers. See the [module](self).
 ///
-/// `B` is a buffer lent to the network: its exclusive owner, with [`AsMut`] giving all its room.
+/// `B` is a buffer that is lent to the network. It owns its bytes exclusively, and [`AsMut`] gives
+/// all of them.
 pub struct Inbox<B> {
-    /// The word that decides everything: changed by senders and by the collector.
+    /// The [`InboxState`]. Senders and the collector change it.
     state: CachePadded<AtomicU64>,
-    /// Written by the collector only, read by senders.
+    /// How many buffers were ever published. The collector writes it, senders read it.
     posted: CachePadded<AtomicU32>,
-    /// Written by the collector only, read by senders that found no buffer.
+    /// How many frames ever left the overflow ring. The collector writes it, senders that found no
+    /// buffer read it.
     popped: CachePadded<AtomicU32>,
     doorbell: Doorbell<Callback>,
     /// Whether a [`Collector`] exists.
     has_collector: AtomicBool,
-    /// Whether the overflow bit may be set: a hint on a line that hardly ever changes, so that a
-    /// receiver that finds nothing does not fetch the word from its senders.
+    /// Whether the overflow bit may be set. This hint is on a cache line that rarely changes, so a
+    /// receiver that finds no packet does not fetch the state's line from its senders.
     overflowing: CachePadded<AtomicBool>,
-    /// Where the bytes of each posted buffer are; null: it has lost its room.
+    /// Where the bytes of each posted buffer are. Null if the buffer has become too small.
     buffer_ptrs: Box<[UnsafeCell<*mut u8>]>,
-    /// How far each posted buffer has come.
+    /// The state of each posted cell: see [`filled`].
     cell_states: Box<[AtomicU64]>,
-    /// The posted buffers; touched by the collector only. None: taken back.
+    /// The posted buffers, which only the collector touches. `None` if the buffer was taken back.
     buffers: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
 }
 
-// SAFETY: the `UnsafeCell`s are of two kinds. The owner of a cell of invariants 1 and 2 changes only
-// through the atomics. The buffer cells of invariant 4 belong to the collector, and `has_collector`
-// allows one collector at a time. A buffer moves to another thread or is written by one, hence
-// `B: Send`. No `&B` is ever shared, so `B: Sync` is not needed.
+// SAFETY: the `UnsafeCell`s are of two kinds. The owner of a cell of invariants 1 and 2 changes
+// only through the atomics. The buffer cells of invariant 4 belong to the collector, and
+// `has_collector` allows one collector at a time. A buffer moves to another thread or is written by
+// one, hence `B: Send`. No `&B` is ever shared, so `B: Sync` is not needed.
 unsafe impl<B: Send> Sync for Inbox<B> {}
 // SAFETY: the raw pointers point into buffers of `B: Send` that the inbox owns (invariant 4), and
 // nothing else in the inbox is tied to a thread.
@@ -291,9 +324,9 @@ impl<B> fmt::Debug for Inbox<B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Inbox<B> {
-    /// A closed inbox for at most `depth` posted buffers and `overflow` waiting frames (both are
-    /// rounded up to a power of two; `overflow` may be 0) of at most `max_frame` bytes.
-    /// [`open`](Self::open) opens it. This is the only place that allocates.
+    /// Makes a closed inbox for at most `depth` posted buffers and `overflow` waiting frames of at
+    /// most `max_frame` bytes. Both numbers are rounded up to a power of two; `overflow` may be 0.
+    /// [`open`](Self::open) opens the inbox. Only this function allocates.
     ///
     /// # Panics
     ///
@@ -302,7 +335,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         Self::starting_at(depth, overflow, max_frame, 0)
     }
 
-    /// Like [`new`](Self::new), with every index at `start`, so that tests can cross the wrap.
+    /// Like [`new`](Self::new), but every index begins at `start`, so that tests can cross the
+    /// wrap.
     #[doc(hidden)]
     pub fn starting_at(depth: u32, overflow: u32, max_frame: usize, start: u32) -> Self {
         assert!(depth > 0, "an inbox needs at least one cell");
@@ -328,8 +362,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         }
     }
 
-    /// Opens the inbox and gives out its one receiving half; `None` while that half exists.
-    /// When the half is dropped, the inbox is closed and empty and may be opened again.
+    /// Opens the inbox and returns its one receiving half, or `None` while that half exists. When
+    /// the half is dropped, the inbox is closed and empty and may be opened again.
     pub fn open(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
         // Acquire: pairs with the Release in `Collector::drop`, so we see the indices that the last
         // collector left.
@@ -352,7 +386,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         Some(collector)
     }
 
-    /// The longest frame it takes, and the least room a posted buffer must have.
+    /// The longest frame it accepts. A posted buffer must have at least this many bytes.
     pub fn max_frame(&self) -> usize {
         self.max_frame
     }
@@ -362,28 +396,31 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         self.buffer_ptrs.len()
     }
 
-    /// Whether deliveries are refused. A hint: it may change at once.
+    /// Whether deliveries are refused. This is a hint: it may change at once.
     pub fn is_closed(&self) -> bool {
         InboxState(self.state.load(Ordering::Relaxed)).closed()
     }
 
-    /// Whether frames wait in the overflow ring for buffers to be posted. A hint, unless nobody else
-    /// delivers: it may change at once.
+    /// Whether frames wait in the overflow ring for buffers to be posted. Unless nobody else
+    /// delivers, this is a hint: it may change at once.
     #[inline]
     pub fn frames_wait(&self) -> bool {
         InboxState(self.state.load(Ordering::Relaxed)).overflow()
     }
 
-    /// Copies `frame` to the receiver: into the oldest posted buffer, else into the overflow ring.
-    /// Waits for nothing but the receiver's look through its posted buffers in
-    /// [`recall_if`](Collector::recall_if). It does not wake the receiver: [`ring`](Self::ring) once
-    /// after a batch.
+    /// Copies `frame` to the receiver: into the oldest posted buffer, or else into the overflow
+    /// ring.
+    ///
+    /// It waits only while the receiver looks through its posted buffers in
+    /// [`recall_if`](Collector::recall_if). It does not wake the receiver: call
+    /// [`ring`](Self::ring) once after a batch.
     pub fn deliver(&self, frame: &[u8]) -> Delivery {
         if frame.len() > self.max_frame {
             return Delivery::Dropped(Refused::TooBig);
         }
         // Acquire, here and when a `change` fails: pairs with the Release in `change`, `close`,
-        // `discard` and `reopen`, so that `posted` and `popped` are never read older than the state.
+        // `discard` and `reopen`, so that `posted` and `popped` are never read older than the
+        // state.
         let mut seen = self.state.load(Ordering::Acquire);
         loop {
             let state = InboxState(seen);
@@ -399,7 +436,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 let index = state.claimed();
                 match self.change(state, state.with_claimed(index.wrapping_add(1))) {
                     Ok(()) => {
-                        // Longer ones were refused above.
+                        // The length was checked above.
                         self.fill(index, frame);
                         return Delivery::Direct;
                     }
@@ -414,7 +451,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 match self.change(state, state.with_push()) {
                     Ok(()) => {
                         self.fill_overflow(state.pushed(), frame);
-                        // Relaxed: a hint; `arm` looks at the word.
+                        // Relaxed: this is a hint; `arm` looks at the state.
                         self.overflowing.store(true, Ordering::Relaxed);
                         return Delivery::Overflow;
                     }
@@ -432,11 +469,13 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         }
     }
 
-    /// Claims posted buffers for up to `wanted` frames, in one step. `None` if none is to be had: the
-    /// receiver has closed or is choosing, frames wait in the overflow ring, or no buffer is posted;
-    /// [`deliver`](Self::deliver) knows what to do then.
+    /// Claims posted buffers for up to `wanted` frames, in one step.
     ///
-    /// What was claimed is to be filled: see [`Claim`].
+    /// Returns `None` if no buffer can be claimed: the receiver has closed or is choosing among its
+    /// buffers, frames wait in the overflow ring, or no buffer is posted. Use
+    /// [`deliver`](Self::deliver) in these cases; it handles each.
+    ///
+    /// The caller must fill what it has claimed: see [`Claim`].
     #[inline]
     pub fn claim(&self, wanted: usize) -> Option<Claim<'_, B>> {
         // Acquire: pairs with the Release in `change`, `close`, `discard` and `reopen`, so that
@@ -460,13 +499,15 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         None
     }
 
-    /// The word after the receiver has chosen among its posted buffers.
+    /// Waits until the receiver has chosen among its posted buffers, and returns the state after
+    /// that.
     #[cold]
     fn wait_while_held(&self) -> u64 {
         let backoff = Backoff::new();
         loop {
-            // Acquire: pairs with the Release in `change`, by which the receiver clears the held bit
-            // in `Held::drop`; the caller goes on with this state as with one it has loaded itself.
+            // Acquire: pairs with the Release in `change`, by which the receiver clears the held
+            // bit in `Held::drop`; the caller goes on with this state as with one it has loaded
+            // itself.
             let seen = self.state.load(Ordering::Acquire);
             if !InboxState(seen).held() {
                 return seen;
@@ -476,9 +517,10 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     }
 
     /// Wakes the receiver if it has armed. Call it once after a batch of deliveries: it costs a
-    /// fence, and only if the receiver sleeps a call of its wake callback. Returns whether it did.
+    /// fence, and a call of the wake callback if the receiver sleeps. Returns whether it called the
+    /// callback.
     ///
-    /// A sender that has delivered and does not ring may leave the receiver asleep.
+    /// If a sender delivers and does not ring, the receiver may stay asleep.
     pub fn ring(&self) -> bool {
         self.doorbell.ring()
     }
@@ -486,55 +528,57 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// Changes the state from `from` to `to`, or returns what it is now.
     fn change(&self, from: InboxState, to: InboxState) -> Result<(), u64> {
         // AcqRel and Acquire: pair with each other, with the loads of the state, and with `close`,
-        // `discard` and `reopen`. Release publishes what the caller knows of `posted` and `popped` to
-        // every thread that sees the new state. Acquire takes the same from the thread that wrote
-        // the old one.
+        // `discard` and `reopen`. Release publishes what the caller knows of `posted` and `popped`
+        // to every thread that sees the new state. Acquire takes the same from the thread that
+        // wrote the old one.
         self.state
             .compare_exchange_weak(from.0, to.0, Ordering::AcqRel, Ordering::Acquire)
             .map(drop)
     }
 
-    /// A place in the three arrays, which are equally long, by a power of two.
+    /// The position of a cell in the three arrays. They have the same length, a power of two.
     #[inline]
     fn cell_index(&self, index: u32) -> usize {
         index as usize & (self.buffer_ptrs.len() - 1)
     }
 
+    /// The state of the posted cell `index`.
     #[inline]
     fn cell_state(&self, index: u32) -> &AtomicU64 {
-        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as many
-        // cell states.
+        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as
+        // many cell states.
         unsafe { self.cell_states.get_unchecked(self.cell_index(index)) }
     }
 
-    /// The collector's place for the buffer of the posted cell `index`.
+    /// Where the collector keeps the buffer of the posted cell `index`.
     #[inline]
     fn buffer_cell(&self, index: u32) -> &UnsafeCell<Option<B>> {
-        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as many
-        // buffer cells.
+        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as
+        // many buffer cells.
         unsafe { self.buffers.get_unchecked(self.cell_index(index)) }
     }
 
+    /// Where the bytes of the buffer of the posted cell `index` are.
     #[inline]
     fn buffer_ptr(&self, index: u32) -> &UnsafeCell<*mut u8> {
         // SAFETY: `cell_index` is below the number of buffer pointers.
         unsafe { self.buffer_ptrs.get_unchecked(self.cell_index(index)) }
     }
 
-    /// Copies `frame`, of at most `max_frame` bytes, into the posted buffer `index`, which the caller
-    /// has claimed.
+    /// Copies `frame` into the posted buffer `index`. The caller has claimed the buffer and has
+    /// checked that the frame is at most `max_frame` bytes long.
     #[inline]
     fn fill(&self, index: u32, frame: &[u8]) {
         debug_assert!(frame.len() <= self.max_frame);
         let len = self.buffer_ptr(index).with_mut(|ptr| {
-            // SAFETY: invariant 1: the caller has moved `claimed` past this cell, so the cell is ours
-            // until `end_claim` stores its state.
+            // SAFETY: invariant 1: the caller has moved `claimed` past this cell, so the cell is
+            // ours until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
                 return 0;
             }
-            // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither moves
-            // nor touches before it sees the cell's state, and `checked_ptr` found at least
+            // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither
+            // moves nor touches before it sees the cell's state, and `checked_ptr` found at least
             // `max_frame` bytes there. The callers have checked that the frame is no longer. The
             // frame is not in the buffer, because it is borrowed and the collector owns the buffer.
             unsafe { ptr.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
@@ -543,15 +587,15 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         self.end_claim(index, len);
     }
 
-    /// The cell is filled, and the collector's.
+    /// Marks a claimed cell as filled, which makes it the collector's.
     #[inline]
     fn end_claim(&self, index: u32, len: usize) {
-        // Release: pairs with the Acquire in `collect`, `is_ready` and `close`; the bytes are in the
-        // buffer.
+        // Release: pairs with the Acquire in `collect`, `is_ready` and `close`; the bytes are in
+        // the buffer.
         self.cell_state(index).store(filled(index, len), Ordering::Release);
     }
 
-    /// Copies `frame` into the overflow cell `index`, which the caller has pushed.
+    /// Copies `frame` into the overflow cell `index`. The caller has moved `pushed` past the cell.
     fn fill_overflow(&self, index: u32, frame: &[u8]) {
         let cell = self.overflow.cell(index);
         cell.access.with_mut(|_| {
@@ -562,15 +606,17 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 self.overflow.bytes_of(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
             }
         });
-        // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the bytes
-        // are in the cell. The length is at most `max_frame`, which `starting_at` keeps below 2 GiB.
+        // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the
+        // bytes are in the cell. The length is at most `max_frame`, which `starting_at` keeps below
+        // 2 GiB.
         cell.state.store(frame.len() as u32 + 1, Ordering::Release);
     }
 }
 
-/// Posted buffers that a sender has claimed and not filled yet. The receiver waits for them, so they
-/// are to be filled at once. Those that are not, because of a panic in between, become packets of no
-/// bytes when the claim is dropped.
+/// Posted buffers that a sender has claimed and not filled yet.
+///
+/// The receiver waits for them, so fill them at once. Buffers that are not filled, for example
+/// because of a panic in between, become packets of no bytes when the claim is dropped.
 #[must_use = "a claim that is not filled delivers empty packets"]
 pub struct Claim<'a, B: AsMut<[u8]> + Send> {
     inbox: &'a Inbox<B>,
@@ -585,14 +631,14 @@ impl<B: AsMut<[u8]> + Send> fmt::Debug for Claim<'_, B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Claim<'_, B> {
-    /// Buffers that are still to be filled.
+    /// The number of buffers that are still to be filled.
     #[inline]
     pub fn left(&self) -> usize {
         self.end.wrapping_sub(self.next) as usize
     }
 
-    /// Copies `frame` into the next buffer. False if there is none, or if the frame is longer than
-    /// [`Inbox::max_frame`]: then nothing has happened.
+    /// Copies `frame` into the next buffer. Returns false, and does nothing, if there is no buffer
+    /// left or if the frame is longer than [`Inbox::max_frame`].
     #[inline]
     pub fn fill(&mut self, frame: &[u8]) -> bool {
         if self.next == self.end || frame.len() > self.inbox.max_frame {
@@ -614,35 +660,38 @@ impl<B: AsMut<[u8]> + Send> Drop for Claim<'_, B> {
     }
 }
 
-/// Copies what fits. All of it does, unless a buffer has shrunk since it was posted.
+/// Copies what fits, and returns how much. Everything fits unless a buffer has shrunk since it was
+/// posted.
 fn copy_what_fits(to: &mut [u8], from: &[u8]) -> usize {
     let len = to.len().min(from.len());
     to[..len].copy_from_slice(&from[..len]);
     len
 }
 
-/// Where a buffer's bytes are, if there are enough of them. To be asked of a buffer that stays where it
-/// is (invariant 4).
+/// Where a buffer's bytes are, if there are enough of them. The buffer must already be in its
+/// buffer cell, where it stays (invariant 4).
 fn checked_ptr<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
     let bytes = buffer.as_mut();
     (bytes.len() >= max_frame).then_some(bytes.as_mut_ptr())
 }
 
-/// The receiving half of an [`Inbox`]: posts buffers and collects packets. Dropping it closes the
-/// inbox (waiting for copies under way) and drops the buffers that are still in it.
+/// The receiving half of an [`Inbox`]: posts buffers and collects packets.
+///
+/// Dropping it closes the inbox, which waits for copies that are under way, and drops the buffers
+/// that are still in it.
 pub struct Collector<B: AsMut<[u8]> + Send> {
     inbox: Arc<Inbox<B>>,
     /// Cells before this one have been taken out.
     collected: u32,
-    /// Cells before this one have a buffer, or had one.
+    /// Cells before this one have been given a buffer.
     posted: u32,
-    /// What `inbox.posted` says: how many of them senders know of.
+    /// The value of `inbox.posted`: senders know of the cells before this one.
     published: u32,
-    /// What `inbox.popped` says.
+    /// The value of `inbox.popped`.
     popped: u32,
-    /// Buffers in the inbox.
+    /// The number of buffers in the inbox.
     lent: usize,
-    /// Cells that are posted and not collected, and whose buffer was taken back.
+    /// The number of posted, uncollected cells whose buffer was taken back.
     gaps: u32,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
@@ -659,35 +708,35 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         &self.inbox
     }
 
-    /// How many buffers are in the inbox, filled or not.
+    /// How many buffers are in the inbox, whether filled or not.
     pub fn posted(&self) -> usize {
         self.lent
     }
 
-    /// Whether [`post`](Self::post) would find no cell for another buffer.
+    /// Whether there is no cell for another buffer, so that [`post`](Self::post) would fail.
     pub fn is_full(&self) -> bool {
         self.posted.wrapping_sub(self.collected) as usize >= self.inbox.buffer_ptrs.len()
     }
 
-    /// Lends a buffer to the network. It comes back from [`collect`](Self::collect) with a packet,
-    /// in the order of posting, or from [`recall`](Self::recall) without one.
+    /// Lends a buffer to the network. The buffer comes back from [`collect`](Self::collect) with a
+    /// packet, in the order of posting, or from [`recall`](Self::recall) without one.
     ///
     /// # Errors
     ///
-    /// The buffer comes straight back if the inbox [is full](Self::is_full), or if the buffer has
-    /// less room than [`Inbox::max_frame`].
+    /// Returns the buffer if the inbox [is full](Self::is_full), or if the buffer has fewer bytes
+    /// than [`Inbox::max_frame`].
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
         self.stage(buffer)?;
         self.publish();
         Ok(())
     }
 
-    /// As [`post`](Self::post), but senders do not see the buffer before [`publish`](Self::publish):
-    /// for several buffers.
+    /// Like [`post`](Self::post), but senders do not see the buffer before
+    /// [`publish`](Self::publish), so that several buffers are published with one store.
     ///
     /// # Errors
     ///
-    /// As [`post`](Self::post).
+    /// Returns the buffer in the cases in which [`post`](Self::post) does.
     #[inline(always)]
     pub fn stage(&mut self, buffer: B) -> Result<(), B> {
         if self.is_full() {
@@ -697,7 +746,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let ptr = inbox.buffer_cell(self.posted).with_mut(|cell| {
             // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
             let cell = unsafe { &mut *cell };
-            // The cell is empty, so there is nothing to drop.
+            // The cell is empty, so `forget` leaks nothing.
             core::mem::forget(cell.replace(buffer));
             let ptr = cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.max_frame));
             ptr.ok_or_else(|| cell.take())
@@ -712,14 +761,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         Ok(())
     }
 
-    /// Writes down where the bytes of the buffer of cell `index` are. The cell is the collector's.
+    /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
     #[inline(always)]
     fn store_buffer_ptr(&self, index: u32, ptr: *mut u8) {
         self.inbox.buffer_ptr(index).with_mut(|stored| {
-            // SAFETY: invariant 1: the callers, `stage` and `Held::drop`, pass a cell that no sender can
-            // claim now, so it is ours.
-            // A pointer that has not changed is not written, so that its cache line stays with the
-            // senders.
+            // SAFETY: invariant 1: the callers, `stage` and `Held::drop`, pass a cell that no
+            // sender can claim now, so it is ours. A pointer that has not changed is not written,
+            // so that its cache line stays with the senders.
             unsafe {
                 if *stored != ptr {
                     *stored = ptr;
@@ -728,19 +776,20 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         });
     }
 
-    /// Shows what was [staged](Self::stage) to the senders, with one store.
+    /// Shows the senders all buffers that were [staged](Self::stage), with one store.
     #[inline]
     pub fn publish(&mut self) {
         if self.published != self.posted {
-            // Release: pairs with the Acquire in `deliver` and `claim`; a sender that claims the cells
-            // sees the buffer pointers.
+            // Release: pairs with the Acquire in `deliver` and `claim`; a sender that claims the
+            // cells sees the buffer pointers.
             self.inbox.posted.store(self.posted, Ordering::Release);
             self.published = self.posted;
         }
     }
 
-    /// The next packet, or `None` if there is none, if its sender is still copying (it will
-    /// [ring](Inbox::ring)), or if it waits in the overflow ring for a buffer to be posted.
+    /// Returns the next packet. Returns `None` if there is no packet, if its sender is still
+    /// copying it (that sender will [ring](Inbox::ring)), or if it waits in the overflow ring for a
+    /// buffer to be posted.
     #[inline(always)]
     pub fn collect(&mut self) -> Option<Collected<B>> {
         loop {
@@ -757,21 +806,22 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
                 let (len, overflow) = ((with & !WAITED) as usize - 1, with & WAITED != 0);
                 return Some(Collected { buffer, len, overflow });
             }
-            // Relaxed: see `overflowing`.
+            // Relaxed: a hint, see `overflowing`.
             if !self.inbox.overflowing.load(Ordering::Relaxed) || !self.fill_from_overflow() {
                 return None;
             }
         }
     }
 
-    /// Steps over the cells that come next and whose buffer was taken back, if a recall left any behind
-    /// a claim.
+    /// Steps over the next cells, as long as their buffer was taken back. A recall leaves such
+    /// cells behind if older cells were claimed.
     #[cold]
     #[inline(never)]
     fn skip_taken_back(&mut self) {
         while self.gaps > 0 && self.collected != self.posted {
             let taken = self.inbox.buffer_cell(self.collected).with(|cell| {
-                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is
+                // it.
                 unsafe { (*cell).is_none() }
             });
             if !taken {
@@ -782,8 +832,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         }
     }
 
-    /// Takes the buffer out of the cell `collected` and steps over it. The caller has made sure
-    /// that the cell is the collector's.
+    /// Takes the buffer out of the cell `collected` and steps over the cell. The caller has made
+    /// sure that the cell is the collector's.
     #[inline(always)]
     fn take(&mut self) -> Option<B> {
         let buffer = self.take_from(self.collected);
@@ -794,24 +844,25 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// Takes the buffer out of a cell that is the collector's.
     #[inline(always)]
     fn take_from(&mut self, index: u32) -> Option<B> {
-        // Where loom sees whether a sender still writes.
+        // This access lets loom see whether a sender still writes.
         self.inbox.buffer_ptr(index).with_mut(|_| ());
         let buffer = self.inbox.buffer_cell(index).with_mut(|cell| {
-            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it. The
-            // callers have made sure that no sender writes through the buffer pointer any more: the
-            // cell is filled, or was never claimed (invariant 1).
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+            // The callers have made sure that no sender writes through the buffer pointer any more:
+            // the cell is filled, or was never claimed (invariant 1).
             unsafe { (*cell).take() }
         });
         self.lent -= usize::from(buffer.is_some());
         buffer
     }
 
-    /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are
-    /// both and no earlier claim is still being filled. Whether it did: then the buffer is to be collected.
+    /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are both
+    /// and no earlier claim is still being filled. Returns true if it did, and `collect` finds the
+    /// packet.
     #[cold]
     #[inline(never)]
     fn fill_from_overflow(&mut self) -> bool {
-        // We are about to move `claimed`, which must not overtake what senders know.
+        // We are about to move `claimed`, which must not overtake the `posted` that senders see.
         self.publish();
         // Acquire: pairs with the Release in `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
@@ -828,47 +879,50 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let cell = self.inbox.buffer_cell(self.collected);
         let len = waiting.access.with(|_| {
             cell.with_mut(|cell| {
-                // SAFETY: invariant 2: the sender has stored the cell's state, and we have not popped
-                // the cell, so it is ours. Its sender wrote the first `len` bytes.
+                // SAFETY: invariant 2: the sender has stored the cell's state, and we have not
+                // popped the cell, so it is ours. Its sender wrote the first `len` bytes.
                 let frame = unsafe {
                     core::slice::from_raw_parts(self.inbox.overflow.bytes_of(self.popped), len)
                 };
-                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow bit is
-                // set. No sender claims before we clear the bit below, so the cell is ours.
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow
+                // bit is set. No sender claims before we clear the bit below, so the cell is ours.
                 let buffer = unsafe { &mut *cell };
                 buffer.as_mut().map_or(0, |buffer| copy_what_fits(buffer.as_mut(), frame))
             })
         });
-        waiting.state.store(PENDING, Ordering::Relaxed); // published by `popped`
+        waiting.state.store(PENDING, Ordering::Relaxed); // published by `popped` below
         let popped = self.popped.wrapping_add(1) & PUSHED_MASK;
         let mut state = state;
         loop {
             let mut next = state.with_claimed(self.collected.wrapping_add(1));
             let last = state.pushed() == popped;
             if last {
-                next = next.without(OVERFLOW); // it was the last: senders may claim again
+                next = next.without(OVERFLOW); // that was the last frame: senders may claim again
             }
-            // Before the change: who sets the bit again raises the hint after it.
+            // This store comes before the change: a sender that sets the bit again sets the hint
+            // after its own change.
             self.inbox.overflowing.store(!last, Ordering::Relaxed);
             match self.inbox.change(state, next) {
                 Ok(()) => break,
-                Err(now) => state = InboxState(now), // somebody pushed; nobody claimed
+                Err(now) => state = InboxState(now), // a sender pushed; none can claim
             }
         }
         self.popped = popped;
         // Release: pairs with the Acquire in `deliver`; we no longer read the cell.
         self.inbox.popped.store(popped, Ordering::Release);
-        // Relaxed: the cell is ours, as just now, and we are who looks at it next.
+        // Relaxed: the cell is still ours, and we are the next to read its state.
         let cell_state = filled(self.collected, len) | u64::from(WAITED);
         self.inbox.cell_state(self.collected).store(cell_state, Ordering::Relaxed);
         true
     }
 
-    /// Takes back every posted buffer that no sender has claimed, and gives each to `f`. Buffers
-    /// that are being filled come later, with their packets: a recall drops no packet. Frames in
-    /// the overflow ring stay there. Returns how many buffers came back.
+    /// Takes back every posted buffer that no sender has claimed, and gives each to `f`. Returns
+    /// how many there were.
+    ///
+    /// A recall drops no packet: buffers that are being filled come later, with their packets, and
+    /// frames in the overflow ring stay there.
     pub fn recall(&mut self, mut f: impl FnMut(B)) -> usize {
-        // `claimed` must not overtake what senders know.
+        // `claimed` must not overtake the `posted` that senders see.
         self.publish();
         // Acquire: pairs with the Release in `change`.
         let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
@@ -889,10 +943,12 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         count
     }
 
-    /// Takes back the posted buffers that no sender has claimed and that `matches`, and gives each to
-    /// `f`, oldest first. The others stay posted, in their order, and are never out of the senders'
-    /// reach: a sender that comes meanwhile waits, so `matches` and `f` should be short. Like
-    /// [`recall`](Self::recall) it drops no packet. Returns how many buffers came back.
+    /// Takes back the posted buffers that no sender has claimed and for which `matches` returns
+    /// true, and gives each to `f`, oldest first. Returns how many there were.
+    ///
+    /// The other buffers stay posted, in their order, and no frame is dropped for want of them. A
+    /// sender that comes meanwhile waits, so `matches` and `f` should be short. Like
+    /// [`recall`](Self::recall) it drops no packet.
     pub fn recall_if(
         &mut self,
         mut matches: impl FnMut(&mut B) -> bool,
@@ -901,7 +957,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         self.publish();
         // Acquire: pairs with the Release in `change`.
         let mut state = InboxState(self.inbox.state.load(Ordering::Acquire));
-        // While the overflow bit is set no sender claims, and only we clear it.
+        // While the overflow bit is set no sender claims, and only we clear the bit, so the held
+        // bit is not needed.
         while !state.overflow() && state.claimed() != self.posted {
             match self.inbox.change(state, InboxState(state.0 | HELD)) {
                 Ok(()) => break,
@@ -912,8 +969,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         let mut held = Held { collector: self, start, taken: 0 };
         for index in indices(&(start..held.collector.posted)) {
             let buffer = held.collector.inbox.buffer_cell(index).with_mut(|cell| {
-                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow bit or
-                // the held bit is set. No sender claims before `held` is dropped, so the cell is ours.
+                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow
+                // bit or the held bit is set. No sender claims before `held` is dropped, so the
+                // cell is ours.
                 let cell = unsafe { &mut *cell };
                 if cell.as_mut().is_some_and(&mut matches) { cell.take() } else { None }
             });
@@ -927,14 +985,16 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         held.taken as usize
     }
 
-    /// The receiver wants to sleep. True: nothing can be collected, and the next sender to ring
-    /// calls the wake callback, once. False: there is something to collect, and the receiver stays
-    /// awake.
+    /// Announces that the receiver wants to sleep.
     ///
-    /// A frame that is still being copied does not count, because its sender has yet to ring; nor
-    /// does one that waits in the overflow ring while no buffer is posted: who posts must collect.
+    /// Returns true if nothing can be collected: the next sender to ring calls the wake callback,
+    /// once. Returns false if there is something to collect: the receiver stays awake.
+    ///
+    /// A frame that is still being copied does not count, because its sender has yet to ring. A
+    /// frame that waits in the overflow ring while no buffer is posted does not count either, so a
+    /// receiver must collect after it has posted.
     pub fn arm(&mut self) -> bool {
-        // The doorbell's fence is between its flag and our look: either the ringer sees the flag
+        // The doorbell's fence is between its flag and our check: either the ringer sees the flag,
         // or we see its packet (see `vmring_core::doorbell`).
         self.inbox.doorbell.arm();
         let asleep = !self.is_ready();
@@ -944,8 +1004,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         asleep
     }
 
-    /// The receiver is awake again: senders no longer call the wake callback. Returns false if one
-    /// has already done so, or is about to.
+    /// Announces that the receiver is awake again, so that senders no longer call the wake
+    /// callback. Returns false if a sender has already called it or is about to.
     pub fn disarm(&mut self) -> bool {
         self.inbox.doorbell.disarm()
     }
@@ -967,28 +1027,32 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             && state.overflow()
             && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) != PENDING;
         if ready {
-            // Whoever is told that there is something must find it.
+            // The sender may not have set the hint yet. A receiver that gets `true` here must find
+            // the frame when it collects.
             self.inbox.overflowing.store(true, Ordering::Relaxed);
         }
         ready
     }
 
-    /// Refuses further deliveries and waits for those under way, each of which is the copying of
-    /// one frame, or of a [`Claim`]'s. When it returns, no sender touches any buffer. Packets that have arrived can
-    /// still be collected and the other buffers recalled; [`discard`](Self::discard) drops the
-    /// rest.
+    /// Refuses further deliveries and waits for those under way. Each takes as long as copying one
+    /// frame, or the frames of one [`Claim`]. When `close` returns, no sender touches any buffer.
+    ///
+    /// Packets that have arrived can still be collected, and the other buffers can be recalled.
+    /// [`discard`](Self::discard) drops the packets instead.
     pub fn close(&mut self) {
         // AcqRel: pairs with `change`, by which senders claim and push, and with their loads of the
         // state in `deliver` and `claim`.
         let state = InboxState(self.inbox.state.fetch_or(CLOSED, Ordering::AcqRel));
         for index in indices(&(self.collected..state.claimed())) {
-            // A buffer that was taken back is no sender's.
+            // No sender has a cell whose buffer was taken back.
             let lent = self.inbox.buffer_cell(index).with(|cell| {
-                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is
+                // it.
                 unsafe { (*cell).is_some() }
             });
             if lent {
-                // Acquire: pairs with the Release in `end_claim`; the sender no longer uses the buffer.
+                // Acquire: pairs with the Release in `end_claim`; the sender no longer uses the
+                // buffer.
                 wait(|| {
                     filled_with(self.inbox.cell_state(index).load(Ordering::Acquire), index)
                         .is_some()
@@ -997,15 +1061,16 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         }
         let mut index = self.popped;
         while index != state.pushed() {
-            // Acquire: pairs with the Release in `fill_overflow`; the sender no longer uses the cell.
+            // Acquire: pairs with the Release in `fill_overflow`; the sender no longer uses the
+            // cell.
             let cell = self.inbox.overflow.cell(index);
             wait(|| cell.state.load(Ordering::Acquire) != PENDING);
             index = index.wrapping_add(1) & PUSHED_MASK;
         }
     }
 
-    /// Closes, then drops every packet that has not been collected and gives every buffer to `f`.
-    /// Returns how many packets were dropped.
+    /// Closes the inbox, drops every packet that has not been collected, and gives every buffer to
+    /// `f`. Returns how many packets were dropped.
     pub fn discard(&mut self, mut f: impl FnMut(B)) -> usize {
         self.close();
         let mut dropped = 0;
@@ -1032,8 +1097,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         dropped
     }
 
-    /// Accepts deliveries again after a [`close`](Self::close). What was not collected before
-    /// stays where it was. No effect on an open inbox.
+    /// Accepts deliveries again after a [`close`](Self::close). Packets that were not collected
+    /// before are still there. This has no effect on an open inbox.
     pub fn reopen(&mut self) {
         // AcqRel: pairs with the loads of the state in `deliver` and `claim`, which then see our
         // indices, and with `change`.
@@ -1041,8 +1106,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     }
 }
 
-/// The cells `start..posted`, kept from the senders by the overflow bit or the held bit, some without
-/// their buffer. Dropped, also by a panic, it gives the senders those that have one.
+/// The cells `start..posted`, some of them without their buffer. The overflow bit or the held bit
+/// keeps them from the senders. Dropping this guard, also by a panic, gives the senders the cells
+/// that have a buffer.
 struct Held<'a, B: AsMut<[u8]> + Send> {
     collector: &'a mut Collector<B>,
     start: u32,
@@ -1053,25 +1119,28 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
     fn drop(&mut self) {
         let (start, posted) = (self.start, self.collector.posted);
         let inbox = &*self.collector.inbox;
-        // Those that stay move up to the last cells, the newest first. The indices that senders
-        // compare only ever grow, so none can mistake what it saw before for what is there now.
+        // The buffers that stay move up to the last cells, the newest first. The indices that
+        // senders compare only ever grow, so no sender can mistake an earlier state for this one.
         let first = start.wrapping_add(self.taken);
         let mut free = posted;
         for index in indices(&(start..posted)).rev() {
             let buffer = inbox.buffer_cell(index).with_mut(|cell| {
-                // SAFETY: invariants 1 and 4: `recall_if` made this guard with the overflow bit or the
-                // held bit set, and we clear the held bit only below, so no sender claims the cell.
+                // SAFETY: invariants 1 and 4: `recall_if` made this guard with the overflow bit or
+                // the held bit set, and we clear the held bit only below, so no sender claims the
+                // cell.
                 unsafe { (*cell).take() }
             });
             if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
                 let ptr = inbox.buffer_cell(free).with_mut(|cell| {
-                    // SAFETY: invariants 1 and 4: this cell is in the same range, so no sender claims it
-                    // either. It is empty: its buffer was taken in this loop, or was taken back.
+                    // SAFETY: invariants 1 and 4: this cell is in the same range, so no sender
+                    // claims it either. It is empty: its buffer was taken in this loop, or was
+                    // taken back.
                     let buffer = unsafe { (*cell).insert(buffer) };
-                    // It may have moved, and whoever was asked about it may have changed it. Senders wait
-                    // for us, so not even a buffer that panics may end this: one that has no room any
-                    // more gets packets of no bytes.
+                    // The buffer may have moved, and the caller's `matches` may have changed it, so
+                    // its pointer is asked for anew. Senders wait for us, so not even a buffer that
+                    // panics may end this loop. A buffer that is now too small gets packets of no
+                    // bytes.
                     let ask = AssertUnwindSafe(|| checked_ptr(buffer, inbox.max_frame));
                     catch_unwind(ask).ok().flatten().unwrap_or_default()
                 });
@@ -1081,7 +1150,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
         // Relaxed: `change` below acquires.
         let mut state = InboxState(inbox.state.load(Ordering::Relaxed));
         while let Err(now) = inbox.change(state, state.with_claimed(first).without(HELD)) {
-            state = InboxState(now); // somebody pushed; nobody claimed
+            state = InboxState(now); // a sender pushed; none can claim
         }
         self.collector.skip_taken_back();
     }
@@ -1097,7 +1166,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
     }
 }
 
-/// Waits until a claim has ended: as long as copying its frames takes.
+/// Waits until a claim has ended, which takes as long as copying its frames.
 fn wait(ended: impl Fn() -> bool) {
     let backoff = Backoff::new();
     while !ended() {
