@@ -1,13 +1,13 @@
-//! The time, as a network sees it.
+//! Where a network gets its time from.
 
 use core::time::Duration;
 use std::time::Instant;
 
 use vmring_core::sync::{AtomicU64, Ordering};
 
-/// The time, as a network sees it. Read once per batch.
+/// The time source of a network, which reads it once per batch.
 pub trait Clock: Send + Sync {
-    /// The time since any fixed moment. Never goes back.
+    /// Returns the time since some fixed moment. It never goes back.
     fn now(&self) -> Duration;
 }
 
@@ -16,7 +16,7 @@ pub trait Clock: Send + Sync {
 pub struct SystemClock(Instant);
 
 impl SystemClock {
-    /// A clock that starts now.
+    /// Makes a clock that starts now.
     pub fn new() -> Self {
         Self(Instant::now())
     }
@@ -34,17 +34,17 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that moves only when told to, for tests.
+/// A clock for tests: it moves only by [`advance`](Self::advance).
 #[derive(Debug)]
 pub struct ManualClock(AtomicU64);
 
 impl ManualClock {
-    /// A clock at zero.
+    /// Makes a clock that shows zero.
     pub fn new() -> Self {
         Self(AtomicU64::new(0))
     }
 
-    /// Moves the clock on.
+    /// Moves the clock forward, in whole milliseconds.
     pub fn advance(&self, by: Duration) {
         self.0.fetch_add(by.as_millis() as u64, Ordering::Relaxed);
     }

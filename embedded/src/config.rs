@@ -1,4 +1,4 @@
-//! What a network is like: mode, addresses, MTU and sizes.
+//! The configuration of a network: its mode, addresses, MTU and sizes.
 
 use core::net::Ipv4Addr;
 use core::time::Duration;
@@ -12,19 +12,19 @@ use crate::limits::{
 /// Bytes of an Ethernet header. A frame is longer than its IP packet by this.
 pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
 
-/// What guests can reach.
+/// What the guests of a network can reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum NetworkMode {
-    /// Each other and the gateway; DHCP names no router.
+    /// Guests reach each other and the gateway. DHCP names no router.
     Host,
-    /// The same, and the gateway is their router.
+    /// Guests reach each other and the gateway, and DHCP names the gateway as their router.
     #[default]
     Shared,
 }
 
-/// The addresses of a network, as vmnet has them: the gateway is the first, the range it gives out
-/// by DHCP begins behind it.
+/// The addresses of a network, arranged as in vmnet: the gateway has the first address, and the
+/// addresses that DHCP gives out follow it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AddressRange {
     /// The gateway's address.
@@ -36,7 +36,7 @@ pub struct AddressRange {
 }
 
 impl AddressRange {
-    /// What a network of this mode has unless told otherwise: `192.168.64.1` to `.254` in shared
+    /// Returns the default addresses of a network of this mode: `192.168.64.1` to `.254` in shared
     /// mode, `192.168.128.1` to `.254` in host mode.
     pub const fn of(mode: NetworkMode) -> Self {
         let third = match mode {
@@ -50,11 +50,11 @@ impl AddressRange {
         }
     }
 
-    /// Whether a network can have these addresses.
+    /// Checks whether a network can have these addresses.
     ///
     /// # Errors
     ///
-    /// A sentence on the first rule that is broken.
+    /// Returns the first rule that is broken.
     pub fn check(&self) -> Result<(), NetworkConfigError> {
         let (gateway, end, mask) =
             (u32::from(self.gateway), u32::from(self.end), u32::from(self.mask));
@@ -90,13 +90,13 @@ impl Default for AddressRange {
     }
 }
 
-/// Whether an address is neither its subnet's first nor its last.
+/// Returns whether an address is neither the first nor the last of its subnet.
 fn is_host(address: u32, mask: u32) -> bool {
     let host = address & !mask;
     host != 0 && host != !mask
 }
 
-/// Whether the whole subnet is for private use.
+/// Returns whether the whole subnet is for private use.
 fn is_private(address: Ipv4Addr, mask: u32) -> bool {
     let network = u32::from(address) & mask;
     address.is_private()
@@ -104,33 +104,33 @@ fn is_private(address: Ipv4Addr, mask: u32) -> bool {
         && Ipv4Addr::from(network | !mask).is_private()
 }
 
-/// How a network is made. The fields are public: start from [`NetworkConfig::of`] a mode.
+/// The settings of a network. Start from [`NetworkConfig::of`] and change the public fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
     /// What guests can reach.
     pub mode: NetworkMode,
     /// The addresses.
     pub ipv4: AddressRange,
-    /// The largest IP packet, from 1,280 (the least IPv6 works with) to 65,521 (what an Ethernet
-    /// frame of at most 65,535 bytes holds). DHCP tells it to the guests.
+    /// The length of the largest IP packet. It must be from 1,280 (the least that IPv6 needs) to
+    /// 65,521 (what an Ethernet frame of at most 65,535 bytes holds). DHCP tells it to the guests.
     pub mtu: u32,
-    /// How many buffers one port can have posted; rounded up to a power of two.
+    /// How many buffers one port can have posted. It is rounded up to a power of two.
     pub inbox_depth: u32,
-    /// How many packets wait for one port while it has no buffer posted; rounded up to a power of
-    /// two, 0 for none. `None`: as many as fit in 512 KiB, but from 16 to 256. The memory is
-    /// touched only as far as it is used.
+    /// How many packets can wait for one port while it has no buffer posted. It is rounded up to a
+    /// power of two; with 0 no packet waits. The default, `None`, is as many as fit in 512 KiB, but
+    /// at least 16 and at most 256. Memory is touched only as far as it is used.
     pub overflow_depth: Option<u32>,
     /// How long a DHCP lease lasts.
     pub lease_time: Duration,
-    /// After how long a silence a learned MAC address is forgotten.
+    /// A learned MAC address is forgotten when no frame has come from it for this long.
     pub mac_ageing: Duration,
-    /// The name servers DHCP tells the guests. The network has none of its own.
+    /// The name servers that DHCP tells the guests. The network has none of its own.
     pub dns: Vec<Ipv4Addr>,
 }
 
 impl NetworkConfig {
-    /// The configuration vmnet has for a mode: its addresses, an MTU of 1,500, leases of a day.
-    /// Learned addresses age after 300 seconds.
+    /// Returns the configuration that vmnet has for a mode: its addresses, an MTU of 1,500, and
+    /// leases of a day. Learned addresses age after 300 seconds.
     pub fn of(mode: NetworkMode) -> Self {
         Self {
             mode,
@@ -144,12 +144,12 @@ impl NetworkConfig {
         }
     }
 
-    /// The longest frame: the MTU and an Ethernet header.
+    /// Returns the length of the longest frame: the MTU plus an Ethernet header.
     pub fn max_packet_size(&self) -> usize {
         self.mtu as usize + ETHERNET_HEADER_LEN
     }
 
-    /// The overflow ring's cells, with the default worked out.
+    /// Returns the depth of the overflow ring: the configured one, or the default for this MTU.
     pub(crate) fn overflow(&self) -> u32 {
         self.overflow_depth.unwrap_or_else(|| {
             let fitting = (DEFAULT_OVERFLOW_BYTES / self.max_packet_size()) as u32;
@@ -158,11 +158,11 @@ impl NetworkConfig {
         })
     }
 
-    /// Whether a network can be made like this.
+    /// Checks whether a network can have this configuration.
     ///
     /// # Errors
     ///
-    /// A sentence on the first rule that is broken.
+    /// Returns the first rule that is broken.
     pub fn check(&self) -> Result<(), NetworkConfigError> {
         self.ipv4.check()?;
         if !MTU_RANGE.contains(&self.mtu) {
@@ -196,26 +196,26 @@ impl Default for NetworkConfig {
     }
 }
 
-/// Why a network cannot be made as asked.
+/// The error when a configuration is invalid: the rule that it breaks.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NetworkConfigError {
-    /// The mask has holes, or is empty.
-    #[error("{mask} is not a subnet mask: its one bits must stand together in front")]
+    /// The one bits of the mask are not contiguous, or there are none.
+    #[error("{mask} is not a subnet mask: its one bits must be contiguous, from the first bit on")]
     Mask {
         /// The mask.
         mask: Ipv4Addr,
     },
     /// The subnet is too small.
     #[error(
-        "a subnet with mask {mask} has no room for a gateway and a guest; use 255.255.255.252 or \
+        "a subnet with mask {mask} is too small for a gateway and a guest; use 255.255.255.252 or \
          wider"
     )]
     SubnetTooSmall {
         /// The mask.
         mask: Ipv4Addr,
     },
-    /// The subnet is not private.
+    /// The subnet is not within one of the ranges for private use.
     #[error(
         "the subnet of {gateway} with mask {mask} is not for private use; take one within \
          10.0.0.0/8, 172.16.0.0/12 or 192.168.0.0/16"
@@ -226,7 +226,7 @@ pub enum NetworkConfigError {
         /// The mask.
         mask: Ipv4Addr,
     },
-    /// The gateway has an address no host may have.
+    /// The gateway's address is the first or last of its subnet.
     #[error("{gateway} cannot be the gateway: with mask {mask} it is the first or last address")]
     Gateway {
         /// The gateway's address.
@@ -235,7 +235,7 @@ pub enum NetworkConfigError {
         mask: Ipv4Addr,
     },
     /// The range ends outside the subnet, or on its broadcast address.
-    #[error("{end} cannot end the range of {gateway}: with mask {mask} no host there has it")]
+    #[error("{end} cannot end the range of {gateway}: with mask {mask} no host there can have it")]
     End {
         /// The end of the range.
         end: Ipv4Addr,
@@ -259,33 +259,33 @@ pub enum NetworkConfigError {
         mtu: u32,
     },
     /// The number of posted buffers is out of range.
-    #[error("{depth} posted buffers are not possible; it must be from 1 to 65536")]
+    #[error("the number of posted buffers is {depth}; it must be from 1 to 65536")]
     InboxDepth {
         /// The depth.
         depth: u32,
     },
     /// The overflow ring is too long.
-    #[error("{depth} waiting packets are not possible; it must be at most 65536")]
+    #[error("the number of waiting packets is {depth}; it must be at most 65536")]
     OverflowDepth {
         /// The depth.
         depth: u32,
     },
     /// The lease time is out of range.
-    #[error("a lease of {lease_time:?} is not possible; it must be from 10 seconds to 2^32-1")]
+    #[error("the lease time is {lease_time:?}; it must be from 10 to 2^32-1 seconds")]
     LeaseTime {
         /// The lease time.
         lease_time: Duration,
     },
     /// The ageing time is out of range.
-    #[error("ageing after {mac_ageing:?} is not possible; it must be from a second to a day")]
+    #[error("the ageing time is {mac_ageing:?}; it must be from a second to a day")]
     MacAgeing {
         /// The ageing time.
         mac_ageing: Duration,
     },
     /// Too many name servers.
-    #[error("{count} name servers are too many; DHCP tells guests of at most 3")]
+    #[error("the number of name servers is {count}; it must be at most 3")]
     Dns {
-        /// How many.
+        /// The number of name servers.
         count: usize,
     },
 }

@@ -1,15 +1,17 @@
 //! A DHCPv4 server (RFC 2131) for one subnet: frames in, frames out.
 //!
-//! It stands alone: give [`DhcpServer::handle`] any Ethernet frame and it either writes a reply
-//! frame or says nothing. It runs on the thread that brings the frame and takes a lock that only
-//! DHCP uses. Parsing and emitting are smoltcp's; nothing a client sends makes it panic.
+//! The server can be used alone: give [`DhcpServer::handle`] any Ethernet frame, and it either
+//! writes a reply frame or returns `None`. It runs on the thread that calls it and takes a lock
+//! that only DHCP uses. smoltcp parses and emits the packets. Nothing a client sends makes the
+//! server panic.
 //!
-//! Leases belong to MAC addresses: a client gets the address it had before, as long as the server
-//! lives and nobody else needed it. New clients get the address they ask for if it is free, else
-//! the first that was never used, else the one that has been free longest. Offers are held for a
-//! minute, declined addresses are put aside for an hour. When no address is free the server is
-//! silent and counts. The client identifier option is not looked at, so that a boot loader and the
-//! system it boots share an address. Relay agents are not served: `giaddr` is ignored.
+//! Leases belong to MAC addresses. A client gets the address it had before, as long as the server
+//! lives and no other client needed the address. A new client gets the address it requests if that
+//! is free, or else the first that was never used, or else the one that has been free longest. An
+//! offer is kept for a minute. A declined address is not given out for an hour. When no address is
+//! free the server does not reply, and counts this. The client identifier option is ignored, so
+//! that a boot loader and the system it boots share an address. Relay agents are not served:
+//! `giaddr` is ignored.
 
 use core::net::Ipv4Addr;
 use core::time::Duration;
@@ -27,11 +29,12 @@ use smoltcp::wire::{
 use crate::config::ETHERNET_HEADER_LEN;
 use crate::limits::{DECLINE_TIME, MAX_DNS_SERVERS, MAX_LEASES, OFFER_TIME};
 
-/// Some old clients want no less (RFC 1542, section 2.1).
+/// The least length of a message. Some old clients need it (RFC 1542, section 2.1).
 const MIN_MESSAGE: usize = 300;
-/// Ethernet, IPv4 and UDP headers.
+/// The bytes of the Ethernet, IPv4 and UDP headers.
 const HEADERS: usize = ETHERNET_HEADER_LEN + 20 + 8;
 
+/// The options that the server reads or writes itself, without smoltcp's `DhcpRepr`.
 mod option {
     pub(super) const REQUESTED_IP: u8 = 50;
     pub(super) const MESSAGE_TYPE: u8 = 53;
@@ -42,74 +45,75 @@ mod option {
     pub(super) const REBINDING_TIME: u8 = 59;
 }
 
-/// What a [`DhcpServer`] gives out.
+/// The settings of a [`DhcpServer`]: what it gives out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DhcpConfig {
     /// The server's own address.
     pub server: Ipv4Addr,
-    /// The server's own MAC address: the source of its replies.
+    /// The server's own MAC address, the source of its replies.
     pub server_mac: MacAddr6,
     /// The first address for clients.
     pub first: Ipv4Addr,
-    /// The last address for clients. Of a wider range, the first 65,536 addresses are used.
+    /// The last address for clients. If the range is wider than 65,536 addresses, only the first
+    /// 65,536 are used.
     pub last: Ipv4Addr,
     /// The subnet's mask.
     pub mask: Ipv4Addr,
-    /// The router told to clients, if there is a way out.
+    /// The router that clients are told, if there is one.
     pub router: Option<Ipv4Addr>,
-    /// The name servers told to clients; the first three.
+    /// The name servers that clients are told. Only the first three are used.
     pub dns: Vec<Ipv4Addr>,
-    /// The MTU told to clients.
+    /// The MTU that clients are told.
     pub mtu: Option<u16>,
-    /// How long a lease lasts. At least a second, at most what 32 bits of seconds hold.
+    /// How long a lease lasts. It is at least one second, and at most 2^32-1 seconds.
     pub lease_time: Duration,
 }
 
-/// An address somebody has been given.
+/// An address that a client has been given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DhcpLease {
-    /// Who.
+    /// The client.
     pub mac: MacAddr6,
-    /// What.
+    /// The address it has.
     pub address: Ipv4Addr,
-    /// For how long from now.
+    /// How long the lease still lasts.
     pub remaining: Duration,
 }
 
-/// An address cannot be reserved.
+/// The error when an address cannot be reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReserveError {
     /// The address is not one the server gives out.
     #[error("{0} is not one of the addresses the DHCP server gives out")]
     OutOfRange(Ipv4Addr),
-    /// Somebody else has the address, or has it reserved.
+    /// Another client has the address, or has it reserved.
     #[error("{address} already belongs to {holder}")]
     Taken {
         /// The address asked for.
         address: Ipv4Addr,
-        /// Whose it is.
+        /// The client that has it.
         holder: MacAddr6,
     },
 }
 
-/// How often a [`DhcpServer`] did what.
+/// The counters of a [`DhcpServer`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DhcpStats {
-    /// Addresses offered.
+    /// Offers of an address.
     pub offers: u64,
-    /// Requests granted, and questions answered (`INFORM`).
+    /// Requests that were granted, and `INFORM` messages that were answered.
     pub acks: u64,
-    /// Requests refused.
+    /// Requests that were refused.
     pub naks: u64,
-    /// Leases given back.
+    /// Leases that clients released.
     pub releases: u64,
-    /// Addresses a client found in use.
+    /// Addresses that clients declined because they found them in use.
     pub declines: u64,
     /// Clients that got no answer because no address was free.
     pub exhausted: u64,
-    /// Messages that were not understood, or did not come from the client they named.
+    /// Messages that were invalid, or that did not come from the client they named.
     pub malformed: u64,
 }
 
@@ -118,9 +122,9 @@ enum LeaseState {
     Offered,
     Leased,
     Released,
-    /// Found in use by somebody else; bound to no client.
+    /// A client found the address in use. The entry belongs to no client.
     Declined,
-    /// Kept for one client for ever.
+    /// The address is kept for one client for ever.
     Reserved,
 }
 
@@ -128,19 +132,19 @@ enum LeaseState {
 struct LeaseEntry {
     mac: [u8; 6],
     state: LeaseState,
-    /// When it may be given to another client. Time is counted from the owner's start.
+    /// When the address may be given to another client, in the time of [`DhcpServer::handle`].
     free_at: Duration,
 }
 
-/// All addresses that were ever used. Three indices over the same entries.
+/// All addresses that were ever used, with three indices of the same entries.
 #[derive(Default)]
 struct LeaseTable {
     size: u32,
-    /// By address, counted from the first.
+    /// The entries by address, counted from the first.
     entries: BTreeMap<u32, LeaseEntry>,
-    /// By client; declined addresses have none.
+    /// The addresses by client. Declined addresses have no client.
     clients: BTreeMap<[u8; 6], u32>,
-    /// By the time they become free; reserved addresses never do.
+    /// The addresses by the time at which they become free. Reserved addresses never do.
     queue: BTreeSet<(Duration, u32)>,
     /// Every address before this one has been used.
     first_unused: u32,
@@ -181,8 +185,8 @@ impl LeaseTable {
                 .is_none_or(|entry| entry.state != LeaseState::Reserved && entry.free_at <= now)
     }
 
-    /// The address for a client that has none: the one it requests, the first never used, the one that
-    /// has been free longest.
+    /// Chooses the address for a client that has none: the one it requests if that is free, or else
+    /// the first that was never used, or else the one that has been free longest.
     fn choose(&mut self, requested: Option<u32>, now: Duration) -> Option<u32> {
         if let Some(requested) = requested.filter(|&offset| self.is_free(offset, now)) {
             return Some(requested);
@@ -197,7 +201,7 @@ impl LeaseTable {
     }
 }
 
-/// What the server wants from a client's message.
+/// The fields of a client's message that the server uses.
 struct Message {
     kind: DhcpMessageType,
     xid: u32,
@@ -209,7 +213,7 @@ struct Message {
     broadcast: bool,
 }
 
-/// What the server says.
+/// What the server answers.
 struct Answer {
     kind: DhcpMessageType,
     address: Ipv4Addr,
@@ -228,8 +232,8 @@ impl core::fmt::Debug for DhcpServer {
 }
 
 impl DhcpServer {
-    /// A server that has given out nothing yet. The caller answers for the configuration: the
-    /// range lies in the subnet and holds neither the server nor the broadcast address.
+    /// Makes a server that has not given out any address. The caller must check the configuration:
+    /// the range must lie in the subnet and contain neither the server nor the broadcast address.
     pub fn new(config: DhcpConfig) -> Self {
         let width = u32::from(config.last).wrapping_sub(u32::from(config.first));
         let size = if config.last < config.first { 0 } else { width.saturating_add(1) };
@@ -237,17 +241,17 @@ impl DhcpServer {
         Self { config, table: Mutex::new(table) }
     }
 
-    /// What it gives out.
+    /// Returns the server's settings.
     pub fn config(&self) -> &DhcpConfig {
         &self.config
     }
 
-    /// How often it did what.
+    /// Returns the server's counters.
     pub fn stats(&self) -> DhcpStats {
         self.table().stats
     }
 
-    /// Every lease that is running at `now`, by address.
+    /// Returns every lease that is running at `now`, sorted by address.
     pub fn leases(&self, now: Duration) -> Vec<DhcpLease> {
         let table = self.table();
         table
@@ -257,7 +261,7 @@ impl DhcpServer {
             .collect()
     }
 
-    /// The lease of one client, if it is running at `now`.
+    /// Returns the lease of one client, if it is running at `now`.
     pub fn lease_of(&self, mac: MacAddr6, now: Duration) -> Option<DhcpLease> {
         let (offset, entry) = self.table().entry_of(mac.into_array())?;
         self.running_lease(offset, &entry, now)
@@ -273,12 +277,12 @@ impl DhcpServer {
         })
     }
 
-    /// Keeps an address for one client, whether it has asked yet or not. A lease it holds on
-    /// another address ends.
+    /// Reserves an address for one client, which need not have asked for it. If the client has a
+    /// lease on another address, that lease ends.
     ///
     /// # Errors
     ///
-    /// If the address is not the server's to give, or is another client's at `now`.
+    /// If the server does not give out the address, or if another client has it at `now`.
     pub fn reserve(
         &self,
         mac: MacAddr6,
@@ -297,7 +301,7 @@ impl DhcpServer {
         let mut free_at = Duration::ZERO;
         if let Some((old, entry)) = table.entry_of(mac) {
             if old == offset && entry.state != LeaseState::Offered {
-                free_at = entry.free_at; // its lease goes on
+                free_at = entry.free_at; // the lease goes on
             }
             table.remove(old);
             table.first_unused = table.first_unused.min(old);
@@ -324,10 +328,10 @@ impl DhcpServer {
         u32::from(address) & mask == u32::from(self.config.server) & mask
     }
 
-    /// Answers a frame: if it is a DHCP message that deserves a reply, writes the reply frame to
-    /// the start of `reply` and returns its length. `now` is the time since any fixed moment.
+    /// Answers a frame: if it is a DHCP message that gets a reply, writes the reply frame to the
+    /// start of `reply` and returns its length. `now` is the time since some fixed moment.
     ///
-    /// `reply` needs at most 346 bytes; in less room some replies are not sent.
+    /// No reply is longer than 346 bytes. If `reply` is shorter, some replies are not sent.
     pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
         let ethernet = EthernetFrame::new_checked(frame).ok()?;
         if ethernet.ethertype() != EthernetProtocol::Ipv4 {
@@ -349,7 +353,7 @@ impl DhcpServer {
         if ports.dst_port != DHCP_SERVER_PORT {
             return None;
         }
-        // A client speaks for itself only: its leases are safe from its neighbours.
+        // A client can speak only for itself, so its neighbours cannot touch its leases.
         let Some(message) = parse(udp.payload()).filter(|message| {
             message.mac == ethernet.src_addr().0 && ethernet.src_addr().is_unicast()
         }) else {
@@ -360,7 +364,7 @@ impl DhcpServer {
         self.emit(&message, &answer, reply)
     }
 
-    /// The decision: RFC 2131, section 4.3.
+    /// Decides what to answer (RFC 2131, section 4.3).
     fn answer(&self, message: &Message, now: Duration) -> Option<Answer> {
         let table = &mut *self.table();
         match message.kind {
@@ -410,7 +414,7 @@ impl DhcpServer {
         }
     }
 
-    /// The client's entry, if it is the one for `address` and the message is meant for us.
+    /// Returns the client's entry, if it is for `address` and the message is meant for this server.
     fn entry_for(
         &self,
         table: &LeaseTable,
@@ -463,7 +467,7 @@ impl DhcpServer {
     ) -> Option<Answer> {
         let known = table.entry_of(message.mac);
         if message.server.is_some_and(|server| server != self.config.server) {
-            // It has chosen another server: our offer is void.
+            // The client has chosen another server, so our offer ends.
             if let Some((offset, entry)) = known.filter(|(_, e)| e.state == LeaseState::Offered) {
                 table.insert(
                     offset,
@@ -472,8 +476,8 @@ impl DhcpServer {
             }
             return None;
         }
-        // SELECTING and INIT-REBOOT name the address in an option, RENEWING and REBINDING have it
-        // as their own.
+        // In the states SELECTING and INIT-REBOOT a client names the address in an option. In
+        // RENEWING and REBINDING it is the client's own address.
         let wanted = match message.requested {
             Some(address) => address,
             None if !message.client_ip.is_unspecified() => message.client_ip,
@@ -483,8 +487,9 @@ impl DhcpServer {
             }
         };
         let Some((offset, entry)) = known else {
-            // Without a record: a refusal if it answers an offer we never made, or if the address
-            // is of another network; else silence (RFC 2131, 4.3.2), and the client starts over.
+            // We have no record of the client. We refuse if the message answers an offer that we
+            // did not make, or if the address is of another network. Otherwise we must not reply
+            // (RFC 2131, 4.3.2), and the client starts again.
             let is_refused = message.server.is_some() || !self.is_on_subnet(wanted);
             return is_refused.then(|| refuse(table));
         };
@@ -518,7 +523,7 @@ impl DhcpServer {
             DhcpOption { kind: option::REBINDING_TIME, data: &rebinding },
             DhcpOption { kind: option::INTERFACE_MTU, data: &mtu },
         ];
-        // The options of an INFORM have no times, those of a refusal nothing at all.
+        // The reply to an INFORM has no times, and a refusal has none of these options.
         let mut options = [extra[0]; 4];
         let mut count = 0;
         for option in extra {
@@ -556,12 +561,13 @@ impl DhcpServer {
                 .then(|| config.dns.iter().copied().take(MAX_DNS_SERVERS).collect()),
             max_size: None,
             lease_duration: with_lease.then_some(lease),
-            renew_duration: None, // smoltcp parses but does not emit these two
+            renew_duration: None, // smoltcp parses these two but does not emit them
             rebind_duration: None,
             additional_options: &options[..count],
         };
-        // Where to (RFC 2131, 4.1): a refusal to all, else to the address the client has, else
-        // to all if it asks for that, else to the address it will have.
+        // The destination (RFC 2131, 4.1): a refusal is broadcast. Other replies go to the address
+        // that the client has. If it has none, they are broadcast if it asks for that, or else go
+        // to the address that it will have.
         let (to_ip, to_mac) = if nak {
             (Ipv4Addr::BROADCAST, EthernetAddress::BROADCAST)
         } else if !message.client_ip.is_unspecified() {
@@ -606,13 +612,14 @@ impl DhcpServer {
     }
 }
 
+/// Counts and makes a refusal.
 fn refuse(table: &mut LeaseTable) -> Answer {
     table.stats.naks += 1;
     Answer { kind: DhcpMessageType::Nak, address: Ipv4Addr::UNSPECIFIED }
 }
 
-/// Reads a client's message. By the packet's fields, because smoltcp's `DhcpRepr::parse` refuses
-/// client identifiers that are not Ethernet addresses, which many clients send.
+/// Reads a client's message, field by field: smoltcp's `DhcpRepr::parse` refuses client identifiers
+/// that are not Ethernet addresses, and many clients send such identifiers.
 fn parse(payload: &[u8]) -> Option<Message> {
     let packet = DhcpPacket::new_checked(payload).ok()?;
     let is_ethernet = packet.hardware_type() == smoltcp::wire::ArpHardware::Ethernet

@@ -1,8 +1,8 @@
 //! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address.
 //!
-//! [`Gateway::handle`] is a function from frame to frame: it knows no port, no buffer and no
-//! thread, so tests and fuzzers call it as it is. It ignores, and counts, what it does not
-//! understand; nothing in a frame makes it panic. Parsing and emitting are smoltcp's.
+//! [`Gateway::handle`] is a function from frame to frame. It knows no port, no buffer and no
+//! thread, so tests and fuzzers can call it directly. It ignores and counts frames that it does not
+//! understand, and nothing in a frame makes it panic. smoltcp parses and emits the packets.
 
 use core::net::Ipv4Addr;
 use core::time::Duration;
@@ -43,21 +43,21 @@ struct Counters {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GatewayStats {
-    /// ARP requests for its address answered.
+    /// ARP requests for its address that it answered.
     pub arp_replies: u64,
-    /// Pings of its address answered.
+    /// Pings of its address that it answered.
     pub echo_replies: u64,
-    /// DHCP messages answered; [`DhcpServer::stats`] has the details.
+    /// DHCP messages that it answered. [`DhcpServer::stats`] has the details.
     pub dhcp_replies: u64,
-    /// IPv4 fragments, which it does not put together.
+    /// IPv4 fragments, which it does not reassemble.
     pub fragments: u64,
-    /// Frames with a broken length, checksum or field.
+    /// Frames with an invalid length, checksum or field.
     pub malformed: u64,
-    /// Whole frames that ask nothing the gateway could answer.
+    /// Valid frames that the gateway has no answer to.
     pub ignored: u64,
 }
 
-/// Why a frame has no answer.
+/// Why a frame gets no reply.
 enum NoReply {
     Fragment,
     Malformed,
@@ -75,7 +75,7 @@ fn increment(counter: &AtomicU64) {
 }
 
 impl Gateway {
-    /// A gateway with the address and MAC address of `dhcp`'s server.
+    /// Makes a gateway with the IPv4 and MAC addresses of the server in `dhcp`.
     pub fn new(dhcp: DhcpConfig) -> Self {
         Self {
             mac: dhcp.server_mac,
@@ -86,22 +86,22 @@ impl Gateway {
         }
     }
 
-    /// Its MAC address.
+    /// Returns its MAC address.
     pub fn mac(&self) -> MacAddr6 {
         self.mac
     }
 
-    /// Its IPv4 address.
+    /// Returns its IPv4 address.
     pub fn address(&self) -> Ipv4Addr {
         self.address
     }
 
-    /// Its DHCP server.
+    /// Returns its DHCP server.
     pub fn dhcp(&self) -> &DhcpServer {
         &self.dhcp
     }
 
-    /// What it did so far.
+    /// Returns what it has done so far.
     pub fn stats(&self) -> GatewayStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         GatewayStats {
@@ -114,11 +114,12 @@ impl Gateway {
         }
     }
 
-    /// Answers a frame: writes the reply to the start of `reply` and returns its length, or says
-    /// nothing. The reply goes back to where the frame came from. `now` is the time since any
-    /// fixed moment.
+    /// Answers a frame: writes the reply to the start of `reply` and returns its length, or returns
+    /// `None` if there is no reply. The reply is for the interface that sent the frame. `now` is
+    /// the time since some fixed moment.
     ///
-    /// The longest reply is as long as the frame, or 346 bytes; in less room some are not sent.
+    /// No reply is longer than the frame or 346 bytes, whichever is more. If `reply` is shorter,
+    /// some replies are not sent.
     pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
         match self.answer(frame, reply, now) {
             Ok((len, counter)) => {
@@ -156,7 +157,7 @@ impl Gateway {
             }
             EthernetProtocol::Ipv4 => {
                 let ip = Ipv4Packet::new_checked(ethernet.payload()).map_err(malformed)?;
-                // smoltcp lets a header shorter than its own fields pass.
+                // smoltcp accepts a header that is shorter than its own fields.
                 if ip.version() != 4 || ip.header_len() < 20 || !ip.verify_checksum() {
                     return Err(NoReply::Malformed);
                 }
@@ -191,7 +192,7 @@ impl Gateway {
         EthernetAddress(self.mac.into_array())
     }
 
-    /// Writes the Ethernet header of a reply and returns the room for `len` bytes after it.
+    /// Writes the Ethernet header of a reply and returns the `len` bytes after it.
     fn write_header<'a>(
         &self,
         reply: &'a mut [u8],
@@ -254,7 +255,7 @@ impl Gateway {
         else {
             return Err(NoReply::Malformed);
         };
-        // Answers only neighbours, and never a broadcast in either direction.
+        // Answer only neighbours, and no broadcast, whether as source or destination.
         let (source, mask) = (u32::from(ip.src_addr()), u32::from(self.mask));
         let network = u32::from(self.address) & mask;
         if ip.dst_addr() != self.address

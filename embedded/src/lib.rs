@@ -1,10 +1,12 @@
-//! The in-process network of vmring: a learning switch, a gateway and a DHCP server. Packets in,
-//! packets out; it runs wherever Rust does and needs no privileges.
+//! The in-process network of vmring: a learning switch, a gateway and a DHCP server.
 //!
-//! A [`Network`] joins up to 1,024 ports. Each [`Port`] has a [`Receiver`], which lends empty
-//! buffers to the network and gets them back with packets, and a [`Sender`], whose caller's thread
-//! does the forwarding: straight into a buffer the receiver posted, with one copy. Buffers are
-//! anything that exclusively owns bytes (`B: AsMut<[u8]> + Send`).
+//! Packets go in and packets come out. The crate runs wherever Rust does and needs no privileges.
+//!
+//! A [`Network`] connects up to 1,024 ports. Each [`Port`] has a [`Receiver`] and a [`Sender`]. The
+//! receiver lends empty buffers to the network and gets them back with packets. The thread that
+//! calls the sender does the forwarding: it copies each frame once, straight into a buffer that the
+//! receiver has posted. A buffer can be anything that exclusively owns bytes
+//! (`B: AsMut<[u8]> + Send`).
 //!
 //! ```
 //! use std::sync::Arc;
@@ -21,7 +23,7 @@
 //! frame.extend(alice.mac().as_bytes());
 //! frame.extend(b"\x88\xb5hello");
 //! assert_eq!(alice_sends.send(&frame), Sent::Forwarded);
-//! alice_sends.flush(); // wakes bob, if he sleeps
+//! alice_sends.flush(); // wakes bob if he sleeps
 //!
 //! let (buffer, len) = bob.collect().unwrap();
 //! assert_eq!(buffer[..len], frame);
@@ -29,14 +31,14 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! - [`network`]: networks, and the rules of forwarding
+//! - [`network`]: networks, their members and the rules of forwarding
 //! - [`port`]: an interface's place on a network, and its two halves
-//! - [`stats`]: what becomes of each frame, and the counters that say how often
+//! - [`stats`]: what happens to each frame, and the counters of it
 //! - [`limits`]: the numbers that are limits or policy
-//! - [`clock`]: the time, as a network sees it
-//! - [`inbox`]: how a frame gets into a receiver's buffer, and why that is safe
+//! - [`clock`]: where a network gets its time from
+//! - [`inbox`]: how a frame gets into a receiver's buffer, and why this is safe
 //! - [`gateway`]: ARP and ICMP echo at the network's first address
-//! - [`dhcp`]: the DHCPv4 server, usable alone
+//! - [`dhcp`]: the DHCPv4 server, which can be used alone
 
 pub mod clock;
 pub mod config;

@@ -5,52 +5,52 @@ use core::time::Duration;
 
 // A network.
 
-/// How many ports one network can have.
+/// The most ports one network can have.
 pub const MAX_PORTS: usize = 1024;
-/// The MTUs a network can have: from the least IPv6 works with to what an Ethernet frame of at most
-/// 65,535 bytes holds.
+/// The MTUs a network can have. IPv6 needs at least 1,280; an Ethernet frame of 65,535 bytes holds
+/// 65,521.
 pub const MTU_RANGE: RangeInclusive<u32> = 1280..=65_521;
-/// The MTU of a network, unless configured.
+/// The default MTU.
 pub const DEFAULT_MTU: u32 = 1500;
 
 // A port's inbox.
 
 /// The largest number of cells of one inbox, posted or overflow.
 pub const MAX_INBOX_CELLS: u32 = 1 << 24;
-/// How many buffers one port can have posted, at the least and at the most.
+/// The values of `inbox_depth`: how many buffers one port can have posted.
 pub const INBOX_DEPTH_RANGE: RangeInclusive<u32> = 1..=65_536;
-/// How many buffers one port can have posted, unless configured.
+/// The default `inbox_depth`.
 pub const DEFAULT_INBOX_DEPTH: u32 = 1024;
-/// The longest overflow ring of one port.
+/// The most packets that can wait for one port.
 pub const MAX_OVERFLOW_DEPTH: u32 = 65_536;
-/// The overflow ring's size in bytes, unless configured, as long as its depth stays within
+/// By default the overflow ring holds as many of the longest packets as fit in these bytes, within
 /// [`DEFAULT_OVERFLOW_DEPTH_RANGE`].
 pub const DEFAULT_OVERFLOW_BYTES: usize = 512 * 1024;
-/// The overflow ring's depth, at the least and at the most, unless configured.
+/// The least and the greatest default depth of the overflow ring.
 pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
 // The table of MAC addresses.
 
-/// Entries of one bucket of the table: one cache line.
+/// The entries of one bucket, which fill one cache line.
 pub const TABLE_WAYS: usize = 8;
-/// Buckets of the table, for assigned and for learned addresses each.
+/// The buckets for assigned addresses. There are as many for learned addresses.
 pub const TABLE_BUCKETS: usize = 1024;
-/// After how many seconds of silence a learned address can be forgotten.
+/// The values of `mac_ageing`, in seconds.
 pub const MAC_AGEING_SECONDS_RANGE: RangeInclusive<u64> = 1..=86_400;
-/// After how long a silence a learned address is forgotten, unless configured.
+/// By default a learned address is forgotten when no frame has come from it for this long.
 pub const DEFAULT_MAC_AGEING: Duration = Duration::from_secs(300);
 
 // DHCP.
 
-/// How many seconds a network's leases can last.
+/// The values of `lease_time`, in seconds.
 pub const LEASE_SECONDS_RANGE: RangeInclusive<u64> = 10..=u32::MAX as u64;
-/// How long a lease lasts, unless configured.
+/// The default duration of a lease.
 pub const DEFAULT_LEASE_TIME: Duration = Duration::from_secs(86_400);
-/// How long an offered address waits for its request.
+/// How long an offered address is kept for the client's request.
 pub const OFFER_TIME: Duration = Duration::from_secs(60);
-/// How long an address that a client found in use is put aside.
+/// How long an address is not given out after a client has found it in use.
 pub const DECLINE_TIME: Duration = Duration::from_secs(3600);
-/// The most addresses one server gives out, however wide its range: what bounds its memory.
+/// The most addresses one server gives out, however wide its range is. This bounds its memory.
 pub const MAX_LEASES: u32 = 65_536;
-/// How many name servers DHCP can name.
+/// The most name servers that DHCP can tell a guest.
 pub const MAX_DNS_SERVERS: usize = 3;

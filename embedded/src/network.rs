@@ -1,29 +1,29 @@
-//! A network: ports joined by a learning switch, with a gateway.
+//! A network: ports that a learning switch connects, and a gateway.
 //!
 //! A [`Port`] splits into a [`Receiver`], which posts buffers and collects packets, and a
-//! [`Sender`], which forwards frames on its caller's own thread: there is no thread in here.
-//! Forwarding takes no lock, allocates nothing, changes no reference count and makes no system
-//! call per packet, and a unicast frame costs the same on a network of 2 ports and of 1,024. A
-//! receiver that is slow, closed or gone costs its senders nothing but the packets it does not
-//! take.
+//! [`Sender`], which forwards frames on its caller's own thread. The network has no thread of its
+//! own. Forwarding takes no lock, allocates nothing, changes no reference count and makes no system
+//! call per packet. A unicast frame costs the same on a network of 2 ports and of 1,024. A receiver
+//! that is slow, closed or gone costs its senders only the packets that it does not accept.
 //!
 //! # Rules of forwarding
 //!
-//! - A frame must be from 14 bytes to `max_packet_size` long and come from a unicast address that
-//!   is neither the gateway's nor assigned to another port.
-//! - A frame to the gateway's address goes to the gateway only; one to a known address to its port
-//!   only; never back to where it came from. Broadcasts go to all other ports and the gateway,
-//!   multicasts and unknown addresses (also 00:00:00:00:00:00, which can be nobody's) to all other
-//!   ports.
+//! - A frame must be from 14 bytes to `max_packet_size` long, and its source must be a unicast
+//!   address that is neither the gateway's nor assigned to another port.
+//! - A frame to the gateway's address goes to the gateway only. A frame to a known address goes to
+//!   the port that has the address and to no other. No frame goes back to the port that sent it.
+//! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
+//!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
+//!   always unknown.
 //! - An isolated port exchanges frames with the gateway only.
 //! - Every frame that is not delivered is counted, by reason (see [`PortStats`]).
 //!
 //! # Memory
 //!
-//! A network takes about 190 KiB. A port adds its inbox (24 bytes and a buffer handle for each of
-//! `inbox_depth` cells, and `overflow_depth * max_packet_size` bytes of which only those ever used
-//! become resident) and each sender a reply of `max_packet_size` bytes. Ports that leave are kept
-//! and reused, so senders need no reference count to reach one.
+//! A network takes about 190 KiB. Each port adds its inbox: 24 bytes and a buffer handle for each
+//! of `inbox_depth` cells, and `overflow_depth * max_packet_size` bytes, of which only those that
+//! are used become resident. Each sender adds a reply buffer of `max_packet_size` bytes. The memory
+//! of a port that leaves is kept and reused, so senders need no reference count to reach a port.
 //!
 //! [`Port`]: crate::port::Port
 //! [`Receiver`]: crate::port::Receiver
@@ -46,22 +46,23 @@ use crate::limits::MAX_PORTS;
 use crate::stats::{PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
+/// The 64-bit words of a set of ports.
 pub(crate) const WORDS: usize = MAX_PORTS / 64;
 
-/// Why an interface cannot join a network.
+/// The error when an interface cannot join a network.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum JoinError {
-    /// The network has all the ports it can have.
+    /// The network has [`MAX_PORTS`] ports already.
     #[error("the network is full: it has {MAX_PORTS} interfaces")]
     Full,
-    /// Another port, or the gateway, has the MAC address.
+    /// Another port or the gateway has the MAC address.
     #[error("the MAC address {mac} is already in use on this network")]
     DuplicateMac {
         /// The address.
         mac: MacAddr6,
     },
-    /// The MAC address is not one an interface can have.
+    /// The MAC address is not unicast, so no interface can have it.
     #[error("{mac} cannot be an interface's MAC address: it is not unicast")]
     NotUnicast {
         /// The address.
@@ -69,26 +70,27 @@ pub enum JoinError {
     },
 }
 
-/// Why a named network cannot be had.
+/// The error when a named network cannot be opened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The network exists and is different.
+    /// The network exists, with another configuration.
     #[error("the network \"{name}\" already exists with another configuration")]
     Conflict {
         /// Its name.
         name: String,
-        /// What it is like.
+        /// The configuration it has.
         existing: Box<NetworkConfig>,
     },
-    /// It cannot be made as asked.
+    /// The network does not exist, and the configuration is invalid.
     #[error(transparent)]
     Config(#[from] NetworkConfigError),
 }
 
-/// The named networks of a process. A network lives as long as somebody holds it: a port does.
+/// The named networks of a process.
 ///
-/// Can be a `static`.
+/// The registry does not keep a network alive. A network lives as long as an `Arc` of it does, and
+/// each port holds one. A registry can be a `static`.
 pub struct Registry<B> {
     networks: Mutex<Vec<(String, Weak<Network<B>>)>>,
 }
@@ -106,18 +108,18 @@ impl<B> Default for Registry<B> {
 }
 
 impl<B> Registry<B> {
-    /// A registry of no networks.
+    /// Makes an empty registry.
     pub const fn new() -> Self {
         Self { networks: Mutex::new(Vec::new()) }
     }
 }
 
 impl<B: AsMut<[u8]> + Send> Registry<B> {
-    /// The network of this name: the one that exists, or a new one.
+    /// Returns the network of this name, and makes it if it does not exist.
     ///
     /// # Errors
     ///
-    /// If one exists with another configuration, or the configuration is impossible.
+    /// If the network exists with another configuration, or if the configuration is invalid.
     pub fn open(&self, name: &str, config: &NetworkConfig) -> Result<Arc<Network<B>>, OpenError> {
         let mut networks = self.networks.lock().unwrap_or_else(PoisonError::into_inner);
         networks.retain(|(_, network)| network.strong_count() > 0);
@@ -137,16 +139,16 @@ impl<B: AsMut<[u8]> + Send> Registry<B> {
     }
 }
 
-/// What an interface asks for when it joins a network.
+/// The settings of an interface that joins a network.
 #[derive(Clone)]
 pub struct PortConfig {
-    /// Who it is. The MAC address follows from it, always the same.
+    /// The identity of the interface. The MAC address is computed from it, and is always the same.
     pub interface_id: [u8; 16],
-    /// The MAC address, if the identity is not to decide.
+    /// The MAC address, if it is not to be computed from the identity.
     pub mac: Option<MacAddr6>,
-    /// Whether it exchanges frames with the gateway only.
+    /// Whether the interface exchanges frames with the gateway only.
     pub isolated: bool,
-    /// What wakes its receiver.
+    /// The callback that wakes the receiver.
     pub wake: PortWake,
 }
 
@@ -160,33 +162,38 @@ impl fmt::Debug for PortConfig {
     }
 }
 
-/// The MAC address of an interface, from its identity alone: locally administered, unicast, and
-/// the same in every process and every version. Two of a thousand interfaces share one with a
-/// probability of about 2^-27; joining says so.
+/// Computes the MAC address of an interface from its identity.
+///
+/// The address is locally administered and unicast, and it is the same in every process and every
+/// version. The probability that two of a thousand interfaces get the same address is about 2^-27;
+/// in that case [`join`](Network::join) fails for the second.
 pub fn mac_of_interface(interface_id: [u8; 16]) -> MacAddr6 {
     let id = u128::from_le_bytes(interface_id);
     local_mac(mix(mix(id as u64 ^ 0x766d_7269_6e67_0001) ^ (id >> 64) as u64))
 }
 
-/// The MAC address of the gateway of a network with this configuration.
+/// Computes the MAC address of the gateway of a network with this configuration.
 fn mac_of_gateway(config: &NetworkConfig) -> MacAddr6 {
     local_mac(mix(u64::from(u32::from(config.ipv4.gateway)) ^ 0x766d_7269_6e67_0002))
 }
 
+/// A locally administered unicast address from the first six bytes of a hash.
 fn local_mac(hash: u64) -> MacAddr6 {
     let [a, b, c, d, e, f, ..] = hash.to_be_bytes();
     MacAddr6::new(a & 0xfc | 0x02, b, c, d, e, f)
 }
 
-/// The part of a port others reach. Kept when the port leaves, and reused.
+/// The part of a port that other threads reach. It is kept when the port leaves, and reused.
 pub(crate) struct PortState<B> {
     pub(crate) inbox: sync::Arc<Inbox<B>>,
-    /// Goes up when a port leaves, so that a late [`Monitor`](crate::port::Monitor) sees that it is another's.
+    /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
+    /// counters are another port's.
     pub(crate) generation: AtomicU32,
     pub(crate) counters: PortCounters,
 }
 
-/// Who is on the network. Behind a lock that only joining and leaving take.
+/// The members of a network. Joining, leaving and reading statistics take its lock; forwarding does
+/// not.
 struct Members {
     macs: Vec<Option<MacAddr6>>,
     count: usize,
@@ -199,11 +206,11 @@ pub struct Network<B> {
     pub(crate) gateway: Gateway,
     pub(crate) gateway_mac: Mac,
     clock: Box<dyn Clock>,
-    /// The clock's seconds when somebody last looked.
+    /// The clock's seconds when it was last read.
     seconds: CachePadded<AtomicU32>,
     pub(crate) table: MacTable,
     ports: Box<[OnceLock<Arc<PortState<B>>>]>,
-    /// Ports that get what is sent to all: present, open, not isolated.
+    /// A bit for each port that gets flooded frames: it is present, open, and not isolated.
     pub(crate) floodable: [AtomicU64; WORDS],
     members: Mutex<Members>,
 }
@@ -215,37 +222,37 @@ impl<B> fmt::Debug for Network<B> {
 }
 
 impl<B> Network<B> {
-    /// How it was made.
+    /// Returns the configuration the network was made with.
     pub fn config(&self) -> &NetworkConfig {
         &self.config
     }
 
-    /// The longest frame it carries.
+    /// Returns the length of the longest frame the network carries.
     pub fn max_packet_size(&self) -> usize {
         self.max_packet_size
     }
 
-    /// Its gateway.
+    /// Returns the network's gateway.
     pub fn gateway(&self) -> &Gateway {
         &self.gateway
     }
 
-    /// How many ports are on it.
+    /// Returns how many ports are on the network.
     pub fn ports(&self) -> usize {
         self.members().count
     }
 
-    /// The DHCP leases that are running, by address.
+    /// Returns the DHCP leases that are running, sorted by address.
     pub fn leases(&self) -> Vec<DhcpLease> {
         self.gateway.dhcp().leases(Duration::from_secs(self.read_clock().into()))
     }
 
-    /// The DHCP lease of one MAC address, if it is running.
+    /// Returns the DHCP lease of one MAC address, if it is running.
     pub fn lease_of(&self, mac: MacAddr6) -> Option<DhcpLease> {
         self.gateway.dhcp().lease_of(mac, Duration::from_secs(self.read_clock().into()))
     }
 
-    /// What has passed through each port that is on it, with its MAC address.
+    /// Returns the MAC address and the counters of each port on the network.
     pub fn stats(&self) -> Vec<(MacAddr6, PortStats)> {
         let members = self.members();
         let stats = |(index, mac): (usize, &Option<MacAddr6>)| {
@@ -262,7 +269,7 @@ impl<B> Network<B> {
         self.ports.get(index)?.get().map(|state| &**state)
     }
 
-    /// Reads the clock, for everybody.
+    /// Reads the clock, and stores its seconds for the whole network.
     pub(crate) fn read_clock(&self) -> u32 {
         let now = self.clock.now().as_secs() as u32;
         if self.seconds.load(Ordering::Relaxed) != now {
@@ -271,9 +278,11 @@ impl<B> Network<B> {
         now
     }
 
+    /// Sets whether a port gets flooded frames.
     pub(crate) fn set_floodable(&self, index: usize, on: bool) {
         let (word, bit) = (&self.floodable[index / 64], 1 << (index % 64));
-        // Release: pairs with the Acquire in `Sender::flood`; the port is ready.
+        // Release: pairs with the Acquire in `Sender::flood`; a sender that sees the bit finds the
+        // port ready.
         if on {
             word.fetch_or(bit, Ordering::Release);
         } else {
@@ -283,20 +292,20 @@ impl<B> Network<B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Network<B> {
-    /// A network with no ports, and no name.
+    /// Makes a network without ports. It is in no registry.
     ///
     /// # Errors
     ///
-    /// If the configuration is impossible.
+    /// If the configuration is invalid.
     pub fn new(config: NetworkConfig) -> Result<Arc<Self>, NetworkConfigError> {
         Self::with_clock(config, Box::new(SystemClock::new()))
     }
 
-    /// Like [`new`](Self::new), with another clock.
+    /// Like [`new`](Self::new), but with this clock.
     ///
     /// # Errors
     ///
-    /// If the configuration is impossible.
+    /// If the configuration is invalid.
     pub fn with_clock(
         config: NetworkConfig,
         clock: Box<dyn Clock>,
@@ -329,7 +338,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         }))
     }
 
-    /// Gives an interface its place on the network, and opens the inbox there.
+    /// Gives an interface its place on the network, and opens the inbox of that place.
     pub(crate) fn admit(self: &Arc<Self>, config: PortConfig) -> Result<Admitted<B>, JoinError> {
         let mac = config.mac.unwrap_or_else(|| mac_of_interface(config.interface_id));
         let key = Mac::new(mac.into_array());
@@ -353,7 +362,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             })
         });
         state.counters.reset();
-        // The last owner's collector was dropped before its port left, so this opens.
+        // The last owner dropped its collector before its port left, so the inbox can be opened.
         let collector = Inbox::open(&state.inbox, config.wake).ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
         members.count += 1;
@@ -374,22 +383,24 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     }
 }
 
-/// An interface that is on the network: what its two halves are made of.
+/// What [`Network::admit`] returns: the parts of a port's two halves.
 pub(crate) struct Admitted<B: AsMut<[u8]> + Send> {
-    // In this order: the inbox is closed and empty before the port leaves.
+    // This order matters: the collector is dropped first, so the inbox is closed and empty before
+    // the port leaves.
     pub(crate) collector: Collector<B>,
     pub(crate) state: Arc<PortState<B>>,
     pub(crate) membership: Arc<Membership<B>>,
 }
 
-/// A port's place on the network, left when its receiver and all its senders are gone.
+/// A port's place on the network. The port leaves when its receiver and all its senders are
+/// dropped.
 pub(crate) struct Membership<B> {
     pub(crate) network: Arc<Network<B>>,
     pub(crate) index: usize,
     pub(crate) generation: u32,
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
-    /// Whether the receiver is open; it alone writes this.
+    /// Whether the receiver is open. Only the receiver writes this.
     pub(crate) receiver_open: AtomicBool,
 }
 
@@ -406,8 +417,8 @@ impl<B> Membership<B> {
 impl<B> Drop for Membership<B> {
     fn drop(&mut self) {
         let network = &*self.network;
-        // All senders of the port are gone, so nothing is learned about it any more; its receiver
-        // is gone, so its inbox is closed and empty.
+        // All senders of the port are gone, so nothing more is learned about it. Its receiver is
+        // gone, so its inbox is closed and empty.
         network.set_floodable(self.index, false);
         let mut members = network.members();
         network.table.forget(Mac::new(self.mac.into_array()), self.index);
@@ -421,7 +432,8 @@ impl<B> Drop for Membership<B> {
     }
 }
 
-/// Whether a frame with this source address may come from this port; if so, its way back is learned.
+/// Returns whether a frame with this source address may come from this port. If so, the table
+/// learns that the address is behind the port.
 pub(crate) fn learn_source<B>(network: &Network<B>, port: PortRef, from: Mac, now: u32) -> bool {
     from.is_unicast()
         && from != network.gateway_mac

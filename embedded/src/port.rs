@@ -20,11 +20,11 @@ use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add}
 use crate::table::Mac;
 
 impl<B: AsMut<[u8]> + Send> Network<B> {
-    /// Puts an interface on the network.
+    /// Puts an interface on the network and returns its port.
     ///
     /// # Errors
     ///
-    /// If the network is full, or the MAC address is taken or impossible.
+    /// If the network is full, or if the MAC address is in use or not unicast.
     pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
         let Admitted { collector, state, membership } = self.admit(config)?;
         Ok(Port {
@@ -34,10 +34,12 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     }
 }
 
-/// An interface's place on a network: a [`Receiver`] and a [`Sender`]. It leaves the network when
-/// the receiver and all senders are dropped, in any order and on any thread.
+/// An interface's place on a network: a [`Receiver`] and a [`Sender`].
+///
+/// The port leaves the network when the receiver and all senders are dropped, in any order and on
+/// any thread.
 pub struct Port<B: AsMut<[u8]> + Send> {
-    // In this order: a sender flushes when it is dropped, which may ring the receiver.
+    // This order matters: a sender flushes when it is dropped, which may ring the receiver.
     sender: Sender<B>,
     receiver: Receiver<B>,
 }
@@ -49,29 +51,30 @@ impl<B: AsMut<[u8]> + Send> fmt::Debug for Port<B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Port<B> {
-    /// The two halves; they may go to different threads.
+    /// Splits the port into its two halves, which may go to different threads.
     pub fn split(self) -> (Receiver<B>, Sender<B>) {
         (self.receiver, self.sender)
     }
 
-    /// The MAC address the network assigned to it.
+    /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
         self.receiver.membership.mac
     }
 
-    /// The network it is on.
+    /// Returns the network the port is on.
     pub fn network(&self) -> &Arc<Network<B>> {
         &self.receiver.membership.network
     }
 
-    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    /// Returns a handle that reads the port's counters. The handle keeps the network alive, but it
+    /// does not keep the port on it.
     pub fn monitor(&self) -> Monitor<B> {
         self.receiver.monitor()
     }
 }
 
-/// Reads a port's counters, from any thread. The port can leave while it exists; the network lives on
-/// with it.
+/// Reads a port's counters, from any thread. A monitor keeps the network alive, but the port can
+/// leave.
 pub struct Monitor<B> {
     network: Arc<Network<B>>,
     index: usize,
@@ -101,30 +104,33 @@ impl<B> Monitor<B> {
         }
     }
 
-    /// The port's counters, or `None` once it has left.
+    /// Returns the port's counters, or `None` once the port has left.
     pub fn stats(&self) -> Option<PortStats> {
         let state = self.network.port_state(self.index)?;
         let stats = state.counters.stats();
         (state.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
     }
 
-    /// The port's MAC address.
+    /// Returns the port's MAC address.
     pub fn mac(&self) -> MacAddr6 {
         self.mac
     }
 
-    /// The network the port is on.
+    /// Returns the network the port is on.
     pub fn network(&self) -> &Arc<Network<B>> {
         &self.network
     }
 }
 
-/// The half of a port that receives. Dropping it closes it: packets and buffers that are still in
-/// it are dropped, after waiting for copies that are under way.
+/// The half of a port that receives.
+///
+/// Dropping it closes it: it waits for copies that are under way, and drops the packets and buffers
+/// that are still in it.
 pub struct Receiver<B: AsMut<[u8]> + Send> {
-    // In this order: the inbox is closed and empty before the port leaves.
+    // This order matters: the collector is dropped first, so the inbox is closed and empty before
+    // the port leaves.
     collector: Collector<B>,
-    /// Its own, for the counters.
+    /// The state of this port, for its counters.
     state: Arc<PortState<B>>,
     membership: Arc<Membership<B>>,
 }
@@ -139,64 +145,67 @@ impl<B: AsMut<[u8]> + Send> fmt::Debug for Receiver<B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Receiver<B> {
-    /// The MAC address the network assigned to the port.
+    /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
         self.membership.mac
     }
 
-    /// The network the port is on.
+    /// Returns the network the port is on.
     pub fn network(&self) -> &Arc<Network<B>> {
         &self.membership.network
     }
 
-    /// What has passed through the port.
+    /// Returns what has passed through the port.
     pub fn stats(&self) -> PortStats {
         self.membership.stats()
     }
 
-    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    /// Returns a handle that reads the port's counters. The handle keeps the network alive, but it
+    /// does not keep the port on it.
     pub fn monitor(&self) -> Monitor<B> {
         Monitor::new(&self.membership)
     }
 
-    /// Lends a buffer to the network; see [`Collector::post`]. A receiver that finds packets
-    /// waiting for a buffer gets no wake-up for them: after posting, collect.
+    /// Lends a buffer to the network; see [`Collector::post`].
+    ///
+    /// Packets that wait for a buffer cause no wake-up, so collect after posting.
     ///
     /// # Errors
     ///
-    /// The buffer comes straight back if `inbox_depth` buffers are posted, or if it has less room
-    /// than the network's `max_packet_size`.
+    /// Returns the buffer if `inbox_depth` buffers are posted, or if it has fewer bytes than the
+    /// network's `max_packet_size`.
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
         self.collector.post(buffer)
     }
 
-    /// As [`post`](Self::post), not shown to senders before [`publish`](Self::publish).
+    /// Like [`post`](Self::post), but senders do not see the buffer before
+    /// [`publish`](Self::publish).
     ///
     /// # Errors
     ///
-    /// As [`post`](Self::post).
+    /// Returns the buffer in the cases in which [`post`](Self::post) does.
     #[inline(always)]
     pub fn stage(&mut self, buffer: B) -> Result<(), B> {
         self.collector.stage(buffer)
     }
 
-    /// Shows what was [staged](Self::stage), with one store.
+    /// Shows the senders all buffers that were [staged](Self::stage), with one store.
     #[inline]
     pub fn publish(&mut self) {
         self.collector.publish();
     }
 
-    /// How many buffers are lent, filled or not.
+    /// Returns how many buffers are lent, whether filled or not.
     pub fn posted(&self) -> usize {
         self.collector.posted()
     }
 
-    /// Whether no further buffer can be posted.
+    /// Returns whether no further buffer can be posted.
     pub fn is_full(&self) -> bool {
         self.collector.is_full()
     }
 
-    /// The next packet and its length, or `None`; see [`Collector::collect`].
+    /// Returns the next packet and its length, or `None`; see [`Collector::collect`].
     #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
         let packet = self.collector.collect()?;
@@ -206,32 +215,35 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         Some((packet.buffer, packet.len))
     }
 
-    /// Takes back every posted buffer no sender has claimed; see [`Collector::recall`].
+    /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`].
     pub fn recall(&mut self, f: impl FnMut(B)) -> usize {
         self.collector.recall(f)
     }
 
-    /// Takes back those of them that match and leaves the others posted; see
-    /// [`Collector::recall_if`].
+    /// Takes back the posted buffers that no sender has claimed and that match, and leaves the
+    /// others posted; see [`Collector::recall_if`].
     pub fn recall_if(&mut self, matches: impl FnMut(&mut B) -> bool, f: impl FnMut(B)) -> usize {
         self.collector.recall_if(matches, f)
     }
 
-    /// True: nothing can be collected, and the wake callback will be called once when that
-    /// changes. False: there is something to collect. See [`Collector::arm`].
+    /// Announces that the receiver wants to sleep; see [`Collector::arm`]. Returns true if nothing
+    /// can be collected: the wake callback will be called once when that changes. Returns false if
+    /// there is something to collect.
     pub fn arm(&mut self) -> bool {
         self.collector.arm()
     }
 
-    /// The receiver is awake; see [`Collector::disarm`].
+    /// Announces that the receiver is awake again; see [`Collector::disarm`].
     pub fn disarm(&mut self) -> bool {
         self.collector.disarm()
     }
 
-    /// Refuses further packets and waits for the copies under way, each no longer than one frame
-    /// takes, or a [`Run`]. Afterwards no sender touches a buffer; what has arrived can be
-    /// [collected](Self::collect), the rest [recalled](Self::recall). The port's senders can still
-    /// send.
+    /// Refuses further packets and waits for the copies that are under way. Each takes as long as
+    /// copying one frame, or a [`Run`].
+    ///
+    /// When `close` returns, no sender touches a buffer. Packets that have arrived can be
+    /// [collected](Self::collect), and the other buffers can be [recalled](Self::recall). The
+    /// port's senders can still send.
     pub fn close(&mut self) {
         self.membership.network.set_floodable(self.membership.index, false);
         self.membership.receiver_open.store(false, Ordering::Relaxed);
@@ -246,7 +258,8 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         membership.network.set_floodable(membership.index, !membership.port.isolated());
     }
 
-    /// Whether [`close`](Self::close) was called, and [`reopen`](Self::reopen) not since.
+    /// Returns whether the receiver is closed: [`close`](Self::close) was called, and
+    /// [`reopen`](Self::reopen) was not called since.
     pub fn is_closed(&self) -> bool {
         !self.membership.receiver_open.load(Ordering::Relaxed)
     }
@@ -254,21 +267,24 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
 
 impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
     fn drop(&mut self) {
-        self.close(); // no more floods; the collector's own drop does the rest
+        self.close(); // ends the floods; the collector's own drop does the rest
     }
 }
 
-/// The half of a port that sends, on the thread that calls it. A port can have several, made by
-/// [`new_sender`](Self::new_sender); frames of one keep their order.
+/// The half of a port that sends, on the thread that calls it.
 ///
-/// Receivers are woken by [`flush`](Self::flush), once each: call it after every batch. Dropping a
+/// A port can have several senders, made by [`new_sender`](Self::new_sender). The frames of one
+/// sender keep their order.
+///
+/// [`flush`](Self::flush) wakes the receivers, each once: call it after every batch. Dropping a
 /// sender flushes.
 pub struct Sender<B: AsMut<[u8]> + Send> {
     membership: Arc<Membership<B>>,
     /// Where the gateway writes its replies.
     reply: Box<[u8]>,
-    /// The ports that were delivered to since the last flush.
+    /// A bit for each port that got a frame since the last flush.
     touched: [u64; WORDS],
+    /// What was counted since the last flush, by [`SendCounter`].
     counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
     unflushed: bool,
@@ -305,30 +321,32 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         Self::new(Arc::clone(&self.membership))
     }
 
-    /// The MAC address the network assigned to the port.
+    /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
         self.membership.mac
     }
 
-    /// The network the port is on.
+    /// Returns the network the port is on.
     pub fn network(&self) -> &Arc<Network<B>> {
         &self.membership.network
     }
 
-    /// What has passed through the port.
+    /// Returns what has passed through the port.
     pub fn stats(&self) -> PortStats {
         self.membership.stats()
     }
 
-    /// A handle that reads the port's counters. It keeps the network, but not the port's place on it.
+    /// Returns a handle that reads the port's counters. The handle keeps the network alive, but it
+    /// does not keep the port on it.
     pub fn monitor(&self) -> Monitor<B> {
         Monitor::new(&self.membership)
     }
 
-    /// Forwards one frame. Waits for no packet and no buffer (only for a receiver that is in the
-    /// middle of [`recall_if`](Receiver::recall_if)); what cannot be delivered is dropped and
-    /// counted.
-    /// Receivers that sleep learn of it at the next [`flush`](Self::flush).
+    /// Forwards one frame. A frame that cannot be delivered is dropped and counted.
+    ///
+    /// It waits for no packet and no buffer, only for a receiver that is in the middle of
+    /// [`recall_if`](Receiver::recall_if). A receiver that sleeps is woken at the next
+    /// [`flush`](Self::flush).
     pub fn send(&mut self, frame: &[u8]) -> Sent {
         self.begin();
         let sent = self.forward(frame);
@@ -355,12 +373,14 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         sent
     }
 
-    /// Prepares up to `wanted` frames that all begin with these addresses: asks once where they go, and
-    /// claims buffers there in one step. `None` if they do not all go to one port, or if it has no buffer
-    /// posted: then [`send`](Self::send) knows what becomes of each.
+    /// Prepares up to `wanted` frames that all begin with these addresses: looks up once where they
+    /// go, and claims buffers there in one step.
     ///
-    /// Like frames that are sent, those of a run reach a sleeping receiver at the next
-    /// [`flush`](Self::flush).
+    /// Returns `None` if the frames do not all go to one port, or if that port has no buffer
+    /// posted. [`send`](Self::send) handles each frame in these cases.
+    ///
+    /// A receiver that sleeps is woken at the next [`flush`](Self::flush), as after
+    /// [`send`](Self::send).
     pub fn run(&mut self, addresses: [u8; ADDRESSES_LEN], wanted: usize) -> Option<Run<'_, B>> {
         let [a, b, c, d, e, f, from @ ..] = addresses;
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
@@ -385,7 +405,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         Some(Run { claim, counts })
     }
 
-    /// The first frame of a batch reads the clock, for all.
+    /// Begins a batch, if none has begun: reads the clock once, for all its frames.
     #[inline]
     fn begin(&mut self) {
         if !self.unflushed {
@@ -394,10 +414,13 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         }
     }
 
+    /// Adds to a counter of this batch.
     fn count(&mut self, counter: SendCounter, amount: u64) {
         self.counts[counter as usize] += amount;
     }
 
+    /// Decides where a frame goes, by the rules of the [`network`](crate::network) module, and
+    /// sends it there.
     fn forward(&mut self, frame: &[u8]) -> Sent {
         let port = self.membership.port;
         let network = &*self.membership.network;
@@ -442,8 +465,8 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 
     /// Copies a frame to one port.
     ///
-    /// The index may be stale by a moment: a port that left has a closed inbox, and one that took
-    /// its place gets a frame it might as well have got in a flood.
+    /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
+    /// took its place gets a frame that it might as well have got in a flood.
     fn deliver(&mut self, index: usize, frame: &[u8]) -> Result<(), DropReason> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
@@ -465,12 +488,13 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         }
     }
 
+    /// Copies a frame to all ports that get flooded frames, except this one.
     #[cold]
     fn flood(&mut self, frame: &[u8]) -> Sent {
         let own = self.membership.index;
         let mut reached = 0;
         for word in 0..WORDS {
-            // Acquire: pairs with the Release in `set_floodable`.
+            // Acquire: pairs with the Release in `Network::set_floodable`; the ports are ready.
             let mut ports = self.membership.network.floodable[word].load(Ordering::Acquire);
             if word == own / 64 {
                 ports &= !(1 << (own % 64));
@@ -484,21 +508,21 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         Sent::Flooded { reached }
     }
 
-    /// Lets the gateway see a frame; its reply comes back to this port and no other.
+    /// Gives the gateway a frame. Its reply comes back to this port and no other.
     fn ask_gateway(&mut self, frame: &[u8]) {
         self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
         let now = Duration::from_secs(self.now.into());
         if let Some(len) = network.gateway.handle(frame, &mut self.reply, now) {
             let reply = core::mem::take(&mut self.reply);
-            // If the port has no buffer for it the drop is counted there.
+            // If the port has no buffer for the reply, `deliver` counts the drop.
             let _ = self.deliver(self.membership.index, &reply[..len]);
             self.reply = reply;
         }
     }
 
-    /// Wakes every receiver that was delivered to since the last flush and sleeps, once, and
-    /// publishes this sender's counters. Costs almost nothing if nothing was sent.
+    /// Wakes every receiver that sleeps and got a frame since the last flush, each once, and
+    /// publishes this sender's counters. It costs almost nothing if nothing was sent.
     pub fn flush(&mut self) {
         if !core::mem::take(&mut self.unflushed) {
             return;
@@ -524,7 +548,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     }
 }
 
-/// Frames of one sender to one port, whose buffers are claimed; see [`Sender::run`].
+/// Frames of one sender to one port, whose buffers are already claimed; see [`Sender::run`].
 pub struct Run<'a, B: AsMut<[u8]> + Send> {
     claim: Claim<'a, B>,
     counts: &'a mut [u64; SEND_COUNTERS],
@@ -537,15 +561,15 @@ impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
 }
 
 impl<B: AsMut<[u8]> + Send> Run<'_, B> {
-    /// Frames that are still to be put. The receiver waits for them.
+    /// Returns how many frames are still to be put. The receiver waits for them.
     #[inline]
     pub fn left(&self) -> usize {
         self.claim.left()
     }
 
-    /// Copies the next frame to the port. It begins with the run's addresses, is an Ethernet frame, and
-    /// no longer than the network carries. False if it is longer, or if none is left to put: then
-    /// nothing has happened.
+    /// Copies the next frame to the port. The frame must be an Ethernet frame that begins with the
+    /// run's addresses. Returns false, and does nothing, if the frame is longer than the network's
+    /// `max_packet_size`, or if no frame is left to put.
     #[inline]
     pub fn put(&mut self, frame: &[u8]) -> bool {
         let done = self.claim.fill(frame);
@@ -563,5 +587,5 @@ impl<B: AsMut<[u8]> + Send> Drop for Sender<B> {
     }
 }
 
-/// Bytes of an Ethernet frame's two addresses, the destination first.
+/// The bytes of the two addresses that an Ethernet frame begins with, the destination first.
 pub const ADDRESSES_LEN: usize = 12;

@@ -1,9 +1,9 @@
-//! What becomes of each frame, and the counters that say how often.
+//! What happens to each frame, and the counters of it.
 
 use crossbeam_utils::CachePadded;
 use vmring_core::sync::{AtomicU64, Ordering};
 
-/// Counters of what a port's receiver got, written by its receiver only.
+/// Counters of the packets that a port's receiver collected. Only the receiver writes them.
 #[derive(Default)]
 pub(crate) struct Received {
     pub(crate) direct: AtomicU64,
@@ -11,14 +11,15 @@ pub(crate) struct Received {
     pub(crate) bytes: AtomicU64,
 }
 
-/// Counters of what a port's receiver did not get, written by senders when they drop.
+/// Counters of the packets that a port's receiver missed. Senders write them when they drop a
+/// frame.
 #[derive(Default)]
 pub(crate) struct Missed {
     pub(crate) no_buffer: AtomicU64,
     pub(crate) closed: AtomicU64,
 }
 
-/// What senders count for themselves and publish once per batch.
+/// The counters that each sender keeps for itself and adds to its port's once per batch.
 #[derive(Clone, Copy)]
 pub(crate) enum SendCounter {
     Packets,
@@ -33,9 +34,10 @@ pub(crate) enum SendCounter {
     NoReceiver,
 }
 
+/// How many kinds of [`SendCounter`] there are.
 pub(crate) const SEND_COUNTERS: usize = SendCounter::NoReceiver as usize + 1;
 
-/// The counters of one port, on a cache line for each of their writers.
+/// The counters of one port, grouped by writer. Each group has cache lines of its own.
 #[derive(Default)]
 pub(crate) struct PortCounters {
     pub(crate) received: CachePadded<Received>,
@@ -83,27 +85,29 @@ impl PortCounters {
     }
 }
 
-/// What has passed through a port. What senders count appears when they flush.
+/// What has passed through a port. What a sender counts appears here when it flushes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PortStats {
-    /// Packets collected that were copied straight into a posted buffer.
+    /// Packets that were collected and had been copied straight into a posted buffer.
     pub received_direct: u64,
-    /// Packets collected that waited in the overflow ring.
+    /// Packets that were collected and had waited in the overflow ring.
     pub received_overflow: u64,
-    /// Their bytes, of both.
+    /// The bytes of all packets that were collected.
     pub received_bytes: u64,
-    /// Packets for this port dropped because no buffer was posted and the overflow ring was full.
+    /// Packets for this port that were dropped because no buffer was posted and the overflow ring
+    /// was full.
     pub missed_no_buffer: u64,
-    /// Packets for this port dropped because its receiver was closed.
+    /// Packets for this port that were dropped because its receiver was closed.
     pub missed_closed: u64,
-    /// Frames this port sent that went somewhere.
+    /// Frames of this port that were delivered, flooded, or given to the gateway.
     pub sent_packets: u64,
-    /// Their bytes.
+    /// The bytes of these frames.
     pub sent_bytes: u64,
-    /// Those of them that went to all other ports: broadcasts, multicasts, unknown addresses.
+    /// The frames among them that went to all other ports: broadcasts, multicasts, and frames to
+    /// unknown addresses.
     pub sent_floods: u64,
-    /// Those of them the gateway has seen.
+    /// The frames of this port that the gateway has seen.
     pub sent_to_gateway: u64,
     /// Frames too short for an Ethernet header.
     pub dropped_runt: u64,
@@ -111,17 +115,17 @@ pub struct PortStats {
     pub dropped_too_big: u64,
     /// Frames whose source address is not unicast, is the gateway's, or is another port's.
     pub dropped_bad_source: u64,
-    /// Frames that isolation keeps from their destination.
+    /// Frames that did not reach their destination because of isolation.
     pub dropped_isolated: u64,
-    /// Frames whose destination is behind the port they come from.
+    /// Frames whose destination is behind the port that sent them.
     pub dropped_own_port: u64,
-    /// Frames whose receiver did not take them; counted at the receiver as missed.
+    /// Frames that their receiver did not accept. The receiver's port counts them as missed.
     pub dropped_no_receiver: u64,
 }
 
 impl PortStats {
-    /// Every packet that was on its way to or from this port and was dropped. Those whose receiver
-    /// did not take them count at the receiver, once.
+    /// Returns how many packets to or from this port were dropped. A frame that its receiver did
+    /// not accept counts once, at the receiver's port.
     pub fn drops(&self) -> u64 {
         self.missed_no_buffer
             + self.missed_closed
@@ -133,21 +137,21 @@ impl PortStats {
     }
 }
 
-/// What became of a frame.
+/// What happened to a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Sent {
-    /// Delivered to the one port its destination is behind.
+    /// It was delivered to the one port that its destination is behind.
     Forwarded,
-    /// Offered to all other ports: `reached` of them took it. A broadcast also reached the
-    /// gateway.
+    /// It was offered to all other ports, and `reached` of them accepted it. A broadcast reached
+    /// the gateway as well.
     Flooded {
-        /// How many took it.
+        /// How many ports accepted it.
         reached: u32,
     },
-    /// Given to the gateway.
+    /// It was given to the gateway.
     Gateway,
-    /// Not delivered.
+    /// It was not delivered.
     Dropped(DropReason),
 }
 
@@ -155,23 +159,23 @@ pub enum Sent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum DropReason {
-    /// Too short.
+    /// It is too short for an Ethernet header.
     #[error("the frame is shorter than an Ethernet header")]
     Runt,
-    /// Too long.
+    /// It is longer than the network's `max_packet_size`.
     #[error("the frame is longer than the network's largest packet")]
     TooBig,
-    /// Its source address is not the sender's to use.
+    /// Its source address is not unicast, or belongs to the gateway or to another port.
     #[error("the source address is not unicast, or belongs to the gateway or another interface")]
     BadSource,
-    /// Isolation.
+    /// Its own port or the destination's port is isolated, and neither end is the gateway.
     #[error("an isolated interface exchanges frames with the gateway only")]
     Isolated,
-    /// Its destination is behind the port it came from.
-    #[error("the destination is where the frame came from")]
+    /// Its destination is behind the port that sent it.
+    #[error("the destination is behind the interface that sent the frame")]
     OwnPort,
     /// The receiver has no buffer posted and its overflow ring is full.
-    #[error("the receiver has no buffer for it")]
+    #[error("the receiver has no buffer for the frame")]
     NoBuffer,
     /// The receiver is closed.
     #[error("the receiver is closed")]

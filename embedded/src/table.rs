@@ -1,12 +1,14 @@
-//! Which port a MAC address is behind: the switch's memory.
+//! The switch's table: which port a MAC address is behind.
 //!
-//! Two fixed arrays of 8-way buckets, one cache line each. *Pinned* addresses are those the network
-//! assigned to its ports: they are written when a port joins or leaves and nothing a guest sends
-//! can move or push them out. *Learned* addresses come from the source addresses of frames, age,
-//! and replace the oldest of their bucket when it is full. The hash is keyed at random, so a guest
-//! cannot aim at a bucket. Looking up and learning take no lock, and store only when something has
-//! changed (at most once a second for an address that keeps talking), so the lines stay shared
-//! between the processors that read them. Memory: 160 KiB, whatever happens.
+//! The table has two fixed arrays of 8-way buckets, one cache line each. *Pinned* addresses are
+//! those that the network assigned to its ports. They are written when a port joins or leaves, and
+//! nothing a guest sends can move or replace them. *Learned* addresses come from the source
+//! addresses of frames. They age, and a new one replaces the oldest of its bucket if the bucket is
+//! full. The hash has a random key, so a guest cannot aim at a bucket.
+//!
+//! Looking up and learning take no lock. They store only when something has changed, and at most
+//! once a second for an address that keeps sending, so the cache lines stay shared between the
+//! processors that read them. The table always takes 160 KiB.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -15,14 +17,15 @@ use vmring_core::sync::{AtomicU32, AtomicU64, Ordering};
 
 use crate::limits::{TABLE_BUCKETS, TABLE_WAYS};
 
-/// A way without an entry. Its address is the broadcast address, which is neither entered nor looked
-/// up, so that no way without an entry is ever found; 0 would be taken for one of 00:00:00:00:00:00,
-/// which a guest can send to.
+/// A way without an entry. Its address is the broadcast address, which is neither entered nor
+/// looked up, so no way without an entry is ever found. The value 0 would be an entry of
+/// 00:00:00:00:00:00, which a guest can send to.
 const EMPTY: u64 = u64::MAX;
-/// Once pinned in a bucket that was full, now free; searches go on past it. Not found, as above.
+/// A way whose pinned address was removed while its bucket was full. A search goes on past it. Its
+/// address is the broadcast address too, so it is never found.
 const TOMBSTONE: u64 = u64::MAX - 1;
 
-/// A MAC address in the low 48 bits, first byte highest.
+/// A MAC address in the low 48 bits, with the first byte highest.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mac(u64);
 
@@ -45,7 +48,7 @@ impl Mac {
     }
 }
 
-/// A port as the table remembers it.
+/// A port as the table stores it: its index, and whether it is isolated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PortRef(u16);
 
@@ -65,6 +68,7 @@ impl PortRef {
     }
 }
 
+/// Packs a table entry: the address above the port.
 fn entry(mac: Mac, port: PortRef) -> u64 {
     mac.0 << 16 | u64::from(port.0)
 }
@@ -80,7 +84,7 @@ fn port_of(entry: u64) -> PortRef {
 /// What [`MacTable::learn`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Learned {
-    /// The address is behind this port; now or already known.
+    /// The address is behind this port. It was known, or it is known now.
     Here,
     /// The network assigned the address to another port.
     Elsewhere,
@@ -94,20 +98,22 @@ impl Bucket {
         Self(core::array::from_fn(|_| AtomicU64::new(EMPTY)))
     }
 
-    /// Whether all its ways were ever taken at once, so that an address that belongs here may be
-    /// in the next bucket.
+    /// Whether all ways were ever in use at once. If so, an address that hashes to this bucket may
+    /// be in the next one.
     fn was_full(&self) -> bool {
         self.0.iter().all(|way| way.load(Ordering::Relaxed) != EMPTY)
     }
 }
 
+/// The table. See the [module](self).
 pub(crate) struct MacTable {
     pinned: Box<[Bucket]>,
     learned: Box<[Bucket]>,
-    /// When each learned entry was last seen, in seconds; same order.
+    /// When each learned entry was last seen, in seconds, at the same position as the entry.
     stamps: Box<[[AtomicU32; TABLE_WAYS]]>,
+    /// The random key of the hash.
     key: u64,
-    /// Seconds after which a learned entry no longer counts.
+    /// After how many seconds a learned entry is ignored.
     ageing: u32,
 }
 
@@ -128,29 +134,29 @@ impl MacTable {
         mix(mac.0 ^ self.key) as usize % TABLE_BUCKETS
     }
 
-    /// The port an address is behind, unless nothing has been heard of it for too long. Not for
-    /// group addresses.
+    /// Returns the port an address is behind, unless no frame has come from the address for too
+    /// long. The address must not be a group address.
     #[inline]
     pub(crate) fn lookup(&self, mac: Mac, now: u32) -> Option<PortRef> {
         let index = self.bucket_index(mac);
         self.lookup_pinned(mac, index).or_else(|| {
             let way = self.find_learned(mac, index)?;
-            // Relaxed: the entry is one word and carries nothing else.
+            // Relaxed: the entry is one 64-bit value and publishes nothing else.
             let found = self.learned[index].0[way].load(Ordering::Relaxed);
             let age = now.wrapping_sub(self.stamps[index][way].load(Ordering::Relaxed));
-            // A clock reading older than the stamp is young, not old.
+            // If the clock was read before the stamp was stored, the age wraps: the entry is young.
             let fresh = age < self.ageing || age > u32::MAX / 2;
             (mac_of(found) == mac.0 && fresh).then(|| port_of(found))
         })
     }
 
-    /// The port an address was assigned to.
+    /// Returns the port an address was assigned to.
     pub(crate) fn assigned(&self, mac: Mac) -> Option<PortRef> {
         self.lookup_pinned(mac, self.bucket_index(mac))
     }
 
     fn lookup_pinned(&self, mac: Mac, index: usize) -> Option<PortRef> {
-        // Almost always one bucket: the next is looked at only if this one was ever full.
+        // This almost always reads one bucket: it reads the next only if this one was ever full.
         for step in 0..TABLE_BUCKETS {
             let bucket = &self.pinned[(index + step) % TABLE_BUCKETS];
             for way in &bucket.0 {
@@ -166,7 +172,7 @@ impl MacTable {
         None
     }
 
-    /// Where the learned entry of `mac` is in its bucket.
+    /// Returns the way of the learned entry of `mac` in its bucket.
     fn find_learned(&self, mac: Mac, index: usize) -> Option<usize> {
         self.learned[index].0.iter().position(|way| mac_of(way.load(Ordering::Relaxed)) == mac.0)
     }
@@ -180,7 +186,7 @@ impl MacTable {
         let wanted = entry(mac, port);
         let stamps = &self.stamps[index];
         let way = self.find_learned(mac, index).unwrap_or_else(|| {
-            // An empty way first, else the one that was silent longest.
+            // Prefer an empty way, or else replace the entry that was not seen for longest.
             (0..TABLE_WAYS)
                 .max_by_key(|&way| match self.learned[index].0[way].load(Ordering::Relaxed) {
                     EMPTY => u64::from(u32::MAX) + 1,
@@ -189,21 +195,21 @@ impl MacTable {
                 .unwrap_or(0)
         });
         if stamps[way].load(Ordering::Relaxed) != now {
-            // Before the entry, so that a new one never looks old. If the exchange below fails the
-            // wrong entry is a little younger, which does no harm.
+            // The stamp is stored before the entry, so that a new entry never looks old. If the
+            // exchange below fails, another entry gets a newer stamp, which does no harm.
             stamps[way].store(now, Ordering::Relaxed);
         }
         let cell = &self.learned[index].0[way];
         let found = cell.load(Ordering::Relaxed);
         if found != wanted {
-            // If somebody else changed it meanwhile, the next frame tries again.
+            // If another thread has changed the entry meanwhile, the next frame tries again.
             let _ = cell.compare_exchange(found, wanted, Ordering::Relaxed, Ordering::Relaxed);
         }
         Learned::Here
     }
 
-    /// Enters an assigned address. The caller holds the membership lock and has checked that the
-    /// address is new; there is room for many more addresses than ports.
+    /// Enters an assigned address. The caller holds the lock of the network's members and has
+    /// checked that the address is new. There is space for many more addresses than ports.
     pub(crate) fn pin(&self, mac: Mac, port: PortRef) {
         let index = self.bucket_index(mac);
         let free = (0..TABLE_BUCKETS)
@@ -214,8 +220,8 @@ impl MacTable {
         }
     }
 
-    /// Removes an assigned address, and everything learned about its port. The caller holds the
-    /// membership lock and knows that the port sends no more.
+    /// Removes an assigned address, and all addresses that were learned behind its port. The caller
+    /// holds the lock of the network's members and knows that the port no longer sends.
     pub(crate) fn forget(&self, mac: Mac, port: usize) {
         let index = self.bucket_index(mac);
         let pinned = (0..TABLE_BUCKETS).find_map(|step| {
@@ -230,14 +236,14 @@ impl MacTable {
         for way in self.learned.iter().flat_map(|bucket| &bucket.0) {
             let found = way.load(Ordering::Relaxed);
             if found != EMPTY && port_of(found).index() == port {
-                // If it fails, another port has just claimed the address.
+                // If this fails, a frame from another port has just moved the address there.
                 let _ = way.compare_exchange(found, EMPTY, Ordering::Relaxed, Ordering::Relaxed);
             }
         }
     }
 }
 
-/// The finalizer of splitmix64: every bit of the input moves about half the bits of the output.
+/// The finalizer of splitmix64: every bit of the input changes about half the bits of the output.
 pub(crate) fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -266,7 +272,7 @@ mod tests {
         assert_eq!(table.lookup(mac(1), 0), Some(PortRef::new(4, true)));
     }
 
-    /// No way without an entry is taken for one, whatever was there.
+    /// A way without an entry is never taken for an entry, whatever was in it before.
     #[test]
     fn the_address_zero_is_behind_no_port() {
         let table = MacTable::new(300);
@@ -285,14 +291,14 @@ mod tests {
     #[test]
     fn a_silent_address_ages_and_a_talking_one_does_not() {
         let table = MacTable::new(300);
-        let start = u32::MAX - 100; // across the wrap of the clock
+        let start = u32::MAX - 100; // so that the clock wraps
         table.learn(mac(1), port(1), start);
         table.learn(mac(2), port(2), start);
         table.learn(mac(2), port(2), start.wrapping_add(200));
         assert_eq!(table.lookup(mac(1), start.wrapping_add(299)), Some(port(1)));
         assert_eq!(table.lookup(mac(1), start.wrapping_add(300)), None);
         assert_eq!(table.lookup(mac(2), start.wrapping_add(300)), Some(port(2)));
-        // A reader whose clock lags behind the writer's.
+        // The reader's clock lags behind the writer's.
         assert_eq!(table.lookup(mac(2), start.wrapping_add(199)), Some(port(2)));
     }
 
@@ -322,7 +328,8 @@ mod tests {
     #[test]
     fn a_port_that_leaves_is_forgotten_and_the_others_are_not() {
         let table = MacTable::new(300);
-        // Twice as many as a port table holds, in and out, so that buckets fill and hold tombstones.
+        // As many ports as a network can have join and leave, many times, so that buckets fill and
+        // hold tombstones.
         for round in 0..20u64 {
             for index in 0..1024 {
                 table.pin(mac(round << 20 | index), port(index as usize));
@@ -341,7 +348,7 @@ mod tests {
                 table.forget(mac(round << 20 | index), index as usize);
             }
         }
-        // Tombstones are rare, so looking up an unknown address stays one bucket.
+        // Full buckets are rare, so looking up an unknown address still reads one bucket.
         let full = table.pinned.iter().filter(|bucket| bucket.was_full()).count();
         assert!(full < 8, "{full} buckets were full");
     }
