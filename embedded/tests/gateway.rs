@@ -1,4 +1,4 @@
-//! The gateway, frame by frame: ARP, ping, and every DHCP flow.
+//! Tests of the gateway, frame by frame: ARP, ping, and every DHCP flow.
 #![cfg(not(loom))]
 
 mod common;
@@ -51,7 +51,7 @@ fn dhcp(gateway: &Gateway, message: &Dhcp, now: Duration) -> Option<DhcpReply> {
     ask(gateway, &message.frame(), now).map(|frame| dhcp_reply(&frame))
 }
 
-/// DISCOVER, OFFER, REQUEST, ACK.
+/// Gets a lease by DISCOVER, OFFER, REQUEST and ACK, and returns its address.
 fn lease(gateway: &Gateway, mac: MacAddr6, now: Duration) -> Option<Ipv4Addr> {
     let offer = dhcp(gateway, &Dhcp::discover(mac), now)?;
     assert_eq!(offer.kind, DhcpMessageType::Offer);
@@ -85,7 +85,7 @@ fn arp_for_the_gateway_is_answered_and_for_others_is_not() {
             target_protocol_addr: ALICE_IP,
         }
     );
-    // A probe, from a guest that has no address yet.
+    // This is a probe from a guest that has no address yet.
     assert!(ask(&gateway, &arp_request(ALICE, Ipv4Addr::UNSPECIFIED, SHARED), NOW).is_some());
     assert_eq!(ask(&gateway, &arp_request(ALICE, ALICE_IP, host(2)), NOW), None);
     assert_eq!((gateway.stats().arp_replies, gateway.stats().ignored), (2, 1));
@@ -225,7 +225,8 @@ fn the_same_mac_gets_the_same_address() {
     assert_eq!(lease(&gateway, ALICE, NOW), Some(host(2)));
     assert_eq!(lease(&gateway, BOB, NOW), Some(host(3)));
     assert_eq!(lease(&gateway, ALICE, NOW), Some(host(2)));
-    // Long after it ran out, and after giving it back, as long as nobody needed it.
+    // The client gets it long after the lease ran out, and after a release, as long as no other
+    // client needed the address.
     let later = NOW + Duration::from_secs(100 * HOUR);
     assert_eq!(gateway.dhcp().lease_of(ALICE, later), None);
     assert_eq!(lease(&gateway, mac(1), later), Some(host(4)));
@@ -257,7 +258,7 @@ fn a_request_for_another_address_is_refused() {
     assert_eq!((nak.kind, nak.address), (DhcpMessageType::Nak, Ipv4Addr::UNSPECIFIED));
     assert_eq!((nak.to_mac, nak.to_ip), (EthernetAddress::BROADCAST, Ipv4Addr::BROADCAST));
     assert_eq!((nak.lease, nak.router, nak.mask, nak.mtu), (None, None, None, None));
-    // Taking an offer that was never made.
+    // The client accepts an offer that was never made.
     let nak = dhcp(&gateway, &Dhcp::select(BOB, host(5), SHARED), NOW).unwrap();
     assert_eq!(nak.kind, DhcpMessageType::Nak);
     assert_eq!(gateway.dhcp().leases(NOW).len(), 1);
@@ -281,7 +282,8 @@ fn init_reboot_follows_the_record() {
     assert_eq!((ack.kind, ack.address), (DhcpMessageType::Ack, host(2)));
     let nak = dhcp(&gateway, &reboot(ALICE, host(3)), NOW).unwrap();
     assert_eq!(nak.kind, DhcpMessageType::Nak);
-    // No record: silence, unless the address is of another network.
+    // The server has no record of the client: it does not reply, unless the address is of another
+    // network.
     assert!(dhcp(&gateway, &reboot(BOB, host(9)), NOW).is_none());
     let nak = dhcp(&gateway, &reboot(BOB, Ipv4Addr::new(10, 0, 2, 15)), NOW).unwrap();
     assert_eq!(nak.kind, DhcpMessageType::Nak);
@@ -297,13 +299,13 @@ fn renewing_and_rebinding_extend_the_lease() {
     let ack = dhcp(&gateway, &renew, half).unwrap();
     assert_eq!((ack.kind, ack.address, ack.to_ip), (DhcpMessageType::Ack, host(2), host(2)));
     assert_eq!(gateway.dhcp().lease_of(ALICE, half).unwrap().remaining.as_secs(), HOUR);
-    // In unicast, as a renewal really comes.
+    // A real renewal comes in unicast.
     let mut unicast = renew.frame();
     let ip = udp((host(2), 68), (SHARED, 67), &unicast[14 + 28..]);
     unicast = ethernet(eth(GATEWAY_MAC), eth(ALICE), EthernetProtocol::Ipv4, &ip);
     let ack = dhcp_reply(&ask(&gateway, &unicast, half).unwrap());
     assert_eq!(ack.kind, DhcpMessageType::Ack);
-    // Somebody else's address.
+    // The address is another client's.
     let theirs = Dhcp::new(DhcpMessageType::Request, BOB).from(host(2));
     assert!(dhcp(&gateway, &theirs, half).is_none());
 }
@@ -345,12 +347,12 @@ fn an_exhausted_pool_is_silent_and_reuses_what_was_free_longest() {
     }
     assert_eq!(lease(&gateway, mac(3), NOW), None);
     assert_eq!(gateway.dhcp().stats().exhausted, 1);
-    // One runs out: the newcomer has it, and its old owner none.
+    // One lease runs out: the newcomer gets the address, and its old owner gets none.
     let at = NOW + Duration::from_secs(HOUR);
     assert_eq!(lease(&gateway, mac(3), at), Some(host(2)));
     assert_eq!(lease(&gateway, mac(0), at), None);
     assert_eq!(gateway.dhcp().leases(at).len(), 3);
-    // A released one is free at once.
+    // A released address is free at once.
     let release = Dhcp::new(DhcpMessageType::Release, mac(2)).from(host(4));
     assert!(dhcp(&gateway, &release, at).is_none());
     assert_eq!(lease(&gateway, mac(0), at), Some(host(4)));
@@ -362,7 +364,7 @@ fn nobody_speaks_for_another() {
     lease(&gateway, ALICE, NOW).unwrap();
     for kind in [DhcpMessageType::Release, DhcpMessageType::Decline] {
         let mut frame = Dhcp::new(kind, ALICE).from(host(2)).requested(host(2)).frame();
-        frame[6..12].copy_from_slice(BOB.as_bytes()); // bob sends it
+        frame[6..12].copy_from_slice(BOB.as_bytes()); // Bob sends it
         assert_eq!(ask(&gateway, &frame, NOW), None);
     }
     assert!(gateway.dhcp().lease_of(ALICE, NOW).is_some());
@@ -373,7 +375,7 @@ fn nobody_speaks_for_another() {
 fn a_client_identifier_of_any_kind_is_accepted() {
     let gateway = gateway();
     let mut frame = Dhcp::discover(ALICE).frame();
-    // Option 61 follows the message type: make its hardware type 255, as a DUID has.
+    // Option 61 follows the message type. Its hardware type becomes 255, which a DUID has.
     let at = 14 + 28 + 240 + 3;
     assert_eq!(frame[at..at + 3], [61, 7, 1]);
     frame[at + 2] = 255;
@@ -403,7 +405,7 @@ fn a_reserved_address_is_kept_for_its_client() {
     assert!(ask(Dhcp::new(DhcpMessageType::Release, ALICE).from(host(2)), NOW).is_none());
     assert!(server.leases(NOW).is_empty());
     assert_eq!(ask(Dhcp::discover(mac(1)).requested(host(2)), NOW).unwrap().address, host(4));
-    // Bob had an offer of another address; a reservation moves him.
+    // Bob had an offer of another address. The reservation gives him this one instead.
     server.reserve(BOB, host(50), NOW).unwrap();
     assert_eq!(ask(Dhcp::discover(BOB), NOW).unwrap().address, host(50));
     assert_eq!(ask(Dhcp::discover(mac(2)), NOW).unwrap().address, host(3));
@@ -411,7 +413,7 @@ fn a_reserved_address_is_kept_for_its_client() {
     assert_eq!((offers, acks, releases), (5, 1, 1));
 }
 
-/// A wide range does not mean unbounded memory: the server stops at 65,536 clients.
+/// A wide range does not use unbounded memory: the server stops at 65,536 clients.
 #[test]
 fn a_flood_of_clients_ends_at_the_pool() {
     let server = DhcpServer::new(DhcpConfig {
@@ -485,7 +487,8 @@ impl<'a> Device for Wire<'a> {
     }
 }
 
-/// Somebody else's DHCP client agrees with us, from the first message to the renewal.
+/// An independent DHCP client, smoltcp's, works with the server from the first message to the
+/// renewal.
 #[test]
 fn smoltcps_own_client_gets_and_renews_a_lease() {
     let gateway = gateway();

@@ -1,5 +1,5 @@
-//! Frames no honest guest sends: nothing panics, nothing exceeds its limits, and an honest guest
-//! is served afterwards.
+//! Tests with frames that no honest guest sends. Nothing panics, nothing exceeds its limits, and an
+//! honest guest is served afterwards.
 #![cfg(not(loom))]
 
 mod common;
@@ -38,7 +38,7 @@ fn valid_frames(network: &Network<Buffer>, mac: MacAddr6) -> Vec<Vec<u8>> {
     frames
 }
 
-/// Makes the checksums right again, so that a mutation gets past them.
+/// Recomputes the checksums, so that a mutated frame passes these checks.
 fn repair(frame: &mut [u8]) {
     let Some(packet) = frame.get_mut(14..) else { return };
     if packet.len() < 20 || packet[0] != 0x45 {
@@ -65,7 +65,7 @@ fn check(network: &Network<Buffer>, guest: &mut Guest, frame: &[u8]) {
         assert!((14..=reply.len()).contains(&len));
         assert_eq!(EthernetFrame::new_unchecked(&reply).src_addr(), eth(network.gateway().mac()));
     }
-    // A reply never outgrows the room it is given.
+    // A reply never exceeds the buffer it is given.
     for room in [0, 13, 14, 60, 300] {
         if let Some(len) = network.gateway().handle(frame, &mut reply[..room], Duration::ZERO) {
             assert!(len <= room);
@@ -93,7 +93,7 @@ proptest! {
     #[test]
     fn random_bytes_do_no_harm(
         frames in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..1600), 1..20),
-        // Most random frames go nowhere near the gateway: help some along.
+        // Most random frames do not reach the gateway, so some of them get its address.
         helped in any::<bool>(),
     ) {
         let network = Network::<Buffer>::new(NetworkConfig::default()).unwrap();

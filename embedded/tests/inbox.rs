@@ -1,4 +1,4 @@
-//! The inbox against a plain model, and under threads.
+//! Tests of the inbox: random operations against a plain model, and several threads.
 #![cfg(not(loom))]
 
 use std::collections::VecDeque;
@@ -33,13 +33,13 @@ fn open(depth: u32, overflow: u32, start: u32) -> (Arc<Inbox<Buffer>>, Collector
     (inbox, collector)
 }
 
-/// What an inbox is, in plain words.
+/// A model of an inbox in plain collections.
 struct Model {
     depth: usize,
     overflow: usize,
-    /// Buffers without a packet, by number.
+    /// The numbers of the buffers without a packet.
     free: VecDeque<u32>,
-    /// Buffers with one.
+    /// The buffers with a packet.
     filled: VecDeque<(u32, Vec<u8>)>,
     waiting: VecDeque<Vec<u8>>,
     closed: bool,
@@ -77,7 +77,7 @@ impl Model {
 enum Step {
     Post,
     Deliver(Vec<u8>),
-    /// Several short frames in one claim, then one by one.
+    /// Delivers several short frames by one claim, and the rest one by one.
     DeliverAll(Vec<u8>),
     Collect,
     Recall,
@@ -86,7 +86,7 @@ enum Step {
     Arm,
     Close,
     Reopen,
-    /// Drop the receiving half and open a new one.
+    /// Drops the receiving half and opens a new one.
     Replace,
 }
 
@@ -108,8 +108,8 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Every buffer is in one place and comes back once; every packet comes out once, whole, in
-    /// order, in the oldest buffer; across the wrap of the indices.
+    /// Every buffer is in one place and comes back once. Every packet comes out once, complete, in
+    /// order and in the oldest buffer. The indices wrap in some of the cases.
     #[test]
     fn behaves_like_a_plain_queue(
         depth in 0u32..3,
@@ -175,7 +175,8 @@ proptest! {
                     let count = collector.recall(|buffer| back.push(buffer.number));
                     prop_assert_eq!(count, back.len());
                     prop_assert_eq!(back, model.free.drain(..).collect::<Vec<_>>());
-                    // Recalled cells are free again once the packets before them are collected.
+                    // Recalled cells are free again when the packets before them have been
+                    // collected.
                     while let Some((number, frame)) = model.filled.pop_front() {
                         let packet = collector.collect().unwrap();
                         prop_assert_eq!(packet.buffer.number, number);
@@ -257,8 +258,8 @@ fn discard_gives_back_every_buffer_and_counts_every_packet() {
     assert_eq!(collector.collect().unwrap().buffer.bytes[0], 9);
 }
 
-/// A buffer that has another answer each time it is asked for its room harms itself only. It is asked
-/// when it is posted, and again when a choice among the posted ones may have changed it.
+/// A buffer whose `as_mut` returns other bytes each time harms itself only. The inbox calls it when
+/// the buffer is posted, and again when `recall_if` may have changed the buffer.
 #[test]
 fn a_buffer_that_misbehaves_harms_nobody_else() {
     struct Odd {
@@ -287,12 +288,12 @@ fn a_buffer_that_misbehaves_harms_nobody_else() {
     for _ in 0..2 {
         assert_eq!(inbox.deliver(&[2; 8]), Delivery::Direct);
         let packet = collector.collect().unwrap();
-        assert_eq!((packet.len, packet.buffer.bytes), (0, [0; 8]), "it has no room any more");
+        assert_eq!((packet.len, packet.buffer.bytes), (0, [0; 8]), "it has no space any more");
     }
     collector.close();
 }
 
-/// A choice that reallocates a buffer, or moves its neighbours, leaves no sender with the old room.
+/// If `recall_if` reallocates a buffer or moves its neighbours, no sender writes to the old bytes.
 #[test]
 fn a_choice_may_change_the_buffers() {
     let inbox = Arc::new(Inbox::<Vec<u8>>::new(4, 0, 8));
@@ -315,8 +316,8 @@ fn a_choice_may_change_the_buffers() {
     assert_eq!(collector.posted(), 1);
 }
 
-/// Buffers that were staged and not shown come back like the others, and no sender finds a place where
-/// they were.
+/// Buffers that were staged and not published come back like the others, and no sender claims their
+/// cells.
 #[test]
 fn staged_buffers_are_taken_back_too() {
     for all in [true, false] {
@@ -340,15 +341,15 @@ fn staged_buffers_are_taken_back_too() {
     }
 }
 
-/// Buffers are claimed for several frames at once: as many as are posted, in order with what is
-/// delivered one by one; none of a closed inbox, nor while frames wait in the overflow ring. What a
-/// claim leaves unfilled does not stop the receiver.
+/// A claim takes buffers for several frames at once: as many as are posted, in order with the
+/// frames that are delivered one by one. It takes none if the inbox is closed, or while frames wait
+/// in the overflow ring. Buffers that a claim leaves unfilled do not stop the receiver.
 #[test]
 fn a_claim_fills_several_buffers() {
     let (inbox, mut collector) = open(4, 1, u32::MAX - 1);
     assert!(inbox.claim(3).is_none(), "nothing is posted");
     (0..4).for_each(|number| collector.stage(buffer(number)).unwrap());
-    assert!(inbox.claim(3).is_none(), "nothing is shown");
+    assert!(inbox.claim(3).is_none(), "nothing is published");
     collector.publish();
     assert!(inbox.claim(0).is_none());
     let mut claim = inbox.claim(3).unwrap();
@@ -380,8 +381,8 @@ fn a_claim_fills_several_buffers() {
     assert!(inbox.claim(1).is_none(), "closed");
 }
 
-/// A choice that panics half-way leaves the inbox as it should be: what was taken back is gone, the
-/// rest is posted, and no sender waits for ever.
+/// If a `recall_if` panics half-way, the inbox stays valid: the buffers that were taken back are
+/// gone, the others are posted, and no sender waits for ever.
 #[test]
 fn a_panic_while_choosing_leaves_the_others_posted() {
     let (inbox, mut collector) = open(8, 0, u32::MAX - 2);
@@ -403,8 +404,9 @@ fn a_panic_while_choosing_leaves_the_others_posted() {
     assert_eq!(inbox.deliver(&[7]), Delivery::Dropped(Refused::NoBuffer));
 }
 
-/// Buffers that are not meant stay within the senders' reach: with more posted than ever come at a
-/// time and no overflow ring, none is dropped, whether anything is taken back or not.
+/// A `recall_if` keeps the other buffers within the senders' reach. More buffers are posted than
+/// frames ever come at a time, and there is no overflow ring: no frame is dropped, whether any
+/// buffer is taken back or not.
 #[test]
 fn taking_back_some_buffers_drops_no_frame_that_the_others_suffice_for() {
     let frames: u32 = if cfg!(debug_assertions) { 5_000 } else { 50_000 };
@@ -417,7 +419,7 @@ fn taking_back_some_buffers_drops_no_frame_that_the_others_suffice_for() {
             std::thread::spawn(move || {
                 for number in 0..frames {
                     assert_eq!(inbox.deliver(&number.to_le_bytes()), Delivery::Direct);
-                    // At most 16 are ahead of the receiver.
+                    // The sender is at most 16 frames ahead of the receiver.
                     while (2 * number).saturating_sub(collected.load(Ordering::Acquire)) > 16 {
                         std::thread::yield_now();
                     }
@@ -430,7 +432,7 @@ fn taking_back_some_buffers_drops_no_frame_that_the_others_suffice_for() {
     while seen < 2 * frames {
         round += 1;
         let mut back = Vec::new();
-        // Nobody's number, or that of one of the last ones posted.
+        // The number of no buffer, or of one of the last that were posted.
         let target = if round % 2 == 0 { u32::MAX } else { round % 48 };
         collector.recall_if(|buffer| buffer.number == target, |buffer| back.push(buffer));
         while let Some(packet) = collector.collect() {
@@ -447,8 +449,9 @@ fn taking_back_some_buffers_drops_no_frame_that_the_others_suffice_for() {
     assert_eq!(collector.posted(), 48);
 }
 
-/// Three senders, one receiver that posts, recalls, sleeps and wakes: every frame that was taken
-/// arrives once, whole, and in its sender's order; every buffer comes back; nobody hangs.
+/// Three senders deliver to one receiver that posts, recalls, sleeps and wakes. Every accepted
+/// frame arrives once, complete, and in its sender's order. Every buffer comes back, and no thread
+/// hangs.
 #[test]
 fn many_senders_under_threads_lose_nothing() {
     const SENDERS: u32 = 3;
@@ -497,7 +500,7 @@ fn many_senders_under_threads_lose_nothing() {
             }
             while let Some(buffer) = spare.pop() {
                 if let Err(buffer) = collector.post(buffer) {
-                    spare.push(buffer); // recalled cells wait for a packet before them
+                    spare.push(buffer); // recalled cells wait for the packets before them
                     break;
                 }
             }
@@ -538,7 +541,8 @@ fn many_senders_under_threads_lose_nothing() {
     }
 }
 
-/// Close while senders run: afterwards each buffer is back and nobody writes to it.
+/// The receiver closes while senders run. Afterwards it gets each buffer back, and no sender writes
+/// to it.
 #[test]
 fn close_under_threads_gets_every_buffer_back_untouched() {
     let inbox = Arc::new(Inbox::new(8, 8, MAX_FRAME));

@@ -1,5 +1,5 @@
-//! Model checking of the inbox: every interleaving (within a preemption bound) of the claims of
-//! senders with each other and with close, recall, overflow and sleep.
+//! Model checking of the inbox. Loom tries every interleaving, within a preemption bound, of the
+//! claims of senders with each other and with close, recall, overflow and sleep.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p vmring-embedded --test loom`
 //!
@@ -45,7 +45,7 @@ fn check(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// Collects until `count` packets are there, posting a fresh buffer whenever `post` allows.
+/// Collects until it has `count` packets, and returns their bytes.
 fn collect(collector: &mut Collector<Buffer>, count: usize) -> Vec<[u8; 2]> {
     let mut seen = Vec::new();
     while seen.len() < count {
@@ -108,7 +108,7 @@ fn after_close_no_sender_touches_a_buffer_and_each_comes_back_once() {
         }
         collector.recall(|buffer| back.push(buffer));
         assert_eq!(collector.posted(), 0);
-        // Loom would report a sender that still writes here.
+        // Loom reports a sender that still writes here.
         back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
         let mut numbers: Vec<_> = back.iter().map(|buffer| buffer.number).collect();
         numbers.sort_unstable();
@@ -141,7 +141,7 @@ fn a_reopened_inbox_serves_its_new_owner_though_an_old_sender_is_late() {
         let late = late.join().unwrap();
         let got = collector.collect();
         if let Some(packet) = &got {
-            // The late frame came in time for the new owner: as a packet of its own, whole.
+            // The late frame came in time for the new owner, who gets it as a complete packet.
             assert_eq!((packet.buffer.number, packet.buffer.bytes), (1, [7, 7]));
             assert!(matches!(late, Delivery::Direct | Delivery::Overflow));
         }
@@ -163,10 +163,10 @@ fn a_recall_takes_back_each_unclaimed_buffer_and_drops_no_packet() {
         };
         let mut back = Vec::new();
         collector.recall(|buffer| back.push(buffer));
-        // Loom would report a sender that still writes here.
+        // Loom reports a sender that still writes here.
         back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
         if back.len() == 2 {
-            // Whatever the sender does now, it needs a new buffer.
+            // Whatever the sender does from now on, it needs a new buffer.
             collector.post(buffer(2)).unwrap();
         }
         let packet = loop {
@@ -183,8 +183,8 @@ fn a_recall_takes_back_each_unclaimed_buffer_and_drops_no_packet() {
     });
 }
 
-/// One sender, three buffers, no overflow ring: whichever one is taken back, and whatever the sender
-/// has claimed by then, its frames find the others, in order.
+/// One sender, three buffers, no overflow ring. Whichever buffer is taken back, and whatever the
+/// sender has claimed by that time, its frames get the other buffers, in order.
 fn recall_one(target: u8) {
     check(move || {
         let (inbox, mut collector) = open(4, 0);
@@ -201,7 +201,7 @@ fn recall_one(target: u8) {
         };
         let mut back = Vec::new();
         collector.recall_if(|buffer| buffer.number == target, |buffer| back.push(buffer));
-        // Loom would report a sender that still writes here.
+        // Loom reports a sender that still writes here.
         back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
         assert!(back.iter().all(|buffer| buffer.number == target));
         let mut left: Vec<_> = (0..3).filter(|n| back.is_empty() || *n != target).collect();
@@ -235,7 +235,8 @@ fn recalling_what_is_not_there_leaves_all_to_the_sender() {
     recall_one(7);
 }
 
-/// Choosing while frames wait in the overflow ring: the sender pushes on, or finds a buffer.
+/// A `recall_if` runs while frames wait in the overflow ring. The sender pushes more, or finds a
+/// buffer.
 #[test]
 fn recalling_one_in_overflow_loses_nothing_and_keeps_the_order() {
     check(|| {
@@ -304,8 +305,8 @@ fn two_senders_share_the_overflow_ring() {
     });
 }
 
-/// The receiver sleeps only if the sender's ring will wake it. `overflow` makes the frame take the
-/// other way.
+/// The receiver sleeps only if the sender's ring will wake it. With `first_in_overflow` the frame
+/// goes through the overflow ring.
 fn sleep_against_ring(first_in_overflow: bool) {
     check(move || {
         let inbox = Arc::new(Inbox::starting_at(2, 2, 2, u32::MAX));
@@ -343,7 +344,7 @@ fn sleep_against_ring(first_in_overflow: bool) {
                 break;
             }
             if collector.arm() {
-                // Asleep: once the sender is done it must have called.
+                // The receiver sleeps. When the sender has ended, it must have called the callback.
                 while !done.load(Ordering::Acquire) {
                     thread::yield_now();
                 }
@@ -393,7 +394,8 @@ fn claims_of_several_buffers_share_the_inbox_with_single_ones() {
     });
 }
 
-/// A close waits for a whole claim; what was claimed before it arrives, what comes later is refused.
+/// A close waits for a whole claim. Frames that were claimed before it arrive, later ones are
+/// refused.
 #[test]
 fn a_close_waits_for_all_buffers_of_a_claim() {
     check(|| {
@@ -418,7 +420,7 @@ fn a_close_waits_for_all_buffers_of_a_claim() {
             back.push(packet.buffer);
         }
         collector.recall(|buffer| back.push(buffer));
-        // Loom would report a sender that still writes here.
+        // Loom reports a sender that still writes here.
         back.iter_mut().for_each(|buffer| buffer.bytes = [9, 9]);
         assert_eq!(back.len(), 2);
         assert_eq!(sender.join().unwrap(), packets);

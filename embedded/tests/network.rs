@@ -1,4 +1,4 @@
-//! The switch: who gets which frame, and who does not.
+//! Tests of the switch: which port gets which frame, and which does not.
 #![cfg(not(loom))]
 
 mod common;
@@ -25,7 +25,7 @@ fn network() -> Arc<Network<Buffer>> {
     Network::new(NetworkConfig::default()).unwrap()
 }
 
-/// A network whose clock the test moves.
+/// A network, and the clock by which the test moves its time.
 fn timed(config: NetworkConfig) -> (Arc<Network<Buffer>>, Arc<ManualClock>) {
     struct Shared(Arc<ManualClock>);
     impl Clock for Shared {
@@ -86,7 +86,7 @@ fn a_learned_address_is_known_moves_and_ages() {
         (sent, got)
     };
     assert_eq!(ask(&mut guests), (Sent::Flooded { reached: 2 }, vec![0, 1, 1]));
-    // It is behind guest 1, then behind guest 2.
+    // The address is behind guest 1 first, and behind guest 2 later.
     guests[1].ask(&from_stranger);
     guests[0].receive();
     assert_eq!(ask(&mut guests), (Sent::Forwarded, vec![0, 1, 0]));
@@ -103,8 +103,8 @@ fn a_learned_address_is_known_moves_and_ages() {
     assert_eq!(guests[0].sender.send(&to_guest), Sent::Forwarded);
 }
 
-/// A run goes where single frames would go, if that is one other port, and is counted like them; in all
-/// other cases there is none.
+/// A run goes where single frames would go, if that is one other port, and is counted like them. In
+/// all other cases `run` returns `None`.
 #[test]
 fn a_run_goes_to_one_port_and_to_no_other() {
     let network = network();
@@ -119,7 +119,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     let mut run = guests[0].sender.run(addresses(to, own), 3).unwrap();
     assert_eq!(run.left(), 3);
     frames.iter().for_each(|frame| assert!(run.put(frame)));
-    assert!(!run.put(&frames[0]), "it has three");
+    assert!(!run.put(&frames[0]), "the run has three frames");
     drop(run);
     guests[0].sender.flush();
     assert_eq!(guests[1].receive(), frames);
@@ -127,7 +127,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     let stats = guests[0].sender.stats();
     assert_eq!((stats.sent_packets, stats.sent_bytes), (3, 3 * frames[0].len() as u64));
 
-    // A second address of its own is learned, as from a single frame.
+    // The run's second source address is learned, like that of a single frame.
     assert!(guests[0].sender.run(addresses(to, STRANGER), 1).unwrap().put(&frames[0]));
     assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
 
@@ -190,7 +190,7 @@ fn bad_frames_are_dropped_and_counted_by_reason() {
     let stats = guest.sender.stats();
     assert_eq!((stats.dropped_runt, stats.dropped_too_big, stats.dropped_bad_source), (2, 1, 5));
     assert_eq!((stats.drops(), stats.sent_packets), (8, 0));
-    // The largest frame passes, whole.
+    // The largest frame arrives complete.
     let mut frame = vec![7; 1514];
     frame[..14].copy_from_slice(&data(other.mac, guest.mac, b"")[..14]);
     guest.ask(&frame);
@@ -216,7 +216,7 @@ fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
     assert_eq!(open.sender.send(&all), Sent::Flooded { reached: 0 });
     hermit.sender.flush();
     open.sender.flush();
-    // Its broadcasts reach the gateway, whose answer reaches it alone.
+    // Its broadcasts reach the gateway, and the gateway's answer reaches no other port.
     let arp = arp_request(hermit.mac, Ipv4Addr::new(192, 168, 64, 9), SHARED);
     assert_eq!(hermit.sender.send(&arp), Sent::Gateway);
     hermit.sender.flush();
@@ -226,8 +226,8 @@ fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
     assert_eq!(open.sender.stats().dropped_isolated, 2);
 }
 
-/// 00:00:00:00:00:00 can be nobody's address, so a frame to it goes where one to any unknown address
-/// goes: never to an isolated port, also not to the one that joined first.
+/// No interface can have the address 00:00:00:00:00:00, so a frame to it goes where a frame to any
+/// unknown address goes. It never goes to an isolated port, not even to the one that joined first.
 #[test]
 fn a_frame_to_the_address_zero_is_one_to_a_stranger() {
     let network = network();
@@ -262,7 +262,7 @@ fn guests_get_addresses_and_ping_the_gateway_and_only_the_asker_hears_it() {
         let replies = alice.ask(&Dhcp { broadcast: true, ..request }.frame());
         let ack = dhcp_reply(&replies[0]);
         assert_eq!((ack.kind, ack.lease), (DhcpMessageType::Ack, Some(600)));
-        assert_eq!(bob.receive().len(), 2, "the questions, not the answers");
+        assert_eq!(bob.receive().len(), 2, "only the requests, not the replies");
         let lease = network.lease_of(alice.mac).unwrap();
         assert_eq!(lease.address, ack.address);
         assert_eq!(network.leases(), [lease]);
@@ -283,7 +283,7 @@ fn the_mac_follows_from_the_identity() {
         assert!(mac.is_unicast() && mac.is_local());
         assert!(seen.insert(mac), "{mac} twice");
     }
-    // Fixed for ever: a guest keeps its address when the program is updated.
+    // These values must never change: a guest keeps its address when the program is updated.
     assert_eq!(mac_of_interface([0; 16]).to_string(), "F6:DB:F7:03:08:57");
     assert_eq!(mac_of_interface([0xff; 16]).to_string(), "2A:15:F4:FC:49:F1");
     assert_eq!(network.gateway().mac().to_string(), "12:BE:4E:19:5E:CC");
@@ -310,8 +310,9 @@ fn a_mac_is_used_once_and_must_be_one() {
     assert!(network.join(config(1)).is_ok(), "free again");
 }
 
-/// A thousand ports join and forward; the next is refused; the cost of a unicast frame is that of
-/// a small network (within a factor that only a search over the ports would exceed).
+/// As many ports as a network can have join and forward, and the next is refused. A unicast frame
+/// costs what it costs on a small network, within a factor that only a search over the ports would
+/// exceed.
 #[test]
 fn a_thousand_ports_join_and_forward() {
     let config = NetworkConfig { inbox_depth: 8, ..NetworkConfig::default() };
@@ -366,7 +367,8 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     assert_eq!((stats.missed_no_buffer, stats.drops()), (8, 8));
     assert_eq!(sender.sender.stats().dropped_no_receiver, 8);
     assert_eq!(sender.sender.stats().drops(), 0, "counted once");
-    // Closed: refused, but what had come is still there, and its own sending works.
+    // The receiver is closed: frames are refused, but earlier packets are still there, and its port
+    // can still send.
     assert_eq!(sender.sender.send(&frame), Sent::Forwarded);
     slow.receiver.close();
     assert_eq!(sender.sender.send(&frame), Sent::Dropped(DropReason::Closed));
@@ -381,7 +383,7 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     slow.post(1);
     assert_eq!(sender.sender.send(&frame), Sent::Forwarded);
     assert_eq!(slow.receive().len(), 1);
-    // The receiver goes, the sender stays, and the port with it.
+    // The receiver is dropped and the sender stays, so the port stays.
     let monitor = slow.receiver.monitor();
     let Guest { receiver, sender: mut slow_sender, mac, .. } = slow;
     drop(receiver);
@@ -391,7 +393,7 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     assert_eq!(monitor.stats().unwrap().missed_closed, 2);
     drop(slow_sender);
     assert_eq!((network.ports(), monitor.stats()), (1, None));
-    // Gone: its address is unknown again.
+    // The port has left, so its address is unknown again.
     assert_eq!(sender.sender.send(&frame), Sent::Flooded { reached: 0 });
 }
 
@@ -446,15 +448,14 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     drop(second);
     assert_eq!(wakes(&sleeper), 2);
     assert!(!sleeper.receiver.disarm());
-    // A reply of the gateway wakes the asker itself.
+    // A reply of the gateway wakes the port that asked.
     assert!(sender.receiver.arm());
     sender.sender.send(&arp_request(sender.mac, Ipv4Addr::new(192, 168, 64, 9), SHARED));
     sender.sender.flush();
     assert_eq!(wakes(&sender), 1);
 }
 
-/// Two guests on two threads, with real sleeping: every packet arrives, in order, and every sleep
-/// ends.
+/// Two guests on two threads really sleep. Every packet arrives, in order, and every sleep ends.
 #[test]
 fn two_threads_exchange_packets_and_sleep_between() {
     let packets: u32 = if cfg!(debug_assertions) { 20_000 } else { 200_000 };
@@ -476,7 +477,7 @@ fn two_threads_exchange_packets_and_sleep_between() {
             while network.ports() < 2 {
                 std::thread::yield_now();
             }
-            // Side 0 sends; side 1 sends back what it gets; at most 32 are under way.
+            // Side 0 sends, and side 1 sends back what it gets. At most 32 packets are under way.
             let (mut sent, mut got) = (0u32, 0u32);
             let mut frame = data(macs[1 - side], macs[side], &[0; 500]);
             while got < packets && !stop.load(Ordering::Relaxed) {
@@ -496,14 +497,14 @@ fn two_threads_exchange_packets_and_sleep_between() {
                     receiver.post(buffer).unwrap();
                 }
                 sender.flush();
-                // With nothing under way nobody would wake us.
+                // If no packet is under way, no thread wakes us.
                 if got < packets && (side == 1 || sent > got) && receiver.arm() {
                     std::thread::park_timeout(Duration::from_secs(20));
                     receiver.disarm();
                 }
             }
             tell.send((side, got)).unwrap();
-            // Stay until both are done, so that no packet finds its port gone.
+            // Each thread stays until both have ended, so that every packet finds its port.
             while !stop.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -580,7 +581,7 @@ fn a_named_network_lives_as_long_as_somebody_holds_it() {
     let conflict = OpenError::Conflict { name: "a".into(), existing: Box::new(shared.clone()) };
     assert_eq!(NETWORKS.open("a", &host).unwrap_err(), conflict);
     assert_eq!(conflict.to_string(), "the network \"a\" already exists with another configuration");
-    // A port holds it; its lease with it.
+    // A port keeps the network alive, and with it the lease.
     let mut guest = Guest::join(&first, 1);
     guest.ask(&Dhcp::discover(guest.mac).frame());
     drop((first, again));
@@ -649,7 +650,8 @@ fn the_largest_mtu_works_end_to_end() {
     assert_eq!(alice.ask(&request)[0].len(), 65_535);
 }
 
-/// A hostile guest makes up addresses; the others still reach each other, and nobody else hears.
+/// A hostile guest makes up addresses. The others still reach each other, and no third guest gets
+/// their frames.
 #[test]
 fn a_flood_of_made_up_sources_does_not_turn_the_switch_into_a_hub() {
     let network = network();

@@ -1,5 +1,5 @@
-//! Forwarding allocates nothing: direct, through overflow, flooded, dropped, or answered by the
-//! gateway.
+//! Forwarding allocates nothing, whether a frame is delivered directly or through the overflow
+//! ring, flooded, dropped, or answered by the gateway.
 #![cfg(not(loom))]
 
 mod common;
@@ -18,16 +18,18 @@ thread_local! {
 
 struct Counting;
 
-// SAFETY: passes everything on to the system's allocator, unchanged.
+// SAFETY: both functions pass their arguments to `System` unchanged and return what it returns, so
+// the contract of `GlobalAlloc` is kept by `System`.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
+        // SAFETY: the caller keeps the contract of `alloc`, and that of `System` is the same.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the pointer came from `alloc`, which had it from `System`.
+        // SAFETY: the caller got the pointer from `alloc` with this layout, and `alloc` got it from
+        // `System`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -58,7 +60,8 @@ fn forwarding_allocates_nothing() {
     let before = ALLOCATIONS.get();
     for _ in 0..1000 {
         for frame in &frames {
-            alice.sender.send(frame); // of 9 frames, 5 reach bob, who has 8 buffers and 16 cells
+            // 5 of the 9 frames reach bob, who has 8 buffers and 16 overflow cells.
+            alice.sender.send(frame);
         }
         alice.sender.flush();
         for guest in [&mut alice, &mut bob] {

@@ -25,7 +25,7 @@ pub struct Guest {
     pub wakes: Arc<AtomicUsize>,
 }
 
-/// What a guest asks for by default.
+/// The default settings of a guest.
 pub fn config(id: u64) -> PortConfig {
     let mut interface_id = [0; 16];
     interface_id[..8].copy_from_slice(&id.to_le_bytes());
@@ -62,7 +62,7 @@ impl Guest {
         }
     }
 
-    /// Everything that has arrived; the buffers are posted again.
+    /// Returns all packets that have arrived, and posts their buffers again.
     pub fn receive(&mut self) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         while let Some((buffer, len)) = self.receiver.collect() {
@@ -154,7 +154,7 @@ pub fn ping(
     ethernet(eth(to), eth(from), EthernetProtocol::Ipv4, &packet)
 }
 
-/// A DHCP message as a client writes it.
+/// A DHCP message of a client.
 #[derive(Clone)]
 pub struct Dhcp {
     pub kind: DhcpMessageType,
@@ -175,7 +175,7 @@ impl Dhcp {
         Self::new(DhcpMessageType::Discover, mac)
     }
 
-    /// A request that takes an offer.
+    /// A request that accepts an offer.
     pub fn select(mac: MacAddr6, address: Ipv4Addr, server: Ipv4Addr) -> Self {
         let request = Self::new(DhcpMessageType::Request, mac);
         Self { requested: Some(address), server: Some(server), ..request }
@@ -185,7 +185,7 @@ impl Dhcp {
         Self { requested: Some(address), ..self }
     }
 
-    /// As a client that has an address.
+    /// Makes it the message of a client that has an address.
     pub fn from(self, source: Ipv4Addr) -> Self {
         Self { source, ..self }
     }
@@ -223,7 +223,7 @@ impl Dhcp {
     }
 }
 
-/// A DHCP reply as a client reads it; every length and checksum is verified.
+/// A DHCP reply, parsed as a client does. Every length and checksum is verified.
 #[derive(Debug)]
 pub struct DhcpReply {
     pub kind: DhcpMessageType,
