@@ -311,7 +311,7 @@ fn renewing_and_rebinding_extend_the_lease() {
 }
 
 #[test]
-fn a_declined_address_is_put_aside() {
+fn a_declined_address_is_not_given_out() {
     let gateway = gateway();
     lease(&gateway, ALICE, NOW).unwrap();
     let decline = Dhcp::new(DhcpMessageType::Decline, ALICE).requested(host(2));
@@ -338,7 +338,7 @@ fn inform_is_answered_without_a_lease() {
 }
 
 #[test]
-fn an_exhausted_pool_is_silent_and_reuses_what_was_free_longest() {
+fn an_exhausted_range_gets_no_reply_and_reuses_what_was_free_longest() {
     let config = DhcpConfig { last: host(4), ..dhcp_config() };
     let gateway = Gateway::new(config);
     for number in 0..3 {
@@ -359,7 +359,7 @@ fn an_exhausted_pool_is_silent_and_reuses_what_was_free_longest() {
 }
 
 #[test]
-fn nobody_speaks_for_another() {
+fn no_client_speaks_for_another() {
     let gateway = gateway();
     lease(&gateway, ALICE, NOW).unwrap();
     for kind in [DhcpMessageType::Release, DhcpMessageType::Decline] {
@@ -415,7 +415,7 @@ fn a_reserved_address_is_kept_for_its_client() {
 
 /// A wide range does not use unbounded memory: the server stops at 65,536 clients.
 #[test]
-fn a_flood_of_clients_ends_at_the_pool() {
+fn a_flood_of_clients_ends_at_the_most_leases() {
     let server = DhcpServer::new(DhcpConfig {
         server: Ipv4Addr::new(10, 0, 0, 1),
         first: Ipv4Addr::new(10, 0, 0, 2),

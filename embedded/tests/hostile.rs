@@ -66,9 +66,9 @@ fn check(network: &Network<Buffer>, guest: &mut Guest, frame: &[u8]) {
         assert_eq!(EthernetFrame::new_unchecked(&reply).src_addr(), eth(network.gateway().mac()));
     }
     // A reply never exceeds the buffer it is given.
-    for room in [0, 13, 14, 60, 300] {
-        if let Some(len) = network.gateway().handle(frame, &mut reply[..room], Duration::ZERO) {
-            assert!(len <= room);
+    for space in [0, 13, 14, 60, 300] {
+        if let Some(len) = network.gateway().handle(frame, &mut reply[..space], Duration::ZERO) {
+            assert!(len <= space);
         }
     }
     let sent = guest.sender.send(frame);

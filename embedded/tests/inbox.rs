@@ -232,7 +232,7 @@ proptest! {
 }
 
 #[test]
-fn a_buffer_that_is_too_small_comes_straight_back() {
+fn a_buffer_that_is_too_small_is_returned_at_once() {
     let (_inbox, mut collector) = open(4, 0, 0);
     let small = Buffer { number: 7, bytes: vec![0; MAX_FRAME - 1] };
     assert_eq!(collector.post(small).unwrap_err().number, 7);

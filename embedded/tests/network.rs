@@ -594,7 +594,7 @@ fn a_named_network_lives_as_long_as_somebody_holds_it() {
 }
 
 #[test]
-fn impossible_configurations_are_refused_with_a_sentence() {
+fn invalid_configurations_are_refused_with_a_sentence() {
     let address = |text: &str| text.parse::<Ipv4Addr>().unwrap();
     let refused = |gateway, end, mask| {
         let range =
