@@ -1,10 +1,10 @@
-//! Which name is there since which macOS.
+//! The version of macOS that introduced each name.
 
 use std::ffi::CStr;
 
 use crate::objects::violation;
 
-/// What came after macOS 11, and with which version.
+/// The names that are newer than macOS 11, with the version that introduced each.
 pub(crate) static SINCE: &[(&CStr, (u32, u32))] = &[
     (c"vmnet_enable_checksum_offload_key", (12, 0)),
     (c"vmnet_read_max_packets_key", (15, 0)),
@@ -35,12 +35,13 @@ pub(crate) static SINCE: &[(&CStr, (u32, u32))] = &[
     (c"CFRelease", (10, 10)),
 ];
 
-/// The version of macOS that has a name, if not all have it.
+/// The version of macOS that introduced `name`, or `None` if all versions have it.
 pub(crate) fn since(name: &CStr) -> Option<(u32, u32)> {
     SINCE.iter().find(|(known, _)| *known == name).map(|(_, since)| *since)
 }
 
-/// On a macOS that lacks a name whoever refers to it does not even start.
+/// Aborts if this version of macOS does not have `name`: a program that links to a missing name
+/// does not even start.
 pub(crate) fn require(here: (u32, u32), name: &CStr) {
     if let Some(since) = since(name).filter(|since| *since > here) {
         violation(&format!(
@@ -54,7 +55,7 @@ pub(crate) fn require(here: (u32, u32), name: &CStr) {
     }
 }
 
-/// As [`require`], for the key of that name.
+/// Like [`require`], for the variable of the key with this name.
 pub(crate) fn require_key(here: (u32, u32), name: &str) {
     let variable = std::ffi::CString::new(format!("vmnet_{name}_key")).expect("a key's name");
     require(here, &variable);

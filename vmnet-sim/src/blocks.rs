@@ -1,5 +1,5 @@
-//! A Blocks runtime: the four functions and the two classes that compiled blocks refer to, on the
-//! layout of Clang's "Block Implementation Specification".
+//! A Blocks runtime: the four functions and the two classes that compiled blocks refer to. The
+//! layout is that of Clang's "Block Implementation Specification".
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::ffi::{c_int, c_ulong, c_void};
@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use crate::objects::{self, Kind, Life, violation};
 
-/// A block, as the specification lays it out; what it captured follows.
+/// A block, as the specification lays it out. The captured variables follow it.
 #[repr(C)]
 pub(crate) struct Block {
     isa: *const c_void,
-    /// The low 16 bits count references to a block on the heap.
+    /// The low 16 bits count the references to a block on the heap.
     flags: AtomicI32,
     reserved: c_int,
     invoke: *const c_void,
@@ -25,13 +25,13 @@ pub(crate) struct Block {
 struct Descriptor {
     reserved: c_ulong,
     size: c_ulong,
-    /// There if `HAS_COPY_DISPOSE`.
+    /// Present only if the flag `HAS_COPY_DISPOSE` is set.
     copy: unsafe extern "C" fn(*mut c_void, *const c_void),
     dispose: unsafe extern "C" fn(*const c_void),
 }
 
-/// How long a block takes to return, where nobody has a reference but who gave it: long enough that
-/// one who lets go as soon as he hears from it is found out.
+/// How long a block takes to return where vmnet holds no reference of its own. It is long enough to
+/// catch a caller that releases the block as soon as the block has reported.
 const LAST_STEPS: Duration = Duration::from_millis(2);
 
 const REFERENCES: i32 = 0xffff;
@@ -39,7 +39,7 @@ const NEEDS_FREE: i32 = 1 << 24;
 const HAS_COPY_DISPOSE: i32 = 1 << 25;
 const IS_GLOBAL: i32 = 1 << 28;
 
-/// A class: only its address is of interest.
+/// A class. Only its address matters.
 #[repr(C)]
 pub(crate) struct Class([usize; 32]);
 
@@ -52,9 +52,9 @@ static MALLOC_BLOCK: Class = Class([0; 32]);
 impl Block {
     /// # Safety
     ///
-    /// `block` points at a block.
+    /// `block` must point at a block.
     unsafe fn layout(block: *const Block) -> Layout {
-        // SAFETY: as the caller says; the compiler made the descriptor.
+        // SAFETY: guaranteed by the caller; the compiler made the descriptor.
         let size = unsafe { (*(*block).descriptor).size } as usize;
         Layout::from_size_align(size, 16).expect("a block's size")
     }
@@ -62,33 +62,35 @@ impl Block {
 
 /// # Safety
 ///
-/// `block` is null or a block.
+/// `block` must be null or point at a block. If it is a heap block that has been released, the
+/// simulator aborts as long as the block's memory is retired (see `RetiredMemory`).
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _Block_copy(block: *const c_void) -> *mut c_void {
     let from = block.cast::<Block>();
     if from.is_null() {
         return ptr::null_mut();
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let flags = unsafe { (*from).flags.load(Ordering::Relaxed) };
     if flags & IS_GLOBAL != 0 {
         return from.cast_mut().cast();
     }
     if flags & NEEDS_FREE != 0 {
         objects::expect_live(from, Kind::Block, "_Block_copy");
-        // SAFETY: alive, as just seen, so it is a block of the heap. Relaxed: who copies has a
-        // reference already.
+        // SAFETY: `expect_live` has just found a live heap block here. Relaxed: the caller already
+        // holds a reference, so nothing has to be ordered.
         unsafe { (*from).flags.fetch_add(1, Ordering::Relaxed) };
         return from.cast_mut().cast();
     }
-    // SAFETY: a block of the stack.
+    // SAFETY: this is a block on the stack, whose descriptor the compiler made.
     let layout = unsafe { Block::layout(from) };
     // SAFETY: the size of a block is not zero.
     let to = unsafe { alloc(layout) }.cast::<Block>();
     if to.is_null() {
         return ptr::null_mut();
     }
-    // SAFETY: both have the descriptor's size and are apart; the fields set are the new block's own.
+    // SAFETY: both blocks have the size that the descriptor says and do not overlap. The fields
+    // that are set belong to the new block, which nobody else knows yet.
     unsafe {
         ptr::copy_nonoverlapping(from.cast::<u8>(), to.cast::<u8>(), layout.size());
         (*to).isa = (&raw const MALLOC_BLOCK).cast();
@@ -103,21 +105,24 @@ pub(crate) unsafe extern "C" fn _Block_copy(block: *const c_void) -> *mut c_void
 
 /// # Safety
 ///
-/// `block` is null or a block, and the caller has a reference to give up if it is on the heap.
+/// `block` must be null or point at a block. If it is on the heap, the caller gives up one
+/// reference to it. The simulator aborts if the block has already been released, as long as its
+/// memory is retired.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
     let block = block.cast::<Block>().cast_mut();
     if block.is_null() {
         return;
     }
-    // SAFETY: as the caller says. One that is gone can still be read for some time, and is told below;
-    // later AddressSanitizer tells.
+    // SAFETY: guaranteed by the caller. A block that was released can still be read as long as its
+    // memory is retired, and `expect_live` below reports it. After that only AddressSanitizer can.
     let flags = unsafe { (*block).flags.load(Ordering::Relaxed) };
     if flags & IS_GLOBAL != 0 || flags & NEEDS_FREE == 0 {
         return;
     }
     objects::expect_live(block, Kind::Block, "_Block_release");
-    // SAFETY: it lives. AcqRel: the last release comes after the others' uses.
+    // SAFETY: `expect_live` has just found the block. AcqRel: pairs with itself, so that the last
+    // release happens after every other owner's uses.
     let before = unsafe { (*block).flags.fetch_sub(1, Ordering::AcqRel) };
     if before & REFERENCES != 1 {
         return;
@@ -125,59 +130,65 @@ pub(crate) unsafe extern "C" fn _Block_release(block: *const c_void) {
     if objects::is_running(block) {
         violation("_Block_release: the last reference to a block that still runs");
     }
-    // Freed some time after its end: what is done with it until then is told for certain.
+    // The memory is freed some time after the block's end. Until then a use of the block is
+    // reported reliably.
     let retired = objects::unregister(block);
     if flags & HAS_COPY_DISPOSE != 0 {
-        // SAFETY: that was the last reference, and the memory is still there.
+        // SAFETY: that was the last reference, and the memory is still allocated: `retired` holds
+        // it.
         unsafe { ((*(*block).descriptor).dispose)(block.cast()) }
     }
     drop(retired);
 }
 
-/// A block's memory, from `_Block_copy`.
+/// The memory of a block that `_Block_copy` made.
 struct Memory(*mut Block, Layout);
 
-// SAFETY: nobody uses it any more when it is dropped, on whichever thread.
+// SAFETY: `RetiredMemory` drops this after the block's end, when nobody uses the block any more.
+// The thread does not matter.
 unsafe impl Send for Memory {}
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: of this layout, and dropped once, after the block's end.
+        // SAFETY: `_Block_copy` allocated it with this layout. It is dropped once, after the
+        // block's end.
         unsafe { dealloc(self.0.cast(), self.1) }
     }
 }
 
-/// Only for blocks that capture blocks or objects, which Rust's do not.
+/// Called only for blocks that capture blocks or objects. Blocks made by Rust do not.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn _Block_object_assign(_: *mut c_void, _: *const c_void, _: c_int) {
     violation("_Block_object_assign: a block that captures a block is not simulated");
 }
 
-/// As [`_Block_object_assign`].
+/// See [`_Block_object_assign`].
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn _Block_object_dispose(_: *const c_void, _: c_int) {
     violation("_Block_object_dispose: a block that captures a block is not simulated");
 }
 
-/// A block that vmnet was given: with a reference of its own, as vmnet is expected to take, or
-/// without one, since that is nowhere promised.
+/// A block that vmnet was given. vmnet is expected to take a reference of its own; but no document
+/// promises that, so the simulator can also do without one.
 pub(crate) struct GivenBlock {
     block: *mut Block,
-    /// `None`: one that is never freed.
+    /// `None` for a block that is never freed.
     life: Option<Life>,
     role: &'static str,
     copied: bool,
 }
 
-// SAFETY: a block is called and released from any thread, as vmnet does; its owner made it for that.
+// SAFETY: vmnet calls and releases blocks from any thread, so the giver must have made the block
+// for that.
 unsafe impl Send for GivenBlock {}
-// SAFETY: as above.
+// SAFETY: as for `Send`; and a shared reference gives access to nothing but the block's function.
 unsafe impl Sync for GivenBlock {}
 
 impl GivenBlock {
     /// # Safety
     ///
-    /// `block` is a block, or nothing that lives, which is told.
+    /// `block` must be null or point at a block. The simulator aborts if it is null, or if it is a
+    /// heap block that has been released.
     pub(crate) unsafe fn new(block: *const c_void, role: &'static str, copies: bool) -> Self {
         if block.is_null() {
             violation(&format!("{role}: a block is expected and it is null"));
@@ -185,10 +196,10 @@ impl GivenBlock {
         let from = block.cast::<Block>();
         let known = |block: *mut Block| Some(objects::expect_live(block, Kind::Block, role));
         if copies {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             let copy = unsafe { _Block_copy(block) }.cast::<Block>();
             let global = ptr::eq(copy, from)
-                // SAFETY: it was a block a moment ago, and global ones never go.
+                // SAFETY: `_Block_copy` has just read it, and global blocks are never freed.
                 && unsafe { (*copy).flags.load(Ordering::Relaxed) } & IS_GLOBAL != 0;
             let life = if global { None } else { known(copy) };
             return Self { block: copy, life, role, copied: true };
@@ -201,23 +212,23 @@ impl GivenBlock {
         self.life
     }
 
-    /// Calls `call` with the function to call, whose first argument is the block.
+    /// Calls `call` with the block's function. The first argument of that function is the block.
     fn invoke(&self, call: impl FnOnce(*const c_void)) {
         if let Some(life) = self.life {
             life.check(self.role);
         }
         let borrowed = self.life.filter(|_| !self.copied).map(Life::mark_running);
-        // SAFETY: it lives, as just seen.
+        // SAFETY: `life.check` has just found it alive, or it is global and never freed.
         call(unsafe { (*self.block).invoke });
         if borrowed.is_some() {
-            // What it said has been heard by now; but it has not returned.
+            // The block has reported by now, but it has not returned.
             thread::sleep(LAST_STEPS);
         }
     }
 
     pub(crate) fn call_status(&self, status: u32) {
-        // SAFETY: a block of this place has this type (vmnet.h), and Rust's type of the declaration
-        // said so.
+        // SAFETY: vmnet.h gives the block in this place this type, and the Rust declaration of the
+        // function requires it.
         self.invoke(|invoke| unsafe {
             let invoke: extern "C" fn(*mut Block, u32) = std::mem::transmute(invoke);
             invoke(self.block, status);
@@ -244,7 +255,7 @@ impl GivenBlock {
 impl Drop for GivenBlock {
     fn drop(&mut self) {
         if self.copied {
-            // SAFETY: our reference, from `_Block_copy`.
+            // SAFETY: this is the reference that `_Block_copy` took for us.
             unsafe { _Block_release(self.block.cast()) }
         }
     }

@@ -1,4 +1,4 @@
-//! What the start of an interface is asked for: its description.
+//! The description of an interface: what its start is asked for.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -13,7 +13,7 @@ use crate::script::Value;
 use crate::status::{BRIDGED_MODE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE};
 use crate::xpc;
 
-/// A description, understood.
+/// A parsed description.
 pub(crate) struct Request {
     pub(crate) id: Option<[u8; 16]>,
     pub(crate) mode: u64,
@@ -23,10 +23,11 @@ pub(crate) struct Request {
 impl Request {
     /// # Safety
     ///
-    /// `description` is an XPC object, or nothing that lives, which is told.
+    /// If `description` is a live XPC object, the caller must hold a reference to it during this
+    /// call. The simulator aborts if no live XPC object has this address.
     pub(crate) unsafe fn read(description: *const c_void, on_network: bool) -> Self {
         let role = "the interface's description";
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         let (object, _) = unsafe { xpc::borrow(description, role) };
         let mut values = BTreeMap::new();
         for (name, value) in xpc::values(object, role) {
@@ -51,7 +52,7 @@ impl Request {
         };
         let mode = match values.get("operation_mode") {
             Some(Value::U64(mode)) => *mode,
-            _ if on_network => 0, // the network's, as the caller knows
+            _ if on_network => 0, // the caller takes the network's mode
             _ => violation(&format!("{role}: it has no operation mode")),
         };
         Self { id, mode, values }
@@ -82,7 +83,7 @@ impl Request {
         self.values.contains_key(key)
     }
 
-    /// Whether vmnet's header allows it.
+    /// Whether vmnet's header allows this combination.
     pub(crate) fn allowed(&self) -> bool {
         let range = ["start_address", "end_address", "subnet_mask"].map(|key| self.has(key));
         let bridged = self.mode == BRIDGED_MODE;
@@ -104,7 +105,7 @@ impl Request {
         lawful.into_iter().all(|holds| holds)
     }
 
-    /// The addresses of the network it joins, as far as they were asked for or are the mode's.
+    /// The addresses of the network that the interface joins: those asked for, or the mode's.
     pub(crate) fn addresses(&self) -> Result<Option<AddressRange>, u32> {
         let address = |key| self.str(key).map(|text| text.parse::<Ipv4Addr>());
         let asked = (address("start_address"), address("end_address"), address("subnet_mask"));

@@ -1,4 +1,4 @@
-//! Serial dispatch queues: a thread each, which starts with the first job. A queued job holds a
+//! Serial dispatch queues. Each has a thread, which starts with the first job. A queued job holds a
 //! reference to its queue, as in libdispatch.
 
 use std::cell::Cell;
@@ -19,12 +19,12 @@ pub(crate) struct Queue {
 
 struct Job {
     run: Box<dyn FnOnce() + Send>,
-    /// While it waits and runs, its queue exists.
+    /// Keeps the queue alive while the job waits and runs.
     queue: Arc<Queue>,
 }
 
 thread_local! {
-    /// The queue whose job this thread runs.
+    /// The queue whose job this thread runs at the moment.
     static CURRENT: Cell<*const Queue> = const { Cell::new(ptr::null()) };
 }
 
@@ -36,7 +36,7 @@ impl Queue {
             thread::Builder::new()
                 .name(self.label.clone())
                 .spawn(move || {
-                    // Ends when the queue, which has the sender, is gone.
+                    // The loop ends when the queue, which owns the sender, is gone.
                     for Job { run, queue } in receiver {
                         CURRENT.set(Arc::as_ptr(&queue));
                         run();
@@ -57,27 +57,28 @@ impl Drop for Queue {
     }
 }
 
-/// A queue that vmnet was given: with a reference of its own or without one.
+/// A queue that vmnet was given, with a reference of its own or without one.
 #[derive(Clone)]
 pub(crate) struct GivenQueue {
     queue: *const Queue,
     life: Life,
     role: &'static str,
-    /// `None` if vmnet does not retain.
+    /// `None` if vmnet does not retain the queues it is given.
     retained: Option<Arc<Queue>>,
 }
 
-// SAFETY: the pointer is used after `life` has been checked only, and queues are `Sync`.
+// SAFETY: the pointer is only followed after `life` has been checked, and queues are `Sync`.
 unsafe impl Send for GivenQueue {}
-// SAFETY: as above.
+// SAFETY: as for `Send`.
 unsafe impl Sync for GivenQueue {}
 
 impl GivenQueue {
-    /// A queue that somebody gives: told if it is none.
+    /// Takes a queue from foreign code. Aborts if no live queue has this address.
     pub(crate) fn new(queue: *const c_void, role: &'static str, retains: bool) -> Self {
         let life = objects::expect_live(queue, Kind::Queue, role);
         let queue = queue.cast::<Queue>();
-        // SAFETY: a queue lives there, made by `dispatch_queue_create` as an Arc.
+        // SAFETY: `expect_live` has found a live queue, which `dispatch_queue_create` made as an
+        // Arc.
         let retained = retains.then(|| unsafe {
             Arc::increment_strong_count(queue);
             Arc::from_raw(queue)
@@ -89,14 +90,15 @@ impl GivenQueue {
         self.life
     }
 
-    /// Puts a job on it.
+    /// Puts a job on the queue.
     pub(crate) fn run(&self, run: impl FnOnce() + Send + 'static) {
         match &self.retained {
             Some(queue) => queue.run(run),
             None => {
                 self.life.check(self.role);
-                // SAFETY: it lives, as just seen; whoever releases it now breaks the rule that is
-                // tested here, and the reference taken here makes that harmless.
+                // SAFETY: `life.check` has just found it alive. A caller that releases it at this
+                // moment breaks the rule that is tested here; the reference taken here makes that
+                // harmless.
                 let queue = unsafe {
                     Arc::increment_strong_count(self.queue);
                     Arc::from_raw(self.queue)
@@ -106,8 +108,8 @@ impl GivenQueue {
         }
     }
 
-    /// As [`run`](Self::run); and if the job has not ended after `patience` the queue counts as
-    /// blocked, which is told.
+    /// Like [`run`](Self::run). If the job has not ended after `patience`, the queue counts as
+    /// blocked and the process is aborted.
     pub(crate) fn run_within(
         &self,
         patience: Duration,
@@ -128,18 +130,18 @@ impl GivenQueue {
         drop(watcher.expect("a thread"));
     }
 
-    /// Whether the calling thread runs a job of it.
+    /// Whether the calling thread runs a job of this queue.
     pub(crate) fn is_current(&self) -> bool {
         ptr::eq(CURRENT.get(), self.queue)
     }
 
-    /// Which queue it is, to remember without a reference.
+    /// Identifies the queue without a reference to it.
     pub(crate) fn id(&self) -> QueueId {
         QueueId { queue: self.queue as usize, life: self.life }
     }
 }
 
-/// Which queue something was given, whether that still exists or not.
+/// Identifies a queue, whether it still exists or not.
 #[derive(Clone, Copy)]
 pub(crate) struct QueueId {
     queue: usize,
@@ -147,7 +149,7 @@ pub(crate) struct QueueId {
 }
 
 impl QueueId {
-    /// As [`GivenQueue::is_current`].
+    /// See [`GivenQueue::is_current`].
     pub(crate) fn is_current(self) -> bool {
         CURRENT.get() as usize == self.queue && self.life.is_live()
     }
@@ -155,7 +157,7 @@ impl QueueId {
 
 /// # Safety
 ///
-/// `label` is a C string.
+/// `label` must be a C string.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_queue_create(
     label: *const c_char,
@@ -164,7 +166,7 @@ pub(crate) unsafe extern "C" fn dispatch_queue_create(
     if !attributes.is_null() {
         violation("dispatch_queue_create: vmnet's queues are to be serial, with no attributes");
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let label = unsafe { CStr::from_ptr(label) }.to_string_lossy().into_owned();
     let queue = Arc::new(Queue { label, jobs: Mutex::new(None) });
     let memory = Arc::downgrade(&queue);
@@ -175,27 +177,29 @@ pub(crate) unsafe extern "C" fn dispatch_queue_create(
 
 /// # Safety
 ///
-/// `queue` is a queue, or nothing that lives, which is told.
+/// If `queue` is a live queue, the caller must hold a reference to it during this call. The
+/// simulator aborts if no live queue has this address.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_retain(queue: *const c_void) {
     objects::expect_live(queue, Kind::Queue, "dispatch_retain");
-    // SAFETY: it lives, and was made as an Arc.
+    // SAFETY: `expect_live` has just found the queue, which was made as an Arc.
     unsafe { Arc::increment_strong_count(queue.cast::<Queue>()) }
 }
 
 /// # Safety
 ///
-/// As [`dispatch_retain`], and the caller has a reference to give up.
+/// As for [`dispatch_retain`]; and the caller gives up its reference.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_release(queue: *const c_void) {
     objects::expect_live(queue, Kind::Queue, "dispatch_release");
-    // SAFETY: as in `dispatch_retain`; the reference is the caller's.
+    // SAFETY: as in `dispatch_retain`; the caller gives up the reference.
     unsafe { Arc::decrement_strong_count(queue.cast::<Queue>()) }
 }
 
 /// # Safety
 ///
-/// `function` may be called with `context` on another thread.
+/// It must be allowed to call `function` with `context` on another thread. For `queue` see
+/// [`dispatch_retain`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_async_f(
     queue: *const c_void,
@@ -203,11 +207,11 @@ pub(crate) unsafe extern "C" fn dispatch_async_f(
     function: extern "C" fn(*mut c_void),
 ) {
     struct Context(*mut c_void);
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe impl Send for Context {}
     let context = Context(context);
     GivenQueue::new(queue, "dispatch_async_f", true).run(move || {
-        let context = context; // the whole of it
+        let context = context; // capture the whole of it, not the pointer
         function(context.0);
     });
 }

@@ -1,4 +1,5 @@
-//! Port forwarding of both generations. Nothing is forwarded: the rules are kept.
+//! Port forwarding, through the older functions and the newer ones. Nothing is forwarded: the
+//! simulator only keeps the rules.
 
 use std::ffi::c_void;
 use std::thread;
@@ -14,7 +15,8 @@ use crate::status::{FAILURE, INVALID_ARGUMENT, SUCCESS};
 use crate::xpc::{self, Handle, Object};
 
 impl Interface {
-    /// Whether forwarding is for it; else the functions fail at once, without their handler.
+    /// Whether port forwarding applies to this interface. If not, the functions fail at once and
+    /// never call their handler.
     fn forwards(&self) -> bool {
         self.is_running() && lock(&self.network).is_none()
     }
@@ -42,17 +44,17 @@ impl Interface {
     }
 }
 
-/// Calls a handler from a thread of vmnet's own. There is no queue in these functions.
+/// Calls a handler from a thread of vmnet's own, because these functions take no queue.
 ///
 /// # Safety
 ///
-/// `handler` is a block, or nothing that lives, which is told; in the older functions null means that
-/// nobody wants to know.
+/// `handler` must be null or point at a block. The simulator aborts if it is null or a released
+/// heap block; but in the older functions null is allowed and means that no answer is wanted.
 unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, older: bool) -> u32 {
     if older && handler.is_null() {
         return SUCCESS;
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, "the forwarding's handler", true) };
     interface.world().track(handler.life(), "the forwarding's handler");
     thread::spawn(move || handler.call_status(status));
@@ -61,17 +63,17 @@ unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, old
 
 /// # Safety
 ///
-/// As [`answer`].
+/// As for [`answer`].
 unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8) -> u32 {
     let rules = lock(&interface.rules);
     let handle = |rule: &Rule| Handle::new(Object::Opaque(Box::new(rule.clone())));
     let rules: Vec<Handle> =
         rules.iter().filter(|rule| rule.family == family).map(handle).collect();
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, "the rules' handler", true) };
     interface.world().track(handler.life(), "the rules' handler");
     thread::spawn(move || {
-        // None is null.
+        // vmnet passes null instead of an empty list.
         let array = (!rules.is_empty()).then(|| Handle::new(Object::Array(rules)));
         handler.call_object(array.as_ref().map_or(std::ptr::null_mut(), Handle::as_raw));
     });
@@ -80,8 +82,8 @@ unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8
 
 /// # Safety
 ///
-/// `interface` is a handle, `inner` points at an address of that family, and `handler` is as in
-/// [`answer`]; so in all that follow.
+/// `interface` must be a handle from a start of this process. `inner` must point at an address of
+/// this family. For `handler` see [`answer`]. The functions below have the same contract.
 unsafe fn add(
     interface: &Interface,
     rule: (u8, u16, u16),
@@ -93,19 +95,19 @@ unsafe fn add(
     if !interface.forwards() {
         return FAILURE;
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let Some(address) = (unsafe { address(inner, family) }) else {
         return interface.world().misuse("an unknown address family", INVALID_ARGUMENT);
     };
     let (protocol, outside, inside) = rule;
     let status = interface.add(Rule { protocol, outside, family, address, inside });
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { answer(interface, handler, status, older) }
 }
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 unsafe fn remove(
     interface: &Interface,
     (protocol, outside): (u8, u16),
@@ -117,24 +119,24 @@ unsafe fn remove(
         return FAILURE;
     }
     let status = interface.remove(protocol, outside, family);
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { answer(interface, handler, status, older) }
 }
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 unsafe fn get(interface: &Interface, family: u8, handler: *const c_void) -> u32 {
     if !interface.forwards() {
         return FAILURE;
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { answer_rules(interface, handler, family) }
 }
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
     interface: *mut c_void,
@@ -145,7 +147,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
     handler: *const c_void,
 ) -> u32 {
     let inner = inner.s_addr.to_ne_bytes();
-    // SAFETY: as the caller says; the address is an IPv4 one.
+    // SAFETY: guaranteed by the caller; the address is an IPv4 address.
     unsafe {
         let interface = interface::borrow(interface, "adding a forwarding");
         add(interface, (protocol, outside, inside), INET, inner.as_ptr().cast(), handler, true)
@@ -154,7 +156,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_port_forwarding_rule(
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
     interface: *mut c_void,
@@ -162,7 +164,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
     outside: u16,
     handler: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let interface = interface::borrow(interface, "removing a forwarding");
         remove(interface, (protocol, outside), INET, handler, true)
@@ -171,19 +173,20 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_port_forwarding_rule(
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_get_port_forwarding_rules(
     interface: *mut c_void,
     handler: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { get(interface::borrow(interface, "listing forwardings"), INET, handler) }
 }
 
 /// # Safety
 ///
-/// `rule` is one of the rules of a handler's call; the others point at room for what they name.
+/// `rule` must be one of the rules that a handler was called with. The other pointers must be valid
+/// for writing what they name.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_port_forwarding_rule_get_details(
     rule: *mut c_void,
@@ -192,7 +195,7 @@ pub(crate) unsafe extern "C" fn vmnet_port_forwarding_rule_get_details(
     inner: *mut in_addr,
     inside: *mut u16,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         vmnet_ip_port_forwarding_rule_get_details(
             rule,
@@ -207,7 +210,7 @@ pub(crate) unsafe extern "C" fn vmnet_port_forwarding_rule_get_details(
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
     interface: *mut c_void,
@@ -218,7 +221,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
     inside: u16,
     handler: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let interface = interface::borrow(interface, "adding a forwarding");
         require(interface.world().host().macos, c"vmnet_interface_add_ip_port_forwarding_rule");
@@ -228,7 +231,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_add_ip_port_forwarding_rule(
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
     interface: *mut c_void,
@@ -237,7 +240,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
     family: u8,
     handler: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let interface = interface::borrow(interface, "removing a forwarding");
         require(interface.world().host().macos, c"vmnet_interface_remove_ip_port_forwarding_rule");
@@ -247,14 +250,14 @@ pub(crate) unsafe extern "C" fn vmnet_interface_remove_ip_port_forwarding_rule(
 
 /// # Safety
 ///
-/// As [`add`].
+/// As for [`add`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
     interface: *mut c_void,
     family: u8,
     handler: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let interface = interface::borrow(interface, "listing forwardings");
         require(interface.world().host().macos, c"vmnet_interface_get_ip_port_forwarding_rules");
@@ -264,7 +267,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_get_ip_port_forwarding_rules(
 
 /// # Safety
 ///
-/// As [`vmnet_port_forwarding_rule_get_details`].
+/// As for [`vmnet_port_forwarding_rule_get_details`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_ip_port_forwarding_rule_get_details(
     rule: *mut c_void,
@@ -274,7 +277,7 @@ pub(crate) unsafe extern "C" fn vmnet_ip_port_forwarding_rule_get_details(
     inner: *mut c_void,
     inside: *mut u16,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (object, _) = unsafe { xpc::borrow(rule, "a forwarding rule") };
     let rule = match object {
         Object::Opaque(rule) => rule.downcast_ref::<Rule>(),
@@ -285,7 +288,7 @@ pub(crate) unsafe extern "C" fn vmnet_ip_port_forwarding_rule_get_details(
         return INVALID_ARGUMENT;
     }
     let len = address_len(family).unwrap_or(0);
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         *protocol = rule.protocol;
         *outside = rule.outside;

@@ -1,5 +1,5 @@
-//! How packets are written on the simulated wire: with their virtio header, and those that are too long
-//! for it.
+//! How packets are written on the simulated wire: packets with a virtio header, and packets that
+//! are too long for the wire.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -10,19 +10,21 @@ use macaddr::MacAddr6;
 use crate::limits::HEADER;
 use crate::objects::lock;
 
-/// Behind a frame on the simulated wire stands its virtio header, if that says anything, and this.
+/// Marks a frame that is followed by its virtio header. The header and this mark follow the frame,
+/// if the header says anything.
 pub(crate) const MARK: &[u8; 8] = b"vmnetsim";
-/// Behind a ticket stands this.
+/// Marks a frame that carries a ticket. The ticket and this mark follow the Ethernet header.
 pub(crate) const LONG_MARK: &[u8; 8] = b"vmnetlng";
 
-/// Frames that are longer than the simulated wire takes. A short one goes over it instead, which
-/// finds its way by the same addresses and says with a ticket what it stands for.
+/// Frames that are too long for the simulated wire. A short frame goes over the wire instead: it
+/// has the same addresses, so it takes the same way, and it carries a ticket for the long frame.
 #[derive(Default)]
 pub(crate) struct LongFrames(Mutex<HashMap<u64, Awaited>>);
 
 struct Awaited {
     bytes: Vec<u8>,
-    /// How many still come for it, as soon as that is known; those who came before are below zero.
+    /// How many copies are still to be taken, as soon as that is known. Before that, minus the
+    /// number of copies already taken.
     copies: i64,
     known: bool,
 }
@@ -60,13 +62,13 @@ impl LongFrames {
     }
 }
 
-/// The ticket of a frame that stands for a long one.
+/// The ticket, if this frame is sent in place of a long one.
 pub(crate) fn ticket(wire: &[u8]) -> Option<u64> {
     let rest = wire.strip_suffix(LONG_MARK)?;
     Some(u64::from_le_bytes(*rest.last_chunk()?))
 }
 
-/// A frame of the simulated wire, and its virtio header.
+/// Splits a frame of the simulated wire from its virtio header.
 pub(crate) fn parts(wire: &[u8]) -> (&[u8], &[u8]) {
     match wire.strip_suffix(MARK) {
         Some(rest) => rest.split_at(rest.len() - HEADER),
@@ -74,9 +76,10 @@ pub(crate) fn parts(wire: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-/// Whether that is the gateway's answer to a DHCP client.
+/// Whether this is the gateway's answer to a DHCP client.
 pub(crate) fn is_dhcp(frame: &[u8], gateway: MacAddr6) -> bool {
     let at = |from: usize, bytes: &[u8]| frame.get(from..from + bytes.len()) == Some(bytes);
-    // Ethernet's source and type, IPv4's protocol; the gateway's headers have no options: UDP's ports.
+    // Ethernet's source and type, IPv4's protocol, UDP's ports: the gateway's IPv4 headers have no
+    // options.
     at(6, gateway.as_bytes()) && at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68])
 }

@@ -1,4 +1,5 @@
-//! Interfaces: start, events, reads, writes, stop.
+//! A started interface: its state, and what every call checks first. The parts are in the modules
+//! below.
 
 mod events;
 mod packets;
@@ -29,33 +30,34 @@ const STARTING: u8 = 0;
 const RUNNING: u8 = 1;
 const STOPPED: u8 = 2;
 
-/// An interface. Foreign code has it as a pointer; it is never freed, so that a use after its stop
-/// is told.
+/// An interface. Foreign code has it as a pointer. It is never freed, so that a use after the stop
+/// is reported.
 pub(crate) struct Interface {
     state: AtomicU8,
     world: World,
     record: Arc<Mutex<Record>>,
     settings: Settings,
-    /// Calls under way.
+    /// Calls in progress.
     reading: AtomicBool,
     writing: AtomicBool,
     calls: AtomicUsize,
     receive_queue: Mutex<ReceiveQueue>,
     sender: Mutex<Option<Sender<Vec<u8>>>>,
-    /// The longest packet of the wire.
+    /// The longest packet that the wire takes.
     wire_max: usize,
-    /// Where the network gives out no addresses: the gateway, whose DHCP then does not come through.
+    /// The gateway's MAC, if the network gives out no addresses: the gateway's DHCP answers are
+    /// then filtered out.
     no_dhcp: Option<MacAddr6>,
     events: Mutex<Option<Arc<EventTarget>>>,
-    /// Events on the queue or under way.
+    /// Events that are on the queue or being delivered.
     underway: AtomicUsize,
-    /// The queue of the last event callback.
+    /// The queue of the event callback that was set last.
     events_queue: Mutex<Option<QueueId>>,
     /// A repeated event is on its way.
     repeating: AtomicBool,
     dead: Arc<Mutex<Option<Dead>>>,
     pub(crate) rules: Mutex<Vec<Rule>>,
-    /// On a network object, which it keeps.
+    /// The network object that the interface is on and keeps alive, if any.
     pub(crate) network: Mutex<Option<Arc<Network>>>,
 }
 
@@ -67,7 +69,7 @@ struct ReceiveQueue {
     free: Vec<Vec<u8>>,
 }
 
-/// Keeps a buffer to be lent again.
+/// Keeps a buffer for lending it to the network again.
 fn recycle(free: &mut Vec<Vec<u8>>, buffer: Vec<u8>) {
     if free.len() < LENT {
         free.push(buffer);
@@ -81,17 +83,17 @@ struct EventTarget {
     pending: AtomicBool,
 }
 
-/// All handles: so that they are kept, and not leaked.
+/// All handles, so that leak checkers do not report them.
 static HANDLES: Mutex<Vec<AtomicPtr<Arc<Interface>>>> = Mutex::new(Vec::new());
 
 /// # Safety
 ///
-/// `interface` is a handle from a start of this process.
+/// `interface` must be null, which aborts, or a handle from a start of this process.
 pub(crate) unsafe fn borrow<'a>(interface: *const c_void, role: &str) -> &'a Arc<Interface> {
     if interface.is_null() {
         violation(&format!("{role}: the interface is null"));
     }
-    // SAFETY: as the caller says; a handle's box is never freed.
+    // SAFETY: guaranteed by the caller; a handle's box is never freed.
     unsafe { &*interface.cast::<Arc<Interface>>() }
 }
 
@@ -100,7 +102,7 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
 }
 
 impl Interface {
-    /// The pointer that foreign code gets: never freed.
+    /// The pointer that foreign code gets. It is never freed.
     fn handle(self: &Arc<Self>) -> *mut c_void {
         let handle = Box::into_raw(Box::new(self.clone()));
         lock(&HANDLES).push(AtomicPtr::new(handle));
@@ -119,7 +121,7 @@ impl Interface {
         &self.world
     }
 
-    /// What a call finds before anything else: `Err` is its answer.
+    /// What every call checks first. `Err` is the call's answer.
     fn enter<'a>(&'a self, busy: &'a AtomicBool, what: &str) -> Result<Call<'a>, u32> {
         match self.state.load(Ordering::Acquire) {
             RUNNING => {}
@@ -141,7 +143,7 @@ impl Interface {
     }
 }
 
-/// A call under way.
+/// A call in progress.
 struct Call<'a> {
     interface: &'a Interface,
     busy: &'a AtomicBool,

@@ -1,6 +1,7 @@
 //! The keys of a description and of the parameters.
 //!
-//! The keys' texts are not Apple's: whoever writes them out instead of reading the variables fails.
+//! The keys' texts are not Apple's, so code that writes them out instead of reading the variables
+//! fails.
 
 use std::ffi::{CStr, c_char};
 
@@ -11,7 +12,8 @@ pub(crate) struct Key(*const c_char);
 // SAFETY: it points at a constant.
 unsafe impl Sync for Key {}
 
-/// Declares the keys: variable, name, type of the value that goes in (`-`: none does).
+/// Declares the keys. Each row has the variable, the name, and the type of the value in a
+/// description; `-` means that the key is not for descriptions.
 macro_rules! keys {
     ($($variable:ident $name:literal $class:literal;)*) => {
         $(
@@ -51,19 +53,19 @@ keys! {
     vmnet_estimated_packets_available_key "estimated_packets_available" '-';
 }
 
-/// A key's text, by its name.
+/// The text of the key with this name.
 pub(crate) fn key(name: &str) -> &'static CStr {
     let (_, text, _) = KEYS.iter().find(|(known, ..)| *known == name).expect("a key's name");
     CStr::from_bytes_with_nul(text.as_bytes()).expect("it ends with a zero byte")
 }
 
-/// The name of the key with that text, if it may stand in a description.
+/// The name of the key with this text, if the key may be used in a description.
 pub(crate) fn input(text: &str) -> Option<&'static str> {
     let name = text.strip_prefix("sim.")?;
     KEYS.iter().find(|(known, _, class)| *known == name && *class != '-').map(|(name, ..)| *name)
 }
 
-/// The type of a description's value.
+/// The type of this key's value in a description.
 pub(crate) fn input_type(name: &str) -> char {
     KEYS.iter().find(|(known, ..)| *known == name).map_or('-', |(.., class)| *class)
 }

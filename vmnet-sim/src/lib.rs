@@ -1,13 +1,14 @@
-//! The C ABI of Apple's vmnet, with the parts of XPC, libdispatch and the Blocks runtime that a driver
-//! needs, for systems that are no macOS: so the macOS driver of vmring runs in its tests there, the
-//! very same files.
+//! The C ABI of Apple's vmnet, with the parts of XPC, libdispatch and the Blocks runtime that a
+//! driver needs, for systems other than macOS. With it the tests of vmring's macOS driver run there
+//! on the very same source files.
 //!
-//! Interfaces of one [`World`] that name the same network really exchange frames and get leases: behind
-//! the ABI sits [`vmring_embedded`].
+//! Interfaces of one [`World`] that name the same network really exchange frames and get leases,
+//! because the simulator uses [`vmring_embedded`] underneath.
 //!
-//! It is strict: whatever vmnet's header forbids, or is known to go wrong, prints a sentence and
-//! aborts the process. It is scriptable: a [`Script`] says per interface what vmnet answers, and when,
-//! so that where Apple's documents leave a question open both answers can be had.
+//! The simulator is strict: whatever vmnet's header forbids, or is known to go wrong, prints a
+//! sentence and aborts the process. It is scriptable: a [`Script`] says for each interface what
+//! vmnet answers, and when. So where Apple's documents leave a question open, a test can try both
+//! answers.
 //!
 //! On macOS this crate is empty.
 
@@ -41,13 +42,13 @@ pub use script::{
 };
 pub use world::{Host, Rules, World};
 
-/// What `dlsym` would find on the current world's macOS: null for what that version lacks, and for
-/// what no version has.
+/// What `dlsym` would find on the current world's macOS. Null for a name that this version lacks,
+/// and for a name that no version has.
 pub fn symbol(name: &CStr) -> *const c_void {
     symbols::find(name, World::current().host().macos)
 }
 
-/// The version of macOS that the current world plays.
+/// The version of macOS that the current world simulates.
 pub fn macos_version() -> (u32, u32) {
     World::current().host().macos
 }

@@ -1,4 +1,4 @@
-//! Network objects, macOS 26.
+//! Network objects of macOS 26.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::net::Ipv4Addr;
@@ -17,13 +17,13 @@ use crate::status::{FAILURE, HOST_MODE, INVALID_ARGUMENT, SHARED_MODE, SUCCESS};
 use crate::world::World;
 use crate::xpc::{self, Handle, Object};
 
-/// What `CFRelease` is given: either kind.
+/// What `CFRelease` is given: an object of either kind.
 pub(crate) enum CfObject {
     Configuration(Configuration),
     Network(Arc<Network>),
 }
 
-/// What a network is to be like.
+/// What a new network is asked for.
 pub(crate) struct Configuration {
     world: World,
     request: Mutex<NetworkRequest>,
@@ -41,7 +41,7 @@ struct NetworkRequest {
     rules: Vec<Rule>,
 }
 
-/// A network: its addresses are reserved as long as it exists.
+/// A network. Its addresses are reserved as long as it exists.
 pub(crate) struct Network {
     world: World,
     request: NetworkRequest,
@@ -50,7 +50,7 @@ pub(crate) struct Network {
     serial: u64,
 }
 
-/// Networks by number, for those who have them serialized.
+/// Networks by number, for those that were serialized.
 static SERIALIZED: Mutex<Vec<(u64, Weak<Network>)>> = Mutex::new(Vec::new());
 
 impl Network {
@@ -66,7 +66,8 @@ impl Network {
         self.gateway
     }
 
-    /// The subnet's own address was taken at the creation, and then nothing starts (measured).
+    /// A network whose gateway is the subnet's own address can be created, but no interface starts
+    /// on it (measured).
     pub(crate) fn startable(&self) -> bool {
         self.range().check().is_ok()
     }
@@ -114,7 +115,7 @@ impl Network {
         &self.request.reservations
     }
 
-    /// Whether it gives out addresses.
+    /// Whether the network gives out addresses.
     pub(crate) fn dhcp(&self) -> bool {
         !self.request.off.contains(&"dhcp")
     }
@@ -172,10 +173,11 @@ impl CfObject {
 
 /// # Safety
 ///
-/// `configuration` is one, or nothing that lives, which is told.
+/// If `configuration` is a live configuration, the caller must hold it during this call. The
+/// simulator aborts if no live configuration has this address.
 unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Configuration {
     objects::expect_live(configuration, Kind::Configuration, role);
-    // SAFETY: it lives, and is a CfObject of this kind.
+    // SAFETY: `expect_live` has just found a CfObject of this kind, and the caller holds it.
     match unsafe { &*configuration.cast::<CfObject>() } {
         CfObject::Configuration(configuration) => configuration,
         CfObject::Network(_) => violation(role),
@@ -184,10 +186,11 @@ unsafe fn configuration<'a>(configuration: *const c_void, role: &str) -> &'a Con
 
 /// # Safety
 ///
-/// `network` is one, or nothing that lives, which is told.
+/// If `network` is a live network object, the caller must hold it during this call. The simulator
+/// aborts if no live network object has this address.
 pub(crate) unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<Network> {
     objects::expect_live(network, Kind::Network, role);
-    // SAFETY: it lives, and is a CfObject of this kind.
+    // SAFETY: `expect_live` has just found a CfObject of this kind, and the caller holds it.
     match unsafe { &*network.cast::<CfObject>() } {
         CfObject::Network(network) => network,
         CfObject::Configuration(_) => violation(role),
@@ -196,17 +199,18 @@ pub(crate) unsafe fn network<'a>(network: *const c_void, role: &str) -> &'a Arc<
 
 /// # Safety
 ///
-/// `status` is null or can be written.
+/// `status` must be null or valid for writing.
 unsafe fn store_status(status: *mut u32, value: u32) {
     if !status.is_null() {
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         unsafe { *status = value }
     }
 }
 
 /// # Safety
 ///
-/// `object` is a configuration or a network of which the caller gives up its reference.
+/// The caller gives up its reference to `object`. The simulator aborts if no live configuration or
+/// network has this address.
 #[unsafe(no_mangle)]
 #[allow(non_snake_case, reason = "the name is Apple's")]
 pub(crate) unsafe extern "C" fn CFRelease(object: *const c_void) {
@@ -220,13 +224,14 @@ pub(crate) unsafe extern "C" fn CFRelease(object: *const c_void) {
         None => violation("CFRelease: nothing lives there (any more)"),
     }
     drop(objects::unregister(object));
-    // SAFETY: it lived until now, and is an Arc of ours with one owner.
+    // SAFETY: `kind` has just found it alive, and it is an Arc that `into_raw` gave out, with one
+    // owner.
     drop(unsafe { Arc::from_raw(object) });
 }
 
 /// # Safety
 ///
-/// `status` is null or can be written.
+/// `status` must be null or valid for writing.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
     mode: u32,
@@ -235,7 +240,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
     require(World::current().host().macos, c"vmnet_network_configuration_create");
     let mode = u64::from(mode);
     if !matches!(mode, HOST_MODE | SHARED_MODE) {
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         unsafe { store_status(status, INVALID_ARGUMENT) };
         return ptr::null_mut();
     }
@@ -249,7 +254,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
         reservations: Vec::new(),
         rules: Vec::new(),
     };
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { store_status(status, SUCCESS) };
     CfObject::Configuration(Configuration { world: World::current(), request: Mutex::new(request) })
         .into_raw()
@@ -257,13 +262,13 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_create(
 
 /// # Safety
 ///
-/// As [`configuration`], and `name` is a C string.
+/// As for [`configuration`]; and `name` must be a C string.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_external_interface(
     to: *mut c_void,
     name: *const c_char,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (to, name) = unsafe { (configuration(to, "external interface"), CStr::from_ptr(name)) };
     let known = to.world.host().shared_interfaces.unwrap_or_default();
     let mut request = lock(&to.request);
@@ -278,10 +283,10 @@ macro_rules! disable {
     ($($name:ident $what:literal;)*) => {$(
         /// # Safety
         ///
-        /// As [`configuration`].
+        /// As for [`configuration`].
         #[unsafe(no_mangle)]
         pub(crate) unsafe extern "C" fn $name(from: *mut c_void) {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             let from = unsafe { configuration(from, $what) };
             lock(&from.request).off.push($what);
         }
@@ -298,14 +303,14 @@ disable! {
 
 /// # Safety
 ///
-/// As [`configuration`], and both addresses can be read.
+/// As for [`configuration`]; and both addresses must be valid for reading.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv4_subnet(
     to: *mut c_void,
     subnet: *const in_addr,
     mask: *const in_addr,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (to, subnet, mask) = unsafe { (configuration(to, "subnet"), *subnet, *mask) };
     let [subnet, mask] = [subnet, mask].map(|addr| Ipv4Addr::from(addr.s_addr.to_ne_bytes()));
     if !subnet.is_private() || u32::from(mask).leading_ones() < 8 {
@@ -317,14 +322,14 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv4_subnet(
 
 /// # Safety
 ///
-/// As [`configuration`], and the prefix can be read.
+/// As for [`configuration`]; and the prefix must be valid for reading.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv6_prefix(
     to: *mut c_void,
     prefix: *const in6_addr,
     bits: u8,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (to, prefix) = unsafe { (configuration(to, "prefix"), *prefix) };
     if bits > 128 {
         return INVALID_ARGUMENT;
@@ -335,13 +340,13 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_ipv6_prefix(
 
 /// # Safety
 ///
-/// As [`configuration`].
+/// As for [`configuration`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_mtu(
     to: *mut c_void,
     mtu: u32,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let to = unsafe { configuration(to, "MTU") };
     if !(1280..=65_521).contains(&mtu) {
         return INVALID_ARGUMENT;
@@ -352,14 +357,14 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_set_mtu(
 
 /// # Safety
 ///
-/// As [`configuration`], and both addresses can be read.
+/// As for [`configuration`]; and both addresses must be valid for reading.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_dhcp_reservation(
     to: *mut c_void,
     client: *const [u8; 6],
     reservation: *const in_addr,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (to, client, reservation) =
         unsafe { (configuration(to, "reservation"), *client, *reservation) };
     let address = Ipv4Addr::from(reservation.s_addr.to_ne_bytes());
@@ -373,7 +378,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_dhcp_reservation
 
 /// # Safety
 ///
-/// As [`configuration`], and `inner` points at an address of that family.
+/// As for [`configuration`]; and `inner` must point at an address of this family.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_port_forwarding_rule(
     to: *mut c_void,
@@ -383,7 +388,7 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_port_forwarding_
     outside: u16,
     inner: *const c_void,
 ) -> u32 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (to, address) = unsafe { (configuration(to, "forwarding"), address(inner, family)) };
     let Some(address) = address else { return INVALID_ARGUMENT };
     if !matches!(protocol, 6 | 17) {
@@ -395,13 +400,13 @@ pub(crate) unsafe extern "C" fn vmnet_network_configuration_add_port_forwarding_
 
 /// # Safety
 ///
-/// As [`configuration`]; `status` is null or can be written.
+/// As for [`configuration`]; and `status` must be null or valid for writing.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_create(
     from: *mut c_void,
     status: *mut u32,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let from = unsafe { configuration(from, "vmnet_network_create") };
     let request = lock(&from.request).clone();
     let plan = from.world.network_plan();
@@ -413,22 +418,22 @@ pub(crate) unsafe extern "C" fn vmnet_network_create(
     if let Ok(network) = &made {
         lock(&from.world.0.networks_made).push(network.describe());
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { return_network(made, status) }
 }
 
 /// # Safety
 ///
-/// `status` is null or can be written.
+/// `status` must be null or valid for writing.
 unsafe fn return_network(made: Result<Arc<Network>, u32>, status: *mut u32) -> *mut c_void {
     match made {
         Ok(network) => {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             unsafe { store_status(status, SUCCESS) };
             CfObject::Network(network).into_raw()
         }
         Err(why) => {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             unsafe { store_status(status, why) };
             ptr::null_mut()
         }
@@ -437,14 +442,14 @@ unsafe fn return_network(made: Result<Arc<Network>, u32>, status: *mut u32) -> *
 
 /// # Safety
 ///
-/// As [`network`], and both can be written.
+/// As for [`network`]; and both results must be valid for writing.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_get_ipv4_subnet(
     of: *mut c_void,
     subnet: *mut in_addr,
     mask: *mut in_addr,
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let of = network(of, "vmnet_network_get_ipv4_subnet");
         (*subnet).s_addr = u32::from_ne_bytes(of.gateway.octets());
@@ -454,14 +459,14 @@ pub(crate) unsafe extern "C" fn vmnet_network_get_ipv4_subnet(
 
 /// # Safety
 ///
-/// As [`network`], and both can be written.
+/// As for [`network`]; and both results must be valid for writing.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_get_ipv6_prefix(
     of: *mut c_void,
     prefix: *mut in6_addr,
     bits: *mut u8,
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let of = network(of, "vmnet_network_get_ipv6_prefix");
         let default = ([0xfd, 0, 0, 0x26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 64);
@@ -471,25 +476,25 @@ pub(crate) unsafe extern "C" fn vmnet_network_get_ipv6_prefix(
     }
 }
 
-/// What another process is told.
+/// A serialized network: its number.
 struct Serialized(u64);
 
 /// # Safety
 ///
-/// As [`network`]; `status` is null or can be written.
+/// As for [`network`]; and `status` must be null or valid for writing.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_copy_serialization(
     of: *mut c_void,
     status: *mut u32,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let of = unsafe {
         store_status(status, SUCCESS);
         network(of, "vmnet_network_copy_serialization")
     };
     lock(&SERIALIZED).push((of.serial, Arc::downgrade(of)));
     let object = Handle::new(Object::Opaque(Box::new(Serialized(of.serial))));
-    // SAFETY: it lives: we have it.
+    // SAFETY: `object` holds a reference to it.
     let (_, life) = unsafe { xpc::borrow(object.as_raw(), "a serialization") };
     of.world.track(life, "a serialization");
     object.into_raw()
@@ -497,15 +502,14 @@ pub(crate) unsafe extern "C" fn vmnet_network_copy_serialization(
 
 /// # Safety
 ///
-/// `object` is an XPC object, or nothing that lives, which is told; `status` is null or can be
-/// written.
+/// `status` must be null or valid for writing. For `object` see [`xpc::borrow`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
     object: *mut c_void,
     status: *mut u32,
 ) -> *mut c_void {
     require(World::current().host().macos, c"vmnet_network_create_with_serialization");
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (object, _) = unsafe { xpc::borrow(object, "vmnet_network_create_with_serialization") };
     let serial = match object {
         Object::Opaque(opaque) => opaque.downcast_ref::<Serialized>().map(|found| found.0),
@@ -515,11 +519,12 @@ pub(crate) unsafe extern "C" fn vmnet_network_create_with_serialization(
         .iter()
         .find(|(known, _)| Some(*known) == serial)
         .and_then(|(_, network)| network.upgrade());
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { return_network(known.ok_or(INVALID_ARGUMENT), status) }
 }
 
-/// A subnet's addresses from its gateway's to the last but one: the last is the broadcast's.
+/// The addresses of a subnet from its gateway to the last but one. The last one is the broadcast
+/// address.
 pub(crate) fn range_from(gateway: Ipv4Addr, mask: Ipv4Addr) -> AddressRange {
     let end = Ipv4Addr::from((u32::from(gateway) | !u32::from(mask)).wrapping_sub(1));
     AddressRange { gateway, end, mask }

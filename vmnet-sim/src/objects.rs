@@ -1,5 +1,10 @@
-//! What lives: every block, queue, XPC object and network object, by address. So a use after the
-//! last release is told, and not left to luck; and so a world can say what was never released.
+//! Every live block, queue, XPC object and network object, by address. So a use after the last
+//! release is reported instead of working by luck, and a world can say what was never released.
+//!
+//! Foreign code gives the simulator pointers that may be wrong. [`expect_live`] looks the address
+//! up in the table before it is followed, and aborts with a sentence if no live object of the
+//! expected kind is there. It cannot check that the caller holds a reference for the time of the
+//! call: the `# Safety` sections demand that.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -7,7 +12,7 @@ use std::io::{self, Write};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-/// What an address is the address of.
+/// The kind of object at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Block,
@@ -29,30 +34,31 @@ impl fmt::Display for Kind {
     }
 }
 
-/// One life of one object: the address may come again, this does not.
+/// One life of one object. The address may be used again; the serial number is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Life {
     address: usize,
     serial: u64,
 }
 
-/// What keeps an address from being given out again, while it exists.
+/// As long as it exists, its address is not given out again.
 pub(crate) type Memory = Box<dyn Send>;
 
 #[derive(Default)]
 struct Table {
     alive: HashMap<usize, (u64, Kind, Memory)>,
-    /// Blocks that are being called, by somebody without a reference.
+    /// Blocks that are being called by a caller that holds no reference to them.
     running: Vec<Life>,
-    /// Of those that died last: so that one of them is not mistaken for one born in its place.
+    /// The memory of the objects that ended last. It is kept, so that one of them is not mistaken
+    /// for a new object at the same address.
     retired: VecDeque<Memory>,
     next: u64,
 }
 
-/// How many of the dead keep their memory.
+/// How many ended objects keep their memory.
 const RETIRED_MAX: usize = 256;
 
-/// The memory of one that died. Whoever drops it is done with it.
+/// The memory of an object that has ended. Dropped when its last user is done with it.
 #[must_use = "as long as it exists the memory may be used"]
 pub(crate) struct RetiredMemory(Option<Memory>);
 
@@ -87,13 +93,13 @@ pub(crate) fn unregister<T: ?Sized>(address: *const T) -> RetiredMemory {
     RetiredMemory(removed.map(|(.., memory)| memory))
 }
 
-/// What lives at `address`.
+/// The kind of the live object at `address`, if there is one.
 pub(crate) fn kind<T: ?Sized>(address: *const T) -> Option<Kind> {
     lock(&TABLE).alive.get(&(address.cast::<()>() as usize)).map(|(_, kind, _)| *kind)
 }
 
-/// The life of what stands at `address`, which must be of that kind. `role` says in whose place it
-/// was given.
+/// The life of the object at `address`. Aborts if no live object of this kind is there. `role`
+/// names the argument in the message.
 pub(crate) fn expect_live<T: ?Sized>(address: *const T, kind: Kind, role: &str) -> Life {
     let address = address.cast::<()>() as usize;
     match lock(&TABLE).alive.get(&address) {
@@ -108,7 +114,7 @@ pub(crate) fn expect_live<T: ?Sized>(address: *const T, kind: Kind, role: &str) 
     }
 }
 
-/// While it exists, a block is being called.
+/// As long as this exists, a block is being called.
 pub(crate) struct Running(Life);
 
 impl Drop for Running {
@@ -120,7 +126,7 @@ impl Drop for Running {
     }
 }
 
-/// Whether what lives at `address` is being called.
+/// Whether the block at `address` is being called.
 pub(crate) fn is_running<T: ?Sized>(address: *const T) -> bool {
     let address = address.cast::<()>() as usize;
     lock(&TABLE).running.iter().any(|life| life.address == address)
@@ -136,7 +142,7 @@ impl Life {
         lock(&TABLE).alive.get(&self.address).is_some_and(|(serial, ..)| *serial == self.serial)
     }
 
-    /// It must go on: it is about to be used.
+    /// Aborts if the object has ended. Called right before it is used.
     pub(crate) fn check(self, role: &str) {
         if !self.is_live() {
             violation(&format!("{role}: it was released too early"));
@@ -144,11 +150,12 @@ impl Life {
     }
 }
 
-/// Says what was done wrong and ends the process. Not a panic: the caller is foreign code.
+/// Reports what was done wrong and ends the process. It does not panic, because the caller is
+/// foreign code.
 #[cold]
 pub(crate) fn violation(what: &str) -> ! {
     let thread = thread::current();
-    // Not eprintln: a test harness would keep that to itself.
+    // Not `eprintln`, because a test harness would capture it.
     let _ = writeln!(
         io::stderr(),
         "vmnet-sim: the caller broke a rule of vmnet: {what} (on thread '{}')",

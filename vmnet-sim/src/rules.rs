@@ -3,10 +3,10 @@
 use std::ffi::c_void;
 
 pub(crate) const INET: u8 = 2;
-/// Darwin's.
+/// Darwin's number.
 const INET6: u8 = 30;
 
-/// A rule.
+/// A port forwarding rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
     pub(crate) protocol: u8,
@@ -16,7 +16,7 @@ pub(crate) struct Rule {
     pub(crate) inside: u16,
 }
 
-/// How many bytes an address of that family has.
+/// How many bytes an address of this family has.
 pub(crate) fn address_len(family: u8) -> Option<usize> {
     match family {
         INET => Some(4),
@@ -27,11 +27,11 @@ pub(crate) fn address_len(family: u8) -> Option<usize> {
 
 /// # Safety
 ///
-/// `from` points at an address of that family.
+/// `from` must point at an address of this family.
 pub(crate) unsafe fn address(from: *const c_void, family: u8) -> Option<[u8; 16]> {
     let len = address_len(family)?;
     let mut bytes = [0; 16];
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     bytes[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(from.cast::<u8>(), len) });
     Some(bytes)
 }

@@ -1,57 +1,57 @@
-//! What an interface's vmnet answers, and when.
+//! Scripts: what an interface's vmnet answers, and when.
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-/// How the simulated vmnet treats one interface. Made with its defaults, which are what a healthy
-/// macOS 26 was seen to do; changed through [`World::script`](crate::World::script), also while the
-/// interface runs.
+/// How the simulated vmnet treats one interface. The defaults are what a healthy macOS 26 was seen
+/// to do. [`World::script`](crate::World::script) changes a script, also while the interface runs.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Script {
     /// How the start goes.
     pub start: StartPlan,
-    /// What the parameters say instead of what was asked for.
+    /// The MTU in the parameters, instead of the one that was asked for.
     pub mtu: Option<u64>,
-    /// As above.
+    /// The `max_packet_size` in the parameters, instead of the computed one.
     pub max_packet_size: Option<u64>,
-    /// Packets per read, told by `vmnet_read_max_packets_key` from macOS 15 on; `None`: not told, and
-    /// 200.
+    /// Packets per read. From macOS 15 on the parameters have it under
+    /// `vmnet_read_max_packets_key`. With `None` they do not, and the limit is 200.
     pub read_max_packets: Option<u32>,
-    /// Packets per write, as above.
+    /// Packets per write, in the same way, under `vmnet_write_max_packets_key`.
     pub write_max_packets: Option<u32>,
     /// Whether `vmnet_mac_address_key` in a description decides the MAC.
     pub honours_mac: bool,
-    /// Whether the `max_packet_size` of an interface with the virtio header counts it.
+    /// Whether `max_packet_size` includes the virtio header, on an interface that has it.
     pub header_in_max: bool,
     /// When there are events.
     pub events: Events,
-    /// What `vmnet_estimated_packets_available_key` says: `None`: it is not there; `Some(None)`: the
-    /// truth; else this.
+    /// The value of `vmnet_estimated_packets_available_key`. `None`: the key is missing.
+    /// `Some(None)`: the true number. `Some(Some(n))`: `n`.
     pub estimate: Option<Option<u64>>,
     /// How long an event waits on its queue before its callback is called.
     pub event_delay: Duration,
-    /// Plans for the next reads, one a call; afterwards they go well.
+    /// Plans for the next reads, one for each call. Reads without a plan go well.
     pub reads: VecDeque<CallPlan>,
     /// Plans for the next writes.
     pub writes: VecDeque<CallPlan>,
-    /// What becomes of a batch with a packet that cannot be sent (too short, too long): whether those
-    /// before it are sent, and what the count says.
+    /// What happens to a batch that has a packet which cannot be sent (too short, too long):
+    /// whether the packets before it are sent, and what the count says.
     pub failed_batch: (bool, Reported),
-    /// Whether a packet may stand in several iovecs; else such a call fails with 1003. Reports differ.
+    /// Whether a packet may be spread over several iovecs. If not, such a call fails with 1003.
+    /// Reports differ on what vmnet does.
     pub several_iovecs: bool,
     /// How a stop goes.
     pub stop: StopPlan,
-    /// How long the handler of a start or a stop waits on its queue; then that counts as blocked,
-    /// which is a misuse.
+    /// How long the handler of a start or a stop may wait on its queue. After that the queue counts
+    /// as blocked, which is a misuse.
     pub patience: Duration,
-    /// Packets that wait unread before some are dropped.
+    /// Packets that may wait unread. Packets beyond that are dropped.
     pub queue_depth: usize,
-    /// For benchmarks, fixed at the start: reads deliver this many bytes at once and in any number,
-    /// writes are taken, and nothing is checked, copied or sent.
+    /// For benchmarks, fixed at the start. Reads deliver this many bytes at once and in any number,
+    /// writes are accepted, and nothing is checked, copied or sent.
     pub free_of_charge: Option<usize>,
-    /// What every read and write costs, as a system call would; fixed at the start.
+    /// What every read and write costs, as a system call would. Fixed at the start.
     pub call_cost: Duration,
 }
 
@@ -85,17 +85,17 @@ impl Default for Script {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct StartPlan {
-    /// What the handler is told; 1000 is success.
+    /// The status that the handler gets; 1000 is success.
     pub status: u32,
-    /// Whether a start that fails has a handle all the same.
+    /// Whether a start that fails returns a handle nevertheless.
     pub handle_on_failure: bool,
-    /// Whether a start has no handle whatever the handler is told.
+    /// Whether a start returns no handle, whatever status the handler gets.
     pub no_handle: bool,
     /// When the handler is called.
     pub handler: StartHandler,
     /// Whether a start that succeeds has no parameters.
     pub no_parameters: bool,
-    /// Parameters left out, by their keys' names without `vmnet_` and `_key`.
+    /// Parameters that are left out, by the names of their keys without `vmnet_` and `_key`.
     pub missing: Vec<&'static str>,
 }
 
@@ -117,7 +117,7 @@ impl Default for StartPlan {
 pub enum StartHandler {
     /// At once, on the queue.
     Prompt,
-    /// After a time.
+    /// After this time.
     After(Duration),
     /// Not at all.
     Never,
@@ -130,40 +130,40 @@ pub enum StartHandler {
 pub enum Events {
     /// When packets arrive.
     Arrival,
-    /// When packets arrive and none was waiting.
+    /// When packets arrive and no packet was waiting.
     Edge,
-    /// When packets arrive, and again and again while some wait.
+    /// When packets arrive, and repeatedly as long as packets wait.
     Level,
-    /// Never: they get lost.
+    /// Never: events get lost.
     Lost,
 }
 
 /// How one read or write goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallPlan {
-    /// Well.
+    /// It succeeds.
     Well,
-    /// It succeeds, and takes or delivers no more than this.
+    /// It succeeds, but takes or delivers at most this many packets.
     Takes(usize),
     /// It fails.
     Fails {
         /// With this status.
         status: u32,
-        /// Having sent so many; a read delivers none.
+        /// After this many packets were sent. A read delivers none.
         sent: usize,
-        /// And saying so.
+        /// With this count.
         reported: Reported,
     },
 }
 
-/// What the count says after a failure.
+/// What the count says after a call that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reported {
-    /// What was asked for: it is left as it was.
+    /// The number that was asked for: the count stays as it was.
     Asked,
-    /// What was done.
+    /// The number that was done.
     Done,
-    /// Nothing.
+    /// Zero.
     Zero,
 }
 
@@ -171,11 +171,11 @@ pub enum Reported {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct StopPlan {
-    /// The stop is refused with this status, and no handler comes.
+    /// The stop is refused with this status, and the handler is never called.
     pub refused: Option<u32>,
-    /// After how long the handler is called; `None`: never.
+    /// How long after the stop the handler is called; `None`: never.
     pub handler: Option<Duration>,
-    /// What it is told.
+    /// The status that the handler gets.
     pub status: u32,
 }
 
@@ -185,29 +185,29 @@ impl Default for StopPlan {
     }
 }
 
-/// What the host's sleep made of an interface.
+/// What the host's sleep has done to an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dead {
-    /// Reads find nothing, writes go nowhere, events do not come.
+    /// Reads find nothing, writes go nowhere, and there are no events.
     Silent,
     /// Reads and writes fail with this status.
     Fails(u32),
 }
 
-/// A value of a description.
+/// A value in a description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Value {
     /// A number.
     U64(u64),
-    /// A yes or no.
+    /// A boolean.
     Bool(bool),
-    /// A text.
+    /// A string.
     Str(String),
     /// A UUID.
     Uuid([u8; 16]),
 }
 
-/// What an interface has seen.
+/// What an interface has counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counts {
@@ -217,16 +217,16 @@ pub struct Counts {
     pub stops: u64,
     /// Calls of `vmnet_read`.
     pub reads: u64,
-    /// Packets they delivered.
+    /// Packets that they delivered.
     pub packets_read: u64,
     /// Calls of `vmnet_write`.
     pub writes: u64,
-    /// Packets they took.
+    /// Packets that they took.
     pub packets_written: u64,
     /// Events.
     pub events: u64,
-    /// Packets that arrived and were dropped because too many waited, or because they are longer than
-    /// the interface takes.
+    /// Packets that arrived and were dropped, because too many were waiting or because they are
+    /// longer than the interface accepts.
     pub dropped: u64,
 }
 
@@ -234,7 +234,7 @@ pub struct Counts {
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct NetworkPlan {
-    /// What it ends with; 1000 is success.
+    /// The status of the creation; 1000 is success.
     pub status: u32,
     /// How long it takes.
     pub delay: Duration,
@@ -250,7 +250,7 @@ impl Default for NetworkPlan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NetworkMade {
-    /// 1000 is host, 1001 shared mode.
+    /// 1000 is host mode, 1001 is shared mode.
     pub mode: u64,
     /// The gateway.
     pub gateway: Ipv4Addr,
@@ -260,11 +260,11 @@ pub struct NetworkMade {
     pub prefix: Option<([u8; 16], u8)>,
     /// The MTU.
     pub mtu: u32,
-    /// The way out.
+    /// The external interface.
     pub external: Option<String>,
-    /// What was turned off.
+    /// What was disabled.
     pub off: Vec<&'static str>,
-    /// Addresses kept for clients.
+    /// Addresses that are reserved for clients.
     pub reservations: Vec<([u8; 6], Ipv4Addr)>,
     /// Forwarding rules.
     pub rules: Vec<ForwardMade>,
@@ -274,7 +274,7 @@ pub struct NetworkMade {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ForwardMade {
-    /// 6 is TCP, 17 UDP.
+    /// 6 is TCP, 17 is UDP.
     pub protocol: u8,
     /// The host's port.
     pub external_port: u16,

@@ -1,4 +1,4 @@
-//! What the start of an interface negotiates: what was asked for, and what its script says.
+//! What the start of an interface negotiates, from what was asked for and from the script.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::status::{INVALID_ARGUMENT, SHARED_MODE};
 use crate::world::World;
 use crate::xpc::{Handle, Object};
 
-/// What was negotiated.
+/// The negotiated settings.
 pub(crate) struct Settings {
     pub(crate) id: [u8; 16],
     pub(crate) mtu: u64,
@@ -75,13 +75,13 @@ impl Settings {
         })
     }
 
-    /// The longest packet, header included.
+    /// The longest packet, including the header.
     pub(crate) fn max_frame(&self) -> usize {
         let header = if self.header && !self.header_in_max { HEADER } else { 0 };
         self.max as usize + header
     }
 
-    /// The dictionary for the start's handler.
+    /// The dictionary that the start's handler gets.
     pub(crate) fn parameters(&self, script: &Script, world: &World) -> Handle {
         let all = Handle::dictionary();
         let told = world.host().macos >= (15, 0);

@@ -1,4 +1,4 @@
-//! Numbers of vmnet.h: what a call returns, and the modes of an interface.
+//! Numbers of vmnet.h: the statuses that calls return, and the modes of an interface.
 
 pub(crate) const SUCCESS: u32 = 1000;
 pub(crate) const FAILURE: u32 = 1001;

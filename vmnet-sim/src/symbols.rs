@@ -1,4 +1,4 @@
-//! What `dlsym` finds: the addresses of the names that came after macOS 11.
+//! What `dlsym` finds: the addresses of the names that are newer than macOS 11.
 
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -11,13 +11,13 @@ use crate::keys::{
 };
 use crate::{forwarding, network};
 
-/// An address in a constant.
+/// The address of a function or a constant.
 struct Address(*const c_void);
 
-// SAFETY: the address of a function or a constant.
+// SAFETY: it is the address of a function or a constant.
 unsafe impl Sync for Address {}
 
-/// What came after macOS 11.
+/// The names that are newer than macOS 11.
 static ADDRESSES: &[(&CStr, Address)] = &{
     macro_rules! function {
         ($module:ident, $name:ident, $name_c:literal) => {
@@ -128,7 +128,7 @@ static ADDRESSES: &[(&CStr, Address)] = &{
     ]
 };
 
-/// The address of a name on that macOS, or null.
+/// The address of `name` on this version of macOS, or null.
 pub(crate) fn find(name: &CStr, macos: (u32, u32)) -> *const c_void {
     if since(name).is_none_or(|since| since > macos) {
         return ptr::null();
@@ -144,7 +144,7 @@ mod tests {
     use super::ADDRESSES;
     use crate::availability::SINCE;
 
-    /// Goal: each name has both a version and an address, once.
+    /// Goal: each name has both a version and an address, and has them once.
     #[test]
     fn names_have_a_version_and_an_address() {
         let versions: BTreeSet<_> = SINCE.iter().map(|(name, _)| *name).collect();

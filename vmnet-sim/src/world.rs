@@ -1,5 +1,5 @@
-//! A world: a Mac of its own, with its version, its networks and the scripts of its interfaces. Tests
-//! that run at a time do not see each other's.
+//! A world: a simulated Mac, with its version, its networks and the scripts of its interfaces.
+//! Tests that run at the same time do not see each other's worlds.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
@@ -16,14 +16,14 @@ use crate::framing::LongFrames;
 use crate::objects::{Life, lock, violation};
 use crate::script::{Counts, Dead, NetworkMade, NetworkPlan, Script, Value};
 
-/// The machine.
+/// The simulated machine.
 #[derive(Clone, Debug)]
 pub struct Host {
     /// The version of macOS.
     pub macos: (u32, u32),
     /// Whether the process is root.
     pub root: bool,
-    /// What bridged mode can share; `None`: vmnet answers null.
+    /// The interfaces that bridged mode can share. With `None` vmnet answers null.
     pub shared_interfaces: Option<Vec<String>>,
 }
 
@@ -39,11 +39,11 @@ impl Default for Host {
 pub enum Rules {
     /// The process is aborted.
     Strict,
-    /// The call answers with a status, as vmnet may: for programs that ask on purpose.
+    /// The call answers with a status, as vmnet may. For programs that ask on purpose.
     Answers,
 }
 
-/// A Mac of its own. Cheap to clone: it is the same one.
+/// A simulated Mac. Cloning is cheap and gives the same world.
 #[derive(Clone)]
 pub struct World(pub(crate) Arc<Inner>);
 
@@ -56,26 +56,26 @@ impl fmt::Debug for World {
 pub(crate) struct Inner {
     host: Mutex<Host>,
     rules: Rules,
-    /// Whether vmnet copies the blocks and retains the queues it is given.
+    /// Whether vmnet copies the blocks and retains the queues that it is given.
     retains: bool,
     pub(crate) networks: Registry<Vec<u8>>,
     pub(crate) long_frames: LongFrames,
     records: Mutex<HashMap<[u8; 16], Arc<Mutex<Record>>>>,
-    /// What it was given and what it gave, with the place.
+    /// What foreign code gave the world and got from it, each with its role.
     seen: Mutex<Vec<(Life, &'static str)>>,
-    /// Subnets that network objects hold.
+    /// The subnets of the network objects.
     pub(crate) subnets: Mutex<Vec<Ipv4Addr>>,
     network_plan: Mutex<NetworkPlan>,
     pub(crate) networks_made: Mutex<Vec<NetworkMade>>,
 }
 
-/// What is known of an interface identity.
+/// What is known about one interface identity.
 #[derive(Default)]
 pub(crate) struct Record {
     pub(crate) script: Script,
     pub(crate) counts: Counts,
     pub(crate) description: BTreeMap<String, Value>,
-    /// What sleep made of the running interface, which owns this.
+    /// What sleep has done to the running interface, which owns this.
     pub(crate) dead: Weak<Mutex<Option<Dead>>>,
 }
 
@@ -93,12 +93,13 @@ impl Default for World {
 }
 
 impl World {
-    /// A strict world: macOS 26, root; vmnet takes references of its own to blocks and queues.
+    /// A strict world: macOS 26, root. vmnet takes its own references to blocks and queues.
     pub fn new() -> Self {
         Self::with(Rules::Strict, true)
     }
 
-    /// A world of those rules, in which vmnet keeps references to blocks and queues, or does not.
+    /// A world with these rules. `retains` says whether vmnet takes its own references to blocks
+    /// and queues.
     pub fn with(rules: Rules, retains: bool) -> Self {
         Self(Arc::new(Inner {
             host: Mutex::default(),
@@ -114,13 +115,13 @@ impl World {
         }))
     }
 
-    /// The calling thread's world, or the process's.
+    /// The calling thread's world, or the default one of the process.
     pub fn current() -> Self {
         CURRENT.with_borrow(Clone::clone).unwrap_or_else(|| DEFAULT.clone())
     }
 
-    /// Runs `body` in this world: what it asks of the system is answered for this Mac, and network
-    /// objects it makes are here.
+    /// Runs `body` in this world: questions to the system are answered for this Mac, and new
+    /// network objects belong to it.
     pub fn enter<T>(&self, body: impl FnOnce() -> T) -> T {
         struct Restore(Option<World>);
         impl Drop for Restore {
@@ -133,17 +134,17 @@ impl World {
         body()
     }
 
-    /// The machine.
+    /// The simulated machine.
     pub fn host(&self) -> Host {
         lock(&self.0.host).clone()
     }
 
-    /// Changes the machine.
+    /// Changes the simulated machine.
     pub fn set_host(&self, change: impl FnOnce(&mut Host)) {
         change(&mut lock(&self.0.host));
     }
 
-    /// An interface identity that nobody else has, and whose interfaces are in this world.
+    /// A new interface identity. Its interfaces belong to this world.
     pub fn interface_id(&self) -> [u8; 16] {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut id = *b"vmnet-sim_______";
@@ -152,7 +153,7 @@ impl World {
         id
     }
 
-    /// Has interfaces of that identity in this world.
+    /// Makes interfaces of this identity belong to this world.
     pub fn adopt(&self, id: [u8; 16]) {
         lock(&BY_ID).insert(id, Arc::downgrade(&self.0));
     }
@@ -162,13 +163,13 @@ impl World {
         change(&mut lock(&self.record(id)).script);
     }
 
-    /// What an interface has seen.
+    /// What the interface of this identity has counted.
     pub fn counts(&self, id: [u8; 16]) -> Counts {
         lock(&self.record(id)).counts
     }
 
-    /// What the last start of the interface was asked for: the description's entries, by the names of
-    /// their keys without `vmnet_` and `_key`.
+    /// The description of the interface's last start. The keys are the names of vmnet's keys
+    /// without `vmnet_` and `_key`.
     pub fn description(&self, id: [u8; 16]) -> BTreeMap<String, Value> {
         lock(&self.record(id)).description.clone()
     }
@@ -178,7 +179,7 @@ impl World {
         change(&mut lock(&self.0.network_plan));
     }
 
-    /// The network objects made so far.
+    /// The network objects that were made so far.
     pub fn networks_made(&self) -> Vec<NetworkMade> {
         lock(&self.0.networks_made).clone()
     }
@@ -187,7 +188,8 @@ impl World {
         *lock(&self.0.network_plan)
     }
 
-    /// The host sleeps and wakes: this is what it makes of the interface, until it is started again.
+    /// Simulates that the host sleeps and wakes. The interface behaves as `dead` says until it is
+    /// started again.
     pub fn sleep(&self, id: [u8; 16], dead: Dead) {
         let running = lock(&self.record(id)).dead.upgrade();
         if let Some(state) = running {
@@ -195,8 +197,8 @@ impl World {
         }
     }
 
-    /// Blocks, queues and objects that passed through this world's calls and are still there, after
-    /// waiting up to `patience` for none.
+    /// Waits up to `patience` until everything is released. Returns the blocks, queues and objects
+    /// that passed through this world's calls and still exist.
     pub fn unreleased(&self, patience: Duration) -> Vec<&'static str> {
         let start = Instant::now();
         loop {
@@ -233,7 +235,8 @@ impl World {
         }
     }
 
-    /// What vmnet does about a misuse: the status to answer with, if this world answers.
+    /// Handles a misuse: aborts in a strict world; else returns the status that the call answers
+    /// with.
     pub(crate) fn misuse(&self, what: &str, status: u32) -> u32 {
         match self.0.rules {
             Rules::Strict => violation(what),

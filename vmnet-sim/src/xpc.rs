@@ -16,7 +16,8 @@ pub(crate) enum Object {
     Bool(bool),
     String(CString),
     Uuid([u8; 16]),
-    /// What only the simulator understands: a port forwarding rule, a network for another process.
+    /// An object that only the simulator understands: a port forwarding rule, or a network for
+    /// another process.
     Opaque(Box<dyn std::any::Any + Send + Sync>),
 }
 
@@ -26,7 +27,7 @@ impl Drop for Object {
     }
 }
 
-/// A reference.
+/// A reference to an object.
 #[derive(Clone)]
 pub(crate) struct Handle(Arc<Object>);
 
@@ -42,12 +43,12 @@ impl Handle {
         Self::new(Object::Dictionary(Mutex::default()))
     }
 
-    /// For a block's argument, or another +0.
+    /// The pointer for a block's argument or another result at +0.
     pub(crate) fn as_raw(&self) -> *mut c_void {
         Arc::as_ptr(&self.0).cast_mut().cast()
     }
 
-    /// For a result that the caller has to release.
+    /// The pointer for a result that the caller has to release.
     pub(crate) fn into_raw(self) -> *mut c_void {
         Arc::into_raw(self.0).cast_mut().cast()
     }
@@ -64,18 +65,20 @@ impl Handle {
     }
 }
 
-/// The object that foreign code means.
+/// The object that a pointer from foreign code means.
 ///
 /// # Safety
 ///
-/// `object` is an XPC object, or nothing that lives, which is told.
+/// If `object` is a live XPC object, the caller must hold a reference to it for the lifetime `'a`.
+/// The simulator aborts if no live XPC object has this address.
 pub(crate) unsafe fn borrow<'a>(object: *const c_void, role: &str) -> (&'a Object, Life) {
     let life = objects::expect_live(object, Kind::Xpc, role);
-    // SAFETY: it lives, and is an Object. The caller's reference keeps it while it is used.
+    // SAFETY: `expect_live` has just found an Object here. The caller's reference keeps it alive
+    // for `'a`.
     (unsafe { &*object.cast::<Object>() }, life)
 }
 
-/// A dictionary's entries as values, by the text of the key.
+/// A dictionary's entries as values, by the text of their key.
 pub(crate) fn values(dictionary: &Object, role: &str) -> BTreeMap<String, Value> {
     let Object::Dictionary(entries) = dictionary else {
         violation(&format!("{role}: a dictionary is expected"));
@@ -93,14 +96,14 @@ pub(crate) fn values(dictionary: &Object, role: &str) -> BTreeMap<String, Value>
 
 /// # Safety
 ///
-/// As [`borrow`], and `key` is a C string.
+/// As for [`borrow`]; and `key` must be a C string.
 unsafe fn get<T>(
     dictionary: *const c_void,
     key: *const c_char,
     role: &str,
     read: impl FnOnce(&Object) -> Option<T>,
 ) -> Option<T> {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (object, key) = unsafe { (borrow(dictionary, role).0, CStr::from_ptr(key)) };
     let Object::Dictionary(entries) = object else {
         violation(&format!("{role}: the object is no dictionary"));
@@ -110,9 +113,9 @@ unsafe fn get<T>(
 
 /// # Safety
 ///
-/// As [`get`].
+/// As for [`get`].
 unsafe fn set(dictionary: *const c_void, key: *const c_char, value: Object, role: &str) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let (object, key) = unsafe { (borrow(dictionary, role).0, CStr::from_ptr(key)) };
     let Object::Dictionary(entries) = object else {
         violation(&format!("{role}: the object is no dictionary"));
@@ -120,7 +123,7 @@ unsafe fn set(dictionary: *const c_void, key: *const c_char, value: Object, role
     lock(entries).insert(key.to_owned(), Handle::new(value));
 }
 
-/// A type: only its address is of interest.
+/// A type. Only its address matters.
 #[repr(C)]
 pub(crate) struct Type([usize; 4]);
 
@@ -144,40 +147,40 @@ pub(crate) extern "C" fn xpc_dictionary_create(
 
 /// # Safety
 ///
-/// As [`borrow`], and `key` is a C string; so in all that follow.
+/// As for [`borrow`]; and `key` must be a C string. The functions below have the same contract.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_set_uint64(
     dictionary: *mut c_void,
     key: *const c_char,
     value: u64,
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { set(dictionary, key, Object::U64(value), "xpc_dictionary_set_uint64") }
 }
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`].
+/// As for [`xpc_dictionary_set_uint64`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_set_bool(
     dictionary: *mut c_void,
     key: *const c_char,
     value: bool,
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { set(dictionary, key, Object::Bool(value), "xpc_dictionary_set_bool") }
 }
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`], and `value` is a C string.
+/// As for [`xpc_dictionary_set_uint64`]; and `value` must be a C string.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_set_string(
     dictionary: *mut c_void,
     key: *const c_char,
     value: *const c_char,
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let value = Object::String(CStr::from_ptr(value).to_owned());
         set(dictionary, key, value, "xpc_dictionary_set_string");
@@ -186,26 +189,26 @@ pub(crate) unsafe extern "C" fn xpc_dictionary_set_string(
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`], and `value` points at 16 bytes.
+/// As for [`xpc_dictionary_set_uint64`]; and `value` must point at 16 bytes.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_set_uuid(
     dictionary: *mut c_void,
     key: *const c_char,
     value: *const [u8; 16],
 ) {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { set(dictionary, key, Object::Uuid(*value), "xpc_dictionary_set_uuid") }
 }
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`].
+/// As for [`xpc_dictionary_set_uint64`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_get_uint64(
     dictionary: *mut c_void,
     key: *const c_char,
 ) -> u64 {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let value = unsafe {
         get(dictionary, key, "xpc_dictionary_get_uint64", |value| match value {
             Object::U64(value) => Some(*value),
@@ -217,13 +220,13 @@ pub(crate) unsafe extern "C" fn xpc_dictionary_get_uint64(
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`].
+/// As for [`xpc_dictionary_set_uint64`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_get_string(
     dictionary: *mut c_void,
     key: *const c_char,
 ) -> *const c_char {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let value = unsafe {
         get(dictionary, key, "xpc_dictionary_get_string", |value| match value {
             Object::String(value) => Some(value.as_ptr()),
@@ -235,13 +238,13 @@ pub(crate) unsafe extern "C" fn xpc_dictionary_get_string(
 
 /// # Safety
 ///
-/// As [`xpc_dictionary_set_uint64`].
+/// As for [`xpc_dictionary_set_uint64`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_dictionary_get_uuid(
     dictionary: *mut c_void,
     key: *const c_char,
 ) -> *const [u8; 16] {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let value = unsafe {
         get(dictionary, key, "xpc_dictionary_get_uuid", |value| match value {
             Object::Uuid(value) => Some(ptr::from_ref(value)),
@@ -253,9 +256,9 @@ pub(crate) unsafe extern "C" fn xpc_dictionary_get_uuid(
 
 /// # Safety
 ///
-/// As [`borrow`].
+/// As for [`borrow`].
 unsafe fn elements<'a>(array: *const c_void, role: &str) -> &'a [Handle] {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     match unsafe { borrow(array, role).0 } {
         Object::Array(elements) => elements,
         _ => violation(&format!("{role}: the object is no array")),
@@ -264,22 +267,22 @@ unsafe fn elements<'a>(array: *const c_void, role: &str) -> &'a [Handle] {
 
 /// # Safety
 ///
-/// As [`borrow`].
+/// As for [`borrow`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_array_get_count(array: *mut c_void) -> usize {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { elements(array, "xpc_array_get_count") }.len()
 }
 
 /// # Safety
 ///
-/// As [`borrow`].
+/// As for [`borrow`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_array_get_string(
     array: *mut c_void,
     index: usize,
 ) -> *const c_char {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     match unsafe { elements(array, "xpc_array_get_string") }.get(index).map(Handle::object) {
         Some(Object::String(text)) => text.as_ptr(),
         Some(_) => ptr::null(),
@@ -289,13 +292,13 @@ pub(crate) unsafe extern "C" fn xpc_array_get_string(
 
 /// # Safety
 ///
-/// As [`borrow`].
+/// As for [`borrow`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_array_get_value(
     array: *mut c_void,
     index: usize,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     match unsafe { elements(array, "xpc_array_get_value") }.get(index) {
         Some(element) => element.as_raw(),
         None => violation("xpc_array_get_value: the index is beyond the end"),
@@ -304,10 +307,10 @@ pub(crate) unsafe extern "C" fn xpc_array_get_value(
 
 /// # Safety
 ///
-/// As [`borrow`].
+/// As for [`borrow`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_get_type(object: *mut c_void) -> *const Type {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     match unsafe { borrow(object, "xpc_get_type").0 } {
         Object::Array(_) => &raw const _xpc_type_array,
         Object::Dictionary(_) => &raw const _xpc_type_dictionary,
@@ -317,10 +320,12 @@ pub(crate) unsafe extern "C" fn xpc_get_type(object: *mut c_void) -> *const Type
 
 /// # Safety
 ///
-/// As [`borrow`], and the caller has a reference to give up.
+/// The caller gives up its reference to `object`. The simulator aborts if no live XPC object has
+/// this address.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn xpc_release(object: *mut c_void) {
     objects::expect_live(object, Kind::Xpc, "xpc_release");
-    // SAFETY: it lives, and was made as an Arc; the reference is the caller's.
+    // SAFETY: `expect_live` has just found it. It was made as an Arc, and the caller gives up the
+    // reference.
     unsafe { Arc::decrement_strong_count(object.cast::<Object>()) }
 }

@@ -1,11 +1,11 @@
-//! The C declarations. As a driver has them, but with plain pointers, because the tests also give what
-//! a driver must not.
+//! The C declarations. They are a driver's, but with plain pointers, because the tests also pass
+//! what a driver must not.
 
 use std::ffi::{c_char, c_int, c_void};
 
 use libc::{in_addr, in6_addr, iovec};
 
-/// What an `xpc_object_t`, a queue, a block or a handle is to C.
+/// What C sees of an `xpc_object_t`, a queue, a block or a handle.
 pub(crate) type Pointer = *mut c_void;
 /// A dictionary key: an exported variable that points to the key's text.
 pub(crate) type Key = *const c_char;

@@ -1,4 +1,4 @@
-//! Reads and writes: the counts, the plans, the limits, and the answers of a world that answers.
+//! Reads and writes: the counts, the plans, the limits, and the statuses of a world that answers.
 
 use std::ffi::c_int;
 use std::ptr;
@@ -9,7 +9,7 @@ use vmnet_sim::{CallPlan, Dead, Reported, Rules, Script, Value, World};
 use crate::abi;
 use crate::support::*;
 
-/// Two interfaces of one network, the first with that script, and frames from the second to it.
+/// Two interfaces of one network. The first has the script and receives frames from the second.
 struct Pair {
     world: World,
     id: [u8; 16],
@@ -35,7 +35,7 @@ impl Pair {
         numbers.map(|i| frame(self.b.mac(), self.a.mac(), i, 60)).collect()
     }
 
-    /// What has come to the second.
+    /// What has arrived at the second.
     fn sent(&self) -> Vec<u64> {
         self.b.receive().iter().map(|frame| number(frame)).collect()
     }
@@ -60,7 +60,7 @@ fn a_read_brings_what_waits_in_order_and_else_nothing() {
     });
 }
 
-/// "Both are in/out": flags and iov_len of what was offered come back changed.
+/// "Both are in/out": the flags and iov_len of the offered descriptors come back changed.
 #[test]
 fn a_read_changes_what_has_to_be_reset() {
     guarded(|| {
@@ -151,7 +151,7 @@ fn a_batch_with_a_bad_packet_fails_as_the_script_says() {
                 assert_eq!(pair.sent(), sent);
             }
         }
-        // From an empty Ethernet frame to a full one all go.
+        // Every length from an empty Ethernet frame to a full one is accepted.
         let pair = Pair::new(|_| ());
         let mut batch = pair.frames(0..2);
         batch[0].resize(1514, 0);
@@ -185,7 +185,7 @@ fn a_packet_can_stand_in_several_iovecs_if_the_script_says_so() {
         assert_eq!(write(&one_only).0, INVALID_ARGUMENT);
         assert_eq!(pair.sent(), []);
 
-        // And in a read, where the packet fills the first and goes on in the second.
+        // Also in a read, where the packet fills the first iovec and continues in the second.
         pair.feed(8..9);
         let mut rooms = Packets::rooms(1, 1514);
         let (base, size) = (rooms.iovecs[0].iov_base, 1514);
@@ -265,7 +265,7 @@ fn calls_can_be_free_of_charge() {
     });
 }
 
-/// 200 packets where nothing is told, else what is told.
+/// The limit is 200 packets if the parameters do not name another.
 #[test]
 fn a_batch_can_be_as_long_as_it_is_told_or_as_the_documents_say() {
     guarded(|| {
@@ -278,7 +278,7 @@ fn a_batch_can_be_as_long_as_it_is_told_or_as_the_documents_say() {
             assert_eq!(pair.sent().len(), n);
             assert_eq!(pair.a.read(n).0, SUCCESS);
         }
-        // As on a macOS that has no keys for it.
+        // Like a macOS that has no keys for it.
         let world = World::with(Rules::Answers, true);
         world.set_host(|host| host.macos = (14, 0));
         let old = Start::of(&Description::shared(world.interface_id())).interface();
@@ -314,7 +314,7 @@ fn a_world_that_answers_has_a_status_for_what_a_strict_one_aborts_on() {
             INVALID_ARGUMENT
         );
         for mut count in [0, -1] as [c_int; 2] {
-            // SAFETY: a handle, and a count that lets vmnet look at nothing.
+            // SAFETY: a handle, and a count for which vmnet looks at no descriptor.
             let status =
                 unsafe { abi::vmnet_read(handle, batch(1).descriptors.as_mut_ptr(), &mut count) };
             assert_eq!(status, INVALID_ARGUMENT);

@@ -1,17 +1,17 @@
-//! A DHCP client's two questions, by hand.
+//! The two requests of a DHCP client, written by hand.
 
 use std::net::Ipv4Addr;
 
 use crate::support::{BROADCAST, Interface};
 
-/// BOOTP's, as against a question, which everybody hears.
+/// BOOTP's operation code of a reply. Requests are broadcast to everybody.
 const REPLY: u8 = 2;
 const DISCOVER: u8 = 1;
 const OFFER: u8 = 2;
 const REQUEST: u8 = 3;
 const ACK: u8 = 5;
 
-/// A lease: the address, and the server's.
+/// A lease: the client's address and the server's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Lease {
     pub(crate) address: Ipv4Addr,
@@ -43,7 +43,7 @@ fn question(mac: [u8; 6], kind: u8, lease: Option<Lease>) -> Vec<u8> {
     [&BROADCAST[..], &mac, &[8, 0], &ip, &udp].concat()
 }
 
-/// The kind of an answer, and its lease.
+/// The type of an answer, and its lease.
 fn answer(frame: &[u8]) -> Option<(u8, Lease)> {
     let bootp = frame.get(42..).filter(|bootp| bootp.first() == Some(&REPLY))?;
     let quad = |from: usize| -> Option<Ipv4Addr> {
@@ -67,7 +67,7 @@ fn ask(interface: &Interface, mac: [u8; 6], kind: u8, lease: Option<Lease>) -> O
     interface.receive().iter().find_map(|frame| answer(frame))
 }
 
-/// What the network's server gives a client of that MAC address.
+/// What the network's server gives a client with this MAC address.
 pub(crate) fn lease(interface: &Interface, mac: [u8; 6]) -> Option<Lease> {
     let (kind, offered) = ask(interface, mac, DISCOVER, None)?;
     assert_eq!(kind, OFFER);

@@ -1,4 +1,4 @@
-//! "Packets are available": when, how often, and with which estimate.
+//! "Packets are available": when the event comes, how often, and with which estimate.
 
 use std::sync::mpsc::channel;
 use std::thread;
@@ -35,7 +35,8 @@ impl Pair {
     }
 }
 
-/// Each arrival is an event, unread packets or not; what is on the queue already stands for all.
+/// Each arrival fires an event, whether packets are unread or not. An event that is already on the
+/// queue stands for all.
 #[test]
 fn events_come_with_arrivals() {
     guarded(|| {
@@ -120,7 +121,7 @@ fn the_estimate_is_true_or_wrong_or_not_there() {
     });
 }
 
-/// As measured: a callback that is set while a packet is unread is called for it.
+/// As measured: a callback that is set while a packet is unread is called for that packet.
 #[test]
 fn a_callback_that_is_set_is_called_for_what_waits() {
     guarded(|| {
@@ -166,7 +167,8 @@ fn setting_a_callback_replaces_it_and_null_takes_it_off() {
     });
 }
 
-/// Taking a callback off does not wait for one that runs; a job that is put on the queue then does.
+/// Unsetting a callback does not wait for one that runs. A job that is put on the queue afterwards
+/// does.
 #[test]
 fn an_event_that_runs_goes_on_when_the_callback_is_taken_off() {
     guarded(|| {
@@ -193,7 +195,7 @@ fn an_event_that_runs_goes_on_when_the_callback_is_taken_off() {
     });
 }
 
-/// As in a world where vmnet takes references: whoever lets go early is lucky.
+/// As in a world where vmnet takes references: a caller that releases early is lucky.
 #[test]
 fn a_world_that_retains_keeps_blocks_and_queues_itself() {
     guarded(|| {

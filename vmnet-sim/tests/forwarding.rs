@@ -13,10 +13,11 @@ use crate::support::*;
 const INET: u8 = 2;
 const INET6: u8 = 30;
 
-/// A rule as the tests write it: protocol, outside, address, inside.
+/// A rule as the tests write it: protocol, external port, address, internal port.
 type Rule = (u8, u16, Vec<u8>, u16);
 
-/// Calls a function that answers through a block: its status at once, or the handler's.
+/// Calls a function that answers through a block. Returns its own status if it fails at once, else
+/// the handler's.
 fn ask(call: impl FnOnce(*const std::ffi::c_void) -> u32) -> u32 {
     let (handler, answers) = status_block();
     match call(block(&handler)) {
@@ -30,7 +31,7 @@ fn ask(call: impl FnOnce(*const std::ffi::c_void) -> u32) -> u32 {
 
 fn add_old(of: &Interface, outside: u16, address: [u8; 4], inside: u16) -> u32 {
     let address = in_addr { s_addr: u32::from_ne_bytes(address) };
-    // SAFETY: a handle, and a block that lives until it was called.
+    // SAFETY: a handle, and a block that lives until it has been called.
     ask(|handler| unsafe {
         abi::vmnet_interface_add_port_forwarding_rule(
             of.handle, 6, outside, address, inside, handler,
@@ -69,11 +70,11 @@ fn remove(of: &Interface, family: u8, protocol: u8, outside: u16) -> u32 {
     })
 }
 
-/// The rules, or `None` where there is no array.
+/// The rules, or `None` if vmnet passes null.
 fn list(of: &Interface, family: Option<u8>) -> Option<Vec<Rule>> {
     let (answer, answers) = channel();
     let handler = RcBlock::new(move |rules: Pointer| {
-        // SAFETY: null, or an array that lives during this call; so do its elements.
+        // SAFETY: null, or an array that lives during this call; and so do its elements.
         let rules = (!rules.is_null()).then(|| unsafe {
             (0..abi::xpc_array_get_count(rules))
                 .map(|i| details(abi::xpc_array_get_value(rules, i), family))
@@ -81,7 +82,7 @@ fn list(of: &Interface, family: Option<u8>) -> Option<Vec<Rule>> {
         });
         let _ = answer.send(rules);
     });
-    // SAFETY: a handle, and a block that lives until it was called.
+    // SAFETY: a handle, and a block that lives until it has been called.
     let status = unsafe {
         match family {
             Some(family) => abi::vmnet_interface_get_ip_port_forwarding_rules(
@@ -98,11 +99,11 @@ fn list(of: &Interface, family: Option<u8>) -> Option<Vec<Rule>> {
 
 /// # Safety
 ///
-/// `rule` is one of the rules of a list.
+/// `rule` must be one of the rules of a list.
 unsafe fn details(rule: Pointer, family: Option<u8>) -> Rule {
     let (mut protocol, mut outside, mut inside) = (0, 0, 0);
     let mut bytes = [0_u8; 16];
-    // SAFETY: as the caller says, and there is room for everything.
+    // SAFETY: guaranteed by the caller; and there is space for each result.
     let status = unsafe {
         match family {
             Some(family) => abi::vmnet_ip_port_forwarding_rule_get_details(
@@ -143,7 +144,7 @@ fn the_older_functions_keep_rules() {
         assert_eq!(remove_old(&of, 8080), SUCCESS);
         assert_eq!(remove_old(&of, 8080), FAILURE);
         assert_eq!(list(&of, None), Some(vec![second]));
-        // In these two the handler may be null (vmnet.h).
+        // In these two functions the handler may be null (vmnet.h).
         let address = in_addr { s_addr: 0 };
         // SAFETY: a handle, and no block.
         unsafe {
@@ -172,7 +173,7 @@ fn the_newer_functions_keep_rules_of_both_families() {
         assert_eq!(list(&of, Some(INET)), Some(vec![(6, 8080, four.to_vec(), 80)]));
         let both = [6, 17].map(|protocol| (protocol, 8080, six.to_vec(), 80));
         assert_eq!(list(&of, Some(INET6)), Some(both.to_vec()));
-        // The older functions see those of IPv4.
+        // The older functions only see the IPv4 rules.
         assert_eq!(list(&of, None).map(|rules| rules.len()), Some(1));
         assert_eq!(remove(&of, INET, 17, 8080), FAILURE);
         assert_eq!(remove(&of, INET, 6, 8080), SUCCESS);

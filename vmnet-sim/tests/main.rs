@@ -1,4 +1,4 @@
-//! Integration tests of the simulated vmnet: one binary, one module per subject.
+//! Integration tests of the simulated vmnet: one binary, with one module for each subject.
 
 #![cfg(not(target_os = "macos"))]
 

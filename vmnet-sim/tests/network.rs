@@ -17,7 +17,7 @@ fn addr(octets: [u8; 4]) -> in_addr {
     in_addr { s_addr: u32::from_ne_bytes(octets) }
 }
 
-/// A configuration or a network: released when dropped.
+/// A configuration or a network. Released when dropped.
 struct Owned(Pointer);
 
 impl Drop for Owned {
@@ -29,7 +29,7 @@ impl Drop for Owned {
 
 fn configuration(world: &World) -> Owned {
     let mut status = 0;
-    // SAFETY: the status can be written.
+    // SAFETY: the status is valid for writing.
     let made = world.enter(|| unsafe {
         abi::vmnet_network_configuration_create(SHARED_MODE as u32, &mut status)
     });
@@ -38,19 +38,19 @@ fn configuration(world: &World) -> Owned {
 }
 
 fn subnet(of: &Owned, gateway: [u8; 4]) -> u32 {
-    // SAFETY: a configuration that lives, and addresses to be read.
+    // SAFETY: a live configuration, and addresses that are valid for reading.
     unsafe { abi::vmnet_network_configuration_set_ipv4_subnet(of.0, &addr(gateway), &addr(MASK)) }
 }
 
 fn create(from: &Owned) -> Result<Owned, u32> {
     let mut status = 0;
-    // SAFETY: a configuration that lives, and a status that can be written.
+    // SAFETY: a live configuration, and a status that is valid for writing.
     let network = unsafe { abi::vmnet_network_create(from.0, &mut status) };
     assert_eq!(network.is_null(), status != SUCCESS);
     if network.is_null() { Err(status) } else { Ok(Owned(network)) }
 }
 
-/// A network with that gateway.
+/// A network with this gateway.
 fn with_gateway(world: &World, gateway: [u8; 4]) -> Result<Owned, u32> {
     let configuration = configuration(world);
     assert_eq!(subnet(&configuration, gateway), SUCCESS);
@@ -59,7 +59,7 @@ fn with_gateway(world: &World, gateway: [u8; 4]) -> Result<Owned, u32> {
 
 fn gateway(of: &Owned) -> ([u8; 4], [u8; 4]) {
     let (mut gateway, mut mask) = (addr([0; 4]), addr([0; 4]));
-    // SAFETY: a network that lives, and room for both.
+    // SAFETY: a live network, and space for both results.
     unsafe { abi::vmnet_network_get_ipv4_subnet(of.0, &mut gateway, &mut mask) };
     (gateway.s_addr.to_ne_bytes(), mask.s_addr.to_ne_bytes())
 }
@@ -117,13 +117,13 @@ fn a_network_without_a_subnet_gets_a_free_one() {
         assert_eq!(first.0[..2], [192, 168]);
         assert_ne!(first.0, second.0);
         let (mut prefix, mut bits) = (in6_addr { s6_addr: [0; 16] }, 0);
-        // SAFETY: a network that lives, and room for both.
+        // SAFETY: a live network, and space for both results.
         unsafe { abi::vmnet_network_get_ipv6_prefix(made[0].0, &mut prefix, &mut bits) };
         assert_eq!((prefix.s6_addr[0], bits), (0xfd, 64));
     });
 }
 
-/// Measured: the subnet's own address is taken, and nothing starts on such a network.
+/// Measured: such a network can be created, and no interface starts on it.
 #[test]
 fn a_network_of_the_subnets_own_address_is_made_and_starts_nothing() {
     guarded(|| {
@@ -143,7 +143,7 @@ fn what_a_configuration_says_is_what_is_made() {
         assert_eq!(subnet(&from, [10, 9, 0, 1]), SUCCESS);
         let prefix = in6_addr { s6_addr: [0xfd, 1, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] };
         let inner = [10_u8, 9, 0, 20];
-        // SAFETY: a configuration that lives, in each; the addresses can be read.
+        // SAFETY: each call gets a live configuration; the addresses are valid for reading.
         let statuses = unsafe {
             abi::vmnet_network_configuration_disable_nat44(from.0);
             abi::vmnet_network_configuration_disable_nat66(from.0);
@@ -201,7 +201,7 @@ fn a_network_without_dhcp_gives_no_leases() {
     guarded(|| {
         let world = World::new();
         let from = configuration(&world);
-        // SAFETY: a configuration that lives.
+        // SAFETY: a live configuration.
         unsafe { abi::vmnet_network_configuration_disable_dhcp(from.0) };
         let network = create(&from).expect("a network");
         assert_eq!(world.networks_made()[0].off, ["dhcp"]);
@@ -215,7 +215,7 @@ fn a_configuration_refuses_what_cannot_be() {
     guarded(|| {
         let world = World::new();
         let mut status = 0;
-        // SAFETY: the status can be written, or is null.
+        // SAFETY: the status is null or valid for writing.
         unsafe {
             let create = abi::vmnet_network_configuration_create;
             assert!(create(BRIDGED_MODE as u32, &mut status).is_null());
@@ -225,7 +225,7 @@ fn a_configuration_refuses_what_cannot_be() {
         let of = configuration(&world);
         assert_eq!(subnet(&of, [8, 8, 8, 1]), INVALID_ARGUMENT);
         let twice = addr([192, 168, 100, 9]);
-        // SAFETY: a configuration that lives, in each; the addresses can be read.
+        // SAFETY: each call gets a live configuration; the addresses are valid for reading.
         unsafe {
             let reserve = abi::vmnet_network_configuration_add_dhcp_reservation;
             assert_eq!(reserve(of.0, &[2; 6], &twice), SUCCESS);
@@ -266,7 +266,7 @@ fn a_serialized_network_is_the_same_network() {
         let world = World::new();
         let network = with_gateway(&world, [10, 1, 2, 1]).expect("a network");
         let mut status = 0;
-        // SAFETY: a network that lives; what comes back is ours to release.
+        // SAFETY: a live network. The result is ours to release.
         let (serialized, other) = unsafe {
             let serialized = abi::vmnet_network_copy_serialization(network.0, &mut status);
             assert_eq!(status, SUCCESS);
@@ -281,7 +281,7 @@ fn a_serialized_network_is_the_same_network() {
         assert_eq!(b.receive().len(), 1);
         assert_eq!((a.stop(), b.stop()), (SUCCESS, SUCCESS));
         drop((network, other, a, b));
-        // SAFETY: ours; and once more it is used before its end.
+        // SAFETY: it is ours, and it is used once more before its end.
         unsafe {
             let gone = abi::vmnet_network_create_with_serialization(serialized, &mut status);
             assert!(gone.is_null());
@@ -309,7 +309,7 @@ fn a_network_gives_the_mode_and_not_the_description() {
     });
 }
 
-/// Measured: they fail at once, and their handler is not called.
+/// Measured: the functions fail at once and do not call their handler.
 #[test]
 fn forwarding_functions_refuse_an_interface_on_a_network_object() {
     guarded(|| {
@@ -318,7 +318,7 @@ fn forwarding_functions_refuse_an_interface_on_a_network_object() {
         let interface = join(&world, &network).interface();
         let (handler, answers) = status_block();
         let (of, inner) = (interface.handle, [0_u8; 16]);
-        // SAFETY: a handle, and a block that lives.
+        // SAFETY: a handle, and a live block.
         let statuses = unsafe {
             let (block, inner) = (block(&handler), inner.as_ptr().cast());
             [

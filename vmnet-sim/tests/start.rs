@@ -1,4 +1,4 @@
-//! Starts: what a script makes of them, and what the parameters say.
+//! Starts: what a script does to them, and what the parameters say.
 
 use std::ffi::{CStr, CString};
 use std::sync::mpsc::channel;
@@ -11,7 +11,7 @@ use vmnet_sim::{Script, StartHandler, StartPlan, Value, World};
 use crate::abi::{self, Pointer};
 use crate::support::*;
 
-/// Starts an interface in shared mode in a world of that script.
+/// Starts an interface in shared mode, in a world with this script.
 fn start(change: impl FnOnce(&mut Script)) -> (World, [u8; 16], Start) {
     let world = World::new();
     let id = world.interface_id();
@@ -99,7 +99,7 @@ fn a_handler_can_be_called_twice_the_second_time_from_another_thread() {
             let _ = answer.send((status, parameters.is_null(), thread::current().id()));
         });
         let (description, to) = (Description::shared(id), new_queue());
-        // SAFETY: all of them live, and stay until the handler has run.
+        // SAFETY: all arguments live until the handler has run.
         let handle = unsafe {
             abi::vmnet_start_interface(description.as_ptr(), queue(&to), block(&handler))
         };
@@ -373,7 +373,7 @@ fn an_older_macos_lacks_the_newer_symbols() {
         assert!(world.enter(vmnet_sim::is_root));
         world.set_host(|host| host.root = false);
         assert!(!world.enter(vmnet_sim::is_root));
-        // What is found is a key's variable, whose value is its text.
+        // The symbol is a key's variable, whose value is the key's text.
         // SAFETY: a constant.
         let text = unsafe { *vmnet_sim::symbol(c"vmnet_read_max_packets_key").cast::<abi::Key>() };
         assert_eq!(text, key("read_max_packets"));
@@ -385,7 +385,7 @@ fn the_shared_interfaces_are_the_hosts() {
     guarded(|| {
         let world = World::new();
         let list = || {
-            // SAFETY: what comes back is null, or an array with a reference that is ours.
+            // SAFETY: the result is null, or an array with a reference that is ours.
             world.enter(|| unsafe {
                 let array = abi::vmnet_copy_shared_interface_list();
                 if array.is_null() {

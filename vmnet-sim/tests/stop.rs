@@ -1,4 +1,4 @@
-//! Stops as a script has them, and what is left after one.
+//! Stops as scripts plan them, and what is left after one.
 
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,5 @@
-//! Every rule, broken once in a process of its own, which must be aborted with the sentence; and the
-//! same done right, which must not.
+//! Each rule is broken once in a process of its own, which must be aborted with the sentence. The
+//! same thing done right must not be.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;
@@ -24,34 +24,34 @@ macro_rules! rule {
     };
 }
 
-/// A world in which vmnet takes no references: whoever lets go early has it used after its end.
+/// A world in which vmnet takes no references: what is released early is used after its end.
 fn bare() -> World {
     World::with(Rules::Strict, false)
 }
 
-/// What is started is what a test wants to be told about.
+/// Starts with arguments that a test wants to be checked.
 fn start(description: Pointer, queue: *const c_void, handler: *const c_void) -> Pointer {
-    // SAFETY: the simulator tells if one of them is none.
+    // SAFETY: the simulator aborts if one of them is not what it should be.
     unsafe { abi::vmnet_start_interface(description, queue, handler) }
 }
 
 fn release_block(block: *const c_void) {
-    // SAFETY: the simulator tells if it is none.
+    // SAFETY: the simulator aborts if it is not a live block.
     unsafe { abi::_Block_release(block) }
 }
 
 fn release_queue(queue: *const c_void) {
-    // SAFETY: as above.
+    // SAFETY: the simulator aborts if it is not a live queue.
     unsafe { abi::dispatch_release(queue) }
 }
 
 fn release_object(object: Pointer) {
-    // SAFETY: as above.
+    // SAFETY: the simulator aborts if it is not a live object.
     unsafe { abi::xpc_release(object) }
 }
 
 fn release_cf(object: Pointer) {
-    // SAFETY: as above.
+    // SAFETY: the simulator aborts if it is not a live object.
     unsafe { abi::CFRelease(object) }
 }
 
@@ -61,7 +61,7 @@ fn dictionary() -> Pointer {
 }
 
 fn array() -> Pointer {
-    // SAFETY: it takes nothing.
+    // SAFETY: it has no arguments.
     unsafe { abi::vmnet_copy_shared_interface_list() }
 }
 
@@ -71,12 +71,12 @@ fn configuration() -> Pointer {
 }
 
 fn number_at(dictionary: Pointer, key: abi::Key) -> u64 {
-    // SAFETY: the simulator tells if it is none.
+    // SAFETY: the simulator aborts if it is not a live dictionary.
     unsafe { abi::xpc_dictionary_get_uint64(dictionary, key) }
 }
 
 fn read(handle: Pointer, packets: *mut c_void, mut count: c_int) -> u32 {
-    // SAFETY: the simulator tells what is wrong with them.
+    // SAFETY: the simulator aborts if something is wrong with them.
     unsafe { abi::vmnet_read(handle, packets.cast(), &mut count) }
 }
 
@@ -85,14 +85,14 @@ fn write(handle: Pointer, packets: *mut c_void, mut count: c_int) -> u32 {
     unsafe { abi::vmnet_write(handle, packets.cast(), &mut count) }
 }
 
-/// An interface of a world of its own, and a packet of its.
+/// An interface in a world of its own, and a packet for it to write.
 fn interface() -> (World, Interface, Vec<u8>) {
     let (world, _, interface) = one(|_| ());
     let packet = frame(BROADCAST, interface.mac(), 1, 60);
     (world, interface, packet)
 }
 
-/// Writes a packet that was spoilt.
+/// Writes a packet that `spoil` has changed.
 fn write_spoilt(spoil: impl FnOnce(&mut Packets)) -> (u32, usize) {
     let (_world, interface, packet) = interface();
     let mut packets = Packets::of(&[packet.clone(), packet]);
@@ -100,7 +100,7 @@ fn write_spoilt(spoil: impl FnOnce(&mut Packets)) -> (u32, usize) {
     packets.write(interface.handle)
 }
 
-/// Reads twice with the same descriptors, of which something was reset in between.
+/// Reads twice with the same descriptors, after `reset` in between.
 fn read_twice(reset: impl FnOnce(&mut Packets)) {
     let (world, _, a) = one(|_| ());
     let (_, b) = another(&world);
@@ -111,9 +111,9 @@ fn read_twice(reset: impl FnOnce(&mut Packets)) {
     assert_eq!(rooms.read(a.handle), (SUCCESS, 0));
 }
 
-// The layout of a descriptor. A program that has it wrong finds numbers in the place of pointers.
+// The layout of a descriptor. A program with a wrong layout has numbers where the pointers belong.
 
-/// Its fields in another order.
+/// The fields in another order.
 #[repr(C)]
 struct Reordered {
     vm_pkt_iov: *mut iovec,
@@ -131,7 +131,7 @@ struct SizeSecond {
     vm_flags: u32,
 }
 
-/// The size as a `u32`, and the count behind it.
+/// The size as a `u32`, followed by the count.
 #[repr(C)]
 struct SizeOf32 {
     vm_pkt_size: u32,
@@ -140,7 +140,7 @@ struct SizeOf32 {
     vm_flags: u32,
 }
 
-/// The size as a `u32`, and anything in the rest of its place.
+/// The size as a `u32`, and garbage in the rest of its place.
 #[repr(C)]
 struct SizeOf32Padded {
     vm_pkt_size: u32,
@@ -157,7 +157,7 @@ struct TooLong {
     reserved: u64,
 }
 
-/// Writes two packets with descriptors of that layout.
+/// Writes two packets with descriptors of this layout.
 fn write_laid_out<T>(of: impl Fn(*mut iovec, usize) -> T) -> u32 {
     let (_world, interface, packet) = interface();
     let mut packets = Packets::of(&[packet.clone(), packet]);
@@ -244,10 +244,10 @@ rule!(
     write_laid_out_right
 );
 
-/// An address that had memory.
+/// An address whose memory was unmapped.
 fn nowhere() -> Pointer {
     let (access, kind) = (libc::PROT_READ, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a page of our own, which nobody uses.
+    // SAFETY: the page is ours, and nobody uses it.
     unsafe {
         let page = libc::mmap(ptr::null_mut(), 1, access, kind, -1, 0);
         assert_ne!(page, libc::MAP_FAILED);
@@ -321,7 +321,7 @@ rule!(
     || assert_eq!(write_spoilt(|_| ()), (SUCCESS, 2))
 );
 
-// Before every read everything is reset.
+// Before every read all fields have to be reset.
 
 rule!(
     the_flags_are_reset_before_a_read,
@@ -380,7 +380,7 @@ rule!(
     }
 );
 
-/// Where 65,550 leaves the header out.
+/// A read where the limit of 65,550 does not include the header.
 fn read_large(size: usize) {
     let world = World::new();
     let description = Description::shared(world.interface_id())
@@ -412,7 +412,8 @@ rule!(
     }
 );
 
-/// Where nothing is told, the documents' number is the limit; and one packet may be all.
+/// If the parameters have no limit, the one in the documents applies. A limit may also be a single
+/// packet.
 fn write_batch(limit: Option<u32>, n: usize) {
     let (_world, _, interface) = one(|script| script.write_max_packets = limit);
     let packet = frame(BROADCAST, interface.mac(), 1, 60);
@@ -479,9 +480,9 @@ rule!(
     || assert_eq!(write_spoilt(|_| ()), (SUCCESS, 2))
 );
 
-// Calls at a time.
+// Calls at the same time.
 
-/// Starts a call that takes a while; what it does with it is running then.
+/// Starts a call that takes a while. `body` runs during the call.
 fn beside_a_call(writes: bool, body: impl FnOnce(&World, &Interface)) {
     let (world, _, interface) = one(|script| script.call_cost = Duration::from_secs(1));
     let handle = interface.handle as usize;
@@ -548,7 +549,7 @@ rule!(
 
 // After the stop.
 
-/// What is done before a stop goes well, and after it is the misuse.
+/// Does something before a stop, which is correct, or after it, which is the misuse.
 fn around_a_stop(act: impl Fn(&Interface)) {
     let (_world, interface, _) = interface();
     act(&interface);
@@ -617,7 +618,7 @@ rule!(
     || {
         let (handler, _answers) = status_block();
         let to = new_queue();
-        // SAFETY: no interface, which is told.
+        // SAFETY: null is not an interface, which the simulator detects.
         unsafe { abi::vmnet_stop_interface(ptr::null_mut(), queue(&to), block(&handler)) };
     },
     || assert_eq!(interface().1.stop(), SUCCESS)
@@ -673,7 +674,7 @@ rule!(
     }
 );
 
-/// Stops an interface from a job: of the queue that the handler is to run on, or of another.
+/// Stops an interface from a job, either of the queue that the handler is to run on or of another.
 fn stop_from_a_job(of_the_handlers_queue: bool) {
     let (_world, interface, _) = interface();
     let (to, other) = (new_queue(), new_queue());
@@ -700,7 +701,7 @@ rule!(
     || stop_from_a_job(false)
 );
 
-/// Takes the callback off and stops, inside the callback or after it.
+/// Unsets the callback and stops, inside the callback or after it.
 fn stop_around_an_event(inside: bool) {
     let (world, _, a) = one(|_| ());
     let (_, b) = another(&world);
@@ -726,7 +727,7 @@ fn stop_around_an_event(inside: bool) {
     b.send(&frame(a.mac(), b.mac(), 1, 60));
     events.recv_timeout(LONG).expect("an event");
     if !inside {
-        // The event has told us, but may not have returned yet.
+        // The event has reported, but may not have returned yet.
         let (over, end) = channel();
         a.queue.exec_async(move || {
             let _ = over.send(());
@@ -795,7 +796,7 @@ rule!(
 
 // Arguments that are null or something else.
 
-/// Starts with what `change` makes of the arguments.
+/// Starts with the arguments as `change` has changed them.
 fn start_with(change: impl FnOnce(&mut [*const c_void; 3])) {
     let world = World::new();
     let description = Description::shared(world.interface_id());
@@ -863,7 +864,7 @@ rule!(
 
 // What a description says.
 
-/// Starts with one entry more.
+/// Starts with one more entry in the description.
 fn start_saying(key: abi::Key, value: Value) {
     let world = World::new();
     let description = Description::shared(world.interface_id());
@@ -878,7 +879,7 @@ rule!(
     || start_saying(key("mtu"), Value::U64(1500))
 );
 
-// As in a binding that was published, whose "mtu" vmnet never saw.
+// As in a published binding, whose "mtu" vmnet never saw.
 rule!(
     a_keys_text_is_read_from_its_variable,
     "the interface's description: there is no key 'mtu' that goes in",
@@ -886,7 +887,7 @@ rule!(
     || start_saying(key("mtu"), Value::U64(1500))
 );
 
-// Which is Apple's text as others have seen it.
+// This is Apple's text as others have seen it.
 rule!(
     a_keys_text_is_nowhere_promised,
     "the interface's description: there is no key 'vmnet_mtu' that goes in",
@@ -934,7 +935,7 @@ rule!(
     }
 );
 
-/// On that macOS, with a key that came with 15.4.
+/// Starts on this version of macOS with a key that came with 15.4.
 fn start_with_a_header_on(macos: (u32, u32)) {
     let world = World::new();
     world.set_host(|host| host.macos = macos);
@@ -963,7 +964,7 @@ rule!(
     || configure_on((26, 0))
 );
 
-/// Calls what came with macOS 12.
+/// Calls a function that came with macOS 12.
 fn forward_on(macos: (u32, u32), call: fn(Pointer, *const c_void) -> u32) {
     let world = World::new();
     world.set_host(|host| host.macos = macos);
@@ -976,7 +977,7 @@ fn forward_on(macos: (u32, u32), call: fn(Pointer, *const c_void) -> u32) {
 fn add_rule(interface: Pointer, handler: *const c_void) -> u32 {
     let inner = [0_u8; 16];
     let inner = inner.as_ptr().cast();
-    // SAFETY: a handle, an address, and a block that lives until it was called.
+    // SAFETY: a handle, an address, and a block that lives until it has been called.
     unsafe {
         abi::vmnet_interface_add_ip_port_forwarding_rule(interface, 6, 80, 2, inner, 80, handler)
     }
@@ -995,7 +996,7 @@ fn list_rules_on(macos: (u32, u32)) {
     let handler = RcBlock::new(move |rules: Pointer| {
         let _ = told.send(rules.is_null());
     });
-    // SAFETY: a handle, and a block that lives until it was called.
+    // SAFETY: a handle, and a block that lives until it has been called.
     unsafe {
         abi::vmnet_interface_get_ip_port_forwarding_rules(interface.handle, 2, block(&handler))
     };
@@ -1023,13 +1024,13 @@ rule!(
     || list_rules_on((12, 0))
 );
 
-/// Takes over what is no serialized network, which is refused where it is understood.
+/// Passes an object that is not a serialized network. A macOS that has the function refuses it.
 fn take_over_on(macos: (u32, u32)) {
     let world = World::new();
     world.set_host(|host| host.macos = macos);
     let nothing = Description::empty();
     let mut status = 0;
-    // SAFETY: an XPC object, and a status that can be written.
+    // SAFETY: an XPC object, and a status that is valid for writing.
     let network = world.enter(|| unsafe {
         abi::vmnet_network_create_with_serialization(nothing.as_ptr(), &mut status)
     });
@@ -1046,7 +1047,7 @@ rule!(
 
 // Released too early: in a world where vmnet takes no references of its own.
 
-/// Starts with a late handler; `early` is given up before it, or after it.
+/// Starts with a late handler. `early` is released before it, or after it.
 fn start_letting_go(early: impl FnOnce(&mut Option<ObjectBlock>, &mut Option<Queue>)) {
     let world = bare();
     let id = world.interface_id();
@@ -1060,7 +1061,7 @@ fn start_letting_go(early: impl FnOnce(&mut Option<ObjectBlock>, &mut Option<Que
         to.as_deref().map_or(ptr::null(), queue),
         handler.as_ref().map_or(ptr::null(), block),
     );
-    // vmnet has read it: it may go.
+    // vmnet has read it, so it may be released.
     drop(description);
     early(&mut handler, &mut to);
     assert_eq!(answers.recv_timeout(LONG).expect("the handler").0, SUCCESS);
@@ -1075,7 +1076,7 @@ rule!(
     "the start's handler: it was released too early",
     || {
         start_letting_go(|handler, _| {
-            // The channel stays, so that only the block is gone.
+            // The channel is kept, so that only the block is gone.
             let block = handler.take().expect("a block");
             drop(block);
             thread::sleep(LONG);
@@ -1138,8 +1139,8 @@ rule!(
     || stop_letting_go(|_, _| ())
 );
 
-/// Releases a stop's handler when it has returned, or while it certainly has not: it says its word and
-/// then waits to be told to return.
+/// Releases a stop's handler after it has returned, or while it certainly has not: the handler
+/// reports and then waits until it may return.
 fn stop_letting_go_on_its_word(waits: bool) {
     let world = bare();
     let interface = Start::of(&Description::shared(world.interface_id())).interface();
@@ -1166,7 +1167,7 @@ rule!(
     || stop_letting_go_on_its_word(true)
 );
 
-/// Sets a callback, gives up what `early` says, and then a packet comes.
+/// Sets a callback, releases what `early` says, and then has a packet arrive.
 fn listen_letting_go(early: impl FnOnce(&mut Option<ObjectBlock>, &mut Option<Queue>)) {
     let world = bare();
     let a = Start::of(&Description::shared(world.interface_id())).interface();
@@ -1208,8 +1209,8 @@ rule!(
     || listen_letting_go(|_, _| ())
 );
 
-/// Between taking a callback off and releasing it stands a job on its queue, because an event may
-/// be on its way.
+/// Before a callback that was unset is released, a job has to be waited for on its queue, because
+/// an event may be on its way.
 fn release_a_callback(waits: bool) {
     let world = bare();
     let a = Start::of(&Description::shared(world.interface_id())).interface();
@@ -1263,7 +1264,7 @@ rule!(
     },
     || {
         let block = a_block();
-        // SAFETY: it lives.
+        // SAFETY: the block is alive.
         assert_eq!(unsafe { abi::_Block_copy(block) }.cast_const(), block);
         release_block(block);
         release_block(block);
@@ -1276,7 +1277,7 @@ rule!(
     || {
         let block = a_block();
         release_block(block);
-        // SAFETY: it does not live any more, which is told.
+        // SAFETY: the block is not alive, which the simulator detects.
         unsafe { abi::_Block_copy(block) };
     },
     || release_block(a_block())
@@ -1304,7 +1305,7 @@ rule!(
     },
     || {
         let queue = a_queue();
-        // SAFETY: it lives.
+        // SAFETY: the queue is alive.
         unsafe { abi::dispatch_retain(queue) };
         release_queue(queue);
         release_queue(queue);
@@ -1317,7 +1318,7 @@ rule!(
     || {
         let queue = a_queue();
         release_queue(queue);
-        // SAFETY: it does not live any more, which is told.
+        // SAFETY: the queue is not alive, which the simulator detects.
         unsafe { abi::dispatch_retain(queue) };
     },
     || release_queue(a_queue())
@@ -1340,7 +1341,7 @@ rule!(
     "dispatch_queue_create: vmnet's queues are to be serial, with no attributes",
     || {
         let attributes = 1_u64;
-        // SAFETY: attributes that are none, which is told.
+        // SAFETY: the attributes are invalid, which the simulator detects.
         unsafe {
             abi::dispatch_queue_create(c"test".as_ptr(), ptr::from_ref(&attributes).cast());
         }
@@ -1377,7 +1378,7 @@ rule!(
     || start_with(|_| ())
 );
 
-/// Reads the parameters in the handler, or after it: they are borrowed for its call.
+/// Reads the parameters in the handler, or after it. They are borrowed for the handler's call.
 fn read_parameters(late: bool) {
     let world = World::new();
     let (told, parameters) = channel();
@@ -1420,7 +1421,7 @@ rule!(
     an_array_has_no_keys_to_set,
     "xpc_dictionary_set_bool: the object is no dictionary",
     || {
-        // SAFETY: an array, which is told.
+        // SAFETY: an array, which the simulator detects.
         unsafe { abi::xpc_dictionary_set_bool(array(), key("enable_tso"), true) }
     },
     || Description::empty().set(key("enable_tso"), Value::Bool(true))
@@ -1430,7 +1431,7 @@ rule!(
     a_dictionary_has_no_elements,
     "xpc_array_get_count: the object is no array",
     || {
-        // SAFETY: a dictionary, which is told.
+        // SAFETY: a dictionary, which the simulator detects.
         unsafe { abi::xpc_array_get_count(dictionary()) };
     },
     || {
@@ -1447,7 +1448,7 @@ rule!(
     a_text_is_within_its_array,
     "xpc_array_get_string: the index is beyond the end",
     || {
-        // SAFETY: an array, and an index that is told.
+        // SAFETY: an array, and an index that the simulator checks.
         unsafe { abi::xpc_array_get_string(array(), 2) };
     },
     || {
@@ -1460,7 +1461,7 @@ rule!(
     an_element_is_within_its_array,
     "xpc_array_get_value: the index is beyond the end",
     || {
-        // SAFETY: an array, and an index that is told.
+        // SAFETY: an array, and an index that the simulator checks.
         unsafe { abi::xpc_array_get_value(array(), 2) };
     },
     || {
@@ -1473,7 +1474,7 @@ rule!(
     a_dictionary_is_made_empty,
     "xpc_dictionary_create: only empty ones are simulated",
     || {
-        // SAFETY: it is told before anything is read.
+        // SAFETY: the simulator aborts before anything is read.
         unsafe { abi::xpc_dictionary_create(ptr::null(), ptr::null(), 1) };
     },
     || release_object(dictionary())
@@ -1483,7 +1484,7 @@ rule!(
     a_block_captures_no_block,
     "_Block_object_assign: a block that captures a block is not simulated",
     || {
-        // SAFETY: it is told before anything is read.
+        // SAFETY: the simulator aborts before anything is read.
         unsafe { abi::_Block_object_assign(ptr::null_mut(), ptr::null(), 7) }
     },
     || release_block(a_block())
@@ -1493,7 +1494,7 @@ rule!(
     a_block_disposes_of_no_block,
     "_Block_object_dispose: a block that captures a block is not simulated",
     || {
-        // SAFETY: it is told before anything is read.
+        // SAFETY: the simulator aborts before anything is read.
         unsafe { abi::_Block_object_dispose(ptr::null(), 7) }
     },
     || release_block(a_block())
@@ -1523,11 +1524,12 @@ rule!(
     || release_object(dictionary())
 );
 
-/// Makes a network and gives up both.
+/// Makes a network and releases it and its configuration.
 fn make_a_network(between: impl FnOnce(Pointer)) {
     let from = configuration();
     between(from);
-    // SAFETY: a configuration, as far as it still is one; the status may be null.
+    // SAFETY: a configuration, or one that was released, which the simulator detects; the status
+    // may be null.
     let network = unsafe { abi::vmnet_network_create(from, ptr::null_mut()) };
     release_cf(network);
     release_cf(from);
@@ -1546,7 +1548,7 @@ rule!(
     || {
         let mut address = in_addr { s_addr: 0 };
         let to = &raw mut address;
-        // SAFETY: a configuration, which is told.
+        // SAFETY: a configuration, which the simulator detects.
         unsafe { abi::vmnet_network_get_ipv4_subnet(configuration(), to, to) }
     },
     || make_a_network(|_| ())
@@ -1562,7 +1564,7 @@ rule!(
         Start::on(Some(network), &Description::empty());
     },
     || {
-        // SAFETY: as above.
+        // SAFETY: a configuration; the status may be null.
         let network = unsafe { abi::vmnet_network_create(configuration(), ptr::null_mut()) };
         let start = Start::on(Some(network), &Description::empty());
         release_cf(network);
@@ -1574,7 +1576,7 @@ rule!(
 
 fn forward(interface: &Interface, family: u8, handler: *const c_void) -> u32 {
     let inner = [0_u8; 16];
-    // SAFETY: a handle, and room for an address of either family.
+    // SAFETY: a handle, and space for an address of either family.
     unsafe {
         abi::vmnet_interface_add_ip_port_forwarding_rule(
             interface.handle,
@@ -1622,7 +1624,7 @@ rule!(
         let (mut protocol, mut port) = (0, 0);
         let mut inner = [0_u8; 16];
         let to = &raw mut port;
-        // SAFETY: a dictionary, which is told before anything is written.
+        // SAFETY: a dictionary, which the simulator detects before anything is written.
         unsafe {
             abi::vmnet_ip_port_forwarding_rule_get_details(
                 dictionary(),

@@ -20,9 +20,9 @@ use vmnet_sim::{Script, Value, World};
 
 use crate::abi::{self, Descriptor, Key, Pointer};
 
-/// Far longer than any test needs on a slow and busy machine: reaching it is a hang.
+/// Far longer than any test needs on a slow and busy machine. A test that reaches it hangs.
 pub(crate) const LONG: Duration = Duration::from_secs(15);
-/// Long enough for what would come at once to have come.
+/// Long enough for everything that comes at once to have come.
 pub(crate) const SOON: Duration = Duration::from_millis(60);
 
 pub(crate) const SUCCESS: u32 = 1000;
@@ -53,13 +53,14 @@ pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Names the test whose misuse a child process is to commit.
+/// The environment variable with the test whose misuse a child process is to commit.
 const MISUSE: &str = "VMNET_SIM_MISUSE";
 
-/// Runs `misuse` in a process of its own, which must be aborted with `sentence`; then `correct` here.
+/// Runs `misuse` in a process of its own, which must be aborted with `sentence`; then runs
+/// `correct` here.
 ///
-/// The process is this very program, told to run the one test: it comes here a second time, and
-/// commits the misuse.
+/// The process is this same program, which is told to run the one test. It comes here a second time
+/// and commits the misuse.
 pub(crate) fn aborts(
     test: &'static str,
     sentence: &str,
@@ -68,7 +69,7 @@ pub(crate) fn aborts(
 ) {
     if env::var_os(MISUSE).is_some_and(|name| name == test) {
         misuse();
-        // Threads of the simulator may still have to find out.
+        // Threads of the simulator may still have to detect it.
         thread::sleep(Duration::from_secs(1));
         eprintln!("it was let pass");
         std::process::exit(0);
@@ -76,11 +77,11 @@ pub(crate) fn aborts(
     let mut command = myself();
     command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(MISUSE, test);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    // SAFETY: only a system call between fork and exec.
+    // SAFETY: between fork and exec there is only a system call.
     unsafe {
         command.pre_exec(|| {
             let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-            // No core dump. If that fails there is one.
+            // No core dump. If the call fails there is one.
             libc::setrlimit(libc::RLIMIT_CORE, &none);
             Ok(())
         });
@@ -109,7 +110,7 @@ pub(crate) fn aborts(
     guarded(correct);
 }
 
-/// This program, under the emulator that cargo runs it with, if it does.
+/// This program, under the emulator that cargo runs it with, if there is one.
 fn myself() -> Command {
     let program = env::current_exe().expect("this program's path");
     let is_runner = |name: &OsString| {
@@ -126,9 +127,9 @@ fn myself() -> Command {
     command
 }
 
-/// The key of that name.
+/// The key with this name.
 pub(crate) fn key(name: &str) -> Key {
-    // SAFETY: constants of vmnet, set before the program runs.
+    // SAFETY: constants of vmnet, which are set before the program runs.
     unsafe {
         match name {
             "operation_mode" => abi::vmnet_operation_mode_key,
@@ -170,7 +171,7 @@ impl Description {
         Self(unsafe { abi::xpc_dictionary_create(ptr::null(), ptr::null(), 0) })
     }
 
-    /// Of an interface of that identity in shared mode.
+    /// For an interface of this identity in shared mode.
     pub(crate) fn shared(id: [u8; 16]) -> Self {
         Self::empty().with("operation_mode", Value::U64(SHARED_MODE)).of(id)
     }
@@ -185,7 +186,7 @@ impl Description {
     }
 
     pub(crate) fn set(&self, key: Key, value: Value) {
-        // SAFETY: the dictionary lives, and key and value are what the types say.
+        // SAFETY: the dictionary is alive; key and value are of the types that the call requires.
         unsafe {
             match value {
                 Value::U64(value) => abi::xpc_dictionary_set_uint64(self.0, key, value),
@@ -211,17 +212,17 @@ impl Drop for Description {
     }
 }
 
-/// What a start's handler is told of the interface, by the names of the keys.
+/// The parameters that a start's handler gets, by the names of the keys.
 pub(crate) type Parameters = BTreeMap<&'static str, Value>;
 
-/// Copies a dictionary of vmnet's out.
+/// Copies a dictionary of vmnet's.
 ///
 /// # Safety
 ///
-/// `dictionary` is one that lives.
+/// `dictionary` must be alive.
 unsafe fn copy_out(dictionary: Pointer) -> Parameters {
     let mut all = Parameters::new();
-    // SAFETY: as the caller says; so in the next two.
+    // SAFETY: guaranteed by the caller, here and in the next two.
     let number = |name| unsafe { abi::xpc_dictionary_get_uint64(dictionary, key(name)) };
     for name in ["mtu", "max_packet_size", "read_max_packets", "write_max_packets"] {
         if number(name) != 0 {
@@ -229,7 +230,7 @@ unsafe fn copy_out(dictionary: Pointer) -> Parameters {
         }
     }
     for name in ["mac_address", "start_address", "end_address", "subnet_mask", "nat66_prefix"] {
-        // SAFETY: as above; the text lives as long as the dictionary.
+        // SAFETY: guaranteed by the caller; the text lives as long as the dictionary.
         unsafe {
             let value = abi::xpc_dictionary_get_string(dictionary, key(name));
             if !value.is_null() {
@@ -237,7 +238,7 @@ unsafe fn copy_out(dictionary: Pointer) -> Parameters {
             }
         }
     }
-    // SAFETY: as above; null, or the 16 bytes of a value in the dictionary.
+    // SAFETY: guaranteed by the caller; null, or the 16 bytes of a value in the dictionary.
     let id = unsafe { abi::xpc_dictionary_get_uuid(dictionary, key("interface_id")).as_ref() };
     if let Some(id) = id {
         all.insert("interface_id", Value::Uuid(*id));
@@ -265,14 +266,14 @@ pub(crate) fn new_queue() -> DispatchRetained<DispatchQueue> {
     DispatchQueue::new("test", None)
 }
 
-/// Waits until the jobs that are on it are done.
+/// Waits until the jobs that are on the queue now are done.
 pub(crate) fn drain(queue: &DispatchQueue) {
     let (done, waiting) = channel::<()>();
     queue.exec_async(move || drop(done));
     assert_eq!(waiting.recv_timeout(LONG), Err(RecvTimeoutError::Disconnected), "a blocked queue");
 }
 
-/// A block that says what it was called with.
+/// A block that reports what it was called with.
 pub(crate) fn status_block() -> (StatusBlock, Receiver<u32>) {
     let (answer, answers) = channel();
     let handler = RcBlock::new(move |status: u32| {
@@ -281,18 +282,18 @@ pub(crate) fn status_block() -> (StatusBlock, Receiver<u32>) {
     (handler, answers)
 }
 
-/// As [`status_block`], with a copy of the dictionary.
+/// Like [`status_block`], with a copy of the dictionary.
 pub(crate) fn start_block() -> (ObjectBlock, Receiver<(u32, Option<Parameters>)>) {
     let (answer, answers) = channel();
     let handler = RcBlock::new(move |status: u32, parameters: Pointer| {
-        // SAFETY: not null, so a dictionary that lives during this call.
+        // SAFETY: it is not null, so it is a dictionary that lives during this call.
         let parameters = (!parameters.is_null()).then(|| unsafe { copy_out(parameters) });
         let _ = answer.send((status, parameters));
     });
     (handler, answers)
 }
 
-/// A start under way.
+/// A start in progress.
 pub(crate) struct Start {
     pub(crate) handle: Pointer,
     pub(crate) queue: DispatchRetained<DispatchQueue>,
@@ -305,12 +306,12 @@ impl Start {
         Self::on(None, description)
     }
 
-    /// On a network object.
+    /// Starts on a network object, if one is given.
     pub(crate) fn on(network: Option<Pointer>, description: &Description) -> Self {
         let to = new_queue();
         let (handler, answers) = start_block();
         let (what, queue, block) = (description.as_ptr(), queue(&to), block(&handler));
-        // SAFETY: all of them live, and stay until the handler has run.
+        // SAFETY: all arguments live until the handler has run.
         let handle = unsafe {
             match network {
                 Some(network) => {
@@ -322,15 +323,15 @@ impl Start {
         Self { handle, queue: to, _handler: handler, answers }
     }
 
-    /// What the handler is told next.
+    /// What the handler is called with next.
     pub(crate) fn answer(&self) -> (u32, Option<Parameters>) {
         let answer = self.answers.recv_timeout(LONG).expect("the start's handler");
-        // It was heard, and may still run.
+        // It has reported, but may still run.
         drain(&self.queue);
         answer
     }
 
-    /// What it is told within that time.
+    /// What the handler is called with within this time.
     pub(crate) fn answer_within(&self, time: Duration) -> Option<(u32, Option<Parameters>)> {
         self.answers.recv_timeout(time).ok()
     }
@@ -339,7 +340,7 @@ impl Start {
         self.answer().0
     }
 
-    /// The interface: it must have started.
+    /// The interface. The start must have succeeded.
     pub(crate) fn interface(self) -> Interface {
         let (status, parameters) = self.answer();
         assert_eq!(status, SUCCESS);
@@ -348,7 +349,7 @@ impl Start {
     }
 }
 
-/// An interface in a world of its own, with that script.
+/// An interface in a world of its own, with this script.
 pub(crate) fn one(change: impl FnOnce(&mut Script)) -> (World, [u8; 16], Interface) {
     let world = World::new();
     let id = world.interface_id();
@@ -357,7 +358,7 @@ pub(crate) fn one(change: impl FnOnce(&mut Script)) -> (World, [u8; 16], Interfa
     (world, id, interface)
 }
 
-/// Another in the same world, with which it exchanges frames.
+/// Another interface in the same world, with which it exchanges frames.
 pub(crate) fn another(world: &World) -> ([u8; 16], Interface) {
     let id = world.interface_id();
     (id, Start::of(&Description::shared(id)).interface())
@@ -369,7 +370,7 @@ pub(crate) struct Interface {
     pub(crate) queue: DispatchRetained<DispatchQueue>,
     pub(crate) parameters: Parameters,
     callback: RefCell<Option<ObjectBlock>>,
-    /// The estimate of every event so far; 0 is none.
+    /// The estimates of all events so far; 0 if there was none.
     pub(crate) events: Arc<Mutex<Vec<u64>>>,
 }
 
@@ -405,12 +406,12 @@ impl Interface {
         })
     }
 
-    /// The longest packet without a header.
+    /// The longest packet, without a header.
     pub(crate) fn max(&self) -> usize {
         self.number("max_packet_size") as usize
     }
 
-    /// Sets an event callback that writes down the estimates.
+    /// Sets an event callback that records the estimates.
     pub(crate) fn listen(&self) {
         let events = self.events.clone();
         let callback = RcBlock::new(move |mask: u32, event: Pointer| {
@@ -430,18 +431,18 @@ impl Interface {
         queue: *const c_void,
         block: *const c_void,
     ) -> u32 {
-        // SAFETY: a handle; queue and block are what a test wants to be told about.
+        // SAFETY: a handle; queue and block are what a test wants to be checked.
         unsafe { abi::vmnet_interface_set_event_callback(self.handle, mask, queue, block) }
     }
 
-    /// Takes the callback off, and waits for the last of it.
+    /// Unsets the callback, and waits for the last call of it.
     pub(crate) fn quiet(&self) {
         assert_eq!(self.set_callback(1, ptr::null(), ptr::null()), SUCCESS);
         drain(&self.queue);
         *self.callback.borrow_mut() = None;
     }
 
-    /// Events so far, after those that are on the queue.
+    /// The number of events so far, including those that are on the queue.
     pub(crate) fn event_count(&self) -> usize {
         drain(&self.queue);
         self.events.lock().expect("no panic").len()
@@ -456,7 +457,7 @@ impl Interface {
         }
     }
 
-    /// Stops it the way it should be done. The status that the handler is told.
+    /// Stops the interface correctly. Returns the status that the handler got.
     pub(crate) fn stop(&self) -> u32 {
         if self.callback.borrow().is_some() {
             self.quiet();
@@ -470,21 +471,21 @@ impl Interface {
     }
 
     pub(crate) fn stop_with(&self, queue: *const c_void, handler: *const c_void) -> u32 {
-        // SAFETY: a handle; queue and block are what a test wants to be told about.
+        // SAFETY: a handle; queue and block are what a test wants to be checked.
         unsafe { abi::vmnet_stop_interface(self.handle, queue, handler) }
     }
 
-    /// Writes these, each in one iovec: the status, and the count.
+    /// Writes these packets, each in one iovec. Returns the status and the count.
     pub(crate) fn write(&self, packets: &[Vec<u8>]) -> (u32, usize) {
         Packets::of(packets).write(self.handle)
     }
 
-    /// Writes one, which must go well.
+    /// Writes one packet, which must succeed.
     pub(crate) fn send(&self, packet: &[u8]) {
         assert_eq!(self.write(&[packet.to_vec()]), (SUCCESS, 1));
     }
 
-    /// Reads up to `n` packets: the status, and what came.
+    /// Reads up to `n` packets. Returns the status and the packets.
     pub(crate) fn read(&self, n: usize) -> (u32, Vec<Vec<u8>>) {
         let mut rooms = Packets::rooms(n, self.max() + 12);
         let (status, count) = rooms.read(self.handle);
@@ -492,7 +493,7 @@ impl Interface {
         (status, (0..got).map(|i| rooms.packet(i).to_vec()).collect())
     }
 
-    /// Reads what is there.
+    /// Reads the packets that are there.
     pub(crate) fn receive(&self) -> Vec<Vec<u8>> {
         let mut all = Vec::new();
         loop {
@@ -531,12 +532,12 @@ impl Packets {
         all
     }
 
-    /// Room for `n` packets of up to `size` bytes.
+    /// Buffers for `n` packets of up to `size` bytes.
     pub(crate) fn rooms(n: usize, size: usize) -> Self {
         Self::of(&vec![vec![0; size]; n])
     }
 
-    /// As before a first call.
+    /// Resets them to what they were before the first call.
     pub(crate) fn reset(&mut self) {
         for (i, buffer) in self.buffers.iter().enumerate() {
             self.iovecs[i].iov_len = buffer.len();
@@ -553,7 +554,7 @@ impl Packets {
 
     pub(crate) fn read(&mut self, handle: Pointer) -> (u32, usize) {
         let mut count = self.descriptors.len() as c_int;
-        // SAFETY: a handle, and descriptors of buffers of ours; what is wrong with them is to be told.
+        // SAFETY: a handle, and descriptors of our own buffers; the simulator checks them.
         let status = unsafe { abi::vmnet_read(handle, self.descriptors.as_mut_ptr(), &mut count) };
         (status, count as usize)
     }
@@ -566,10 +567,10 @@ impl Packets {
     }
 }
 
-/// Every guest gets it.
+/// The broadcast address.
 pub(crate) const BROADCAST: [u8; 6] = [0xff; 6];
 
-/// An Ethernet frame of that length, with a number in it.
+/// An Ethernet frame of this length, with a number in it.
 pub(crate) fn frame(to: [u8; 6], from: [u8; 6], number: u64, len: usize) -> Vec<u8> {
     let mut frame = [&to[..], &from, &[0x88, 0xb5], &number.to_be_bytes()].concat();
     let tail = (frame.len()..len.max(frame.len())).map(|i| (i as u64 ^ number) as u8);
@@ -577,7 +578,7 @@ pub(crate) fn frame(to: [u8; 6], from: [u8; 6], number: u64, len: usize) -> Vec<
     frame
 }
 
-/// The number in it.
+/// The number in a frame.
 pub(crate) fn number(frame: &[u8]) -> u64 {
     u64::from_be_bytes(frame[14..22].try_into().expect("eight bytes"))
 }

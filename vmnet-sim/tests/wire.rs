@@ -26,7 +26,7 @@ fn two_interfaces_exchange_frames_both_ways() {
     });
 }
 
-/// Each writer wakes the other's receiver on its own thread: nothing may wait for each other.
+/// Each writer wakes the other's receiver on its own thread. Neither may wait for the other.
 #[test]
 fn two_interfaces_write_to_each_other_at_the_same_time() {
     guarded(|| {
@@ -104,12 +104,12 @@ fn the_gateway_gives_leases_by_mac_address() {
         assert_eq!(of_a.address.octets()[..3], [192, 168, 64]);
         assert_ne!(of_a.address, of_b.address);
         assert_eq!(dhcp::lease(&a, a.mac()), Some(of_a));
-        // An event tells of the answer, which comes on the asker's own thread.
+        // An event reports the answer, which arrives on the asking thread.
         a.listen();
         assert_eq!(dhcp::lease(&a, a.mac()), Some(of_a));
         a.event_after(0);
         a.quiet();
-        // A guest's own MAC address works too.
+        // A MAC address of the guest's own works too.
         assert!(dhcp::lease(&a, [2, 0, 0, 0, 0, 1]).is_some());
     });
 }
@@ -128,7 +128,7 @@ fn an_isolated_network_gives_no_leases_but_frames() {
         };
         let (a, b, other) = (on([1; 16]), on([1; 16]), on([2; 16]));
         assert_eq!(dhcp::lease(&a, a.mac()), None);
-        assert_eq!(b.receive().len(), 1); // the question
+        assert_eq!(b.receive().len(), 1); // the request
         a.send(&frame(BROADCAST, a.mac(), 1, 60));
         assert_eq!(b.receive().len(), 1);
         assert_eq!(other.receive(), Vec::<Vec<u8>>::new());
@@ -143,7 +143,7 @@ fn offloading(world: &World, tso: bool, header: bool) -> ([u8; 16], Interface) {
     (id, Start::of(&description).interface())
 }
 
-/// What a guest's TCP leaves to be cut: 64 KiB behind a header that says how.
+/// A large TCP packet as a guest leaves it for segmentation: 64 KiB after a header that says how.
 #[test]
 fn the_largest_frame_and_its_header_cross_unchanged() {
     guarded(|| {
@@ -161,7 +161,7 @@ fn the_largest_frame_and_its_header_cross_unchanged() {
                 assert_eq!(got[0][12..], frame);
             }
         }
-        // More of them than there are buffers on the way.
+        // More packets than there are buffers on the wire.
         let packet = [&header[..], &frame(b.mac(), a.mac(), 0, 65_550)].concat();
         for _ in 0..3 {
             assert_eq!(a.write(&vec![packet.clone(); 100]), (SUCCESS, 100));
@@ -186,7 +186,7 @@ fn a_header_is_added_empty_and_taken_off_where_only_one_side_has_it() {
     });
 }
 
-/// They are on one bridge, as on a Mac; what the receiver does not take is dropped there.
+/// Both are on one bridge, as on a Mac. What the receiver does not accept is dropped there.
 #[test]
 fn a_frame_that_is_too_long_for_the_receiver_is_dropped_and_counted() {
     guarded(|| {

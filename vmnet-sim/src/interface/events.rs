@@ -1,4 +1,4 @@
-//! Events: what the network delivers is taken in, and the callback is told.
+//! Events: takes in what the network delivers, and calls the event callback.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::status::{INVALID_ARGUMENT, SETUP_INCOMPLETE, SUCCESS};
 use crate::xpc::{Handle, Object};
 
 impl Interface {
-    /// Takes in what the network has for us, on the sender's thread, and says so.
+    /// Takes in what the network has delivered, on the sender's thread, and fires an event.
     pub(super) fn take_arrivals(self: &Arc<Self>) {
         let depth = lock(&self.record).script.queue_depth;
         let mut receive_queue = lock(&self.receive_queue);
@@ -29,7 +29,7 @@ impl Interface {
         loop {
             while let Some((mut buffer, mut len)) = receiver.collect() {
                 if let Some(ticket) = ticket(&buffer[..len]) {
-                    // The wire's own buffer goes back to be lent again.
+                    // The wire's own buffer is lent again.
                     recycle(
                         free,
                         std::mem::replace(&mut buffer, self.world.0.long_frames.take(ticket)),
@@ -75,7 +75,7 @@ impl Interface {
         }
     }
 
-    /// Puts an event on the queue, unless one is there that has not begun.
+    /// Puts an event on the queue, unless one is already there that has not begun.
     fn fire(self: &Arc<Self>) {
         if lock(&self.dead).is_some() {
             return;
@@ -97,7 +97,8 @@ impl Interface {
                 let estimate = Object::U64(estimate.unwrap_or(truth));
                 event.set(key("estimated_packets_available"), estimate);
             }
-            // It may have been taken off meanwhile: an event that is on the queue still comes.
+            // The callback may have been unset meanwhile: an event that is already on the queue
+            // still comes.
             target.block.call_status_object(1, event.as_raw());
             drop(target);
             interface.underway.fetch_sub(1, Ordering::AcqRel);
@@ -105,7 +106,7 @@ impl Interface {
         });
     }
 
-    /// Where events are level-triggered, another one while packets wait.
+    /// If events are level-triggered, fires another one as long as packets wait.
     fn repeat(self: &Arc<Self>) {
         let level = lock(&self.record).script.events == Events::Level;
         if !level || lock(&self.receive_queue).waiting.is_empty() {
@@ -126,7 +127,7 @@ impl Interface {
         });
     }
 
-    /// An event for what is left.
+    /// Fires an event if packets are left.
     pub(super) fn fire_if_waiting(self: &Arc<Self>) {
         let events = lock(&self.record).script.events;
         if events != Events::Lost && !lock(&self.receive_queue).waiting.is_empty() {
@@ -137,7 +138,9 @@ impl Interface {
 
 /// # Safety
 ///
-/// `interface` is a handle; queue and block are both null, or they live, or it is told.
+/// `interface` must be a handle from a start of this process. `queue` and `block` must both be
+/// null, or be as for [`GivenQueue::new`] and [`GivenBlock::new`]: the simulator aborts if either
+/// has already been released.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
     interface: *mut c_void,
@@ -146,7 +149,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
     block: *const c_void,
 ) -> u32 {
     let what = "vmnet_interface_set_event_callback";
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let interface = unsafe { borrow(interface, what) };
     if !interface.is_running() {
         let why = format!("{what} on an interface that does not run");
@@ -163,7 +166,7 @@ pub(crate) unsafe extern "C" fn vmnet_interface_set_event_callback(
         None
     } else {
         let retains = interface.world.retains();
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         let block = unsafe { GivenBlock::new(block, "the event callback", retains) };
         let queue = GivenQueue::new(queue, "the events' queue", retains);
         interface.world.track(block.life(), "the event callback");

@@ -15,7 +15,7 @@ use crate::objects::{lock, violation};
 use crate::script::{CallPlan, Reported};
 use crate::status::{INVALID_ARGUMENT, PACKET_TOO_BIG, SUCCESS, TOO_MANY_PACKETS};
 
-/// `struct vmpktdesc` as Apple has it (vmnet.h).
+/// `struct vmpktdesc`, as vmnet.h declares it.
 #[repr(C)]
 pub(crate) struct Descriptor {
     vm_pkt_size: usize,
@@ -29,7 +29,8 @@ impl Interface {
     ///
     /// # Safety
     ///
-    /// There are `n` of them, with as many iovecs as they say.
+    /// `packets` must point at `n` descriptors. The simulator checks that `vm_pkt_iov` is a pointer
+    /// to memory; the caller must guarantee that there are as many iovecs as the descriptor says.
     unsafe fn check(
         &self,
         packets: *const Descriptor,
@@ -44,7 +45,7 @@ impl Interface {
         }
         let mut mapped = Mapped::default();
         for i in 0..n {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             let packet = unsafe { &*packets.add(i) };
             if !mapped.holds(packet.vm_pkt_iov) {
                 return forbids(
@@ -64,7 +65,7 @@ impl Interface {
                     INVALID_ARGUMENT,
                 );
             }
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             let iovecs = unsafe { iovecs(packet) };
             if iovecs.iter().any(|iovec| iovec.iov_base.is_null()) {
                 return forbids(format!("packet {i}: an iov_base is null"), INVALID_ARGUMENT);
@@ -78,7 +79,7 @@ impl Interface {
                 );
             }
         }
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         let several = || (0..n).any(|i| unsafe { (*packets.add(i)).vm_pkt_iovcnt } > 1);
         if !self.settings.several_iovecs && several() {
             return Err(INVALID_ARGUMENT);
@@ -88,7 +89,8 @@ impl Interface {
 
     /// # Safety
     ///
-    /// As [`check`](Self::check), and what the iovecs point at may be written.
+    /// As for [`check`](Self::check); and the memory that the iovecs point at must be valid for
+    /// writing.
     unsafe fn read(
         self: &Arc<Self>,
         packets: *mut Descriptor,
@@ -101,15 +103,15 @@ impl Interface {
         if let Some(len) = settings.free_of_charge {
             pay(settings.call_cost);
             for i in 0..asked {
-                // SAFETY: as the caller says.
+                // SAFETY: guaranteed by the caller.
                 unsafe { (*packets.add(i)).vm_pkt_size = len }
             }
             return Ok(());
         }
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.check(packets, asked, settings.limits.0, what)? };
         for i in 0..asked {
-            // SAFETY: as the caller says.
+            // SAFETY: guaranteed by the caller.
             let size = unsafe { (*packets.add(i)).vm_pkt_size };
             if size < settings.max_frame() {
                 let why =
@@ -133,13 +135,13 @@ impl Interface {
         let n = if dead { 0 } else { receive_queue.waiting.len().min(most) };
         for i in 0..n {
             let Some((buffer, len)) = receive_queue.waiting.pop_front() else { break };
-            // SAFETY: as the caller says; the room was checked.
+            // SAFETY: guaranteed by the caller; the size of the buffer was checked above.
             unsafe { self.deliver(&buffer[..len], &mut *packets.add(i)) };
             recycle(&mut receive_queue.free, buffer);
         }
         for i in 0..asked {
-            // In and out: whoever does not reset it shows.
-            // SAFETY: as the caller says.
+            // The field is in and out: a caller that does not reset it is caught by the next call.
+            // SAFETY: guaranteed by the caller.
             unsafe { (*packets.add(i)).vm_flags = 0x5a5a }
         }
         drop(receive_queue);
@@ -149,29 +151,30 @@ impl Interface {
             counts.packets_read += n as u64;
         });
         if n == most && most < asked {
-            // It came back short although packets may wait: an event will say so.
+            // The read came back short although packets may be waiting, so an event has to say so.
             self.fire_if_waiting();
         }
         Ok(())
     }
 
-    /// Writes a frame from the wire, with its header if there is one, to a descriptor's buffer.
+    /// Writes a frame from the wire, with its header if the interface has it, to a descriptor's
+    /// buffer.
     ///
     /// # Safety
     ///
-    /// As [`read`](Self::read).
+    /// As for [`read`](Self::read).
     unsafe fn deliver(&self, wire: &[u8], packet: &mut Descriptor) {
         let (frame, header) = parts(wire);
         let mut pieces = if self.settings.header { [header, frame] } else { [&[], frame] };
         let len = pieces[0].len() + pieces[1].len();
         let mut left = len;
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         for iovec in unsafe { iovecs_mut(packet) } {
-            // SAFETY: as the caller says: `iov_len` bytes at `iov_base`.
+            // SAFETY: the caller guarantees `iov_len` bytes at `iov_base`.
             let mut room = unsafe {
                 std::slice::from_raw_parts_mut(iovec.iov_base.cast::<u8>(), iovec.iov_len)
             };
-            // "Both are in/out": it says what is used of it.
+            // "Both are in/out": the length says how much of the buffer is used.
             iovec.iov_len = left.min(room.len());
             left -= iovec.iov_len;
             for piece in &mut pieces {
@@ -189,7 +192,7 @@ impl Interface {
 
     /// # Safety
     ///
-    /// As [`check`](Self::check).
+    /// As for [`check`](Self::check).
     unsafe fn write(
         self: &Arc<Self>,
         packets: *mut Descriptor,
@@ -202,21 +205,21 @@ impl Interface {
             pay(self.settings.call_cost);
             return Ok(());
         }
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.check(packets, asked, self.settings.limits.1, what)? };
         pay(self.settings.call_cost);
         let (plan, failed_batch) = {
             let script = &mut lock(&self.record).script;
             (script.writes.pop_front().unwrap_or(CallPlan::Well), script.failed_batch)
         };
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         let frames: Vec<Vec<u8>> =
             (0..asked).map(|i| unsafe { gather(&*packets.add(i)) }).collect();
         let fault = frames.iter().enumerate().find_map(|(i, frame)| {
             let status = self.packet_status(frame);
             (status != SUCCESS).then_some((i, status))
         });
-        // What cannot be sent is not, whatever the plan.
+        // A packet that cannot be sent is not sent, whatever the plan says.
         let possible = fault.map_or(asked, |(i, _)| i);
         let (n, status, reported) = match (plan, fault) {
             (CallPlan::Takes(n), _) => (n.min(possible), SUCCESS, Reported::Done),
@@ -249,7 +252,7 @@ impl Interface {
         if status == SUCCESS { Ok(()) } else { Err(status) }
     }
 
-    /// What is said to a packet, header included.
+    /// The status for one packet, including its header.
     fn packet_status(&self, packet: &[u8]) -> u32 {
         let header = if self.settings.header { HEADER } else { 0 };
         if packet.len() < header + 14 {
@@ -264,7 +267,7 @@ impl Interface {
     fn send(&self, sender: &mut Sender<Vec<u8>>, packet: &[u8]) {
         let header_len = if self.settings.header { HEADER } else { 0 };
         let (header, frame) = packet.split_at(header_len);
-        // num_buffers says nothing on this way.
+        // `num_buffers` has no meaning in this direction.
         let says = header.iter().take(10).any(|byte| *byte != 0);
         let marked = says.then(|| [frame, header, MARK].concat());
         let whole = marked.as_deref().unwrap_or(frame);
@@ -301,28 +304,28 @@ impl Reported {
 
 /// # Safety
 ///
-/// There are as many iovecs as the descriptor says.
+/// There must be as many iovecs as the descriptor says.
 unsafe fn iovecs(packet: &Descriptor) -> &[iovec] {
-    // SAFETY: as the caller says; the pointer was checked.
+    // SAFETY: the caller guarantees the count; `check` has looked at the pointer.
     unsafe { std::slice::from_raw_parts(packet.vm_pkt_iov, packet.vm_pkt_iovcnt as usize) }
 }
 
 /// # Safety
 ///
-/// As [`iovecs`], and nobody else looks at them.
+/// As for [`iovecs`]; and nobody else may use them at the same time.
 unsafe fn iovecs_mut(packet: &mut Descriptor) -> &mut [iovec] {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { std::slice::from_raw_parts_mut(packet.vm_pkt_iov, packet.vm_pkt_iovcnt as usize) }
 }
 
 /// # Safety
 ///
-/// As [`iovecs`], and they point at bytes.
+/// As for [`iovecs`]; and they must point at readable bytes.
 unsafe fn gather(packet: &Descriptor) -> Vec<u8> {
     let mut all = Vec::with_capacity(packet.vm_pkt_size);
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     for iovec in unsafe { iovecs(packet) } {
-        // SAFETY: as the caller says.
+        // SAFETY: guaranteed by the caller.
         all.extend(unsafe {
             std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), iovec.iov_len)
         });
@@ -330,7 +333,7 @@ unsafe fn gather(packet: &Descriptor) -> Vec<u8> {
     all
 }
 
-/// Spends what a call costs, busily, as a system call does.
+/// Spends the cost of a call. It spins, because a system call uses the processor too.
 #[inline]
 fn pay(cost: Duration) {
     if cost.is_zero() {
@@ -344,8 +347,8 @@ fn pay(cost: Duration) {
 
 /// # Safety
 ///
-/// `interface` is a handle; `packets` has `*count` descriptors, and what they point at is there for
-/// the call, to be written.
+/// `interface` must be a handle from a start of this process. `packets` must point at `*count`
+/// descriptors, whose memory must be valid for writing during the call.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_read(
     interface: *mut c_void,
@@ -355,13 +358,13 @@ pub(crate) unsafe extern "C" fn vmnet_read(
     if packets.is_null() || count.is_null() {
         violation("vmnet_read: the packets and their count are pointers, and one is null");
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { borrow(interface, "vmnet_read").read(packets, &mut *count) }.err().unwrap_or(SUCCESS)
 }
 
 /// # Safety
 ///
-/// As [`vmnet_read`], but for the writing.
+/// As for [`vmnet_read`], but the memory need only be valid for reading.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_write(
     interface: *mut c_void,
@@ -371,6 +374,6 @@ pub(crate) unsafe extern "C" fn vmnet_write(
     if packets.is_null() || count.is_null() {
         violation("vmnet_write: the packets and their count are pointers, and one is null");
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { borrow(interface, "vmnet_write").write(packets, &mut *count) }.err().unwrap_or(SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Starts: the description is read, the network joined and the handler called.
+//! Starts: reads the description, joins the network and calls the handler.
 
 use std::ffi::c_void;
 use std::net::Ipv4Addr;
@@ -29,27 +29,29 @@ const START_HANDLER: &str = "the start's handler";
 
 /// # Safety
 ///
-/// The arguments are an XPC object, a queue and a block, or nothing that lives, which is told.
+/// `description` must be as for [`xpc::borrow`], `queue` as for [`GivenQueue::new`], and `handler`
+/// as for [`GivenBlock::new`]: the simulator aborts if one of them is null or has already been
+/// released.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_start_interface(
     description: *const c_void,
     queue: *const c_void,
     handler: *const c_void,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe { start(description, queue, handler, None) }
 }
 
 /// # Safety
 ///
-/// As [`vmnet_start_interface`].
+/// As for [`vmnet_start_interface`].
 pub(crate) unsafe fn start(
     description: *const c_void,
     queue: *const c_void,
     handler: *const c_void,
     network: Option<Arc<Network>>,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let mut request = unsafe { Request::read(description, network.is_some()) };
     let asked_for_mode = request.has("operation_mode");
     if let Some(network) = &network {
@@ -63,9 +65,9 @@ pub(crate) unsafe fn start(
         record.description = request.values.clone();
         record.script.clone()
     };
-    // Without a copy of its own vmnet could not come back later, so a second call implies one.
+    // A second call of the handler implies a copy: without one vmnet could not come back later.
     let copies = world.retains() || script.start.handler == StartHandler::Twice;
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, START_HANDLER, copies) };
     let queue = GivenQueue::new(queue, "the start's queue", world.retains());
     for key in request.values.keys() {
@@ -73,7 +75,7 @@ pub(crate) unsafe fn start(
     }
     world.track(handler.life(), START_HANDLER);
     world.track(queue.life(), "the start's queue");
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     world.track(unsafe { xpc::borrow(description, "the description") }.1, "the description");
 
     let made = if script.start.status != SUCCESS {
@@ -104,7 +106,7 @@ pub(crate) unsafe fn start(
         _ => None,
     };
     if let Some(parameters) = &parameters {
-        // SAFETY: it lives: we have it.
+        // SAFETY: `parameters` holds a reference to it.
         world.track(unsafe { xpc::borrow(parameters.as_raw(), "parameters") }.1, "the parameters");
     }
     let handle = match &interface {
@@ -117,7 +119,7 @@ pub(crate) unsafe fn start(
     handle
 }
 
-/// What a start has for its handler.
+/// What a start passes to its handler.
 struct Answer {
     queue: GivenQueue,
     handler: GivenBlock,
@@ -128,7 +130,7 @@ struct Answer {
 }
 
 impl Answer {
-    /// Calls the handler, as the plan says.
+    /// Calls the handler as the plan says.
     fn give(self, plan: StartHandler) {
         match plan {
             StartHandler::Prompt => self.call_on_queue(),
@@ -136,7 +138,7 @@ impl Answer {
                 thread::sleep(delay);
                 self.call_on_queue();
             }),
-            // It keeps for ever what it has.
+            // Keeps its references for ever.
             StartHandler::Never => std::mem::forget((self.queue, self.handler)),
             StartHandler::Twice => {
                 let (queue, patience) = (self.queue.clone(), self.patience);
@@ -152,7 +154,7 @@ impl Answer {
     }
 
     fn call_on_queue(self) {
-        // The references end with the job, as far as there are any.
+        // If there are references, they are released when the job ends.
         self.queue.clone().run_within(self.patience, START_HANDLER, move || self.call());
     }
 
@@ -199,13 +201,14 @@ impl Interface {
             end: Ipv4Addr::new(192, 168, 1, 254),
             mask: Ipv4Addr::new(255, 255, 255, 0),
         });
-        // What is longer, as the offloads make it, does not go over the wire itself: see `Long`.
+        // Longer packets, as the offloads make them, do not go over the wire: see `LongFrames`.
         config.mtu = settings.mtu.clamp(1280, 65_521) as u32;
         config.inbox_depth = LENT as u32;
         let name = format!("{name} mtu {}", config.mtu);
         let wire = world.0.networks.open(&name, &config).map_err(|_| FAILURE)?;
         for (mac, address) in network.iter().flat_map(|network| network.reservations()) {
-            // One that DHCP cannot give is ignored; who asks for it learns by its absence.
+            // A reservation that DHCP cannot honour is ignored. A client sees that by not getting
+            // the address.
             let dhcp = wire.gateway().dhcp();
             let _ = dhcp.reserve(MacAddr6::from(*mac), *address, Duration::ZERO);
         }
@@ -257,7 +260,7 @@ impl Interface {
 
 /// # Safety
 ///
-/// As [`network`] and [`vmnet_start_interface`].
+/// As for [`network`] and [`vmnet_start_interface`].
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_interface_start_with_network(
     on: *mut c_void,
@@ -265,14 +268,14 @@ pub(crate) unsafe extern "C" fn vmnet_interface_start_with_network(
     queue: *const c_void,
     handler: *const c_void,
 ) -> *mut c_void {
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let on = network(on, "vmnet_interface_start_with_network").clone();
         start(description, queue, handler, Some(on))
     }
 }
 
-/// The names of the interfaces that can be shared.
+/// The names of the interfaces that bridged mode can share.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn vmnet_copy_shared_interface_list() -> *mut c_void {
     let Some(names) = World::current().host().shared_interfaces else { return ptr::null_mut() };

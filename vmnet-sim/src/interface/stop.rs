@@ -12,7 +12,9 @@ use crate::status::{INVALID_ARGUMENT, SUCCESS};
 
 /// # Safety
 ///
-/// `interface` is a handle; queue and block live, or it is told.
+/// `interface` must be a handle from a start of this process. `queue` must be as for
+/// [`GivenQueue::new`] and `handler` as for [`GivenBlock::new`]: the simulator aborts if one of
+/// them is null or has already been released.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     interface: *mut c_void,
@@ -20,7 +22,7 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     handler: *const c_void,
 ) -> u32 {
     let what = "vmnet_stop_interface";
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let interface = unsafe { borrow(interface, what) }.clone();
     let world = interface.world.clone();
     if interface.state.load(Ordering::Acquire) == STOPPED {
@@ -42,7 +44,7 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
     if queue.is_current() {
         violation(&format!("{what}: from a job of the queue that the handler is to run on"));
     }
-    // SAFETY: as the caller says.
+    // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, "the stop's handler", world.retains()) };
     world.track(handler.life(), "the stop's handler");
     world.track(queue.life(), "the stop's queue");
@@ -62,7 +64,7 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
             return;
         };
         thread::sleep(delay);
-        // The references end with the job, as far as there are any.
+        // If there are references, they are released when the job ends.
         queue.clone().run_within(patience, "the stop's handler", move || {
             handler.call_status(plan.status);
             drop((handler, queue));
@@ -72,7 +74,7 @@ pub(crate) unsafe extern "C" fn vmnet_stop_interface(
 }
 
 impl Interface {
-    /// Leaves its network.
+    /// Leaves the network.
     fn leave(&self) {
         let sender = lock(&self.sender).take();
         let receive_queue = std::mem::take(&mut *lock(&self.receive_queue));
