@@ -15,9 +15,9 @@ use crate::failure::Failure;
 
 /// Packet rings for virtual machine monitors.
 ///
-/// Without a command it runs the demo: two guests, each a TCP/IP stack on a ring of its own, get
-/// addresses by DHCP, ping, and move a gigabyte through a network inside this process. No root is
-/// needed.
+/// Without a command, runs the demo: two guests, each a TCP/IP stack on a ring of its own, get
+/// addresses by DHCP, ping each other, and move a gigabyte through a network inside this process.
+/// The demo does not need root.
 #[derive(Debug, Parser)]
 #[command(name = "vmring", version, disable_help_subcommand = true, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
@@ -25,7 +25,8 @@ pub(crate) struct Cli {
     command: Option<Command>,
 }
 
-const EXIT_CODES: &str = "Exit code: 0 if every step held, 1 if one failed, 2 for wrong arguments.";
+const EXIT_CODES: &str =
+    "Exit code: 0 if every step succeeded, 1 if one failed, 2 for invalid arguments.";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -35,12 +36,12 @@ pub(crate) enum Command {
     /// Joins two networks, or a network and a file
     #[command(after_help = BRIDGE_NOTES)]
     Bridge(BridgeArgs),
-    /// How fast packets move on this machine: packets a second one way, and round trips
+    /// Measures how fast packets move on this machine: packets per second one way, and round trips
     #[command(after_help = BENCH_NOTES)]
     Bench(BenchArgs),
-    /// What this machine offers: devices, what each needs, what it can do
+    /// Shows what this machine offers: devices, what each needs, and what it can do
     Info(InfoArgs),
-    /// For people with a Mac: asks Apple's vmnet what no document answers
+    /// For people with a Mac: asks Apple's vmnet the questions that no document answers
     #[command(after_help = PROBE_NOTES)]
     Probe(ProbeArgs),
     /// Prints a completion script for a shell
@@ -50,7 +51,7 @@ pub(crate) enum Command {
         /// The shell
         shell: Shell,
     },
-    /// Help or the version, as asked for.
+    /// The text of the help or of the version.
     #[command(skip)]
     Text(String),
 }
@@ -62,32 +63,32 @@ Examples:
   vmring demo --idle 10 --json
   sudo vmring demo --device tap --engine plain
 
-The guests ping the gateway and each other; the transfer's SHA-256 is checked at the far end.
-On the tap device (Linux, root) the other guest is the kernel, in a network namespace that the command
-makes and that goes with it: nothing of the host's network changes. The bytes go there and back.
-Exit code: 0 if every step held, 1 if one failed, 2 for wrong arguments.";
+The guests ping the gateway and each other. The SHA-256 of the transfer is checked at the far end.
+On the tap device (Linux, root) the other guest is the kernel, and the bytes go there and back. The
+command makes a network namespace for this and removes it: the host's network does not change.
+Exit code: 0 if every step succeeded, 1 if one failed, 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// The network: host (the guests and the gateway) or shared (and a way out)
+    /// The network: host (the guests and the gateway) or shared (with a way out)
     #[arg(long, default_value = "shared")]
     pub(crate) mode: Mode,
-    /// The device the guests are on
+    /// The device that the guests are on
     #[arg(long, default_value = "embedded", value_name = "NAME")]
     pub(crate) device: String,
-    /// Bytes to transfer: 64M, 1GiB, 500MB [default: 1GiB, or none with --idle]
+    /// Bytes to transfer, like 64M, 1GiB, 500MB [default: 1GiB, or none with --idle]
     #[arg(long, value_name = "SIZE")]
     pub(crate) bytes: Option<Size>,
-    /// Largest IP packet in bytes, 1280 to 65521 [default: the device's, 1500]
+    /// The largest IP packet in bytes, 1280 to 65521 [default: the device's, 1500]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u32>,
     /// The gateway's address and the subnet, like 192.168.70.1/24 [default: the mode's]
     #[arg(long, value_name = "GATEWAY/BITS")]
     pub(crate) subnet: Option<Ipv4Range>,
-    /// Who drives the rings
+    /// Which thread drives the rings
     #[arg(long, value_enum, default_value_t = DriveArg::Thread)]
     pub(crate) drive: DriveArg,
-    /// Let the guests idle that long, measure the processor time, then ping once more
+    /// Let the guests idle for this long, measure the processor time, then ping once more
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) idle: Option<u64>,
     /// Record every packet of both guests as pcapng, for Wireshark
@@ -101,15 +102,15 @@ pub(crate) struct DemoArgs {
     pub(crate) json: bool,
 }
 
-/// What only the TAP device has.
+/// Options of the TAP device.
 #[cfg(target_os = "linux")]
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TapArgs {
-    /// With --device tap: how frames move, auto, io_uring or plain [default: auto]
+    /// With --device tap: how frames are moved: auto, io_uring or plain [default: auto]
     #[arg(long, value_name = "NAME")]
     pub(crate) engine: Option<vmring::TapEngine>,
-    /// With --device tap: ask for checksum offload and TCP segmentation; the guest takes the kernel's
-    /// large packets, but makes none itself
+    /// With --device tap: ask for checksum offload and TCP segmentation. The guest accepts the
+    /// kernel's large packets but sends none itself
     #[arg(long)]
     pub(crate) offload: bool,
 }
@@ -118,16 +119,17 @@ const BRIDGE_NOTES: &str = "\
 Ends:
   embedded:NETWORK[,GATEWAY/BITS]  a port of a network inside this process
   tap:NAME[,MODE]                  a TAP of the Linux kernel; with a mode (host, shared,
-                                   bridged:BRIDGE) its host's end is set up
-  vmnet[:MODE]                     Apple's vmnet (elsewhere vmnet-sim, the simulated one)
-  pcap:FILE                        reads the packets of a pcap or pcapng file
-  capture:FILE                     records what is written to it as pcapng
+                                   bridged:BRIDGE) the host's end is set up too
+  vmnet[:MODE]                     Apple's vmnet (on other systems vmnet-sim, the simulated one)
+  pcap:FILE                        replays the packets of a pcap or pcapng file
+  capture:FILE                     records the packets written to it as pcapng
 Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10
   vmring bridge embedded:lab capture:lab.pcapng --json
 
-It ends by itself when no end can bring another packet, as when a file is replayed into another.
-Exit code: 0 if it was ended, or ended by itself, 1 if an end failed, 2 for wrong arguments.";
+The bridge ends by itself when neither end can deliver another packet, for example when one file is
+replayed into another.
+Exit code: 0 if it was ended or ended by itself, 1 if an end failed, 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct BridgeArgs {
@@ -137,23 +139,23 @@ pub(crate) struct BridgeArgs {
     /// The other
     #[arg(value_name = "B")]
     pub(crate) b: Spec,
-    /// Checksums and segments: only what both ends do, or each what it can and the rest in software
-    /// (--offload alone), or none
+    /// Checksums and segmentation: only what both ends do; or what each end can do, and the rest in
+    /// software (--offload alone); or none
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_value_t = Offload::Common, default_missing_value = "software")]
     pub(crate) offload: Offload,
-    /// How frames move into and out of a TAP: auto, io_uring or plain
+    /// How frames are moved into and out of a TAP: auto, io_uring or plain
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub(crate) engine: vmring::TapEngine,
-    /// Largest IP packet of both ends in bytes [default: each end's own]
+    /// The largest IP packet of both ends in bytes [default: each end's own]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u32>,
-    /// Packets that may be under way in each direction, a power of two
+    /// Packets that may be in flight in each direction, a power of two
     #[arg(long, value_name = "PACKETS", default_value_t = 256,
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) depth: u32,
-    /// End by itself after that long
+    /// End after this long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: Option<u64>,
     /// Print one JSON object instead of tables
@@ -167,25 +169,26 @@ Examples:
   vmring bench --device loopback --size 60 --batch 1
   sudo vmring bench --device tap --seconds 20 --json
 
-Packets go from one interface to another on the same network; loopback has one, which gets its own.
-TAPs (Linux, root) are two, with a bridge of the kernel between them, in a network namespace that the
-command makes and that goes with it. Every packet is numbered, and looked at where it arrives.
-Exit code: 0 if every packet was as it was sent, 1 if one was corrupt or came twice, or was lost on a
-device that loses none, 2 for wrong arguments.";
+Packets go from one interface to another on the same network. The loopback has only one interface,
+which receives its own packets. With --device tap (Linux, root) there are two TAPs with a bridge of
+the kernel between them, in a network namespace that the command makes and removes. Every packet is
+numbered, and checked where it arrives.
+Exit code: 0 if every packet arrived as it was sent; 1 if one was corrupt or arrived twice, or was
+lost on a device that loses none; 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// The device the packets are on
+    /// The device that the packets go over
     #[arg(long, default_value = "embedded", value_name = "NAME")]
     pub(crate) device: String,
-    /// Bytes of a packet, from 60 [default: 1514, or what the device takes at most]
+    /// Bytes of a packet, at least 60 [default: 1514, or the device's maximum if that is less]
     #[arg(long, value_name = "BYTES")]
     pub(crate) size: Option<u32>,
-    /// Packets submitted in one go when they go one way
+    /// Packets submitted at once when they go one way
     #[arg(long, value_name = "PACKETS", default_value_t = 32,
           value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) batch: u32,
-    /// How long it measures, in all
+    /// How long the whole measurement takes
     #[arg(long, value_name = "SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: u64,
@@ -196,16 +199,16 @@ pub(crate) struct BenchArgs {
 
 const PROBE_NOTES: &str = "\
 Example: sudo vmring probe > report.txt
-It takes about ten seconds and starts a few interfaces of its own, in shared mode; the report is to
-be pasted into an issue. It needs what vmnet needs (see 'vmring info').";
+The probe takes about ten seconds and starts a few interfaces of its own, in shared mode. Please
+paste the report into an issue. The probe needs the privileges that vmnet needs (see 'vmring info').";
 
 #[derive(Debug, Args)]
 pub(crate) struct ProbeArgs {
-    /// Ask also what a sleep of the host does: puts off the end by that long, in which to let it
-    /// sleep and to wake it
+    /// Also ask what happens when the host sleeps: wait this long at the end, so that you can let
+    /// the host sleep and wake it
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) sleep: Option<u64>,
-    /// Ask the simulated vmnet instead: it proves nothing but the probe
+    /// Ask the simulated vmnet instead. This tests the probe and nothing else
     #[cfg(not(target_os = "macos"))]
     #[arg(long)]
     pub(crate) simulated: bool,
@@ -218,7 +221,7 @@ pub(crate) struct InfoArgs {
     pub(crate) json: bool,
 }
 
-/// Who drives the rings.
+/// Which thread drives the rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DriveArg {
     /// A poller thread per ring
@@ -239,8 +242,8 @@ impl fmt::Display for DriveArg {
     }
 }
 
-/// A number of bytes, at least one, with a unit: K, M, G, T (and KiB...) are powers of 1024; KB,
-/// MB, GB, TB of 1000.
+/// A number of bytes, at least one, with a unit. K, M, G, T (and KiB...) are powers of 1024; KB,
+/// MB, GB, TB are powers of 1000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size(pub(crate) u64);
 
@@ -272,7 +275,7 @@ impl FromStr for Size {
     }
 }
 
-/// What to do, or one sentence on what is wrong with the arguments.
+/// Returns the command to run, or one sentence that says what is wrong with the arguments.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Failure> {
     let with_default = |cli: Cli| cli.command.map_or_else(default_command, Ok);
     Cli::try_parse_from(args).map_err(Box::new).map_or_else(|error| refused(&error), with_default)
@@ -290,7 +293,7 @@ fn refused(error: &clap::Error) -> Result<Command, Failure> {
     }
 }
 
-/// clap's message without its heading, its usage and its line breaks; its tips as further clauses.
+/// clap's message in one line, without its heading and its usage. Its tips become further clauses.
 fn one_line(text: &str) -> String {
     let told = text
         .lines()

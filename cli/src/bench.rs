@@ -1,8 +1,8 @@
-//! `vmring bench`: how fast packets move through the rings on this machine, and whether all of them
-//! arrive as they were sent.
+//! `vmring bench`: measures how fast packets move through the rings on this machine, and checks
+//! that all of them arrive as they were sent.
 //!
-//! One thread submits and reaps at both ends, as a machine with one guest at each would on one
-//! processor; with a poller thread there are two.
+//! One thread submits and reaps at both ends, as if two guests ran on one processor. With a poller
+//! thread there are two threads.
 
 mod check;
 mod endpoints;
@@ -38,9 +38,9 @@ const USABLE: &str = if cfg!(target_os = "macos") {
     "embedded, loopback or vmnet-sim"
 };
 
-/// What is measured one way.
+/// What is measured one way: which thread drives the rings, and its name.
 const ONE_WAY: [(Driving, &str); 2] = [(Driving::Inline, "inline"), (Driving::Poller, "poller")];
-/// What is measured out and back, and how it waits.
+/// What is measured as round trips: which thread drives the rings, its name, and how it waits.
 const ROUND_TRIP: [(Driving, &str, &str); 3] = [
     (Driving::Inline, "inline", "spinning"),
     (Driving::Spinning, "poller", "spinning"),
@@ -95,7 +95,7 @@ fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
     outcome
 }
 
-/// Bytes of a packet on a device that takes up to `max`.
+/// The bytes of a packet, on a device that takes up to `max`.
 fn size(asked: Option<u32>, max: u32) -> Result<usize, Failure> {
     let size = asked.unwrap_or(SIZE.min(max));
     if (SMALLEST..=max).contains(&size) {
@@ -108,8 +108,8 @@ fn size(asked: Option<u32>, max: u32) -> Result<usize, Failure> {
     )))
 }
 
-/// Whether a packet may be lost on it: the kernel and Apple promise none. In this process every packet
-/// that is under way has a place.
+/// Whether the device may lose packets: the kernel and Apple do not promise to deliver them. Inside
+/// this process there is a place for every packet in flight.
 fn may_lose(device: DeviceName) -> bool {
     device.is_tap() || (device == DeviceName::Vmnet && cfg!(target_os = "macos"))
 }
@@ -143,7 +143,7 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
     Ok(())
 }
 
-/// Adds a run to what was found out.
+/// Adds the results of one run to the summary.
 fn finish(
     setup: &Setup,
     endpoints: Endpoints,
@@ -158,7 +158,8 @@ fn finish(
     endpoints.end(setup.device, &mut summary.drops_by_reason)
 }
 
-/// Nanoseconds that writing and comparing cost of a packet one way, without any device.
+/// The time in nanoseconds that it takes to write and check one packet of the one-way runs, without
+/// any device.
 fn cost_of_checks(size: usize) -> f64 {
     const TIME: Duration = Duration::from_millis(20);
     let pattern = Pattern::new([2; 6], [4; 6], SAMPLE);

@@ -1,8 +1,8 @@
 //! `vmring bridge`: joins two devices through two rings over one pool.
 //!
-//! A frame that one ring has read is written by the other, without a copy, and when that is done it is
-//! posted for reading where it came from. One thread does it: it turns both rings, and sleeps until
-//! either has something to do.
+//! The frame that one ring has read is written by the other ring, without a copy. When the write
+//! has completed, the frame is posted for reading where it came from. One thread does all of this:
+//! it drives both rings, and sleeps until either of them has something to do.
 
 mod direction;
 mod forwarding;
@@ -55,7 +55,7 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     drop(live);
     let ended = bridge.end();
     let mut summary = Summary::of(&bridge, start.elapsed(), system::cpu_time().saturating_sub(cpu));
-    // The first failure is the one to tell.
+    // Reports the first failure.
     let outcome = moving.and(ended).and_then(|()| bridge.stop());
     summary.end(&outcome);
     if args.json {

@@ -1,4 +1,4 @@
-//! `vmring demo`: two guests get addresses, ping and move a gigabyte.
+//! `vmring demo`: two guests get addresses, ping each other and move a gigabyte.
 
 pub(crate) mod guest;
 #[cfg(target_os = "linux")]
@@ -32,7 +32,7 @@ use limits::{
 use setup::{DemoNetwork, Settings};
 use summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
 
-/// Who sends, and who receives.
+/// The guest that sends, and the one that receives.
 const SENDER: usize = 0;
 const RECEIVER: usize = 1;
 
@@ -49,7 +49,7 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     let capture = match &args.capture {
         None => None,
         Some(path) => {
-            // What cannot be is found before the file is touched.
+            // Finds invalid settings before the file is touched.
             drop(DemoNetwork::start(settings, None).map_err(Failure::starting)?);
             Some(Recording::create(path)?)
         }
@@ -80,7 +80,7 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
         summary.capture = Some(CaptureSummary { file: recording.name(), packets });
         recording.finish()
     });
-    // The first failure is the one to tell.
+    // Reports the first failure.
     let outcome = steps.and(end).and(recorded);
     summary.ok = outcome.is_ok();
     summary.failed = outcome.as_ref().err().map(ToString::to_string);
@@ -92,14 +92,14 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     outcome
 }
 
-/// The guests at work, and what of them stays with us.
+/// The running guests, and what stays on this thread.
 struct Demo {
     names: [&'static str; 2],
     guests: Vec<Guest>,
     interfaces: Vec<Interface>,
     controls: Vec<RingControl>,
     reports: Receiver<(usize, Report)>,
-    /// Kept while its rings live.
+    /// Kept as long as its rings exist.
     poller: Option<Poller>,
 }
 
@@ -163,7 +163,7 @@ impl Demo {
         self.names[1] == KERNEL
     }
 
-    /// The next report, or `None` at `deadline`.
+    /// The next report, or `None` at the `deadline`.
     fn next(&self, deadline: Instant) -> Result<Option<(usize, Report)>, Failure> {
         let left = deadline.saturating_duration_since(Instant::now());
         match self.reports.recv_timeout(left) {
@@ -178,7 +178,7 @@ impl Demo {
         }
     }
 
-    /// Waits for the report that `pick` wants.
+    /// Waits for a report that `pick` accepts.
     fn wait_for<T>(
         &self,
         timeout: Duration,
@@ -201,7 +201,7 @@ impl Demo {
                 summary.guests[number].set_lease(&lease);
                 leases[number] = Some(lease);
                 if self.has_kernel() {
-                    // Who answered is the kernel itself.
+                    // The server that answered is the kernel itself.
                     let own = Lease {
                         address: Ipv4Cidr::new(lease.server, lease.address.prefix_len()),
                         router: None,
@@ -236,9 +236,9 @@ impl Demo {
     fn ping_all(&self, leases: &[Lease; 2], summary: &mut Summary) -> Result<(), Failure> {
         let address = |guest: usize| (self.names[guest], leases[guest].address.address());
         let gateway = |guest: usize| ("gateway", leases[guest].server);
-        // In this order the guests have to ask for few MACs, see `CONTACT_TIMEOUT` there.
+        // In this order the guests have to resolve few MACs; see `CONTACT_TIMEOUT`.
         let paths = [(0, address(1)), (1, address(0)), (1, gateway(1)), (0, gateway(0))];
-        // The kernel is the gateway.
+        // With the kernel, the other guest is the gateway.
         let paths = if self.has_kernel() { &paths[..2] } else { &paths[..] };
         for &(from, (to, target)) in paths {
             let pings = self.ping(from, target, PINGS)?;
@@ -293,7 +293,7 @@ impl Demo {
                 moved = (position, Instant::now());
             } else if moved.1.elapsed() > STALL_TIMEOUT {
                 return Err(Failure::Step(format!(
-                    "the transfer stands still after {} of {bytes} bytes",
+                    "the transfer has stalled after {} of {bytes} bytes",
                     position
                 )));
             }
@@ -301,7 +301,8 @@ impl Demo {
         drop(progress);
         let after = self.written();
 
-        // Made anew here, and not while sending, so that the time above is the network's.
+        // The expected digest is computed here and not while sending, so that the time above
+        // contains only the transfer.
         say("  checking what arrived");
         let sha256_ok = stream.digest(bytes) == received.digest && received.bytes == bytes;
         let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
@@ -321,7 +322,7 @@ impl Demo {
         })
     }
 
-    /// Packets each guest has written so far; of the kernel's those that the guest has read.
+    /// Packets that each guest has written so far. For the kernel: those that the guest has read.
     fn written(&self) -> [u64; 2] {
         let of = |number: usize| self.controls.get(number).map(RingControl::stats);
         let first = of(0).unwrap_or_default();
@@ -339,7 +340,7 @@ impl Demo {
         let (start, cpu) = (Instant::now(), system::cpu_time());
         let tick = if progress.is_watched() { Duration::from_secs(1) } else { time };
         while start.elapsed() < time {
-            // Guests renew their leases; nothing else is expected.
+            // Guests may renew their leases. No other report is expected.
             self.next((Instant::now() + tick).min(start + time))?;
             progress.at_time(start.elapsed());
         }
@@ -359,7 +360,7 @@ impl Demo {
         }
     }
 
-    /// Ends the guests and counts.
+    /// Ends the guests and collects their counters.
     fn end(self, summary: &mut Summary) -> Result<(), Failure> {
         let Self { names, guests, interfaces, controls, reports, poller } = self;
         let mut ended = true;
@@ -392,14 +393,14 @@ impl Demo {
     }
 }
 
-/// Fails where the transfer did not bring every byte as it was sent.
+/// Fails if the transfer did not deliver every byte as it was sent.
 fn whole(transfer: &TransferSummary, bytes: u64) -> Result<(), Failure> {
     if transfer.sha256_ok {
         return Ok(());
     }
     let TransferSummary { bytes: got, from, to, .. } = transfer;
     Err(Failure::Step(format!(
-        "what arrived is not what was sent: {got} of {bytes} bytes from {from} to {to}, and another \
-         SHA-256"
+        "what arrived is not what was sent: {got} of {bytes} bytes from {from} to {to}, and the \
+         SHA-256 differs"
     )))
 }

@@ -1,4 +1,4 @@
-//! The devices as `--device` names them.
+//! The names of the devices, as `--device` takes them.
 
 use vmring::{Driver, Embedded, Loopback, Vmnet};
 
@@ -9,21 +9,21 @@ use crate::failure::Failure;
 pub(crate) enum DeviceName {
     Embedded,
     Loopback,
-    /// Apple's, or the simulated one elsewhere.
+    /// Apple's vmnet, or on other systems the simulated one.
     Vmnet,
     #[cfg(target_os = "linux")]
     Tap,
 }
 
-/// What vmnet is called here: Apple's, or the simulated one elsewhere.
+/// The name of the vmnet device: Apple's vmnet, or on other systems the simulated one.
 pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "vmnet-sim" };
 
-/// Packets that wait in the network for a guest that has posted no frame. More than a TCP window
-/// has, so that none is dropped.
+/// Packets that may wait in the network for a guest that has posted no frame. A TCP window has
+/// fewer packets, so none is dropped.
 pub(crate) const QUEUE: u32 = 2048;
 
 impl DeviceName {
-    /// The device of that name; `usable` are those to tell somebody who has named another.
+    /// The device with this name. `usable` lists the devices for the error message.
     pub(crate) fn of(name: &str, usable: &str) -> Result<Self, Failure> {
         match name {
             "embedded" => Ok(DeviceName::Embedded),
@@ -44,12 +44,12 @@ impl DeviceName {
         false
     }
 
-    /// A driver for one end of the network of that name, with its own settings.
+    /// A driver for one end of the network with this name, with its own settings.
     pub(crate) fn driver(self, network: &str) -> Box<dyn Driver> {
         match self {
             DeviceName::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
             DeviceName::Loopback => Box::new(Loopback::new(1500)),
-            // One network of each mode, as on a Mac.
+            // As on a Mac, there is one network for each mode.
             DeviceName::Vmnet => Box::new(Vmnet::new()),
             #[cfg(target_os = "linux")]
             DeviceName::Tap => Box::new(vmring::Tap::new()),
@@ -57,7 +57,7 @@ impl DeviceName {
     }
 }
 
-/// What to say to a `--device` that is not here; `usable` names those that are.
+/// The error for a device that does not exist here. `usable` lists those that do.
 fn unknown_device(name: &str, usable: &str) -> Failure {
     Failure::Usage(match name {
         "vmnet" => format!(

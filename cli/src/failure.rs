@@ -1,15 +1,15 @@
-//! Why the command ends without having done what was asked.
+//! Reasons why the command ends without having done what was asked.
 
 use std::fmt;
 
 use vmring::Error;
 
-/// A sentence for stderr and an exit code.
+/// A sentence for stderr, and an exit code.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// Arguments that cannot be: exit code 2, and nothing was started.
+    /// Invalid arguments: exit code 2. Nothing was started.
     Usage(String),
-    /// A step that did not hold: exit code 1.
+    /// A step that failed: exit code 1.
     Step(String),
 }
 
@@ -21,7 +21,8 @@ impl Failure {
         }
     }
 
-    /// A failure to start, which is the arguments' fault if the library says that they cannot be.
+    /// A failure to start. It is the arguments' fault if the library says that they are invalid or
+    /// not supported.
     pub(crate) fn starting(error: Error) -> Self {
         match error {
             Error::Config(_) | Error::NotSupported { .. } | Error::NeedsMacos { .. } => {

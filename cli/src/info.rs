@@ -1,4 +1,4 @@
-//! `vmring info`: what this machine offers.
+//! `vmring info`: shows what this machine offers.
 
 mod device;
 #[cfg(target_os = "linux")]
@@ -15,7 +15,7 @@ use crate::system;
 use device::unusable;
 use device::{DeviceInfo, try_device};
 
-/// Everything.
+/// The whole report.
 #[derive(Debug, Serialize)]
 struct Info {
     version: &'static str,

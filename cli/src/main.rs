@@ -1,7 +1,7 @@
 //! The vmring command.
 //!
-//! Exit codes: 0 if every step held, 1 if one failed, 2 for arguments that cannot be. A failure is
-//! one sentence on stderr; stdout carries results only.
+//! Exit codes: 0 if every step succeeded, 1 if one failed, 2 for invalid arguments. A failure is
+//! one sentence on stderr. Stdout carries results only.
 
 mod args;
 mod bench;
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nobody is left to tell if this fails.
+            // If this fails there is nobody to report it to.
             let _ = writeln!(io::stderr(), "vmring: {failure}");
             ExitCode::from(failure.exit_code())
         }

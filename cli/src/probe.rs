@@ -1,4 +1,4 @@
-//! The probe: what a real vmnet answers to the questions that no document does.
+//! `vmring probe`: asks a real vmnet the questions that no document answers.
 
 use std::time::Duration;
 
@@ -24,12 +24,12 @@ pub(crate) fn run(args: &ProbeArgs) -> Result<(), Failure> {
                         --simulated' asks the simulated one)";
         return Err(Failure::Usage(sentence.to_owned()));
     }
-    // One that answers what the strict one aborts on: the probe asks on purpose.
+    // This world answers where the strict one aborts, because the probe breaks rules on purpose.
     let world = World::with(Rules::Answers, true);
     let probe = Probe {
         interface_ids: [world.interface_id(), world.interface_id()],
         sleep: args.sleep.map(Duration::from_secs),
-        // Nothing is late here.
+        // Nothing is late in the simulator.
         patience: Duration::from_millis(100),
     };
     print(
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &ProbeArgs) -> Result<(), Failure> {
     world.enter(|| ask(&probe))
 }
 
-/// The report goes to stdout as it comes, what is under way to stderr.
+/// Writes the report to stdout as it grows, and the current step to stderr.
 fn ask(probe: &Probe) -> Result<(), Failure> {
     let mut printed = Ok(());
     let asked = probe.run(&mut |told| match told {

@@ -1,5 +1,4 @@
-//! What a person sees on stderr while the command works: a bar on a terminal, a few lines
-//! elsewhere.
+//! Progress on stderr for people: a bar on a terminal, a few lines elsewhere.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -9,13 +8,13 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// The shortest time between two lines about the same thing.
 const QUIET: Duration = Duration::from_secs(5);
 
-/// Says `text` on stderr.
+/// Prints `text` to stderr.
 pub(crate) fn say(text: &str) {
-    // Nobody is left to tell if this fails.
+    // If this fails there is nobody to report it to.
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// How far something long has come.
+/// The progress of something long.
 #[derive(Debug)]
 pub(crate) struct Progress {
     bar: Option<ProgressBar>,
@@ -26,14 +25,14 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of bytes, shown with their rate.
+    /// Progress in bytes, shown with the rate.
     pub(crate) fn of_bytes(what: &str, total: u64) -> Self {
         let template = "  {msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, \
                         {binary_bytes_per_sec}, {eta} left";
         Self::new(what, total, template)
     }
 
-    /// Of a stretch of time.
+    /// Progress in time.
     pub(crate) fn of_time(what: &str, total: Duration) -> Self {
         Self::new(what, total.as_millis() as u64, "  {msg} {wide_bar} {eta} left")
     }
@@ -52,7 +51,7 @@ impl Progress {
         Self { bar, what: what.to_owned(), total, quarter: 0, said: Instant::now() }
     }
 
-    /// It has come to `position`.
+    /// Shows that `position` has been reached.
     pub(crate) fn at(&mut self, position: u64) {
         if let Some(bar) = &self.bar {
             bar.set_position(position);
@@ -65,12 +64,12 @@ impl Progress {
         }
     }
 
-    /// As [`at`](Self::at), of time.
+    /// Like [`at`](Self::at), for a time.
     pub(crate) fn at_time(&mut self, position: Duration) {
         self.at(position.as_millis() as u64);
     }
 
-    /// Whether somebody watches a bar, so that it is worth moving.
+    /// Whether there is a bar on a terminal, so that updates are worth the effort.
     pub(crate) fn is_watched(&self) -> bool {
         self.bar.is_some()
     }
@@ -84,7 +83,7 @@ impl Drop for Progress {
     }
 }
 
-/// A line that changes while somebody watches; nothing where stderr is no terminal.
+/// A line on a terminal that is updated in place. It does nothing if stderr is not a terminal.
 #[derive(Debug)]
 pub(crate) struct Live {
     bar: Option<ProgressBar>,
@@ -101,12 +100,12 @@ impl Live {
         Self { bar }
     }
 
-    /// Whether somebody watches.
+    /// Whether stderr is a terminal.
     pub(crate) fn is_watched(&self) -> bool {
         self.bar.is_some()
     }
 
-    /// The line is this now.
+    /// Replaces the line.
     pub(crate) fn show(&self, line: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(line.to_owned());

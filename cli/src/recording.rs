@@ -7,12 +7,12 @@ use vmring::device::pcap::Capture;
 
 use crate::failure::Failure;
 
-/// The file, made now.
+/// A capture file, which has just been created.
 #[derive(Debug)]
 pub(crate) struct Recording {
     pub(crate) capture: Capture,
     path: PathBuf,
-    /// It was not there before.
+    /// The file did not exist before.
     is_new: bool,
 }
 
@@ -21,7 +21,7 @@ impl Recording {
         let is_new = !path.exists();
         let capture = Capture::create(path).map_err(|error| {
             if is_new {
-                // There may be an empty file, whose header could not be written.
+                // The file may exist but be empty, if its header could not be written.
                 let _ = std::fs::remove_file(path);
             }
             Failure::Usage(format!(
@@ -33,15 +33,15 @@ impl Recording {
         Ok(Self { capture, path: path.to_owned(), is_new })
     }
 
-    /// As people are to find it.
+    /// The path as people will find the file.
     pub(crate) fn name(&self) -> String {
         self.path.display().to_string()
     }
 
-    /// Nothing was started: leaves no file behind.
+    /// Removes the file again if it is new. Called when nothing was started.
     pub(crate) fn discard(&self) {
         if self.is_new {
-            // It has a header only; if it cannot be removed there is no harm in it.
+            // The file has only a header. If it cannot be removed, no harm is done.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -53,7 +53,7 @@ impl Recording {
     }
 }
 
-/// The system's own words, where there are some.
+/// The reason in the system's own words, if there are any.
 pub(crate) fn why(error: Error) -> String {
     match error {
         Error::Io { source, .. } => source.to_string(),

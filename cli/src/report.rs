@@ -9,7 +9,7 @@ use vmring::stats::Histogram;
 
 use crate::failure::Failure;
 
-/// Prints to stdout. A reader that has gone away is not a failure.
+/// Prints to stdout. It is not a failure if the reader has gone away.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     let newline = if text.ends_with('\n') { "" } else { "\n" };
@@ -29,7 +29,8 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     }
 }
 
-/// Columns of text: the first to the left, the others to the right, unless told otherwise.
+/// A table of text. The first column is aligned to the left, the others to the right, unless
+/// [`left`](Self::left) was called.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
@@ -43,7 +44,7 @@ impl Table {
         table
     }
 
-    /// Every column to the left.
+    /// Aligns every column to the left.
     pub(crate) fn left(mut self) -> Self {
         self.all_left = true;
         self
@@ -53,7 +54,7 @@ impl Table {
         self.rows.push(cells.into_iter().collect());
     }
 
-    /// The table, each line behind two blanks.
+    /// The table as text, each line indented by two spaces.
     pub(crate) fn text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
@@ -79,7 +80,7 @@ impl Table {
     }
 }
 
-/// A number with its thousands apart.
+/// A number with commas between its thousands.
 pub(crate) fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
@@ -92,7 +93,7 @@ pub(crate) fn grouped(n: u64) -> String {
     text
 }
 
-/// A number of bytes in the largest unit that leaves it readable.
+/// A number of bytes in the largest unit that keeps it readable.
 pub(crate) fn bytes(n: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     for (shift, unit) in units {
@@ -108,7 +109,7 @@ pub(crate) fn bytes(n: u64) -> String {
     format!("{n} bytes")
 }
 
-/// What of the offloads is on.
+/// The names of the offloads that are on.
 pub(crate) fn offload_names(offloads: Offloads) -> Vec<&'static str> {
     let named = [
         (offloads.checksum, "checksum"),
@@ -120,10 +121,10 @@ pub(crate) fn offload_names(offloads: Offloads) -> Vec<&'static str> {
     named.into_iter().filter_map(|(on, name)| on.then_some(name)).collect()
 }
 
-/// Sizes of the batches that went through a ring one way.
+/// The sizes of the batches that went through a ring in one direction.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct Batches {
-    /// Calls to the device that moved packets.
+    /// Calls of the device that moved packets.
     pub(crate) calls: u64,
     /// Packets per call.
     pub(crate) mean: f64,
@@ -139,13 +140,13 @@ impl Batches {
     }
 }
 
-/// Rounded to so many places: JSON is read by people too.
+/// Rounded to this many places, because people read JSON too.
 pub(crate) fn round(value: f64, places: i32) -> f64 {
     let scale = 10_f64.powi(places);
     (value * scale).round() / scale
 }
 
-/// The value at the `p`th part (0 to 1) of sorted values, by the nearest rank.
+/// The value at the fraction `p` (0 to 1) of the sorted values, by the nearest-rank method.
 pub(crate) fn percentile(sorted: &[f64], p: f64) -> Option<f64> {
     let rank = (sorted.len() as f64 * p).ceil() as usize;
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied()

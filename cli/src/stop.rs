@@ -1,4 +1,4 @@
-//! Somebody's wish that a command end before its time, with what it has found out by then.
+//! The request to end a command before its time. The command then reports what it has found so far.
 
 use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,7 +16,7 @@ use crate::failure::Failure;
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
     wanted: Arc<AtomicBool>,
-    /// Readable when it is wanted; and what makes it so.
+    /// The first end is readable once a stop is requested; writing to the second end requests it.
     bell: Arc<(UnixStream, UnixStream)>,
 }
 
@@ -26,7 +26,8 @@ impl Stop {
         Ok(Self { wanted: Arc::default(), bell: Arc::new(bell) })
     }
 
-    /// As [`new`](Self::new), and Ctrl-C is such a wish. A second one ends the process at once.
+    /// Like [`new`](Self::new), and Ctrl-C requests the stop. A second Ctrl-C ends the process at
+    /// once.
     pub(crate) fn on_signals() -> Result<Self, Failure> {
         let stop = Self::new()?;
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Self::failed)?;
@@ -49,7 +50,7 @@ impl Stop {
 
     pub(crate) fn tell(&self) {
         self.wanted.store(true, Ordering::Release);
-        // One byte has room.
+        // There is always space for one byte.
         let _ = (&self.bell.1).write(&[1]);
     }
 
@@ -57,7 +58,7 @@ impl Stop {
         self.wanted.load(Ordering::Acquire)
     }
 
-    /// A descriptor that is readable when it is wanted.
+    /// A descriptor that is readable once a stop is requested.
     pub(crate) fn bell(&self) -> RawFd {
         self.bell.0.as_raw_fd()
     }

@@ -1,15 +1,16 @@
-//! The transfer's data: a stream of cheap pseudo-random bytes that both ends can make anew.
+//! The data of a transfer: a stream of cheap pseudo-random bytes that both ends can generate.
 
 use sha2::{Digest, Sha256};
 
-/// An odd number with its bits well mixed: 2^64 divided by the golden ratio.
+/// An odd number with well-mixed bits: 2^64 divided by the golden ratio.
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Bytes that depend on the seed and their position only, however they are cut into pieces.
+/// A stream of bytes that depend only on the seed and their position, however the stream is cut
+/// into pieces.
 #[derive(Clone, Debug)]
 pub(crate) struct Stream {
     state: u64,
-    /// What is left of the last word; its lowest byte comes next.
+    /// The rest of the last word. Its lowest byte comes next.
     word: u64,
     left: usize,
 }
@@ -19,9 +20,9 @@ impl Stream {
         Self { state: seed, word: 0, left: 0 }
     }
 
-    /// A Weyl sequence, folded so that the low bytes change as the high ones do. It has no other
-    /// merit than that it repeats after 2^64 words only, and that the processor makes several at a
-    /// time: what is to be measured is the way to the other guest.
+    /// A Weyl sequence, folded so that the low bytes change as the high ones do. Its only merits
+    /// are that it repeats only after 2^64 words, and that the processor computes several words at
+    /// a time: the transfer is what is measured.
     #[inline]
     fn word_at(state: u64) -> u64 {
         state ^ (state >> 32)
@@ -33,7 +34,7 @@ impl Stream {
         Self::word_at(self.state)
     }
 
-    /// The next `buffer.len()` bytes.
+    /// Fills the buffer with the next bytes.
     pub(crate) fn fill(&mut self, mut buffer: &mut [u8]) {
         if self.left > 0 {
             let n = self.left.min(buffer.len());
@@ -56,7 +57,7 @@ impl Stream {
         }
     }
 
-    /// Whether the next bytes are these.
+    /// Whether the stream continues with these bytes.
     pub(crate) fn starts_with(&self, bytes: &[u8]) -> bool {
         let (mut stream, mut buffer) = (self.clone(), [0; 8]);
         let (start, bytes) = bytes.split_at(stream.left.min(bytes.len()));
@@ -66,7 +67,7 @@ impl Stream {
         }
         let mut words = bytes.chunks_exact(8);
         let (mut state, mut differs) = (stream.state, 0);
-        // Without a way out in the middle, so that the processor compares several at a time.
+        // The loop has no early exit, so that the processor compares several words at a time.
         for chunk in &mut words {
             state = state.wrapping_add(STEP);
             let word = u64::from_le_bytes(chunk.try_into().expect("eight bytes"));

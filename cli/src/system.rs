@@ -1,12 +1,12 @@
-//! What is asked of the operating system.
+//! Calls of the operating system.
 
 use std::time::Duration;
 
-/// Processor time this process has used, all threads, in the kernel and outside.
+/// Processor time that all threads of this process have used, in the kernel and outside.
 pub(crate) fn cpu_time() -> Duration {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-    // SAFETY: the pointer is to a live rusage, which getrusage fills; zeroes are one too, should it
-    // fail.
+    // SAFETY: the pointer is to a live rusage, which getrusage fills. If the call fails, the zeroes
+    // are a valid rusage too.
     let usage = unsafe {
         libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
         usage.assume_init()
@@ -19,18 +19,18 @@ pub(crate) fn cpu_time() -> Duration {
 
 /// Whether this process is root.
 pub(crate) fn is_root() -> bool {
-    // SAFETY: geteuid takes nothing and cannot fail.
+    // SAFETY: geteuid has no arguments and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Processors this process may use.
+/// The number of processors that this process may use.
 pub(crate) fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Waits up to `millis` (-1: for ever) until one of them is readable.
+/// Waits until one of the descriptors is readable, at most `millis` milliseconds (-1: for ever).
 pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
-    // SAFETY: the pointer and length are of a live, exclusively borrowed slice.
+    // SAFETY: the pointer and length are those of a live, exclusively borrowed slice.
     unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
 }
 

@@ -1,4 +1,5 @@
-//! The TAP device: network namespaces, the bridge between two, and what the kernel has dropped.
+//! The TAP device: network namespaces, a bridge between two TAPs, and the packets that the kernel
+//! has dropped.
 
 use std::fs;
 use std::io;
@@ -11,8 +12,8 @@ use vmring::{Error, Interface};
 
 use crate::failure::Failure;
 
-/// Runs `f` on a thread in a network namespace of its own. The threads that it starts are there
-/// too, and the namespace goes with the last of them.
+/// Runs `f` on a thread in a network namespace of its own. Threads that it starts are in the
+/// namespace too. The namespace ends with the last of them.
 pub(crate) fn in_namespace<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, Failure> {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -24,7 +25,8 @@ pub(crate) fn in_namespace<T: Send>(f: impl FnOnce() -> T + Send) -> Result<T, F
 }
 
 fn enter() -> Result<(), Failure> {
-    // SAFETY: a plain number; it concerns this thread, and those that it starts.
+    // SAFETY: the argument is a plain number. The call concerns this thread and those that it
+    // starts.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 {
         return Ok(());
     }
@@ -44,20 +46,21 @@ fn enter() -> Result<(), Failure> {
 /// The bridge between two TAPs of `vmring bench`.
 pub(crate) const BRIDGE: &str = "bench";
 
-/// Makes [`BRIDGE`] in the network namespace of this thread. It learns and forwards at once: a bridge
-/// has no spanning tree unless it is told to.
+/// Makes [`BRIDGE`] in the network namespace of this thread. It learns and forwards at once: a
+/// bridge has no spanning tree by default.
 pub(crate) fn make_bridge() -> Result<(), Failure> {
     // `SIOCBRADDBR` of the kernel's `linux/sockios.h`.
     const ADD_BRIDGE: libc::Ioctl = 0x89a0;
-    // Any socket takes these requests.
+    // These requests work on any socket.
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(no_bridge)?;
-    // SAFETY: zeroes are one, of an interface without a name.
+    // SAFETY: all zeroes are a valid ifreq, of an interface without a name.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(BRIDGE.bytes()) {
         *to = from as libc::c_char;
     }
     let ask = |what: libc::Ioctl, with: *const libc::c_char| {
-        // SAFETY: `with` is live, and what the request reads: a name or an ifreq.
+        // SAFETY: `with` points at what the request reads, a name or an ifreq, and outlives the
+        // call.
         match unsafe { libc::ioctl(socket.as_raw_fd(), what, with) } {
             0 => Ok(()),
             _ => Err(no_bridge(io::Error::last_os_error())),
@@ -79,15 +82,16 @@ pub(crate) fn engine(interface: &Interface) -> &'static str {
     if count("io_uring") > count("io_uring fallbacks") { "io_uring" } else { "plain" }
 }
 
-/// Packets for the guest that the kernel has dropped, because the TAP's queue was full or nobody had
-/// opened it. Of the network namespace of this thread, where there is no interface but the TAP.
+/// Packets for the guest that the kernel has dropped, because the TAP's queue was full or nobody
+/// had opened the TAP. It counts the network namespace of this thread, which has no interface but
+/// the TAP.
 pub(crate) fn dropped() -> u64 {
-    // Without /proc nobody knows.
+    // Without /proc the number is unknown.
     fs::read_to_string("/proc/thread-self/net/dev").map_or(0, |table| dropped_in(&table))
 }
 
-/// The sum of the drops of what was sent (`dev_seq_printf_stats` in the kernel's
-/// `net/core/net-procfs.c`): the twelfth number behind an interface's name.
+/// The sum of the drops of all interfaces in the direction of sending (`dev_seq_printf_stats` in
+/// the kernel's `net/core/net-procfs.c`): the twelfth number after an interface's name.
 fn dropped_in(table: &str) -> u64 {
     let lines = table.lines().filter_map(|line| line.split_once(':'));
     lines.filter_map(|(_, numbers)| numbers.split_whitespace().nth(11)?.parse::<u64>().ok()).sum()

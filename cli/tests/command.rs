@@ -11,10 +11,10 @@ use serde_json::Value;
 #[path = "command/bench.rs"]
 mod bench;
 
-/// No run here needs a tenth of it, even on a busy machine.
+/// No run here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Runs `vmring` with `arguments`; kills it, and fails, when it does not end.
+/// Runs `vmring` with `arguments`. If it does not end, kills it and fails.
 fn vmring(arguments: &[&str]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
         .args(arguments)
@@ -63,7 +63,7 @@ fn json(arguments: &[&str]) -> Value {
     value
 }
 
-/// A run with arguments that cannot be: exit code 2, nothing on stdout, one sentence on stderr.
+/// A run with invalid arguments: exit code 2, nothing on stdout, one sentence on stderr.
 fn refused(arguments: &[&str]) -> String {
     let output = vmring(arguments);
     assert_eq!(output.status.code(), Some(2), "{arguments:?}");
@@ -137,8 +137,8 @@ fn the_demo_runs_on_the_vmnet_driver_over_the_simulator() {
     }
 }
 
-/// Tests that need a TAP say so where they cannot have one, past the harness, which would keep it to
-/// itself.
+/// Tests that need a TAP report it if they cannot have one. They write past the test harness, which
+/// would capture it.
 #[cfg(target_os = "linux")]
 mod tap {
     use std::io::Write;
@@ -151,13 +151,14 @@ mod tap {
     }
 
     fn is_root() -> bool {
-        // SAFETY: it takes nothing and cannot fail.
+        // SAFETY: it has no arguments and cannot fail.
         unsafe { libc::geteuid() == 0 }
     }
 
     /// Whether this process may have a TAP in a network namespace of its own.
     pub(super) fn is_possible() -> bool {
-        // SAFETY: a plain number; it concerns that thread only, which ends at once.
+        // SAFETY: the argument is a plain number. The call only concerns that thread, which ends at
+        // once.
         let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
         let why = if std::env::var_os("VMRING_SKIP_TAP").is_some() {
             "VMRING_SKIP_TAP is set"
@@ -172,7 +173,7 @@ mod tap {
         false
     }
 
-    /// A run on a TAP in which everything held.
+    /// A run on a TAP in which every step succeeded.
     fn demo(arguments: &[&str]) -> Value {
         let report = json(&[&["demo", "--json", "--device", "tap"], arguments].concat());
         assert_eq!((&report["ok"], &report["device"]), (&true.into(), &"tap".into()));
@@ -192,7 +193,7 @@ mod tap {
         report
     }
 
-    /// The transfers there and back, of so many bytes.
+    /// The transfers in both directions, of this many bytes.
     fn transfers(report: &Value, bytes: u64) -> [&Value; 2] {
         let transfers = [&report["transfer"], &report["transfer_back"]];
         for (transfer, (from, to)) in
@@ -247,7 +248,7 @@ mod tap {
         }
     }
 
-    /// With offload the guest gets packets that are longer than the MTU.
+    /// With offload the guest receives packets that are longer than the MTU.
     #[test]
     fn offload_makes_fewer_and_larger_packets_for_the_guest() {
         if !is_possible() {
@@ -280,7 +281,8 @@ mod tap {
         assert!(both.into_iter().all(|packets| packets > 100), "{both:?}");
     }
 
-    /// No interface, namespace or table of the demo's is in the host's network meanwhile or after it.
+    /// During and after the demo the host's network has no interface, namespace or table of the
+    /// demo's.
     #[test]
     fn the_demo_on_a_tap_leaves_the_hosts_network_alone() {
         if !is_possible() {
@@ -304,7 +306,7 @@ mod tap {
         assert_eq!((most, taps()), (before, before));
     }
 
-    /// What `info` says of the TAP among the devices, and beside them.
+    /// What `info` says about the TAP: among the devices, and in its own section.
     fn info() -> [Value; 2] {
         let report = json(&["info", "--json"]);
         let devices = report["devices"].as_array().expect("a list");
@@ -339,7 +341,7 @@ mod tap {
         }
     }
 
-    /// The same without root, where there is no TAP to ask.
+    /// The same without root, where no TAP can be asked.
     #[test]
     fn without_root_info_says_what_is_missing() {
         let Some(output) = without_root(&["info", "--json"]) else { return };
@@ -353,7 +355,8 @@ mod tap {
         assert!(why_not.contains("root") && !why_not.contains('\n'), "{why_not}");
     }
 
-    /// A run as a user who may nothing. `None`, and a sentence, where there is no way to become one.
+    /// A run as a user without privileges. Returns `None`, and prints a sentence, if there is no
+    /// way to become one.
     pub(super) fn without_root(arguments: &[&str]) -> Option<Output> {
         let program = env!("CARGO_BIN_EXE_vmring");
         let mut command = if is_root() {
@@ -472,7 +475,7 @@ fn the_capture_holds_the_packets_of_both_guests_in_both_directions() {
 fn idle_guests_cost_next_to_nothing_and_still_hear_the_next_packet() {
     let report = json(&["demo", "--json", "--idle", "1"]);
     assert_eq!(report["idle"]["next_packet_arrived"], true);
-    // The bound is two percent; a busy machine's clock ticks are given room here.
+    // The bound is two percent. The margin is for the clock ticks of a busy machine.
     assert!(report["idle"]["cpu_percent"].as_f64() < Some(20.0), "{report}");
     assert_eq!(report["transfer"], Value::Null);
 }
@@ -500,20 +503,21 @@ fn a_capture_that_cannot_be_written_is_refused_and_leaves_nothing() {
     let path = folder.join("no such folder").join("demo.pcapng");
     let message = refused(&["demo", "--capture", path.to_str().expect("UTF-8")]);
     assert!(message.contains("cannot be written"), "{message}");
-    // Found out after the file was made, another mistake leaves none behind.
+    // Another mistake, found after the file was made, leaves no file behind.
     let path = folder.join("demo.pcapng");
     refused(&["demo", "--subnet", "8.8.8.1/24", "--capture", path.to_str().expect("UTF-8")]);
     assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
 }
 
-/// A file that can be made and takes nothing, as on a full disk: found before anything is started.
+/// A file that can be created but not written to, as on a full disk, is found before anything is
+/// started.
 #[test]
 fn a_capture_on_a_full_disk_is_refused_at_once_and_leaves_nothing() {
     if cfg!(target_os = "linux") {
         let message = refused(&["demo", "--capture", "/dev/full"]);
         assert!(message.contains("'/dev/full' cannot be written"), "{message}");
     }
-    // A limit of no byte per file stands in for a full disk.
+    // A limit of no bytes per file stands in for a full disk.
     let folder = scratch("full");
     let path = folder.join("demo.pcapng");
     let script = "trap '' XFSZ; ulimit -f 0; exec \"$0\" demo --capture \"$1\"";
@@ -562,7 +566,7 @@ fn a_file_replayed_into_a_capture_is_the_same_packets() {
         assert_eq!((&way["drops"], &report["ok"]), (&0.into(), &true.into()));
         assert!(way["read_batches"]["mean"].as_f64() > Some(1.0));
     }
-    // Frames that the other end cannot take are counted, and told to people.
+    // Frames that the other end cannot accept are counted and reported.
     json(&["demo", "--json", "--bytes", "256K", "--mtu", "9000", "--capture", path(&demo)]);
     let output = vmring(&["bridge", &from, "embedded:lab", "--seconds", "1"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
@@ -583,7 +587,8 @@ fn an_idle_bridge_costs_next_to_nothing() {
         let other = if cfg!(target_os = "macos") { "embedded:two" } else { other };
         let report = json(&["bridge", "embedded:one", other, "--json", "--seconds", "2"]);
         assert!(report["seconds"].as_f64() >= Some(2.0), "{report}");
-        // Next to nothing is below one percent; a busy machine's clock ticks are given room here.
+        // Next to nothing is below one percent. This leaves space for the clock ticks of a busy
+        // machine.
         assert!(report["cpu_percent"].as_f64() < Some(10.0), "{report}");
     }
 }
@@ -597,7 +602,7 @@ fn an_interrupt_ends_a_bridge_with_its_report() {
             .stderr(Stdio::piped())
             .spawn()
             .expect("the command starts");
-        // It says so when it is at work.
+        // It prints this when it works.
         let mut said = [0; 16];
         child.stderr.as_mut().expect("piped").read_exact(&mut said).expect("a line");
         let kill =
@@ -674,7 +679,7 @@ fn the_probe_asks_its_twelve_questions() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report = text(&output.stdout);
     assert!(report.starts_with("These are the simulator's answers"), "{report}");
-    // What the simulator does by default.
+    // The simulator's defaults.
     for (number, said) in [
         (1, &["write with 2: (1000, 1), 1 arrived, right: true", "[1514] bytes, right: true"][..]),
         (2, &["the third too long: (1006, 4), arrived []", "\"(1000, 256)\": 64", "arrived 1024"]),

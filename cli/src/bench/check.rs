@@ -16,30 +16,31 @@ use serde::Serialize;
 use crate::report::grouped;
 use crate::stream::Stream;
 
-/// The smallest packet: Ethernet's without its checksum. What is shorter may be padded on the way.
+/// The smallest packet: Ethernet's minimum without the checksum. A shorter one may be padded on the
+/// way.
 pub(crate) const SMALLEST: u32 = 60;
 
-/// For local experiments, by IEEE 802: no stack answers it.
+/// IEEE 802 reserves it for local experiments, so no stack answers it.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 const BODY: usize = 30;
-/// Odd, with its bits well mixed.
+/// An odd number with well-mixed bits.
 const FACTOR: u64 = 0xd6e8_feb8_6659_fd93;
 
 /// The packets of one run: how they are made, and how they must arrive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pattern {
     header: [u8; 14],
-    /// One body in so many is written and compared; a power of two.
+    /// The body of one packet in this many is written and compared. A power of two.
     every: u64,
 }
 
-/// What a packet turns out to be.
+/// What a received packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
     Number(u64),
-    /// One of ours, and not as it was sent.
+    /// One of ours, but not as it was sent.
     Corrupt,
-    /// None of ours: the network's own, as a kernel's questions for neighbours.
+    /// Not one of ours but the network's own, like a kernel's neighbour discovery.
     Other,
 }
 
@@ -52,7 +53,8 @@ impl Pattern {
         Self { header, every }
     }
 
-    /// Writes packet number `number`, which is to be as long as `packet` and at least [`SMALLEST`].
+    /// Writes packet number `number`. `packet` has the packet's length, which is at least
+    /// [`SMALLEST`].
     pub(crate) fn write(&self, packet: &mut [u8], number: u64) {
         let guard = guard(number);
         packet[..14].copy_from_slice(&self.header);
@@ -63,7 +65,7 @@ impl Pattern {
         }
     }
 
-    /// Looks at a packet that was sent with `len` bytes.
+    /// Checks a packet that was sent with `len` bytes.
     pub(crate) fn inspect(&self, packet: &[u8], len: usize) -> Found {
         if packet.len() < BODY || packet[12..14] != ETHERTYPE {
             return Found::Other;
@@ -78,17 +80,18 @@ impl Pattern {
         if whole { Found::Number(number) } else { Found::Corrupt }
     }
 
-    /// Whether it claims to be that one. Quicker than [`look`](Self::look), and not instead of it.
+    /// Whether the packet claims to have this number. Faster than [`inspect`](Self::inspect), but
+    /// no substitute for it.
     pub(crate) fn is_number(packet: &[u8], number: u64) -> bool {
         packet.len() >= BODY
             && packet[12..14] == ETHERTYPE
             && packet[14..22] == number.to_le_bytes()
     }
 
-    /// By the guard and not by the number: every so-manieth packet would be the same few frames again
-    /// and again, and the same place in each batch.
+    /// Whether this packet has a body. That is decided by the guard and not by the number: every
+    /// n-th number would always be in the same few frames, and at the same place in each batch.
     fn has_body(&self, guard: u64) -> bool {
-        // Where the highest bits of the product are, which depend on all of the number's.
+        // Uses the highest bits of the product, which depend on all bits of the number.
         (guard >> 27) & (self.every - 1) == 0
     }
 }
@@ -97,38 +100,38 @@ fn guard(number: u64) -> u64 {
     (number ^ FACTOR).wrapping_mul(FACTOR).rotate_left(32)
 }
 
-/// What has become of the packets so far.
+/// What has happened to the packets so far.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Account {
-    /// Numbers from 0 up to here were sent.
+    /// The numbers below this were sent.
     pub(crate) sent: u64,
-    /// Whole, each number once.
+    /// Packets that arrived unchanged; each number counts once.
     pub(crate) arrived: u64,
-    /// Not taken by the device, and so told.
+    /// Packets that the device refused, and reported.
     pub(crate) refused: u64,
     reordered: u64,
     duplicated: u64,
     corrupt: u64,
     other: u64,
-    /// One above the highest that has arrived...
+    /// One more than the highest number that has arrived.
     pub(crate) next: u64,
-    /// ...and those below it that have not.
+    /// The numbers below `next` that have not arrived.
     missing: BTreeSet<u64>,
 }
 
-/// The same, added up over runs.
+/// The same, added up over several runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Totals {
     pub(crate) sent: u64,
     pub(crate) arrived: u64,
-    /// Sent, and never seen again.
+    /// Sent, but never arrived.
     pub(crate) lost: u64,
-    /// Arrived behind a packet that was sent later.
+    /// Arrived after a packet that was sent later.
     pub(crate) reordered: u64,
-    /// Arrived once more.
+    /// Arrived another time.
     pub(crate) duplicated: u64,
     pub(crate) corrupt: u64,
-    /// Writes that the device did not take, and said so.
+    /// Writes that the device refused, and reported.
     pub(crate) refused: u64,
     /// Packets of others that were on the network.
     pub(crate) other: u64,
@@ -160,12 +163,13 @@ impl Account {
         self.arrived += 1;
     }
 
-    /// Sent, and nothing known of it yet. Who has waited for them long enough knows them lost.
+    /// Packets that were sent and that nothing is known about yet. After waiting for them long
+    /// enough, they are lost.
     pub(crate) fn under_way(&self) -> u64 {
         self.sent.saturating_sub(self.arrived + self.refused + self.corrupt)
     }
 
-    /// When nothing is to come any more.
+    /// The totals. Called when nothing can arrive any more.
     pub(crate) fn totals(&self) -> Totals {
         Totals {
             sent: self.sent,
@@ -192,7 +196,8 @@ impl Totals {
         self.other += other.other;
     }
 
-    /// What must not be, in a sentence. `may_lose`: the device promises no packet.
+    /// A sentence about what must not happen, if it has happened. With `may_lose`, the device does
+    /// not promise to deliver packets.
     pub(crate) fn wrong(&self, may_lose: bool) -> Option<String> {
         let lost = if may_lose { 0 } else { self.lost };
         let counts = [(self.corrupt, "corrupt"), (self.duplicated, "doubled"), (lost, "lost")];
@@ -203,7 +208,7 @@ impl Totals {
             .collect();
         (!wrong.is_empty()).then(|| {
             let (sent, wrong) = (grouped(self.sent), wrong.join(", "));
-            format!("of {sent} packets not all arrived as they were sent: {wrong}")
+            format!("not all of {sent} packets arrived as they were sent: {wrong}")
         })
     }
 }
@@ -215,7 +220,7 @@ mod tests {
     const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
     const TO: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
-    /// What is told of `packets`, of which the first `sent` numbers were sent.
+    /// The totals for `packets`, if the numbers below `sent` were sent.
     fn told(sent: u64, packets: &[Vec<u8>]) -> Totals {
         let pattern = Pattern::new(FROM, TO, 1);
         let mut account = Account { sent, ..Account::default() };
@@ -249,7 +254,7 @@ mod tests {
             let mut packets = packets(3);
             packets[1][i] ^= 4;
             let totals = told(3, &packets);
-            // With another ethertype it is none of ours, and ours is lost.
+            // With another ethertype it does not count as ours, so ours is lost.
             let is_other = matches!(i, 12 | 13);
             let (corrupt, lost, other) = if is_other { (0, 1, 1) } else { (1, 0, 0) };
             assert_eq!(totals, Totals { arrived: 2, corrupt, lost, other, ..all_well(3) }, "{i}");
@@ -271,7 +276,7 @@ mod tests {
             assert_eq!(totals, Totals { arrived: 3, lost: 1, ..all_well(4) }, "{gone}");
             assert_eq!(
                 totals.wrong(false).unwrap(),
-                "of 4 packets not all arrived as they were sent: 1 lost"
+                "not all of 4 packets arrived as they were sent: 1 lost"
             );
             assert_eq!(totals.wrong(true), None, "where the device may");
         }
@@ -308,7 +313,7 @@ mod tests {
         assert_eq!((account.under_way(), account.totals().lost), (1, 1));
     }
 
-    /// A body that is not one of those is not looked at; of those that are, every byte.
+    /// A body outside the sample is not checked. A body in the sample is checked to the last byte.
     #[test]
     fn of_a_sample_one_body_in_so_many_is_compared() {
         let pattern = Pattern::new(FROM, TO, 16);

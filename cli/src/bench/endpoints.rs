@@ -1,5 +1,5 @@
-//! What the packets move between: two interfaces on one network with a ring each, or one whose ring
-//! gets back what it writes.
+//! The endpoints that packets move between: two interfaces on one network with a ring each, or one
+//! interface whose ring gets back what it writes.
 
 use std::collections::BTreeMap;
 use std::iter;
@@ -15,16 +15,16 @@ use super::summary::RingsSummary;
 use crate::device::DeviceName;
 use crate::failure::Failure;
 
-/// Who turns the rings, and how they wait.
+/// Which thread drives the rings, and how it waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Driving {
     /// The thread that submits and reaps.
     Inline,
-    /// A poller thread; both threads wait as they do by default.
+    /// A poller thread. Both threads wait with the default policy.
     Poller,
-    /// A poller thread; neither sleeps.
+    /// A poller thread. Neither thread sleeps.
     Spinning,
-    /// A poller thread; both sleep as soon as there is nothing to do.
+    /// A poller thread. Both threads sleep as soon as there is nothing to do.
     Parked,
 }
 
@@ -32,7 +32,7 @@ impl Driving {
     fn idle(self) -> IdlePolicy {
         match self {
             Driving::Inline | Driving::Poller => IdlePolicy::default(),
-            // For longer than a round trip takes; then it may be that the other thread needs this
+            // Spins for longer than a round trip takes. After that, the other thread may need this
             // very processor.
             Driving::Spinning => IdlePolicy { spins: SPINS, yields: u32::MAX },
             Driving::Parked => IdlePolicy::PARK,
@@ -40,13 +40,13 @@ impl Driving {
     }
 }
 
-/// Says who is where, so that switches on the way know. Another ethertype than the packets' that are
-/// counted, also for local experiments.
+/// Announces the addresses, so that switches on the way learn them. The ethertype is another one
+/// for local experiments, not that of the packets that are counted.
 const HELLO: [u8; 2] = [0x88, 0xb6];
 
-/// An interface on `network`; a TAP is on the bridge of this network namespace.
+/// Starts an interface on `network`. A TAP is put on the bridge of this network namespace.
 pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Interface, Error> {
-    // No way out of the network is wanted; and TAPs have nothing but a bridge between them.
+    // The network needs no way out, and TAPs have only a bridge between them.
     #[cfg(target_os = "linux")]
     let mode =
         if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { Mode::Host };
@@ -55,34 +55,34 @@ pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Inter
     Interface::builder().mode(mode).device(device.driver(network)).start()
 }
 
-/// A ring, and where its frames are that are not in it.
+/// A ring, and its frames that are not in it.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(crate) ring: Ring,
-    /// To write packets in.
+    /// Frames in which packets can be written.
     pub(crate) free: Vec<Frame>,
     /// Packets that have been read, oldest first.
     pub(crate) read: Vec<Frame>,
-    /// To be posted for reading.
+    /// Frames that will be posted for reading.
     pub(crate) spare: Vec<Frame>,
     /// Writes that have not completed.
     pub(crate) writing: usize,
 }
 
-/// See the [module](self). Packets go from the first to the last.
+/// See the [module](self). Packets go from the first endpoint to the last.
 #[derive(Debug)]
 pub(crate) struct Endpoints {
-    // In this order they go.
+    // The fields are dropped in this order.
     endpoints: Vec<Endpoint>,
     interfaces: Vec<Interface>,
     _poller: Option<Poller>,
-    /// What the kernel had dropped before.
+    /// Packets that the kernel had dropped before.
     dropped_before: u64,
 }
 
 impl Endpoints {
-    /// On a network of their own, with room for `window` packets under way from each end, of `size`
-    /// bytes.
+    /// Starts endpoints on a network of their own, with space for `window` packets of `size` bytes
+    /// in flight from each.
     pub(crate) fn start(
         device: DeviceName,
         driving: Driving,
@@ -98,7 +98,7 @@ impl Endpoints {
         Ok(Self { dropped_before, ..Self::over(interfaces, driving, window, size)? })
     }
 
-    /// As [`start`](Self::start), over one interface or two on the same network.
+    /// Like [`start`](Self::start), over one interface, or over two on the same network.
     pub(crate) fn over(
         interfaces: Vec<Interface>,
         driving: Driving,
@@ -121,7 +121,7 @@ impl Endpoints {
             Driving::Inline => None,
             _ => Some(Poller::builder().name("poller").idle(driving.idle()).start()?),
         };
-        // A write's credit may come back later than the packet arrives.
+        // A write's credit may come back after the packet has arrived.
         let depth = (2 * window).next_power_of_two();
         let open = |interface: &Interface| {
             let ring = interface
@@ -135,7 +135,8 @@ impl Endpoints {
             let frames = |n| iter::from_fn(|| ring.alloc()).take(n).collect::<Vec<_>>();
             let (spare, mut free) = (frames(depth), frames(depth));
             for frame in &mut free {
-                // All of it, so that the body of a packet out of the sample is no other's.
+                // The full length is set once, so that the body of a packet outside the sample is
+                // this frame's own.
                 frame.reset();
                 frame.set_len(size).expect("a frame has room for the largest packet");
             }
@@ -159,13 +160,13 @@ impl Endpoints {
         self.endpoints.len() == 1
     }
 
-    /// The addresses of the first end and the last.
+    /// The addresses of the first endpoint and the last.
     pub(crate) fn addresses(&self) -> [[u8; 6]; 2] {
         let last = self.interfaces.len() - 1;
         [0, last].map(|i| self.interfaces[i].mac().into_array())
     }
 
-    /// Takes in what has completed. Returns how much.
+    /// Handles what has completed. Returns the number of completions.
     #[inline]
     pub(crate) fn collect(&mut self, account: &mut Account) -> usize {
         let mut completed = 0;
@@ -188,7 +189,7 @@ impl Endpoints {
         completed
     }
 
-    /// Posts what can be read into again, everywhere.
+    /// Posts the free frames for reading, on all rings.
     #[inline]
     pub(crate) fn post(&mut self) -> Result<(), Failure> {
         for end in &mut self.endpoints {
@@ -200,7 +201,7 @@ impl Endpoints {
         Ok(())
     }
 
-    /// Until the first end has heard of the last.
+    /// Sends packets until the first endpoint has heard from the last.
     fn make_contact(&mut self) -> Result<(), Failure> {
         let [to, from] = self.addresses();
         let hello = [&to[..], &from, &HELLO, &[0; 46]].concat();
@@ -213,7 +214,7 @@ impl Endpoints {
                 frame.copy_from(&hello).expect("a frame has room for the smallest packet");
                 last.write(iter::once(frame))?;
                 last.ring.wait(1, Some(CONTACT_PAUSE));
-                // As long again as before when it comes back.
+                // The frame gets its former length again when the write completes.
                 if self.listen_for(&hello) {
                     self.finish_hellos(len);
                     return Ok(());
@@ -226,7 +227,7 @@ impl Endpoints {
         )))
     }
 
-    /// Whether the first end hears it, in a while.
+    /// Waits a while for the hello. Returns whether the first endpoint has received it.
     fn listen_for(&mut self, hello: &[u8]) -> bool {
         let start = Instant::now();
         let mut heard = false;
@@ -240,7 +241,7 @@ impl Endpoints {
         heard
     }
 
-    /// Waits for the writes of the hellos and makes their frames `len` bytes long again.
+    /// Waits for the writes of the hellos, and makes their frames `len` bytes long again.
     fn finish_hellos(&mut self, len: usize) {
         let start = Instant::now();
         while self.last().writing > 0 && start.elapsed() < CONTACT_TIMEOUT {
@@ -252,7 +253,7 @@ impl Endpoints {
         }
     }
 
-    /// Ends it all: what the rings counted. Adds to `drops` what the devices did.
+    /// Closes the rings and returns their counters. Adds what the devices dropped to `drops`.
     pub(crate) fn end(
         mut self,
         device: DeviceName,
@@ -270,7 +271,7 @@ impl Endpoints {
         Ok(rings)
     }
 
-    /// How frames move, where there is a choice.
+    /// How frames are moved, where there is a choice.
     #[cfg(target_os = "linux")]
     pub(crate) fn engine(&self) -> &'static str {
         crate::tap::engine(&self.interfaces[0])
@@ -286,7 +287,7 @@ impl Endpoint {
         Ok(())
     }
 
-    /// As [`write`](Self::write), `n` of the free ones, when `fill` has made each a packet.
+    /// Like [`write`](Self::write), for `n` of the free frames. `fill` makes a packet of each.
     #[inline]
     pub(crate) fn send(
         &mut self,

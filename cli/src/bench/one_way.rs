@@ -1,4 +1,4 @@
-//! As many packets as go from one end to the other.
+//! Packets one way: as many as go from one endpoint to the other.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,8 @@ use super::setup::Setup;
 use super::summary::Rates;
 use crate::failure::Failure;
 
-/// Measures for `time`, in intervals. `None` if it was stopped before the first was over.
+/// Measures for `time`, in intervals. The rates are `None` if it was stopped before the first
+/// interval ended.
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
@@ -52,14 +53,14 @@ struct Run<'a> {
     size: usize,
     batch: usize,
     window: u64,
-    /// The packets below this number are waited for no more.
+    /// Packets with a number below this are not waited for any more.
     given_up: u64,
     last_move: Instant,
     is_inline: bool,
 }
 
 impl Run<'_> {
-    /// Moves packets for `time`, or, if none `is_sent`, until all have arrived.
+    /// Moves packets for `time`. If not `is_sent`, sends none and ends when all have arrived.
     fn go_on(&mut self, time: Duration, is_sent: bool) -> Result<(), Failure> {
         let deadline = Instant::now() + time;
         let (mut turns, mut has_moved) = (0, false);
@@ -95,17 +96,17 @@ impl Run<'_> {
         }
     }
 
-    /// Packets that may still come. One that was overtaken is not waited for: on most networks it
-    /// never comes, and many of them would fill the window.
+    /// Packets that may still arrive. A packet that was overtaken is not waited for: on most
+    /// networks it never arrives, and many of them would fill the window.
     fn under_way(&self) -> u64 {
         let Account { sent, next, .. } = self.account;
         self.account.under_way().min(sent - next.max(self.given_up))
     }
 
-    /// As many batches as have room.
+    /// Sends as many batches as there is space for.
     #[inline]
     fn send(&mut self) -> Result<(), Failure> {
-        // Inline, one at a time: the packets are read before more are written, as by a guest.
+        // Inline, one batch at a time: like a guest, it reads the packets before it writes more.
         let batches = if self.is_inline { 1 } else { u64::MAX };
         for _ in 0..batches.min(self.window) {
             let room = self.window.saturating_sub(self.under_way());
@@ -122,7 +123,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes in what has come. Whether there was anything.
+    /// Handles what has arrived. Returns whether there was anything.
     #[inline]
     fn take(&mut self) -> Result<bool, Failure> {
         let completed = self.endpoints.collect(&mut self.account);
@@ -132,7 +133,7 @@ impl Run<'_> {
         }
         last.spare.append(&mut last.read);
         if !self.endpoints.is_loop() {
-            // Nobody sends there; what comes is the network's own.
+            // Nothing is sent to this endpoint. What arrives is the network's own.
             let first = self.endpoints.first();
             first.spare.append(&mut first.read);
         }
@@ -142,7 +143,8 @@ impl Run<'_> {
 
     fn sleep(&mut self, left: Duration) {
         let (under_way, batch) = (self.under_way(), self.batch as u64);
-        // Who arrives last says that all is through; without any there are only writes to wait for.
+        // The packet that arrives last says that all have arrived. If none is in flight, only
+        // writes are waited for.
         let (end, n) = match under_way {
             0 => (self.endpoints.first(), 1),
             _ => (self.endpoints.last(), under_way.min(batch) as usize),
@@ -160,7 +162,7 @@ mod tests {
     use vmring::device::fault::Faults;
     use vmring::{Embedded, Interface};
 
-    /// A fifth of a second between two ports of a network, each behind such faults.
+    /// Measures for a fifth of a second between two ports of a network, each behind these faults.
     fn totals(network: &str, driving: Driving, fault: impl Fn() -> Faults) -> Totals {
         let setup = Setup {
             device: DeviceName::Embedded,
@@ -202,7 +204,7 @@ mod tests {
         }
     }
 
-    /// Refused is not lost: the writer was told.
+    /// A refused packet is not lost, because the writer was told.
     #[test]
     fn packets_that_the_device_refuses_are_counted_apart() {
         let fault = || Faults::seeded(3).errors(0.01, vmring::Status::Failure);

@@ -1,4 +1,4 @@
-//! One packet out and back: from its submit to the reap of what came.
+//! Round trips of one packet: from its submit until the answer is reaped.
 
 use std::hint;
 use std::thread;
@@ -15,7 +15,7 @@ use super::setup::Setup;
 use super::summary::Trips;
 use crate::failure::Failure;
 
-/// Measures for `setup`'s time; `None` if there was no trip.
+/// Measures for the time in `setup`. The trips are `None` if there was none.
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
@@ -33,7 +33,7 @@ pub(crate) fn measure(
     };
     for _ in 0..WARM_UP_TRIPS {
         if run.trip()?.is_none() {
-            // Who waits in vain does not get warm.
+            // A trip that fails warms up nothing.
             break;
         }
     }
@@ -66,14 +66,16 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// One; `None` if the packet is lost.
+    /// Makes one trip. `None` if the packet is lost.
     fn trip(&mut self) -> Result<Option<Duration>, Failure> {
         let number = self.account.sent;
         self.account.sent += 1;
         self.endpoints.post()?;
         let first = self.endpoints.first();
         let Some(mut frame) = first.free.pop() else {
-            return Err(Failure::Step("the device keeps what was written".to_owned()));
+            return Err(Failure::Step(
+                "the device does not return the frames that were written".to_owned(),
+            ));
         };
         self.there.write(&mut frame, number);
         let start = Instant::now();
@@ -98,18 +100,18 @@ impl Run<'_> {
         Ok((found == Found::Number(number)).then_some(time))
     }
 
-    /// The last end sends it back as it is, with the addresses exchanged.
+    /// The last endpoint sends the packet back as it is, with the addresses exchanged.
     fn answer(&mut self, mut frame: Frame) -> Result<(), Failure> {
         let (to, from) = frame[..12].split_at_mut(6);
         to.swap_with_slice(from);
         let last = self.endpoints.last();
-        // One for the one that is not posted again for now.
+        // Posts another frame in place of this one, which is not posted again yet.
         last.spare.extend(last.free.pop());
         last.write([frame].into_iter())
     }
 
-    /// The next packet of ours at an end. Looks at its number only, for it is timed; what is late or
-    /// comes twice is counted.
+    /// Waits for our next packet at an endpoint. Only looks at its number, because this is timed.
+    /// Counts packets that are late or duplicated.
     fn wait(
         &mut self,
         last: bool,
@@ -130,11 +132,11 @@ impl Run<'_> {
             }
             rounds += 1;
             if self.sleeps {
-                // A write completes soon and by itself; it is not worth waking for.
+                // A write completes soon and without help, so it is not worth waking for.
                 let n = end.writing + 1;
                 end.ring.wait(n, Some(PATIENCE));
             } else if rounds % SPINS == 0 {
-                // Perhaps the other thread has no processor.
+                // The other thread may have no processor.
                 thread::yield_now();
             } else {
                 hint::spin_loop();

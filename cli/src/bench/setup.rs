@@ -5,18 +5,18 @@ use std::time::Duration;
 use super::limits::{INTERVAL, INTERVALS};
 use crate::device::DeviceName;
 
-/// What is asked for.
+/// What a measurement is asked for.
 #[derive(Debug)]
 pub(crate) struct Setup {
     pub(crate) device: DeviceName,
     pub(crate) size: usize,
     pub(crate) batch: usize,
-    /// For each thing that is measured.
+    /// The time for each thing that is measured.
     pub(crate) time: Duration,
 }
 
 impl Setup {
-    /// How many intervals, and how long.
+    /// The number of intervals, and their length.
     pub(crate) fn intervals(&self) -> (u32, Duration) {
         let n = (self.time.as_millis() / INTERVAL.as_millis()) as u32;
         let n = n.max(INTERVALS);

@@ -1,4 +1,4 @@
-//! The figures: one JSON object, or tables.
+//! The results: one JSON object, or tables.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,21 +12,21 @@ use super::check::Totals;
 use super::limits::SAMPLE;
 use crate::report::{Batches, Table, grouped, percentile, round};
 
-/// Everything that was found out; what it did not get to is missing.
+/// Everything that was found out. What the measurement did not get to is missing.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
     /// Whether every packet was as it had to be.
     pub(crate) ok: bool,
-    /// What was not, in a sentence.
+    /// The failure, in a sentence.
     pub(crate) failed: Option<String>,
     /// Whether it was ended before its time.
     pub(crate) interrupted: bool,
     pub(crate) device: String,
-    /// How frames move, where there is a choice: `io_uring` or `plain`.
+    /// How frames are moved, where there is a choice: `io_uring` or `plain`.
     pub(crate) engine: Option<&'static str>,
     /// Bytes of a packet.
     pub(crate) size: usize,
-    /// Packets submitted in one go.
+    /// Packets submitted at once.
     pub(crate) batch: usize,
     pub(crate) seconds: u64,
     pub(crate) processors: usize,
@@ -40,16 +40,16 @@ pub(crate) struct Summary {
     pub(crate) may_lose: bool,
     /// Packets that the network dropped.
     pub(crate) drops: u64,
-    /// The same, those that there were.
+    /// The same by reason, for the reasons that occurred.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
 }
 
-/// What is checked within the time that is measured.
+/// What is checked within the measured time.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChecksSummary {
-    /// Numbers are those of every packet, bodies of one in so many, each way...
+    /// In the one-way runs the number of every packet is checked, and the body of one in this many.
     pub(crate) one_way_bodies_one_in: u64,
-    /// ...and this is what it costs of a packet's time there, to write and to compare.
+    /// The part of a packet's time in the one-way runs that writing and comparing takes.
     pub(crate) one_way_ns_per_packet: f64,
 }
 
@@ -68,7 +68,7 @@ pub(crate) struct RoundTripSummary {
     pub(crate) trips: Option<Trips>,
 }
 
-/// Of several intervals.
+/// The spread over several intervals.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Spread {
     pub(crate) median: f64,
@@ -85,7 +85,8 @@ pub(crate) struct Rates {
 }
 
 impl Rates {
-    /// Of packets a second, `size` bytes each. `None` if there are none, or nothing moved.
+    /// From rates in packets per second, with `size` bytes each. `None` if there are no rates, or
+    /// nothing moved.
     pub(crate) fn of(rates: &[f64], size: usize) -> Option<Self> {
         let mut sorted = rates.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -99,7 +100,7 @@ impl Rates {
         if at(0.5)? == 0.0 {
             return None;
         }
-        // In an interval in which nothing came, a packet took at least the interval.
+        // In an interval without packets, a packet took at least the interval.
         let ns = |rate: f64| 1e9 / rate.max(1.0);
         Some(Self {
             intervals: rates.len(),
@@ -134,28 +135,29 @@ impl Trips {
     }
 }
 
-/// What the rings of one run counted.
+/// The counters of the rings in one run.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct RingsSummary {
-    /// Of the end that sends, and of the one that receives.
+    /// Batches of the endpoint that sends, and of the one that receives.
     pub(crate) write_batches: Batches,
     pub(crate) read_batches: Batches,
-    /// Times that whoever drives had nothing to do and slept, of all rings.
+    /// Times that the driving thread had nothing to do and slept, over all rings.
     pub(crate) parks: u64,
     /// Times that a submit had to wake it.
     pub(crate) doorbells: u64,
     /// Times that the device woke it.
     pub(crate) device_wakeups: u64,
-    /// Times that it had to wake who reaps.
+    /// Times that it had to wake the reaping thread.
     pub(crate) notifications: u64,
     /// Times that the device took less than it was offered.
     pub(crate) retries: u64,
-    /// Packets written by the end that sends.
+    /// Packets written by the endpoint that sends.
     pub(crate) packets: u64,
 }
 
 impl RingsSummary {
-    /// From the ring that sends to the one that receives, which may be the same.
+    /// Summarizes the rings, from the one that sends to the one that receives. They may be the
+    /// same.
     pub(crate) fn of<'a>(rings: impl Iterator<Item = &'a Ring> + Clone) -> Self {
         let stats: Vec<_> = rings.clone().map(Ring::stats).collect();
         let (Some(first), Some(last)) = (stats.first(), stats.last()) else {
@@ -174,14 +176,14 @@ impl RingsSummary {
         }
     }
 
-    /// Of a count, for a thousand packets.
+    /// A count per thousand packets.
     fn per_thousand(&self, n: u64) -> String {
         format!("{:.2}", n as f64 * 1000.0 / self.packets.max(1) as f64)
     }
 }
 
 impl Summary {
-    /// For people.
+    /// The tables for people.
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
             "The {} device{}: packets of {} bytes, {} processors\n",
@@ -207,7 +209,7 @@ impl Summary {
         );
         self.tell_packets(&mut text);
         if self.interrupted {
-            text.push_str("It was ended before its time: these are the figures so far.\n");
+            text.push_str("The run was ended before its time: these are the figures so far.\n");
         }
         text
     }

@@ -1,4 +1,4 @@
-//! One way over the bridge: what becomes of a packet between its read and its write.
+//! One direction of the bridge: what happens to a packet between its read and its write.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -9,7 +9,8 @@ use vmring::{
     SubmissionHalf, SubmitErrorKind,
 };
 
-/// `user_data` of reads, and of writes: a frame as it was read, and one that holds a segment.
+/// `user_data` of reads; of writes of a frame as it was read; and of writes of a frame with a
+/// segment.
 pub(crate) const READ: u64 = 0;
 const WHOLE: u64 = 1;
 const SEGMENT: u64 = 2;
@@ -18,26 +19,26 @@ const ETHERNET_AND_VLAN: u32 = 18;
 
 /// See the [module](self).
 ///
-/// Its frames are its own: they are posted for reading at one end, wait here, are written at the
-/// other, and come back. So however slow the other end is, this way holds no more than these, and
-/// takes none from the way back.
+/// It owns its frames: they are posted for reading at one end, wait here, are written at the other
+/// end, and come back. So however slow the other end is, this direction holds no more than these
+/// frames, and takes none from the other direction.
 #[derive(Debug)]
 pub(crate) struct BridgeDirection {
-    /// What the other end does by itself, and the longest frame it takes that is not to be cut.
+    /// What the other end offloads, and the longest frame that it takes without segmentation.
     offloads: Offloads,
     max_packet_size: usize,
     max_plain: usize,
-    /// Whether what it does not do is done here.
+    /// Whether the rest is done here, in software.
     software: bool,
-    /// To be posted for reading.
+    /// Frames to be posted for reading.
     spare: Vec<Frame>,
-    /// For segments.
+    /// Frames for segments.
     blank: Vec<Frame>,
     /// Packets for the other end, oldest first.
     waiting: VecDeque<Waiting>,
-    /// The next segment of the first.
+    /// The index of the next segment of the first waiting packet.
     segment: usize,
-    /// `user_data` of what went out last.
+    /// `user_data` of the last write.
     last: u64,
     /// Writes that have not completed.
     pub(crate) writing: usize,
@@ -47,20 +48,20 @@ pub(crate) struct BridgeDirection {
 #[derive(Debug)]
 enum Waiting {
     Packet(Frame),
-    /// To be cut, as its header says.
+    /// A packet to be segmented as its header says.
     Large(Frame, OffloadHeader),
 }
 
-/// What has come and gone.
+/// Counters.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     pub(crate) packets_read: u64,
     pub(crate) bytes_read: u64,
     pub(crate) packets_written: u64,
     pub(crate) bytes_written: u64,
-    /// Completed in software, of whole packets.
+    /// Checksums of whole packets that were completed in software.
     pub(crate) checksums: u64,
-    /// Packets cut in software.
+    /// Packets that were segmented in software.
     pub(crate) packets_cut: u64,
     pub(crate) drops: BTreeMap<String, u64>,
 }
@@ -75,8 +76,8 @@ impl Counts {
 }
 
 impl BridgeDirection {
-    /// Towards an end that can do `caps`; takes `reads` frames from the pool for reading and as many
-    /// to be under way, and `segments` more.
+    /// A direction towards an end with the capabilities `caps`. It takes `reads` frames from the
+    /// pool for reading, as many again to be in flight, and `segments` for segments.
     pub(crate) fn new(
         caps: &Capabilities,
         software: bool,
@@ -85,7 +86,7 @@ impl BridgeDirection {
         segments: usize,
     ) -> Self {
         let offloads = caps.offloads;
-        // Where large packets are taken to be cut, the others must still keep to the MTU.
+        // If the end segments large packets, the other packets must still keep to the MTU.
         let cuts = offloads.tso4 || offloads.tso6 || offloads.uso;
         let max_plain = match cuts {
             true => caps.max_packet_size.min(caps.mtu + ETHERNET_AND_VLAN),
@@ -107,12 +108,12 @@ impl BridgeDirection {
         }
     }
 
-    /// Whether a packet waits.
+    /// Whether a packet waits or is being written.
     pub(crate) fn is_busy(&self) -> bool {
         self.writing > 0 || !self.waiting.is_empty()
     }
 
-    /// A read is over.
+    /// Handles a read that has completed.
     pub(crate) fn read_done(&mut self, done: Completion) {
         let Some(mut frame) = done.frame() else { return };
         if done.result.is_err() {
@@ -130,8 +131,8 @@ impl BridgeDirection {
         }
     }
 
-    /// Makes the packet one that the other end takes, or says why that cannot be. The header of one
-    /// that is to be cut.
+    /// Makes the packet one that the other end accepts, or says why that is impossible. Returns the
+    /// header of a packet that is to be segmented.
     fn prepare(&mut self, frame: &mut Frame) -> Result<Option<OffloadHeader>, &'static str> {
         const BAD: &str = "bad offload header";
         const TOO_BIG: &str = "too big for the other end";
@@ -164,7 +165,7 @@ impl BridgeDirection {
         }
         let fits = match (header.gso, header.checksum) {
             (Gso::None, _) => frame.len() <= self.max_plain,
-            // What its segments will have at least: a header's fixed part and their payload.
+            // The least length of its segments: the fixed part of a header, and the payload.
             (gso, Checksum::Partial { start, .. }) => {
                 let fixed = if gso.is_tcp() { 20 } else { 8 };
                 let segment = usize::from(start) + fixed + usize::from(header.segment_size);
@@ -175,7 +176,7 @@ impl BridgeDirection {
         if fits { Ok(None) } else { Err(TOO_BIG) }
     }
 
-    /// A write is over: its frame is free.
+    /// Handles a write that has completed: its frame is free again.
     pub(crate) fn write_done(&mut self, done: Completion) {
         self.writing -= 1;
         let (user_data, result, frame) = done.into_parts();
@@ -196,8 +197,8 @@ impl BridgeDirection {
         if user_data == SEGMENT { self.blank.push(frame) } else { self.spare.push(frame) }
     }
 
-    /// Writes what waits, as far as the other end has credits for it; the rest goes on waiting.
-    /// Returns how many.
+    /// Writes the waiting packets as far as the other end has credits; the rest keeps waiting.
+    /// Returns the number of writes.
     pub(crate) fn write(&mut self, to: &mut SubmissionHalf<'_>) -> Result<usize, Error> {
         let mut written = 0;
         while !self.waiting.is_empty() {
@@ -221,8 +222,8 @@ impl BridgeDirection {
         Ok(written)
     }
 
-    /// The next frame for the other end. `None` if nothing waits, or no frame is free for the next
-    /// segment.
+    /// The next frame for the other end. `None` if nothing waits, or if no frame is free for the
+    /// next segment.
     fn next_frame(&mut self) -> Option<(Frame, u64)> {
         self.last = WHOLE;
         match self.waiting.front()? {
@@ -265,7 +266,7 @@ impl BridgeDirection {
         }
     }
 
-    /// Posts the frames that are free for reading, as far as there are credits. Returns how many.
+    /// Posts the free frames for reading, as far as there are credits. Returns their number.
     pub(crate) fn post(&mut self, from: &mut SubmissionHalf<'_>) -> Result<usize, Error> {
         if self.spare.is_empty() {
             return Ok(0);
@@ -274,7 +275,7 @@ impl BridgeDirection {
         Ok(from.submit_reads(frames)?)
     }
 
-    /// The bridge has ended: what waits is lost, and counted.
+    /// Counts what still waits as dropped. Called when the bridge has ended.
     pub(crate) fn abandon(&mut self) {
         let lost = self.waiting.len() + self.writing;
         for _ in 0..lost {

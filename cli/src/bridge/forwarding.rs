@@ -1,4 +1,4 @@
-//! Two ends, joined: the loop that moves packets, its sleep and its end.
+//! Two joined ends: the loop that moves packets, its sleep and its end.
 
 use std::os::fd::AsRawFd;
 use std::thread;
@@ -17,19 +17,19 @@ use crate::recording::Recording;
 use crate::stop::Stop;
 use crate::system;
 
-/// Two ends, joined. `ways[i]` leads from `ends[i]` to the other.
+/// Two joined ends. `directions[i]` leads from `ends[i]` to the other end.
 pub(super) struct Bridge {
     pub(super) directions: [BridgeDirection; 2],
     pub(super) rings: [Ring; 2],
     pub(super) controls: [RingControl; 2],
     pub(super) ends: [End; 2],
-    /// No more reads.
+    /// The bridge is ending, and posts no more reads.
     is_ending: bool,
 }
 
 impl Bridge {
-    /// Joins the ends, with up to `depth` packets under way in each direction. If that cannot be, they
-    /// leave no file behind.
+    /// Joins the ends, with up to `depth` packets in flight in each direction. If that fails, no
+    /// new file is left behind.
     pub(super) fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
         let (rings, directions) = joined.inspect_err(|_| {
@@ -47,7 +47,7 @@ impl Bridge {
         let caps = interfaces.map(Interface::capabilities);
         let most =
             |f: fn(&vmring::device::Capabilities) -> u32| caps.iter().map(f).max().unwrap_or(0);
-        // Room for any packet of either, and for its header.
+        // Space for any packet of either end, and for its header.
         let packet = most(|caps| caps.max_packet_size) as usize;
         let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
         let headroom = headroom.max(most(|caps| caps.headroom) as usize);
@@ -56,7 +56,8 @@ impl Bridge {
         let segments = if cuts { reads } else { 0 };
         let frames = 2 * (2 * reads + segments);
         let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
-        // Both on this thread: a frame that one has read is warm when the other writes it.
+        // Both rings are on this thread: a frame that one has read is still in the cache when the
+        // other writes it.
         let ring = |i: usize| {
             let ring = interfaces[i].ring(Direction::Both).depth(depth).pool(&pool);
             ring.drive(Drive::Inline).build()
@@ -67,8 +68,8 @@ impl Bridge {
         Ok((rings, [direction(1), direction(0)]))
     }
 
-    /// Moves packets until it is told to stop, the `deadline` is there, or no end has anything more.
-    /// Calls `tick` once in that time, if it is given.
+    /// Moves packets until it is told to stop, the `deadline` is reached, or neither end has
+    /// anything more. Calls `tick` at the interval `every`, if there is one.
     pub(super) fn run(
         &mut self,
         stop: &Stop,
@@ -110,8 +111,9 @@ impl Bridge {
         }
     }
 
-    /// Takes in what has completed and submits what can be. Whether there was anything. An end that is
-    /// dead gives its reads back, and is found out when they are posted again.
+    /// Handles what has completed and submits what can be submitted. Returns whether there was
+    /// anything. An end that has failed returns its reads, and the failure is found when they are
+    /// posted again.
     fn turn(&mut self) -> Result<bool, Failure> {
         let mut moved = 0;
         for i in 0..2 {
@@ -142,7 +144,7 @@ impl Bridge {
         Failure::Step(format!("{}: {error}", self.ends[end].name))
     }
 
-    /// Sleeps until either ring has a completion or `stop` is wanted, at most until `deadline`.
+    /// Sleeps until either ring has a completion or `stop` is requested, at most until `deadline`.
     fn sleep(&mut self, stop: Option<&Stop>, deadline: Option<Instant>) -> Result<(), Failure> {
         let mut polls = [nothing(), nothing(), nothing()];
         for (i, poll) in polls.iter_mut().enumerate().take(2) {
@@ -169,7 +171,7 @@ impl Bridge {
     pub(super) fn end(&mut self) -> Result<(), Failure> {
         self.is_ending = true;
         for ring in &mut self.rings {
-            // Refused on a closed ring only, where nothing is in flight.
+            // Only a closed ring refuses this, and on a closed ring nothing is in flight.
             let _ = ring.cancel(READ, READ);
         }
         let deadline = Instant::now() + END_TIMEOUT;
@@ -200,7 +202,7 @@ impl Bridge {
         outcome
     }
 
-    /// Stops the interfaces and writes out the files.
+    /// Stops the interfaces and finishes the files.
     pub(super) fn stop(&self) -> Result<(), Failure> {
         for (i, end) in self.ends.iter().enumerate() {
             end.interface.stop(STOP_TIMEOUT).map_err(|error| self.failed(i, error))?;
@@ -211,7 +213,7 @@ impl Bridge {
         Ok(())
     }
 
-    /// Packets and bytes written so far, each way.
+    /// Packets and bytes written so far, in each direction.
     pub(super) fn moved(&self) -> [(u64, u64); 2] {
         self.directions
             .each_ref()

@@ -1,10 +1,10 @@
-//! Timeouts and pauses of a bridge.
+//! Timeouts and intervals of a bridge.
 
 use std::time::Duration;
 
-/// How long packets that were read are given to be written when the bridge ends.
+/// How long the bridge, when it ends, waits for packets that were read to be written.
 pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(2);
-/// Between two looks at the counters, when somebody watches.
+/// The interval between two looks at the counters, if somebody watches.
 pub(crate) const TICK: Duration = Duration::from_secs(1);
-/// Of an interface to stop.
+/// How long an interface may take to stop.
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(10);

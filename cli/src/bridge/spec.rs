@@ -1,4 +1,5 @@
-//! The two ends of a bridge: how they are written, whether they can be joined, how they are started.
+//! The two ends of a bridge: how they are written on the command line, whether they can be joined,
+//! and how they are started.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,23 +15,23 @@ use crate::device::{QUEUE, VMNET};
 use crate::failure::Failure;
 use crate::recording::{Recording, why};
 
-/// One end, as `vmring bridge` takes it.
+/// One end, as the command line of `vmring bridge` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Spec {
-    /// A port of an in-process network, with addresses of choice.
+    /// A port of a network inside this process, with its addresses if they are given.
     Embedded { network: String, subnet: Option<Ipv4Range> },
-    /// A TAP of the kernel, whose host's end is set up if there is a mode.
+    /// A TAP of the kernel. With a mode, the host's end is set up too.
     #[cfg(target_os = "linux")]
     Tap { name: String, mode: Option<Mode>, engine: vmring::TapEngine },
-    /// Apple's, or the simulated one elsewhere.
+    /// Apple's vmnet, or on other systems the simulated one.
     Vmnet(Mode),
-    /// Reads the file's packets.
+    /// Reads the packets of a file.
     Pcap(PathBuf),
-    /// Records what is written.
+    /// Records the packets that are written.
     Capture(PathBuf),
 }
 
-/// What the ends of a bridge do with checksums and segments.
+/// What the ends of a bridge do about checksums and segmentation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Offload {
     Common,
@@ -144,20 +145,20 @@ pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
     Err(Failure::Usage(sentence))
 }
 
-/// An end that has been started.
+/// A started end.
 #[derive(Debug)]
 pub(crate) struct End {
-    /// As it was written.
+    /// The end as the command line has it.
     pub(crate) name: String,
     pub(crate) interface: Interface,
-    /// Of a file that is replayed.
+    /// For a file that is replayed.
     pub(crate) replay: Option<Replay>,
-    /// Of a file that is written.
+    /// For a file that is recorded.
     pub(crate) recording: Option<Recording>,
 }
 
 impl End {
-    /// Another kind of interface: for tests.
+    /// An end over another kind of interface, for tests.
     #[cfg(test)]
     pub(crate) fn of(name: &str, interface: Interface) -> Self {
         Self { name: name.to_owned(), interface, replay: None, recording: None }
@@ -167,14 +168,14 @@ impl End {
         self.interface.capabilities().offloads
     }
 
-    /// Whether nothing more will come out of it.
+    /// Whether this end will deliver no more packets.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.recording.is_some() || self.replay.as_ref().is_some_and(|replay| replay.left() == 0)
     }
 }
 
 impl Spec {
-    /// With that engine, if it is a TAP.
+    /// Sets the engine, if this is a TAP.
     #[cfg(target_os = "linux")]
     pub(crate) fn driven_by(mut self, by: vmring::TapEngine) -> Self {
         if let Spec::Tap { engine, .. } = &mut self {
@@ -183,7 +184,7 @@ impl Spec {
         self
     }
 
-    /// Whether its device may do offloads, so that it is worth asking.
+    /// Whether the device may have offloads, so that asking for them is worthwhile.
     fn may_offload(&self) -> bool {
         match self {
             #[cfg(target_os = "linux")]
@@ -216,7 +217,7 @@ impl Spec {
             }
             #[cfg(target_os = "linux")]
             Spec::Tap { name: tap, mode, engine } => {
-                // Without a mode whoever is on the host's end sets it up.
+                // Without a mode the administrator sets up the host's end.
                 let driver = vmring::Tap::named(tap).configure(mode.is_some()).engine(*engine);
                 let builder = match mode {
                     Some(mode) => builder().mode(mode.clone()),
@@ -279,7 +280,8 @@ pub(crate) fn start_with_most(
         }
         tried = offloads;
         match start(offloads) {
-            // It has not that; with less it may start, or say what is really wrong.
+            // It does not have these offloads. With fewer it may start, or report what is really
+            // wrong.
             Err(Failure::Usage(_)) => {}
             started => return started,
         }
@@ -287,7 +289,8 @@ pub(crate) fn start_with_most(
     start(none)
 }
 
-/// Starts anew what has more than both have; without any if an end cannot have just that.
+/// Restarts an end that has more offloads than both have in common. If an end cannot have exactly
+/// the common ones, both start without offloads.
 pub(crate) fn start_alike(
     mut ends: [End; 2],
     mut start: impl FnMut(usize, Offloads) -> Result<End, Failure>,
@@ -295,7 +298,7 @@ pub(crate) fn start_alike(
     let none = Offloads::default();
     let mut common = ends[0].offloads() & ends[1].offloads();
     if !common.virtio_header {
-        // Nobody would say what is left undone.
+        // Without the header nothing says which work is left undone.
         common = none;
     }
     for common in [common, none] {
@@ -303,7 +306,7 @@ pub(crate) fn start_alike(
             if end.offloads() == common {
                 continue;
             }
-            // It ends before it starts anew: a system may have it only once.
+            // The old interface is stopped first, because a system may allow only one.
             end.interface.stop(STOP_TIMEOUT).map_err(Failure::starting)?;
             *end = match start(i, common) {
                 Err(Failure::Usage(_)) if common != none => start(i, none)?,
@@ -317,14 +320,14 @@ pub(crate) fn start_alike(
     Ok(ends)
 }
 
-/// Starts both ends: each does what it can and the rest is done in software, or both do the same (or
-/// nothing), so that whatever comes out of one can go into the other.
+/// Starts both ends so that a packet from one can go into the other. Either each end offloads what
+/// it can and the rest is done in software, or both ends offload the same (or nothing).
 pub(crate) fn start(
     specs: [&Spec; 2],
     offload: Offload,
     mtu: Option<u32>,
 ) -> Result<[End; 2], Failure> {
-    // A capture's file is touched last, when all else is there.
+    // A capture is started last, so that its file is only touched if all else has started.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
     let [first, second] = order.map(|i| specs[i]);
     let software = offload == Offload::Software;

@@ -12,15 +12,15 @@ use super::spec::End;
 use crate::failure::Failure;
 use crate::report::{Batches, Table, bytes, grouped, offload_names, round};
 
-/// Everything that is to be told of a bridge.
+/// Everything that is reported about a bridge.
 #[derive(Debug, Serialize)]
 pub(crate) struct Summary {
-    /// Whether it ended as it was to.
+    /// Whether the bridge ended without a failure.
     pub(crate) ok: bool,
-    /// If not, why, in a sentence.
+    /// The failure, in a sentence.
     pub(crate) failed: Option<String>,
     pub(crate) seconds: f64,
-    /// Processor time of the whole process, in per cent of one processor.
+    /// Processor time of the whole process, in percent of one processor.
     pub(crate) cpu_percent: f64,
     pub(crate) ends: [EndSummary; 2],
     /// From the first end to the second, and back.
@@ -34,7 +34,7 @@ pub(crate) struct EndSummary {
     pub(crate) mtu: u32,
     pub(crate) max_packet_size: u32,
     pub(crate) offloads: Vec<&'static str>,
-    /// Packets that its device dropped, or its whole network.
+    /// Packets that the end's device, or its whole network, has dropped.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
 }
 
@@ -46,13 +46,13 @@ pub(crate) struct DirectionSummary {
     pub(crate) bytes_read: u64,
     pub(crate) packets_written: u64,
     pub(crate) bytes_written: u64,
-    /// Checksums completed in software.
+    /// Checksums that were completed in software.
     pub(crate) checksums_completed: u64,
-    /// Packets cut in software: each is read once and written as several.
+    /// Packets that were segmented in software: each is read once and written as several.
     pub(crate) packets_cut: u64,
     /// Packets that the bridge did not pass on.
     pub(crate) drops: u64,
-    /// The same, those that there were.
+    /// The same by reason, for the reasons that occurred.
     pub(crate) drops_by_reason: BTreeMap<String, u64>,
     pub(crate) read_batches: Batches,
     pub(crate) write_batches: Batches,
@@ -104,7 +104,7 @@ impl Summary {
         self.failed = outcome.as_ref().err().map(ToString::to_string);
     }
 
-    /// For people.
+    /// The tables for people.
     pub(super) fn text(&self) -> String {
         let [a, b] = &self.ends;
         let mut text = format!(
@@ -157,7 +157,7 @@ impl Summary {
     }
 }
 
-/// What has moved in the last second, in a line.
+/// A line that says how much has moved in the last second.
 pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64) -> String {
     let rate = |i: usize| {
         let (packets, octets) = (now[i].0 - before[i].0, now[i].1 - before[i].1);

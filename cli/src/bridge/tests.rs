@@ -28,10 +28,10 @@ use crate::demo::nic::NetworkCard;
 use crate::device::{QUEUE, VMNET};
 use crate::stream::Stream;
 
-/// No step takes a hundredth of it.
+/// No step takes a hundredth of this.
 const LONG: Duration = Duration::from_secs(60);
 
-/// A bridge at work on a thread of its own.
+/// A bridge that works on a thread of its own.
 struct Running {
     stop: Stop,
     thread: JoinHandle<(Summary, Result<(), Failure>)>,
@@ -61,7 +61,7 @@ impl Running {
     }
 }
 
-/// A guest on a network, and what it tells.
+/// A guest on a network, and its reports.
 struct GuestSide {
     guest: Guest,
     reports: Receiver<(usize, Report)>,
@@ -100,7 +100,7 @@ fn spec(text: &str) -> Spec {
     text.parse().unwrap()
 }
 
-/// Two networks with a guest each, and `bytes` from one guest to the other over the bridge.
+/// Two networks with a guest each. Transfers `bytes` from one guest to the other over the bridge.
 fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let networks = [format!("{name} one"), format!("{name} two")];
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
@@ -158,23 +158,23 @@ fn guests_of_two_networks_meet_over_the_bridge() {
     assert!(there.read_batches.mean >= 1.0 && there.write_batches.mean >= 1.0);
 }
 
-/// A wire whose far end is in the test's hands.
+/// A wire whose far end the test controls.
 #[derive(Clone, Default)]
 struct Wire {
     offloads: Offloads,
-    /// `None`: as long as the MTU of 1,500 makes them.
+    /// With `None`, as long as an MTU of 1,500 allows.
     max_packet_size: Option<u32>,
-    /// Whether it tells of packets by a descriptor instead of a call.
+    /// Whether it signals packets by a descriptor instead of a call.
     has_descriptor: bool,
     state: Arc<Mutex<Far>>,
 }
 
 #[derive(Default)]
 struct Far {
-    /// What is to be read.
+    /// Packets to be read.
     incoming: VecDeque<(OffloadHeader, Vec<u8>)>,
     read: usize,
-    /// What was written.
+    /// Packets that were written.
     written: Vec<(OffloadHeader, Vec<u8>)>,
     behaviour: Behaviour,
     wake: Option<DeviceWake>,
@@ -186,7 +186,7 @@ struct Far {
 enum Behaviour {
     #[default]
     Takes,
-    /// Keeps the slots it is given.
+    /// Keeps the slots that it is given.
     Keeps,
     Refuses,
     Dies,
@@ -354,8 +354,8 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 const FROM: Ipv4Address = Ipv4Address::new(10, 0, 0, 1);
 const TO: Ipv4Address = Ipv4Address::new(10, 0, 0, 2);
 
-/// TCP over IPv4 with so much payload, its checksum partial; in segments of 1,000 bytes if it is
-/// more.
+/// TCP over IPv4 with this much payload and a partial checksum. It is to be cut into segments of
+/// 1,000 bytes if it is longer.
 fn tcp(payload: usize) -> (OffloadHeader, Vec<u8>) {
     let payload: Vec<u8> = (0..payload).map(|i| (i / 7) as u8).collect();
     let repr = TcpRepr {
@@ -385,7 +385,7 @@ fn tcp(payload: usize) -> (OffloadHeader, Vec<u8>) {
     ip.emit(&mut Ipv4Packet::new_unchecked(&mut packet[14..]), &caps);
     let mut view = TcpPacket::new_unchecked(&mut packet[34..]);
     repr.emit(&mut view, &FROM.into(), &TO.into(), &ChecksumCapabilities::ignored());
-    // The pseudo header's sum.
+    // The sum over the pseudo header.
     let words = [FROM.octets(), TO.octets()].concat();
     let words = words.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
     let sum = words.sum::<u32>() + 6 + repr.buffer_len() as u32;
@@ -401,7 +401,7 @@ fn tcp(payload: usize) -> (OffloadHeader, Vec<u8>) {
     (header, packet)
 }
 
-/// The payload of a packet whose checksums are right.
+/// Checks the checksums of a packet, and returns its payload.
 fn judged(packet: &[u8]) -> &[u8] {
     let ip = EthernetFrame::new_checked(packet).unwrap().payload();
     let ip = Ipv4Packet::new_checked(ip).unwrap();
@@ -421,7 +421,7 @@ fn checksums() -> Offloads {
     offloads
 }
 
-/// Everything the one wire holds, sent over a bridge to the other.
+/// Sends everything that one wire holds over a bridge to the other.
 fn cross(from: &Wire, to: &Wire, software: bool, depth: u32) -> Summary {
     let packets = from.state.lock().unwrap().incoming.len();
     let ends = [from.end("one"), to.end("other")];
@@ -433,7 +433,7 @@ fn cross(from: &Wire, to: &Wire, software: bool, depth: u32) -> Summary {
     summary
 }
 
-/// An end with every offload, that carries packets of 64 KiB.
+/// An end with every offload, which carries packets of 64 KiB.
 fn large() -> Wire {
     Wire { max_packet_size: Some(65_549), ..Wire::with(Offloads::ALL) }
 }
@@ -441,7 +441,7 @@ fn large() -> Wire {
 #[test]
 fn what_an_end_cannot_do_is_done_in_software() {
     let packets = || [tcp(10_500), tcp(500), plain(60), tcp(2000)];
-    // Many times, through few frames.
+    // Many packets, through few frames.
     let times = 50;
     let from = large().holding((0..times).flat_map(|_| packets()));
     let to = Wire::default();
@@ -530,7 +530,7 @@ fn a_packet_that_the_other_end_cannot_take_is_dropped_and_counted() {
     let expected = [("offload that the other end does not do", 2)];
     assert_eq!(drops(from, &Wire::default(), false), counted(&expected));
 
-    // Room for 64 KiB is for packets that say how they are to be cut.
+    // The space of 64 KiB is only for packets whose header says how to segment them.
     let from = large().holding([plain(1519), plain(1518), long]);
     assert_eq!(drops(from, &large(), false), counted(&[(TOO_BIG, 2)]));
 }
@@ -540,14 +540,14 @@ fn a_slow_end_holds_the_other_back_and_nothing_is_lost() {
     let packets: Vec<_> = (0..1000_u32)
         .map(|i| (OffloadHeader::NONE, [&[4; 14][..], &i.to_be_bytes()].concat()))
         .collect();
-    // On devices that call, and on those that are a descriptor: on either side, or on both.
+    // On devices that call, and on devices that have a descriptor: on either side, or on both.
     for has_descriptor in [[false, false], [true, false], [false, true], [true, true]] {
         let [from, to] =
             has_descriptor.map(|has_descriptor| Wire { has_descriptor, ..Wire::default() });
         let from = from.holding(packets.clone());
         let to = to.that(Behaviour::Keeps).holding([plain(77), plain(78)]);
         let running = Running::start([from.end("one"), to.end("other")], false, 16);
-        // Those that are kept, and as many that wait.
+        // Those that the device keeps, and as many that wait.
         until("its frames are all taken", || from.read() == 32);
         until("the way back is free", || from.written().len() == 2);
         thread::sleep(Duration::from_millis(50));
@@ -635,7 +635,7 @@ fn two_ends_that_cannot_be_joined_are_refused() {
     }
 }
 
-/// An end that has these, and starts with any of them unless it `has_all_or_none`.
+/// An end with the offloads `able`. It starts with any of them, unless `has_all_or_none`.
 fn able(able: Offloads, has_all_or_none: bool, wanted: Offloads) -> Result<End, Failure> {
     let all_or_none = wanted == able || wanted == Offloads::default();
     if wanted & able != wanted || has_all_or_none && !all_or_none {
@@ -674,7 +674,7 @@ fn two_ends_are_started_anew_with_what_both_have() {
         ([checksums(), all], false, checksums()),
         ([all, none], false, none),
         ([all, mute], false, none),
-        // One of them cannot have just that, so neither has any.
+        // One of them cannot have exactly the common offloads, so neither has any.
         ([all, checksums()], true, none),
         ([checksums(), all], true, none),
     ] {
@@ -685,7 +685,7 @@ fn two_ends_are_started_anew_with_what_both_have() {
     }
 }
 
-/// The simulated vmnet grants TCP's, the embedded network none.
+/// The simulated vmnet grants TCP offloads, the embedded network grants none.
 #[cfg(not(target_os = "macos"))]
 #[test]
 fn both_ends_start_with_what_both_do_or_each_with_its_own() {
@@ -703,8 +703,8 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     assert_eq!(offloads(&host, true), [tcp.clone(), tcp]);
 }
 
-/// Raw frames from a ring on one network to a ring on another, both turned by this thread, a window of
-/// them under way.
+/// Raw frames from a ring on one network to a ring on another. This thread drives both, and a
+/// window of frames is in flight.
 #[test]
 #[ignore = "a measurement: cargo test -p vmring-cli --release speed -- --ignored --nocapture"]
 fn speed() {

@@ -1,7 +1,7 @@
-//! A guest: a TCP/IP stack of its own (smoltcp) on a thread of its own, behind a ring.
+//! A guest: a TCP/IP stack of its own (smoltcp) on a thread of its own, with a ring.
 //!
-//! The thread sleeps in [`Ring::wait`](vmring::Ring::wait) until a packet comes, a timer of the
-//! stack is due, or a [`Command`] arrives; it answers with [`Report`]s.
+//! The thread sleeps in [`Ring::wait`](vmring::Ring::wait) until a packet arrives, a timer of the
+//! stack is due, or a [`Command`] arrives. It answers with [`Report`]s.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -24,34 +24,34 @@ use super::limits::{BATCH, CONTACT_TIMEOUT, PING_TIMEOUT, SLEEP_MAX};
 use super::nic::NetworkCard;
 use crate::stream::Stream;
 
-/// The payload `ping` sends.
+/// The payload of a ping.
 const PING_PAYLOAD: [u8; 56] = *b"vmring demo: an echo request from one guest to the other";
-/// Where the receiving guest listens.
+/// The port on which the receiving guest listens.
 pub(crate) const TCP_PORT: u16 = 5001;
 /// DHCP option 51 (RFC 2132, 9.2).
 const OPTION_LEASE_TIME: u8 = 51;
 
-/// What a guest is to do.
+/// A command to a guest.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Ping `target` that many times, after one more that makes contact and does not count.
+    /// Ping `target` this many times, after one more ping that makes contact and does not count.
     Ping { target: Ipv4Addr, count: u32 },
-    /// Accept one connection and take the data of it.
+    /// Accept one connection and receive its data.
     Receive { window: usize },
-    /// Connect, and send that many bytes of the stream.
+    /// Connect, and send this many bytes of the stream.
     Send { target: Ipv4Addr, bytes: u64, stream: Stream, window: usize },
     /// End.
     Quit,
 }
 
-/// What a guest tells.
+/// A report of a guest.
 #[derive(Debug)]
 pub(crate) enum Report {
-    /// It has an address.
+    /// The guest has an address.
     Leased(Lease),
-    /// The pings are over.
+    /// The pings have ended.
     Pinged(Pings),
-    /// It waits for a connection.
+    /// The guest waits for a connection.
     Listening,
     /// Everything is sent and acknowledged.
     Sent {
@@ -60,11 +60,11 @@ pub(crate) enum Report {
     },
     /// The connection has ended.
     Received(Received),
-    /// It cannot go on.
+    /// The guest cannot continue.
     Failed(String),
 }
 
-/// What DHCP gave.
+/// What DHCP has assigned.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lease {
     pub(crate) address: Ipv4Cidr,
@@ -74,15 +74,15 @@ pub(crate) struct Lease {
     pub(crate) seconds: Option<u32>,
 }
 
-/// What became of some pings.
+/// The result of some pings.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Pings {
     pub(crate) sent: u32,
-    /// Of those that were answered.
+    /// The round-trip times of the pings that were answered.
     pub(crate) round_trips: Vec<Duration>,
 }
 
-/// What a connection brought.
+/// What was received over a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Received {
     pub(crate) bytes: u64,
@@ -91,19 +91,19 @@ pub(crate) struct Received {
     pub(crate) finished: Instant,
 }
 
-/// The way to a guest's thread.
+/// A handle to a guest's thread.
 #[derive(Debug)]
 pub(crate) struct Guest {
     commands: Sender<Command>,
-    /// Of the ring it sleeps in. The kernel has none.
+    /// The control handle of the ring that the guest sleeps in. The kernel has none.
     control: Option<RingControl>,
-    /// Bytes it has received so far.
+    /// Bytes that the guest has received so far.
     pub(crate) progress: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Guest {
-    /// Starts a guest; it asks for an address at once. It reports as number `number`.
+    /// Starts a guest, which asks for an address at once. Its reports carry `number`.
     pub(crate) fn start(
         number: usize,
         mac: MacAddr6,
@@ -113,7 +113,7 @@ impl Guest {
     ) -> std::io::Result<Self> {
         Self::on_thread(format!("guest{number}"), Some(control), move |inbox, counter| {
             let tell = |report| drop(reports.send((number, report)));
-            // DHCP's options are read out of the packet, which is kept here.
+            // DHCP's options are parsed from the packet, which is stored here.
             let mut dhcp_packet = [0; 1500];
             let guest = Stack::new(mac, nic, inbox, &tell, counter, &mut dhcp_packet);
             if let Err(error) = guest.run() {
@@ -122,7 +122,7 @@ impl Guest {
         })
     }
 
-    /// `body` does what it is told, and counts the bytes it receives.
+    /// Starts a thread. `body` executes the commands, and counts the bytes that it receives.
     pub(crate) fn on_thread(
         name: String,
         control: Option<RingControl>,
@@ -135,7 +135,7 @@ impl Guest {
         Ok(Self { commands, control, progress, thread: Some(thread) })
     }
 
-    /// Gives it something to do. If it has ended, its last report says why.
+    /// Sends a command. If the guest has ended, its last report says why.
     pub(crate) fn tell(&self, command: Command) {
         let _ = self.commands.send(command);
         if let Some(control) = &self.control {
@@ -143,7 +143,7 @@ impl Guest {
         }
     }
 
-    /// Ends it and waits for its end. False if it does not come within `timeout`.
+    /// Ends the guest and waits for its end. Returns false if it does not end within `timeout`.
     pub(crate) fn quit(mut self, timeout: Duration) -> bool {
         self.tell(Command::Quit);
         let Some(thread) = self.thread.take() else { return true };
@@ -158,7 +158,7 @@ impl Guest {
     }
 }
 
-/// What the guest is busy with.
+/// The current task of a guest.
 enum Task {
     Serve,
     Ping(Pinging),
@@ -171,12 +171,12 @@ struct Pinging {
     left: u32,
     /// Whether the target has answered before.
     in_contact: bool,
-    /// The sequence number of the ping that is under way, and when it was sent.
+    /// The sequence number of the ping in flight, and when it was sent.
     waiting: Option<(u16, Instant)>,
     pings: Pings,
 }
 
-/// The guest's own side.
+/// The guest's side of the thread.
 struct Stack<'a> {
     nic: NetworkCard,
     interface: Interface,
@@ -186,7 +186,7 @@ struct Stack<'a> {
     commands: Receiver<Command>,
     tell: &'a dyn Fn(Report),
     progress: Arc<AtomicU64>,
-    /// Zero of the stack's clock.
+    /// The zero of the stack's clock.
     epoch: Instant,
     task: Task,
     echo_sequence: u16,
@@ -204,7 +204,7 @@ impl<'a> Stack<'a> {
         dhcp_packet: &'a mut [u8],
     ) -> Self {
         let mut config = Config::new(EthernetAddress(mac.into_array()).into());
-        // Port and sequence numbers of two guests and of two runs must not be alike.
+        // The ports and sequence numbers of two guests, and of two runs, must differ.
         config.random_seed = {
             use std::hash::{BuildHasher, RandomState};
             RandomState::new().hash_one(mac.into_array())
@@ -278,13 +278,13 @@ impl<'a> Stack<'a> {
                 sleep = sleep.min(due.saturating_duration_since(Instant::now()));
             }
             if starved {
-                // It may want to go on at once, but cannot.
+                // The stack may want to continue at once but cannot, for lack of a frame.
                 sleep = SLEEP_MAX;
             } else if sleep.is_zero() {
                 if worked {
                     continue;
                 }
-                // Whatever it is that the stack wants to do at once, it did not do it now: no
+                // The stack wants to do something at once, but has not done it now. That is no
                 // reason to keep a processor busy.
                 sleep = Duration::from_millis(1);
             }
@@ -324,8 +324,8 @@ impl<'a> Stack<'a> {
         };
     }
 
-    /// Between what came in and what goes out: moves the task on. Returns when it wants to be
-    /// called at the latest.
+    /// Advances the task, between receiving and sending. Returns the latest time at which it has to
+    /// be called again.
     fn work(&mut self) -> Option<Instant> {
         self.follow_dhcp();
         match &mut self.task {
@@ -371,7 +371,7 @@ impl<'a> Stack<'a> {
         }
     }
 
-    /// After everything has gone out: ends a task that is done.
+    /// Ends a task that is done. Called after everything has been sent.
     fn finish(&mut self) {
         let done = match &self.task {
             Task::Serve => false,
@@ -407,7 +407,8 @@ impl<'a> Stack<'a> {
         }
     }
 
-    /// Does what the DHCP client says. It goes on renewing as long as the guest lives.
+    /// Applies what the DHCP client reports. The client renews its lease as long as the guest
+    /// lives.
     fn follow_dhcp(&mut self) {
         match self.sockets.get_mut::<dhcpv4::Socket<'_>>(self.dhcp).poll() {
             None => {}
@@ -444,14 +445,14 @@ fn tcp_socket(receive: usize, send: usize) -> tcp::Socket<'static> {
     let buffer = |size| tcp::SocketBuffer::new(vec![0; size]);
     let mut socket = tcp::Socket::new(buffer(receive), buffer(send));
     socket.set_nagle_enabled(false);
-    // The stack answers a batch at a time anyway.
+    // The stack answers a batch at a time in any case.
     socket.set_ack_delay(None);
     socket.set_timeout(Some(smoltcp::time::Duration::from_secs(30)));
     socket
 }
 
 impl Pinging {
-    /// Takes in answers, gives up on what is late, sends the next.
+    /// Handles the answers, gives up on a late one, and sends the next ping.
     fn step(&mut self, socket: &mut icmp::Socket<'_>, sequence: &mut u16) -> Option<Instant> {
         let now = Instant::now();
         while let Ok((packet, from)) = socket.recv() {
@@ -471,7 +472,7 @@ impl Pinging {
         if self.waiting.is_some_and(|(_, sent)| now >= sent + timeout) {
             self.waiting = None;
             if !self.in_contact {
-                // Nobody is there.
+                // The target does not answer at all.
                 self.pings.sent += std::mem::take(&mut self.left);
             }
         }
@@ -492,12 +493,12 @@ impl Pinging {
     }
 }
 
-/// An echo request.
+/// An echo request with this sequence number.
 pub(crate) fn request(sequence: u16) -> Icmpv4Repr<'static> {
     Icmpv4Repr::EchoRequest { ident: ECHO_IDENT, seq_no: sequence, data: &PING_PAYLOAD }
 }
 
-/// The sequence number of a good echo reply.
+/// The sequence number of a valid echo reply.
 pub(crate) fn answer(packet: &[u8]) -> Option<u16> {
     let packet = Icmpv4Packet::new_checked(packet).ok()?;
     match Icmpv4Repr::parse(&packet, &ChecksumCapabilities::default()).ok()? {

@@ -20,7 +20,7 @@ use super::limits::{
 };
 use crate::stream::Stream;
 
-/// Starts it; it reports as number `number`, like a guest.
+/// Starts the thread. Like a guest's, its reports carry `number`.
 pub(crate) fn start(number: usize, reports: Sender<(usize, Report)>) -> io::Result<Guest> {
     Guest::on_thread("kernel".to_owned(), None, move |commands, progress| {
         let tell = |report| drop(reports.send((number, report)));
@@ -51,8 +51,8 @@ impl Kernel<'_> {
         }
     }
 
-    /// Tries `f` until it neither waits nor is interrupted; [`ErrorKind::Interrupted`] if this is to
-    /// end meanwhile.
+    /// Retries `f` until it neither would block nor is interrupted. Returns
+    /// [`ErrorKind::Interrupted`] if the thread is to end meanwhile.
     fn patiently<T>(&self, pause: Duration, mut f: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         loop {
             match f() {
@@ -60,7 +60,7 @@ impl Kernel<'_> {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 done => return done,
             }
-            // While it is busy there is no other command.
+            // While it is busy, the only command that can come is the one to end.
             if self.commands.try_recv().is_ok() {
                 return Err(ErrorKind::Interrupted.into());
             }
@@ -111,20 +111,20 @@ impl Kernel<'_> {
             left -= n as u64;
         }
         stream.shutdown(Shutdown::Write)?;
-        // Its end says that all has arrived.
+        // The end of the stream says that everything has arrived.
         self.patiently(Duration::ZERO, || stream.read(&mut buffer))?;
         Ok(Report::Sent { started })
     }
 }
 
-/// Like a guest's pings: one more to make contact, the others counted.
+/// Like a guest's pings: one more to make contact, which does not count.
 fn ping(target: Ipv4Addr, count: u32) -> io::Result<Pings> {
     let socket = icmp_socket()?;
     // A raw socket has no ports.
     socket.connect((target, 0))?;
     let mut pings = Pings::default();
     if echo(&socket, 0, CONTACT_TIMEOUT)?.is_none() {
-        // Nobody is there.
+        // The target does not answer at all.
         pings.sent = count;
         return Ok(pings);
     }
@@ -135,7 +135,7 @@ fn ping(target: Ipv4Addr, count: u32) -> io::Result<Pings> {
     Ok(pings)
 }
 
-/// The round-trip time of one, if it is answered within `timeout`.
+/// The round-trip time of one ping, if it is answered within `timeout`.
 fn echo(socket: &UdpSocket, sequence: u16, timeout: Duration) -> io::Result<Option<Duration>> {
     let request = request(sequence);
     let mut packet = vec![0; request.buffer_len()];
@@ -151,7 +151,7 @@ fn echo(socket: &UdpSocket, sequence: u16, timeout: Duration) -> io::Result<Opti
         }
         socket.set_read_timeout(Some(left))?;
         match socket.recv(&mut buffer) {
-            // A raw socket brings the IP header too.
+            // A raw socket also delivers the IP header.
             Ok(len) => {
                 let packet = Ipv4Packet::new_checked(&buffer[..len]).ok();
                 if packet.and_then(|packet| answer(packet.payload())) == Some(sequence) {
@@ -165,15 +165,15 @@ fn echo(socket: &UdpSocket, sequence: u16, timeout: Duration) -> io::Result<Opti
     }
 }
 
-/// A raw socket in the clothes of a datagram socket, whose calls are the same.
+/// A raw socket, as a `UdpSocket` because the calls of both are the same.
 fn icmp_socket() -> io::Result<UdpSocket> {
-    // SAFETY: plain numbers.
+    // SAFETY: all arguments are plain numbers.
     let fd = unsafe {
         libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_ICMP)
     };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it has just been opened, and nobody else knows it.
+    // SAFETY: the descriptor has just been opened, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }

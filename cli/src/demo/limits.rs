@@ -4,47 +4,48 @@ use std::time::Duration;
 
 /// Pings from each guest to each target.
 pub(crate) const PINGS: u32 = 50;
-/// Bytes transferred unless told otherwise.
+/// Bytes that are transferred by default.
 pub(crate) const BYTES: u64 = 1 << 30;
-/// DHCP clients repeat a lost packet after ten seconds.
+/// How long a guest may take to get a lease. A DHCP client repeats a lost packet after ten seconds.
 pub(crate) const LEASE_TIMEOUT: Duration = Duration::from_secs(30);
-/// A guest gives up on a ping after a second.
+/// How long all pings of a guest may take. A guest gives up on one ping after a second.
 pub(crate) const PINGS_TIMEOUT: Duration = Duration::from_secs(PINGS as u64 + 10);
-/// A transfer that has not moved for so long is over.
+/// A transfer that has made no progress for this long has failed.
 pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// Of a ring to close.
+/// How long a ring may take to close.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Packets the stack takes in, and makes, before the other side of the ring hears of it: enough to
-/// pay for a wake-up, few enough that both guests work at the same time.
+/// Packets that the stack receives and sends before the other side of the ring is told. It is
+/// enough to pay for a wake-up, and few enough that both guests work at the same time.
 pub(crate) const BATCH: usize = 64;
-/// An upper limit for any sleep.
+/// The longest sleep.
 pub(crate) const SLEEP_MAX: Duration = Duration::from_secs(10);
-/// How long a ping is waited for.
+/// How long to wait for the answer to a ping.
 pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long the first one is, which has to find out the target's MAC: the stack asks for one MAC a
-/// second, whoever's it is.
+/// How long to wait for the answer to the first ping, which has to resolve the target's MAC. The
+/// stack asks for one MAC a second, whichever it is.
 pub(crate) const CONTACT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a socket sleeps before it looks for a command to end.
+/// How long a socket blocks before it looks for the command to end.
 #[cfg(target_os = "linux")]
 pub(crate) const PATIENCE: Duration = Duration::from_millis(250);
-/// The same for a connection to come, which nothing else can wait for.
+/// How long to pause between two attempts to accept a connection, because nothing else can wait for
+/// one.
 #[cfg(target_os = "linux")]
 pub(crate) const ACCEPT_PATIENCE: Duration = Duration::from_micros(100);
 #[cfg(target_os = "linux")]
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// What one call of the kernel takes or brings at most.
+/// The most bytes that one call of the kernel reads or writes.
 #[cfg(target_os = "linux")]
 pub(crate) const CHUNK: usize = 256 << 10;
 
-/// Bytes of the TCP window: the amount under way between the guests. Large enough that neither
-/// waits for the other, small enough for the processors' caches.
+/// Bytes of the TCP window, which is the amount in flight between the guests. It is large enough
+/// that neither waits for the other, and small enough for the processors' caches.
 pub(crate) fn window(mtu: u32) -> usize {
     (32 * mtu as usize).clamp(512 << 10, 2 << 20)
 }
 
-/// Frames a ring has in flight each way: a TCP window and its acknowledgements.
+/// Frames that a ring has in flight in each direction: a TCP window and its acknowledgements.
 pub(crate) fn depth(mtu: u32) -> u32 {
     let packets = window(mtu) as u32 / (mtu - 40);
     packets.next_power_of_two().clamp(64, 1024)

@@ -1,8 +1,8 @@
 //! A guest's network card: smoltcp's device over a [`Ring`].
 //!
-//! Frames are never copied or allocated on the way: a packet is parsed where the device wrote it,
-//! and built where the device reads it. What one round of the stack takes and makes is submitted in
-//! two batches at its end.
+//! Frames are neither copied nor allocated on the way. A packet is parsed where the device wrote
+//! it, and built where the device reads it. What the stack receives and sends in one round is
+//! submitted in two batches at the end of the round.
 
 use std::collections::VecDeque;
 use std::iter;
@@ -21,21 +21,21 @@ pub(crate) struct NetworkCard {
     capabilities: DeviceCapabilities,
     /// Packets for the stack.
     received: VecDeque<Frame>,
-    /// Frames to be posted for reading.
+    /// Frames that will be posted for reading.
     to_read: VecDeque<Frame>,
-    /// Packets to be written.
+    /// Packets that will be written.
     to_write: VecDeque<Frame>,
-    /// Frames to build packets in.
+    /// Frames in which packets can be built.
     free: Vec<Frame>,
     /// Writes that have not completed.
     writing: usize,
-    /// The stack wanted to send and there was no free frame.
+    /// The stack wanted to send, but there was no free frame.
     starved: bool,
 }
 
 impl NetworkCard {
-    /// Takes over a ring on which nothing is in flight, posts `reads` of its frames for reading and
-    /// keeps `writes` to send.
+    /// Takes over a ring with nothing in flight. Posts `reads` of its frames for reading and keeps
+    /// `writes` for sending.
     pub(crate) fn new(ring: Ring, reads: usize, writes: usize) -> Self {
         let capabilities = capabilities(&ring.capabilities());
         let frames = |n| iter::from_fn(|| ring.alloc()).take(n);
@@ -53,7 +53,7 @@ impl NetworkCard {
         }
     }
 
-    /// Takes in what has completed.
+    /// Handles what has completed.
     pub(crate) fn collect(&mut self) {
         for done in self.ring.reap() {
             let (op, result) = (done.op, done.result);
@@ -69,7 +69,7 @@ impl NetworkCard {
         }
     }
 
-    /// Submits what the stack has made and what it has read, each in one batch.
+    /// Submits what the stack has sent and what it has received, each in one batch.
     pub(crate) fn flush(&mut self) -> Result<(), Error> {
         if !self.to_write.is_empty() {
             let frames = iter::from_fn(|| self.to_write.pop_front().map(|frame| (frame, 0)));
@@ -87,13 +87,13 @@ impl NetworkCard {
         !self.received.is_empty()
     }
 
-    /// Whether the stack has to wait for frames; forgets it.
+    /// Returns whether the stack has to wait for frames, and resets that.
     pub(crate) fn take_starved(&mut self) -> bool {
         std::mem::take(&mut self.starved)
     }
 
-    /// Sleeps until a packet comes, at most `timeout`. A write completes soon and by itself, and
-    /// what it brings is a free frame; so unless frames are short it is not worth waking for.
+    /// Sleeps until a packet arrives, at most `timeout`. A write completes soon and without help,
+    /// and only yields a free frame. So it is not worth waking for, unless frames are short.
     pub(crate) fn wait(&mut self, timeout: Duration, for_frames: bool) {
         let completions = if for_frames { 1 } else { self.writing + 1 };
         self.ring.wait(completions, Some(timeout));
@@ -111,7 +111,8 @@ impl Device for NetworkCard {
 
     fn receive(&mut self, _: Instant) -> Option<(Received<'_>, ToSend<'_>)> {
         if self.free.is_empty() && !self.received.is_empty() {
-            // The stack may answer the packet, so it has to wait until an answer can be sent.
+            // The stack may answer the packet, so the packet has to wait until an answer can be
+            // sent.
             self.starved = true;
             return None;
         }
@@ -133,9 +134,9 @@ impl Device for NetworkCard {
     }
 }
 
-/// What the stack is to know of the network. It makes no packet longer than the MTU, but takes what
-/// a device with segmentation offload puts together; and where the device does checksums, what it
-/// brings has none to be checked.
+/// What the stack has to know about the network. It sends no packet longer than the MTU, but
+/// accepts the large packets of a device with segmentation offload. Where the device offloads
+/// checksums, packets from it have none to check.
 fn capabilities(device: &Capabilities) -> DeviceCapabilities {
     let mut capabilities = DeviceCapabilities::default();
     capabilities.medium = Medium::Ethernet;
@@ -147,7 +148,7 @@ fn capabilities(device: &Capabilities) -> DeviceCapabilities {
     capabilities
 }
 
-/// A packet that came; its frame is posted again once the stack has seen it.
+/// A received packet. Its frame is posted again once the stack has seen it.
 #[derive(Debug)]
 pub(crate) struct Received<'a> {
     frame: Frame,
@@ -162,7 +163,7 @@ impl RxToken for Received<'_> {
     }
 }
 
-/// Leave to send one packet.
+/// Permission to send one packet.
 #[derive(Debug)]
 pub(crate) struct ToSend<'a> {
     free: &'a mut Vec<Frame>,
@@ -171,7 +172,7 @@ pub(crate) struct ToSend<'a> {
 
 impl TxToken for ToSend<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        // The token is only made when there is one.
+        // The token is only made when there is a free frame.
         let mut frame = self.free.pop().expect("a token stands for a free frame");
         frame.reset();
         frame.set_len(len).expect("smoltcp keeps to the interface's MTU");

@@ -1,4 +1,5 @@
-//! The demo's network: two interfaces with a ring each, or one with the kernel behind it.
+//! The demo's network: two interfaces with a ring each, or one interface whose other end is the
+//! kernel.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -30,8 +31,8 @@ pub(crate) struct Settings {
     tap: TapArgs,
 }
 
-/// The devices that carry two guests who see each other, or a guest and the kernel, for the sentence
-/// that refuses another.
+/// The devices that carry two guests who see each other, or a guest and the kernel. The error
+/// message for another device lists them.
 const USABLE: &str = if cfg!(target_os = "macos") {
     "embedded or vmnet"
 } else if cfg!(target_os = "linux") {
@@ -46,7 +47,7 @@ impl Settings {
         self.device.is_tap()
     }
 
-    /// A driver for one end of the network of that name.
+    /// A driver for one end of the network with this name.
     fn driver(&self, network: &str) -> Box<dyn Driver> {
         #[cfg(target_os = "linux")]
         if self.has_kernel() {
@@ -55,7 +56,7 @@ impl Settings {
         self.device.driver(network)
     }
 
-    /// What the device is asked to take off the guests.
+    /// The offloads that the device is asked for.
     fn offloads(&self) -> Offloads {
         #[cfg(target_os = "linux")]
         if self.has_kernel() {
@@ -64,7 +65,7 @@ impl Settings {
         Offloads::default()
     }
 
-    /// Refuses devices and subnets that cannot carry two guests.
+    /// Checks the arguments. Refuses devices and subnets that cannot carry two guests.
     pub(crate) fn of(args: &DemoArgs) -> Result<Self, Failure> {
         let device = DeviceName::of(&args.device, USABLE)?;
         if device == DeviceName::Loopback {
@@ -98,21 +99,21 @@ impl Settings {
     }
 }
 
-/// Refuses a range that leaves fewer than two addresses behind the gateway's.
+/// Refuses a range that has fewer than two addresses after the gateway's.
 fn room_for_two(range: &Ipv4Range) -> Result<(), Failure> {
     let guests = u32::from(range.end).saturating_sub(u32::from(range.start));
     if guests >= 2 {
         return Ok(());
     }
     Err(Failure::Usage(format!(
-        "the demo has two guests and the subnet has {} behind the gateway {}; use /29 or wider with \
+        "the demo has two guests and the subnet has {} after the gateway {}; use /29 or wider with \
          the first address as the gateway, like 192.168.70.1/24",
         if guests == 1 { "one address" } else { "no address" },
         range.start
     )))
 }
 
-/// One guest's place on the network.
+/// One guest's side of the network.
 #[derive(Debug)]
 pub(crate) struct GuestSide {
     pub(crate) interface: Interface,
@@ -122,15 +123,16 @@ pub(crate) struct GuestSide {
 }
 
 impl GuestSide {
-    /// The guest's network card; the interface and the ring's control handle stay.
+    /// Makes the guest's network card. The interface and the ring's control handle stay with the
+    /// caller.
     pub(crate) fn into_nic(self) -> (Interface, RingControl, NetworkCard) {
         let nic = NetworkCard::new(self.ring, self.depth, self.depth);
         (self.interface, self.control, nic)
     }
 }
 
-/// Two places on one network, or one with the kernel behind it, fresh for this call; and the poller
-/// if they share one.
+/// A new network for each call: the sides of two guests, or of one whose other end is the kernel;
+/// and the poller, if they share one.
 #[derive(Debug)]
 pub(crate) struct DemoNetwork {
     pub(crate) sides: Vec<GuestSide>,

@@ -10,32 +10,32 @@ use vmring::stats::RingStats;
 use super::guest::{Lease, Pings};
 use crate::report::{Batches, Table, bytes, grouped, percentile, round};
 
-/// What the kernel is called where it is the other guest.
+/// The name of the kernel where it is the other guest.
 pub(crate) const KERNEL: &str = "kernel";
 
-/// Everything the demo found out; what it did not get to is `None`.
+/// Everything that the demo found out. What it did not get to is `None`.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Summary {
-    /// Whether every step held.
+    /// Whether every step succeeded.
     pub(crate) ok: bool,
-    /// Which step did not hold, in a sentence.
+    /// The step that failed, in a sentence.
     pub(crate) failed: Option<String>,
     pub(crate) device: String,
     pub(crate) mode: String,
     pub(crate) drive: String,
-    /// How frames move, where there is a choice: `io_uring` or `plain`.
+    /// How frames are moved, where there is a choice: `io_uring` or `plain`.
     pub(crate) engine: Option<&'static str>,
-    /// What the device takes off the guests.
+    /// What the device offloads.
     pub(crate) offloads: Vec<&'static str>,
     pub(crate) guests: Vec<GuestSummary>,
     pub(crate) ping: PingSummary,
     pub(crate) transfer: Option<TransferSummary>,
-    /// The other way, where the other guest is the kernel.
+    /// The transfer in the other direction, if the other guest is the kernel.
     pub(crate) transfer_back: Option<TransferSummary>,
     pub(crate) idle: Option<IdleSummary>,
     /// Packets that the network dropped.
     pub(crate) drops: u64,
-    /// The same, those that there were.
+    /// The same by reason, for the reasons that occurred.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
     pub(crate) capture: Option<CaptureSummary>,
 }
@@ -49,10 +49,10 @@ pub(crate) struct GuestSummary {
     pub(crate) ipv4: Option<String>,
     pub(crate) prefix_length: Option<u8>,
     pub(crate) gateway: Option<String>,
-    /// `None` also where the network has no way out.
+    /// `None` also if the network has no way out.
     pub(crate) router: Option<String>,
     pub(crate) lease_seconds: Option<u32>,
-    /// This and the rest is what its ring counted; the kernel has none.
+    /// This and what follows are the counters of the guest's ring. The kernel has none.
     pub(crate) packets_read: Option<u64>,
     pub(crate) packets_written: Option<u64>,
     pub(crate) read_batches: Option<Batches>,
@@ -153,22 +153,22 @@ pub(crate) struct TransferSummary {
     pub(crate) to: String,
     /// Bytes that arrived.
     pub(crate) bytes: u64,
-    /// From the first packet of the connection to the last byte's hash.
+    /// The time from the first packet of the connection until the last byte was hashed.
     pub(crate) seconds: f64,
     pub(crate) gbit_per_s: f64,
-    /// All that crossed the network for it: those with data, and the acknowledgements.
+    /// All packets that crossed the network for the transfer: data and acknowledgements.
     pub(crate) packets: u64,
     pub(crate) data_packets: u64,
     pub(crate) packets_per_s: f64,
     pub(crate) sha256_ok: bool,
-    /// Of what arrived.
+    /// The digest of what arrived.
     pub(crate) sha256: String,
 }
 
 #[derive(Debug, Serialize)]
 pub(crate) struct IdleSummary {
     pub(crate) seconds: f64,
-    /// Processor time of the whole process, in per cent of one processor.
+    /// Processor time of the whole process, in percent of one processor.
     pub(crate) cpu_percent: f64,
     pub(crate) next_packet_arrived: bool,
 }
@@ -180,7 +180,7 @@ pub(crate) struct CaptureSummary {
 }
 
 impl Summary {
-    /// For people.
+    /// The tables for people.
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
             "{} on the {} device, {} mode, {}\n",
@@ -305,7 +305,7 @@ impl Summary {
     }
 }
 
-/// A time in the largest unit in which it is whole.
+/// A time in the largest unit in which it is a whole number.
 fn lease(seconds: u32) -> String {
     match seconds {
         s if s % 3600 == 0 => format!("{} h", s / 3600),

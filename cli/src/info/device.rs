@@ -10,12 +10,12 @@ use crate::report::offload_names;
 pub(crate) struct DeviceInfo {
     pub(super) name: &'static str,
     pub(super) what: &'static str,
-    /// What a process must have to use it.
+    /// What a process needs to use it.
     pub(super) needs: &'static str,
     pub(crate) usable: bool,
-    /// Why it is not usable here.
+    /// The reason why it is not usable here.
     pub(crate) why_not: Option<String>,
-    /// With default settings; `None` if it is not usable.
+    /// The capabilities with default settings; `None` if the device is not usable.
     pub(crate) capabilities: Option<CapabilitiesInfo>,
 }
 
@@ -26,7 +26,7 @@ pub(crate) struct CapabilitiesInfo {
     pub(super) max_read_batch: u32,
     pub(super) max_write_batch: u32,
     pub(super) headroom: u32,
-    /// `None`: any number.
+    /// `None` means any number.
     pub(super) reading_rings: Option<usize>,
     pub(super) writing_rings: Option<usize>,
     pub(super) offloads: Vec<&'static str>,
@@ -48,7 +48,7 @@ impl From<Capabilities> for CapabilitiesInfo {
     }
 }
 
-/// A device of this version: tried out, not only described.
+/// Tries a device of this build by starting it.
 pub(crate) fn try_device(
     name: &'static str,
     what: &'static str,
@@ -64,7 +64,7 @@ pub(crate) fn try_device(
     DeviceInfo { name, what, needs, usable: why_not.is_none(), why_not, capabilities }
 }
 
-/// A device that is not usable here, and why.
+/// A device that is not usable here, with the reason.
 pub(crate) fn unusable(
     (name, what, needs): (&'static str, &'static str, &'static str),
     why_not: String,

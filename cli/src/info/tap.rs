@@ -11,27 +11,28 @@ use super::device::{self, DeviceInfo};
 use crate::report::{Table, offload_names};
 use crate::tap::in_namespace;
 
-/// Where a TAP comes from.
+/// The device node that TAPs come from.
 const NODE: &str = "/dev/net/tun";
 
-/// What of a TAP depends on this machine and this process.
+/// What depends on this machine and this process.
 #[derive(Debug, Serialize)]
 pub(crate) struct TapInfo {
-    /// Whether `/dev/net/tun` may be opened.
+    /// Whether `/dev/net/tun` can be opened.
     opens: bool,
-    /// Why not.
+    /// The reason why it cannot.
     why_not: Option<String>,
-    /// Which engine `auto` is.
+    /// The engine that `auto` stands for.
     engine: &'static str,
-    /// Why it is not io_uring.
+    /// The reason why that is not io_uring.
     why_no_io_uring: Option<String>,
-    /// What the kernel grants to who asks for all; `None` if no TAP could be made to ask.
+    /// The offloads that the kernel grants if all are asked for; `None` if no TAP could be made to
+    /// ask.
     offloads: Option<Vec<&'static str>>,
-    /// Those that may be named in the mode `bridged:NAME`.
+    /// Names of bridges for the mode `bridged:NAME`.
     bridges: Vec<String>,
 }
 
-/// Tries a TAP out, in a network namespace for it alone; adds it to the devices.
+/// Tries a TAP in a network namespace of its own, and adds it to the devices.
 pub(crate) fn inspect(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo) {
     let why_not = OpenOptions::new().read(true).write(true).open(NODE).err().map(why_closed);
     let tried = match &why_not {
@@ -54,7 +55,7 @@ pub(crate) fn inspect(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo
     (devices, TapInfo { opens, why_not, engine, why_no_io_uring, offloads, bridges })
 }
 
-/// Why the node cannot be opened, and what helps.
+/// The reason why the node cannot be opened, and what helps.
 fn why_closed(error: io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TapError::NoTun.to_string(),
@@ -75,7 +76,7 @@ fn try_out() -> (DeviceInfo, Option<Vec<&'static str>>) {
     (device, asked.ok().map(|interface| offload_names(interface.capabilities().offloads)))
 }
 
-/// Anybody may read them here; without a `/sys` there are none to be seen.
+/// Any user may read the bridges here. Without `/sys` none are found.
 fn bridges() -> Vec<String> {
     let Ok(interfaces) = fs::read_dir("/sys/class/net") else { return Vec::new() };
     let bridges = interfaces.flatten().filter(|interface| interface.path().join("bridge").is_dir());
@@ -86,7 +87,7 @@ fn bridges() -> Vec<String> {
 }
 
 impl TapInfo {
-    /// For people.
+    /// The table for people.
     pub(crate) fn text(&self) -> String {
         let list = |names: Vec<&str>| match names[..] {
             [] => "none".to_owned(),

@@ -1,8 +1,8 @@
-//! `vmring bench`: short runs, for what they say and not for how fast they are.
+//! `vmring bench`: short runs, which check what it prints and not how fast it is.
 
 use super::*;
 
-/// A short run in which everything held.
+/// A short run in which every step succeeded.
 fn bench(arguments: &[&str]) -> Value {
     let report = json(&[&["bench", "--json", "--seconds", "1"], arguments].concat());
     assert_eq!((&report["ok"], &report["failed"]), (&true.into(), &Value::Null));
@@ -14,13 +14,13 @@ fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// A median between the least and the most.
+/// The median is between the least and the greatest value.
 fn spread(value: &Value) {
     let [min, median, max] = ["min", "median", "max"].map(|name| number(&value[name]));
     assert!(min <= median && median <= max && max > 0.0, "{value}");
 }
 
-/// Every figure is there, and nothing was lost.
+/// Every figure is present, and nothing was lost.
 fn whole(report: &Value, size: u64, batch: u64) {
     assert_eq!((&report["size"], &report["batch"]), (&size.into(), &batch.into()));
     let ways = report["one_way"].as_array().expect("a list");
@@ -78,7 +78,7 @@ fn a_bench_runs_on_the_vmnet_driver_over_the_simulator() {
     whole(&bench(&["--device", "vmnet-sim"]), 1514, 32);
 }
 
-/// The kernel may lose packets, so nothing is asked of that here.
+/// The kernel may lose packets, so the test does not require that none is lost.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_bench_runs_between_two_taps() {
@@ -150,7 +150,7 @@ fn an_interrupt_ends_a_bench_with_the_figures_so_far() {
             .stderr(Stdio::piped())
             .spawn()
             .expect("the command starts");
-        // It says so when it is at work; then some of its first intervals pass, a tenth of a second
+        // It prints this when it works. Then some of its first intervals pass, a tenth of a second
         // each.
         let mut said = [0; 16];
         child.stderr.as_mut().expect("piped").read_exact(&mut said).expect("a line");
