@@ -5,7 +5,9 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use vmring::{Direction, Drive, Embedded, IdlePolicy, Interface, Loopback, Op, Ring, RingBuilder};
+use vmring::{
+    Direction, Drive, Embedded, IdlePolicy, Interface, Loopback, Ring, RingBuilder, RingOp,
+};
 
 const BATCHES: [u64; 4] = [1, 8, 32, 128];
 const LONG: Option<Duration> = Some(Duration::from_secs(10));
@@ -33,9 +35,9 @@ fn turn(ring: &mut Ring, packet: &[u8]) -> u64 {
     let (mut sq, mut cq) = ring.split();
     let mut read = 0;
     for done in cq.reap() {
-        let frame = done.frame_ok().expect("a loop succeeds");
+        let frame = done.take_packet().expect("a loop succeeds");
         match done.op {
-            Op::Read => {
+            RingOp::Read => {
                 assert_eq!(frame.len(), packet.len());
                 read += 1;
                 sq.submit_read(frame, done.user_data)

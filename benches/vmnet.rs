@@ -204,7 +204,7 @@ mod imp {
         fn turn(&mut self, direction: Direction) -> u64 {
             let (mut sq, mut cq) = self.ring.split();
             let frames = cq.reap().map(|done| {
-                let frame = done.frame_ok().expect("the simulator takes and gives");
+                let frame = done.take_packet().expect("the simulator takes and gives");
                 assert_eq!(frame.len(), LEN);
                 (frame, done.user_data)
             });

@@ -1,7 +1,7 @@
 //! A custom device in safe Rust: an echo that sends every frame back to its sender.
 //!
 //! A [`Driver`] starts a [`Device`]; the device gives each ring a [`Queue`]; the poller lends the
-//! queue slots through [`Io`]. Like a completion engine, this queue keeps the reads it is lent
+//! queue slots through [`PollContext`]. Like a completion engine, this queue keeps the reads it is lent
 //! until it has data for them. It gives everything back when it is closed.
 //!
 //! ```sh
@@ -12,14 +12,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Wake};
-use vmring::{Config, Direction, Driver, Error, Interface, InterfaceInfo, MacAddr6, Op, Status};
+use vmring::device::{Capabilities, Device, PollContext, PostedSlot, Progress, Queue, Wake};
+use vmring::{
+    Direction, Driver, Error, Interface, InterfaceConfig, InterfaceInfo, MacAddr6, RingOp, Status,
+};
 
 /// The driver, to pass to `Interface::builder().device(..)`.
 struct Echo;
 
 impl Driver for Echo {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mac = config.mac.unwrap_or(MacAddr6::new(0x02, 0, 0, 0, 0, 0xec));
         let mtu = config.mtu.unwrap_or(1500);
         Ok(Arc::new(EchoDevice(InterfaceInfo::new(config, mac, mtu, mtu + 14))))
@@ -59,19 +61,19 @@ struct EchoQueue {
 }
 
 impl Queue for EchoQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
-        while let Some(slot) = io.take_read() {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        self.cancelled.drain(..).for_each(|slot| cx.cancel(slot));
+        while let Some(slot) = cx.take_read() {
             self.waiting.push_back(slot);
         }
         // Without a posted read there is no place for the answer, so leave the writes with the
         // poller, which retries them.
         while !self.waiting.is_empty()
-            && let Some(write) = io.take_write()
+            && let Some(write) = cx.take_write()
         {
             let packet = write.packet();
             if packet.len() < 14 {
-                io.fail(write, Status::InvalidArgument);
+                cx.fail(write, Status::InvalidArgument);
                 continue;
             }
             let mut answer = self.waiting.pop_front().expect("just seen");
@@ -80,8 +82,8 @@ impl Queue for EchoQueue {
             room[6..12].copy_from_slice(&packet[..6]);
             room[12..].copy_from_slice(&packet[12..]);
             let len = packet.len();
-            io.complete_read(answer, len);
-            io.complete_write(write);
+            cx.complete_read(answer, len);
+            cx.complete_write(write);
         }
         Ok(Progress::Idle)
     }
@@ -98,9 +100,9 @@ impl Queue for EchoQueue {
         (self.cancelled.len() - before) as u32
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         self.cancel(None);
-        self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
+        self.cancelled.drain(..).for_each(|slot| cx.cancel(slot));
         true
     }
 }
@@ -116,8 +118,8 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 
     ring.wait(2, Some(Duration::from_secs(10)));
     for done in ring.reap() {
-        let frame = done.frame_ok()?;
-        if done.op == Op::Read {
+        let frame = done.take_packet()?;
+        if done.op == RingOp::Read {
             let view = frame.view();
             let ethernet = view.ethernet().ok_or("too short for a header")?;
             let to = MacAddr6::from(ethernet.destination());

@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
-use vmring::{Armed, Direction, Embedded, Interface, Op};
+use vmring::{Armed, Direction, Embedded, Interface, RingOp};
 
 const PACKETS: u64 = 1000;
 
@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let before = packets;
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             packets += 1;
             sq.submit_read(frame, done.user_data)?;
         }
@@ -72,7 +72,7 @@ fn send(
             sent += 1;
         }
         ring.wait(1, Some(Duration::from_secs(5)));
-        assert!(ring.reap().all(|done| done.op == Op::Write && done.result.is_ok()));
+        assert!(ring.reap().all(|done| done.op == RingOp::Write && done.result.is_ok()));
     }
     ring.wait(64, Some(Duration::from_secs(5)));
     Ok(())

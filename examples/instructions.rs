@@ -9,9 +9,9 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
 use vmring::{
-    Config, Direction, Drive, Driver, Embedded, Error, Interface, InterfaceInfo, Loopback,
+    Direction, Drive, Driver, Embedded, Error, Interface, InterfaceConfig, InterfaceInfo, Loopback,
     MacAddr6, Ring, Status,
 };
 
@@ -62,7 +62,7 @@ fn main() -> ExitCode {
 struct Null;
 
 impl Driver for Null {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mac = MacAddr6::new(2, 0, 0, 0, 0, 1);
         Ok(Arc::new(NullDevice(InterfaceInfo::new(config, mac, 1500, 1514))))
     }
@@ -91,12 +91,12 @@ impl Device for NullDevice {
 struct NullQueue;
 
 impl Queue for NullQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        while let Some(slot) = io.take_read() {
-            io.complete_read(slot, 60);
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = cx.take_read() {
+            cx.complete_read(slot, 60);
         }
-        while let Some(slot) = io.take_write() {
-            io.complete_write(slot);
+        while let Some(slot) = cx.take_write() {
+            cx.complete_write(slot);
         }
         Ok(Progress::Idle)
     }
@@ -118,7 +118,7 @@ fn null_read(packets: u64, batch: u64) {
     while reaped < packets {
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
-            let frame = done.frame_ok().expect("null succeeds");
+            let frame = done.take_packet().expect("null succeeds");
             sq.submit_read(frame, done.user_data).expect("one credit came back");
             reaped += 1;
         }
@@ -140,7 +140,7 @@ fn loopback(packets: u64, batch: u64) {
     while reaped < 2 * packets {
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
-            let frame = done.frame_ok().expect("a loop succeeds");
+            let frame = done.take_packet().expect("a loop succeeds");
             if done.user_data < batch {
                 sq.submit_read(frame, done.user_data).expect("one credit came back");
             } else {
@@ -178,9 +178,9 @@ fn recycle(ring: &mut Ring) -> u64 {
     let (mut sq, mut cq) = ring.split();
     let mut reaped = 0;
     for done in cq.reap() {
-        let frame = done.frame_ok().expect("a network takes every frame");
+        let frame = done.take_packet().expect("a network takes every frame");
         match done.op {
-            vmring::Op::Read => sq.submit_read(frame, done.user_data),
+            vmring::RingOp::Read => sq.submit_read(frame, done.user_data),
             _ => sq.submit_write(frame, done.user_data),
         }
         .expect("one credit came back");
@@ -212,7 +212,8 @@ fn vmnet(packets: u64, batch: u64, direction: Direction) {
     let mut reaped = 0;
     while reaped < packets {
         let (mut sq, mut cq) = ring.split();
-        let frames = cq.reap().map(|done| (done.frame_ok().expect("it succeeds"), done.user_data));
+        let frames =
+            cq.reap().map(|done| (done.take_packet().expect("it succeeds"), done.user_data));
         let submitted = match direction {
             Direction::Read => sq.submit_reads(frames),
             _ => sq.submit_writes(frames),

@@ -25,7 +25,7 @@ type Outcome = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 fn main() -> Outcome {
     use std::time::{Duration, Instant};
 
-    use vmring::{Blocking, Direction, Error, Interface, Mode, Vmnet};
+    use vmring::{BlockingRing, Direction, Error, Interface, Mode, Vmnet};
 
     let started = Interface::builder().mode(Mode::Shared).device(Vmnet::new()).start();
     let interface = match started {
@@ -39,7 +39,7 @@ fn main() -> Outcome {
     println!("MAC {}", interface.mac());
     println!("MTU {}, packets up to {} bytes", interface.mtu(), interface.max_packet_size());
 
-    let mut network = Blocking::new(interface.ring(Direction::Both).build()?)?;
+    let mut network = BlockingRing::new(interface.ring(Direction::Both).build()?)?;
     if let Some(range) = interface.info().ipv4 {
         // An ARP probe (RFC 5227): it asks for the first address and has no sender address.
         let mac = interface.mac().into_array();

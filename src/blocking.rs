@@ -3,10 +3,10 @@
 //!
 //! ```
 //! use std::time::Duration;
-//! use vmring::{Blocking, Direction, Interface, Loopback};
+//! use vmring::{BlockingRing, Direction, Interface, Loopback};
 //!
 //! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
-//! let mut packets = Blocking::new(interface.ring(Direction::Both).build()?)?;
+//! let mut packets = BlockingRing::new(interface.ring(Direction::Both).build()?)?;
 //! packets.write(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
 //! let packet = packets.read_timeout(Duration::from_secs(5))?.expect("it came back");
 //! assert_eq!(&packet[14..], b" hello");
@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 use vmring_core::Frame;
 
-use crate::error::{Closed, EntryError, Error, Status, SubmitErrorKind};
-use crate::ring::{Op, Ring};
+use crate::error::{CloseReason, EntryError, Error, Status, SubmitErrorKind};
+use crate::ring::{Ring, RingOp};
 
 /// A ring behind blocking calls. Reads are posted ahead, as many as the ring has credits.
 #[derive(Debug)]
-pub struct Blocking {
+pub struct BlockingRing {
     ring: Ring,
     /// Packets that came while a write was waited for.
     ready: VecDeque<Frame>,
@@ -40,7 +40,7 @@ const READ: u64 = u64::MAX;
 /// soon.
 const NAP: Duration = Duration::from_micros(50);
 
-impl Blocking {
+impl BlockingRing {
     /// Takes over a ring on which nothing is in flight.
     pub fn new(ring: Ring) -> Result<Self, Error> {
         let mut front = Self { ring, ready: VecDeque::new(), failed: None, writes: 0 };
@@ -136,7 +136,7 @@ impl Blocking {
         loop {
             if let Some(result) = self.pump_for(number, None) {
                 return result.map_err(|error| match error {
-                    EntryError::Cancelled => Error::Closed(Closed::Stopped),
+                    EntryError::Cancelled => Error::Closed(CloseReason::Stopped),
                     other => Error::Entry(other),
                 });
             }
@@ -197,10 +197,10 @@ impl Blocking {
         let mut answer = None;
         for done in self.ring.reap() {
             match (done.op, done.result) {
-                (Op::Read, Ok(_)) => self.ready.extend(done.frame()),
-                (Op::Read, Err(EntryError::Cancelled)) => {}
+                (RingOp::Read, Ok(_)) => self.ready.extend(done.take_frame()),
+                (RingOp::Read, Err(EntryError::Cancelled)) => {}
                 // For the next `read`: whoever waits here may wait for a write.
-                (Op::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
+                (RingOp::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
                 (_, result) if done.user_data == number => answer = Some(result.map(drop)),
                 _ => {}
             }

@@ -91,7 +91,7 @@ impl FromStr for Ipv4Range {
 /// What a driver is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Config {
+pub struct InterfaceConfig {
     /// Which network.
     pub mode: Mode,
     /// The interface's identity, a UUID: the same gives the same MAC.
@@ -108,7 +108,7 @@ pub struct Config {
     pub offloads: Offloads,
 }
 
-impl Config {
+impl InterfaceConfig {
     /// An interface of that identity, everything else left to the driver.
     pub(crate) fn new(mode: Mode, interface_id: [u8; 16]) -> Self {
         let offloads = Offloads::default();
@@ -136,8 +136,8 @@ pub struct InterfaceInfo {
 
 impl InterfaceInfo {
     /// What `config` asked for, with what a driver decides.
-    pub fn new(config: &Config, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
-        let Config { mode, interface_id, ipv4, .. } = config.clone();
+    pub fn new(config: &InterfaceConfig, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
+        let InterfaceConfig { mode, interface_id, ipv4, .. } = config.clone();
         Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
     }
 }

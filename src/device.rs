@@ -12,11 +12,11 @@
 pub(crate) mod catch;
 mod common;
 pub(crate) mod completions;
+pub(crate) mod context;
 pub mod embedded;
 #[cfg(feature = "fault")]
 pub mod fault;
 mod inbox_reader;
-pub(crate) mod io;
 pub mod loopback;
 #[cfg(feature = "pcap")]
 pub mod pcap;
@@ -29,7 +29,7 @@ pub mod tap;
 pub mod vmnet;
 
 pub use crate::config::{Offloads, PortForward, Protocol};
-pub use io::{CompletedSlot, Io};
+pub use context::{CompletedSlot, PollContext};
 pub use relay::Relay;
 pub use seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 pub use slot::PostedSlot;

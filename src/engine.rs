@@ -10,10 +10,10 @@ use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
 use crate::config::Direction;
 use crate::device::catch::{Panicked, catch_panic};
 use crate::device::completions::Completions;
-use crate::device::io::{Io, Posted, Sink};
+use crate::device::context::{PollContext, Posted, Sink};
 use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
 use crate::device::slot::class_index;
-use crate::error::{Closed, ConfigError, Error, Status};
+use crate::error::{CloseReason, ConfigError, Error, Status};
 use crate::fifo::Fifo;
 use crate::lifecycle::{INTERFACE_BUSY, InterfaceShared, RingPermit};
 use crate::limits::CLOSE_RETRY;
@@ -35,11 +35,11 @@ enum Phase {
     Closing {
         deadline: Instant,
         /// `None`: to be opened again by a restart.
-        reason: Option<Closed>,
+        reason: Option<CloseReason>,
     },
     /// Between the two halves of a restart: submissions wait.
     Detached,
-    Closed(Closed),
+    Closed(CloseReason),
 }
 
 /// Everything an engine is built from.
@@ -150,7 +150,7 @@ impl Engine {
     pub(crate) fn bind_to_thread(&mut self) {
         self.bound = true;
         if let Some(queue) = &mut self.queue
-            && catch_panic(|| queue.settle()).is_err()
+            && catch_panic(|| queue.bind_to_thread()).is_err()
         {
             self.close_panicked();
         }
@@ -198,7 +198,7 @@ impl Engine {
             self.shared.mark_cancels_done(asked);
         }
         if requests & request::STOP != 0 {
-            self.begin_close(Some(Closed::Stopped));
+            self.begin_close(Some(CloseReason::Stopped));
         } else {
             // With both pending, REOPEN is the older: it comes only when nobody is attached.
             if requests & request::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
@@ -296,9 +296,9 @@ impl Engine {
         let limits = [self.caps.max_read_batch, write_limit];
         let sink = Sink::Ring(&mut self.completions);
         let sq_consumer = Some(&mut self.sq_consumer);
-        let mut io = Io::new(number, &mut self.posted, sq_consumer, sink, limits);
-        let result = catch_panic(|| queue.poll(&mut io));
-        let taken = io.taken();
+        let mut cx = PollContext::new(number, &mut self.posted, sq_consumer, sink, limits);
+        let result = catch_panic(|| queue.poll(&mut cx));
+        let taken = cx.taken();
         self.sq_consumer.retire();
         let completed = self.account_kept(taken);
         self.shared.counters.poller.device_wakeups.add(rang.into());
@@ -317,7 +317,7 @@ impl Engine {
             }
             Ok(Err(status)) => {
                 tracing::warn!(ring = number, %status, "the device failed for good");
-                self.begin_close(Some(Closed::Failed(status)));
+                self.begin_close(Some(CloseReason::Failed(status)));
                 true
             }
             Err(Panicked) => {
@@ -368,7 +368,7 @@ impl Engine {
     }
 
     /// Begins to close the queue: for good, or (`None`) to open it anew.
-    fn begin_close(&mut self, reason: Option<Closed>) {
+    fn begin_close(&mut self, reason: Option<CloseReason>) {
         if let Some(closed) = reason {
             self.shared.close(closed);
         }
@@ -389,7 +389,7 @@ impl Engine {
                 }
             }
         }
-        let outcome = reason.map_or(Outcome::Cancelled, Closed::outcome);
+        let outcome = reason.map_or(Outcome::Cancelled, CloseReason::outcome);
         self.complete_posted(outcome);
         self.stall = None;
     }
@@ -410,12 +410,12 @@ impl Engine {
         if let Some(queue) = &mut self.queue {
             let number = self.shared.number;
             let mut nothing = Posted::default();
-            let undone = reason.map_or(Outcome::Cancelled, Closed::outcome);
+            let undone = reason.map_or(Outcome::Cancelled, CloseReason::outcome);
             self.completions.set_undone(undone);
             let sink = Sink::Ring(&mut self.completions);
-            let mut io = Io::new(number, &mut nothing, None, sink, [0; 2]);
-            let result = catch_panic(|| queue.close(&mut io));
-            let taken = io.taken();
+            let mut cx = PollContext::new(number, &mut nothing, None, sink, [0; 2]);
+            let result = catch_panic(|| queue.close(&mut cx));
+            let taken = cx.taken();
             self.completions.set_undone(Outcome::Cancelled);
             // A device that puts slots back instead of cancelling them.
             self.posted.reads.append(&mut nothing.reads);
@@ -447,7 +447,7 @@ impl Engine {
                 std::mem::forget(self.interface.device.clone());
                 std::mem::forget(self.permit.take());
             }
-            self.finish_close(Some(reason.unwrap_or(Closed::Failed(Status::Failure))));
+            self.finish_close(Some(reason.unwrap_or(CloseReason::Failed(Status::Failure))));
             return true;
         }
         self.kept != before
@@ -460,7 +460,7 @@ impl Engine {
     }
 
     /// The queue is gone.
-    fn finish_close(&mut self, reason: Option<Closed>) {
+    fn finish_close(&mut self, reason: Option<CloseReason>) {
         self.complete_dropped();
         match reason {
             Some(closed) => {
@@ -499,10 +499,10 @@ impl Engine {
             Ok(Err(error)) => {
                 tracing::error!(ring = self.shared.number, %error, "no queue after the restart");
                 let status = match error {
-                    Error::Vmnet(status) => status,
+                    Error::Status(status) => status,
                     _ => Status::Failure,
                 };
-                self.begin_close(Some(Closed::Failed(status)));
+                self.begin_close(Some(CloseReason::Failed(status)));
                 self.interface.detach();
             }
         }
@@ -511,14 +511,14 @@ impl Engine {
     /// The device panicked: it is not called again, and what it held comes home.
     pub(crate) fn close_panicked(&mut self) {
         tracing::error!(ring = self.shared.number, "the device panicked");
-        self.shared.close(Closed::DevicePanicked);
+        self.shared.close(CloseReason::DevicePanicked);
         let attached = self.queue.is_some();
         self.drop_queue();
-        self.phase = Phase::Closed(Closed::DevicePanicked);
+        self.phase = Phase::Closed(CloseReason::DevicePanicked);
         self.complete_posted(Outcome::DevicePanicked);
         self.permit = None;
         if attached {
-            self.finish_close(Some(Closed::DevicePanicked));
+            self.finish_close(Some(CloseReason::DevicePanicked));
         }
     }
 

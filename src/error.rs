@@ -95,7 +95,7 @@ impl Status {
 /// Why an entry in flight did not do what was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
 pub enum EntryError {
-    /// It was cancelled: by a cancel, a quiesce, a restart or a close.
+    /// It was cancelled: by a cancel, a cancel_and_wait, a restart or a close.
     #[error("the entry was cancelled")]
     Cancelled,
     /// The device panicked.
@@ -144,7 +144,7 @@ pub struct CompletionError {
 
 /// Why a ring takes no more submissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
-pub enum Closed {
+pub enum CloseReason {
     /// It was closed or stopped, by its owner, by a control handle or by the interface.
     #[error("the ring was closed")]
     Stopped,
@@ -156,13 +156,13 @@ pub enum Closed {
     DevicePanicked,
 }
 
-impl Closed {
+impl CloseReason {
     /// How an entry ends on a ring closed for this reason.
     pub(crate) fn outcome(self) -> Outcome {
         match self {
-            Closed::Stopped => Outcome::Cancelled,
-            Closed::Failed(status) => status.into(),
-            Closed::DevicePanicked => Outcome::DevicePanicked,
+            CloseReason::Stopped => Outcome::Cancelled,
+            CloseReason::Failed(status) => status.into(),
+            CloseReason::DevicePanicked => Outcome::DevicePanicked,
         }
     }
 }
@@ -215,7 +215,7 @@ pub enum SubmitErrorKind {
     WrongDirection,
     /// The ring takes no more submissions.
     #[error(transparent)]
-    Closed(#[from] Closed),
+    Closed(#[from] CloseReason),
 }
 
 /// A refused submit; the frame is inside, unchanged but for a read's reset view.
@@ -312,7 +312,7 @@ pub enum ConfigError {
 pub enum Error {
     /// The device answered with a status.
     #[error(transparent)]
-    Vmnet(#[from] Status),
+    Status(#[from] Status),
     /// The system does not let this process have the device. Says what is missing.
     #[error("permission denied: {needs}")]
     PermissionDenied {
@@ -391,7 +391,7 @@ pub enum Error {
     Timeout(Duration),
     /// The ring takes no more submissions.
     #[error(transparent)]
-    Closed(#[from] Closed),
+    Closed(#[from] CloseReason),
     /// The device did not stop or restart cleanly. (Shared, because several may have asked.)
     #[error(transparent)]
     Device(std::sync::Arc<Error>),

@@ -1,10 +1,10 @@
 //! The asynchronous front-end: futures on `Waker`, for any executor.
 //!
 //! ```
-//! use vmring::{Async, Direction, Interface, Loopback, block_on};
+//! use vmring::{AsyncRing, Direction, Interface, Loopback, block_on};
 //!
 //! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
-//! let packets = Async::new(interface.ring(Direction::Both).build()?)?;
+//! let packets = AsyncRing::new(interface.ring(Direction::Both).build()?)?;
 //! block_on(async {
 //!     packets.write(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello").await?;
 //!     let packet = packets.read().await?;
@@ -14,7 +14,7 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 //!
-//! Unlike the ring it locks: many tasks may read and write through one [`Async`].
+//! Unlike the ring it locks: many tasks may read and write through one [`AsyncRing`].
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -26,23 +26,23 @@ use std::thread::{self, Thread};
 
 use vmring_core::Frame;
 
-use crate::error::{Closed, ConfigError, EntryError, Error, Status, SubmitErrorKind};
+use crate::error::{CloseReason, ConfigError, EntryError, Error, Status, SubmitErrorKind};
 use crate::mailbox::RingPark;
-use crate::ring::{Op, Ring, RingControl};
+use crate::ring::{Ring, RingControl, RingOp};
 use crate::sys::lock;
 
 /// A ring behind futures. Clone it for other tasks.
 #[derive(Clone)]
-pub struct Async {
+pub struct AsyncRing {
     state: Arc<Mutex<State>>,
     sleepers: Arc<Sleepers>,
     /// The next future's number, and its write's `user_data`.
     numbers: Arc<AtomicU64>,
 }
 
-impl fmt::Debug for Async {
+impl fmt::Debug for AsyncRing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Async").finish_non_exhaustive()
+        f.debug_struct("AsyncRing").finish_non_exhaustive()
     }
 }
 
@@ -106,7 +106,7 @@ const READ: u64 = u64::MAX;
 const INLINE: &str = "an async front-end needs a ring that a poller drives: with Drive::Inline \
                       nobody would while its tasks sleep";
 
-impl Async {
+impl AsyncRing {
     /// Takes over a ring on which nothing is in flight, driven by a poller: its own
     /// ([`Drive::Thread`](crate::Drive::Thread), the default) or one for many rings
     /// ([`Drive::Shared`](crate::Drive::Shared)).
@@ -227,11 +227,11 @@ impl State {
         let mut news = false;
         for done in self.ring.reap() {
             match (done.op, done.result) {
-                (Op::Read, Ok(_)) => self.ready.extend(done.frame()),
-                (Op::Read, Err(EntryError::Cancelled)) => {}
-                (Op::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
-                (Op::Cancel, _) => {}
-                (Op::Write, result) => {
+                (RingOp::Read, Ok(_)) => self.ready.extend(done.take_frame()),
+                (RingOp::Read, Err(EntryError::Cancelled)) => {}
+                (RingOp::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
+                (RingOp::Cancel, _) => {}
+                (RingOp::Write, result) => {
                     // Saturating: a ring taken over with writes in flight is the caller's mistake.
                     self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
                     // A write whose future is gone has no entry.
@@ -249,15 +249,15 @@ impl State {
         self.ring.split().0.post_reads(READ)
     }
 
-    fn closed(&self) -> Option<Closed> {
+    fn closed(&self) -> Option<CloseReason> {
         self.ring.control().closed()
     }
 }
 
-/// The future of [`Async::read`].
+/// The future of [`AsyncRing::read`].
 #[derive(Debug)]
 pub struct ReadFuture {
-    front: Async,
+    front: AsyncRing,
     number: u64,
 }
 
@@ -290,10 +290,10 @@ impl Drop for ReadFuture {
     }
 }
 
-/// The future of [`Async::write`].
+/// The future of [`AsyncRing::write`].
 #[derive(Debug)]
 pub struct WriteFuture<'a> {
-    front: Async,
+    front: AsyncRing,
     number: u64,
     packet: &'a [u8],
     sent: bool,

@@ -9,7 +9,7 @@ use macaddr::MacAddr6;
 
 use crate::RingBuilder;
 use crate::config::{
-    Config, Direction, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
+    Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
 use crate::device::catch::{Panicked, catch_panic};
 use crate::device::seam::{Capabilities, Device, Driver, Lease};
@@ -18,19 +18,19 @@ use crate::lifecycle::InterfaceShared;
 use crate::limits::START_TIMEOUT;
 
 /// Starts an [`Interface`].
-pub struct Builder {
-    config: Config,
+pub struct InterfaceBuilder {
+    config: InterfaceConfig,
     driver: Option<Box<dyn Driver>>,
     start_timeout: Duration,
 }
 
-impl fmt::Debug for Builder {
+impl fmt::Debug for InterfaceBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Builder").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("InterfaceBuilder").field("config", &self.config).finish_non_exhaustive()
     }
 }
 
-impl Builder {
+impl InterfaceBuilder {
     /// Which network. Default [`Mode::Shared`], as in `Lwt_vmnet.init`.
     pub fn mode(mut self, mode: Mode) -> Self {
         self.config.mode = mode;
@@ -82,7 +82,7 @@ impl Builder {
     /// Joins a network object (macOS 26): short for [`Vmnet::network`](crate::Vmnet::network) as the
     /// device.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
-    pub fn network(self, network: &crate::Network) -> Self {
+    pub fn network(self, network: &crate::VmnetNetwork) -> Self {
         self.device(crate::Vmnet::new().network(network))
     }
 
@@ -105,7 +105,7 @@ impl Builder {
     /// [`Error::StartTimeout`] if the driver does not answer in time; if it answers later, the
     /// interface is stopped again behind the scenes. Else what the driver says.
     pub fn start(self) -> Result<Interface, Error> {
-        let Builder { config, driver, start_timeout } = self;
+        let InterfaceBuilder { config, driver, start_timeout } = self;
         let driver = driver.unwrap_or_else(default_driver);
         let (answer, waiting) = mpsc::sync_channel::<Result<Arc<dyn Device>, Error>>(0);
         let starter = thread::Builder::new()
@@ -149,11 +149,11 @@ pub struct Interface {
 }
 
 impl Interface {
-    /// Settings, then [`Builder::start`].
+    /// Settings, then [`InterfaceBuilder::start`].
     #[doc(alias = "init")]
-    pub fn builder() -> Builder {
-        let config = Config::new(Mode::default(), random_id());
-        Builder { config, driver: None, start_timeout: START_TIMEOUT }
+    pub fn builder() -> InterfaceBuilder {
+        let config = InterfaceConfig::new(Mode::default(), random_id());
+        InterfaceBuilder { config, driver: None, start_timeout: START_TIMEOUT }
     }
 
     /// Everything negotiated at start.

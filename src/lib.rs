@@ -8,7 +8,7 @@
 //!
 //! ```
 //! use std::time::Duration;
-//! use vmring::{Direction, Embedded, Interface, Op};
+//! use vmring::{Direction, Embedded, Interface, RingOp};
 //!
 //! // Two guests on one in-process network.
 //! let start = || Interface::builder().device(Embedded::network("guide")).start();
@@ -25,8 +25,8 @@
 //!
 //! to.wait(1, Some(Duration::from_secs(10)));
 //! let done = to.reap().next().expect("the packet came");
-//! assert_eq!((done.user_data, done.op, done.result), (7, Op::Read, Ok(20)));
-//! let packet = done.frame_ok()?;
+//! assert_eq!((done.user_data, done.op, done.result), (7, RingOp::Read, Ok(20)));
+//! let packet = done.take_packet()?;
 //! let ethernet = packet.view().ethernet().map(|header| header.ethertype());
 //! assert_eq!((ethernet, &packet[14..]), (Some(0x88b5), &b" hello"[..]));
 //!
@@ -37,7 +37,7 @@
 //!
 //! * **What a VMM needs**: [`Interface`], [`Ring`] and its halves, [`Drive`] (who polls),
 //!   [`Completion`]; for event loops [`Ring::completion_fd`].
-//! * **Front-ends**: [`Blocking`] and [`Async`], each over a ring of its own.
+//! * **Front-ends**: [`BlockingRing`] and [`AsyncRing`], each over a ring of its own.
 //! * **Devices**: [`Embedded`] (the default), [`Loopback`], the wrappers in [`device`], and the trait
 //!   [`device::Device`] for your own.
 //! * **From one device to another**: [`Frame::forward_offload`], and [`software`] for what the other
@@ -75,30 +75,30 @@ pub mod software;
 pub mod stats;
 mod sys;
 
-pub use blocking::Blocking;
-pub use config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
+pub use blocking::BlockingRing;
+pub use config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
 pub use device::seam::Driver;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use device::tap::{Tap, TapEngine};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
-pub use device::vmnet::{Network, Vmnet};
+pub use device::vmnet::{Vmnet, VmnetNetwork};
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use error::TapError;
 pub use error::{
-    BatchError, Closed, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
+    BatchError, CloseReason, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
     SubmitErrorKind,
 };
-pub use future::{Async, block_on};
-pub use interface::{Builder, Interface};
+pub use future::{AsyncRing, block_on};
+pub use interface::{Interface, InterfaceBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
 pub use policy::{IdlePolicy, RetryPolicy};
 pub use poller::{Poller, PollerBuilder};
 pub use pool::{Pool, PoolBuilder};
 pub use ring::{
-    Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Op, Reap, Ring, RingControl,
+    Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Reap, Ring, RingControl, RingOp,
     SubmissionHalf, SubmissionQueue,
 };
 pub use ring_builder::{Drive, RingBuilder};

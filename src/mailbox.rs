@@ -11,7 +11,7 @@ use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{Class, Frame};
 
-use crate::error::{Closed, Status};
+use crate::error::{CloseReason, Status};
 use crate::mailbox::ready::ReadySet;
 use crate::notify::Notifier;
 use crate::stats::RingCounters;
@@ -117,11 +117,11 @@ impl RingShared {
     }
 
     /// The first reason stays.
-    pub(crate) fn close(&self, why: Closed) {
+    pub(crate) fn close(&self, why: CloseReason) {
         let code = match why {
-            Closed::Stopped => STOPPED,
-            Closed::DevicePanicked => PANICKED,
-            Closed::Failed(status) => FAILED | u64::from(status.code()),
+            CloseReason::Stopped => STOPPED,
+            CloseReason::DevicePanicked => PANICKED,
+            CloseReason::Failed(status) => FAILED | u64::from(status.code()),
         };
         // Release: who sees the reason sees what led to it.
         let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
@@ -141,14 +141,14 @@ impl RingShared {
 
     #[cold]
     #[inline(never)]
-    pub(crate) fn why_closed(&self) -> Option<Closed> {
+    pub(crate) fn why_closed(&self) -> Option<CloseReason> {
         match self.closed.load(Ordering::Acquire) {
             OPEN => None,
-            STOPPED => Some(Closed::Stopped),
-            PANICKED => Some(Closed::DevicePanicked),
+            STOPPED => Some(CloseReason::Stopped),
+            PANICKED => Some(CloseReason::DevicePanicked),
             failed => {
                 let code = failed as u32;
-                Some(Closed::Failed(Status::from_code(code).unwrap_or(Status::Unknown(code))))
+                Some(CloseReason::Failed(Status::from_code(code).unwrap_or(Status::Unknown(code))))
             }
         }
     }

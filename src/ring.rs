@@ -16,7 +16,7 @@
 //! while ring.in_flight() > 0 {
 //!     ring.wait(1, None);
 //!     for done in ring.reap() {
-//!         let frame = done.frame_ok()?;
+//!         let frame = done.take_packet()?;
 //!         if done.user_data == 1 {
 //!             assert_eq!(frame.view().be16(12), Some(0x88b5));
 //!         }
@@ -42,7 +42,7 @@ use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::stats::RingStats;
 
 pub use complete::{Armed, CompletionQueue, Reap};
-pub use completion::{Completion, Op};
+pub use completion::{Completion, RingOp};
 pub use control::RingControl;
 pub use split::{CompletionHalf, HalfReap, SubmissionHalf};
 pub use submit::SubmissionQueue;
@@ -141,9 +141,9 @@ impl Ring {
         self.cq.in_flight()
     }
 
-    /// See [`CompletionQueue::quiesce`].
-    pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
-        self.cq.quiesce(timeout)
+    /// See [`CompletionQueue::cancel_and_wait`].
+    pub fn cancel_and_wait(&mut self, timeout: Duration) -> Result<usize, Error> {
+        self.cq.cancel_and_wait(timeout)
     }
 
     /// See [`CompletionQueue::completion_fd`].

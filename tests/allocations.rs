@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
 use vmring::{
-    Config, Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceInfo,
-    Loopback, MacAddr6, Op, Poller, Ring, Status,
+    Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceConfig,
+    InterfaceInfo, Loopback, MacAddr6, Poller, Ring, RingOp, Status,
 };
 
 struct Counting;
@@ -125,9 +125,9 @@ fn turn(ring: &mut Ring, patience: Duration) -> u64 {
     let (mut sq, mut cq) = ring.split();
     let mut read = 0;
     for done in cq.reap() {
-        let frame = done.frame_ok().expect("it succeeds");
+        let frame = done.take_packet().expect("it succeeds");
         match done.op {
-            Op::Read => {
+            RingOp::Read => {
                 read += 1;
                 sq.submit_read(frame, done.user_data)
             }
@@ -183,8 +183,8 @@ fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>
         while read.is_none() || write.is_none() {
             assert!(ring.wait(1, Some(LONG)) > 0, "{what}: hangs");
             for done in ring.reap() {
-                let frame = done.frame_ok().expect("a loop succeeds");
-                let place = if done.op == Op::Read { &mut read } else { &mut write };
+                let frame = done.take_packet().expect("a loop succeeds");
+                let place = if done.op == RingOp::Read { &mut read } else { &mut write };
                 *place = Some(frame);
             }
         }
@@ -215,7 +215,7 @@ impl Echo {
 }
 
 impl Driver for Echo {
-    fn start(mut self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(mut self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mac = MacAddr6::new(2, 0, 0, 0, 0, 9);
         self.info = Some(InterfaceInfo::new(config, mac, 1500, 1514));
         Ok(Arc::new(*self))
@@ -245,16 +245,16 @@ impl Device for Echo {
 struct EchoQueue(UnixDatagram);
 
 impl Queue for EchoQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        while let Some(slot) = io.take_write() {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = cx.take_write() {
             self.0.send(slot.packet()).map_err(|_| Status::Failure)?;
-            io.complete_write(slot);
+            cx.complete_write(slot);
         }
-        while let Some(mut slot) = io.take_read() {
+        while let Some(mut slot) = cx.take_read() {
             match self.0.recv(slot.buffer_mut()) {
-                Ok(len) => io.complete_read(slot, len),
+                Ok(len) => cx.complete_read(slot, len),
                 Err(_) => {
-                    io.put_back(slot);
+                    cx.put_back(slot);
                     break;
                 }
             }

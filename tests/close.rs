@@ -12,8 +12,8 @@ use vmring::device::fault::Faults;
 use vmring::device::{PostedSlot, Progress};
 use vmring::pool::{Backing, Layout};
 use vmring::{
-    Closed, CompletionQueue, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
-    Loopback, Op, Pool, PoolBuilder, RetryPolicy, Ring, Status, SubmitErrorKind,
+    CloseReason, CompletionQueue, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
+    Loopback, Pool, PoolBuilder, RetryPolicy, Ring, RingOp, Status, SubmitErrorKind,
 };
 use vmring_core::HeapBacking;
 
@@ -116,7 +116,7 @@ fn close_completes_everything_in_flight_as_cancelled() {
                     assert!(done.frame.is_some());
                 }
                 assert_eq!(ring.stats().cancelled, in_flight as u64);
-                assert_eq!(ring.control().closed(), Some(Closed::Stopped));
+                assert_eq!(ring.control().closed(), Some(CloseReason::Stopped));
                 ring.close().expect("closing twice is harmless");
                 interface.stop(LONG).unwrap();
                 interface.stop(LONG).expect("so is stopping twice");
@@ -141,9 +141,9 @@ fn a_packet_that_has_come_completes_its_read_at_close() {
         writer.reap().for_each(drop);
         reader.close().unwrap();
         let done = reap(&mut reader);
-        assert_eq!(done[0].brief(), (Op::Read, 0, Ok(60)));
+        assert_eq!(done[0].brief(), (RingOp::Read, 0, Ok(60)));
         assert_eq!(number_of(done[0].frame.as_ref().unwrap()), 7);
-        assert_eq!(done[1].brief(), (Op::Read, 1, Err(EntryError::Cancelled)));
+        assert_eq!(done[1].brief(), (RingOp::Read, 1, Err(EntryError::Cancelled)));
     });
 }
 
@@ -429,7 +429,7 @@ fn dropping_a_ring_with_everything_in_flight_is_a_close() {
                 (0..32).for_each(|number| send(&mut ring, number));
                 ring.cancel(5, 100).unwrap();
                 drop(ring);
-                assert_eq!(control.closed(), Some(Closed::Stopped));
+                assert_eq!(control.closed(), Some(CloseReason::Stopped));
                 assert_eq!(pool.slots_out(), 0);
                 drop(pool);
                 assert_eq!(ended.load(Ordering::SeqCst), 1, "a control handle keeps nothing");
@@ -458,7 +458,7 @@ fn the_halves_of_a_ring_can_be_dropped_in_any_order() {
                 } else {
                     drop(cq);
                     let refused = sq.submit_read(pool.alloc().unwrap(), 9).unwrap_err();
-                    assert_eq!(refused.kind, SubmitErrorKind::Closed(Closed::Stopped));
+                    assert_eq!(refused.kind, SubmitErrorKind::Closed(CloseReason::Stopped));
                     drop(refused);
                     drop(sq);
                 }
@@ -486,7 +486,7 @@ fn dropping_the_interface_before_its_rings_is_harmless() {
             drop(interface);
             assert_eq!(stops.load(Ordering::SeqCst), 0, "the ring still needs it");
             send(&mut ring, 1);
-            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Write, 1, Ok(60)));
+            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, 1, Ok(60)));
             drop(ring);
             eventually("the last ring stops the device", || stops.load(Ordering::SeqCst) == 1);
         });
@@ -507,7 +507,7 @@ fn stopping_the_interface_closes_its_rings() {
         }
         let frame = writer.alloc().unwrap();
         let kind = writer.submit_write(frame, 1).unwrap_err().kind;
-        assert_eq!(kind, SubmitErrorKind::Closed(Closed::Stopped));
+        assert_eq!(kind, SubmitErrorKind::Closed(CloseReason::Stopped));
         assert!(matches!(interface.restart(LONG), Err(Error::Config(_))));
 
         // An inline ring releases the device when its owner drives it. Until then a stop returns
@@ -548,9 +548,9 @@ fn a_panicking_device_completes_what_it_does_not_hold_as_device_panicked() {
                     assert_eq!(done.result, Err(EntryError::DevicePanicked));
                     assert!(done.frame.is_some());
                 }
-                assert_eq!(ring.control().closed(), Some(Closed::DevicePanicked));
+                assert_eq!(ring.control().closed(), Some(CloseReason::DevicePanicked));
                 let kind = ring.submit_read(ring_frame(&ring), 1).unwrap_err().kind;
-                assert_eq!(kind, SubmitErrorKind::Closed(Closed::DevicePanicked));
+                assert_eq!(kind, SubmitErrorKind::Closed(CloseReason::DevicePanicked));
                 ring.close().expect("nothing is leaked");
             }
         });
@@ -652,7 +652,7 @@ fn no_panic_of_a_device_ends_a_shared_poller() {
                 interface.restart(LONG).unwrap();
                 reap_n(&mut ring, 3);
             }
-            let panicked = Some(Closed::DevicePanicked);
+            let panicked = Some(CloseReason::DevicePanicked);
             eventually(what, || ring.control().closed() == panicked);
             for done in reap_n(&mut ring, if restart { 0 } else { 3 }) {
                 assert_eq!(done.result, Err(EntryError::DevicePanicked));
@@ -734,7 +734,7 @@ fn a_device_that_fails_for_good_completes_everything_with_its_error_and_later_su
                 assert_eq!(done.result, Err(failed));
                 assert!(done.frame.is_some());
             }
-            let closed = Closed::Failed(Status::SharingServiceBusy);
+            let closed = CloseReason::Failed(Status::SharingServiceBusy);
             assert_eq!(ring.control().closed(), Some(closed));
             let kind = ring.submit_write(ring_frame(&ring), 1).unwrap_err().kind;
             assert_eq!(kind, SubmitErrorKind::Closed(closed));

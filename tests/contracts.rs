@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Io, Progress};
+use vmring::device::{Capabilities, PollContext, Progress};
 use vmring::{Interface, Pool, PoolBuilder, RetryPolicy, Ring};
 
 use crate::support::{Script, ScriptQueue};
@@ -26,8 +26,8 @@ fn pool(frames: usize) -> Pool {
     PoolBuilder::new(frames, 1514).build().expect("a pool")
 }
 
-fn full(io: &mut Io<'_>) -> usize {
-    io.writes()
+fn full(cx: &mut PollContext<'_>) -> usize {
+    cx.writes()
 }
 
 fn credits(ring: &mut Ring) -> (u32, u32) {
@@ -54,17 +54,17 @@ impl Gate {
         let gate = self.clone();
         Script::new(move |_, _| {
             let gate = gate.clone();
-            ScriptQueue::new(move |io| {
-                if full(io) > 0 {
+            ScriptQueue::new(move |cx| {
+                if full(cx) > 0 {
                     gate.offers.fetch_add(1, Ordering::SeqCst);
                 }
                 for _ in 0..gate.open.load(Ordering::SeqCst) {
-                    let Some(slot) = io.take_write() else { break };
-                    io.complete_write(slot);
+                    let Some(slot) = cx.take_write() else { break };
+                    cx.complete_write(slot);
                 }
                 for _ in 0..gate.reads.load(Ordering::SeqCst) {
-                    let Some(slot) = io.take_read() else { break };
-                    io.complete_read(slot, 60);
+                    let Some(slot) = cx.take_read() else { break };
+                    cx.complete_read(slot, 60);
                 }
                 Ok(Progress::Idle)
             })

@@ -8,7 +8,8 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Builder, Direction, Driver, Embedded, Frame, Interface, Loopback, Op, Poller, RetryPolicy, Ring,
+    Direction, Driver, Embedded, Frame, Interface, InterfaceBuilder, Loopback, Poller, RetryPolicy,
+    Ring, RingOp,
 };
 
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
@@ -25,7 +26,8 @@ const WINDOW: u64 = 48;
 /// A kind of device to test: how to start its two ends.
 trait Kind {
     /// Wraps the driver of one end, and builds its interface.
-    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface>;
+    fn wrap(&self, builder: InterfaceBuilder, inner: impl Driver)
+    -> Box<dyn FnOnce() -> Interface>;
 
     /// Whether it keeps the order of packets and completions.
     fn ordered(&self) -> bool {
@@ -33,14 +35,18 @@ trait Kind {
     }
 }
 
-fn start(builder: Builder, driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+fn start(builder: InterfaceBuilder, driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
     Box::new(move || builder.mtu(MTU).device(driver).start().expect("the device starts"))
 }
 
 struct Plain;
 
 impl Kind for Plain {
-    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+    fn wrap(
+        &self,
+        builder: InterfaceBuilder,
+        inner: impl Driver,
+    ) -> Box<dyn FnOnce() -> Interface> {
         start(builder, inner)
     }
 }
@@ -51,7 +57,11 @@ struct Faulty {
 }
 
 impl Kind for Faulty {
-    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+    fn wrap(
+        &self,
+        builder: InterfaceBuilder,
+        inner: impl Driver,
+    ) -> Box<dyn FnOnce() -> Interface> {
         start(builder, self.faults.clone().wrap(inner))
     }
 
@@ -63,7 +73,11 @@ impl Kind for Faulty {
 struct Recorded(Capture);
 
 impl Kind for Recorded {
-    fn wrap(&self, builder: Builder, inner: impl Driver) -> Box<dyn FnOnce() -> Interface> {
+    fn wrap(
+        &self,
+        builder: InterfaceBuilder,
+        inner: impl Driver,
+    ) -> Box<dyn FnOnce() -> Interface> {
         start(builder, self.0.wrap("end", inner))
     }
 }
@@ -185,8 +199,8 @@ fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poll
         assert!((1..=count).contains(&stats.write_batches.count()));
         // Only the posted reads are in flight, and they come back.
         assert_eq!(end.ring.in_flight() as u32, READS);
-        end.ring.quiesce(crate::support::LONG).expect("it lets go");
-        end.spare.extend(end.ring.reap().filter_map(|done| done.frame()));
+        end.ring.cancel_and_wait(crate::support::LONG).expect("it lets go");
+        end.spare.extend(end.ring.reap().filter_map(|done| done.take_frame()));
         assert_eq!(end.spare.len() as u32, READS + WRITES, "a frame is missing");
         let (mut sq, _) = end.ring.split();
         assert_eq!((sq.read_credits(), sq.write_credits()), (READS, WRITES));
@@ -237,9 +251,9 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
     for done in cq.reap() {
         moved = true;
         let len = done.result.expect("nothing fails");
-        let frame = done.frame_ok().expect("it has a frame");
+        let frame = done.take_packet().expect("it has a frame");
         match done.op {
-            Op::Read => {
+            RingOp::Read => {
                 assert_eq!((frame.len(), frame.headroom()), (len, HEADROOM_DEFAULT));
                 if ordered {
                     let expected = bytes(end.received);
@@ -253,7 +267,7 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
                 end.received_bytes += len as u64;
                 sq.submit_read(frame, done.user_data).expect("its credit came back");
             }
-            Op::Write => {
+            RingOp::Write => {
                 let at = match ordered {
                     true => Some(0),
                     false => end.written.iter().position(|number| *number == done.user_data),
@@ -263,7 +277,7 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
                 assert_eq!(len, size_of(done.user_data));
                 end.spare.push(frame);
             }
-            Op::Cancel => panic!("nothing was cancelled"),
+            RingOp::Cancel => panic!("nothing was cancelled"),
         }
     }
     moved

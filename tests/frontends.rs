@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use vmring::device::Progress;
 use vmring::device::fault::Faults;
 use vmring::{
-    Async, Blocking, Closed, Direction, EntryError, Error, Frame, Interface, Loopback, Poller,
-    Ring, Status, block_on,
+    AsyncRing, BlockingRing, CloseReason, Direction, EntryError, Error, Frame, Interface, Loopback,
+    Poller, Ring, Status, block_on,
 };
 
 use crate::support::{
@@ -25,17 +25,17 @@ fn ring(interface: &Interface, way: Way, poller: &Poller) -> Ring {
 }
 
 fn is_closed<T>(result: &Result<T, Error>) -> bool {
-    matches!(result, Err(Error::Closed(Closed::Stopped)))
+    matches!(result, Err(Error::Closed(CloseReason::Stopped)))
 }
 
 mod blocking {
     use super::*;
 
-    fn front(interface: &Interface, way: Way, poller: &Poller) -> Blocking {
-        Blocking::new(ring(interface, way, poller)).expect("reads are posted")
+    fn front(interface: &Interface, way: Way, poller: &Poller) -> BlockingRing {
+        BlockingRing::new(ring(interface, way, poller)).expect("reads are posted")
     }
 
-    fn read(front: &mut Blocking) -> Frame {
+    fn read(front: &mut BlockingRing) -> Frame {
         front.read_timeout(LONG).expect("an open ring").expect("a packet")
     }
 
@@ -86,11 +86,11 @@ mod blocking {
                 let interface = loopback();
                 let mut front = front(&interface, way, poller);
                 let too_big = front.write(&packet(1, 1515));
-                assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))), "{too_big:?}");
+                assert!(matches!(too_big, Err(Error::Status(Status::PacketTooBig))), "{too_big:?}");
                 let mut frame = front.alloc().expect("a frame");
                 if frame.set_len(1515).is_ok() {
                     let too_big = front.write_frame(frame);
-                    assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))));
+                    assert!(matches!(too_big, Err(Error::Status(Status::PacketTooBig))));
                 }
                 front.write(&packet(2, 1514)).expect("the largest there is");
                 assert_eq!(number_of(&read(&mut front)), 2, "{way:?}: the first that was sent");
@@ -121,7 +121,7 @@ mod blocking {
             every_way(|way, poller| {
                 let interface = loopback();
                 let ring = interface.ring(Direction::Both).sq_depth(1).drive(way.drive(poller));
-                let mut front = Blocking::new(ring.build().expect("a ring")).expect("posted");
+                let mut front = BlockingRing::new(ring.build().expect("a ring")).expect("posted");
                 for number in 0..scaled(100) {
                     stage(format!("{way:?}: packet {number}"));
                     front.write(&packet(number, 60)).expect("it is taken");
@@ -221,7 +221,7 @@ mod blocking {
             every_way(|way, poller| {
                 let interface = loopback();
                 let ring = interface.ring(Direction::Both).depth(4).drive(way.drive(poller));
-                let mut front = Blocking::new(ring.build().expect("a ring")).expect("posted");
+                let mut front = BlockingRing::new(ring.build().expect("a ring")).expect("posted");
                 let mut held = Vec::new();
                 let mut sent = 0;
                 loop {
@@ -289,13 +289,16 @@ impl Executor {
 const POLLERS: [Way; 2] = [Way::Thread, Way::Shared];
 
 /// Runs `body` under each executor with a ring on a thread and on a shared poller.
-fn every_executor(body: impl Fn(Executor, Async)) {
+fn every_executor(body: impl Fn(Executor, AsyncRing)) {
     let poller = Poller::start().expect("a poller");
     for executor in Executor::ALL {
         for way in POLLERS {
             stage(format!("{executor:?}, {way:?}"));
             let interface = loopback();
-            body(executor, Async::new(ring(&interface, way, &poller)).expect("reads are posted"));
+            body(
+                executor,
+                AsyncRing::new(ring(&interface, way, &poller)).expect("reads are posted"),
+            );
         }
     }
 }
@@ -305,7 +308,7 @@ fn task(future: impl Future<Output = ()> + Send + 'static) -> Task {
 }
 
 /// Writes a packet, and tries again while the loopback is full.
-async fn write(front: &Async, packet: &[u8]) {
+async fn write(front: &AsyncRing, packet: &[u8]) {
     loop {
         match front.write(packet).await {
             Ok(()) => return,
@@ -458,7 +461,7 @@ fn timeouts_lose_no_packet() {
     guarded(|| {
         let interface = loopback();
         let ring = interface.ring(Direction::Both).build().expect("a ring");
-        let front = Async::new(ring).expect("reads are posted");
+        let front = AsyncRing::new(ring).expect("reads are posted");
         let n = scaled(300);
         let tally = Tally::new(n);
         let reader = {
@@ -525,7 +528,7 @@ fn an_async_packet_too_big_is_refused_before_anything_is_sent() {
         every_executor(|executor, front| {
             let task = task(async move {
                 let too_big = front.write(&packet(1, 1515)).await;
-                assert!(matches!(too_big, Err(Error::Vmnet(Status::PacketTooBig))), "{too_big:?}");
+                assert!(matches!(too_big, Err(Error::Status(Status::PacketTooBig))), "{too_big:?}");
                 front.write(&packet(2, 1514)).await.expect("the largest there is");
                 assert_eq!(number_of(&front.read().await.expect("a packet")), 2, "{executor:?}");
                 assert_eq!(front.control().stats().tx_packets, 1);
@@ -542,7 +545,7 @@ fn a_write_on_a_closed_ring_does_not_wait_for_a_frame() {
         let interface = loopback();
         let ring = interface.ring(Direction::Both).depth(2).build().expect("a ring");
         let pool = ring.pools()[0].clone();
-        let front = Async::new(ring).expect("reads are posted");
+        let front = AsyncRing::new(ring).expect("reads are posted");
         front.control().stop();
         stage("the reads come home");
         assert!(is_closed(&block_on(front.read())));
@@ -561,7 +564,7 @@ fn packets_held_and_given_back_let_the_readers_go_on() {
         for way in POLLERS {
             let interface = loopback();
             let ring = interface.ring(Direction::Both).depth(4).drive(way.drive(&poller));
-            let front = Async::new(ring.build().expect("a ring")).expect("reads are posted");
+            let front = AsyncRing::new(ring.build().expect("a ring")).expect("reads are posted");
             let mut held = Vec::new();
             let mut sent = 0;
             let error = loop {
@@ -601,7 +604,7 @@ fn a_write_without_a_free_frame_says_so() {
             let ring = interface.ring(Direction::Both).depth(2).frames(4).drive(way.drive(&poller));
             let ring = ring.build().expect("a ring");
             let pool = ring.pools()[0].clone();
-            let front = Async::new(ring).expect("reads are posted");
+            let front = AsyncRing::new(ring).expect("reads are posted");
             let held: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
             stage(format!("{way:?}: a write while {} frames are held", held.len()));
             let refused = block_on(front.write(&packet(1, 60)));
@@ -643,7 +646,7 @@ fn a_write_waits_for_the_frame_of_another() {
                 let ring = interface.ring(Direction::Both).depth(2).frames(4);
                 let ring = ring.drive(way.drive(&poller)).build().expect("a ring");
                 let pool = ring.pools()[0].clone();
-                let front = Async::new(ring).expect("two reads are posted");
+                let front = AsyncRing::new(ring).expect("two reads are posted");
                 let _held = pool.alloc().expect("the third frame");
                 let mut first = front.write(&[1; 60]);
                 assert!(poll(&mut first, &Arc::default()).is_pending());
@@ -672,7 +675,7 @@ fn a_dropped_reads_packet_goes_to_the_next_reader() {
             for woken_first in [false, true] {
                 stage(format!("{way:?}, woken first: {woken_first}"));
                 let interface = loopback();
-                let front = Async::new(ring(&interface, way, &poller)).expect("posted");
+                let front = AsyncRing::new(ring(&interface, way, &poller)).expect("posted");
                 let (mut first, mut second) = (front.read(), front.read());
                 let (a, b) = (Arc::new(Wakes::default()), Arc::new(Wakes::default()));
                 assert!(poll(&mut first, &a).is_pending());
@@ -717,7 +720,7 @@ fn one_wake_lets_every_reader_proceed() {
                 })
                 .start()
             };
-            let front = Async::new(ring(&interface, way, &poller)).expect("reads are posted");
+            let front = AsyncRing::new(ring(&interface, way, &poller)).expect("reads are posted");
             let mut reads: Vec<_> =
                 (0..8).map(|_| (front.read(), Arc::new(Wakes::default()))).collect();
             for (read, wakes) in &mut reads {
@@ -772,7 +775,7 @@ fn a_full_submission_queue_delays_a_write_and_no_more() {
                     .start()
                 };
                 let ring = interface.ring(Direction::Both).sq_depth(1).drive(way.drive(&poller));
-                let front = Async::new(ring.build().expect("a ring")).expect("posted");
+                let front = AsyncRing::new(ring.build().expect("a ring")).expect("posted");
                 eventually("the poller is with the device", || gate.entered.load(Ordering::SeqCst));
                 // This fills the SQ.
                 let mut read = front.read();
@@ -798,7 +801,7 @@ fn an_async_front_end_refuses_a_ring_that_no_poller_drives() {
     guarded(|| {
         let poller = Poller::start().expect("a poller");
         let interface = loopback();
-        let refused = Async::new(ring(&interface, Way::Inline, &poller));
+        let refused = AsyncRing::new(ring(&interface, Way::Inline, &poller));
         let Err(Error::Config(why)) = refused else { panic!("{refused:?}") };
         assert!(why.to_string().contains("Drive::Inline"), "{why}");
     });
@@ -813,7 +816,7 @@ fn a_stalled_write_ends_when_its_budget_does() {
         for way in POLLERS {
             stage(format!("{way:?}"));
             let wall = Script::new(|_, _| ScriptQueue::new(|_| Ok(Progress::Idle))).start();
-            let front = Async::new(ring(&wall, way, &poller)).expect("reads are posted");
+            let front = AsyncRing::new(ring(&wall, way, &poller)).expect("reads are posted");
             let stalled = block_on(front.write(&packet(1, 60)));
             let expected = EntryError::Device(Status::BufferExhausted);
             assert!(matches!(stalled, Err(Error::Entry(e)) if e == expected), "{stalled:?}");
@@ -829,7 +832,7 @@ fn futures_outlive_their_front_end() {
         let interface = loopback();
         let ring = interface.ring(Direction::Both).build().expect("a ring");
         let pool = ring.pools()[0].clone();
-        let front = Async::new(ring).expect("reads are posted");
+        let front = AsyncRing::new(ring).expect("reads are posted");
         let other = front.clone();
         let (mut read, control) = (front.read(), front.control());
         assert!(poll(&mut read, &Arc::default()).is_pending());
@@ -839,7 +842,7 @@ fn futures_outlive_their_front_end() {
         assert_eq!(control.closed(), None, "the read keeps it open");
         assert_eq!(number_of(&block_on(&mut read).expect("an open ring")), 3);
         drop(read);
-        assert_eq!(control.closed(), Some(Closed::Stopped));
+        assert_eq!(control.closed(), Some(CloseReason::Stopped));
         assert_eq!(pool.slots_out(), 0);
     });
 }
@@ -873,7 +876,7 @@ fn a_waker_may_poll_at_once() {
         let poller = Poller::start().expect("a poller");
         for way in POLLERS {
             let interface = loopback();
-            let front = Async::new(ring(&interface, way, &poller)).expect("reads are posted");
+            let front = AsyncRing::new(ring(&interface, way, &poller)).expect("reads are posted");
             let n = scaled(200);
             let tally = Tally::new(n);
             let readers: Vec<_> = (0..3)

@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmring::device::fault::Faults;
-use vmring::device::{Capabilities, Device, Io, PostedSlot, Progress, Queue, Relay, Wake};
+use vmring::device::{Capabilities, Device, PollContext, PostedSlot, Progress, Queue, Relay, Wake};
 use vmring::pool::{Pool, PoolBuilder};
 use vmring::{
-    Closed, Completion, Config, Direction, Drive, Driver, Embedded, EntryError, Error, Frame,
-    IdlePolicy, Interface, InterfaceInfo, Loopback, Op as Kind, RetryPolicy, Ring, Status,
-    SubmitErrorKind,
+    CloseReason, Completion, Direction, Drive, Driver, Embedded, EntryError, Error, Frame,
+    IdlePolicy, Interface, InterfaceConfig, InterfaceInfo, Loopback, RetryPolicy, Ring,
+    RingOp as Kind, Status, SubmitErrorKind,
 };
 
 /// Far longer than anything here takes. A test that reaches this hangs.
@@ -265,7 +265,7 @@ struct ShyQueue {
 }
 
 impl Driver for Shy {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let Shy { inner, percent, seed } = *self;
         Ok(Arc::new(ShyDevice { inner: inner.start(config)?, percent, seed }))
     }
@@ -313,31 +313,35 @@ impl ShyQueue {
 
     /// Takes all slots of one kind, puts back the last ones in reverse order, and posts the others
     /// to the inner device.
-    fn take(&mut self, io: &mut Io<'_>, take: fn(&mut Io<'_>) -> Option<PostedSlot>) -> bool {
-        let mut taken: Vec<_> = std::iter::from_fn(|| take(io)).collect();
+    fn take(
+        &mut self,
+        cx: &mut PollContext<'_>,
+        take: fn(&mut PollContext<'_>) -> Option<PostedSlot>,
+    ) -> bool {
+        let mut taken: Vec<_> = std::iter::from_fn(|| take(cx)).collect();
         let kept = self.some(taken.len());
         let put_back = taken.len() > kept;
         for slot in taken.drain(kept..).rev() {
-            io.put_back(slot);
+            cx.put_back(slot);
         }
         taken.into_iter().for_each(|slot| self.relay.post(slot));
         put_back
     }
 
-    fn forward(&mut self, io: &mut Io<'_>) {
+    fn forward(&mut self, cx: &mut PollContext<'_>) {
         while let Some(done) = self.relay.next_done() {
-            io.forward(done);
+            cx.forward(done);
         }
     }
 }
 
 impl Queue for ShyQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        self.put_back_reads = self.take(io, |io| io.take_read());
-        self.take(io, |io| io.take_write());
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        self.put_back_reads = self.take(cx, |cx| cx.take_read());
+        self.take(cx, |cx| cx.take_write());
         let result = self.relay.poll(&mut *self.inner);
-        self.relay.put_back(io);
-        self.forward(io);
+        self.relay.put_back(cx);
+        self.forward(cx);
         result
     }
 
@@ -349,9 +353,9 @@ impl Queue for ShyQueue {
         self.inner.cancel(target)
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
-        self.forward(io);
+        self.forward(cx);
         closed
     }
 }
@@ -472,7 +476,7 @@ impl<'a> Model<'a> {
                 let fits = n <= frame.headroom();
                 assert_eq!(frame.grow_front(n).is_ok(), fits);
             }),
-            Step::Quiesce { end } => self.quiesce(self.end(end)),
+            Step::Quiesce { end } => self.cancel_and_wait(self.end(end)),
             Step::Restart { end } => self.restart(self.end(end)),
             Step::ControlCancel { end } => {
                 let end = self.end(end);
@@ -544,7 +548,7 @@ impl<'a> Model<'a> {
         &self,
         end: usize,
         answer: Option<SubmitErrorKind>,
-        closed: Option<Closed>,
+        closed: Option<CloseReason>,
         foreseen: Option<SubmitErrorKind>,
     ) {
         if let Some(closed) = closed {
@@ -624,7 +628,7 @@ impl<'a> Model<'a> {
         accepted: usize,
         left: usize,
         kind: Kind,
-        closed: Option<Closed>,
+        closed: Option<CloseReason>,
     ) {
         if closed.is_some() {
             assert_eq!(accepted, 0, "a closed ring takes nothing");
@@ -919,10 +923,10 @@ impl<'a> Model<'a> {
         self.ends[end].ring = Some(ring);
     }
 
-    fn quiesce(&mut self, end: usize) {
+    fn cancel_and_wait(&mut self, end: usize) {
         self.ends[end].allow_cancels();
         let Some(mut ring) = self.ends[end].ring.take() else { return };
-        let waiting = ring.quiesce(LONG).expect("the device lets go");
+        let waiting = ring.cancel_and_wait(LONG).expect("the device lets go");
         assert_eq!(waiting, ring.in_flight());
         self.ends[end].ring = Some(ring);
         self.ends[end].cancel_pending = false;
@@ -1048,7 +1052,7 @@ impl<'a> Model<'a> {
                 }
                 if owed > 0 && self.ends[end].count[0] == 0 {
                     // The other end holds all frames, so take its posted reads back.
-                    self.quiesce((end + 1) % self.ends.len());
+                    self.cancel_and_wait((end + 1) % self.ends.len());
                 }
                 self.wait(end, 1, 1);
             }

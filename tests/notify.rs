@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::device::Progress;
-use vmring::{Armed, Closed, Direction, EntryError, IdlePolicy, Op, Ring, SubmitErrorKind};
+use vmring::{
+    Armed, CloseReason, Direction, EntryError, IdlePolicy, Ring, RingOp, SubmitErrorKind,
+};
 
 use crate::support::{
     LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, packet, post,
@@ -91,13 +93,13 @@ fn a_control_handle_stops_a_ring_from_anywhere() {
             // The wait ends when everything has completed.
             assert_eq!(ring.wait(8, None), 8);
             stopping.join().unwrap();
-            assert_eq!(control.closed(), Some(Closed::Stopped));
+            assert_eq!(control.closed(), Some(CloseReason::Stopped));
             for done in reap(&mut ring) {
                 assert_eq!(done.result, Err(EntryError::Cancelled));
             }
             let frame = ring.alloc().unwrap();
             let kind = ring.submit_read(frame, 1).unwrap_err().kind;
-            assert_eq!(kind, SubmitErrorKind::Closed(Closed::Stopped));
+            assert_eq!(kind, SubmitErrorKind::Closed(CloseReason::Stopped));
             drop(ring);
             // A control handle may outlive its ring.
             control.wake();
@@ -239,7 +241,7 @@ fn what_an_inline_ring_submits_after_arming_signals() {
         assert_eq!(ring.arm(), Armed::Ready);
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
-            sq.submit_read(done.frame_ok().unwrap(), 5).unwrap();
+            sq.submit_read(done.take_packet().unwrap(), 5).unwrap();
         }
         assert_eq!(ring.arm(), Armed::Armed);
         let mut frame = ring.alloc().unwrap();
@@ -330,7 +332,7 @@ fn arm_rechecks_after_its_fence() {
                 }
                 let (mut sq, mut cq) = ring.split();
                 for done in cq.reap() {
-                    sq.submit_read(done.frame_ok().unwrap(), 0).unwrap();
+                    sq.submit_read(done.take_packet().unwrap(), 0).unwrap();
                     left -= 1;
                 }
             }
@@ -439,7 +441,7 @@ fn a_waker_is_woken_once_when_enough_is_there() {
             reap_n(&mut writer, 1);
             eventually("the waker is woken", || count.0.load(Ordering::SeqCst) == 1);
             eventually("it is ready", || ring.poll_ready(&mut cx, 1) == Poll::Ready(1));
-            assert_eq!(reap_n(&mut ring, 1)[0].op, Op::Read);
+            assert_eq!(reap_n(&mut ring, 1)[0].op, RingOp::Read);
         });
     });
 }
@@ -523,8 +525,8 @@ fn borrowed_halves_ring_once_a_loop() {
         let mut frames = Vec::new();
         for done in cq.reap() {
             match done.op {
-                Op::Read => frames.push(done.frame_ok().unwrap()),
-                _ => sq.submit_write(done.frame_ok().unwrap(), done.user_data).unwrap(),
+                RingOp::Read => frames.push(done.take_packet().unwrap()),
+                _ => sq.submit_write(done.take_packet().unwrap(), done.user_data).unwrap(),
             }
             assert_eq!(control.doorbells(), rung, "rung before the loop's end");
         }
@@ -539,7 +541,7 @@ fn borrowed_halves_ring_once_a_loop() {
         let rung = sleeps();
         let left = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for done in cq.reap() {
-                if done.op == Op::Read {
+                if done.op == RingOp::Read {
                     sq.submit_read(frames.pop().unwrap(), 2).unwrap();
                     panic!("on purpose");
                 }
@@ -551,7 +553,7 @@ fn borrowed_halves_ring_once_a_loop() {
         let mut seen = Vec::new();
         eventually("what it had submitted is done", || {
             seen.extend(cq.reap().map(|done| (done.op, done.user_data)));
-            seen.contains(&(Op::Read, 2))
+            seen.contains(&(RingOp::Read, 2))
         });
 
         // If the loop is forgotten, the next `split` rings the doorbell.
@@ -563,7 +565,7 @@ fn borrowed_halves_ring_once_a_loop() {
         assert_eq!(control.doorbells(), rung + 1);
         eventually("what the forgotten one had submitted is done", || {
             seen.extend(ring.reap().map(|done| (done.op, done.user_data)));
-            seen.contains(&(Op::Read, 3))
+            seen.contains(&(RingOp::Read, 3))
         });
     });
 }

@@ -12,7 +12,7 @@ use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption
 use pcap_file::pcapng::{Block, PcapNgReader};
 use vmring::device::pcap::{Capture, Replay};
 use vmring::{
-    ConfigError, Direction, Embedded, Error, Interface, Loopback, Op, RetryPolicy, Ring, Status,
+    ConfigError, Direction, Embedded, Error, Interface, Loopback, RetryPolicy, Ring, RingOp, Status,
 };
 
 use crate::support::{
@@ -244,7 +244,7 @@ fn a_writer_that_fails_is_reported_by_finish_and_packets_go_on() {
                 post(ring, number);
                 for done in reap_n(ring, 2) {
                     assert_eq!((done.user_data, done.result), (number, Ok(60_000)));
-                    if done.op == Op::Read {
+                    if done.op == RingOp::Read {
                         assert_eq!(done.frame.unwrap()[..], packet(number, 60_000)[..]);
                     }
                 }
@@ -272,7 +272,7 @@ fn a_writer_that_fails_is_reported_by_finish_and_packets_go_on() {
     });
 }
 
-/// The wrapper does not change the ring's behaviour: cancel, quiesce and close work through it.
+/// The wrapper does not change the ring's behaviour: cancel, cancel_and_wait and close work through it.
 #[test]
 fn a_recorded_device_lets_go_like_the_one_it_wraps() {
     guarded(|| {
@@ -283,7 +283,7 @@ fn a_recorded_device_lets_go_like_the_one_it_wraps() {
         (0..8).for_each(|number| post(&mut ring, number));
         ring.cancel(3, 100).unwrap();
         assert_eq!(reap_n(&mut ring, 2).len(), 2);
-        assert_eq!(ring.quiesce(crate::support::LONG).unwrap(), 7);
+        assert_eq!(ring.cancel_and_wait(crate::support::LONG).unwrap(), 7);
         ring.reap().for_each(drop);
         (0..4).for_each(|number| post(&mut ring, number));
         ring.close().unwrap();
@@ -344,9 +344,9 @@ fn read_all(ring: &mut Ring, replay: &Replay) -> Vec<Vec<u8>> {
         }
         // The last batch may be short.
         ring.wait(3, Some(Duration::from_millis(20)));
-        ring.quiesce(Duration::from_secs(10)).unwrap();
+        ring.cancel_and_wait(Duration::from_secs(10)).unwrap();
         let done: Vec<_> = ring.reap().collect();
-        packets.extend(done.iter().filter_map(|done| done.frame_ok().ok()).map(|f| f.to_vec()));
+        packets.extend(done.iter().filter_map(|done| done.take_packet().ok()).map(|f| f.to_vec()));
     }
     packets
 }
@@ -398,7 +398,7 @@ fn a_replay_leaves_out_what_is_no_whole_packet_and_counts_it() {
     // Post one read. A second one would look at the packets after it.
     post(&mut ring, 0);
     assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(9000));
-    ring.quiesce(Duration::from_secs(10)).unwrap();
+    ring.cancel_and_wait(Duration::from_secs(10)).unwrap();
     assert_eq!(replay.left(), 0);
     assert_eq!(interface.drops(), [("recorded incompletely", 1), ("too big", 1)]);
 }
@@ -460,7 +460,7 @@ fn from_nothing_nothing_comes_and_what_is_written_is_recorded() {
     post(&mut ring, 0);
     write(&mut ring, &packet(5, 200), 1);
     let done = reap_n(&mut ring, 1);
-    assert_eq!((done[0].op, done[0].result), (Op::Write, Ok(200)));
+    assert_eq!((done[0].op, done[0].result), (RingOp::Write, Ok(200)));
     assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0);
     drop((ring, interface));
     let file = parse(&tape.bytes());

@@ -10,10 +10,10 @@ use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake as DeviceWake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake as DeviceWake};
 use vmring::{
-    Config, Direction, Drive, Driver, EntryError, Interface, InterfaceInfo, Op, Poller,
-    RetryPolicy, Ring, Status,
+    Direction, Drive, Driver, EntryError, Interface, InterfaceConfig, InterfaceInfo, Poller,
+    RetryPolicy, Ring, RingOp, Status,
 };
 #[cfg(target_os = "linux")]
 use vmring::{Error, IdlePolicy};
@@ -30,7 +30,7 @@ fn round_trips(ring: &mut Ring, numbers: std::ops::Range<u64>) {
         send(ring, number);
         for done in reap_n(ring, 2) {
             assert_eq!(done.result, Ok(60));
-            if done.op == Op::Read {
+            if done.op == RingOp::Read {
                 assert_eq!(number_of(&done.frame.unwrap()), number);
             }
         }
@@ -58,10 +58,10 @@ fn three_ways_to_drive() {
             let calling = callers.clone();
             let interface = Script::new(move |_, _| {
                 let calling = calling.clone();
-                ScriptQueue::new(move |io| {
+                ScriptQueue::new(move |cx| {
                     let name = thread::current().name().unwrap_or_default().to_owned();
                     calling.lock().unwrap().push(name);
-                    take_writes(io);
+                    take_writes(cx);
                     Ok(Progress::Idle)
                 })
             })
@@ -74,7 +74,7 @@ fn three_ways_to_drive() {
                 .unwrap();
             for number in 0..20 {
                 send(&mut ring, number);
-                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Write, number, Ok(60)));
+                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, number, Ok(60)));
             }
             let expected = match way {
                 Way::Thread => "its-own".to_owned(),
@@ -114,7 +114,7 @@ fn a_poller_drives_many_rings_and_all_make_progress() {
                 }
                 for done in reap(ring) {
                     assert_eq!(done.result, Ok(60));
-                    if done.op == Op::Read {
+                    if done.op == RingOp::Read {
                         assert_eq!(number_of(&done.frame.unwrap()), received[i]);
                         received[i] += 1;
                     }
@@ -125,7 +125,7 @@ fn a_poller_drives_many_rings_and_all_make_progress() {
         }
         // Closing one ring and adding another does not disturb the others.
         drop(rings.swap_remove(10));
-        rings[20].quiesce(LONG).unwrap();
+        rings[20].cancel_and_wait(LONG).unwrap();
         rings[20].reap().for_each(drop);
         round_trips(&mut rings[20], 0..10);
         let extra = loopback();
@@ -152,9 +152,9 @@ fn a_busy_ring_does_not_starve_its_neighbour() {
                 while !stop.load(Ordering::Relaxed) {
                     let (mut sq, mut cq) = busy.split();
                     for done in cq.reap() {
-                        let frame = done.frame_ok().unwrap();
+                        let frame = done.take_packet().unwrap();
                         match done.op {
-                            Op::Read => sq.submit_read(frame, 0).unwrap(),
+                            RingOp::Read => sq.submit_read(frame, 0).unwrap(),
                             _ => sq.submit_write(frame, 0).unwrap(),
                         }
                     }
@@ -170,8 +170,8 @@ fn a_busy_ring_does_not_starve_its_neighbour() {
 /// A ring whose poller never sleeps, because its device always reports more work.
 fn restless(poller: &Poller) -> Ring {
     let interface = Script::new(|_, _| {
-        ScriptQueue::new(|io| {
-            take_writes(io);
+        ScriptQueue::new(|cx| {
+            take_writes(cx);
             Ok(Progress::More)
         })
     })
@@ -223,10 +223,10 @@ impl Device for Socket {
 struct SocketQueue(Arc<UnixStream>);
 
 impl Queue for SocketQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        while io.reads() > 0 && (&*self.0).read(&mut [0]).is_ok_and(|n| n == 1) {
-            let slot = io.take_read().expect("one is posted");
-            io.complete_read(slot, 60);
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        while cx.reads() > 0 && (&*self.0).read(&mut [0]).is_ok_and(|n| n == 1) {
+            let slot = cx.take_read().expect("one is posted");
+            cx.complete_read(slot, 60);
         }
         Ok(Progress::Idle)
     }
@@ -239,7 +239,7 @@ impl Queue for SocketQueue {
 struct Start(UnixStream);
 
 impl Driver for Start {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, vmring::Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, vmring::Error> {
         let mac = vmring::MacAddr6::new(2, 0, 0, 0, 0, 8);
         let info = InterfaceInfo::new(config, mac, 1500, 1514);
         Ok(Arc::new(Socket(Arc::new(self.0), info)))
@@ -263,7 +263,7 @@ fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
         let woken = ring.stats().parks - before;
         assert!(woken < 5, "woken {woken} times for nothing");
         post(&mut ring, 7);
-        assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Read, 7, Ok(60)));
+        assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Read, 7, Ok(60)));
     });
 }
 
@@ -283,7 +283,7 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
             post(&mut calm, number);
             thread::sleep(Duration::from_millis(1)); // long enough that the ring sleeps
             far.write_all(&[1]).unwrap();
-            assert_eq!(reap_n(&mut calm, 1)[0].brief(), (Op::Read, number, Ok(60)));
+            assert_eq!(reap_n(&mut calm, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
         }
     });
 }
@@ -347,10 +347,10 @@ fn a_poller_stays_on_its_processor_or_says_why_not() {
         let seen = places.clone();
         let interface = Script::new(move |_, _| {
             let seen = seen.clone();
-            ScriptQueue::new(move |io| {
+            ScriptQueue::new(move |cx| {
                 // SAFETY: the call takes no arguments and returns a number.
                 seen.lock().unwrap().push(unsafe { libc::sched_getcpu() });
-                take_writes(io);
+                take_writes(cx);
                 Ok(Progress::Idle)
             })
         })

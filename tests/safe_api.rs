@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::{Closed, Direction, Drive, EntryError, Interface, RingControl};
+use vmring::{CloseReason, Direction, Drive, EntryError, Interface, RingControl};
 
 use crate::support::{LONG, guarded, loopback, post, reap_n};
 
@@ -24,8 +24,10 @@ fn sources(folder: &Path, all: &mut Vec<PathBuf>) {
 /// vouch for: the caller's own memory, and an object of the system.
 #[test]
 fn safe_api() {
-    let allowed =
-        [("backing.rs", "pub unsafe trait Backing"), ("network.rs", "pub unsafe fn from_xpc_object")];
+    let allowed = [
+        ("backing.rs", "pub unsafe trait Backing"),
+        ("network.rs", "pub unsafe fn from_xpc_object"),
+    ];
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
     for folder in ["src", "ring/src", "embedded/src"] {
@@ -85,6 +87,6 @@ fn from_anywhere() {
         post(&mut ring, 2);
         assert_eq!(other(&|| control.stop(), &mut ring), 1);
         assert_eq!(reap_n(&mut ring, 1)[0].result, Err(EntryError::Cancelled));
-        assert_eq!(control.closed(), Some(Closed::Stopped));
+        assert_eq!(control.closed(), Some(CloseReason::Stopped));
     });
 }

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
 use vmring::{
-    Config, Direction, Drive, Driver, Error, Frame, Interface, InterfaceInfo, Loopback, MacAddr6,
-    Op, Poller, Ring, RingBuilder, Status,
+    Direction, Drive, Driver, Error, Frame, Interface, InterfaceConfig, InterfaceInfo, Loopback,
+    MacAddr6, Poller, Ring, RingBuilder, RingOp, Status,
 };
 
 /// Far longer than any test needs on a slow and busy machine. A test that reaches this hangs.
@@ -186,14 +186,14 @@ pub(crate) fn post(ring: &mut Ring, user_data: u64) {
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) user_data: u64,
-    pub(crate) op: Op,
+    pub(crate) op: RingOp,
     pub(crate) result: Result<usize, vmring::EntryError>,
     pub(crate) frame: Option<Frame>,
 }
 
 impl Seen {
     /// The completion without its frame, for comparing.
-    pub(crate) fn brief(&self) -> (Op, u64, Result<usize, vmring::EntryError>) {
+    pub(crate) fn brief(&self) -> (RingOp, u64, Result<usize, vmring::EntryError>) {
         (self.op, self.user_data, self.result)
     }
 }
@@ -229,9 +229,9 @@ pub(crate) fn settle(ring: &mut Ring) {
     }
 }
 
-type PollFn = dyn FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send;
+type PollFn = dyn FnMut(&mut PollContext<'_>) -> Result<Progress, Status> + Send;
 type CancelFn = dyn FnMut(Option<u64>) -> u32 + Send;
-type CloseFn = dyn FnMut(&mut Io<'_>) -> bool + Send;
+type CloseFn = dyn FnMut(&mut PollContext<'_>) -> bool + Send;
 
 /// A third-party queue that is made of closures.
 pub(crate) struct ScriptQueue {
@@ -245,7 +245,7 @@ pub(crate) struct ScriptQueue {
 
 impl ScriptQueue {
     pub(crate) fn new(
-        poll: impl FnMut(&mut Io<'_>) -> Result<Progress, Status> + Send + 'static,
+        poll: impl FnMut(&mut PollContext<'_>) -> Result<Progress, Status> + Send + 'static,
     ) -> Self {
         Self {
             poll: Box::new(poll),
@@ -268,7 +268,10 @@ impl ScriptQueue {
         self
     }
 
-    pub(crate) fn on_close(mut self, f: impl FnMut(&mut Io<'_>) -> bool + Send + 'static) -> Self {
+    pub(crate) fn on_close(
+        mut self,
+        f: impl FnMut(&mut PollContext<'_>) -> bool + Send + 'static,
+    ) -> Self {
         self.close = Box::new(f);
         self
     }
@@ -280,19 +283,19 @@ impl ScriptQueue {
 }
 
 impl Queue for ScriptQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        (self.poll)(io)
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        (self.poll)(cx)
     }
 
     fn cancel(&mut self, target: Option<u64>) -> u32 {
         (self.cancel)(target)
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
-        (self.close)(io)
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
+        (self.close)(cx)
     }
 
-    fn settle(&mut self) {
+    fn bind_to_thread(&mut self) {
         (self.settle)();
     }
 
@@ -370,7 +373,7 @@ impl Script {
 }
 
 impl Driver for Script {
-    fn start(mut self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(mut self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mac = MacAddr6::new(2, 0, 0, 0, 0, 9);
         self.info = Some(InterfaceInfo::new(config, mac, 1500, 1514));
         Ok(Arc::new(*self))
@@ -409,8 +412,8 @@ impl Device for Script {
 }
 
 /// Completes every write with success and leaves reads posted.
-pub(crate) fn take_writes(io: &mut Io<'_>) {
-    while let Some(slot) = io.take_write() {
-        io.complete_write(slot);
+pub(crate) fn take_writes(cx: &mut PollContext<'_>) {
+    while let Some(slot) = cx.take_write() {
+        cx.complete_write(slot);
     }
 }

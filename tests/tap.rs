@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use vmring::device::Offloads;
 use vmring::device::fault::Faults;
 use vmring::{
-    Armed, Closed, Direction, Drive, EntryError, Error, Frame, Interface, Mode, Op, PoolBuilder,
-    RetryPolicy, Ring, Status, SubmitErrorKind, Tap, TapEngine, TapError,
+    Armed, CloseReason, Direction, Drive, EntryError, Error, Frame, Interface, Mode, PoolBuilder,
+    RetryPolicy, Ring, RingOp, Status, SubmitErrorKind, Tap, TapEngine, TapError,
 };
 
 use crate::netns::{Host, in_namespace, sh};
@@ -101,11 +101,11 @@ fn next(ring: &mut Ring) -> Frame {
         ring.wait(1, Some(Duration::from_millis(20)));
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
-            if done.op != Op::Read {
+            if done.op != RingOp::Read {
                 continue;
             }
             let (user_data, result) = (done.user_data, done.result);
-            let frame = done.frame().expect("it has one");
+            let frame = done.take_frame().expect("it has one");
             match result {
                 Ok(_) => {}
                 // A restart cancelled it. The reads that were posted afterwards come later.
@@ -145,8 +145,8 @@ fn exchange(ring: &mut Ring, neighbour: &Neighbour, number: u64) {
         let (mut written, mut chatter) = (false, Vec::new());
         for done in cq.reap() {
             match done.op {
-                Op::Write => written = true,
-                _ => chatter.extend(done.frame()),
+                RingOp::Write => written = true,
+                _ => chatter.extend(done.take_frame()),
             }
         }
         for frame in chatter {
@@ -318,7 +318,7 @@ fn a_persistent_tap_keeps_no_offload_for_the_next_interface() {
         let start = Instant::now();
         let frame = loop {
             ring.wait(1, Some(Duration::from_millis(20)));
-            let mut frames = ring.reap().map(|done| done.frame_ok().expect("a packet"));
+            let mut frames = ring.reap().map(|done| done.take_packet().expect("a packet"));
             if let Some(frame) = frames.find(|frame| frame.len() == 75 && frame[23] == 17) {
                 break frame;
             }
@@ -415,7 +415,7 @@ fn tap_error(tap: Tap) -> TapError {
 }
 
 #[track_caller]
-fn error_of(builder: vmring::Builder, tap: Tap) -> TapError {
+fn error_of(builder: vmring::InterfaceBuilder, tap: Tap) -> TapError {
     match builder.device(tap).start() {
         Err(Error::Tap(error)) => {
             let sentence = error.to_string();
@@ -563,21 +563,21 @@ fn a_cancel_takes_reads_back_from_the_kernel_and_loses_no_packet() {
                             for done in ring.reap() {
                                 let (data, result) = (done.user_data, done.result);
                                 match (done.op, result) {
-                                    (Op::Cancel, result) => {
+                                    (RingOp::Cancel, result) => {
                                         assert_eq!(result, Ok(1), "target {target}");
                                         answered = true;
                                     }
-                                    (Op::Read, Err(error)) => {
+                                    (RingOp::Read, Err(error)) => {
                                         assert_eq!(error, EntryError::Cancelled);
                                         assert!(cancelled.insert(data), "twice");
                                     }
-                                    (Op::Read, Ok(_)) => {
-                                        let frame = done.frame_ok().expect("a packet");
+                                    (RingOp::Read, Ok(_)) => {
+                                        let frame = done.take_packet().expect("a packet");
                                         if frame[12..14] == [0x88, 0xb5] {
                                             numbers.push(number_of(&frame));
                                         }
                                     }
-                                    (Op::Write, _) => {}
+                                    (RingOp::Write, _) => {}
                                 }
                             }
                             assert!(Instant::now() < deadline, "round {round}: {numbers:?}");
@@ -585,7 +585,7 @@ fn a_cancel_takes_reads_back_from_the_kernel_and_loses_no_packet() {
                     }
                     assert_eq!(numbers, (1000..1000 + sent).collect::<Vec<_>>());
                     stage(format!("{engine} {way:?}: all of them"));
-                    ring.quiesce(LONG).expect("it empties");
+                    ring.cancel_and_wait(LONG).expect("it empties");
                     for done in ring.reap() {
                         assert_eq!(done.result, Err(EntryError::Cancelled));
                         assert!(cancelled.insert(done.user_data), "twice");
@@ -614,7 +614,7 @@ fn a_close_with_reads_in_the_kernel_brings_every_frame_home() {
                 with_reads_in_the_kernel(engine, way, |interface, mut ring| {
                     ring.close().expect("it closes");
                     let cancelled = ring.reap().filter(|done| {
-                        done.result == Err(EntryError::Cancelled) && done.op == Op::Read
+                        done.result == Err(EntryError::Cancelled) && done.op == RingOp::Read
                     });
                     assert_eq!(cancelled.count(), 64);
                     interface.stop(LONG).expect("it stops");
@@ -658,7 +658,7 @@ fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
                             Err(EntryError::DevicePanicked) => panicked += 1,
                             Err(error) => panic!("{error}"),
                         }
-                        let mut frame = done.frame().expect("it has one");
+                        let mut frame = done.take_frame().expect("it has one");
                         frame.reset();
                         frame.copy_from(&[home.len() as u8; 1200]).unwrap();
                         let bytes = frame.to_vec();
@@ -673,7 +673,7 @@ fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
                 for (frame, bytes) in &home {
                     assert!(frame[..] == bytes[..], "the kernel wrote into a frame that was home");
                 }
-                assert_eq!(ring.control().closed(), Some(Closed::DevicePanicked));
+                assert_eq!(ring.control().closed(), Some(CloseReason::DevicePanicked));
                 let pool = ring.pools()[0].clone();
                 ring.close().expect("nothing is leaked");
                 drop((home, ring));
@@ -917,7 +917,7 @@ fn deleted(engine: TapEngine, way: Way, persistent: bool) {
     eventually("the ring says so", || {
         ring.wait(1, Some(Duration::from_millis(5)));
         for done in ring.reap() {
-            if done.op == Op::Read {
+            if done.op == RingOp::Read {
                 assert_eq!(done.result, Err(EntryError::Device(Status::Failure)));
                 failed += 1;
             }
@@ -932,7 +932,7 @@ fn deleted(engine: TapEngine, way: Way, persistent: bool) {
         refused.is_some() && ring.in_flight() == 0
     });
     assert!(failed >= 31, "{failed} of what was in flight");
-    assert_eq!(refused, Some(SubmitErrorKind::Closed(Closed::Failed(Status::Failure))));
+    assert_eq!(refused, Some(SubmitErrorKind::Closed(CloseReason::Failed(Status::Failure))));
     if persistent {
         let gone = interface.restart(LONG);
         let Err(Error::Device(error)) = &gone else { panic!("{gone:?}") };
@@ -975,7 +975,7 @@ fn every_queue_has_a_ring_and_a_poller() {
                 for (ring, count) in rings.iter_mut().zip(&mut per_ring) {
                     ring.wait(1, Some(Duration::from_millis(1)));
                     for done in ring.reap() {
-                        let frame = done.frame_ok().expect("a packet");
+                        let frame = done.take_packet().expect("a packet");
                         if frame.len() == 62 && frame[23] == 17 {
                             assert!(seen.insert(frame[42]), "flow {} came twice", frame[42]);
                             *count += 1;
@@ -999,7 +999,7 @@ fn every_queue_has_a_ring_and_a_poller() {
                 ring.wait(1, Some(Duration::from_millis(1)));
                 came += ring
                     .reap()
-                    .filter_map(|done| done.frame_ok().ok())
+                    .filter_map(|done| done.take_packet().ok())
                     .filter(|frame| frame.len() == 72 && frame[23] == 17)
                     .count();
                 came == usize::from(flows)
@@ -1089,7 +1089,7 @@ fn packets_wait_for_the_first_ring_in_its_queue() {
         eventually("every flow's packet", || {
             ring.wait(1, Some(Duration::from_millis(1)));
             for done in ring.reap() {
-                let frame = done.frame_ok().expect("a packet");
+                let frame = done.take_packet().expect("a packet");
                 if frame.len() == 62 && frame[23] == 17 {
                     assert!(seen.insert(frame[42]), "flow {} came twice", frame[42]);
                 }

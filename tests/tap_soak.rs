@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::{
-    Armed, Closed, Direction, EntryError, Error, Frame, Interface, Mode, Op, Poller, Pool,
-    PoolBuilder, Ring, Status, SubmitErrorKind, Tap, TapEngine, TapError,
+    Armed, CloseReason, Direction, EntryError, Error, Frame, Interface, Mode, Poller, Pool,
+    PoolBuilder, Ring, RingOp, Status, SubmitErrorKind, Tap, TapEngine, TapError,
 };
 
 use crate::netns::{Host, in_namespace_for, sh, skip};
@@ -196,7 +196,7 @@ impl Relay {
 
     fn may_refuse(&self, side: usize, kind: SubmitErrorKind) {
         match kind {
-            SubmitErrorKind::Closed(Closed::Failed(_)) if self.tallies[side].doomed => {}
+            SubmitErrorKind::Closed(CloseReason::Failed(_)) if self.tallies[side].doomed => {}
             kind => panic!("side {side} refuses: {kind}: {:?}", self.tallies[side]),
         }
     }
@@ -209,23 +209,23 @@ impl Relay {
             let (_, result, frame) = done.into_parts();
             let tally = &mut self.tallies[from];
             match op {
-                Op::Read => tally.reading -= 1,
-                Op::Write => tally.writing -= 1,
-                Op::Cancel => tally.cancelling -= 1,
+                RingOp::Read => tally.reading -= 1,
+                RingOp::Write => tally.writing -= 1,
+                RingOp::Cancel => tally.cancelling -= 1,
             }
             match (op, result) {
-                (Op::Read, Ok(_)) => {
+                (RingOp::Read, Ok(_)) => {
                     tally.read += 1;
                     self.forward(from, frame.expect("a read has one"));
                 }
-                (Op::Write, Ok(_)) => {
+                (RingOp::Write, Ok(_)) => {
                     tally.written += 1;
                     self.sums.packets[1 - from] += 1;
                     self.sums.bytes[1 - from] += frame.expect("a write has one").len() as u64;
                 }
-                (Op::Cancel, _) => {}
+                (RingOp::Cancel, _) => {}
                 (_, Err(EntryError::Cancelled)) => self.sums.cancelled += 1,
-                (Op::Write, Err(EntryError::Device(Status::SetupIncomplete))) => {
+                (RingOp::Write, Err(EntryError::Device(Status::SetupIncomplete))) => {
                     self.sums.down += 1;
                 }
                 (_, Err(EntryError::Device(Status::Failure))) if tally.doomed => {
@@ -257,9 +257,9 @@ impl Relay {
     }
 
     /// Takes everything back from a ring and keeps the ring.
-    fn quiesce(&mut self, side: usize) {
+    fn cancel_and_wait(&mut self, side: usize) {
         let mut ring = self.rings[side].take().expect("a ring");
-        ring.quiesce(LONG).expect("the kernel lets go");
+        ring.cancel_and_wait(LONG).expect("the kernel lets go");
         self.reap(side, &mut ring);
         let tally = &self.tallies[side];
         assert_eq!((ring.in_flight(), tally.reading, tally.writing), (0, 0, 0), "{tally:?}");
@@ -278,7 +278,10 @@ impl Relay {
     fn is_over(&mut self, side: usize) -> bool {
         let ring = self.ring(side);
         let closed = ring.control().closed();
-        assert!(!matches!(closed, Some(Closed::Stopped | Closed::DevicePanicked)), "{closed:?}");
+        assert!(
+            !matches!(closed, Some(CloseReason::Stopped | CloseReason::DevicePanicked)),
+            "{closed:?}"
+        );
         closed.is_some() && ring.in_flight() == 0
     }
 
@@ -618,8 +621,8 @@ impl Chaos<'_> {
                 self.flows.go_on("new rings");
             }
             Act::Quiesce => {
-                relaying.ask(move |relay| relay.quiesce(side));
-                self.flows.go_on("a quiesce");
+                relaying.ask(move |relay| relay.cancel_and_wait(side));
+                self.flows.go_on("a cancel_and_wait");
             }
             Act::CancelAll => relaying.ask(move |relay| relay.cancel_all(side)),
             Act::CancelFromAfar => {

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use vmring::device::Offloads;
 use vmring::stats::RingStats;
 use vmring::{
-    Armed, Direction, EntryError, Interface, MacAddr6, Mode, Op, Poller, PoolBuilder, Ring, Status,
-    Tap, TapEngine,
+    Armed, Direction, EntryError, Interface, MacAddr6, Mode, Poller, PoolBuilder, Ring, RingOp,
+    Status, Tap, TapEngine,
 };
 
 use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
@@ -170,19 +170,19 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
                 let (_, result, frame) = done.into_parts();
                 let mut frame = frame.expect("reads and writes have one");
                 match op {
-                    Op::Read if stopping => {
+                    RingOp::Read if stopping => {
                         if result.is_ok() {
                             add(&lanes[from].late);
                         }
                     }
-                    Op::Read => {
+                    RingOp::Read => {
                         result.expect("a packet");
                         lanes[from].see(&frame);
                         frame.forward_offload().expect("the kernel's header");
                         there.submit_write(frame, 0).expect("a credit for each frame");
                         writing += 1;
                     }
-                    Op::Write => {
+                    RingOp::Write => {
                         writing -= 1;
                         let lane = &lanes[1 - from];
                         match result {
@@ -195,7 +195,7 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
                             there.submit_read(frame, 0).expect("a credit for each frame");
                         }
                     }
-                    Op::Cancel => panic!("nothing was cancelled"),
+                    RingOp::Cancel => panic!("nothing was cancelled"),
                 }
             }
         }
@@ -211,9 +211,9 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
         }
     }
     for (from, ring) in rings.iter_mut().enumerate() {
-        ring.quiesce(LONG).expect("the kernel lets go");
+        ring.cancel_and_wait(LONG).expect("the kernel lets go");
         for done in ring.reap() {
-            if done.op == Op::Read && done.result.is_ok() {
+            if done.op == RingOp::Read && done.result.is_ok() {
                 add(&lanes[from].late);
             }
         }
@@ -851,7 +851,7 @@ fn bridged_over_vxlan(engine: TapEngine) {
         carry((there, macs[1]), (near, macs[0]), 1000);
     }
     for mut ring in rings {
-        ring.quiesce(LONG).expect("it lets go");
+        ring.cancel_and_wait(LONG).expect("it lets go");
         let stats = ring.stats();
         assert_eq!((stats.errors, stats.exhausted), (0, 0), "{stats:?}");
         ring.close().expect("it closes");
@@ -873,7 +873,7 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
     let write = |ring: &mut Ring, number: u64| {
         for done in ring.reap() {
             match done.op {
-                Op::Write => assert!(done.result.is_ok(), "{done:?}"),
+                RingOp::Write => assert!(done.result.is_ok(), "{done:?}"),
                 _ => panic!("nobody writes to this side: {done:?}"),
             }
         }
@@ -897,10 +897,10 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
         to.wait(1, Some(Duration::from_millis(10)));
         let (mut sq, mut cq) = to.split();
         for done in cq.reap() {
-            if done.op == Op::Write {
+            if done.op == RingOp::Write {
                 continue; // a write of the other direction, carried before
             }
-            let frame = done.frame_ok().expect("a packet");
+            let frame = done.take_packet().expect("a packet");
             if frame[12..14] == [0x88, 0xb5] {
                 match number_of(&frame) {
                     TRIAL => open = true,
@@ -918,7 +918,7 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
     }
     from.wait(1, Some(Duration::from_millis(1)));
     for done in from.reap() {
-        assert!(done.op == Op::Write && done.result.is_ok(), "{done:?}");
+        assert!(done.op == RingOp::Write && done.result.is_ok(), "{done:?}");
     }
 }
 
@@ -1061,7 +1061,7 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
     let mut lengths = Vec::new();
     while lengths.last() != Some(&43) {
         assert!(ring.wait(1, Some(Duration::from_secs(20))) > 0, "{lengths:?}");
-        lengths.extend(ring.reap().map(|done| done.frame_ok().expect("a packet").len()));
+        lengths.extend(ring.reap().map(|done| done.take_packet().expect("a packet").len()));
     }
     assert_eq!((&lengths[..], too_big(&host)), (&[1514, 43][..], 2));
     ring.close().expect("it closes");

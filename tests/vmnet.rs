@@ -16,8 +16,8 @@ use vmnet_sim::{
 use vmring::device::vmnet::{self, IsolatedNetwork, Service};
 use vmring::device::{Offloads, PortForward, Protocol};
 use vmring::{
-    Builder, Checksum, Direction, Drive, EntryError, Error, Gso, Interface, Ipv4Range, MacAddr6,
-    Mode, Network, OffloadHeader, Op, RetryPolicy, Ring, Status, Vmnet,
+    Checksum, Direction, Drive, EntryError, Error, Gso, Interface, InterfaceBuilder, Ipv4Range,
+    MacAddr6, Mode, OffloadHeader, RetryPolicy, Ring, RingOp, Status, Vmnet, VmnetNetwork,
 };
 
 use crate::support::{
@@ -26,7 +26,7 @@ use crate::support::{
 
 const SUCCESS: u32 = 1000;
 
-fn builder(world: &World, id: [u8; 16]) -> Builder {
+fn builder(world: &World, id: [u8; 16]) -> InterfaceBuilder {
     Interface::builder().interface_id(id).device(world.enter(Vmnet::new))
 }
 
@@ -53,12 +53,16 @@ impl Pair {
         Self::of(world, |_, builder| builder)
     }
 
-    fn of(world: World, change: impl Fn(&World, Builder) -> Builder) -> Self {
+    fn of(world: World, change: impl Fn(&World, InterfaceBuilder) -> InterfaceBuilder) -> Self {
         let ids = [world.interface_id(), world.interface_id()];
         Self::with(world, ids, change)
     }
 
-    fn with(world: World, ids: [[u8; 16]; 2], change: impl Fn(&World, Builder) -> Builder) -> Self {
+    fn with(
+        world: World,
+        ids: [[u8; 16]; 2],
+        change: impl Fn(&World, InterfaceBuilder) -> InterfaceBuilder,
+    ) -> Self {
         let interfaces =
             ids.map(|id| change(&world, builder(&world, id)).start().expect("it starts"));
         let rings = [0, 1].map(|i: usize| {
@@ -182,7 +186,7 @@ fn row_1_2_each_status_of_a_failed_read_is_the_error_of_one_completion() {
             });
             pair.post(1);
             let done = reap_n(&mut pair.rings[1], 1);
-            assert_eq!(done[0].brief(), (Op::Read, 0, Err(EntryError::Device(status))));
+            assert_eq!(done[0].brief(), (RingOp::Read, 0, Err(EntryError::Device(status))));
             assert!(done[0].frame.is_some());
         }
         pair.close();
@@ -254,8 +258,8 @@ fn row_2_1_a_start_that_answers_null_is_a_failure_whether_the_handler_comes_or_n
             let error = builder(&world, id).start().unwrap_err();
             // The error is the handler's status if the handler ran, else a general failure.
             match handler {
-                StartHandler::Never => assert!(matches!(error, Error::Vmnet(Status::Failure))),
-                _ => assert!(matches!(error, Error::Vmnet(Status::SharingServiceBusy))),
+                StartHandler::Never => assert!(matches!(error, Error::Status(Status::Failure))),
+                _ => assert!(matches!(error, Error::Status(Status::SharingServiceBusy))),
             }
             assert!(began.elapsed() < LONG, "it waited for a handler that nobody promised");
             assert_eq!((world.counts(id).starts, world.counts(id).stops), (1, 0));
@@ -279,7 +283,7 @@ fn row_2_1_success_is_1000_and_any_other_number_is_a_failure() {
                     script.start.handle_on_failure = handle_on_failure;
                 });
                 let error = builder(&world, id).start().unwrap_err();
-                let Error::Vmnet(status) = error else { panic!("{error:?}") };
+                let Error::Status(status) = error else { panic!("{error:?}") };
                 assert_eq!(Some(status), Status::from_code(code));
                 // The started interface is stopped.
                 assert_eq!(world.counts(id).stops, u64::from(handle_on_failure));
@@ -338,7 +342,7 @@ fn row_2_2_forwarding_goes_through_whichever_functions_there_are() {
             interface.add_port_forward(&udp).unwrap();
             assert!(matches!(
                 interface.add_port_forward(&four),
-                Err(Error::Vmnet(Status::Failure))
+                Err(Error::Status(Status::Failure))
             ));
             let mut expected = vec![four, udp];
             if macos >= (12, 0) {
@@ -357,7 +361,7 @@ fn row_2_2_forwarding_goes_through_whichever_functions_there_are() {
             // Removing a rule that does not exist is an error.
             assert!(matches!(
                 interface.remove_port_forward(Protocol::Tcp, 8080),
-                Err(Error::Vmnet(Status::Failure))
+                Err(Error::Status(Status::Failure))
             ));
             interface.stop(LONG).unwrap();
             drop(interface);
@@ -370,17 +374,17 @@ fn row_2_2_forwarding_goes_through_whichever_functions_there_are() {
 fn row_2_2_on_a_network_object_forwarding_fails_at_once() {
     guarded(|| {
         let world = World::new();
-        let network = world.enter(|| Network::builder(Mode::Shared).create()).unwrap();
+        let network = world.enter(|| VmnetNetwork::builder(Mode::Shared).create()).unwrap();
         let interface = builder_on(&world, &network).start().unwrap();
         let rule = forward(Protocol::Tcp, 1, Ipv4Addr::new(192, 168, 100, 2), 1);
-        assert!(matches!(interface.add_port_forward(&rule), Err(Error::Vmnet(Status::Failure))));
-        assert!(matches!(interface.port_forwards(), Err(Error::Vmnet(Status::Failure))));
+        assert!(matches!(interface.add_port_forward(&rule), Err(Error::Status(Status::Failure))));
+        assert!(matches!(interface.port_forwards(), Err(Error::Status(Status::Failure))));
     });
 }
 
 // 2.3 network objects
 
-fn builder_on(world: &World, network: &Network) -> Builder {
+fn builder_on(world: &World, network: &VmnetNetwork) -> InterfaceBuilder {
     let id = world.interface_id();
     world.enter(|| Interface::builder().interface_id(id).network(network))
 }
@@ -399,7 +403,7 @@ fn row_2_3_a_network_object_is_as_it_was_asked_for() {
         ];
         let network = world
             .enter(|| {
-                Network::builder(Mode::Shared)
+                VmnetNetwork::builder(Mode::Shared)
                     .ipv4(gateway, mask)
                     .ipv6(prefix, 64)
                     .mtu(9000)
@@ -452,13 +456,13 @@ fn row_2_3_a_subnet_is_exclusive_while_its_network_exists() {
         let world = World::new();
         let create = || {
             world.enter(|| {
-                Network::builder(Mode::Host)
+                VmnetNetwork::builder(Mode::Host)
                     .ipv4(Ipv4Addr::new(192, 168, 90, 1), Ipv4Addr::new(255, 255, 255, 0))
                     .create()
             })
         };
         let first = create().unwrap();
-        assert!(matches!(create(), Err(Error::Vmnet(Status::Failure))));
+        assert!(matches!(create(), Err(Error::Status(Status::Failure))));
         // An interface keeps the reservation.
         let interface = builder_on(&world, &first).start().unwrap();
         drop(first);
@@ -474,11 +478,11 @@ fn row_2_3_a_subnet_is_exclusive_while_its_network_exists() {
 fn row_2_3_the_subnets_own_address_is_refused_before_vmnet_takes_it() {
     let world = World::new();
     let zero = world.enter(|| {
-        Network::builder(Mode::Shared)
+        VmnetNetwork::builder(Mode::Shared)
             .ipv4(Ipv4Addr::new(192, 168, 90, 0), Ipv4Addr::new(255, 255, 255, 0))
             .create()
     });
-    assert!(matches!(zero, Err(Error::Vmnet(Status::InvalidArgument))), "{zero:?}");
+    assert!(matches!(zero, Err(Error::Status(Status::InvalidArgument))), "{zero:?}");
     assert!(world.networks_made().is_empty());
     assert_released(&world);
 }
@@ -486,10 +490,10 @@ fn row_2_3_the_subnets_own_address_is_refused_before_vmnet_takes_it() {
 #[test]
 fn row_2_3_bridged_mode_and_older_systems_have_no_network_objects() {
     let world = World::new();
-    let bridged = world.enter(|| Network::builder(Mode::Bridged("en0".to_owned())).create());
+    let bridged = world.enter(|| VmnetNetwork::builder(Mode::Bridged("en0".to_owned())).create());
     assert!(matches!(bridged, Err(Error::Config(_))), "{bridged:?}");
     world.set_host(|host| host.macos = (15, 7));
-    let old = world.enter(|| Network::builder(Mode::Shared).create());
+    let old = world.enter(|| VmnetNetwork::builder(Mode::Shared).create());
     assert!(matches!(old, Err(Error::NeedsMacos { version: "26", .. })), "{old:?}");
 }
 
@@ -499,7 +503,7 @@ fn row_2_3_a_creation_that_never_answers_is_given_up_and_one_without_privilege_s
         let world = World::new();
         world.plan_networks(|plan| plan.delay = Duration::from_millis(300));
         let create =
-            |timeout| world.enter(|| Network::builder(Mode::Shared).timeout(timeout).create());
+            |timeout| world.enter(|| VmnetNetwork::builder(Mode::Shared).timeout(timeout).create());
         let short = Duration::from_millis(20);
         assert!(matches!(create(short), Err(Error::Timeout(after)) if after == short));
         // The network that came too late is released.
@@ -509,7 +513,7 @@ fn row_2_3_a_creation_that_never_answers_is_given_up_and_one_without_privilege_s
         world.set_host(|host| host.root = false);
         assert!(matches!(create(LONG), Err(Error::PermissionDenied { .. })));
         world.set_host(|host| host.root = true);
-        assert!(matches!(create(LONG), Err(Error::Vmnet(Status::MemFailure))));
+        assert!(matches!(create(LONG), Err(Error::Status(Status::MemFailure))));
     });
 }
 
@@ -517,14 +521,14 @@ fn row_2_3_a_creation_that_never_answers_is_given_up_and_one_without_privilege_s
 fn row_2_3_a_serialized_network_is_the_same_network() {
     guarded(|| {
         let world = World::new();
-        let network = world.enter(|| Network::builder(Mode::Host).create()).unwrap();
+        let network = world.enter(|| VmnetNetwork::builder(Mode::Host).create()).unwrap();
         let serialized = network.serialize().unwrap();
-        let same = world.enter(|| Network::deserialize(&serialized, Mode::Host)).unwrap();
+        let same = world.enter(|| VmnetNetwork::deserialize(&serialized, Mode::Host)).unwrap();
         assert_eq!(same.ipv4(), network.ipv4());
         drop((network, same));
         // The serialized form does not keep the network alive.
-        let gone = world.enter(|| Network::deserialize(&serialized, Mode::Host));
-        assert!(matches!(gone, Err(Error::Vmnet(_))), "{gone:?}");
+        let gone = world.enter(|| VmnetNetwork::deserialize(&serialized, Mode::Host));
+        assert!(matches!(gone, Err(Error::Status(_))), "{gone:?}");
         drop(serialized);
         assert_released(&world);
     });
@@ -1027,7 +1031,7 @@ fn row_4_7_a_stop_waits_for_its_handler_and_says_what_it_says() {
         });
         let error = start(&world, id).stop(LONG).unwrap_err();
         assert!(
-            matches!(&error, Error::Device(error) if matches!(**error, Error::Vmnet(Status::Failure))),
+            matches!(&error, Error::Device(error) if matches!(**error, Error::Status(Status::Failure))),
             "{error:?}"
         );
         assert_released(&world);
@@ -1054,7 +1058,7 @@ fn row_4_7_a_stop_that_is_refused_or_never_answered_leaks_and_says_so() {
 
         let error = start(|stop| stop.refused = Some(1005)).stop(LONG).unwrap_err();
         assert!(
-            matches!(&error, Error::Device(error) if matches!(**error, Error::Vmnet(Status::InvalidAccess))),
+            matches!(&error, Error::Device(error) if matches!(**error, Error::Status(Status::InvalidAccess))),
             "{error:?}"
         );
         // A drop does the same without an error, and returns.
@@ -1139,7 +1143,7 @@ fn row_4_8_a_start_without_privilege_says_what_is_needed_on_this_macos() {
         world.script(id, |script| script.start.status = code);
         match builder(&world, id).start() {
             Err(Error::PermissionDenied { needs }) => Ok(needs),
-            Err(Error::Vmnet(status)) => Err(status.code()),
+            Err(Error::Status(status)) => Err(status.code()),
             other => panic!("{other:?}"),
         }
     };
@@ -1309,7 +1313,7 @@ fn row_4_11_a_restart_revives_what_did_not_survive_the_hosts_sleep() {
                     Dead::Silent => EntryError::Cancelled,
                     Dead::Fails(code) => EntryError::Device(Status::from_code(code).unwrap()),
                 };
-                assert_eq!(done.brief(), (Op::Read, number as u64, Err(expected)));
+                assert_eq!(done.brief(), (RingOp::Read, number as u64, Err(expected)));
                 assert!(done.frame.is_some());
             }
             if dead != Dead::Silent {
@@ -1325,7 +1329,7 @@ fn row_4_11_a_restart_revives_what_did_not_survive_the_hosts_sleep() {
                 .unwrap();
             writer.submit_write(frame, 1).unwrap();
             let done = reap_n(&mut reader, 1);
-            assert_eq!(done[0].brief(), (Op::Read, 9, Ok(60)));
+            assert_eq!(done[0].brief(), (RingOp::Read, 9, Ok(60)));
             assert_eq!(number_of(done[0].frame.as_ref().unwrap()), 77);
             assert_eq!((world.counts(id).starts, world.counts(id).stops), (2, 1));
             reap_n(&mut writer, 1);

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use vmnet_sim::{CallPlan, Dead, Events, Reported, Rules, World};
 use vmring::{
-    Direction, EntryError, Frame, Interface, Op, Poller, RetryPolicy, Ring, Status, Vmnet,
+    Direction, EntryError, Frame, Interface, Poller, RetryPolicy, Ring, RingOp, Status, Vmnet,
 };
 
 use crate::support::{LONG, Way, guarded, number_of, packet_between, stage};
@@ -189,13 +189,13 @@ impl Run {
                 moved = true;
                 let (op, number, result) = (done.op, done.user_data, done.result);
                 match op {
-                    Op::Write => {
+                    RingOp::Write => {
                         assert!(self.writing.remove(&number), "write {number} completed twice");
                         assert!(self.written.insert(number, result).is_none());
                     }
-                    Op::Read => {
+                    RingOp::Read => {
                         assert!(self.reading.remove(&number), "read {number} completed twice");
-                        let frame = done.frame().expect("a read has its frame");
+                        let frame = done.take_frame().expect("a read has its frame");
                         match result {
                             Ok(len) => {
                                 assert_eq!(len, 60);
@@ -211,12 +211,12 @@ impl Run {
                         self.spare[end].push(frame);
                         continue;
                     }
-                    Op::Cancel => {
+                    RingOp::Cancel => {
                         self.cancels -= 1;
                         continue;
                     }
                 }
-                self.spare[end].push(done.frame().expect("a write has its frame"));
+                self.spare[end].push(done.take_frame().expect("a write has its frame"));
             }
         }
         moved
@@ -298,7 +298,7 @@ fn run(faults: &Faults, steps: &[Step], ways: [Way; 2]) {
                 }
             }
             Step::Quiesce => {
-                run.rings[1].quiesce(LONG).expect("it lets go");
+                run.rings[1].cancel_and_wait(LONG).expect("it lets go");
                 run.until("the quiesced reads", |run| run.reading.is_empty());
             }
             Step::Restart(end) => {

@@ -7,7 +7,7 @@
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-use vmring::{Direction, EntryError, Error, Interface, MacAddr6, Mode, Op, Ring, Vmnet};
+use vmring::{Direction, EntryError, Error, Interface, MacAddr6, Mode, Ring, RingOp, Vmnet};
 
 use crate::support::{LONG, guarded, number_of, packet_between, stage};
 
@@ -51,11 +51,11 @@ impl End {
         let (mut sq, mut cq) = self.ring.split();
         let mut numbers = Vec::new();
         for done in cq.reap() {
-            let frame = done.frame().expect("a read or a write");
+            let frame = done.take_frame().expect("a read or a write");
             match (done.op, done.result) {
                 (_, Err(EntryError::Cancelled)) => {} // by the restart
                 (_, Err(error)) => panic!("{:?} failed: {error}", done.op),
-                (Op::Read, Ok(len)) => {
+                (RingOp::Read, Ok(len)) => {
                     let ours = len == 200 && frame[12..14] == [0x88, 0xb5];
                     if ours && frame[6..12] == peer.into_array() {
                         let number = number_of(&frame);
@@ -66,7 +66,7 @@ impl End {
                 }
                 _ => {}
             }
-            if done.op == Op::Read {
+            if done.op == RingOp::Read {
                 sq.submit_read(frame, done.user_data).expect("its credit came back");
             }
         }

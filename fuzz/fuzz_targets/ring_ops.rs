@@ -9,7 +9,8 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use vmring::device::fault::Faults;
 use vmring::{
-    Direction, Drive, Frame, Interface, Loopback, Op, Pool, PoolBuilder, RetryPolicy, Ring, Status,
+    Direction, Drive, Frame, Interface, Loopback, Pool, PoolBuilder, RetryPolicy, Ring, RingOp,
+    Status,
 };
 
 #[derive(Arbitrary, Debug)]
@@ -87,12 +88,12 @@ impl World {
     fn reap(&mut self, most: usize) {
         for done in self.ring.reap().take(most) {
             let number = done.user_data;
-            if done.op == Op::Cancel {
+            if done.op == RingOp::Cancel {
                 assert!(self.cancels.remove(&number), "a cancel completed twice");
-                assert!(done.frame().is_none());
+                assert!(done.take_frame().is_none());
             } else {
                 assert!(self.packets.remove(&number), "an entry completed twice");
-                self.frames.push(done.frame().expect("a frame comes back, always"));
+                self.frames.push(done.take_frame().expect("a frame comes back, always"));
             }
         }
     }
@@ -153,7 +154,7 @@ fuzz_target!(|case: Case| {
             Step::CancelAll => world.cancel(None),
             Step::Reap(most) => world.reap(most.into()),
             Step::Quiesce => {
-                world.ring.quiesce(Duration::from_secs(5)).expect("the device lets go");
+                world.ring.cancel_and_wait(Duration::from_secs(5)).expect("the device lets go");
             }
             Step::Restart => {
                 // The restart happens when the ring is driven.

@@ -4,8 +4,8 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, Io, Progress, Queue, Wake};
-use vmring::{Config, Direction, Driver, InterfaceInfo, MacAddr6, Status};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+use vmring::{Direction, Driver, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
 
 use crate::plan::Plan;
 use crate::result::Result;
@@ -90,7 +90,7 @@ pub(crate) const NULL_LENGTH: usize = 60;
 impl Driver for Null {
     fn start(
         self: Box<Self>,
-        config: &Config,
+        config: &InterfaceConfig,
     ) -> std::result::Result<Arc<dyn Device>, vmring::Error> {
         let mac = MacAddr6::new(2, 0, 0, 0, 0, 1);
         Ok(Arc::new(NullDevice(InterfaceInfo::new(config, mac, 1500, 1514))))
@@ -120,12 +120,12 @@ impl Device for NullDevice {
 struct NullQueue;
 
 impl Queue for NullQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> std::result::Result<Progress, Status> {
-        while let Some(slot) = io.take_read() {
-            io.complete_read(slot, NULL_LENGTH);
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> std::result::Result<Progress, Status> {
+        while let Some(slot) = cx.take_read() {
+            cx.complete_read(slot, NULL_LENGTH);
         }
-        while let Some(slot) = io.take_write() {
-            io.complete_write(slot);
+        while let Some(slot) = cx.take_write() {
+            cx.complete_write(slot);
         }
         Ok(Progress::Idle)
     }

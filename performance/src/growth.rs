@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use vmring::{Direction, Drive, Embedded, Interface, Op, Ring};
+use vmring::{Direction, Drive, Embedded, Interface, Ring, RingOp};
 
 use crate::common::{pinned, take_turns};
 use crate::net::SMALL_FRAME;
@@ -71,13 +71,13 @@ fn turn(ring: &mut Ring, mut check: impl FnMut(&[u8]) -> bool) -> Result<usize> 
     let (mut sq, mut cq) = ring.split();
     let mut count = 0;
     for done in cq.reap() {
-        let frame = done.frame_ok()?;
+        let frame = done.take_packet()?;
         if frame.len() != SMALL_FRAME || !check(frame.view().bytes()) {
             return Err("a packet is not what was sent".into());
         }
         count += 1;
         match done.op {
-            Op::Read => sq.submit_read(frame, 0)?,
+            RingOp::Read => sq.submit_read(frame, 0)?,
             _ => sq.submit_write(frame, 0)?,
         }
     }

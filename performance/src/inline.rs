@@ -117,7 +117,7 @@ fn turn(ring: &mut Ring, one: bool) -> Result<u64> {
     if one {
         let mut wrong = false;
         let frames = cq.reap().filter_map(|done| {
-            let frame = done.frame_ok().ok().filter(|frame| frame.len() == NULL_LENGTH);
+            let frame = done.take_packet().ok().filter(|frame| frame.len() == NULL_LENGTH);
             wrong |= frame.is_none();
             Some((frame?, done.user_data))
         });
@@ -126,7 +126,7 @@ fn turn(ring: &mut Ring, one: bool) -> Result<u64> {
     }
     let mut count = 0;
     for done in cq.reap() {
-        let frame = done.frame_ok()?;
+        let frame = done.take_packet()?;
         if frame.len() != NULL_LENGTH {
             return Err("a packet of another length".into());
         }

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
+use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Poller, Ring, RingOp};
 
 use crate::common::{NULL_LENGTH, Null, pin, pinned, processors, take_turns};
 use crate::net::check;
@@ -227,13 +227,13 @@ fn spinning(time: Duration, loopback: bool) -> Result<Histogram<u64>> {
         spin(|| {
             let (mut sq, mut cq) = ring.split();
             for done in cq.reap() {
-                let frame = done.frame_ok()?;
+                let frame = done.take_packet()?;
                 if frame[..] != [0x5a; NULL_LENGTH] {
                     return Err("a packet is not what was sent".into());
                 }
                 missing -= 1;
                 match done.op {
-                    Op::Read => sq.submit_read(frame, 0)?,
+                    RingOp::Read => sq.submit_read(frame, 0)?,
                     _ => packet = Some(frame),
                 }
             }
@@ -258,7 +258,7 @@ fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
                 // SAFETY: one pollfd, exclusively borrowed.
                 check(unsafe { libc::poll(&raw mut poll, 1, PATIENCE.as_millis() as i32) })?;
             }
-            idle = ring.reap().find_map(|done| done.frame_ok().ok());
+            idle = ring.reap().find_map(|done| done.take_packet().ok());
             if Instant::now() > end {
                 return Err("nobody was woken".into());
             }

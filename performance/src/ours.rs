@@ -88,7 +88,7 @@ impl Writer for RingWriter {
                 return Err(format!("{sent} of {count} packets were sent").into());
             }
             for done in self.ring.reap() {
-                let frame = done.frame_ok()?;
+                let frame = done.take_packet()?;
                 if done.result != Ok(self.length) {
                     return Err(format!("a write gave {:?}", done.result).into());
                 }
@@ -116,7 +116,7 @@ impl Reader for RingReader {
         let mut taken = Taken::default();
         self.ring.wait(1, Some(patience));
         for done in self.ring.reap() {
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             taken.add(frame.len());
             self.idle.push(frame);
         }
@@ -130,7 +130,7 @@ impl Reader for RingReader {
             if self.ring.wait(1, Some(PATIENCE)) == 0 {
                 return Err("a ring does not give its frames back".into());
             }
-            self.idle.extend(self.ring.reap().filter_map(|done| done.frame()));
+            self.idle.extend(self.ring.reap().filter_map(|done| done.take_frame()));
         }
         Ok(())
     }

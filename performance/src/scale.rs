@@ -7,7 +7,7 @@ mod footprint;
 use std::time::{Duration, Instant};
 
 use vmring::pool::PoolBuilder;
-use vmring::{Direction, Drive, Frame, Interface, Loopback, Op, Poller, Ring};
+use vmring::{Direction, Drive, Frame, Interface, Loopback, Poller, Ring, RingOp};
 
 use crate::common::{pinned, processors, take_turns, time_packets};
 use crate::net::ETHERNET;
@@ -86,8 +86,8 @@ impl Echo {
             self.ring.wait(1, Some(PATIENCE));
             let (mut sq, mut cq) = self.ring.split();
             for done in cq.reap() {
-                let frame = done.frame_ok()?;
-                if done.op == Op::Read {
+                let frame = done.take_packet()?;
+                if done.op == RingOp::Read {
                     if frame[..] != packet(seen % BATCH, self.size) {
                         return Err(format!("packet {seen} came back changed").into());
                     }
@@ -110,11 +110,11 @@ impl Echo {
         let (mut sq, mut cq) = self.ring.split();
         let mut read = 0;
         for done in cq.reap() {
-            let frame = done.frame_ok()?;
-            if frame.len() != self.size && done.op == Op::Read {
+            let frame = done.take_packet()?;
+            if frame.len() != self.size && done.op == RingOp::Read {
                 return Err(format!("a packet of {} bytes came back", frame.len()).into());
             }
-            if done.op == Op::Read {
+            if done.op == RingOp::Read {
                 read += 1;
                 sq.submit_read(frame, done.user_data)?;
             } else {

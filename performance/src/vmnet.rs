@@ -10,7 +10,7 @@ mod limits;
 use std::time::{Duration, Instant};
 
 use vmnet_sim::World;
-use vmring::{Direction, Drive, Interface, Op, Ring, Vmnet};
+use vmring::{Direction, Drive, Interface, Ring, RingOp, Vmnet};
 
 use crate::common::{Null, pinned, take_turns, time_packets};
 use crate::plan::{Part, Plan};
@@ -223,7 +223,7 @@ fn check() -> Result<()> {
         ours.ring.wait(1, Some(PATIENCE));
         let (mut sq, mut cq) = ours.ring.split();
         for done in cq.reap() {
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             expect(&mut seen, &frame)?;
             sq.submit_read(frame, done.user_data)?;
         }
@@ -236,8 +236,8 @@ fn check() -> Result<()> {
     let (mut seen, mut written) = (0, 0);
     while (seen < COUNT || written < COUNT) && Instant::now() < end {
         for done in ours.ring.reap() {
-            if done.op == Op::Write {
-                done.frame_ok()?;
+            if done.op == RingOp::Write {
+                done.take_packet()?;
                 written += 1;
             }
         }
@@ -294,7 +294,7 @@ impl Ours {
     fn turn(&mut self, direction: Direction) -> Result<u64> {
         let mut wrong = None;
         let (mut sq, mut cq) = self.ring.split();
-        let frames = cq.reap().filter_map(|done| match done.frame_ok() {
+        let frames = cq.reap().filter_map(|done| match done.take_packet() {
             Ok(frame) if frame.len() == LENGTH => Some((frame, done.user_data)),
             Ok(frame) => {
                 wrong = Some(format!("a packet of {} bytes", frame.len()));

@@ -4,13 +4,13 @@ use macaddr::MacAddr6;
 use vmring_embedded::network::mac_of_interface;
 
 use crate::device::Offloads;
-use crate::{Config, Error};
+use crate::{Error, InterfaceConfig};
 
 /// Bytes of an Ethernet header.
 pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
 
 /// Refuses offloads, for devices that have none.
-pub(crate) fn no_offloads(config: &Config, device: &str) -> Result<(), Error> {
+pub(crate) fn no_offloads(config: &InterfaceConfig, device: &str) -> Result<(), Error> {
     if config.offloads == Offloads::default() {
         return Ok(());
     }
@@ -18,6 +18,6 @@ pub(crate) fn no_offloads(config: &Config, device: &str) -> Result<(), Error> {
 }
 
 /// The MAC that devices without an allocation of their own give an interface.
-pub(crate) fn mac_of(config: &Config) -> MacAddr6 {
+pub(crate) fn mac_of(config: &InterfaceConfig) -> MacAddr6 {
     config.mac.unwrap_or_else(|| mac_of_interface(config.interface_id))
 }

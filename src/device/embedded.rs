@@ -10,10 +10,10 @@ use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::port::{ADDRESSES_LEN, Receiver, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
-use crate::config::{Config, Direction, InterfaceInfo, Ipv4Range, Mode};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
 use crate::device::common::{ETHERNET_HEADER_LEN, no_offloads};
+use crate::device::context::PollContext;
 use crate::device::inbox_reader::{InboxEnd, InboxReader};
-use crate::device::io::Io;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
@@ -62,7 +62,7 @@ impl Embedded {
 }
 
 impl Driver for Embedded {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         no_offloads(config, "embedded")?;
         let mode = match &config.mode {
             Mode::Host => NetworkMode::Host,
@@ -111,7 +111,11 @@ struct Ends {
 }
 
 impl EmbeddedPort {
-    fn join(name: String, settings: NetworkConfig, config: &Config) -> Result<Self, Error> {
+    fn join(
+        name: String,
+        settings: NetworkConfig,
+        config: &InterfaceConfig,
+    ) -> Result<Self, Error> {
         let network = open(&name, &settings)?;
         let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
         let (ends, mac) =
@@ -256,23 +260,23 @@ struct EmbeddedQueue {
 }
 
 impl Queue for EmbeddedQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         // What was submitted first is looked at first: who looks for reads behind writes moves those.
-        let writes_first = io.is_write_next();
+        let writes_first = cx.is_write_next();
         if let Some(rx) = &mut self.rx {
-            rx.begin_poll(io);
+            rx.begin_poll(cx);
             if !writes_first {
-                rx.post(io);
+                rx.post(cx);
             }
         }
         if let Some(tx) = &mut self.tx {
-            send(io, tx, self.max);
+            send(cx, tx, self.max);
         }
         let Some(rx) = &mut self.rx else { return Ok(Progress::Idle) };
         if writes_first {
-            rx.post(io);
+            rx.post(cx);
         }
-        Ok(rx.collect(io))
+        Ok(rx.collect(cx))
     }
 
     fn arm(&mut self) -> bool {
@@ -283,9 +287,9 @@ impl Queue for EmbeddedQueue {
         self.rx.as_mut().map_or(0, |rx| rx.cancel(target))
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         if let Some(mut rx) = self.rx.take() {
-            rx.close(io);
+            rx.close(cx);
             self.return_receiver(rx);
         }
         self.tx = None;
@@ -295,10 +299,10 @@ impl Queue for EmbeddedQueue {
 
 /// Sends the poller's writes: those to one port in a row together.
 #[inline(always)]
-fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
+fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
         let mut first = None;
-        let wanted = io.leading_writes(|packet| {
+        let wanted = cx.leading_writes(|packet| {
             let addresses = addresses_of(packet, max);
             *first.get_or_insert(addresses) == addresses && addresses.is_some()
         });
@@ -307,13 +311,13 @@ fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
             && let Some(mut run) = tx.run(addresses, wanted)
         {
             while run.left() > 0
-                && let Some(slot) = io.take_write()
+                && let Some(slot) = cx.take_write()
             {
                 run.put(slot.packet());
-                io.complete_write(slot);
+                cx.complete_write(slot);
             }
         } else {
-            send_singly(io, tx, wanted.max(1));
+            send_singly(cx, tx, wanted.max(1));
         }
     }
     tx.flush();
@@ -322,15 +326,15 @@ fn send(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
 /// Sends so many writes for which no buffers are to be had together; or each would be looked at again for
 /// each.
 #[inline(never)]
-fn send_singly(io: &mut Io<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
+fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
     for _ in 0..count {
-        let Some(slot) = io.take_write() else { break };
+        let Some(slot) = cx.take_write() else { break };
         match tx.send(slot.packet()) {
             // As vmnet answers to what is no Ethernet frame.
-            Sent::Dropped(DropReason::Runt) => io.fail(slot, Status::InvalidArgument),
-            Sent::Dropped(DropReason::TooBig) => io.fail(slot, Status::PacketTooBig),
+            Sent::Dropped(DropReason::Runt) => cx.fail(slot, Status::InvalidArgument),
+            Sent::Dropped(DropReason::TooBig) => cx.fail(slot, Status::PacketTooBig),
             // A network takes every frame; what it drops, it counts.
-            _ => io.complete_write(slot),
+            _ => cx.complete_write(slot),
         }
     }
 }

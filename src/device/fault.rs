@@ -20,8 +20,8 @@ use std::{fmt, thread};
 
 use fastrand::Rng;
 
-use crate::config::{Config, Direction};
-use crate::device::io::{CompletedSlot, Io};
+use crate::config::{Direction, InterfaceConfig};
+use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
@@ -163,7 +163,7 @@ impl fmt::Debug for Faulty {
 }
 
 impl Driver for Faulty {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         thread::sleep(self.faults.start_delay);
         let device = self.inner.start(config)?;
         Ok(Arc::new(FaultyDevice { device, faults: self.faults, queues: AtomicU64::new(0) }))
@@ -246,7 +246,7 @@ impl FaultyQueue {
         }
     }
 
-    fn finish(&mut self, mut done: CompletedSlot, io: &mut Io<'_>) {
+    fn finish(&mut self, mut done: CompletedSlot, cx: &mut PollContext<'_>) {
         self.completed += 1;
         if done.slot().is_read()
             && done.result().is_ok_and(|len| len > 0)
@@ -258,21 +258,21 @@ impl FaultyQueue {
         }
         match &mut self.held {
             Some(held) => held.hold(done),
-            None => io.forward(done),
+            None => cx.forward(done),
         }
     }
 
-    fn give_back(&mut self, io: &mut Io<'_>) {
+    fn give_back(&mut self, cx: &mut PollContext<'_>) {
         if let Some(held) = &mut self.held {
             while let Some(done) = held.next() {
-                io.forward(done);
+                cx.forward(done);
             }
         }
     }
 }
 
 impl Queue for FaultyQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         if self.faults.panic_after.is_some_and(|after| self.completed >= after) {
             panic!("the fault device panics as it was told to");
         }
@@ -281,32 +281,32 @@ impl Queue for FaultyQueue {
         {
             return Err(status);
         }
-        self.give_back(io);
-        for _ in 0..self.part(io.reads()) {
-            let Some(slot) = io.take_read() else { break };
+        self.give_back(cx);
+        for _ in 0..self.part(cx.reads()) {
+            let Some(slot) = cx.take_read() else { break };
             self.relay.post(slot);
         }
         let exhausted = chance(&mut self.rng, self.faults.exhaustion);
-        let writes = if exhausted { 0 } else { self.part(io.writes()) };
+        let writes = if exhausted { 0 } else { self.part(cx.writes()) };
         for _ in 0..writes {
-            let Some(slot) = io.take_write() else { break };
+            let Some(slot) = cx.take_write() else { break };
             match self.faults.errors {
-                Some((p, status)) if chance(&mut self.rng, p) => io.fail(slot, status),
+                Some((p, status)) if chance(&mut self.rng, p) => cx.fail(slot, status),
                 _ if chance(&mut self.rng, self.faults.abandon) => drop(slot),
                 _ => self.relay.post(slot),
             }
         }
-        self.left_some = io.reads() + io.writes() > 0;
+        self.left_some = cx.reads() + cx.writes() > 0;
         let result = self.relay.poll(&mut *self.inner);
-        self.relay.put_back(io);
+        self.relay.put_back(cx);
         while let Some(done) = self.relay.next_done() {
-            self.finish(done, io);
+            self.finish(done, cx);
         }
         result
     }
 
-    fn settle(&mut self) {
-        self.inner.settle();
+    fn bind_to_thread(&mut self) {
+        self.inner.bind_to_thread();
     }
 
     fn arm(&mut self) -> bool {
@@ -320,15 +320,15 @@ impl Queue for FaultyQueue {
         self.inner.cancel(target)
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
         while let Some(done) = self.relay.next_done() {
-            self.finish(done, io);
+            self.finish(done, cx);
         }
         if self.faults.stuck {
             return false;
         }
-        self.give_back(io);
+        self.give_back(cx);
         closed && self.held.as_ref().is_none_or(|held| held.out == 0)
     }
 

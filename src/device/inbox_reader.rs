@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vmring_embedded::inbox::Collector;
 
-use crate::device::{Io, PostedSlot, Progress};
+use crate::device::{PollContext, PostedSlot, Progress};
 use crate::limits::INBOX_READS_MAX;
 
 /// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
@@ -74,22 +74,22 @@ impl<I: InboxEnd> InboxReader<I> {
 
     /// Awake again: completes what was cancelled.
     #[inline(always)]
-    pub(crate) fn begin_poll(&mut self, io: &mut Io<'_>) {
+    pub(crate) fn begin_poll(&mut self, cx: &mut PollContext<'_>) {
         if self.armed {
             self.armed = false;
             self.end.disarm();
         }
         while let Some(slot) = self.cancelled.pop_front() {
-            io.cancel(slot);
+            cx.cancel(slot);
         }
     }
 
     /// Posts the poller's reads, as many as fit.
     #[inline(always)]
-    pub(crate) fn post(&mut self, io: &mut Io<'_>) {
-        while let Some(slot) = io.take_read() {
+    pub(crate) fn post(&mut self, cx: &mut PollContext<'_>) {
+        while let Some(slot) = cx.take_read() {
             if let Err(slot) = self.end.stage(slot) {
-                io.put_back(slot);
+                cx.put_back(slot);
                 break;
             }
         }
@@ -98,12 +98,12 @@ impl<I: InboxEnd> InboxReader<I> {
 
     /// Completes the packets that are there, at most the posted.
     #[inline(always)]
-    pub(crate) fn collect(&mut self, io: &mut Io<'_>) -> Progress {
+    pub(crate) fn collect(&mut self, cx: &mut PollContext<'_>) -> Progress {
         for _ in 0..INBOX_READS_MAX {
             let Some((slot, len)) = self.end.collect() else {
                 return Progress::Idle;
             };
-            io.complete_read(slot, len);
+            cx.complete_read(slot, len);
         }
         Progress::More
     }
@@ -126,16 +126,16 @@ impl<I: InboxEnd> InboxReader<I> {
 
     /// Ends the reading: packets that came complete, the rest is cancelled. Waits only for copies
     /// that are under way.
-    pub(crate) fn close(&mut self, io: &mut Io<'_>) {
+    pub(crate) fn close(&mut self, cx: &mut PollContext<'_>) {
         self.end.close();
         while let Some((slot, len)) = self.end.collect() {
-            io.complete_read(slot, len);
+            cx.complete_read(slot, len);
         }
-        self.end.recall(&mut |slot| io.cancel(slot));
-        self.cancelled.drain(..).for_each(|slot| io.cancel(slot));
+        self.end.recall(&mut |slot| cx.cancel(slot));
+        self.cancelled.drain(..).for_each(|slot| cx.cancel(slot));
     }
 
-    /// Ends the reading without an [`Io`]: every slot is dropped, and so completes as abandoned.
+    /// Ends the reading without an [`PollContext`]: every slot is dropped, and so completes as abandoned.
     pub(crate) fn abandon(&mut self) {
         self.end.close();
         while self.end.collect().is_some() {}

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
-use crate::config::{Config, Direction, InterfaceInfo};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
 use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
+use crate::device::context::PollContext;
 use crate::device::inbox_reader::InboxReader;
-use crate::device::io::Io;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
@@ -33,7 +33,7 @@ impl Loopback {
 }
 
 impl Driver for Loopback {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         no_offloads(config, "loopback")?;
         let mtu = config.mtu.unwrap_or(self.mtu);
         if !(1..=65_521).contains(&mtu) {
@@ -140,18 +140,18 @@ impl LoopQueue {
 }
 
 impl Queue for LoopQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         self.lends = self.has_to_lend();
         if let Some(rx) = &mut self.rx {
-            rx.begin_poll(io);
+            rx.begin_poll(cx);
             if self.lends {
-                rx.post(io);
+                rx.post(cx);
             }
         }
         if let Some(tx) = &self.tx {
-            write(io, tx.inbox(), self.rx.as_mut().filter(|_| !self.lends));
+            write(cx, tx.inbox(), self.rx.as_mut().filter(|_| !self.lends));
         }
-        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(io)))
+        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(cx)))
     }
 
     fn arm(&mut self) -> bool {
@@ -164,9 +164,9 @@ impl Queue for LoopQueue {
         self.rx.as_mut().map_or(0, |rx| rx.cancel(target))
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         if let Some(mut rx) = self.rx.take() {
-            rx.close(io);
+            rx.close(cx);
         }
         self.tx = None;
         true
@@ -176,37 +176,37 @@ impl Queue for LoopQueue {
 /// Sends the poller's writes: `own` is the end that reads them, if it is this ring's and nobody else
 /// wants its reads.
 #[inline(always)]
-fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReader>) {
+fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReader>) {
     let mut sent = false;
     let max = inbox.max_frame();
     // As many as there are buffers for in one claim, the rest one by one.
     if own.as_ref().is_none_or(|rx| rx.end.posted() > 0)
-        && let Some(mut claim) = inbox.claim(io.leading_writes(|packet| packet.len() <= max))
+        && let Some(mut claim) = inbox.claim(cx.leading_writes(|packet| packet.len() <= max))
     {
         while claim.left() > 0
-            && let Some(slot) = io.take_write()
+            && let Some(slot) = cx.take_write()
         {
             claim.fill(slot.packet());
-            io.complete_write(slot);
+            cx.complete_write(slot);
         }
         sent = true;
     }
     if let Some(rx) = own {
         // Reads that were lent come first.
-        rx.collect(io);
+        rx.collect(cx);
         if rx.end.posted() == 0 {
-            pass(io);
+            pass(cx);
         }
     }
-    while let Some(slot) = io.take_write() {
+    while let Some(slot) = cx.take_write() {
         match inbox.deliver(slot.packet()) {
             Delivery::Direct | Delivery::Overflow => {
-                io.complete_write(slot);
+                cx.complete_write(slot);
                 sent = true;
             }
-            Delivery::Dropped(Refused::TooBig) => io.fail(slot, Status::PacketTooBig),
+            Delivery::Dropped(Refused::TooBig) => cx.fail(slot, Status::PacketTooBig),
             Delivery::Dropped(_) => {
-                io.put_back(slot);
+                cx.put_back(slot);
                 break;
             }
         }
@@ -218,17 +218,17 @@ fn write(io: &mut Io<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReade
 
 /// Gives each write to the next read, as long as there are both.
 #[inline(always)]
-fn pass(io: &mut Io<'_>) {
-    while let Some(from) = io.take_write() {
-        let Some(mut to) = io.take_read() else { return io.put_back(from) };
+fn pass(cx: &mut PollContext<'_>) {
+    while let Some(from) = cx.take_write() {
+        let Some(mut to) = cx.take_read() else { return cx.put_back(from) };
         let len = from.packet().len();
         if let Some(room) = to.buffer_mut().get_mut(..len) {
             room.copy_from_slice(from.packet());
-            io.complete_write(from);
-            io.complete_read(to, len);
+            cx.complete_write(from);
+            cx.complete_read(to, len);
         } else {
-            io.fail(from, Status::PacketTooBig);
-            io.put_back(to);
+            cx.fail(from, Status::PacketTooBig);
+            cx.put_back(to);
         }
     }
 }

@@ -37,8 +37,8 @@ use pcap_file::pcapng::blocks::interface_description::{
     InterfaceDescriptionBlock, InterfaceDescriptionOption,
 };
 
-use crate::config::{Config, Direction, InterfaceInfo};
-use crate::device::io::{CompletedSlot, Io};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
+use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::pcap::error::into_io;
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
@@ -180,7 +180,7 @@ impl fmt::Debug for Recorded {
 }
 
 impl Driver for Recorded {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let device = self.inner.start(config)?;
         let interface = lock(&self.capture.file).describe(&self.name, &device.info());
         Ok(Arc::new(RecordedDevice { device, capture: self.capture, interface }))
@@ -210,7 +210,7 @@ struct RecordedQueue {
 
 impl RecordedQueue {
     /// Records what the inner queue has completed and passes it on.
-    fn pass_on(&mut self, io: &mut Io<'_>) {
+    fn pass_on(&mut self, cx: &mut PollContext<'_>) {
         let mut recorder = None;
         while let Some(done) = self.relay.next_done() {
             if done.result().is_ok() {
@@ -220,7 +220,7 @@ impl RecordedQueue {
                     done.slot().packet(),
                 );
             }
-            io.forward(done);
+            cx.forward(done);
         }
     }
 }
@@ -230,14 +230,14 @@ fn direction(done: &CompletedSlot) -> u32 {
 }
 
 impl Queue for RecordedQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        let result = self.relay.pass_through(&mut *self.inner, io);
-        self.pass_on(io);
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        let result = self.relay.pass_through(&mut *self.inner, cx);
+        self.pass_on(cx);
         result
     }
 
-    fn settle(&mut self) {
-        self.inner.settle();
+    fn bind_to_thread(&mut self) {
+        self.inner.bind_to_thread();
     }
 
     fn arm(&mut self) -> bool {
@@ -248,9 +248,9 @@ impl Queue for RecordedQueue {
         self.inner.cancel(target)
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
-        self.pass_on(io);
+        self.pass_on(cx);
         if closed && let Err(error) = lock(&self.capture.file).writer.get_mut().flush() {
             tracing::error!(%error, "the capture could not be written out");
         }

@@ -2,12 +2,12 @@
 
 use std::collections::VecDeque;
 
-use crate::device::io::{CompletedSlot, Io, Posted, Sink};
+use crate::device::context::{CompletedSlot, PollContext, Posted, Sink};
 use crate::device::seam::{Progress, Queue};
 use crate::device::slot::{PostedSlot, class_index};
 use crate::error::Status;
 
-/// A private pair of lists for a wrapper: it takes slots from the poller's [`Io`], posts those it
+/// A private pair of lists for a wrapper: it takes slots from the poller's [`PollContext`], posts those it
 /// likes to the queue it wraps, and sees what that queue completes.
 #[derive(Debug, Default)]
 pub struct Relay {
@@ -31,37 +31,37 @@ impl Relay {
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
         let before = self.slots_here();
         let sink = Sink::Relay(&mut self.done);
-        let mut io = Io::new(0, &mut self.posted, None, sink, [u32::MAX; 2]);
-        let result = queue.poll(&mut io);
+        let mut cx = PollContext::new(0, &mut self.posted, None, sink, [u32::MAX; 2]);
+        let result = queue.poll(&mut cx);
         self.account_kept(before);
         result
     }
 
-    /// As [`poll`](Self::poll) with everything that `io` offers; what the inner queue leaves posted
+    /// As [`poll`](Self::poll) with everything that `cx` offers; what the inner queue leaves posted
     /// is put back.
     pub fn pass_through(
         &mut self,
         queue: &mut dyn Queue,
-        io: &mut Io<'_>,
+        cx: &mut PollContext<'_>,
     ) -> Result<Progress, Status> {
-        while let Some(slot) = io.take_read() {
+        while let Some(slot) = cx.take_read() {
             self.post(slot);
         }
-        while let Some(slot) = io.take_write() {
+        while let Some(slot) = cx.take_write() {
             self.post(slot);
         }
         let result = self.poll(queue);
-        self.put_back(io);
+        self.put_back(cx);
         result
     }
 
     /// Puts what the inner queue left posted back to the poller.
     #[cold]
     #[inline(never)]
-    pub fn put_back(&mut self, io: &mut Io<'_>) {
+    pub fn put_back(&mut self, cx: &mut PollContext<'_>) {
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             while let Some(slot) = list.pop_back() {
-                io.put_back(slot);
+                cx.put_back(slot);
             }
         }
     }
@@ -69,8 +69,9 @@ impl Relay {
     /// Asks the inner queue to close.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
         let before = self.slots_here();
-        let mut io = Io::new(0, &mut self.posted, None, Sink::Relay(&mut self.done), [0; 2]);
-        let closed = queue.close(&mut io);
+        let mut cx =
+            PollContext::new(0, &mut self.posted, None, Sink::Relay(&mut self.done), [0; 2]);
+        let closed = queue.close(&mut cx);
         self.account_kept(before);
         closed
     }

@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use macaddr::MacAddr6;
 
-use crate::config::{Config, Direction, InterfaceInfo, Offloads, PortForward, Protocol};
-use crate::device::io::Io;
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Offloads, PortForward, Protocol};
+use crate::device::context::PollContext;
 use crate::error::{Error, Status};
 use crate::limits::PACKETS_PER_CALL;
 use crate::mailbox::RingShared;
 
-/// Something that can start a device: what [`Builder::device`] takes.
+/// Something that can start a device: what [`InterfaceBuilder::device`] takes.
 pub trait Driver: Send + 'static {
     /// Starts the interface. May block; the builder's start timeout runs meanwhile.
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error>;
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error>;
 }
 
 impl<D: Driver + ?Sized> Driver for Box<D> {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         (*self).start(config)
     }
 }
@@ -105,16 +105,16 @@ pub trait Device: Send + Sync {
 
 /// One ring's endpoint of a device, driven by one thread at a time.
 pub trait Queue: Send {
-    /// Makes progress without blocking: takes posted slots from `io` and completes them, or keeps
+    /// Makes progress without blocking: takes posted slots from `cx` and completes them, or keeps
     /// them to complete in a later call. What it leaves, or puts back, stays posted in its order.
     /// `Err` means that the device is dead for good: everything in flight completes with the
     /// status and the ring closes.
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status>;
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status>;
 
     /// From here on one thread drives the queue, a poller's, and this is it. Without this call, which
     /// comes before the first [`poll`](Self::poll), the queue may be driven by another thread each
     /// time.
-    fn settle(&mut self) {}
+    fn bind_to_thread(&mut self) {}
 
     /// The poller is about to sleep: from here on a packet must ring the `wake`. False if there is
     /// something to do already.
@@ -123,17 +123,17 @@ pub trait Queue: Send {
     }
 
     /// Asks for slots that the queue keeps, all or those of one `user_data`, to be completed soon:
-    /// with their packet, or by [`Io::cancel`]. Returns how many match. A packet must not get
+    /// with their packet, or by [`PollContext::cancel`]. Returns how many match. A packet must not get
     /// lost by it.
     fn cancel(&mut self, target: Option<u64>) -> u32 {
         let _ = target;
         0
     }
 
-    /// Lets go of everything: gives back what it keeps, through `io`. Called until it answers true
+    /// Lets go of everything: gives back what it keeps, through `cx`. Called until it answers true
     /// (nothing kept) or the close has waited long enough.
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
-        let _ = io;
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
+        let _ = cx;
         true
     }
 

@@ -8,7 +8,7 @@ use vmring_core::{Class, Frame, SqeRef};
 use crate::mailbox::{DroppedSlot, report_dropped};
 
 /// A slot lent to a device: a frame to fill or to send. Not `Clone`; ends by being completed through
-/// [`Io`].
+/// [`PollContext`].
 ///
 /// If it is dropped instead, the entry completes as [`EntryError::Abandoned`] and the frame goes
 /// back to the caller. If it is forgotten, the slot is lost and counted as such at close.

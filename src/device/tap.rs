@@ -47,7 +47,7 @@
 //!
 //! # Offload
 //!
-//! Asked for at start ([`Builder::offloads`](crate::Builder::offloads)), granted as far as the kernel
+//! Asked for at start ([`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads)), granted as far as the kernel
 //! knows it: [`Capabilities::offloads`] has the answer. With any of it each packet has its 12-byte
 //! header in the headroom, and packets of up to 65,549 bytes come and go; without, none is longer
 //! than the MTU and 14 bytes, and one that is, because somebody has raised the MTU meanwhile or because
@@ -90,9 +90,9 @@ use setup::Setup;
 use uring::Uring;
 use vmring_core::offload;
 
-use crate::config::{Config, Direction, InterfaceInfo, Mode, Offloads};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, Offloads};
 use crate::device::common::{ETHERNET_HEADER_LEN, mac_of};
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status, TapError};
 use crate::sys::{after, lock};
@@ -274,7 +274,7 @@ impl Tap {
 }
 
 impl Driver for Tap {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let Tap { source, options } = *self;
         let queues = match &source {
             Source::Name(name) => {
@@ -334,7 +334,7 @@ enum Origin {
 struct TapDevice {
     info: InterfaceInfo,
     caps: Capabilities,
-    config: Config,
+    config: InterfaceConfig,
     options: Options,
     engine: TapEngine,
     name: String,
@@ -374,7 +374,7 @@ impl Running {
         again: Option<&str>,
         options: &Options,
         engine: TapEngine,
-        config: &Config,
+        config: &InterfaceConfig,
     ) -> Result<Self, Error> {
         let wants = config.offloads != Offloads::default();
         let mut setup = Setup::open()?;
@@ -460,7 +460,7 @@ impl Running {
         })
     }
 
-    fn info(&self, config: &Config) -> InterfaceInfo {
+    fn info(&self, config: &InterfaceConfig) -> InterfaceInfo {
         let max = self.framing.max_packet_size as u32;
         let mut info = InterfaceInfo::new(config, mac_of(config), self.mtu, max);
         info.ipv4 = self.setup.range();
@@ -682,21 +682,21 @@ impl TapQueue {
 }
 
 impl Queue for TapQueue {
-    fn settle(&mut self) {
+    fn bind_to_thread(&mut self) {
         if let Engine::Uring(uring) = &mut self.engine {
-            uring.settle();
+            uring.bind_to_thread();
         }
     }
 
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         if !self.prepared {
             self.prepare()?;
         }
         match &mut self.engine {
-            Engine::Uring(uring) => uring.poll(io, &self.framing),
+            Engine::Uring(uring) => uring.poll(cx, &self.framing),
             Engine::Plain(plain) => {
-                plain.write(io, &self.framing)?;
-                plain.read(io, &self.framing)
+                plain.write(cx, &self.framing)?;
+                plain.read(cx, &self.framing)
             }
         }
     }
@@ -715,9 +715,9 @@ impl Queue for TapQueue {
         }
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         match &mut self.engine {
-            Engine::Uring(uring) => uring.close(io, &self.framing),
+            Engine::Uring(uring) => uring.close(cx, &self.framing),
             Engine::Plain(_) => true,
         }
     }

@@ -37,24 +37,24 @@ use queue::VmnetQueue;
 use started::{StartedInterface, Timeouts};
 use vmring_core::offload;
 
-use crate::config::{Config, Direction, InterfaceInfo, PortForward, Protocol};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, PortForward, Protocol};
 use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
 
 pub use description::IsolatedNetwork;
-pub use network::{Network, NetworkBuilder, SerializedNetwork, Service};
+pub use network::{SerializedNetwork, Service, VmnetNetwork, VmnetNetworkBuilder};
 
 #[cfg(doc)]
 use crate::config::Mode;
 
-/// The driver for [`Builder::device`](crate::Builder::device), with what only vmnet can be asked
+/// The driver for [`InterfaceBuilder::device`](crate::InterfaceBuilder::device), with what only vmnet can be asked
 /// for. On macOS it is the default.
 #[derive(Clone, Debug)]
 pub struct Vmnet {
     extras: Extras,
-    network: Option<Network>,
+    network: Option<VmnetNetwork>,
     timeouts: Timeouts,
     safety_poll: Option<Duration>,
     system: System,
@@ -94,14 +94,14 @@ impl Vmnet {
 
     /// Joins a network object (macOS 26), which then decides mode, addresses and MTU.
     #[doc(alias = "vmnet_interface_start_with_network")]
-    pub fn network(mut self, network: &Network) -> Self {
+    pub fn network(mut self, network: &VmnetNetwork) -> Self {
         self.extras.on_network = true;
         self.network = Some(network.clone());
         self
     }
 
     /// How long a start waits for vmnet. What has not come by then is leaked on purpose, because it
-    /// may still come. Longer than [`Builder::start_timeout`](crate::Builder::start_timeout), so
+    /// may still come. Longer than [`InterfaceBuilder::start_timeout`](crate::InterfaceBuilder::start_timeout), so
     /// that an interface that starts in between is stopped again. Default 60 seconds.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.timeouts.start = timeout;
@@ -123,7 +123,7 @@ impl Vmnet {
         self
     }
 
-    fn start_interface(&self, config: &Config) -> Result<StartedInterface, Error> {
+    fn start_interface(&self, config: &InterfaceConfig) -> Result<StartedInterface, Error> {
         let description = describe(config, &self.extras, &self.system)?;
         StartedInterface::start(&description, self.network.as_ref(), self.system, self.timeouts)
     }
@@ -138,7 +138,7 @@ pub fn shared_interfaces() -> Vec<String> {
 }
 
 impl Driver for Vmnet {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mut config = config.clone();
         if let Some(network) = &self.network {
             config.mode = network.mode().clone();
@@ -162,7 +162,7 @@ impl Vmnet {
     /// What the interface says of itself, checked.
     fn negotiated(
         &self,
-        config: &Config,
+        config: &InterfaceConfig,
         started: &StartedInterface,
     ) -> Result<(InterfaceInfo, Capabilities), Error> {
         let parameters = &started.parameters;
@@ -190,7 +190,7 @@ impl Vmnet {
 
 struct VmnetDevice {
     driver: Vmnet,
-    config: Config,
+    config: InterfaceConfig,
     info: InterfaceInfo,
     caps: Capabilities,
     /// `None` while stopped.

@@ -15,7 +15,7 @@ use vmring_core::doorbell::Park;
 
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
-use crate::error::{Closed, Error};
+use crate::error::{CloseReason, Error};
 use crate::limits::{CANCEL_WAIT, CLOSE_POLL};
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request};
 use crate::notify::Notifier;
@@ -252,7 +252,7 @@ impl CompletionQueue {
     ///
     /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
     /// it keeps completes later.
-    pub fn quiesce(&mut self, timeout: Duration) -> Result<usize, Error> {
+    pub fn cancel_and_wait(&mut self, timeout: Duration) -> Result<usize, Error> {
         let asked = self.shared.request_cancel_all();
         let deadline = after(timeout);
         loop {
@@ -273,7 +273,7 @@ impl CompletionQueue {
 
     /// Closes the ring: the device lets go of everything, the poller ends its work for it, every
     /// entry in flight completes as cancelled and can still be reaped. Submits say
-    /// [`Closed::Stopped`] from here on. Closing twice is harmless.
+    /// [`CloseReason::Stopped`] from here on. Closing twice is harmless.
     ///
     /// # Errors
     ///
@@ -281,7 +281,7 @@ impl CompletionQueue {
     /// timeout, or the poller did not come back: what they hold is leaked on purpose.
     pub fn close(&mut self) -> Result<(), Error> {
         let timeout = self.close_timeout;
-        self.shared.close(Closed::Stopped);
+        self.shared.close(CloseReason::Stopped);
         self.shared.request(request::STOP);
         let twice = timeout.saturating_mul(2);
         let (half, deadline) = (after(timeout), after(twice));

@@ -10,7 +10,7 @@ use crate::error::{CompletionError, EntryError};
 
 /// What a submit asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Op {
+pub enum RingOp {
     /// A packet into the frame.
     Read,
     /// The frame's packet out.
@@ -22,13 +22,13 @@ pub enum Op {
 /// What became of one submission.
 ///
 /// The frame comes back on success **and** on error; a cancel has none. Take it with
-/// [`frame_ok`](Self::frame_ok) (an error if there is no packet), [`frame`](Self::frame) (in any
+/// [`take_packet`](Self::take_packet) (an error if there is no packet), [`take_frame`](Self::take_frame) (in any
 /// case) or all at once with [`into_parts`](Self::into_parts).
 pub struct Completion {
     /// The number given at submit.
     pub user_data: u64,
     /// What was asked.
-    pub op: Op,
+    pub op: RingOp,
     /// The packet's length in bytes; of a cancel, the number of entries that matched.
     pub result: Result<usize, EntryError>,
     /// A cell, so that the frame can be taken while `user_data` is still read, as the hot loop
@@ -42,9 +42,9 @@ impl Completion {
     #[inline]
     pub(super) fn new(reaped: Reaped) -> Self {
         let op = match reaped.opcode {
-            Opcode::Read => Op::Read,
-            Opcode::Write => Op::Write,
-            Opcode::Cancel | Opcode::CancelAll => Op::Cancel,
+            Opcode::Read => RingOp::Read,
+            Opcode::Write => RingOp::Write,
+            Opcode::Cancel | Opcode::CancelAll => RingOp::Cancel,
         };
         let result = match reaped.outcome {
             Outcome::Done => Ok(reaped.len as usize),
@@ -61,7 +61,7 @@ impl Completion {
     /// The frame of a read or write that succeeded. Otherwise the error, with the frame inside. The
     /// frame is taken: a second call gives an error without one.
     #[inline]
-    pub fn frame_ok(&self) -> Result<Frame, CompletionError> {
+    pub fn take_packet(&self) -> Result<Frame, CompletionError> {
         let (error, frame) = match (self.result, self.frame.take()) {
             (Ok(_), Some(frame)) => return Ok(frame),
             (Ok(_), None) => (EntryError::Abandoned, None),
@@ -72,7 +72,7 @@ impl Completion {
 
     /// The frame, however it ended; `None` for a cancel, or when it was taken before.
     #[inline]
-    pub fn frame(&self) -> Option<Frame> {
+    pub fn take_frame(&self) -> Option<Frame> {
         self.frame.take()
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use static_assertions::assert_impl_all;
 
-use crate::error::Closed;
+use crate::error::CloseReason;
 use crate::mailbox::{RingShared, request};
 use crate::stats::RingStats;
 
@@ -31,14 +31,14 @@ impl RingControl {
     }
 
     /// Closes the ring as [`CompletionQueue::close`] does, but does not wait: the completions of
-    /// what was in flight come in their time, and submits say [`Closed::Stopped`].
+    /// what was in flight come in their time, and submits say [`CloseReason::Stopped`].
     pub fn stop(&self) {
-        self.shared.close(Closed::Stopped);
+        self.shared.close(CloseReason::Stopped);
         self.shared.request(request::STOP);
     }
 
     /// Why the ring takes no more submissions, or `None` if it does.
-    pub fn closed(&self) -> Option<Closed> {
+    pub fn closed(&self) -> Option<CloseReason> {
         self.shared.why_closed()
     }
 

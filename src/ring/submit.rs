@@ -10,7 +10,7 @@ use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Class, Frame, PushError, SqProducer};
 
 use crate::device::seam::Capabilities;
-use crate::error::{BatchError, Closed, Error, SubmitError, SubmitErrorKind};
+use crate::error::{BatchError, CloseReason, Error, SubmitError, SubmitErrorKind};
 use crate::mailbox::{RingShared, request};
 use crate::ring::control::RingControl;
 use crate::software;
@@ -296,7 +296,7 @@ impl SubmissionQueue {
     }
 
     #[inline(always)]
-    fn why_closed(&self) -> Option<Closed> {
+    fn why_closed(&self) -> Option<CloseReason> {
         if self.shared.is_open() { None } else { self.shared.why_closed() }
     }
 

@@ -1,11 +1,11 @@
 //! E0382: a slot is completed once.
 
-use vmring::device::Io;
+use vmring::device::PollContext;
 
-fn twice(io: &mut Io<'_>) {
-    while let Some(slot) = io.take_write() {
-        io.complete_write(slot);
-        io.complete_write(slot);
+fn twice(cx: &mut PollContext<'_>) {
+    while let Some(slot) = cx.take_write() {
+        cx.complete_write(slot);
+        cx.complete_write(slot);
     }
 }
 

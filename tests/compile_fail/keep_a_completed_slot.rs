@@ -1,10 +1,10 @@
 //! E0382: completing a slot takes its memory from the device.
 
-use vmring::device::Io;
+use vmring::device::PollContext;
 
-fn keep(io: &mut Io<'_>) {
-    while let Some(mut slot) = io.take_read() {
-        io.complete_read(slot, 60);
+fn keep(cx: &mut PollContext<'_>) {
+    while let Some(mut slot) = cx.take_read() {
+        cx.complete_read(slot, 60);
         slot.buffer_mut()[0] = 1;
     }
 }

@@ -1,11 +1,11 @@
 //! E0505: the bytes of a slot do not outlive its completion.
 
-use vmring::device::Io;
+use vmring::device::PollContext;
 
-fn keep(io: &mut Io<'_>) -> usize {
-    let slot = io.take_write().unwrap();
+fn keep(cx: &mut PollContext<'_>) -> usize {
+    let slot = cx.take_write().unwrap();
     let packet = slot.packet();
-    io.complete_write(slot);
+    cx.complete_write(slot);
     packet.len()
 }
 

@@ -3,18 +3,18 @@
 use std::collections::VecDeque;
 
 use vmring::Status;
-use vmring::device::{Io, PostedSlot, Progress, Queue};
+use vmring::device::{PollContext, PostedSlot, Progress, Queue};
 
 struct Keeps(VecDeque<PostedSlot>);
 
 impl Queue for Keeps {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        while let Some(slot) = io.take_read() {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = cx.take_read() {
             self.0.push_back(slot);
         }
         if let Some(mut slot) = self.0.pop_front() {
             slot.buffer_mut()[0] = 1;
-            io.complete_read(slot, 1);
+            cx.complete_read(slot, 1);
         }
         Ok(Progress::Idle)
     }

@@ -9,7 +9,7 @@ fn handle(frame: Frame) -> Frame {
 fn hot(ring: &mut Ring) -> Result<(), Error> {
     let (mut sq, mut cq) = ring.split();
     for done in cq.reap() {
-        let frame = done.frame_ok()?;
+        let frame = done.take_packet()?;
         sq.submit_read(handle(frame), done.user_data)?;
     }
     Ok(())

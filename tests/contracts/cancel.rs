@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::device::{PostedSlot, Progress};
-use vmring::{Direction, Embedded, EntryError, Error, Interface, Op, Ring};
+use vmring::{Direction, Embedded, EntryError, Error, Interface, Ring, RingOp};
 
 use super::{Gate, PATIENT, credits};
 use crate::support::{
@@ -32,23 +32,23 @@ fn cancel_has_its_own_completion_and_all_matching_entries_complete() {
                 ring.cancel(7, 99).unwrap();
                 let done = reap_n(&mut ring, 4);
                 let (cancel, others): (Vec<_>, Vec<_>) =
-                    done.iter().partition(|done| done.op == Op::Cancel);
+                    done.iter().partition(|done| done.op == RingOp::Cancel);
                 assert_eq!(cancel.len(), 1);
-                assert_eq!(cancel[0].brief(), (Op::Cancel, 99, Ok(3)));
+                assert_eq!(cancel[0].brief(), (RingOp::Cancel, 99, Ok(3)));
                 assert!(cancel[0].frame.is_none());
                 for done in others {
-                    assert_eq!(done.brief(), (Op::Read, 7, Err(EntryError::Cancelled)));
+                    assert_eq!(done.brief(), (RingOp::Read, 7, Err(EntryError::Cancelled)));
                     assert!(done.frame.is_some());
                 }
                 assert_eq!(ring.in_flight(), 2);
                 ring.cancel(7, 100).unwrap();
-                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Cancel, 100, Ok(0)));
+                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Cancel, 100, Ok(0)));
                 assert_eq!(ring.stats().cancelled, 3);
                 drop(done);
                 ring.cancel_all(101).unwrap();
                 let done = reap_n(&mut ring, 3);
-                let cancel = done.iter().find(|done| done.op == Op::Cancel).unwrap();
-                assert_eq!(cancel.brief(), (Op::Cancel, 101, Ok(2)));
+                let cancel = done.iter().find(|done| done.op == RingOp::Cancel).unwrap();
+                assert_eq!(cancel.brief(), (RingOp::Cancel, 101, Ok(2)));
             }
         });
     });
@@ -70,7 +70,10 @@ fn a_cancel_comes_before_the_device() {
     let mut done: Vec<_> = reap(&mut ring).iter().map(|seen| seen.brief()).collect();
     done.sort_by_key(|(_, user_data, _)| *user_data);
     let cancelled = Err(EntryError::Cancelled);
-    assert_eq!(done, [(Op::Write, 1, cancelled), (Op::Write, 2, Ok(0)), (Op::Cancel, 3, Ok(1))]);
+    assert_eq!(
+        done,
+        [(RingOp::Write, 1, cancelled), (RingOp::Write, 2, Ok(0)), (RingOp::Cancel, 3, Ok(1))]
+    );
 }
 
 /// Goal: cancels at any moment lose no packet. Method: a writer sends numbered packets while the
@@ -103,7 +106,7 @@ fn a_packet_is_never_dropped_by_a_cancel() {
             let mut take = |ring: &mut Ring| {
                 for done in reap(ring) {
                     match done.result {
-                        Ok(_) if done.op == Op::Read => {
+                        Ok(_) if done.op == RingOp::Read => {
                             assert_eq!(number_of(&done.frame.unwrap()), next);
                             next += 1;
                         }
@@ -123,7 +126,7 @@ fn a_packet_is_never_dropped_by_a_cancel() {
                     0 => drop(reader.cancel(dice.below(4), 0)),
                     1 => drop(reader.cancel_all(0)),
                     2 => reader.control().cancel_all(),
-                    3 => drop(reader.quiesce(LONG).unwrap()),
+                    3 => drop(reader.cancel_and_wait(LONG).unwrap()),
                     _ => drop(reader.wait(1, Some(Duration::from_micros(200)))),
                 }
                 let seen = take(&mut reader);
@@ -165,7 +168,7 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
                 // When the cancel submitted after the reads has completed, the poller has taken
                 // them all.
                 reader.cancel(u64::MAX, 0).unwrap();
-                assert_eq!(reap_n(&mut reader, 1)[0].op, Op::Cancel);
+                assert_eq!(reap_n(&mut reader, 1)[0].op, RingOp::Cancel);
             }
             let posted_again = Arc::new(AtomicU64::new(0));
             let writing = thread::spawn({
@@ -194,7 +197,7 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
                 reader.wait(1, Some(Duration::from_micros(200)));
                 for done in reap(&mut reader) {
                     match done.brief() {
-                        (Op::Cancel, ..) => continue,
+                        (RingOp::Cancel, ..) => continue,
                         (_, _, Ok(_)) => received += 1,
                         (_, _, result) => {
                             assert_eq!(result, Err(EntryError::Cancelled));
@@ -234,7 +237,11 @@ fn a_cancel_touches_nothing_but_its_target() {
         let cancelled = Err(EntryError::Cancelled);
         assert_eq!(
             done,
-            [(Op::Read, 0, Ok(60)), (Op::Read, 5, cancelled), (Op::Cancel, 5000, Ok(1))]
+            [
+                (RingOp::Read, 0, Ok(60)),
+                (RingOp::Read, 5, cancelled),
+                (RingOp::Cancel, 5000, Ok(1))
+            ]
         );
         settle(&mut reader);
         assert_eq!(reap(&mut reader).len(), 0, "nothing else has completed");
@@ -244,7 +251,7 @@ fn a_cancel_touches_nothing_but_its_target() {
             send(&mut writer, number);
             assert_eq!(reap_n(&mut writer, 1)[0].result, Ok(60));
             let done = reap_n(&mut reader, 1).remove(0);
-            assert_eq!(done.brief(), (Op::Read, number, Ok(60)));
+            assert_eq!(done.brief(), (RingOp::Read, number, Ok(60)));
             assert_eq!(number_of(&done.frame.unwrap()), number);
         }
     });
@@ -263,9 +270,9 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
                     .build()
                     .unwrap();
                 for _ in 0..3 {
-                    assert_eq!(ring.quiesce(LONG).unwrap(), 0, "nothing to do");
+                    assert_eq!(ring.cancel_and_wait(LONG).unwrap(), 0, "nothing to do");
                     (0..16).for_each(|number| post(&mut ring, number));
-                    assert_eq!(ring.quiesce(LONG).unwrap(), 16);
+                    assert_eq!(ring.cancel_and_wait(LONG).unwrap(), 16);
                     assert_eq!(ring.in_flight(), 16, "they wait to be reaped");
                     for done in reap(&mut ring) {
                         assert_eq!(done.result, Err(EntryError::Cancelled));
@@ -279,7 +286,7 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
             let mut ring =
                 interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
             post(&mut ring, 1);
-            ring.quiesce(LONG).unwrap();
+            ring.cancel_and_wait(LONG).unwrap();
             drop(reap(&mut ring));
             post(&mut ring, 2);
             send(&mut ring, 3);
@@ -288,7 +295,7 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
     });
 }
 
-/// If a device does not release its slots in time, `quiesce` returns an error and nothing is lost.
+/// If a device does not release its slots in time, `cancel_and_wait` returns an error and nothing is lost.
 #[test]
 fn a_quiesce_that_does_not_end_in_time_loses_nothing() {
     guarded(|| {
@@ -313,7 +320,7 @@ fn a_quiesce_that_does_not_end_in_time_loses_nothing() {
         (0..4).for_each(|number| post(&mut ring, number));
         settle(&mut ring);
         let short = Duration::from_millis(20);
-        let error = ring.quiesce(short).unwrap_err();
+        let error = ring.cancel_and_wait(short).unwrap_err();
         assert!(matches!(error, Error::Timeout(timeout) if timeout == short), "{error}");
         assert_eq!((ring.in_flight(), held.lock().unwrap().len()), (4, 4));
         release.store(true, Ordering::SeqCst);
@@ -333,7 +340,7 @@ fn cancel_all_from_a_control_handle_empties_the_ring() {
             thread::spawn(move || control.cancel_all()).join().unwrap();
             for (number, done) in reap_n(&mut ring, 20).iter().enumerate() {
                 let cancelled = Err(EntryError::Cancelled);
-                assert_eq!(done.brief(), (Op::Read, number as u64, cancelled));
+                assert_eq!(done.brief(), (RingOp::Read, number as u64, cancelled));
             }
             assert_eq!(ring.control().closed(), None);
         });

@@ -1,7 +1,7 @@
 //! Credits and backpressure: the CQ has space for every completion, and no packet comes without a
 //! posted read.
 
-use vmring::{Direction, Op, SubmitErrorKind};
+use vmring::{Direction, RingOp, SubmitErrorKind};
 
 use super::credits;
 use crate::support::{
@@ -82,11 +82,11 @@ fn reads_that_fill_the_ring_never_block_writes_or_cancels() {
             let kind = ring.submit_read(frame, 0).unwrap_err().kind;
             assert_eq!(kind, SubmitErrorKind::NoCredit);
             assert_eq!(ring.cancel(99, 1), Ok(()));
-            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Cancel, 1, Ok(0)));
+            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Cancel, 1, Ok(0)));
             send(&mut ring, 2);
             let mut seen: Vec<_> = reap_n(&mut ring, 2).iter().map(|done| done.op).collect();
-            seen.sort_by_key(|op| *op == Op::Write);
-            assert_eq!(seen, [Op::Read, Op::Write]);
+            seen.sort_by_key(|op| *op == RingOp::Write);
+            assert_eq!(seen, [RingOp::Read, RingOp::Write]);
         });
     });
 }
@@ -99,13 +99,13 @@ fn no_posted_read_no_packet() {
             let mut ring =
                 interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
             (0..10).for_each(|number| send(&mut ring, number));
-            assert!(reap_n(&mut ring, 10).iter().all(|done| done.op == Op::Write));
+            assert!(reap_n(&mut ring, 10).iter().all(|done| done.op == RingOp::Write));
             assert_eq!((ring.in_flight(), ring.stats().rx_packets), (0, 0));
             let mut next = 0;
             for posted in [3, 1, 6] {
                 (0..posted).for_each(|_| post(&mut ring, 50));
                 for done in reap_n(&mut ring, posted) {
-                    assert_eq!(done.op, Op::Read);
+                    assert_eq!(done.op, RingOp::Read);
                     assert_eq!(number_of(&done.frame.unwrap()), next);
                     next += 1;
                 }

@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmring::device::{Io, PostedSlot, Progress};
-use vmring::{Direction, EntryError, Error, Interface, Op, Pool, Status};
+use vmring::device::{PollContext, PostedSlot, Progress};
+use vmring::{Direction, EntryError, Error, Interface, Pool, RingOp, Status};
 
 use super::{PATIENT, pool};
 use crate::support::{
@@ -20,12 +20,12 @@ fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
     guarded(|| {
         every_way(|way, poller| {
             let interface = Script::new(|_, _| {
-                ScriptQueue::new(|io| {
-                    while let Some(slot) = io.take_write() {
+                ScriptQueue::new(|cx| {
+                    while let Some(slot) = cx.take_write() {
                         match slot.user_data() {
                             0 => drop(slot),
                             1 => std::mem::forget(slot),
-                            _ => io.complete_write(slot),
+                            _ => cx.complete_write(slot),
                         }
                     }
                     Ok(Progress::Idle)
@@ -43,9 +43,9 @@ fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
             (0..3).for_each(|number| send(&mut ring, number));
             let mut done = reap_n(&mut ring, 2);
             done.sort_by_key(|done| done.user_data);
-            assert_eq!(done[0].brief(), (Op::Write, 0, Err(EntryError::Abandoned)));
+            assert_eq!(done[0].brief(), (RingOp::Write, 0, Err(EntryError::Abandoned)));
             assert_eq!(number_of(done[0].frame.as_ref().unwrap()), 0);
-            assert_eq!(done[1].brief(), (Op::Write, 2, Ok(60)));
+            assert_eq!(done[1].brief(), (RingOp::Write, 2, Ok(60)));
             assert_eq!((ring.in_flight(), ring.stats().abandoned), (1, 1));
             drop(done);
             let error = ring.close().unwrap_err();
@@ -63,12 +63,12 @@ fn a_third_party_device_cannot_return_a_slot_twice_or_keep_its_memory() {
 fn hostile_lengths_never_reach_outside_the_slot() {
     guarded(|| {
         let interface = Script::new(|_, _| {
-            ScriptQueue::new(|io| {
-                while let Some(mut slot) = io.take_read() {
+            ScriptQueue::new(|cx| {
+                while let Some(mut slot) = cx.take_read() {
                     let (room, hostile) = (slot.buffer_mut().len(), slot.user_data() as usize);
                     slot.buffer_mut().fill(0xaa);
                     let len = if hostile < 2 { room + hostile } else { hostile };
-                    io.complete_read(slot, len);
+                    cx.complete_read(slot, len);
                 }
                 Ok(Progress::Idle)
             })
@@ -93,22 +93,22 @@ fn hostile_lengths_never_reach_outside_the_slot() {
 }
 
 /// A device with two queues. The first takes writes, and the second passes them to `give`.
-fn mixed_up(give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + 'static) -> Interface {
+fn mixed_up(give: impl Fn(&mut PollContext<'_>, PostedSlot) + Send + Sync + 'static) -> Interface {
     let taken: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
     let queues = AtomicU64::new(0);
     let give = Arc::new(give);
     Script::new(move |_, _| {
         let (taken, give) = (taken.clone(), give.clone());
         let first = queues.fetch_add(1, Ordering::SeqCst) == 0;
-        ScriptQueue::new(move |io| {
+        ScriptQueue::new(move |cx| {
             let mut taken = taken.lock().unwrap();
             if first {
-                while let Some(slot) = io.take_write() {
+                while let Some(slot) = cx.take_write() {
                     taken.push(slot);
                 }
             } else {
-                taken.drain(..).for_each(|slot| give(io, slot));
-                take_writes(io);
+                taken.drain(..).for_each(|slot| give(cx, slot));
+                take_writes(cx);
             }
             Ok(Progress::Idle)
         })
@@ -119,7 +119,7 @@ fn mixed_up(give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + 'static) -> I
 /// If the device gives a slot of ring A to ring B, the slot completes on A as abandoned, and
 /// nothing happens to B.
 fn a_slot_given_to_another_ring_completes_on_its_own(
-    give: impl Fn(&mut Io<'_>, PostedSlot) + Send + Sync + Copy + 'static,
+    give: impl Fn(&mut PollContext<'_>, PostedSlot) + Send + Sync + Copy + 'static,
 ) {
     for shared_pool in [false, true] {
         every_way(|way, poller| {
@@ -138,17 +138,17 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
             let _ = a.wait(1, Some(Duration::from_millis(5)));
             for number in 10..14 {
                 send(&mut b, number);
-                assert_eq!(reap_n(&mut b, 1)[0].brief(), (Op::Write, number, Ok(60)));
+                assert_eq!(reap_n(&mut b, 1)[0].brief(), (RingOp::Write, number, Ok(60)));
             }
             stage(format!("{way:?}: it comes back"));
             let done = reap_n(&mut a, 1).remove(0);
-            assert_eq!(done.brief(), (Op::Write, 1, Err(EntryError::Abandoned)));
+            assert_eq!(done.brief(), (RingOp::Write, 1, Err(EntryError::Abandoned)));
             assert!(first.owns(&done.frame.unwrap()));
             // Both rings still work.
             send(&mut b, 20);
-            assert_eq!(reap_n(&mut b, 1)[0].brief(), (Op::Write, 20, Ok(60)));
+            assert_eq!(reap_n(&mut b, 1)[0].brief(), (RingOp::Write, 20, Ok(60)));
             assert_eq!((a.control().closed(), b.control().closed()), (None, None));
-            b.quiesce(LONG).unwrap();
+            b.cancel_and_wait(LONG).unwrap();
             b.close().unwrap();
             a.close().unwrap();
         });
@@ -158,13 +158,13 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
 #[test]
 fn a_slot_completed_on_another_ring_comes_back_on_its_own() {
     guarded(|| {
-        a_slot_given_to_another_ring_completes_on_its_own(|io, slot| io.complete_write(slot))
+        a_slot_given_to_another_ring_completes_on_its_own(|cx, slot| cx.complete_write(slot))
     });
 }
 
 #[test]
 fn a_slot_put_back_to_another_ring_comes_back_on_its_own() {
-    guarded(|| a_slot_given_to_another_ring_completes_on_its_own(|io, slot| io.put_back(slot)));
+    guarded(|| a_slot_given_to_another_ring_completes_on_its_own(|cx, slot| cx.put_back(slot)));
 }
 
 /// A device may keep a slot for some calls and put it back later. The slot is then posted as
@@ -175,12 +175,12 @@ fn a_slot_put_back_in_a_later_call_is_posted_again() {
         every_way(|way, poller| {
             let interface = Script::new(|_, _| {
                 let (mut kept, mut calls) = (Vec::new(), 0);
-                ScriptQueue::new(move |io| {
+                ScriptQueue::new(move |cx| {
                     calls += 1;
                     match calls {
-                        1 => kept.extend(std::iter::from_fn(|| io.take_write())),
-                        2 => kept.drain(..).rev().for_each(|slot| io.put_back(slot)),
-                        _ => take_writes(io),
+                        1 => kept.extend(std::iter::from_fn(|| cx.take_write())),
+                        2 => kept.drain(..).rev().for_each(|slot| cx.put_back(slot)),
+                        _ => take_writes(cx),
                     }
                     Ok(Progress::Idle)
                 })
@@ -195,7 +195,7 @@ fn a_slot_put_back_in_a_later_call_is_posted_again() {
             let frames: Vec<_> = (0..3).map(|number| (filled(&ring, number), number)).collect();
             ring.submit_writes(frames).unwrap();
             for (number, done) in reap_n(&mut ring, 3).iter().enumerate() {
-                assert_eq!(done.brief(), (Op::Write, number as u64, Ok(60)));
+                assert_eq!(done.brief(), (RingOp::Write, number as u64, Ok(60)));
             }
         });
     });
@@ -207,13 +207,13 @@ fn a_slot_put_back_in_a_later_call_is_posted_again() {
 fn a_slot_that_is_put_back_may_be_taken_again_in_the_same_call() {
     guarded(|| {
         let interface = Script::new(|_, _| {
-            ScriptQueue::new(|io| {
+            ScriptQueue::new(|cx| {
                 for _ in 0..3 {
-                    let taken: Vec<_> = std::iter::from_fn(|| io.take_write()).collect();
+                    let taken: Vec<_> = std::iter::from_fn(|| cx.take_write()).collect();
                     assert!(taken.len() <= 2, "the limit of a call");
-                    taken.into_iter().rev().for_each(|slot| io.put_back(slot));
+                    taken.into_iter().rev().for_each(|slot| cx.put_back(slot));
                 }
-                take_writes(io);
+                take_writes(cx);
                 Ok(Progress::Idle)
             })
         })

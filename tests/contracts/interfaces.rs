@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmring::device::{PortForward, Progress, Protocol};
 use vmring::{
-    Direction, Embedded, Error, Interface, Loopback, MacAddr6, Mode, Op, Ring, Status,
+    Direction, Embedded, Error, Interface, Loopback, MacAddr6, Mode, Ring, RingOp, Status,
     SubmitErrorKind,
 };
 
@@ -70,7 +70,7 @@ fn a_ring_that_could_not_be_built_takes_no_place() {
             .start();
             for _ in 0..3 {
                 let build = interface.ring(Direction::Both).drive(way.drive(poller)).build();
-                assert!(matches!(build, Err(Error::Vmnet(Status::SharingServiceBusy))));
+                assert!(matches!(build, Err(Error::Status(Status::SharingServiceBusy))));
             }
             refuse.store(false, Ordering::SeqCst);
             interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
@@ -91,7 +91,8 @@ fn a_pool_serves_several_rings_and_a_frame_read_from_one_is_written_to_the_other
             let (mut left, mut right) = (build(&left), build(&right));
             send(&mut left, 42);
             post(&mut left, 1);
-            let read = reap_n(&mut left, 2).into_iter().find(|done| done.op == Op::Read).unwrap();
+            let read =
+                reap_n(&mut left, 2).into_iter().find(|done| done.op == RingOp::Read).unwrap();
             let frame = read.frame.unwrap();
             let (slot, address) = (frame.slot(), frame.as_ptr());
             right.submit_write(frame, 2).unwrap();
@@ -99,7 +100,7 @@ fn a_pool_serves_several_rings_and_a_frame_read_from_one_is_written_to_the_other
             for done in reap_n(&mut right, 2) {
                 let frame = done.frame.unwrap();
                 assert_eq!(number_of(&frame), 42);
-                if done.op == Op::Write {
+                if done.op == RingOp::Write {
                     assert_eq!((frame.slot(), frame.as_ptr()), (slot, address), "without a copy");
                 }
             }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use vmring::device::Progress;
-use vmring::{Direction, EntryError, Op, Ring, Status};
+use vmring::{Direction, EntryError, Ring, RingOp, Status};
 
 use super::{PATIENT, credits};
 use crate::support::{
@@ -73,7 +73,7 @@ fn a_loopback_keeps_the_order_on_every_way_through_it() {
             settle(ring);
             for done in reap(ring) {
                 assert!(done.result.is_ok(), "{done:?}");
-                if done.op == Op::Read {
+                if done.op == RingOp::Read {
                     let number = done.frame.as_deref().map(number_of);
                     assert_eq!((done.user_data, number), (came, Some(came)), "order");
                     came += 1;
@@ -167,7 +167,7 @@ fn writes_reach_the_device_in_submission_order() {
                     sent += 1;
                 }
                 for done in reap_n(&mut ring, 1) {
-                    assert_eq!(done.brief(), (Op::Write, completed, Ok(60)));
+                    assert_eq!(done.brief(), (RingOp::Write, completed, Ok(60)));
                     completed += 1;
                 }
             }
@@ -211,13 +211,13 @@ fn cancelled_and_failed_entries_complete_at_once() {
                 .unwrap();
             (1..=3).for_each(|number| send(&mut ring, number));
             let done = reap_n(&mut ring, 1).remove(0);
-            assert_eq!(done.brief(), (Op::Write, 3, Err(Status::InvalidArgument.into())));
+            assert_eq!(done.brief(), (RingOp::Write, 3, Err(Status::InvalidArgument.into())));
             // This device never takes reads.
             (10..20).for_each(|number| post(&mut ring, number));
             ring.cancel(15, 100).unwrap();
             let done: Vec<_> = reap_n(&mut ring, 2).iter().map(|done| done.brief()).collect();
-            assert!(done.contains(&(Op::Read, 15, Err(EntryError::Cancelled))), "{done:?}");
-            assert!(done.contains(&(Op::Cancel, 100, Ok(1))), "{done:?}");
+            assert!(done.contains(&(RingOp::Read, 15, Err(EntryError::Cancelled))), "{done:?}");
+            assert!(done.contains(&(RingOp::Cancel, 100, Ok(1))), "{done:?}");
             assert_eq!(ring.in_flight(), 11);
         });
     });

@@ -6,7 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use vmring::{
-    Closed, Direction, EntryError, Frame, Op, Pool, PoolBuilder, Ring, Status, SubmitErrorKind,
+    CloseReason, Direction, EntryError, Frame, Pool, PoolBuilder, Ring, RingOp, Status,
+    SubmitErrorKind,
 };
 
 use super::{credits, pool};
@@ -54,8 +55,8 @@ fn one_place_per_slot() {
                     6 => cancels += u64::from(ring.cancel(step % 5, 0).is_ok()),
                     _ => {
                         for done in ring.reap() {
-                            cancels -= u64::from(done.op == Op::Cancel);
-                            held.extend(done.frame());
+                            cancels -= u64::from(done.op == RingOp::Cancel);
+                            held.extend(done.take_frame());
                         }
                     }
                 }
@@ -65,7 +66,7 @@ fn one_place_per_slot() {
                 assert_eq!(u64::from(pool.slots_out()), held.len() as u64 + queued);
             }
             held.clear();
-            ring.quiesce(LONG).unwrap();
+            ring.cancel_and_wait(LONG).unwrap();
             ring.reap().for_each(drop);
             assert_eq!(pool.slots_out(), 0);
             held.extend(std::iter::from_fn(|| pool.alloc()));
@@ -112,7 +113,7 @@ fn publishing_is_the_commit_point() {
                                     frame = refused.frame;
                                 }
                                 Err(refused) => {
-                                    let closed = SubmitErrorKind::Closed(Closed::Stopped);
+                                    let closed = SubmitErrorKind::Closed(CloseReason::Stopped);
                                     assert_eq!(refused.kind, closed);
                                     return number;
                                 }
@@ -156,7 +157,7 @@ fn a_forgotten_completion_can_lose_its_slot_but_not_copy_it() {
             send(&mut ring, number);
         }
         let mut reaping = ring.reap();
-        let lost = reaping.next().unwrap().frame_ok().unwrap();
+        let lost = reaping.next().unwrap().take_packet().unwrap();
         let lost_slot = lost.slot();
         std::mem::forget(lost);
         let _ = reaping;
@@ -245,7 +246,7 @@ fn refusal_returns_the_frame() {
         assert_eq!(reap_n(&mut ring, 1)[0].user_data, 1);
 
         ring.close().unwrap();
-        let closed = SubmitErrorKind::Closed(Closed::Stopped);
+        let closed = SubmitErrorKind::Closed(CloseReason::Stopped);
         refused(&mut ring, false, frame(&big, 60), closed, false);
         refused(&mut ring, true, frame(&big, 60), closed, false);
         assert_eq!(ring.cancel(0, 0), Err(closed));
@@ -264,7 +265,7 @@ fn refusal_returns_the_frame() {
         send(&mut ring, 0);
         let done = reap_n(&mut ring, 1).remove(0);
         assert_eq!(done.result, Err(Status::InvalidAccess.into()));
-        let kind = SubmitErrorKind::Closed(Closed::Failed(Status::InvalidAccess));
+        let kind = SubmitErrorKind::Closed(CloseReason::Failed(Status::InvalidAccess));
         refused(&mut ring, false, done.frame.unwrap(), kind, false);
 
         let panicking = Script::new(|_, _| {
@@ -275,7 +276,7 @@ fn refusal_returns_the_frame() {
         send(&mut ring, 0);
         let done = reap_n(&mut ring, 1).remove(0);
         assert_eq!(done.result, Err(EntryError::DevicePanicked));
-        let kind = SubmitErrorKind::Closed(Closed::DevicePanicked);
+        let kind = SubmitErrorKind::Closed(CloseReason::DevicePanicked);
         refused(&mut ring, false, done.frame.unwrap(), kind, false);
     });
 }

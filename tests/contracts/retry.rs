@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmring::device::Progress;
-use vmring::{Direction, Op, RetryPolicy, Ring, Status};
+use vmring::{Direction, RetryPolicy, Ring, RingOp, Status};
 
 use super::{Gate, full};
 use crate::support::{
@@ -44,7 +44,7 @@ fn a_partial_batch_is_retried_within_the_budget_of_the_stall() {
             let frames: Vec<_> = (0..50).map(|number| (filled(&ring, number), number)).collect();
             assert_eq!(ring.submit_writes(frames).unwrap(), 50);
             for (number, done) in reap_n(&mut ring, 50).iter().enumerate() {
-                assert_eq!(done.brief(), (Op::Write, number as u64, Ok(60)));
+                assert_eq!(done.brief(), (RingOp::Write, number as u64, Ok(60)));
             }
             let stats = ring.stats();
             assert_eq!((stats.tx_packets, stats.exhausted), (50, 0));
@@ -73,7 +73,7 @@ fn past_the_budget_writes_complete_with_buffer_exhausted() {
             for (number, done) in done.iter().enumerate() {
                 let expected =
                     if number < 256 { Ok(60) } else { Err(Status::BufferExhausted.into()) };
-                assert_eq!(done.brief(), (Op::Write, number as u64, expected));
+                assert_eq!(done.brief(), (RingOp::Write, number as u64, expected));
                 assert_eq!(number_of(done.frame.as_ref().unwrap()), number as u64);
             }
             let stats = ring.stats();
@@ -85,7 +85,7 @@ fn past_the_budget_writes_complete_with_buffer_exhausted() {
                 assert_eq!(number_of(done.frame.as_ref().unwrap()), number as u64);
             }
             send(&mut ring, 1000);
-            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Write, 1000, Ok(60)));
+            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, 1000, Ok(60)));
         });
     });
 }
@@ -140,7 +140,7 @@ fn reads_never_wait_behind_stuck_writes() {
             (0..10).for_each(|number| send(&mut ring, number));
             for number in 100..scaled(200) + 100 {
                 post(&mut ring, number);
-                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Read, number, Ok(60)));
+                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
             }
             assert_eq!(ring.in_flight(), 10);
         });
@@ -159,7 +159,7 @@ fn writes_never_wait_behind_reads() {
             (0..100).for_each(|number| post(&mut ring, number));
             for number in 1000..scaled(200) + 1000 {
                 send(&mut ring, number);
-                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (Op::Write, number, Ok(60)));
+                assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, number, Ok(60)));
             }
             assert_eq!(ring.in_flight(), 100);
         });
@@ -225,7 +225,7 @@ fn times_too_long_for_the_clock_are_for_ever() {
                 .unwrap();
             send(&mut ring, 1);
             assert_eq!(ring.wait(1, Some(Duration::from_millis(20))), 0, "it is not tried again");
-            assert_eq!(ring.quiesce(Duration::MAX).unwrap(), 1);
+            assert_eq!(ring.cancel_and_wait(Duration::MAX).unwrap(), 1);
             reap_n(&mut ring, 1);
             if way != Way::Inline {
                 // The restart ends the stall.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use vmring::{Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, Op, Poller, Ring};
+use vmring::{Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, Poller, Ring, RingOp};
 
 use super::check::Account;
 use super::limits::{CLOSE_TIMEOUT, CONTACT_PAUSE, CONTACT_TIMEOUT, SPINS};
@@ -174,8 +174,8 @@ impl Endpoints {
             for done in end.ring.reap() {
                 completed += 1;
                 let is_well = done.result.is_ok();
-                let Some(frame) = done.frame() else { continue };
-                if done.op == Op::Write {
+                let Some(frame) = done.take_frame() else { continue };
+                if done.op == RingOp::Write {
                     end.writing -= 1;
                     account.refused += u64::from(!is_well);
                     end.free.push(frame);

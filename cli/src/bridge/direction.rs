@@ -115,7 +115,7 @@ impl BridgeDirection {
 
     /// Handles a read that has completed.
     pub(crate) fn read_done(&mut self, done: Completion) {
-        let Some(mut frame) = done.frame() else { return };
+        let Some(mut frame) = done.take_frame() else { return };
         if done.result.is_err() {
             return self.spare.push(frame);
         }

@@ -5,8 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::{
-    Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, Op, PoolBuilder, Ring,
-    RingControl,
+    Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, PoolBuilder, Ring,
+    RingControl, RingOp,
 };
 
 use super::direction::{BridgeDirection, READ};
@@ -120,9 +120,9 @@ impl Bridge {
             for done in self.rings[i].reap() {
                 moved += 1;
                 match done.op {
-                    Op::Read => self.directions[i].read_done(done),
-                    Op::Write => self.directions[1 - i].write_done(done),
-                    Op::Cancel => {}
+                    RingOp::Read => self.directions[i].read_done(done),
+                    RingOp::Write => self.directions[1 - i].write_done(done),
+                    RingOp::Cancel => {}
                 }
             }
         }
@@ -193,7 +193,7 @@ impl Bridge {
             let closed = self.rings[i].close();
             outcome = outcome.and(closed.map_err(|error| self.failed(i, error)));
             for done in self.rings[i].reap() {
-                if done.op == Op::Write {
+                if done.op == RingOp::Write {
                     self.directions[1 - i].write_done(done);
                 }
             }

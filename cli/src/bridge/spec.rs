@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use vmring::device::Offloads;
 use vmring::device::pcap::Replay;
-use vmring::{Builder, Embedded, Error, Interface, Ipv4Range, Mode, Vmnet};
+use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Vmnet};
 
 use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
@@ -202,7 +202,7 @@ impl Spec {
                 None => builder,
             }
         };
-        let started = |builder: Builder| builder.start().map_err(|e| self.failure(e));
+        let started = |builder: InterfaceBuilder| builder.start().map_err(|e| self.failure(e));
         let name = self.to_string();
         let (replay, recording) = (None, None);
         match self {

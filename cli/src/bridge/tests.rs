@@ -14,11 +14,11 @@ use smoltcp::wire::{
     TcpRepr, TcpSeqNumber,
 };
 use vmring::device::{
-    Capabilities, Device, Io, Offloads, PostedSlot, Progress, Queue, Wake as DeviceWake,
+    Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, Wake as DeviceWake,
 };
 use vmring::{
-    Checksum, Config, Direction, Drive, Driver, Embedded, Error, Gso, Interface, InterfaceInfo,
-    Ipv4Range, MacAddr6, OFFLOAD_LEN, OffloadHeader, Status,
+    Checksum, Direction, Drive, Driver, Embedded, Error, Gso, Interface, InterfaceConfig,
+    InterfaceInfo, Ipv4Range, MacAddr6, OFFLOAD_LEN, OffloadHeader, Status,
 };
 
 use super::limits::END_TIMEOUT;
@@ -235,7 +235,7 @@ impl Wire {
 }
 
 impl Driver for Wire {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         assert_eq!(config.offloads, self.offloads);
         Ok(Arc::new(WireDevice {
             info: InterfaceInfo::new(
@@ -290,7 +290,7 @@ struct WireQueue {
 }
 
 impl Queue for WireQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         let header_len = if self.wire.offloads.virtio_header { OFFLOAD_LEN } else { 0 };
         if let Some(near) = &mut self.near {
             while near.read(&mut [0; 8]).is_ok_and(|n| n > 0) {}
@@ -299,9 +299,9 @@ impl Queue for WireQueue {
         if far.behaviour == Behaviour::Dies {
             return Err(Status::Failure);
         }
-        while io.reads() > 0 && !far.incoming.is_empty() {
+        while cx.reads() > 0 && !far.incoming.is_empty() {
             let (header, packet) = far.incoming.pop_front().unwrap();
-            let mut slot = io.take_read().unwrap();
+            let mut slot = cx.take_read().unwrap();
             let room = slot.buffer_with_header_mut(header_len).unwrap();
             if let Some(bytes) = room.first_chunk_mut().filter(|_| header_len > 0) {
                 header.write(bytes);
@@ -309,17 +309,17 @@ impl Queue for WireQueue {
             room[header_len..][..packet.len()].copy_from_slice(&packet);
             far.read += 1;
             match header_len {
-                0 => io.complete_read(slot, packet.len()),
-                n => io.complete_read_with_header(slot, n + packet.len()),
+                0 => cx.complete_read(slot, packet.len()),
+                n => cx.complete_read_with_header(slot, n + packet.len()),
             }
         }
-        while let Some(slot) = io.take_write() {
+        while let Some(slot) = cx.take_write() {
             self.kept.push(slot);
         }
         if far.behaviour != Behaviour::Keeps {
             for mut slot in self.kept.drain(..) {
                 if far.behaviour == Behaviour::Refuses {
-                    io.fail(slot, Status::InvalidAccess);
+                    cx.fail(slot, Status::InvalidAccess);
                     continue;
                 }
                 let bytes = slot.packet_with_header_mut(header_len).unwrap();
@@ -327,7 +327,7 @@ impl Queue for WireQueue {
                 let header = header
                     .map_or(OffloadHeader::NONE, |bytes| OffloadHeader::parse(bytes).unwrap());
                 far.written.push((header, bytes[header_len..].to_vec()));
-                io.complete_write(slot);
+                cx.complete_write(slot);
             }
         }
         Ok(Progress::Idle)
@@ -337,8 +337,8 @@ impl Queue for WireQueue {
         self.near.as_ref().map(AsFd::as_fd)
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
-        self.kept.drain(..).for_each(|slot| io.cancel(slot));
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
+        self.kept.drain(..).for_each(|slot| cx.cancel(slot));
         true
     }
 }
@@ -735,14 +735,14 @@ fn speed() {
         let (mut sent, mut received) = (0, 0);
         let start = Instant::now();
         while received < PACKETS {
-            free.extend(from.reap().filter_map(|done| done.frame()));
+            free.extend(from.reap().filter_map(|done| done.take_frame()));
             let room = (WINDOW - (sent - received)).min(PACKETS - sent) as usize;
             let keep = free.len() - room.min(free.len());
             sent += from.submit_writes(free.drain(keep..).map(|frame| (frame, 0))).unwrap() as u64;
             if room == 0 {
                 to.wait(1, Some(Duration::from_secs(1)));
             }
-            let came: Vec<_> = to.reap().filter_map(|done| done.frame()).collect();
+            let came: Vec<_> = to.reap().filter_map(|done| done.take_frame()).collect();
             let came = came.into_iter().map(|frame| (frame, 0));
             received += to.submit_reads(came).unwrap() as u64;
             assert!(start.elapsed() < LONG, "{received} of {sent} came");

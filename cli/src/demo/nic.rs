@@ -12,7 +12,7 @@ use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToke
 use smoltcp::time::Instant;
 use smoltcp::wire::ETHERNET_HEADER_LEN;
 use vmring::device::Capabilities;
-use vmring::{Error, Frame, Op, Ring};
+use vmring::{Error, Frame, Ring, RingOp};
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -57,13 +57,13 @@ impl NetworkCard {
     pub(crate) fn collect(&mut self) {
         for done in self.ring.reap() {
             let (op, result) = (done.op, done.result);
-            if op == Op::Write {
+            if op == RingOp::Write {
                 self.writing -= 1;
             }
-            let Some(frame) = done.frame() else { continue };
+            let Some(frame) = done.take_frame() else { continue };
             match (op, result) {
-                (Op::Read, Ok(_)) => self.received.push_back(frame),
-                (Op::Read, Err(_)) => self.to_read.push_back(frame),
+                (RingOp::Read, Ok(_)) => self.received.push_back(frame),
+                (RingOp::Read, Err(_)) => self.to_read.push_back(frame),
                 _ => self.free.push(frame),
             }
         }

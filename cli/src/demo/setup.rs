@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vmring::device::Offloads;
 use vmring::device::pcap::Capture;
 use vmring::{
-    Builder, Direction, Drive, Driver, Error, Interface, Ipv4Range, Mode, Poller, Ring, RingControl,
+    Direction, Drive, Driver, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Poller, Ring,
+    RingControl,
 };
 
 use super::limits::{CLOSE_TIMEOUT, depth};
@@ -158,7 +159,7 @@ impl DemoNetwork {
                 builder = builder.ipv4(range);
             }
             let name = format!("guest{number}");
-            let builder: Builder = match capture {
+            let builder: InterfaceBuilder = match capture {
                 Some(capture) => builder.device(capture.wrap(&name, driver)),
                 None => builder.device(driver),
             };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Op, Poller, Ring};
+use vmring::{Direction, Drive, Frame, IdlePolicy, Interface, Loopback, Poller, Ring, RingOp};
 
 use super::limits::{CAPACITY, COMPARED, PATIENCE, Patience, SPINS, TURNS};
 use crate::common::{NULL_LENGTH, Null, processors, time_packets};
@@ -90,9 +90,9 @@ fn check(
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
             let number = done.user_data;
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             entries = entries.saturating_sub(1);
-            if done.op != Op::Read {
+            if done.op != RingOp::Read {
                 sq.submit_read(frame, number)?;
                 continue;
             }
@@ -122,12 +122,12 @@ fn one_by_one(ring: &mut Ring, loopback: bool, reads: &mut u64) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
     let mut done = 0;
     for completion in cq.reap() {
-        let frame = completion.frame_ok()?;
+        let frame = completion.take_packet()?;
         if frame.len() != LENGTH {
             return Err("a packet of another length".into());
         }
         match completion.op {
-            Op::Read => {
+            RingOp::Read => {
                 *reads += 1;
                 match loopback {
                     true => sq.submit_write(frame, completion.user_data)?,
@@ -147,7 +147,7 @@ fn reads_in_batches(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
     // One that failed is missing in what is in flight, which is counted at the end.
     let frames = cq.reap().filter_map(|done| {
-        let frame = done.frame_ok().ok().filter(|frame| frame.len() == LENGTH)?;
+        let frame = done.take_packet().ok().filter(|frame| frame.len() == LENGTH)?;
         Some((frame, done.user_data))
     });
     let done = sq.submit_reads(frames)? as u64;
@@ -167,11 +167,11 @@ fn both_in_batches(
 ) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
     for completion in cq.reap() {
-        let frame = completion.frame_ok()?;
+        let frame = completion.take_packet()?;
         if frame.len() != LENGTH {
             return Err("a packet of another length".into());
         }
-        let read = completion.op == Op::Read;
+        let read = completion.op == RingOp::Read;
         *reads += u64::from(read);
         let list = if read { &mut *to_write } else { &mut *to_read };
         list.push((frame, completion.user_data));

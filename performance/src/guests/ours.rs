@@ -76,7 +76,7 @@ impl Sender for OurSender<'_> {
             budget -= 1;
         }
         for done in cq.reap() {
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             if done.result != Ok(*length) {
                 return Err(format!("a write gave {:?}", done.result).into());
             }
@@ -94,7 +94,7 @@ impl Sender for OurSender<'_> {
 
     fn finish(&mut self) -> Result<Option<u64>> {
         for done in self.ring.reap() {
-            self.idle.push_back(done.frame_ok()?);
+            self.idle.push_back(done.take_packet()?);
             self.sent += 1;
         }
         Ok((self.ring.in_flight() == 0).then_some(self.sent))
@@ -130,7 +130,7 @@ impl Receiver for OurReceiver<'_> {
         // First all of a batch, then a look at each: the lines of several packets that have to come from
         // the sender's processor are under way together.
         for done in reap.take(BATCH) {
-            self.came.push((done.frame_ok()?, 0));
+            self.came.push((done.take_packet()?, 0));
         }
         for (frame, _) in &self.came {
             inspection.inspect(frame);

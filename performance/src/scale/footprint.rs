@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use vmring::{Direction, Drive, Driver, Embedded, Interface, Loopback, Op, Ring, page_size};
+use vmring::{Direction, Drive, Driver, Embedded, Interface, Loopback, Ring, RingOp, page_size};
 
 use crate::common::{Null, take_turns};
 use crate::plan::{Part, Plan};
@@ -77,9 +77,9 @@ fn used(depth: usize) -> Result<(Interface, Ring)> {
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
             left = left.saturating_sub(1);
-            let frame = done.frame_ok()?;
+            let frame = done.take_packet()?;
             match done.op {
-                Op::Read => sq.submit_read(frame, done.user_data)?,
+                RingOp::Read => sq.submit_read(frame, done.user_data)?,
                 _ => sq.submit_write(frame, done.user_data)?,
             }
         }

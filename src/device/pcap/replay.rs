@@ -12,9 +12,9 @@ use pcap_file::pcap::PcapReader;
 use pcap_file::pcapng::{Block, PcapNgReader};
 
 use super::error::into_io;
-use crate::config::{Config, Direction, InterfaceInfo};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
 use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sys::lock;
@@ -122,7 +122,7 @@ impl Replay {
 }
 
 impl Driver for Replay {
-    fn start(self: Box<Self>, config: &Config) -> Result<Arc<dyn Device>, Error> {
+    fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         no_offloads(config, "pcap")?;
         let mtu = config.mtu.unwrap_or(1500);
         let longest = self.state.len_max as u32;
@@ -192,21 +192,21 @@ struct ReplayQueue {
 }
 
 impl ReplayQueue {
-    fn read(&self, io: &mut Io<'_>) -> Result<Progress, Error> {
+    fn read(&self, cx: &mut PollContext<'_>) -> Result<Progress, Error> {
         let mut source = lock(&self.state.source);
         // Behind the last packet it goes on to the end: what it leaves out there counts, too.
         while let Some(file) = &mut *source
-            && (io.reads() > 0 || self.state.left.load(Ordering::Relaxed) == 0)
+            && (cx.reads() > 0 || self.state.left.load(Ordering::Relaxed) == 0)
         {
             let taken = file.next(|packet| match packet.fitting() {
                 Ok(bytes) => {
-                    let Some(mut slot) = io.take_read() else { return };
+                    let Some(mut slot) = cx.take_read() else { return };
                     // `max_packet_size` is the longest packet's, so there is room, unless somebody
                     // has written another file there: then the length is refused.
                     let room = slot.buffer_mut();
                     let n = bytes.len().min(room.len());
                     room[..n].copy_from_slice(&bytes[..n]);
-                    io.complete_read(slot, bytes.len());
+                    cx.complete_read(slot, bytes.len());
                     let left = &self.state.left;
                     left.store(left.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
                 }
@@ -227,12 +227,12 @@ fn add_one(count: &AtomicU64) {
 }
 
 impl Queue for ReplayQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
-        while let Some(slot) = io.take_write() {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        while let Some(slot) = cx.take_write() {
             add_one(&self.state.discarded);
-            io.complete_write(slot);
+            cx.complete_write(slot);
         }
-        self.read(io).map_err(|error| {
+        self.read(cx).map_err(|error| {
             tracing::error!(%error, "the replay ends here");
             Status::Failure
         })

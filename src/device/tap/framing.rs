@@ -6,7 +6,7 @@ use vmring_core::offload;
 
 use super::dhcp::Dhcp;
 use crate::device::common::ETHERNET_HEADER_LEN;
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
@@ -55,22 +55,22 @@ impl Framing {
     /// Completes a read with the `len` bytes that the kernel has put in front of and into the slot,
     /// or posts the slot again if they are no packet to hand on.
     #[inline]
-    pub(crate) fn received(&self, io: &mut Io<'_>, mut slot: PostedSlot, len: usize) {
+    pub(crate) fn received(&self, cx: &mut PollContext<'_>, mut slot: PostedSlot, len: usize) {
         let packet = len.wrapping_sub(self.header);
         if packet > self.max_packet_size || self.is_cut(&mut slot, len) {
-            self.drop_packet(io, slot, len);
+            self.drop_packet(cx, slot, len);
         } else if self.header > 0 {
-            io.complete_read_with_header(slot, len);
+            cx.complete_read_with_header(slot, len);
         } else {
-            io.complete_read(slot, len);
+            cx.complete_read(slot, len);
         }
     }
 
     #[cold]
-    fn drop_packet(&self, io: &mut Io<'_>, slot: PostedSlot, len: usize) {
+    fn drop_packet(&self, cx: &mut PollContext<'_>, slot: PostedSlot, len: usize) {
         let counter = if len < self.header { &self.malformed } else { &self.too_big };
         counter.fetch_add(1, Ordering::Relaxed);
-        io.put_back(slot);
+        cx.put_back(slot);
     }
 
     /// Whether the packet was longer than the room and the kernel has cut it without a word: then

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::framing::{Fault, Framing, fault_of};
 use super::open::TapQueueFd;
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::seam::Progress;
 use crate::error::Status;
 
@@ -21,31 +21,35 @@ impl Plain {
         Self { fd }
     }
 
-    pub(crate) fn write(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<(), Status> {
-        while let Some(mut slot) = io.take_write() {
+    pub(crate) fn write(
+        &mut self,
+        cx: &mut PollContext<'_>,
+        framing: &Framing,
+    ) -> Result<(), Status> {
+        while let Some(mut slot) = cx.take_write() {
             let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
-                io.fail(slot, Status::InvalidArgument);
+                cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
             if framing.take_dhcp(bytes) {
-                io.complete_write(slot);
+                cx.complete_write(slot);
                 continue;
             }
             let fd = self.fd.as_raw_fd();
             // SAFETY: the bytes live through the call, with this length.
             let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
             if written >= 0 {
-                io.complete_write(slot);
+                cx.complete_write(slot);
                 continue;
             }
             match fault_of(errno()) {
                 Fault::Wait => {
-                    io.put_back(slot);
+                    cx.put_back(slot);
                     break;
                 }
-                Fault::Entry(status) => io.fail(slot, status),
+                Fault::Entry(status) => cx.fail(slot, status),
                 Fault::Gone(status) => {
-                    io.put_back(slot);
+                    cx.put_back(slot);
                     return Err(status);
                 }
             }
@@ -53,21 +57,25 @@ impl Plain {
         Ok(())
     }
 
-    pub(crate) fn read(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<Progress, Status> {
-        while let Some(mut slot) = io.take_read() {
+    pub(crate) fn read(
+        &mut self,
+        cx: &mut PollContext<'_>,
+        framing: &Framing,
+    ) -> Result<Progress, Status> {
+        while let Some(mut slot) = cx.take_read() {
             let Some(room) = slot.buffer_with_header_mut(framing.header) else {
-                io.fail(slot, Status::InvalidArgument);
+                cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
             let fd = self.fd.as_raw_fd();
             // SAFETY: the room is ours through the call, with this length.
             let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
             if let Ok(len) = usize::try_from(len) {
-                framing.received(io, slot, len);
+                framing.received(cx, slot, len);
                 continue;
             }
             let fault = fault_of(errno());
-            io.put_back(slot);
+            cx.put_back(slot);
             return match fault {
                 Fault::Wait => Ok(Progress::Idle),
                 Fault::Entry(status) | Fault::Gone(status) => Err(status),

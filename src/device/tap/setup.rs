@@ -10,7 +10,7 @@ use vmring_embedded::{AddressRange as Range, NetworkMode};
 use super::dhcp::Dhcp;
 use super::link::{Link, Netlink};
 use super::nat::{Forwarding, Masquerade};
-use crate::config::{Config, Ipv4Range, Mode};
+use crate::config::{InterfaceConfig, Ipv4Range, Mode};
 use crate::error::{ConfigError, Error, TapError};
 
 /// What an interface asks of the host's end.
@@ -20,7 +20,7 @@ pub(crate) struct Asked<'a> {
     pub(crate) fresh: bool,
     /// Set up what the mode says.
     pub(crate) configure: bool,
-    pub(crate) config: &'a Config,
+    pub(crate) config: &'a InterfaceConfig,
     pub(crate) host_mac: Option<MacAddr6>,
     pub(crate) dhcp: bool,
     pub(crate) lease_time: Duration,

@@ -43,7 +43,7 @@ use super::framing::{Fault, Framing, fault_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::seam::Progress;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
@@ -125,7 +125,7 @@ impl Uring {
         Self { fd, bound: false, state: None, plain, recall: Recall::default() }
     }
 
-    pub(crate) fn settle(&mut self) {
+    pub(crate) fn bind_to_thread(&mut self) {
         // A ring that is there already goes on as it is.
         self.bound = true;
     }
@@ -141,24 +141,28 @@ impl Uring {
         Ok(())
     }
 
-    pub(crate) fn poll(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<Progress, Status> {
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut PollContext<'_>,
+        framing: &Framing,
+    ) -> Result<Progress, Status> {
         let Some(state) = &mut self.state else { return Ok(Progress::Idle) };
         state.ask_to_end();
-        state.push_writes(io, framing);
+        state.push_writes(cx, framing);
         if self.recall.is_empty() {
-            state.provide(io, framing.header);
+            state.provide(cx, framing.header);
             state.arm_multishot();
         }
         state.enter().map_err(|_| Status::Failure)?;
-        let result = state.complete(io, framing);
+        let result = state.complete(cx, framing);
         if !state.armed && !self.recall.is_empty() {
             let recall = &self.recall;
-            state.take_back(io, framing.header, |slot| recall.wants(slot))?;
+            state.take_back(cx, framing.header, |slot| recall.wants(slot))?;
             self.recall.clear();
         }
         result?;
         let more = state.must_enter || state.has_work();
-        if !state.single_issuer && self.plain.read(io, framing)? == Progress::More {
+        if !state.single_issuer && self.plain.read(cx, framing)? == Progress::More {
             return Ok(Progress::More);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
@@ -187,7 +191,7 @@ impl Uring {
     }
 
     /// Takes everything back from the kernel. False while it still holds on.
-    pub(crate) fn close(&mut self, io: &mut Io<'_>, framing: &Framing) -> bool {
+    pub(crate) fn close(&mut self, cx: &mut PollContext<'_>, framing: &Framing) -> bool {
         let Some(state) = &mut self.state else { return true };
         state.cancel_requested = true;
         state.ask_to_end();
@@ -195,14 +199,14 @@ impl Uring {
             return false;
         }
         // A TAP that is gone is no reason to keep anything.
-        let _ = state.complete(io, framing);
+        let _ = state.complete(cx, framing);
         if !state.lets_go() {
             return false;
         }
         state.unregister();
         for bid in state.order.drain(..) {
             if let Some(slot) = state.reads[usize::from(bid)].take() {
-                io.cancel(slot);
+                cx.cancel(slot);
             }
         }
         self.state = None;
@@ -296,8 +300,8 @@ impl UringState {
     }
 
     /// Queues the posted writes, as far as there is room.
-    fn push_writes(&mut self, io: &mut Io<'_>, framing: &Framing) {
-        if io.writes() == 0 || (self.link_writes && self.is_writing()) {
+    fn push_writes(&mut self, cx: &mut PollContext<'_>, framing: &Framing) {
+        if cx.writes() == 0 || (self.link_writes && self.is_writing()) {
             return;
         }
         let mut queue = self.ring.submission();
@@ -308,13 +312,13 @@ impl UringState {
             if queue.capacity() - queue.len() <= 2 + usize::from(last.is_some()) {
                 break;
             }
-            let Some(mut slot) = io.take_write() else { break };
+            let Some(mut slot) = cx.take_write() else { break };
             let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
-                io.fail(slot, Status::InvalidArgument);
+                cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
             if framing.take_dhcp(bytes) {
-                io.complete_write(slot);
+                cx.complete_write(slot);
                 continue;
             }
             // Without the flag the kernel lets each one wait by itself until there is room, and then
@@ -343,13 +347,13 @@ impl UringState {
     }
 
     /// Gives the kernel the posted reads, as far as there is room.
-    fn provide(&mut self, io: &mut Io<'_>, header: usize) {
+    fn provide(&mut self, cx: &mut PollContext<'_>, header: usize) {
         while let Some(&number) = self.free_reads.last() {
-            let Some(slot) = io.take_read() else { break };
+            let Some(slot) = cx.take_read() else { break };
             self.free_reads.pop();
             if let Err(slot) = self.provide_one(number, slot, header) {
                 self.free_reads.push(number);
-                io.fail(slot, Status::InvalidArgument);
+                cx.fail(slot, Status::InvalidArgument);
             }
         }
         self.buffers.publish();
@@ -431,7 +435,7 @@ impl UringState {
     }
 
     /// Takes the completions that are there.
-    fn complete(&mut self, io: &mut Io<'_>, framing: &Framing) -> Result<(), Status> {
+    fn complete(&mut self, cx: &mut PollContext<'_>, framing: &Framing) -> Result<(), Status> {
         let mut result = Ok(());
         let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
         let (places, link_writes) = (&self.places, self.link_writes);
@@ -448,8 +452,8 @@ impl UringState {
                         if let Some(slot) = reads[usize::from(number)].take() {
                             free_reads.push(number);
                             match usize::try_from(cqe.result()) {
-                                Ok(len) => framing.received(io, slot, len),
-                                Err(_) => io.put_back(slot),
+                                Ok(len) => framing.received(cx, slot, len),
+                                Err(_) => cx.put_back(slot),
                             }
                         }
                     }
@@ -473,14 +477,14 @@ impl UringState {
                     free_writes.push(number);
                     let place = places[usize::from(number)];
                     match cqe.result() {
-                        0.. => io.complete_write(slot),
+                        0.. => cx.complete_write(slot),
                         // One before it in its chain was refused.
                         error if link_writes && error == -libc::ECANCELED => {
                             refused.push((place, slot));
                         }
                         error => match fault_of(-error) {
                             Fault::Wait => refused.push((place, slot)),
-                            Fault::Entry(status) => io.fail(slot, status),
+                            Fault::Entry(status) => cx.fail(slot, status),
                             Fault::Gone(status) => {
                                 refused.push((place, slot));
                                 result = Err(status);
@@ -497,7 +501,7 @@ impl UringState {
         }
         self.refused.sort_unstable_by_key(|(place, _)| *place);
         while let Some((_, slot)) = self.refused.pop() {
-            io.put_back(slot);
+            cx.put_back(slot);
         }
         result
     }
@@ -511,7 +515,7 @@ impl UringState {
     /// names as cancelled and gives the others to the kernel again, in their order.
     fn take_back(
         &mut self,
-        io: &mut Io<'_>,
+        cx: &mut PollContext<'_>,
         header: usize,
         wanted: impl Fn(&PostedSlot) -> bool,
     ) -> Result<(), Status> {
@@ -524,10 +528,10 @@ impl UringState {
             let Some(slot) = self.reads[usize::from(number)].take() else { continue };
             if wanted(&slot) {
                 self.free_reads.push(number);
-                io.cancel(slot);
+                cx.cancel(slot);
             } else if let Err(slot) = self.provide_one(number, slot, header) {
                 self.free_reads.push(number);
-                io.fail(slot, Status::InvalidArgument);
+                cx.fail(slot, Status::InvalidArgument);
             }
         }
         self.buffers.publish();

@@ -96,7 +96,7 @@ table! {
 }
 
 table! {
-    /// Network objects, macOS 26. Apple's developer documentation has the declarations.
+    /// VmnetNetwork objects, macOS 26. Apple's developer documentation has the declarations.
     Networks {
         configuration_create: c"vmnet_network_configuration_create",
             fn(u32, *mut u32) -> ConfigurationRef;

@@ -12,7 +12,7 @@ use super::ffi::{
     vmnet_start_address_key, vmnet_subnet_mask_key,
 };
 use super::xpc::Dictionary;
-use crate::config::{Config, Mode};
+use crate::config::{InterfaceConfig, Mode};
 use crate::error::{ConfigError, Error};
 
 /// A host-mode network of its own: only interfaces with the same identifier are on it, and nobody
@@ -42,7 +42,7 @@ pub(crate) struct Extras {
 /// The dictionary for [`vmnet_start_interface`](super::ffi::vmnet_start_interface) or its sibling for
 /// network objects. Refuses what vmnet would refuse without saying why.
 pub(crate) fn describe(
-    config: &Config,
+    config: &InterfaceConfig,
     extras: &Extras,
     system: &System,
 ) -> Result<Dictionary, Error> {

@@ -21,8 +21,8 @@
 //! | `vmnet_stop_interface` | `stop()`, or dropping it |
 //! | `vmnet_copy_shared_interface_list` | [`shared_interfaces`](super::shared_interfaces) |
 //! | `vmnet_interface_add_port_forwarding_rule` and the newer `..._ip_...` | [`add_port_forward`](crate::Interface::add_port_forward), IPv4 and IPv6 |
-//! | `vmnet_network_configuration_*`, `vmnet_network_*` (macOS 26) | [`Network`](super::Network) |
-//! | `vmnet_enable_virtio_header_key`, `vmnet_enable_tso_key` | [`Builder::offloads`](crate::Builder::offloads), [`Frame::offload`](crate::Frame::offload) |
+//! | `vmnet_network_configuration_*`, `vmnet_network_*` (macOS 26) | [`VmnetNetwork`](super::Network) |
+//! | `vmnet_enable_virtio_header_key`, `vmnet_enable_tso_key` | [`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads), [`Frame::offload`](crate::Frame::offload) |
 //!
 //! # What it needs
 //!

@@ -1,4 +1,4 @@
-//! Network objects, macOS 26: a network with its addresses, rules and reservations, made before any
+//! VmnetNetwork objects, macOS 26: a network with its addresses, rules and reservations, made before any
 //! interface is on it.
 
 use std::ffi::{CString, c_void};
@@ -24,7 +24,7 @@ use crate::config::{Mode, PortForward};
 use crate::error::{ConfigError, Error, Status};
 
 /// A network of its own (macOS 26): its addresses are reserved while it exists. Interfaces join it
-/// with [`Builder::network`](crate::Builder::network), in this process or, through
+/// with [`InterfaceBuilder::network`](crate::InterfaceBuilder::network), in this process or, through
 /// [`serialize`](Self::serialize), in another.
 ///
 /// Cloning it is cheap; the reservation ends with the last clone and the last interface. When the
@@ -32,7 +32,7 @@ use crate::error::{ConfigError, Error, Status};
 /// rules: keep one on it.
 #[derive(Clone)]
 #[doc(alias = "vmnet_network_ref")]
-pub struct Network(Arc<Inner>);
+pub struct VmnetNetwork(Arc<Inner>);
 
 struct Inner {
     network: NetworkRef,
@@ -52,16 +52,16 @@ impl Drop for Inner {
     }
 }
 
-impl fmt::Debug for Network {
+impl fmt::Debug for VmnetNetwork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Network").field("mode", &self.0.mode).finish_non_exhaustive()
+        f.debug_struct("VmnetNetwork").field("mode", &self.0.mode).finish_non_exhaustive()
     }
 }
 
-/// Makes a [`Network`]. Apple's defaults where nothing is said: NAT, DHCP, DNS proxy and router
+/// Makes a [`VmnetNetwork`]. Apple's defaults where nothing is said: NAT, DHCP, DNS proxy and router
 /// advertisements on, a free /24 of 192.168.0.0/16, MTU 1500.
 #[derive(Clone, Debug)]
-pub struct NetworkBuilder {
+pub struct VmnetNetworkBuilder {
     mode: Mode,
     subnet: Option<(Ipv4Addr, Ipv4Addr)>,
     prefix: Option<(Ipv6Addr, u8)>,
@@ -89,7 +89,7 @@ pub enum Service {
     RouterAdvertisement,
 }
 
-impl NetworkBuilder {
+impl VmnetNetworkBuilder {
     /// The gateway's IPv4 address and the subnet mask. Exclusive while the network exists. (Of the
     /// subnet's own address, ending in .0, the system makes a network on which nothing starts.)
     pub fn ipv4(mut self, gateway: Ipv4Addr, mask: Ipv4Addr) -> Self {
@@ -144,10 +144,10 @@ impl NetworkBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::NeedsMacos`] before macOS 26; [`Error::PermissionDenied`]; [`Error::Vmnet`], with
+    /// [`Error::NeedsMacos`] before macOS 26; [`Error::PermissionDenied`]; [`Error::Status`], with
     /// [`Status::Failure`] also for a subnet that is in use; [`Error::Timeout`], and then the call
     /// goes on on a thread that is left behind.
-    pub fn create(self) -> Result<Network, Error> {
+    pub fn create(self) -> Result<VmnetNetwork, Error> {
         let system = System::look();
         let api = system.networks()?;
         let mode = match &self.mode {
@@ -173,7 +173,7 @@ impl NetworkBuilder {
                 // SAFETY: the configuration lives; `status` is there to be written.
                 let network = unsafe { (api.create)(configuration.0, &mut status) };
                 // If nobody waits any more, it is dropped and released.
-                let _ = answer.send(Network::adopt(api, network, status, mode));
+                let _ = answer.send(VmnetNetwork::adopt(api, network, status, mode));
             })
             .map_err(Error::io("starting the thread that makes the network"))?;
         answers
@@ -297,10 +297,10 @@ impl SerializedNetwork {
     }
 }
 
-impl Network {
-    /// Settings, then [`NetworkBuilder::create`]. Host or shared mode.
-    pub fn builder(mode: Mode) -> NetworkBuilder {
-        NetworkBuilder {
+impl VmnetNetwork {
+    /// Settings, then [`VmnetNetworkBuilder::create`]. Host or shared mode.
+    pub fn builder(mode: Mode) -> VmnetNetworkBuilder {
+        VmnetNetworkBuilder {
             mode,
             subnet: None,
             prefix: None,
@@ -349,7 +349,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Vmnet`].
+    /// [`Error::Status`].
     pub fn serialize(&self) -> Result<SerializedNetwork, Error> {
         let mut status = SUCCESS;
         // SAFETY: the network lives; `status` is there to be written; the result is ours.
@@ -364,7 +364,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// As [`NetworkBuilder::create`].
+    /// As [`VmnetNetworkBuilder::create`].
     pub fn deserialize(serialized: &SerializedNetwork, mode: Mode) -> Result<Self, Error> {
         let system = System::look();
         let api = system.networks()?;

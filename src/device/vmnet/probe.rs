@@ -18,9 +18,9 @@ use super::availability::System;
 use super::description::{Extras, describe};
 use super::ffi::{InterfaceRef, PacketDescriptor, SUCCESS, vmnet_read, vmnet_write};
 use super::guest_memory::GuestMemory;
-use super::network::Network;
+use super::network::VmnetNetwork;
 use super::started::{StartedInterface, Timeouts};
-use crate::config::{Config, Mode};
+use crate::config::{InterfaceConfig, Mode};
 use crate::error::Error;
 
 /// What the probe does.
@@ -202,8 +202,8 @@ struct Pair {
     limits: (usize, usize),
 }
 
-fn config(id: [u8; 16], virtio_header: bool) -> Config {
-    let mut config = Config::new(Mode::Shared, id);
+fn config(id: [u8; 16], virtio_header: bool) -> InterfaceConfig {
+    let mut config = InterfaceConfig::new(Mode::Shared, id);
     config.offloads.virtio_header = virtio_header;
     config.offloads.tso4 = virtio_header;
     config.offloads.tso6 = virtio_header;
@@ -216,7 +216,11 @@ fn start(id: [u8; 16], system: System, virtio_header: bool) -> Result<StartedInt
     StartedInterface::start(&description, None, system, TIMEOUTS)
 }
 
-fn start_on(network: &Network, id: [u8; 16], system: System) -> Result<StartedInterface, Error> {
+fn start_on(
+    network: &VmnetNetwork,
+    id: [u8; 16],
+    system: System,
+) -> Result<StartedInterface, Error> {
     let extras = Extras { on_network: true, ..Extras::default() };
     let description = describe(&config(id, true), &extras, &system)?;
     StartedInterface::start(&description, Some(network), system, TIMEOUTS)
@@ -509,7 +513,7 @@ fn virtio_header(_: &Pair, probe: &Probe, system: System) -> String {
 }
 
 fn header_on_a_network(_: &Pair, probe: &Probe, system: System) -> String {
-    let network = match Network::builder(Mode::Shared).create() {
+    let network = match VmnetNetwork::builder(Mode::Shared).create() {
         Ok(network) => network,
         Err(error) => return format!("no network: {error}"),
     };

@@ -13,7 +13,7 @@ use super::ffi::{InterfaceRef, PacketDescriptor, vmnet_read, vmnet_write};
 use super::limits::READS_OFFERED_MIN;
 use super::started::StartedInterface;
 use crate::config::Direction;
-use crate::device::io::Io;
+use crate::device::context::PollContext;
 use crate::device::seam::{Progress, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
@@ -147,23 +147,28 @@ impl VmnetQueue {
 }
 
 impl Reads {
-    fn read(&mut self, started: &StartedInterface, io: &mut Io<'_>, header: usize) -> Progress {
+    fn read(
+        &mut self,
+        started: &StartedInterface,
+        cx: &mut PollContext<'_>,
+        header: usize,
+    ) -> Progress {
         let events = started.events.count();
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
-        for slot in io.posted_reads().take(offer) {
+        for slot in cx.posted_reads().take(offer) {
             let Some(room) = slot.buffer_with_header_mut(header) else { break };
             self.batch.set(n, room.as_mut_ptr(), room.len());
             n += 1;
         }
         if n == 0 {
             // Nothing posted; or, from a wrapper that hides what we need, no headroom.
-            if let Some(slot) = io.take_read() {
-                io.fail(slot, Status::InvalidArgument);
+            if let Some(slot) = cx.take_read() {
+                cx.fail(slot, Status::InvalidArgument);
             }
             return Progress::Idle;
         }
-        // SAFETY: each descriptor has the room of a slot posted in `io`, which we have borrowed.
+        // SAFETY: each descriptor has the room of a slot posted in `cx`, which we have borrowed.
         let (result, count) = unsafe { self.batch.call(vmnet_read, started, n) };
         let slept = std::mem::take(&mut self.slept);
         let surprise = slept && self.drained && events == self.seen;
@@ -174,18 +179,18 @@ impl Reads {
             Err(Status::BufferExhausted) => 0,
             Err(status) => {
                 self.drained = true;
-                if let Some(slot) = io.take_read() {
-                    io.fail(slot, status);
+                if let Some(slot) = cx.take_read() {
+                    cx.fail(slot, status);
                 }
                 return Progress::Idle;
             }
         };
         for descriptor in &self.batch.descriptors[..count] {
-            let Some(slot) = io.take_shown(Class::Read) else { break };
+            let Some(slot) = cx.take_shown(Class::Read) else { break };
             let len = descriptor.vm_pkt_size;
             match header {
-                0 => io.complete_read(slot, len),
-                _ => io.complete_read_with_header(slot, len),
+                0 => cx.complete_read(slot, len),
+                _ => cx.complete_read_with_header(slot, len),
             }
         }
         self.surprised |= surprise && count > 0;
@@ -201,15 +206,15 @@ fn passes(status: Status) -> bool {
 }
 
 impl Writes {
-    fn write(&mut self, started: &StartedInterface, io: &mut Io<'_>, header: usize) {
+    fn write(&mut self, started: &StartedInterface, cx: &mut PollContext<'_>, header: usize) {
         // Uncontended unless several rings write.
         let _writing = lock(&started.writing);
         if self.singly == 0 {
-            let n = io.writes().min(self.batch.len());
+            let n = cx.writes().min(self.batch.len());
             if n == 0 {
                 return;
             }
-            let (result, count) = self.send(started, io, n, header);
+            let (result, count) = self.send(started, cx, n, header);
             let sent = match result {
                 Ok(()) => count,
                 // Whether the count is right after an error is not known: one below what was asked
@@ -217,27 +222,27 @@ impl Writes {
                 Err(_) if count < n => count,
                 Err(_) => 0,
             };
-            complete(io, sent);
+            complete(cx, sent);
             if result.is_err() {
                 self.singly = n - sent;
             }
         }
         // One to a call, each gets its own answer; a batch that failed does not say whose it was.
-        while self.singly > 0 && io.writes() > 0 {
-            match self.send(started, io, 1, header) {
-                (Ok(()), 1) => complete(io, 1),
+        while self.singly > 0 && cx.writes() > 0 {
+            match self.send(started, cx, 1, header) {
+                (Ok(()), 1) => complete(cx, 1),
                 // Not taken, without an error: it waits.
                 (Ok(()), _) => return,
                 (Err(status), _) if passes(status) => return,
                 (Err(status), _) => {
-                    if let Some(slot) = io.take_write() {
-                        io.fail(slot, status);
+                    if let Some(slot) = cx.take_write() {
+                        cx.fail(slot, status);
                     }
                 }
             }
             self.singly -= 1;
         }
-        if io.writes() == 0 {
+        if cx.writes() == 0 {
             self.singly = 0;
         }
     }
@@ -245,12 +250,12 @@ impl Writes {
     fn send(
         &mut self,
         started: &StartedInterface,
-        io: &mut Io<'_>,
+        cx: &mut PollContext<'_>,
         n: usize,
         header: usize,
     ) -> (Result<(), Status>, usize) {
         let mut set = 0;
-        for slot in io.posted_writes().take(n) {
+        for slot in cx.posted_writes().take(n) {
             let Some(packet) = slot.packet_with_header_mut(header) else { break };
             self.batch.set(set, packet.as_mut_ptr(), packet.len());
             set += 1;
@@ -259,26 +264,26 @@ impl Writes {
             // From a wrapper that hides what we need.
             return (Err(Status::InvalidArgument), 0);
         }
-        // SAFETY: each descriptor has the packet of a slot posted in `io`, which we have borrowed.
+        // SAFETY: each descriptor has the packet of a slot posted in `cx`, which we have borrowed.
         unsafe { self.batch.call(vmnet_write, started, set) }
     }
 }
 
-fn complete(io: &mut Io<'_>, sent: usize) {
+fn complete(cx: &mut PollContext<'_>, sent: usize) {
     for _ in 0..sent {
-        let Some(slot) = io.take_shown(Class::Write) else { break };
-        io.complete_write(slot);
+        let Some(slot) = cx.take_shown(Class::Write) else { break };
+        cx.complete_write(slot);
     }
 }
 
 impl Queue for VmnetQueue {
-    fn poll(&mut self, io: &mut Io<'_>) -> Result<Progress, Status> {
+    fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         let Some(started) = &self.started else { return Ok(Progress::Idle) };
         if let Some(writes) = &mut self.writes {
-            writes.write(started, io, self.header);
+            writes.write(started, cx, self.header);
         }
         Ok(match &mut self.reads {
-            Some(reads) => reads.read(started, io, self.header),
+            Some(reads) => reads.read(started, cx, self.header),
             None => Progress::Idle,
         })
     }
@@ -299,8 +304,8 @@ impl Queue for VmnetQueue {
         }
     }
 
-    fn close(&mut self, io: &mut Io<'_>) -> bool {
-        let _ = io; // no slot is ever kept
+    fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
+        let _ = cx; // no slot is ever kept
         self.let_go();
         true
     }

@@ -20,7 +20,7 @@ use super::ffi::{
     vmnet_start_interface, vmnet_stop_interface, vmnet_subnet_mask_key,
 };
 use super::limits::{FAILED_START_GRACE, PACKET_MAX, PACKETS_PER_CALL, PACKETS_PER_CALL_MAX};
-use super::network::Network;
+use super::network::VmnetNetwork;
 use super::permission;
 use super::xpc::{Borrowed, Dictionary};
 use crate::config::Ipv4Range;
@@ -105,7 +105,7 @@ struct Running {
     queue: DispatchRetained<DispatchQueue>,
     callback: Mutex<Option<Callback>>,
     /// Keeps the address reservation.
-    _network: Option<Network>,
+    _network: Option<VmnetNetwork>,
 }
 
 // SAFETY: vmnet's functions may be called from any thread. That no two reads, and no two writes, are
@@ -134,7 +134,7 @@ impl StartedInterface {
     /// Starts an interface and waits for the handler.
     pub(crate) fn start(
         description: &Dictionary,
-        network: Option<&Network>,
+        network: Option<&VmnetNetwork>,
         system: System,
         timeouts: Timeouts,
     ) -> Result<Self, Error> {
@@ -144,7 +144,7 @@ impl StartedInterface {
     /// As [`start`](Self::start), and calls `early` with the handle before the handler has run.
     pub(crate) fn start_with(
         description: &Dictionary,
-        network: Option<&Network>,
+        network: Option<&VmnetNetwork>,
         system: System,
         timeouts: Timeouts,
         early: impl FnOnce(InterfaceRef),

@@ -1,4 +1,4 @@
-//! [`Io`]: what a queue may take in one poll, and where it completes it.
+//! [`PollContext`]: what a queue may take in one poll, and where it completes it.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,7 +13,7 @@ use crate::mailbox::{DroppedSlot, report_dropped};
 
 /// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
 /// for what it has completed.
-pub struct Io<'a> {
+pub struct PollContext<'a> {
     /// The ring whose slots these are; 0 for a wrapper's, which only hands them through.
     ring: u32,
     /// What earlier calls have left: older than whatever is in the SQ.
@@ -27,9 +27,9 @@ pub struct Io<'a> {
     left: [usize; 2],
 }
 
-impl fmt::Debug for Io<'_> {
+impl fmt::Debug for PollContext<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Io")
+        f.debug_struct("PollContext")
             .field("posted", &self.posted)
             .field("sq_consumer", &self.sq_consumer)
             .field("left", &self.left)
@@ -37,7 +37,7 @@ impl fmt::Debug for Io<'_> {
     }
 }
 
-impl<'a> Io<'a> {
+impl<'a> PollContext<'a> {
     pub(crate) fn new(
         ring: u32,
         posted: &'a mut Posted,
