@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
-use vmring::{Armed, Direction, Embedded, Interface, RingOp};
+use vmring::{Direction, Embedded, Interface, RingOp};
 
 const PACKETS: u64 = 1000;
 
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
 
     let (mut packets, mut interrupts) = (0, 0);
     while packets < PACKETS {
-        if ring.arm_after(32, Some(Duration::from_micros(200))) == Armed::Armed {
+        if ring.arm_after(32, Some(Duration::from_micros(200))) {
             // A VMM adds its other descriptors here.
             let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
             // SAFETY: the pointer is to one `pollfd`, exclusively borrowed. The ring keeps its

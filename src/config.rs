@@ -12,6 +12,7 @@ use crate::error::ConfigError;
 /// Which network the interface is on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[doc(alias = "operating_modes_t")]
+#[non_exhaustive]
 pub enum Mode {
     /// The host and the other interfaces of this mode; no way out.
     #[doc(alias = "VMNET_HOST_MODE")]
@@ -194,6 +195,7 @@ pub struct PortForward {
 
 /// The protocols that can be forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Protocol {
     /// IP protocol 6.
     Tcp,

@@ -13,11 +13,14 @@ use vmring_core::{Frame, LayoutError, Outcome};
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use tap::TapError;
 
-/// A vmnet return code other than success. Every device answers in these terms.
+/// What a device answers instead of success: a vmnet return code, or an error of the operating
+/// system.
 ///
-/// The first nine are `Lwt_vmnet`'s closed list of errors; the numbers are those of Apple's
-/// `vmnet.h` (`vmnet_return_t`).
+/// The names and numbers of the codes are those of Apple's `vmnet.h` (`vmnet_return_t`); the first
+/// nine are `Lwt_vmnet`'s closed list of errors. Devices other than vmnet use these codes for what
+/// they refuse themselves. What the kernel refuses keeps its errno.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
+#[non_exhaustive]
 #[doc(alias = "vmnet_return_t")]
 pub enum Status {
     /// 1001, `VMNET_FAILURE`.
@@ -50,10 +53,17 @@ pub enum Status {
     /// 1010, `VMNET_NOT_AUTHORIZED`.
     #[error("the process lacks the authorization (1010)")]
     NotAuthorized,
-    /// Any other code.
+    /// Any other code, below 2^31.
     #[error("the device answered with the unknown status {0}")]
     Unknown(u32),
+    /// An error of the operating system: its errno, as in [`io::Error::raw_os_error`].
+    #[error("{}", io::Error::from_raw_os_error(*.0))]
+    Os(i32),
 }
+
+/// Tells an errno from a vmnet code where a status is stored as a number: in a completion queue's
+/// entry, and in the mailbox.
+const OS: u32 = 1 << 31;
 
 impl Status {
     /// The status of a vmnet return code. 1000 is success and so has none.
@@ -74,9 +84,9 @@ impl Status {
         })
     }
 
-    /// The vmnet return code.
-    pub fn code(self) -> u32 {
-        match self {
+    /// The vmnet return code. [`Os`](Self::Os) has none.
+    pub fn code(self) -> Option<u32> {
+        Some(match self {
             Status::Failure => 1001,
             Status::MemFailure => 1002,
             Status::InvalidArgument => 1003,
@@ -88,12 +98,30 @@ impl Status {
             Status::SharingServiceBusy => 1009,
             Status::NotAuthorized => 1010,
             Status::Unknown(code) => code,
+            Status::Os(_) => return None,
+        })
+    }
+
+    /// The status as a number, from which [`from_raw`](Self::from_raw) makes it again.
+    pub(crate) fn to_raw(self) -> u32 {
+        match (self, self.code()) {
+            (Status::Os(errno), _) => OS | errno as u32,
+            (_, code) => code.unwrap_or_default().min(OS - 1),
         }
+    }
+
+    /// The status that [`to_raw`](Self::to_raw) made a number of.
+    pub(crate) fn from_raw(raw: u32) -> Self {
+        if raw & OS != 0 {
+            return Status::Os((raw & !OS) as i32);
+        }
+        Self::from_code(raw).unwrap_or(Status::Unknown(raw))
     }
 }
 
 /// Why an entry in flight did not do what was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
+#[non_exhaustive]
 pub enum EntryError {
     /// It was cancelled: by a cancel, a cancel_and_wait, a restart or a close.
     #[error("the entry was cancelled")]
@@ -116,16 +144,14 @@ impl EntryError {
             Outcome::Cancelled => Err(EntryError::Cancelled),
             Outcome::DevicePanicked => Err(EntryError::DevicePanicked),
             Outcome::Abandoned => Err(EntryError::Abandoned),
-            Outcome::Refused(code) => {
-                Err(EntryError::Device(Status::from_code(code).unwrap_or(Status::Unknown(code))))
-            }
+            Outcome::Refused(code) => Err(EntryError::Device(Status::from_raw(code))),
         }
     }
 }
 
 impl From<Status> for Outcome {
     fn from(status: Status) -> Self {
-        Outcome::Refused(status.code())
+        Outcome::Refused(status.to_raw())
     }
 }
 
@@ -144,6 +170,7 @@ pub struct CompletionError {
 
 /// Why a ring takes no more submissions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
+#[non_exhaustive]
 pub enum CloseReason {
     /// It was closed or stopped, by its owner, by a control handle or by the interface.
     #[error("the ring was closed")]
@@ -169,6 +196,7 @@ impl CloseReason {
 
 /// Why a submit was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ThisError)]
+#[non_exhaustive]
 pub enum SubmitErrorKind {
     /// The submission queue is full until the poller comes round.
     #[error("the submission queue is full")]
@@ -257,6 +285,7 @@ pub struct BatchError {
 
 /// A setting that cannot be.
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+#[non_exhaustive]
 pub enum ConfigError {
     /// A depth of zero.
     #[error("the {what} must not be 0")]
@@ -264,13 +293,13 @@ pub enum ConfigError {
         /// The setting.
         what: &'static str,
     },
-    /// A depth that is not a power of two.
-    #[error("the {what} must be a power of two, and {value} is not")]
-    NotPowerOfTwo {
+    /// A setting of something that is not there.
+    #[error("the {what} cannot be set: {why}")]
+    NotApplicable {
         /// The setting.
         what: &'static str,
-        /// What was given.
-        value: u64,
+        /// What is not there.
+        why: &'static str,
     },
     /// A value above the limit.
     #[error("the {what} must be at most {max}, and {value} is more")]

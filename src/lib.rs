@@ -56,7 +56,7 @@ pub mod config;
 pub mod device;
 mod engine;
 pub mod error;
-pub mod fifo;
+mod fifo;
 mod future;
 pub mod interface;
 mod lifecycle;
@@ -98,7 +98,7 @@ pub use policy::{IdlePolicy, RetryPolicy};
 pub use poller::{Poller, PollerBuilder};
 pub use pool::{Pool, PoolBuilder};
 pub use ring::{
-    Armed, Completion, CompletionHalf, CompletionQueue, HalfReap, Reap, Ring, RingControl, RingOp,
+    Completion, CompletionHalf, CompletionQueue, HalfReap, Reap, Ring, RingControl, RingOp,
     SubmissionHalf, SubmissionQueue,
 };
 pub use ring_builder::{Drive, RingBuilder};

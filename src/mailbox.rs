@@ -121,7 +121,7 @@ impl RingShared {
         let code = match why {
             CloseReason::Stopped => STOPPED,
             CloseReason::DevicePanicked => PANICKED,
-            CloseReason::Failed(status) => FAILED | u64::from(status.code()),
+            CloseReason::Failed(status) => FAILED | u64::from(status.to_raw()),
         };
         // Release: who sees the reason sees what led to it.
         let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
@@ -146,10 +146,7 @@ impl RingShared {
             OPEN => None,
             STOPPED => Some(CloseReason::Stopped),
             PANICKED => Some(CloseReason::DevicePanicked),
-            failed => {
-                let code = failed as u32;
-                Some(CloseReason::Failed(Status::from_code(code).unwrap_or(Status::Unknown(code))))
-            }
+            failed => Some(CloseReason::Failed(Status::from_raw(failed as u32))),
         }
     }
 

@@ -104,6 +104,15 @@ impl PollerBuilder {
         self
     }
 
+    /// What was set of the thread itself, if anything was.
+    pub(crate) fn thread_setting(&self) -> Option<&'static str> {
+        match (&self.cpu, &self.name) {
+            (Some(_), _) => Some("processor"),
+            (None, Some(_)) => Some("thread name"),
+            (None, None) => None,
+        }
+    }
+
     /// Starts the thread.
     ///
     /// # Errors

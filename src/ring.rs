@@ -4,7 +4,7 @@
 //! use vmring::{Direction, Interface, Loopback};
 //!
 //! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
-//! let mut ring = interface.ring(Direction::EpollPair).build()?;
+//! let mut ring = interface.ring(Direction::Both).build()?;
 //!
 //! // Somewhere for packets to arrive, and a packet.
 //! let frame = ring.alloc().expect("a fresh ring has free frames");
@@ -31,7 +31,7 @@ mod control;
 mod split;
 mod submit;
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -41,13 +41,13 @@ use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::stats::RingStats;
 
-pub use complete::{Armed, CompletionQueue, Reap};
+pub use complete::{CompletionQueue, Reap};
 pub use completion::{Completion, RingOp};
 pub use control::RingControl;
 pub use split::{CompletionHalf, HalfReap, SubmissionHalf};
 pub use submit::SubmissionQueue;
 
-/// EpollPair halves of a ring. See the [module](self) for an example.
+/// Both halves of a ring. See the [module](self) for an example.
 #[derive(Debug)]
 pub struct Ring {
     sq: SubmissionQueue,
@@ -131,6 +131,44 @@ impl Ring {
         self.cq.reap()
     }
 
+    /// Submits reads and writes, with at most one doorbell for all of them, and then waits as
+    /// [`wait`](Self::wait) does. Returns how many completions wait.
+    ///
+    /// Like [`submit_reads`](Self::submit_reads), it takes no more from an iterator than it can submit.
+    ///
+    /// # Errors
+    ///
+    /// [`BatchError`] with the frame that could not be taken for a reason other than backpressure, and
+    /// the number of entries before it, which are in flight. In that case it does not wait.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vmring::{Direction, Interface, Loopback, RingOp};
+    ///
+    /// let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+    /// let mut ring = interface.ring(Direction::Both).build()?;
+    /// let read = ring.alloc().expect("a fresh ring has free frames");
+    /// let mut write = ring.alloc().expect("a fresh ring has free frames");
+    /// write.copy_from(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+    ///
+    /// assert_eq!(ring.submit_and_wait([(read, 1)], [(write, 2)], 2, None)?, 2);
+    /// assert!(ring.reap().all(|done| done.result == Ok(20)));
+    /// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    /// ```
+    #[doc(alias = "io_uring_submit_and_wait")]
+    #[doc(alias = "io_uring_submit_and_wait_timeout")]
+    pub fn submit_and_wait(
+        &mut self,
+        reads: impl IntoIterator<Item = (Frame, u64)>,
+        writes: impl IntoIterator<Item = (Frame, u64)>,
+        min: usize,
+        timeout: Option<Duration>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_both(reads, writes)?;
+        Ok(self.cq.wait(min, timeout))
+    }
+
     /// See [`CompletionQueue::wait`].
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         self.cq.wait(min, timeout)
@@ -152,12 +190,14 @@ impl Ring {
     }
 
     /// See [`CompletionQueue::arm`].
-    pub fn arm(&mut self) -> Armed {
+    #[must_use = "if it is not armed, the descriptor does not become readable"]
+    pub fn arm(&mut self) -> bool {
         self.cq.arm()
     }
 
     /// See [`CompletionQueue::arm_after`].
-    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+    #[must_use = "if it is not armed, the descriptor does not become readable"]
+    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         self.cq.arm_after(n, max_delay)
     }
 
@@ -189,6 +229,20 @@ impl Ring {
     /// See [`CompletionQueue::close`].
     pub fn close(&mut self) -> Result<(), Error> {
         self.cq.close()
+    }
+}
+
+/// As for [`CompletionQueue`].
+impl AsFd for Ring {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.cq.as_fd()
+    }
+}
+
+/// As for [`CompletionQueue`].
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.cq.as_raw_fd()
     }
 }
 

@@ -20,6 +20,7 @@ use crate::ring::{CompletionQueue, Ring, SubmissionQueue};
 
 /// Who turns a ring's engine.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub enum Drive<'a> {
     /// A thread of its own. The default.
     #[default]
@@ -50,13 +51,14 @@ pub enum Drive<'a> {
 pub struct RingBuilder<'a> {
     interface: &'a Arc<InterfaceShared>,
     direction: Direction,
-    read_depth: u32,
-    write_depth: u32,
+    depth: u32,
+    read_depth: Option<u32>,
+    write_depth: Option<u32>,
     cancel_depth: u32,
     sq_depth: Option<u32>,
     pools: Vec<Pool>,
     frames: Option<usize>,
-    headroom: usize,
+    headroom: Option<usize>,
     prefault: bool,
     drive: Drive<'a>,
     poller: PollerBuilder,
@@ -71,13 +73,14 @@ impl<'a> RingBuilder<'a> {
         Self {
             interface,
             direction,
-            read_depth: DEPTH,
-            write_depth: DEPTH,
+            depth: DEPTH,
+            read_depth: None,
+            write_depth: None,
             cancel_depth: CANCEL_DEPTH,
             sq_depth: None,
             pools: Vec::new(),
             frames: None,
-            headroom: HEADROOM_DEFAULT,
+            headroom: None,
             prefault: false,
             drive: Drive::Thread,
             poller: Poller::builder(),
@@ -88,30 +91,34 @@ impl<'a> RingBuilder<'a> {
         }
     }
 
-    /// Reads and writes that may be in flight, each; a power of two, at most 65,536. Default 256.
-    pub fn depth(self, depth: u32) -> Self {
-        self.read_depth(depth).write_depth(depth)
+    /// Reads that may be in flight, and writes that may be in flight: 1 to 65,536 of each. Default
+    /// 256.
+    ///
+    /// Every depth is rounded up to a power of two, as `io_uring_setup(2)` rounds its entries.
+    pub fn depth(mut self, depth: u32) -> Self {
+        self.depth = depth;
+        self
     }
 
-    /// Reads that may be in flight; a power of two.
+    /// Reads that may be in flight, if other than [`depth`](Self::depth).
     pub fn read_depth(mut self, depth: u32) -> Self {
-        self.read_depth = depth;
+        self.read_depth = Some(depth);
         self
     }
 
-    /// Writes that may be in flight; a power of two.
+    /// Writes that may be in flight, if other than [`depth`](Self::depth).
     pub fn write_depth(mut self, depth: u32) -> Self {
-        self.write_depth = depth;
+        self.write_depth = Some(depth);
         self
     }
 
-    /// Cancels that may be in flight; a power of two. Default 16.
+    /// Cancels that may be in flight: 1 to 65,536. Default 16.
     pub fn cancel_depth(mut self, depth: u32) -> Self {
         self.cancel_depth = depth;
         self
     }
 
-    /// Entries of the SQ; a power of two. Default: room for every credit, so that it is never full.
+    /// Entries of the SQ: 1 to 65,536. Default: one for every credit, so that it is never full.
     pub fn sq_depth(mut self, depth: u32) -> Self {
         self.sq_depth = Some(depth);
         self
@@ -133,7 +140,7 @@ impl<'a> RingBuilder<'a> {
 
     /// Bytes in front of a packet, in the ring's own pool.
     pub fn headroom(mut self, bytes: usize) -> Self {
-        self.headroom = bytes;
+        self.headroom = Some(bytes);
         self
     }
 
@@ -197,35 +204,58 @@ impl<'a> RingBuilder<'a> {
         (0..n).map(|_| self.clone().build()).collect()
     }
 
+    /// An error if something was set that this ring does not have.
+    fn refuse_unused(&self) -> Result<(), ConfigError> {
+        let own_thread = matches!(self.drive, Drive::Thread);
+        let own_pool = self.pools.is_empty();
+        let refused = |what, why| Err(ConfigError::NotApplicable { what, why });
+        if let Some(what) = self.poller.thread_setting().filter(|_| !own_thread) {
+            return refused(what, "the ring has no thread of its own");
+        }
+        if self.read_depth.is_some() && !self.direction.reads() {
+            return refused("read depth", "the ring only writes");
+        }
+        if self.write_depth.is_some() && !self.direction.writes() {
+            return refused("write depth", "the ring only reads");
+        }
+        for (what, set) in [
+            ("number of frames", self.frames.is_some()),
+            ("headroom", self.headroom.is_some()),
+            ("prefault", self.prefault),
+        ] {
+            if set && !own_pool {
+                return refused(what, "the ring's pool was given");
+            }
+        }
+        Ok(())
+    }
+
     /// Builds the ring, on which nothing is in flight.
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] for sizes that cannot be, [`Error::Memory`], [`Error::TooManyRings`] if the
-    /// device bears no more, [`Error::Io`] for a thread that cannot be had, and what the device says.
+    /// [`Error::Config`] for an invalid size, and for a setting that does not apply to this ring (the
+    /// processor of a thread that the ring does not have, the frames of a pool that was given);
+    /// [`Error::Memory`]; [`Error::TooManyRings`] if the device has as many rings as it can serve;
+    /// [`Error::Io`] if the system refuses a thread; and the errors of the device.
     pub fn build(self) -> Result<Ring, Error> {
         let caps = self.interface.device.capabilities();
-        let read = if self.direction.reads() { self.read_depth } else { 0 };
-        let write = if self.direction.writes() { self.write_depth } else { 0 };
-        let wanted = [
-            ("read depth", read, self.direction.reads()),
-            ("write depth", write, self.direction.writes()),
-            ("cancel depth", self.cancel_depth, true),
-            ("SQ depth", self.sq_depth.unwrap_or(1), true),
-        ];
-        for (what, value, used) in wanted {
-            if used {
-                check_depth(what, value)?;
-            }
-        }
-        let mut depths = Depths::new(read, write, self.cancel_depth);
+        self.refuse_unused()?;
+        let depth_of = |what, uses: bool, set: Option<u32>| match uses {
+            true => round_depth(what, set.unwrap_or(self.depth)),
+            false => Ok(0),
+        };
+        let read = depth_of("read depth", self.direction.reads(), self.read_depth)?;
+        let write = depth_of("write depth", self.direction.writes(), self.write_depth)?;
+        let cancel = round_depth("cancel depth", self.cancel_depth)?;
+        let mut depths = Depths::new(read, write, cancel);
         if let Some(sq) = self.sq_depth {
-            depths.sq = sq;
+            depths.sq = round_depth("SQ depth", sq)?;
         }
         let packet = caps.max_packet_size as usize;
         let pools = if self.pools.is_empty() {
             let frames = self.frames.unwrap_or((read + write) as usize);
-            let headroom = self.headroom.max(caps.headroom as usize);
+            let headroom = self.headroom.unwrap_or(HEADROOM_DEFAULT).max(caps.headroom as usize);
             let pool = PoolBuilder::new(frames, packet).headroom(headroom);
             vec![pool.prefault(self.prefault).build()?]
         } else {
@@ -311,15 +341,11 @@ impl<'a> RingBuilder<'a> {
     }
 }
 
-fn check_depth(what: &'static str, value: u32) -> Result<(), ConfigError> {
-    let (max, wide) = (u64::from(DEPTH_MAX), u64::from(value));
-    if value == 0 {
-        Err(ConfigError::Zero { what })
-    } else if wide > max {
-        Err(ConfigError::TooLarge { what, value: wide, max })
-    } else if !value.is_power_of_two() {
-        Err(ConfigError::NotPowerOfTwo { what, value: wide })
-    } else {
-        Ok(())
+/// The depth that a ring gets when it is asked for `value`.
+fn round_depth(what: &'static str, value: u32) -> Result<u32, ConfigError> {
+    match value {
+        0 => Err(ConfigError::Zero { what }),
+        1..=DEPTH_MAX => Ok(value.next_power_of_two()),
+        _ => Err(ConfigError::TooLarge { what, value: value.into(), max: DEPTH_MAX.into() }),
     }
 }

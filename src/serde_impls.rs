@@ -1,5 +1,6 @@
 //! Serde for what `Lwt_vmnet` converts to S-expressions, in the form OCaml's sexplib prints:
-//! `Host_mode`, `(Bridged_mode en0)`, `(Unknown 1009)`.
+//! `Host_mode`, `(Bridged_mode en0)`, `(Unknown 1009)`. [`Status::Os`], which OCaml does not have, is
+//! `(Os 5)`.
 //!
 //! A variant with an argument is a tuple variant of one element, because that is a list in an
 //! S-expression. (In JSON it reads `{"Unknown":[1009]}`.)
@@ -50,23 +51,25 @@ const STATUSES: &[&str] = &[
     "Sharing_service_busy",
     "Not_authorized",
     "Unknown",
+    "Os",
 ];
 const UNKNOWN: u32 = 10;
+const OS: u32 = 11;
 
 impl Serialize for Status {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match *self {
-            Status::Unknown(code) => {
-                let name = STATUSES[UNKNOWN as usize];
-                let mut variant = serializer.serialize_tuple_variant("Status", UNKNOWN, name, 1)?;
-                variant.serialize_field(&code)?;
-                variant.end()
-            }
-            known => {
-                let i = known.code() - 1001;
-                serializer.serialize_unit_variant("Status", i, STATUSES[i as usize])
-            }
-        }
+        let (i, argument) = match (*self, self.code()) {
+            (Status::Unknown(code), _) => (UNKNOWN, Some(i64::from(code))),
+            (Status::Os(errno), _) => (OS, Some(i64::from(errno))),
+            (_, code) => (code.expect("every other status has a code") - 1001, None),
+        };
+        let name = STATUSES[i as usize];
+        let Some(argument) = argument else {
+            return serializer.serialize_unit_variant("Status", i, name);
+        };
+        let mut variant = serializer.serialize_tuple_variant("Status", i, name, 1)?;
+        variant.serialize_field(&argument)?;
+        variant.end()
     }
 }
 
@@ -102,7 +105,7 @@ trait Argument: Sized {
     fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error>;
 }
 
-impl Argument for u32 {
+impl Argument for i64 {
     fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error> {
         seq.next_element()
     }
@@ -149,7 +152,7 @@ impl Variants for Mode {
 }
 
 impl Variants for Status {
-    type Argument = u32;
+    type Argument = i64;
     const NAMES: &'static [&'static str] = STATUSES;
 
     fn constant(name: &str) -> Option<Self> {
@@ -157,12 +160,16 @@ impl Variants for Status {
         Status::from_code(1001 + i).filter(|_| i < UNKNOWN)
     }
 
-    fn with(name: &str, argument: u32) -> Option<Self> {
-        Self::takes_argument(name).then_some(Status::Unknown(argument))
+    fn with(name: &str, argument: i64) -> Option<Self> {
+        match name {
+            "Unknown" => argument.try_into().ok().map(Status::Unknown),
+            "Os" => argument.try_into().ok().map(Status::Os),
+            _ => None,
+        }
     }
 
     fn takes_argument(name: &str) -> bool {
-        name == "Unknown"
+        matches!(name, "Unknown" | "Os")
     }
 }
 

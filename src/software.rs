@@ -63,6 +63,7 @@ const UDP_HEADER_LEN: usize = 8;
 
 /// What remains to be done in software; see [`left_by`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Left {
     /// Nothing.
     Nothing,

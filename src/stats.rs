@@ -38,18 +38,21 @@ impl Histogram {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Refusals([u64; REASONS]);
 
-/// 1001 to 1010, and all others.
-pub(crate) const REASONS: usize = 11;
+/// One each for the codes 1001 to 1010, one for all other codes, one for errors of the system.
+pub(crate) const REASONS: usize = 12;
 
-/// The place of a status code's count.
-pub(crate) fn reason_index(code: u32) -> usize {
-    code.checked_sub(1001).map_or(REASONS - 1, |i| (i as usize).min(REASONS - 1))
+/// The place of a status's count.
+pub(crate) fn reason_index(status: Status) -> usize {
+    const UNKNOWN: usize = REASONS - 2;
+    let Some(code) = status.code() else { return REASONS - 1 };
+    code.checked_sub(1001).map_or(UNKNOWN, |i| (i as usize).min(UNKNOWN))
 }
 
 impl Refusals {
-    /// How many were refused with `status`; all [`Status::Unknown`] codes are counted together.
+    /// How many were refused with `status`. All [`Status::Unknown`] codes are counted together, and so
+    /// are all errors of the system ([`Status::Os`]).
     pub fn of(&self, status: Status) -> u64 {
-        self.0[reason_index(status.code())]
+        self.0[reason_index(status)]
     }
 
     /// How many were refused.
@@ -170,9 +173,11 @@ mod tests {
 
     #[test]
     fn each_status_has_a_count_of_its_own_and_unknown_ones_share_one() {
-        let known: Vec<usize> = (1001..=1010).map(reason_index).collect();
+        let status = |code| Status::from_code(code).expect("no success");
+        let known: Vec<usize> = (1001..=1010).map(|code| reason_index(status(code))).collect();
         assert_eq!(known, (0..10).collect::<Vec<_>>());
-        assert!([0, 1000, 1011, u32::MAX].iter().all(|code| reason_index(*code) == REASONS - 1));
+        assert!([0, 999, 1011, u32::MAX].iter().all(|code| reason_index(status(*code)) == 10));
+        assert!([1, 5, i32::MAX].iter().all(|errno| reason_index(Status::Os(*errno)) == 11));
     }
 
     #[test]

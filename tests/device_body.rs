@@ -277,7 +277,7 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
                 assert_eq!(len, size_of(done.user_data));
                 end.spare.push(frame);
             }
-            RingOp::Cancel => panic!("nothing was cancelled"),
+            _ => panic!("nothing was cancelled"),
         }
     }
     moved

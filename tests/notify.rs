@@ -1,7 +1,7 @@
 //! Waking and sleeping: what wakes a waiting ring, how the descriptor and the wakers behave, and
 //! that no wake-up or processor time is spent without need.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -9,13 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::device::Progress;
-use vmring::{
-    Armed, CloseReason, Direction, EntryError, IdlePolicy, Ring, RingOp, SubmitErrorKind,
-};
+use vmring::{CloseReason, Direction, EntryError, IdlePolicy, Ring, RingOp, SubmitErrorKind};
 
 use crate::support::{
-    LONG, Script, ScriptQueue, Way, eventually, every_way, guarded, inline, loopback, packet, post,
-    reap, reap_n, scaled, send, stage, take_writes,
+    LONG, Script, ScriptQueue, Way, eventually, every_way, filled, guarded, inline, loopback,
+    packet, post, reap, reap_n, scaled, send, stage, take_writes,
 };
 
 /// Whether the ring's descriptor becomes readable within `timeout`.
@@ -62,11 +60,11 @@ fn a_control_handle_wakes_an_armed_descriptor_once() {
                 interface.ring(Direction::Both).drive(way.drive(poller)).build().unwrap();
             ring.completion_fd().unwrap();
             post(&mut ring, 1);
-            assert_eq!(ring.arm(), Armed::Armed);
+            assert!(ring.arm());
             ring.control().wake();
             assert!(readable(&ring, LONG));
-            // `arm` may return `Ready` once more, but not for ever.
-            let again = (0..10).filter(|_| ring.arm() == Armed::Ready).count();
+            // `arm` may return false once more, but not for ever.
+            let again = (0..10).filter(|_| !ring.arm()).count();
             assert!(again <= 1, "{again} of 10 calls said that there is something to reap");
             let waker = Waker::from(Arc::new(Count::default()));
             ring.control().wake();
@@ -74,6 +72,64 @@ fn a_control_handle_wakes_an_armed_descriptor_once() {
             let again = (0..10).filter(|_| ring.poll_ready(&mut cx, 1).is_ready()).count();
             assert!(again <= 1, "{again} of 10 polls were ready with nothing there");
         });
+    });
+}
+
+/// Goal: `submit_and_wait` submits reads and writes with one doorbell, and waits. Method: the engine
+/// sleeps, and the iterator of writes sees that nothing has been rung for the reads.
+#[test]
+fn submit_and_wait_rings_once() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = loopback();
+            let mut ring =
+                interface.ring(Direction::Both).depth(4).drive(way.drive(poller)).build().unwrap();
+            let control = ring.control();
+            for _ in 0..scaled(20) {
+                // Time for the engine to go to sleep.
+                thread::sleep(Duration::from_millis(2));
+                let bells = control.doorbells();
+                let reads: Vec<_> = (0..2).map(|i| (ring.alloc().unwrap(), i)).collect();
+                let writes: Vec<_> = (2..4).map(|i| (filled(&ring, i), i)).collect();
+                let writes = writes.into_iter().inspect(|_| assert_eq!(control.doorbells(), bells));
+                assert_eq!(ring.submit_and_wait(reads, writes, 4, Some(LONG)).unwrap(), 4);
+                assert!(reap_n(&mut ring, 4).iter().all(|done| done.result == Ok(60)));
+            }
+            assert_eq!(control.doorbells() > 0, way != Way::Inline, "did the engine ever sleep?");
+            // It takes no more than there are credits, and a timeout ends the wait.
+            let frames: Vec<_> = std::iter::from_fn(|| ring.alloc()).take(6).collect();
+            let mut reads = frames.into_iter().zip(0..);
+            let ready = ring.submit_and_wait(&mut reads, [], 1, Some(Duration::from_millis(1)));
+            assert_eq!((ready.unwrap(), ring.in_flight(), reads.count()), (0, 4, 2));
+        });
+    });
+}
+
+/// Goal: a refusal in `submit_and_wait` says how many entries are in flight, and does not wait.
+#[test]
+fn submit_and_wait_counts_what_came_before_a_refusal() {
+    guarded(|| {
+        let (interface, other) = (loopback(), loopback());
+        let mut ring = inline(&interface, Direction::Both).depth(4).build().unwrap();
+        let foreign = inline(&other, Direction::Both).depth(4).build().unwrap();
+        let reads: Vec<_> = (0..2).map(|i| (ring.alloc().unwrap(), i)).collect();
+        let writes = [(filled(&ring, 2), 2), (filled(&foreign, 3), 3)];
+        let refused = ring.submit_and_wait(reads, writes, 4, None).unwrap_err();
+        assert_eq!((refused.kind, refused.accepted), (SubmitErrorKind::ForeignPool, 3));
+        assert_eq!(ring.in_flight(), 3);
+    });
+}
+
+/// A ring gives its descriptor to whoever takes `AsFd` or `AsRawFd`: an epoll, tokio's `AsyncFd`.
+#[test]
+fn a_ring_is_its_descriptor() {
+    guarded(|| {
+        let interface = loopback();
+        let ring = interface.ring(Direction::Both).build().unwrap();
+        let fd = ring.completion_fd().unwrap().as_raw_fd();
+        assert_eq!((ring.as_fd().as_raw_fd(), ring.as_raw_fd()), (fd, fd));
+        let (_sq, cq) = ring.into_split();
+        assert_eq!((cq.as_fd().as_raw_fd(), cq.as_raw_fd()), (fd, fd));
     });
 }
 
@@ -168,14 +224,14 @@ fn completion_fd_signals_once_per_arm() {
             assert!(!readable(&ring, NOW));
             for round in 0..3 {
                 stage(format!("{way:?}: round {round}"));
-                assert_eq!(ring.arm(), Armed::Armed);
+                assert!(ring.arm());
                 assert!(!readable(&ring, NOW));
                 arrive(round);
                 assert!(readable(&ring, LONG));
                 assert_eq!(reap_n(&mut ring, 1).len(), 1);
                 // Armed again, the descriptor is not readable: its one signal was for the first
                 // packet.
-                assert_eq!(ring.arm(), Armed::Armed);
+                assert!(ring.arm());
                 assert!(!readable(&ring, NOW));
                 // Two packets come after one arming. One loop over `reap` sees both.
                 arrive(10);
@@ -186,7 +242,7 @@ fn completion_fd_signals_once_per_arm() {
             }
             // Without arming there is no signal.
             let before = ring.stats().rx_packets;
-            assert_eq!(ring.arm(), Armed::Armed);
+            assert!(ring.arm());
             arrive(20);
             assert!(readable(&ring, LONG));
             let fd = ring.completion_fd().unwrap().as_raw_fd();
@@ -230,7 +286,7 @@ fn what_an_inline_ring_submits_after_arming_signals() {
         let mut ring = inline(&interface, Direction::Both).build().unwrap();
         assert!(!readable(&ring, NOW));
         post(&mut ring, 1);
-        assert_eq!(ring.arm(), Armed::Armed);
+        assert!(ring.arm());
         assert!(!readable(&ring, NOW));
         send(&mut ring, 2);
         assert!(readable(&ring, NOW));
@@ -238,12 +294,12 @@ fn what_an_inline_ring_submits_after_arming_signals() {
         // The same holds for a submit in a loop over completions.
         post(&mut ring, 3);
         send(&mut ring, 4);
-        assert_eq!(ring.arm(), Armed::Ready);
+        assert!(!ring.arm());
         let (mut sq, mut cq) = ring.split();
         for done in cq.reap() {
             sq.submit_read(done.take_packet().unwrap(), 5).unwrap();
         }
-        assert_eq!(ring.arm(), Armed::Armed);
+        assert!(ring.arm());
         let mut frame = ring.alloc().unwrap();
         frame.copy_from(&packet(6, 60)).unwrap();
         let (mut sq, _) = ring.split();
@@ -308,7 +364,7 @@ fn arm_rechecks_after_its_fence() {
             send(&mut ring, 1);
             ring.wait(1, None);
             for _ in 0..3 {
-                assert_eq!(ring.arm(), Armed::Ready, "a completion waits");
+                assert!(!ring.arm(), "a completion waits");
             }
             reap_n(&mut ring, 1);
             // The race: whenever a packet comes, either `arm` sees it or the descriptor signals it.
@@ -327,7 +383,7 @@ fn arm_rechecks_after_its_fence() {
             let mut left = count + 1;
             while left > 0 {
                 stage(format!("{way:?}: {left} packets left"));
-                if ring.arm() == Armed::Armed {
+                if ring.arm() {
                     assert!(readable(&ring, LONG), "the wake-up was lost");
                 }
                 let (mut sq, mut cq) = ring.split();
@@ -364,7 +420,7 @@ fn arm_after_coalesces() {
 
             stage(format!("{way:?}: by number"));
             let hour = Duration::from_secs(3600);
-            assert_eq!(ring.arm_after(4, Some(hour)), Armed::Armed);
+            assert!(ring.arm_after(4, Some(hour)));
             (0..3).for_each(&mut arrive);
             eventually("three packets have come", || ring.stats().rx_packets == 3);
             assert!(!readable(&ring, Duration::from_millis(20)), "three are not four");
@@ -374,8 +430,8 @@ fn arm_after_coalesces() {
             // `arm_after` returns `Ready` if enough completions are there already.
             (0..2).for_each(&mut arrive);
             eventually("two more have come", || ring.stats().rx_packets == 6);
-            eventually("they are shown", || ring.arm_after(2, Some(hour)) == Armed::Ready);
-            assert_eq!(ring.arm_after(3, None), Armed::Armed);
+            eventually("they are shown", || !ring.arm_after(2, Some(hour)));
+            assert!(ring.arm_after(3, None));
             assert!(!readable(&ring, Duration::from_millis(20)), "without a delay, none");
             arrive(2);
             assert!(readable(&ring, LONG));
@@ -383,7 +439,7 @@ fn arm_after_coalesces() {
 
             stage(format!("{way:?}: by time"));
             let delay = Duration::from_millis(30);
-            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            assert!(ring.arm_after(50, Some(delay)));
             assert!(!readable(&ring, delay * 2), "the clock starts with the first completion");
             let start = Instant::now();
             arrive(10);
@@ -394,12 +450,12 @@ fn arm_after_coalesces() {
             // Goal: each arming has a clock of its own. Method: start the first one's clock and
             // leave it running.
             stage(format!("{way:?}: by time, after one whose time has not come"));
-            assert_eq!(ring.arm_after(50, Some(hour)), Armed::Armed);
+            assert!(ring.arm_after(50, Some(hour)));
             arrive(20);
             eventually("it has come", || ring.stats().rx_packets == 9);
             assert!(!readable(&ring, Duration::from_millis(20)), "an hour is not over");
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
-            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            assert!(ring.arm_after(50, Some(delay)));
             arrive(21);
             assert!(readable(&ring, LONG), "it waits for the first arming's hour");
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
@@ -407,7 +463,7 @@ fn arm_after_coalesces() {
             stage(format!("{way:?}: by time, with one there already"));
             arrive(11);
             eventually("it has come", || ring.stats().rx_packets == 11);
-            assert_eq!(ring.arm_after(50, Some(delay)), Armed::Armed);
+            assert!(ring.arm_after(50, Some(delay)));
             assert!(readable(&ring, LONG));
             assert_eq!(reap_n(&mut ring, 1).len(), 1);
         });

@@ -57,8 +57,9 @@ fn statuses_print_and_read_as_in_ocaml() {
     for (status, sexp) in STATUSES {
         round_trip(status, sexp);
     }
+    round_trip(&Status::Os(5), "(Os 5)");
     // The list has every constant of the enum, because the codes have no gap.
-    let codes: Vec<_> = STATUSES.iter().map(|(status, _)| status.code()).collect();
+    let codes: Vec<_> = STATUSES.iter().map(|(status, _)| status.code().expect("a code")).collect();
     assert_eq!(codes, (1001..=1011).collect::<Vec<_>>());
 }
 
@@ -78,7 +79,15 @@ fn what_is_no_mode_or_status_is_an_error() {
     for text in no_modes {
         assert!(serde_lexpr::from_str::<Mode>(text).is_err(), "{text}");
     }
-    for text in ["Success", "Unknown", "(Unknown x)", "(Unknown -1)", "(Unknown 1 2)", "1001"] {
+    for text in [
+        "Success",
+        "Unknown",
+        "(Unknown x)",
+        "(Unknown -1)",
+        "(Unknown 1 2)",
+        "(Os 99999999999)",
+        "1001",
+    ] {
         assert!(serde_lexpr::from_str::<Status>(text).is_err(), "{text}");
     }
     let error = serde_json::from_str::<Status>(r#""Succes""#).unwrap_err().to_string();

@@ -15,8 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::{
-    Armed, CloseReason, Direction, EntryError, Error, Frame, Interface, Mode, Poller, Pool,
-    PoolBuilder, Ring, RingOp, Status, SubmitErrorKind, Tap, TapEngine, TapError,
+    CloseReason, Direction, EntryError, Error, Frame, Interface, Mode, Poller, Pool, PoolBuilder,
+    Ring, RingOp, Status, SubmitErrorKind, Tap, TapEngine, TapError,
 };
 
 use crate::netns::{Host, in_namespace_for, sh, skip};
@@ -164,7 +164,7 @@ impl Relay {
     fn sleep(&mut self) {
         let mut fds = Vec::with_capacity(2);
         for ring in self.rings.iter_mut().flatten() {
-            if ring.arm() != Armed::Armed {
+            if !ring.arm() {
                 // The ring has completions already, or will never have any again.
                 return thread::sleep(Duration::from_micros(50));
             }
@@ -211,7 +211,7 @@ impl Relay {
             match op {
                 RingOp::Read => tally.reading -= 1,
                 RingOp::Write => tally.writing -= 1,
-                RingOp::Cancel => tally.cancelling -= 1,
+                _ => tally.cancelling -= 1,
             }
             match (op, result) {
                 (RingOp::Read, Ok(_)) => {
@@ -225,10 +225,10 @@ impl Relay {
                 }
                 (RingOp::Cancel, _) => {}
                 (_, Err(EntryError::Cancelled)) => self.sums.cancelled += 1,
-                (RingOp::Write, Err(EntryError::Device(Status::SetupIncomplete))) => {
+                (RingOp::Write, Err(EntryError::Device(Status::Os(libc::EIO)))) => {
                     self.sums.down += 1;
                 }
-                (_, Err(EntryError::Device(Status::Failure))) if tally.doomed => {
+                (_, Err(EntryError::Device(Status::Os(libc::EBADFD)))) if tally.doomed => {
                     self.sums.failed += 1;
                 }
                 (op, result) => panic!("side {from}: {op:?} ends with {result:?}: {tally:?}"),

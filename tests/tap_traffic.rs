@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use vmring::device::Offloads;
 use vmring::stats::RingStats;
 use vmring::{
-    Armed, Direction, EntryError, Interface, MacAddr6, Mode, Poller, PoolBuilder, Ring, RingOp,
-    Status, Tap, TapEngine,
+    Direction, EntryError, Interface, MacAddr6, Mode, Poller, PoolBuilder, Ring, RingOp, Status,
+    Tap, TapEngine,
 };
 
 use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
@@ -187,7 +187,7 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
                         let lane = &lanes[1 - from];
                         match result {
                             Ok(_) => {}
-                            Err(EntryError::Device(Status::SetupIncomplete)) => add(&lane.down),
+                            Err(EntryError::Device(Status::Os(libc::EIO))) => add(&lane.down),
                             Err(_) => add(&lane.refused),
                         }
                         if !stopping {
@@ -195,11 +195,11 @@ fn relay(mut rings: [Ring; 2], lanes: &[Lane; 2], stop: &AtomicBool) -> [RingSta
                             there.submit_read(frame, 0).expect("a credit for each frame");
                         }
                     }
-                    RingOp::Cancel => panic!("nothing was cancelled"),
+                    _ => panic!("nothing was cancelled"),
                 }
             }
         }
-        if idle && rings.iter_mut().all(|ring| ring.arm() == Armed::Armed) {
+        if idle && rings.iter_mut().all(|ring| ring.arm()) {
             let fds = rings.each_ref().map(|ring| libc::pollfd {
                 fd: ring.completion_fd().expect("a descriptor").as_raw_fd(),
                 events: libc::POLLIN,
@@ -922,7 +922,7 @@ fn carry((from, source): (&mut Ring, [u8; 6]), (to, target): (&mut Ring, [u8; 6]
     }
 }
 
-/// Goal: while the host's end is down, the guest's packets are refused with `SetupIncomplete` and
+/// Goal: while the host's end is down, the guest's packets are refused with `EIO` and
 /// none is kept. The rings stay open, and traffic resumes by itself when the link is up again.
 fn link_down_and_up(engine: TapEngine) {
     for way in [Way::Thread, Way::Shared] {

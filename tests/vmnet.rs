@@ -1143,7 +1143,7 @@ fn row_4_8_a_start_without_privilege_says_what_is_needed_on_this_macos() {
         world.script(id, |script| script.start.status = code);
         match builder(&world, id).start() {
             Err(Error::PermissionDenied { needs }) => Ok(needs),
-            Err(Error::Status(status)) => Err(status.code()),
+            Err(Error::Status(status)) => Err(status.code().expect("a code")),
             other => panic!("{other:?}"),
         }
     };

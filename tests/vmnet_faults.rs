@@ -211,7 +211,7 @@ impl Run {
                         self.spare[end].push(frame);
                         continue;
                     }
-                    RingOp::Cancel => {
+                    _ => {
                         self.cancels -= 1;
                         continue;
                     }

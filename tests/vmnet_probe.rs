@@ -25,6 +25,7 @@ fn answers(change: impl Fn(&mut Script)) -> BTreeMap<u32, String> {
                     assert_eq!(before, None, "one line each");
                 }
             }
+            _ => {}
         })
     });
     outcome.expect("the simulator starts what it is asked for");

@@ -44,7 +44,7 @@ fn ask(probe: &Probe) -> Result<(), Failure> {
     let asked = probe.run(&mut |told| match told {
         Told::Asking { number, question } => say(&format!("  question {number}: {question}")),
         Told::Line(line) if printed.is_ok() => printed = print(&format!("{line}\n")),
-        Told::Line(_) => {}
+        _ => {}
     });
     asked.map_err(Failure::starting)?;
     printed

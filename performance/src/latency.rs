@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use vmring::{Armed, Direction, Drive, IdlePolicy, Interface, Loopback, Poller, Ring, RingOp};
+use vmring::{Direction, Drive, IdlePolicy, Interface, Loopback, Poller, Ring, RingOp};
 
 use crate::common::{NULL_LENGTH, Null, pin, pinned, processors, take_turns};
 use crate::net::check;
@@ -253,7 +253,7 @@ fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
         while idle.is_none() {
             if !descriptor {
                 ring.wait(1, Some(PATIENCE));
-            } else if ring.arm() == Armed::Armed {
+            } else if ring.arm() {
                 let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
                 // SAFETY: one pollfd, exclusively borrowed.
                 check(unsafe { libc::poll(&raw mut poll, 1, PATIENCE.as_millis() as i32) })?;

@@ -1,6 +1,7 @@
 //! The way from the device into the completion queue: what a device is done with becomes a CQE, and is
 //! counted.
 
+use crate::Status;
 use std::sync::Arc;
 
 use vmring_core::{Class, CqProducer, Frame, Outcome};
@@ -85,7 +86,7 @@ impl Completions {
             Outcome::Cancelled => counters.cancelled.add(1),
             Outcome::Refused(code) => {
                 counters.errors.add(1);
-                counters.errors_by_status[reason_index(code)].add(1);
+                counters.errors_by_status[reason_index(Status::from_raw(code))].add(1);
             }
             Outcome::Abandoned | Outcome::DevicePanicked => counters.abandoned.add(1),
         }

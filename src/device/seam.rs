@@ -146,6 +146,7 @@ pub trait Queue: Send {
 
 /// What a [`Queue::poll`] left behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Progress {
     /// No more packets can be read now.
     Idle,

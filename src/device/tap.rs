@@ -56,10 +56,10 @@
 //!
 //! # When the TAP goes away
 //!
-//! Somebody deletes it: what is in flight completes with [`Status::Failure`], the rings are closed
+//! Somebody deletes it: what is in flight completes with `Status::Os(EBADFD)`, and the rings are closed
 //! for that reason. [`Interface::restart`](crate::Interface::restart) takes the TAP up again when it
 //! is back (or makes it again, if this interface had made it), and new rings can be built. Link down
-//! is not that: writes fail with [`Status::SetupIncomplete`] until it is up again, reads wait.
+//! is not that: writes fail with `Status::Os(EIO)` until it is up again, and reads wait.
 
 mod dhcp;
 mod framing;

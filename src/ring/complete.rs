@@ -3,7 +3,7 @@
 #[cfg(target_os = "linux")]
 use std::cell::OnceCell;
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
@@ -54,15 +54,6 @@ pub struct CompletionQueue {
 
 assert_impl_all!(CompletionQueue: Send);
 assert_not_impl_any!(CompletionQueue: Sync, Clone);
-
-/// Whether to go to sleep on [`CompletionQueue::completion_fd`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Armed {
-    /// Completions wait: reap them first.
-    Ready,
-    /// The descriptor becomes readable when the wish is met, once.
-    Armed,
-}
 
 impl CompletionQueue {
     #[allow(clippy::too_many_arguments)] // a private constructor, each argument a field
@@ -166,10 +157,13 @@ impl CompletionQueue {
         self.engine.as_ref().and_then(|engine| engine.deadline())
     }
 
-    /// A descriptor for an event loop: after [`arm`](Self::arm) said `Armed`, it becomes readable
-    /// when there are completions. Created by the first call (an eventfd on Linux, a pipe
-    /// elsewhere); costs nothing before, and one signal per arming after. With `Drive::Inline` over
-    /// a device that itself is a descriptor it is an epoll of both.
+    /// A descriptor for an event loop: after [`arm`](Self::arm) has returned true, it becomes readable
+    /// when there are completions.
+    ///
+    /// The first call creates it: an eventfd on Linux, a pipe elsewhere. Before that call it costs
+    /// nothing; afterwards it costs one signal per arming. With `Drive::Inline` over a device that
+    /// itself is a descriptor, it is an epoll of both. [`AsFd`] and [`AsRawFd`] give the same
+    /// descriptor.
     ///
     /// # Errors
     ///
@@ -196,27 +190,31 @@ impl CompletionQueue {
         self.notifier.descriptor().map_err(failed)
     }
 
-    /// Empties the descriptor and asks for a signal at the next completion. `Ready` if there is one
-    /// already: then nothing was armed.
-    pub fn arm(&mut self) -> Armed {
+    /// Empties the descriptor and asks for a signal at the next completion.
+    ///
+    /// Returns whether it is armed, so that the caller may sleep. If it returns false, completions
+    /// wait already and nothing is armed: reap them first.
+    #[must_use = "if it is not armed, the descriptor does not become readable"]
+    pub fn arm(&mut self) -> bool {
         self.arm_after(1, None)
     }
 
     /// As [`arm`](Self::arm), for a VMM that injects one interrupt per batch: the signal comes when
     /// `n` completions wait, or `max_delay` after the first one. With `Drive::Inline` nobody counts
     /// while the caller sleeps, so the signal comes with the first packet.
-    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+    #[must_use = "if it is not armed, the descriptor does not become readable"]
+    pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         self.notifier.arm_descriptor();
         let armed = self.arm_notifier(n, max_delay);
         #[cfg(target_os = "linux")]
-        if armed == Armed::Armed
+        if armed
             && let Some(epoll) = self.epoll.get_mut()
             && let Some(engine) = &self.engine
             && epoll.watch(engine.descriptor(), engine.queues_closed()).is_err()
         {
             // Nobody would tell of a packet: the caller must not sleep.
             self.disarm();
-            return Armed::Ready;
+            return false;
         }
         armed
     }
@@ -224,9 +222,10 @@ impl CompletionQueue {
     /// For futures: whether `n` completions wait; if not, `cx`'s waker is woken when they do.
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
         self.notifier.set_waker(cx.waker());
-        match self.arm_notifier(n, None) {
-            Armed::Ready => Poll::Ready(self.consumer.ready() as usize),
-            Armed::Armed => Poll::Pending,
+        if self.arm_notifier(n, None) {
+            Poll::Pending
+        } else {
+            Poll::Ready(self.consumer.ready() as usize)
         }
     }
 
@@ -355,7 +354,7 @@ impl CompletionQueue {
 
     /// Arms for `want` completions, looks once more, and parks.
     fn sleep(&mut self, want: u32, deadline: Option<Instant>) {
-        if self.arm_bells(want, None) == Armed::Armed {
+        if self.arm_bells(want, None) {
             let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
             let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
             let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
@@ -381,22 +380,23 @@ impl CompletionQueue {
         }
     }
 
-    fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> Armed {
+    fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         let want = u32::try_from(n).unwrap_or(u32::MAX).clamp(1, 1 << 30);
         if self.take_woken() {
-            return Armed::Ready;
+            return false;
         }
         // Inline, what there is to do is done now rather than after a signal.
         while self.drive() {
             if self.consumer.ready() >= want {
-                return Armed::Ready;
+                return false;
             }
         }
         self.arm_bells(want, max_delay)
     }
 
-    /// Arms whatever can bring `want` completions, and looks once more. `Ready`: nothing is armed.
-    fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> Armed {
+    /// Arms whatever can bring `want` completions, and looks once more. Returns false if nothing is
+    /// armed, because completions wait.
+    fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> bool {
         self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
         let coalesce = max_delay.map_or(0, |delay| {
             let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
@@ -418,14 +418,32 @@ impl CompletionQueue {
         }
         if awake {
             self.disarm();
-            return Armed::Ready;
+            return false;
         }
         if coalesce != 0 && ready > 0 {
             // Too few are here already: the engine must start the clock now.
             self.shared.coalesce.fetch_or(START_CLOCK, Ordering::Relaxed);
             self.shared.bell.ring();
         }
-        Armed::Armed
+        true
+    }
+}
+
+/// The descriptor of [`CompletionQueue::completion_fd`].
+///
+/// # Panics
+///
+/// If the descriptor cannot be created. Once `completion_fd` has succeeded, this cannot happen.
+impl AsFd for CompletionQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.completion_fd().expect("call `completion_fd` first to handle this error")
+    }
+}
+
+/// As [`AsFd`].
+impl AsRawFd for CompletionQueue {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

@@ -10,6 +10,7 @@ use crate::error::{CompletionError, EntryError};
 
 /// What a submit asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum RingOp {
     /// A packet into the frame.
     Read,

@@ -19,7 +19,7 @@ use crate::ring::submit::{Deferred, SubmissionQueue};
 /// the loop over [`CompletionHalf::reap`] ends; and then the doorbell is rung once, which costs a fence (none
 /// with `Drive::Inline`), and a wake-up if the engine sleeps.
 ///
-/// EpollPair borrowed halves stay on one thread; [`Ring::into_split`] is for two.
+/// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
 #[derive(Debug)]
 pub struct SubmissionHalf<'a> {
     /// Shared with the other half, which pays its debts.
@@ -35,7 +35,7 @@ pub struct CompletionHalf<'a> {
     pub(super) sq: &'a SubmissionQueue,
 }
 
-// EpollPair reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
+// Both reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
 // reaping, without a fence.
 assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
 assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);

@@ -217,28 +217,59 @@ impl SubmissionQueue {
         })
     }
 
+    /// Submits the frames of one class, and rings the doorbell if there were any.
     pub(super) fn submit_batch(
+        &self,
+        class: Class,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        let result = self.push_batch(class, frames);
+        self.ring_after(&result);
+        result
+    }
+
+    /// Submits reads and then writes, with one doorbell.
+    pub(super) fn submit_both(
+        &self,
+        reads: impl IntoIterator<Item = (Frame, u64)>,
+        writes: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        let result = self.push_batch(Class::Read, reads).and_then(|reads| {
+            self.push_batch(Class::Write, writes)
+                .map(|writes| reads + writes)
+                .map_err(|error| BatchError { accepted: reads + error.accepted, ..error })
+        });
+        self.ring_after(&result);
+        result
+    }
+
+    /// Rings the doorbell if a batch has left something to publish or to wake the engine for.
+    fn ring_after(&self, result: &Result<usize, BatchError>) {
+        if result.as_ref().map_or_else(|error| error.accepted, |accepted| *accepted) > 0 {
+            self.ring_doorbell();
+        }
+    }
+
+    /// Writes the entries of one class, as many as there are credits and cells. Full cache lines are
+    /// published at once; the caller publishes the rest.
+    fn push_batch(
         &self,
         class: Class,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
         let mut frames = frames.into_iter();
         let mut accepted = 0;
-        let result = loop {
+        loop {
             if self.producer.check(class).is_err() {
-                break Ok(accepted);
+                return Ok(accepted);
             }
-            let Some((frame, user_data)) = frames.next() else { break Ok(accepted) };
+            let Some((frame, user_data)) = frames.next() else { return Ok(accepted) };
             if let Err(SubmitError { kind, frame }) = self.push(class, frame, user_data) {
-                break Err(BatchError { kind, frame, accepted });
+                return Err(BatchError { kind, frame, accepted });
             }
             accepted += 1;
             self.producer.publish_lines();
-        };
-        if accepted > 0 {
-            self.ring_doorbell();
         }
-        result
     }
 
     /// The frame, if nothing refuses it but perhaps the queue.

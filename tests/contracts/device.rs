@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmring::device::{PollContext, PostedSlot, Progress};
-use vmring::{Direction, EntryError, Error, Interface, Pool, RingOp, Status};
+use vmring::{CloseReason, Direction, EntryError, Error, Interface, Pool, RingOp, Status};
 
 use super::{PATIENT, pool};
 use crate::support::{
@@ -89,6 +89,36 @@ fn hostile_lengths_never_reach_outside_the_slot() {
             }
         }
         assert_eq!((ring.stats().errors, ring.stats().rx_packets), (6, 2));
+    });
+}
+
+/// Goal: an error of the system reaches the caller with its errno: in a completion, in the reason of a
+/// close, and in the counters. Method: a device that refuses one write, and then fails for good.
+#[test]
+fn an_errno_reaches_the_caller() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|cx| {
+                while let Some(slot) = cx.take_write() {
+                    if slot.user_data() == 2 {
+                        return Err(Status::Os(19));
+                    }
+                    cx.fail(slot, Status::Os(5));
+                }
+                Ok(Progress::Idle)
+            })
+        })
+        .start();
+        let mut ring = inline(&interface, Direction::Write).build().unwrap();
+        send(&mut ring, 1);
+        let refused = EntryError::Device(Status::Os(5));
+        assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, 1, Err(refused)));
+        assert_eq!(refused.to_string(), std::io::Error::from_raw_os_error(5).to_string());
+        assert_eq!(ring.stats().errors_by_status.of(Status::Os(5)), 1);
+        assert_eq!(ring.stats().errors_by_status.of(Status::Unknown(4711)), 0);
+        send(&mut ring, 2);
+        reap_n(&mut ring, 1);
+        assert_eq!(ring.control().closed(), Some(CloseReason::Failed(Status::Os(19))));
     });
 }
 

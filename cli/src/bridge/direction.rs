@@ -162,6 +162,7 @@ impl BridgeDirection {
                 self.counts.checksums += 1;
             }
             Left::Nothing => {}
+            _ => return Err(UNDONE),
         }
         let fits = match (header.gso, header.checksum) {
             (Gso::None, _) => frame.len() <= self.max_plain,

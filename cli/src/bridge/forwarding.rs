@@ -5,8 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::{
-    Armed, Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, PoolBuilder, Ring,
-    RingControl, RingOp,
+    Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, PoolBuilder, Ring, RingControl,
+    RingOp,
 };
 
 use super::direction::{BridgeDirection, READ};
@@ -122,7 +122,7 @@ impl Bridge {
                 match done.op {
                     RingOp::Read => self.directions[i].read_done(done),
                     RingOp::Write => self.directions[1 - i].write_done(done),
-                    RingOp::Cancel => {}
+                    _ => {}
                 }
             }
         }
@@ -150,7 +150,7 @@ impl Bridge {
         for (i, poll) in polls.iter_mut().enumerate().take(2) {
             let fd = self.rings[i].completion_fd().map(|fd| fd.as_raw_fd());
             poll.fd = fd.map_err(|error| self.failed(i, error))?;
-            if self.rings[i].arm() == Armed::Ready {
+            if !self.rings[i].arm() {
                 return Ok(());
             }
         }

@@ -41,14 +41,16 @@ pub(crate) fn fault_of(errno: i32) -> Fault {
     match errno {
         libc::EAGAIN | libc::EINTR | libc::ENOBUFS | libc::ENOMEM => Fault::Wait,
         // The interface has been deleted, or the queue detached.
-        libc::EBADFD | libc::EBADF | libc::ENODEV => Fault::Gone(Status::Failure),
-        // The host's end is down.
-        libc::EIO => Fault::Entry(Status::SetupIncomplete),
-        // Shorter than an Ethernet header, or an offload header that is not true of it.
-        libc::EINVAL => Fault::Entry(Status::InvalidArgument),
-        libc::EMSGSIZE => Fault::Entry(Status::PacketTooBig),
-        _ => Fault::Entry(Status::Failure),
+        libc::EBADFD | libc::EBADF | libc::ENODEV => Fault::Gone(Status::Os(errno)),
+        // Among them EIO, if the host's end is down; EINVAL, if the packet is shorter than an Ethernet
+        // header or its offload header is not true of it; EMSGSIZE.
+        errno => Fault::Entry(Status::Os(errno)),
     }
+}
+
+/// What the kernel's answer to another system call means.
+pub(crate) fn status_of(error: &std::io::Error) -> Status {
+    error.raw_os_error().map_or(Status::Failure, Status::Os)
 }
 
 impl Framing {

@@ -39,7 +39,7 @@ use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
 
-use super::framing::{Fault, Framing, fault_of};
+use super::framing::{Fault, Framing, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
@@ -153,7 +153,7 @@ impl Uring {
             state.provide(cx, framing.header);
             state.arm_multishot();
         }
-        state.enter().map_err(|_| Status::Failure)?;
+        state.enter().map_err(|error| status_of(&error))?;
         let result = state.complete(cx, framing);
         if !state.armed && !self.recall.is_empty() {
             let recall = &self.recall;
@@ -520,7 +520,7 @@ impl UringState {
         wanted: impl Fn(&PostedSlot) -> bool,
     ) -> Result<(), Status> {
         debug_assert!(!self.armed, "the state may fill them");
-        self.ring.submitter().unregister_buf_ring(GROUP).map_err(|_| Status::Failure)?;
+        self.ring.submitter().unregister_buf_ring(GROUP).map_err(|error| status_of(&error))?;
         self.buffers.forget_all();
         self.register().map_err(|_| Status::MemFailure)?;
         for _ in 0..self.order.len() {

@@ -11,11 +11,10 @@ pub(crate) fn error(status: Status, system: &System) -> Error {
         status,
         Status::Failure | Status::MemFailure | Status::InvalidAccess | Status::NotAuthorized
     );
-    if !may_mean_denied || system.root {
+    let Some(code) = status.code().filter(|_| may_mean_denied && !system.root) else {
         return status.into();
-    }
+    };
     let macos = system.macos;
-    let code = status.code();
     // As measured: up to macOS 15 the restricted entitlement, from 26 on also one that an ad-hoc
     // signature can give. com.apple.security.hypervisor is not enough.
     let needs = if macos >= Macos(26, 0) {

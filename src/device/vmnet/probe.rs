@@ -38,6 +38,7 @@ pub struct Probe {
 
 /// What [`Probe::run`] has to tell while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Told<'a> {
     /// It asks a question now: what an impatient person should see.
     Asking {
