@@ -132,9 +132,9 @@ impl CqProducer {
         // it in memory instead of in registers.
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         if let Some(region) = region
-            && let Some(vacant) = self.cq.vacant()
+            && self.cq.push(Cqe::packet(opcode, region, range, user_data, outcome))
         {
-            return vacant.write(Cqe::packet(opcode, region, range, user_data, outcome));
+            return;
         }
         // SAFETY: the frame was given up above, and became nothing else.
         drop(unsafe { Frame::from_raw(pool, range) });
@@ -144,8 +144,8 @@ impl CqProducer {
     /// Writes the completion of a cancel that found `matched` entries.
     pub fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
         let opcode = if all { Opcode::CancelAll } else { Opcode::Cancel };
-        let vacant = self.cq.vacant().expect("no more completions than credits");
-        vacant.write(Cqe::cancel(opcode, matched, user_data));
+        let pushed = self.cq.push(Cqe::cancel(opcode, matched, user_data));
+        assert!(pushed, "no more completions than credits");
     }
 
     /// Shows everything pushed to the reaper, with one store. Returns whether there was anything.

@@ -147,11 +147,27 @@ impl<T: Entry> Producer<T> {
         self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get())
     }
 
-    /// The next free cell, if there is one. There is one `Vacant` of a producer at a time: the callers,
-    /// in `rings.rs`, write it, or let it go, in the call that asked for it.
-    #[inline]
-    pub(crate) fn vacant(&self) -> Option<Vacant<'_, T>> {
-        self.has_space().then_some(Vacant(self))
+    /// Writes an entry, which the consumer sees after [`publish`](Self::publish). If the queue is full,
+    /// writes nothing and returns false.
+    ///
+    /// The check and the write are one call, and no caller's code runs between them: with a closure
+    /// in between, that closure could push through the same `&self` and fill the cell.
+    #[inline(always)]
+    #[must_use = "false means that the entry, and the slot it names, is still the caller's"]
+    pub(crate) fn push(&self, entry: T) -> bool {
+        if !self.has_space() {
+            return false;
+        }
+        let tail = self.tail.get();
+        self.shared.cell(tail).with_mut(|cell| {
+            // SAFETY: `has_space` saw `tail - head < capacity` with this tail, and only this producer
+            // moves it, on this thread (`Producer` is not `Sync`). So the cell is outside head..tail:
+            // the consumer has copied its old entry out (Acquire in `refresh_space`) and does not look
+            // at it again before `store_tail` publishes it.
+            unsafe { (*cell).write(entry) };
+        });
+        self.tail.set(tail.wrapping_add(1));
+        true
     }
 
     /// Shows everything written to the consumer; the commit point. Returns whether there was
@@ -210,28 +226,6 @@ impl<T: Entry> Producer<T> {
 
     pub(crate) fn watch(&self) -> Published<T> {
         Published(self.shared.clone())
-    }
-}
-
-/// A free cell of a queue, for one entry.
-pub(crate) struct Vacant<'a, T: Entry>(&'a Producer<T>);
-
-impl<T: Entry> Vacant<'_, T> {
-    pub(crate) fn regions(&self) -> &Regions {
-        &self.0.shared.regions
-    }
-
-    /// Writes an entry that the consumer will not see before `publish`.
-    #[inline(always)]
-    pub(crate) fn write(self, entry: T) {
-        let Producer { shared, tail, .. } = self.0;
-        shared.cell(tail.get()).with_mut(|cell| {
-            // SAFETY: `vacant` saw `tail - head < capacity`, and nobody has moved the tail since, because
-            // there is one `Vacant` at a time. So the cell is outside head..tail: the consumer is done
-            // with it (Acquire in `refresh_space`) and looks at it again only after `publish`.
-            unsafe { (*cell).write(entry) };
-        });
-        tail.set(tail.get().wrapping_add(1));
     }
 }
 

@@ -91,22 +91,31 @@ impl SqProducer {
         if !self.credits.has(class) {
             return Err((PushError::NoCredit, frame));
         }
-        let Some(vacant) = self.sq.vacant() else { return Err((PushError::SqFull, frame)) };
-        let Some(region) = vacant.regions().find(&frame) else {
-            return Err((PushError::ForeignPool, frame));
+        let Some(region) = self.sq.regions().find(&frame) else {
+            // A full SQ is the first reason, as in `check`.
+            let full = !self.sq.has_space();
+            return Err((if full { PushError::SqFull } else { PushError::ForeignPool }, frame));
         };
+        let (pool, range) = (frame.pool_ptr(), frame.into_raw());
+        if !self.sq.push(Sqe::packet(opcode, region, range, user_data)) {
+            // SAFETY: `into_raw` gave the slot up and no entry was written, so it is in no other place
+            // ("one place per slot"); pool and range are the frame's.
+            return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
+        }
         self.credits.take(class);
-        vacant.write(Sqe::packet(opcode, region, frame.into_raw(), user_data));
         Ok(())
     }
 
     /// Writes a cancel entry for all entries of `target`, or for all (`None`).
     pub fn push_cancel(&self, target: Option<u64>, user_data: u64) -> Result<(), PushError> {
-        self.check(Class::Cancel)?;
+        if !self.credits.has(Class::Cancel) {
+            return Err(PushError::NoCredit);
+        }
         let opcode = if target.is_some() { Opcode::Cancel } else { Opcode::CancelAll };
-        let vacant = self.sq.vacant().ok_or(PushError::SqFull)?;
+        if !self.sq.push(Sqe::cancel(opcode, target.unwrap_or(0), user_data)) {
+            return Err(PushError::SqFull);
+        }
         self.credits.take(Class::Cancel);
-        vacant.write(Sqe::cancel(opcode, target.unwrap_or(0), user_data));
         Ok(())
     }
 
