@@ -3,25 +3,25 @@
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 
-/// Memory for a [`Pool`](crate::Pool) to stand on. It is dropped with the pool, which is when the last handle is
-/// gone and the last slot is home.
+/// Memory for a [`Pool`](crate::Pool). It is dropped with the pool, which is when the last handle
+/// is gone and the last slot has returned.
 ///
 /// # Safety
 ///
 /// From construction until drop, `len()` bytes at `base()` must be valid for reads and writes,
-/// initialised, at a fixed address, and reached by nobody but the pool.
+/// initialised, at a fixed address, and accessed by nobody but the pool.
 pub unsafe trait Backing: Send {
     /// The first byte.
     fn base(&self) -> NonNull<u8>;
-    /// How many bytes.
+    /// The number of bytes.
     fn len(&self) -> usize;
-    /// Whether there are none.
+    /// Whether there are no bytes.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// A backing on the heap, for tests and for places without an operating system.
+/// A backing on the heap, for tests and for systems without an operating system.
 #[derive(Debug)]
 pub struct HeapBacking {
     base: NonNull<u8>,
@@ -39,15 +39,16 @@ impl HeapBacking {
 impl Drop for HeapBacking {
     fn drop(&mut self) {
         let bytes = core::ptr::slice_from_raw_parts_mut(self.base.as_ptr(), self.len);
-        // SAFETY: `new` leaked exactly this slice, and nobody else frees it.
+        // SAFETY: `new` leaked exactly this slice, this value alone owns it, and this is the only
+        // place that frees it.
         drop(unsafe { Box::from_raw(bytes) });
     }
 }
 
-// SAFETY: the pointer is to bytes this value alone owns.
+// SAFETY: the pointer is to bytes that this value alone owns, since `new` leaked them.
 unsafe impl Send for HeapBacking {}
-// SAFETY: the bytes are initialised, stay where they are until drop, and `new` gave away no other
-// way to reach them.
+// SAFETY: `new` made the bytes initialised and kept no other pointer to them; they are not moved
+// before `drop` frees them.
 unsafe impl Backing for HeapBacking {
     fn base(&self) -> NonNull<u8> {
         self.base

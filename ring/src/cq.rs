@@ -1,4 +1,7 @@
 //! The two ends of the completion queue: [`CqProducer`] and [`CqConsumer`].
+//!
+//! [`CqProducer::push`] turns a frame into an entry. [`CqConsumer::pop`] makes the frame again,
+//! after it has retired the entry.
 
 use crate::credits::{Class, CreditReturner};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
@@ -30,13 +33,13 @@ assert_not_impl_any!(CqProducer: Sync, Clone);
 pub struct Reaped {
     /// The caller's number.
     pub user_data: u64,
-    /// What was asked.
+    /// What the submission asked for.
     pub opcode: Opcode,
-    /// How it ended.
+    /// How the entry ended.
     pub outcome: Outcome,
-    /// Of a cancel, how many entries it found; else the packet's length in bytes.
+    /// The packet's length in bytes. For a cancel, the number of entries that it found.
     pub len: u32,
-    /// The frame, on success and on failure; a cancel has none.
+    /// The frame, both on success and on failure. A cancel has none.
     pub frame: Option<Frame>,
 }
 
@@ -49,20 +52,21 @@ impl CqConsumer {
         Self { cq, credits, submitted }
     }
 
-    /// Completions that wait, after a look at the queue.
+    /// Looks at the queue and returns how many completions wait.
     #[inline]
     pub fn ready(&mut self) -> u32 {
         self.cq.refresh()
     }
 
-    /// Asks for the completions that [`ready`](Self::ready) saw, all together: for who reaps what
-    /// another processor has written. A hint, which changes nothing but time.
+    /// Prefetches the cache lines of the first completions that [`ready`](Self::ready) saw. Useful
+    /// when another processor wrote them. This is a hint, which affects only the time.
     #[inline]
     pub fn prefetch(&self) {
         self.cq.prefetch();
     }
 
-    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    /// The submissions that are not reaped yet. Those that another thread submits meanwhile may be
+    /// missing.
     #[inline]
     pub fn in_flight(&self) -> u32 {
         self.submitted.count().wrapping_sub(self.cq.head())
@@ -73,20 +77,20 @@ impl CqConsumer {
         self.cq.head()
     }
 
-    /// The index that the CQ's tail reaches when `n` completions wait.
+    /// The index that the CQ's tail has when `n` completions wait.
     pub fn index_of(&self, n: u32) -> u32 {
         self.cq.head().wrapping_add(n)
     }
 
-    /// The next completion among those that [`ready`](Self::ready) saw. The entry is retired and
-    /// its credit returned before the frame exists.
+    /// The next of the completions that [`ready`](Self::ready) saw. The entry is retired and its
+    /// credit returned before the frame exists.
     #[inline]
     pub fn pop(&mut self) -> Option<Reaped> {
         let Self { cq, credits, .. } = self;
         cq.pop(|cqe, regions| {
             credits.give_back(cqe.opcode());
-            // SAFETY: the entry was taken by `pop`, which yields each once; the poller's `push`
-            // placed it by a frame of these regions.
+            // SAFETY: `Consumer::pop` took the entry, and yields each entry once.
+            // `CqProducer::push` wrote it by a frame of these regions.
             let frame = unsafe { regions.frame(&cqe) };
             Reaped {
                 user_data: cqe.user_data(),
@@ -115,12 +119,13 @@ impl CqProducer {
         Self { cq }
     }
 
-    /// Writes the completion of a read or write; seen after [`publish`](Self::publish).
+    /// Writes the completion of a read or write, which the reaper sees after
+    /// [`publish`](Self::publish).
     ///
     /// # Panics
     ///
-    /// If the CQ is full or the frame foreign: each completion answers one submission, and the
-    /// credits make room for it.
+    /// If the CQ is full, or the frame is not of the ring's pools. Neither happens if each
+    /// completion answers one submission of this ring: its credit keeps a cell free.
     #[inline(always)]
     pub fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
         let opcode = match class {
@@ -128,7 +133,7 @@ impl CqProducer {
             _ => Opcode::Write,
         };
         let region = self.cq.regions().find(&frame);
-        // Taken apart first: with a frame in hand that a panic would have to drop, the compiler keeps
+        // The frame is taken apart first. If a panic had to drop a frame, the compiler would keep
         // it in memory instead of in registers.
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         if let Some(region) = region
@@ -136,7 +141,8 @@ impl CqProducer {
         {
             return;
         }
-        // SAFETY: the frame was given up above, and became nothing else.
+        // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
+        // slot is in no other place ("one place per slot"). Pool and range are the frame's.
         drop(unsafe { Frame::from_raw(pool, range) });
         misused();
     }
@@ -148,19 +154,19 @@ impl CqProducer {
         assert!(pushed, "no more completions than credits");
     }
 
-    /// Shows everything pushed to the reaper, with one store. Returns whether there was anything.
+    /// Publishes all completions that were pushed, with one store. Returns whether there were any.
     #[inline]
     pub fn publish(&mut self) -> bool {
         self.cq.publish()
     }
 
-    /// Completions shown and not reaped. A snapshot.
+    /// The completions that are published and not reaped. A snapshot.
     #[inline]
     pub fn backlog(&self) -> u32 {
         self.cq.backlog()
     }
 
-    /// The CQ's tail: the number of completions ever shown, plus the start index.
+    /// The CQ's tail: the number of completions ever published, plus the start index.
     #[inline]
     pub fn index(&self) -> u32 {
         self.cq.published()

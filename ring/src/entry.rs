@@ -1,12 +1,16 @@
-//! What stands in the queues: the submission entry ([`Sqe`]) and the completion entry ([`Cqe`]).
+//! The entries of the queues: the submission entry ([`Sqe`]) and the completion entry ([`Cqe`]).
 //!
-//! Both are plain data of fixed layout, 32 bytes, two to a 64-byte line: a slot is named by region
-//! and index, never by a pointer, so an entry means the same in another address space.
+//! Both are plain data with a fixed layout of 32 bytes, two to a 64-byte cache line. An entry names
+//! a slot by region and index, never by a pointer, so it means the same in another address space.
 
 use core::mem::{align_of, offset_of, size_of};
 use static_assertions::{assert_impl_all, const_assert_eq};
 
-/// What a submission asks for, and what a completion answers.
+/// What a submission asks for. A completion repeats the opcode of its submission.
+///
+/// An opcode is part of an entry; a [`Class`](crate::Class) is what credits are counted by,
+/// and both cancel opcodes are of one class. The set is closed, because the opcode is part of an
+/// entry's layout: code may match it without a wildcard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Opcode {
@@ -14,24 +18,24 @@ pub enum Opcode {
     Read = 0,
     /// Send the frame's packet.
     Write = 1,
-    /// Complete every entry in flight whose `user_data` is `target`.
+    /// Cancel: complete every entry in flight whose `user_data` is `target`.
     Cancel = 2,
-    /// Complete every entry in flight.
+    /// Cancel: complete every entry in flight.
     CancelAll = 3,
 }
 
-/// How an entry ended.
+/// How an entry ended. The set is closed, so code may match it without a wildcard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// It was done: a packet arrived, or the packet was taken by the device.
+    /// It was done: a packet arrived, or the device took the packet.
     Done,
     /// It was cancelled, by a cancel entry, a restart or a close.
     Cancelled,
     /// The device panicked while the entry was in flight.
     DevicePanicked,
-    /// The device let go of the entry without completing it.
+    /// The device dropped the entry without completing it.
     Abandoned,
-    /// The device refused it, with the device's own status code.
+    /// The device refused the entry, with the device's own status code.
     Refused(u32),
 }
 
@@ -59,16 +63,17 @@ impl Outcome {
     }
 }
 
-/// Where a packet is in its region: a slot, and a part of the slot.
+/// Where a packet is in its region: a slot, and the bytes of the slot that the packet takes.
 ///
-/// Two words, and not four numbers of half the size: those the compiler would write in pieces and copy in
-/// others, for which the processor waits some fifteen cycles each time.
+/// This is packed as two `u64`, not as four `u32`. With `u32` fields the compiler stores and
+/// reloads at different widths, which defeats the processor's store forwarding and costs about
+/// fifteen cycles each time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct SlotRange {
     /// The slot, and in the upper half the packet's offset in it.
     start: u64,
-    /// The packet's length, and in the upper half what stands in front of it.
+    /// The packet's length, and in the upper half the [`OffloadState`].
     content: u64,
 }
 
@@ -103,7 +108,7 @@ impl SlotRange {
         OffloadState((self.content >> 32) as u32)
     }
 
-    /// The packet is there: `len` bytes from `offset` on.
+    /// Sets where the packet is in the slot: `len` bytes from `offset` on.
     #[inline(always)]
     pub(crate) fn set_window(&mut self, offset: u32, len: u32) {
         *self = Self::new(self.slot(), offset, len, self.offload_state());
@@ -122,13 +127,14 @@ impl SlotRange {
 
 /// What the 12 bytes in front of a packet are.
 ///
-/// A number rather than an enum: then an `Option` of a frame or an entry has no reason to look into it.
+/// A plain `u32`, not an enum, so that an `Option` of a frame or of an entry does not use its
+/// niche.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub(crate) struct OffloadState(u32);
 
 impl OffloadState {
-    /// Nothing: headroom.
+    /// No offload header, only headroom.
     pub(crate) const ABSENT: Self = Self(0);
     /// The offload header with which the packet was received.
     pub(crate) const RECEIVED: Self = Self(1);
@@ -136,12 +142,12 @@ impl OffloadState {
     pub(crate) const TO_SEND: Self = Self(2);
 }
 
-/// The slot number of an entry that carries no frame.
+/// The slot number in an entry that carries no frame.
 const NO_SLOT: u32 = u32::MAX;
 const NO_RANGE: SlotRange = SlotRange::new(NO_SLOT, 0, 0, OffloadState::ABSENT);
 
-/// A submission queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start. Of a
-/// cancel, which has no slot, `offset` and `len` are the high and low half of its target.
+/// A submission queue entry. Lengths and offsets are in bytes, and `offset` counts from the slot's
+/// start. A cancel has no slot; its `offset` and `len` are the high and the low half of its target.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 pub struct Sqe {
@@ -153,8 +159,8 @@ pub struct Sqe {
     reserved_too: u32,
 }
 
-/// A completion queue entry. Lengths and offsets are bytes; `offset` counts from the slot's start.
-/// Of a cancel's completion `len` is the number of entries that matched.
+/// A completion queue entry. Lengths and offsets are in bytes, and `offset` counts from the slot's
+/// start. In a cancel's completion, `len` is the number of entries that matched.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 pub struct Cqe {
@@ -188,10 +194,10 @@ const_assert_eq!(offset_of!(Cqe, code), 28);
 assert_impl_all!(Sqe: Copy, Send);
 assert_impl_all!(Cqe: Copy, Send);
 
-/// What a queue needs to know of its entries: whether one owns a slot.
+/// What a queue needs to know about its entries: whether an entry owns a slot, and which.
 pub(crate) trait Entry: Copy {
     fn has_slot(&self) -> bool;
-    /// The region and the place in it, if it [has a slot](Self::has_slot).
+    /// The region and the range in it. Only meaningful if the entry [has a slot](Self::has_slot).
     fn slot(&self) -> (u16, SlotRange);
 }
 
@@ -211,25 +217,25 @@ impl Sqe {
         )
     }
 
-    /// The number the caller gave.
+    /// The number that the caller gave.
     #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
-    /// What is asked.
+    /// What the entry asks for.
     #[inline]
     pub fn opcode(&self) -> Opcode {
         self.opcode
     }
 
-    /// Whether it has a slot, being no cancel.
+    /// Whether this is a read or a write, which has a slot, and not a cancel.
     #[inline(always)]
     pub(crate) fn is_packet(&self) -> bool {
         matches!(self.opcode, Opcode::Read | Opcode::Write)
     }
 
-    /// Of a cancel: whose entries.
+    /// The `user_data` of the entries to cancel. Only meaningful in a cancel.
     #[inline]
     pub fn target(&self) -> u64 {
         u64::from(self.range.offset()) << 32 | u64::from(self.range.len())
@@ -255,25 +261,25 @@ impl Cqe {
         Self::packet(opcode, 0, range, user_data, Outcome::Done)
     }
 
-    /// The number the caller gave.
+    /// The number that the caller gave.
     #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
-    /// What was asked.
+    /// What the submission asked for.
     #[inline]
     pub fn opcode(&self) -> Opcode {
         self.opcode
     }
 
-    /// How it ended.
+    /// How the entry ended.
     #[inline]
     pub fn outcome(&self) -> Outcome {
         Outcome::decode(self.outcome, self.code)
     }
 
-    /// Bytes of the packet; of a cancel, the number of entries that matched.
+    /// The packet's length in bytes. For a cancel, the number of entries that matched.
     #[inline]
     pub fn len(&self) -> u32 {
         self.range.len()
@@ -285,7 +291,7 @@ impl Cqe {
     }
 }
 
-/// Both entries name their slot in the same words.
+/// Implements [`Entry`], in the same way for both entries.
 macro_rules! entry {
     ($entry:ident) => {
         impl Entry for $entry {

@@ -16,15 +16,15 @@ use static_assertions::{assert_impl_all, assert_not_impl_any};
 ///        0                    offset                 offset + len        slot_size
 /// ```
 ///
-/// It dereferences to the packet's bytes. It is neither `Copy` nor `Clone`: submitting a frame moves
-/// it away, and a completion moves it back. Dropping it puts the slot into its pool's free list,
-/// from any thread, also after the pool's handles are gone.
+/// It dereferences to the packet's bytes. It is neither `Copy` nor `Clone`: submitting a frame
+/// moves it away, and a completion moves it back. Dropping it returns the slot to its pool's free
+/// list. That works on any thread, and also after the pool's handles are dropped.
 ///
-/// On a device with offload a 12-byte header stands directly in front of the packet, in the
-/// headroom; see [`offload`](Self::offload). It goes with the packet: trimming and growing move it.
+/// On a device with offload, a 12-byte header is directly in front of the packet, in the headroom;
+/// see [`offload`](Self::offload). The header belongs to the packet: trimming and growing move it.
 ///
-/// Bytes that a longer length or a smaller offset uncovers are what was last written there, possibly
-/// by an earlier packet; they are never uninitialised.
+/// A longer length or a smaller offset uncovers bytes that were written before, possibly by an
+/// earlier packet. They are never uninitialised.
 pub struct Frame {
     pool: NonNull<PoolInner>,
     range: SlotRange,
@@ -33,19 +33,19 @@ pub struct Frame {
 assert_not_impl_any!(Frame: Clone, Copy);
 assert_impl_all!(Frame: Send, Sync);
 
-// SAFETY: a frame is the only way to its slot's bytes ("one place per slot"), and `PoolInner` is
-// shared through atomics.
+// SAFETY: a frame is the only way to its slot's bytes ("one place per slot"), and what it shares
+// with others, `PoolInner`, is atomic or immutable.
 unsafe impl Send for Frame {}
-// SAFETY: `&Frame` only reads.
+// SAFETY: `&Frame` only reads the slot's bytes.
 unsafe impl Sync for Frame {}
 
 /// Why a packet's front could not be moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FrontError {
-    /// There is not that much packet, or headroom.
+    /// The packet, or the headroom, has too few bytes.
     Space(OutOfSpace),
-    /// The packet's offload header would not be true any more.
+    /// The packet's offload header would no longer be true, or is none that we know.
     Offload(OffloadError),
 }
 
@@ -72,35 +72,37 @@ impl From<OffloadError> for FrontError {
     }
 }
 
-/// The slot has not that much room.
+/// The slot, the packet or the headroom does not have that many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfSpace {
-    /// Bytes asked for.
+    /// The bytes that were asked for.
     pub wanted: usize,
-    /// Bytes there are.
+    /// The bytes that there are.
     pub available: usize,
 }
 
 impl fmt::Display for OutOfSpace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes were asked of a frame that has {}", self.wanted, self.available)
+        write!(f, "{} bytes were requested, but only {} are available", self.wanted, self.available)
     }
 }
 
 impl core::error::Error for OutOfSpace {}
 
 impl Frame {
+    /// Makes the frame that owns the slot of `range`.
+    ///
     /// # Safety
     ///
-    /// The place's slot is counted as out in `header` and is in no other place; `offset + len` is
-    /// within the slot, and so is the offload header if there is one.
+    /// `pool` counts the range's slot as out, and the slot is in no other place ("one place per
+    /// slot"). `offset + len` is within the slot, and so is the offload header if there is one.
     #[inline]
     pub(crate) unsafe fn from_raw(pool: NonNull<PoolInner>, range: SlotRange) -> Self {
         Self { pool, range }
     }
 
-    /// Gives up ownership without putting the slot home: the caller puts the place into a queue
-    /// entry, which owns the slot from then on.
+    /// Gives the slot up without freeing it. The caller puts the range into a queue entry, which
+    /// owns the slot from then on.
     #[inline]
     pub(crate) fn into_raw(self) -> SlotRange {
         let range = self.range;
@@ -115,12 +117,12 @@ impl Frame {
 
     #[inline]
     fn pool(&self) -> &PoolInner {
-        // SAFETY: our slot is counted as out, so `PoolInner` is alive ("the pool outlives its
+        // SAFETY: `refs` counts our slot as out, so `PoolInner` is alive ("the pool outlives its
         // slots").
         unsafe { self.pool.as_ref() }
     }
 
-    /// Bytes of the packet.
+    /// The packet's length in bytes.
     #[inline]
     pub fn len(&self) -> usize {
         self.range.len() as usize
@@ -132,13 +134,14 @@ impl Frame {
         self.range.len() == 0
     }
 
-    /// Bytes from the packet's start to the end of the slot: the longest the packet may become.
+    /// The bytes from the packet's start to the end of the slot: the largest length that the packet
+    /// can have.
     #[inline]
     pub fn capacity(&self) -> usize {
         (self.pool().layout.slot_size - self.range.offset()) as usize
     }
 
-    /// Bytes in front of the packet.
+    /// The bytes of the slot in front of the packet.
     #[inline]
     pub fn headroom(&self) -> usize {
         self.range.offset() as usize
@@ -150,15 +153,15 @@ impl Frame {
         self.range.slot()
     }
 
-    /// Back to the state after [`Pool::alloc`](crate::Pool::alloc): the pool's headroom, length 0, no
-    /// offload header.
+    /// Resets the frame to its state after [`Pool::alloc`](crate::Pool::alloc): the pool's
+    /// headroom, length 0, no offload header.
     #[inline]
     pub fn reset(&mut self) {
         let headroom = self.pool().layout.headroom;
         self.range = SlotRange::new(self.range.slot(), headroom, 0, OffloadState::ABSENT);
     }
 
-    /// Makes the packet `len` bytes long, from the same start.
+    /// Makes the packet `len` bytes long. Its start stays.
     #[inline]
     pub fn set_len(&mut self, len: usize) -> Result<(), OutOfSpace> {
         let available = self.capacity();
@@ -169,13 +172,13 @@ impl Frame {
         Ok(())
     }
 
-    /// Drops `n` bytes at the packet's front; they become headroom. An offload header moves along, and
-    /// its positions with it.
+    /// Removes `n` bytes from the packet's front; they become headroom. An offload header moves
+    /// with the front, and its positions are adjusted.
     ///
     /// # Errors
     ///
-    /// [`FrontError::Space`] if the packet is shorter; [`FrontError::Offload`] if the header would lose
-    /// what it is about. Nothing has changed then.
+    /// [`FrontError::Space`] if the packet is shorter than `n`. [`FrontError::Offload`] if the
+    /// header would no longer be true. In both cases nothing has changed.
     pub fn trim_front(&mut self, n: usize) -> Result<(), FrontError> {
         if n > self.len() {
             return Err(OutOfSpace { wanted: n, available: self.len() }.into());
@@ -186,7 +189,7 @@ impl Frame {
         Ok(())
     }
 
-    /// Drops `n` bytes at the packet's end.
+    /// Removes `n` bytes from the packet's end.
     pub fn trim_back(&mut self, n: usize) -> Result<(), OutOfSpace> {
         if n > self.len() {
             return Err(OutOfSpace { wanted: n, available: self.len() });
@@ -195,13 +198,14 @@ impl Frame {
         Ok(())
     }
 
-    /// Takes `n` bytes of headroom into the packet's front, for a header to be written there. An
-    /// offload header moves along, and its positions with it.
+    /// Adds `n` bytes of headroom to the packet's front, so that a header can be written there. An
+    /// offload header moves with the front, and its positions are adjusted.
     ///
     /// # Errors
     ///
-    /// [`FrontError::Space`] if there is less headroom (in front of the offload header, if there is
-    /// one); [`FrontError::Offload`] if its positions do not fit. Nothing has changed then.
+    /// [`FrontError::Space`] if there is less headroom, counted in front of the offload header if
+    /// there is one. [`FrontError::Offload`] if the header's positions would not fit in their
+    /// fields. In both cases nothing has changed.
     pub fn grow_front(&mut self, n: usize) -> Result<(), FrontError> {
         let header = self.offload()?.map(|header| header.grow_front(n)).transpose()?;
         let available = self.headroom() - if header.is_some() { offload::LEN } else { 0 };
@@ -213,8 +217,8 @@ impl Frame {
         Ok(())
     }
 
-    /// Makes the packet a copy of `bytes`, from the same start. It is another packet, so an offload
-    /// header is gone.
+    /// Makes the packet a copy of `bytes`. Its start stays. This is another packet, so an offload
+    /// header is removed.
     pub fn copy_from(&mut self, bytes: &[u8]) -> Result<(), OutOfSpace> {
         self.set_len(bytes.len())?;
         self.range.set_offload_state(OffloadState::ABSENT);
@@ -222,12 +226,12 @@ impl Frame {
         Ok(())
     }
 
-    /// The offload header in front of the packet: the one it was received with, or the one set for
-    /// sending. `None` if there is none, as on every device without offload.
+    /// The offload header in front of the packet: the one that the packet was received with, or the
+    /// one that was set for sending. `None` if there is none, as on every device without offload.
     ///
     /// # Errors
     ///
-    /// What stands there is no header that we know.
+    /// The bytes in front of the packet are no header that we know.
     pub fn offload(&self) -> Result<Option<OffloadHeader>, OffloadError> {
         if self.range.offload_state() == OffloadState::ABSENT {
             return Ok(None);
@@ -235,12 +239,12 @@ impl Frame {
         OffloadHeader::parse(self.offload_bytes()).map(Some)
     }
 
-    /// Puts an offload header in front of the packet, to be sent with it. Without one, a packet is
-    /// sent as it is: nothing to complete, nothing to cut.
+    /// Writes an offload header in front of the packet, to be sent with it. A packet without one is
+    /// sent as it is: its checksum is complete, and it is not to be segmented.
     ///
     /// # Errors
     ///
-    /// There are less than 12 bytes of headroom.
+    /// There are fewer than 12 bytes of headroom.
     pub fn set_offload(&mut self, header: &OffloadHeader) -> Result<(), OutOfSpace> {
         let available = self.headroom();
         if available < offload::LEN {
@@ -251,15 +255,15 @@ impl Frame {
         Ok(())
     }
 
-    /// Says that the header with which the packet was received is to be sent with it: for handing a
-    /// packet from one interface to another. What only a receiver may say is taken out of it. False
-    /// if there is no header.
+    /// Marks the header that the packet was received with as one to be sent with it. This is for a
+    /// packet that goes from one interface to another. What only a receiver may say is removed from
+    /// the header. Returns false if there is no header.
     ///
-    /// Nothing is forwarded without this call, so a frame that is reused carries no stale header.
+    /// Without this call no header is forwarded, so a frame that is reused carries no stale header.
     ///
     /// # Errors
     ///
-    /// What stands there is no header that we know.
+    /// The bytes in front of the packet are no header that we know.
     pub fn forward_offload(&mut self) -> Result<bool, OffloadError> {
         let header = self.offload()?.map(OffloadHeader::for_sending);
         if header.is_some() {
@@ -269,39 +273,39 @@ impl Frame {
         Ok(header.is_some())
     }
 
-    /// Takes the offload header away.
+    /// Removes the offload header.
     pub fn clear_offload(&mut self) {
         self.range.set_offload_state(OffloadState::ABSENT);
     }
 
-    /// Whether the offload header is one to be sent.
+    /// Whether there is an offload header that is to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {
         self.range.offload_state() == OffloadState::TO_SEND
     }
 
-    /// The offload header and the packet behind it, as they lie in memory: what a VMM hands to its
-    /// guest. `None` if there is no header.
+    /// The offload header and the packet behind it, as they are in memory. A VMM gives these bytes
+    /// to its guest. `None` if there is no header.
     pub fn with_offload(&self) -> Option<&[u8]> {
         let start = (self.range.offset() as usize).checked_sub(offload::LEN)?;
         let end = self.range.offset() as usize + self.len();
         (self.range.offload_state() != OffloadState::ABSENT).then(|| &self.whole()[start..end])
     }
 
-    /// `header` bytes in front of the packet, and everything behind them up to the slot's end, for a
-    /// device to fill. `None` if there is less headroom.
+    /// The buffer that a device fills with a header and a packet: from `header` bytes in front of
+    /// the packet's start to the end of the slot. `None` if there is less headroom.
     #[inline]
     pub fn buffer_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
         let start = (self.range.offset() as usize).checked_sub(header)?;
         Some(&mut self.whole_mut()[start..])
     }
 
-    /// A device has put an offload header and a packet of `len` bytes there, with
+    /// Says that a device has written an offload header and a packet of `len` bytes into
     /// [`buffer_with_header_mut`](Self::buffer_with_header_mut).
     ///
     /// # Errors
     ///
-    /// The slot, or its headroom, is too small for that. Nothing has changed then.
+    /// The slot, or its headroom, is too small for them. In this case nothing has changed.
     pub fn received_with_offload(&mut self, len: usize) -> Result<(), OutOfSpace> {
         let available = self.headroom();
         if available < offload::LEN {
@@ -309,12 +313,12 @@ impl Frame {
         }
         self.set_len(len)?;
         self.range.set_offload_state(OffloadState::RECEIVED);
-        // 1, also where the device says 0 (virtio 1.2, 5.1.6.4.1).
+        // 1, even if the device says 0 (virtio 1.2, 5.1.6.4.1).
         offload::set_num_buffers(self.offload_bytes_mut(), 1);
         Ok(())
     }
 
-    /// Puts `header` in front again, after the front has moved.
+    /// Writes `header` in front of the packet again, after the front has moved.
     fn put_offload(&mut self, header: Option<OffloadHeader>) {
         if let Some(header) = header {
             header.write(self.offload_bytes_mut());
@@ -323,30 +327,30 @@ impl Frame {
 
     fn offload_bytes(&self) -> &[u8; offload::LEN] {
         let start = self.range.offset() as usize - offload::LEN;
-        self.whole()[start..].first_chunk().expect("a header stands in the headroom")
+        self.whole()[start..].first_chunk().expect("a header is in the headroom")
     }
 
     fn offload_bytes_mut(&mut self) -> &mut [u8; offload::LEN] {
         let start = self.range.offset() as usize - offload::LEN;
-        self.whole_mut()[start..].first_chunk_mut().expect("a header stands in the headroom")
+        self.whole_mut()[start..].first_chunk_mut().expect("a header is in the headroom")
     }
 
-    /// The packet as a view on its slot, for parsing without copying.
+    /// A view of the packet in its slot, for parsing without a copy.
     #[inline]
     pub fn view(&self) -> PacketView<&[u8]> {
         PacketView::new(self.whole(), self.range.offset(), self.range.len())
             .expect("the packet is in its slot")
     }
 
-    /// The packet as a view that can be written through.
+    /// A view of the packet in its slot, for writing.
     #[inline]
     pub fn view_mut(&mut self) -> PacketView<&mut [u8]> {
         let (offset, len) = (self.range.offset(), self.range.len());
         PacketView::new(self.whole_mut(), offset, len).expect("the packet is in its slot")
     }
 
-    /// All bytes from the packet's start to the end of the slot, for a writer that learns the
-    /// length later; see [`set_len`](Self::set_len).
+    /// The whole buffer from the packet's start to the end of the slot. This is for a writer that
+    /// learns the length later; see [`set_len`](Self::set_len).
     #[inline]
     pub fn buffer_mut(&mut self) -> &mut [u8] {
         let offset = self.range.offset() as usize;
@@ -357,8 +361,9 @@ impl Frame {
     fn whole(&self) -> &[u8] {
         let (start, size) =
             (self.pool().slot_start(self.range.slot()), self.pool().layout.slot_size);
-        // SAFETY: the slot lies in the backing, which is initialised; we own it alone ("one place
-        // per slot") and are borrowed shared.
+        // SAFETY: the slot lies in the backing, whose bytes are initialised and live as long as the
+        // pool (`Backing`), which our slot keeps alive. Nobody else can reach the slot's bytes
+        // ("one place per slot"), and we are borrowed shared.
         unsafe { core::slice::from_raw_parts(start.as_ptr(), size as usize) }
     }
 
@@ -366,7 +371,9 @@ impl Frame {
     fn whole_mut(&mut self) -> &mut [u8] {
         let (start, size) =
             (self.pool().slot_start(self.range.slot()), self.pool().layout.slot_size);
-        // SAFETY: as in `whole`, and we are borrowed exclusively.
+        // SAFETY: the slot lies in the backing, whose bytes are initialised and live as long as the
+        // pool (`Backing`), which our slot keeps alive. Nobody else can reach the slot's bytes
+        // ("one place per slot"), and we are borrowed exclusively.
         unsafe { core::slice::from_raw_parts_mut(start.as_ptr(), size as usize) }
     }
 }
@@ -374,7 +381,8 @@ impl Frame {
 impl Drop for Frame {
     #[inline]
     fn drop(&mut self) {
-        // SAFETY: we own the slot ("one place per slot") and this is the end of us.
+        // SAFETY: this frame owns the slot ("one place per slot"), and nothing uses it after its
+        // drop.
         unsafe { free_slot(self.pool, self.range.slot()) }
     }
 }

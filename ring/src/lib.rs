@@ -2,6 +2,9 @@
 //! packet views.
 //!
 //! This crate makes no OS call (it is `no_std`) and allocates nothing after construction.
+//!
+//! [`rings()`] makes a ring and returns its four halves. `slots.rs` states the two invariants on
+//! which the unsafe code relies, "one place per slot" and "the pool outlives its slots".
 #![cfg_attr(not(any(test, loom)), no_std)]
 
 extern crate alloc;

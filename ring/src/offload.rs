@@ -1,15 +1,16 @@
-//! The 12 bytes that stand in front of a packet when offload is on: `virtio_net_hdr`, typed.
+//! The offload header: the 12 bytes in front of a packet when offload is on, `virtio_net_hdr`,
+//! typed.
 //!
-//! The header says what the packet's sender left undone: a checksum to be completed
-//! ([`Checksum::Partial`]), a large packet to be cut into segments ([`Gso`]). A VMM, TAP
-//! (`IFF_VNET_HDR`) and vmnet (virtio header key) all speak it, so it travels as it is, in the
-//! headroom directly in front of the packet.
+//! The header says what the packet's sender has left undone: a checksum to complete
+//! ([`Checksum::Partial`]), or a large packet to cut into segments ([`Gso`]). A VMM, TAP
+//! (`IFF_VNET_HDR`) and vmnet (virtio header key) all use this header, so it is passed on
+//! unchanged, in the headroom directly in front of the packet.
 //!
 //! ```
 //! use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
 //!
 //! # fn main() -> Result<(), OffloadError> {
-//! // 4 KiB of TCP over IPv4, to be sent as segments of 1,460 bytes.
+//! // 4 KiB of TCP over IPv4, to send as segments of 1,460 bytes.
 //! let header = OffloadHeader {
 //!     checksum: Checksum::Partial { start: 34, offset: 16 },
 //!     gso: Gso::TcpV4,
@@ -24,7 +25,7 @@
 //! assert_eq!(bytes, [1, 1, 54, 0, 0xb4, 0x05, 34, 0, 16, 0, 0, 0]);
 //! assert_eq!(OffloadHeader::parse(&bytes)?, header);
 //!
-//! // A packet that has lost the four bytes of its VLAN tag; one that has lost half of IPv4.
+//! // Trim the four bytes of a VLAN tag. Trimming 40 bytes would cut into the TCP header.
 //! assert_eq!(header.trim_front(4)?.checksum, Checksum::Partial { start: 30, offset: 16 });
 //! assert_eq!(
 //!     header.trim_front(40),
@@ -36,10 +37,10 @@
 //!
 //! # Reading what others wrote
 //!
-//! [`OffloadHeader::parse`] refuses what it cannot represent. [`OffloadHeader::validate`] holds the
-//! rest against the packet's length; do both with a header from a guest before anything relies on
-//! it. A validated header's checksum field is inside the packet, and if the packet is to be cut, so
-//! is the transport header's fixed part.
+//! [`OffloadHeader::parse`] refuses what it cannot represent. [`OffloadHeader::validate`] checks
+//! the rest against the packet's length. Do both with a header from a guest before anything relies
+//! on it. In a validated header, the checksum field is inside the packet. If the packet is to be
+//! cut, the fixed part of its transport header is inside the packet, too.
 //!
 //! Sources: "5.1.6" below is that section of the [virtio 1.2 specification][virtio]; the layout is
 //! `virtio_net_hdr_v1` of Linux's `include/uapi/linux/virtio_net.h`; what Linux accepts is
@@ -53,16 +54,16 @@ use core::fmt;
 use core::mem::{align_of, offset_of, size_of};
 use static_assertions::const_assert_eq;
 
-/// Bytes in the header.
+/// The number of bytes in the header.
 pub const LEN: usize = 12;
 
-/// `flags`: the checksum is to be completed as `csum_start` and `csum_offset` say.
+/// `flags`: the checksum must be completed as `csum_start` and `csum_offset` say.
 #[doc(alias = "VIRTIO_NET_HDR_F_NEEDS_CSUM")]
 pub const F_NEEDS_CSUM: u8 = 1;
 /// `flags`: the checksum has been verified.
 #[doc(alias = "VIRTIO_NET_HDR_F_DATA_VALID")]
 pub const F_DATA_VALID: u8 = 2;
-/// `flags`: `csum_start` and `csum_offset` hold counts of coalesced segments instead.
+/// `flags`: `csum_start` and `csum_offset` hold counts of coalesced segments and not positions.
 #[doc(alias = "VIRTIO_NET_HDR_F_RSC_INFO")]
 pub const F_RSC_INFO: u8 = 4;
 
@@ -81,14 +82,14 @@ pub const GSO_TCPV6: u8 = 4;
 /// `gso_type`: many UDP datagrams in one.
 #[doc(alias = "VIRTIO_NET_HDR_GSO_UDP_L4")]
 pub const GSO_UDP_L4: u8 = 5;
-/// `gso_type`, added to one of TCP's: the ECN bits are set.
+/// `gso_type`, added to one of the TCP types: the ECN bits are set.
 #[doc(alias = "VIRTIO_NET_HDR_GSO_ECN")]
 pub const GSO_ECN: u8 = 0x80;
 
-/// A segment size that Linux keeps for itself (`GSO_BY_FRAGS`) and refuses from outside.
+/// A segment size that Linux reserves for itself (`GSO_BY_FRAGS`) and refuses from outside.
 const SEGMENT_SIZE_BY_FRAGS: u16 = 0xffff;
 
-/// A 16-bit field as it lies in memory: little-endian on every machine, aligned to one byte.
+/// A 16-bit field as it is in memory: little-endian on every machine, aligned to one byte.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct Le16([u8; 2]);
@@ -107,20 +108,20 @@ impl Le16 {
     }
 }
 
-/// The header as it lies in memory, uninterpreted; [`OffloadHeader`] is the typed one.
+/// The header as it is in memory, not interpreted. [`OffloadHeader`] is the typed one.
 ///
-/// Little-endian, as virtio 1.x is on every machine (5.1.6 of the specification, "le16"). TAP
-/// speaks the host's byte order until `TUNSETVNETLE` is set; on little-endian machines that is the
-/// same.
+/// It is little-endian on every machine, as virtio 1.x is (5.1.6 of the specification, "le16"). TAP
+/// uses the host's byte order until `TUNSETVNETLE` is set, which makes no difference on
+/// little-endian machines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(C)]
 #[doc(alias = "virtio_net_hdr_v1")]
 pub struct VirtioNetHdr {
-    /// `F_*` bits.
+    /// The `F_*` bits.
     pub flags: u8,
     /// One of `GSO_*`, perhaps with [`GSO_ECN`].
     pub gso_type: u8,
-    /// Bytes of headers in front of the first segment's payload; a hint.
+    /// Bytes of headers in front of the first segment's payload. A hint.
     pub hdr_len: Le16,
     /// Bytes of payload in each segment.
     pub gso_size: Le16,
@@ -128,7 +129,7 @@ pub struct VirtioNetHdr {
     pub csum_start: Le16,
     /// Where the checksum goes, counted from `csum_start`.
     pub csum_offset: Le16,
-    /// Buffers that the packet is spread over.
+    /// The number of buffers that the packet is spread over.
     pub num_buffers: Le16,
 }
 
@@ -145,7 +146,7 @@ const_assert_eq!(offset_of!(VirtioNetHdr, num_buffers), NUM_BUFFERS_AT);
 const NUM_BUFFERS_AT: usize = 10;
 
 impl VirtioNetHdr {
-    /// The header that lies in `bytes`. Any bytes are one.
+    /// The header in `bytes`. Any bytes are a header.
     #[inline]
     pub const fn from_bytes(bytes: &[u8; LEN]) -> Self {
         let [flags, gso_type, h0, h1, g0, g1, s0, s1, o0, o1, n0, n1] = *bytes;
@@ -172,30 +173,30 @@ impl VirtioNetHdr {
     }
 }
 
-/// What is known of the transport checksum, and what is left to do.
+/// What is known about the transport checksum, and what is left to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Checksum {
-    /// Nothing to complete. On a packet to be sent the checksum is complete; on a packet received
-    /// nobody has verified it.
+    /// There is nothing to complete. On a packet to send, the checksum is complete. On a received
+    /// packet, nobody has verified it.
     #[default]
     Complete,
-    /// The checksum field holds the sum of the pseudo header only. Completing it means: sum from
-    /// `start` to the packet's end, put the result `offset` bytes after `start`.
+    /// The checksum field holds only the sum of the pseudo header. To complete it, sum from `start`
+    /// to the packet's end, and put the result `offset` bytes after `start`.
     ///
-    /// On a packet received this also says that there is nothing to verify: it has not been on a
-    /// wire.
+    /// On a received packet this also says that there is nothing to verify, because the packet has
+    /// not been on a wire.
     Partial {
         /// Where the sum begins, counted from the packet's first byte.
         start: u16,
         /// Where the result goes, counted from `start`: 16 for TCP, 6 for UDP.
         offset: u16,
     },
-    /// The checksum has been verified (of several encapsulated ones, one). Only on packets
-    /// received.
+    /// The checksum has been verified (if several are encapsulated, one of them). Only on received
+    /// packets.
     DataValid,
 }
 
-/// How a packet larger than the MTU is to be cut: generic segmentation offload.
+/// How to cut a packet that is larger than the MTU: generic segmentation offload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Gso {
     /// Not at all.
@@ -228,8 +229,8 @@ impl Gso {
         }
     }
 
-    /// Of the transport header of a packet to be cut: the length of its fixed part, and where its
-    /// checksum lies in it.
+    /// For the transport header of a packet to cut: the length of its fixed part, and the
+    /// checksum's offset in it.
     const fn transport(self) -> Option<(u16, u16)> {
         match self {
             Gso::None => None,
@@ -246,19 +247,20 @@ impl Gso {
 pub struct OffloadHeader {
     /// The state of the checksum.
     pub checksum: Checksum,
-    /// Whether and how the packet is to be cut.
+    /// Whether and how to cut the packet.
     pub gso: Gso,
-    /// The packet is TCP with its congestion bits (ECN) set, which whoever cuts it must respect.
+    /// The packet is TCP with its congestion bits (ECN) set. The code that cuts it must respect
+    /// them.
     pub ecn: bool,
-    /// Bytes of payload in each segment but the last (MSS). Without meaning if `gso` is
+    /// Bytes of payload in each segment but the last (MSS). Has no meaning if `gso` is
     /// [`Gso::None`].
     pub segment_size: u16,
-    /// Bytes of headers, Ethernet to transport, in front of the payload; 0 if not said. A hint
-    /// about how much to keep in one piece: never rely on it (5.1.6.2.2: "the device MUST NOT rely
+    /// Bytes of headers, from Ethernet to transport, in front of the payload; 0 if not said. A hint
+    /// about how much to keep in one piece. Never rely on it (5.1.6.2.2: "the device MUST NOT rely
     /// on hdr_len to be correct").
     pub header_len: u16,
-    /// Buffers that the packet is spread over: 1 on packets that a guest receives, 0 on packets to
-    /// be sent.
+    /// The number of buffers that the packet is spread over: 1 on packets that a guest receives, 0
+    /// on packets to send.
     pub num_buffers: u16,
 }
 
@@ -273,12 +275,11 @@ impl OffloadHeader {
         num_buffers: 0,
     };
 
-    /// Reads a header. What it says about the packet is not looked at: see
-    /// [`validate`](Self::validate).
+    /// Reads a header. Does not check it against a packet; [`validate`](Self::validate) does.
     ///
-    /// `csum_start` and `csum_offset` are dropped unless [`F_NEEDS_CSUM`] is set, as they must not
-    /// be used then. If [`F_DATA_VALID`] is set as well, it is dropped: a partial checksum needs no
-    /// verifying.
+    /// `csum_start` and `csum_offset` are dropped unless [`F_NEEDS_CSUM`] is set, because without
+    /// that flag they must not be used. If [`F_DATA_VALID`] is set as well, it is dropped, because
+    /// a partial checksum needs no verifying.
     ///
     /// # Errors
     ///
@@ -295,11 +296,11 @@ impl OffloadHeader {
         Self::from_raw(raw)
     }
 
-    /// Reads a header as [`parse`](Self::parse) does, but takes no offence at reserved flags.
+    /// Reads a header like [`parse`](Self::parse), but ignores reserved flags.
     ///
-    /// The specification asks this of both sides (5.1.6.2.2 and 5.1.6.4.2: "MUST ignore flag bits
-    /// that it does not recognize"), so it is the one for a VMM that reads a guest's headers. The
-    /// bits are gone in what is [`write`](Self::write)n: nobody further on finds them.
+    /// The specification requires this of both sides (5.1.6.2.2 and 5.1.6.4.2: "MUST ignore flag
+    /// bits that it does not recognize"), so a VMM that reads a guest's headers should use it.
+    /// [`write`](Self::write) does not write these bits, so nobody further on sees them.
     ///
     /// # Errors
     ///
@@ -340,14 +341,14 @@ impl OffloadHeader {
         })
     }
 
-    /// Writes the header over all of `bytes`: nothing stale is left. [`parse`](Self::parse) of them
-    /// gives this header again.
+    /// Writes the header over all of `bytes`, so that nothing stale is left. [`parse`](Self::parse)
+    /// of these bytes gives this header again.
     #[inline]
     pub const fn write(&self, bytes: &mut [u8; LEN]) {
         *bytes = self.to_raw().to_bytes();
     }
 
-    /// The header as it lies in memory.
+    /// The header as it is in memory.
     #[inline]
     pub const fn to_raw(&self) -> VirtioNetHdr {
         let (flags, start, offset) = match self.checksum {
@@ -366,23 +367,26 @@ impl OffloadHeader {
         }
     }
 
-    /// Whether the packet is as it goes on a wire: nothing to complete, nothing to cut.
+    /// Whether the packet can go on a wire as it is: there is nothing to complete and nothing to
+    /// cut.
     #[inline]
     pub const fn is_plain(&self) -> bool {
         matches!(self.gso, Gso::None) && !matches!(self.checksum, Checksum::Partial { .. })
     }
 
-    /// Holds the header against a packet of `packet_len` bytes (without the header), from its
-    /// length only: what the packet's bytes say is not looked at.
+    /// Checks the header against the length of its packet, `packet_len` bytes without the header.
+    /// Does not look at the packet's bytes.
     ///
-    /// `header_len` is only a hint, and one that is too small or 0 passes. One beyond the packet's
-    /// end does not: it hints at nothing, and Linux's TAP answers such a write with `EINVAL`.
+    /// `header_len` is only a hint, so a value that is too small, or 0, passes. A value beyond the
+    /// packet's end does not pass: it means nothing, and Linux's TAP answers such a write with
+    /// `EINVAL`.
     ///
     /// # Errors
     ///
-    /// The first broken rule: all of [`OffloadError`] but those of `parse` and `trim_front`.
+    /// The first broken rule: any [`OffloadError`] except those that only `parse`, `trim_front` and
+    /// `grow_front` give.
     pub fn validate(&self, packet_len: usize) -> Result<(), OffloadError> {
-        // 32 bits hold the sum of three 16-bit fields; a packet that is longer passes every check.
+        // 32 bits hold the sum of three 16-bit fields. A longer packet passes every check.
         let len = u32::try_from(packet_len).unwrap_or(u32::MAX);
         let end = |start: u16, n: u32| u32::from(start) + n;
 
@@ -417,18 +421,18 @@ impl OffloadHeader {
         Ok(())
     }
 
-    /// The header for the same packet without its first `n` bytes: positions move with the bytes
-    /// they mean.
+    /// The header for the same packet without its first `n` bytes. Positions are adjusted, so that
+    /// they name the same bytes.
     ///
-    /// `header_len` shrinks by `n`, at most to 0 ("not said"). [`Checksum::DataValid`] becomes
-    /// [`Checksum::Complete`] (to be verified): it may have been about a checksum in the bytes that
-    /// went.
+    /// `header_len` shrinks by `n`, but not below 0 ("not said"). [`Checksum::DataValid`] becomes
+    /// [`Checksum::Complete`] (to be verified), because it may have been about a checksum in the
+    /// removed bytes.
     ///
     /// # Errors
     ///
-    /// [`TrimPastChecksumStart`](OffloadError::TrimPastChecksumStart) if bytes would go that a
-    /// partial checksum covers; [`GsoWithoutChecksum`](OffloadError::GsoWithoutChecksum) if the
-    /// packet is to be cut but does not say where its transport header is.
+    /// [`TrimPastChecksumStart`](OffloadError::TrimPastChecksumStart) if bytes that a partial
+    /// checksum covers would be removed. [`GsoWithoutChecksum`](OffloadError::GsoWithoutChecksum)
+    /// if the packet is to be cut, but the header does not say where its transport header is.
     pub fn trim_front(&self, n: usize) -> Result<Self, OffloadError> {
         if n == 0 {
             return Ok(*self);
@@ -452,8 +456,8 @@ impl OffloadHeader {
     ///
     /// # Errors
     ///
-    /// [`ChecksumStartTooFar`](OffloadError::ChecksumStartTooFar) if a position does not fit in its
-    /// field any more.
+    /// [`ChecksumStartTooFar`](OffloadError::ChecksumStartTooFar) if a position no longer fits in
+    /// its field.
     pub fn grow_front(&self, n: usize) -> Result<Self, OffloadError> {
         let further = |at: u16| u16::try_from(n).ok().and_then(|n| at.checked_add(n));
         let checksum = match self.checksum {
@@ -464,22 +468,22 @@ impl OffloadHeader {
             }
             other => other,
         };
-        // Only a hint, and 0 stays "not said".
+        // This is only a hint. 0 stays 0, which means "not said".
         let header_len =
             if self.header_len == 0 { 0 } else { further(self.header_len).unwrap_or(0) };
         Ok(Self { checksum, header_len, ..*self })
     }
 
-    /// The header for handing a packet to a guest: `num_buffers` is 1. TAP delivers 0; 5.1.6.4.1
-    /// wants 1 unless mergeable buffers are negotiated.
+    /// The header for a packet that a guest receives: `num_buffers` is 1. TAP delivers 0, but
+    /// 5.1.6.4.1 requires 1 unless mergeable buffers are negotiated.
     #[inline]
     #[must_use]
     pub const fn for_guest(self) -> Self {
         Self { num_buffers: 1, ..self }
     }
 
-    /// The header for sending on a packet that was received: `num_buffers` is 0 and
-    /// [`Checksum::DataValid`], which no sender may claim, is gone (5.1.6.2.1).
+    /// The header for forwarding a received packet: `num_buffers` is 0, and [`Checksum::DataValid`]
+    /// is replaced, because no sender may claim it (5.1.6.2.1).
     #[inline]
     #[must_use]
     pub const fn for_sending(self) -> Self {
@@ -491,8 +495,8 @@ impl OffloadHeader {
     }
 }
 
-/// Sets `num_buffers` in a header where it lies, without looking at the rest: what the read path
-/// does (with 1) to every header that TAP delivers.
+/// Sets `num_buffers` of a header in place, without looking at the rest. The read path does this,
+/// with 1, to every header that TAP delivers.
 #[inline]
 pub const fn set_num_buffers(header: &mut [u8; LEN], num_buffers: u16) {
     [header[NUM_BUFFERS_AT], header[NUM_BUFFERS_AT + 1]] = num_buffers.to_le_bytes();
@@ -502,7 +506,7 @@ pub const fn set_num_buffers(header: &mut [u8; LEN], num_buffers: u16) {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum OffloadError {
-    /// Flags are set that virtio 1.2 does not define.
+    /// The header has flags set that virtio 1.2 does not define.
     ReservedFlags {
         /// Those flags.
         flags: u8,
@@ -529,48 +533,48 @@ pub enum OffloadError {
         /// The packet's length.
         packet_len: usize,
     },
-    /// A packet to be cut must have a partial checksum (5.1.6.2.1: "the driver MUST also set the
-    /// VIRTIO_NET_HDR_F_NEEDS_CSUM bit").
+    /// The packet is to be cut, but has no partial checksum (5.1.6.2.1: "the driver MUST also set
+    /// the VIRTIO_NET_HDR_F_NEEDS_CSUM bit").
     GsoWithoutChecksum,
-    /// In a packet to be cut the checksum does not lie where this transport protocol has it.
+    /// The packet is to be cut, but its checksum is not where its transport protocol has it.
     GsoChecksumOffset {
-        /// Where it lies in the transport header.
+        /// Where the header says it is in the transport header.
         offset: u16,
-        /// Where it ought to.
+        /// Where it should be.
         expected: u16,
     },
-    /// The transport header of a packet to be cut is not all in the packet.
+    /// The packet is to be cut, but its transport header is not all in the packet.
     TransportPastEnd {
         /// Where it begins.
         start: u16,
         /// The packet's length.
         packet_len: usize,
     },
-    /// A packet cannot be cut into segments of 0 bytes; 65,535 means something else to Linux
-    /// (`GSO_BY_FRAGS`), which refuses it.
+    /// A packet cannot be cut into segments of 0 bytes. Linux refuses 65,535, which it uses for
+    /// something else (`GSO_BY_FRAGS`).
     SegmentSize {
         /// 0 or 65,535.
         size: u16,
     },
-    /// The ECN bit is set but the packet is not TCP to be cut.
+    /// The ECN bit is set, but the packet is not a TCP packet to cut.
     EcnWithoutTcp,
-    /// The headers are said to be longer than the packet.
+    /// The header says that the packet's headers are longer than the packet.
     HeaderLenPastEnd {
         /// `hdr_len`.
         header_len: u16,
         /// The packet's length.
         packet_len: usize,
     },
-    /// Growing would move the checksummed part beyond what its field holds.
+    /// Growing would move the start of the checksummed part beyond what its field can hold.
     ChecksumStartTooFar {
-        /// Bytes to be added in front.
+        /// The bytes to add in front.
         grow: usize,
         /// Where the checksummed part begins.
         start: u16,
     },
-    /// Trimming would take away bytes that a partial checksum covers.
+    /// Trimming would remove bytes that a partial checksum covers.
     TrimPastChecksumStart {
-        /// Bytes to be trimmed.
+        /// The bytes to trim.
         trim: usize,
         /// Where the checksummed part begins.
         start: u16,

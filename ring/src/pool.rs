@@ -10,8 +10,8 @@ use core::ptr::NonNull;
 
 /// A handle to a pool of slots. Cloning it is cheap; any thread may allocate from it.
 ///
-/// The memory lives until the last handle is gone **and** the last [`Frame`] is home, in whatever
-/// order they go.
+/// The memory lives until the last handle is dropped **and** the last [`Frame`] has returned to the
+/// pool, in any order.
 pub struct Pool {
     inner: NonNull<PoolInner>,
 }
@@ -19,49 +19,53 @@ pub struct Pool {
 // SAFETY: everything reachable through a handle is atomic or immutable after construction, and a
 // slot's bytes are reached only through the one `Frame` that owns it ("one place per slot").
 unsafe impl Send for Pool {}
-// SAFETY: as above.
+// SAFETY: `&Pool` gives access to nothing else: atomics, immutable fields, and frames that each own
+// their slot.
 unsafe impl Sync for Pool {}
 
 impl Pool {
-    /// Cuts `backing` into slots, all free.
+    /// Cuts `backing` into slots, which are all free.
     pub fn new(backing: Box<dyn Backing>, layout: Layout) -> Result<Self, LayoutError> {
         Ok(Self { inner: PoolInner::new(backing, layout)? })
     }
 
     fn inner(&self) -> &PoolInner {
-        // SAFETY: this handle is counted in `refs`, so `PoolInner` is alive ("the pool outlives
-        // its slots").
+        // SAFETY: `refs` counts this handle, so `PoolInner` is alive ("the pool outlives its
+        // slots").
         unsafe { self.inner.as_ref() }
     }
 
-    /// Takes a slot from the free list: an empty frame behind the headroom. `None` if every slot
-    /// is out. The bytes are what the slot's last owner left there.
+    /// Takes a slot from the free list, as a frame whose packet is empty and begins behind the
+    /// headroom. `None` if every slot is out. The bytes are those that the slot's last owner left
+    /// there.
     pub fn alloc(&self) -> Option<Frame> {
         let inner = self.inner();
         let slot = inner.alloc_slot()?;
         let (offset, state) = (inner.layout.headroom, OffloadState::ABSENT);
         let range = SlotRange::new(slot, offset, 0, state);
-        // SAFETY: `alloc_slot` took the slot out of the free list, so it is in no other place, and
-        // counted it as out.
+        // SAFETY: `alloc_slot` took the slot out of the free list, so it is in no other place ("one
+        // place per slot"), and counted it as out. `Layout::check` saw that the headroom is smaller
+        // than a slot.
         Some(unsafe { Frame::from_raw(self.inner, range) })
     }
 
-    /// How the region is cut.
+    /// How the region is cut into slots.
     pub fn layout(&self) -> Layout {
         self.inner().layout
     }
 
-    /// Bytes a packet may take in a fresh frame.
+    /// The bytes that a packet may have in a fresh frame.
     pub fn capacity(&self) -> u32 {
         self.layout().slot_size - self.layout().headroom
     }
 
-    /// Slots that are not in the free list: held as frames, queued, or with a device. A snapshot.
+    /// The slots that are not in the free list: those held as frames, in a queue, or with a device.
+    /// A snapshot.
     pub fn slots_out(&self) -> u32 {
         self.inner().slots_out()
     }
 
-    /// Whether `frame` is a slot of this pool.
+    /// Whether `frame` owns a slot of this pool.
     #[inline]
     pub fn owns(&self, frame: &Frame) -> bool {
         frame.pool_ptr() == self.inner
@@ -82,7 +86,7 @@ impl Clone for Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // SAFETY: we give up the one handle we are.
+        // SAFETY: `refs` counts this handle, and nothing uses it after its drop.
         unsafe { release_handle(self.inner) }
     }
 }

@@ -1,11 +1,11 @@
 //! Asking for a cache line before it is needed.
 //!
-//! An entry that another processor has written costs a transfer between caches when it is read. The
-//! work on one entry is long enough to fill the processor's window of a few hundred instructions, so
-//! without help one such transfer begins when the one before is over. Asked for together they overlap.
+//! Reading an entry that another processor has written costs a transfer between caches. The work on
+//! one entry fills the processor's window of a few hundred instructions, so without a prefetch each
+//! transfer begins when the previous one has ended. Prefetched together, the transfers overlap.
 
-/// Asks for the cache line of `place` for reading. A hint: it changes nothing but time, and does
-/// nothing where it is not known how.
+/// Prefetches the cache line of `place` for reading. This is a hint, which affects only the time.
+/// It does nothing on processors other than x86-64 and AArch64, and under Miri and loom.
 #[inline(always)]
 pub(crate) fn prefetch<T>(place: *const T) {
     #[cfg(all(target_arch = "x86_64", not(any(miri, loom))))]

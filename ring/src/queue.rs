@@ -1,11 +1,15 @@
 //! The single-producer single-consumer queue of plain entries under both SQ and CQ.
 //!
-//! Indices are free-running `u32`s that wrap; a cell is found by masking. Each side keeps a copy of
-//! the other's index and reads the shared one only when the copy says "full" or "empty".
+//! Indices are free-running `u32`s that wrap; masking an index gives its cell. Each side keeps a
+//! copy of the other side's index. The producer loads the shared index only when its copy says
+//! "full". The consumer loads it when [`refresh`](Consumer::refresh) is called.
 //!
-//! Orderings: `tail` is stored with Release after the entry is written and loaded with Acquire
-//! before it is read; `head` is stored with Release after the entry is copied out and loaded with
-//! Acquire before the cell is written again. No fence takes part, so ThreadSanitizer can follow.
+//! Orderings: the producer stores `tail` with Release after it has written the entry
+//! ([`store_tail`](Producer::store_tail)), and the consumer loads it with Acquire before it reads
+//! the entry ([`refresh`](Consumer::refresh)). The consumer stores `head` with Release after it has
+//! copied the entry out ([`retire`](Consumer::retire)), and the producer loads it with Acquire
+//! before it writes the cell again ([`refresh_space`](Producer::refresh_space)). No fence takes
+//! part, so ThreadSanitizer can follow.
 
 use crate::entry::{Entry, Sqe};
 use crate::limits::{BUSY_IN_FLIGHT, PREFETCH_ENTRIES, PUBLISH_BATCH, PUBLISH_BATCH_BUSY};
@@ -29,61 +33,71 @@ struct Shared<T: Entry> {
     regions: Regions,
 }
 
-// SAFETY: a cell is written by the one producer while it is outside head..tail and read by the one
-// consumer while it is inside; the two indices hand it over (module documentation). `T` is plain
-// data.
+// SAFETY: the one producer writes a cell while its index is outside head..tail, in `push`. The one
+// consumer reads it while its index is inside, in `peek`. The two indices hand the cell over (see
+// the module's documentation). `queue` makes one producer and one consumer, and neither is `Clone`.
+// `T` is plain data.
 unsafe impl<T: Entry + Send> Sync for Shared<T> {}
-// SAFETY: as above.
+// SAFETY: the fields are atomics, plain data that is `Send`, and pools, which are `Send`.
 unsafe impl<T: Entry + Send> Send for Shared<T> {}
 
 impl<T: Entry> Shared<T> {
     #[inline]
     fn cell(&self, index: u32) -> &UnsafeCell<MaybeUninit<T>> {
-        // SAFETY: `queue` made `mask + 1` cells, and neither changes afterwards.
+        // SAFETY: `queue` made `mask + 1` cells, and neither the mask nor the cells change
+        // afterwards.
         unsafe { self.cells.get_unchecked((index & self.mask) as usize) }
     }
 }
 
-/// Shows the entry of a cell that the caller, the consumer, knows of and has not retired.
+/// Calls `look` with the entry of a cell. The caller is the consumer, which has seen the entry in
+/// `refresh` and has not retired it, or the drop of the queue.
 #[inline(always)]
 fn peek<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
     cell.with(|cell| {
-        // SAFETY: the cell's index is in head..tail, so the producer wrote it before its Release store of
-        // `tail`, which the caller has loaded with Acquire, and will not write it again before `head` has
-        // passed.
+        // SAFETY: the cell's index is in head..tail of the shared indices; `Consumer` keeps to
+        // that. So the producer wrote the cell before the Release in `store_tail`, the caller has
+        // loaded that tail with Acquire, and the producer does not write the cell again before
+        // `retire` has stored a head beyond it.
         look(unsafe { (*cell).assume_init_ref() })
     })
 }
 
 impl<T: Entry> Drop for Shared<T> {
     fn drop(&mut self) {
-        // Both halves are gone (we are the last reference): whatever stands in the queue goes home.
+        // This is the last reference, so both halves are gone. The slots of the entries that are
+        // left return to their pools.
+        // Acquire: pairs with the Release in `store_tail` (tail) and the one in `retire` (head).
         let tail = self.tail.load(Ordering::Acquire);
         let mut head = self.head.load(Ordering::Acquire);
         while head != tail {
             let entry = peek(self.cell(head), |entry| *entry);
             head = head.wrapping_add(1);
-            // SAFETY: the queue is gone, and what was not taken of it is taken here, once.
+            // SAFETY: the producers of `sq.rs` and `cq.rs` wrote the entry by a frame of these
+            // regions. No consumer has taken it, since `head` was not stored beyond it and no half
+            // is left, and this loop takes it once.
             drop(unsafe { self.regions.frame(&entry) });
         }
     }
 }
 
-/// Makes `Send` halves that are not `Sync`: two threads must not share one.
+/// Makes a half `Send` and not `Sync`: two threads must not share one.
 type NotSync = PhantomData<Cell<()>>;
 
-/// Works through `&self`, so that the borrowed halves of a ring can both reach it; its cells keep it on
-/// one thread.
+/// The writing half. It works through `&self`, so that both borrowed halves of a ring can reach it.
+/// Its `Cell`s keep it on one thread.
 pub(crate) struct Producer<T: Entry> {
     shared: Arc<Shared<T>>,
-    /// Next index to write; up to here entries may be unpublished.
+    /// The next index to write. The entries from `published` up to here are written and not
+    /// published.
     tail: Cell<u32>,
     published: Cell<u32>,
     head_seen: Cell<u32>,
-    /// Entries that [`publish_lines`](Self::publish_lines) publishes together.
+    /// How many entries [`publish_lines`](Self::publish_lines) publishes together.
     batch: Cell<u32>,
 }
 
+/// The reading half.
 pub(crate) struct Consumer<T: Entry> {
     shared: Arc<Shared<T>>,
     head: u32,
@@ -91,12 +105,13 @@ pub(crate) struct Consumer<T: Entry> {
     _not_sync: NotSync,
 }
 
-/// Entries to a cache line of 64 bytes.
+/// Entries in a cache line of 64 bytes.
 const ENTRIES_PER_LINE: usize = 64 / size_of::<Sqe>();
-/// A view of how many entries were ever published.
+
+/// Reads how many entries were ever published.
 pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);
 
-/// A queue of `capacity` (a power of two) entries whose indices begin at `start`.
+/// Makes a queue of `capacity` entries, a power of two. Its indices begin at `start`.
 pub(crate) fn queue<T: Entry>(
     capacity: u32,
     regions: Regions,
@@ -139,16 +154,17 @@ impl<T: Entry> Producer<T> {
         self.refresh_space() > 0
     }
 
-    /// Entries that fit now; more may fit at any time later.
+    /// Loads the consumer's index and returns how many entries fit now. More may fit at any time
+    /// later.
     #[inline]
     pub(crate) fn refresh_space(&self) -> u32 {
-        // Acquire: pairs with the Release in `pop`: the consumer has copied these cells out.
+        // Acquire: pairs with the Release in `retire`. The consumer has copied these cells out.
         self.head_seen.set(self.shared.head.load(Ordering::Acquire));
         self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get())
     }
 
-    /// Writes an entry, which the consumer sees after [`publish`](Self::publish). If the queue is full,
-    /// writes nothing and returns false.
+    /// Writes an entry, which the consumer sees after [`publish`](Self::publish). If the queue is
+    /// full, writes nothing and returns false.
     ///
     /// The check and the write are one call, and no caller's code runs between them: with a closure
     /// in between, that closure could push through the same `&self` and fill the cell.
@@ -160,18 +176,19 @@ impl<T: Entry> Producer<T> {
         }
         let tail = self.tail.get();
         self.shared.cell(tail).with_mut(|cell| {
-            // SAFETY: `has_space` saw `tail - head < capacity` with this tail, and only this producer
-            // moves it, on this thread (`Producer` is not `Sync`). So the cell is outside head..tail:
-            // the consumer has copied its old entry out (Acquire in `refresh_space`) and does not look
-            // at it again before `store_tail` publishes it.
+            // SAFETY: `has_space` saw `tail - head < capacity` for this very tail, since only this
+            // producer changes it, on this thread (`Producer` is not `Sync`). So the cell is
+            // outside head..tail. The consumer has copied the old entry out (Acquire in
+            // `refresh_space`), and does not look at the cell again before `store_tail` publishes
+            // it.
             unsafe { (*cell).write(entry) };
         });
         self.tail.set(tail.wrapping_add(1));
         true
     }
 
-    /// Shows everything written to the consumer; the commit point. Returns whether there was
-    /// anything.
+    /// Publishes all entries that were written: the commit point. The consumer sees them from here
+    /// on. Returns whether there were any.
     #[inline]
     pub(crate) fn publish(&self) -> bool {
         let anything = self.has_unpublished();
@@ -181,17 +198,18 @@ impl<T: Entry> Producer<T> {
         anything
     }
 
-    /// As [`publish`](Self::publish), for who knows that there is something.
+    /// Publishes without a check: for callers that know that an entry was written.
     #[inline]
     pub(crate) fn store_tail(&self) {
-        // Release: pairs with the Acquire in `refresh`: the entries, and the packet bytes written
-        // before them, come first.
+        // Release: pairs with the Acquires in `refresh`, in `Published::count` and in the drop of
+        // `Shared`. A thread that sees this tail also sees the entries, and the packets'
+        // bytes.
         self.shared.tail.store(self.tail.get(), Ordering::Release);
         self.published.set(self.tail.get());
     }
 
-    /// As [`publish`](Self::publish), if the entries fill cache lines to their ends: a line that the
-    /// other side already reads is not written to.
+    /// Publishes if the entries fill a batch of whole cache lines. So no entry is written into a
+    /// line that the other side already reads.
     #[inline]
     pub(crate) fn publish_lines(&self) {
         // `batch` is a power of two.
@@ -200,30 +218,33 @@ impl<T: Entry> Producer<T> {
         }
     }
 
-    /// A run of entries begins, while those from the index `since` on are on their way.
+    /// Begins a run of entries: chooses the batch of [`publish_lines`](Self::publish_lines) by how
+    /// many entries, those from the index `since` on, are in flight.
     #[inline]
     pub(crate) fn begin_run(&self, since: u32) {
         let many = self.tail.get().wrapping_sub(since) >= BUSY_IN_FLIGHT;
         self.batch.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH });
     }
 
-    /// Entries ever published (plus the start index).
+    /// The number of entries ever published, plus the start index.
     #[inline]
     pub(crate) fn published(&self) -> u32 {
         self.published.get()
     }
 
-    /// Whether something was written and not published.
+    /// Whether an entry was written and not published.
     #[inline]
     pub(crate) fn has_unpublished(&self) -> bool {
         self.published != self.tail
     }
 
-    /// Entries published and not retired. A snapshot.
+    /// The entries that are published and not retired. A snapshot.
     pub(crate) fn backlog(&self) -> u32 {
+        // Relaxed: only a count is wanted, and no cell is touched because of it.
         self.published.get().wrapping_sub(self.shared.head.load(Ordering::Relaxed))
     }
 
+    /// A view of how many entries this producer has published.
     pub(crate) fn watch(&self) -> Published<T> {
         Published(self.shared.clone())
     }
@@ -231,8 +252,8 @@ impl<T: Entry> Producer<T> {
 
 impl<T: Entry> Drop for Producer<T> {
     fn drop(&mut self) {
-        // An entry written but not published owns a slot: let the other half, or the end of the
-        // queue, bring it home.
+        // An entry that is written and not published owns a slot. Once published, the consumer
+        // takes it or the drop of the queue frees it.
         self.publish();
     }
 }
@@ -242,21 +263,22 @@ impl<T: Entry> Consumer<T> {
         &self.shared.regions
     }
 
-    /// Looks at the producer's index; returns how many entries wait.
+    /// Loads the producer's index and returns how many entries wait.
     #[inline]
     pub(crate) fn refresh(&mut self) -> u32 {
-        // Acquire: pairs with the Release in `publish`.
+        // Acquire: pairs with the Release in `store_tail`. We see the entries, and the packets'
+        // bytes.
         self.tail_seen = self.shared.tail.load(Ordering::Acquire);
         self.known()
     }
 
-    /// How many entries wait, as of the last look.
+    /// How many entries wait, as of the last [`refresh`](Self::refresh).
     #[inline]
     pub(crate) fn known(&self) -> u32 {
         self.tail_seen.wrapping_sub(self.head)
     }
 
-    /// Asks for the cache lines of the first of the known entries, together; see
+    /// Prefetches the cache lines of the first known entries, all together; see
     /// [`prefetch`](crate::prefetch).
     #[inline]
     pub(crate) fn prefetch(&self) {
@@ -265,13 +287,14 @@ impl<T: Entry> Consumer<T> {
         }
     }
 
-    /// Entries ever retired (plus the start index).
+    /// The number of entries ever taken, plus the start index.
     pub(crate) fn head(&self) -> u32 {
         self.head
     }
 
-    /// Copies the next known entry out, retires it, and makes something of it. Only then may its slot
-    /// become a frame: what `make` loses is lost, but nothing is owned twice.
+    /// Copies the next known entry out, retires it, and then calls `make` with the copy. The slot
+    /// may become a frame only in `make`. So if `make` panics, a slot can be lost, but nothing is
+    /// owned twice.
     #[inline]
     pub(crate) fn pop<R>(&mut self, make: impl FnOnce(T, &Regions) -> R) -> Option<R> {
         let entry = self.front()?.take(|entry, _| *entry);
@@ -279,7 +302,7 @@ impl<T: Entry> Consumer<T> {
         Some(make(entry, self.regions()))
     }
 
-    /// The oldest known entry, to be taken or left.
+    /// The oldest known entry, which the caller may take or leave.
     #[inline(always)]
     pub(crate) fn front(&mut self) -> Option<Front<'_, T>> {
         let Self { shared, head, tail_seen, .. } = self;
@@ -290,14 +313,17 @@ impl<T: Entry> Consumer<T> {
         })
     }
 
-    /// Tells the producer of all that was taken; a [`Front`] does not.
+    /// Lets the producer write the cells of all entries that were taken. [`Front::take`] itself
+    /// does not.
     #[inline]
     pub(crate) fn retire(&mut self) {
-        // Release: pairs with the Acquire in `refresh_space`: what we copied out comes before the next write.
+        // Release: pairs with the Acquire in `refresh_space` and the one in the drop of `Shared`.
+        // We have copied the entries out before their cells are written again.
         self.shared.head.store(self.head, Ordering::Release);
     }
 
-    /// How many of the known entries, from the oldest on and up to `most`, are like that.
+    /// The length of the leading run, at most `most`, of known entries for which `like` returns
+    /// true.
     #[inline(always)]
     pub(crate) fn leading(&self, most: u32, mut like: impl FnMut(&T, &Regions) -> bool) -> u32 {
         let most = self.known().min(most);
@@ -315,14 +341,14 @@ impl<T: Entry> Consumer<T> {
 
 impl<T: Entry> Drop for Consumer<T> {
     fn drop(&mut self) {
-        // What was taken is not the queue's to bring home.
+        // Taken entries are no longer the queue's: its drop must not free their slots.
         self.retire();
     }
 }
 
-/// The oldest entry of a queue, still there: let go, it stays.
+/// The oldest known entry of a queue. If it is dropped and not taken, it stays in the queue.
 pub(crate) struct Front<'a, T: Entry> {
-    /// Where `head` is.
+    /// The cell of the index `head`.
     cell: &'a UnsafeCell<MaybeUninit<T>>,
     regions: &'a Regions,
     head: &'a mut u32,
@@ -334,19 +360,21 @@ impl<T: Entry> Front<'_, T> {
         peek(self.cell, look)
     }
 
-    /// Takes it: `make` sees it where it is, and nobody sees it again. The producer learns of it by
-    /// [`retire`](Consumer::retire), so several entries cost one store.
+    /// Takes the entry: `make` sees it in its cell, and nobody sees it again. The cell stays
+    /// occupied until [`retire`](Consumer::retire), so that several entries cost one store.
     #[inline(always)]
     pub(crate) fn take<R>(self, make: impl FnOnce(&T, &Regions) -> R) -> R {
-        // Before `make`, which may panic.
+        // Before `make`, which may panic: the entry must not be taken twice.
         *self.head = self.head.wrapping_add(1);
         peek(self.cell, |entry| make(entry, self.regions))
     }
 }
 
 impl<T: Entry> Published<T> {
+    /// The number of entries ever published, plus the start index.
     pub(crate) fn count(&self) -> u32 {
-        // Acquire: a reader that sees a submission also sees what its thread did before.
+        // Acquire: pairs with the Release in `store_tail`. A thread that sees a submission also
+        // sees what the submitting thread did before.
         self.0.tail.load(Ordering::Acquire)
     }
 }
@@ -376,6 +404,7 @@ impl<T: Entry> fmt::Debug for Published<T> {
     }
 }
 
+/// Implements `Debug` for a half by the `Debug` of its queue.
 macro_rules! debug_by_queue {
     ($($half:ident.$queue:ident),*) => {$(
         impl fmt::Debug for $half {

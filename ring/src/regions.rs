@@ -6,17 +6,18 @@ use crate::pool::Pool;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-/// The pools whose slots may stand in a ring's queues; a pool's place in the list is its region
+/// The pools whose slots may be in a ring's queues. A pool's index in the list is its region
 /// number.
 #[derive(Clone, Debug)]
 pub struct Regions {
-    /// Another handle to the first pool, in most rings the only one, where it costs one load.
+    /// Another handle to the first pool, which in most rings is the only one. Here, finding it
+    /// costs one load.
     first: Pool,
     pools: Box<[Pool]>,
 }
 
 impl Regions {
-    /// At most 2^16 pools; `None` if there are more, or none.
+    /// The regions of `pools`. `None` if there are none, or more than 2^16.
     pub fn new(pools: Vec<Pool>) -> Option<Self> {
         let first = pools.first()?.clone();
         (pools.len() <= 1 << 16).then(|| Self { first, pools: pools.into_boxed_slice() })
@@ -27,6 +28,7 @@ impl Regions {
         &self.pools
     }
 
+    /// The region number of the frame's pool. `None` if the pool is not in the list.
     #[inline]
     pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
         let pool = frame.pool_ptr();
@@ -36,31 +38,36 @@ impl Regions {
         self.pools.iter().position(|other| other.ptr() == pool).map(|region| region as u16)
     }
 
-    /// Makes an entry's slot a frame again.
+    /// Makes a frame of an entry's slot. `None` if the entry has none.
     ///
     /// # Safety
     ///
-    /// The entry came from a frame that `find` placed in these regions, it was taken out of its
-    /// queue, and this is the only call for it.
+    /// The entry carries the range of a frame and the region number that `find` gave for that
+    /// frame. The caller has taken the entry out of its queue, and calls this once for it.
     #[inline]
     pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller keeps the same conditions, and the entry has a slot.
         entry.has_slot().then(|| unsafe { self.frame_of(entry) })
     }
 
-    /// As [`frame`](Self::frame), of an entry that has a slot.
+    /// Like [`frame`](Self::frame), for an entry that has a slot.
     ///
     /// # Safety
     ///
-    /// As there.
+    /// The same conditions as for [`frame`](Self::frame), and the entry has a slot. While the entry
+    /// stays in its queue, its consumer may also call this if it only reads the frame and then
+    /// forgets it.
     #[inline(always)]
     pub(crate) unsafe fn frame_of(&self, entry: &impl Entry) -> Frame {
         let (region, range) = entry.slot();
         debug_assert!(entry.has_slot() && usize::from(region) < self.pools.len());
-        // SAFETY: `find` gave the region's number, which the entry carries unchanged.
+        // SAFETY: the caller says that `find` gave the region's number. `find` gives only numbers
+        // of `pools`, which never changes, and all queues of a ring have clones of the same
+        // regions.
         let pool = unsafe { self.pools.get_unchecked(usize::from(region)) }.ptr();
-        // SAFETY: the caller has taken the entry, so the slot is in no other place now; it is
-        // counted as out since its frame was submitted, and offset and length were the frame's.
+        // SAFETY: the caller has taken the entry, so the slot is in no other place now ("one place
+        // per slot"). `refs` counts it as out, because `into_raw` did not free it. The range was a
+        // frame's.
         unsafe { Frame::from_raw(pool, range) }
     }
 }

@@ -1,9 +1,9 @@
-//! A ring's four halves: the caller's ends of SQ and CQ ([`SqProducer`], [`CqConsumer`]) and the
-//! poller's ([`SqConsumer`], [`CqProducer`]).
+//! A ring and its four halves: the caller has [`SqProducer`] and [`CqConsumer`], the poller has
+//! [`SqConsumer`] and [`CqProducer`].
 //!
-//! This is where a [`Frame`](crate::Frame) becomes a queue entry and a queue entry becomes a frame. Each half is
-//! `Send` and not `Sync`. All but the [`SqProducer`] work through `&mut self`; that one is reached from two
-//! places of its thread, by who submits and by who ends a loop in which something was submitted.
+//! Each half is `Send` and not `Sync`. All but the [`SqProducer`] work through `&mut self`. The
+//! [`SqProducer`] works through `&self`, because two places of its thread use it: the code that
+//! submits, and the end of a loop in which something was submitted.
 
 use crate::cq::{CqConsumer, CqProducer};
 use crate::credits::credits;
@@ -12,7 +12,7 @@ use crate::queue::queue;
 use crate::regions::Regions;
 use crate::sq::{SqConsumer, SqProducer};
 
-/// How big a ring is.
+/// The size of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depths {
     /// Reads that may be in flight.
@@ -21,19 +21,19 @@ pub struct Depths {
     pub write: u32,
     /// Cancel requests that may be in flight.
     pub cancel: u32,
-    /// Entries of the SQ, a power of two. Smaller than the sum of the others is allowed: then a
-    /// submit can find the SQ full.
+    /// Entries of the SQ, a power of two. If it is smaller than the sum of the others, which is
+    /// allowed, a submit can find the SQ full.
     pub sq: u32,
 }
 
 impl Depths {
-    /// A ring whose SQ has room for every credit.
+    /// A ring whose SQ has space for every credit.
     pub fn new(read: u32, write: u32, cancel: u32) -> Self {
         let sum = read.saturating_add(write).saturating_add(cancel).min(DEPTH_MAX);
         Self { read, write, cancel, sq: sum.next_power_of_two() }
     }
 
-    /// Entries of the CQ: at least one for every credit.
+    /// The number of entries of the CQ: at least one for every credit.
     fn cq(&self) -> u32 {
         let sum = u64::from(self.read) + u64::from(self.write) + u64::from(self.cancel);
         assert!(sum <= u64::from(DEPTH_MAX), "a ring of more than {DEPTH_MAX} credits");
@@ -41,12 +41,12 @@ impl Depths {
     }
 }
 
-/// The four halves of a ring with `depths` over `regions`. Indices begin at `start`: 0, or any
-/// other number to exercise the wrap.
+/// Makes a ring with `depths` over `regions` and returns its four halves. Indices begin at `start`:
+/// 0, or any other number to exercise the wrap.
 ///
 /// # Panics
 ///
-/// If the SQ's size is not a power of two or the credits' sum is above [`DEPTH_MAX`].
+/// If the SQ's size is not a power of two, or the sum of the credits is above [`DEPTH_MAX`].
 pub fn rings(
     depths: Depths,
     regions: Regions,

@@ -1,12 +1,22 @@
 //! Slots: a region of memory cut into equal pieces, a free list, and the count that decides when
-//! the memory goes.
+//! the memory is freed.
 //!
 //! Invariants (ARCHITECTURE.md, "Ownership"):
 //! * **One place per slot.** A slot index is in the free list, or in exactly one
-//!   [`Frame`](crate::Frame), or in exactly one queue entry. Only `pool` and `queue` turn one into
-//!   the other.
-//! * **The pool outlives its slots.** `refs` counts handles and slots out of the free list; the
-//!   one who takes it to zero frees both.
+//!   [`Frame`](crate::Frame), or in exactly one entry between the head and the tail of a queue.
+//!   Each step from one to another consumes its source:
+//!   - Free list to frame: `Pool::alloc` takes the slot with `alloc_slot`.
+//!   - Frame to free list: dropping the frame calls `free_slot`.
+//!   - Frame to entry: `SqProducer::push` and `CqProducer::push` take the frame apart with
+//!     `Frame::into_raw`. If the entry was not written, they make the frame again.
+//!   - Entry to frame: `Regions::frame_of`, after a consumer has taken the entry, or when the queue
+//!     itself is dropped.
+//!
+//!   `Frame::from_raw` is the one way to make a frame. It is unsafe, and only `pool.rs`,
+//!   `regions.rs`, `sq.rs` and `cq.rs` call it.
+//! * **The pool outlives its slots.** `refs` counts the handles, and the slots that are not in the
+//!   free list. The release that takes it to zero frees the [`PoolInner`] and the memory. Only this
+//!   file changes `refs` and the free list.
 
 use crate::backing::Backing;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
@@ -15,26 +25,26 @@ use core::fmt;
 use core::ptr::NonNull;
 use crossbeam_utils::CachePadded;
 
-/// How a region is cut.
+/// How a region is cut into slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Number of slots.
     pub slots: u32,
     /// Bytes from one slot to the next.
     pub slot_size: u32,
-    /// Bytes at a slot's start kept free in front of a fresh frame.
+    /// Bytes at a slot's start that stay free in front of a fresh frame's packet.
     pub headroom: u32,
 }
 
-/// Why a region cannot be cut that way.
+/// Why a region cannot be cut as a [`Layout`] says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LayoutError {
-    /// No slots, or slots of no bytes.
+    /// There are no slots, or the slots have no bytes.
     Zero,
-    /// 2^31 slots or more, or 2^31 bytes or more in one.
+    /// There are 2^31 slots or more, or a slot has 2^31 bytes or more.
     TooLarge,
-    /// The headroom leaves no room for a packet.
+    /// The headroom leaves no space for a packet.
     NoSpace,
     /// The memory is smaller than `slots * slot_size`.
     NotEnoughMemory,
@@ -45,7 +55,7 @@ impl fmt::Display for LayoutError {
         f.write_str(match self {
             LayoutError::Zero => "a pool needs at least one slot of at least one byte",
             LayoutError::TooLarge => "a pool holds fewer than 2^31 slots of less than 2 GiB each",
-            LayoutError::NoSpace => "the headroom leaves no room for a packet in the slot",
+            LayoutError::NoSpace => "the headroom leaves no space for a packet in the slot",
             LayoutError::NotEnoughMemory => "the memory is smaller than the slots need",
         })
     }
@@ -73,22 +83,24 @@ impl Layout {
     }
 }
 
-/// One handle in `PoolInner::refs`; slots out are counted in the low half.
+/// One handle in `PoolInner::refs`. The low half counts the slots that are out.
 const HANDLE: u64 = 1 << 32;
 /// End of the free list.
 const NIL: u32 = u32::MAX;
 
+/// What all handles to a pool, and all frames of it, share.
 pub(crate) struct PoolInner {
     base: NonNull<u8>,
     pub(crate) layout: Layout,
-    /// Index of the first free slot in the low half; in the high half a tag that every change
-    /// raises, so that a compare-exchange cannot mistake a slot that left and came back.
+    /// In the low half, the index of the first free slot. In the high half, a tag that every change
+    /// increments, so that a compare-exchange fails if the first slot was taken and returned
+    /// meanwhile.
     free: CachePadded<AtomicU64>,
-    /// `handles * HANDLE + slots out`. At zero nobody can reach the pool any more.
+    /// `handles * HANDLE + slots out`. At zero, nobody can reach the pool any more.
     refs: CachePadded<AtomicU64>,
-    /// `next[i]`: the free slot behind free slot `i`.
+    /// `next[i]` is the free slot that follows free slot `i` in the free list.
     next: Box<[AtomicU32]>,
-    /// Dropped with the pool: the memory under `base`.
+    /// The memory under `base`. It is dropped with the pool.
     _backing: Box<dyn Backing>,
 }
 
@@ -115,16 +127,18 @@ impl PoolInner {
     #[inline]
     pub(crate) fn alloc_slot(&self) -> Option<u32> {
         let slot = self.pop_free()?;
-        // Relaxed: the caller's handle keeps the count above zero.
+        // Relaxed: the caller's handle keeps the count above zero, and the count hands over no
+        // data.
         self.refs.fetch_add(1, Ordering::Relaxed);
         Some(slot)
     }
 
     /// Counts one more handle.
     pub(crate) fn add_handle(&self) {
-        // Relaxed: the caller's own handle keeps the count above zero.
+        // Relaxed: the caller's own handle keeps the count above zero, and the count hands over no
+        // data.
         let before = self.refs.fetch_add(HANDLE, Ordering::Relaxed);
-        // 2^31 handles can only be a leak in a loop; stop before the count can wrap.
+        // 2^31 handles can only be a leak in a loop. Stop before the count can wrap.
         assert!(before < HANDLE << 31, "too many handles to one pool");
     }
 
@@ -136,11 +150,12 @@ impl PoolInner {
     fn push_free(&self, slot: u32) {
         let mut head = self.free.load(Ordering::Relaxed);
         loop {
-            // Relaxed: published by the Release exchange below.
+            // Relaxed: the Release exchange below publishes it.
             self.next[slot as usize].store(head as u32, Ordering::Relaxed);
             let new = (head >> 32).wrapping_add(1) << 32 | u64::from(slot);
-            // Release: pairs with the Acquire in `pop_free`. The next owner sees our link, and every
-            // byte we wrote into the slot before it.
+            // Release: pairs with the Acquire in `pop_free`. The slot's next owner sees our link,
+            // and every byte that we wrote into the slot before. Relaxed if it fails: we read no
+            // slot.
             match self.free.compare_exchange_weak(head, new, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(seen) => head = seen,
@@ -149,14 +164,16 @@ impl PoolInner {
     }
 
     fn pop_free(&self) -> Option<u32> {
-        // Acquire (both): pairs with the Release in `push_free`.
+        // Acquire, here and twice below: pairs with the Release in `push_free`, so that we see the
+        // slot's link, and the bytes that its last owner wrote.
         let mut head = self.free.load(Ordering::Acquire);
         loop {
             let slot = head as u32;
             if slot == NIL {
                 return None;
             }
-            // May be stale if somebody else took the slot; then the tag has moved and we retry.
+            // The link is stale if another thread has taken the slot meanwhile. In that case the
+            // tag has changed, the exchange fails, and we try again.
             let next = self.next[slot as usize].load(Ordering::Relaxed);
             let new = (head >> 32).wrapping_add(1) << 32 | u64::from(next);
             match self.free.compare_exchange_weak(head, new, Ordering::Acquire, Ordering::Acquire) {
@@ -169,27 +186,32 @@ impl PoolInner {
     #[inline]
     pub(crate) fn slot_start(&self, slot: u32) -> NonNull<u8> {
         debug_assert!(slot < self.layout.slots);
-        // SAFETY: `slot < slots`, and `Layout::check` made sure that slots * slot_size bytes lie
+        // SAFETY: `slot < slots`, because a frame's slot came from the free list, which `new`
+        // filled with these numbers. `Layout::check` made sure that slots * slot_size bytes lie
         // inside the backing.
         unsafe { self.base.add(slot as usize * self.layout.slot_size as usize) }
     }
 }
 
-/// Gives `what` (a handle or slots) back; frees everything if it was the last.
+/// Gives `what` (a handle or a slot) back, and frees the pool if it was the last.
 ///
 /// # Safety
 ///
-/// The caller owns `what` in `refs` and touches the pool no more.
+/// The caller owns `what` in `refs`, and does not touch the pool afterwards.
 unsafe fn release(pool: NonNull<PoolInner>, what: u64) {
-    // SAFETY: the caller's share keeps the pool alive up to this line.
+    // SAFETY: the caller's share in `refs` keeps the pool alive up to the subtraction below ("the
+    // pool outlives its slots").
     let refs = unsafe { &pool.as_ref().refs };
-    // Release: what we did with the pool comes before the freeing, whoever does it.
+    // Release: pairs with the Acquire below, in the call that takes the count to zero. What we did
+    // with the pool comes before the freeing.
     if refs.fetch_sub(what, Ordering::Release) == what {
-        // Acquire: what all the others did comes before our freeing. A load and not a fence, which
-        // ThreadSanitizer does not know.
+        // Acquire: pairs with the Release above in every earlier call. What the others did with the
+        // pool comes before our freeing. This is a load and not a fence, because ThreadSanitizer
+        // does not know fences.
         refs.load(Ordering::Acquire);
-        // SAFETY: the count is zero, so no handle and no slot is left, and we are the one who
-        // took it there ("the pool outlives its slots"); the pool came from `Box::leak`.
+        // SAFETY: the count is zero, so no handle and no slot is left, and only the one call that
+        // took it to zero comes here ("the pool outlives its slots"). The pool came from
+        // `Box::leak` in `new`.
         drop(unsafe { Box::from_raw(pool.as_ptr()) });
     }
 }
@@ -198,21 +220,23 @@ unsafe fn release(pool: NonNull<PoolInner>, what: u64) {
 ///
 /// # Safety
 ///
-/// The caller owns one handle and touches the pool no more.
+/// The caller owns one handle, and does not touch the pool through it afterwards.
 pub(crate) unsafe fn release_handle(pool: NonNull<PoolInner>) {
-    // SAFETY: the caller gives up exactly the one handle it owned.
+    // SAFETY: the caller gives up the one handle that it owns, which `refs` counts.
     unsafe { release(pool, HANDLE) }
 }
 
-/// Puts a slot home.
+/// Returns a slot to its pool's free list.
 ///
 /// # Safety
 ///
-/// The caller owns `slot` and gives it up here; `pool` is its pool.
+/// The caller owns `slot` ("one place per slot") and gives it up with this call. `pool` is its
+/// pool.
 #[inline(never)]
 pub(crate) unsafe fn free_slot(pool: NonNull<PoolInner>, slot: u32) {
-    // SAFETY: the slot is still counted as out, so the pool is alive.
+    // SAFETY: the caller's slot is still counted in `refs`, so the pool is alive ("the pool
+    // outlives its slots").
     unsafe { pool.as_ref() }.push_free(slot);
-    // SAFETY: we give up exactly the one slot we owned.
+    // SAFETY: the caller owned this one slot, which `refs` still counts, and gives it up.
     unsafe { release(pool, 1) }
 }

@@ -1,4 +1,7 @@
 //! The two ends of the submission queue: [`SqProducer`] and [`SqConsumer`].
+//!
+//! [`SqProducer::push`] turns a frame into an entry. [`SqConsumer`] makes the frame again, when the
+//! entry is taken.
 
 use crate::cq::CqConsumer;
 use crate::credits::{Class, CreditTaker};
@@ -10,14 +13,15 @@ use core::fmt;
 use core::mem::ManuallyDrop;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 
-/// Why the ring would not take an entry.
+/// Why the ring did not take an entry. The set is closed: `vmring` turns each case into one of its
+/// own, and the compiler tells it when a case is new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushError {
-    /// The SQ is full; the poller has not come round yet.
+    /// The SQ is full, because the poller has not taken its entries yet.
     SqFull,
     /// As many entries of this class are in flight as the ring has credits.
     NoCredit,
-    /// The frame is of a pool that the ring does not know.
+    /// The frame is of a pool that is not one of the ring's.
     ForeignPool,
 }
 
@@ -42,18 +46,18 @@ assert_not_impl_any!(SqConsumer: Sync, Clone);
 pub enum Submission {
     /// A frame to fill or to send.
     Packet {
-        /// Which of the two.
+        /// Read (to fill) or write (to send).
         class: Class,
         /// The caller's number.
         user_data: u64,
-        /// Where the packet goes, or the packet.
+        /// The frame that the packet goes into, or the packet.
         frame: Frame,
     },
-    /// Entries to complete now.
+    /// A cancel: entries to complete now.
     Cancel {
         /// The caller's number for the cancel itself.
         user_data: u64,
-        /// Whose entries; `None`: everybody's.
+        /// The `user_data` of the entries to complete. `None`: all entries.
         target: Option<u64>,
     },
 }
@@ -75,8 +79,8 @@ impl SqProducer {
         Ok(())
     }
 
-    /// Writes a read or write entry; the poller sees it after [`publish`](Self::publish). A refusal
-    /// gives the frame back.
+    /// Writes a read or write entry, which the poller sees after [`publish`](Self::publish). An
+    /// error gives the frame back.
     #[inline(always)]
     pub fn push(
         &self,
@@ -98,15 +102,16 @@ impl SqProducer {
         };
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         if !self.sq.push(Sqe::packet(opcode, region, range, user_data)) {
-            // SAFETY: `into_raw` gave the slot up and no entry was written, so it is in no other place
-            // ("one place per slot"); pool and range are the frame's.
+            // SAFETY: `into_raw` gave the slot up without freeing it, and `push` wrote no entry, so
+            // the slot is in no other place ("one place per slot"). Pool and range are the frame's.
             return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
         }
         self.credits.take(class);
         Ok(())
     }
 
-    /// Writes a cancel entry for all entries of `target`, or for all (`None`).
+    /// Writes a cancel entry for all entries whose `user_data` is `target`, or for all entries
+    /// (`None`).
     pub fn push_cancel(&self, target: Option<u64>, user_data: u64) -> Result<(), PushError> {
         if !self.credits.has(Class::Cancel) {
             return Err(PushError::NoCredit);
@@ -119,36 +124,37 @@ impl SqProducer {
         Ok(())
     }
 
-    /// The commit point: everything pushed is the poller's from here. Returns whether there was
-    /// anything.
+    /// Publishes all entries that were pushed: the commit point. They are the poller's from here
+    /// on. Returns whether there were any.
     #[inline]
     pub fn publish(&self) -> bool {
-        // It is called after a push, so nothing is asked: whoever ignores the answer pays for none.
+        // This is called after a push, so it stores without a check. A caller that ignores the
+        // result does not pay for it.
         let anything = self.sq.has_unpublished();
         self.sq.store_tail();
         anything
     }
 
-    /// As [`publish`](Self::publish), but only when the entries fill cache lines to their ends: for a
-    /// run of entries, whose last the caller publishes in any case.
+    /// Publishes only if the entries fill a batch of whole cache lines. For a run of entries: at
+    /// its end the caller must call [`publish`](Self::publish).
     #[inline]
     pub fn publish_lines(&self) {
         self.sq.publish_lines();
     }
 
-    /// A loop over `cq_consumer`'s completions begins. The more entries are on their way, the more are published
-    /// together by [`publish_lines`](Self::publish_lines).
+    /// Begins a loop over `cq_consumer`'s completions. If many entries are in flight,
+    /// [`publish_lines`](Self::publish_lines) publishes more of them together.
     #[inline]
     pub fn begin_run(&self, cq_consumer: &CqConsumer) {
         self.sq.begin_run(cq_consumer.head());
     }
 
-    /// Credits of `class` to be had now; reaping brings more.
+    /// The credits of `class` that can be taken now. Reaping returns more.
     pub fn available(&self, class: Class) -> u32 {
         self.credits.available(class)
     }
 
-    /// Credits of `class` in all.
+    /// The number of credits of `class` that the ring has in all.
     pub fn depth(&self, class: Class) -> u32 {
         self.credits.depth(class)
     }
@@ -164,14 +170,14 @@ impl SqConsumer {
         Self { sq }
     }
 
-    /// Submissions that wait, after a look at the queue.
+    /// Looks at the queue and returns how many submissions wait.
     #[inline]
     pub fn ready(&mut self) -> u32 {
         self.sq.refresh()
     }
 
-    /// Asks for the submissions that [`ready`](Self::ready) saw, all together: for who takes what
-    /// another processor has written. A hint, which changes nothing but time.
+    /// Prefetches the cache lines of the first submissions that [`ready`](Self::ready) saw. Useful
+    /// when another processor wrote them. This is a hint, which affects only the time.
     #[inline]
     pub fn prefetch(&self) {
         self.sq.prefetch();
@@ -183,28 +189,30 @@ impl SqConsumer {
         self.sq.known()
     }
 
-    /// The next submission among those, to be opened or left; `None` also before a cancel, which
-    /// [`pop`](Self::pop) takes.
+    /// The next of the submissions that [`ready`](Self::ready) saw, which the caller may take or
+    /// leave. `None` if none is left, or if the next is a cancel, which [`pop`](Self::pop) takes.
     #[inline(always)]
     pub fn front(&mut self) -> Option<SqeRef<'_>> {
         let front = self.sq.front()?;
         front.peek(Sqe::is_packet).then_some(SqeRef(front))
     }
 
-    /// Makes room in the SQ for as many submissions as parcels were opened, which until then still count
-    /// as there: one store for all of them.
+    /// Frees the SQ's cells of all submissions that were taken by [`SqeRef::take`], with one store.
+    /// Until this call they still count as occupied.
     #[inline]
     pub fn retire(&mut self) {
         self.sq.retire();
     }
 
-    /// How many of those submissions, from the next on and up to `most`, are packets of `class` of which
-    /// `like` says so.
+    /// The length of the leading run, at most `most`, of known submissions that are packets of
+    /// `class` and for which `like` returns true.
     #[inline(always)]
     pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&[u8]) -> bool) -> u32 {
         self.sq.leading(most, |sqe, regions| {
-            // SAFETY: the entry stays where it is and so does its slot: what is made here is only looked
-            // at, and not dropped. `SqProducer::push` placed the entry by a frame of these regions.
+            // SAFETY: `SqProducer::push` wrote the entry by a frame of these regions, and it is
+            // called only if the entry is a packet's. The entry stays in the queue and goes on
+            // owning its slot: the frame made here is only read, and `ManuallyDrop` does not free
+            // it.
             let packet = || ManuallyDrop::new(unsafe { regions.frame_of(sqe) });
             sqe.is_packet() && class_of(sqe) == class && like(&packet())
         })
@@ -215,8 +223,8 @@ impl SqConsumer {
     pub fn pop(&mut self) -> Option<Submission> {
         self.sq.pop(|sqe, regions| {
             let user_data = sqe.user_data();
-            // SAFETY: the entry was taken by `pop`, which yields each once; `SqProducer::push` placed
-            // it by a frame of these regions.
+            // SAFETY: `Consumer::pop` took the entry, and yields each entry once.
+            // `SqProducer::push` wrote it by a frame of these regions.
             match unsafe { regions.frame(&sqe) } {
                 Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
                 None => {
@@ -228,8 +236,8 @@ impl SqConsumer {
     }
 }
 
-/// A packet's submission, still in its queue's memory: whoever opens it copies it once, to where it is to
-/// be. Dropped unopened, it stays the queue's next.
+/// A packet's submission that is still in its queue's memory. [`take`](Self::take) copies it once,
+/// to its destination. If it is dropped and not taken, it stays the next in the queue.
 pub struct SqeRef<'a>(Front<'a, Sqe>);
 
 impl fmt::Debug for SqeRef<'_> {
@@ -239,18 +247,18 @@ impl fmt::Debug for SqeRef<'_> {
 }
 
 impl SqeRef<'_> {
-    /// Whether it is to be filled or to be sent.
+    /// Read (to be filled) or write (to be sent).
     #[inline(always)]
     pub fn class(&self) -> Class {
         self.0.peek(class_of)
     }
 
-    /// The frame, and the caller's number.
+    /// Takes the submission: returns the frame and the caller's number.
     #[inline(always)]
     pub fn take(self) -> (Frame, u64) {
         self.0.take(|sqe, regions| {
-            // SAFETY: `take` gives each entry once. `SqProducer::push` placed it by a frame of these
-            // regions, and `front` has seen that it is a packet's.
+            // SAFETY: `Front::take` yields each entry once. `SqProducer::push` wrote it by a frame
+            // of these regions, and `SqConsumer::front` has seen that it is a packet's.
             (unsafe { regions.frame_of(sqe) }, sqe.user_data())
         })
     }

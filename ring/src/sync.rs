@@ -1,4 +1,4 @@
-//! The one door through which atomics and shared cells come, so that loom can stand in for them.
+//! Atomics and shared cells. All code imports them from here, so that loom can replace them.
 
 #[cfg(not(loom))]
 mod imp {
@@ -8,8 +8,8 @@ mod imp {
         AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
     };
 
-    /// `core::cell::UnsafeCell` with loom's interface: every access is a closure, which lets the
-    /// model checker see where it begins and ends. Compiles to nothing.
+    /// `core::cell::UnsafeCell` with loom's interface. Every access is a closure, so that the model
+    /// checker sees where the access begins and ends. It compiles to nothing.
     #[derive(Debug)]
     #[repr(transparent)]
     pub struct UnsafeCell<T: ?Sized>(core::cell::UnsafeCell<T>);
@@ -20,13 +20,15 @@ mod imp {
             Self(core::cell::UnsafeCell::new(value))
         }
 
-        /// Lends a pointer for reading. Dereferencing it is the caller's claim that nobody writes.
+        /// Lends a pointer for reading. A caller that dereferences it claims that nobody writes
+        /// meanwhile.
         #[inline(always)]
         pub fn with<R>(&self, f: impl FnOnce(*const T) -> R) -> R {
             f(self.0.get())
         }
 
-        /// Lends a pointer for writing. Dereferencing it is the caller's claim to be alone.
+        /// Lends a pointer for writing. A caller that dereferences it claims that nobody else reads
+        /// or writes meanwhile.
         #[inline(always)]
         pub fn with_mut<R>(&self, f: impl FnOnce(*mut T) -> R) -> R {
             f(self.0.get())
@@ -42,7 +44,7 @@ mod imp {
         AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
     };
 
-    /// Under loom a spinning thread must let the others run.
+    /// Yields: under loom, a thread that spins must let the others run.
     pub fn spin_loop() {
         loom::thread::yield_now();
     }

@@ -1,10 +1,12 @@
-//! [`PacketView`]: a window on a buffer, cut smaller without copying and read without panicking.
+//! [`PacketView`]: a window on a buffer, which is cut smaller without a copy and read without a
+//! panic.
 //!
 //! This is the Cstruct model: a buffer, an offset and a length. Cutting a view gives another view
 //! on the same bytes, whose [`offset`](PacketView::offset) still counts from the buffer's first
-//! byte. Every position and length is checked and every refusal is a `None`, so a hostile packet
-//! can be taken apart without a panic. To read many fields of a header, pay for one length check
-//! ([`PacketView::fields`]): after it no accessor can fail, and a wrong position does not compile.
+//! byte. Every position and length is checked, and an access outside the view gives `None`. So a
+//! hostile packet can be taken apart without a panic. To read many fields of a header, pay for one
+//! length check ([`PacketView::fields`]): after it no accessor can fail, and a wrong position does
+//! not compile.
 //!
 //! ```
 //! use vmring_core::view::{ETHERNET_HEADER_LEN, PacketView};
@@ -38,8 +40,8 @@
 //! # parse(&slot).unwrap();
 //! ```
 //!
-//! Protocols above Ethernet are a protocol library's business (smoltcp's `wire`, for one, takes the
-//! bytes of a view as they are).
+//! Protocols above Ethernet are left to a protocol library. For example, smoltcp's `wire` takes the
+//! bytes of a view as they are.
 
 use core::fmt;
 use core::ops::Range;
@@ -49,16 +51,17 @@ pub const ETHERNET_HEADER_LEN: usize = 14;
 
 /// A window of `len` bytes at `offset` in a buffer. See the [module](self) for an example.
 ///
-/// Generic over the bytes: a `PacketView<&[u8]>` is `Copy` and hands out sub-views with the
-/// buffer's own lifetime; a `PacketView<&mut [u8]>` also writes. The methods that cut
+/// It is generic over the bytes: a `PacketView<&[u8]>` is `Copy` and gives sub-views with the
+/// buffer's own lifetime; a `PacketView<&mut [u8]>` can also write. The methods that cut
 /// ([`sub`](Self::sub), [`shift`](Self::shift), [`truncate`](Self::truncate), `split_at`) consume
-/// the view; call them on [`as_view`](Self::as_view) or [`as_view_mut`](Self::as_view_mut) to keep
-/// it, or use [`narrow`](Self::narrow) to cut in place.
+/// the view. To keep it, call them on [`as_view`](Self::as_view) or
+/// [`as_view_mut`](Self::as_view_mut), or use [`narrow`](Self::narrow) to cut in place.
 #[derive(Clone, Copy)]
 pub struct PacketView<B> {
     buffer: B,
-    /// Absolute offset of the buffer's first byte: not 0 only for the right half of a split
-    /// mutable view, which has lost the bytes before it but goes on counting from where they began.
+    /// Absolute offset of the buffer's first byte. It is 0, except in the right half of a split
+    /// mutable view: that half has lost the bytes before it, but its offsets still count from where
+    /// they began.
     base: u32,
     /// Absolute offset of the view's first byte; `base <= offset`.
     offset: u32,
@@ -76,7 +79,7 @@ impl<B> fmt::Debug for PacketView<B> {
 }
 
 impl<B> PacketView<B> {
-    /// Bytes in the view.
+    /// The number of bytes in the view.
     #[inline]
     pub fn len(&self) -> usize {
         self.len as usize
@@ -88,15 +91,15 @@ impl<B> PacketView<B> {
         self.len == 0
     }
 
-    /// Where the view begins, counted from the first byte of the buffer that the first of its
-    /// ancestors was made on.
+    /// Where the view begins, counted from the first byte of the original buffer: the one on which
+    /// the view that all cuts began with was made.
     #[inline]
     pub fn offset(&self) -> usize {
         self.offset as usize
     }
 
-    /// Cuts this view down to its `len` bytes at `at`. `None` if they are not all in the view,
-    /// which then stays as it was.
+    /// Cuts this view down to its `len` bytes at `at`. `None` if they are not all in the view; in
+    /// this case the view stays as it was.
     #[inline]
     #[must_use = "a refused cut leaves the view as it was"]
     pub fn narrow(&mut self, at: usize, len: usize) -> Option<()> {
@@ -138,7 +141,7 @@ impl<B> PacketView<B> {
 }
 
 impl<B: AsRef<[u8]>> PacketView<B> {
-    /// A view on the `len` bytes at `offset` of `buffer`. `None` if they are not all in the buffer,
+    /// A view of the `len` bytes at `offset` of `buffer`. `None` if they are not all in the buffer,
     /// or if their end does not fit in 32 bits.
     #[inline]
     pub fn new(buffer: B, offset: u32, len: u32) -> Option<Self> {
@@ -149,14 +152,14 @@ impl<B: AsRef<[u8]>> PacketView<B> {
         Some(Self { buffer, base: 0, offset, len })
     }
 
-    /// A view on all of `buffer`. `None` if its length does not fit in 32 bits.
+    /// A view of all of `buffer`. `None` if its length does not fit in 32 bits.
     #[inline]
     pub fn whole(buffer: B) -> Option<Self> {
         let len = u32::try_from(buffer.as_ref().len()).ok()?;
         Some(Self { buffer, base: 0, offset: 0, len })
     }
 
-    /// The same view, borrowed: for a view that is not `Copy`.
+    /// Borrows the view. For a view that is not `Copy`.
     #[inline]
     pub fn as_view(&self) -> PacketView<&[u8]> {
         let Self { base, offset, len, .. } = *self;
@@ -166,8 +169,8 @@ impl<B: AsRef<[u8]>> PacketView<B> {
     /// The view's bytes.
     #[inline]
     pub fn as_bytes(&self) -> &[u8] {
-        // Was checked when the view was made; an `AsRef` that answers differently each time gives
-        // an empty view, not a panic.
+        // The range was checked when the view was made. If an `AsRef` gives different bytes each
+        // time, the result is an empty slice, not a panic.
         self.buffer.as_ref().get(self.range()).unwrap_or_default()
     }
 
@@ -227,7 +230,7 @@ impl<B: AsRef<[u8]>> PacketView<B> {
 }
 
 impl<B: AsMut<[u8]>> PacketView<B> {
-    /// The same view, borrowed for writing: for a view that is to be used again afterwards.
+    /// Borrows the view for writing. For a view that is used again afterwards.
     #[inline]
     pub fn as_view_mut(&mut self) -> PacketView<&mut [u8]> {
         let Self { base, offset, len, .. } = *self;
@@ -238,11 +241,11 @@ impl<B: AsMut<[u8]>> PacketView<B> {
     #[inline]
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         let range = self.range();
-        // As in `as_bytes`.
+        // An empty slice, not a panic, if an `AsMut` gives different bytes each time.
         self.buffer.as_mut().get_mut(range).unwrap_or_default()
     }
 
-    /// Writes `bytes` at `at`. `None` if they do not all fit, and then writes nothing.
+    /// Writes `bytes` at `at`. If they do not all fit, writes nothing and returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_bytes(&mut self, at: usize, bytes: &[u8]) -> Option<()> {
@@ -251,47 +254,47 @@ impl<B: AsMut<[u8]>> PacketView<B> {
         Some(())
     }
 
-    /// Writes the byte at `at`. `None` if it is outside the view.
+    /// Writes the byte at `at`. If it is outside the view, writes nothing and returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_u8(&mut self, at: usize, value: u8) -> Option<()> {
         self.set_bytes(at, &[value])
     }
 
-    /// Writes the big-endian 16-bit field at `at`. `None` if it is not all in the view, and then
-    /// writes nothing.
+    /// Writes the big-endian 16-bit field at `at`. If it is not all in the view, writes nothing and
+    /// returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_be16(&mut self, at: usize, value: u16) -> Option<()> {
         self.set_bytes(at, &value.to_be_bytes())
     }
 
-    /// Writes the big-endian 32-bit field at `at`. `None` if it is not all in the view, and then
-    /// writes nothing.
+    /// Writes the big-endian 32-bit field at `at`. If it is not all in the view, writes nothing and
+    /// returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_be32(&mut self, at: usize, value: u32) -> Option<()> {
         self.set_bytes(at, &value.to_be_bytes())
     }
 
-    /// Writes the big-endian 64-bit field at `at`. `None` if it is not all in the view, and then
-    /// writes nothing.
+    /// Writes the big-endian 64-bit field at `at`. If it is not all in the view, writes nothing and
+    /// returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_be64(&mut self, at: usize, value: u64) -> Option<()> {
         self.set_bytes(at, &value.to_be_bytes())
     }
 
-    /// Writes the little-endian 16-bit field at `at`. `None` if it is not all in the view, and then
-    /// writes nothing.
+    /// Writes the little-endian 16-bit field at `at`. If it is not all in the view, writes nothing
+    /// and returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_le16(&mut self, at: usize, value: u16) -> Option<()> {
         self.set_bytes(at, &value.to_le_bytes())
     }
 
-    /// Writes the little-endian 32-bit field at `at`. `None` if it is not all in the view, and then
-    /// writes nothing.
+    /// Writes the little-endian 32-bit field at `at`. If it is not all in the view, writes nothing
+    /// and returns `None`.
     #[inline]
     #[must_use = "`None` means that nothing was written"]
     pub fn set_le32(&mut self, at: usize, value: u32) -> Option<()> {
@@ -328,7 +331,7 @@ impl<'a> PacketView<&'a mut [u8]> {
         self.buffer.get_mut(range).unwrap_or_default()
     }
 
-    /// The same view, for reading only, for as long as the buffer is borrowed.
+    /// Makes the view read-only, for as long as the buffer is borrowed.
     #[inline]
     pub fn freeze(self) -> PacketView<&'a [u8]> {
         let Self { buffer, base, offset, len } = self;
@@ -364,10 +367,10 @@ impl<B: AsMut<[u8]>> AsMut<[u8]> for PacketView<B> {
     }
 }
 
-/// The first `N` bytes of a packet: what is left of the checks after one length check.
+/// The first `N` bytes of a packet, which are read without checks after one length check.
 ///
-/// Positions are const generics, compared with `N` while compiling. A position inside is read
-/// without a check:
+/// Positions are const generics, which the compiler compares with `N`. A field inside the `N` bytes
+/// is read without a check:
 ///
 /// ```
 /// use vmring_core::view::{ETHERNET_HEADER_LEN, Fields};
@@ -376,8 +379,8 @@ impl<B: AsMut<[u8]>> AsMut<[u8]> for PacketView<B> {
 /// assert_eq!(ethernet.be16::<12>(), 0);
 /// ```
 ///
-/// One that reaches outside is an error of `cargo build` (`cargo check` does not see it, as it
-/// arises when the call is instantiated):
+/// A field that reaches outside is an error of `cargo build`. (`cargo check` does not see it,
+/// because the error arises when the call is instantiated.)
 ///
 /// ```compile_fail,E0080
 /// use vmring_core::view::{ETHERNET_HEADER_LEN, Fields};
@@ -389,13 +392,13 @@ impl<B: AsMut<[u8]>> AsMut<[u8]> for PacketView<B> {
 pub struct Fields<'a, const N: usize>(&'a [u8; N]);
 
 impl<'a, const N: usize> Fields<'a, N> {
-    /// Fields of a header that is known to be whole.
+    /// The fields of a header whose bytes are all there.
     #[inline]
     pub const fn new(bytes: &'a [u8; N]) -> Self {
         Self(bytes)
     }
 
-    /// The first `N` of `bytes`; `None` if there are fewer. The one length check.
+    /// The first `N` of `bytes`. `None` if there are fewer. This is the one length check.
     #[inline]
     pub const fn prefix(bytes: &'a [u8]) -> Option<Self> {
         match bytes.first_chunk() {
@@ -455,8 +458,7 @@ impl<'a, const N: usize> Fields<'a, N> {
     }
 }
 
-/// [`Fields`] that can also be written, under the same rule: a position that reaches outside does
-/// not compile.
+/// [`Fields`] that can also be written. Here too, a field that reaches outside does not compile.
 ///
 /// ```
 /// use vmring_core::view::{ETHERNET_HEADER_LEN, PacketView};
@@ -479,13 +481,13 @@ impl<'a, const N: usize> Fields<'a, N> {
 pub struct FieldsMut<'a, const N: usize>(&'a mut [u8; N]);
 
 impl<'a, const N: usize> FieldsMut<'a, N> {
-    /// Fields of a header that is known to be whole.
+    /// The fields of a header whose bytes are all there.
     #[inline]
     pub const fn new(bytes: &'a mut [u8; N]) -> Self {
         Self(bytes)
     }
 
-    /// The first `N` of `bytes`; `None` if there are fewer. The one length check.
+    /// The first `N` of `bytes`. `None` if there are fewer. This is the one length check.
     #[inline]
     pub const fn prefix(bytes: &'a mut [u8]) -> Option<Self> {
         match bytes.first_chunk_mut() {
@@ -494,7 +496,7 @@ impl<'a, const N: usize> FieldsMut<'a, N> {
         }
     }
 
-    /// The same fields, for reading.
+    /// Borrows the fields for reading.
     #[inline]
     pub const fn as_fields(&self) -> Fields<'_, N> {
         Fields(self.0)
@@ -546,7 +548,7 @@ impl<'a, const N: usize> FieldsMut<'a, N> {
     }
 }
 
-/// The 14 bytes every Ethernet frame begins with. From [`PacketView::ethernet`].
+/// The 14 bytes that every Ethernet frame begins with. [`PacketView::ethernet`] returns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EthernetHeader<'a>(Fields<'a, ETHERNET_HEADER_LEN>);
 
@@ -563,8 +565,8 @@ impl EthernetHeader<'_> {
         self.0.array::<6, 6>()
     }
 
-    /// What the header is followed by: 0x0800 for IPv4, 0x86dd for IPv6, 0x0806 for ARP, 0x8100 for
-    /// a VLAN tag.
+    /// The type of what follows the header: 0x0800 for IPv4, 0x86dd for IPv6, 0x0806 for ARP,
+    /// 0x8100 for a VLAN tag.
     #[inline]
     pub fn ethertype(self) -> u16 {
         self.0.be16::<12>()

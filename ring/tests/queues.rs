@@ -960,7 +960,7 @@ fn space_of(error: FrontError) -> OutOfSpace {
 fn an_error_about_space_says_what_was_asked_and_what_there_is() {
     let mut frame = pool(1).alloc().unwrap();
     let error = frame.set_len(49).unwrap_err();
-    assert_eq!(error.to_string(), "49 bytes were asked of a frame that has 48");
+    assert_eq!(error.to_string(), "49 bytes were requested, but only 48 are available");
     let error = frame.copy_from(&[0; 100]).unwrap_err();
     assert_eq!(error, OutOfSpace { wanted: 100, available: 48 });
     let refused = OutOfSpace { wanted: usize::MAX, available: 0 };
