@@ -50,15 +50,19 @@ impl<T: Entry> Shared<T> {
     }
 }
 
-/// Calls `look` with the entry of a cell. The caller is the consumer, which has seen the entry in
-/// `refresh` and has not retired it, or the drop of the queue.
+/// Calls `look` with the entry of a cell.
+///
+/// # Safety
+///
+/// The caller is the consumer or the drop of the queue. The cell's index is in head..tail of the
+/// shared indices: the caller has loaded that tail with Acquire, and `retire` has not stored a head
+/// beyond the index.
 #[inline(always)]
-fn peek<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
+unsafe fn peek<T, R>(cell: &UnsafeCell<MaybeUninit<T>>, look: impl FnOnce(&T) -> R) -> R {
     cell.with(|cell| {
-        // SAFETY: the cell's index is in head..tail of the shared indices; `Consumer` keeps to
-        // that. So the producer wrote the cell before the Release in `store_tail`, the caller has
-        // loaded that tail with Acquire, and the producer does not write the cell again before
-        // `retire` has stored a head beyond it.
+        // SAFETY: the caller says that the index is in head..tail. So the producer wrote the cell
+        // before the Release in `store_tail`, which the caller's Acquire has seen, and does not
+        // write it again before `retire` has stored a head beyond it.
         look(unsafe { (*cell).assume_init_ref() })
     })
 }
@@ -71,7 +75,8 @@ impl<T: Entry> Drop for Shared<T> {
         let tail = self.tail.load(Ordering::Acquire);
         let mut head = self.head.load(Ordering::Acquire);
         while head != tail {
-            let entry = peek(self.cell(head), |entry| *entry);
+            // SAFETY: `head` is not `tail` yet, both were loaded with Acquire, and no half is left.
+            let entry = unsafe { peek(self.cell(head), |entry| *entry) };
             head = head.wrapping_add(1);
             // SAFETY: the producers of `sq.rs` and `cq.rs` wrote the entry by a frame of these
             // regions. No consumer has taken it, since `head` was not stored beyond it and no half
@@ -328,11 +333,13 @@ impl<T: Entry> Consumer<T> {
     pub(crate) fn leading(&self, most: u32, mut like: impl FnMut(&T, &Regions) -> bool) -> u32 {
         let most = self.known().min(most);
         let mut count = 0;
-        while count < most
-            && peek(self.shared.cell(self.head.wrapping_add(count)), |entry| {
-                like(entry, &self.shared.regions)
-            })
-        {
+        while count < most {
+            let cell = self.shared.cell(self.head.wrapping_add(count));
+            // SAFETY: `count < known`, so the index is before `tail_seen`, which `refresh` loaded with
+            // Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
+            if !unsafe { peek(cell, |entry| like(entry, &self.shared.regions)) } {
+                break;
+            }
             count += 1;
         }
         count
@@ -357,7 +364,9 @@ pub(crate) struct Front<'a, T: Entry> {
 impl<T: Entry> Front<'_, T> {
     #[inline(always)]
     pub(crate) fn peek<R>(&self, look: impl FnOnce(&T) -> R) -> R {
-        peek(self.cell, look)
+        // SAFETY: `front` saw that `head` is before `tail_seen`, which `refresh` loaded with Acquire.
+        // The entry is not taken, so no `retire` has stored a head beyond it.
+        unsafe { peek(self.cell, look) }
     }
 
     /// Takes the entry: `make` sees it in its cell, and nobody sees it again. The cell stays
@@ -366,7 +375,9 @@ impl<T: Entry> Front<'_, T> {
     pub(crate) fn take<R>(self, make: impl FnOnce(&T, &Regions) -> R) -> R {
         // Before `make`, which may panic: the entry must not be taken twice.
         *self.head = self.head.wrapping_add(1);
-        peek(self.cell, |entry| make(entry, self.regions))
+        // SAFETY: `front` saw that the index was before `tail_seen`, which `refresh` loaded with
+        // Acquire. `retire` stores the head beyond it only later: we still borrow the consumer.
+        unsafe { peek(self.cell, |entry| make(entry, self.regions)) }
     }
 }
 
