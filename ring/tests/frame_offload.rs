@@ -39,7 +39,7 @@ fn received(pool: &Pool, header: &OffloadHeader, len: usize) -> Frame {
 }
 
 #[test]
-fn the_header_stands_directly_in_front_of_the_packet() {
+fn the_header_is_directly_in_front_of_the_packet() {
     let pool = pool();
     let mut frame = packet(&pool, 2000);
     assert_eq!((frame.offload(), frame.with_offload()), (Ok(None), None));

@@ -305,7 +305,7 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 }
 
 #[test]
-fn an_sq_cell_is_not_written_before_its_parcel_was_opened() {
+fn an_sq_cell_is_not_written_before_its_entry_was_taken() {
     cells_of_the_sq_are_reused(|sq_consumer| {
         let packets = std::iter::from_fn(|| Some(sq_consumer.front()?.open())).collect();
         sq_consumer.retire();
@@ -665,7 +665,7 @@ fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
         let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) =
             rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
         let bell = Arc::new(bell());
-        let wish = Arc::new(AtomicU32::new(0));
+        let request = Arc::new(AtomicU32::new(0));
         let frame = pool.alloc().unwrap();
         let submitting = thread::spawn({
             let bell = bell.clone();
@@ -676,23 +676,26 @@ fn a_sleeper_that_looks_for_two_kinds_of_work_misses_neither() {
                 sq_producer
             }
         });
-        let wishing = thread::spawn({
-            let (bell, wish) = (bell.clone(), wish.clone());
+        let requester = thread::spawn({
+            let (bell, request) = (bell.clone(), request.clone());
             move || {
-                wish.fetch_or(1, Ordering::Release);
+                request.fetch_or(1, Ordering::Release);
                 bell.ring();
             }
         });
         let (mut taken, mut granted) = (None, false);
         while taken.is_none() || !granted {
-            granted |= wish.load(Ordering::Relaxed) != 0 && wish.swap(0, Ordering::Acquire) != 0;
+            granted |=
+                request.load(Ordering::Relaxed) != 0 && request.swap(0, Ordering::Acquire) != 0;
             sq_consumer.ready();
             taken = taken.or(sq_consumer.pop());
             if taken.is_none() || !granted {
-                bell.sleep(None, || sq_consumer.ready() > 0 || wish.load(Ordering::Relaxed) != 0);
+                bell.sleep(None, || {
+                    sq_consumer.ready() > 0 || request.load(Ordering::Relaxed) != 0
+                });
             }
         }
-        wishing.join().unwrap();
+        requester.join().unwrap();
         drop((submitting.join().unwrap(), cq_consumer, sq_consumer, cq_producer, taken));
     });
 }
@@ -808,7 +811,7 @@ fn arming_for_two_completions_is_answered_by_the_second_once() {
         });
         if cq.arm(&mut cq_consumer, 2) {
             cq.bell.parker().park(None);
-            assert_eq!(cq_consumer.ready(), 2, "woken with less than was wished");
+            assert_eq!(cq_consumer.ready(), 2, "woken by fewer than it waits for");
         }
         let (paid, cq_producer) = poller.join().unwrap();
         assert!(!paid[0], "one completion woke a sleeper that wanted two");
@@ -819,7 +822,7 @@ fn arming_for_two_completions_is_answered_by_the_second_once() {
     });
 }
 
-fn arm_anew(wish_first: bool) {
+fn arm_anew(index_first: bool) {
     check(3, move || {
         let (pool, _, _) = pool(2);
         let (sq_producer, mut cq_consumer, sq_consumer, mut cq_producer, mut frames) =
@@ -838,7 +841,7 @@ fn arm_anew(wish_first: bool) {
         // Two will not come; then it makes do with one.
         assert!(cq.arm(&mut cq_consumer, 2));
         while cq_consumer.ready() == 0 {
-            let armed = if wish_first {
+            let armed = if index_first {
                 cq.arm(&mut cq_consumer, 1)
             } else {
                 cq.bell.arm();
@@ -856,13 +859,13 @@ fn arm_anew(wish_first: bool) {
 
 /// Broken by: either fence missing; arming with Relaxed, so that a ringer reads the older wish.
 #[test]
-fn arming_anew_with_a_smaller_wish_is_not_lost() {
+fn arming_anew_with_a_smaller_index_is_not_lost() {
     arm_anew(true);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
-fn without_the_wish_before_the_arming_a_wake_up_is_lost() {
+fn without_the_index_before_the_arming_a_wake_up_is_lost() {
     arm_anew(false);
 }
 
@@ -1153,7 +1156,7 @@ fn two_threads_never_hold_one_slot_and_lose_none() {
 ///
 /// Broken by: a Relaxed push or pop; a push that does not try again when it loses.
 #[test]
-fn frames_come_home_from_other_threads() {
+fn frames_return_from_other_threads() {
     check(3, || {
         let (pool, marks, freed) = pool(2);
         let droppers = [1, 2].map(|n| {
@@ -1209,7 +1212,7 @@ fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
 /// Broken by: a queue that forgets its entries, or a half that forgets what it has not published; a
 /// queue whose end frees its pools before its entries.
 #[test]
-fn a_ring_dropped_with_entries_inside_brings_its_frames_home() {
+fn a_ring_dropped_with_entries_inside_returns_its_frames() {
     check(2, || {
         let (pool, marks, freed) = pool(3);
         let (sq_producer, cq_consumer, mut sq_consumer, mut cq_producer) =

@@ -100,7 +100,7 @@ enum Op {
     Look,
     Take(usize),
     /// Opens parcels up to a cancel, and lets the last one go.
-    Open(usize),
+    TakeFront(usize),
     Retire,
     /// Counts the leading packets of a class that are at most so long.
     Leading {
@@ -142,7 +142,7 @@ fn op() -> impl Strategy<Value = Op> {
         50 => Just(Op::Publish),
         40 => Just(Op::Look),
         30 => (1..5_usize).prop_map(Op::Take),
-        60 => (0..4_usize).prop_map(Op::Open),
+        60 => (0..4_usize).prop_map(Op::TakeFront),
         40 => Just(Op::Retire),
         30 => (any::<bool>(), 0..6_u32, 0..=CAPACITY)
             .prop_map(|(write, most, len)| Op::Leading { write, most, len }),
@@ -228,7 +228,7 @@ struct World {
     /// Of `sq`, what the intake saw at its last look.
     sq_known: usize,
     /// Opened, and still taking room in the SQ.
-    sq_opened: usize,
+    sq_taken: usize,
     device: Vec<(u64, Ask, Option<Frame>)>,
     cq: VecDeque<Done>,
     cq_hidden: usize,
@@ -258,7 +258,7 @@ impl World {
             sq: VecDeque::new(),
             sq_hidden: 0,
             sq_known: 0,
-            sq_opened: 0,
+            sq_taken: 0,
             device: Vec::new(),
             cq: VecDeque::new(),
             cq_hidden: 0,
@@ -286,7 +286,7 @@ impl World {
     fn refusal(&self, class: Class) -> Option<PushError> {
         if self.in_flight[class as usize] == self.depth(class) {
             Some(PushError::NoCredit)
-        } else if (self.sq.len() + self.sq_opened) as u32 == self.depths.sq {
+        } else if (self.sq.len() + self.sq_taken) as u32 == self.depths.sq {
             Some(PushError::SqFull)
         } else {
             None
@@ -395,9 +395,9 @@ impl World {
                     self.take();
                 }
             }
-            Op::Open(count) => {
+            Op::TakeFront(count) => {
                 for _ in 0..count {
-                    self.open();
+                    self.take_front();
                 }
                 // Looked at and let go, it stays.
                 let class =
@@ -410,7 +410,7 @@ impl World {
             Op::Retire => {
                 let Some(sq_consumer) = &mut self.sq_consumer else { return };
                 sq_consumer.retire();
-                self.sq_opened = 0;
+                self.sq_taken = 0;
             }
             Op::Leading { write, most, len } => {
                 let Some(sq_consumer) = &self.sq_consumer else { return };
@@ -447,7 +447,7 @@ impl World {
             Op::DropCqConsumer => self.cq_consumer = None,
             Op::DropSqConsumer => {
                 self.sq_consumer = None;
-                self.sq_opened = 0;
+                self.sq_taken = 0;
             }
             Op::DropCqProducer => {
                 if self.cq_producer.take().is_some() {
@@ -472,7 +472,7 @@ impl World {
             return;
         }
         self.sq_known -= 1;
-        self.sq_opened = 0;
+        self.sq_taken = 0;
         let (expected, ask) = self.sq.pop_front().unwrap();
         let (got, frame) = match (submission.unwrap(), &ask) {
             (Submission::Packet { class: Class::Read, user_data, frame }, Ask::Read(_))
@@ -490,7 +490,7 @@ impl World {
         self.device.push((got, ask, frame));
     }
 
-    fn open(&mut self) {
+    fn take_front(&mut self) {
         let Some(sq_consumer) = &mut self.sq_consumer else { return };
         assert_eq!(sq_consumer.known() as usize, self.sq_known);
         let next = self.sq.front().filter(|(_, ask)| self.sq_known > 0 && ask.packet().is_some());
@@ -502,7 +502,7 @@ impl World {
         let (frame, user_data) = sqe.take();
         let (expected, ask) = self.sq.pop_front().unwrap();
         self.sq_known -= 1;
-        self.sq_opened += 1;
+        self.sq_taken += 1;
         assert_eq!((class, user_data), (ask.class(), expected));
         assert_eq!(Some(&self.packet(&frame)), ask.packet());
         self.device.push((user_data, ask, Some(frame)));
@@ -814,7 +814,7 @@ fn a_run_is_published_in_pieces_of_four_or_sixteen() {
 /// An opened parcel is its taker's, also if the SQ never hears of it: what becomes of the queue is no
 /// matter.
 #[test]
-fn a_parcel_that_was_opened_is_nobody_elses_and_one_that_was_not_stays() {
+fn a_taken_entry_is_nobody_elses_and_one_that_is_left_stays() {
     let pool = pool(4);
     let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) = mixed(&pool);
     let (frame, user_data) = sq_consumer.front().unwrap().take();
@@ -827,7 +827,7 @@ fn a_parcel_that_was_opened_is_nobody_elses_and_one_that_was_not_stays() {
 }
 
 #[test]
-fn a_completion_without_a_submission_panics_and_the_frame_goes_home() {
+fn a_completion_without_a_submission_panics_and_the_frame_is_freed() {
     let pool = pool(3);
     let (sq_producer, cq_consumer, sq_consumer, mut cq_producer) =
         rings(Depths::new(2, 0, 0), regions(&pool), u32::MAX);
@@ -987,7 +987,7 @@ fn frames_are_disjoint_and_aligned_pieces_of_the_memory() {
 }
 
 #[test]
-fn the_memory_outlives_the_pools_handles_until_the_last_frame_is_home() {
+fn the_memory_outlives_the_pools_handles_until_the_last_frame_returns() {
     let (pool, freed) = counted(3);
     let other = pool.clone();
     let mut frames: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
@@ -1027,7 +1027,7 @@ fn the_memory_outlives_a_ring_that_is_dropped_with_entries_inside() {
 }
 
 #[test]
-fn frames_dropped_on_other_threads_come_home() {
+fn frames_dropped_on_other_threads_return() {
     let (pool, freed) = counted(64);
     let frames: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
     assert_eq!(pool.slots_out(), 64);
