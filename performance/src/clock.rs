@@ -5,20 +5,20 @@ use std::time::{Duration, Instant};
 
 use crate::net::check;
 
-/// A moment in both times.
+/// A moment on both clocks.
 #[derive(Clone, Copy)]
 pub(crate) struct Moment {
     wall: Instant,
     cpu: Duration,
 }
 
-/// What passed between two moments.
+/// The time between two moments.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Elapsed {
-    /// On the clock on the wall.
+    /// Wall time.
     pub(crate) wall: Duration,
-    /// Of all threads of this program, as a contender may have threads of its own. What other
-    /// programs of the machine took is not in it.
+    /// Processor time of all threads of this program, because a contender may have threads of its
+    /// own. It does not contain what other programs of the machine used.
     pub(crate) cpu: Duration,
 }
 
@@ -27,7 +27,7 @@ impl Moment {
         Self { wall: Instant::now(), cpu: Processor::PROGRAM.time() }
     }
 
-    /// On the clock on the wall only, which costs no system call.
+    /// The elapsed wall time only, which costs no system call.
     pub(crate) fn wall_elapsed(&self) -> Duration {
         self.wall.elapsed()
     }
@@ -45,14 +45,14 @@ impl std::ops::AddAssign for Elapsed {
     }
 }
 
-/// A clock of processor time, which any thread of the program may read.
+/// A clock of one thread's processor time, which any thread of the program may read.
 #[derive(Clone, Copy)]
 pub(crate) struct Processor(libc::clockid_t);
 
 impl Processor {
     const PROGRAM: Self = Self(libc::CLOCK_PROCESS_CPUTIME_ID);
 
-    /// Of the calling thread. Once that has ended, it says zero.
+    /// The clock of the calling thread. Once that thread has ended, the clock says zero.
     pub(crate) fn of_this_thread() -> io::Result<Self> {
         let mut clock = 0;
         // SAFETY: the thread is the calling one, and the clock's name outlives the call.

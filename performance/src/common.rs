@@ -1,5 +1,5 @@
-//! What several parts need: taking turns, timing them, a processor for a thread, and a device that
-//! costs nothing.
+//! What several parts need: taking turns, timing them, pinning a thread to a processor, and a
+//! device that costs nothing.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use vmring::{Direction, Driver, InterfaceConfig, InterfaceInfo, MacAddr6, Status
 use crate::plan::Plan;
 use crate::result::Result;
 
-/// Lets all contenders take turns, as often as the plan says. Gives the values of each, in order.
+/// Lets all contenders take turns, as often as the plan says. Returns the values of each, in order.
 pub(crate) fn take_turns<C>(
     plan: Plan,
     contenders: &mut [C],
@@ -25,14 +25,15 @@ pub(crate) fn take_turns<C>(
     Ok(values)
 }
 
-/// Processors that this program had when it first asked: a thread that is pinned has but one.
+/// The number of processors that this program had when it first asked. A thread that is pinned has
+/// only one.
 pub(crate) fn processors() -> usize {
     static COUNT: OnceLock<usize> = OnceLock::new();
     *COUNT.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
-/// Keeps the calling thread on one processor if there are at least two; else nothing happens, as where
-/// the system refuses.
+/// Pins the calling thread to one processor if there are at least two. Otherwise, and where the
+/// system refuses, nothing happens.
 pub(crate) fn pin(processor: usize) {
     if processors() < 2 {
         return;
@@ -45,7 +46,8 @@ pub(crate) fn pin(processor: usize) {
     unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) };
 }
 
-/// Runs on a thread of its own on the first processor: other threads do not inherit that.
+/// Runs `body` on a thread of its own that is pinned to the first processor. So threads that other
+/// parts start do not inherit the pinning.
 pub(crate) fn pinned<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -56,8 +58,8 @@ pub(crate) fn pinned<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result
     })
 }
 
-/// Nanoseconds a packet: takes turns for so long, each of which says how many packets it was good for.
-/// The clock is read once in `turns` of them; the first ones are not measured.
+/// Nanoseconds per packet. Takes turns for `time`; each turn says how many packets it carried. The
+/// clock is read once in `turns` of them, and the first `turns` are not measured.
 pub(crate) fn time_packets(
     time: Duration,
     turns: u32,
@@ -81,10 +83,11 @@ pub(crate) fn time_packets(
     }
 }
 
-/// A device that completes every slot at once and touches no byte: what is left is the rings.
+/// A device that completes every slot at once and touches no byte, so that only the rings are
+/// measured.
 pub(crate) struct Null;
 
-/// The length of what the null device says it has read, bytes.
+/// The length in bytes of every packet that the null device reads.
 pub(crate) const NULL_LENGTH: usize = 60;
 
 impl Driver for Null {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::result::Result;
 
-/// What one look at the TAP gave.
+/// The packets of one look at the TAP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Taken {
     pub(crate) packets: u64,
@@ -18,18 +18,20 @@ impl Taken {
     }
 }
 
-/// Something that reads packets.
+/// A contender that reads packets.
 pub(crate) trait Reader {
-    /// Takes what is there, about a batch; where nothing is there, waits for at most `patience`.
+    /// Takes the packets that are there, about a batch. If there are none, waits for at most
+    /// `patience`.
     fn read(&mut self, patience: Duration) -> Result<Taken>;
 
-    /// Leaves packets that come in the TAP's queue until the next `read`. Most do so anyway.
+    /// Leaves packets that arrive in the TAP's queue until the next `read`. Most contenders do so
+    /// anyway.
     fn rest(&mut self) -> Result<()> {
         Ok(())
     }
 }
 
-/// Something that writes packets.
+/// A contender that writes packets.
 pub(crate) trait Writer {
     /// Writes `count` packets and returns when the kernel has all of them.
     fn write(&mut self, count: usize) -> Result<()>;

@@ -1,5 +1,5 @@
-//! What an entry costs on its way to another thread and back: a submission with its completion, beside
-//! the bare queue of a well-kept crate, a channel, and the kernel's own ring.
+//! What an entry costs on its way to another thread and back: a submission with its completion,
+//! beside the bare queue of a well-maintained crate, a channel, and the kernel's own ring.
 //!
 //! Each contender is checked before it is timed: whole laps of its queues, entry by entry.
 
@@ -82,7 +82,7 @@ pub(crate) fn run(plan: Plan) -> Part {
         let found = medians.iter().find(|(batch, method, _)| *batch == 32 && *method == wanted);
         found.map_or(f64::NAN, |row| row.2)
     };
-    // The faster of rtrb's two ways, at this batch, is what is to be reached.
+    // The goal is the faster of rtrb's two methods, at this batch.
     let bare = of(Method::Rtrb).min(of(Method::RtrbChunks));
     let mut wants = Vec::new();
     for ours in Method::ALL.into_iter().filter(|method| matches!(method, Method::Ours(_))) {

@@ -14,8 +14,8 @@ use crate::relay;
 use crate::report::{Table, Want};
 use crate::result::Result;
 
-/// What `vmring bridge` is given: it makes both TAPs, which are then moved to their namespaces, and
-/// carries packets until it is killed.
+/// The arguments for `vmring bridge`. It makes both TAPs, which are then moved to their namespaces,
+/// and carries packets until it is killed.
 const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine} --offload={offload}";
 
 /// The contenders.
@@ -23,9 +23,9 @@ const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine} --offload=
 enum Method<'a> {
     /// Two TAPs and the relay.
     Relay,
-    /// The `vmring` command of that path, with that engine.
+    /// The `vmring` command at this path, with this engine.
     Ours { program: &'a Path, engine: &'static str },
-    /// No bridge at all: what the two ends can do at most.
+    /// No bridge at all: the most that the two ends can do.
     Veth,
 }
 
@@ -40,7 +40,7 @@ impl Method<'_> {
     }
 }
 
-/// What one stream gave.
+/// The result of one stream.
 #[derive(Clone, Copy)]
 struct Stream {
     gbit_per_second: f64,
@@ -48,15 +48,16 @@ struct Stream {
     system_cpu_seconds_per_gigabyte: f64,
 }
 
-/// Longer than anything may take beside the stream itself.
+/// Longer than anything may take apart from the stream itself.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The interfaces' names, one in each of the outer namespaces.
+/// The names of the interfaces, one in each of the outer namespaces.
 const LEFT: &str = "left";
 const RIGHT: &str = "right";
 const RIGHT_ADDRESS: &str = "10.9.0.2";
 
-/// All contenders in turns, with and without offload; the `vmring` command if there is one.
+/// Measures all contenders in turns, with and without offload. The `vmring` command takes part if
+/// there is one.
 pub(crate) fn run(
     rounds: u32,
     seconds: u32,
@@ -113,7 +114,7 @@ pub(crate) fn run(
     Ok((vec![table], wants))
 }
 
-/// One stream, from within the namespace of the bridge.
+/// One stream, measured from within the namespace of the bridge.
 fn measure(method: Method<'_>, offload: Offload, seconds: u32) -> Result<Stream> {
     let ends = (Namespace::new()?, Namespace::new()?);
     match method {
@@ -160,7 +161,7 @@ fn connect(ends: &(Namespace, Namespace)) -> Result<()> {
     Ok(())
 }
 
-/// What went through, and what it took of all processors.
+/// The bytes that went through, and the time that it took on all processors.
 struct Transfer {
     bytes: f64,
     seconds: f64,
@@ -183,7 +184,7 @@ struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself, and then there is nothing to do.
+        // The process may have ended by itself. Then there is nothing to do.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -224,16 +225,16 @@ impl Bridge {
             }
             thread::sleep(Duration::from_millis(5));
         }
-        // It brings them up where they are; then they move.
+        // The bridge brings the TAPs up where they are. Then they are moved.
         thread::sleep(Duration::from_millis(200));
         Ok(Self(bridge))
     }
 
-    /// Of all its threads so far.
+    /// The processor time of all its threads so far.
     fn processor_time(&self) -> Result<Duration> {
         let line = fs::read_to_string(format!("/proc/{}/stat", self.0.0.id()))?;
-        // The second field is a name in brackets, which may hold anything; the 14th and the 15th are
-        // the times of the program and of the kernel for it.
+        // The second field is a name in brackets, which may contain anything. The 14th and the 15th
+        // field are the times of the program itself and of the kernel on its behalf.
         let fields = line.rsplit_once(')').ok_or("/proc/PID/stat has no name")?.1;
         let mut fields = fields.split_whitespace().skip(11).map(str::parse::<u64>);
         let (Some(user), Some(system)) = (fields.next(), fields.next()) else {
@@ -285,12 +286,12 @@ fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Re
     Ok(Transfer { bytes, seconds, busy: after.saturating_sub(before) })
 }
 
-/// What a program prints, if it ends within the time.
+/// The output of a program, if it ends within the limit.
 fn output_in_time(mut command: Command, limit: Duration) -> Result<Vec<u8>> {
     let mut process = Process(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?);
     let mut pipe = process.0.stdout.take().ok_or("its output is not a pipe")?;
     thread::scope(|scope| {
-        // It is read meanwhile: a pipe does not hold everything.
+        // The output is read meanwhile, because a pipe does not hold everything.
         let reading = scope.spawn(move || {
             let mut output = Vec::new();
             pipe.read_to_end(&mut output).map(|_| output)
@@ -298,7 +299,7 @@ fn output_in_time(mut command: Command, limit: Duration) -> Result<Vec<u8>> {
         let deadline = Instant::now() + limit;
         while process.0.try_wait()?.is_none() {
             if Instant::now() > deadline {
-                // Ends the reading, too.
+                // This ends the reading, too.
                 process.0.kill()?;
                 return Err(format!("{command:?} does not end").into());
             }
@@ -308,11 +309,11 @@ fn output_in_time(mut command: Command, limit: Duration) -> Result<Vec<u8>> {
     })
 }
 
-/// Waits until the calling thread's namespace has a socket that listens.
+/// Waits until the calling thread's namespace has a listening socket.
 fn await_listener() -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
-        // The fourth column is the state; 0A listens. iperf3 listens on IPv6 for both.
+        // The fourth column is the state, and 0A means listening. iperf3 listens on IPv6 for both.
         for table in ["tcp", "tcp6"] {
             let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"));
             let table = table.unwrap_or_default();
@@ -341,7 +342,7 @@ fn busy() -> Result<Duration> {
     Ok(ticks(user + nice + system + interrupts + soft_interrupts))
 }
 
-/// The kernel's hundredths of a second.
+/// Converts the kernel's hundredths of a second.
 fn ticks(count: u64) -> Duration {
     Duration::from_millis(count * 10)
 }

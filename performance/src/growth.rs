@@ -1,5 +1,5 @@
-//! What a packet costs as a network grows: 2 to 1,024 interfaces on it, of which one pair or several
-//! in turn carry packets.
+//! What a packet costs as a network grows: the network has 2 to 1,024 interfaces, of which one
+//! pair, or several in turn, carry packets.
 
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,15 @@ use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
 
-/// Interfaces on a network. The last is as many as one takes.
+/// Interfaces on a network. The last number is the most that a network takes.
 const SIZES: [usize; 6] = [2, 4, 16, 64, 256, 1024];
 const BATCH: usize = 32;
-/// At most so many pairs carry packets in turn.
+/// At most this many pairs carry packets in turn.
 const PAIRS: usize = 32;
 const DEPTH: u32 = 64;
-/// Of a ring that only waits: so that a thousand are small.
+/// The depth of a ring that only waits. It is small because there are a thousand of them.
 const IDLE_DEPTH: u32 = 8;
-/// Longer than packets take whose two ends are driven by the one thread that waits.
+/// Longer than packets take if one thread, which waits, drives both ends.
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Two guests that the same thread drives.
@@ -28,7 +28,7 @@ struct Pair {
     receiver: Ring,
 }
 
-/// A packet whose bytes tell where in it they are.
+/// A packet whose bytes tell their position in it.
 fn packet(to: &Interface, from: &Interface) -> Vec<u8> {
     let mut packet: Vec<u8> = (0..SMALL_FRAME as u8).collect();
     packet[..6].copy_from_slice(&to.mac().into_array());
@@ -50,10 +50,10 @@ impl Pair {
         Ok(Self { sender, receiver })
     }
 
-    /// A batch from one to the other. `check` sees each packet that comes.
+    /// Sends a batch from one to the other. `check` sees each packet that arrives.
     #[inline]
     fn turn(&mut self, mut check: impl FnMut(&[u8]) -> bool) -> Result<()> {
-        // The reads of the last turn are posted before anything is sent.
+        // The reads of the last turn have to be posted before anything is sent.
         self.receiver.wait(0, None);
         let sent = turn(&mut self.sender, |_| true)?;
         let came = turn(&mut self.receiver, &mut check)?;
@@ -64,7 +64,7 @@ impl Pair {
     }
 }
 
-/// Reaps what there is and submits it again. Returns how many there were.
+/// Reaps what has completed and submits it again. Returns the number of completions.
 #[inline]
 fn turn(ring: &mut Ring, mut check: impl FnMut(&[u8]) -> bool) -> Result<usize> {
     ring.wait(1, Some(LIMIT));
@@ -89,12 +89,12 @@ fn ring(interface: &Interface, depth: u32) -> Result<Ring> {
     Ok(ring.depth(depth).prefault(true).build()?)
 }
 
-/// A network with everything on it.
+/// A network with all its interfaces.
 struct Network {
     interfaces: Vec<Interface>,
-    /// Those that carry packets.
+    /// The pairs that carry packets.
     pairs: Vec<Pair>,
-    /// The others' rings, each with a read posted.
+    /// The rings of the other interfaces, each with one read posted.
     idle: Vec<Ring>,
 }
 
@@ -118,7 +118,8 @@ impl Network {
             }
             idle.push(ring);
         }
-        // Every byte, on every pair, before anything is timed; twice, for the buffers' second lap.
+        // Before anything is timed, every byte is checked on every pair; twice, for the second lap
+        // of the buffers.
         for _ in 0..2 {
             for (pair, ends) in pairs.iter_mut().zip(ends.as_chunks::<2>().0) {
                 let expected = packet(&ends[1], &ends[0]);
@@ -128,12 +129,13 @@ impl Network {
         Ok(Self { interfaces, pairs, idle })
     }
 
-    /// Nanoseconds a packet, over so many pairs in turn.
+    /// Nanoseconds per packet, over this many pairs in turn.
     fn measure(&mut self, pairs: usize, time: Duration) -> Result<f64> {
         let pairs = &mut self.pairs[..pairs];
         let (start, mut packets) = (Instant::now(), 0);
         loop {
-            // The clock costs something: once in as many turns as there can be pairs.
+            // The clock costs something, so it is read only once in as many turns as there can be
+            // pairs.
             for turn in 0..PAIRS {
                 pairs[turn % pairs.len()].turn(|_| true)?;
             }
@@ -145,7 +147,8 @@ impl Network {
         }
     }
 
-    /// Nothing was lost, and nothing came to those to whom nothing was sent.
+    /// Checks that nothing was lost, and that nothing arrived at the interfaces to which nothing
+    /// was sent.
     fn check(mut self) -> Result<()> {
         if self.idle.iter_mut().any(|ring| ring.wait(0, None) != 0) {
             return Err("a packet came to the wrong interface".into());
@@ -158,7 +161,7 @@ impl Network {
     }
 }
 
-/// What tells the table's rows apart.
+/// The labels that tell the rows of the table apart.
 pub(crate) const LABELS: &[&str] = &["interfaces", "pairs", "traffic"];
 const ONE: &str = "one pair";
 const IN_TURN: &str = "pairs in turn";
@@ -174,8 +177,9 @@ pub(crate) fn run(plan: Plan) -> Part {
         let labels = [&size.to_string(), &pairs.to_string(), *traffic];
         medians.push((*size, *traffic, table.row(&labels, &[values])));
     }
-    // The worst of all sizes: it may not go up and down again. Pairs in turn are compared where there
-    // are as many of them, for their frames take more of the processor's cache the more there are.
+    // The worst of all sizes is compared, because the time could go up and down again. Pairs in
+    // turn are compared only where there are equally many of them: more pairs have more frames,
+    // which take more of the processor's cache.
     let want = |traffic, few| {
         let of = |wanted: fn(usize, usize) -> bool| {
             let rows = medians.iter().filter(move |row| row.1 == traffic && wanted(row.0, few));
@@ -187,7 +191,8 @@ pub(crate) fn run(plan: Plan) -> Part {
     Ok((vec![table], vec![want(ONE, SIZES[0]), want(IN_TURN, 2 * PAIRS)]))
 }
 
-/// Interfaces, pairs that carry packets, how that is called, and the values of all rounds.
+/// The number of interfaces, the number of pairs that carry packets, the name of that traffic, and
+/// the values of all rounds.
 type Measured = (usize, usize, &'static str, Vec<f64>);
 
 fn measure(plan: Plan) -> Result<Vec<Measured>> {

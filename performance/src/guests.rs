@@ -1,7 +1,8 @@
-//! Two guests: packets one way from one thread to another, which looks at them or at their lengths.
+//! Two guests: packets one way from one thread to another, which inspects them or only their
+//! lengths.
 //!
-//! Nothing may be lost. Where the way itself does not hold the sender back, the receiver says how many
-//! packets it has room for.
+//! Nothing may be lost. If the contender itself does not hold the sender back, the receiver says
+//! how many packets it has space for.
 
 mod bare;
 mod inspection;
@@ -24,7 +25,7 @@ const LENGTHS: [usize; 3] = [SMALL_FRAME, FULL_FRAME, LONG_PACKET];
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Method {
     Bare,
-    /// The bare loop behind the least that a ring on each side can be.
+    /// The bare loop behind the least that a ring can be, on each side.
     Queued,
     Ours(ours::Driven),
     Datagrams,
@@ -62,7 +63,7 @@ struct Contender {
 }
 
 impl Contender {
-    /// Nanoseconds a packet.
+    /// Nanoseconds per packet.
     fn measure(&self, time: Duration) -> Result<f64> {
         let Self { method, length, touched } = *self;
         let traffic = Traffic { length, touched, time };
@@ -77,10 +78,10 @@ impl Contender {
     }
 }
 
-/// What tells the table's rows apart.
+/// The labels that tell the rows of the table apart.
 pub(crate) const LABELS: &[&str] = &["bytes", "receiver", "contender"];
 
-/// How a variant is called.
+/// The name of a variant.
 fn seen(touched: bool) -> &'static str {
     if touched { "touched" } else { "untouched" }
 }
@@ -118,7 +119,7 @@ pub(crate) fn run(plan: Plan) -> Part {
     Ok((vec![table], wants(&medians)))
 }
 
-/// At most 1.4 times the bare loop, and so many times faster than the sockets.
+/// The wants: at most 1.4 times the bare loop, and this many times as fast as the sockets.
 fn wants(medians: &[(Contender, f64)]) -> Vec<Want> {
     let of = |method: Method, length, touched| {
         let row = medians

@@ -13,22 +13,22 @@ use crate::report::{Table, Want};
 use crate::result::Result;
 
 const INTERFACES: usize = 16;
-/// One measurement: so many of the plan's, at most this.
+/// One measurement lasts this many of the plan's times, at most.
 const TIMES: u32 = 20;
 const LONGEST: Duration = Duration::from_secs(1);
-/// Rounds say little about what does not happen.
+/// More rounds would say little about something that does not happen.
 const ROUNDS: u32 = 3;
-/// Until everybody who was just started sleeps.
+/// How long it takes until everything that was just started sleeps.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// The interfaces, each with a ring and a read posted, as if a guest waited.
+/// The interfaces, each with a ring and a posted read, as if a guest waited.
 struct Idle {
     name: &'static str,
     shared: bool,
     switches: Vec<f64>,
 }
 
-/// What is kept while nothing happens.
+/// What is kept alive while nothing happens.
 struct Running {
     rings: Vec<(Interface, Ring)>,
     _poller: Option<Poller>,
@@ -62,7 +62,7 @@ impl Idle {
         thread::sleep(time);
         let (passed, after) = (start.elapsed(), voluntary_switches()?);
         let seconds = passed.wall.as_secs_f64();
-        // They slept, and were not dead.
+        // Shows that they slept and were not dead.
         for (_, ring) in &mut running.rings {
             check(ring)?;
         }
@@ -73,14 +73,14 @@ impl Idle {
     }
 }
 
-/// Posts a read, as a guest that waits does.
+/// Posts a read, like a guest that waits.
 fn post(ring: &mut Ring) -> Result<()> {
     let room = ring.alloc().ok_or("a ring has no free frame to post")?;
     Ok(ring.submit_read(room, 0)?)
 }
 
-/// That a packet goes out and comes back to the posted read, for which its poller has to wake. Then a
-/// read is posted again.
+/// Checks that a packet goes out and comes back to the posted read, for which its poller has to
+/// wake. Then posts a read again.
 fn check(ring: &mut Ring) -> Result<()> {
     let packet = [0x5a; 60];
     let mut frame = ring.alloc().ok_or("a ring has no free frame to send")?;
@@ -97,11 +97,11 @@ fn check(ring: &mut Ring) -> Result<()> {
     post(ring)
 }
 
-/// Of all threads of this process so far.
+/// The voluntary switches of all threads of this process so far.
 fn voluntary_switches() -> Result<u64> {
     let mut sum = 0;
     for task in fs::read_dir("/proc/self/task")? {
-        // A thread that ends meanwhile has no file any more, and is none of those measured.
+        // A thread that has ended meanwhile has no file any more, and is not one of those measured.
         let Ok(status) = fs::read_to_string(task?.path().join("status")) else { continue };
         let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
         sum += line.ok_or("a thread's status has no switches")?.trim().parse::<u64>()?;

@@ -1,4 +1,4 @@
-//! What the rings cost where nothing else does: one thread, a device that does nothing.
+//! What the rings cost alone: one thread, and a device that does nothing.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::report::{Table, Want};
 use crate::result::Result;
 
 const TURNS: u32 = 256;
-/// The most a packet may take, ns, by batch.
+/// The longest time per packet in ns, by batch.
 const WANTED: [(u64, f64); 2] = [(1, 40.0), (32, 12.0)];
 
 #[derive(Clone, Copy, PartialEq)]
@@ -32,7 +32,7 @@ impl Method {
         }
     }
 
-    /// Of ours, whether a batch is one submission.
+    /// For our methods, whether a batch is one submission.
     fn as_one_batch(self) -> Option<bool> {
         match self {
             Self::OneByOne => Some(false),
@@ -42,7 +42,7 @@ impl Method {
     }
 }
 
-/// Nothing but entries from one queue to the other and back.
+/// Only moves entries from one queue to the other and back.
 fn bare(batch: u64, time: Duration) -> Result<f64> {
     let mut queues = Queues::new(64);
     queues.fill(batch as u32)?;
@@ -74,7 +74,7 @@ pub(crate) fn run(plan: Plan) -> Part {
             let Some(one) = method.as_one_batch() else { return bare(*batch, plan.time) };
             let mut ring = ring(*batch)?;
             let ns = time_packets(plan.time, TURNS, || turn(&mut ring, one))?;
-            // What was posted still is: none was lost on the way.
+            // What was posted must still be posted: none was lost on the way.
             match ring.in_flight() as u64 {
                 all if all == *batch => Ok(ns),
                 some => Err(format!("inline: {some} of {batch} reads are in flight").into()),
@@ -136,7 +136,7 @@ fn turn(ring: &mut Ring, one: bool) -> Result<u64> {
     Ok(count)
 }
 
-/// Instructions a packet by the processor's own counter; `None` where there is none for us, as in many
+/// Instructions per packet by the processor's own counter. `None` if we may not use it, as in many
 /// virtual machines. (`.ci/instructions` counts them by simulation.)
 fn count(batch: u64, one: bool) -> Result<Option<f64>> {
     const PACKETS: u64 = 100_000;
@@ -162,18 +162,18 @@ impl Counter {
         /// `exclude_kernel` and `exclude_hv` of `struct perf_event_attr`.
         const USER_ONLY: u64 = 1 << 5 | 1 << 6;
         // The first fields of `struct perf_event_attr` in its oldest size: type, size, config, then
-        // four words, of which the last but one are the flags (perf_event_open(2)).
+        // four words. The last but one of these is the flags (perf_event_open(2)).
         let mut attributes = [0_u64; 8];
         attributes[0] = u64::from(HARDWARE) | (size_of_val(&attributes) as u64) << 32;
         attributes[1] = INSTRUCTIONS;
         attributes[5] = USER_ONLY;
-        // SAFETY: the pointer is to a structure of the size that it says; the other arguments ask for
-        // this thread, any processor, no group, no flags.
+        // SAFETY: the pointer is to a structure of the size that it states. The other arguments ask
+        // for this thread, any processor, no group, no flags.
         let fd = unsafe {
             libc::syscall(libc::SYS_perf_event_open, attributes.as_ptr(), 0, -1, -1, 0_u64)
         };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-        // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+        // SAFETY: the system has just given us this descriptor, and nothing else owns it.
         Some(Self(unsafe { std::fs::File::from_raw_fd(fd) }))
     }
 

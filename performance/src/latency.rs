@@ -1,5 +1,6 @@
-//! How long one entry takes there and back: while both sides spin, beside a cache line that goes to the
-//! other processor and back; and while both sleep, beside the kernel's own ways to wake a thread.
+//! How long one entry takes there and back. While both sides spin, it is compared with a cache line
+//! that goes to the other processor and back. While both sleep, it is compared with the kernel's
+//! own ways to wake a thread.
 
 use std::fs::File;
 use std::hint;
@@ -30,7 +31,7 @@ struct Line(AtomicU32);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Method {
-    /// Nothing between two looks at the clock: what they add to all others.
+    /// Nothing between two looks at the clock: the time that they add to all other trips.
     Clock,
     Line,
     Null,
@@ -63,7 +64,7 @@ pub(crate) fn run(plan: Plan) -> Part {
     let about = "one entry to the other processor and back, both sides spinning";
     let (table, medians) = measured(plan, "latency", about, &Method::SPINNING, 1.0)?;
     let mut wants = Vec::new();
-    // With the clock in both, the ratio would seem better than it is.
+    // With the clock in both, the ratio would look better than it is.
     let (clock, line) = (medians[0], medians[1] - medians[0]);
     for (method, median) in Method::SPINNING.iter().zip(&medians).skip(2) {
         let what = format!("latency: {} / a cache line, both without the clock", method.name());
@@ -84,7 +85,8 @@ pub(crate) fn run_wakeup(plan: Plan) -> Part {
     Ok((vec![table], wants))
 }
 
-/// Takes turns; the figures are the quantiles of each round, in units of so many nanoseconds.
+/// Lets the contenders take turns. The figures are the quantiles of each round, in units of this
+/// many nanoseconds.
 fn measured(
     plan: Plan,
     name: &'static str,
@@ -126,7 +128,7 @@ fn round(method: Method, time: Duration) -> Result<Histogram<u64>> {
     }
 }
 
-/// Times one trip after the other, each with one look at the clock.
+/// Times one trip after the other, with one look at the clock for each.
 fn trips(time: Duration, mut trip: impl FnMut() -> Result<()>) -> Result<Histogram<u64>> {
     for _ in 0..WARM_UP {
         trip()?;
@@ -145,7 +147,7 @@ fn trips(time: Duration, mut trip: impl FnMut() -> Result<()>) -> Result<Histogr
     }
 }
 
-/// Spins until `done`, and not for ever.
+/// Spins until `done`, but not for ever.
 fn spin(mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let mut rounds = 0_u32;
     let start = Instant::now();
@@ -194,7 +196,7 @@ fn line(time: Duration) -> Result<Histogram<u64>> {
     })
 }
 
-/// A ring with a poller on the other processor.
+/// A ring whose poller is on the other processor.
 fn ring(loopback: bool, idle: IdlePolicy) -> Result<(Poller, Interface, Ring)> {
     let poller = Poller::builder().idle(idle);
     let poller = if processors() > 1 { poller.cpu(1) } else { poller }.start()?;
@@ -206,14 +208,15 @@ fn ring(loopback: bool, idle: IdlePolicy) -> Result<(Poller, Interface, Ring)> {
     let ring = interface.ring(Direction::Both).idle(IdlePolicy::PARK).prefault(true);
     let mut ring = ring.drive(Drive::Shared(&poller)).build()?;
     if loopback {
-        // The read that the written packet arrives in.
+        // The read that receives the written packet.
         let frame = ring.alloc().ok_or("a fresh ring has free frames")?;
         ring.submit_read(frame, 0)?;
     }
     Ok((poller, interface, ring))
 }
 
-/// One packet written and, over the loopback, read again: over when everything has come back.
+/// Writes one packet and, over the loopback, reads it again. The trip is over when everything has
+/// come back.
 fn spinning(time: Duration, loopback: bool) -> Result<Histogram<u64>> {
     let (_poller, _interface, mut ring) =
         ring(loopback, IdlePolicy { spins: u32::MAX / 2, yields: 0 })?;
@@ -242,7 +245,7 @@ fn spinning(time: Duration, loopback: bool) -> Result<Histogram<u64>> {
     })
 }
 
-/// One read of nothing, posted and waited for, by `wait` or by the descriptor.
+/// Posts one read of nothing and waits for it, by `wait` or by the descriptor.
 fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
     let (_poller, _interface, mut ring) = ring(false, IdlePolicy::PARK)?;
     let mut idle = ring.alloc();
@@ -255,7 +258,7 @@ fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
                 ring.wait(1, Some(PATIENCE));
             } else if ring.arm() {
                 let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-                // SAFETY: one pollfd, exclusively borrowed.
+                // SAFETY: it is one pollfd, exclusively borrowed.
                 check(unsafe { libc::poll(&raw mut poll, 1, PATIENCE.as_millis() as i32) })?;
             }
             idle = ring.reap().find_map(|done| done.take_packet().ok());
@@ -267,11 +270,11 @@ fn asleep(time: Duration, descriptor: bool) -> Result<Histogram<u64>> {
     })
 }
 
-/// A counter that a thread sleeps on.
+/// A counter that a thread can sleep on.
 fn new_eventfd() -> Result<File> {
     // SAFETY: eventfd takes no pointers.
     let fd = check(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) })?;
-    // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+    // SAFETY: the system has just given us this descriptor, and nothing else owns it.
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
@@ -293,7 +296,7 @@ fn eventfd(time: Duration) -> Result<Histogram<u64>> {
         let far = scope.spawn(|| {
             pin(1);
             let answered = answer();
-            // A read has no time limit, so whoever goes wakes the other.
+            // A read has no time limit, so the side that ends wakes the other.
             gone.store(true, Ordering::Release);
             (&back).write_all(&ONE).and(answered)
         });
@@ -313,12 +316,12 @@ fn eventfd(time: Duration) -> Result<Histogram<u64>> {
     })
 }
 
-/// Sleeps while the word is `old`, and not for ever.
+/// Sleeps while the word is `old`, but not for ever.
 fn futex_wait(word: &AtomicU32, old: u32) -> Result<()> {
     let end = Instant::now() + PATIENCE;
     let limit = libc::timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
     while word.load(Ordering::Acquire) == old {
-        // SAFETY: the word and the time live through the call; the kernel reads both.
+        // SAFETY: the word and the time outlive the call; the kernel reads both.
         unsafe {
             libc::syscall(
                 libc::SYS_futex,
@@ -337,7 +340,7 @@ fn futex_wait(word: &AtomicU32, old: u32) -> Result<()> {
 
 fn futex_wake(word: &AtomicU32, new: u32) {
     word.store(new, Ordering::Release);
-    // SAFETY: the kernel takes the word's address as a name only.
+    // SAFETY: the kernel uses the word's address only as a name.
     unsafe {
         libc::syscall(
             libc::SYS_futex,

@@ -1,7 +1,8 @@
 //! vmring beside its rivals and beside the least that the machine can do.
 //!
-//! The contenders take turns within each round, so that a slow minute of the machine is a slow minute
-//! for all. What needs a TAP happens in network namespaces that the program makes, as root.
+//! The contenders take turns within each round, so that a slow minute of the machine is a slow
+//! minute for all of them. The parts that need a TAP run as root, in network namespaces that the
+//! program makes.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("io_uring, TAPs and processor clocks are Linux's");
@@ -43,15 +44,15 @@ use result::Result;
 
 /// vmring beside its rivals and beside the least that the machine can do.
 ///
-/// The parts that need a TAP need root, for network namespaces of their own; the host's network is not
-/// touched. Without it they are skipped.
+/// The parts that need a TAP need root, because they make network namespaces of their own. They do
+/// not touch the host's network. Without root they are skipped.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
     #[command(subcommand)]
     what: Option<What>,
 
-    /// How often each contender has its turn; the figures are medians.
+    /// How often each contender has its turn. The figures are medians.
     #[arg(long, global = true, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
@@ -63,12 +64,12 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, for `vmring bridge` in tap-forward. Unless given, the one that
-    /// `cargo build --release` left in the folder above.
+    /// The vmring command, for `vmring bridge` in tap-forward. The default is the one that `cargo
+    /// build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
-    /// One short round, to see that everything works; its figures say little.
+    /// One short round, to see that everything works. Its figures say little.
     #[arg(long, global = true)]
     quick: bool,
 
@@ -76,7 +77,7 @@ struct Arguments {
     #[arg(long, global = true)]
     json: bool,
 
-    /// Also draw the figures of guests and growth, as far as they were measured.
+    /// Also draw the figures of guests and growth, if they were measured.
     #[arg(long, global = true, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
@@ -89,15 +90,15 @@ enum What {
     Inline,
     /// How long one entry takes there and back while both sides spin.
     Latency,
-    /// The same while both sides sleep.
+    /// The same, while both sides sleep.
     Wakeup,
-    /// Packets between two guests on two threads, beside the least it can cost and Unix sockets.
+    /// Packets between two guests on two threads, beside the lowest possible cost and Unix sockets.
     Guests,
     /// What a packet costs with 2 to 1,024 interfaces on one network.
     Growth,
     /// Packets per second into a TAP.
     TapWrite,
-    /// Packets per second out of a TAP: out of a full queue, and while they come.
+    /// Packets per second out of a TAP: out of a full queue, and while they arrive.
     TapRead,
     /// A TCP stream (iperf3) from one namespace through a bridge of two TAPs to another.
     TapForward,
@@ -105,9 +106,9 @@ enum What {
     Vmnet,
     /// What the depth of a ring, the size of a frame and the number of rings change; memory and start.
     Scale,
-    /// What sixteen interfaces cost on which nothing happens.
+    /// What sixteen interfaces cost if nothing happens on them.
     Idle,
-    /// All of these, which is also what happens if none is named.
+    /// All of these. This is the default.
     All,
 }
 
@@ -118,7 +119,8 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
-/// A part, its name, why it cannot run here if it cannot, and what runs it.
+/// A part, its name, the reason why it cannot run here (if it cannot), and the function that runs
+/// it.
 type Step<'a> = (What, &'static str, Option<&'static str>, &'a dyn Fn(Plan) -> Part);
 
 /// Where `cargo build --release` in the folder above leaves the vmring command.
@@ -137,9 +139,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Why the parts that need a TAP cannot run here, if they cannot.
+/// The reason why the parts that need a TAP cannot run here, if there is one.
 fn no_tap() -> Option<&'static str> {
-    // SAFETY: geteuid takes nothing and cannot fail.
+    // SAFETY: geteuid has no arguments and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
         return Some("root is needed: network namespaces and TAPs are made");
     }
@@ -156,7 +158,7 @@ fn has_program(name: &str) -> bool {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    // Before anybody is pinned.
+    // Counts the processors before any thread is pinned.
     common::processors();
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
@@ -194,7 +196,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         eprintln!("measuring {name}");
         match run(plan) {
             Ok((tables, wants)) => report.add(tables, wants),
-            // The others' figures are not lost for it.
+            // The figures of the other parts are kept.
             Err(error) => report.fail(name, error.to_string()),
         }
         if part == What::TapForward && bridge.is_none() {
@@ -202,7 +204,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
-        // Whoever reads has read enough.
+        // The reader has gone away.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
         printed => printed?,
     }
@@ -238,7 +240,7 @@ fn tap_read(plan: Plan) -> Part {
     Ok((vec![drain, flood], wants))
 }
 
-/// What was wanted of the TAP: 1.5 times the plain system call, and 0.95 of the loop by hand.
+/// The wants for the TAP: 1.5 times the plain system call, and 0.95 of the loop by hand.
 fn tap_wants(what: &str, medians: &[(&str, usize, f64)], plain: &str, by_hand: &str) -> Vec<Want> {
     let of = |name: &str, bytes| {
         medians.iter().find(|row| row.0 == name && row.1 == bytes).map_or(f64::NAN, |row| row.2)
@@ -279,8 +281,8 @@ fn turns<W: Copy>(
     Ok(all)
 }
 
-/// A table of packets: for each contender and length of frame, the samples of all rounds; and the
-/// medians, in nanoseconds a packet.
+/// A table of packets: for each contender and length of frame, the samples of all rounds. Also
+/// returns the medians, in nanoseconds per packet.
 fn packets<W>(
     name: &'static str,
     about: impl Into<String>,

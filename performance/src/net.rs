@@ -1,7 +1,7 @@
 //! Network namespaces, TAPs, and the frames that go through them.
 //!
-//! Nothing here touches the network of the host: every name, address and counter belongs to a
-//! namespace that a thread made for itself, and that goes away with the thread and its files.
+//! Nothing here touches the network of the host. Every name, address and counter belongs to a
+//! namespace that a thread made for itself. The namespace goes away with the thread and its files.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,22 +15,22 @@ use crate::result::Result;
 
 /// Bytes of an Ethernet header.
 pub(crate) const ETHERNET: usize = 14;
-/// How long an Ethernet frame of an MTU of 1,500 can be.
+/// The longest Ethernet frame of an MTU of 1,500.
 pub(crate) const FULL_FRAME: usize = 1514;
-/// What an Ethernet frame has at least.
+/// The shortest Ethernet frame.
 pub(crate) const SMALL_FRAME: usize = 60;
 
-/// `Ok` where the system call did not return -1.
+/// `Ok` if the system call did not return -1.
 pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
 /// Moves the calling thread into a new network namespace without addresses, names or noise.
 fn leave_network() -> Result<()> {
-    // SAFETY: unshare takes no pointer; it moves this thread only.
+    // SAFETY: unshare takes no pointer, and moves only this thread.
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
-    // What IPv6 sends by itself would be counted as ours. This file is the calling thread's
-    // namespace's; a kernel without IPv6 has none.
+    // Packets that IPv6 sends by itself would be counted as ours. These files belong to the calling
+    // thread's namespace. A kernel without IPv6 does not have them.
     for which in ["default", "all"] {
         let path = format!("/proc/sys/net/ipv6/conf/{which}/disable_ipv6");
         match fs::write(path, "1") {
@@ -52,7 +52,8 @@ pub(crate) fn in_new_namespace<T: Send>(work: impl FnOnce() -> Result<T> + Send)
     })
 }
 
-/// A network namespace for others to work in. It lives as long as this and what is in it.
+/// A network namespace for others to work in. It lives as long as this value and as long as
+/// something is in it.
 pub(crate) struct Namespace(File);
 
 impl Namespace {
@@ -64,7 +65,7 @@ impl Namespace {
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                // SAFETY: setns takes no pointer; it moves this thread only.
+                // SAFETY: setns takes no pointer, and moves only this thread.
                 check(unsafe { libc::setns(self.0.as_raw_fd(), libc::CLONE_NEWNET) })?;
                 work()
             });
@@ -95,7 +96,7 @@ pub(crate) struct Tap {
     name: String,
 }
 
-/// Whether a TAP has the virtio header and takes and gives segments for the other side to cut.
+/// Whether a TAP has the virtio header, and exchanges large packets that the other side segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Offload {
     Off,
@@ -104,9 +105,9 @@ pub(crate) enum Offload {
 
 /// A request about the interface `name`.
 fn request_for(name: &str) -> Result<libc::ifreq> {
-    // SAFETY: an ifreq is plain old data, for which zeroes are a value.
+    // SAFETY: an ifreq is plain old data, and all zeroes are a valid value.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    // The last byte ends the name.
+    // The last byte terminates the name.
     if name.len() >= request.ifr_name.len() {
         return Err(format!("{name} is too long for a network interface's name").into());
     }
@@ -180,19 +181,19 @@ impl AsFd for Tap {
     }
 }
 
-/// The virtio header with the number of buffers, as virtio 1 has it.
+/// Bytes of the virtio header with the number of buffers, as in virtio 1.
 pub(crate) const VIRTIO_HEADER: usize = 12;
 
-/// What the kernel counted on one interface.
+/// The kernel's counters of one interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counters {
     /// Packets that the kernel received: for a TAP, those written.
     pub(crate) received: u64,
-    /// Bytes of them.
+    /// Their bytes.
     pub(crate) received_bytes: u64,
     /// Packets that the kernel sent: for a TAP, those read.
     pub(crate) sent: u64,
-    /// Bytes of them.
+    /// Their bytes.
     pub(crate) sent_bytes: u64,
     /// Packets that the kernel could not send: for a TAP, those that found its queue full.
     pub(crate) dropped: u64,
@@ -210,7 +211,7 @@ pub(crate) fn counters(name: &str) -> Result<Counters> {
         .split_whitespace()
         .filter_map(|field| field.parse().ok())
         .collect();
-    // Eight of receiving, eight of sending: bytes, packets, errors, drops, ...
+    // Eight columns for receiving, eight for sending: bytes, packets, errors, drops, ...
     let [received_bytes, received, .., sent_bytes, sent, _, dropped, _, _, _, _] = fields[..]
     else {
         return Err(format!("/proc/net/dev has {} columns", fields.len()).into());
@@ -218,8 +219,8 @@ pub(crate) fn counters(name: &str) -> Result<Counters> {
     Ok(Counters { received, received_bytes, sent, sent_bytes, dropped })
 }
 
-/// Takes from an interface of the calling thread's namespace what a TAP without offload does not
-/// have: with the checksums go scattered packets and every kind of segmentation.
+/// Disables on an interface of the calling thread's namespace what a TAP without offload does not
+/// have. Without checksums there are no scattered packets and no segmentation either.
 pub(crate) fn without_checksums(name: &str) -> Result<()> {
     /// `struct ethtool_value` of linux/ethtool.h.
     #[repr(C)]
@@ -232,7 +233,7 @@ pub(crate) fn without_checksums(name: &str) -> Result<()> {
     // SAFETY: socket takes no pointer.
     let socket =
         check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     let mut value = EthtoolValue { command: ETHTOOL_STXCSUM, data: 0 };
     let mut request = request_for(name)?;
@@ -242,8 +243,8 @@ pub(crate) fn without_checksums(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A UDP frame of `length` bytes to a station that is not there: the kernel looks at its address
-/// and drops it, and no answer comes back.
+/// A UDP frame of `length` bytes to a station that does not exist. The kernel looks at its address
+/// and drops it, so no answer comes back.
 pub(crate) fn udp_frame(length: usize) -> Vec<u8> {
     let mut frame = vec![0; length];
     frame[..6].copy_from_slice(&[2, 0, 0, 0, 0, 0x99]);
@@ -271,22 +272,22 @@ pub(crate) struct PacketSocket {
     socket: OwnedFd,
 }
 
-/// How many frames one `sendmmsg` takes.
+/// The number of frames that one `sendmmsg` takes.
 const SEND_BATCH: usize = 64;
 
 impl PacketSocket {
-    /// On interface `name` of the calling thread's namespace.
+    /// A socket on interface `name` of the calling thread's namespace.
     pub(crate) fn on(name: &str) -> Result<Self> {
-        // SAFETY: socket takes no pointer; a protocol of 0 sends only.
+        // SAFETY: socket takes no pointer; with a protocol of 0 it only sends.
         let socket = check(unsafe {
             libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0)
         })?;
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
         let name = std::ffi::CString::new(name)?;
         // SAFETY: the name is a C string that outlives the call.
         let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-        // SAFETY: a sockaddr_ll is plain old data, for which zeroes are a value.
+        // SAFETY: a sockaddr_ll is plain old data, and all zeroes are a valid value.
         let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_ifindex = index as i32;
@@ -312,12 +313,13 @@ impl PacketSocket {
         Ok(Self { socket })
     }
 
-    /// Sends `frame` `count` times. Frames that find the queue full are lost; the interface counts
-    /// them.
+    /// Sends `frame` `count` times. Frames that find the queue full are lost, and the interface
+    /// counts them.
     pub(crate) fn send(&self, frame: &[u8], count: usize) -> Result<()> {
         let mut part =
             libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
-        // SAFETY: an mmsghdr is plain old data, for which zeroes (no address, no control) are a value.
+        // SAFETY: an mmsghdr is plain old data, and all zeroes (no address, no control) are a valid
+        // value.
         let mut messages: [libc::mmsghdr; SEND_BATCH] = unsafe { mem::zeroed() };
         for message in &mut messages {
             message.msg_hdr.msg_iov = &raw mut part;

@@ -9,11 +9,11 @@ use crate::net;
 use crate::result::Result;
 use crate::slots::SLOTS;
 
-/// What a user of vmring chooses.
+/// The choices that a user of vmring has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Ours {
     engine: TapEngine,
-    /// The measuring thread drives the device, or the ring's own one.
+    /// Whether the measuring thread drives the device. Otherwise the ring has a thread of its own.
     inline: bool,
 }
 
@@ -32,7 +32,7 @@ impl Ours {
         }
     }
 
-    /// A ring over the TAP, which stays as it is set up.
+    /// A ring over the TAP, which keeps its setup.
     fn start(self, tap: &net::Tap, direction: Direction) -> Result<(Interface, Ring)> {
         let device = Tap::from_fd(tap.duplicate()?).engine(self.engine);
         let interface = Interface::builder().device(device).start()?;
@@ -68,7 +68,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 struct RingWriter {
     ring: Ring,
-    /// Frames to send, each with its packet.
+    /// Frames that are not in flight, each with its packet.
     idle: Vec<Frame>,
     length: usize,
     _interface: Interface,
@@ -123,7 +123,8 @@ impl Reader for RingReader {
         Ok(taken)
     }
 
-    /// Posted reads would be filled by the device's thread, or by the kernel, as packets come.
+    /// Cancels the posted reads, which the device's thread, or the kernel, would fill as packets
+    /// arrive.
     fn rest(&mut self) -> Result<()> {
         self.ring.cancel_all(0)?;
         while self.ring.in_flight() > 0 {

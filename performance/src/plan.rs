@@ -1,4 +1,4 @@
-//! What every part is asked for, and what it gives.
+//! What every part is asked for, and its result.
 
 use std::time::Duration;
 
@@ -13,5 +13,5 @@ pub(crate) struct Plan {
     pub(crate) time: Duration,
 }
 
-/// What a part gives.
+/// The result of a part.
 pub(crate) type Part = Result<(Vec<Table>, Vec<Want>)>;

@@ -1,5 +1,6 @@
-//! A picture of two of the tables, as SVG: packets between guests as bars, and what more interfaces in
-//! a network change as lines. Written by hand: it needs no fonts and no libraries of the system.
+//! A picture of two of the tables, as SVG: packets between guests as bars, and the effect of more
+//! interfaces in a network as lines. It is written by hand, so it needs no fonts and no libraries
+//! of the system.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -13,14 +14,14 @@ const TOP: f64 = 70.0;
 const MARGIN: f64 = 20.0;
 const BAR: f64 = 16.0;
 const STEP: f64 = 22.0;
-/// About what a character of 12 pixels takes in a sans-serif face.
+/// The approximate width of a character of 12 pixels in a sans-serif face.
 const CHARACTER: f64 = 6.4;
 const LEAST_HEIGHT: f64 = 420.0;
 
-/// Told apart by whoever sees few colours, too; the first is vmring's.
+/// People who see few colours can tell these apart, too. The first is vmring's.
 const COLOURS: [&str; 6] = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#555555"];
 
-/// Draws what the report has of it.
+/// Draws the tables that the report has.
 pub(crate) fn write(report: &Report, path: &Path) -> Result<()> {
     let drawing = draw(&report.heading().to_string(), report.tables())?;
     std::fs::write(path, drawing)
@@ -52,14 +53,14 @@ fn draw(title: &str, tables: &[Table]) -> Result<String> {
     Ok(svg.finish(height))
 }
 
-/// A packet's time in one row of the table.
+/// The time of a packet in one row of the table.
 struct Bar {
     group: String,
     name: String,
     ns: f64,
 }
 
-/// The rows of full frames; what was not measured has no bar.
+/// The rows of full frames. A row that was not measured has no bar.
 fn bars(table: &Table) -> impl Iterator<Item = Bar> {
     table.medians().filter_map(|(labels, ns)| match labels {
         [bytes, variant, contender] if number(bytes) == Some(1514) && ns > 0.0 => {
@@ -70,7 +71,7 @@ fn bars(table: &Table) -> impl Iterator<Item = Bar> {
     })
 }
 
-/// A number in a label, with or without a unit behind or commas within.
+/// A number in a label, with or without a unit after it or commas in it.
 fn number(label: &str) -> Option<u64> {
     let digits = label.split_whitespace().next()?.replace(',', "");
     digits.parse().ok()
@@ -118,15 +119,16 @@ impl Svg {
         ));
     }
 
-    /// Bars to the right, on a logarithmic scale, from 0 to `right`.
+    /// Draws bars to the right, on a logarithmic scale, from 0 to `right`.
     fn bars(&mut self, bars: &[Bar], right: f64, height: f64) {
         let longest = bars.iter().map(|bar| bar.name.chars().count()).max().unwrap_or(0);
         let left = MARGIN + longest as f64 * CHARACTER + 8.0;
-        // The figures stand behind the bars.
+        // The figures are after the bars.
         let right = (right - MARGIN - 50.0).max(left + 50.0);
         let least = bars.iter().map(|bar| bar.ns).fold(f64::INFINITY, f64::min).log10();
         let most = bars.iter().map(|bar| bar.ns).fold(0.0, f64::max).log10();
-        // A bar begins at a power of ten well below the shortest, or that one would have no length.
+        // A bar begins at a power of ten well below the shortest; otherwise that one would have no
+        // length.
         let (low, high) = ((least - 0.3).floor(), most.ceil());
         let place = |log: f64| left + (right - left) * (log - low) / (high - low).max(1.0);
         let bottom = height - 40.0;
@@ -160,10 +162,10 @@ impl Svg {
         }
     }
 
-    /// Lines over the number of interfaces, each doubling as wide as the next, from `left` on.
+    /// Draws lines over the number of interfaces, from `left` on. Each doubling has the same width.
     fn lines(&mut self, lines: &[Line], left: f64, height: f64) {
         let (left, right) = (left + MARGIN + 45.0, WIDTH - MARGIN);
-        // The names stand above.
+        // The names are above.
         let (top, bottom) = (TOP + lines.len() as f64 * 16.0, height - 40.0);
         let all = || lines.iter().flat_map(|line| &line.1);
         let first = all().map(|point| point.0).fold(f64::INFINITY, f64::min).log2().floor();
@@ -212,7 +214,7 @@ impl Svg {
         }
     }
 
-    /// White behind everything: the page may be dark.
+    /// Puts white behind everything, because the page may be dark.
     fn finish(self, height: f64) -> String {
         format!(
             r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="Helvetica, Arial, sans-serif" fill="#222222">
@@ -224,7 +226,8 @@ impl Svg {
     }
 }
 
-/// Between two ticks, so that there are four to ten up to `most`: 1, 2 or 5 and zeroes.
+/// The distance between two ticks, so that there are four to ten up to `most`: 1, 2 or 5, followed
+/// by zeroes.
 fn step(most: f64) -> f64 {
     let power = 10f64.powf((most / 10.0).log10().ceil());
     [0.2, 0.5].into_iter().map(|part| part * power).find(|s| most / s <= 10.0).unwrap_or(power)
@@ -235,7 +238,8 @@ mod tests {
     use super::*;
     use crate::{growth, guests};
 
-    /// With the labels of the part itself: else the plot may look for others than there are.
+    /// Uses the labels of the part itself. Otherwise the plot could look for labels that do not
+    /// exist.
     fn guests_table() -> Table {
         let mut table = Table::new("guests", "made up", guests::LABELS, &["ns/packet"]);
         let contenders = [("vmring, inline", 45.0), ("rtrb <one> & \"all\"", 8.0)];
@@ -261,7 +265,7 @@ mod tests {
         table
     }
 
-    /// How many bars, lines and points there are, and the texts.
+    /// The number of bars, lines and points, and the texts.
     fn read(svg: &str) -> ([usize; 3], Vec<String>) {
         let document = roxmltree::Document::parse(svg).expect("it is XML");
         let nodes = || document.descendants();

@@ -1,12 +1,13 @@
-//! The least that a ring can be: a submission and a completion queue of a well-kept crate, entries as
-//! large as vmring's, and behind them numbers of buffers that nobody guards. What a contender with these
-//! takes more than one without is what queues cost, whoever writes them.
+//! The least that a ring can be: a submission and a completion queue of a well-maintained crate,
+//! with entries as large as vmring's, which carry numbers of buffers that nothing protects. The
+//! difference between a contender with these queues and one without is what queues cost, whoever
+//! writes them.
 
 use rtrb::{Consumer, Producer, RingBuffer};
 
 use crate::result::Result;
 
-/// As our entries, 32 bytes.
+/// An entry of 32 bytes, like vmring's.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C, align(32))]
 pub(crate) struct Entry {
@@ -18,7 +19,7 @@ pub(crate) struct Entry {
     pub(crate) kind: u64,
 }
 
-/// Both ends of both queues: one thread drives them, as it does an inline ring.
+/// Both ends of both queues, because one thread drives them, as it drives an inline ring.
 pub(crate) struct Queues {
     submit: Producer<Entry>,
     take: Consumer<Entry>,
@@ -41,7 +42,8 @@ impl Queues {
         Ok(())
     }
 
-    /// Reaps up to `most` entries and submits them again, as what `each` makes of them. Returns how many.
+    /// Reaps up to `most` entries and submits them again, as `each` changes them. Returns their
+    /// number.
     #[inline(always)]
     pub(crate) fn turn(&mut self, most: usize, each: impl FnMut(Entry) -> Entry) -> Result<usize> {
         let count = self.reap.slots().min(most);
@@ -50,13 +52,13 @@ impl Queues {
         Ok(chunk.fill_from_iter(reaped.into_iter().map(each)))
     }
 
-    /// Submissions that wait.
+    /// The number of submissions that wait.
     #[inline(always)]
     pub(crate) fn waiting(&self) -> usize {
         self.take.slots()
     }
 
-    /// Takes `count` submissions and completes them, as what `each` makes of them.
+    /// Takes `count` submissions and completes them, as `each` changes them.
     #[inline(always)]
     pub(crate) fn complete(
         &mut self,
@@ -68,7 +70,7 @@ impl Queues {
         Ok(chunk.fill_from_iter(taken.into_iter().map(each)))
     }
 
-    /// Takes `count` submissions into a queue of buffers' numbers.
+    /// Takes `count` submissions and puts the numbers of their buffers into a queue.
     #[inline(always)]
     pub(crate) fn pass_on(&mut self, count: usize, to: &mut Producer<u32>) -> Result<()> {
         let taken = self.take.read_chunk(count)?;
@@ -78,7 +80,7 @@ impl Queues {
     }
 
     /// Completes what was [passed on](Self::pass_on) before: the buffers that come back, with their
-    /// lengths. Returns how many.
+    /// lengths. Returns their number.
     #[inline(always)]
     pub(crate) fn complete_from<T>(
         &mut self,

@@ -68,13 +68,13 @@ impl Method {
     }
 }
 
-/// How many packets the TAP's queue holds: more than any reader takes at once, and with full frames
-/// still within a processor's second cache or the third.
+/// How many packets the TAP's queue holds. It is more than any reader takes at once, and full
+/// frames still fit into a processor's second or third cache.
 pub(crate) const QUEUE: usize = 1000;
 /// Longer than any reader has to wait for a packet that is in the queue.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Takes `count` packets of `length` bytes, or says what came instead.
+/// Takes `count` packets of `length` bytes. The error says what came instead.
 fn drain(reader: &mut dyn Reader, count: usize, length: usize) -> Result<()> {
     let mut all = Taken::default();
     while all.packets < count as u64 {
@@ -89,15 +89,16 @@ fn drain(reader: &mut dyn Reader, count: usize, length: usize) -> Result<()> {
     if all == wanted { Ok(()) } else { Err(format!("{wanted:?} sent, {all:?} came").into()) }
 }
 
-/// One measurement of one contender: fills the queue and times the draining of it, again and again
-/// until the draining has taken `time`.
+/// One measurement of one contender: fills the queue and times the draining, repeatedly until the
+/// draining has taken `time`.
 pub(crate) fn measure_drain(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
         let tap = Tap::open_up("tap0", QUEUE)?;
         let socket = PacketSocket::on(tap.name())?;
         let frame = udp_frame(length);
         let mut reader = method.open(&tap)?;
-        // Before anything is timed: so many packets, of that length, come out, and only when asked.
+        // Checks before anything is timed that the right number of packets of the right length come
+        // out, and only when asked.
         let before = counters("tap0")?;
         reader.rest()?;
         socket.send(&frame, QUEUE)?;
@@ -122,7 +123,7 @@ pub(crate) fn measure_drain(method: Method, length: usize, time: Duration) -> Re
     })
 }
 
-/// One measurement of one contender while another thread sends as fast as it can.
+/// One measurement of one contender, while another thread sends as fast as it can.
 pub(crate) fn measure_flood(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
         let tap = Tap::open_up("tap0", QUEUE)?;
@@ -156,7 +157,7 @@ pub(crate) fn measure_flood(method: Method, length: usize, time: Duration) -> Re
     })
 }
 
-/// What comes in `time`, and what it took without the sender's processor time.
+/// What arrives in `time`, and the time without the sender's processor time.
 fn receive(reader: &mut dyn Reader, sender: Processor, time: Duration) -> Result<(Taken, Elapsed)> {
     reader.read(PATIENCE)?;
     let (start, sender_start) = (Moment::now(), sender.time());

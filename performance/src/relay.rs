@@ -1,4 +1,4 @@
-//! A bridge between two TAPs as anybody would write it: one thread, one system call a packet.
+//! A bridge between two TAPs as anybody would write it: one thread, and one system call per packet.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,13 +10,13 @@ use crate::net::{Tap, VIRTIO_HEADER, check};
 use crate::result::Result;
 use crate::slots::BATCH;
 
-/// The longest frame with segmentation left to the other side, and its virtio header.
+/// The longest frame that the other side is to segment, with its virtio header.
 const LONGEST: usize = VIRTIO_HEADER + 14 + 65_535;
 
-/// How often the relay looks whether it shall stop while nothing comes.
+/// How often the relay checks whether it should stop, while nothing arrives.
 const LOOK_MS: libc::c_int = 20;
 
-/// Carries packets both ways until `stop`. Returns the processor time that it took.
+/// Carries packets in both directions until `stop`. Returns the processor time that it took.
 pub(crate) fn run(left: &Tap, right: &Tap, stop: &AtomicBool) -> Result<Duration> {
     let processor = Processor::of_this_thread()?;
     let mut buffer = vec![0; LONGEST];
@@ -37,7 +37,7 @@ pub(crate) fn run(left: &Tap, right: &Tap, stop: &AtomicBool) -> Result<Duration
     Ok(processor.time())
 }
 
-/// A batch or what there is of it.
+/// Carries a batch, or as many packets as there are.
 fn carry(from: &Tap, to: &Tap, buffer: &mut [u8]) -> Result<()> {
     for _ in 0..BATCH {
         // SAFETY: the buffer is that long and outlives the call.
@@ -55,7 +55,7 @@ fn carry(from: &Tap, to: &Tap, buffer: &mut [u8]) -> Result<()> {
         let written = unsafe { libc::write(to.as_raw_fd(), packet.as_ptr().cast(), packet.len()) };
         if written < 0 {
             let error = io::Error::last_os_error();
-            // A network may lose packets, and this one does when its other end is not up (yet).
+            // A network may lose packets. This one does so while its other end is not up (yet).
             let lost =
                 matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::EIO));
             if !lost {

@@ -1,4 +1,4 @@
-//! What is printed: a heading, then tables for people or one JSON document.
+//! The output: a heading, then tables for people or one JSON document.
 
 use std::fs;
 use std::io::{self, Write};
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::clock::Elapsed;
 use crate::result::Result;
 
-/// What one measurement of packets gave.
+/// The result of one measurement of packets.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Sample {
     pub(crate) packets: u64,
@@ -16,18 +16,18 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Nanoseconds a packet by the clock on the wall.
+    /// Nanoseconds per packet, in wall time.
     pub(crate) fn wall_ns(&self) -> f64 {
         self.elapsed.wall.as_nanos() as f64 / self.packets as f64
     }
 
-    /// Nanoseconds of the measuring thread's processor a packet.
+    /// Nanoseconds per packet, in processor time of the measuring thread.
     pub(crate) fn cpu_ns(&self) -> f64 {
         self.elapsed.cpu.as_nanos() as f64 / self.packets as f64
     }
 }
 
-/// Smallest, middle and greatest of the rounds.
+/// The smallest, the median and the greatest value of the rounds.
 #[derive(Clone, Copy, Serialize)]
 struct Spread {
     min: f64,
@@ -36,7 +36,7 @@ struct Spread {
 }
 
 impl Spread {
-    /// Of at least one value; of none, zeroes.
+    /// The spread of at least one value. Without values it is all zeroes.
     fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -54,7 +54,7 @@ impl Spread {
     }
 }
 
-/// Where the figures are from.
+/// Where the figures come from.
 #[derive(Serialize)]
 pub(crate) struct Heading {
     machine: String,
@@ -65,7 +65,7 @@ pub(crate) struct Heading {
     seconds: f64,
 }
 
-/// This program's own lock file: what it was built from.
+/// This program's own lock file, which says what it was built from.
 const LOCK: &str = include_str!("../Cargo.lock");
 
 /// The crates whose speed is compared.
@@ -106,14 +106,14 @@ impl std::fmt::Display for Heading {
     }
 }
 
-/// A table: for each row, a spread of each figure that was measured.
+/// A table. Each row has a spread for each figure that was measured.
 #[derive(Serialize)]
 pub(crate) struct Table {
     name: &'static str,
     about: String,
-    /// What tells the rows apart.
+    /// The labels that tell the rows apart.
     labels: &'static [&'static str],
-    /// The figures, with their unit in the name.
+    /// The names of the figures, with their unit.
     figures: &'static [&'static str],
     rows: Vec<Row>,
 }
@@ -121,7 +121,7 @@ pub(crate) struct Table {
 #[derive(Serialize)]
 struct Row {
     labels: Vec<String>,
-    /// `None`: this one has no such figure.
+    /// `None` if the row does not have this figure.
     figures: Vec<Option<Spread>>,
 }
 
@@ -135,8 +135,8 @@ impl Table {
         Self { name, about: about.into(), labels, figures, rows: Vec::new() }
     }
 
-    /// Adds a row: its labels, and of each figure the values of all rounds (none: it has no such
-    /// figure). Returns the median of the first.
+    /// Adds a row: its labels, and for each figure the values of all rounds, or no values if the
+    /// row does not have the figure. Returns the median of the first figure.
     pub(crate) fn row(&mut self, labels: &[&str], figures: &[&[f64]]) -> f64 {
         assert_eq!((labels.len(), figures.len()), (self.labels.len(), self.figures.len()));
         let spread =
@@ -152,14 +152,14 @@ impl Table {
         self.name
     }
 
-    /// The medians of the first figure, with the rows' labels.
+    /// The medians of the first figure, with the labels of the rows.
     pub(crate) fn medians(&self) -> impl Iterator<Item = (&[String], f64)> {
         let median = |row: &Row| row.figures[0].map_or(f64::NAN, |spread| spread.median);
         self.rows.iter().map(move |row| (&row.labels[..], median(row)))
     }
 
-    /// Columns as wide as what is in them: labels to the left, figures to the right, the first with its
-    /// smallest and greatest.
+    /// Prints the columns as wide as their contents: labels to the left, figures to the right. The
+    /// first figure has its smallest and greatest value beside it.
     fn print(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "\n{}: {}", self.name, self.about)?;
         let mut lines: Vec<Vec<String>> = Vec::new();
@@ -204,7 +204,7 @@ impl Table {
     }
 }
 
-/// Three digits that say something, or all of a whole number.
+/// Three significant digits, or all digits of a whole number.
 pub(crate) fn shorten(value: f64) -> String {
     match value.abs() {
         x if x >= 100.0 => format!("{value:.0}"),
@@ -213,13 +213,13 @@ pub(crate) fn shorten(value: f64) -> String {
     }
 }
 
-/// What was to be reached, and whether it was, by this run's medians.
+/// A goal, and whether this run's medians reached it.
 #[derive(Serialize)]
 pub(crate) struct Want {
     what: String,
     measured: f64,
     wanted: f64,
-    /// Whether `wanted` is the most it may be, or the least.
+    /// Whether `wanted` is the most that the value may be, or the least.
     at_most: bool,
     met: bool,
 }
@@ -242,9 +242,9 @@ pub(crate) struct Report {
     heading: Heading,
     tables: Vec<Table>,
     wants: Vec<Want>,
-    /// Parts that were left out, and why.
+    /// The parts that were skipped, with the reason.
     skipped: Vec<(&'static str, String)>,
-    /// Parts that ended with an error, and with which.
+    /// The parts that ended with an error, and the error.
     failed: Vec<(&'static str, String)>,
 }
 
@@ -272,7 +272,7 @@ impl Report {
         self.failed.push((part, error));
     }
 
-    /// How many parts ended with an error.
+    /// The number of parts that ended with an error.
     pub(crate) fn failed(&self) -> usize {
         self.failed.len()
     }

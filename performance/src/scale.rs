@@ -1,4 +1,4 @@
-//! What a ring's depth, a frame's size and the number of rings change, over the loopback.
+//! The effect of a ring's depth, of a frame's size and of the number of rings, over the loopback.
 //!
 //! A packet is written, copied once by the device, and read: two submissions and two completions.
 
@@ -15,7 +15,7 @@ use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
 
-/// Reads and writes in flight, each.
+/// Reads in flight, and writes in flight.
 const BATCH: usize = 32;
 const SMALL: usize = 60;
 const DEPTHS: [u32; 4] = [64, 512, 4096, 32_768];
@@ -23,7 +23,7 @@ const SIZES: [usize; 4] = [SMALL, 1514, 9014, 65_535];
 const RINGS: [usize; 5] = [1, 2, 4, 8, 16];
 /// Longer than a packet may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How much slower than the first row another may be.
+/// How many times as slow as the first row another row may be.
 const FACTOR: f64 = 1.2;
 
 pub(crate) fn run(plan: Plan) -> Part {
@@ -42,12 +42,12 @@ pub(crate) fn run(plan: Plan) -> Part {
     Ok((tables, wants))
 }
 
-/// What packet `number` of a ring holds.
+/// The contents of packet `number` of a ring.
 fn packet(number: usize, size: usize) -> Vec<u8> {
     (0..size).map(|i| (i + number * 7) as u8).collect()
 }
 
-/// A ring over an interface of its own whose packets come back.
+/// A ring over an interface of its own, whose packets come back.
 struct Echo {
     ring: Ring,
     size: usize,
@@ -58,7 +58,7 @@ impl Echo {
     fn start(size: usize, depth: u32, drive: Drive<'_>) -> Result<Self> {
         let mtu = size.saturating_sub(ETHERNET).max(1500);
         let interface = Interface::builder().device(Loopback::new(mtu as u32)).start()?;
-        // Only the frames in flight are used, whatever the depth.
+        // Only the frames in flight are used, whatever the depth is.
         let builder = interface.ring(Direction::Both).depth(depth).frames(2 * BATCH);
         let ring = builder.prefault(true).drive(drive).build()?;
         let mut echo = Self { ring, size, _interface: interface };
@@ -70,7 +70,8 @@ impl Echo {
             echo.ring.submit_write(frame, i as u64)?;
         }
         echo.check()?;
-        // Once through all entries, so that none is touched for the first time when it counts.
+        // Goes through all entries, so that none is touched for the first time during the
+        // measurement.
         let mut left = 4 * depth as usize;
         while left > 0 {
             left = left.saturating_sub(echo.turn_in_time()?);
@@ -78,7 +79,7 @@ impl Echo {
         Ok(echo)
     }
 
-    /// That what is written comes back, in order, and unchanged.
+    /// Checks that what is written comes back in order and unchanged.
     fn check(&mut self) -> Result<()> {
         let mut seen = 0;
         let end = Instant::now() + PATIENCE;
@@ -104,7 +105,7 @@ impl Echo {
         Ok(())
     }
 
-    /// Reaps what there is and submits it again. Returns the packets read.
+    /// Reaps what has completed and submits it again. Returns the packets that were read.
     #[inline]
     fn turn(&mut self) -> Result<u64> {
         let (mut sq, mut cq) = self.ring.split();
@@ -124,7 +125,7 @@ impl Echo {
         Ok(read)
     }
 
-    /// The same, and an error if nothing comes.
+    /// The same, with an error if nothing comes.
     fn turn_in_time(&mut self) -> Result<usize> {
         match self.ring.wait(1, Some(PATIENCE)) {
             0 => Err("nothing came back within five seconds".into()),
@@ -133,7 +134,7 @@ impl Echo {
     }
 }
 
-/// A want for each median but the first: not much above it.
+/// A want for each median but the first: not much above the first.
 fn flat(wants: &mut Vec<Want>, what: &str, medians: &[(String, f64)]) {
     let Some(((first, least), others)) = medians.split_first() else { return };
     for (label, median) in others {
@@ -161,7 +162,7 @@ fn by_depth(plan: Plan) -> Part {
     Ok((vec![table], wants))
 }
 
-/// Frames as a ring has them, for copies as its device makes them.
+/// Frames like a ring's, for copies like its device's.
 struct Copies {
     from: Vec<Frame>,
     to: Vec<Frame>,
@@ -210,7 +211,7 @@ fn by_size(plan: Plan) -> Part {
         copies.check()?;
         contenders.push((Echo::start(size, 256, Drive::Inline)?, copies, Vec::new()));
     }
-    // Copies are timed right after the ring, so that a slow moment is one for both.
+    // The copies are timed right after the ring, so that a slow moment hits both.
     let packets = take_turns(plan, &mut contenders, |(echo, copies, copied)| {
         let packet = time_packets(plan.time, 8, || echo.turn())?;
         copied.push(time_packets(plan.time, 8, || Ok(copies.turn()))?);
@@ -230,7 +231,7 @@ fn by_size(plan: Plan) -> Part {
 /// All rings of a contender.
 struct Many {
     echoes: Vec<Echo>,
-    /// Turns in a row that found nothing.
+    /// Successive turns that found nothing.
     idle: u32,
     idle_since: Instant,
 }
@@ -244,7 +245,7 @@ impl Many {
         Ok(Self { echoes, idle: 0, idle_since: Instant::now() })
     }
 
-    /// One turn of each.
+    /// One turn of each ring.
     fn turn(&mut self) -> Result<u64> {
         let mut packets = 0;
         for echo in &mut self.echoes {
@@ -254,7 +255,7 @@ impl Many {
             self.idle = 0;
             return Ok(packets);
         }
-        // The poller may need this processor to go on.
+        // The poller may need this processor to continue.
         if self.idle == 0 {
             self.idle_since = Instant::now();
         }
@@ -277,7 +278,8 @@ fn by_rings(plan: Plan) -> Part {
     for shared in [false, true] {
         let mut contenders = Vec::new();
         for count in RINGS {
-            // A poller for each contender: one that is not measured sleeps, with its rings.
+            // Each contender has a poller of its own. One that is not being measured sleeps, with
+            // its rings.
             let poller = if shared {
                 let builder = Poller::builder();
                 let two = processors() > 1;

@@ -1,9 +1,10 @@
-//! Packet buffers: every contender fills and empties the same number of them in turn, as a program
-//! does that hands its packets on. One hot buffer would flatter those that can do with one.
+//! Packet buffers. Every contender fills and empties the same number of them in turn, like a
+//! program that passes its packets on. A single hot buffer would flatter contenders that can work
+//! with one.
 
-/// How many there are.
+/// The number of buffers.
 pub(crate) const SLOTS: usize = 256;
-/// How long each is.
+/// The length of each buffer.
 pub(crate) const SLOT_SIZE: usize = 2048;
 /// How many packets a contender with batches takes at once.
 pub(crate) const BATCH: usize = 64;

@@ -1,8 +1,9 @@
-//! The vmnet driver over a simulated vmnet that costs nothing, or a system call's time for each call,
-//! beside loops that call the C ABI themselves.
+//! The vmnet driver over a simulated vmnet, beside loops that call the C ABI themselves. The
+//! simulated vmnet costs nothing, or the time of a system call for each call.
 //!
-//! The batched loop does what every caller of the ABI has to do: set each descriptor, call, look at
-//! each length. The other one does the same with one packet to a call, as Lwt_vmnet and QEMU write.
+//! The batched loop does what every caller of the ABI has to do: set each descriptor, make the
+//! call, look at each length. The other one does the same with one packet per call, as Lwt_vmnet
+//! and QEMU write.
 
 mod bare;
 mod limits;
@@ -20,11 +21,12 @@ use crate::result::Result;
 use bare::Bare;
 use limits::{LENGTH, PATIENCE};
 
-/// Packets in flight: what the other parts have, and what vmnet took at once before macOS 15.
+/// Packets in flight: the number that the other parts have, and the number that vmnet took at once
+/// before macOS 15.
 const BATCHES: [usize; 2] = [32, 200];
-/// What a system call costs.
+/// The cost of a system call.
 const CALL: Duration = Duration::from_nanos(300);
-/// What a packet costs in vmnet beside the call, roughly as its way through a kernel.
+/// The cost of a packet in vmnet beside that of the call, roughly its way through a kernel.
 const PACKET: Duration = Duration::from_nanos(250);
 pub(crate) fn run(plan: Plan) -> Part {
     pinned(|| {
@@ -33,13 +35,14 @@ pub(crate) fn run(plan: Plan) -> Part {
     })
 }
 
-/// What vmnet itself takes of the time.
+/// The time that vmnet itself takes.
 #[derive(Clone, Copy)]
 enum Price {
     Nothing,
     Call,
-    /// For each packet. The simulator only knows prices of calls, so this is the price of a call with
-    /// all packets in flight. That favours nobody: with fewer packets a call would cost the same.
+    /// For each packet. The simulator only knows the price of a call, so this is the price of a
+    /// call with all packets in flight. That favours no contender: with fewer packets a call would
+    /// cost the same.
     Packet,
 }
 
@@ -70,15 +73,16 @@ struct Contender {
 
 enum Method {
     Ours(Box<Ours>),
-    /// The same ring over a device that does nothing: what of the driver's figure is the ring's.
+    /// The same ring over a device that does nothing, which shows how much of the driver's figure
+    /// is the ring's.
     Null(Box<Ours>),
     Bare(Bare),
-    /// The loop in batches, with the packets behind the least that a ring can be.
+    /// The batched loop, with the packets behind the least that a ring can be.
     Queued(Bare, Queues),
 }
 
 impl Contender {
-    /// A world with an interface whose calls cost so much.
+    /// A world with an interface whose calls have this price.
     fn world(price: Price, batch: usize) -> (World, [u8; 16]) {
         let world = World::new();
         let id = world.interface_id();
@@ -182,14 +186,14 @@ fn measure(plan: Plan) -> Part {
     Ok((vec![table], wants))
 }
 
-/// A packet to all, the way from the other end included, with its number all over.
+/// A broadcast packet, for both directions, with its number in every byte after the header.
 fn packet(number: usize) -> [u8; LENGTH] {
     let mut packet = [number as u8; LENGTH];
     packet[..14].copy_from_slice(b"\xff\xff\xff\xff\xff\xff\x02\0\0\0\0\x07\x88\xb5");
     packet
 }
 
-/// What a packet that came has to be; `None` for what a host says of its own.
+/// Checks a packet that has arrived. A packet that a host sends of its own accord is ignored.
 fn expect(seen: &mut usize, packet_seen: &[u8]) -> Result<()> {
     if packet_seen.get(12..14) != Some(b"\x88\xb5") {
         return Ok(());
@@ -201,7 +205,8 @@ fn expect(seen: &mut usize, packet_seen: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// That ring and loop really send and receive: through a network, from one to the other and back.
+/// Checks that the ring and the loop really send and receive: through a network, from one to the
+/// other and back.
 fn check() -> Result<()> {
     const COUNT: usize = BATCHES[0];
     let world = World::new();
@@ -213,7 +218,7 @@ fn check() -> Result<()> {
         buffer[..LENGTH].copy_from_slice(&packet(i));
     }
     let mut seen = 0;
-    // The reads have to be posted before anything comes.
+    // The reads have to be posted before anything arrives.
     ours.ring.wait(0, None);
     if bare.write()? != COUNT as u64 {
         return Err("the simulator took fewer packets than it was given".into());
@@ -275,7 +280,7 @@ impl Ours {
         Ok(Self { ring, _interface: interface, _world: world })
     }
 
-    /// Brings `batch` frames in flight.
+    /// Puts `batch` frames in flight.
     fn fill(&mut self, direction: Direction, batch: usize) -> Result<()> {
         for i in 0..batch {
             let mut frame = self.ring.alloc().ok_or("the ring has too few frames")?;
@@ -289,7 +294,7 @@ impl Ours {
         Ok(())
     }
 
-    /// Reaps what there is and submits it again. Returns the packets.
+    /// Reaps what has completed and submits it again. Returns the number of packets.
     #[inline]
     fn turn(&mut self, direction: Direction) -> Result<u64> {
         let mut wrong = None;

@@ -59,7 +59,8 @@ pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<S
             Method::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
             Method::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
         };
-        // Before anything is timed: so many packets, of that length, did come.
+        // Checks before anything is timed that the right number of packets of the right length
+        // arrive.
         let before = counters("tap0")?;
         writer.write(SLOTS + 1)?;
         let after = counters("tap0")?;
@@ -84,7 +85,7 @@ pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<S
     })
 }
 
-/// One system call a packet.
+/// One system call per packet.
 struct Plain<'a> {
     tap: &'a Tap,
     slots: Vec<Slot>,
@@ -97,7 +98,7 @@ impl Writer for Plain<'_> {
         for _ in 0..count {
             let frame = &self.slots[self.next].0[..self.length];
             self.next = (self.next + 1) % SLOTS;
-            // SAFETY: the frame is that long and outlives the call.
+            // SAFETY: the frame has this length and outlives the call.
             let written =
                 unsafe { libc::write(self.tap.as_raw_fd(), frame.as_ptr().cast(), frame.len()) };
             if written != self.length as isize {
@@ -108,14 +109,14 @@ impl Writer for Plain<'_> {
     }
 }
 
-/// One system call for a batch.
+/// One system call per batch.
 struct Uring<'a> {
     ring: IoUring,
     tap: &'a Tap,
     slots: Vec<Slot>,
     next: usize,
     length: usize,
-    /// With the descriptor and the memory made known to the kernel before.
+    /// Whether the descriptor and the memory are registered with the kernel.
     fixed: bool,
 }
 
@@ -128,7 +129,8 @@ impl<'a> Uring<'a> {
                 iov_base: slots.as_mut_ptr().cast(),
                 iov_len: slots.len() * SLOT_SIZE,
             };
-            // SAFETY: the slots are neither moved nor freed before the ring, and shared with nobody.
+            // SAFETY: the slots are neither moved nor freed before the ring, and nothing else uses
+            // them.
             unsafe { ring.submitter().register_buffers(&[all]) }?;
             ring.submitter().register_files(&[tap.as_raw_fd()])?;
         }
@@ -152,7 +154,8 @@ impl Writer for Uring<'_> {
                     opcode::Write::new(types::Fd(self.tap.as_raw_fd()), start, length).build()
                 };
                 // SAFETY: the slots are not moved, changed or freed before the batch is complete,
-                // which is before this function returns: errors of the ring itself end the program.
+                // and that is before this function returns: an error of the ring itself ends the
+                // program.
                 unsafe { queue.push(&entry) }?;
             }
             drop(queue);
@@ -173,7 +176,7 @@ impl Writer for Uring<'_> {
     }
 }
 
-/// The crate of that name, over the same descriptor.
+/// The crate of this name, over the same descriptor.
 struct TunRs {
     device: tun_rs::SyncDevice,
     slots: Vec<Slot>,
@@ -184,7 +187,7 @@ struct TunRs {
 impl TunRs {
     fn new(tap: &Tap, slots: Vec<Slot>, length: usize) -> Result<Self> {
         // SAFETY: the descriptor is a TAP's without packet information and virtio header, and from
-        // here on the device's own.
+        // here on the device owns it.
         let device = unsafe { tun_rs::SyncDevice::from_fd(tap.duplicate()?.into_raw_fd()) }?;
         Ok(Self { device, slots, next: 0, length })
     }

@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use crate::result::Result;
 
-/// Entries that a queue has room for.
+/// Entries that a queue has space for.
 pub(crate) const CAPACITY: usize = 256;
-/// Entries that are compared before anything is timed: each place of a queue is used twice.
+/// Entries that are compared before anything is timed, so that each cell of a queue is used twice.
 pub(crate) const COMPARED: usize = 4 * CAPACITY;
 /// Longer than an entry may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 /// Turns between two looks at the clock.
 pub(crate) const TURNS: u32 = 64;
-/// Rounds of spinning before a thread gives its processor away.
+/// Rounds of spinning before a thread yields its processor.
 pub(crate) const SPINS: u32 = 2_000;
 
-/// Waits out a round without work, and not for ever.
+/// Waits during rounds without work, but not for ever.
 pub(crate) struct Patience {
     rounds: u32,
-    /// When the first rounds were in vain.
+    /// When the first rounds without work had passed.
     since: Instant,
 }
 
@@ -29,7 +29,7 @@ impl Patience {
         Self { rounds: 0, since: Instant::now() }
     }
 
-    /// Once around a loop that did something or did not.
+    /// Called once per round. `worked` says whether the round did something.
     #[inline]
     pub(crate) fn turn(&mut self, worked: bool) -> Result<()> {
         if worked {
@@ -41,7 +41,7 @@ impl Patience {
             hint::spin_loop();
             return Ok(());
         }
-        // The clock is not read at each turn that did something.
+        // So the clock is not read in each round that did something.
         if self.rounds == SPINS {
             self.since = Instant::now();
         }

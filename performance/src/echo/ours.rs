@@ -1,4 +1,4 @@
-//! A ring whose poller has the other processor: packets over the loopback, or reads of nothing.
+//! A ring whose poller is on the other processor: packets over the loopback, or reads of nothing.
 
 use std::time::Duration;
 
@@ -13,7 +13,8 @@ const LENGTH: usize = NULL_LENGTH;
 #[derive(Clone, Copy, PartialEq)]
 pub(super) struct Kind {
     pub(super) loopback: bool,
-    /// Submitted a batch at a time, or one by one in the reap loop.
+    /// Whether entries are submitted a batch at a time. Otherwise the reap loop submits them one by
+    /// one.
     pub(super) batches: bool,
 }
 
@@ -28,7 +29,7 @@ impl Kind {
     }
 }
 
-/// What packet `number` holds.
+/// The contents of packet `number`.
 fn packet(number: u64) -> [u8; LENGTH] {
     std::array::from_fn(|at| (at as u64 + 7 * number) as u8)
 }
@@ -67,7 +68,7 @@ pub(super) fn measure(kind: Kind, batch: usize, time: Duration) -> Result<f64> {
         patience.turn(done > 0)?;
         Ok(done)
     })?;
-    // Nothing was lost, and what comes is still what is sent.
+    // Nothing was lost, and what arrives is still what is sent.
     if ring.in_flight() != entries {
         return Err(format!("{} of {entries} entries are in flight", ring.in_flight()).into());
     }
@@ -75,7 +76,7 @@ pub(super) fn measure(kind: Kind, batch: usize, time: Duration) -> Result<f64> {
     Ok(ns)
 }
 
-/// So many entries, each looked at: numbers in their order, packets as they were sent.
+/// Checks this many entries: the numbers must be in order, and the packets as they were sent.
 fn check(
     ring: &mut Ring,
     kind: Kind,
@@ -96,7 +97,8 @@ fn check(
                 sq.submit_read(frame, number)?;
                 continue;
             }
-            // Packets and reads go around in the same order, so each read gets its own number's.
+            // Packets and reads go around in the same order, so each read gets the packet with its
+            // own number.
             let expected = *reads % batch as u64;
             *reads += 1;
             if (number, frame.len()) != (expected, LENGTH) {
@@ -114,9 +116,9 @@ fn check(
     Ok(())
 }
 
-/// The hot loop, as a user writes it. Over the loopback what was read is written, and the frame of what
-/// was written takes the next: so as many packets are on their way as at first, and none waits in the
-/// device for a read, which would copy it twice.
+/// The hot loop, as a user writes it. Over the loopback, what was read is written, and the frame of
+/// what was written takes the next packet. So as many packets stay in flight as at first, and none
+/// waits in the device for a read, which would mean a second copy.
 #[inline]
 fn one_by_one(ring: &mut Ring, loopback: bool, reads: &mut u64) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
@@ -141,11 +143,11 @@ fn one_by_one(ring: &mut Ring, loopback: bool, reads: &mut u64) -> Result<u64> {
     Ok(done)
 }
 
-/// Reads only: what is reaped is one submission.
+/// Only reads: everything that is reaped is one submission.
 #[inline]
 fn reads_in_batches(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
     let (mut sq, mut cq) = ring.split();
-    // One that failed is missing in what is in flight, which is counted at the end.
+    // A read that failed is missing from those in flight, which are counted at the end.
     let frames = cq.reap().filter_map(|done| {
         let frame = done.take_packet().ok().filter(|frame| frame.len() == LENGTH)?;
         Some((frame, done.user_data))
@@ -158,7 +160,7 @@ fn reads_in_batches(ring: &mut Ring, reads: &mut u64) -> Result<u64> {
 /// Frames to submit.
 type Entries = Vec<(Frame, u64)>;
 
-/// The same with one submission for the reads and one for the writes.
+/// The same, with one submission for the reads and one for the writes.
 #[inline]
 fn both_in_batches(
     ring: &mut Ring,

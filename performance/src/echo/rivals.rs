@@ -1,4 +1,4 @@
-//! What goes there and back beside our entries: as large as they are, and as many under way.
+//! What goes there and back in comparison: entries of the same size as ours, and as many in flight.
 
 use std::hint;
 use std::thread;
@@ -13,17 +13,17 @@ use crate::result::Result;
 /// Our entries have 32 bytes, too.
 type Entry = [u64; 4];
 
-/// What goes around as number `n` of all: the entries stay in their order.
+/// The entry that goes around as number `n` of all. The entries stay in order.
 fn entry(n: usize, batch: usize) -> Entry {
     [(n % batch) as u64; 4]
 }
 
-/// An error if that is not what came as number `n`.
+/// Returns an error if this is not the entry with number `n`.
 fn compare(came: Entry, n: usize, batch: usize) -> Result<()> {
     if came == entry(n, batch) { Ok(()) } else { Err(format!("entry {n} came as {came:?}").into()) }
 }
 
-/// Two queues between two threads, with `batch` entries on their way.
+/// Two queues between two threads, with `batch` entries in flight.
 pub(super) fn rtrb(batch: usize, time: Duration, chunks: bool) -> Result<f64> {
     let (mut out, mut far_in) = rtrb::RingBuffer::<Entry>::new(CAPACITY);
     let (mut far_out, mut back) = rtrb::RingBuffer::<Entry>::new(CAPACITY);
@@ -31,7 +31,7 @@ pub(super) fn rtrb(batch: usize, time: Duration, chunks: bool) -> Result<f64> {
         let far = scope.spawn(move || {
             pin(1);
             let mut idle = 0_u32;
-            // Until the near end is gone.
+            // Runs until the near end is gone.
             while !far_in.is_abandoned() || !far_in.is_empty() {
                 if pass(&mut far_in, &mut far_out, chunks) > 0 {
                     idle = 0;
@@ -69,7 +69,7 @@ pub(super) fn rtrb(batch: usize, time: Duration, chunks: bool) -> Result<f64> {
             passed += now;
             Ok(now as u64)
         })?;
-        // All that was sent is still there, in its order.
+        // Everything that was sent is still there, in order.
         for n in passed..passed + batch {
             compare(next(&mut back)?, n, batch)?;
         }
@@ -79,13 +79,14 @@ pub(super) fn rtrb(batch: usize, time: Duration, chunks: bool) -> Result<f64> {
     })
 }
 
-/// Everything from one queue into the other.
+/// Moves everything from one queue into the other.
 fn pass(from: &mut rtrb::Consumer<Entry>, to: &mut rtrb::Producer<Entry>, chunks: bool) -> usize {
     if !chunks {
         let mut passed = 0;
         while let Ok(entry) = from.pop() {
             if to.push(entry).is_err() {
-                // Cannot be: both queues have room for all. The check at the end would tell.
+                // This is impossible, because both queues have space for all. The check at the end
+                // would find it.
                 break;
             }
             passed += 1;

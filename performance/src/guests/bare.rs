@@ -1,4 +1,4 @@
-//! The limit: two rings of slot numbers and one copy a packet, with nothing around them.
+//! The limit: two rings of slot numbers and one copy per packet, with nothing around them.
 
 use std::cell::UnsafeCell;
 
@@ -9,19 +9,19 @@ use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::queues::{Entry, Queues};
 use crate::result::Result;
 
-/// Slots begin with a cache line, as vmring's do.
+/// A slot begins with a cache line, like vmring's.
 #[repr(C, align(64))]
 struct Line(UnsafeCell<[u8; 64]>);
 
 /// The receiver's slots, which the sender writes to.
 struct Slots {
     lines: Box<[Line]>,
-    /// Of one slot.
+    /// The lines of one slot.
     count: usize,
 }
 
-// SAFETY: a slot is touched only by the side that has its number, and the rings through which numbers
-// go order what one side did before what the other does.
+// SAFETY: a slot is touched only by the side that has its number. The rings through which the
+// numbers go order what one side did before what the other side does.
 unsafe impl Sync for Slots {}
 
 impl Slots {
@@ -31,7 +31,7 @@ impl Slots {
         Self { lines, count }
     }
 
-    /// Where a slot begins, and how much room it has.
+    /// Where a slot begins, and how many bytes it has.
     fn at(&self, slot: u32) -> (*mut u8, usize) {
         let lines = &self.lines[slot as usize * self.count..][..self.count];
         (lines.as_ptr().cast_mut().cast(), size_of_val(lines))
@@ -39,23 +39,24 @@ impl Slots {
 
     /// # Safety
     ///
-    /// The caller has the slot's number.
+    /// The caller must have the slot's number.
     #[inline]
     unsafe fn fill(&self, slot: u32, packet: &[u8]) {
         let (start, room) = self.at(slot);
         assert!(packet.len() <= room);
-        // SAFETY: it fits; the lines are cells, and the slot is the caller's.
+        // SAFETY: the packet fits. The lines are cells, and the caller has the slot.
         unsafe { start.copy_from_nonoverlapping(packet.as_ptr(), packet.len()) };
     }
 
     /// # Safety
     ///
-    /// The caller has the slot's number, and keeps it while it looks.
+    /// The caller must have the slot's number, and keep it as long as the result is used.
     #[inline]
     unsafe fn view(&self, slot: u32, length: usize) -> &[u8] {
         let (start, room) = self.at(slot);
         assert!(length <= room);
-        // SAFETY: it is within the slot, which nobody writes to meanwhile.
+        // SAFETY: it is within the slot, which nothing writes to meanwhile, as the caller has the
+        // slot.
         unsafe { std::slice::from_raw_parts(start, length) }
     }
 }
@@ -88,7 +89,7 @@ impl BareSender<'_> {
         let room = filled.write_chunk_uninit(count)?;
         room.fill_from_iter(slot_numbers.into_iter().map(|slot| {
             let packet = &packets[*sent as usize % packets.len()];
-            // SAFETY: the number came out of the ring of empty slots and is in no other place.
+            // SAFETY: the number came out of the ring of empty slots, so it is in no other place.
             unsafe { slots.fill(slot, packet) };
             *sent += 1;
             Filled { slot, length: packet.len() as u32 }
@@ -123,7 +124,7 @@ impl Receiver for BareReceiver<'_> {
         let packets = filled.read_chunk(count)?;
         let room = empty.write_chunk_uninit(count)?;
         room.fill_from_iter(packets.into_iter().map(|Filled { slot, length }| {
-            // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
+            // SAFETY: the number came out of the ring of filled slots. It is returned afterwards.
             inspection.inspect(unsafe { slots.view(slot, length as usize) });
             slot
         }));
@@ -131,7 +132,7 @@ impl Receiver for BareReceiver<'_> {
     }
 }
 
-/// A sender who submits its packets to a queue and reaps them out of another.
+/// A sender that submits its packets to a queue and reaps them from another.
 struct QueuedSender<'a> {
     bare: BareSender<'a>,
     queues: Queues,
@@ -151,7 +152,7 @@ impl Sender for QueuedSender<'_> {
     }
 }
 
-/// A receiver who submits its slots to a queue and reaps them, filled, out of another.
+/// A receiver that submits its slots to a queue and reaps them, filled, from another.
 struct QueuedReceiver<'a> {
     bare: BareReceiver<'a>,
     queues: Queues,
@@ -162,7 +163,7 @@ impl Receiver for QueuedReceiver<'_> {
         let Self { bare: BareReceiver { slots, filled, empty }, queues } = self;
         let came = queues.complete_from(filled, BATCH, |Filled { slot, length }| (slot, length))?;
         queues.turn(came, |entry| {
-            // SAFETY: the number came out of the ring of filled slots; it goes back afterwards.
+            // SAFETY: the number came out of the ring of filled slots. It is returned afterwards.
             inspection.inspect(unsafe { slots.view(entry.buffer, entry.length as usize) });
             Entry { length: 0, ..entry }
         })?;
@@ -171,11 +172,13 @@ impl Receiver for QueuedReceiver<'_> {
     }
 }
 
-/// The bare loop, or the same with a submission and a completion queue on either side.
+/// Measures the bare loop, or the same loop with a submission and a completion queue on either
+/// side.
 pub(super) fn measure(traffic: Traffic, queued: bool) -> Result<f64> {
     let expected = packet(traffic.length, TO, FROM);
     let slots = Slots::new(traffic.length);
-    // More than there are numbers: a batch's come into one ring before the other has let go of them.
+    // More than there are numbers: a batch's numbers enter one ring before the other ring has
+    // released them.
     let (to_receiver, filled) = RingBuffer::new(WINDOW + BATCH);
     let (mut to_sender, empty) = RingBuffer::new(WINDOW + BATCH);
     for slot in 0..WINDOW as u32 {

@@ -1,14 +1,14 @@
-//! What is sent, and how a receiver looks at it.
+//! The packets that are sent, and how a receiver inspects them.
 
-/// Different packets that a sender sends in turn.
+/// The number of different packets that a sender sends in turn.
 pub(super) const PACKETS: usize = 32;
-/// Addresses where nobody looks at them.
+/// The addresses, for contenders that do not look at them.
 pub(super) const TO: [u8; 6] = [2, 0, 0, 0, 0, 2];
 pub(super) const FROM: [u8; 6] = [2, 0, 0, 0, 0, 1];
-/// Where a packet has its number, two bytes: not within a word that a receiver adds up.
+/// The position of a packet's number, two bytes. It is not within a word that a receiver adds up.
 const NUMBER: usize = 14;
 
-/// A packet whose bytes tell where in it they are. Its number is zero.
+/// A packet whose bytes tell their position in it. Its number is zero.
 pub(super) fn packet(length: usize, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
     let mut packet: Vec<u8> = (0..length).map(|at| (at % 251) as u8).collect();
     packet[..6].copy_from_slice(&to);
@@ -17,7 +17,7 @@ pub(super) fn packet(length: usize, to: [u8; 6], from: [u8; 6]) -> Vec<u8> {
     packet
 }
 
-/// The packets that a sender sends in turn: alike but for their number.
+/// The packets that a sender sends in turn. They differ only in their number.
 pub(super) fn numbered(packet: &[u8]) -> impl Iterator<Item = Vec<u8>> {
     (0..PACKETS as u16).map(|number| {
         let mut packet = packet.to_vec();
@@ -26,7 +26,7 @@ pub(super) fn numbered(packet: &[u8]) -> impl Iterator<Item = Vec<u8>> {
     })
 }
 
-/// The sum of a word of each cache line.
+/// The sum of one word of each cache line.
 #[inline]
 pub(super) fn words(bytes: &[u8]) -> u64 {
     let word = |line: &[u8]| line.first_chunk::<8>().map_or(0, |word| u64::from_ne_bytes(*word));
@@ -55,7 +55,7 @@ pub(super) struct Inspection {
 }
 
 impl Inspection {
-    /// The next packet.
+    /// Inspects the next packet.
     #[inline]
     pub(super) fn inspect(&mut self, bytes: &[u8]) {
         self.wrong += u64::from(bytes.len() != self.expected.len());

@@ -11,7 +11,7 @@ use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::net::{ETHERNET, FULL_FRAME};
 use crate::result::Result;
 
-/// Who turns the rings' engines.
+/// Which thread drives the rings' engines.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Driven {
     Inline,
@@ -29,30 +29,32 @@ impl Driven {
     }
 }
 
-/// Reads that the receiver has posted where a poller hands them to the network: up to two windows of
-/// them may still be on their way there when the sender is told of them, and one window is in use.
+/// Reads that the receiver has posted, if a poller passes them to the network. Up to two windows of
+/// them may still be on their way there when the sender is told about them, and one window is in
+/// use.
 const POLLED_READS: usize = 4 * WINDOW;
-/// Those of them that the sender is not told of.
+/// The reads that the sender is not told about.
 const SPARE: u64 = (POLLED_READS - WINDOW) as u64;
-/// How long a receiver with a poller sleeps at once.
+/// The longest single sleep of a receiver with a poller.
 const NAP: Duration = Duration::from_millis(1);
 
-/// The packets that the sender may have sent in all, on a cache line of its own (two, as processors
-/// fetch them in pairs).
+/// The number of packets that the sender may have sent in all, on a cache line of its own (two,
+/// because processors fetch them in pairs).
 #[repr(align(128))]
 struct Allowed(AtomicU64);
 
 impl Allowed {
     #[inline]
     fn set(&self, packets: u64) {
-        // Release: who sees the number sees what was posted before.
+        // Release: pairs with the Acquire in `OurSender::send`. A sender that sees the number sees
+        // what was posted before it.
         self.0.store(packets, Ordering::Release);
     }
 }
 
 struct OurSender<'a> {
     ring: Ring,
-    /// Frames that are not under way, each with its packet, the next first.
+    /// Frames that are not in flight, each with its packet. The next one is first.
     idle: VecDeque<Frame>,
     allowed: &'a Allowed,
     length: usize,
@@ -63,7 +65,7 @@ struct OurSender<'a> {
 impl Sender for OurSender<'_> {
     fn send(&mut self) -> Result<bool> {
         let Self { ring, idle, allowed, length, submitted, sent } = self;
-        // Acquire: what is allowed is posted.
+        // Acquire: pairs with the Release in `Allowed::set`. What is allowed has been posted.
         let allowed = allowed.0.load(Ordering::Acquire) - *submitted;
         let mut budget = allowed.min(BATCH as u64);
         let before = (*submitted, *sent);
@@ -106,10 +108,10 @@ struct OurReceiver<'a> {
     allowed: &'a Allowed,
     /// Reads submitted in all.
     submitted: u64,
-    /// How many of them the sender was told of.
+    /// How many of them the sender was told about.
     told: u64,
     polled: bool,
-    /// The batch that is being looked at.
+    /// The batch that is being inspected.
     came: Vec<(Frame, u64)>,
 }
 
@@ -121,14 +123,14 @@ impl Receiver for OurReceiver<'_> {
         let before = self.submitted;
         let (mut sq, mut cq) = self.ring.split();
         let reap = cq.reap();
-        // An inline ring has posted with this call what was submitted before it. The cache line stays
-        // with the sender while there is nothing new.
+        // With this call an inline ring has posted what was submitted before it. As long as there
+        // is nothing new, the cache line stays with the sender.
         if !self.polled && self.told != before {
             self.allowed.set(before);
             self.told = before;
         }
-        // First all of a batch, then a look at each: the lines of several packets that have to come from
-        // the sender's processor are under way together.
+        // First takes all frames of a batch, then inspects each. So the cache lines of several
+        // packets, which have to come from the sender's processor, are fetched at the same time.
         for done in reap.take(BATCH) {
             self.came.push((done.take_packet()?, 0));
         }
@@ -144,8 +146,8 @@ impl Receiver for OurReceiver<'_> {
     }
 }
 
-/// A guest's interface, on a network that carries packets of `length` bytes, or the usual ones if that is
-/// more. A port keeps a window of packets, for pollers that have not yet begun.
+/// A guest's interface, on a network that carries packets of `length` bytes, or of the usual length
+/// if that is more. A port queues a window of packets, for pollers that have not started yet.
 fn start(length: usize) -> Result<Interface> {
     let network = Embedded::network("performance-guests").overflow(WINDOW as u32);
     let mtu = length.max(FULL_FRAME) - ETHERNET;
@@ -179,7 +181,7 @@ pub(super) fn measure(driven: Driven, traffic: Traffic) -> Result<f64> {
         let frame = receiving.alloc().ok_or("the receiver's ring has too few frames")?;
         receiving.submit_read(frame, 0)?;
     }
-    // An inline ring posts them when the receiver first looks, and then allows them.
+    // An inline ring posts the reads when the receiver first looks, and then allows the packets.
     let allowed = Allowed(AtomicU64::new(if polled { WINDOW as u64 } else { 0 }));
     let allowed = &allowed;
     let sender = OurSender { ring: sending, idle, allowed, length, submitted: 0, sent: 0 };

@@ -1,5 +1,5 @@
-//! Unix sockets between the guests: datagrams in batches, and a stream with lengths in it, which is
-//! how socket_vmnet and QEMU carry packets.
+//! Unix sockets between the guests: datagrams in batches, and a stream with length prefixes, which
+//! is how socket_vmnet and QEMU carry packets.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,25 +11,25 @@ use super::traffic::{BATCH, Receiver, Sender, Traffic, carry};
 use crate::net::check;
 use crate::result::Result;
 
-/// Asked for; the system may give less.
+/// The requested size. The system may give less.
 const SEND_BUFFER: c_int = 4 << 20;
-/// What a stream's receiver reads at once.
+/// The most bytes that the receiver of a stream reads at once.
 const STREAM_BUFFER: usize = 256 << 10;
-/// What stands in front of a packet in a stream: its length.
+/// Bytes of the length that precedes each packet in a stream.
 const PREFIX: usize = 4;
 
-/// Two connected sockets that do not block: the guests spin, as those of the other contenders.
+/// Two connected non-blocking sockets. The guests spin, like those of the other contenders.
 fn pair(kind: c_int) -> Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     let kind = kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    // SAFETY: there is room for the two descriptors.
+    // SAFETY: the array has space for the two descriptors.
     check(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) })?;
-    // SAFETY: they are new and nobody else's.
+    // SAFETY: the descriptors are new, and nothing else owns them.
     let [from, to] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
     let size = SEND_BUFFER;
-    // The first is for root, beyond the system's limit; the second stays within it.
+    // The first option is for root and exceeds the system's limit. The second stays within it.
     for option in [libc::SO_SNDBUFFORCE, libc::SO_SNDBUF] {
-        // SAFETY: the value is an int, and so long is it.
+        // SAFETY: the value is an int, and the length is an int's.
         let set = unsafe {
             let value = (&raw const size).cast::<c_void>();
             let length = size_of_val(&size) as libc::socklen_t;
@@ -42,7 +42,7 @@ fn pair(kind: c_int) -> Result<(OwnedFd, OwnedFd)> {
     Err(io::Error::last_os_error().into())
 }
 
-/// What a call that does not block has done: `None` if nothing was possible.
+/// The result of a call that does not block. `None` if nothing was possible.
 fn done(result: isize) -> io::Result<Option<usize>> {
     if let Ok(count) = usize::try_from(result) {
         return Ok(Some(count));
@@ -50,7 +50,7 @@ fn done(result: isize) -> io::Result<Option<usize>> {
     let error = io::Error::last_os_error();
     match error.kind() {
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
-        // A Unix socket says so of memory that comes back.
+        // A Unix socket reports this when it lacks memory that will come back.
         _ if error.raw_os_error() == Some(libc::ENOBUFS) => Ok(None),
         _ => Err(error),
     }
@@ -60,27 +60,28 @@ fn view(bytes: &mut [u8]) -> iovec {
     iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
 }
 
-/// Whether the system takes a datagram of that length.
+/// Whether the system accepts a datagram of this length.
 pub(super) fn takes_datagrams_of(length: usize) -> Result<bool> {
     let (from, _to) = pair(libc::SOCK_DGRAM)?;
     let bytes = vec![0_u8; length];
-    // SAFETY: so many bytes are there to be read.
+    // SAFETY: the buffer has this many readable bytes.
     let sent = unsafe { libc::send(from.as_raw_fd(), bytes.as_ptr().cast(), length, 0) };
     Ok(sent == length as isize)
 }
 
-/// Buffers and, for each in turn, a header that points at it.
+/// Buffers, and for each in turn a header that points at it.
 struct Messages {
     headers: Vec<mmsghdr>,
     _iovecs: Vec<iovec>,
     buffers: Vec<Vec<u8>>,
 }
 
-// SAFETY: the pointers are into the vectors beside them, whose contents do not move with them.
+// SAFETY: the pointers are into the vectors beside them, whose contents do not move when the
+// vectors do.
 unsafe impl Send for Messages {}
 
 impl Messages {
-    /// `laps` times a header for each buffer.
+    /// Makes `laps` headers for each buffer.
     fn new(mut buffers: Vec<Vec<u8>>, laps: usize) -> Self {
         let lap: Vec<iovec> = buffers.iter_mut().map(|buffer| view(buffer)).collect();
         let mut iovecs = lap.repeat(laps);
@@ -104,10 +105,10 @@ struct DatagramSender {
 
 impl Sender for DatagramSender {
     fn send(&mut self) -> Result<bool> {
-        // From whichever packet is next there are as many headers as a batch has.
+        // From any next packet on there are as many headers as a batch has.
         let next = self.sent as usize % PACKETS;
         let headers = &mut self.messages.headers[next..next + BATCH];
-        // SAFETY: there are so many headers, and what they point at lives as long as they.
+        // SAFETY: there are this many headers, and what they point at lives as long as they do.
         let sent = unsafe {
             let fd = self.socket.as_raw_fd();
             libc::sendmmsg(fd, headers.as_mut_ptr(), BATCH as u32, libc::MSG_DONTWAIT)
@@ -130,8 +131,8 @@ struct DatagramReceiver {
 impl Receiver for DatagramReceiver {
     fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let headers = &mut self.messages.headers;
-        // SAFETY: there are so many headers, and what they point at lives as long as they and is
-        // written by nobody else.
+        // SAFETY: there are this many headers; what they point at lives as long as they do, and
+        // nothing else writes to it.
         let received = unsafe {
             let (fd, count) = (self.socket.as_raw_fd(), headers.len() as u32);
             let flags = libc::MSG_DONTWAIT;
@@ -150,30 +151,30 @@ pub(super) fn measure_datagrams(traffic: Traffic) -> Result<f64> {
     let expected = packet(traffic.length, TO, FROM);
     let messages = Messages::new(numbered(&expected).collect(), 1 + BATCH.div_ceil(PACKETS));
     let sender = DatagramSender { socket: from, messages, sent: 0 };
-    // Longer than the packets, so that one that is too long shows.
+    // Longer than the packets, so that a packet that is too long is noticed.
     let messages = Messages::new(vec![vec![0; traffic.length + 64]; BATCH], 1);
     carry(sender, DatagramReceiver { socket: to, messages }, expected, traffic)
 }
 
 struct StreamSender {
     socket: OwnedFd,
-    /// In turn a length and a packet.
+    /// A length and a packet in turn.
     pieces: Vec<Vec<u8>>,
-    /// Where what is to be sent lies, in this call.
+    /// The pieces to be sent in this call.
     iovecs: Vec<libc::iovec>,
     /// Bytes of a packet with its length.
     each: usize,
-    /// Bytes of the batch that are written already.
+    /// Bytes of the batch that are already written.
     written: usize,
-    /// Packets of the batches before.
+    /// Packets of the earlier batches.
     sent: u64,
 }
 
-// SAFETY: the list is empty between calls.
+// SAFETY: the list of pointers is empty between calls.
 unsafe impl Send for StreamSender {}
 
 impl StreamSender {
-    /// Goes on with the batch up to its byte `end`, which is a packet's last.
+    /// Continues the batch up to its byte `end`, which is the last one of a packet.
     fn write(&mut self, end: usize) -> Result<bool> {
         let (first, skipped) = (self.written / self.each, self.written % self.each);
         let pieces = &mut self.pieces[2 * first..2 * (end / self.each)];
@@ -181,7 +182,7 @@ impl StreamSender {
         let skip = [in_length, skipped - in_length].into_iter().chain(std::iter::repeat(0));
         self.iovecs
             .extend(pieces.iter_mut().zip(skip).map(|(piece, skip)| view(&mut piece[skip..])));
-        // SAFETY: there are so many, and they point at pieces that stay where they are.
+        // SAFETY: there are this many, and they point at pieces that do not move.
         let written = unsafe {
             let (fd, count) = (self.socket.as_raw_fd(), self.iovecs.len() as c_int);
             libc::writev(fd, self.iovecs.as_ptr(), count)
@@ -215,14 +216,14 @@ impl Sender for StreamSender {
 struct StreamReceiver {
     socket: OwnedFd,
     buffer: Vec<u8>,
-    /// Bytes in it that are not looked at yet.
+    /// Bytes in the buffer that are not inspected yet.
     filled: usize,
 }
 
 impl Receiver for StreamReceiver {
     fn receive(&mut self, inspection: &mut Inspection) -> Result<bool> {
         let room = &mut self.buffer[self.filled..];
-        // SAFETY: so much room is there.
+        // SAFETY: the buffer has this much space.
         let got =
             unsafe { libc::read(self.socket.as_raw_fd(), room.as_mut_ptr().cast(), room.len()) };
         match done(got)? {
@@ -239,7 +240,7 @@ impl Receiver for StreamReceiver {
             rest = behind;
         }
         let left = rest.len();
-        // What there is of a packet is at the front when the rest of it comes.
+        // The part of a packet that is there moves to the front, where the rest will follow it.
         self.buffer.copy_within(self.filled - left..self.filled, 0);
         self.filled = left;
         Ok(true)

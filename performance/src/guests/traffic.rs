@@ -1,4 +1,4 @@
-//! Packets from a sender to a receiver: both on threads of their own, counted and timed.
+//! Packets from a sender to a receiver, each on a thread of its own. They are counted and timed.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, ScopedJoinHandle};
@@ -10,14 +10,15 @@ use crate::result::Result;
 
 /// Packets that either side handles at once.
 pub(crate) const BATCH: usize = 32;
-/// Packets that may be on their way.
+/// Packets that may be in flight.
 pub(crate) const WINDOW: usize = 64;
-/// Packets that are compared byte by byte before anything is timed: each buffer's second lap too.
+/// Packets that are compared byte by byte before anything is timed, which includes the second lap
+/// of each buffer.
 const COMPARED: u64 = 4 * 256;
-/// Longer than any side has to wait for the other.
+/// Longer than either side has to wait for the other.
 const LIMIT: Duration = Duration::from_secs(5);
 
-/// What one measurement carries.
+/// The packets of one measurement.
 #[derive(Clone, Copy)]
 pub(crate) struct Traffic {
     pub(crate) length: usize,
@@ -26,19 +27,21 @@ pub(crate) struct Traffic {
 }
 
 pub(crate) trait Sender: Send {
-    /// Sends what may go now, a batch at most. `false`: nothing could be done.
+    /// Sends what may be sent now, at most a batch. Returns `false` if nothing could be done.
     fn send(&mut self) -> Result<bool>;
 
-    /// Ends what has begun, and begins nothing. Gives the number of packets sent once all is done.
+    /// Completes what has begun, and begins nothing new. Returns the number of packets sent, once
+    /// all of them are done.
     fn finish(&mut self) -> Result<Option<u64>>;
 }
 
 pub(crate) trait Receiver: Send {
-    /// Looks at the packets that are there, a batch at most. `false`: none were.
+    /// Inspects the packets that are there, at most a batch. Returns `false` if there were none.
     fn receive(&mut self, inspection: &mut Inspection) -> Result<bool>;
 }
 
-/// Waiting for the other side: spinning, but giving the processor away now and then, and not for ever.
+/// Waits for the other side: spins, but yields the processor now and then, and does not wait for
+/// ever.
 struct Idle {
     what: &'static str,
     turns: u32,
@@ -50,7 +53,7 @@ impl Idle {
         Self { what, turns: 0, since: None }
     }
 
-    /// Once around a loop that did something or did not.
+    /// Called once per round. `worked` says whether the round did something.
     #[inline]
     fn turn(&mut self, worked: bool) -> Result<()> {
         if worked {
@@ -72,16 +75,16 @@ impl Idle {
     }
 }
 
-/// What the two threads tell each other.
+/// What the two threads share.
 struct SharedState {
     stop: AtomicBool,
-    /// The packets that were sent in all, once that is known.
+    /// The number of packets that were sent in all, once it is known.
     sent: AtomicU64,
 }
 
 const UNKNOWN: u64 = u64::MAX;
 
-/// Carries packets that look like `expected` for a while. Gives nanoseconds a packet.
+/// Carries packets that look like `expected` for a while. Returns nanoseconds per packet.
 pub(crate) fn carry(
     sender: impl Sender,
     receiver: impl Receiver,
@@ -94,7 +97,7 @@ pub(crate) fn carry(
         let receiving = scope.spawn(move || receive_all(receiver, expected, traffic, shared));
         let received = join(receiving);
         shared.stop.store(true, Ordering::Relaxed);
-        // A sender that failed is why the receiver waited in vain.
+        // If the sender failed, that is why the receiver waited in vain.
         join(sending)?;
         received
     })
@@ -136,7 +139,7 @@ fn receive_all(
     inspection.depth = if traffic.touched { Depth::Words } else { Depth::Lengths };
     let (before, start) = (inspection.packets, Instant::now());
     let elapsed = loop {
-        // The clock costs something: not at each turn.
+        // The clock costs something, so it is not read in each round.
         for _ in 0..8 {
             idle.turn(receiver.receive(&mut inspection)?)?;
         }

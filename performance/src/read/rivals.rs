@@ -1,4 +1,4 @@
-//! Readers by hand and of another crate.
+//! Readers written by hand, and those of another crate.
 
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
@@ -20,7 +20,7 @@ fn poll(fd: RawFd, patience: Duration) -> io::Result<()> {
     Ok(())
 }
 
-/// One system call a packet, and one that says that there is none.
+/// One system call per packet, and one that says that there is none.
 pub(super) struct Plain {
     fd: RawFd,
     slots: Vec<Slot>,
@@ -32,12 +32,12 @@ impl Plain {
         Self { fd, slots: filled(&[]), next: 0 }
     }
 
-    /// A batch or what there is of it.
+    /// Takes a batch, or as many packets as there are.
     fn take(&mut self) -> Result<Taken> {
         let mut taken = Taken::default();
         for _ in 0..BATCH {
             let slot = &mut self.slots[self.next].0;
-            // SAFETY: the slot is that long and outlives the call.
+            // SAFETY: the slot has this length and outlives the call.
             let length = unsafe { libc::read(self.fd, slot.as_mut_ptr().cast(), slot.len()) };
             if length < 0 {
                 let error = io::Error::last_os_error();
@@ -64,7 +64,7 @@ impl Reader for Plain {
     }
 }
 
-/// The crate of that name, over the same descriptor.
+/// The crate of this name, over the same descriptor.
 pub(super) struct TunRs {
     device: tun_rs::SyncDevice,
     slots: Vec<Slot>,
@@ -74,7 +74,7 @@ pub(super) struct TunRs {
 impl TunRs {
     pub(super) fn new(tap: &Tap) -> Result<Self> {
         // SAFETY: the descriptor is a TAP's without packet information and virtio header, and from
-        // here on the device's own.
+        // here on the device owns it.
         let device = unsafe { tun_rs::SyncDevice::from_fd(tap.duplicate()?.into_raw_fd()) }?;
         Ok(Self { device, slots: filled(&[]), next: 0 })
     }
@@ -104,16 +104,17 @@ impl Reader for TunRs {
     }
 }
 
-/// A batch of reads that complete at once, in their order, with a packet or with "none there".
+/// A batch of reads that complete at once and in order, with a packet or with the answer that there
+/// is none.
 pub(super) struct Batch {
     ring: IoUring,
     fd: RawFd,
     slots: Vec<Slot>,
     next: usize,
-    /// How many reads there are at once after the queue was found dry.
+    /// The number of reads at once after the queue was found empty.
     smallest: usize,
     batch: usize,
-    /// With the descriptor and the memory made known to the kernel before.
+    /// Whether the descriptor and the memory are registered with the kernel.
     fixed: bool,
 }
 
@@ -127,7 +128,8 @@ impl Batch {
                 iov_base: slots.as_mut_ptr().cast(),
                 iov_len: slots.len() * SLOT_SIZE,
             };
-            // SAFETY: the slots are neither moved nor freed before the ring, and shared with nobody.
+            // SAFETY: the slots are neither moved nor freed before the ring, and nothing else uses
+            // them.
             unsafe { ring.submitter().register_buffers(&[all]) }?;
             ring.submitter().register_files(&[fd])?;
         }
@@ -138,8 +140,8 @@ impl Batch {
         let mut queue = self.ring.submission();
         for i in 0..self.batch {
             let slot = &mut self.slots[(self.next + i) % SLOTS].0;
-            // Non-blocking by the entry's flag: the file's O_NONBLOCK does not count with files that
-            // know that flag, as a TAP does, and the read would wait for a packet.
+            // The entry's flag makes the read non-blocking. The file's O_NONBLOCK has no effect on
+            // files that know the flag, like a TAP's, and the read would wait for a packet.
             let (start, length) = (slot.as_mut_ptr(), SLOT_SIZE as u32);
             let entry = if self.fixed {
                 opcode::ReadFixed::new(types::Fixed(0), start, length, 0)
@@ -150,8 +152,8 @@ impl Batch {
                     .rw_flags(libc::RWF_NOWAIT)
                     .build()
             };
-            // SAFETY: the slots are not moved, used or freed before the batch is complete, which is
-            // before this function returns: errors of the ring itself end the program.
+            // SAFETY: the slots are not moved, used or freed before the batch is complete, and that
+            // is before this function returns: an error of the ring itself ends the program.
             unsafe { queue.push(&entry) }?;
         }
         drop(queue);
@@ -196,16 +198,16 @@ struct Provided {
     address: AtomicU64,
     length: AtomicU32,
     id: AtomicU16,
-    /// Of the first entry: the ring's tail.
+    /// In the first entry this is the ring's tail.
     tail: AtomicU16,
 }
 
 #[repr(C, align(4096))]
 struct ProvidedRing([Provided; SLOTS]);
 
-/// One read that completes once a packet, into buffers that the kernel takes from a ring.
+/// One read that completes once per packet, into buffers that the kernel takes from a ring.
 pub(super) struct Multishot {
-    // First, so that the kernel lets go of the buffers before they go.
+    // This is the first field, so that the kernel releases the buffers before they are freed.
     ring: IoUring,
     provided: Box<ProvidedRing>,
     slots: Vec<Slot>,
@@ -214,7 +216,7 @@ pub(super) struct Multishot {
     armed: bool,
 }
 
-/// The name of the ring of buffers.
+/// The identifier of the ring of buffers.
 const GROUP: u16 = 0;
 
 impl Multishot {
@@ -226,8 +228,8 @@ impl Multishot {
             .build(BATCH as u32)?;
         let provided = Box::new(ProvidedRing(std::array::from_fn(|_| Provided::default())));
         let address = (&raw const *provided).addr() as u64;
-        // SAFETY: the memory is page-aligned, has that many entries, is of atomics, and is freed
-        // after the ring.
+        // SAFETY: the memory is page-aligned, has this many entries, consists of atomics, and is
+        // freed after the ring.
         unsafe { ring.submitter().register_buf_ring_with_flags(address, SLOTS as u16, GROUP, 0) }?;
         let mut this = Self { ring, provided, slots: filled(&[]), fd, tail: 0, armed: false };
         for id in 0..SLOTS {
@@ -237,7 +239,7 @@ impl Multishot {
         Ok(this)
     }
 
-    /// Puts a buffer into the ring, for the kernel to see after `publish`.
+    /// Puts a buffer into the ring. The kernel sees it after `publish`.
     fn give(&mut self, id: u16) {
         let entry = &self.provided.0[usize::from(self.tail) % SLOTS];
         let address = self.slots[usize::from(id)].0.as_mut_ptr().expose_provenance();
@@ -248,7 +250,7 @@ impl Multishot {
     }
 
     fn publish(&self) {
-        // Release: pairs with the kernel's acquire of the tail.
+        // Release: pairs with the kernel's Acquire of the tail.
         self.provided.0[0].tail.store(self.tail, Ordering::Release);
     }
 }
@@ -256,7 +258,7 @@ impl Multishot {
 impl Reader for Multishot {
     fn read(&mut self, patience: Duration) -> Result<Taken> {
         if !self.armed {
-            // The length is the buffers'; the kernel refuses another than 0 here.
+            // The length is that of the buffers. The kernel accepts only 0 here.
             let entry = opcode::ReadMulti::new(types::Fd(self.fd), 0, GROUP).build();
             // SAFETY: the entry names no memory but the ring of buffers, which lives as long as the
             // ring.
@@ -279,7 +281,7 @@ impl Reader for Multishot {
                     free[taken.packets as usize] = id;
                     taken.add(length as usize);
                 }
-                // All buffers are full: the read ended, the next one goes on.
+                // All buffers are full, so the read has ended. The next one continues.
                 error if -error == libc::ENOBUFS => {}
                 error => return Err(io::Error::from_raw_os_error(-error).into()),
             }

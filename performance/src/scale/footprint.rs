@@ -1,4 +1,4 @@
-//! What a ring takes of the memory, and how long it takes to have one.
+//! The memory that a ring takes, and how long it takes to get a ring.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -13,11 +13,11 @@ use crate::result::Result;
 /// Rings, each on its own interface, among which the memory is divided.
 const RINGS: usize = 16;
 const DEPTHS: [u32; 2] = [256, 4096];
-/// Bytes of an SQ's or a CQ's entry.
+/// Bytes of an entry of an SQ or a CQ.
 const ENTRY: usize = 32;
-/// Bytes of an entry of the lists of what is posted to the device.
+/// Bytes of an entry in the lists of what is posted to the device.
 const POSTED: usize = 40;
-/// Cancels in flight, unless asked otherwise.
+/// Cancels in flight, by default.
 const CANCELS: usize = 16;
 /// Longer than the null device may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -29,11 +29,11 @@ pub(super) fn run(plan: Plan) -> Part {
     Ok((vec![memory, start(plan)?], wants))
 }
 
-/// Bytes of memory that this process has. What earlier rings gave back is none of it: else the next
-/// ones would seem to need less.
+/// Bytes of memory that this process uses. Memory that earlier rings freed is first returned to the
+/// system; otherwise the next rings would seem to need less.
 fn resident() -> Result<usize> {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it takes no pointers, and gives back only what nobody has.
+    // SAFETY: it takes no pointers, and only returns memory that nothing uses.
     unsafe {
         libc::malloc_trim(0);
     }
@@ -43,7 +43,7 @@ fn resident() -> Result<usize> {
     Ok(kibibytes.ok_or("/proc/self/status has no VmRSS")?.trim().parse::<usize>()? * 1024)
 }
 
-/// What a ring should take: its queues, the lists of what is posted, its frames.
+/// The bytes that a ring should take: its queues, the lists of what is posted, its frames.
 fn formula(ring: &Ring, depth: usize) -> usize {
     let queue = (2 * depth + CANCELS).next_power_of_two() * ENTRY;
     let frames = ring.pools().iter().map(|pool| {
@@ -53,7 +53,7 @@ fn formula(ring: &Ring, depth: usize) -> usize {
     2 * queue + 2 * depth * POSTED + frames.sum::<usize>()
 }
 
-/// A ring all of whose memory has been used.
+/// A ring whose whole memory has been used.
 fn used(depth: usize) -> Result<(Interface, Ring)> {
     let interface = Interface::builder().device(Null).start()?;
     let builder = interface.ring(Direction::Both).drive(Drive::Inline);
@@ -67,8 +67,8 @@ fn used(depth: usize) -> Result<(Interface, Ring)> {
             ring.submit_write(frame, i as u64)?;
         }
     }
-    // Its queues are the next power of two, so twice as long as there are frames: four times through
-    // the frames is twice through them.
+    // Its queues have the next power of two of cells, so they are twice as long as there are
+    // frames. Four times through the frames is twice through the queues.
     let (mut left, end) = (6 * depth, Instant::now() + PATIENCE);
     while left > 0 {
         if Instant::now() > end || ring.wait(1, Some(PATIENCE)) == 0 {
@@ -92,7 +92,7 @@ fn memory(plan: Plan) -> Result<(Table, Vec<Want>)> {
     let figures = &["KiB a ring", "formula, KiB", "frames' part, KiB"];
     let mut table = Table::new("scale, memory", about, &["depth"], figures);
     let mut wants = Vec::new();
-    // What is allocated once and for all is not a ring's.
+    // What is allocated once for the whole process does not belong to a ring.
     drop(used(DEPTHS[0] as usize)?);
     for depth in DEPTHS.map(|depth| depth as usize) {
         let (mut measured, mut computed, mut frames) = (Vec::new(), 0.0, 0.0);

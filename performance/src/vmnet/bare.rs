@@ -66,7 +66,7 @@ impl Bare {
         let queue = DispatchQueue::new("performance", None);
         let (answer, answers) = sync_channel(1);
         let handler = RcBlock::new(move |status: u32, _: *mut c_void| {
-            // Nobody waits any more only after an error, which is told there.
+            // Nothing waits any more only after an error, which is reported there.
             let _ = answer.try_send(status);
         });
         // SAFETY: the description, the queue and the block live until the handler has run, and the
@@ -100,7 +100,7 @@ impl Bare {
         })
     }
 
-    /// Points each descriptor at its buffer, with `len` bytes of room or of packet.
+    /// Points each descriptor at its buffer, with `len` bytes of buffer or of packet.
     #[inline]
     fn prepare(&mut self, len: usize) {
         let all = self.buffers.iter_mut().zip(&mut self.iovecs).zip(&mut self.descriptors);
@@ -114,11 +114,12 @@ impl Bare {
         }
     }
 
-    /// One call for all descriptors. Returns how many it was good for.
+    /// Makes one call for all descriptors. Returns how many packets it carried.
     #[inline]
     fn call(&mut self, transfer: Transfer) -> Result<usize> {
         let mut count = self.descriptors.len() as c_int;
-        // SAFETY: the interface runs; there are so many descriptors, and what they point at is ours.
+        // SAFETY: the interface runs; there are this many descriptors, and what they point at is
+        // ours.
         let status =
             unsafe { transfer(self.interface, self.descriptors.as_mut_ptr(), &raw mut count) };
         if status != SUCCESS {
@@ -137,8 +138,8 @@ impl Bare {
         Ok(count as u64)
     }
 
-    /// As [`read`](Self::read) and [`write`](Self::write), for packets that are submitted to queues and
-    /// reaped out of them.
+    /// Like [`read`](Self::read) and [`write`](Self::write), for packets that are submitted to
+    /// queues and reaped from them.
     #[inline]
     pub(super) fn turn_behind(&mut self, queues: &mut Queues, reads: bool) -> Result<u64> {
         let waiting = queues.waiting();
@@ -163,7 +164,7 @@ impl Bare {
         self.buffers.iter_mut()
     }
 
-    /// Reads once, whatever comes.
+    /// Reads once, whatever arrives.
     pub(super) fn receive(&mut self) -> Result<impl Iterator<Item = &[u8]>> {
         self.prepare(BUFFER_LEN);
         let count = self.call(vmnet_read)?;
@@ -171,13 +172,13 @@ impl Bare {
         Ok(all.map(|(buffer, descriptor)| &buffer[..descriptor.vm_pkt_size.min(BUFFER_LEN)]))
     }
 
-    /// Reads once. Returns the packets.
+    /// Reads once. Returns the number of packets.
     #[inline]
     pub(super) fn read(&mut self) -> Result<u64> {
         self.turn(vmnet_read, BUFFER_LEN)
     }
 
-    /// Writes once. Returns the packets.
+    /// Writes once. Returns the number of packets.
     #[inline]
     pub(super) fn write(&mut self) -> Result<u64> {
         self.turn(vmnet_write, LENGTH)
@@ -190,9 +191,9 @@ impl Drop for Bare {
         let handler = RcBlock::new(move |status: u32| {
             let _ = answer.try_send(status);
         });
-        // SAFETY: the interface runs, nobody else has it, and queue and block outlive the handler.
+        // SAFETY: the interface runs and only this has it; queue and block outlive the handler.
         let status = unsafe { vmnet_stop_interface(self.interface, &self.queue, &handler) };
-        // Outside a call nobody uses the buffers, so there is nothing left to do about it but to say so.
+        // Outside a call nothing uses the buffers, so all that is left to do is to report it.
         if status != SUCCESS || answers.recv_timeout(PATIENCE).is_err() {
             eprintln!("a simulated vmnet interface does not stop: {status}");
         }
