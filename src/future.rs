@@ -19,12 +19,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use vmring_core::Frame;
+use vmring_core::sync::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crate::error::{CloseReason, ConfigError, EntryError, Error, Status, SubmitErrorKind};
 use crate::mailbox::RingPark;

@@ -103,6 +103,7 @@ pub use ring::{
 };
 pub use ring_builder::{Drive, RingBuilder};
 pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};
+pub use vmring_core::view::ETHERNET_HEADER_LEN;
 pub use vmring_core::{Frame, FrontError, OutOfSpace, PacketView};
 
 /// The README's example, compiled and run as a test.

@@ -4,11 +4,11 @@ pub(crate) mod ready;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
 use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use vmring_core::{Class, Frame};
 
 use crate::error::{CloseReason, Status};
@@ -322,29 +322,45 @@ pub(crate) struct DroppedSlot {
     pub(crate) class: Class,
 }
 
-/// Rings by number, so that a dropped slot finds its ring, or finds that it is gone. Touched when a
-/// ring is made or goes, and when a device drops a slot: never on a packet's way.
-fn registry() -> &'static Mutex<HashMap<u32, Weak<RingShared>>> {
-    static REGISTRY: OnceLock<Mutex<HashMap<u32, Weak<RingShared>>>> = OnceLock::new();
+/// The rings of the process by number, so that a dropped slot finds its ring, or finds that it is
+/// gone. Locked when a ring is built or dropped, and when a device drops a slot: never on a packet's
+/// way.
+#[derive(Default)]
+struct Registry {
+    rings: HashMap<u32, Weak<RingShared>>,
+    /// The last number given.
+    last: u32,
+}
+
+fn registry() -> &'static Mutex<Registry> {
+    static REGISTRY: OnceLock<Mutex<Registry>> = OnceLock::new();
     REGISTRY.get_or_init(Mutex::default)
 }
 
+/// The number of a ring that is being built. Number 0 is no ring's: a wrapper's
+/// [`PollContext`](crate::device::PollContext) has it.
 pub(crate) fn new_ring_number() -> u32 {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    NEXT.fetch_add(1, Ordering::Relaxed)
+    let mut registry = lock(registry());
+    loop {
+        registry.last = registry.last.wrapping_add(1);
+        // After 2^32 rings the numbers begin anew, and some may still be in use.
+        if registry.last != 0 && !registry.rings.contains_key(&registry.last) {
+            return registry.last;
+        }
+    }
 }
 
 pub(crate) fn register(shared: &Arc<RingShared>) {
-    lock(registry()).insert(shared.number, Arc::downgrade(shared));
+    lock(registry()).rings.insert(shared.number, Arc::downgrade(shared));
 }
 
-pub(crate) fn deregister(number: u32) {
-    lock(registry()).remove(&number);
+fn deregister(number: u32) {
+    lock(registry()).rings.remove(&number);
 }
 
 #[cold]
 pub(crate) fn report_dropped(ring: u32, slot: DroppedSlot) {
-    let shared = lock(registry()).get(&ring).and_then(Weak::upgrade);
+    let shared = lock(registry()).rings.get(&ring).and_then(Weak::upgrade);
     match shared {
         Some(shared) => shared.slot_dropped(slot),
         // The ring is gone: the frame goes home to its pool.

@@ -8,10 +8,11 @@
 //! rings the poller's own doorbell, which costs a system call only if the thread sleeps. So the cost
 //! of a turn does not grow with the number of idle rings.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
+
+use vmring_core::sync::Ordering;
 
 use crate::device::catch::{Panicked, catch_panic};
 use crate::engine::{Engine, Handoff};

@@ -1,9 +1,8 @@
 //! Counters. The poller writes them once per device call, not per packet (what fails, when it does),
 //! with plain stores to a line of its own; anybody may read them at any time and never slows it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use crossbeam_utils::CachePadded;
+use vmring_core::sync::{AtomicU64, Ordering};
 
 use crate::error::Status;
 

@@ -3,14 +3,13 @@
 use core::net::Ipv4Addr;
 use core::time::Duration;
 
+use vmring_core::view::ETHERNET_HEADER_LEN;
+
 use crate::limits::{
     DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
     DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
     MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE,
 };
-
-/// Bytes of an Ethernet header. A frame is longer than its IP packet by this.
-pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
 
 /// What the guests of a network can reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

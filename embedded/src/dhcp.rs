@@ -25,8 +25,8 @@ use smoltcp::wire::{
     DhcpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, IpAddress,
     IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
 };
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
-use crate::config::ETHERNET_HEADER_LEN;
 use crate::limits::{DECLINE_TIME, MAX_DNS_SERVERS, MAX_LEASES, OFFER_TIME};
 
 /// The least length of a message. Some old clients need it (RFC 1542, section 2.1).

@@ -15,8 +15,8 @@ use smoltcp::wire::{
     Ipv4Packet, Ipv4Repr, UdpPacket,
 };
 use vmring_core::sync::{AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
-use crate::config::ETHERNET_HEADER_LEN;
 use crate::dhcp::{DhcpConfig, DhcpServer};
 
 /// The host's end of a network. See the [module](self).

@@ -6,9 +6,6 @@ use vmring_embedded::network::mac_of_interface;
 use crate::device::Offloads;
 use crate::{Error, InterfaceConfig};
 
-/// Bytes of an Ethernet header.
-pub(crate) const ETHERNET_HEADER_LEN: usize = 14;
-
 /// Refuses offloads, for devices that have none.
 pub(crate) fn no_offloads(config: &InterfaceConfig, device: &str) -> Result<(), Error> {
     if config.offloads == Offloads::default() {

@@ -1,11 +1,11 @@
 //! The way from the device into the completion queue: what a device is done with becomes a CQE, and is
 //! counted.
 
-use crate::Status;
 use std::sync::Arc;
 
 use vmring_core::{Class, CqProducer, Frame, Outcome};
 
+use crate::Status;
 use crate::device::slot::{PostedSlot, class_index};
 use crate::mailbox::RingShared;
 use crate::stats::{add_batch, reason_index};

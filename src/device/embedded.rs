@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use macaddr::MacAddr6;
+use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::port::{ADDRESSES_LEN, Receiver, Sender};
 use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
-use crate::device::common::{ETHERNET_HEADER_LEN, no_offloads};
+use crate::device::common::no_offloads;
 use crate::device::context::PollContext;
 use crate::device::inbox_reader::{InboxEnd, InboxReader};
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};

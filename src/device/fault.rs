@@ -12,13 +12,13 @@
 //! ```
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use fastrand::Rng;
+use vmring_core::sync::{AtomicU64, Ordering};
 
 use crate::config::{Direction, InterfaceConfig};
 use crate::device::context::{CompletedSlot, PollContext};

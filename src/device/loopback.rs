@@ -1,12 +1,13 @@
 //! The reference device: what is written is read, in order, on the same interface.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use vmring_core::sync::{AtomicUsize, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
-use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
+use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::inbox_reader::InboxReader;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};

@@ -26,7 +26,6 @@ mod system;
 mod xpc;
 
 use std::net::Ipv6Addr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -36,6 +35,7 @@ use limits::{SAFETY_POLL, START_TIMEOUT, STOP_TIMEOUT};
 use queue::VmnetQueue;
 use started::{StartedInterface, Timeouts};
 use vmring_core::offload;
+use vmring_core::sync::Ordering;
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, PortForward, Protocol};
 use crate::device::common::mac_of;

@@ -1,9 +1,8 @@
 //! Which rings of a poller have work.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use crossbeam_utils::CachePadded;
 use vmring_core::doorbell::Doorbell;
+use vmring_core::sync::{AtomicBool, AtomicU64, Ordering};
 
 use crate::limits::RINGS_PER_POLLER_MAX;
 use crate::notify::Notifier;

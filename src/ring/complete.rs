@@ -5,13 +5,13 @@ use std::cell::OnceCell;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::CqConsumer;
 use vmring_core::doorbell::Park;
+use vmring_core::sync::Ordering;
 
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};

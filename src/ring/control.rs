@@ -1,9 +1,9 @@
 //! [`RingControl`]: a handle on a ring for any thread.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use static_assertions::assert_impl_all;
+use vmring_core::sync::Ordering;
 
 use crate::error::CloseReason;
 use crate::mailbox::{RingShared, request};

@@ -3,10 +3,10 @@
 use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::offload::{self, OffloadHeader};
+use vmring_core::sync::Ordering;
 use vmring_core::{Class, Frame, PushError, SqProducer};
 
 use crate::device::seam::Capabilities;

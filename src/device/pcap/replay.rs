@@ -4,16 +4,17 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use pcap_file::DataLink;
 use pcap_file::pcap::PcapReader;
 use pcap_file::pcapng::{Block, PcapNgReader};
+use vmring_core::sync::{AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use super::error::into_io;
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
-use crate::device::common::{ETHERNET_HEADER_LEN, mac_of, no_offloads};
+use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};

@@ -8,11 +8,11 @@
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
 use vmring_core::offload::{self, OffloadHeader};
+use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_embedded::dhcp::{DhcpConfig, DhcpServer};
 
 use super::limits::{DHCP_REPLY_MAX, DHCP_REQUEST_MAX};

@@ -1,11 +1,10 @@
 //! What both engines agree on: what stands in a slot, and what the kernel's answers mean.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use vmring_core::offload;
+use vmring_core::sync::{AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use super::dhcp::Dhcp;
-use crate::device::common::ETHERNET_HEADER_LEN;
 use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;

@@ -31,13 +31,14 @@
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 use std::{fmt, io, thread};
 
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
+// Not through the door of `vmring_core::sync`: the kernel reads this word, so it must be the real one.
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::framing::{Fault, Framing, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};

@@ -6,11 +6,11 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use block2::RcBlock;
 use dispatch2::DispatchQueue;
+use vmring_core::sync::{AtomicU64, Ordering};
 
 use super::ffi::{InterfaceRef, Object, PACKETS_AVAILABLE, vmnet_interface_set_event_callback};
 use crate::device::seam::Wake;

@@ -3,9 +3,9 @@
 use std::ffi::c_int;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use libc::iovec;
+use vmring_core::sync::Ordering;
 use vmring_core::{Class, offload};
 
 use super::events::check;

@@ -2,7 +2,6 @@
 
 use std::mem::forget;
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -11,6 +10,7 @@ use std::{fmt, thread};
 use block2::RcBlock;
 use dispatch2::{DispatchQueue, DispatchRetained};
 use macaddr::MacAddr6;
+use vmring_core::sync::{AtomicBool, Ordering};
 
 use super::availability::System;
 use super::events::{Callback, Events, check, inside_event};
