@@ -335,7 +335,8 @@ impl<T: Entry> Consumer<T> {
         let mut count = 0;
         while count < most {
             let cell = self.shared.cell(self.head.wrapping_add(count));
-            // SAFETY: `count < known`, so the index is before `tail_seen`, which `refresh` loaded with
+            // SAFETY: `count < known`, so the index is before `tail_seen`, which `refresh` loaded
+            // with
             // Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
             if !unsafe { peek(cell, |entry| like(entry, &self.shared.regions)) } {
                 break;
@@ -364,8 +365,8 @@ pub(crate) struct Front<'a, T: Entry> {
 impl<T: Entry> Front<'_, T> {
     #[inline(always)]
     pub(crate) fn peek<R>(&self, look: impl FnOnce(&T) -> R) -> R {
-        // SAFETY: `front` saw that `head` is before `tail_seen`, which `refresh` loaded with Acquire.
-        // The entry is not taken, so no `retire` has stored a head beyond it.
+        // SAFETY: `front` saw that `head` is before `tail_seen`, which `refresh` loaded with
+        // Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
         unsafe { peek(self.cell, look) }
     }
 

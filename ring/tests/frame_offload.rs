@@ -1,4 +1,4 @@
-//! The offload header that stands in front of a packet, in its frame's headroom.
+//! The offload header in front of a packet, in its frame's headroom.
 #![cfg(not(loom))]
 
 use vmring_core::offload::{Checksum, Gso, LEN, OffloadError, OffloadHeader};
@@ -28,7 +28,7 @@ fn packet(pool: &Pool, len: usize) -> Frame {
     frame
 }
 
-/// As a device receives: header and packet in one piece.
+/// Receives a packet like a device: header and packet in one piece.
 fn received(pool: &Pool, header: &OffloadHeader, len: usize) -> Frame {
     let mut frame = pool.alloc().unwrap();
     let space = frame.buffer_with_header_mut(LEN).unwrap();
@@ -66,12 +66,13 @@ fn trimming_and_growing_move_the_header_and_what_it_points_at() {
     frame.grow_front(4).unwrap();
     assert_eq!(frame.offload(), Ok(Some(TSO)));
 
-    // Beyond the checksum's start there is nothing true to say: refused, and nothing has changed.
+    // A trim beyond the checksum's start is refused, because no header would be true. Nothing
+    // changes.
     let error = OffloadError::TrimPastChecksumStart { trim: 35, start: 34 };
     assert_eq!(frame.trim_front(35), Err(FrontError::Offload(error)));
     assert_eq!((frame.offload(), frame.len()), (Ok(Some(TSO)), 2000));
 
-    // The header needs room, too.
+    // The header needs space, too.
     let space = HEADROOM as usize - LEN;
     let error = OutOfSpace { wanted: space + 1, available: space };
     assert_eq!(frame.grow_front(space + 1), Err(FrontError::Space(error)));
@@ -88,7 +89,7 @@ fn trimming_and_growing_move_the_header_and_what_it_points_at() {
 fn a_frame_that_is_reused_carries_no_stale_header() {
     let pool = pool();
     let mut frame = received(&pool, &TSO, 2000);
-    // Read, and another packet put in its place.
+    // The frame was received, and then another packet is written into it.
     assert_eq!(frame.offload(), Ok(Some(OffloadHeader { num_buffers: 1, ..TSO })));
     assert!(!frame.has_offload_to_send(), "not forwarded unless it is said");
     frame.copy_from(&[1; 60]).unwrap();
@@ -128,7 +129,7 @@ fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
     assert_eq!(frame.trim_front(4), Err(FrontError::Offload(error)));
     assert_eq!(frame.grow_front(4), Err(FrontError::Offload(error)));
     assert_eq!(frame.with_offload().map(<[u8]>::len), Some(72));
-    // More than the slot holds.
+    // This is more than the slot holds.
     let space = 4096 - HEADROOM as usize;
     let refused = OutOfSpace { wanted: space + 1, available: space };
     assert_eq!(frame.received_with_offload(space + 1), Err(refused));
@@ -165,7 +166,7 @@ fn the_header_goes_through_both_queues_with_its_frame() {
     cq_producer.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);
     cq_producer.publish();
     cq_consumer.ready();
-    // (An answer to nothing: the credit it would return is not looked at here.)
+    // This completion answers no submission. The credit that it returns does not matter here.
     let frame = cq_consumer.pop().unwrap().frame.unwrap();
     let seen = OffloadHeader { num_buffers: 1, ..TSO };
     assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(seen)), false));

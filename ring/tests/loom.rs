@@ -1,17 +1,17 @@
-//! Model checking of the rings: every interleaving (within a preemption bound), and every value
-//! that the memory model lets a load return, of the queues, the credits, the doorbell, the free list
-//! and the end of a pool.
+//! Model checking of the queues, the credits, the doorbell, the free list and the end of a pool.
+//! Loom tries every interleaving (within a preemption bound), and every value that the memory model
+//! lets a load return.
 //!
 //! `RUSTFLAGS="--cfg loom" cargo test --release -p vmring-core --test loom`
 //!
 //! `LOOM_MAX_PREEMPTIONS` sets another bound; `-- --nocapture` shows how much was explored.
 //!
-//! Loom does not see a slot's bytes, which are raw memory. So each slot has a mark, a cell that loom
-//! does see, written and read together with the bytes: if nothing orders the two accesses, loom
-//! reports a causality violation. All indices begin just below their wrap.
+//! Loom does not see a slot's bytes, which are raw memory. So each slot has a mark: a cell that
+//! loom sees, which is written and read together with the bytes. If nothing orders two accesses,
+//! loom reports a causality violation. All indices begin just below their wrap.
 //!
-//! Models named `without_...` run a copy of a protocol with a part left out and must fail: they show
-//! that the models beside them would see the bug.
+//! Models named `without_...` run a copy of a protocol with a part left out, and must fail. They
+//! show that the models beside them would find the bug.
 #![cfg(loom)]
 
 use std::collections::BTreeSet;
@@ -40,7 +40,7 @@ fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     let counted = runs.clone();
     let start = std::time::Instant::now();
     builder.check(move || {
-        // An atomic of std: loom does not see it, and it adds no order.
+        // An atomic of std: loom does not see it, so it adds no ordering.
         counted.fetch_add(1, Ordering::Relaxed);
         model();
     });
@@ -51,13 +51,13 @@ fn check(preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
 
 const SLOT_SIZE: u32 = 16;
 
-/// A cell per slot that stands for the slot's bytes.
+/// A cell for each slot that represents the slot's bytes.
 #[derive(Clone)]
 struct Marks(Arc<[UnsafeCell<u64>]>);
 
-// SAFETY: accesses go through loom's cells, which report those that race.
+// SAFETY: all accesses go through loom's cells, which report accesses that race.
 unsafe impl Send for Marks {}
-// SAFETY: as above.
+// SAFETY: shared accesses go through loom's cells too, which report accesses that race.
 unsafe impl Sync for Marks {}
 
 impl Marks {
@@ -69,15 +69,15 @@ impl Marks {
 
     fn set(&self, slot: u32, stamp: u64) {
         self.0[slot as usize].with_mut(|mark| {
-            // SAFETY: loom has just checked that nobody else has access.
+            // SAFETY: loom's `with_mut` has just checked that nobody else has access.
             unsafe { *mark = stamp }
         });
     }
 
-    /// Reads the packet, which must be whole.
+    /// Reads the packet, which must be complete.
     fn read(&self, frame: &Frame) -> u64 {
         let mark = self.0[frame.slot() as usize].with(|mark| {
-            // SAFETY: loom has just checked that nobody writes.
+            // SAFETY: loom's `with` has just checked that nobody writes.
             unsafe { *mark }
         });
         assert_eq!(frame[..], mark.to_le_bytes(), "the bytes are not the ones last written");
@@ -85,14 +85,15 @@ impl Marks {
     }
 }
 
-/// Memory whose freeing counts as a write to every slot.
+/// Memory that counts as written, in every slot, when it is freed.
 struct Tracked {
     bytes: HeapBacking,
     marks: Marks,
     freed: Arc<Uncounted>,
 }
 
-// SAFETY: the bytes are those of a `HeapBacking`, given to nobody else.
+// SAFETY: the bytes are those of a `HeapBacking`, which keeps the contract and is given to nobody
+// else.
 unsafe impl Backing for Tracked {
     fn base(&self) -> NonNull<u8> {
         self.bytes.base()
@@ -125,7 +126,7 @@ fn regions(pool: &Pool) -> Regions {
     Regions::new(vec![pool.clone()]).unwrap()
 }
 
-/// How a thread parks, in the model: as `std::thread::park` does, with a token.
+/// How a thread parks in the model: with a token, like `std::thread::park`.
 #[derive(Default)]
 struct Token {
     state: Mutex<TokenState>,
@@ -145,7 +146,7 @@ impl Token {
 }
 
 impl Park for Token {
-    /// For ever: a wake-up that does not come is a deadlock, which loom reports.
+    /// Waits for ever. If the wake-up does not come, this is a deadlock, which loom reports.
     fn park(&self, timeout: Option<Duration>) {
         assert_eq!(timeout, None);
         let mut state = self.state.lock().unwrap();
@@ -266,7 +267,7 @@ fn cells_of_the_sq_are_reused(
                     marks.write(&mut frame, n);
                     while let Err((refusal, back)) = sq_producer.push(Class::Write, frame, n) {
                         assert_eq!(refusal, PushError::SqFull);
-                        // The refused frame is whole.
+                        // The refused frame is complete.
                         assert_eq!(marks.read(&back), n);
                         frame = back;
                         thread::yield_now();
@@ -313,9 +314,9 @@ fn an_sq_cell_is_not_written_before_its_entry_was_taken() {
     });
 }
 
-/// The reaper counts what is in flight by the SQ's tail, without the poller between.
+/// The reaper counts the entries in flight by the SQ's tail, without the poller in between.
 ///
-/// Broken by: a Relaxed load of the tail there.
+/// Broken by: a Relaxed load of the tail in `Published::count`.
 #[test]
 fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
     check(3, || {
@@ -339,7 +340,7 @@ fn who_sees_a_submission_in_flight_sees_what_its_thread_did_before() {
     });
 }
 
-/// A ring whose `n` reads have been submitted and taken by the poller.
+/// A ring of which `n` reads have been submitted, and taken by the poller.
 #[allow(clippy::type_complexity)]
 fn posted(
     n: u32,
@@ -403,7 +404,7 @@ fn completions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
     });
 }
 
-/// Demonstration: what the models above would say to a Relaxed publish.
+/// Demonstration: what the models above would report if the publish were Relaxed.
 #[test]
 #[should_panic(expected = "Causality violation")]
 fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
@@ -416,7 +417,8 @@ fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
             let (marks, tail, entry) = (marks.clone(), tail.clone(), entry.clone());
             move || {
                 marks.write(&mut frame, 1);
-                // Std's mutex moves the frame behind loom's back, so only `tail` could order us.
+                // Loom does not see std's mutex, which moves the frame. So only `tail` could order
+                // us.
                 *entry.lock().unwrap() = Some(frame);
                 tail.store(0, Ordering::Relaxed);
             }
@@ -431,8 +433,8 @@ fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
 // ------------------------------------------------------------------------------------------------
 // Credits
 
-/// A CQ full of completions. One thread reaps them, one submits as credits come back, one completes
-/// what was submitted: into the cells that the first has just copied out.
+/// The CQ is full of completions. One thread reaps them, one submits as credits come back, and one
+/// completes what was submitted, into the cells that the first has just copied out.
 fn reap_submit_and_complete_at_once(depth: u32) {
     let (pool, marks, _) = pool(2 * depth);
     let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer, frames) =
@@ -464,7 +466,7 @@ fn reap_submit_and_complete_at_once(depth: u32) {
                 unreachable!()
             };
             marks.write(&mut frame, user_data);
-            // Panics if the credit did not mean room.
+            // Panics if a credit did not mean a free cell.
             cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
             cq_producer.publish();
         }
@@ -497,23 +499,23 @@ fn reap_submit_and_complete_at_once(depth: u32) {
     drop((sq_producer, sq_consumer, cq_producer, cq_consumer));
 }
 
-/// Broken by: giving the credit before the entry was copied out; a Relaxed store or load of the
+/// Broken by: returning the credit before the entry was copied out; a Relaxed store or load of the
 /// credits; a CQ with fewer cells than credits.
 #[test]
 fn a_credit_means_space_in_a_cq_of_one_cell() {
     check(3, || reap_submit_and_complete_at_once(1));
 }
 
-/// As above, where credits come back one at a time.
+/// Like the model above, but credits come back one at a time.
 #[test]
 fn a_credit_means_space_in_a_cq_of_two_cells() {
     check(2, || reap_submit_and_complete_at_once(2));
 }
 
-/// The same over several laps, where one thread submits and completes, so that nothing but the
-/// credit orders it behind the reaper.
+/// Like the models above, over several laps. One thread submits and completes, so that only the
+/// credit orders it after the reaper.
 ///
-/// Broken by: as above.
+/// Broken by: the same as above.
 #[test]
 fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
     check(3, || {
@@ -528,7 +530,7 @@ fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
                     while sq_producer.available(Class::Read) == 0 {
                         thread::yield_now();
                     }
-                    // The reaper drops a frame only after it gave the credit back.
+                    // The reaper drops a frame only after it has returned the credit.
                     let mut frame = loop {
                         match pool.alloc() {
                             Some(frame) => break frame,
@@ -603,7 +605,7 @@ fn no_wake_up_is_lost_in_either_direction() {
     });
 }
 
-/// Who arms and then finds that it makes work itself is not put to sleep by it, whether or not another
+/// A thread that arms and then publishes work itself does not sleep, whether or not another thread
 /// rings at the same time.
 ///
 /// Broken by: not looking at the flag; a `Park` without memory.
@@ -617,7 +619,7 @@ fn a_sleeper_that_rings_for_itself_does_not_sleep() {
         });
         bell.arm();
         let own = bell.ring_oneself();
-        // For ever, if nobody has rung.
+        // This waits for ever if nobody has rung.
         bell.parker().park(None);
         assert!(!bell.disarm());
         assert!(own ^ other.join().unwrap(), "one of the two has woken the sleeper");
@@ -654,7 +656,7 @@ fn of_two_ringers_exactly_one_pays_for_each_arming() {
     });
 }
 
-/// Work of several kinds, as an engine has: an entry in the SQ, and a wish (a control flag) that the
+/// Work of two kinds, as an engine has: an entry in the SQ, and a request (a control flag) that the
 /// last look reads with a Relaxed load.
 ///
 /// Broken by: either fence missing.
@@ -732,7 +734,7 @@ fn crippled_doorbell(sleeper_fence: bool, ringer_fence: bool) {
     });
 }
 
-/// The control of the three demonstrations below: whole, the copy is right.
+/// The control for the three demonstrations below: without an omission, the copy is right.
 #[test]
 fn the_copied_doorbell_with_both_fences_loses_nothing() {
     crippled_doorbell(true, true);
@@ -759,7 +761,7 @@ fn without_any_fence_a_wake_up_is_lost() {
 // ------------------------------------------------------------------------------------------------
 // Arm against post
 
-/// The reaping half's bell, as in the root crate: the sleeper waits for an index of the CQ.
+/// The reaping half's bell, as in `vmring`: the sleeper waits for an index of the CQ.
 struct CqBell {
     bell: Doorbell<Token>,
     wanted: AtomicU32,
@@ -770,7 +772,7 @@ impl CqBell {
         Arc::new(Self { bell: bell(), wanted: AtomicU32::new(0) })
     }
 
-    /// Arms for `n` completions and looks once more. False if they are there.
+    /// Arms for `n` completions and looks once more. Returns false if they are there.
     fn arm(&self, cq_consumer: &mut CqConsumer, n: u32) -> bool {
         self.wanted.store(cq_consumer.index_of(n), Ordering::Relaxed);
         self.bell.arm();
@@ -781,15 +783,15 @@ impl CqBell {
         armed
     }
 
-    /// After publishing: wakes the sleeper if that is enough for it.
+    /// Follows a publish: wakes the sleeper if enough is published for it.
     fn post(&self, cq_producer: &CqProducer) -> bool {
         let index = cq_producer.index();
         self.bell.ring_if(|| index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31)
     }
 }
 
-/// Broken by: either fence missing; arming with Relaxed (an old wish is read); comparing indices
-/// without regard to the wrap.
+/// Broken by: either fence missing; arming with Relaxed (the ringer reads an old index); comparing
+/// indices without regard to the wrap.
 #[test]
 fn arming_for_two_completions_is_answered_by_the_second_once() {
     check(3, || {
@@ -838,7 +840,7 @@ fn arm_anew(index_first: bool) {
                 cq_producer
             }
         });
-        // Two will not come; then it makes do with one.
+        // Two completions do not come, so the sleeper then waits for one.
         assert!(cq.arm(&mut cq_consumer, 2));
         while cq_consumer.ready() == 0 {
             let armed = if index_first {
@@ -857,7 +859,7 @@ fn arm_anew(index_first: bool) {
     });
 }
 
-/// Broken by: either fence missing; arming with Relaxed, so that a ringer reads the older wish.
+/// Broken by: either fence missing; arming with Relaxed, so that a ringer reads the older index.
 #[test]
 fn arming_anew_with_a_smaller_index_is_not_lost() {
     arm_anew(true);
@@ -872,8 +874,8 @@ fn without_the_index_before_the_arming_a_wake_up_is_lost() {
 // ------------------------------------------------------------------------------------------------
 // A poller's two levels of doorbells
 
-/// The poller of the root crate in miniature: rings whose `Park` puts a bit into a ready set (words
-/// of one bit here), a bit per word into the summary, and rings the poller's own bell.
+/// The poller of `vmring` in miniature: rings whose `Park` sets a bit in a ready set (with words of
+/// one bit here), sets the word's bit in the summary, and rings the poller's own bell.
 struct MiniPoller {
     bell: Doorbell<Token>,
     ready: [AtomicU64; 2],
@@ -909,8 +911,8 @@ impl MiniPoller {
     }
 }
 
-/// Broken by: a summary bit set before its word; clearing a word before its summary bit; the
-/// poller's last look anywhere but behind its arming; any fence of either level.
+/// Broken by: a summary bit that is set before its word; clearing a word before its summary bit;
+/// the poller's last look anywhere but after its arming; any fence of either level missing.
 #[test]
 fn no_ring_is_lost_through_two_levels_of_doorbells() {
     check(2, || {
@@ -919,7 +921,7 @@ fn no_ring_is_lost_through_two_levels_of_doorbells() {
             ready: [AtomicU64::new(0), AtomicU64::new(0)],
             words: AtomicU64::new(0),
         });
-        // Each ring: its bell, and the number of entries ever published.
+        // For each ring: its bell, and the number of entries ever published.
         let rings = Arc::new([0, 1].map(|place| {
             let bell = Doorbell::new(ReadyBit { poller: poller.clone(), place });
             (bell, AtomicU32::new(0))
@@ -951,7 +953,7 @@ fn no_ring_is_lost_through_two_levels_of_doorbells() {
                     worked = true;
                     return true;
                 }
-                // Goes to sleep, unless something came.
+                // The ring goes to sleep, unless an entry came.
                 bell.arm();
                 let awake = published.load(Ordering::Acquire) != now;
                 if awake {
@@ -973,19 +975,20 @@ fn no_ring_is_lost_through_two_levels_of_doorbells() {
 // ------------------------------------------------------------------------------------------------
 // Close
 
-/// The real halves between a submitter that looks at a flag before it pushes, a poller that ends
-/// with a last turn once it is told to stop, and a closer that takes the poller's halves over and
-/// turns them whenever it reaps.
+/// The real halves between three threads: a submitter that looks at a flag before it pushes, a
+/// poller that ends with a last turn after it was told to stop, and a closer that takes the
+/// poller's halves over and turns them whenever it reaps.
 ///
 /// Broken by: a closer that does not drain the SQ after the hand-over; a poller whose last look
-/// misses the stop; either fence missing.
+/// does not see the stop; either fence missing.
 #[test]
 fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
     check(2, || {
         let (pool, marks, _) = pool(2);
         let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
             rings(Depths::new(0, 2, 0), regions(&pool), u32::MAX);
-        // The bell, the closed flag that submits look at, and the stop that the poller looks at.
+        // The bell, the closed flag that the submitter looks at, and the stop that the poller looks
+        // at.
         let shared = Arc::new((bell(), AtomicU32::new(0), AtomicU32::new(0)));
         let mut frames = [pool.alloc().unwrap(), pool.alloc().unwrap()];
         for (n, frame) in (0..).zip(&mut frames) {
@@ -1041,7 +1044,7 @@ fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
                 completed.push((reaped.user_data, frame));
             }
         };
-        // Perhaps too early for the submitter's last entry, which the next reap finds.
+        // This may be too early for the submitter's last entry. The next reap finds that one.
         reap(&mut cq_consumer);
         let (accepted, refused, sq_producer) = submitting.join().unwrap();
         reap(&mut cq_consumer);
@@ -1055,11 +1058,11 @@ fn a_submission_that_races_close_completes_once_or_comes_back_refused() {
 }
 
 /// The owner of a closed ring's two bells sleeps until something completes. The entry comes from a
-/// submitter that had looked at the flag before it was set, and its ring of the engine's bell goes
-/// to a poller that has nothing to do with the ring any more: so whoever finds the engine's bell
-/// armed on a closed ring rings the reaper's too.
+/// submitter that looked at the flag before it was set. The submitter rings the engine's bell, but
+/// that goes to a poller that no longer has the ring. So a submitter that finds the engine's bell
+/// armed on a closed ring rings the reaper's bell too.
 ///
-/// Broken by: leaving out that second ring, or the taker-over's arming of the engine's bell.
+/// Broken by: leaving out that second ring; leaving out the owner's arming of the engine's bell.
 #[test]
 fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
     struct Nobody;
@@ -1109,8 +1112,8 @@ fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
 // ------------------------------------------------------------------------------------------------
 // The pool
 
-/// Broken by: a free list without tags (the head came back, the link behind it is stale); a Relaxed
-/// push or pop (the next owner races with the last one's bytes).
+/// Broken by: a free list without tags (the same head is back, but the link that was read is
+/// stale); a Relaxed push or pop (the next owner races with the last owner's bytes).
 #[test]
 fn two_threads_never_hold_one_slot_and_lose_none() {
     check(3, || {
@@ -1122,7 +1125,7 @@ fn two_threads_never_hold_one_slot_and_lose_none() {
                 for (n, frame) in (10..).zip(&mut held) {
                     marks.write(frame, n);
                 }
-                // The first goes home while the second stays out.
+                // The first slot returns while the second stays out.
                 if !held.is_empty() {
                     drop(held.remove(0));
                 }
@@ -1152,9 +1155,9 @@ fn two_threads_never_hold_one_slot_and_lose_none() {
     });
 }
 
-/// Two threads bring frames home that a third allocated, while it allocates again.
+/// Two threads drop frames that a third allocated, while the third allocates again.
 ///
-/// Broken by: a Relaxed push or pop; a push that does not try again when it loses.
+/// Broken by: a Relaxed push or pop; a push that does not try again when its exchange fails.
 #[test]
 fn frames_return_from_other_threads() {
     check(3, || {
@@ -1182,7 +1185,7 @@ fn frames_return_from_other_threads() {
     });
 }
 
-/// Broken by: a Relaxed decrement or no fence before the freeing (it races with the last owner's
+/// Broken by: a Relaxed decrement, or no Acquire before the freeing (it races with the last owner's
 /// bytes); handles and slots in two counts; a load instead of the decrement's own result.
 #[test]
 fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
@@ -1206,11 +1209,11 @@ fn the_memory_goes_once_after_both_the_last_frame_and_the_last_handle() {
     });
 }
 
-/// The last places of a pool's slots go at once: a frame on one thread, a queue with entries inside
-/// on another (one of them written and not published), the handle on a third.
+/// The last owners of a pool's slots are dropped at once: a frame on one thread, a queue with
+/// entries inside on another (one of them written and not published), and the handle on a third.
 ///
-/// Broken by: a queue that forgets its entries, or a half that forgets what it has not published; a
-/// queue whose end frees its pools before its entries.
+/// Broken by: a queue that forgets its entries; a half that forgets what it has not published; a
+/// queue whose drop frees its pools before its entries.
 #[test]
 fn a_ring_dropped_with_entries_inside_returns_its_frames() {
     check(2, || {
@@ -1222,7 +1225,7 @@ fn a_ring_dropped_with_entries_inside_returns_its_frames() {
             sq_producer.push(Class::Write, frames.next().unwrap(), user_data).unwrap();
         }
         sq_producer.publish();
-        // One in the CQ, one in the SQ, one written to the SQ and not published.
+        // One entry in the CQ, one in the SQ, and one written to the SQ and not published.
         sq_consumer.ready();
         let Some(Submission::Packet { class: Class::Write, user_data, frame }) = sq_consumer.pop()
         else {

@@ -1,4 +1,5 @@
-//! The typed `virtio_net_hdr`: bytes in, bytes out, and every rule broken once.
+//! The typed `virtio_net_hdr`: it is read from bytes and written to bytes, and every rule is broken
+//! once.
 
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -8,7 +9,7 @@ use vmring_core::offload::{
     Le16, OffloadError, OffloadHeader, VirtioNetHdr, set_num_buffers,
 };
 
-/// The default, with failing cases kept beside those of the other crates.
+/// The default configuration. Failing cases are kept beside those of the other crates.
 fn config() -> ProptestConfig {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../proptest-regressions/ring-offload.txt");
     ProptestConfig {
@@ -17,7 +18,7 @@ fn config() -> ProptestConfig {
     }
 }
 
-/// UDP over IPv4 whose checksum is to be completed.
+/// UDP over IPv4 with a checksum to complete.
 const PARTIAL: OffloadHeader =
     OffloadHeader { checksum: Checksum::Partial { start: 34, offset: 6 }, ..OffloadHeader::NONE };
 
@@ -86,7 +87,7 @@ fn header() -> impl Strategy<Value = OffloadHeader> {
     )
 }
 
-/// A header that is valid for a packet of some length, and that length.
+/// A header and a packet length for which the header is valid.
 fn valid() -> impl Strategy<Value = (OffloadHeader, usize)> {
     (header(), 14..200u16, 1..65_535u16, 0..300usize).prop_map(|(header, start, size, tail)| {
         let offset = if header.gso.is_tcp() { 16 } else { 6 };
@@ -106,7 +107,7 @@ fn valid() -> impl Strategy<Value = (OffloadHeader, usize)> {
     })
 }
 
-/// Twelve bytes, mostly with known flags and types, as others are refused at once.
+/// Twelve bytes, mostly with known flags and types, because others are refused at once.
 fn bytes() -> impl Strategy<Value = [u8; LEN]> {
     let known = (any::<[u8; LEN]>(), 0..4u8, 0..6u8, any::<bool>()).prop_map(
         |(mut bytes, flags, gso_type, ecn)| {
@@ -153,7 +154,7 @@ proptest! {
         let lenient = OffloadHeader::parse_ignoring_reserved(&bytes);
         if let Ok(header) = strict {
             prop_assert_eq!(lenient, Ok(header));
-            // Only what must not be used is lost.
+            // Only fields that must not be used are lost.
             let mut kept = VirtioNetHdr::from_bytes(&bytes);
             if kept.flags & F_NEEDS_CSUM != 0 {
                 kept.flags = F_NEEDS_CSUM;
@@ -219,7 +220,7 @@ proptest! {
         }
     }
 
-    /// As long as the Ethernet header's 14 bytes, or others in their place, are left.
+    /// This holds as long as the Ethernet header's 14 bytes, or others instead of them, are left.
     #[test]
     fn a_valid_header_is_valid_after_a_trim((header, len) in valid(), n in 0..400usize) {
         prop_assert_eq!(header.validate(len), Ok(()));
@@ -327,8 +328,8 @@ fn every_undefined_flag_and_type_is_refused() {
     }
 }
 
-/// For each rule of `validate`: the header and length that just break it, and the neighbours that
-/// just do not.
+/// For each rule of `validate`: a header and a length that just break it, and neighbours that just
+/// do not.
 #[test]
 fn every_rule_has_an_edge() {
     use OffloadError as E;
@@ -339,26 +340,26 @@ fn every_rule_has_an_edge() {
     };
     #[rustfmt::skip]
     let cases: &[(OffloadHeader, usize, Result<(), OffloadError>)] = &[
-        // The checksum's two bytes are in the packet.
+        // Rule: the checksum's two bytes are in the packet.
         (PARTIAL, 42, Ok(())),
         (PARTIAL, 41, Err(E::ChecksumPastEnd { start: 34, offset: 6, packet_len: 41 })),
         (with(PARTIAL, |h| h.checksum = partial(u16::MAX, u16::MAX)), 131_072, Ok(())),
         (with(PARTIAL, |h| h.checksum = partial(u16::MAX, u16::MAX)), 131_071,
             Err(E::ChecksumPastEnd { start: u16::MAX, offset: u16::MAX, packet_len: 131_071 })),
-        // A sum in 16 bits would wrap round to 14 + 2.
+        // A sum in 16 bits would wrap to 14 + 2.
         (with(PARTIAL, |h| h.checksum = partial(u16::MAX, 15)), 1514,
             Err(E::ChecksumPastEnd { start: u16::MAX, offset: 15, packet_len: 1514 })),
         (PARTIAL, usize::MAX, Ok(())),
-        // It begins behind the Ethernet header.
+        // Rule: the checksummed part begins behind the Ethernet header.
         (with(PARTIAL, |h| h.checksum = partial(14, 6)), 60, Ok(())),
         (with(PARTIAL, |h| h.checksum = partial(13, 6)), 60,
             Err(E::ChecksumStartInEthernet { start: 13 })),
-        // A packet to be cut has a partial checksum.
+        // Rule: a packet to cut has a partial checksum.
         (TSO, 4150, Ok(())),
         (with(TSO, |h| h.checksum = Checksum::Complete), 4150, Err(E::GsoWithoutChecksum)),
         (with(TSO, |h| h.checksum = Checksum::DataValid), 4150, Err(E::GsoWithoutChecksum)),
         (with(TSO, |h| { h.checksum = Checksum::Complete; h.gso = Gso::None }), 4150, Ok(())),
-        // Its checksum lies where its protocol has it.
+        // Rule: its checksum is where its protocol has it.
         (USO, 4150, Ok(())),
         (with(USO, |h| h.gso = Gso::Udp), 4150, Ok(())),
         (with(USO, |h| h.checksum = partial(54, 16)), 4150,
@@ -366,30 +367,30 @@ fn every_rule_has_an_edge() {
         (with(TSO, |h| h.checksum = partial(34, 6)), 4150,
             Err(E::GsoChecksumOffset { offset: 6, expected: 16 })),
         (with(PARTIAL, |h| h.checksum = partial(34, 16)), 4150, Ok(())),
-        // Its transport header is in the packet.
+        // Rule: its transport header is in the packet.
         (TSO, 54, Ok(())),
         (TSO, 53, Err(E::TransportPastEnd { start: 34, packet_len: 53 })),
         (USO, 62, Ok(())),
         (with(USO, |h| h.header_len = 0), 61, Err(E::ChecksumPastEnd { start: 54, offset: 6, packet_len: 61 })),
-        // It says how large the segments are.
+        // Rule: it says how large the segments are.
         (with(TSO, |h| h.segment_size = 1), 4150, Ok(())),
         (with(TSO, |h| h.segment_size = 0), 4150, Err(E::SegmentSize { size: 0 })),
         (with(TSO, |h| h.segment_size = 65_534), 4150, Ok(())),
         (with(TSO, |h| h.segment_size = 65_535), 4150, Err(E::SegmentSize { size: 65_535 })),
         (with(PARTIAL, |h| h.segment_size = 65_535), 4150, Ok(())),
-        // ECN is a matter of TCP.
+        // Rule: ECN is only for TCP.
         (with(TSO, |h| h.ecn = true), 4150, Ok(())),
         (with(TSO, |h| { h.ecn = true; h.gso = Gso::TcpV6 }), 4150, Ok(())),
         (with(USO, |h| h.ecn = true), 4150, Err(E::EcnWithoutTcp)),
         (with(PARTIAL, |h| h.ecn = true), 4150, Err(E::EcnWithoutTcp)),
-        // The headers' length is a hint, but one about this packet.
+        // Rule: the headers' length is a hint, but it must be inside this packet.
         (with(TSO, |h| h.header_len = 0), 4150, Ok(())),
         (with(TSO, |h| h.header_len = 4150), 4150, Ok(())),
         (with(TSO, |h| h.header_len = 4151), 4150,
             Err(E::HeaderLenPastEnd { header_len: 4151, packet_len: 4150 })),
         (with(OffloadHeader::NONE, |h| h.header_len = 61), 60,
             Err(E::HeaderLenPastEnd { header_len: 61, packet_len: 60 })),
-        // Nobody counts the buffers.
+        // No rule: the number of buffers is not checked.
         (with(TSO, |h| h.num_buffers = 7), 4150, Ok(())),
     ];
     for (header, packet_len, expected) in cases {
@@ -406,12 +407,12 @@ fn a_trim_stops_at_the_checksummed_part() {
         TSO.trim_front(35),
         Err(OffloadError::TrimPastChecksumStart { trim: 35, start: 34 })
     );
-    // A trim whose low 16 bits are 0.
+    // A trim length whose low 16 bits are 0.
     assert_eq!(
         TSO.trim_front(0x1_0000),
         Err(OffloadError::TrimPastChecksumStart { trim: 0x1_0000, start: 34 })
     );
-    // The hint may be shorter than what goes.
+    // The hint may be shorter than the trim.
     let short = OffloadHeader { header_len: 20, ..TSO };
     assert_eq!(short.trim_front(30).unwrap().header_len, 0);
     let plain = OffloadHeader { header_len: 42, ..OffloadHeader::NONE };

@@ -1,4 +1,5 @@
-//! The four halves of a ring against a plain model, and the frames and pools under them.
+//! Compares the four halves of a ring with a plain model, and tests the frames and pools under
+//! them.
 #![cfg(not(loom))]
 
 use proptest::prelude::*;
@@ -17,7 +18,7 @@ use vmring_core::{
     Submission, rings,
 };
 
-/// The default, with failing cases kept beside those of the other crates.
+/// The default configuration. Failing cases are kept beside those of the other crates.
 fn config() -> ProptestConfig {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../proptest-regressions/ring-queues.txt");
     ProptestConfig {
@@ -26,7 +27,8 @@ fn config() -> ProptestConfig {
     }
 }
 
-/// `full`, or `small` where every step is slow: `VMRING_TEST_SCALE=small`.
+/// Returns `full`, or `small` with `VMRING_TEST_SCALE=small`, which is for machines on which every
+/// step is slow.
 fn scale(full: u64, small: u64) -> u64 {
     match std::env::var("VMRING_TEST_SCALE") {
         Ok(scale) if scale == "small" => small,
@@ -46,13 +48,14 @@ fn pool(slots: u32) -> Pool {
     Pool::new(Box::new(HeapBacking::new((slots * SLOT_SIZE) as usize)), layout(slots)).unwrap()
 }
 
-/// Memory that counts how often it was freed.
+/// Memory that counts how often it is freed.
 struct Counted {
     bytes: HeapBacking,
     freed: Arc<AtomicUsize>,
 }
 
-// SAFETY: the bytes are those of a `HeapBacking`, given to nobody else.
+// SAFETY: the bytes are those of a `HeapBacking`, which keeps the contract and is given to nobody
+// else.
 unsafe impl Backing for Counted {
     fn base(&self) -> NonNull<u8> {
         self.bytes.base()
@@ -99,16 +102,16 @@ enum Op {
     Publish,
     Look,
     Take(usize),
-    /// Opens parcels up to a cancel, and lets the last one go.
+    /// Takes entries in their cells up to a cancel, and looks at the last one without taking it.
     TakeFront(usize),
     Retire,
-    /// Counts the leading packets of a class that are at most so long.
+    /// Counts the leading packets of a class whose length is at most `len`.
     Leading {
         write: bool,
         most: u32,
         len: usize,
     },
-    /// Completes one of the entries the poller has, in any order.
+    /// Completes one of the entries that the poller has, in any order.
     Complete {
         which: usize,
         outcome: Outcome,
@@ -158,7 +161,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// A frame as it must come out again.
+/// What a frame must be when it comes out again.
 #[derive(Clone, Debug, PartialEq)]
 struct Packet {
     pool: usize,
@@ -208,7 +211,7 @@ struct Done {
     len: u32,
 }
 
-/// The real halves and, beside them, what must be where.
+/// The real halves and, beside them, the model: which entry and which slot must be where.
 struct World {
     pools: [Pool; 2],
     foreign: Pool,
@@ -222,12 +225,12 @@ struct World {
     user: Vec<Frame>,
     next_user_data: u64,
     in_flight: [u32; 3],
-    /// Written to the SQ and not taken; the last `sq_hidden` are not published.
+    /// Entries that were written to the SQ and not taken. The last `sq_hidden` are not published.
     sq: VecDeque<(u64, Ask)>,
     sq_hidden: usize,
-    /// Of `sq`, what the intake saw at its last look.
+    /// How many entries of `sq` the `SqConsumer` saw at its last look.
     sq_known: usize,
-    /// Opened, and still taking room in the SQ.
+    /// Entries that were taken in their cells, and whose cells are still occupied.
     sq_taken: usize,
     device: Vec<(u64, Ask, Option<Frame>)>,
     cq: VecDeque<Done>,
@@ -282,7 +285,7 @@ impl World {
         }
     }
 
-    /// What the submitter must say to one more entry of `class`.
+    /// The error that the `SqProducer` must return for one more entry of `class`.
     fn refusal(&self, class: Class) -> Option<PushError> {
         if self.in_flight[class as usize] == self.depth(class) {
             Some(PushError::NoCredit)
@@ -399,7 +402,7 @@ impl World {
                 for _ in 0..count {
                     self.take_front();
                 }
-                // Looked at and let go, it stays.
+                // An entry that is looked at and not taken stays.
                 let class =
                     self.sq_consumer.as_mut().and_then(SqConsumer::front).map(|it| it.class());
                 let next =
@@ -455,7 +458,7 @@ impl World {
                 }
             }
         }
-        // The reaper watches the SQ too.
+        // The `CqConsumer` keeps the SQ alive too, because it counts submissions.
         if self.sq_producer.is_none() && self.sq_consumer.is_none() && self.cq_consumer.is_none() {
             self.sq.clear();
         }
@@ -560,7 +563,7 @@ impl World {
         }
     }
 
-    /// The conservation law: how many slots of a pool are not in its free list.
+    /// The conservation law: the number of slots of a pool that must not be in its free list.
     fn expected_out(&self, pool: usize) -> u32 {
         let ours = |frame: &&Frame| self.pools[pool].owns(frame);
         let there = |ask: &&Ask| ask.packet().is_some_and(|packet| packet.pool == pool);
@@ -626,9 +629,10 @@ fn depths() -> impl Strategy<Value = Depths> {
 proptest! {
     #![proptest_config(config())]
 
-    /// One place per slot; full and no credit give the frame back; entries come out once, in order,
-    /// as they went in; credits come back one by one; whatever half goes first, all frames come
-    /// home. After each step every counter that can be asked agrees with the model.
+    /// Goal: a slot is in one place. A full SQ and a missing credit give the frame back. Entries
+    /// come out once, in order, as they went in. Credits come back one by one. All frames return to
+    /// their pools, whichever half is dropped first. Method: after each random step, every counter
+    /// agrees with the model.
     #[test]
     fn the_four_halves_do_what_the_plain_model_does(
         depths in depths(),
@@ -652,8 +656,8 @@ proptest! {
         }
     }
 
-    /// A frame's window after any sequence of moves is where plain arithmetic puts it, a refused
-    /// move changes nothing, and all ways to look at it agree.
+    /// After any sequence of moves, a frame's packet is where plain arithmetic puts it, and all
+    /// ways to look at it agree. A refused move changes nothing.
     #[test]
     fn a_frames_window_moves_as_arithmetic_says(
         moves in proptest::collection::vec((0..6_u8, 0..80_usize), 0..40),
@@ -687,7 +691,7 @@ proptest! {
                     continue;
                 }
                 _ => {
-                    // What is there already, so that the slot keeps its pattern.
+                    // Copy the bytes that are there already, so that the slot keeps its pattern.
                     let space = SLOT_SIZE as usize - offset;
                     let bytes = vec![0; n];
                     let same = slot[offset..].get(..n).unwrap_or(&bytes);
@@ -742,7 +746,7 @@ fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     std::mem::forget(cq_consumer.pop());
     let second = cq_consumer.pop().unwrap();
     assert_eq!(second.user_data, 1);
-    // Both credits are back, both entries are gone, one slot is.
+    // Both credits are back and both entries are gone. One slot is lost, with the forgotten frame.
     assert_eq!(sq_producer.available(Class::Read), 2);
     assert!(cq_consumer.pop().is_none());
     drop((sq_producer, cq_consumer, sq_consumer, cq_producer, second));
@@ -778,7 +782,7 @@ fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
     assert_eq!(sq_producer.check(Class::Write), Err(PushError::SqFull));
     sq_consumer.retire();
     assert_eq!(sq_producer.check(Class::Write), Ok(()));
-    // The next is none.
+    // There is no next one.
     take(&mut sq_consumer);
     let cancel = sq_consumer.pop();
     assert!(matches!(cancel, Some(Submission::Cancel { user_data: 3, target: Some(1) })));
@@ -790,7 +794,7 @@ fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
     assert_eq!((slots.len(), pool.slots_out()), (3, 3));
 }
 
-/// Whole lines of entries, and the more of them together the more are on their way.
+/// Entries are published in whole cache lines: two of them, or eight if many entries are in flight.
 #[test]
 fn a_run_is_published_in_pieces_of_four_or_sixteen() {
     let pool = pool(64);
@@ -811,8 +815,8 @@ fn a_run_is_published_in_pieces_of_four_or_sixteen() {
     assert_eq!(shown, expected);
 }
 
-/// An opened parcel is its taker's, also if the SQ never hears of it: what becomes of the queue is no
-/// matter.
+/// A taken entry belongs to its taker, even if it is never retired and whatever happens to the
+/// queue.
 #[test]
 fn a_taken_entry_is_nobody_elses_and_one_that_is_left_stays() {
     let pool = pool(4);
@@ -820,7 +824,7 @@ fn a_taken_entry_is_nobody_elses_and_one_that_is_left_stays() {
     let (frame, user_data) = sq_consumer.front().unwrap().take();
     assert_eq!(sq_consumer.front().map(|next| next.class()), Some(Class::Write));
     drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
-    // Two went home with the queue, and this one did not.
+    // Two slots were freed with the queue, and this one was not.
     assert_eq!((user_data, pool.slots_out()), (1, 1));
     let others: Vec<_> = std::iter::from_fn(|| pool.alloc()).collect();
     assert!(others.iter().all(|other| other.slot() != frame.slot()));
@@ -876,7 +880,7 @@ fn an_sq_whose_size_is_not_a_power_of_two_is_a_programmers_mistake() {
     rings(Depths { read: 1, write: 1, cancel: 1, sq: 3 }, regions(&pool(1)), 0);
 }
 
-/// The sum is not taken modulo 2^32, which would leave the CQ less room than there are credits.
+/// The sum is not computed modulo 2^32, which would leave the CQ with fewer cells than credits.
 #[test]
 fn more_credits_than_a_ring_may_have_are_a_programmers_mistake() {
     let max = vmring_core::DEPTH_MAX;
@@ -948,7 +952,7 @@ fn a_refused_layout_frees_its_memory() {
     assert_eq!(freed.load(Ordering::SeqCst), 1);
 }
 
-/// Of a frame without an offload header.
+/// The error of a frame without an offload header.
 fn space_of(error: FrontError) -> OutOfSpace {
     match error {
         FrontError::Space(error) => error,
@@ -1043,14 +1047,14 @@ fn frames_dropped_on_other_threads_return() {
         .map(|frame| (frame.slot(), frame.len()))
         .take(64)
         .collect();
-    // Each was dropped at once, so the last one home is handed out again and again.
+    // Each was dropped at once, so the slot that returned last is given out again and again.
     assert_eq!(again.len(), 1);
     drop(pool);
     assert_eq!(freed.load(Ordering::SeqCst), 1);
 }
 
-/// Four threads take and return the slots of one small pool; each writes its number over the whole
-/// slot and must find it there before it returns it.
+/// Four threads take and return the slots of one small pool. Each thread writes its number over the
+/// whole slot and must find it there before it returns the slot.
 #[test]
 fn no_slot_has_two_owners_under_load() {
     let rounds = scale(100_000, 1_000);
@@ -1084,7 +1088,7 @@ fn no_slot_has_two_owners_under_load() {
 // ------------------------------------------------------------------------------------------------
 // Threads
 
-/// Parks as `std::thread::park` does, whichever thread it is.
+/// Parks like `std::thread::park`, but is not bound to a thread.
 #[derive(Default)]
 struct Token {
     there: Mutex<bool>,
@@ -1104,14 +1108,15 @@ impl Park for Token {
     }
 }
 
-/// A sum that notices bytes of another packet, of another length, or in another order.
+/// A checksum that differs if bytes are of another packet, if the length differs, or if the order
+/// does.
 fn checksum(seed: u64, bytes: &[u8]) -> u64 {
     bytes.iter().fold(seed ^ bytes.len() as u64, |sum, &byte| {
         (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(5)
     })
 }
 
-/// Packet number `n`: its checksum in front, then bytes that follow from `n`.
+/// Packet number `n`: its checksum, and then bytes that depend on `n`.
 fn write_packet(frame: &mut Frame, n: u64) {
     frame.reset();
     let len = 8 + (n % (CAPACITY as u64 - 7)) as usize;
@@ -1128,7 +1133,7 @@ fn check_packet(frame: &Frame, n: u64) {
     assert_eq!(view.be64(0), Some(checksum(n, &frame[8..])), "packet {n} is not whole");
 }
 
-/// A device that fills reads and checks writes, both in order; sleeps whenever it has nothing to do.
+/// A device that fills reads and checks writes, both in order. It sleeps when it has nothing to do.
 fn serve(
     mut sq_consumer: SqConsumer,
     mut cq_producer: CqProducer,
@@ -1161,8 +1166,8 @@ fn serve(
     }
 }
 
-/// One thread submits and reaps, the other serves; both sleep on doorbells without a timeout, so a
-/// wake-up that is lost hangs the test.
+/// One thread submits and reaps, the other serves. Both sleep on doorbells without a timeout, so a
+/// lost wake-up hangs the test.
 #[test]
 fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
     let each = scale(200_000, 2_000);
@@ -1178,7 +1183,7 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
     let (mut asked, mut sent, mut arrived, mut written) = (0, 0, 0, 0);
     while arrived + written < 2 * each {
         loop {
-            // In turn, so that neither direction waits for the other.
+            // Reads and writes take turns, so that neither direction waits for the other.
             let class = if asked <= sent && asked < each { Class::Read } else { Class::Write };
             let count = if class == Class::Read { &mut asked } else { &mut sent };
             if *count == each {
@@ -1224,8 +1229,8 @@ fn two_threads_pass_whole_packets_both_ways_and_wake_each_other() {
     assert_eq!(pool.slots_out(), 0);
 }
 
-/// One thread submits, one serves, one reaps and drops the frames, which the first takes from the
-/// free list again.
+/// One thread submits, one serves, and one reaps and drops the frames. The first thread takes them
+/// from the free list again.
 #[test]
 fn three_threads_share_a_ring_and_a_free_list() {
     let total = scale(200_000, 2_000);

@@ -1,4 +1,4 @@
-//! `PacketView` against plain slices.
+//! Compares `PacketView` with plain slices.
 
 use core::cell::Cell;
 use core::ops::Range;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 use vmring_core::view::{Fields, FieldsMut, PacketView};
 
-/// The default, with failing cases kept beside those of the other crates.
+/// The default configuration. Failing cases are kept beside those of the other crates.
 fn config() -> ProptestConfig {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../proptest-regressions/ring-view.txt");
     ProptestConfig {
@@ -33,7 +33,7 @@ fn buffer() -> impl Strategy<Value = Vec<u8>> {
     proptest::collection::vec(any::<u8>(), 0..300)
 }
 
-/// A buffer and a view's place in it.
+/// A buffer, and where a view is in it.
 fn placed() -> impl Strategy<Value = (Vec<u8>, Range<usize>)> {
     buffer().prop_flat_map(|buffer| {
         let len = buffer.len();
@@ -45,7 +45,7 @@ fn view<B: AsRef<[u8]>>(buffer: B, place: &Range<usize>) -> PacketView<B> {
     PacketView::new(buffer, place.start as u32, place.len() as u32).unwrap()
 }
 
-/// The model of every checked field: the `N` bytes at `at`, found with 128-bit arithmetic.
+/// The model of every checked field: the `N` bytes at `at`, computed with 128-bit arithmetic.
 fn model<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     (at as u128 + N as u128 <= bytes.len() as u128).then(|| bytes[at..at + N].try_into().unwrap())
 }
@@ -61,7 +61,7 @@ enum Cut {
 }
 
 fn cut() -> impl Strategy<Value = Cut> {
-    // Small steps, so that chains of them stay inside now and then.
+    // Small steps, so that a chain of cuts sometimes stays inside.
     let at = || prop_oneof![8 => 0..24usize, 1 => position()];
     let len = || prop_oneof![8 => 0..300usize, 1 => position()];
     prop_oneof![
@@ -75,7 +75,7 @@ fn cut() -> impl Strategy<Value = Cut> {
 }
 
 impl Cut {
-    /// What the cut leaves of `place`, or `None` if it is refused.
+    /// What the cut leaves of `place`. `None` if the cut is refused.
     fn of_place(self, place: &Range<usize>) -> Option<Range<usize>> {
         let all = place.len();
         let (at, len) = match self {
@@ -149,7 +149,7 @@ proptest! {
         prop_assert_eq!(view.array::<40>(at), model(bytes, at));
     }
 
-    /// Also: a refused write changes nothing, and no write leaves the view.
+    /// A refused write changes nothing, and no write goes outside the view.
     #[test]
     fn setters_write_what_slices_write(
         (buffer, place) in placed(), at in position(), value: u64,
@@ -199,7 +199,7 @@ proptest! {
             prop_assert_eq!(view.offset(), place.start);
             prop_assert_eq!(view.bytes(), &buffer[place.clone()]);
         }
-        // Not a copy: the very bytes of the buffer.
+        // The bytes are those of the buffer, not a copy.
         prop_assert_eq!(view.bytes().as_ptr_range(), buffer[place].as_ptr_range());
     }
 
@@ -212,7 +212,7 @@ proptest! {
         let mut view = view(&mut written[..], &place);
         for cut in cuts {
             let next_place = cut.of_place(&place);
-            // Try it on a borrow first: a refused cut consumes the view.
+            // Try the cut on a borrow first, because a refused cut consumes the view.
             let accepted = cut.of_view_mut(view.as_view_mut()).is_some();
             prop_assert_eq!(next_place.is_some(), accepted, "{:?} of {:?}", cut, place);
             if let Some(next_place) = next_place {
@@ -279,7 +279,7 @@ proptest! {
     }
 }
 
-/// Every edge of small buffers, which random positions may miss.
+/// Tests every edge of small buffers, because random positions may miss them.
 #[test]
 fn small_views_are_right_at_every_edge() {
     let bytes = [1, 2, 3, 4, 5, 6, 7, 8];
@@ -330,7 +330,7 @@ fn view_of(bytes: &mut [u8], len: u32) -> PacketView<&mut [u8]> {
     PacketView::new(bytes, 0, len).unwrap()
 }
 
-/// Sub-views borrow the buffer, not the view they were cut from: this compiles.
+/// Sub-views borrow the buffer, not the view that they were cut from. So this compiles.
 #[test]
 fn a_sub_view_outlives_its_parent() {
     let bytes = [1, 2, 3, 4];
@@ -371,8 +371,8 @@ fn an_ethernet_header_is_three_fields() {
     assert!(view.truncate(13).unwrap().ethernet().is_none());
 }
 
-/// A safe but lying `AsRef` (it has fewer bytes each time it is asked) costs the view its bytes,
-/// not the program its life.
+/// A safe `AsRef` may lie: this one gives fewer bytes at each call. The view is then empty, and
+/// nothing panics.
 #[test]
 fn a_buffer_that_shrinks_gives_an_empty_view() {
     struct Shrinking([u8; 64], Cell<usize>);
