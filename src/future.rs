@@ -22,9 +22,11 @@ use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
+use std::time::Duration;
 
 use vmring_core::Frame;
-use vmring_core::sync::{AtomicBool, AtomicU64, Ordering, fence};
+use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::sync::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{CloseReason, ConfigError, EntryError, Error, Status, SubmitErrorKind};
 use crate::mailbox::RingPark;
@@ -58,45 +60,62 @@ struct State {
     failed: Option<EntryError>,
 }
 
-/// Tasks to wake when completions come: all of them, since any may be able to proceed. Also the
-/// ring's own waker.
+/// Wakes the tasks when the ring has completions. All of them are woken, because each may be able to
+/// proceed.
+///
+/// The ring's waker may be called inside a submit, by the very thread that works on the state. It
+/// must not run tasks at that moment, because they would lock the state again. So the bell is armed
+/// only while nobody works on the state. A call that finds it disarmed leaves `called` behind, and
+/// whoever unlocks the state looks at that after arming. The doorbell's protocol guarantees that one
+/// of the two sees the other.
+///
+/// The state's own lock cannot tell whether somebody works on it: asking it takes a reference to the
+/// ring, and the poller could be the one to drop that.
+struct Sleepers(Doorbell<Tasks>);
+
 #[derive(Default)]
-struct Sleepers {
+struct Tasks {
     wakers: Mutex<BTreeMap<u64, Waker>>,
-    /// Somebody works on the state. Not asked of the state's own lock: that would take a reference to
-    /// the ring, and the poller would be the one to drop it.
-    busy: AtomicBool,
-    /// The ring has called while somebody was busy: who ends that wakes.
+    /// The ring has called its waker, and the tasks are not woken yet.
     called: AtomicBool,
 }
 
-impl Sleepers {
+impl Tasks {
     fn wake_all(&self) {
         // Woken outside the lock: a waker may run anything.
         let wakers = std::mem::take(&mut *lock(&self.wakers));
         wakers.into_values().for_each(Waker::wake);
     }
 
-    /// After the state was unlocked: does what a call that found it busy left to do.
-    fn unlocked(&self) {
-        // Pairs with the fence in `wake`: either we see `called`, or it sees that nobody is busy.
-        fence(Ordering::SeqCst);
-        if self.called.swap(false, Ordering::AcqRel) {
+    /// Wakes the tasks if the ring has called.
+    fn wake_if_called(&self) {
+        // Acquire: pairs with the Release in `Sleepers::wake`.
+        if self.called.swap(false, Ordering::Acquire) {
             self.wake_all();
         }
     }
 }
 
+impl Park for Tasks {
+    /// Does nothing: a task sleeps in its executor.
+    fn park(&self, _timeout: Option<Duration>) {}
+
+    fn unpark(&self) {
+        self.wake_if_called();
+    }
+}
+
+impl Sleepers {
+    fn tasks(&self) -> &Tasks {
+        self.0.parker()
+    }
+}
+
 impl Wake for Sleepers {
-    /// May run inside a submit, with the state locked by this very thread: then it must not run
-    /// tasks, which would lock it again.
     fn wake(self: Arc<Self>) {
-        self.called.store(true, Ordering::Release);
-        // Pairs with the fence in `unlocked`.
-        fence(Ordering::SeqCst);
-        if !self.busy.load(Ordering::Acquire) && self.called.swap(false, Ordering::AcqRel) {
-            self.wake_all();
-        }
+        // Release: pairs with the Acquire in `wake_if_called`.
+        self.tasks().called.store(true, Ordering::Release);
+        self.0.ring();
     }
 }
 
@@ -130,7 +149,8 @@ impl AsyncRing {
         };
         state.post_reads()?;
         let state = Arc::new(Mutex::new(state));
-        Ok(Self { state, sleepers: Arc::default(), numbers: Arc::default() })
+        let sleepers = Arc::new(Sleepers(Doorbell::new(Tasks::default())));
+        Ok(Self { state, sleepers, numbers: Arc::default() })
     }
 
     /// The next packet. Readers may come in any number; a packet goes to one of them. Dropping the
@@ -168,28 +188,28 @@ impl AsyncRing {
 
     /// The one way to the state.
     fn locked<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
-        /// Also when `f` panics.
-        struct Busy<'a>(&'a AtomicBool);
-        impl Drop for Busy<'_> {
+        /// Arms the bell, also if `f` panics.
+        struct Working<'a>(&'a Sleepers);
+        impl Drop for Working<'_> {
             fn drop(&mut self) {
-                self.0.store(false, Ordering::Release);
+                self.0.0.arm();
             }
         }
         let mut state = lock(&self.state);
-        self.sleepers.busy.store(true, Ordering::Relaxed);
-        let busy = Busy(&self.sleepers.busy);
+        self.sleepers.0.disarm();
+        let working = Working(&self.sleepers);
         let result = f(&mut state);
-        // Before the lock is, so that nobody else's work is taken for ours.
-        drop(busy);
+        // Armed before the state is unlocked: afterwards somebody else may work on it.
+        drop(working);
         drop(state);
-        self.sleepers.unlocked();
+        self.sleepers.tasks().wake_if_called();
         result
     }
 
     /// Lets `cx` be woken with the others at the next completion; polls again if there is one
     /// already.
     fn sleep(&self, state: &mut State, number: u64, cx: &Context<'_>) -> Poll<()> {
-        lock(&self.sleepers.wakers).insert(number, cx.waker().clone());
+        lock(&self.sleepers.tasks().wakers).insert(number, cx.waker().clone());
         let all = Waker::from(self.sleepers.clone());
         state.ring.poll_ready(&mut Context::from_waker(&all), 1).map(drop)
     }
@@ -216,7 +236,7 @@ impl AsyncRing {
         });
         // Outside the lock: a waker may run anything.
         if news {
-            self.sleepers.wake_all();
+            self.sleepers.tasks().wake_all();
         }
         answer
     }
@@ -286,7 +306,7 @@ impl Future for ReadFuture {
 
 impl Drop for ReadFuture {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.wakers).remove(&self.number);
+        lock(&self.front.sleepers.tasks().wakers).remove(&self.number);
     }
 }
 
@@ -360,7 +380,7 @@ impl Future for WriteFuture<'_> {
 
 impl Drop for WriteFuture<'_> {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.wakers).remove(&self.number);
+        lock(&self.front.sleepers.tasks().wakers).remove(&self.number);
         if self.sent {
             self.front.locked(|state| state.writes.remove(&self.number));
         }
