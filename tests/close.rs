@@ -311,7 +311,7 @@ fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
 /// Goal: a slot that a device drops after its ring is gone returns to its pool, although a control
 /// handle still refers to the ring.
 #[test]
-fn a_slot_dropped_after_its_ring_goes_home_while_a_control_handle_lives() {
+fn a_slot_dropped_after_its_ring_is_freed_while_a_control_handle_lives() {
     guarded(|| {
         every_way(|way, poller| {
             let kept: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
@@ -392,7 +392,7 @@ fn dropping_rings_before_frames_leaks_nothing() {
 /// Goal: the last owner frees the memory, once. Method: frames on several threads, the pool's
 /// handle and a ring are all dropped at the same time.
 #[test]
-fn the_last_frame_home_unmaps() {
+fn the_last_frame_unmaps() {
     guarded(|| {
         for _ in 0..scaled(50) {
             let (pool, ended) = counted_pool(16);
@@ -564,7 +564,7 @@ fn ring_frame(ring: &Ring) -> Frame {
 /// A device panics while it holds slots. They come back because they are dropped with the queue.
 /// The poller's thread survives and serves its other rings.
 #[test]
-fn slots_that_a_panicking_device_held_come_home() {
+fn slots_that_a_panicking_device_held_come_back() {
     guarded(|| {
         every_way(|way, poller| {
             let interface = Script::new(|_, _| {
@@ -790,7 +790,7 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
 /// holds for the queue that a restart makes too. (A TAP's queue makes its io_uring for that
 /// thread.)
 #[test]
-fn a_pollers_queue_is_settled_before_it_is_polled_and_an_owners_never() {
+fn a_pollers_queue_is_bound_before_it_is_polled_and_an_owners_never() {
     guarded(|| {
         every_way(|way, poller| {
             // For each queue, the number of `settle` calls before its first poll.

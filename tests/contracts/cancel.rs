@@ -258,7 +258,7 @@ fn a_cancel_touches_nothing_but_its_target() {
 }
 
 #[test]
-fn quiesce_empties_the_ring_and_keeps_it_alive() {
+fn cancel_and_wait_empties_the_ring_and_keeps_it_alive() {
     guarded(|| {
         every_way(|way, poller| {
             for interface in [loopback(), Gate::default().start()] {
@@ -297,7 +297,7 @@ fn quiesce_empties_the_ring_and_keeps_it_alive() {
 
 /// If a device does not release its slots in time, `cancel_and_wait` returns an error and nothing is lost.
 #[test]
-fn a_quiesce_that_does_not_end_in_time_loses_nothing() {
+fn a_cancel_and_wait_that_does_not_end_in_time_loses_nothing() {
     guarded(|| {
         let held: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
         let release = Arc::new(AtomicBool::new(false));
