@@ -248,6 +248,23 @@ struct UringState {
     link_writes: bool,
 }
 
+/// A request that carries no memory of its own.
+enum Request {
+    /// The multishot read, which fills the buffers of [`GROUP`].
+    Read,
+    /// The cancel of that read.
+    CancelRead,
+}
+
+impl Request {
+    fn entry(self) -> squeue::Entry {
+        match self {
+            Request::Read => opcode::ReadMulti::new(FILE, 0, GROUP).build().user_data(READ),
+            Request::CancelRead => opcode::AsyncCancel::new(READ).build().user_data(CANCEL),
+        }
+    }
+}
+
 impl UringState {
     fn new(single_issuer: bool) -> io::Result<Self> {
         let mut builder = IoUring::builder();
@@ -379,23 +396,22 @@ impl UringState {
         if self.armed || self.order.is_empty() {
             return;
         }
-        let entry = opcode::ReadMulti::new(FILE, 0, GROUP).build().user_data(READ);
-        self.armed = self.push(&entry);
+        self.armed = self.push(Request::Read);
     }
 
     /// Asks the multishot request to end, if it is to and has not been asked.
     fn ask_to_end(&mut self) {
         self.cancel_requested &= self.armed;
         if self.cancel_requested && !self.ending {
-            let entry = opcode::AsyncCancel::new(READ).build().user_data(CANCEL);
-            self.ending = self.push(&entry);
+            self.ending = self.push(Request::CancelRead);
         }
     }
 
-    /// For what names no memory of its own.
-    fn push(&mut self, entry: &squeue::Entry) -> bool {
-        // SAFETY: a read from a buffer group, or a cancel: the memory it may touch is in `reads`.
-        unsafe { self.ring.submission().push(entry) }.is_ok()
+    /// Queues a request. Returns false if the submission queue is full.
+    fn push(&mut self, request: Request) -> bool {
+        // SAFETY: a `Request` holds no pointer. The read fills only buffers of the group, and
+        // `provide_one`, which alone puts buffers there, keeps their slots in `reads`.
+        unsafe { self.ring.submission().push(&request.entry()) }.is_ok()
     }
 
     /// Whether the kernel has something for us that takes an `io_uring_enter`.
