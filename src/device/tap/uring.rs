@@ -1,29 +1,35 @@
-//! The engine over Linux io_uring: writes in batches, and for a queue on a poller's thread one
-//! `READ_MULTISHOT` over a ring of provided buffers, which are the posted slots; one `io_uring_enter`
-//! per turn carries both. A queue that its owner drives has its packets by `read(2)`.
+//! The engine that uses Linux io_uring.
 //!
-//! # Whose a slot is
+//! Writes are submitted in batches. A queue on a poller's thread reads by one `READ_MULTISHOT`
+//! request over a ring of provided buffers; the buffers are the posted slots. One `io_uring_enter`
+//! per poll serves both directions. A queue that its owner drives (`Drive::Inline`) reads by
+//! `read(2)`.
 //!
-//! A slot that the kernel may touch stands in [`Kernel::reads`] or [`Kernel::writes`]. It leaves them
-//! in two ways only: by the completion that names it, or, for a read, after the multishot request
-//! has ended (its last completion is in) and the buffer ring has been unregistered. Nothing else
-//! takes a slot out, and if neither happens the tables are leaked on purpose ([`Kernel::drop`]).
+//! # Who owns a slot
 //!
-//! # Whose a ring is
+//! A slot that the kernel may touch is in [`UringState::reads`] or [`UringState::writes`]. It
+//! leaves them in two ways only: when the completion that names it arrives; or, for a read, after
+//! the multishot request has ended (its last completion has arrived) and the buffer ring has been
+//! unregistered. Nothing else takes a slot out. If neither happens, `UringState`'s `drop` leaks the
+//! tables on purpose.
 //!
-//! A queue on a poller's thread has a ring for that thread alone (`SINGLE_ISSUER`), in which the
-//! kernel works only inside our `io_uring_enter` (`DEFER_TASKRUN`). So the ring is made by the first
-//! poll, not where the queue is opened.
+//! # Which thread owns a ring
 //!
-//! A queue that its owner drives may change threads between two calls, and so goes without these. A
-//! multishot there would interrupt the thread for each packet that comes. It has none: the ring does
-//! writes only, which are over when the call that submits them is, so that the kernel has nothing of
-//! ours between two calls and any thread may make the next.
+//! A queue on a poller's thread has a ring that only this thread may use (`SINGLE_ISSUER`), and in
+//! which the kernel works only during our `io_uring_enter` (`DEFER_TASKRUN`). The first poll
+//! creates the ring, because opening the queue may happen on another thread.
 //!
-//! Either sleeps on the TAP's own descriptor: a packet that came is in the TAP until one of our calls
-//! takes it. The ring's descriptor is not enough: when one call did not finish the work (the kernel
-//! does about 20 pieces a call), neither it nor the ring's `TASKRUN` flag told of the rest (Linux
-//! 6.18). So after a call that brought something comes another one.
+//! A queue that its owner drives may change threads between two calls, so its ring has neither
+//! flag. Without them a multishot read would interrupt the thread for each packet that arrives.
+//! Such a ring therefore has no multishot read and carries writes only. A write is finished when
+//! the call that submits it returns, so the kernel holds nothing of ours between two calls, and any
+//! thread may make the next call.
+//!
+//! Both kinds of queue sleep on the TAP's own descriptor: a packet that has arrived stays in the
+//! TAP until one of our calls takes it. The ring's descriptor is not enough: the kernel does about
+//! 20 pieces of work per call, and when work was left over, neither that descriptor nor the ring's
+//! `TASKRUN` flag reported it (seen on Linux 6.18). For this reason every call that brought
+//! something is followed by another call.
 //!
 //! Sources: io_uring_setup(2), io_uring_enter(2), io_uring_register_buf_ring(3),
 //! io_uring_prep_read_multishot(3), io_uring_cancelation(7).
@@ -37,7 +43,8 @@ use std::{fmt, io, thread};
 use io_uring::types::{BufRingEntry, CancelBuilder, Fixed};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 use memmap2::MmapMut;
-// Not through the door of `vmring_core::sync`: the kernel reads this word, so it must be the real one.
+// From `std`, not from `vmring_core::sync`: the kernel reads this word, so it must be a real atomic
+// and not loom's.
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::framing::{Fault, Framing, fault_of, status_of};
@@ -49,20 +56,24 @@ use crate::device::seam::Progress;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
-/// The buffer group of the reads.
+/// The buffer group of the multishot read.
 const GROUP: u16 = 0;
-/// The TAP, as it is registered with the ring: that saves looking it up for each frame.
+/// The TAP's index among the ring's registered files. A registered file saves the kernel the lookup
+/// of the descriptor for each frame.
 const FILE: Fixed = Fixed(0);
 
-/// `user_data` of the multishot request, of its cancel, and of the first write.
+/// `user_data` of the multishot read.
 const READ: u64 = 0;
+/// `user_data` of the cancel of the multishot read.
 const CANCEL: u64 = 1;
+/// `user_data` of write number 0. Write number `n` has `WRITE + n`.
 const WRITE: u64 = 2;
 
-/// Whether this process may have such a ring and the kernel knows every operation.
+/// Checks that this process may create such a ring and that the kernel knows every operation used.
 ///
-/// On a thread of its own: the kernel ends a ring some milliseconds after its last descriptor, and
-/// interrupts whatever system call the thread that had it is in then, as a signal would.
+/// The check runs on a thread of its own. The kernel tears a ring down some milliseconds after its
+/// last descriptor is closed, and then interrupts the system call, if any, that the ring's thread
+/// is in, as a signal would.
 pub(crate) fn check() -> io::Result<()> {
     let checker = thread::Builder::new().name("vmring-check".to_owned()).spawn(check_here)?;
     checker.join().unwrap_or_else(|_| Err(io::Error::other("the check panicked")))
@@ -81,18 +92,21 @@ fn check_here() -> io::Result<()> {
     }
 }
 
+/// The io_uring engine of one queue.
 pub(crate) struct Uring {
     fd: Arc<TapQueueFd>,
-    /// Whether one thread drives from now on.
+    /// The queue is bound to one thread, which drives it from now on.
     bound: bool,
+    /// `None` before [`prepare`](Self::prepare) and after [`close`](Self::close).
     state: Option<UringState>,
-    /// Reads while no thread has bound.
+    /// Does the reads if the ring was created before the queue was bound to a thread.
     plain: Plain,
-    /// Taken back from the kernel, or put back by it, until the next poll.
+    /// The reads that a cancel wants back from the kernel. The poll that has taken them back clears
+    /// it.
     recall: Recall,
 }
 
-/// What a cancel is after.
+/// Which reads a cancel wants back.
 #[derive(Debug, Default)]
 struct Recall {
     all: bool,
@@ -127,11 +141,11 @@ impl Uring {
     }
 
     pub(crate) fn bind_to_thread(&mut self) {
-        // A ring that is there already goes on as it is.
+        // A ring that exists already stays as it is.
         self.bound = true;
     }
 
-    /// Makes the ring, on the thread that is to drive it.
+    /// Creates the ring if there is none. Must be called on the thread that will drive it.
     pub(crate) fn prepare(&mut self) -> io::Result<()> {
         if self.state.is_none() {
             let mut state = UringState::new(self.bound)?;
@@ -169,7 +183,9 @@ impl Uring {
         Ok(if more { Progress::More } else { Progress::Idle })
     }
 
-    /// Whether nothing has come meanwhile. What ends the sleep is to be looked at.
+    /// Prepares for sleep. Returns true if nothing has arrived since the last poll, so that the
+    /// caller may sleep. On a poller's thread the first poll after the sleep always calls
+    /// `io_uring_enter`.
     pub(crate) fn arm(&mut self) -> bool {
         let Some(state) = &mut self.state else { return true };
         let quiet = !state.must_enter && !state.has_work() && state.is_quiet();
@@ -191,7 +207,7 @@ impl Uring {
         matched as u32
     }
 
-    /// Takes everything back from the kernel. False while it still holds on.
+    /// Takes every slot back from the kernel. Returns false while the kernel still holds some.
     pub(crate) fn close(&mut self, cx: &mut PollContext<'_>, framing: &Framing) -> bool {
         let Some(state) = &mut self.state else { return true };
         state.cancel_requested = true;
@@ -199,7 +215,7 @@ impl Uring {
         if state.enter().is_err() {
             return false;
         }
-        // A TAP that is gone is no reason to keep anything.
+        // An error, for instance because the TAP is gone, is no reason to keep slots.
         let _ = state.complete(cx, framing);
         if !state.lets_go() {
             return false;
@@ -215,44 +231,49 @@ impl Uring {
     }
 }
 
-/// A ring, and what the kernel has of ours.
+/// A ring, and the slots that the kernel holds.
 struct UringState {
     ring: IoUring,
     buffers: Buffers,
-    /// For the thread that made it alone. If it is not, there are no reads in it.
+    /// Only the thread that created the ring may use it (`SINGLE_ISSUER`). If false, the ring
+    /// carries no reads.
     single_issuer: bool,
-    /// By buffer number: what the kernel may fill.
+    /// The slots that the kernel may fill, by buffer number.
     reads: Box<[Option<PostedSlot>]>,
-    /// Numbers of the buffers that the kernel has, in the order in which it will fill them.
+    /// The numbers of the buffers that the kernel holds, in the order in which it will fill them.
     order: VecDeque<u16>,
-    /// Numbers of buffers that it has not.
+    /// The numbers of the buffers that the kernel does not hold.
     free_reads: Vec<u16>,
-    /// By number: what the kernel may read.
+    /// The slots that the kernel may read, by write number.
     writes: Box<[Option<PostedSlot>]>,
+    /// The numbers that no write in flight has.
     free_writes: Vec<u16>,
-    /// The multishot request is in flight: its last completion has not come.
+    /// The multishot read is in flight: its last completion has not arrived.
     armed: bool,
-    /// It is to end: for a cancel or a close.
+    /// A cancel or a close wants the multishot read to end.
     cancel_requested: bool,
-    /// It has been asked to.
+    /// The cancel of the multishot read is queued or submitted.
     ending: bool,
-    /// The kernel may have work for us of which nothing tells.
+    /// The next [`enter`](Self::enter) must make the call even if no flag asks for it: the kernel
+    /// may have work for us that neither `TASKRUN` nor the ring's descriptor reports (Linux 6.18).
     must_enter: bool,
-    /// Writes that the kernel did not take now, with their places in submission order, until it has
-    /// answered for all of them.
+    /// Writes that the kernel refused for the moment, with their places in submission order. They
+    /// are kept until every write in flight has completed, and are put back in that order.
     refused: Vec<(u64, PostedSlot)>,
-    /// By number: the place of a write in submission order.
+    /// The place of each write in submission order, by write number.
     places: Box<[u64]>,
     next_place: u64,
-    /// The kernel may refuse a write for a moment: then those behind it are not to be tried.
+    /// The kernel may refuse a write for the moment, because the TAP has a send buffer limit
+    /// ([`TapQueueFd::refuses_writes`]). Writes are linked, so that the kernel does not try those
+    /// after a refused one.
     link_writes: bool,
 }
 
-/// A request that carries no memory of its own.
+/// A request that holds no pointer to memory.
 enum Request {
-    /// The multishot read, which fills the buffers of [`GROUP`].
+    /// The multishot read on the TAP, which fills buffers of [`GROUP`].
     Read,
-    /// The cancel of that read.
+    /// The cancel of the multishot read.
     CancelRead,
 }
 
@@ -299,17 +320,20 @@ impl UringState {
         Ok(state)
     }
 
+    /// Registers the ring of provided buffers with the kernel.
     fn register(&self) -> io::Result<()> {
         let address = self.buffers.memory.as_ptr() as u64;
-        // SAFETY: the memory has `URING_READS` entries and lives until the group is unregistered, or for
-        // ever; what its entries name is in `reads`.
+        // SAFETY: `Buffers::new` made the memory large enough for `URING_READS` entries, and the
+        // mapping is page-aligned. `UringState`'s `drop` unmaps it only when no request is left
+        // that could use the group, and otherwise leaks it. The buffers that its entries name
+        // belong to slots in `reads`, where `provide_one` puts them.
         unsafe {
             self.ring.submitter().register_buf_ring_with_flags(address, URING_READS, GROUP, 0)
         }
     }
 
-    /// Takes back what is registered, the TAP too: the ring itself ends some time after it is dropped,
-    /// and would hold it till then.
+    /// Unregisters the TAP and the buffer ring. The kernel tears the ring itself down some time
+    /// after it is dropped, and would keep the TAP open until then.
     fn unregister(&mut self) {
         let _ = self.ring.submitter().unregister_files();
         if self.ring.submitter().unregister_buf_ring(GROUP).is_ok() {
@@ -317,13 +341,14 @@ impl UringState {
         }
     }
 
-    /// Queues the posted writes, as far as there is room.
+    /// Queues the posted writes until the submission queue or the table of writes is full.
     fn push_writes(&mut self, cx: &mut PollContext<'_>, framing: &Framing) {
         if cx.writes() == 0 || (self.link_writes && self.is_writing()) {
             return;
         }
         let mut queue = self.ring.submission();
-        // Of a chain all but the last name the next.
+        // In a chain every entry but the last has `IOSQE_IO_LINK`. One entry is held back until it
+        // is known whether another follows.
         let mut last: Option<squeue::Entry> = None;
         let link = if self.link_writes { squeue::Flags::IO_LINK } else { squeue::Flags::empty() };
         while let Some(&number) = self.free_writes.last() {
@@ -339,8 +364,8 @@ impl UringState {
                 cx.complete_write(slot);
                 continue;
             }
-            // Without the flag the kernel lets each one wait by itself until there is room, and then
-            // takes them in any order.
+            // Without `RWF_NOWAIT` each write would wait by itself for space in the TAP's send
+            // buffer, and the kernel would then take the waiting writes in any order.
             let entry = opcode::Write::new(FILE, bytes.as_ptr(), bytes.len() as u32)
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
@@ -350,21 +375,24 @@ impl UringState {
             self.places[usize::from(number)] = self.next_place;
             self.next_place += 1;
             if let Some(entry) = last.replace(entry) {
-                // SAFETY: the bytes are those of a slot in `writes`.
+                // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put
+                // it. The slot stays there until `complete` sees the write's completion.
                 unsafe { queue.push(&entry.flags(link)) }.expect("there is room, as just seen");
             }
         }
         if let Some(entry) = last {
-            // SAFETY: as above.
+            // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put it.
+            // The slot stays there until `complete` sees the write's completion.
             unsafe { queue.push(&entry) }.expect("there is room, as seen");
         }
     }
 
+    /// Whether a write is in flight.
     fn is_writing(&self) -> bool {
         self.free_writes.len() < usize::from(URING_WRITES)
     }
 
-    /// Gives the kernel the posted reads, as far as there is room.
+    /// Gives the kernel the slots of the posted reads, up to `URING_READS` at a time.
     fn provide(&mut self, cx: &mut PollContext<'_>, header: usize) {
         while let Some(&number) = self.free_reads.last() {
             let Some(slot) = cx.take_read() else { break };
@@ -377,6 +405,8 @@ impl UringState {
         self.buffers.publish();
     }
 
+    /// Puts a slot into `reads` and its buffer into the buffer ring, unpublished. Returns the slot
+    /// if its buffer has no space for the header.
     fn provide_one(
         &mut self,
         number: u16,
@@ -391,7 +421,7 @@ impl UringState {
         Ok(())
     }
 
-    /// Queues the multishot request, if the kernel has buffers and the request is not in flight.
+    /// Queues the multishot read if the kernel has buffers and the read is not in flight.
     fn arm_multishot(&mut self) {
         if self.armed || self.order.is_empty() {
             return;
@@ -399,7 +429,8 @@ impl UringState {
         self.armed = self.push(Request::Read);
     }
 
-    /// Asks the multishot request to end, if it is to and has not been asked.
+    /// Queues the cancel of the multishot read if a cancel or a close wants it and it is not queued
+    /// yet.
     fn ask_to_end(&mut self) {
         self.cancel_requested &= self.armed;
         if self.cancel_requested && !self.ending {
@@ -409,26 +440,28 @@ impl UringState {
 
     /// Queues a request. Returns false if the submission queue is full.
     fn push(&mut self, request: Request) -> bool {
-        // SAFETY: a `Request` holds no pointer. The read fills only buffers of the group, and
-        // `provide_one`, which alone puts buffers there, keeps their slots in `reads`.
+        // SAFETY: neither of the two requests holds a pointer. The read fills only buffers of the
+        // group. `provide_one`, which alone adds buffers to the group, keeps their slots in
+        // `reads`.
         unsafe { self.ring.submission().push(&request.entry()) }.is_ok()
     }
 
-    /// Whether the kernel has something for us that takes an `io_uring_enter`.
+    /// Whether the kernel reports work that needs an `io_uring_enter`.
     fn has_work(&mut self) -> bool {
         let queue = self.ring.submission();
         queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Nothing is queued on either side, and if there are buffers the request that fills them runs.
+    /// Whether both queues are empty and, if the kernel has buffers, the multishot read is in
+    /// flight.
     fn is_quiet(&mut self) -> bool {
         self.ring.completion().is_empty()
             && self.ring.submission().is_empty()
             && (self.armed || self.order.is_empty())
     }
 
-    /// Submits what is queued and lets the kernel do its work for us, in one call; none if there is
-    /// neither.
+    /// Submits the queued entries and lets the kernel run its deferred work, in one call. Makes no
+    /// call if there is nothing to submit and no work.
     fn enter(&mut self) -> io::Result<()> {
         const GETEVENTS: u32 = 1;
         let mut queue = self.ring.submission();
@@ -440,18 +473,21 @@ impl UringState {
             return Ok(());
         }
         let flags = if self.single_issuer || work { GETEVENTS } else { 0 };
-        // SAFETY: no argument beyond the flags; what the entries name is in `reads` and `writes`.
+        // SAFETY: the call passes no pointer (no signal mask). The memory that the queued entries
+        // name belongs to slots in `reads` and `writes`: `push_writes` and `push` saw to that.
         match unsafe { self.ring.submitter().enter::<libc::sigset_t>(len, 0, flags, None) } {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
-                // Later: interrupted, or the completions have to be taken first.
+                // The next call submits the rest: this one was interrupted, or the completions have
+                // to be taken first.
                 Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => Ok(()),
                 _ => Err(error),
             },
         }
     }
 
-    /// Takes the completions that are there.
+    /// Takes the completions that have arrived. Returns an error if the TAP is gone or the
+    /// multishot read failed; the slots are accounted for all the same.
     fn complete(&mut self, cx: &mut PollContext<'_>, framing: &Framing) -> Result<(), Status> {
         let mut result = Ok(());
         let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
@@ -461,7 +497,8 @@ impl UringState {
                 READ => {
                     self.must_enter = true;
                     if let Some(number) = cqueue::buffer_select(cqe.flags()) {
-                        // In order but for requests that ended and began anew.
+                        // Buffers complete in order, except where a request has ended and another
+                        // has started.
                         match order.front() {
                             Some(front) if *front == number => drop(order.pop_front()),
                             _ => order.retain(|other| *other != number),
@@ -478,7 +515,7 @@ impl UringState {
                         (self.armed, self.cancel_requested, self.ending) = (false, false, false);
                     }
                     match cqe.result() {
-                        // No buffers left, or asked to end.
+                        // ENOBUFS: no buffers are left. ECANCELED: the read was cancelled.
                         0.. => {}
                         error if [-libc::ENOBUFS, -libc::ECANCELED].contains(&error) => {}
                         error => match fault_of(-error) {
@@ -495,7 +532,7 @@ impl UringState {
                     let place = places[usize::from(number)];
                     match cqe.result() {
                         0.. => cx.complete_write(slot),
-                        // One before it in its chain was refused.
+                        // An earlier write of its chain was refused.
                         error if link_writes && error == -libc::ECANCELED => {
                             refused.push((place, slot));
                         }
@@ -512,7 +549,10 @@ impl UringState {
             }
         }
         if self.is_writing() {
-            // Those that are out yet hold up the others: put back alone, these would stand behind them.
+            // Some writes are still in flight. Any of them may be refused too, and may belong
+            // before those in `refused`. So the refused writes are put back together, when all have
+            // completed. Linked writes in flight also keep `push_writes` from queuing more, so the
+            // next poll must make the call.
             self.must_enter |= self.link_writes;
             return result;
         }
@@ -523,13 +563,13 @@ impl UringState {
         result
     }
 
-    /// Whether the kernel touches nothing of ours any more.
+    /// Whether no request is in flight, so that the kernel no longer touches any slot.
     fn lets_go(&self) -> bool {
         !self.armed && !self.is_writing()
     }
 
-    /// With no multishot request in flight: takes the buffers back, completes those that `wanted`
-    /// names as cancelled and gives the others to the kernel again, in their order.
+    /// Takes all buffers back from the kernel. Slots that `wanted` selects complete as cancelled;
+    /// the others go to the kernel again, in their order. No multishot read may be in flight.
     fn take_back(
         &mut self,
         cx: &mut PollContext<'_>,
@@ -557,13 +597,14 @@ impl UringState {
 }
 
 impl Drop for UringState {
-    /// Where a queue was not closed: something above us panicked, or time was up.
+    /// Has work to do only if the queue was not closed, because a caller panicked or the time for
+    /// the close ran out. Leaks the slots if the kernel does not release them.
     fn drop(&mut self) {
         let slots = self.reads.iter().chain(&self.writes).flatten().count();
         if slots == 0 && !self.armed {
             return;
         }
-        // Ends every request before it returns, or says that it could not.
+        // Returns when every request has ended, or with an error. The loop below finds out which.
         let timeout = io_uring::types::Timespec::from(Duration::from_secs(1));
         let every = CancelBuilder::any();
         let _ = self.ring.submitter().register_sync_cancel(Some(timeout), every);
@@ -592,7 +633,8 @@ impl Drop for UringState {
     }
 }
 
-/// The memory of a ring of provided buffers: entries, and among them the tail.
+/// The memory of a ring of provided buffers: the entries. The tail is the last field (`resv`) of
+/// entry 0 (io_uring_register_buf_ring(3)).
 struct Buffers {
     memory: MmapMut,
     tail: u16,
@@ -605,33 +647,44 @@ impl Buffers {
         Ok(Self { memory, tail: 0, leaked: false })
     }
 
-    /// Puts a buffer behind the others; the kernel sees it after [`publish`](Self::publish).
+    /// Appends a buffer. The kernel sees it after [`publish`](Self::publish).
     fn put(&mut self, number: u16, address: u64, len: u32) {
         let place = usize::from(self.tail & (URING_READS - 1));
         self.tail = self.tail.wrapping_add(1);
-        // SAFETY: `place` is one of `URING_READS` entries. The kernel reads an entry only between head and
-        // tail, and this one is not: there are no more numbers than entries.
+        // SAFETY: `place` is below `URING_READS`, the number of entries in the memory, which is
+        // page-aligned. The kernel reads the buffer fields of an entry only between its head and
+        // the published tail. This entry is not there: there are as many buffer numbers as entries,
+        // and `UringState` puts a number only when the kernel does not hold it. Entry 0 also
+        // contains the tail, in its last two bytes (`resv`), which the kernel may read at any time
+        // but never writes. The setters below do not touch `resv`, and the `&AtomicU16` of
+        // `publish`, the only other reference to it, has ended: both functions take `&mut self`.
         let entry = unsafe { &mut *self.memory.as_mut_ptr().cast::<BufRingEntry>().add(place) };
         entry.set_addr(address);
         entry.set_len(len);
         entry.set_bid(number);
     }
 
+    /// Shows the kernel all buffers that have been put so far.
     fn publish(&mut self) {
         let base = self.memory.as_ptr().cast::<BufRingEntry>();
-        // SAFETY: the memory is that of a buffer ring; the tail lies in its first entry, aligned to
-        // two bytes, and is written by nobody else.
+        // SAFETY: `base` is the first entry of a buffer ring, which is initialized (the mapping is
+        // zeroed). The tail lies in this entry, aligned to two bytes. Only this function writes it;
+        // the kernel only reads it. `put`, which makes a reference to the entry, does not run
+        // meanwhile, because both functions take `&mut self`.
         let tail = unsafe { &*BufRingEntry::tail(base).cast::<AtomicU16>() };
-        // Release: pairs with the kernel's acquire of the tail; it sees the entries.
+        // Release: pairs with the kernel's acquire load of the tail (io_uring/kbuf.c,
+        // `io_ring_buffer_select`), so that the kernel sees the entries that `put` wrote.
         tail.store(self.tail, Ordering::Release);
     }
 
-    /// The group has been unregistered: a new one begins at zero.
+    /// Forgets all buffers, after the group has been unregistered. A newly registered group starts
+    /// at tail 0.
     fn forget_all(&mut self) {
         self.tail = 0;
         self.publish();
     }
 
+    /// Keeps the memory mapped for ever, because the kernel may still read it.
     fn leak(&mut self) {
         self.leaked = true;
     }
