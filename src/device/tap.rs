@@ -1,9 +1,9 @@
-//! The kernel's TAP: what vmnet is on macOS, on Linux. Feature `tap`.
+//! A TAP of the Linux kernel: the counterpart on Linux of vmnet on macOS. Feature `tap`.
 //!
 //! ```no_run
 //! use vmring::{Direction, Interface, Mode, Tap};
 //!
-//! // As root: makes tap0, gives the host 192.168.64.1 on it, masquerades, and answers DHCP.
+//! // Run as root. Creates tap0, gives the host 192.168.64.1 on it, masquerades, and answers DHCP.
 //! let interface = Interface::builder().mode(Mode::Shared).device(Tap::named("tap0")).start()?;
 //! let mut ring = interface.ring(Direction::Both).build()?;
 //! # Ok::<(), vmring::Error>(())
@@ -11,55 +11,65 @@
 //!
 //! # Where the TAP comes from
 //!
-//! | | makes it | sets it up | needs |
+//! | constructor | who creates the TAP | who sets it up | privilege needed |
 //! |---|---|---|---|
-//! | [`Tap::new`] | the kernel chooses the name | as the mode says | root, or CAP_NET_ADMIN |
-//! | [`Tap::named`], none there | under that name | as the mode says | the same |
-//! | [`Tap::named`], a persistent one | root did (`ip tuntap add t0 mode tap user me`) | root did | nothing |
-//! | [`Tap::from_fd`] | who opened it | who opened it | nothing |
+//! | [`Tap::new`] | the interface; the kernel chooses the name | the interface, as the mode says | root or CAP_NET_ADMIN |
+//! | [`Tap::named`], no TAP of that name | the interface, under that name | the interface, as the mode says | root or CAP_NET_ADMIN |
+//! | [`Tap::named`], a persistent TAP | root (`ip tuntap add t0 mode tap user me`) | root | none |
+//! | [`Tap::from_fd`] | the process that opened it | the process that opened it | none |
 //!
-//! [`Tap::configure`] overrides the third column. What an interface has set up it takes away again
-//! when it stops, and nothing else; a TAP that it made goes with it.
+//! [`Tap::configure`] overrides the third column. When an interface stops, it undoes its own setup
+//! and nothing else. A TAP that the interface created is deleted with it.
 //!
 //! # Modes
 //!
-//! * [`Mode::Host`]: the host has the first address of the range on the TAP, and a DHCP server
-//!   answers there with the others.
-//! * [`Mode::Shared`]: the same, with the host as the router: the guest's packets leave with the
-//!   host's own address (an nftables table `vmring_NAME` of this interface's own), and IPv4
-//!   forwarding is on while the interface runs.
-//! * [`Mode::Bridged`]: the TAP is a port of the bridge of that name. Addresses are the network's
-//!   affair.
+//! * [`Mode::Host`]: the host has the first address of the range on the TAP. A DHCP server on the
+//!   TAP gives the other addresses out.
+//! * [`Mode::Shared`]: like host mode, and the host is the router. The guest's packets leave with
+//!   the host's own address (by an nftables table `vmring_NAME` that belongs to this interface).
+//!   IPv4 forwarding is on while the interface runs.
+//! * [`Mode::Bridged`]: the TAP is a port of the bridge of that name. The network behind the bridge
+//!   assigns the addresses.
 //!
 //! # Engines
 //!
-//! Frames move by io_uring: writes in batches, and on a poller's thread one multishot read over a ring
-//! of provided buffers, which are the posted slots. A ring with `Drive::Inline` may change threads and
-//! therefore reads by `read(2)`, which costs it less; its writes are batches too. Where the kernel is
-//! older than 6.7, or a container forbids io_uring, a plain `read(2)` and `write(2)` per frame do all
-//! of the work. [`Device::counters`] says which one runs; [`Tap::engine`] chooses. Which is faster
-//! depends on what a system call costs and on what else the machine does; `performance/` measures both.
-//! Whoever waits on the host for what is written may take the processor after each `write(2)`, and
-//! after a batch only once.
+//! Frames move by io_uring if the kernel is Linux 6.7 or later and no container forbids it. Writes
+//! are submitted in batches. On a poller's thread one multishot read fills a ring of provided
+//! buffers, which are the posted slots. A ring with `Drive::Inline` may change threads, so it reads
+//! by `read(2)`, which costs it less; it still writes in batches.
 //!
-//! Some milliseconds after an inline ring is closed the kernel takes its io_uring apart on the threads
-//! that have driven it, and a system call that waits there then may end with `EINTR`, as by a signal.
+//! Without io_uring each frame takes a plain `read(2)` or `write(2)`. [`Tap::engine`] chooses the
+//! engine, and [`Device::counters`] says which one runs. Which is faster depends on the cost of a
+//! system call and on the other load of the machine; `performance/` measures both. A process on the
+//! host that waits for the written frames may take the processor after each `write(2)`, but only
+//! once after a batch.
+//!
+//! Some milliseconds after an inline ring is closed, the kernel tears its io_uring down on the
+//! threads that have driven it. A system call that waits on such a thread at that moment may fail
+//! with `EINTR`, as if a signal had arrived.
 //!
 //! # Offload
 //!
-//! Asked for at start ([`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads)), granted as far as the kernel
-//! knows it: [`Capabilities::offloads`] has the answer. With any of it each packet has its 12-byte
-//! header in the headroom, and packets of up to 65,549 bytes come and go; without, none is longer
-//! than the MTU and 14 bytes, and one that is, because somebody has raised the MTU meanwhile or because
-//! it has a VLAN tag, is dropped and counted. (One that is not IP, and longer than a slot of just that
-//! size, arrives cut: the kernel does not say.)
+//! Offloads are requested at start
+//! ([`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads)). The kernel grants those
+//! that it knows; [`Capabilities::offloads`] returns them. If any offload was requested, or if a
+//! TAP from descriptors was opened with `IFF_VNET_HDR`, each packet has its 12-byte header in the
+//! headroom. With segmentation offload packets may be up to 65,549 bytes long.
+//!
+//! Otherwise no packet is longer than the MTU plus 14 bytes. A longer packet from the host is
+//! dropped and counted; it occurs if somebody has raised the MTU since the start, or if the packet
+//! has a VLAN tag. (A packet that is not IP and is longer than a slot of just that size arrives cut
+//! off, because the kernel does not report it.)
 //!
 //! # When the TAP goes away
 //!
-//! Somebody deletes it: what is in flight completes with `Status::Os(EBADFD)`, and the rings are closed
-//! for that reason. [`Interface::restart`](crate::Interface::restart) takes the TAP up again when it
-//! is back (or makes it again, if this interface had made it), and new rings can be built. Link down
-//! is not that: writes fail with `Status::Os(EIO)` until it is up again, and reads wait.
+//! If somebody deletes the TAP, the entries in flight complete with `Status::Os(EBADFD)`, and the
+//! rings close for that reason. [`Interface::restart`](crate::Interface::restart) opens the TAP
+//! again when it exists again, or creates it again if this interface had created it. New rings can
+//! be built afterwards.
+//!
+//! A link that is down does not close the rings: writes fail with `Status::Os(EIO)` until the link
+//! is up again, and reads wait.
 
 mod dhcp;
 mod framing;
@@ -98,16 +108,17 @@ use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, 
 use crate::error::{ConfigError, Error, Status, TapError};
 use crate::sys::{after, lock};
 
-/// How frames move between slots and the kernel.
+/// How frames move between slots and the kernel: by io_uring or by plain system calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TapEngine {
-    /// io_uring where it works, else plain calls. The default.
+    /// io_uring if this process can use it, otherwise plain system calls. The default.
     #[default]
     Auto,
-    /// io_uring, or no start. (Reads of a ring with `Drive::Inline` are `read(2)` all the same.)
+    /// io_uring; the start fails if this process cannot use it. (A ring with `Drive::Inline` still
+    /// reads by `read(2)`.)
     IoUring,
-    /// `read(2)` and `write(2)`.
+    /// One `read(2)` or `write(2)` per frame.
     Plain,
 }
 
@@ -137,11 +148,13 @@ impl FromStr for TapEngine {
 }
 
 impl TapEngine {
-    /// The engine that this process can have; for `Auto`, which one it is.
+    /// Returns the engine that this process will use. For [`Auto`](Self::Auto) this is
+    /// [`IoUring`](Self::IoUring) if it works here, otherwise [`Plain`](Self::Plain).
     ///
     /// # Errors
     ///
-    /// Of [`IoUring`](Self::IoUring), why it cannot be had.
+    /// [`Error::Io`] for [`IoUring`](Self::IoUring), if this process cannot use io_uring or the
+    /// kernel is older than Linux 6.7.
     pub fn resolve(self) -> Result<Self, Error> {
         match self {
             TapEngine::Plain => Ok(TapEngine::Plain),
@@ -159,8 +172,8 @@ impl TapEngine {
     }
 }
 
-/// A driver for [`Interface::builder`](crate::Interface::builder): a TAP of the Linux kernel. See the
-/// [module](self).
+/// A TAP of the Linux kernel, as a driver for [`Interface::builder`](crate::Interface::builder).
+/// See the [module](self).
 #[derive(Debug)]
 pub struct Tap {
     source: Source,
@@ -169,7 +182,7 @@ pub struct Tap {
 
 #[derive(Debug)]
 enum Source {
-    /// A name, which may hold `%d`.
+    /// A name. It may contain `%d`, for which the kernel puts a number.
     Name(String),
     Descriptors(Vec<OwnedFd>),
 }
@@ -192,24 +205,29 @@ impl Default for Tap {
 }
 
 impl Tap {
-    /// A new TAP, to which the kernel gives a name (`tap0`, `tap1`, ...).
+    /// Creates a driver for a new TAP. The kernel chooses its name (`tap0`, `tap1`, ...).
     pub fn new() -> Self {
         Self::of(Source::Name("tap%d".to_owned()))
     }
 
-    /// The TAP of that name: the persistent one, if it is there, else a new one.
+    /// Creates a driver for the TAP of that name: the persistent TAP if there is one, otherwise a
+    /// new one.
     pub fn named(name: impl Into<String>) -> Self {
         Self::of(Source::Name(name.into()))
     }
 
-    /// A TAP that somebody else has opened: for a VMM that gets it from a privileged parent. Opened
-    /// with `IFF_TAP | IFF_NO_PI`, and with `IFF_VNET_HDR` if offload is wanted. (Without `IFF_NO_PI`
-    /// every frame has four bytes more in front, and the kernel does not let anybody ask.)
+    /// Creates a driver for a TAP that another process has opened, such as the privileged parent of
+    /// a VMM.
+    ///
+    /// The TAP must have been opened with `IFF_TAP | IFF_NO_PI`, and also with `IFF_VNET_HDR` if
+    /// offload is wanted. (Without `IFF_NO_PI` every frame has four more bytes in front. This
+    /// cannot be checked here: the kernel does not say whether the flag was set.)
     pub fn from_fd(fd: OwnedFd) -> Self {
         Self::from_fds([fd])
     }
 
-    /// As [`from_fd`](Self::from_fd), with a descriptor for each queue of a TAP with several.
+    /// Creates a driver for a TAP with several queues that another process has opened. Takes one
+    /// descriptor per queue; otherwise like [`from_fd`](Self::from_fd).
     pub fn from_fds(fds: impl IntoIterator<Item = OwnedFd>) -> Self {
         Self::of(Source::Descriptors(fds.into_iter().collect()))
     }
@@ -227,47 +245,53 @@ impl Tap {
         Self { source, options }
     }
 
-    /// Queues of the TAP, each for a reading ring of its own: 1 to 256. The kernel spreads flows over
-    /// the queues that are read. Default 1. For rings on all of them see
-    /// [`RingBuilder::rings`](crate::RingBuilder::rings).
+    /// Sets the number of queues of the TAP, 1 to 256. Default 1.
+    ///
+    /// Each queue serves one reading ring. The kernel spreads flows over the queues that have a
+    /// ring. [`RingBuilder::rings`](crate::RingBuilder::rings) builds rings on all of them. Has no
+    /// effect on a TAP from descriptors: there each descriptor is a queue.
     pub fn queues(mut self, queues: usize) -> Self {
         self.options.queues = queues;
         self
     }
 
-    /// How frames move. Default [`TapEngine::Auto`].
+    /// Sets how frames move. Default [`TapEngine::Auto`].
     pub fn engine(mut self, engine: TapEngine) -> Self {
         self.options.engine = engine;
         self
     }
 
-    /// Whether a DHCP server answers on the TAP in host and shared mode. Default true.
+    /// Sets whether a DHCP server answers on the TAP in host and shared mode. Default true.
     pub fn dhcp(mut self, yes: bool) -> Self {
         self.options.dhcp = yes;
         self
     }
 
-    /// How long its addresses are given out for. Default 24 hours.
+    /// Sets how long the DHCP server's leases last. Default 24 hours.
     pub fn lease_time(mut self, time: Duration) -> Self {
         self.options.lease_time = time;
         self
     }
 
-    /// Name servers that it announces. Default none.
+    /// Adds name servers that the DHCP server announces. Default none.
     pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
         self.options.dns.extend(servers);
         self
     }
 
-    /// The MAC address of the host's end. Default: the kernel's choice.
+    /// Sets the MAC address of the host's end. Default: the address that the TAP has, which for a
+    /// new TAP the kernel chooses.
     pub fn host_mac(mut self, mac: MacAddr6) -> Self {
         self.options.host_mac = Some(mac);
         self
     }
 
-    /// Whether the interface sets up the host's end as its mode says: address, DHCP, address
-    /// translation, bridge. Default: yes for a TAP that it makes, no for one that is there. (Either
-    /// way it brings the TAP up, and sets the MTU and the host's MAC if they were asked for.)
+    /// Sets whether the interface sets up the host's end as its mode says: address, DHCP, address
+    /// translation, bridge. Default: true for a TAP that the interface creates, false for one that
+    /// exists already.
+    ///
+    /// In both cases the interface brings the TAP up, and sets the MTU and the host's MAC address
+    /// if they were requested.
     pub fn configure(mut self, yes: bool) -> Self {
         self.options.configure = Some(yes);
         self
@@ -320,18 +344,20 @@ impl Driver for Tap {
     }
 }
 
-/// Where the queues' descriptors come from, at a start and at each restart.
+/// Where the queues' descriptors come from, at the start and at each restart.
 #[derive(Debug)]
 enum Origin {
     Name {
         name: String,
-        /// This interface has made the TAP, so it may make it again.
+        /// This interface has created the TAP, so a restart may create it again.
         made: bool,
     },
-    /// Kept for the interface's whole life: nobody can open them again.
+    /// The descriptors that were passed in. They are kept as long as the interface lives, because
+    /// nothing can open them again.
     Descriptors(Vec<TapQueueFd>),
 }
 
+/// The device of a started TAP, which may be stopped and restarted.
 struct TapDevice {
     info: InterfaceInfo,
     caps: Capabilities,
@@ -339,8 +365,10 @@ struct TapDevice {
     options: Options,
     engine: TapEngine,
     name: String,
-    /// Queues that were to have an io_uring and got none.
+    /// Counts the queues that fell back to plain system calls, because they could not create their
+    /// io_uring.
     fallbacks: Arc<AtomicU64>,
+    /// The network namespace of the start. A restart takes place there.
     namespace: Namespace,
     origin: Mutex<Origin>,
     /// `None` while stopped.
@@ -357,19 +385,22 @@ struct Running {
     offloads: Offloads,
 }
 
-/// A queue of the TAP, and who uses it.
+/// A queue of the TAP, and how many rings use it.
 #[derive(Debug)]
 struct QueueState {
     fd: Arc<TapQueueFd>,
+    /// The TAP has been opened for several queues (`IFF_MULTI_QUEUE`).
     multi: bool,
+    /// A ring reads from this queue.
     reader: bool,
+    /// The number of rings that write to this queue.
     writers: usize,
-    /// The kernel puts frames into it.
+    /// The kernel puts frames into this queue (`IFF_ATTACH_QUEUE`).
     attached: bool,
 }
 
 impl Running {
-    /// `again`: the name it had before, at a restart.
+    /// Opens the TAP and sets it up. At a restart, `again` is the name that the TAP had before.
     fn start(
         origin: &mut Origin,
         again: Option<&str>,
@@ -388,7 +419,8 @@ impl Running {
                     return Err(TapError::Gone(wanted.to_owned()).into());
                 }
                 let (first, name) = open_patiently(wanted, flags)?;
-                // One that was about to go when it was found is another one now.
+                // The TAP that `find` saw may have been deleted before `open`, which has then
+                // created another one under the same name. Its index tells them apart.
                 let now = setup.find(&name)?;
                 let there = match (before, &now) {
                     (Some(before), Some(now)) => before.index == now.index,
@@ -419,7 +451,8 @@ impl Running {
             fds[0].set_header()?;
             offloads = fds[0].set_offloads(config.offloads)?;
         } else {
-            // A persistent one may have been left with some, which would come without a header.
+            // A persistent TAP may still have offloads from an earlier use. Its packets would need
+            // a header, which this descriptor does not carry.
             fds[0].set_offloads(offloads)?;
         }
         let mut queue_states: Vec<_> = fds
@@ -480,8 +513,10 @@ impl Running {
     }
 }
 
-/// A program that is being started has our descriptors for a moment, and with them the queue that this
-/// process has just closed: what is taken may be free at once.
+/// Opens the TAP; while it is taken, tries again for up to [`OPEN_PATIENCE`].
+///
+/// A child process holds a copy of this process's descriptors until it executes its program. So a
+/// queue that this process has just closed may still be taken for a moment.
 fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
     let deadline = after(OPEN_PATIENCE);
     loop {
@@ -495,7 +530,8 @@ fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Erro
 }
 
 impl QueueState {
-    /// Whether the kernel is to put frames into it. Only a TAP with several queues has the choice.
+    /// Attaches the queue, so that the kernel puts frames into it, or detaches it. Has no effect on
+    /// a TAP that was not opened for several queues. A failure is only logged.
     fn attach(&mut self, yes: bool) {
         if self.multi && self.attached != yes {
             match self.fd.attach(yes) {
@@ -510,7 +546,8 @@ impl QueueState {
     }
 }
 
-/// The queue_states that nobody uses get no frames, but one of all stays.
+/// Detaches the queues that no ring uses, so that they get no frames, and attaches the others. If
+/// no queue is in use, the first one stays attached.
 fn tidy(queue_states: &mut [QueueState]) {
     let any = queue_states.iter().any(QueueState::is_used);
     for (i, state) in queue_states.iter_mut().enumerate() {
@@ -545,7 +582,8 @@ impl Device for TapDevice {
         let mut queue_states = lock(&running.queue_states);
         let place = if direction.reads() {
             let free = queue_states.iter().position(|state| !state.reader);
-            // The caller keeps to the number of rings; the last one has closed.
+            // The caller builds no more reading rings than `Capabilities::reading_rings`, and opens
+            // a queue only when an earlier ring of it has closed. So one is free.
             free.ok_or(Status::SetupIncomplete)?
         } else {
             queue_states.iter().position(QueueState::is_used).unwrap_or(0)
@@ -583,12 +621,12 @@ impl Device for TapDevice {
     fn restart(&self) -> Result<(), Error> {
         let before = self.stop();
         if let Err(error) = before {
-            // It may be gone, with all that was to be undone.
+            // The TAP may be gone, and with it all that had to be undone.
             tracing::debug!(%error, "the TAP was not left as it was found");
         }
         let origin = &mut *lock(&self.origin);
         let mut config = self.config.clone();
-        // With the MTU that rings and guests know.
+        // Rings and guests know the MTU of the start, so it stays.
         config.mtu = Some(self.info.mtu);
         let name = Some(self.name.as_str());
         let start = || Running::start(origin, name, &self.options, self.engine, &config);
@@ -649,21 +687,24 @@ enum Engine {
     Plain(Plain),
 }
 
-/// One ring's share of a TAP.
+/// One ring's queue of a TAP.
 struct TapQueue {
     engine: Engine,
     fd: Arc<TapQueueFd>,
     framing: Arc<Framing>,
     queue_states: Arc<Mutex<Vec<QueueState>>>,
+    /// The index of the queue in `queue_states`.
     place: usize,
     direction: Direction,
     may_fall_back: bool,
     fallbacks: Arc<AtomicU64>,
+    /// [`prepare`](Self::prepare) has been called.
     prepared: bool,
 }
 
 impl TapQueue {
-    /// The engine's first use, on the thread that uses it.
+    /// Prepares the engine, on the thread that drives it, before its first use. If the io_uring
+    /// cannot be created and the engine is [`TapEngine::Auto`], plain system calls take its place.
     #[cold]
     fn prepare(&mut self) -> Result<(), Status> {
         if let Engine::Uring(uring) = &mut self.engine
