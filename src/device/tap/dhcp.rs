@@ -1,9 +1,10 @@
-//! The DHCP server of host and shared mode: it answers what the guest writes, so that the guest has
-//! an address although nothing is installed on the host.
+//! The DHCP server of host and shared mode, so that the guest gets an address although nothing is
+//! installed on the host. Leases and replies are those of `vmring_embedded`'s server; this module
+//! connects it to the TAP.
 //!
-//! A request is taken out of the guest's writes before the kernel sees it. The reply goes the way of
-//! every other packet to the guest: sent on the TAP by a packet socket, read from it by a ring. So it
-//! needs no slot of its own, and several queues are no special case.
+//! A request is taken out of the guest's writes before the kernel sees it. The reply takes the path
+//! of every other packet to the guest: a packet socket sends it on the TAP, and a ring reads it
+//! from there. So a reply needs no slot of its own, and several queues are no special case.
 
 use std::io;
 use std::mem::size_of;
@@ -20,11 +21,15 @@ use crate::device::seam::Lease;
 use crate::error::Error;
 use crate::software::complete_checksum;
 
+/// The DHCP server of one TAP.
 #[derive(Debug)]
 pub(crate) struct Dhcp {
     server: DhcpServer,
+    /// A packet socket, by which replies are sent.
     socket: OwnedFd,
+    /// The TAP's interface index.
     interface: i32,
+    /// The server's time counts from here.
     started: Instant,
     /// Replies that the kernel did not take.
     unsent: AtomicU64,
@@ -32,9 +37,9 @@ pub(crate) struct Dhcp {
 
 impl Dhcp {
     pub(crate) fn new(config: DhcpConfig, interface: u32) -> Result<Self, Error> {
-        // Protocol 0: it receives nothing.
+        // Protocol 0: the socket receives nothing.
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: plain numbers.
+        // SAFETY: socket(2) takes three numbers and no pointer.
         let fd = unsafe { libc::socket(libc::AF_PACKET, kind, 0) };
         if fd < 0 {
             let source = io::Error::last_os_error();
@@ -47,7 +52,7 @@ impl Dhcp {
                 _ => Error::Io { what: "opening the DHCP server's socket", source },
             });
         }
-        // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+        // SAFETY: the call above has just opened this descriptor, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self {
             server: DhcpServer::new(config),
@@ -58,22 +63,22 @@ impl Dhcp {
         })
     }
 
-    /// Whether a frame written by the guest is for a DHCP server. Looked at for each frame, so it
-    /// looks at as little as it can.
+    /// Whether a frame that the guest writes is for a DHCP server. Runs for each frame, so it looks
+    /// at as few bytes as it can.
     #[inline]
     pub(crate) fn is_request(frame: &[u8]) -> bool {
-        // An untagged IPv4 packet of UDP...
+        // An untagged IPv4 packet that carries UDP ...
         let Some(&[0x08, 0x00, version, ..]) = frame.get(12..36) else { return false };
         if frame[23] != 17 {
             return false;
         }
-        // ...that is no later fragment, to port 67.
+        // ... to port 67, and is not a later fragment.
         let port = 14 + usize::from(version & 0x0f) * 4 + 2;
         frame.get(port..port + 2) == Some(&[0, 67]) && frame[20] & 0x1f == 0 && frame[21] == 0
     }
 
-    /// Takes a request, and answers it on the TAP. False if it is none that this server knows, so
-    /// that it goes on to the host.
+    /// Takes a request and sends the reply, if there is one, on the TAP. Returns false if the frame
+    /// is not a request that this server handles; the frame must then go on to the host.
     pub(crate) fn take(&self, frame: &[u8], header: Option<&[u8]>) -> bool {
         if frame.len() > DHCP_REQUEST_MAX {
             return false;
@@ -98,12 +103,13 @@ impl Dhcp {
     }
 
     fn send(&self, frame: &[u8]) {
-        // SAFETY: all zeroes are a `sockaddr_ll`.
+        // SAFETY: a `sockaddr_ll` consists of integers, so all zeroes are a valid value.
         let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         to.sll_family = libc::AF_PACKET as libc::c_ushort;
         to.sll_ifindex = self.interface;
         let len = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        // SAFETY: the frame and the address live through the call, with these lengths.
+        // SAFETY: `frame` and `to` are borrowed for the whole call, and the lengths passed are
+        // theirs.
         let sent = unsafe {
             libc::sendto(
                 self.socket.as_raw_fd(),
@@ -164,7 +170,7 @@ mod tests {
         tcp[23] = 6;
         assert!(!Dhcp::is_request(&tcp));
         for len in 0..60 {
-            // Never outside, whatever the length.
+            // Must not index out of bounds, whatever the length.
             let _ = Dhcp::is_request(&udp_to(67, 0x4f, [0, 0])[..len]);
         }
     }
