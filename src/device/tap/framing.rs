@@ -1,4 +1,5 @@
-//! What both engines agree on: what stands in a slot, and what the kernel's answers mean.
+//! What both engines share: the layout of a frame in a slot, and the meaning of the kernel's
+//! answers.
 
 use vmring_core::offload;
 use vmring_core::sync::{AtomicU64, Ordering};
@@ -9,52 +10,54 @@ use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
-/// One TAP's conventions and counters, shared by its queues.
+/// The frame layout and the counters of one TAP. Its queues share them.
 #[derive(Debug)]
 pub(crate) struct Framing {
-    /// Bytes of offload header in front of each packet: 12 or none.
+    /// The length of the offload header in front of each packet, in bytes: 12 or 0.
     pub(crate) header: usize,
-    /// The longest packet, without the header.
+    /// The longest packet, in bytes, without the offload header.
     pub(crate) max_packet_size: usize,
     pub(crate) dhcp: Option<Dhcp>,
-    /// Packets from the host that were longer than that: its MTU has been raised meanwhile.
+    /// Counts packets from the host that were longer than `max_packet_size`: somebody has raised
+    /// the TAP's MTU, or they have a VLAN tag.
     pub(crate) too_big: AtomicU64,
-    /// Packets that came without a whole header.
+    /// Counts packets that came without a whole offload header.
     pub(crate) malformed: AtomicU64,
 }
 
-/// What the kernel's refusal of a frame means.
+/// What an error of the kernel means for the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Later perhaps.
+    /// The frame may succeed later.
     Wait,
-    /// Not this frame.
+    /// This frame fails; others may succeed.
     Entry(Status),
-    /// Never again: the TAP is gone.
+    /// Every further frame fails: the TAP is gone.
     Gone(Status),
 }
 
-/// Sources: `tun_get_user`, `tun_chr_write_iter` and `tun_do_read` in the kernel's
-/// `drivers/net/tun.c`.
+/// Returns what `errno` means for the frame. Sources: `tun_get_user`, `tun_chr_write_iter` and
+/// `tun_do_read` in the kernel's `drivers/net/tun.c`.
 pub(crate) fn fault_of(errno: i32) -> Fault {
     match errno {
         libc::EAGAIN | libc::EINTR | libc::ENOBUFS | libc::ENOMEM => Fault::Wait,
         // The interface has been deleted, or the queue detached.
         libc::EBADFD | libc::EBADF | libc::ENODEV => Fault::Gone(Status::Os(errno)),
-        // Among them EIO, if the host's end is down; EINVAL, if the packet is shorter than an Ethernet
-        // header or its offload header is not true of it; EMSGSIZE.
+        // Among these are EIO, if the host's end is down; EINVAL, if the packet is shorter than an
+        // Ethernet header or its offload header does not fit it; and EMSGSIZE.
         errno => Fault::Entry(Status::Os(errno)),
     }
 }
 
-/// What the kernel's answer to another system call means.
+/// Returns the status for the error of a system call that moves no frame.
 pub(crate) fn status_of(error: &std::io::Error) -> Status {
     error.raw_os_error().map_or(Status::Failure, Status::Os)
 }
 
 impl Framing {
-    /// Completes a read with the `len` bytes that the kernel has put in front of and into the slot,
-    /// or posts the slot again if they are no packet to hand on.
+    /// Completes a read for which the kernel has written `len` bytes: the offload header, if the
+    /// TAP has one, into the headroom, and the packet after it. If the packet is dropped, posts the
+    /// slot again instead.
     #[inline]
     pub(crate) fn received(&self, cx: &mut PollContext<'_>, mut slot: PostedSlot, len: usize) {
         let packet = len.wrapping_sub(self.header);
@@ -67,6 +70,7 @@ impl Framing {
         }
     }
 
+    /// Counts the packet and posts the slot again.
     #[cold]
     fn drop_packet(&self, cx: &mut PollContext<'_>, slot: PostedSlot, len: usize) {
         let counter = if len < self.header { &self.malformed } else { &self.too_big };
@@ -74,8 +78,8 @@ impl Framing {
         cx.put_back(slot);
     }
 
-    /// Whether the packet was longer than the room and the kernel has cut it without a word: then
-    /// its IP header promises more than is there.
+    /// Whether the packet was longer than the buffer and the kernel has cut it off. The kernel does
+    /// not report this, but the packet's IP header states a greater length than has arrived.
     #[inline]
     fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
         match slot.buffer_with_header_mut(self.header) {
@@ -84,8 +88,9 @@ impl Framing {
         }
     }
 
-    /// Whether what the guest writes is a DHCP request, which is then answered. `bytes` begin with
-    /// the offload header if there is one.
+    /// Takes what the guest writes if it is a DHCP request that this TAP's server handles, and
+    /// answers it. Returns whether it did. `bytes` begin with the offload header if the TAP has
+    /// one.
     #[inline]
     pub(crate) fn take_dhcp(&self, bytes: &[u8]) -> bool {
         let Some(dhcp) = &self.dhcp else { return false };
@@ -95,11 +100,13 @@ impl Framing {
     }
 }
 
+/// Whether the packet's IP header states a greater length than the packet has. False for a packet
+/// that is not IP.
 fn promises_more(packet: &[u8]) -> bool {
     let field = |at: usize| {
         packet.get(at..at + 2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]])))
     };
-    // Behind up to two VLAN tags (IEEE 802.1Q, 802.1ad).
+    // Skips up to two VLAN tags (IEEE 802.1Q, 802.1ad).
     let mut at = ETHERNET_HEADER_LEN;
     while matches!(field(at - 2), 0x8100 | 0x88a8) && at < ETHERNET_HEADER_LEN + 8 {
         at += 4;
