@@ -2,32 +2,33 @@
 
 use std::time::Duration;
 
-/// The longest IP packet, and with it the longest packet of a TAP with segmentation offload.
+/// The longest IP packet, in bytes. A TAP with segmentation offload has packets of up to this
+/// length.
 pub(super) const IP_MAX: u32 = 65_535;
-/// The most queues that the kernel gives a TAP (`MAX_TAP_QUEUES`).
+/// The largest number of queues that the kernel gives a TAP (`MAX_TAP_QUEUES`).
 pub(super) const QUEUES_MAX: usize = 256;
 
-/// Reads that the kernel has at a time on a poller's thread; more stay with the poller. A power of
-/// two.
+/// The largest number of reads that the kernel holds at a time for a queue on a poller's thread;
+/// further reads stay with the poller. A power of two.
 pub(super) const URING_READS: u16 = 1024;
-/// Writes that one poll hands to the kernel.
+/// The largest number of writes that the kernel holds at a time, and so that one poll submits.
 pub(super) const URING_WRITES: u16 = 256;
-/// Entries of the kernel's completion queue: one for each read and write that the kernel has, and
-/// some for cancels.
+/// The number of entries of io_uring's completion queue: one for each read and write that the
+/// kernel holds, and some for cancels.
 pub(super) const URING_COMPLETIONS: u32 = 2048;
 
-/// How long an opener waits for a TAP that another process is about to release.
+/// How long an opener waits for a TAP that another process may be about to release.
 pub(super) const OPEN_PATIENCE: Duration = Duration::from_millis(500);
-/// How long the kernel may take to answer a netlink request. It answers during the request, so this
-/// is for kernels that do not.
+/// How long the kernel may take to answer a netlink request. It normally answers within the request
+/// itself; the timeout is for a kernel that does not.
 pub(super) const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of the largest netlink datagram: more than the kernel puts in one datagram of a list
-/// (32 KiB).
+/// The size of the largest netlink datagram, in bytes: more than the 32 KiB that the kernel puts
+/// into one datagram of a list.
 pub(super) const NETLINK_DATAGRAM_MAX: usize = 64 * 1024;
 
-/// How long a DHCP lease lasts unless asked otherwise.
+/// How long a DHCP lease lasts by default.
 pub(super) const LEASE_TIME: Duration = Duration::from_secs(86_400);
-/// Bytes of the largest DHCP reply (`DhcpServer::handle`), rounded up.
+/// The size of the largest DHCP reply (`DhcpServer::handle`), in bytes, rounded up.
 pub(super) const DHCP_REPLY_MAX: usize = 512;
-/// Bytes of the largest DHCP request: one Ethernet frame.
+/// The size of the largest DHCP request, in bytes: one Ethernet frame.
 pub(super) const DHCP_REQUEST_MAX: usize = 1514;
