@@ -1,5 +1,5 @@
-//! The engine for kernels and containers without io_uring: a `read(2)` or `write(2)` for each frame,
-//! never blocking.
+//! The engine for kernels and containers without io_uring: one non-blocking `read(2)` or `write(2)`
+//! per frame.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -11,6 +11,7 @@ use crate::device::context::PollContext;
 use crate::device::seam::Progress;
 use crate::error::Status;
 
+/// The engine of plain system calls for one queue.
 #[derive(Debug)]
 pub(crate) struct Plain {
     fd: Arc<TapQueueFd>,
@@ -21,6 +22,8 @@ impl Plain {
         Self { fd }
     }
 
+    /// Writes the posted frames until none is left or the kernel refuses one for the moment.
+    /// Returns an error if the TAP is gone.
     pub(crate) fn write(
         &mut self,
         cx: &mut PollContext<'_>,
@@ -36,7 +39,8 @@ impl Plain {
                 continue;
             }
             let fd = self.fd.as_raw_fd();
-            // SAFETY: the bytes live through the call, with this length.
+            // SAFETY: `bytes` borrows the slot for the whole call, and the length passed is its
+            // length.
             let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
             if written >= 0 {
                 cx.complete_write(slot);
@@ -57,6 +61,9 @@ impl Plain {
         Ok(())
     }
 
+    /// Fills the posted reads until the TAP has no more frames. Returns [`Progress::More`] if every
+    /// posted read has been filled, so that the TAP may have more frames. Returns an error if the
+    /// TAP is gone or the read fails.
     pub(crate) fn read(
         &mut self,
         cx: &mut PollContext<'_>,
@@ -68,7 +75,8 @@ impl Plain {
                 continue;
             };
             let fd = self.fd.as_raw_fd();
-            // SAFETY: the room is ours through the call, with this length.
+            // SAFETY: `room` borrows the slot exclusively for the whole call, and the length passed
+            // is its length.
             let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
             if let Ok(len) = usize::try_from(len) {
                 framing.received(cx, slot, len);
