@@ -1,6 +1,7 @@
-//! Network interfaces of the host, over rtnetlink: what `ip link` and `ip address` do.
+//! The host's network interfaces, over rtnetlink: what `ip link` and `ip address` do.
 //!
-//! [`Socket`] below [`Netlink`] is any netlink socket; `nat.rs` speaks to nf_tables over it.
+//! [`Netlink`] is built on [`Socket`], which serves any netlink protocol; `nat.rs` uses it for
+//! nf_tables.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -17,43 +18,45 @@ use netlink_bindings::traits::{NetlinkRequest, Protocol};
 use super::limits::{NETLINK_DATAGRAM_MAX, NETLINK_TIMEOUT};
 use crate::error::Error;
 
-/// The interfaces of one network namespace: that of the thread that opened it, whichever thread
-/// uses it later.
+/// The interfaces of one network namespace: the namespace of the thread that called
+/// [`open`](Self::open), whichever thread uses it later.
 pub(crate) struct Netlink {
     socket: Socket,
 }
 
-/// One interface, as it was when asked.
+/// The state of one interface at the time of the request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Link {
-    /// Its number, which a rename does not change.
+    /// The interface index, which a rename does not change.
     pub(crate) index: u32,
-    /// Its name.
+    /// The name.
     pub(crate) name: String,
-    /// Whether it was set up (`IFF_UP`); a cable need not be there.
+    /// Whether somebody has set the interface up (`IFF_UP`). This does not mean that it has a
+    /// carrier.
     pub(crate) up: bool,
-    /// Largest IP packet, bytes.
+    /// The largest IP packet, in bytes.
     pub(crate) mtu: u32,
-    /// Its address; nil if it has none of six bytes.
+    /// The MAC address; nil if the interface has no address of six bytes.
     pub(crate) mac: MacAddr6,
-    /// The bridge (or other master) that it is a port of.
+    /// The index of the bridge (or other master) that the interface is a port of.
     pub(crate) master: Option<u32>,
-    /// Whether it is a bridge of the kernel, which takes ports through
+    /// Whether the interface is a bridge of the kernel. Such a bridge takes ports by
     /// [`set_master`](Netlink::set_master).
     pub(crate) is_bridge: bool,
-    /// What the kernel calls its kind: `bridge`, `tun`, `veth`. A plain network card has none.
+    /// The kernel's name for the kind of interface: `bridge`, `tun`, `veth`. A plain network card
+    /// has no kind.
     pub(crate) kind: Option<String>,
 }
 
 impl Netlink {
-    /// A socket in this thread's network namespace.
+    /// Opens a socket in the calling thread's network namespace.
     pub(crate) fn open() -> Result<Self, Error> {
         let socket = Socket::open(consts::NETLINK_ROUTE)
             .map_err(Error::io("opening a socket to the kernel's network interfaces"))?;
         Ok(Self { socket })
     }
 
-    /// The interface of that name. `None`: there is none.
+    /// Returns the interface of that name, or `None` if there is none.
     pub(crate) fn link(&mut self, name: &str) -> Result<Option<Link>, Error> {
         if !is_interface_name(name) {
             return Ok(None);
@@ -87,21 +90,21 @@ impl Netlink {
         self.change(&request, what)
     }
 
-    /// Sets the largest IP packet, in bytes.
+    /// Sets the MTU: the largest IP packet, in bytes.
     pub(crate) fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<(), Error> {
         let mut request = rt_link::Request::new().op_setlink_do(&interface(index));
         request.encode().push_mtu(mtu);
         self.change(&request, "setting the MTU of a network interface")
     }
 
-    /// Sets the address. Some drivers take it only while the interface is down.
+    /// Sets the MAC address. Some drivers accept it only while the interface is down.
     pub(crate) fn set_mac(&mut self, index: u32, mac: MacAddr6) -> Result<(), Error> {
         let mut request = rt_link::Request::new().op_setlink_do(&interface(index));
         request.encode().push_address(mac.as_bytes());
         self.change(&request, "setting the MAC address of a network interface")
     }
 
-    /// Makes it a port of a bridge, or of none.
+    /// Makes the interface a port of a bridge, or with `None` takes it off its bridge.
     pub(crate) fn set_master(&mut self, index: u32, master: Option<u32>) -> Result<(), Error> {
         let mut request = rt_link::Request::new().op_setlink_do(&interface(index));
         request.encode().push_master(master.unwrap_or(0));
@@ -112,7 +115,7 @@ impl Netlink {
         self.change(&request, what)
     }
 
-    /// Gives it an IPv4 address. `false`: it had that one already.
+    /// Adds an IPv4 address to the interface. Returns false if it had the address already.
     pub(crate) fn add_address(
         &mut self,
         index: u32,
@@ -129,7 +132,7 @@ impl Netlink {
         }
     }
 
-    /// Takes an IPv4 address away. `false`: it did not have that one.
+    /// Removes an IPv4 address from the interface. Returns false if it did not have the address.
     pub(crate) fn remove_address(
         &mut self,
         index: u32,
@@ -137,7 +140,7 @@ impl Netlink {
         prefix_len: u8,
     ) -> Result<bool, Error> {
         let mut request = rt_addr::Request::new().op_deladdr_do(&ipv4_of(index, prefix_len));
-        // IFA_ADDRESS, too, is compared, with its prefix length.
+        // The kernel compares IFA_ADDRESS too, with its prefix length.
         request.encode().push_local(IpAddr::V4(address)).push_address(IpAddr::V4(address));
         match self.socket.request(&request, |_| ()) {
             Ok(()) => Ok(true),
@@ -153,8 +156,8 @@ impl Netlink {
         self.change(&request, "deleting a network interface")
     }
 
-    /// The names of the bridges there are: the kernel's, and Open vSwitch's (which show, but take
-    /// ports only from Open vSwitch itself).
+    /// Returns the names of all bridges: those of the kernel and those of Open vSwitch. (The latter
+    /// are listed, but accept ports only from Open vSwitch itself.)
     pub(crate) fn bridges(&mut self) -> Result<Vec<String>, Error> {
         let mut request = rt_link::Request::new().op_getlink_dump(&Ifinfomsg::new());
         request.encode().push_ext_mask(RtextFilter::SkipStats as u32);
@@ -171,7 +174,7 @@ impl Netlink {
             tries -= 1;
             match answer {
                 Ok(()) => return Ok(names),
-                // The list changed while it was read.
+                // The list changed while it was being read.
                 Err(refusal) if refusal.is(libc::EINTR) && tries > 0 => {}
                 Err(refusal) => return Err(refusal.into_error("listing the network interfaces")),
             }
@@ -209,7 +212,8 @@ impl Link {
     }
 }
 
-/// Whether an interface can have that name: the kernel's `dev_valid_name`, but for spaces.
+/// Whether an interface can have that name. The rule is that of the kernel's `dev_valid_name`,
+/// except that spaces are not checked.
 pub(super) fn is_interface_name(name: &str) -> bool {
     (1..libc::IFNAMSIZ).contains(&name.len())
         && name != "."
@@ -231,27 +235,33 @@ fn ipv4_of(index: u32, prefix_len: u8) -> Ifaddrmsg {
     header
 }
 
-/// A netlink socket that hears only the kernel. Bound to a network namespace when it is opened.
+/// A netlink socket that receives only from the kernel. It belongs to the network namespace of the
+/// thread that opened it.
 pub(super) struct Socket {
-    /// std has no netlink sockets, but its datagram calls (`send`, `recv`, timeouts) are the same
-    /// for any family once the socket is connected.
+    /// A netlink socket in a type for Unix sockets: std has no netlink sockets, but its datagram
+    /// calls (`send`, `recv`, timeouts) are the same for any family once the socket is connected.
     socket: UnixDatagram,
+    /// The buffer for answers.
     answer: Box<[u8]>,
+    /// The next sequence number.
     sequence: u32,
 }
 
 impl Socket {
+    /// Opens a socket for a netlink protocol (`NETLINK_ROUTE`, `NETLINK_NETFILTER`) in the calling
+    /// thread's network namespace.
     pub(super) fn open(protocol: i32) -> io::Result<Self> {
-        // SAFETY: socket(2) takes three numbers and no memory.
+        // SAFETY: socket(2) takes three numbers and no pointer.
         let fd = check(unsafe {
             libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol)
         })?;
-        // SAFETY: the descriptor was just opened, and nobody else knows it.
+        // SAFETY: the call above has just opened this descriptor, and nothing else owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // The kernel's sentences in errors; errors without a copy of the request.
+        // Errors are to contain the kernel's message, and no copy of the request.
         for option in [consts::NETLINK_EXT_ACK, consts::NETLINK_CAP_ACK] {
             let on: libc::c_int = 1;
-            // SAFETY: `on` is an int that lives through the call, and the length is its length.
+            // SAFETY: `on` is an int that lives until the call returns, and the length passed is
+            // its length.
             check(unsafe {
                 libc::setsockopt(
                     fd.as_raw_fd(),
@@ -262,12 +272,12 @@ impl Socket {
                 )
             })?;
         }
-        // SAFETY: all zeros is a valid sockaddr_nl: it is made of integers.
+        // SAFETY: a `sockaddr_nl` consists of integers, so all zeroes are a valid value.
         let mut kernel: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         kernel.nl_family = libc::AF_NETLINK as libc::sa_family_t;
-        // Connected to the kernel (port 0): other processes' messages are refused, and the socket
-        // has a port of its own from here on.
-        // SAFETY: `kernel` lives through the call, and the length is its length.
+        // Connects the socket to the kernel (port 0). From here on the socket refuses messages of
+        // other processes, and it has a port of its own.
+        // SAFETY: `kernel` lives until the call returns, and the length passed is its length.
         check(unsafe {
             libc::connect(
                 fd.as_raw_fd(),
@@ -281,7 +291,8 @@ impl Socket {
         Ok(Self { socket, answer: vec![0; NETLINK_DATAGRAM_MAX].into(), sequence: 0 })
     }
 
-    /// Asks, and calls `each` with every message of the answer (without its header).
+    /// Sends a request, and calls `each` with the payload of every message of the answer (without
+    /// the netlink header).
     pub(super) fn request(
         &mut self,
         request: &impl NetlinkRequest,
@@ -300,16 +311,17 @@ impl Socket {
         self.exchange(&[header.as_slice(), payload].concat(), sequence, sequence, each)
     }
 
-    /// The first of `count` sequence numbers that no earlier request had.
+    /// Reserves `count` sequence numbers that no earlier request had. Returns the first.
     pub(super) fn sequences(&mut self, count: u32) -> u32 {
         let first = self.sequence;
         self.sequence = self.sequence.wrapping_add(count);
         first
     }
 
-    /// Sends `messages` in one datagram, numbered from `first`, and reads until the one numbered
-    /// `last` is acknowledged or one of them is refused. Answers to earlier requests, which may
-    /// be there after an error, are skipped.
+    /// Sends `messages` in one datagram and reads the answers. The messages are numbered from
+    /// `first`. Returns when the kernel has acknowledged the message numbered `last`, or has
+    /// refused one of them. Skips answers to earlier requests, which may still arrive after an
+    /// error.
     pub(super) fn exchange(
         &mut self,
         messages: &[u8],
@@ -372,7 +384,7 @@ impl fmt::Debug for Socket {
     }
 }
 
-/// Takes the next message off a datagram: its header, and what follows in it.
+/// Removes the first message from a datagram. Returns its header and its payload.
 fn take_message<'a>(datagram: &mut &'a [u8]) -> io::Result<(Nlmsghdr, &'a [u8])> {
     let cut_off = || io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer was cut off");
     let header = datagram.get(..Nlmsghdr::len()).and_then(Nlmsghdr::new_from_slice);
@@ -383,26 +395,29 @@ fn take_message<'a>(datagram: &mut &'a [u8]) -> io::Result<(Nlmsghdr, &'a [u8])>
     Ok((header, payload))
 }
 
-/// Why something was not done: the kernel's error, and its sentence if it had one.
+/// Why a request failed: the kernel's error, and its message if it sent one.
 #[derive(Debug)]
 pub(super) struct Refusal {
+    /// The kernel's error. `None` if the failure is not an error of the system.
     errno: Option<i32>,
+    /// Which message of the request was refused, counted from 0.
     message: u32,
     source: io::Error,
 }
 
 impl Refusal {
-    /// What an error or done message says. `None`: all is well.
+    /// Reads an error or done message. Returns `None` if it reports success.
     fn of(header: &Nlmsghdr, payload: &[u8]) -> io::Result<Option<Self>> {
         let Some((code, rest)) = payload.split_first_chunk::<4>() else {
-            // A "done" without a code.
+            // A done message without an error code.
             return Ok(None);
         };
         let errno = i32::from_ne_bytes(*code).wrapping_neg();
         if errno == 0 {
             return Ok(None);
         }
-        // After an error the request's header is repeated (NETLINK_CAP_ACK: nothing more of it).
+        // An error message repeats the request's header. Because of NETLINK_CAP_ACK it does not
+        // repeat the rest of the request.
         let repeated =
             if libc::c_int::from(header.r#type) == libc::NLMSG_ERROR { Nlmsghdr::len() } else { 0 };
         let text = (header.flags & consts::NLM_F_ACK_TLVS as u16 != 0)
@@ -423,12 +438,13 @@ impl Refusal {
         self.errno == Some(errno)
     }
 
-    /// Which message of several was refused, counted from 0.
+    /// Returns which message of the request was refused, counted from 0.
     pub(super) fn message(&self) -> u32 {
         self.message
     }
 
-    /// The error to show. `trying` is what was tried: "setting the MTU of a network interface".
+    /// Converts into the error for the user. `trying` says what was tried, such as "setting the MTU
+    /// of a network interface".
     pub(super) fn into_error(self, trying: &'static str) -> Error {
         if self.is(libc::EPERM) || self.is(libc::EACCES) {
             needs_net_admin(trying)
@@ -444,7 +460,7 @@ impl From<io::Error> for Refusal {
     }
 }
 
-/// What lets this process do it.
+/// Returns the error that says what privilege is missing for `trying`.
 pub(super) fn needs_net_admin(trying: &str) -> Error {
     Error::PermissionDenied {
         needs: format!(
@@ -458,7 +474,7 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Network namespaces for tests, so that the host's own is never touched.
+/// Network namespaces for tests, so that no test touches the host's own namespace.
 #[cfg(test)]
 pub(crate) mod testing {
     use std::fs::File;
@@ -466,13 +482,15 @@ pub(crate) mod testing {
     use std::os::fd::AsRawFd as _;
     use std::process::Command;
 
-    /// A network namespace of its own, gone when this and what was made in it are.
+    /// A new network namespace. It disappears when this value and everything created in it are
+    /// gone.
     pub(crate) struct Namespace {
         file: File,
     }
 
     impl Namespace {
-        /// `None`, and says so, if this process may not make one or a program is missing.
+        /// Creates a namespace. Returns `None`, and reports the skipped test, if this process may
+        /// not create one or one of the programs is missing.
         pub(crate) fn new(programs: &[&str]) -> Option<Self> {
             if std::env::var_os("VMRING_SKIP_TAP").is_some() {
                 skip("VMRING_SKIP_TAP is set");
@@ -485,7 +503,8 @@ pub(crate) mod testing {
                 }
             }
             let made = std::thread::spawn(|| {
-                // SAFETY: takes a flag and no memory; it concerns this thread, which ends here.
+                // SAFETY: unshare(2) takes a flag and no pointer. It changes only this thread,
+                // which ends here.
                 super::check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
                 File::open("/proc/thread-self/ns/net")
             });
@@ -499,12 +518,14 @@ pub(crate) mod testing {
             }
         }
 
-        /// Runs `body` in a thread that is inside, and so the programs that `body` starts.
+        /// Runs `body` on a new thread in this namespace. Programs that `body` starts run there
+        /// too.
         pub(crate) fn run<R: Send>(&self, body: impl FnOnce() -> R + Send) -> R {
             std::thread::scope(|scope| {
                 let inside = scope.spawn(|| {
                     let fd = self.file.as_raw_fd();
-                    // SAFETY: the descriptor is open, and the call concerns this thread only.
+                    // SAFETY: setns(2) takes two numbers and no pointer. `self.file` keeps the
+                    // descriptor open. The call changes only this thread, which ends after `body`.
                     super::check(unsafe { libc::setns(fd, libc::CLONE_NEWNET) }).unwrap();
                     body()
                 });
@@ -512,13 +533,13 @@ pub(crate) mod testing {
             })
         }
 
-        /// A path by which `ip link set NAME netns PATH` finds it.
+        /// Returns a path by which `ip link set NAME netns PATH` finds this namespace.
         pub(crate) fn path(&self) -> String {
             format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
         }
     }
 
-    /// Runs a program in the calling thread's namespace; what it printed. Panics if it fails.
+    /// Runs a program in the calling thread's namespace and returns its output. Panics if it fails.
     pub(crate) fn run(line: &str) -> String {
         let mut words = line.split_whitespace();
         let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
@@ -532,7 +553,8 @@ pub(crate) mod testing {
         text(&output.stdout)
     }
 
-    /// Past the harness, which hides what a passing test prints.
+    /// Reports a skipped test. Writes to stderr directly, because the test harness hides what a
+    /// passing test prints.
     pub(crate) fn skip(why: &str) {
         let _ = writeln!(io::stderr(), "skipped: {why}");
     }
@@ -614,7 +636,7 @@ mod tests {
         });
     }
 
-    /// More interfaces than one datagram of the kernel's list holds.
+    /// There are more interfaces than one datagram of the kernel's list holds.
     #[test]
     fn a_long_list_is_read_to_its_end() {
         let Some(namespace) = Namespace::new(&["ip"]) else { return };
@@ -648,7 +670,7 @@ mod tests {
         });
     }
 
-    /// Opened inside, used outside.
+    /// The socket is opened inside the namespace and used outside.
     #[test]
     fn a_socket_stays_in_the_namespace_it_was_opened_in() {
         let Some(namespace) = Namespace::new(&["ip"]) else { return };
@@ -673,7 +695,7 @@ mod tests {
                 "setting the MTU of a network interface: \
                  Invalid argument (os error 22): mtu less than device minimum"
             );
-            // After a refusal the next answer is the right one.
+            // After a refusal the next request gets its own answer.
             assert_eq!(netlink.link("v0").unwrap().unwrap().mtu, 1500);
             let error = netlink.delete_link(7777).unwrap_err();
             assert!(matches!(error, Error::Io { .. }), "{error}");
@@ -684,9 +706,10 @@ mod tests {
     fn without_the_privilege_the_error_says_what_is_needed() {
         let Some(namespace) = Namespace::new(&[]) else { return };
         namespace.run(|| {
-            // The thread that opens the socket counts as well as the one that uses it.
-            // SAFETY: the raw call takes a number and no memory and, unlike libc's setuid, changes
-            // this thread only; it ends with the test.
+            // The socket is opened only after this, because the kernel checks the privilege of the
+            // thread that opened the socket as well as that of the thread that uses it.
+            // SAFETY: the raw call takes three numbers and no pointer. Unlike libc's setresuid, it
+            // changes only this thread, which ends with the test.
             let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
             assert_eq!(result, 0);
             let mut netlink = Netlink::open().unwrap();
@@ -699,7 +722,8 @@ mod tests {
         });
     }
 
-    /// As after a time-out: what nobody waited for comes before the next answer.
+    /// As if an earlier request had timed out: its answer arrives before the answer to the next
+    /// request.
     #[test]
     fn answers_to_an_earlier_request_are_skipped() {
         let Some(namespace) = Namespace::new(&[]) else { return };
@@ -713,7 +737,7 @@ mod tests {
             header.seq = late;
             let question = [header.as_slice(), interface(7777).as_slice()].concat();
             netlink.socket.socket.send(&question).unwrap();
-            // Not "no such device", which is the late answer.
+            // The late answer would be "no such device".
             assert_eq!(netlink.link("lo").unwrap().unwrap().index, 1);
         });
     }
@@ -727,7 +751,7 @@ mod tests {
         bytes.pop();
         assert!(take_message(&mut bytes.as_slice()).is_err());
         assert!(take_message(&mut &bytes[..7]).is_err());
-        // A length that is shorter than the header itself.
+        // The length is shorter than the header itself.
         bytes[0] = 3;
         assert!(take_message(&mut bytes.as_slice()).is_err());
     }
