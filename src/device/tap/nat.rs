@@ -1,5 +1,6 @@
-//! What a guest's network needs of the host to reach the world: [`Masquerade`] gives its packets
-//! the host's address, [`Forwarding`] lets them pass. Both are undone when they are dropped.
+//! What the host must do so that a guest's network reaches other networks. [`Masquerade`] gives the
+//! guest's packets the host's address, and [`Forwarding`] lets the host forward them. Dropping
+//! either undoes it.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -19,14 +20,14 @@ use crate::error::{ConfigError, Error};
 use crate::sys::lock;
 
 /// Network address translation for one network: its packets leave the host with the address of the
-/// interface they leave by. Lives in an nftables table of its own, `vmring_TAP`.
+/// interface by which they leave. The rule is in an nftables table of its own, `vmring_TAP`.
 ///
-/// A drop removes the table; so does the kernel when the process dies, however it dies. Until then
-/// no other process can change it, and `nft flush ruleset` spares it. (Linux before 5.12 does not
-/// know such tables; there, what a killed process left is replaced by the next start for the same
-/// TAP.)
+/// Dropping this removes the table. The kernel also removes it when the process ends, in whatever
+/// way. Until then no other process can change the table, and `nft flush ruleset` leaves it alone.
+/// (Linux before 5.12 does not have such tables. There a killed process leaves its table behind,
+/// and the next start for the same TAP replaces it.)
 ///
-/// Connections that were translated before a drop stay so until they are over.
+/// Connections that are translated at the time of the drop stay translated until they end.
 #[derive(Debug)]
 pub(crate) struct Masquerade {
     socket: Socket,
@@ -34,12 +35,13 @@ pub(crate) struct Masquerade {
 }
 
 impl Masquerade {
-    /// Translates what comes from `network`, goes elsewhere, and does not leave by `tap` (or the
-    /// bridge of that name). In the network namespace of this thread.
+    /// Starts to translate packets that come from `network`, go to another network, and do not
+    /// leave by `tap` (or the bridge of that name), in the calling thread's network namespace.
     pub(crate) fn start(tap: &str, network: Ipv4Addr, prefix_len: u8) -> Result<Self, Error> {
         let rule = Rule::new(tap, network, prefix_len)?;
         match Self::start_as(tap, &rule, true) {
-            // An older kernel does not know the flag. If that was not it, the answer is the same.
+            // A kernel before 5.12 does not know the flag. If the error had another reason, the
+            // second attempt fails with it too.
             Err(refusal) if refusal.is(libc::EOPNOTSUPP) || refusal.is(libc::EINVAL) => {
                 Self::start_as(tap, &rule, false)
             }
@@ -57,18 +59,19 @@ impl Masquerade {
         })
     }
 
-    /// `owned`: the kernel removes the table with the socket.
+    /// Creates the table. If `owned`, the kernel removes it when the socket is closed.
     fn start_as(tap: &str, rule: &Rule, owned: bool) -> Result<Self, Refusal> {
         let mut socket = Socket::open(consts::NETLINK_NETFILTER)?;
         let table = format!("vmring_{tap}");
         let mut made = make_table(&mut socket, &table, rule, owned, false);
-        // What a process that was killed left on an older kernel is ours to replace.
+        // A process that was killed on an older kernel has left this table behind. It is replaced.
         if made.as_ref().is_err_and(|refusal| refusal.is(libc::EEXIST)) {
             made = make_table(&mut socket, &table, rule, owned, true);
         }
         made.map_err(|refusal| {
-            // A process without the privilege is refused at the first message, the batch's begin;
-            // another socket's table, when it is named.
+            // If the process lacks the privilege, the kernel refuses the first message, which
+            // begins the batch. If the table belongs to another socket, it refuses the message that
+            // names the table.
             if refusal.is(libc::EPERM) && refusal.message() > 0 {
                 let text = format!(
                     "the table {table} is another interface's, which translates for {tap} \
@@ -83,7 +86,8 @@ impl Masquerade {
     }
 }
 
-/// All or nothing: the table, its chain and its rule. `replace`: instead of the one there is.
+/// Creates the table, its chain and its rule, or nothing on error. If `replace`, first removes the
+/// table of that name.
 fn make_table(
     socket: &mut Socket,
     table: &str,
@@ -131,13 +135,13 @@ fn make_table(
 
 impl Drop for Masquerade {
     fn drop(&mut self) {
-        // Closing the socket is not enough: a child that another thread has just forked holds it,
-        // too, until it runs its program.
+        // Closing the socket is not enough: a child that another thread has just forked has a copy
+        // of it until it executes its program.
         let table = self.table.as_bytes();
         let gone = transact(&mut self.socket, |batch| {
             batch.request().op_deltable_do(&ip()).encode().push_name_bytes(table);
         });
-        // Not there: before 5.12 anybody may have removed it.
+        // ENOENT: before Linux 5.12 any process may have removed the table.
         if let Err(refusal) = gone
             && !refusal.is(libc::ENOENT)
         {
@@ -147,19 +151,25 @@ impl Drop for Masquerade {
     }
 }
 
+/// The name of the table's chain.
 const CHAIN: &std::ffi::CStr = c"postrouting";
 
-/// `priority srcnat` (`NF_IP_PRI_NAT_SRC`).
+/// The chain's priority: nft's `priority srcnat` (`NF_IP_PRI_NAT_SRC`).
 const SOURCE_NAT: i32 = 100;
 
-/// The messages' family.
+/// Returns the header of messages for the IPv4 family.
 fn ip() -> Nfgenmsg {
     let mut header = Nfgenmsg::new();
     header.nfgen_family = libc::AF_INET as u8;
     header
 }
 
-/// Runs the messages that `fill` adds as one transaction: all of them happen or none.
+/// Sends the messages that `fill` adds as one transaction. The kernel carries out all of them or
+/// none.
+///
+/// # Panics
+///
+/// Panics if there are more than 16 messages, with the begin and the end of the batch.
 fn transact(socket: &mut Socket, fill: impl FnOnce(&mut Chained<'static>)) -> Result<(), Refusal> {
     let mut subsystem = Nfgenmsg::new();
     subsystem.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
@@ -171,14 +181,14 @@ fn transact(socket: &mut Socket, fill: impl FnOnce(&mut Chained<'static>)) -> Re
     let batch = batch.finalize();
     let count = netlink_bindings::traits::NetlinkChained::chain_len(&batch) as u32;
     assert!(count <= 16, "more messages than sequence numbers");
-    // Answers come in order. Linux before 6.10 answers neither to the begin nor to the end, so the
-    // last one sure to come is that to the message before the end. A failed commit is told as an
-    // error of the begin.
+    // Answers arrive in order. Linux before 6.10 answers neither the begin nor the end of a batch,
+    // so the last answer that is certain to arrive is that to the message before the end. The
+    // kernel reports a failed commit as an error of the begin.
     let last = first.wrapping_add(count - 2);
     socket.exchange(batch.buf(), first, last, |_| ())
 }
 
-/// `ip saddr NETWORK ip daddr != NETWORK oifname != TAP counter masquerade`
+/// The rule `ip saddr NETWORK ip daddr != NETWORK oifname != TAP counter masquerade`.
 struct Rule {
     network: [u8; 4],
     mask: [u8; 4],
@@ -212,11 +222,11 @@ impl Rule {
     }
 
     fn push<Prev: Pusher>(&self, rule: PushExprListAttrs<Prev>) {
-        /// Where the addresses are in an IPv4 header.
+        // The offsets of the addresses in an IPv4 header, in bytes.
         const SOURCE: u32 = 12;
         const DESTINATION: u32 = 16;
         let rule = self.push_network(rule, SOURCE, CmpOps::Eq);
-        // The host, too, has an address in that network, and may talk to itself.
+        // The host also has an address in the network, and may send to itself from there.
         let rule = self.push_network(rule, DESTINATION, CmpOps::Neq);
         let rule = rule
             .nested_elem()
@@ -230,14 +240,15 @@ impl Rule {
             .nested_data_counter()
             .end_nested()
             .end_nested()
-            // Without attributes: any port.
+            // A masq expression without attributes may choose any port.
             .nested_elem()
             .push_name(c"masq")
             .end_nested()
             .end_nested();
     }
 
-    /// Goes on only if the address at `offset` is in the network, or only if it is not.
+    /// Adds a match on the address at `offset`: with `Eq` it must be in the network, with `Neq` it
+    /// must not.
     fn push_network<Prev: Pusher>(
         &self,
         rule: PushExprListAttrs<Prev>,
@@ -270,9 +281,10 @@ impl Rule {
     }
 }
 
-/// The one register that the rule computes in.
+/// The only register that the rule uses.
 const REGISTER: u32 = Registers::Reg1 as u32;
 
+/// Adds a comparison of the register with `value`.
 fn push_compare<Prev: Pusher>(
     rule: PushExprListAttrs<Prev>,
     op: CmpOps,
@@ -289,39 +301,43 @@ fn push_compare<Prev: Pusher>(
         .end_nested()
 }
 
-/// IPv4 forwarding of this thread's network namespace (`net.ipv4.ip_forward`): switched on, if it
-/// was off, until the last holder in this process is gone.
+/// A holder of IPv4 forwarding (`net.ipv4.ip_forward`) in the network namespace of the thread that
+/// started it. If forwarding was off, the first holder in this process switches it on, and the last
+/// one to go switches it off again.
 ///
-/// Switching it, either way, resets what the kernel lets one set per interface for hosts and
-/// routers (`accept_redirects`, `conf.*.forwarding`): the kernel's doing. A process that is killed
-/// leaves it on.
+/// Whenever forwarding is switched on or off, the kernel resets settings of each interface that
+/// differ between hosts and routers (`accept_redirects`, `conf.*.forwarding`). A process that is
+/// killed leaves forwarding on.
 #[derive(Debug)]
 pub(crate) struct Forwarding {
-    /// `None`: stopped.
+    /// `None` after a stop.
     namespace: Option<NamespaceId>,
+    /// Forwarding was off before the first holder of this namespace.
     changed: bool,
 }
 
-/// Device and inode of a namespace's file.
+/// The device and inode numbers of a namespace's file, which identify the namespace.
 type NamespaceId = (u64, u64);
 
-/// What all holders in one namespace share.
+/// The state that all holders in one namespace share.
 #[derive(Debug)]
 struct Forwarded {
     holders: usize,
-    /// What it was before, if that was "off", and the file to put it back: whoever writes there,
-    /// it means the namespace it was opened in.
+    /// If forwarding was off before: the file to switch it off with, and the file's earlier
+    /// content. A write to this file takes effect in the namespace in which it was opened,
+    /// whichever thread writes.
     before: Option<(File, Vec<u8>)>,
-    /// Keeps the namespace, and so its inode's number from being used again.
+    /// Keeps the namespace alive, so that its inode number is not reused.
     _namespace: File,
 }
 
+/// The namespaces in which this process has a holder.
 static FORWARDED: Mutex<Option<HashMap<NamespaceId, Forwarded>>> = Mutex::new(None);
 
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
 impl Forwarding {
-    /// Forwards from now on.
+    /// Switches forwarding on in the calling thread's network namespace, if it is off.
     pub(crate) fn start() -> Result<Self, Error> {
         let looking = "looking up this thread's network namespace";
         let namespace = File::open("/proc/thread-self/ns/net").map_err(Error::io(looking))?;
@@ -345,12 +361,14 @@ impl Forwarding {
         Ok(Self { namespace: Some(id), changed })
     }
 
-    /// Whether it was off before this process switched it on. (And will be again.)
+    /// Whether forwarding was off before this process switched it on. If so, it will be switched
+    /// off again.
     pub(crate) fn changed(&self) -> bool {
         self.changed
     }
 
-    /// Lets go, and says whether what was to be put back was. A drop only logs.
+    /// Releases this holder. Returns an error if forwarding had to be switched off and could not
+    /// be. A drop only logs that error.
     pub(crate) fn stop(mut self) -> Result<(), Error> {
         self.release()
     }
@@ -382,7 +400,8 @@ impl Drop for Forwarding {
     }
 }
 
-/// Switches forwarding on. `None`: it was on.
+/// Switches forwarding on in the calling thread's network namespace. Returns the file and its
+/// earlier content, or `None` if forwarding was on already.
 fn switch_on() -> Result<Option<(File, Vec<u8>)>, Error> {
     let before =
         std::fs::read(IP_FORWARD).map_err(Error::io("reading /proc/sys/net/ipv4/ip_forward"))?;
@@ -421,7 +440,7 @@ mod tests {
 
     const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 0);
 
-    /// The names of the tables there are.
+    /// Returns the names of all tables.
     fn tables() -> Vec<String> {
         let mut tables = Vec::new();
         for item in ruleset() {
@@ -441,7 +460,7 @@ mod tests {
     fn the_table_says_what_was_asked_and_goes_at_the_drop() {
         let Some(namespace) = Namespace::new(&["nft"]) else { return };
         namespace.run(|| {
-            // Bits after the prefix do not count.
+            // The bits of the address after the prefix are ignored.
             let masquerade = Masquerade::start("tap0", Ipv4Addr::new(10, 9, 8, 77), 24).unwrap();
             let text = run("nft list table ip vmring_tap0");
             assert!(text.contains("flags owner"), "is this kernel older than 5.12? {text}");
@@ -490,7 +509,7 @@ mod tests {
         });
     }
 
-    /// As when the process is killed: nobody says that the table is to go.
+    /// As if the process were killed: nothing deletes the table explicitly.
     #[test]
     fn an_owners_table_goes_with_its_socket() {
         let Some(namespace) = Namespace::new(&["nft"]) else { return };
@@ -500,7 +519,8 @@ mod tests {
             make_table(&mut socket, "vmring_tap0", &rule, true, false).unwrap();
             assert_eq!(tables(), ["vmring_tap0"]);
             drop(socket);
-            // Tests beside this one start programs, whose forks hold it for a moment.
+            // Tests that run at the same time start programs. Their forks hold the socket for a
+            // moment.
             let deadline = Instant::now() + Duration::from_secs(5);
             while !tables().is_empty() {
                 assert!(Instant::now() < deadline, "the table is still there");
@@ -509,7 +529,7 @@ mod tests {
         });
     }
 
-    /// As on a kernel that does not know owners: dropped by hand, and from outside the namespace.
+    /// As on a kernel that does not know owners. The value is dropped outside the namespace.
     #[test]
     fn a_table_without_an_owner_is_removed_and_a_left_one_replaced() {
         let Some(namespace) = Namespace::new(&["nft"]) else { return };
@@ -531,8 +551,8 @@ mod tests {
     fn without_the_privilege_the_error_says_what_is_needed() {
         let Some(namespace) = Namespace::new(&[]) else { return };
         namespace.run(|| {
-            // SAFETY: the raw call takes numbers and no memory and, unlike libc's setresuid,
-            // changes this thread only; it ends with the test.
+            // SAFETY: the raw call takes three numbers and no pointer. Unlike libc's setresuid, it
+            // changes only this thread, which ends with the test.
             let result = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
             assert_eq!(result, 0);
             let error = Masquerade::start("tap0", NETWORK, 24).unwrap_err();
@@ -543,7 +563,8 @@ mod tests {
         });
     }
 
-    /// Next packet, and whose it is. (A socket with a time-out may say "interrupted" at any time.)
+    /// Returns the next packet and its sender. (A receive with a timeout may fail with
+    /// "interrupted" at any time.)
     fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
         let mut buffer = [0; 16];
         loop {
@@ -572,7 +593,7 @@ mod tests {
             assert!(forwards());
             second
         });
-        // From a thread of another namespace.
+        // On a thread in another namespace.
         second.stop().unwrap();
         namespace.run(|| {
             assert!(!forwards());
@@ -610,8 +631,8 @@ mod tests {
         two.run(|| assert!(forwards()));
     }
 
-    /// A guest behind the host, and a world that knows no way back to the guest's network: answers
-    /// come only if the host gave the guest's packets its own address.
+    /// A guest is behind the host. The other network (`world`) has no route back to the guest's
+    /// network, so answers arrive only if the host gave the guest's packets its own address.
     #[test]
     fn a_guest_reaches_the_world_by_the_hosts_address() {
         let programs = ["ip", "ping"];
@@ -622,7 +643,7 @@ mod tests {
 
         host.run(|| {
             std::fs::write(IP_FORWARD, "0").unwrap();
-            // The way out first: it is the address that the host's own packets would be given.
+            // The interface to the world comes first: the host's own packets would get its address.
             run(&format!("ip link add up0 type veth peer name eth0 netns {}", world.path()));
             run(&format!("ip link add tap0 type veth peer name eth0 netns {}", guest.path()));
             run("ip link set lo up");
@@ -659,7 +680,8 @@ mod tests {
         assert_eq!((&packet[..], from), (&b"answer"[..], world_server.into()));
         guest.run(|| run("ping -c 1 -W 5 192.0.2.2"));
 
-        // The host talks to its own address in the guest's network by that address.
+        // When the host sends to its own address in the guest's network, the packets keep that
+        // address.
         host.run(|| {
             let own = UdpSocket::bind("10.9.8.1:7001").unwrap();
             own.set_read_timeout(patience).unwrap();
@@ -668,8 +690,8 @@ mod tests {
             assert_eq!(from, "10.9.8.1:7001".parse().unwrap());
         });
 
-        // Without it, from a new port (the old one's connection is translated until it is over),
-        // the world sees an address that it cannot answer.
+        // Without the translation the world sees an address that it cannot answer. The guest uses a
+        // new port, because the connection of the old one stays translated until it ends.
         drop(masquerade);
         let late = guest.run(|| UdpSocket::bind("10.9.8.2:0").unwrap());
         late.send_to(b"ask", world_server).unwrap();
