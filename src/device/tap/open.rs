@@ -1,4 +1,4 @@
-//! `/dev/net/tun`: opening queues of a TAP, and what is asked of an open one. Sources: the kernel's
+//! `/dev/net/tun`: opens queues of a TAP, and queries and sets up open ones. Sources: the kernel's
 //! `Documentation/networking/tuntap.rst` and `drivers/net/tun.c`.
 
 use std::ffi::{c_int, c_uint};
@@ -15,7 +15,7 @@ use super::link::is_interface_name;
 use crate::config::Offloads;
 use crate::error::{Error, TapError};
 
-/// One queue of a TAP: a non-blocking descriptor on which each read and each write is one frame.
+/// One queue of a TAP: a non-blocking descriptor on which each read and each write moves one frame.
 #[derive(Debug)]
 pub(crate) struct TapQueueFd(OwnedFd);
 
@@ -31,12 +31,12 @@ impl std::os::fd::AsFd for TapQueueFd {
     }
 }
 
-/// How a TAP is to be opened.
+/// The flags with which a TAP is opened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flags {
-    /// `IFF_MULTI_QUEUE`.
+    /// The TAP has several queues (`IFF_MULTI_QUEUE`).
     pub(crate) multi: bool,
-    /// `IFF_VNET_HDR`: an offload header in front of each frame.
+    /// Each frame has an offload header in front (`IFF_VNET_HDR`).
     pub(crate) header: bool,
 }
 
@@ -53,7 +53,7 @@ impl Flags {
     }
 }
 
-/// What an open TAP says of itself.
+/// What `TUNGETIFF` reports about an open TAP. The flags are those of [`Flags`].
 #[derive(Clone, Debug)]
 pub(crate) struct Described {
     pub(crate) name: String,
@@ -61,7 +61,8 @@ pub(crate) struct Described {
     pub(crate) multi: bool,
 }
 
-/// Whether an interface can have that name. A `%` would be a wish for a number, not a name.
+/// Checks that an interface can have that name. A `%` is not allowed, because the kernel would put
+/// a number in its place.
 pub(crate) fn check_name(name: &str) -> Result<(), TapError> {
     let odd = |byte: u8| byte.is_ascii_whitespace() || byte == b'%';
     if is_interface_name(name) && !name.bytes().any(odd) {
@@ -71,8 +72,8 @@ pub(crate) fn check_name(name: &str) -> Result<(), TapError> {
     }
 }
 
-/// Opens a queue of the TAP `name`, which is made if there is none. `name` may hold `%d`, for which
-/// the kernel puts a number; the answer has the name.
+/// Opens a queue of the TAP `name`, and creates the TAP if there is none. `name` may contain `%d`,
+/// for which the kernel puts a number. Returns the queue and the TAP's name.
 pub(crate) fn open(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Error> {
     let file = OpenOptions::new()
         .read(true)
@@ -95,6 +96,7 @@ pub(crate) fn open(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Err
     }
 }
 
+/// Returns the error for a `TUNSETIFF` that failed.
 fn refusal(name: &str, flags: Flags, source: io::Error) -> Error {
     match source.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => Error::PermissionDenied {
@@ -106,7 +108,8 @@ fn refusal(name: &str, flags: Flags, source: io::Error) -> Error {
         },
         Some(libc::EBUSY) => TapError::Taken(name.to_owned()).into(),
         Some(libc::E2BIG | libc::ENFILE) => TapError::TooManyQueues(name.to_owned()).into(),
-        // Either it is no TAP, or it is one of the other kind. One way to find out is to try.
+        // Either the interface is not a TAP, or it has several queues and one was requested, or the
+        // other way round. A second attempt with the other flag tells.
         Some(libc::EINVAL) => {
             let other = Flags { multi: !flags.multi, ..flags };
             let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
@@ -122,16 +125,19 @@ fn refusal(name: &str, flags: Flags, source: io::Error) -> Error {
     }
 }
 
+/// Attaches the open `/dev/net/tun` to the TAP `name`. Returns the TAP's name.
 fn set_interface(file: &File, name: &str, flags: Flags) -> io::Result<String> {
     let mut request = request(name);
     request.ifr_ifru.ifru_flags = flags.bits() as libc::c_short;
-    // SAFETY: TUNSETIFF reads and writes an `ifreq`.
+    // SAFETY: TUNSETIFF reads and writes an `ifreq`, which `request` is.
     unsafe { ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) }?;
     Ok(name_of(&request))
 }
 
+/// Returns an `ifreq` with this name, cut off at `IFNAMSIZ - 1` bytes, and zeroes.
 fn request(name: &str) -> ifreq {
-    // SAFETY: all zeroes are an `ifreq`: an empty name and a number of zero.
+    // SAFETY: an `ifreq` consists of integers and of a union of integers and pointers, so all
+    // zeroes are a valid value: an empty name and the number 0.
     let mut request: ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(IFNAMSIZ - 1)) {
         *to = from as libc::c_char;
@@ -145,11 +151,14 @@ fn name_of(request: &ifreq) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Calls ioctl(2) with a pointer.
+///
 /// # Safety
 ///
-/// `argument` is what `request` reads and writes.
+/// `argument` must point to a value of the type that `request` reads or writes.
 unsafe fn ioctl<T>(fd: RawFd, request: libc::Ioctl, argument: *mut T) -> io::Result<()> {
-    // SAFETY: as the caller says.
+    // SAFETY: the caller guarantees that `argument` points to what `request` reads or writes. An
+    // invalid `fd` only makes the call fail.
     match unsafe { libc::ioctl(fd, request, argument) } {
         ..0 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -157,11 +166,11 @@ unsafe fn ioctl<T>(fd: RawFd, request: libc::Ioctl, argument: *mut T) -> io::Res
 }
 
 impl TapQueueFd {
-    /// Takes over a descriptor that somebody else has opened.
+    /// Takes over a descriptor that another process has opened, and makes it non-blocking.
     pub(crate) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
-        // SAFETY: F_GETFL takes no argument and `fd` is open.
+        // SAFETY: F_GETFL takes no argument, and `fd` keeps the descriptor open.
         let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-        // SAFETY: F_SETFL takes a number.
+        // SAFETY: F_SETFL takes a number and no pointer, and `fd` keeps the descriptor open.
         let set = flags >= 0
             && unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } == 0;
         if set {
@@ -171,15 +180,15 @@ impl TapQueueFd {
         }
     }
 
-    /// Another descriptor of the same queue.
+    /// Duplicates the descriptor. The new one belongs to the same queue.
     pub(crate) fn another(&self) -> Result<Self, Error> {
         self.0.try_clone().map(Self).map_err(Error::io("duplicating the TAP's descriptor"))
     }
 
-    /// What it is attached to.
+    /// Returns the name and the flags of the TAP to which the descriptor is attached.
     pub(crate) fn describe(&self) -> Result<Described, Error> {
         let mut request = request("");
-        // SAFETY: TUNGETIFF writes an `ifreq`.
+        // SAFETY: TUNGETIFF writes an `ifreq`, which `request` is.
         let asked = unsafe { ioctl(self.as_raw_fd(), libc::TUNGETIFF, &mut request) };
         if let Err(error) = asked {
             return Err(match error.raw_os_error() {
@@ -190,13 +199,14 @@ impl TapQueueFd {
             }
             .into());
         }
-        // SAFETY: TUNGETIFF sets the flags.
+        // SAFETY: TUNGETIFF has succeeded, and it sets this field of the union, the flags. Any
+        // bytes are valid flags.
         let flags = c_int::from(unsafe { request.ifr_ifru.ifru_flags });
         if flags & libc::IFF_TAP == 0 {
             return Err(TapError::Descriptor("it is a TUN, which has no Ethernet").into());
         }
-        // Whether it was opened with IFF_NO_PI is not to be seen: TUNGETIFF has another flag with the
-        // same value (IFF_NOFILTER).
+        // It cannot be found out whether the TAP was opened with IFF_NO_PI: in the answer of
+        // TUNGETIFF another flag has the same value (IFF_NOFILTER).
         Ok(Described {
             name: name_of(&request),
             header: flags & libc::IFF_VNET_HDR != 0,
@@ -204,13 +214,14 @@ impl TapQueueFd {
         })
     }
 
-    /// The MAC address of the host's end.
+    /// Returns the MAC address of the host's end.
     pub(crate) fn host_mac(&self) -> Result<MacAddr6, Error> {
         let mut request = request("");
-        // SAFETY: SIOCGIFHWADDR writes an `ifreq`.
+        // SAFETY: SIOCGIFHWADDR writes an `ifreq`, which `request` is.
         unsafe { ioctl(self.as_raw_fd(), libc::SIOCGIFHWADDR, &mut request) }
             .map_err(Error::io("asking the TAP for its MAC address"))?;
-        // SAFETY: SIOCGIFHWADDR sets the address.
+        // SAFETY: SIOCGIFHWADDR has succeeded, and it sets this field of the union, the address.
+        // Any bytes are a valid address.
         let address = unsafe { request.ifr_ifru.ifru_hwaddr };
         let bytes: [u8; 6] = std::array::from_fn(|i| address.sa_data[i] as u8);
         Ok(bytes.into())
@@ -219,28 +230,29 @@ impl TapQueueFd {
     /// Sets the offload header's length and byte order to those of virtio 1.x.
     pub(crate) fn set_header(&self) -> Result<(), Error> {
         let mut len = offload::LEN as c_int;
-        // SAFETY: TUNSETVNETHDRSZ reads a number.
+        // SAFETY: TUNSETVNETHDRSZ reads a C `int`, which `len` is.
         unsafe { ioctl(self.as_raw_fd(), libc::TUNSETVNETHDRSZ, &mut len) }
             .map_err(Error::io("setting the TAP's offload header to 12 bytes"))?;
         let mut little = 1;
-        // SAFETY: TUNSETVNETLE reads a number.
+        // SAFETY: TUNSETVNETLE reads a C `int`, which `little` is.
         unsafe { ioctl(self.as_raw_fd(), libc::TUNSETVNETLE, &mut little) }
             .map_err(Error::io("setting the TAP's offload header to little-endian"))
     }
 
-    /// Asks for offloads; answers with what the kernel grants, which may be less.
+    /// Requests offloads. Returns those that the kernel grants, which may be fewer.
     pub(crate) fn set_offloads(&self, wanted: Offloads) -> Result<Offloads, Error> {
         let mut asked = wanted;
-        // All segmentation rests on checksums.
+        // Every segmentation offload requires checksum offload.
         asked.checksum |= asked.tso4 || asked.tso6 || asked.uso;
         loop {
             let bits = c_ulong::from(offload_bits(asked));
-            // SAFETY: TUNSETOFFLOAD takes its argument by value.
+            // SAFETY: TUNSETOFFLOAD takes its argument by value, so no memory is involved.
             if unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETOFFLOAD, bits) } >= 0 {
                 return Ok(Offloads { virtio_header: true, ..asked });
             }
             let error = io::Error::last_os_error();
-            // A kernel that does not know a bit refuses all: USO came with 6.2.
+            // A kernel that does not know one of the bits refuses the whole request. USO exists
+            // since Linux 6.2.
             match error.raw_os_error() {
                 Some(libc::EINVAL) if asked.uso => asked.uso = false,
                 Some(libc::EINVAL) if asked.tso4 || asked.tso6 => {
@@ -252,25 +264,28 @@ impl TapQueueFd {
         }
     }
 
-    /// Whether somebody has set how many bytes written may be under way (TUNSETSNDBUF); if nobody has,
-    /// the kernel takes any number.
+    /// Whether the kernel may refuse a write for the moment. It does so only if somebody has
+    /// limited the bytes of written frames that may be in flight (`TUNSETSNDBUF`). True if the
+    /// limit cannot be read.
     pub(crate) fn refuses_writes(&self) -> bool {
         let mut room: c_int = c_int::MAX;
-        // SAFETY: TUNGETSNDBUF writes a number.
+        // SAFETY: TUNGETSNDBUF writes a C `int`, which `room` is.
         let asked = unsafe { ioctl(self.as_raw_fd(), libc::TUNGETSNDBUF, &mut room) };
         asked.is_err() || room != c_int::MAX
     }
 
-    /// Of a TAP with several queues: whether the kernel puts frames into this one.
+    /// Attaches this queue of a TAP with several queues, so that the kernel puts frames into it, or
+    /// detaches it.
     pub(crate) fn attach(&self, yes: bool) -> io::Result<()> {
         let mut request = request("");
         let bits = if yes { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         request.ifr_ifru.ifru_flags = bits as libc::c_short;
-        // SAFETY: TUNSETQUEUE reads an `ifreq`.
+        // SAFETY: TUNSETQUEUE reads an `ifreq`, which `request` is.
         unsafe { ioctl(self.as_raw_fd(), libc::TUNSETQUEUE, &mut request) }
     }
 }
 
+/// Returns the argument of `TUNSETOFFLOAD`.
 fn offload_bits(offloads: Offloads) -> c_uint {
     let mut bits = 0;
     for (asked, bit) in [
