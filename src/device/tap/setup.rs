@@ -1,4 +1,4 @@
-//! The host's end of a TAP: what is set when an interface starts, and taken away when it stops.
+//! The host's end of a TAP: sets it up when an interface starts, and undoes that when it stops.
 
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -13,12 +13,12 @@ use super::nat::{Forwarding, Masquerade};
 use crate::config::{InterfaceConfig, Ipv4Range, Mode};
 use crate::error::{ConfigError, Error, TapError};
 
-/// What an interface asks of the host's end.
+/// What an interface requests of the host's end.
 pub(crate) struct Asked<'a> {
     pub(crate) name: &'a str,
-    /// The TAP has just been made, and goes when it is closed.
+    /// The TAP has just been created, and is deleted when its descriptors are closed.
     pub(crate) fresh: bool,
-    /// Set up what the mode says.
+    /// Whether to set up what the mode says.
     pub(crate) configure: bool,
     pub(crate) config: &'a InterfaceConfig,
     pub(crate) host_mac: Option<MacAddr6>,
@@ -27,17 +27,19 @@ pub(crate) struct Asked<'a> {
     pub(crate) dns: &'a [Ipv4Addr],
 }
 
-/// What was set, and how to take it back.
+/// The settings that were made, and how to undo them.
 #[derive(Debug)]
 pub(crate) struct Setup {
     netlink: Netlink,
+    /// The steps that undo the settings of the interface, in the order in which they were made.
     undo: Vec<Undo>,
-    /// In the order in which they are dropped.
+    /// Declared before `forwarding`, so that it is dropped first.
     masquerade: Option<Masquerade>,
     forwarding: Option<Forwarding>,
     range: Option<Ipv4Range>,
 }
 
+/// One step of an undo, with the value to put back.
 #[derive(Debug)]
 enum Undo {
     Down { index: u32 },
@@ -48,32 +50,35 @@ enum Undo {
 }
 
 impl Setup {
-    /// In the network namespace of this thread, in which it stays.
+    /// Creates a setup that has set nothing yet. It works in the calling thread's network
+    /// namespace, and stays there whichever thread uses it later.
     pub(crate) fn open() -> Result<Self, Error> {
         let netlink = Netlink::open()?;
         Ok(Self { netlink, undo: Vec::new(), masquerade: None, forwarding: None, range: None })
     }
 
+    /// Returns the interface of that name, or `None` if there is none.
     pub(crate) fn find(&mut self, name: &str) -> Result<Option<Link>, Error> {
         self.netlink.link(name)
     }
 
-    /// The bridges there are, in the TAP's network namespace.
+    /// Returns the names of the bridges in this setup's network namespace.
     pub(crate) fn bridges(&mut self) -> Result<Vec<String>, Error> {
         self.netlink.bridges()
     }
 
-    /// Whether IPv4 forwarding was off before.
+    /// Whether this setup holds IPv4 forwarding and forwarding was off before.
     pub(crate) fn turned_forwarding_on(&self) -> bool {
         self.forwarding.as_ref().is_some_and(Forwarding::changed)
     }
 
+    /// Returns the IPv4 range of the TAP's network, if an address was set.
     pub(crate) fn range(&self) -> Option<Ipv4Range> {
         self.range
     }
 
-    /// Sets what was asked for. Answers with the MTU, and the DHCP server if there is one. What was set
-    /// before an error is taken back when this is dropped.
+    /// Makes the requested settings. Returns the MTU, and the DHCP server if there is one. If it
+    /// fails, the settings that it has made are undone when `self` is dropped.
     pub(crate) fn apply(
         &mut self,
         asked: &Asked<'_>,
@@ -87,7 +92,8 @@ impl Setup {
             return Err(ConfigError::Invalid(sentence).into());
         }
         let Some(link) = self.netlink.link(asked.name)?.filter(|link| link.mac == host_mac) else {
-            // A descriptor from another network namespace: whoever sent it has set it up.
+            // The descriptor comes from another network namespace. The process that passed it has
+            // set the TAP up.
             if asked.configure || asked.host_mac.is_some() {
                 return Err(TapError::Setting(
                     "the TAP is in another network namespace, where it cannot be configured from \
@@ -122,12 +128,13 @@ impl Setup {
             self.undo.push(Undo::Down { index });
         }
         if asked.fresh {
-            // All of that goes with the TAP.
+            // These settings disappear with the TAP.
             self.undo.clear();
         }
         Ok((mtu, dhcp))
     }
 
+    /// Makes the TAP a port of `bridge`.
     fn enslave(&mut self, link: &Link, bridge: &str) -> Result<(), Error> {
         let master = self.netlink.link(bridge)?.filter(|link| link.is_bridge);
         let master = master.ok_or_else(|| TapError::NoBridge(bridge.to_owned()))?;
@@ -138,6 +145,8 @@ impl Setup {
         Ok(())
     }
 
+    /// Sets up host or shared mode: the address, NAT and forwarding. Returns the DHCP server, if
+    /// one was requested.
     fn address(
         &mut self,
         asked: &Asked<'_>,
@@ -179,7 +188,8 @@ impl Setup {
         Dhcp::new(config, link.index).map(Some)
     }
 
-    /// Takes back what was set, last first; goes on after an error, of which it answers the first.
+    /// Undoes the settings, the last one first. Continues after an error, and returns the first
+    /// error.
     pub(crate) fn undo(&mut self) -> Result<(), Error> {
         let mut result = Ok(());
         let mut keep = |outcome: Result<(), Error>| {
