@@ -1,9 +1,9 @@
-//! What can go wrong with a TAP, as sentences with a remedy.
+//! The errors of a TAP. Each message is a sentence that says how to solve the problem.
 
 use thiserror::Error as ThisError;
 
-/// A rule of the kernel's TAP that was broken. What lacks a privilege is
-/// [`Error::PermissionDenied`](crate::Error::PermissionDenied) instead.
+/// A rule of the kernel's TAP that was broken. A missing privilege is not among them: it is
+/// [`Error::PermissionDenied`](crate::Error::PermissionDenied).
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
 #[non_exhaustive]
 pub enum TapError {
@@ -13,22 +13,22 @@ pub enum TapError {
          container the device (--device /dev/net/tun)"
     )]
     NoTun,
-    /// The name is none that the kernel takes.
+    /// The name is not valid for a network interface.
     #[error("'{0}' is no interface name: 1 to 15 bytes, without '/', ':', '%' and blanks")]
     Name(String),
-    /// Somebody else has the TAP open.
+    /// The TAP is open already, in another process or for another interface.
     #[error(
         "the TAP '{0}' is in use by another process: end it, choose another name, or open the TAP \
          with several queues on both sides"
     )]
     Taken(String),
-    /// There is such an interface, and it is no TAP.
+    /// An interface of that name exists, but it is not a TAP.
     #[error(
         "'{0}' is an interface of another kind: choose another name, or make a TAP with \
          'ip tuntap add {0} mode tap'"
     )]
     NotATap(String),
-    /// The TAP was made for several queues and one was asked for, or the other way round.
+    /// The TAP was created for several queues and one was requested, or the other way round.
     #[error(
         "the TAP '{name}' was made {}: {}",
         if *.multi { "for several queues" } else { "for one queue" },
@@ -41,25 +41,26 @@ pub enum TapError {
     QueueMismatch {
         /// The TAP's name.
         name: String,
-        /// Whether it was made for several.
+        /// Whether the TAP was created for several queues.
         multi: bool,
     },
-    /// The kernel gives the TAP no further queue.
+    /// The TAP has as many queues as the kernel allows (256).
     #[error(
         "the kernel gives the TAP '{0}' no further queue: ask for fewer (256 are the most, with those \
          of others)"
     )]
     TooManyQueues(String),
-    /// A descriptor that is no TAP's, or not set up for this use.
+    /// A descriptor is not that of a TAP, or is not set up for this use.
     #[error("the descriptor is no open TAP: {0}")]
     Descriptor(&'static str),
-    /// [`Mode::Bridged`](crate::Mode::Bridged) names no bridge.
+    /// [`Mode::Bridged`](crate::Mode::Bridged) names an interface that does not exist or is not a
+    /// bridge.
     #[error(
         "there is no bridge '{0}': make one with 'ip link add {0} type bridge', or name one that \
          is there"
     )]
     NoBridge(String),
-    /// The TAP that the interface was on is gone.
+    /// The interface's TAP no longer exists.
     #[error("the TAP '{0}' is gone: make it again, then restart the interface")]
     Gone(String),
     /// A setting is not possible with this TAP.
