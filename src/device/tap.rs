@@ -164,7 +164,7 @@ impl TapEngine {
             TapEngine::Auto => Ok(match uring::check() {
                 Ok(()) => TapEngine::IoUring,
                 Err(error) => {
-                    tracing::info!(%error, "no io_uring: the TAP is driven by plain calls");
+                    tracing::info!(%error, "io_uring does not work here: the TAP uses plain calls");
                     TapEngine::Plain
                 }
             }),
@@ -439,7 +439,9 @@ impl Running {
                     adopted.iter().map(TapQueueFd::describe).collect::<Result<_, _>>()?;
                 let first = &described[0];
                 if described.iter().any(|other| other.name != first.name) {
-                    return Err(TapError::Descriptor("they are queues of different TAPs").into());
+                    return Err(
+                        TapError::Descriptor("the descriptors belong to different TAPs").into()
+                    );
                 }
                 let fds = adopted.iter().map(TapQueueFd::another).collect::<Result<Vec<_>, _>>()?;
                 let fds = fds.into_iter().map(Arc::new).collect();
@@ -536,7 +538,9 @@ impl QueueState {
         if self.multi && self.attached != yes {
             match self.fd.attach(yes) {
                 Ok(()) => self.attached = yes,
-                Err(error) => tracing::warn!(%error, attach = yes, "a queue of the TAP stays"),
+                Err(error) => {
+                    tracing::warn!(%error, attach = yes, "cannot attach or detach a queue")
+                }
             }
         }
     }
@@ -622,7 +626,7 @@ impl Device for TapDevice {
         let before = self.stop();
         if let Err(error) = before {
             // The TAP may be gone, and with it all that had to be undone.
-            tracing::debug!(%error, "the TAP was not left as it was found");
+            tracing::debug!(%error, "the TAP's earlier settings were not all restored");
         }
         let origin = &mut *lock(&self.origin);
         let mut config = self.config.clone();
@@ -711,10 +715,10 @@ impl TapQueue {
             && let Err(error) = uring.prepare()
         {
             if !self.may_fall_back {
-                tracing::error!(%error, "no io_uring for a queue of the TAP");
+                tracing::error!(%error, "a queue of the TAP got no io_uring");
                 return Err(Status::MemFailure);
             }
-            tracing::warn!(%error, "no io_uring for a queue of the TAP: plain calls instead");
+            tracing::warn!(%error, "a queue of the TAP got no io_uring, so it uses plain calls");
             self.fallbacks.fetch_add(1, Ordering::Relaxed);
             self.engine = Engine::Plain(Plain::new(self.fd.clone()));
         }

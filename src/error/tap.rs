@@ -14,7 +14,9 @@ pub enum TapError {
     )]
     NoTun,
     /// The name is not valid for a network interface.
-    #[error("'{0}' is no interface name: 1 to 15 bytes, without '/', ':', '%' and blanks")]
+    #[error(
+        "'{0}' is not a valid interface name: use 1 to 15 bytes, without '/', ':', '%' and blanks"
+    )]
     Name(String),
     /// The TAP is open already, in another process or for another interface.
     #[error(
@@ -46,12 +48,12 @@ pub enum TapError {
     },
     /// The TAP has as many queues as the kernel allows (256).
     #[error(
-        "the kernel gives the TAP '{0}' no further queue: ask for fewer (256 are the most, with those \
-         of others)"
+        "the kernel gives the TAP '{0}' no more queues: ask for fewer (at most 256, including \
+         those of other processes)"
     )]
     TooManyQueues(String),
     /// A descriptor is not that of a TAP, or is not set up for this use.
-    #[error("the descriptor is no open TAP: {0}")]
+    #[error("the descriptor cannot be used as a TAP: {0}")]
     Descriptor(&'static str),
     /// [`Mode::Bridged`](crate::Mode::Bridged) names an interface that does not exist or is not a
     /// bridge.

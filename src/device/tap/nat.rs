@@ -74,7 +74,7 @@ impl Masquerade {
             // names the table.
             if refusal.is(libc::EPERM) && refusal.message() > 0 {
                 let text = format!(
-                    "the table {table} is another interface's, which translates for {tap} \
+                    "the table {table} belongs to another interface, which translates for {tap} \
                      already; stop that one first"
                 );
                 io::Error::new(io::ErrorKind::AddrInUse, text).into()
@@ -377,7 +377,7 @@ impl Forwarding {
         let Some(id) = self.namespace.take() else { return Ok(()) };
         let mut all = lock(&FORWARDED);
         let all = all.get_or_insert_default();
-        let forwarded = all.get_mut(&id).expect("a holder is counted until it lets go");
+        let forwarded = all.get_mut(&id).expect("a holder is counted until it is released");
         forwarded.holders -= 1;
         if forwarded.holders > 0 {
             return Ok(());

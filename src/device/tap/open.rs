@@ -193,9 +193,9 @@ impl TapQueueFd {
         if let Err(error) = asked {
             return Err(match error.raw_os_error() {
                 Some(libc::EBADFD) => TapError::Descriptor(
-                    "it is /dev/net/tun and not attached to an interface (TUNSETIFF)",
+                    "it is /dev/net/tun, but not attached to an interface (TUNSETIFF)",
                 ),
-                _ => TapError::Descriptor("it does not answer to TUNGETIFF"),
+                _ => TapError::Descriptor("it does not answer TUNGETIFF"),
             }
             .into());
         }

@@ -219,7 +219,7 @@ impl Setup {
 impl Drop for Setup {
     fn drop(&mut self) {
         if let Err(error) = self.undo() {
-            tracing::debug!(%error, "the TAP was not left as it was found");
+            tracing::debug!(%error, "the TAP's earlier settings were not all restored");
         }
     }
 }

@@ -377,13 +377,13 @@ impl UringState {
             if let Some(entry) = last.replace(entry) {
                 // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put
                 // it. The slot stays there until `complete` sees the write's completion.
-                unsafe { queue.push(&entry.flags(link)) }.expect("there is room, as just seen");
+                unsafe { queue.push(&entry.flags(link)) }.expect("the queue has space, as checked");
             }
         }
         if let Some(entry) = last {
             // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put it.
             // The slot stays there until `complete` sees the write's completion.
-            unsafe { queue.push(&entry) }.expect("there is room, as seen");
+            unsafe { queue.push(&entry) }.expect("the queue has space, as checked");
         }
     }
 
@@ -576,7 +576,7 @@ impl UringState {
         header: usize,
         wanted: impl Fn(&PostedSlot) -> bool,
     ) -> Result<(), Status> {
-        debug_assert!(!self.armed, "the state may fill them");
+        debug_assert!(!self.armed, "the kernel may fill the buffers");
         self.ring.submitter().unregister_buf_ring(GROUP).map_err(|error| status_of(&error))?;
         self.buffers.forget_all();
         self.register().map_err(|_| Status::MemFailure)?;
@@ -626,7 +626,7 @@ impl Drop for UringState {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        tracing::error!(slots, "leaked: the state holds on");
+        tracing::error!(slots, "leaked: the kernel still holds them");
         std::mem::forget(std::mem::take(&mut self.reads));
         std::mem::forget(std::mem::take(&mut self.writes));
         self.buffers.leak();
