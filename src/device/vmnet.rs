@@ -264,7 +264,7 @@ impl Device for VmnetDevice {
         }
         for rule in lock(&self.forwards).iter() {
             if let Err(error) = forwarding::add(&started, &self.driver.system, rule) {
-                tracing::warn!(%error, ?rule, "a started is not forwarded any more");
+                tracing::warn!(%error, ?rule, "a port is not forwarded any more");
             }
         }
         *lock(&self.started) = Some(Arc::new(started));

@@ -62,7 +62,7 @@ fn needs_newer() -> Error {
 }
 
 pub(crate) fn add(
-    port: &StartedInterface,
+    started: &StartedInterface,
     system: &System,
     rule: &PortForward,
 ) -> Result<(), Error> {
@@ -75,7 +75,7 @@ pub(crate) fn add(
             // SAFETY: the interface runs; the address has the bytes of its family.
             unsafe {
                 (newer.add)(
-                    port.interface(),
+                    started.interface(),
                     protocol,
                     outside,
                     family,
@@ -90,7 +90,7 @@ pub(crate) fn add(
             // SAFETY: the interface runs.
             unsafe {
                 vmnet_interface_add_port_forwarding_rule(
-                    port.interface(),
+                    started.interface(),
                     protocol,
                     outside,
                     inner,
@@ -105,7 +105,7 @@ pub(crate) fn add(
 
 /// Ends the rule of that port, of whichever family it is.
 pub(crate) fn remove(
-    port: &StartedInterface,
+    started: &StartedInterface,
     system: &System,
     protocol: Protocol,
     outside: u16,
@@ -116,7 +116,7 @@ pub(crate) fn remove(
             // SAFETY: the interface runs.
             unsafe {
                 vmnet_interface_remove_port_forwarding_rule(
-                    port.interface(),
+                    started.interface(),
                     protocol,
                     outside,
                     Some(handler),
@@ -127,7 +127,7 @@ pub(crate) fn remove(
     let remove = |family| {
         ask(|handler| {
             // SAFETY: the interface runs.
-            unsafe { (newer.remove)(port.interface(), protocol, outside, family, Some(handler)) }
+            unsafe { (newer.remove)(started.interface(), protocol, outside, family, Some(handler)) }
         })
     };
     // A rule that is not there is an error (measured), so one success is a success.
@@ -135,11 +135,11 @@ pub(crate) fn remove(
     four.or(six)
 }
 
-pub(crate) fn list(port: &StartedInterface, system: &System) -> Result<Vec<PortForward>, Error> {
+pub(crate) fn list(started: &StartedInterface, system: &System) -> Result<Vec<PortForward>, Error> {
     let Some(newer) = system.forwarding else {
         let get = |handler: &ObjectBlock| {
             // SAFETY: the interface runs.
-            unsafe { vmnet_interface_get_port_forwarding_rules(port.interface(), handler) }
+            unsafe { vmnet_interface_get_port_forwarding_rules(started.interface(), handler) }
         };
         return fetch(get, old_details);
     };
@@ -147,7 +147,7 @@ pub(crate) fn list(port: &StartedInterface, system: &System) -> Result<Vec<PortF
     for family in [AF_INET, AF_INET6] {
         let get = |handler: &ObjectBlock| {
             // SAFETY: the interface runs.
-            unsafe { (newer.get)(port.interface(), family, handler) }
+            unsafe { (newer.get)(started.interface(), family, handler) }
         };
         rules.extend(fetch(get, move |rule| new_details(newer, family, rule))?);
     }

@@ -158,18 +158,18 @@ fn slices(packets: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
     packets.iter_mut().map(Vec::as_mut_slice).collect()
 }
 
-fn read(port: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+fn read(started: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
     // SAFETY: a port runs as long as it exists.
-    unsafe { call(vmnet_read, port.interface(), &mut slices(packets), pieces) }
+    unsafe { call(vmnet_read, started.interface(), &mut slices(packets), pieces) }
 }
 
-fn write(port: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
+fn write(started: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
     // SAFETY: as in `read`.
-    unsafe { call(vmnet_write, port.interface(), &mut slices(packets), pieces) }
+    unsafe { call(vmnet_write, started.interface(), &mut slices(packets), pieces) }
 }
 
 /// `n` buffers.
-fn room(n: usize, size: usize) -> Vec<Vec<u8>> {
+fn empty_buffers(n: usize, size: usize) -> Vec<Vec<u8>> {
     vec![vec![0; size]; n]
 }
 
@@ -195,7 +195,7 @@ fn number_of(packet: &[u8]) -> u32 {
 
 /// Two interfaces on one network.
 struct Pair {
-    ports: [StartedInterface; 2],
+    started: [StartedInterface; 2],
     /// From the first to the second.
     macs: [[u8; 6]; 2],
     max: usize,
@@ -239,14 +239,14 @@ impl Probe {
 
 impl Pair {
     fn start(ids: [[u8; 16]; 2], system: System) -> Result<Self, Error> {
-        let ports = [start(ids[0], system, false)?, start(ids[1], system, false)?];
+        let started = [start(ids[0], system, false)?, start(ids[1], system, false)?];
         let macs = [0, 1].map(|i| {
             let local = [2, 0, 0, 0, 0, i as u8 + 1];
-            ports[i].parameters.mac.map_or(local, macaddr::MacAddr6::into_array)
+            started[i].parameters.mac.map_or(local, macaddr::MacAddr6::into_array)
         });
-        let (_, max) = ports[0].parameters.sizes().unwrap_or((1500, 1514));
-        let (read, write) = ports[0].parameters.batches();
-        Ok(Self { ports, macs, max: max as usize, limits: (read as usize, write as usize) })
+        let (_, max) = started[0].parameters.sizes().unwrap_or((1500, 1514));
+        let (read, write) = started[0].parameters.batches();
+        Ok(Self { started, macs, max: max as usize, limits: (read as usize, write as usize) })
     }
 
     /// Sends `n` small frames from the first to the second, numbered. How many were taken.
@@ -255,7 +255,7 @@ impl Pair {
         let mut sent = 0;
         while sent < n {
             let end = n.min(sent + self.limits.1);
-            match write(&self.ports[0], &mut all[sent..end], 1).done() {
+            match write(&self.started[0], &mut all[sent..end], 1).done() {
                 0 => break,
                 taken => sent += taken,
             }
@@ -267,9 +267,9 @@ impl Pair {
     fn collect(&self) -> Vec<Vec<u8>> {
         let mut ours = Vec::new();
         let (start, mut last) = (Instant::now(), Instant::now());
-        let mut buffers = room(self.limits.0, self.max);
+        let mut buffers = empty_buffers(self.limits.0, self.max);
         while last.elapsed() < QUIET && start.elapsed() < ENOUGH {
-            let answer = read(&self.ports[1], &mut buffers, 1);
+            let answer = read(&self.started[1], &mut buffers, 1);
             if answer.done() == 0 {
                 thread::sleep(Duration::from_millis(5));
                 continue;
@@ -287,8 +287,9 @@ impl Pair {
         let start = Instant::now();
         loop {
             // SAFETY: a port runs as long as it exists.
-            let answer =
-                unsafe { call(vmnet_read, self.ports[1].interface(), &mut [&mut *buffer], pieces) };
+            let answer = unsafe {
+                call(vmnet_read, self.started[1].interface(), &mut [&mut *buffer], pieces)
+            };
             let foreign = answer.done() == 1 && !is_ours(buffer);
             let nothing = answer.status == SUCCESS && answer.count == 0;
             if !(foreign || nothing) || start.elapsed() > QUIET {
@@ -299,7 +300,7 @@ impl Pair {
     }
 
     fn events(&self) -> u64 {
-        self.ports[1].events.count()
+        self.started[1].events.count()
     }
 }
 
@@ -333,7 +334,7 @@ impl Probe {
     pub fn run(&self, tell: &mut dyn FnMut(Told<'_>)) -> Result<(), Error> {
         let system = System::look();
         let pair = Pair::start(self.interface_ids, system)?;
-        let parameters = &pair.ports[0].parameters;
+        let parameters = &pair.started[0].parameters;
         let (version, processor) = (env!("CARGO_PKG_VERSION"), std::env::consts::ARCH);
         tell(Told::Line(&format!("vmring {version} on {}, {processor}", system.macos)));
         tell(Told::Line(&format!("root: {}", system.root)));
@@ -349,12 +350,12 @@ impl Probe {
 }
 
 fn several_iovecs(pair: &Pair, _: &Probe, _: System) -> String {
-    let written = write(&pair.ports[0], &mut frames(1, SMALL, pair.macs), 2);
+    let written = write(&pair.started[0], &mut frames(1, SMALL, pair.macs), 2);
     let arrived = pair.collect();
     let whole = arrived.first().is_some_and(|packet| *packet == frame(0, SMALL, pair.macs));
     // One that needs both iovecs.
     let mut long = frames(1, pair.max, pair.macs);
-    let sent = write(&pair.ports[0], &mut long, 1);
+    let sent = write(&pair.started[0], &mut long, 1);
     let mut buffer = vec![0; pair.max];
     let read = pair.receive(&mut buffer, 2);
     format!(
@@ -371,13 +372,13 @@ fn counts_after_failure(pair: &Pair, _: &Probe, _: System) -> String {
     let mut mixed = frames(4, SMALL, pair.macs);
     // The third is longer than allowed.
     mixed[2].resize(pair.max + 100, 0);
-    let failed = write(&pair.ports[0], &mut mixed, 1);
+    let failed = write(&pair.started[0], &mut mixed, 1);
     let arrived: Vec<u32> = pair.collect().iter().map(|packet| number_of(packet)).collect();
     let batch = pair.limits.1;
     let mut full = frames(batch, pair.max, pair.macs);
     let mut seen: BTreeMap<String, u32> = BTreeMap::new();
     for _ in 0..64 {
-        *seen.entry(write(&pair.ports[0], &mut full, 1).to_string()).or_default() += 1;
+        *seen.entry(write(&pair.started[0], &mut full, 1).to_string()).or_default() += 1;
     }
     format!(
         "4 with the third too long: {failed}, arrived {arrived:?}; 64 full writes of {batch} (answer: \
@@ -388,11 +389,11 @@ fn counts_after_failure(pair: &Pair, _: &Probe, _: System) -> String {
 
 fn beyond_the_limit(pair: &Pair, _: &Probe, _: System) -> String {
     let (reads, writes) = pair.limits;
-    let written = write(&pair.ports[0], &mut frames(writes + 1, SMALL, pair.macs), 1);
+    let written = write(&pair.started[0], &mut frames(writes + 1, SMALL, pair.macs), 1);
     let arrived = pair.collect().len();
     let sent = pair.send(reads + 1);
     thread::sleep(UNDER_WAY);
-    let read = read(&pair.ports[1], &mut room(reads + 1, pair.max), 1);
+    let read = read(&pair.started[1], &mut empty_buffers(reads + 1, pair.max), 1);
     format!(
         "write of one more than {writes}: {written}, {arrived} arrived; read of one more than \
          {reads}, after {sent} were sent: {read}"
@@ -400,7 +401,7 @@ fn beyond_the_limit(pair: &Pair, _: &Probe, _: System) -> String {
 }
 
 fn events_while_unread(pair: &Pair, probe: &Probe, _: System) -> String {
-    if let Err(status) = pair.ports[1].listen() {
+    if let Err(status) = pair.started[1].listen() {
         return format!("no events: {status}");
     }
     let mut before = pair.events();
@@ -428,9 +429,9 @@ fn two_readers(pair: &Pair, _: &Probe, _: System) -> String {
     let reader = || {
         let mut seen: BTreeMap<String, u32> = BTreeMap::new();
         let mut numbers = Vec::new();
-        let mut buffers = room(1, pair.max);
+        let mut buffers = empty_buffers(1, pair.max);
         for _ in 0..64 {
-            let answer = read(&pair.ports[1], &mut buffers, 1);
+            let answer = read(&pair.started[1], &mut buffers, 1);
             *seen.entry(answer.to_string()).or_default() += 1;
             let packets = answer.packets(&buffers).filter(|packet| is_ours(packet));
             numbers.extend(packets.map(number_of));
@@ -462,8 +463,8 @@ fn with_header(number: usize, size: usize, header: &[u8; offload::LEN]) -> Vec<u
 }
 
 /// Writes frames with a header on the first and says what comes to the second.
-fn headers(ports: &[StartedInterface; 2]) -> String {
-    let Some((mtu, max)) = ports[0].parameters.sizes() else { return "no sizes".to_owned() };
+fn headers(started: &[StartedInterface; 2]) -> String {
+    let Some((mtu, max)) = started[0].parameters.sizes() else { return "no sizes".to_owned() };
     let (mtu, max) = (mtu as usize, max as usize);
     let mut answer = format!("mtu {mtu}, max_packet_size {max}");
     let none = [0; offload::LEN];
@@ -482,13 +483,13 @@ fn headers(ports: &[StartedInterface; 2]) -> String {
         ("max_packet_size and the header", max + offload::LEN, none),
     ];
     for (number, (what, size, header)) in wanted.into_iter().enumerate() {
-        let written = write(&ports[0], &mut [with_header(number, size, &header)], 1);
+        let written = write(&started[0], &mut [with_header(number, size, &header)], 1);
         let _ = write!(answer, "; {what}, write of {size}: {written}");
     }
     thread::sleep(UNDER_WAY);
     for _ in 0..64 {
-        let mut buffers = room(1, max + offload::LEN);
-        let read = read(&ports[1], &mut buffers, 1);
+        let mut buffers = empty_buffers(1, max + offload::LEN);
+        let read = read(&started[1], &mut buffers, 1);
         let Some(packet) = read.packets(&buffers).next() else {
             let _ = write!(answer, "; last read {read}");
             break;
@@ -551,7 +552,7 @@ fn host_sleep(pair: &Pair, probe: &Probe, _: System) -> String {
         return "not asked; say how many seconds you need to let the host sleep and wake it"
             .to_owned();
     };
-    if let Err(status) = pair.ports[1].listen() {
+    if let Err(status) = pair.started[1].listen() {
         return format!("no events: {status}");
     }
     let before = pair.events();
@@ -585,7 +586,7 @@ fn guest_memory(pair: &Pair, _: &Probe, _: System) -> String {
     };
     let wanted = frame(7, SMALL, pair.macs);
     memory.bytes[..SMALL].copy_from_slice(&wanted);
-    let [sender, _] = &pair.ports;
+    let [sender, _] = &pair.started;
     // SAFETY: a port runs as long as it exists.
     let written =
         unsafe { call(vmnet_write, sender.interface(), &mut [&mut memory.bytes[..SMALL]], 1) };
@@ -602,7 +603,7 @@ fn guest_memory(pair: &Pair, _: &Probe, _: System) -> String {
 fn shortest_frame(pair: &Pair, _: &Probe, _: System) -> String {
     let mut answer = String::new();
     for size in [1, 4, 13, 14, 15, 18, 59, 60] {
-        let written = write(&pair.ports[0], &mut [frame(0, size, pair.macs)], 1);
+        let written = write(&pair.started[0], &mut [frame(0, size, pair.macs)], 1);
         let _ = write!(answer, "{size} bytes: {written}; ");
     }
     let arrived: Vec<usize> = pair.collect().iter().map(Vec::len).collect();

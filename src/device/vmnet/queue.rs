@@ -137,7 +137,7 @@ impl VmnetQueue {
         Ok(Self { started: Some(started), reads, writes, header })
     }
 
-    fn let_go(&mut self) {
+    fn release(&mut self) {
         if let Some(started) = self.started.take()
             && self.reads.take().is_some()
         {
@@ -157,8 +157,8 @@ impl Reads {
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
         for slot in cx.posted_reads().take(offer) {
-            let Some(room) = slot.buffer_with_header_mut(header) else { break };
-            self.batch.set(n, room.as_mut_ptr(), room.len());
+            let Some(buffer) = slot.buffer_with_header_mut(header) else { break };
+            self.batch.set(n, buffer.as_mut_ptr(), buffer.len());
             n += 1;
         }
         if n == 0 {
@@ -306,7 +306,7 @@ impl Queue for VmnetQueue {
 
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let _ = cx; // no slot is ever kept
-        self.let_go();
+        self.release();
         true
     }
 }
@@ -314,7 +314,7 @@ impl Queue for VmnetQueue {
 impl Drop for VmnetQueue {
     fn drop(&mut self) {
         // Without being closed, if something above panicked.
-        self.let_go();
+        self.release();
     }
 }
 

@@ -175,7 +175,7 @@ impl StartedInterface {
             return Err(permission::error(status, &system));
         }
         early(interface);
-        let port = |parameters| Self {
+        let as_started = |parameters| Self {
             running: Some(Running {
                 interface,
                 queue: queue.clone(),
@@ -194,17 +194,19 @@ impl StartedInterface {
             forget(handler.clone());
         }
         match answered {
-            Ok((SUCCESS, Some(parameters))) if parameters.sizes().is_some() => Ok(port(parameters)),
+            Ok((SUCCESS, Some(parameters))) if parameters.sizes().is_some() => {
+                Ok(as_started(parameters))
+            }
             Ok((SUCCESS, parameters)) => {
                 // It runs, and we do not know what it takes.
                 tracing::error!(?parameters, "vmnet started an interface and did not describe it");
-                port(Parameters::default()).stop()?;
+                as_started(Parameters::default()).stop()?;
                 let what = "an interface without an MTU and a packet size";
                 Err(Error::Answer { device: "vmnet", what })
             }
             Ok((status, _)) => {
                 // A failure, and a handle all the same: stopped, or it stays for ever.
-                if let Err(error) = port(Parameters::default()).stop() {
+                if let Err(error) = as_started(Parameters::default()).stop() {
                     tracing::warn!(%error, "an interface that failed to start did not stop");
                 }
                 let status = Status::from_code(status).unwrap_or(Status::Failure);
