@@ -212,11 +212,11 @@ pub enum SubmitErrorKind {
         /// The interface's `max_packet_size` in bytes.
         max: usize,
     },
-    /// The frame has less room than a packet may need.
-    #[error("the frame has room for {room} bytes and a packet may have {needed}")]
+    /// The frame is smaller than the largest packet that the device may put into it.
+    #[error("the frame has space for {capacity} bytes and a packet may have {needed}")]
     TooSmall {
-        /// The frame's room in bytes.
-        room: usize,
+        /// How many bytes the frame can hold.
+        capacity: usize,
         /// The interface's `max_packet_size` in bytes.
         needed: usize,
     },
@@ -312,10 +312,10 @@ pub enum ConfigError {
         max: u64,
     },
     /// A pool whose slots cannot hold the device's packets.
-    #[error("the pool's frames hold {room} bytes and the device's packets have up to {needed}")]
+    #[error("the pool's frames hold {capacity} bytes and the device's packets have up to {needed}")]
     PoolTooSmall {
-        /// Bytes a frame holds.
-        room: usize,
+        /// How many bytes a frame of the pool can hold.
+        capacity: usize,
         /// Bytes a packet may have.
         needed: usize,
     },

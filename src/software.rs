@@ -163,12 +163,12 @@ pub enum SoftwareError {
         count: usize,
     },
     /// The segment does not fit.
-    #[error("the segment has {needed} bytes and there is room for {room}")]
-    Room {
-        /// Bytes of the segment.
+    #[error("the segment has {needed} bytes and there is space for {available}")]
+    Space {
+        /// The segment's length in bytes.
         needed: usize,
-        /// Bytes there are.
-        room: usize,
+        /// The buffer's length in bytes.
+        available: usize,
     },
 }
 
@@ -333,7 +333,7 @@ impl<'a> Segments<'a> {
     ///
     /// # Errors
     ///
-    /// [`SoftwareError::NoSuchSegment`], and [`SoftwareError::Room`] if `out` is too short.
+    /// [`SoftwareError::NoSuchSegment`], and [`SoftwareError::Space`] if `out` is too short.
     pub fn write(&self, index: usize, out: &mut [u8]) -> Result<usize, SoftwareError> {
         let len = self.write_partial(index, out)?;
         complete(&mut out[self.transport..len], self.checksum_at());
@@ -355,8 +355,8 @@ impl<'a> Segments<'a> {
         let payload = &self.packet[self.payload + begin..];
         let payload = &payload[..payload.len().min(self.segment_size)];
         let needed = self.payload + payload.len();
-        let room = out.len();
-        let out = out.get_mut(..needed).ok_or(SoftwareError::Room { needed, room })?;
+        let available = out.len();
+        let out = out.get_mut(..needed).ok_or(SoftwareError::Space { needed, available })?;
         let (headers, rest) = out.split_at_mut(self.payload);
         headers.copy_from_slice(&self.packet[..self.payload]);
         rest.copy_from_slice(payload);

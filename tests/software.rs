@@ -441,8 +441,8 @@ fn a_segment_is_written_whole_or_not_at_all() {
     let segments = Segments::new(&header, &packet).unwrap();
     let needed = segments.len_max();
     let mut out = vec![0xee; needed];
-    let room = SoftwareError::Room { needed, room: needed - 1 };
-    assert_eq!(segments.write(0, &mut out[..needed - 1]), Err(room));
+    let too_short = SoftwareError::Space { needed, available: needed - 1 };
+    assert_eq!(segments.write(0, &mut out[..needed - 1]), Err(too_short));
     let none = SoftwareError::NoSuchSegment { index: 3, count: 3 };
     assert_eq!(segments.write(3, &mut out), Err(none));
     assert!(out.iter().all(|byte| *byte == 0xee));

@@ -223,8 +223,8 @@ fn pass(cx: &mut PollContext<'_>) {
     while let Some(from) = cx.take_write() {
         let Some(mut to) = cx.take_read() else { return cx.put_back(from) };
         let len = from.packet().len();
-        if let Some(room) = to.buffer_mut().get_mut(..len) {
-            room.copy_from_slice(from.packet());
+        if let Some(buffer) = to.buffer_mut().get_mut(..len) {
+            buffer.copy_from_slice(from.packet());
             cx.complete_write(from);
             cx.complete_read(to, len);
         } else {

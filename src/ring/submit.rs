@@ -281,10 +281,10 @@ impl SubmissionQueue {
         let max = self.caps.max_packet_size as usize;
         if class == Class::Read {
             frame.reset();
-            let room = frame.capacity();
-            if room < max {
+            let capacity = frame.capacity();
+            if capacity < max {
                 return Err(SubmitError {
-                    kind: SubmitErrorKind::TooSmall { room, needed: max },
+                    kind: SubmitErrorKind::TooSmall { capacity, needed: max },
                     frame,
                 });
             }

@@ -27,8 +27,8 @@ fn sizes_that_cannot_be_are_refused_with_the_reason() {
     }
     let small = PoolBuilder::new(4, 60).build().unwrap();
     let error = config(ring().pool(&small).build());
-    let (room, needed) = (small.capacity() as usize, 1514);
-    assert_eq!(error, ConfigError::PoolTooSmall { room, needed });
+    let (capacity, needed) = (small.capacity() as usize, 1514);
+    assert_eq!(error, ConfigError::PoolTooSmall { capacity, needed });
     assert_eq!(config(ring().frames(0).build()), ConfigError::Zero { what: "number of frames" });
     let error = ring().frames(1 << 30).headroom(1 << 30).build().unwrap_err();
     assert!(matches!(error, Error::Memory { .. }), "{error}");

@@ -231,8 +231,8 @@ fn refusal_returns_the_frame() {
 
         let too_big = SubmitErrorKind::TooBig { len: 1515, max: 1514 };
         refused(&mut ring, false, frame(&big, 1515), too_big, false);
-        let room = small.capacity() as usize;
-        let too_small = SubmitErrorKind::TooSmall { room, needed: 1514 };
+        let capacity = small.capacity() as usize;
+        let too_small = SubmitErrorKind::TooSmall { capacity, needed: 1514 };
         refused(&mut ring, true, frame(&small, 60), too_small, false);
         refused(&mut ring, false, frame(&small, 60), SubmitErrorKind::ForeignPool, false);
         refused(&mut ring, true, frame(&pool(1), 60), SubmitErrorKind::ForeignPool, false);

@@ -204,9 +204,9 @@ impl ReplayQueue {
                     let Some(mut slot) = cx.take_read() else { return };
                     // `max_packet_size` is the longest packet's, so there is room, unless somebody
                     // has written another file there: then the length is refused.
-                    let room = slot.buffer_mut();
-                    let n = bytes.len().min(room.len());
-                    room[..n].copy_from_slice(&bytes[..n]);
+                    let buffer = slot.buffer_mut();
+                    let n = bytes.len().min(buffer.len());
+                    buffer[..n].copy_from_slice(&bytes[..n]);
                     cx.complete_read(slot, bytes.len());
                     let left = &self.state.left;
                     left.store(left.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
