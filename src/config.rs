@@ -46,7 +46,7 @@ impl FromStr for Mode {
             _ => match text.strip_prefix("bridged:") {
                 Some(name) if !name.is_empty() => Ok(Mode::Bridged(name.to_owned())),
                 _ => Err(ConfigError::Invalid(format!(
-                    "the mode is host, shared or bridged:INTERFACE, and not '{text}'"
+                    "the mode must be host, shared or bridged:INTERFACE, not '{text}'"
                 ))),
             },
         }
@@ -77,7 +77,7 @@ impl FromStr for Ipv4Range {
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let wrong = || {
             ConfigError::Invalid(format!(
-                "a subnet is written as GATEWAY/BITS, like 192.168.64.1/24, and not '{text}'"
+                "a subnet must be GATEWAY/BITS, for example 192.168.64.1/24, not '{text}'"
             ))
         };
         let (start, bits) = text.split_once('/').ok_or_else(wrong)?;

@@ -130,7 +130,7 @@ pub enum EntryError {
     #[error("the device panicked while the entry was in flight")]
     DevicePanicked,
     /// The device dropped the entry without completing it.
-    #[error("the device let go of the entry without completing it")]
+    #[error("the device dropped the entry without completing it")]
     Abandoned,
     /// The device refused it.
     #[error(transparent)]
@@ -205,7 +205,7 @@ pub enum SubmitErrorKind {
     #[error("every credit of this direction is in flight")]
     NoCredit,
     /// The packet is longer than the interface's `max_packet_size`.
-    #[error("the packet has {len} bytes and the interface takes at most {max}")]
+    #[error("the packet has {len} bytes, but the interface takes at most {max}")]
     TooBig {
         /// The packet's length in bytes.
         len: usize,
@@ -213,7 +213,7 @@ pub enum SubmitErrorKind {
         max: usize,
     },
     /// The frame is smaller than the largest packet that the device may put into it.
-    #[error("the frame has space for {capacity} bytes and a packet may have {needed}")]
+    #[error("the frame can hold {capacity} bytes, but a packet may have {needed}")]
     TooSmall {
         /// How many bytes the frame can hold.
         capacity: usize,
@@ -221,7 +221,7 @@ pub enum SubmitErrorKind {
         needed: usize,
     },
     /// The frame has less room in front of the packet than the device's offload header needs.
-    #[error("there are {headroom} bytes in front of the packet and the interface needs {needed}")]
+    #[error("there are {headroom} bytes in front of the packet, but the interface needs {needed}")]
     NoHeadroom {
         /// Bytes in front of the packet.
         headroom: usize,
@@ -233,7 +233,7 @@ pub enum SubmitErrorKind {
     Offload(OffloadError),
     /// The packet's offload header asks for what was not negotiated: the checksum or the segments
     /// would never be made.
-    #[error("the packet's offload header asks for what the interface does not do")]
+    #[error("the packet's offload header asks for an offload that was not negotiated")]
     OffloadNotNegotiated,
     /// The frame belongs to a pool that this ring was not built with.
     #[error("the frame belongs to a pool that this ring does not know")]
@@ -273,7 +273,7 @@ impl SubmitError {
 
 /// A batch submit that met a frame it could not take.
 #[derive(Debug, ThisError)]
-#[error("{kind} (after {accepted} that were accepted)")]
+#[error("{kind} (after {accepted} frames that were accepted)")]
 pub struct BatchError {
     /// Why the batch stopped.
     pub kind: SubmitErrorKind,
@@ -302,7 +302,7 @@ pub enum ConfigError {
         why: &'static str,
     },
     /// A value above the limit.
-    #[error("the {what} must be at most {max}, and {value} is more")]
+    #[error("the {what} must be at most {max}, but it is {value}")]
     TooLarge {
         /// The setting.
         what: &'static str,
@@ -312,7 +312,9 @@ pub enum ConfigError {
         max: u64,
     },
     /// A pool whose slots cannot hold the device's packets.
-    #[error("the pool's frames hold {capacity} bytes and the device's packets have up to {needed}")]
+    #[error(
+        "the pool's frames hold {capacity} bytes, but the device's packets have up to {needed}"
+    )]
     PoolTooSmall {
         /// How many bytes a frame of the pool can hold.
         capacity: usize,
@@ -320,7 +322,7 @@ pub enum ConfigError {
         needed: usize,
     },
     /// A pool whose frames have no place for the device's offload header.
-    #[error("the pool's frames have {headroom} bytes of headroom and the device needs {needed}")]
+    #[error("the pool's frames have {headroom} bytes of headroom, but the device needs {needed}")]
     PoolHeadroom {
         /// Bytes in front of a packet.
         headroom: usize,
@@ -357,7 +359,7 @@ pub enum Error {
         device: String,
     },
     /// The running macOS is too old for it.
-    #[error("{what} needs macOS {version}")]
+    #[error("{what} requires macOS {version} or later")]
     NeedsMacos {
         /// What.
         what: &'static str,
@@ -388,7 +390,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The device bears no more rings of this direction.
-    #[error("the {device} device bears {limit} {direction} ring(s), and they are taken")]
+    #[error("the {device} device can serve {limit} {direction} ring(s), and all are in use")]
     TooManyRings {
         /// The device.
         device: String,
@@ -403,7 +405,7 @@ pub enum Error {
     StartTimeout(Duration),
     /// Something did not let go in time; what it holds is leaked on purpose.
     #[error(
-        "the device did not let go of {slots} slot(s) within {timeout:?}; they are leaked on purpose"
+        "the device did not return {slots} slot(s) within {timeout:?}; they are leaked on purpose"
     )]
     Leaked {
         /// Slots that will not come home.
@@ -416,7 +418,7 @@ pub enum Error {
     #[error("every frame of the pool is held by the caller")]
     OutOfFrames,
     /// It did not happen in time; nothing is lost.
-    #[error("it did not happen within {0:?}")]
+    #[error("the operation did not finish within {0:?}")]
     Timeout(Duration),
     /// The ring takes no more submissions.
     #[error(transparent)]

@@ -107,13 +107,13 @@ pub enum SoftwareError {
     #[error("cutting a UDP datagram into IP fragments is not supported")]
     FragmentsNotSupported,
     /// The packet is as large as it goes on the wire.
-    #[error("the packet is not one to be cut")]
+    #[error("the packet's offload header asks for no segments")]
     NotToBeCut,
     /// The packet's own checksum means nothing: each segment has one.
-    #[error("the packet is to be cut, and its checksum cannot be completed before")]
+    #[error("the packet must be cut into segments, which have a checksum each")]
     ToBeCut,
     /// Behind Ethernet and its VLAN tags stands another protocol than the offload header says.
-    #[error("the packet's EtherType is {ethertype:#06x}, which is not what is to be cut")]
+    #[error("the packet's EtherType is {ethertype:#06x}, but its offload header says otherwise")]
     NotThatIp {
         /// The EtherType.
         ethertype: u16,
@@ -125,7 +125,7 @@ pub enum SoftwareError {
         what: &'static str,
     },
     /// A length field that the segments' own would be derived from is not true.
-    #[error("the {what} header says {said} bytes and the packet has {is}")]
+    #[error("the {what} header says {said} bytes, but the packet has {is}")]
     Length {
         /// Which header.
         what: &'static str,
@@ -135,16 +135,16 @@ pub enum SoftwareError {
         is: usize,
     },
     /// The packet is a fragment of another.
-    #[error("the packet to be cut is an IP fragment")]
+    #[error("an IP fragment cannot be cut into segments")]
     Fragment,
     /// The IP header announces another transport protocol than the offload header.
-    #[error("the packet's IP protocol is {protocol}, which is not what is to be cut")]
+    #[error("the packet's IP protocol is {protocol}, but its offload header says otherwise")]
     NotThatTransport {
         /// The IP protocol's number.
         protocol: u8,
     },
     /// The checksummed part does not begin where the transport header is.
-    #[error("the checksum is said to begin at {said} and the transport header is at {is}")]
+    #[error("the checksum starts at {said}, but the transport header is at {is}")]
     TransportAt {
         /// `csum_start`.
         said: u16,
@@ -152,10 +152,10 @@ pub enum SoftwareError {
         is: usize,
     },
     /// SYN, RST or URG: such a segment cannot be repeated.
-    #[error("a TCP packet with SYN, RST or URG cannot be cut")]
+    #[error("a TCP packet with SYN, RST or URG cannot be cut into segments")]
     TcpFlags,
     /// There is no segment of that number.
-    #[error("the packet has {count} segments and no number {index}")]
+    #[error("there is no segment {index}: the packet has {count}, counted from 0")]
     NoSuchSegment {
         /// The number asked for, from 0.
         index: usize,
@@ -163,7 +163,7 @@ pub enum SoftwareError {
         count: usize,
     },
     /// The segment does not fit.
-    #[error("the segment has {needed} bytes and there is space for {available}")]
+    #[error("the segment has {needed} bytes, but the buffer has {available}")]
     Space {
         /// The segment's length in bytes.
         needed: usize,

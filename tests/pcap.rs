@@ -441,7 +441,7 @@ fn a_file_that_cannot_be_replayed_is_refused_at_once() {
     }
     let file = Scratch::holding("raw IP", &pcap(DataLink::RAW, &whole(&[packet(0, 100)])));
     let error = Replay::open(&file.0).unwrap_err();
-    let expected = "the capture's packets are of link type RAW, and only Ethernet is replayed";
+    let expected = "the capture's link type is RAW, but only Ethernet can be replayed";
     assert!(matches!(error, Error::Config(ConfigError::Invalid(text)) if text == expected));
     assert!(matches!(Replay::open("no such file"), Err(Error::Io { .. })));
     let mut offload = vmring::device::Offloads::default();

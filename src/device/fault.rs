@@ -274,7 +274,7 @@ impl FaultyQueue {
 impl Queue for FaultyQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         if self.faults.panic_after.is_some_and(|after| self.completed >= after) {
-            panic!("the fault device panics as it was told to");
+            panic!("the fault device panics, as configured");
         }
         if let Some((after, status)) = self.faults.fail_after
             && self.completed >= after

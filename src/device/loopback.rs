@@ -38,7 +38,7 @@ impl Driver for Loopback {
         no_offloads(config, "loopback")?;
         let mtu = config.mtu.unwrap_or(self.mtu);
         if !(1..=65_521).contains(&mtu) {
-            let sentence = format!("a loopback's MTU is 1 to 65,521 bytes, and not {mtu}");
+            let sentence = format!("a loopback's MTU must be 1 to 65,521 bytes, not {mtu}");
             return Err(ConfigError::Invalid(sentence).into());
         }
         let mac = mac_of(config);

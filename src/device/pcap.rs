@@ -133,7 +133,7 @@ impl Recorder {
             && let Err(error) = self.writer.write_pcapng_block(block)
         {
             let error = into_io(error);
-            tracing::error!(%error, "the capture ends here");
+            tracing::error!(%error, "the capture failed; no further packets are recorded");
             self.failed = Some(error);
         }
     }
@@ -252,7 +252,7 @@ impl Queue for RecordedQueue {
         let closed = self.relay.close(&mut *self.inner);
         self.pass_on(cx);
         if closed && let Err(error) = lock(&self.capture.file).writer.get_mut().flush() {
-            tracing::error!(%error, "the capture could not be written out");
+            tracing::error!(%error, "the capture could not be flushed");
         }
         closed
     }

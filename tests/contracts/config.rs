@@ -131,7 +131,7 @@ fn modes_and_ranges_are_parsed_or_refused_in_a_sentence() {
     assert_eq!(Mode::default(), Mode::Shared);
     for text in ["", "Host", "bridged", "bridged:", "nat"] {
         let error = text.parse::<Mode>().unwrap_err().to_string();
-        assert!(error.ends_with(&format!("and not '{text}'")), "{error}");
+        assert!(error.ends_with(&format!(", not '{text}'")), "{error}");
     }
     let range: Ipv4Range = "192.168.64.1/24".parse().unwrap();
     assert_eq!(range.start.octets(), [192, 168, 64, 1]);
@@ -142,7 +142,7 @@ fn modes_and_ranges_are_parsed_or_refused_in_a_sentence() {
     for text in ["", "192.168.64.1", "192.168.64.1/33", "192.168.64/24", "192.168.64.1/-1", "x/24"]
     {
         let error = text.parse::<Ipv4Range>().unwrap_err().to_string();
-        assert!(error.ends_with(&format!("and not '{text}'")), "{error}");
+        assert!(error.ends_with(&format!(", not '{text}'")), "{error}");
     }
     // Extreme values are valid numbers.
     assert_eq!("10.0.0.1/0".parse::<Ipv4Range>().unwrap().mask.octets(), [0; 4]);

@@ -128,13 +128,14 @@ impl Driver for Replay {
         let mtu = config.mtu.unwrap_or(1500);
         let longest = self.state.len_max as u32;
         if !(1280..=65_521).contains(&mtu) {
-            let sentence = format!("the MTU is 1280 to 65521 bytes, and not {mtu}");
+            let sentence = format!("a replay's MTU must be 1280 to 65,521 bytes, not {mtu}");
             return Err(ConfigError::Invalid(sentence).into());
         }
         if let Some(path) = &self.state.path {
             let mut source = lock(&self.state.source);
             if source.is_some() || self.left() < self.packets() {
-                let sentence = "a replay runs once; open the file again".to_owned();
+                let sentence =
+                    "a replay runs once; to run it again, open the file again".to_owned();
                 return Err(ConfigError::Invalid(sentence).into());
             }
             *source = Some(Source::open(path)?);
@@ -234,7 +235,7 @@ impl Queue for ReplayQueue {
             cx.complete_write(slot);
         }
         self.read(cx).map_err(|error| {
-            tracing::error!(%error, "the replay ends here");
+            tracing::error!(%error, "the replay failed");
             Status::Failure
         })
     }
@@ -284,7 +285,7 @@ fn ethernet(link: DataLink) -> Result<(), Error> {
         return Ok(());
     }
     let sentence =
-        format!("the capture's packets are of link type {link:?}, and only Ethernet is replayed");
+        format!("the capture's link type is {link:?}, but only Ethernet can be replayed");
     Err(ConfigError::Invalid(sentence).into())
 }
 

@@ -486,7 +486,7 @@ mod tests {
                 assert!(text.contains(&format!("ip saddr {shown} ")), "{text}");
             }
             let error = Masquerade::start("tap0", NETWORK, 33).unwrap_err();
-            assert!(error.to_string().contains("at most 32, and 33 is more"), "{error}");
+            assert!(error.to_string().contains("at most 32, but it is 33"), "{error}");
             let error = Masquerade::start("no/name", NETWORK, 24).unwrap_err();
             assert!(error.to_string().contains("cannot be an interface's name"), "{error}");
         });
