@@ -1,13 +1,42 @@
-//! The one seam between the poller and a system: [`Device`], its [`Queue`]s, and the
-//! [`PostedSlot`]s they fill and drain.
+//! The interface between a ring and a system: the devices that come with the library, and the
+//! traits for a device of your own.
 //!
-//! A device is completion-shaped: the poller lends it slots, asks it to make progress without
-//! blocking, and gets each slot back by value. Batch calls (vmnet, a TAP's read and write) take a
-//! slot and complete it in the same call; a real completion engine (io_uring) keeps it until the
-//! kernel lets go. Everything here is safe Rust, and a device cannot break memory safety: a slot
-//! cannot be cloned, so it cannot be given back twice, and giving it back takes its memory away.
+//! A ring makes no system call for a packet. A poller drives it: a thread of its own, or the
+//! caller's (see [`Drive`](crate::Drive)). The poller calls a device, which moves the packets. Five
+//! types are involved, and each leads to the next:
 //!
-//! See `examples/device.rs` for a device of one's own.
+//! 1. A [`Driver`] starts a device. [`InterfaceBuilder::device`](crate::InterfaceBuilder::device)
+//!    takes a driver, and [`InterfaceBuilder::start`](crate::InterfaceBuilder::start) calls
+//!    [`Driver::start`] once, with the settings that the caller chose.
+//! 2. A [`Device`] is the running network interface. It reports what was negotiated
+//!    ([`Device::info`]) and what it can do ([`Device::capabilities`]). It makes one [`Queue`] for
+//!    each ring that is built on it ([`Device::queue`]).
+//! 3. A [`Queue`] is the endpoint of one ring. The poller calls [`Queue::poll`] when there may be
+//!    work, and the queue makes progress without blocking. When the queue has nothing to do, the
+//!    poller sleeps; the queue wakes it with the [`Wake`] that it was made with, or through its
+//!    [descriptor](Queue::descriptor).
+//! 4. A [`PollContext`] gives a queue access to its ring for one poll. The queue takes slots out of
+//!    it, fills or sends them, and completes them through it.
+//! 5. A [`PostedSlot`] is one frame that the ring's caller has submitted: a read to be filled, or a
+//!    write to be sent. The queue owns it until it completes it or puts it back.
+//!
+//! A device is based on completions. A device that makes batch calls (vmnet, or a TAP with read(2)
+//! and write(2)) takes a slot and completes it in the same poll. A device over a completion engine
+//! (io_uring) keeps the slot until the kernel has finished with it, and completes it in a later
+//! poll.
+//!
+//! `examples/device.rs` is a complete device: a driver, its device, and a queue that keeps reads
+//! until it has a packet for them.
+//!
+//! A wrapper is a device that contains another device. Its queue owns a [`Relay`]: it takes slots
+//! out of the poller's [`PollContext`], posts them to the inner queue with [`Relay::post`], polls
+//! the inner queue with [`Relay::poll`], and passes on each [`CompletedSlot`] with
+//! [`PollContext::forward`]. The modules `fault` and `pcap` (features of the same names) contain
+//! wrappers.
+//!
+//! The traits need no unsafe code, and no implementation of them can break memory safety. A slot
+//! cannot be cloned, so a device cannot give it back twice. Completing a slot moves it, so a device
+//! cannot use its memory afterwards.
 
 pub(crate) mod catch;
 mod common;

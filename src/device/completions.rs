@@ -1,5 +1,5 @@
-//! The way from the device into the completion queue: what a device is done with becomes a CQE, and is
-//! counted.
+//! The way from a device into the completion queue: a slot that a device has finished with becomes
+//! a CQE, and is counted.
 
 use std::sync::Arc;
 
@@ -10,24 +10,26 @@ use crate::device::slot::{PostedSlot, class_index};
 use crate::mailbox::RingShared;
 use crate::stats::{add_batch, reason_index};
 
-/// The poller's end of a completion queue. What it writes is seen after [`publish`](Self::publish).
+/// The poller's end of a completion queue. The reaper sees entries after
+/// [`publish`](Self::publish).
 pub(crate) struct Completions {
     cq_producer: CqProducer,
-    /// How a slot ends that the device gives back undone: cancelled, or with the reason for which the
-    /// ring closes.
+    /// The outcome of slots that the device gives back as cancelled: `Cancelled`, or the reason for
+    /// which the ring closes.
     undone: Outcome,
     batch: Batch,
     shared: Arc<RingShared>,
 }
 
-/// Sums of one device call, which reach the ring's counters in one go.
+/// The sums of one device call. They are added to the ring's counters together, when the call ends.
 #[derive(Debug, Default)]
 struct Batch {
     rx_packets: u32,
     tx_packets: u32,
     rx_bytes: u64,
     tx_bytes: u64,
-    /// Reads and writes that ended otherwise. They are counted by their reason at once, being rare.
+    /// Reads and writes that did not succeed. These are rare, so the ring's counters have them by
+    /// their reason at once.
     failed: [u32; 2],
 }
 
@@ -36,12 +38,13 @@ impl Completions {
         Self { cq_producer, undone: Outcome::Cancelled, batch: Batch::default(), shared }
     }
 
-    /// A slot that the device gives back undone ends like this from here on.
+    /// Sets the outcome of slots that the device gives back as cancelled from now on.
     pub(crate) fn set_undone(&mut self, outcome: Outcome) {
         self.undone = outcome;
     }
 
-    /// Completes what a device is done with, in a batch that [`end_batch`](Self::end_batch) ends.
+    /// Completes a slot that a device has finished with, as part of a batch that
+    /// [`end_batch`](Self::end_batch) ends.
     #[inline(always)]
     pub(crate) fn push_done(
         &mut self,
@@ -72,13 +75,13 @@ impl Completions {
         self.push(class, frame, user_data, outcome);
     }
 
-    /// Completes a slot that no device has.
+    /// Completes a slot that is not with the device.
     pub(crate) fn complete(&mut self, slot: PostedSlot, outcome: Outcome) {
         let (frame, user_data, class) = slot.into_frame();
         self.push(class, frame, user_data, outcome);
     }
 
-    /// Completes an entry that did not succeed.
+    /// Completes an entry that did not succeed, and counts it by its reason.
     pub(crate) fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
         let counters = &self.shared.counters.poller;
         match outcome {
@@ -93,21 +96,21 @@ impl Completions {
         self.cq_producer.push(class, frame, user_data, outcome);
     }
 
-    /// Completes a write that the device did not take within the retry budget; counted by that name
-    /// alone.
+    /// Completes a write that the device did not take within the retry budget. It counts as
+    /// `exhausted` only, not as an error.
     pub(crate) fn give_up(&mut self, slot: PostedSlot, outcome: Outcome) {
         let (frame, user_data, class) = slot.into_frame();
         self.shared.counters.poller.exhausted.add(1);
         self.cq_producer.push(class, frame, user_data, outcome);
     }
 
-    /// Completes a cancel that found `matched` entries.
+    /// Completes a cancel that matched `matched` entries.
     pub(crate) fn push_cancel(&mut self, all: bool, matched: u32, user_data: u64) {
         self.cq_producer.push_cancel(all, matched, user_data);
     }
 
-    /// Adds the device call that has just ended to the ring's counters. Returns how many reads and
-    /// writes it brought back.
+    /// Adds the sums of the device call that has just ended to the ring's counters. Returns how
+    /// many reads and writes the call completed.
     #[inline]
     pub(crate) fn end_batch(&mut self) -> [u32; 2] {
         let Batch { rx_packets, tx_packets, rx_bytes, tx_bytes, failed } =
@@ -126,18 +129,18 @@ impl Completions {
         [rx_packets + failed[0], tx_packets + failed[1]]
     }
 
-    /// Shows everything to the reaper, with one store. Returns whether there was anything.
+    /// Publishes all entries to the reaper, with one store. Returns whether there were any.
     #[inline]
     pub(crate) fn publish(&mut self) -> bool {
         self.cq_producer.publish()
     }
 
-    /// Completions shown and not reaped. A snapshot.
+    /// The number of completions that are published and not reaped. It may be out of date at once.
     pub(crate) fn backlog(&self) -> u32 {
         self.cq_producer.backlog()
     }
 
-    /// The CQ's tail: the number of completions ever shown, plus the start index.
+    /// The CQ's tail: the number of completions that were ever published, plus the start index.
     pub(crate) fn index(&self) -> u32 {
         self.cq_producer.index()
     }

@@ -1,4 +1,4 @@
-//! [`PollContext`]: what a queue may take in one poll, and where it completes it.
+//! [`PollContext`], which lends a queue its ring's slots for one poll.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,19 +11,21 @@ use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
 use crate::mailbox::{DroppedSlot, report_dropped};
 
-/// A batch: the posted slots that a queue may take in one [`poll`](Queue::poll), and the way back
-/// for what it has completed.
+/// The access of a queue to its ring during one [`Queue::poll`](crate::device::Queue::poll): the
+/// posted slots that the queue may take, and the methods that complete them.
 pub struct PollContext<'a> {
-    /// The ring whose slots these are; 0 for a wrapper's, which only hands them through.
+    /// The number of the ring whose slots these are. 0 for a wrapper's inner queue, whose slots may
+    /// be of any ring.
     ring: u32,
-    /// What earlier calls have left: older than whatever is in the SQ.
+    /// The slots that earlier calls have left. They are older than everything in the SQ.
     posted: &'a mut Posted,
-    /// What was submitted since then, taken by the device out of the SQ itself. A wrapper has none.
+    /// What was submitted since then. Slots are taken directly out of the SQ. `None` for a
+    /// wrapper's inner queue, and while a queue is being closed.
     sq_consumer: Option<&'a mut SqConsumer>,
     sink: Sink<'a>,
-    /// How many reads and writes may be taken in this call, if there are as many.
+    /// The largest numbers of reads and writes that this call may take.
     limits: [usize; 2],
-    /// How many of them may still be: what is put back may be taken again.
+    /// How many of them are left. A slot that is put back may be taken again.
     left: [usize; 2],
 }
 
@@ -49,32 +51,35 @@ impl<'a> PollContext<'a> {
         Self { ring, posted, sq_consumer, sink, limits, left: limits }
     }
 
-    /// How many reads and writes were taken and not put back; below 0 if more came back of earlier calls.
+    /// The numbers of reads and writes that were taken and not put back. Negative if the queue put
+    /// back more slots than it took, because it had taken them in earlier calls.
     pub(crate) fn taken(&self) -> [i64; 2] {
         [0, 1].map(|i| self.limits[i] as i64 - self.left[i] as i64)
     }
 
-    /// Reads that may be taken in this call.
+    /// Returns how many reads can be taken now.
     #[inline]
     pub fn reads(&mut self) -> usize {
         self.post_from_sq();
         self.posted.reads.len().min(self.left[0])
     }
 
-    /// Writes that may be taken in this call.
+    /// Returns how many writes can be taken now.
     #[inline]
     pub fn writes(&mut self) -> usize {
         self.post_from_sq();
         self.posted.writes.len().min(self.left[1])
     }
 
-    /// Takes the read posted longest ago.
+    /// Takes the oldest posted read. Returns `None` if no read is posted, or if this call has taken
+    /// as many as it may.
     #[inline(always)]
     pub fn take_read(&mut self) -> Option<PostedSlot> {
         self.take(Class::Read)
     }
 
-    /// Takes the write submitted longest ago.
+    /// Takes the oldest posted write. Returns `None` if no write is posted, or if this call has
+    /// taken as many as it may.
     #[inline(always)]
     pub fn take_write(&mut self) -> Option<PostedSlot> {
         self.take(Class::Write)
@@ -94,7 +99,8 @@ impl<'a> PollContext<'a> {
         Some(slot)
     }
 
-    /// The next of `wanted` in the SQ. What stands before it is posted.
+    /// Takes the next entry of class `wanted` out of the SQ. Entries of the other class in front of
+    /// it are posted.
     #[inline(always)]
     fn fetch(&mut self, wanted: Class) -> Option<PostedSlot> {
         let sq_consumer = self.sq_consumer.as_deref_mut()?;
@@ -108,7 +114,8 @@ impl<'a> PollContext<'a> {
         }
     }
 
-    /// Posts what is in the SQ, for who looks at several slots before taking one.
+    /// Moves what is in the SQ to the posted slots, for callers that look at several slots before
+    /// they take one.
     #[inline]
     fn post_from_sq(&mut self) {
         if let Some(sq_consumer) = self.sq_consumer.as_deref_mut()
@@ -118,15 +125,17 @@ impl<'a> PollContext<'a> {
         }
     }
 
-    /// Whether the SQ's next is a write. What earlier calls have left is in no common order.
+    /// Whether the next entry of the SQ is a write. The slots that earlier calls have left do not
+    /// count: those are in two lists, so there is no order between reads and writes.
     #[inline]
     pub(crate) fn is_write_next(&mut self) -> bool {
         let front = self.sq_consumer.as_deref_mut().and_then(SqConsumer::front);
         front.is_some_and(|sqe| sqe.class() == Class::Write)
     }
 
-    /// How many of the writes that may be taken, from the oldest on, are like that. There may be more of
-    /// them behind.
+    /// The length of the longest run of writes, from the oldest on, that can be taken and for which
+    /// `like` returns true. This may be an undercount: the run may go on behind the end of one
+    /// list.
     #[inline]
     pub(crate) fn leading_writes(&mut self, mut like: impl FnMut(&[u8]) -> bool) -> usize {
         let most = self.left[1];
@@ -143,8 +152,8 @@ impl<'a> PollContext<'a> {
         writes.take_while(|slot| like(slot.packet())).count()
     }
 
-    /// The reads that may be taken, oldest first, where they are: for a device that fills before it
-    /// knows how many it will take.
+    /// The reads that can be taken, oldest first, without taking them. This is for a device that
+    /// fills slots before it knows how many it will take.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_reads(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
@@ -152,7 +161,8 @@ impl<'a> PollContext<'a> {
         self.posted.reads.iter_mut().take(limit)
     }
 
-    /// As [`posted_reads`](Self::posted_reads), for writes.
+    /// The writes that can be taken, oldest first, without taking them; see
+    /// [`posted_reads`](Self::posted_reads).
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline]
     pub(crate) fn posted_writes(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
@@ -160,8 +170,8 @@ impl<'a> PollContext<'a> {
         self.posted.writes.iter_mut().take(limit)
     }
 
-    /// Takes the oldest of those that [`posted_reads`](Self::posted_reads) or
-    /// [`posted_writes`](Self::posted_writes) has shown: there is no need to look into the SQ.
+    /// Takes the oldest slot of those that [`posted_reads`](Self::posted_reads) or
+    /// [`posted_writes`](Self::posted_writes) returned. It need not look into the SQ.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     #[inline(always)]
     pub(crate) fn take_shown(&mut self, class: Class) -> Option<PostedSlot> {
@@ -170,8 +180,11 @@ impl<'a> PollContext<'a> {
         Some(slot)
     }
 
-    /// Puts a taken slot back to the front of its list: it is posted again as if never taken. Put
-    /// several back in the reverse order of taking.
+    /// Puts a slot back to the front of its list. It is posted again, as if it had never been
+    /// taken.
+    ///
+    /// Put several slots back in the reverse of the order in which they were taken, so that they
+    /// keep their order.
     #[cold]
     #[inline(never)]
     pub fn put_back(&mut self, slot: PostedSlot) {
@@ -182,8 +195,10 @@ impl<'a> PollContext<'a> {
         self.posted.list(slot.class).push_front(slot);
     }
 
-    /// A packet of `len` bytes stands in the slot. A length beyond the slot's room completes it as
-    /// refused with `InvalidArgument` instead: a device cannot make anybody read outside.
+    /// Completes a read whose buffer now holds a packet of `len` bytes.
+    ///
+    /// If the buffer is shorter than `len`, the read fails with [`Status::InvalidArgument`]
+    /// instead, so that nobody can be made to read behind the slot.
     #[inline(always)]
     pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
         match slot.frame_mut().set_len(len) {
@@ -192,9 +207,11 @@ impl<'a> PollContext<'a> {
         }
     }
 
-    /// An offload header and behind it a packet, `len` bytes together, stand in the slot, where
-    /// [`PostedSlot::buffer_with_header_mut`] said. Lengths that cannot be complete it as refused with
-    /// `InvalidArgument`.
+    /// Completes a read whose buffer now holds an offload header and a packet behind it, `len`
+    /// bytes together. They are where [`PostedSlot::buffer_with_header_mut`] begins.
+    ///
+    /// If `len` is shorter than the header or longer than the buffer, the read fails with
+    /// [`Status::InvalidArgument`] instead.
     pub fn complete_read_with_header(&mut self, mut slot: PostedSlot, len: usize) {
         let packet = len.checked_sub(offload::LEN);
         let outcome = match packet.map(|len| slot.frame_mut().received_with_offload(len)) {
@@ -204,34 +221,36 @@ impl<'a> PollContext<'a> {
         self.finish(slot, outcome);
     }
 
-    /// The slot's packet was sent.
+    /// Completes a write whose packet has been sent.
     #[inline(always)]
     pub fn complete_write(&mut self, slot: PostedSlot) {
         self.finish(slot, Outcome::Done);
     }
 
-    /// The device refuses this slot.
+    /// Completes a slot with an error: the device refuses it.
     #[cold]
     #[inline(never)]
     pub fn fail(&mut self, slot: PostedSlot, status: Status) {
         self.finish(slot, status.into());
     }
 
-    /// The slot was given back because of a cancel or a close.
+    /// Completes a slot as cancelled, after a [`Queue::cancel`](crate::device::Queue::cancel) or in
+    /// a [`Queue::close`](crate::device::Queue::close).
     #[inline]
     pub fn cancel(&mut self, slot: PostedSlot) {
         self.finish(slot, Outcome::Cancelled);
     }
 
-    /// Passes on what an inner queue completed: for wrappers.
+    /// Completes a slot in the way in which an inner queue has completed it. This is for wrappers;
+    /// see [`Relay`](crate::device::Relay).
     pub fn forward(&mut self, done: CompletedSlot) {
         let CompletedSlot { slot, outcome } = done;
         self.finish(slot, outcome);
     }
 
-    /// Always inlined, with all that it calls, and the slot taken apart first: it then never leaves the
-    /// registers, where a call, or a panic that has to drop it, would want it in memory, written in
-    /// small pieces and read back in large ones.
+    /// Completes a slot. This function and everything that it calls is inlined, and the slot is
+    /// taken apart first, so that the slot stays in registers. A call, or a panic that had to drop
+    /// the slot, would need it in memory, written in small pieces and read back in large ones.
     #[inline(always)]
     fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
         let ring = slot.ring;
@@ -248,11 +267,11 @@ impl<'a> PollContext<'a> {
         }
     }
 
-    /// Whether a device has mixed up two rings' slots. Such a slot completes on its own ring as
-    /// abandoned.
+    /// Whether a slot of ring number `ring` belongs to another ring than this context's, because
+    /// the device has mixed up two rings. Such a slot completes on its own ring, as abandoned.
     #[inline(always)]
     fn is_foreign(&self, ring: u32) -> bool {
-        // Nearly always they are the same.
+        // The common case is checked first: the numbers are equal.
         self.ring != ring && self.is_a_ring()
     }
 
@@ -262,7 +281,7 @@ impl<'a> PollContext<'a> {
     }
 }
 
-/// Slots posted and not taken, in submission order.
+/// The slots of a ring that are posted and not taken, each list in the order of submission.
 #[derive(Debug, Default)]
 pub(crate) struct Posted {
     pub(crate) reads: Fifo<PostedSlot>,
@@ -275,7 +294,8 @@ impl Posted {
         if class == Class::Read { &mut self.reads } else { &mut self.writes }
     }
 
-    /// Posts the packets of ring number `ring` that its SQ has, up to a cancel.
+    /// Posts the packets that the SQ of ring number `ring` is known to hold, up to the first
+    /// cancel.
     pub(crate) fn post_from_sq(&mut self, sq_consumer: &mut SqConsumer, ring: u32) {
         while let Some(sqe) = sq_consumer.front() {
             let class = sqe.class();
@@ -284,14 +304,16 @@ impl Posted {
     }
 }
 
-/// Where a completed slot goes: to its ring, or, behind a wrapper, to the wrapper's list. Two known
-/// ways and no trait object, so that a completion costs no call.
+/// Where a completed slot goes: to its ring, or from an inner queue to its wrapper's list. An enum
+/// and not a trait object, so that a completion costs no indirect call.
 pub(crate) enum Sink<'a> {
     Ring(&'a mut Completions),
     Relay(&'a mut VecDeque<CompletedSlot>),
 }
 
-/// A slot that a queue is done with.
+/// A slot that an inner queue has completed, with the result; see [`Relay`](crate::device::Relay).
+///
+/// The wrapper completes it on the ring with [`PollContext::forward`].
 #[derive(Debug)]
 pub struct CompletedSlot {
     pub(super) slot: PostedSlot,
@@ -299,17 +321,21 @@ pub struct CompletedSlot {
 }
 
 impl CompletedSlot {
-    /// Whether it succeeded, and if so with how many bytes.
+    /// Returns the length of the packet in bytes if the slot succeeded.
+    ///
+    /// # Errors
+    ///
+    /// The reason for which the slot did not succeed.
     pub fn result(&self) -> Result<usize, EntryError> {
         EntryError::from_outcome(self.outcome).map(|()| self.slot.packet().len())
     }
 
-    /// The slot.
+    /// Returns the slot.
     pub fn slot(&self) -> &PostedSlot {
         &self.slot
     }
 
-    /// The slot's packet, to be changed in place.
+    /// Returns the slot's packet, to be changed in place.
     pub fn packet_mut(&mut self) -> &mut [u8] {
         self.slot.packet_mut()
     }

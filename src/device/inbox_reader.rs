@@ -1,4 +1,4 @@
-//! The reading side of a queue over an inbox: the loopback and the embedded network share it.
+//! The reading side of a queue over an inbox, which the loopback and the embedded network share.
 
 use std::collections::VecDeque;
 
@@ -7,10 +7,10 @@ use vmring_embedded::inbox::Collector;
 use crate::device::{PollContext, PostedSlot, Progress};
 use crate::limits::INBOX_READS_MAX;
 
-/// What a queue needs of its end of an inbox: [`Collector`] here, a network's receiver in
-/// `embedded`.
+/// What a queue needs from the receiving end of an inbox. [`Collector`] implements it here, and the
+/// receiver of a network's port in `embedded`.
 pub(crate) trait InboxEnd: Send {
-    /// Not shown to senders before `publish`.
+    /// Posts a slot, which senders do not see before [`publish`](Self::publish).
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
     fn publish(&mut self);
     fn collect(&mut self) -> Option<(PostedSlot, usize)>;
@@ -58,12 +58,12 @@ impl InboxEnd for Collector<PostedSlot> {
     }
 }
 
-/// The reading side of a queue over an inbox: posts reads there, collects packets, takes back what
-/// is cancelled.
+/// The reading side of a queue over an inbox. It posts reads to the inbox, collects packets from
+/// it, and takes back the reads that are cancelled.
 pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
     pub(super) end: I,
     armed: bool,
-    /// Taken back from the inbox by a cancel, to be completed at the next poll.
+    /// Reads that a cancel took back from the inbox. The next poll completes them.
     cancelled: VecDeque<PostedSlot>,
 }
 
@@ -72,7 +72,8 @@ impl<I: InboxEnd> InboxReader<I> {
         Self { end, armed: false, cancelled: VecDeque::new() }
     }
 
-    /// Awake again: completes what was cancelled.
+    /// Disarms the inbox if it is armed, and completes the cancelled reads. Each poll begins with
+    /// it.
     #[inline(always)]
     pub(crate) fn begin_poll(&mut self, cx: &mut PollContext<'_>) {
         if self.armed {
@@ -84,7 +85,7 @@ impl<I: InboxEnd> InboxReader<I> {
         }
     }
 
-    /// Posts the poller's reads, as many as fit.
+    /// Posts the poller's reads to the inbox, as many as it has space for.
     #[inline(always)]
     pub(crate) fn post(&mut self, cx: &mut PollContext<'_>) {
         while let Some(slot) = cx.take_read() {
@@ -96,7 +97,7 @@ impl<I: InboxEnd> InboxReader<I> {
         self.end.publish();
     }
 
-    /// Completes the packets that are there, at most the posted.
+    /// Completes the reads that packets have arrived for, at most [`INBOX_READS_MAX`] per call.
     #[inline(always)]
     pub(crate) fn collect(&mut self, cx: &mut PollContext<'_>) -> Progress {
         for _ in 0..INBOX_READS_MAX {
@@ -118,14 +119,14 @@ impl<I: InboxEnd> InboxReader<I> {
         let mut take = |slot| self.cancelled.push_back(slot);
         match target {
             None => self.end.recall(&mut take),
-            // The others stay where senders find them.
+            // The other reads stay posted, where senders find them.
             Some(target) => self.end.recall_target(target, &mut take),
         }
         (self.cancelled.len() - before) as u32
     }
 
-    /// Ends the reading: packets that came complete, the rest is cancelled. Waits only for copies
-    /// that are under way.
+    /// Closes the inbox. Reads with a packet complete with it, all others are cancelled. It waits
+    /// only for copies that are under way.
     pub(crate) fn close(&mut self, cx: &mut PollContext<'_>) {
         self.end.close();
         while let Some((slot, len)) = self.end.collect() {
@@ -135,7 +136,8 @@ impl<I: InboxEnd> InboxReader<I> {
         self.cancelled.drain(..).for_each(|slot| cx.cancel(slot));
     }
 
-    /// Ends the reading without an [`PollContext`]: every slot is dropped, and so completes as abandoned.
+    /// Closes the inbox without a [`PollContext`]. Every slot is dropped, so it completes as
+    /// abandoned.
     pub(crate) fn abandon(&mut self) {
         self.end.close();
         while self.end.collect().is_some() {}

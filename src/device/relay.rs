@@ -1,4 +1,4 @@
-//! For wrappers around another device: [`Relay`], and what they delegate.
+//! Parts for devices that wrap another device: [`Relay`], and a macro that delegates methods.
 
 use std::collections::VecDeque;
 
@@ -7,8 +7,19 @@ use crate::device::seam::{Progress, Queue};
 use crate::device::slot::{PostedSlot, class_index};
 use crate::error::Status;
 
-/// A private pair of lists for a wrapper: it takes slots from the poller's [`PollContext`], posts those it
-/// likes to the queue it wraps, and sees what that queue completes.
+/// Stands between a wrapper's queue and the queue that it wraps.
+///
+/// A wrapper is a device that contains another device. Its queue owns the inner device's queue and
+/// a relay, and does this in each [`Queue::poll`]:
+///
+/// 1. It takes slots from the poller's [`PollContext`] and posts those that the inner queue is to
+///    get with [`post`](Self::post).
+/// 2. It polls the inner queue with [`poll`](Self::poll). (If it has no choice to make,
+///    [`pass_through`](Self::pass_through) does steps 1 to 3.)
+/// 3. It returns to the poller what the inner queue did not take, with
+///    [`put_back`](Self::put_back).
+/// 4. It takes what the inner queue has completed with [`next_done`](Self::next_done), and
+///    completes it on the ring with [`PollContext::forward`].
 #[derive(Debug, Default)]
 pub struct Relay {
     posted: Posted,
@@ -17,17 +28,21 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Posts a slot to the inner queue.
+    /// Posts a slot to the inner queue, behind those that are posted.
     pub fn post(&mut self, slot: PostedSlot) {
         self.posted.list(slot.class).push_back(slot);
     }
 
-    /// Slots posted and not taken by the inner queue: reads and writes.
+    /// Returns how many reads and writes are posted and not taken by the inner queue.
     pub fn posted(&self) -> (usize, usize) {
         (self.posted.reads.len(), self.posted.writes.len())
     }
 
-    /// Polls the inner queue with what is posted.
+    /// Polls the inner queue, which may take every slot that is posted.
+    ///
+    /// # Errors
+    ///
+    /// The inner queue's own: its device has failed for good.
     pub fn poll(&mut self, queue: &mut dyn Queue) -> Result<Progress, Status> {
         let before = self.slots_here();
         let sink = Sink::Relay(&mut self.done);
@@ -37,8 +52,12 @@ impl Relay {
         result
     }
 
-    /// As [`poll`](Self::poll) with everything that `cx` offers; what the inner queue leaves posted
-    /// is put back.
+    /// Posts every slot that `cx` offers, polls the inner queue, and puts back what it did not
+    /// take.
+    ///
+    /// # Errors
+    ///
+    /// The inner queue's own: its device has failed for good.
     pub fn pass_through(
         &mut self,
         queue: &mut dyn Queue,
@@ -55,7 +74,7 @@ impl Relay {
         result
     }
 
-    /// Puts what the inner queue left posted back to the poller.
+    /// Puts the slots that the inner queue did not take back to the poller, in their order.
     #[cold]
     #[inline(never)]
     pub fn put_back(&mut self, cx: &mut PollContext<'_>) {
@@ -66,7 +85,10 @@ impl Relay {
         }
     }
 
-    /// Asks the inner queue to close.
+    /// Calls the inner queue's [`close`](Queue::close). Returns whether it keeps no slot any more.
+    ///
+    /// Afterwards, complete what [`next_done`](Self::next_done) returns: a queue gives back what it
+    /// keeps when it closes.
     pub fn close(&mut self, queue: &mut dyn Queue) -> bool {
         let before = self.slots_here();
         let mut cx =
@@ -76,8 +98,8 @@ impl Relay {
         closed
     }
 
-    /// Slots that are posted or done, by class: what a call of the inner queue takes off this sum, it
-    /// keeps.
+    /// The numbers of reads and writes that are in this relay: posted, or done. If a call of the
+    /// inner queue makes a number smaller, the queue keeps the difference.
     fn slots_here(&self) -> [i64; 2] {
         let (reads, writes) = self.posted();
         let mut sum = [reads as i64, writes as i64];
@@ -93,19 +115,20 @@ impl Relay {
         self.kept[1] += before[1] - now[1];
     }
 
-    /// What the inner queue has completed, oldest first.
+    /// Returns the next slot that the inner queue has completed, in the order of completion.
     pub fn next_done(&mut self) -> Option<CompletedSlot> {
         self.done.pop_front()
     }
 
-    /// Slots the inner queue keeps: reads and writes.
+    /// Returns how many reads and writes the inner queue keeps.
     pub fn kept(&self) -> (usize, usize) {
         (self.kept[0].max(0) as usize, self.kept[1].max(0) as usize)
     }
 }
 
 #[cfg(any(feature = "pcap", feature = "fault"))]
-/// For wrappers: passes everything but `queue` (and what is given in braces) on to `self.device`.
+/// Implements [`Device`](crate::device::Device) for a wrapper: the methods in braces, which must
+/// include `queue`, are its own. All others call `self.device`.
 macro_rules! delegate_device {
     ($device:ty { $($own:item)* }) => {
         impl $crate::device::seam::Device for $device {

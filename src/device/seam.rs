@@ -1,4 +1,4 @@
-//! What a driver implements: [`Driver`], [`Device`] and [`Queue`].
+//! The traits that the author of a device implements: [`Driver`], [`Device`] and [`Queue`].
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -14,9 +14,18 @@ use crate::error::{Error, Status};
 use crate::limits::PACKETS_PER_CALL;
 use crate::mailbox::RingShared;
 
-/// Something that can start a device: what [`InterfaceBuilder::device`] takes.
+/// Starts a device. [`InterfaceBuilder::device`](crate::InterfaceBuilder::device) takes a driver.
 pub trait Driver: Send + 'static {
-    /// Starts the interface. May block; the builder's start timeout runs meanwhile.
+    /// Starts an interface as `config` describes it and returns its device.
+    ///
+    /// The call may block: it runs on a thread of its own, and
+    /// [`InterfaceBuilder::start`](crate::InterfaceBuilder::start) waits for it no longer than the
+    /// start timeout. A device that is returned after the timeout is stopped at once.
+    ///
+    /// # Errors
+    ///
+    /// The driver's own. The drivers of this crate return [`Error::NotSupported`] or
+    /// [`Error::Config`] for a setting that they do not accept.
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error>;
 }
 
@@ -26,135 +35,187 @@ impl<D: Driver + ?Sized> Driver for Box<D> {
     }
 }
 
-/// A network interface of some system. [`Interface`](crate::Interface) owns one; rings drive its
-/// queues.
+/// A running network interface. An [`Interface`](crate::Interface) and its rings share one device.
 pub trait Device: Send + Sync {
-    /// The device's name, as the command's `--device` takes it.
+    /// Returns the name of this kind of device, as the command's `--device` takes it. Errors
+    /// contain the name.
     fn name(&self) -> &str;
 
-    /// What was negotiated at start.
+    /// Returns what was negotiated when the device was started.
     fn info(&self) -> InterfaceInfo;
 
-    /// What the queues can do. Does not change while the device runs.
+    /// Returns what the device's queues can do. The answer must not change while the device runs.
     fn capabilities(&self) -> Capabilities;
 
-    /// An endpoint for one ring. The queue calls `wake` whenever packets may have come since it
-    /// last said that there were none. The caller keeps to the number of rings in
-    /// [`Capabilities`].
+    /// Opens an endpoint for one ring.
+    ///
+    /// The queue must call `wake` when packets may have come after a poll that returned
+    /// [`Progress::Idle`]. The library never opens more queues at a time than
+    /// [`Capabilities`] allows.
+    ///
+    /// # Errors
+    ///
+    /// The device's own. Building the ring fails with this error. After a restart the ring closes
+    /// instead.
     fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error>;
 
-    /// Ends the interface. Queues that are still there say so when polled.
+    /// Stops the interface. A queue that still exists returns an error from its next
+    /// [`poll`](Queue::poll).
+    ///
+    /// # Errors
+    ///
+    /// The device's own, if it did not stop cleanly.
     fn stop(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Stops and starts anew with the same identity. The poller has closed every queue and asks for
-    /// new ones afterwards.
+    /// Stops the interface and starts it again with the same identity. Every queue has been closed
+    /// before the call, and the rings' engines open new ones after it.
+    ///
+    /// # Errors
+    ///
+    /// The device's own. Every ring of the interface closes if the restart fails.
     fn restart(&self) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Forwards a port of the host.
+    /// Forwards a port of the host to a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device cannot forward ports, which is the default, or the
+    /// device's own.
     fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
         let _ = rule;
         Err(self.not_supported("port forwarding"))
     }
 
-    /// Ends a forwarding.
+    /// Removes the forwarding of a port of the host.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device cannot forward ports, which is the default, or the
+    /// device's own.
     fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
         let _ = (protocol, external_port);
         Err(self.not_supported("port forwarding"))
     }
 
-    /// The forwardings in force.
+    /// Returns the forwardings in effect.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device cannot forward ports, which is the default, or the
+    /// device's own.
     fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
         Err(self.not_supported("port forwarding"))
     }
 
-    /// What the system calls the interface, if it has a name there: `tap0`.
+    /// Returns the name that the system has for the interface, such as `tap0`, if it has one.
     fn system_name(&self) -> Option<String> {
         None
     }
 
-    /// Names of the interfaces that bridged mode can share.
+    /// Returns the names of the host's interfaces that bridged mode can share.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device has no such list, which is the default, or the
+    /// device's own.
     fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
         Err(self.not_supported("listing shared interfaces"))
     }
 
-    /// The address the network has given to `mac`, if this device hands out addresses and knows.
+    /// Returns the address that the network has given to `mac`. Returns `None` if there is none, or
+    /// if the device hands out no addresses or does not know them.
     fn lease(&self, mac: MacAddr6) -> Option<Lease> {
         let _ = mac;
         None
     }
 
-    /// What the device counts of itself beyond packets, by name.
+    /// Returns what the device counts besides packets, as names and counts.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
 
-    /// Packets the device dropped by itself since it started, by reason; the sum of a network.
+    /// Returns how many packets the device itself has dropped since it was started, by reason. A
+    /// network of several interfaces reports the sum.
     fn drops(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
 
-    /// The error for a function that this device lacks.
+    /// Returns the error that says that this device does not support `what`.
     fn not_supported(&self, what: &'static str) -> Error {
         Error::NotSupported { what, device: self.name().to_owned() }
     }
 }
 
-/// One ring's endpoint of a device, driven by one thread at a time.
+/// The endpoint of one ring at a device. One thread at a time calls it.
 pub trait Queue: Send {
-    /// Makes progress without blocking: takes posted slots from `cx` and completes them, or keeps
-    /// them to complete in a later call. What it leaves, or puts back, stays posted in its order.
-    /// `Err` means that the device is dead for good: everything in flight completes with the
-    /// status and the ring closes.
+    /// Makes progress without blocking: takes posted slots from `cx`, and completes them or keeps
+    /// them to complete them in a later call. Slots that it does not take, or puts back, stay
+    /// posted in their order.
+    ///
+    /// # Errors
+    ///
+    /// An error means that the device has failed for good. Every entry in flight completes with the
+    /// status, and the ring closes.
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status>;
 
-    /// From here on one thread drives the queue, a poller's, and this is it. Without this call, which
-    /// comes before the first [`poll`](Self::poll), the queue may be driven by another thread each
-    /// time.
+    /// Says that the calling thread, a poller's, is the one that makes every later call.
+    ///
+    /// The engine of a ring on a poller's thread calls it once, before the first
+    /// [`poll`](Self::poll). It is not called for an inline ring, whose calls may each come from
+    /// another thread.
     fn bind_to_thread(&mut self) {}
 
-    /// The poller is about to sleep: from here on a packet must ring the `wake`. False if there is
-    /// something to do already.
+    /// Prepares for the poller's sleep: after this call the queue must call its [`Wake`] when a
+    /// packet comes. Returns false if there is already something to do.
     fn arm(&mut self) -> bool {
         true
     }
 
-    /// Asks for slots that the queue keeps, all or those of one `user_data`, to be completed soon:
-    /// with their packet, or by [`PollContext::cancel`]. Returns how many match. A packet must not get
-    /// lost by it.
+    /// Requests that slots the queue keeps are completed soon: all of them, or those whose
+    /// `user_data` is `target`. Returns how many slots match.
+    ///
+    /// The queue completes them in a later [`poll`](Self::poll): with their packet if there is one,
+    /// otherwise by [`PollContext::cancel`]. A cancel must not lose a packet.
     fn cancel(&mut self, target: Option<u64>) -> u32 {
         let _ = target;
         0
     }
 
-    /// Lets go of everything: gives back what it keeps, through `cx`. Called until it answers true
-    /// (nothing kept) or the close has waited long enough.
+    /// Gives back every slot that the queue keeps, through `cx`. Returns whether it keeps none any
+    /// more.
+    ///
+    /// The call is repeated until it returns true or the ring's close timeout ends. If the queue
+    /// still keeps slots by then, the queue and its slots are leaked on purpose, because something
+    /// may still write to them.
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let _ = cx;
         true
     }
 
-    /// A descriptor that is readable when there is something to do; the poller sleeps on it. Asked
-    /// for when the queue is opened, and anew after each [`arm`](Self::arm).
+    /// Returns a descriptor that is readable when there is something to do, if the device has one.
+    /// The poller sleeps on it. It calls this method when the queue is opened and after each
+    /// [`arm`](Self::arm).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }
 
-/// What a [`Queue::poll`] left behind.
+/// Whether a [`Queue::poll`] has read everything that there was to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
-    /// No more packets can be read now.
+    /// No packet is left to read. The queue calls its [`Wake`] when one comes.
     Idle,
-    /// Packets may still wait: call again when slots are posted.
+    /// Packets may be waiting. The poller polls again if reads are posted.
     More,
 }
 
-/// A device's way to say that there is something to do. Cheap while the poller is awake.
+/// Wakes the poller of a ring. A device calls it when there is something to do. A call is cheap
+/// while the poller is awake.
 #[derive(Clone)]
 pub struct Wake(Inner);
 
@@ -169,12 +230,12 @@ impl Wake {
         Self(Inner::Ring(shared))
     }
 
-    /// A wake that calls a function: for wrappers, and for driving a queue by hand.
+    /// Makes a wake that calls `f`. This is for wrappers, and for code that drives a queue itself.
     pub fn from_fn(f: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Inner::Call(Arc::new(f)))
     }
 
-    /// Rings. Callable from any thread, at any time, any number of times.
+    /// Wakes the poller. It may be called from any thread, at any time, and any number of times.
     pub fn wake(&self) {
         match &self.0 {
             Inner::Ring(shared) => shared.ring_from_device(),
@@ -189,33 +250,34 @@ impl fmt::Debug for Wake {
     }
 }
 
-/// What a device can do, as values to ask for instead of systems to tell apart.
+/// What a device can do. A caller decides by these values, not by the system that it runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
-    /// Largest IP packet, bytes.
+    /// The largest IP packet, in bytes.
     pub mtu: u32,
-    /// Largest frame that may be written, and the least room of a frame to read into, bytes.
+    /// The largest Ethernet frame that may be written, in bytes. A frame that is posted for a read
+    /// must have space for this many bytes.
     pub max_packet_size: u32,
-    /// Packets per read call.
+    /// How many reads one [`Queue::poll`] may take.
     pub max_read_batch: u32,
-    /// Packets per write call.
+    /// How many writes one [`Queue::poll`] may take.
     pub max_write_batch: u32,
-    /// Bytes the device needs in front of a packet.
+    /// How many bytes the device needs in front of a packet.
     pub headroom: u32,
-    /// What the device does to packets on the way.
+    /// The work that the device does for the guest.
     pub offloads: Offloads,
-    /// Rings that may read at a time.
+    /// How many rings may read at the same time.
     pub reading_rings: usize,
-    /// Rings that may write at a time.
+    /// How many rings may write at the same time.
     pub writing_rings: usize,
-    /// How often the poller looks at an idle device although it has not rung. `None`: never.
+    /// How often the poller polls an idle device that has not called its [`Wake`]. `None`: never.
     pub safety_poll: Option<Duration>,
 }
 
 impl Capabilities {
-    /// A device of one ring each way, with vmnet's documented batch limit of 200 packets per call
-    /// where nothing else is said.
+    /// Returns the capabilities of a simple device: one ring in each direction, 200 packets per
+    /// poll (vmnet's documented limit of a call), no headroom, no offloads and no safety poll.
     pub fn new(mtu: u32, max_packet_size: u32) -> Self {
         Self {
             mtu,
@@ -231,11 +293,11 @@ impl Capabilities {
     }
 }
 
-/// An address in use.
+/// An address that a network has given to a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
     /// The address.
     pub address: Ipv4Addr,
-    /// How long it is valid, from the last renewal.
+    /// How long the address is valid after the last renewal.
     pub duration: Duration,
 }

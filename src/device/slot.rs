@@ -1,4 +1,4 @@
-//! [`PostedSlot`]: a frame that a device fills or sends.
+//! [`PostedSlot`], a frame that a device fills or sends.
 
 use std::fmt;
 
@@ -7,26 +7,30 @@ use vmring_core::{Class, Frame, SqeRef};
 
 use crate::mailbox::{DroppedSlot, report_dropped};
 
-/// A slot lent to a device: a frame to fill or to send. Not `Clone`; ends by being completed through
-/// [`PollContext`].
+/// A submitted frame that a device owns: a read to be filled, or a write to be sent.
 ///
-/// If it is dropped instead, the entry completes as [`EntryError::Abandoned`] and the frame goes
-/// back to the caller. If it is forgotten, the slot is lost and counted as such at close.
-// In this order what stands behind the class and the ring is 32 bytes, which are copied in pieces that do
-// not overlap. (The class is looked at by itself: it says whether an `Option` of a slot has one.) Reading
-// overlapping pieces back costs some fifteen cycles.
+/// A device gets slots from a [`PollContext`](crate::device::PollContext) and completes them
+/// through it. A slot cannot be cloned.
+///
+/// If a device drops a slot instead, the entry completes as
+/// [`EntryError::Abandoned`](crate::EntryError::Abandoned), and the caller gets the frame back. If
+/// a device forgets a slot ([`std::mem::forget`]), the slot is lost; closing the ring reports it in
+/// [`Error::Leaked`](crate::Error::Leaked).
+// The order of the fields matters. The 32 bytes behind `class` and `ring` are copied in pieces that
+// do not overlap. Reading back pieces that overlap costs some fifteen cycles. (`class` is read by
+// itself: it says whether an `Option` of a slot is `Some`.)
 #[repr(C)]
 pub struct PostedSlot {
     pub(super) class: Class,
-    /// The ring to which the entry belongs: a number, not a pointer, so that a slot costs no
-    /// reference count.
+    /// The number of the ring that the entry belongs to. A number and not a pointer, so that a slot
+    /// costs no reference count.
     pub(super) ring: u32,
-    /// `None` only in the moment between completing and dropping.
+    /// `None` only while a slot is being completed or dropped.
     frame: Option<Frame>,
     user_data: u64,
 }
 
-// As the docs of `RingBuilder` say.
+// The docs of `RingBuilder` ("Memory") give this size.
 #[cfg(target_pointer_width = "64")]
 const_assert_eq!(size_of::<PostedSlot>(), 40);
 
@@ -36,7 +40,7 @@ impl PostedSlot {
         Self { frame: Some(frame), user_data, ring, class }
     }
 
-    /// The slot of ring number `ring` that an SQE of that class was submitted with.
+    /// Takes the slot out of an SQE of class `class`, which was submitted to ring number `ring`.
     #[inline(always)]
     pub(super) fn from_sqe(sqe: SqeRef<'_>, ring: u32, class: Class) -> Self {
         let (frame, user_data) = sqe.take();
@@ -47,51 +51,55 @@ impl PostedSlot {
     pub(crate) fn into_frame(mut self) -> (Frame, u64, Class) {
         let frame = self.frame.take();
         let (user_data, class) = (self.user_data, self.class);
-        // Nothing is left to drop, and nobody need ask.
+        // Nothing is left to drop. Without this the destructor would look for a frame.
         std::mem::forget(self);
         (frame.expect("a posted slot has its frame until it is completed"), user_data, class)
     }
 
-    /// The number the caller gave.
+    /// Returns the `user_data` that the caller gave when it submitted the frame.
     #[inline]
     pub fn user_data(&self) -> u64 {
         self.user_data
     }
 
-    /// Whether it is to be filled rather than sent.
+    /// Returns true for a read, which is to be filled, and false for a write, which is to be sent.
     #[inline]
     pub fn is_read(&self) -> bool {
         self.class == Class::Read
     }
 
-    /// Of a write: the packet.
+    /// Returns the packet: that of a write is to be sent, that of a read is empty until the read is
+    /// completed.
     #[inline]
     pub fn packet(&self) -> &[u8] {
         self.frame().as_ref()
     }
 
-    /// Of a read: where the packet goes, at least `max_packet_size` bytes. Of a write: the packet
-    /// and the room behind it.
+    /// Returns the whole buffer, from the packet's start to the end of the slot. For a read this is
+    /// where the packet goes: at least [`max_packet_size`](crate::device::Capabilities) bytes. For
+    /// a write it is the packet and the space behind it.
     #[inline]
     pub fn buffer_mut(&mut self) -> &mut [u8] {
         self.frame_mut().buffer_mut()
     }
 
-    /// As [`buffer_mut`](Self::buffer_mut), from `header` bytes before the packet: for devices that put
-    /// an offload header there. `None` if there is less headroom.
+    /// Returns the buffer from `header` bytes before the packet's start, for a device that has an
+    /// offload header there. Returns `None` if there is less headroom than that. See also
+    /// [`buffer_mut`](Self::buffer_mut).
     #[inline]
     pub fn buffer_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
         self.frame_mut().buffer_with_header_mut(header)
     }
 
-    /// Of a write: the packet, from `header` bytes before it. `None` if there is less headroom.
+    /// Returns the packet of a write with the `header` bytes in front of it. Returns `None` if
+    /// there is less headroom than that.
     #[inline]
     pub fn packet_with_header_mut(&mut self, header: usize) -> Option<&mut [u8]> {
         let len = header + self.packet().len();
         self.buffer_with_header_mut(header)?.get_mut(..len)
     }
 
-    /// Of a write: the packet, to be changed in place.
+    /// Returns the packet of a write, to be changed in place.
     pub fn packet_mut(&mut self) -> &mut [u8] {
         self.frame_mut().as_mut()
     }
@@ -135,7 +143,7 @@ impl fmt::Debug for PostedSlot {
     }
 }
 
-/// The place of a class in a pair of reads and writes.
+/// Returns the index of a class in a pair of reads and writes: 0 for reads, 1 for writes.
 #[inline(always)]
 pub(crate) fn class_index(class: Class) -> usize {
     usize::from(class != Class::Read)
