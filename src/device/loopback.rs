@@ -1,4 +1,5 @@
-//! The reference device: what is written is read, in order, on the same interface.
+//! The reference device: packets that are written to an interface are read from the same interface,
+//! in order.
 
 use std::sync::Arc;
 
@@ -15,19 +16,25 @@ use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
 use crate::limits::{INBOX_READS_MAX, LOOPBACK_QUEUE};
 
-/// A driver for [`Interface::builder`](crate::Interface::builder): a wire from the interface back to
-/// itself. One ring reads, any number write. With 256 packets waiting and no read posted it takes
-/// no more, which the writer sees as [`Status::BufferExhausted`] after the retry budget.
+/// A driver for [`Interface::builder`](crate::Interface::builder) whose interface is connected to
+/// itself: a packet that is written is read again.
 ///
-/// The only ring that writes, if it is the one that reads too, fills its own reads directly. They are
-/// there for another ring from the first turn on that its engine has after the other was built.
+/// One ring can read, and any number of rings can write. If no read is posted, up to 256 packets
+/// wait. After that the device takes no more, and writes complete with [`Status::BufferExhausted`]
+/// once the retry budget is used up.
+///
+/// If the ring that reads is also the only ring that writes, its writes fill its own reads
+/// directly. When another ring is built that writes, the reads become available to it at the next
+/// poll of the reading ring.
 #[derive(Clone, Debug)]
 pub struct Loopback {
     mtu: u32,
 }
 
 impl Loopback {
-    /// A loop for IP packets of up to `mtu` bytes, 1 to 65,521; frames have 14 more.
+    /// Returns a driver for IP packets of up to `mtu` bytes, which must be 1 to 65,521. An Ethernet
+    /// frame has 14 bytes more. The MTU of the interface's settings, if there is one, overrides
+    /// `mtu`.
     pub fn new(mtu: u32) -> Self {
         Self { mtu }
     }
@@ -56,10 +63,10 @@ struct Loop {
     shared: Arc<LoopShared>,
 }
 
-/// What the interface's rings share.
+/// The state that the interface's rings share.
 struct LoopShared {
     inbox: Arc<Inbox<PostedSlot>>,
-    /// Rings that write.
+    /// How many rings can write.
     writers: AtomicUsize,
 }
 
@@ -89,7 +96,8 @@ impl Device for Loop {
     fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
         let collector = if direction.reads() {
             let wake = Arc::new(move || wake.wake());
-            // The caller keeps to one reading ring; the last one has closed.
+            // The library opens one reading queue at a time (`Capabilities::reading_rings`), so the
+            // last one has closed.
             Some(Inbox::open(&self.shared.inbox, wake).ok_or(Status::SetupIncomplete)?)
         } else {
             None
@@ -99,13 +107,15 @@ impl Device for Loop {
     }
 }
 
-/// One of the rings that write.
+/// The writing side of a ring. It counts itself in [`LoopShared::writers`].
 struct Writer(Arc<LoopShared>);
 
 impl Writer {
     fn new(shared: &Arc<LoopShared>) -> Self {
-        // Relaxed, as everywhere: a reader that has not seen it yet sees the packet that it could not
-        // deliver, whose doorbell has the fence that this needs.
+        // Relaxed here and in the functions below: the count hands over no data. A reader that does
+        // not see this writer yet has lent no reads, so the writer's packet waits in the inbox. The
+        // fence of `Inbox::ring` pairs with that of `Collector::arm`: the reader is woken or sees
+        // the packet (`frames_wait`), and lends its reads.
         shared.writers.fetch_add(1, Ordering::Relaxed);
         Self(shared.clone())
     }
@@ -128,13 +138,14 @@ impl Drop for Writer {
 struct LoopQueue {
     tx: Option<Writer>,
     rx: Option<InboxReader>,
-    /// Whether reads that the poller has are put into the inbox.
+    /// Whether the poller's reads are posted to the inbox.
     lends: bool,
 }
 
 impl LoopQueue {
-    /// Reads are for other rings to fill, or for packets that wait. If neither is so, they stay with
-    /// the poller, and this ring's own writes find them there.
+    /// Whether the poller's reads must be posted to the inbox: other rings may fill them, or
+    /// packets wait for them there. Otherwise they stay with the poller, where this ring's own
+    /// writes find them.
     fn has_to_lend(&self) -> bool {
         !self.tx.as_ref().is_some_and(|tx| tx.is_alone() && !tx.inbox().frames_wait())
     }
@@ -156,7 +167,7 @@ impl Queue for LoopQueue {
     }
 
     fn arm(&mut self) -> bool {
-        // Armed first: who comes after our look rings.
+        // Arm first, look afterwards: a writer that comes after the look rings.
         let armed = self.rx.as_mut().is_none_or(InboxReader::arm);
         armed && (self.lends || !self.has_to_lend())
     }
@@ -174,13 +185,13 @@ impl Queue for LoopQueue {
     }
 }
 
-/// Sends the poller's writes: `own` is the end that reads them, if it is this ring's and nobody else
-/// wants its reads.
+/// Sends the poller's writes. `own` is this ring's reading side, if no other ring can fill its
+/// reads.
 #[inline(always)]
 fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReader>) {
     let mut sent = false;
     let max = inbox.max_frame();
-    // As many as there are buffers for in one claim, the rest one by one.
+    // One claim for as many packets as buffers are posted for. The rest goes one by one.
     if own.as_ref().is_none_or(|rx| rx.end.posted() > 0)
         && let Some(mut claim) = inbox.claim(cx.leading_writes(|packet| packet.len() <= max))
     {
@@ -193,7 +204,7 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
         sent = true;
     }
     if let Some(rx) = own {
-        // Reads that were lent come first.
+        // Reads that are still in the inbox are older than the poller's, so they are filled first.
         rx.collect(cx);
         if rx.end.posted() == 0 {
             pass(cx);
@@ -217,7 +228,7 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
     }
 }
 
-/// Gives each write to the next read, as long as there are both.
+/// Copies each write into the next read, as long as there are both.
 #[inline(always)]
 fn pass(cx: &mut PollContext<'_>) {
     while let Some(from) = cx.take_write() {
