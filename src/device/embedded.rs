@@ -1,5 +1,5 @@
-//! The embedded network as a device: what vmnet does, in this process and without privileges. See
-//! [`vmring_embedded`].
+//! The embedded network as a device. It does what vmnet does, in this process and without
+//! privileges. See [`vmring_embedded`].
 
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
@@ -20,15 +20,15 @@ use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
 use crate::sys::lock;
 
-/// The networks of this process.
+/// The networks of this process, by name.
 static NETWORKS: Registry<PostedSlot> = Registry::new();
 
-/// A driver for [`Interface::builder`](crate::Interface::builder): a port of a network in this
-/// process.
+/// A driver for [`Interface::builder`](crate::Interface::builder) whose interface is a port of a
+/// network in this process.
 ///
-/// Interfaces of one process that name the same network see each other. A network lives as long as
-/// an interface is on it; one that has stopped is not. Those who join must agree on its mode,
-/// addresses and MTU.
+/// Interfaces of one process that name the same network can reach each other. A network exists as
+/// long as an interface is on it; an interface that is stopped is not on it. All interfaces of a
+/// network must agree on its mode, addresses and MTU.
 #[derive(Clone, Debug)]
 pub struct Embedded {
     network: String,
@@ -38,24 +38,26 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// A port of the network of that name. Host and shared networks of one name are two networks.
+    /// Returns a driver for a port of the network `name`. A host network and a shared network of
+    /// one name are two networks.
     pub fn network(name: impl Into<String>) -> Self {
         Self { network: name.into(), lease_time: None, overflow: None, dns: Vec::new() }
     }
 
-    /// How long the network's addresses are given out for. Default 24 hours, as Apple's `bootpd`.
+    /// Sets how long an address that the network gives out is valid. The default is 24 hours, as in
+    /// Apple's `bootpd`.
     pub fn lease_time(mut self, time: Duration) -> Self {
         self.lease_time = Some(time);
         self
     }
 
-    /// Packets that wait for a port without a posted read, before packets are dropped.
+    /// Sets how many packets wait for a port that has no posted read. Further packets are dropped.
     pub fn overflow(mut self, packets: u32) -> Self {
         self.overflow = Some(packets);
         self
     }
 
-    /// Name servers to announce; the network has none of its own.
+    /// Adds name servers that the network announces. It has none of its own.
     pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
         self.dns.extend(servers);
         self
@@ -86,26 +88,26 @@ impl Driver for Embedded {
     }
 }
 
-/// The network of that name, which must be like this.
+/// Opens the network `name`. If it exists, its settings must be those of `config`.
 fn open(name: &str, config: &NetworkConfig) -> Result<Arc<Network<PostedSlot>>, Error> {
     NETWORKS.open(name, config).map_err(|error| ConfigError::Invalid(error.to_string()).into())
 }
 
 struct EmbeddedPort {
     info: InterfaceInfo,
-    /// What the network is called and like, for coming back to it.
+    /// The network's name and settings, to join it again after a stop.
     name: String,
     network: NetworkConfig,
     isolated: bool,
-    /// The reading ring's wake, while there is one.
+    /// The wake of the ring that reads, while there is one.
     wake: Arc<Mutex<Option<Wake>>>,
     ends: Arc<Mutex<Option<Ends>>>,
-    /// The port as others see it, and the network; `None` while stopped, so that nothing of a stopped
-    /// interface keeps the network.
+    /// A view of the port and of its network. `None` while the interface is stopped, so that a
+    /// stopped interface does not keep the network alive.
     monitor: Mutex<Option<Monitor<PostedSlot>>>,
 }
 
-/// A port's two ends, while no ring has them. `Receiver` is `None` while a ring reads.
+/// The two halves of a port, from which rings get theirs. `receiver` is `None` while a ring reads.
 struct Ends {
     receiver: Option<Receiver<PostedSlot>>,
     sender: Sender<PostedSlot>,
@@ -140,8 +142,8 @@ impl EmbeddedPort {
     ) -> Result<(Ends, MacAddr6), Error> {
         let wake = wake.clone();
         let wake = Arc::new(move || {
-            // Only a sleeping receiver is woken, so this lock is not on a packet's way. The wake is
-            // called outside it: it may run anything.
+            // This runs only when the receiver sleeps, so no packet pays for the lock. The wake is
+            // called after the lock is released, because it may run any code.
             let wake = lock(&wake).clone();
             if let Some(wake) = wake {
                 wake.wake();
@@ -188,7 +190,7 @@ impl Device for EmbeddedPort {
     }
 
     fn stop(&self) -> Result<(), Error> {
-        // The port leaves the network, which ends if it was the last.
+        // Dropping these removes the port from the network. The network ends with its last port.
         let ends = lock(&self.ends).take();
         let monitor = lock(&self.monitor).take();
         drop((ends, monitor));
@@ -196,7 +198,8 @@ impl Device for EmbeddedPort {
     }
 
     fn restart(&self) -> Result<(), Error> {
-        // Held over the stop, so that it keeps its leases though nobody else is on it.
+        // Keep the network alive during the stop. Otherwise it would lose its leases if no other
+        // interface is on it.
         let network = lock(&self.monitor).as_ref().map(|monitor| monitor.network().clone());
         self.stop()?;
         let network = match network {
@@ -229,7 +232,8 @@ impl Device for EmbeddedPort {
         ]
     }
 
-    /// Of this port: copied twice. Of the network: what its gateway answered, and what not.
+    /// The packets of this port that were copied twice, and what the network's gateway did and did
+    /// not answer.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let monitor = lock(&self.monitor);
         let Some(monitor) = &*monitor else { return Vec::new() };
@@ -255,14 +259,15 @@ struct EmbeddedQueue {
     max: usize,
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,
-    /// Where the receiver goes back to.
+    /// Where the receiver is returned to.
     ends: Arc<Mutex<Option<Ends>>>,
     wake: Arc<Mutex<Option<Wake>>>,
 }
 
 impl Queue for EmbeddedQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
-        // What was submitted first is looked at first: who looks for reads behind writes moves those.
+        // Start with what was submitted first. Looking for reads behind writes would move the
+        // writes out of the SQ.
         let writes_first = cx.is_write_next();
         if let Some(rx) = &mut self.rx {
             rx.begin_poll(cx);
@@ -298,7 +303,7 @@ impl Queue for EmbeddedQueue {
     }
 }
 
-/// Sends the poller's writes: those to one port in a row together.
+/// Sends the poller's writes. A run of writes to one port is sent together.
 #[inline(always)]
 fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
@@ -324,24 +329,24 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     tx.flush();
 }
 
-/// Sends so many writes for which no buffers are to be had together; or each would be looked at again for
-/// each.
+/// Sends `count` writes one by one, because no buffers can be claimed for them together. All at
+/// once: otherwise the run would be searched for again after each packet.
 #[inline(never)]
 fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
     for _ in 0..count {
         let Some(slot) = cx.take_write() else { break };
         match tx.send(slot.packet()) {
-            // As vmnet answers to what is no Ethernet frame.
+            // vmnet's answer to a packet that is not an Ethernet frame.
             Sent::Dropped(DropReason::Runt) => cx.fail(slot, Status::InvalidArgument),
             Sent::Dropped(DropReason::TooBig) => cx.fail(slot, Status::PacketTooBig),
-            // A network takes every frame; what it drops, it counts.
+            // The network takes every other frame, and counts those that it drops.
             _ => cx.complete_write(slot),
         }
     }
 }
 
-/// The addresses of a frame that a network of this largest frame takes. `None`: whoever sends it will
-/// say what is wrong.
+/// The two addresses at the front of a frame, if the network takes frames of this length: an
+/// Ethernet header to `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
 #[inline]
 fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES_LEN]> {
     let is_frame = (ETHERNET_HEADER_LEN..=max).contains(&packet.len());
@@ -349,7 +354,8 @@ fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES_LEN]> {
 }
 
 impl EmbeddedQueue {
-    /// The emptied receiver waits for the next ring, unless the port has been stopped.
+    /// Returns the emptied receiver to the port, for the next ring that reads. If the interface has
+    /// been stopped, the receiver is dropped.
     fn return_receiver(&self, rx: InboxReader<Receiver<PostedSlot>>) {
         *lock(&self.wake) = None;
         let mut receiver = rx.into_inner();
@@ -362,7 +368,7 @@ impl EmbeddedQueue {
 
 impl Drop for EmbeddedQueue {
     fn drop(&mut self) {
-        // Dropped without being closed: something above us panicked.
+        // A queue that is dropped without being closed: its caller has panicked.
         if let Some(mut rx) = self.rx.take() {
             rx.abandon();
             self.return_receiver(rx);
