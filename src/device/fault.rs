@@ -1,5 +1,5 @@
-//! A wrapper that makes any device misbehave, in ways that a seed decides: for testing what stands
-//! on top of vmring, and vmring itself.
+//! A wrapper that makes any device misbehave. A seed decides when. It is for testing vmring and the
+//! programs that use it.
 //!
 //! ```
 //! use vmring::device::fault::Faults;
@@ -27,7 +27,10 @@ use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
 
-/// What goes wrong, and how often. Probabilities are from 0.0 (the default) to 1.0.
+/// What goes wrong, and how often.
+///
+/// A probability is a number from 0.0, which means never and is the default, to 1.0, which means
+/// always.
 #[derive(Clone, Debug)]
 pub struct Faults {
     seed: u64,
@@ -52,7 +55,8 @@ struct Engine {
 }
 
 impl Faults {
-    /// Nothing goes wrong yet. The same seed gives the same decisions for the same calls.
+    /// Returns settings under which nothing goes wrong yet. The same seed makes the same decisions
+    /// for the same calls.
     pub fn seeded(seed: u64) -> Self {
         Self {
             seed,
@@ -71,86 +75,88 @@ impl Faults {
         }
     }
 
-    /// A call takes only a random part of what is posted.
+    /// Sets the probability that a poll takes only a random part of what is posted.
     pub fn short_batches(mut self, probability: f64) -> Self {
         self.short_batches = probability;
         self
     }
 
-    /// A call takes no writes, as when the system's buffers are full for a moment.
+    /// Sets the probability that a poll takes no writes, as if the system's buffers were full for a
+    /// moment.
     pub fn exhaustion(mut self, probability: f64) -> Self {
         self.exhaustion = probability;
         self
     }
 
-    /// A write is refused with `status`.
+    /// Sets the probability that a write fails with `status`.
     pub fn errors(mut self, probability: f64, status: Status) -> Self {
         self.errors = Some((probability, status));
         self
     }
 
-    /// A write's slot is dropped instead of being completed.
+    /// Sets the probability that the slot of a write is dropped instead of being completed.
     pub fn abandon(mut self, probability: f64) -> Self {
         self.abandon = probability;
         self
     }
 
-    /// A read packet has one bit flipped.
+    /// Sets the probability that one bit of a read packet is flipped.
     pub fn corruption(mut self, probability: f64) -> Self {
         self.corruption = probability;
         self
     }
 
-    /// A wake-up comes only after `delay`.
+    /// Sets the probability that a wake-up of the device comes late, after `delay`.
     pub fn late_wakes(mut self, probability: f64, delay: Duration) -> Self {
         self.late_wakes = Some((probability, delay));
         self
     }
 
-    /// A wake-up comes twice.
+    /// Sets the probability that a wake-up of the device comes twice.
     pub fn duplicate_wakes(mut self, probability: f64) -> Self {
         self.duplicate_wakes = probability;
         self
     }
 
-    /// After `packets` completed, the device fails for good.
+    /// Lets the device fail for good, with `status`, when a queue has completed `packets` packets.
     pub fn fail_after(mut self, packets: u64, status: Status) -> Self {
         self.fail_after = Some((packets, status));
         self
     }
 
-    /// After `packets` completed, the device panics.
+    /// Lets the device panic when a queue has completed `packets` packets.
     pub fn panic_after(mut self, packets: u64) -> Self {
         self.panic_after = Some(packets);
         self
     }
 
-    /// The device is a completion engine: it holds each finished slot up to `hold` on a thread of
-    /// its own and gives it back later, also after a cancel; in another order if `reorder`.
+    /// Makes the device a completion engine: it holds each finished slot for `hold` on a thread of
+    /// its own and gives it back afterwards, also after a cancel. With `reorder` it holds each slot
+    /// for a random part of `hold`, so that slots come back in another order.
     pub fn engine(mut self, hold: Duration, reorder: bool) -> Self {
         self.engine = Some(Engine { hold, reorder });
         self
     }
 
-    /// The device never lets go of what it holds when it is closed.
+    /// Lets a queue never finish closing, so that the slots that it holds are leaked.
     pub fn stuck_at_close(mut self) -> Self {
         self.stuck = true;
         self
     }
 
-    /// Starting takes this long.
+    /// Delays the start of the device by `delay`.
     pub fn start_delay(mut self, delay: Duration) -> Self {
         self.start_delay = delay;
         self
     }
 
-    /// A driver that starts `inner` and misbehaves on top of it.
+    /// Returns a driver that starts `inner` and adds these faults to it.
     pub fn wrap(self, inner: impl Driver) -> Faulty {
         Faulty { faults: self, inner: Box::new(inner) }
     }
 }
 
-/// A driver that misbehaves; see [`Faults::wrap`].
+/// A driver whose device misbehaves; see [`Faults::wrap`].
 pub struct Faulty {
     faults: Faults,
     inner: Box<dyn Driver>,
@@ -173,7 +179,7 @@ impl Driver for Faulty {
 struct FaultyDevice {
     device: Arc<dyn Device>,
     faults: Faults,
-    /// Queues made: each draws from a seed of its own.
+    /// How many queues were made. Each queue has random numbers of its own.
     queues: AtomicU64,
 }
 
@@ -196,7 +202,7 @@ delegate_device!(FaultyDevice {
     }
 });
 
-/// A wake that is sometimes late and sometimes double.
+/// Wraps a wake so that it sometimes comes late and sometimes comes twice.
 fn faulty_wake(faults: &Faults, rng: Rng, wake: Wake) -> Wake {
     let (late, twice) = (faults.late_wakes, faults.duplicate_wakes);
     if late.is_none() && twice == 0.0 {
@@ -231,13 +237,13 @@ struct FaultyQueue {
     held: Option<Held>,
     rng: Rng,
     completed: u64,
-    /// The last call left something posted that the inner queue could have used.
+    /// Whether the last poll left something posted that the inner queue could have used.
     left_some: bool,
     faults: Faults,
 }
 
 impl FaultyQueue {
-    /// How much of `n` the next call gets.
+    /// How many of `n` slots the inner queue gets in this poll.
     fn part(&mut self, n: usize) -> usize {
         if n > 0 && chance(&mut self.rng, self.faults.short_batches) {
             self.rng.usize(0..n)
@@ -316,7 +322,8 @@ impl Queue for FaultyQueue {
     }
 
     fn cancel(&mut self, target: Option<u64>) -> u32 {
-        // What the engine holds comes back in its own time, as in a kernel that has it already.
+        // The engine gives back what it holds when its time has passed, as a kernel would that has
+        // already finished with a slot.
         self.inner.cancel(target)
     }
 
@@ -337,11 +344,11 @@ impl Queue for FaultyQueue {
     }
 }
 
-/// The completion engine: finished slots go through a thread that holds them for a while.
+/// The completion engine: a thread that holds finished slots for a while.
 struct Held {
     to_thread: Sender<CompletedSlot>,
     from_thread: Receiver<CompletedSlot>,
-    /// Looked at and not yet given back.
+    /// Slots that came back from the thread, or never got there, and are still to be given back.
     returned: Vec<CompletedSlot>,
     out: usize,
 }
@@ -365,7 +372,8 @@ impl Held {
                         continue;
                     }
                     Err(RecvTimeoutError::Timeout) => {}
-                    // The queue is gone; what is held is dropped, and so finds its own way home.
+                    // The queue is gone. Slots that are held are dropped, which reports each to its
+                    // ring.
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
                 let now = Instant::now();
@@ -385,7 +393,7 @@ impl Held {
     fn hold(&mut self, done: CompletedSlot) {
         match self.to_thread.send(done) {
             Ok(()) => self.out += 1,
-            // The thread has died; nothing is held then.
+            // The thread has died, so the slot is given back without being held.
             Err(mpsc::SendError(done)) => self.returned.push(done),
         }
     }
