@@ -1,4 +1,4 @@
-//! A wrapper that records what goes over any device, both ways, as a pcapng file.
+//! A wrapper that records the packets of any device, in both directions, in a pcapng file.
 //!
 //! ```no_run
 //! use vmring::device::pcap::Capture;
@@ -13,9 +13,9 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 //!
-//! Recording writes to the file on the poller's thread, one block per packet, buffered.
+//! The poller's thread writes to the file, one block per packet, through a buffer.
 //!
-//! And the other way: [`Replay`], a device that reads out of such a file.
+//! [`Replay`] is the opposite: a device that reads its packets out of such a file.
 
 mod error;
 mod replay;
@@ -47,14 +47,14 @@ use crate::sys::lock;
 
 pub use replay::Replay;
 
-/// `epb_flags` bits 0-1 (draft-ietf-opsawg-pcapng, section 4.3.1): inbound is 1, outbound 2; here
-/// as seen from the guest.
+/// Bits 0 and 1 of `epb_flags` (draft-ietf-opsawg-pcapng, section 4.3.1): 1 is inbound, 2 is
+/// outbound. Here the direction is that seen from the guest.
 const INBOUND: u32 = 1;
 const OUTBOUND: u32 = 2;
-/// `if_tsresol`: timestamps count nanoseconds (10^-9).
+/// The value of `if_tsresol` for timestamps in nanoseconds (10^-9 seconds).
 const NANOSECONDS: u8 = 9;
 
-/// A pcapng file to which any number of interfaces record.
+/// A pcapng file in which any number of interfaces are recorded. Clones are handles to one file.
 #[derive(Clone)]
 pub struct Capture {
     file: Arc<Mutex<Recorder>>,
@@ -64,7 +64,7 @@ struct Recorder {
     writer: PcapNgWriter<BufWriter<Box<dyn Write + Send>>>,
     interfaces: u32,
     packets: u64,
-    /// The first error; nothing is written after it.
+    /// The first error. Nothing is written after it.
     failed: Option<io::Error>,
 }
 
@@ -75,18 +75,19 @@ impl fmt::Debug for Capture {
 }
 
 impl Capture {
-    /// Creates the file, or empties it, and writes the capture's header.
+    /// Creates the file, or empties it if it exists, and writes the capture's header.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses either; then a file that was created stays, empty.
+    /// [`Error::Io`] if the file cannot be created or the header cannot be written. In the second
+    /// case an empty file stays behind.
     pub fn create(path: impl AsRef<Path>) -> Result<Self, Error> {
         let file = File::create(path).map_err(Error::io("creating the capture file"))?;
         Self::to_writer(file)
     }
 
-    /// Records to anything that takes bytes. The header is written out now, so that a writer which
-    /// takes nothing is found before a packet is on its way.
+    /// Records to any writer. The header is written and flushed now, so that a writer that takes
+    /// nothing is found before the first packet comes.
     ///
     /// # Errors
     ///
@@ -100,26 +101,27 @@ impl Capture {
         Ok(Self { file: Arc::new(Mutex::new(recorder)) })
     }
 
-    /// A driver that starts `inner` and records its packets under `name`.
+    /// Returns a driver that starts `inner` and records its packets. `name` is the interface's name
+    /// in the file.
     pub fn wrap(&self, name: impl Into<String>, inner: impl Driver) -> Recorded {
         Recorded { capture: self.clone(), name: name.into(), inner: Box::new(inner) }
     }
 
-    /// Packets recorded so far.
+    /// Returns how many packets were recorded so far.
     pub fn packets(&self) -> u64 {
         lock(&self.file).packets
     }
 
-    /// Writes out what is buffered. Queues that are closed have done so already.
+    /// Flushes the buffer to the file. A queue that is closed has done this already.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] with the first error there was, as when the disk is full: packets went on
-    /// unrecorded after it.
+    /// [`Error::Io`] with the first error since the capture was created, for example because the
+    /// disk is full. Packets that came after that error are not in the file.
     pub fn finish(&self) -> Result<(), Error> {
         let mut recorder = lock(&self.file);
         let flushed = recorder.writer.get_mut().flush();
-        // The first error stays: what was recorded behind a gap would deceive.
+        // The first error stays, because a recording with a gap would mislead.
         let failed = recorder.failed.as_ref();
         failed
             .map_or(flushed, |error| Err(io::Error::new(error.kind(), error.to_string())))
@@ -166,7 +168,7 @@ impl Recorder {
     }
 }
 
-/// A driver that records; see [`Capture::wrap`].
+/// A driver whose device is recorded; see [`Capture::wrap`].
 pub struct Recorded {
     capture: Capture,
     name: String,
@@ -209,7 +211,7 @@ struct RecordedQueue {
 }
 
 impl RecordedQueue {
-    /// Records what the inner queue has completed and passes it on.
+    /// Records the packets that the inner queue has completed, and completes the slots on the ring.
     fn pass_on(&mut self, cx: &mut PollContext<'_>) {
         let mut recorder = None;
         while let Some(done) = self.relay.next_done() {

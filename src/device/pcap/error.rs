@@ -1,4 +1,4 @@
-//! Errors of the capture library as the standard library's.
+//! Converts the errors of the capture library to those of the standard library.
 
 use std::io;
 

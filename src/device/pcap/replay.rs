@@ -1,4 +1,4 @@
-//! A device that reads out of a capture file; see [`Replay`].
+//! A device that reads its packets out of a capture file; see [`Replay`].
 
 use std::fmt;
 use std::fs::File;
@@ -20,13 +20,14 @@ use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sys::lock;
 
-/// The first four bytes of a pcapng file, the same in either byte order.
+/// The first four bytes of a pcapng file. They are the same in either byte order.
 const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];
-/// The largest packet that is replayed: as large as IP and Ethernet make them.
+/// The length of the largest packet that is replayed, in bytes: the largest IP packet and an
+/// Ethernet header.
 const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 
-/// A driver whose device reads the packets of a capture file (pcap or pcapng), as fast as frames are
-/// posted for them, and takes writes, which go nowhere.
+/// A driver whose device reads the packets of a capture file (pcap or pcapng), as fast as reads are
+/// posted. It takes writes and discards them.
 ///
 /// ```no_run
 /// use vmring::Interface;
@@ -39,12 +40,13 @@ const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 /// # Ok::<(), vmring::Error>(())
 /// ```
 ///
-/// The interface's `max_packet_size` is at least the longest packet's. Packets that were recorded
-/// incompletely, and those beyond 65,549 bytes, are left out and counted in
-/// [`Interface::drops`](crate::Interface::drops). All of an interface's packets are replayed, those
-/// that it had sent too. Clones are handles on one replay: it runs once, for whichever started it.
+/// The interface's `max_packet_size` is at least the length of the file's longest packet. Packets
+/// that were recorded incompletely, and those of more than 65,549 bytes, are left out and counted
+/// in [`Interface::drops`](crate::Interface::drops). All packets of a recorded interface are
+/// replayed, both those that it had received and those that it had sent. Clones are handles to one
+/// replay, which can be started once.
 ///
-/// The file is read on the poller's thread.
+/// The poller's thread reads the file.
 #[derive(Clone)]
 pub struct Replay {
     state: Arc<State>,
@@ -52,15 +54,15 @@ pub struct Replay {
 
 struct State {
     path: Option<PathBuf>,
-    /// Packets that fit, and the longest of them.
+    /// The number of packets that can be replayed, and the length of the longest.
     packets: u64,
     len_max: usize,
-    /// Of those that fit, not read yet.
+    /// How many of them have not been read yet.
     left: AtomicU64,
     truncated: AtomicU64,
     too_big: AtomicU64,
     discarded: AtomicU64,
-    /// `None` until it starts, and at the end.
+    /// `None` before the start and after the last packet.
     source: Mutex<Option<Source>>,
 }
 
@@ -71,11 +73,11 @@ impl fmt::Debug for Replay {
 }
 
 impl Replay {
-    /// Reads the file once, to find out now what is wrong with it.
+    /// Opens a capture file. The whole file is read once, so that an error in it is found now.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be read or is no capture, as far as its end;
+    /// [`Error::Io`] if the file cannot be read, or if any part of it is not in a capture's format.
     /// [`ConfigError::Invalid`] if its packets are not Ethernet frames.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
@@ -90,8 +92,8 @@ impl Replay {
         Ok(Self::new(Some(path.to_owned()), packets, len_max))
     }
 
-    /// A device from which nothing comes: with a [`Capture`](super::Capture) around it, a device whose
-    /// writes are recorded.
+    /// Returns a driver whose device has no packets. Wrapped in a [`Capture`](super::Capture), it
+    /// records what is written.
     pub fn nothing() -> Self {
         Self::new(None, 0, 0)
     }
@@ -111,12 +113,12 @@ impl Replay {
         Self { state: Arc::new(state) }
     }
 
-    /// Packets of the file that can be replayed.
+    /// Returns how many packets of the file can be replayed.
     pub fn packets(&self) -> u64 {
         self.state.packets
     }
 
-    /// Those that have not been read yet.
+    /// Returns how many of those packets have not been read yet.
     pub fn left(&self) -> u64 {
         self.state.left.load(Ordering::Relaxed)
     }
@@ -171,7 +173,7 @@ impl Device for ReplayDevice {
     }
 
     fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
-        // It never has to wake anybody: what is to be read is there from the start.
+        // The queue has no use for the wake: everything that can be read is there from the start.
         Ok(Box::new(ReplayQueue { state: self.state.clone() }))
     }
 
@@ -196,15 +198,17 @@ struct ReplayQueue {
 impl ReplayQueue {
     fn read(&self, cx: &mut PollContext<'_>) -> Result<Progress, Error> {
         let mut source = lock(&self.state.source);
-        // Behind the last packet it goes on to the end: what it leaves out there counts, too.
+        // After the last packet that can be replayed, read on to the end of the file: packets that
+        // are left out there count as dropped, too.
         while let Some(file) = &mut *source
             && (cx.reads() > 0 || self.state.left.load(Ordering::Relaxed) == 0)
         {
             let taken = file.next(|packet| match packet.fitting() {
                 Ok(bytes) => {
                     let Some(mut slot) = cx.take_read() else { return };
-                    // `max_packet_size` is the longest packet's, so there is room, unless somebody
-                    // has written another file there: then the length is refused.
+                    // `max_packet_size` is at least the longest packet's length, so the packet
+                    // fits, unless another file has been written there since `open`. In that case
+                    // `complete_read` refuses the length.
                     let buffer = slot.buffer_mut();
                     let n = bytes.len().min(buffer.len());
                     buffer[..n].copy_from_slice(&bytes[..n]);
@@ -241,10 +245,10 @@ impl Queue for ReplayQueue {
     }
 }
 
-/// A packet as it stands in the file.
+/// A packet of the file.
 struct Packet<'a> {
     bytes: &'a [u8],
-    /// What it had on the wire.
+    /// The packet's length on the wire, in bytes.
     len: usize,
 }
 
@@ -255,7 +259,7 @@ enum Unfit {
 }
 
 impl<'a> Packet<'a> {
-    /// Padding goes (that of a simple packet block is not told apart by its reader).
+    /// Removes padding behind the packet. (The reader of simple packet blocks does not remove it.)
     fn new(bytes: &'a [u8], len: u32) -> Self {
         let len = len as usize;
         Self { bytes: &bytes[..bytes.len().min(len)], len }
@@ -272,7 +276,7 @@ impl<'a> Packet<'a> {
     }
 }
 
-/// A file that is being read.
+/// A capture file that is being read.
 enum Source {
     Pcap(PcapReader<Box<dyn Read + Send>>),
     PcapNg(PcapNgReader<Box<dyn Read + Send>>),
@@ -304,7 +308,8 @@ impl Source {
         Ok(Source::Pcap(reader))
     }
 
-    /// Shows `f` the next packet; `None` at the end.
+    /// Calls `f` with the next packet and returns its result. Returns `None` at the end of the
+    /// file.
     fn next<T>(&mut self, f: impl FnOnce(Packet<'_>) -> T) -> Result<Option<T>, Error> {
         let failed = |error| Error::io(READING)(into_io(error));
         match self {
