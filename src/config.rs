@@ -1,4 +1,4 @@
-//! What an interface is asked for, and what it answers: mode, addresses, offloads, directions.
+//! The settings of an interface and what was negotiated: mode, addresses, offloads, directions.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
@@ -9,19 +9,20 @@ use macaddr::MacAddr6;
 
 use crate::error::ConfigError;
 
-/// Which network the interface is on.
+/// The kind of network that an interface is on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[doc(alias = "operating_modes_t")]
 #[non_exhaustive]
 pub enum Mode {
-    /// The host and the other interfaces of this mode; no way out.
+    /// The host and the other interfaces in this mode, and nothing beyond the host.
     #[doc(alias = "VMNET_HOST_MODE")]
     Host,
-    /// As host, and the world beyond through address translation. The default.
+    /// Like [`Host`](Self::Host), and the networks beyond the host through network address
+    /// translation. The default.
     #[default]
     #[doc(alias = "VMNET_SHARED_MODE")]
     Shared,
-    /// A port on the network of a physical interface, by name.
+    /// A port on the network of a physical interface of this name.
     #[doc(alias = "VMNET_BRIDGED_MODE")]
     Bridged(String),
 }
@@ -53,15 +54,16 @@ impl FromStr for Mode {
     }
 }
 
-/// The IPv4 addresses of a host or shared network. Apple's rule holds on every device: the first
-/// address is the gateway, those after it up to `end` are given out by DHCP, and all are private
-/// (RFC 1918).
+/// The IPv4 addresses of a host or shared network.
+///
+/// Apple's rule holds on every device: the first address is the gateway's, the addresses after it
+/// up to `end` are given out by DHCP, and all are private (RFC 1918).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ipv4Range {
     /// The gateway's address.
     #[doc(alias = "vmnet_start_address_key")]
     pub start: Ipv4Addr,
-    /// The last address given out.
+    /// The last address that is given out.
     #[doc(alias = "vmnet_end_address_key")]
     pub end: Ipv4Addr,
     /// The subnet mask.
@@ -72,8 +74,8 @@ pub struct Ipv4Range {
 impl FromStr for Ipv4Range {
     type Err = ConfigError;
 
-    /// `192.168.64.1/24`: the gateway's address, and the mask's length. The range ends at the last
-    /// address before the broadcast address.
+    /// Parses a range like `192.168.64.1/24`: the gateway's address and the length of the mask in
+    /// bits. The range ends at the last address before the broadcast address.
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         let wrong = || {
             ConfigError::Invalid(format!(
@@ -89,83 +91,86 @@ impl FromStr for Ipv4Range {
     }
 }
 
-/// What a driver is asked for.
+/// The settings with which a [`Driver`](crate::Driver) is to start an interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InterfaceConfig {
-    /// Which network.
+    /// The kind of network.
     pub mode: Mode,
-    /// The interface's identity, a UUID: the same gives the same MAC.
+    /// The interface's identity, a UUID. The same identity gives the same MAC address.
     pub interface_id: [u8; 16],
-    /// The MAC asked for; `None`: the driver allocates one.
+    /// The MAC address. `None`: the driver allocates one.
     pub mac: Option<MacAddr6>,
-    /// The network's addresses; `None`: the mode's default.
+    /// The network's addresses. `None`: the mode's default.
     pub ipv4: Option<Ipv4Range>,
-    /// The MTU in bytes; `None`: the driver's default.
+    /// The MTU in bytes. `None`: the driver's default.
     pub mtu: Option<u32>,
-    /// Keep packets between this and the other interfaces apart.
+    /// Whether no packets pass between this interface and the others of the network.
     pub isolated: bool,
-    /// Work that the device is to take off the guest. What it does is in its [`Capabilities`].
+    /// The work that the device is to do for the guest. What the device in fact does is in its
+    /// [`Capabilities`](crate::device::Capabilities).
     pub offloads: Offloads,
 }
 
 impl InterfaceConfig {
-    /// An interface of that identity, everything else left to the driver.
+    /// Returns settings with this mode and identity that leave everything else to the driver.
     pub(crate) fn new(mode: Mode, interface_id: [u8; 16]) -> Self {
         let offloads = Offloads::default();
         Self { mode, interface_id, mac: None, ipv4: None, mtu: None, isolated: false, offloads }
     }
 }
 
-/// What was negotiated at start: `Lwt_vmnet`'s `t`.
+/// What was negotiated when an interface was started. Corresponds to `Lwt_vmnet`'s type `t`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InterfaceInfo {
-    /// Which network.
+    /// The kind of network.
     pub mode: Mode,
-    /// The interface's identity.
+    /// The interface's identity, a UUID.
     pub interface_id: [u8; 16],
-    /// The MAC the guest is to use.
+    /// The MAC address that the guest is to use.
     pub mac: MacAddr6,
-    /// Largest IP packet, bytes.
+    /// The largest IP packet, in bytes.
     pub mtu: u32,
-    /// Largest frame, bytes.
+    /// The largest Ethernet frame, in bytes.
     pub max_packet_size: u32,
-    /// The network's addresses, where the device says.
+    /// The network's addresses, if the device reports them.
     pub ipv4: Option<Ipv4Range>,
 }
 
 impl InterfaceInfo {
-    /// What `config` asked for, with what a driver decides.
+    /// Returns the mode, the identity and the addresses of `config`, together with the values that
+    /// the driver has decided.
     pub fn new(config: &InterfaceConfig, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
         let InterfaceConfig { mode, interface_id, ipv4, .. } = config.clone();
         Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
     }
 }
 
-/// Work the device takes off the guest. All off unless negotiated.
+/// The work that a device does for a guest. An offload is off unless it was negotiated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Offloads {
-    /// Checksums.
+    /// Checksums: the device completes a partial one.
     pub checksum: bool,
-    /// TCP segmentation over IPv4.
+    /// TCP segmentation over IPv4: the device cuts a large packet into segments.
     pub tso4: bool,
-    /// TCP segmentation over IPv6.
+    /// TCP segmentation over IPv6: the device cuts a large packet into segments.
     pub tso6: bool,
-    /// UDP segmentation.
+    /// UDP segmentation: the device cuts a large packet into datagrams.
     pub uso: bool,
-    /// A 12-byte `virtio_net_hdr` in front of each packet.
+    /// Each packet has a 12-byte `virtio_net_hdr` in front. This is a format rather than an
+    /// offload; the header says which work is left.
     pub virtio_header: bool,
 }
 
 impl Offloads {
-    /// Every one.
+    /// All offloads.
     pub const ALL: Self =
         Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
 }
 
-/// What both do.
+/// The offloads that both operands have.
 impl BitAnd for Offloads {
     type Output = Self;
 
@@ -180,7 +185,7 @@ impl BitAnd for Offloads {
     }
 }
 
-/// A TCP or UDP port of the host that leads to a port of a guest.
+/// The forwarding of a TCP or UDP port of the host to a port of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortForward {
     /// TCP or UDP.
@@ -193,7 +198,7 @@ pub struct PortForward {
     pub internal_port: u16,
 }
 
-/// The protocols that can be forwarded.
+/// A protocol whose ports can be forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Protocol {
@@ -203,7 +208,7 @@ pub enum Protocol {
     Udp,
 }
 
-/// Which way packets go through a ring.
+/// The directions in which a ring moves packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the device to the caller.
@@ -215,12 +220,12 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// Whether it includes reading.
+    /// Returns true for `Read` and `Both`.
     pub fn reads(self) -> bool {
         self != Direction::Write
     }
 
-    /// Whether it includes writing.
+    /// Returns true for `Write` and `Both`.
     pub fn writes(self) -> bool {
         self != Direction::Read
     }
