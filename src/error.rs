@@ -1,4 +1,4 @@
-//! What can go wrong: one enum per boundary, and every error about a frame gives the frame back.
+//! The errors: one enum for each boundary. Every error about a frame contains the frame.
 
 #[cfg(all(target_os = "linux", feature = "tap"))]
 mod tap;
@@ -13,12 +13,12 @@ use vmring_core::{Frame, LayoutError, Outcome};
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use tap::TapError;
 
-/// What a device answers instead of success: a vmnet return code, or an error of the operating
-/// system.
+/// The status with which a device reports a failure: a vmnet return code, or an error of the
+/// operating system.
 ///
 /// The names and numbers of the codes are those of Apple's `vmnet.h` (`vmnet_return_t`); the first
 /// nine are `Lwt_vmnet`'s closed list of errors. Devices other than vmnet use these codes for what
-/// they refuse themselves. What the kernel refuses keeps its errno.
+/// they refuse themselves. What the kernel refuses is [`Os`](Self::Os) with the kernel's errno.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
 #[non_exhaustive]
 #[doc(alias = "vmnet_return_t")]
@@ -53,20 +53,21 @@ pub enum Status {
     /// 1010, `VMNET_NOT_AUTHORIZED`.
     #[error("the process lacks the authorization (1010)")]
     NotAuthorized,
-    /// Any other code, below 2^31.
+    /// Any other code. It is below 2^31.
     #[error("the device answered with the unknown status {0}")]
     Unknown(u32),
-    /// An error of the operating system: its errno, as in [`io::Error::raw_os_error`].
+    /// An error of the operating system. The number is its errno, as in
+    /// [`io::Error::raw_os_error`].
     #[error("{}", io::Error::from_raw_os_error(*.0))]
     Os(i32),
 }
 
-/// Tells an errno from a vmnet code where a status is stored as a number: in a completion queue's
-/// entry, and in the mailbox.
+/// The bit that is set for an errno and clear for a vmnet code, where a status is stored as a
+/// number: in an entry of the completion queue, and in the mailbox.
 const OS: u32 = 1 << 31;
 
 impl Status {
-    /// The status of a vmnet return code. 1000 is success and so has none.
+    /// Returns the status of a vmnet return code. Returns `None` for 1000, which is success.
     pub fn from_code(code: u32) -> Option<Self> {
         Some(match code {
             1000 => return None,
@@ -84,7 +85,7 @@ impl Status {
         })
     }
 
-    /// The vmnet return code. [`Os`](Self::Os) has none.
+    /// Returns the vmnet return code, or `None` for [`Os`](Self::Os), which has none.
     pub fn code(self) -> Option<u32> {
         Some(match self {
             Status::Failure => 1001,
@@ -102,7 +103,7 @@ impl Status {
         })
     }
 
-    /// The status as a number, from which [`from_raw`](Self::from_raw) makes it again.
+    /// Returns the status as a number, which [`from_raw`](Self::from_raw) converts back.
     pub(crate) fn to_raw(self) -> u32 {
         match (self, self.code()) {
             (Status::Os(errno), _) => OS | errno as u32,
@@ -110,7 +111,7 @@ impl Status {
         }
     }
 
-    /// The status that [`to_raw`](Self::to_raw) made a number of.
+    /// Returns the status of a number that [`to_raw`](Self::to_raw) returned.
     pub(crate) fn from_raw(raw: u32) -> Self {
         if raw & OS != 0 {
             return Status::Os((raw & !OS) as i32);
@@ -119,11 +120,11 @@ impl Status {
     }
 }
 
-/// Why an entry in flight did not do what was asked.
+/// Why an entry that was in flight did not succeed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
 #[non_exhaustive]
 pub enum EntryError {
-    /// It was cancelled: by a cancel, a cancel_and_wait, a restart or a close.
+    /// The entry was cancelled: by a cancel, by `cancel_and_wait`, by a restart or by a close.
     #[error("the entry was cancelled")]
     Cancelled,
     /// The device panicked.
@@ -132,7 +133,7 @@ pub enum EntryError {
     /// The device dropped the entry without completing it.
     #[error("the device dropped the entry without completing it")]
     Abandoned,
-    /// The device refused it.
+    /// The device refused the entry.
     #[error(transparent)]
     Device(#[from] Status),
 }
@@ -155,16 +156,16 @@ impl From<Status> for Outcome {
     }
 }
 
-/// A completion that carries no packet: the error, and the frame if there is one.
+/// The error of a completion that has no packet, with the frame if there is one.
 #[derive(Debug, ThisError)]
 #[error("{error}")]
 pub struct CompletionError {
     /// What went wrong.
     pub error: EntryError,
-    /// The number the caller gave at submit.
+    /// The number that the caller gave when it submitted the entry.
     pub user_data: u64,
-    /// The frame that was submitted. `None` for a cancel's completion, and when the frame was
-    /// taken from the completion before.
+    /// The frame that was submitted. `None` for the completion of a cancel, and if the frame was
+    /// taken out of the completion before.
     pub frame: Option<Frame>,
 }
 
@@ -172,10 +173,10 @@ pub struct CompletionError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
 #[non_exhaustive]
 pub enum CloseReason {
-    /// It was closed or stopped, by its owner, by a control handle or by the interface.
+    /// It was closed or stopped: by its owner, by a control handle or by the interface.
     #[error("the ring was closed")]
     Stopped,
-    /// Its device failed for good.
+    /// Its device failed for good, with this status.
     #[error("the device failed for good: {0}")]
     Failed(Status),
     /// Its device panicked.
@@ -184,7 +185,7 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// How an entry ends on a ring closed for this reason.
+    /// The outcome of an entry that is in flight when its ring closes for this reason.
     pub(crate) fn outcome(self) -> Outcome {
         match self {
             CloseReason::Stopped => Outcome::Cancelled,
@@ -194,14 +195,15 @@ impl CloseReason {
     }
 }
 
-/// Why a submit was refused.
+/// Why the submission of a frame was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ThisError)]
 #[non_exhaustive]
 pub enum SubmitErrorKind {
-    /// The submission queue is full until the poller comes round.
+    /// The submission queue is full. The next poll makes space.
     #[error("the submission queue is full")]
     SqFull,
-    /// As many entries of this direction are in flight as the ring has credits; reaping frees some.
+    /// Every credit of this direction is taken by an entry in flight. Reaping a completion returns
+    /// its credit.
     #[error("every credit of this direction is in flight")]
     NoCredit,
     /// The packet is longer than the interface's `max_packet_size`.
@@ -220,19 +222,19 @@ pub enum SubmitErrorKind {
         /// The interface's `max_packet_size` in bytes.
         needed: usize,
     },
-    /// The frame has less room in front of the packet than the device's offload header needs.
+    /// There is less space in front of the packet than the device's offload header needs.
     #[error("there are {headroom} bytes in front of the packet, but the interface needs {needed}")]
     NoHeadroom {
-        /// Bytes in front of the packet.
+        /// How many bytes are in front of the packet.
         headroom: usize,
-        /// Bytes the interface needs there.
+        /// How many bytes the interface needs there.
         needed: usize,
     },
-    /// The packet's offload header is not true of the packet.
+    /// The packet's offload header does not describe the packet.
     #[error("the packet's offload header is wrong: {0}")]
     Offload(OffloadError),
-    /// The packet's offload header asks for what was not negotiated: the checksum or the segments
-    /// would never be made.
+    /// The packet's offload header asks for an offload that was not negotiated, so nobody would
+    /// complete the checksum or make the segments.
     #[error("the packet's offload header asks for an offload that was not negotiated")]
     OffloadNotNegotiated,
     /// The frame belongs to a pool that this ring was not built with.
@@ -246,59 +248,60 @@ pub enum SubmitErrorKind {
     Closed(#[from] CloseReason),
 }
 
-/// A refused submit; the frame is inside, unchanged but for a read's reset view.
+/// A submission that was refused. It contains the frame, which is unchanged, except that the frame
+/// of a read was [reset](Frame::reset).
 #[derive(Debug, ThisError)]
 #[error("{kind}")]
 pub struct SubmitError {
-    /// Why.
+    /// Why it was refused.
     pub kind: SubmitErrorKind,
-    /// The frame that was not taken.
+    /// The frame that was refused.
     pub frame: Frame,
 }
 
 impl SubmitErrorKind {
-    /// Whether it is only for now: the same submit may succeed after reaping, or once the poller
-    /// has come round.
+    /// Returns true if the refusal is temporary: the same submission may succeed after completions
+    /// were reaped, or after the next poll.
     pub fn is_backpressure(&self) -> bool {
         matches!(self, SubmitErrorKind::SqFull | SubmitErrorKind::NoCredit)
     }
 }
 
 impl SubmitError {
-    /// Whether it is only for now; see [`SubmitErrorKind::is_backpressure`].
+    /// Returns true if the refusal is temporary; see [`SubmitErrorKind::is_backpressure`].
     pub fn is_backpressure(&self) -> bool {
         self.kind.is_backpressure()
     }
 }
 
-/// A batch submit that met a frame it could not take.
+/// The submission of a batch that ended at a frame which was refused.
 #[derive(Debug, ThisError)]
 #[error("{kind} (after {accepted} frames that were accepted)")]
 pub struct BatchError {
     /// Why the batch stopped.
     pub kind: SubmitErrorKind,
-    /// The frame that was not taken.
+    /// The frame that was refused.
     pub frame: Frame,
-    /// How many before it were; they are in flight.
+    /// How many frames before it were accepted. They are in flight.
     pub accepted: usize,
 }
 
-/// A setting that cannot be.
+/// An invalid setting.
 #[derive(Clone, Debug, PartialEq, Eq, ThisError)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// A depth of zero.
+    /// A number of zero, where at least one is needed.
     #[error("the {what} must not be 0")]
     Zero {
         /// The setting.
         what: &'static str,
     },
-    /// A setting of something that is not there.
+    /// A setting of something that does not exist here.
     #[error("the {what} cannot be set: {why}")]
     NotApplicable {
         /// The setting.
         what: &'static str,
-        /// What is not there.
+        /// Why the setting does not apply.
         why: &'static str,
     },
     /// A value above the limit.
@@ -306,51 +309,51 @@ pub enum ConfigError {
     TooLarge {
         /// The setting.
         what: &'static str,
-        /// What was given.
+        /// The value that was given.
         value: u64,
         /// The limit.
         max: u64,
     },
-    /// A pool whose slots cannot hold the device's packets.
+    /// A pool whose frames are smaller than the device's largest packet.
     #[error(
         "the pool's frames hold {capacity} bytes, but the device's packets have up to {needed}"
     )]
     PoolTooSmall {
         /// How many bytes a frame of the pool can hold.
         capacity: usize,
-        /// Bytes a packet may have.
+        /// How many bytes a packet may have.
         needed: usize,
     },
-    /// A pool whose frames have no place for the device's offload header.
+    /// A pool whose frames have less headroom than the device's offload header needs.
     #[error("the pool's frames have {headroom} bytes of headroom, but the device needs {needed}")]
     PoolHeadroom {
-        /// Bytes in front of a packet.
+        /// How many bytes are in front of a packet.
         headroom: usize,
-        /// Bytes the device needs there.
+        /// How many bytes the device needs there.
         needed: usize,
     },
-    /// A region that cannot be cut into such slots.
+    /// A memory region that cannot be divided into the slots that were asked for.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// Anything else, in a sentence.
+    /// Any other invalid setting, described in a sentence.
     #[error("{0}")]
     Invalid(String),
 }
 
-/// Everything else that can go wrong.
+/// The error type of the library's functions.
 #[derive(Debug, ThisError)]
 #[non_exhaustive]
 pub enum Error {
-    /// The device answered with a status.
+    /// The device reported a failure.
     #[error(transparent)]
     Status(#[from] Status),
-    /// The system does not let this process have the device. Says what is missing.
+    /// The system does not allow this process to use the device. The error says what is missing.
     #[error("permission denied: {needs}")]
     PermissionDenied {
-        /// What would be needed: root, a capability, or which entitlement on which system.
+        /// What is needed: root, a capability, or an entitlement and the system that requires it.
         needs: String,
     },
-    /// The device does not have this function.
+    /// The device does not support a function.
     #[error("{what} is not supported by the {device} device")]
     NotSupported {
         /// The function.
@@ -358,86 +361,88 @@ pub enum Error {
         /// The device.
         device: String,
     },
-    /// The running macOS is too old for it.
+    /// The running macOS is too old for a function.
     #[error("{what} requires macOS {version} or later")]
     NeedsMacos {
-        /// What.
+        /// The function.
         what: &'static str,
-        /// The first macOS that has it.
+        /// The first version of macOS that has it.
         version: &'static str,
     },
-    /// The device answered with what cannot be.
+    /// The system behind the device gave an answer that makes no sense.
     #[error("the {device} device answered with {what}")]
     Answer {
         /// The device.
         device: &'static str,
-        /// The answer, in words.
+        /// A description of the answer.
         what: &'static str,
     },
-    /// A rule of the kernel's TAP was broken.
+    /// A rule of the kernel's TAP interfaces was broken.
     #[cfg(all(target_os = "linux", feature = "tap"))]
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// A setting that cannot be.
+    /// An invalid setting.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The system has not that much memory to map.
+    /// The system does not have that much memory to map.
     #[error("{bytes} bytes of packet memory could not be mapped: {source}")]
     Memory {
-        /// Bytes asked for.
+        /// How many bytes were asked for.
         bytes: usize,
         /// The system's own error.
         source: io::Error,
     },
-    /// The device bears no more rings of this direction.
+    /// The device can serve no more rings of this direction.
     #[error("the {device} device can serve {limit} {direction} ring(s), and all are in use")]
     TooManyRings {
         /// The device.
         device: String,
-        /// Which direction.
+        /// The direction, "reading" or "writing".
         direction: &'static str,
-        /// How many it bears.
+        /// How many rings of this direction it can serve.
         limit: usize,
     },
-    /// The device did not start in time. Its start goes on in the background and is undone when it
-    /// ends.
+    /// The device did not start within this time. Its start continues in the background; a device
+    /// that starts in the end is stopped again.
     #[error("the device did not start within {0:?}")]
     StartTimeout(Duration),
-    /// Something did not let go in time; what it holds is leaked on purpose.
+    /// The device did not give back all slots in time. The library leaks them on purpose, because
+    /// something may still write to them.
     #[error(
         "the device did not return {slots} slot(s) within {timeout:?}; they are leaked on purpose"
     )]
     Leaked {
-        /// Slots that will not come home.
+        /// How many slots are leaked.
         slots: usize,
         /// How long the close waited.
         timeout: Duration,
     },
-    /// Every frame of the ring's pool is held by the caller, so nothing can be read or written until
-    /// some are dropped.
+    /// The caller holds every frame of the ring's pool. Nothing can be read or written until it
+    /// drops some.
     #[error("every frame of the pool is held by the caller")]
     OutOfFrames,
-    /// It did not happen in time; nothing is lost.
+    /// The operation did not finish within this time. Nothing is lost.
     #[error("the operation did not finish within {0:?}")]
     Timeout(Duration),
     /// The ring takes no more submissions.
     #[error(transparent)]
     Closed(#[from] CloseReason),
-    /// The device did not stop or restart cleanly. (Shared, because several may have asked.)
+    /// The device did not stop or restart cleanly. (The error is shared, because several callers
+    /// may wait for the same stop or restart.)
     #[error(transparent)]
     Device(std::sync::Arc<Error>),
-    /// A submit was refused. (The frame went back to its pool; keep the [`SubmitError`] to keep the
-    /// frame.)
+    /// A submission was refused. (The frame has returned to its pool. Keep the [`SubmitError`] to
+    /// keep the frame.)
     #[error(transparent)]
     Submit(SubmitErrorKind),
-    /// An entry failed. (The frame went back to its pool; keep the [`CompletionError`] to keep the
-    /// frame.)
+    /// An entry failed. (The frame has returned to its pool. Keep the [`CompletionError`] to keep
+    /// the frame.)
     #[error(transparent)]
     Entry(#[from] EntryError),
     /// The operating system refused something.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// What was attempted.
         what: &'static str,
         /// The system's own error.
         source: io::Error,
