@@ -1,22 +1,25 @@
-//! How long to wait, and how often to try: [`IdlePolicy`] and [`RetryPolicy`].
+//! Policies: [`IdlePolicy`] (how a thread waits for work) and [`RetryPolicy`] (how often a write is
+//! tried).
 
 use std::thread;
 use std::time::Duration;
 
-/// How a thread waits for work: first spinning, then giving up its time slice, then sleeping until
-/// the doorbell rings.
+/// How a thread waits for work.
+///
+/// It first spins, then yields its processor, and then sleeps until the doorbell rings. A round is
+/// one look for work that finds none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdlePolicy {
-    /// Rounds without work that spin.
+    /// How many rounds without work spin ([`spin_loop`](std::hint::spin_loop)).
     pub spins: u32,
-    /// Rounds after those that call `yield_now`.
+    /// How many rounds after those call [`yield_now`](std::thread::yield_now).
     pub yields: u32,
 }
 
 impl Default for IdlePolicy {
-    /// Right for the machine, or for the processors that the calling thread is kept on, if it is: on
-    /// one or two no spinning, because the other side needs the processor to make the work we wait
-    /// for; with more, about ten microseconds of it.
+    /// Returns the policy for the number of processors that the calling thread may run on. With one
+    /// or two there is no spinning, because the other side needs the processor to produce the work.
+    /// With more, a thread spins for about ten microseconds.
     fn default() -> Self {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         if processors <= 2 {
@@ -28,10 +31,10 @@ impl Default for IdlePolicy {
 }
 
 impl IdlePolicy {
-    /// Sleep at once.
+    /// Sleeps at once.
     pub const PARK: IdlePolicy = IdlePolicy { spins: 0, yields: 0 };
 
-    /// Waits out round number `round`; false when it is time to sleep.
+    /// Waits in round number `round` (from 0). Returns false if it is time to sleep.
     #[inline]
     pub(crate) fn pause(&self, round: u32) -> bool {
         if round < self.spins {
@@ -49,18 +52,23 @@ impl IdlePolicy {
     }
 }
 
-/// What happens when the device takes fewer writes than it was offered.
+/// How often writes are offered to a device again that did not take them.
+///
+/// A stall begins when the device takes fewer writes than it was offered. Each write that the
+/// device takes begins the count of attempts anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts in one stall; afterwards what is posted completes with `BufferExhausted`, and
-    /// later writes get one attempt each until the device takes something again.
+    /// How many attempts are made in one stall. After them the posted writes complete with
+    /// [`BufferExhausted`](crate::Status::BufferExhausted), and later writes get one attempt each
+    /// until the device takes one again.
     pub attempts: u32,
-    /// Time between attempts.
+    /// The time between two attempts.
     pub delay: Duration,
 }
 
 impl Default for RetryPolicy {
-    /// Ten attempts, 50 microseconds apart: the budget vmnet-helper arrived at for the same stall.
+    /// Returns a policy of ten attempts that are 50 microseconds apart. vmnet-helper has the same
+    /// budget for the same stall.
     fn default() -> Self {
         Self { attempts: 10, delay: Duration::from_micros(50) }
     }
