@@ -1,10 +1,11 @@
 //! io_uring-style packet rings for virtual machine monitors.
 //!
 //! A [`Ring`] is a pair of lock-free queues between a VMM and a network device. The VMM moves a
-//! [`Frame`] (the exclusive owner of one slot of a page-aligned [`Pool`]) into the submission queue
-//! to have it filled ([`submit_read`](Ring::submit_read)) or sent
-//! ([`submit_write`](Ring::submit_write)); a poller drives the device in batches; each submission
-//! comes back once through the completion queue ([`reap`](Ring::reap)), with its frame.
+//! [`Frame`], which exclusively owns one slot of a page-aligned [`Pool`], into the submission
+//! queue. The device fills the frame ([`submit_read`](Ring::submit_read)) or sends its packet
+//! ([`submit_write`](Ring::submit_write)). A poller drives the device in batches. Each submission
+//! completes exactly once: its completion, with its frame, comes out of the completion queue
+//! ([`reap`](Ring::reap)).
 //!
 //! ```
 //! use std::time::Duration;
@@ -16,7 +17,7 @@
 //! let mut to = bob.ring(Direction::Read).build()?;
 //! let mut from = alice.ring(Direction::Write).build()?;
 //!
-//! // Bob posts a frame; Alice sends one.
+//! // Bob posts a frame. Alice sends one.
 //! let frame = to.alloc().expect("a fresh ring has free frames");
 //! to.submit_read(frame, 7)?;
 //! let mut frame = from.alloc().expect("as above");
@@ -30,26 +31,42 @@
 //! let ethernet = packet.view().ethernet().map(|header| header.ethertype());
 //! assert_eq!((ethernet, &packet[14..]), (Some(0x88b5), &b" hello"[..]));
 //!
-//! // Everything closes by itself when dropped, in any order; `close` says how it went.
+//! // Everything closes by itself when it is dropped, in any order. `close` also reports how it went.
 //! to.close()?;
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!
-//! * **What a VMM needs**: [`Interface`], [`Ring`] and its halves, [`Drive`] (who polls),
-//!   [`Completion`]; for event loops [`Ring::completion_fd`].
-//! * **Front-ends**: [`BlockingRing`] and [`AsyncRing`], each over a ring of its own.
-//! * **Devices**: [`Embedded`] (the default), [`Loopback`], the wrappers in [`device`], and the trait
-//!   [`device::Device`] for your own.
-//! * **From one device to another**: [`Frame::forward_offload`], and [`software`] for what the other
-//!   one does not do.
-//! * **Contracts** (each has a test of its name): a slot is in one place at a time; a refused submit
-//!   gives the frame back; the completion queue never overflows; packets complete in arrival order;
-//!   no posted read, no packet; a cancel never drops a packet; closing completes everything in
-//!   flight; no wake-up is lost, and none is paid for while the other side is awake.
+//! # Where to find what
 //!
-//! The whole API is safe Rust. The only `unsafe` a user can write is an implementation of
-//! [`pool::Backing`], to put a pool on memory of his own; and, on macOS, taking over a network object
-//! that came in an XPC message.
+//! | to | use |
+//! |---|---|
+//! | start an interface and build a ring | [`Interface::builder`], [`Interface::ring`], [`RingBuilder`] |
+//! | choose the thread that polls the device | [`Drive`] |
+//! | write the hot loop | [the ring's module](mod@ring#the-hot-loop), [`Completion`] |
+//! | wait, by blocking or in an event loop | [the ring's module](mod@ring#ways-to-wait) |
+//! | handle errors | [the ring's module](mod@ring#errors), [`error`] |
+//! | cancel, and close | [the ring's module](mod@ring#cancel-and-close), [`Interface::stop`] |
+//! | translate from liburing | [the ring's module](mod@ring#coming-from-liburing) |
+//! | make calls or futures of a ring | [`BlockingRing`], [`AsyncRing`] |
+//! | choose a device, or write one | [`Embedded`], [`Loopback`], [`device`] with the TAP, vmnet and the wrappers; the trait [`device::Device`] |
+//! | forward from one device to another | [`Frame::forward_offload`]; [`software`] does in software what the other device does not do |
+//!
+//! # Contracts
+//!
+//! Each of these has a test of its name:
+//!
+//! * A slot is in one place at a time.
+//! * A refused submit gives the frame back.
+//! * The completion queue never overflows.
+//! * Packets complete in arrival order.
+//! * No posted read, no packet: a device receives only into posted frames.
+//! * A cancel never drops a packet.
+//! * A close completes everything in flight.
+//! * No wake-up is lost, and none is paid for while the other side is awake.
+//!
+//! The whole API is safe Rust, with two exceptions. An implementation of [`pool::Backing`], which
+//! puts a pool on the user's own memory, is `unsafe`. On macOS, so is the call that takes over a
+//! network object from an XPC message.
 
 pub mod blocking;
 pub mod config;
