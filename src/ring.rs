@@ -6,7 +6,7 @@
 //! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
 //! let mut ring = interface.ring(Direction::Both).build()?;
 //!
-//! // Somewhere for packets to arrive, and a packet.
+//! // A frame for a packet to arrive in, and a packet to send.
 //! let frame = ring.alloc().expect("a fresh ring has free frames");
 //! ring.submit_read(frame, 1)?;
 //! let mut frame = ring.alloc().expect("as above");
@@ -24,6 +24,86 @@
 //! }
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
+//!
+//! # The hot loop
+//!
+//! [`Ring::split`] borrows the two halves of a ring. A loop over the completions can then submit
+//! each frame again at once. The doorbell is rung at most once per loop; see [`SubmissionHalf`].
+//!
+//! ```
+//! use vmring::{Error, Frame, Ring, RingOp};
+//!
+//! /// Handles the packets that have come. `handle` gives each frame back for the next packet.
+//! fn handle_packets(ring: &mut Ring, handle: impl Fn(Frame) -> Frame) -> Result<(), Error> {
+//!     let (mut sq, mut cq) = ring.split();
+//!     for done in cq.reap() {
+//!         let frame = done.take_packet()?; // the frame, or an error that has the frame inside
+//!         if done.op == RingOp::Read {
+//!             sq.submit_read(handle(frame), done.user_data)?;
+//!         } // else the frame of a write is dropped, and returns to its pool
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Ways to wait
+//!
+//! | the caller | uses |
+//! |---|---|
+//! | may block | [`Ring::wait`], [`Ring::submit_and_wait`] |
+//! | has an event loop (epoll, kqueue) | [`Ring::completion_fd`] with [`Ring::arm`] or [`Ring::arm_after`]; with [`Drive::Inline`] also [`Ring::next_deadline`] |
+//! | is a future | [`Ring::poll_ready`], or [`AsyncRing`](crate::AsyncRing) |
+//! | never waits | [`Ring::reap`], which does not block |
+//!
+//! [`RingControl::wake`] ends a wait from any thread.
+//!
+//! # Errors
+//!
+//! * A refused submit returns [`SubmitError`] or [`BatchError`], with the frame inside.
+//!   [`SubmitError::is_backpressure`] says whether the same submit can succeed later.
+//! * An entry that failed completes as every other one does: [`Completion::result`] has the
+//!   [`EntryError`](crate::EntryError), and the frame comes back. [`Completion::take_packet`] makes
+//!   a [`CompletionError`](crate::CompletionError) of it.
+//! * A closed ring refuses submits with its [`CloseReason`](crate::CloseReason). What is in flight
+//!   still completes.
+//!
+//! # Cancel and close
+//!
+//! * [`Ring::cancel`] and [`Ring::cancel_all`] ask for entries to complete soon. They have
+//!   completions of their own.
+//! * [`Ring::cancel_and_wait`] completes everything in flight and keeps the ring open.
+//! * [`Ring::close`] completes everything in flight, ends the ring and reports how it went.
+//!   Dropping the ring closes it too. [`RingControl::stop`] closes it from any thread without
+//!   waiting.
+//!
+//! # Coming from liburing
+//!
+//! | liburing | vmring |
+//! |---|---|
+//! | `io_uring_queue_init_params` | [`Interface::ring`](crate::Interface::ring), [`RingBuilder`](crate::RingBuilder) |
+//! | `io_uring_get_sqe` + `io_uring_prep_read`/`_write` + `io_uring_submit` | [`Ring::submit_read`], [`Ring::submit_write`]: one call, which publishes at once |
+//! | `io_uring_submit` after many preps | [`Ring::submit_reads`], [`Ring::submit_writes`] |
+//! | `io_uring_submit_and_wait` | [`Ring::submit_and_wait`] |
+//! | `io_uring_wait_cqes`, `io_uring_wait_cqe_timeout` | [`Ring::wait`] |
+//! | `io_uring_peek_cqe`, `io_uring_for_each_cqe` + `io_uring_cq_advance` | [`Ring::reap`] |
+//! | `io_uring_cqe_get_data64` | [`Completion::user_data`] |
+//! | `cqe->res` | [`Completion::result`] |
+//! | `IORING_SETUP_SQPOLL` | [`Drive::Thread`] (a thread for the ring), [`Drive::Shared`] (a thread for many rings) |
+//! | `IORING_SETUP_SQ_AFF`, `sq_thread_cpu` | [`RingBuilder::cpu`](crate::RingBuilder::cpu); of a shared thread, [`PollerBuilder::cpu`](crate::PollerBuilder::cpu) |
+//! | `sq_thread_idle` | [`IdlePolicy`](crate::IdlePolicy), in rounds instead of milliseconds |
+//! | `IORING_SQ_NEED_WAKEUP` | the doorbell, which the library rings itself |
+//! | `IORING_FEAT_NODROP` | credits: the CQ never overflows, because a submit without a credit is refused ([`SubmitErrorKind::NoCredit`]) |
+//! | provided buffers, multishot receive | many posted reads: each takes one frame and completes once |
+//! | registered buffers | [`Pool`] |
+//! | `IORING_REGISTER_EVENTFD` | [`Ring::completion_fd`] with [`Ring::arm`]: one signal per arming |
+//! | `io_uring_prep_cancel64` with `IORING_ASYNC_CANCEL_ALL` | [`Ring::cancel`], which finds every entry of that `user_data` |
+//! | `IORING_ASYNC_CANCEL_ANY` | [`Ring::cancel_all`] |
+//! | `io_uring_queue_exit` | [`Ring::close`], or dropping the ring |
+//! | `io_uring_enter` with `IORING_ENTER_GETEVENTS` and `IORING_SETUP_DEFER_TASKRUN` | [`Drive::Inline`] with [`Ring::reap`] or [`Ring::wait`] |
+//!
+//! [`Drive::Thread`]: crate::Drive::Thread
+//! [`Drive::Shared`]: crate::Drive::Shared
+//! [`Drive::Inline`]: crate::Drive::Inline
 
 mod complete;
 mod completion;
@@ -47,7 +127,12 @@ pub use control::RingControl;
 pub use split::{CompletionHalf, HalfReap, SubmissionHalf};
 pub use submit::SubmissionQueue;
 
-/// Both halves of a ring. See the [module](self) for an example.
+/// A pair of queues between a VMM and a device: both halves of a ring. See the [module](self) for
+/// an example.
+///
+/// The calls that submit are those of the [`SubmissionQueue`], the others those of the
+/// [`CompletionQueue`]. [`split`](Self::split) borrows the halves, [`into_split`](Self::into_split)
+/// takes the ring apart.
 #[derive(Debug)]
 pub struct Ring {
     sq: SubmissionQueue,
@@ -59,47 +144,57 @@ impl Ring {
         Self { sq, cq }
     }
 
-    /// The two halves, borrowed: one submits while the other is reaped. They stay on this thread, and
-    /// the doorbell of what is submitted is rung once, at the end of the loop; see [`SubmissionHalf`].
+    /// Borrows the two halves, so that one can submit while the other is reaped: the hot loop, see
+    /// the [module](self#the-hot-loop).
+    ///
+    /// Both stay on this thread. The doorbell for what is submitted inside a loop over
+    /// [`CompletionHalf::reap`] is rung once, when the loop ends; see [`SubmissionHalf`].
     #[inline]
     pub fn split(&mut self) -> (SubmissionHalf<'_>, CompletionHalf<'_>) {
         let Self { sq, cq } = self;
-        // Should somebody have forgotten a `HalfReap`.
+        // Only a `HalfReap` that was forgotten leaves something to publish.
         sq.flush_deferred();
         (SubmissionHalf { sq }, CompletionHalf { cq, sq })
     }
 
-    /// The two halves, owned; they may live on two threads. The ring closes when the reaping half is
-    /// dropped.
+    /// Takes the ring apart into its two halves, which may live on two threads. The ring closes
+    /// when the [`CompletionQueue`] is dropped.
+    ///
+    /// With [`Drive::Inline`](crate::Drive::Inline) the thread that has the [`CompletionQueue`]
+    /// drives the device.
     pub fn into_split(self) -> (SubmissionQueue, CompletionQueue) {
         let Self { mut sq, cq } = self;
         sq.drives_engine = false;
         (sq, cq)
     }
 
-    /// The ring's pools; [`alloc`](Self::alloc) takes from the first.
+    /// Returns the ring's pools. [`alloc`](Self::alloc) takes from the first.
     pub fn pools(&self) -> &[Pool] {
         self.sq.producer.regions().pools()
     }
 
-    /// See [`SubmissionQueue::alloc`].
+    /// Takes a free frame from the ring's first pool, or returns `None`. See
+    /// [`SubmissionQueue::alloc`].
     pub fn alloc(&self) -> Option<Frame> {
         self.sq.alloc()
     }
 
-    /// See [`SubmissionQueue::submit_read`].
+    /// Submits a frame that the device fills with the next packet. See
+    /// [`SubmissionQueue::submit_read`], also for the errors.
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.sq.submit_read(frame, user_data)
     }
 
-    /// See [`SubmissionQueue::submit_write`].
+    /// Submits a frame whose packet the device sends. See [`SubmissionQueue::submit_write`], also
+    /// for the errors.
     #[inline]
     pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.sq.submit_write(frame, user_data)
     }
 
-    /// See [`SubmissionQueue::submit_reads`].
+    /// Submits many reads with at most one doorbell. See [`SubmissionQueue::submit_reads`], also
+    /// for the errors.
     pub fn submit_reads(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -107,7 +202,8 @@ impl Ring {
         self.sq.submit_reads(frames)
     }
 
-    /// See [`SubmissionQueue::submit_writes`].
+    /// Submits many writes with at most one doorbell. See [`SubmissionQueue::submit_writes`], also
+    /// for the errors.
     pub fn submit_writes(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -115,31 +211,36 @@ impl Ring {
         self.sq.submit_writes(frames)
     }
 
-    /// See [`SubmissionQueue::cancel`].
+    /// Asks for the entries in flight whose `user_data` is `target` to complete now. See
+    /// [`SubmissionQueue::cancel`], also for the errors.
     pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.sq.cancel(target, user_data)
     }
 
-    /// See [`SubmissionQueue::cancel_all`].
+    /// Asks for every entry in flight to complete now. See [`SubmissionQueue::cancel_all`], also
+    /// for the errors.
     pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.sq.cancel_all(user_data)
     }
 
-    /// See [`CompletionQueue::reap`].
+    /// Returns the completions that wait, oldest first. Never blocks. See
+    /// [`CompletionQueue::reap`].
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
         self.cq.reap()
     }
 
-    /// Submits reads and writes, with at most one doorbell for all of them, and then waits as
+    /// Submits reads and writes with at most one doorbell for all of them, and then waits as
     /// [`wait`](Self::wait) does. Returns how many completions wait.
     ///
-    /// Like [`submit_reads`](Self::submit_reads), it takes no more from an iterator than it can submit.
+    /// Like [`submit_reads`](Self::submit_reads), it takes no more from an iterator than it can
+    /// submit.
     ///
     /// # Errors
     ///
-    /// [`BatchError`] with the frame that could not be taken for a reason other than backpressure, and
-    /// the number of entries before it, which are in flight. In that case it does not wait.
+    /// [`BatchError`] with the first frame that was refused for a reason other than backpressure,
+    /// and with the number of entries before it, which are in flight. In this case it does not
+    /// wait.
     ///
     /// # Examples
     ///
@@ -169,77 +270,91 @@ impl Ring {
         Ok(self.cq.wait(min, timeout))
     }
 
-    /// See [`CompletionQueue::wait`].
+    /// Sleeps until `min` completions wait or `timeout` has passed. Returns how many wait. See
+    /// [`CompletionQueue::wait`].
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         self.cq.wait(min, timeout)
     }
 
-    /// See [`CompletionQueue::in_flight`].
+    /// Returns the number of submissions that are not reaped yet. See
+    /// [`CompletionQueue::in_flight`].
     pub fn in_flight(&self) -> usize {
         self.cq.in_flight()
     }
 
-    /// See [`CompletionQueue::cancel_and_wait`].
+    /// Cancels everything in flight and waits until it has completed. See
+    /// [`CompletionQueue::cancel_and_wait`], also for the errors.
     pub fn cancel_and_wait(&mut self, timeout: Duration) -> Result<usize, Error> {
         self.cq.cancel_and_wait(timeout)
     }
 
-    /// See [`CompletionQueue::completion_fd`].
+    /// Returns the descriptor for an event loop. See [`CompletionQueue::completion_fd`], also for
+    /// the errors.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         self.cq.completion_fd()
     }
 
-    /// See [`CompletionQueue::arm`].
+    /// Asks for a signal at the next completion. Returns whether it is armed. See
+    /// [`CompletionQueue::arm`].
     #[must_use = "if it is not armed, the descriptor does not become readable"]
     pub fn arm(&mut self) -> bool {
         self.cq.arm()
     }
 
-    /// See [`CompletionQueue::arm_after`].
+    /// Asks for a signal when `n` completions wait, or `max_delay` after the first one. Returns
+    /// whether it is armed. See [`CompletionQueue::arm_after`].
     #[must_use = "if it is not armed, the descriptor does not become readable"]
     pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         self.cq.arm_after(n, max_delay)
     }
 
-    /// See [`CompletionQueue::poll_ready`].
+    /// For futures: returns how many completions wait, if they are at least `n`. See
+    /// [`CompletionQueue::poll_ready`].
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
         self.cq.poll_ready(cx, n)
     }
 
-    /// See [`CompletionQueue::next_deadline`].
+    /// With [`Drive::Inline`](crate::Drive::Inline): returns the time of the next call that the
+    /// ring needs even if the descriptor does not become readable. See
+    /// [`CompletionQueue::next_deadline`].
     pub fn next_deadline(&self) -> Option<Instant> {
         self.cq.next_deadline()
     }
 
-    /// See [`CompletionQueue::stats`].
+    /// Returns the ring's counters. See [`CompletionQueue::stats`].
     pub fn stats(&self) -> RingStats {
         self.cq.stats()
     }
 
-    /// See [`CompletionQueue::capabilities`].
+    /// Returns what the ring's device can do. See [`CompletionQueue::capabilities`].
     pub fn capabilities(&self) -> Capabilities {
         self.cq.capabilities()
     }
 
-    /// See [`CompletionQueue::control`].
+    /// Returns a handle for any thread. See [`CompletionQueue::control`].
     pub fn control(&self) -> RingControl {
         self.cq.control()
     }
 
-    /// See [`CompletionQueue::close`].
+    /// Closes the ring, and waits until the device has released everything. See
+    /// [`CompletionQueue::close`], also for the errors.
     pub fn close(&mut self) -> Result<(), Error> {
         self.cq.close()
     }
 }
 
-/// As for [`CompletionQueue`].
+/// The descriptor of [`Ring::completion_fd`].
+///
+/// # Panics
+///
+/// If the descriptor cannot be created. This cannot happen once `completion_fd` has succeeded.
 impl AsFd for Ring {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.cq.as_fd()
     }
 }
 
-/// As for [`CompletionQueue`].
+/// The descriptor of [`Ring::completion_fd`], as [`AsFd`] gives it. Panics as [`AsFd`] does.
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.cq.as_raw_fd()
@@ -250,7 +365,8 @@ impl AsRawFd for Ring {
 mod tests {
     use crate::{Direction, Drive, Interface, Loopback};
 
-    /// A wake-up that is lost for want of the fence is too rare for a test to wait for.
+    /// Checks the flag alone, because a wake-up that is lost for want of the fence is too rare for
+    /// a test to wait for.
     #[test]
     fn only_who_drives_the_engine_rings_without_a_fence() {
         let interface = Interface::builder().device(Loopback::new(1500)).start().unwrap();
