@@ -1,4 +1,4 @@
-//! The reaping half: [`CompletionQueue`].
+//! The reaping half of a ring: [`CompletionQueue`].
 
 #[cfg(target_os = "linux")]
 use std::cell::OnceCell;
@@ -29,25 +29,30 @@ use crate::sys::{after, poll_in};
 #[cfg(target_os = "linux")]
 use crate::notify::EpollPair;
 
-/// The reaping half of a ring. Dropping it closes the ring.
+/// The reaping half of a ring. [`Ring::into_split`](crate::Ring::into_split) returns it, and
+/// [`Ring`](crate::Ring) has the same calls.
+///
+/// Dropping it closes the ring.
 pub struct CompletionQueue {
     pub(super) consumer: CqConsumer,
     pub(crate) shared: Arc<RingShared>,
     notifier: Arc<Notifier>,
-    /// Ours to turn: with `Drive::Inline`, or after the poller has handed it back.
+    /// The engine, if this half drives it: with `Drive::Inline`, or after the poller has handed it
+    /// back.
     engine: Option<Box<Engine>>,
-    /// Where the poller leaves the engine; `None` with `Drive::Inline`.
+    /// Where the poller leaves the engine of a closed ring. `None` with `Drive::Inline`.
     remote: Option<(Arc<Handoff>, Arc<PollerShared>)>,
     idle: IdlePolicy,
     close_timeout: Duration,
     caps: Capabilities,
     /// The poller did not give the engine back at close.
     engine_lost: bool,
-    /// A close has waited for the device in vain: the next does not wait again.
+    /// An earlier close has waited for the device in vain, so the next one does not wait again.
     waited: bool,
-    /// Counts the times it has armed.
+    /// The number of the last arming; see `arm_bells`.
     armings: u64,
-    /// Of an inline ring over a device that is a descriptor, if somebody has asked for one.
+    /// The epoll set of the notifier and the device's descriptor. Created on first use, and only
+    /// for inline rings over a device that has a descriptor.
     #[cfg(target_os = "linux")]
     epoll: OnceCell<EpollPair>,
 }
@@ -86,18 +91,19 @@ impl CompletionQueue {
         }
     }
 
-    /// The completions that are there, oldest first. With `Drive::Inline` the device makes progress
-    /// first. Never blocks.
+    /// Returns the completions that wait, oldest first. Never blocks. With `Drive::Inline` the
+    /// device makes progress first.
     ///
-    /// Each completion is retired as the iterator yields it; those not taken from the iterator stay
-    /// for the next call.
+    /// Each completion is retired when the iterator yields it. Those that the caller does not take
+    /// from the iterator stay for the next call.
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
         self.refresh();
         Reap { consumer: &mut self.consumer }
     }
 
-    /// Looks for completions that are to be reaped now.
+    /// Drives the engine if this half has it, and then loads how many completions wait. If a poller
+    /// wrote them, perhaps on another processor, their cache lines are prefetched.
     #[inline]
     pub(super) fn refresh(&mut self) {
         self.drive();
@@ -107,20 +113,26 @@ impl CompletionQueue {
         }
     }
 
-    /// Completions that wait to be reaped.
+    /// Returns how many completions wait to be reaped. With `Drive::Inline` the device makes
+    /// progress first.
     pub fn ready(&mut self) -> usize {
         self.drive();
         self.consumer.ready() as usize
     }
 
-    /// Submissions not reaped yet. What another thread submits meanwhile may be missing.
+    /// Returns the number of submissions, cancels included, that are not reaped yet. Those that
+    /// another thread submits meanwhile may be missing.
     pub fn in_flight(&self) -> usize {
         self.consumer.in_flight() as usize
     }
 
-    /// Sleeps until `min` completions wait, or as many as are in flight if those are fewer, or until
-    /// `timeout` has passed (`None`: for ever) or [`RingControl::wake`] was called. Returns how
-    /// many wait.
+    /// Sleeps until `min` completions wait, and returns how many wait. With `Drive::Inline` the
+    /// device makes progress in this call.
+    ///
+    /// It returns earlier if all entries in flight have completed, although they are fewer than
+    /// `min` (so at once if nothing is in flight); if `timeout` has passed (`None`: it has no
+    /// limit); if [`RingControl::wake`] was called; or if the ring is closed and nothing more can
+    /// complete.
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         let deadline = timeout.map(after);
         let mut round = 0;
@@ -132,7 +144,7 @@ impl CompletionQueue {
                 return ready as usize;
             }
             if !worked && self.is_over() {
-                // What is still in flight has leaked.
+                // The engine is closed or lost, so what is still in flight has leaked.
                 return ready as usize;
             }
             if worked {
@@ -150,25 +162,25 @@ impl CompletionQueue {
         }
     }
 
-    /// With `Drive::Inline`: when to call [`reap`](Self::reap) or [`wait`](Self::wait) at the latest
-    /// although the descriptor has not become readable, because a device that took no packets is to
-    /// be tried again, or is polled for safety. `None`: no need.
+    /// With `Drive::Inline`, returns the time at which the caller must call [`reap`](Self::reap) or
+    /// [`wait`](Self::wait) even if the descriptor has not become readable: to try a device again
+    /// that took no packets, or to poll it for safety. `None` if there is no such time.
     pub fn next_deadline(&self) -> Option<Instant> {
         self.engine.as_ref().and_then(|engine| engine.deadline())
     }
 
-    /// A descriptor for an event loop: after [`arm`](Self::arm) has returned true, it becomes readable
-    /// when there are completions.
+    /// Returns a descriptor for an event loop. After [`arm`](Self::arm) has returned true, it
+    /// becomes readable when there are completions.
     ///
     /// The first call creates it: an eventfd on Linux, a pipe elsewhere. Before that call it costs
-    /// nothing; afterwards it costs one signal per arming. With `Drive::Inline` over a device that
-    /// itself is a descriptor, it is an epoll of both. [`AsFd`] and [`AsRawFd`] give the same
+    /// nothing. Afterwards it costs one signal per arming. With `Drive::Inline` over a device that
+    /// has a descriptor, it is an epoll set of both. [`AsFd`] and [`AsRawFd`] give the same
     /// descriptor.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system has no more descriptors. [`Error::NotSupported`] with
-    /// `Drive::Inline` over a device that itself is a descriptor, elsewhere than on Linux.
+    /// [`Error::Io`] if the system refuses the descriptor. [`Error::NotSupported`] with
+    /// `Drive::Inline` over a device that has a descriptor, on systems other than Linux.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         let failed = Error::io("creating the completion descriptor");
         if self.remote.is_none()
@@ -190,18 +202,23 @@ impl CompletionQueue {
         self.notifier.descriptor().map_err(failed)
     }
 
-    /// Empties the descriptor and asks for a signal at the next completion.
+    /// Asks for a signal at the next completion: empties the descriptor of
+    /// [`completion_fd`](Self::completion_fd), which then becomes readable once.
     ///
-    /// Returns whether it is armed, so that the caller may sleep. If it returns false, completions
-    /// wait already and nothing is armed: reap them first.
+    /// Returns whether it is armed. If so, the caller may sleep. If it returns false, nothing is
+    /// armed, because completions wait already, the engine has work to do, or [`RingControl::wake`]
+    /// was called. In this case reap, and then arm again.
     #[must_use = "if it is not armed, the descriptor does not become readable"]
     pub fn arm(&mut self) -> bool {
         self.arm_after(1, None)
     }
 
-    /// As [`arm`](Self::arm), for a VMM that injects one interrupt per batch: the signal comes when
-    /// `n` completions wait, or `max_delay` after the first one. With `Drive::Inline` nobody counts
-    /// while the caller sleeps, so the signal comes with the first packet.
+    /// Asks for a signal when `n` completions wait, or when `max_delay` has passed since the first
+    /// one (`None`: it has no limit). This is for a VMM that injects one interrupt per batch.
+    /// Returns what [`arm`](Self::arm) returns.
+    ///
+    /// With `Drive::Inline` nobody counts while the caller sleeps, so the signal comes with the
+    /// first packet.
     #[must_use = "if it is not armed, the descriptor does not become readable"]
     pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         self.notifier.arm_descriptor();
@@ -212,14 +229,16 @@ impl CompletionQueue {
             && let Some(engine) = &self.engine
             && epoll.watch(engine.descriptor(), engine.queues_closed()).is_err()
         {
-            // Nobody would tell of a packet: the caller must not sleep.
+            // A packet would give no signal, so the caller must not sleep.
             self.disarm();
             return false;
         }
         armed
     }
 
-    /// For futures: whether `n` completions wait; if not, `cx`'s waker is woken when they do.
+    /// For futures: returns `Ready` with the number of completions that wait, if they are at least
+    /// `n`. Else the waker of `cx` is woken when they are. May return `Ready` with fewer after
+    /// [`RingControl::wake`], or when the engine has work to do.
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
         self.notifier.set_waker(cx.waker());
         if self.arm_notifier(n, None) {
@@ -229,35 +248,36 @@ impl CompletionQueue {
         }
     }
 
-    /// Counters of the ring so far.
+    /// Returns a snapshot of the ring's counters since it was built.
     pub fn stats(&self) -> RingStats {
         self.shared.counters.poller.snapshot()
     }
 
-    /// What the ring's device can do.
+    /// Returns what the ring's device can do.
     pub fn capabilities(&self) -> Capabilities {
         self.caps
     }
 
-    /// A handle that can be used from anywhere.
+    /// Returns a handle that can be used from any thread.
     pub fn control(&self) -> RingControl {
         RingControl { shared: self.shared.clone() }
     }
 
-    /// Asks the engine to complete everything in flight as cancelled and waits until it has. The
-    /// ring stays open. The completions wait to be reaped, with their frames; returns how many.
+    /// Asks the engine to complete everything in flight, as cancelled or with its packet, and waits
+    /// until it has. Returns how many completions wait to be reaped, with their frames. The ring
+    /// stays open.
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if the device has not let go of everything by then. Nothing is lost; what
-    /// it keeps completes later.
+    /// [`Error::Timeout`] if the device has not released everything within `timeout`. Nothing is
+    /// lost: what the device keeps completes later.
     pub fn cancel_and_wait(&mut self, timeout: Duration) -> Result<usize, Error> {
         let asked = self.shared.request_cancel_all();
         let deadline = after(timeout);
         loop {
             self.drive();
             let ready = self.consumer.ready();
-            // A closed ring cancels everything anyway.
+            // A closed ring cancels everything without being asked.
             let carried_out = self.shared.are_cancelled(asked) || !self.shared.is_open();
             if carried_out && ready >= self.consumer.in_flight() {
                 return Ok(ready as usize);
@@ -270,14 +290,20 @@ impl CompletionQueue {
         }
     }
 
-    /// Closes the ring: the device lets go of everything, the poller ends its work for it, every
-    /// entry in flight completes as cancelled and can still be reaped. Submits say
-    /// [`CloseReason::Stopped`] from here on. Closing twice is harmless.
+    /// Closes the ring, and waits until the device has released everything. Every entry in flight
+    /// completes, as cancelled or with its packet, and can still be reaped. The poller ends its
+    /// work for the ring. Submits are refused with [`CloseReason::Stopped`] from here on. Closing
+    /// twice is harmless.
+    ///
+    /// It waits at most as long as
+    /// [`RingBuilder::close_timeout`](crate::RingBuilder::close_timeout) says, or twice as long for
+    /// a device that does not return from a call. On the ring's own poller thread, for example
+    /// inside a waker, it does not wait and returns `Ok`: the poller closes the ring afterwards.
     ///
     /// # Errors
     ///
-    /// [`Error::Leaked`] if the device did not let go of some slots within the ring's close
-    /// timeout, or the poller did not come back: what they hold is leaked on purpose.
+    /// [`Error::Leaked`] if the device did not release some slots in this time, or the poller did
+    /// not come back. What they hold is leaked on purpose.
     pub fn close(&mut self) -> Result<(), Error> {
         let timeout = self.close_timeout;
         self.shared.close(CloseReason::Stopped);
@@ -288,17 +314,18 @@ impl CompletionQueue {
             && let Some((handoff, poller)) = &self.remote
         {
             if poller.is_current_thread() {
-                // We are inside the poller (in a waker): it will see the wish when we return, and
-                // nobody can wait for it here.
+                // We are on the poller's thread, inside a waker. The poller sees the request when
+                // we return. Waiting for it here would never end.
                 return Ok(());
             }
-            // The engine's own close takes at most `timeout`; twice that means that the device
-            // does not return from a call.
+            // The engine's own close takes at most `timeout`. If the engine has not come back after
+            // twice that time, the device does not return from a call.
             self.engine = handoff.take(if self.engine_lost { Duration::ZERO } else { twice });
         }
         let Some(engine) = &mut self.engine else {
             let slots = self.in_flight() - self.consumer.ready() as usize;
-            // Should it come back after all, it finds nobody waiting, and cleans up.
+            // If the poller comes back after all, it finds the handoff abandoned and drops the
+            // engine.
             if let Some((handoff, _)) = &self.remote {
                 handoff.abandon();
             }
@@ -306,7 +333,8 @@ impl CompletionQueue {
             tracing::error!(ring = self.shared.number, slots, "leaked: the poller is stuck");
             return Err(Error::Leaked { slots, timeout });
         };
-        // A closed engine may still wait for slots that somebody drops, as after a panic.
+        // A closed engine may still wait for slots that another thread drops, as after a panic of
+        // the device.
         while (!engine.is_closed() && Instant::now() < deadline)
             || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
         {
@@ -322,11 +350,12 @@ impl CompletionQueue {
         }
     }
 
-    /// Turns the engine if it is ours; takes it over from a poller that is done with it.
+    /// Drives the engine if this half has it. If a poller has closed the ring, takes the engine
+    /// over. Returns whether anything was done.
     #[inline]
     fn drive(&mut self) -> bool {
         if let Some(engine) = &mut self.engine {
-            // Whoever drives is awake: the engine need not signal its own reaper.
+            // This thread drives the engine and reaps, so it is awake and needs no signal.
             if self.shared.cq_bell.is_armed() {
                 self.shared.cq_bell.disarm();
             }
@@ -342,17 +371,20 @@ impl CompletionQueue {
         self.engine.as_mut().is_some_and(|engine| engine.poll_once())
     }
 
-    /// Whether nothing can complete any more.
+    /// Whether no entry can complete any more.
     fn is_over(&self) -> bool {
         self.engine_lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
     }
 
+    /// Takes the flag that [`RingControl::wake`] sets.
     fn take_woken(&self) -> bool {
+        // Acquire: pairs with the Release in `RingControl::wake`. The Relaxed load only saves the
+        // exchange.
         self.shared.woken.load(Ordering::Relaxed)
             && self.shared.woken.swap(false, Ordering::Acquire)
     }
 
-    /// Arms for `want` completions, looks once more, and parks.
+    /// Arms for `want` completions, looks once more, and parks until a signal or the deadline.
     fn sleep(&mut self, want: u32, deadline: Option<Instant>) {
         if self.arm_bells(want, None) {
             let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
@@ -385,7 +417,7 @@ impl CompletionQueue {
         if self.take_woken() {
             return false;
         }
-        // Inline, what there is to do is done now rather than after a signal.
+        // An inline engine does what there is to do now, not after a signal.
         while self.drive() {
             if self.consumer.ready() >= want {
                 return false;
@@ -394,23 +426,27 @@ impl CompletionQueue {
         self.arm_bells(want, max_delay)
     }
 
-    /// Arms whatever can bring `want` completions, and looks once more. Returns false if nothing is
-    /// armed, because completions wait.
+    /// Arms all that can bring `want` completions, and looks once more. Returns false, with nothing
+    /// armed, if the caller must not sleep.
     fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> bool {
         self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
         let coalesce = max_delay.map_or(0, |delay| {
             let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
             self.armings << DELAY_BITS | us
         });
+        // Relaxed, both: the Release in `arm` publishes them to the Acquire in `ring_if`, after
+        // which `notify_if_due` reads `wanted`.
         self.shared.wanted.store(self.consumer.index_of(want), Ordering::Relaxed);
         self.shared.coalesce.store(coalesce, Ordering::Relaxed);
         self.shared.cq_bell.arm();
-        // The look after the fence: a completion published before it is seen here, one after it
-        // sees us armed.
+        // This look comes after the fence in `arm`, which pairs with the fence in `ring_if`. A
+        // completion that was published before it is seen here. The engine that publishes one later
+        // sees the bell armed. The same holds for `woken`, which `take_woken` acquires.
         let ready = self.consumer.ready();
         let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
         if self.engine.is_none() && !self.shared.is_open() {
-            // A poller that has just closed the ring may have handed the engine over unseen.
+            // The poller may have closed the ring and handed the engine over before this half
+            // armed, so its notification is gone.
             awake |= self.take_over();
         }
         if let Some(engine) = &mut self.engine {
@@ -421,7 +457,11 @@ impl CompletionQueue {
             return false;
         }
         if coalesce != 0 && ready > 0 {
-            // Too few are here already: the engine must start the clock now.
+            // Some completions wait, but too few. The engine may not publish another, so it must
+            // start the clock now.
+            //
+            // Relaxed: the fence in `arm` above is sequenced before, and pairs with the Acquire in
+            // `coalescing`, which sees the bell armed.
             self.shared.coalesce.fetch_or(START_CLOCK, Ordering::Relaxed);
             self.shared.bell.ring();
         }
@@ -433,14 +473,15 @@ impl CompletionQueue {
 ///
 /// # Panics
 ///
-/// If the descriptor cannot be created. Once `completion_fd` has succeeded, this cannot happen.
+/// If the descriptor cannot be created. This cannot happen once `completion_fd` has succeeded.
 impl AsFd for CompletionQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.completion_fd().expect("call `completion_fd` first to handle this error")
     }
 }
 
-/// As [`AsFd`].
+/// The descriptor of [`CompletionQueue::completion_fd`], as [`AsFd`] gives it. Panics as [`AsFd`]
+/// does.
 impl AsRawFd for CompletionQueue {
     fn as_raw_fd(&self) -> RawFd {
         self.as_fd().as_raw_fd()
@@ -464,7 +505,7 @@ impl fmt::Debug for CompletionQueue {
     }
 }
 
-/// The completions that were there when [`CompletionQueue::reap`] was called.
+/// The iterator that [`CompletionQueue::reap`] returns: the completions that waited at that call.
 #[derive(Debug)]
 pub struct Reap<'a> {
     pub(super) consumer: &'a mut CqConsumer,
@@ -480,7 +521,7 @@ impl Iterator for Reap<'_> {
 
     #[inline]
     fn size_hint(&self) -> (usize, Option<usize>) {
-        // Nobody looks at the queue anew while we have it.
+        // This iterator borrows the consumer exclusively, so `known` only shrinks while it lives.
         let left = self.consumer.known() as usize;
         (left, Some(left))
     }

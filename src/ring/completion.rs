@@ -1,4 +1,4 @@
-//! [`Completion`]: what became of one submission.
+//! [`Completion`]: the result of one submission, with its frame.
 
 use std::cell::Cell;
 use std::fmt;
@@ -8,32 +8,34 @@ use vmring_core::{Frame, Opcode, Outcome, Reaped};
 
 use crate::error::{CompletionError, EntryError};
 
-/// What a submit asked for.
+/// What a submission asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RingOp {
-    /// A packet into the frame.
+    /// To fill the frame with a packet.
     Read,
-    /// The frame's packet out.
+    /// To send the frame's packet.
     Write,
-    /// Entries to be completed now.
+    /// To complete other entries now.
     Cancel,
 }
 
-/// What became of one submission.
+/// The result of one submission, as a CQE is in io_uring.
 ///
-/// The frame comes back on success **and** on error; a cancel has none. Take it with
-/// [`take_packet`](Self::take_packet) (an error if there is no packet), [`take_frame`](Self::take_frame) (in any
-/// case) or all at once with [`into_parts`](Self::into_parts).
+/// The frame comes back on success **and** on error; a cancel has none.
+/// [`take_packet`](Self::take_packet) takes the frame if there is a packet in it and is an error
+/// otherwise, [`take_frame`](Self::take_frame) takes it in any case, and
+/// [`into_parts`](Self::into_parts) takes everything at once.
 pub struct Completion {
-    /// The number given at submit.
+    /// The number that the caller gave at submit.
     pub user_data: u64,
-    /// What was asked.
+    /// What the submission asked for.
     pub op: RingOp,
-    /// The packet's length in bytes; of a cancel, the number of entries that matched.
+    /// On success, the packet's length in bytes; for a cancel, the number of entries that it found.
+    /// On failure, the reason.
     pub result: Result<usize, EntryError>,
-    /// A cell, so that the frame can be taken while `user_data` is still read, as the hot loop
-    /// wants.
+    /// A cell, so that the frame can be taken through `&self` while `user_data` is still read, as
+    /// the hot loop does.
     frame: Cell<Option<Frame>>,
 }
 
@@ -59,8 +61,13 @@ impl Completion {
         EntryError::from_outcome(outcome).err().unwrap_or(EntryError::Abandoned)
     }
 
-    /// The frame of a read or write that succeeded. Otherwise the error, with the frame inside. The
-    /// frame is taken: a second call gives an error without one.
+    /// Takes the frame of a read or write that succeeded.
+    ///
+    /// # Errors
+    ///
+    /// [`CompletionError`] if the entry failed, with the frame inside. Also for a cancel, and if
+    /// the frame was taken before: this error has no frame, and its reason is
+    /// [`EntryError::Abandoned`] unless the entry failed for another.
     #[inline]
     pub fn take_packet(&self) -> Result<Frame, CompletionError> {
         let (error, frame) = match (self.result, self.frame.take()) {
@@ -71,13 +78,15 @@ impl Completion {
         Err(CompletionError { error, user_data: self.user_data, frame })
     }
 
-    /// The frame, however it ended; `None` for a cancel, or when it was taken before.
+    /// Takes the frame, whether the entry succeeded or failed. Returns `None` for a cancel, and if
+    /// the frame was taken before.
     #[inline]
     pub fn take_frame(&self) -> Option<Frame> {
         self.frame.take()
     }
 
-    /// Everything.
+    /// Takes the completion apart into `user_data`, `result` and the frame, which is `None` for a
+    /// cancel and if it was taken before.
     pub fn into_parts(self) -> (u64, Result<usize, EntryError>, Option<Frame>) {
         (self.user_data, self.result, self.frame.into_inner())
     }

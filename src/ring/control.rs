@@ -1,4 +1,4 @@
-//! [`RingControl`]: a handle on a ring for any thread.
+//! [`RingControl`]: a handle on a ring that any thread may use.
 
 use std::sync::Arc;
 
@@ -9,8 +9,8 @@ use crate::error::CloseReason;
 use crate::mailbox::{RingShared, request};
 use crate::stats::RingStats;
 
-/// A handle on a ring for any thread: wakes a blocked `wait`, stops the ring, reads its counters.
-/// Does not keep the ring alive.
+/// A handle on a ring that any thread may use. It wakes a thread that waits, cancels, stops the
+/// ring and reads its counters. It does not keep the ring open.
 #[derive(Clone, Debug)]
 pub struct RingControl {
     pub(super) shared: Arc<RingShared>,
@@ -19,35 +19,41 @@ pub struct RingControl {
 assert_impl_all!(RingControl: Send, Sync, Clone);
 
 impl RingControl {
-    /// Makes the `wait` under way return, or the next one if none is.
+    /// Makes the [`wait`](crate::CompletionQueue::wait) under way return, or the next one if none
+    /// is under way. An armed descriptor becomes readable, and an armed waker is woken.
     pub fn wake(&self) {
+        // Release: pairs with the Acquire in `take_woken`. The thread that returns from `wait` sees
+        // what this thread wrote before.
         self.shared.woken.store(true, Ordering::Release);
         self.shared.notify();
     }
 
-    /// Asks for everything in flight to complete as cancelled; the ring stays open. Does not wait.
+    /// Asks for everything in flight to complete now, as cancelled or with its packet. The ring
+    /// stays open. Does not wait.
     pub fn cancel_all(&self) {
         self.shared.request_cancel_all();
     }
 
-    /// Closes the ring as [`CompletionQueue::close`] does, but does not wait: the completions of
-    /// what was in flight come in their time, and submits say [`CloseReason::Stopped`].
+    /// Closes the ring as [`CompletionQueue::close`](crate::CompletionQueue::close) does, but does
+    /// not wait. What is in flight completes later, and submits are refused with
+    /// [`CloseReason::Stopped`] from here on.
     pub fn stop(&self) {
         self.shared.close(CloseReason::Stopped);
         self.shared.request(request::STOP);
     }
 
-    /// Why the ring takes no more submissions, or `None` if it does.
+    /// Returns why the ring takes no more submissions, or `None` if it is open.
     pub fn closed(&self) -> Option<CloseReason> {
         self.shared.why_closed()
     }
 
-    /// Counters of the ring so far.
+    /// Returns a snapshot of the ring's counters since it was built.
     pub fn stats(&self) -> RingStats {
         self.shared.counters.poller.snapshot()
     }
 
-    /// Doorbells that had to wake the poller. None are rung while it is awake.
+    /// Returns how many doorbells of submissions had to wake the poller. It does not grow while the
+    /// poller is awake.
     pub fn doorbells(&self) -> u64 {
         self.shared.counters.doorbells.get()
     }

@@ -1,4 +1,4 @@
-//! The two halves, borrowed: [`SubmissionHalf`] and [`CompletionHalf`].
+//! The two halves of a ring, borrowed: [`SubmissionHalf`] and [`CompletionHalf`].
 
 use std::ops::Deref;
 use std::time::Duration;
@@ -11,53 +11,55 @@ use crate::ring::complete::{CompletionQueue, Reap};
 use crate::ring::completion::Completion;
 use crate::ring::submit::{Deferred, SubmissionQueue};
 
-/// The submitting half, borrowed from its ring by [`Ring::split`]. It dereferences to the
-/// [`SubmissionQueue`] for what needs no exclusive access.
+/// The submitting half of a ring, borrowed by [`Ring::split`](crate::Ring::split). It dereferences
+/// to the [`SubmissionQueue`] for what needs no exclusive access.
 ///
-/// What it submits inside `for done in cq.reap()` is shown to an engine that is awake as soon as it fills
-/// cache lines (which takes at most four entries, or sixteen while 32 or more are in flight), the rest when
-/// the loop over [`CompletionHalf::reap`] ends; and then the doorbell is rung once, which costs a fence (none
-/// with `Drive::Inline`), and a wake-up if the engine sleeps.
+/// While the other half is reaping, in `for done in cq.reap()`, the doorbell waits for the end of
+/// the loop. Entries that fill whole cache lines are published at once, so that an engine that is
+/// awake takes them: at most four entries wait for that, or sixteen while 32 or more are in flight.
+/// When the loop ends, the rest is published and the doorbell is rung once. That costs a fence
+/// (none with `Drive::Inline`), and a wake-up if the engine sleeps.
 ///
-/// Both borrowed halves stay on one thread; [`Ring::into_split`] is for two.
+/// Both borrowed halves stay on one thread. [`Ring::into_split`](crate::Ring::into_split) is for
+/// two threads.
 #[derive(Debug)]
 pub struct SubmissionHalf<'a> {
-    /// Shared with the other half, which pays its debts.
+    /// Shared with the other half, which publishes and rings for what was deferred.
     pub(super) sq: &'a SubmissionQueue,
 }
 
-/// The reaping half, borrowed from its ring by [`Ring::split`]. It dereferences to the
-/// [`CompletionQueue`] for what needs no exclusive access, and stays on its thread as the
-/// [other](SubmissionHalf).
+/// The reaping half of a ring, borrowed by [`Ring::split`](crate::Ring::split). It dereferences to
+/// the [`CompletionQueue`] for what needs no exclusive access. It stays on its thread, as the
+/// [submitting half](SubmissionHalf) does.
 #[derive(Debug)]
 pub struct CompletionHalf<'a> {
     pub(super) cq: &'a mut CompletionQueue,
     pub(super) sq: &'a SubmissionQueue,
 }
 
-// Both reach the submission queue, which is not `Sync`. So whoever submits knows whether the other half is
-// reaping, without a fence.
+// Both halves refer to the submission queue, which is not `Sync`, so both are on one thread. So a
+// submit sees in `deferred` whether the other half is reaping, without a fence.
 assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
 assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);
 
 impl SubmissionHalf<'_> {
-    /// As [`SubmissionQueue::submit_read`]; while the other half is reaping, the doorbell waits for the
-    /// end of it.
+    /// Submits a read, as [`SubmissionQueue::submit_read`] does. While the other half is reaping,
+    /// the doorbell waits for the end of its loop.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// Those of [`SubmissionQueue::submit_read`].
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.submit(Class::Read, frame, user_data)
     }
 
-    /// As [`SubmissionQueue::submit_write`]; while the other half is reaping, the doorbell waits for
-    /// the end of it.
+    /// Submits a write, as [`SubmissionQueue::submit_write`] does. While the other half is reaping,
+    /// the doorbell waits for the end of its loop.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// Those of [`SubmissionQueue::submit_write`].
     #[inline]
     pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.submit(Class::Write, frame, user_data)
@@ -75,7 +77,12 @@ impl SubmissionHalf<'_> {
         Ok(())
     }
 
-    /// See [`SubmissionQueue::submit_reads`].
+    /// Submits many reads, as [`SubmissionQueue::submit_reads`] does, and rings the doorbell at
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_reads`].
     pub fn submit_reads(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -83,7 +90,12 @@ impl SubmissionHalf<'_> {
         self.sq.submit_batch(Class::Read, frames)
     }
 
-    /// See [`SubmissionQueue::submit_writes`].
+    /// Submits many writes, as [`SubmissionQueue::submit_writes`] does, and rings the doorbell at
+    /// once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_writes`].
     pub fn submit_writes(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -91,22 +103,31 @@ impl SubmissionHalf<'_> {
         self.sq.submit_batch(Class::Write, frames)
     }
 
-    /// See [`SubmissionQueue::cancel`].
+    /// Submits a cancel, as [`SubmissionQueue::cancel`] does, and rings the doorbell at once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::cancel`].
     pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.sq.submit_cancel(Some(target), user_data)
     }
 
-    /// See [`SubmissionQueue::cancel_all`].
+    /// Submits a cancel of everything, as [`SubmissionQueue::cancel_all`] does, and rings the
+    /// doorbell at once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::cancel_all`].
     pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.sq.submit_cancel(None, user_data)
     }
 
-    /// See [`SubmissionQueue::read_credits`].
+    /// Returns how many reads can be submitted now. See [`SubmissionQueue::read_credits`].
     pub fn read_credits(&mut self) -> u32 {
         self.sq.producer.available(Class::Read)
     }
 
-    /// See [`SubmissionQueue::write_credits`].
+    /// Returns how many writes can be submitted now. See [`SubmissionQueue::write_credits`].
     pub fn write_credits(&mut self) -> u32 {
         self.sq.producer.available(Class::Write)
     }
@@ -117,8 +138,9 @@ impl SubmissionHalf<'_> {
 }
 
 impl CompletionHalf<'_> {
-    /// As [`CompletionQueue::reap`]. What is submitted meanwhile through the other half is published, and
-    /// its doorbell rung, when the iterator is dropped at the latest.
+    /// Returns the completions that wait, as [`CompletionQueue::reap`] does. What the other half
+    /// submits while the iterator lives is published, and its doorbell rung, at the latest when the
+    /// iterator is dropped.
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
         self.cq.refresh();
@@ -129,12 +151,13 @@ impl CompletionHalf<'_> {
         HalfReap { reap: Reap { consumer: &mut self.cq.consumer }, sq: self.sq }
     }
 
-    /// See [`CompletionQueue::ready`].
+    /// Returns how many completions wait. See [`CompletionQueue::ready`].
     pub fn ready(&mut self) -> usize {
         self.cq.ready()
     }
 
-    /// See [`CompletionQueue::wait`].
+    /// Sleeps until `min` completions wait or `timeout` has passed. Returns how many wait. See
+    /// [`CompletionQueue::wait`].
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         self.cq.wait(min, timeout)
     }
@@ -158,9 +181,11 @@ impl Deref for CompletionHalf<'_> {
     }
 }
 
-/// The completions that were there when [`CompletionHalf::reap`] was called. When it is dropped, what was
-/// submitted meanwhile is published and the doorbell rung; should it be forgotten instead, with the next
-/// [`Ring::split`], or the next submission through the [`Ring`] itself.
+/// The iterator that [`CompletionHalf::reap`] returns: the completions that waited at that call.
+///
+/// When it is dropped, what was submitted meanwhile is published and the doorbell is rung. If it is
+/// forgotten instead, that happens at the next [`Ring::split`](crate::Ring::split), or at the next
+/// submission through the [`Ring`](crate::Ring) itself.
 #[derive(Debug)]
 pub struct HalfReap<'a> {
     reap: Reap<'a>,

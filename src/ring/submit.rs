@@ -16,28 +16,33 @@ use crate::ring::control::RingControl;
 use crate::software;
 use crate::software::Left;
 
-/// The submitting half of a ring.
+/// The submitting half of a ring. [`Ring::into_split`](crate::Ring::into_split) returns it, and
+/// [`Ring`](crate::Ring) has the same calls.
+///
+/// Dropping it does not close the ring.
 pub struct SubmissionQueue {
     pub(super) producer: SqProducer,
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
-    /// Other than `None` only while the ring's other half, borrowed together with this one, is reaping.
+    /// Whether submits are deferred. Other than `Off` only while the ring's other half, which is
+    /// borrowed together with this one, is reaping (and after its iterator was forgotten).
     pub(super) deferred: Cell<Deferred>,
-    /// Who submits drives the engine as well: of a ring that is inline and undivided.
+    /// True for an inline ring that has not been taken apart: the submitting thread also drives the
+    /// engine.
     pub(super) drives_engine: bool,
 }
 
 assert_impl_all!(SubmissionQueue: Send);
 assert_not_impl_any!(SubmissionQueue: Sync, Clone);
 
-/// Whether what is submitted is published and rung for later.
+/// Whether publishing and the doorbell wait for the end of a loop over completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Deferred {
-    /// No: at once.
+    /// They do not wait.
     Off,
-    /// It may be, and nothing is.
+    /// They wait, and nothing has been submitted meanwhile.
     Open,
-    /// Something is.
+    /// They wait, and something has been submitted meanwhile.
     Pending,
 }
 
@@ -47,50 +52,71 @@ impl SubmissionQueue {
         Self { producer, shared, caps, deferred: Cell::new(Deferred::Off), drives_engine }
     }
 
-    /// A frame from the ring's first pool: empty, behind the pool's headroom. `None` if all are
-    /// out. (For the hot loop, recycle the frames you reap instead.)
+    /// Takes a free frame from the ring's first pool. The frame is empty, and the pool's headroom
+    /// is in front of it. Returns `None` if no frame is free.
+    ///
+    /// This touches the pool's free list. In the hot loop, use the frames that were reaped again
+    /// instead.
     pub fn alloc(&self) -> Option<Frame> {
         self.producer.regions().pools()[0].alloc()
     }
 
-    /// Gives `frame` to the device to fill with the next packet. The frame's view is reset first:
-    /// the packet will stand behind the pool's headroom.
+    /// Submits a read: gives `frame` to the device, which fills it with the next packet. The
+    /// frame's view is reset first, so the packet will be behind the pool's headroom.
     ///
-    /// After `Ok` exactly one completion with this `user_data` will come, and nothing can refuse it
-    /// any more.
+    /// After `Ok`, exactly one completion with this `user_data` comes, with the frame. Nothing can
+    /// refuse the read any more.
     ///
     /// # Errors
     ///
-    /// [`SubmitError`] with the frame inside; [`SubmitError::is_backpressure`] tells "later" from
-    /// "never".
+    /// [`SubmitError`], with the frame inside. [`is_backpressure`](SubmitError::is_backpressure) is
+    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit):
+    /// the same submit can succeed later. The other kinds are final:
+    /// [`TooSmall`](SubmitErrorKind::TooSmall), [`NoHeadroom`](SubmitErrorKind::NoHeadroom),
+    /// [`ForeignPool`](SubmitErrorKind::ForeignPool),
+    /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.submit(Class::Read, frame, user_data)
     }
 
-    /// Gives `frame`'s packet to the device to send.
+    /// Submits a write: gives `frame` to the device, which sends its packet.
     ///
-    /// After `Ok` exactly one completion with this `user_data` will come, with the frame.
+    /// After `Ok`, exactly one completion with this `user_data` comes, with the frame. Nothing can
+    /// refuse the write any more.
     ///
     /// # Errors
     ///
-    /// As [`submit_read`](Self::submit_read).
+    /// [`SubmitError`], with the frame inside. [`is_backpressure`](SubmitError::is_backpressure) is
+    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit):
+    /// the same submit can succeed later. The other kinds are final:
+    /// [`TooBig`](SubmitErrorKind::TooBig), [`NoHeadroom`](SubmitErrorKind::NoHeadroom),
+    /// [`Offload`](SubmitErrorKind::Offload),
+    /// [`OffloadNotNegotiated`](SubmitErrorKind::OffloadNotNegotiated),
+    /// [`ForeignPool`](SubmitErrorKind::ForeignPool),
+    /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
     #[inline]
     pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         self.submit(Class::Write, frame, user_data)
     }
 
-    /// Submits reads from an iterator of frames and their `user_data`, with at most one doorbell. Takes
-    /// no more from the iterator than it can submit, so a `by_ref` iterator keeps the rest. Returns how
-    /// many were submitted.
+    /// Submits reads from an iterator of frames and their `user_data`, with at most one doorbell.
+    /// Returns how many were submitted.
     ///
-    /// How many it can is seen before the iterator is: credits that come back while it runs, because
-    /// it reaps, count from the next call on. So collect what was reaped, then submit it.
+    /// It takes no more from the iterator than it can submit, so an iterator passed by
+    /// [`by_ref`](Iterator::by_ref) keeps the rest. It ends without an error when a credit or a
+    /// place in the SQ is missing. So on a ring without this direction, which has no credits, it
+    /// returns 0.
+    ///
+    /// The call checks for a credit before it asks the iterator for the next frame. If there is
+    /// none, it ends, even if the iterator would reap and so return one. So first collect what was
+    /// reaped, then submit it.
     ///
     /// # Errors
     ///
-    /// [`BatchError`] with the frame that could not be taken for a reason other than backpressure,
-    /// and the number of those before it, which are in flight.
+    /// [`BatchError`] with the first frame that was refused for a reason other than backpressure
+    /// (see [`submit_read`](Self::submit_read)), and with the number of frames before it, which are
+    /// in flight.
     pub fn submit_reads(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -98,7 +124,14 @@ impl SubmissionQueue {
         self.submit_batch(Class::Read, frames)
     }
 
-    /// As [`submit_reads`](Self::submit_reads), for writes.
+    /// Submits writes from an iterator of packets and their `user_data`, as
+    /// [`submit_reads`](Self::submit_reads) does for reads.
+    ///
+    /// # Errors
+    ///
+    /// [`BatchError`] with the first frame that was refused for a reason other than backpressure
+    /// (see [`submit_write`](Self::submit_write)), and with the number of frames before it, which
+    /// are in flight.
     pub fn submit_writes(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -106,18 +139,26 @@ impl SubmissionQueue {
         self.submit_batch(Class::Write, frames)
     }
 
-    /// Asks for every entry in flight whose `user_data` is `target` to complete now: cancelled, or
-    /// with its packet if it has one (a packet is never dropped by a cancel). The cancel has its own
-    /// completion, `user_data`, without a frame; its `result` is the number of entries found.
+    /// Asks for every read and write in flight whose `user_data` is `target` to complete now: as
+    /// cancelled, or with its packet if it has one. A cancel never drops a packet.
+    ///
+    /// The cancel itself completes too, with `user_data` and without a frame. Its `result` is the
+    /// number of entries that it found.
     ///
     /// # Errors
     ///
-    /// Backpressure of the cancels' own credits, or a closed ring.
+    /// [`SubmitErrorKind::NoCredit`] and [`SubmitErrorKind::SqFull`], which are backpressure
+    /// (cancels have credits of their own), and [`SubmitErrorKind::Closed`].
     pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.submit_cancel(Some(target), user_data)
     }
 
-    /// As [`cancel`](Self::cancel), for every entry in flight.
+    /// Asks for every read and write in flight to complete now, as [`cancel`](Self::cancel) does
+    /// for one `user_data`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`cancel`](Self::cancel).
     pub fn cancel_all(&mut self, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.submit_cancel(None, user_data)
     }
@@ -132,29 +173,32 @@ impl SubmissionQueue {
         }
         self.producer.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
         self.producer.publish();
-        // Release: who sees the wish sees the cancel, and what was submitted before it.
+        // Release: pairs with the Acquire in `take_requests`. An engine that sees the request also
+        // finds the cancel in the SQ, and what was submitted before it.
         self.shared.requests.fetch_or(request::CANCEL, Ordering::Release);
         self.shared.ring_doorbell(self.drives_engine);
         Ok(())
     }
 
-    /// Reads that can be submitted before backpressure says no. Reaping makes it more.
+    /// Returns how many reads can be submitted now, if the SQ has space for them. Reaping returns
+    /// credits.
     pub fn read_credits(&mut self) -> u32 {
         self.producer.available(Class::Read)
     }
 
-    /// Writes that can be submitted before backpressure says no. Reaping makes it more.
+    /// Returns how many writes can be submitted now, if the SQ has space for them. Reaping returns
+    /// credits.
     pub fn write_credits(&mut self) -> u32 {
         self.producer.available(Class::Write)
     }
 
-    /// A handle that can be used from anywhere.
+    /// Returns a handle that can be used from any thread.
     pub fn control(&self) -> RingControl {
         RingControl { shared: self.shared.clone() }
     }
 
-    /// For the front-ends: posts free frames for reading, as many as there are credits, but leaves
-    /// some of the pool to writes. A closed ring takes none, which is no error here.
+    /// For the front-ends: posts free frames for reading, one for each credit, but leaves some
+    /// frames of the pool to writes. Backpressure and a closed ring end it without an error.
     pub(crate) fn post_reads(&self, user_data: u64) -> Result<(), Error> {
         let pool = &self.producer.regions().pools()[0];
         let slots = pool.layout().slots;
@@ -184,7 +228,7 @@ impl SubmissionQueue {
         Ok(())
     }
 
-    /// Writes an entry, which the caller is to publish.
+    /// Writes an entry. The caller publishes it.
     #[inline(always)]
     pub(super) fn push(
         &self,
@@ -199,8 +243,9 @@ impl SubmissionQueue {
         self.push_fitting(class, frame, user_data)
     }
 
-    /// Of a write where something may stand in front of the packet. Apart, so that the address of a frame
-    /// is given away here only: else it would live in memory on every way.
+    /// Pushes a write that needs headroom or has an offload header. It is a function of its own
+    /// that is never inlined: it takes `&mut frame`, and in the hot path that would keep the frame
+    /// in memory instead of in registers.
     #[inline(never)]
     fn push_prepared(&self, mut frame: Frame, user_data: u64) -> Result<(), SubmitError> {
         match self.prepare_offload(&mut frame) {
@@ -217,7 +262,7 @@ impl SubmissionQueue {
         })
     }
 
-    /// Submits the frames of one class, and rings the doorbell if there were any.
+    /// Submits the frames of one class, and rings the doorbell if any were accepted.
     pub(super) fn submit_batch(
         &self,
         class: Class,
@@ -228,7 +273,7 @@ impl SubmissionQueue {
         result
     }
 
-    /// Submits reads and then writes, with one doorbell.
+    /// Submits reads and then writes, with one doorbell for both.
     pub(super) fn submit_both(
         &self,
         reads: impl IntoIterator<Item = (Frame, u64)>,
@@ -243,15 +288,15 @@ impl SubmissionQueue {
         result
     }
 
-    /// Rings the doorbell if a batch has left something to publish or to wake the engine for.
+    /// Publishes and rings the doorbell if a batch has accepted anything.
     fn ring_after(&self, result: &Result<usize, BatchError>) {
         if result.as_ref().map_or_else(|error| error.accepted, |accepted| *accepted) > 0 {
             self.ring_doorbell();
         }
     }
 
-    /// Writes the entries of one class, as many as there are credits and cells. Full cache lines are
-    /// published at once; the caller publishes the rest.
+    /// Writes the entries of one class while there are credits and free cells. Full cache lines are
+    /// published at once. The caller publishes the rest.
     fn push_batch(
         &self,
         class: Class,
@@ -272,7 +317,8 @@ impl SubmissionQueue {
         }
     }
 
-    /// The frame, if nothing refuses it but perhaps the queue.
+    /// Checks everything but the queue: returns the frame if the ring is open and the frame fits.
+    /// Resets the view of a frame to be read into.
     #[inline(always)]
     fn fitting(&self, class: Class, mut frame: Frame) -> Result<Frame, SubmitError> {
         if let Some(closed) = self.why_closed() {
@@ -300,9 +346,9 @@ impl SubmissionQueue {
         Ok(frame)
     }
 
-    /// Makes what stands in front of a packet to be sent what the device is to read there: the header
-    /// that the caller has set, if it is true and was negotiated, or zeroes. Never what was left there
-    /// by another packet.
+    /// Writes in front of a packet what the device reads there: the caller's offload header, or
+    /// zeroes if there is none. So the device never reads bytes that another packet left there. An
+    /// error if the header is not true of the packet, or asks for what was not negotiated.
     fn prepare_offload(&self, frame: &mut Frame) -> Result<(), SubmitErrorKind> {
         let offloads = &self.caps.offloads;
         let header = match frame.has_offload_to_send() {
@@ -320,7 +366,7 @@ impl SubmissionQueue {
                 .set_offload(&header.for_sending())
                 .map_err(|_| SubmitErrorKind::NoHeadroom { headroom: room, needed })?;
         } else {
-            // Plain, and the device takes none.
+            // The header asks for nothing, and the device reads none.
             frame.clear_offload();
         }
         Ok(())
@@ -343,7 +389,8 @@ impl SubmissionQueue {
         }
     }
 
-    /// Publishes and rings for what was submitted while the other half was reaping.
+    /// Ends the deferral: publishes and rings for what was submitted while the other half was
+    /// reaping.
     #[inline]
     pub(super) fn flush_deferred(&self) {
         if self.deferred.replace(Deferred::Off) == Deferred::Pending {
@@ -351,7 +398,7 @@ impl SubmissionQueue {
         }
     }
 
-    /// Publishes, which commits, and wakes the engine if it sleeps.
+    /// Publishes all entries, which is the commit point, and wakes the engine if it sleeps.
     #[inline]
     pub(super) fn ring_doorbell(&self) {
         self.producer.publish();
