@@ -1,4 +1,4 @@
-//! [`RingBuilder`]: the settings of a ring, and its parts put together.
+//! [`RingBuilder`]: the settings of a ring, and how its parts are put together.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,35 +18,50 @@ use crate::poller::{Poller, PollerBuilder};
 use crate::pool::HEADROOM_DEFAULT;
 use crate::ring::{CompletionQueue, Ring, SubmissionQueue};
 
-/// Who turns a ring's engine.
+/// The thread that polls a ring: its engine takes the submissions, calls the device and publishes
+/// the completions.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub enum Drive<'a> {
-    /// A thread of its own. The default.
+    /// A thread of the ring's own, as with `IORING_SETUP_SQPOLL`. The default.
     #[default]
     Thread,
-    /// A thread shared with other rings.
+    /// A thread that polls other rings too.
     Shared(&'a Poller),
-    /// The caller's own thread, in `reap` and `wait`: for VMMs that already have an I/O thread.
+    /// The caller's own thread, inside `reap` and `wait`. This is for VMMs that already have an I/O
+    /// thread.
     Inline,
 }
 
-/// Builds a [`Ring`]; see [`Interface::ring`].
+/// Builds a [`Ring`]. [`Interface::ring`](crate::Interface::ring) returns one.
 ///
 /// # Memory
 ///
-/// All of it is taken when the ring is built. With `entries = read depth + write depth + cancel depth`
-/// rounded up to a power of two, a ring has, on a 64-bit machine:
+/// A ring takes all its memory when it is built. Let `entries` be read depth + write depth + cancel
+/// depth, rounded up to a power of two. On a 64-bit machine a ring has:
 ///
 /// | what | bytes |
 /// |---|---|
-/// | SQ and CQ | 32 x `entries` each (the SQ: of [`sq_depth`](Self::sq_depth), if that is set) |
+/// | SQ and CQ | 32 x `entries` each (the SQ: 32 x [`sq_depth`](Self::sq_depth), if that is set) |
 /// | reads and writes posted to the device | 40 x read depth + 40 x write depth |
 /// | frames, unless they come from [`pool`](Self::pool)s | slots x slot size, rounded up to pages |
 ///
-/// and some 5 KiB besides. A ring of depth 256 each way over a device of 1,514-byte packets: 64 KiB,
-/// 20 KiB, and 832 KiB of frames. What a device may come to owe (lists of 80 bytes for each read and
-/// write) is address space until it does. `performance/` compares this with what the system says.
+/// and some 5 KiB besides. A ring of depth 256 each way over a device of 1,514-byte packets has 64
+/// KiB, 20 KiB, and 832 KiB of frames. Another 80 bytes for each read and write are reserved for
+/// slots that a device drops; their pages are touched only if that happens. `performance/` compares
+/// this with what the system reports.
+///
+/// # Examples
+///
+/// ```
+/// use vmring::{Direction, Drive, Interface, Loopback, Poller};
+///
+/// let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+/// let poller = Poller::start()?;
+/// let ring = interface.ring(Direction::Both).depth(64).drive(Drive::Shared(&poller)).build()?;
+/// assert_eq!(ring.in_flight(), 0);
+/// # Ok::<(), vmring::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct RingBuilder<'a> {
     interface: &'a Arc<InterfaceShared>,
@@ -91,7 +106,7 @@ impl<'a> RingBuilder<'a> {
         }
     }
 
-    /// Reads that may be in flight, and writes that may be in flight: 1 to 65,536 of each. Default
+    /// Sets how many reads may be in flight, and how many writes: 1 to 65,536 of each. Default:
     /// 256.
     ///
     /// Every depth is rounded up to a power of two, as `io_uring_setup(2)` rounds its entries.
@@ -100,111 +115,116 @@ impl<'a> RingBuilder<'a> {
         self
     }
 
-    /// Reads that may be in flight, if other than [`depth`](Self::depth).
+    /// Sets how many reads may be in flight, if other than [`depth`](Self::depth).
     pub fn read_depth(mut self, depth: u32) -> Self {
         self.read_depth = Some(depth);
         self
     }
 
-    /// Writes that may be in flight, if other than [`depth`](Self::depth).
+    /// Sets how many writes may be in flight, if other than [`depth`](Self::depth).
     pub fn write_depth(mut self, depth: u32) -> Self {
         self.write_depth = Some(depth);
         self
     }
 
-    /// Cancels that may be in flight: 1 to 65,536. Default 16.
+    /// Sets how many cancels may be in flight: 1 to 65,536. Default: 16.
     pub fn cancel_depth(mut self, depth: u32) -> Self {
         self.cancel_depth = depth;
         self
     }
 
-    /// Entries of the SQ: 1 to 65,536. Default: one for every credit, so that it is never full.
+    /// Sets the number of entries of the SQ: 1 to 65,536. Default: one for every credit, so that
+    /// the SQ is never full.
     pub fn sq_depth(mut self, depth: u32) -> Self {
         self.sq_depth = Some(depth);
         self
     }
 
-    /// A pool whose frames the ring takes; may be called several times, and a pool may serve several
-    /// rings. The first is the one that [`Ring::alloc`] takes from. Default: a pool of the ring's
-    /// own.
+    /// Adds a pool whose frames the ring takes. A ring may have several pools, and a pool may serve
+    /// several rings. [`Ring::alloc`] takes from the first. Default: a pool of the ring's own.
     pub fn pool(mut self, pool: &Pool) -> Self {
         self.pools.push(pool.clone());
         self
     }
 
-    /// Frames of the ring's own pool. Default: one for every read and write credit.
+    /// Sets the number of frames of the ring's own pool. Default: one for every read and write
+    /// credit.
     pub fn frames(mut self, frames: usize) -> Self {
         self.frames = Some(frames);
         self
     }
 
-    /// Bytes in front of a packet, in the ring's own pool.
+    /// Sets how many bytes are kept free in front of a fresh frame of the ring's own pool. If the
+    /// device needs more, the pool has as many as the device needs. Default: [`HEADROOM_DEFAULT`].
     pub fn headroom(mut self, bytes: usize) -> Self {
         self.headroom = Some(bytes);
         self
     }
 
-    /// Touch every page of the ring's own pool now.
+    /// Sets whether every page of the ring's own pool is touched now, so that no packet pays for a
+    /// page fault. Default: false.
     pub fn prefault(mut self, yes: bool) -> Self {
         self.prefault = yes;
         self
     }
 
-    /// Who turns the ring's engine. Default [`Drive::Thread`].
+    /// Sets the thread that polls the ring. Default: [`Drive::Thread`].
     pub fn drive(mut self, drive: Drive<'a>) -> Self {
         self.drive = drive;
         self
     }
 
-    /// With [`Drive::Thread`], the thread's name.
+    /// Sets the thread's name, with [`Drive::Thread`]. See [`PollerBuilder::name`].
     pub fn thread_name(mut self, name: impl Into<String>) -> Self {
         self.poller = self.poller.name(name);
         self
     }
 
-    /// With [`Drive::Thread`], the processor the thread stays on; see [`PollerBuilder::cpu`].
+    /// Sets the processor that the thread stays on, with [`Drive::Thread`]. See
+    /// [`PollerBuilder::cpu`].
     pub fn cpu(mut self, cpu: usize) -> Self {
         self.poller = self.poller.cpu(cpu);
         self
     }
 
-    /// How the ring's own poller, and `wait`, wait for work.
+    /// Sets how the ring's own thread waits for work (with [`Drive::Thread`]), and how
+    /// [`Ring::wait`] waits for completions.
     pub fn idle(mut self, idle: IdlePolicy) -> Self {
         self.idle = idle;
         self
     }
 
-    /// What happens when the device takes fewer writes than it was offered.
+    /// Sets what happens when the device takes fewer writes than it was offered.
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
     }
 
-    /// How long a close waits for the device to let go. Default 2 seconds.
+    /// Sets how long a close waits for the device to release its slots. Default: 2 seconds.
     pub fn close_timeout(mut self, timeout: Duration) -> Self {
         self.close_timeout = timeout;
         self
     }
 
-    /// Where the queues' free-running indices begin, to exercise their wrap in tests.
+    /// Sets where the queues' free-running indices begin, to exercise their wrap in tests.
     #[doc(hidden)]
     pub fn start_index(mut self, index: u32) -> Self {
         self.start_index = index;
         self
     }
 
-    /// Builds `n` rings alike, for a device with several queues, such as a TAP with
-    /// `Tap::queues(n)`: with [`Drive::Thread`] each has a poller of its own, and each has a pool of
-    /// its own unless one was given.
+    /// Builds `n` equal rings, for a device with several queues, such as a TAP with
+    /// `Tap::queues(n)`. With [`Drive::Thread`] each ring has a poller of its own. Each has a pool
+    /// of its own unless one was given.
     ///
     /// # Errors
     ///
-    /// As for [`build`](Self::build); then the rings built before are closed.
+    /// Those of [`build`](Self::build). The rings that were built before the error are closed.
     pub fn rings(self, n: usize) -> Result<Vec<Ring>, Error> {
         (0..n).map(|_| self.clone().build()).collect()
     }
 
-    /// An error if something was set that this ring does not have.
+    /// Refuses a setting of something that this ring does not have.
     fn refuse_unused(&self) -> Result<(), ConfigError> {
         let own_thread = matches!(self.drive, Drive::Thread);
         let own_pool = self.pools.is_empty();
@@ -230,14 +250,17 @@ impl<'a> RingBuilder<'a> {
         Ok(())
     }
 
-    /// Builds the ring, on which nothing is in flight.
+    /// Builds the ring. Nothing is in flight on it.
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] for an invalid size, and for a setting that does not apply to this ring (the
-    /// processor of a thread that the ring does not have, the frames of a pool that was given);
-    /// [`Error::Memory`]; [`Error::TooManyRings`] if the device has as many rings as it can serve;
-    /// [`Error::Io`] if the system refuses a thread; and the errors of the device.
+    /// [`Error::Config`] for an invalid size, for a pool that does not suit the device, for a
+    /// setting that does not apply to this ring (the processor of a thread that the ring does not
+    /// have, the frames of a pool that was given), and while the interface is stopped or restarts;
+    /// [`Error::Memory`] if the system does not have that much memory; [`Error::TooManyRings`] if
+    /// the device has as many rings as it can serve; [`Error::Io`] if the system refuses a thread;
+    /// [`Error::NotSupported`] for [`cpu`](Self::cpu) on a system that cannot keep a thread on a
+    /// processor; and the errors of the device.
     pub fn build(self) -> Result<Ring, Error> {
         let caps = self.interface.device.capabilities();
         self.refuse_unused()?;
@@ -341,7 +364,7 @@ impl<'a> RingBuilder<'a> {
     }
 }
 
-/// The depth that a ring gets when it is asked for `value`.
+/// Returns the depth that a ring gets when it is asked for `value`.
 fn round_depth(what: &'static str, value: u32) -> Result<u32, ConfigError> {
     match value {
         0 => Err(ConfigError::Zero { what }),
