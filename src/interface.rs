@@ -1,5 +1,4 @@
-//! [`Interface`]: a network interface of some system, its identity, and the rings on it.
-//! The `t` of `Lwt_vmnet`.
+//! [`Interface`]: a network interface of some system, its identity, and the rings on it. It is the type `t` of `Lwt_vmnet`.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -17,7 +16,7 @@ use crate::error::Error;
 use crate::lifecycle::InterfaceShared;
 use crate::limits::START_TIMEOUT;
 
-/// Starts an [`Interface`].
+/// Starts an [`Interface`]. [`Interface::builder`] returns one.
 pub struct InterfaceBuilder {
     config: InterfaceConfig,
     driver: Option<Box<dyn Driver>>,
@@ -31,46 +30,47 @@ impl fmt::Debug for InterfaceBuilder {
 }
 
 impl InterfaceBuilder {
-    /// Which network. Default [`Mode::Shared`], as in `Lwt_vmnet.init`.
+    /// Sets which network the interface is on. Default: [`Mode::Shared`], as in `Lwt_vmnet.init`.
     pub fn mode(mut self, mode: Mode) -> Self {
         self.config.mode = mode;
         self
     }
 
-    /// The interface's identity, a UUID: the same gives the same MAC. Default: a random one.
+    /// Sets the interface's identity, a UUID. The same identity gives the same MAC. Default: a
+    /// random one.
     #[doc(alias = "uuid")]
     pub fn interface_id(mut self, id: [u8; 16]) -> Self {
         self.config.interface_id = id;
         self
     }
 
-    /// The MAC to use, instead of one allocated from the identity.
+    /// Sets the MAC. Default: one that the device allocates from the identity.
     pub fn mac(mut self, mac: MacAddr6) -> Self {
         self.config.mac = Some(mac);
         self
     }
 
-    /// The network's addresses. Default: the mode's own range.
+    /// Sets the network's addresses. Default: the mode's own range.
     pub fn ipv4(mut self, range: Ipv4Range) -> Self {
         self.config.ipv4 = Some(range);
         self
     }
 
-    /// The MTU in bytes.
+    /// Sets the MTU in bytes. Default: the device's own.
     pub fn mtu(mut self, mtu: u32) -> Self {
         self.config.mtu = Some(mtu);
         self
     }
 
-    /// Keep packets between this and the other interfaces of the network apart; the gateway stays
-    /// reachable.
+    /// Sets whether packets between this interface and the other interfaces of the network are kept
+    /// apart. The gateway stays reachable. Default: false.
     pub fn isolated(mut self, yes: bool) -> Self {
         self.config.isolated = yes;
         self
     }
 
-    /// Work that the device is to take off the guest; what it does is in
-    /// [`Interface::capabilities`]. Default: none. A device that cannot says so at start.
+    /// Sets which work the device is to take off the guest. [`Interface::capabilities`] says what
+    /// it does. Default: none. A device that cannot do it refuses to start.
     #[doc(alias = "vmnet_enable_tso_key")]
     #[doc(alias = "vmnet_enable_checksum_offload_key")]
     #[doc(alias = "vmnet_enable_virtio_header_key")]
@@ -79,31 +79,32 @@ impl InterfaceBuilder {
         self
     }
 
-    /// Joins a network object (macOS 26): short for [`Vmnet::network`](crate::Vmnet::network) as the
-    /// device.
+    /// Joins a network object (macOS 26). Short for [`Vmnet::network`](crate::Vmnet::network) as
+    /// the device.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
     pub fn network(self, network: &crate::VmnetNetwork) -> Self {
         self.device(crate::Vmnet::new().network(network))
     }
 
-    /// The device to start. Default: vmnet on macOS, else the embedded network `default`.
+    /// Sets the device to start. Default: vmnet on macOS, elsewhere the embedded network `default`.
     pub fn device(mut self, driver: impl Driver) -> Self {
         self.driver = Some(Box::new(driver));
         self
     }
 
-    /// How long [`start`](Self::start) waits. Default 10 seconds.
+    /// Sets how long [`start`](Self::start) waits for the device. Default: 10 seconds.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
     }
 
-    /// Starts the interface.
+    /// Starts the interface, and waits until it has started.
     ///
     /// # Errors
     ///
-    /// [`Error::StartTimeout`] if the driver does not answer in time; if it answers later, the
-    /// interface is stopped again behind the scenes. Else what the driver says.
+    /// [`Error::StartTimeout`] if the driver does not answer in time. If it answers later, the
+    /// interface is stopped again in the background. [`Error::Io`] if the system refuses the thread
+    /// that starts the driver, or if the driver panics. Otherwise the driver's own error.
     pub fn start(self) -> Result<Interface, Error> {
         let InterfaceBuilder { config, driver, start_timeout } = self;
         let driver = driver.unwrap_or_else(default_driver);
@@ -118,7 +119,8 @@ impl InterfaceBuilder {
                         source: std::io::Error::other("the driver panicked"),
                     })
                 });
-                // A rendezvous: it fails if nobody waits any more, and gives the device back.
+                // The channel has no buffer, so the send fails if `start` no longer waits, and
+                // gives the device back.
                 if let Err(mpsc::SendError(Ok(device))) = answer.send(started) {
                     tracing::warn!(device = device.name(), "started too late; stopping it");
                     match catch_panic(|| device.stop()) {
@@ -131,7 +133,7 @@ impl InterfaceBuilder {
             .map_err(Error::io("starting the driver's thread"))?;
         let started =
             waiting.recv_timeout(start_timeout).map_err(|_| Error::StartTimeout(start_timeout))?;
-        // It has answered and ends; nothing of it stays behind.
+        // The thread has answered and ends. After the join nothing of it stays behind.
         let _ = starter.join();
         let device = started?;
         let info = device.info();
@@ -140,7 +142,8 @@ impl InterfaceBuilder {
     }
 }
 
-/// A started network interface.
+/// A started network interface. [`Interface::builder`] makes one, [`ring`](Self::ring) a ring on
+/// it.
 ///
 /// It lives until [`stop`](Self::stop), or until it and all its rings are dropped, in any order.
 #[derive(Debug)]
@@ -149,124 +152,143 @@ pub struct Interface {
 }
 
 impl Interface {
-    /// Settings, then [`InterfaceBuilder::start`].
+    /// Returns a builder for the settings. [`InterfaceBuilder::start`] starts the interface.
     #[doc(alias = "init")]
     pub fn builder() -> InterfaceBuilder {
         let config = InterfaceConfig::new(Mode::default(), random_id());
         InterfaceBuilder { config, driver: None, start_timeout: START_TIMEOUT }
     }
 
-    /// Everything negotiated at start.
+    /// Returns everything that was negotiated at start.
     pub fn info(&self) -> InterfaceInfo {
         self.shared.device.info()
     }
 
-    /// Which network.
+    /// Returns which network the interface is on.
     pub fn mode(&self) -> Mode {
         self.info().mode
     }
 
-    /// The MAC the guest is to use.
+    /// Returns the MAC that the guest is to use.
     pub fn mac(&self) -> MacAddr6 {
         self.info().mac
     }
 
-    /// Largest IP packet, bytes.
+    /// Returns the size of the largest IP packet, in bytes.
     pub fn mtu(&self) -> u32 {
         self.info().mtu
     }
 
-    /// Largest frame that may be written, and least room of a frame to read into, bytes.
+    /// Returns the size of the largest packet, with its Ethernet header, in bytes. A write may not
+    /// be longer, and a frame to read into must have space for as much.
     pub fn max_packet_size(&self) -> u32 {
         self.info().max_packet_size
     }
 
-    /// The interface's identity, a UUID.
+    /// Returns the interface's identity, a UUID.
     #[doc(alias = "uuid")]
     pub fn interface_id(&self) -> [u8; 16] {
         self.info().interface_id
     }
 
-    /// What the device can do.
+    /// Returns what the device can do.
     pub fn capabilities(&self) -> Capabilities {
         self.shared.device.capabilities()
     }
 
-    /// The device's name.
+    /// Returns the device's name.
     pub fn device_name(&self) -> &str {
         self.shared.device.name()
     }
 
-    /// What the system calls the interface, if it has a name there: `tap0`, for one that the kernel
-    /// has named.
+    /// Returns the system's name for the interface, if it has one there: `tap0`, for one that the
+    /// kernel has named.
     pub fn system_name(&self) -> Option<String> {
         self.shared.device.system_name()
     }
 
-    /// A ring on this interface: settings, then [`RingBuilder::build`].
+    /// Returns a builder for a ring on this interface. [`RingBuilder::build`] builds the ring.
     pub fn ring(&self, direction: Direction) -> RingBuilder<'_> {
         RingBuilder::new(&self.shared, direction)
     }
 
-    /// Ends the interface: every ring closes, what was in flight completes as cancelled, the device
-    /// stops.
+    /// Ends the interface: every ring closes, what is in flight completes, and then the device
+    /// stops. Stopping twice is harmless.
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if a ring did not let go by then: the device stops when it does. A ring
-    /// with `Drive::Inline` lets go when its owner drives it; close such rings first.
+    /// [`Error::Timeout`] if a ring did not release its queue within `timeout`. The device stops
+    /// when the ring does. A ring with `Drive::Inline` does so only when its owner drives it, so
+    /// close such rings first. [`Error::Device`] if the device did not stop cleanly.
     pub fn stop(&self, timeout: Duration) -> Result<(), Error> {
         self.shared.stop(timeout)
     }
 
-    /// Stops the device and starts it anew with the same identity, for hosts that come back from
-    /// sleep. Rings, frames and pools stay; what was in flight completes as cancelled; what is
-    /// submitted meanwhile waits.
+    /// Stops the device and starts it again with the same identity. This is for hosts that come
+    /// back from sleep. Rings, frames and pools stay. What was in flight completes as cancelled, or
+    /// with its packet. What is submitted meanwhile waits.
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if a ring did not let go by then: the restart happens when it does. A
-    /// ring with `Drive::Inline` lets go when its owner drives it. Else what the device says; then
-    /// the rings close.
+    /// [`Error::Timeout`] if a ring did not release its queue within `timeout`. The restart happens
+    /// when the ring does. A ring with `Drive::Inline` does so only when its owner drives it.
+    /// [`Error::Device`] if the device did not start again: the rings are closed. [`Error::Config`]
+    /// if the interface is stopped.
     pub fn restart(&self, timeout: Duration) -> Result<(), Error> {
         self.shared.restart(timeout)
     }
 
     /// Forwards a port of the host to a guest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device does not forward ports, and the errors of the device.
     #[doc(alias = "vmnet_interface_add_port_forwarding_rule")]
     pub fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
         self.shared.device.add_port_forward(rule)
     }
 
     /// Ends a forwarding.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device does not forward ports, and the errors of the device.
     #[doc(alias = "vmnet_interface_remove_port_forwarding_rule")]
     pub fn remove_port_forward(&self, protocol: Protocol, port: u16) -> Result<(), Error> {
         self.shared.device.remove_port_forward(protocol, port)
     }
 
-    /// The forwardings in force.
+    /// Returns the forwardings in force.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device does not forward ports, and the errors of the device.
     #[doc(alias = "vmnet_interface_get_port_forwarding_rules")]
     pub fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
         self.shared.device.port_forwards()
     }
 
-    /// Names of the interfaces that [`Mode::Bridged`] can share.
+    /// Returns the names of the interfaces that [`Mode::Bridged`] can share.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotSupported`] if the device cannot list them, and the errors of the device.
     #[doc(alias = "vmnet_copy_shared_interface_list")]
     pub fn shared_interfaces(&self) -> Result<Vec<String>, Error> {
         self.shared.device.shared_interfaces()
     }
 
-    /// The address the network gave to `mac`, where the device knows.
+    /// Returns the address that the network gave to `mac`, if the device knows it.
     pub fn lease(&self, mac: MacAddr6) -> Option<Lease> {
         self.shared.device.lease(mac)
     }
 
-    /// What the device counts of itself beyond packets, by name.
+    /// Returns the device's own counters, beyond packets, by name.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.shared.device.counters()
     }
 
-    /// Packets the device (or its whole network) dropped, by reason.
+    /// Returns the packets that the device, or its whole network, dropped, by reason.
     pub fn drops(&self) -> Vec<(&'static str, u64)> {
         self.shared.device.drops()
     }
@@ -279,7 +301,7 @@ fn default_driver() -> Box<dyn Driver> {
     return Box::new(crate::device::embedded::Embedded::network("default"));
 }
 
-/// A version 4 UUID from the standard library's random hasher keys.
+/// Makes a version 4 UUID from the keys of the standard library's random hasher.
 fn random_id() -> [u8; 16] {
     use std::hash::{BuildHasher, RandomState};
     let half = || RandomState::new().hash_one(Instant::now()).to_be_bytes();
