@@ -1,5 +1,5 @@
-//! The blocking front-end: `read` and `write` over a ring of its own. What `Lwt_vmnet`'s `read` and
-//! `write` are, without Lwt.
+//! The blocking front-end: `read` and `write` over a ring of its own. These are `Lwt_vmnet`'s
+//! `read` and `write`, without Lwt.
 //!
 //! ```
 //! use std::time::Duration;
@@ -21,39 +21,44 @@ use vmring_core::Frame;
 use crate::error::{CloseReason, EntryError, Error, Status, SubmitErrorKind};
 use crate::ring::{Ring, RingOp};
 
-/// A ring behind blocking calls. Reads are posted ahead, as many as the ring has credits.
+/// A ring behind blocking calls. It posts reads ahead, as many as the ring has credits, but leaves
+/// some frames to writes.
 #[derive(Debug)]
 pub struct BlockingRing {
     ring: Ring,
-    /// Packets that came while a write was waited for.
+    /// Packets that came while a write waited.
     ready: VecDeque<Frame>,
-    /// The first error a read met and no `read` has told of yet.
+    /// The first error of a read that no `read` has returned yet.
     failed: Option<EntryError>,
-    /// Writes submitted so far: the next one's `user_data`.
+    /// The number of writes so far, which is the `user_data` of the next one.
     writes: u64,
 }
 
-/// The `user_data` of reads; writes count from 0.
+/// The `user_data` of reads. Writes count from 0.
 const READ: u64 = u64::MAX;
 
-/// The longest sleep between two looks at a full SQ. The engine has been rung for, so it is empty
-/// soon.
+/// The longest sleep between two attempts while the SQ is full. The doorbell was rung, so the
+/// engine empties the SQ soon.
 const NAP: Duration = Duration::from_micros(50);
 
 impl BlockingRing {
-    /// Takes over a ring on which nothing is in flight.
+    /// Takes over a ring on which nothing is in flight, and posts reads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Submit`] if the ring refuses to read into a frame of its own first pool.
     pub fn new(ring: Ring) -> Result<Self, Error> {
         let mut front = Self { ring, ready: VecDeque::new(), failed: None, writes: 0 };
         front.ring.split().0.post_reads(READ)?;
         Ok(front)
     }
 
-    /// The next packet; waits for it.
+    /// Returns the next packet, and waits until there is one.
     ///
     /// # Errors
     ///
     /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
-    /// device refused the read, [`Error::OutOfFrames`] if the caller holds so many frames that none
+    /// device refused a read, [`Error::OutOfFrames`] if the caller holds so many frames that none
     /// is left to read into.
     pub fn read(&mut self) -> Result<Frame, Error> {
         loop {
@@ -63,22 +68,24 @@ impl BlockingRing {
         }
     }
 
-    /// The next packet, or `None` if none came within `timeout`.
+    /// Returns the next packet, or `None` if none came within `timeout`.
     ///
     /// # Errors
     ///
-    /// As [`read`](Self::read).
+    /// Those of [`read`](Self::read).
     pub fn read_timeout(&mut self, timeout: Duration) -> Result<Option<Frame>, Error> {
         self.next_packet(Some(timeout))
     }
 
-    /// Sends a packet; waits until the device has taken it. The bytes are copied into a frame;
-    /// [`write_frame`](Self::write_frame) does without.
+    /// Sends a packet, and waits until the device has taken it. The bytes are copied into a frame.
+    /// [`write_frame`](Self::write_frame) sends a frame without this copy.
     ///
     /// # Errors
     ///
-    /// [`Status::PacketTooBig`] before anything is sent if it is longer than `max_packet_size`;
-    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it.
+    /// [`Status::PacketTooBig`] if the packet is longer than `max_packet_size`, in which case
+    /// nothing is sent; [`Error::Closed`]; [`Error::Entry`] if the device refused it;
+    /// [`Error::Submit`] if the ring refused it; [`Error::OutOfFrames`] if the caller holds every
+    /// frame.
     pub fn write(&mut self, packet: &[u8]) -> Result<(), Error> {
         if packet.len() > self.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
@@ -88,11 +95,12 @@ impl BlockingRing {
         self.write_frame(frame)
     }
 
-    /// A frame to be filled and written. Waits for one to come home if all are out.
+    /// Takes a free frame, to be filled and written. If none is free, waits until a completion
+    /// brings one back.
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfFrames`] if the caller holds them all, [`Error::Closed`].
+    /// [`Error::OutOfFrames`] if the caller holds every frame, [`Error::Closed`].
     pub fn alloc(&mut self) -> Result<Frame, Error> {
         loop {
             if let Some(frame) = self.ring.alloc() {
@@ -106,11 +114,12 @@ impl BlockingRing {
         }
     }
 
-    /// As [`write`](Self::write), without a copy.
+    /// Sends the packet of `frame` without a copy, and waits until the device has taken it.
     ///
     /// # Errors
     ///
-    /// As [`write`](Self::write).
+    /// Those of [`write`](Self::write), apart from [`Error::OutOfFrames`]. A frame that was not
+    /// sent returns to its pool.
     pub fn write_frame(&mut self, frame: Frame) -> Result<(), Error> {
         let number = self.writes;
         self.writes += 1;
@@ -119,8 +128,8 @@ impl BlockingRing {
             match self.ring.submit_write(frame, number) {
                 Ok(()) => break,
                 Err(refused) if refused.is_backpressure() => {
-                    // A credit comes with a completion. Room in the SQ comes when the engine takes
-                    // what is there, which wakes nobody.
+                    // A completion brings a credit, and wakes us. Space in the SQ comes when the
+                    // engine takes the entries, which wakes nobody.
                     let full = refused.kind == SubmitErrorKind::SqFull;
                     frame = refused.frame;
                     self.pump(full.then_some(NAP));
@@ -143,12 +152,12 @@ impl BlockingRing {
         }
     }
 
-    /// The ring, for its counters and its control handle.
+    /// Returns the ring, for its counters and its control handle.
     pub fn ring(&self) -> &Ring {
         &self.ring
     }
 
-    /// Gives the ring back. What is in flight stays so.
+    /// Returns the ring. What is in flight stays in flight.
     pub fn into_ring(self) -> Ring {
         self.ring
     }
@@ -187,7 +196,8 @@ impl BlockingRing {
         let _ = self.pump_for(u64::MAX - 1, timeout);
     }
 
-    /// Waits for completions and sorts them; returns that of write `number` if it is among them.
+    /// Waits for completions and sorts them. Returns the result of write number `number` if it is
+    /// among them.
     fn pump_for(
         &mut self,
         number: u64,
@@ -199,7 +209,7 @@ impl BlockingRing {
             match (done.op, done.result) {
                 (RingOp::Read, Ok(_)) => self.ready.extend(done.take_frame()),
                 (RingOp::Read, Err(EntryError::Cancelled)) => {}
-                // For the next `read`: whoever waits here may wait for a write.
+                // Kept for the next `read`, because the caller may be a write.
                 (RingOp::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
                 (_, result) if done.user_data == number => answer = Some(result.map(drop)),
                 _ => {}
