@@ -1,12 +1,14 @@
 //! Apple's vmnet, driven in batches by the poller.
 //!
-//! On macOS this is what [`Interface::builder`](crate::Interface::builder) starts. On other systems
-//! the same files run against a simulated vmnet (feature `vmnet-sim`), which is how they are tested:
-//! nobody has run them on a Mac yet. What the simulation cannot prove is listed in the [guide].
+//! On macOS this is the driver that [`Interface::builder`](crate::Interface::builder) starts by
+//! default. On other systems the same files run against a simulated vmnet (feature `vmnet-sim`).
+//! The tests use that simulation: nobody has run these files on a Mac yet. The [guide] lists what
+//! the simulation cannot prove.
 //!
-//! A small file by subject: what C declares (`ffi`), what newer systems have (`newer`), the
-//! description, the started interface from start to stop (`port`), events, the batches (`queue`),
-//! port forwarding, network objects.
+//! Each subject has a small file: the C declarations (`ffi`), what only newer systems have
+//! (`availability`), what an interface is asked for (`description`), an interface from its start to
+//! its stop (`started`), events (`events`), the batches (`queue`), port forwarding (`forwarding`)
+//! and network objects (`network`).
 
 mod address;
 mod availability;
@@ -49,8 +51,9 @@ pub use network::{SerializedNetwork, Service, VmnetNetwork, VmnetNetworkBuilder}
 #[cfg(doc)]
 use crate::config::Mode;
 
-/// The driver for [`InterfaceBuilder::device`](crate::InterfaceBuilder::device), with what only vmnet can be asked
-/// for. On macOS it is the default.
+/// The vmnet driver, with the settings that only vmnet has. Pass it to
+/// [`InterfaceBuilder::device`](crate::InterfaceBuilder::device). On macOS it is the default
+/// driver.
 #[derive(Clone, Debug)]
 pub struct Vmnet {
     extras: Extras,
@@ -67,7 +70,7 @@ impl Default for Vmnet {
 }
 
 impl Vmnet {
-    /// vmnet with nothing special.
+    /// Creates a driver with the default settings.
     pub fn new() -> Self {
         Self {
             extras: Extras::default(),
@@ -78,21 +81,22 @@ impl Vmnet {
         }
     }
 
-    /// The IPv6 prefix of a shared network, of fd00::/8.
+    /// Sets the IPv6 prefix of a shared network. It must be in fd00::/8.
     #[doc(alias = "vmnet_nat66_prefix_key")]
     pub fn nat66_prefix(mut self, prefix: Ipv6Addr) -> Self {
         self.extras.nat66_prefix = Some(prefix);
         self
     }
 
-    /// A host-mode network of its own.
+    /// Puts the interface on an isolated host-mode network.
     #[doc(alias = "vmnet_network_identifier_key")]
     pub fn isolated_network(mut self, network: IsolatedNetwork) -> Self {
         self.extras.isolated_network = Some(network);
         self
     }
 
-    /// Joins a network object (macOS 26), which then decides mode, addresses and MTU.
+    /// Puts the interface on a network object (macOS 26). The network decides the mode, the
+    /// addresses and the MTU.
     #[doc(alias = "vmnet_interface_start_with_network")]
     pub fn network(mut self, network: &VmnetNetwork) -> Self {
         self.extras.on_network = true;
@@ -100,24 +104,30 @@ impl Vmnet {
         self
     }
 
-    /// How long a start waits for vmnet. What has not come by then is leaked on purpose, because it
-    /// may still come. Longer than [`InterfaceBuilder::start_timeout`](crate::InterfaceBuilder::start_timeout), so
-    /// that an interface that starts in between is stopped again. Default 60 seconds.
+    /// Sets how long a start waits for vmnet's answer. Default 60 seconds.
+    ///
+    /// After that the interface, its queue and its handler are leaked on purpose, because the
+    /// answer may still come. The timeout should be longer than
+    /// [`InterfaceBuilder::start_timeout`](crate::InterfaceBuilder::start_timeout): an interface
+    /// whose answer comes between the two is stopped instead of leaked.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.timeouts.start = timeout;
         self
     }
 
-    /// How long a stop waits for vmnet: for the last event, and for the stop itself. Default 5
-    /// seconds.
+    /// Sets how long a stop waits for the last event callback, and then again for vmnet's answer to
+    /// the stop. Default 5 seconds. What has not ended by then is leaked on purpose.
     pub fn stop_timeout(mut self, timeout: Duration) -> Self {
         self.timeouts.stop = timeout;
         self
     }
 
-    /// How often the poller reads although no event came; `None`: never. It is the answer to events
-    /// that get lost, which nobody has seen and nothing rules out. Default 200 milliseconds;
-    /// [`Interface::counters`](crate::Interface::counters) says how often it found something.
+    /// Sets how often the poller reads from an idle interface although no event came. Default 200
+    /// milliseconds; `None` means never.
+    ///
+    /// This safety poll finds packets whose event was lost. Nobody has reported a lost event, but
+    /// no document rules one out. [`Interface::counters`](crate::Interface::counters) says how
+    /// often the safety poll found packets.
     pub fn safety_poll(mut self, every: Option<Duration>) -> Self {
         self.safety_poll = every;
         self
@@ -129,10 +139,11 @@ impl Vmnet {
     }
 }
 
-/// Names of the interfaces that [`Mode::Bridged`] can share.
+/// Returns the names of the host's interfaces that [`Mode::Bridged`] can share.
 #[doc(alias = "vmnet_copy_shared_interface_list")]
 pub fn shared_interfaces() -> Vec<String> {
-    // SAFETY: it takes nothing; the result is null or an array that is ours.
+    // SAFETY: the call has no arguments. By its name ("copy", see xpc_object(3)) it gives us one
+    // reference to the array that it returns, or null; `Owned` releases that reference once.
     let list = unsafe { xpc::Owned::from_raw(ffi::vmnet_copy_shared_interface_list()) };
     list.map(|list| list.borrow().strings()).unwrap_or_default()
 }
@@ -145,7 +156,7 @@ impl Driver for Vmnet {
         }
         let started = self.start_interface(&config)?;
         let (info, caps) = self.negotiated(&config, &started)?;
-        // From here on the same again: a restart asks for the identity that was given.
+        // Keep the identity that vmnet assigned, so that a restart asks for the same one.
         config.interface_id = info.interface_id;
         Ok(Arc::new(VmnetDevice {
             driver: *self,
@@ -159,7 +170,11 @@ impl Driver for Vmnet {
 }
 
 impl Vmnet {
-    /// What the interface says of itself, checked.
+    /// Returns the properties that vmnet reported for the interface, after checking them.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::SetupIncomplete`] if the MTU or the packet size is missing or impossible.
     fn negotiated(
         &self,
         config: &InterfaceConfig,
@@ -167,7 +182,8 @@ impl Vmnet {
     ) -> Result<(InterfaceInfo, Capabilities), Error> {
         let parameters = &started.parameters;
         let (mtu, max) = parameters.sizes().ok_or(Status::SetupIncomplete)?;
-        // A MAC that was asked for counts, whether vmnet heard of it or not: it carries any.
+        // A MAC that the caller asked for wins over vmnet's. Apple does not document whether vmnet
+        // uses it, but users of vmnet report that it carries frames of any MAC.
         let mac = config.mac.or(parameters.mac).unwrap_or_else(|| mac_of(config));
         let mut info = InterfaceInfo::new(config, mac, mtu, max);
         info.interface_id = parameters.interface_id.unwrap_or(config.interface_id);
@@ -179,7 +195,8 @@ impl Vmnet {
         caps.offloads = config.offloads;
         if config.offloads.virtio_header {
             caps.headroom = offload::LEN as u32;
-            // vmnet has one key for both, and checksums are the header's.
+            // `vmnet_enable_tso_key` covers both IPv4 and IPv6. Checksums need no key of their own:
+            // the header describes them.
             let tso = config.offloads.tso4 || config.offloads.tso6;
             (caps.offloads.tso4, caps.offloads.tso6) = (tso, tso);
             caps.offloads.checksum = true;
@@ -195,12 +212,17 @@ struct VmnetDevice {
     caps: Capabilities,
     /// `None` while stopped.
     started: Mutex<Option<Arc<StartedInterface>>>,
-    /// Rules added through us: a restart adds them again.
+    /// Forwarding rules added through this device. A restart adds them again.
     forwards: Mutex<Vec<PortForward>>,
 }
 
 impl VmnetDevice {
-    /// With the interface, which does not stop meanwhile.
+    /// Calls `f` with the interface. The lock is held during the call, so `stop` and `restart` wait
+    /// until `f` has returned.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::SetupIncomplete`] while the device is stopped, and the errors of `f`.
     fn with_started<T>(
         &self,
         f: impl FnOnce(&Arc<StartedInterface>) -> Result<T, Error>,
@@ -234,13 +256,15 @@ impl Device for VmnetDevice {
 
     /// # Errors
     ///
-    /// [`Status::SetupIncomplete`] while a queue exists, which nothing of this crate asks for.
+    /// [`Status::SetupIncomplete`] while a queue exists; nothing in this crate stops a device then.
+    /// [`Error::Status`] if vmnet refuses the stop, [`Error::Timeout`] if it does not answer in
+    /// time.
     fn stop(&self) -> Result<(), Error> {
         let Some(started) = lock(&self.started).take() else { return Ok(()) };
         match Arc::try_unwrap(started) {
             Ok(started) => started.stop(),
             Err(started) => {
-                // Nobody may read or write while it stops.
+                // A queue still owns a share and may be reading or writing: do not stop under it.
                 *lock(&self.started) = Some(started);
                 Err(Status::SetupIncomplete.into())
             }
@@ -249,7 +273,7 @@ impl Device for VmnetDevice {
 
     fn restart(&self) -> Result<(), Error> {
         if let Err(error) = self.stop() {
-            // After a sleep it may not be there any more; the new one is what counts.
+            // After a sleep of the host the old interface may be dead. Start the new one anyway.
             tracing::warn!(%error, "the interface before the restart did not stop cleanly");
         }
         let started = self.driver.start_interface(&self.config)?;
@@ -257,7 +281,7 @@ impl Device for VmnetDevice {
         let changed = (info.max_packet_size, caps.headroom)
             != (self.info.max_packet_size, self.caps.headroom);
         if changed {
-            // The rings' frames and promises are made for the sizes before.
+            // The rings sized their frames by the old values and have promised them to callers.
             let what = "another packet size after a restart";
             started.stop()?;
             return Err(Error::Answer { device: "vmnet", what });
@@ -295,6 +319,7 @@ impl Device for VmnetDevice {
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let Some(started) = &*lock(&self.started) else { return Vec::new() };
+        // Relaxed: a statistic that guards nothing.
         let rescued = started.events.rescued.load(Ordering::Relaxed);
         vec![("events", started.events.count()), ("safety polls that found packets", rescued)]
     }

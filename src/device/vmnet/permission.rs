@@ -1,11 +1,14 @@
-//! Telling "not allowed" from "failed". vmnet has a code for it and does not use it: what arrives
-//! when the process lacks the privilege is 1001 from a start and 1002 from a network's creation.
+//! Tells "not allowed" from "failed". vmnet has codes for a missing privilege (1005 and 1010), but
+//! does not seem to use them: in all published reports a start without the privilege fails with
+//! 1001, and the creation of a network with 1002.
 
 use super::availability::System;
 use super::system::Macos;
 use crate::error::{Error, Status};
 
-/// The error for `status`, which a start or a network's creation ended with.
+/// Returns the error for `status`, with which a start or the creation of a network failed:
+/// [`Error::PermissionDenied`] if the process is not root and the status can mean a missing
+/// privilege, otherwise [`Error::Status`].
 pub(crate) fn error(status: Status, system: &System) -> Error {
     let may_mean_denied = matches!(
         status,
@@ -15,8 +18,9 @@ pub(crate) fn error(status: Status, system: &System) -> Error {
         return status.into();
     };
     let macos = system.macos;
-    // As measured: up to macOS 15 the restricted entitlement, from 26 on also one that an ad-hoc
-    // signature can give. com.apple.security.hypervisor is not enough.
+    // Up to macOS 15 only the restricted entitlement helps (Apple's documentation). From macOS 26
+    // on an entitlement is enough that an ad-hoc signature can give; others have measured this on
+    // 26.2, 26.5 and 26.6.2. com.apple.security.hypervisor alone was not enough there.
     let needs = if macos >= Macos(26, 0) {
         format!(
             "vmnet answered {code}, and on {macos} it needs root, or a binary signed (ad hoc is \

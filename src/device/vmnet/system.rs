@@ -1,10 +1,11 @@
-//! The three things the driver asks of the system itself. Under the simulator it asks that, so that
-//! tests can be on any macOS.
+//! The three questions that the driver asks the system itself: where a symbol is, which macOS is
+//! running, and whether the process is root. With the simulator, the simulator answers them, so
+//! that a test can pretend to run on any macOS.
 
 use std::ffi::{CStr, c_void};
 use std::fmt;
 
-/// A version of macOS.
+/// A version of macOS: major and minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Macos(pub(crate) u32, pub(crate) u32);
 
@@ -24,14 +25,17 @@ mod imp {
     use crate::device::vmnet::system::Macos;
 
     pub(crate) fn symbol(name: &CStr) -> *const c_void {
-        // SAFETY: the name is a C string; RTLD_DEFAULT asks all libraries that are loaded.
+        // SAFETY: `name` is a C string by its type, and dlsym(3) only reads it. RTLD_DEFAULT is a
+        // valid handle: it searches all loaded libraries.
         unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
     }
 
     pub(crate) fn macos() -> Macos {
         let mut text = [0_u8; 32];
         let mut len = text.len();
-        // SAFETY: `len` is the room at `text`; nothing is set.
+        // SAFETY: the name is a C string literal; `len` is the number of bytes at `text`, and
+        // sysctlbyname(3) writes at most that many. The new value is null with length 0, so nothing
+        // is set.
         let failed = unsafe {
             libc::sysctlbyname(
                 c"kern.osproductversion".as_ptr(),
@@ -49,7 +53,7 @@ mod imp {
     }
 
     pub(crate) fn is_root() -> bool {
-        // SAFETY: it takes nothing and cannot fail.
+        // SAFETY: geteuid(2) has no arguments and always succeeds.
         unsafe { libc::geteuid() == 0 }
     }
 }
@@ -74,17 +78,17 @@ mod imp {
     }
 }
 
-/// What `dlsym` finds: null if the running system does not have it.
+/// Returns the address of a symbol, or null if the running system does not have it.
 pub(crate) fn symbol(name: &CStr) -> *const c_void {
     imp::symbol(name)
 }
 
-/// The running system.
+/// Returns the version of the running macOS; 0.0 if the system does not tell it.
 pub(crate) fn macos() -> Macos {
     imp::macos()
 }
 
-/// Whether the process has all rights.
+/// Returns whether the process runs as root.
 pub(crate) fn is_root() -> bool {
     imp::is_root()
 }
