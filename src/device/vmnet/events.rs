@@ -1,8 +1,10 @@
-//! "Packets are available": the block that vmnet calls counts and rings, and does nothing else.
+//! Events: the block that vmnet calls when packets are available. It counts the event and wakes the
+//! reading ring, and does nothing else.
 //!
-//! Whether vmnet calls it again while packets are left unread is not documented. The driver is right
-//! either way: a read goes on until it comes back short, an event that came meanwhile is seen by
-//! [`Events::unseen`], and the poller looks now and then although nothing rang (the safety poll).
+//! Apple does not document whether vmnet calls the block again while packets are left unread. The
+//! driver is right in both cases. Reads go on until one returns fewer packets than were asked for.
+//! The queue compares [`Events::count`] with the count before its last read, so it notices an event
+//! that came meanwhile. And the safety poll reads now and then although no event came.
 
 use std::cell::Cell;
 use std::fmt;
@@ -17,62 +19,72 @@ use crate::device::seam::Wake;
 use crate::error::Status;
 use crate::sys::lock;
 
-/// What the event block shares with the driver.
+/// The state that the event block shares with the driver.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
-    /// Events so far.
+    /// The number of events so far.
     count: AtomicU64,
-    /// Polls without an event before them that found packets.
+    /// The number of polls that found packets although no event had come before them.
     pub(crate) rescued: AtomicU64,
-    /// The reading ring's wake, while there is one.
+    /// The wake of the ring that reads; `None` while no ring reads.
     wake: Mutex<Option<Wake>>,
 }
 
 thread_local! {
+    /// Whether this thread is running an event block.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this is the thread of an event block that is running: nothing may wait for events to end
-/// there.
+/// Returns whether the calling thread is running an event block. Such a thread must not wait for
+/// the last event to end, because it would wait for itself.
 pub(crate) fn inside_event() -> bool {
     INSIDE.get()
 }
 
 impl Events {
+    /// Returns the number of events so far.
     pub(crate) fn count(&self) -> u64 {
-        // Acquire: pairs with the Release in `happened`; a read that follows finds the packets.
+        // Acquire: pairs with the Release in `happened`. If this load sees an event, a read after
+        // it finds the packets that the event announced.
         self.count.load(Ordering::Acquire)
     }
 
+    /// Sets what an event wakes.
     pub(crate) fn set_wake(&self, wake: Option<Wake>) {
         let before = std::mem::replace(&mut *lock(&self.wake), wake);
-        drop(before); // outside the lock: it may be the last of a ring
+        drop(before); // outside the lock: it may be the last reference to a ring's state
     }
 
+    /// Counts an event and wakes the ring that reads. vmnet's block calls this.
     fn happened(&self) {
-        // Release: pairs with the Acquire in `count`. Against a poller that goes to sleep the
-        // doorbell's fences decide: it arms and then counts, we count and then ring.
+        // Release: pairs with the Acquire in `count`. A poller that goes to sleep cannot miss the
+        // event because of the fences in the doorbell's `arm` and `ring_if`: the poller arms its
+        // doorbell and then loads the count, and we add to the count and then ring the doorbell.
         self.count.fetch_add(1, Ordering::Release);
-        // A lock and a reference count for an event, never for a packet.
+        // This lock and the clone's reference count cost something for each event, not for each
+        // packet.
         let wake = lock(&self.wake).clone();
         if let Some(wake) = wake {
             let outer = INSIDE.replace(true);
-            // It may run somebody's waker; the notifier catches a panic of that.
+            // This may run a caller's `Waker`. The notifier catches a panic of that.
             wake.wake();
             INSIDE.set(outer);
         }
     }
 }
 
-/// The callback of an interface, while it is set. Ours to keep until vmnet calls it no more: that
-/// vmnet keeps a copy is to be expected and nowhere promised.
+/// The event block of an interface. The driver keeps it until vmnet cannot call it any more: vmnet
+/// probably keeps a copy of its own, but no document promises that (the row "does vmnet keep blocks
+/// and queues?" of the open questions in ARCHITECTURE.md).
 pub(crate) struct Callback(RcBlock<dyn Fn(u32, Object)>);
 
-// SAFETY: the block owns what it needs, which is `Send` and `Sync`, and is counted atomically.
+// SAFETY: `set` is the only constructor. Its block captures an `Arc<Events>` and nothing else, which
+// is `Send` and `Sync`. The blocks runtime counts references to a block atomically, so any thread
+// may release it.
 unsafe impl Send for Callback {}
 
 impl Callback {
-    /// Asks vmnet to call `events` from `queue`, which is serial.
+    /// Asks vmnet to report events to `events` from `queue`, which must be serial.
     ///
     /// # Safety
     ///
@@ -84,7 +96,9 @@ impl Callback {
     ) -> Result<Self, Status> {
         let events = events.clone();
         let block = RcBlock::new(move |_mask: u32, _event: Object| events.happened());
-        // SAFETY: the interface is as the caller says; block and queue have the declared types.
+        // SAFETY: the caller promises a started interface. Block and queue have the types that
+        // vmnet.h declares. They live until no event can come: `Running` keeps both until
+        // `stop_here` has turned events off and waited for the last one, or leaks them.
         check(unsafe {
             vmnet_interface_set_event_callback(
                 interface,
@@ -96,13 +110,14 @@ impl Callback {
         Ok(Self(block))
     }
 
-    /// Asks vmnet to call nobody any more. A call under way goes on.
+    /// Asks vmnet to call the block no more. A call that is running goes on.
     ///
     /// # Safety
     ///
     /// `interface` is started and not stopped.
     pub(crate) unsafe fn clear(interface: InterfaceRef) -> Result<(), Status> {
-        // SAFETY: as the caller says; both null turn events off (vmnet.h).
+        // SAFETY: the caller promises a started interface. vmnet.h allows null for both queue and
+        // block, and says that this turns events off.
         check(unsafe {
             vmnet_interface_set_event_callback(interface, PACKETS_AVAILABLE, None, None)
         })
@@ -115,7 +130,7 @@ impl fmt::Debug for Callback {
     }
 }
 
-/// A status of vmnet's as a result.
+/// Converts one of vmnet's status codes into a result.
 pub(crate) fn check(status: u32) -> Result<(), Status> {
     Status::from_code(status).map_or(Ok(()), Err)
 }

@@ -1,4 +1,5 @@
-//! Reading and writing: batches of descriptors over the poller's own slots. No packet is copied here.
+//! Reading and writing: vmnet's descriptors point at the poller's own slots, and one call transfers
+//! a batch. No packet is copied here.
 
 use std::ffi::c_int;
 use std::ptr::null_mut;
@@ -18,14 +19,17 @@ use crate::device::seam::{Progress, Queue, Wake};
 use crate::error::{Error, Status};
 use crate::sys::lock;
 
-/// Descriptors with an iovec each, allocated once. They point at slots only during the call for
-/// which they were set.
+/// Descriptors with one iovec each, allocated once. Their pointers are valid only from the `set`
+/// that stored them to the end of the next `call`.
 struct Batch {
     descriptors: Box<[PacketDescriptor]>,
     iovecs: Box<[iovec]>,
 }
 
-// SAFETY: the pointers are looked at only by the call that follows their being set, on one thread.
+// SAFETY: nothing follows the pointers except `call`. Its callers, `Reads::read` and
+// `Writes::send`, set all of the descriptors that they pass just before, in the same function and
+// so on the same thread. A pointer that is left over from an earlier call, perhaps on another
+// thread, is never followed.
 unsafe impl Send for Batch {}
 
 impl Batch {
@@ -46,8 +50,9 @@ impl Batch {
         self.descriptors.len()
     }
 
-    /// Sets one: all fields, since vmnet changes some of them in a read. One iovec a packet: with
-    /// more, reports differ.
+    /// Points descriptor `i` at `len` bytes at `base`. It sets all fields, because vmnet changes
+    /// some of them in a read. A packet has one iovec: reports differ on whether vmnet takes more
+    /// (QEMU says that a write with several fails; hyperkit passes several).
     #[inline]
     fn set(&mut self, i: usize, base: *mut u8, len: usize) {
         let iovec = &mut self.iovecs[i];
@@ -57,12 +62,14 @@ impl Batch {
             PacketDescriptor { vm_pkt_size: len, vm_pkt_iov: iovec, vm_pkt_iovcnt: 1, vm_flags: 0 };
     }
 
-    /// Calls `vmnet_read` or `vmnet_write` with the first `n`, which were just set. Answers with the
-    /// status, and the count as far as it can be true.
+    /// Calls `vmnet_read` or `vmnet_write` with the first `n` descriptors. Returns the status, and
+    /// the count of packets that vmnet reported, limited to `0..=n`.
     ///
     /// # Safety
     ///
-    /// The descriptors point at bytes that the caller has to itself, to be written in a read.
+    /// `n` is at most [`len`](Self::len). The caller has just `set` the first `n` descriptors to
+    /// bytes that live through the call and that nobody else uses meanwhile. For a read, the bytes
+    /// may be written.
     unsafe fn call(
         &mut self,
         function: unsafe extern "C" fn(InterfaceRef, *mut PacketDescriptor, *mut c_int) -> u32,
@@ -70,42 +77,57 @@ impl Batch {
         n: usize,
     ) -> (Result<(), Status>, usize) {
         let mut count = n as c_int;
-        // SAFETY: `port` runs as long as it exists; there are `n` descriptors, as the caller says.
+        // SAFETY: the interface runs, because we borrow its `StartedInterface`. The caller promises
+        // that the first `n` descriptors exist and point at bytes of its own.
         let status =
             unsafe { function(started.interface(), self.descriptors.as_mut_ptr(), &mut count) };
         (check(status), usize::try_from(count).unwrap_or(0).min(n))
     }
 }
 
+/// One ring's endpoint of a vmnet interface.
 pub(crate) struct VmnetQueue {
-    /// `None` once it has let go.
+    /// The share of the interface; `None` after `release`.
     started: Option<Arc<StartedInterface>>,
+    /// The reading half, if the ring reads.
     reads: Option<Reads>,
+    /// The writing half, if the ring writes.
     writes: Option<Writes>,
-    /// Bytes of the virtio header in front of each packet: 12 or none.
+    /// The size in bytes of the virtio header in front of each packet: 12, or 0 for no header.
     header: usize,
 }
 
+/// The state of a queue that reads.
 struct Reads {
     batch: Batch,
-    /// How many to offer.
+    /// The number of reads to offer in the next call.
     offer: usize,
-    /// Events before the last read.
+    /// The number of events before the last read.
     seen: u64,
-    /// The poller has slept since the last read, and that one had found nothing more.
+    /// Whether the poller has armed its doorbell since the last read and no event had come by then.
     slept: bool,
+    /// Whether the last read returned fewer packets than it offered reads, so none were left.
     drained: bool,
-    /// The last read found packets after a sleep and no event had come.
+    /// Whether a read after a sleep found packets although no event had come.
     surprised: bool,
 }
 
+/// The state of a queue that writes.
 struct Writes {
     batch: Batch,
-    /// How many to send one to a call, because a batch failed and vmnet did not say where.
+    /// The number of packets still to be sent one per call, because their batch failed and vmnet
+    /// did not say at which packet.
     singly: usize,
 }
 
 impl VmnetQueue {
+    /// Creates a queue that shares `started`. `batches` are the most packets per read and per
+    /// write.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::SetupIncomplete`] if another queue reads already, and vmnet's status if it refuses
+    /// events.
     pub(crate) fn new(
         started: Arc<StartedInterface>,
         direction: Direction,
@@ -128,7 +150,7 @@ impl VmnetQueue {
                 return Err(Status::SetupIncomplete.into());
             }
             started.events.set_wake(Some(wake));
-            // Now that there is somebody to wake and something to read into.
+            // Events may come from here on: the wake to ring is set.
             if let Err(status) = started.listen() {
                 started.release_reading();
                 return Err(status.into());
@@ -137,6 +159,7 @@ impl VmnetQueue {
         Ok(Self { started: Some(started), reads, writes, header })
     }
 
+    /// Gives up the share of the interface, and the right to read.
     fn release(&mut self) {
         if let Some(started) = self.started.take()
             && self.reads.take().is_some()
@@ -147,12 +170,14 @@ impl VmnetQueue {
 }
 
 impl Reads {
+    /// Reads one batch into posted reads and completes those that vmnet has filled.
     fn read(
         &mut self,
         started: &StartedInterface,
         cx: &mut PollContext<'_>,
         header: usize,
     ) -> Progress {
+        // The count is loaded before the read, with Acquire: see `Events::count`.
         let events = started.events.count();
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
@@ -162,20 +187,23 @@ impl Reads {
             n += 1;
         }
         if n == 0 {
-            // Nothing posted; or, from a wrapper that hides what we need, no headroom.
+            // No read is posted; or the first one lacks the headroom, because a wrapper around this
+            // device did not ask for it.
             if let Some(slot) = cx.take_read() {
                 cx.fail(slot, Status::InvalidArgument);
             }
             return Progress::Idle;
         }
-        // SAFETY: each descriptor has the room of a slot posted in `cx`, which we have borrowed.
+        // SAFETY: the loop above has set `n` descriptors, at most `offer` and so at most the
+        // batch's length. Each points at the buffer of another slot, borrowed mutably from `cx`. We
+        // borrow `cx` until this function returns, and it does not touch its slots during the call.
         let (result, count) = unsafe { self.batch.call(vmnet_read, started, n) };
         let slept = std::mem::take(&mut self.slept);
         let surprise = slept && self.drained && events == self.seen;
         self.seen = events;
         let count = match result {
             Ok(()) => count,
-            // As much as "nothing there".
+            // It means the same as a success without packets.
             Err(Status::BufferExhausted) => 0,
             Err(status) => {
                 self.drained = true;
@@ -200,14 +228,16 @@ impl Reads {
     }
 }
 
-/// What passes, so that the write is to be tried again: vmnet has no event for it.
+/// Returns whether a write with this status may succeed later. The poller tries it again, because
+/// vmnet has no event that says when.
 fn passes(status: Status) -> bool {
     matches!(status, Status::BufferExhausted | Status::MemFailure)
 }
 
 impl Writes {
+    /// Writes one batch of posted writes and completes those that vmnet has taken.
     fn write(&mut self, started: &StartedInterface, cx: &mut PollContext<'_>, header: usize) {
-        // Uncontended unless several rings write.
+        // Keeps other rings' writes apart. The lock is contended only if several rings write.
         let _writing = lock(&started.writing);
         if self.singly == 0 {
             let n = cx.writes().min(self.batch.len());
@@ -217,8 +247,8 @@ impl Writes {
             let (result, count) = self.send(started, cx, n, header);
             let sent = match result {
                 Ok(()) => count,
-                // Whether the count is right after an error is not known: one below what was asked
-                // for is taken at its word.
+                // It is not known whether the count is right after an error. A count below the
+                // number of packets in the call is believed.
                 Err(_) if count < n => count,
                 Err(_) => 0,
             };
@@ -227,11 +257,12 @@ impl Writes {
                 self.singly = n - sent;
             }
         }
-        // One to a call, each gets its own answer; a batch that failed does not say whose it was.
+        // The status of a failed batch does not say which packet failed. One packet per call gives
+        // each its own answer.
         while self.singly > 0 && cx.writes() > 0 {
             match self.send(started, cx, 1, header) {
                 (Ok(()), 1) => complete(cx, 1),
-                // Not taken, without an error: it waits.
+                // vmnet reported no error and did not take the packet: it stays posted.
                 (Ok(()), _) => return,
                 (Err(status), _) if passes(status) => return,
                 (Err(status), _) => {
@@ -247,6 +278,9 @@ impl Writes {
         }
     }
 
+    /// Calls `vmnet_write` with the oldest `n` posted writes, and returns its status and count.
+    ///
+    /// `n` is at most the batch's length.
     fn send(
         &mut self,
         started: &StartedInterface,
@@ -261,14 +295,18 @@ impl Writes {
             set += 1;
         }
         if set == 0 {
-            // From a wrapper that hides what we need.
+            // The first one lacks the headroom: a wrapper around this device did not ask for it.
             return (Err(Status::InvalidArgument), 0);
         }
-        // SAFETY: each descriptor has the packet of a slot posted in `cx`, which we have borrowed.
+        // SAFETY: the loop above has set `set` descriptors, at most `n`. Setting one beyond the
+        // batch's length would have panicked. Each points at the packet of another slot, borrowed
+        // mutably from `cx`. We borrow `cx` until this function returns, and it does not touch its
+        // slots during the call.
         unsafe { self.batch.call(vmnet_write, started, set) }
     }
 }
 
+/// Completes the oldest `sent` posted writes.
 fn complete(cx: &mut PollContext<'_>, sent: usize) {
     for _ in 0..sent {
         let Some(slot) = cx.take_shown(Class::Write) else { break };
@@ -289,13 +327,16 @@ impl Queue for VmnetQueue {
     }
 
     fn arm(&mut self) -> bool {
-        // Events are always on. One that came since the last read has rung, and perhaps too early.
+        // Events are always on. One that came since the last read has rung already, perhaps before
+        // the poller armed its doorbell, so the count is compared here: see `Events::happened`.
         match (&self.started, &mut self.reads) {
             (Some(started), Some(reads)) => {
                 reads.slept = started.events.count() == reads.seen;
-                // Whatever else woke the poller may have been faster than the event, but not so much
-                // faster: one that has not come by now was not going to.
+                // After a sleep a read found packets although no event had come. Something else may
+                // have woken the poller a little before the event. But an event that has not come
+                // by now was not going to come: the packets were rescued.
                 if std::mem::take(&mut reads.surprised) && reads.slept {
+                    // Relaxed: a statistic that guards nothing.
                     started.events.rescued.fetch_add(1, Ordering::Relaxed);
                 }
                 reads.slept
@@ -305,7 +346,7 @@ impl Queue for VmnetQueue {
     }
 
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
-        let _ = cx; // no slot is ever kept
+        let _ = cx; // no slot is kept between calls
         self.release();
         true
     }
@@ -313,7 +354,7 @@ impl Queue for VmnetQueue {
 
 impl Drop for VmnetQueue {
     fn drop(&mut self) {
-        // Without being closed, if something above panicked.
+        // The queue is dropped without `close` if its engine panicked.
         self.release();
     }
 }

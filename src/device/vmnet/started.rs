@@ -1,4 +1,4 @@
-//! A started interface, from the start's handler to the stop's.
+//! A started interface, from its start to the end of its stop.
 
 use std::mem::forget;
 use std::net::Ipv4Addr;
@@ -27,7 +27,7 @@ use crate::config::Ipv4Range;
 use crate::error::{Error, Status};
 use crate::sys::lock;
 
-/// What vmnet says of an interface when it has started.
+/// The properties that vmnet reports for an interface when it has started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Parameters {
     pub(crate) mtu: Option<u64>,
@@ -40,9 +40,10 @@ pub(crate) struct Parameters {
 }
 
 impl Parameters {
-    /// Copies everything out: the dictionary is vmnet's and lives only during the handler's call.
+    /// Copies the values out of vmnet's dictionary, which lives only during the handler's call.
     fn read(from: Borrowed<'_>, system: &System) -> Self {
-        // SAFETY: reads constants that vmnet exports.
+        // SAFETY: vmnet.h declares each key as `extern const char * const`. They are initialized
+        // when the program is loaded and never change, so reading them races with nothing.
         let (mtu, max, mac, id, range) = unsafe {
             (
                 vmnet_mtu_key,
@@ -70,14 +71,15 @@ impl Parameters {
         }
     }
 
-    /// The sizes that nothing works without, as far as they can be true.
+    /// Returns the MTU and the maximum packet size, in bytes; `None` if one of them is missing or
+    /// impossible. No interface works without them.
     pub(crate) fn sizes(&self) -> Option<(u32, u32)> {
         let max = self.max_packet_size.filter(|max| (14..=PACKET_MAX).contains(max))?;
         let mtu = self.mtu.filter(|mtu| *mtu <= max)?;
         Some((mtu as u32, max as u32))
     }
 
-    /// Packets per read and per write.
+    /// Returns the most packets per read and per write.
     pub(crate) fn batches(&self) -> (u32, u32) {
         let limit = |max: Option<u64>| {
             max.map_or(PACKETS_PER_CALL, |max| max.min(PACKETS_PER_CALL_MAX) as u32)
@@ -86,33 +88,47 @@ impl Parameters {
     }
 }
 
-/// A started interface. Its queues share it; when the last owner drops it, it stops.
+/// A started interface. The device and its queues share it. When the last owner drops it, it stops.
+///
+/// Invariant: the interface runs as long as this value can be borrowed. Only two functions stop the
+/// interface, and neither leaves anybody a borrow: [`stop`](Self::stop), which consumes the value,
+/// and `drop`. So a call that borrows the value may use [`interface`](Self::interface).
 pub(crate) struct StartedInterface {
-    /// `None` when it is stopped.
+    /// `None` only from the start of `stop` or `drop` on.
     running: Option<Running>,
     pub(crate) events: Arc<Events>,
     pub(crate) parameters: Parameters,
-    /// Whether a ring reads: vmnet is not known to bear two.
+    /// Whether a queue has the right to read. Only one may, because it is not known whether vmnet
+    /// allows two reads at a time.
     pub(crate) read_taken: AtomicBool,
-    /// Held while a call writes: nor is it known to bear two of them.
+    /// Held during a write call, because it is not known whether vmnet allows two writes at a time.
     pub(crate) writing: Mutex<()>,
     stop_timeout: Duration,
 }
 
+/// The parts of a started interface that only a stop may take.
 struct Running {
     interface: InterfaceRef,
-    /// Serial; vmnet calls the event block from it, and nobody else uses it.
+    /// The serial queue from which vmnet calls the start's handler and the event block. The driver
+    /// itself only uses it to wait until they have returned.
     queue: DispatchRetained<DispatchQueue>,
+    /// The event block; `None` until `listen` has set it.
     callback: Mutex<Option<Callback>>,
-    /// Keeps the address reservation.
+    /// Keeps the network's address reservation while the interface is on it.
     _network: Option<VmnetNetwork>,
 }
 
-// SAFETY: vmnet's functions may be called from any thread. That no two reads, and no two writes, are
-// under way at a time is kept by `read_taken` and `writing`; that none is when the interface stops,
-// by `Port` having one owner then.
+// SAFETY: only the raw pointer `interface` keeps `Running` from being `Send`. Apple does not say
+// from which threads vmnet's functions may be called (the row "from which threads may its functions
+// be called?" of the open questions in ARCHITECTURE.md). We assume any thread, because hyperkit and
+// vmnet-helper read on one thread and write on another.
 unsafe impl Send for Running {}
-// SAFETY: as above.
+// SAFETY: several threads may call vmnet's functions for one interface at a time; that a read, a
+// write, an event and a forwarding call may overlap is the same open question and the same
+// assumption. Two reads never overlap: `claim_reading` gives one queue the right to read, and one
+// thread at a time drives a queue. Two writes never overlap: `Writes::write` holds `writing`.
+// Only the probe, in its question about two readers, lets reads overlap on purpose. No call overlaps
+// the stop, by the invariant of `StartedInterface`.
 unsafe impl Sync for Running {}
 
 impl fmt::Debug for StartedInterface {
@@ -123,7 +139,7 @@ impl fmt::Debug for StartedInterface {
     }
 }
 
-/// How long to wait for vmnet.
+/// How long a start and a stop wait for vmnet.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timeouts {
     pub(crate) start: Duration,
@@ -132,6 +148,13 @@ pub(crate) struct Timeouts {
 
 impl StartedInterface {
     /// Starts an interface and waits for the handler.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::PermissionDenied`] or [`Error::Status`] if vmnet refuses.
+    /// - [`Error::StartTimeout`] if the handler has not run in time. What vmnet may still use is
+    ///   leaked.
+    /// - [`Error::Answer`] if vmnet reports a success without usable sizes.
     pub(crate) fn start(
         description: &Dictionary,
         network: Option<&VmnetNetwork>,
@@ -141,7 +164,12 @@ impl StartedInterface {
         Self::start_with(description, network, system, timeouts, |_| ())
     }
 
-    /// As [`start`](Self::start), and calls `early` with the handle before the handler has run.
+    /// Does the same as [`start`](Self::start), and calls `early` with the handle before it waits
+    /// for the handler. Only the probe needs that.
+    ///
+    /// # Errors
+    ///
+    /// The same as for [`start`](Self::start).
     pub(crate) fn start_with(
         description: &Dictionary,
         network: Option<&VmnetNetwork>,
@@ -152,21 +180,25 @@ impl StartedInterface {
         let queue = DispatchQueue::new("vmring.interface", None);
         let (answer, answers) = sync_channel(1);
         let handler = RcBlock::new(move |status: u32, parameters: Object| {
-            // SAFETY: null, or a dictionary that lives during this call.
+            // SAFETY: vmnet.h gives the handler null or a dictionary. vmnet keeps its reference to
+            // it during the handler's call, and `Borrowed` is dropped before that ends.
             let parameters = unsafe { Borrowed::from_raw(parameters) };
             let parameters = parameters.map(|from| Parameters::read(from, &system));
-            // A second call finds the channel full or closed; one after the timeout finds it closed.
+            // The send fails, and nothing happens, if vmnet calls a second time (the channel is
+            // full or closed) or after the timeout (it is closed).
             let _ = answer.try_send((status, parameters));
         });
         let interface = match network {
-            // SAFETY: the types are the declared ones, and the dictionary lives. Handler and queue
-            // are ours until the handler has run, below.
+            // SAFETY: the arguments have the types that vmnet.h declares, and the dictionary lives
+            // through the call. This function keeps handler and queue until the handler has
+            // returned, or leaks them.
             None => unsafe { vmnet_start_interface(description.as_raw(), &queue, &handler) },
             Some(network) => network.start(description, &queue, &handler),
         };
         if interface.is_null() {
-            // Nobody promises that the handler is called, so this wait is short; nor that it is not
-            // called later, so then it is kept.
+            // No document promises that the handler is called after a null, so this wait is short.
+            // None promises either that it is not called later, so without a call the handler is
+            // leaked.
             let status = answers.recv_timeout(FAILED_START_GRACE).map(|(status, _)| status);
             if status.is_err() || !drained(&queue, timeouts.start) {
                 forget((handler, queue));
@@ -189,7 +221,8 @@ impl StartedInterface {
             stop_timeout: timeouts.stop,
         };
         let answered = answers.recv_timeout(timeouts.start);
-        // The answer comes from inside the handler: until that has returned it is not to be released.
+        // The answer is sent from inside the handler, which may still be running. If it does not
+        // return in time, a reference to it is leaked, so that it is never freed.
         if answered.is_ok() && !drained(&queue, timeouts.start) {
             forget(handler.clone());
         }
@@ -198,14 +231,14 @@ impl StartedInterface {
                 Ok(as_started(parameters))
             }
             Ok((SUCCESS, parameters)) => {
-                // It runs, and we do not know what it takes.
+                // The interface runs, but nobody knows which packets it takes.
                 tracing::error!(?parameters, "vmnet started an interface and did not describe it");
                 as_started(Parameters::default()).stop()?;
                 let what = "an interface without an MTU and a packet size";
                 Err(Error::Answer { device: "vmnet", what })
             }
             Ok((status, _)) => {
-                // A failure, and a handle all the same: stopped, or it stays for ever.
+                // The start failed, but there is a handle. Without a stop it would stay for ever.
                 if let Err(error) = as_started(Parameters::default()).stop() {
                     tracing::warn!(%error, "an interface that failed to start did not stop");
                 }
@@ -213,7 +246,7 @@ impl StartedInterface {
                 Err(permission::error(status, &system))
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                // The handler may still come, and use all of this.
+                // The handler may still run and use all of these.
                 tracing::error!(
                     timeout = ?timeouts.start,
                     "vmnet did not answer a start; interface, queue and handler are leaked on purpose"
@@ -224,28 +257,38 @@ impl StartedInterface {
         }
     }
 
-    /// The handle, for the calls of a queue.
+    /// Returns the handle. It is valid as long as `self` is borrowed (the invariant of the type).
     pub(crate) fn interface(&self) -> InterfaceRef {
         self.running.as_ref().expect("it is stopped by its last owner only").interface
     }
 
-    /// From here on an event rings what `events` has as its wake.
+    /// Turns events on, if they are off: from here on each one rings the wake that is set in
+    /// `events`.
+    ///
+    /// # Errors
+    ///
+    /// vmnet's status.
     pub(crate) fn listen(&self) -> Result<(), Status> {
         let running = self.running.as_ref().expect("it is stopped by its last owner only");
         let mut callback = lock(&running.callback);
         if callback.is_none() {
-            // SAFETY: it runs as long as we exist.
+            // SAFETY: the interface runs, because `self` is borrowed (the invariant of the type).
             *callback =
                 Some(unsafe { Callback::set(running.interface, &running.queue, &self.events)? });
         }
         Ok(())
     }
 
-    /// Ends the interface: events off, the last of them over, vmnet's own stop, its handler awaited.
+    /// Stops the interface: turns events off, waits for the last one to end, calls vmnet's stop,
+    /// and waits for its handler. Called from inside an event, it does this on another thread and
+    /// returns at once.
     ///
     /// # Errors
     ///
-    /// What vmnet says; [`Error::Timeout`] if something did not end, and is leaked on purpose.
+    /// - [`Error::Status`] if vmnet refuses the stop or reports a failure.
+    /// - [`Error::Timeout`] if an event callback or the stop does not end in time. What vmnet may
+    ///   still use is leaked on purpose.
+    /// - [`Error::Io`] if the other thread cannot be started.
     pub(crate) fn stop(mut self) -> Result<(), Error> {
         let running = self.running.take().expect("it is stopped once");
         running.stop(self.stop_timeout)
@@ -261,8 +304,8 @@ impl Drop for StartedInterface {
     }
 }
 
-/// Waits until what is on a queue, which is serial, has run. With a timeout, which dispatch_sync has
-/// not.
+/// Waits until everything that was put on a serial queue has run. Returns false after the timeout.
+/// It is `dispatch_sync` with a timeout.
 fn drained(queue: &DispatchQueue, timeout: Duration) -> bool {
     let (over, last) = sync_channel::<()>(1);
     queue.exec_async(move || drop(over));
@@ -270,11 +313,13 @@ fn drained(queue: &DispatchQueue, timeout: Duration) -> bool {
 }
 
 impl Running {
+    /// Stops the interface, on another thread if this one runs an event block.
     fn stop(self, timeout: Duration) -> Result<(), Error> {
         if !inside_event() {
             return self.stop_here(timeout);
         }
-        // Called from the event block, by a waker: to wait here would be to wait for ourselves.
+        // A waker called us from inside the event block. Waiting for that block here would never
+        // end.
         let stopping = thread::Builder::new().name("vmring-stop".to_owned());
         let stopping = stopping.spawn(move || {
             if let Err(error) = self.stop_here(timeout) {
@@ -284,13 +329,15 @@ impl Running {
         stopping.map(drop).map_err(Error::io("starting the thread that stops the interface"))
     }
 
+    /// Stops the interface on this thread.
     fn stop_here(self, timeout: Duration) -> Result<(), Error> {
         if lock(&self.callback).is_some() {
-            // SAFETY: the interface runs: this is its one stop.
+            // SAFETY: the interface runs: we own the `Running`, which only `StartedInterface::stop`
+            // and `drop` take, and they call this once.
             if let Err(status) = unsafe { Callback::clear(self.interface) } {
                 tracing::warn!(%status, "vmnet did not turn its events off");
             }
-            // That does not wait for a call under way.
+            // Turning events off does not wait for a call that is running.
             if !drained(&self.queue, timeout) {
                 tracing::error!(
                     "an event callback does not end; the interface is leaked on purpose"
@@ -299,17 +346,18 @@ impl Running {
                 return Err(Error::Timeout(timeout));
             }
         }
-        // A queue of its own for the handler, that nothing can block.
+        // The handler gets a queue of its own, which no event callback can block.
         let queue = DispatchQueue::new("vmring.stop", None);
         let (answer, answers) = sync_channel(1);
         let handler = RcBlock::new(move |status: u32| {
             let _ = answer.try_send(status);
         });
-        // SAFETY: the interface runs and nobody uses it any more: `self` was the last owner's. Handler
-        // and queue are ours until the handler has run.
+        // SAFETY: the interface runs, and nobody else uses it: we own the `Running`, so no borrow
+        // of its `StartedInterface` is left. This function keeps handler and queue until the
+        // handler has returned, or leaks them.
         let accepted = check(unsafe { vmnet_stop_interface(self.interface, &queue, &handler) });
         if let Err(status) = accepted {
-            // No handler comes, and the handle is not consumed.
+            // vmnet.h: the handler is called only after a success. The handle is not consumed.
             tracing::error!(%status, "vmnet refused a stop; the interface is leaked on purpose");
             forget(self);
             return Err(status.into());
@@ -331,14 +379,18 @@ impl Running {
 }
 
 impl StartedInterface {
-    /// Claims the one reading end.
+    /// Claims the right to read, which one queue at a time may have. Returns false if another has
+    /// it.
     pub(crate) fn claim_reading(&self) -> bool {
+        // Acquire: pairs with the Release in `release_reading`. The queue that had the right before
+        // has made its last read and cleared its wake before this one sets its own.
         !self.read_taken.swap(true, Ordering::Acquire)
     }
 
-    /// Gives it back.
+    /// Gives up the right to read. The caller has claimed it and does not read any more.
     pub(crate) fn release_reading(&self) {
         self.events.set_wake(None);
+        // Release: pairs with the Acquire in `claim_reading`.
         self.read_taken.store(false, Ordering::Release);
     }
 }
