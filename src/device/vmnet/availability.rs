@@ -1,5 +1,7 @@
-//! What macOS 11 does not have, found with `dlsym` when a driver is made: so the program starts on
-//! every system, and what is missing is an error that says which macOS has it.
+//! The keys and functions that macOS 11 does not have.
+//!
+//! They are looked up with `dlsym` when a driver is created, so the program starts on every system.
+//! If one is missing, the error says which macOS has it.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::mem::transmute_copy;
@@ -12,10 +14,10 @@ use super::ffi::{
 use super::system::{Macos, is_root, macos, symbol};
 use crate::error::Error;
 
-/// `ether_addr_t`.
+/// `ether_addr_t`: a MAC.
 pub(crate) type EtherAddr = [u8; 6];
 
-/// The system this process runs on.
+/// The running system, and what it has beyond macOS 11.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct System {
     pub(crate) macos: Macos,
@@ -25,10 +27,10 @@ pub(crate) struct System {
     pub(crate) networks: Option<Networks>,
 }
 
-/// Keys that are not in macOS 11.
+/// The keys that are not in macOS 11. Each field says which macOS is the first to have the key.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Keys {
-    /// macOS 12.
+    /// macOS 12: the macOS 11.3 SDK does not have it. We know of no source for the exact version.
     pub(crate) enable_checksum_offload: Option<Name>,
     /// macOS 15.4.
     pub(crate) enable_virtio_header: Option<Name>,
@@ -38,7 +40,7 @@ pub(crate) struct Keys {
     pub(crate) write_max_packets: Option<Name>,
 }
 
-/// The text of a key, of a constant that lives as long as the process.
+/// The text of a key. It is a constant of vmnet's and lives as long as the process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Name(&'static CStr);
 
@@ -48,7 +50,8 @@ impl Name {
     }
 }
 
-/// Declares a table of functions that are looked up together: all or none.
+/// Declares a table of functions that are looked up together. If one of them is missing, `find`
+/// returns `None`.
 macro_rules! table {
     ($(#[$doc:meta])* $table:ident { $($field:ident: $name:literal, fn($($arg:ty),*) $(-> $ret:ty)?;)* }) => {
         $(#[$doc])*
@@ -68,8 +71,10 @@ macro_rules! table {
                         if found.is_null() {
                             return None;
                         }
-                        // SAFETY: a function of this name has this type (the declaration cites
-                        // where it is from), and is never unloaded: vmnet is linked.
+                        // SAFETY: the function of this name has this type; whoever adds a row to
+                        // a table keeps that, from the source which the table's comment cites. It
+                        // is never unloaded: the program links vmnet, and objc2 links Foundation,
+                        // which has CoreFoundation's `CFRelease` loaded.
                         unsafe {
                             transmute_copy::<*const c_void, unsafe extern "C" fn($($arg),*) $(-> $ret)?>(&found)
                         }
@@ -81,8 +86,9 @@ macro_rules! table {
 }
 
 table! {
-    /// Port forwarding of IPv4 and IPv6, on interfaces. Not in the macOS 11.3 SDK, in that of
-    /// macOS 12. Apple's developer documentation has the declarations.
+    /// Port forwarding for IPv4 and IPv6 on an interface. The macOS 11.3 SDK does not have these
+    /// functions. Apple's developer documentation has the declarations, and deprecates the
+    /// functions for IPv4 only from macOS 12 on, so macOS 12 is taken as the first that has these.
     IpForwarding {
         add: c"vmnet_interface_add_ip_port_forwarding_rule",
             fn(InterfaceRef, u8, u16, u8, *const c_void, u16, Option<&StatusBlock>) -> u32;
@@ -96,7 +102,9 @@ table! {
 }
 
 table! {
-    /// VmnetNetwork objects, macOS 26. Apple's developer documentation has the declarations.
+    /// Network objects, macOS 26. The declarations are from Apple's developer documentation, and
+    /// for the few functions it does not show, from public bindings generated from the macOS 26
+    /// header.
     Networks {
         configuration_create: c"vmnet_network_configuration_create",
             fn(u32, *mut u32) -> ConfigurationRef;
@@ -132,6 +140,7 @@ table! {
 }
 
 impl System {
+    /// Looks up what the running system has.
     pub(crate) fn look() -> Self {
         Self {
             macos: macos(),
@@ -147,19 +156,27 @@ impl System {
         }
     }
 
+    /// Returns the functions for network objects.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NeedsMacos`] before macOS 26.
     pub(crate) fn networks(&self) -> Result<Networks, Error> {
         self.networks.ok_or(Error::NeedsMacos { what: "a network object", version: "26" })
     }
 }
 
+/// Reads the key that vmnet exports as `name`; `None` if the running system does not have it.
 fn key(name: &CStr) -> Option<Name> {
     let variable = symbol(name).cast::<Key>();
     if variable.is_null() {
         return None;
     }
-    // SAFETY: vmnet exports its keys as constant pointers to constant C strings.
+    // SAFETY: vmnet.h declares each key as `extern const char * const`, so the symbol is a pointer
+    // that never changes, and may be read. The callers pass names of keys only.
     let text = unsafe { *variable };
-    // SAFETY: as above.
+    // SAFETY: the pointer is not null, so by the same declaration it points at a C string. vmnet
+    // stays loaded and the string is constant, so it lives for `'static`.
     (!text.is_null()).then(|| Name(unsafe { CStr::from_ptr(text) }))
 }
 
@@ -167,8 +184,8 @@ fn key(name: &CStr) -> Option<Name> {
 mod tests {
     use super::*;
 
-    /// A name that is wrong would never be found, and nothing else would say so. Against the simulator
-    /// on Linux; on a Mac against its own vmnet, as far as that is new enough.
+    /// A misspelt name would never be found, and no other test would notice. On Linux this test
+    /// asks the simulator; on a Mac it asks the system's vmnet, as far as that is new enough.
     #[test]
     fn every_name_is_found_on_a_system_that_has_it() {
         let system = System::look();

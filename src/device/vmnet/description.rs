@@ -1,4 +1,4 @@
-//! What an interface is asked for, as the dictionary that vmnet reads.
+//! The description of an interface to start, as the dictionary that vmnet reads.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -15,32 +15,39 @@ use super::xpc::Dictionary;
 use crate::config::{InterfaceConfig, Mode};
 use crate::error::{ConfigError, Error};
 
-/// A host-mode network of its own: only interfaces with the same identifier are on it, and nobody
-/// gives out addresses there. macOS 11.
+/// An isolated network in host mode (macOS 11). Only interfaces with the same identifier are on it.
+/// It has no DHCP server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IsolatedNetwork {
-    /// The network's identity, a UUID.
+    /// The network's identity: the 16 bytes of a UUID.
     #[doc(alias = "vmnet_network_identifier_key")]
     pub identifier: [u8; 16],
-    /// The host's address on it and its subnet mask, if the host is to be on it.
+    /// The host's IPv4 address on the network and the subnet mask; `None` if the host has none
+    /// there.
     #[doc(alias = "vmnet_host_ip_address_key")]
     pub host: Option<(Ipv4Addr, Ipv4Addr)>,
-    /// The host's IPv6 address on it.
+    /// The host's IPv6 address on the network; `None` if the host has none there.
     #[doc(alias = "vmnet_host_ipv6_address_key")]
     pub host_ipv6: Option<Ipv6Addr>,
 }
 
-/// What only vmnet can be asked for.
+/// The settings that only vmnet has.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Extras {
     pub(crate) nat66_prefix: Option<Ipv6Addr>,
     pub(crate) isolated_network: Option<IsolatedNetwork>,
-    /// On a network object, which decides mode, addresses and MTU.
+    /// Whether the interface joins a network object, which decides the mode, the addresses and the
+    /// MTU.
     pub(crate) on_network: bool,
 }
 
-/// The dictionary for [`vmnet_start_interface`](super::ffi::vmnet_start_interface) or its sibling for
-/// network objects. Refuses what vmnet would refuse without saying why.
+/// Builds the dictionary for [`vmnet_start_interface`](super::ffi::vmnet_start_interface), or for
+/// `vmnet_interface_start_with_network`.
+///
+/// # Errors
+///
+/// [`ConfigError::Invalid`] for settings that vmnet would refuse without a reason;
+/// [`Error::NeedsMacos`] for settings that the running system does not have.
 pub(crate) fn describe(
     config: &InterfaceConfig,
     extras: &Extras,
@@ -49,7 +56,8 @@ pub(crate) fn describe(
     let invalid = |sentence: &str| Err(ConfigError::Invalid(sentence.to_owned()).into());
     let bridged = matches!(config.mode, Mode::Bridged(_));
     let mut description = Dictionary::new();
-    // SAFETY: reads constants that vmnet exports.
+    // SAFETY: vmnet.h declares each key as `extern const char * const`. They are initialized when
+    // the program is loaded and never change, so reading them races with nothing.
     let key = unsafe {
         Keys {
             mode: vmnet_operation_mode_key,
@@ -83,7 +91,7 @@ pub(crate) fn describe(
             if bridged {
                 return invalid("a bridged interface takes its addresses from the outside");
             }
-            // All three or none (vmnet.h).
+            // vmnet.h: either all three are set, or none.
             for (key, address) in key.range.into_iter().zip([range.start, range.end, range.mask]) {
                 description.set_str(key, &address.to_string());
             }
@@ -118,8 +126,8 @@ pub(crate) fn describe(
         }
     }
     if let Some(mac) = config.mac {
-        // Whether vmnet follows is not documented. It carries frames of any MAC, so it does not
-        // matter: the interface says the MAC that was asked for.
+        // Apple does not document whether vmnet uses this MAC. It does not have to: users of vmnet
+        // report that it carries frames of any MAC. The interface reports the MAC asked for.
         description.set_str(key.mac, &mac.to_string().to_lowercase());
         description.set_bool(key.allocate_mac, false);
     }
@@ -136,15 +144,15 @@ pub(crate) fn describe(
         return invalid("vmnet does not segment UDP");
     }
     if tso && !wanted.virtio_header {
-        // Packets beyond the MTU would come without a word about their segments.
+        // Without the header nothing would say how a packet beyond the MTU is to be segmented.
         return invalid("TSO without the virtio header would deliver packets beyond the MTU");
     }
     if wanted.virtio_header {
         let Some(name) = system.keys.enable_virtio_header else {
             return Err(Error::NeedsMacos { what: "the virtio header", version: "15.4" });
         };
-        // The header says what is to be done about checksums; with the key for them as well the
-        // start fails (Apple's documentation).
+        // The header describes the checksums. Apple's documentation forbids to set the key for
+        // checksum offload as well: the start would fail.
         description.set_bool(name.key(), true);
         if tso {
             description.set_bool(key.tso, true);
@@ -158,7 +166,7 @@ pub(crate) fn describe(
     Ok(description)
 }
 
-/// vmnet's keys, read once.
+/// The values of vmnet's keys, read once per description.
 struct Keys {
     mode: Key,
     id: Key,

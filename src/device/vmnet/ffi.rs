@@ -1,10 +1,10 @@
-//! The C declarations: vmnet and XPC as macOS 11 has them, and the types of what came later.
+//! The C declarations: vmnet and XPC as macOS 11 has them, and the types that newer functions need.
 //!
-//! Source of every line: Apple's `vmnet.h` of the macOS 11.3 SDK, and the developer documentation
-//! for what is newer. Return codes, modes and event masks are plain `u32`: newer systems answer with
-//! newer numbers. What macOS 11 does not have is not declared as a symbol here but looked up when it
-//! is needed (see [`newer`](super::newer)), because a program that imports a missing symbol does not
-//! start.
+//! The sources are Apple's `vmnet.h` of the macOS 11.3 SDK, Apple's developer documentation for
+//! what is newer, and `xpc/xpc.h` for XPC. Return codes, modes and event masks are plain `u32`,
+//! because newer systems may return numbers that no enum here would have. What macOS 11 does not
+//! have is not declared as a symbol here: a program that imports a missing symbol does not start.
+//! It is looked up at run time instead (see [`availability`](super::availability)).
 
 use std::ffi::{c_char, c_int, c_void};
 use std::mem::{align_of, offset_of, size_of};
@@ -25,27 +25,31 @@ pub(crate) type NetworkRef = *mut c_void;
 /// A dictionary key: an exported variable that points to the key's text.
 pub(crate) type Key = *const c_char;
 
-/// `VMNET_SUCCESS`. Not 0.
+/// `VMNET_SUCCESS`. It is not 0.
 pub(crate) const SUCCESS: u32 = 1000;
-/// `VMNET_HOST_MODE`, `VMNET_SHARED_MODE`, `VMNET_BRIDGED_MODE`.
+/// `VMNET_HOST_MODE`.
 pub(crate) const HOST_MODE: u32 = 1000;
+/// `VMNET_SHARED_MODE`.
 pub(crate) const SHARED_MODE: u32 = 1001;
+/// `VMNET_BRIDGED_MODE`.
 pub(crate) const BRIDGED_MODE: u32 = 1002;
-/// `VMNET_INTERFACE_PACKETS_AVAILABLE`, the only event.
+/// `VMNET_INTERFACE_PACKETS_AVAILABLE`, the only event that vmnet has.
 pub(crate) const PACKETS_AVAILABLE: u32 = 1;
-/// Darwin's `AF_INET` and `AF_INET6`. Not libc's on other systems.
+/// Darwin's `AF_INET`. The simulator uses Darwin's numbers on other systems too.
 pub(crate) const AF_INET: u8 = 2;
+/// Darwin's `AF_INET6`, which is another number on other systems.
 pub(crate) const AF_INET6: u8 = 30;
 
 /// `struct vmpktdesc`: one packet of a batch.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct PacketDescriptor {
-    /// Bytes: of the buffer before a read, of the packet after it and before a write.
+    /// In bytes: the size of the buffer before a read, the size of the packet after it, and the
+    /// size of the packet before a write.
     pub(crate) vm_pkt_size: usize,
     pub(crate) vm_pkt_iov: *mut iovec,
     pub(crate) vm_pkt_iovcnt: u32,
-    /// No bit is documented.
+    /// No bit is documented, so it is always 0.
     pub(crate) vm_flags: u32,
 }
 
@@ -147,7 +151,7 @@ unsafe extern "C" {
     pub(crate) static vmnet_enable_isolation_key: Key;
 }
 
-// In libSystem.
+// XPC is in libSystem, which every program links.
 unsafe extern "C" {
     pub(crate) fn xpc_dictionary_create(
         keys: *const Key,
@@ -170,8 +174,8 @@ unsafe extern "C" {
     pub(crate) static _xpc_type_dictionary: c_void;
 }
 
-/// Takes the address of every symbol, so that the linker must find each: a link of the tests for
-/// macOS proves the names.
+/// Takes the address of every symbol, so that the linker must find each one. Linking these tests
+/// for macOS therefore proves the names.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -206,7 +210,8 @@ mod tests {
             &raw const _xpc_type_dictionary,
         ];
         assert!(functions.iter().all(|function| !function.is_null()));
-        // SAFETY: constants of vmnet, set before the program runs.
+        // SAFETY: vmnet.h declares each key as `extern const char * const`. They are initialized
+        // when the program is loaded and never change.
         let keys = unsafe {
             [
                 vmnet_operation_mode_key,

@@ -1,4 +1,12 @@
-//! Ports of the host that lead to a guest. Both generations of functions: the newer ones know IPv6.
+//! Port forwarding: ports of the host that lead to a guest.
+//!
+//! vmnet has two generations of these functions. The newer ones know IPv6 and are used where the
+//! system has them.
+//!
+//! Each function here borrows a [`StartedInterface`], and so its interface runs during the call:
+//! see the invariant at [`StartedInterface`]. The borrow comes from `VmnetDevice::with_started`,
+//! which holds the lock that the device's `stop` needs, or from `VmnetDevice::restart`, which owns
+//! the new interface.
 
 use std::ffi::c_void;
 use std::mem::forget;
@@ -22,7 +30,12 @@ use super::xpc::Borrowed;
 use crate::config::{PortForward, Protocol};
 use crate::error::Error;
 
-/// Calls a function that answers through a block; the answer, or the status it failed with at once.
+/// Calls a function that answers through a block, and waits for the answer.
+///
+/// # Errors
+///
+/// [`Error::Status`] with the status that the function returned at once or gave to the block;
+/// [`Error::Timeout`] if no answer came in time. The block is leaked then.
 fn ask(call: impl FnOnce(&StatusBlock) -> u32) -> Result<(), Error> {
     let (answer, answers) = sync_channel(1);
     let handler = RcBlock::new(move |status: u32| {
@@ -32,7 +45,7 @@ fn ask(call: impl FnOnce(&StatusBlock) -> u32) -> Result<(), Error> {
     match answers.recv_timeout(FORWARDING_TIMEOUT) {
         Ok(status) => Ok(check(status)?),
         Err(_) => {
-            // It may still be called.
+            // vmnet may still call the block, so it must live on.
             forget(handler);
             Err(Error::Timeout(FORWARDING_TIMEOUT))
         }
@@ -40,7 +53,7 @@ fn ask(call: impl FnOnce(&StatusBlock) -> u32) -> Result<(), Error> {
 }
 
 impl Protocol {
-    /// Its number in an IP header (IANA).
+    /// Returns the protocol's number in an IP header (IANA).
     pub(crate) fn number(self) -> u8 {
         match self {
             Protocol::Tcp => 6,
@@ -48,6 +61,7 @@ impl Protocol {
         }
     }
 
+    /// Returns the protocol with this number, if it is one that can be forwarded.
     fn from_number(number: u8) -> Option<Self> {
         match number {
             6 => Some(Protocol::Tcp),
@@ -57,10 +71,16 @@ impl Protocol {
     }
 }
 
+/// The error for IPv6 on a system without the newer functions.
 fn needs_newer() -> Error {
     Error::NeedsMacos { what: "forwarding a port over IPv6", version: "12" }
 }
 
+/// Adds a rule.
+///
+/// # Errors
+///
+/// [`Error::Status`], [`Error::Timeout`], and [`Error::NeedsMacos`] for IPv6 before macOS 12.
 pub(crate) fn add(
     started: &StartedInterface,
     system: &System,
@@ -72,7 +92,8 @@ pub(crate) fn add(
     match (system.forwarding, rule.internal_address) {
         (Some(newer), _) => ask(|handler| {
             let bytes = bytes.as_ptr().cast::<c_void>();
-            // SAFETY: the interface runs; the address has the bytes of its family.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`. `bytes` holds
+            // 16 bytes, enough for either family, and `address` has put those of `family` there.
             unsafe {
                 (newer.add)(
                     started.interface(),
@@ -87,7 +108,7 @@ pub(crate) fn add(
         }),
         (None, IpAddr::V4(inner)) => ask(|handler| {
             let inner = in_addr { s_addr: u32::from_ne_bytes(inner.octets()) };
-            // SAFETY: the interface runs.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`.
             unsafe {
                 vmnet_interface_add_port_forwarding_rule(
                     started.interface(),
@@ -103,7 +124,11 @@ pub(crate) fn add(
     }
 }
 
-/// Ends the rule of that port, of whichever family it is.
+/// Removes the rule for that external port, whether it is for IPv4 or for IPv6.
+///
+/// # Errors
+///
+/// [`Error::Status`] and [`Error::Timeout`].
 pub(crate) fn remove(
     started: &StartedInterface,
     system: &System,
@@ -113,7 +138,7 @@ pub(crate) fn remove(
     let protocol = protocol.number();
     let Some(newer) = system.forwarding else {
         return ask(|handler| {
-            // SAFETY: the interface runs.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`.
             unsafe {
                 vmnet_interface_remove_port_forwarding_rule(
                     started.interface(),
@@ -126,19 +151,26 @@ pub(crate) fn remove(
     };
     let remove = |family| {
         ask(|handler| {
-            // SAFETY: the interface runs.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`.
             unsafe { (newer.remove)(started.interface(), protocol, outside, family, Some(handler)) }
         })
     };
-    // A rule that is not there is an error (measured), so one success is a success.
+    // The rule is for one of the two families. To remove a rule that does not exist is an error
+    // (the tests of the crate `vmnet` 0.10 show it on macOS 26), so one success of the two is
+    // enough.
     let (four, six) = (remove(AF_INET), remove(AF_INET6));
     four.or(six)
 }
 
+/// Returns the rules of both families. Without the newer functions, those are the rules for IPv4.
+///
+/// # Errors
+///
+/// [`Error::Status`] and [`Error::Timeout`].
 pub(crate) fn list(started: &StartedInterface, system: &System) -> Result<Vec<PortForward>, Error> {
     let Some(newer) = system.forwarding else {
         let get = |handler: &ObjectBlock| {
-            // SAFETY: the interface runs.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`.
             unsafe { vmnet_interface_get_port_forwarding_rules(started.interface(), handler) }
         };
         return fetch(get, old_details);
@@ -146,7 +178,7 @@ pub(crate) fn list(started: &StartedInterface, system: &System) -> Result<Vec<Po
     let mut rules = Vec::new();
     for family in [AF_INET, AF_INET6] {
         let get = |handler: &ObjectBlock| {
-            // SAFETY: the interface runs.
+            // SAFETY: the interface runs, because we borrow its `StartedInterface`.
             unsafe { (newer.get)(started.interface(), family, handler) }
         };
         rules.extend(fetch(get, move |rule| new_details(newer, family, rule))?);
@@ -154,14 +186,20 @@ pub(crate) fn list(started: &StartedInterface, system: &System) -> Result<Vec<Po
     Ok(rules)
 }
 
-/// Asks for rules and reads each inside the block, while it lives.
+/// Asks for the rules. The block reads them with `details`, because they live only during its call.
+///
+/// # Errors
+///
+/// [`Error::Status`] and [`Error::Timeout`]. After a timeout the block is leaked.
 fn fetch(
     get: impl FnOnce(&ObjectBlock) -> u32,
     details: impl Fn(Borrowed<'_>) -> Option<PortForward> + Send + 'static,
 ) -> Result<Vec<PortForward>, Error> {
     let (answer, answers) = sync_channel(1);
     let handler = RcBlock::new(move |rules: Object| {
-        // SAFETY: null, which means no rules, or an array that lives during this call.
+        // SAFETY: vmnet.h gives the block null, if there are no rules, or an array. vmnet keeps its
+        // reference to the array during the block's call, and `Borrowed` is dropped before that
+        // ends.
         let rules = unsafe { Borrowed::from_raw(rules) };
         let rules: Vec<_> =
             rules.into_iter().flat_map(Borrowed::elements).filter_map(&details).collect();
@@ -171,16 +209,20 @@ fn fetch(
     match answers.recv_timeout(FORWARDING_TIMEOUT) {
         Ok(rules) => Ok(rules),
         Err(_) => {
+            // vmnet may still call the block, so it must live on.
             forget(handler);
             Err(Error::Timeout(FORWARDING_TIMEOUT))
         }
     }
 }
 
+/// Reads a rule with the function of macOS 10.15; `None` if vmnet refuses or the protocol is
+/// unknown.
 fn old_details(rule: Borrowed<'_>) -> Option<PortForward> {
     let (mut protocol, mut external_port, mut internal_port) = (0, 0, 0);
     let mut inner = in_addr { s_addr: 0 };
-    // SAFETY: the rule lives, and there is room for each detail.
+    // SAFETY: the rule lives, by the lifetime of `Borrowed`. Each pointer is to a local variable of
+    // the type that vmnet.h declares.
     let status = unsafe {
         vmnet_port_forwarding_rule_get_details(
             rule.as_raw(),
@@ -199,10 +241,13 @@ fn old_details(rule: Borrowed<'_>) -> Option<PortForward> {
     })
 }
 
+/// Reads a rule of the given family with the newer function; `None` if vmnet refuses or the
+/// protocol is unknown.
 fn new_details(newer: IpForwarding, family: u8, rule: Borrowed<'_>) -> Option<PortForward> {
     let (mut protocol, mut external_port, mut internal_port) = (0, 0, 0);
     let mut bytes = [0_u8; 16];
-    // SAFETY: as in `old_details`; 16 bytes are room for either family.
+    // SAFETY: the rule lives, by the lifetime of `Borrowed`. Each pointer is to a local variable of
+    // the declared type; the 16 bytes for the address are enough for either family.
     let status = unsafe {
         (newer.details)(
             rule.as_raw(),

@@ -1,5 +1,5 @@
-//! VmnetNetwork objects, macOS 26: a network with its addresses, rules and reservations, made before any
-//! interface is on it.
+//! Network objects (macOS 26): a network with its addresses, rules and reservations. It is created
+//! before any interface is on it.
 
 use std::ffi::{CString, c_void};
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -23,31 +23,39 @@ use super::xpc::{Dictionary, Owned};
 use crate::config::{Mode, PortForward};
 use crate::error::{ConfigError, Error, Status};
 
-/// A network of its own (macOS 26): its addresses are reserved while it exists. Interfaces join it
-/// with [`InterfaceBuilder::network`](crate::InterfaceBuilder::network), in this process or, through
+/// A network object (macOS 26). Its addresses are reserved while it exists. Interfaces join it with
+/// [`Vmnet::network`](super::Vmnet::network), in this process or, through
 /// [`serialize`](Self::serialize), in another.
 ///
-/// Cloning it is cheap; the reservation ends with the last clone and the last interface. When the
-/// last interface leaves, macOS 27 has been seen to forget the network's reservations and forwarding
-/// rules: keep one on it.
+/// Cloning is cheap. The address reservation ends when the last clone is dropped and the last
+/// interface on the network has stopped. Keep at least one interface on the network: on macOS 27
+/// others have seen that the network's DHCP reservations and forwarding rules are lost when its
+/// last interface leaves (Apple's FB24895271).
 #[derive(Clone)]
 #[doc(alias = "vmnet_network_ref")]
 pub struct VmnetNetwork(Arc<Inner>);
 
+/// The network object. A clone of [`VmnetNetwork`] shares it.
 struct Inner {
     network: NetworkRef,
     api: Networks,
     mode: Mode,
 }
 
-// SAFETY: the object is counted atomically and does not change after it was made.
+// SAFETY: Apple's documentation says to release the object with CFRelease, and CoreFoundation
+// counts references atomically, so any thread may release it. From which threads vmnet's functions
+// may be called is an open question (the row "from which threads may its functions be called?" in
+// ARCHITECTURE.md); we assume any thread.
 unsafe impl Send for Inner {}
-// SAFETY: as above.
+// SAFETY: the functions called with a shared network (the getters, serialization, an interface's
+// start) do not change it: vmnet has no function that does after `vmnet_network_create`. That
+// several threads may call them at a time is the same open question.
 unsafe impl Sync for Inner {}
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: our reference, which the creation gave us.
+        // SAFETY: `adopt` took over one reference to the network, and this is the only call that
+        // releases it.
         unsafe { (self.api.release)(self.network) }
     }
 }
@@ -58,8 +66,9 @@ impl fmt::Debug for VmnetNetwork {
     }
 }
 
-/// Makes a [`VmnetNetwork`]. Apple's defaults where nothing is said: NAT, DHCP, DNS proxy and router
-/// advertisements on, a free /24 of 192.168.0.0/16, MTU 1500.
+/// Settings of a [`VmnetNetwork`] to create. Apple's defaults apply to what is not set: NAT, DHCP,
+/// the DNS proxy and router advertisements are on, the IPv4 subnet is a free /24 of 192.168.0.0/16,
+/// the MTU is 1500 bytes.
 #[derive(Clone, Debug)]
 pub struct VmnetNetworkBuilder {
     mode: Mode,
@@ -73,43 +82,49 @@ pub struct VmnetNetworkBuilder {
     timeout: Duration,
 }
 
-/// What a network does for its guests unless it is told not to.
+/// A service of a network for its guests. All services are on unless
+/// [`VmnetNetworkBuilder::without`] turns one off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Service {
-    /// Translation of IPv4 addresses to the outside.
+    /// Translation of IPv4 addresses for traffic to the outside (NAT44).
     Nat44,
-    /// Translation of IPv6 addresses to the outside.
+    /// Translation of IPv6 addresses for traffic to the outside (NAT66).
     Nat66,
-    /// Giving out IPv4 addresses.
+    /// The DHCP server, which assigns IPv4 addresses.
     Dhcp,
-    /// Answering DNS queries at the gateway.
+    /// The DNS proxy, which answers queries at the gateway.
     DnsProxy,
-    /// Announcing IPv6 routers.
+    /// The announcement of IPv6 routers.
     RouterAdvertisement,
 }
 
 impl VmnetNetworkBuilder {
-    /// The gateway's IPv4 address and the subnet mask. Exclusive while the network exists. (Of the
-    /// subnet's own address, ending in .0, the system makes a network on which nothing starts.)
+    /// Sets the gateway's IPv4 address and the subnet mask. No other network can have the subnet
+    /// while this one exists.
+    ///
+    /// Pass the gateway's address, not the subnet's own (which ends in .0 in a /24): others have
+    /// measured on macOS 26 that the system accepts the latter, and that no interface starts on
+    /// such a network. [`create`](Self::create) refuses it.
     pub fn ipv4(mut self, gateway: Ipv4Addr, mask: Ipv4Addr) -> Self {
         self.subnet = Some((gateway, mask));
         self
     }
 
-    /// The IPv6 prefix and its length in bits.
+    /// Sets the IPv6 prefix and its length in bits.
     pub fn ipv6(mut self, prefix: Ipv6Addr, bits: u8) -> Self {
         self.prefix = Some((prefix, bits));
         self
     }
 
-    /// The MTU in bytes.
+    /// Sets the MTU in bytes.
     pub fn mtu(mut self, mtu: u32) -> Self {
         self.mtu = Some(mtu);
         self
     }
 
-    /// The way out, by the name of a physical interface; shared mode only. Default: as routes say.
+    /// Sets the physical interface, by its name, through which traffic leaves. Shared mode only. By
+    /// default the host's routing table decides.
     pub fn external_interface(mut self, name: impl Into<String>) -> Self {
         self.external_interface = Some(name.into());
         self
@@ -121,32 +136,39 @@ impl VmnetNetworkBuilder {
         self
     }
 
-    /// The address that DHCP gives to `mac`.
+    /// Reserves `address` for `mac`: DHCP assigns it to that MAC only.
     pub fn reserve(mut self, mac: MacAddr6, address: Ipv4Addr) -> Self {
         self.reservations.push((mac, address));
         self
     }
 
-    /// Forwards a port of the host. (The functions of an interface refuse to, on such a network.)
+    /// Forwards a port of the host. On an interface of a network object this is the only way:
+    /// there, [`Interface::add_port_forward`](crate::Interface::add_port_forward) fails with
+    /// [`Status::Failure`] (others have measured it on macOS 26 and 27).
     pub fn forward(mut self, rule: PortForward) -> Self {
         self.forwards.push(rule);
         self
     }
 
-    /// How long [`create`](Self::create) waits for the system, which has been seen never to answer.
-    /// Default 10 seconds.
+    /// Sets how long [`create`](Self::create) waits for the system. Default 10 seconds. On macOS 27
+    /// the system has been seen never to answer (apple/container issue 2275).
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Makes the network and reserves its addresses.
+    /// Creates the network and reserves its addresses.
     ///
     /// # Errors
     ///
-    /// [`Error::NeedsMacos`] before macOS 26; [`Error::PermissionDenied`]; [`Error::Status`], with
-    /// [`Status::Failure`] also for a subnet that is in use; [`Error::Timeout`], and then the call
-    /// goes on on a thread that is left behind.
+    /// - [`Error::NeedsMacos`] before macOS 26.
+    /// - [`Error::Config`] for [`Mode::Bridged`].
+    /// - [`Error::PermissionDenied`] if the process may lack the privilege.
+    /// - [`Error::Status`] with vmnet's status. [`Status::Failure`] can mean that another network
+    ///   has the subnet; unless the process is root it comes as [`Error::PermissionDenied`].
+    /// - [`Error::Timeout`] if the system did not answer in time. The call goes on in a thread of
+    ///   its own, and a network that still comes is released.
+    /// - [`Error::Io`] if that thread could not be started.
     pub fn create(self) -> Result<VmnetNetwork, Error> {
         let system = System::look();
         let api = system.networks()?;
@@ -162,17 +184,20 @@ impl VmnetNetworkBuilder {
             .and_then(|configuration| self.fill(&configuration).map(|()| configuration))
             .map_err(|status| permission::error(status, &system))?;
         let (answer, answers) = sync_channel(1);
-        // On a thread of its own, because it may never come back.
+        // On a thread of its own, because the call may never return.
         let creating = thread::Builder::new().name("vmring-network".to_owned());
         let mode = self.mode;
         creating
             .spawn(move || {
-                // The whole of it, which may change threads, and not the pointer in it.
+                // Capture all of `configuration`, which is `Send`, instead of the raw pointer in
+                // it.
                 let configuration = configuration;
                 let mut status = SUCCESS;
-                // SAFETY: the configuration lives; `status` is there to be written.
+                // SAFETY: this thread owns the configuration, so it is not released during the
+                // call. `status` is a local variable of the declared type.
                 let network = unsafe { (api.create)(configuration.0, &mut status) };
-                // If nobody waits any more, it is dropped and released.
+                // After the timeout nobody receives this. The network is dropped, which releases
+                // it.
                 let _ = answer.send(VmnetNetwork::adopt(api, network, status, mode));
             })
             .map_err(Error::io("starting the thread that makes the network"))?;
@@ -182,29 +207,39 @@ impl VmnetNetworkBuilder {
             .map_err(|status| permission::error(status, &system))
     }
 
+    /// Copies the settings into a configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::InvalidArgument`], and what vmnet answers to a setting.
     fn fill(&self, into: &Configuration) -> Result<(), Status> {
+        // SAFETY (for the calls below): we borrow the `Configuration`, which is released only when
+        // it is dropped, so its object lives during each call. vmnet copies what a pointer shows it
+        // during the call: no setter is documented to keep a pointer. The function types are those
+        // of `Networks`.
         let (configuration, api) = (into.0, into.1);
         if let Some((gateway, mask)) = self.subnet {
             if gateway & mask == gateway {
-                // The system would take it, and then start nothing on it.
+                // The system would accept it, and then no interface would start on the network.
                 return Err(Status::InvalidArgument);
             }
             let (gateway, mask) = (in_addr_of(gateway), in_addr_of(mask));
-            // SAFETY: the configuration lives, as in all calls here; both addresses are read.
+            // SAFETY: `into` keeps the configuration; both pointers are to local `in_addr`s.
             check(unsafe { (api.set_ipv4_subnet)(configuration, &gateway, &mask) })?;
         }
         if let Some((prefix, bits)) = self.prefix {
             let prefix = in6_addr { s6_addr: prefix.octets() };
-            // SAFETY: as above.
+            // SAFETY: `into` keeps the configuration; the pointer is to a local `in6_addr`.
             check(unsafe { (api.set_ipv6_prefix)(configuration, &prefix, bits) })?;
         }
         if let Some(mtu) = self.mtu {
-            // SAFETY: as above.
+            // SAFETY: `into` keeps the configuration; the MTU is passed by value.
             check(unsafe { (api.set_mtu)(configuration, mtu) })?;
         }
         if let Some(name) = &self.external_interface {
             let name = CString::new(name.as_str()).map_err(|_| Status::InvalidArgument)?;
-            // SAFETY: as above; the name is a C string.
+            // SAFETY: `into` keeps the configuration; `name` is a C string that lives through the
+            // call.
             check(unsafe { (api.set_external_interface)(configuration, name.as_ptr()) })?;
         }
         for service in &self.off {
@@ -215,18 +250,20 @@ impl VmnetNetworkBuilder {
                 Service::DnsProxy => api.disable_dns_proxy,
                 Service::RouterAdvertisement => api.disable_router_advertisement,
             };
-            // SAFETY: as above.
+            // SAFETY: `into` keeps the configuration, which is the only argument.
             unsafe { disable(configuration) }
         }
         for (mac, address) in &self.reservations {
             let (mac, address) = (mac.into_array(), in_addr_of(*address));
-            // SAFETY: as above.
+            // SAFETY: `into` keeps the configuration; the pointers are to a local MAC and
+            // `in_addr`.
             check(unsafe { (api.add_dhcp_reservation)(configuration, &mac, &address) })?;
         }
         for rule in &self.forwards {
             let (family, bytes) = address(rule.internal_address);
-            // The internal port comes first here, and last in the functions of an interface.
-            // SAFETY: as above; the address has the bytes of its family.
+            // The internal port comes first here; in the functions of an interface it comes last.
+            // SAFETY: `into` keeps the configuration; `bytes` holds 16 bytes, enough for either
+            // family, and `address` has put those of `family` there.
             check(unsafe {
                 (api.add_port_forwarding_rule)(
                     configuration,
@@ -242,20 +279,25 @@ impl VmnetNetworkBuilder {
     }
 }
 
+/// Converts an address to C's type, which has it in network order.
 fn in_addr_of(address: Ipv4Addr) -> in_addr {
     in_addr { s_addr: u32::from_ne_bytes(address.octets()) }
 }
 
-/// A configuration, released when dropped; vmnet copies what it says when it makes the network.
+/// A configuration of a network to create, which is released when this is dropped. vmnet copies the
+/// configuration when it creates the network (the tests of the crate `vmnet` 0.10 show it on macOS
+/// 26), so it need not outlive the call.
 struct Configuration(ConfigurationRef, Networks);
 
-// SAFETY: an object with one owner, not tied to a thread.
+// SAFETY: the object has one owner, `Configuration`, which is not `Sync`, so one thread at a time
+// uses it. That it may change threads is an assumption (the row "from which threads may its
+// functions be called?" of the open questions in ARCHITECTURE.md).
 unsafe impl Send for Configuration {}
 
 impl Configuration {
     fn new(api: Networks, mode: u32) -> Result<Self, Status> {
         let mut status = SUCCESS;
-        // SAFETY: `status` is there to be written.
+        // SAFETY: `status` is a local variable of the declared type; the mode is passed by value.
         let configuration = unsafe { (api.configuration_create)(mode, &mut status) };
         if configuration.is_null() {
             return Err(Status::from_code(status).unwrap_or(Status::Failure));
@@ -266,39 +308,42 @@ impl Configuration {
 
 impl Drop for Configuration {
     fn drop(&mut self) {
-        // SAFETY: our reference, which the creation gave us.
+        // SAFETY: `vmnet_network_configuration_create` gave us one reference in `new`, and this is
+        // the only call that releases it.
         unsafe { (self.1.release)(self.0) }
     }
 }
 
-/// A network as it goes to another process: an XPC dictionary.
+/// A network in the form in which it can be sent to another process: an XPC dictionary.
 #[derive(Debug)]
 pub struct SerializedNetwork(Owned);
 
 impl SerializedNetwork {
-    /// The `xpc_object_t`, to be sent in an XPC message; it lives as long as this value.
+    /// Returns the `xpc_object_t`, to be sent in an XPC message. It lives as long as this value.
     pub fn as_xpc_object(&self) -> *mut c_void {
         self.0.as_raw()
     }
 
-    /// Takes over what came in an XPC message.
+    /// Takes ownership of an `xpc_object_t` that came in an XPC message.
     ///
     /// # Safety
     ///
-    /// `object` is an `xpc_object_t` of which the caller gives up one reference.
+    /// `object` is null, or an `xpc_object_t`. The caller gives up one reference to it.
     ///
     /// # Errors
     ///
-    /// A null pointer is no object.
+    /// [`Status::InvalidArgument`] if `object` is null.
     pub unsafe fn from_xpc_object(object: *mut c_void) -> Result<Self, Error> {
-        // SAFETY: as the caller says.
+        // SAFETY: the caller promises null or an XPC object with one reference for us, which is
+        // what `Owned::from_raw` asks for.
         let owned = unsafe { Owned::from_raw(object) };
         Ok(Self(owned.ok_or(Status::InvalidArgument)?))
     }
 }
 
 impl VmnetNetwork {
-    /// Settings, then [`VmnetNetworkBuilder::create`]. Host or shared mode.
+    /// Returns the settings of a network in host or shared mode. [`VmnetNetworkBuilder::create`]
+    /// creates the network.
     pub fn builder(mode: Mode) -> VmnetNetworkBuilder {
         VmnetNetworkBuilder {
             mode,
@@ -313,6 +358,11 @@ impl VmnetNetwork {
         }
     }
 
+    /// Takes ownership of a network that a function of vmnet has returned with `status`.
+    ///
+    /// # Errors
+    ///
+    /// The status if it is not success, and [`Status::Failure`] for null with success.
     fn adopt(api: Networks, network: NetworkRef, status: u32, mode: Mode) -> Result<Self, Status> {
         if network.is_null() {
             return Err(Status::from_code(status).unwrap_or(Status::Failure));
@@ -321,38 +371,43 @@ impl VmnetNetwork {
         check(status).map(|()| network)
     }
 
-    /// Host or shared.
+    /// Returns the mode: host or shared.
     pub fn mode(&self) -> &Mode {
         &self.0.mode
     }
 
-    /// The gateway's IPv4 address and the subnet mask.
+    /// Returns the gateway's IPv4 address and the subnet mask.
     pub fn ipv4(&self) -> (Ipv4Addr, Ipv4Addr) {
         let mut addresses = [in_addr { s_addr: 0 }; 2];
         let [gateway, mask] = &mut addresses;
-        // SAFETY: the network lives; both are there to be written.
+        // SAFETY: the network lives: `Inner` holds a reference until it is dropped. Both pointers
+        // are to elements of a local array of the declared type.
         unsafe { (self.0.api.get_ipv4_subnet)(self.0.network, gateway, mask) }
         let [gateway, mask] = addresses.map(|address| address.s_addr.to_ne_bytes().into());
         (gateway, mask)
     }
 
-    /// The IPv6 prefix and its length in bits.
+    /// Returns the IPv6 prefix and its length in bits.
     pub fn ipv6(&self) -> (Ipv6Addr, u8) {
         let mut prefix = in6_addr { s6_addr: [0; 16] };
         let mut bits = 0;
-        // SAFETY: as in `ipv4`.
+        // SAFETY: the network lives: `Inner` holds a reference until it is dropped. Both pointers
+        // are to local variables of the declared types.
         unsafe { (self.0.api.get_ipv6_prefix)(self.0.network, &mut prefix, &mut bits) }
         (prefix.s6_addr.into(), bits)
     }
 
-    /// The network for another process. It has to keep this one's existing while it starts.
+    /// Returns the network in a form that can be sent to another process. Keep this network until
+    /// the other process has started its interface.
     ///
     /// # Errors
     ///
-    /// [`Error::Status`].
+    /// [`Error::Status`] with vmnet's status.
     pub fn serialize(&self) -> Result<SerializedNetwork, Error> {
         let mut status = SUCCESS;
-        // SAFETY: the network lives; `status` is there to be written; the result is ours.
+        // SAFETY: the network lives: `Inner` holds a reference until it is dropped. `status` is a
+        // local variable. By the function's name ("copy", see xpc_object(3)) the result is null or
+        // comes with one reference for us.
         let object = unsafe {
             Owned::from_raw((self.0.api.copy_serialization)(self.0.network, &mut status))
         };
@@ -360,22 +415,26 @@ impl VmnetNetwork {
         Ok(SerializedNetwork(object.ok_or(Status::Failure)?))
     }
 
-    /// A network that another process has made. The mode is not part of what is told: say it.
+    /// Returns the network that another process has serialized. The serialized form does not carry
+    /// the mode, so pass the one that the network was created with.
     ///
     /// # Errors
     ///
-    /// As [`VmnetNetworkBuilder::create`].
+    /// [`Error::NeedsMacos`] before macOS 26, [`Error::PermissionDenied`] if the process may lack
+    /// the privilege, otherwise [`Error::Status`] with vmnet's status.
     pub fn deserialize(serialized: &SerializedNetwork, mode: Mode) -> Result<Self, Error> {
         let system = System::look();
         let api = system.networks()?;
         let mut status = SUCCESS;
-        // SAFETY: the object lives; `status` is there to be written.
+        // SAFETY: the object lives: `SerializedNetwork` holds a reference until it is dropped.
+        // `status` is a local variable of the declared type.
         let network =
             unsafe { (api.create_with_serialization)(serialized.0.as_raw(), &mut status) };
         Self::adopt(api, network, status, mode).map_err(|status| permission::error(status, &system))
     }
 
-    /// Starts an interface on it.
+    /// Calls `vmnet_interface_start_with_network` and returns its handle, which is null after a
+    /// failure.
     pub(crate) fn start(
         &self,
         description: &Dictionary,
@@ -383,8 +442,10 @@ impl VmnetNetwork {
         handler: &StartBlock,
     ) -> InterfaceRef {
         let Inner { network, api, .. } = &*self.0;
-        // SAFETY: the network lives, and the types are the declared ones; handler and queue stay the
-        // caller's until the handler has run.
+        // SAFETY: the network lives: `Inner` holds a reference until it is dropped. The description
+        // lives through the call, and the argument types are those of `Networks`.
+        // `StartedInterface::start_with`, the only caller, keeps handler and queue until the
+        // handler has run, or leaks them.
         unsafe { (api.start_interface)(*network, description.as_raw(), queue, handler) }
     }
 }
