@@ -1,8 +1,8 @@
-//! Questions to a real vmnet that no document answers: `vmring probe`. Each is asked with calls that
-//! cannot harm more than the probe's own interfaces, and the answers are for an issue report.
+//! Questions to a real vmnet that no document answers, for `vmring probe`. The calls that a
+//! question takes can harm only the probe's own interfaces. The answers are for an issue report.
 //!
-//! Frames that are not the probe's own (the host's multicasts, say) are read and not counted, as far as
-//! that can be told: they make events all the same.
+//! The probe also reads frames that are not its own, for example the host's multicasts. It does not
+//! count them where it can tell them apart. They cause events, though, and events are counted.
 
 use std::collections::BTreeMap;
 use std::ffi::c_int;
@@ -23,37 +23,37 @@ use super::started::{StartedInterface, Timeouts};
 use crate::config::{InterfaceConfig, Mode};
 use crate::error::Error;
 
-/// What the probe does.
+/// The settings of a probe. [`run`](Self::run) asks the questions.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// The identities of its two interfaces. A third, fourth and so on differ from these in the first
-    /// byte.
+    /// The identities of its two interfaces. Those of further interfaces differ from them in the
+    /// first byte.
     pub interface_ids: [[u8; 16]; 2],
-    /// How long the host has to be put to sleep and woken, not counting the sleep; `None`: that is not
-    /// asked.
+    /// How much time there is to put the host to sleep and to wake it, not counting the sleep
+    /// itself. `None` leaves out the question about sleep.
     pub sleep: Option<Duration>,
     /// How long to wait for an event that may not come.
     pub patience: Duration,
 }
 
-/// What [`Probe::run`] has to tell while it runs.
+/// What [`Probe::run`] reports while it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Told<'a> {
-    /// It asks a question now: what an impatient person should see.
+    /// It asks this question now. Show it to a person who waits.
     Asking {
         /// The question's number, from 1 to 12.
         number: u32,
         /// What it is about.
         question: &'a str,
     },
-    /// A line of the report. It comes when it is known, so that a probe that hangs or crashes has
-    /// reported what came before.
+    /// A line of the report. It comes as soon as it is known, so a probe that hangs or crashes has
+    /// reported everything before that.
     Line(&'a str),
 }
 
 impl Default for Probe {
-    /// Random identities; the host does not sleep.
+    /// Random identities, no question about sleep, and a patience of 1.5 seconds.
     fn default() -> Self {
         let half = || RandomState::new().hash_one(0).to_ne_bytes();
         let id = || {
@@ -68,36 +68,36 @@ impl Default for Probe {
 
 const TIMEOUTS: Timeouts =
     Timeouts { start: Duration::from_secs(20), stop: Duration::from_secs(10) };
-/// How long a frame may be under way from one interface to the other.
+/// How long the probe gives a frame to travel from one interface to the other.
 const UNDER_WAY: Duration = Duration::from_millis(50);
-/// When that long nothing has come, nothing comes.
+/// After this time without a packet, no more are expected.
 const QUIET: Duration = Duration::from_millis(100);
-/// Reading ends at the latest then, however much others send.
+/// The longest time that the probe reads, even if others send without end.
 const ENOUGH: Duration = Duration::from_secs(5);
-/// The ethertype of the probe's frames: for experiments in a local network.
+/// The EtherType of the probe's frames: Local Experimental EtherType 1 (IEEE 802).
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 const BROADCAST: [u8; 6] = [0xff; 6];
-/// Bytes of a small frame.
+/// The size of a small frame in bytes.
 const SMALL: usize = 60;
 
 /// What vmnet answered to a read or a write.
 #[derive(Clone, Debug)]
 struct Answer {
     status: u32,
-    /// As vmnet left it: it may be anything.
+    /// The count as vmnet left it. It may be any number.
     count: c_int,
-    /// The descriptors' sizes afterwards.
+    /// The descriptors' `vm_pkt_size` after the call.
     sizes: Vec<usize>,
 }
 
 impl Answer {
-    /// How many packets went, if it is a success.
+    /// Returns how many packets the call transferred; 0 if it failed.
     fn done(&self) -> usize {
         let count = usize::try_from(self.count).unwrap_or(0).min(self.sizes.len());
         if self.status == SUCCESS { count } else { 0 }
     }
 
-    /// Those of `packets` that a read has filled.
+    /// Returns those of `packets` that a read has filled, each with its length.
     fn packets<'a>(&self, packets: &'a [Vec<u8>]) -> impl Iterator<Item = &'a [u8]> {
         let sizes = self.sizes.iter().copied().take(self.done());
         packets
@@ -107,20 +107,21 @@ impl Answer {
     }
 }
 
-/// Status and count.
+/// Writes status and count, in brackets.
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "({}, {})", self.status, self.count)
     }
 }
 
+/// `vmnet_read` or `vmnet_write`.
 type Transfer = unsafe extern "C" fn(InterfaceRef, *mut PacketDescriptor, *mut c_int) -> u32;
 
-/// Calls `vmnet_read` or `vmnet_write` with these packets, each in so many `pieces`.
+/// Calls `vmnet_read` or `vmnet_write` with these packets, each split into `pieces` iovecs.
 ///
 /// # Safety
 ///
-/// `interface` is a handle of a start, and is not stopped during the call.
+/// `interface` is a handle that a start has returned, and it is not stopped during the call.
 unsafe fn call(
     function: Transfer,
     interface: InterfaceRef,
@@ -147,48 +148,54 @@ unsafe fn call(
         })
         .collect();
     let mut count = descriptors.len() as c_int;
-    // SAFETY: the interface is as the caller says; there are `count` descriptors, and they, their
-    // iovecs and the bytes are ours during the call.
+    // SAFETY: the caller promises a handle that is not stopped during the call. There are `count`
+    // descriptors. They and their iovecs are local to this function, and they point at bytes that
+    // it has borrowed mutably.
     let status = unsafe { function(interface, descriptors.as_mut_ptr(), &mut count) };
     let sizes = descriptors.iter().map(|descriptor| descriptor.vm_pkt_size).collect();
     Answer { status, count, sizes }
 }
 
+/// Returns the packets as slices, in which form `call` takes them.
 fn slices(packets: &mut [Vec<u8>]) -> Vec<&mut [u8]> {
     packets.iter_mut().map(Vec::as_mut_slice).collect()
 }
 
+/// Calls `vmnet_read`. Question 5 calls this from two threads at a time, on purpose.
 fn read(started: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
-    // SAFETY: a port runs as long as it exists.
+    // SAFETY: the interface runs, because we borrow its `StartedInterface`.
     unsafe { call(vmnet_read, started.interface(), &mut slices(packets), pieces) }
 }
 
+/// Calls `vmnet_write`.
 fn write(started: &StartedInterface, packets: &mut [Vec<u8>], pieces: usize) -> Answer {
-    // SAFETY: as in `read`.
+    // SAFETY: the interface runs, because we borrow its `StartedInterface`.
     unsafe { call(vmnet_write, started.interface(), &mut slices(packets), pieces) }
 }
 
-/// `n` buffers.
+/// Returns `n` buffers of `size` bytes each.
 fn empty_buffers(n: usize, size: usize) -> Vec<Vec<u8>> {
     vec![vec![0; size]; n]
 }
 
-/// A frame of the probe's, as far as it fits into `size` bytes.
+/// Returns one of the probe's frames, cut or padded to `size` bytes.
 fn frame(number: usize, size: usize, [from, to]: [[u8; 6]; 2]) -> Vec<u8> {
     let mut frame = [&to[..], &from, &ETHERTYPE, &(number as u32).to_be_bytes()].concat();
     frame.resize(size, 0x5a);
     frame
 }
 
-/// `n` frames, numbered.
+/// Returns `n` frames, numbered from 0.
 fn frames(n: usize, size: usize, between: [[u8; 6]; 2]) -> Vec<Vec<u8>> {
     (0..n).map(|number| frame(number, size, between)).collect()
 }
 
+/// Returns whether a packet is one of the probe's own frames.
 fn is_ours(packet: &[u8]) -> bool {
     packet.get(12..14) == Some(&ETHERTYPE)
 }
 
+/// Returns the number in a frame of the probe's; `u32::MAX` if the frame is too short for one.
 fn number_of(packet: &[u8]) -> u32 {
     packet.get(14..18).and_then(<[u8]>::first_chunk).map_or(u32::MAX, |n| u32::from_be_bytes(*n))
 }
@@ -196,13 +203,15 @@ fn number_of(packet: &[u8]) -> u32 {
 /// Two interfaces on one network.
 struct Pair {
     started: [StartedInterface; 2],
-    /// From the first to the second.
+    /// The MACs of the first and of the second interface, for frames from the first to the second.
     macs: [[u8; 6]; 2],
+    /// The largest packet in bytes.
     max: usize,
-    /// Packets per read and per write.
+    /// The most packets per read and per write.
     limits: (usize, usize),
 }
 
+/// Returns the settings of one of the probe's interfaces.
 fn config(id: [u8; 16], virtio_header: bool) -> InterfaceConfig {
     let mut config = InterfaceConfig::new(Mode::Shared, id);
     config.offloads.virtio_header = virtio_header;
@@ -211,12 +220,14 @@ fn config(id: [u8; 16], virtio_header: bool) -> InterfaceConfig {
     config
 }
 
+/// Starts an interface in shared mode.
 fn start(id: [u8; 16], system: System, virtio_header: bool) -> Result<StartedInterface, Error> {
     let config = config(id, virtio_header);
     let description = describe(&config, &Extras::default(), &system)?;
     StartedInterface::start(&description, None, system, TIMEOUTS)
 }
 
+/// Starts an interface on a network object, with the virtio header.
 fn start_on(
     network: &VmnetNetwork,
     id: [u8; 16],
@@ -228,7 +239,7 @@ fn start_on(
 }
 
 impl Probe {
-    /// Identities of further interfaces.
+    /// Returns the identities of two further interfaces.
     fn other_ids(&self, which: u8) -> [[u8; 16]; 2] {
         self.interface_ids.map(|mut id| {
             id[0] ^= which;
@@ -238,6 +249,7 @@ impl Probe {
 }
 
 impl Pair {
+    /// Starts both interfaces in shared mode.
     fn start(ids: [[u8; 16]; 2], system: System) -> Result<Self, Error> {
         let started = [start(ids[0], system, false)?, start(ids[1], system, false)?];
         let macs = [0, 1].map(|i| {
@@ -249,7 +261,8 @@ impl Pair {
         Ok(Self { started, macs, max: max as usize, limits: (read as usize, write as usize) })
     }
 
-    /// Sends `n` small frames from the first to the second, numbered. How many were taken.
+    /// Sends `n` small numbered frames from the first to the second, and returns how many vmnet
+    /// took.
     fn send(&self, n: usize) -> usize {
         let mut all = frames(n, SMALL, self.macs);
         let mut sent = 0;
@@ -263,7 +276,7 @@ impl Pair {
         sent
     }
 
-    /// Reads at the second until nothing comes any more: the probe's own frames.
+    /// Reads at the second until no more packets come, and returns the probe's own frames.
     fn collect(&self) -> Vec<Vec<u8>> {
         let mut ours = Vec::new();
         let (start, mut last) = (Instant::now(), Instant::now());
@@ -281,12 +294,12 @@ impl Pair {
         ours
     }
 
-    /// Reads one packet at a time, with `read`, until it is one of the probe's own or the answer is
-    /// another than "nothing there". The packet is in the buffer.
+    /// Reads one packet at a time at the second, in `pieces` iovecs, until it is one of the probe's
+    /// own, or a read fails, or nothing has come for `QUIET`. The packet is in the buffer.
     fn receive(&self, buffer: &mut [u8], pieces: usize) -> Answer {
         let start = Instant::now();
         loop {
-            // SAFETY: a port runs as long as it exists.
+            // SAFETY: the interface runs, because `self` owns its `StartedInterface`.
             let answer = unsafe {
                 call(vmnet_read, self.started[1].interface(), &mut [&mut *buffer], pieces)
             };
@@ -299,6 +312,7 @@ impl Pair {
         }
     }
 
+    /// Returns the number of the second's events so far.
     fn events(&self) -> u64 {
         self.started[1].events.count()
     }
@@ -307,7 +321,7 @@ impl Pair {
 /// A question's number, its words, and what to do for the answer.
 type Question = (u32, &'static str, fn(&Pair, &Probe, System) -> String);
 
-/// The sleep comes last: what is asked after it might be asked of dead interfaces.
+/// All questions. The sleep comes last, because it may leave the interfaces dead.
 const QUESTIONS: &[Question] = &[
     (1, "several iovecs in one packet", several_iovecs),
     (2, "the count after a write that failed or was not taken whole; 1007", counts_after_failure),
@@ -324,13 +338,14 @@ const QUESTIONS: &[Question] = &[
 ];
 
 impl Probe {
-    /// Asks everything, one question after the other; `tell` gets the report line by line. Each answer
-    /// stands alone: one that fails says so, and the next is asked. In the answers a pair in brackets
-    /// is what a call returned: its status (1000 is success) and its count.
+    /// Asks all questions, one after the other. `tell` gets the report line by line.
+    ///
+    /// A question that fails says so in its answer, and the next one is asked. A pair in brackets
+    /// in an answer is what a call returned: its status (1000 is success) and its count.
     ///
     /// # Errors
     ///
-    /// The interfaces could not be started.
+    /// The errors of a start, if one of the two interfaces could not be started.
     pub fn run(&self, tell: &mut dyn FnMut(Told<'_>)) -> Result<(), Error> {
         let system = System::look();
         let pair = Pair::start(self.interface_ids, system)?;
@@ -353,7 +368,7 @@ fn several_iovecs(pair: &Pair, _: &Probe, _: System) -> String {
     let written = write(&pair.started[0], &mut frames(1, SMALL, pair.macs), 2);
     let arrived = pair.collect();
     let whole = arrived.first().is_some_and(|packet| *packet == frame(0, SMALL, pair.macs));
-    // One that needs both iovecs.
+    // A packet of the largest size fills both iovecs of the read.
     let mut long = frames(1, pair.max, pair.macs);
     let sent = write(&pair.started[0], &mut long, 1);
     let mut buffer = vec![0; pair.max];
@@ -370,7 +385,7 @@ fn several_iovecs(pair: &Pair, _: &Probe, _: System) -> String {
 
 fn counts_after_failure(pair: &Pair, _: &Probe, _: System) -> String {
     let mut mixed = frames(4, SMALL, pair.macs);
-    // The third is longer than allowed.
+    // The third frame is longer than vmnet allows.
     mixed[2].resize(pair.max + 100, 0);
     let failed = write(&pair.started[0], &mut mixed, 1);
     let arrived: Vec<u32> = pair.collect().iter().map(|packet| number_of(packet)).collect();
@@ -456,13 +471,13 @@ fn two_readers(pair: &Pair, _: &Probe, _: System) -> String {
     )
 }
 
-/// A frame to everybody with a virtio header in front, `size` bytes together.
+/// Returns a broadcast frame with a virtio header in front, `size` bytes together.
 fn with_header(number: usize, size: usize, header: &[u8; offload::LEN]) -> Vec<u8> {
     let between = [[2, 0, 0, 0, 0, 1], BROADCAST];
     [&header[..], &frame(number, size - offload::LEN, between)].concat()
 }
 
-/// Writes frames with a header on the first and says what comes to the second.
+/// Writes frames with a virtio header on the first interface, and reports what the second receives.
 fn headers(started: &[StartedInterface; 2]) -> String {
     let Some((mtu, max)) = started[0].parameters.sizes() else { return "no sizes".to_owned() };
     let (mtu, max) = (mtu as usize, max as usize);
@@ -471,7 +486,8 @@ fn headers(started: &[StartedInterface; 2]) -> String {
     let mut one_buffer = none;
     one_buffer[10] = 1;
     let mut checksum = none;
-    // VIRTIO_NET_HDR_F_NEEDS_CSUM, from byte 14 on, to be put at 14 + 16 (virtio 1.2, 5.1.6).
+    // flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, csum_start = 14, csum_offset = 16, little-endian (virtio
+    // 1.2, 5.1.6): the checksum covers byte 14 to the end, and its place is byte 14 + 16.
     (checksum[0], checksum[6], checksum[8]) = (1, 14, 16);
     let small = SMALL + offload::LEN;
     let wanted = [
@@ -531,12 +547,14 @@ fn right_after_start(_: &Pair, probe: &Probe, system: System) -> String {
     let started =
         describe(&config(id, false), &Extras::default(), &system).and_then(|description| {
             StartedInterface::start_with(&description, None, system, TIMEOUTS, |interface| {
-                // Larger than any packet can be here, whatever its size turns out to be.
+                // Larger than any packet: the interface's own limit is not known yet.
                 let mut buffer = vec![0; 128 * 1024];
-                // SAFETY: the handle has just come from the start, and is not stopped.
+                // SAFETY: the start has just returned this handle. `start_with` stops the
+                // interface, if at all, after this closure has returned.
                 let read = unsafe { call(vmnet_read, interface, &mut [&mut buffer], 1) };
                 let mut frame = frame(0, SMALL, [[2, 0, 0, 0, 0, 1], BROADCAST]);
-                // SAFETY: as above.
+                // SAFETY: the handle is the one of the read, and `start_with` does not stop the
+                // interface before this closure has returned.
                 let write = unsafe { call(vmnet_write, interface, &mut [&mut frame], 1) };
                 answer = format!("before the handler was waited for: read {read}, write {write}");
             })
@@ -556,7 +574,8 @@ fn host_sleep(pair: &Pair, probe: &Probe, _: System) -> String {
         return format!("no events: {status}");
     }
     let before = pair.events();
-    // The first of these clocks stands still while macOS sleeps.
+    // On macOS the first of these clocks stops while the host sleeps: std's `Instant` there uses
+    // CLOCK_UPTIME_RAW.
     let (awake, wall) = (Instant::now(), SystemTime::now());
     thread::sleep(time);
     let slept = wall.elapsed().unwrap_or_default().saturating_sub(awake.elapsed());
@@ -587,7 +606,7 @@ fn guest_memory(pair: &Pair, _: &Probe, _: System) -> String {
     let wanted = frame(7, SMALL, pair.macs);
     memory.bytes[..SMALL].copy_from_slice(&wanted);
     let [sender, _] = &pair.started;
-    // SAFETY: a port runs as long as it exists.
+    // SAFETY: the interface runs, because `pair` owns its `StartedInterface`.
     let written =
         unsafe { call(vmnet_write, sender.interface(), &mut [&mut memory.bytes[..SMALL]], 1) };
     memory.bytes.fill(0);
