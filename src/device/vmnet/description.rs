@@ -89,7 +89,7 @@ pub(crate) fn describe(
         description.set_u64(key.mode, mode.into());
         if let Some(range) = config.ipv4 {
             if bridged {
-                return invalid("a bridged interface takes its addresses from the outside");
+                return invalid("a bridged interface gets its addresses from the outside network");
             }
             // vmnet.h: either all three are set, or none.
             for (key, address) in key.range.into_iter().zip([range.start, range.end, range.mask]) {

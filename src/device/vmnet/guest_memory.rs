@@ -122,7 +122,7 @@ mod imp {
 
     impl Machine {
         pub(super) fn with(_: &mut MmapMut) -> Result<Self, String> {
-            Err("Hypervisor.framework is macOS's".to_owned())
+            Err("Hypervisor.framework exists on macOS only".to_owned())
         }
     }
 }
