@@ -1,9 +1,9 @@
 //! The interface between a ring and a system: the devices that come with the library, and the
 //! traits for a device of your own.
 //!
-//! A ring makes no system call for a packet. A poller drives it: a thread of its own, or the
-//! caller's (see [`Drive`](crate::Drive)). The poller calls a device, which moves the packets. Five
-//! types are involved, and each leads to the next:
+//! A ring only queues frames. A poller drives it, on a thread of its own or on the caller's (see
+//! [`Drive`](crate::Drive)). The poller calls a device, which moves the packets. Five types are
+//! involved, and each leads to the next:
 //!
 //! 1. A [`Driver`] starts a device. [`InterfaceBuilder::device`](crate::InterfaceBuilder::device)
 //!    takes a driver, and [`InterfaceBuilder::start`](crate::InterfaceBuilder::start) calls
@@ -18,7 +18,7 @@
 //! 4. A [`PollContext`] gives a queue access to its ring for one poll. The queue takes slots out of
 //!    it, fills or sends them, and completes them through it.
 //! 5. A [`PostedSlot`] is one frame that the ring's caller has submitted: a read to be filled, or a
-//!    write to be sent. The queue owns it until it completes it or puts it back.
+//!    write to be sent. The queue owns the slot until it completes it or puts it back.
 //!
 //! A device is based on completions. A device that makes batch calls (vmnet, or a TAP with read(2)
 //! and write(2)) takes a slot and completes it in the same poll. A device over a completion engine

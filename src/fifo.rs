@@ -1,19 +1,22 @@
-//! A queue whose elements are made in their place.
+//! A queue whose elements are constructed in place.
 //!
-//! `VecDeque::push_back` takes its element by value, so that a slot is put together on the stack first
-//! and then copied: a wide load behind narrow stores, for which the processor waits some fifteen cycles.
+//! `VecDeque::push_back` takes its element by value. The compiler builds a posted slot on the stack
+//! with narrow stores, and copies it into the queue with wide loads. The processor waits some
+//! fifteen cycles for such a load.
 
 use std::fmt;
 use std::mem::MaybeUninit;
 
-/// First in, first out. Grows when it is full, which a ring's lists never are: their size is the
-/// ring's depth.
+/// A queue (first in, first out). It grows when it is full. A ring's lists never grow, because
+/// their capacity is the ring's depth.
 ///
-/// Invariant: exactly the cells `head..tail` hold an element, and those are at most all.
+/// Invariant (full cells): exactly the cells `head..tail` hold an element, and there are at most
+/// `cells.len()` of them.
 pub(crate) struct Fifo<T> {
-    /// A power of two, or none.
+    /// The number of cells is a power of two, or 0.
     cells: Box<[MaybeUninit<T>]>,
-    /// Where the oldest is, and where the next comes. Free-running; a cell is found by masking.
+    /// The index of the oldest element, and the index at which the next is pushed. Indices run
+    /// freely; masking one gives its cell.
     head: usize,
     tail: usize,
 }
@@ -57,16 +60,17 @@ impl<T> Fifo<T> {
         index & self.cells.len().wrapping_sub(1)
     }
 
-    /// The element at `index`, taken out.
+    /// Moves the element out of the cell of `index`.
     ///
     /// # Safety
     ///
-    /// There was one until just now: the caller has moved `head` or `tail` past it, and has left none there
-    /// before.
+    /// The cell must hold an element, and `index` must not be in `head..tail` any more: the caller
+    /// has just moved `head` or `tail` past it.
     #[inline(always)]
     unsafe fn take(&self, index: usize) -> T {
-        // SAFETY: there is a cell, as something was in it; masking by a power of two finds it, and the
-        // caller says that it is full and will not be read again.
+        // SAFETY: the caller promises that the cell holds an element, so there are cells, and
+        // masking by their number, a power of two, gives one of them. The element is not read
+        // again, because by the caller's promise `index` has left `head..tail`.
         unsafe { self.cells.get_unchecked(self.cell(index)).assume_init_read() }
     }
 
@@ -81,7 +85,7 @@ impl<T> Fifo<T> {
     #[inline(never)]
     fn grow(&mut self) {
         let mut larger = Self::with_capacity((self.len() + 1).max(8));
-        // Positions stay what they are.
+        // Each element keeps its index.
         (larger.head, larger.tail) = (self.head, self.head);
         while let Some(element) = self.pop_front() {
             larger.push_back(element);
@@ -89,12 +93,13 @@ impl<T> Fifo<T> {
         *self = larger;
     }
 
-    /// Makes an element behind all others.
+    /// Pushes the element that `make` returns, behind all others. It is constructed in its cell.
     #[inline]
     pub(crate) fn push_back_with(&mut self, make: impl FnOnce() -> T) {
         self.make_room();
         let cell = self.cell(self.tail);
-        // SAFETY: there is room, so there are cells; masking by a power of two finds one of them.
+        // SAFETY: `make_room` has left at least one cell free, so there are cells, and masking by
+        // their number, a power of two, gives one of them.
         unsafe { self.cells.get_unchecked_mut(cell) }.write(make());
         self.tail = self.tail.wrapping_add(1);
     }
@@ -111,7 +116,7 @@ impl<T> Fifo<T> {
         self.head = self.head.wrapping_sub(1);
     }
 
-    /// The oldest.
+    /// Removes and returns the oldest element.
     #[inline(always)]
     pub(crate) fn pop_front(&mut self) -> Option<T> {
         if self.is_empty() {
@@ -119,38 +124,41 @@ impl<T> Fifo<T> {
         }
         let index = self.head;
         self.head = index.wrapping_add(1);
-        // SAFETY: it was in `head..tail`, and is not any more.
+        // SAFETY: `index` was in `head..tail`, so its cell holds an element (invariant: full
+        // cells), and `head` has just moved past it.
         Some(unsafe { self.take(index) })
     }
 
-    /// The newest.
+    /// Removes and returns the newest element.
     pub(crate) fn pop_back(&mut self) -> Option<T> {
         if self.is_empty() {
             return None;
         }
         self.tail = self.tail.wrapping_sub(1);
-        // SAFETY: as in `pop_front`.
+        // SAFETY: this index was in `head..tail`, so its cell holds an element (invariant: full
+        // cells), and `tail` has just moved in front of it.
         Some(unsafe { self.take(self.tail) })
     }
 
-    /// Moves everything of `other` behind what is here.
+    /// Moves all elements of `other` to the end of this queue.
     pub(crate) fn append(&mut self, other: &mut Self) {
         while let Some(element) = other.pop_front() {
             self.push_back(element);
         }
     }
 
-    /// The elements, oldest first.
+    /// Returns the elements, oldest first.
     #[inline]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         (0..self.len()).map(|i| {
             let cell = self.cell(self.head.wrapping_add(i));
-            // SAFETY: it is in `head..tail`.
+            // SAFETY: the index is in `head..tail`, so its cell holds an element (invariant: full
+            // cells).
             unsafe { self.cells[cell].assume_init_ref() }
         })
     }
 
-    /// The elements where they are, oldest first.
+    /// Returns the elements for changing them in place, oldest first.
     #[cfg(any(target_os = "macos", feature = "vmnet-sim", test))]
     #[inline]
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
@@ -158,7 +166,8 @@ impl<T> Fifo<T> {
         let start = self.cell(self.head).min(self.cells.len());
         let (behind, first) = self.cells.split_at_mut(start);
         let cells = first.iter_mut().chain(behind).take(len);
-        // SAFETY: so many from `head` on are `head..tail`.
+        // SAFETY: the iterator yields the first `len` cells from that of `head` on, with the wrap.
+        // They are the cells of `head..tail`, which hold elements (invariant: full cells).
         cells.map(|cell| unsafe { cell.assume_init_mut() })
     }
 }
@@ -187,7 +196,8 @@ mod tests {
         prop::collection::vec(step, 0..60)
     }
 
-    /// Each element is dropped once, wherever it is.
+    /// Goal: each element is dropped once, wherever its cell is. Method: count references to one
+    /// element that is pushed at both ends and popped.
     #[test]
     fn it_drops_what_is_left() {
         let element = std::sync::Arc::new(());

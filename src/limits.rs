@@ -1,48 +1,53 @@
-//! Every default and limit of the library that is a number. The limits of one driver are in a file
-//! of the same name below it (`device/vmnet/limits.rs`, `device/tap/limits.rs`), those of the queues
-//! in `vmring-core`, those of the embedded network in `vmring-embedded`. How long to wait and how
-//! often to retry is in `policy.rs`.
+//! The defaults and limits of the library that are numbers.
+//!
+//! Those of one driver are in a file of this name below it (`device/vmnet/limits.rs`,
+//! `device/tap/limits.rs`). Those of the queues are in `vmring-core`, and those of the embedded
+//! network in `vmring-embedded`. How long a thread waits and how often a write is tried is in
+//! `policy.rs`.
 
 use std::time::Duration;
 
-/// How long a start waits for the driver unless asked otherwise.
+/// How long a start waits for the driver, by default.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a close waits for the device to release its slots unless asked otherwise.
+/// How long a close waits for the device to release its slots, by default.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a closing engine on a poller asks the device again.
+/// The interval at which a closing engine on a poller asks the device again.
 pub(crate) const CLOSE_RETRY: Duration = Duration::from_millis(1);
-/// How often `close` polls an engine that it drives itself.
+/// The interval at which `close` polls an engine that it drives itself.
 pub(crate) const CLOSE_POLL: Duration = Duration::from_micros(200);
-/// The longest sleep of a wait for a cancel: it covers the moment between a look and going to sleep.
-/// The engine's notification ends the sleep early.
+/// The longest sleep of a wait for a cancel. Usually a notification of the engine ends the sleep.
+/// If it comes between the look and the sleep, the wait notices after this time.
 pub(crate) const CANCEL_WAIT: Duration = Duration::from_millis(1);
 
-/// Reads, and writes, that may be in flight on a ring unless asked otherwise.
+/// How many reads may be in flight on a ring, and how many writes, by default.
 pub(crate) const DEPTH: u32 = 256;
-/// Cancels that may be in flight on a ring unless asked otherwise.
+/// How many cancels may be in flight on a ring, by default.
 pub(crate) const CANCEL_DEPTH: u32 = 16;
 /// The largest depth of one direction: twice the largest virtqueue.
 pub(crate) const DEPTH_MAX: u32 = vmring_core::DEPTH_MAX / 4;
 
-/// Rings that one poller can drive: a bit each in a word for each bit of a word.
+/// How many rings one poller can drive. The ready set has one bit for each of them in 64 words, and
+/// one more word with a bit for each of those words.
 pub(crate) const RINGS_PER_POLLER_MAX: usize = 64 * 64;
-/// Turns of rings between two looks of a busy poller at the clock, for the rings that sleep.
+/// How many polls of rings a busy poller makes between two looks at the clock, for the rings that
+/// sleep.
 pub(crate) const SLEEPER_CHECK_TURNS: usize = 32;
-/// The least time between two poll(2) calls of a busy poller: a few times what one costs.
+/// The shortest time between two poll(2) calls of a busy poller: a few times the cost of one.
 pub(crate) const SLEEPER_CHECK_INTERVAL: Duration = Duration::from_micros(50);
 
-/// Packets per device call unless the device says otherwise: vmnet's documented limit.
+/// How many packets one device call takes, by default: vmnet's documented limit.
 pub(crate) const PACKETS_PER_CALL: u32 = 200;
 
-/// Reads that a queue over an inbox shows to senders at a time; more stay with the poller.
+/// How many reads a queue over an inbox shows to senders at a time. The others stay with the
+/// poller.
 pub(crate) const INBOX_READS_MAX: u32 = 1024;
-/// Packets that wait in a loopback while no read is posted.
+/// How many packets wait in a loopback while no read is posted.
 pub(crate) const LOOPBACK_QUEUE: u32 = 256;
 
-/// Bytes to whose multiple a slot's size is rounded up: the line size of Apple silicon, two lines
-/// elsewhere.
+/// A slot's size is rounded up to a multiple of this many bytes: one cache line of Apple silicon,
+/// two cache lines elsewhere.
 pub(crate) const SLOT_ALIGN: usize = 128;
-/// Bytes kept free in front of a fresh frame unless asked otherwise: space for an offload header and
-/// an encapsulation.
+/// How many bytes are free in front of the packet in a new frame, by default: space for an offload
+/// header and an encapsulation.
 pub const HEADROOM_DEFAULT: usize = 64;

@@ -8,9 +8,13 @@ use vmring_core::Backing;
 
 use crate::error::Error;
 
-/// The system's page size in bytes: 4 KiB on most machines, 16 KiB on Apple silicon.
+/// Returns the system's page size in bytes: 4 KiB on most machines, 16 KiB on Apple silicon.
+///
+/// # Panics
+///
+/// If the system does not know its page size.
 pub fn page_size() -> usize {
-    // SAFETY: sysconf takes no pointers.
+    // SAFETY: sysconf takes a number and no pointers, so no argument can be invalid memory.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
     usize::try_from(size).expect("the system knows its page size")
 }
@@ -18,24 +22,26 @@ pub fn page_size() -> usize {
 /// How a region is mapped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Mapping {
-    /// Touch every page now, so that no packet pays for a page fault.
+    /// Touch every page when the region is mapped, so that no packet pays for a page fault.
     pub(crate) prefault: bool,
     /// Ask for transparent huge pages where the system has them.
     pub(crate) huge_pages: bool,
 }
 
-/// A private anonymous mapping, zeroed, unmapped on drop.
+/// A private anonymous mapping. It is zeroed when it is made and unmapped when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Region {
     map: MmapMut,
     base: NonNull<u8>,
 }
 
-// SAFETY: the pointer is to the mapping that this value owns.
+// SAFETY: `base` points into `map`, which this value owns and which is not bound to a thread. The
+// value can therefore move to another thread, as `MmapMut` itself can.
 unsafe impl Send for Region {}
 
-// SAFETY: the mapping is zeroed, owned by this value alone, never moved or resized, and `map` is not
-// handed out.
+// SAFETY: `Region::map` makes the mapping, which the kernel zeroes, readable and writable. It stays
+// at its address until this value is dropped, because nothing here resizes it. Nobody but the pool
+// accesses it: `map` is private to this module, and nothing hands it out.
 unsafe impl Backing for Region {
     fn base(&self) -> NonNull<u8> {
         self.base
@@ -47,7 +53,7 @@ unsafe impl Backing for Region {
 }
 
 impl Region {
-    /// At least `bytes` bytes, rounded up to whole pages.
+    /// Maps at least `bytes` bytes, rounded up to whole pages.
     pub(crate) fn map(bytes: usize, mapping: Mapping) -> Result<Self, Error> {
         let fail = |source| Error::Memory { bytes, source };
         let len = bytes
@@ -57,16 +63,19 @@ impl Region {
         let mut map = MmapOptions::new().len(len).map_anon().map_err(fail)?;
         #[cfg(target_os = "linux")]
         if mapping.huge_pages {
-            // Advice: a kernel without transparent huge pages refuses it, and nothing changes.
+            // This is advice. A kernel without transparent huge pages refuses it, which changes
+            // nothing.
             if let Err(error) = map.advise(memmap2::Advice::HugePage) {
                 tracing::debug!(%error, "no transparent huge pages");
             }
         }
         if mapping.prefault {
-            // Writing one byte of each page makes it ours, on every system and after the advice.
+            // Writing one byte of a page makes the system allocate the page, on every system. It
+            // comes after the advice, so that the pages can be huge.
             map.iter_mut().step_by(page_size()).for_each(|byte| {
-                // Volatile, so that storing a zero over a zero is not optimised away.
-                // SAFETY: a valid, exclusively borrowed byte.
+                // Volatile, so that the store of a zero over a zero is not optimised away.
+                // SAFETY: `byte` is a `&mut u8` into `map`: valid, aligned and borrowed by nobody
+                // else.
                 unsafe { std::ptr::write_volatile(byte, 0) }
             });
         }
@@ -90,16 +99,17 @@ mod tests {
         }
     }
 
-    /// Protection goes by whole pages, so the system itself says whether we believe in too small or
-    /// too large ones. An emulator that only pretends other pages says no such thing: there the size
-    /// must be the one that `VMRING_TEST_PAGE_SIZE` names.
+    /// Goal: `page_size` is the system's. Method: mprotect(2) takes whole pages only, so the system
+    /// itself refuses a size that is too small or too large. An emulator that only pretends to have
+    /// other pages does not refuse it. There the size must be that of `VMRING_TEST_PAGE_SIZE`.
     #[test]
     fn the_page_size_is_the_systems() {
         let page = page_size();
         let region = Region::map(3 * page, Mapping::default()).unwrap();
         let protect = |from: usize| {
             let start = region.base().as_ptr().wrapping_add(from);
-            // SAFETY: within the mapping, which stays readable and writable.
+            // SAFETY: the page is within the mapping of three pages, which `region` owns. The call
+            // changes nothing: the page stays readable and writable.
             unsafe { libc::mprotect(start.cast(), page, libc::PROT_READ | libc::PROT_WRITE) }
         };
         assert_eq!(protect(page), 0, "larger than {page}: {}", io::Error::last_os_error());

@@ -1,5 +1,6 @@
-//! The one notifier: a thread that parks, a descriptor that becomes readable, a `Waker` that is
-//! woken. Whatever a sleeper chose, the other side calls [`unpark`](Park::unpark).
+//! The notifier, which wakes a sleeper in the way that the sleeper has chosen: a thread that parks,
+//! a descriptor that becomes readable, or a `Waker`. The other side calls [`unpark`](Park::unpark)
+//! in each case.
 
 use std::fmt;
 use std::fs::File;
@@ -15,19 +16,19 @@ use vmring_core::sync::{AtomicBool, Ordering};
 
 use crate::sys::{after, lock, poll, poll_in};
 
-/// See the [module](self).
+/// Wakes one sleeper. See the [module](self).
 #[derive(Default)]
 pub(crate) struct Notifier {
     state: Mutex<State>,
     wakeup: Condvar,
     descriptor: OnceLock<Descriptor>,
-    /// Whether somebody sleeps on the descriptor: one signal per arming.
+    /// Whether the next `unpark` must signal the descriptor. Each arming causes at most one signal.
     descriptor_armed: AtomicBool,
 }
 
 #[derive(Default)]
 struct State {
-    /// An `unpark` that no `park` has consumed.
+    /// Whether there was an `unpark` that no `park` has consumed.
     token: bool,
     waker: Option<Waker>,
 }
@@ -39,26 +40,31 @@ impl fmt::Debug for Notifier {
 }
 
 impl Notifier {
-    /// The descriptor, created on the first call. It becomes readable on the first `unpark` after
-    /// each [`arm_descriptor`](Self::arm_descriptor).
+    /// Returns the descriptor, which the first call creates. It becomes readable at the first
+    /// `unpark` after each [`arm_descriptor`](Self::arm_descriptor).
     pub(crate) fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
         if self.descriptor.get().is_none() {
             let created = Descriptor::new()?;
-            // If another thread was faster, its descriptor stays and ours is closed.
+            // If another thread was faster, its descriptor stays and this one is closed.
             let _ = self.descriptor.set(created);
         }
         Ok(self.descriptor.get().expect("set above").readable())
     }
 
-    /// Empties the descriptor and lets the next `unpark` signal it.
+    /// Empties the descriptor, and arms it so that the next `unpark` signals it. Without a
+    /// descriptor this does nothing.
     pub(crate) fn arm_descriptor(&self) {
         if let Some(descriptor) = self.descriptor.get() {
             descriptor.drain();
+            // Release: pairs with the Acquire in `unpark`, so that the signal comes after the drain
+            // and is not emptied by it. (That an `unpark` sees the flag at all is not this
+            // ordering's work: the sleeper looks for work after this, behind the fence of
+            // `Doorbell::arm` or under the lock of `state`.)
             self.descriptor_armed.store(true, Ordering::Release);
         }
     }
 
-    /// The next `unpark` wakes `waker` too.
+    /// Sets the waker that the next `unpark` wakes.
     pub(crate) fn set_waker(&self, waker: &Waker) {
         let mut state = lock(&self.state);
         match &mut state.waker {
@@ -67,14 +73,15 @@ impl Notifier {
         }
     }
 
-    /// As `park`, and returns early when one of `polls` is readable, which its `revents` tells. The
-    /// last place of `polls` is for the notifier's own descriptor.
+    /// Parks like [`park`](Park::park), but also returns when one of `polls` is readable, and sets
+    /// its `revents`. The last element of `polls` is overwritten with the notifier's own
+    /// descriptor.
     pub(crate) fn park_on(&self, timeout: Option<Duration>, polls: &mut [libc::pollfd]) {
         if polls.len() < 2 {
             return self.park(timeout);
         }
         let Ok(own) = self.descriptor() else {
-            // Without a descriptor of our own we can still look around at short intervals.
+            // Without a descriptor of its own, the thread looks at `polls` at short intervals.
             let short = Duration::from_millis(1);
             return self.park(Some(timeout.map_or(short, |t| t.min(short))));
         };
@@ -119,15 +126,19 @@ impl Park for Notifier {
             state.token = true;
             state.waker.take()
         };
-        // After the lock is released, so that the sleeper does not wake into a held lock.
+        // The lock has been released, so that the woken thread does not wait for it.
         self.wakeup.notify_one();
+        // Acquire: pairs with the Release in `arm_descriptor`, so that the drain there comes before
+        // the signal here. The Release half has no partner: only another `unpark` reads the false
+        // that is stored here, and it does nothing in that case. Acquire alone would do.
         if self.descriptor_armed.swap(false, Ordering::AcqRel)
             && let Some(descriptor) = self.descriptor.get()
         {
             descriptor.signal();
         }
         if let Some(waker) = waker {
-            // Somebody else's code, on a poller's thread: its panic must not end the poller.
+            // The waker is the caller's code and runs on a poller's thread. Its panic must not end
+            // the poller.
             if catch_unwind(AssertUnwindSafe(|| waker.wake())).is_err() {
                 tracing::error!("a waker panicked");
             }
@@ -135,8 +146,8 @@ impl Park for Notifier {
     }
 }
 
-/// A descriptor that one side makes readable and the other empties: an eventfd where there is one,
-/// else a pipe.
+/// A descriptor that one side makes readable and the other side empties: an eventfd on Linux, a
+/// pipe elsewhere.
 #[derive(Debug)]
 struct Descriptor {
     readable: File,
@@ -147,7 +158,7 @@ struct Descriptor {
 impl Descriptor {
     #[cfg(target_os = "linux")]
     fn new() -> io::Result<Self> {
-        // SAFETY: eventfd takes no pointers.
+        // SAFETY: eventfd takes two numbers and no pointers.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         Ok(Self { readable: own(fd)? })
     }
@@ -155,7 +166,8 @@ impl Descriptor {
     #[cfg(not(target_os = "linux"))]
     fn new() -> io::Result<Self> {
         let mut ends = [-1; 2];
-        // SAFETY: the pointer is to two integers, which is what pipe writes.
+        // SAFETY: pipe writes two integers, and `ends` is an array of two that lives through the
+        // call.
         if unsafe { libc::pipe(ends.as_mut_ptr()) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -166,9 +178,10 @@ impl Descriptor {
                 (libc::F_GETFL, libc::F_SETFL, libc::O_NONBLOCK),
             ] {
                 let fd = end.as_raw_fd();
-                // SAFETY: fcntl with these commands takes and returns integers.
+                // SAFETY: F_GETFD and F_GETFL take no argument, and `end` keeps the descriptor
+                // open.
                 let flags = unsafe { libc::fcntl(fd, get) };
-                // SAFETY: as above.
+                // SAFETY: F_SETFD and F_SETFL take an integer, and `end` keeps the descriptor open.
                 if flags < 0 || unsafe { libc::fcntl(fd, set, flags | flag) } < 0 {
                     return Err(io::Error::last_os_error());
                 }
@@ -186,23 +199,26 @@ impl Descriptor {
         let mut end = &self.readable;
         #[cfg(not(target_os = "linux"))]
         let mut end = &self.writable;
-        // Fails only when the counter or the pipe is full, and then it is readable already.
+        // This fails only if the counter or the pipe is full. In this case the descriptor is
+        // readable already.
         let _ = end.write(&1_u64.to_ne_bytes());
     }
 
     fn drain(&self) {
-        // Non-blocking: ends with an error or a short read when nothing is left.
+        // The descriptor is non-blocking: an error or a short read means that nothing is left.
         let mut bytes = [0; 64];
         while (&self.readable).read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
     }
 }
 
-/// Two descriptors as one: the notifier's own, and a device's while it is watched. For those who sleep
-/// elsewhere and drive a device that itself is a descriptor.
+/// An epoll set of two descriptors: the notifier's own, and that of a device while it is watched.
+/// It is for callers that sleep in an event loop of their own and drive a device that has a
+/// descriptor.
 #[cfg(target_os = "linux")]
 #[derive(Debug)]
 pub(crate) struct EpollPair {
     epoll: File,
+    /// The watched device: its descriptor, and the number of the queue that it belongs to.
     watched: Option<(RawFd, u64)>,
 }
 
@@ -220,9 +236,11 @@ impl EpollPair {
         self.epoll.as_fd()
     }
 
-    /// Watches that device, or none. A device is its descriptor and which of its owner's queues it
-    /// belongs to: that of an earlier queue is closed and has left by itself, and its number may be
-    /// somebody else's by now.
+    /// Watches the descriptor `device` of queue number `queue`. `None` watches no device.
+    ///
+    /// The number tells queues of one ring apart. When a queue is closed, its descriptor is closed,
+    /// and the kernel has removed it from the set. Its number may belong to another file by now, so
+    /// it must not be removed here.
     pub(crate) fn watch(&mut self, device: Option<RawFd>, queue: u64) -> io::Result<()> {
         let wanted = device.map(|fd| (fd, queue));
         if self.watched == wanted {
@@ -242,7 +260,8 @@ impl EpollPair {
 
     fn control(&self, what: libc::c_int, fd: RawFd) -> io::Result<()> {
         let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
-        // SAFETY: the event lives through the call.
+        // SAFETY: `event` is a local variable, so the pointer is valid through the call. The kernel
+        // copies the event and keeps no pointer to it.
         match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), what, fd, &mut event) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -254,7 +273,8 @@ fn own(fd: RawFd) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the system just gave us this descriptor, and nobody else knows it.
+    // SAFETY: every caller passes the result of the call that opened the descriptor. It is open,
+    // and nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 

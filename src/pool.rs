@@ -1,7 +1,7 @@
-//! Pools: preallocated, page-aligned packet memory cut into frames.
+//! Pools: preallocated, page-aligned packet memory that is divided into frames.
 //!
-//! A ring makes its own pool unless it is given one; a pool may serve several rings, so that a frame
-//! read from one can be written to another without a copy.
+//! A ring makes a pool of its own, unless it is given pools. Several rings can use one pool. This
+//! makes it possible to read a frame from one ring and write it to another without a copy.
 //!
 //! ```
 //! use vmring::pool::PoolBuilder;
@@ -22,7 +22,7 @@ use crate::error::{ConfigError, Error};
 use crate::limits::SLOT_ALIGN;
 use crate::memory::{Mapping, Region};
 
-/// Makes a [`Pool`] over a fresh mapping.
+/// Builds a [`Pool`] over a new mapping.
 #[derive(Clone, Debug)]
 pub struct PoolBuilder {
     frames: usize,
@@ -32,37 +32,43 @@ pub struct PoolBuilder {
 }
 
 impl PoolBuilder {
-    /// `frames` frames that hold packets of `packet_size` bytes (an interface's `max_packet_size`).
+    /// Returns a builder for a pool of `frames` frames, each for packets of up to `packet_size`
+    /// bytes (an interface's `max_packet_size`).
     pub fn new(frames: usize, packet_size: usize) -> Self {
         let mapping = Mapping { prefault: false, huge_pages: true };
         Self { frames, packet_size, headroom: HEADROOM_DEFAULT, mapping }
     }
 
-    /// Bytes kept free in front of a fresh frame. Default [`HEADROOM_DEFAULT`].
+    /// Sets how many bytes are free in front of the packet in a new frame. The default is
+    /// [`HEADROOM_DEFAULT`].
     pub fn headroom(mut self, bytes: usize) -> Self {
         self.headroom = bytes;
         self
     }
 
-    /// Touch every page now, so that no packet pays for a page fault. Off by default.
+    /// Sets whether [`build`](Self::build) touches every page, so that no packet pays for a page
+    /// fault later. The default is false.
     pub fn prefault(mut self, yes: bool) -> Self {
         self.mapping.prefault = yes;
         self
     }
 
-    /// Ask for transparent huge pages where the system has them (Linux). On by default.
+    /// Sets whether the system is asked for transparent huge pages, where it has them (Linux). The
+    /// default is true.
     pub fn huge_pages(mut self, yes: bool) -> Self {
         self.mapping.huge_pages = yes;
         self
     }
 
-    /// Maps the memory. The mapping has `frames * slot size` bytes, rounded up to whole pages; a
-    /// slot's size is headroom and packet size, rounded up to 128 bytes.
+    /// Maps the memory and builds the pool.
+    ///
+    /// The mapping has `frames * slot size` bytes, rounded up to whole pages. A slot's size is the
+    /// sum of headroom and packet size, rounded up to a multiple of 128 bytes.
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] for sizes that cannot be, [`Error::Memory`] if the system has not that
-    /// much.
+    /// [`Error::Config`] for an invalid size; [`Error::Memory`] if the system does not have that
+    /// much memory.
     pub fn build(self) -> Result<Pool, Error> {
         const MAX: u64 = (1 << 31) - 1;
         for (what, value) in [("number of frames", self.frames), ("packet size", self.packet_size)]

@@ -1,9 +1,9 @@
-//! Serde for what `Lwt_vmnet` converts to S-expressions, in the form OCaml's sexplib prints:
-//! `Host_mode`, `(Bridged_mode en0)`, `(Unknown 1009)`. [`Status::Os`], which OCaml does not have, is
-//! `(Os 5)`.
+//! Implementations of serde's traits for the types that `Lwt_vmnet` converts to S-expressions. The
+//! form is that of OCaml's sexplib: `Host_mode`, `(Bridged_mode en0)`, `(Unknown 1009)`.
+//! [`Status::Os`], which `Lwt_vmnet` does not have, is `(Os 5)`.
 //!
-//! A variant with an argument is a tuple variant of one element, because that is a list in an
-//! S-expression. (In JSON it reads `{"Unknown":[1009]}`.)
+//! A variant with an argument is serialized as a tuple variant of one element, because this is a
+//! list in an S-expression. (In JSON it is `{"Unknown":[1009]}`.)
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -38,7 +38,8 @@ impl<'de> Deserialize<'de> for Mode {
     }
 }
 
-/// The constant statuses by name, in the order of their codes from 1001.
+/// The names of the statuses: first those without an argument, in the order of their codes from
+/// 1001.
 const STATUSES: &[&str] = &[
     "Failure",
     "Mem_failure",
@@ -79,7 +80,7 @@ impl<'de> Deserialize<'de> for Status {
     }
 }
 
-/// A name without quotes: a symbol, where a format tells symbols from strings.
+/// A name without quotes. Formats that distinguish symbols from strings have a symbol here.
 struct Name(String);
 
 impl<'de> Deserialize<'de> for Name {
@@ -100,7 +101,7 @@ impl<'de> Deserialize<'de> for Name {
     }
 }
 
-/// What a variant can carry.
+/// The argument of a variant.
 trait Argument: Sized {
     fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error>;
 }
@@ -113,15 +114,16 @@ impl Argument for i64 {
 
 impl Argument for String {
     fn next<'de, S: SeqAccess<'de>>(seq: &mut S) -> Result<Option<Self>, S::Error> {
-        // sexplib quotes only where it must. An S-expression's sequence stays at an element that
-        // was not what was asked for; where it does not, the second error is as good as the first.
+        // sexplib quotes a string only if it must, so a string can also be a name. A sequence of an
+        // S-expression does not move past an element of another kind than was asked for. In a
+        // format in which it does, the second call fails, and the first error is returned.
         seq.next_element::<String>().or_else(|error| {
             seq.next_element::<Name>().map(|name| name.map(|Name(name)| name)).map_err(|_| error)
         })
     }
 }
 
-/// A type whose variants have no argument or one.
+/// An enum whose variants have at most one argument.
 trait Variants: Sized {
     type Argument: Argument;
     const NAMES: &'static [&'static str];

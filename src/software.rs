@@ -1,10 +1,9 @@
-//! In software, what a receiver does not do itself: a checksum completed, a large packet cut into
-//! segments.
+//! Offloads in software: completes a checksum, and cuts a large packet into segments.
 //!
-//! A packet with an [`OffloadHeader`] comes from a device or a guest that left work undone. Where it
-//! goes to a device that was started with fewer [`Offloads`], [`left_by`] says what is missing,
-//! [`complete_checksum`] does the one in place, and [`Segments`] the other, one segment at a time into
-//! memory of the caller's. Nothing here allocates.
+//! A packet with an [`OffloadHeader`] comes from a device or a guest that left work to others. If
+//! it is to go to a device that was started with fewer [`Offloads`], [`left_by`] says which work is
+//! missing. [`complete_checksum`] completes the checksum in place. [`Segments`] writes one segment
+//! at a time into memory of the caller. Nothing here allocates.
 //!
 //! ```
 //! use vmring::device::Offloads;
@@ -35,14 +34,14 @@
 //! # Ok::<(), software::SoftwareError>(())
 //! ```
 //!
-//! What is wrong is never passed on: a header that is not true of its packet, a length field that
-//! disagrees with the packet, a fragment, are [`SoftwareError`]s, whatever a guest may have put there.
-//! Ethernet, its VLAN tags, IP options and IPv6 extension headers stand in front of every segment as
-//! they stood in front of the packet.
+//! A guest may send anything, and nothing malformed is passed on. An offload header that does not
+//! describe its packet, a length field that disagrees with the packet, and a fragment are
+//! [`SoftwareError`]s. Each segment has the packet's Ethernet header, VLAN tags, IP options and
+//! IPv6 extension headers.
 //!
-//! Sources: RFC 1071 for the sum; for what is copied and what is counted on, Linux's
-//! `net/ipv4/tcp_offload.c` (`tcp_gso_segment`) and `net/ipv4/udp_offload.c`
-//! (`__udp_gso_segment`).
+//! Sources: RFC 1071 for the checksum. Linux's `net/ipv4/tcp_offload.c` (`tcp_gso_segment`) and
+//! `net/ipv4/udp_offload.c` (`__udp_gso_segment`) for which fields of a segment are copied and
+//! which are counted up.
 
 use smoltcp::wire::{
     EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, Ipv6ExtHeader, Ipv6Packet, TcpPacket,
@@ -53,31 +52,31 @@ use vmring_core::offload::{Checksum, Gso, OffloadError, OffloadHeader};
 
 use crate::config::Offloads;
 
-/// EtherTypes of a VLAN tag, IEEE 802.1Q and 802.1ad, and what a tag has in all.
+/// The EtherTypes of a VLAN tag (IEEE 802.1Q and 802.1ad), and the length of a tag in bytes.
 const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];
 const VLAN_TAG_LEN: usize = 4;
-/// Where the transport header has its checksum.
+/// The offset of the checksum in a TCP header and in a UDP header.
 const TCP_CHECKSUM_AT: usize = 16;
 const UDP_CHECKSUM_AT: usize = 6;
 const UDP_HEADER_LEN: usize = 8;
 
-/// What remains to be done in software; see [`left_by`].
+/// The work that is left for software; see [`left_by`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Left {
     /// Nothing.
     Nothing,
-    /// The checksum: [`complete_checksum`].
+    /// The checksum is to be completed: [`complete_checksum`].
     Checksum,
-    /// The packet is to be cut: [`Segments`].
+    /// The packet is to be cut into segments: [`Segments`].
     Segments {
-        /// The receiver completes checksums, so the segments may leave theirs
-        /// [partial](Segments::write_partial), which costs less.
+        /// Whether the receiver completes checksums. If it does, the segments may have
+        /// [partial](Segments::write_partial) ones, which costs less.
         partial: bool,
     },
 }
 
-/// What a receiver that does `offloads` leaves undone of a packet with this header.
+/// Returns the work for a packet with this header that is left by a receiver with these `offloads`.
 pub fn left_by(offloads: &Offloads, header: &OffloadHeader) -> Left {
     let cuts = match header.gso {
         Gso::None => true,
@@ -86,7 +85,7 @@ pub fn left_by(offloads: &Offloads, header: &OffloadHeader) -> Left {
         Gso::UdpL4 => offloads.uso,
         Gso::Udp => false,
     };
-    // Without the header nobody could tell it what is to be done.
+    // Without an offload header the receiver would not know that a checksum is partial.
     let completes = offloads.virtio_header && offloads.checksum;
     match header.gso {
         Gso::None if header.is_plain() || completes => Left::Nothing,
@@ -96,73 +95,76 @@ pub fn left_by(offloads: &Offloads, header: &OffloadHeader) -> Left {
     }
 }
 
-/// Why a packet could not be completed or cut. It is to be dropped then.
+/// Why a checksum could not be completed or a packet not be cut. Drop such a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, ThisError)]
 #[non_exhaustive]
 pub enum SoftwareError {
-    /// The offload header is not true of the packet.
+    /// The offload header does not describe the packet.
     #[error(transparent)]
     Offload(#[from] OffloadError),
-    /// [`Gso::Udp`], legacy "UFO": IP fragments are not made here.
+    /// The offload header asks for IP fragments ([`Gso::Udp`], legacy "UFO"), which this module
+    /// does not make.
     #[error("cutting a UDP datagram into IP fragments is not supported")]
     FragmentsNotSupported,
-    /// The packet is as large as it goes on the wire.
+    /// The offload header asks for no segments ([`Gso::None`]).
     #[error("the packet's offload header asks for no segments")]
     NotToBeCut,
-    /// The packet's own checksum means nothing: each segment has one.
+    /// The packet is to be cut into segments, each of which has a checksum. The packet's own means
+    /// nothing.
     #[error("the packet must be cut into segments, which have a checksum each")]
     ToBeCut,
-    /// Behind Ethernet and its VLAN tags stands another protocol than the offload header says.
+    /// The protocol behind the Ethernet header and its VLAN tags is not the one that the offload
+    /// header names.
     #[error("the packet's EtherType is {ethertype:#06x}, but its offload header says otherwise")]
     NotThatIp {
         /// The EtherType.
         ethertype: u16,
     },
-    /// A header is cut short, or has a version or length that cannot be.
+    /// A header is truncated, or has an invalid version or length.
     #[error("the packet's {what} header is cut short or malformed")]
     Malformed {
         /// Which header.
         what: &'static str,
     },
-    /// A length field that the segments' own would be derived from is not true.
+    /// A length field disagrees with the packet. Those of the segments would be derived from it.
     #[error("the {what} header says {said} bytes, but the packet has {is}")]
     Length {
         /// Which header.
         what: &'static str,
-        /// What the field says.
+        /// The length that the field says, in bytes.
         said: usize,
-        /// What there is.
+        /// The length that the packet has, in bytes.
         is: usize,
     },
-    /// The packet is a fragment of another.
+    /// The packet is an IP fragment.
     #[error("an IP fragment cannot be cut into segments")]
     Fragment,
-    /// The IP header announces another transport protocol than the offload header.
+    /// The transport protocol in the IP header is not the one that the offload header names.
     #[error("the packet's IP protocol is {protocol}, but its offload header says otherwise")]
     NotThatTransport {
         /// The IP protocol's number.
         protocol: u8,
     },
-    /// The checksummed part does not begin where the transport header is.
+    /// The part of the packet that the checksum covers does not begin at the transport header.
     #[error("the checksum starts at {said}, but the transport header is at {is}")]
     TransportAt {
-        /// `csum_start`.
+        /// Where it begins, by the offload header's `csum_start`.
         said: u16,
         /// Where the transport header is.
         is: usize,
     },
-    /// SYN, RST or URG: such a segment cannot be repeated.
+    /// The packet has SYN, RST or URG, which cannot be repeated in each segment.
     #[error("a TCP packet with SYN, RST or URG cannot be cut into segments")]
     TcpFlags,
-    /// There is no segment of that number.
+    /// The packet has no segment of this number.
     #[error("there is no segment {index}: the packet has {count}, counted from 0")]
     NoSuchSegment {
-        /// The number asked for, from 0.
+        /// The number that was asked for, counted from 0.
         index: usize,
-        /// Segments there are.
+        /// How many segments the packet has.
         count: usize,
     },
-    /// The segment does not fit.
+    /// The segment does not fit into the buffer.
     #[error("the segment has {needed} bytes, but the buffer has {available}")]
     Space {
         /// The segment's length in bytes.
@@ -172,10 +174,11 @@ pub enum SoftwareError {
     },
 }
 
-/// The Internet checksum's sum of `bytes` and `start`, folded, not complemented (RFC 1071).
+/// The sum of `start` and `bytes` as the Internet checksum has it (RFC 1071), folded to 16 bits and
+/// not complemented.
 fn sum(start: u16, bytes: &[u8]) -> u16 {
-    // In the machine's order, four bytes at a time: the sum does not depend on it but for a swap at
-    // the end (RFC 1071, 2B).
+    // Add four bytes at a time, in the machine's byte order. The order does not matter, except that
+    // the bytes of the result are swapped at the end (RFC 1071, 2B).
     let mut words = bytes.chunks_exact(4);
     let mut total = u64::from(start.to_be());
     for word in &mut words {
@@ -191,9 +194,10 @@ fn sum(start: u16, bytes: &[u8]) -> u16 {
     u16::from_be(total as u16)
 }
 
-/// Puts the checksum of `part`, whose field holds the sum of the pseudo header, into its field.
+/// Writes the checksum of `part` into its field, which is at offset `field` and holds the sum of
+/// the pseudo header.
 fn complete(part: &mut [u8], field: usize) {
-    // 0 would say that there is none (UDP); to everybody else 0xffff is the same number.
+    // In UDP a 0 means that there is no checksum. Everywhere else 0 and 0xffff are the same number.
     let sum = match !sum(0, part) {
         0 => 0xffff,
         sum => sum,
@@ -201,12 +205,14 @@ fn complete(part: &mut [u8], field: usize) {
     part[field..][..2].copy_from_slice(&sum.to_be_bytes());
 }
 
-/// Completes a partial checksum in the packet, and returns the header that is true of it then.
+/// Completes a partial checksum in the packet, and returns the header that describes the packet
+/// afterwards. A complete checksum stays as it is.
 ///
 /// # Errors
 ///
-/// [`SoftwareError::Offload`] if the header is not true of the packet, and
-/// [`SoftwareError::ToBeCut`]. The packet has not changed then.
+/// [`SoftwareError::Offload`] if the header does not describe the packet;
+/// [`SoftwareError::ToBeCut`] if the packet is to be cut into segments. In both cases the packet
+/// has not changed.
 pub fn complete_checksum(
     header: &OffloadHeader,
     packet: &mut [u8],
@@ -222,13 +228,13 @@ pub fn complete_checksum(
     Ok(*header)
 }
 
-/// The segments of one packet that is to be cut. See the [module](self) for an example.
+/// Cuts one packet into segments. See the [module](self) for an example.
 #[derive(Clone, Copy, Debug)]
 pub struct Segments<'a> {
     packet: &'a [u8],
     is_v4: bool,
     is_tcp: bool,
-    /// Where the IP header, the transport header and the payload begin.
+    /// The offsets of the IP header, the transport header and the payload.
     ip: usize,
     transport: usize,
     payload: usize,
@@ -238,21 +244,22 @@ pub struct Segments<'a> {
     pseudo: u16,
 }
 
-/// What was found in front of the transport header.
+/// What the headers in front of the transport header say.
 struct Ip {
     transport: usize,
     protocol: IpProtocol,
-    /// The sum of the addresses that the pseudo header has; `None` if the packet's destination is
-    /// not yet the last one (IPv6 routing header).
+    /// The sum of the addresses of the pseudo header. `None` if the destination in the IP header is
+    /// not the final one (an IPv6 routing header).
     addresses: Option<u16>,
 }
 
 impl<'a> Segments<'a> {
-    /// Looks at the packet and finds out how it is to be cut.
+    /// Checks the packet and its header, and prepares to cut the packet.
     ///
     /// # Errors
     ///
-    /// Whatever is not right about packet and header: nothing is cut then.
+    /// Every error but [`NoSuchSegment`](SoftwareError::NoSuchSegment),
+    /// [`Space`](SoftwareError::Space) and [`ToBeCut`](SoftwareError::ToBeCut).
     pub fn new(header: &OffloadHeader, packet: &'a [u8]) -> Result<Self, SoftwareError> {
         header.validate(packet.len())?;
         let (is_v4, is_tcp) = match header.gso {
@@ -295,8 +302,8 @@ impl<'a> Segments<'a> {
         let protocol = u16::from(u8::from(protocol));
         let pseudo = match addresses {
             Some(addresses) => sum(addresses, &protocol.to_be_bytes()),
-            // Who sent it knows the last address: its own sum, less the length. (That the length
-            // fits has been seen in the IP header.)
+            // Only the sender knows the final address. Its sum is in the checksum field; subtract
+            // the length from it. (`ipv6` has checked that the length fits.)
             None => sum(field, &(!(datagram.len() as u16)).to_be_bytes()),
         };
         Ok(Self {
@@ -312,40 +319,43 @@ impl<'a> Segments<'a> {
         })
     }
 
-    /// How many there are, at least one.
+    /// Returns the number of segments, which is at least 1.
     pub fn count(&self) -> usize {
         self.count
     }
 
-    /// Bytes of the longest.
+    /// Returns the length of the longest segment, in bytes.
     pub fn len_max(&self) -> usize {
         self.packet.len().min(self.payload + self.segment_size)
     }
 
-    /// What to send with a segment of [`write_partial`](Self::write_partial).
+    /// Returns the offload header of every segment that [`write_partial`](Self::write_partial)
+    /// writes.
     pub fn partial_header(&self) -> OffloadHeader {
         let (start, offset) = (self.transport as u16, self.checksum_at() as u16);
         let checksum = Checksum::Partial { start, offset };
         OffloadHeader { checksum, ..OffloadHeader::NONE }
     }
 
-    /// Writes segment `index` to the front of `out`, as it goes on the wire, and returns its length.
+    /// Writes segment `index` (from 0) to the front of `out`, with all checksums, and returns its
+    /// length in bytes.
     ///
     /// # Errors
     ///
-    /// [`SoftwareError::NoSuchSegment`], and [`SoftwareError::Space`] if `out` is too short.
+    /// [`SoftwareError::NoSuchSegment`] if `index` is not below [`count`](Self::count);
+    /// [`SoftwareError::Space`] if `out` is too short. In both cases `out` has not changed.
     pub fn write(&self, index: usize, out: &mut [u8]) -> Result<usize, SoftwareError> {
         let len = self.write_partial(index, out)?;
         complete(&mut out[self.transport..len], self.checksum_at());
         Ok(len)
     }
 
-    /// As [`write`](Self::write), but leaves the transport checksum to the receiver, who is told so
-    /// by the [`partial_header`](Self::partial_header).
+    /// Writes segment `index` like [`write`](Self::write), but with a partial transport checksum,
+    /// which the receiver completes. Send the [`partial_header`](Self::partial_header) with it.
     ///
     /// # Errors
     ///
-    /// As [`write`](Self::write).
+    /// The errors of [`write`](Self::write).
     pub fn write_partial(&self, index: usize, out: &mut [u8]) -> Result<usize, SoftwareError> {
         let count = self.count;
         if index >= count {
@@ -361,7 +371,8 @@ impl<'a> Segments<'a> {
         headers.copy_from_slice(&self.packet[..self.payload]);
         rest.copy_from_slice(payload);
 
-        // No more than the packet's own lengths, which fit.
+        // The casts do not truncate: a segment's lengths are no larger than the packet's own, which
+        // fit.
         let ip_len = needed - self.ip;
         let len = (needed - self.transport) as u16;
         if self.is_v4 {
@@ -398,7 +409,8 @@ impl<'a> Segments<'a> {
     }
 }
 
-/// What is behind the Ethernet header and its VLAN tags, and where.
+/// Returns the offset behind the Ethernet header and its VLAN tags, and the EtherType of what is
+/// there.
 fn behind_ethernet(packet: &[u8]) -> Result<(usize, EthernetProtocol), SoftwareError> {
     let ethernet = EthernetFrame::new_checked(packet)
         .map_err(|_| SoftwareError::Malformed { what: "Ethernet" })?;
@@ -462,7 +474,8 @@ fn ipv6(packet: &[u8], at: usize) -> Result<Ip, SoftwareError> {
         }
         let extension = Ipv6ExtHeader::new_checked(&packet[transport..])
             .map_err(|_| SoftwareError::Malformed { what: "IPv6 extension" })?;
-        // Of a routing header, its type and how many addresses are left (RFC 8200, 4.4).
+        // The payload of a routing header begins with its type and the number of addresses that are
+        // left (RFC 8200, 4.4).
         let rest = extension.payload();
         if protocol == IpProtocol::Ipv6Route && rest[1] > 0 {
             addresses = None;
@@ -472,7 +485,7 @@ fn ipv6(packet: &[u8], at: usize) -> Result<Ip, SoftwareError> {
     }
 }
 
-/// The header's length, whether its flags forbid to cut, and its checksum field.
+/// Returns the length of the TCP header, whether its flags forbid segments, and its checksum field.
 fn tcp(datagram: &[u8]) -> Result<(usize, bool, u16), SoftwareError> {
     let tcp =
         TcpPacket::new_checked(datagram).map_err(|_| SoftwareError::Malformed { what: "TCP" })?;
@@ -480,7 +493,7 @@ fn tcp(datagram: &[u8]) -> Result<(usize, bool, u16), SoftwareError> {
     Ok((tcp.header_len().into(), flagged, tcp.checksum()))
 }
 
-/// As [`tcp`].
+/// Returns the length of the UDP header, false because it has no flags, and its checksum field.
 fn udp(datagram: &[u8]) -> Result<(usize, bool, u16), SoftwareError> {
     if datagram.len() < UDP_HEADER_LEN {
         return Err(SoftwareError::Malformed { what: "UDP" });

@@ -1,25 +1,30 @@
-//! Counters. The poller writes them once per device call, not per packet (what fails, when it does),
-//! with plain stores to a line of its own; anybody may read them at any time and never slows it.
+//! Counters of a ring.
+//!
+//! The poller adds to them once per device call and not per packet; an entry that fails is counted
+//! at once. It uses plain stores to a cache line of its own. Any thread may read the counters at
+//! any time, without a lock.
 
 use crossbeam_utils::CachePadded;
 use vmring_core::sync::{AtomicU64, Ordering};
 
 use crate::error::Status;
 
-/// Number of buckets of [`Histogram`].
+/// The number of buckets of a [`Histogram`].
 pub const BATCH_BUCKETS: usize = 12;
 
-/// Batch sizes: bucket `i` counts the batches of 2^i to 2^(i+1) - 1 packets, the last one all above.
+/// A histogram of batch sizes. Bucket `i` counts the batches of 2^i to 2^(i+1) - 1 packets. The
+/// last bucket also counts all larger batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Histogram(pub [u64; BATCH_BUCKETS]);
 
 impl Histogram {
-    /// Batches counted.
+    /// Returns how many batches were counted.
     pub fn count(&self) -> u64 {
         self.0.iter().sum()
     }
 
-    /// The smallest batch size of the bucket in which the median batch lies; 0 if there is none.
+    /// Returns the smallest batch size of the bucket that contains the median batch, or 0 if no
+    /// batch was counted.
     pub fn median(&self) -> u64 {
         let half = self.count().div_ceil(2);
         let mut seen = 0;
@@ -33,14 +38,15 @@ impl Histogram {
     }
 }
 
-/// Refused entries by the status they were refused with.
+/// How many entries the device refused, by status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Refusals([u64; REASONS]);
 
-/// One each for the codes 1001 to 1010, one for all other codes, one for errors of the system.
+/// The number of counts in [`Refusals`]: one for each of the codes 1001 to 1010, one for all other
+/// codes, and one for all errors of the operating system.
 pub(crate) const REASONS: usize = 12;
 
-/// The place of a status's count.
+/// Returns the index of the count of a status.
 pub(crate) fn reason_index(status: Status) -> usize {
     const UNKNOWN: usize = REASONS - 2;
     let Some(code) = status.code() else { return REASONS - 1 };
@@ -48,13 +54,13 @@ pub(crate) fn reason_index(status: Status) -> usize {
 }
 
 impl Refusals {
-    /// How many were refused with `status`. All [`Status::Unknown`] codes are counted together, and so
-    /// are all errors of the system ([`Status::Os`]).
+    /// Returns how many entries were refused with `status`. All [`Status::Unknown`] codes share one
+    /// count, and so do all errors of the operating system ([`Status::Os`]).
     pub fn of(&self, status: Status) -> u64 {
         self.0[reason_index(status)]
     }
 
-    /// How many were refused.
+    /// Returns how many entries were refused.
     pub fn sum(&self) -> u64 {
         self.0.iter().sum()
     }
@@ -62,21 +68,21 @@ impl Refusals {
 
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        /// A snapshot of a ring's counters since it was built. Each number is exact; together they
-        /// may be of slightly different moments.
+        /// A snapshot of what a ring has counted since it was built. Each number is exact, but the
+        /// numbers may be of slightly different moments.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct RingStats {
             $($(#[doc = $doc])+ pub $name: u64,)+
-            /// The `errors` by their status.
+            /// The `errors`, by status.
             pub errors_by_status: Refusals,
-            /// Packets read per device call that read any.
+            /// How many packets the device calls read. Calls that read none are not counted.
             pub read_batches: Histogram,
-            /// Packets written per device call that wrote any.
+            /// How many packets the device calls wrote. Calls that wrote none are not counted.
             pub write_batches: Histogram,
         }
 
-        /// The counters as the poller adds them up.
+        /// The counters that a ring's engine adds to.
         #[derive(Debug, Default)]
         pub(crate) struct Counters {
             $(pub(crate) $name: Counter,)+
@@ -104,31 +110,31 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Packets read.
+    /// Packets that were read: received from the device.
     rx_packets,
-    /// Bytes read.
+    /// Bytes that were read.
     rx_bytes,
-    /// Packets written.
+    /// Packets that were written: sent by the device.
     tx_packets,
-    /// Bytes written.
+    /// Bytes that were written.
     tx_bytes,
-    /// Entries completed as cancelled.
+    /// Entries that completed as cancelled.
     cancelled,
-    /// Entries the device refused, `BufferExhausted` not counted.
+    /// Entries that the device refused. Writes that count as `exhausted` are not included.
     errors,
-    /// Writes given up after the retry budget, completed with `BufferExhausted`.
+    /// Writes that completed with `BufferExhausted` because the retry budget was used up.
     exhausted,
-    /// Entries the device let go of, or held when it panicked.
+    /// Entries that the device dropped, or kept when it panicked.
     abandoned,
-    /// Times the device took fewer writes than it was offered and was tried again.
+    /// How often the device took fewer writes than it was offered.
     retries,
-    /// Times the device's own wake-up (callback or descriptor) was seen.
+    /// How often the engine saw a wake-up from the device (a callback or a descriptor).
     device_wakeups,
-    /// Times the poller gave up its processor for this ring's lack of work.
+    /// How often the ring's engine went to sleep because it had no work.
     parks,
-    /// Times the poller had to wake the reaping side.
+    /// How often the poller had to wake the reaping side.
     notifications,
-    /// Times the ring's device was started anew.
+    /// How often the ring got a new queue because its device was restarted.
     restarts,
 }
 
@@ -137,11 +143,12 @@ counters! {
 pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds; only the one writer may call it.
+    /// Adds `n`. Only the one writer may call this.
     #[inline]
     pub(crate) fn add(&self, n: u64) {
         if n > 0 {
-            // One writer, so no read-modify-write is needed. Relaxed: a number, nothing hangs on it.
+            // There is one writer, so no read-modify-write is needed. Relaxed: nothing else depends
+            // on the number.
             self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
         }
     }
@@ -151,18 +158,19 @@ impl Counter {
     }
 }
 
-/// Adds a batch of `n` packets to a histogram.
+/// Adds a batch of `n` packets to a histogram. A batch of 0 does not count.
 pub(crate) fn add_batch(histogram: &[Counter; BATCH_BUCKETS], n: u32) {
     if n > 0 {
         histogram[(n.ilog2() as usize).min(BATCH_BUCKETS - 1)].add(1);
     }
 }
 
-/// The counters of one ring: the poller's on a line apart from the submitter's.
+/// The counters of one ring. Those of the poller and that of the submitter are on different cache
+/// lines.
 #[derive(Debug, Default)]
 pub(crate) struct RingCounters {
     pub(crate) poller: CachePadded<Counters>,
-    /// Doorbells that cost a wake-up, written by the submitting side.
+    /// How often the submitting side had to wake the engine. The submitting side writes it.
     pub(crate) doorbells: CachePadded<Counter>,
 }
 

@@ -1,29 +1,33 @@
-//! Small helpers over the standard library and the system: locks, clocks, poll(2).
+//! Small functions over the standard library and the system: locks, clocks, poll(2).
 
 use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Locks, also after a panic elsewhere: what the mutexes here guard is valid at every point.
+/// Locks a mutex, even if a thread panicked while it held the lock. The data under this crate's
+/// mutexes is valid at every point at which a panic can occur.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The time `delay` from now. One too far for the clock is a century away, which is for ever.
+/// Returns the time that is `delay` from now. If the clock cannot represent it, returns the time in
+/// a century, which is as good as never.
 pub(crate) fn after(delay: Duration) -> Instant {
     const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     let now = Instant::now();
     now.checked_add(delay).unwrap_or_else(|| now + CENTURY)
 }
 
-/// The wish to know whether `fd` is readable. With -1, a place that is never.
+/// Returns an element for [`poll`] that asks whether `fd` is readable. With -1 the kernel ignores
+/// the element.
 pub(crate) fn poll_in(fd: RawFd) -> libc::pollfd {
     libc::pollfd { fd, events: libc::POLLIN, revents: 0 }
 }
 
-/// Finds out which of `polls` are readable, waiting up to `millis` for one (-1: for ever).
+/// Sets `revents` of the elements of `polls` that are readable. Waits up to `millis` milliseconds
+/// for one (-1: without a limit).
 pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
-    // SAFETY: the pointer and length are of a live, exclusively borrowed slice; the kernel writes
-    // `revents` only.
+    // SAFETY: pointer and length are those of `polls`, which is exclusively borrowed through the
+    // call. The kernel writes only `revents`, for which every value is valid.
     unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
 }

@@ -70,7 +70,7 @@ pub trait Device: Send + Sync {
     }
 
     /// Stops the interface and starts it again with the same identity. Every queue has been closed
-    /// before the call, and the rings' engines open new ones after it.
+    /// before the call, and the rings open new ones after it.
     ///
     /// # Errors
     ///
@@ -164,9 +164,9 @@ pub trait Queue: Send {
 
     /// Says that the calling thread, a poller's, is the one that makes every later call.
     ///
-    /// The engine of a ring on a poller's thread calls it once, before the first
-    /// [`poll`](Self::poll). It is not called for an inline ring, whose calls may each come from
-    /// another thread.
+    /// It is called once, before the first [`poll`](Self::poll), if a poller's thread drives the
+    /// ring. It is not called if the ring is inline ([`Drive::Inline`](crate::Drive::Inline)). In
+    /// that case each call may come from another thread.
     fn bind_to_thread(&mut self) {}
 
     /// Prepares for the poller's sleep: after this call the queue must call its [`Wake`] when a
