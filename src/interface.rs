@@ -1,4 +1,5 @@
-//! [`Interface`]: a network interface of some system, its identity, and the rings on it. It is the type `t` of `Lwt_vmnet`.
+//! [`Interface`]: a network interface of some system, its identity, and the rings on it. It is the
+//! type `t` of `Lwt_vmnet`.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};

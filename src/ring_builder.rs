@@ -285,9 +285,9 @@ impl<'a> RingBuilder<'a> {
             self.pools
         };
         for pool in &pools {
-            let capacity = pool.capacity() as usize;
-            if self.direction.reads() && capacity < packet {
-                return Err(ConfigError::PoolTooSmall { capacity, needed: packet }.into());
+            let room = pool.capacity() as usize;
+            if self.direction.reads() && room < packet {
+                return Err(ConfigError::PoolTooSmall { room, needed: packet }.into());
             }
             let (headroom, needed) = (pool.layout().headroom as usize, caps.headroom as usize);
             if headroom < needed {
