@@ -1,4 +1,4 @@
-//! The asynchronous front-end: futures on `Waker`, for any executor.
+//! The asynchronous front-end: futures that wake by [`Waker`], for any executor.
 //!
 //! ```
 //! use vmring::{AsyncRing, Direction, Interface, Loopback, block_on};
@@ -14,7 +14,7 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 //!
-//! Unlike the ring it locks: many tasks may read and write through one [`AsyncRing`].
+//! Unlike a ring, an [`AsyncRing`] has a lock: many tasks may read and write through it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -33,7 +33,7 @@ use crate::mailbox::RingPark;
 use crate::ring::{Ring, RingControl, RingOp};
 use crate::sys::lock;
 
-/// A ring behind futures. Clone it for other tasks.
+/// A ring behind futures. A clone is a handle on the same ring, for another task.
 #[derive(Clone)]
 pub struct AsyncRing {
     state: Arc<Mutex<State>>,
@@ -50,27 +50,28 @@ impl fmt::Debug for AsyncRing {
 
 struct State {
     ring: Ring,
-    /// Packets that came and no reader has taken yet.
+    /// Packets that have come and that no reader has taken yet.
     ready: VecDeque<Frame>,
-    /// Writes in flight whose future lives: `None` until the completion comes.
+    /// Writes in flight whose future lives, by number. `None` until the completion comes.
     writes: BTreeMap<u64, Option<Result<(), EntryError>>>,
-    /// Writes in flight, with those whose future is gone.
+    /// The number of writes in flight, including those whose future was dropped.
     writes_in_flight: usize,
-    /// The first error a read met, for the next reader.
+    /// The first error of a read that no reader has returned yet.
     failed: Option<EntryError>,
 }
 
-/// Wakes the tasks when the ring has completions. All of them are woken, because each may be able to
-/// proceed.
+/// Wakes the tasks when the ring has completions. All of them are woken, because each may be able
+/// to proceed.
 ///
 /// The ring's waker may be called inside a submit, by the very thread that works on the state. It
 /// must not run tasks at that moment, because they would lock the state again. So the bell is armed
 /// only while nobody works on the state. A call that finds it disarmed leaves `called` behind, and
-/// whoever unlocks the state looks at that after arming. The doorbell's protocol guarantees that one
-/// of the two sees the other.
+/// the thread that unlocks the state looks at that after arming. The doorbell's protocol guarantees
+/// that one of the two sees the other.
 ///
-/// The state's own lock cannot tell whether somebody works on it: asking it takes a reference to the
-/// ring, and the poller could be the one to drop that.
+/// The state's own lock cannot tell the ring's waker whether somebody works on the state. To ask
+/// the lock, the waker would need a reference to the ring, and the poller could be the one that
+/// drops the last reference.
 struct Sleepers(Doorbell<Tasks>);
 
 #[derive(Default)]
@@ -82,7 +83,7 @@ struct Tasks {
 
 impl Tasks {
     fn wake_all(&self) {
-        // Woken outside the lock: a waker may run anything.
+        // Wakes outside the lock, because a waker may run any code.
         let wakers = std::mem::take(&mut *lock(&self.wakers));
         wakers.into_values().for_each(Waker::wake);
     }
@@ -119,23 +120,24 @@ impl Wake for Sleepers {
     }
 }
 
-/// The `user_data` of reads; writes count from 0.
+/// The `user_data` of reads. Writes count from 0.
 const READ: u64 = u64::MAX;
 
 const INLINE: &str = "an async front-end needs a ring that a poller drives: with Drive::Inline \
                       nobody would while its tasks sleep";
 
 impl AsyncRing {
-    /// Takes over a ring on which nothing is in flight, driven by a poller: its own
-    /// ([`Drive::Thread`](crate::Drive::Thread), the default) or one for many rings
+    /// Takes over a ring on which nothing is in flight, and posts reads. A poller must drive the
+    /// ring: its own ([`Drive::Thread`](crate::Drive::Thread), the default) or one for many rings
     /// ([`Drive::Shared`](crate::Drive::Shared)).
     ///
     /// # Errors
     ///
     /// [`Error::Config`] for a ring with [`Drive::Inline`](crate::Drive::Inline). While every task
-    /// sleeps nobody would drive it: not when a device that took no packets is to be tried again,
-    /// nor when one that is a descriptor has packets. That takes a timer and a reactor, so a
-    /// runtime; this front-end works with any.
+    /// sleeps, nobody would drive such a ring when a device that took no packets must be tried
+    /// again, or when a device's descriptor becomes readable. That needs a timer and a reactor, and
+    /// so a particular runtime, but this front-end works with any. [`Error::Submit`] if the ring
+    /// refuses to read into a frame of its own first pool.
     pub fn new(mut ring: Ring) -> Result<Self, Error> {
         if matches!(ring.split().0.shared.bell.parker(), RingPark::Inline(_)) {
             return Err(ConfigError::Invalid(INLINE.to_owned()).into());
@@ -153,40 +155,46 @@ impl AsyncRing {
         Ok(Self { state, sleepers, numbers: Arc::default() })
     }
 
-    /// The next packet. Readers may come in any number; a packet goes to one of them. Dropping the
-    /// future loses no packet: it goes to the next reader.
+    /// Returns a future of the next packet. There may be any number of readers, and each packet
+    /// goes to one of them. Dropping the future loses no packet: the packet goes to the next
+    /// reader.
     ///
     /// # Errors
     ///
     /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
-    /// device refused a read, [`Error::OutOfFrames`] if the caller holds so many frames that none is
-    /// left to read into.
+    /// device refused a read, [`Error::OutOfFrames`] if the caller holds so many frames that none
+    /// is left to read into.
     pub fn read(&self) -> ReadFuture {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         ReadFuture { front: self.clone(), number }
     }
 
-    /// Sends a packet; done when the device has taken it. Nothing is sent before the first poll.
-    /// Dropping the future afterwards does not take the packet back.
+    /// Returns a future that sends a packet, and is ready when the device has taken it. Nothing is
+    /// sent before the first poll. Dropping the future after that does not take the packet back.
     ///
     /// # Errors
     ///
-    /// [`Status::PacketTooBig`] before anything is sent if it is longer than `max_packet_size`;
-    /// [`Error::Closed`]; [`Error::Entry`] if the device refused it; [`Error::OutOfFrames`] if no frame
-    /// is free and no write is in flight that will bring one back. A frame given back wakes nobody, so
-    /// this does not wait for it. Packets that were read and are held do not lead here, since reading
-    /// leaves frames to writes; frames that the caller allocated, or other rings on the pool, may.
+    /// * [`Status::PacketTooBig`] if the packet is longer than `max_packet_size`, in which case
+    ///   nothing is sent.
+    /// * [`Error::Closed`] if the ring is closed.
+    /// * [`Error::Entry`] if the device refused the packet.
+    /// * [`Error::Submit`] if the ring refused it for a reason other than backpressure.
+    /// * [`Error::OutOfFrames`] if no frame is free and no write is in flight that will bring one
+    ///   back. A frame that is dropped wakes nobody, so the future does not wait for one. Packets
+    ///   that were read and are held do not cause this error, because reading leaves frames to
+    ///   writes. Frames that the caller allocated, or other rings on the pool, may cause it.
     pub fn write<'a>(&self, packet: &'a [u8]) -> WriteFuture<'a> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         WriteFuture { front: self.clone(), number, packet, sent: false }
     }
 
-    /// The ring's control handle, for its counters and to close it.
+    /// Returns the ring's control handle, for its counters and to close it.
     pub fn control(&self) -> RingControl {
         self.locked(|state| state.ring.control())
     }
 
-    /// The one way to the state.
+    /// Locks the state and runs `f` on it, while the bell is disarmed. All access to the state goes
+    /// through here.
     fn locked<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         /// Arms the bell, also if `f` panics.
         struct Working<'a>(&'a Sleepers);
@@ -199,23 +207,23 @@ impl AsyncRing {
         self.sleepers.0.disarm();
         let working = Working(&self.sleepers);
         let result = f(&mut state);
-        // Armed before the state is unlocked: afterwards somebody else may work on it.
+        // Armed before the state is unlocked, because another thread may work on it from then on.
         drop(working);
         drop(state);
         self.sleepers.tasks().wake_if_called();
         result
     }
 
-    /// Lets `cx` be woken with the others at the next completion; polls again if there is one
-    /// already.
+    /// Registers `cx` to be woken, with the others, at the next completion. Returns `Ready` if
+    /// there is a completion already.
     fn sleep(&self, state: &mut State, number: u64, cx: &Context<'_>) -> Poll<()> {
         lock(&self.sleepers.tasks().wakers).insert(number, cx.waker().clone());
         let all = Waker::from(self.sleepers.clone());
         state.ring.poll_ready(&mut Context::from_waker(&all), 1).map(drop)
     }
 
-    /// Runs `step` on the state until it is done or nothing comes any more, taking in what has come
-    /// before each. If anything came, everybody is woken: any of them may proceed.
+    /// Runs `step` on the state until it is done or no completion waits. Takes in the completions
+    /// before each step. If there were any, wakes all tasks, because each may be able to proceed.
     fn advance<T>(
         &self,
         number: u64,
@@ -234,7 +242,7 @@ impl AsyncRing {
                 }
             }
         });
-        // Outside the lock: a waker may run anything.
+        // Outside the lock, because a waker may run any code.
         if news {
             self.sleepers.tasks().wake_all();
         }
@@ -243,6 +251,7 @@ impl AsyncRing {
 }
 
 impl State {
+    /// Takes in the completions that wait. Returns whether there were any.
     fn pump(&mut self) -> bool {
         let mut news = false;
         for done in self.ring.reap() {
@@ -252,9 +261,10 @@ impl State {
                 (RingOp::Read, Err(error)) => self.failed = self.failed.or(Some(error)),
                 (RingOp::Cancel, _) => {}
                 (RingOp::Write, result) => {
-                    // Saturating: a ring taken over with writes in flight is the caller's mistake.
+                    // Saturating, because a caller may have handed over a ring with writes in
+                    // flight, which is a mistake of its own.
                     self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
-                    // A write whose future is gone has no entry.
+                    // A write whose future was dropped has no entry.
                     if let Some(answer) = self.writes.get_mut(&done.user_data) {
                         *answer = Some(result.map(drop));
                     }
@@ -320,8 +330,8 @@ pub struct WriteFuture<'a> {
 }
 
 impl WriteFuture<'_> {
-    /// Submits the packet if the ring takes it now. Returns whether it is to be tried again although
-    /// no completion comes: the SQ is full until the poller takes what is there.
+    /// Submits the packet if the ring takes it now. Returns whether the caller must try again
+    /// although no completion will come: the SQ is full until the poller takes its entries.
     fn send(&mut self, state: &mut State) -> Result<bool, Error> {
         if self.packet.len() > state.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
@@ -330,8 +340,8 @@ impl WriteFuture<'_> {
             return Err(closed.into());
         }
         let Some(mut frame) = state.ring.alloc() else {
-            // A write in flight brings its frame back and wakes us. Posted reads do not, and a frame
-            // that the caller drops wakes nobody.
+            // A write in flight brings its frame back and wakes us. Posted reads do not bring
+            // theirs back, and a frame that the caller drops wakes nobody.
             return if state.writes_in_flight == 0 { Err(Error::OutOfFrames) } else { Ok(false) };
         };
         frame.copy_from(self.packet).map_err(|_| Status::PacketTooBig)?;
@@ -358,7 +368,7 @@ impl Future for WriteFuture<'_> {
         let mut full = false;
         let answer = front.advance(number, cx, |state| {
             full = !self.sent && self.send(state)?;
-            // After the write, or they would take its place in a small SQ each time.
+            // After the write. Before it, the reads would take its place in a small SQ each time.
             state.post_reads()?;
             let Some(answer) = state.writes.get_mut(&number).and_then(Option::take) else {
                 return Ok(None);
@@ -370,7 +380,8 @@ impl Future for WriteFuture<'_> {
             })
         });
         if answer.is_pending() && full {
-            // The poller has been rung for, so it is there soon. It may want this processor.
+            // The doorbell was rung, so the poller takes the entries soon. It may need this
+            // processor.
             thread::yield_now();
             cx.waker().wake_by_ref();
         }
@@ -387,8 +398,8 @@ impl Drop for WriteFuture<'_> {
     }
 }
 
-/// The smallest executor: runs one future on this thread, sleeping while it waits. For programs
-/// and tests without a runtime.
+/// Runs one future on this thread, which sleeps while the future waits. The smallest executor, for
+/// programs and tests without a runtime.
 pub fn block_on<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
