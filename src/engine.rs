@@ -1,4 +1,7 @@
 //! One ring's share of polling: submission queue -> batches -> device -> completion queue.
+//!
+//! An engine is a state machine that never blocks: `Open -> Closing -> Closed`, or `Open -> Closing
+//! -> Detached -> Open` for a restart.
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
@@ -21,28 +24,30 @@ use crate::mailbox::{DroppedSlot, RingShared, request};
 use crate::policy::RetryPolicy;
 use crate::sys::{after, lock};
 
+/// The device has stopped taking writes.
 #[derive(Debug)]
 struct Stall {
+    /// Attempts in this stall so far, up to the budget of the [`RetryPolicy`].
     attempts: u32,
-    /// When to try again.
+    /// The time of the next attempt.
     next: Instant,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Phase {
     Open,
-    /// The queue is being asked to let go.
+    /// The queue is being asked to release its slots.
     Closing {
         deadline: Instant,
-        /// `None`: to be opened again by a restart.
+        /// `None`: the queue will be opened again by a restart.
         reason: Option<CloseReason>,
     },
-    /// Between the two halves of a restart: submissions wait.
+    /// Between the two halves of a restart. Submissions wait.
     Detached,
     Closed(CloseReason),
 }
 
-/// Everything an engine is built from.
+/// All that an engine is built from.
 pub(crate) struct EngineParts {
     pub(crate) sq_consumer: SqConsumer,
     pub(crate) cq_producer: CqProducer,
@@ -55,15 +60,15 @@ pub(crate) struct EngineParts {
     pub(crate) depths: (usize, usize),
 }
 
-/// One ring's poller work.
+/// One ring's share of polling. See the [module](self).
 pub(crate) struct Engine {
     sq_consumer: SqConsumer,
     completions: Completions,
     posted: Posted,
-    /// Slots that the queue keeps: reads, writes.
+    /// The slots that the queue keeps: reads and writes.
     kept: [i64; 2],
     queue: Option<Box<dyn Queue>>,
-    /// The queue's own, as it said when it was opened or last armed.
+    /// The queue's descriptor, as the queue returned it when it was opened or last armed.
     descriptor: Option<RawFd>,
     interface: Arc<InterfaceShared>,
     caps: Capabilities,
@@ -74,13 +79,15 @@ pub(crate) struct Engine {
     permit: Option<RingPermit>,
     phase: Phase,
     stall: Option<Stall>,
-    /// When to notify a reaper that waits for more completions than there are.
+    /// When to notify a reaper that waits for more completions than there are, and the number of
+    /// the arming that asked for it.
     coalesce: Option<(u64, Instant)>,
-    /// Orphans taken out of the shared list, kept to reuse its memory.
+    /// The list that takes the place of the shared list of dropped slots. Empty between calls; kept
+    /// to use its memory again.
     dropped: Vec<DroppedSlot>,
-    /// A poller's thread drives it, and no other will.
+    /// True once `bind_to_thread` was called: one poller thread makes all calls from then on.
     bound: bool,
-    /// Queues that it has had and that are gone.
+    /// The number of queues that this engine has had and dropped.
     queues_closed: u64,
 }
 
@@ -146,7 +153,8 @@ impl Engine {
         })
     }
 
-    /// From here on this thread drives it.
+    /// Says that the calling thread makes all calls from here on. Called by a poller before its
+    /// first `poll_once`, never by an inline ring.
     pub(crate) fn bind_to_thread(&mut self) {
         self.bound = true;
         if let Some(queue) = &mut self.queue
@@ -156,8 +164,9 @@ impl Engine {
         }
     }
 
-    /// One round: takes submissions, lets the device make progress once, shows completions. Never
-    /// blocks. Returns whether anything was done, so that there may be more.
+    /// Polls once: carries out requests, takes submissions, lets the device make progress once,
+    /// completes dropped slots, publishes completions and notifies. Never blocks. Returns whether
+    /// anything was done, in which case there may be more to do.
     pub(crate) fn poll_once(&mut self) -> bool {
         let mut worked = self.handle_requests();
         if self.sq_consumer.ready() > 0 && !self.shared.is_inline() {
@@ -176,7 +185,8 @@ impl Engine {
         worked
     }
 
-    /// Whether the ring is closed and every entry that was with the device has completed.
+    /// Whether the closing has ended: no queue is left, and every posted entry has completed. Slots
+    /// that the device took may still be missing; see `slots_kept`.
     pub(crate) fn is_closed(&self) -> bool {
         matches!(self.phase, Phase::Closed(_))
     }
@@ -188,7 +198,8 @@ impl Engine {
         }
         let asked = self.shared.cancels_requested();
         if requests & (request::CANCEL | request::CANCEL_ALL) != 0 {
-            // What a cancel finds in the SQ is not the device's any more.
+            // Takes what is in the SQ before the device can: its cancels are carried out, and its
+            // packets are posted, where a cancel finds them.
             self.sq_consumer.ready();
             self.take_submissions();
         }
@@ -200,12 +211,13 @@ impl Engine {
         if requests & request::STOP != 0 {
             self.begin_close(Some(CloseReason::Stopped));
         } else {
-            // With both pending, REOPEN is the older: it comes only when nobody is attached.
+            // If both are pending, REOPEN is the older one, because it comes only when no queue
+            // exists.
             if requests & request::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
                 self.reopen();
             }
             if requests & request::DETACH != 0 && matches!(self.phase, Phase::Open) {
-                // What was submitted before the restart is cancelled by it.
+                // A restart cancels what was submitted before it.
                 self.sq_consumer.ready();
                 self.take_submissions();
                 self.begin_close(None);
@@ -214,8 +226,8 @@ impl Engine {
         true
     }
 
-    /// Posts the submissions that are known, or refuses them, and carries out the cancels among them.
-    /// Returns whether there were any.
+    /// Posts or refuses all known submissions, and carries out the cancels among them. Returns
+    /// whether there were any.
     fn take_submissions(&mut self) -> bool {
         if self.sq_consumer.known() == 0 {
             return false;
@@ -232,7 +244,7 @@ impl Engine {
                 }
             }
             self.sq_consumer.retire();
-            // What comes behind the packets is a cancel.
+            // A packet run ends at a cancel.
             let Some(submission) = self.sq_consumer.pop() else { return true };
             let Submission::Cancel { user_data, target } = submission else {
                 unreachable!("the packets were taken")
@@ -242,7 +254,7 @@ impl Engine {
         }
     }
 
-    /// How an entry ends that came too late for the device.
+    /// The outcome of an entry that came too late for the device, or `None` if entries are posted.
     fn refusal(&self) -> Option<Outcome> {
         match self.phase {
             Phase::Open | Phase::Detached | Phase::Closing { reason: None, .. } => None,
@@ -252,8 +264,8 @@ impl Engine {
         }
     }
 
-    /// Completes the posted entries of `target` (or all) as cancelled and asks the queue for those
-    /// it keeps. Returns how many there are.
+    /// Completes the posted entries of `target` (`None`: all of them) as cancelled, and asks the
+    /// queue for those that it keeps. Returns how many there are.
     fn cancel(&mut self, target: Option<u64>) -> u32 {
         let mut matched = 0;
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
@@ -276,7 +288,8 @@ impl Engine {
         matched
     }
 
-    /// Lets the device make progress once, with what it has left and what is in the SQ.
+    /// Lets the device make progress once, with the slots it has left posted and with those in the
+    /// SQ. Returns whether anything was done.
     fn poll_device(&mut self) -> bool {
         let rang = self.shared.take_device_rang();
         let kept = self.kept != [0; 2];
@@ -305,9 +318,10 @@ impl Engine {
         let moved = submitted || completed || taken != [0; 2];
         match result {
             Ok(Ok(progress)) => {
-                // What the device has not looked at in the SQ was offered as well.
+                // The device was offered these entries too, although it did not look at them.
                 self.take_submissions();
-                // A device may also put back what it took in an earlier call.
+                // Not below 0, because a device may also put back slots that it took in an earlier
+                // call.
                 let taken = taken[1].max(0) as usize;
                 let offered = (taken + self.posted.writes.len()).min(write_limit as usize);
                 if offered > 0 {
@@ -327,8 +341,8 @@ impl Engine {
         }
     }
 
-    /// Keeps the books of a device call that has taken so many reads and writes: what it has not brought
-    /// back, it keeps. Returns whether it completed anything.
+    /// Accounts for a device call that has taken `taken` reads and writes: the queue keeps those
+    /// that it has not completed. Returns whether it completed any.
     fn account_kept(&mut self, taken: [i64; 2]) -> bool {
         let ended = self.completions.end_batch();
         for i in 0..2 {
@@ -337,21 +351,22 @@ impl Engine {
         ended != [0; 2]
     }
 
-    /// Keeps the books of a stall: the device took `taken` of `offered` writes.
+    /// Accounts for a stall: the device took `taken` of `offered` writes.
     fn account_writes(&mut self, taken: usize, offered: usize) {
         if taken == offered {
             self.stall = None;
             return;
         }
         let attempts = match &self.stall {
-            // It moves: a new stall, with a budget of its own, begins at most here.
+            // The device made progress, so any stall after this is a new one, with a budget of its
+            // own.
             _ if taken > 0 => 1,
             None => 1,
             Some(stall) => stall.attempts + 1,
         };
         self.shared.counters.poller.retries.add(1);
         if attempts >= self.retry.attempts {
-            // Once a stall: past its budget every later write comes here.
+            // Traced once per stall, because past the budget every later write comes here.
             let budget = self.retry.attempts;
             let first = self.stall.as_ref().is_none_or(|stall| stall.attempts < budget);
             let given_up = self.posted.writes.len();
@@ -362,19 +377,19 @@ impl Engine {
                 tracing::debug!(ring = self.shared.number, given_up, "the device takes no packets");
             }
         }
-        // Past the budget the count stays, so that later writes get one attempt each.
+        // Past the budget the count stays, so each later write gets one attempt.
         let attempts = attempts.min(self.retry.attempts);
         self.stall = Some(Stall { attempts, next: after(self.retry.delay) });
     }
 
-    /// Begins to close the queue: for good, or (`None`) to open it anew.
+    /// Begins to close the queue: for good, or to open it again (`None`).
     fn begin_close(&mut self, reason: Option<CloseReason>) {
         if let Some(closed) = reason {
             self.shared.close(closed);
         }
         match self.phase {
             Phase::Closed(_) => return,
-            // A restart's close becomes a close for good.
+            // A close for a restart can become a close for good.
             Phase::Closing { deadline, reason: before } => {
                 self.phase = Phase::Closing { deadline, reason: before.or(reason) };
             }
@@ -402,7 +417,8 @@ impl Engine {
         }
     }
 
-    /// Asks the queue to let go; ends the closing when it has, or when the time is up.
+    /// Asks the queue to release its slots. Ends the closing when it has, or when the time is up.
+    /// Returns whether anything was done.
     fn poll_close(&mut self) -> bool {
         let Phase::Closing { deadline, reason } = self.phase else { return false };
         let before = self.kept;
@@ -417,7 +433,7 @@ impl Engine {
             let result = catch_panic(|| queue.close(&mut cx));
             let taken = cx.taken();
             self.completions.set_undone(Outcome::Cancelled);
-            // A device that puts slots back instead of cancelling them.
+            // For a device that puts slots back instead of cancelling them.
             self.posted.reads.append(&mut nothing.reads);
             self.posted.writes.append(&mut nothing.writes);
             self.account_kept(taken);
@@ -440,7 +456,7 @@ impl Engine {
         if Instant::now() >= deadline {
             let slots = self.slots_kept();
             tracing::error!(ring = self.shared.number, slots, "leaked: the device holds on");
-            // On purpose: somebody may still write to these slots.
+            // Leaked on purpose, because the device or its system may still write to these slots.
             self.descriptor = None;
             if let Some(queue) = self.queue.take() {
                 std::mem::forget(queue);
@@ -453,13 +469,13 @@ impl Engine {
         self.kept != before
     }
 
-    /// Slots that the device took and has not given back. On a closed ring they may still come, when
-    /// somebody drops them; what never comes is leaked.
+    /// The number of slots that the device took and has not given back. On a closed ring they may
+    /// still come, when another thread drops them. Those that never come are leaked.
     pub(crate) fn slots_kept(&self) -> usize {
         (self.kept[0] + self.kept[1]).max(0) as usize
     }
 
-    /// The queue is gone.
+    /// Ends the closing, after the queue was dropped or leaked.
     fn finish_close(&mut self, reason: Option<CloseReason>) {
         self.complete_dropped();
         match reason {
@@ -475,9 +491,10 @@ impl Engine {
         self.interface.detach();
     }
 
+    /// Opens a queue again after a restart of the device.
     fn reopen(&mut self) {
         if !self.interface.try_attach() {
-            // Another restart is under way, and will say when it is over.
+            // Another restart is under way. It requests REOPEN when it is over.
             return;
         }
         match catch_panic(|| open(&*self.interface.device, self.direction, &self.shared)) {
@@ -489,7 +506,7 @@ impl Engine {
                     self.bind_to_thread();
                 }
                 self.shared.counters.poller.restarts.add(1);
-                // Whatever came between is looked at once.
+                // Poll the new queue once, for what came in between.
                 self.shared.ring_from_device();
             }
             Err(Panicked) => {
@@ -508,7 +525,8 @@ impl Engine {
         }
     }
 
-    /// The device panicked: it is not called again, and what it held comes home.
+    /// Closes the ring after a panic of the device. The device is not called again. The slots that
+    /// its queue kept are dropped with it, and complete.
     pub(crate) fn close_panicked(&mut self) {
         tracing::error!(ring = self.shared.number, "the device panicked");
         self.shared.close(CloseReason::DevicePanicked);
@@ -522,7 +540,7 @@ impl Engine {
         }
     }
 
-    /// Drops the queue; the slots that it kept are dropped with it.
+    /// Drops the queue. This drops the slots that it kept, which then complete as dropped slots.
     fn drop_queue(&mut self) {
         self.descriptor = None;
         self.queues_closed += 1;
@@ -533,7 +551,7 @@ impl Engine {
         }
     }
 
-    /// Completes what a device dropped.
+    /// Completes the slots that the device dropped.
     fn complete_dropped(&mut self) {
         let outcome = match self.phase {
             Phase::Open | Phase::Detached => Outcome::Abandoned,
@@ -549,23 +567,25 @@ impl Engine {
         self.dropped = dropped;
     }
 
-    /// Publishes completions and notifies a sleeping reaper when its wish is met.
+    /// Publishes completions, and notifies a sleeping reaper if there are as many as it waits for,
+    /// or if its delay is over.
     fn publish_and_notify(&mut self) {
         let news = self.completions.publish();
         if !news && self.coalesce.is_none() && !self.shared.wants_coalescing() {
             return;
         }
         let index = self.completions.index();
-        // Whoever drives the engine himself is awake.
+        // The owner of an inline ring drives this engine, so it is awake.
         if news && !self.shared.is_inline() && self.shared.notify_if_due(index) {
             self.coalesce = None;
             self.shared.counters.poller.notifications.add(1);
             return;
         }
-        // Somebody waits for more than there is: from the first completion on, the clock runs.
+        // The reaper waits for more completions than there are. Its delay runs from the first
+        // completion on.
         match self.shared.coalescing() {
             Some((arming, delay)) if self.completions.backlog() > 0 => {
-                // An older arming's clock is not this one's.
+                // A deadline of an older arming does not count for this one.
                 self.coalesce = self.coalesce.filter(|(of, _)| *of == arming);
                 let (_, due) = *self.coalesce.get_or_insert_with(|| (arming, after(delay)));
                 if Instant::now() >= due {
@@ -578,8 +598,11 @@ impl Engine {
         }
     }
 
-    /// Arms the ring's doorbell. False (and disarmed) if there is something to do after all; else
-    /// whoever brings work rings.
+    /// Arms the ring's doorbell. Returns false, with the doorbell disarmed, if there is something
+    /// to do after all. Otherwise the thread that brings work rings.
+    ///
+    /// This look comes after the fence in `arm`, so it sees all work that was published by a ringer
+    /// that did not see the bell armed.
     pub(crate) fn try_sleep(&mut self) -> bool {
         self.shared.bell.arm();
         let nothing =
@@ -597,7 +620,7 @@ impl Engine {
         match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
             Ok((armed, descriptor)) => {
                 self.descriptor = descriptor;
-                // A queue that has packets but no posted read has nothing to do.
+                // A queue that has packets has nothing to do while no read is posted.
                 armed || (self.posted.reads.is_empty() && self.kept == [0; 2])
             }
             Err(Panicked) => {
@@ -607,7 +630,7 @@ impl Engine {
         }
     }
 
-    /// When the engine wants to be turned although nobody rings.
+    /// The time at which the engine must be polled even if nobody rings.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let closing = match self.phase {
             Phase::Closing { deadline, .. } => Some(deadline.min(Instant::now() + CLOSE_RETRY)),
@@ -621,32 +644,34 @@ impl Engine {
         [closing, stall, safety, self.coalesce.map(|(_, due)| due)].into_iter().flatten().min()
     }
 
-    /// What its sleeper sleeps on as well. None while nothing is posted: a packet that nobody can
-    /// take would end each sleep at once.
+    /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read
+    /// is posted and the device keeps no slot: a packet that cannot be taken would end each sleep
+    /// at once.
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
         let waits = !self.posted.reads.is_empty() || self.kept != [0; 2];
         self.descriptor.filter(|_| waits)
     }
 
-    /// Tells the descriptors of one queue from those of the next, whose numbers may be the same.
+    /// A number that tells the descriptor of one queue from that of the next, which may be the same
+    /// number.
     #[cfg(target_os = "linux")]
     pub(crate) fn queues_closed(&self) -> u64 {
         self.queues_closed
     }
 
-    /// Whether its device has one.
+    /// Whether the device has a descriptor.
     pub(crate) fn has_descriptor(&self) -> bool {
         self.descriptor.is_some()
     }
 
-    /// The device is to be polled even if it did not ring: its descriptor or the safety poll says
-    /// so.
+    /// Makes the next poll call the device although it did not ring, because its descriptor is
+    /// readable or the safety poll is due.
     pub(crate) fn request_device_poll(&self) {
         self.shared.ring_from_device();
     }
 }
 
-/// A queue of a device, and what is asked only when it is opened.
+/// A queue of a device, with what is asked for only when it is opened.
 struct Opened {
     queue: Box<dyn Queue>,
     caps: Capabilities,
@@ -667,7 +692,7 @@ fn fd_of(queue: &dyn Queue) -> Option<RawFd> {
     queue.descriptor().map(|fd| fd.as_raw_fd())
 }
 
-/// Where a poller leaves an engine whose ring is closed, for the reaping half to take.
+/// Where a poller leaves the engine of a closed ring, for the reaping half to take.
 #[derive(Debug, Default)]
 pub(crate) struct Handoff {
     state: Mutex<HandoffState>,
@@ -679,11 +704,12 @@ enum HandoffState {
     #[default]
     Running,
     Returned(Box<Engine>),
-    /// Nobody will come for it.
+    /// The reaping half will not come for it.
     Abandoned,
 }
 
 impl Handoff {
+    /// Leaves `engine` for the reaping half, or drops it if the reaping half will not come.
     pub(crate) fn give(&self, engine: Engine) {
         let mut state = lock(&self.state);
         if matches!(*state, HandoffState::Running) {
@@ -693,13 +719,15 @@ impl Handoff {
         }
     }
 
+    /// Says that the reaping half will not come. Drops the engine if it is there.
     pub(crate) fn abandon(&self) {
         // Dropped outside the lock.
         let before = std::mem::replace(&mut *lock(&self.state), HandoffState::Abandoned);
         drop(before);
     }
 
-    /// Takes the engine if it is there, waiting up to `timeout` for it.
+    /// Takes the engine, waiting up to `timeout` for it. `None` if it did not come, or was taken
+    /// before.
     pub(crate) fn take(&self, timeout: Duration) -> Option<Box<Engine>> {
         let deadline = after(timeout);
         let mut state = lock(&self.state);
