@@ -1,12 +1,13 @@
-//! The poller: submission queue -> batches -> device -> completion queue.
+//! The poller: a thread that drives the engines of rings.
 //!
-//! An *engine* is one ring's share of that work; it never blocks. A [`Poller`] is a thread that polls
-//! the engines of one ring or of many; with `Drive::Inline` the reaping half polls its engine itself.
+//! An *engine* is one ring's share of polling: submission queue -> batches -> device -> completion
+//! queue. It never blocks. A [`Poller`] is a thread that polls the engines of one ring or of many.
+//! With `Drive::Inline` the reaping half polls its engine itself.
 //!
-//! A poller polls only engines that have something to do. An engine that runs dry arms its ring's
-//! doorbell and leaves the active list; whoever rings puts a bit into the poller's ready set and
-//! rings the poller's own doorbell, which costs a system call only if the thread sleeps. So the cost
-//! of a turn does not grow with the number of idle rings.
+//! A poller polls only the engines that have something to do. An engine that runs out of work arms
+//! its ring's doorbell and leaves the active list. The thread that rings it sets a bit in the
+//! poller's ready set and rings the poller's own doorbell, which costs a system call only if the
+//! poller sleeps. So the cost of a round does not grow with the number of idle rings.
 
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
@@ -22,7 +23,7 @@ use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
 use crate::sys::{lock, poll, poll_in};
 
-/// The part of a poller that rings and ringers see.
+/// The part of a poller that its rings share.
 #[derive(Debug)]
 pub(crate) struct PollerShared {
     pub(crate) set: Arc<ReadySet>,
@@ -35,12 +36,16 @@ struct Arrivals {
     engines: Vec<(usize, Engine, Arc<Handoff>)>,
     free: Vec<usize>,
     used: usize,
-    /// The last handle to the poller is gone: end when the last ring is.
+    /// The poller's handle was dropped, so the thread ends when its last ring is closed.
     handle_dropped: bool,
 }
 
 impl PollerShared {
-    /// A place in the ready set.
+    /// Reserves a place in the ready set.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::TooLarge`] if the poller has as many rings as it can drive.
     pub(crate) fn reserve(&self) -> Result<usize, Error> {
         let mut arrivals = lock(&self.arrivals);
         if let Some(place) = arrivals.free.pop() {
@@ -55,12 +60,16 @@ impl PollerShared {
         Ok(arrivals.used - 1)
     }
 
+    /// Returns a place that [`reserve`](Self::reserve) gave.
     pub(crate) fn unreserve(&self, place: usize) {
         lock(&self.arrivals).free.push(place);
     }
 
+    /// Hands an engine to the poller's thread.
     pub(crate) fn adopt(&self, place: usize, engine: Engine, handoff: Arc<Handoff>) {
         lock(&self.arrivals).engines.push((place, engine, handoff));
+        // Release: pairs with the Acquire in `run`. Relaxed would do, because the lock of
+        // `arrivals` hands the engine over.
         self.set.arrived.store(true, Ordering::Release);
         self.set.bell.ring();
     }
@@ -70,15 +79,16 @@ impl PollerShared {
     }
 }
 
-/// A thread that drives rings: `Drive::Shared(&poller)`.
+/// A thread that drives rings: [`Drive::Shared(&poller)`](crate::Drive::Shared).
 ///
-/// It ends when this handle is gone and the last of its rings is closed.
+/// Dropping this handle does not end the thread at once. It ends when the last of its rings is
+/// closed.
 #[derive(Debug)]
 pub struct Poller {
     shared: Arc<PollerShared>,
 }
 
-/// Makes a [`Poller`].
+/// Starts a [`Poller`]. [`Poller::builder`] returns one.
 #[derive(Clone, Debug, Default)]
 pub struct PollerBuilder {
     name: Option<String>,
@@ -87,25 +97,26 @@ pub struct PollerBuilder {
 }
 
 impl PollerBuilder {
-    /// The thread's name. Default `vmring-poller`.
+    /// Sets the thread's name. Default: `vmring-poller`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Keeps the thread on one processor, counted from 0. Linux only: macOS offers no such call.
+    /// Keeps the thread on one processor, counted from 0. Default: the thread may run on any. Linux
+    /// only: macOS has no such call.
     pub fn cpu(mut self, cpu: usize) -> Self {
         self.cpu = Some(cpu);
         self
     }
 
-    /// How the thread waits for work.
+    /// Sets how the thread waits for work.
     pub fn idle(mut self, idle: IdlePolicy) -> Self {
         self.idle = idle;
         self
     }
 
-    /// What was set of the thread itself, if anything was.
+    /// Returns which setting of the thread itself was set, if any was.
     pub(crate) fn thread_setting(&self) -> Option<&'static str> {
         match (&self.cpu, &self.name) {
             (Some(_), _) => Some("processor"),
@@ -118,8 +129,8 @@ impl PollerBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] for
-    /// a processor on a system that cannot.
+    /// [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] if
+    /// a processor was set on a system that cannot keep a thread on one.
     pub fn start(self) -> Result<Poller, Error> {
         let shared = Arc::new(PollerShared {
             set: Arc::new(ReadySet::new()),
@@ -154,15 +165,17 @@ impl PollerBuilder {
 
 #[cfg(target_os = "linux")]
 fn pin_to(cpu: usize) -> Result<(), Error> {
-    // SAFETY: a cpu_set_t is a plain bit set, for which all zeroes is the empty set.
+    // SAFETY: cpu_set_t is a C struct of integers, a bit set, so all zeroes is a valid value: the
+    // empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     if cpu >= libc::CPU_SETSIZE as usize {
         let source = std::io::ErrorKind::InvalidInput.into();
         return Err(Error::Io { what: "pinning the poller's thread", source });
     }
-    // SAFETY: `cpu` is within the set.
+    // SAFETY: `cpu` is below CPU_SETSIZE, as checked above, so the bit is inside the set.
     unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: the pointer and size are those of the set; 0 is the calling thread.
+    // SAFETY: the pointer and the size are those of `set`, which lives through the call, and the
+    // kernel only reads it. 0 is the calling thread.
     if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } != 0 {
         return Err(Error::io("pinning the poller's thread")(std::io::Error::last_os_error()));
     }
@@ -178,12 +191,16 @@ fn pin_to(_cpu: usize) -> Result<(), Error> {
 }
 
 impl Poller {
-    /// A poller thread with the defaults.
+    /// Starts a poller thread with the default settings.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`PollerBuilder::start`].
     pub fn start() -> Result<Self, Error> {
         Self::builder().start()
     }
 
-    /// A poller thread with settings.
+    /// Returns a builder for the settings. [`PollerBuilder::start`] starts the thread.
     pub fn builder() -> PollerBuilder {
         PollerBuilder::default()
     }
@@ -196,28 +213,31 @@ impl Poller {
 impl Drop for Poller {
     fn drop(&mut self) {
         lock(&self.shared.arrivals).handle_dropped = true;
+        // Release: pairs with the Acquire in `run`. Relaxed would do, because `handle_dropped` is
+        // under the lock of `arrivals`.
         self.shared.set.arrived.store(true, Ordering::Release);
         self.shared.set.bell.ring();
     }
 }
 
-/// A ring's place on a poller's thread.
+/// A ring on a poller's thread.
 struct PolledRing {
     engine: Engine,
     handoff: Arc<Handoff>,
-    /// Rounds without work.
+    /// The number of rounds without work.
     idle: u32,
+    /// Whether the ring is in the list of rings that are polled.
     active: bool,
-    /// Whether it stands in the list of those with a time or a descriptor.
+    /// Whether the ring is in the list of rings with a deadline or a descriptor.
     watched: bool,
-    /// When it wants to be turned although nobody rings; looked at only while inactive.
+    /// When the ring must be polled even if nobody rings. Read only while the ring is inactive.
     wake_at: Option<Instant>,
 }
 
-/// What became of a ring's turn.
+/// The outcome of polling a ring once.
 enum PollOutcome {
     Worked,
-    /// For that many rounds before this one as well.
+    /// The ring had no work, and none in that many rounds before this one.
     Idle(u32),
     Asleep,
     Closed,
@@ -225,8 +245,8 @@ enum PollOutcome {
 
 impl PolledRing {
     fn poll(&mut self, idle: IdlePolicy) -> PollOutcome {
-        // The engine catches what its device does. Whatever panics besides (what a panic carried,
-        // when it is dropped; a subscriber of our traces) is this ring's end and nobody else's.
+        // The engine catches the panics of its device. Any other panic (in the drop of a panic's
+        // payload, or in a subscriber of our traces) ends this ring and no other.
         catch_panic(|| self.poll_uncaught(idle)).unwrap_or_else(|Panicked| {
             let _ = catch_panic(|| self.engine.close_panicked());
             PollOutcome::Closed
@@ -253,6 +273,7 @@ impl PolledRing {
     }
 }
 
+/// The poller's thread.
 fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut rings: Vec<Option<PolledRing>> = Vec::new();
     let mut active: Vec<usize> = Vec::new();
@@ -262,6 +283,9 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut handle_dropped = false;
     let mut check = SleeperCheck::default();
     loop {
+        // Acquire: pairs with the Releases in `adopt` and in the drop of `Poller`. The Release half
+        // pairs with nothing. Relaxed would do for both, because the lock below hands over what
+        // arrived.
         if shared.set.arrived.swap(false, Ordering::AcqRel) {
             let mut arrivals = lock(&shared.arrivals);
             handle_dropped |= arrivals.handle_dropped;
@@ -283,7 +307,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                 active.push(place);
                 ring_count += 1;
             }
-            // Room for all, now, so that nothing grows on a packet's way.
+            // Reserves space for all rings now, so that no list grows in the path of a packet.
             active.reserve(rings.len().saturating_sub(active.len()));
             watched.reserve(rings.len().saturating_sub(watched.len()));
             descriptors.reserve(rings.len() + 1);
@@ -311,7 +335,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                     let ring = rings[place].take().expect("as above");
                     active.swap_remove(i);
                     if ring.watched {
-                        // Or whoever takes the place next would stand there twice.
+                        // Otherwise the next ring at this place would be in the list twice.
                         watched.retain(|watched| *watched != place);
                     }
                     ring_count -= 1;
@@ -323,7 +347,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             i += 1;
         }
         if !active.is_empty() && !watched.is_empty() && check.is_due(active.len()) {
-            // Those who sleep are not to wait until everybody does.
+            // Rings that sleep must not wait until all rings sleep.
             check.run(&mut rings, &mut active, &mut watched, &mut descriptors);
         }
         if worked {
@@ -334,15 +358,16 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             continue;
         }
         if handle_dropped && ring_count == 0 {
-            // No handle, so nobody can add a ring; no ring, so nobody rings.
+            // Without a handle nobody can add a ring, and without a ring nobody rings.
             return;
         }
         sleep(shared, &mut rings, &mut active, &mut watched, &mut descriptors);
     }
 }
 
+/// Adds a ring that was rung to the active list.
 fn activate(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: usize) {
-    // A bit may outlive its ring.
+    // A ring may have left since its bit was set.
     if let Some(Some(ring)) = rings.get_mut(place)
         && !ring.active
     {
@@ -352,11 +377,12 @@ fn activate(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: us
     }
 }
 
-/// A closed ring leaves: its engine goes to the reaping half, which may be waiting for it.
+/// Hands the engine of a closed ring back to the reaping half, which may be waiting for it.
 fn hand_back(shared: &PollerShared, place: usize, ring: PolledRing) {
     let PolledRing { engine, handoff, .. } = ring;
     let ring = engine.shared.clone();
-    // Nobody may want it any more; then the device may end here, whose code that is.
+    // If the reaping half is gone, the engine is dropped here, and with it perhaps the device,
+    // whose code may panic.
     if catch_panic(|| handoff.give(engine)).is_err() {
         tracing::error!(ring = ring.number, "the device panicked while dropped");
     }
@@ -364,9 +390,9 @@ fn hand_back(shared: &PollerShared, place: usize, ring: PolledRing) {
     ring.notify();
 }
 
-/// Nothing is active: sleeps until somebody rings, a descriptor is readable, or a ring's time has
-/// come. `watched` are the places of the rings with a time or a descriptor: the others cost nothing
-/// here.
+/// Sleeps until somebody rings, a descriptor is readable, or a ring's deadline has come. Called
+/// when no ring is active. `watched` are the places of the rings with a deadline or a descriptor;
+/// the other rings cost nothing here.
 fn sleep(
     shared: &PollerShared,
     rings: &mut [Option<PolledRing>],
@@ -375,7 +401,7 @@ fn sleep(
     descriptors: &mut Vec<libc::pollfd>,
 ) {
     let wake_at = collect_descriptors(rings, watched, descriptors);
-    // The notifier's own.
+    // The place for the notifier's own descriptor.
     descriptors.push(poll_in(-1));
     let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
     shared.set.bell.arm();
@@ -388,7 +414,7 @@ fn sleep(
     }
 }
 
-/// The descriptors of those who sleep, and the first of their times.
+/// Collects the descriptors of the rings that sleep, and returns the first of their deadlines.
 fn collect_descriptors(
     rings: &[Option<PolledRing>],
     watched: &[usize],
@@ -406,17 +432,18 @@ fn collect_descriptors(
     wake_at
 }
 
-/// When a poller that is busy looks after those who sleep: now and then, and never in a packet's
-/// share of a round.
+/// Decides when a busy poller checks the rings that sleep: now and then, and never in the path of a
+/// packet.
 #[derive(Debug, Default)]
 struct SleeperCheck {
+    /// Polls of rings since the last check.
     polls: usize,
-    /// Before then no descriptor is polled again.
+    /// No descriptor is polled again before this time.
     next: Option<Instant>,
 }
 
 impl SleeperCheck {
-    /// Counts a round of so many polls.
+    /// Counts a round of `polls` polls. Returns whether a check is due.
     fn is_due(&mut self, polls: usize) -> bool {
         self.polls += polls;
         let due = self.polls >= SLEEPER_CHECK_TURNS;
@@ -426,6 +453,7 @@ impl SleeperCheck {
         due
     }
 
+    /// Checks the rings that sleep, and activates those that must be polled.
     fn run(
         &mut self,
         rings: &mut [Option<PolledRing>],
@@ -448,7 +476,7 @@ impl SleeperCheck {
     }
 }
 
-/// Turns those again whose time has come or whose descriptor is readable.
+/// Activates the rings whose deadline has come or whose descriptor is readable.
 fn wake_due(
     rings: &mut [Option<PolledRing>],
     active: &mut Vec<usize>,
@@ -464,7 +492,7 @@ fn wake_due(
             .descriptor()
             .is_some_and(|fd| descriptors.iter().any(|poll| poll.fd == fd && poll.revents != 0));
         if !ring.active && (due || readable) {
-            // It was not rung awake, so its doorbell is still armed.
+            // Nobody rang this ring, so its doorbell is still armed.
             ring.engine.shared.bell.disarm();
             ring.engine.request_device_poll();
             ring.active = true;
