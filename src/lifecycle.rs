@@ -1,4 +1,4 @@
-//! Who may have a ring on an interface, and how the interface stops and restarts.
+//! The life of an interface: which rings it may have, and how it stops and restarts.
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -11,9 +11,11 @@ use crate::error::{ConfigError, Error};
 use crate::mailbox::{RingShared, request};
 use crate::sys::{after, lock};
 
+/// The message of the error for a ring that cannot be built now.
 pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
 
-/// A device and the rings on it: who may claim a ring, and who goes first when it stops or restarts.
+/// A device and the rings on it. It hands out permits for rings, and stops or restarts the device
+/// when no queue of it is left.
 pub(crate) struct InterfaceShared {
     pub(crate) device: Arc<dyn Device>,
     state: Mutex<LifecycleState>,
@@ -25,14 +27,15 @@ struct LifecycleState {
     rings: Vec<Weak<RingShared>>,
     readers: usize,
     writers: usize,
-    /// Queues of the device that exist.
+    /// The number of the device's queues that exist.
     attached: usize,
-    /// What happens to the device when no queue is left.
+    /// What to do with the device when no queue is left.
     pending: PendingAction,
-    /// The device is being stopped or restarted this moment.
+    /// Whether the device is being stopped or restarted at this moment.
     applying: bool,
-    /// Stops and restarts applied so far, and how the last one ended.
+    /// The number of stops and restarts so far.
     applied: u64,
+    /// How the last of them failed, if it did.
     outcome: Option<Arc<Error>>,
     stopped: bool,
 }
@@ -55,7 +58,7 @@ impl fmt::Debug for InterfaceShared {
 
 impl Drop for InterfaceShared {
     fn drop(&mut self) {
-        // The interface and all its rings are gone.
+        // The interface and all its rings were dropped.
         if lock(&self.state).stopped {
             return;
         }
@@ -72,6 +75,12 @@ impl InterfaceShared {
         Self { device, state: Mutex::default(), changed: Condvar::new() }
     }
 
+    /// Takes a permit for a ring of `direction`.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Invalid`] while the interface is stopped or restarts, [`Error::TooManyRings`]
+    /// if the device has as many rings of this direction as it can serve.
     pub(crate) fn acquire(self: &Arc<Self>, direction: Direction) -> Result<RingPermit, Error> {
         let caps = self.device.capabilities();
         let mut state = lock(&self.state);
@@ -95,14 +104,16 @@ impl InterfaceShared {
         Ok(RingPermit { interface: self.clone(), direction })
     }
 
+    /// Adds a ring, which gets the requests of a stop or a restart from then on.
     pub(crate) fn add(&self, ring: &Arc<RingShared>) {
         let mut state = lock(&self.state);
         state.rings.retain(|ring| ring.strong_count() > 0);
         state.rings.push(Arc::downgrade(ring));
     }
 
-    /// An engine is about to ask the device for a queue. False while the device is to be stopped or
-    /// restarted: that waits until no queue exists. (After a restart every ring is told to ask again.)
+    /// Counts the queue that an engine is about to ask the device for. Returns false while the
+    /// device is to be stopped or restarted, which waits until no queue exists. After a restart
+    /// every ring is requested to ask again.
     pub(crate) fn try_attach(&self) -> bool {
         let mut state = lock(&self.state);
         let free = !state.applying && !state.stopped && state.pending == PendingAction::Nothing;
@@ -110,21 +121,23 @@ impl InterfaceShared {
         free
     }
 
-    /// An engine has let go of its queue. The last one carries out what was asked for.
+    /// Counts an engine's queue as gone. If it was the last one, carries out the pending stop or
+    /// restart.
     pub(crate) fn detach(&self) {
         lock(&self.state).attached -= 1;
         self.apply_pending();
     }
 
+    /// Makes a request of every ring.
     fn request(&self, bits: u32) {
-        // Not under the lock: ringing may run somebody's waker.
+        // After the lock is released, because ringing may run the code of a waker.
         let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
         for ring in rings {
             ring.request(bits);
         }
     }
 
-    /// If no queue is left: stops or restarts the device, if that was asked for.
+    /// Stops or restarts the device, if that is pending and no queue is left.
     fn apply_pending(&self) {
         let action = {
             let mut state = lock(&self.state);
@@ -151,7 +164,7 @@ impl InterfaceShared {
         state.stopped |= action == PendingAction::Stop;
         state.applied += 1;
         state.outcome = outcome.err().map(Arc::new);
-        // Asked for meanwhile.
+        // Another stop or restart may have been requested meanwhile.
         let again = state.pending != PendingAction::Nothing;
         drop(state);
         self.changed.notify_all();
@@ -165,6 +178,8 @@ impl InterfaceShared {
         }
     }
 
+    /// Makes `action` pending, requests `bits` of every ring, and waits up to `timeout` until the
+    /// action was carried out.
     fn request_and_wait(
         &self,
         action: PendingAction,
@@ -179,11 +194,11 @@ impl InterfaceShared {
                 _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
             };
         }
-        // A stop overrides a restart that waits; a second restart joins it.
+        // A stop overrides a pending restart. A second restart joins the first.
         if state.pending != PendingAction::Stop {
             state.pending = action;
         }
-        // One that is applied this moment does not count: ours comes after it.
+        // An action that is being applied at this moment does not count: ours comes after it.
         let ours = state.applied + 1 + u64::from(state.applying);
         drop(state);
         self.request(bits);
@@ -217,7 +232,7 @@ impl InterfaceShared {
     }
 }
 
-/// One ring's place among those a device bears.
+/// The permission to have a ring on a device. Dropping it lets another ring take its place.
 pub(crate) struct RingPermit {
     interface: Arc<InterfaceShared>,
     direction: Direction,
