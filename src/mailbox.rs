@@ -1,4 +1,12 @@
-//! What the halves of a ring, its engine, its device and its control handles share.
+//! The state that the halves of a ring, its engine, its device and its control handles share.
+//!
+//! The engine reads most flags here with Relaxed loads. Two things make that right:
+//!
+//! * The doorbell's fences, argued in `vmring_core::doorbell`. An engine that goes to sleep sees a
+//!   flag that it has not taken, or the thread that set the flag sees the engine asleep and wakes
+//!   it.
+//! * The Release in `ReadySet::set_ready`, which pairs with the Acquire in `ReadySet::collect`. An
+//!   engine that was woken on a poller sees the flags that were set before.
 
 pub(crate) mod ready;
 
@@ -23,12 +31,12 @@ pub(crate) mod request {
     pub(crate) const CANCEL_ALL: u32 = 2;
     pub(crate) const DETACH: u32 = 4;
     pub(crate) const REOPEN: u32 = 8;
-    /// A cancel stands in the SQ.
+    /// There is a cancel in the SQ.
     pub(crate) const CANCEL: u32 = 16;
 }
 
-/// How a ring's engine sleeps: by leaving its poller's active list, or, when its owner drives it,
-/// by parking the owner.
+/// How a ring's engine sleeps: by leaving its poller's active list, or, if the ring's owner drives
+/// it, by parking the owner.
 #[derive(Debug)]
 pub(crate) enum RingPark {
     Poller { poller: Arc<ReadySet>, place: usize },
@@ -57,7 +65,7 @@ const STOPPED: u64 = 1;
 const PANICKED: u64 = 2;
 const FAILED: u64 = 3 << 32;
 
-/// What a ring's halves, its engine, its device and its control handles share.
+/// The state that the halves of a ring, its engine, its device and its control handles share.
 pub(crate) struct RingShared {
     pub(crate) number: u32,
     /// Wakes the engine.
@@ -66,18 +74,23 @@ pub(crate) struct RingShared {
     pub(crate) cq_bell: Doorbell<Arc<Notifier>>,
     /// The CQ index that the sleeping reaper waits for.
     pub(crate) wanted: AtomicU32,
-    /// Microseconds after which it wants to be woken with less; 0: never.
+    /// The delay after which a sleeping reaper wants to be woken even with fewer completions than
+    /// it waits for. 0: it does not. The format is at [`START_CLOCK`].
     pub(crate) coalesce: AtomicU64,
-    /// Why the ring is closed; `OPEN` while it is not.
+    /// Why the ring is closed. `OPEN` while it is open.
     closed: AtomicU64,
+    /// The bits of [`request`] that the engine has not taken yet.
     pub(crate) requests: AtomicU32,
+    /// Whether the device has rung since the engine last took this flag.
     device_rang: AtomicBool,
+    /// Whether `dropped` may have slots for the engine to complete.
     has_dropped: AtomicBool,
-    /// `None`: the engine is gone, and nobody completes them any more.
+    /// `None` once the engine was dropped, so that nobody completes dropped slots any more.
     dropped: Mutex<Option<Vec<DroppedSlot>>>,
-    /// A control handle wants `wait` to return.
+    /// Whether a control handle wants `wait` to return.
     pub(crate) woken: AtomicBool,
-    /// `CANCEL_ALL` wishes ever made, and those carried out.
+    /// The number of `CANCEL_ALL` requests made so far, and how many of them are carried out. They
+    /// wrap.
     cancels: [AtomicU32; 2],
     pub(crate) counters: RingCounters,
 }
@@ -116,18 +129,21 @@ impl RingShared {
         }
     }
 
-    /// The first reason stays.
+    /// Closes the ring for `why`. If it is closed already, the first reason stays.
     pub(crate) fn close(&self, why: CloseReason) {
         let code = match why {
             CloseReason::Stopped => STOPPED,
             CloseReason::DevicePanicked => PANICKED,
             CloseReason::Failed(status) => FAILED | u64::from(status.to_raw()),
         };
-        // Release: who sees the reason sees what led to it.
+        // Release: pairs with the Acquires in `is_open` and `why_closed`. A thread that sees the
+        // reason sees what this thread wrote before.
+        //
+        // Relaxed for the failure: the earlier reason is not looked at.
         let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// Whether the owner of the reaping half drives the engine, always.
+    /// Whether the owner of the reaping half drives the engine, from the beginning.
     #[inline]
     pub(crate) fn is_inline(&self) -> bool {
         matches!(self.bell.parker(), RingPark::Inline(_))
@@ -135,13 +151,14 @@ impl RingShared {
 
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
-        // Acquire: pairs with `close`.
+        // Acquire: pairs with the Release in `close`.
         self.closed.load(Ordering::Acquire) == OPEN
     }
 
     #[cold]
     #[inline(never)]
     pub(crate) fn why_closed(&self) -> Option<CloseReason> {
+        // Acquire: pairs with the Release in `close`.
         match self.closed.load(Ordering::Acquire) {
             OPEN => None,
             STOPPED => Some(CloseReason::Stopped),
@@ -150,19 +167,23 @@ impl RingShared {
         }
     }
 
-    /// Wakes the engine if it sleeps, wherever it is. Returns whether it had to.
+    /// Wakes the engine if it sleeps, whether the poller or the reaping half has it. Returns
+    /// whether it slept.
     #[inline]
     pub(crate) fn ring_engine(&self) -> bool {
         let rang = self.bell.ring();
         if rang && !self.is_open() {
             // The poller may have handed the engine to the reaping half, which sleeps on its own
-            // bell. That it closed is visible: the Acquire in `ring_if` saw what it armed after.
+            // bell too. We see that the ring is closed: the Acquire in `ring_if` pairs with the
+            // Release in the `arm` by which the reaping half put the engine to sleep, and the ring
+            // was closed before.
             self.cq_bell.ring();
         }
         rang
     }
 
-    /// The submitter's doorbell, after it has published; `oneself`: it drives the engine as well.
+    /// Rings for a submission, after it was published. With `oneself`, the submitting thread also
+    /// drives the engine.
     #[inline]
     pub(crate) fn ring_doorbell(&self, oneself: bool) {
         let rang = if oneself { self.bell.ring_oneself() } else { self.ring_engine() };
@@ -171,38 +192,46 @@ impl RingShared {
         }
     }
 
-    /// Something for the engine to do besides submissions.
+    /// Requests the actions of `bits` ([`request`]) from the engine, and wakes it.
     pub(crate) fn request(&self, bits: u32) {
-        // Release: pairs with the Acquire in `take_requests`: submissions published before are seen.
+        // Release: pairs with the Acquire in `take_requests`. An engine that sees the request also
+        // sees the submissions that were published before it.
         self.requests.fetch_or(bits, Ordering::Release);
         self.ring_engine();
-        // An engine driven by a sleeping owner sleeps on both bells at once.
+        // The owner of an inline ring sleeps on both bells at once.
         if self.is_inline() {
             self.cq_bell.ring();
         }
     }
 
+    /// Takes all requests.
     #[inline]
     pub(crate) fn take_requests(&self) -> u32 {
         if self.requests.load(Ordering::Relaxed) == 0 {
             return 0;
         }
+        // Acquire: pairs with the Releases in `request` and in `SubmissionQueue::submit_cancel`.
+        // The Relaxed load above only saves the exchange.
         self.requests.swap(0, Ordering::Acquire)
     }
 
-    /// The device says that there may be packets.
+    /// Called by the device when there may be packets.
     pub(crate) fn ring_from_device(&self) {
         // Release: pairs with the Acquire in `take_device_rang`.
         self.device_rang.store(true, Ordering::Release);
         self.ring_engine();
     }
 
+    /// Takes the flag that the device sets.
     #[inline]
     pub(crate) fn take_device_rang(&self) -> bool {
+        // Acquire: pairs with the Release in `ring_from_device`. The Relaxed load only saves the
+        // exchange.
         self.device_rang.load(Ordering::Relaxed) && self.device_rang.swap(false, Ordering::Acquire)
     }
 
-    /// Whether anything but a submission waits for the engine.
+    /// Whether anything other than a submission waits for the engine. Called after the fence in
+    /// `arm`, so Relaxed loads are enough: what is found is acquired when it is taken.
     pub(crate) fn has_requests(&self) -> bool {
         self.requests.load(Ordering::Relaxed) != 0
             || self.device_rang.load(Ordering::Relaxed)
@@ -210,23 +239,28 @@ impl RingShared {
             || self.wants_clock()
     }
 
-    /// Takes in a slot that the device dropped; without an engine it goes home to its pool.
+    /// Takes a slot that the device dropped, for the engine to complete. Without an engine the
+    /// frame returns to its pool.
     pub(crate) fn slot_dropped(&self, slot: DroppedSlot) {
         match &mut *lock(&self.dropped) {
             Some(dropped) => dropped.push(slot),
-            // Dropped behind the lock, which is not on any packet's way.
+            // Dropped under the lock, which no packet's path takes.
             None => return drop(slot),
         }
+        // Release: it has no partner, because the flag is only read with Relaxed loads. Relaxed
+        // would do: the lock hands the slots over.
         self.has_dropped.store(true, Ordering::Release);
         self.ring_engine();
     }
 
+    /// Whether there may be dropped slots to complete.
     #[inline]
     pub(crate) fn has_dropped(&self) -> bool {
+        // Relaxed: the lock hands the slots over.
         self.has_dropped.load(Ordering::Relaxed)
     }
 
-    /// Swaps the dropped into `empty`.
+    /// Swaps the list of dropped slots with `empty`, and clears the flag.
     pub(crate) fn take_dropped(&self, empty: &mut Vec<DroppedSlot>) {
         if let Some(dropped) = &mut *lock(&self.dropped) {
             std::mem::swap(dropped, empty);
@@ -234,71 +268,87 @@ impl RingShared {
         self.has_dropped.store(false, Ordering::Relaxed);
     }
 
-    /// The engine is gone: what comes from now on goes home.
+    /// Called when the engine is dropped. The slots that the device dropped and that are not
+    /// completed return to their pools, and so do those that it drops later.
     pub(crate) fn refuse_dropped(&self) {
         let dropped = lock(&self.dropped).take();
         drop(dropped);
     }
 
-    /// Asks for everything in flight to be cancelled; returns the number to wait for.
+    /// Requests that everything in flight is cancelled. Returns the number of the request, for
+    /// [`are_cancelled`](Self::are_cancelled).
     pub(crate) fn request_cancel_all(&self) -> u32 {
-        // Relaxed: published with the wish.
+        // Relaxed: the Release in `request` publishes it.
         let asked = self.cancels[0].fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         self.request(request::CANCEL_ALL);
         asked
     }
 
-    /// How many were asked for: the engine looks before it cancels.
+    /// Returns how many `CANCEL_ALL` requests were made. The engine calls this before it cancels.
     pub(crate) fn cancels_requested(&self) -> u32 {
+        // Relaxed: the Acquire in `take_requests` has made the number of each taken request
+        // visible.
         self.cancels[0].load(Ordering::Relaxed)
     }
 
-    /// All that were asked for up to `asked` are carried out, and their completions shown.
+    /// Says that the `CANCEL_ALL` requests up to number `asked` are carried out, and their
+    /// completions published.
     pub(crate) fn mark_cancels_done(&self, asked: u32) {
-        // Release: pairs with the Acquire in `are_cancelled`.
+        // Release: pairs with the Acquire in `are_cancelled`. A reaper that sees the number sees
+        // the completions at its next look.
         self.cancels[1].store(asked, Ordering::Release);
         self.notify();
     }
 
+    /// Whether the `CANCEL_ALL` request of number `asked` is carried out.
     pub(crate) fn are_cancelled(&self, asked: u32) -> bool {
+        // Acquire: pairs with the Release in `mark_cancels_done`.
         self.cancels[1].load(Ordering::Acquire).wrapping_sub(asked) < 1 << 31
     }
 
-    /// After publishing up to `index`: wakes the reaper if it sleeps and that is enough for it.
+    /// Wakes the reaper if it sleeps and waits for no more than the completions before `index`,
+    /// which are published. Returns whether it did.
     #[inline]
     pub(crate) fn notify_if_due(&self, index: u32) -> bool {
         self.cq_bell.ring_if(|| {
-            // Relaxed: stored before arming; the Acquire in `ring_if` makes it visible.
+            // Relaxed: stored in `arm_bells` before the Release in `arm`, which pairs with the
+            // Acquire in `ring_if`.
             index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31
         })
     }
 
-    /// Wakes the reaper if it sleeps, whatever it waits for.
+    /// Wakes the reaper if it sleeps, however many completions it waits for.
     pub(crate) fn notify(&self) {
         self.cq_bell.ring();
     }
 
+    /// Whether the last arming of the reaper has set a delay.
     #[inline]
     pub(crate) fn wants_coalescing(&self) -> bool {
         self.coalesce.load(Ordering::Relaxed) != 0
     }
 
+    /// Whether the engine must start the clock of the reaper's delay now.
     pub(crate) fn wants_clock(&self) -> bool {
-        // Set to the high bit by `arm_after` when completions wait already: the engine must start
-        // the clock.
+        // The bit is set by `arm_after` if completions wait already when it arms, because the
+        // engine may publish no other that would start the clock. Relaxed: `coalescing` acquires
+        // it.
         self.coalesce.load(Ordering::Relaxed) & START_CLOCK != 0
     }
 
-    /// How long a sleeping reaper puts up with fewer completions than it wants, and the number of
-    /// the arming that said so: each has a clock of its own.
+    /// Returns the delay that a sleeping reaper has set, and the number of the arming that set it,
+    /// because each arming has a clock of its own. `None` if it has set none, or does not sleep.
     pub(crate) fn coalescing(&self) -> Option<(u64, Duration)> {
         let wish = self.coalesce.load(Ordering::Relaxed);
         if wish == 0 {
             return None;
         }
         if wish & START_CLOCK != 0 {
-            // Cleared in any case, or the engine would never sleep again; only the bit, so that a
-            // newer wish stays. Acquire: the look at the bell comes after.
+            // Cleared in any case, because with the bit set the engine never sleeps. Only the bit
+            // is cleared, so that the delay of a newer arming stays.
+            //
+            // Acquire: pairs with the fence in `arm`, after which `arm_bells` sets the bit. So the
+            // look at the bell below sees it armed.
             self.coalesce.fetch_and(!START_CLOCK, Ordering::Acquire);
         }
         if !self.cq_bell.is_armed() {
@@ -309,12 +359,13 @@ impl RingShared {
     }
 }
 
-// A wish for coalescing: a bit, the number of the arming, and microseconds (up to twelve days).
+// The format of `RingShared::coalesce`: the bit `START_CLOCK`, 23 bits of the number of the arming,
+// and 40 bits of microseconds (up to twelve days).
 pub(crate) const START_CLOCK: u64 = 1 << 63;
 pub(crate) const DELAY_BITS: u32 = 40;
 pub(crate) const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
 
-/// An entry whose slot the device dropped.
+/// An entry whose slot the device dropped without completing it.
 #[derive(Debug)]
 pub(crate) struct DroppedSlot {
     pub(crate) frame: Frame,
@@ -322,13 +373,13 @@ pub(crate) struct DroppedSlot {
     pub(crate) class: Class,
 }
 
-/// The rings of the process by number, so that a dropped slot finds its ring, or finds that it is
-/// gone. Locked when a ring is built or dropped, and when a device drops a slot: never on a packet's
-/// way.
+/// The rings of the process by number. A dropped slot finds its ring here, or finds that the ring
+/// is gone. The lock is taken when a ring is built or dropped, and when a device drops a slot, so
+/// never in the path of a packet.
 #[derive(Default)]
 struct Registry {
     rings: HashMap<u32, Weak<RingShared>>,
-    /// The last number given.
+    /// The number that was given last.
     last: u32,
 }
 
@@ -337,19 +388,20 @@ fn registry() -> &'static Mutex<Registry> {
     REGISTRY.get_or_init(Mutex::default)
 }
 
-/// The number of a ring that is being built. Number 0 is no ring's: a wrapper's
-/// [`PollContext`](crate::device::PollContext) has it.
+/// Returns a number for a ring that is being built. No ring has number 0, which a wrapper's
+/// [`PollContext`](crate::device::PollContext) has.
 pub(crate) fn new_ring_number() -> u32 {
     let mut registry = lock(registry());
     loop {
         registry.last = registry.last.wrapping_add(1);
-        // After 2^32 rings the numbers begin anew, and some may still be in use.
+        // After 2^32 rings the numbers start again, and some may still be in use.
         if registry.last != 0 && !registry.rings.contains_key(&registry.last) {
             return registry.last;
         }
     }
 }
 
+/// Makes a ring known by its number.
 pub(crate) fn register(shared: &Arc<RingShared>) {
     lock(registry()).rings.insert(shared.number, Arc::downgrade(shared));
 }
@@ -358,12 +410,13 @@ fn deregister(number: u32) {
     lock(registry()).rings.remove(&number);
 }
 
+/// Gives a slot that the device dropped to the ring of number `ring`.
 #[cold]
 pub(crate) fn report_dropped(ring: u32, slot: DroppedSlot) {
     let shared = lock(registry()).rings.get(&ring).and_then(Weak::upgrade);
     match shared {
         Some(shared) => shared.slot_dropped(slot),
-        // The ring is gone: the frame goes home to its pool.
+        // The ring is gone, so the frame returns to its pool.
         None => drop(slot),
     }
 }
