@@ -198,8 +198,8 @@ impl Engine {
         }
         let asked = self.shared.cancels_requested();
         if requests & (request::CANCEL | request::CANCEL_ALL) != 0 {
-            // Takes what is in the SQ before the device can: its cancels are carried out, and its
-            // packets are posted, where a cancel finds them.
+            // Takes what is in the SQ before the device can take it: the cancels are carried out, and
+            // the packets are posted, where a cancel finds them.
             self.sq_consumer.ready();
             self.take_submissions();
         }
@@ -455,7 +455,8 @@ impl Engine {
         }
         if Instant::now() >= deadline {
             let slots = self.slots_kept();
-            tracing::error!(ring = self.shared.number, slots, "leaked: the device holds on");
+            let ring = self.shared.number;
+            tracing::error!(ring, slots, "leaked: the device did not release them");
             // Leaked on purpose, because the device or its system may still write to these slots.
             self.descriptor = None;
             if let Some(queue) = self.queue.take() {
@@ -514,7 +515,8 @@ impl Engine {
                 self.interface.detach();
             }
             Ok(Err(error)) => {
-                tracing::error!(ring = self.shared.number, %error, "no queue after the restart");
+                let ring = self.shared.number;
+                tracing::error!(ring, %error, "could not open a queue after the restart");
                 let status = match error {
                     Error::Status(status) => status,
                     _ => Status::Failure,

@@ -123,8 +123,8 @@ impl Wake for Sleepers {
 /// The `user_data` of reads. Writes count from 0.
 const READ: u64 = u64::MAX;
 
-const INLINE: &str = "an async front-end needs a ring that a poller drives: with Drive::Inline \
-                      nobody would while its tasks sleep";
+const INLINE: &str = "an async front-end needs a ring that a poller drives: nobody drives a ring \
+                      with Drive::Inline while the tasks sleep";
 
 impl AsyncRing {
     /// Takes over a ring on which nothing is in flight, and posts reads. A poller must drive the

@@ -332,7 +332,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                     continue;
                 }
                 PollOutcome::Closed => {
-                    let ring = rings[place].take().expect("as above");
+                    let ring = rings[place].take().expect("an active place is taken");
                     active.swap_remove(i);
                     if ring.watched {
                         // Otherwise the next ring at this place would be in the list twice.

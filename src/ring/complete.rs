@@ -399,7 +399,10 @@ impl CompletionQueue {
             if engine_deadline.is_some_and(|at| at <= Instant::now())
                 || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
             {
-                self.engine.as_ref().expect("it has a deadline").request_device_poll();
+                self.engine
+                    .as_ref()
+                    .expect("the deadline or descriptor is an engine's")
+                    .request_device_poll();
             }
         }
         self.disarm();
