@@ -287,7 +287,7 @@ impl<'a> RingBuilder<'a> {
         for pool in &pools {
             let room = pool.capacity() as usize;
             if self.direction.reads() && room < packet {
-                return Err(ConfigError::PoolTooSmall { room, needed: packet }.into());
+                return Err(ConfigError::PoolTooSmall { capacity: room, needed: packet }.into());
             }
             let (headroom, needed) = (pool.layout().headroom as usize, caps.headroom as usize);
             if headroom < needed {
