@@ -81,9 +81,15 @@ impl Notifier {
             return self.park(timeout);
         }
         let Ok(own) = self.descriptor() else {
-            // Without a descriptor of its own, the thread looks at `polls` at short intervals.
-            let short = Duration::from_millis(1);
-            return self.park(Some(timeout.map_or(short, |t| t.min(short))));
+            // Without a descriptor of its own the notifier cannot end the sleep, so the others are
+            // polled for a short time only.
+            if !std::mem::take(&mut lock(&self.state).token) {
+                let others = polls.len() - 1;
+                let short = timeout.is_none_or(|timeout| !timeout.is_zero());
+                poll(&mut polls[..others], short.into());
+                lock(&self.state).token = false;
+            }
+            return;
         };
         polls[polls.len() - 1] = poll_in(own.as_raw_fd());
         self.arm_descriptor();
