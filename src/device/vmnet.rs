@@ -161,8 +161,7 @@ impl Driver for Vmnet {
         Ok(Arc::new(VmnetDevice {
             driver: *self,
             config,
-            info,
-            caps,
+            negotiated: Mutex::new((info, caps)),
             started: Mutex::new(Some(Arc::new(started))),
             forwards: Mutex::default(),
         }))
@@ -208,8 +207,8 @@ impl Vmnet {
 struct VmnetDevice {
     driver: Vmnet,
     config: InterfaceConfig,
-    info: InterfaceInfo,
-    caps: Capabilities,
+    /// What the last start has negotiated.
+    negotiated: Mutex<(InterfaceInfo, Capabilities)>,
     /// `None` while stopped.
     started: Mutex<Option<Arc<StartedInterface>>>,
     /// Forwarding rules added through this device. A restart adds them again.
@@ -237,15 +236,15 @@ impl Device for VmnetDevice {
     }
 
     fn info(&self) -> InterfaceInfo {
-        self.info.clone()
+        lock(&self.negotiated).0.clone()
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.caps
+        lock(&self.negotiated).1
     }
 
     fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        let caps = &self.caps;
+        let caps = self.capabilities();
         let batches = (caps.max_read_batch, caps.max_write_batch);
         let header = caps.headroom as usize;
         self.with_started(|started| {
@@ -278,14 +277,24 @@ impl Device for VmnetDevice {
         }
         let started = self.driver.start_interface(&self.config)?;
         let (info, caps) = self.driver.negotiated(&self.config, &started)?;
-        let changed = (info.max_packet_size, caps.headroom)
-            != (self.info.max_packet_size, self.caps.headroom);
-        if changed {
+        let (info_before, caps_before) = lock(&self.negotiated).clone();
+        let changed = if (info.max_packet_size, caps.headroom)
+            != (info_before.max_packet_size, caps_before.headroom)
+        {
             // The rings sized their frames by the old values and have promised them to callers.
-            let what = "another packet size after a restart";
+            Some("another packet size after a restart")
+        } else if (info.mac, info.interface_id) != (info_before.mac, info_before.interface_id) {
+            // The guest was told the old address.
+            Some("another MAC or identity after a restart")
+        } else {
+            None
+        };
+        if let Some(what) = changed {
             started.stop()?;
             return Err(Error::Answer { device: "vmnet", what });
         }
+        // Batch limits and the MTU may be others. The rings ask for new queues, which keep to them.
+        *lock(&self.negotiated) = (info, caps);
         for rule in lock(&self.forwards).iter() {
             if let Err(error) = forwarding::add(&started, &self.driver.system, rule) {
                 tracing::warn!(%error, ?rule, "a port is not forwarded any more");
