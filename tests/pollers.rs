@@ -66,12 +66,11 @@ fn three_ways_to_drive() {
                 })
             })
             .start();
-            let mut ring = interface
-                .ring(Direction::Write)
-                .drive(way.drive(&poller))
-                .thread_name("its-own")
-                .build()
-                .unwrap();
+            let builder = interface.ring(Direction::Write).drive(way.drive(&poller));
+            let mut ring = match way {
+                Way::Thread => builder.thread_name("its-own").build().unwrap(),
+                Way::Shared | Way::Inline => builder.build().unwrap(),
+            };
             for number in 0..20 {
                 send(&mut ring, number);
                 assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, number, Ok(60)));
@@ -356,8 +355,8 @@ fn a_poller_stays_on_its_processor_or_says_why_not() {
         })
         .start();
         let poller = Poller::builder().cpu(first).idle(IdlePolicy::PARK).start().unwrap();
-        for drive in [Drive::Shared(&poller), Drive::Thread] {
-            let builder = interface.ring(Direction::Write).drive(drive).cpu(first);
+        let ring = |drive| interface.ring(Direction::Write).drive(drive);
+        for builder in [ring(Drive::Shared(&poller)), ring(Drive::Thread).cpu(first)] {
             let mut ring = builder.build().unwrap();
             for number in 0..20 {
                 send(&mut ring, number);

@@ -1,5 +1,6 @@
 //! What a third-party device can and cannot do.
 
+use crate::support::eventually;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -123,18 +124,22 @@ fn an_errno_reaches_the_caller() {
 }
 
 /// A device with two queues. The first takes writes, and the second passes them to `give`.
-fn mixed_up(give: impl Fn(&mut PollContext<'_>, PostedSlot) + Send + Sync + 'static) -> Interface {
+fn mixed_up(
+    give: impl Fn(&mut PollContext<'_>, PostedSlot) + Send + Sync + 'static,
+) -> (Interface, Arc<AtomicU64>) {
     let taken: Arc<Mutex<Vec<PostedSlot>>> = Arc::default();
-    let queues = AtomicU64::new(0);
+    let (queues, count) = (AtomicU64::new(0), Arc::new(AtomicU64::new(0)));
+    let counted = count.clone();
     let give = Arc::new(give);
-    Script::new(move |_, _| {
-        let (taken, give) = (taken.clone(), give.clone());
+    let device = Script::new(move |_, _| {
+        let (taken, give, count) = (taken.clone(), give.clone(), count.clone());
         let first = queues.fetch_add(1, Ordering::SeqCst) == 0;
         ScriptQueue::new(move |cx| {
             let mut taken = taken.lock().unwrap();
             if first {
                 while let Some(slot) = cx.take_write() {
                     taken.push(slot);
+                    count.fetch_add(1, Ordering::SeqCst);
                 }
             } else {
                 taken.drain(..).for_each(|slot| give(cx, slot));
@@ -142,8 +147,8 @@ fn mixed_up(give: impl Fn(&mut PollContext<'_>, PostedSlot) + Send + Sync + 'sta
             }
             Ok(Progress::Idle)
         })
-    })
-    .start()
+    });
+    (device.start(), counted)
 }
 
 /// If the device gives a slot of ring A to ring B, the slot completes on A as abandoned, and
@@ -153,7 +158,7 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
 ) {
     for shared_pool in [false, true] {
         every_way(|way, poller| {
-            let interface = mixed_up(give);
+            let (interface, taken) = mixed_up(give);
             let (first, second) = (pool(8), pool(8));
             let build = |pool: &Pool| {
                 let builder = interface.ring(Direction::Write).write_depth(4).pool(pool);
@@ -165,7 +170,10 @@ fn a_slot_given_to_another_ring_completes_on_its_own(
             stage(format!("{way:?}: the slot is taken"));
             // If the rings are inline, A must be driven before B, so that the device has the slot
             // when B is driven.
-            let _ = a.wait(1, Some(Duration::from_millis(5)));
+            eventually("A's queue has taken the slot", || {
+                let _ = a.reap().len();
+                taken.load(Ordering::SeqCst) == 1
+            });
             for number in 10..14 {
                 send(&mut b, number);
                 assert_eq!(reap_n(&mut b, 1)[0].brief(), (RingOp::Write, number, Ok(60)));
