@@ -81,7 +81,8 @@ impl Status {
             1008 => Status::TooManyPackets,
             1009 => Status::SharingServiceBusy,
             1010 => Status::NotAuthorized,
-            other => Status::Unknown(other),
+            // Bit 31 tells an errno from a code where a status is stored as a number.
+            other => Status::Unknown(other.min(OS - 1)),
         })
     }
 
@@ -243,6 +244,9 @@ pub enum SubmitErrorKind {
     /// The ring was built without this direction.
     #[error("the ring was not built for this direction")]
     WrongDirection,
+    /// The ring is drained, and takes no submissions until it is resumed.
+    #[error("the ring is drained and was not resumed")]
+    Draining,
     /// The ring takes no more submissions.
     #[error(transparent)]
     Closed(#[from] CloseReason),

@@ -129,9 +129,13 @@ impl PollerBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] if
+    /// [`Error::Config`] if the name contains a NUL, [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] if
     /// a processor was set on a system that cannot keep a thread on one.
     pub fn start(self) -> Result<Poller, Error> {
+        if self.name.as_ref().is_some_and(|name| name.contains('\0')) {
+            let why = "a thread's name must not contain a NUL".to_owned();
+            return Err(ConfigError::Invalid(why).into());
+        }
         let shared = Arc::new(PollerShared {
             set: Arc::new(ReadySet::new()),
             arrivals: Mutex::default(),
