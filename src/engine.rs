@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
@@ -18,10 +18,11 @@ use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
 use crate::device::slot::class_index;
 use crate::error::{CloseReason, ConfigError, Error, Status};
 use crate::fifo::Fifo;
-use crate::lifecycle::{INTERFACE_BUSY, InterfaceShared, RingPermit};
+use crate::lifecycle::{INTERFACE_BUSY, InterfaceShared, RingPermit, Step};
 use crate::limits::CLOSE_RETRY;
 use crate::mailbox::{DroppedSlot, RingShared, request};
 use crate::policy::RetryPolicy;
+use crate::sync::{Condvar, Mutex};
 use crate::sys::{after, lock};
 
 /// The device has stopped taking writes.
@@ -45,6 +46,17 @@ enum Phase {
     /// Between the two halves of a restart. Submissions wait.
     Detached,
     Closed(CloseReason),
+}
+
+/// How far the engine is with taking the posted reads back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drain {
+    /// The ring does not drain.
+    Off,
+    /// The queue was not asked yet for the reads that it keeps.
+    Begun,
+    /// The queue was asked.
+    Asked,
 }
 
 /// All that an engine is built from.
@@ -78,6 +90,9 @@ pub(crate) struct Engine {
     close_timeout: Duration,
     permit: Option<RingPermit>,
     phase: Phase,
+    drain: Drain,
+    /// The time at which the slots that the device of a closed ring keeps are lost.
+    lost_at: Option<Instant>,
     stall: Option<Stall>,
     /// When to notify a reaper that waits for more completions than there are, and the number of
     /// the arming that asked for it.
@@ -145,6 +160,8 @@ impl Engine {
             close_timeout: parts.close_timeout,
             permit: Some(parts.permit),
             phase: Phase::Open,
+            drain: Drain::Off,
+            lost_at: None,
             stall: None,
             coalesce: None,
             dropped: Vec::with_capacity(reads + writes),
@@ -169,17 +186,22 @@ impl Engine {
     /// anything was done, in which case there may be more to do.
     pub(crate) fn poll_once(&mut self) -> bool {
         let mut worked = self.handle_requests();
+        // Taken in every phase: while it is set, the engine does not sleep.
+        let rang = self.shared.take_device_rang();
         if self.sq_consumer.ready() > 0 && !self.shared.is_inline() {
             self.sq_consumer.prefetch();
         }
         worked |= match self.phase {
-            Phase::Open => self.poll_device(),
+            Phase::Open => self.poll_device(rang),
             Phase::Closing { .. } => self.take_submissions() | self.poll_close(),
             Phase::Detached | Phase::Closed(_) => self.take_submissions(),
         };
         if self.shared.has_dropped() {
             self.complete_dropped();
             worked = true;
+        }
+        if self.drain != Drain::Off {
+            worked |= self.take_back_reads();
         }
         self.publish_and_notify();
         worked
@@ -210,20 +232,61 @@ impl Engine {
         }
         if requests & request::STOP != 0 {
             self.begin_close(Some(CloseReason::Stopped));
-        } else {
-            // If both are pending, REOPEN is the older one, because it comes only when no queue
-            // exists.
-            if requests & request::REOPEN != 0 && matches!(self.phase, Phase::Detached) {
-                self.reopen();
-            }
-            if requests & request::DETACH != 0 && matches!(self.phase, Phase::Open) {
+        }
+        if requests & request::LOOK != 0 {
+            self.look();
+        }
+        true
+    }
+
+    /// Asks the ring and the interface what is wanted of the engine, and does it.
+    fn look(&mut self) {
+        match (self.shared.is_draining(), self.drain) {
+            (true, Drain::Off) => self.drain = Drain::Begun,
+            (true, _) => {}
+            (false, _) => self.drain = Drain::Off,
+        }
+        let detached = match self.phase {
+            // A restart's closing may become one for good.
+            Phase::Open | Phase::Closing { reason: None, .. } => false,
+            Phase::Detached => true,
+            Phase::Closing { .. } | Phase::Closed(_) => return,
+        };
+        match self.interface.step(detached) {
+            Step::Detach if matches!(self.phase, Phase::Open) => {
                 // A restart cancels what was submitted before it.
                 self.sq_consumer.ready();
                 self.take_submissions();
                 self.begin_close(None);
             }
+            Step::Stay | Step::Detach => {}
+            Step::Attach => self.reopen(),
+            Step::Close => self.begin_close(Some(CloseReason::Stopped)),
         }
-        true
+    }
+
+    /// While the ring drains: cancels the posted reads, oldest first. The reads that the queue keeps
+    /// are older than the posted ones, so the queue is asked for them first. Returns whether anything
+    /// was done.
+    fn take_back_reads(&mut self) -> bool {
+        let taken = self.take_submissions();
+        if self.kept[0] > 0 {
+            if self.drain == Drain::Begun
+                && let Some(queue) = &mut self.queue
+            {
+                self.drain = Drain::Asked;
+                if catch_panic(|| queue.cancel_reads()).is_err() {
+                    self.close_panicked();
+                }
+                return true;
+            }
+            return taken;
+        }
+        let any = !self.posted.reads.is_empty();
+        while let Some(slot) = self.posted.reads.pop_front() {
+            self.completions.complete(slot, Outcome::Cancelled);
+        }
+        taken | any
     }
 
     /// Posts or refuses all known submissions, and carries out the cancels among them. Returns
@@ -290,8 +353,7 @@ impl Engine {
 
     /// Lets the device make progress once, with the slots it has left posted and with those in the
     /// SQ. Returns whether anything was done.
-    fn poll_device(&mut self) -> bool {
-        let rang = self.shared.take_device_rang();
+    fn poll_device(&mut self, rang: bool) -> bool {
         let kept = self.kept != [0; 2];
         let submitted = self.sq_consumer.known() > 0;
         if !rang
@@ -306,7 +368,8 @@ impl Engine {
         let waits = self.stall.as_ref().is_some_and(|stall| Instant::now() < stall.next);
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
         let number = self.shared.number;
-        let limits = [self.caps.max_read_batch, write_limit];
+        let read_limit = if self.drain == Drain::Off { self.caps.max_read_batch } else { 0 };
+        let limits = [read_limit, write_limit];
         let sink = Sink::Ring(&mut self.completions);
         let sq_consumer = Some(&mut self.sq_consumer);
         let mut cx = PollContext::new(number, &mut self.posted, sq_consumer, sink, limits);
@@ -400,6 +463,7 @@ impl Engine {
             Phase::Detached => {
                 if let Some(closed) = reason {
                     self.phase = Phase::Closed(closed);
+                    self.lost_at = Some(after(self.close_timeout));
                     self.permit = None;
                 }
             }
@@ -464,6 +528,7 @@ impl Engine {
                 std::mem::forget(self.interface.device.clone());
                 std::mem::forget(self.permit.take());
             }
+            self.lost_at = Some(deadline);
             self.finish_close(Some(reason.unwrap_or(CloseReason::Failed(Status::Failure))));
             return true;
         }
@@ -476,6 +541,15 @@ impl Engine {
         (self.kept[0] + self.kept[1]).max(0) as usize
     }
 
+    /// The number of slots that the device keeps on a closed ring, and that count as leaked: they
+    /// had the ring's close timeout to come back.
+    pub(crate) fn slots_lost(&self) -> usize {
+        match self.lost_at {
+            Some(at) if self.is_closed() && Instant::now() >= at => self.slots_kept(),
+            _ => 0,
+        }
+    }
+
     /// Ends the closing, after the queue was dropped or leaked.
     fn finish_close(&mut self, reason: Option<CloseReason>) {
         self.complete_dropped();
@@ -483,12 +557,16 @@ impl Engine {
             Some(closed) => {
                 self.shared.close(closed);
                 self.phase = Phase::Closed(closed);
+                self.lost_at.get_or_insert_with(|| after(self.close_timeout));
                 self.complete_posted(closed.outcome());
                 self.permit = None;
                 tracing::debug!(ring = self.shared.number, ?closed, "ring closed");
             }
             None => self.phase = Phase::Detached,
         }
+        // Before the device is stopped or restarted, which the caller of that waits for: it finds the
+        // completions. And stopping may take its time.
+        self.publish_and_notify();
         self.interface.detach();
     }
 
@@ -632,6 +710,11 @@ impl Engine {
         }
     }
 
+    /// Whether something waits for the engine that it has not seen yet.
+    pub(crate) fn has_work(&self) -> bool {
+        self.sq_consumer.has_more() || self.shared.has_requests()
+    }
+
     /// The time at which the engine must be polled even if nobody rings.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let closing = match self.phase {
@@ -643,7 +726,9 @@ impl Engine {
             Phase::Open => self.caps.safety_poll.map(after),
             _ => None,
         };
-        [closing, stall, safety, self.coalesce.map(|(_, due)| due)].into_iter().flatten().min()
+        let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && Instant::now() < *at);
+        let coalesce = self.coalesce.map(|(_, due)| due);
+        [closing, stall, safety, lost, coalesce].into_iter().flatten().min()
     }
 
     /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read

@@ -90,6 +90,7 @@ pub mod ring_builder;
 mod serde_impls;
 pub mod software;
 pub mod stats;
+mod sync;
 mod sys;
 
 pub use blocking::BlockingRing;

@@ -1,7 +1,14 @@
-//! The life of an interface: which rings it may have, and how it stops and restarts.
+//! Who may have a ring on an interface, and how the interface stops and restarts.
+//!
+//! A stop and a restart concern all rings of an interface. Each ring's engine must detach from the
+//! device (drop its queue) before the device is stopped or restarted, and the last one to detach
+//! applies what is pending. The state under the lock says what is wanted; the rings are only told to
+//! look ([`request::LOOK`]), and each engine asks [`InterfaceShared::step`] what to do. So a "look"
+//! that comes late, twice, or to a ring that was just built finds nothing to do, and any number of
+//! stops, restarts and builds may meet.
 
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::config::Direction;
@@ -9,16 +16,17 @@ use crate::device::catch::{Panicked, catch_panic};
 use crate::device::seam::Device;
 use crate::error::{ConfigError, Error};
 use crate::mailbox::{RingShared, request};
+use crate::sync::{Condvar, Mutex};
 use crate::sys::{after, lock};
 
-/// The message of the error for a ring that cannot be built now.
 pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
+const INTERFACE_STOPPED: &str = "the interface is stopped";
 
-/// A device and the rings on it. It hands out permits for rings, and stops or restarts the device
-/// when no queue of it is left.
+/// A device and the rings on it.
 pub(crate) struct InterfaceShared {
     pub(crate) device: Arc<dyn Device>,
     state: Mutex<LifecycleState>,
+    /// Something was applied.
     changed: Condvar,
 }
 
@@ -27,17 +35,23 @@ struct LifecycleState {
     rings: Vec<Weak<RingShared>>,
     readers: usize,
     writers: usize,
-    /// The number of the device's queues that exist.
+    /// Queues of the device that exist.
     attached: usize,
-    /// What to do with the device when no queue is left.
+    /// What happens to the device when no queue is left.
     pending: PendingAction,
-    /// Whether the device is being stopped or restarted at this moment.
+    /// The device is being stopped or restarted at this moment.
     applying: bool,
-    /// The number of stops and restarts so far.
+    /// Stops and restarts applied so far, and how the last one ended.
     applied: u64,
-    /// How the last of them failed, if it did.
     outcome: Option<Arc<Error>>,
     stopped: bool,
+}
+
+impl LifecycleState {
+    /// Whether an engine may attach.
+    fn is_free(&self) -> bool {
+        !self.applying && !self.stopped && self.pending == PendingAction::Nothing
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,6 +60,19 @@ enum PendingAction {
     Nothing,
     Restart,
     Stop,
+}
+
+/// What an engine has to do for its interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Nothing.
+    Stay,
+    /// Detach, and wait until it may attach again.
+    Detach,
+    /// Try to attach.
+    Attach,
+    /// Close for good.
+    Close,
 }
 
 impl fmt::Debug for InterfaceShared {
@@ -58,7 +85,7 @@ impl fmt::Debug for InterfaceShared {
 
 impl Drop for InterfaceShared {
     fn drop(&mut self) {
-        // The interface and all its rings were dropped.
+        // The interface and all its rings are gone.
         if lock(&self.state).stopped {
             return;
         }
@@ -75,12 +102,7 @@ impl InterfaceShared {
         Self { device, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Takes a permit for a ring of `direction`.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError::Invalid`] while the interface is stopped or restarts, [`Error::TooManyRings`]
-    /// if the device has as many rings of this direction as it can serve.
+    /// Takes one of the places that the device has for rings of this direction.
     pub(crate) fn acquire(self: &Arc<Self>, direction: Direction) -> Result<RingPermit, Error> {
         let caps = self.device.capabilities();
         let mut state = lock(&self.state);
@@ -104,108 +126,112 @@ impl InterfaceShared {
         Ok(RingPermit { interface: self.clone(), direction })
     }
 
-    /// Adds a ring, which gets the requests of a stop or a restart from then on.
+    /// Adds a ring to those that are told to look. Before its engine attaches, so that it misses
+    /// nothing.
     pub(crate) fn add(&self, ring: &Arc<RingShared>) {
         let mut state = lock(&self.state);
         state.rings.retain(|ring| ring.strong_count() > 0);
         state.rings.push(Arc::downgrade(ring));
     }
 
-    /// Counts the queue that an engine is about to ask the device for. Returns false while the
-    /// device is to be stopped or restarted, which waits until no queue exists. After a restart
-    /// every ring is requested to ask again.
+    /// What an engine has to do that is attached, or (`detached`) is not and wants to be.
+    pub(crate) fn step(&self, detached: bool) -> Step {
+        let state = lock(&self.state);
+        if state.stopped || state.pending == PendingAction::Stop {
+            Step::Close
+        } else if !detached {
+            if state.pending == PendingAction::Restart { Step::Detach } else { Step::Stay }
+        } else if !state.is_free() {
+            Step::Stay
+        } else if state.outcome.is_some() {
+            // The restart for which it detached has failed.
+            Step::Close
+        } else {
+            Step::Attach
+        }
+    }
+
+    /// An engine is about to ask the device for a queue. False while the device is to be stopped or
+    /// restarted, which waits until no queue exists. All rings are told to look when that is over.
     pub(crate) fn try_attach(&self) -> bool {
         let mut state = lock(&self.state);
-        let free = !state.applying && !state.stopped && state.pending == PendingAction::Nothing;
+        let free = state.is_free();
         state.attached += usize::from(free);
         free
     }
 
-    /// Counts an engine's queue as gone. If it was the last one, carries out the pending stop or
-    /// restart.
+    /// An engine has dropped its queue. The last one applies what is pending.
     pub(crate) fn detach(&self) {
         lock(&self.state).attached -= 1;
         self.apply_pending();
     }
 
-    /// Makes a request of every ring.
-    fn request(&self, bits: u32) {
-        // After the lock is released, because ringing may run the code of a waker.
+    /// Tells every ring to ask [`step`](Self::step).
+    fn notify_rings(&self) {
+        // Not under the lock: ringing may run somebody's waker.
         let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
         for ring in rings {
-            ring.request(bits);
+            ring.request(request::LOOK);
         }
     }
 
     /// Stops or restarts the device, if that is pending and no queue is left.
     fn apply_pending(&self) {
-        let action = {
+        loop {
+            let action = {
+                let mut state = lock(&self.state);
+                if state.attached > 0 || state.applying || state.pending == PendingAction::Nothing {
+                    return;
+                }
+                state.applying = true;
+                std::mem::take(&mut state.pending)
+            };
+            let outcome = match action {
+                PendingAction::Nothing => return,
+                PendingAction::Restart => catch_panic(|| self.device.restart()),
+                PendingAction::Stop => catch_panic(|| self.device.stop()),
+            };
+            let outcome = outcome.unwrap_or_else(|_| {
+                Err(Error::Io {
+                    what: "stopping the device",
+                    source: std::io::Error::other("the device panicked"),
+                })
+            });
             let mut state = lock(&self.state);
-            if state.attached > 0 || state.applying || state.pending == PendingAction::Nothing {
-                return;
-            }
-            state.applying = true;
-            std::mem::take(&mut state.pending)
-        };
-        let outcome = match action {
-            PendingAction::Nothing => return,
-            PendingAction::Restart => catch_panic(|| self.device.restart()),
-            PendingAction::Stop => catch_panic(|| self.device.stop()),
-        };
-        let outcome = outcome.unwrap_or_else(|_| {
-            Err(Error::Io {
-                what: "stopping the device",
-                source: std::io::Error::other("the device panicked"),
-            })
-        });
-        let failed = outcome.is_err();
-        let mut state = lock(&self.state);
-        state.applying = false;
-        state.stopped |= action == PendingAction::Stop;
-        state.applied += 1;
-        state.outcome = outcome.err().map(Arc::new);
-        // Another stop or restart may have been requested meanwhile.
-        let again = state.pending != PendingAction::Nothing;
-        drop(state);
-        self.changed.notify_all();
-        match action {
-            PendingAction::Restart if failed => self.request(request::STOP),
-            PendingAction::Restart => self.request(request::REOPEN),
-            _ => {}
-        }
-        if again {
-            self.apply_pending();
+            state.applying = false;
+            state.stopped |= action == PendingAction::Stop;
+            state.applied += 1;
+            state.outcome = outcome.err().map(Arc::new);
+            drop(state);
+            self.changed.notify_all();
+            self.notify_rings();
+            // Once more: something may have been asked for meanwhile.
         }
     }
 
-    /// Makes `action` pending, requests `bits` of every ring, and waits up to `timeout` until the
-    /// action was carried out.
-    fn request_and_wait(
-        &self,
-        action: PendingAction,
-        bits: u32,
-        timeout: Duration,
-    ) -> Result<(), Error> {
+    fn request_and_wait(&self, action: PendingAction, timeout: Duration) -> Result<(), Error> {
+        let stopped = || Err(ConfigError::Invalid(INTERFACE_STOPPED.to_owned()).into());
         let deadline = after(timeout);
         let mut state = lock(&self.state);
         if state.stopped {
-            return match action {
-                PendingAction::Stop => Ok(()),
-                _ => Err(ConfigError::Invalid("the interface is stopped".to_owned()).into()),
-            };
+            return if action == PendingAction::Stop { Ok(()) } else { stopped() };
         }
-        // A stop overrides a pending restart. A second restart joins the first.
+        // A stop overrides a restart that waits; a second restart joins it.
         if state.pending != PendingAction::Stop {
             state.pending = action;
         }
-        // An action that is being applied at this moment does not count: ours comes after it.
+        // The one that is being applied does not count: ours comes after it.
         let ours = state.applied + 1 + u64::from(state.applying);
         drop(state);
-        self.request(bits);
+        self.notify_rings();
         self.apply_pending();
         let mut state = lock(&self.state);
         loop {
-            if state.applied >= ours || (action == PendingAction::Stop && state.stopped) {
+            if action == PendingAction::Restart && state.stopped {
+                // A stop has overridden it, or has followed.
+                return stopped();
+            }
+            if state.applied >= ours || state.stopped {
                 return match &state.outcome {
                     None => Ok(()),
                     Some(error) => Err(Error::Device(error.clone())),
@@ -224,15 +250,15 @@ impl InterfaceShared {
     }
 
     pub(crate) fn stop(&self, timeout: Duration) -> Result<(), Error> {
-        self.request_and_wait(PendingAction::Stop, request::STOP, timeout)
+        self.request_and_wait(PendingAction::Stop, timeout)
     }
 
     pub(crate) fn restart(&self, timeout: Duration) -> Result<(), Error> {
-        self.request_and_wait(PendingAction::Restart, request::DETACH, timeout)
+        self.request_and_wait(PendingAction::Restart, timeout)
     }
 }
 
-/// The permission to have a ring on a device. Dropping it lets another ring take its place.
+/// One ring's place among those a device bears.
 pub(crate) struct RingPermit {
     interface: Arc<InterfaceShared>,
     direction: Direction,

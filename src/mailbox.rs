@@ -1,5 +1,29 @@
 //! The state that the halves of a ring, its engine, its device and its control handles share.
 //!
+//! Three rules hold for every word below.
+//!
+//! 1. **Clear, then look.** Whoever consumes a word clears it first and looks at what it stands for
+//!    afterwards. Whatever is set in between is then seen, or leaves the word set.
+//! 2. **A word says "look", not "do".** What is to be done is in one place, where it is taken back when
+//!    it is over: the interface's state under its lock, the ring's own state in `state`, a list, a
+//!    queue. A late or double "look" finds nothing to do. The exceptions are requests that stay true
+//!    for ever ([`request::STOP`]) or that carry a number ([`request::CANCEL_ALL`]).
+//! 3. **What keeps the engine awake is consumed by it in every phase.** `Engine::try_sleep` refuses to
+//!    sleep while [`has_requests`](RingShared::has_requests) finds one of these words set, so
+//!    `Engine::poll_once` consumes each of them, whatever phase the engine is in.
+//!
+//! | word | set by | cleared by | seen before it is cleared | looked at in |
+//! |---|---|---|---|---|
+//! | `requests`: `STOP`, `CANCEL`, `CANCEL_ALL`, `LOOK` | halves, control handles, the interface | `take_requests` | nothing | every phase |
+//! | `device_rang` | the device's `Wake`; the sleeper, when a descriptor is readable or a time has come | `take_device_rang` | nothing; the device is polled afterwards | every phase; only an open engine acts on it |
+//! | `has_dropped`, `dropped` | `report_dropped`, under the list's lock | `take_dropped`, before it locks the list | nothing | every phase |
+//! | `wanted`, `coalesce`, armed `cq_bell` | the reaper, before it sleeps | the reaper, when it is awake; whoever rings | the reaper's own look at the CQ, after arming | `publish_and_notify`, every phase |
+//! | `START_CLOCK` in `coalesce` | `arm_after`, when too few completions wait already | `coalescing`, which acts on the very value that it cleared | nothing | `publish_and_notify`, every phase |
+//! | `woken` | `RingControl::wake` | `take_woken`, by the `wait` or the arming that it ends | nothing | before every sleep |
+//! | `cancels` | requested: `request_cancel_all`; done: the engine | never: both count | the engine reads the number before it cancels, and publishes before it stores `done` | every phase |
+//! | `state`: open, draining, closed and why | open to draining and back: the reaping half; to closed: anybody | never leaves closed | | every submit; the engine after `LOOK` and `STOP` |
+//! | bits of the [ready set](ready) | whoever found the ring's bell armed | the poller, summary first | nothing | every round of the poller |
+//!
 //! The engine reads most flags here with Relaxed loads. Two things make that right:
 //!
 //! * The doorbell's fences, argued in `vmring_core::doorbell`. An engine that goes to sleep sees a
@@ -12,27 +36,29 @@ pub(crate) mod ready;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use vmring_core::doorbell::{Doorbell, Park};
-use vmring_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use vmring_core::{Class, Frame};
 
 use crate::error::{CloseReason, Status};
 use crate::mailbox::ready::ReadySet;
 use crate::notify::Notifier;
 use crate::stats::RingCounters;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
 use crate::sys::lock;
 
 /// Bits of [`RingShared::requests`].
 pub(crate) mod request {
+    /// The ring is to be closed.
     pub(crate) const STOP: u32 = 1;
+    /// Everything in flight is to be cancelled. `cancels` has the number of the request.
     pub(crate) const CANCEL_ALL: u32 = 2;
-    pub(crate) const DETACH: u32 = 4;
-    pub(crate) const REOPEN: u32 = 8;
     /// There is a cancel in the SQ.
-    pub(crate) const CANCEL: u32 = 16;
+    pub(crate) const CANCEL: u32 = 4;
+    /// The state of the interface or of the ring has changed. The engine asks them what to do.
+    pub(crate) const LOOK: u32 = 8;
 }
 
 /// How a ring's engine sleeps: by leaving its poller's active list, or, if the ring's owner drives
@@ -60,7 +86,9 @@ impl Park for RingPark {
     }
 }
 
+// The values of `state`.
 const OPEN: u64 = 0;
+const DRAINING: u64 = 4;
 const STOPPED: u64 = 1;
 const PANICKED: u64 = 2;
 const FAILED: u64 = 3 << 32;
@@ -77,8 +105,8 @@ pub(crate) struct RingShared {
     /// The delay after which a sleeping reaper wants to be woken even with fewer completions than
     /// it waits for. 0: it does not. The format is at [`START_CLOCK`].
     pub(crate) coalesce: AtomicU64,
-    /// Why the ring is closed. `OPEN` while it is open.
-    closed: AtomicU64,
+    /// Whether the ring is open, draining, or closed and why.
+    state: AtomicU64,
     /// The bits of [`request`] that the engine has not taken yet.
     pub(crate) requests: AtomicU32,
     /// Whether the device has rung since the engine last took this flag.
@@ -88,7 +116,7 @@ pub(crate) struct RingShared {
     /// `None` once the engine was dropped, so that nobody completes dropped slots any more.
     dropped: Mutex<Option<Vec<DroppedSlot>>>,
     /// Whether a control handle wants `wait` to return.
-    pub(crate) woken: AtomicBool,
+    woken: AtomicBool,
     /// The number of `CANCEL_ALL` requests made so far, and how many of them are carried out. They
     /// wrap.
     cancels: [AtomicU32; 2],
@@ -118,7 +146,7 @@ impl RingShared {
             cq_bell: Doorbell::new(notifier),
             wanted: AtomicU32::new(0),
             coalesce: AtomicU64::new(0),
-            closed: AtomicU64::new(OPEN),
+            state: AtomicU64::new(OPEN),
             requests: AtomicU32::new(0),
             device_rang: AtomicBool::new(false),
             has_dropped: AtomicBool::new(false),
@@ -136,11 +164,36 @@ impl RingShared {
             CloseReason::DevicePanicked => PANICKED,
             CloseReason::Failed(status) => FAILED | u64::from(status.to_raw()),
         };
-        // Release: pairs with the Acquires in `is_open` and `why_closed`. A thread that sees the
-        // reason sees what this thread wrote before.
+        let closed = |state| matches!(state, OPEN | DRAINING).then_some(code);
+        // Release: pairs with the Acquires in `is_open`, `is_closed` and `why_closed`. A thread that
+        // sees the reason sees what this thread wrote before.
         //
-        // Relaxed for the failure: the earlier reason is not looked at.
-        let _ = self.closed.compare_exchange(OPEN, code, Ordering::Release, Ordering::Relaxed);
+        // Relaxed for the loads: the earlier reason is not looked at.
+        let _ = self.state.fetch_update(Ordering::Release, Ordering::Relaxed, closed);
+    }
+
+    /// Refuses submissions from now on, until [`resume`](Self::resume). Does nothing to a closed ring.
+    pub(crate) fn start_draining(&self) {
+        // Release: pairs with the Acquire in `is_draining`. Relaxed for the failure: a closed ring
+        // stays closed.
+        let (done, refused) = (Ordering::Release, Ordering::Relaxed);
+        let _ = self.state.compare_exchange(OPEN, DRAINING, done, refused);
+        self.request(request::LOOK);
+    }
+
+    /// Ends [`start_draining`](Self::start_draining).
+    pub(crate) fn resume(&self) {
+        // Release: pairs with the Acquires in `is_open` and `is_draining`. Relaxed for the failure: a
+        // closed ring stays closed.
+        let (done, refused) = (Ordering::Release, Ordering::Relaxed);
+        let _ = self.state.compare_exchange(DRAINING, OPEN, done, refused);
+        self.request(request::LOOK);
+    }
+
+    /// Whether submissions are refused until [`resume`](Self::resume).
+    pub(crate) fn is_draining(&self) -> bool {
+        // Acquire: pairs with the Releases in `start_draining` and `resume`.
+        self.state.load(Ordering::Acquire) == DRAINING
     }
 
     /// Whether the owner of the reaping half drives the engine, from the beginning.
@@ -149,18 +202,27 @@ impl RingShared {
         matches!(self.bell.parker(), RingPark::Inline(_))
     }
 
+    /// Whether the ring takes submissions.
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
-        // Acquire: pairs with the Release in `close`.
-        self.closed.load(Ordering::Acquire) == OPEN
+        // Acquire: pairs with the Releases in `close` and `resume`.
+        self.state.load(Ordering::Acquire) == OPEN
     }
 
+    /// Whether the ring is closed for good.
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        // Acquire: pairs with the Release in `close`.
+        !matches!(self.state.load(Ordering::Acquire), OPEN | DRAINING)
+    }
+
+    /// Why the ring is closed. `None` if it is not.
     #[cold]
     #[inline(never)]
     pub(crate) fn why_closed(&self) -> Option<CloseReason> {
         // Acquire: pairs with the Release in `close`.
-        match self.closed.load(Ordering::Acquire) {
-            OPEN => None,
+        match self.state.load(Ordering::Acquire) {
+            OPEN | DRAINING => None,
             STOPPED => Some(CloseReason::Stopped),
             PANICKED => Some(CloseReason::DevicePanicked),
             failed => Some(CloseReason::Failed(Status::from_raw(failed as u32))),
@@ -172,7 +234,7 @@ impl RingShared {
     #[inline]
     pub(crate) fn ring_engine(&self) -> bool {
         let rang = self.bell.ring();
-        if rang && !self.is_open() {
+        if rang && self.is_closed() {
             // The poller may have handed the engine to the reaping half, which sleeps on its own
             // bell too. We see that the ring is closed: the Acquire in `ring_if` pairs with the
             // Release in the `arm` by which the reaping half put the engine to sleep, and the ring
@@ -239,40 +301,55 @@ impl RingShared {
             || self.wants_clock()
     }
 
-    /// Takes a slot that the device dropped, for the engine to complete. Without an engine the
-    /// frame returns to its pool.
+    /// Takes over a slot that the device dropped. Without an engine the slot returns to its pool.
     pub(crate) fn slot_dropped(&self, slot: DroppedSlot) {
         match &mut *lock(&self.dropped) {
-            Some(dropped) => dropped.push(slot),
-            // Dropped under the lock, which no packet's path takes.
+            Some(dropped) => {
+                dropped.push(slot);
+                // Under the lock, so that the flag is never set for a slot that was taken already.
+                // Relaxed: the lock hands the slot over. That the engine sees the flag before it
+                // sleeps is the doorbell's doing.
+                self.has_dropped.store(true, Ordering::Relaxed);
+            }
+            // Dropped behind the lock, which is not on any packet's way.
             None => return drop(slot),
         }
-        // Release: it has no partner, because the flag is only read with Relaxed loads. Relaxed
-        // would do: the lock hands the slots over.
-        self.has_dropped.store(true, Ordering::Release);
         self.ring_engine();
     }
 
-    /// Whether there may be dropped slots to complete.
     #[inline]
     pub(crate) fn has_dropped(&self) -> bool {
-        // Relaxed: the lock hands the slots over.
         self.has_dropped.load(Ordering::Relaxed)
     }
 
-    /// Swaps the list of dropped slots with `empty`, and clears the flag.
+    /// Swaps the dropped slots into `empty`.
     pub(crate) fn take_dropped(&self, empty: &mut Vec<DroppedSlot>) {
+        // Cleared first: a slot that comes after the look at the list sets it again. Relaxed: if this
+        // store comes after the one in `slot_dropped`, so does the lock below.
+        self.has_dropped.store(false, Ordering::Relaxed);
         if let Some(dropped) = &mut *lock(&self.dropped) {
             std::mem::swap(dropped, empty);
         }
-        self.has_dropped.store(false, Ordering::Relaxed);
     }
 
-    /// Called when the engine is dropped. The slots that the device dropped and that are not
-    /// completed return to their pools, and so do those that it drops later.
+    /// The engine is gone: slots that are dropped from now on return to their pool.
     pub(crate) fn refuse_dropped(&self) {
         let dropped = lock(&self.dropped).take();
         drop(dropped);
+    }
+
+    /// A control handle asks `wait`, or an armed descriptor or waker, to return.
+    pub(crate) fn wake_reaper(&self) {
+        // Release: pairs with the Acquire in `take_woken`. The thread that returns from `wait` sees what
+        // this thread wrote before.
+        self.woken.store(true, Ordering::Release);
+        self.notify();
+    }
+
+    /// Whether a control handle has asked since the last call.
+    pub(crate) fn take_woken(&self) -> bool {
+        // Acquire: pairs with the Release in `wake_reaper`. The Relaxed load only saves the exchange.
+        self.woken.load(Ordering::Relaxed) && self.woken.swap(false, Ordering::Acquire)
     }
 
     /// Requests that everything in flight is cancelled. Returns the number of the request, for
@@ -339,23 +416,20 @@ impl RingShared {
     /// Returns the delay that a sleeping reaper has set, and the number of the arming that set it,
     /// because each arming has a clock of its own. `None` if it has set none, or does not sleep.
     pub(crate) fn coalescing(&self) -> Option<(u64, Duration)> {
-        let wish = self.coalesce.load(Ordering::Relaxed);
-        if wish == 0 {
-            return None;
-        }
-        if wish & START_CLOCK != 0 {
-            // Cleared in any case, because with the bit set the engine never sleeps. Only the bit
-            // is cleared, so that the delay of a newer arming stays.
+        let mut delay = self.coalesce.load(Ordering::Relaxed);
+        if delay & START_CLOCK != 0 {
+            // Cleared in any case, because with the bit set the engine never sleeps. The value that
+            // counts is the one of which the bit was cleared: a newer arming may have stored its own
+            // since the load.
             //
             // Acquire: pairs with the fence in `arm`, after which `arm_bells` sets the bit. So the
             // look at the bell below sees it armed.
-            self.coalesce.fetch_and(!START_CLOCK, Ordering::Acquire);
+            delay = self.coalesce.fetch_and(!START_CLOCK, Ordering::Acquire) & !START_CLOCK;
         }
-        if !self.cq_bell.is_armed() {
+        if delay == 0 || !self.cq_bell.is_armed() {
             return None;
         }
-        let wish = wish & !START_CLOCK;
-        Some((wish >> DELAY_BITS, Duration::from_micros(wish & DELAY_MAX_US)))
+        Some((delay >> DELAY_BITS, Duration::from_micros(delay & DELAY_MAX_US)))
     }
 }
 
@@ -383,15 +457,18 @@ struct Registry {
     last: u32,
 }
 
-fn registry() -> &'static Mutex<Registry> {
-    static REGISTRY: OnceLock<Mutex<Registry>> = OnceLock::new();
-    REGISTRY.get_or_init(Mutex::default)
+fn registry() -> MutexGuard<'static, Registry> {
+    // Not through the door of `crate::sync`: it outlives every run of a model, and no atomic is touched
+    // while it is locked.
+    static REGISTRY: OnceLock<std::sync::Mutex<Registry>> = OnceLock::new();
+    let registry = REGISTRY.get_or_init(Default::default);
+    registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// Returns a number for a ring that is being built. No ring has number 0, which a wrapper's
 /// [`PollContext`](crate::device::PollContext) has.
 pub(crate) fn new_ring_number() -> u32 {
-    let mut registry = lock(registry());
+    let mut registry = registry();
     loop {
         registry.last = registry.last.wrapping_add(1);
         // After 2^32 rings the numbers start again, and some may still be in use.
@@ -403,17 +480,17 @@ pub(crate) fn new_ring_number() -> u32 {
 
 /// Makes a ring known by its number.
 pub(crate) fn register(shared: &Arc<RingShared>) {
-    lock(registry()).rings.insert(shared.number, Arc::downgrade(shared));
+    registry().rings.insert(shared.number, Arc::downgrade(shared));
 }
 
 fn deregister(number: u32) {
-    lock(registry()).rings.remove(&number);
+    registry().rings.remove(&number);
 }
 
 /// Gives a slot that the device dropped to the ring of number `ring`.
 #[cold]
 pub(crate) fn report_dropped(ring: u32, slot: DroppedSlot) {
-    let shared = lock(registry()).rings.get(&ring).and_then(Weak::upgrade);
+    let shared = registry().rings.get(&ring).and_then(Weak::upgrade);
     match shared {
         Some(shared) => shared.slot_dropped(slot),
         // The ring is gone, so the frame returns to its pool.

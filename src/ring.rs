@@ -115,7 +115,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use vmring_core::{Frame, Pool};
+use vmring_core::{Class, Frame, Pool};
 
 use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
@@ -286,6 +286,32 @@ impl Ring {
     /// [`CompletionQueue::cancel_and_wait`], also for the errors.
     pub fn cancel_and_wait(&mut self, timeout: Duration) -> Result<usize, Error> {
         self.cq.cancel_and_wait(timeout)
+    }
+
+    /// Lets everything in flight end, and refuses new submissions until [`resume`](Self::resume). See
+    /// [`CompletionQueue::drain`], also for the errors.
+    pub fn drain(&mut self, timeout: Duration) -> Result<usize, Error> {
+        self.cq.drain(timeout)
+    }
+
+    /// Takes submissions again after [`drain`](Self::drain). See [`CompletionQueue::resume`].
+    pub fn resume(&mut self) {
+        self.cq.resume();
+    }
+
+    /// Whether the ring was built for reading.
+    pub(crate) fn has_reads(&self) -> bool {
+        self.sq.has(Class::Read)
+    }
+
+    /// Whether the ring was built for writing.
+    pub(crate) fn has_writes(&self) -> bool {
+        self.sq.has(Class::Write)
+    }
+
+    /// Whether no entry completes any more, unless a thread of the device drops a slot that it has.
+    pub(crate) fn is_over(&self) -> bool {
+        self.cq.is_over()
     }
 
     /// Returns the descriptor for an event loop. See [`CompletionQueue::completion_fd`], also for

@@ -1,8 +1,9 @@
 //! Small functions over the standard library and the system: locks, clocks, poll(2).
 
 use std::os::fd::RawFd;
-use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use crate::sync::{Mutex, MutexGuard};
 
 /// Locks a mutex, even if a thread panicked while it held the lock. The data under this crate's
 /// mutexes is valid at every point at which a panic can occur.

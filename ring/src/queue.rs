@@ -277,6 +277,12 @@ impl<T: Entry> Consumer<T> {
         self.known()
     }
 
+    /// Whether entries wait.
+    pub(crate) fn has_more(&self) -> bool {
+        // Relaxed: nothing is read of the entries.
+        self.shared.tail.load(Ordering::Relaxed) != self.head
+    }
+
     /// How many entries wait, as of the last [`refresh`](Self::refresh).
     #[inline]
     pub(crate) fn known(&self) -> u32 {

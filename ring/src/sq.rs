@@ -189,6 +189,11 @@ impl SqConsumer {
         self.sq.known()
     }
 
+    /// Whether submissions wait, after a look at the queue that [`known`](Self::known) does not count.
+    pub fn has_more(&self) -> bool {
+        self.sq.has_more()
+    }
+
     /// The next of the submissions that [`ready`](Self::ready) saw, which the caller may take or
     /// leave. `None` if none is left, or if the next is a cancel, which [`pop`](Self::pop) takes.
     #[inline(always)]

@@ -327,6 +327,10 @@ impl Queue for FaultyQueue {
         self.inner.cancel(target)
     }
 
+    fn cancel_reads(&mut self) -> u32 {
+        self.inner.cancel_reads()
+    }
+
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
         while let Some(done) = self.relay.next_done() {

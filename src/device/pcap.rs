@@ -250,6 +250,10 @@ impl Queue for RecordedQueue {
         self.inner.cancel(target)
     }
 
+    fn cancel_reads(&mut self) -> u32 {
+        self.inner.cancel_reads()
+    }
+
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
         self.pass_on(cx);

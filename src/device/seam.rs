@@ -185,6 +185,16 @@ pub trait Queue: Send {
         0
     }
 
+    /// Requests that the reads that the queue keeps are completed soon, for a drain of the ring: with
+    /// their packet if there is one, otherwise by [`PollContext::cancel`]. The writes that it keeps are
+    /// left to end by themselves. Returns how many reads it keeps.
+    ///
+    /// Implement it if the queue keeps writes and its [`cancel`](Self::cancel) ends them. By default it
+    /// cancels everything.
+    fn cancel_reads(&mut self) -> u32 {
+        self.cancel(None)
+    }
+
     /// Gives back every slot that the queue keeps, through `cx`. Returns whether it keeps none any
     /// more.
     ///

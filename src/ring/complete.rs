@@ -122,8 +122,22 @@ impl CompletionQueue {
 
     /// Returns the number of submissions, cancels included, that are not reaped yet. Those that
     /// another thread submits meanwhile may be missing.
+    ///
+    /// Entries that have leaked do not count. An entry leaks if the ring is closed and the device does
+    /// not release its slot within the ring's
+    /// [close timeout](crate::RingBuilder::close_timeout). So a loop that waits and reaps until nothing
+    /// is in flight ends, whatever the device does.
     pub fn in_flight(&self) -> usize {
-        self.consumer.in_flight() as usize
+        self.outstanding() as usize
+    }
+
+    fn outstanding(&self) -> u32 {
+        if self.engine_lost {
+            // Nobody completes anything any more.
+            return self.consumer.known();
+        }
+        let lost = self.engine.as_ref().map_or(0, |engine| engine.slots_lost());
+        self.consumer.in_flight().saturating_sub(u32::try_from(lost).unwrap_or(u32::MAX))
     }
 
     /// Sleeps until `min` completions wait, and returns how many wait. With `Drive::Inline` the
@@ -131,20 +145,16 @@ impl CompletionQueue {
     ///
     /// It returns earlier if all entries in flight have completed, although they are fewer than
     /// `min` (so at once if nothing is in flight); if `timeout` has passed (`None`: it has no
-    /// limit); if [`RingControl::wake`] was called; or if the ring is closed and nothing more can
-    /// complete.
+    /// limit); or if [`RingControl::wake`] was called. Entries that have leaked are not waited for;
+    /// see [`in_flight`](Self::in_flight).
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         let deadline = timeout.map(after);
         let mut round = 0;
         loop {
             let worked = self.drive();
             let ready = self.consumer.ready();
-            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.consumer.in_flight());
-            if ready >= want || self.take_woken() {
-                return ready as usize;
-            }
-            if !worked && self.is_over() {
-                // The engine is closed or lost, so what is still in flight has leaked.
+            let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.outstanding());
+            if ready >= want || self.shared.take_woken() {
                 return ready as usize;
             }
             if worked {
@@ -164,9 +174,11 @@ impl CompletionQueue {
 
     /// With `Drive::Inline`, returns the time at which the caller must call [`reap`](Self::reap) or
     /// [`wait`](Self::wait) even if the descriptor has not become readable: to try a device again
-    /// that took no packets, or to poll it for safety. `None` if there is no such time.
+    /// that took no packets, or to poll it for safety. The time is now if something was submitted, or
+    /// requested by another thread, that the engine has not seen yet. `None` if there is no such time.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.engine.as_ref().and_then(|engine| engine.deadline())
+        let engine = self.engine.as_ref()?;
+        if engine.has_work() { Some(Instant::now()) } else { engine.deadline() }
     }
 
     /// Returns a descriptor for an event loop. After [`arm`](Self::arm) has returned true, it
@@ -278,8 +290,8 @@ impl CompletionQueue {
             self.drive();
             let ready = self.consumer.ready();
             // A closed ring cancels everything without being asked.
-            let carried_out = self.shared.are_cancelled(asked) || !self.shared.is_open();
-            if carried_out && ready >= self.consumer.in_flight() {
+            let carried_out = self.shared.are_cancelled(asked) || self.shared.is_closed();
+            if carried_out && ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
             let now = Instant::now();
@@ -288,6 +300,49 @@ impl CompletionQueue {
             }
             self.sleep(ready + 1, Some(deadline.min(now + CANCEL_WAIT)));
         }
+    }
+
+    /// Lets everything in flight end, and refuses new submissions until [`resume`](Self::resume): for a
+    /// pause or a snapshot of the guest. Returns how many completions wait to be reaped.
+    ///
+    /// Submits are refused with [`SubmitErrorKind::Draining`](crate::SubmitErrorKind::Draining) from
+    /// here on. Posted reads come back in the order in which they were posted, as cancelled or with
+    /// their packet; no packet is lost. Every write ends by itself. After `Ok` nothing is in flight but
+    /// the completions that wait. Draining a drained ring does nothing.
+    ///
+    /// A submit that runs on another thread at the same time may still be accepted. It completes, and
+    /// another `drain` waits for it. A restart of the interface does not end the draining.
+    ///
+    /// # Errors
+    ///
+    /// * [`Error::Timeout`] if some writes have not ended within `timeout`. Nothing is lost, and the
+    ///   ring goes on draining: call `drain` again, or `resume`.
+    /// * [`Error::Closed`] if the ring is closed, before or meanwhile.
+    #[doc(alias = "quiesce")]
+    pub fn drain(&mut self, timeout: Duration) -> Result<usize, Error> {
+        self.shared.start_draining();
+        let deadline = after(timeout);
+        loop {
+            self.drive();
+            let ready = self.consumer.ready();
+            if let Some(closed) = self.shared.why_closed() {
+                return Err(closed.into());
+            }
+            if ready >= self.outstanding() {
+                return Ok(ready as usize);
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(Error::Timeout(timeout));
+            }
+            self.sleep(ready + 1, Some(deadline.min(now + CANCEL_WAIT)));
+        }
+    }
+
+    /// Takes submissions again after [`drain`](Self::drain). Does nothing to a ring that does not
+    /// drain.
+    pub fn resume(&mut self) {
+        self.shared.resume();
     }
 
     /// Closes the ring, and waits until the device has released everything. Every entry in flight
@@ -323,7 +378,7 @@ impl CompletionQueue {
             self.engine = handoff.take(if self.engine_lost { Duration::ZERO } else { twice });
         }
         let Some(engine) = &mut self.engine else {
-            let slots = self.in_flight() - self.consumer.ready() as usize;
+            let slots = self.consumer.in_flight().saturating_sub(self.consumer.ready()) as usize;
             // If the poller comes back after all, it finds the handoff abandoned and drops the
             // engine.
             if let Some((handoff, _)) = &self.remote {
@@ -361,7 +416,7 @@ impl CompletionQueue {
             }
             return engine.poll_once();
         }
-        !self.shared.is_open() && self.take_over()
+        self.shared.is_closed() && self.take_over()
     }
 
     #[cold]
@@ -371,17 +426,10 @@ impl CompletionQueue {
         self.engine.as_mut().is_some_and(|engine| engine.poll_once())
     }
 
-    /// Whether no entry can complete any more.
-    fn is_over(&self) -> bool {
+    /// Whether the engine is closed, or does not come back. No entry completes any more, unless a thread
+    /// of the device drops a slot that it has.
+    pub(crate) fn is_over(&self) -> bool {
         self.engine_lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
-    }
-
-    /// Takes the flag that [`RingControl::wake`] sets.
-    fn take_woken(&self) -> bool {
-        // Acquire: pairs with the Release in `RingControl::wake`. The Relaxed load only saves the
-        // exchange.
-        self.shared.woken.load(Ordering::Relaxed)
-            && self.shared.woken.swap(false, Ordering::Acquire)
     }
 
     /// Arms for `want` completions, looks once more, and parks until a signal or the deadline.
@@ -417,7 +465,7 @@ impl CompletionQueue {
 
     fn arm_notifier(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         let want = u32::try_from(n).unwrap_or(u32::MAX).clamp(1, 1 << 30);
-        if self.take_woken() {
+        if self.shared.take_woken() {
             return false;
         }
         // An inline engine does what there is to do now, not after a signal.
@@ -444,10 +492,10 @@ impl CompletionQueue {
         self.shared.cq_bell.arm();
         // This look comes after the fence in `arm`, which pairs with the fence in `ring_if`. A
         // completion that was published before it is seen here. The engine that publishes one later
-        // sees the bell armed. The same holds for `woken`, which `take_woken` acquires.
+        // sees the bell armed. The same holds for a wake by a control handle.
         let ready = self.consumer.ready();
-        let mut awake = ready >= want || self.shared.woken.load(Ordering::Relaxed);
-        if self.engine.is_none() && !self.shared.is_open() {
+        let mut awake = ready >= want || self.shared.take_woken();
+        if self.engine.is_none() && self.shared.is_closed() {
             // The poller may have closed the ring and handed the engine over before this half
             // armed, so its notification is gone.
             awake |= self.take_over();

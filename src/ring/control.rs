@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use static_assertions::assert_impl_all;
-use vmring_core::sync::Ordering;
 
 use crate::error::CloseReason;
 use crate::mailbox::{RingShared, request};
@@ -22,10 +21,7 @@ impl RingControl {
     /// Makes the [`wait`](crate::CompletionQueue::wait) under way return, or the next one if none
     /// is under way. An armed descriptor becomes readable, and an armed waker is woken.
     pub fn wake(&self) {
-        // Release: pairs with the Acquire in `take_woken`. The thread that returns from `wait` sees
-        // what this thread wrote before.
-        self.shared.woken.store(true, Ordering::Release);
-        self.shared.notify();
+        self.shared.wake_reaper();
     }
 
     /// Asks for everything in flight to complete now, as cancelled or with its packet. The ring

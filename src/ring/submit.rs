@@ -10,7 +10,7 @@ use vmring_core::sync::Ordering;
 use vmring_core::{Class, Frame, PushError, SqProducer};
 
 use crate::device::seam::Capabilities;
-use crate::error::{BatchError, CloseReason, Error, SubmitError, SubmitErrorKind};
+use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::mailbox::{RingShared, request};
 use crate::ring::control::RingControl;
 use crate::software;
@@ -168,8 +168,8 @@ impl SubmissionQueue {
         target: Option<u64>,
         data: u64,
     ) -> Result<(), SubmitErrorKind> {
-        if let Some(closed) = self.why_closed() {
-            return Err(closed.into());
+        if let Some(refusal) = self.refusal() {
+            return Err(refusal);
         }
         self.producer.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
         self.producer.publish();
@@ -209,7 +209,10 @@ impl SubmissionQueue {
             match self.submit(Class::Read, frame, user_data) {
                 Ok(()) => {}
                 Err(refused) if refused.is_backpressure() => break,
-                Err(SubmitError { kind: SubmitErrorKind::Closed(_), .. }) => break,
+                Err(SubmitError {
+                    kind: SubmitErrorKind::Closed(_) | SubmitErrorKind::Draining,
+                    ..
+                }) => break,
                 Err(refused) => return Err(refused.into()),
             }
         }
@@ -305,7 +308,11 @@ impl SubmissionQueue {
         let mut frames = frames.into_iter();
         let mut accepted = 0;
         loop {
-            if self.producer.check(class).is_err() {
+            // A refusal that is not backpressure is an error, which takes a frame.
+            if self.producer.check(class).is_err()
+                && self.producer.depth(class) > 0
+                && self.refusal().is_none()
+            {
                 return Ok(accepted);
             }
             let Some((frame, user_data)) = frames.next() else { return Ok(accepted) };
@@ -321,8 +328,8 @@ impl SubmissionQueue {
     /// Resets the view of a frame to be read into.
     #[inline(always)]
     fn fitting(&self, class: Class, mut frame: Frame) -> Result<Frame, SubmitError> {
-        if let Some(closed) = self.why_closed() {
-            return Err(SubmitError { kind: closed.into(), frame });
+        if let Some(kind) = self.refusal() {
+            return Err(SubmitError { kind, frame });
         }
         let max = self.caps.max_packet_size as usize;
         if class == Class::Read {
@@ -372,9 +379,24 @@ impl SubmissionQueue {
         Ok(())
     }
 
+    /// Whether the ring was built for this class.
+    pub(super) fn has(&self, class: Class) -> bool {
+        self.producer.depth(class) > 0
+    }
+
+    /// Why the ring takes no submission now, whatever it is.
     #[inline(always)]
-    fn why_closed(&self) -> Option<CloseReason> {
-        if self.shared.is_open() { None } else { self.shared.why_closed() }
+    fn refusal(&self) -> Option<SubmitErrorKind> {
+        if self.shared.is_open() { None } else { self.refusal_of_state() }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refusal_of_state(&self) -> Option<SubmitErrorKind> {
+        match self.shared.why_closed() {
+            Some(closed) => Some(closed.into()),
+            None => self.shared.is_draining().then_some(SubmitErrorKind::Draining),
+        }
     }
 
     #[cold]
