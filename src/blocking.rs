@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use vmring_core::Frame;
 
-use crate::error::{CloseReason, EntryError, Error, Status, SubmitErrorKind};
+use crate::error::{EntryError, Error, Status, SubmitErrorKind};
 use crate::ring::{Ring, RingOp};
 
 /// A ring behind blocking calls. It posts reads ahead, as many as the ring has credits, but leaves
@@ -90,28 +90,29 @@ impl BlockingRing {
         if packet.len() > self.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
         }
+        if !self.ring.has_writes() {
+            return Err(SubmitErrorKind::WrongDirection.into());
+        }
         let mut frame = self.alloc()?;
         frame.copy_from(packet).map_err(|_| Status::PacketTooBig)?;
         self.write_frame(frame)
     }
 
-    /// Takes a free frame, to be filled and written. If none is free, waits until a completion
-    /// brings one back.
+    /// Takes a free frame, to be filled and written.
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfFrames`] if the caller holds every frame, [`Error::Closed`].
+    /// [`Error::Closed`]; [`Error::OutOfFrames`] if no frame is free. The frames that this front-end
+    /// posts for reading leave some for writes, so that happens if the caller holds the others, or if
+    /// another ring on the same pool does.
     pub fn alloc(&mut self) -> Result<Frame, Error> {
-        loop {
-            if let Some(frame) = self.ring.alloc() {
-                return Ok(frame);
-            }
-            self.closed()?;
-            if self.ring.in_flight() == 0 {
-                return Err(Error::OutOfFrames);
-            }
-            self.pump(Some(Duration::from_millis(10)));
+        if let Some(frame) = self.ring.alloc() {
+            return Ok(frame);
         }
+        // A completion that waits already may bring a frame back.
+        self.pump(Some(Duration::ZERO));
+        self.closed()?;
+        self.ring.alloc().ok_or(Error::OutOfFrames)
     }
 
     /// Sends the packet of `frame` without a copy, and waits until the device has taken it.
@@ -143,11 +144,15 @@ impl BlockingRing {
             }
         }
         loop {
-            if let Some(result) = self.pump_for(number, None) {
-                return result.map_err(|error| match error {
-                    EntryError::Cancelled => Error::Closed(CloseReason::Stopped),
-                    other => Error::Entry(other),
-                });
+            let result = self.pump_for(number, None);
+            let closed = self.ring.control().closed();
+            match (result, closed) {
+                (Some(Ok(())), _) => return Ok(()),
+                (Some(Err(EntryError::Cancelled)), Some(closed)) => return Err(closed.into()),
+                (Some(Err(error)), _) => return Err(error.into()),
+                // The device of a closed ring has kept the slot.
+                (None, Some(closed)) if self.ring.in_flight() == 0 => return Err(closed.into()),
+                (None, _) => {}
             }
         }
     }
@@ -175,6 +180,9 @@ impl BlockingRing {
             if let Some(error) = self.failed.take() {
                 self.closed()?;
                 return Err(error.into());
+            }
+            if !self.ring.has_reads() {
+                return Err(SubmitErrorKind::WrongDirection.into());
             }
             self.ring.split().0.post_reads(READ)?;
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));

@@ -16,6 +16,7 @@
 //!
 //! Unlike a ring, an [`AsyncRing`] has a lock: many tasks may read and write through it.
 
+use crate::device::catch::catch_panic;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
@@ -58,6 +59,8 @@ struct State {
     writes_in_flight: usize,
     /// The first error of a read that no reader has returned yet.
     failed: Option<EntryError>,
+    /// Wakers that others have replaced, to be dropped outside the lock.
+    replaced: Vec<Waker>,
 }
 
 /// Wakes the tasks when the ring has completions. All of them are woken, because each may be able
@@ -85,7 +88,12 @@ impl Tasks {
     fn wake_all(&self) {
         // Wakes outside the lock, because a waker may run any code.
         let wakers = std::mem::take(&mut *lock(&self.wakers));
-        wakers.into_values().for_each(Waker::wake);
+        for waker in wakers.into_values() {
+            // A waker that panics must not take the wake-ups of the others with it.
+            if catch_panic(|| waker.wake()).is_err() {
+                tracing::error!("a waker panicked");
+            }
+        }
     }
 
     /// Wakes the tasks if the ring has called.
@@ -120,6 +128,9 @@ impl Wake for Sleepers {
     }
 }
 
+/// The most times that one poll of a future takes in completions and looks for its own.
+const ROUNDS_OF_A_POLL: usize = 16;
+
 /// The `user_data` of reads. Writes count from 0.
 const READ: u64 = u64::MAX;
 
@@ -148,6 +159,7 @@ impl AsyncRing {
             writes: BTreeMap::new(),
             writes_in_flight: 0,
             failed: None,
+            replaced: Vec::new(),
         };
         state.post_reads()?;
         let state = Arc::new(Mutex::new(state));
@@ -209,15 +221,27 @@ impl AsyncRing {
         let result = f(&mut state);
         // Armed before the state is unlocked, because another thread may work on it from then on.
         drop(working);
+        let replaced = std::mem::take(&mut state.replaced);
         drop(state);
+        // Dropped outside the lock, because dropping a waker may drop a task, which may drop one of
+        // our futures.
+        drop(replaced);
         self.sleepers.tasks().wake_if_called();
         result
+    }
+
+    /// Removes the waker of a future that is dropped.
+    fn forget_waker(&self, number: u64) {
+        let waker = lock(&self.sleepers.tasks().wakers).remove(&number);
+        // Dropped outside the lock, because dropping a waker may run any code.
+        drop(waker);
     }
 
     /// Registers `cx` to be woken, with the others, at the next completion. Returns `Ready` if
     /// there is a completion already.
     fn sleep(&self, state: &mut State, number: u64, cx: &Context<'_>) -> Poll<()> {
-        lock(&self.sleepers.tasks().wakers).insert(number, cx.waker().clone());
+        let replaced = lock(&self.sleepers.tasks().wakers).insert(number, cx.waker().clone());
+        state.replaced.extend(replaced);
         let all = Waker::from(self.sleepers.clone());
         state.ring.poll_ready(&mut Context::from_waker(&all), 1).map(drop)
     }
@@ -231,17 +255,24 @@ impl AsyncRing {
         mut step: impl FnMut(&mut State) -> Result<Option<T>, Error>,
     ) -> Poll<Result<T, Error>> {
         let mut news = false;
+        let mut again = false;
         let answer = self.locked(|state| {
-            loop {
+            for _ in 0..ROUNDS_OF_A_POLL {
                 news |= state.pump();
                 match step(state) {
-                    Ok(Some(answer)) => break Poll::Ready(Ok(answer)),
-                    Err(error) => break Poll::Ready(Err(error)),
-                    Ok(None) if self.sleep(state, number, cx).is_pending() => break Poll::Pending,
+                    Ok(Some(answer)) => return Poll::Ready(Ok(answer)),
+                    Err(error) => return Poll::Ready(Err(error)),
+                    Ok(None) if self.sleep(state, number, cx).is_pending() => return Poll::Pending,
                     Ok(None) => {}
                 }
             }
+            // Completions keep coming, and none is the one that this task waits for.
+            again = true;
+            Poll::Pending
         });
+        if again {
+            cx.waker().wake_by_ref();
+        }
         // Outside the lock, because a waker may run any code.
         if news {
             self.sleepers.tasks().wake_all();
@@ -282,6 +313,12 @@ impl State {
     fn closed(&self) -> Option<CloseReason> {
         self.ring.control().closed()
     }
+
+    /// Why the ring is closed, once nothing completes any more. (Slots that a thread of the device still
+    /// has may come back. Nobody would wake the tasks when the time for that is over.)
+    fn is_over(&self) -> Option<CloseReason> {
+        self.closed().filter(|_| self.ring.is_over())
+    }
 }
 
 /// The future of [`AsyncRing::read`].
@@ -306,6 +343,9 @@ impl Future for ReadFuture {
             if let Some(error) = state.failed.take() {
                 return Err(error.into());
             }
+            if !state.ring.has_reads() {
+                return Err(SubmitErrorKind::WrongDirection.into());
+            }
             if state.ring.in_flight() == 0 {
                 return Err(Error::OutOfFrames);
             }
@@ -316,7 +356,7 @@ impl Future for ReadFuture {
 
 impl Drop for ReadFuture {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.tasks().wakers).remove(&self.number);
+        self.front.forget_waker(self.number);
     }
 }
 
@@ -338,6 +378,9 @@ impl WriteFuture<'_> {
         }
         if let Some(closed) = state.closed() {
             return Err(closed.into());
+        }
+        if !state.ring.has_writes() {
+            return Err(SubmitErrorKind::WrongDirection.into());
         }
         let Some(mut frame) = state.ring.alloc() else {
             // A write in flight brings its frame back and wakes us. Posted reads do not bring
@@ -371,7 +414,8 @@ impl Future for WriteFuture<'_> {
             // After the write. Before it, the reads would take its place in a small SQ each time.
             state.post_reads()?;
             let Some(answer) = state.writes.get_mut(&number).and_then(Option::take) else {
-                return Ok(None);
+                // The device of a closed ring may have kept the slot.
+                return state.is_over().map_or(Ok(None), |closed| Err(closed.into()));
             };
             state.writes.remove(&number);
             answer.map(Some).map_err(|error| match (error, state.closed()) {
@@ -391,7 +435,7 @@ impl Future for WriteFuture<'_> {
 
 impl Drop for WriteFuture<'_> {
     fn drop(&mut self) {
-        lock(&self.front.sleepers.tasks().wakers).remove(&self.number);
+        self.front.forget_waker(self.number);
         if self.sent {
             self.front.locked(|state| state.writes.remove(&self.number));
         }
