@@ -551,6 +551,8 @@ impl Engine {
     }
 
     /// Ends the closing, after the queue was dropped or leaked.
+    #[cold]
+    #[inline(never)]
     fn finish_close(&mut self, reason: Option<CloseReason>) {
         self.complete_dropped();
         match reason {
@@ -649,6 +651,9 @@ impl Engine {
 
     /// Publishes completions, and notifies a sleeping reaper if there are as many as it waits for,
     /// or if its delay is over.
+    ///
+    /// Inlined into `poll_once`, whatever else calls it.
+    #[inline(always)]
     fn publish_and_notify(&mut self) {
         let news = self.completions.publish();
         if !news && self.coalesce.is_none() && !self.shared.wants_coalescing() {
