@@ -615,6 +615,7 @@ impl Engine {
         let attached = self.queue.is_some();
         self.drop_queue();
         self.phase = Phase::Closed(CloseReason::DevicePanicked);
+        self.lost_at.get_or_insert_with(|| after(self.close_timeout));
         self.complete_posted(Outcome::DevicePanicked);
         self.permit = None;
         if attached {

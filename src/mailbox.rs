@@ -2,8 +2,8 @@
 //!
 //! Three rules hold for every word below.
 //!
-//! 1. **Clear, then look.** Whoever consumes a word clears it first and looks at what it stands for
-//!    afterwards. Whatever is set in between is then seen, or leaves the word set.
+//! 1. **Clear, then look.** The consumer of a word clears it first, and looks afterwards at what it
+//!    announces. What comes in between is seen by that look, or leaves the word set.
 //! 2. **A word says "look", not "do".** What is to be done is in one place, where it is taken back when
 //!    it is over: the interface's state under its lock, the ring's own state in `state`, a list, a
 //!    queue. A late or double "look" finds nothing to do. The exceptions are requests that stay true
@@ -17,12 +17,12 @@
 //! | `requests`: `STOP`, `CANCEL`, `CANCEL_ALL`, `LOOK` | halves, control handles, the interface | `take_requests` | nothing | every phase |
 //! | `device_rang` | the device's `Wake`; the sleeper, when a descriptor is readable or a time has come | `take_device_rang` | nothing; the device is polled afterwards | every phase; only an open engine acts on it |
 //! | `has_dropped`, `dropped` | `report_dropped`, under the list's lock | `take_dropped`, before it locks the list | nothing | every phase |
-//! | `wanted`, `coalesce`, armed `cq_bell` | the reaper, before it sleeps | the reaper, when it is awake; whoever rings | the reaper's own look at the CQ, after arming | `publish_and_notify`, every phase |
+//! | `wanted`, `coalesce`, armed `cq_bell` | the reaper, before it sleeps | the reaper, when it is awake; the thread that rings | the reaper's own look at the CQ, after arming | `publish_and_notify`, every phase |
 //! | `START_CLOCK` in `coalesce` | `arm_after`, when too few completions wait already | `coalescing`, which acts on the very value that it cleared | nothing | `publish_and_notify`, every phase |
 //! | `woken` | `RingControl::wake` | `take_woken`, by the `wait` or the arming that it ends | nothing | before every sleep |
 //! | `cancels` | requested: `request_cancel_all`; done: the engine | never: both count | the engine reads the number before it cancels, and publishes before it stores `done` | every phase |
 //! | `state`: open, draining, closed and why | open to draining and back: the reaping half; to closed: anybody | never leaves closed | | every submit; the engine after `LOOK` and `STOP` |
-//! | bits of the [ready set](ready) | whoever found the ring's bell armed | the poller, summary first | nothing | every round of the poller |
+//! | bits of the [ready set](ready) | the thread that found the ring's bell armed | the poller, summary first | nothing | every round of the poller |
 //!
 //! The engine reads most flags here with Relaxed loads. Two things make that right:
 //!

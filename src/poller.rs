@@ -350,7 +350,7 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             }
             i += 1;
         }
-        if !active.is_empty() && !watched.is_empty() && check.is_due(active.len()) {
+        if !active.is_empty() && !watched.is_empty() && check.count_polls(active.len()) {
             // Rings that sleep must not wait until all rings sleep.
             check.run(&mut rings, &mut active, &mut watched, &mut descriptors);
         }
@@ -448,7 +448,7 @@ struct SleeperCheck {
 
 impl SleeperCheck {
     /// Counts a round of `polls` polls. Returns whether a check is due.
-    fn is_due(&mut self, polls: usize) -> bool {
+    fn count_polls(&mut self, polls: usize) -> bool {
         self.polls += polls;
         let due = self.polls >= SLEEPER_CHECK_TURNS;
         if due {

@@ -793,13 +793,13 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
 fn a_pollers_queue_is_bound_before_it_is_polled_and_an_owners_never() {
     guarded(|| {
         every_way(|way, poller| {
-            // For each queue, the number of `settle` calls before its first poll.
+            // For each queue, the number of `bind_to_thread` calls before its first poll.
             let seen: Arc<Mutex<Vec<usize>>> = Arc::default();
             let told = seen.clone();
             let interface = Script::new(move |_, _| {
                 let told = told.clone();
-                let settled = Arc::new(AtomicUsize::new(0));
-                let before = settled.clone();
+                let bound = Arc::new(AtomicUsize::new(0));
+                let before = bound.clone();
                 let mut polled = false;
                 ScriptQueue::new(move |io| {
                     if !std::mem::replace(&mut polled, true) {
@@ -808,8 +808,8 @@ fn a_pollers_queue_is_bound_before_it_is_polled_and_an_owners_never() {
                     take_writes(io);
                     Ok(Progress::Idle)
                 })
-                .on_settle(move || {
-                    settled.fetch_add(1, Ordering::SeqCst);
+                .on_bind(move || {
+                    bound.fetch_add(1, Ordering::SeqCst);
                 })
             })
             .start();

@@ -223,7 +223,7 @@ pub(crate) fn reap_n(ring: &mut Ring, n: usize) -> Vec<Seen> {
 }
 
 /// Drives an inline ring until it makes no more progress, without reaping.
-pub(crate) fn settle(ring: &mut Ring) {
+pub(crate) fn drive_to_rest(ring: &mut Ring) {
     for _ in 0..8 {
         let _ = ring.reap().len();
     }
@@ -238,7 +238,7 @@ pub(crate) struct ScriptQueue {
     poll: Box<PollFn>,
     cancel: Box<CancelFn>,
     close: Box<CloseFn>,
-    settle: Box<dyn FnMut() + Send>,
+    drive_to_rest: Box<dyn FnMut() + Send>,
     descriptor: Option<OwnedFd>,
     asked: Box<dyn Fn() + Send>,
 }
@@ -251,7 +251,7 @@ impl ScriptQueue {
             poll: Box::new(poll),
             cancel: Box::new(|_| 0),
             close: Box::new(|_| true),
-            settle: Box::new(|| ()),
+            drive_to_rest: Box::new(|| ()),
             descriptor: None,
             asked: Box::new(|| ()),
         }
@@ -276,8 +276,8 @@ impl ScriptQueue {
         self
     }
 
-    pub(crate) fn on_settle(mut self, f: impl FnMut() + Send + 'static) -> Self {
-        self.settle = Box::new(f);
+    pub(crate) fn on_bind(mut self, f: impl FnMut() + Send + 'static) -> Self {
+        self.drive_to_rest = Box::new(f);
         self
     }
 }
@@ -296,7 +296,7 @@ impl Queue for ScriptQueue {
     }
 
     fn bind_to_thread(&mut self) {
-        (self.settle)();
+        (self.drive_to_rest)();
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

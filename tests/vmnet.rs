@@ -21,7 +21,8 @@ use vmring::{
 };
 
 use crate::support::{
-    LONG, eventually, guarded, inline, number_of, packet_between, reap, reap_n, settle, stage,
+    LONG, drive_to_rest, eventually, guarded, inline, number_of, packet_between, reap, reap_n,
+    stage,
 };
 
 const SUCCESS: u32 = 1000;
@@ -705,7 +706,7 @@ fn row_4_1_a_read_with_nothing_waiting_succeeds_with_a_count_of_zero() {
     guarded(|| {
         let mut pair = Pair::new(World::new());
         pair.post(8);
-        settle(&mut pair.rings[1]);
+        drive_to_rest(&mut pair.rings[1]);
         assert!(pair.world.counts(pair.ids[1]).reads > 0);
         assert_eq!(pair.rings[1].in_flight(), 8);
         pair.close();
@@ -1114,7 +1115,7 @@ fn row_4_7_an_interface_dropped_inside_its_own_event_stops() {
         let macs = [from.mac().into_array(), to.mac().into_array()];
         let mut ring = inline(&to, Direction::Read).build().unwrap();
         crate::support::post(&mut ring, 1);
-        settle(&mut ring);
+        drive_to_rest(&mut ring);
         let dropper = Arc::new(Dropper(Mutex::new(None)));
         let waker = Waker::from(dropper.clone());
         assert!(ring.poll_ready(&mut Context::from_waker(&waker), 1).is_pending());

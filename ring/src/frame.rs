@@ -306,7 +306,7 @@ impl Frame {
     /// # Errors
     ///
     /// The slot, or its headroom, is too small for them. In this case nothing has changed.
-    pub fn received_with_offload(&mut self, len: usize) -> Result<(), OutOfSpace> {
+    pub fn set_received_with_offload(&mut self, len: usize) -> Result<(), OutOfSpace> {
         let available = self.headroom();
         if available < offload::LEN {
             return Err(OutOfSpace { wanted: offload::LEN, available });

@@ -34,7 +34,7 @@ fn received(pool: &Pool, header: &OffloadHeader, len: usize) -> Frame {
     let space = frame.buffer_with_header_mut(LEN).unwrap();
     header.write(space.first_chunk_mut().unwrap());
     space[LEN..LEN + len].fill(0x5a);
-    frame.received_with_offload(len).unwrap();
+    frame.set_received_with_offload(len).unwrap();
     frame
 }
 
@@ -122,7 +122,7 @@ fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
     let pool = pool();
     let mut frame = pool.alloc().unwrap();
     frame.buffer_with_header_mut(LEN).unwrap()[..LEN].fill(0xff);
-    frame.received_with_offload(60).unwrap();
+    frame.set_received_with_offload(60).unwrap();
     let error = OffloadError::ReservedFlags { flags: 0xf8 };
     assert_eq!(frame.offload(), Err(error));
     assert_eq!(frame.forward_offload(), Err(error));
@@ -132,7 +132,7 @@ fn a_device_that_writes_nonsense_is_an_error_and_not_a_panic() {
     // This is more than the slot holds.
     let space = 4096 - HEADROOM as usize;
     let refused = OutOfSpace { wanted: space + 1, available: space };
-    assert_eq!(frame.received_with_offload(space + 1), Err(refused));
+    assert_eq!(frame.set_received_with_offload(space + 1), Err(refused));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn without_headroom_there_is_no_header() {
     let mut frame = packet(&pool, 60);
     let refused = OutOfSpace { wanted: LEN, available: 8 };
     assert_eq!(frame.set_offload(&TSO), Err(refused));
-    assert_eq!(frame.received_with_offload(60), Err(refused));
+    assert_eq!(frame.set_received_with_offload(60), Err(refused));
     assert!(frame.buffer_with_header_mut(LEN).is_none());
     assert_eq!(frame.offload(), Ok(None));
 }

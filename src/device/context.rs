@@ -214,7 +214,7 @@ impl<'a> PollContext<'a> {
     /// [`Status::InvalidArgument`] instead.
     pub fn complete_read_with_header(&mut self, mut slot: PostedSlot, len: usize) {
         let packet = len.checked_sub(offload::LEN);
-        let outcome = match packet.map(|len| slot.frame_mut().received_with_offload(len)) {
+        let outcome = match packet.map(|len| slot.frame_mut().set_received_with_offload(len)) {
             Some(Ok(())) => Outcome::Done,
             _ => Status::InvalidArgument.into(),
         };

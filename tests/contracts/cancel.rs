@@ -10,8 +10,8 @@ use vmring::{Direction, Embedded, EntryError, Error, Interface, Ring, RingOp};
 
 use super::{Gate, PATIENT, credits};
 use crate::support::{
-    Dice, LONG, Script, ScriptQueue, Way, every_way, guarded, inline, loopback, number_of,
-    packet_between, post, reap, reap_n, scaled, send, settle, stage, unique,
+    Dice, LONG, Script, ScriptQueue, Way, drive_to_rest, every_way, guarded, inline, loopback,
+    number_of, packet_between, post, reap, reap_n, scaled, send, stage, unique,
 };
 
 #[test]
@@ -163,7 +163,7 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
             let mut writer = from.ring(Direction::Write).drive(way.drive(poller)).build().unwrap();
             (0..READS).for_each(|number| post(&mut reader, number));
             if way == Way::Inline {
-                settle(&mut reader);
+                drive_to_rest(&mut reader);
             } else {
                 // When the cancel submitted after the reads has completed, the poller has taken
                 // them all.
@@ -228,9 +228,9 @@ fn a_cancel_touches_nothing_but_its_target() {
         let mut reader = inline(&interface, Direction::Read).read_depth(1024).build().unwrap();
         let mut writer = inline(&interface, Direction::Write).build().unwrap();
         (0..1024).for_each(|number| post(&mut reader, number));
-        settle(&mut reader);
+        drive_to_rest(&mut reader);
         send(&mut writer, 0);
-        settle(&mut writer);
+        drive_to_rest(&mut writer);
         reader.cancel(5, 5000).unwrap();
         let mut done: Vec<_> = reap_n(&mut reader, 3).iter().map(|done| done.brief()).collect();
         done.sort_by_key(|(_, user_data, _)| *user_data);
@@ -243,7 +243,7 @@ fn a_cancel_touches_nothing_but_its_target() {
                 (RingOp::Cancel, 5000, Ok(1))
             ]
         );
-        settle(&mut reader);
+        drive_to_rest(&mut reader);
         assert_eq!(reap(&mut reader).len(), 0, "nothing else has completed");
         assert_eq!(reader.in_flight(), 1022);
         // The others are still filled, in their order.
@@ -318,7 +318,7 @@ fn a_cancel_and_wait_that_does_not_end_in_time_loses_nothing() {
         .start();
         let mut ring = inline(&interface, Direction::Read).build().unwrap();
         (0..4).for_each(|number| post(&mut ring, number));
-        settle(&mut ring);
+        drive_to_rest(&mut ring);
         let short = Duration::from_millis(20);
         let error = ring.cancel_and_wait(short).unwrap_err();
         assert!(matches!(error, Error::Timeout(timeout) if timeout == short), "{error}");

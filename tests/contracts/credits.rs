@@ -5,7 +5,7 @@ use vmring::{Direction, RingOp, SubmitErrorKind};
 
 use super::credits;
 use crate::support::{
-    LONG, every_way, guarded, inline, loopback, number_of, post, reap, reap_n, send, settle,
+    LONG, drive_to_rest, every_way, guarded, inline, loopback, number_of, post, reap, reap_n, send,
 };
 
 /// Goal: the CQ has space for every possible completion. Method: use every credit of every kind,
@@ -52,7 +52,7 @@ fn a_credit_returns_when_its_completion_is_reaped() {
         (0..3).for_each(|number| send(&mut ring, number));
         (0..2).for_each(|number| post(&mut ring, number));
         assert_eq!(credits(&mut ring), (2, 1));
-        settle(&mut ring);
+        drive_to_rest(&mut ring);
         assert_eq!(credits(&mut ring), (2, 1), "complete, but not reaped");
         assert_eq!(ring.in_flight(), 5);
         for done in reap(&mut ring) {

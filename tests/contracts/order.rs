@@ -7,8 +7,8 @@ use vmring::{Direction, EntryError, Ring, RingOp, Status};
 
 use super::{PATIENT, credits};
 use crate::support::{
-    Dice, LONG, Script, ScriptQueue, every_way, guarded, inline, loopback, number_of, post, reap,
-    reap_n, scaled, send, settle, stage,
+    Dice, LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback,
+    number_of, post, reap, reap_n, scaled, send, stage,
 };
 
 /// Goal: packets fill the posted slots in the order of their arrival, the slot posted first comes
@@ -44,7 +44,7 @@ fn packets_complete_in_arrival_order_filling_the_longest_posted_first() {
                     let n = writer.in_flight();
                     reap_n(&mut writer, n);
                 }
-                settle(&mut writer);
+                drive_to_rest(&mut writer);
                 reader.wait(usize::from(posted > seen && arrived > seen), Some(LONG));
                 for done in reap(&mut reader) {
                     let frame = done.frame.unwrap();
@@ -70,7 +70,7 @@ fn a_loopback_keeps_the_order_on_every_way_through_it() {
             (sent..sent + writes).for_each(|number| send(ring, number));
             (posted..posted + reads).for_each(|number| post(ring, number));
             (sent, posted) = (sent + writes, posted + reads);
-            settle(ring);
+            drive_to_rest(ring);
             for done in reap(ring) {
                 assert!(done.result.is_ok(), "{done:?}");
                 if done.op == RingOp::Read {
@@ -111,9 +111,9 @@ fn reads_on_a_loopback_are_there_for_every_writing_ring() {
         let depth = |direction| inline(&interface, direction).depth(COUNT as u32);
         let mut reader = depth(Direction::Both).build().unwrap();
         (0..COUNT).for_each(|number| post(&mut reader, number));
-        settle(&mut reader);
+        drive_to_rest(&mut reader);
         let mut writer = depth(Direction::Write).build().unwrap();
-        settle(&mut reader);
+        drive_to_rest(&mut reader);
         (0..COUNT).for_each(|number| send(&mut writer, number));
         for done in reap_n(&mut writer, COUNT as usize) {
             assert!(done.result.is_ok(), "{done:?}");

@@ -59,7 +59,12 @@ impl Framing {
     /// TAP has one, into the headroom, and the packet after it. If the packet is dropped, posts the
     /// slot again instead.
     #[inline]
-    pub(crate) fn received(&self, cx: &mut PollContext<'_>, mut slot: PostedSlot, len: usize) {
+    pub(crate) fn complete_received(
+        &self,
+        cx: &mut PollContext<'_>,
+        mut slot: PostedSlot,
+        len: usize,
+    ) {
         let packet = len.wrapping_sub(self.header);
         if packet > self.max_packet_size || self.is_cut(&mut slot, len) {
             self.drop_packet(cx, slot, len);

@@ -79,7 +79,7 @@ impl Plain {
             // is its length.
             let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
             if let Ok(len) = usize::try_from(len) {
-                framing.received(cx, slot, len);
+                framing.complete_received(cx, slot, len);
                 continue;
             }
             let fault = fault_of(errno());

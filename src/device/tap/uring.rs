@@ -506,7 +506,7 @@ impl UringState {
                         if let Some(slot) = reads[usize::from(number)].take() {
                             free_reads.push(number);
                             match usize::try_from(cqe.result()) {
-                                Ok(len) => framing.received(cx, slot, len),
+                                Ok(len) => framing.complete_received(cx, slot, len),
                                 Err(_) => cx.put_back(slot),
                             }
                         }
