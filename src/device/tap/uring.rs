@@ -480,7 +480,10 @@ impl UringState {
             Err(error) => match error.raw_os_error() {
                 // The next call submits the rest: this one was interrupted, or the completions have
                 // to be taken first.
-                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => Ok(()),
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME) => {
+                    self.must_enter |= work;
+                    Ok(())
+                }
                 _ => Err(error),
             },
         }
@@ -666,7 +669,7 @@ impl Buffers {
 
     /// Shows the kernel all buffers that have been put so far.
     fn publish(&mut self) {
-        let base = self.memory.as_ptr().cast::<BufRingEntry>();
+        let base = self.memory.as_mut_ptr().cast::<BufRingEntry>();
         // SAFETY: `base` is the first entry of a buffer ring, which is initialized (the mapping is
         // zeroed). The tail lies in this entry, aligned to two bytes. Only this function writes it;
         // the kernel only reads it. `put`, which makes a reference to the entry, does not run
