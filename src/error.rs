@@ -134,6 +134,11 @@ pub enum EntryError {
     /// The device dropped the entry without completing it.
     #[error("the device dropped the entry without completing it")]
     Abandoned,
+    /// The completion has no packet: it is a cancel's, or its frame was taken before. Only
+    /// [`Completion::take_packet`](crate::Completion::take_packet) returns this; no entry completes
+    /// with it.
+    #[error("the completion has no packet: it is a cancel's, or its frame was taken before")]
+    NoPacket,
     /// The device refused the entry.
     #[error(transparent)]
     Device(#[from] Status),

@@ -65,14 +65,14 @@ impl Completion {
     ///
     /// # Errors
     ///
-    /// [`CompletionError`] if the entry failed, with the frame inside. Also for a cancel, and if
-    /// the frame was taken before: this error has no frame, and its reason is
-    /// [`EntryError::Abandoned`] unless the entry failed for another.
+    /// [`CompletionError`] with the reason, and with the frame inside, if the entry failed.
+    /// [`EntryError::NoPacket`], without a frame, if the entry succeeded but is a cancel, or if its
+    /// frame was taken before.
     #[inline]
     pub fn take_packet(&self) -> Result<Frame, CompletionError> {
         let (error, frame) = match (self.result, self.frame.take()) {
             (Ok(_), Some(frame)) => return Ok(frame),
-            (Ok(_), None) => (EntryError::Abandoned, None),
+            (Ok(_), None) => (EntryError::NoPacket, None),
             (Err(error), frame) => (error, frame),
         };
         Err(CompletionError { error, user_data: self.user_data, frame })

@@ -54,6 +54,25 @@ fn cancel_has_its_own_completion_and_all_matching_entries_complete() {
     });
 }
 
+#[test]
+fn a_completion_without_a_frame_has_no_packet() {
+    guarded(|| {
+        let mut ring = inline(&loopback(), Direction::Both).build().unwrap();
+        post(&mut ring, 1);
+        send(&mut ring, 2);
+        ring.cancel(7, 3).unwrap();
+        assert_eq!(ring.wait(3, Some(LONG)), 3);
+        for done in ring.reap() {
+            if done.op != RingOp::Cancel {
+                done.take_packet().unwrap();
+            }
+            let error = done.take_packet().unwrap_err();
+            assert_eq!((error.error, error.user_data), (EntryError::NoPacket, done.user_data));
+            assert!(error.frame.is_none());
+        }
+    });
+}
+
 /// Goal: the device does not get an entry that was cancelled before the device is called. Method:
 /// an inline ring, where the order of the steps is certain.
 #[test]
