@@ -181,7 +181,7 @@ impl Engine {
         }
     }
 
-    /// Polls once: carries out requests, takes submissions, lets the device make progress once,
+    /// Polls once: handles requests, takes submissions, lets the device make progress once,
     /// completes dropped slots, publishes completions and notifies. Never blocks. Returns whether
     /// anything was done, in which case there may be more to do.
     pub(crate) fn poll_once(&mut self) -> bool {
@@ -220,7 +220,7 @@ impl Engine {
         }
         let asked = self.shared.cancels_requested();
         if requests & (request::CANCEL | request::CANCEL_ALL) != 0 {
-            // Takes what is in the SQ before the device can take it: the cancels are carried out, and
+            // Takes what is in the SQ before the device can take it: the cancels are performed, and
             // the packets are posted, where a cancel finds them.
             self.sq_consumer.ready();
             self.take_submissions();
@@ -239,7 +239,7 @@ impl Engine {
         true
     }
 
-    /// Asks the ring and the interface what is wanted of the engine, and does it.
+    /// Asks the ring and the interface what the engine has to do, and does it.
     fn look(&mut self) {
         match (self.shared.is_draining(), self.drain) {
             (true, Drain::Off) => self.drain = Drain::Begun,
@@ -289,8 +289,8 @@ impl Engine {
         taken | any
     }
 
-    /// Posts or refuses all known submissions, and carries out the cancels among them. Returns
-    /// whether there were any.
+    /// Posts or refuses all known submissions, and performs the cancels among them. Returns whether
+    /// there were any.
     fn take_submissions(&mut self) -> bool {
         if self.sq_consumer.known() == 0 {
             return false;
@@ -566,8 +566,8 @@ impl Engine {
             }
             None => self.phase = Phase::Detached,
         }
-        // Before the device is stopped or restarted, which the caller of that waits for: it finds the
-        // completions. And stopping may take its time.
+        // Before the device is stopped or restarted. The caller of `stop` or `restart` waits for
+        // that, and finds the completions afterwards. Also, stopping may take long.
         self.publish_and_notify();
         self.interface.detach();
     }
@@ -575,7 +575,8 @@ impl Engine {
     /// Opens a queue again after a restart of the device.
     fn reopen(&mut self) {
         if !self.interface.try_attach() {
-            // Another restart is under way. It requests REOPEN when it is over.
+            // The device is to be stopped or restarted again. When that is over, `apply_pending`
+            // requests LOOK from every ring, and `look` asks again what to do.
             return;
         }
         match catch_panic(|| open(&*self.interface.device, self.direction, &self.shared)) {

@@ -1,11 +1,11 @@
-//! Who may have a ring on an interface, and how the interface stops and restarts.
+//! The lifecycle of an interface: which rings it has, and how it stops and restarts.
 //!
 //! A stop and a restart concern all rings of an interface. Each ring's engine must detach from the
-//! device (drop its queue) before the device is stopped or restarted, and the last one to detach
-//! applies what is pending. The state under the lock says what is wanted; the rings are only told to
-//! look ([`request::LOOK`]), and each engine asks [`InterfaceShared::step`] what to do. So a "look"
-//! that comes late, twice, or to a ring that was just built finds nothing to do, and any number of
-//! stops, restarts and builds may meet.
+//! device (drop its queue) before the device is stopped or restarted. The last engine to detach
+//! applies what is pending. The state under the lock says what is pending. A ring gets only a
+//! request to look ([`request::LOOK`]), and its engine asks [`InterfaceShared::step`] what to do. So
+//! a request that comes late, twice, or to a ring that was just built finds nothing to do, and any
+//! number of stops, restarts and builds may meet.
 
 use std::fmt;
 use std::sync::{Arc, Weak};
@@ -126,15 +126,15 @@ impl InterfaceShared {
         Ok(RingPermit { interface: self.clone(), direction })
     }
 
-    /// Adds a ring to those that are told to look. Before its engine attaches, so that it misses
-    /// nothing.
+    /// Adds a ring to those that get [`request::LOOK`]. The caller does this before the ring's
+    /// engine attaches, so that the engine misses no request.
     pub(crate) fn add(&self, ring: &Arc<RingShared>) {
         let mut state = lock(&self.state);
         state.rings.retain(|ring| ring.strong_count() > 0);
         state.rings.push(Arc::downgrade(ring));
     }
 
-    /// What an engine has to do that is attached, or (`detached`) is not and wants to be.
+    /// Returns what an engine has to do. `detached` says that it is detached and is to attach again.
     pub(crate) fn step(&self, detached: bool) -> Step {
         let state = lock(&self.state);
         if state.stopped || state.pending == PendingAction::Stop {
@@ -151,8 +151,9 @@ impl InterfaceShared {
         }
     }
 
-    /// An engine is about to ask the device for a queue. False while the device is to be stopped or
-    /// restarted, which waits until no queue exists. All rings are told to look when that is over.
+    /// Attaches an engine, which asks the device for a queue afterwards. Returns false while the
+    /// device is to be stopped or restarted, which waits until no queue exists. When that is over,
+    /// [`apply_pending`](Self::apply_pending) requests LOOK from all rings.
     pub(crate) fn try_attach(&self) -> bool {
         let mut state = lock(&self.state);
         let free = state.is_free();
@@ -160,13 +161,13 @@ impl InterfaceShared {
         free
     }
 
-    /// An engine has dropped its queue. The last one applies what is pending.
+    /// Detaches an engine, which has dropped its queue. The last engine applies what is pending.
     pub(crate) fn detach(&self) {
         lock(&self.state).attached -= 1;
         self.apply_pending();
     }
 
-    /// Tells every ring to ask [`step`](Self::step).
+    /// Requests from every ring's engine that it asks [`step`](Self::step).
     fn notify_rings(&self) {
         // Not under the lock: ringing may run somebody's waker.
         let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
@@ -205,7 +206,7 @@ impl InterfaceShared {
             drop(state);
             self.changed.notify_all();
             self.notify_rings();
-            // Once more: something may have been asked for meanwhile.
+            // The loop looks again, because another stop or restart may be pending by now.
         }
     }
 
@@ -258,7 +259,7 @@ impl InterfaceShared {
     }
 }
 
-/// One ring's place among those a device bears.
+/// The permit of one ring: its place among the rings that the device can serve.
 pub(crate) struct RingPermit {
     interface: Arc<InterfaceShared>,
     direction: Direction,

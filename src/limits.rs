@@ -32,7 +32,7 @@ pub(crate) const DEPTH_MAX: u32 = vmring_core::DEPTH_MAX / 4;
 pub(crate) const RINGS_PER_POLLER_MAX: usize = 64 * 64;
 /// How many polls of rings a busy poller makes between two looks at the clock, for the rings that
 /// sleep.
-pub(crate) const SLEEPER_CHECK_TURNS: usize = 32;
+pub(crate) const SLEEPER_CHECK_POLLS: usize = 32;
 /// The shortest time between two poll(2) calls of a busy poller: a few times the cost of one.
 pub(crate) const SLEEPER_CHECK_INTERVAL: Duration = Duration::from_micros(50);
 

@@ -2,10 +2,10 @@
 //!
 //! Three rules hold for every word below.
 //!
-//! 1. **Clear, then look.** The consumer of a word clears it first, and looks afterwards at what it
-//!    announces. What comes in between is seen by that look, or leaves the word set.
-//! 2. **A word says "look", not "do".** What is to be done is in one place, where it is taken back when
-//!    it is over: the interface's state under its lock, the ring's own state in `state`, a list, a
+//! 1. **Clear, then look.** The consumer of a word clears it first, and looks at what it announces
+//!    afterwards. What a producer adds in between is seen by that look, or leaves the word set.
+//! 2. **A word says "look", not "do".** What is to be done is in one place, and is removed there when it
+//!    is done: the interface's state under its lock, the ring's own state in `state`, a list, a
 //!    queue. A late or double "look" finds nothing to do. The exceptions are requests that stay true
 //!    for ever ([`request::STOP`]) or that carry a number ([`request::CANCEL_ALL`]).
 //! 3. **What keeps the engine awake is consumed by it in every phase.** `Engine::try_sleep` refuses to
@@ -117,8 +117,7 @@ pub(crate) struct RingShared {
     dropped: Mutex<Option<Vec<DroppedSlot>>>,
     /// Whether a control handle wants `wait` to return.
     woken: AtomicBool,
-    /// The number of `CANCEL_ALL` requests made so far, and how many of them are carried out. They
-    /// wrap.
+    /// The number of `CANCEL_ALL` requests made so far, and how many of them are done. They wrap.
     cancels: [AtomicU32; 2],
     pub(crate) counters: RingCounters,
 }
@@ -368,8 +367,8 @@ impl RingShared {
         self.cancels[0].load(Ordering::Relaxed)
     }
 
-    /// Says that the `CANCEL_ALL` requests up to number `asked` are carried out, and their
-    /// completions published.
+    /// Says that the `CANCEL_ALL` requests up to number `asked` are done, and their completions
+    /// published.
     pub(crate) fn mark_cancels_done(&self, asked: u32) {
         // Release: pairs with the Acquire in `are_cancelled`. A reaper that sees the number sees
         // the completions at its next look.
@@ -377,7 +376,7 @@ impl RingShared {
         self.notify();
     }
 
-    /// Whether the `CANCEL_ALL` request of number `asked` is carried out.
+    /// Whether the `CANCEL_ALL` request of number `asked` is done.
     pub(crate) fn are_cancelled(&self, asked: u32) -> bool {
         // Acquire: pairs with the Release in `mark_cancels_done`.
         self.cancels[1].load(Ordering::Acquire).wrapping_sub(asked) < 1 << 31

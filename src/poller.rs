@@ -18,7 +18,7 @@ use vmring_core::sync::Ordering;
 use crate::device::catch::{Panicked, catch_panic};
 use crate::engine::{Engine, Handoff};
 use crate::error::{ConfigError, Error};
-use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_TURNS};
+use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_POLLS};
 use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
 use crate::sys::{lock, poll, poll_in};
@@ -450,7 +450,7 @@ impl SleeperCheck {
     /// Counts a round of `polls` polls. Returns whether a check is due.
     fn count_polls(&mut self, polls: usize) -> bool {
         self.polls += polls;
-        let due = self.polls >= SLEEPER_CHECK_TURNS;
+        let due = self.polls >= SLEEPER_CHECK_POLLS;
         if due {
             self.polls = 0;
         }

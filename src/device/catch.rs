@@ -13,8 +13,8 @@ pub(crate) fn catch_panic<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(call)).map_err(drop_payload)
 }
 
-/// Drops what a panic carried. That is the device's code too, and may panic in its turn. What the second
-/// panic carries is leaked, or this would have no end.
+/// Drops the payload of a panic. Its destructor is the device's code, and may panic as well. The
+/// payload of the second panic is leaked, because otherwise there could be a third one.
 #[cold]
 fn drop_payload(payload: Box<dyn Any + Send>) -> Panicked {
     if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {

@@ -290,8 +290,8 @@ impl CompletionQueue {
             self.drive();
             let ready = self.consumer.ready();
             // A closed ring cancels everything without being asked.
-            let carried_out = self.shared.are_cancelled(asked) || self.shared.is_closed();
-            if carried_out && ready >= self.outstanding() {
+            let cancelled = self.shared.are_cancelled(asked) || self.shared.is_closed();
+            if cancelled && ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
             let now = Instant::now();
