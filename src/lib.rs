@@ -48,12 +48,48 @@
 //! | cancel, and close | [the ring's module](mod@ring#cancel-and-close), [`Interface::stop`] |
 //! | translate from liburing | [the ring's module](mod@ring#coming-from-liburing) |
 //! | make calls or futures of a ring | [`BlockingRing`], [`AsyncRing`] |
-//! | choose a device, or write one | [`Embedded`], [`Loopback`], [`device`] with the TAP, vmnet and the wrappers; the trait [`device::Device`] |
+//! | choose a device | [Devices](#devices) |
+//! | write a device | the module [`device`], the trait [`device::Device`] |
 //! | forward from one device to another | [`Frame::forward_offload`]; [`software`] does in software what the other device does not do |
+//!
+//! # Devices
+//!
+//! [`InterfaceBuilder::device`] takes one of these. The modules of [`device`] describe each.
+//!
+//! * [`Embedded`]: a network in this process. Everywhere, without privileges. The default on systems
+//!   other than macOS.
+//! * [`Loopback`]: each packet that is written can be read again. The reference device, for tests.
+#![cfg_attr(all(target_os = "linux", feature = "tap"), doc = "* [`Tap`]:")]
+#![cfg_attr(not(all(target_os = "linux", feature = "tap")), doc = "* `Tap`:")]
+//!   a TAP of the kernel. On Linux, feature `tap`.
+#![cfg_attr(any(target_os = "macos", feature = "vmnet-sim"), doc = "* [`Vmnet`]:")]
+#![cfg_attr(not(any(target_os = "macos", feature = "vmnet-sim")), doc = "* `Vmnet`:")]
+//!   Apple's vmnet. On macOS, where it is the default; on other systems a simulation, feature
+//!   `vmnet-sim`.
+#![cfg_attr(feature = "pcap", doc = "* [`device::pcap::Capture`]")]
+#![cfg_attr(not(feature = "pcap"), doc = "* `device::pcap::Capture`")]
+//!   around any other device: records its packets in a file. Feature `pcap`.
+#![cfg_attr(feature = "fault", doc = "* [`device::fault::Faults`]")]
+#![cfg_attr(not(feature = "fault"), doc = "* `device::fault::Faults`")]
+//!   around any other device: makes it misbehave, for tests. Feature `fault`.
+//! * A [`Driver`] of your own; see [`device`].
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! | feature | brings |
+//! |---|---|
+//! | `tap` | the device `Tap` on Linux, and nothing on other systems |
+//! | `pcap` | the module `device::pcap`: captures of any device as pcapng files, and a device that replays such a file |
+//! | `fault` | the module `device::fault`: fault injection around any device |
+//! | `serde` | `Serialize` for [`Mode`], [`Status`], [`Ipv4Range`] and [`InterfaceInfo`], `Deserialize` for [`Mode`] and [`Status`] |
+//! | `vmnet-sim` | the device `Vmnet` on systems other than macOS, over a simulated vmnet, for tests; nothing on macOS |
 //!
 //! # Contracts
 //!
-//! Each of these has a test of its name:
+//! Tests check each of these. `ARCHITECTURE.md` in the
+//! [repository](https://github.com/vmring/vmring) names the tests.
 //!
 //! * A slot is in one place at a time.
 //! * A refused submit gives the frame back.

@@ -27,23 +27,60 @@
 //!
 //! # The hot loop
 //!
-//! [`Ring::split`] borrows the two halves of a ring. A loop over the completions can then submit
-//! each frame again at once. The doorbell is rung at most once per loop; see [`SubmissionHalf`].
+//! [`Ring::split`] borrows the two halves of a ring. A loop over the completions can submit each
+//! frame again at once. The doorbell is rung at most once per loop; see [`SubmissionHalf`].
+//!
+//! A packet that failed must not end the loop. For example, the writes of a TAP fail with
+//! [`Status::Os(EIO)`](crate::Status::Os) while its link is down, and the ring goes on.
 //!
 //! ```
-//! use vmring::{Error, Frame, Ring, RingOp};
+//! use vmring::{CloseReason, CompletionError, Error, Frame, Ring, RingOp};
 //!
-//! /// Handles the packets that have come. `handle` gives each frame back for the next packet.
-//! fn handle_packets(ring: &mut Ring, handle: impl Fn(Frame) -> Frame) -> Result<(), Error> {
-//!     let (mut sq, mut cq) = ring.split();
-//!     for done in cq.reap() {
-//!         let frame = done.take_packet()?; // the frame, or an error that has the frame inside
-//!         if done.op == RingOp::Read {
-//!             sq.submit_read(handle(frame), done.user_data)?;
-//!         } // else the frame of a write is dropped, and returns to its pool
+//! /// Receives packets until the ring closes. `handle` gives each frame back for the next packet.
+//! fn run(ring: &mut Ring, handle: impl Fn(Frame) -> Frame) -> Result<Option<CloseReason>, Error> {
+//!     // Post reads, because a device receives only into posted frames. The rest is for writes.
+//!     let frames: Vec<_> = std::iter::from_fn(|| ring.alloc()).take(256).collect();
+//!     ring.submit_reads(frames.into_iter().zip(0..))?;
+//!
+//!     // Each read is posted again, so reads are in flight until the ring closes or drains.
+//!     while ring.in_flight() > 0 {
+//!         ring.wait(1, None);
+//!         let (mut sq, mut cq) = ring.split();
+//!         for done in cq.reap() {
+//!             let frame = match (done.op, done.take_packet()) {
+//!                 (RingOp::Read, Ok(frame)) => handle(frame),
+//!                 // No packet came, for example because the interface was restarted.
+//!                 (RingOp::Read, Err(CompletionError { frame: Some(frame), .. })) => frame,
+//!                 // This packet was not sent. Its frame returns to its pool here.
+//!                 (RingOp::Write, Err(failed)) => {
+//!                     eprintln!("write {} failed: {failed}", failed.user_data);
+//!                     continue;
+//!                 }
+//!                 // A packet was sent, and its frame returns to its pool here. Or a cancel has
+//!                 // completed, which has no packet.
+//!                 _ => continue,
+//!             };
+//!             // A ring that closes or drains refuses. The frame returns to its pool here.
+//!             let _ = sq.submit_read(frame, done.user_data);
+//!         }
 //!     }
-//!     Ok(())
+//!     Ok(ring.control().closed())
 //! }
+//! # use vmring::{Direction, Interface, Loopback};
+//! # let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+//! # let mut ring = interface.ring(Direction::Both).build()?;
+//! # let mut packet = ring.alloc().expect("a fresh ring has free frames");
+//! # packet.copy_from(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+//! # ring.submit_write(packet, 0)?;
+//! # ring.cancel(7, 0)?;
+//! # let control = ring.control();
+//! # let closed = run(&mut ring, |frame| {
+//! #     assert_eq!(&frame[14..], b" hello");
+//! #     control.stop();
+//! #     frame
+//! # })?;
+//! # assert_eq!(closed, Some(CloseReason::Stopped));
+//! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!
 //! # Ways to wait
