@@ -66,11 +66,11 @@
 #![cfg_attr(not(any(target_os = "macos", feature = "vmnet-sim")), doc = "* `Vmnet`:")]
 //!   Apple's vmnet. On macOS, where it is the default; on other systems a simulation, feature
 //!   `vmnet-sim`.
-#![cfg_attr(feature = "pcap", doc = "* [`device::pcap::Capture`]")]
-#![cfg_attr(not(feature = "pcap"), doc = "* `device::pcap::Capture`")]
+#![cfg_attr(feature = "pcap", doc = "* [`device::pcap::Capture`],")]
+#![cfg_attr(not(feature = "pcap"), doc = "* `device::pcap::Capture`,")]
 //!   around any other device: records its packets in a file. Feature `pcap`.
-#![cfg_attr(feature = "fault", doc = "* [`device::fault::Faults`]")]
-#![cfg_attr(not(feature = "fault"), doc = "* `device::fault::Faults`")]
+#![cfg_attr(feature = "fault", doc = "* [`device::fault::Faults`],")]
+#![cfg_attr(not(feature = "fault"), doc = "* `device::fault::Faults`,")]
 //!   around any other device: makes it misbehave, for tests. Feature `fault`.
 //! * A [`Driver`] of your own; see [`device`].
 //!

@@ -6,7 +6,17 @@
 //! // Run as root. Creates tap0, gives the host 192.168.64.1 on it, masquerades, and answers DHCP.
 //! let interface = Interface::builder().mode(Mode::Shared).device(Tap::named("tap0")).start()?;
 //! let mut ring = interface.ring(Direction::Both).build()?;
-//! # Ok::<(), vmring::Error>(())
+//!
+//! // A frame for a packet of the host to arrive in.
+//! let frame = ring.alloc().expect("a fresh ring has free frames");
+//! ring.submit_read(frame, 1)?;
+//!
+//! // A packet of the guest: an Ethernet header (to all stations, from the guest) and a payload.
+//! let mut frame = ring.alloc().expect("a fresh ring has free frames");
+//! let guest = interface.mac().into_array();
+//! frame.copy_from(&[&[0xff; 6][..], &guest, b"\x88\xb5 hello"].concat())?;
+//! ring.submit_write(frame, 2)?;
+//! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!
 //! # Where the TAP comes from
@@ -35,14 +45,15 @@
 //!
 //! Frames move by io_uring if the kernel is Linux 6.7 or later and no container forbids it. Writes
 //! are submitted in batches. On a poller's thread one multishot read fills a ring of provided
-//! buffers, which are the posted slots. A ring with `Drive::Inline` may change threads, so it reads
-//! by `read(2)`, which costs it less; it still writes in batches.
+//! buffers, which are the posted slots. An inline ring ([`Drive::Inline`](crate::Drive::Inline)) may
+//! change threads, so it cannot use the multishot read: it reads by `read(2)`, and writes through
+//! io_uring in batches.
 //!
 //! Without io_uring each frame takes a plain `read(2)` or `write(2)`. [`Tap::engine`] chooses the
-//! engine, and [`Device::counters`] says which one runs. Which is faster depends on the cost of a
-//! system call and on the other load of the machine; `performance/` measures both. A process on the
-//! host that waits for the written frames may take the processor after each `write(2)`, but only
-//! once after a batch.
+//! engine, and [`Interface::counters`](crate::Interface::counters) says which one runs. Which is
+//! faster depends on the cost of a system call and on the other load of the machine; `performance/`
+//! in the repository measures both. With plain calls each `write(2)` may wake the receiver and cost
+//! a context switch; io_uring does so once per batch.
 //!
 //! Some milliseconds after an inline ring is closed, the kernel tears its io_uring down on the
 //! threads that have driven it. A system call that waits on such a thread at that moment may fail
@@ -58,8 +69,10 @@
 //!
 //! Otherwise no packet is longer than the MTU plus 14 bytes. A longer packet from the host is
 //! dropped and counted; it occurs if somebody has raised the MTU since the start, or if the packet
-//! has a VLAN tag. (A packet that is not IP and is longer than a slot of just that size arrives cut
-//! off, because the kernel does not report it.)
+//! has a VLAN tag. There is one exception. If the posted frame has space for exactly the MTU plus 14
+//! bytes, the kernel cuts a longer packet off to fit, and does not report it. The length in an IP
+//! header shows the cut, so such a packet is dropped as well; a packet that is not IP arrives cut
+//! off.
 //!
 //! # When the TAP goes away
 //!
