@@ -227,7 +227,9 @@ impl<'a> PollContext<'a> {
         self.finish(slot, Outcome::Done);
     }
 
-    /// Completes a slot with an error: the device refuses it.
+    /// Completes a slot with an error, which concerns this entry alone. The ring stays open. If the
+    /// device has failed for good, return an error from
+    /// [`Queue::poll`](crate::device::Queue::poll) instead.
     #[cold]
     #[inline(never)]
     pub fn fail(&mut self, slot: PostedSlot, status: Status) {

@@ -37,8 +37,8 @@ impl<D: Driver + ?Sized> Driver for Box<D> {
 
 /// A running network interface. An [`Interface`](crate::Interface) and its rings share one device.
 pub trait Device: Send + Sync {
-    /// Returns the name of this kind of device, as the command's `--device` takes it. Errors
-    /// contain the name.
+    /// Returns the name of this kind of device, for example `tap`. Errors and log messages contain
+    /// it.
     fn name(&self) -> &str;
 
     /// Returns what was negotiated when the device was started.
@@ -49,9 +49,8 @@ pub trait Device: Send + Sync {
 
     /// Opens an endpoint for one ring.
     ///
-    /// The queue must call `wake` when packets may have come after a poll that returned
-    /// [`Progress::Idle`]. The library never opens more queues at a time than
-    /// [`Capabilities`] allows.
+    /// The queue keeps `wake`, to wake the poller with it. [`Queue::arm`] says when it must. The
+    /// library never opens more queues at a time than [`Capabilities`] allows.
     ///
     /// # Errors
     ///
@@ -153,13 +152,18 @@ pub trait Device: Send + Sync {
 /// The endpoint of one ring at a device. One thread at a time calls it.
 pub trait Queue: Send {
     /// Makes progress without blocking: takes posted slots from `cx`, and completes them or keeps
-    /// them to complete them in a later call. Slots that it does not take, or puts back, stay
-    /// posted in their order.
+    /// them to complete them in a later call.
+    ///
+    /// Slots that it does not take, or puts back, stay posted in their order. Reads wait as long as
+    /// they must. Writes that a poll leaves are offered again within the ring's
+    /// [`RetryPolicy`](crate::RetryPolicy), and then complete with [`Status::BufferExhausted`]; a
+    /// device that needs longer takes and keeps them.
     ///
     /// # Errors
     ///
     /// An error means that the device has failed for good. Every entry in flight completes with the
-    /// status, and the ring closes.
+    /// status, and the ring closes. The failure of one entry is not such an error: complete that
+    /// entry with [`PollContext::fail`].
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status>;
 
     /// Says that the calling thread, a poller's, is the one that makes every later call.
@@ -169,8 +173,13 @@ pub trait Queue: Send {
     /// that case each call may come from another thread.
     fn bind_to_thread(&mut self) {}
 
-    /// Prepares for the poller's sleep: after this call the queue must call its [`Wake`] when a
-    /// packet comes. Returns false if there is already something to do.
+    /// Called before the poller sleeps. Return false if a packet waits already: the poller polls
+    /// again. After true, the next packet must call [`Wake`], or make
+    /// [`descriptor`](Self::descriptor) readable; one of the two is enough.
+    ///
+    /// The same holds for a slot that the queue keeps, when it can be completed. A queue for which
+    /// nothing happens between two polls returns true, which is the default, and never calls
+    /// [`Wake`].
     fn arm(&mut self) -> bool {
         true
     }
@@ -185,12 +194,13 @@ pub trait Queue: Send {
         0
     }
 
-    /// Requests that the reads that the queue keeps are completed soon, for a drain of the ring: with
-    /// their packet if there is one, otherwise by [`PollContext::cancel`]. The writes that it keeps are
-    /// left to end by themselves. Returns how many reads it keeps.
+    /// Requests that the reads that the queue keeps are completed soon, as [`cancel`](Self::cancel)
+    /// does, and leaves the writes that it keeps to end by themselves. Returns how many reads it
+    /// keeps. [`Ring::drain`](crate::Ring::drain) calls it, once; no reads are offered until the ring
+    /// is resumed.
     ///
-    /// Implement it if the queue keeps writes and its [`cancel`](Self::cancel) ends them. By default it
-    /// cancels everything.
+    /// Implement it if the queue keeps writes and its `cancel` ends them, because the default cancels
+    /// everything.
     fn cancel_reads(&mut self) -> u32 {
         self.cancel(None)
     }
@@ -207,8 +217,8 @@ pub trait Queue: Send {
     }
 
     /// Returns a descriptor that is readable when there is something to do, if the device has one.
-    /// The poller sleeps on it. It calls this method when the queue is opened and after each
-    /// [`arm`](Self::arm).
+    /// The poller sleeps on it, while reads are posted or the queue keeps slots. It calls this method
+    /// when the queue is opened and after each [`arm`](Self::arm).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -218,14 +228,15 @@ pub trait Queue: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {
-    /// No packet is left to read. The queue calls its [`Wake`] when one comes.
+    /// No packet is left to read. The poller may sleep; [`Queue::arm`] says how the next packet wakes
+    /// it.
     Idle,
     /// Packets may be waiting. The poller polls again if reads are posted.
     More,
 }
 
-/// Wakes the poller of a ring. A device calls it when there is something to do. A call is cheap
-/// while the poller is awake.
+/// Wakes the poller of a ring. [`Queue::arm`] says when a device must call it. A call is cheap while
+/// the poller is awake.
 #[derive(Clone)]
 pub struct Wake(Inner);
 
