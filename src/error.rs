@@ -1,4 +1,42 @@
-//! The errors: one enum for each boundary. Every error about a frame contains the frame.
+//! The errors. [`SubmitError`], [`BatchError`] and [`CompletionError`] contain the frame; converting
+//! them to [`Error`] (as `?` does) returns it to its pool.
+//!
+//! # A refused submit
+//!
+//! [`SubmitErrorKind`] says why. The packet was not submitted, and its frame is in the error.
+//!
+//! | kind | what to do |
+//! |---|---|
+//! | [`SqFull`](SubmitErrorKind::SqFull) | submit again; the next poll makes space |
+//! | [`NoCredit`](SubmitErrorKind::NoCredit) | reap, then submit again |
+//! | [`Draining`](SubmitErrorKind::Draining) | submit again after [`Ring::resume`](crate::Ring::resume) |
+//! | [`TooBig`](SubmitErrorKind::TooBig) | drop the packet, or cut it with [`software`](crate::software) if it has an offload header |
+//! | [`TooSmall`](SubmitErrorKind::TooSmall) | use a pool whose frames hold [`max_packet_size`](crate::device::Capabilities::max_packet_size) bytes |
+//! | [`NoHeadroom`](SubmitErrorKind::NoHeadroom) | use a pool with as much [`headroom`](crate::device::Capabilities::headroom) as the device needs |
+//! | [`Offload`](SubmitErrorKind::Offload) | drop the packet, or correct its offload header |
+//! | [`OffloadNotNegotiated`](SubmitErrorKind::OffloadNotNegotiated) | let [`software`](crate::software) do the work, then submit |
+//! | [`ForeignPool`](SubmitErrorKind::ForeignPool) | copy the packet into a frame of one of the ring's [pools](crate::Ring::pools) |
+//! | [`WrongDirection`](SubmitErrorKind::WrongDirection) | submit to a ring that was built for this direction |
+//! | [`Closed`](SubmitErrorKind::Closed) | reap what is in flight, and give the ring up |
+//!
+//! # A failed completion
+//!
+//! [`EntryError`] says why. The frame is in the completion.
+//!
+//! | error | the packet | what to do |
+//! |---|---|---|
+//! | [`Cancelled`](EntryError::Cancelled) | was not received or sent | submit again, if the ring is open |
+//! | [`Device(BufferExhausted)`](Status::BufferExhausted) | was not sent, because the device took no writes within the [`RetryPolicy`](crate::RetryPolicy) | submit it again, or drop it |
+//! | [`Device(Os(EIO))`](Status::Os) on a TAP | was not sent, because the link is down | drop it, or submit it again later |
+//! | [`Device`](EntryError::Device) with another status | was not received or sent | drop it |
+//! | [`Abandoned`](EntryError::Abandoned) | was not received; may have been sent | drop it; the device has a bug |
+//! | [`DevicePanicked`](EntryError::DevicePanicked) | was not received; may have been sent | give the ring up; the device has a bug |
+//! | [`NoPacket`](EntryError::NoPacket) | there is none | skip the completion |
+//!
+//! `ring.control().closed()` tells whether the ring itself is over; see
+//! [`RingControl::closed`](crate::RingControl::closed). While it returns `None`, an error concerns
+//! its own packet alone. A ring closes before the entries that fail for that reason complete, so the
+//! answer is right when such a completion is reaped.
 
 #[cfg(all(target_os = "linux", feature = "tap"))]
 mod tap;
@@ -139,7 +177,10 @@ pub enum EntryError {
     /// with it.
     #[error("the completion has no packet: it is a cancel's, or its frame was taken before")]
     NoPacket,
-    /// The device refused the entry.
+    /// The device did not do it: nothing was received or sent. The ring stays open unless the
+    /// device failed for good (then submits return [`Closed(Failed(_))`](CloseReason::Failed)).
+    /// [`BufferExhausted`](Status::BufferExhausted): the device took no writes within the
+    /// [`RetryPolicy`](crate::RetryPolicy); submit it again or drop it.
     #[error(transparent)]
     Device(#[from] Status),
 }
@@ -249,7 +290,7 @@ pub enum SubmitErrorKind {
     /// The ring was built without this direction.
     #[error("the ring was not built for this direction")]
     WrongDirection,
-    /// The ring is drained, and takes no submissions until it is resumed.
+    /// The ring is drained, and takes no submissions until [`resume`](crate::Ring::resume).
     #[error("the ring is drained and was not resumed")]
     Draining,
     /// The ring takes no more submissions.
@@ -269,15 +310,16 @@ pub struct SubmitError {
 }
 
 impl SubmitErrorKind {
-    /// Returns true if the refusal is temporary: the same submission may succeed after completions
-    /// were reaped, or after the next poll.
+    /// True for [`SqFull`](Self::SqFull) and [`NoCredit`](Self::NoCredit): reap, then submit again.
+    /// False for [`Draining`](Self::Draining), which only [`resume`](crate::Ring::resume) ends.
     pub fn is_backpressure(&self) -> bool {
         matches!(self, SubmitErrorKind::SqFull | SubmitErrorKind::NoCredit)
     }
 }
 
 impl SubmitError {
-    /// Returns true if the refusal is temporary; see [`SubmitErrorKind::is_backpressure`].
+    /// True if it is enough to reap and then submit again; see
+    /// [`SubmitErrorKind::is_backpressure`].
     pub fn is_backpressure(&self) -> bool {
         self.kind.is_backpressure()
     }

@@ -196,8 +196,8 @@ pub trait Queue: Send {
 
     /// Requests that the reads that the queue keeps are completed soon, as [`cancel`](Self::cancel)
     /// does, and leaves the writes that it keeps to end by themselves. Returns how many reads it
-    /// keeps. [`Ring::drain`](crate::Ring::drain) calls it, once; no reads are offered until the ring
-    /// is resumed.
+    /// keeps. A drain of the ring ([`Ring::drain`](crate::Ring::drain)) calls it at most once. No reads
+    /// are offered until the ring is resumed.
     ///
     /// Implement it if the queue keeps writes and its `cancel` ends them, because the default cancels
     /// everything.

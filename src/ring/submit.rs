@@ -70,10 +70,11 @@ impl SubmissionQueue {
     /// # Errors
     ///
     /// [`SubmitError`], with the frame inside. [`is_backpressure`](SubmitError::is_backpressure) is
-    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit):
-    /// the same submit can succeed later. The other kinds are final:
-    /// [`TooSmall`](SubmitErrorKind::TooSmall), [`NoHeadroom`](SubmitErrorKind::NoHeadroom),
-    /// [`ForeignPool`](SubmitErrorKind::ForeignPool),
+    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit): reap,
+    /// then submit again. [`Draining`](SubmitErrorKind::Draining) lasts until
+    /// [`resume`](crate::CompletionQueue::resume). The other kinds do not pass: change the frame, or
+    /// give the ring up. They are [`TooSmall`](SubmitErrorKind::TooSmall),
+    /// [`NoHeadroom`](SubmitErrorKind::NoHeadroom), [`ForeignPool`](SubmitErrorKind::ForeignPool),
     /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
@@ -88,10 +89,11 @@ impl SubmissionQueue {
     /// # Errors
     ///
     /// [`SubmitError`], with the frame inside. [`is_backpressure`](SubmitError::is_backpressure) is
-    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit):
-    /// the same submit can succeed later. The other kinds are final:
-    /// [`TooBig`](SubmitErrorKind::TooBig), [`NoHeadroom`](SubmitErrorKind::NoHeadroom),
-    /// [`Offload`](SubmitErrorKind::Offload),
+    /// true for [`SqFull`](SubmitErrorKind::SqFull) and [`NoCredit`](SubmitErrorKind::NoCredit): reap,
+    /// then submit again. [`Draining`](SubmitErrorKind::Draining) lasts until
+    /// [`resume`](crate::CompletionQueue::resume). The other kinds do not pass: change the frame, or
+    /// give the ring up. They are [`TooBig`](SubmitErrorKind::TooBig),
+    /// [`NoHeadroom`](SubmitErrorKind::NoHeadroom), [`Offload`](SubmitErrorKind::Offload),
     /// [`OffloadNotNegotiated`](SubmitErrorKind::OffloadNotNegotiated),
     /// [`ForeignPool`](SubmitErrorKind::ForeignPool),
     /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
@@ -105,8 +107,7 @@ impl SubmissionQueue {
     ///
     /// It takes no more from the iterator than it can submit, so an iterator passed by
     /// [`by_ref`](Iterator::by_ref) keeps the rest. It ends without an error when a credit or a
-    /// place in the SQ is missing. So on a ring without this direction, which has no credits, it
-    /// returns 0.
+    /// place in the SQ is missing.
     ///
     /// The call checks for a credit before it asks the iterator for the next frame. If there is
     /// none, it ends, even if the iterator would reap and so return one. So first collect what was
@@ -116,7 +117,8 @@ impl SubmissionQueue {
     ///
     /// [`BatchError`] with the first frame that was refused for a reason other than backpressure
     /// (see [`submit_read`](Self::submit_read)), and with the number of frames before it, which are
-    /// in flight.
+    /// in flight. On a ring without this direction that is the first frame, refused with
+    /// [`WrongDirection`](SubmitErrorKind::WrongDirection) after 0 frames that were accepted.
     pub fn submit_reads(
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -148,7 +150,8 @@ impl SubmissionQueue {
     /// # Errors
     ///
     /// [`SubmitErrorKind::NoCredit`] and [`SubmitErrorKind::SqFull`], which are backpressure
-    /// (cancels have credits of their own), and [`SubmitErrorKind::Closed`].
+    /// (cancels have credits of their own). [`SubmitErrorKind::Draining`], which lasts until
+    /// [`resume`](crate::CompletionQueue::resume). [`SubmitErrorKind::Closed`].
     pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {
         self.submit_cancel(Some(target), user_data)
     }
