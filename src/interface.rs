@@ -1,5 +1,14 @@
-//! [`Interface`]: a network interface of some system, its identity, and the rings on it. It is the
-//! type `t` of `Lwt_vmnet`.
+//! [`Interface`]: a network interface, its identity, and the rings on it.
+//!
+//! Start here: `Interface::builder().device(..).start()`, then `ring(..)`.
+//!
+//! ```
+//! use vmring::{Direction, Interface, Loopback};
+//!
+//! let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+//! let ring = interface.ring(Direction::Both).build()?;
+//! # Ok::<(), vmring::Error>(())
+//! ```
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -70,8 +79,11 @@ impl InterfaceBuilder {
         self
     }
 
-    /// Sets which work the device is to take off the guest. [`Interface::capabilities`] says what
-    /// it does. Default: none. A device that cannot do it refuses to start.
+    /// Requests checksum and segmentation offload. What was granted is in
+    /// [`Interface::capabilities().offloads`](Interface::capabilities). Default: none.
+    ///
+    /// A TAP grants what its kernel knows. The other devices refuse to start if they cannot do what was
+    /// requested.
     #[doc(alias = "vmnet_enable_tso_key")]
     #[doc(alias = "vmnet_enable_checksum_offload_key")]
     #[doc(alias = "vmnet_enable_virtio_header_key")]
@@ -146,7 +158,8 @@ impl InterfaceBuilder {
 /// A started network interface. [`Interface::builder`] makes one, [`ring`](Self::ring) a ring on
 /// it.
 ///
-/// It lives until [`stop`](Self::stop), or until it and all its rings are dropped, in any order.
+/// It lives until [`stop`](Self::stop), or until it and all its rings are dropped, in any order. It
+/// corresponds to the type `t` of `Lwt_vmnet`.
 #[derive(Debug)]
 pub struct Interface {
     shared: Arc<InterfaceShared>,
@@ -202,8 +215,7 @@ impl Interface {
         self.shared.device.name()
     }
 
-    /// Returns the system's name for the interface, if it has one there: `tap0`, for one that the
-    /// kernel has named.
+    /// Returns the kernel's name for the interface, such as `tap0`, if there is one.
     pub fn system_name(&self) -> Option<String> {
         self.shared.device.system_name()
     }

@@ -28,12 +28,22 @@ pub enum Drive<'a> {
     Thread,
     /// A thread that polls other rings too.
     Shared(&'a Poller),
-    /// The caller's own thread, inside `reap` and `wait`. This is for VMMs that already have an I/O
-    /// thread.
+    /// The caller's own thread, inside the calls on the reaping half that look for completions or
+    /// wait for them: [`reap`](Ring::reap), [`ready`](CompletionQueue::ready), [`wait`](Ring::wait),
+    /// [`submit_and_wait`](Ring::submit_and_wait), [`arm`](Ring::arm),
+    /// [`arm_after`](Ring::arm_after), [`poll_ready`](Ring::poll_ready), [`drain`](Ring::drain),
+    /// [`cancel_and_wait`](Ring::cancel_and_wait) and [`close`](Ring::close). Between these calls
+    /// the engine does nothing. This is for VMMs that already have an I/O thread.
     Inline,
 }
 
 /// Builds a [`Ring`]. [`Interface::ring`](crate::Interface::ring) returns one.
+///
+/// [`build`](Self::build) refuses a setting that does not apply to the ring
+/// ([`ConfigError::NotApplicable`]): [`thread_name`](Self::thread_name) and [`cpu`](Self::cpu)
+/// without [`Drive::Thread`], the depth of a direction that the ring does not have, and
+/// [`frames`](Self::frames), [`headroom`](Self::headroom) or [`prefault`](Self::prefault) with a
+/// given [`pool`](Self::pool).
 ///
 /// # Memory
 ///

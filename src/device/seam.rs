@@ -110,7 +110,7 @@ pub trait Device: Send + Sync {
         Err(self.not_supported("port forwarding"))
     }
 
-    /// Returns the name that the system has for the interface, such as `tap0`, if it has one.
+    /// Returns the kernel's name for the interface, such as `tap0`, if there is one.
     fn system_name(&self) -> Option<String> {
         None
     }
