@@ -82,8 +82,8 @@ impl InterfaceBuilder {
     /// Requests checksum and segmentation offload. What was granted is in
     /// [`Interface::capabilities().offloads`](Interface::capabilities). Default: none.
     ///
-    /// A TAP grants what its kernel knows. The other devices refuse to start if they cannot do what was
-    /// requested.
+    /// A TAP grants what its kernel knows. The other devices refuse to start if they cannot do what
+    /// was requested.
     #[doc(alias = "vmnet_enable_tso_key")]
     #[doc(alias = "vmnet_enable_checksum_offload_key")]
     #[doc(alias = "vmnet_enable_virtio_header_key")]

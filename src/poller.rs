@@ -129,8 +129,9 @@ impl PollerBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] if the name contains a NUL, [`Error::Io`] if the system refuses the thread or the processor, [`Error::NotSupported`] if
-    /// a processor was set on a system that cannot keep a thread on one.
+    /// [`Error::Config`] if the name contains a NUL, [`Error::Io`] if the system refuses the thread
+    /// or the processor, [`Error::NotSupported`] if a processor was set on a system that cannot keep
+    /// a thread on one.
     pub fn start(self) -> Result<Poller, Error> {
         if self.name.as_ref().is_some_and(|name| name.contains('\0')) {
             let why = "a thread's name must not contain a NUL".to_owned();
