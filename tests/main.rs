@@ -9,6 +9,7 @@ mod support;
 
 mod close;
 mod frontends;
+mod liveness;
 mod model;
 mod notify;
 mod offload;

@@ -648,7 +648,7 @@ fn cpu_time_of(name: &str) -> Option<Duration> {
 
 /// The processor time of the calling thread.
 #[cfg(target_os = "linux")]
-fn own_cpu_time() -> Duration {
+pub(crate) fn own_cpu_time() -> Duration {
     // SAFETY: all zeroes is a valid rusage.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is to a live rusage, exclusively borrowed.

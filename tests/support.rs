@@ -238,7 +238,8 @@ pub(crate) struct ScriptQueue {
     poll: Box<PollFn>,
     cancel: Box<CancelFn>,
     close: Box<CloseFn>,
-    drive_to_rest: Box<dyn FnMut() + Send>,
+    cancel_reads: Option<Box<dyn FnMut() -> u32 + Send>>,
+    bind: Box<dyn FnMut() + Send>,
     descriptor: Option<OwnedFd>,
     asked: Box<dyn Fn() + Send>,
 }
@@ -251,7 +252,8 @@ impl ScriptQueue {
             poll: Box::new(poll),
             cancel: Box::new(|_| 0),
             close: Box::new(|_| true),
-            drive_to_rest: Box::new(|| ()),
+            cancel_reads: None,
+            bind: Box::new(|| ()),
             descriptor: None,
             asked: Box::new(|| ()),
         }
@@ -268,6 +270,16 @@ impl ScriptQueue {
         self
     }
 
+    pub(crate) fn on_cancel(mut self, f: impl FnMut(Option<u64>) -> u32 + Send + 'static) -> Self {
+        self.cancel = Box::new(f);
+        self
+    }
+
+    pub(crate) fn on_cancel_reads(mut self, f: impl FnMut() -> u32 + Send + 'static) -> Self {
+        self.cancel_reads = Some(Box::new(f));
+        self
+    }
+
     pub(crate) fn on_close(
         mut self,
         f: impl FnMut(&mut PollContext<'_>) -> bool + Send + 'static,
@@ -277,7 +289,7 @@ impl ScriptQueue {
     }
 
     pub(crate) fn on_bind(mut self, f: impl FnMut() + Send + 'static) -> Self {
-        self.drive_to_rest = Box::new(f);
+        self.bind = Box::new(f);
         self
     }
 }
@@ -291,12 +303,19 @@ impl Queue for ScriptQueue {
         (self.cancel)(target)
     }
 
+    fn cancel_reads(&mut self) -> u32 {
+        match &mut self.cancel_reads {
+            Some(cancel_reads) => cancel_reads(),
+            None => self.cancel(None),
+        }
+    }
+
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         (self.close)(cx)
     }
 
     fn bind_to_thread(&mut self) {
-        (self.drive_to_rest)();
+        (self.bind)();
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
