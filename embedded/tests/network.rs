@@ -440,13 +440,24 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     sender.sender.flush();
     sender.sender.flush();
     assert_eq!(wakes(&sleeper), 1);
+    // The frames of a run are like single frames: the flush wakes, once, and nothing before it.
+    sleeper.receive();
+    assert!(sleeper.receiver.arm());
+    let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
+    let mut run = sender.sender.run(addresses, 2).unwrap();
+    assert!(run.put(&frame) && run.put(&frame));
+    drop(run);
+    assert_eq!(wakes(&sleeper), 1, "not before the flush");
+    sender.sender.flush();
+    sender.sender.flush();
+    assert_eq!(wakes(&sleeper), 2);
     // Dropping a sender flushes.
     sleeper.receive();
     assert!(sleeper.receiver.arm());
     let mut second = sender.sender.new_sender();
     second.send(&frame);
     drop(second);
-    assert_eq!(wakes(&sleeper), 2);
+    assert_eq!(wakes(&sleeper), 3);
     assert!(!sleeper.receiver.disarm());
     // A reply of the gateway wakes the port that asked.
     assert!(sender.receiver.arm());
