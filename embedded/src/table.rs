@@ -325,6 +325,34 @@ mod tests {
         assert_eq!(table.lookup(mac(1), 0), Some(port(1)));
     }
 
+    /// An address that found its bucket full is in the next one. It is still found after an
+    /// address of the full bucket has left, and the place that became free is used again.
+    #[test]
+    fn a_full_bucket_hides_no_address_when_one_leaves() {
+        let table = MacTable::new(300);
+        let bucket = table.bucket_index(mac(0));
+        let same: Vec<_> = (0..)
+            .map(mac)
+            .filter(|&mac| table.bucket_index(mac) == bucket)
+            .take(TABLE_WAYS + 2)
+            .collect();
+        for (index, &mac) in same.iter().enumerate() {
+            table.pin(mac, port(index));
+        }
+        for leaves in 0..TABLE_WAYS {
+            table.forget(same[leaves], leaves);
+            assert_eq!(table.assigned(same[leaves]), None);
+            for index in (0..same.len()).filter(|&index| index != leaves) {
+                assert_eq!(table.assigned(same[index]), Some(port(index)), "{leaves} left");
+            }
+            table.pin(same[leaves], port(leaves));
+            assert_eq!(table.assigned(same[leaves]), Some(port(leaves)));
+        }
+        let next = &table.pinned[(bucket + 1) % TABLE_BUCKETS];
+        let used = next.0.iter().filter(|way| way.load(Ordering::Relaxed) != EMPTY).count();
+        assert_eq!(used, 2, "those that left made space in their own bucket");
+    }
+
     #[test]
     fn a_port_that_leaves_is_forgotten_and_the_others_are_not() {
         let table = MacTable::new(300);
