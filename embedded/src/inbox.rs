@@ -1060,6 +1060,11 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             }
         }
         let mut index = self.popped;
+        if index != state.pushed() {
+            // A sender sets the hint after it has stored the cell's state, which is all that we
+            // wait for below. A receiver that collects after `close` must find the frame.
+            self.inbox.overflowing.store(true, Ordering::Relaxed);
+        }
         while index != state.pushed() {
             // Acquire: pairs with the Release in `fill_overflow`; the sender no longer uses the
             // cell.

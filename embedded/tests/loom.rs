@@ -426,3 +426,24 @@ fn a_close_waits_for_all_buffers_of_a_claim() {
         assert_eq!(sender.join().unwrap(), packets);
     });
 }
+
+/// A close waits for the copy of a frame that has its place in the overflow ring. A frame that was
+/// accepted before the close is there when `close` returns, and a later one is refused.
+#[test]
+fn a_close_waits_for_copies_into_the_overflow_ring() {
+    check(|| {
+        let (inbox, mut collector) = open(1, 1);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[5, 5]))
+        };
+        collector.close();
+        collector.post(buffer(0)).unwrap();
+        // No yield and no second try: what arrived must be there at once.
+        let packet = collector.collect().map(|packet| packet.buffer.bytes);
+        match sender.join().unwrap() {
+            Delivery::Overflow => assert_eq!(packet, Some([5, 5])),
+            delivery => assert_eq!((delivery, packet), (Delivery::Dropped(Refused::Closed), None)),
+        }
+    });
+}
