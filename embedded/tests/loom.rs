@@ -447,3 +447,42 @@ fn a_close_waits_for_copies_into_the_overflow_ring() {
         }
     });
 }
+
+/// The inbox's new owner does not take a frame that was discarded for one that is still being
+/// copied into the same cell of the overflow ring.
+#[test]
+fn a_discarded_frame_is_not_taken_for_the_next_in_its_cell() {
+    check(|| {
+        let (inbox, mut collector) = open(1, 1);
+        assert_eq!(inbox.deliver(&[1, 1]), Delivery::Overflow);
+        assert_eq!(collector.discard(drop), 1);
+        collector.reopen();
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || assert!(!matches!(inbox.deliver(&[2, 2]), Delivery::Dropped(_))))
+        };
+        collector.post(buffer(0)).unwrap();
+        assert_eq!(collect(&mut collector, 1), [[2, 2]]);
+        sender.join().unwrap();
+    });
+}
+
+/// A receiver that hears from `is_ready` that there is a packet finds it when it collects, although
+/// the packet's sender has not yet raised the hint that `collect` looks at.
+#[test]
+fn what_is_ready_can_be_collected_at_once() {
+    check(|| {
+        let (inbox, mut collector) = open(1, 1);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || assert!(!matches!(inbox.deliver(&[5, 5]), Delivery::Dropped(_))))
+        };
+        collector.post(buffer(0)).unwrap();
+        if collector.is_ready() {
+            assert_eq!(collector.collect().expect("it is ready").buffer.bytes, [5, 5]);
+        } else {
+            assert_eq!(collect(&mut collector, 1), [[5, 5]]);
+        }
+        sender.join().unwrap();
+    });
+}
