@@ -23,6 +23,8 @@ pub enum PushError {
     NoCredit,
     /// The frame is of a pool that is not one of the ring's.
     ForeignPool,
+    /// A cancel carries no frame; [`SqProducer::push_cancel`] writes one.
+    WrongClass,
 }
 
 /// The caller's end of the SQ.
@@ -80,7 +82,7 @@ impl SqProducer {
     }
 
     /// Writes a read or write entry, which the poller sees after [`publish`](Self::publish). An
-    /// error gives the frame back.
+    /// error gives the frame back. [`Class::Cancel`] is always an error.
     #[inline(always)]
     pub fn push(
         &self,
@@ -90,7 +92,8 @@ impl SqProducer {
     ) -> Result<(), (PushError, Frame)> {
         let opcode = match class {
             Class::Read => Opcode::Read,
-            _ => Opcode::Write,
+            Class::Write => Opcode::Write,
+            Class::Cancel => return Err((PushError::WrongClass, frame)),
         };
         if !self.credits.has(class) {
             return Err((PushError::NoCredit, frame));

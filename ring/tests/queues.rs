@@ -867,6 +867,25 @@ fn a_full_class_leaves_space_for_the_others() {
     assert_eq!(sq_consumer.ready(), 3);
 }
 
+/// A cancel carries no frame. If one came through `push`, its credit would be returned to another
+/// class.
+#[test]
+fn a_cancel_with_a_frame_is_refused_and_costs_nothing() {
+    let pool = pool(1);
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
+        rings(Depths::new(1, 1, 1), regions(&pool), 0);
+    let frame = pool.alloc().unwrap();
+    let (reason, frame) = sq_producer.push(Class::Cancel, frame, 7).unwrap_err();
+    assert_eq!(reason, PushError::WrongClass);
+    assert_eq!(
+        [Class::Read, Class::Write, Class::Cancel].map(|c| sq_producer.available(c)),
+        [1; 3]
+    );
+    assert!(!sq_producer.publish());
+    assert_eq!(sq_consumer.ready(), 0);
+    sq_producer.push(Class::Write, frame, 8).unwrap();
+}
+
 #[test]
 fn depths_make_an_sq_with_space_for_every_credit() {
     assert_eq!(Depths::new(1, 1, 1).sq, 4);

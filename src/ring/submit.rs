@@ -411,6 +411,7 @@ impl SubmissionQueue {
             }
             PushError::NoCredit => SubmitErrorKind::NoCredit,
             PushError::ForeignPool => SubmitErrorKind::ForeignPool,
+            PushError::WrongClass => SubmitErrorKind::WrongDirection, // no caller of `push` cancels
         }
     }
 
