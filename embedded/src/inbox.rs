@@ -617,6 +617,14 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 ///
 /// The receiver waits for them, so fill them at once. Buffers that are not filled, for example
 /// because of a panic in between, become packets of no bytes when the claim is dropped.
+///
+/// # Leaks
+///
+/// Do not forget a claim, for example with [`mem::forget`](core::mem::forget) or in a cycle of
+/// reference counts. The receiver gets no later packet, and [`Collector::close`],
+/// [`Collector::discard`] and the drop of the [`Collector`] wait for ever. They cannot give up: a
+/// claim that is forgotten looks like one whose sender is slow, and if the receiver took its
+/// buffers back, a slow sender would write to memory that is no longer the inbox's.
 #[must_use = "a claim that is not filled delivers empty packets"]
 pub struct Claim<'a, B: AsMut<[u8]> + Send> {
     inbox: &'a Inbox<B>,
@@ -1035,7 +1043,8 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     }
 
     /// Refuses further deliveries and waits for those under way. Each takes as long as copying one
-    /// frame, or the frames of one [`Claim`]. When `close` returns, no sender touches any buffer.
+    /// frame, or the frames of one [`Claim`]; a claim that was forgotten takes for ever. When
+    /// `close` returns, no sender touches any buffer.
     ///
     /// Packets that have arrived can still be collected, and the other buffers can be recalled.
     /// [`discard`](Self::discard) drops the packets instead.

@@ -239,7 +239,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     }
 
     /// Refuses further packets and waits for the copies that are under way. Each takes as long as
-    /// copying one frame, or a [`Run`].
+    /// copying one frame, or a [`Run`]; a run that was forgotten takes for ever.
     ///
     /// When `close` returns, no sender touches a buffer. Packets that have arrived can be
     /// [collected](Self::collect), and the other buffers can be [recalled](Self::recall). The
@@ -549,6 +549,15 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 }
 
 /// Frames of one sender to one port, whose buffers are already claimed; see [`Sender::run`].
+///
+/// The receiver waits for them, so put them at once. Buffers that are left when the run is dropped
+/// become packets of no bytes.
+///
+/// # Leaks
+///
+/// Do not forget a run, for example with [`mem::forget`](core::mem::forget): the port gets no later
+/// packet, and its [`Receiver`]'s [`close`](Receiver::close) and drop wait for ever. See [`Claim`]
+/// for why they cannot give up.
 pub struct Run<'a, B: AsMut<[u8]> + Send> {
     claim: Claim<'a, B>,
     counts: &'a mut [u64; SEND_COUNTERS],
