@@ -143,9 +143,7 @@ impl MacTable {
             let way = self.find_learned(mac, index)?;
             // Relaxed: the entry is one 64-bit value and publishes nothing else.
             let found = self.learned[index].0[way].load(Ordering::Relaxed);
-            let age = now.wrapping_sub(self.stamps[index][way].load(Ordering::Relaxed));
-            // If the clock was read before the stamp was stored, the age wraps: the entry is young.
-            let fresh = age < self.ageing || age > u32::MAX / 2;
+            let fresh = self.age(index, way, now) < self.ageing;
             (mac_of(found) == mac.0 && fresh).then(|| port_of(found))
         })
     }
@@ -177,6 +175,14 @@ impl MacTable {
         self.learned[index].0.iter().position(|way| mac_of(way.load(Ordering::Relaxed)) == mac.0)
     }
 
+    /// How many seconds ago a learned entry was last seen.
+    fn age(&self, index: usize, way: usize, now: u32) -> u32 {
+        let age = now.wrapping_sub(self.stamps[index][way].load(Ordering::Relaxed));
+        // A sender reads the clock once for a batch, so `now` can be older than a stamp that
+        // another sender has stored. The difference wraps, and the entry is young.
+        if age > u32::MAX / 2 { 0 } else { age }
+    }
+
     /// Notes that a frame from `mac` came in at `port`.
     pub(crate) fn learn(&self, mac: Mac, port: PortRef, now: u32) -> Learned {
         let index = self.bucket_index(mac);
@@ -190,7 +196,7 @@ impl MacTable {
             (0..TABLE_WAYS)
                 .max_by_key(|&way| match self.learned[index].0[way].load(Ordering::Relaxed) {
                     EMPTY => u64::from(u32::MAX) + 1,
-                    _ => u64::from(now.wrapping_sub(stamps[way].load(Ordering::Relaxed))),
+                    _ => u64::from(self.age(index, way, now)),
                 })
                 .unwrap_or(0)
         });
@@ -262,6 +268,13 @@ mod tests {
         PortRef::new(index, false)
     }
 
+    /// Addresses that all belong into one bucket of `table`.
+    fn of_one_bucket(table: &MacTable, count: usize) -> Vec<Mac> {
+        let bucket = table.bucket_index(mac(0));
+        let same = |mac: &Mac| table.bucket_index(*mac) == bucket;
+        (0..).map(mac).filter(same).take(count).collect()
+    }
+
     #[test]
     fn a_learned_address_moves_with_its_last_frame() {
         let table = MacTable::new(300);
@@ -302,6 +315,29 @@ mod tests {
         assert_eq!(table.lookup(mac(2), start.wrapping_add(199)), Some(port(2)));
     }
 
+    /// A full bucket gives up the entry that was not seen for longest. That is not an entry whose
+    /// stamp is newer than the clock of the sender that needs the space.
+    #[test]
+    fn the_oldest_entry_of_a_full_bucket_makes_space() {
+        for start in [1000, u32::MAX - 3] {
+            let at = |second: u32| start.wrapping_add(second);
+            let table = MacTable::new(300);
+            let macs = of_one_bucket(&table, TABLE_WAYS + 1);
+            let (new, old) = macs.split_last().unwrap();
+            for (index, &mac) in old.iter().enumerate() {
+                // The fourth is the oldest. The first was seen after the clock was read.
+                let second = [10, 5, 5, 1, 5, 5, 5, 5][index];
+                table.learn(mac, port(index), at(second));
+            }
+            table.learn(*new, port(99), at(9));
+            assert_eq!(table.lookup(*new, at(9)), Some(port(99)));
+            for (index, &mac) in old.iter().enumerate() {
+                let expected = (index != 3).then(|| port(index));
+                assert_eq!(table.lookup(mac, at(9)), expected, "{index} from {start}");
+            }
+        }
+    }
+
     #[test]
     fn a_flood_of_made_up_addresses_pushes_out_no_assigned_one() {
         let table = MacTable::new(300);
@@ -330,12 +366,7 @@ mod tests {
     #[test]
     fn a_full_bucket_hides_no_address_when_one_leaves() {
         let table = MacTable::new(300);
-        let bucket = table.bucket_index(mac(0));
-        let same: Vec<_> = (0..)
-            .map(mac)
-            .filter(|&mac| table.bucket_index(mac) == bucket)
-            .take(TABLE_WAYS + 2)
-            .collect();
+        let same = of_one_bucket(&table, TABLE_WAYS + 2);
         for (index, &mac) in same.iter().enumerate() {
             table.pin(mac, port(index));
         }
@@ -348,7 +379,7 @@ mod tests {
             table.pin(same[leaves], port(leaves));
             assert_eq!(table.assigned(same[leaves]), Some(port(leaves)));
         }
-        let next = &table.pinned[(bucket + 1) % TABLE_BUCKETS];
+        let next = &table.pinned[(table.bucket_index(same[0]) + 1) % TABLE_BUCKETS];
         let used = next.0.iter().filter(|way| way.load(Ordering::Relaxed) != EMPTY).count();
         assert_eq!(used, 2, "those that left made space in their own bucket");
     }
