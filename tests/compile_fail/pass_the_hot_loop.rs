@@ -1,6 +1,6 @@
 //! Compiles: this is the loop in the README.
 
-use vmring::{CompletionQueue, Error, Frame, Ring, SubmissionQueue};
+use vmring::{CompletionError, CompletionQueue, Error, Frame, Ring, RingOp, SubmissionQueue};
 
 fn handle(frame: Frame) -> Frame {
     frame
@@ -9,8 +9,12 @@ fn handle(frame: Frame) -> Frame {
 fn hot(ring: &mut Ring) -> Result<(), Error> {
     let (mut sq, mut cq) = ring.split();
     for done in cq.reap() {
-        let frame = done.take_packet()?;
-        sq.submit_read(handle(frame), done.user_data)?;
+        let frame = match (done.op, done.take_packet()) {
+            (RingOp::Read, Ok(frame)) => handle(frame),
+            (RingOp::Read, Err(CompletionError { frame: Some(frame), .. })) => frame,
+            _ => continue,
+        };
+        sq.submit_read(frame, done.user_data)?;
     }
     Ok(())
 }
