@@ -151,7 +151,7 @@ pub(crate) struct BridgeArgs {
     /// The largest IP packet of both ends in bytes [default: each end's own]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u32>,
-    /// Packets that may be in flight in each direction, a power of two
+    /// Packets that may be in flight in each direction, rounded up to a power of two
     #[arg(long, value_name = "PACKETS", default_value_t = 256,
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) depth: u32,

@@ -170,13 +170,12 @@ impl DemoNetwork {
                 (_, Some(poller)) => Drive::Shared(poller),
                 _ => Drive::Thread,
             };
-            let ring = interface
-                .ring(Direction::Both)
-                .depth(depth)
-                .drive(drive)
-                .thread_name(format!("poller{number}"))
-                .close_timeout(CLOSE_TIMEOUT)
-                .build()?;
+            let builder = interface.ring(Direction::Both).depth(depth).drive(drive);
+            let builder = match drive {
+                Drive::Thread => builder.thread_name(format!("poller{number}")),
+                _ => builder,
+            };
+            let ring = builder.close_timeout(CLOSE_TIMEOUT).build()?;
             let control = ring.control();
             Ok::<_, Error>(GuestSide { interface, control, ring, depth: depth as usize })
         };
