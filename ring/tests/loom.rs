@@ -308,7 +308,7 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 #[test]
 fn an_sq_cell_is_not_written_before_its_entry_was_taken() {
     cells_of_the_sq_are_reused(|sq_consumer| {
-        let packets = std::iter::from_fn(|| Some(sq_consumer.front()?.open())).collect();
+        let packets = std::iter::from_fn(|| Some(sq_consumer.front()?.take())).collect();
         sq_consumer.retire();
         packets
     });
