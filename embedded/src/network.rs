@@ -33,7 +33,6 @@ use core::fmt;
 use core::time::Duration;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use crossbeam_utils::CachePadded;
 use macaddr::MacAddr6;
 use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -206,8 +205,6 @@ pub struct Network<B> {
     pub(crate) gateway: Gateway,
     pub(crate) gateway_mac: Mac,
     clock: Box<dyn Clock>,
-    /// The clock's seconds when it was last read.
-    seconds: CachePadded<AtomicU32>,
     pub(crate) table: MacTable,
     ports: Box<[OnceLock<Arc<PortState<B>>>]>,
     /// A bit for each port that gets flooded frames: it is present, open, and not isolated.
@@ -269,13 +266,9 @@ impl<B> Network<B> {
         self.ports.get(index)?.get().map(|state| &**state)
     }
 
-    /// Reads the clock, and stores its seconds for the whole network.
+    /// Reads the clock, in seconds, which wrap.
     pub(crate) fn read_clock(&self) -> u32 {
-        let now = self.clock.now().as_secs() as u32;
-        if self.seconds.load(Ordering::Relaxed) != now {
-            self.seconds.store(now, Ordering::Relaxed);
-        }
-        now
+        self.clock.now().as_secs() as u32
     }
 
     /// Sets whether a port gets flooded frames.
@@ -329,7 +322,6 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             gateway,
             gateway_mac: Mac::new(gateway_mac.into_array()),
             clock,
-            seconds: CachePadded::new(AtomicU32::new(0)),
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             floodable: core::array::from_fn(|_| AtomicU64::new(0)),
