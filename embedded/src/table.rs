@@ -195,8 +195,8 @@ impl MacTable {
             // Prefer an empty way, or else replace the entry that was not seen for longest.
             (0..TABLE_WAYS)
                 .max_by_key(|&way| match self.learned[index].0[way].load(Ordering::Relaxed) {
-                    EMPTY => u64::from(u32::MAX) + 1,
-                    _ => u64::from(self.age(index, way, now)),
+                    EMPTY => u32::MAX, // more than any age
+                    _ => self.age(index, way, now),
                 })
                 .unwrap_or(0)
         });
@@ -311,8 +311,13 @@ mod tests {
         assert_eq!(table.lookup(mac(1), start.wrapping_add(299)), Some(port(1)));
         assert_eq!(table.lookup(mac(1), start.wrapping_add(300)), None);
         assert_eq!(table.lookup(mac(2), start.wrapping_add(300)), Some(port(2)));
-        // The reader's clock lags behind the writer's.
-        assert_eq!(table.lookup(mac(2), start.wrapping_add(199)), Some(port(2)));
+        // The reader's clock lags behind the writer's, by half of what it can count at most.
+        for lag in [1, u32::MAX / 2 + 1] {
+            let now = start.wrapping_add(200).wrapping_sub(lag);
+            assert_eq!(table.lookup(mac(2), now), Some(port(2)));
+        }
+        let later = start.wrapping_add(200).wrapping_add(u32::MAX / 2);
+        assert_eq!(table.lookup(mac(2), later), None);
     }
 
     /// A full bucket gives up the entry that was not seen for longest. That is not an entry whose
@@ -370,7 +375,7 @@ mod tests {
         for (index, &mac) in same.iter().enumerate() {
             table.pin(mac, port(index));
         }
-        for leaves in 0..TABLE_WAYS {
+        for leaves in 0..same.len() {
             table.forget(same[leaves], leaves);
             assert_eq!(table.assigned(same[leaves]), None);
             for index in (0..same.len()).filter(|&index| index != leaves) {
