@@ -136,6 +136,23 @@ fn a_broken_or_foreign_ping_is_counted_and_not_answered() {
     for length in 0..good.len() {
         assert_eq!(ask(&gateway, &good[..length], NOW), None, "cut to {length}");
     }
+    // A header of another version, and one that is too short, each with a checksum that fits.
+    let malformed = gateway.stats().malformed;
+    for first in [0x55, 0x44] {
+        let mut bad = good.clone();
+        bad[14] = first;
+        Ipv4Packet::new_unchecked(&mut bad[14..]).fill_checksum();
+        assert_eq!(ask(&gateway, &bad, NOW), None);
+    }
+    assert_eq!(gateway.stats().malformed, malformed + 2);
+    // A longer header is right.
+    let mut longer = good.clone();
+    longer.splice(34..34, [1, 1, 1, 0]);
+    let mut ip = Ipv4Packet::new_unchecked(&mut longer[14..]);
+    ip.set_header_len(24);
+    ip.set_total_len(ip.total_len() + 4);
+    ip.fill_checksum();
+    check_echo(&ask(&gateway, &longer, NOW).unwrap(), 1, b"payload");
     let foreign = [
         ping(GATEWAY_MAC, ALICE, Ipv4Addr::new(10, 0, 0, 1), SHARED, 1, b"of another subnet"),
         ping(GATEWAY_MAC, ALICE, host(255), SHARED, 1, b"answer goes to all"),
@@ -185,12 +202,21 @@ fn an_offer_and_an_ack_say_all_a_guest_needs() {
             (Some(3600), Some(1800), Some(3150))
         );
         assert_eq!(reply.dns, [host(53), host(54)]);
-        assert_eq!(reply.mtu, Some(1500));
+        assert_eq!((reply.mtu, reply.broadcast), (Some(1500), Some(host(255))));
     }
     let lease = gateway.dhcp().lease_of(ALICE, NOW).unwrap();
     assert_eq!((lease.address, lease.remaining), (host(2), Duration::from_secs(HOUR)));
     assert_eq!(gateway.dhcp().leases(NOW), [lease]);
     assert_eq!(gateway.dhcp().lease_of(BOB, NOW), None);
+    let end = NOW + Duration::from_secs(HOUR);
+    assert!(gateway.dhcp().lease_of(ALICE, end - Duration::from_millis(1)).is_some());
+    assert_eq!(gateway.dhcp().lease_of(ALICE, end), None, "it lasts up to here");
+}
+
+#[test]
+fn an_mtu_that_is_not_configured_is_not_told() {
+    let gateway = Gateway::new(DhcpConfig { mtu: None, ..dhcp_config() });
+    assert_eq!(dhcp(&gateway, &Dhcp::discover(ALICE), NOW).unwrap().mtu, None);
 }
 
 #[test]
@@ -252,16 +278,22 @@ fn an_address_asked_for_is_given_if_it_is_free() {
 
 #[test]
 fn a_request_for_another_address_is_refused() {
-    let gateway = gateway();
+    let gateway = Gateway::new(DhcpConfig { dns: vec![host(53)], ..dhcp_config() });
     lease(&gateway, ALICE, NOW).unwrap();
     let nak = dhcp(&gateway, &Dhcp::select(ALICE, host(99), SHARED), NOW).unwrap();
     assert_eq!((nak.kind, nak.address), (DhcpMessageType::Nak, Ipv4Addr::UNSPECIFIED));
     assert_eq!((nak.to_mac, nak.to_ip), (EthernetAddress::BROADCAST, Ipv4Addr::BROADCAST));
     assert_eq!((nak.lease, nak.router, nak.mask, nak.mtu), (None, None, None, None));
+    assert_eq!((nak.dns, nak.broadcast), (vec![], None));
     // The client accepts an offer that was never made.
     let nak = dhcp(&gateway, &Dhcp::select(BOB, host(5), SHARED), NOW).unwrap();
     assert_eq!(nak.kind, DhcpMessageType::Nak);
     assert_eq!(gateway.dhcp().leases(NOW).len(), 1);
+    // A request that names no address at all is not one.
+    let nothing = Dhcp::new(DhcpMessageType::Request, BOB);
+    assert!(dhcp(&gateway, &Dhcp { server: Some(SHARED), ..nothing }, NOW).is_none());
+    let stats = gateway.dhcp().stats();
+    assert_eq!((stats.naks, stats.malformed), (2, 1));
 }
 
 #[test]
@@ -298,6 +330,7 @@ fn renewing_and_rebinding_extend_the_lease() {
     let renew = Dhcp::new(DhcpMessageType::Request, ALICE).from(host(2));
     let ack = dhcp(&gateway, &renew, half).unwrap();
     assert_eq!((ack.kind, ack.address, ack.to_ip), (DhcpMessageType::Ack, host(2), host(2)));
+    assert_eq!(ack.client_ip, host(2));
     assert_eq!(gateway.dhcp().lease_of(ALICE, half).unwrap().remaining.as_secs(), HOUR);
     // A real renewal comes in unicast.
     let mut unicast = renew.frame();
@@ -326,6 +359,63 @@ fn a_declined_address_is_not_given_out() {
     assert_eq!(gateway.dhcp().stats().declines, 1);
 }
 
+/// A declined address rests for its own time, which is not that of the lease.
+#[test]
+fn a_declined_address_rests_longer_than_a_short_lease() {
+    let lease_time = Duration::from_secs(60);
+    let gateway = Gateway::new(DhcpConfig { lease_time, ..dhcp_config() });
+    lease(&gateway, ALICE, NOW).unwrap();
+    let decline = Dhcp::new(DhcpMessageType::Decline, ALICE).requested(host(2));
+    assert!(dhcp(&gateway, &decline, NOW).is_none());
+    for (number, seconds) in [(1, 61), (2, HOUR - 1), (3, HOUR)] {
+        let request = Dhcp::discover(mac(number)).requested(host(2));
+        let offer = dhcp(&gateway, &request, NOW + Duration::from_secs(seconds)).unwrap();
+        assert_eq!(offer.address == host(2), seconds == HOUR, "after {seconds} s");
+    }
+}
+
+/// A release counts only from the client that has the address, and only if it is for this server.
+#[test]
+fn a_release_of_another_address_or_to_another_server_ends_no_lease() {
+    let gateway = gateway();
+    lease(&gateway, ALICE, NOW).unwrap();
+    let release = |address| Dhcp::new(DhcpMessageType::Release, ALICE).from(address);
+    let to = |server, address| Dhcp { server: Some(server), ..release(address) };
+    for message in [release(host(3)), to(SHARED, host(3)), to(host(250), host(2))] {
+        assert!(dhcp(&gateway, &message, NOW).is_none());
+        assert!(gateway.dhcp().lease_of(ALICE, NOW).is_some());
+    }
+    assert!(dhcp(&gateway, &to(SHARED, host(2)), NOW).is_none());
+    assert_eq!(gateway.dhcp().lease_of(ALICE, NOW), None);
+    assert_eq!(gateway.dhcp().stats().releases, 1);
+}
+
+/// A client that has a lease and asks for an offer, for example because it has restarted, keeps
+/// the lease. An offer is for a minute, so it takes the place of a lease that ends earlier.
+#[test]
+fn an_offer_shortens_no_lease_and_is_renewed_by_the_next() {
+    let gateway = gateway();
+    let at = |seconds| NOW + Duration::from_secs(seconds);
+    let left = |seconds| {
+        gateway.dhcp().lease_of(ALICE, at(seconds)).map(|lease| lease.remaining.as_secs())
+    };
+    lease(&gateway, ALICE, NOW).unwrap();
+    for seconds in [0, HOUR - 61] {
+        let offer = dhcp(&gateway, &Dhcp::discover(ALICE), at(seconds)).unwrap();
+        assert_eq!((offer.address, left(seconds)), (host(2), Some(HOUR - seconds)));
+    }
+    let offer = dhcp(&gateway, &Dhcp::discover(ALICE), at(HOUR - 60)).unwrap();
+    assert_eq!((offer.address, left(HOUR - 60)), (host(2), None), "it is an offer again");
+    // The second offer lasts a minute from the time it is made.
+    dhcp(&gateway, &Dhcp::discover(ALICE), at(HOUR - 30)).unwrap();
+    let ask = |number, seconds| {
+        let request = Dhcp::discover(mac(number)).requested(host(2));
+        dhcp(&gateway, &request, at(seconds)).unwrap().address
+    };
+    assert_eq!(ask(1, HOUR + 29), host(3));
+    assert_eq!(ask(2, HOUR + 30), host(2));
+}
+
 #[test]
 fn inform_is_answered_without_a_lease() {
     let gateway = gateway();
@@ -335,6 +425,13 @@ fn inform_is_answered_without_a_lease() {
     assert_eq!((ack.lease, ack.renewal, ack.rebinding), (None, None, None));
     assert_eq!((ack.router, ack.mtu, ack.to_ip), (Some(SHARED), Some(1500), host(200)));
     assert!(gateway.dhcp().leases(NOW).is_empty());
+    assert_eq!(gateway.dhcp().stats().acks, 1);
+    // The reply would go to another network.
+    let stranger = Dhcp::new(DhcpMessageType::Inform, ALICE).from(Ipv4Addr::new(10, 0, 0, 1));
+    assert!(dhcp(&gateway, &stranger, NOW).is_none());
+    // A message that only a server sends.
+    assert!(dhcp(&gateway, &Dhcp::new(DhcpMessageType::Offer, ALICE), NOW).is_none());
+    assert_eq!(gateway.dhcp().stats().malformed, 1);
 }
 
 #[test]
@@ -411,6 +508,102 @@ fn a_reserved_address_is_kept_for_its_client() {
     assert_eq!(ask(Dhcp::discover(mac(2)), NOW).unwrap().address, host(3));
     let DhcpStats { offers, acks, releases, .. } = server.stats();
     assert_eq!((offers, acks, releases), (5, 1, 1));
+}
+
+#[test]
+fn a_reservation_keeps_a_lease_on_its_address_and_makes_none() {
+    let gateway = gateway();
+    let server = gateway.dhcp();
+    // Alice has a lease on the address. It goes on.
+    lease(&gateway, ALICE, NOW).unwrap();
+    let before = server.lease_of(ALICE, NOW).unwrap();
+    server.reserve(ALICE, host(2), NOW).unwrap();
+    assert_eq!(server.lease_of(ALICE, NOW), Some(before));
+    // It ends if the reservation is for another address.
+    server.reserve(ALICE, host(20), NOW).unwrap();
+    assert_eq!(server.lease_of(ALICE, NOW), None);
+    // Bob has an offer of the address, or has never been heard of. Neither has a lease by that.
+    assert_eq!(dhcp(&gateway, &Dhcp::discover(BOB), NOW).unwrap().address, host(2));
+    server.reserve(BOB, host(2), NOW).unwrap();
+    assert_eq!(server.lease_of(BOB, NOW), None);
+    server.reserve(mac(1), host(30), Duration::ZERO).unwrap();
+    assert_eq!(server.lease_of(mac(1), Duration::ZERO), None);
+    let beyond = host(255);
+    assert_eq!(server.reserve(mac(2), beyond, NOW), Err(ReserveError::OutOfRange(beyond)));
+}
+
+/// Asks a DHCP server that has no gateway in front of it.
+fn ask_server(server: &DhcpServer, frame: &[u8]) -> Option<DhcpReply> {
+    let mut reply = [0; 400];
+    let len = server.handle(frame, &mut reply, NOW)?;
+    Some(dhcp_reply(&reply[..len]))
+}
+
+#[test]
+fn a_server_without_a_gateway_ignores_what_is_not_for_it() {
+    let server = DhcpServer::new(dhcp_config());
+    let good = Dhcp::discover(ALICE).frame();
+    let changed = |change: fn(&mut Ipv4Packet<&mut [u8]>)| {
+        let mut frame = good.clone();
+        let mut ip = Ipv4Packet::new_unchecked(&mut frame[14..]);
+        change(&mut ip);
+        ip.fill_checksum();
+        frame[14 + 20 + 6..14 + 20 + 8].fill(0); // no UDP checksum
+        ask_server(&server, &frame)
+    };
+    assert!(changed(|_| {}).is_some());
+    assert!(changed(|ip| ip.set_dst_addr(SHARED)).is_some());
+    assert!(changed(|ip| ip.set_dst_addr(host(9))).is_none(), "to another");
+    assert!(changed(|ip| ip.set_more_frags(true)).is_none(), "a first fragment");
+    assert!(changed(|ip| ip.set_frag_offset(8)).is_none(), "a later fragment");
+    assert!(changed(|ip| ip.set_next_header(IpProtocol::Tcp)).is_none(), "not UDP");
+
+    // Four bytes of options make the IP header longer.
+    let mut longer = good.clone();
+    longer.splice(34..34, [1, 1, 1, 0]);
+    let mut ip = Ipv4Packet::new_unchecked(&mut longer[14..]);
+    ip.set_header_len(24);
+    ip.set_total_len(ip.total_len() + 4);
+    ip.fill_checksum();
+    assert!(ask_server(&server, &longer).is_some());
+
+    // An IP header of 16 bytes would have its destination in the UDP header: port 67 is .0.67.
+    let server_ip = Ipv4Addr::new(192, 168, 0, 67);
+    let server = DhcpServer::new(DhcpConfig { server: server_ip, ..dhcp_config() });
+    let mut shorter = good.clone();
+    shorter.drain(30..34);
+    shorter[30..32].copy_from_slice(&[192, 168]);
+    shorter[36..38].fill(0); // no UDP checksum
+    let mut ip = Ipv4Packet::new_unchecked(&mut shorter[14..]);
+    ip.set_header_len(16);
+    ip.set_total_len(ip.total_len() - 4);
+    ip.fill_checksum();
+    assert!(ask_server(&server, &shorter).is_none());
+}
+
+#[test]
+fn a_message_that_is_not_quite_dhcp_is_counted_and_not_answered() {
+    let server = DhcpServer::new(dhcp_config());
+    let mut good = Dhcp::discover(ALICE).frame();
+    good[14 + 20 + 6..14 + 20 + 8].fill(0); // no UDP checksum
+    assert!(ask_server(&server, &good).is_some());
+    let at = 14 + 28; // where the message begins
+    // Opcode, hardware type, length of the hardware address, magic number.
+    let bytes = [(0, 2), (1, 6), (2, 5), (236, 0x64)];
+    for (offset, byte) in bytes {
+        let mut bad = good.clone();
+        bad[at + offset] = byte;
+        assert!(ask_server(&server, &bad).is_none(), "byte {offset}");
+    }
+    // The option with the message type has another length than one byte. The bytes that a shorter
+    // or longer option leaves are padding or part of it.
+    assert_eq!(good[at + 240..at + 243], [53, 1, 1]);
+    for option in [[53, 0, 0], [53, 2, 1]] {
+        let mut bad = good.clone();
+        bad[at + 240..at + 243].copy_from_slice(&option);
+        assert!(ask_server(&server, &bad).is_none(), "{option:?}");
+    }
+    assert_eq!(server.stats().malformed, 6);
 }
 
 /// A wide range does not use unbounded memory: the server stops at 65,536 clients.

@@ -238,6 +238,8 @@ pub struct DhcpReply {
     pub rebinding: Option<u32>,
     pub dns: Vec<Ipv4Addr>,
     pub mtu: Option<u16>,
+    pub broadcast: Option<Ipv4Addr>,
+    pub client_ip: Ipv4Addr,
 }
 
 pub fn dhcp_reply(frame: &[u8]) -> DhcpReply {
@@ -257,6 +259,10 @@ pub fn dhcp_reply(frame: &[u8]) -> DhcpReply {
         .options()
         .find(|option| option.kind == 26)
         .map(|option| u16::from_be_bytes(option.data.try_into().unwrap()));
+    let broadcast = packet
+        .options()
+        .find(|option| option.kind == 28)
+        .map(|option| <[u8; 4]>::try_from(option.data).unwrap().into());
     let dhcp = DhcpRepr::parse(&packet).unwrap();
     assert_eq!((dhcp.transaction_id, dhcp.secs), (0xfeed_0001, 3));
     DhcpReply {
@@ -272,5 +278,7 @@ pub fn dhcp_reply(frame: &[u8]) -> DhcpReply {
         rebinding: dhcp.rebind_duration,
         dns: dhcp.dns_servers.map(|servers| servers.iter().copied().collect()).unwrap_or_default(),
         mtu,
+        broadcast,
+        client_ip: dhcp.client_ip,
     }
 }
