@@ -239,6 +239,28 @@ fn a_buffer_that_is_too_small_is_returned_at_once() {
     assert_eq!(collector.posted(), 0);
 }
 
+/// What an inbox says about itself, and about its state while nothing else happens.
+#[test]
+fn an_inbox_tells_its_sizes_and_its_state() {
+    let inbox = Arc::new(Inbox::<Buffer>::new(5, 3, MAX_FRAME));
+    assert_eq!((inbox.depth(), inbox.max_frame()), (8, MAX_FRAME));
+    assert!(inbox.is_closed(), "nobody receives yet");
+    let mut collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
+    assert!(!inbox.is_closed() && !inbox.frames_wait());
+    assert_eq!(inbox.deliver(&[1]), Delivery::Overflow);
+    assert!(inbox.frames_wait());
+    collector.post(buffer(0)).unwrap();
+    assert!(collector.collect().is_some() && !inbox.frames_wait());
+    assert!(collector.arm() && collector.disarm(), "nobody rang");
+    assert!(collector.arm() && inbox.ring() && !collector.disarm(), "somebody rang");
+    collector.close();
+    assert!(inbox.is_closed());
+    collector.reopen();
+    assert!(!inbox.is_closed());
+    drop(collector);
+    assert!(inbox.is_closed());
+}
+
 #[test]
 fn discard_gives_back_every_buffer_and_counts_every_packet() {
     let (inbox, mut collector) = open(4, 4, u32::MAX - 1);

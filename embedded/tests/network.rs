@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::DhcpMessageType;
-use vmring_embedded::clock::{Clock, ManualClock};
+use vmring_embedded::clock::{Clock, ManualClock, SystemClock};
 use vmring_embedded::limits::MAX_PORTS;
 use vmring_embedded::network::mac_of_interface;
 use vmring_embedded::port::ADDRESSES_LEN;
 use vmring_embedded::{
     AddressRange, DropReason, JoinError, Network, NetworkConfig, NetworkConfigError, NetworkMode,
-    OpenError, PortConfig, Registry, Sent,
+    OpenError, PortConfig, PortStats, Registry, Sent,
 };
 
 fn network() -> Arc<Network<Buffer>> {
@@ -71,6 +71,104 @@ fn broadcast_multicast_and_unknown_reach_all_others_once() {
     }
     let stats = guests[1].sender.stats();
     assert_eq!((stats.sent_floods, stats.sent_to_gateway), (3, 1));
+}
+
+/// A bit per port is kept in words of 64. Ports of the second word get floods and wake-ups too.
+#[test]
+fn a_flood_reaches_and_wakes_ports_beyond_the_64th() {
+    let config = NetworkConfig { inbox_depth: 8, ..NetworkConfig::default() };
+    let network = Network::<Buffer>::new(config).unwrap();
+    let mut guests: Vec<_> = (0..130).map(|id| Guest::join(&network, id)).collect();
+    assert!(guests.iter_mut().all(|guest| guest.receiver.arm()));
+    let frame = data(MULTICAST, guests[70].mac, b"to all");
+    assert_eq!(guests[70].sender.send(&frame), Sent::Flooded { reached: 129 });
+    guests[70].sender.flush();
+    for (index, guest) in guests.iter_mut().enumerate() {
+        let expected = usize::from(index != 70);
+        assert_eq!(guest.wakes.load(Ordering::SeqCst), expected, "guest {index}");
+        assert_eq!(guest.receive().len(), expected, "guest {index}");
+    }
+}
+
+/// What a port and a network say about themselves.
+#[test]
+fn a_port_knows_its_address_its_network_and_its_buffers() {
+    let settings = NetworkConfig { inbox_depth: 8, ..NetworkConfig::of(NetworkMode::Host) };
+    let network = Network::<Buffer>::new(settings.clone()).unwrap();
+    assert_eq!(*network.config(), settings);
+    let port = network.join(config(1)).unwrap();
+    let mac = port.mac();
+    let monitor = port.monitor();
+    let (mut receiver, mut sender) = port.split();
+    assert_eq!([receiver.mac(), sender.mac(), monitor.mac()], [mac; 3]);
+    for its in [receiver.network(), sender.network(), monitor.network()] {
+        assert!(Arc::ptr_eq(its, &network));
+    }
+    let buffer = |number: u8| vec![number; network.max_packet_size()];
+    assert_eq!((receiver.posted(), receiver.is_full()), (0, false));
+    (0..7).for_each(|number| receiver.stage(buffer(number)).unwrap());
+    receiver.post(buffer(7)).unwrap();
+    assert_eq!((receiver.posted(), receiver.is_full()), (8, true));
+    assert_eq!(receiver.stage(buffer(8)), Err(buffer(8)));
+    let mut back = Vec::new();
+    assert_eq!(receiver.recall_if(|buffer| buffer[0] < 2, |buffer| back.push(buffer[0])), 2);
+    assert_eq!((back, receiver.posted()), (vec![0, 1], 6));
+    // Staged buffers are nobody's to fill before they are published.
+    let mut other = Guest::join(&network, 2);
+    receiver.recall(drop);
+    receiver.stage(buffer(5)).unwrap();
+    let frame = data(mac, other.mac, b"x");
+    let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
+    assert!(other.sender.run(addresses, 1).is_none());
+    receiver.publish();
+    assert!(other.sender.run(addresses, 1).unwrap().put(&frame));
+    assert!(receiver.collect().is_some());
+    assert!(receiver.arm() && receiver.disarm(), "nobody rang");
+    // The network's counters are those of its ports.
+    sender.send(&data(other.mac, mac, b"y"));
+    sender.flush();
+    other.sender.flush();
+    let expected = [(mac, monitor.stats().unwrap()), (other.mac, other.sender.stats())];
+    assert_eq!(network.stats(), expected);
+    assert_eq!(expected[0].1.sent_packets, 1);
+}
+
+/// Every drop is in the sum once. One that the receiver's port counts is not in its sender's sum.
+#[test]
+fn the_drops_are_the_sum_of_their_reasons() {
+    let mut stats = PortStats::default();
+    stats.missed_no_buffer = 1;
+    stats.missed_closed = 2;
+    stats.dropped_runt = 4;
+    stats.dropped_too_big = 8;
+    stats.dropped_bad_source = 16;
+    stats.dropped_isolated = 32;
+    stats.dropped_own_port = 64;
+    stats.dropped_no_receiver = 128;
+    assert_eq!(stats.drops(), 127);
+}
+
+#[test]
+fn the_systems_clock_goes() {
+    let clock = SystemClock::new();
+    let before = clock.now();
+    std::thread::sleep(Duration::from_millis(2));
+    assert!(clock.now() >= before + Duration::from_millis(2));
+}
+
+/// The default depth of the overflow ring is what fits into 512 KiB, between 16 and 256 packets,
+/// and a power of two.
+#[test]
+fn the_default_overflow_depth_follows_the_mtu() {
+    for (mtu, depth) in [(1500, 256), (9000, 64), (30_000, 32), (65_521, 16)] {
+        let settings = NetworkConfig { mtu, ..NetworkConfig::default() };
+        let network = Network::<Buffer>::new(settings).unwrap();
+        let mut sender = Guest::join(&network, 1);
+        let silent = network.join(config(2)).unwrap();
+        let frame = data(silent.mac(), sender.mac, b"x");
+        let taken = (0..300).take_while(|_| sender.sender.send(&frame) == Sent::Forwarded).count();
+        assert_eq!(taken, depth, "{mtu}");
+    }
 }
 
 #[test]
@@ -213,6 +311,10 @@ fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
     assert_eq!(hermit.sender.send(&hidden), Sent::Gateway);
     assert_eq!(open.sender.send(&data(STRANGER, open.mac, b"hello?")), refused);
     let all = data(MacAddr6::broadcast(), open.mac, b"all?");
+    assert_eq!(open.sender.send(&all), Sent::Flooded { reached: 0 });
+    // Closing and opening it again does not change that.
+    second.receiver.close();
+    second.receiver.reopen();
     assert_eq!(open.sender.send(&all), Sent::Flooded { reached: 0 });
     hermit.sender.flush();
     open.sender.flush();
@@ -373,6 +475,7 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     slow.receiver.close();
     assert_eq!(sender.sender.send(&frame), Sent::Dropped(DropReason::Closed));
     let all = data(MacAddr6::broadcast(), sender.mac, b"x");
+    assert!(slow.receiver.is_closed());
     assert_eq!(sender.sender.send(&all), Sent::Flooded { reached: 0 });
     assert!(slow.receiver.collect().is_some() && slow.receiver.collect().is_none());
     let mut back = 0;
@@ -380,8 +483,11 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     assert_eq!((back, slow.receiver.posted()), (7, 0));
     assert_eq!(slow.sender.send(&data(sender.mac, slow.mac, b"still")), Sent::Forwarded);
     slow.receiver.reopen();
+    assert!(!slow.receiver.is_closed());
     slow.post(1);
     assert_eq!(sender.sender.send(&frame), Sent::Forwarded);
+    assert_eq!(slow.receive().len(), 1);
+    assert_eq!(sender.sender.send(&all), Sent::Flooded { reached: 1 });
     assert_eq!(slow.receive().len(), 1);
     // The receiver is dropped and the sender stays, so the port stays.
     let monitor = slow.receiver.monitor();
@@ -390,6 +496,8 @@ fn a_slow_closed_or_gone_receiver_never_stalls_its_sender() {
     assert_eq!(network.ports(), 2);
     assert_eq!(sender.sender.send(&frame), Sent::Dropped(DropReason::Closed));
     assert_eq!(slow_sender.send(&data(sender.mac, mac, b"still")), Sent::Forwarded);
+    // It gets no floods, so they are not counted as missed.
+    assert_eq!(sender.sender.send(&all), Sent::Flooded { reached: 0 });
     assert_eq!(monitor.stats().unwrap().missed_closed, 2);
     drop(slow_sender);
     assert_eq!((network.ports(), monitor.stats()), (1, None));
@@ -626,6 +734,7 @@ fn invalid_configurations_are_refused_with_a_sentence() {
     assert!(refusal("10.0.0.1", "10.0.0.255", net).contains("cannot end"));
     assert!(refusal("10.0.0.1", "10.0.0.1", net).contains("no address is left"));
     assert!(refusal("10.0.0.9", "10.0.0.5", net).contains("no address is left"));
+    assert!(refusal("10.0.0.1", "10.0.0.9", "254.0.0.0").contains("private"), "10/7 ends outside");
     assert!(refused("10.0.0.1", "10.0.0.2", "255.255.255.252").is_ok());
     assert!(refused("172.31.0.1", "172.31.255.254", "255.255.0.0").is_ok());
     assert!(refused("10.0.0.1", "10.255.255.254", "255.0.0.0").is_ok());
@@ -638,10 +747,12 @@ fn invalid_configurations_are_refused_with_a_sentence() {
     assert!(with(|c| c.mtu = 1279).is_err() && with(|c| c.mtu = 1280).is_ok());
     assert!(with(|c| c.mtu = 65_522).is_err() && with(|c| c.mtu = 65_521).is_ok());
     assert!(with(|c| c.inbox_depth = 0).is_err());
-    assert!(with(|c| c.overflow_depth = Some(70_000)).is_err());
+    assert!(with(|c| c.overflow_depth = Some(65_537)).is_err());
+    assert!(with(|c| c.overflow_depth = Some(65_536)).is_ok());
     assert!(with(|c| c.lease_time = Duration::ZERO).is_err());
     assert!(with(|c| c.mac_ageing = Duration::ZERO).is_err());
     assert!(with(|c| c.dns = vec![SHARED; 4]).is_err());
+    assert!(with(|c| c.dns = vec![SHARED; 3]).is_ok());
 }
 
 #[test]
