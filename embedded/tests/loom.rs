@@ -486,3 +486,95 @@ fn what_is_ready_can_be_collected_at_once() {
         sender.join().unwrap();
     });
 }
+
+/// One buffer is posted while two senders come. Each may have read how many are posted before that,
+/// and who has claimed after it. One of them gets the buffer at most, and its frame arrives.
+fn one_buffer_for_two_senders(second: fn(&Inbox<Buffer>) -> bool) {
+    check(move || {
+        let (inbox, mut collector) = open(2, 0);
+        let senders = [
+            {
+                let inbox = inbox.clone();
+                thread::spawn(move || inbox.deliver(&[1, 1]) == Delivery::Direct)
+            },
+            {
+                let inbox = inbox.clone();
+                thread::spawn(move || second(&inbox))
+            },
+        ];
+        collector.post(buffer(0)).unwrap();
+        let direct = senders.map(|sender| sender.join().unwrap());
+        let packet = collector.collect().map(|packet| (packet.len, packet.buffer.bytes));
+        match direct {
+            [false, false] => assert_eq!(packet, None),
+            [true, false] => assert_eq!(packet, Some((2, [1, 1]))),
+            [false, true] => assert_eq!(packet, Some((2, [2, 2]))),
+            [true, true] => panic!("two frames in one buffer"),
+        }
+        assert!(collector.collect().is_none());
+    });
+}
+
+#[test]
+fn two_frames_do_not_share_the_buffer_that_is_posted_meanwhile() {
+    one_buffer_for_two_senders(|inbox| inbox.deliver(&[2, 2]) == Delivery::Direct);
+}
+
+#[test]
+fn a_claim_takes_no_buffer_that_is_not_posted() {
+    one_buffer_for_two_senders(|inbox| {
+        inbox.claim(2).is_some_and(|mut claim| {
+            assert_eq!(claim.left(), 1);
+            claim.fill(&[2, 2])
+        })
+    });
+}
+
+/// The receiver takes its buffers back one at a time, and posts another in between. A sender that
+/// waits for the first choice and goes on after the second claims no cell without a buffer.
+#[test]
+fn recalling_twice_leaves_no_cell_to_a_sender_that_waited() {
+    check(|| {
+        let (inbox, mut collector) = open(2, 0);
+        collector.post(buffer(0)).unwrap();
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[5, 5]))
+        };
+        let mut back = Vec::new();
+        collector.recall_if(|_| true, |buffer| back.push(buffer.number));
+        collector.post(buffer(1)).unwrap();
+        collector.recall_if(|_| true, |buffer| back.push(buffer.number));
+        let delivery = sender.join().unwrap();
+        match collector.collect() {
+            Some(packet) => {
+                assert_eq!((delivery, packet.buffer.bytes), (Delivery::Direct, [5, 5]));
+                back.push(packet.buffer.number);
+            }
+            None => assert_eq!(delivery, Delivery::Dropped(Refused::NoBuffer)),
+        }
+        back.sort_unstable();
+        assert_eq!(back, [0, 1]);
+    });
+}
+
+/// An inbox that one thread leaves and another opens: the new owner goes on where the last one
+/// stopped, and loom reports if the two touch a cell at once.
+#[test]
+fn a_new_owner_sees_what_the_last_one_left() {
+    check(|| {
+        let (inbox, mut collector) = open(1, 0);
+        collector.post(buffer(0)).unwrap();
+        let leaving = thread::spawn(move || {
+            collector.recall(drop);
+            drop(collector);
+        });
+        if let Some(mut collector) = Inbox::open(&inbox, StdArc::new(|| {})) {
+            collector.post(buffer(1)).unwrap();
+            assert_eq!(inbox.deliver(&[7, 7]), Delivery::Direct);
+            let packet = collector.collect().unwrap();
+            assert_eq!((packet.buffer.number, packet.buffer.bytes), (1, [7, 7]));
+        }
+        leaving.join().unwrap();
+    });
+}
