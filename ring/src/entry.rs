@@ -331,6 +331,14 @@ mod tests {
     }
 
     #[test]
+    fn a_completion_is_empty_if_its_packet_has_no_bytes() {
+        for len in [0, 1] {
+            let cqe = Cqe::cancel(Opcode::Cancel, len, 7);
+            assert_eq!((cqe.len(), cqe.is_empty()), (len, len == 0));
+        }
+    }
+
+    #[test]
     fn an_entry_without_a_slot_has_no_place() {
         let cancel = Sqe::cancel(Opcode::Cancel, 3 << 40 | 5, 4);
         assert_eq!((cancel.has_slot(), cancel.target()), (false, 3 << 40 | 5));

@@ -148,6 +148,16 @@ fn without_headroom_there_is_no_header() {
 }
 
 #[test]
+fn headroom_of_exactly_a_header_is_enough() {
+    let layout = Layout { slots: 1, slot_size: 4096, headroom: LEN as u32 };
+    let pool = Pool::new(Box::new(HeapBacking::new(4096)), layout).unwrap();
+    let mut frame = packet(&pool, 60);
+    assert_eq!(frame.set_offload(&TSO), Ok(()));
+    assert_eq!(frame.received_with_offload(60), Ok(()));
+    assert!(frame.buffer_with_header_mut(LEN).is_some());
+}
+
+#[test]
 fn the_header_goes_through_both_queues_with_its_frame() {
     let pool = pool();
     let regions = Regions::new(vec![pool.clone()]).unwrap();

@@ -797,9 +797,17 @@ fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
 /// Entries are published in whole cache lines: two of them, or eight if many entries are in flight.
 #[test]
 fn a_run_is_published_in_pieces_of_four_or_sixteen() {
+    for start in [0, 1 << 20] {
+        run_in_pieces(start);
+    }
+}
+
+/// How many are in flight counts from the last completion that was reaped, not from the first
+/// index.
+fn run_in_pieces(start: u32) {
     let pool = pool(64);
     let (sq_producer, cq_consumer, mut sq_consumer, _cq_producer) =
-        rings(Depths::new(64, 0, 0), regions(&pool), 0);
+        rings(Depths::new(64, 0, 0), regions(&pool), start);
     let mut shown = Vec::new();
     for n in 0..64 {
         if n == 20 || n == 40 {
@@ -919,7 +927,16 @@ fn regions_are_between_one_pool_and_65536() {
     assert!(Regions::new(Vec::new()).is_none());
     let pool = pool(1);
     assert!(Regions::new(vec![pool.clone(); 1 << 16]).is_some());
-    assert!(Regions::new(vec![pool; (1 << 16) + 1]).is_none());
+    assert!(Regions::new(vec![pool.clone(); (1 << 16) + 1]).is_none());
+    let listed = Regions::new(vec![pool.clone(), self::pool(2)]).unwrap();
+    let slots: Vec<_> = listed.pools().iter().map(|pool| pool.layout().slots).collect();
+    assert_eq!(slots, [1, 2]);
+}
+
+#[test]
+fn a_backing_is_empty_if_it_has_no_bytes() {
+    assert!(HeapBacking::new(0).is_empty());
+    assert!(!HeapBacking::new(1).is_empty() && HeapBacking::new(1).len() == 1);
 }
 
 #[test]
@@ -1102,6 +1119,53 @@ fn no_slot_has_two_owners_under_load() {
     assert_eq!(pool.slots_out(), 0);
     drop(pool);
     assert_eq!(freed.load(Ordering::SeqCst), 1);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The doorbell, on one thread
+
+/// Counts the calls and notes the last timeout.
+#[derive(Default)]
+struct Counts {
+    parks: AtomicUsize,
+    unparks: AtomicUsize,
+    timeout: Mutex<Option<Duration>>,
+}
+
+impl Park for Counts {
+    fn park(&self, timeout: Option<Duration>) {
+        self.parks.fetch_add(1, Ordering::SeqCst);
+        *self.timeout.lock().unwrap() = timeout;
+    }
+
+    fn unpark(&self) {
+        self.unparks.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Each step of the doorbell says what it did. An `Arc` of a `Park` passes both calls on.
+#[test]
+fn a_doorbell_says_whom_it_woke() {
+    let park = Arc::new(Counts::default());
+    let bell = Doorbell::new(Arc::clone(&park));
+    let unparks = || park.unparks.load(Ordering::SeqCst);
+    assert!(!bell.is_armed() && !bell.ring() && !bell.ring_oneself() && !bell.disarm());
+    assert_eq!(unparks(), 0, "nobody sleeps");
+    bell.arm();
+    assert!(bell.is_armed() && bell.disarm() && !bell.is_armed() && !bell.disarm());
+    bell.arm();
+    assert!(!bell.ring_if(|| false) && bell.is_armed(), "it waits for something else");
+    assert!(bell.ring() && !bell.ring() && !bell.disarm());
+    bell.arm();
+    assert!(bell.ring_oneself() && !bell.ring_oneself());
+    assert_eq!(unparks(), 2);
+
+    let timeout = Some(Duration::from_secs(7));
+    assert!(!bell.sleep(timeout, || true), "there is work");
+    assert_eq!((park.parks.load(Ordering::SeqCst), bell.is_armed()), (0, false));
+    assert!(bell.sleep(timeout, || false));
+    assert_eq!((park.parks.load(Ordering::SeqCst), bell.is_armed()), (1, false));
+    assert_eq!(*park.timeout.lock().unwrap(), timeout);
 }
 
 // ------------------------------------------------------------------------------------------------

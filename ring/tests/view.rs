@@ -286,6 +286,7 @@ fn small_views_are_right_at_every_edge() {
     for size in 0..=bytes.len() {
         for (offset, len) in (0..10).flat_map(|offset| (0..10).map(move |len| (offset, len))) {
             let view = PacketView::new(&bytes[..size], offset as u32, len as u32);
+            assert!(view.is_none_or(|view| view.is_empty() == (len == 0)));
             assert_eq!(view.map(PacketView::bytes), bytes[..size].get(offset..offset + len));
             let whole = PacketView::whole(&bytes[..size]).unwrap();
             assert_eq!(whole.sub(offset, len).map(PacketView::bytes), view.map(PacketView::bytes));
