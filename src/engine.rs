@@ -23,7 +23,7 @@ use crate::limits::CLOSE_RETRY;
 use crate::mailbox::{DroppedSlot, RingShared, request};
 use crate::policy::RetryPolicy;
 use crate::sync::{Condvar, Mutex};
-use crate::sys::{after, lock};
+use crate::sys::{after, lock, now};
 
 /// The device has stopped taking writes.
 #[derive(Debug)]
@@ -365,7 +365,7 @@ impl Engine {
             return false;
         }
         let Some(queue) = &mut self.queue else { return false };
-        let waits = self.stall.as_ref().is_some_and(|stall| Instant::now() < stall.next);
+        let waits = self.stall.as_ref().is_some_and(|stall| now() < stall.next);
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
         let number = self.shared.number;
         let read_limit = if self.drain == Drain::Off { self.caps.max_read_batch } else { 0 };
@@ -517,7 +517,7 @@ impl Engine {
             self.finish_close(reason);
             return true;
         }
-        if Instant::now() >= deadline {
+        if now() >= deadline {
             let slots = self.slots_kept();
             let ring = self.shared.number;
             tracing::error!(ring, slots, "leaked: the device did not release them");
@@ -545,7 +545,7 @@ impl Engine {
     /// had the ring's close timeout to come back.
     pub(crate) fn slots_lost(&self) -> usize {
         match self.lost_at {
-            Some(at) if self.is_closed() && Instant::now() >= at => self.slots_kept(),
+            Some(at) if self.is_closed() && now() >= at => self.slots_kept(),
             _ => 0,
         }
     }
@@ -675,7 +675,7 @@ impl Engine {
                 // A deadline of an older arming does not count for this one.
                 self.coalesce = self.coalesce.filter(|(of, _)| *of == arming);
                 let (_, due) = *self.coalesce.get_or_insert_with(|| (arming, after(delay)));
-                if Instant::now() >= due {
+                if now() >= due {
                     self.coalesce = None;
                     self.shared.notify();
                     self.shared.counters.poller.notifications.add(1);
@@ -725,7 +725,7 @@ impl Engine {
     /// The time at which the engine must be polled even if nobody rings.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let closing = match self.phase {
-            Phase::Closing { deadline, .. } => Some(deadline.min(Instant::now() + CLOSE_RETRY)),
+            Phase::Closing { deadline, .. } => Some(deadline.min(now() + CLOSE_RETRY)),
             _ => None,
         };
         let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);
@@ -733,7 +733,7 @@ impl Engine {
             Phase::Open => self.caps.safety_poll.map(after),
             _ => None,
         };
-        let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && Instant::now() < *at);
+        let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && now() < *at);
         let coalesce = self.coalesce.map(|(_, due)| due);
         [closing, stall, safety, lost, coalesce].into_iter().flatten().min()
     }
@@ -831,7 +831,7 @@ impl Handoff {
                 let HandoffState::Returned(engine) = taken else { unreachable!("just seen") };
                 return Some(engine);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(now());
             if left.is_zero() || matches!(*state, HandoffState::Abandoned) {
                 return None;
             }

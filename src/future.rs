@@ -20,7 +20,7 @@ use crate::device::catch::catch_panic;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
@@ -32,6 +32,7 @@ use vmring_core::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::error::{CloseReason, ConfigError, EntryError, Error, Status, SubmitErrorKind};
 use crate::mailbox::RingPark;
 use crate::ring::{Ring, RingControl, RingOp};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// A ring behind futures. A clone is a handle on the same ring, for another task.

@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::config::Direction;
 use crate::device::catch::{Panicked, catch_panic};
@@ -17,7 +17,7 @@ use crate::device::seam::Device;
 use crate::error::{ConfigError, Error};
 use crate::mailbox::{RingShared, request};
 use crate::sync::{Condvar, Mutex};
-use crate::sys::{after, lock};
+use crate::sys::{after, lock, now};
 
 pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
 const INTERFACE_STOPPED: &str = "the interface is stopped";
@@ -238,7 +238,7 @@ impl InterfaceShared {
                     Some(error) => Err(Error::Device(error.clone())),
                 };
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
                 return Err(Error::Timeout(timeout));
             }

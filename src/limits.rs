@@ -29,7 +29,9 @@ pub(crate) const DEPTH_MAX: u32 = vmring_core::DEPTH_MAX / 4;
 
 /// How many rings one poller can drive. The ready set has one bit for each of them in 64 words, and
 /// one more word with a bit for each of those words.
-pub(crate) const RINGS_PER_POLLER_MAX: usize = 64 * 64;
+///
+/// A model has one of those words, because loom bounds the objects of a model.
+pub(crate) const RINGS_PER_POLLER_MAX: usize = if cfg!(loom) { 64 } else { 64 * 64 };
 /// How many polls of rings a busy poller makes between two looks at the clock, for the rings that
 /// sleep.
 pub(crate) const SLEEPER_CHECK_POLLS: usize = 32;

@@ -46,7 +46,7 @@ use crate::error::{CloseReason, Status};
 use crate::mailbox::ready::ReadySet;
 use crate::notify::Notifier;
 use crate::stats::RingCounters;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, Overwrite};
 use crate::sys::lock;
 
 /// Bits of [`RingShared::requests`].
@@ -279,7 +279,7 @@ impl RingShared {
     /// Called by the device when there may be packets.
     pub(crate) fn ring_from_device(&self) {
         // Release: pairs with the Acquire in `take_device_rang`.
-        self.device_rang.store(true, Ordering::Release);
+        self.device_rang.overwrite(true, Ordering::Release);
         self.ring_engine();
     }
 
@@ -341,7 +341,7 @@ impl RingShared {
     pub(crate) fn wake_reaper(&self) {
         // Release: pairs with the Acquire in `take_woken`. The thread that returns from `wait` sees what
         // this thread wrote before.
-        self.woken.store(true, Ordering::Release);
+        self.woken.overwrite(true, Ordering::Release);
         self.notify();
     }
 

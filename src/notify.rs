@@ -7,14 +7,14 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Condvar, Mutex, OnceLock};
+use std::sync::OnceLock;
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmring_core::doorbell::Park;
-use vmring_core::sync::{AtomicBool, Ordering};
 
-use crate::sys::{after, lock, poll, poll_in};
+use crate::sync::{AtomicBool, Condvar, Mutex, Ordering};
+use crate::sys::{after, lock, now, poll, poll_in};
 
 /// Wakes one sleeper. See the [module](self).
 #[derive(Default)]
@@ -112,7 +112,7 @@ impl Park for Notifier {
             state = match deadline {
                 None => self.wakeup.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
                 Some(deadline) => {
-                    let left = deadline.saturating_duration_since(Instant::now());
+                    let left = deadline.saturating_duration_since(now());
                     if left.is_zero() {
                         return;
                     }
@@ -289,6 +289,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
     use std::thread;
+    use std::time::Instant;
 
     #[test]
     fn an_unpark_before_the_park_is_remembered_once() {

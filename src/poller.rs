@@ -9,11 +9,9 @@
 //! poller's ready set and rings the poller's own doorbell, which costs a system call only if the
 //! poller sleeps. So the cost of a round does not grow with the number of idle rings.
 
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
-
-use vmring_core::sync::Ordering;
 
 use crate::device::catch::{Panicked, catch_panic};
 use crate::engine::{Engine, Handoff};
@@ -21,7 +19,8 @@ use crate::error::{ConfigError, Error};
 use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_POLLS};
 use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
-use crate::sys::{lock, poll, poll_in};
+use crate::sync::{Mutex, Ordering, Overwrite};
+use crate::sys::{lock, now, poll, poll_in};
 
 /// The part of a poller that its rings share.
 #[derive(Debug)]
@@ -41,6 +40,14 @@ struct Arrivals {
 }
 
 impl PollerShared {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            set: Arc::new(ReadySet::new()),
+            arrivals: Mutex::default(),
+            thread: OnceLock::new(),
+        })
+    }
+
     /// Reserves a place in the ready set.
     ///
     /// # Errors
@@ -70,7 +77,7 @@ impl PollerShared {
         lock(&self.arrivals).engines.push((place, engine, handoff));
         // Release: pairs with the Acquire in `run`. Relaxed would do, because the lock of
         // `arrivals` hands the engine over.
-        self.set.arrived.store(true, Ordering::Release);
+        self.set.arrived.overwrite(true, Ordering::Release);
         self.set.bell.ring();
     }
 
@@ -137,11 +144,7 @@ impl PollerBuilder {
             let why = "a thread's name must not contain a NUL".to_owned();
             return Err(ConfigError::Invalid(why).into());
         }
-        let shared = Arc::new(PollerShared {
-            set: Arc::new(ReadySet::new()),
-            arrivals: Mutex::default(),
-            thread: OnceLock::new(),
-        });
+        let shared = PollerShared::new();
         let (started, starting) = mpsc::sync_channel(1);
         let thread = {
             let shared = shared.clone();
@@ -210,6 +213,14 @@ impl Poller {
         PollerBuilder::default()
     }
 
+    /// Returns a poller, and what its thread does: a model runs that on a thread of loom's.
+    #[cfg(all(test, loom))]
+    pub(crate) fn modelled() -> (Self, impl FnOnce() + Send + 'static) {
+        let shared = PollerShared::new();
+        let thread = shared.clone();
+        (Self { shared }, move || run(&thread, IdlePolicy::PARK))
+    }
+
     pub(crate) fn shared(&self) -> &Arc<PollerShared> {
         &self.shared
     }
@@ -220,7 +231,7 @@ impl Drop for Poller {
         lock(&self.shared.arrivals).handle_dropped = true;
         // Release: pairs with the Acquire in `run`. Relaxed would do, because `handle_dropped` is
         // under the lock of `arrivals`.
-        self.shared.set.arrived.store(true, Ordering::Release);
+        self.shared.set.arrived.overwrite(true, Ordering::Release);
         self.shared.set.bell.ring();
     }
 }
@@ -408,14 +419,14 @@ fn sleep(
     let wake_at = collect_descriptors(rings, watched, descriptors);
     // The place for the notifier's own descriptor.
     descriptors.push(poll_in(-1));
-    let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+    let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
     shared.set.bell.arm();
     if !shared.set.has_news() {
         shared.set.bell.parker().park_on(timeout, descriptors);
     }
     shared.set.bell.disarm();
     if !watched.is_empty() {
-        wake_due(rings, active, watched, descriptors, Instant::now());
+        wake_due(rings, active, watched, descriptors, now());
     }
 }
 
@@ -466,7 +477,7 @@ impl SleeperCheck {
         watched: &mut Vec<usize>,
         descriptors: &mut Vec<libc::pollfd>,
     ) {
-        let now = Instant::now();
+        let now = now();
         let wake_at = collect_descriptors(rings, watched, descriptors);
         if self.next.is_some_and(|next| now < next) {
             descriptors.clear();

@@ -11,11 +11,44 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// Returns the time.
+#[cfg(not(loom))]
+#[inline(always)]
+pub(crate) fn now() -> Instant {
+    Instant::now()
+}
+
+/// Returns the time. In a model it passes only in [`pass_time`], because loom needs runs that repeat.
+#[cfg(loom)]
+pub(crate) fn now() -> Instant {
+    pass_time(Duration::ZERO)
+}
+
+/// Lets time pass in a model, and returns the new time.
+#[cfg(loom)]
+pub(crate) fn pass_time(time: Duration) -> Instant {
+    // One thread of the system runs all threads of a model.
+    thread_local!(static NOW: std::cell::Cell<Instant> = std::cell::Cell::new(Instant::now()));
+    NOW.set(NOW.get() + time);
+    NOW.get()
+}
+
+/// Blocks the calling thread for `time`. In a model it lets the other threads run instead.
+pub(crate) fn sleep(time: Duration) {
+    #[cfg(not(loom))]
+    std::thread::sleep(time);
+    #[cfg(loom)]
+    {
+        let _ = time;
+        loom::thread::yield_now();
+    }
+}
+
 /// Returns the time that is `delay` from now. If the clock cannot represent it, returns the time in
 /// a century, which is as good as never.
 pub(crate) fn after(delay: Duration) -> Instant {
     const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-    let now = Instant::now();
+    let now = now();
     now.checked_add(delay).unwrap_or_else(|| now + CENTURY)
 }
 

@@ -2,7 +2,7 @@
 //! privileges. See [`vmring_embedded`].
 
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use macaddr::MacAddr6;
@@ -18,6 +18,7 @@ use crate::device::inbox_reader::{InboxEnd, InboxReader};
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// The networks of this process, by name.

@@ -12,8 +12,8 @@
 //! ```
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
@@ -25,6 +25,7 @@ use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// What goes wrong, and how often.

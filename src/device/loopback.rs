@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vmring_core::sync::{AtomicUsize, Ordering};
+use vmring_core::sync::{self, AtomicUsize, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
@@ -65,15 +65,18 @@ struct Loop {
 
 /// The state that the interface's rings share.
 struct LoopShared {
-    inbox: Arc<Inbox<PostedSlot>>,
+    inbox: sync::Arc<Inbox<PostedSlot>>,
     /// How many rings can write.
     writers: AtomicUsize,
 }
 
 impl Loop {
     fn new(info: InterfaceInfo) -> Self {
-        let inbox =
-            Arc::new(Inbox::new(INBOX_READS_MAX, LOOPBACK_QUEUE, info.max_packet_size as usize));
+        let inbox = sync::Arc::new(Inbox::new(
+            INBOX_READS_MAX,
+            LOOPBACK_QUEUE,
+            info.max_packet_size as usize,
+        ));
         Self { info, shared: Arc::new(LoopShared { inbox, writers: AtomicUsize::new(0) }) }
     }
 }

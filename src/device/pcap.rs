@@ -26,7 +26,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pcap_file::DataLink;
@@ -43,6 +43,7 @@ use crate::device::pcap::error::into_io;
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
 use crate::error::{Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 pub use replay::Replay;

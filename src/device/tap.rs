@@ -98,7 +98,7 @@ mod uring;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
@@ -119,6 +119,7 @@ use crate::device::common::mac_of;
 use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status, TapError};
+use crate::sync::Mutex;
 use crate::sys::{after, lock};
 
 /// How frames move between slots and the kernel: by io_uring or by plain system calls.

@@ -28,7 +28,7 @@ mod system;
 mod xpc;
 
 use std::net::Ipv6Addr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use availability::System;
@@ -43,6 +43,7 @@ use crate::config::{Direction, InterfaceConfig, InterfaceInfo, PortForward, Prot
 use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
 use crate::error::{Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 pub use description::IsolatedNetwork;

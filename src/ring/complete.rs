@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::CqConsumer;
 use vmring_core::doorbell::Park;
-use vmring_core::sync::Ordering;
 
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
@@ -24,7 +23,8 @@ use crate::poller::PollerShared;
 use crate::ring::completion::Completion;
 use crate::ring::control::RingControl;
 use crate::stats::RingStats;
-use crate::sys::{after, poll_in};
+use crate::sync::{Ordering, Overwrite};
+use crate::sys::{after, now, poll_in, sleep};
 
 #[cfg(target_os = "linux")]
 use crate::notify::EpollPair;
@@ -161,7 +161,7 @@ impl CompletionQueue {
                 round = 0;
                 continue;
             }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if deadline.is_some_and(|deadline| now() >= deadline) {
                 return ready as usize;
             }
             if self.idle.pause(round) {
@@ -178,7 +178,7 @@ impl CompletionQueue {
     /// requested by another thread, that the engine has not seen yet. `None` if there is no such time.
     pub fn next_deadline(&self) -> Option<Instant> {
         let engine = self.engine.as_ref()?;
-        if engine.has_work() { Some(Instant::now()) } else { engine.deadline() }
+        if engine.has_work() { Some(now()) } else { engine.deadline() }
     }
 
     /// Returns a descriptor for an event loop. After [`arm`](Self::arm) has returned true, it
@@ -294,7 +294,7 @@ impl CompletionQueue {
             if cancelled && ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
-            let now = Instant::now();
+            let now = now();
             if now >= deadline {
                 return Err(Error::Timeout(timeout));
             }
@@ -331,7 +331,7 @@ impl CompletionQueue {
             if ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
-            let now = Instant::now();
+            let now = now();
             if now >= deadline {
                 return Err(Error::Timeout(timeout));
             }
@@ -390,11 +390,11 @@ impl CompletionQueue {
         };
         // A closed engine may still wait for slots that another thread drops, as after a panic of
         // the device.
-        while (!engine.is_closed() && Instant::now() < deadline)
-            || (engine.slots_kept() > 0 && !self.waited && Instant::now() < half)
+        while (!engine.is_closed() && now() < deadline)
+            || (engine.slots_kept() > 0 && !self.waited && now() < half)
         {
             if !engine.poll_once() {
-                std::thread::sleep(CLOSE_POLL);
+                sleep(CLOSE_POLL);
             }
         }
         engine.poll_once();
@@ -437,14 +437,14 @@ impl CompletionQueue {
         if self.arm_bells(want, None) {
             let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
             let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
-            let timeout = wake_at.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
             match self.engine.as_ref().and_then(|engine| engine.descriptor()) {
                 None => self.notifier.park(timeout),
                 Some(fd) => {
                     self.notifier.park_on(timeout, &mut [poll_in(fd), poll_in(-1)]);
                 }
             }
-            if engine_deadline.is_some_and(|at| at <= Instant::now())
+            if engine_deadline.is_some_and(|at| at <= now())
                 || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
             {
                 self.engine
@@ -488,7 +488,7 @@ impl CompletionQueue {
         // Relaxed, both: the Release in `arm` publishes them to the Acquire in `ring_if`, after
         // which `notify_if_due` reads `wanted`.
         self.shared.wanted.store(self.consumer.index_of(want), Ordering::Relaxed);
-        self.shared.coalesce.store(coalesce, Ordering::Relaxed);
+        self.shared.coalesce.overwrite(coalesce, Ordering::Relaxed);
         self.shared.cq_bell.arm();
         // This look comes after the fence in `arm`, which pairs with the fence in `ring_if`. A
         // completion that was published before it is seen here. The engine that publishes one later

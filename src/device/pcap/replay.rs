@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use pcap_file::DataLink;
 use pcap_file::pcap::PcapReader;
@@ -18,6 +18,7 @@ use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// The first four bytes of a pcapng file. They are the same in either byte order.

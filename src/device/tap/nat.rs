@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use netlink_bindings::consts;
 use netlink_bindings::nftables::{
@@ -17,7 +17,6 @@ use netlink_bindings::utils::Pusher;
 
 use super::link::{Refusal, Socket, is_interface_name};
 use crate::error::{ConfigError, Error};
-use crate::sys::lock;
 
 /// Network address translation for one network: its packets leave the host with the address of the
 /// interface by which they leave. The rule is in an nftables table of its own, `vmring_TAP`.
@@ -334,6 +333,11 @@ struct Forwarded {
 /// The namespaces in which this process has a holder.
 static FORWARDED: Mutex<Option<HashMap<NamespaceId, Forwarded>>> = Mutex::new(None);
 
+fn forwarded() -> MutexGuard<'static, Option<HashMap<NamespaceId, Forwarded>>> {
+    // A static, so not a lock of `crate::sync`.
+    FORWARDED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
 
 impl Forwarding {
@@ -344,7 +348,7 @@ impl Forwarding {
         let metadata = namespace.metadata().map_err(Error::io(looking))?;
         let id = (metadata.dev(), metadata.ino());
 
-        let mut all = lock(&FORWARDED);
+        let mut all = forwarded();
         let all = all.get_or_insert_default();
         let changed = match all.get_mut(&id) {
             Some(forwarded) => {
@@ -375,7 +379,7 @@ impl Forwarding {
 
     fn release(&mut self) -> Result<(), Error> {
         let Some(id) = self.namespace.take() else { return Ok(()) };
-        let mut all = lock(&FORWARDED);
+        let mut all = forwarded();
         let all = all.get_or_insert_default();
         let forwarded = all.get_mut(&id).expect("a holder is counted until it is released");
         forwarded.holders -= 1;

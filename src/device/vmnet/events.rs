@@ -8,7 +8,7 @@
 
 use std::cell::Cell;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use block2::RcBlock;
 use dispatch2::DispatchQueue;
@@ -17,6 +17,7 @@ use vmring_core::sync::{AtomicU64, Ordering};
 use super::ffi::{InterfaceRef, Object, PACKETS_AVAILABLE, vmnet_interface_set_event_callback};
 use crate::device::seam::Wake;
 use crate::error::Status;
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// The state that the event block shares with the driver.

@@ -2,8 +2,8 @@
 
 use std::mem::forget;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use std::{fmt, thread};
 
@@ -25,6 +25,7 @@ use super::permission;
 use super::xpc::{Borrowed, Dictionary};
 use crate::config::Ipv4Range;
 use crate::error::{Error, Status};
+use crate::sync::Mutex;
 use crate::sys::lock;
 
 /// The properties that vmnet reports for an interface when it has started.
