@@ -16,9 +16,6 @@ pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) const CLOSE_RETRY: Duration = Duration::from_millis(1);
 /// The interval at which `close` polls an engine that it drives itself.
 pub(crate) const CLOSE_POLL: Duration = Duration::from_micros(200);
-/// The longest sleep of a wait for a cancel. Usually a notification of the engine ends the sleep.
-/// If it comes between the look and the sleep, the wait notices after this time.
-pub(crate) const CANCEL_WAIT: Duration = Duration::from_millis(1);
 
 /// How many reads may be in flight on a ring, and how many writes, by default.
 pub(crate) const DEPTH: u32 = 256;

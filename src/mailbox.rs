@@ -19,7 +19,7 @@
 //! | `has_dropped`, `dropped` | `report_dropped`, under the list's lock | `take_dropped`, before it locks the list | nothing | every phase |
 //! | `wanted`, `coalesce`, armed `cq_bell` | the reaper, before it sleeps | the reaper, when it is awake; the thread that rings | the reaper's own look at the CQ, after arming | `publish_and_notify`, every phase |
 //! | `START_CLOCK` in `coalesce` | `arm_after`, when too few completions wait already | `coalescing`, which acts on the very value that it cleared | nothing | `publish_and_notify`, every phase |
-//! | `woken` | `RingControl::wake` | `take_woken`, by the `wait` or the arming that it ends | nothing | before every sleep |
+//! | `woken` | `RingControl::wake` | `take_woken`, by the `wait` or the arming that it ends | nothing | before every sleep of these two |
 //! | `cancels` | requested: `request_cancel_all`; done: the engine | never: both count | the engine reads the number before it cancels, and publishes before it stores `done` | every phase |
 //! | `state`: open, draining, closed and why | open to draining and back: the reaping half; to closed: anybody | never leaves closed | | every submit; the engine after `LOOK` and `STOP` |
 //! | bits of the [ready set](ready) | the thread that found the ring's bell armed | the poller, summary first | nothing | every round of the poller |
@@ -343,6 +343,12 @@ impl RingShared {
         // this thread wrote before.
         self.woken.overwrite(true, Ordering::Release);
         self.notify();
+    }
+
+    /// Whether a control handle has asked since the last `take_woken`. Called after the fence in `arm`, so
+    /// a Relaxed load is enough: `take_woken` acquires.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.woken.load(Ordering::Relaxed)
     }
 
     /// Whether a control handle has asked since the last call.

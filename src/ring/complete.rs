@@ -15,7 +15,7 @@ use vmring_core::doorbell::Park;
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
 use crate::error::{CloseReason, Error};
-use crate::limits::{CANCEL_WAIT, CLOSE_POLL};
+use crate::limits::CLOSE_POLL;
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
@@ -168,7 +168,8 @@ impl CompletionQueue {
                 round += 1;
                 continue;
             }
-            self.sleep(want, deadline);
+            // The loop takes the wake.
+            self.sleep(want, deadline, RingShared::is_woken);
         }
     }
 
@@ -294,11 +295,12 @@ impl CompletionQueue {
             if cancelled && ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
-            let now = now();
-            if now >= deadline {
+            if now() >= deadline {
                 return Err(Error::Timeout(timeout));
             }
-            self.sleep(ready + 1, Some(deadline.min(now + CANCEL_WAIT)));
+            self.sleep(ready + 1, Some(deadline), |shared| {
+                !carried_out && (shared.are_cancelled(asked) || shared.is_closed())
+            });
         }
     }
 
@@ -331,11 +333,10 @@ impl CompletionQueue {
             if ready >= self.outstanding() {
                 return Ok(ready as usize);
             }
-            let now = now();
-            if now >= deadline {
+            if now() >= deadline {
                 return Err(Error::Timeout(timeout));
             }
-            self.sleep(ready + 1, Some(deadline.min(now + CANCEL_WAIT)));
+            self.sleep(ready + 1, Some(deadline), RingShared::is_closed);
         }
     }
 
@@ -432,9 +433,15 @@ impl CompletionQueue {
         self.engine_lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
     }
 
-    /// Arms for `want` completions, looks once more, and parks until a signal or the deadline.
-    fn sleep(&mut self, want: u32, deadline: Option<Instant>) {
-        if self.arm_bells(want, None) {
+    /// Arms for `want` completions, looks once more, and parks until a signal or the deadline. Does
+    /// not park if `is_over` finds that the caller waits no longer.
+    fn sleep(
+        &mut self,
+        want: u32,
+        deadline: Option<Instant>,
+        is_over: impl FnOnce(&RingShared) -> bool,
+    ) {
+        if self.arm_bells(want, None, is_over) {
             let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
             let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
             let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
@@ -474,12 +481,17 @@ impl CompletionQueue {
                 return false;
             }
         }
-        self.arm_bells(want, max_delay)
+        self.arm_bells(want, max_delay, RingShared::take_woken)
     }
 
-    /// Arms all that can bring `want` completions, and looks once more. Returns false, with nothing
-    /// armed, if the caller must not sleep.
-    fn arm_bells(&mut self, want: u32, max_delay: Option<Duration>) -> bool {
+    /// Arms all that can bring `want` completions, and looks once more, also with `is_over`. Returns
+    /// false, with nothing armed, if the caller must not sleep.
+    fn arm_bells(
+        &mut self,
+        want: u32,
+        max_delay: Option<Duration>,
+        is_over: impl FnOnce(&RingShared) -> bool,
+    ) -> bool {
         self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
         let coalesce = max_delay.map_or(0, |delay| {
             let us = delay.as_micros().clamp(1, DELAY_MAX_US.into()) as u64;
@@ -492,9 +504,10 @@ impl CompletionQueue {
         self.shared.cq_bell.arm();
         // This look comes after the fence in `arm`, which pairs with the fence in `ring_if`. A
         // completion that was published before it is seen here. The engine that publishes one later
-        // sees the bell armed. The same holds for a wake by a control handle.
+        // sees the bell armed. The same holds for what `is_over` looks at, such as a wake by a control
+        // handle.
         let ready = self.consumer.ready();
-        let mut awake = ready >= want || self.shared.take_woken();
+        let mut awake = ready >= want || is_over(&self.shared);
         if self.engine.is_none() && self.shared.is_closed() {
             // The poller may have closed the ring and handed the engine over before this half
             // armed, so its notification is gone.
