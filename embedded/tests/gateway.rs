@@ -305,6 +305,21 @@ fn a_client_that_chose_another_server_frees_our_offer() {
     assert_eq!(dhcp(&gateway, &request, NOW).unwrap().address, host(2));
 }
 
+/// The offer ends once. If the client chooses the other server again, our address is no younger.
+#[test]
+fn an_address_is_free_since_the_offer_ended() {
+    let gateway = Gateway::new(DhcpConfig { last: host(3), ..dhcp_config() });
+    let at = |seconds| NOW + Duration::from_secs(seconds);
+    let elsewhere = Dhcp::select(ALICE, host(200), host(250));
+    assert_eq!(dhcp(&gateway, &Dhcp::discover(ALICE), at(0)).unwrap().address, host(2));
+    assert!(dhcp(&gateway, &elsewhere, at(1)).is_none());
+    assert_eq!(lease(&gateway, BOB, at(1)), Some(host(3)));
+    let release = Dhcp::new(DhcpMessageType::Release, BOB).from(host(3));
+    assert!(dhcp(&gateway, &release, at(2)).is_none());
+    assert!(dhcp(&gateway, &elsewhere, at(3)).is_none());
+    assert_eq!(lease(&gateway, mac(1), at(3)), Some(host(2)), "free longest");
+}
+
 #[test]
 fn init_reboot_follows_the_record() {
     let gateway = gateway();
@@ -429,8 +444,11 @@ fn inform_is_answered_without_a_lease() {
     // The reply would go to another network.
     let stranger = Dhcp::new(DhcpMessageType::Inform, ALICE).from(Ipv4Addr::new(10, 0, 0, 1));
     assert!(dhcp(&gateway, &stranger, NOW).is_none());
-    // A message that only a server sends.
-    assert!(dhcp(&gateway, &Dhcp::new(DhcpMessageType::Offer, ALICE), NOW).is_none());
+    // A type of message that only a server sends.
+    let mut offer = Dhcp::discover(ALICE).frame();
+    offer[14 + 28 + 242] = 2;
+    offer[14 + 20 + 6..14 + 20 + 8].fill(0); // no UDP checksum
+    assert_eq!(ask(&gateway, &offer, NOW), None);
     assert_eq!(gateway.dhcp().stats().malformed, 1);
 }
 

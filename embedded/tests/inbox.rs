@@ -403,6 +403,22 @@ fn a_claim_fills_several_buffers() {
     assert!(inbox.claim(1).is_none(), "closed");
 }
 
+/// While a claimed buffer is not filled, no frame of the overflow ring goes into it.
+#[test]
+fn a_frame_that_waits_does_not_take_a_claimed_buffer() {
+    let (inbox, mut collector) = open(4, 1, u32::MAX);
+    collector.post(buffer(0)).unwrap();
+    let mut claim = inbox.claim(1).unwrap();
+    assert_eq!(inbox.deliver(&[2]), Delivery::Overflow);
+    assert!(collector.collect().is_none() && !collector.is_ready());
+    assert!(claim.fill(&[1]));
+    let packet = collector.collect().unwrap();
+    assert_eq!((packet.buffer.bytes[0], packet.overflow), (1, false));
+    collector.post(packet.buffer).unwrap();
+    let packet = collector.collect().unwrap();
+    assert_eq!((packet.buffer.bytes[0], packet.overflow), (2, true));
+}
+
 /// If a `recall_if` panics half-way, the inbox stays valid: the buffers that were taken back are
 /// gone, the others are posted, and no sender waits for ever.
 #[test]
