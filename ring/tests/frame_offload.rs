@@ -153,7 +153,7 @@ fn headroom_of_exactly_a_header_is_enough() {
     let pool = Pool::new(Box::new(HeapBacking::new(4096)), layout).unwrap();
     let mut frame = packet(&pool, 60);
     assert_eq!(frame.set_offload(&TSO), Ok(()));
-    assert_eq!(frame.received_with_offload(60), Ok(()));
+    assert_eq!(frame.set_received_with_offload(60), Ok(()));
     assert!(frame.buffer_with_header_mut(LEN).is_some());
 }
 

@@ -299,7 +299,7 @@ impl CompletionQueue {
                 return Err(Error::Timeout(timeout));
             }
             self.sleep(ready + 1, Some(deadline), |shared| {
-                !carried_out && (shared.are_cancelled(asked) || shared.is_closed())
+                !cancelled && (shared.are_cancelled(asked) || shared.is_closed())
             });
         }
     }
