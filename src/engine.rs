@@ -707,8 +707,11 @@ impl Engine {
         match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
             Ok((armed, descriptor)) => {
                 self.descriptor = descriptor;
-                // A queue that has packets has nothing to do while no read is posted.
-                armed || (self.posted.reads.is_empty() && self.kept == [0; 2])
+                // A queue that has packets has nothing to do while no read is posted, nor one that
+                // closes: it is not polled any more, and is asked to close at its time.
+                armed
+                    || !matches!(self.phase, Phase::Open)
+                    || (self.posted.reads.is_empty() && self.kept == [0; 2])
             }
             Err(Panicked) => {
                 self.close_panicked();
