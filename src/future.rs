@@ -260,11 +260,17 @@ impl AsyncRing {
         let answer = self.locked(|state| {
             for _ in 0..ROUNDS_OF_A_POLL {
                 news |= state.pump();
+                let was_over = state.ring.is_over();
                 match step(state) {
                     Ok(Some(answer)) => return Poll::Ready(Ok(answer)),
                     Err(error) => return Poll::Ready(Err(error)),
-                    Ok(None) if self.sleep(state, number, cx).is_pending() => return Poll::Pending,
                     Ok(None) => {}
+                }
+                let asleep = self.sleep(state, number, cx).is_pending();
+                // Going to sleep may take the engine over from the poller, which has told so already.
+                // Then the step has more to say.
+                if asleep && state.ring.is_over() == was_over {
+                    return Poll::Pending;
                 }
             }
             // Completions keep coming, and none is the one that this task waits for.

@@ -288,7 +288,7 @@ impl CompletionQueue {
         let asked = self.shared.request_cancel_all();
         let deadline = after(timeout);
         loop {
-            self.drive();
+            let worked = self.drive();
             let ready = self.consumer.ready();
             // A closed ring cancels everything without being asked.
             let cancelled = self.shared.are_cancelled(asked) || self.shared.is_closed();
@@ -297,6 +297,9 @@ impl CompletionQueue {
             }
             if now() >= deadline {
                 return Err(Error::Timeout(timeout));
+            }
+            if worked {
+                continue;
             }
             self.sleep(ready + 1, Some(deadline), |shared| {
                 !cancelled && (shared.are_cancelled(asked) || shared.is_closed())
@@ -325,7 +328,7 @@ impl CompletionQueue {
         self.shared.start_draining();
         let deadline = after(timeout);
         loop {
-            self.drive();
+            let worked = self.drive();
             let ready = self.consumer.ready();
             if let Some(closed) = self.shared.why_closed() {
                 return Err(closed.into());
@@ -335,6 +338,9 @@ impl CompletionQueue {
             }
             if now() >= deadline {
                 return Err(Error::Timeout(timeout));
+            }
+            if worked {
+                continue;
             }
             self.sleep(ready + 1, Some(deadline), RingShared::is_closed);
         }
