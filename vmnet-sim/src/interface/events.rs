@@ -80,7 +80,9 @@ impl Interface {
         if lock(&self.dead).is_some() {
             return;
         }
-        let Some(target) = lock(&self.events).clone() else { return };
+        // Held until the event is on the queue: whoever clears the callback later finds it there.
+        let events = lock(&self.events);
+        let Some(target) = events.clone() else { return };
         if target.pending.swap(true, Ordering::AcqRel) {
             return;
         }
