@@ -1,5 +1,6 @@
 //! Integration tests of vmring: one binary, one module per behaviour.
 
+mod churn;
 mod compile_fail;
 mod contracts;
 mod device_body;
@@ -10,6 +11,7 @@ mod support;
 mod close;
 mod frontends;
 mod liveness;
+mod liveness_model;
 mod model;
 mod notify;
 mod offload;
