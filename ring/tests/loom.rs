@@ -556,6 +556,50 @@ fn credits_alone_keep_a_cq_from_overflowing_lap_after_lap() {
     });
 }
 
+/// Like the model above, for cancels. Both opcodes return their credits to one class, each by a
+/// counter of its own.
+///
+/// Broken by: a Relaxed load of either counter.
+fn cancels_lap_after_lap(target: Option<u64>) {
+    check(3, move || {
+        let (pool, ..) = pool(1);
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+            rings(Depths::new(0, 0, 1), regions(&pool), u32::MAX);
+        const LAPS: u64 = 3;
+        let both_ends = thread::spawn(move || {
+            for n in 1..=LAPS {
+                while sq_producer.available(Class::Cancel) == 0 {
+                    thread::yield_now();
+                }
+                sq_producer.push_cancel(target, n).unwrap();
+                sq_producer.publish();
+                sq_consumer.ready();
+                assert!(matches!(sq_consumer.pop(), Some(Submission::Cancel { .. })));
+                cq_producer.push_cancel(target.is_none(), 0, n);
+                cq_producer.publish();
+            }
+            (sq_producer, sq_consumer, cq_producer)
+        });
+        for n in 1..=LAPS {
+            while cq_consumer.ready() == 0 {
+                thread::yield_now();
+            }
+            assert_eq!(cq_consumer.pop().unwrap().user_data, n);
+        }
+        drop((both_ends.join().unwrap(), cq_consumer));
+    });
+}
+
+#[test]
+fn the_credit_of_a_cancel_means_space_in_the_cq() {
+    cancels_lap_after_lap(Some(7));
+}
+
+#[test]
+fn the_credit_of_a_cancel_of_all_means_space_in_the_cq() {
+    cancels_lap_after_lap(None);
+}
+
 // ------------------------------------------------------------------------------------------------
 // The doorbell
 
@@ -1114,10 +1158,12 @@ fn a_submission_that_races_close_wakes_the_reaper_that_took_over() {
 
 /// Broken by: a free list without tags (the same head is back, but the link that was read is
 /// stale); a Relaxed push or pop (the next owner races with the last owner's bytes).
-#[test]
-fn two_threads_never_hold_one_slot_and_lose_none() {
-    check(3, || {
+fn two_threads_share_two_slots(used: bool) {
+    check(3, move || {
         let (pool, marks, freed) = pool(2);
+        if used {
+            drop(pool.alloc());
+        }
         let other = thread::spawn({
             let (pool, marks) = (pool.clone(), marks.clone());
             move || {
@@ -1153,6 +1199,18 @@ fn two_threads_never_hold_one_slot_and_lose_none() {
         drop(pool);
         assert_eq!(freed.load(Ordering::Relaxed), 1);
     });
+}
+
+#[test]
+fn two_threads_never_hold_one_slot_and_lose_none() {
+    two_threads_share_two_slots(false);
+}
+
+/// Broken by: a tag that begins anew at a push or a pop. The first slot is back with the tag that
+/// it had before.
+#[test]
+fn a_used_slot_that_is_back_is_not_taken_for_the_same_list() {
+    two_threads_share_two_slots(true);
 }
 
 /// Two threads drop frames that a third allocated, while the third allocates again.
