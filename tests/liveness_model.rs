@@ -11,7 +11,7 @@ mod properties {
     use crate::support::{Dice, guarded};
 
     /// Cases of a run that does not say otherwise with `PROPTEST_CASES`.
-    const CASES: u32 = 32;
+    const CASES: u32 = 96;
 
     fn config() -> Config {
         let file = concat!(env!("CARGO_MANIFEST_DIR"), "/proptest-regressions/liveness_model.txt");

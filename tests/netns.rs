@@ -25,7 +25,9 @@ pub(crate) fn in_namespace_for(limit: Duration, body: impl FnOnce() + Send + 'st
     });
 }
 
-fn enter() -> bool {
+/// Moves this thread, and those that it starts, into a new network namespace. Without the privilege,
+/// prints why not and returns false.
+pub(crate) fn enter() -> bool {
     if std::env::var_os("VMRING_SKIP_TAP").is_some() {
         skip("VMRING_SKIP_TAP is set");
         return false;

@@ -1,5 +1,7 @@
 //! The devices of one case, and what is wrapped around them.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use vmring::device::fault::Faults;
@@ -9,7 +11,17 @@ use vmring::{Driver, Embedded, Loopback, Status};
 use crate::churn::nasty::{Inside, Nasty, Script};
 use crate::churn::{PATIENCE, SHORT_CLOSE};
 use crate::support::Dice;
-use std::sync::Arc;
+
+/// A driver, and the identity of its interface.
+pub(crate) type Identified = ([u8; 16], Box<dyn Driver>);
+
+/// An identity: no two of the process are the same.
+pub(crate) fn new_interface_id() -> [u8; 16] {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mut id = *b"churn___________";
+    id[8..].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes());
+    id
+}
 
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
@@ -154,9 +166,10 @@ impl Setup {
     }
 
     /// The drivers of a world's interfaces. `prefix` is of this world only.
-    pub(crate) fn drivers(&self, prefix: &str, inside: &Arc<Inside>) -> Vec<Box<dyn Driver>> {
+    pub(crate) fn drivers(&self, prefix: &str, inside: &Arc<Inside>) -> Vec<Identified> {
         let network = format!("liveness-{prefix}");
-        (0..self.interfaces()).map(|i| self.driver(i, &network, prefix, inside)).collect()
+        let driver = |i| (new_interface_id(), self.driver(i, &network, prefix, inside));
+        (0..self.interfaces()).map(driver).collect()
     }
 
     fn driver(

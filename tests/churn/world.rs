@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::{
-    ConfigError, Direction, Drive, Driver, Error, IdlePolicy, Interface, Mode, Poller, Pool,
-    PoolBuilder, RetryPolicy, RingOp, SubmitErrorKind,
+    ConfigError, Direction, Drive, Error, IdlePolicy, Interface, Mode, Poller, Pool, PoolBuilder,
+    RetryPolicy, RingOp, SubmitErrorKind,
 };
 
 use crate::churn::counted::{Counted, Counts};
@@ -17,7 +17,7 @@ use crate::churn::frontend::{Front, PACKET};
 use crate::churn::nasty::Inside;
 use crate::churn::operation::{KINDS, Operation, PLACES, Part, Plan, Shape, Step, Task, Way};
 use crate::churn::seat::{Reaps, Seat, new_number};
-use crate::churn::setup::{Setup, Under};
+use crate::churn::setup::{Identified, Setup, Under};
 use crate::churn::{PATIENCE, QUIET, lock, processor};
 use crate::support::stage;
 
@@ -72,7 +72,7 @@ impl World {
     pub(crate) fn over(
         setup: &Setup,
         prefix: String,
-        drivers: Vec<Box<dyn Driver>>,
+        drivers: Vec<Identified>,
         inside: Arc<Inside>,
     ) -> Self {
         let interfaces = drivers.into_iter().map(Port::start).collect::<Vec<_>>();
@@ -403,8 +403,8 @@ impl World {
     }
 
     fn drain(&self, seat: &Seat) {
-        seat.drains.store(true, Ordering::SeqCst);
         seat.reaps(|reaper| {
+            seat.drains.store(true, Ordering::SeqCst);
             let in_time = self.is_alone() && !self.setup.loses();
             let patience = if in_time { PATIENCE } else { Duration::from_millis(5) };
             match reaper.drain(patience) {
@@ -715,7 +715,10 @@ impl World {
             return;
         }
         let seats = self.seats();
-        let open = |seat: &Seat| seat.control.closed().is_none() && seat.reaps(|_| ()).is_some();
+        let open = |seat: &Seat| {
+            let whole = seat.reaps(|_| ()).is_some() && seat.submits(|_| ()).is_some();
+            whole && seat.control.closed().is_none()
+        };
         for reader in seats.iter().filter(|seat| seat.plan.reads && open(seat)) {
             // On a network the packet comes from the other interface.
             let from = (reader.plan.interface + n - 1) % n;
@@ -728,9 +731,13 @@ impl World {
             };
             // Writes may be refused, and dropped on the way.
             let start = Instant::now();
+            let mut last = None;
             while !self.is_over(reader, &[RingOp::Read]) {
-                assert!(start.elapsed() < PATIENCE, "no packet reaches a posted read\n{self:?}");
-                self.submit_one(writer, RingOp::Write);
+                assert!(
+                    start.elapsed() < PATIENCE,
+                    "no packet reaches a posted read; the last write: {last:?}\n{self:?}"
+                );
+                last = self.submit_one(writer, RingOp::Write);
                 for seat in [writer, reader] {
                     seat.reaps(|reaper| {
                         reaper.wait(1, Some(Duration::from_millis(2)));
@@ -853,10 +860,7 @@ impl World {
 }
 
 impl Port {
-    fn start(driver: Box<dyn Driver>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes());
+    fn start((id, driver): Identified) -> Self {
         let counts = Arc::<Counts>::default();
         let driver = Counted { inner: driver, counts: counts.clone() };
         let interface = Interface::builder().mode(Mode::Host).interface_id(id).device(driver);
@@ -899,6 +903,7 @@ impl std::fmt::Debug for World {
             let (counts, drops) = (&port.counts, port.interface.drops());
             writeln!(f, "interface {i}: {counts:?}, dropped: {drops:?}")?;
         }
+        writeln!(f, "{} slots are out", self.pool.slots_out())?;
         write!(f, "{:?}", self.setup)
     }
 }
