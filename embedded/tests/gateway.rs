@@ -289,11 +289,15 @@ fn a_request_for_another_address_is_refused() {
     let nak = dhcp(&gateway, &Dhcp::select(BOB, host(5), SHARED), NOW).unwrap();
     assert_eq!(nak.kind, DhcpMessageType::Nak);
     assert_eq!(gateway.dhcp().leases(NOW).len(), 1);
+    // A short reply is filled up with zeros, not with what was in the buffer before.
+    let reply = ask(&gateway, &Dhcp::select(BOB, host(5), SHARED).frame(), NOW).unwrap();
+    let end = 1 + reply.iter().rposition(|&byte| byte == 255).unwrap();
+    assert!(end < reply.len() && reply[end..].iter().all(|&byte| byte == 0));
     // A request that names no address at all is not one.
     let nothing = Dhcp::new(DhcpMessageType::Request, BOB);
     assert!(dhcp(&gateway, &Dhcp { server: Some(SHARED), ..nothing }, NOW).is_none());
     let stats = gateway.dhcp().stats();
-    assert_eq!((stats.naks, stats.malformed), (2, 1));
+    assert_eq!((stats.naks, stats.malformed), (3, 1));
 }
 
 #[test]

@@ -403,6 +403,36 @@ fn a_claim_fills_several_buffers() {
     assert!(inbox.claim(1).is_none(), "closed");
 }
 
+/// A frame that waits goes into a staged buffer, which publishes it: no sender finds more buffers
+/// claimed than posted.
+#[test]
+fn a_frame_that_waits_takes_a_staged_buffer() {
+    let (inbox, mut collector) = open(4, 1, u32::MAX);
+    assert_eq!(inbox.deliver(&[1]), Delivery::Overflow);
+    collector.stage(buffer(0)).unwrap();
+    assert_eq!(collector.collect().unwrap().buffer.bytes[0], 1);
+    assert!(inbox.claim(1).is_none());
+    assert_eq!(inbox.deliver(&[2]), Delivery::Overflow);
+    collector.post(buffer(1)).unwrap();
+    assert_eq!(collector.collect().unwrap().buffer.bytes[0], 2);
+}
+
+/// A receiver that is dropped asleep is not woken, and its callback is dropped with it.
+#[test]
+fn a_receiver_that_is_gone_is_not_called() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let inbox = Arc::new(Inbox::<Buffer>::new(4, 0, MAX_FRAME));
+    let count = Arc::clone(&calls);
+    let wake = Arc::new(move || {
+        count.fetch_add(1, Ordering::SeqCst);
+    });
+    let mut collector = Inbox::open(&inbox, wake).unwrap();
+    assert!(collector.arm());
+    drop(collector);
+    assert!(!inbox.ring(), "it is not armed");
+    assert_eq!((calls.load(Ordering::SeqCst), Arc::strong_count(&calls)), (0, 1));
+}
+
 /// While a claimed buffer is not filled, no frame of the overflow ring goes into it.
 #[test]
 fn a_frame_that_waits_does_not_take_a_claimed_buffer() {

@@ -51,7 +51,8 @@ fn a_unicast_frame_reaches_its_destination_and_nobody_else() {
         let expected = if index == 2 { vec![frame.clone()] } else { vec![] };
         assert_eq!(guest.receive(), expected, "guest {index}");
     }
-    assert_eq!(guests[0].sender.stats().sent_packets, 1);
+    let stats = guests[0].sender.stats();
+    assert_eq!((stats.sent_packets, stats.sent_bytes), (1, frame.len() as u64));
     assert_eq!(guests[2].receiver.stats().received_direct, 1);
     assert_eq!(guests[2].receiver.stats().received_bytes, frame.len() as u64);
 }
