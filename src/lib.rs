@@ -116,6 +116,8 @@ mod lifecycle;
 mod limits;
 mod mailbox;
 mod memory;
+#[cfg(all(test, loom))]
+mod models;
 mod notify;
 pub mod policy;
 pub mod poller;

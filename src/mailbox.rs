@@ -163,12 +163,17 @@ impl RingShared {
             CloseReason::DevicePanicked => PANICKED,
             CloseReason::Failed(status) => FAILED | u64::from(status.to_raw()),
         };
-        let closed = |state| matches!(state, OPEN | DRAINING).then_some(code);
         // Release: pairs with the Acquires in `is_open`, `is_closed` and `why_closed`. A thread that
         // sees the reason sees what this thread wrote before.
         //
-        // Relaxed for the loads: the earlier reason is not looked at.
-        let _ = self.state.fetch_update(Ordering::Release, Ordering::Relaxed, closed);
+        // Relaxed for the failure: the earlier reason is not looked at.
+        let mut seen = OPEN;
+        while matches!(seen, OPEN | DRAINING)
+            && let Err(state) =
+                self.state.compare_exchange(seen, code, Ordering::Release, Ordering::Relaxed)
+        {
+            seen = state;
+        }
     }
 
     /// Refuses submissions from now on, until [`resume`](Self::resume). Does nothing to a closed ring.

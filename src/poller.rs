@@ -81,6 +81,14 @@ impl PollerShared {
         self.set.bell.ring();
     }
 
+    /// Takes the engine that was handed over last, for a model that drives it.
+    #[cfg(all(test, loom))]
+    pub(crate) fn take_engine(&self) -> (Engine, Arc<Handoff>) {
+        self.set.arrived.overwrite(false, Ordering::Relaxed);
+        let (_, engine, handoff) = lock(&self.arrivals).engines.pop().expect("a ring was built");
+        (engine, handoff)
+    }
+
     pub(crate) fn is_current_thread(&self) -> bool {
         self.thread.get() == Some(&thread::current().id())
     }
@@ -213,12 +221,17 @@ impl Poller {
         PollerBuilder::default()
     }
 
-    /// Returns a poller, and what its thread does: a model runs that on a thread of loom's.
+    /// Returns a poller without a thread, for a model.
     #[cfg(all(test, loom))]
-    pub(crate) fn modelled() -> (Self, impl FnOnce() + Send + 'static) {
-        let shared = PollerShared::new();
-        let thread = shared.clone();
-        (Self { shared }, move || run(&thread, IdlePolicy::PARK))
+    pub(crate) fn unstarted() -> Self {
+        Self { shared: PollerShared::new() }
+    }
+
+    /// Returns what the poller's thread does, for a model to run on a thread of loom's.
+    #[cfg(all(test, loom))]
+    pub(crate) fn thread(&self) -> impl FnOnce() + Send + 'static {
+        let shared = self.shared.clone();
+        move || run(&shared, IdlePolicy::PARK)
     }
 
     pub(crate) fn shared(&self) -> &Arc<PollerShared> {

@@ -1,0 +1,140 @@
+//! Restarts, stops and builds at once: each answers, and each ring works afterwards or is closed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use loom::thread;
+
+use super::{
+    LONG, Polled, Reads, Rig, check, ends, explored, poller, poller_sleeps, read, reap, setup,
+};
+use crate::error::{ConfigError, EntryError, Error};
+use crate::lifecycle::InterfaceShared;
+use crate::ring_builder::Drive;
+
+/// The ring of `ring` works: the device fills a read.
+fn works(ring: &mut Polled, user_data: u64) {
+    read(&mut ring.sq, user_data);
+    assert_eq!(ends(&mut ring.cq), [(user_data, Ok(0))]);
+}
+
+fn restarter(interface: &Arc<InterfaceShared>) -> thread::JoinHandle<Result<(), Error>> {
+    let interface = interface.clone();
+    thread::spawn(move || interface.restart(LONG))
+}
+
+/// Looks for: a `Step::Detach` without anything pending; an `apply_pending` that does not tell the
+/// rings to look, or does not look again; a restart that counts the one that is being applied.
+#[test]
+fn two_restarts_at_once_leave_the_ring_working() {
+    check(2, || {
+        let rig = Rig::new(Reads::Fill);
+        let mut ring = setup(|| Polled::new(&rig));
+        let other = restarter(&rig.interface);
+        rig.interface.restart(LONG).unwrap();
+        other.join().unwrap().unwrap();
+        works(&mut ring, 1);
+        poller_sleeps(&ring.poller);
+        explored();
+        assert!((1..=2).contains(&rig.desk.calls.restarts.load(Relaxed)));
+        ring.end();
+    });
+}
+
+/// Looks for: a ring that is added to the interface after its engine has attached; a `Step::Detach`
+/// without anything pending.
+#[test]
+fn a_restart_during_a_build_leaves_the_ring_working() {
+    check(2, || {
+        let rig = Rig::new(Reads::Fill);
+        let (poller, thread) = poller();
+        let other = restarter(&rig.interface);
+        let built = rig.try_ring(Drive::Shared(&poller));
+        other.join().unwrap().unwrap();
+        // It is refused in the middle of a restart.
+        let (sq, cq) = match built {
+            Err(Error::Config(ConfigError::Invalid(_))) => rig.ring(Drive::Shared(&poller)),
+            built => built.unwrap(),
+        };
+        let mut ring = Polled { sq, cq, poller, thread };
+        works(&mut ring, 1);
+        poller_sleeps(&ring.poller);
+        explored();
+        ring.end();
+    });
+}
+
+/// Looks for: a restart that does not know that a stop has overridden it; a `step` that does not say
+/// `Close`.
+#[test]
+fn a_stop_and_a_restart_at_once_close_the_ring() {
+    check(2, || {
+        let rig = Rig::new(Reads::Leave);
+        let mut ring = setup(|| {
+            let mut ring = Polled::new(&rig);
+            read(&mut ring.sq, 1);
+            ring
+        });
+        let other = restarter(&rig.interface);
+        rig.interface.stop(LONG).unwrap();
+        match other.join().unwrap() {
+            Ok(()) | Err(Error::Config(ConfigError::Invalid(_))) => {}
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(ends(&mut ring.cq), [(1, Err(EntryError::Cancelled))]);
+        poller_sleeps(&ring.poller);
+        explored();
+        assert!(ring.cq.control().closed().is_some());
+        assert_eq!(rig.desk.calls.stops.load(Relaxed), 1);
+        ring.end();
+    });
+}
+
+/// Looks for: a ring that is added to the interface after its engine has attached.
+#[test]
+fn a_stop_during_a_build_closes_the_ring_or_refuses_it() {
+    check(2, || {
+        let rig = Rig::new(Reads::Leave);
+        let (poller, thread) = poller();
+        let interface = rig.interface.clone();
+        let stopper = thread::spawn(move || interface.stop(LONG));
+        let built = rig.try_ring(Drive::Shared(&poller));
+        stopper.join().unwrap().unwrap();
+        match built {
+            Ok((sq, mut cq)) => {
+                ends(&mut cq);
+                assert!(cq.control().closed().is_some());
+                poller_sleeps(&poller);
+                explored();
+                Polled { sq, cq, poller, thread }.end();
+            }
+            Err(Error::Config(ConfigError::Invalid(_))) => {
+                explored();
+                drop(poller);
+                thread.join().unwrap();
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        assert_eq!(rig.desk.calls.stops.load(Relaxed), 1);
+    });
+}
+
+/// Completions that a restart makes are there when it returns.
+///
+/// Looks for: a `finish_close` that detaches before it publishes.
+#[test]
+fn a_restart_returns_after_its_completions_are_there() {
+    check(2, || {
+        let rig = Rig::new(Reads::Leave);
+        let mut ring = setup(|| {
+            let mut ring = Polled::new(&rig);
+            read(&mut ring.sq, 1);
+            ring
+        });
+        rig.interface.restart(LONG).unwrap();
+        assert_eq!(reap(&mut ring.cq), [(1, Err(EntryError::Cancelled))]);
+        poller_sleeps(&ring.poller);
+        explored();
+        ring.end();
+    });
+}
