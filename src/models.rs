@@ -13,6 +13,9 @@
 //! which loom reports too. Counters (`stats.rs`) and reference counts are std's, so loom sees no
 //! ordering in them.
 //!
+//! Loom misses one order: if a thread loads a word and then exchanges it, the exchange is not tried
+//! before another thread's load. So the code under test does not do that where others only load.
+//!
 //! Each model ends when what must complete has completed, and the engine has gone to sleep.
 
 mod arming;

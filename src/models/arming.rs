@@ -14,8 +14,7 @@ use crate::ring_builder::Drive;
 use crate::sync::{Ordering, Overwrite};
 use crate::sys::{now, pass_time};
 
-/// Looks for: an `arm_bells` that stores what it wants after it has armed; a last look before the
-/// arming; a `publish_and_notify` that notifies before it publishes.
+/// Broken by: a poller that sleeps without its last look; a `try_sleep` that does not look at the SQ.
 #[test]
 fn a_task_that_wants_two_completions_is_woken_for_them() {
     check(2, || {
@@ -47,21 +46,23 @@ const SOON: Duration = Duration::from_millis(1);
 /// Drives an engine as a poller of one ring does, until the poller is told that something has arrived.
 /// Returns it asleep.
 fn drive(mut engine: Engine, set: &ReadySet) -> Engine {
+    let mut told = false;
     loop {
-        set.collect(|_| {});
         while engine.poll_once() {}
-        if engine.try_sleep() {
-            // Acquire: pairs with the Release in `end`.
-            if set.arrived.swap(false, Ordering::Acquire) {
-                if set.has_news() {
-                    // The other thread rang after the arming, and does nothing more.
-                    set.collect(|_| {});
-                    while engine.poll_once() {}
-                    assert!(engine.try_sleep());
-                }
+        if !engine.try_sleep() {
+            continue;
+        }
+        let mut rung = false;
+        while !rung {
+            // Acquire: pairs with the Release of the thread that tells.
+            told |= set.arrived.swap(false, Ordering::Acquire);
+            set.collect(|_| rung = true);
+            if told && !rung {
                 return engine;
             }
-            set.bell.sleep(None, || set.has_news());
+            if !rung {
+                set.bell.sleep(None, || set.has_news());
+            }
         }
     }
 }
@@ -99,14 +100,13 @@ fn a_delay_runs(arm: impl Fn(&mut crate::ring::CompletionQueue) + Send + Sync + 
     });
 }
 
-/// Looks for: an `arm_after` that does not start the clock; a `try_sleep` without `wants_clock`.
+/// Broken by: an `arm_bells` that does not start the clock, or stores what it wants after it has armed.
 #[test]
 fn a_delay_runs_for_a_completion_that_races_the_arming() {
     a_delay_runs(|cq| assert!(cq.arm_after(2, Some(SOON))));
 }
 
-/// Looks for: a `coalescing` that acts on the value that it loaded; a deadline of an older arming that
-/// counts for a newer one.
+/// Broken by: a `coalescing` that acts on the value that it loaded.
 #[test]
 fn the_delay_of_the_last_arming_counts() {
     a_delay_runs(|cq| {

@@ -21,8 +21,7 @@ fn submit_two(mut sq: SubmissionQueue) -> (SubmissionQueue, Vec<u64>) {
     (sq, accepted)
 }
 
-/// Looks for: a `ring_engine` that does not ring the reaper of a closed ring; a `try_sleep` that does
-/// not look at the SQ.
+/// Broken by: a poller that sleeps without its last look.
 #[test]
 fn each_write_that_races_a_close_completes_or_is_refused() {
     check(2, || {
@@ -43,8 +42,9 @@ fn each_write_that_races_a_close_completes_or_is_refused() {
 
 /// The ring is stopped, and its poller hands the engine to the reaping half, which sleeps as a task.
 ///
-/// Looks for: a `ring_engine` that does not ring the reaper of a closed ring; a `hand_back` that does
-/// not notify; an `arm_bells` that does not take the engine over.
+/// Broken by: a `ring_engine` that does not ring the reaper of a closed ring; a `hand_back` that does
+/// not notify; an `arm_bells` that does not take the engine over; a `try_sleep` that does not look at
+/// the SQ.
 #[test]
 fn a_write_that_races_the_hand_over_wakes_the_task_that_took_over() {
     check(2, || {
@@ -84,7 +84,7 @@ fn a_write_that_races_the_hand_over_wakes_the_task_that_took_over() {
 
 /// The ring is stopped while a thread of the device has a slot, which it drops.
 ///
-/// Looks for: the same as the model above; a `device_rang` that a closed engine does not take.
+/// Broken by: the same as the model above.
 #[test]
 fn a_slot_that_is_dropped_during_the_hand_over_completes() {
     check(2, || {
@@ -113,8 +113,7 @@ fn a_slot_that_is_dropped_during_the_hand_over_completes() {
     });
 }
 
-/// Looks for: a `request` that does not ring the reaper of an inline ring; a `try_sleep` without
-/// `has_requests`.
+/// Broken by: a `try_sleep` without `has_requests`.
 #[test]
 fn a_stop_ends_a_wait_of_the_thread_that_drives() {
     check(3, || {
@@ -130,11 +129,11 @@ fn a_stop_ends_a_wait_of_the_thread_that_drives() {
     });
 }
 
-/// Whoever sees that a ring is closed sees what the thread did before that closed it.
+/// A thread that sees that a ring is closed sees what came before the `stop`.
 ///
-/// Looks for: Relaxed in place of Release or Acquire at `state`.
+/// Broken by: Relaxed in place of Release or Acquire at `state`.
 #[test]
-fn who_sees_a_ring_closed_sees_what_came_before() {
+fn a_thread_that_sees_a_ring_closed_sees_what_came_before() {
     check(3, || {
         let rig = Rig::new(Reads::Leave);
         let (mut sq, cq) = rig.ring(Drive::Inline);

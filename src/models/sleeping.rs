@@ -16,7 +16,7 @@ use crate::ring_builder::Drive;
 
 /// Two threads of the device drop a slot each, while the engine collects, publishes and goes to sleep.
 ///
-/// Looks for: a `take_dropped` that clears the flag after the list was locked; a `try_sleep` without
+/// Broken by: a `take_dropped` that clears the flag after the list was locked; a `try_sleep` without
 /// `has_requests`; a `slot_dropped` that does not ring.
 #[test]
 fn dropped_slots_complete_while_the_reaper_drives_the_engine() {
@@ -32,7 +32,7 @@ fn dropped_slots_complete_while_the_reaper_drives_the_engine() {
     });
 }
 
-/// Looks for: the same as the model above.
+/// Broken by: a `slot_dropped` that does not ring.
 #[test]
 fn a_dropped_slot_completes_while_a_poller_drives_the_engine() {
     check(2, || {
@@ -97,8 +97,8 @@ impl InPhase {
     }
 }
 
-/// Looks for: a `wait` whose last look takes the wake; a last look without the wake; a `wake_reaper`
-/// that does not ring; Relaxed in place of Release or Acquire at `woken`.
+/// Broken by: a `wait` whose last look takes the wake, or does not look for it; Relaxed in place of
+/// Release or Acquire at `woken`.
 fn a_wake_ends_a_wait(phase: Phase) {
     check(3, move || {
         let InPhase { rig, sq, mut cq, slot, other } = InPhase::new(phase);
@@ -145,7 +145,7 @@ fn a_wake_ends_a_wait_on_a_closed_ring() {
 
 /// A wake that comes while `cancel_and_wait` waits is left for the next `wait`.
 ///
-/// Looks for: a `cancel_and_wait` that takes the wake, or does not sleep because of it.
+/// Broken by: a `cancel_and_wait` that takes the wake; a `try_sleep` without `has_requests`.
 #[test]
 fn a_wake_during_a_cancel_ends_the_next_wait() {
     check(2, || {
@@ -176,7 +176,7 @@ fn a_wake_during_a_cancel_ends_the_next_wait() {
 
 /// A thread of the device rings, after it has filled or dropped the slot that it has.
 ///
-/// Looks for: a `device_rang` that is not taken in every phase; a `ring_from_device` that does not
+/// Broken by: a `device_rang` that is not taken in every phase; a `ring_from_device` that does not
 /// ring; a `try_sleep` without `has_requests`.
 fn a_devices_wake_is_consumed(phase: Phase) {
     check(3, move || {
@@ -230,8 +230,7 @@ fn a_devices_wake_is_consumed_by_a_closed_ring() {
     a_devices_wake_is_consumed(Phase::Closed);
 }
 
-/// Looks for: a `device_rang` that is not taken in every phase; a poller that sleeps without its last
-/// look, or takes the words of the ready set after their bits.
+/// Broken by: a `device_rang` that is not taken in every phase; a `try_sleep` without `has_requests`.
 #[test]
 fn a_devices_wake_is_consumed_by_a_detached_ring_on_a_poller() {
     check(2, || {
@@ -263,7 +262,7 @@ fn a_devices_wake_is_consumed_by_a_detached_ring_on_a_poller() {
 
 /// Nothing is posted, so the device is polled because it has rung. It finds what its thread wrote.
 ///
-/// Looks for: Relaxed in place of Release or Acquire at `device_rang`.
+/// Broken by: Relaxed in place of Release or Acquire at `device_rang`.
 #[test]
 fn a_poll_for_a_devices_wake_sees_what_came_before_it() {
     check(3, || {
