@@ -137,7 +137,7 @@ fn quiet_panics() {
 }
 
 type Round = fn(&mut Dice) -> (Setup, Drivers);
-/// Who makes the drivers of a world, and what is to be seen when the world is gone.
+/// Makes the drivers of a world, and returns them with a check that runs when the world is gone.
 type Drivers = Box<dyn FnOnce(&Setup, &str, &Arc<Inside>) -> (Vec<Identified>, After)>;
 type After = Box<dyn FnOnce()>;
 

@@ -137,9 +137,9 @@ pub(crate) struct Inside {
 
 #[derive(Default)]
 struct Wakes {
-    /// Of the queues that are there, by number.
+    /// The wakes of the queues that are there, by the queue's number.
     now: BTreeMap<u64, Wake>,
-    /// Of the last that are gone.
+    /// The wakes of the queues that went last.
     past: VecDeque<Wake>,
 }
 

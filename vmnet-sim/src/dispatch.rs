@@ -188,7 +188,7 @@ pub(crate) unsafe extern "C" fn dispatch_retain(queue: *const c_void) {
 
 /// # Safety
 ///
-/// As for [`dispatch_retain`]; and the caller gives up its reference.
+/// The caller keeps the contract of [`dispatch_retain`], and gives up its reference.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn dispatch_release(queue: *const c_void) {
     objects::expect_live(queue, Kind::Queue, "dispatch_release");

@@ -63,7 +63,7 @@ unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, old
 
 /// # Safety
 ///
-/// As for [`answer`].
+/// The caller keeps the contract of [`answer`].
 unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8) -> u32 {
     let rules = lock(&interface.rules);
     let handle = |rule: &Rule| Handle::new(Object::Opaque(Box::new(rule.clone())));

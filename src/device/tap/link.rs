@@ -722,7 +722,7 @@ mod tests {
         });
     }
 
-    /// As if an earlier request had timed out: its answer arrives before the answer to the next
+    /// An earlier request has timed out, so its answer arrives before the answer to the next
     /// request.
     #[test]
     fn answers_to_an_earlier_request_are_skipped() {

@@ -513,7 +513,7 @@ mod tests {
         });
     }
 
-    /// As if the process were killed: nothing deletes the table explicitly.
+    /// The test drops the socket, as a killed process does: nothing deletes the table explicitly.
     #[test]
     fn an_owners_table_goes_with_its_socket() {
         let Some(namespace) = Namespace::new(&["nft"]) else { return };
