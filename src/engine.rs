@@ -742,11 +742,12 @@ impl Engine {
     }
 
     /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read
-    /// is posted and the device keeps no slot: a packet that cannot be taken would end each sleep
-    /// at once.
+    /// is posted and the device keeps no slot, and while the queue closes: a packet that cannot be
+    /// taken would end each sleep at once. A queue that closes is asked again at the
+    /// [`deadline`](Self::deadline).
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
         let waits = !self.posted.reads.is_empty() || self.kept != [0; 2];
-        self.descriptor.filter(|_| waits)
+        self.descriptor.filter(|_| waits && matches!(self.phase, Phase::Open))
     }
 
     /// A number that tells the descriptor of one queue from that of the next, which may be the same

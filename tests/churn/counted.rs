@@ -98,7 +98,7 @@ struct CountedQueue {
 
 /// How often a queue may be asked to close, at once and in each millisecond after that: many times
 /// as often as an engine asks that sleeps in between.
-const CLOSES: (u64, u64) = (10_000, 200);
+const CLOSES: (u64, u64) = (500, 20);
 
 impl Queue for CountedQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
