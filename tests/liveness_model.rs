@@ -1,6 +1,8 @@
 //! Random operations on everything at once, and what must come of them; see `churn`.
 
 mod properties {
+    use std::fmt;
+
     use proptest::collection::vec;
     use proptest::prelude::*;
     use proptest::test_runner::{Config, FileFailurePersistence};
@@ -26,9 +28,19 @@ mod properties {
         }
     }
 
+    /// A value that is printed on one line, so that a failed case can be read in a log.
+    #[derive(Clone)]
+    struct Line<T>(T);
+
+    impl<T: fmt::Debug> fmt::Debug for Line<T> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{:?}", self.0)
+        }
+    }
+
     /// A smaller seed is not a simpler case, so steps are only left out.
-    fn drawn<T: std::fmt::Debug>(draw: fn(&mut Dice) -> T) -> impl Strategy<Value = T> {
-        any::<u64>().no_shrink().prop_map(move |seed| draw(&mut Dice::new(seed)))
+    fn drawn<T: fmt::Debug>(draw: fn(&mut Dice) -> T) -> impl Strategy<Value = Line<T>> {
+        any::<u64>().no_shrink().prop_map(move |seed| Line(draw(&mut Dice::new(seed))))
     }
 
     /// One case in 200 measures the processor time; this one always does.
@@ -66,7 +78,8 @@ mod properties {
             setup in drawn(Setup::draw),
             steps in vec(drawn(Step::draw), 1..60),
         ) {
-            guarded(move || run(&setup, &steps));
+            let steps: Vec<Step> = steps.into_iter().map(|step| step.0).collect();
+            guarded(move || run(&setup.0, &steps));
         }
     }
 }

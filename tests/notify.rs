@@ -85,7 +85,8 @@ fn submit_and_wait_rings_once() {
             let mut ring =
                 interface.ring(Direction::Both).depth(4).drive(way.drive(poller)).build().unwrap();
             let control = ring.control();
-            for _ in 0..scaled(20) {
+            let mut rounds = 0;
+            eventually("the engine sleeps before a submission", || {
                 // Time for the engine to go to sleep.
                 thread::sleep(Duration::from_millis(2));
                 let bells = control.doorbells();
@@ -94,8 +95,12 @@ fn submit_and_wait_rings_once() {
                 let writes = writes.into_iter().inspect(|_| assert_eq!(control.doorbells(), bells));
                 assert_eq!(ring.submit_and_wait(reads, writes, 4, Some(LONG)).unwrap(), 4);
                 assert!(reap_n(&mut ring, 4).iter().all(|done| done.result == Ok(60)));
+                rounds += 1;
+                rounds >= scaled(20) && (way == Way::Inline || control.doorbells() > 0)
+            });
+            if way == Way::Inline {
+                assert_eq!(control.doorbells(), 0, "nobody sleeps while its owner submits");
             }
-            assert_eq!(control.doorbells() > 0, way != Way::Inline, "did the engine ever sleep?");
             // It takes no more than there are credits, and a timeout ends the wait.
             let frames: Vec<_> = std::iter::from_fn(|| ring.alloc()).take(6).collect();
             let mut reads = frames.into_iter().zip(0..);
