@@ -454,11 +454,11 @@ fn what_cannot_be_opened_says_why() {
 
         let bridged = |name: &str| Interface::builder().mode(Mode::Bridged(name.to_owned()));
         let none = TapError::NoBridge("none".to_owned());
-        assert_eq!(error_of(bridged("none"), Tap::named("b0")), none);
+        assert_eq!(error_of(bridged("none"), Tap::named("refused0")), none);
         let no_bridge = TapError::NoBridge("solo".to_owned());
-        assert_eq!(error_of(bridged("solo"), Tap::named("b0")), no_bridge);
+        assert_eq!(error_of(bridged("solo"), Tap::named("refused0")), no_bridge);
         eventually("a start that failed leaves nothing", || {
-            !sh("ip -o link show type tun").contains("b0")
+            !sh("ip -o link show type tun").contains("refused0")
         });
 
         let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
