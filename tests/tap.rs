@@ -650,8 +650,11 @@ fn a_panic_above_the_queue_brings_home_what_the_kernel_has() {
                 let mut home: Vec<(Frame, Vec<u8>)> = Vec::new();
                 let (mut came, mut panicked, mut number) = (0, 0, 0);
                 eventually("every read comes back", || {
-                    neighbour.send(number, 1000);
-                    number += 1;
+                    // These are fewer than the reads, so some reads have no packet at the panic.
+                    if number < 40 || came >= number || panicked > 0 {
+                        neighbour.send(number, 1000);
+                        number += 1;
+                    }
                     for done in ring.reap() {
                         match done.result {
                             Ok(_) => came += 1,
