@@ -189,6 +189,39 @@ fn a_device_that_does_not_let_go_is_leaked_and_close_says_so() {
 }
 
 /// The fault wrapper offers users such a device.
+/// Goal: a device that keeps its slots at first, and releases them within the close timeout, leaks
+/// nothing. Method: it refuses the first three times.
+#[test]
+fn a_device_that_lets_go_late_leaks_nothing() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let interface = Script::new(|_, _| {
+                let kept = Arc::new(Mutex::new(Vec::new()));
+                let (closing, mut calls) = (kept.clone(), 0);
+                ScriptQueue::new(move |io| {
+                    kept.lock().unwrap().extend(std::iter::from_fn(|| io.take_read()));
+                    Ok(Progress::Idle)
+                })
+                .on_close(move |io| {
+                    calls += 1;
+                    let lets_go = calls > 3;
+                    if lets_go {
+                        closing.lock().unwrap().drain(..).for_each(|slot| io.cancel(slot));
+                    }
+                    lets_go
+                })
+            })
+            .start();
+            let ring = interface.ring(Direction::Read).depth(4).drive(way.drive(poller));
+            let mut ring = ring.close_timeout(LONG).build().unwrap();
+            (0..4).for_each(|number| post(&mut ring, number));
+            ring.reap().for_each(|done| panic!("{done:?}"));
+            ring.close().expect("nothing is leaked");
+            assert!(reap_n(&mut ring, 4).iter().all(|d| d.result == Err(EntryError::Cancelled)));
+        });
+    });
+}
+
 #[test]
 fn a_fault_device_that_is_stuck_at_close_is_leaked() {
     guarded(|| {
