@@ -240,6 +240,7 @@ pub(crate) struct ScriptQueue {
     close: Box<CloseFn>,
     cancel_reads: Option<Box<dyn FnMut() -> u32 + Send>>,
     bind: Box<dyn FnMut() + Send>,
+    arm: Box<dyn FnMut() -> bool + Send>,
     descriptor: Option<OwnedFd>,
     asked: Box<dyn Fn() + Send>,
 }
@@ -254,6 +255,7 @@ impl ScriptQueue {
             close: Box::new(|_| true),
             cancel_reads: None,
             bind: Box::new(|| ()),
+            arm: Box::new(|| true),
             descriptor: None,
             asked: Box::new(|| ()),
         }
@@ -288,6 +290,11 @@ impl ScriptQueue {
         self
     }
 
+    pub(crate) fn on_arm(mut self, f: impl FnMut() -> bool + Send + 'static) -> Self {
+        self.arm = Box::new(f);
+        self
+    }
+
     pub(crate) fn on_bind(mut self, f: impl FnMut() + Send + 'static) -> Self {
         self.bind = Box::new(f);
         self
@@ -316,6 +323,10 @@ impl Queue for ScriptQueue {
 
     fn bind_to_thread(&mut self) {
         (self.bind)();
+    }
+
+    fn arm(&mut self) -> bool {
+        (self.arm)()
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -1,12 +1,14 @@
 //! What a third-party device can and cannot do.
 
 use crate::support::eventually;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vmring::device::{PollContext, PostedSlot, Progress};
-use vmring::{CloseReason, Direction, EntryError, Error, Interface, Pool, RingOp, Status};
+use vmring::{
+    CloseReason, Direction, EntryError, Error, IdlePolicy, Interface, Pool, RingOp, Status,
+};
 
 use super::{PATIENT, pool};
 use crate::support::{
@@ -280,6 +282,48 @@ fn a_start_that_takes_too_long_times_out_and_is_undone() {
         assert!(matches!(start, Err(Error::StartTimeout(after)) if after == timeout), "{start:?}");
         crate::support::eventually("the late device is stopped", || {
             stops.load(Ordering::SeqCst) == 1
+        });
+    });
+}
+
+/// Goal: a packet that came just before its queue was armed reaches a read, although the device does
+/// not ring for it. Method: the packet comes in `arm`, which says no. The read is still posted, or
+/// the device keeps it.
+#[test]
+fn a_queue_that_refuses_to_be_armed_is_polled_again() {
+    guarded(|| {
+        every_way(|way, poller| {
+            for keeps in [false, true] {
+                stage(format!("{way:?}: the device keeps the read: {keeps}"));
+                let interface = Script::new(move |_, _| {
+                    // 0: no read was seen; 1: one was; 2: a packet has come; 3: it was read.
+                    let stage = Arc::new(AtomicU32::new(0));
+                    let (at_arming, mut kept) = (stage.clone(), None);
+                    ScriptQueue::new(move |io| {
+                        if keeps && kept.is_none() {
+                            kept = io.take_read();
+                        }
+                        if kept.is_some() || io.reads() > 0 {
+                            stage.fetch_max(1, Ordering::SeqCst);
+                        }
+                        if stage.load(Ordering::SeqCst) == 2 {
+                            let slot = kept.take().or_else(|| io.take_read()).expect("seen");
+                            io.complete_read(slot, 60);
+                            stage.store(3, Ordering::SeqCst);
+                        }
+                        Ok(Progress::Idle)
+                    })
+                    .on_arm(move || {
+                        let order = Ordering::SeqCst;
+                        at_arming.compare_exchange(1, 2, order, order).is_err()
+                    })
+                })
+                .start();
+                let ring = interface.ring(Direction::Read).depth(4).drive(way.drive(poller));
+                let mut ring = ring.idle(IdlePolicy::PARK).build().unwrap();
+                post(&mut ring, 1);
+                assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(60));
+            }
         });
     });
 }
