@@ -102,6 +102,31 @@ impl CqConsumer {
         })
     }
 
+    /// The next of the completions that [`ready`](Self::ready) saw, which the caller may take or
+    /// leave. `None` if none is left.
+    #[inline]
+    pub fn front(&mut self) -> Option<CqeRef<'_>> {
+        let cqe = self.cq.front()?.peek(|cqe| *cqe);
+        Some(CqeRef { cqe, consumer: self })
+    }
+
+    /// Moves those of the completions that [`ready`](Self::ready) saw for which `first` returns true
+    /// before the others, and forgets the others until the next [`ready`](Self::ready). Both groups
+    /// keep their order. `first` sees each completion once, oldest first.
+    ///
+    /// This only changes the order, so a caller that panics or never takes them loses nothing. For
+    /// n completions it takes O(n log n) steps.
+    pub fn select(&mut self, first: impl FnMut(&Cqe) -> bool) {
+        let selected = self.cq.partition(first);
+        self.cq.limit_known(selected);
+    }
+
+    /// How many completions wait, after a look at the queue that [`known`](Self::known) does not
+    /// count.
+    pub fn waiting(&self) -> u32 {
+        self.cq.waiting()
+    }
+
     /// How many of the completions that `ready` saw are left.
     #[inline]
     pub fn known(&self) -> u32 {
@@ -111,6 +136,30 @@ impl CqConsumer {
     /// The ring's pools.
     pub fn regions(&self) -> &Regions {
         self.cq.regions()
+    }
+}
+
+/// The next completion, which is still in its queue. [`take`](Self::take) takes it. If it is dropped,
+/// or forgotten, and not taken, it stays the next in the queue.
+#[derive(Debug)]
+pub struct CqeRef<'a> {
+    /// A copy. The entry in the queue goes on owning its slot.
+    cqe: Cqe,
+    consumer: &'a mut CqConsumer,
+}
+
+impl CqeRef<'_> {
+    /// The entry.
+    #[inline]
+    pub fn cqe(&self) -> &Cqe {
+        &self.cqe
+    }
+
+    /// Takes the completion, as [`CqConsumer::pop`] does.
+    #[inline]
+    pub fn take(self) -> Reaped {
+        // The consumer is exclusively borrowed since `front` saw the entry.
+        self.consumer.pop().expect("the entry is still there")
     }
 }
 

@@ -29,7 +29,7 @@ pub mod sync;
 pub mod view;
 
 pub use backing::{Backing, HeapBacking};
-pub use cq::{CqConsumer, CqProducer, Reaped};
+pub use cq::{CqConsumer, CqProducer, CqeRef, Reaped};
 pub use credits::Class;
 pub use entry::{Cqe, Opcode, Outcome, Sqe};
 pub use frame::{Frame, FrontError, OutOfSpace};

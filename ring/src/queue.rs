@@ -34,9 +34,9 @@ struct Shared<T: Entry> {
 }
 
 // SAFETY: the one producer writes a cell while its index is outside head..tail, in `push`. The one
-// consumer reads it while its index is inside, in `peek`. The two indices hand the cell over (see
-// the module's documentation). `queue` makes one producer and one consumer, and neither is `Clone`.
-// `T` is plain data.
+// consumer reads it while its index is inside, in `peek`, and exchanges two of these cells, in
+// `swap`. The two indices hand the cell over (see the module's documentation). `queue` makes one
+// producer and one consumer, and neither is `Clone`. `T` is plain data.
 unsafe impl<T: Entry + Send> Sync for Shared<T> {}
 // SAFETY: the fields are atomics, plain data that is `Send`, and pools, which are `Send`.
 unsafe impl<T: Entry + Send> Send for Shared<T> {}
@@ -277,10 +277,10 @@ impl<T: Entry> Consumer<T> {
         self.known()
     }
 
-    /// Whether entries wait.
-    pub(crate) fn has_more(&self) -> bool {
-        // Relaxed: nothing is read of the entries.
-        self.shared.tail.load(Ordering::Relaxed) != self.head
+    /// How many entries wait, after a look at the queue that [`known`](Self::known) does not count.
+    pub(crate) fn waiting(&self) -> u32 {
+        // Relaxed: only a count is wanted, and nothing is read of the entries.
+        self.shared.tail.load(Ordering::Relaxed).wrapping_sub(self.head)
     }
 
     /// How many entries wait, as of the last [`refresh`](Self::refresh).
@@ -350,6 +350,84 @@ impl<T: Entry> Consumer<T> {
             count += 1;
         }
         count
+    }
+
+    /// Moves the known entries for which `first` returns true to the front, before the others. Both
+    /// groups keep their order. Returns the number of entries in the first group.
+    ///
+    /// `first` sees each known entry once, oldest first. No entry enters or leaves the queue. So if
+    /// `first` panics, every entry is still there, in some order.
+    ///
+    /// This takes O(n log n) steps for n known entries, and no memory.
+    pub(crate) fn partition(&mut self, mut first: impl FnMut(&T) -> bool) -> u32 {
+        self.partition_range(0, self.known(), &mut first)
+    }
+
+    /// Does the work of [`partition`](Self::partition) for the `count` entries from the known entry
+    /// number `from` on.
+    fn partition_range(
+        &mut self,
+        from: u32,
+        count: u32,
+        first: &mut impl FnMut(&T) -> bool,
+    ) -> u32 {
+        match count {
+            0 => 0,
+            1 => u32::from(self.look_at(from, first)),
+            _ => {
+                let older = count / 2;
+                let left = self.partition_range(from, older, first);
+                let right = self.partition_range(from + older, count - older, first);
+                self.exchange_blocks(from + left, older - left, right);
+                left + right
+            }
+        }
+    }
+
+    /// Exchanges two neighbouring blocks of known entries, of `left` and `right` entries. The left
+    /// one begins at the known entry number `from`.
+    fn exchange_blocks(&mut self, from: u32, left: u32, right: u32) {
+        if left == 0 || right == 0 {
+            return;
+        }
+        self.reverse(from, left);
+        self.reverse(from + left, right);
+        self.reverse(from, left + right);
+    }
+
+    fn reverse(&mut self, from: u32, count: u32) {
+        for i in 0..count / 2 {
+            self.swap(from + i, from + count - 1 - i);
+        }
+    }
+
+    /// Calls `look` with the known entry number `i`, counted from the oldest.
+    fn look_at<R>(&self, i: u32, look: impl FnOnce(&T) -> R) -> R {
+        assert!(i < self.known(), "the entry is known");
+        // SAFETY: the index is before `tail_seen`, which `refresh` loaded with Acquire. The entry is
+        // not taken, so no `retire` has stored a head beyond it.
+        unsafe { peek(self.shared.cell(self.head.wrapping_add(i)), look) }
+    }
+
+    /// Exchanges the known entries number `i` and `j`, counted from the oldest.
+    fn swap(&mut self, i: u32, j: u32) {
+        let (one, other) = (self.look_at(i, |entry| *entry), self.look_at(j, |entry| *entry));
+        for (index, entry) in [(i, other), (j, one)] {
+            self.shared.cell(self.head.wrapping_add(index)).with_mut(|cell| {
+                // SAFETY: `look_at` has checked that the index is of a known entry, so it is in
+                // head..tail. The producer writes the cell again only after `retire` has stored a
+                // head beyond it (Acquire in `refresh_space`), and this is the one consumer,
+                // exclusively borrowed. Between the two writes one entry is in two cells, and
+                // nothing here can panic or look.
+                unsafe { (*cell).write(entry) };
+            });
+        }
+    }
+
+    /// Forgets the known entries beyond the first `n`, until the next [`refresh`](Self::refresh).
+    /// They stay in the queue.
+    pub(crate) fn limit_known(&mut self, n: u32) {
+        self.tail_seen = self.head.wrapping_add(n.min(self.known()));
     }
 }
 

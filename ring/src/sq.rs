@@ -194,7 +194,7 @@ impl SqConsumer {
 
     /// Whether submissions wait, after a look at the queue that [`known`](Self::known) does not count.
     pub fn has_more(&self) -> bool {
-        self.sq.has_more()
+        self.sq.waiting() > 0
     }
 
     /// The next of the submissions that [`ready`](Self::ready) saw, which the caller may take or

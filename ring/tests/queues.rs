@@ -13,9 +13,9 @@ use std::thread;
 use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
-    Backing, Class, CqConsumer, CqProducer, Depths, Frame, FrontError, HeapBacking, Layout,
-    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Regions, SqConsumer, SqProducer,
-    Submission, rings,
+    Backing, Class, CqConsumer, CqProducer, CqeRef, Depths, Frame, FrontError, HeapBacking, Layout,
+    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions, SqConsumer,
+    SqProducer, Submission, rings,
 };
 
 /// The default configuration. Failing cases are kept beside those of the other crates.
@@ -123,6 +123,16 @@ enum Op {
         count: usize,
         keep: bool,
     },
+    /// Looks at the next completion and lets go of it, by a drop or by forgetting.
+    LookAtFront {
+        forget: bool,
+    },
+    /// Takes the next completion after a look at it.
+    ReapFront,
+    /// Moves completions forward, chosen by the lowest bits of their `user_data`.
+    Select {
+        chosen: u8,
+    },
     DropSqProducer,
     DropCqConsumer,
     DropSqConsumer,
@@ -154,6 +164,9 @@ fn op() -> impl Strategy<Value = Op> {
         50 => Just(Op::Show),
         40 => Just(Op::LookForCompletions),
         60 => (1..5_usize, any::<bool>()).prop_map(|(count, keep)| Op::Reap { count, keep }),
+        20 => any::<bool>().prop_map(|forget| Op::LookAtFront { forget }),
+        20 => Just(Op::ReapFront),
+        30 => any::<u8>().prop_map(|chosen| Op::Select { chosen }),
         1 => Just(Op::DropSqProducer),
         1 => Just(Op::DropCqConsumer),
         1 => Just(Op::DropSqConsumer),
@@ -439,8 +452,44 @@ impl World {
             }
             Op::Reap { count, keep } => {
                 for _ in 0..count {
-                    self.reap(keep);
+                    self.reap(keep, CqConsumer::pop);
                 }
+            }
+            Op::LookAtFront { forget } => {
+                let Some(cq_consumer) = &mut self.cq_consumer else { return };
+                let front = cq_consumer.front();
+                let seen = front.as_ref().map(|it| {
+                    let cqe = it.cqe();
+                    (cqe.user_data(), cqe.opcode(), cqe.outcome(), cqe.len())
+                });
+                let next = self.cq.front().filter(|_| self.cq_known > 0);
+                let expected =
+                    next.map(|done| (done.user_data, done.ask.opcode(), done.outcome, done.len));
+                assert_eq!(seen, expected);
+                if forget {
+                    #[allow(clippy::forget_non_drop)] // that it has no `Drop` is what is promised
+                    std::mem::forget(front);
+                }
+            }
+            Op::ReapFront => self.reap(true, |it| it.front().map(CqeRef::take)),
+            Op::Select { chosen } => {
+                let Some(cq_consumer) = &mut self.cq_consumer else { return };
+                let is_chosen = |user_data: u64| chosen >> (user_data % 8) & 1 == 1;
+                let mut seen = Vec::new();
+                cq_consumer.select(|cqe| {
+                    seen.push(cqe.user_data());
+                    is_chosen(cqe.user_data())
+                });
+                let rest = self.cq.split_off(self.cq_known);
+                let expected: Vec<_> = self.cq.iter().map(|done| done.user_data).collect();
+                assert_eq!(seen, expected, "each known completion, oldest first");
+                let (first, others): (Vec<_>, Vec<_>) =
+                    self.cq.drain(..).partition(|done| is_chosen(done.user_data));
+                self.cq_known = first.len();
+                self.cq = first.into_iter().chain(others).chain(rest).collect();
+                assert_eq!(cq_consumer.known() as usize, self.cq_known);
+                let published = self.completions_shown - self.reaped;
+                assert_eq!(cq_consumer.waiting(), published, "none entered or left the queue");
             }
             Op::DropSqProducer => {
                 if self.sq_producer.take().is_some() {
@@ -540,9 +589,9 @@ impl World {
         self.cq_hidden += 1;
     }
 
-    fn reap(&mut self, keep: bool) {
+    fn reap(&mut self, keep: bool, take: impl FnOnce(&mut CqConsumer) -> Option<Reaped>) {
         let Some(cq_consumer) = &mut self.cq_consumer else { return };
-        let reaped = cq_consumer.pop();
+        let reaped = take(cq_consumer);
         if self.cq_known == 0 {
             assert!(reaped.is_none(), "{reaped:?} was not seen at the last look");
             return;
@@ -751,6 +800,45 @@ fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     assert!(cq_consumer.pop().is_none());
     drop((sq_producer, cq_consumer, sq_consumer, cq_producer, second));
     assert_eq!(pool.slots_out(), 1);
+}
+
+/// Goal: a look at a completion, and a choice among completions that does not end, copy no slot and
+/// lose none. Method: one look is forgotten, one choice panics half-way, and then the queue is
+/// dropped with its entries.
+#[test]
+fn a_look_that_is_forgotten_and_a_choice_that_panics_lose_no_slot() {
+    for reaped in 0..3 {
+        let pool = pool(4);
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+            rings(Depths::new(4, 0, 0), regions(&pool), u32::MAX - 1);
+        for user_data in 0..4 {
+            sq_producer.push(Class::Read, pool.alloc().unwrap(), user_data).unwrap();
+        }
+        sq_producer.publish();
+        sq_consumer.ready();
+        while let Some(Submission::Packet { class, user_data, frame }) = sq_consumer.pop() {
+            cq_producer.push(class, frame, user_data, Outcome::Done);
+        }
+        cq_producer.publish();
+        assert_eq!(cq_consumer.ready(), 4);
+        #[allow(clippy::forget_non_drop)] // that it has no `Drop` is what is promised
+        std::mem::forget(cq_consumer.front());
+        assert_eq!(cq_consumer.known(), 4);
+        let choice = catch_unwind(AssertUnwindSafe(|| {
+            cq_consumer.select(|cqe| {
+                assert!(cqe.user_data() < 3, "this choice panics, as it was told to");
+                cqe.user_data() % 2 == 1
+            });
+        }));
+        assert!(choice.is_err());
+        assert_eq!(cq_consumer.ready(), 4, "every entry is still there");
+        let taken: BTreeSet<_> =
+            (0..reaped).map(|_| cq_consumer.pop().unwrap()).map(|it| it.user_data).collect();
+        assert_eq!(taken.len(), reaped, "none came twice");
+        assert_eq!(pool.slots_out(), 4 - reaped as u32);
+        drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
+        assert_eq!(pool.slots_out(), 0);
+    }
 }
 
 /// Four entries: two packets, a cancel, a packet.
