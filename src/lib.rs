@@ -43,6 +43,8 @@
 //! | start an interface and build a ring | [`Interface::builder`], [`Interface::ring`], [`RingBuilder`] |
 //! | choose the thread that polls the device | [`Drive`] |
 //! | write the hot loop | [the ring's module](mod@ring#the-hot-loop), [`Completion`] |
+//! | decide between one ring for both directions and two rings | [the ring's module](mod@ring#one-ring-or-two) |
+//! | look at a completion before taking it | [`Ring::peek`], [`Ring::reap_if`] |
 //! | wait, by blocking or in an event loop | [the ring's module](mod@ring#ways-to-wait) |
 //! | handle errors | [the ring's module](mod@ring#errors), [`error`] |
 //! | cancel, and close | [the ring's module](mod@ring#cancel-and-close), [`Interface::stop`] |
@@ -154,8 +156,8 @@ pub use policy::{IdlePolicy, RetryPolicy};
 pub use poller::{Poller, PollerBuilder};
 pub use pool::{Pool, PoolBuilder};
 pub use ring::{
-    Completion, CompletionHalf, CompletionQueue, HalfReap, Reap, Ring, RingControl, RingOp,
-    SubmissionHalf, SubmissionQueue,
+    Completion, CompletionHalf, CompletionInfo, CompletionQueue, HalfReap, Peek, Reap, Ring,
+    RingControl, RingOp, SubmissionHalf, SubmissionQueue,
 };
 pub use ring_builder::{Drive, RingBuilder};
 pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};

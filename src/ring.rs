@@ -83,6 +83,37 @@
 //! # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
 //! ```
 //!
+//! # One ring or two
+//!
+//! A ring for both directions ([`Direction::Both`](crate::Direction::Both)) is right for most
+//! callers: one thread sleeps once for both directions, one doorbell serves the reads and the writes
+//! of a round, and a frame that came in can go out again without a copy. Each direction has credits of
+//! its own, so reads that fill the ring hold up no write. Completions come in one order, but
+//! [`Ring::reap_if`] takes the writes and leaves those reads in the ring that cannot be taken yet, for
+//! example because the guest has posted no buffer. So a full guest holds up neither its own
+//! transmissions nor the frames that they return.
+//!
+//! Two rings on one interface, one that reads and one that writes, are better in these cases:
+//!
+//! * **Two threads of yours do the work**, as with a receive and a transmit thread per queue pair. The
+//!   halves of one ring can be on two threads, but only one thread can reap. So the thread that reaps
+//!   would have to hand each frame of a finished write over to the other one, by a queue of your own
+//!   and a second wake-up. With two rings each thread reaps what it has submitted.
+//! * **One direction must not wait for the other inside the device.** An engine makes one call to the
+//!   device at a time. While a call sends a large batch, or a slow device blocks in it, the same
+//!   engine receives nothing. Two rings with two threads ([`Drive::Thread`]) receive meanwhile.
+//! * **The directions want different waits.** A ring has one arming. If received packets should
+//!   interrupt the guest at once, and finished writes only in batches of 32 or after a millisecond
+//!   ([`Ring::arm_after`]), one ring would have to wake for both at the sooner of the two.
+//! * **You drain, cancel or close one direction alone.** [`Ring::drain`] and [`Ring::close`] concern the
+//!   whole ring. For example, a guest that resets its receive queue only would stop its writes too.
+//!
+//! Two rings cost a second poller thread, or a second place on a [shared](Drive::Shared) one, a second
+//! wake-up where both directions are busy, and some memory. Give both the same
+//! [`pool`](crate::RingBuilder::pool) if frames that came in go out again. A ring for each direction
+//! counts as one reading and one writing ring, which every device serves
+//! ([`Capabilities::reading_rings`]).
+//!
 //! # Ways to wait
 //!
 //! | the caller | uses |
@@ -122,7 +153,8 @@
 //! | `io_uring_submit` after many preps | [`Ring::submit_reads`], [`Ring::submit_writes`] |
 //! | `io_uring_submit_and_wait` | [`Ring::submit_and_wait`] |
 //! | `io_uring_wait_cqes`, `io_uring_wait_cqe_timeout` | [`Ring::wait`] |
-//! | `io_uring_peek_cqe`, `io_uring_for_each_cqe` + `io_uring_cq_advance` | [`Ring::reap`] |
+//! | `io_uring_for_each_cqe` + `io_uring_cq_advance` | [`Ring::reap`] |
+//! | `io_uring_peek_cqe`, and `io_uring_cqe_seen` or not | [`Ring::peek`], and [`Peek::take`] or not; [`Ring::reap_if`] for many |
 //! | `io_uring_cqe_get_data64` | [`Completion::user_data`] |
 //! | `cqe->res` | [`Completion::result`] |
 //! | `IORING_SETUP_SQPOLL` | [`Drive::Thread`] (a thread for the ring), [`Drive::Shared`] (a thread for many rings) |
@@ -159,7 +191,7 @@ use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::stats::RingStats;
 
 pub use complete::{CompletionQueue, Reap};
-pub use completion::{Completion, RingOp};
+pub use completion::{Completion, CompletionInfo, Peek, RingOp};
 pub use control::RingControl;
 pub use split::{CompletionHalf, HalfReap, SubmissionHalf};
 pub use submit::SubmissionQueue;
@@ -265,6 +297,23 @@ impl Ring {
     #[inline]
     pub fn reap(&mut self) -> Reap<'_> {
         self.cq.reap()
+    }
+
+    /// Returns how many completions wait to be reaped. See [`CompletionQueue::ready`].
+    pub fn ready(&mut self) -> usize {
+        self.cq.ready()
+    }
+
+    /// Looks at the next completion and leaves it in the queue. Never blocks. See
+    /// [`CompletionQueue::peek`].
+    pub fn peek(&mut self) -> Option<Peek<'_>> {
+        self.cq.peek()
+    }
+
+    /// Returns the completions that wait and are `wanted`, oldest first, and leaves the others in the
+    /// queue. Never blocks. See [`CompletionQueue::reap_if`].
+    pub fn reap_if(&mut self, wanted: impl FnMut(&CompletionInfo) -> bool) -> Reap<'_> {
+        self.cq.reap_if(wanted)
     }
 
     /// Submits reads and writes with at most one doorbell for all of them, and then waits as

@@ -8,6 +8,7 @@ mod device;
 mod interfaces;
 mod order;
 mod ownership;
+mod peek;
 mod retry;
 
 use std::sync::Arc;

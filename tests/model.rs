@@ -68,25 +68,85 @@ pub(crate) enum Fate {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(test), derive(arbitrary::Arbitrary))]
 pub(crate) enum Step {
-    Read { end: bool, n: u8 },
-    Write { end: bool, size: Size },
-    Writes { end: bool, sizes: [Size; 3] },
-    Foreign { end: bool, read: bool },
-    Cancel { end: bool, target: u8, to_the_end: bool },
-    CancelAll { end: bool },
-    Reap { end: bool, n: u8 },
-    Wait { end: bool, min: u8, ms: u8 },
-    Take { n: u8 },
-    Drop { frame: u8 },
-    Trim { frame: u8, front: bool, n: u8 },
-    Grow { frame: u8, n: u8 },
-    Quiesce { end: bool },
-    Restart { end: bool },
-    ControlCancel { end: bool },
-    ControlWake { end: bool },
-    ControlStop { end: bool },
-    Close { end: bool },
-    Rebuild { end: bool },
+    Read {
+        end: bool,
+        n: u8,
+    },
+    Write {
+        end: bool,
+        size: Size,
+    },
+    Writes {
+        end: bool,
+        sizes: [Size; 3],
+    },
+    Foreign {
+        end: bool,
+        read: bool,
+    },
+    Cancel {
+        end: bool,
+        target: u8,
+        to_the_end: bool,
+    },
+    CancelAll {
+        end: bool,
+    },
+    Reap {
+        end: bool,
+        n: u8,
+    },
+    /// Takes completions of one operation, and leaves those of the others.
+    ReapIf {
+        end: bool,
+        write: bool,
+        n: u8,
+    },
+    Peek {
+        end: bool,
+        take: bool,
+    },
+    Wait {
+        end: bool,
+        min: u8,
+        ms: u8,
+    },
+    Take {
+        n: u8,
+    },
+    Drop {
+        frame: u8,
+    },
+    Trim {
+        frame: u8,
+        front: bool,
+        n: u8,
+    },
+    Grow {
+        frame: u8,
+        n: u8,
+    },
+    Quiesce {
+        end: bool,
+    },
+    Restart {
+        end: bool,
+    },
+    ControlCancel {
+        end: bool,
+    },
+    ControlWake {
+        end: bool,
+    },
+    ControlStop {
+        end: bool,
+    },
+    Close {
+        end: bool,
+    },
+    Rebuild {
+        end: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -452,6 +512,10 @@ impl<'a> Model<'a> {
             }
             Step::CancelAll { end } => self.cancel_all(self.end(end)),
             Step::Reap { end, n } => self.reap(self.end(end), n.into()),
+            Step::ReapIf { end, write, n } => {
+                self.reap_if(self.end(end), if write { Kind::Write } else { Kind::Read }, n.into());
+            }
+            Step::Peek { end, take } => self.peek(self.end(end), take),
             Step::Wait { end, min, ms } => self.wait(self.end(end), min.into(), ms),
             Step::Take { n } => {
                 for _ in 0..n % 4 {
@@ -795,6 +859,46 @@ impl<'a> Model<'a> {
         self.look_for_restart(end, &ring);
         self.ends[end].ring = Some(ring);
         for done in done {
+            self.completed(end, done);
+        }
+    }
+
+    /// Takes up to `n` completions of `kind`, and leaves the others.
+    fn reap_if(&mut self, end: usize, kind: Kind, n: usize) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        self.turned(end);
+        let mut seen = 0;
+        let batch = ring.reap_if(|next| {
+            seen += usize::from(next.op == kind);
+            next.op == kind
+        });
+        let done: Vec<_> = batch.take(n).collect();
+        assert_eq!(done.len(), seen.min(n));
+        assert!(done.iter().all(|done| done.op == kind), "{done:?}");
+        self.look_for_restart(end, &ring);
+        self.ends[end].ring = Some(ring);
+        for done in done {
+            self.completed(end, done);
+        }
+    }
+
+    /// Looks at the next completion, and takes it or leaves it.
+    fn peek(&mut self, end: usize, take: bool) {
+        let Some(mut ring) = self.ends[end].ring.take() else { return };
+        self.turned(end);
+        let taken = ring.peek().and_then(|next| {
+            let seen = (next.user_data, next.op, next.result);
+            let flight = &self.ends[end].flight;
+            assert_eq!(flight.get(&next.user_data).map(|it| it.kind), Some(next.op), "{next:?}");
+            take.then(|| {
+                let done = next.take();
+                assert_eq!((done.user_data, done.op, done.result), seen);
+                done
+            })
+        });
+        self.look_for_restart(end, &ring);
+        self.ends[end].ring = Some(ring);
+        if let Some(done) = taken {
             self.completed(end, done);
         }
     }
@@ -1173,6 +1277,9 @@ mod properties {
                 .prop_map(|(end, target, to_the_end)| Step::Cancel { end, target, to_the_end }),
             1 => end().prop_map(|end| Step::CancelAll { end }),
             8 => twos().prop_map(|(end, n)| Step::Reap { end, n }),
+            4 => (any::<bool>(), any::<bool>(), 0..40_u8)
+                .prop_map(|(end, write, n)| Step::ReapIf { end, write, n }),
+            3 => any::<(bool, bool)>().prop_map(|(end, take)| Step::Peek { end, take }),
             3 => (end(), n(), n()).prop_map(|(end, min, ms)| Step::Wait { end, min, ms }),
             2 => n().prop_map(|n| Step::Take { n }),
             3 => n().prop_map(|frame| Step::Drop { frame }),

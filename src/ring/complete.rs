@@ -20,7 +20,7 @@ use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request}
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
 use crate::poller::PollerShared;
-use crate::ring::completion::Completion;
+use crate::ring::completion::{Completion, CompletionInfo, Peek};
 use crate::ring::control::RingControl;
 use crate::stats::RingStats;
 use crate::sync::{Ordering, Overwrite};
@@ -102,6 +102,105 @@ impl CompletionQueue {
         Reap { consumer: &mut self.consumer }
     }
 
+    /// Looks at the next completion and leaves it in the queue. Returns `None` if none waits. Never
+    /// blocks. With `Drive::Inline` the device makes progress first.
+    ///
+    /// [`Peek::take`] takes the completion. This call looks at the queue afresh each time, so a loop
+    /// over many completions is better made with [`reap`](Self::reap) or [`reap_if`](Self::reap_if).
+    ///
+    /// # Examples
+    ///
+    /// A completed read stays in the ring while the guest has no buffer for its packet.
+    ///
+    /// ```
+    /// use vmring::{Completion, Ring, RingOp};
+    ///
+    /// fn next(ring: &mut Ring, guest_has_buffer: bool) -> Option<Completion> {
+    ///     let next = ring.peek()?;
+    ///     if next.op == RingOp::Read && !guest_has_buffer {
+    ///         return None;
+    ///     }
+    ///     Some(next.take())
+    /// }
+    /// # use vmring::{Direction, Interface, Loopback};
+    /// # let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+    /// # let mut ring = interface.ring(Direction::Both).build()?;
+    /// # let frames = [ring.alloc().unwrap(), ring.alloc().unwrap()];
+    /// # ring.submit_reads(frames.into_iter().zip([1, 2]))?;
+    /// # ring.cancel(1, 3)?;
+    /// # ring.wait(2, None);
+    /// # assert!(next(&mut ring, false).is_none());
+    /// # assert_eq!(next(&mut ring, true).map(|done| done.user_data), Some(1));
+    /// # assert_eq!(next(&mut ring, false).map(|done| done.user_data), Some(3));
+    /// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    /// ```
+    #[doc(alias = "io_uring_peek_cqe")]
+    pub fn peek(&mut self) -> Option<Peek<'_>> {
+        self.refresh();
+        self.consumer.front().map(Peek::new)
+    }
+
+    /// Returns those of the completions that wait for which `wanted` returns true, oldest first. The
+    /// others stay in the queue, in their order. Never blocks. With `Drive::Inline` the device makes
+    /// progress first.
+    ///
+    /// So a completion that cannot be taken yet holds up none behind it. For example, a read whose
+    /// packet the guest has no buffer for stays in the ring, and the writes behind it are taken. What
+    /// stays keeps its credit and its frame, so it slows down nobody but its own direction.
+    ///
+    /// `wanted` sees each completion that waits once, oldest first, before this call returns. Those
+    /// that the caller does not take from the iterator stay, before the others. If `wanted` panics,
+    /// every completion is still in the queue, in some order. For n completions that wait, the call
+    /// takes O(n log n) steps, and it allocates nothing.
+    ///
+    /// To sleep while some completions stay, wait for one more than stay: call
+    /// [`arm_after(n + 1, None)`](Self::arm_after), where n is [`ready()`](Self::ready) after the loop,
+    /// and sleep on the descriptor and on what lets the others be taken, such as the guest's kick.
+    /// [`wait(n + 1, ..)`](Self::wait) does the same for the ring alone. It returns at once if nothing
+    /// but the n completions is in flight.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vmring::{Ring, RingOp};
+    ///
+    /// /// Takes what can be taken while the guest has `buffers` for packets to it.
+    /// fn serve(ring: &mut Ring, mut buffers: usize) -> Vec<u64> {
+    ///     let can_be_taken = ring.reap_if(|next| {
+    ///         let is_packet = next.op == RingOp::Read && next.result.is_ok();
+    ///         if is_packet && buffers == 0 {
+    ///             return false;
+    ///         }
+    ///         buffers -= usize::from(is_packet);
+    ///         true
+    ///     });
+    ///     can_be_taken.map(|done| done.user_data).collect()
+    /// }
+    /// # use vmring::{Direction, Interface, Loopback};
+    /// # let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+    /// # let mut ring = interface.ring(Direction::Both).build()?;
+    /// # let frames: Vec<_> = std::iter::from_fn(|| ring.alloc()).take(3).collect();
+    /// # ring.submit_reads(frames.into_iter().zip(1..))?;
+    /// # let mut packet = ring.alloc().expect("a fresh ring has free frames");
+    /// # packet.copy_from(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+    /// # ring.submit_write(packet, 9)?;
+    /// # ring.wait(2, None);
+    /// # assert_eq!(serve(&mut ring, 0), [9]);
+    /// # assert_eq!(serve(&mut ring, 1), [1]);
+    /// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    /// ```
+    pub fn reap_if(&mut self, wanted: impl FnMut(&CompletionInfo) -> bool) -> Reap<'_> {
+        self.refresh();
+        self.select(wanted);
+        Reap { consumer: &mut self.consumer }
+    }
+
+    /// Brings those of the completions that the last look saw and that are `wanted` before the others,
+    /// and leaves the others out of sight until the next look.
+    pub(super) fn select(&mut self, mut wanted: impl FnMut(&CompletionInfo) -> bool) {
+        self.consumer.select(|cqe| wanted(&CompletionInfo::new(cqe)));
+    }
+
     /// Drives the engine if this half has it, and then loads how many completions wait. If a poller
     /// wrote them, perhaps on another processor, their cache lines are prefetched.
     #[inline]
@@ -133,8 +232,9 @@ impl CompletionQueue {
 
     fn outstanding(&self) -> u32 {
         if self.engine_lost {
-            // Nobody completes anything any more.
-            return self.consumer.known();
+            // Nobody completes anything any more. This looks at the queue, because `reap_if` leaves
+            // completions out of what is known.
+            return self.consumer.waiting();
         }
         let lost = self.engine.as_ref().map_or(0, |engine| engine.slots_lost());
         self.consumer.in_flight().saturating_sub(u32::try_from(lost).unwrap_or(u32::MAX))
@@ -575,7 +675,8 @@ impl fmt::Debug for CompletionQueue {
     }
 }
 
-/// The iterator that [`CompletionQueue::reap`] returns: the completions that waited at that call.
+/// The iterator that [`CompletionQueue::reap`] and [`CompletionQueue::reap_if`] return: the
+/// completions that waited at that call.
 #[derive(Debug)]
 pub struct Reap<'a> {
     pub(super) consumer: &'a mut CqConsumer,

@@ -1,10 +1,12 @@
-//! [`Completion`]: the result of one submission, with its frame.
+//! [`Completion`]: the result of one submission, with its frame. [`Peek`]: the next one, which is still
+//! in its queue.
 
 use std::cell::Cell;
 use std::fmt;
+use std::ops::Deref;
 
 use static_assertions::assert_impl_all;
-use vmring_core::{Frame, Opcode, Outcome, Reaped};
+use vmring_core::{Cqe, CqeRef, Frame, Opcode, Outcome, Reaped};
 
 use crate::error::{CompletionError, EntryError};
 
@@ -41,24 +43,39 @@ pub struct Completion {
 
 assert_impl_all!(Completion: Send);
 
-impl Completion {
+impl From<Opcode> for RingOp {
     #[inline]
-    pub(super) fn new(reaped: Reaped) -> Self {
-        let op = match reaped.opcode {
+    fn from(opcode: Opcode) -> Self {
+        match opcode {
             Opcode::Read => RingOp::Read,
             Opcode::Write => RingOp::Write,
             Opcode::Cancel | Opcode::CancelAll => RingOp::Cancel,
-        };
-        let result = match reaped.outcome {
-            Outcome::Done => Ok(reaped.len as usize),
-            failed => Err(Self::error(failed)),
-        };
-        Self { user_data: reaped.user_data, op, result, frame: Cell::new(reaped.frame) }
+        }
     }
+}
 
-    #[cold]
-    fn error(outcome: Outcome) -> EntryError {
-        EntryError::from_outcome(outcome).err().unwrap_or(EntryError::Abandoned)
+#[inline]
+fn result_of(outcome: Outcome, len: u32) -> Result<usize, EntryError> {
+    match outcome {
+        Outcome::Done => Ok(len as usize),
+        failed => Err(error_of(failed)),
+    }
+}
+
+#[cold]
+fn error_of(outcome: Outcome) -> EntryError {
+    EntryError::from_outcome(outcome).err().unwrap_or(EntryError::Abandoned)
+}
+
+impl Completion {
+    #[inline]
+    pub(super) fn new(reaped: Reaped) -> Self {
+        Self {
+            user_data: reaped.user_data,
+            op: reaped.opcode.into(),
+            result: result_of(reaped.outcome, reaped.len),
+            frame: Cell::new(reaped.frame),
+        }
     }
 
     /// Takes the frame of a read or write that succeeded.
@@ -99,5 +116,67 @@ impl fmt::Debug for Completion {
             .field("op", &self.op)
             .field("result", &self.result)
             .finish_non_exhaustive()
+    }
+}
+
+/// What a completion says while it is still in the queue. The fields are those of [`Completion`],
+/// which also has the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CompletionInfo {
+    /// The number that the caller gave at submit.
+    pub user_data: u64,
+    /// What the submission asked for.
+    pub op: RingOp,
+    /// On success, the packet's length in bytes; for a cancel, the number of entries that it found.
+    /// On failure, the reason.
+    pub result: Result<usize, EntryError>,
+}
+
+impl CompletionInfo {
+    pub(super) fn new(cqe: &Cqe) -> Self {
+        Self {
+            user_data: cqe.user_data(),
+            op: cqe.opcode().into(),
+            result: result_of(cqe.outcome(), cqe.len()),
+        }
+    }
+}
+
+/// The next completion, which is still in the queue. [`CompletionQueue::peek`] returns it. It
+/// dereferences to the [`CompletionInfo`].
+///
+/// [`take`](Self::take) takes the completion. If a `Peek` is dropped, or forgotten, the completion
+/// stays where it is: it is the next one, its credit is not returned, and its frame stays with the
+/// ring.
+///
+/// [`CompletionQueue::peek`]: crate::CompletionQueue::peek
+pub struct Peek<'a> {
+    info: CompletionInfo,
+    next: CqeRef<'a>,
+}
+
+impl<'a> Peek<'a> {
+    pub(super) fn new(next: CqeRef<'a>) -> Self {
+        Self { info: CompletionInfo::new(next.cqe()), next }
+    }
+
+    /// Takes the completion out of the queue, with its frame. This returns its credit.
+    pub fn take(self) -> Completion {
+        Completion::new(self.next.take())
+    }
+}
+
+impl Deref for Peek<'_> {
+    type Target = CompletionInfo;
+
+    fn deref(&self) -> &CompletionInfo {
+        &self.info
+    }
+}
+
+impl fmt::Debug for Peek<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Peek").field(&self.info).finish()
     }
 }

@@ -8,7 +8,7 @@ use vmring_core::{Class, Frame};
 
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::ring::complete::{CompletionQueue, Reap};
-use crate::ring::completion::Completion;
+use crate::ring::completion::{Completion, CompletionInfo, Peek};
 use crate::ring::submit::{Deferred, SubmissionQueue};
 
 /// The submitting half of a ring, borrowed by [`Ring::split`](crate::Ring::split). It dereferences
@@ -144,6 +144,24 @@ impl CompletionHalf<'_> {
     #[inline]
     pub fn reap(&mut self) -> HalfReap<'_> {
         self.cq.refresh();
+        self.begin_reaping()
+    }
+
+    /// Returns the completions that wait and are `wanted`, as [`CompletionQueue::reap_if`] does, and
+    /// leaves the others in the queue. The doorbell waits as in [`reap`](Self::reap).
+    pub fn reap_if(&mut self, wanted: impl FnMut(&CompletionInfo) -> bool) -> HalfReap<'_> {
+        self.cq.refresh();
+        self.cq.select(wanted);
+        self.begin_reaping()
+    }
+
+    /// Looks at the next completion and leaves it in the queue. See [`CompletionQueue::peek`].
+    pub fn peek(&mut self) -> Option<Peek<'_>> {
+        self.cq.peek()
+    }
+
+    #[inline(always)]
+    fn begin_reaping(&mut self) -> HalfReap<'_> {
         self.sq.producer.begin_run(&self.cq.consumer);
         if self.sq.deferred.get() == Deferred::Off {
             self.sq.deferred.set(Deferred::Open);
@@ -181,7 +199,8 @@ impl Deref for CompletionHalf<'_> {
     }
 }
 
-/// The iterator that [`CompletionHalf::reap`] returns: the completions that waited at that call.
+/// The iterator that [`CompletionHalf::reap`] and [`CompletionHalf::reap_if`] return: the completions
+/// that waited at that call.
 ///
 /// When it is dropped, what was submitted meanwhile is published and the doorbell is rung. If it is
 /// forgotten instead, that happens at the next [`Ring::split`](crate::Ring::split), or at the next
