@@ -1,8 +1,8 @@
 //! The lifecycle of an interface: which rings it has, and how it stops and restarts.
 //!
 //! A stop and a restart concern all rings of an interface. Each ring's engine must detach from the
-//! device (drop its queue) before the device is stopped or restarted. The last engine to detach
-//! applies what is pending. The state under the lock says what is pending. A ring gets only a
+//! device (drop its queue) before the device is stopped or restarted. A caller that waits applies what
+//! is pending then; if none waits, the last engine to detach does. The state under the lock says what is pending. A ring gets only a
 //! request to look ([`request::LOOK`]), and its engine asks [`InterfaceShared::step`] what to do. So
 //! a request that comes late, twice, or to a ring that was just built finds nothing to do, and any
 //! number of stops, restarts and builds may meet.
@@ -45,9 +45,17 @@ struct LifecycleState {
     applied: u64,
     outcome: Option<Arc<Error>>,
     stopped: bool,
+    /// Callers that wait for a stop or a restart. While there is one, it applies what is pending, and
+    /// the thread of the last engine does not.
+    waiting: usize,
 }
 
 impl LifecycleState {
+    /// Whether something is pending that can be applied now.
+    fn can_apply(&self) -> bool {
+        self.attached == 0 && !self.applying && self.pending != PendingAction::Nothing
+    }
+
     /// Whether an engine may attach.
     fn is_free(&self) -> bool {
         !self.applying && !self.stopped && self.pending == PendingAction::Nothing
@@ -161,10 +169,21 @@ impl InterfaceShared {
         free
     }
 
-    /// Detaches an engine, which has dropped its queue. The last engine applies what is pending.
+    /// Detaches an engine, which has dropped its queue. When no engine is attached any more, what is
+    /// pending is applied: by a caller that waits for it, or by this thread if none waits.
+    ///
+    /// A stop or a restart may take long, and this thread may be a poller's, which drives other rings
+    /// too, or an executor's.
     pub(crate) fn detach(&self) {
-        lock(&self.state).attached -= 1;
-        self.apply_pending();
+        let mut state = lock(&self.state);
+        state.attached -= 1;
+        if state.waiting > 0 {
+            drop(state);
+            self.changed.notify_all();
+        } else {
+            drop(state);
+            self.apply_pending();
+        }
     }
 
     /// Requests from every ring's engine that it asks [`step`](Self::step).
@@ -181,7 +200,7 @@ impl InterfaceShared {
         loop {
             let action = {
                 let mut state = lock(&self.state);
-                if state.attached > 0 || state.applying || state.pending == PendingAction::Nothing {
+                if !state.can_apply() {
                     return;
                 }
                 state.applying = true;
@@ -200,7 +219,11 @@ impl InterfaceShared {
             });
             let mut state = lock(&self.state);
             state.applying = false;
-            state.stopped |= action == PendingAction::Stop;
+            if action == PendingAction::Stop {
+                state.stopped = true;
+                // A restart that was asked for meanwhile came too late.
+                state.pending = PendingAction::Nothing;
+            }
             state.applied += 1;
             state.outcome = outcome.err().map(Arc::new);
             drop(state);
@@ -223,31 +246,43 @@ impl InterfaceShared {
         }
         // The one that is being applied does not count: ours comes after it.
         let ours = state.applied + 1 + u64::from(state.applying);
+        state.waiting += 1;
         drop(state);
         self.notify_rings();
-        self.apply_pending();
         let mut state = lock(&self.state);
-        loop {
+        let answer = loop {
+            // Before the answer, because the last engine may have left this to us, also for another
+            // caller, who has given up waiting.
+            if state.can_apply() {
+                drop(state);
+                self.apply_pending();
+                state = lock(&self.state);
+                continue;
+            }
             if action == PendingAction::Restart && state.stopped {
                 // A stop has overridden it, or has followed.
-                return stopped();
+                break stopped();
             }
             if state.applied >= ours || state.stopped {
-                return match &state.outcome {
+                break match &state.outcome {
                     None => Ok(()),
                     Some(error) => Err(Error::Device(error.clone())),
                 };
             }
             let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
-                return Err(Error::Timeout(timeout));
+                break Err(Error::Timeout(timeout));
             }
             state = self
                 .changed
                 .wait_timeout(state, left)
                 .unwrap_or_else(std::sync::PoisonError::into_inner)
                 .0;
-        }
+        };
+        // Under the lock under which nothing was found to apply. So what is pending from here on is
+        // applied by another caller that waits, or by the last engine.
+        state.waiting -= 1;
+        answer
     }
 
     pub(crate) fn stop(&self, timeout: Duration) -> Result<(), Error> {
