@@ -110,8 +110,13 @@ impl Park for Tasks {
     /// Does nothing: a task sleeps in its executor.
     fn park(&self, _timeout: Option<Duration>) {}
 
+    /// Wakes the tasks, also if another thread has answered the call meanwhile. This ring has disarmed
+    /// the bell, perhaps after a task armed it again and went to sleep, and only a task that is polled
+    /// arms it.
     fn unpark(&self) {
-        self.wake_if_called();
+        // Acquire: pairs with the Release in `Sleepers::wake`.
+        self.called.swap(false, Ordering::Acquire);
+        self.wake_all();
     }
 }
 
@@ -466,5 +471,40 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
             Poll::Ready(output) => return output,
             Poll::Pending => thread::park(),
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Goal: no task sleeps through a call. Method: the ring's waker is called, and between its two
+    /// steps another thread answers the call and a task goes to sleep. Then the ring calls again.
+    #[test]
+    fn a_call_that_another_thread_has_answered_keeps_no_later_task_asleep() {
+        let sleepers = Arc::new(Sleepers(Doorbell::new(Tasks::default())));
+        let tasks = sleepers.tasks();
+        // The first step of `wake`.
+        tasks.called.store(true, Ordering::Release);
+        // A thread unlocks the state, and a task goes to sleep afterwards.
+        sleepers.0.arm();
+        tasks.wake_if_called();
+        let wakes = Arc::<Wakes>::default();
+        lock(&tasks.wakers).insert(1, Waker::from(wakes.clone()));
+        sleepers.0.arm();
+        // The second step of `wake`, and another call.
+        sleepers.0.ring();
+        sleepers.clone().wake();
+        assert!(wakes.0.load(Ordering::SeqCst) > 0, "the task sleeps through the call");
     }
 }
