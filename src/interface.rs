@@ -17,6 +17,7 @@ use std::{fmt, thread};
 use macaddr::MacAddr6;
 
 use crate::RingBuilder;
+use crate::background::Background;
 use crate::config::{
     Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads, PortForward, Protocol,
 };
@@ -118,6 +119,8 @@ impl InterfaceBuilder {
     /// [`Error::StartTimeout`] if the driver does not answer in time. If it answers later, the
     /// interface is stopped again in the background. [`Error::Io`] if the system refuses the thread
     /// that starts the driver, or if the driver panics. Otherwise the driver's own error.
+    ///
+    /// [`start_async`](Self::start_async) does the same for an executor.
     pub fn start(self) -> Result<Interface, Error> {
         let InterfaceBuilder { config, driver, start_timeout } = self;
         let driver = driver.unwrap_or_else(default_driver);
@@ -152,6 +155,40 @@ impl InterfaceBuilder {
         let info = device.info();
         tracing::info!(device = device.name(), mac = %info.mac, mtu = info.mtu, "started");
         Ok(Interface { shared: Arc::new(InterfaceShared::new(device)) })
+    }
+
+    /// Starts the interface, as [`start`](Self::start) does, without blocking an executor. It needs no
+    /// runtime: a thread of the library's does the work, wakes the task, and ends.
+    ///
+    /// Nothing happens before the first poll of the future. The start timeout counts from there. If the
+    /// future is dropped after that, the start goes on in the background, and the interface is stopped
+    /// again as soon as it has started. The drop does not wait for that.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`start`](Self::start).
+    ///
+    /// # Panics
+    ///
+    /// If the future is polled again after it was ready.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use vmring::{Interface, Loopback, block_on};
+    ///
+    /// block_on(async {
+    ///     let interface = Interface::builder().device(Loopback::new(1500)).start_async().await?;
+    ///     // ...
+    ///     interface.stop_async(Duration::from_secs(5)).await
+    /// })?;
+    /// # Ok::<(), vmring::Error>(())
+    /// ```
+    pub fn start_async(
+        self,
+    ) -> impl Future<Output = Result<Interface, Error>> + Send + Unpin + 'static {
+        Background::new("vmring-waiter", "starting the interface", move || self.start())
     }
 }
 
@@ -237,6 +274,34 @@ impl Interface {
         self.shared.stop(timeout)
     }
 
+    /// Ends the interface, as [`stop`](Self::stop) does, without blocking an executor. It needs no
+    /// runtime: a thread of the library's waits for the rings, stops the device, wakes the task, and
+    /// ends. The future borrows nothing, so a task of its own can await it.
+    ///
+    /// A ring with `Drive::Inline` may be driven by another task of the same executor, also on the same
+    /// thread: the stop wakes it as a completion does, and it releases the ring's queue when it reaps.
+    ///
+    /// Nothing happens before the first poll of the future. `timeout` counts from there. If the future
+    /// is dropped after that, the stop goes on, and nobody hears how it ended. Await the stop before
+    /// you drop the last handle on an interface in a task, because that drop stops the device on its
+    /// own thread, and waits for it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`stop`](Self::stop), and [`Error::Io`] if the system refuses the thread. In the latter
+    /// case nothing was stopped.
+    ///
+    /// # Panics
+    ///
+    /// If the future is polled again after it was ready.
+    pub fn stop_async(
+        &self,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<(), Error>> + Send + Unpin + use<> {
+        let shared = self.shared.clone();
+        Background::new("vmring-waiter", "stopping the interface", move || shared.stop(timeout))
+    }
+
     /// Stops the device and starts it again with the same identity. This is for hosts that come
     /// back from sleep. Rings, frames and pools stay. What was in flight completes as cancelled, or
     /// with its packet. What is submitted meanwhile waits.
@@ -249,6 +314,28 @@ impl Interface {
     /// if the interface is stopped.
     pub fn restart(&self, timeout: Duration) -> Result<(), Error> {
         self.shared.restart(timeout)
+    }
+
+    /// Stops the device and starts it again, as [`restart`](Self::restart) does, without blocking an
+    /// executor. The future is like that of [`stop_async`](Self::stop_async): it begins at its first
+    /// poll, and if it is dropped after that, the restart goes on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`restart`](Self::restart), and [`Error::Io`] if the system refuses the thread. In the
+    /// latter case nothing was restarted.
+    ///
+    /// # Panics
+    ///
+    /// If the future is polled again after it was ready.
+    pub fn restart_async(
+        &self,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<(), Error>> + Send + Unpin + use<> {
+        let shared = self.shared.clone();
+        Background::new("vmring-waiter", "restarting the interface", move || {
+            shared.restart(timeout)
+        })
     }
 
     /// Forwards a port of the host to a guest.

@@ -48,6 +48,7 @@
 //! | wait, by blocking or in an event loop | [the ring's module](mod@ring#ways-to-wait) |
 //! | handle errors | [the ring's module](mod@ring#errors), [`error`] |
 //! | cancel, and close | [the ring's module](mod@ring#cancel-and-close), [`Interface::stop`] |
+//! | start, stop and restart in a task | [`InterfaceBuilder::start_async`], [`Interface::stop_async`], [`Interface::restart_async`] |
 //! | translate from liburing | [the ring's module](mod@ring#coming-from-liburing) |
 //! | make calls or futures of a ring | [`BlockingRing`], [`AsyncRing`] |
 //! | choose a device | [Devices](#devices) |
@@ -106,6 +107,7 @@
 //! puts a pool on the user's own memory, is `unsafe`. On macOS, so is the call that takes over a
 //! network object from an XPC message.
 
+mod background;
 pub mod blocking;
 pub mod config;
 pub mod device;

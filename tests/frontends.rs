@@ -1,6 +1,8 @@
 //! The blocking and the asynchronous front-end. The latter runs under both of tokio's executors and
 //! under `block_on` with a thread per task.
 
+mod start_and_stop;
+
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
