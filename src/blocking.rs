@@ -90,9 +90,6 @@ impl BlockingRing {
         if packet.len() > self.ring.capabilities().max_packet_size as usize {
             return Err(Status::PacketTooBig.into());
         }
-        if !self.ring.has_writes() {
-            return Err(SubmitErrorKind::WrongDirection.into());
-        }
         let mut frame = self.alloc()?;
         frame.copy_from(packet).map_err(|_| Status::PacketTooBig)?;
         self.write_frame(frame)
@@ -104,8 +101,13 @@ impl BlockingRing {
     ///
     /// [`Error::Closed`]; [`Error::OutOfFrames`] if no frame is free. The frames that this front-end
     /// posts for reading leave some for writes, so that happens if the caller holds the others, or if
-    /// another ring on the same pool does.
+    /// another ring on the same pool does. [`Error::Submit`] with
+    /// [`WrongDirection`](SubmitErrorKind::WrongDirection) on a ring that only reads, whose frames are
+    /// for packets to arrive in.
     pub fn alloc(&mut self) -> Result<Frame, Error> {
+        if !self.ring.has_writes() {
+            return Err(SubmitErrorKind::WrongDirection.into());
+        }
         if let Some(frame) = self.ring.alloc() {
             return Ok(frame);
         }
@@ -178,8 +180,13 @@ impl BlockingRing {
                 return Ok(Some(packet));
             }
             if let Some(error) = self.failed.take() {
-                self.closed()?;
-                return Err(error.into());
+                if self.ring.control().closed().is_none() {
+                    return Err(error.into());
+                }
+                // The close is the reason, and the answer once nothing can come any more.
+                if self.ring.in_flight() == 0 {
+                    self.closed()?;
+                }
             }
             if !self.ring.has_reads() {
                 return Err(SubmitErrorKind::WrongDirection.into());
@@ -189,7 +196,10 @@ impl BlockingRing {
             let posted = self.ring.in_flight() > 0;
             self.pump(left);
             if self.ready.is_empty() && self.failed.is_none() {
-                self.closed()?;
+                // On a ring that closes, what is in flight may still bring a packet.
+                if self.ring.in_flight() == 0 {
+                    self.closed()?;
+                }
                 if !posted {
                     return Err(Error::OutOfFrames);
                 }

@@ -16,6 +16,9 @@
 //!
 //! Unlike a ring, an [`AsyncRing`] has a lock: many tasks may read and write through it.
 
+mod write;
+
+use crate::background::Background;
 use crate::device::catch::catch_panic;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -23,24 +26,33 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmring_core::Frame;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::sync::{AtomicBool, AtomicU64, Ordering};
 
-use crate::error::{CloseReason, ConfigError, EntryError, Error, Status, SubmitErrorKind};
+use crate::error::{CloseReason, ConfigError, EntryError, Error, SubmitErrorKind};
+use crate::limits::CLOSE_RETRY;
 use crate::mailbox::RingPark;
 use crate::ring::{Ring, RingControl, RingOp};
 use crate::sync::Mutex;
-use crate::sys::lock;
+use crate::sys::{lock, sleep};
+
+pub use write::{AllocFuture, WriteFrameFuture, WriteFuture};
 
 /// A ring behind futures. A clone is a handle on the same ring, for another task.
+///
+/// It has what [`BlockingRing`](crate::BlockingRing) has, apart from a read with a timeout: that is the
+/// executor's timeout around [`read`](Self::read), whose future can be dropped at any time.
+///
+/// When the last handle and the last future are dropped, the ring closes, and the thread that drops
+/// waits for the device. In a task, await [`close`](Self::close) before.
 #[derive(Clone)]
 pub struct AsyncRing {
     state: Arc<Mutex<State>>,
     sleepers: Arc<Sleepers>,
-    /// The next future's number, and its write's `user_data`.
+    /// The number of the next future, stream or sink, which is the `user_data` of its writes.
     numbers: Arc<AtomicU64>,
 }
 
@@ -54,14 +66,23 @@ struct State {
     ring: Ring,
     /// Packets that have come and that no reader has taken yet.
     ready: VecDeque<Frame>,
-    /// Writes in flight whose future lives, by number. `None` until the completion comes.
-    writes: BTreeMap<u64, Option<Result<(), EntryError>>>,
+    /// What became of the writes of each future or sink that lives and has sent something, by its
+    /// number.
+    writes: BTreeMap<u64, Answers>,
     /// The number of writes in flight, including those whose future was dropped.
     writes_in_flight: usize,
     /// The first error of a read that no reader has returned yet.
     failed: Option<EntryError>,
     /// Wakers that others have replaced, to be dropped outside the lock.
     replaced: Vec<Waker>,
+}
+
+/// What became of the writes of one future or sink.
+#[derive(Debug, Default)]
+struct Answers {
+    in_flight: usize,
+    /// The first failure that was not reported yet.
+    failed: Option<EntryError>,
 }
 
 /// Wakes the tasks when the ring has completions. All of them are woken, because each may be able
@@ -179,36 +200,65 @@ impl AsyncRing {
     ///
     /// # Errors
     ///
-    /// [`Error::Closed`] when the ring is closed and no packet is left, [`Error::Entry`] if the
+    /// [`Error::Closed`] when the ring is closed and no packet is left or can still come,
+    /// [`Error::Submit`] on a ring that only writes, [`Error::Entry`] if the
     /// device refused a read, [`Error::OutOfFrames`] if the caller holds so many frames that none
     /// is left to read into.
     pub fn read(&self) -> ReadFuture {
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        ReadFuture { front: self.clone(), number }
-    }
-
-    /// Returns a future that sends a packet, and is ready when the device has taken it. Nothing is
-    /// sent before the first poll. Dropping the future after that does not take the packet back.
-    ///
-    /// # Errors
-    ///
-    /// * [`Status::PacketTooBig`] if the packet is longer than `max_packet_size`, in which case
-    ///   nothing is sent.
-    /// * [`Error::Closed`] if the ring is closed.
-    /// * [`Error::Entry`] if the device refused the packet.
-    /// * [`Error::Submit`] if the ring refused it for a reason other than backpressure.
-    /// * [`Error::OutOfFrames`] if no frame is free and no write is in flight that will bring one
-    ///   back. A frame that is dropped wakes nobody, so the future does not wait for one. Packets
-    ///   that were read and are held do not cause this error, because reading leaves frames to
-    ///   writes. Frames that the caller allocated, or other rings on the pool, may cause it.
-    pub fn write<'a>(&self, packet: &'a [u8]) -> WriteFuture<'a> {
-        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        WriteFuture { front: self.clone(), number, packet, sent: false }
+        ReadFuture { front: self.clone(), number: self.new_number() }
     }
 
     /// Returns the ring's control handle, for its counters and to close it.
     pub fn control(&self) -> RingControl {
         self.locked(|state| state.ring.control())
+    }
+
+    /// Returns a future that closes the ring, and is ready when the device has released everything.
+    ///
+    /// Everything in flight completes, as cancelled or with its packet. Packets that have come can
+    /// still be read, also afterwards, and then the readers get [`Error::Closed`]. Writes are refused
+    /// with that error from the first poll on. Closing twice is harmless, and closing does not need the
+    /// other handles to be gone. After it, dropping the last handle does not wait.
+    ///
+    /// It blocks no executor and needs no runtime: a thread of the library's waits for the device,
+    /// wakes the task, and ends. Nothing happens before the first poll of the future. If the future is
+    /// dropped after that, the close goes on, and nobody hears how it ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Leaked`] as for [`Ring::close`]. [`Error::Io`] if the system refuses the thread. In the
+    /// latter case nothing was closed.
+    ///
+    /// # Panics
+    ///
+    /// If the future is polled again after it was ready.
+    pub fn close(&self) -> impl Future<Output = Result<(), Error>> + Send + Unpin + use<> {
+        let front = self.clone();
+        Background::new("vmring-waiter", "closing the ring", move || front.close_and_wait())
+    }
+
+    /// Closes the ring and waits, without holding the lock meanwhile, so that no task waits for it.
+    fn close_and_wait(&self) -> Result<(), Error> {
+        self.control().stop();
+        let began = Instant::now();
+        loop {
+            let mut news = false;
+            let answer = self.locked(|state| {
+                let was_over = state.ring.is_over();
+                let answer = state.ring.try_close(began);
+                news = state.pump() || state.ring.is_over() != was_over;
+                answer
+            });
+            // This thread may have taken the engine over, and then it is the one that hears of the
+            // completions.
+            if news || answer.is_some() {
+                self.sleepers.tasks().wake_all();
+            }
+            match answer {
+                Some(answer) => return answer,
+                None => sleep(CLOSE_RETRY),
+            }
+        }
     }
 
     /// Locks the state and runs `f` on it, while the bell is disarmed. All access to the state goes
@@ -234,6 +284,12 @@ impl AsyncRing {
         drop(replaced);
         self.sleepers.tasks().wake_if_called();
         result
+    }
+
+    /// Returns a number for a future, a stream or a sink.
+    fn new_number(&self) -> u64 {
+        // Relaxed: only the number is wanted.
+        self.numbers.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Removes the waker of a future that is dropped.
@@ -263,26 +319,16 @@ impl AsyncRing {
         let mut news = false;
         let mut again = false;
         let answer = self.locked(|state| {
-            for _ in 0..ROUNDS_OF_A_POLL {
-                news |= state.pump();
-                let was_over = state.ring.is_over();
-                match step(state) {
-                    Ok(Some(answer)) => return Poll::Ready(Ok(answer)),
-                    Err(error) => return Poll::Ready(Err(error)),
-                    Ok(None) => {}
-                }
-                let asleep = self.sleep(state, number, cx).is_pending();
-                // Going to sleep may take the engine over from the poller, which has told so already.
-                // Then the step has more to say.
-                if asleep && state.ring.is_over() == was_over {
-                    return Poll::Pending;
-                }
-            }
-            // Completions keep coming, and none is the one that this task waits for.
-            again = true;
-            Poll::Pending
+            let over_before = state.ring.is_over();
+            let answer = self.rounds(state, number, cx, &mut step, &mut news);
+            again = answer.is_none();
+            // If this task has taken the engine over from the poller, the others hear of the end from
+            // it: the poller's own signal may find the ring's bell disarmed by now.
+            news |= state.ring.is_over() != over_before;
+            answer.unwrap_or(Poll::Pending)
         });
         if again {
+            // Completions keep coming, and none is the one that this task waits for.
             cx.waker().wake_by_ref();
         }
         // Outside the lock, because a waker may run any code.
@@ -290,6 +336,33 @@ impl AsyncRing {
             self.sleepers.tasks().wake_all();
         }
         answer
+    }
+
+    /// Runs the rounds of [`advance`](Self::advance). Returns `None` if there may be more to do.
+    fn rounds<T>(
+        &self,
+        state: &mut State,
+        number: u64,
+        cx: &Context<'_>,
+        step: &mut impl FnMut(&mut State) -> Result<Option<T>, Error>,
+        news: &mut bool,
+    ) -> Option<Poll<Result<T, Error>>> {
+        for _ in 0..ROUNDS_OF_A_POLL {
+            *news |= state.pump();
+            let was_over = state.ring.is_over();
+            match step(state) {
+                Ok(Some(answer)) => return Some(Poll::Ready(Ok(answer))),
+                Err(error) => return Some(Poll::Ready(Err(error))),
+                Ok(None) => {}
+            }
+            let asleep = self.sleep(state, number, cx).is_pending();
+            // Going to sleep may take the engine over from the poller, which has told so already.
+            // Then the step has more to say.
+            if asleep && state.ring.is_over() == was_over {
+                return Some(Poll::Pending);
+            }
+        }
+        None
     }
 }
 
@@ -308,8 +381,9 @@ impl State {
                     // flight, which is a mistake of its own.
                     self.writes_in_flight = self.writes_in_flight.saturating_sub(1);
                     // A write whose future was dropped has no entry.
-                    if let Some(answer) = self.writes.get_mut(&done.user_data) {
-                        *answer = Some(result.map(drop));
+                    if let Some(answers) = self.writes.get_mut(&done.user_data) {
+                        answers.in_flight = answers.in_flight.saturating_sub(1);
+                        answers.failed = answers.failed.or(result.err());
                     }
                 }
             }
@@ -333,24 +407,18 @@ impl State {
     }
 }
 
-/// The future of [`AsyncRing::read`].
-#[derive(Debug)]
-pub struct ReadFuture {
-    front: AsyncRing,
-    number: u64,
-}
-
-impl Future for ReadFuture {
-    type Output = Result<Frame, Error>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        self.front.advance(self.number, cx, |state| {
+impl AsyncRing {
+    /// Polls for the next packet, for the future or stream of this number.
+    fn poll_read(&self, number: u64, cx: &Context<'_>) -> Poll<Result<Frame, Error>> {
+        self.advance(number, cx, |state| {
             state.post_reads()?;
             if let Some(packet) = state.ready.pop_front() {
                 return Ok(Some(packet));
             }
             if let Some(closed) = state.closed() {
-                return Err(closed.into());
+                // What is in flight may still bring a packet.
+                let ended = state.ring.in_flight() == 0 || state.ring.is_over();
+                return if ended { Err(closed.into()) } else { Ok(None) };
             }
             if let Some(error) = state.failed.take() {
                 return Err(error.into());
@@ -366,91 +434,24 @@ impl Future for ReadFuture {
     }
 }
 
+/// The future of [`AsyncRing::read`].
+#[derive(Debug)]
+pub struct ReadFuture {
+    front: AsyncRing,
+    number: u64,
+}
+
+impl Future for ReadFuture {
+    type Output = Result<Frame, Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.front.poll_read(self.number, cx)
+    }
+}
+
 impl Drop for ReadFuture {
     fn drop(&mut self) {
         self.front.forget_waker(self.number);
-    }
-}
-
-/// The future of [`AsyncRing::write`].
-#[derive(Debug)]
-pub struct WriteFuture<'a> {
-    front: AsyncRing,
-    number: u64,
-    packet: &'a [u8],
-    sent: bool,
-}
-
-impl WriteFuture<'_> {
-    /// Submits the packet if the ring takes it now. Returns whether the caller must try again
-    /// although no completion will come: the SQ is full until the poller takes its entries.
-    fn send(&mut self, state: &mut State) -> Result<bool, Error> {
-        if self.packet.len() > state.ring.capabilities().max_packet_size as usize {
-            return Err(Status::PacketTooBig.into());
-        }
-        if let Some(closed) = state.closed() {
-            return Err(closed.into());
-        }
-        if !state.ring.has_writes() {
-            return Err(SubmitErrorKind::WrongDirection.into());
-        }
-        let Some(mut frame) = state.ring.alloc() else {
-            // A write in flight brings its frame back and wakes us. Posted reads do not bring
-            // theirs back, and a frame that the caller drops wakes nobody.
-            return if state.writes_in_flight == 0 { Err(Error::OutOfFrames) } else { Ok(false) };
-        };
-        frame.copy_from(self.packet).map_err(|_| Status::PacketTooBig)?;
-        match state.ring.submit_write(frame, self.number) {
-            Ok(()) => {
-                state.writes.insert(self.number, None);
-                state.writes_in_flight += 1;
-                self.sent = true;
-                Ok(false)
-            }
-            Err(refused) if refused.is_backpressure() => {
-                Ok(refused.kind == SubmitErrorKind::SqFull)
-            }
-            Err(refused) => Err(refused.into()),
-        }
-    }
-}
-
-impl Future for WriteFuture<'_> {
-    type Output = Result<(), Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (front, number) = (self.front.clone(), self.number);
-        let mut full = false;
-        let answer = front.advance(number, cx, |state| {
-            full = !self.sent && self.send(state)?;
-            // After the write. Before it, the reads would take its place in a small SQ each time.
-            state.post_reads()?;
-            let Some(answer) = state.writes.get_mut(&number).and_then(Option::take) else {
-                // The device of a closed ring may have kept the slot.
-                return state.is_over().map_or(Ok(None), |closed| Err(closed.into()));
-            };
-            state.writes.remove(&number);
-            answer.map(Some).map_err(|error| match (error, state.closed()) {
-                (EntryError::Cancelled, Some(closed)) => Error::Closed(closed),
-                (error, _) => Error::Entry(error),
-            })
-        });
-        if answer.is_pending() && full {
-            // The doorbell was rung, so the poller takes the entries soon. It may need this
-            // processor.
-            thread::yield_now();
-            cx.waker().wake_by_ref();
-        }
-        answer
-    }
-}
-
-impl Drop for WriteFuture<'_> {
-    fn drop(&mut self) {
-        self.front.forget_waker(self.number);
-        if self.sent {
-            self.front.locked(|state| state.writes.remove(&self.number));
-        }
     }
 }
 

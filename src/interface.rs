@@ -176,11 +176,13 @@ impl InterfaceBuilder {
     ///
     /// ```
     /// use std::time::Duration;
-    /// use vmring::{Interface, Loopback, block_on};
+    /// use vmring::{AsyncRing, Direction, Interface, Loopback, block_on};
     ///
     /// block_on(async {
     ///     let interface = Interface::builder().device(Loopback::new(1500)).start_async().await?;
+    ///     let packets = AsyncRing::new(interface.ring(Direction::Both).build()?)?;
     ///     // ...
+    ///     packets.close().await?;
     ///     interface.stop_async(Duration::from_secs(5)).await
     /// })?;
     /// # Ok::<(), vmring::Error>(())

@@ -150,7 +150,7 @@ pub use error::{
     BatchError, CloseReason, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
     SubmitErrorKind,
 };
-pub use future::{AsyncRing, block_on};
+pub use future::{AllocFuture, AsyncRing, ReadFuture, WriteFrameFuture, WriteFuture, block_on};
 pub use interface::{Interface, InterfaceBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;

@@ -400,6 +400,11 @@ impl Ring {
         self.cq.is_over()
     }
 
+    /// One step of a close that does not wait. See [`CompletionQueue::try_close`].
+    pub(crate) fn try_close(&mut self, began: Instant) -> Option<Result<(), Error>> {
+        self.cq.try_close(began)
+    }
+
     /// Returns the descriptor for an event loop. See [`CompletionQueue::completion_fd`], also for
     /// the errors.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {

@@ -1,6 +1,7 @@
 //! The blocking and the asynchronous front-end. The latter runs under both of tokio's executors and
 //! under `block_on` with a thread per task.
 
+mod parity;
 mod start_and_stop;
 
 use std::pin::Pin;

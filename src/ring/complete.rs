@@ -512,6 +512,27 @@ impl CompletionQueue {
         }
     }
 
+    /// One step of a close that does not wait, on a ring of a poller that was told to stop at the time
+    /// `began`. Returns the answer of [`close`](Self::close) when there is one. The caller calls again
+    /// a little later otherwise.
+    pub(crate) fn try_close(&mut self, began: Instant) -> Option<Result<(), Error>> {
+        self.drive();
+        let waited = now().saturating_duration_since(began);
+        match &self.engine {
+            Some(engine) if engine.is_closed() => {
+                // As `close` does, this waits for slots that another thread drops.
+                if engine.slots_kept() > 0 && !self.waited && waited < self.close_timeout {
+                    return None;
+                }
+                self.waited = true;
+            }
+            _ if waited < self.close_timeout.saturating_mul(2) => return None,
+            _ => (self.engine_lost, self.waited) = (true, true),
+        }
+        // There is nothing left to wait for.
+        Some(self.close())
+    }
+
     /// Drives the engine if this half has it. If a poller has closed the ring, takes the engine
     /// over. Returns whether anything was done.
     #[inline]
