@@ -16,6 +16,8 @@
 //!
 //! Unlike a ring, an [`AsyncRing`] has a lock: many tasks may read and write through it.
 
+#[cfg(feature = "futures")]
+mod streams;
 mod write;
 
 use crate::background::Background;
@@ -39,12 +41,16 @@ use crate::ring::{Ring, RingControl, RingOp};
 use crate::sync::Mutex;
 use crate::sys::{lock, sleep};
 
+#[cfg(feature = "futures")]
+pub use streams::{FrameSink, PacketSink, Packets};
 pub use write::{AllocFuture, WriteFrameFuture, WriteFuture};
 
 /// A ring behind futures. A clone is a handle on the same ring, for another task.
 ///
 /// It has what [`BlockingRing`](crate::BlockingRing) has, apart from a read with a timeout: that is the
-/// executor's timeout around [`read`](Self::read), whose future can be dropped at any time.
+/// executor's timeout around [`read`](Self::read), whose future can be dropped at any time. With the
+/// feature `futures`, `packets` returns a `Stream` of packets, and `frame_sink` and `packet_sink` a
+/// `Sink` for them.
 ///
 /// When the last handle and the last future are dropped, the ring closes, and the thread that drops
 /// waits for the device. In a task, await [`close`](Self::close) before.

@@ -86,6 +86,7 @@
 //! | `tap` | the device `Tap` on Linux, and nothing on other systems |
 //! | `pcap` | the module `device::pcap`: captures of any device as pcapng files, and a device that replays such a file |
 //! | `fault` | the module `device::fault`: fault injection around any device |
+//! | `futures` | `Stream` and `Sink` of packets for [`AsyncRing`]: `AsyncRing::packets`, `frame_sink` and `packet_sink` |
 //! | `serde` | `Serialize` for [`Mode`], [`Status`], [`Ipv4Range`] and [`InterfaceInfo`], `Deserialize` for [`Mode`] and [`Status`] |
 //! | `vmnet-sim` | the device `Vmnet` on systems other than macOS, over a simulated vmnet, for tests; nothing on macOS |
 //!
@@ -151,6 +152,8 @@ pub use error::{
     SubmitErrorKind,
 };
 pub use future::{AllocFuture, AsyncRing, ReadFuture, WriteFrameFuture, WriteFuture, block_on};
+#[cfg(feature = "futures")]
+pub use future::{FrameSink, PacketSink, Packets};
 pub use interface::{Interface, InterfaceBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;

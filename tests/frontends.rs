@@ -3,6 +3,7 @@
 
 mod parity;
 mod start_and_stop;
+mod streams;
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -145,7 +145,7 @@ impl Packet for Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Until {
     /// The ring has taken the packet.
-    #[allow(dead_code)] // only a sink stops here
+    #[cfg_attr(not(feature = "futures"), allow(dead_code))] // only a sink stops here
     Submitted,
     /// The device has taken all packets that were sent.
     Completed,
@@ -197,6 +197,16 @@ impl<P: Packet> Outgoing<P> {
             cx.waker().wake_by_ref();
         }
         answer
+    }
+
+    /// Takes a packet. The ring takes it at once if it can, and otherwise a later
+    /// [`poll`](Self::poll) tries again.
+    #[cfg(feature = "futures")]
+    pub(super) fn send(&mut self, packet: P) -> Result<(), Error> {
+        assert!(self.next.is_none(), "`poll_ready` comes before `start_send`");
+        let Self { front, number, next, used } = self;
+        (*next, *used) = (Some(packet), true);
+        front.locked(|state| P::submit(next, state, *number).map(drop))
     }
 }
 
