@@ -108,7 +108,7 @@
 //! * **You drain, cancel or close one direction alone.** [`Ring::drain`] and [`Ring::close`] concern the
 //!   whole ring. For example, a guest that resets its receive queue only would stop its writes too.
 //!
-//! Two rings cost a second poller thread, or a second place on a [shared](Drive::Shared) one, a second
+//! Two rings cost a second poller thread, or a second place on a [shared](crate::Drive::Shared) one, a second
 //! wake-up where both directions are busy, and some memory. Give both the same
 //! [`pool`](crate::RingBuilder::pool) if frames that came in go out again. A ring for each direction
 //! counts as one reading and one writing ring, which every device serves
