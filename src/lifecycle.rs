@@ -1,11 +1,11 @@
 //! The lifecycle of an interface: which rings it has, and how it stops and restarts.
 //!
 //! A stop and a restart concern all rings of an interface. Each ring's engine must detach from the
-//! device (drop its queue) before the device is stopped or restarted. A caller that waits applies what
-//! is pending then; if none waits, the last engine to detach does. The state under the lock says what is pending. A ring gets only a
-//! request to look ([`request::LOOK`]), and its engine asks [`InterfaceShared::step`] what to do. So
-//! a request that comes late, twice, or to a ring that was just built finds nothing to do, and any
-//! number of stops, restarts and builds may meet.
+//! device (drop its queue) before the device is stopped or restarted. After that, a caller that waits
+//! applies what is pending; if none waits, the last engine to detach does. The state under the lock
+//! says what is pending. A ring gets only a request to look ([`request::LOOK`]), and its engine asks
+//! [`InterfaceShared::step`] what to do. So a request that comes late, twice, or to a ring that was
+//! just built finds nothing to do, and any number of stops, restarts and builds may meet.
 
 use std::fmt;
 use std::sync::{Arc, Weak};
