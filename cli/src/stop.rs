@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::failure::Failure;
+use crate::system;
 
 /// See the [module](self).
 #[derive(Clone, Debug)]
@@ -26,18 +27,27 @@ impl Stop {
         Ok(Self { wanted: Arc::default(), bell: Arc::new(bell) })
     }
 
-    /// Like [`new`](Self::new), and Ctrl-C requests the stop. A second Ctrl-C ends the process at
-    /// once.
+    /// Like [`new`](Self::new), and a signal requests the stop: SIGINT (Ctrl-C), SIGTERM, or SIGHUP
+    /// (the terminal has closed). A second signal ends the process at once.
     pub(crate) fn on_signals() -> Result<Self, Failure> {
+        Self::on_signals_then(|| {})
+    }
+
+    /// Like [`on_signals`](Self::on_signals), and calls `told` after the first signal, on a thread of
+    /// its own.
+    pub(crate) fn on_signals_then(told: impl FnOnce() + Send + 'static) -> Result<Self, Failure> {
         let stop = Self::new()?;
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(Self::failed)?;
-        let told = stop.clone();
+        let mut signals = Signals::new(ending_signals()).map_err(Self::failed)?;
+        let (requested, mut told) = (stop.clone(), Some(told));
         let wait = move || {
             for signal in signals.forever() {
-                if told.is_wanted() {
+                if requested.is_wanted() {
                     std::process::exit(128 + signal);
                 }
-                told.tell();
+                requested.tell();
+                if let Some(told) = told.take() {
+                    told();
+                }
             }
         };
         thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(Self::failed)?;
@@ -45,7 +55,7 @@ impl Stop {
     }
 
     fn failed(error: std::io::Error) -> Failure {
-        Failure::Step(format!("Ctrl-C cannot be waited for: {error}"))
+        Failure::Step(format!("signals like Ctrl-C cannot be waited for: {error}"))
     }
 
     pub(crate) fn tell(&self) {
@@ -62,4 +72,16 @@ impl Stop {
     pub(crate) fn bell(&self) -> RawFd {
         self.bell.0.as_raw_fd()
     }
+}
+
+/// The signals that end a command with its report. A SIGHUP that is ignored stays ignored, because
+/// that is what nohup(1) asks for. SIGINT and SIGTERM are handled in any case: a shell without job
+/// control starts every background command with SIGINT ignored, and scripts end such a command with
+/// `kill -INT`.
+fn ending_signals() -> Vec<i32> {
+    let mut signals = vec![SIGINT, SIGTERM];
+    if !system::is_ignored(SIGHUP) {
+        signals.push(SIGHUP);
+    }
+    signals
 }

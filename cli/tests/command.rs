@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,19 +10,26 @@ use serde_json::Value;
 
 #[path = "command/bench.rs"]
 mod bench;
+#[path = "command/signals.rs"]
+mod signals;
 
 /// No run here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs `vmring` with `arguments`. If it does not end, kills it and fails.
 fn vmring(arguments: &[&str]) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
+    let child = Command::new(env!("CARGO_BIN_EXE_vmring"))
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("the command starts");
+    ended(child, arguments)
+}
+
+/// Waits for the end of a child, whose output is piped. If it does not end, kills it and fails.
+fn ended(mut child: Child, arguments: &[&str]) -> Output {
     let mut stdout = child.stdout.take().expect("piped");
     let mut stderr = child.stderr.take().expect("piped");
     let out = thread::spawn(move || {
@@ -590,28 +597,6 @@ fn an_idle_bridge_costs_next_to_nothing() {
         // Next to nothing is below one percent. This leaves space for the clock ticks of a busy
         // machine.
         assert!(report["cpu_percent"].as_f64() < Some(10.0), "{report}");
-    }
-}
-
-#[test]
-fn an_interrupt_ends_a_bridge_with_its_report() {
-    for signal in ["INT", "TERM"] {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vmring"))
-            .args(["bridge", "embedded:one", "embedded:two", "--json"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the command starts");
-        // It prints this when it works.
-        let mut said = [0; 16];
-        child.stderr.as_mut().expect("piped").read_exact(&mut said).expect("a line");
-        let kill =
-            Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
-        assert!(kill.expect("there is kill").success());
-        let output = child.wait_with_output().expect("it ends");
-        assert_eq!(output.status.code(), Some(0), "{signal}: {}", text(&output.stderr));
-        let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
-        assert_eq!((&report["ok"], &report["failed"]), (&true.into(), &Value::Null));
     }
 }
 
