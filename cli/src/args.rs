@@ -66,7 +66,10 @@ Examples:
 The guests ping the gateway and each other. The SHA-256 of the transfer is checked at the far end.
 On the tap device (Linux, root) the other guest is the kernel, and the bytes go there and back. The
 command makes a network namespace for this and removes it: the host's network does not change.
-Exit code: 0 if every step succeeded, 1 if one failed, 2 for invalid arguments.";
+A signal (Ctrl-C, SIGTERM, SIGHUP) ends the demo with a report of what it found so far; a second one
+ends it at once.
+Exit code: 0 if every step succeeded, 1 if one failed or a signal came before the last one, 2 for
+invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {

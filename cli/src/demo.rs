@@ -10,9 +10,10 @@ mod summary;
 #[cfg(target_os = "linux")]
 mod tap;
 
+use std::cell::RefCell;
 use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use smoltcp::wire::Ipv4Cidr;
@@ -23,6 +24,7 @@ use crate::failure::Failure;
 use crate::progress::{Progress, say};
 use crate::recording::Recording;
 use crate::report::{bytes, offload_names, print, print_json, round};
+use crate::stop::Stop;
 use crate::stream::Stream;
 use crate::system;
 use guest::{Command, Guest, Lease, Pings, Report};
@@ -46,6 +48,12 @@ pub(crate) fn run(args: &DemoArgs) -> Result<(), Failure> {
 }
 
 fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
+    let (tell, reports) = channel();
+    let stop = {
+        let tell = tell.clone();
+        // The receiver lives as long as the demo, and afterwards nobody needs the report.
+        Stop::on_signals_then(move || drop(tell.send((0, Report::Stop))))?
+    };
     let capture = match &args.capture {
         None => None,
         Some(path) => {
@@ -72,8 +80,10 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
         drive: args.drive.to_string(),
         ..Summary::default()
     };
-    let demo = Demo::start(network, settings, &mut summary)?;
+    let channel = (tell, reports);
+    let demo = Demo::start(network, settings, stop.clone(), channel, &mut summary)?;
     let steps = demo.steps(args, &mut summary);
+    summary.interrupted = steps.is_err() && stop.is_wanted();
     let end = demo.end(&mut summary);
     let recorded = capture.map_or(Ok(()), |recording| {
         let packets = recording.capture.packets();
@@ -92,13 +102,19 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     outcome
 }
 
+/// A report and the number of the guest that sends it.
+type Numbered = (usize, Report);
+
 /// The running guests, and what stays on this thread.
 struct Demo {
     names: [&'static str; 2],
     guests: Vec<Guest>,
     interfaces: Vec<Interface>,
     controls: Vec<RingControl>,
-    reports: Receiver<(usize, Report)>,
+    reports: Receiver<Numbered>,
+    stop: Stop,
+    /// What the demo does now, for the sentence that says what a signal has cut short.
+    step: RefCell<String>,
     /// Kept as long as its rings exist.
     poller: Option<Poller>,
 }
@@ -107,9 +123,10 @@ impl Demo {
     fn start(
         network: DemoNetwork,
         settings: &Settings,
+        stop: Stop,
+        (tell, reports): (Sender<Numbered>, Receiver<Numbered>),
         summary: &mut Summary,
     ) -> Result<Self, Failure> {
-        let (tell, reports) = channel();
         let poller = network.poller;
         let other = if settings.has_kernel() { KERNEL } else { "guest1" };
         let mut demo = Self {
@@ -118,6 +135,8 @@ impl Demo {
             interfaces: Vec::new(),
             controls: Vec::new(),
             reports,
+            stop,
+            step: RefCell::default(),
             poller,
         };
         for (number, side) in network.sides.into_iter().enumerate() {
@@ -163,10 +182,29 @@ impl Demo {
         self.names[1] == KERNEL
     }
 
-    /// The next report, or `None` at the `deadline`.
+    /// Names the step that begins now.
+    fn begin(&self, step: impl Into<String>) {
+        *self.step.borrow_mut() = step.into();
+    }
+
+    /// Fails if a signal has asked the demo to end.
+    fn go_on(&self) -> Result<(), Failure> {
+        if !self.stop.is_wanted() {
+            return Ok(());
+        }
+        Err(Failure::Step(format!("a signal ended the demo while {}", self.step.borrow())))
+    }
+
+    /// The next report, or `None` at the `deadline`. Fails if a guest has failed, and if a signal
+    /// has asked the demo to end.
     fn next(&self, deadline: Instant) -> Result<Option<(usize, Report)>, Failure> {
+        self.go_on()?;
         let left = deadline.saturating_duration_since(Instant::now());
         match self.reports.recv_timeout(left) {
+            Ok((_, Report::Stop)) => {
+                self.go_on()?;
+                Ok(None)
+            }
             Ok((number, Report::Failed(why))) => {
                 Err(Failure::Step(format!("{}: {why}", self.names[number])))
             }
@@ -195,6 +233,7 @@ impl Demo {
     }
 
     fn get_addresses(&self, summary: &mut Summary) -> Result<[Lease; 2], Failure> {
+        self.begin("the guests asked for addresses");
         let mut leases = [None; 2];
         let leases = self.wait_for(LEASE_TIMEOUT, "a guest got no address", |number, report| {
             if let Report::Leased(lease) = report {
@@ -241,6 +280,7 @@ impl Demo {
         // With the kernel, the other guest is the gateway.
         let paths = if self.has_kernel() { &paths[..2] } else { &paths[..] };
         for &(from, (to, target)) in paths {
+            self.begin(format!("{} pinged {to}", self.names[from]));
             let pings = self.ping(from, target, PINGS)?;
             let answered = pings.round_trips.len();
             summary.ping.add(self.names[from].to_owned(), to.to_owned(), &pings);
@@ -263,6 +303,7 @@ impl Demo {
         leases: &[Lease; 2],
     ) -> Result<TransferSummary, Failure> {
         let window = window(self.interfaces[0].mtu());
+        self.begin(format!("{} began to listen", self.names[to]));
         self.guests[to].tell(Command::Receive { window });
         self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
             matches!(report, Report::Listening).then_some(())
@@ -273,6 +314,11 @@ impl Demo {
         let names = (self.names[from], self.names[to]);
         let what = format!("sending {} from {} to {}", self::bytes(bytes), names.0, names.1);
         let mut progress = Progress::of_bytes(&what, bytes);
+        let begin = |arrived: &str| {
+            let all = self::bytes(bytes);
+            self.begin(format!("{} sent {all} to {}: {arrived} had arrived", names.0, names.1));
+        };
+        begin("nothing");
         self.guests[from].tell(Command::Send { target, bytes, stream: stream.clone(), window });
 
         let (mut started, mut received) = (None, None);
@@ -290,6 +336,7 @@ impl Demo {
             let position = counter.load(Ordering::Relaxed);
             progress.at(position);
             if position > moved.0 {
+                begin(&self::bytes(position));
                 moved = (position, Instant::now());
             } else if moved.1.elapsed() > STALL_TIMEOUT {
                 return Err(Failure::Step(format!(
@@ -304,7 +351,9 @@ impl Demo {
         // The expected digest is computed here and not while sending, so that the time above
         // contains only the transfer.
         say("  checking what arrived");
-        let sha256_ok = stream.digest(bytes) == received.digest && received.bytes == bytes;
+        self.begin("the command checked what had arrived");
+        let digest = stream.digest(bytes, || self.go_on())?;
+        let sha256_ok = digest == received.digest && received.bytes == bytes;
         let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
         let data_packets = after[from] - before[from];
         let packets = data_packets + after[to] - before[to];
@@ -337,6 +386,7 @@ impl Demo {
     ) -> Result<(), Failure> {
         let what = if self.has_kernel() { "the guest idles" } else { "both guests idle" };
         let mut progress = Progress::of_time(what, time);
+        self.begin(if self.has_kernel() { "the guest idled" } else { "both guests idled" });
         let (start, cpu) = (Instant::now(), system::cpu_time());
         let tick = if progress.is_watched() { Duration::from_secs(1) } else { time };
         while start.elapsed() < time {
@@ -362,7 +412,7 @@ impl Demo {
 
     /// Ends the guests and collects their counters.
     fn end(self, summary: &mut Summary) -> Result<(), Failure> {
-        let Self { names, guests, interfaces, controls, reports, poller } = self;
+        let Self { names, guests, interfaces, controls, reports, poller, .. } = self;
         let mut ended = true;
         for guest in guests {
             ended &= guest.quit(END_TIMEOUT);

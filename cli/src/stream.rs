@@ -92,18 +92,24 @@ impl Stream {
         }
     }
 
-    /// The SHA-256 of the next `bytes` bytes.
-    pub(crate) fn digest(mut self, bytes: u64) -> [u8; 32] {
+    /// The SHA-256 of the next `bytes` bytes. It takes seconds for a gigabyte, and ends early if
+    /// `go_on` fails, which is asked every 64 KiB.
+    pub(crate) fn digest<E>(
+        mut self,
+        bytes: u64,
+        mut go_on: impl FnMut() -> Result<(), E>,
+    ) -> Result<[u8; 32], E> {
         let mut hasher = Sha256::new();
         let mut buffer = vec![0; 64 * 1024];
         let mut left = bytes;
         while left > 0 {
+            go_on()?;
             let n = left.min(buffer.len() as u64) as usize;
             self.fill(&mut buffer[..n]);
             hasher.update(&buffer[..n]);
             left -= n as u64;
         }
-        hasher.finalize().into()
+        Ok(hasher.finalize().into())
     }
 }
 
@@ -125,8 +131,10 @@ mod tests {
             size = (size + 3) % 23;
         }
         assert_eq!(whole, pieces);
-        assert_eq!(Stream::new(7).digest(1000), <[u8; 32]>::from(Sha256::digest(&whole)));
-        assert_ne!(Stream::new(8).digest(1000), Stream::new(7).digest(1000));
+        let digest = |seed| Stream::new(seed).digest(1000, || Ok::<_, ()>(())).unwrap();
+        assert_eq!(digest(7), <[u8; 32]>::from(Sha256::digest(&whole)));
+        assert_ne!(digest(8), digest(7));
+        assert_eq!(Stream::new(7).digest(1000, || Err("enough")), Err("enough"));
     }
     #[test]
     fn the_stream_knows_its_own_bytes_wherever_it_stands() {

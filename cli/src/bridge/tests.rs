@@ -130,7 +130,8 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     sides[0].guest.tell(Command::Send { target, bytes, stream: sent, window });
     let Report::Received(received) = sides[1].next() else { panic!("nothing came") };
     let time = received.finished - start;
-    assert_eq!((received.bytes, received.digest), (bytes, stream.digest(bytes)));
+    let digest = stream.digest(bytes, || Ok::<_, ()>(())).unwrap();
+    assert_eq!((received.bytes, received.digest), (bytes, digest));
     assert!(matches!(sides[0].next(), Report::Sent { .. }));
     let summary = running.end();
     for side in sides {

@@ -62,6 +62,8 @@ pub(crate) enum Report {
     Received(Received),
     /// The guest cannot continue.
     Failed(String),
+    /// A signal asks the demo to end. No guest sends this.
+    Stop,
 }
 
 /// What DHCP has assigned.

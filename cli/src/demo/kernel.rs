@@ -39,7 +39,7 @@ impl Kernel<'_> {
         while let Ok(command) = self.commands.recv() {
             let done = match command {
                 Command::Quit => return,
-                Command::Ping { target, count } => ping(target, count).map(Report::Pinged),
+                Command::Ping { target, count } => self.ping(target, count).map(Report::Pinged),
                 Command::Receive { .. } => self.receive().map(Report::Received),
                 Command::Send { target, bytes, stream, .. } => self.send(target, bytes, stream),
             };
@@ -115,24 +115,28 @@ impl Kernel<'_> {
         self.patiently(Duration::ZERO, || stream.read(&mut buffer))?;
         Ok(Report::Sent { started })
     }
-}
 
-/// Like a guest's pings: one more to make contact, which does not count.
-fn ping(target: Ipv4Addr, count: u32) -> io::Result<Pings> {
-    let socket = icmp_socket()?;
-    // A raw socket has no ports.
-    socket.connect((target, 0))?;
-    let mut pings = Pings::default();
-    if echo(&socket, 0, CONTACT_TIMEOUT)?.is_none() {
-        // The target does not answer at all.
-        pings.sent = count;
-        return Ok(pings);
+    /// Pings as a guest does: one ping more than `count` makes contact, and does not count. Returns
+    /// [`ErrorKind::Interrupted`] if the thread is to end meanwhile.
+    fn ping(&self, target: Ipv4Addr, count: u32) -> io::Result<Pings> {
+        let socket = icmp_socket()?;
+        // A raw socket has no ports.
+        socket.connect((target, 0))?;
+        let mut pings = Pings::default();
+        if echo(&socket, 0, CONTACT_TIMEOUT)?.is_none() {
+            // The target does not answer at all.
+            pings.sent = count;
+            return Ok(pings);
+        }
+        for number in 1..=count {
+            if self.commands.try_recv().is_ok() {
+                return Err(ErrorKind::Interrupted.into());
+            }
+            pings.sent += 1;
+            pings.round_trips.extend(echo(&socket, number as u16, PING_TIMEOUT)?);
+        }
+        Ok(pings)
     }
-    for number in 1..=count {
-        pings.sent += 1;
-        pings.round_trips.extend(echo(&socket, number as u16, PING_TIMEOUT)?);
-    }
-    Ok(pings)
 }
 
 /// The round-trip time of one ping, if it is answered within `timeout`.

@@ -20,6 +20,8 @@ pub(crate) struct Summary {
     pub(crate) ok: bool,
     /// The step that failed, in a sentence.
     pub(crate) failed: Option<String>,
+    /// Whether a signal ended it before its last step. Then it has not succeeded.
+    pub(crate) interrupted: bool,
     pub(crate) device: String,
     pub(crate) mode: String,
     pub(crate) drive: String,
@@ -216,6 +218,9 @@ impl Summary {
         let _ = writeln!(text, "\nDrops: {}", self.dropped());
         if let Some(capture) = &self.capture {
             let _ = writeln!(text, "Capture: {}, {} packets", capture.file, capture.packets);
+        }
+        if self.interrupted {
+            text.push_str("The demo was ended before its time: this is what it found so far.\n");
         }
         text
     }

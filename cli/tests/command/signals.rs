@@ -97,3 +97,85 @@ fn a_sighup_that_is_ignored_stays_ignored() {
     let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
     assert!(report["seconds"].as_f64() >= Some(2.0), "it ended at the SIGHUP: {report}");
 }
+
+/// The demo, ended by `signal` once its progress on stderr has the words `until`: the report and the
+/// sentence on stderr.
+fn ended_demo(signal: &str, until: &str, arguments: &[&str]) -> (Value, String) {
+    let arguments = [&["demo", "--json"], arguments].concat();
+    let mut demo = Started::new(&arguments);
+    let mut said = String::new();
+    while !said.contains(until) {
+        let mut byte = [0];
+        demo.child.stderr.as_mut().expect("piped").read_exact(&mut byte).expect("a word");
+        said.push(byte[0].into());
+    }
+    thread::sleep(Duration::from_millis(300));
+    let start = Instant::now();
+    let output = demo.ended_by(signal);
+    assert!(start.elapsed() < LIMIT / 4, "it took {:?}", start.elapsed());
+    // Not every step has succeeded.
+    assert_eq!(output.status.code(), Some(1), "{signal}: {}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!((&report["ok"], &report["interrupted"]), (&false.into(), &true.into()));
+    let sentence = text(&output.stderr).lines().last().expect("a sentence").to_owned();
+    let sentence = sentence.strip_prefix("vmring: ").expect("the command's sentence").to_owned();
+    assert_eq!(report["failed"], sentence);
+    (report, sentence)
+}
+
+#[test]
+fn a_signal_ends_a_demo_with_its_report_and_the_whole_capture() {
+    for signal in SIGNALS {
+        let path = scratch(&format!("demo {signal}")).join("demo.pcapng");
+        let capture = ["--bytes", "1T", "--capture", path.to_str().expect("UTF-8")];
+        let (report, sentence) = ended_demo(signal, "sending", &capture);
+        assert!(
+            sentence.starts_with("a signal ended the demo while guest0 sent 1 TiB"),
+            "{sentence}"
+        );
+        assert!(sentence.ends_with("had arrived"), "{sentence}");
+        // What it found before the signal is there, and what it did not get to is not.
+        assert_eq!(report["ping"]["sent"], report["ping"]["received"]);
+        assert!(report["guests"][1]["ipv4"].is_string(), "{report}");
+        assert!(report["guests"][1]["packets_read"].as_u64() > Some(50), "{report}");
+        assert_eq!(report["transfer"], Value::Null);
+        assert_eq!(report["capture"]["packets"], frames(&path).len());
+    }
+}
+
+#[test]
+fn a_signal_ends_a_demo_that_idles() {
+    let start = Instant::now();
+    let (report, sentence) = ended_demo("HUP", "both guests idle", &["--idle", "3600"]);
+    assert!(start.elapsed() < LIMIT, "it idled on");
+    assert_eq!(sentence, "a signal ended the demo while both guests idled");
+    assert_eq!(report["idle"], Value::Null);
+}
+
+/// The kernel's end of the transfer waits in calls of its own.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_ends_a_demo_on_a_tap() {
+    if !tap::is_possible() {
+        return;
+    }
+    for signal in SIGNALS {
+        let arguments = ["--device", "tap", "--bytes", "1T"];
+        let (report, sentence) = ended_demo(signal, "sending", &arguments);
+        assert!(sentence.contains("guest0 sent 1 TiB to kernel"), "{sentence}");
+        assert_eq!(report["ping"]["sent"], report["ping"]["received"]);
+    }
+}
+
+#[test]
+fn an_interrupted_demo_says_so_to_people() {
+    let mut demo = Started::new(&["demo", "--bytes", "1T"]);
+    let mut line = [0; 80];
+    demo.child.stderr.as_mut().expect("piped").read_exact(&mut line).expect("some words");
+    let output = demo.ended_by("INT");
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+    let report = text(&output.stdout);
+    for words in ["guest1", "192.168.64.", "Drops", "before its time"] {
+        assert!(report.contains(words), "no {words} in {report}");
+    }
+}
