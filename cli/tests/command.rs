@@ -10,6 +10,8 @@ use serde_json::Value;
 
 #[path = "command/bench.rs"]
 mod bench;
+#[path = "command/ends.rs"]
+mod ends;
 #[path = "command/signals.rs"]
 mod signals;
 
@@ -72,7 +74,11 @@ fn json(arguments: &[&str]) -> Value {
 
 /// A run with invalid arguments: exit code 2, nothing on stdout, one sentence on stderr.
 fn refused(arguments: &[&str]) -> String {
-    let output = vmring(arguments);
+    refusal(&vmring(arguments), arguments)
+}
+
+/// The sentence of a run with invalid arguments.
+fn refusal(output: &Output, arguments: &[&str]) -> String {
     assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     assert_eq!(text(&output.stdout), "", "{arguments:?}");
     let message = text(&output.stderr).trim_end().to_owned();
