@@ -19,7 +19,14 @@ use crate::failure::Failure;
 /// addresses by DHCP, ping each other, and move a gigabyte through a network inside this process.
 /// The demo does not need root.
 #[derive(Debug, Parser)]
-#[command(name = "vmring", version, disable_help_subcommand = true, after_help = EXIT_CODES)]
+#[command(
+    name = "vmring",
+    version,
+    disable_help_subcommand = true,
+    after_help = EXIT_CODES,
+    // The help of a terminal of any width, and of a pipe.
+    term_width = 80
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -45,7 +52,7 @@ pub(crate) enum Command {
     #[command(after_help = PROBE_NOTES)]
     Probe(ProbeArgs),
     /// Prints a completion script for a shell
-    #[command(after_help = "Example: vmring completions bash > \
+    #[command(after_help = "Example:\n  vmring completions bash > \
                             ~/.local/share/bash-completion/completions/vmring")]
     Completions {
         /// The shell
@@ -63,13 +70,14 @@ Examples:
   vmring demo --idle 10 --json
   sudo vmring demo --device tap --engine plain
 
-The guests ping the gateway and each other. The SHA-256 of the transfer is checked at the far end.
-On the tap device (Linux, root) the other guest is the kernel, and the bytes go there and back. The
-command makes a network namespace for this and removes it: the host's network does not change.
-A signal (Ctrl-C, SIGTERM, SIGHUP) ends the demo with a report of what it found so far; a second one
-ends it at once.
-Exit code: 0 if every step succeeded, 1 if one failed or a signal came before the last one, 2 for
-invalid arguments.";
+The guests ping the gateway and each other. The SHA-256 of the transfer is
+checked at the far end. On the tap device (Linux, root) the other guest is the
+kernel, and the bytes go there and back. The command makes a network namespace
+for this and removes it: the host's network does not change.
+A signal (Ctrl-C, SIGTERM, SIGHUP) ends the demo with a report of what it found
+so far; a second one ends it at once.
+Exit code: 0 if every step succeeded, 1 if one failed or a signal came before
+the last one, 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
@@ -121,18 +129,22 @@ pub(crate) struct TapArgs {
 const BRIDGE_NOTES: &str = "\
 Ends:
   embedded:NETWORK[,GATEWAY/BITS]  a port of a network inside this process
-  tap:NAME[,MODE]                  a TAP of the Linux kernel; with a mode (host, shared,
-                                   bridged:BRIDGE) the host's end is set up too
-  vmnet[:MODE]                     Apple's vmnet (on other systems vmnet-sim, the simulated one)
+  tap:NAME[,MODE]                  a TAP of the Linux kernel; with a mode (host,
+                                   shared, bridged:BRIDGE) the host's end is set
+                                   up too
+  vmnet[:MODE]                     Apple's vmnet; elsewhere vmnet-sim, the
+                                   simulated one
   pcap:FILE                        replays the packets of a pcap or pcapng file
   capture:FILE                     records the packets written to it as pcapng
 Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10
   vmring bridge embedded:lab capture:lab.pcapng --json
 
-The bridge ends by itself when neither end can deliver another packet, for example when one file is
-replayed into another.
-Exit code: 0 if it was ended or ended by itself, 1 if an end failed, 2 for invalid arguments.";
+The bridge ends by itself when neither end can deliver another packet, for
+example when one file is replayed into another. A signal (Ctrl-C, SIGTERM,
+SIGHUP) ends it with its report; a second one ends it at once.
+Exit code: 0 if it was ended or ended by itself, 1 if an end failed, 2 for
+invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct BridgeArgs {
@@ -172,12 +184,14 @@ Examples:
   vmring bench --device loopback --size 60 --batch 1
   sudo vmring bench --device tap --seconds 20 --json
 
-Packets go from one interface to another on the same network. The loopback has only one interface,
-which receives its own packets. With --device tap (Linux, root) there are two TAPs with a bridge of
-the kernel between them, in a network namespace that the command makes and removes. Every packet is
-numbered, and checked where it arrives.
-Exit code: 0 if every packet arrived as it was sent; 1 if one was corrupt or arrived twice, or was
-lost on a device that loses none; 2 for invalid arguments.";
+Packets go from one interface to another on the same network. The loopback has
+only one interface, which receives its own packets. With --device tap (Linux,
+root) there are two TAPs with a bridge of the kernel between them, in a network
+namespace that the command makes and removes. Every packet is numbered, and
+checked where it arrives. A signal (Ctrl-C, SIGTERM, SIGHUP) ends the run with
+the figures so far; a second one ends it at once.
+Exit code: 0 if every packet arrived as it was sent; 1 if one was corrupt or
+arrived twice, or was lost on a device that loses none; 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
@@ -202,8 +216,9 @@ pub(crate) struct BenchArgs {
 
 const PROBE_NOTES: &str = "\
 Example: sudo vmring probe > report.txt
-The probe takes about ten seconds and starts a few interfaces of its own, in shared mode. Please
-paste the report into an issue. The probe needs the privileges that vmnet needs (see 'vmring info').";
+The probe takes about ten seconds and starts a few interfaces of its own, in
+shared mode. Please paste the report into an issue. The probe needs the
+privileges that vmnet needs (see 'vmring info').";
 
 #[derive(Debug, Args)]
 pub(crate) struct ProbeArgs {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use crate::args::BenchArgs;
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::report::{grouped, print, print_json};
+use crate::report::{grouped, print_json, print_report};
 use crate::stop::Stop;
 use crate::system;
 
@@ -90,7 +90,7 @@ fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
     if args.json {
         print_json(&summary)?;
     } else {
-        print(&summary.text())?;
+        print_report(&summary.text())?;
     }
     outcome
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crate::args::BridgeArgs;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
-use crate::report::{print, print_json};
+use crate::report::{print_json, print_report};
 use crate::stop::Stop;
 use crate::system;
 
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     if args.json {
         print_json(&summary)?;
     } else {
-        print(&summary.text())?;
+        print_report(&summary.text())?;
     }
     outcome
 }

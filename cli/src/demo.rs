@@ -23,7 +23,7 @@ use crate::args::DemoArgs;
 use crate::failure::Failure;
 use crate::progress::{Progress, say};
 use crate::recording::Recording;
-use crate::report::{bytes, offload_names, print, print_json, round};
+use crate::report::{bytes, offload_names, print_json, print_report, round};
 use crate::stop::Stop;
 use crate::stream::Stream;
 use crate::system;
@@ -97,7 +97,7 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     if args.json {
         print_json(&summary)?;
     } else {
-        print(&summary.text())?;
+        print_report(&summary.text())?;
     }
     outcome
 }

@@ -9,7 +9,7 @@ use vmring::{Embedded, Loopback};
 
 use crate::args::InfoArgs;
 use crate::failure::Failure;
-use crate::report::{Table, grouped, print, print_json};
+use crate::report::{Table, grouped, print_json, print_report};
 use crate::system;
 #[cfg(not(target_os = "macos"))]
 use device::unusable;
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         tap,
     };
-    if args.json { print_json(&info) } else { print(&info.text()) }
+    if args.json { print_json(&info) } else { print_report(&info.text()) }
 }
 
 impl Info {
@@ -118,16 +118,10 @@ impl Info {
             }
         }
         text.push_str(&table.text());
-        text.push_str("\nCapabilities, with default settings\n");
-        let heading = [
-            "",
-            "MTU",
-            "max packet",
-            "read batch",
-            "write batch",
-            "rings (read, write)",
-            "offloads",
-        ];
+        text.push_str(
+            "\nCapabilities, with default settings (rings that read, rings that write)\n",
+        );
+        let heading = ["", "MTU", "max packet", "read batch", "write batch", "rings", "offloads"];
         let mut table = Table::new(&heading).left();
         for device in &self.devices {
             let Some(caps) = &device.capabilities else { continue };

@@ -5,13 +5,28 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::report::fold;
+
 /// The shortest time between two lines about the same thing.
 const QUIET: Duration = Duration::from_secs(5);
 
-/// Prints `text` to stderr.
+/// Prints `text` to stderr, in lines of at most 80 columns.
 pub(crate) fn say(text: &str) {
     // If this fails there is nobody to report it to.
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = io::stderr().write_all(fold(text).as_bytes());
+}
+
+/// The templates of the bars. The longest message leaves some columns for the bar on a terminal of
+/// 80 columns.
+const BYTES: &str = "  {msg} {wide_bar} {percent} %, {binary_bytes_per_sec}, {eta} left";
+const TIME: &str = "  {msg} {wide_bar} {eta} left";
+
+fn bar(target: ProgressDrawTarget, what: &str, total: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), target);
+    let style = ProgressStyle::with_template(template);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(what.to_owned());
+    bar
 }
 
 /// The progress of something long.
@@ -27,24 +42,18 @@ pub(crate) struct Progress {
 impl Progress {
     /// Progress in bytes, shown with the rate.
     pub(crate) fn of_bytes(what: &str, total: u64) -> Self {
-        let template = "  {msg} {wide_bar} {binary_bytes} of {binary_total_bytes}, \
-                        {binary_bytes_per_sec}, {eta} left";
-        Self::new(what, total, template)
+        Self::new(what, total, BYTES)
     }
 
     /// Progress in time.
     pub(crate) fn of_time(what: &str, total: Duration) -> Self {
-        Self::new(what, total.as_millis() as u64, "  {msg} {wide_bar} {eta} left")
+        Self::new(what, total.as_millis() as u64, TIME)
     }
 
     fn new(what: &str, total: u64, template: &str) -> Self {
-        let bar = io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template(template);
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.set_message(what.to_owned());
-            bar
-        });
+        let bar = io::stderr()
+            .is_terminal()
+            .then(|| bar(ProgressDrawTarget::stderr(), what, total, template));
         if bar.is_none() {
             say(&format!("  {what}"));
         }
@@ -117,6 +126,80 @@ impl Drop for Live {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use indicatif::TermLike;
+
+    use super::*;
+
+    /// A terminal of 80 columns, which keeps what is written to it.
+    #[derive(Clone, Debug, Default)]
+    struct Terminal(Arc<Mutex<String>>);
+
+    impl TermLike for Terminal {
+        fn width(&self) -> u16 {
+            80
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, line: &str) -> io::Result<()> {
+            self.write_str(line)?;
+            self.write_str("\n")
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            self.write_str("\n")
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_bar_and_all_its_words_fit_into_80_columns() {
+        for (template, what, said) in [
+            (BYTES, "sending 999.99 GiB from guest0 to kernel", "50 %"),
+            (BYTES, "sending 1 GiB from guest0 to guest1", "50 %"),
+            (TIME, "measuring the vmnet-sim device; Ctrl-C ends it", "left"),
+        ] {
+            let terminal = Terminal::default();
+            let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+            let bar = bar(target, what, 1 << 40, template);
+            bar.set_position((1 << 39) - 1);
+            bar.force_draw();
+            let drawn = terminal.0.lock().unwrap().clone();
+            let line = drawn.lines().rfind(|line| line.contains(said)).expect(&drawn);
+            assert!(line.trim_end().chars().count() <= 80, "{line}");
+            assert!(line.contains(what), "{line}");
+            assert!(line.trim_end().ends_with(" left"), "it is cut: {line}");
+            assert!(line.contains('█'), "there is no place for the bar: {line}");
         }
     }
 }

@@ -14,6 +14,8 @@ mod bench;
 mod ends;
 #[path = "command/signals.rs"]
 mod signals;
+#[path = "command/width.rs"]
+mod width;
 
 /// No run here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);

@@ -203,8 +203,8 @@ impl Summary {
         let _ = writeln!(
             text,
             "Checked: the number of every packet, and all bytes of one in {}, which takes about {:.1} ns \
-             of a packet's\n         time one way; in round trips all bytes of every packet, outside of \
-             the time.",
+             of a packet's time one way; in round trips all bytes of every packet, outside of the \
+             time.",
             checks.one_way_bodies_one_in, checks.one_way_ns_per_packet
         );
         self.tell_packets(&mut text);
@@ -230,9 +230,9 @@ impl Summary {
                 grouped(packets.min as u64),
                 grouped(packets.max as u64),
                 format!("{:.2}", rates.gbit_per_s.median),
-                format!("{:.0}", ns.median),
-                format!("{:.0}", ns.min),
-                format!("{:.0}", ns.max),
+                nanos(ns.median),
+                nanos(ns.min),
+                nanos(ns.max),
             ]);
         }
         if intervals > 0 {
@@ -252,7 +252,10 @@ impl Summary {
         for run in &self.round_trip {
             let Some(trips) = &run.trips else { continue };
             any = true;
-            let us = |ns: u64| format!("{:.2}", ns as f64 / 1000.0);
+            let us = |ns: u64| match ns {
+                0..1_000_000 => format!("{:.2}", ns as f64 / 1000.0),
+                _ => format!("{:.0}", ns as f64 / 1000.0),
+            };
             table.row([
                 run.drive.to_owned(),
                 run.waits.to_owned(),
@@ -274,15 +277,7 @@ impl Summary {
     }
 
     fn tell_rings(&self, text: &mut String) {
-        let heading = [
-            "driven",
-            "written per batch",
-            "read per batch",
-            "driver slept",
-            "submit woke it",
-            "device woke it",
-            "it woke the reaper",
-        ];
+        let heading = ["driven", "per write", "per read", "slept", "submit", "device", "reaper"];
         let mut table = Table::new(&heading);
         for run in &self.one_way {
             let rings = &run.rings;
@@ -299,7 +294,8 @@ impl Summary {
         if !self.one_way.is_empty() {
             let _ = write!(
                 text,
-                "\nThe rings, one way: mean batches, and how often for 1,000 packets\n{}",
+                "\nThe rings, one way: packets per write and per read; and how often, for 1,000\n\
+                 packets, the driver slept, a submit or the device woke it, it woke the reaper\n{}",
                 table.text()
             );
         }
@@ -333,6 +329,12 @@ impl Summary {
     }
 }
 
+/// Nanoseconds as a number. From a millisecond on, an interval moved next to nothing, and only the
+/// size of the number matters.
+fn nanos(ns: f64) -> String {
+    if ns < 1e6 { format!("{ns:.0}") } else { format!("{ns:.0e}") }
+}
+
 impl ChecksSummary {
     pub(crate) fn new(ns_per_packet: f64) -> Self {
         Self { one_way_bodies_one_in: SAMPLE, one_way_ns_per_packet: round(ns_per_packet, 1) }
@@ -352,6 +354,39 @@ mod tests {
         assert_eq!(Rates::of(&[], 1000), None);
         assert_eq!(Rates::of(&[0.0, 0.0], 1000), None);
         assert_eq!(Rates::of(&[0.0, 5.0, 6.0], 1000).unwrap().ns_per_packet.max, 1e9);
+    }
+
+    #[test]
+    fn the_widest_tables_fit_into_80_columns() {
+        let rates = Rates::of(&[99_999_999.0, 99_999_999.0, 0.0], 1514).unwrap();
+        let mut times = Histogram::new(3).unwrap();
+        for ns in [900, 1_000_000_000, 1_000_000_000] {
+            times.record(ns).unwrap();
+        }
+        let counts = RingsSummary {
+            parks: 1_000_000,
+            doorbells: 1_000_000,
+            device_wakeups: 1_000_000,
+            notifications: 1_000_000,
+            packets: 100_000,
+            ..RingsSummary::default()
+        };
+        let summary = Summary {
+            one_way: vec![OneWaySummary { drive: "poller", rates: Some(rates), rings: counts }],
+            round_trip: vec![RoundTripSummary {
+                drive: "poller",
+                waits: "spinning",
+                trips: Trips::of(&times),
+            }],
+            ..Summary::default()
+        };
+        let (text, prose) = (summary.text(), "Checked: ");
+        for line in text.lines().filter(|line| !line.starts_with(prose)) {
+            assert!(line.chars().count() <= crate::report::WIDTH, "{line}");
+        }
+        for figure in ["99,999,999", "1e9", "10000.00"] {
+            assert!(text.contains(figure), "no {figure} in {text}");
+        }
     }
 
     #[test]

@@ -162,13 +162,19 @@ pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64)
     let rate = |i: usize| {
         let (packets, octets) = (now[i].0 - before[i].0, now[i].1 - before[i].1);
         let seconds = TICK.as_secs_f64();
-        format!(
-            "{} packets/s {:.2} Gbit/s",
-            grouped((packets as f64 / seconds) as u64),
-            octets as f64 * 8.0 / seconds / 1e9
-        )
+        let gbit = octets as f64 * 8.0 / seconds / 1e9;
+        format!("{} {gbit:.2} Gbit/s", per_second(packets as f64 / seconds))
     };
     format!("there {}, back {}, {} dropped", rate(0), rate(1), grouped(dropped))
+}
+
+/// Packets per second, in a few columns.
+fn per_second(packets: f64) -> String {
+    match packets {
+        n if n < 1e3 => format!("{n:.0} pps"),
+        n if n < 1e6 => format!("{:.1} kpps", n / 1e3),
+        n => format!("{:.1} Mpps", n / 1e6),
+    }
 }
 
 #[cfg(test)]
@@ -178,8 +184,11 @@ mod tests {
     #[test]
     fn a_second_fits_into_a_line() {
         let line = rates([(5, 500), (0, 0)], [(4_500_005, 5_625_000_500), (1234, 99_999)], 7);
-        let said =
-            "there 4,500,000 packets/s 45.00 Gbit/s, back 1,234 packets/s 0.00 Gbit/s, 7 dropped";
+        let said = "there 4.5 Mpps 45.00 Gbit/s, back 1.2 kpps 0.00 Gbit/s, 7 dropped";
         assert_eq!(line, said);
+        let most = (99_000_000, 12_000_000_000);
+        let line = rates([(0, 0); 2], [most; 2], 999_999_999);
+        assert!(line.len() <= crate::report::WIDTH - 2, "{line}");
+        assert!(rates([(0, 0); 2], [(999, 9), (1, 1)], 0).starts_with("there 999 pps "));
     }
 }

@@ -230,8 +230,7 @@ impl Summary {
     }
 
     fn interfaces(&self) -> String {
-        let mut table =
-            Table::new(&["", "MAC", "MTU", "max packet", "address", "router", "lease"]).left();
+        let mut table = Table::new(&["", "MAC", "MTU", "address", "router", "lease"]).left();
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".to_owned());
         for guest in &self.guests {
             let address = guest.ipv4.as_ref().zip(guest.prefix_length);
@@ -239,7 +238,6 @@ impl Summary {
                 guest.name.clone(),
                 guest.mac.clone(),
                 guest.mtu.to_string(),
-                guest.max_packet_size.to_string(),
                 or_none(address.map(|(address, length)| format!("{address}/{length}"))),
                 or_none(guest.router.clone()),
                 or_none(guest.lease_seconds.map(lease)),
@@ -336,6 +334,33 @@ mod tests {
         assert_eq!((summary.sent, summary.received), (6, 4));
         assert_eq!((summary.rtt_us_p50, summary.rtt_us_p99), (Some(20.0), Some(40.0)));
         assert_eq!(summary.paths[0].rtt_us_max, Some(30.0));
+    }
+
+    #[test]
+    fn the_widest_tables_fit_into_80_columns() {
+        let guest = || GuestSummary {
+            name: "guest0".into(),
+            mac: "52:54:00:12:34:56".into(),
+            mtu: 65_521,
+            max_packet_size: 65_535,
+            ipv4: Some("192.168.100.254".into()),
+            prefix_length: Some(24),
+            gateway: None,
+            router: Some("192.168.100.254".into()),
+            lease_seconds: Some(86_399),
+            packets_read: Some(9_999_999_999),
+            packets_written: Some(9_999_999_999),
+            read_batches: Some(Batches { mean: 1023.9, ..Batches::default() }),
+            write_batches: Some(Batches { mean: 1023.9, ..Batches::default() }),
+            writes_failed: Some(0),
+        };
+        let mut summary = Summary { guests: vec![guest(), guest()], ..Summary::default() };
+        let slow = Pings { sent: 50, round_trips: vec![Duration::from_secs(1); 50] };
+        summary.ping.add("guest1".into(), "gateway".into(), &slow);
+        for line in summary.text().lines() {
+            assert!(line.chars().count() <= crate::report::WIDTH, "{line}");
+        }
+        assert!(summary.text().contains("86399 s"), "{}", summary.text());
     }
 
     #[test]
