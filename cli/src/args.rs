@@ -1,16 +1,18 @@
 //! The command line.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::{PossibleValue, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use vmring::{Ipv4Range, Mode};
+use vmring::{ConfigError, Ipv4Range, Mode};
 
 use crate::bridge::spec::{Offload, Spec};
+use crate::device::{DeviceName, VMNET};
 use crate::failure::Failure;
 
 /// Packet rings for virtual machine monitors.
@@ -82,11 +84,11 @@ the last one, 2 for invalid arguments.";
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// The network: host (the guests and the gateway) or shared (with a way out)
-    #[arg(long, default_value = "shared")]
+    #[arg(long, default_value = "shared", value_parser = MODES, hide_possible_values = true)]
     pub(crate) mode: Mode,
     /// The device that the guests are on
-    #[arg(long, default_value = "embedded", value_name = "NAME")]
-    pub(crate) device: String,
+    #[arg(long, default_value = "embedded", value_name = "NAME", value_parser = DEMO_DEVICES)]
+    pub(crate) device: DeviceName,
     /// Bytes to transfer, like 64M, 1GiB, 500MB [default: 1GiB, or none with --idle]
     #[arg(long, value_name = "SIZE")]
     pub(crate) bytes: Option<Size>,
@@ -117,8 +119,8 @@ pub(crate) struct DemoArgs {
 #[cfg(target_os = "linux")]
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TapArgs {
-    /// With --device tap: how frames are moved: auto, io_uring or plain [default: auto]
-    #[arg(long, value_name = "NAME")]
+    /// With --device tap: how frames are moved [default: auto]
+    #[arg(long, value_name = "NAME", value_parser = ENGINES)]
     pub(crate) engine: Option<vmring::TapEngine>,
     /// With --device tap: ask for checksum offload and TCP segmentation. The guest accepts the
     /// kernel's large packets but sends none itself
@@ -149,19 +151,19 @@ invalid arguments.";
 #[derive(Debug, Args)]
 pub(crate) struct BridgeArgs {
     /// One end
-    #[arg(value_name = "A")]
+    #[arg(value_name = "A", value_parser = ENDS, hide_possible_values = true)]
     pub(crate) a: Spec,
     /// The other
-    #[arg(value_name = "B")]
+    #[arg(value_name = "B", value_parser = ENDS, hide_possible_values = true)]
     pub(crate) b: Spec,
-    /// Checksums and segmentation: only what both ends do; or what each end can do, and the rest in
-    /// software (--offload alone); or none
+    /// Checksums and segmentation: only what both ends do (common); or what each end can do, and
+    /// the rest in software (software, or --offload alone); or none
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_value_t = Offload::Common, default_missing_value = "software")]
     pub(crate) offload: Offload,
-    /// How frames are moved into and out of a TAP: auto, io_uring or plain
+    /// How frames are moved into and out of a TAP
     #[cfg(target_os = "linux")]
-    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = ENGINES)]
     pub(crate) engine: vmring::TapEngine,
     /// The largest IP packet of both ends in bytes [default: each end's own]
     #[arg(long, value_name = "BYTES")]
@@ -196,8 +198,8 @@ arrived twice, or was lost on a device that loses none; 2 for invalid arguments.
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     /// The device that the packets go over
-    #[arg(long, default_value = "embedded", value_name = "NAME")]
-    pub(crate) device: String,
+    #[arg(long, default_value = "embedded", value_name = "NAME", value_parser = BENCH_DEVICES)]
+    pub(crate) device: DeviceName,
     /// Bytes of a packet, at least 60 [default: 1514, or the device's maximum if that is less]
     #[arg(long, value_name = "BYTES")]
     pub(crate) size: Option<u32>,
@@ -293,21 +295,109 @@ impl FromStr for Size {
     }
 }
 
+/// Parses values of which some have a name. Shells complete the names, and help lists them.
+#[derive(Clone)]
+struct Named<T: 'static> {
+    names: &'static [&'static str],
+    parse: fn(&str) -> Result<T, String>,
+}
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for Named<T> {
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<T, clap::Error> {
+        let parse = self.parse;
+        // A parser made of a function says which argument it is about.
+        let parse = move |text: &str| parse(text);
+        TypedValueParser::parse_ref(&parse, command, argument, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(self.names.iter().map(|name| PossibleValue::new(*name))))
+    }
+}
+
+/// The modes whose names are whole; the other one is `bridged:INTERFACE`.
+const MODES: Named<Mode> =
+    Named { names: &["host", "shared"], parse: |text| text.parse().map_err(in_words) };
+
+#[cfg(target_os = "linux")]
+const ENGINES: Named<vmring::TapEngine> =
+    Named { names: &["auto", "io_uring", "plain"], parse: |text| text.parse().map_err(in_words) };
+
+fn in_words(error: ConfigError) -> String {
+    error.to_string()
+}
+
+/// The devices that carry two guests who see each other, or a guest and the kernel.
+const DEMO_DEVICES: Named<DeviceName> =
+    Named { names: DEMO_NAMES, parse: |name| DeviceName::of(name, DEMO_NAMES) };
+const DEMO_NAMES: &[&str] =
+    if cfg!(target_os = "linux") { &["embedded", "tap", VMNET] } else { &["embedded", VMNET] };
+
+const BENCH_DEVICES: Named<DeviceName> =
+    Named { names: BENCH_NAMES, parse: |name| DeviceName::of(name, BENCH_NAMES) };
+const BENCH_NAMES: &[&str] = if cfg!(target_os = "linux") {
+    &["embedded", "loopback", "tap", VMNET]
+} else {
+    &["embedded", "loopback", VMNET]
+};
+
+/// How the ends of a bridge begin.
+const ENDS: Named<Spec> = Named { names: END_NAMES, parse: str::parse };
+const END_NAMES: &[&str] = if cfg!(target_os = "linux") {
+    &["embedded:", "tap:", VMNET, "pcap:", "capture:"]
+} else {
+    &["embedded:", VMNET, "pcap:", "capture:"]
+};
+
 /// Returns the command to run, or one sentence that says what is wrong with the arguments.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Failure> {
+    let args = with_offload_joined(args);
     let with_default = |cli: Cli| cli.command.map_or_else(default_command, Ok);
-    Cli::try_parse_from(args).map_err(Box::new).map_or_else(|error| refused(&error), with_default)
+    Cli::try_parse_from(&args)
+        .map_err(Box::new)
+        .map_or_else(|error| refused(&error, &args), with_default)
+}
+
+/// Joins `--offload` and a value of it that follows, as if they were written with `=`.
+///
+/// The option may stand alone, and what follows it may be an end of the bridge. clap cannot tell the
+/// two apart, but no end is written like a value: it has a colon, or is the name of a device.
+fn with_offload_joined(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut joined: Vec<OsString> = Vec::new();
+    for arg in args {
+        let is_value = arg.to_str().is_some_and(|arg| Offload::from_str(arg, false).is_ok());
+        match joined.last_mut() {
+            Some(last) if is_value && last == "--offload" => {
+                last.push("=");
+                last.push(arg);
+            }
+            _ => joined.push(arg),
+        }
+    }
+    joined
 }
 
 fn default_command() -> Result<Command, Failure> {
     parse(["vmring", "demo"].map(OsString::from))
 }
 
-fn refused(error: &clap::Error) -> Result<Command, Failure> {
+fn refused(error: &clap::Error, args: &[OsString]) -> Result<Command, Failure> {
     let text = error.render().to_string();
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Command::Text(text)),
-        _ => Err(Failure::Usage(one_line(&text))),
+        _ => {
+            let name = args.get(1).and_then(|name| name.to_str());
+            let of = name.filter(|name| Cli::command().find_subcommand(name).is_some());
+            let help = of.map_or("vmring --help".to_owned(), |of| format!("vmring {of} --help"));
+            Err(Failure::Usage(format!("{}; see '{help}'", one_line(&text))))
+        }
     }
 }
 
@@ -329,14 +419,12 @@ fn one_line(text: &str) -> String {
         }
         sentence.push_str(line);
     }
-    let sentence = sentence.strip_prefix("error: ").unwrap_or(&sentence);
-    format!("{sentence}; see 'vmring --help'")
+    sentence.strip_prefix("error: ").unwrap_or(&sentence).to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn parsed(line: &str) -> Result<Command, Failure> {
         parse(line.split_whitespace().map(OsString::from))
@@ -351,8 +439,44 @@ mod tests {
     fn no_command_is_the_demo_with_its_defaults() {
         let Command::Demo(args) = parsed("vmring").unwrap() else { panic!("not the demo") };
         assert_eq!(args.mode, Mode::Shared);
-        assert_eq!(args.device, "embedded");
+        assert_eq!(args.device, DeviceName::Embedded);
         assert_eq!((args.bytes, args.idle, args.json), (None, None, false));
+    }
+
+    #[test]
+    fn an_offload_is_written_with_a_blank_with_an_equals_sign_or_alone() {
+        for (line, offload) in [
+            ("vmring bridge embedded:a embedded:b", Offload::Common),
+            ("vmring bridge embedded:a embedded:b --offload", Offload::Software),
+            ("vmring bridge --offload embedded:a embedded:b", Offload::Software),
+            ("vmring bridge --offload software embedded:a embedded:b", Offload::Software),
+            ("vmring bridge embedded:a --offload none embedded:b", Offload::None),
+            ("vmring bridge embedded:a embedded:b --offload common", Offload::Common),
+            ("vmring bridge embedded:a embedded:b --offload=software", Offload::Software),
+            ("vmring bridge --offload=none embedded:a embedded:b --json", Offload::None),
+        ] {
+            let Ok(Command::Bridge(args)) = parsed(line) else { panic!("{line} is refused") };
+            assert_eq!(args.offload, offload, "{line}");
+            assert_eq!([args.a.to_string(), args.b.to_string()], ["embedded:a", "embedded:b"]);
+        }
+        // On a TAP of the demo it has no value.
+        let failure = parsed("vmring demo --offload software").unwrap_err().to_string();
+        assert!(failure.contains("'software' for '--offload'"), "{failure}");
+        let failure = parsed("vmring bridge embedded:a embedded:b --offload hard").unwrap_err();
+        assert!(failure.to_string().contains("'hard'"), "{failure}");
+    }
+
+    #[test]
+    fn the_help_that_is_named_is_that_of_the_command() {
+        for (line, help) in [
+            ("vmring demo --fast", "'vmring demo --help'"),
+            ("vmring bridge", "'vmring bridge --help'"),
+            ("vmring --fast", "'vmring --help'"),
+            ("vmring frob", "'vmring --help'"),
+        ] {
+            let sentence = parsed(line).unwrap_err().to_string();
+            assert!(sentence.ends_with(&format!("; see {help}")), "{sentence}");
+        }
     }
 
     #[test]

@@ -30,14 +30,6 @@ use progress::Clock;
 use setup::Setup;
 use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
 
-const USABLE: &str = if cfg!(target_os = "macos") {
-    "embedded, loopback or vmnet"
-} else if cfg!(target_os = "linux") {
-    "embedded, loopback, tap or vmnet-sim"
-} else {
-    "embedded, loopback or vmnet-sim"
-};
-
 /// What is measured one way: which thread drives the rings, and its name.
 const ONE_WAY: [(Driving, &str); 2] = [(Driving::Inline, "inline"), (Driving::Poller, "poller")];
 /// What is measured as round trips: which thread drives the rings, its name, and how it waits.
@@ -48,7 +40,7 @@ const ROUND_TRIP: [(Driving, &str, &str); 3] = [
 ];
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
-    let device = DeviceName::of(&args.device, USABLE)?;
+    let device = args.device;
     #[cfg(target_os = "linux")]
     if device.is_tap() {
         return crate::tap::in_namespace(|| {

@@ -2,8 +2,6 @@
 
 use vmring::{Driver, Embedded, Loopback, Vmnet};
 
-use crate::failure::Failure;
-
 /// A device of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceName {
@@ -23,8 +21,8 @@ pub(crate) const VMNET: &str = if cfg!(target_os = "macos") { "vmnet" } else { "
 pub(crate) const QUEUE: u32 = 2048;
 
 impl DeviceName {
-    /// The device with this name. `usable` lists the devices for the error message.
-    pub(crate) fn of(name: &str, usable: &str) -> Result<Self, Failure> {
+    /// The device with this name, or one sentence that says what to use instead: one of `usable`.
+    pub(crate) fn of(name: &str, usable: &[&str]) -> Result<Self, String> {
         match name {
             "embedded" => Ok(DeviceName::Embedded),
             "loopback" => Ok(DeviceName::Loopback),
@@ -57,17 +55,16 @@ impl DeviceName {
     }
 }
 
-/// The error for a device that does not exist here. `usable` lists those that do.
-fn unknown_device(name: &str, usable: &str) -> Failure {
-    Failure::Usage(match name {
-        "vmnet" => format!(
-            "the vmnet device exists on macOS only; use {usable} ('vmring info' lists devices)"
-        ),
-        "tap" => format!(
-            "the tap device exists on Linux only; use {usable} ('vmring info' lists devices)"
-        ),
-        _ => {
-            format!("there is no device named '{name}'; use {usable} ('vmring info' lists devices)")
-        }
-    })
+/// The sentence for a device that does not exist here. `usable` lists those that do.
+fn unknown_device(name: &str, usable: &[&str]) -> String {
+    let what = match name {
+        "vmnet" => "the vmnet device exists on macOS only".to_owned(),
+        "tap" => "the tap device exists on Linux only".to_owned(),
+        _ => format!("there is no device named '{name}'"),
+    };
+    let usable = match usable {
+        [others @ .., last] => format!("{} or {last}", others.join(", ")),
+        [] => String::new(),
+    };
+    format!("{what}; use {usable} ('vmring info' lists devices)")
 }
