@@ -424,22 +424,30 @@ impl Demo {
         if names[1] == KERNEL {
             summary.engine = Some(crate::tap::engine(&interfaces[0]));
             let dropped = crate::tap::dropped();
-            if dropped > 0 {
-                summary.drops_by_reason.insert("for a full TAP", dropped);
-                summary.drops += dropped;
-            }
+            summary.count_drops("for a full TAP", dropped);
         }
-        for (reason, n) in interfaces.iter().flat_map(Interface::drops).filter(|(_, n)| *n > 0) {
-            *summary.drops_by_reason.entry(reason).or_default() += n;
-            summary.drops += n;
+        for (reason, n) in interfaces.iter().flat_map(Interface::drops) {
+            summary.count_drops(reason, n);
         }
         drop((interfaces, poller));
+        let mut outcome = Ok(());
         for (number, report) in reports.try_iter() {
-            if let Report::Failed(why) = report {
-                return Err(Failure::Step(format!("{}: {why}", names[number])));
+            match report {
+                Report::Failed(why) => {
+                    let failure = Failure::Step(format!("{}: {why}", names[number]));
+                    outcome = outcome.and(Err(failure));
+                }
+                Report::Ended(losses) => {
+                    losses.iter().for_each(|(reason, n)| summary.count_drops(reason, *n));
+                }
+                _ => {}
             }
         }
-        if ended { Ok(()) } else { Err(Failure::Step("a guest did not end".to_owned())) }
+        if !ended {
+            let why = format!("a guest's thread did not end within {} s", END_TIMEOUT.as_secs());
+            outcome = outcome.and(Err(Failure::Step(why)));
+        }
+        outcome
     }
 }
 

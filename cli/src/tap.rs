@@ -86,14 +86,26 @@ pub(crate) fn engine(interface: &Interface) -> &'static str {
 /// had opened the TAP. It counts the network namespace of this thread, which has no interface but
 /// the TAP.
 pub(crate) fn dropped() -> u64 {
-    // Without /proc the number is unknown.
-    fs::read_to_string("/proc/thread-self/net/dev").map_or(0, |table| dropped_in(&table))
+    dropped_in(&table(), |_| true)
 }
 
-/// The sum of the drops of all interfaces in the direction of sending (`dev_seq_printf_stats` in
-/// the kernel's `net/core/net-procfs.c`): the twelfth number after an interface's name.
-fn dropped_in(table: &str) -> u64 {
+/// Like [`dropped`], for the interface of this name alone.
+pub(crate) fn dropped_for(name: &str) -> u64 {
+    dropped_in(&table(), |of| of == name)
+}
+
+/// The kernel's counters of the interfaces in the network namespace of this thread. Without /proc
+/// they are unknown.
+fn table() -> String {
+    fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default()
+}
+
+/// The sum of the drops of all interfaces that count, in the direction of sending
+/// (`dev_seq_printf_stats` in the kernel's `net/core/net-procfs.c`): the twelfth number after an
+/// interface's name.
+fn dropped_in(table: &str, counts: impl Fn(&str) -> bool) -> u64 {
     let lines = table.lines().filter_map(|line| line.split_once(':'));
+    let lines = lines.filter(|(name, _)| counts(name.trim()));
     lines.filter_map(|(_, numbers)| numbers.split_whitespace().nth(11)?.parse::<u64>().ok()).sum()
 }
 
@@ -109,7 +121,9 @@ Inter-|   Receive                                                |  Transmit
     lo:       0       0    0    9    0     0          0         0        0       0    0    0    0     0       0          0
   tap0:    1000      10    1    2    3     4          5         6     2000      20    7   42    8     9      10         11
 ";
-        assert_eq!(dropped_in(table), 42);
-        assert_eq!(dropped_in(""), 0);
+        assert_eq!(dropped_in(table, |_| true), 42);
+        assert_eq!(dropped_in(table, |name| name == "tap0"), 42);
+        assert_eq!(dropped_in(table, |name| name == "lo"), 0);
+        assert_eq!(dropped_in("", |_| true), 0);
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use vmring::device::{Capabilities, Offloads};
 use vmring::software::{self, Left, Segments};
 use vmring::{
-    BatchError, Checksum, Completion, EntryError, Error, Frame, Gso, OffloadHeader, Pool,
+    BatchError, Checksum, Completion, EntryError, Error, Frame, Gso, OffloadHeader, Pool, Status,
     SubmissionHalf, SubmitErrorKind,
 };
 
@@ -15,6 +15,7 @@ pub(crate) const READ: u64 = 0;
 const WHOLE: u64 = 1;
 const SEGMENT: u64 = 2;
 
+const ETHERNET: usize = 14;
 const ETHERNET_AND_VLAN: u32 = 18;
 
 /// See the [module](self).
@@ -30,6 +31,8 @@ pub(crate) struct BridgeDirection {
     max_plain: usize,
     /// Whether the rest is done here, in software.
     software: bool,
+    /// Whether the other end is a TAP, whose kernel answers EIO while its link is down.
+    to_tap: bool,
     /// Frames to be posted for reading.
     spare: Vec<Frame>,
     /// Frames for segments.
@@ -80,6 +83,7 @@ impl BridgeDirection {
     /// pool for reading, as many again to be in flight, and `segments` for segments.
     pub(crate) fn new(
         caps: &Capabilities,
+        to_tap: bool,
         software: bool,
         pool: &Pool,
         reads: usize,
@@ -98,6 +102,7 @@ impl BridgeDirection {
             max_packet_size: caps.max_packet_size as usize,
             max_plain: max_plain as usize,
             software,
+            to_tap,
             spare: frames(2 * reads),
             blank: frames(segments),
             waiting: VecDeque::with_capacity(2 * reads),
@@ -113,10 +118,14 @@ impl BridgeDirection {
         self.writing > 0 || !self.waiting.is_empty()
     }
 
-    /// Handles a read that has completed.
-    pub(crate) fn read_done(&mut self, done: Completion) {
+    /// Handles a read that has completed. `is_closed` says whether its ring is closed: then a read
+    /// that failed was for no packet.
+    pub(crate) fn read_done(&mut self, done: Completion, is_closed: bool) {
         let Some(mut frame) = done.take_frame() else { return };
-        if done.result.is_err() {
+        if let Err(error) = done.result {
+            if error != EntryError::Cancelled && !is_closed {
+                self.counts.count_drop(&format!("read failed: {error}"));
+            }
             return self.spare.push(frame);
         }
         self.counts.packets_read += 1;
@@ -135,6 +144,7 @@ impl BridgeDirection {
     /// header of a packet that is to be segmented.
     fn prepare(&mut self, frame: &mut Frame) -> Result<Option<OffloadHeader>, &'static str> {
         const BAD: &str = "bad offload header";
+        const RUNT: &str = "shorter than an Ethernet header";
         const TOO_BIG: &str = "too big for the other end";
         const UNDONE: &str = "offload that the other end does not do";
         let header = match frame.forward_offload() {
@@ -142,6 +152,9 @@ impl BridgeDirection {
             Ok(false) => OffloadHeader::NONE,
             Err(_) => return Err(BAD),
         };
+        if frame.len() < ETHERNET {
+            return Err(RUNT);
+        }
         header.validate(frame.len()).map_err(|_| BAD)?;
         let left = software::left_by(&self.offloads, &header);
         if left != Left::Nothing && !self.software {
@@ -187,6 +200,9 @@ impl BridgeDirection {
                 self.counts.bytes_written += len as u64;
             }
             Err(EntryError::Cancelled) => self.counts.count_drop("not written at the end"),
+            Err(EntryError::Device(Status::Os(libc::EIO))) if self.to_tap => {
+                self.counts.count_drop("write failed: the link of the TAP is down");
+            }
             Err(error) => self.counts.count_drop(&format!("write failed: {error}")),
         }
         if let Some(frame) = frame {

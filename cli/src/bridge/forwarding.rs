@@ -17,12 +17,16 @@ use crate::recording::Recording;
 use crate::stop::Stop;
 use crate::system;
 
+const NOT_REPLAYED: &str = "not replayed before the end";
+
 /// Two joined ends. `directions[i]` leads from `ends[i]` to the other end.
 pub(super) struct Bridge {
     pub(super) directions: [BridgeDirection; 2],
     pub(super) rings: [Ring; 2],
     pub(super) controls: [RingControl; 2],
     pub(super) ends: [End; 2],
+    /// Packets that the kernel had dropped for each end when the bridge began.
+    dropped_before: [u64; 2],
     /// The bridge is ending, and posts no more reads.
     is_ending: bool,
 }
@@ -36,7 +40,8 @@ impl Bridge {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
         })?;
         let controls = [rings[0].control(), rings[1].control()];
-        Ok(Self { directions, rings, controls, ends, is_ending: false })
+        let dropped_before = ends.each_ref().map(End::dropped_by_kernel);
+        Ok(Self { directions, rings, controls, ends, dropped_before, is_ending: false })
     }
 
     fn join(
@@ -63,8 +68,10 @@ impl Bridge {
             ring.drive(Drive::Inline).build()
         };
         let rings = [ring(0)?, ring(1)?];
-        let direction =
-            |to: usize| BridgeDirection::new(&caps[to], software, &pool, reads, segments);
+        let direction = |to: usize| {
+            let to_tap = interfaces[to].device_name() == "tap";
+            BridgeDirection::new(&caps[to], to_tap, software, &pool, reads, segments)
+        };
         Ok((rings, [direction(1), direction(0)]))
     }
 
@@ -120,7 +127,10 @@ impl Bridge {
             for done in self.rings[i].reap() {
                 moved += 1;
                 match done.op {
-                    RingOp::Read => self.directions[i].read_done(done),
+                    RingOp::Read => {
+                        let is_closed = self.controls[i].closed().is_some();
+                        self.directions[i].read_done(done, is_closed);
+                    }
                     RingOp::Write => self.directions[1 - i].write_done(done),
                     _ => {}
                 }
@@ -220,9 +230,32 @@ impl Bridge {
             .map(|direction| (direction.counts.packets_written, direction.counts.bytes_written))
     }
 
-    /// Packets dropped so far.
+    /// Packets that have not arrived so far.
     pub(super) fn dropped(&self) -> u64 {
-        self.directions.iter().flat_map(|direction| direction.counts.drops.values()).sum()
+        let counts = self.directions.iter().flat_map(|direction| direction.counts.drops.values());
+        // What a file still holds may arrive yet.
+        let ends = (0..2).flat_map(|i| self.dropped_at(i)).filter(|(why, _)| *why != NOT_REPLAYED);
+        counts.sum::<u64>() + ends.map(|(_, n)| n).sum::<u64>()
+    }
+
+    /// Packets that did not get into, out of or beyond this end, by reason. Those that failed to be
+    /// read or written are not among them: [`directions`](Self::directions) count them.
+    pub(super) fn dropped_at(&self, i: usize) -> Vec<(&'static str, u64)> {
+        let end = &self.ends[i];
+        let mut drops = end.interface.drops();
+        let kernel = end.dropped_by_kernel().saturating_sub(self.dropped_before[i]);
+        drops.push(("for a full TAP", kernel));
+        if let Some(replay) = &end.replay {
+            let counters = end.interface.counters();
+            let discarded = counters.iter().find(|(name, _)| *name == "discarded");
+            drops.push((
+                "written to a file that is only replayed",
+                discarded.map_or(0, |(_, n)| *n),
+            ));
+            drops.push((NOT_REPLAYED, replay.left()));
+        }
+        drops.retain(|(_, n)| *n > 0);
+        drops
     }
 }
 

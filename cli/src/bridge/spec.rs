@@ -168,6 +168,16 @@ impl End {
         self.interface.capabilities().offloads
     }
 
+    /// Packets for the guest that the kernel has dropped since the TAP was made: its queue was full,
+    /// or nobody had opened it.
+    pub(crate) fn dropped_by_kernel(&self) -> u64 {
+        #[cfg(target_os = "linux")]
+        if let Some(name) = self.interface.system_name() {
+            return crate::tap::dropped_for(&name);
+        }
+        0
+    }
+
     /// Whether this end will deliver no more packets.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.recording.is_some() || self.replay.as_ref().is_some_and(|replay| replay.left() == 0)
@@ -194,7 +204,7 @@ impl Spec {
         }
     }
 
-    fn start(&self, offloads: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
+    pub(crate) fn start(&self, offloads: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
         let builder = || {
             let builder = Interface::builder().offloads(offloads);
             match mtu {

@@ -34,7 +34,7 @@ pub(crate) struct EndSummary {
     pub(crate) mtu: u32,
     pub(crate) max_packet_size: u32,
     pub(crate) offloads: Vec<&'static str>,
-    /// Packets that the end's device, or its whole network, has dropped.
+    /// Packets that the end's device, its whole network or its file has dropped.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
 }
 
@@ -67,7 +67,7 @@ impl Summary {
                 mtu: interface.mtu(),
                 max_packet_size: interface.max_packet_size(),
                 offloads: offload_names(bridge.ends[i].offloads()),
-                drops_by_reason: interface.drops().into_iter().filter(|(_, n)| *n > 0).collect(),
+                drops_by_reason: bridge.dropped_at(i).into_iter().collect(),
             }
         };
         let direction = |from: usize| {

@@ -303,6 +303,10 @@ impl Queue for WireQueue {
         while cx.reads() > 0 && !far.incoming.is_empty() {
             let (header, packet) = far.incoming.pop_front().unwrap();
             let mut slot = cx.take_read().unwrap();
+            if far.behaviour == Behaviour::Refuses {
+                cx.fail(slot, Status::PacketTooBig);
+                continue;
+            }
             let room = slot.buffer_with_header_mut(header_len).unwrap();
             if let Some(bytes) = room.first_chunk_mut().filter(|_| header_len > 0) {
                 header.write(bytes);
@@ -568,6 +572,147 @@ fn writes_that_fail_are_counted_by_reason_and_their_frames_go_on() {
     let why = format!("write failed: {}", Status::InvalidAccess);
     let drops: Vec<_> = summary.directions[0].drops_by_reason.clone().into_iter().collect();
     assert_eq!((drops, summary.directions[0].packets_written), (vec![(why, 500)], 0));
+}
+
+#[test]
+fn packets_that_cannot_be_read_and_runts_are_counted_by_reason() {
+    let from = Wire::default().that(Behaviour::Refuses).holding((0..5).map(|_| plain(100)));
+    let to = Wire::default();
+    let running = Running::start([from.end("one"), to.end("other")], false, 8);
+    until("they are refused", || from.state.lock().unwrap().incoming.is_empty());
+    from.state.lock().unwrap().incoming.extend([plain(100), (OffloadHeader::NONE, vec![4; 13])]);
+    from.becomes(Behaviour::Takes);
+    until("the good one comes", || to.written().len() == 1);
+    let summary = running.end();
+    let drops: Vec<_> = summary.directions[0].drops_by_reason.clone().into_iter().collect();
+    let failed = format!("read failed: {}", Status::PacketTooBig);
+    let runt = "shorter than an Ethernet header".to_owned();
+    assert_eq!(drops, [(failed, 5), (runt, 1)]);
+    assert_eq!(summary.directions[0].drops, 6);
+}
+
+/// A pcap file with this many packets of 60 bytes.
+fn pcap(name: &str, packets: usize) -> std::path::PathBuf {
+    let mut file = Vec::new();
+    // The magic number, the version, no zone, the snapshot length, and Ethernet.
+    for word in [0xa1b2_c3d4_u32, 4 << 16 | 2, 0, 0, 65_535, 1] {
+        file.extend(word.to_le_bytes());
+    }
+    for _ in 0..packets {
+        for word in [0_u32, 0, 60, 60] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend([4; 60]);
+    }
+    let name = format!("vmring bridge {name} {}.pcap", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    std::fs::write(&path, file).unwrap();
+    path
+}
+
+/// How often this happened at the end.
+fn count_at(end: &crate::bridge::summary::EndSummary, why: &str) -> Option<u64> {
+    end.drops_by_reason.get(why).copied()
+}
+
+#[test]
+fn what_a_file_does_not_deliver_and_does_not_take_is_counted() {
+    let path = pcap("file", 100);
+    let file = Spec::Pcap(path.clone());
+    let start = || file.start(Offloads::default(), None).unwrap();
+    // Its packets go into an end that takes none: most are not replayed.
+    let to = Wire::default().that(Behaviour::Keeps);
+    let running = Running::start([start(), to.end("other")], false, 4);
+    thread::sleep(Duration::from_millis(50));
+    let summary = running.end();
+    let (direction, end) = (&summary.directions[0], &summary.ends[0]);
+    assert_eq!(direction.packets_read + count_at(end, "not replayed before the end").unwrap(), 100);
+
+    // What is written to a file that is only replayed goes nowhere.
+    let from = Wire::default().holding((0..30).map(|_| plain(100)));
+    let summary = cross(&from, &Wire::default(), false, 8);
+    assert!(summary.ends.iter().all(|end| end.drops_by_reason.is_empty()), "{summary:?}");
+    let from = Wire::default().holding((0..30).map(|_| plain(100)));
+    let running = Running::start([from.end("one"), start()], false, 8);
+    until("everything is read", || from.read() == 30);
+    let summary = running.end();
+    assert_eq!(summary.directions[0].packets_written, 30);
+    let why = "written to a file that is only replayed";
+    assert_eq!(count_at(&summary.ends[1], why), Some(30));
+    std::fs::remove_file(path).unwrap();
+}
+
+/// The kernel drops what comes while the TAP's queue is full. Only its own counter says so.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_the_kernel_drops_before_a_tap_is_counted() {
+    use std::net::UdpSocket;
+
+    let counted = crate::tap::in_namespace(|| {
+        let end = spec("tap:vmrfull,host").start(Offloads::default(), None)?;
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_broadcast(true).unwrap();
+        let to = Wire::default().that(Behaviour::Keeps);
+        let running = Running::start([end, to.end("other")], false, 4);
+        // The queue of a TAP has 1,000 places.
+        for _ in 0..3000 {
+            let _ = socket.send_to(&[0; 32], "192.168.128.255:9");
+        }
+        let summary = running.end();
+        let read = summary.directions[0].packets_read;
+        Ok((read, count_at(&summary.ends[0], "for a full TAP")))
+    });
+    match counted.and_then(|counted| counted) {
+        Ok((read, dropped)) => {
+            assert!(dropped > Some(1000), "{read} were read, {dropped:?} dropped");
+        }
+        Err(failure) => {
+            let _ = writeln!(std::io::stderr(), "skipped: a TAP that is full: {failure}");
+        }
+    }
+}
+
+/// The card of the demo's guests counts what it could not send.
+#[test]
+fn a_guests_card_counts_the_packets_that_it_could_not_send_or_receive() {
+    use smoltcp::phy::{Device as _, TxToken as _};
+
+    let card = |wire: &Wire| {
+        let interface = Interface::builder().device(wire.clone()).start().unwrap();
+        let ring = interface.ring(Direction::Both).drive(Drive::Inline).build().unwrap();
+        (NetworkCard::new(ring, 8, 8), interface)
+    };
+    let send = |card: &mut NetworkCard| {
+        let token = card.transmit(smoltcp::time::Instant::ZERO).unwrap();
+        token.consume(60, |packet| packet.fill(4));
+    };
+    let wire = Wire::default().that(Behaviour::Refuses).holding([plain(60), plain(60)]);
+    let (mut refused, _interface) = card(&wire);
+    (0..3).for_each(|_| send(&mut refused));
+    refused.flush().unwrap();
+    let (losses, closed) = refused.close();
+    closed.unwrap();
+    let [read, write] = [
+        format!("read failed: {}", Status::PacketTooBig),
+        format!("write failed: {}", Status::InvalidAccess),
+    ];
+    assert_eq!(losses.into_iter().collect::<Vec<_>>(), [(read, 2), (write, 3)]);
+
+    // Two that the device keeps, and one that was not submitted.
+    let (mut kept, _interface) = card(&Wire::default().that(Behaviour::Keeps));
+    (0..2).for_each(|_| send(&mut kept));
+    kept.flush().unwrap();
+    send(&mut kept);
+    let (losses, closed) = kept.close();
+    closed.unwrap();
+    assert_eq!(losses.into_iter().collect::<Vec<_>>(), [("not sent at the end".to_owned(), 3)]);
+
+    let wire = Wire::default();
+    let (mut good, _interface) = card(&wire);
+    send(&mut good);
+    good.flush().unwrap();
+    assert!(good.close().0.is_empty());
+    assert_eq!(wire.written().len(), 1);
 }
 
 #[test]

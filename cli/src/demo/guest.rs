@@ -21,7 +21,7 @@ use smoltcp::wire::{
 use vmring::{Error, MacAddr6, RingControl};
 
 use super::limits::{BATCH, CONTACT_TIMEOUT, PING_TIMEOUT, SLEEP_MAX};
-use super::nic::NetworkCard;
+use super::nic::{Losses, NetworkCard};
 use crate::stream::Stream;
 
 /// The payload of a ping.
@@ -62,6 +62,8 @@ pub(crate) enum Report {
     Received(Received),
     /// The guest cannot continue.
     Failed(String),
+    /// The guest has ended, and these packets did not get from or to it. It is the last report.
+    Ended(Losses),
     /// A signal asks the demo to end. No guest sends this.
     Stop,
 }
@@ -117,10 +119,13 @@ impl Guest {
             let tell = |report| drop(reports.send((number, report)));
             // DHCP's options are parsed from the packet, which is stored here.
             let mut dhcp_packet = [0; 1500];
-            let guest = Stack::new(mac, nic, inbox, &tell, counter, &mut dhcp_packet);
-            if let Err(error) = guest.run() {
+            let mut guest = Stack::new(mac, nic, inbox, &tell, counter, &mut dhcp_packet);
+            let ran = guest.run();
+            let (losses, closed) = guest.nic.close();
+            if let Err(error) = ran.and(closed) {
                 tell(Report::Failed(error.to_string()));
             }
+            tell(Report::Ended(losses));
         })
     }
 
@@ -237,13 +242,14 @@ impl<'a> Stack<'a> {
         }
     }
 
-    fn run(mut self) -> Result<(), Error> {
+    /// Runs until it is told to quit, or the ring fails.
+    fn run(&mut self) -> Result<(), Error> {
         let echo = icmp::Endpoint::Ident(ECHO_IDENT);
         self.sockets.get_mut::<icmp::Socket<'_>>(self.icmp).bind(echo).expect("bound once");
         loop {
             while let Ok(command) = self.commands.try_recv() {
                 match command {
-                    Command::Quit => return self.nic.close(),
+                    Command::Quit => return Ok(()),
                     command => self.begin(command),
                 }
             }

@@ -14,6 +14,8 @@ pub(crate) const PINGS_TIMEOUT: Duration = Duration::from_secs(PINGS as u64 + 10
 pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) const TICK: Duration = Duration::from_millis(100);
 pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a guest that ends waits for its last packets to be sent.
+pub(crate) const LAST_WRITES_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a ring may take to close.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Packets that the stack receives and sends before the other side of the ring is told. It is

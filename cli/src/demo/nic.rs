@@ -4,20 +4,26 @@
 //! it, and built where the device reads it. What the stack receives and sends in one round is
 //! submitted in two batches at the end of the round.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::iter;
-use std::time::Duration;
+use std::time::{Duration, Instant as SystemInstant};
 
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
 use smoltcp::wire::ETHERNET_HEADER_LEN;
 use vmring::device::Capabilities;
-use vmring::{Error, Frame, Ring, RingOp};
+use vmring::{EntryError, Error, Frame, Ring, RingControl, RingOp};
+
+use super::limits::LAST_WRITES_TIMEOUT;
+
+/// Packets that did not arrive, by reason.
+pub(crate) type Losses = BTreeMap<String, u64>;
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct NetworkCard {
     ring: Ring,
+    control: RingControl,
     capabilities: DeviceCapabilities,
     /// Packets for the stack.
     received: VecDeque<Frame>,
@@ -31,6 +37,7 @@ pub(crate) struct NetworkCard {
     writing: usize,
     /// The stack wanted to send, but there was no free frame.
     starved: bool,
+    losses: Losses,
 }
 
 impl NetworkCard {
@@ -49,6 +56,8 @@ impl NetworkCard {
             free,
             writing: 0,
             starved: false,
+            losses: Losses::new(),
+            control: ring.control(),
             ring,
         }
     }
@@ -63,8 +72,23 @@ impl NetworkCard {
             let Some(frame) = done.take_frame() else { continue };
             match (op, result) {
                 (RingOp::Read, Ok(_)) => self.received.push_back(frame),
-                (RingOp::Read, Err(_)) => self.to_read.push_back(frame),
-                _ => self.free.push(frame),
+                (RingOp::Read, Err(error)) => {
+                    // A read that fails because the ring has ended was for no packet.
+                    if error != EntryError::Cancelled && self.control.closed().is_none() {
+                        lose(&mut self.losses, format!("read failed: {error}"), 1);
+                    }
+                    self.to_read.push_back(frame);
+                }
+                (_, result) => {
+                    match result {
+                        Ok(_) => {}
+                        Err(EntryError::Cancelled) => {
+                            lose(&mut self.losses, NOT_SENT.to_owned(), 1);
+                        }
+                        Err(error) => lose(&mut self.losses, format!("write failed: {error}"), 1),
+                    }
+                    self.free.push(frame);
+                }
             }
         }
     }
@@ -99,9 +123,30 @@ impl NetworkCard {
         self.ring.wait(completions, Some(timeout));
     }
 
-    /// Closes the ring.
-    pub(crate) fn close(mut self) -> Result<(), Error> {
-        self.ring.close()
+    /// Waits a moment for the writes in flight, and closes the ring. Returns the packets that did
+    /// not arrive while the card existed, and the failure to close the ring if it failed.
+    pub(crate) fn close(mut self) -> (Losses, Result<(), Error>) {
+        let deadline = SystemInstant::now() + LAST_WRITES_TIMEOUT;
+        while self.writing > 0
+            && let left = deadline.saturating_duration_since(SystemInstant::now())
+            && !left.is_zero()
+        {
+            self.ring.wait(1, Some(left));
+            self.collect();
+        }
+        let closed = self.ring.close();
+        self.collect();
+        let unsent = self.to_write.len() + self.writing;
+        lose(&mut self.losses, NOT_SENT.to_owned(), unsent as u64);
+        (self.losses, closed)
+    }
+}
+
+const NOT_SENT: &str = "not sent at the end";
+
+fn lose(losses: &mut Losses, why: String, n: u64) {
+    if n > 0 {
+        *losses.entry(why).or_default() += n;
     }
 }
 

@@ -35,10 +35,11 @@ pub(crate) struct Summary {
     /// The transfer in the other direction, if the other guest is the kernel.
     pub(crate) transfer_back: Option<TransferSummary>,
     pub(crate) idle: Option<IdleSummary>,
-    /// Packets that the network dropped.
+    /// Packets that did not arrive: those that the network dropped, and those that a guest's ring
+    /// could not write or read.
     pub(crate) drops: u64,
     /// The same by reason, for the reasons that occurred.
-    pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
+    pub(crate) drops_by_reason: BTreeMap<String, u64>,
     pub(crate) capture: Option<CaptureSummary>,
 }
 
@@ -225,6 +226,14 @@ impl Summary {
         text
     }
 
+    /// Counts `n` packets that did not arrive.
+    pub(crate) fn count_drops(&mut self, reason: &str, n: u64) {
+        if n > 0 {
+            *self.drops_by_reason.entry(reason.to_owned()).or_default() += n;
+            self.drops += n;
+        }
+    }
+
     fn has_kernel(&self) -> bool {
         self.guests.iter().any(|guest| guest.name == KERNEL)
     }
@@ -303,7 +312,7 @@ impl Summary {
             return "none".to_owned();
         }
         let reasons: Vec<_> =
-            self.drops_by_reason.iter().map(|(why, n)| format!("{n} {why}")).collect();
+            self.drops_by_reason.iter().map(|(why, n)| format!("{} {why}", grouped(*n))).collect();
         reasons.join(", ")
     }
 }
