@@ -157,6 +157,32 @@ impl NetworkConfig {
         })
     }
 
+    /// Says in which settings this configuration, which a network has, differs from `asked`, such as
+    /// `with mtu 1500 and not 9000`.
+    pub(crate) fn differences(&self, asked: &Self) -> String {
+        let range = |range: &AddressRange| {
+            let AddressRange { gateway, end, mask } = range;
+            format!("{gateway} to {end} with mask {mask}")
+        };
+        let depth = |depth: Option<u32>| depth.map_or("its default".to_owned(), |n| n.to_string());
+        let rows = [
+            ("mode", format!("{:?}", self.mode), format!("{:?}", asked.mode)),
+            ("ipv4", range(&self.ipv4), range(&asked.ipv4)),
+            ("mtu", self.mtu.to_string(), asked.mtu.to_string()),
+            ("inbox_depth", self.inbox_depth.to_string(), asked.inbox_depth.to_string()),
+            ("overflow", depth(self.overflow_depth), depth(asked.overflow_depth)),
+            ("lease_time", format!("{:?}", self.lease_time), format!("{:?}", asked.lease_time)),
+            ("mac_ageing", format!("{:?}", self.mac_ageing), format!("{:?}", asked.mac_ageing)),
+            ("dns", format!("{:?}", self.dns), format!("{:?}", asked.dns)),
+        ];
+        let differing: Vec<_> = rows
+            .iter()
+            .filter(|(_, is, wanted)| is != wanted)
+            .map(|(name, is, wanted)| format!("with {name} {is} and not {wanted}"))
+            .collect();
+        if differing.is_empty() { "with other settings".to_owned() } else { differing.join(", ") }
+    }
+
     /// Checks whether a network can have this configuration.
     ///
     /// # Errors
@@ -200,7 +226,9 @@ impl Default for NetworkConfig {
 #[non_exhaustive]
 pub enum NetworkConfigError {
     /// The one bits of the mask are not contiguous, or there are none.
-    #[error("{mask} is not a subnet mask: its one bits must be contiguous, from the first bit on")]
+    #[error(
+        "{mask} is not a subnet mask: its one bits must be contiguous, from the first bit on, as in 255.255.255.0"
+    )]
     Mask {
         /// The mask.
         mask: Ipv4Addr,
@@ -226,7 +254,10 @@ pub enum NetworkConfigError {
         mask: Ipv4Addr,
     },
     /// The gateway's address is the first or last of its subnet.
-    #[error("{gateway} cannot be the gateway: with mask {mask} it is the first or last address")]
+    #[error(
+        "{gateway} cannot be the gateway: with mask {mask} it is the first or last address of the \
+         subnet; use one between them"
+    )]
     Gateway {
         /// The gateway's address.
         gateway: Ipv4Addr,
@@ -234,7 +265,10 @@ pub enum NetworkConfigError {
         mask: Ipv4Addr,
     },
     /// The range ends outside the subnet, or on its broadcast address.
-    #[error("{end} cannot end the range of {gateway}: with mask {mask} no host there can have it")]
+    #[error(
+        "the range of the gateway {gateway} cannot end at {end}: with mask {mask} no host of its \
+         subnet can have that address"
+    )]
     End {
         /// The end of the range.
         end: Ipv4Addr,
@@ -244,7 +278,10 @@ pub enum NetworkConfigError {
         mask: Ipv4Addr,
     },
     /// The range has no address for a guest.
-    #[error("no address is left for guests: the range ends at {end}, the gateway is {gateway}")]
+    #[error(
+        "no address is left for guests: the range ends at {end}, and must end after the gateway \
+         {gateway}"
+    )]
     Empty {
         /// The gateway's address.
         gateway: Ipv4Addr,
@@ -258,31 +295,31 @@ pub enum NetworkConfigError {
         mtu: u32,
     },
     /// The number of posted buffers is out of range.
-    #[error("the number of posted buffers is {depth}; it must be from 1 to 65536")]
+    #[error("an inbox_depth of {depth} buffers is not possible; it must be from 1 to 65536")]
     InboxDepth {
         /// The depth.
         depth: u32,
     },
     /// The overflow ring is too long.
-    #[error("the number of waiting packets is {depth}; it must be at most 65536")]
+    #[error("an overflow of {depth} waiting packets is not possible; it must be at most 65536")]
     OverflowDepth {
         /// The depth.
         depth: u32,
     },
     /// The lease time is out of range.
-    #[error("the lease time is {lease_time:?}; it must be from 10 to 2^32-1 seconds")]
+    #[error("a lease_time of {lease_time:?} is not possible; it must be from 10 to 2^32-1 seconds")]
     LeaseTime {
         /// The lease time.
         lease_time: Duration,
     },
     /// The ageing time is out of range.
-    #[error("the ageing time is {mac_ageing:?}; it must be from a second to a day")]
+    #[error("a mac_ageing of {mac_ageing:?} is not possible; it must be from a second to a day")]
     MacAgeing {
         /// The ageing time.
         mac_ageing: Duration,
     },
     /// Too many name servers.
-    #[error("the number of name servers is {count}; it must be at most 3")]
+    #[error("a network cannot announce {count} name servers (dns); it must be at most 3")]
     Dns {
         /// The number of name servers.
         count: usize,

@@ -53,16 +53,19 @@ pub(crate) const WORDS: usize = MAX_PORTS / 64;
 #[non_exhaustive]
 pub enum JoinError {
     /// The network has [`MAX_PORTS`] ports already.
-    #[error("the network is full: it has {MAX_PORTS} interfaces")]
+    #[error("the network is full: it has {MAX_PORTS} interfaces, so one must be stopped first")]
     Full,
     /// Another port or the gateway has the MAC address.
-    #[error("the MAC address {mac} is already in use on this network")]
+    #[error("the MAC address {mac} is already in use on this network: choose another")]
     DuplicateMac {
         /// The address.
         mac: MacAddr6,
     },
     /// The MAC address is not unicast, so no interface can have it.
-    #[error("{mac} cannot be an interface's MAC address: it is not unicast")]
+    #[error(
+        "{mac} cannot be an interface's MAC address, because it is not unicast: the first byte must \
+         be even, and not every byte 0"
+    )]
     NotUnicast {
         /// The address.
         mac: MacAddr6,
@@ -74,12 +77,17 @@ pub enum JoinError {
 #[non_exhaustive]
 pub enum OpenError {
     /// The network exists, with another configuration.
-    #[error("the network \"{name}\" already exists with another configuration")]
+    #[error(
+        "the network '{name}' exists already, {}: join it with its own settings, or name another",
+        .existing.differences(.asked)
+    )]
     Conflict {
         /// Its name.
         name: String,
         /// The configuration it has.
         existing: Box<NetworkConfig>,
+        /// The configuration that was asked for.
+        asked: Box<NetworkConfig>,
     },
     /// The network does not exist, and the configuration is invalid.
     #[error(transparent)]
@@ -126,7 +134,8 @@ impl<B: AsMut<[u8]> + Send> Registry<B> {
         if let Some(network) = existing.and_then(|(_, network)| network.upgrade()) {
             if network.config != *config {
                 let existing = Box::new(network.config.clone());
-                return Err(OpenError::Conflict { name: name.to_owned(), existing });
+                let asked = Box::new(config.clone());
+                return Err(OpenError::Conflict { name: name.to_owned(), existing, asked });
             }
             return Ok(network);
         }

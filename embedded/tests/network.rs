@@ -690,6 +690,44 @@ fn joining_and_leaving_under_traffic_harms_nobody() {
 }
 
 #[test]
+fn a_conflict_names_each_setting_that_differs() {
+    static NETWORKS: Registry<Buffer> = Registry::new();
+    let shared = NetworkConfig::default();
+    let _network = NETWORKS.open("a", &shared).unwrap();
+    let said = |change: fn(&mut NetworkConfig)| {
+        let mut asked = shared.clone();
+        change(&mut asked);
+        NETWORKS.open("a", &asked).unwrap_err().to_string()
+    };
+    assert_eq!(
+        said(|config| config.mtu = 9000),
+        "the network 'a' exists already, with mtu 1500 and not 9000: join it with its own \
+         settings, or name another"
+    );
+    for (change, words) in [
+        (
+            (|config| config.mode = NetworkMode::Host) as fn(&mut NetworkConfig),
+            "mode Shared and not",
+        ),
+        (
+            |config| config.ipv4.end = [192, 168, 64, 9].into(),
+            "and not 192.168.64.1 to 192.168.64.9",
+        ),
+        (|config| config.inbox_depth = 7, "inbox_depth 1024 and not 7"),
+        (|config| config.overflow_depth = Some(7), "overflow its default and not 7"),
+        (|config| config.lease_time = Duration::from_secs(60), "lease_time 86400s and not 60s"),
+        (|config| config.mac_ageing = Duration::from_secs(60), "mac_ageing 300s and not 60s"),
+        (|config| config.dns = vec![[9, 9, 9, 9].into()], "dns [] and not [9.9.9.9]"),
+    ] {
+        let sentence = said(change);
+        assert!(sentence.contains(words), "no '{words}' in {sentence}");
+        assert_eq!(sentence.matches("and not").count(), 1, "nothing else differs: {sentence}");
+    }
+    let two = said(|config| (config.mtu, config.inbox_depth) = (9000, 7));
+    assert!(two.contains("mtu 1500") && two.contains(", with inbox_depth"), "{two}");
+}
+
+#[test]
 fn a_named_network_lives_as_long_as_somebody_holds_it() {
     static NETWORKS: Registry<Buffer> = Registry::new();
     let shared = NetworkConfig::default();
@@ -698,9 +736,9 @@ fn a_named_network_lives_as_long_as_somebody_holds_it() {
     assert!(Arc::ptr_eq(&first, &again));
     assert!(!Arc::ptr_eq(&first, &NETWORKS.open("b", &shared).unwrap()));
     let host = NetworkConfig::of(NetworkMode::Host);
-    let conflict = OpenError::Conflict { name: "a".into(), existing: Box::new(shared.clone()) };
+    let [existing, asked] = [&shared, &host].map(|config| Box::new(config.clone()));
+    let conflict = OpenError::Conflict { name: "a".into(), existing, asked };
     assert_eq!(NETWORKS.open("a", &host).unwrap_err(), conflict);
-    assert_eq!(conflict.to_string(), "the network \"a\" already exists with another configuration");
     // A port keeps the network alive, and with it the lease.
     let mut guest = Guest::join(&first, 1);
     guest.ask(&Dhcp::discover(guest.mac).frame());
