@@ -144,9 +144,9 @@ impl PollerBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::Config`] if the name contains a NUL, [`Error::Io`] if the system refuses the thread
-    /// or the processor, [`Error::NotSupported`] if a processor was set on a system that cannot keep
-    /// a thread on one.
+    /// [`Error::Config`] if the name contains a NUL, if this process may not run on the processor,
+    /// or if a processor was set on a system that cannot keep a thread on one; [`Error::Io`] if the
+    /// system refuses the thread.
     pub fn start(self) -> Result<Poller, Error> {
         if self.name.as_ref().is_some_and(|name| name.contains('\0')) {
             let why = "a thread's name must not contain a NUL".to_owned();
@@ -185,25 +185,57 @@ fn pin_to(cpu: usize) -> Result<(), Error> {
     // empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     if cpu >= libc::CPU_SETSIZE as usize {
-        let source = std::io::ErrorKind::InvalidInput.into();
-        return Err(Error::Io { what: "pinning the poller's thread", source });
+        return Err(no_processor(cpu));
     }
     // SAFETY: `cpu` is below CPU_SETSIZE, as checked above, so the bit is inside the set.
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: the pointer and the size are those of `set`, which lives through the call, and the
     // kernel only reads it. 0 is the calling thread.
     if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } != 0 {
-        return Err(Error::io("pinning the poller's thread")(std::io::Error::last_os_error()));
+        let source = std::io::Error::last_os_error();
+        return Err(match source.raw_os_error() {
+            // The set has no processor that is there and that this process may use.
+            Some(libc::EINVAL) => no_processor(cpu),
+            _ => Error::Io { what: "keeping the poller's thread on its processor", source },
+        });
     }
     Ok(())
 }
 
+/// Returns the error for a processor that is not there, or that this process may not use.
+#[cfg(target_os = "linux")]
+fn no_processor(cpu: usize) -> Error {
+    let mut sentence = format!("a thread of this process cannot be kept on the processor {cpu}");
+    // SAFETY: cpu_set_t is a C struct of integers, a bit set, so all zeroes is a valid value: the
+    // empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer and the size are those of `set`, which lives through the call. 0 is the
+    // calling thread.
+    if unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) } == 0 {
+        // SAFETY: the numbers are below CPU_SETSIZE, so their bits are inside the set.
+        let may = |cpu: &usize| unsafe { libc::CPU_ISSET(*cpu, &set) };
+        let allowed: Vec<_> = (0..libc::CPU_SETSIZE as usize).filter(may).collect();
+        sentence += &format!(": it may run on {}, counted from 0", spans(&allowed));
+    }
+    ConfigError::Invalid(sentence).into()
+}
+
+/// Ascending numbers as text, like "0 to 3, 6".
+#[cfg(target_os = "linux")]
+fn spans(numbers: &[usize]) -> String {
+    let spans = numbers.chunk_by(|a, b| a + 1 == *b);
+    let spans = spans.map(|span| match span {
+        [first, .., last] => format!("{first} to {last}"),
+        [one] => one.to_string(),
+        [] => String::new(),
+    });
+    spans.collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(not(target_os = "linux"))]
 fn pin_to(_cpu: usize) -> Result<(), Error> {
-    Err(Error::NotSupported {
-        what: "pinning a thread to a processor",
-        device: std::env::consts::OS.to_owned(),
-    })
+    let why = "only Linux can keep a thread on one";
+    Err(ConfigError::NotApplicable { what: "processor", why }.into())
 }
 
 impl Poller {

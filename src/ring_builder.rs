@@ -266,11 +266,10 @@ impl<'a> RingBuilder<'a> {
     ///
     /// [`Error::Config`] for an invalid size, for a pool that does not suit the device, for a
     /// setting that does not apply to this ring (the processor of a thread that the ring does not
-    /// have, the frames of a pool that was given), and while the interface is stopped or restarts;
-    /// [`Error::Memory`] if the system does not have that much memory; [`Error::TooManyRings`] if
-    /// the device has as many rings as it can serve; [`Error::Io`] if the system refuses a thread;
-    /// [`Error::NotSupported`] for [`cpu`](Self::cpu) on a system that cannot keep a thread on a
-    /// processor; and the errors of the device.
+    /// have, the frames of a pool that was given), for a [`cpu`](Self::cpu) that this process may
+    /// not run on, and while the interface is stopped or restarts; [`Error::Memory`] if the system
+    /// does not have that much memory; [`Error::TooManyRings`] if the device has as many rings as it
+    /// can serve; [`Error::Io`] if the system refuses a thread; and the errors of the device.
     pub fn build(self) -> Result<Ring, Error> {
         let caps = self.interface.device.capabilities();
         self.refuse_unused()?;

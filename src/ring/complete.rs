@@ -14,6 +14,8 @@ use vmring_core::doorbell::Park;
 
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
+#[cfg(not(target_os = "linux"))]
+use crate::error::ConfigError;
 use crate::error::{CloseReason, Error};
 use crate::limits::CLOSE_POLL;
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request};
@@ -292,8 +294,8 @@ impl CompletionQueue {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses the descriptor. [`Error::NotSupported`] with
-    /// `Drive::Inline` over a device that has a descriptor, on systems other than Linux.
+    /// [`Error::Io`] if the system refuses the descriptor. [`Error::Config`] with `Drive::Inline`
+    /// over a device that has a descriptor, on systems other than Linux.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         let failed = Error::io("creating the completion descriptor");
         if self.remote.is_none()
@@ -307,10 +309,14 @@ impl CompletionQueue {
                 return Ok(self.epoll.get().expect("set above").readable());
             }
             #[cfg(not(target_os = "linux"))]
-            return Err(Error::NotSupported {
-                what: "a completion descriptor with inline driving",
-                device: "descriptor-driven".to_owned(),
-            });
+            {
+                // There is no epoll to put the device's descriptor and the ring's into one.
+                let why = "on this system an inline ring over a device with a descriptor has none: \
+                           drive the ring by a poller";
+                return Err(
+                    ConfigError::NotApplicable { what: "completion descriptor", why }.into()
+                );
+            }
         }
         self.notifier.descriptor().map_err(failed)
     }
