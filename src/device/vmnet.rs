@@ -39,18 +39,15 @@ use started::{StartedInterface, Timeouts};
 use vmring_core::offload;
 use vmring_core::sync::Ordering;
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo, PortForward, Protocol};
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, PortForward, Protocol};
 use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
-use crate::error::{Error, Status};
+use crate::error::{ConfigError, Error, Status};
 use crate::sync::Mutex;
 use crate::sys::lock;
 
 pub use description::IsolatedNetwork;
 pub use network::{SerializedNetwork, Service, VmnetNetwork, VmnetNetworkBuilder};
-
-#[cfg(doc)]
-use crate::config::Mode;
 
 /// The vmnet driver, with the settings that only vmnet has. Pass it to
 /// [`InterfaceBuilder::device`](crate::InterfaceBuilder::device). On macOS it is the default
@@ -136,8 +133,22 @@ impl Vmnet {
 
     fn start_interface(&self, config: &InterfaceConfig) -> Result<StartedInterface, Error> {
         let description = describe(config, &self.extras, &self.system)?;
-        StartedInterface::start(&description, self.network.as_ref(), self.system, self.timeouts)
+        let network = self.network.as_ref();
+        StartedInterface::start(&description, network, self.system, self.timeouts)
+            .map_err(|error| unknown_interface(config).map_or(error, Error::from))
     }
+}
+
+/// Returns the error of a start in bridged mode that failed because the interface is none of those
+/// that can be shared. vmnet gives no reason for that failure.
+fn unknown_interface(config: &InterfaceConfig) -> Option<ConfigError> {
+    let Mode::Bridged(name) = &config.mode else { return None };
+    let known = shared_interfaces();
+    if known.is_empty() || known.contains(name) {
+        return None;
+    }
+    let known = known.join(", ");
+    Some(ConfigError::Invalid(format!("vmnet cannot bridge to '{name}', but to these: {known}")))
 }
 
 /// Returns the names of the host's interfaces that [`Mode::Bridged`] can share.
