@@ -62,37 +62,50 @@ pub use tap::TapError;
 #[doc(alias = "vmnet_return_t")]
 pub enum Status {
     /// 1001, `VMNET_FAILURE`.
-    #[error("the device reported a general failure (1001)")]
+    #[error("the device reported a failure and gave no reason (1001)")]
     Failure,
     /// 1002, `VMNET_MEM_FAILURE`.
     #[error("the device could not allocate memory (1002)")]
     MemFailure,
-    /// 1003, `VMNET_INVALID_ARGUMENT`.
-    #[error("the device was given an invalid argument (1003)")]
+    /// 1003, `VMNET_INVALID_ARGUMENT`. Every device completes the write of a packet shorter than an
+    /// Ethernet header with it.
+    #[error(
+        "the device was given an invalid argument (1003): a packet shorter than an Ethernet header, \
+         14 bytes, or a setting that it does not have"
+    )]
     InvalidArgument,
     /// 1004, `VMNET_SETUP_INCOMPLETE`.
-    #[error("the interface is not set up yet (1004)")]
+    #[error("the interface is not set up yet (1004): start it, or wait for its start, first")]
     SetupIncomplete,
     /// 1005, `VMNET_INVALID_ACCESS`.
-    #[error("access to the interface was denied (1005)")]
+    #[error("the system denied access to the interface (1005): another process may have it")]
     InvalidAccess,
     /// 1006, `VMNET_PACKET_TOO_BIG`.
-    #[error("the packet is larger than the interface allows (1006)")]
+    #[error("the packet is longer than the interface's max_packet_size (1006)")]
     PacketTooBig,
     /// 1007, `VMNET_BUFFER_EXHAUSTED`.
-    #[error("the device ran out of buffers (1007)")]
+    #[error(
+        "the device ran out of buffers (1007): submit the packet again later, or give the ring a \
+         longer RetryPolicy"
+    )]
     BufferExhausted,
     /// 1008, `VMNET_TOO_MANY_PACKETS`.
-    #[error("the batch has more packets than the device takes (1008)")]
+    #[error("the batch has more packets than the device takes at once (1008)")]
     TooManyPackets,
     /// 1009, `VMNET_SHARING_SERVICE_BUSY`.
-    #[error("a conflicting sharing service is in use (1009)")]
+    #[error(
+        "another sharing service of the system, such as Internet Sharing, is in the way (1009): \
+         turn it off first"
+    )]
     SharingServiceBusy,
     /// 1010, `VMNET_NOT_AUTHORIZED`.
-    #[error("the process lacks the authorization (1010)")]
+    #[error(
+        "the system does not authorize this process (1010): run it as root, or with the \
+         entitlement that the device asks for"
+    )]
     NotAuthorized,
     /// Any other code. It is below 2^31.
-    #[error("the device answered with the unknown status {0}")]
+    #[error("the device failed with the status {0}, which this version does not know")]
     Unknown(u32),
     /// An error of the operating system. The number is its errno, as in
     /// [`io::Error::raw_os_error`].
@@ -164,13 +177,13 @@ impl Status {
 #[non_exhaustive]
 pub enum EntryError {
     /// The entry was cancelled: by a cancel, by `cancel_and_wait`, by a restart or by a close.
-    #[error("the entry was cancelled")]
+    #[error("the entry was cancelled, by a cancel, a restart or a close")]
     Cancelled,
     /// The device panicked.
     #[error("the device panicked while the entry was in flight")]
     DevicePanicked,
     /// The device dropped the entry without completing it.
-    #[error("the device dropped the entry without completing it")]
+    #[error("the device dropped the entry without completing it, which is a mistake of the device")]
     Abandoned,
     /// The completion has no packet: it is a cancel's, or its frame was taken before. Only
     /// [`Completion::take_packet`](crate::Completion::take_packet) returns this; no entry completes
@@ -221,13 +234,13 @@ pub struct CompletionError {
 #[non_exhaustive]
 pub enum CloseReason {
     /// It was closed or stopped: by its owner, by a control handle or by the interface.
-    #[error("the ring was closed")]
+    #[error("the ring was closed or its interface stopped: build another ring")]
     Stopped,
     /// Its device failed for good, with this status.
     #[error("the device failed for good: {0}")]
     Failed(Status),
     /// Its device panicked.
-    #[error("the device panicked")]
+    #[error("the device panicked, which closed the ring")]
     DevicePanicked,
 }
 
@@ -247,14 +260,17 @@ impl CloseReason {
 #[non_exhaustive]
 pub enum SubmitErrorKind {
     /// The submission queue is full. The next poll makes space.
-    #[error("the submission queue is full")]
+    #[error("the submission queue is full: submit again after the next poll of the ring")]
     SqFull,
     /// Every credit of this direction is taken by an entry in flight. Reaping a completion returns
     /// its credit.
-    #[error("every credit of this direction is in flight")]
+    #[error(
+        "the ring has as many entries of this direction in flight as it takes: reap completions, \
+         then submit again, or build it with a greater depth"
+    )]
     NoCredit,
     /// The packet is longer than the interface's `max_packet_size`.
-    #[error("the packet has {len} bytes, but the interface takes at most {max}")]
+    #[error("the packet has {len} bytes, but the interface takes at most {max} (max_packet_size)")]
     TooBig {
         /// The packet's length in bytes.
         len: usize,
@@ -262,7 +278,10 @@ pub enum SubmitErrorKind {
         max: usize,
     },
     /// The frame is smaller than the largest packet that the device may put into it.
-    #[error("the frame can hold {capacity} bytes, but a packet may have {needed}")]
+    #[error(
+        "the frame can hold {capacity} bytes, but a packet may have {needed} (max_packet_size): \
+         take a frame of a pool with larger packets"
+    )]
     TooSmall {
         /// How many bytes the frame can hold.
         capacity: usize,
@@ -270,7 +289,10 @@ pub enum SubmitErrorKind {
         needed: usize,
     },
     /// There is less space in front of the packet than the device's offload header needs.
-    #[error("there are {headroom} bytes in front of the packet, but the interface needs {needed}")]
+    #[error(
+        "there are {headroom} bytes in front of the packet, but the interface needs {needed} for its \
+         offload header: take a frame of a pool with that much headroom"
+    )]
     NoHeadroom {
         /// How many bytes are in front of the packet.
         headroom: usize,
@@ -282,16 +304,25 @@ pub enum SubmitErrorKind {
     Offload(OffloadError),
     /// The packet's offload header asks for an offload that was not negotiated, so nobody would
     /// complete the checksum or make the segments.
-    #[error("the packet's offload header asks for an offload that was not negotiated")]
+    #[error(
+        "the packet's offload header asks for work that the device does not do: ask for it with \
+         InterfaceBuilder::offloads, or do it with vmring::software"
+    )]
     OffloadNotNegotiated,
     /// The frame belongs to a pool that this ring was not built with.
-    #[error("the frame belongs to a pool that this ring does not know")]
+    #[error(
+        "the frame belongs to a pool that this ring was not built with: add the pool with \
+         RingBuilder::pool, or copy the packet into a frame of the ring's own"
+    )]
     ForeignPool,
     /// The ring was built without this direction.
-    #[error("the ring was not built for this direction")]
+    #[error(
+        "the ring was built for the other direction only: reads need Direction::Read or Both, and \
+         writes need Direction::Write or Both"
+    )]
     WrongDirection,
     /// The ring is drained, and takes no submissions until [`resume`](crate::Ring::resume).
-    #[error("the ring is drained and was not resumed")]
+    #[error("the ring is drained and takes nothing until resume is called")]
     Draining,
     /// The ring takes no more submissions.
     #[error(transparent)]
@@ -367,7 +398,8 @@ pub enum ConfigError {
     },
     /// A pool whose frames are smaller than the device's largest packet.
     #[error(
-        "the pool's frames hold {capacity} bytes, but the device's packets have up to {needed}"
+        "the pool's frames hold {capacity} bytes, but the device's packets have up to {needed} \
+         (max_packet_size): build the pool for packets of that size"
     )]
     PoolTooSmall {
         /// How many bytes a frame of the pool can hold.
@@ -376,7 +408,10 @@ pub enum ConfigError {
         needed: usize,
     },
     /// A pool whose frames have less headroom than the device's offload header needs.
-    #[error("the pool's frames have {headroom} bytes of headroom, but the device needs {needed}")]
+    #[error(
+        "the pool's frames have {headroom} bytes of headroom, but the device needs {needed}: set it \
+         with PoolBuilder::headroom"
+    )]
     PoolHeadroom {
         /// How many bytes are in front of a packet.
         headroom: usize,
@@ -390,6 +425,9 @@ pub enum ConfigError {
     #[error("{0}")]
     Invalid(String),
 }
+
+/// What helps if a ring does not release its device.
+const DRIVE_OR_CLOSE: &str = "close it, or, if it is driven inline, reap or wait";
 
 /// The error type of the library's functions.
 #[derive(Debug, ThisError)]
@@ -421,7 +459,7 @@ pub enum Error {
         version: &'static str,
     },
     /// The system behind the device gave an answer that makes no sense.
-    #[error("the {device} device answered with {what}")]
+    #[error("the {device} device answered with {what}, which should not happen")]
     Answer {
         /// The device.
         device: &'static str,
@@ -436,7 +474,10 @@ pub enum Error {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The system does not have that much memory to map.
-    #[error("{bytes} bytes of packet memory could not be mapped: {source}")]
+    #[error(
+        "{bytes} bytes of packet memory could not be mapped: {source}; ask for fewer or smaller \
+         frames"
+    )]
     Memory {
         /// How many bytes were asked for.
         bytes: usize,
@@ -444,7 +485,12 @@ pub enum Error {
         source: io::Error,
     },
     /// The device can serve no more rings of this direction.
-    #[error("the {device} device can serve {limit} {direction} ring(s), and all are in use")]
+    #[error(
+        "the {device} device serves {limit} {direction} {} at a time, which {} in use: close one \
+         first",
+        if *.limit == 1 { "ring" } else { "rings" },
+        if *.limit == 1 { "is" } else { "are" }
+    )]
     TooManyRings {
         /// The device.
         device: String,
@@ -455,12 +501,17 @@ pub enum Error {
     },
     /// The device did not start within this time. Its start continues in the background; a device
     /// that starts in the end is stopped again.
-    #[error("the device did not start within {0:?}")]
+    #[error(
+        "the device did not start within {0:?}, and is stopped again as soon as it has: a longer \
+         InterfaceBuilder::start_timeout may help"
+    )]
     StartTimeout(Duration),
     /// The device did not give back all slots in time. The library leaks them on purpose, because
     /// something may still write to them.
     #[error(
-        "the device did not return {slots} slot(s) within {timeout:?}; they are leaked on purpose"
+        "the device did not return {slots} {} within {timeout:?}; the library leaks their memory on \
+         purpose, because the device may still write to it",
+        if *.slots == 1 { "slot" } else { "slots" }
     )]
     Leaked {
         /// How many slots are leaked.
@@ -470,11 +521,32 @@ pub enum Error {
     },
     /// The caller holds every frame of the ring's pool. Nothing can be read or written until it
     /// drops some.
-    #[error("every frame of the pool is held by the caller")]
+    #[error(
+        "the caller holds every frame of the pool: drop some, or build the ring with more \
+         (RingBuilder::frames)"
+    )]
     OutOfFrames,
     /// The operation did not finish within this time. Nothing is lost.
-    #[error("the operation did not finish within {0:?}")]
+    #[error("the device did not finish the operation within {0:?}: call it again, or wait longer")]
     Timeout(Duration),
+    /// A stop or restart of the interface did not finish within the time that it was given. It
+    /// finishes as soon as the last ring has released the device.
+    #[error(
+        "the interface did not {action} within {timeout:?}: {}",
+        match *.rings {
+            0 => "the device itself is not done yet".to_owned(),
+            1 => format!("1 ring still uses its device; {DRIVE_OR_CLOSE}"),
+            n => format!("{n} rings still use its device; {DRIVE_OR_CLOSE}"),
+        }
+    )]
+    StopTimeout {
+        /// What did not finish: "stop" or "restart".
+        action: &'static str,
+        /// How many rings have not released the device yet. With 0 the device itself is at work.
+        rings: usize,
+        /// How long the caller waited.
+        timeout: Duration,
+    },
     /// The ring takes no more submissions.
     #[error(transparent)]
     Closed(#[from] CloseReason),

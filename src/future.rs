@@ -167,8 +167,8 @@ const ROUNDS_OF_A_POLL: usize = 16;
 /// The `user_data` of reads. Writes count from 0.
 const READ: u64 = u64::MAX;
 
-const INLINE: &str = "an async front-end needs a ring that a poller drives: nobody drives a ring \
-                      with Drive::Inline while the tasks sleep";
+const INLINE: &str = "an async front-end needs a ring that a poller drives (Drive::Thread or \
+                      Drive::Shared): nobody drives a ring with Drive::Inline while the tasks sleep";
 
 impl AsyncRing {
     /// Takes over a ring on which nothing is in flight, and posts reads. A poller must drive the

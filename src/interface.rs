@@ -269,7 +269,7 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if a ring did not release its queue within `timeout`. The device stops
+    /// [`Error::StopTimeout`] if a ring did not release its queue within `timeout`. The device stops
     /// when the ring does. A ring with `Drive::Inline` does so only when its owner drives it, so
     /// close such rings first. [`Error::Device`] if the device did not stop cleanly.
     pub fn stop(&self, timeout: Duration) -> Result<(), Error> {
@@ -310,7 +310,7 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// [`Error::Timeout`] if a ring did not release its queue within `timeout`. The restart happens
+    /// [`Error::StopTimeout`] if a ring did not release its queue within `timeout`. The restart happens
     /// when the ring does. A ring with `Drive::Inline` does so only when its owner drives it.
     /// [`Error::Device`] if the device did not start again: the rings are closed. [`Error::Config`]
     /// if the interface is stopped.

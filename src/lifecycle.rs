@@ -19,8 +19,9 @@ use crate::mailbox::{RingShared, request};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::{after, lock, now};
 
-pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a restart";
-const INTERFACE_STOPPED: &str = "the interface is stopped";
+pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a stop or restart: wait for a restart to end, or \
+     start another interface";
+const INTERFACE_STOPPED: &str = "the interface is stopped for good: start another one";
 
 /// A device and the rings on it.
 pub(crate) struct InterfaceShared {
@@ -271,7 +272,8 @@ impl InterfaceShared {
             }
             let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
-                break Err(Error::Timeout(timeout));
+                let action = if action == PendingAction::Stop { "stop" } else { "restart" };
+                break Err(Error::StopTimeout { action, rings: state.attached, timeout });
             }
             state = self
                 .changed

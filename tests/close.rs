@@ -549,7 +549,10 @@ fn stopping_the_interface_closes_its_rings() {
         let mut ring = inline(&interface, Direction::Both).build().unwrap();
         post(&mut ring, 1);
         let short = Duration::from_millis(10);
-        assert!(matches!(interface.stop(short), Err(Error::Timeout(after)) if after == short));
+        assert!(matches!(
+            interface.stop(short),
+            Err(Error::StopTimeout { timeout, rings: 1, .. }) if timeout == short
+        ));
         assert_eq!(reap_n(&mut ring, 1)[0].result, Err(EntryError::Cancelled));
         interface.stop(LONG).unwrap();
     });

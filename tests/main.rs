@@ -12,6 +12,7 @@ mod close;
 mod frontends;
 mod liveness;
 mod liveness_model;
+mod messages;
 mod model;
 mod notify;
 mod offload;

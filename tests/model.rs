@@ -1046,7 +1046,7 @@ impl<'a> Model<'a> {
         me.restart_pending = true;
         let patience = if self.threads { LONG } else { Duration::ZERO };
         match me.interface.restart(patience) {
-            Ok(()) | Err(Error::Timeout(_)) => {}
+            Ok(()) | Err(Error::StopTimeout { .. }) => {}
             Err(error) => panic!("{error}"),
         }
     }

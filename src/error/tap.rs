@@ -20,8 +20,9 @@ pub enum TapError {
     Name(String),
     /// The TAP is open already, in another process or for another interface.
     #[error(
-        "the TAP '{0}' is in use by another process: end it, choose another name, or open the TAP \
-         with several queues on both sides"
+        "the TAP '{0}' is in use already, by another interface of this process or by another \
+         process: stop that one, choose another name, or open the TAP with several queues on both \
+         sides"
     )]
     Taken(String),
     /// An interface of that name exists, but it is not a TAP.

@@ -526,8 +526,8 @@ impl World {
                     self.assert_all_visible(&seats, "a restart");
                 }
             }
-            Err(Error::Timeout(_)) if !patient => {}
-            Err(Error::Timeout(_)) => panic!("a restart does not end"),
+            Err(Error::StopTimeout { .. }) if !patient => {}
+            Err(Error::StopTimeout { .. }) => panic!("a restart does not end"),
             // Stopped, or the device has failed to restart.
             Err(_) if was_stopped || !self.is_alone() || !self.setup.lives() => {}
             Err(_) if port.stopped.load(Ordering::SeqCst) => {}
