@@ -419,7 +419,13 @@ fn one_line(text: &str) -> String {
         }
         sentence.push_str(line);
     }
-    sentence.strip_prefix("error: ").unwrap_or(&sentence).to_owned()
+    let sentence = sentence.strip_prefix("error: ").unwrap_or(&sentence);
+    // What the standard library says of a number does not say what to write instead.
+    sentence
+        .replace("invalid digit found in string", "it must be a whole number")
+        .replace("cannot parse integer from empty string", "it must be a whole number")
+        .replace("number too large to fit in target type", "the number is too large")
+        .replace("..=", " to ")
 }
 
 #[cfg(test)]
@@ -509,8 +515,13 @@ mod tests {
             ("vmring demo --bytes lots", "a size is a number of bytes"),
             ("vmring demo --subnet 1.2.3.4", "a subnet must be GATEWAY/BITS"),
             ("vmring demo --drive sideways", "[possible values: thread, shared, inline]"),
-            ("vmring demo --idle 0", "0 is not in 1..=86400"),
-            ("vmring probe --sleep 0", "0 is not in 1..=86400"),
+            ("vmring demo --idle 0", "0 is not in 1 to 86400"),
+            ("vmring probe --sleep 0", "0 is not in 1 to 86400"),
+            ("vmring bridge embedded:a embedded:b --mtu x", "'--mtu <BYTES>': it must be a whole"),
+            ("vmring bench --size 1e3", "'--size <BYTES>': it must be a whole number"),
+            ("vmring bench --size=", "it must be a whole number"),
+            ("vmring bench --size 99999999999", "99999999999 is not in 0 to 4294967295"),
+            ("vmring bench --size 99999999999999999999", "the number is too large"),
             ("vmring completions", "required arguments were not provided: <SHELL>"),
         ] {
             let Err(failure) = parsed(line) else { panic!("{line} was taken") };
