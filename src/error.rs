@@ -443,7 +443,7 @@ pub enum Error {
         needs: String,
     },
     /// The device does not support a function.
-    #[error("{what} is not supported by the {device} device")]
+    #[error("{what} is not supported by the {device} device: leave it out, or use another device")]
     NotSupported {
         /// The function.
         what: &'static str,

@@ -231,7 +231,10 @@ fn every_other_error_says_what_helps() {
             &["2 writing rings at a time", "are in use"],
         ),
         (Error::StopTimeout { action: "stop", rings: 0, timeout }, &["the device itself"]),
-        (Error::NotSupported { what: "offload", device: device() }, &["offload", "tap device"]),
+        (
+            Error::NotSupported { what: "offload", device: device() },
+            &["offload", "tap device", "use another device"],
+        ),
         (Error::NeedsMacos { what: "a network object", version: "26" }, &["macOS 26 or later"]),
         (
             ConfigError::PoolTooSmall { capacity: 60, needed: 1514 }.into(),

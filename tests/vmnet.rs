@@ -637,20 +637,22 @@ fn row_3_combinations_that_vmnet_forbids_are_refused_in_a_sentence() {
         change(&mut offloads);
         new().offloads(offloads)
     };
+    // Each with the name of the setting.
     let refused = [
-        bridged().mtu(1500),
-        bridged().ipv4("192.168.99.1/24".parse().unwrap()),
-        bridged().isolated(true),
-        vmnet(&|vmnet| vmnet.nat66_prefix(prefix("2001:db8::"))),
-        vmnet(&|vmnet| vmnet.nat66_prefix(prefix("fd00::"))).mode(Mode::Host),
-        vmnet(&|vmnet| vmnet.isolated_network(isolated)),
-        offloads(|offloads| offloads.uso = true),
-        offloads(|offloads| offloads.tso4 = true),
-        offloads(|offloads| offloads.tso6 = true),
+        (bridged().mtu(1500), "mtu"),
+        (bridged().ipv4("192.168.99.1/24".parse().unwrap()), "ipv4"),
+        (bridged().isolated(true), "isolated"),
+        (vmnet(&|vmnet| vmnet.nat66_prefix(prefix("2001:db8::"))), "NAT66 prefix"),
+        (vmnet(&|vmnet| vmnet.nat66_prefix(prefix("fd00::"))).mode(Mode::Host), "nat66_prefix"),
+        (vmnet(&|vmnet| vmnet.isolated_network(isolated)), "isolated_network"),
+        (offloads(|offloads| offloads.uso = true), "uso"),
+        (offloads(|offloads| offloads.tso4 = true), "virtio_header"),
+        (offloads(|offloads| offloads.tso6 = true), "virtio_header"),
     ];
-    for (i, builder) in refused.into_iter().enumerate() {
+    for (builder, setting) in refused {
         let error = builder.start().unwrap_err();
-        assert!(matches!(error, Error::Config(_)), "{i}: {error:?}");
+        assert!(matches!(error, Error::Config(_)), "{setting}: {error:?}");
+        assert!(error.to_string().contains(setting), "no {setting} in {error}");
     }
     assert_eq!(world.counts(id).starts, 0);
 }

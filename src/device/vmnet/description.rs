@@ -89,7 +89,9 @@ pub(crate) fn describe(
         description.set_u64(key.mode, mode.into());
         if let Some(range) = config.ipv4 {
             if bridged {
-                return invalid("a bridged interface gets its addresses from the outside network");
+                return invalid(
+                    "a bridged interface gets its addresses from the outside network: set no ipv4",
+                );
             }
             // vmnet.h: either all three are set, or none.
             for (key, address) in key.range.into_iter().zip([range.start, range.end, range.mask]) {
@@ -98,22 +100,22 @@ pub(crate) fn describe(
         }
         if let Some(mtu) = config.mtu {
             if bridged {
-                return invalid("a bridged interface has the MTU of the one it shares");
+                return invalid("a bridged interface has the MTU of the one it shares: set no mtu");
             }
             description.set_u64(key.mtu, mtu.into());
         }
         if let Some(prefix) = extras.nat66_prefix {
             if config.mode != Mode::Shared {
-                return invalid("a NAT66 prefix is for shared mode");
+                return invalid("a NAT66 prefix (nat66_prefix) is for shared mode only");
             }
             if prefix.octets()[0] != 0xfd {
-                return invalid("a NAT66 prefix is a unique local address, fd00::/8");
+                return invalid("a NAT66 prefix must be a unique local address, within fd00::/8");
             }
             description.set_str(key.nat66, &prefix.to_string());
         }
         if let Some(network) = extras.isolated_network {
             if config.mode != Mode::Host {
-                return invalid("a network identifier is for host mode");
+                return invalid("a network identifier (isolated_network) is for host mode only");
             }
             description.set_uuid(key.identifier, &network.identifier);
             if let Some((address, mask)) = network.host {
@@ -133,7 +135,7 @@ pub(crate) fn describe(
     }
     if config.isolated {
         if bridged {
-            return invalid("isolation is for host and shared mode");
+            return invalid("isolation (isolated) is for host and shared mode only");
         }
         description.set_bool(key.isolation, true);
     }
@@ -141,11 +143,14 @@ pub(crate) fn describe(
     let wanted = config.offloads;
     let tso = wanted.tso4 || wanted.tso6;
     if wanted.uso {
-        return invalid("vmnet does not segment UDP");
+        return invalid("vmnet does not segment UDP: ask for offloads without uso");
     }
     if tso && !wanted.virtio_header {
         // Without the header nothing would say how a packet beyond the MTU is to be segmented.
-        return invalid("TSO without the virtio header would deliver packets beyond the MTU");
+        return invalid(
+            "TSO without the virtio header would deliver packets beyond the MTU: ask for the offload \
+             virtio_header, too",
+        );
     }
     if wanted.virtio_header {
         let Some(name) = system.keys.enable_virtio_header else {

@@ -176,7 +176,8 @@ impl VmnetNetworkBuilder {
             Mode::Host => HOST_MODE,
             Mode::Shared => SHARED_MODE,
             Mode::Bridged(_) => {
-                let sentence = "a network object is for host or shared mode".to_owned();
+                let sentence =
+                    "a network object has host or shared mode, and not bridged mode".to_owned();
                 return Err(ConfigError::Invalid(sentence).into());
             }
         };
