@@ -281,7 +281,10 @@ fn a_stop_that_nobody_awaits_any_more_still_happens() {
                 drop(stop);
             } else {
                 let late = block_on(stop);
-                assert!(matches!(late, Err(Error::Timeout(after)) if after == timeout), "{late:?}");
+                assert!(
+                    matches!(late, Err(Error::StopTimeout { timeout: after, .. }) if after == timeout),
+                    "{late:?}"
+                );
             }
             assert_eq!(stops.load(Ordering::SeqCst), 0, "the ring has its queue");
             eventually("the ring hears of it", || {
@@ -319,7 +322,7 @@ fn a_restart_during_a_stop_comes_too_late() {
         assert!(poll(&mut stop, &Arc::default()).is_pending());
         eventually("the device is being stopped", || stopping.load(Ordering::SeqCst));
         let hasty = interface.restart(Duration::from_millis(20));
-        assert!(matches!(hasty, Err(Error::Timeout(_))), "{hasty:?}");
+        assert!(matches!(hasty, Err(Error::StopTimeout { .. })), "{hasty:?}");
         let mut restart = interface.restart_async(LONG);
         assert!(poll(&mut restart, &Arc::default()).is_pending());
         let_stop.send(()).expect("the device waits");
