@@ -90,6 +90,7 @@ mod limits;
 mod link;
 mod namespace;
 mod nat;
+mod nft;
 mod open;
 mod plain;
 mod setup;

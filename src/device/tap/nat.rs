@@ -11,11 +11,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use netlink_bindings::consts;
 use netlink_bindings::nftables::{
-    Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers, TableFlags,
+    CmpOps, MetaKeys, PayloadBase, PushExprListAttrs, Registers, TableFlags,
 };
 use netlink_bindings::utils::Pusher;
 
 use super::link::{Refusal, Socket, is_interface_name};
+use super::nft::{ip, transact};
 use crate::error::{ConfigError, Error};
 
 /// Network address translation for one network: its packets leave the host with the address of the
@@ -155,37 +156,6 @@ const CHAIN: &std::ffi::CStr = c"postrouting";
 
 /// The chain's priority: nft's `priority srcnat` (`NF_IP_PRI_NAT_SRC`).
 const SOURCE_NAT: i32 = 100;
-
-/// Returns the header of messages for the IPv4 family.
-fn ip() -> Nfgenmsg {
-    let mut header = Nfgenmsg::new();
-    header.nfgen_family = libc::AF_INET as u8;
-    header
-}
-
-/// Sends the messages that `fill` adds as one transaction. The kernel carries out all of them or
-/// none.
-///
-/// # Panics
-///
-/// Panics if there are more than 16 messages, with the begin and the end of the batch.
-fn transact(socket: &mut Socket, fill: impl FnOnce(&mut Chained<'static>)) -> Result<(), Refusal> {
-    let mut subsystem = Nfgenmsg::new();
-    subsystem.set_res_id(libc::NFNL_SUBSYS_NFTABLES as u16);
-    let first = socket.sequences(16);
-    let mut batch = Chained::new(first);
-    batch.request().op_batch_begin_do(&subsystem);
-    fill(&mut batch);
-    batch.request().op_batch_end_do(&subsystem);
-    let batch = batch.finalize();
-    let count = netlink_bindings::traits::NetlinkChained::chain_len(&batch) as u32;
-    assert!(count <= 16, "more messages than sequence numbers");
-    // Answers arrive in order. Linux before 6.10 answers neither the begin nor the end of a batch,
-    // so the last answer that is certain to arrive is that to the message before the end. The
-    // kernel reports a failed commit as an error of the begin.
-    let last = first.wrapping_add(count - 2);
-    socket.exchange(batch.buf(), first, last, |_| ())
-}
 
 /// The rule `ip saddr NETWORK ip daddr != NETWORK oifname != TAP counter masquerade`.
 struct Rule {
