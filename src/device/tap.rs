@@ -94,6 +94,7 @@ mod nft;
 mod open;
 mod plain;
 mod setup;
+mod switches;
 mod uring;
 
 use std::net::Ipv4Addr;

@@ -10,6 +10,7 @@ use vmring_embedded::{AddressRange as Range, NetworkMode};
 use super::dhcp::Dhcp;
 use super::link::{Link, Netlink};
 use super::nat::{Forwarding, Masquerade};
+use super::switches::{self, End};
 use crate::config::{InterfaceConfig, Ipv4Range, Mode};
 use crate::error::{ConfigError, Error, TapError};
 
@@ -104,6 +105,15 @@ impl Setup {
             return Ok((config.mtu.unwrap_or(1500), None));
         };
         let index = link.index;
+        if asked.fresh {
+            let end = match (asked.configure, &config.mode) {
+                (false, _) => End::Bare,
+                (true, Mode::Bridged(_)) => End::Port,
+                (true, Mode::Host | Mode::Shared) => End::Routed,
+            };
+            // This is done before the link is up, so that no frame comes before.
+            switches::set(asked.name, end)?;
+        }
         if let Some(mac) = asked.host_mac.filter(|mac| *mac != link.mac) {
             self.netlink.set_mac(index, mac)?;
             self.undo.push(Undo::Mac { index, mac: link.mac });
