@@ -85,6 +85,7 @@
 //! is up again, and reads wait.
 
 mod dhcp;
+mod forwarding;
 mod framing;
 mod limits;
 mod link;

@@ -26,6 +26,12 @@ pub(super) const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
 /// into one datagram of a list.
 pub(super) const NETLINK_DATAGRAM_MAX: usize = 64 * 1024;
 
+/// How long a process waits for another one that starts or stops a network, which takes milliseconds.
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// The largest number of messages in one transaction of nf_tables: the rules of a network, its chains
+/// and its table.
+pub(super) const NFT_MESSAGES_MAX: u32 = 32;
+
 /// How long a DHCP lease lasts by default.
 pub(super) const LEASE_TIME: Duration = Duration::from_secs(86_400);
 /// The size of the largest DHCP reply (`DhcpServer::handle`), in bytes, rounded up.

@@ -438,9 +438,10 @@ impl Refusal {
         self.errno == Some(errno)
     }
 
-    /// Returns which message of the request was refused, counted from 0.
-    pub(super) fn message(&self) -> u32 {
-        self.message
+    /// Whether the request was refused because a table of nf_tables belongs to another socket. (If
+    /// the process lacks the privilege, the kernel refuses the first message, which begins the batch.)
+    pub(super) fn belongs_to_another(&self) -> bool {
+        self.is(libc::EPERM) && self.message > 0
     }
 
     /// Converts into the error for the user. `trying` says what was tried, such as "setting the MTU

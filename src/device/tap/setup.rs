@@ -8,8 +8,10 @@ use vmring_embedded::dhcp::DhcpConfig;
 use vmring_embedded::{AddressRange as Range, NetworkMode};
 
 use super::dhcp::Dhcp;
-use super::link::{Link, Netlink};
-use super::nat::{Forwarding, Masquerade};
+use super::forwarding::{self, Forwarding};
+use super::link::{Link, Netlink, Refusal};
+use super::nat::{Network, Rules};
+use super::nft::Nft;
 use super::switches::{self, End};
 use crate::config::{InterfaceConfig, Ipv4Range, Mode};
 use crate::error::{ConfigError, Error, TapError};
@@ -34,8 +36,10 @@ pub(crate) struct Setup {
     netlink: Netlink,
     /// The steps that undo the settings of the interface, in the order in which they were made.
     undo: Vec<Undo>,
+    /// The lock, from the time that a network is set up.
+    nft: Option<Nft>,
     /// Declared before `forwarding`, so that it is dropped first.
-    masquerade: Option<Masquerade>,
+    rules: Option<Rules>,
     forwarding: Option<Forwarding>,
     range: Option<Ipv4Range>,
 }
@@ -55,7 +59,14 @@ impl Setup {
     /// namespace, and stays there whichever thread uses it later.
     pub(crate) fn open() -> Result<Self, Error> {
         let netlink = Netlink::open()?;
-        Ok(Self { netlink, undo: Vec::new(), masquerade: None, forwarding: None, range: None })
+        Ok(Self {
+            netlink,
+            undo: Vec::new(),
+            nft: None,
+            rules: None,
+            forwarding: None,
+            range: None,
+        })
     }
 
     /// Returns the interface of that name, or `None` if there is none.
@@ -137,6 +148,9 @@ impl Setup {
             self.netlink.set_up(index, true)?;
             self.undo.push(Undo::Down { index });
         }
+        if let Some(nft) = &mut self.nft {
+            nft.unlock();
+        }
         if asked.fresh {
             // These settings disappear with the TAP.
             self.undo.clear();
@@ -168,6 +182,9 @@ impl Setup {
             Some(Ipv4Range { start: gateway, end, mask }) => Range { gateway, end, mask },
             None => Range::of(mode),
         };
+        let locking = |refusal: Refusal| refusal.into_error("waiting for vmring's lock");
+        let nft = self.nft.insert(Nft::open().map_err(locking)?);
+        nft.lock().map_err(locking)?;
         range.check().map_err(|error| ConfigError::Invalid(error.to_string()))?;
         let Range { gateway, end, mask } = range;
         self.range = Some(Ipv4Range { start: gateway, end, mask });
@@ -177,9 +194,18 @@ impl Setup {
             self.undo.push(Undo::Address { index: link.index, address: gateway, prefix });
         }
         let shared = mode == NetworkMode::Shared;
+        self.rules = Some(Rules::start(Network {
+            tap: asked.name,
+            address: network,
+            prefix_len: prefix,
+            shared,
+        })?);
         if shared {
-            self.masquerade = Some(Masquerade::start(asked.name, network, prefix)?);
             self.forwarding = Some(Forwarding::start()?);
+        } else if let Some(nft) = &mut self.nft
+            && let Err(error) = forwarding::tidy(nft)
+        {
+            tracing::info!(%error, "a killed process has left IPv4 forwarding on");
         }
         if !asked.dhcp {
             return Ok(None);
@@ -207,7 +233,13 @@ impl Setup {
                 result = outcome;
             }
         };
-        self.masquerade = None;
+        if let Some(nft) = &mut self.nft
+            && let Err(refusal) = nft.lock()
+        {
+            let error = refusal.into_error("waiting for vmring's lock");
+            tracing::warn!(%error, "a network stops without vmring's lock");
+        }
+        self.rules = None;
         if let Some(forwarding) = self.forwarding.take() {
             keep(forwarding.stop());
         }
@@ -221,6 +253,9 @@ impl Setup {
                 }
                 Undo::Master { index, master } => self.netlink.set_master(index, master),
             });
+        }
+        if let Some(mut nft) = self.nft.take() {
+            nft.unlock();
         }
         result
     }
