@@ -95,6 +95,7 @@ mod nft;
 mod open;
 mod plain;
 mod setup;
+mod subnet;
 mod switches;
 mod uring;
 
@@ -427,7 +428,7 @@ impl Running {
     ) -> Result<Self, Error> {
         let wants = config.offloads != Offloads::default();
         let mut setup = Setup::open()?;
-        let (fds, name, header, multi, fresh) = match origin {
+        let (fds, name, header, multi, fresh, index) = match origin {
             Origin::Name { name, made } => {
                 let flags = Flags { multi: options.queues > 1, header: wants };
                 let wanted = again.unwrap_or(name);
@@ -438,18 +439,15 @@ impl Running {
                 let (first, name) = open_patiently(wanted, flags)?;
                 // The TAP that `find` saw may have been deleted before `open`, which has then
                 // created another one under the same name. Its index tells them apart.
-                let now = setup.find(&name)?;
-                let there = match (before, &now) {
-                    (Some(before), Some(now)) => before.index == now.index,
-                    _ => false,
-                };
+                let now = setup.find(&name)?.ok_or_else(|| TapError::Gone(name.clone()))?;
+                let there = before.is_some_and(|before| before.index == now.index);
                 *made = !there;
                 let mut fds = vec![first];
                 for _ in 1..options.queues {
                     fds.push(open::open(&name, flags)?.0);
                 }
                 let fds: Vec<_> = fds.into_iter().map(Arc::new).collect();
-                (fds, name, wants, flags.multi, !there)
+                (fds, name, wants, flags.multi, !there, Some(now.index))
             }
             Origin::Descriptors(adopted) => {
                 let described: Vec<_> =
@@ -462,7 +460,7 @@ impl Running {
                 }
                 let fds = adopted.iter().map(TapQueueFd::another).collect::<Result<Vec<_>, _>>()?;
                 let fds = fds.into_iter().map(Arc::new).collect();
-                (fds, first.name.clone(), first.header, first.multi, false)
+                (fds, first.name.clone(), first.header, first.multi, false, None)
             }
         };
         let mut offloads = Offloads::default();
@@ -480,6 +478,7 @@ impl Running {
             .collect();
         let asked = setup::Asked {
             name: &name,
+            index,
             fresh,
             configure: options.configure.unwrap_or(fresh),
             config,
@@ -488,8 +487,7 @@ impl Running {
             lease_time: options.lease_time,
             dns: &options.dns,
         };
-        let host_mac = queue_states[0].fd.host_mac()?;
-        let (mtu, dhcp) = setup.apply(&asked, host_mac)?;
+        let (mtu, dhcp) = setup.apply(&asked, &queue_states[0].fd)?;
         for state in queue_states.iter_mut().skip(1) {
             state.attach(false);
         }
@@ -542,6 +540,9 @@ fn open_patiently(name: &str, flags: Flags) -> Result<(TapQueueFd, String), Erro
         match open::open(name, flags) {
             Err(Error::Tap(TapError::Taken(_))) if Instant::now() < deadline => {
                 thread::sleep(Duration::from_millis(1));
+            }
+            Err(Error::Tap(TapError::Taken(name))) if open::is_open_here(&name) => {
+                return Err(TapError::TakenHere(name).into());
             }
             outcome => return outcome,
         }
@@ -649,6 +650,8 @@ impl Device for TapDevice {
         let mut config = self.config.clone();
         // Rings and guests know the MTU of the start, so it stays.
         config.mtu = Some(self.info.mtu);
+        // So does the network's range.
+        config.ipv4 = self.info.ipv4;
         let name = Some(self.name.as_str());
         let start = || Running::start(origin, name, &self.options, self.engine, &config);
         let entering = Error::io("going back to the TAP's network namespace");

@@ -26,6 +26,13 @@ pub(super) const NETLINK_TIMEOUT: Duration = Duration::from_secs(5);
 /// into one datagram of a list.
 pub(super) const NETLINK_DATAGRAM_MAX: usize = 64 * 1024;
 
+/// How long a start sets again what another program changes on the TAP.
+pub(super) const SETTLE_PATIENCE: Duration = Duration::from_millis(500);
+/// How often the MAC address of a descriptor's TAP is compared, while it changes.
+pub(super) const MAC_LOOKS_MAX: u32 = 10;
+/// The longest prefix of a route that counts as a default route. Tunnels split it in halves
+/// (`0.0.0.0/1` and `128.0.0.0/1`). The largest private network has 8 bits.
+pub(super) const DEFAULT_ROUTE_PREFIX_MAX: u8 = 7;
 /// How long a process waits for another one that starts or stops a network, which takes milliseconds.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// The largest number of messages in one transaction of nf_tables: the rules of a network, its chains

@@ -13,6 +13,7 @@ use netlink_bindings::builtin::{NlmsgerrAttrs, Nlmsghdr};
 use netlink_bindings::consts;
 use netlink_bindings::rt_addr::{self, Ifaddrmsg};
 use netlink_bindings::rt_link::{self, IfinfoFlags, Ifinfomsg, IterableLinkAttrs, RtextFilter};
+use netlink_bindings::rt_route::{self, RtmType, Rtmsg};
 use netlink_bindings::traits::{NetlinkRequest, Protocol};
 
 use super::limits::{NETLINK_DATAGRAM_MAX, NETLINK_TIMEOUT};
@@ -48,6 +49,26 @@ pub(crate) struct Link {
     pub(crate) kind: Option<String>,
 }
 
+/// An IPv4 address of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AddressOnLink {
+    /// The interface's index.
+    pub(crate) index: u32,
+    pub(crate) address: Ipv4Addr,
+    /// An address in the network that the interface is on.
+    pub(crate) network: Ipv4Addr,
+    pub(crate) prefix_len: u8,
+}
+
+/// An IPv4 route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Route {
+    /// The index of the interface by which packets leave, if there is exactly one.
+    pub(crate) index: Option<u32>,
+    pub(crate) network: Ipv4Addr,
+    pub(crate) prefix_len: u8,
+}
+
 impl Netlink {
     /// Opens a socket in the calling thread's network namespace.
     pub(crate) fn open() -> Result<Self, Error> {
@@ -66,8 +87,19 @@ impl Netlink {
             .encode()
             .push_ifname_bytes(name.as_bytes())
             .push_ext_mask(RtextFilter::SkipStats as u32);
+        self.one_link(&request)
+    }
+
+    /// Returns the interface with that index, or `None` if there is none.
+    pub(crate) fn link_at(&mut self, index: u32) -> Result<Option<Link>, Error> {
+        let mut request = rt_link::Request::new().op_getlink_do(&interface(index));
+        request.encode().push_ext_mask(RtextFilter::SkipStats as u32);
+        self.one_link(&request)
+    }
+
+    fn one_link(&mut self, request: &impl NetlinkRequest) -> Result<Option<Link>, Error> {
         let mut link = None;
-        let answer = self.socket.request(&request, |payload| {
+        let answer = self.socket.request(request, |payload| {
             let (header, attributes) = rt_link::OpGetlinkDo::decode_reply(payload);
             link = Some(Link::new(&header, &attributes));
         });
@@ -156,27 +188,97 @@ impl Netlink {
         self.change(&request, "deleting a network interface")
     }
 
+    /// Keeps the port of a bridge from becoming the way to the root of the spanning tree, whatever its
+    /// guest claims (`root_block`). Has no effect on a bridge without a spanning tree.
+    pub(crate) fn block_root(&mut self, index: u32) -> Result<(), Error> {
+        let mut request = rt_link::Request::new().op_setlink_do(&interface(index));
+        request
+            .encode()
+            .nested_linkinfo()
+            .nested_slave_data_bridge()
+            .push_protect(1)
+            .end_nested()
+            .end_nested();
+        self.change(&request, "keeping a bridge's port out of its spanning tree")
+    }
+
+    /// Returns all interfaces.
+    pub(crate) fn links(&mut self) -> Result<Vec<Link>, Error> {
+        let mut request = rt_link::Request::new().op_getlink_dump(&Ifinfomsg::new());
+        request.encode().push_ext_mask(RtextFilter::SkipStats as u32);
+        let links = self.list(&request, |payload| {
+            let (header, attributes) = rt_link::OpGetlinkDump::decode_reply(payload);
+            Some(Link::new(&header, &attributes))
+        });
+        links.map_err(|refusal| refusal.into_error("listing the network interfaces"))
+    }
+
     /// Returns the names of all bridges: those of the kernel and those of Open vSwitch. (The latter
     /// are listed, but accept ports only from Open vSwitch itself.)
     pub(crate) fn bridges(&mut self) -> Result<Vec<String>, Error> {
-        let mut request = rt_link::Request::new().op_getlink_dump(&Ifinfomsg::new());
-        request.encode().push_ext_mask(RtextFilter::SkipStats as u32);
-        let mut tries = 3;
+        let mut links = self.links()?;
+        links.retain(|link| matches!(link.kind.as_deref(), Some("bridge" | "openvswitch")));
+        Ok(links.into_iter().map(|link| link.name).collect())
+    }
+
+    /// Returns the IPv4 networks that interfaces have by their addresses.
+    pub(crate) fn addresses(&mut self) -> Result<Vec<AddressOnLink>, Error> {
+        let request = rt_addr::Request::new().op_getaddr_dump(&ipv4_of(0, 0));
+        let addresses = self.list(&request, |payload| {
+            let (header, attributes) = rt_addr::OpGetaddrDump::decode_reply(payload);
+            let v4 = |address| match address {
+                Ok(IpAddr::V4(address)) => Some(address),
+                _ => None,
+            };
+            // On a line between two, IFA_ADDRESS is the other end.
+            let network = v4(attributes.get_address());
+            let address = v4(attributes.get_local()).or(network)?;
+            Some(AddressOnLink {
+                index: header.ifa_index,
+                address,
+                network: network.unwrap_or(address),
+                prefix_len: header.ifa_prefixlen,
+            })
+        });
+        addresses.map_err(|refusal| refusal.into_error("listing the addresses of this host"))
+    }
+
+    /// Returns the IPv4 routes of all tables but the kernel's own for local addresses.
+    pub(crate) fn routes(&mut self) -> Result<Vec<Route>, Error> {
+        let mut header = Rtmsg::new();
+        header.rtm_family = libc::AF_INET as u8;
+        let request = rt_route::Request::new().op_getroute_dump(&header);
+        let routes = self.list(&request, |payload| {
+            let (header, attributes) = rt_route::OpGetrouteDump::decode_reply(payload);
+            let kinds =
+                [RtmType::Unicast, RtmType::Blackhole, RtmType::Unreachable, RtmType::Prohibit];
+            let network = match attributes.get_dst() {
+                Ok(IpAddr::V4(network)) => network,
+                _ => Ipv4Addr::UNSPECIFIED,
+            };
+            kinds.iter().any(|kind| *kind as u8 == header.rtm_type).then(|| Route {
+                index: attributes.get_oif().ok(),
+                network,
+                prefix_len: header.rtm_dst_len,
+            })
+        });
+        routes.map_err(|refusal| refusal.into_error("listing the routes of this host"))
+    }
+
+    /// Sends the request of a list. Repeats it if the list changes while the kernel sends it.
+    fn list<T>(
+        &mut self,
+        request: &impl NetlinkRequest,
+        mut each: impl FnMut(&[u8]) -> Option<T>,
+    ) -> Result<Vec<T>, Refusal> {
+        let mut tries = 10;
         loop {
-            let mut names = Vec::new();
-            let answer = self.socket.request(&request, |payload| {
-                let (header, attributes) = rt_link::OpGetlinkDump::decode_reply(payload);
-                let link = Link::new(&header, &attributes);
-                if matches!(link.kind.as_deref(), Some("bridge" | "openvswitch")) {
-                    names.push(link.name);
-                }
-            });
+            let mut all = Vec::new();
             tries -= 1;
-            match answer {
-                Ok(()) => return Ok(names),
-                // The list changed while it was being read.
+            match self.socket.request(request, |payload| all.extend(each(payload))) {
+                Ok(()) => return Ok(all),
                 Err(refusal) if refusal.is(libc::EINTR) && tries > 0 => {}
-                Err(refusal) => return Err(refusal.into_error("listing the network interfaces")),
+                Err(refusal) => return Err(refusal),
             }
         }
     }

@@ -125,6 +125,16 @@ fn refusal(name: &str, flags: Flags, source: io::Error) -> Error {
     }
 }
 
+/// Whether this process has the TAP open (`tun_chr_show_fdinfo`). False if the kernel does not tell.
+pub(crate) fn is_open_here(name: &str) -> bool {
+    let line = format!("iff:\t{name}");
+    let Ok(all) = std::fs::read_dir("/proc/self/fdinfo") else { return false };
+    all.flatten().any(|entry| {
+        std::fs::read_to_string(entry.path())
+            .is_ok_and(|text| text.lines().any(|other| other == line))
+    })
+}
+
 /// Attaches the open `/dev/net/tun` to the TAP `name`. Returns the TAP's name.
 fn set_interface(file: &File, name: &str, flags: Flags) -> io::Result<String> {
     let mut request = request(name);

@@ -1,7 +1,8 @@
 //! The host's end of a TAP: sets it up when an interface starts, and undoes that when it stops.
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
 use vmring_embedded::dhcp::DhcpConfig;
@@ -9,16 +10,22 @@ use vmring_embedded::{AddressRange as Range, NetworkMode};
 
 use super::dhcp::Dhcp;
 use super::forwarding::{self, Forwarding};
+use super::limits::{MAC_LOOKS_MAX, SETTLE_PATIENCE};
 use super::link::{Link, Netlink, Refusal};
 use super::nat::{Network, Rules};
 use super::nft::Nft;
+use super::open::TapQueueFd;
+use super::subnet;
 use super::switches::{self, End};
 use crate::config::{InterfaceConfig, Ipv4Range, Mode};
 use crate::error::{ConfigError, Error, TapError};
+use crate::sys::after;
 
 /// What an interface requests of the host's end.
 pub(crate) struct Asked<'a> {
     pub(crate) name: &'a str,
+    /// The interface's index, if the TAP was opened by name and so is in this network namespace.
+    pub(crate) index: Option<u32>,
     /// The TAP has just been created, and is deleted when its descriptors are closed.
     pub(crate) fresh: bool,
     /// Whether to set up what the mode says.
@@ -42,6 +49,39 @@ pub(crate) struct Setup {
     rules: Option<Rules>,
     forwarding: Option<Forwarding>,
     range: Option<Ipv4Range>,
+    /// The TAP goes with its descriptors, so that a step that fails because it has gone is no error.
+    fresh: bool,
+}
+
+/// What a TAP is to be like when its setup is done.
+struct Wanted<'a> {
+    index: u32,
+    name: &'a str,
+    /// `None`: whatever it is.
+    mac: Option<MacAddr6>,
+    mtu: u32,
+    /// `None`: whatever it is.
+    master: Option<u32>,
+}
+
+impl Wanted<'_> {
+    /// Says what is not as it was asked for.
+    fn differs_from(&self, link: &Link) -> Option<String> {
+        let Self { name, mac, mtu, master, .. } = self;
+        if link.name != *name {
+            return Some(format!("its name is '{}'", link.name));
+        }
+        if let Some(mac) = mac.filter(|mac| *mac != link.mac) {
+            return Some(format!("its MAC address is {}, and not {mac}", link.mac));
+        }
+        if *mtu != link.mtu {
+            return Some(format!("its MTU is {}, and not {mtu}", link.mtu));
+        }
+        if master.is_some() && *master != link.master {
+            return Some("it is not a port of the bridge".to_owned());
+        }
+        (!link.up).then(|| "its link is down".to_owned())
+    }
 }
 
 /// One step of an undo, with the value to put back.
@@ -66,6 +106,7 @@ impl Setup {
             rules: None,
             forwarding: None,
             range: None,
+            fresh: false,
         })
     }
 
@@ -89,12 +130,13 @@ impl Setup {
         self.range
     }
 
-    /// Makes the requested settings. Returns the MTU, and the DHCP server if there is one. If it
-    /// fails, the settings that it has made are undone when `self` is dropped.
+    /// Makes the requested settings, and checks at the end that they hold. Returns the MTU, and the
+    /// DHCP server if there is one. If it fails, the settings that it has made are undone when `self`
+    /// is dropped.
     pub(crate) fn apply(
         &mut self,
         asked: &Asked<'_>,
-        host_mac: MacAddr6,
+        queue: &TapQueueFd,
     ) -> Result<(u32, Option<Dhcp>), Error> {
         let config = asked.config;
         if let Some(mtu) = config.mtu
@@ -103,7 +145,19 @@ impl Setup {
             let sentence = format!("a TAP's MTU is 68 to 65,521 bytes, and not {mtu}");
             return Err(ConfigError::Invalid(sentence).into());
         }
-        let Some(link) = self.netlink.link(asked.name)?.filter(|link| link.mac == host_mac) else {
+        let end = match (asked.configure, &config.mode) {
+            (false, _) => End::Bare,
+            (true, Mode::Bridged(_)) => End::Port,
+            (true, Mode::Host | Mode::Shared) => End::Routed,
+        };
+        if config.ipv4.is_some() && end != End::Routed {
+            let why = match end {
+                End::Port => "the network behind the bridge has addresses of its own",
+                _ => "the TAP is left as it is, unless Tap::configure asks to set it up",
+            };
+            return Err(ConfigError::NotApplicable { what: "IPv4 range of the TAP", why }.into());
+        }
+        let Some(link) = self.link_of(asked, queue)? else {
             // The descriptor comes from another network namespace. The process that passed it has
             // set the TAP up.
             if asked.configure || asked.host_mac.is_some() {
@@ -115,61 +169,157 @@ impl Setup {
             }
             return Ok((config.mtu.unwrap_or(1500), None));
         };
+        self.fresh = asked.fresh;
         let index = link.index;
         if asked.fresh {
-            let end = match (asked.configure, &config.mode) {
-                (false, _) => End::Bare,
-                (true, Mode::Bridged(_)) => End::Port,
-                (true, Mode::Host | Mode::Shared) => End::Routed,
-            };
             // This is done before the link is up, so that no frame comes before.
             switches::set(asked.name, end)?;
         }
-        if let Some(mac) = asked.host_mac.filter(|mac| *mac != link.mac) {
+        let bridge = match &config.mode {
+            Mode::Bridged(name) if asked.configure => Some(self.bridge(name)?),
+            _ => None,
+        };
+        let bridge_mtu = bridge.as_ref().map(|bridge| bridge.mtu);
+        let mac = match &bridge {
+            _ if asked.host_mac.is_some() => asked.host_mac,
+            _ if !asked.fresh => None,
+            Some(bridge) => Some(port_mac(link.mac, bridge.mac)),
+            // The address that it has anyway. Once it is set, it is no longer one that the kernel has
+            // chosen at random, which udev replaces (MACAddressPolicy= of systemd.link(5)).
+            None => Some(link.mac),
+        };
+        let wanted = Wanted {
+            index,
+            name: asked.name,
+            mac,
+            // A port with a smaller MTU would lower that of the bridge.
+            mtu: config.mtu.or(bridge_mtu).unwrap_or(link.mtu),
+            master: bridge.as_ref().map(|bridge| bridge.index),
+        };
+        if let Some(mac) = mac {
             self.netlink.set_mac(index, mac)?;
             self.undo.push(Undo::Mac { index, mac: link.mac });
         }
-        let mtu = config.mtu.unwrap_or(link.mtu);
-        if mtu != link.mtu {
-            self.netlink.set_mtu(index, mtu)?;
+        if wanted.mtu != link.mtu {
+            self.netlink.set_mtu(index, wanted.mtu)?;
             self.undo.push(Undo::Mtu { index, mtu: link.mtu });
         }
         let mut dhcp = None;
-        if asked.configure {
-            match &config.mode {
-                Mode::Bridged(bridge) => self.enslave(&link, bridge)?,
-                Mode::Host => dhcp = self.address(asked, &link, NetworkMode::Host, mtu)?,
-                Mode::Shared => {
-                    dhcp = self.address(asked, &link, NetworkMode::Shared, mtu)?;
-                }
+        match (&config.mode, &bridge) {
+            (_, Some(bridge)) => self.enslave(asked, &link, mac.unwrap_or(link.mac), bridge)?,
+            (Mode::Host, _) if asked.configure => {
+                dhcp = self.address(asked, &link, NetworkMode::Host, wanted.mtu)?;
             }
+            (Mode::Shared, _) if asked.configure => {
+                dhcp = self.address(asked, &link, NetworkMode::Shared, wanted.mtu)?;
+            }
+            _ => {}
         }
         if !link.up {
             self.netlink.set_up(index, true)?;
             self.undo.push(Undo::Down { index });
         }
+        self.settle(&wanted)?;
         if let Some(nft) = &mut self.nft {
             nft.unlock();
         }
         if asked.fresh {
-            // These settings disappear with the TAP.
-            self.undo.clear();
+            // The other settings disappear with the TAP. The address is removed at the stop, because a
+            // child that has just been forked keeps the TAP until it executes its program, and the
+            // range is to be free at once.
+            self.undo.retain(|step| matches!(step, Undo::Address { .. }));
         }
-        Ok((mtu, dhcp))
+        Ok((wanted.mtu, dhcp))
     }
 
-    /// Makes the TAP a port of `bridge`.
-    fn enslave(&mut self, link: &Link, bridge: &str) -> Result<(), Error> {
-        let master = self.netlink.link(bridge)?.filter(|link| link.is_bridge);
-        let master = master.ok_or_else(|| TapError::NoBridge(bridge.to_owned()))?;
-        if link.master != Some(master.index) {
-            self.netlink.set_master(link.index, Some(master.index))?;
-            self.undo.push(Undo::Master { index: link.index, master: link.master });
+    /// Returns the interface of the open TAP, or `None` if it is in another network namespace.
+    fn link_of(&mut self, asked: &Asked<'_>, queue: &TapQueueFd) -> Result<Option<Link>, Error> {
+        if let Some(index) = asked.index {
+            let link = self.netlink.link_at(index)?;
+            return link.map(Some).ok_or_else(|| TapError::Gone(asked.name.to_owned()).into());
+        }
+        // The kernel does not say where a descriptor's TAP is. If an interface of that name has the
+        // TAP's MAC address, it is the TAP. Another program may change the address just now, so it is
+        // compared before and after.
+        for _ in 0..MAC_LOOKS_MAX {
+            let before = queue.host_mac()?;
+            let Some(link) = self.netlink.link(asked.name)? else { return Ok(None) };
+            let after = queue.host_mac()?;
+            if link.mac == before || link.mac == after {
+                return Ok(Some(link));
+            }
+            if before == after {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Waits until the TAP is as it was asked for. Programs that watch for new interfaces (udev,
+    /// systemd-networkd, NetworkManager) change them within the first milliseconds, so what they have
+    /// changed is set again, for up to [`SETTLE_PATIENCE`].
+    fn settle(&mut self, wanted: &Wanted<'_>) -> Result<(), Error> {
+        let deadline = after(SETTLE_PATIENCE);
+        loop {
+            let gone = || TapError::Gone(wanted.name.to_owned());
+            let link = self.netlink.link_at(wanted.index)?.ok_or_else(gone)?;
+            let Some(what) = wanted.differs_from(&link) else { return Ok(()) };
+            if Instant::now() >= deadline {
+                return Err(TapError::Changed { name: wanted.name.to_owned(), what }.into());
+            }
+            tracing::debug!(tap = wanted.name, what, "another program has changed the TAP");
+            if let Some(mac) = wanted.mac.filter(|mac| *mac != link.mac) {
+                self.netlink.set_mac(wanted.index, mac)?;
+            }
+            if wanted.mtu != link.mtu {
+                self.netlink.set_mtu(wanted.index, wanted.mtu)?;
+            }
+            if wanted.master.is_some() && wanted.master != link.master {
+                self.netlink.set_master(wanted.index, wanted.master)?;
+            }
+            if !link.up {
+                self.netlink.set_up(wanted.index, true)?;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Returns the bridge of that name.
+    fn bridge(&mut self, name: &str) -> Result<Link, Error> {
+        let bridge = self.netlink.link(name)?.filter(|link| link.is_bridge);
+        Ok(bridge.ok_or_else(|| TapError::NoBridge(name.to_owned()))?)
+    }
+
+    /// Makes the TAP, whose address is `mac`, a port of `bridge`. The bridge's own address stays.
+    ///
+    /// A bridge whose address nobody has set has the smallest address of its ports
+    /// (`br_stp_recalculate_bridge_id` in the kernel's `net/bridge/br_stp_if.c`). So the first port of
+    /// a bridge, and a port with a smaller address, would change it. There the bridge is given the
+    /// address that it has, which keeps it.
+    fn enslave(
+        &mut self,
+        asked: &Asked<'_>,
+        link: &Link,
+        mac: MacAddr6,
+        bridge: &Link,
+    ) -> Result<(), Error> {
+        if link.master == Some(bridge.index) {
+            return Ok(());
+        }
+        let ports = self.netlink.links()?;
+        let is_first = ports.iter().all(|port| port.master != Some(bridge.index));
+        if (is_first || mac < bridge.mac) && bridge.mac != MacAddr6::nil() {
+            self.netlink.set_mac(bridge.index, bridge.mac)?;
+        }
+        self.netlink.set_master(link.index, Some(bridge.index))?;
+        self.undo.push(Undo::Master { index: link.index, master: link.master });
+        if asked.fresh {
+            self.netlink.block_root(link.index)?;
         }
         Ok(())
     }
 
-    /// Sets up host or shared mode: the address, NAT and forwarding. Returns the DHCP server, if
+    /// Sets up host or shared mode: the address, the rules and forwarding. Returns the DHCP server, if
     /// one was requested.
     fn address(
         &mut self,
@@ -178,25 +328,29 @@ impl Setup {
         mode: NetworkMode,
         mtu: u32,
     ) -> Result<Option<Dhcp>, Error> {
-        let range = match asked.config.ipv4 {
-            Some(Ipv4Range { start: gateway, end, mask }) => Range { gateway, end, mask },
-            None => Range::of(mode),
-        };
+        let range = asked.config.ipv4.map(|Ipv4Range { start: gateway, end, mask }| Range {
+            gateway,
+            end,
+            mask,
+        });
+        if let Some(range) = range {
+            range.check().map_err(|error| ConfigError::Invalid(error.to_string()))?;
+        }
+        // Until the end of the setup, so that no other process takes the same range.
         let locking = |refusal: Refusal| refusal.into_error("waiting for vmring's lock");
         let nft = self.nft.insert(Nft::open().map_err(locking)?);
         nft.lock().map_err(locking)?;
-        range.check().map_err(|error| ConfigError::Invalid(error.to_string()))?;
+        let range = subnet::choose(&mut self.netlink, link.index, range, mode)?;
         let Range { gateway, end, mask } = range;
         self.range = Some(Ipv4Range { start: gateway, end, mask });
-        let prefix = u32::from(mask).count_ones() as u8;
-        let network = Ipv4Addr::from(u32::from(gateway) & u32::from(mask));
+        let prefix = subnet::prefix_of(range);
         if self.netlink.add_address(link.index, gateway, prefix)? {
             self.undo.push(Undo::Address { index: link.index, address: gateway, prefix });
         }
         let shared = mode == NetworkMode::Shared;
         self.rules = Some(Rules::start(Network {
             tap: asked.name,
-            address: network,
+            address: gateway,
             prefix_len: prefix,
             shared,
         })?);
@@ -244,7 +398,7 @@ impl Setup {
             keep(forwarding.stop());
         }
         while let Some(step) = self.undo.pop() {
-            keep(match step {
+            let undone = match step {
                 Undo::Down { index } => self.netlink.set_up(index, false),
                 Undo::Mtu { index, mtu } => self.netlink.set_mtu(index, mtu),
                 Undo::Mac { index, mac } => self.netlink.set_mac(index, mac),
@@ -252,13 +406,25 @@ impl Setup {
                     self.netlink.remove_address(index, address, prefix).map(drop)
                 }
                 Undo::Master { index, master } => self.netlink.set_master(index, master),
-            });
+            };
+            if !self.fresh {
+                keep(undone);
+            }
         }
         if let Some(mut nft) = self.nft.take() {
             nft.unlock();
         }
         result
     }
+}
+
+/// Returns an address for a port that is larger than the bridge's, so that the bridge keeps its own.
+/// `random` is the address that the kernel has chosen.
+fn port_mac(random: MacAddr6, bridge: MacAddr6) -> MacAddr6 {
+    let [_, b, c, d, e, f] = random.into_array();
+    // The largest first byte of an address that is locally administered and of one station.
+    let mac = MacAddr6::new(0xfe, b, c, d, e, f);
+    if mac > bridge { mac } else { MacAddr6::new(0xfe, 0xff, 0xff, d, e, f) }
 }
 
 impl Drop for Setup {
