@@ -142,7 +142,7 @@ pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
 pub use device::seam::Driver;
 #[cfg(all(target_os = "linux", feature = "tap"))]
-pub use device::tap::{Tap, TapEngine};
+pub use device::tap::{Tap, TapEngine, TapForwarding};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub use device::vmnet::{Vmnet, VmnetNetwork};
 #[cfg(all(target_os = "linux", feature = "tap"))]

@@ -131,9 +131,10 @@ pub(crate) struct TapArgs {
 const BRIDGE_NOTES: &str = "\
 Ends:
   embedded:NETWORK[,GATEWAY/BITS]  a port of a network inside this process
-  tap:NAME[,MODE]                  a TAP of the Linux kernel; with a mode (host,
+  tap:NAME[,MODE[,GATEWAY/BITS]]   a TAP of the Linux kernel; with a mode (host,
                                    shared, bridged:BRIDGE) the host's end is set
-                                   up too
+                                   up too, on a subnet that the host does not
+                                   use if none is given
   vmnet[:MODE]                     Apple's vmnet; elsewhere vmnet-sim, the
                                    simulated one
   pcap:FILE                        replays the packets of a pcap or pcapng file

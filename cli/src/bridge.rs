@@ -43,6 +43,9 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
             None => "; Ctrl-C ends it".to_owned(),
         }
     ));
+    for obstacle in specs.iter().filter_map(Spec::obstacle) {
+        say(&format!("  note: {obstacle}"));
+    }
     let (start, cpu) = (Instant::now(), system::cpu_time());
     let deadline = args.seconds.map(|seconds| start + Duration::from_secs(seconds));
     let live = Live::start();

@@ -94,6 +94,7 @@ mod nat;
 mod nft;
 mod open;
 mod plain;
+mod policy;
 mod setup;
 mod subnet;
 mod switches;
@@ -316,6 +317,67 @@ impl Tap {
     }
 }
 
+impl Tap {
+    /// Returns how packets of guests are forwarded in the calling thread's network namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PermissionDenied`] without CAP_NET_ADMIN; [`Error::Io`] if the kernel has no
+    /// nf_tables.
+    pub fn forwarding() -> Result<TapForwarding, Error> {
+        let looking = |refusal: link::Refusal| refusal.into_error("looking at the nftables rules");
+        let mut nft = nft::Nft::open().map_err(looking)?;
+        let chains = nft.base_chains().map_err(looking)?;
+        let state = forwarding::State::look(&mut nft, &chains)?;
+        Ok(TapForwarding {
+            on: state.on,
+            by_vmring: state.ours,
+            left_on: state.on && state.ours && !state.needed,
+            dropped_by: policy::forward_drops(&chains),
+            bridges_too: policy::bridges_too(),
+        })
+    }
+}
+
+/// How a host forwards the packets of guests. [`Tap::forwarding`] returns it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TapForwarding {
+    /// Whether IPv4 forwarding is on (`net.ipv4.ip_forward`).
+    pub on: bool,
+    /// Whether vmring has switched it on, and nobody has taken the setting over since.
+    pub by_vmring: bool,
+    /// Whether vmring has switched it on and no interface needs it any more: a process was killed. The
+    /// next interface of host or shared mode puts it back.
+    pub left_on: bool,
+    /// The chains that drop each IPv4 packet which is forwarded and which no rule of theirs accepts,
+    /// like `ip filter FORWARD`. Docker makes such a chain.
+    pub dropped_by: Vec<String>,
+    /// Whether frames between the ports of a bridge pass the same chains
+    /// (`net.bridge.bridge-nf-call-iptables`).
+    pub bridges_too: bool,
+}
+
+impl TapForwarding {
+    /// Says what drops the packets of the guest behind this TAP, and what helps. Returns `None` if
+    /// nothing is known to, and in host mode, where no packet is forwarded.
+    pub fn obstacle(&self, tap: &str, mode: &Mode) -> Option<String> {
+        let concerned = match mode {
+            Mode::Shared => true,
+            Mode::Bridged(_) => self.bridges_too,
+            Mode::Host => false,
+        };
+        (concerned && !self.dropped_by.is_empty()).then(|| {
+            format!(
+                "this host drops what it forwards (policy drop of {}), so the guest behind '{tap}' \
+                 reaches nobody beyond unless a rule there accepts it: iptables -I FORWARD -i {tap} \
+                 -j ACCEPT; iptables -I FORWARD -o {tap} -j ACCEPT (or the same in nft)",
+                self.dropped_by.join(" and ")
+            )
+        })
+    }
+}
+
 impl Driver for Tap {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let Tap { source, options } = *self;
@@ -501,6 +563,12 @@ impl Running {
             malformed: AtomicU64::new(0),
         };
         tracing::info!(tap = name, mtu, ?offloads, %engine, queues = queue_states.len(), "opened");
+        if asked.configure
+            && let Some(obstacle) =
+                Tap::forwarding().ok().and_then(|f| f.obstacle(&name, &config.mode))
+        {
+            tracing::warn!("{obstacle}");
+        }
         Ok(Self {
             name,
             queue_states: Arc::new(Mutex::new(queue_states)),

@@ -22,7 +22,7 @@ pub(crate) enum Spec {
     Embedded { network: String, subnet: Option<Ipv4Range> },
     /// A TAP of the kernel. With a mode, the host's end is set up too.
     #[cfg(target_os = "linux")]
-    Tap { name: String, mode: Option<Mode>, engine: vmring::TapEngine },
+    Tap { name: String, mode: Option<Mode>, subnet: Option<Ipv4Range>, engine: vmring::TapEngine },
     /// Apple's vmnet, or on other systems the simulated one.
     Vmnet(Mode),
     /// Reads the packets of a file.
@@ -65,14 +65,18 @@ impl FromStr for Spec {
             #[cfg(target_os = "linux")]
             "tap" => {
                 let name = named("a name", "tap0")?;
-                let (name, mode) = match name.split_once(',') {
-                    None => (name.as_str(), None),
-                    Some((name, mode)) => {
-                        let mode = mode.parse().map_err(|e: vmring::ConfigError| e.to_string());
-                        (name, Some(mode?))
-                    }
-                };
-                Ok(Spec::Tap { name: name.to_owned(), mode, engine: vmring::TapEngine::Auto })
+                let mut parts = name.splitn(3, ',');
+                let name = parts.next().unwrap_or_default().to_owned();
+                let wrong = |error: vmring::ConfigError| error.to_string();
+                let mode = parts.next().map(str::parse).transpose().map_err(wrong)?;
+                let subnet = parts.next().map(str::parse).transpose().map_err(wrong)?;
+                if subnet.is_some() && matches!(mode, Some(Mode::Bridged(_))) {
+                    return Err(format!(
+                        "'{text}' has a subnet, but the network behind a bridge has its own; leave \
+                         it out"
+                    ));
+                }
+                Ok(Spec::Tap { name, mode, subnet, engine: vmring::TapEngine::Auto })
             }
             "pcap" => named("a file", "run.pcapng").map(|file| Spec::Pcap(file.into())),
             "capture" => named("a file", "run.pcapng").map(|file| Spec::Capture(file.into())),
@@ -204,6 +208,17 @@ impl Spec {
         }
     }
 
+    /// What keeps the guest behind this end from what its mode promises, as far as it is known.
+    pub(crate) fn obstacle(&self) -> Option<String> {
+        match self {
+            #[cfg(target_os = "linux")]
+            Spec::Tap { name, mode: Some(mode), .. } => {
+                vmring::Tap::forwarding().ok()?.obstacle(name, mode)
+            }
+            _ => None,
+        }
+    }
+
     pub(crate) fn start(&self, offloads: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
         let builder = || {
             let builder = Interface::builder().offloads(offloads);
@@ -226,12 +241,16 @@ impl Spec {
                 Ok(End { name, interface, replay, recording })
             }
             #[cfg(target_os = "linux")]
-            Spec::Tap { name: tap, mode, engine } => {
+            Spec::Tap { name: tap, mode, subnet, engine } => {
                 // Without a mode the administrator sets up the host's end.
                 let driver = vmring::Tap::named(tap).configure(mode.is_some()).engine(*engine);
                 let builder = match mode {
                     Some(mode) => builder().mode(mode.clone()),
                     None => builder(),
+                };
+                let builder = match subnet {
+                    Some(range) => builder.ipv4(*range),
+                    None => builder,
                 };
                 let interface = started(builder.device(driver))?;
                 Ok(End { name, interface, replay, recording })

@@ -5,7 +5,7 @@ use std::io;
 
 use serde::Serialize;
 use vmring::device::Offloads;
-use vmring::{Interface, Tap, TapEngine, TapError};
+use vmring::{Interface, Tap, TapEngine, TapError, TapForwarding};
 
 use super::device::{self, DeviceInfo};
 use crate::report::{Table, offload_names};
@@ -30,6 +30,53 @@ pub(crate) struct TapInfo {
     offloads: Option<Vec<&'static str>>,
     /// Names of bridges for the mode `bridged:NAME`.
     bridges: Vec<String>,
+    /// How this host forwards the packets of guests; `None` if this process may not see it.
+    forwarding: Option<ForwardingInfo>,
+}
+
+/// [`TapForwarding`] for the report.
+#[derive(Debug, Serialize)]
+struct ForwardingInfo {
+    on: bool,
+    by_vmring: bool,
+    left_on: bool,
+    dropped_by: Vec<String>,
+    bridges_too: bool,
+}
+
+impl From<TapForwarding> for ForwardingInfo {
+    fn from(forwarding: TapForwarding) -> Self {
+        let TapForwarding { on, by_vmring, left_on, dropped_by, bridges_too, .. } = forwarding;
+        Self { on, by_vmring, left_on, dropped_by, bridges_too }
+    }
+}
+
+impl ForwardingInfo {
+    /// Who has switched IPv4 forwarding on, and what that means.
+    fn switch(&self) -> &'static str {
+        match self {
+            Self { on: false, .. } => "off; shared mode switches it on while it runs",
+            Self { left_on: true, .. } => {
+                "left on by a vmring that was killed; the next TAP in host or shared mode puts it \
+                 back, and so does 'sysctl -w net.ipv4.ip_forward=0'"
+            }
+            Self { by_vmring: true, .. } => "on, for a TAP in shared mode",
+            Self { .. } => "on, and not by vmring",
+        }
+    }
+
+    /// What the host does with packets that it forwards.
+    fn policy(&self) -> String {
+        if self.dropped_by.is_empty() {
+            return "no chain drops all".to_owned();
+        }
+        let modes = if self.bridges_too { "shared and bridged mode" } else { "shared mode" };
+        format!(
+            "policy drop of {}: in {modes} a guest reaches nobody beyond this host unless a rule \
+             accepts its TAP",
+            self.dropped_by.join(" and ")
+        )
+    }
 }
 
 /// Tries a TAP in a network namespace of its own, and adds it to the devices.
@@ -52,7 +99,8 @@ pub(crate) fn inspect(mut devices: Vec<DeviceInfo>) -> (Vec<DeviceInfo>, TapInfo
     };
     let opens = why_not.is_none();
     let bridges = bridges();
-    (devices, TapInfo { opens, why_not, engine, why_no_io_uring, offloads, bridges })
+    let forwarding = Tap::forwarding().ok().map(ForwardingInfo::from);
+    (devices, TapInfo { opens, why_not, engine, why_no_io_uring, offloads, bridges, forwarding })
 }
 
 /// The reason why the node cannot be opened, and what helps.
@@ -109,6 +157,15 @@ impl TapInfo {
             ),
             ("bridges", list(self.bridges.iter().map(String::as_str).collect())),
         ];
+        let unknown = || "unknown: needs root and nf_tables".to_owned();
+        let forwarding = self.forwarding.as_ref();
+        let rows = rows.into_iter().chain([
+            (
+                "IPv4 forwarding",
+                forwarding.map_or_else(unknown, |forwarding| forwarding.switch().to_owned()),
+            ),
+            ("forwarded packets", forwarding.map_or_else(unknown, ForwardingInfo::policy)),
+        ]);
         let mut table = Table::default().left();
         for (name, value) in rows {
             table.row([name.to_owned(), value]);
