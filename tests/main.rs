@@ -23,6 +23,7 @@ mod serde;
 mod software;
 #[cfg(target_os = "linux")]
 mod tap;
+mod tap_host;
 #[cfg(target_os = "linux")]
 mod tap_soak;
 #[cfg(target_os = "linux")]

@@ -266,7 +266,7 @@ fn shared_mode_puts_forwarding_and_translation_back() {
         let second = shared("s1", "10.8.0.1/24");
         assert_eq!(forwarding(), "1");
         if has_nft() {
-            let rules = sh("nft list table ip vmring_s0");
+            let rules = sh("nft list table inet vmring_s0");
             for part in ["ip saddr 10.7.0.0/24", "oifname != \"s0\"", "masquerade"] {
                 assert!(rules.contains(part), "{part} is not in {rules}");
             }
@@ -449,7 +449,7 @@ fn what_cannot_be_opened_says_why() {
         assert_eq!(tap_error(Tap::named("tun0")), TapError::NotATap("tun0".to_owned()));
 
         let holder = start(Tap::named("taken")).expect("it starts");
-        assert_eq!(tap_error(Tap::named("taken")), TapError::Taken("taken".to_owned()));
+        assert_eq!(tap_error(Tap::named("taken")), TapError::TakenHere("taken".to_owned()));
         drop(holder);
 
         sh("ip tuntap add solo mode tap && ip tuntap add many mode tap multi_queue");

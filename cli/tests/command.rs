@@ -340,6 +340,9 @@ mod tap {
         assert_eq!(engine == "io_uring", tap["why_no_io_uring"].is_null(), "{tap}");
         assert!(["io_uring", "plain"].contains(&engine), "{engine}");
         assert!(tap["bridges"].is_array(), "{tap}");
+        let forwarding = &tap["forwarding"];
+        let seen = forwarding["on"].is_boolean() && forwarding["dropped_by"].is_array();
+        assert!(forwarding.is_null() || seen, "{tap}");
         assert_eq!(tap["opens"] == true, tap["why_not"].is_null(), "{tap}");
         assert_eq!(device["usable"] == true, device["why_not"].is_null(), "{device}");
         assert_eq!(device["usable"] == true, tap["offloads"].is_array(), "{device} {tap}");
@@ -353,7 +356,13 @@ mod tap {
             assert!(offloads.contains(&offload.into()), "no {offload}: {offloads:?}");
         }
         let output = vmring(&["info"]);
-        for words in ["/dev/net/tun      may be opened", engine, "checksum, tso4", "bridges"] {
+        for words in [
+            "/dev/net/tun      may be opened",
+            engine,
+            "checksum, tso4",
+            "bridges",
+            "forward policy",
+        ] {
             assert!(text(&output.stdout).contains(words), "no {words} in {}", text(&output.stdout));
         }
     }

@@ -34,12 +34,46 @@
 //! # Modes
 //!
 //! * [`Mode::Host`]: the host has the first address of the range on the TAP. A DHCP server on the
-//!   TAP gives the other addresses out.
-//! * [`Mode::Shared`]: like host mode, and the host is the router. The guest's packets leave with
-//!   the host's own address (by an nftables table `vmring_NAME` that belongs to this interface).
-//!   IPv4 forwarding is on while the interface runs.
+//!   TAP gives the other addresses out. Nothing is forwarded from the TAP or to it, by IPv4 or
+//!   IPv6, whatever the host forwards otherwise.
+//! * [`Mode::Shared`]: like host mode, and the host is the router for IPv4. The guest's packets leave
+//!   with the host's own address. From outside only answers reach the guest, and what a rule of the
+//!   operator's sends there (`dnat`). IPv4 forwarding is on while the interface runs.
 //! * [`Mode::Bridged`]: the TAP is a port of the bridge of that name. The network behind the bridge
-//!   assigns the addresses.
+//!   assigns the addresses. The bridge keeps its MAC address, and the TAP has its MTU. If a smaller
+//!   MTU is asked for, the kernel lowers the bridge's until the interface stops.
+//!
+//! In host and shared mode each TAP is a network of its own: guests of two TAPs reach each other only
+//! over a bridge. The rules are in an nftables table `inet vmring_NAME` that belongs to this interface
+//! (Linux 5.2 or later), and count what they drop. A range that was asked for is refused if the host
+//! has it already. Without one, the first free range is taken, beginning with the mode's own.
+//!
+//! If the host itself drops what it forwards, as Docker's `FORWARD` policy does, shared mode reaches
+//! nobody. [`Tap::forwarding`] says so.
+//!
+//! # What a guest cannot do to its host
+//!
+//! A TAP that the interface creates takes nothing from its guest that makes the host a client of it:
+//! no IPv6 router advertisement (a route, an address, an MTU), no redirect, no source route, no ARP for
+//! other addresses of the host. The kernel's switches of the TAP are set before its link is up; in
+//! host and shared mode the rules also drop router advertisements, redirects and packets from
+//! addresses outside the network. Where `/proc/sys` is read-only, a TAP without these rules is refused
+//! unless its IPv6 switches are safe by default.
+//!
+//! A persistent TAP is its operator's affair: its switches stay as they are. What a guest sends to a
+//! bridge's network is the affair of that network, as with any machine on it.
+//!
+//! # IPv4 forwarding
+//!
+//! Shared mode switches `net.ipv4.ip_forward` on if it is off. The last process that needs it puts it
+//! back, unless somebody has written the setting meanwhile. A process that is killed leaves it on; the
+//! next interface of host or shared mode puts it back. The table `vmring/ip_forward` is there as long
+//! as vmring will do so; whoever deletes it keeps forwarding on.
+//!
+//! # Other programs
+//!
+//! udev, systemd-networkd and NetworkManager may change a TAP in the first milliseconds. A start sets
+//! again what they change, and fails with [`TapError::Changed`] if that does not hold.
 //!
 //! # Engines
 //!

@@ -22,9 +22,8 @@ pub enum TapError {
     Name(String),
     /// Another process has the TAP open.
     #[error(
-        "the TAP '{0}' is in use already, by another interface of this process or by another \
-         process: stop that one, choose another name, or open the TAP with several queues on both \
-         sides"
+        "another process uses the TAP '{0}' already: stop that one, choose another name, or open \
+         the TAP with several queues on both sides"
     )]
     Taken(String),
     /// This process has the TAP open, for another interface.

@@ -740,6 +740,31 @@ fn an_end_that_dies_ends_the_bridge_with_its_name() {
     assert!(sentence.starts_with("other: the device failed for good"), "{sentence}");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_tap_has_a_mode_and_a_subnet_if_they_are_named() {
+    let parsed = |text: &str| match spec(text) {
+        Spec::Tap { name, mode, subnet, .. } => (name, mode, subnet),
+        other => panic!("{other:?}"),
+    };
+    let named = |mode, subnet| ("t0".to_owned(), mode, subnet);
+    assert_eq!(parsed("tap:t0"), named(None, None));
+    assert_eq!(parsed("tap:t0,host"), named(Some(vmring::Mode::Host), None));
+    let subnet = "10.7.0.1/24".parse().unwrap();
+    assert_eq!(
+        parsed("tap:t0,shared,10.7.0.1/24"),
+        named(Some(vmring::Mode::Shared), Some(subnet))
+    );
+    for (text, said) in [
+        ("tap:t0,shared,10.7.0.1", "GATEWAY/BITS"),
+        ("tap:t0,10.7.0.1/24", "the mode must be host, shared or bridged:INTERFACE"),
+        ("tap:t0,bridged:br0,10.7.0.1/24", "the network behind a bridge has its own"),
+    ] {
+        let error = text.parse::<Spec>().unwrap_err();
+        assert!(error.contains(said), "{text}: {error}");
+    }
+}
+
 #[test]
 fn ends_are_written_as_a_kind_and_a_name() {
     for text in ["embedded:lab", "pcap:a b.pcapng", "capture:x:y"] {

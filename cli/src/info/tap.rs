@@ -55,13 +55,10 @@ impl ForwardingInfo {
     /// Who has switched IPv4 forwarding on, and what that means.
     fn switch(&self) -> &'static str {
         match self {
-            Self { on: false, .. } => "off; shared mode switches it on while it runs",
-            Self { left_on: true, .. } => {
-                "left on by a vmring that was killed; the next TAP in host or shared mode puts it \
-                 back, and so does 'sysctl -w net.ipv4.ip_forward=0'"
-            }
+            Self { on: false, .. } => "off; shared mode switches it on",
+            Self { left_on: true, .. } => "left on by a killed vmring; the next TAP puts it back",
             Self { by_vmring: true, .. } => "on, for a TAP in shared mode",
-            Self { .. } => "on, and not by vmring",
+            Self { .. } => "on, not by vmring",
         }
     }
 
@@ -70,12 +67,8 @@ impl ForwardingInfo {
         if self.dropped_by.is_empty() {
             return "no chain drops all".to_owned();
         }
-        let modes = if self.bridges_too { "shared and bridged mode" } else { "shared mode" };
-        format!(
-            "policy drop of {}: in {modes} a guest reaches nobody beyond this host unless a rule \
-             accepts its TAP",
-            self.dropped_by.join(" and ")
-        )
+        let modes = if self.bridges_too { "shared and bridged" } else { "shared" };
+        format!("drop ({}): no way out in {modes} mode", self.dropped_by.join(", "))
     }
 }
 
@@ -164,7 +157,7 @@ impl TapInfo {
                 "IPv4 forwarding",
                 forwarding.map_or_else(unknown, |forwarding| forwarding.switch().to_owned()),
             ),
-            ("forwarded packets", forwarding.map_or_else(unknown, ForwardingInfo::policy)),
+            ("forward policy", forwarding.map_or_else(unknown, ForwardingInfo::policy)),
         ]);
         let mut table = Table::default().left();
         for (name, value) in rows {

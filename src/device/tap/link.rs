@@ -191,7 +191,8 @@ impl Netlink {
     /// Keeps the port of a bridge from becoming the way to the root of the spanning tree, whatever its
     /// guest claims (`root_block`). Has no effect on a bridge without a spanning tree.
     pub(crate) fn block_root(&mut self, index: u32) -> Result<(), Error> {
-        let mut request = rt_link::Request::new().op_setlink_do(&interface(index));
+        // RTM_SETLINK does not look at the settings of a port, but RTM_NEWLINK does.
+        let mut request = rt_link::Request::new().op_newlink_do(&interface(index));
         request
             .encode()
             .nested_linkinfo()

@@ -434,3 +434,73 @@ impl Drop for Setup {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::link::testing::{Namespace, run};
+    use super::*;
+
+    #[test]
+    fn what_differs_from_what_was_asked_for_is_said() {
+        let Some(namespace) = Namespace::new(&["ip"]) else { return };
+        namespace.run(|| {
+            run("ip link add v0 address 02:00:00:00:00:01 type veth peer name v1");
+            let mut netlink = Netlink::open().unwrap();
+            let index = netlink.link("v0").unwrap().unwrap().index;
+            let mac = Some(MacAddr6::new(2, 0, 0, 0, 0, 1));
+            let wanted = Wanted { index, name: "v0", mac, mtu: 1400, master: Some(9) };
+            for (said, mend) in [
+                ("its MTU is 1500, and not 1400", "ip link set v0 mtu 1400"),
+                ("it is not a port of the bridge", "ip link add br0 index 9 type bridge"),
+                ("it is not a port of the bridge", "ip link set v0 master br0"),
+                ("its link is down", "ip link set v0 up"),
+            ] {
+                let link = netlink.link_at(index).unwrap().unwrap();
+                assert_eq!(wanted.differs_from(&link).as_deref(), Some(said));
+                run(mend);
+            }
+            let link = netlink.link_at(index).unwrap().unwrap();
+            assert_eq!(wanted.differs_from(&link), None);
+            run("ip link set v0 address 02:00:00:00:00:02");
+            let link = netlink.link_at(index).unwrap().unwrap();
+            let said = "its MAC address is 02:00:00:00:00:02, and not 02:00:00:00:00:01";
+            assert_eq!(wanted.differs_from(&link).unwrap().to_lowercase(), said);
+            let other = Wanted { name: "v9", ..wanted };
+            assert_eq!(other.differs_from(&link).as_deref(), Some("its name is 'v0'"));
+        });
+    }
+
+    /// Goal: what another program changes during the setup is set again.
+    #[test]
+    fn what_another_program_changes_is_set_again() {
+        let Some(namespace) = Namespace::new(&["ip"]) else { return };
+        namespace.run(|| {
+            run("ip link add br0 type bridge");
+            run("ip link add v0 type veth peer name v1");
+            let mut setup = Setup::open().unwrap();
+            let index = setup.find("v0").unwrap().unwrap().index;
+            let master = Some(setup.find("br0").unwrap().unwrap().index);
+            let mac = Some(MacAddr6::new(2, 0, 0, 0, 0, 7));
+            setup.settle(&Wanted { index, name: "v0", mac, mtu: 1300, master }).unwrap();
+            let link = setup.find("v0").unwrap().unwrap();
+            assert_eq!((Some(link.mac), link.mtu, link.master, link.up), (mac, 1300, master, true));
+            let other = Wanted { index, name: "v9", mac: None, mtu: 1300, master: None };
+            let refused = setup.settle(&other);
+            assert!(matches!(refused, Err(Error::Tap(TapError::Changed { .. }))), "{refused:?}");
+            let gone = Wanted { index: 7777, ..other };
+            let refused = setup.settle(&gone);
+            assert!(matches!(refused, Err(Error::Tap(TapError::Gone(_)))), "{refused:?}");
+        });
+    }
+
+    #[test]
+    fn the_address_of_a_port_is_larger_than_that_of_its_bridge() {
+        let random = MacAddr6::new(2, 0, 0, 1, 2, 3);
+        for bridge in ["02:00:00:00:00:00", "fa:16:3e:00:00:01", "fe:54:00:aa:bb:cc"] {
+            let bridge = bridge.parse().unwrap();
+            let port = port_mac(random, bridge);
+            assert!(port > bridge, "{port}");
+            assert!(port.is_local() && port.is_unicast(), "{port}");
+        }
+    }
+}
