@@ -248,7 +248,7 @@ mod tests {
         }
 
         /// Ends as by a kill: the kernel closes the descriptors, and nothing else is done.
-        fn is_killed(mut self) {
+        fn end_by_a_kill(mut self) {
             let held = self.forwarding.as_mut().unwrap().held.take();
             self.rules = None;
             drop(held);
@@ -380,19 +380,19 @@ mod tests {
         let Some(namespace) = Namespace::new(&[]) else { return };
         namespace.run(|| {
             set("0");
-            Holder::start("a").is_killed();
+            Holder::start("a").end_by_a_kill();
             assert!(forwards() && has_mark(), "nobody is there to put it back");
             let next = Holder::start("b");
             assert!(next.changed());
             next.stop();
             assert!(!forwards() && !has_mark());
 
-            Holder::start("a").is_killed();
+            Holder::start("a").end_by_a_kill();
             let living = Holder::start("b");
-            Holder::start("c").is_killed();
+            Holder::start("c").end_by_a_kill();
             tidy(&mut Nft::open().unwrap()).unwrap();
             assert!(forwards(), "one needs it");
-            living.is_killed();
+            living.end_by_a_kill();
             tidy(&mut Nft::open().unwrap()).unwrap();
             assert!(!forwards() && !has_mark());
         });
