@@ -61,7 +61,8 @@ impl InterfaceBuilder {
         self
     }
 
-    /// Sets the network's addresses. Default: the mode's own range.
+    /// Sets the network's addresses. Default: the mode's own range, or on a TAP the first range that
+    /// the host does not use.
     pub fn ipv4(mut self, range: Ipv4Range) -> Self {
         self.config.ipv4 = Some(range);
         self

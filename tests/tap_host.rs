@@ -228,7 +228,7 @@ fn a_port_of_a_bridge_has_no_protocols_of_its_own() {
     in_namespace(|| {
         with_eager_ipv6();
         sh("ip link add br0 type bridge && ip link set br0 up");
-        // The port's number is that of IEEE 802.1AB.
+        // The address is one of those that IEEE 802.1AB uses.
         let lldp = [0x01, 0x80, 0xc2, 0, 0, 0x0e];
         let mut guest = Guest::behind(in_mode(Mode::Bridged("br0".into())), Tap::named("t0"));
         guest.write(&router_advertisement(lldp));
@@ -263,9 +263,9 @@ fn a_redirect_of_a_guest_changes_nothing() {
         sh("ip neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev lan0 nud permanent");
         let [own, router, other] = [1, 254, 77].map(|last| Ipv4Addr::new(192, 0, 2, last));
         let whither = Ipv4Addr::new(198, 51, 100, 9);
-        // An echo reply: the kernel's handler of ICMP errors takes it without a socket.
+        // The kernel's handler of ICMP errors takes an echo reply without a socket.
         let sent = ipv4(own, whither, 1, &[0; 8]);
-        // Type 5, code 1: for this destination there is a better router.
+        // Type 5 with code 1 says that there is a better router for this destination.
         let mut message = [&[5, 1, 0, 0], &other.octets()[..], &sent[..28]].concat();
         let sum = checksum(&[&message]);
         message[2..4].copy_from_slice(&sum);
@@ -385,7 +385,7 @@ fn a_host_network_is_closed_whatever_the_host_forwards() {
             let packet = ipv4(own, address("10.9.0.2"), 17, &udp(1));
             guest.write(&to_host(&guest, 0x0800, &packet));
             guest.write(&to_host(&guest, 0x86dd, &v6("fd00:8::2", "fd00:9::2", 2)));
-            // With an address that is not of its network.
+            // Its address is not of its network.
             let packet = ipv4(address("10.77.0.2"), address("10.9.0.2"), 17, &udp(3));
             guest.write(&to_host(&guest, 0x0800, &packet));
             assert_eq!(outside.received(), [0; 0]);
@@ -412,7 +412,7 @@ fn a_host_network_is_closed_whatever_the_host_forwards() {
             assert!(!shared.gets(6, 7), "it passed");
 
             stage("with an address of the network beyond");
-            // As systemd sets it for every interface.
+            // systemd sets it so for every interface.
             set_switch("ipv4/conf/s0/rp_filter", "2");
             let packet = ipv4(address("10.9.0.77"), address("10.9.0.2"), 17, &udp(11));
             shared.write(&to_host(&shared, 0x0800, &packet));
@@ -478,7 +478,7 @@ impl Process {
         this
     }
 
-    /// SIGKILL.
+    /// Ends it by SIGKILL.
     fn kill(mut self) {
         self.0.kill().expect("it runs");
         self.0.wait().expect("it ends");
@@ -664,7 +664,7 @@ fn a_bridge_keeps_its_address_and_its_mtu() {
                 stage(format!("{ports} ports, round {round}"));
                 sh("ip link add br0 type bridge && ip link set br0 up");
                 if ports == 1 {
-                    // An address that is larger than most.
+                    // Its address is larger than most.
                     sh("ip link add e0 type veth peer name e1");
                     sh("ip link set e0 address f6:ff:ff:00:00:01 mtu 9000 up master br0");
                 }

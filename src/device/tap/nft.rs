@@ -147,7 +147,8 @@ impl Nft {
     /// Makes an empty table in the family `inet` that stays until it is deleted, whatever becomes of
     /// this process. `comment` is shown with it. A table of that name is replaced.
     pub(super) fn mark(&mut self, name: &str, comment: &str) -> Result<(), Refusal> {
-        // An attribute as libnftnl writes it: the type of a comment, the length, the text and a zero.
+        // This is an attribute as libnftnl writes it: the type of a comment, the length, the text and
+        // a zero.
         const COMMENT: u8 = 0;
         let mut data = vec![COMMENT, comment.len() as u8 + 1];
         data.extend(comment.bytes().chain([0]));

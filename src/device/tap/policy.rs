@@ -61,8 +61,8 @@ fn legacy_drops() -> io::Result<bool> {
     Ok(policy(&info, &entries) == Some(DROPPED))
 }
 
-// The kernel's `include/uapi/linux/netfilter_ipv4/ip_tables.h`: the numbers of the questions, and
-// places in the answers, in bytes. The numbers in the answers have the processor's byte order.
+// These are from the kernel's `include/uapi/linux/netfilter_ipv4/ip_tables.h`: the numbers of the
+// questions, and places in the answers, in bytes. The numbers in the answers have the processor's byte order.
 const GET_INFO: c_int = 64;
 const GET_ENTRIES: c_int = 65;
 /// `struct ipt_getinfo`: a name of 32 bytes, the hooks, 5 starts, 5 policies, two counts.

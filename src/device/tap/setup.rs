@@ -184,7 +184,7 @@ impl Setup {
             _ if asked.host_mac.is_some() => asked.host_mac,
             _ if !asked.fresh => None,
             Some(bridge) => Some(port_mac(link.mac, bridge.mac)),
-            // The address that it has anyway. Once it is set, it is no longer one that the kernel has
+            // It keeps the address that it has. Once that is set, it is no longer one that the kernel has
             // chosen at random, which udev replaces (MACAddressPolicy= of systemd.link(5)).
             None => Some(link.mac),
         };
@@ -336,7 +336,7 @@ impl Setup {
         if let Some(range) = range {
             range.check().map_err(|error| ConfigError::Invalid(error.to_string()))?;
         }
-        // Until the end of the setup, so that no other process takes the same range.
+        // The lock is held until the end of the setup, so that no other process takes the same range.
         let locking = |refusal: Refusal| refusal.into_error("waiting for vmring's lock");
         let nft = self.nft.insert(Nft::open().map_err(locking)?);
         nft.lock().map_err(locking)?;
@@ -464,7 +464,7 @@ mod tests {
             run("ip link set v0 address 02:00:00:00:00:02");
             let link = netlink.link_at(index).unwrap().unwrap();
             let said = "its MAC address is 02:00:00:00:00:02, and not 02:00:00:00:00:01";
-            assert_eq!(wanted.differs_from(&link).unwrap().to_lowercase(), said);
+            assert_eq!(wanted.differs_from(&link).as_deref(), Some(said));
             let other = Wanted { name: "v9", ..wanted };
             assert_eq!(other.differs_from(&link).as_deref(), Some("its name is 'v0'"));
         });

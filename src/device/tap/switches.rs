@@ -89,7 +89,7 @@ const PORT: &[Switch] = &[
     v6("disable_ipv6", 1),
     v4("forwarding", 0),
     v4("rp_filter", 1),
-    // 8: the port answers no ARP request.
+    // With 8, the port answers no ARP request.
     v4("arp_ignore", 8),
     v4("arp_announce", 2),
     v4("send_redirects", 0),
