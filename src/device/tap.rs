@@ -60,8 +60,9 @@
 //! addresses outside the network. Where `/proc/sys` is read-only, a TAP without these rules is refused
 //! unless its IPv6 switches are safe by default.
 //!
-//! A persistent TAP is its operator's affair: its switches stay as they are. What a guest sends to a
-//! bridge's network is the affair of that network, as with any machine on it.
+//! A persistent TAP is its operator's affair: its switches stay as they are. If a process is killed
+//! that has set one up ([`Tap::configure`]), the address, the MTU and the bridge stay, too. What a
+//! guest sends to a bridge's network is the affair of that network, as with any machine on it.
 //!
 //! # IPv4 forwarding
 //!
