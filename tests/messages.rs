@@ -139,9 +139,9 @@ fn a_tap_that_is_opened_twice_in_one_process_is_not_blamed_on_another() {
         let start = || Interface::builder().device(Tap::named("twice")).start();
         let _first = start().unwrap();
         let error = start().unwrap_err();
-        assert!(matches!(error, Error::Tap(TapError::Taken(_))), "{error:?}");
-        says(&error, &["'twice' is in use already", "another interface of this process"]);
-        says(&error, &["or by another process", "stop that one", "several queues"]);
+        assert!(matches!(error, Error::Tap(TapError::TakenHere(_))), "{error:?}");
+        says(&error, &["this process uses the TAP 'twice' already", "stop that interface"]);
+        says(&error, &["choose another name", "several rings on one interface"]);
     });
 }
 

@@ -45,6 +45,7 @@ fn is_the_arguments_fault(error: &Error) -> bool {
                 TapError::Name(_)
                     | TapError::NotATap(_)
                     | TapError::NoBridge(_)
+                    | TapError::SubnetTaken { .. }
                     | TapError::QueueMismatch { .. }
                     | TapError::Setting(_)
             )
@@ -80,13 +81,15 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_name_that_no_tap_can_have_is_a_usage_error_and_a_busy_tap_is_not() {
+    fn what_no_tap_can_have_is_a_usage_error_and_a_busy_tap_is_not() {
         use vmring::TapError;
         let name = || "lo".to_owned();
         assert_eq!(code(TapError::Name(name())), 2);
         assert_eq!(code(TapError::NotATap(name())), 2);
         assert_eq!(code(TapError::NoBridge(name())), 2);
         assert_eq!(code(TapError::QueueMismatch { name: name(), multi: true }), 2);
+        let (subnet, by) = ("192.168.64.0/24".to_owned(), "'eth0' has it".to_owned());
+        assert_eq!(code(TapError::SubnetTaken { subnet, by, free: None }), 2);
         assert_eq!(code(TapError::NoTun), 1);
         assert_eq!(code(TapError::Taken(name())), 1);
         assert_eq!(code(TapError::Gone(name())), 1);
