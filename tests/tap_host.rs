@@ -900,7 +900,7 @@ fn a_refusal_names_its_cause_and_its_remedy() {
         assert!(twice.contains("this process uses the TAP 't0' already"), "{twice}");
         let other = Process::start("s1");
         let taken = refused(Mode::Host, "s1");
-        assert!(taken.contains("'s1' is in use by another process"), "{taken}");
+        assert!(taken.contains("another process uses the TAP 's1' already"), "{taken}");
         other.end();
     });
 }

@@ -30,8 +30,8 @@ fn an_interface_that_is_no_tap_and_a_missing_bridge_are_usage_errors() {
         return;
     }
     for (end, words) in [
-        ("tap:lo", ["'lo' is an interface of another kind", "choose another name"]),
-        ("tap:vmr0,bridged:nowhere", ["no bridge 'nowhere'", "ip link add nowhere type bridge"]),
+        ("tap:lo", ["'lo' is an interface of this host, but no TAP", "choose another name"]),
+        ("tap:vmr0,bridged:nowhere", ["no bridge 'nowhere'", "ip link add br0 type bridge"]),
         ("tap:vmr0,bridged:lo", ["no bridge 'lo'", "name one that is there"]),
     ] {
         let arguments = ["bridge", end, "embedded:other"];
