@@ -1,5 +1,7 @@
 //! Captures record exactly what was on the wire, in a file that another reader understands.
 
+mod forms;
+
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -11,9 +13,7 @@ use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
 use vmring::device::pcap::{Capture, Replay};
-use vmring::{
-    ConfigError, Direction, Embedded, Error, Interface, Loopback, RetryPolicy, Ring, RingOp, Status,
-};
+use vmring::{Direction, Embedded, Error, Interface, Loopback, RetryPolicy, Ring, RingOp, Status};
 
 use crate::support::{
     every_way, guarded, inline, number_of, packet, packet_between, post, reap_n, send, unique,
@@ -400,7 +400,8 @@ fn a_replay_leaves_out_what_is_no_whole_packet_and_counts_it() {
     assert_eq!(reap_n(&mut ring, 1)[0].result, Ok(9000));
     ring.cancel_and_wait(Duration::from_secs(10)).unwrap();
     assert_eq!(replay.left(), 0);
-    assert_eq!(interface.drops(), [("recorded incompletely", 1), ("too big", 1)]);
+    let drops: Vec<_> = interface.drops().into_iter().filter(|(_, n)| *n > 0).collect();
+    assert_eq!(drops, [("recorded incompletely", 1), ("too big", 1)]);
 }
 
 /// A simple packet block has no captured length, only the length on the wire.
@@ -427,27 +428,15 @@ fn a_simple_packet_is_replayed_without_its_padding() {
 }
 
 #[test]
-fn a_file_that_cannot_be_replayed_is_refused_at_once() {
-    let good = pcap(DataLink::ETHERNET, &whole(&[packet(0, 100), packet(1, 100)]));
-    for (name, bytes) in [
-        ("cut", &good[..good.len() - 1]),
-        ("text", &b"this is no capture at all, whoever wrote it"[..]),
-        ("short", &b"ab"[..]),
-        ("empty", &b""[..]),
-    ] {
-        let file = Scratch::holding(name, bytes);
-        let error = Replay::open(&file.0).unwrap_err();
-        assert!(matches!(error, Error::Io { what: "reading the capture", .. }), "{name}: {error}");
-    }
-    let file = Scratch::holding("raw IP", &pcap(DataLink::RAW, &whole(&[packet(0, 100)])));
-    let error = Replay::open(&file.0).unwrap_err();
-    let expected = "the capture's link type is RAW, but only Ethernet can be replayed";
-    assert!(matches!(error, Error::Config(ConfigError::Invalid(text)) if text == expected));
-    assert!(matches!(Replay::open("no such file"), Err(Error::Io { .. })));
+fn a_replay_that_cannot_start_says_why() {
+    let missing = Replay::open("no such file");
+    assert!(matches!(missing, Err(Error::Io { what: "reading the capture", .. })), "{missing:?}");
     let mut offload = vmring::device::Offloads::default();
     offload.checksum = true;
     let started = Interface::builder().offloads(offload).device(Replay::nothing()).start();
     assert!(matches!(started, Err(Error::NotSupported { .. })));
+    let started = Interface::builder().mtu(99).device(Replay::nothing()).start();
+    assert!(matches!(started, Err(Error::Config(_))));
 }
 
 #[test]

@@ -137,7 +137,8 @@ Ends:
                                    use if none is given
   vmnet[:MODE]                     Apple's vmnet; elsewhere vmnet-sim, the
                                    simulated one
-  pcap:FILE                        replays the packets of a pcap or pcapng file
+  pcap:FILE                        replays the Ethernet packets of a pcap or
+                                   pcapng file, and counts what it cannot replay
   capture:FILE                     records the packets written to it as pcapng
 Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10

@@ -17,9 +17,13 @@
 //!
 //! [`Replay`] is the opposite: a device that reads its packets out of such a file.
 
+mod blocks;
 mod capture;
+mod classic;
 mod error;
+mod record;
 mod replay;
+mod source;
 
 pub use capture::{Capture, Recorded};
 pub use replay::Replay;

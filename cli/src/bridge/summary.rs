@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde::Serialize;
+use vmring::device::pcap::Replay;
 
 use super::forwarding::Bridge;
 use super::limits::TICK;
@@ -34,6 +35,8 @@ pub(crate) struct EndSummary {
     pub(crate) mtu: u32,
     pub(crate) max_packet_size: u32,
     pub(crate) offloads: Vec<&'static str>,
+    /// What is wrong with the file that is replayed, in a sentence.
+    pub(crate) note: Option<String>,
     /// Packets that the end's device, its whole network or its file has dropped.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
 }
@@ -61,12 +64,13 @@ pub(crate) struct DirectionSummary {
 impl Summary {
     pub(super) fn of(bridge: &Bridge, time: Duration, cpu: Duration) -> Self {
         let end = |i: usize| {
-            let End { name, interface, .. } = &bridge.ends[i];
+            let End { name, interface, replay, .. } = &bridge.ends[i];
             EndSummary {
                 name: name.clone(),
                 mtu: interface.mtu(),
                 max_packet_size: interface.max_packet_size(),
                 offloads: offload_names(bridge.ends[i].offloads()),
+                note: replay.as_ref().and_then(Replay::note).map(str::to_owned),
                 drops_by_reason: bridge.dropped_at(i).into_iter().collect(),
             }
         };
@@ -149,6 +153,9 @@ impl Summary {
             }
         }
         for end in &self.ends {
+            if let Some(note) = &end.note {
+                let _ = writeln!(text, "About {}: {note}", end.name);
+            }
             for (why, n) in &end.drops_by_reason {
                 let _ = writeln!(text, "Dropped by {}: {} {why}", end.name, grouped(*n));
             }

@@ -2,30 +2,21 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::mem;
+use std::path::Path;
 use std::sync::Arc;
 
-use pcap_file::DataLink;
-use pcap_file::pcap::PcapReader;
-use pcap_file::pcapng::{Block, PcapNgReader};
-use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
-use super::error::into_io;
+use super::record::{Record, Stop, Unfit};
+use super::source::{Source, note, open_file};
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
 use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status};
-use crate::sync::Mutex;
+use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::sys::lock;
-
-/// The first four bytes of a pcapng file. They are the same in either byte order.
-const PCAPNG_MAGIC: [u8; 4] = [0x0a, 0x0d, 0x0d, 0x0a];
-/// The length of the largest packet that is replayed, in bytes: the largest IP packet and an
-/// Ethernet header.
-const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 
 /// A driver whose device reads the packets of a capture file (pcap or pcapng), as fast as reads are
 /// posted. It takes writes and discards them.
@@ -41,11 +32,20 @@ const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 /// # Ok::<(), vmring::Error>(())
 /// ```
 ///
-/// The interface's `max_packet_size` is at least the length of the file's longest packet. Packets
-/// that were recorded incompletely, and those of more than 65,549 bytes, are left out and counted
-/// in [`Interface::drops`](crate::Interface::drops). All packets of a recorded interface are
-/// replayed, both those that it had received and those that it had sent. Clones are handles to one
-/// replay, which can be started once.
+/// Every whole Ethernet packet is replayed, in the order of the file, whether its interface had
+/// received or sent it. A frame check sequence is cut off, because a device adds its own. Timestamps
+/// are not looked at. What cannot be replayed is left out and counted by its reason in
+/// [`Interface::drops`](crate::Interface::drops): packets that were recorded incompletely, packets
+/// of more than 65,549 bytes, packets of an interface that is not Ethernet or that the file does not
+/// describe, and records that contradict themselves. A file that is cut off or damaged is replayed up
+/// to there, and [`note`](Self::note) says so.
+///
+/// It reads pcap in either byte order, with timestamps in microseconds or nanoseconds, in the
+/// versions 2.0 to 2.4, and in the modified form with the magic number `0xa1b2cd34`; and pcapng of
+/// version 1, with any number of sections. Blocks and options that it does not know are skipped.
+///
+/// The interface's `max_packet_size` is at least the length of the file's longest packet. Clones are
+/// handles to one replay, which can be started once.
 ///
 /// The poller's thread reads the file.
 #[derive(Clone)]
@@ -54,17 +54,26 @@ pub struct Replay {
 }
 
 struct State {
-    path: Option<PathBuf>,
     /// The number of packets that can be replayed, and the length of the longest.
     packets: u64,
     len_max: usize,
+    note: Option<String>,
     /// How many of them have not been read yet.
     left: AtomicU64,
-    truncated: AtomicU64,
-    too_big: AtomicU64,
+    /// Packets that were left out, by reason.
+    unfit: [AtomicU64; Unfit::ALL.len()],
     discarded: AtomicU64,
-    /// `None` before the start and after the last packet.
-    source: Mutex<Option<Source>>,
+    file: Mutex<Reading>,
+}
+
+enum Reading {
+    /// There is no file.
+    Nothing,
+    /// The file, and how many of its bytes are read.
+    Ready(File, u64),
+    Running(Source),
+    /// No packet is left to read.
+    Ended,
 }
 
 impl fmt::Debug for Replay {
@@ -74,42 +83,51 @@ impl fmt::Debug for Replay {
 }
 
 impl Replay {
-    /// Opens a capture file. The whole file is read once, so that an error in it is found now.
+    /// Opens a capture file, which must be a regular file. All of it is read once, so that its
+    /// packets are counted and a damage in it is known now. What is appended to it later is not
+    /// replayed.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be read, or if any part of it is not in a capture's format.
-    /// [`ConfigError::Invalid`] if its packets are not Ethernet frames.
+    /// [`Error::Io`] if the file cannot be read. [`ConfigError::Invalid`] with a sentence if it is not
+    /// a regular file, if it begins like no pcap or pcapng file, or if it has no Ethernet interface.
+    /// A pipe is refused at once, without waiting for its writer.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
-        let path = path.as_ref();
-        let mut source = Source::open(path)?;
+        let failed = |error| Error::io("reading the capture")(error);
+        let file = open_file(path.as_ref())?;
+        let len = file.metadata().map_err(failed)?.len();
+        let mut source = Source::open(file.try_clone().map_err(failed)?, len)?;
         let (mut packets, mut len_max) = (0, 0);
-        while let Some(len) = source.next(|packet| packet.fitting().map(<[u8]>::len).ok())? {
-            if let Some(len) = len {
-                packets += 1;
-                len_max = len_max.max(len);
+        let stop = loop {
+            match source.next() {
+                Ok(Record::Packet(packet)) => {
+                    packets += 1;
+                    len_max = len_max.max(packet.len());
+                }
+                Ok(Record::Unfit(_)) => {}
+                Err(Stop::Io(error)) => return Err(failed(error)),
+                Err(stop) => break stop,
             }
-        }
-        Ok(Self::new(Some(path.to_owned()), packets, len_max))
+        };
+        source.check_link()?;
+        Ok(Self::new(Reading::Ready(file, len), packets, len_max, note(&stop, source.at())))
     }
 
     /// Returns a driver whose device has no packets. Wrapped in a [`Capture`](super::Capture), it
     /// records what is written.
     pub fn nothing() -> Self {
-        Self::new(None, 0, 0)
+        Self::new(Reading::Nothing, 0, 0, None)
     }
 
-    fn new(path: Option<PathBuf>, packets: u64, len_max: usize) -> Self {
-        let count = AtomicU64::new;
+    fn new(file: Reading, packets: u64, len_max: usize, note: Option<String>) -> Self {
         let state = State {
-            path,
             packets,
             len_max,
-            left: count(packets),
-            truncated: count(0),
-            too_big: count(0),
-            discarded: count(0),
-            source: Mutex::new(None),
+            note,
+            left: AtomicU64::new(packets),
+            unfit: Unfit::ALL.map(|_| AtomicU64::new(0)),
+            discarded: AtomicU64::new(0),
+            file: Mutex::new(file),
         };
         Self { state: Arc::new(state) }
     }
@@ -123,6 +141,12 @@ impl Replay {
     pub fn left(&self) -> u64 {
         self.state.left.load(Ordering::Relaxed)
     }
+
+    /// Returns a sentence that says where the file is cut off or damaged. `None` if it ends behind a
+    /// whole record.
+    pub fn note(&self) -> Option<&str> {
+        self.state.note.as_deref()
+    }
 }
 
 impl Driver for Replay {
@@ -134,15 +158,18 @@ impl Driver for Replay {
             let sentence = format!("a replay's MTU must be 1280 to 65,521 bytes, not {mtu}");
             return Err(ConfigError::Invalid(sentence).into());
         }
-        if let Some(path) = &self.state.path {
-            let mut source = lock(&self.state.source);
-            if source.is_some() || self.left() < self.packets() {
+        let mut file = lock(&self.state.file);
+        *file = match mem::replace(&mut *file, Reading::Ended) {
+            Reading::Nothing => Reading::Nothing,
+            Reading::Ready(file, len) => Reading::Running(Source::open(file, len)?),
+            running => {
+                *file = running;
                 let sentence =
                     "a replay runs once; to run it again, open the file again".to_owned();
                 return Err(ConfigError::Invalid(sentence).into());
             }
-            *source = Some(Source::open(path)?);
-        }
+        };
+        drop(file);
         let info = InterfaceInfo::new(
             config,
             mac_of(config),
@@ -179,11 +206,10 @@ impl Device for ReplayDevice {
     }
 
     fn drops(&self) -> Vec<(&'static str, u64)> {
-        let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        vec![
-            ("recorded incompletely", count(&self.state.truncated)),
-            ("too big", count(&self.state.too_big)),
-        ]
+        let count = |(unfit, name): (Unfit, _)| {
+            (name, self.state.unfit[unfit as usize].load(Ordering::Relaxed))
+        };
+        Unfit::ALL.into_iter().map(count).collect()
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -197,35 +223,46 @@ struct ReplayQueue {
 }
 
 impl ReplayQueue {
-    fn read(&self, cx: &mut PollContext<'_>) -> Result<Progress, Error> {
-        let mut source = lock(&self.state.source);
+    fn read(&self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        let mut file = lock(&self.state.file);
         // After the last packet that can be replayed, read on to the end of the file: packets that
         // are left out there count as dropped, too.
-        while let Some(file) = &mut *source
+        while let Reading::Running(source) = &mut *file
             && (cx.reads() > 0 || self.state.left.load(Ordering::Relaxed) == 0)
         {
-            let taken = file.next(|packet| match packet.fitting() {
-                Ok(bytes) => {
-                    let Some(mut slot) = cx.take_read() else { return };
-                    // `max_packet_size` is at least the longest packet's length, so the packet
-                    // fits, unless another file has been written there since `open`. In that case
-                    // `complete_read` refuses the length.
-                    let buffer = slot.buffer_mut();
-                    let n = bytes.len().min(buffer.len());
-                    buffer[..n].copy_from_slice(&bytes[..n]);
-                    cx.complete_read(slot, bytes.len());
-                    let left = &self.state.left;
-                    left.store(left.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
+            match source.next() {
+                Ok(Record::Packet(bytes)) => self.replay(cx, bytes),
+                Ok(Record::Unfit(unfit)) => add_one(&self.state.unfit[unfit as usize]),
+                Err(stop) => {
+                    if let Stop::Cut { packet: true } = stop {
+                        add_one(&self.state.unfit[Unfit::Cut as usize]);
+                    }
+                    self.state.left.store(0, Ordering::Relaxed);
+                    *file = Reading::Ended;
+                    if let Stop::Io(error) = stop {
+                        tracing::error!(%error, "the replay failed");
+                        return Err(Status::Failure);
+                    }
                 }
-                Err(Unfit::Truncated) => add_one(&self.state.truncated),
-                Err(Unfit::TooBig) => add_one(&self.state.too_big),
-            })?;
-            if taken.is_none() {
-                self.state.left.store(0, Ordering::Relaxed);
-                *source = None;
             }
         }
-        Ok(if source.is_some() { Progress::More } else { Progress::Idle })
+        let running = matches!(*file, Reading::Running(_));
+        Ok(if running { Progress::More } else { Progress::Idle })
+    }
+
+    fn replay(&self, cx: &mut PollContext<'_>, packet: &[u8]) {
+        let Some(mut slot) = cx.take_read() else {
+            // Somebody has changed the file since it was counted: now it has more packets.
+            return add_one(&self.state.unfit[Unfit::Malformed as usize]);
+        };
+        // `max_packet_size` is at least the longest packet's length, so the packet fits, unless the
+        // file was changed. In that case `complete_read` refuses the length.
+        let buffer = slot.buffer_mut();
+        let n = packet.len().min(buffer.len());
+        buffer[..n].copy_from_slice(&packet[..n]);
+        cx.complete_read(slot, packet.len());
+        let left = &self.state.left;
+        left.store(left.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
     }
 }
 
@@ -239,100 +276,6 @@ impl Queue for ReplayQueue {
             add_one(&self.state.discarded);
             cx.complete_write(slot);
         }
-        self.read(cx).map_err(|error| {
-            tracing::error!(%error, "the replay failed");
-            Status::Failure
-        })
-    }
-}
-
-/// A packet of the file.
-struct Packet<'a> {
-    bytes: &'a [u8],
-    /// The packet's length on the wire, in bytes.
-    len: usize,
-}
-
-/// Why a packet is not replayed.
-enum Unfit {
-    Truncated,
-    TooBig,
-}
-
-impl<'a> Packet<'a> {
-    /// Removes padding behind the packet. (The reader of simple packet blocks does not remove it.)
-    fn new(bytes: &'a [u8], len: u32) -> Self {
-        let len = len as usize;
-        Self { bytes: &bytes[..bytes.len().min(len)], len }
-    }
-
-    fn fitting(&self) -> Result<&'a [u8], Unfit> {
-        if self.bytes.len() < self.len {
-            Err(Unfit::Truncated)
-        } else if self.bytes.len() > LEN_MAX {
-            Err(Unfit::TooBig)
-        } else {
-            Ok(self.bytes)
-        }
-    }
-}
-
-/// A capture file that is being read.
-enum Source {
-    Pcap(PcapReader<Box<dyn Read + Send>>),
-    PcapNg(PcapNgReader<Box<dyn Read + Send>>),
-}
-
-const READING: &str = "reading the capture";
-
-fn ethernet(link: DataLink) -> Result<(), Error> {
-    if link == DataLink::ETHERNET {
-        return Ok(());
-    }
-    let sentence =
-        format!("the capture's link type is {link:?}, but only Ethernet can be replayed");
-    Err(ConfigError::Invalid(sentence).into())
-}
-
-impl Source {
-    fn open(path: &Path) -> Result<Self, Error> {
-        let mut file = File::open(path).map_err(Error::io(READING))?;
-        let mut magic = [0; 4];
-        file.read_exact(&mut magic).map_err(Error::io(READING))?;
-        let whole: Box<dyn Read + Send> = Box::new(io::Cursor::new(magic).chain(file));
-        let failed = |error| Error::io(READING)(into_io(error));
-        if magic == PCAPNG_MAGIC {
-            return PcapNgReader::new(whole).map(Source::PcapNg).map_err(failed);
-        }
-        let reader = PcapReader::new(whole).map_err(failed)?;
-        ethernet(reader.header().datalink)?;
-        Ok(Source::Pcap(reader))
-    }
-
-    /// Calls `f` with the next packet and returns its result. Returns `None` at the end of the
-    /// file.
-    fn next<T>(&mut self, f: impl FnOnce(Packet<'_>) -> T) -> Result<Option<T>, Error> {
-        let failed = |error| Error::io(READING)(into_io(error));
-        match self {
-            Source::Pcap(reader) => {
-                let Some(packet) = reader.next_packet() else { return Ok(None) };
-                let packet = packet.map_err(failed)?;
-                Ok(Some(f(Packet::new(&packet.data, packet.orig_len))))
-            }
-            Source::PcapNg(reader) => loop {
-                let Some(block) = reader.next_block() else { return Ok(None) };
-                let (data, len) = match block.map_err(failed)? {
-                    Block::InterfaceDescription(interface) => {
-                        ethernet(interface.linktype)?;
-                        continue;
-                    }
-                    Block::EnhancedPacket(packet) => (packet.data, packet.original_len),
-                    Block::SimplePacket(packet) => (packet.data, packet.original_len),
-                    Block::Packet(packet) => (packet.data, packet.original_len),
-                    _ => continue,
-                };
-                return Ok(Some(f(Packet::new(&data, len))));
-            },
-        }
+        self.read(cx)
     }
 }
