@@ -65,3 +65,32 @@ pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
     // call. The kernel writes only `revents`, for which every value is valid.
     unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
 }
+
+/// Blocks SIGPIPE for the calling thread, so that writing to a pipe or socket without a reader is an
+/// error, in programs that leave the signal at its default too.
+#[cfg(feature = "pcap")]
+pub(crate) fn block_sigpipe() {
+    let mut set = std::mem::MaybeUninit::uninit();
+    // SAFETY: `sigemptyset` initializes the set before the others read it, and the pointers are used
+    // during the calls only. The mask is the calling thread's own.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+    }
+}
+
+/// Makes reads and writes of `fd` wait.
+#[cfg(feature = "pcap")]
+pub(crate) fn set_blocking(fd: std::os::fd::BorrowedFd<'_>) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+
+    // SAFETY: F_GETFL takes no argument, and the borrow keeps the descriptor open.
+    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    let flags = if flags < 0 { flags } else { flags & !libc::O_NONBLOCK };
+    // SAFETY: F_SETFL takes a number and no pointer, and the borrow keeps the descriptor open.
+    if flags < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}

@@ -13,7 +13,8 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 //!
-//! The poller's thread writes to the file, one block per packet, through a buffer.
+//! A thread of the capture's own writes the file. Each packet is there within about 100 ms, so a
+//! capture can be watched live through a named pipe, and is readable after the process was killed.
 //!
 //! [`Replay`] is the opposite: a device that reads its packets out of such a file.
 
@@ -24,6 +25,7 @@ mod error;
 mod record;
 mod replay;
 mod source;
+mod spool;
 
 pub use capture::{Capture, Recorded};
 pub use replay::Replay;

@@ -2,29 +2,31 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::os::fd::BorrowedFd;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pcap_file::DataLink;
 use pcap_file::pcapng::PcapNgWriter;
-use pcap_file::pcapng::blocks::PcapNgBlock;
 use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
 use pcap_file::pcapng::blocks::interface_description::{
     InterfaceDescriptionBlock, InterfaceDescriptionOption,
 };
+use pcap_file::pcapng::blocks::{ENHANCED_PACKET_BLOCK, PcapNgBlock};
 
 use super::error::into_io;
+use super::spool::{Spool, Stage};
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
 use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
-use crate::error::{Error, Status};
-use crate::sync::Mutex;
-use crate::sys::lock;
+use crate::error::{ConfigError, Error, Status};
+use crate::sys::set_blocking;
 
 /// Bits 0 and 1 of `epb_flags` (draft-ietf-opsawg-pcapng, section 4.3.1): 1 is inbound, 2 is
 /// outbound. Here the direction is that seen from the guest.
@@ -33,18 +35,23 @@ const OUTBOUND: u32 = 2;
 /// The value of `if_tsresol` for timestamps in nanoseconds (10^-9 seconds).
 const NANOSECONDS: u8 = 9;
 
+/// The most bytes that a packet's block has besides the packet: its fields, the padding, the options.
+const BLOCK_LEN_MAX: usize = 64;
+
 /// A pcapng file in which any number of interfaces are recorded. Clones are handles to one file.
+///
+/// A thread of the capture's own writes the file, so that a slow disk, or a program that reads a
+/// pipe slowly, does not hold up the network. A packet is written at the latest about 100 ms after
+/// it came, so it can be watched live and is in the file even if the process is killed. The thread
+/// ends with the last handle, which waits up to 5 seconds for it.
+///
+/// 4 MiB may wait to be written. If there is no space for a packet, the poller's thread waits for it
+/// up to a second. After that it does not wait again: packets without space are left out of the
+/// recording until something was written, [`lost`](Self::lost) counts them, and the next packet of
+/// their interface has their number in the file (`epb_dropcount`).
 #[derive(Clone)]
 pub struct Capture {
-    file: Arc<Mutex<Recorder>>,
-}
-
-struct Recorder {
-    writer: PcapNgWriter<BufWriter<Box<dyn Write + Send>>>,
-    interfaces: u32,
-    packets: u64,
-    /// The first error. Nothing is written after it.
-    failed: Option<io::Error>,
+    spool: Arc<Spool<Blocks>>,
 }
 
 impl fmt::Debug for Capture {
@@ -56,28 +63,45 @@ impl fmt::Debug for Capture {
 impl Capture {
     /// Creates the file, or empties it if it exists, and writes the capture's header.
     ///
+    /// It may be a named pipe, for example one that Wireshark reads (`wireshark -k -i PIPE`). The
+    /// reader must be there first. If the reader goes away, the capture has failed, and the network
+    /// goes on.
+    ///
     /// # Errors
     ///
     /// [`Error::Io`] if the file cannot be created or the header cannot be written. In the second
-    /// case an empty file stays behind.
+    /// case an empty file stays behind. [`ConfigError::Invalid`] if it is a pipe that nobody reads.
     pub fn create(path: impl AsRef<Path>) -> Result<Self, Error> {
-        let file = File::create(path).map_err(Error::io("creating the capture file"))?;
+        const CREATING: &str = "creating the capture file";
+        let path = path.as_ref();
+        let mut options = File::options();
+        // Without this flag, opening a pipe waits for a reader, and nothing could interrupt that.
+        options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+        let file = options.open(path).map_err(|error| {
+            let is_pipe = fs::metadata(path).is_ok_and(|file| file.file_type().is_fifo());
+            if is_pipe && error.raw_os_error() == Some(libc::ENXIO) {
+                let sentence = "no program reads the pipe; start the reader first";
+                return ConfigError::Invalid(sentence.to_owned()).into();
+            }
+            Error::io(CREATING)(error)
+        })?;
+        set_blocking(file.as_fd()).map_err(Error::io(CREATING))?;
         Self::to_writer(file)
     }
 
-    /// Records to any writer. The header is written and flushed now, so that a writer that takes
-    /// nothing is found before the first packet comes.
+    /// Records to any writer, on a thread of the capture's own. The header is written and flushed
+    /// now, so that a writer that takes nothing is found before the first packet comes. Each later
+    /// `write` is followed by a `flush`, and begins and ends with a whole block.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the header cannot be written.
+    /// [`Error::Io`] if the header cannot be written, or not within 5 seconds.
     pub fn to_writer(writer: impl Write + Send + 'static) -> Result<Self, Error> {
-        let writer: Box<dyn Write + Send> = Box::new(writer);
-        let mut writer = PcapNgWriter::new(BufWriter::with_capacity(1 << 20, writer))
-            .map_err(|error| Error::io("writing the capture")(into_io(error)))?;
-        writer.get_mut().flush().map_err(Error::io("writing the capture"))?;
-        let recorder = Recorder { writer, interfaces: 0, packets: 0, failed: None };
-        Ok(Self { file: Arc::new(Mutex::new(recorder)) })
+        let failed = |error| Error::io("writing the capture")(error);
+        let stage = Blocks::new().map_err(failed)?;
+        let spool = Spool::start(stage, Box::new(writer)).map_err(failed)?;
+        spool.finish().map_err(failed)?;
+        Ok(Self { spool: Arc::new(spool) })
     }
 
     /// Returns a driver that starts `inner` and records its packets. `name` is the interface's name
@@ -88,34 +112,53 @@ impl Capture {
 
     /// Returns how many packets were recorded so far.
     pub fn packets(&self) -> u64 {
-        lock(&self.file).packets
+        self.spool.lock().packets()
     }
 
-    /// Flushes the buffer to the file. A queue that is closed has done this already.
+    /// Returns how many packets were left out of the recording, because the writer was too slow. No
+    /// packet on the wire was lost by that.
+    pub fn lost(&self) -> u64 {
+        self.spool.lock().lost
+    }
+
+    /// Waits until everything is written. A queue that is closed has done this already, for up to a
+    /// second.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] with the first error since the capture was created, for example because the
-    /// disk is full. Packets that came after that error are not in the file.
+    /// disk is full or the reader of a pipe is gone. Packets that came after that error are not in
+    /// the file. [`io::ErrorKind::TimedOut`] if nothing is written for 5 seconds.
     pub fn finish(&self) -> Result<(), Error> {
-        let mut recorder = lock(&self.file);
-        let flushed = recorder.writer.get_mut().flush();
-        // The first error stays, because a recording with a gap would mislead.
-        let failed = recorder.failed.as_ref();
-        failed
-            .map_or(flushed, |error| Err(io::Error::new(error.kind(), error.to_string())))
-            .map_err(Error::io("writing the capture"))
+        self.spool.finish().map_err(Error::io("writing the capture"))
+    }
+
+    fn describe(&self, name: &str, info: &InterfaceInfo) -> u32 {
+        let mut state = self.spool.lock();
+        let number = state.stage.describe(name, info);
+        self.spool.appended(&mut state);
+        number
     }
 }
 
-impl Recorder {
+/// The blocks that wait to be written.
+struct Blocks {
+    writer: PcapNgWriter<Vec<u8>>,
+    /// For each interface, how many of its packets were left out since the last one that was not.
+    lost: Vec<u64>,
+}
+
+impl Blocks {
+    /// The section header.
+    fn new() -> io::Result<Self> {
+        Ok(Self { writer: PcapNgWriter::new(Vec::new()).map_err(into_io)?, lost: Vec::new() })
+    }
+
     fn block<'a>(&mut self, block: impl PcapNgBlock<'a>) {
-        if self.failed.is_none()
-            && let Err(error) = self.writer.write_pcapng_block(block)
-        {
-            let error = into_io(error);
-            tracing::error!(%error, "the capture failed; no further packets are recorded");
-            self.failed = Some(error);
+        // A vector takes everything, and the library refuses only packets of interfaces that it
+        // does not know.
+        if let Err(error) = self.writer.write_pcapng_block(block) {
+            tracing::error!(error = %into_io(error), "a block of the capture was not made");
         }
     }
 
@@ -130,20 +173,44 @@ impl Recorder {
                 InterfaceDescriptionOption::IfTsResol(NANOSECONDS),
             ],
         });
-        self.interfaces += 1;
-        self.interfaces - 1
+        self.lost.push(0);
+        self.lost.len() as u32 - 1
     }
 
     fn packet(&mut self, interface_id: u32, direction: u32, packet: &[u8]) {
         let timestamp = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut options = vec![EnhancedPacketOption::Flags(direction)];
+        let lost = mem::take(&mut self.lost[interface_id as usize]);
+        if lost > 0 {
+            options.push(EnhancedPacketOption::DropCount(lost));
+        }
         self.block(EnhancedPacketBlock {
             interface_id,
             timestamp,
             original_len: packet.len() as u32,
             data: Cow::Borrowed(packet),
-            options: vec![EnhancedPacketOption::Flags(direction)],
+            options,
         });
-        self.packets += u64::from(self.failed.is_none());
+    }
+}
+
+impl Stage for Blocks {
+    fn bytes(&mut self) -> &mut Vec<u8> {
+        self.writer.get_mut()
+    }
+
+    fn whole_packets(mut bytes: &[u8]) -> u64 {
+        let word = |bytes: &[u8], at| {
+            bytes.get(at..at + 4).and_then(|word| word.try_into().ok()).map(u32::from_ne_bytes)
+        };
+        let mut packets = 0;
+        while let (Some(kind), Some(len)) = (word(bytes, 0), word(bytes, 4))
+            && let Some(rest) = bytes.get(len as usize..)
+        {
+            packets += u64::from(kind == ENHANCED_PACKET_BLOCK);
+            bytes = rest;
+        }
+        packets
     }
 }
 
@@ -163,7 +230,7 @@ impl fmt::Debug for Recorded {
 impl Driver for Recorded {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let device = self.inner.start(config)?;
-        let interface = lock(&self.capture.file).describe(&self.name, &device.info());
+        let interface = self.capture.describe(&self.name, &device.info());
         Ok(Arc::new(RecordedDevice { device, capture: self.capture, interface }))
     }
 }
@@ -192,16 +259,28 @@ struct RecordedQueue {
 impl RecordedQueue {
     /// Records the packets that the inner queue has completed, and completes the slots on the ring.
     fn pass_on(&mut self, cx: &mut PollContext<'_>) {
-        let mut recorder = None;
+        let spool = &self.capture.spool;
+        let mut locked = None;
         while let Some(done) = self.relay.next_done() {
             if done.result().is_ok() {
-                recorder.get_or_insert_with(|| lock(&self.capture.file)).packet(
-                    self.interface,
-                    direction(&done),
-                    done.slot().packet(),
-                );
+                let packet = done.slot().packet();
+                let state = locked.unwrap_or_else(|| spool.lock());
+                let (mut state, has_space) = spool.has_space(state, packet.len() + BLOCK_LEN_MAX);
+                if state.has_failed() {
+                    // Nothing is recorded after a failure.
+                } else if has_space {
+                    state.stage.packet(self.interface, direction(&done), packet);
+                    state.staged += 1;
+                } else {
+                    state.lost += 1;
+                    state.stage.lost[self.interface as usize] += 1;
+                }
+                locked = Some(state);
             }
             cx.forward(done);
+        }
+        if let Some(mut state) = locked {
+            spool.appended(&mut state);
         }
     }
 }
@@ -236,8 +315,8 @@ impl Queue for RecordedQueue {
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         let closed = self.relay.close(&mut *self.inner);
         self.pass_on(cx);
-        if closed && let Err(error) = lock(&self.capture.file).writer.get_mut().flush() {
-            tracing::error!(%error, "the capture could not be flushed");
+        if closed {
+            self.capture.spool.flush();
         }
         closed
     }
