@@ -104,7 +104,8 @@ pub(crate) struct DemoArgs {
     /// Let the guests idle for this long, measure the processor time, then ping once more
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) idle: Option<u64>,
-    /// Record every packet of both guests as pcapng, for Wireshark
+    /// Record every packet of both guests as pcapng, for Wireshark. A named pipe that Wireshark reads
+    /// shows them live
     #[arg(long, value_name = "FILE")]
     pub(crate) capture: Option<PathBuf>,
     #[cfg(target_os = "linux")]
@@ -139,7 +140,9 @@ Ends:
                                    simulated one
   pcap:FILE                        replays the Ethernet packets of a pcap or
                                    pcapng file, and counts what it cannot replay
-  capture:FILE                     records the packets written to it as pcapng
+  capture:FILE                     records the packets written to it as pcapng;
+                                   a named pipe is watched live (mkfifo live;
+                                   wireshark -k -i live)
 Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10
   vmring bridge embedded:lab capture:lab.pcapng --json

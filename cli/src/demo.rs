@@ -86,9 +86,10 @@ fn run_with(args: &DemoArgs, settings: &Settings) -> Result<(), Failure> {
     summary.interrupted = steps.is_err() && stop.is_wanted();
     let end = demo.end(&mut summary);
     let recorded = capture.map_or(Ok(()), |recording| {
-        let packets = recording.capture.packets();
-        summary.capture = Some(CaptureSummary { file: recording.name(), packets });
-        recording.finish()
+        let finished = recording.finish();
+        let (packets, lost) = (recording.capture.packets(), recording.capture.lost());
+        summary.capture = Some(CaptureSummary { file: recording.name(), packets, lost });
+        finished
     });
     // Reports the first failure.
     let outcome = steps.and(end).and(recorded);

@@ -10,6 +10,8 @@ use serde_json::Value;
 
 #[path = "command/bench.rs"]
 mod bench;
+#[path = "command/captures.rs"]
+mod captures;
 #[path = "command/completions.rs"]
 mod completions;
 #[path = "command/ends.rs"]

@@ -245,6 +245,8 @@ impl Bridge {
         let mut drops = end.interface.drops();
         let kernel = end.dropped_by_kernel().saturating_sub(self.dropped_before[i]);
         drops.push(("for a full TAP", kernel));
+        let unrecorded = end.recording.as_ref().map_or(0, |recording| recording.capture.lost());
+        drops.push(("not recorded in time", unrecorded));
         if let Some(replay) = &end.replay {
             let counters = end.interface.counters();
             let discarded = counters.iter().find(|(name, _)| *name == "discarded");

@@ -13,7 +13,7 @@ use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Vmne
 use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
 use crate::failure::Failure;
-use crate::recording::{Recording, why};
+use crate::recording::{Recording, is_same_file, why};
 
 /// One end, as the command line of `vmring bridge` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,10 +112,7 @@ impl fmt::Display for Spec {
 
 /// Refuses two ends that cannot be joined.
 pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
-    let same_file = |a: &Path, b: &Path| {
-        let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        whole(a) == whole(b)
-    };
+    let same_file = |a: &Path, b: &Path| a == b || is_same_file(a, b);
     let sentence = match (a, b) {
         (Spec::Embedded { network: one, .. }, Spec::Embedded { network: other, .. })
             if one == other =>

@@ -180,6 +180,8 @@ pub(crate) struct IdleSummary {
 pub(crate) struct CaptureSummary {
     pub(crate) file: String,
     pub(crate) packets: u64,
+    /// Packets that were left out, because the file or the reader of a pipe was too slow.
+    pub(crate) lost: u64,
 }
 
 impl Summary {
@@ -218,7 +220,11 @@ impl Summary {
         }
         let _ = writeln!(text, "\nDrops: {}", self.dropped());
         if let Some(capture) = &self.capture {
-            let _ = writeln!(text, "Capture: {}, {} packets", capture.file, capture.packets);
+            let _ = write!(text, "Capture: {}, {} packets", capture.file, capture.packets);
+            let _ = match capture.lost {
+                0 => writeln!(text),
+                lost => writeln!(text, "; {lost} were not recorded in time"),
+            };
         }
         if self.interrupted {
             text.push_str("The demo was ended before its time: this is what it found so far.\n");
