@@ -21,7 +21,7 @@
 mod blocks;
 mod capture;
 mod classic;
-mod error;
+mod format;
 mod record;
 mod replay;
 mod source;

@@ -551,7 +551,8 @@ fn a_file_that_is_no_ethernet_capture_is_refused_in_a_sentence() {
     let next = Pcap { version: (2, 5), ..Pcap::default() }.of(&[]);
     let neither = "the capture is neither pcap nor pcapng; if it is in another format, convert it \
                    first, with editcap -F pcapng";
-    let other_link = "the capture's link type is LINUX_SLL, but only Ethernet can be replayed";
+    let other_link =
+        "the capture's link type is 113 (LINUX_SLL), but only Ethernet can be replayed";
     for (file, sentence) in [
         (&b""[..], "the capture is empty"),
         (b"ab", neither),

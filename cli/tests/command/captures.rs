@@ -67,7 +67,7 @@ fn a_capture_that_cannot_be_replayed_is_refused_in_one_sentence() {
         assert!(message.contains("cannot be replayed") && message.contains(words), "{message}");
     };
     said(b"", "the capture is empty");
-    said(&header(113), "link type is LINUX_SLL");
+    said(&header(113), "link type is 113 (LINUX_SLL)");
     said(&[0x1f, 0x8b, 8, 0], "decompress it first, with gunzip");
     said(b"this is no capture", "editcap");
     fs::remove_file(&file).expect("it is there");

@@ -5,22 +5,14 @@
 
 use std::io::Read;
 
-use super::record::{ETHERNET, Input, Order, Record, Stop, Unfit, without_fcs};
+use super::format::{
+    BYTE_ORDER_MAGIC, END_OF_OPTIONS, ENHANCED_PACKET, EPB_FLAGS, ETHERNET, IF_FCSLEN,
+    INTERFACE_DESCRIPTION, PACKET, SECTION_HEADER, SIMPLE_PACKET,
+};
+use super::record::{Input, Order, Record, Stop, Unfit, without_fcs};
 
-/// Types of blocks (section 10.1).
-const SECTION_HEADER: u32 = 0x0a0d_0d0a;
-const INTERFACE_DESCRIPTION: u32 = 1;
-const PACKET: u32 = 2;
-const SIMPLE_PACKET: u32 = 3;
-const ENHANCED_PACKET: u32 = 6;
-/// The first field of a section header.
-const BYTE_ORDER_MAGIC: u32 = 0x1a2b_3c4d;
 /// The length of a block without a body, in bytes: its type, and twice its length.
 const FRAME_LEN: u32 = 12;
-/// Options (sections 4.2 and 4.3).
-const END_OF_OPTIONS: u16 = 0;
-const IF_FCSLEN: u16 = 13;
-const EPB_FLAGS: u16 = 2;
 /// How many interfaces of a section are remembered. Packets of others count as of no interface.
 const INTERFACES_MAX: usize = 1 << 16;
 

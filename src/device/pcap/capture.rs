@@ -1,9 +1,8 @@
 //! A wrapper that records the packets of any device; see [`Capture`].
 
-use std::borrow::Cow;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::Write;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -11,15 +10,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pcap_file::DataLink;
-use pcap_file::pcapng::PcapNgWriter;
-use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
-use pcap_file::pcapng::blocks::interface_description::{
-    InterfaceDescriptionBlock, InterfaceDescriptionOption,
+use super::format::{
+    BYTE_ORDER_MAGIC, END_OF_OPTIONS, ENHANCED_PACKET, EPB_DROPCOUNT, EPB_FLAGS, ETHERNET,
+    IF_MACADDR, IF_NAME, IF_TSRESOL, INTERFACE_DESCRIPTION, SECTION_HEADER,
 };
-use pcap_file::pcapng::blocks::{ENHANCED_PACKET_BLOCK, PcapNgBlock};
-
-use super::error::into_io;
 use super::spool::{Spool, Stage};
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
 use crate::device::context::{CompletedSlot, PollContext};
@@ -98,8 +92,7 @@ impl Capture {
     /// [`Error::Io`] if the header cannot be written, or not within 5 seconds.
     pub fn to_writer(writer: impl Write + Send + 'static) -> Result<Self, Error> {
         let failed = |error| Error::io("writing the capture")(error);
-        let stage = Blocks::new().map_err(failed)?;
-        let spool = Spool::start(stage, Box::new(writer)).map_err(failed)?;
+        let spool = Spool::start(Blocks::new(), Box::new(writer)).map_err(failed)?;
         spool.finish().map_err(failed)?;
         Ok(Self { spool: Arc::new(spool) })
     }
@@ -128,7 +121,7 @@ impl Capture {
     ///
     /// [`Error::Io`] with the first error since the capture was created, for example because the
     /// disk is full or the reader of a pipe is gone. Packets that came after that error are not in
-    /// the file. [`io::ErrorKind::TimedOut`] if nothing is written for 5 seconds.
+    /// the file. [`ErrorKind::TimedOut`](std::io::ErrorKind::TimedOut) if nothing is written for 5 seconds.
     pub fn finish(&self) -> Result<(), Error> {
         self.spool.finish().map_err(Error::io("writing the capture"))
     }
@@ -141,62 +134,96 @@ impl Capture {
     }
 }
 
-/// The blocks that wait to be written.
+/// The blocks that wait to be written, in the byte order of this machine.
+#[derive(Debug)]
 struct Blocks {
-    writer: PcapNgWriter<Vec<u8>>,
+    bytes: Vec<u8>,
     /// For each interface, how many of its packets were left out since the last one that was not.
     lost: Vec<u64>,
 }
 
 impl Blocks {
-    /// The section header.
-    fn new() -> io::Result<Self> {
-        Ok(Self { writer: PcapNgWriter::new(Vec::new()).map_err(into_io)?, lost: Vec::new() })
+    /// A section header (draft-ietf-opsawg-pcapng, section 4.1).
+    fn new() -> Self {
+        let mut this = Self { bytes: Vec::new(), lost: Vec::new() };
+        this.block(SECTION_HEADER, |body| {
+            body.extend(BYTE_ORDER_MAGIC.to_ne_bytes());
+            // Version 1.0.
+            body.extend(1_u16.to_ne_bytes());
+            body.extend(0_u16.to_ne_bytes());
+            // The section's length is not known.
+            body.extend((-1_i64).to_ne_bytes());
+        });
+        this
     }
 
-    fn block<'a>(&mut self, block: impl PcapNgBlock<'a>) {
-        // A vector takes everything, and the library refuses only packets of interfaces that it
-        // does not know.
-        if let Err(error) = self.writer.write_pcapng_block(block) {
-            tracing::error!(error = %into_io(error), "a block of the capture was not made");
-        }
+    /// Appends a block (section 3.1) whose body `append` appends.
+    fn block(&mut self, kind: u32, append: impl FnOnce(&mut Vec<u8>)) {
+        let begin = self.bytes.len();
+        self.bytes.extend(kind.to_ne_bytes());
+        self.bytes.extend([0; 4]);
+        append(&mut self.bytes);
+        pad(&mut self.bytes);
+        let len = ((self.bytes.len() - begin + 4) as u32).to_ne_bytes();
+        self.bytes.extend(len);
+        self.bytes[begin + 4..begin + 8].copy_from_slice(&len);
     }
 
+    /// Appends an interface description (section 4.2), and returns the interface's number.
     fn describe(&mut self, name: &str, info: &InterfaceInfo) -> u32 {
-        let mac = info.mac.into_array();
-        self.block(InterfaceDescriptionBlock {
-            linktype: DataLink::ETHERNET,
-            snaplen: 0,
-            options: vec![
-                InterfaceDescriptionOption::IfName(Cow::Borrowed(name)),
-                InterfaceDescriptionOption::IfMacAddr(Cow::Borrowed(&mac)),
-                InterfaceDescriptionOption::IfTsResol(NANOSECONDS),
-            ],
+        self.block(INTERFACE_DESCRIPTION, |body| {
+            body.extend(ETHERNET.to_ne_bytes());
+            body.extend([0; 2]);
+            // The snapshot length: no limit.
+            body.extend(0_u32.to_ne_bytes());
+            option(body, IF_NAME, name.as_bytes());
+            option(body, IF_MACADDR, &info.mac.into_array());
+            option(body, IF_TSRESOL, &[NANOSECONDS]);
+            option(body, END_OF_OPTIONS, &[]);
         });
         self.lost.push(0);
         self.lost.len() as u32 - 1
     }
 
-    fn packet(&mut self, interface_id: u32, direction: u32, packet: &[u8]) {
-        let timestamp = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut options = vec![EnhancedPacketOption::Flags(direction)];
-        let lost = mem::take(&mut self.lost[interface_id as usize]);
-        if lost > 0 {
-            options.push(EnhancedPacketOption::DropCount(lost));
-        }
-        self.block(EnhancedPacketBlock {
-            interface_id,
-            timestamp,
-            original_len: packet.len() as u32,
-            data: Cow::Borrowed(packet),
-            options,
+    /// Appends an enhanced packet block (section 4.3).
+    fn packet(&mut self, interface: u32, direction: u32, packet: &[u8]) {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // The nanoseconds of this number last until the year 2554.
+        let time = time.as_nanos() as u64;
+        let lost = mem::take(&mut self.lost[interface as usize]);
+        self.block(ENHANCED_PACKET, |body| {
+            let len = packet.len() as u32;
+            for word in [interface, (time >> 32) as u32, time as u32, len, len] {
+                body.extend(word.to_ne_bytes());
+            }
+            body.extend_from_slice(packet);
+            pad(body);
+            option(body, EPB_FLAGS, &direction.to_ne_bytes());
+            if lost > 0 {
+                option(body, EPB_DROPCOUNT, &lost.to_ne_bytes());
+            }
+            option(body, END_OF_OPTIONS, &[]);
         });
     }
 }
 
+/// Appends an option (section 3.5), with its padding. A value that is too long is cut off.
+fn option(body: &mut Vec<u8>, code: u16, value: &[u8]) {
+    let value = &value[..value.len().min(u16::MAX as usize)];
+    body.extend(code.to_ne_bytes());
+    body.extend((value.len() as u16).to_ne_bytes());
+    body.extend_from_slice(value);
+    pad(body);
+}
+
+/// Appends zeros up to a multiple of four bytes. Every block begins at one, so the body does, too.
+fn pad(bytes: &mut Vec<u8>) {
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
 impl Stage for Blocks {
     fn bytes(&mut self) -> &mut Vec<u8> {
-        self.writer.get_mut()
+        &mut self.bytes
     }
 
     fn whole_packets(mut bytes: &[u8]) -> u64 {
@@ -207,7 +234,7 @@ impl Stage for Blocks {
         while let (Some(kind), Some(len)) = (word(bytes, 0), word(bytes, 4))
             && let Some(rest) = bytes.get(len as usize..)
         {
-            packets += u64::from(kind == ENHANCED_PACKET_BLOCK);
+            packets += u64::from(kind == ENHANCED_PACKET);
             bytes = rest;
         }
         packets

@@ -2,9 +2,8 @@
 
 use std::io::Read;
 
-use pcap_file::DataLink;
-
-use super::record::{ETHERNET, Input, Order, Record, Stop, without_fcs};
+use super::format::{ETHERNET, link_name};
+use super::record::{Input, Order, Record, Stop, without_fcs};
 
 /// The length of the file's header, in bytes.
 const HEADER_LEN: usize = 24;
@@ -107,6 +106,6 @@ impl<R: Read> Pcap<R> {
 
 /// The clause that refuses a file of another link type.
 pub(super) fn not_ethernet(link: u16) -> String {
-    let link = DataLink::from(u32::from(link));
-    format!("the capture's link type is {link:?}, but only Ethernet can be replayed")
+    let name = link_name(link).map_or(String::new(), |name| format!(" ({name})"));
+    format!("the capture's link type is {link}{name}, but only Ethernet can be replayed")
 }

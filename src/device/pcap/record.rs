@@ -10,8 +10,6 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 pub(super) const LEN_MAX: usize = 65_535 + ETHERNET_HEADER_LEN;
 /// The length of the longest frame check sequence that a format can name, in bytes.
 const FCS_LEN_MAX: usize = 30;
-/// The link type of Ethernet (draft-ietf-opsawg-pcaplinktype).
-pub(super) const ETHERNET: u16 = 1;
 
 /// A record of the file that holds a packet.
 #[derive(Debug)]
