@@ -66,13 +66,13 @@ pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
     unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, millis) };
 }
 
-/// Blocks SIGPIPE for the calling thread, so that writing to a pipe or socket without a reader is an
-/// error, in programs that leave the signal at its default too.
+/// Blocks SIGPIPE for the calling thread, so that writing to a pipe or socket without a reader is
+/// an error, in programs that leave the signal at its default too.
 #[cfg(feature = "pcap")]
 pub(crate) fn block_sigpipe() {
     let mut set = std::mem::MaybeUninit::uninit();
-    // SAFETY: `sigemptyset` initializes the set before the others read it, and the pointers are used
-    // during the calls only. The mask is the calling thread's own.
+    // SAFETY: `sigemptyset` initializes the set before the others read it, and the pointers are
+    // used during the calls only. The mask is the calling thread's own.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         libc::sigaddset(set.as_mut_ptr(), libc::SIGPIPE);

@@ -104,8 +104,8 @@ pub(crate) struct DemoArgs {
     /// Let the guests idle for this long, measure the processor time, then ping once more
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) idle: Option<u64>,
-    /// Record every packet of both guests as pcapng, for Wireshark. A named pipe that Wireshark reads
-    /// shows them live
+    /// Record every packet of both guests as pcapng, for Wireshark. A named pipe that Wireshark
+    /// reads shows them live
     #[arg(long, value_name = "FILE")]
     pub(crate) capture: Option<PathBuf>,
     #[cfg(target_os = "linux")]

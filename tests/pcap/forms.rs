@@ -1,6 +1,6 @@
 //! The forms in which tcpdump, dumpcap, Wireshark and others write captures: every whole Ethernet
-//! packet is replayed, what cannot be is counted by its reason, and a file that is cut off or damaged
-//! is replayed up to there.
+//! packet is replayed, what cannot be is counted by its reason, and a file that is cut off or
+//! damaged is replayed up to there.
 
 use proptest::prelude::*;
 use vmring::device::pcap::Replay;
@@ -619,9 +619,9 @@ fn what_is_appended_later_is_not_replayed() {
 }
 
 proptest! {
-    /// Goal: no file makes the reader panic, hang or grow, and both times it reads the file it finds
-    /// the same packets. Method: change, remove and repeat bytes of a file that has every kind of
-    /// block.
+    /// Goal: no file makes the reader panic, hang or grow, and both times it reads the file it
+    /// finds the same packets. Method: change, remove and repeat bytes of a file that has every
+    /// kind of block.
     #[test]
     fn no_damage_to_a_file_confuses_the_reader(
         order in prop_oneof![Just(Little), Just(Big)],

@@ -29,7 +29,8 @@ const OUTBOUND: u32 = 2;
 /// The value of `if_tsresol` for timestamps in nanoseconds (10^-9 seconds).
 const NANOSECONDS: u8 = 9;
 
-/// The most bytes that a packet's block has besides the packet: its fields, the padding, the options.
+/// The most bytes that a packet's block has besides the packet: its fields, the padding, the
+/// options.
 const BLOCK_LEN_MAX: usize = 64;
 
 /// A pcapng file in which any number of interfaces are recorded. Clones are handles to one file.
@@ -39,8 +40,8 @@ const BLOCK_LEN_MAX: usize = 64;
 /// it came, so it can be watched live and is in the file even if the process is killed. The thread
 /// ends with the last handle, which waits up to 5 seconds for it.
 ///
-/// 4 MiB may wait to be written. If there is no space for a packet, the poller's thread waits for it
-/// up to a second. After that it does not wait again: packets without space are left out of the
+/// 4 MiB may wait to be written. If there is no space for a packet, the poller's thread waits for
+/// it up to a second. After that it does not wait again: packets without space are left out of the
 /// recording until something was written, [`lost`](Self::lost) counts them, and the next packet of
 /// their interface has their number in the file (`epb_dropcount`).
 #[derive(Clone)]
@@ -121,7 +122,8 @@ impl Capture {
     ///
     /// [`Error::Io`] with the first error since the capture was created, for example because the
     /// disk is full or the reader of a pipe is gone. Packets that came after that error are not in
-    /// the file. [`ErrorKind::TimedOut`](std::io::ErrorKind::TimedOut) if nothing is written for 5 seconds.
+    /// the file. If nothing is written for 5 seconds, its source is
+    /// [`TimedOut`](std::io::ErrorKind::TimedOut).
     pub fn finish(&self) -> Result<(), Error> {
         self.spool.finish().map_err(Error::io("writing the capture"))
     }

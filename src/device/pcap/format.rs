@@ -29,8 +29,8 @@ pub(super) const ENHANCED_PACKET: u32 = 6;
 /// The first field of a section header (section 4.1).
 pub(super) const BYTE_ORDER_MAGIC: u32 = 0x1a2b_3c4d;
 
-/// Options of any block (section 3.5), of an interface description (section 4.2), and of an enhanced
-/// packet block (section 4.3).
+/// Options of any block (section 3.5), of an interface description (section 4.2), and of an
+/// enhanced packet block (section 4.3).
 pub(super) const END_OF_OPTIONS: u16 = 0;
 pub(super) const IF_NAME: u16 = 2;
 pub(super) const IF_MACADDR: u16 = 6;

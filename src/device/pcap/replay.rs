@@ -33,19 +33,19 @@ use crate::sys::lock;
 /// ```
 ///
 /// Every whole Ethernet packet is replayed, in the order of the file, whether its interface had
-/// received or sent it. A frame check sequence is cut off, because a device adds its own. Timestamps
-/// are not looked at. What cannot be replayed is left out and counted by its reason in
+/// received or sent it. A frame check sequence is cut off, because a device adds its own.
+/// Timestamps are not looked at. What cannot be replayed is left out and counted by its reason in
 /// [`Interface::drops`](crate::Interface::drops): packets that were recorded incompletely, packets
-/// of more than 65,549 bytes, packets of an interface that is not Ethernet or that the file does not
-/// describe, and records that contradict themselves. A file that is cut off or damaged is replayed up
-/// to there, and [`note`](Self::note) says so.
+/// of more than 65,549 bytes, packets of an interface that is not Ethernet or that the file does
+/// not describe, and records that contradict themselves. A file that is cut off or damaged is
+/// replayed up to there, and [`note`](Self::note) says so.
 ///
 /// It reads pcap in either byte order, with timestamps in microseconds or nanoseconds, in the
 /// versions 2.0 to 2.4, and in the modified form with the magic number `0xa1b2cd34`; and pcapng of
 /// version 1, with any number of sections. Blocks and options that it does not know are skipped.
 ///
-/// The interface's `max_packet_size` is at least the length of the file's longest packet. Clones are
-/// handles to one replay, which can be started once.
+/// The interface's `max_packet_size` is at least the length of the file's longest packet. Clones
+/// are handles to one replay, which can be started once.
 ///
 /// The poller's thread reads the file.
 #[derive(Clone)]
@@ -89,9 +89,9 @@ impl Replay {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the file cannot be read. [`ConfigError::Invalid`] with a sentence if it is not
-    /// a regular file, if it begins like no pcap or pcapng file, or if it has no Ethernet interface.
-    /// A pipe is refused at once, without waiting for its writer.
+    /// [`Error::Io`] if the file cannot be read. [`ConfigError::Invalid`] with a sentence if it is
+    /// not a regular file, if it begins like no pcap or pcapng file, or if it has no Ethernet
+    /// interface. A pipe is refused at once, without waiting for its writer.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let failed = |error| Error::io("reading the capture")(error);
         let file = open_file(path.as_ref())?;
@@ -142,8 +142,8 @@ impl Replay {
         self.state.left.load(Ordering::Relaxed)
     }
 
-    /// Returns a sentence that says where the file is cut off or damaged. `None` if it ends behind a
-    /// whole record.
+    /// Returns a sentence that says where the file is cut off or damaged. `None` if it ends behind
+    /// a whole record.
     pub fn note(&self) -> Option<&str> {
         self.state.note.as_deref()
     }
