@@ -228,7 +228,7 @@ impl TapQueueFd {
     pub(crate) fn host_mac(&self) -> Result<MacAddr6, Error> {
         let mut request = request("");
         // SAFETY: SIOCGIFHWADDR writes an `ifreq`, which `request` is.
-        unsafe { ioctl(self.as_raw_fd(), libc::SIOCGIFHWADDR, &mut request) }
+        unsafe { ioctl(self.as_raw_fd(), libc::SIOCGIFHWADDR as libc::Ioctl, &mut request) }
             .map_err(Error::io("asking the TAP for its MAC address"))?;
         // SAFETY: SIOCGIFHWADDR has succeeded, and it sets this field of the union, the address.
         // Any bytes are a valid address.
