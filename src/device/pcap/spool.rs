@@ -263,7 +263,7 @@ impl<S: Stage> Shared<S> {
                     state.written += packets;
                     state.is_stalled = false;
                     chunk.clear();
-                    // Before the lock is released again, the thread has looked whether more came.
+                    // `wait_for_work` looks for more before it releases the lock.
                     state.thread = Doing::Sleeping;
                     self.progress.notify_all();
                 }
