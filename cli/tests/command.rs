@@ -108,7 +108,7 @@ fn the_demo_moves_every_byte_and_says_so_in_json() {
     assert_eq!(guests.len(), 2);
     for guest in guests {
         assert_eq!(guest["mac"].as_str().expect("a MAC").len(), 17);
-        assert_eq!((&guest["mtu"], &guest["max_packet_size"]), (&1500.into(), &1514.into()));
+        assert_eq!((&guest["mtu"], &guest["max_packet_size"]), (&1500.into(), &1518.into()));
         assert!(guest["ipv4"].as_str().expect("an address").starts_with("192.168.64."));
         assert_eq!(guest["lease_seconds"], 86_400);
     }
@@ -599,7 +599,7 @@ fn a_file_replayed_into_a_capture_is_the_same_packets() {
     let output = vmring(&["bridge", &from, "embedded:lab", "--seconds", "1"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report = text(&output.stdout);
-    for word in ["MTU", "per batch", "9014", "1514", "too big for the other end"] {
+    for word in ["MTU", "per batch", "9014", "1518", "too big for the other end"] {
         assert!(report.contains(word), "no {word} in {report}");
     }
     assert!(text(&output.stderr).contains("are joined"), "a person sees what it does");

@@ -8,7 +8,7 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 use crate::limits::{
     DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
     DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
-    MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE,
+    MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE, VLAN_TAG_LEN,
 };
 
 /// What the guests of a network can reach.
@@ -111,7 +111,8 @@ pub struct NetworkConfig {
     /// The addresses.
     pub ipv4: AddressRange,
     /// The length of the largest IP packet. It must be from 1,280 (the least that IPv6 needs) to
-    /// 65,521 (what an Ethernet frame of at most 65,535 bytes holds). DHCP tells it to the guests.
+    /// 65,521 (what an untagged Ethernet frame of at most 65,535 bytes holds). DHCP tells it to the
+    /// guests.
     pub mtu: u32,
     /// How many buffers one port can have posted. It is rounded up to a power of two.
     pub inbox_depth: u32,
@@ -143,9 +144,9 @@ impl NetworkConfig {
         }
     }
 
-    /// Returns the length of the longest frame: the MTU plus an Ethernet header.
+    /// Returns the length of the longest frame: the MTU, an Ethernet header, and a VLAN tag.
     pub fn max_packet_size(&self) -> usize {
-        self.mtu as usize + ETHERNET_HEADER_LEN
+        self.mtu as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN
     }
 
     /// Returns the depth of the overflow ring: the configured one, or the default for this MTU.

@@ -43,6 +43,7 @@
 pub mod clock;
 pub mod config;
 pub mod dhcp;
+mod frame;
 pub mod gateway;
 pub mod inbox;
 pub mod limits;

@@ -12,6 +12,8 @@ pub const MAX_PORTS: usize = 1024;
 pub const MTU_RANGE: RangeInclusive<u32> = 1280..=65_521;
 /// The default MTU.
 pub const DEFAULT_MTU: u32 = 1500;
+/// The bytes of a VLAN or priority tag (IEEE 802.1Q, 9.3).
+pub const VLAN_TAG_LEN: usize = 4;
 
 // A port's inbox.
 

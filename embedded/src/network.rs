@@ -8,10 +8,16 @@
 //!
 //! # Rules of forwarding
 //!
-//! - A frame must be from 14 bytes to `max_packet_size` long, and its source must be a unicast
-//!   address that is neither the gateway's nor assigned to another port.
+//! - A frame must be at least 14 bytes long, and at most as long as the MTU and the Ethernet header.
+//!   With a VLAN or priority tag it may be 4 bytes longer, which is `max_packet_size`. Its source
+//!   must be a unicast address that is neither the gateway's nor assigned to another port.
+//! - A frame to one of the addresses 01:80:C2:00:00:00 to 01:80:C2:00:00:0F goes nowhere: such
+//!   frames are between a station and its bridge (IEEE 802.1Q, table 8-1).
+//! - Frames are forwarded as they are. A short one is not padded, as on a TAP and on vmnet: Ethernet
+//!   leaves that to the sender. A VMM whose network card needs 60 bytes pads what it receives.
 //! - A frame to the gateway's address goes to the gateway only. A frame to a known address goes to
 //!   the port that has the address and to no other. No frame goes back to the port that sent it.
+//! - VLANs are not told apart: a tag is a part of the frame.
 //! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
 //!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
 //!   always unknown.
@@ -41,7 +47,7 @@ use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
 use crate::dhcp::{DhcpConfig, DhcpLease};
 use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, PortWake};
-use crate::limits::MAX_PORTS;
+use crate::limits::{MAX_PORTS, VLAN_TAG_LEN};
 use crate::stats::{PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
@@ -211,6 +217,8 @@ struct Members {
 pub struct Network<B> {
     config: NetworkConfig,
     pub(crate) max_packet_size: usize,
+    /// The length of the longest frame without a tag.
+    pub(crate) max_untagged_size: usize,
     pub(crate) gateway: Gateway,
     pub(crate) gateway_mac: Mac,
     clock: Box<dyn Clock>,
@@ -328,6 +336,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         });
         Ok(Arc::new(Self {
             max_packet_size: config.max_packet_size(),
+            max_untagged_size: config.max_packet_size() - VLAN_TAG_LEN,
             gateway,
             gateway_mac: Mac::new(gateway_mac.into_array()),
             clock,

@@ -12,6 +12,7 @@ use macaddr::MacAddr6;
 use smoltcp::wire::EthernetFrame;
 use vmring_core::sync::Ordering;
 
+use crate::frame;
 use crate::inbox::{Claim, Collector, Delivery, Refused};
 use crate::network::{
     Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS, learn_source,
@@ -362,6 +363,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
                 DropReason::TooBig => SendCounter::TooBig,
                 DropReason::BadSource => SendCounter::BadSource,
                 DropReason::Isolated => SendCounter::Isolated,
+                DropReason::Reserved => SendCounter::Reserved,
                 DropReason::OwnPort => SendCounter::OwnPort,
                 DropReason::NoBuffer | DropReason::Closed => SendCounter::NoReceiver,
             },
@@ -390,7 +392,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         self.begin();
         let Self { membership, touched, counts, now, mac, .. } = self;
         let network = &*membership.network;
-        let port = membership.port;
+        let (port, longest) = (membership.port, network.max_untagged_size);
         if from != *mac && !learn_source(network, port, from, *now) {
             return None;
         }
@@ -402,7 +404,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         let index = target.index();
         let claim = network.port_state(index)?.inbox.claim(wanted)?;
         touched[index / 64] |= 1 << (index % 64);
-        Some(Run { claim, counts })
+        Some(Run { claim, counts, longest })
     }
 
     /// Begins a batch, if none has begun: reads the clock once, for all its frames.
@@ -424,7 +426,9 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     fn forward(&mut self, frame: &[u8]) -> Sent {
         let port = self.membership.port;
         let network = &*self.membership.network;
-        if frame.len() > network.max_packet_size {
+        if frame.len() > network.max_untagged_size
+            && (frame.len() > network.max_packet_size || !frame::is_tagged(frame))
+        {
             return Sent::Dropped(DropReason::TooBig);
         }
         let Ok(ethernet) = EthernetFrame::new_checked(frame) else {
@@ -436,6 +440,9 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
             return Sent::Dropped(DropReason::BadSource);
         }
         if to.is_group() {
+            if to.is_reserved() {
+                return Sent::Dropped(DropReason::Reserved);
+            }
             let gateway = to == Mac::BROADCAST;
             if gateway {
                 self.ask_gateway(frame);
@@ -561,6 +568,8 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 pub struct Run<'a, B: AsMut<[u8]> + Send> {
     claim: Claim<'a, B>,
     counts: &'a mut [u64; SEND_COUNTERS],
+    /// The longest frame that can be put.
+    longest: usize,
 }
 
 impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
@@ -578,10 +587,11 @@ impl<B: AsMut<[u8]> + Send> Run<'_, B> {
 
     /// Copies the next frame to the port. The frame must be an Ethernet frame that begins with the
     /// run's addresses. Returns false, and does nothing, if the frame is longer than the network's
-    /// `max_packet_size`, or if no frame is left to put.
+    /// longest frame without a tag, or if no frame is left to put. [`send`](Sender::send) takes a
+    /// longer frame if it has a tag.
     #[inline]
     pub fn put(&mut self, frame: &[u8]) -> bool {
-        let done = self.claim.fill(frame);
+        let done = frame.len() <= self.longest && self.claim.fill(frame);
         if done {
             self.counts[SendCounter::Packets as usize] += 1;
             self.counts[SendCounter::Bytes as usize] += frame.len() as u64;

@@ -30,6 +30,7 @@ pub(crate) enum SendCounter {
     TooBig,
     BadSource,
     Isolated,
+    Reserved,
     OwnPort,
     NoReceiver,
 }
@@ -66,6 +67,7 @@ impl PortCounters {
             dropped_too_big: self.sent(SendCounter::TooBig),
             dropped_bad_source: self.sent(SendCounter::BadSource),
             dropped_isolated: self.sent(SendCounter::Isolated),
+            dropped_reserved: self.sent(SendCounter::Reserved),
             dropped_own_port: self.sent(SendCounter::OwnPort),
             dropped_no_receiver: self.sent(SendCounter::NoReceiver),
         }
@@ -111,12 +113,14 @@ pub struct PortStats {
     pub sent_to_gateway: u64,
     /// Frames too short for an Ethernet header.
     pub dropped_runt: u64,
-    /// Frames longer than the network's `max_packet_size`.
+    /// Frames longer than the MTU and the Ethernet header, and the tag if they have one.
     pub dropped_too_big: u64,
     /// Frames whose source address is not unicast, is the gateway's, or is another port's.
     pub dropped_bad_source: u64,
     /// Frames that did not reach their destination because of isolation.
     pub dropped_isolated: u64,
+    /// Frames to an address that no bridge forwards to (IEEE 802.1Q, table 8-1).
+    pub dropped_reserved: u64,
     /// Frames whose destination is behind the port that sent them.
     pub dropped_own_port: u64,
     /// Frames that their receiver did not accept. The receiver's port counts them as missed.
@@ -133,6 +137,7 @@ impl PortStats {
             + self.dropped_too_big
             + self.dropped_bad_source
             + self.dropped_isolated
+            + self.dropped_reserved
             + self.dropped_own_port
     }
 }
@@ -162,7 +167,7 @@ pub enum DropReason {
     /// It is too short for an Ethernet header.
     #[error("the frame is shorter than an Ethernet header")]
     Runt,
-    /// It is longer than the network's `max_packet_size`.
+    /// It is longer than the network's MTU and the Ethernet header, and the tag if it has one.
     #[error("the frame is longer than the network's largest packet")]
     TooBig,
     /// Its source address is not unicast, or belongs to the gateway or to another port.
@@ -171,6 +176,10 @@ pub enum DropReason {
     /// Its own port or the destination's port is isolated, and neither end is the gateway.
     #[error("an isolated interface exchanges frames with the gateway only")]
     Isolated,
+    /// Its destination is one that no bridge forwards to, 01:80:C2:00:00:00 to 01:80:C2:00:00:0F
+    /// (IEEE 802.1Q, table 8-1).
+    #[error("a frame to a reserved address is for the sender's own bridge and not forwarded")]
+    Reserved,
     /// Its destination is behind the port that sent it.
     #[error("the destination is behind the interface that sent the frame")]
     OwnPort,

@@ -42,6 +42,11 @@ impl Mac {
         self.0 & (1 << 40) != 0
     }
 
+    /// Whether no bridge forwards frames to it (IEEE 802.1Q, table 8-1).
+    pub(crate) const fn is_reserved(self) -> bool {
+        self.0 & !0xf == 0x0180_c200_0000
+    }
+
     /// Whether it can be the address of one interface.
     pub(crate) const fn is_unicast(self) -> bool {
         self.0 != 0 && !self.is_group()

@@ -185,7 +185,7 @@ impl Device for EmbeddedPort {
             None
         };
         let tx = direction.writes().then(|| ends_now.sender.new_sender());
-        let max = self.info.max_packet_size as usize;
+        let max = self.info.mtu as usize + ETHERNET_HEADER_LEN;
         let (ends, wake) = (self.ends.clone(), self.wake.clone());
         Ok(Box::new(EmbeddedQueue { max, rx, tx, ends, wake }))
     }
@@ -229,6 +229,7 @@ impl Device for EmbeddedPort {
             ("too big", stats.dropped_too_big),
             ("bad source", stats.dropped_bad_source),
             ("isolated", stats.dropped_isolated),
+            ("reserved address", stats.dropped_reserved),
             ("own port", stats.dropped_own_port),
         ]
     }
@@ -256,7 +257,7 @@ impl Device for EmbeddedPort {
 }
 
 struct EmbeddedQueue {
-    /// The longest frame that the network takes.
+    /// The longest frame without a tag that the network takes.
     max: usize,
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,

@@ -125,10 +125,10 @@ fn an_interface_says_what_was_negotiated() {
     };
     let first = builder().mac(mac).mtu(2000).start().unwrap();
     assert_eq!((first.mode(), first.mac(), first.mtu()), (Mode::Host, mac, 2000));
-    assert_eq!((first.max_packet_size(), first.interface_id()), (2014, [7; 16]));
+    assert_eq!((first.max_packet_size(), first.interface_id()), (2018, [7; 16]));
     assert_eq!((first.device_name(), first.lease(mac)), ("embedded", None));
     let caps = first.capabilities();
-    assert_eq!((caps.mtu, caps.max_packet_size), (2000, 2014));
+    assert_eq!((caps.mtu, caps.max_packet_size), (2000, 2018));
     assert_eq!((caps.reading_rings, caps.max_read_batch), (1, 200));
     assert!(first.info().ipv4.is_some());
     let ring = inline(&first, Direction::Both).build().unwrap();

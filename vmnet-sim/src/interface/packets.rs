@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libc::iovec;
+use vmring_embedded::limits::VLAN_TAG_LEN;
 use vmring_embedded::{Sender, Sent};
 
 use super::{Interface, borrow, recycle};
@@ -271,7 +272,7 @@ impl Interface {
         let says = header.iter().take(10).any(|byte| *byte != 0);
         let marked = says.then(|| [frame, header, MARK].concat());
         let whole = marked.as_deref().unwrap_or(frame);
-        if whole.len() <= self.wire_max {
+        if whole.len() <= self.wire_max - VLAN_TAG_LEN {
             sender.send(whole);
             return;
         }
