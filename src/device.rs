@@ -119,6 +119,7 @@ pub(crate) mod catch;
 mod common;
 pub(crate) mod completions;
 pub(crate) mod context;
+mod dhcp_settings;
 pub mod embedded;
 #[cfg(feature = "fault")]
 pub mod fault;

@@ -2,9 +2,12 @@
 
 use core::net::Ipv4Addr;
 use core::time::Duration;
+use std::path::PathBuf;
 
+use macaddr::MacAddr6;
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
+use crate::dhcp::{LeaseFileError, ReserveError};
 use crate::limits::{
     DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
     DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
@@ -126,6 +129,15 @@ pub struct NetworkConfig {
     pub mac_ageing: Duration,
     /// The name servers that DHCP tells the guests. The network has none of its own.
     pub dns: Vec<Ipv4Addr>,
+    /// The first address that DHCP gives out to guests without a reservation. The default, `None`,
+    /// is the one after the gateway's. The last is `ipv4.end`.
+    pub dhcp_first: Option<Ipv4Addr>,
+    /// The addresses that DHCP keeps for one guest each. They can be any of the subnet.
+    pub reservations: Vec<(MacAddr6, Ipv4Addr)>,
+    /// The file that remembers the leases. Without one, DHCP finds most addresses again because
+    /// they follow from the guests' MAC addresses; see [`dhcp`](crate::dhcp). Each network needs a
+    /// file of its own.
+    pub lease_file: Option<PathBuf>,
 }
 
 impl NetworkConfig {
@@ -141,12 +153,20 @@ impl NetworkConfig {
             lease_time: DEFAULT_LEASE_TIME,
             mac_ageing: DEFAULT_MAC_AGEING,
             dns: Vec::new(),
+            dhcp_first: None,
+            reservations: Vec::new(),
+            lease_file: None,
         }
     }
 
     /// Returns the length of the longest frame: the MTU, an Ethernet header, and a VLAN tag.
     pub fn max_packet_size(&self) -> usize {
         self.mtu as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN
+    }
+
+    /// Returns the first address for guests without a reservation.
+    pub fn dhcp_first(&self) -> Ipv4Addr {
+        self.dhcp_first.unwrap_or_else(|| (u32::from(self.ipv4.gateway) + 1).into())
     }
 
     /// Returns the depth of the overflow ring: the configured one, or the default for this MTU.
@@ -191,6 +211,18 @@ impl NetworkConfig {
     /// Returns the first rule that is broken.
     pub fn check(&self) -> Result<(), NetworkConfigError> {
         self.ipv4.check()?;
+        if let Some(first) = self.dhcp_first
+            && !(first > self.ipv4.gateway && first <= self.ipv4.end)
+        {
+            let AddressRange { gateway, end, .. } = self.ipv4;
+            return Err(NetworkConfigError::First { first, gateway, end });
+        }
+        for (index, (mac, address)) in self.reservations.iter().enumerate() {
+            let before = &self.reservations[..index];
+            if before.iter().any(|(other, taken)| other == mac || taken == address) {
+                return Err(NetworkConfigError::ReservedTwice { mac: *mac, address: *address });
+            }
+        }
         if !MTU_RANGE.contains(&self.mtu) {
             return Err(NetworkConfigError::Mtu { mtu: self.mtu });
         }
@@ -288,6 +320,38 @@ pub enum NetworkConfigError {
         gateway: Ipv4Addr,
         /// The end of the range.
         end: Ipv4Addr,
+    },
+    /// The range of DHCP begins outside the subnet's range.
+    #[error(
+        "the addresses for guests cannot begin at {first}; they lie after {gateway} and end at {end}"
+    )]
+    First {
+        /// The first address for guests.
+        first: Ipv4Addr,
+        /// The gateway's address.
+        gateway: Ipv4Addr,
+        /// The end of the range.
+        end: Ipv4Addr,
+    },
+    /// A guest or an address is in two reservations.
+    #[error("the reservation of {address} for {mac} contradicts another one")]
+    ReservedTwice {
+        /// The guest.
+        mac: MacAddr6,
+        /// The address.
+        address: Ipv4Addr,
+    },
+    /// An address cannot be reserved.
+    #[error("an address cannot be reserved: {error}")]
+    Reservation {
+        /// Why not.
+        error: ReserveError,
+    },
+    /// The lease file cannot be used.
+    #[error(transparent)]
+    LeaseFile {
+        /// Why not.
+        error: LeaseFileError,
     },
     /// The MTU is out of range.
     #[error("an MTU of {mtu} is not possible; it must be from 1280 to 65521")]

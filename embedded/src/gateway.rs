@@ -1,45 +1,69 @@
-//! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address.
+//! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address, and a
+//! refusal of everything else.
 //!
-//! [`Gateway::handle`] is a function from frame to frame. It knows no port, no buffer and no
-//! thread, so tests and fuzzers can call it directly. It ignores and counts frames that it does not
-//! understand, and nothing in a frame makes it panic. smoltcp parses and emits the packets.
+//! [`Gateway::handle`] is a function from frame to frames. It knows no buffer and no thread, so
+//! tests and fuzzers can call it directly. Nothing in a frame makes it panic. smoltcp parses and
+//! emits the packets.
+//!
+//! What the gateway does not serve is refused at once, so that nobody waits for it:
+//!
+//! | packet | answer |
+//! |---|---|
+//! | a TCP segment to the gateway | a reset |
+//! | a UDP datagram to the gateway, except DHCP | ICMP port unreachable |
+//! | another protocol to the gateway | ICMP protocol unreachable |
+//! | a fragmented datagram to the gateway, for example a big ping | ICMP fragment reassembly time exceeded, for its first fragment |
+//! | a packet to another network | ICMP network unreachable: there is no way out |
+//! | a packet to another host of the network, which need not come this way | ICMP host unreachable |
+//!
+//! An ICMP error answers no ICMP error, no broadcast, no later fragment and no invalid packet (RFC
+//! 1812, 4.3.2.7), and each port gets at most 100 errors per second. Every frame is counted, by
+//! what became of it.
+//!
+//! The gateway reads a frame with a priority tag (IEEE 802.1Q) like one without a tag. Its own
+//! frames have none, and are padded to Ethernet's 60 bytes.
 
+mod refusal;
+
+use core::fmt;
 use core::net::Ipv4Addr;
 use core::time::Duration;
 
 use macaddr::MacAddr6;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, DHCP_SERVER_PORT, EthernetAddress, EthernetFrame,
-    EthernetProtocol, EthernetRepr, Icmpv4Message, Icmpv4Packet, Icmpv4Repr, IpProtocol,
-    Ipv4Packet, Ipv4Repr, UdpPacket,
+    ArpOperation, ArpPacket, ArpRepr, DHCP_SERVER_PORT, EthernetAddress, EthernetProtocol,
+    Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, Icmpv4Repr, Icmpv4TimeExceeded, IpProtocol,
+    Ipv4Packet, Ipv4Repr, TcpPacket, UdpPacket,
 };
 use vmring_core::sync::{AtomicU64, Ordering};
-use vmring_core::view::ETHERNET_HEADER_LEN;
+
+pub use crate::frame::Answer;
 
 use crate::dhcp::{DhcpConfig, DhcpServer};
+use crate::frame::{self, HeaderError};
+use refusal::{IP_HEADER_LEN, IcmpError, Limiter, RESET_LEN, emit_ip, write_reset};
 
 /// The host's end of a network. See the [module](self).
-#[derive(Debug)]
 pub struct Gateway {
     mac: MacAddr6,
     address: Ipv4Addr,
-    mask: Ipv4Addr,
     dhcp: DhcpServer,
-    counters: Counters,
+    limiter: Limiter,
+    counters: [AtomicU64; COUNTERS],
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    arp_replies: AtomicU64,
-    echo_replies: AtomicU64,
-    dhcp_replies: AtomicU64,
-    fragments: AtomicU64,
-    malformed: AtomicU64,
-    ignored: AtomicU64,
+impl fmt::Debug for Gateway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gateway")
+            .field("mac", &self.mac)
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
 }
 
-/// What a [`Gateway`] did with the frames it was given.
+/// What a [`Gateway`] did with the frames it was given. Each frame is in one of these, except in
+/// `arp_conflicts`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GatewayStats {
@@ -47,31 +71,95 @@ pub struct GatewayStats {
     pub arp_replies: u64,
     /// Pings of its address that it answered.
     pub echo_replies: u64,
-    /// DHCP messages that it answered. [`DhcpServer::stats`] has the details.
-    pub dhcp_replies: u64,
-    /// IPv4 fragments, which it does not reassemble.
-    pub fragments: u64,
+    /// DHCP messages that its DHCP server has seen. [`DhcpServer::stats`] says what became of them.
+    pub dhcp_messages: u64,
+    /// TCP segments that it answered with a reset.
+    pub refused_tcp: u64,
+    /// UDP datagrams that it answered with "port unreachable".
+    pub refused_udp: u64,
+    /// Packets that it answered with "protocol unreachable".
+    pub refused_protocol: u64,
+    /// Fragmented datagrams that it answered with "fragment reassembly time exceeded".
+    pub refused_fragments: u64,
+    /// Packets to other addresses that it answered with "network unreachable" or "host
+    /// unreachable".
+    pub refused_route: u64,
+    /// Packets that it would have refused with an ICMP error, if the sender's port had not got as
+    /// many as it can get.
+    pub errors_limited: u64,
+    /// ARP packets that are not requests for its address.
+    pub other_arp: u64,
+    /// ICMP messages that get no answer: all but echo requests.
+    pub other_icmp: u64,
+    /// TCP segments that are resets themselves.
+    pub resets: u64,
+    /// The later fragments of datagrams that it refused.
+    pub later_fragments: u64,
+    /// IPv4 broadcasts and multicasts, and packets to one host in a broadcast frame.
+    pub broadcasts: u64,
+    /// Packets of a protocol other than ARP and IPv4.
+    pub other_ethertype: u64,
+    /// Frames of a VLAN.
+    pub vlan: u64,
+    /// Frames to another MAC address.
+    pub not_for_us: u64,
+    /// Packets whose source is not another host of the network, so that an answer would go astray.
+    pub bad_source: u64,
     /// Frames with an invalid length, checksum or field.
     pub malformed: u64,
-    /// Valid frames that the gateway has no answer to.
-    pub ignored: u64,
+    /// Replies for which the caller's buffer was too short.
+    pub unsent: u64,
+    /// ARP packets of stations that claim the gateway's own address. They are counted once more, as
+    /// what they are.
+    pub arp_conflicts: u64,
 }
 
-/// Why a frame gets no reply.
-enum NoReply {
-    Fragment,
-    Malformed,
-    Ignored,
-    /// The DHCP server keeps its own count.
+/// What became of a frame: the counters of [`GatewayStats`], in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    ArpReply,
+    EchoReply,
     Dhcp,
+    RefusedTcp,
+    RefusedUdp,
+    RefusedProtocol,
+    RefusedFragments,
+    RefusedRoute,
+    ErrorLimited,
+    OtherArp,
+    OtherIcmp,
+    Reset,
+    LaterFragment,
+    Broadcast,
+    OtherEthertype,
+    Vlan,
+    NotForUs,
+    BadSource,
+    Malformed,
+    Unsent,
+    ArpConflict,
 }
 
-fn malformed<E>(_: E) -> NoReply {
-    NoReply::Malformed
+const COUNTERS: usize = Event::ArpConflict as usize + 1;
+
+/// A frame that gets an answer: the frame's length, or whatever the DHCP server says.
+enum Answered {
+    Frame(Event, usize),
+    Dhcp(Answer),
 }
 
-fn increment(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
+fn malformed<E>(_: E) -> Event {
+    Event::Malformed
+}
+
+/// A frame, and where and when it came in.
+struct Arrival<'a> {
+    frame: &'a [u8],
+    port: u32,
+    now: Duration,
+    from: EthernetAddress,
+    /// The frame is to all, and not to the gateway alone.
+    broadcast: bool,
 }
 
 impl Gateway {
@@ -80,9 +168,9 @@ impl Gateway {
         Self {
             mac: dhcp.server_mac,
             address: dhcp.server,
-            mask: dhcp.mask,
             dhcp: DhcpServer::new(dhcp),
-            counters: Counters::default(),
+            limiter: Limiter::new(),
+            counters: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
@@ -103,37 +191,56 @@ impl Gateway {
 
     /// Returns what it has done so far.
     pub fn stats(&self) -> GatewayStats {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let get = |event: Event| self.counters[event as usize].load(Ordering::Relaxed);
         GatewayStats {
-            arp_replies: get(&self.counters.arp_replies),
-            echo_replies: get(&self.counters.echo_replies),
-            dhcp_replies: get(&self.counters.dhcp_replies),
-            fragments: get(&self.counters.fragments),
-            malformed: get(&self.counters.malformed),
-            ignored: get(&self.counters.ignored),
+            arp_replies: get(Event::ArpReply),
+            echo_replies: get(Event::EchoReply),
+            dhcp_messages: get(Event::Dhcp),
+            refused_tcp: get(Event::RefusedTcp),
+            refused_udp: get(Event::RefusedUdp),
+            refused_protocol: get(Event::RefusedProtocol),
+            refused_fragments: get(Event::RefusedFragments),
+            refused_route: get(Event::RefusedRoute),
+            errors_limited: get(Event::ErrorLimited),
+            other_arp: get(Event::OtherArp),
+            other_icmp: get(Event::OtherIcmp),
+            resets: get(Event::Reset),
+            later_fragments: get(Event::LaterFragment),
+            broadcasts: get(Event::Broadcast),
+            other_ethertype: get(Event::OtherEthertype),
+            vlan: get(Event::Vlan),
+            not_for_us: get(Event::NotForUs),
+            bad_source: get(Event::BadSource),
+            malformed: get(Event::Malformed),
+            unsent: get(Event::Unsent),
+            arp_conflicts: get(Event::ArpConflict),
         }
     }
 
-    /// Answers a frame: writes the reply to the start of `reply` and returns its length, or returns
-    /// `None` if there is no reply. The reply is for the interface that sent the frame. `now` is
-    /// the time since some fixed moment.
+    fn count(&self, event: Event) {
+        self.counters[event as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Answers a frame: writes the reply, if there is one, to the start of `reply`. `port` is the
+    /// number of the interface that the frame came from, which has limits of its own. `now` is the
+    /// time since some fixed moment.
     ///
-    /// No reply is longer than the frame or 346 bytes, whichever is more. If `reply` is shorter,
-    /// some replies are not sent.
-    pub fn handle(&self, frame: &[u8], reply: &mut [u8], now: Duration) -> Option<usize> {
-        match self.answer(frame, reply, now) {
-            Ok((len, counter)) => {
-                increment(counter);
-                Some(len)
+    /// No reply is longer than the frame and 28 bytes, or than
+    /// [`DHCP_REPLY_MAX`](crate::limits::DHCP_REPLY_MAX), whichever is more. If `reply` is shorter,
+    /// some replies are not sent, which is counted.
+    pub fn handle(&self, frame: &[u8], port: u32, reply: &mut [u8], now: Duration) -> Answer {
+        match self.answer(frame, port, reply, now) {
+            Ok(Answered::Frame(event, len)) => {
+                self.count(event);
+                Answer { reply: Some(len), to_all: None }
             }
-            Err(no_reply) => {
-                match no_reply {
-                    NoReply::Fragment => increment(&self.counters.fragments),
-                    NoReply::Malformed => increment(&self.counters.malformed),
-                    NoReply::Ignored => increment(&self.counters.ignored),
-                    NoReply::Dhcp => {}
-                }
-                None
+            Ok(Answered::Dhcp(answer)) => {
+                self.count(Event::Dhcp);
+                answer
+            }
+            Err(event) => {
+                self.count(event);
+                Answer::default()
             }
         }
     }
@@ -141,50 +248,30 @@ impl Gateway {
     fn answer(
         &self,
         frame: &[u8],
+        port: u32,
         reply: &mut [u8],
         now: Duration,
-    ) -> Result<(usize, &AtomicU64), NoReply> {
-        let ethernet = EthernetFrame::new_checked(frame).map_err(malformed)?;
-        let to = ethernet.dst_addr();
-        let from = ethernet.src_addr();
-        if !(to == self.ethernet() || to.is_broadcast()) || !from.is_unicast() {
-            return Err(NoReply::Ignored);
+    ) -> Result<Answered, Event> {
+        let (header, payload) = frame::split(frame).map_err(|error| match error {
+            HeaderError::Runt => Event::Malformed,
+            HeaderError::Vlan => Event::Vlan,
+        })?;
+        let from = header.from;
+        let broadcast = header.to.is_broadcast();
+        if header.to != self.ethernet() && !broadcast {
+            return Err(Event::NotForUs);
         }
-        match ethernet.ethertype() {
+        if !from.is_unicast() {
+            return Err(Event::BadSource);
+        }
+        let arrival = Arrival { frame, port, now, from, broadcast };
+        match header.ethertype {
             EthernetProtocol::Arp => {
-                let len = self.answer_arp(from, ethernet.payload(), reply)?;
-                Ok((len, &self.counters.arp_replies))
+                let len = self.answer_arp(&arrival, payload, reply)?;
+                Ok(Answered::Frame(Event::ArpReply, len))
             }
-            EthernetProtocol::Ipv4 => {
-                let ip = Ipv4Packet::new_checked(ethernet.payload()).map_err(malformed)?;
-                // smoltcp accepts a header that is shorter than its own fields.
-                if ip.version() != 4 || ip.header_len() < 20 || !ip.verify_checksum() {
-                    return Err(NoReply::Malformed);
-                }
-                let for_us = ip.dst_addr() == self.address || ip.dst_addr().is_broadcast();
-                if !for_us {
-                    return Err(NoReply::Ignored);
-                }
-                if ip.more_frags() || ip.frag_offset() != 0 {
-                    return Err(NoReply::Fragment);
-                }
-                match ip.next_header() {
-                    IpProtocol::Icmp => {
-                        let len = self.answer_echo(from, &ip, reply)?;
-                        Ok((len, &self.counters.echo_replies))
-                    }
-                    IpProtocol::Udp => {
-                        let udp = UdpPacket::new_checked(ip.payload()).map_err(malformed)?;
-                        if udp.dst_port() != DHCP_SERVER_PORT {
-                            return Err(NoReply::Ignored);
-                        }
-                        let len = self.dhcp.handle(frame, reply, now).ok_or(NoReply::Dhcp)?;
-                        Ok((len, &self.counters.dhcp_replies))
-                    }
-                    _ => Err(NoReply::Ignored),
-                }
-            }
-            _ => Err(NoReply::Ignored),
+            EthernetProtocol::Ipv4 => self.answer_ipv4(&arrival, payload, reply),
+            _ => Err(Event::OtherEthertype),
         }
     }
 
@@ -192,26 +279,12 @@ impl Gateway {
         EthernetAddress(self.mac.into_array())
     }
 
-    /// Writes the Ethernet header of a reply and returns the `len` bytes after it.
-    fn write_header<'a>(
-        &self,
-        reply: &'a mut [u8],
-        to: EthernetAddress,
-        ethertype: EthernetProtocol,
-        len: usize,
-    ) -> Result<&'a mut [u8], NoReply> {
-        let out = reply.get_mut(..ETHERNET_HEADER_LEN + len).ok_or(NoReply::Ignored)?;
-        let header = EthernetRepr { src_addr: self.ethernet(), dst_addr: to, ethertype };
-        header.emit(&mut EthernetFrame::new_unchecked(&mut *out));
-        Ok(&mut out[ETHERNET_HEADER_LEN..])
-    }
-
     fn answer_arp(
         &self,
-        from: EthernetAddress,
+        arrival: &Arrival<'_>,
         payload: &[u8],
         reply: &mut [u8],
-    ) -> Result<usize, NoReply> {
+    ) -> Result<usize, Event> {
         let packet = ArpPacket::new_checked(payload).map_err(malformed)?;
         let ArpRepr::EthernetIpv4 {
             operation,
@@ -221,10 +294,16 @@ impl Gateway {
             ..
         } = ArpRepr::parse(&packet).map_err(malformed)?
         else {
-            return Err(NoReply::Ignored);
+            return Err(Event::OtherArp);
         };
+        if source_protocol_addr == self.address {
+            self.count(Event::ArpConflict);
+        } else if source_hardware_addr == arrival.from {
+            let mac = source_hardware_addr.0.into();
+            self.dhcp.learn(mac, source_protocol_addr, arrival.port, arrival.now);
+        }
         if operation != ArpOperation::Request || target_protocol_addr != self.address {
-            return Err(NoReply::Ignored);
+            return Err(Event::OtherArp);
         }
         let answer = ArpRepr::EthernetIpv4 {
             operation: ArpOperation::Reply,
@@ -233,52 +312,183 @@ impl Gateway {
             target_hardware_addr: source_hardware_addr,
             target_protocol_addr: source_protocol_addr,
         };
-        let len = answer.buffer_len();
-        let payload = self.write_header(reply, from, EthernetProtocol::Arp, len)?;
-        answer.emit(&mut ArpPacket::new_unchecked(payload));
-        Ok(ETHERNET_HEADER_LEN + len)
+        let (to, len) = (arrival.from, answer.buffer_len());
+        let (out, len) = frame::begin(reply, to, self.ethernet(), EthernetProtocol::Arp, len)
+            .ok_or(Event::Unsent)?;
+        answer.emit(&mut ArpPacket::new_unchecked(out));
+        Ok(len)
+    }
+
+    fn answer_ipv4(
+        &self,
+        arrival: &Arrival<'_>,
+        payload: &[u8],
+        reply: &mut [u8],
+    ) -> Result<Answered, Event> {
+        let ip = Ipv4Packet::new_checked(payload).map_err(malformed)?;
+        // smoltcp accepts a header that is shorter than its own fields.
+        if ip.version() != 4
+            || usize::from(ip.header_len()) < IP_HEADER_LEN
+            || !ip.verify_checksum()
+        {
+            return Err(Event::Malformed);
+        }
+        let packet = &payload[..usize::from(ip.total_len())];
+        let is_fragment = ip.more_frags() || ip.frag_offset() != 0;
+        let to = ip.dst_addr();
+        let to_us = to == self.address;
+        let to_subnet = to == self.dhcp.config().broadcast();
+        let to_all = to.is_broadcast() || to_subnet || to.is_multicast();
+        // A client that asks for an address has none yet, so its source is looked at by the server.
+        if ip.next_header() == IpProtocol::Udp
+            && (to_us || to_all)
+            && !is_fragment
+            && UdpPacket::new_checked(ip.payload()).map_err(malformed)?.dst_port()
+                == DHCP_SERVER_PORT
+        {
+            let answer = self.dhcp.handle(arrival.frame, arrival.port, reply, arrival.now);
+            return answer.map(Answered::Dhcp).ok_or(Event::Malformed);
+        }
+        if to_all || arrival.broadcast {
+            return Err(Event::Broadcast);
+        }
+        if !self.dhcp.config().is_host(ip.src_addr()) {
+            return Err(Event::BadSource);
+        }
+        if ip.frag_offset() != 0 {
+            return Err(Event::LaterFragment);
+        }
+        let mut refuse = |event, error| self.refuse(arrival, &ip, packet, event, error, reply);
+        if !to_us {
+            let unreachable = if self.dhcp.config().is_on_subnet(to) {
+                Icmpv4DstUnreachable::HostUnreachable
+            } else {
+                Icmpv4DstUnreachable::NetUnreachable
+            };
+            return refuse(Event::RefusedRoute, IcmpError::Unreachable(unreachable));
+        }
+        if is_fragment {
+            let expired = IcmpError::TimeExceeded(Icmpv4TimeExceeded::FragExpired);
+            return refuse(Event::RefusedFragments, expired);
+        }
+        match ip.next_header() {
+            IpProtocol::Icmp => {
+                let len = self.answer_echo(arrival, &ip, reply)?;
+                Ok(Answered::Frame(Event::EchoReply, len))
+            }
+            IpProtocol::Udp => {
+                let udp = UdpPacket::new_checked(ip.payload()).map_err(malformed)?;
+                if !udp.verify_checksum(&ip.src_addr().into(), &to.into()) {
+                    return Err(Event::Malformed);
+                }
+                let unreachable = IcmpError::Unreachable(Icmpv4DstUnreachable::PortUnreachable);
+                refuse(Event::RefusedUdp, unreachable)
+            }
+            IpProtocol::Tcp => {
+                let tcp = TcpPacket::new_checked(ip.payload()).map_err(malformed)?;
+                if !tcp.verify_checksum(&ip.src_addr().into(), &to.into()) {
+                    return Err(Event::Malformed);
+                }
+                if tcp.rst() {
+                    return Err(Event::Reset);
+                }
+                let (out, len) = self.begin_ip(arrival, RESET_LEN, reply)?;
+                write_reset(&tcp, self.addresses(&ip, RESET_LEN), out);
+                Ok(Answered::Frame(Event::RefusedTcp, len))
+            }
+            _ => {
+                let unreachable = IcmpError::Unreachable(Icmpv4DstUnreachable::ProtoUnreachable);
+                refuse(Event::RefusedProtocol, unreachable)
+            }
+        }
+    }
+
+    /// The addresses of an answer to `ip` whose IP packet has `len` bytes.
+    fn addresses(&self, ip: &Ipv4Packet<&[u8]>, len: usize) -> Ipv4Repr {
+        Ipv4Repr {
+            src_addr: self.address,
+            dst_addr: ip.src_addr(),
+            next_header: IpProtocol::Icmp,
+            payload_len: len - IP_HEADER_LEN,
+            hop_limit: 64,
+        }
+    }
+
+    /// Writes the Ethernet header of an answer. Returns its IP packet of `len` bytes, to be
+    /// written, and the length of the frame.
+    fn begin_ip<'a>(
+        &self,
+        arrival: &Arrival<'_>,
+        len: usize,
+        reply: &'a mut [u8],
+    ) -> Result<(&'a mut [u8], usize), Event> {
+        frame::begin(reply, arrival.from, self.ethernet(), EthernetProtocol::Ipv4, len)
+            .ok_or(Event::Unsent)
+    }
+
+    /// Answers with an ICMP error, unless the packet is an ICMP error itself.
+    fn refuse(
+        &self,
+        arrival: &Arrival<'_>,
+        ip: &Ipv4Packet<&[u8]>,
+        packet: &[u8],
+        event: Event,
+        error: IcmpError,
+        reply: &mut [u8],
+    ) -> Result<Answered, Event> {
+        if ip.next_header() == IpProtocol::Icmp && !is_icmp_query(ip.payload()) {
+            return Err(Event::OtherIcmp);
+        }
+        if !self.limiter.allows(arrival.port, arrival.now) {
+            return Err(Event::ErrorLimited);
+        }
+        let len = IcmpError::len(packet);
+        let (out, frame_len) = self.begin_ip(arrival, len, reply)?;
+        error.write(packet, self.addresses(ip, len), out);
+        Ok(Answered::Frame(event, frame_len))
     }
 
     fn answer_echo(
         &self,
-        from: EthernetAddress,
+        arrival: &Arrival<'_>,
         ip: &Ipv4Packet<&[u8]>,
         reply: &mut [u8],
-    ) -> Result<usize, NoReply> {
+    ) -> Result<usize, Event> {
         let checksums = ChecksumCapabilities::default();
         let packet = Icmpv4Packet::new_checked(ip.payload()).map_err(malformed)?;
+        if !packet.verify_checksum() {
+            return Err(Event::Malformed);
+        }
         if packet.msg_type() != Icmpv4Message::EchoRequest {
-            return Err(NoReply::Ignored);
+            return Err(Event::OtherIcmp);
         }
         let Icmpv4Repr::EchoRequest { ident, seq_no, data } =
             Icmpv4Repr::parse(&packet, &checksums).map_err(malformed)?
         else {
-            return Err(NoReply::Malformed);
+            return Err(Event::Malformed);
         };
-        // Answer only neighbours, and no broadcast, whether as source or destination.
-        let (source, mask) = (u32::from(ip.src_addr()), u32::from(self.mask));
-        let network = u32::from(self.address) & mask;
-        if ip.dst_addr() != self.address
-            || source & mask != network
-            || source == network
-            || source == network | !mask
-            || ip.src_addr() == self.address
-        {
-            return Err(NoReply::Ignored);
-        }
         let echo = Icmpv4Repr::EchoReply { ident, seq_no, data };
-        let header = Ipv4Repr {
-            src_addr: self.address,
-            dst_addr: ip.src_addr(),
-            next_header: IpProtocol::Icmp,
-            payload_len: echo.buffer_len(),
-            hop_limit: 64,
-        };
-        let len = header.buffer_len() + echo.buffer_len();
-        let payload = self.write_header(reply, from, EthernetProtocol::Ipv4, len)?;
-        let mut out = Ipv4Packet::new_unchecked(payload);
-        header.emit(&mut out, &checksums);
+        let len = IP_HEADER_LEN + echo.buffer_len();
+        let (out, frame_len) = self.begin_ip(arrival, len, reply)?;
+        let mut out = Ipv4Packet::new_unchecked(out);
+        // The reply has the services that the request had (RFC 1812, 4.3.2.5).
+        emit_ip(&self.addresses(ip, len), ip.dscp(), &mut out);
         echo.emit(&mut Icmpv4Packet::new_unchecked(out.payload_mut()), &checksums);
-        Ok(ETHERNET_HEADER_LEN + len)
+        Ok(frame_len)
     }
+}
+
+/// Whether an ICMP message is a query, which an ICMP error may answer (RFC 1812, 4.3.1).
+fn is_icmp_query(message: &[u8]) -> bool {
+    let kind = message.first().copied().map(Icmpv4Message::from);
+    matches!(
+        kind,
+        Some(
+            Icmpv4Message::EchoRequest
+                | Icmpv4Message::EchoReply
+                | Icmpv4Message::RouterSolicit
+                | Icmpv4Message::Timestamp
+                | Icmpv4Message::TimestampReply
+        )
+    )
 }

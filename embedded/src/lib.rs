@@ -37,7 +37,7 @@
 //! - [`limits`]: the numbers that are limits or policy
 //! - [`clock`]: where a network gets its time from
 //! - [`inbox`]: how a frame gets into a receiver's buffer, and why this is safe
-//! - [`gateway`]: ARP and ICMP echo at the network's first address
+//! - [`gateway`]: ARP, ICMP and refusals at the network's first address
 //! - [`dhcp`]: the DHCPv4 server, which can be used alone
 
 pub mod clock;

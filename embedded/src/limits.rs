@@ -14,6 +14,19 @@ pub const MTU_RANGE: RangeInclusive<u32> = 1280..=65_521;
 pub const DEFAULT_MTU: u32 = 1500;
 /// The bytes of a VLAN or priority tag (IEEE 802.1Q, 9.3).
 pub const VLAN_TAG_LEN: usize = 4;
+/// The least bytes of an Ethernet frame without its checksum (IEEE 802.3, 3.2.8). The gateway's own
+/// frames are padded to it.
+pub const MIN_FRAME_LEN: usize = 60;
+
+// The gateway.
+
+/// The most ICMP errors per second that the gateway sends to one port.
+pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
+/// The most ICMP errors that the gateway sends to one port at once.
+pub const ICMP_ERRORS_AT_ONCE: u32 = 50;
+/// The longest IP packet of an ICMP error, which quotes as much of its cause as fits (RFC 1812,
+/// 4.3.2.3).
+pub const ICMP_ERROR_MAX: usize = 576;
 
 // A port's inbox.
 
@@ -52,7 +65,29 @@ pub const DEFAULT_LEASE_TIME: Duration = Duration::from_secs(86_400);
 pub const OFFER_TIME: Duration = Duration::from_secs(60);
 /// How long an address is not given out after a client has found it in use.
 pub const DECLINE_TIME: Duration = Duration::from_secs(3600);
+/// How long an address is not given out after a station was seen to use it.
+pub const CLAIM_TIME: Duration = Duration::from_secs(300);
+/// The most addresses that the stations behind one port can block by claiming or declining them.
+pub const CLAIMS_PER_PORT: usize = 16;
+/// How long the server waits at least for an answer to its question whether an address is in use.
+pub const PROBE_TIME: Duration = Duration::from_millis(250);
+/// How many of a client's choices the server looks at before it takes any address that is free.
+pub const FURTHER_CHOICES: usize = 256;
+/// The bytes of the longest reply: all headers, the fixed fields, and all options, of which the
+/// client identifier and the relay agent's information have up to 257 bytes each.
+pub const DHCP_REPLY_MAX: usize = 14 + 28 + 240 + 67 + 257 + 257;
 /// The most addresses one server gives out, however wide its range is. This bounds its memory.
 pub const MAX_LEASES: u32 = 65_536;
 /// The most name servers that DHCP can tell a guest.
 pub const MAX_DNS_SERVERS: usize = 3;
+/// The most bytes of a lease file that is read.
+pub const LEASE_FILE_MAX: u64 = 64 * 1024 * 1024;
+/// A lease file is written anew when it has more lines than this, and four times as many as there
+/// are leases.
+pub const LEASE_FILE_LINES: usize = 1024;
+/// How long a lease file may be in use by another network before it is refused.
+pub const LEASE_FILE_PATIENCE: Duration = Duration::from_millis(500);
+/// How long after a failure the leases that could not be written are written again.
+pub const LEASE_FILE_RETRY: Duration = Duration::from_secs(5);
+/// How long the end of a network waits for the last leases to be written.
+pub const LEASE_FILE_END: Duration = Duration::from_secs(5);

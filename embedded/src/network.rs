@@ -21,7 +21,8 @@
 //! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
 //!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
 //!   always unknown.
-//! - An isolated port exchanges frames with the gateway only.
+//! - An isolated port exchanges frames with the gateway only. What the gateway sends to all, which is
+//!   the question whether somebody uses an address, goes to isolated ports as well.
 //! - Every frame that is not delivered is counted, by reason (see [`PortStats`]).
 //!
 //! # Memory
@@ -44,7 +45,7 @@ use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::clock::{Clock, SystemClock};
 use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
-use crate::dhcp::{DhcpConfig, DhcpLease};
+use crate::dhcp::{DhcpConfig, DhcpLease, LeaseFile};
 use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, PortWake};
 use crate::limits::{MAX_PORTS, VLAN_TAG_LEN};
@@ -224,9 +225,13 @@ pub struct Network<B> {
     clock: Box<dyn Clock>,
     pub(crate) table: MacTable,
     ports: Box<[OnceLock<Arc<PortState<B>>>]>,
+    /// A bit for each port that gets what the gateway sends to all: it is present and open.
+    pub(crate) open: [AtomicU64; WORDS],
     /// A bit for each port that gets flooded frames: it is present, open, and not isolated.
     pub(crate) floodable: [AtomicU64; WORDS],
     members: Mutex<Members>,
+    /// Writes the leases until the network ends.
+    _lease_file: Option<LeaseFile>,
 }
 
 impl<B> fmt::Debug for Network<B> {
@@ -258,12 +263,12 @@ impl<B> Network<B> {
 
     /// Returns the DHCP leases that are running, sorted by address.
     pub fn leases(&self) -> Vec<DhcpLease> {
-        self.gateway.dhcp().leases(Duration::from_secs(self.read_clock().into()))
+        self.gateway.dhcp().leases(self.clock.now())
     }
 
     /// Returns the DHCP lease of one MAC address, if it is running.
     pub fn lease_of(&self, mac: MacAddr6) -> Option<DhcpLease> {
-        self.gateway.dhcp().lease_of(mac, Duration::from_secs(self.read_clock().into()))
+        self.gateway.dhcp().lease_of(mac, self.clock.now())
     }
 
     /// Returns the MAC address and the counters of each port on the network.
@@ -288,15 +293,24 @@ impl<B> Network<B> {
         self.clock.now().as_secs() as u32
     }
 
-    /// Sets whether a port gets flooded frames.
-    pub(crate) fn set_floodable(&self, index: usize, on: bool) {
-        let (word, bit) = (&self.floodable[index / 64], 1 << (index % 64));
-        // Release: pairs with the Acquire in `Sender::flood`; a sender that sees the bit finds the
-        // port ready.
-        if on {
-            word.fetch_or(bit, Ordering::Release);
-        } else {
-            word.fetch_and(!bit, Ordering::Release);
+    /// Reads the clock for the gateway, whose times are exact and do not wrap.
+    pub(crate) fn read_exact_clock(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// Sets whether a port gets frames to all: those of the gateway, and also those of the other
+    /// ports if it is not isolated.
+    pub(crate) fn set_open(&self, port: PortRef, on: bool) {
+        let (word, bit) = (port.index() / 64, 1 << (port.index() % 64));
+        let sets = [Some(&self.open), (!port.isolated()).then_some(&self.floodable)];
+        for set in sets.into_iter().flatten() {
+            // Release: pairs with the Acquire in `Sender::send_to_all`; a sender that sees the bit
+            // finds the port ready.
+            if on {
+                set[word].fetch_or(bit, Ordering::Release);
+            } else {
+                set[word].fetch_and(!bit, Ordering::Release);
+            }
         }
     }
 }
@@ -322,17 +336,30 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
     ) -> Result<Arc<Self>, NetworkConfigError> {
         config.check()?;
         let gateway_mac = mac_of_gateway(&config);
-        let first = u32::from(config.ipv4.gateway) + 1;
         let gateway = Gateway::new(DhcpConfig {
             server: config.ipv4.gateway,
             server_mac: gateway_mac,
-            first: first.into(),
+            first: config.dhcp_first(),
             last: config.ipv4.end,
             mask: config.ipv4.mask,
             router: (config.mode == NetworkMode::Shared).then_some(config.ipv4.gateway),
             dns: config.dns.clone(),
             mtu: Some(config.mtu as u16), // checked: at most 65,521
             lease_time: config.lease_time,
+        });
+        let now = clock.now();
+        for (mac, address) in &config.reservations {
+            gateway
+                .dhcp()
+                .reserve(*mac, *address, now)
+                .map_err(|error| NetworkConfigError::Reservation { error })?;
+        }
+        // The leases come after the reservations, which say what a client can have.
+        let lease_file = config.lease_file.as_deref().map(|path| {
+            gateway
+                .dhcp()
+                .open_lease_file(path, now)
+                .map_err(|error| NetworkConfigError::LeaseFile { error })
         });
         Ok(Arc::new(Self {
             max_packet_size: config.max_packet_size(),
@@ -342,7 +369,9 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
             clock,
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
+            open: core::array::from_fn(|_| AtomicU64::new(0)),
             floodable: core::array::from_fn(|_| AtomicU64::new(0)),
+            _lease_file: lease_file.transpose()?,
             members: Mutex::new(Members { macs: vec![None; MAX_PORTS], count: 0 }),
             config,
         }))
@@ -378,7 +407,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
         members.count += 1;
         let port = PortRef::new(index, config.isolated);
         self.table.pin(key, port);
-        self.set_floodable(index, !config.isolated);
+        self.set_open(port, true);
         drop(members);
         tracing::debug!(%mac, index, isolated = config.isolated, "port joined");
         let membership = Arc::new(Membership {
@@ -429,7 +458,7 @@ impl<B> Drop for Membership<B> {
         let network = &*self.network;
         // All senders of the port are gone, so nothing more is learned about it. Its receiver is
         // gone, so its inbox is closed and empty.
-        network.set_floodable(self.index, false);
+        network.set_open(self.port, false);
         let mut members = network.members();
         network.table.forget(Mac::new(self.mac.into_array()), self.index);
         if let Some(state) = self.port_state() {

@@ -5,12 +5,11 @@
 
 use core::fmt;
 use core::marker::PhantomData;
-use core::time::Duration;
 use std::sync::Arc;
 
 use macaddr::MacAddr6;
 use smoltcp::wire::EthernetFrame;
-use vmring_core::sync::Ordering;
+use vmring_core::sync::{AtomicU64, Ordering};
 
 use crate::frame;
 use crate::inbox::{Claim, Collector, Delivery, Refused};
@@ -246,7 +245,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     /// [collected](Self::collect), and the other buffers can be [recalled](Self::recall). The
     /// port's senders can still send.
     pub fn close(&mut self) {
-        self.membership.network.set_floodable(self.membership.index, false);
+        self.membership.network.set_open(self.membership.port, false);
         self.membership.receiver_open.store(false, Ordering::Relaxed);
         self.collector.close();
     }
@@ -256,7 +255,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         self.collector.reopen();
         self.membership.receiver_open.store(true, Ordering::Relaxed);
         let membership = &self.membership;
-        membership.network.set_floodable(membership.index, !membership.port.isolated());
+        membership.network.set_open(membership.port, true);
     }
 
     /// Returns whether the receiver is closed: [`close`](Self::close) was called, and
@@ -498,13 +497,23 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// Copies a frame to all ports that get flooded frames, except this one.
     #[cold]
     fn flood(&mut self, frame: &[u8]) -> Sent {
-        let own = self.membership.index;
+        let own = Some(self.membership.index);
+        Sent::Flooded { reached: self.send_to_all(|network| &network.floodable, own, frame) }
+    }
+
+    /// Copies a frame to all ports of a set, except one. Returns how many accepted it.
+    fn send_to_all(
+        &mut self,
+        set: fn(&Network<B>) -> &[AtomicU64; WORDS],
+        except: Option<usize>,
+        frame: &[u8],
+    ) -> u32 {
         let mut reached = 0;
         for word in 0..WORDS {
-            // Acquire: pairs with the Release in `Network::set_floodable`; the ports are ready.
-            let mut ports = self.membership.network.floodable[word].load(Ordering::Acquire);
-            if word == own / 64 {
-                ports &= !(1 << (own % 64));
+            // Acquire: pairs with the Release in `Network::set_open`; the ports are ready.
+            let mut ports = set(&self.membership.network)[word].load(Ordering::Acquire);
+            if let Some(except) = except.filter(|except| except / 64 == word) {
+                ports &= !(1 << (except % 64));
             }
             while ports != 0 {
                 let index = word * 64 + ports.trailing_zeros() as usize;
@@ -512,19 +521,24 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
                 reached += u32::from(self.deliver(index, frame).is_ok());
             }
         }
-        Sent::Flooded { reached }
+        reached
     }
 
-    /// Gives the gateway a frame. Its reply comes back to this port and no other.
+    /// Gives the gateway a frame. Its reply comes back to this port and no other. What it asks all
+    /// goes to all, also to this port, behind which there may be several stations.
     fn ask_gateway(&mut self, frame: &[u8]) {
         self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
-        let now = Duration::from_secs(self.now.into());
-        if let Some(len) = network.gateway.handle(frame, &mut self.reply, now) {
+        let (port, now) = (self.membership.index as u32, network.read_exact_clock());
+        let answer = network.gateway.handle(frame, port, &mut self.reply, now);
+        if let Some(len) = answer.reply {
             let reply = core::mem::take(&mut self.reply);
             // If the port has no buffer for the reply, `deliver` counts the drop.
             let _ = self.deliver(self.membership.index, &reply[..len]);
             self.reply = reply;
+        }
+        if let Some(question) = answer.to_all {
+            self.send_to_all(|network| &network.open, None, &question);
         }
     }
 

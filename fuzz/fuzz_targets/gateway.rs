@@ -13,10 +13,11 @@ use std::collections::HashSet;
 use vmring_embedded::DhcpLease;
 use vmring_embedded::dhcp::DhcpConfig;
 use vmring_embedded::gateway::Gateway;
+use vmring_embedded::limits::{DHCP_REPLY_MAX, MIN_FRAME_LEN};
 
 const FIRST: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 2);
-/// The longest reply that may exceed its request's length.
-const DHCP_REPLY: usize = 346;
+/// How much longer than its cause an ICMP error is: its own IP and ICMP headers.
+const ICMP_ERROR: usize = 28;
 const MAC: [u8; 6] = [0x02, 0, 0, 0, 1, 0];
 const GUESTS: [[u8; 6]; 2] = [[0x02, 0, 0, 0, 2, 1], [0x02, 0, 0, 0, 2, 2]];
 
@@ -36,19 +37,27 @@ enum Step<'a> {
 }
 
 fn check_reply(frame: &[u8], reply: &[u8], gateway: [u8; 6]) {
-    assert!(reply.len() <= frame.len().max(DHCP_REPLY), "a reply that amplifies");
-    assert!(reply.len() >= 14);
+    let longest = (frame.len() + ICMP_ERROR).max(DHCP_REPLY_MAX);
+    assert!(reply.len() <= longest, "a reply that amplifies");
+    assert!(reply.len() >= MIN_FRAME_LEN);
     assert_eq!(reply[6..12], gateway);
     match [reply[12], reply[13]] {
-        [8, 6] => assert_eq!(reply.len(), 14 + 28),
+        [8, 6] => assert_eq!(reply.len(), MIN_FRAME_LEN),
         [8, 0] => {
             assert_eq!(reply[14], 0x45);
-            assert_eq!(usize::from(u16::from_be_bytes([reply[16], reply[17]])), reply.len() - 14);
+            let len = 14 + usize::from(u16::from_be_bytes([reply[16], reply[17]]));
+            assert_eq!(len.max(MIN_FRAME_LEN), reply.len());
+            assert!(reply[len..].iter().all(|byte| *byte == 0), "the padding");
+            let reply = &reply[..len];
             assert_eq!(checksum(&[&reply[14..34]]), 0);
             assert_eq!(reply[26..30], GATEWAY.octets());
             let payload = &reply[34..];
             match reply[23] {
                 1 => assert_eq!(checksum(&[payload]), 0),
+                6 => {
+                    let len = (payload.len() as u16).to_be_bytes();
+                    assert_eq!(checksum(&[&reply[26..34], &[0, 6], &len, payload]), 0);
+                }
                 17 if payload[6..8] == [0, 0] => {} // none was computed
                 17 => {
                     let len = &payload[4..6];
@@ -93,8 +102,10 @@ fuzz_target!(|input: Input| {
             }
         };
         let frame = frame.bytes(&GUESTS, MAC);
-        let mut reply = vec![0; room.min(frame.len().max(DHCP_REPLY))];
-        if let Some(len) = gateway.handle(&frame, &mut reply, now) {
+        let longest = (frame.len() + ICMP_ERROR).max(DHCP_REPLY_MAX);
+        let mut reply = vec![0; room.min(longest)];
+        let answer = gateway.handle(&frame, 0, &mut reply, now);
+        if let Some(len) = answer.reply {
             check_reply(&frame, &reply[..len], MAC);
         }
         check_leases(&gateway.dhcp().leases(now));

@@ -2,6 +2,7 @@
 //! privileges. See [`vmring_embedded`].
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,11 +10,14 @@ use macaddr::MacAddr6;
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::port::{ADDRESSES_LEN, Receiver, Sender};
-use vmring_embedded::{DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent};
+use vmring_embedded::{
+    AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent,
+};
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
 use crate::device::common::no_offloads;
 use crate::device::context::PollContext;
+use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
 use crate::device::inbox_reader::{InboxEnd, InboxReader};
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::device::slot::PostedSlot;
@@ -33,7 +37,7 @@ static NETWORKS: Registry<PostedSlot> = Registry::new();
 #[derive(Clone, Debug)]
 pub struct Embedded {
     network: String,
-    lease_time: Option<Duration>,
+    dhcp: DhcpSettings,
     overflow: Option<u32>,
     dns: Vec<Ipv4Addr>,
 }
@@ -42,13 +46,38 @@ impl Embedded {
     /// Returns a driver for a port of the network `name`. A host network and a shared network of
     /// one name are two networks.
     pub fn network(name: impl Into<String>) -> Self {
-        Self { network: name.into(), lease_time: None, overflow: None, dns: Vec::new() }
+        let dhcp = DhcpSettings::default();
+        Self { network: name.into(), dhcp, overflow: None, dns: Vec::new() }
     }
 
     /// Sets how long an address that the network gives out is valid. The default is 24 hours, as in
     /// Apple's `bootpd`.
     pub fn lease_time(mut self, time: Duration) -> Self {
-        self.lease_time = Some(time);
+        self.dhcp.lease_time = Some(time);
+        self
+    }
+
+    /// Sets the addresses for guests without a reservation, the first and the last. They must lie
+    /// after the gateway's. The default is every address after the gateway's, up to the end of the
+    /// network's range.
+    pub fn dhcp_range(mut self, first: Ipv4Addr, last: Ipv4Addr) -> Self {
+        self.dhcp.range = Some((first, last));
+        self
+    }
+
+    /// Reserves an address of the subnet for the guest with this MAC address. It can be called
+    /// several times, for several guests.
+    pub fn reserve(mut self, mac: MacAddr6, address: Ipv4Addr) -> Self {
+        self.dhcp.reservations.push((mac, address));
+        self
+    }
+
+    /// Sets the file that remembers the leases when the network ends; it is made if it does not
+    /// exist. Each network needs a file of its own. A thread of the network writes to it. Without a
+    /// file most guests get their old addresses too, because a guest's first choice follows from
+    /// its MAC address; see [`vmring_embedded::dhcp`].
+    pub fn lease_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.dhcp.lease_file = Some(path.into());
         self
     }
 
@@ -76,12 +105,12 @@ impl Driver for Embedded {
                 return Err(Error::NotSupported { what: "bridged mode", device });
             }
         };
-        let mut network = NetworkConfig::of(mode);
-        if let Some(Ipv4Range { start: gateway, end, mask }) = config.ipv4 {
-            network.ipv4 = vmring_embedded::AddressRange { gateway, end, mask };
-        }
+        let addresses = match config.ipv4 {
+            Some(Ipv4Range { start: gateway, end, mask }) => AddressRange { gateway, end, mask },
+            None => AddressRange::of(mode),
+        };
+        let mut network = self.dhcp.network(mode, addresses)?;
         network.mtu = config.mtu.unwrap_or(network.mtu);
-        network.lease_time = self.lease_time.unwrap_or(network.lease_time);
         network.overflow_depth = self.overflow.or(network.overflow_depth);
         network.dns = self.dns;
         let name = format!("{}/{}", config.mode, self.network);
@@ -246,13 +275,29 @@ impl Device for EmbeddedPort {
             ("second copies", port.received_overflow),
             ("gateway ARP replies", asked.arp_replies),
             ("gateway echo replies", asked.echo_replies),
-            ("gateway DHCP replies", asked.dhcp_replies),
-            ("gateway fragments", asked.fragments),
+            ("gateway refused TCP", asked.refused_tcp),
+            ("gateway refused UDP", asked.refused_udp),
+            ("gateway refused protocols", asked.refused_protocol),
+            ("gateway refused fragments", asked.refused_fragments),
+            ("gateway refused routes", asked.refused_route),
+            ("gateway errors limited", asked.errors_limited),
+            ("gateway other ARP", asked.other_arp),
+            ("gateway other ICMP", asked.other_icmp),
+            ("gateway resets", asked.resets),
+            ("gateway later fragments", asked.later_fragments),
+            ("gateway broadcasts", asked.broadcasts),
+            ("gateway other protocols", asked.other_ethertype),
+            ("gateway VLAN frames", asked.vlan),
+            ("gateway frames for others", asked.not_for_us),
+            ("gateway bad source", asked.bad_source),
             ("gateway malformed", asked.malformed),
-            ("gateway ignored", asked.ignored),
-            ("DHCP malformed", dhcp.malformed),
-            ("DHCP out of addresses", dhcp.exhausted),
+            ("gateway unsent", asked.unsent),
+            ("gateway ARP conflicts", asked.arp_conflicts),
+            ("DHCP messages", asked.dhcp_messages),
         ]
+        .into_iter()
+        .chain(dhcp_counters(&dhcp))
+        .collect()
     }
 }
 

@@ -137,13 +137,14 @@ mod uring;
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use framing::Framing;
-use limits::{IP_MAX, LEASE_TIME, OPEN_PATIENCE, QUEUES_MAX};
+use limits::{IP_MAX, OPEN_PATIENCE, QUEUES_MAX};
 use macaddr::MacAddr6;
 use namespace::Namespace;
 use open::{Flags, TapQueueFd};
@@ -157,6 +158,7 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, Offloads};
 use crate::device::common::mac_of;
 use crate::device::context::PollContext;
+use crate::device::dhcp_settings::DhcpSettings;
 use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
 use crate::error::{ConfigError, Error, Status, TapError};
 use crate::sync::Mutex;
@@ -246,7 +248,7 @@ struct Options {
     queues: usize,
     engine: TapEngine,
     dhcp: bool,
-    lease_time: Duration,
+    dhcp_settings: DhcpSettings,
     dns: Vec<Ipv4Addr>,
     host_mac: Option<MacAddr6>,
     configure: Option<bool>,
@@ -291,7 +293,7 @@ impl Tap {
             queues: 1,
             engine: TapEngine::Auto,
             dhcp: true,
-            lease_time: LEASE_TIME,
+            dhcp_settings: DhcpSettings::default(),
             dns: Vec::new(),
             host_mac: None,
             configure: None,
@@ -323,7 +325,31 @@ impl Tap {
 
     /// Sets how long the DHCP server's leases last. Default 24 hours.
     pub fn lease_time(mut self, time: Duration) -> Self {
-        self.options.lease_time = time;
+        self.options.dhcp_settings.lease_time = Some(time);
+        self
+    }
+
+    /// Sets the addresses that the DHCP server gives to guests without a reservation, the first and
+    /// the last. They must lie after the host's address. Default: every address after it, up to the
+    /// end of the interface's range.
+    pub fn dhcp_range(mut self, first: Ipv4Addr, last: Ipv4Addr) -> Self {
+        self.options.dhcp_settings.range = Some((first, last));
+        self
+    }
+
+    /// Reserves an address of the subnet for the guest with this MAC address. Can be called several
+    /// times, for several guests.
+    pub fn reserve(mut self, mac: MacAddr6, address: Ipv4Addr) -> Self {
+        self.options.dhcp_settings.reservations.push((mac, address));
+        self
+    }
+
+    /// Sets the file that remembers the DHCP server's leases; it is made if it does not exist. Each
+    /// TAP needs a file of its own. A thread of the server writes to it. Without a file most guests
+    /// get their old addresses too, because a guest's first choice follows from its MAC address;
+    /// see [`vmring_embedded::dhcp`].
+    pub fn lease_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.options.dhcp_settings.lease_file = Some(path.into());
         self
     }
 
@@ -581,7 +607,7 @@ impl Running {
             config,
             host_mac: options.host_mac,
             dhcp: options.dhcp,
-            lease_time: options.lease_time,
+            dhcp_settings: &options.dhcp_settings,
             dns: &options.dns,
         };
         let (mtu, dhcp) = setup.apply(&asked, &queue_states[0].fd)?;

@@ -1,7 +1,9 @@
 //! Rings on one interface, and what an interface reports and counts.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use vmring::device::{PortForward, Progress, Protocol};
 use vmring::{
@@ -184,10 +186,84 @@ fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
         write(&mut ring, &packet_between(mac, [0xff; 6], 3, 60));
         for interface in [&near, &far] {
             assert_eq!(read(interface.counters(), "gateway malformed"), 1);
-            assert_eq!(read(interface.counters(), "gateway ignored"), 1);
+            assert_eq!(read(interface.counters(), "gateway other protocols"), 1);
             assert_eq!(read(interface.counters(), "gateway ARP replies"), 0);
         }
     });
+}
+
+/// Goal: the settings of DHCP reach the network's server, and those that cannot be are refused with
+/// a sentence before anything starts.
+#[test]
+fn an_embedded_interface_takes_the_settings_of_dhcp() {
+    let mac = MacAddr6::new(0x52, 0x54, 0, 0, 0, 1);
+    let host = |last| Ipv4Addr::new(192, 168, 64, last);
+    let network = unique("dhcp-settings");
+    let file = std::env::temp_dir().join(format!("{network}-{}.leases", std::process::id()));
+    let start = |change: fn(Embedded) -> Embedded| {
+        let driver = change(Embedded::network(network.clone())).lease_file(&file);
+        Interface::builder().device(driver).start()
+    };
+    let refused = |change: fn(Embedded) -> Embedded| match start(change) {
+        Err(Error::Config(error)) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    let before = refused(|driver| {
+        driver.dhcp_range(Ipv4Addr::new(192, 168, 64, 20), Ipv4Addr::new(192, 168, 64, 10))
+    });
+    assert!(before.contains("cannot begin at 192.168.64.20"), "{before}");
+    let beyond = refused(|driver| driver.reserve(MacAddr6::nil(), Ipv4Addr::new(10, 0, 0, 1)));
+    assert!(beyond.contains("10.0.0.1 is not an address"), "{beyond}");
+    let short = refused(|driver| driver.lease_time(Duration::from_secs(9)));
+    assert!(short.contains("lease time"), "{short}");
+    let interface = start(|driver| {
+        driver
+            .dhcp_range(Ipv4Addr::new(192, 168, 64, 20), Ipv4Addr::new(192, 168, 64, 29))
+            .reserve(MacAddr6::new(0x52, 0x54, 0, 0, 0, 1), Ipv4Addr::new(192, 168, 64, 9))
+            .lease_time(Duration::from_secs(600))
+    })
+    .unwrap();
+    // The reserved address is the client's first choice. A client that renews it without a record
+    // has a lease at once.
+    let mut ring = inline(&interface, Direction::Both).build().unwrap();
+    let mut write = |frame: &[u8]| {
+        let mut packet = ring.alloc().unwrap();
+        packet.copy_from(frame).unwrap();
+        ring.submit_write(packet, 0).unwrap();
+        assert!(reap_n(&mut ring, 1)[0].result.is_ok());
+    };
+    write(&dhcp_renewal(mac, host(9)));
+    let lease = interface.lease(mac).expect("a lease");
+    assert_eq!((lease.address, lease.duration.as_secs()), (host(9), 600));
+    let other = MacAddr6::new(0x52, 0x54, 0, 0, 0, 2);
+    for (address, given) in [(host(9), false), (host(30), false), (host(29), true)] {
+        write(&dhcp_renewal(other, address));
+        assert_eq!(interface.lease(other).is_some(), given, "{address}");
+    }
+    drop((ring, interface));
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(text.lines().count(), 3, "{text}");
+    assert!(text.contains("52:54:00:00:00:01 192.168.64.9 "), "{text}");
+}
+
+/// The broadcast request of a client that renews its address.
+fn dhcp_renewal(mac: MacAddr6, address: Ipv4Addr) -> Vec<u8> {
+    let mut message = vec![0; 300];
+    message[..3].copy_from_slice(&[1, 1, 6]);
+    message[12..16].copy_from_slice(&address.octets());
+    message[28..34].copy_from_slice(mac.as_bytes());
+    message[236..244].copy_from_slice(&[99, 130, 83, 99, 53, 1, 3, 255]);
+    let udp_len = 8 + message.len() as u16;
+    let mut ip = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0];
+    ip[2..4].copy_from_slice(&(20 + udp_len).to_be_bytes());
+    ip.extend(address.octets());
+    ip.extend([255; 4]);
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&checksum.to_be_bytes());
+    let udp = [[0, 68], [0, 67], udp_len.to_be_bytes(), [0, 0]].concat();
+    [&[0xff; 6][..], mac.as_bytes(), &[8, 0], &ip, &udp, &message].concat()
 }
 
 /// Goal: a network ends when its last interface stops, even if the interface's handle still exists.

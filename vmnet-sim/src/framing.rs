@@ -76,10 +76,13 @@ pub(crate) fn parts(wire: &[u8]) -> (&[u8], &[u8]) {
     }
 }
 
-/// Whether this is the gateway's answer to a DHCP client.
+/// Whether this is the gateway's answer to a DHCP client, or its question who uses an address.
 pub(crate) fn is_dhcp(frame: &[u8], gateway: MacAddr6) -> bool {
     let at = |from: usize, bytes: &[u8]| frame.get(from..from + bytes.len()) == Some(bytes);
     // Ethernet's source and type, IPv4's protocol, UDP's ports: the gateway's IPv4 headers have no
     // options.
-    at(6, gateway.as_bytes()) && at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68])
+    let is_reply = at(12, &[8, 0]) && at(23, &[17]) && at(34, &[0, 67, 0, 68]);
+    // The gateway broadcasts nothing but its DHCP server's question whether an address is in use.
+    let is_question = at(0, &[0xff; 6]) && at(12, &[8, 6]);
+    at(6, gateway.as_bytes()) && (is_reply || is_question)
 }

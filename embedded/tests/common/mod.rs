@@ -127,16 +127,30 @@ pub fn udp(from: (Ipv4Addr, u16), to: (Ipv4Addr, u16), payload: &[u8]) -> Vec<u8
 }
 
 pub fn arp_request(from: MacAddr6, source: Ipv4Addr, target: Ipv4Addr) -> Vec<u8> {
+    let packet = arp(ArpOperation::Request, (from, source), (MacAddr6::nil(), target));
+    ethernet(EthernetAddress::BROADCAST, eth(from), EthernetProtocol::Arp, &packet)
+}
+
+pub fn arp_reply(from: MacAddr6, source: Ipv4Addr, to: MacAddr6, target: Ipv4Addr) -> Vec<u8> {
+    let packet = arp(ArpOperation::Reply, (from, source), (to, target));
+    ethernet(eth(to), eth(from), EthernetProtocol::Arp, &packet)
+}
+
+fn arp(
+    operation: ArpOperation,
+    source: (MacAddr6, Ipv4Addr),
+    target: (MacAddr6, Ipv4Addr),
+) -> Vec<u8> {
     let repr = ArpRepr::EthernetIpv4 {
-        operation: ArpOperation::Request,
-        source_hardware_addr: eth(from),
-        source_protocol_addr: source,
-        target_hardware_addr: EthernetAddress([0; 6]),
-        target_protocol_addr: target,
+        operation,
+        source_hardware_addr: eth(source.0),
+        source_protocol_addr: source.1,
+        target_hardware_addr: eth(target.0),
+        target_protocol_addr: target.1,
     };
     let mut packet = vec![0; repr.buffer_len()];
     repr.emit(&mut ArpPacket::new_unchecked(&mut packet));
-    ethernet(EthernetAddress::BROADCAST, eth(from), EthernetProtocol::Arp, &packet)
+    packet
 }
 
 pub fn ping(
@@ -264,7 +278,7 @@ pub fn dhcp_reply(frame: &[u8]) -> DhcpReply {
         .find(|option| option.kind == 28)
         .map(|option| <[u8; 4]>::try_from(option.data).unwrap().into());
     let dhcp = DhcpRepr::parse(&packet).unwrap();
-    assert_eq!((dhcp.transaction_id, dhcp.secs), (0xfeed_0001, 3));
+    assert_eq!((dhcp.transaction_id, dhcp.secs), (0xfeed_0001, 0));
     DhcpReply {
         kind: dhcp.message_type,
         address: dhcp.your_ip,

@@ -94,14 +94,13 @@ impl Framing {
     }
 
     /// Takes what the guest writes if it is a DHCP request that this TAP's server handles, and
-    /// answers it. Returns whether it did. `bytes` begin with the offload header if the TAP has
+    /// answers it. Returns whether it did. The server learns from ARP packets, and leaves them. `bytes` begin with the offload header if the TAP has
     /// one.
     #[inline]
     pub(crate) fn take_dhcp(&self, bytes: &[u8]) -> bool {
         let Some(dhcp) = &self.dhcp else { return false };
         let (header, packet) = bytes.split_at(self.header.min(bytes.len()));
-        Dhcp::is_request(packet)
-            && dhcp.take(packet, (header.len() == offload::LEN).then_some(header))
+        dhcp.take(packet, (header.len() == offload::LEN).then_some(header))
     }
 }
 

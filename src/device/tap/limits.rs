@@ -39,9 +39,5 @@ pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// and its table.
 pub(super) const NFT_MESSAGES_MAX: u32 = 32;
 
-/// How long a DHCP lease lasts by default.
-pub(super) const LEASE_TIME: Duration = Duration::from_secs(86_400);
-/// The size of the largest DHCP reply (`DhcpServer::handle`), in bytes, rounded up.
-pub(super) const DHCP_REPLY_MAX: usize = 512;
 /// The size of the largest DHCP request, in bytes: one Ethernet frame.
 pub(super) const DHCP_REQUEST_MAX: usize = 1514;

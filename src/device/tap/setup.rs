@@ -18,6 +18,7 @@ use super::open::TapQueueFd;
 use super::subnet;
 use super::switches::{self, End};
 use crate::config::{InterfaceConfig, Ipv4Range, Mode};
+use crate::device::dhcp_settings::DhcpSettings;
 use crate::error::{ConfigError, Error, TapError};
 use crate::sys::after;
 
@@ -33,7 +34,7 @@ pub(crate) struct Asked<'a> {
     pub(crate) config: &'a InterfaceConfig,
     pub(crate) host_mac: Option<MacAddr6>,
     pub(crate) dhcp: bool,
-    pub(crate) lease_time: Duration,
+    pub(crate) dhcp_settings: &'a DhcpSettings,
     pub(crate) dns: &'a [Ipv4Addr],
 }
 
@@ -341,6 +342,7 @@ impl Setup {
         let nft = self.nft.insert(Nft::open().map_err(locking)?);
         nft.lock().map_err(locking)?;
         let range = subnet::choose(&mut self.netlink, link.index, range, mode)?;
+        let network_config = asked.dhcp_settings.network(mode, range)?;
         let Range { gateway, end, mask } = range;
         self.range = Some(Ipv4Range { start: gateway, end, mask });
         let prefix = subnet::prefix_of(range);
@@ -367,15 +369,15 @@ impl Setup {
         let config = DhcpConfig {
             server: gateway,
             server_mac: asked.host_mac.unwrap_or(link.mac),
-            first: Ipv4Addr::from(u32::from(gateway) + 1),
-            last: end,
+            first: network_config.dhcp_first(),
+            last: network_config.ipv4.end,
             mask,
             router: shared.then_some(gateway),
             dns: asked.dns.to_vec(),
             mtu: u16::try_from(mtu).ok(),
-            lease_time: asked.lease_time,
+            lease_time: network_config.lease_time,
         };
-        Dhcp::new(config, link.index).map(Some)
+        Dhcp::new(config, asked.dhcp_settings, link.index).map(Some)
     }
 
     /// Undoes the settings, the last one first. Continues after an error, and returns the first
