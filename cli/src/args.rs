@@ -13,6 +13,7 @@ use vmring::{ConfigError, Ipv4Range, Mode};
 
 use crate::bridge::spec::{Offload, Spec};
 use crate::device::{DeviceName, VMNET};
+use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 
 /// Packet rings for virtual machine monitors.
@@ -111,6 +112,8 @@ pub(crate) struct DemoArgs {
     #[cfg(target_os = "linux")]
     #[command(flatten)]
     pub(crate) tap: TapArgs,
+    #[command(flatten)]
+    pub(crate) dhcp: DhcpArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
@@ -146,6 +149,7 @@ Ends:
 Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10
   vmring bridge embedded:lab capture:lab.pcapng --json
+  vmring bridge tap:t0 embedded:lab --lease-file lab.leases
 
 The bridge ends by itself when neither end can deliver another packet, for
 example when one file is replayed into another. A signal (Ctrl-C, SIGTERM,
@@ -180,6 +184,8 @@ pub(crate) struct BridgeArgs {
     /// End after this long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: Option<u64>,
+    #[command(flatten)]
+    pub(crate) dhcp: DhcpArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
@@ -527,6 +533,9 @@ mod tests {
             ("vmring bench --size=", "it must be a whole number"),
             ("vmring bench --size 99999999999", "99999999999 is not in 0 to 4294967295"),
             ("vmring bench --size 99999999999999999999", "the number is too large"),
+            ("vmring demo --lease-time 9", "9 is not in 10 to 4294967295"),
+            ("vmring demo --dhcp-range 1.2.3.4", "a range must be FIRST-LAST"),
+            ("vmring demo --reserve 1.2.3.4", "a reservation must be MAC=ADDRESS"),
             ("vmring completions", "required arguments were not provided: <SHELL>"),
         ] {
             let Err(failure) = parsed(line) else { panic!("{line} was taken") };

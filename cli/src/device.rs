@@ -2,6 +2,9 @@
 
 use vmring::{Driver, Embedded, Loopback, Vmnet};
 
+use crate::dhcp::DhcpArgs;
+use crate::failure::Failure;
+
 /// A device of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceName {
@@ -42,10 +45,18 @@ impl DeviceName {
         false
     }
 
-    /// A driver for one end of the network with this name, with its own settings.
-    pub(crate) fn driver(self, network: &str) -> Box<dyn Driver> {
+    /// Whether a network of this device has a DHCP server of ours.
+    pub(crate) fn has_dhcp(self) -> bool {
+        self == DeviceName::Embedded || self.is_tap()
+    }
+
+    /// A driver for one end of the network with this name, with its own settings, and these of its
+    /// DHCP server if it is the embedded network.
+    pub(crate) fn driver(self, network: &str, dhcp: &DhcpArgs) -> Box<dyn Driver> {
         match self {
-            DeviceName::Embedded => Box::new(Embedded::network(network).overflow(QUEUE)),
+            DeviceName::Embedded => {
+                Box::new(dhcp.embedded(Embedded::network(network).overflow(QUEUE)))
+            }
             DeviceName::Loopback => Box::new(Loopback::new(1500)),
             // As on a Mac, there is one network for each mode.
             DeviceName::Vmnet => Box::new(Vmnet::new()),

@@ -8,6 +8,7 @@ mod bench;
 mod bridge;
 mod demo;
 mod device;
+mod dhcp;
 mod failure;
 mod info;
 mod probe;

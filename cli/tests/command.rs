@@ -14,6 +14,8 @@ mod bench;
 mod captures;
 #[path = "command/completions.rs"]
 mod completions;
+#[path = "command/dhcp.rs"]
+mod dhcp;
 #[path = "command/ends.rs"]
 mod ends;
 #[path = "command/signals.rs"]

@@ -13,6 +13,7 @@ use super::check::Account;
 use super::limits::{CLOSE_TIMEOUT, CONTACT_PAUSE, CONTACT_TIMEOUT, SPINS};
 use super::summary::RingsSummary;
 use crate::device::DeviceName;
+use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 
 /// Which thread drives the rings, and how it waits.
@@ -52,7 +53,7 @@ pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Inter
         if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { Mode::Host };
     #[cfg(not(target_os = "linux"))]
     let mode = Mode::Host;
-    Interface::builder().mode(mode).device(device.driver(network)).start()
+    Interface::builder().mode(mode).device(device.driver(network, &DhcpArgs::default())).start()
 }
 
 /// A ring, and its frames that are not in it.

@@ -12,6 +12,7 @@ use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Vmne
 
 use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
+use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::recording::{Recording, is_same_file, why};
 
@@ -216,7 +217,22 @@ impl Spec {
         }
     }
 
-    pub(crate) fn start(&self, offloads: Offloads, mtu: Option<u32>) -> Result<End, Failure> {
+    /// Whether the end has a DHCP server of ours.
+    pub(crate) fn has_dhcp(&self) -> bool {
+        match self {
+            Spec::Embedded { .. } => true,
+            #[cfg(target_os = "linux")]
+            Spec::Tap { mode, .. } => matches!(mode, Some(Mode::Host | Mode::Shared)),
+            Spec::Vmnet(_) | Spec::Pcap(_) | Spec::Capture(_) => false,
+        }
+    }
+
+    pub(crate) fn start(
+        &self,
+        offloads: Offloads,
+        mtu: Option<u32>,
+        dhcp: &DhcpArgs,
+    ) -> Result<End, Failure> {
         let builder = || {
             let builder = Interface::builder().offloads(offloads);
             match mtu {
@@ -233,7 +249,7 @@ impl Spec {
                     Some(range) => builder().ipv4(*range),
                     None => builder(),
                 };
-                let driver = Embedded::network(network).overflow(QUEUE);
+                let driver = dhcp.embedded(Embedded::network(network).overflow(QUEUE));
                 let interface = started(builder.device(driver))?;
                 Ok(End { name, interface, replay, recording })
             }
@@ -241,6 +257,7 @@ impl Spec {
             Spec::Tap { name: tap, mode, subnet, engine } => {
                 // Without a mode the administrator sets up the host's end.
                 let driver = vmring::Tap::named(tap).configure(mode.is_some()).engine(*engine);
+                let driver = dhcp.tap(driver);
                 let builder = match mode {
                     Some(mode) => builder().mode(mode.clone()),
                     None => builder(),
@@ -352,6 +369,7 @@ pub(crate) fn start(
     specs: [&Spec; 2],
     offload: Offload,
     mtu: Option<u32>,
+    dhcp: &DhcpArgs,
 ) -> Result<[End; 2], Failure> {
     // A capture is started last, so that its file is only touched if all else has started.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
@@ -361,11 +379,12 @@ pub(crate) fn start(
         true if software || offload == Offload::Common && other.may_offload() => Offloads::ALL,
         _ => Offloads::default(),
     };
-    let one = start_with_most(wanted(first, second), |offloads| first.start(offloads, mtu))?;
-    let other = start_with_most(wanted(second, first), |offloads| second.start(offloads, mtu))?;
+    let one = start_with_most(wanted(first, second), |offloads| first.start(offloads, mtu, dhcp))?;
+    let other =
+        start_with_most(wanted(second, first), |offloads| second.start(offloads, mtu, dhcp))?;
     let ends = if order == [0, 1] { [one, other] } else { [other, one] };
     if software {
         return Ok(ends);
     }
-    start_alike(ends, |i, offloads| specs[i].start(offloads, mtu))
+    start_alike(ends, |i, offloads| specs[i].start(offloads, mtu, dhcp))
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::dhcp::DhcpArgs;
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -105,7 +106,8 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let networks = [format!("{name} one"), format!("{name} two")];
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
     let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
-    let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None).unwrap();
+    let ends =
+        spec::start([&specs[0], &specs[1]], Offload::Common, None, &DhcpArgs::default()).unwrap();
     let sides = [0, 1].map(|i| GuestSide::join(&networks[i], subnets[i]));
     let leases = sides.each_ref().map(GuestSide::lease);
     let addresses = leases.map(|lease| lease.address.address());
@@ -863,7 +865,8 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     let host = format!("{VMNET}:host");
     let offloads = |b: &str, software| {
         let offload = if software { Offload::Software } else { Offload::Common };
-        let ends = spec::start([&spec(VMNET), &spec(b)], offload, None).unwrap();
+        let ends =
+            spec::start([&spec(VMNET), &spec(b)], offload, None, &DhcpArgs::default()).unwrap();
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()))
     };
     let none: Vec<&str> = Vec::new();
@@ -884,7 +887,8 @@ fn speed() {
     for len in [64, 1514] {
         let networks = ["speed one", "speed two"];
         let specs = networks.map(|network| spec(&format!("embedded:{network}")));
-        let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None).unwrap();
+        let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None, &DhcpArgs::default())
+            .unwrap();
         let interfaces = networks.map(|name| {
             let driver = Embedded::network(name).overflow(QUEUE);
             Interface::builder().device(driver).start().unwrap()

@@ -18,6 +18,7 @@ use super::tap;
 use crate::args::TapArgs;
 use crate::args::{DemoArgs, DriveArg};
 use crate::device::DeviceName;
+use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 
 /// What the network is to be like.
@@ -30,6 +31,7 @@ pub(crate) struct Settings {
     device: DeviceName,
     #[cfg(target_os = "linux")]
     tap: TapArgs,
+    dhcp: DhcpArgs,
 }
 
 impl Settings {
@@ -42,9 +44,9 @@ impl Settings {
     fn driver(&self, network: &str) -> Box<dyn Driver> {
         #[cfg(target_os = "linux")]
         if self.has_kernel() {
-            return Box::new(self.tap.driver());
+            return Box::new(self.dhcp.tap(self.tap.driver()));
         }
-        self.device.driver(network)
+        self.device.driver(network, &self.dhcp)
     }
 
     /// The offloads that the device is asked for.
@@ -71,6 +73,7 @@ impl Settings {
             DeviceName::Tap => tap::check(args)?,
             _ => args.tap.check_absent()?,
         }
+        args.dhcp.check(usize::from(device.has_dhcp()))?;
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
         let settings = Self {
             mode: mode.clone(),
@@ -80,6 +83,7 @@ impl Settings {
             device,
             #[cfg(target_os = "linux")]
             tap: args.tap,
+            dhcp: args.dhcp.clone(),
         };
         if let Some(range) = subnet
             && !settings.has_kernel()
