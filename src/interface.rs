@@ -234,7 +234,8 @@ impl Interface {
     }
 
     /// Returns the size of the largest packet, with its Ethernet header, in bytes. A write may not
-    /// be longer, and a frame to read into must have space for as much.
+    /// be longer, and a frame to read into must have space for as much. On the embedded network and
+    /// on a TAP, 4 bytes of it are for a VLAN tag; a packet without a tag is shorter by as much.
     pub fn max_packet_size(&self) -> u32 {
         self.info().max_packet_size
     }

@@ -171,7 +171,7 @@ fn the_kernel_names_a_new_tap_which_goes_with_its_interface() {
         assert!(taps.contains(",UP"), "{taps}");
         assert!(sh("ip -o -4 address show tap0").contains("192.168.128.1/24"));
         assert_eq!(interface.mtu(), 1500);
-        assert_eq!(interface.max_packet_size(), 1514);
+        assert_eq!(interface.max_packet_size(), 1518, "with a VLAN tag");
         interface.stop(LONG).expect("it stops");
         eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
     });
@@ -1216,7 +1216,7 @@ fn one_ring_reads_and_others_write() {
     in_namespace(|| {
         let interface = start(Tap::named("t0")).expect("it starts");
         let neighbour = Neighbour::on("t0");
-        let pool = PoolBuilder::new(64, 1514).build().unwrap();
+        let pool = PoolBuilder::new(64, 1518).build().unwrap();
         let ring = |direction| interface.ring(direction).pool(&pool).build().expect("a ring");
         let (mut reads, mut first, mut second) =
             (ring(Direction::Read), ring(Direction::Write), ring(Direction::Write));

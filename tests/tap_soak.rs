@@ -141,7 +141,7 @@ struct Relay {
 
 impl Relay {
     fn new(ends: Arc<Ends>, interfaces: [Arc<Interface>; 2]) -> Self {
-        let pool = PoolBuilder::new(FRAMES, 1514).build().expect("a pool");
+        let pool = PoolBuilder::new(FRAMES, 1518).build().expect("a pool");
         let (rings, tallies, sums) = Default::default();
         Self { ends, interfaces, pool, rings, tallies, sums }
     }

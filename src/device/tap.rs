@@ -100,12 +100,13 @@
 //! ([`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads)). The kernel grants those
 //! that it knows; [`Capabilities::offloads`] returns them. If any offload was requested, or if a
 //! TAP from descriptors was opened with `IFF_VNET_HDR`, each packet has its 12-byte header in the
-//! headroom. With segmentation offload packets may be up to 65,549 bytes long.
+//! headroom. With segmentation offload packets may be up to 65,549 bytes long, and 65,553 with a
+//! VLAN tag.
 //!
-//! Otherwise no packet is longer than the MTU plus 14 bytes. A longer packet from the host is
-//! dropped and counted; it occurs if somebody has raised the MTU since the start, or if the packet
-//! has a VLAN tag. There is one exception. If the posted frame has space for exactly the MTU plus 14
-//! bytes, the kernel cuts a longer packet off to fit, and does not report it. The length in an IP
+//! Otherwise no packet is longer than the MTU plus 14 bytes, or 18 if it has a VLAN tag. A longer
+//! packet from the host is dropped and counted; it occurs if somebody has raised the MTU since the
+//! start. There is one exception. If the posted frame has space for exactly the MTU plus 18 bytes,
+//! the kernel cuts a longer packet off to fit, and does not report it. The length in an IP
 //! header shows the cut, so such a packet is dropped as well; a packet that is not IP arrives cut
 //! off.
 //!
@@ -154,6 +155,7 @@ use uring::Uring;
 use vmring_core::offload;
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
+use vmring_embedded::limits::VLAN_TAG_LEN;
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, Offloads};
 use crate::device::common::mac_of;
@@ -618,7 +620,7 @@ impl Running {
         let longest = if segments { IP_MAX.max(mtu) } else { mtu };
         let framing = Framing {
             header: if header { offload::LEN } else { 0 },
-            max_packet_size: longest as usize + ETHERNET_HEADER_LEN,
+            max_packet_size: longest as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN,
             dhcp,
             too_big: AtomicU64::new(0),
             malformed: AtomicU64::new(0),

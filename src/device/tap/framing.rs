@@ -4,6 +4,7 @@
 use vmring_core::offload;
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
+use vmring_embedded::limits::VLAN_TAG_LEN;
 
 use super::dhcp::Dhcp;
 use crate::device::context::PollContext;
@@ -15,11 +16,11 @@ use crate::error::Status;
 pub(crate) struct Framing {
     /// The length of the offload header in front of each packet, in bytes: 12 or 0.
     pub(crate) header: usize,
-    /// The longest packet, in bytes, without the offload header.
+    /// The longest packet, in bytes, with a VLAN tag and without the offload header.
     pub(crate) max_packet_size: usize,
     pub(crate) dhcp: Option<Dhcp>,
     /// Counts packets from the host that were longer than `max_packet_size`: somebody has raised
-    /// the TAP's MTU, or they have a VLAN tag.
+    /// the TAP's MTU.
     pub(crate) too_big: AtomicU64,
     /// Counts packets that came without a whole offload header.
     pub(crate) malformed: AtomicU64,
@@ -66,13 +67,24 @@ impl Framing {
         len: usize,
     ) {
         let packet = len.wrapping_sub(self.header);
-        if packet > self.max_packet_size || self.is_cut(&mut slot, len) {
+        let longest = self.max_packet_size - VLAN_TAG_LEN;
+        if packet > longest && self.is_too_long(&mut slot, packet) || self.is_cut(&mut slot, len) {
             self.drop_packet(cx, slot, len);
         } else if self.header > 0 {
             cx.complete_read_with_header(slot, len);
         } else {
             cx.complete_read(slot, len);
         }
+    }
+
+    /// Whether a packet that is longer than the longest one without a tag is too long.
+    #[cold]
+    fn is_too_long(&self, slot: &mut PostedSlot, packet: usize) -> bool {
+        let tagged = slot.buffer_with_header_mut(self.header).is_some_and(|room| {
+            let at = self.header + ETHERNET_HEADER_LEN - 2;
+            matches!(room.get(at..at + 2), Some(&[0x81, 0x00] | &[0x88, 0xa8]))
+        });
+        packet > self.max_packet_size || !tagged
     }
 
     /// Counts the packet and posts the slot again.
