@@ -3,7 +3,6 @@
 use vmring::{Driver, Embedded, Loopback, Vmnet};
 
 use crate::dhcp::DhcpArgs;
-use crate::failure::Failure;
 
 /// A device of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -186,6 +186,16 @@ impl NetworkConfig {
             format!("{gateway} to {end} with mask {mask}")
         };
         let depth = |depth: Option<u32>| depth.map_or("its default".to_owned(), |n| n.to_string());
+        let first =
+            |first: Option<Ipv4Addr>| first.map_or("its default".to_owned(), |a| a.to_string());
+        let file = |file: &Option<PathBuf>| {
+            file.as_ref().map_or("none".to_owned(), |file| format!("'{}'", file.display()))
+        };
+        let reserve = |kept: &[(MacAddr6, Ipv4Addr)]| {
+            let kept: Vec<_> =
+                kept.iter().map(|(mac, address)| format!("{mac}={address}")).collect();
+            format!("[{}]", kept.join(", "))
+        };
         let rows = [
             ("mode", format!("{:?}", self.mode), format!("{:?}", asked.mode)),
             ("ipv4", range(&self.ipv4), range(&asked.ipv4)),
@@ -195,6 +205,9 @@ impl NetworkConfig {
             ("lease_time", format!("{:?}", self.lease_time), format!("{:?}", asked.lease_time)),
             ("mac_ageing", format!("{:?}", self.mac_ageing), format!("{:?}", asked.mac_ageing)),
             ("dns", format!("{:?}", self.dns), format!("{:?}", asked.dns)),
+            ("dhcp_range beginning at", first(self.dhcp_first), first(asked.dhcp_first)),
+            ("reserve", reserve(&self.reservations), reserve(&asked.reservations)),
+            ("lease_file", file(&self.lease_file), file(&asked.lease_file)),
         ];
         let differing: Vec<_> = rows
             .iter()

@@ -757,6 +757,21 @@ fn a_conflict_names_each_setting_that_differs() {
         (|config| config.lease_time = Duration::from_secs(60), "lease_time 86400s and not 60s"),
         (|config| config.mac_ageing = Duration::from_secs(60), "mac_ageing 300s and not 60s"),
         (|config| config.dns = vec![[9, 9, 9, 9].into()], "dns [] and not [9.9.9.9]"),
+        (
+            |config| config.dhcp_first = Some([192, 168, 64, 9].into()),
+            "dhcp_range beginning at its default and not 192.168.64.9",
+        ),
+        (
+            |config| {
+                let mac = [2, 0, 0, 0, 0, 9].into();
+                config.reservations.push((mac, [192, 168, 64, 9].into()));
+            },
+            "reserve [] and not [02:00:00:00:00:09=192.168.64.9]",
+        ),
+        (
+            |config| config.lease_file = Some("a.leases".into()),
+            "lease_file none and not 'a.leases'",
+        ),
     ] {
         let sentence = said(change);
         assert!(sentence.contains(words), "no '{words}' in {sentence}");

@@ -621,7 +621,7 @@ fn count_at(end: &crate::bridge::summary::EndSummary, why: &str) -> Option<u64> 
 fn what_a_file_does_not_deliver_and_does_not_take_is_counted() {
     let path = pcap("file", 100);
     let file = Spec::Pcap(path.clone());
-    let start = || file.start(Offloads::default(), None).unwrap();
+    let start = || file.start(Offloads::default(), None, &DhcpArgs::default()).unwrap();
     // Its packets go into an end that takes none: most are not replayed.
     let to = Wire::default().that(Behaviour::Keeps);
     let running = Running::start([start(), to.end("other")], false, 4);
@@ -651,7 +651,8 @@ fn what_the_kernel_drops_before_a_tap_is_counted() {
     use std::net::UdpSocket;
 
     let counted = crate::tap::in_namespace(|| {
-        let end = spec("tap:vmrfull,host").start(Offloads::default(), None)?;
+        let end =
+            spec("tap:vmrfull,host").start(Offloads::default(), None, &DhcpArgs::default())?;
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.set_broadcast(true).unwrap();
         let to = Wire::default().that(Behaviour::Keeps);
