@@ -215,7 +215,7 @@ fn an_embedded_interface_takes_the_settings_of_dhcp() {
     let beyond = refused(|driver| driver.reserve(MacAddr6::nil(), Ipv4Addr::new(10, 0, 0, 1)));
     assert!(beyond.contains("10.0.0.1 is not an address"), "{beyond}");
     let short = refused(|driver| driver.lease_time(Duration::from_secs(9)));
-    assert!(short.contains("lease time"), "{short}");
+    assert!(short.contains("lease_time of 9s"), "{short}");
     let interface = start(|driver| {
         driver
             .dhcp_range(Ipv4Addr::new(192, 168, 64, 20), Ipv4Addr::new(192, 168, 64, 29))
