@@ -270,6 +270,13 @@ impl Engine {
     /// was done.
     fn take_back_reads(&mut self) -> bool {
         let taken = self.take_submissions();
+        // This look comes after the one at the SQ. A read that was submitted after a resume is known
+        // only to an engine that also sees the resume: the Acquire in `is_draining` follows the one
+        // of the SQ's tail, and both of the caller's stores are Releases.
+        if !self.shared.is_draining() {
+            self.drain = Drain::Off;
+            return taken;
+        }
         if self.kept[0] > 0 {
             if self.drain == Drain::Begun
                 && let Some(queue) = &mut self.queue

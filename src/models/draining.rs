@@ -150,3 +150,22 @@ fn a_thread_that_sees_a_ring_open_again_sees_what_came_before() {
         drop((sq, cq));
     });
 }
+
+/// A read that is submitted after a resume is not taken back, although the engine may hear of the
+/// drain only then.
+///
+/// Broken by: a `take_back_reads` that does not look at `is_draining` after it has taken submissions.
+#[test]
+fn a_read_after_a_resume_is_not_taken_back() {
+    check(2, || {
+        let rig = Rig::new(Reads::Fill);
+        let Polled { mut sq, mut cq, poller, thread } = setup(|| Polled::new(&rig));
+        assert_eq!(cq.drain(LONG).unwrap(), 0);
+        cq.resume();
+        read(&mut sq, 1);
+        assert_eq!(ends(&mut cq), [(1, Ok(0))]);
+        poller_sleeps(&poller);
+        explored();
+        Polled { sq, cq, poller, thread }.end();
+    });
+}
