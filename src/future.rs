@@ -17,8 +17,8 @@
 //! Unlike a ring, an [`AsyncRing`] has a lock: many tasks may read and write through it.
 
 #[cfg(feature = "futures")]
-mod streams;
-mod write;
+pub(crate) mod streams;
+pub(crate) mod write;
 
 use crate::background::Background;
 use crate::device::catch::catch_panic;
@@ -40,10 +40,6 @@ use crate::mailbox::RingPark;
 use crate::ring::{Ring, RingControl, RingOp};
 use crate::sync::Mutex;
 use crate::sys::{lock, sleep};
-
-#[cfg(feature = "futures")]
-pub use streams::{FrameSink, PacketSink, Packets};
-pub use write::{AllocFuture, WriteFrameFuture, WriteFuture};
 
 /// A ring behind futures. A clone is a handle on the same ring, for another task.
 ///

@@ -151,9 +151,10 @@ pub use error::{
     BatchError, CloseReason, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
     SubmitErrorKind,
 };
-pub use future::{AllocFuture, AsyncRing, ReadFuture, WriteFrameFuture, WriteFuture, block_on};
 #[cfg(feature = "futures")]
-pub use future::{FrameSink, PacketSink, Packets};
+pub use future::streams::{FrameSink, PacketSink, Packets};
+pub use future::write::{AllocFuture, WriteFrameFuture, WriteFuture};
+pub use future::{AsyncRing, ReadFuture, block_on};
 pub use interface::{Interface, InterfaceBuilder};
 pub use macaddr::MacAddr6;
 pub use memory::page_size;
