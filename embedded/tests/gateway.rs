@@ -534,7 +534,7 @@ fn a_message_for_a_client_in_anothers_frame_is_served() {
     let ack = by_bob(&Dhcp::select(ALICE, offer.address, SHARED)).unwrap();
     assert_eq!((ack.kind, ack.address), (DhcpMessageType::Ack, offer.address));
     assert_eq!(gateway.dhcp().lease_of(ALICE, NOW).unwrap().address, offer.address);
-    // Who got the lease can give it back. Another cannot.
+    // The client of the lease can give it back. Another cannot.
     let release = Dhcp::new(DhcpMessageType::Release, ALICE).from(offer.address);
     let mut by_third = release.frame();
     by_third[6..12].copy_from_slice(mac(3).as_bytes());

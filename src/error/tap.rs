@@ -81,7 +81,7 @@ pub enum TapError {
     SubnetTaken {
         /// The network that was asked for, like `192.168.64.0/24`.
         subnet: String,
-        /// Who has it, like `'eth0' has the address 192.168.64.7/24`.
+        /// The words that say who has it, like `'eth0' has the address 192.168.64.7/24`.
         by: String,
         /// A range that is free, like `192.168.65.1/24`.
         free: Option<String>,

@@ -52,7 +52,7 @@ impl From<TapForwarding> for ForwardingInfo {
 }
 
 impl ForwardingInfo {
-    /// Who has switched IPv4 forwarding on, and what that means.
+    /// Says who has switched IPv4 forwarding on, and what that means.
     fn switch(&self) -> &'static str {
         match self {
             Self { on: false, .. } => "off; shared mode switches it on",

@@ -388,7 +388,7 @@ fn open_locked(path: &Path) -> Result<File, LeaseFileError> {
             .open(path)
             .map_err(|error| failed(path, "opened", &error))?;
         let locked = try_lock(&file).map_err(|error| failed(path, "locked", &error))?;
-        // Whoever had the lock may have replaced the file meanwhile.
+        // The last owner of the lock may have replaced the file meanwhile.
         if locked && is_still(&file, path) {
             return Ok(file);
         }

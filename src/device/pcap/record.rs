@@ -143,8 +143,8 @@ impl<R: Read> Input<R> {
     }
 
     /// Reads the `captured` bytes of a packet that had `original` bytes on the wire into `buffer`.
-    /// Of a packet that is too big it reads nothing into the buffer, so a length in a damaged file
-    /// makes no memory grow.
+    /// It reads nothing of a packet that is too big, so a length in a damaged file makes no memory
+    /// grow.
     ///
     /// An original length below the captured length counts as the captured length, as both drafts
     /// allow (draft-ietf-opsawg-pcap, section 5; draft-ietf-opsawg-pcapng, section 4.3).

@@ -88,7 +88,7 @@ impl Taken {
         Ok(Self(all))
     }
 
-    /// Who has a part of this range, if anybody has.
+    /// Returns who has a part of this range, if anybody has.
     fn by(&self, range: Range) -> Option<String> {
         let prefix = prefix_of(range);
         let overlap = |(other, other_prefix, _): &&(Ipv4Addr, u8, String)| {
