@@ -267,7 +267,8 @@ impl Interface {
     }
 
     /// Ends the interface: every ring closes, what is in flight completes, and then the device
-    /// stops. Stopping twice is harmless.
+    /// stops. After `Ok` no ring takes a submission, also none that was built meanwhile. Stopping twice
+    /// is harmless.
     ///
     /// # Errors
     ///

@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::config::Direction;
 use crate::device::catch::{Panicked, catch_panic};
 use crate::device::seam::Device;
-use crate::error::{ConfigError, Error};
+use crate::error::{CloseReason, ConfigError, Error};
 use crate::mailbox::{RingShared, request};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::{after, lock, now};
@@ -27,7 +27,8 @@ const INTERFACE_STOPPED: &str = "the interface is stopped for good: start anothe
 pub(crate) struct InterfaceShared {
     pub(crate) device: Arc<dyn Device>,
     state: Mutex<LifecycleState>,
-    /// Something was applied.
+    /// The last engine has left what is pending to a caller that waits, or the rings were told what
+    /// was applied.
     changed: Condvar,
 }
 
@@ -45,6 +46,9 @@ struct LifecycleState {
     /// Stops and restarts applied so far, and how the last one ended.
     applied: u64,
     outcome: Option<Arc<Error>>,
+    /// How many of those that were applied the rings were told about. Callers wait for this, so that
+    /// they find the rings told.
+    announced: u64,
     stopped: bool,
     /// Callers that wait for a stop or a restart. While there is one, it applies what is pending, and
     /// the thread of the last engine does not.
@@ -187,11 +191,22 @@ impl InterfaceShared {
         }
     }
 
-    /// Requests from every ring's engine that it asks [`step`](Self::step).
+    /// Requests from every ring's engine that it asks [`step`](Self::step). If the interface is
+    /// stopped, every ring is closed afterwards, also one that was detached for a restart and whose
+    /// engine has not looked yet.
     fn notify_rings(&self) {
-        // Not under the lock: ringing may run somebody's waker.
-        let rings: Vec<_> = lock(&self.state).rings.iter().filter_map(Weak::upgrade).collect();
+        // The rings are told after the lock is released, because ringing may run somebody's waker.
+        let (rings, stopped) = {
+            let state = lock(&self.state);
+            let rings: Vec<_> = state.rings.iter().filter_map(Weak::upgrade).collect();
+            (rings, state.stopped)
+        };
         for ring in rings {
+            if stopped {
+                // No engine attaches any more. An engine that closed for another reason has said so
+                // before it detached, and the first reason stays.
+                ring.close(CloseReason::Stopped);
+            }
             ring.request(request::LOOK);
         }
     }
@@ -226,10 +241,15 @@ impl InterfaceShared {
                 state.pending = PendingAction::Nothing;
             }
             state.applied += 1;
+            let applied = state.applied;
             state.outcome = outcome.err().map(Arc::new);
             drop(state);
-            self.changed.notify_all();
             self.notify_rings();
+            // Another thread may have applied a later one and told the rings of both.
+            let mut state = lock(&self.state);
+            state.announced = state.announced.max(applied);
+            drop(state);
+            self.changed.notify_all();
             // The loop looks again, because another stop or restart may be pending by now.
         }
     }
@@ -239,6 +259,9 @@ impl InterfaceShared {
         let deadline = after(timeout);
         let mut state = lock(&self.state);
         if state.stopped {
+            drop(state);
+            // The thread that stopped the device may not have told the rings yet.
+            self.notify_rings();
             return if action == PendingAction::Stop { Ok(()) } else { stopped() };
         }
         // A stop overrides a restart that waits; a second restart joins it.
@@ -260,11 +283,13 @@ impl InterfaceShared {
                 state = lock(&self.state);
                 continue;
             }
-            if action == PendingAction::Restart && state.stopped {
+            // Nothing is applied after a stop, so the stop is announced when all are.
+            let stop_announced = state.stopped && state.announced == state.applied;
+            if action == PendingAction::Restart && stop_announced {
                 // A stop has overridden it, or has followed.
                 break stopped();
             }
-            if state.applied >= ours || state.stopped {
+            if state.announced >= ours || stop_announced {
                 break match &state.outcome {
                     None => Ok(()),
                     Some(error) => Err(Error::Device(error.clone())),
@@ -281,8 +306,8 @@ impl InterfaceShared {
                 .unwrap_or_else(std::sync::PoisonError::into_inner)
                 .0;
         };
-        // Under the lock under which nothing was found to apply. So what is pending from here on is
-        // applied by another caller that waits, or by the last engine.
+        // This is done under the lock under which nothing was found to apply. So what is pending from
+        // here on is applied by another caller that waits, or by the last engine.
         state.waiting -= 1;
         answer
     }

@@ -31,7 +31,8 @@ fn restarter(rig: &Rig) -> thread::JoinHandle<Result<(), Error>> {
 }
 
 /// Broken by: a `Step::Detach` without anything pending; a restart that counts the one that is being
-/// applied; a request, or an `apply_pending`, that does not tell the rings to look.
+/// applied; a request, or an `apply_pending`, that does not tell the rings to look; an `announced` that
+/// goes back.
 #[test]
 fn two_restarts_at_once_leave_the_ring_working() {
     check(2, || {
@@ -71,8 +72,11 @@ fn a_restart_during_a_build_leaves_the_ring_working() {
     });
 }
 
+/// The ring takes nothing more as soon as the stop returns, also if it was detached for the restart.
+///
 /// Broken by: a restart that does not know that a stop has overridden it; a request, or an
-/// `apply_pending`, that does not tell the rings to look.
+/// `apply_pending`, that does not tell the rings to look; a `notify_rings` that leaves it to the engine
+/// to close the ring.
 #[test]
 fn a_stop_and_a_restart_at_once_close_the_ring() {
     check(2, || {
@@ -84,6 +88,7 @@ fn a_stop_and_a_restart_at_once_close_the_ring() {
         });
         let other = restarter(&rig);
         rig.interface.stop(LONG).unwrap();
+        assert!(ring.cq.control().closed().is_some());
         match other.join().unwrap() {
             Ok(()) | Err(Error::Config(ConfigError::Invalid(_))) => {}
             other => panic!("{other:?}"),
@@ -91,7 +96,34 @@ fn a_stop_and_a_restart_at_once_close_the_ring() {
         assert_eq!(ends(&mut ring.cq), [(1, Err(EntryError::Cancelled))]);
         poller_sleeps(&ring.poller);
         explored();
+        assert_eq!(rig.desk.calls.stops.load(Relaxed), 1);
+        ring.end();
+    });
+}
+
+/// A caller that hears of a stop finds the ring closed, also if another thread has stopped the device.
+///
+/// Broken by: a stop or a restart that answers when the device is stopped, before the rings are told; a
+/// stop that comes later, and leaves it to the other thread to tell them.
+#[test]
+fn a_stop_by_another_thread_is_over_when_it_is_heard_of() {
+    check(2, || {
+        let rig = Rig::new(Reads::Leave);
+        let ring = setup(|| Polled::new(&rig));
+        let interface = rig.interface.clone();
+        let stopper = thread::spawn(move || interface.stop(LONG));
+        match restart(&rig.interface, &rig.desk) {
+            Ok(()) => {}
+            Err(Error::Config(ConfigError::Invalid(_))) => {
+                assert!(ring.cq.control().closed().is_some());
+            }
+            Err(other) => panic!("{other:?}"),
+        }
+        rig.interface.stop(LONG).unwrap();
         assert!(ring.cq.control().closed().is_some());
+        stopper.join().unwrap().unwrap();
+        poller_sleeps(&ring.poller);
+        explored();
         assert_eq!(rig.desk.calls.stops.load(Relaxed), 1);
         ring.end();
     });
