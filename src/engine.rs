@@ -102,6 +102,8 @@ pub(crate) struct Engine {
     dropped: Vec<DroppedSlot>,
     /// True once `bind_to_thread` was called: one poller thread makes all calls from then on.
     bound: bool,
+    /// The interface counts this ring among those that are detached for a restart.
+    counted_detached: bool,
     /// The number of queues that this engine has had and dropped.
     queues_closed: u64,
 }
@@ -120,6 +122,7 @@ impl fmt::Debug for Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.refuse_dropped();
+        self.leave_detached();
     }
 }
 
@@ -166,6 +169,7 @@ impl Engine {
             coalesce: None,
             dropped: Vec::with_capacity(reads + writes),
             bound: false,
+            counted_detached: false,
             queues_closed: 0,
         })
     }
@@ -478,6 +482,21 @@ impl Engine {
         let outcome = reason.map_or(Outcome::Cancelled, CloseReason::outcome);
         self.complete_posted(outcome);
         self.stall = None;
+        if self.is_closed() && self.counted_detached {
+            // The ring was detached and is closed now. A stop waits until what was submitted
+            // meanwhile can be reaped.
+            self.sq_consumer.ready();
+            self.take_submissions();
+            self.publish_and_notify();
+            self.leave_detached();
+        }
+    }
+
+    /// Says that the ring is not detached any more, if the interface counts it.
+    fn leave_detached(&mut self) {
+        if std::mem::take(&mut self.counted_detached) {
+            self.interface.leave_detached();
+        }
     }
 
     fn complete_posted(&mut self, outcome: Outcome) {
@@ -571,7 +590,13 @@ impl Engine {
                 self.permit = None;
                 tracing::debug!(ring = self.shared.number, ?closed, "ring closed");
             }
-            None => self.phase = Phase::Detached,
+            None => {
+                self.phase = Phase::Detached;
+                if self.bound {
+                    self.counted_detached = true;
+                    self.interface.enter_detached();
+                }
+            }
         }
         // Before the device is stopped or restarted. The caller of `stop` or `restart` waits for
         // that, and finds the completions afterwards. Also, stopping may take long.
@@ -597,6 +622,7 @@ impl Engine {
                 self.shared.counters.poller.restarts.add(1);
                 // Poll the new queue once, for what came in between.
                 self.shared.ring_from_device();
+                self.leave_detached();
             }
             Err(Panicked) => {
                 self.close_panicked();
@@ -626,6 +652,10 @@ impl Engine {
         self.lost_at.get_or_insert_with(|| after(self.close_timeout));
         self.complete_posted(Outcome::DevicePanicked);
         self.permit = None;
+        if self.counted_detached {
+            self.publish_and_notify();
+            self.leave_detached();
+        }
         if attached {
             self.finish_close(Some(CloseReason::DevicePanicked));
         }

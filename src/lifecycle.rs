@@ -39,6 +39,8 @@ struct LifecycleState {
     writers: usize,
     /// Queues of the device that exist.
     attached: usize,
+    /// Rings on pollers that are detached for a restart. What was submitted to them waits.
+    detached: usize,
     /// What happens to the device when no queue is left.
     pending: PendingAction,
     /// The device is being stopped or restarted at this moment.
@@ -191,6 +193,20 @@ impl InterfaceShared {
         }
     }
 
+    /// Says that a ring on a poller is about to detach for a restart. A stop then also waits for its
+    /// [`leave_detached`](Self::leave_detached), because its entries complete only when its engine has
+    /// looked. The owner of an inline ring drives the engine before it reaps, so nobody waits for that.
+    pub(crate) fn enter_detached(&self) {
+        lock(&self.state).detached += 1;
+    }
+
+    /// Says that a ring which was detached has attached again, or that it is closed and everything that
+    /// waited has completed.
+    pub(crate) fn leave_detached(&self) {
+        lock(&self.state).detached -= 1;
+        self.changed.notify_all();
+    }
+
     /// Requests from every ring's engine that it asks [`step`](Self::step). If the interface is
     /// stopped, every ring is closed afterwards, also one that was detached for a restart and whose
     /// engine has not looked yet.
@@ -258,14 +274,9 @@ impl InterfaceShared {
         let stopped = || Err(ConfigError::Invalid(INTERFACE_STOPPED.to_owned()).into());
         let deadline = after(timeout);
         let mut state = lock(&self.state);
-        if state.stopped {
-            drop(state);
-            // The thread that stopped the device may not have told the rings yet.
-            self.notify_rings();
-            return if action == PendingAction::Stop { Ok(()) } else { stopped() };
-        }
+        let late = state.stopped;
         // A stop overrides a restart that waits; a second restart joins it.
-        if state.pending != PendingAction::Stop {
+        if !late && state.pending != PendingAction::Stop {
             state.pending = action;
         }
         // The one that is being applied does not count: ours comes after it.
@@ -289,16 +300,20 @@ impl InterfaceShared {
                 // A stop has overridden it, or has followed.
                 break stopped();
             }
-            if state.announced >= ours || stop_announced {
+            let all_visible = action == PendingAction::Restart || state.detached == 0;
+            if (state.announced >= ours || stop_announced) && all_visible {
                 break match &state.outcome {
-                    None => Ok(()),
-                    Some(error) => Err(Error::Device(error.clone())),
+                    Some(error) if !late => Err(Error::Device(error.clone())),
+                    _ => Ok(()),
                 };
             }
             let left = deadline.saturating_duration_since(now());
             if left.is_zero() {
-                let action = if action == PendingAction::Stop { "stop" } else { "restart" };
-                break Err(Error::StopTimeout { action, rings: state.attached, timeout });
+                let (action, rings) = match action {
+                    PendingAction::Stop => ("stop", state.attached + state.detached),
+                    _ => ("restart", state.attached),
+                };
+                break Err(Error::StopTimeout { action, rings, timeout });
             }
             state = self
                 .changed
