@@ -98,7 +98,7 @@ fn options_that_cannot_be_are_refused() {
     let other = folder.join("diary");
     std::fs::write(&other, "Dear diary").expect("a file");
     for (arguments, said) in [
-        (&["demo", "--lease-time", "9"][..], "9 is not in 10.."),
+        (&["demo", "--lease-time", "9"][..], "9 is not in 10 to "),
         (&["demo", "--dhcp-range", "10.0.0.5-10.0.0.9"], "cannot end"),
         (&["demo", "--dhcp-range", "192.168.64.9-192.168.64.5"], "cannot begin at 192.168.64.9"),
         (&["demo", "--reserve", "52:54:00:12:34:56=10.0.0.9"], "10.0.0.9 is not an address"),
