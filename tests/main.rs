@@ -23,6 +23,7 @@ mod serde;
 mod software;
 #[cfg(target_os = "linux")]
 mod tap;
+#[cfg(target_os = "linux")]
 mod tap_host;
 #[cfg(target_os = "linux")]
 mod tap_soak;
