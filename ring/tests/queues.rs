@@ -841,6 +841,21 @@ fn a_look_that_is_forgotten_and_a_choice_that_panics_lose_no_slot() {
     }
 }
 
+/// Goal: a consumer says whether submissions wait, before and after it has looked at the queue.
+#[test]
+fn a_consumer_says_whether_more_waits() {
+    let pool = pool(1);
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
+        rings(Depths::new(1, 0, 0), regions(&pool), u32::MAX);
+    assert!(!sq_consumer.has_more());
+    sq_producer.push(Class::Read, pool.alloc().unwrap(), 1).unwrap();
+    sq_producer.publish();
+    assert!(sq_consumer.has_more());
+    assert_eq!(sq_consumer.ready(), 1);
+    assert!(sq_consumer.pop().is_some());
+    assert!(!sq_consumer.has_more());
+}
+
 /// Four entries: two packets, a cancel, a packet.
 fn mixed(pool: &Pool) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
     let depths = Depths { read: 2, write: 2, cancel: 1, sq: 4 };

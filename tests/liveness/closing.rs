@@ -76,7 +76,7 @@ fn a_device_that_rings_on_a_detached_ring_costs_nothing() {
             let mut ring = builder.build().unwrap();
             let mut other = inline(&interface, Direction::Write).build().unwrap();
             let restart = interface.restart(Duration::from_millis(1));
-            assert!(matches!(restart, Err(Error::StopTimeout { rings: 1, .. })), "{restart:?}");
+            assert!(matches!(restart, Err(Error::StopTimeout { rings: 1 | 2, .. })), "{restart:?}");
             eventually("the ring is detached", || keeper.closes() == 1);
             for round in 0..10 {
                 let parks = ring.stats().parks;
