@@ -29,6 +29,26 @@ pub(crate) struct DhcpArgs {
     pub(crate) lease_file: Option<PathBuf>,
 }
 
+/// Gives a driver the settings. Both drivers have these methods, and no trait.
+macro_rules! with_settings {
+    ($settings:expr, $driver:expr) => {{
+        let mut driver = $driver;
+        if let Some(seconds) = $settings.lease_time {
+            driver = driver.lease_time(Duration::from_secs(seconds.into()));
+        }
+        if let Some(Range { first, last }) = $settings.dhcp_range {
+            driver = driver.dhcp_range(first, last);
+        }
+        for one in &$settings.reserve {
+            driver = driver.reserve(one.mac, one.address);
+        }
+        match &$settings.lease_file {
+            Some(file) => driver.lease_file(file),
+            None => driver,
+        }
+    }};
+}
+
 impl DhcpArgs {
     /// Refuses the options on a network that has no DHCP server of ours, or on two of them.
     pub(crate) fn check(&self, servers: usize) -> Result<(), Failure> {
@@ -55,39 +75,13 @@ impl DhcpArgs {
 
     /// Gives a driver of the embedded network these settings.
     pub(crate) fn embedded(&self, driver: Embedded) -> Embedded {
-        let driver = match self.lease_time {
-            Some(seconds) => driver.lease_time(Duration::from_secs(seconds.into())),
-            None => driver,
-        };
-        let driver = match self.dhcp_range {
-            Some(Range { first, last }) => driver.dhcp_range(first, last),
-            None => driver,
-        };
-        let driver =
-            self.reserve.iter().fold(driver, |driver, one| driver.reserve(one.mac, one.address));
-        match &self.lease_file {
-            Some(file) => driver.lease_file(file),
-            None => driver,
-        }
+        with_settings!(self, driver)
     }
 
     /// Gives a driver of a TAP these settings.
     #[cfg(target_os = "linux")]
     pub(crate) fn tap(&self, driver: vmring::Tap) -> vmring::Tap {
-        let driver = match self.lease_time {
-            Some(seconds) => driver.lease_time(Duration::from_secs(seconds.into())),
-            None => driver,
-        };
-        let driver = match self.dhcp_range {
-            Some(Range { first, last }) => driver.dhcp_range(first, last),
-            None => driver,
-        };
-        let driver =
-            self.reserve.iter().fold(driver, |driver, one| driver.reserve(one.mac, one.address));
-        match &self.lease_file {
-            Some(file) => driver.lease_file(file),
-            None => driver,
-        }
+        with_settings!(self, driver)
     }
 }
 
