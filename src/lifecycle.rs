@@ -19,8 +19,8 @@ use crate::mailbox::{RingShared, request};
 use crate::sync::{Condvar, Mutex};
 use crate::sys::{after, lock, now};
 
-pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a stop or restart: wait for a restart to end, or \
-     start another interface";
+pub(crate) const INTERFACE_BUSY: &str = "the interface is stopped, or in the middle of a stop or restart: wait for a restart to end, \
+     or start another interface";
 const INTERFACE_STOPPED: &str = "the interface is stopped for good: start another one";
 
 /// A device and the rings on it.
@@ -286,8 +286,8 @@ impl InterfaceShared {
         self.notify_rings();
         let mut state = lock(&self.state);
         let answer = loop {
-            // Before the answer, because the last engine may have left this to us, also for another
-            // caller, who has given up waiting.
+            // This comes before the answer, because the last engine may have left it to us, also for
+            // another caller that has given up waiting.
             if state.can_apply() {
                 drop(state);
                 self.apply_pending();
