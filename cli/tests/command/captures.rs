@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{frames, json, path, refused, scratch, text, vmring};
+use super::{frames, json, path, refused, scratch, text, unfolded, vmring};
 
 /// The header of a pcap file, in the little byte order, with this link type.
 fn header(link: u32) -> Vec<u8> {
@@ -52,10 +52,9 @@ fn a_file_that_ends_early_is_replayed_with_a_note_and_what_is_missing_is_counted
     // A person reads the same, in lines of 80 columns.
     let output = vmring(&["bridge", &ends[0], &ends[1]]);
     assert_eq!(output.status.code(), Some(0));
-    let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let report = one_line(text(&output.stdout));
+    let report = unfolded(&output.stdout);
     for words in [note, "1 recorded incompletely", "1 cut off by the end of the file"] {
-        assert!(report.contains(&one_line(words)), "{}", text(&output.stdout));
+        assert!(report.contains(words), "no {words} in {report}");
     }
 }
 

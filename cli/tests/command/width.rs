@@ -6,7 +6,9 @@ fn fits(arguments: &[&str]) -> String {
     let output = vmring(arguments);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     for line in text(&output.stdout).lines().chain(text(&output.stderr).lines()) {
-        assert!(line.chars().count() <= 80, "{arguments:?}: {line}");
+        // The path of a checkout can be a word that no line holds.
+        let one_word = !line.trim().contains(' ');
+        assert!(line.chars().count() <= 80 || one_word, "{arguments:?}: {line}");
     }
     text(&output.stdout).to_owned()
 }
