@@ -3,7 +3,7 @@
 //! [`CqProducer::push`] turns a frame into an entry. [`CqConsumer::pop`] makes the frame again,
 //! after it has retired the entry.
 
-use crate::credits::{Class, CreditReturner};
+use crate::credits::{Class, CreditReturner, SkipCounter};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Producer, Published, debug_by_queue};
@@ -21,6 +21,7 @@ pub struct CqConsumer {
 /// The poller's end of the CQ.
 pub struct CqProducer {
     cq: Producer<Cqe>,
+    skips: SkipCounter,
 }
 
 assert_impl_all!(CqConsumer: Send);
@@ -65,16 +66,30 @@ impl CqConsumer {
         self.cq.prefetch();
     }
 
-    /// The submissions that are not reaped yet. Those that another thread submits meanwhile may be
-    /// missing.
+    /// The submissions that are not reaped yet and have not skipped their completion. Those that
+    /// another thread submits meanwhile may be missing.
     #[inline]
     pub fn in_flight(&self) -> u32 {
-        self.submitted.count().wrapping_sub(self.cq.head())
+        // The ended ones first: the count of submissions that is loaded afterwards includes them.
+        let ended = self.ended();
+        self.submitted.count().wrapping_sub(ended)
     }
 
     #[inline]
     pub(crate) fn head(&self) -> u32 {
         self.cq.head()
+    }
+
+    /// The number of submissions that have ended and have no completion left to reap, plus the start
+    /// index.
+    #[inline]
+    pub(crate) fn ended(&self) -> u32 {
+        self.head().wrapping_add(self.credits.skipped())
+    }
+
+    /// The number of writes that have succeeded without a completion. It wraps.
+    pub fn skipped(&self) -> u32 {
+        self.credits.skipped()
     }
 
     /// The index that the CQ's tail has when `n` completions wait.
@@ -164,8 +179,17 @@ impl CqeRef<'_> {
 }
 
 impl CqProducer {
-    pub(crate) fn new(cq: Producer<Cqe>) -> Self {
-        Self { cq }
+    pub(crate) fn new(cq: Producer<Cqe>, skips: SkipCounter) -> Self {
+        Self { cq, skips }
+    }
+
+    /// Ends a write that has succeeded and skips success: its frame returns to its pool, and no
+    /// completion is written. The submitter sees after [`publish`](Self::publish) that the credit is
+    /// back, and finds the frame in its pool then.
+    #[inline]
+    pub fn skip(&mut self, frame: Frame) {
+        drop(frame);
+        self.skips.count();
     }
 
     /// Writes the completion of a read or write, which the reaper sees after
@@ -203,10 +227,17 @@ impl CqProducer {
         assert!(pushed, "no more completions than credits");
     }
 
-    /// Publishes all completions that were pushed, with one store. Returns whether there were any.
+    /// Publishes all completions that were pushed, with one store, and the count of those that were
+    /// skipped. Returns whether there were any of either.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.cq.publish()
+        self.skips.publish() | self.cq.publish()
+    }
+
+    /// The number of writes that have succeeded without a completion and are published. It wraps.
+    #[inline]
+    pub fn skipped(&self) -> u32 {
+        self.skips.published()
     }
 
     /// The completions that are published and not reaped. A snapshot.

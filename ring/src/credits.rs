@@ -3,6 +3,22 @@
 //! Every submission takes a credit of its class, and every reaped completion gives it back. The
 //! completion queue has at least as many cells as the ring has credits, and each submission
 //! completes exactly once. So there is always a free cell for a completion.
+//!
+//! # Writes that skip success
+//!
+//! A write that skips success has no completion if it succeeds. The poller counts it, and its credit
+//! comes back through that count. There is still always a free cell. For one class, let `taken` be the
+//! submissions that the poller has taken, `pushed` those that it has completed, and `skipped` those
+//! that it has counted. Let `returned` and `seen` be the two counts that the submitter had loaded when
+//! it took the credit of the last of them. Then:
+//!
+//! 1. `pushed + skipped <= taken`, because a submission ends in one of the two ways.
+//! 2. `taken <= depth + returned + seen`, by the check in [`CreditTaker::has`].
+//! 3. `seen <= skipped`, because the poller itself counts, and its count only grows.
+//!
+//! So `pushed - returned <= depth`. The cells of the `returned` completions are free, and the poller
+//! sees that (see the comment in [`CreditTaker::available`]). So at most `depth` cells are occupied by
+//! this class.
 
 use crate::entry::Opcode;
 use crate::sync::{Arc, AtomicU32, Ordering};
@@ -27,10 +43,25 @@ pub enum Class {
     Cancel,
 }
 
-/// Credits returned so far, indexed by opcode. For reads and writes the index is also that of the
-/// class; the two cancel opcodes share a class. Indexing by opcode saves the step from opcode to
-/// class for each completion.
-type Returned = Arc<CachePadded<[AtomicU32; OPCODES]>>;
+/// The credits that have come back so far, in one cache line. It belongs to the reaper. If no write
+/// skips success, the poller does not touch it.
+#[derive(Debug)]
+struct Returned {
+    /// By reaping, indexed by opcode. For reads and writes the index is also that of the class; the
+    /// two cancel opcodes share a class. Indexing by opcode saves the step from opcode to class for
+    /// each completion.
+    reaped: [AtomicU32; OPCODES],
+    /// Credits for writes that have succeeded and skipped their completion.
+    skipped: AtomicU32,
+}
+
+impl Returned {
+    fn skipped(&self) -> u32 {
+        // Acquire: pairs with the Release in `SkipCounter::publish`. The frames of these writes are in
+        // their pools, and the SQ's tail, loaded after this, includes these writes.
+        self.skipped.load(Ordering::Acquire)
+    }
+}
 
 const OPCODES: usize = Opcode::CancelAll as usize + 1;
 const_assert_eq!(Opcode::Read as usize, Class::Read as usize);
@@ -43,21 +74,34 @@ pub(crate) struct CreditTaker {
     depth: [u32; 3],
     taken: [Cell<u32>; 3],
     returned_seen: [Cell<u32>; 3],
-    returned: Returned,
+    /// Whether a write that skips success was ever submitted. Until then none is counted.
+    skips: Cell<bool>,
+    returned: Arc<CachePadded<Returned>>,
 }
 
 /// The reaping side.
 #[derive(Debug)]
 pub(crate) struct CreditReturner {
     given: [u32; OPCODES],
-    returned: Returned,
+    returned: Arc<CachePadded<Returned>>,
 }
 
-pub(crate) fn credits(depth: [u32; 3]) -> (CreditTaker, CreditReturner) {
-    let returned: Returned = Arc::new(CachePadded::new([0; OPCODES].map(AtomicU32::new)));
+/// The poller's side: it counts the writes that have skipped their completion.
+#[derive(Debug)]
+pub(crate) struct SkipCounter {
+    skipped: u32,
+    published: u32,
+    returned: Arc<CachePadded<Returned>>,
+}
+
+pub(crate) fn credits(depth: [u32; 3]) -> (CreditTaker, CreditReturner, SkipCounter) {
+    let reaped = [0; OPCODES].map(AtomicU32::new);
+    let returned = Arc::new(CachePadded::new(Returned { reaped, skipped: AtomicU32::new(0) }));
     let returner = CreditReturner { given: [0; OPCODES], returned: returned.clone() };
+    let counter = SkipCounter { skipped: 0, published: 0, returned: returned.clone() };
     let zeros = || [0, 0, 0].map(Cell::new);
-    (CreditTaker { depth, taken: zeros(), returned_seen: zeros(), returned }, returner)
+    let (taken, returned_seen, skips) = (zeros(), zeros(), Cell::new(false));
+    (CreditTaker { depth, taken, returned_seen, skips, returned }, returner, counter)
 }
 
 impl CreditTaker {
@@ -67,10 +111,13 @@ impl CreditTaker {
         // Acquire (both): pairs with the Release in `give_back`. The reaper had copied the
         // completion out of its cell before. We publish an SQE after this load, and the poller
         // takes that SQE before it writes a completion, so the cell may be written again.
-        let mut returned = self.returned[i].load(Ordering::Acquire);
+        let mut returned = self.returned.reaped[i].load(Ordering::Acquire);
         if class == Class::Cancel {
-            let others = &self.returned[Opcode::CancelAll as usize];
+            let others = &self.returned.reaped[Opcode::CancelAll as usize];
             returned = returned.wrapping_add(others.load(Ordering::Acquire));
+        }
+        if class == Class::Write && self.skips.get() {
+            returned = returned.wrapping_add(self.returned.skipped());
         }
         self.returned_seen[i].set(returned);
         self.depth[i] - self.taken[i].get().wrapping_sub(self.returned_seen[i].get())
@@ -91,6 +138,22 @@ impl CreditTaker {
         taken.set(taken.get().wrapping_add(1));
     }
 
+    /// Says that a credit may come back by the count of skipped completions from now on.
+    #[inline]
+    pub(crate) fn expect_skips(&self) {
+        self.skips.set(true);
+    }
+
+    /// Whether a credit may come back by the count of skipped completions.
+    pub(crate) fn expects_skips(&self) -> bool {
+        self.skips.get()
+    }
+
+    /// The number of skipped completions.
+    pub(crate) fn skipped(&self) -> u32 {
+        self.returned.skipped()
+    }
+
     pub(crate) fn depth(&self, class: Class) -> u32 {
         self.depth[class as usize]
     }
@@ -103,6 +166,39 @@ impl CreditReturner {
         self.given[i] = self.given[i].wrapping_add(1);
         // Release: pairs with the Acquire in `available`. The completion has been copied out of its
         // cell.
-        self.returned[i].store(self.given[i], Ordering::Release);
+        self.returned.reaped[i].store(self.given[i], Ordering::Release);
+    }
+
+    /// The number of skipped completions.
+    #[inline]
+    pub(crate) fn skipped(&self) -> u32 {
+        self.returned.skipped()
+    }
+}
+
+impl SkipCounter {
+    /// Counts a write whose credit comes back with the next [`publish`](Self::publish).
+    #[inline]
+    pub(crate) fn count(&mut self) {
+        self.skipped = self.skipped.wrapping_add(1);
+    }
+
+    /// Publishes the count. Returns whether it has grown.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> bool {
+        let grown = self.published != self.skipped;
+        if grown {
+            self.published = self.skipped;
+            // Release: pairs with the Acquire in `Returned::skipped`. The frames have returned to
+            // their pools before, and the writes were taken from the SQ.
+            self.returned.skipped.store(self.published, Ordering::Release);
+        }
+        grown
+    }
+
+    /// The count that is published.
+    #[inline]
+    pub(crate) fn published(&self) -> u32 {
+        self.published
     }
 }

@@ -156,8 +156,13 @@ pub struct Sqe {
     region: u16,
     opcode: Opcode,
     reserved: u8,
-    reserved_too: u32,
+    /// 0 or [`SKIP_SUCCESS`].
+    flags: u32,
 }
+
+/// The flag of a write whose success has no completion, as `IOSQE_CQE_SKIP_SUCCESS` of io_uring. It is
+/// the highest bit, so that a taker can put the flags beside a number of 31 bits by one instruction.
+pub const SKIP_SUCCESS: u32 = 1 << 31;
 
 /// A completion queue entry. Lengths and offsets are in bytes, and `offset` counts from the slot's
 /// start. In a cancel's completion, `len` is the number of entries that matched.
@@ -180,7 +185,7 @@ const_assert_eq!(offset_of!(Sqe, range.content), 16);
 const_assert_eq!(offset_of!(Sqe, region), 24);
 const_assert_eq!(offset_of!(Sqe, opcode), 26);
 const_assert_eq!(offset_of!(Sqe, reserved), 27);
-const_assert_eq!(offset_of!(Sqe, reserved_too), 28);
+const_assert_eq!(offset_of!(Sqe, flags), 28);
 
 const_assert_eq!(size_of::<Cqe>(), 32);
 const_assert_eq!(align_of::<Cqe>(), 32);
@@ -204,7 +209,13 @@ pub(crate) trait Entry: Copy {
 impl Sqe {
     #[inline]
     pub(crate) fn packet(opcode: Opcode, region: u16, range: SlotRange, user_data: u64) -> Self {
-        Self { user_data, range, region, opcode, reserved: 0, reserved_too: 0 }
+        Self { user_data, range, region, opcode, reserved: 0, flags: 0 }
+    }
+
+    /// Sets the flags of a write: 0 or [`SKIP_SUCCESS`].
+    #[inline]
+    pub(crate) fn with_flags(self, flags: u32) -> Self {
+        Self { flags, ..self }
     }
 
     pub(crate) fn cancel(opcode: Opcode, target: u64, user_data: u64) -> Self {
@@ -227,6 +238,12 @@ impl Sqe {
     #[inline]
     pub fn opcode(&self) -> Opcode {
         self.opcode
+    }
+
+    /// [`SKIP_SUCCESS`] for a write that has no completion if it succeeds, else 0.
+    #[inline(always)]
+    pub(crate) fn flags(&self) -> u32 {
+        self.flags
     }
 
     /// Whether this is a read or a write, which has a slot, and not a cancel.
@@ -346,5 +363,9 @@ mod tests {
         let range = SlotRange::new(8, 7, 6, state);
         let packet = Sqe::packet(Opcode::Write, 9, range, 5);
         assert_eq!((packet.has_slot(), packet.slot()), (true, (9, range)));
+        assert_eq!((cancel.flags(), packet.flags()), (0, 0));
+        let silent = packet.with_flags(SKIP_SUCCESS);
+        assert_eq!(silent.flags(), SKIP_SUCCESS);
+        assert_eq!((silent.opcode(), silent.slot()), (Opcode::Write, (9, range)));
     }
 }

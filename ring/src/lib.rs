@@ -31,7 +31,7 @@ pub mod view;
 pub use backing::{Backing, HeapBacking};
 pub use cq::{CqConsumer, CqProducer, CqeRef, Reaped};
 pub use credits::Class;
-pub use entry::{Cqe, Opcode, Outcome, Sqe};
+pub use entry::{Cqe, Opcode, Outcome, SKIP_SUCCESS, Sqe};
 pub use frame::{Frame, FrontError, OutOfSpace};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;

@@ -223,11 +223,16 @@ impl<T: Entry> Producer<T> {
         }
     }
 
-    /// Begins a run of entries: chooses the batch of [`publish_lines`](Self::publish_lines) by how
-    /// many entries, those from the index `since` on, are in flight.
+    /// Whether the entries from the index `since` on are many, for [`begin_run`](Self::begin_run).
     #[inline]
-    pub(crate) fn begin_run(&self, since: u32) {
-        let many = self.tail.get().wrapping_sub(since) >= BUSY_IN_FLIGHT;
+    pub(crate) fn are_many_since(&self, since: u32) -> bool {
+        self.tail.get().wrapping_sub(since) >= BUSY_IN_FLIGHT
+    }
+
+    /// Begins a run of entries: chooses the batch of [`publish_lines`](Self::publish_lines) by
+    /// whether many entries are in flight.
+    #[inline]
+    pub(crate) fn begin_run(&self, many: bool) {
         self.batch.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH });
     }
 
@@ -277,10 +282,15 @@ impl<T: Entry> Consumer<T> {
         self.known()
     }
 
+    /// The number of entries ever published, plus the start index. A snapshot.
+    pub(crate) fn published(&self) -> u32 {
+        // Relaxed: nothing is read of the entries.
+        self.shared.tail.load(Ordering::Relaxed)
+    }
+
     /// How many entries wait, after a look at the queue that [`known`](Self::known) does not count.
     pub(crate) fn waiting(&self) -> u32 {
-        // Relaxed: only a count is wanted, and nothing is read of the entries.
-        self.shared.tail.load(Ordering::Relaxed).wrapping_sub(self.head)
+        self.published().wrapping_sub(self.head)
     }
 
     /// How many entries wait, as of the last [`refresh`](Self::refresh).

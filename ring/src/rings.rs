@@ -54,12 +54,12 @@ pub fn rings(
 ) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
     let (sq_in, sq_out) = queue(depths.sq, regions.clone(), start);
     let (cq_in, cq_out) = queue(depths.cq(), regions, start);
-    let (taker, returner) = credits([depths.read, depths.write, depths.cancel]);
+    let (taker, returner, skips) = credits([depths.read, depths.write, depths.cancel]);
     let submitted = sq_in.watch();
     (
         SqProducer::new(sq_in, taker),
         CqConsumer::new(cq_out, returner, submitted),
         SqConsumer::new(sq_out),
-        CqProducer::new(cq_in),
+        CqProducer::new(cq_in, skips),
     )
 }

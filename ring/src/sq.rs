@@ -5,7 +5,7 @@
 
 use crate::cq::CqConsumer;
 use crate::credits::{Class, CreditTaker};
-use crate::entry::{Opcode, Sqe};
+use crate::entry::{Opcode, SKIP_SUCCESS, Sqe};
 use crate::frame::Frame;
 use crate::queue::{Consumer, Front, Producer, debug_by_queue};
 use crate::regions::Regions;
@@ -90,9 +90,35 @@ impl SqProducer {
         frame: Frame,
         user_data: u64,
     ) -> Result<(), (PushError, Frame)> {
-        let opcode = match class {
-            Class::Read => Opcode::Read,
-            Class::Write => Opcode::Write,
+        self.push_flagged(class, 0, frame, user_data)
+    }
+
+    /// Writes a write entry that has no completion if it succeeds, as `IOSQE_CQE_SKIP_SUCCESS` of
+    /// io_uring. See [`CqProducer::skip`](crate::CqProducer::skip). Otherwise it is a
+    /// [`push`](Self::push).
+    #[inline(always)]
+    pub fn push_skip_success(
+        &self,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
+        self.push_flagged(Class::Write, SKIP_SUCCESS, frame, user_data)
+    }
+
+    /// Writes an entry as [`push`](Self::push) does, or a write as
+    /// [`push_skip_success`](Self::push_skip_success) does if `flags` is [`SKIP_SUCCESS`]. The flags
+    /// of a read are ignored.
+    #[inline(always)]
+    pub fn push_flagged(
+        &self,
+        class: Class,
+        flags: u32,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
+        let (opcode, flags) = match class {
+            Class::Read => (Opcode::Read, 0),
+            Class::Write => (Opcode::Write, flags & SKIP_SUCCESS),
             Class::Cancel => return Err((PushError::WrongClass, frame)),
         };
         if !self.credits.has(class) {
@@ -104,12 +130,16 @@ impl SqProducer {
             return Err((if full { PushError::SqFull } else { PushError::ForeignPool }, frame));
         };
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
-        if !self.sq.push(Sqe::packet(opcode, region, range, user_data)) {
+        let entry = Sqe::packet(opcode, region, range, user_data).with_flags(flags);
+        if !self.sq.push(entry) {
             // SAFETY: `into_raw` gave the slot up without freeing it, and `push` wrote no entry, so
             // the slot is in no other place ("one place per slot"). Pool and range are the frame's.
             return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
         }
         self.credits.take(class);
+        if flags != 0 {
+            self.credits.expect_skips();
+        }
         Ok(())
     }
 
@@ -149,10 +179,25 @@ impl SqProducer {
     /// [`publish_lines`](Self::publish_lines) publishes more of them together.
     #[inline]
     pub fn begin_run(&self, cq_consumer: &CqConsumer) {
-        self.sq.begin_run(cq_consumer.head());
+        // What skips its completion is looked at only if it matters.
+        let many = self.sq.are_many_since(cq_consumer.head())
+            && self.sq.are_many_since(cq_consumer.ended());
+        self.sq.begin_run(many);
     }
 
-    /// The credits of `class` that can be taken now. Reaping returns more.
+    /// Whether a write that skips success was ever pushed, so that a credit and a frame may come back
+    /// without a completion.
+    pub fn expects_skips(&self) -> bool {
+        self.credits.expects_skips()
+    }
+
+    /// The number of writes that have succeeded without a completion. It wraps.
+    pub fn skipped(&self) -> u32 {
+        self.credits.skipped()
+    }
+
+    /// The credits of `class` that can be taken now. Reaping returns more, and so does a write that
+    /// skips its completion.
     pub fn available(&self, class: Class) -> u32 {
         self.credits.available(class)
     }
@@ -190,6 +235,12 @@ impl SqConsumer {
     #[inline]
     pub fn known(&self) -> u32 {
         self.sq.known()
+    }
+
+    /// The number of submissions ever published, plus the start index. A snapshot, which is never
+    /// less than what was taken.
+    pub fn submitted(&self) -> u32 {
+        self.sq.published()
     }
 
     /// Whether submissions wait, after a look at the queue that [`known`](Self::known) does not count.
@@ -259,6 +310,12 @@ impl SqeRef<'_> {
     #[inline(always)]
     pub fn class(&self) -> Class {
         self.0.peek(class_of)
+    }
+
+    /// [`SKIP_SUCCESS`](crate::SKIP_SUCCESS) for a write that has no completion if it succeeds, else 0.
+    #[inline(always)]
+    pub fn flags(&self) -> u32 {
+        self.0.peek(Sqe::flags)
     }
 
     /// Takes the submission: returns the frame and the caller's number.

@@ -14,8 +14,8 @@ use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
     Backing, Class, CqConsumer, CqProducer, CqeRef, Depths, Frame, FrontError, HeapBacking, Layout,
-    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions, SqConsumer,
-    SqProducer, Submission, rings,
+    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions, SKIP_SUCCESS,
+    SqConsumer, SqProducer, Submission, rings,
 };
 
 /// The default configuration. Failing cases are kept beside those of the other crates.
@@ -90,7 +90,9 @@ enum Op {
     DropFrame(usize),
     /// Submits one of the caller's frames after cutting `trim` bytes off its front.
     Push {
-        write: bool,
+        class: Class,
+        /// Whether a write skips success.
+        skip: bool,
         frame: usize,
         len: usize,
         trim: usize,
@@ -145,11 +147,12 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Outcome::Cancelled),
         1 => any::<u32>().prop_map(Outcome::Refused),
     ];
+    let class = prop_oneof![Just(Class::Read), Just(Class::Write)];
     prop_oneof![
         60 => (0..2_usize).prop_map(|pool| Op::Alloc { pool }),
         10 => any::<usize>().prop_map(Op::DropFrame),
-        80 => (any::<bool>(), any::<usize>(), 0..=CAPACITY, 0..=CAPACITY)
-            .prop_map(|(write, frame, len, trim)| Op::Push { write, frame, len, trim }),
+        80 => (class, any::<bool>(), any::<usize>(), 0..=CAPACITY, 0..=CAPACITY)
+            .prop_map(|(class, skip, frame, len, trim)| Op::Push { class, skip, frame, len, trim }),
         5 => any::<bool>().prop_map(|write| Op::PushForeign { write }),
         15 => proptest::option::of(0..50_u64).prop_map(Op::PushCancel),
         50 => Just(Op::Publish),
@@ -187,13 +190,15 @@ struct Packet {
 enum Ask {
     Read(Packet),
     Write(Packet),
+    /// A write that skips success.
+    SkippingWrite(Packet),
     Cancel(Option<u64>),
 }
 
 impl Ask {
     fn packet(&self) -> Option<&Packet> {
         match self {
-            Ask::Read(packet) | Ask::Write(packet) => Some(packet),
+            Ask::Read(packet) | Ask::Write(packet) | Ask::SkippingWrite(packet) => Some(packet),
             Ask::Cancel(_) => None,
         }
     }
@@ -201,7 +206,7 @@ impl Ask {
     fn class(&self) -> Class {
         match self {
             Ask::Read(_) => Class::Read,
-            Ask::Write(_) => Class::Write,
+            Ask::Write(_) | Ask::SkippingWrite(_) => Class::Write,
             Ask::Cancel(_) => Class::Cancel,
         }
     }
@@ -209,7 +214,7 @@ impl Ask {
     fn opcode(&self) -> Opcode {
         match self {
             Ask::Read(_) => Opcode::Read,
-            Ask::Write(_) => Opcode::Write,
+            Ask::Write(_) | Ask::SkippingWrite(_) => Opcode::Write,
             Ask::Cancel(Some(_)) => Opcode::Cancel,
             Ask::Cancel(None) => Opcode::CancelAll,
         }
@@ -252,6 +257,9 @@ struct World {
     submissions_shown: u32,
     completions_shown: u32,
     reaped: u32,
+    /// Writes that have skipped their completion. The last `skips_hidden` are not published.
+    skips: u32,
+    skips_hidden: u32,
 }
 
 impl World {
@@ -282,6 +290,8 @@ impl World {
             submissions_shown: 0,
             completions_shown: 0,
             reaped: 0,
+            skips: 0,
+            skips_hidden: 0,
         }
     }
 
@@ -325,10 +335,16 @@ impl World {
         self.cq_hidden = 0;
     }
 
-    fn push(&mut self, write: bool, mut frame: Frame) {
+    /// The credits of skipped completions come back when the count is published.
+    fn show_skips(&mut self) {
+        self.in_flight[Class::Write as usize] -= self.skips_hidden;
+        self.skips_hidden = 0;
+    }
+
+    fn push(&mut self, class: Class, skip: bool, mut frame: Frame) {
         let user_data = self.next_user_data;
         self.next_user_data += 1;
-        let class = if write { Class::Write } else { Class::Read };
+        let skip = skip && class == Class::Write;
         if !frame.is_empty() {
             frame[0] = user_data as u8;
         }
@@ -337,13 +353,23 @@ impl World {
         let expected = self.refusal(class).or(foreign);
         let before = (frame.slot(), frame.headroom(), frame.to_vec());
         let Some(sq_producer) = &mut self.sq_producer else { return };
-        match sq_producer.push(class, frame, user_data) {
+        let pushed = match skip {
+            true => sq_producer.push_skip_success(frame, user_data),
+            false => sq_producer.push(class, frame, user_data),
+        };
+        match pushed {
             Ok(()) => {
                 assert_eq!(expected, None);
                 let (slot, headroom, bytes) = before;
                 let packet = Packet { pool: pool.unwrap(), slot, headroom, bytes };
-                let ask = if write { Ask::Write(packet) } else { Ask::Read(packet) };
-                self.submitted(user_data, ask);
+                self.submitted(
+                    user_data,
+                    match (class, skip) {
+                        (Class::Read, _) => Ask::Read(packet),
+                        (_, true) => Ask::SkippingWrite(packet),
+                        (_, false) => Ask::Write(packet),
+                    },
+                );
             }
             Err((refusal, frame)) => {
                 assert_eq!(Some(refusal), expected);
@@ -371,7 +397,7 @@ impl World {
                     self.user.swap_remove(which % self.user.len());
                 }
             }
-            Op::Push { write, frame, len, trim } => {
+            Op::Push { class, skip, frame, len, trim } => {
                 if self.user.is_empty() || self.sq_producer.is_none() {
                     return;
                 }
@@ -380,11 +406,11 @@ impl World {
                 frame.set_len(len).unwrap();
                 frame.fill(len as u8);
                 frame.trim_front(trim.min(len)).unwrap();
-                self.push(write, frame);
+                self.push(class, skip, frame);
             }
             Op::PushForeign { write } => {
                 let frame = self.foreign.alloc().expect("it came back each time");
-                self.push(write, frame);
+                self.push(if write { Class::Write } else { Class::Read }, false, frame);
             }
             Op::PushCancel(target) => {
                 let user_data = self.next_user_data;
@@ -442,8 +468,9 @@ impl World {
             Op::Complete { which, outcome, len } => self.complete(which, outcome, len),
             Op::Show => {
                 let Some(cq_producer) = &mut self.cq_producer else { return };
-                assert_eq!(cq_producer.publish(), self.cq_hidden > 0);
+                assert_eq!(cq_producer.publish(), self.cq_hidden > 0 || self.skips_hidden > 0);
                 self.show_completions();
+                self.show_skips();
             }
             Op::LookForCompletions => {
                 let Some(cq_consumer) = &mut self.cq_consumer else { return };
@@ -527,10 +554,13 @@ impl World {
         self.sq_taken = 0;
         let (expected, ask) = self.sq.pop_front().unwrap();
         let (got, frame) = match (submission.unwrap(), &ask) {
-            (Submission::Packet { class: Class::Read, user_data, frame }, Ask::Read(_))
-            | (Submission::Packet { class: Class::Write, user_data, frame }, Ask::Write(_)) => {
+            (Submission::Packet { class: Class::Read, user_data, frame }, Ask::Read(_)) => {
                 (user_data, Some(frame))
             }
+            (
+                Submission::Packet { class: Class::Write, user_data, frame },
+                Ask::Write(_) | Ask::SkippingWrite(_),
+            ) => (user_data, Some(frame)),
             (Submission::Cancel { user_data, target }, Ask::Cancel(wanted)) => {
                 assert_eq!(target, *wanted);
                 (user_data, None)
@@ -550,9 +580,10 @@ impl World {
             assert!(next.is_none(), "{next:?} was not given");
             return;
         };
-        let class = sqe.class();
+        let (class, skip) = (sqe.class(), sqe.flags() == SKIP_SUCCESS);
         let (frame, user_data) = sqe.take();
         let (expected, ask) = self.sq.pop_front().unwrap();
+        assert_eq!(skip, matches!(ask, Ask::SkippingWrite(_)));
         self.sq_known -= 1;
         self.sq_taken += 1;
         assert_eq!((class, user_data), (ask.class(), expected));
@@ -577,6 +608,12 @@ impl World {
                 }
                 len = frame.len() as u32;
                 let cq_producer = self.cq_producer.as_mut().unwrap();
+                if outcome == Outcome::Done && matches!(ask, Ask::SkippingWrite(_)) {
+                    cq_producer.skip(frame);
+                    self.skips += 1;
+                    self.skips_hidden += 1;
+                    return;
+                }
                 cq_producer.push(ask.class(), frame, user_data, outcome);
             }
             None => {
@@ -637,6 +674,11 @@ impl World {
         let frames = self.device.iter().filter(|(_, _, frame)| frame.is_some()).count();
         assert_eq!(owned.len(), self.user.len() + frames, "a slot is in two places");
 
+        if let (Some(sq_producer), Some(sq_consumer)) = (&self.sq_producer, &self.sq_consumer) {
+            let shown = self.start.wrapping_add(self.submissions_shown);
+            assert_eq!(sq_consumer.submitted(), shown);
+            assert_eq!(sq_producer.skipped(), self.skips - self.skips_hidden);
+        }
         for class in [Class::Read, Class::Write, Class::Cancel] {
             let left = self.depth(class) - self.in_flight[class as usize];
             let refusal = self.refusal(class);
@@ -647,13 +689,16 @@ impl World {
             assert_eq!(sq_producer.depth(class), depth);
         }
         if let Some(cq_consumer) = &self.cq_consumer {
-            assert_eq!(cq_consumer.in_flight(), self.submissions_shown - self.reaped);
+            let skips_shown = self.skips - self.skips_hidden;
+            let in_flight = self.submissions_shown - self.reaped - skips_shown;
+            assert_eq!((cq_consumer.in_flight(), cq_consumer.skipped()), (in_flight, skips_shown));
             assert_eq!(cq_consumer.known() as usize, self.cq_known);
             assert_eq!(cq_consumer.index_of(3), self.start.wrapping_add(self.reaped + 3));
         }
         if let Some(cq_producer) = &self.cq_producer {
             assert_eq!(cq_producer.backlog() as usize, self.cq.len() - self.cq_hidden);
             assert_eq!(cq_producer.index(), self.start.wrapping_add(self.completions_shown));
+            assert_eq!(cq_producer.skipped(), self.skips - self.skips_hidden);
         }
     }
 }
@@ -895,6 +940,45 @@ fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
     assert_eq!(seen, [(Class::Read, 1), (Class::Write, 2), (Class::Read, 4)]);
     let slots: BTreeSet<u32> = taken.iter().map(|(_, (frame, _))| frame.slot()).collect();
     assert_eq!((slots.len(), pool.slots_out()), (3, 3));
+}
+
+/// A write that skips success takes no cell of the CQ. Its credit and its frame come back together,
+/// when the count is published. The ring's CQ has one cell, and the counts wrap.
+#[test]
+fn a_skipped_completion_gives_its_credit_and_its_frame_back() {
+    let pool = pool(2);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(0, 1, 0), regions(&pool), u32::MAX - 1);
+    assert!(!sq_producer.expects_skips());
+    for n in 0..5 {
+        assert_eq!(sq_producer.available(Class::Write), 1);
+        sq_producer.push_skip_success(pool.alloc().unwrap(), n).unwrap();
+        let (refusal, _) = sq_producer.push(Class::Write, pool.alloc().unwrap(), 9).unwrap_err();
+        assert_eq!(refusal, PushError::NoCredit);
+        sq_producer.publish();
+        assert_eq!((sq_consumer.ready(), cq_consumer.in_flight()), (1, 1));
+        let sqe = sq_consumer.front().unwrap();
+        assert_eq!(sqe.flags(), SKIP_SUCCESS);
+        let (frame, _) = sqe.take();
+        sq_consumer.retire();
+        if n % 2 == 1 {
+            // A failure completes as every other one does.
+            cq_producer.push(Class::Write, frame, n, Outcome::Cancelled);
+            assert!(cq_producer.publish());
+            assert_eq!((cq_consumer.ready(), cq_consumer.in_flight()), (1, 1));
+            let done = cq_consumer.pop().unwrap();
+            assert_eq!((done.user_data, done.outcome), (n, Outcome::Cancelled));
+        } else {
+            cq_producer.skip(frame);
+            assert_eq!((sq_producer.available(Class::Write), cq_consumer.in_flight()), (0, 1));
+            assert!(cq_producer.publish());
+            assert!(!cq_producer.publish(), "it is published once");
+            assert_eq!(cq_consumer.ready(), 0);
+        }
+        assert_eq!((cq_consumer.in_flight(), pool.slots_out()), (0, 0));
+    }
+    assert!(sq_producer.expects_skips());
+    assert_eq!((sq_producer.skipped(), cq_consumer.skipped()), (3, 3));
 }
 
 /// Entries are published in whole cache lines: two of them, or eight if many entries are in flight.
