@@ -688,8 +688,9 @@ impl Engine {
         self.dropped = dropped;
     }
 
-    /// Publishes completions, and notifies a sleeping reaper if there are as many as it waits for,
-    /// or if its delay is over.
+    /// Publishes completions and the count of the skipped ones. Notifies a sleeping reaper if there are
+    /// as many completions as it waits for, if none can come any more, if a shortage of the submitter
+    /// is over, or if the reaper's delay is over.
     ///
     /// Inlined into `poll_once`, whatever else calls it.
     #[inline(always)]
@@ -700,7 +701,12 @@ impl Engine {
         }
         let index = self.completions.index();
         // The owner of an inline ring drives this engine, so it is awake.
-        if news && !self.shared.is_inline() && self.shared.notify_if_due(index) {
+        if news
+            && !self.shared.is_inline()
+            && self
+                .shared
+                .notify_if_due(index, self.completions.skipped(), || self.sq_consumer.submitted())
+        {
             self.coalesce = None;
             self.shared.counters.poller.notifications.add(1);
             return;

@@ -8,7 +8,7 @@
 //! | kind | what to do |
 //! |---|---|
 //! | [`SqFull`](SubmitErrorKind::SqFull) | submit again; the next poll makes space |
-//! | [`NoCredit`](SubmitErrorKind::NoCredit) | reap, then submit again |
+//! | [`NoCredit`](SubmitErrorKind::NoCredit) | reap, or wait for a write that [skips success](crate::Ring::submit_write_skip_success), then submit again |
 //! | [`Draining`](SubmitErrorKind::Draining) | submit again after [`Ring::resume`](crate::Ring::resume) |
 //! | [`TooBig`](SubmitErrorKind::TooBig) | drop the packet, or cut it with [`software`](crate::software) if it has an offload header |
 //! | [`TooSmall`](SubmitErrorKind::TooSmall) | use a pool whose frames hold [`max_packet_size`](crate::device::Capabilities::max_packet_size) bytes |
@@ -263,7 +263,7 @@ pub enum SubmitErrorKind {
     #[error("the submission queue is full: submit again after the next poll of the ring")]
     SqFull,
     /// Every credit of this direction is taken by an entry in flight. Reaping a completion returns
-    /// its credit.
+    /// its credit. The credit of a write that skips success returns when the write succeeds.
     #[error(
         "the ring has as many entries of this direction in flight as it takes: reap completions, \
          then submit again, or build it with a greater depth"

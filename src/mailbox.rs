@@ -18,6 +18,7 @@
 //! | `device_rang` | the device's `Wake`; the sleeper, when a descriptor is readable or a time has come | `take_device_rang` | nothing; the device is polled afterwards | every phase; only an open engine acts on it |
 //! | `has_dropped`, `dropped` | `report_dropped`, under the list's lock | `take_dropped`, before it locks the list | nothing | every phase |
 //! | `wanted`, `coalesce`, armed `cq_bell` | the reaper, before it sleeps | the reaper, when it is awake; the thread that rings | the reaper's own look at the CQ, after arming | `publish_and_notify`, every phase |
+//! | `shortage` | the submitting half, when a submit is refused | `take_shortage_over`, by the `wait` or the arming that it ends; only a value that it has looked at | the submitter's own look at the count of skipped completions, behind the fence; the reaper's, after arming | `publish_and_notify`, every phase |
 //! | `START_CLOCK` in `coalesce` | `arm_after`, when too few completions wait already | `coalescing`, which acts on the very value that it cleared | nothing | `publish_and_notify`, every phase |
 //! | `woken` | `RingControl::wake` | `take_woken`, by the `wait` or the arming that it ends | nothing | before every sleep of these two |
 //! | `cancels` | requested: `request_cancel_all`; done: the engine | never: both count | the engine reads the number before it cancels, and publishes before it stores `done` | every phase |
@@ -100,8 +101,8 @@ pub(crate) struct RingShared {
     pub(crate) bell: Doorbell<RingPark>,
     /// Wakes the reaping half.
     pub(crate) cq_bell: Doorbell<Arc<Notifier>>,
-    /// The CQ index that the sleeping reaper waits for.
-    pub(crate) wanted: AtomicU32,
+    /// The CQ index that the sleeping reaper waits for, and perhaps [`UNTIL_THE_END`].
+    pub(crate) wanted: AtomicU64,
     /// The delay after which a sleeping reaper wants to be woken even with fewer completions than
     /// it waits for. 0: it does not. The format is at [`START_CLOCK`].
     pub(crate) coalesce: AtomicU64,
@@ -117,6 +118,10 @@ pub(crate) struct RingShared {
     dropped: Mutex<Option<Vec<DroppedSlot>>>,
     /// Whether a control handle wants `wait` to return.
     woken: AtomicBool,
+    /// The number of skipped completions at which the submitter had no credit, no frame or no space,
+    /// and the bit [`SHORT`]. 0: it lacks nothing. Only a submitter whose writes skip success sets it,
+    /// because what others lack comes back by reaping.
+    shortage: AtomicU64,
     /// The number of `CANCEL_ALL` requests made so far, and how many of them are done. They wrap.
     cancels: [AtomicU32; 2],
     pub(crate) counters: RingCounters,
@@ -143,7 +148,7 @@ impl RingShared {
             number,
             bell: Doorbell::new(park),
             cq_bell: Doorbell::new(notifier),
-            wanted: AtomicU32::new(0),
+            wanted: AtomicU64::new(0),
             coalesce: AtomicU64::new(0),
             state: AtomicU64::new(OPEN),
             requests: AtomicU32::new(0),
@@ -151,6 +156,7 @@ impl RingShared {
             has_dropped: AtomicBool::new(false),
             dropped: Mutex::new(Some(Vec::with_capacity(depth))),
             woken: AtomicBool::new(false),
+            shortage: AtomicU64::new(0),
             cancels: [0, 0].map(AtomicU32::new),
             counters: RingCounters::default(),
         }
@@ -362,6 +368,39 @@ impl RingShared {
         self.woken.load(Ordering::Relaxed) && self.woken.swap(false, Ordering::Acquire)
     }
 
+    /// Says that a submit was refused when `skipped` completions were skipped. When the count moves
+    /// on, the `wait` or the arming of the reaper ends. `now` returns the count.
+    #[cold]
+    pub(crate) fn report_shortage(&self, skipped: u32, now: impl FnOnce() -> u32) {
+        // Relaxed: the word hands over no data. The fence in `ring_if` pairs with its own in the
+        // engine, which publishes the count and then looks at this word, and with the fence in `arm`.
+        // Of any two of submitter, engine and reaper, the one whose fence comes last sees what the
+        // other has stored. So whichever of the three comes last sees the shortage, the new count
+        // and the armed bell.
+        self.shortage.overwrite(SHORT | u64::from(skipped), Ordering::Relaxed);
+        self.cq_bell.ring_if(|| now() != skipped);
+    }
+
+    /// Whether the submitter lacked something, and a completion was skipped since. Called after a
+    /// fence, as [`report_shortage`](Self::report_shortage) says, so a Relaxed load is enough.
+    pub(crate) fn is_shortage_over(&self, skipped: u32) -> bool {
+        let shortage = self.shortage.load(Ordering::Relaxed);
+        shortage != 0 && shortage as u32 != skipped
+    }
+
+    /// As [`is_shortage_over`](Self::is_shortage_over), and if so, forgets the shortage.
+    pub(crate) fn take_shortage_over(&self, skipped: u32) -> bool {
+        let shortage = self.shortage.load(Ordering::Relaxed);
+        let over = shortage != 0 && shortage as u32 != skipped;
+        if over {
+            // Fails if the submitter has reported another meanwhile, which stays. Relaxed: the word
+            // hands over no data.
+            let relaxed = Ordering::Relaxed;
+            let _ = self.shortage.compare_exchange(shortage, 0, relaxed, relaxed);
+        }
+        over
+    }
+
     /// Requests that everything in flight is cancelled. Returns the number of the request, for
     /// [`are_cancelled`](Self::are_cancelled).
     pub(crate) fn request_cancel_all(&self) -> u32 {
@@ -393,14 +432,27 @@ impl RingShared {
         self.cancels[1].load(Ordering::Acquire).wrapping_sub(asked) < 1 << 31
     }
 
-    /// Wakes the reaper if it sleeps and waits for no more than the completions before `index`,
-    /// which are published. Returns whether it did.
+    /// Wakes the reaper if it sleeps and what it waits for has come. Returns whether it did.
+    ///
+    /// `index` is the CQ's tail, and `skipped` the number of skipped completions; both are published.
+    /// `submitted` returns the SQ's tail.
     #[inline]
-    pub(crate) fn notify_if_due(&self, index: u32) -> bool {
+    pub(crate) fn notify_if_due(
+        &self,
+        index: u32,
+        skipped: u32,
+        submitted: impl FnOnce() -> u32,
+    ) -> bool {
         self.cq_bell.ring_if(|| {
             // Relaxed: stored in `arm_bells` before the Release in `arm`, which pairs with the
             // Acquire in `ring_if`.
-            index.wrapping_sub(self.wanted.load(Ordering::Relaxed)) < 1 << 31
+            let wanted = self.wanted.load(Ordering::Relaxed);
+            // All three are exact. In the second, each submission has ended in a completion or
+            // without one. If the submitter goes on meanwhile, the engine takes that submission
+            // later, and comes here again when it has ended.
+            index.wrapping_sub(wanted as u32) < 1 << 31
+                || (wanted & UNTIL_THE_END != 0 && index.wrapping_add(skipped) == submitted())
+                || self.is_shortage_over(skipped)
         })
     }
 
@@ -443,6 +495,12 @@ impl RingShared {
     }
 }
 
+/// In `RingShared::wanted`: the reaper also waits for the moment at which nothing is in flight.
+pub(crate) const UNTIL_THE_END: u64 = 1 << 32;
+
+/// In `RingShared::shortage`: the submitter lacks something.
+const SHORT: u64 = 1 << 32;
+
 // The format of `RingShared::coalesce`: the bit `START_CLOCK`, 23 bits of the number of the arming,
 // and 40 bits of microseconds (up to twelve days).
 pub(crate) const START_CLOCK: u64 = 1 << 63;
@@ -475,13 +533,16 @@ fn registry() -> MutexGuard<'static, Registry> {
     registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// The greatest number of a ring. A slot has its ring's number and one bit in 32 bits.
+pub(crate) const LAST_RING_NUMBER: u32 = u32::MAX >> 1;
+
 /// Returns a number for a ring that is being built. No ring has number 0, which a wrapper's
 /// [`PollContext`](crate::device::PollContext) has.
 pub(crate) fn new_ring_number() -> u32 {
     let mut registry = registry();
     loop {
-        registry.last = registry.last.wrapping_add(1);
-        // After 2^32 rings the numbers start again, and some may still be in use.
+        registry.last = registry.last.wrapping_add(1) & LAST_RING_NUMBER;
+        // After 2^31 rings the numbers start again, and some may still be in use.
         if registry.last != 0 && !registry.rings.contains_key(&registry.last) {
             return registry.last;
         }
@@ -497,9 +558,12 @@ fn deregister(number: u32) {
     registry().rings.remove(&number);
 }
 
-/// Gives a slot that the device dropped to the ring of number `ring`.
+/// Gives a slot that the device dropped to the ring of number `ring`, which may have a slot's other
+/// bit. It is masked here, because the compiler inlines the drop of a slot, and keeps slots in
+/// registers then, only while that drop is short.
 #[cold]
 pub(crate) fn report_dropped(ring: u32, slot: DroppedSlot) {
+    let ring = ring & LAST_RING_NUMBER;
     let shared = registry().rings.get(&ring).and_then(Weak::upgrade);
     match shared {
         Some(shared) => shared.slot_dropped(slot),

@@ -167,6 +167,7 @@
 //! | `IORING_REGISTER_EVENTFD` | [`Ring::completion_fd`] with [`Ring::arm`]: one signal per arming |
 //! | `io_uring_prep_cancel64` with `IORING_ASYNC_CANCEL_ALL` | [`Ring::cancel`], which finds every entry of that `user_data` |
 //! | `IORING_ASYNC_CANCEL_ANY` | [`Ring::cancel_all`] |
+//! | `IOSQE_CQE_SKIP_SUCCESS` | [`Ring::submit_write_skip_success`], for writes; a failure completes |
 //! | `io_uring_queue_exit` | [`Ring::close`], or dropping the ring |
 //! | `io_uring_enter` with `IORING_ENTER_GETEVENTS` and `IORING_SETUP_DEFER_TASKRUN` | [`Drive::Inline`] with [`Ring::reap`] or [`Ring::wait`] |
 //!
@@ -262,6 +263,19 @@ impl Ring {
         self.sq.submit_write(frame, user_data)
     }
 
+    /// Submits a write that has no completion if it succeeds: its frame returns to its pool, and its
+    /// credit comes back, by themselves. A failure completes. See
+    /// [`SubmissionQueue::submit_write_skip_success`], also for the errors.
+    #[doc(alias = "IOSQE_CQE_SKIP_SUCCESS")]
+    #[inline]
+    pub fn submit_write_skip_success(
+        &mut self,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
+        self.sq.submit_write_skip_success(frame, user_data)
+    }
+
     /// Submits many reads with at most one doorbell. See [`SubmissionQueue::submit_reads`], also
     /// for the errors.
     pub fn submit_reads(
@@ -278,6 +292,15 @@ impl Ring {
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
         self.sq.submit_writes(frames)
+    }
+
+    /// Submits many writes that have no completion if they succeed, with at most one doorbell. See
+    /// [`SubmissionQueue::submit_writes_skip_success`], also for the errors.
+    pub fn submit_writes_skip_success(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_writes_skip_success(frames)
     }
 
     /// Asks for the entries in flight whose `user_data` is `target` to complete now. See
@@ -356,8 +379,8 @@ impl Ring {
         Ok(self.cq.wait(min, timeout))
     }
 
-    /// Sleeps until `min` completions wait or `timeout` has passed. Returns how many wait. See
-    /// [`CompletionQueue::wait`].
+    /// Sleeps until `min` completions wait or `timeout` has passed, or until nothing is in flight.
+    /// Returns how many wait. See [`CompletionQueue::wait`].
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         self.cq.wait(min, timeout)
     }

@@ -67,6 +67,23 @@ impl Completions {
         }
     }
 
+    /// As [`push_done`](Self::push_done), for a write that skips success: if it succeeded, it is
+    /// counted, and its frame returns to its pool.
+    pub(super) fn push_unless_done(
+        &mut self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+        outcome: Outcome,
+    ) {
+        if outcome != Outcome::Done {
+            return self.push_failed(class, frame, user_data, outcome);
+        }
+        self.batch.tx_packets += 1;
+        self.batch.tx_bytes += frame.len() as u64;
+        self.cq_producer.skip(frame);
+    }
+
     #[cold]
     #[inline(never)]
     fn push_failed(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
@@ -129,7 +146,8 @@ impl Completions {
         [rx_packets + failed[0], tx_packets + failed[1]]
     }
 
-    /// Publishes all entries to the reaper, with one store. Returns whether there were any.
+    /// Publishes all entries to the reaper, with one store, and the count of the skipped ones. Returns
+    /// whether there were any of either.
     #[inline]
     pub(crate) fn publish(&mut self) -> bool {
         self.cq_producer.publish()
@@ -143,5 +161,10 @@ impl Completions {
     /// The CQ's tail: the number of completions that were ever published, plus the start index.
     pub(crate) fn index(&self) -> u32 {
         self.cq_producer.index()
+    }
+
+    /// The number of writes that have skipped their completion.
+    pub(crate) fn skipped(&self) -> u32 {
+        self.cq_producer.skipped()
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use vmring_core::{Class, Outcome, SqConsumer, offload};
+use vmring_core::{Class, Outcome, SKIP_SUCCESS, SqConsumer, offload};
 
 use crate::device::completions::Completions;
 use crate::device::slot::{PostedSlot, class_index};
@@ -108,7 +108,10 @@ impl<'a> PollContext<'a> {
             let sqe = sq_consumer.front()?;
             let class = sqe.class();
             if class == wanted {
-                return Some(PostedSlot::from_sqe(sqe, self.ring, class));
+                return Some(match wanted {
+                    Class::Read => PostedSlot::from_read_sqe(sqe, self.ring),
+                    _ => PostedSlot::from_sqe(sqe, self.ring, class),
+                });
             }
             self.posted.list(class).push_back_with(|| PostedSlot::from_sqe(sqe, self.ring, class));
         }
@@ -188,7 +191,7 @@ impl<'a> PollContext<'a> {
     #[cold]
     #[inline(never)]
     pub fn put_back(&mut self, slot: PostedSlot) {
-        if self.is_foreign(slot.ring) {
+        if self.is_foreign(slot.ring & !SKIP_SUCCESS) {
             return;
         }
         self.left[class_index(slot.class)] += 1;
@@ -258,7 +261,7 @@ impl<'a> PollContext<'a> {
         let ring = slot.ring;
         let (frame, user_data, class) = slot.into_frame();
         if self.is_foreign(ring) {
-            return report_dropped(ring, DroppedSlot { frame, user_data, class });
+            return self.finish_marked(ring, DroppedSlot { frame, user_data, class }, outcome);
         }
         match &mut self.sink {
             Sink::Ring(completions) => completions.push_done(class, frame, user_data, outcome),
@@ -269,8 +272,23 @@ impl<'a> PollContext<'a> {
         }
     }
 
+    /// Completes a slot whose number is not this ring's alone: it is a write that skips success, or
+    /// the slot is foreign.
+    #[cold]
+    #[inline(never)]
+    fn finish_marked(&mut self, ring: u32, slot: DroppedSlot, outcome: Outcome) {
+        match &mut self.sink {
+            Sink::Ring(completions) if ring == self.ring | SKIP_SUCCESS => {
+                let DroppedSlot { frame, user_data, class } = slot;
+                completions.push_unless_done(class, frame, user_data, outcome);
+            }
+            _ => report_dropped(ring, slot),
+        }
+    }
+
     /// Whether a slot of ring number `ring` belongs to another ring than this context's, because
-    /// the device has mixed up two rings. Such a slot completes on its own ring, as abandoned.
+    /// the device has mixed up two rings. Such a slot completes on its own ring, as abandoned. True
+    /// for a number with [`SKIP_SUCCESS`] too.
     #[inline(always)]
     fn is_foreign(&self, ring: u32) -> bool {
         // The common case is checked first: the numbers are equal.

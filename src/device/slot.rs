@@ -3,9 +3,9 @@
 use std::fmt;
 
 use static_assertions::const_assert_eq;
-use vmring_core::{Class, Frame, SqeRef};
+use vmring_core::{Class, Frame, SKIP_SUCCESS, SqeRef};
 
-use crate::mailbox::{DroppedSlot, report_dropped};
+use crate::mailbox::{DroppedSlot, LAST_RING_NUMBER, report_dropped};
 
 /// A submitted frame that a device owns: a read to be filled, or a write to be sent.
 ///
@@ -22,13 +22,18 @@ use crate::mailbox::{DroppedSlot, report_dropped};
 #[repr(C)]
 pub struct PostedSlot {
     pub(super) class: Class,
-    /// The number of the ring that the entry belongs to. A number and not a pointer, so that a slot
-    /// costs no reference count.
+    /// The number of the ring that the entry belongs to, and perhaps [`SKIP_SUCCESS`]. A number and
+    /// not a pointer, so that a slot costs no reference count.
     pub(super) ring: u32,
     /// `None` only while a slot is being completed or dropped.
     frame: Option<Frame>,
     user_data: u64,
 }
+
+// `SKIP_SUCCESS` is in `PostedSlot::ring` because that number is compared for every slot that a device
+// has finished with. With the bit it is not the ring's own, so what a write that skips success needs
+// costs nothing where the numbers are equal.
+const_assert_eq!(SKIP_SUCCESS & LAST_RING_NUMBER, 0);
 
 // The docs of `RingBuilder` ("Memory") give this size.
 #[cfg(target_pointer_width = "64")]
@@ -43,8 +48,16 @@ impl PostedSlot {
     /// Takes the slot out of an SQE of class `class`, which was submitted to ring number `ring`.
     #[inline(always)]
     pub(super) fn from_sqe(sqe: SqeRef<'_>, ring: u32, class: Class) -> Self {
+        let ring = ring | sqe.flags();
         let (frame, user_data) = sqe.take();
         Self::new(frame, user_data, ring, class)
+    }
+
+    /// As [`from_sqe`](Self::from_sqe) for a read, which has no flags to look at.
+    #[inline(always)]
+    pub(super) fn from_read_sqe(sqe: SqeRef<'_>, ring: u32) -> Self {
+        let (frame, user_data) = sqe.take();
+        Self::new(frame, user_data, ring, Class::Read)
     }
 
     #[inline(always)]

@@ -18,7 +18,7 @@ use crate::engine::{Engine, Handoff};
 use crate::error::ConfigError;
 use crate::error::{CloseReason, Error};
 use crate::limits::CLOSE_POLL;
-use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, request};
+use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, UNTIL_THE_END, request};
 use crate::notify::Notifier;
 use crate::policy::IdlePolicy;
 use crate::poller::PollerShared;
@@ -222,7 +222,9 @@ impl CompletionQueue {
     }
 
     /// Returns the number of submissions, cancels included, that are not reaped yet. Those that
-    /// another thread submits meanwhile may be missing.
+    /// another thread submits meanwhile may be missing. A write that
+    /// [skips success](crate::SubmissionQueue::submit_write_skip_success) counts until it has
+    /// succeeded, or until its failure is reaped.
     ///
     /// Entries that have leaked do not count. An entry leaks if the ring is closed and the device does
     /// not release its slot within the ring's
@@ -245,10 +247,16 @@ impl CompletionQueue {
     /// Sleeps until `min` completions wait, and returns how many wait. With `Drive::Inline` the
     /// device makes progress in this call.
     ///
-    /// It returns earlier if all entries in flight have completed, although they are fewer than
-    /// `min` (so at once if nothing is in flight); if `timeout` has passed (`None`: it has no
-    /// limit); or if [`RingControl::wake`] was called. Entries that have leaked are not waited for;
-    /// see [`in_flight`](Self::in_flight).
+    /// It returns earlier in these cases:
+    ///
+    /// * All entries in flight have ended, although their completions are fewer than `min`. So it
+    ///   returns at once if nothing is in flight, and when the last write that skips success has
+    ///   succeeded. Entries that have leaked are not waited for; see [`in_flight`](Self::in_flight).
+    /// * A submit was refused, or no frame was free, and a write that skips success has succeeded
+    ///   since: submit again. This ends one wait or arming for each refusal; see
+    ///   [`submit_write_skip_success`](crate::SubmissionQueue::submit_write_skip_success).
+    /// * `timeout` has passed (`None`: it has no limit).
+    /// * [`RingControl::wake`] was called.
     pub fn wait(&mut self, min: usize, timeout: Option<Duration>) -> usize {
         let deadline = timeout.map(after);
         let mut round = 0;
@@ -256,7 +264,10 @@ impl CompletionQueue {
             let worked = self.drive();
             let ready = self.consumer.ready();
             let want = u32::try_from(min).unwrap_or(u32::MAX).min(self.outstanding());
-            if ready >= want || self.shared.take_woken() {
+            if ready >= want
+                || self.shared.take_woken()
+                || self.shared.take_shortage_over(self.consumer.skipped())
+            {
                 return ready as usize;
             }
             if worked {
@@ -270,8 +281,10 @@ impl CompletionQueue {
                 round += 1;
                 continue;
             }
-            // The loop takes the wake.
-            self.sleep(want, deadline, RingShared::is_woken);
+            // The loop takes the wake, and the end of a shortage.
+            self.sleep(want, true, deadline, |shared, skipped| {
+                shared.is_woken() || shared.is_shortage_over(skipped)
+            });
         }
     }
 
@@ -327,6 +340,11 @@ impl CompletionQueue {
     /// Returns whether it is armed. If so, the caller may sleep. If it returns false, nothing is
     /// armed, because completions wait already, the engine has work to do, or [`RingControl::wake`]
     /// was called. In this case reap, and then arm again.
+    ///
+    /// A write that skips success gives no signal when it succeeds, with one exception. If a submit
+    /// was refused, or no frame was free, the next such success signals as a completion does, or makes
+    /// this call return false: submit again. See
+    /// [`submit_write_skip_success`](crate::SubmissionQueue::submit_write_skip_success).
     #[must_use = "if it is not armed, the descriptor does not become readable"]
     pub fn arm(&mut self) -> bool {
         self.arm_after(1, None)
@@ -357,7 +375,8 @@ impl CompletionQueue {
 
     /// For futures: returns `Ready` with the number of completions that wait, if they are at least
     /// `n`. Else the waker of `cx` is woken when they are. May return `Ready` with fewer after
-    /// [`RingControl::wake`], or when the engine has work to do.
+    /// [`RingControl::wake`], when the engine has work to do, or when a submit was refused and can be
+    /// tried again, as [`arm`](Self::arm) says.
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, n: usize) -> Poll<usize> {
         self.notifier.set_waker(cx.waker());
         if self.arm_notifier(n, None) {
@@ -407,7 +426,8 @@ impl CompletionQueue {
             if worked {
                 continue;
             }
-            self.sleep(ready + 1, Some(deadline), |shared| {
+            // Before the engine has answered, it does not matter whether anything is in flight.
+            self.sleep(ready + 1, cancelled, Some(deadline), |shared, _| {
                 !cancelled && (shared.are_cancelled(asked) || shared.is_closed())
             });
         }
@@ -448,7 +468,7 @@ impl CompletionQueue {
             if worked {
                 continue;
             }
-            self.sleep(ready + 1, Some(deadline), RingShared::is_closed);
+            self.sleep(ready + 1, true, Some(deadline), |shared, _| shared.is_closed());
         }
     }
 
@@ -566,15 +586,17 @@ impl CompletionQueue {
         self.engine_lost || self.engine.as_ref().is_some_and(|engine| engine.is_closed())
     }
 
-    /// Arms for `want` completions, looks once more, and parks until a signal or the deadline. Does
-    /// not park if `is_over` finds that the caller waits no longer.
+    /// Arms for `want` completions, and with `until_the_end` also for the moment at which nothing is in
+    /// flight any more. Looks once more, and parks until a signal or the deadline. Does not park if
+    /// `is_over` finds that the caller waits no longer.
     fn sleep(
         &mut self,
         want: u32,
+        until_the_end: bool,
         deadline: Option<Instant>,
-        is_over: impl FnOnce(&RingShared) -> bool,
+        is_over: impl FnOnce(&RingShared, u32) -> bool,
     ) {
-        if self.arm_bells(want, None, is_over) {
+        if self.arm_bells(want, until_the_end, None, is_over) {
             let engine_deadline = self.engine.as_ref().and_then(|engine| engine.deadline());
             let wake_at = [deadline, engine_deadline].into_iter().flatten().min();
             let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
@@ -614,16 +636,20 @@ impl CompletionQueue {
                 return false;
             }
         }
-        self.arm_bells(want, max_delay, RingShared::take_woken)
+        self.arm_bells(want, false, max_delay, |shared, skipped| {
+            shared.take_woken() || shared.take_shortage_over(skipped)
+        })
     }
 
-    /// Arms all that can bring `want` completions, and looks once more, also with `is_over`. Returns
-    /// false, with nothing armed, if the caller must not sleep.
+    /// Arms all that can bring `want` completions, or with `until_the_end` the end of all that is in
+    /// flight. Looks once more, also with `is_over`, which gets the number of skipped completions.
+    /// Returns false, with nothing armed, if the caller must not sleep.
     fn arm_bells(
         &mut self,
         want: u32,
+        until_the_end: bool,
         max_delay: Option<Duration>,
-        is_over: impl FnOnce(&RingShared) -> bool,
+        is_over: impl FnOnce(&RingShared, u32) -> bool,
     ) -> bool {
         self.armings = self.armings.wrapping_add(1) & ((START_CLOCK >> DELAY_BITS) - 1);
         let coalesce = max_delay.map_or(0, |delay| {
@@ -632,15 +658,19 @@ impl CompletionQueue {
         });
         // Relaxed, both: the Release in `arm` publishes them to the Acquire in `ring_if`, after
         // which `notify_if_due` reads `wanted`.
-        self.shared.wanted.store(self.consumer.index_of(want), Ordering::Relaxed);
+        let end = if until_the_end { UNTIL_THE_END } else { 0 };
+        let wanted = u64::from(self.consumer.index_of(want)) | end;
+        self.shared.wanted.store(wanted, Ordering::Relaxed);
         self.shared.coalesce.overwrite(coalesce, Ordering::Relaxed);
         self.shared.cq_bell.arm();
         // This look comes after the fence in `arm`, which pairs with the fence in `ring_if`. A
         // completion that was published before it is seen here. The engine that publishes one later
-        // sees the bell armed. The same holds for what `is_over` looks at, such as a wake by a control
-        // handle.
+        // sees the bell armed. The same holds for the count of skipped completions, and for what
+        // `is_over` looks at, such as a wake by a control handle.
         let ready = self.consumer.ready();
-        let mut awake = ready >= want || is_over(&self.shared);
+        let mut awake = ready >= want
+            || (until_the_end && ready >= self.outstanding())
+            || is_over(&self.shared, self.consumer.skipped());
         if self.engine.is_none() && self.shared.is_closed() {
             // The poller may have closed the ring and handed the engine over before this half
             // armed, so its notification is gone.

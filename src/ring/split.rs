@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::time::Duration;
 
 use static_assertions::assert_not_impl_any;
-use vmring_core::{Class, Frame};
+use vmring_core::{Class, Frame, SKIP_SUCCESS};
 
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
 use crate::ring::complete::{CompletionQueue, Reap};
@@ -51,7 +51,7 @@ impl SubmissionHalf<'_> {
     /// Those of [`SubmissionQueue::submit_read`].
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.submit(Class::Read, frame, user_data)
+        self.submit::<0>(Class::Read, frame, user_data)
     }
 
     /// Submits a write, as [`SubmissionQueue::submit_write`] does. While the other half is reaping,
@@ -62,12 +62,33 @@ impl SubmissionHalf<'_> {
     /// Those of [`SubmissionQueue::submit_write`].
     #[inline]
     pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.submit(Class::Write, frame, user_data)
+        self.submit::<0>(Class::Write, frame, user_data)
+    }
+
+    /// Submits a write that has no completion if it succeeds, as
+    /// [`SubmissionQueue::submit_write_skip_success`] does. While the other half is reaping, the
+    /// doorbell waits for the end of its loop.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_write`].
+    #[inline]
+    pub fn submit_write_skip_success(
+        &mut self,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
+        self.submit::<SKIP_SUCCESS>(Class::Write, frame, user_data)
     }
 
     #[inline(always)]
-    fn submit(&mut self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.sq.push(class, frame, user_data)?;
+    fn submit<const FLAGS: u32>(
+        &mut self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
+        self.sq.push::<FLAGS>(class, frame, user_data)?;
         if self.sq.deferred.get() == Deferred::Off {
             self.sq.ring_doorbell();
         } else {
@@ -87,7 +108,7 @@ impl SubmissionHalf<'_> {
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        self.sq.submit_batch(Class::Read, frames)
+        self.sq.submit_batch::<0>(Class::Read, frames)
     }
 
     /// Submits many writes, as [`SubmissionQueue::submit_writes`] does, and rings the doorbell at
@@ -100,7 +121,20 @@ impl SubmissionHalf<'_> {
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        self.sq.submit_batch(Class::Write, frames)
+        self.sq.submit_batch::<0>(Class::Write, frames)
+    }
+
+    /// Submits many writes that have no completion if they succeed, as
+    /// [`SubmissionQueue::submit_writes_skip_success`] does, and rings the doorbell at once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_writes`].
+    pub fn submit_writes_skip_success(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.sq.submit_batch::<SKIP_SUCCESS>(Class::Write, frames)
     }
 
     /// Submits a cancel, as [`SubmissionQueue::cancel`] does, and rings the doorbell at once.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::Ordering;
-use vmring_core::{Class, Frame, PushError, SqProducer};
+use vmring_core::{Class, Frame, PushError, SKIP_SUCCESS, SqProducer};
 
 use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
@@ -58,7 +58,8 @@ impl SubmissionQueue {
     /// This touches the pool's free list. In the hot loop, use the frames that were reaped again
     /// instead.
     pub fn alloc(&self) -> Option<Frame> {
-        self.producer.regions().pools()[0].alloc()
+        let pool = &self.producer.regions().pools()[0];
+        pool.alloc().or_else(|| self.again(|| pool.alloc().ok_or(())).ok())
     }
 
     /// Submits a read: gives `frame` to the device, which fills it with the next packet. The
@@ -78,7 +79,7 @@ impl SubmissionQueue {
     /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
     #[inline]
     pub fn submit_read(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.submit(Class::Read, frame, user_data)
+        self.submit::<0>(Class::Read, frame, user_data)
     }
 
     /// Submits a write: gives `frame` to the device, which sends its packet.
@@ -99,7 +100,64 @@ impl SubmissionQueue {
     /// [`WrongDirection`](SubmitErrorKind::WrongDirection) and [`Closed`](SubmitErrorKind::Closed).
     #[inline]
     pub fn submit_write(&mut self, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.submit(Class::Write, frame, user_data)
+        self.submit::<0>(Class::Write, frame, user_data)
+    }
+
+    /// Submits a write whose completion nobody wants: as [`submit_write`](Self::submit_write), but if
+    /// the write succeeds, there is no completion. Its frame returns to its pool by itself, and its
+    /// credit comes back without reaping.
+    ///
+    /// If the write does not succeed (the device refuses it, a cancel, a restart or a close ends it),
+    /// it completes as every other write does, with `user_data`, the reason and the frame. So a ring
+    /// of such writes must be reaped too, now and then: a failure keeps its credit until it is reaped.
+    /// Every counter of the ring counts such a write as any other.
+    ///
+    /// When a submit is refused for want of a credit or of space, or [`alloc`](Self::alloc) finds no
+    /// frame, let the reaping half wait ([`wait`](crate::CompletionQueue::wait),
+    /// [`arm`](crate::CompletionQueue::arm), [`poll_ready`](crate::CompletionQueue::poll_ready)). The
+    /// next write that succeeds without a completion ends that wait, although no completion has come:
+    /// submit again. If two threads have the two halves, the reaping thread has to tell the submitting
+    /// one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_write`](Self::submit_write).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use vmring::{Direction, Interface, Loopback};
+    ///
+    /// let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+    /// let mut ring = interface.ring(Direction::Write).depth(16).build()?;
+    /// let mut sent = 0;
+    /// while sent < 100 {
+    ///     if let Some(mut frame) = ring.alloc() {
+    ///         frame.copy_from(b"\x02\0\0\0\0\x01\x02\0\0\0\0\x02\x88\xb5 hello")?;
+    ///         match ring.submit_write_skip_success(frame, sent) {
+    ///             Ok(()) => {
+    ///                 sent += 1;
+    ///                 continue;
+    ///             }
+    ///             Err(refused) if refused.is_backpressure() => {}
+    ///             Err(refused) => return Err(refused.into()),
+    ///         }
+    ///     }
+    ///     ring.wait(1, None);
+    ///     for failed in ring.reap() {
+    ///         eprintln!("packet {} was not sent: {:?}", failed.user_data, failed.result);
+    ///     }
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    /// ```
+    #[doc(alias = "IOSQE_CQE_SKIP_SUCCESS")]
+    #[inline]
+    pub fn submit_write_skip_success(
+        &mut self,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
+        self.submit::<SKIP_SUCCESS>(Class::Write, frame, user_data)
     }
 
     /// Submits reads from an iterator of frames and their `user_data`, with at most one doorbell.
@@ -123,7 +181,7 @@ impl SubmissionQueue {
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        self.submit_batch(Class::Read, frames)
+        self.submit_batch::<0>(Class::Read, frames)
     }
 
     /// Submits writes from an iterator of packets and their `user_data`, as
@@ -138,7 +196,22 @@ impl SubmissionQueue {
         &mut self,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        self.submit_batch(Class::Write, frames)
+        self.submit_batch::<0>(Class::Write, frames)
+    }
+
+    /// Submits writes whose completion nobody wants
+    /// ([`submit_write_skip_success`](Self::submit_write_skip_success)) from an iterator of packets and
+    /// their `user_data`, as [`submit_writes`](Self::submit_writes) does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_writes`](Self::submit_writes).
+    #[doc(alias = "IOSQE_CQE_SKIP_SUCCESS")]
+    pub fn submit_writes_skip_success(
+        &mut self,
+        frames: impl IntoIterator<Item = (Frame, u64)>,
+    ) -> Result<usize, BatchError> {
+        self.submit_batch::<SKIP_SUCCESS>(Class::Write, frames)
     }
 
     /// Asks for every read and write in flight whose `user_data` is `target` to complete now: as
@@ -174,7 +247,8 @@ impl SubmissionQueue {
         if let Some(refusal) = self.refusal() {
             return Err(refusal);
         }
-        self.producer.push_cancel(target, data).map_err(|refusal| self.kind(refusal, None))?;
+        let push = || self.producer.push_cancel(target, data);
+        push().or_else(|_| self.again(push)).map_err(|refusal| self.kind(refusal, None))?;
         self.producer.publish();
         // Release: pairs with the Acquire in `take_requests`. An engine that sees the request also
         // finds the cancel in the SQ, and what was submitted before it.
@@ -190,7 +264,7 @@ impl SubmissionQueue {
     }
 
     /// Returns how many writes can be submitted now, if the SQ has space for them. Reaping returns
-    /// credits.
+    /// credits, and so does a write that skips success and succeeds.
     pub fn write_credits(&mut self) -> u32 {
         self.producer.available(Class::Write)
     }
@@ -209,7 +283,7 @@ impl SubmissionQueue {
         let free = slots.saturating_sub(pool.slots_out() + reserve);
         for _ in 0..self.producer.available(Class::Read).min(free) {
             let Some(frame) = self.alloc() else { break };
-            match self.submit(Class::Read, frame, user_data) {
+            match self.submit::<0>(Class::Read, frame, user_data) {
                 Ok(()) => {}
                 Err(refused) if refused.is_backpressure() => break,
                 Err(SubmitError {
@@ -223,20 +297,22 @@ impl SubmissionQueue {
     }
 
     #[inline(always)]
-    pub(super) fn submit(
+    pub(super) fn submit<const FLAGS: u32>(
         &self,
         class: Class,
         frame: Frame,
         user_data: u64,
     ) -> Result<(), SubmitError> {
-        self.push(class, frame, user_data)?;
+        self.push::<FLAGS>(class, frame, user_data)?;
         self.ring_doorbell();
         Ok(())
     }
 
-    /// Writes an entry. The caller publishes it.
+    /// Writes an entry with these flags. The caller publishes it.
+    ///
+    /// The flags of a caller are a constant, and so no submission without them pays for them.
     #[inline(always)]
-    pub(super) fn push(
+    pub(super) fn push<const FLAGS: u32>(
         &self,
         class: Class,
         frame: Frame,
@@ -244,37 +320,83 @@ impl SubmissionQueue {
     ) -> Result<(), SubmitError> {
         let frame = self.fitting(class, frame)?;
         if class == Class::Write && (self.caps.headroom > 0 || frame.has_offload_to_send()) {
-            return self.push_prepared(frame, user_data);
+            return self.push_prepared::<FLAGS>(frame, user_data);
         }
-        self.push_fitting(class, frame, user_data)
+        self.push_fitting::<FLAGS>(class, frame, user_data)
     }
 
     /// Pushes a write that needs headroom or has an offload header. It is a function of its own
     /// that is never inlined: it takes `&mut frame`, and in the hot path that would keep the frame
     /// in memory instead of in registers.
     #[inline(never)]
-    fn push_prepared(&self, mut frame: Frame, user_data: u64) -> Result<(), SubmitError> {
+    fn push_prepared<const FLAGS: u32>(
+        &self,
+        mut frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
         match self.prepare_offload(&mut frame) {
-            Ok(()) => self.push_fitting(Class::Write, frame, user_data),
+            Ok(()) => self.push_fitting::<FLAGS>(Class::Write, frame, user_data),
             Err(kind) => Err(SubmitError { kind, frame }),
         }
     }
 
     #[inline(always)]
-    fn push_fitting(&self, class: Class, frame: Frame, user_data: u64) -> Result<(), SubmitError> {
-        self.producer.push(class, frame, user_data).map_err(|(refusal, frame)| SubmitError {
-            kind: self.kind(refusal, Some(class)),
-            frame,
+    fn push_fitting<const FLAGS: u32>(
+        &self,
+        class: Class,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), SubmitError> {
+        self.producer.push_flagged(class, FLAGS, frame, user_data).map_err(|(refusal, frame)| {
+            self.report_refused(class, refusal);
+            SubmitError { kind: self.kind(refusal, Some(class)), frame }
         })
     }
 
+    /// Says that an entry was refused. If what is missing may come back without a completion, the
+    /// reaping half is told, as by [`again`](Self::again).
+    ///
+    /// It returns nothing: the compiler sees the caller's own reason, and that the way of an accepted
+    /// entry does not meet this one.
+    #[cold]
+    #[inline(never)]
+    fn report_refused(&self, class: Class, refusal: PushError) {
+        if matches!(refusal, PushError::NoCredit | PushError::SqFull)
+            && self.producer.expects_skips()
+        {
+            let skipped = self.producer.skipped();
+            // What has come back since the push, its caller has missed. Then the count before is
+            // reported, so that the next wait ends at once.
+            let late = self.producer.check(class).is_ok();
+            let skipped = skipped.wrapping_sub(late.into());
+            self.shared.report_shortage(skipped, || self.producer.skipped());
+        }
+    }
+
+    /// Tries once more what has failed for want of a credit, a frame or a place in the SQ, if what is
+    /// missing may come back without a completion. If it fails again, the reaping half is told, so
+    /// that a wait of it ends when a completion is skipped.
+    #[cold]
+    #[inline(never)]
+    fn again<T, E>(&self, attempt: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let expected = self.producer.expects_skips();
+        // The count comes first: what comes back after the attempt is counted after this.
+        let skipped = if expected { self.producer.skipped() } else { 0 };
+        let result = attempt();
+        if result.is_err() && expected {
+            self.shared.report_shortage(skipped, || self.producer.skipped());
+        }
+        result
+    }
+
     /// Submits the frames of one class, and rings the doorbell if any were accepted.
-    pub(super) fn submit_batch(
+    #[inline(always)]
+    pub(super) fn submit_batch<const FLAGS: u32>(
         &self,
         class: Class,
         frames: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        let result = self.push_batch(class, frames);
+        let result = self.push_batch::<FLAGS>(class, frames);
         self.ring_after(&result);
         result
     }
@@ -285,8 +407,8 @@ impl SubmissionQueue {
         reads: impl IntoIterator<Item = (Frame, u64)>,
         writes: impl IntoIterator<Item = (Frame, u64)>,
     ) -> Result<usize, BatchError> {
-        let result = self.push_batch(Class::Read, reads).and_then(|reads| {
-            self.push_batch(Class::Write, writes)
+        let result = self.push_batch::<0>(Class::Read, reads).and_then(|reads| {
+            self.push_batch::<0>(Class::Write, writes)
                 .map(|writes| reads + writes)
                 .map_err(|error| BatchError { accepted: reads + error.accepted, ..error })
         });
@@ -303,7 +425,8 @@ impl SubmissionQueue {
 
     /// Writes the entries of one class while there are credits and free cells. Full cache lines are
     /// published at once. The caller publishes the rest.
-    fn push_batch(
+    #[inline(always)]
+    fn push_batch<const FLAGS: u32>(
         &self,
         class: Class,
         frames: impl IntoIterator<Item = (Frame, u64)>,
@@ -311,20 +434,30 @@ impl SubmissionQueue {
         let mut frames = frames.into_iter();
         let mut accepted = 0;
         loop {
-            // A refusal that is not backpressure is an error, which takes a frame.
+            // An iterator that has no more lacks nothing.
             if self.producer.check(class).is_err()
-                && self.producer.depth(class) > 0
-                && self.refusal().is_none()
+                && self.must_stop(class, frames.size_hint().1 != Some(0))
             {
                 return Ok(accepted);
             }
             let Some((frame, user_data)) = frames.next() else { return Ok(accepted) };
-            if let Err(SubmitError { kind, frame }) = self.push(class, frame, user_data) {
+            if let Err(SubmitError { kind, frame }) = self.push::<FLAGS>(class, frame, user_data) {
                 return Err(BatchError { kind, frame, accepted });
             }
             accepted += 1;
             self.producer.publish_lines();
         }
+    }
+
+    /// Whether a batch ends for want of a credit or of space. With `has_more` it lacks them, so it is
+    /// tried once more, as by [`again`](Self::again).
+    #[cold]
+    #[inline(never)]
+    fn must_stop(&self, class: Class, has_more: bool) -> bool {
+        // A refusal that is not backpressure is an error, which takes a frame.
+        self.producer.depth(class) > 0
+            && self.refusal().is_none()
+            && !(has_more && self.again(|| self.producer.check(class)).is_ok())
     }
 
     /// Checks everything but the queue: returns the frame if the ring is open and the frame fits.
