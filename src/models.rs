@@ -23,6 +23,7 @@ mod cancelling;
 mod closing;
 mod draining;
 mod restarting;
+mod skipping;
 mod sleeping;
 
 use std::sync::Arc;
