@@ -10,6 +10,7 @@ mod order;
 mod ownership;
 mod peek;
 mod retry;
+mod skip_success;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

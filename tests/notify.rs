@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 /// Whether the ring's descriptor becomes readable within `timeout`.
-fn readable(ring: &Ring, timeout: Duration) -> bool {
+pub(crate) fn readable(ring: &Ring, timeout: Duration) -> bool {
     let fd = ring.completion_fd().expect("a descriptor").as_raw_fd();
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: the pointer is to one `pollfd`, which is exclusively borrowed.
