@@ -54,7 +54,7 @@ mod properties {
                 let plan = Plan { drive, shape, ..Plan::draw(&mut Dice::new(1)) };
                 Operation::Build { place, plan: Plan { reads: false, writes: true, ..plan } }
             };
-            let submit = |place| Operation::Submit { place, reads: 4, writes: 8 };
+            let submit = |place| Operation::Submit { place, reads: 4, writes: 8, skip: false };
             let operations = [
                 build(0, Way::Thread, Shape::Whole),
                 build(1, Way::Shared(0), Shape::Split),

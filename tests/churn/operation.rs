@@ -18,12 +18,16 @@ pub(crate) enum Operation {
         place: usize,
         reads: usize,
         writes: usize,
+        /// The writes skip success.
+        skip: bool,
     },
     /// Writes and waits for them, so many times.
     Rounds {
         place: usize,
         n: usize,
         writes: usize,
+        /// The writes skip success.
+        skip: bool,
     },
     Cancel {
         place: usize,
@@ -165,7 +169,7 @@ impl Operation {
             0..14 => Operation::Build { place, plan: Plan::draw(dice) },
             14..44 => {
                 let (reads, writes) = (dice.below(12) as usize, dice.below(24) as usize);
-                Operation::Submit { place, reads, writes }
+                Operation::Submit { place, reads, writes, skip: dice.below(3) == 0 }
             }
             44..48 => Operation::Cancel { place, all: dice.below(2) == 0 },
             48..54 => Operation::Reap { place },
@@ -192,7 +196,7 @@ impl Operation {
             102..105 => Operation::Resume { place },
             _ => {
                 let (n, writes) = (1 + dice.below(50) as usize, 1 + dice.below(16) as usize);
-                Operation::Rounds { place, n, writes }
+                Operation::Rounds { place, n, writes, skip: dice.below(3) == 0 }
             }
         }
     }
@@ -277,7 +281,8 @@ impl Step {
         let place = dice.below(PLACES) as usize;
         let interface = dice.below(2) as usize;
         let restart = Operation::Restart { interface, patient: true };
-        let submit = Operation::Submit { place, reads: 4, writes: 8 };
+        let skip = dice.below(3) == 0;
+        let submit = Operation::Submit { place, reads: 4, writes: 8, skip };
         match dice.below(12) {
             0 => Self(vec![restart, restart]),
             1 => Self(vec![restart, Operation::Build { place, plan: Plan::draw(dice) }]),

@@ -1,6 +1,6 @@
 //! One ring, in one of its shapes, and what the model knows of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Waker};
@@ -27,6 +27,8 @@ pub(crate) trait Submits {
     fn alloc(&self) -> Option<Frame>;
     fn read(&mut self, frame: Frame, number: u64) -> Result<(), SubmitError>;
     fn write(&mut self, frame: Frame, number: u64) -> Result<(), SubmitError>;
+    /// A write that skips success.
+    fn write_only(&mut self, frame: Frame, number: u64) -> Result<(), SubmitError>;
     fn cancel(&mut self, target: Option<u64>, number: u64) -> Result<(), SubmitErrorKind>;
 }
 
@@ -58,6 +60,10 @@ macro_rules! submits {
 
             fn write(&mut self, frame: Frame, number: u64) -> Result<(), SubmitError> {
                 self.submit_write(frame, number)
+            }
+
+            fn write_only(&mut self, frame: Frame, number: u64) -> Result<(), SubmitError> {
+                self.submit_write_skip_success(frame, number)
             }
 
             fn cancel(&mut self, target: Option<u64>, number: u64) -> Result<(), SubmitErrorKind> {
@@ -129,8 +135,11 @@ pub(crate) struct Seat {
     submitter: Mutex<Option<SubmissionQueue>>,
     reaper: Mutex<Option<CompletionQueue>>,
     pub(crate) front: Mutex<Option<Front>>,
-    /// What was submitted and has not completed.
+    /// What was submitted and has not completed. Locked through each submit.
     pub(crate) ledger: Mutex<BTreeMap<u64, RingOp>>,
+    /// The writes that skip success, and of which it is not known that they have ended. Locked after
+    /// the ledger.
+    pub(crate) skipping: Mutex<BTreeSet<u64>>,
     /// It drains, or will in a moment, or did a moment ago.
     pub(crate) drains: AtomicBool,
     /// Restarts of its device before it was built.
@@ -147,6 +156,7 @@ impl Seat {
             reaper: Mutex::default(),
             front: Mutex::default(),
             ledger: Mutex::default(),
+            skipping: Mutex::default(),
             drains: AtomicBool::new(false),
             restarts_before,
         }
@@ -201,9 +211,13 @@ impl Seat {
     /// Takes what `reaper` has completed into the books. Returns how much it was.
     pub(crate) fn take_in(&self, reaper: &mut dyn Reaps) -> usize {
         let mut n = 0;
-        reaper.reap(&mut |number, op, _| {
+        reaper.reap(&mut |number, op, ok| {
             n += 1;
             let known = lock(&self.ledger).remove(&number);
+            if known.is_none() && op == RingOp::Write && lock(&self.skipping).remove(&number) {
+                assert!(!ok, "the success of {number} is to be skipped, and completes");
+                return;
+            }
             assert_eq!(known, Some(op), "{number} completes twice, or was never submitted");
         });
         n

@@ -139,11 +139,11 @@ impl World {
         self.tally.operations[operation.kind()].fetch_add(1, Ordering::Relaxed);
         match *operation {
             Operation::Build { place, plan } => self.build(place, plan),
-            Operation::Submit { place, reads, writes } => {
-                self.with(place, |seat| self.submit(seat, reads, writes));
+            Operation::Submit { place, reads, writes, skip } => {
+                self.with(place, |seat| self.submit(seat, reads, writes, skip));
             }
-            Operation::Rounds { place, n, writes } => {
-                self.with(place, |seat| self.rounds(seat, n, writes));
+            Operation::Rounds { place, n, writes, skip } => {
+                self.with(place, |seat| self.rounds(seat, n, writes, skip));
             }
             Operation::Cancel { place, all } => self.with(place, |seat| self.cancel(seat, all)),
             Operation::Reap { place } => self.with(place, |seat| {
@@ -211,6 +211,16 @@ impl World {
     fn take_in(&self, seat: &Seat, reaper: &mut dyn Reaps) -> usize {
         let n = seat.take_in(reaper);
         self.tally.completions.fetch_add(n as u64, Ordering::Relaxed);
+        let ledger = lock(&seat.ledger);
+        let mut skipping = lock(&seat.skipping);
+        if !skipping.is_empty() {
+            // What is in flight and not in the ledger skips success. Nobody submits meanwhile.
+            let left = reaper.in_flight().saturating_sub(ledger.len());
+            let missing = |number: &u64| self.may_be_missing(seat, *number);
+            if left <= skipping.iter().filter(|number| missing(number)).count() {
+                skipping.retain(missing);
+            }
+        }
         n
     }
 
@@ -285,12 +295,12 @@ impl World {
         }
     }
 
-    fn submit(&self, seat: &Seat, reads: usize, writes: usize) {
+    fn submit(&self, seat: &Seat, reads: usize, writes: usize, skip: bool) {
         let mut submitted = 0;
         for i in 0..reads.max(writes) {
             let ops = [(i < writes, RingOp::Write), (i < reads, RingOp::Read)];
             for (_, op) in ops.into_iter().filter(|(wanted, _)| *wanted) {
-                match self.submit_one(seat, op) {
+                match self.submit_one(seat, op, skip) {
                     Some(Ok(_)) => submitted += 1,
                     Some(Err(_)) => {}
                     None => return,
@@ -307,22 +317,38 @@ impl World {
         }
     }
 
-    /// Submits one entry; `None` if there is no frame or no submitting half.
-    fn submit_one(&self, seat: &Seat, op: RingOp) -> Option<Result<u64, SubmitErrorKind>> {
+    /// Submits one entry; `None` if there is no frame or no submitting half. A write skips success if
+    /// `skip`.
+    fn submit_one(
+        &self,
+        seat: &Seat,
+        op: RingOp,
+        skip: bool,
+    ) -> Option<Result<u64, SubmitErrorKind>> {
         let number = new_number();
+        let skip = skip && op == RingOp::Write;
         let (reads, writes) = (seat.plan.reads, seat.plan.writes || !seat.plan.reads);
         let was_closed = seat.control.closed().is_some();
         let drained = seat.drains.load(Ordering::SeqCst);
         let answer = seat.submits(|half| {
             let mut frame = half.alloc()?;
             // Before: the completion may be reaped at once.
-            lock(&seat.ledger).insert(number, op);
+            let mut ledger = lock(&seat.ledger);
+            if skip {
+                lock(&seat.skipping).insert(number);
+            } else {
+                ledger.insert(number, op);
+            }
             let answer = if op == RingOp::Read {
                 half.read(frame, number)
             } else {
                 frame.copy_from(&PACKET).expect("it fits");
-                half.write(frame, number)
+                if skip { half.write_only(frame, number) } else { half.write(frame, number) }
             };
+            if answer.is_err() {
+                ledger.remove(&number);
+                lock(&seat.skipping).remove(&number);
+            }
             Some(answer.map_err(|refused| refused.kind))
         })??;
         match answer {
@@ -332,7 +358,6 @@ impl World {
                 Some(Ok(number))
             }
             Err(kind) => {
-                lock(&seat.ledger).remove(&number);
                 match kind {
                     SubmitErrorKind::SqFull | SubmitErrorKind::NoCredit => {}
                     SubmitErrorKind::Draining if drained || !self.is_alone() => {}
@@ -347,10 +372,10 @@ impl World {
     }
 
     /// Ends with the first round that is not over soon. Whether it is stuck is seen at the end.
-    fn rounds(&self, seat: &Seat, n: usize, writes: usize) {
+    fn rounds(&self, seat: &Seat, n: usize, writes: usize, skip: bool) {
         for _ in 0..n {
             for _ in 0..writes {
-                if !matches!(self.submit_one(seat, RingOp::Write), Some(Ok(_))) {
+                if !matches!(self.submit_one(seat, RingOp::Write, skip), Some(Ok(_))) {
                     break;
                 }
             }
@@ -358,7 +383,8 @@ impl World {
                 let start = Instant::now();
                 loop {
                     self.take_in(seat, reaper);
-                    if seat.in_flight(&[RingOp::Write]).is_empty() {
+                    let skipping = !lock(&seat.skipping).is_empty();
+                    if !skipping && seat.in_flight(&[RingOp::Write]).is_empty() {
                         return true;
                     }
                     if start.elapsed() > Duration::from_millis(20) {
@@ -374,13 +400,15 @@ impl World {
     }
 
     fn cancel(&self, seat: &Seat, all: bool) {
-        let target = seat.in_flight(&[RingOp::Read, RingOp::Write]).first().copied();
+        let mut target = seat.in_flight(&[RingOp::Read, RingOp::Write]).first().copied();
+        target = target.or_else(|| lock(&seat.skipping).first().copied());
         let target = if all { None } else { Some(target.unwrap_or(u64::MAX)) };
         let number = new_number();
         seat.submits(|half| {
-            lock(&seat.ledger).insert(number, RingOp::Cancel);
+            let mut ledger = lock(&seat.ledger);
+            ledger.insert(number, RingOp::Cancel);
             if half.cancel(target, number).is_err() {
-                lock(&seat.ledger).remove(&number);
+                ledger.remove(&number);
             }
         });
     }
@@ -632,7 +660,10 @@ impl World {
     }
 
     fn is_over(&self, seat: &Seat, kinds: &[RingOp]) -> bool {
-        seat.in_flight(kinds).iter().all(|number| self.may_be_missing(seat, *number))
+        let missing = |number: &u64| self.may_be_missing(seat, *number);
+        // A cancel ends them all, and a wait for writes is one for these too.
+        let skipped = !kinds.contains(&RingOp::Write) || lock(&seat.skipping).iter().all(missing);
+        skipped && seat.in_flight(kinds).iter().all(missing)
     }
 
     fn complete_all(&self) {
@@ -674,12 +705,17 @@ impl World {
     /// A write on each open ring completes, and a read after a cancel.
     fn rings_work(&self) {
         for seat in self.seats() {
-            for (op, wanted) in [(RingOp::Write, seat.plan.writes), (RingOp::Read, seat.plan.reads)]
-            {
+            let (reads, writes) = (seat.plan.reads, seat.plan.writes);
+            let all = [
+                (RingOp::Write, false, writes),
+                (RingOp::Write, true, writes),
+                (RingOp::Read, false, reads),
+            ];
+            for (op, skip, wanted) in all {
                 if !wanted || seat.control.closed().is_some() {
                     continue;
                 }
-                self.submit_one(&seat, op);
+                self.submit_one(&seat, op, skip);
                 if op == RingOp::Read {
                     self.cancel(&seat, true);
                 }
@@ -725,7 +761,8 @@ impl World {
             let writer = seats
                 .iter()
                 .find(|seat| seat.plan.interface % n == from && seat.plan.writes && open(seat));
-            let (Some(writer), Some(Ok(_))) = (writer, self.submit_one(reader, RingOp::Read))
+            let (Some(writer), Some(Ok(_))) =
+                (writer, self.submit_one(reader, RingOp::Read, false))
             else {
                 continue;
             };
@@ -737,7 +774,7 @@ impl World {
                     start.elapsed() < PATIENCE,
                     "no packet reaches a posted read; the last write: {last:?}\n{self:?}"
                 );
-                last = self.submit_one(writer, RingOp::Write);
+                last = self.submit_one(writer, RingOp::Write, false);
                 for seat in [writer, reader] {
                     seat.reaps(|reaper| {
                         reaper.wait(1, Some(Duration::from_millis(2)));
@@ -816,7 +853,8 @@ impl World {
                     turns = if n > 0 { 0 } else { turns + 1 };
                     assert!(turns < IDLE_TURNS, "a closed ring: `wait` spins\n{self:?}");
                 }
-                let left = lock(&seat.ledger).len();
+                self.take_in(&seat, reaper);
+                let left = lock(&seat.ledger).len() + lock(&seat.skipping).len();
                 assert!(left == 0 || self.setup.loses(), "{left} entries never complete\n{self:?}");
             });
         }
@@ -885,7 +923,11 @@ impl std::fmt::Debug for World {
             let Some(seat) = lock(place).clone() else { continue };
             let mut line = format!("{:?}, closed: {:?}", seat.plan, seat.control.closed());
             let _ = match seat.ledger.try_lock() {
-                Ok(ledger) => write!(line, ", in flight: {ledger:?}"),
+                Ok(ledger) => write!(
+                    line,
+                    ", in flight: {ledger:?}, skipping success: {:?}",
+                    seat.skipping.try_lock()
+                ),
                 Err(_) => write!(line, ", in use"),
             };
             writeln!(f, "ring {i}: {line}")?;
