@@ -75,10 +75,12 @@ pub(crate) enum Step {
     Write {
         end: bool,
         size: Size,
+        skip: bool,
     },
     Writes {
         end: bool,
         sizes: [Size; 3],
+        skip: bool,
     },
     Foreign {
         end: bool,
@@ -184,6 +186,8 @@ struct Entry {
     slot: Option<u32>,
     /// For a write, its index in `sent`.
     sent: usize,
+    /// A write whose success has no completion.
+    skip: bool,
     /// A cancel, close or restart has asked for its end.
     cancelled: bool,
 }
@@ -205,8 +209,11 @@ struct End {
     sent: Vec<Sent>,
     /// How many of the other end's packets were matched, if the order must be kept.
     cursor: usize,
-    /// Reads, writes and cancels in flight.
+    /// Reads, writes and cancels in flight, as far as the model knows.
     count: [usize; 3],
+    /// How many of these writes have succeeded without a completion. If a thread drives the ring, there
+    /// may be more by now.
+    skipped: usize,
     /// Entries submitted since the engine last ran.
     in_sq: usize,
     /// The highest `user_data` of a successful read, and of a successful write.
@@ -455,6 +462,7 @@ impl<'a> Model<'a> {
                 sent: Vec::new(),
                 cursor: 0,
                 count: [0; 3],
+                skipped: 0,
                 in_sq: 0,
                 last_ok: [None; 2],
                 seen: Seen::default(),
@@ -491,21 +499,47 @@ impl<'a> Model<'a> {
     }
 
     /// Checks after each step that every slot is in exactly one place.
-    fn check(&self) {
-        let in_flight: usize = self.ends.iter().map(|end| end.count[0] + end.count[1]).sum();
+    fn check(&mut self) {
+        let in_flight = |end: &End| end.count[0] + end.count[1] - end.skipped;
+        let most: usize = self.ends.iter().map(in_flight).sum();
         let out = self.pool.slots_out() as usize;
-        assert_eq!(out, self.held.len() + in_flight, "slots out: held and in flight");
-        for end in &self.ends {
-            let count = end.ring.as_ref().map_or(0, Ring::in_flight);
-            assert_eq!(count, end.flight.len(), "the ring's own count of what is in flight");
+        for end in 0..self.ends.len() {
+            self.settle(end);
+        }
+        let in_flight: usize = self.ends.iter().map(in_flight).sum();
+        let held = self.held.len();
+        if self.threads {
+            // The frames of writes that skip success go home at any time.
+            let skipping: usize = self.ends.iter().map(|end| end.skipping() - end.skipped).sum();
+            let possible = held + in_flight - skipping..=held + most;
+            assert!(possible.contains(&out), "{out} slots out, possible are {possible:?}");
+        } else {
+            assert_eq!(out, held + in_flight, "slots out: held and in flight");
+        }
+    }
+
+    /// Asks the ring how many writes have succeeded without a completion. Forgets them when all have
+    /// that may.
+    fn settle(&mut self, end: usize) {
+        let me = &mut self.ends[end];
+        let (all, skipping) = (me.flight.len(), me.skipping());
+        let count = me.ring.as_ref().map_or(all, Ring::in_flight);
+        if skipping == 0 {
+            assert_eq!(count, all, "the ring's own count of what is in flight");
+        }
+        assert!(count <= all && count + skipping >= all, "{count} of {all}, {skipping} may skip");
+        assert!(me.skipped <= all - count, "what was over is in flight again");
+        me.skipped = all - count;
+        if me.skipped == skipping {
+            me.all_skipped();
         }
     }
 
     fn step(&mut self, step: Step) {
         match step {
             Step::Read { end, n } => self.read(self.end(end), n.into()),
-            Step::Write { end, size } => self.write(self.end(end), &[size], false),
-            Step::Writes { end, sizes } => self.write(self.end(end), &sizes, true),
+            Step::Write { end, size, skip } => self.write(self.end(end), &[size], false, skip),
+            Step::Writes { end, sizes, skip } => self.write(self.end(end), &sizes, true, skip),
             Step::Foreign { end, read } => self.foreign(self.end(end), read),
             Step::Cancel { end, target, to_the_end } => {
                 self.cancel(self.end(end), target, to_the_end);
@@ -597,7 +631,8 @@ impl<'a> Model<'a> {
     /// know how full the SQ is.
     fn refusal(&self, end: usize, class: usize) -> Option<SubmitErrorKind> {
         let end = &self.ends[end];
-        if end.count[class] == self.depths[class] {
+        let skipped = if class == 1 { end.skipped } else { 0 };
+        if end.count[class] - skipped == self.depths[class] {
             Some(SubmitErrorKind::NoCredit)
         } else if end.in_sq == self.sq_depth && !self.threads {
             Some(SubmitErrorKind::SqFull)
@@ -620,6 +655,18 @@ impl<'a> Model<'a> {
             return;
         }
         if self.threads {
+            if foreseen == Some(SubmitErrorKind::NoCredit)
+                && answer != foreseen
+                && self.ends[end].skipping() > self.ends[end].skipped
+            {
+                // A credit has come back without a completion.
+                let free =
+                    [None, Some(SubmitErrorKind::SqFull), Some(SubmitErrorKind::ForeignPool)];
+                assert!(
+                    free.contains(&answer) || matches!(answer, Some(SubmitErrorKind::Closed(_)))
+                );
+                return;
+            }
             if let Some(SubmitErrorKind::Closed(_)) = answer {
                 assert!(!self.setup.lives() || self.ends[end].restart_pending, "{answer:?}");
                 return;
@@ -635,7 +682,7 @@ impl<'a> Model<'a> {
     fn entered(&mut self, end: usize, number: u64, kind: Kind, slot: Option<u32>, sent: usize) {
         let end = &mut self.ends[end];
         let cancelled = end.restart_pending || end.cancel_pending;
-        end.flight.insert(number, Entry { kind, slot, sent, cancelled });
+        end.flight.insert(number, Entry { kind, slot, sent, skip: false, cancelled });
         end.count[kind as usize] += 1;
         end.in_sq += 1;
     }
@@ -703,14 +750,15 @@ impl<'a> Model<'a> {
             }
             self.entered(end, *number, kind, Some(*slot), 0);
         }
-        assert!(self.ends[end].count[kind as usize] <= self.depths[kind as usize], "credits");
+        let most = self.depths[kind as usize] + self.ends[end].skipping();
+        assert!(self.ends[end].count[kind as usize] <= most, "credits");
         let stopped_early = accepted + left == batch.len() && left > 0;
         if stopped_early && !self.threads && closed.is_none() {
             assert!(self.refusal(end, kind as usize).is_some(), "it could have taken more");
         }
     }
 
-    fn write(&mut self, end: usize, sizes: &[Size], as_batch: bool) {
+    fn write(&mut self, end: usize, sizes: &[Size], as_batch: bool, skip: bool) {
         let Some(mut ring) = self.ends[end].ring.take() else { return };
         let closed = ring.control().closed();
         let mut batch = Vec::new();
@@ -724,7 +772,10 @@ impl<'a> Model<'a> {
         let mut entered = slots.len();
         if as_batch {
             let mut rest = batch.into_iter();
-            let result = ring.submit_writes(rest.by_ref());
+            let result = match skip {
+                true => ring.submit_writes_skip_success(rest.by_ref()),
+                false => ring.submit_writes(rest.by_ref()),
+            };
             let left = rest.len();
             self.held.extend(rest.map(|(frame, _)| frame));
             entered = match result {
@@ -741,7 +792,11 @@ impl<'a> Model<'a> {
         } else if let Some((frame, number)) = batch.pop() {
             let slot = frame.slot();
             let foreseen = self.too_big(&packets[0]).or(self.refusal(end, 1));
-            let answer = ring.submit_write(frame, number).map_err(|refused| {
+            let answer = match skip {
+                true => ring.submit_write_skip_success(frame, number),
+                false => ring.submit_write(frame, number),
+            };
+            let answer = answer.map_err(|refused| {
                 assert_eq!(refused.frame.slot(), slot, "the refused frame comes back");
                 assert_eq!(*refused.frame, *packets[0], "with its packet");
                 self.held.push(refused.frame);
@@ -756,11 +811,15 @@ impl<'a> Model<'a> {
         }
         for ((_, number), bytes) in slots.into_iter().zip(packets).take(entered) {
             let end = &mut self.ends[end];
-            end.flight.get_mut(&number).expect("just entered").sent = end.sent.len();
+            let entry = end.flight.get_mut(&number).expect("just entered");
+            (entry.sent, entry.skip) = (end.sent.len(), skip);
             end.sent.push(Sent { bytes, failed: false, received: false });
         }
         let credits = ring.split().0.write_credits() as usize;
-        assert_eq!(credits, self.depths[1] - self.ends[end].count[1], "write credits");
+        let me = &self.ends[end];
+        let least = (self.depths[1] + me.skipped).saturating_sub(me.count[1]);
+        let more = if self.threads { me.skipping() - me.skipped } else { 0 };
+        assert!((least..=least + more).contains(&credits), "{credits} write credits");
         self.ends[end].ring = Some(ring);
     }
 
@@ -815,7 +874,9 @@ impl<'a> Model<'a> {
         // Sometimes the target is a number that no entry has.
         let target = candidates.get(usize::from(target) % (candidates.len() + 1)).copied();
         let target = target.unwrap_or(u64::MAX);
-        if !self.submit_cancel(end, Some(target)) || !to_the_end {
+        // Nobody says whether a write that skips success has ended.
+        let skips = self.ends[end].flight.get(&target).is_some_and(|entry| entry.skip);
+        if !self.submit_cancel(end, Some(target)) || !to_the_end || skips {
             return;
         }
         let start = Instant::now();
@@ -941,6 +1002,7 @@ impl<'a> Model<'a> {
         }
         match result {
             Ok(len) => {
+                assert!(!entry.skip, "a success that is to be skipped is completed");
                 assert_eq!(len, frame.len());
                 let last = &mut self.ends[end].last_ok[kind as usize];
                 if self.setup.in_order() {
@@ -1038,6 +1100,7 @@ impl<'a> Model<'a> {
         self.ends[end].ring = Some(ring);
         self.ends[end].cancel_pending = false;
         self.reap(end, usize::MAX);
+        self.settle(end);
         assert!(self.ends[end].flight.is_empty(), "a quiet ring has nothing in flight");
     }
 
@@ -1069,10 +1132,18 @@ impl<'a> Model<'a> {
         self.ends[end].ring = Some(ring);
         loop {
             self.reap(end, usize::MAX);
+            let panics = matches!(self.setup.fate, Fate::PanicsAfter(_));
+            // After a panic, what is lost counts as in flight no more.
+            let me = &mut self.ends[end];
+            let sent = me.ring.as_ref().expect("just put there").stats().tx_packets;
+            if !panics {
+                self.settle(end);
+            } else if sent == me.seen.tx_packets + me.skipping() as u64 {
+                me.all_skipped();
+            }
             if self.ends[end].flight.is_empty() {
                 break;
             }
-            let panics = matches!(self.setup.fate, Fate::PanicsAfter(_));
             assert!(panics, "close() left {:?} in flight", self.ends[end].flight);
             assert!(start.elapsed() < LONG, "never: {:?}", self.ends[end].flight);
             std::thread::sleep(Duration::from_micros(100));
@@ -1143,7 +1214,7 @@ impl<'a> Model<'a> {
                 self.check();
             }
             let owed: Vec<_> = (0..self.ends.len()).map(|end| self.owed(end)).collect();
-            let writes: usize = self.ends.iter().map(|end| end.count[1]).sum();
+            let writes: usize = self.ends.iter().map(|end| end.count[1] - end.skipped).sum();
             if writes == 0 && owed.iter().all(|packets| *packets == 0) {
                 return;
             }
@@ -1183,6 +1254,25 @@ impl End {
     fn counters(&self) -> String {
         let stats = self.ring.as_ref().map(Ring::stats);
         format!("{:?}, {stats:?}", self.interface.drops())
+    }
+
+    /// How many writes in flight skip their success, as far as the model knows.
+    fn skipping(&self) -> usize {
+        self.flight.values().filter(|entry| entry.skip).count()
+    }
+
+    /// All of them have succeeded.
+    fn all_skipped(&mut self) {
+        let Self { flight, seen, sent, count, .. } = self;
+        flight.retain(|_, entry| {
+            if entry.skip {
+                seen.tx_packets += 1;
+                seen.tx_bytes += sent[entry.sent].bytes.len() as u64;
+                count[1] -= 1;
+            }
+            !entry.skip
+        });
+        self.skipped = 0;
     }
 
     fn allow_cancels(&mut self) {
@@ -1271,9 +1361,10 @@ mod properties {
         let twos = || (any::<bool>(), any::<u8>());
         prop_oneof![
             8 => twos().prop_map(|(end, n)| Step::Read { end, n }),
-            8 => (end(), size()).prop_map(|(end, size)| Step::Write { end, size }),
-            3 => (end(), [size(), size(), size()])
-                .prop_map(|(end, sizes)| Step::Writes { end, sizes }),
+            8 => (end(), size(), end())
+                .prop_map(|(end, size, skip)| Step::Write { end, size, skip }),
+            3 => (end(), [size(), size(), size()], end())
+                .prop_map(|(end, sizes, skip)| Step::Writes { end, sizes, skip }),
             1 => (end(), end()).prop_map(|(end, read)| Step::Foreign { end, read }),
             3 => (end(), n(), any::<bool>())
                 .prop_map(|(end, target, to_the_end)| Step::Cancel { end, target, to_the_end }),
