@@ -168,6 +168,27 @@ fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
     });
 }
 
+/// Sends as fast as credits come back, and wants no completion.
+fn skipping(what: &str, packets: u64, drive: Drive<'_>) {
+    let interface = Interface::builder().device(Embedded::network(what)).start().expect("a port");
+    let mut ring = interface.ring(Direction::Write).drive(drive).build().expect("a ring");
+    let mut packet = [0x5a; 60];
+    packet[..6].fill(0xff);
+    nothing_is_allocated(what, packets, || {
+        let (mut sq, _) = ring.split();
+        let mut sent = 0;
+        while let Some(mut frame) = sq.alloc() {
+            frame.copy_from(&packet).expect("it fits");
+            if sq.submit_write_skip_success(frame, 0).is_err() {
+                break;
+            }
+            sent += 1;
+        }
+        assert_eq!(ring.wait(1, Some(LONG)), 0, "{what}: a write completes");
+        sent
+    });
+}
+
 /// Sends one packet at a time, so that both sides sleep before each packet. Parking and waking must
 /// not allocate either.
 fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>) {
@@ -283,6 +304,9 @@ fn main() {
     embedded("embedded, inline", all, Drive::Inline);
     embedded("embedded, threads", all, Drive::Thread);
     embedded("embedded, a shared poller", some, Drive::Shared(&poller));
+    skipping("skipped, inline", all, Drive::Inline);
+    skipping("skipped, a thread", some, Drive::Thread);
+    skipping("skipped, a shared poller", some, Drive::Shared(&poller));
     let driver = || Loopback::new(1500);
     one_at_a_time("one at a time, inline", few, driver(), Drive::Inline);
     one_at_a_time("one at a time, a thread", few, driver(), Drive::Thread);
