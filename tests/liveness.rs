@@ -16,7 +16,7 @@ use std::time::Duration;
 use vmring::device::{PostedSlot, Progress, Wake};
 use vmring::{Error, Interface, Ring};
 
-use crate::support::{LONG, Script, ScriptQueue, eventually, post, reap_n, send, stage};
+use crate::support::{LONG, Script, ScriptQueue, eventually, myself, post, reap_n, send, stage};
 
 /// A function that runs on a thread of its own.
 struct Running<T> {
@@ -196,16 +196,11 @@ fn in_child(test: &str, body: impl FnOnce()) {
     }
     stage("the child process runs");
     // It has a watchdog of its own, which ends it.
-    let output = std::process::Command::new(std::env::current_exe().expect("this program"))
+    let output = myself()
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(CHILD, name)
-        .output();
-    let output = match output {
-        Err(error) if error.raw_os_error() == Some(libc::ENOEXEC) => {
-            return eprintln!("skipped {name}: an emulator runs this, which starts no child");
-        }
-        output => output.expect("a child process"),
-    };
+        .output()
+        .expect("a child process");
     let [out, err] = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes));
     assert!(output.status.success(), "{name}: {}\n{out}{err}", output.status);
     assert!(out.contains("1 passed"), "{name} is not the test's name:\n{out}");

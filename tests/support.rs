@@ -1,7 +1,10 @@
 //! What the tests share: a watchdog, numbered packets, and a device that is made of closures.
 
 use std::cell::RefCell;
+use std::env;
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
@@ -18,6 +21,23 @@ pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 thread_local! {
     static STAGE: RefCell<Option<Arc<Mutex<String>>>> = const { RefCell::new(None) };
+}
+
+/// This program, under the emulator that cargo runs it with, if there is one.
+pub(crate) fn myself() -> Command {
+    let program = env::current_exe().expect("this program's path");
+    let is_runner = |name: &OsString| {
+        let name = name.to_string_lossy();
+        name.starts_with(&format!("CARGO_TARGET_{}_", env::consts::ARCH.to_uppercase()))
+            && name.ends_with("_RUNNER")
+    };
+    let runner = env::vars_os().find(|(name, _)| is_runner(name));
+    let Some((_, runner)) = runner else { return Command::new(program) };
+    let runner = runner.into_string().expect("a runner's command line");
+    let mut words = runner.split_whitespace();
+    let mut command = Command::new(words.next().expect("a runner"));
+    command.args(words).arg(program);
+    command
 }
 
 /// Names what a [`guarded`] body is doing, for the message if it does not end.

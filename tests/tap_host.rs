@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use vmring::{
 };
 
 use crate::netns::{Host, has, in_namespace, sh, skip, try_sh, with_ipv6};
-use crate::support::{LONG, eventually, stage};
+use crate::support::{LONG, eventually, myself, stage};
 use crate::tap_traffic::SetAtEnd;
 
 const IP_FORWARD: &str = "/proc/sys/net/ipv4/ip_forward";
@@ -464,7 +464,7 @@ struct Process(Child);
 
 impl Process {
     fn start(tap: &str) -> Self {
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
+        let mut command = myself();
         command.args(["--ignored", "--exact", "tap_host::the_body_of_another_process"]);
         command.env("VMRING_TEST_TAP", tap).stdin(Stdio::piped());
         let child = command.stdout(Stdio::null()).spawn().expect("it starts");

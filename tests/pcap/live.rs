@@ -14,7 +14,9 @@ use vmring::device::pcap::{Capture, Replay};
 use vmring::{ConfigError, Direction, Error, Interface, Loopback, Ring};
 
 use super::{Scratch, parse};
-use crate::support::{LONG, eventually, guarded, packet, post, reap_n, send, stage, unique};
+use crate::support::{
+    LONG, eventually, guarded, myself, packet, post, reap_n, send, stage, unique,
+};
 
 fn looped(capture: &Capture) -> (Interface, Ring) {
     let driver = capture.wrap("loop", Loopback::new(65_000));
@@ -60,28 +62,15 @@ fn reader(path: &Path) -> mpsc::Receiver<Vec<u8>> {
     pieces
 }
 
-/// The test of this name again, in a process of its own. `None` in that process.
-fn child(name: &str, path: &Path) -> Option<Command> {
-    if std::env::var_os(CHILD).is_some() {
-        return None;
-    }
-    let mut command = Command::new(std::env::current_exe().unwrap());
+/// The test of this name again, in a process of its own, in which [`CHILD`] is set.
+fn child(name: &str, path: &Path) -> Child {
+    let mut command = myself();
     command.args(["--exact", &format!("pcap::live::{name}"), "--nocapture", "--test-threads=1"]);
     command.env(CHILD, path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
-    Some(command)
+    command.spawn().expect("a child process")
 }
 
 const CHILD: &str = "VMRING_TEST_CAPTURE";
-
-fn spawn(mut command: Command) -> Option<Child> {
-    match command.spawn() {
-        Err(error) if error.raw_os_error() == Some(libc::ENOEXEC) => {
-            eprintln!("skipped: an emulator runs this, which starts no child");
-            None
-        }
-        child => Some(child.unwrap()),
-    }
-}
 
 /// Ends the child with the test.
 struct Kill(Child);
@@ -128,8 +117,7 @@ fn a_capture_is_readable_after_its_process_was_killed() {
             stage(format!("round {round}"));
             let file = Scratch(Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique("killed")));
             let name = "a_capture_is_readable_after_its_process_was_killed";
-            let Some(child) = child(name, &file.0).and_then(spawn) else { return };
-            let mut child = Kill(child);
+            let mut child = Kill(child(name, &file.0));
             let packets = || Replay::open(&file.0).map_or(0, |replay| replay.packets());
             eventually("the child records", || packets() > 100);
             let before = packets();
@@ -214,10 +202,7 @@ fn a_broken_pipe_kills_nobody() {
     guarded(|| {
         let pipe = fifo("broken");
         let pieces = reader(&pipe.0);
-        let Some(child) = child("a_broken_pipe_kills_nobody", &pipe.0).and_then(spawn) else {
-            return;
-        };
-        let mut child = Kill(child);
+        let mut child = Kill(child("a_broken_pipe_kills_nobody", &pipe.0));
         pieces.recv_timeout(LONG).unwrap();
         drop(pieces);
         let start = Instant::now();
