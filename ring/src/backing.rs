@@ -1,5 +1,6 @@
 //! The memory under a pool.
 
+use crate::guest::GuestMapping;
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 
@@ -21,7 +22,8 @@ pub unsafe trait Backing: Send {
     }
 }
 
-/// A backing on the heap, for tests and for systems without an operating system.
+/// A backing on the heap, for tests and for systems without an operating system. It can be the memory
+/// of a guest too.
 #[derive(Debug)]
 pub struct HeapBacking {
     base: NonNull<u8>,
@@ -47,10 +49,24 @@ impl Drop for HeapBacking {
 
 // SAFETY: the pointer is to bytes that this value alone owns, since `new` leaked them.
 unsafe impl Send for HeapBacking {}
+// SAFETY: a shared value gives away the address and the length only.
+unsafe impl Sync for HeapBacking {}
 // SAFETY: `new` made the bytes initialised and kept no other pointer to them; they are not moved
 // before `drop` frees them.
 unsafe impl Backing for HeapBacking {
     fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+// SAFETY: the bytes are mapped at a fixed address before `drop` frees them, and there is no reference
+// to them.
+unsafe impl GuestMapping for HeapBacking {
+    fn start(&self) -> NonNull<u8> {
         self.base
     }
 

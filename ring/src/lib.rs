@@ -15,6 +15,7 @@ mod credits;
 pub mod doorbell;
 mod entry;
 mod frame;
+pub mod guest;
 mod limits;
 pub mod offload;
 mod pool;

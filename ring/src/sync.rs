@@ -50,4 +50,10 @@ mod imp {
     }
 }
 
+/// Atomics over memory that another program has mapped too. They are the processor's in a model as
+/// well, because loom cannot put its own into that memory.
+pub mod foreign {
+    pub use core::sync::atomic::{AtomicU16, AtomicU32, compiler_fence, fence};
+}
+
 pub use imp::*;

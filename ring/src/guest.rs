@@ -1,0 +1,13 @@
+//! The memory of a guest.
+//!
+//! A guest changes its memory at any time, and so does the program that runs it. So no reference to
+//! these bytes exists here, neither `&[u8]` nor `&mut [u8]`: code copies bytes in or out, or hands
+//! an address to the kernel. Code that decides by bytes copies them once and looks at its copy.
+
+mod memory;
+mod region;
+
+pub use memory::{GuestFault, GuestMemory, Slices};
+pub use region::{
+    DirtyLog, GuestMapping, GuestMemoryError, GuestRegion, GuestSlice, REGIONS_MAX,
+};
