@@ -72,9 +72,10 @@
 //!             && let Some(write) = cx.take_write()
 //!             && let Some(mut read) = cx.take_read()
 //!         {
-//!             let len = write.packet().len();
-//!             read.buffer_mut()[..len].copy_from_slice(write.packet());
-//!             cx.complete_read(read, len);
+//!             match read.copy_from_slot(&write) {
+//!                 Ok(len) => cx.complete_read(read, len),
+//!                 Err(_) => cx.put_back(read),
+//!             }
 //!             cx.complete_write(write);
 //!         }
 //!         Ok(Progress::Idle)
@@ -115,6 +116,7 @@
 //! cannot be cloned, so a device cannot give it back twice. Completing a slot moves it, so a device
 //! cannot use its memory afterwards.
 
+pub(crate) mod bounce;
 pub(crate) mod catch;
 mod common;
 pub(crate) mod completions;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
 
 use crate::config::Direction;
+use crate::device::bounce::Bounce;
 use crate::device::catch::{Panicked, catch_panic};
 use crate::device::completions::Completions;
 use crate::device::context::{PollContext, Posted, Sink};
@@ -63,6 +64,7 @@ enum Drain {
 pub(crate) struct EngineParts {
     pub(crate) sq_consumer: SqConsumer,
     pub(crate) cq_producer: CqProducer,
+    pub(crate) bounce: Option<Bounce>,
     pub(crate) interface: Arc<InterfaceShared>,
     pub(crate) direction: Direction,
     pub(crate) shared: Arc<RingShared>,
@@ -147,7 +149,7 @@ impl Engine {
         };
         Ok(Self {
             sq_consumer,
-            completions: Completions::new(cq_producer, shared.clone()),
+            completions: Completions::new(cq_producer, parts.bounce, shared.clone()),
             posted: Posted {
                 reads: Fifo::with_capacity(reads),
                 writes: Fifo::with_capacity(writes),
@@ -312,8 +314,8 @@ impl Engine {
                 Some(outcome) => {
                     while let Some(sqe) = self.sq_consumer.front() {
                         let class = sqe.class();
-                        let (frame, user_data) = sqe.take();
-                        self.completions.push(class, frame, user_data, outcome);
+                        let (buffer, user_data) = sqe.take();
+                        self.completions.push(class, buffer, user_data, outcome);
                     }
                 }
             }
@@ -380,9 +382,17 @@ impl Engine {
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
         let number = self.shared.number;
         let read_limit = if self.drain == Drain::Off { self.caps.max_read_batch } else { 0 };
-        let limits = [read_limit, write_limit];
+        let mut limits = [read_limit, write_limit];
+        let mut sq_consumer = Some(&mut self.sq_consumer);
+        if self.completions.may_have_guests() {
+            // The device sees no more than what it takes: the slots in front that fit it.
+            if let Some(sq_consumer) = sq_consumer.take() {
+                self.posted.post_from_sq(sq_consumer, number);
+            }
+            limits = self.posted.make_fit(&mut self.completions, limits);
+        }
+        let write_limit = limits[1];
         let sink = Sink::Ring(&mut self.completions);
-        let sq_consumer = Some(&mut self.sq_consumer);
         let mut cx = PollContext::new(number, &mut self.posted, sq_consumer, sink, limits);
         let result = catch_panic(|| queue.poll(&mut cx));
         let taken = cx.taken();
@@ -683,7 +693,7 @@ impl Engine {
         self.shared.take_dropped(&mut dropped);
         for slot in dropped.drain(..) {
             self.kept[class_index(slot.class)] -= 1;
-            self.completions.push(slot.class, slot.frame, slot.user_data, outcome);
+            self.completions.push(slot.class, slot.buffer, slot.user_data, outcome);
         }
         self.dropped = dropped;
     }

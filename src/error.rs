@@ -46,7 +46,7 @@ use std::time::Duration;
 
 use thiserror::Error as ThisError;
 use vmring_core::offload::OffloadError;
-use vmring_core::{Frame, LayoutError, Outcome};
+use vmring_core::{Frame, GuestBuffer, LayoutError, Outcome};
 
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use tap::TapError;
@@ -349,6 +349,24 @@ impl SubmitErrorKind {
 }
 
 impl SubmitError {
+    /// True if it is enough to reap and then submit again; see
+    /// [`SubmitErrorKind::is_backpressure`].
+    pub fn is_backpressure(&self) -> bool {
+        self.kind.is_backpressure()
+    }
+}
+
+/// A submission of a guest's buffer that was refused. It contains the buffer, which is unchanged.
+#[derive(Debug, ThisError)]
+#[error("{kind}")]
+pub struct GuestSubmitError {
+    /// Why it was refused.
+    pub kind: SubmitErrorKind,
+    /// The buffer that was refused.
+    pub buffer: GuestBuffer,
+}
+
+impl GuestSubmitError {
     /// True if it is enough to reap and then submit again; see
     /// [`SubmitErrorKind::is_backpressure`].
     pub fn is_backpressure(&self) -> bool {

@@ -159,7 +159,6 @@ impl<T> Fifo<T> {
     }
 
     /// Returns the elements for changing them in place, oldest first.
-    #[cfg(any(target_os = "macos", feature = "vmnet-sim", test))]
     #[inline]
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         let len = self.len();

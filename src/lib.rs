@@ -148,8 +148,8 @@ pub use device::vmnet::{Vmnet, VmnetNetwork};
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use error::TapError;
 pub use error::{
-    BatchError, CloseReason, CompletionError, ConfigError, EntryError, Error, Status, SubmitError,
-    SubmitErrorKind,
+    BatchError, CloseReason, CompletionError, ConfigError, EntryError, Error, GuestSubmitError,
+    Status, SubmitError, SubmitErrorKind,
 };
 #[cfg(feature = "futures")]
 pub use future::streams::{FrameSink, PacketSink, Packets};
@@ -166,9 +166,12 @@ pub use ring::{
     RingControl, RingOp, SubmissionHalf, SubmissionQueue,
 };
 pub use ring_builder::{Drive, RingBuilder};
+pub use vmring_core::guest;
 pub use vmring_core::offload::{Checksum, Gso, LEN as OFFLOAD_LEN, OffloadError, OffloadHeader};
 pub use vmring_core::view::ETHERNET_HEADER_LEN;
-pub use vmring_core::{Frame, FrontError, OutOfSpace, PacketView};
+pub use vmring_core::{
+    Frame, FrontError, GuestBuffer, GuestMemory, OutOfSpace, PacketView, SegmentTable,
+};
 
 /// The README's example, compiled and run as a test.
 #[cfg(doctest)]

@@ -35,6 +35,10 @@ pub(crate) const SLEEPER_CHECK_POLLS: usize = 32;
 /// The shortest time between two poll(2) calls of a busy poller: a few times the cost of one.
 pub(crate) const SLEEPER_CHECK_INTERVAL: Duration = Duration::from_micros(50);
 
+/// The largest number of frames that a ring reserves for the packets of guests whose memory its
+/// device does not take.
+pub(crate) const BOUNCE_FRAMES_MAX: usize = 64;
+
 /// How many packets one device call takes, by default: vmnet's documented limit.
 pub(crate) const PACKETS_PER_CALL: u32 = 200;
 

@@ -41,7 +41,7 @@ use std::sync::{Arc, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use vmring_core::doorbell::{Doorbell, Park};
-use vmring_core::{Class, Frame};
+use vmring_core::{Buffer, Class};
 
 use crate::error::{CloseReason, Status};
 use crate::mailbox::ready::ReadySet;
@@ -510,7 +510,7 @@ pub(crate) const DELAY_MAX_US: u64 = (1 << DELAY_BITS) - 1;
 /// An entry whose slot the device dropped without completing it.
 #[derive(Debug)]
 pub(crate) struct DroppedSlot {
-    pub(crate) frame: Frame,
+    pub(crate) buffer: Buffer,
     pub(crate) user_data: u64,
     pub(crate) class: Class,
 }
@@ -533,8 +533,8 @@ fn registry() -> MutexGuard<'static, Registry> {
     registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// The greatest number of a ring. A slot has its ring's number and one bit in 32 bits.
-pub(crate) const LAST_RING_NUMBER: u32 = u32::MAX >> 1;
+/// The greatest number of a ring. A slot has its ring's number and three flags in 32 bits.
+pub(crate) const LAST_RING_NUMBER: u32 = u32::MAX >> 3;
 
 /// Returns a number for a ring that is being built. No ring has number 0, which a wrapper's
 /// [`PollContext`](crate::device::PollContext) has.
@@ -542,7 +542,7 @@ pub(crate) fn new_ring_number() -> u32 {
     let mut registry = registry();
     loop {
         registry.last = registry.last.wrapping_add(1) & LAST_RING_NUMBER;
-        // After 2^31 rings the numbers start again, and some may still be in use.
+        // After 2^29 rings the numbers start again, and some may still be in use.
         if registry.last != 0 && !registry.rings.contains_key(&registry.last) {
             return registry.last;
         }

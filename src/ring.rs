@@ -185,10 +185,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use vmring_core::{Class, Frame, Pool};
+use vmring_core::{Class, Frame, GuestBuffer, Pool};
 
 use crate::device::seam::Capabilities;
-use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
+use crate::error::{BatchError, Error, GuestSubmitError, SubmitError, SubmitErrorKind};
 use crate::stats::RingStats;
 
 pub use complete::{CompletionQueue, Reap};
@@ -274,6 +274,26 @@ impl Ring {
         user_data: u64,
     ) -> Result<(), SubmitError> {
         self.sq.submit_write_skip_success(frame, user_data)
+    }
+
+    /// Submits a guest's buffer to be filled with a packet. See
+    /// [`SubmissionQueue::submit_read_guest`], also for the errors.
+    pub fn submit_read_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.submit_read_guest(buffer, user_data)
+    }
+
+    /// Submits a packet in the memory of a guest, which the device sends. See
+    /// [`SubmissionQueue::submit_write_guest`], also for the errors.
+    pub fn submit_write_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.submit_write_guest(buffer, user_data)
     }
 
     /// Submits many reads with at most one doorbell. See [`SubmissionQueue::submit_reads`], also

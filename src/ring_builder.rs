@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmring_core::{Depths, Pool, Regions, rings};
+use vmring_core::{Depths, Pool, Regions, SegmentTable, rings};
 
 use crate::PoolBuilder;
 use crate::config::Direction;
+use crate::device::bounce::{Bounce, GuestSupport};
 use crate::engine::{Engine, EngineParts, Handoff};
 use crate::error::{ConfigError, Error};
 use crate::lifecycle::InterfaceShared;
@@ -82,6 +83,7 @@ pub struct RingBuilder<'a> {
     cancel_depth: u32,
     sq_depth: Option<u32>,
     pools: Vec<Pool>,
+    segment_tables: Vec<&'a SegmentTable>,
     frames: Option<usize>,
     headroom: Option<usize>,
     prefault: bool,
@@ -104,6 +106,7 @@ impl<'a> RingBuilder<'a> {
             cancel_depth: CANCEL_DEPTH,
             sq_depth: None,
             pools: Vec::new(),
+            segment_tables: Vec::new(),
             frames: None,
             headroom: None,
             prefault: false,
@@ -154,6 +157,17 @@ impl<'a> RingBuilder<'a> {
     /// several rings. [`Ring::alloc`] takes from the first. Default: a pool of the ring's own.
     pub fn pool(mut self, pool: &Pool) -> Self {
         self.pools.push(pool.clone());
+        self
+    }
+
+    /// Adds a segment table whose buffers the ring takes ([`Ring::submit_read_guest`] and
+    /// [`Ring::submit_write_guest`]). A ring may have several tables, and a table may serve several
+    /// rings. A table with four segments for each entry of the ring is a good size.
+    ///
+    /// The ring reserves frames for guests' packets that the device cannot move between the guest's
+    /// memory and itself: one for each entry, but at most 32 for reads and 32 for writes.
+    pub fn segment_table(mut self, table: &'a SegmentTable) -> Self {
+        self.segment_tables.push(table);
         self
     }
 
@@ -303,8 +317,24 @@ impl<'a> RingBuilder<'a> {
                 return Err(ConfigError::PoolHeadroom { headroom, needed }.into());
             }
         }
-        let regions = Regions::new(pools)
-            .ok_or_else(|| ConfigError::Invalid("a ring takes at most 65,536 pools".to_owned()))?;
+        let regions = Regions::new(pools).and_then(|regions| {
+            self.segment_tables.iter().try_fold(regions, |all, table| all.with_segment_table(table))
+        });
+        let too_many = "a ring takes at most 65,536 pools and segment tables";
+        let regions = regions.ok_or_else(|| ConfigError::Invalid(too_many.to_owned()))?;
+        let bounce = match regions.has_segment_table() {
+            true => {
+                let support = GuestSupport {
+                    read_segments: caps.read_segments,
+                    write_segments: caps.write_segments,
+                    headroom: caps.headroom,
+                    max_packet_size: caps.max_packet_size,
+                    offloads: caps.offloads,
+                };
+                Some(Bounce::new([read, write], support)?)
+            }
+            false => None,
+        };
 
         let permit = self.interface.acquire(self.direction)?;
         let number = new_ring_number();
@@ -334,6 +364,7 @@ impl<'a> RingBuilder<'a> {
         let engine = Engine::new(EngineParts {
             sq_consumer,
             cq_producer,
+            bounce,
             interface: self.interface.clone(),
             direction: self.direction,
             shared: shared.clone(),

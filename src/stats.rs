@@ -128,6 +128,12 @@ counters! {
     exhausted,
     /// Entries that the device dropped, or kept when it panicked.
     abandoned,
+    /// Reads into the memory of a guest that went through a frame, because the device does not fill
+    /// such memory itself.
+    bounced_reads,
+    /// Writes from the memory of a guest that went through a frame, because the device does not send
+    /// such memory itself.
+    bounced_writes,
     /// How often the device took fewer writes than it was offered.
     retries,
     /// How often the engine saw a wake-up from the device (a callback or a descriptor).

@@ -268,11 +268,11 @@ struct EchoQueue(UnixDatagram);
 impl Queue for EchoQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         while let Some(slot) = cx.take_write() {
-            self.0.send(slot.packet()).map_err(|_| Status::Failure)?;
+            self.0.send(slot.packet().expect("a frame")).map_err(|_| Status::Failure)?;
             cx.complete_write(slot);
         }
         while let Some(mut slot) = cx.take_read() {
-            match self.0.recv(slot.buffer_mut()) {
+            match self.0.recv(slot.buffer_mut().expect("a frame")) {
                 Ok(len) => cx.complete_read(slot, len),
                 Err(_) => {
                     cx.put_back(slot);

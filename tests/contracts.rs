@@ -5,6 +5,7 @@ mod cancel;
 mod config;
 mod credits;
 mod device;
+mod guests;
 mod interfaces;
 mod order;
 mod ownership;

@@ -1,5 +1,6 @@
 //! Every device behaves alike. One body runs on loopback, embedded, vmnet (simulated) and TAP;
-//! plain, under faults, as a completion engine, and recorded; driven in each of the three ways.
+//! plain, under faults, as a completion engine, and recorded; driven in each of the three ways; with
+//! packets in frames, and with every other packet in the memory of a guest.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use vmring::{
     Ring, RingOp,
 };
 
+use crate::guest::Guest;
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
 
 const MTU: u32 = 9000;
@@ -22,6 +24,14 @@ const READS: u32 = 64;
 /// Packets under way per lane. There are more reads posted at the receiver, so a network that drops
 /// packets without a posted read drops none.
 const WINDOW: u64 = 48;
+
+/// Where the packets of a run are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    Frames,
+    /// Every other one in the memory of a guest.
+    Both,
+}
 
 /// A kind of device to test: how to start its two ends.
 trait Kind {
@@ -111,10 +121,13 @@ struct End {
     /// If the order is not kept: packets sent to this end and not yet received, with their count.
     expected: HashMap<Vec<u8>, u32>,
     spare: Vec<Frame>,
+    guest: Guest,
+    memory: Memory,
 }
 
 impl End {
-    fn new(interface: Interface, way: Way, poller: &Poller) -> Self {
+    fn new(interface: Interface, memory: Memory, way: Way, poller: &Poller) -> Self {
+        let guest = Guest::new((READS + WRITES) as usize, MAX);
         let ring = interface
             .ring(Direction::Both)
             .read_depth(READS)
@@ -123,6 +136,7 @@ impl End {
             .retry(RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(20) })
             // Let the indices wrap.
             .start_index(u32::MAX - 100)
+            .segment_table(guest.table())
             .build()
             .expect("a ring");
         let mut end = Self {
@@ -135,12 +149,26 @@ impl End {
             received_bytes: 0,
             expected: HashMap::new(),
             spare: Vec::new(),
+            guest,
+            memory,
         };
         end.spare.extend(std::iter::from_fn(|| end.ring.alloc()));
         assert_eq!(end.spare.len() as u32, READS + WRITES);
         let frames: Vec<_> = end.spare.drain(..READS as usize).zip(1_000_000..).collect();
-        let posted = end.ring.submit_reads(frames).expect("reads are taken");
-        assert_eq!(posted as u32, READS);
+        if memory == Memory::Frames {
+            let posted = end.ring.submit_reads(frames).expect("reads are taken");
+            assert_eq!(posted as u32, READS);
+        } else {
+            for (frame, number) in frames {
+                if number % 2 == 0 {
+                    end.ring.submit_read(frame, number).expect("a read is taken");
+                } else {
+                    let buffer = end.guest.buffer(number);
+                    end.ring.submit_read_guest(buffer, number).expect("a read");
+                    end.spare.push(frame);
+                }
+            }
+        }
         assert_eq!(end.ring.split().0.read_credits(), 0);
         end
     }
@@ -158,9 +186,16 @@ fn size_of(number: u64) -> usize {
 /// frame, in full duplex. Write completions come in submission order, every credit comes back, and
 /// the counters agree. Method: one or two ends, each of which sends `count` packets to the next
 /// within a window.
-fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poller: &Poller) {
+fn body(
+    make: Vec<Box<dyn FnOnce() -> Interface>>,
+    memory: Memory,
+    ordered: bool,
+    way: Way,
+    poller: &Poller,
+) {
     let count = scaled(400);
-    let mut ends: Vec<End> = make.into_iter().map(|start| End::new(start(), way, poller)).collect();
+    let start = |start: Box<dyn FnOnce() -> Interface>| End::new(start(), memory, way, poller);
+    let mut ends: Vec<End> = make.into_iter().map(start).collect();
     let n = ends.len();
     let macs: Vec<[u8; 6]> = ends.iter().map(End::mac).collect();
     let bytes = |from: usize, number: u64| {
@@ -175,7 +210,7 @@ fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poll
             moved |= receive(&mut ends[from], ordered, |number| bytes(before, number));
         }
         stage(format!(
-            "{way:?}: received {:?} of {count}",
+            "{way:?}, {memory:?}: received {:?} of {count}",
             ends.iter().map(|end| end.received).collect::<Vec<_>>()
         ));
         if !moved {
@@ -202,6 +237,10 @@ fn body(make: Vec<Box<dyn FnOnce() -> Interface>>, ordered: bool, way: Way, poll
         end.ring.cancel_and_wait(crate::support::LONG).expect("it lets go");
         end.spare.extend(end.ring.reap().filter_map(|done| done.take_frame()));
         assert_eq!(end.spare.len() as u32, READS + WRITES, "a frame is missing");
+        assert_eq!(end.guest.table().slots_in_use(), 0, "a guest's buffer is missing");
+        if memory == Memory::Frames {
+            assert_eq!((stats.bounced_reads, stats.bounced_writes), (0, 0));
+        }
         let (mut sq, _) = end.ring.split();
         assert_eq!((sq.read_credits(), sq.write_credits()), (READS, WRITES));
         let drops = end.interface.drops();
@@ -221,6 +260,9 @@ fn send(
     ordered: bool,
     bytes: &impl Fn(usize, u64) -> Vec<u8>,
 ) -> bool {
+    if ends[from].memory == Memory::Both {
+        return send_both(ends, from, to, count, ordered, bytes);
+    }
     let under_way = ends[from].sent - ends[to].received;
     let window = WINDOW.saturating_sub(under_way).min(count - ends[from].sent);
     let mut unsent = Vec::new();
@@ -245,27 +287,91 @@ fn send(
     taken > 0
 }
 
+/// As [`send`], one by one, with every other packet in the memory of a guest.
+fn send_both(
+    ends: &mut [End],
+    from: usize,
+    to: usize,
+    count: u64,
+    ordered: bool,
+    bytes: &impl Fn(usize, u64) -> Vec<u8>,
+) -> bool {
+    let under_way = ends[from].sent - ends[to].received;
+    let window = WINDOW.saturating_sub(under_way).min(count - ends[from].sent);
+    let before = ends[from].sent;
+    for number in before..before + window {
+        let end = &mut ends[from];
+        let packet = bytes(from, number);
+        let taken = if number % 2 == 0 {
+            let Some(mut frame) = end.spare.pop() else { break };
+            frame.reset();
+            frame.copy_from(&packet).expect("a packet fits");
+            end.ring.submit_write(frame, number).map_err(|refused| {
+                assert!(refused.is_backpressure(), "{refused}");
+                end.spare.push(refused.frame);
+            })
+        } else {
+            let buffer = end.guest.packet(number, &packet);
+            end.ring.submit_write_guest(buffer, number).map_err(|refused| {
+                assert!(refused.is_backpressure(), "{refused}");
+                end.guest.free(number);
+            })
+        };
+        if taken.is_err() {
+            break;
+        }
+        end.written.push_back(number);
+        end.sent_bytes += packet.len() as u64;
+        end.sent += 1;
+        if !ordered {
+            *ends[to].expected.entry(packet).or_default() += 1;
+        }
+    }
+    ends[from].sent > before
+}
+
 fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool {
     let mut moved = false;
     let (mut sq, mut cq) = end.ring.split();
     for done in cq.reap() {
         moved = true;
         let len = done.result.expect("nothing fails");
-        let frame = done.take_packet().expect("it has a frame");
+        let (number, packet) = (done.user_data, done.take_frame());
+        let is_guests = end.memory == Memory::Both && number % 2 == 1;
+        assert_eq!(packet.is_none(), is_guests, "a guest's packet has no frame");
         match done.op {
             RingOp::Read => {
-                assert_eq!((frame.len(), frame.headroom()), (len, HEADROOM_DEFAULT));
+                let bytes_of_guest;
+                let arrived = match &packet {
+                    Some(frame) => {
+                        assert_eq!((frame.len(), frame.headroom()), (len, HEADROOM_DEFAULT));
+                        &frame[..]
+                    }
+                    None => {
+                        let (header, bytes) = end.guest.bytes(number, len);
+                        assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+                        bytes_of_guest = bytes;
+                        &bytes_of_guest
+                    }
+                };
                 if ordered {
                     let expected = bytes(end.received);
-                    assert_eq!(frame.len(), expected.len(), "packet {}", end.received);
-                    assert!(frame[..] == expected[..], "packet {} differs", end.received);
+                    assert_eq!(arrived.len(), expected.len(), "packet {}", end.received);
+                    assert!(arrived == expected, "packet {} differs", end.received);
                 } else {
-                    let left = end.expected.get_mut(&frame[..]).expect("it was sent like this");
+                    let left = end.expected.get_mut(arrived).expect("it was sent like this");
                     *left = left.checked_sub(1).expect("it came twice");
                 }
                 end.received += 1;
                 end.received_bytes += len as u64;
-                sq.submit_read(frame, done.user_data).expect("its credit came back");
+                match packet {
+                    Some(frame) => sq.submit_read(frame, number).expect("a credit"),
+                    None => {
+                        end.guest.free(number);
+                        let buffer = end.guest.buffer(number);
+                        sq.submit_read_guest(buffer, number).expect("a credit");
+                    }
+                }
             }
             RingOp::Write => {
                 let at = match ordered {
@@ -275,7 +381,10 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
                 let number = at.and_then(|at| end.written.remove(at));
                 assert_eq!(number, Some(done.user_data), "writes complete in submission order");
                 assert_eq!(len, size_of(done.user_data));
-                end.spare.push(frame);
+                match packet {
+                    Some(frame) => end.spare.push(frame),
+                    None => end.guest.free(done.user_data),
+                }
             }
             _ => panic!("nothing was cancelled"),
         }
@@ -283,25 +392,31 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
     moved
 }
 
+fn every_case(mut body: impl FnMut(Memory, Way, &Poller)) {
+    for memory in [Memory::Frames, Memory::Both] {
+        every_way(|way, poller| body(memory, way, poller));
+    }
+}
+
 fn on_loopback(kind: &impl Kind) {
-    every_way(|way, poller| {
+    every_case(|memory, way, poller| {
         let end = kind.wrap(Interface::builder(), Loopback::new(1500));
-        body(vec![end], kind.ordered(), way, poller);
+        body(vec![end], memory, kind.ordered(), way, poller);
     });
 }
 
 fn on_embedded(kind: &impl Kind) {
-    every_way(|way, poller| {
+    every_case(|memory, way, poller| {
         let network = unique("body");
         let end = || kind.wrap(Interface::builder(), Embedded::network(network.clone()));
-        body(vec![end(), end()], kind.ordered(), way, poller);
+        body(vec![end(), end()], memory, kind.ordered(), way, poller);
     });
 }
 
 /// Runs on the macOS driver over the simulated vmnet, which aborts on a misuse.
 #[cfg(not(target_os = "macos"))]
 fn on_vmnet(kind: &impl Kind) {
-    every_way(|way, poller| {
+    every_case(|memory, way, poller| {
         // It is not known whether vmnet keeps references to the objects it is given. Test both.
         let retains = way == Way::Thread;
         let world = vmnet_sim::World::with(vmnet_sim::Rules::Strict, retains);
@@ -309,7 +424,7 @@ fn on_vmnet(kind: &impl Kind) {
             let builder = Interface::builder().interface_id(world.interface_id());
             kind.wrap(builder, vmring::Vmnet::new())
         };
-        body(vec![end(), end()], kind.ordered(), way, poller);
+        body(vec![end(), end()], memory, kind.ordered(), way, poller);
         assert_eq!(world.unreleased(crate::support::LONG), [""; 0]);
     });
 }
@@ -320,12 +435,12 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
     use crate::netns::{in_namespace, sh};
     in_namespace(move || {
         sh("ip link add br0 mtu 9000 type bridge mcast_snooping 0 && ip link set br0 up");
-        every_way(|way, poller| {
+        every_case(|memory, way, poller| {
             let end = |name: &str| {
                 let builder = Interface::builder().mode(vmring::Mode::Bridged("br0".to_owned()));
                 kind.wrap(builder, vmring::Tap::named(name).engine(engine))
             };
-            body(vec![end("left"), end("right")], kind.ordered(), way, poller);
+            body(vec![end("left"), end("right")], memory, kind.ordered(), way, poller);
             // Wait: a program that another test starts inherits our descriptors and keeps them
             // until its exec.
             crate::support::eventually("the interfaces take their TAPs with them", || {

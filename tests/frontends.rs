@@ -716,7 +716,7 @@ fn one_wake_lets_every_reader_proceed() {
                     ScriptQueue::new(move |io| {
                         for number in 0..if batch.swap(false, Ordering::SeqCst) { 8 } else { 0 } {
                             let mut slot = io.take_read().expect("eight readers, eight reads");
-                            slot.buffer_mut()[..60].copy_from_slice(&packet(number, 60));
+                            slot.copy_from(&packet(number, 60)).expect("it fits");
                             io.complete_read(slot, 60);
                         }
                         Ok(Progress::Idle)

@@ -4,6 +4,7 @@ mod churn;
 mod compile_fail;
 mod contracts;
 mod device_body;
+mod guest;
 #[cfg(target_os = "linux")]
 mod netns;
 mod support;

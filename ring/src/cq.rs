@@ -3,6 +3,7 @@
 //! [`CqProducer::push`] turns a frame into an entry. [`CqConsumer::pop`] makes the frame again,
 //! after it has retired the entry.
 
+use crate::buffer::Buffer;
 use crate::credits::{Class, CreditReturner, SkipCounter};
 use crate::entry::{Cqe, Opcode, Outcome, Sqe};
 use crate::frame::Frame;
@@ -40,7 +41,9 @@ pub struct Reaped {
     pub outcome: Outcome,
     /// The packet's length in bytes. For a cancel, the number of entries that it found.
     pub len: u32,
-    /// The frame, both on success and on failure. A cancel has none.
+    /// The frame, both on success and on failure. A cancel has none. Nor has an entry with a guest's
+    /// buffer: the bytes are in the guest's memory, and the list of the segments was freed when the
+    /// entry ended.
     pub frame: Option<Frame>,
 }
 
@@ -187,8 +190,8 @@ impl CqProducer {
     /// completion is written. The submitter sees after [`publish`](Self::publish) that the credit is
     /// back, and finds the frame in its pool then.
     #[inline]
-    pub fn skip(&mut self, frame: Frame) {
-        drop(frame);
+    pub fn skip(&mut self, buffer: impl Into<Buffer>) {
+        drop(buffer.into());
         self.skips.count();
     }
 
@@ -200,15 +203,22 @@ impl CqProducer {
     /// If the CQ is full, or the frame is not of the ring's pools. Neither happens if each
     /// completion answers one submission of this ring: its credit keeps a cell free.
     #[inline(always)]
-    pub fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+    pub fn push(
+        &mut self,
+        class: Class,
+        buffer: impl Into<Buffer>,
+        user_data: u64,
+        outcome: Outcome,
+    ) {
+        let buffer = buffer.into();
         let opcode = match class {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
-        let region = self.cq.regions().find(&frame);
-        // The frame is taken apart first. If a panic had to drop a frame, the compiler would keep
+        let region = self.cq.regions().find(buffer.carrier());
+        // The buffer is taken apart first. If a panic had to drop a buffer, the compiler would keep
         // it in memory instead of in registers.
-        let (pool, range) = (frame.pool_ptr(), frame.into_raw());
+        let (pool, range) = (buffer.carrier().pool_ptr(), buffer.into_carrier().into_raw());
         if let Some(region) = region
             && self.cq.push(Cqe::packet(opcode, region, range, user_data, outcome))
         {
@@ -216,8 +226,21 @@ impl CqProducer {
         }
         // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
         // slot is in no other place ("one place per slot"). Pool and range are the frame's.
-        drop(unsafe { Frame::from_raw(pool, range) });
-        misused();
+        let frame = unsafe { Frame::from_raw(pool, range) };
+        self.push_guest(opcode, frame, user_data, outcome);
+    }
+
+    /// Writes the completion of a guest's buffer, which has no slot: nobody needs the list of the
+    /// segments any more.
+    #[cold]
+    #[inline(never)]
+    fn push_guest(&mut self, opcode: Opcode, carrier: Frame, user_data: u64, outcome: Outcome) {
+        let (is_guest, len) = (carrier.is_guest(), carrier.len() as u32);
+        drop(carrier);
+        let cqe = Cqe::without_slot(opcode, len, user_data, outcome);
+        if !is_guest || !self.cq.push(cqe) {
+            misused();
+        }
     }
 
     /// Writes the completion of a cancel that found `matched` entries.

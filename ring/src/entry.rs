@@ -140,6 +140,14 @@ impl OffloadState {
     pub(crate) const RECEIVED: Self = Self(1);
     /// The offload header with which the packet is to be sent.
     pub(crate) const TO_SEND: Self = Self(2);
+    /// The slot holds no packet, but the list of the places where a guest has it.
+    pub(crate) const GUEST: Self = Self(1 << 31);
+
+    /// Whether the slot holds the list of a guest's buffer.
+    #[inline(always)]
+    pub(crate) fn is_guest(self) -> bool {
+        self.0 & Self::GUEST.0 != 0
+    }
 }
 
 /// The slot number in an entry that carries no frame.
@@ -156,13 +164,17 @@ pub struct Sqe {
     region: u16,
     opcode: Opcode,
     reserved: u8,
-    /// 0 or [`SKIP_SUCCESS`].
+    /// Some of [`SKIP_SUCCESS`] and [`GUEST`].
     flags: u32,
 }
 
 /// The flag of a write whose success has no completion, as `IOSQE_CQE_SKIP_SUCCESS` of io_uring. It is
 /// the highest bit, so that a taker can put the flags beside a number of 31 bits by one instruction.
 pub const SKIP_SUCCESS: u32 = 1 << 31;
+
+/// The flag of an entry whose packet is in the memory of a guest. The entry's slot holds the list of
+/// the segments.
+pub const GUEST: u32 = 1 << 30;
 
 /// A completion queue entry. Lengths and offsets are in bytes, and `offset` counts from the slot's
 /// start. In a cancel's completion, `len` is the number of entries that matched.
@@ -212,7 +224,7 @@ impl Sqe {
         Self { user_data, range, region, opcode, reserved: 0, flags: 0 }
     }
 
-    /// Sets the flags of a write: 0 or [`SKIP_SUCCESS`].
+    /// Sets the flags: some of [`SKIP_SUCCESS`] and [`GUEST`].
     #[inline]
     pub(crate) fn with_flags(self, flags: u32) -> Self {
         Self { flags, ..self }
@@ -240,7 +252,7 @@ impl Sqe {
         self.opcode
     }
 
-    /// [`SKIP_SUCCESS`] for a write that has no completion if it succeeds, else 0.
+    /// Some of [`SKIP_SUCCESS`] and [`GUEST`].
     #[inline(always)]
     pub(crate) fn flags(&self) -> u32 {
         self.flags
@@ -273,9 +285,13 @@ impl Cqe {
     }
 
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
+        Self::without_slot(opcode, matched, user_data, Outcome::Done)
+    }
+
+    pub(crate) fn without_slot(opcode: Opcode, len: u32, user_data: u64, outcome: Outcome) -> Self {
         let mut range = NO_RANGE;
-        range.set_len(matched);
-        Self::packet(opcode, 0, range, user_data, Outcome::Done)
+        range.set_len(len);
+        Self::packet(opcode, 0, range, user_data, outcome)
     }
 
     /// The number that the caller gave.

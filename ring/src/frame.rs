@@ -2,6 +2,7 @@
 
 use crate::entry::{OffloadState, SlotRange};
 use crate::offload::{self, OffloadError, OffloadHeader};
+use crate::segment_slots::free_links;
 use crate::slots::{PoolInner, free_slot};
 use crate::view::PacketView;
 use core::fmt;
@@ -113,6 +114,31 @@ impl Frame {
     #[inline]
     pub(crate) fn pool_ptr(&self) -> NonNull<PoolInner> {
         self.pool
+    }
+
+    /// Whether the slot holds the list of a guest's buffer. The bytes of such a frame are nobody's
+    /// packet: only [`Buffer`](crate::Buffer) and [`GuestBuffer`](crate::GuestBuffer) have one
+    /// inside, and they do not give it away.
+    #[inline(always)]
+    pub(crate) fn is_guest(&self) -> bool {
+        self.range.offload_state().is_guest()
+    }
+
+    /// Says that the slot holds the list of a guest's buffer, whose packet has `len` bytes. The frame
+    /// itself has no bytes then: its capacity is 0, so [`set_len`](Self::set_len) refuses it, and code
+    /// in the hot path need not ask which of the two it is.
+    #[inline]
+    pub(crate) fn mark_guest(&mut self, len: u32) {
+        let end = self.pool().layout.slot_size;
+        self.range = SlotRange::new(self.range.slot(), end, len, OffloadState::GUEST);
+    }
+
+    /// The packet's bytes. `None` for the frame that a guest's buffer begins with, unless its packet is
+    /// empty: such a frame ends where its packet would begin ([`mark_guest`](Self::mark_guest)).
+    #[inline(always)]
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
+        let start = self.range.offset() as usize;
+        self.whole().get(start..)?.get(..self.range.len() as usize)
     }
 
     #[inline]
@@ -382,9 +408,27 @@ impl Drop for Frame {
     #[inline]
     fn drop(&mut self) {
         // SAFETY: this frame owns the slot ("one place per slot"), and nothing uses it after its
-        // drop.
-        unsafe { free_slot(self.pool, self.range.slot()) }
+        // drop. The range is the frame's.
+        unsafe { free(self.pool, self.range) }
     }
+}
+
+/// Returns a frame's slot to its pool, and with a guest's buffer the slots of its list. One call, so
+/// that it costs no space where a frame is hardly ever dropped.
+///
+/// # Safety
+///
+/// The caller owns the slot of `range` ("one place per slot") and gives it up with this call. `pool`
+/// is its pool, and the range is that of a frame.
+#[inline(never)]
+unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
+    if range.offload_state().is_guest() {
+        // SAFETY: a frame is only marked as a guest's buffer if it begins a list of its pool, which it
+        // owns. Nothing uses the list after this.
+        unsafe { free_links(pool, range.slot()) }
+    }
+    // SAFETY: the caller gives up the slot that it owns.
+    unsafe { free_slot(pool, range.slot()) }
 }
 
 impl Deref for Frame {

@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod backing;
+mod buffer;
 mod cq;
 mod credits;
 pub mod doorbell;
@@ -23,6 +24,7 @@ mod prefetch;
 mod queue;
 mod regions;
 mod rings;
+mod segment_slots;
 mod slots;
 mod sq;
 #[doc(hidden)]
@@ -30,10 +32,12 @@ pub mod sync;
 pub mod view;
 
 pub use backing::{Backing, HeapBacking};
+pub use buffer::Buffer;
 pub use cq::{CqConsumer, CqProducer, CqeRef, Reaped};
 pub use credits::Class;
-pub use entry::{Cqe, Opcode, Outcome, SKIP_SUCCESS, Sqe};
+pub use entry::{Cqe, GUEST, Opcode, Outcome, SKIP_SUCCESS, Sqe};
 pub use frame::{Frame, FrontError, OutOfSpace};
+pub use guest::{GuestBuffer, GuestMemory, SegmentTable};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;
 pub use regions::Regions;

@@ -65,6 +65,12 @@ impl Pool {
         self.inner().slots_out()
     }
 
+    /// As [`slots_out`](Self::slots_out). If it is 0, what the owners of the slots did comes before
+    /// what the caller does next.
+    pub(crate) fn slots_out_acquire(&self) -> u32 {
+        self.inner().slots_out_acquire()
+    }
+
     /// Whether `frame` owns a slot of this pool.
     #[inline]
     pub fn owns(&self, frame: &Frame) -> bool {

@@ -2,40 +2,68 @@
 
 use crate::entry::Entry;
 use crate::frame::Frame;
+use crate::guest::SegmentTable;
 use crate::pool::Pool;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-/// The pools whose slots may be in a ring's queues. A pool's index in the list is its region
-/// number.
+/// The pools and segment tables whose slots may be in a ring's queues. Their index in the list is
+/// their region number.
 #[derive(Clone, Debug)]
 pub struct Regions {
     /// Another handle to the first pool, which in most rings is the only one. Here, finding it
     /// costs one load.
     first: Pool,
-    pools: Box<[Pool]>,
+    /// The pools, and the pools of the segment tables behind them.
+    all: Box<[Pool]>,
+    /// The number of pools that are no segment table's.
+    pools: usize,
 }
 
 impl Regions {
     /// The regions of `pools`. `None` if there are none, or more than 2^16.
     pub fn new(pools: Vec<Pool>) -> Option<Self> {
         let first = pools.first()?.clone();
-        (pools.len() <= 1 << 16).then(|| Self { first, pools: pools.into_boxed_slice() })
+        let count = pools.len();
+        (count <= 1 << 16).then(|| Self { first, all: pools.into_boxed_slice(), pools: count })
+    }
+
+    /// Adds a segment table, whose buffers may be in the ring's queues from then on. `None` if there
+    /// are more than 2^16 pools and tables.
+    pub fn with_segment_table(self, table: &SegmentTable) -> Option<Self> {
+        let mut all = self.all.into_vec();
+        all.push(table.pool().clone());
+        (all.len() <= 1 << 16).then(|| Self { all: all.into_boxed_slice(), ..self })
     }
 
     /// The pools, in the order of their region numbers.
     pub fn pools(&self) -> &[Pool] {
-        &self.pools
+        &self.all[..self.pools]
     }
 
-    /// The region number of the frame's pool. `None` if the pool is not in the list.
+    /// Whether there is a segment table.
+    pub fn has_segment_table(&self) -> bool {
+        self.all.len() > self.pools
+    }
+
+    /// The region number of the frame's pool. `None` if the pool is not in the list. It is `None` for
+    /// the frame that a guest's buffer begins with, too.
     #[inline]
     pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
         let pool = frame.pool_ptr();
         if self.first.ptr() == pool {
             return Some(0);
         }
-        self.pools.iter().position(|other| other.ptr() == pool).map(|region| region as u16)
+        self.pools().iter().position(|other| other.ptr() == pool).map(|region| region as u16)
+    }
+
+    /// The region number of the segment table that the frame, which begins a guest's buffer, is of.
+    /// `None` if the table is not in the list.
+    #[inline]
+    pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
+        let tables = self.all.iter().enumerate().skip(self.pools);
+        let mut found = tables.filter(|(_, table)| table.ptr() == carrier.pool_ptr());
+        found.next().map(|(region, _)| region as u16)
     }
 
     /// Makes a frame of an entry's slot. `None` if the entry has none.
@@ -60,11 +88,11 @@ impl Regions {
     #[inline(always)]
     pub(crate) unsafe fn frame_of(&self, entry: &impl Entry) -> Frame {
         let (region, range) = entry.slot();
-        debug_assert!(entry.has_slot() && usize::from(region) < self.pools.len());
+        debug_assert!(entry.has_slot() && usize::from(region) < self.all.len());
         // SAFETY: the caller says that `find` gave the region's number. `find` gives only numbers
-        // of `pools`, which never changes, and all queues of a ring have clones of the same
+        // of `all`, which never changes, and all queues of a ring have clones of the same
         // regions.
-        let pool = unsafe { self.pools.get_unchecked(usize::from(region)) }.ptr();
+        let pool = unsafe { self.all.get_unchecked(usize::from(region)) }.ptr();
         // SAFETY: the caller has taken the entry, so the slot is in no other place now ("one place
         // per slot"). `refs` counts it as out, because `into_raw` did not free it. The range was a
         // frame's.

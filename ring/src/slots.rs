@@ -3,7 +3,8 @@
 //!
 //! Invariants (ARCHITECTURE.md, "Ownership"):
 //! * **One place per slot.** A slot index is in the free list, or in exactly one
-//!   [`Frame`](crate::Frame), or in exactly one entry between the head and the tail of a queue.
+//!   [`Frame`](crate::Frame), or in exactly one entry between the head and the tail of a queue, or in
+//!   exactly one list of segments.
 //!   Each step from one to another consumes its source:
 //!   - Free list to frame: `Pool::alloc` takes the slot with `alloc_slot`.
 //!   - Frame to free list: dropping the frame calls `free_slot`.
@@ -11,6 +12,9 @@
 //!     `Frame::into_raw`. If the entry was not written, they make the frame again.
 //!   - Entry to frame: `Regions::frame_of`, after a consumer has taken the entry, or when the queue
 //!     itself is dropped.
+//!
+//!   - Frame to list, in the pool of a segment table: a list of segments owns the slots that are
+//!     linked from its first one, which is a frame's or an entry's. They are freed with the first.
 //!
 //!   `Frame::from_raw` is the one way to make a frame. It is unsafe, and only `pool.rs`,
 //!   `regions.rs`, `sq.rs` and `cq.rs` call it.
@@ -147,6 +151,13 @@ impl PoolInner {
         self.refs.load(Ordering::Relaxed) as u32
     }
 
+    /// As [`slots_out`](Self::slots_out). If it is 0, what the owners of the slots did comes before
+    /// what the caller does next.
+    pub(crate) fn slots_out_acquire(&self) -> u32 {
+        // Acquire: pairs with the Release in `release`, of each slot that has returned.
+        self.refs.load(Ordering::Acquire) as u32
+    }
+
     fn push_free(&self, slot: u32) {
         let mut head = self.free.load(Ordering::Relaxed);
         loop {
@@ -232,7 +243,7 @@ pub(crate) unsafe fn release_handle(pool: NonNull<PoolInner>) {
 ///
 /// The caller owns `slot` ("one place per slot") and gives it up with this call. `pool` is its
 /// pool.
-#[inline(never)]
+#[inline]
 pub(crate) unsafe fn free_slot(pool: NonNull<PoolInner>, slot: u32) {
     // SAFETY: the caller's slot is still counted in `refs`, so the pool is alive ("the pool
     // outlives its slots").

@@ -3,10 +3,12 @@
 //! [`SqProducer::push`] turns a frame into an entry. [`SqConsumer`] makes the frame again, when the
 //! entry is taken.
 
+use crate::buffer::Buffer;
 use crate::cq::CqConsumer;
 use crate::credits::{Class, CreditTaker};
-use crate::entry::{Opcode, SKIP_SUCCESS, Sqe};
+use crate::entry::{GUEST, Opcode, SKIP_SUCCESS, Sqe};
 use crate::frame::Frame;
+use crate::guest::GuestBuffer;
 use crate::queue::{Consumer, Front, Producer, debug_by_queue};
 use crate::regions::Regions;
 use core::fmt;
@@ -52,8 +54,8 @@ pub enum Submission {
         class: Class,
         /// The caller's number.
         user_data: u64,
-        /// The frame that the packet goes into, or the packet.
-        frame: Frame,
+        /// The buffer that the packet goes into, or the packet.
+        buffer: Buffer,
     },
     /// A cancel: entries to complete now.
     Cancel {
@@ -116,15 +118,44 @@ impl SqProducer {
         frame: Frame,
         user_data: u64,
     ) -> Result<(), (PushError, Frame)> {
+        self.push_carrier::<false>(class, flags & SKIP_SUCCESS, frame, user_data)
+    }
+
+    /// Writes an entry for a guest's buffer, as [`push_flagged`](Self::push_flagged) does for a frame.
+    /// The regions have the buffer's segment table, or it is a buffer of a foreign pool.
+    #[inline]
+    pub fn push_guest(
+        &self,
+        class: Class,
+        flags: u32,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), (PushError, GuestBuffer)> {
+        let (flags, carrier) = (flags & SKIP_SUCCESS | GUEST, buffer.into_carrier());
+        self.push_carrier::<true>(class, flags, carrier, user_data)
+            .map_err(|(error, carrier)| (error, GuestBuffer::new(carrier)))
+    }
+
+    /// Writes an entry for a frame, or for a guest's buffer, which begins with the frame.
+    #[inline(always)]
+    fn push_carrier<const IS_GUEST: bool>(
+        &self,
+        class: Class,
+        flags: u32,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
         let (opcode, flags) = match class {
-            Class::Read => (Opcode::Read, 0),
-            Class::Write => (Opcode::Write, flags & SKIP_SUCCESS),
+            Class::Read => (Opcode::Read, flags & !SKIP_SUCCESS),
+            Class::Write => (Opcode::Write, flags),
             Class::Cancel => return Err((PushError::WrongClass, frame)),
         };
         if !self.credits.has(class) {
             return Err((PushError::NoCredit, frame));
         }
-        let Some(region) = self.sq.regions().find(&frame) else {
+        let regions = self.sq.regions();
+        let region = if IS_GUEST { regions.find_table(&frame) } else { regions.find(&frame) };
+        let Some(region) = region else {
             // A full SQ is the first reason, as in `check`.
             let full = !self.sq.has_space();
             return Err((if full { PushError::SqFull } else { PushError::ForeignPool }, frame));
@@ -137,7 +168,7 @@ impl SqProducer {
             return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
         }
         self.credits.take(class);
-        if flags != 0 {
+        if flags & SKIP_SUCCESS != 0 {
             self.credits.expect_skips();
         }
         Ok(())
@@ -264,16 +295,17 @@ impl SqConsumer {
     }
 
     /// The length of the leading run, at most `most`, of known submissions that are packets of
-    /// `class` and for which `like` returns true.
+    /// `class` in frames and for which `like` returns true.
     #[inline(always)]
     pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&[u8]) -> bool) -> u32 {
+        let wanted = if class == Class::Read { Opcode::Read } else { Opcode::Write };
         self.sq.leading(most, |sqe, regions| {
             // SAFETY: `SqProducer::push` wrote the entry by a frame of these regions, and it is
             // called only if the entry is a packet's. The entry stays in the queue and goes on
             // owning its slot: the frame made here is only read, and `ManuallyDrop` does not free
             // it.
             let packet = || ManuallyDrop::new(unsafe { regions.frame_of(sqe) });
-            sqe.is_packet() && class_of(sqe) == class && like(&packet())
+            sqe.opcode() == wanted && packet().bytes().is_some_and(&mut like)
         })
     }
 
@@ -285,7 +317,10 @@ impl SqConsumer {
             // SAFETY: `Consumer::pop` took the entry, and yields each entry once.
             // `SqProducer::push` wrote it by a frame of these regions.
             match unsafe { regions.frame(&sqe) } {
-                Some(frame) => Submission::Packet { class: class_of(&sqe), user_data, frame },
+                Some(frame) => {
+                    let buffer = Buffer::from_carrier(frame);
+                    Submission::Packet { class: class_of(&sqe), user_data, buffer }
+                }
                 None => {
                     let target = (sqe.opcode() == Opcode::Cancel).then(|| sqe.target());
                     Submission::Cancel { user_data, target }
@@ -312,19 +347,20 @@ impl SqeRef<'_> {
         self.0.peek(class_of)
     }
 
-    /// [`SKIP_SUCCESS`](crate::SKIP_SUCCESS) for a write that has no completion if it succeeds, else 0.
+    /// [`SKIP_SUCCESS`] if this is a write that has no completion if it succeeds,
+    /// and [`GUEST`] if its packet is in the memory of a guest.
     #[inline(always)]
     pub fn flags(&self) -> u32 {
         self.0.peek(Sqe::flags)
     }
 
-    /// Takes the submission: returns the frame and the caller's number.
+    /// Takes the submission: returns the buffer and the caller's number.
     #[inline(always)]
-    pub fn take(self) -> (Frame, u64) {
+    pub fn take(self) -> (Buffer, u64) {
         self.0.take(|sqe, regions| {
             // SAFETY: `Front::take` yields each entry once. `SqProducer::push` wrote it by a frame
             // of these regions, and `SqConsumer::front` has seen that it is a packet's.
-            (unsafe { regions.frame_of(sqe) }, sqe.user_data())
+            (Buffer::from_carrier(unsafe { regions.frame_of(sqe) }), sqe.user_data())
         })
     }
 }

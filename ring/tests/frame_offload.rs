@@ -168,9 +168,11 @@ fn the_header_goes_through_both_queues_with_its_frame() {
     sq_producer.push(Class::Write, frame, 1).unwrap();
     sq_producer.publish();
     sq_consumer.ready();
-    let Some(Submission::Packet { class: Class::Write, frame, .. }) = sq_consumer.pop() else {
+    let Some(Submission::Packet { class: Class::Write, buffer: frame, .. }) = sq_consumer.pop()
+    else {
         panic!("a write")
     };
+    let frame = frame.into_frame().unwrap();
     assert_eq!((frame.offload(), frame.has_offload_to_send()), (Ok(Some(TSO)), true));
     drop(frame);
     cq_producer.push(Class::Read, received(&pool, &TSO, 2000), 2, Outcome::Done);

@@ -229,13 +229,15 @@ fn submissions_arrive_whole_in_order_with_their_bytes_and_a_batch_at_once() {
             while let Some(submission) = sq_consumer.pop() {
                 seen += 1;
                 match submission {
-                    Submission::Packet { class: Class::Write, user_data: 1, frame }
+                    Submission::Packet { class: Class::Write, user_data: 1, buffer: frame }
                         if seen == 1 =>
                     {
-                        kept.push(frame)
+                        kept.push(frame.into_frame().unwrap())
                     }
-                    Submission::Packet { class: Class::Read, user_data: 2, frame } if seen == 2 => {
-                        kept.push(frame)
+                    Submission::Packet { class: Class::Read, user_data: 2, buffer: frame }
+                        if seen == 2 =>
+                    {
+                        kept.push(frame.into_frame().unwrap())
                     }
                     Submission::Cancel { user_data: 3, target: Some(2) } if seen == 3 => continue,
                     other => panic!("{other:?} came as number {seen}"),
@@ -296,8 +298,8 @@ fn cells_of_the_sq_are_reused(
 fn an_sq_cell_is_not_written_before_it_was_copied_out() {
     cells_of_the_sq_are_reused(|sq_consumer| {
         let packets = std::iter::from_fn(|| match sq_consumer.pop()? {
-            Submission::Packet { class: Class::Write, user_data, frame } => {
-                Some((frame, user_data))
+            Submission::Packet { class: Class::Write, user_data, buffer: frame } => {
+                Some((frame.into_frame().unwrap(), user_data))
             }
             _ => unreachable!(),
         });
@@ -308,7 +310,11 @@ fn an_sq_cell_is_not_written_before_it_was_copied_out() {
 #[test]
 fn an_sq_cell_is_not_written_before_its_entry_was_taken() {
     cells_of_the_sq_are_reused(|sq_consumer| {
-        let packets = std::iter::from_fn(|| Some(sq_consumer.front()?.take())).collect();
+        let packets = std::iter::from_fn(|| {
+            let (buffer, user_data) = sq_consumer.front()?.take();
+            Some((buffer.into_frame().unwrap(), user_data))
+        })
+        .collect();
         sq_consumer.retire();
         packets
     });
@@ -355,7 +361,7 @@ fn posted(
     sq_producer.publish();
     assert_eq!(sq_consumer.ready(), n);
     let frames = std::iter::from_fn(|| match sq_consumer.pop()? {
-        Submission::Packet { class: Class::Read, frame, .. } => Some(frame),
+        Submission::Packet { class: Class::Read, buffer, .. } => buffer.into_frame().ok(),
         other => panic!("{other:?}"),
     })
     .collect();
@@ -462,10 +468,12 @@ fn reap_submit_and_complete_at_once(depth: u32) {
     let complete = |sq_consumer: &mut SqConsumer, cq_producer: &mut CqProducer, marks: &Marks| {
         sq_consumer.ready();
         while let Some(submission) = sq_consumer.pop() {
-            let Submission::Packet { class: Class::Read, user_data, mut frame } = submission else {
+            let Submission::Packet { class: Class::Read, user_data, buffer: mut frame } =
+                submission
+            else {
                 unreachable!()
             };
-            marks.write(&mut frame, user_data);
+            marks.write(frame.frame_mut().unwrap(), user_data);
             // Panics if a credit did not mean a free cell.
             cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
             cq_producer.publish();
@@ -562,7 +570,8 @@ fn skip_or_fail(sq_consumer: &mut SqConsumer, cq_producer: &mut CqProducer, mark
     let mut ended = 0;
     while let Some(sqe) = sq_consumer.front() {
         assert_eq!(sqe.flags(), SKIP_SUCCESS);
-        let (frame, user_data) = sqe.take();
+        let (buffer, user_data) = sqe.take();
+        let frame = buffer.into_frame().unwrap();
         assert_eq!(marks.read(&frame), user_data);
         ended += 1;
         if user_data % 2 == 0 {
@@ -723,13 +732,16 @@ fn no_wake_up_is_lost_in_either_direction() {
                     while sq_consumer.ready() == 0 {
                         bells[0].sleep(None, || sq_consumer.ready() > 0);
                     }
-                    let Some(Submission::Packet { class: Class::Read, user_data, mut frame }) =
-                        sq_consumer.pop()
+                    let Some(Submission::Packet {
+                        class: Class::Read,
+                        user_data,
+                        buffer: mut frame,
+                    }) = sq_consumer.pop()
                     else {
                         unreachable!()
                     };
                     assert_eq!(user_data, n);
-                    marks.write(&mut frame, n);
+                    marks.write(frame.frame_mut().unwrap(), n);
                     cq_producer.push(Class::Read, frame, n, Outcome::Done);
                     cq_producer.publish();
                     bells[1].ring();
@@ -1389,7 +1401,8 @@ fn a_ring_dropped_with_entries_inside_returns_its_frames() {
         sq_producer.publish();
         // One entry in the CQ, one in the SQ, and one written to the SQ and not published.
         sq_consumer.ready();
-        let Some(Submission::Packet { class: Class::Write, user_data, frame }) = sq_consumer.pop()
+        let Some(Submission::Packet { class: Class::Write, user_data, buffer: frame }) =
+            sq_consumer.pop()
         else {
             unreachable!()
         };
@@ -1403,7 +1416,7 @@ fn a_ring_dropped_with_entries_inside_returns_its_frames() {
             }
         });
         let polling = thread::spawn({
-            let (mut frame, marks) = (frame, marks.clone());
+            let (mut frame, marks) = (frame.into_frame().unwrap(), marks.clone());
             move || {
                 marks.write(&mut frame, 0);
                 cq_producer.push(Class::Write, frame, user_data, Outcome::Done);

@@ -554,13 +554,13 @@ impl World {
         self.sq_taken = 0;
         let (expected, ask) = self.sq.pop_front().unwrap();
         let (got, frame) = match (submission.unwrap(), &ask) {
-            (Submission::Packet { class: Class::Read, user_data, frame }, Ask::Read(_)) => {
-                (user_data, Some(frame))
+            (Submission::Packet { class: Class::Read, user_data, buffer: frame }, Ask::Read(_)) => {
+                (user_data, frame.into_frame().ok())
             }
             (
-                Submission::Packet { class: Class::Write, user_data, frame },
+                Submission::Packet { class: Class::Write, user_data, buffer: frame },
                 Ask::Write(_) | Ask::SkippingWrite(_),
-            ) => (user_data, Some(frame)),
+            ) => (user_data, frame.into_frame().ok()),
             (Submission::Cancel { user_data, target }, Ask::Cancel(wanted)) => {
                 assert_eq!(target, *wanted);
                 (user_data, None)
@@ -581,7 +581,8 @@ impl World {
             return;
         };
         let (class, skip) = (sqe.class(), sqe.flags() == SKIP_SUCCESS);
-        let (frame, user_data) = sqe.take();
+        let (buffer, user_data) = sqe.take();
+        let frame = buffer.into_frame().unwrap();
         let (expected, ask) = self.sq.pop_front().unwrap();
         assert_eq!(skip, matches!(ask, Ask::SkippingWrite(_)));
         self.sq_known -= 1;
@@ -641,11 +642,12 @@ impl World {
         assert_eq!(reaped.opcode, done.ask.opcode());
         assert_eq!(reaped.outcome, done.outcome);
         assert_eq!(reaped.len, done.len);
-        let packet = reaped.frame.as_ref().map(|frame| self.packet(frame));
+        let frame = reaped.frame;
+        let packet = frame.as_ref().map(|frame| self.packet(frame));
         assert_eq!(packet.as_ref(), done.ask.packet());
         self.in_flight[done.ask.class() as usize] -= 1;
         if keep {
-            self.user.extend(reaped.frame);
+            self.user.extend(frame);
         }
     }
 
@@ -831,7 +833,8 @@ fn a_retired_entry_that_is_forgotten_loses_its_slot_and_copies_none() {
     }
     sq_producer.publish();
     sq_consumer.ready();
-    while let Some(Submission::Packet { class: Class::Read, user_data, frame }) = sq_consumer.pop()
+    while let Some(Submission::Packet { class: Class::Read, user_data, buffer: frame }) =
+        sq_consumer.pop()
     {
         cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
     }
@@ -861,7 +864,7 @@ fn a_look_that_is_forgotten_and_a_choice_that_panics_lose_no_slot() {
         }
         sq_producer.publish();
         sq_consumer.ready();
-        while let Some(Submission::Packet { class, user_data, frame }) = sq_consumer.pop() {
+        while let Some(Submission::Packet { class, user_data, buffer: frame }) = sq_consumer.pop() {
             cq_producer.push(class, frame, user_data, Outcome::Done);
         }
         cq_producer.publish();
@@ -938,7 +941,8 @@ fn packets_are_taken_up_to_a_cancel_and_make_space_together() {
     assert!(sq_consumer.pop().is_none());
     let seen: Vec<_> = taken.iter().map(|(class, (_, user_data))| (*class, *user_data)).collect();
     assert_eq!(seen, [(Class::Read, 1), (Class::Write, 2), (Class::Read, 4)]);
-    let slots: BTreeSet<u32> = taken.iter().map(|(_, (frame, _))| frame.slot()).collect();
+    let slots: BTreeSet<u32> =
+        taken.iter().map(|(_, (taken, _))| taken.frame().unwrap().slot()).collect();
     assert_eq!((slots.len(), pool.slots_out()), (3, 3));
 }
 
@@ -1016,7 +1020,8 @@ fn run_in_pieces(start: u32) {
 fn a_taken_entry_is_nobody_elses_and_one_that_is_left_stays() {
     let pool = pool(4);
     let (sq_producer, cq_consumer, mut sq_consumer, cq_producer) = mixed(&pool);
-    let (frame, user_data) = sq_consumer.front().unwrap().take();
+    let (buffer, user_data) = sq_consumer.front().unwrap().take();
+    let frame = buffer.into_frame().unwrap();
     assert_eq!(sq_consumer.front().map(|next| next.class()), Some(Class::Write));
     drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
     // Two slots were freed with the queue, and this one was not.
@@ -1137,10 +1142,11 @@ fn an_entry_of_any_region_comes_back_as_a_frame_of_its_pool() {
     sq_producer.publish();
     assert_eq!(sq_consumer.ready(), 300);
     for pool in &pools {
-        let Some(Submission::Packet { class: Class::Write, frame, .. }) = sq_consumer.pop() else {
+        let Some(Submission::Packet { class: Class::Write, buffer: frame, .. }) = sq_consumer.pop()
+        else {
             panic!("one is missing")
         };
-        assert!(pool.owns(&frame));
+        assert!(pool.owns(frame.frame().unwrap()));
     }
 }
 
@@ -1240,7 +1246,8 @@ fn the_memory_outlives_a_ring_that_is_dropped_with_entries_inside() {
     }
     sq_producer.publish();
     sq_consumer.ready();
-    let Some(Submission::Packet { class: Class::Read, user_data, frame }) = sq_consumer.pop()
+    let Some(Submission::Packet { class: Class::Read, user_data, buffer: frame }) =
+        sq_consumer.pop()
     else {
         panic!("no entry")
     };
@@ -1418,13 +1425,13 @@ fn serve(
         }
         while let Some(submission) = sq_consumer.pop() {
             match submission {
-                Submission::Packet { class: Class::Read, user_data, mut frame } => {
-                    write_packet(&mut frame, reads);
+                Submission::Packet { class: Class::Read, user_data, buffer: mut frame } => {
+                    write_packet(frame.frame_mut().unwrap(), reads);
                     reads += 1;
                     cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
                 }
-                Submission::Packet { class: Class::Write, user_data, frame } => {
-                    check_packet(&frame, writes);
+                Submission::Packet { class: Class::Write, user_data, buffer: frame } => {
+                    check_packet(frame.frame().unwrap(), writes);
                     writes += 1;
                     cq_producer.push(Class::Write, frame, user_data, Outcome::Done);
                 }
@@ -1531,13 +1538,13 @@ fn three_threads_share_a_ring_and_a_free_list() {
                     thread::yield_now();
                 }
                 while let Some(submission) = sq_consumer.pop() {
-                    let Submission::Packet { class: Class::Read, user_data, mut frame } =
+                    let Submission::Packet { class: Class::Read, user_data, buffer: mut frame } =
                         submission
                     else {
                         unreachable!("nobody writes or cancels")
                     };
                     assert_eq!(user_data, served);
-                    write_packet(&mut frame, served);
+                    write_packet(frame.frame_mut().unwrap(), served);
                     cq_producer.push(Class::Read, frame, user_data, Outcome::Done);
                     served += 1;
                 }

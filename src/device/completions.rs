@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use vmring_core::{Class, CqProducer, Frame, Outcome};
+use vmring_core::{Buffer, Class, CqProducer, GUEST, Outcome};
 
 use crate::Status;
-use crate::device::slot::{PostedSlot, class_index};
+use crate::device::bounce::{Bounce, Bounced};
+use crate::device::slot::{BOUNCED, PostedSlot, class_index};
 use crate::mailbox::RingShared;
 use crate::stats::{add_batch, reason_index};
 
@@ -18,6 +19,8 @@ pub(crate) struct Completions {
     /// which the ring closes.
     undone: Outcome,
     batch: Batch,
+    /// `None` if no guest's buffer can be submitted to the ring.
+    bounce: Option<Box<Bounce>>,
     shared: Arc<RingShared>,
 }
 
@@ -34,8 +37,56 @@ struct Batch {
 }
 
 impl Completions {
-    pub(crate) fn new(cq_producer: CqProducer, shared: Arc<RingShared>) -> Self {
-        Self { cq_producer, undone: Outcome::Cancelled, batch: Batch::default(), shared }
+    pub(crate) fn new(
+        cq_producer: CqProducer,
+        bounce: Option<Bounce>,
+        shared: Arc<RingShared>,
+    ) -> Self {
+        Self {
+            cq_producer,
+            undone: Outcome::Cancelled,
+            batch: Batch::default(),
+            bounce: bounce.map(Box::new),
+            shared,
+        }
+    }
+
+    /// Whether a guest's buffer can be in the ring.
+    #[inline(always)]
+    pub(crate) fn may_have_guests(&self) -> bool {
+        self.bounce.is_some()
+    }
+
+    /// Makes a slot such as the device takes it: if it has a guest's buffer that the device does not
+    /// take, a reserved frame is put into its place.
+    pub(super) fn make_fit(&mut self, slot: &mut PostedSlot) -> Result<(), Bounced> {
+        let (Some(bounce), Some(guest)) = (&mut self.bounce, slot.guest()) else { return Ok(()) };
+        let class = slot.class;
+        if bounce.is_taken(class, guest) {
+            return Ok(());
+        }
+        bounce.replace(class, slot.posted_buffer_mut())?;
+        slot.ring ^= GUEST | BOUNCED;
+        let counters = &self.shared.counters.poller;
+        match class {
+            Class::Read => counters.bounced_reads.add(1),
+            _ => counters.bounced_writes.add(1),
+        }
+        Ok(())
+    }
+
+    /// What an entry that ends gives back to its caller: the guest's buffer, if the device had a
+    /// reserved frame in its place.
+    pub(super) fn restored(
+        &mut self,
+        class: Class,
+        buffer: Buffer,
+        outcome: Outcome,
+    ) -> (Buffer, Outcome) {
+        match &mut self.bounce {
+            Some(bounce) if bounce.has_replaced(&buffer) => bounce.restore(class, buffer, outcome),
+            _ => (buffer, outcome),
+        }
     }
 
     /// Sets the outcome of slots that the device gives back as cancelled from now on.
@@ -49,15 +100,15 @@ impl Completions {
     pub(crate) fn push_done(
         &mut self,
         class: Class,
-        frame: Frame,
+        buffer: Buffer,
         user_data: u64,
         outcome: Outcome,
     ) {
-        let len = frame.len() as u64;
+        let len = buffer.len() as u64;
         if outcome != Outcome::Done {
-            return self.push_failed(class, frame, user_data, outcome);
+            return self.push_failed(class, buffer, user_data, outcome);
         }
-        self.cq_producer.push(class, frame, user_data, outcome);
+        self.cq_producer.push(class, buffer, user_data, outcome);
         if class == Class::Read {
             self.batch.rx_packets += 1;
             self.batch.rx_bytes += len;
@@ -72,34 +123,34 @@ impl Completions {
     pub(super) fn push_unless_done(
         &mut self,
         class: Class,
-        frame: Frame,
+        buffer: Buffer,
         user_data: u64,
         outcome: Outcome,
     ) {
         if outcome != Outcome::Done {
-            return self.push_failed(class, frame, user_data, outcome);
+            return self.push_failed(class, buffer, user_data, outcome);
         }
         self.batch.tx_packets += 1;
-        self.batch.tx_bytes += frame.len() as u64;
-        self.cq_producer.skip(frame);
+        self.batch.tx_bytes += buffer.len() as u64;
+        self.cq_producer.skip(buffer);
     }
 
     #[cold]
     #[inline(never)]
-    fn push_failed(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+    fn push_failed(&mut self, class: Class, buffer: Buffer, user_data: u64, outcome: Outcome) {
         self.batch.failed[class_index(class)] += 1;
         let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
-        self.push(class, frame, user_data, outcome);
+        self.push(class, buffer, user_data, outcome);
     }
 
     /// Completes a slot that is not with the device.
     pub(crate) fn complete(&mut self, slot: PostedSlot, outcome: Outcome) {
-        let (frame, user_data, class) = slot.into_frame();
-        self.push(class, frame, user_data, outcome);
+        let (buffer, user_data, class) = slot.into_buffer();
+        self.push(class, buffer, user_data, outcome);
     }
 
     /// Completes an entry that did not succeed, and counts it by its reason.
-    pub(crate) fn push(&mut self, class: Class, frame: Frame, user_data: u64, outcome: Outcome) {
+    pub(crate) fn push(&mut self, class: Class, buffer: Buffer, user_data: u64, outcome: Outcome) {
         let counters = &self.shared.counters.poller;
         match outcome {
             Outcome::Done => {}
@@ -110,15 +161,17 @@ impl Completions {
             }
             Outcome::Abandoned | Outcome::DevicePanicked => counters.abandoned.add(1),
         }
-        self.cq_producer.push(class, frame, user_data, outcome);
+        let (buffer, outcome) = self.restored(class, buffer, outcome);
+        self.cq_producer.push(class, buffer, user_data, outcome);
     }
 
     /// Completes a write that the device did not take within the retry budget. It counts as
     /// `exhausted` only, not as an error.
     pub(crate) fn give_up(&mut self, slot: PostedSlot, outcome: Outcome) {
-        let (frame, user_data, class) = slot.into_frame();
+        let (buffer, user_data, class) = slot.into_buffer();
         self.shared.counters.poller.exhausted.add(1);
-        self.cq_producer.push(class, frame, user_data, outcome);
+        let (buffer, outcome) = self.restored(class, buffer, outcome);
+        self.cq_producer.push(class, buffer, user_data, outcome);
     }
 
     /// Completes a cancel that matched `matched` entries.

@@ -5,8 +5,9 @@ use std::fmt;
 
 use vmring_core::{Class, Outcome, SKIP_SUCCESS, SqConsumer, offload};
 
+use crate::device::bounce::{Bounced, end_read};
 use crate::device::completions::Completions;
-use crate::device::slot::{PostedSlot, class_index};
+use crate::device::slot::{FLAGS, PostedSlot, class_index};
 use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
 use crate::mailbox::{DroppedSlot, report_dropped};
@@ -152,7 +153,7 @@ impl<'a> PollContext<'a> {
         }
         self.post_from_sq();
         let writes = self.posted.writes.iter().take(most);
-        writes.take_while(|slot| like(slot.packet())).count()
+        writes.take_while(|slot| slot.packet().is_some_and(&mut like)).count()
     }
 
     /// The reads that can be taken, oldest first, without taking them. This is for a device that
@@ -191,7 +192,7 @@ impl<'a> PollContext<'a> {
     #[cold]
     #[inline(never)]
     pub fn put_back(&mut self, slot: PostedSlot) {
-        if self.is_foreign(slot.ring & !SKIP_SUCCESS) {
+        if self.is_foreign(slot.ring & !FLAGS) {
             return;
         }
         self.left[class_index(slot.class)] += 1;
@@ -204,20 +205,46 @@ impl<'a> PollContext<'a> {
     /// instead, so that nobody can be made to read behind the slot.
     #[inline(always)]
     pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
-        match slot.frame_mut().set_len(len) {
+        match slot.posted_buffer_mut().set_frame_len(len) {
             Ok(()) => self.finish(slot, Outcome::Done),
-            Err(_) => self.fail(slot, Status::InvalidArgument),
+            Err(_) => self.complete_otherwise(slot, len),
+        }
+    }
+
+    /// Completes a read whose buffer is not a frame with space for `len` bytes.
+    #[cold]
+    #[inline(never)]
+    fn complete_otherwise(&mut self, slot: PostedSlot, len: usize) {
+        match slot.guest() {
+            Some(_) => self.complete_guest(slot, len, false),
+            None => self.finish(slot, Status::InvalidArgument.into()),
+        }
+    }
+
+    /// Completes a read whose buffer is in the memory of a guest.
+    #[inline(never)]
+    fn complete_guest(&mut self, mut slot: PostedSlot, len: usize, with_header: bool) {
+        match slot.guest_mut().map(|guest| end_read(guest, len, with_header)) {
+            Some(outcome) => self.finish(slot, outcome),
+            // It is a write, and the device has mixed the two up.
+            None => self.finish(slot, Status::InvalidArgument.into()),
         }
     }
 
     /// Completes a read whose buffer now holds an offload header and a packet behind it, `len`
-    /// bytes together. They are where [`PostedSlot::buffer_with_header_mut`] begins.
+    /// bytes together. They are where [`PostedSlot::buffer_with_header_mut`] begins, or in the first
+    /// segments of a guest's buffer.
     ///
     /// If `len` is shorter than the header or longer than the buffer, the read fails with
     /// [`Status::InvalidArgument`] instead.
     pub fn complete_read_with_header(&mut self, mut slot: PostedSlot, len: usize) {
         let packet = len.checked_sub(offload::LEN);
-        let outcome = match packet.map(|len| slot.frame_mut().set_received_with_offload(len)) {
+        if slot.guest().is_some() {
+            // A length that is too long for every buffer stands for one that is too short.
+            return self.complete_guest(slot, packet.unwrap_or(usize::MAX), true);
+        }
+        let received = |len| slot.frame_mut().map(|frame| frame.set_received_with_offload(len));
+        let outcome = match packet.and_then(received) {
             Some(Ok(())) => Outcome::Done,
             _ => Status::InvalidArgument.into(),
         };
@@ -259,28 +286,33 @@ impl<'a> PollContext<'a> {
     #[inline(always)]
     fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
         let ring = slot.ring;
-        let (frame, user_data, class) = slot.into_frame();
+        let (buffer, user_data, class) = slot.into_buffer();
         if self.is_foreign(ring) {
-            return self.finish_marked(ring, DroppedSlot { frame, user_data, class }, outcome);
+            return self.finish_marked(ring, DroppedSlot { buffer, user_data, class }, outcome);
         }
         match &mut self.sink {
-            Sink::Ring(completions) => completions.push_done(class, frame, user_data, outcome),
+            Sink::Ring(completions) => completions.push_done(class, buffer, user_data, outcome),
             Sink::Relay(list) => {
-                let slot = PostedSlot::new(frame, user_data, ring, class);
+                let slot = PostedSlot::new(buffer, user_data, ring, class);
                 list.push_back(CompletedSlot { slot, outcome });
             }
         }
     }
 
-    /// Completes a slot whose number is not this ring's alone: it is a write that skips success, or
-    /// the slot is foreign.
+    /// Completes a slot whose number is not this ring's alone: it has flags, or the slot is
+    /// foreign.
     #[cold]
     #[inline(never)]
     fn finish_marked(&mut self, ring: u32, slot: DroppedSlot, outcome: Outcome) {
         match &mut self.sink {
-            Sink::Ring(completions) if ring == self.ring | SKIP_SUCCESS => {
-                let DroppedSlot { frame, user_data, class } = slot;
-                completions.push_unless_done(class, frame, user_data, outcome);
+            Sink::Ring(completions) if ring & !FLAGS == self.ring => {
+                let DroppedSlot { buffer, user_data, class } = slot;
+                let (buffer, outcome) = completions.restored(class, buffer, outcome);
+                if ring & SKIP_SUCCESS != 0 {
+                    completions.push_unless_done(class, buffer, user_data, outcome);
+                } else {
+                    completions.push_done(class, buffer, user_data, outcome);
+                }
             }
             _ => report_dropped(ring, slot),
         }
@@ -288,7 +320,7 @@ impl<'a> PollContext<'a> {
 
     /// Whether a slot of ring number `ring` belongs to another ring than this context's, because
     /// the device has mixed up two rings. Such a slot completes on its own ring, as abandoned. True
-    /// for a number with [`SKIP_SUCCESS`] too.
+    /// for a number with flags too.
     #[inline(always)]
     fn is_foreign(&self, ring: u32) -> bool {
         // The common case is checked first: the numbers are equal.
@@ -312,6 +344,31 @@ impl Posted {
     #[inline(always)]
     pub(super) fn list(&mut self, class: Class) -> &mut Fifo<PostedSlot> {
         if class == Class::Read { &mut self.reads } else { &mut self.writes }
+    }
+
+    /// Makes the first slots of each class such as the device takes, at most `limits` of them. Returns
+    /// how many there are. The others wait, until there are reserved frames again.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn make_fit(&mut self, completions: &mut Completions, limits: [u32; 2]) -> [u32; 2] {
+        let mut fit = [0; 2];
+        for class in [Class::Read, Class::Write] {
+            let list = self.list(class);
+            // One that is refused completes when it is the first.
+            while let Some(mut slot) = list.pop_front() {
+                match completions.make_fit(&mut slot) {
+                    Err(Bounced::Refused(status)) => completions.complete(slot, status.into()),
+                    _ => {
+                        list.push_front(slot);
+                        break;
+                    }
+                }
+            }
+            let i = class_index(class);
+            let slots = list.iter_mut().take(limits[i] as usize);
+            fit[i] = slots.map_while(|slot| completions.make_fit(slot).ok()).count() as u32;
+        }
+        fit
     }
 
     /// Posts the packets that the SQ of ring number `ring` is known to hold, up to the first
@@ -347,7 +404,7 @@ impl CompletedSlot {
     ///
     /// The reason for which the slot did not succeed.
     pub fn result(&self) -> Result<usize, EntryError> {
-        EntryError::from_outcome(self.outcome).map(|()| self.slot.packet().len())
+        EntryError::from_outcome(self.outcome).map(|()| self.slot.len())
     }
 
     /// Returns the slot.
@@ -355,8 +412,8 @@ impl CompletedSlot {
         &self.slot
     }
 
-    /// Returns the slot's packet, to be changed in place.
-    pub fn packet_mut(&mut self) -> &mut [u8] {
+    /// Returns the slot's packet, to be changed in place. `None` if it is in the memory of a guest.
+    pub fn packet_mut(&mut self) -> Option<&mut [u8]> {
         self.slot.packet_mut()
     }
 }

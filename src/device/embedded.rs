@@ -366,7 +366,11 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
             while run.left() > 0
                 && let Some(slot) = cx.take_write()
             {
-                run.put(slot.packet());
+                let Some(packet) = slot.packet() else {
+                    cx.put_back(slot);
+                    break;
+                };
+                run.put(packet);
                 cx.complete_write(slot);
             }
         } else {
@@ -382,7 +386,7 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
 fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
     for _ in 0..count {
         let Some(slot) = cx.take_write() else { break };
-        match tx.send(slot.packet()) {
+        match tx.send(slot.frame_bytes()) {
             // vmnet's answer to a packet that is not an Ethernet frame.
             Sent::Dropped(DropReason::Runt) => cx.fail(slot, Status::InvalidArgument),
             Sent::Dropped(DropReason::TooBig) => cx.fail(slot, Status::PacketTooBig),

@@ -258,8 +258,8 @@ impl FaultyQueue {
         if done.slot().is_read()
             && done.result().is_ok_and(|len| len > 0)
             && chance(&mut self.rng, self.faults.corruption)
+            && let Some(packet) = done.packet_mut()
         {
-            let packet = done.packet_mut();
             let at = self.rng.usize(0..packet.len());
             packet[at] ^= 1 << self.rng.u8(0..8);
         }

@@ -201,7 +201,7 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
         while claim.left() > 0
             && let Some(slot) = cx.take_write()
         {
-            claim.fill(slot.packet());
+            claim.fill(slot.frame_bytes());
             cx.complete_write(slot);
         }
         sent = true;
@@ -214,7 +214,7 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
         }
     }
     while let Some(slot) = cx.take_write() {
-        match inbox.deliver(slot.packet()) {
+        match inbox.deliver(slot.frame_bytes()) {
             Delivery::Direct | Delivery::Overflow => {
                 cx.complete_write(slot);
                 sent = true;
@@ -236,9 +236,10 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
 fn pass(cx: &mut PollContext<'_>) {
     while let Some(from) = cx.take_write() {
         let Some(mut to) = cx.take_read() else { return cx.put_back(from) };
-        let len = from.packet().len();
-        if let Some(buffer) = to.buffer_mut().get_mut(..len) {
-            buffer.copy_from_slice(from.packet());
+        let len = from.len();
+        let space = to.buffer_mut().and_then(|buffer| buffer.get_mut(..len));
+        if let (Some(packet), Some(space)) = (from.frame(), space) {
+            space.copy_from_slice(packet);
             cx.complete_write(from);
             cx.complete_read(to, len);
         } else {

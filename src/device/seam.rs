@@ -288,6 +288,15 @@ pub struct Capabilities {
     pub headroom: u32,
     /// The work that the device does for the guest.
     pub offloads: Offloads,
+    /// The largest number of segments of a guest's buffer that the device can fill itself
+    /// ([`PostedSlot::guest`](crate::device::PostedSlot::guest)). The default is 0: it takes frames
+    /// only, and the library copies each packet from a frame into the guest's memory. It gets no
+    /// buffer that has less space than `max_packet_size`, or a shorter header than `headroom`.
+    pub read_segments: u32,
+    /// The largest number of segments of a guest's buffer that the device can send itself. The
+    /// default is 0: it takes frames only, and the library copies each packet from the guest's memory
+    /// into a frame. It gets no buffer that has a shorter header than `headroom`.
+    pub write_segments: u32,
     /// How many rings may read at the same time.
     pub reading_rings: usize,
     /// How many rings may write at the same time.
@@ -298,7 +307,8 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Returns the capabilities of a simple device: one ring in each direction, 200 packets per
-    /// poll (vmnet's documented limit of a call), no headroom, no offloads and no safety poll.
+    /// poll (vmnet's documented limit of a call), no headroom, no offloads, no buffers of a guest and
+    /// no safety poll.
     pub fn new(mtu: u32, max_packet_size: u32) -> Self {
         Self {
             mtu,
@@ -307,6 +317,8 @@ impl Capabilities {
             max_write_batch: PACKETS_PER_CALL,
             headroom: 0,
             offloads: Offloads::default(),
+            read_segments: 0,
+            write_segments: 0,
             reading_rings: 1,
             writing_rings: 1,
             safety_poll: None,

@@ -24,7 +24,8 @@ pub enum RingOp {
 
 /// The result of one submission, as a CQE is in io_uring.
 ///
-/// The frame comes back on success **and** on error; a cancel has none.
+/// The frame comes back on success **and** on error; a cancel has none. Nor has an entry with a
+/// guest's buffer: its packet is in the guest's own memory, and `user_data` says which buffer it was.
 /// [`take_packet`](Self::take_packet) takes the frame if there is a packet in it and is an error
 /// otherwise, [`take_frame`](Self::take_frame) takes it in any case, and
 /// [`into_parts`](Self::into_parts) takes everything at once.
@@ -84,7 +85,7 @@ impl Completion {
     ///
     /// [`CompletionError`] with the reason, and with the frame inside, if the entry failed.
     /// [`EntryError::NoPacket`], without a frame, if the entry succeeded but is a cancel, or if its
-    /// frame was taken before.
+    /// frame was taken before, or if the packet is in the memory of a guest.
     #[inline]
     pub fn take_packet(&self) -> Result<Frame, CompletionError> {
         let (error, frame) = match (self.result, self.frame.take()) {
@@ -95,15 +96,15 @@ impl Completion {
         Err(CompletionError { error, user_data: self.user_data, frame })
     }
 
-    /// Takes the frame, whether the entry succeeded or failed. Returns `None` for a cancel, and if
-    /// the frame was taken before.
+    /// Takes the frame, whether the entry succeeded or failed. Returns `None` for a cancel, if the
+    /// frame was taken before, and if the entry had a guest's buffer.
     #[inline]
     pub fn take_frame(&self) -> Option<Frame> {
         self.frame.take()
     }
 
     /// Takes the completion apart into `user_data`, `result` and the frame, which is `None` for a
-    /// cancel and if it was taken before.
+    /// cancel, if it was taken before, and if the entry had a guest's buffer.
     pub fn into_parts(self) -> (u64, Result<usize, EntryError>, Option<Frame>) {
         (self.user_data, self.result, self.frame.into_inner())
     }

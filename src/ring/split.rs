@@ -4,9 +4,9 @@ use std::ops::Deref;
 use std::time::Duration;
 
 use static_assertions::assert_not_impl_any;
-use vmring_core::{Class, Frame, SKIP_SUCCESS};
+use vmring_core::{Class, Frame, GuestBuffer, SKIP_SUCCESS};
 
-use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
+use crate::error::{BatchError, Error, GuestSubmitError, SubmitError, SubmitErrorKind};
 use crate::ring::complete::{CompletionQueue, Reap};
 use crate::ring::completion::{Completion, CompletionInfo, Peek};
 use crate::ring::submit::{Deferred, SubmissionQueue};
@@ -81,6 +81,38 @@ impl SubmissionHalf<'_> {
         self.submit::<SKIP_SUCCESS>(Class::Write, frame, user_data)
     }
 
+    /// Submits a read into the memory of a guest, as [`SubmissionQueue::submit_read_guest`] does.
+    /// While the other half is reaping, the doorbell waits for the end of its loop.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_read_guest`].
+    pub fn submit_read_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.push_guest::<0>(Class::Read, buffer, user_data)?;
+        self.ring_or_defer();
+        Ok(())
+    }
+
+    /// Submits a write from the memory of a guest, as [`SubmissionQueue::submit_write_guest`] does.
+    /// While the other half is reaping, the doorbell waits for the end of its loop.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`SubmissionQueue::submit_write_guest`].
+    pub fn submit_write_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.push_guest::<0>(Class::Write, buffer, user_data)?;
+        self.ring_or_defer();
+        Ok(())
+    }
+
     #[inline(always)]
     fn submit<const FLAGS: u32>(
         &mut self,
@@ -89,13 +121,19 @@ impl SubmissionHalf<'_> {
         user_data: u64,
     ) -> Result<(), SubmitError> {
         self.sq.push::<FLAGS>(class, frame, user_data)?;
+        self.ring_or_defer();
+        Ok(())
+    }
+
+    /// Rings the doorbell for what was pushed, or leaves that to the end of the other half's loop.
+    #[inline(always)]
+    fn ring_or_defer(&mut self) {
         if self.sq.deferred.get() == Deferred::Off {
             self.sq.ring_doorbell();
         } else {
             self.sq.deferred.set(Deferred::Pending);
             self.sq.producer.publish_lines();
         }
-        Ok(())
     }
 
     /// Submits many reads, as [`SubmissionQueue::submit_reads`] does, and rings the doorbell at

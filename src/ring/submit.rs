@@ -7,10 +7,10 @@ use std::sync::Arc;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::Ordering;
-use vmring_core::{Class, Frame, PushError, SKIP_SUCCESS, SqProducer};
+use vmring_core::{Class, Frame, GuestBuffer, PushError, SKIP_SUCCESS, SqProducer};
 
 use crate::device::seam::Capabilities;
-use crate::error::{BatchError, Error, SubmitError, SubmitErrorKind};
+use crate::error::{BatchError, Error, GuestSubmitError, SubmitError, SubmitErrorKind};
 use crate::mailbox::{RingShared, request};
 use crate::ring::control::RingControl;
 use crate::software;
@@ -158,6 +158,53 @@ impl SubmissionQueue {
         user_data: u64,
     ) -> Result<(), SubmitError> {
         self.submit::<SKIP_SUCCESS>(Class::Write, frame, user_data)
+    }
+
+    /// Submits a read into the memory of a guest: as [`submit_read`](Self::submit_read), but the next
+    /// packet goes into the guest's own buffer. The ring was built with the buffer's
+    /// [segment table](crate::RingBuilder::segment_table). Give the completion's buffer back to the
+    /// guest, or drop it.
+    ///
+    /// If the device does not fill such a buffer itself, the packet goes through a frame and is
+    /// copied; [`RingStats::bounced_reads`](crate::stats::RingStats::bounced_reads) counts that. A packet
+    /// that does not fit completes with [`Status::PacketTooBig`](crate::Status::PacketTooBig) and an
+    /// empty buffer, and is lost.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_read`](Self::submit_read), with the buffer.
+    pub fn submit_read_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.push_guest::<0>(Class::Read, buffer, user_data)?;
+        self.ring_doorbell();
+        Ok(())
+    }
+
+    /// Submits a write from the memory of a guest: as [`submit_write`](Self::submit_write), but the
+    /// packet is in the guest's own buffer, which nobody writes to. If the buffer has space for a
+    /// header, it has a `virtio_net_hdr`, and the device, or who copies the packet for it, takes it
+    /// from there.
+    ///
+    /// If the device does not send such a buffer itself, the packet is copied into a frame first;
+    /// [`RingStats::bounced_writes`](crate::stats::RingStats::bounced_writes) counts that. The guest may
+    /// change the packet until the completion. It can only change what is sent in its own name.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_write`](Self::submit_write), with the buffer. A header that is wrong, or asks
+    /// for what was not negotiated, completes with
+    /// [`Status::InvalidArgument`](crate::Status::InvalidArgument).
+    pub fn submit_write_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.push_guest::<0>(Class::Write, buffer, user_data)?;
+        self.ring_doorbell();
+        Ok(())
     }
 
     /// Submits reads from an iterator of frames and their `user_data`, with at most one doorbell.
@@ -350,6 +397,29 @@ impl SubmissionQueue {
         self.producer.push_flagged(class, FLAGS, frame, user_data).map_err(|(refusal, frame)| {
             self.report_refused(class, refusal);
             SubmitError { kind: self.kind(refusal, Some(class)), frame }
+        })
+    }
+
+    /// Writes an entry for a buffer of a guest. The caller publishes it.
+    pub(super) fn push_guest<const FLAGS: u32>(
+        &self,
+        class: Class,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        let (len, max) = (buffer.len(), self.caps.max_packet_size as usize);
+        let refusal = match self.refusal() {
+            None if class == Class::Write && len > max => {
+                Some(SubmitErrorKind::TooBig { len, max })
+            }
+            refusal => refusal,
+        };
+        if let Some(kind) = refusal {
+            return Err(GuestSubmitError { kind, buffer });
+        }
+        self.producer.push_guest(class, FLAGS, buffer, user_data).map_err(|(refusal, buffer)| {
+            self.report_refused(class, refusal);
+            GuestSubmitError { kind: self.kind(refusal, Some(class)), buffer }
         })
     }
 

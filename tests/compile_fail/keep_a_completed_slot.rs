@@ -5,7 +5,7 @@ use vmring::device::PollContext;
 fn keep(cx: &mut PollContext<'_>) {
     while let Some(mut slot) = cx.take_read() {
         cx.complete_read(slot, 60);
-        slot.buffer_mut()[0] = 1;
+        slot.buffer_mut().unwrap()[0] = 1;
     }
 }
 

@@ -13,7 +13,7 @@ impl Queue for Keeps {
             self.0.push_back(slot);
         }
         if let Some(mut slot) = self.0.pop_front() {
-            slot.buffer_mut()[0] = 1;
+            slot.buffer_mut().unwrap()[0] = 1;
             cx.complete_read(slot, 1);
         }
         Ok(Progress::Idle)

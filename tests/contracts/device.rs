@@ -68,8 +68,10 @@ fn hostile_lengths_never_reach_outside_the_slot() {
         let interface = Script::new(|_, _| {
             ScriptQueue::new(|cx| {
                 while let Some(mut slot) = cx.take_read() {
-                    let (room, hostile) = (slot.buffer_mut().len(), slot.user_data() as usize);
-                    slot.buffer_mut().fill(0xaa);
+                    let hostile = slot.user_data() as usize;
+                    let buffer = slot.buffer_mut().unwrap();
+                    buffer.fill(0xaa);
+                    let room = buffer.len();
                     let len = if hostile < 2 { room + hostile } else { hostile };
                     cx.complete_read(slot, len);
                 }

@@ -145,7 +145,7 @@ fn writes_reach_the_device_in_submission_order() {
                         io.put_back(slot);
                     }
                     for slot in taken {
-                        seen.lock().unwrap().push(number_of(slot.packet()));
+                        seen.lock().unwrap().push(number_of(slot.packet().unwrap()));
                         io.complete_write(slot);
                     }
                     Ok(Progress::Idle)

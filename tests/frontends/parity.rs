@@ -207,7 +207,7 @@ fn brings_packets_late() -> (Interface, Arc<Mutex<Vec<PostedSlot>>>) {
                 20 => {
                     for number in 0..2 {
                         let mut slot = kept.remove(0);
-                        slot.buffer_mut()[..60].copy_from_slice(&packet(number, 60));
+                        slot.copy_from(&packet(number, 60)).expect("it fits");
                         io.complete_read(slot, 60);
                     }
                     kept.drain(..).for_each(|slot| io.cancel(slot));

@@ -101,7 +101,7 @@ fn fails_a_read(then: fn() -> Result<Progress, Status>) -> Interface {
                 failed = true;
                 io.fail(slot, Status::NotAuthorized);
                 let mut slot = io.take_read().expect("more than one read is posted");
-                slot.buffer_mut()[..60].copy_from_slice(&packet(1, 60));
+                slot.copy_from(&packet(1, 60)).expect("it fits");
                 io.complete_read(slot, 60);
                 return Ok(Progress::More);
             }

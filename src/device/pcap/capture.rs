@@ -292,7 +292,7 @@ impl RecordedQueue {
         let mut locked = None;
         while let Some(done) = self.relay.next_done() {
             if done.result().is_ok() {
-                let packet = done.slot().packet();
+                let packet = done.slot().packet().unwrap_or_default();
                 let state = locked.unwrap_or_else(|| spool.lock());
                 let (mut state, has_space) = spool.has_space(state, packet.len() + BLOCK_LEN_MAX);
                 if state.has_failed() {

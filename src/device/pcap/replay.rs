@@ -257,7 +257,7 @@ impl ReplayQueue {
         };
         // `max_packet_size` is at least the longest packet's length, so the packet fits, unless the
         // file was changed. In that case `complete_read` refuses the length.
-        let buffer = slot.buffer_mut();
+        let buffer = slot.buffer_mut().unwrap_or_default();
         let n = packet.len().min(buffer.len());
         buffer[..n].copy_from_slice(&packet[..n]);
         cx.complete_read(slot, packet.len());

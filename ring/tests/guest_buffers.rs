@@ -1,0 +1,291 @@
+//! Guest buffers: lists of segments, their way through the queues, and what keeps their memory.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use vmring_core::guest::{
+    GuestBufferError, GuestFault, GuestMapping, GuestMemory, GuestRegion, SEGMENTS_MAX,
+};
+use vmring_core::{
+    Class, Depths, GuestBuffer, HeapBacking, Layout, Outcome, Pool, Regions, SegmentTable,
+    Submission, rings,
+};
+
+fn memory(len: usize) -> (Arc<dyn GuestMapping>, GuestMemory) {
+    let mapping: Arc<dyn GuestMapping> = Arc::new(HeapBacking::new(len));
+    let memory = GuestMemory::new([GuestRegion::new(0, mapping.clone())]).expect("one region");
+    (mapping, memory)
+}
+
+fn table(len: usize, segments: u32) -> SegmentTable {
+    SegmentTable::new(memory(len).1, segments).expect("some slots")
+}
+
+fn pool() -> Pool {
+    let layout = Layout { slots: 4, slot_size: 64, headroom: 0 };
+    Pool::new(Box::new(HeapBacking::new(256)), layout).expect("a pool")
+}
+
+/// The addresses and lengths of segments.
+fn places(segments: vmring_core::guest::Segments<'_>) -> Vec<(u64, u32)> {
+    segments.map(|segment| (segment.guest_address(), segment.len())).collect()
+}
+
+#[test]
+fn a_buffer_is_its_segments_in_order() {
+    let table = table(0x1000, 64);
+    let ranges = [(0x100, 10), (0x80, 0), (0x20, 6), (0x400, 100)];
+    let mut buffer = table.buffer(ranges, 12).expect("valid ranges");
+    assert_eq!((buffer.header_len(), buffer.len(), buffer.capacity()), (12, 104, 104));
+    assert_eq!(places(buffer.segments()), [(0x100, 10), (0x20, 6), (0x400, 100)]);
+    assert_eq!(places(buffer.packet()), [(0x22, 4), (0x400, 100)]);
+    buffer.set_len(5).expect("it has 104");
+    assert_eq!(places(buffer.packet()), [(0x22, 4), (0x400, 1)]);
+    assert_eq!(places(buffer.header_and_packet()), [(0x100, 10), (0x20, 6), (0x400, 1)]);
+    assert_eq!(places(buffer.space()), [(0x22, 4), (0x400, 100)]);
+    buffer.set_len(0).expect("it has 104");
+    assert!(buffer.is_empty() && buffer.packet().next().is_none());
+    let refused = buffer.set_len(105).expect_err("it has 104");
+    assert_eq!((refused.wanted, refused.available), (105, 104));
+}
+
+#[test]
+fn packets_and_headers_are_copied_over_the_borders_of_segments() {
+    let table = table(0x1000, 64);
+    let mut buffer = table.buffer([(0, 8), (0x10, 8), (0x20, 3), (0x30, 9)], 12).expect("valid");
+    assert!(buffer.set_header(b"headerheader"));
+    buffer.copy_from(b"0123456789").expect("it has 16");
+    assert_eq!(buffer.header(), Some(*b"headerheader"));
+    let memory = table.memory().clone();
+    let read = |at| memory.slice(at, 8).and_then(|slice| slice.read::<8>()).expect("memory");
+    assert_eq!(&read(0), b"headerhe");
+    assert_eq!(&read(0x10), b"ader0123");
+    assert_eq!(&read(0x20)[..3], b"456");
+    assert_eq!(&read(0x30)[..4], b"789\0");
+    let mut out = [0; 16];
+    assert_eq!((buffer.copy_to(&mut out), &out[..10]), (10, &b"0123456789"[..]));
+    assert_eq!((buffer.copy_to(&mut out[..3]), &out[..3]), (3, &b"012"[..]));
+    assert!(buffer.copy_from(&[0; 17]).is_err() && buffer.len() == 10);
+
+    // From one guest to another, over other borders.
+    let other = self::table(0x1000, 64);
+    let mut to = other.buffer([(1, 1), (5, 4), (0x100, 1), (0x200, 90)], 0).expect("valid");
+    to.copy_from_guest(&buffer).expect("it has 96");
+    assert_eq!((to.len(), to.copy_to(&mut out), &out[..10]), (10, 10, &b"0123456789"[..]));
+    let mut small = other.buffer([(0, 9)], 0).expect("valid");
+    assert!(small.copy_from_guest(&buffer).is_err());
+    // It has no header.
+    assert!(to.header().is_none() && !to.set_header(&[0; 12]));
+}
+
+#[test]
+fn what_is_no_buffer_is_refused_and_takes_no_slot() {
+    let table = table(0x10_0000, 2 * SEGMENTS_MAX);
+    let fault = |address| Err(GuestBufferError::Fault(GuestFault { address }));
+    let refused = |ranges: &[(u64, u32)], header| {
+        let result = table.buffer(ranges.iter().copied(), header).map(|_| ());
+        assert_eq!(table.slots_in_use(), 0);
+        result
+    };
+    assert_eq!(refused(&[(0x10_0000, 1)], 0), fault(0x10_0000));
+    assert_eq!(refused(&[(0, 1), (0xf_ffff, 2)], 0), fault(0x10_0000));
+    assert_eq!(refused(&[(0, 11)], 12), Err(GuestBufferError::NoHeader));
+    assert_eq!(refused(&[], 12), Err(GuestBufferError::NoHeader));
+    let many = vec![(0, 1); SEGMENTS_MAX as usize];
+    assert_eq!(refused(&many, 0), Ok(()));
+    let too_many = vec![(0, 1); SEGMENTS_MAX as usize + 1];
+    assert_eq!(refused(&too_many, 0), Err(GuestBufferError::TooManySegments));
+    let long = vec![(0, 0x10_0000); 200];
+    assert_eq!(refused(&long, 0), Ok(()));
+    // The slices of one memory are nothing in another.
+    let (_, other) = memory(16);
+    let foreign = table.buffer_of(other.slice(0, 4), 0).map(|_| ());
+    assert_eq!(foreign, Err(GuestBufferError::ForeignMemory));
+    let own = table.memory().clone();
+    assert!(table.buffer_of(own.slice(0, 4), 0).is_ok());
+    assert!(SegmentTable::new(other, 0).is_err());
+}
+
+#[test]
+fn two_gibibytes_are_too_long() {
+    let table = table(1 << 24, SEGMENTS_MAX);
+    // Each range is the same memory again.
+    let of = |n| table.buffer(std::iter::repeat_n((0, 1 << 24), n), 0).map(|_| ());
+    assert_eq!(of(127), Ok(()));
+    assert_eq!(of(128), Err(GuestBufferError::TooLong));
+}
+
+#[test]
+fn a_full_table_refuses_and_a_dropped_buffer_frees() {
+    let table = table(0x1000, 12);
+    let nine = || table.buffer((0..9).map(|i| (i, 1)), 0);
+    let first = nine().expect("three slots are free");
+    assert_eq!(table.slots_in_use(), 3);
+    assert_eq!(table.buffer([(0, 1)], 0).map(|_| ()), Err(GuestBufferError::NoSlots));
+    drop(first);
+    let small = table.buffer([(0, 1)], 0).expect("it fits");
+    assert_eq!(nine().map(|_| ()), Err(GuestBufferError::NoSlots));
+    assert_eq!(table.slots_in_use(), 1);
+    drop(small);
+    assert!(nine().is_ok());
+}
+
+/// The mapping must not go while a buffer of it is anywhere.
+#[test]
+fn memory_stays_until_its_last_buffer_is_gone() {
+    let (first, memory_of_first) = memory(0x1000);
+    let mut table = SegmentTable::new(memory_of_first, 8).expect("some slots");
+    let buffer = table.buffer([(0, 64)], 0).expect("valid");
+    let (second, memory_of_second) = memory(0x2000);
+    assert!(!table.set_memory(memory_of_second), "a buffer is in the first");
+    assert_eq!(Arc::strong_count(&first), 2);
+    assert!(table.buffer([(0x1fff, 1)], 0).is_ok(), "new buffers are in the second");
+    assert!(!table.release_unused());
+    drop(buffer);
+    assert_eq!(Arc::strong_count(&first), 2, "nobody has asked yet");
+    assert!(table.release_unused());
+    assert_eq!((Arc::strong_count(&first), Arc::strong_count(&second)), (1, 2));
+
+    // A buffer outlives its table.
+    let mut buffer = table.buffer([(16, 4)], 0).expect("valid");
+    drop(table);
+    assert_eq!(Arc::strong_count(&second), 2);
+    buffer.copy_from(b"late").expect("it has four");
+    drop(buffer);
+    assert_eq!(Arc::strong_count(&second), 1);
+}
+
+/// A buffer in a queue owns its slots as one in a variable does.
+#[test]
+fn a_queue_that_is_dropped_frees_the_buffers_in_it() {
+    let (mapping, memory) = memory(0x1000);
+    let table = SegmentTable::new(memory, 64).expect("some slots");
+    let pool = pool();
+    let regions = Regions::new(vec![pool.clone()]).and_then(|r| r.with_segment_table(&table));
+    let regions = regions.expect("two regions");
+    assert!(regions.has_segment_table() && regions.pools().len() == 1);
+    let (sq_producer, cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(4, 4, 1), regions, 0);
+    let long = |i: u64| table.buffer((0..9).map(|j| (i * 16 + j, 1)), 0).expect("slots are free");
+    for i in 0..3 {
+        sq_producer.push_guest(Class::Write, 0, long(i), i).expect("credits");
+    }
+    sq_producer.push(Class::Write, pool.alloc().expect("free"), 3).expect("a credit");
+    sq_producer.publish();
+    sq_consumer.ready();
+    // One in the CQ, one taken and lost with its taker, one in the SQ.
+    let Some(Submission::Packet { class, user_data, buffer }) = sq_consumer.pop() else {
+        panic!("an entry is missing")
+    };
+    assert_eq!(places(buffer.guest().expect("a guest's").packet()).len(), 9);
+    cq_producer.push(class, buffer, user_data, Outcome::Done);
+    cq_producer.publish();
+    let taken = sq_consumer.front().expect("the second").take().0;
+    // What has ended needs no list any more.
+    assert_eq!((table.slots_in_use(), pool.slots_out()), (6, 1));
+    assert!(taken.is_guest() && taken.frame().is_none());
+    drop((sq_producer, cq_consumer, sq_consumer, cq_producer));
+    assert_eq!((table.slots_in_use(), pool.slots_out()), (3, 0));
+    let guest: GuestBuffer = taken.into_frame().expect_err("a guest's");
+    assert_eq!(guest.capacity(), 9);
+    drop((guest, table));
+    assert_eq!(Arc::strong_count(&mapping), 1);
+}
+
+#[test]
+fn a_buffer_of_another_table_comes_back() {
+    let (ours, theirs) = (table(64, 4), table(64, 4));
+    let regions = Regions::new(vec![pool()]).and_then(|r| r.with_segment_table(&ours));
+    let (sq_producer, ..) = rings(Depths::new(1, 1, 1), regions.expect("two regions"), 0);
+    let foreign = theirs.buffer([(3, 7)], 0).expect("valid");
+    let (error, buffer) =
+        sq_producer.push_guest(Class::Read, 0, foreign, 0).expect_err("it is another table's");
+    assert_eq!(error, vmring_core::PushError::ForeignPool);
+    assert_eq!(places(buffer.packet()), [(3, 7)]);
+}
+
+/// What a completion says of a guest's read is what the device has set.
+#[test]
+fn a_completion_has_the_length_that_arrived() {
+    let table = table(0x1000, 8);
+    let regions = Regions::new(vec![pool()]).and_then(|r| r.with_segment_table(&table));
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(1, 1, 1), regions.expect("two regions"), u32::MAX);
+    let buffer = table.buffer([(0, 512), (0x800, 512)], 12).expect("valid");
+    sq_producer.push_guest(Class::Read, 0, buffer, 7).expect("a credit");
+    sq_producer.publish();
+    sq_consumer.ready();
+    let (mut buffer, user_data) = sq_consumer.front().expect("a read").take();
+    assert!(buffer.guest_mut().expect("a guest's").set_len(1013).is_err());
+    buffer.guest_mut().expect("a guest's").copy_from(&[9; 600]).expect("it has 1012");
+    cq_producer.push(Class::Read, buffer, user_data, Outcome::Done);
+    cq_producer.publish();
+    cq_consumer.ready();
+    let reaped = cq_consumer.pop().expect("a completion");
+    assert_eq!((reaped.user_data, reaped.len, reaped.outcome), (7, 600, Outcome::Done));
+    // The packet is in the guest's memory, and the list is free again.
+    assert!(reaped.frame.is_none() && table.slots_in_use() == 0);
+    let read = |at| table.memory().slice(at, 100).and_then(|slice| slice.read::<100>());
+    assert_eq!((read(412), read(0x800)), (Some([9; 100]), Some([9; 100])));
+}
+
+proptest! {
+    /// Buffers are made, moved through queues and dropped at random, against lists of ranges.
+    #[test]
+    fn buffers_keep_their_segments_and_give_their_slots_back(
+        steps in prop::collection::vec(
+            (0_u8..5, prop::collection::vec((0_u64..0x1000, 1_u32..64), 0..24), 0_usize..8),
+            1..60,
+        ),
+    ) {
+        const SLOTS: u32 = 24;
+        let table = table(0x2000, SLOTS * 4);
+        let mut kept: Vec<(GuestBuffer, Vec<(u64, u32)>)> = Vec::new();
+        let regions = Regions::new(vec![pool()]).and_then(|r| r.with_segment_table(&table));
+        let (sq_producer, _cq, mut sq_consumer, _cq_producer) =
+            rings(Depths::new(8, 8, 1), regions.expect("two regions"), 5);
+        let mut queued = VecDeque::new();
+        let slots = |ranges: &Vec<(u64, u32)>| (ranges.len() as u32).div_ceil(4).max(1);
+        for (step, ranges, which) in steps {
+            let used: u32 = kept.iter().map(|(_, ranges)| slots(ranges)).sum::<u32>()
+                + queued.iter().map(slots).sum::<u32>();
+            prop_assert_eq!(table.slots_in_use(), used);
+            match step {
+                0 | 1 => match table.buffer(ranges.iter().copied(), 0) {
+                    Ok(buffer) => kept.push((buffer, ranges)),
+                    Err(error) => {
+                        prop_assert_eq!(error, GuestBufferError::NoSlots);
+                        prop_assert!(used + slots(&ranges) > SLOTS);
+                    }
+                },
+                2 if !kept.is_empty() => drop(kept.swap_remove(which % kept.len())),
+                3 if !kept.is_empty() => {
+                    let (buffer, ranges) = kept.swap_remove(which % kept.len());
+                    match sq_producer.push_guest(Class::Write, 0, buffer, 0) {
+                        Ok(()) => queued.push_back(ranges),
+                        Err((_, buffer)) => {
+                            kept.push((buffer, ranges));
+                        }
+                    }
+                    sq_producer.publish();
+                }
+                4 => {
+                    sq_consumer.ready();
+                    if let Some(front) = sq_consumer.front() {
+                        let buffer = front.take().0.into_frame().expect_err("a guest's");
+                        kept.push((buffer, queued.pop_front().expect("it was queued")));
+                    }
+                    sq_consumer.retire();
+                }
+                _ => {}
+            }
+            for (buffer, ranges) in &kept {
+                prop_assert_eq!(&places(buffer.segments()), ranges);
+            }
+        }
+        drop((sq_producer, _cq, sq_consumer, _cq_producer));
+        kept.clear();
+        prop_assert_eq!(table.slots_in_use(), 0);
+    }
+}
