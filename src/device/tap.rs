@@ -655,6 +655,8 @@ impl Running {
         caps.max_write_batch = limits::URING_WRITES.into();
         caps.headroom = self.framing.header as u32;
         caps.offloads = self.offloads;
+        caps.read_segments = limits::READ_SEGMENTS_MAX as u32;
+        caps.write_segments = limits::WRITE_SEGMENTS_MAX as u32;
         caps.reading_rings = lock(&self.queue_states).len();
         caps.writing_rings = usize::MAX;
         caps
@@ -747,7 +749,7 @@ impl Device for TapDevice {
         let fd = state.fd.clone();
         tidy(&mut queue_states);
         let engine = match self.engine {
-            TapEngine::Plain => Engine::Plain(Plain::new(fd.clone())),
+            TapEngine::Plain => Engine::Plain(Box::new(Plain::new(fd.clone()))),
             _ => Engine::Uring(Box::new(Uring::new(fd.clone()))),
         };
         Ok(Box::new(TapQueue {
@@ -839,7 +841,7 @@ impl Device for TapDevice {
 #[derive(Debug)]
 enum Engine {
     Uring(Box<Uring>),
-    Plain(Plain),
+    Plain(Box<Plain>),
 }
 
 /// One ring's queue of a TAP.
@@ -871,7 +873,7 @@ impl TapQueue {
             }
             tracing::warn!(%error, "a queue of the TAP got no io_uring, so it uses plain calls");
             self.fallbacks.fetch_add(1, Ordering::Relaxed);
-            self.engine = Engine::Plain(Plain::new(self.fd.clone()));
+            self.engine = Engine::Plain(Box::new(Plain::new(self.fd.clone())));
         }
         self.prepared = true;
         Ok(())

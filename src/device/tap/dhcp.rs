@@ -26,6 +26,9 @@ use crate::device::seam::Lease;
 use crate::error::{ConfigError, Error};
 use crate::software::complete_checksum;
 
+/// The bytes of a frame up to the UDP ports behind the longest IPv4 header.
+pub(crate) const FRONT: usize = 14 + 60 + 4;
+
 /// The DHCP server of one TAP.
 #[derive(Debug)]
 pub(crate) struct Dhcp {
@@ -98,6 +101,16 @@ impl Dhcp {
             }
             // A priority tag: the frame belongs to no VLAN.
             Some(&[0x81, 0x00]) => self.take_tagged(frame, header),
+            _ => false,
+        }
+    }
+
+    /// Whether [`take`](Self::take) would do anything with a frame that begins like this: with the
+    /// frame's first [`FRONT`] bytes, or with all of them.
+    pub(crate) fn looks_at(front: &[u8]) -> bool {
+        match front.get(12..14) {
+            Some(&[0x08, 0x00]) => is_request(front, 14),
+            Some(&[0x08, 0x06] | &[0x81, 0x00]) => true,
             _ => false,
         }
     }
@@ -220,6 +233,8 @@ mod tests {
         let mut tcp = udp_to(67, 0x45, [0, 0]);
         tcp[23] = 6;
         assert!(!is_request(&tcp, 14));
+        let dhcp = udp_to(67, 0x4f, [0, 0]);
+        assert!(Dhcp::looks_at(&dhcp[..FRONT]) && !Dhcp::looks_at(&tcp));
         for len in 0..60 {
             // Must not index out of bounds, whatever the length.
             let _ = is_request(&udp_to(67, 0x4f, [0, 0])[..len], 14);

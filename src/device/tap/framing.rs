@@ -1,12 +1,16 @@
 //! What both engines share: the layout of a frame in a slot, and the meaning of the kernel's
 //! answers.
 
+use std::fmt;
+
+use vmring_core::GuestBuffer;
 use vmring_core::offload;
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::limits::VLAN_TAG_LEN;
 
-use super::dhcp::Dhcp;
+use super::dhcp::{Dhcp, FRONT};
+use super::limits::{DHCP_REQUEST_MAX, WRITE_SEGMENTS_MAX};
 use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
@@ -24,6 +28,24 @@ pub(crate) struct Framing {
     pub(crate) too_big: AtomicU64,
     /// Counts packets that came without a whole offload header.
     pub(crate) malformed: AtomicU64,
+}
+
+/// The pieces of one frame, for writev(2) or its like.
+pub(crate) struct Pieces([libc::iovec; WRITE_SEGMENTS_MAX]);
+
+// SAFETY: the pieces are addresses. Only a call that also has the slot whose bytes they are uses them.
+unsafe impl Send for Pieces {}
+
+impl Default for Pieces {
+    fn default() -> Self {
+        Self([libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; WRITE_SEGMENTS_MAX])
+    }
+}
+
+impl fmt::Debug for Pieces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pieces").finish_non_exhaustive()
+    }
 }
 
 /// What an error of the kernel means for the frame.
@@ -56,6 +78,43 @@ pub(crate) fn status_of(error: &std::io::Error) -> Status {
 }
 
 impl Framing {
+    /// The bytes of a posted write for the kernel, in pieces: the offload header, if the TAP has one,
+    /// and the packet. `None` if the slot lacks space for the header.
+    #[inline]
+    pub(crate) fn to_write<'a>(
+        &self,
+        slot: &'a mut PostedSlot,
+        pieces: &'a mut Pieces,
+    ) -> Option<&'a [libc::iovec]> {
+        let Pieces(pieces) = pieces;
+        let Some(guest) = slot.guest() else {
+            let bytes = slot.packet_with_header_mut(self.header)?;
+            pieces[0] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+            return Some(&pieces[..1]);
+        };
+        let segments = if self.header > 0 { guest.header_and_packet() } else { guest.packet() };
+        let mut count = 0;
+        for (piece, segment) in pieces.iter_mut().zip(segments) {
+            *piece =
+                libc::iovec { iov_base: segment.as_ptr().cast(), iov_len: segment.len() as usize };
+            count += 1;
+        }
+        Some(&pieces[..count])
+    }
+
+    /// The space of a posted read for the kernel: for the offload header, if the TAP has one, and the
+    /// longest packet. `None` if the slot lacks space for the header.
+    #[inline]
+    pub(crate) fn to_read(&self, slot: &mut PostedSlot) -> Option<(*mut u8, usize)> {
+        let Some(guest) = slot.guest() else {
+            let room = slot.buffer_with_header_mut(self.header)?;
+            return Some((room.as_mut_ptr(), room.len()));
+        };
+        // There is one segment: the capabilities ask for that.
+        let mut space = if self.header > 0 { guest.segments() } else { guest.space() };
+        space.next().map(|segment| (segment.as_ptr(), segment.len() as usize))
+    }
+
     /// Completes a read for which the kernel has written `len` bytes: the offload header, if the
     /// TAP has one, into the headroom, and the packet after it. If the packet is dropped, posts the
     /// slot again instead.
@@ -80,11 +139,23 @@ impl Framing {
     /// Whether a packet that is longer than the longest one without a tag is too long.
     #[cold]
     fn is_too_long(&self, slot: &mut PostedSlot, packet: usize) -> bool {
-        let tagged = slot.buffer_with_header_mut(self.header).is_some_and(|room| {
-            let at = self.header + ETHERNET_HEADER_LEN - 2;
-            matches!(room.get(at..at + 2), Some(&[0x81, 0x00] | &[0x88, 0xa8]))
-        });
-        packet > self.max_packet_size || !tagged
+        let front = self.front(slot);
+        let ether_type = &front[ETHERNET_HEADER_LEN - 2..ETHERNET_HEADER_LEN];
+        packet > self.max_packet_size || !matches!(ether_type, &[0x81, 0x00] | &[0x88, 0xa8])
+    }
+
+    /// A copy of the first bytes that the kernel has written into a read's buffer, behind the offload
+    /// header.
+    fn front(&self, slot: &mut PostedSlot) -> [u8; FRONT] {
+        let mut front = [0; FRONT];
+        if let Some(guest) = slot.guest() {
+            guest.copy_to(&mut front);
+        } else if let Some(room) = slot.buffer_with_header_mut(self.header) {
+            let written = &room[self.header..];
+            let len = written.len().min(FRONT);
+            front[..len].copy_from_slice(&written[..len]);
+        }
+        front
     }
 
     /// Counts the packet and posts the slot again.
@@ -99,26 +170,45 @@ impl Framing {
     /// not report this, but the packet's IP header states a greater length than has arrived.
     #[inline]
     fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
-        match slot.buffer_with_header_mut(self.header) {
-            Some(room) if len == room.len() => promises_more(&room[self.header..]),
+        match self.to_read(slot) {
+            Some((_, space)) if len == space => {
+                promises_more(&self.front(slot), len.wrapping_sub(self.header))
+            }
             _ => false,
         }
     }
 
     /// Takes what the guest writes if it is a DHCP request that this TAP's server handles, and
-    /// answers it. Returns whether it did. The server learns from ARP packets, and leaves them. `bytes` begin with the offload header if the TAP has
-    /// one.
+    /// answers it. Returns whether it did. The server learns from ARP packets, and leaves them.
     #[inline]
-    pub(crate) fn take_dhcp(&self, bytes: &[u8]) -> bool {
+    pub(crate) fn take_dhcp(&self, slot: &mut PostedSlot) -> bool {
         let Some(dhcp) = &self.dhcp else { return false };
+        if let Some(guest) = slot.guest() {
+            return self.take_guests_dhcp(dhcp, guest);
+        }
+        let Some(bytes) = slot.packet_with_header_mut(self.header) else { return false };
         let (header, packet) = bytes.split_at(self.header.min(bytes.len()));
         dhcp.take(packet, (header.len() == offload::LEN).then_some(header))
     }
+
+    /// As [`take_dhcp`](Self::take_dhcp). What the server decides by is a copy, because the guest may
+    /// change the packet. Only a packet that may be a request is copied whole.
+    fn take_guests_dhcp(&self, dhcp: &Dhcp, guest: &GuestBuffer) -> bool {
+        let mut packet = [0; DHCP_REQUEST_MAX];
+        let front = guest.copy_to(&mut packet[..FRONT]);
+        if !Dhcp::looks_at(&packet[..front]) || guest.len() > DHCP_REQUEST_MAX {
+            return false;
+        }
+        let len = guest.copy_to(&mut packet);
+        let header = guest.header().filter(|_| self.header > 0);
+        dhcp.take(&packet[..len], header.as_ref().map(<[u8; offload::LEN]>::as_slice))
+    }
 }
 
-/// Whether the packet's IP header states a greater length than the packet has. False for a packet
-/// that is not IP.
-fn promises_more(packet: &[u8]) -> bool {
+/// Whether the IP header of a packet of `len` bytes, of which these are the first, states a greater
+/// length than the packet has. False for a packet that is not IP.
+fn promises_more(packet: &[u8], len: usize) -> bool {
+    let packet = &packet[..packet.len().min(len)];
     let field = |at: usize| {
         packet.get(at..at + 2).map_or(0, |b| usize::from(u16::from_be_bytes([b[0], b[1]])))
     };
@@ -128,8 +218,8 @@ fn promises_more(packet: &[u8]) -> bool {
         at += 4;
     }
     match field(at - 2) {
-        0x0800 => at + field(at + 2) > packet.len(),
-        0x86dd => at + 40 + field(at + 4) > packet.len(),
+        0x0800 => at + field(at + 2) > len,
+        0x86dd => at + 40 + field(at + 4) > len,
         _ => false,
     }
 }
@@ -140,27 +230,28 @@ mod tests {
 
     #[test]
     fn a_cut_packet_promises_more_than_it_has() {
+        let cut = |packet: &[u8]| promises_more(packet, packet.len());
         let mut packet = vec![0; 100];
         packet[12..14].copy_from_slice(&[0x08, 0x00]);
         packet[16..18].copy_from_slice(&86u16.to_be_bytes());
-        assert!(!promises_more(&packet));
-        assert!(promises_more(&packet[..99]));
+        assert!(!cut(&packet));
+        assert!(cut(&packet[..99]));
         packet[12..14].copy_from_slice(&[0x86, 0xdd]);
         packet[18..20].copy_from_slice(&46u16.to_be_bytes());
-        assert!(!promises_more(&packet));
-        assert!(promises_more(&packet[..99]));
+        assert!(!cut(&packet));
+        assert!(cut(&packet[..99]));
         for tags in [&[0x81, 0, 0, 7][..], &[0x88, 0xa8, 0, 7, 0x81, 0, 0, 9]] {
             let mut tagged = packet.clone();
             tagged.splice(12..12, tags.iter().copied());
-            assert!(!promises_more(&tagged));
-            assert!(promises_more(&tagged[..tagged.len() - 1]));
+            assert!(!cut(&tagged));
+            assert!(cut(&tagged[..tagged.len() - 1]));
         }
         let only_tags: Vec<u8> = [0x81, 0].into_iter().cycle().take(100).collect();
-        assert!(!promises_more(&only_tags));
+        assert!(!cut(&only_tags));
         packet[12..14].copy_from_slice(&[0x88, 0xb5]);
-        assert!(!promises_more(&packet[..20]), "of what is not IP nobody knows the length");
+        assert!(!cut(&packet[..20]), "of what is not IP nobody knows the length");
         for len in 0..20 {
-            promises_more(&packet[..len]);
+            cut(&packet[..len]);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::framing::{Fault, Framing, fault_of};
+use super::framing::{Fault, Framing, Pieces, fault_of};
 use super::open::TapQueueFd;
 use crate::device::context::PollContext;
 use crate::device::seam::Progress;
@@ -15,11 +15,13 @@ use crate::error::Status;
 #[derive(Debug)]
 pub(crate) struct Plain {
     fd: Arc<TapQueueFd>,
+    /// The pieces of the frame that is being written.
+    pieces: Pieces,
 }
 
 impl Plain {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
-        Self { fd }
+        Self { fd, pieces: Pieces::default() }
     }
 
     /// Writes the posted frames until none is left or the kernel refuses one for the moment.
@@ -30,18 +32,23 @@ impl Plain {
         framing: &Framing,
     ) -> Result<(), Status> {
         while let Some(mut slot) = cx.take_write() {
-            let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
-                cx.fail(slot, Status::InvalidArgument);
-                continue;
-            };
-            if framing.take_dhcp(bytes) {
+            if framing.take_dhcp(&mut slot) {
                 cx.complete_write(slot);
                 continue;
             }
+            let Some(pieces) = framing.to_write(&mut slot, &mut self.pieces) else {
+                cx.fail(slot, Status::InvalidArgument);
+                continue;
+            };
             let fd = self.fd.as_raw_fd();
-            // SAFETY: `bytes` borrows the slot for the whole call, and the length passed is its
-            // length.
-            let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+            // SAFETY: `pieces` borrows the slot for the whole call. They are bytes of its frame, or in
+            // the mapping that its guest's buffer keeps alive.
+            let written = unsafe {
+                match pieces {
+                    [piece] => libc::write(fd, piece.iov_base, piece.iov_len),
+                    _ => libc::writev(fd, pieces.as_ptr(), pieces.len() as libc::c_int),
+                }
+            };
             if written >= 0 {
                 cx.complete_write(slot);
                 continue;
@@ -70,14 +77,14 @@ impl Plain {
         framing: &Framing,
     ) -> Result<Progress, Status> {
         while let Some(mut slot) = cx.take_read() {
-            let Some(room) = slot.buffer_with_header_mut(framing.header) else {
+            let Some((space, len)) = framing.to_read(&mut slot) else {
                 cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
             let fd = self.fd.as_raw_fd();
-            // SAFETY: `room` borrows the slot exclusively for the whole call, and the length passed
-            // is its length.
-            let len = unsafe { libc::read(fd, room.as_mut_ptr().cast(), room.len()) };
+            // SAFETY: the space is the slot's, `len` bytes long: of its frame, which we own, or in the
+            // mapping that its guest's buffer keeps alive. The slot stays here during the call.
+            let len = unsafe { libc::read(fd, space.cast(), len) };
             if let Ok(len) = usize::try_from(len) {
                 framing.complete_received(cx, slot, len);
                 continue;

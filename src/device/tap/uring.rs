@@ -47,7 +47,7 @@ use memmap2::MmapMut;
 // and not loom's.
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::framing::{Fault, Framing, fault_of, status_of};
+use super::framing::{Fault, Framing, Pieces, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
@@ -83,7 +83,12 @@ fn check_here() -> io::Result<()> {
     let mut state = UringState::new(true)?;
     let mut probe = Probe::new();
     state.ring.submitter().register_probe(&mut probe)?;
-    let known = [opcode::ReadMulti::CODE, opcode::Write::CODE, opcode::AsyncCancel::CODE];
+    let known = [
+        opcode::ReadMulti::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::AsyncCancel::CODE,
+    ];
     if known.into_iter().all(|code| probe.is_supported(code)) {
         state.unregister();
         Ok(())
@@ -165,14 +170,14 @@ impl Uring {
         state.ask_to_end();
         state.push_writes(cx, framing);
         if self.recall.is_empty() {
-            state.provide(cx, framing.header);
+            state.provide(cx, framing);
             state.arm_multishot();
         }
         state.enter().map_err(|error| status_of(&error))?;
         let result = state.complete(cx, framing);
         if !state.armed && !self.recall.is_empty() {
             let recall = &self.recall;
-            state.take_back(cx, framing.header, |slot| recall.wants(slot))?;
+            state.take_back(cx, framing, |slot| recall.wants(slot))?;
             self.recall.clear();
         }
         result?;
@@ -248,6 +253,9 @@ struct UringState {
     writes: Box<[Option<PostedSlot>]>,
     /// The numbers that no write in flight has.
     free_writes: Vec<u16>,
+    /// The pieces of the writes from several places in a guest's memory, by write number. Empty until
+    /// there is one.
+    pieces: Box<[Pieces]>,
     /// The multishot read is in flight: its last completion has not arrived.
     armed: bool,
     /// A cancel or a close wants the multishot read to end.
@@ -286,6 +294,42 @@ impl Request {
     }
 }
 
+/// The entry of a write. If the packet is in several pieces, they are put among `all`, at the write's
+/// number. `None` if the slot lacks space for the header.
+fn entry_of(
+    slot: &mut PostedSlot,
+    number: u16,
+    all: &mut Box<[Pieces]>,
+    framing: &Framing,
+) -> Option<squeue::Entry> {
+    let (start, len) = match slot.guest() {
+        None => {
+            let bytes = slot.packet_with_header_mut(framing.header)?;
+            (bytes.as_ptr(), bytes.len())
+        }
+        Some(_) => {
+            if all.is_empty() {
+                *all = (0..URING_WRITES).map(|_| Pieces::default()).collect();
+            }
+            match framing.to_write(slot, &mut all[usize::from(number)])? {
+                [piece] => (piece.iov_base.cast_const().cast(), piece.iov_len),
+                pieces => {
+                    let entry = opcode::Writev::new(FILE, pieces.as_ptr(), pieces.len() as u32);
+                    return Some(tagged(entry.rw_flags(libc::RWF_NOWAIT).build(), number));
+                }
+            }
+        }
+    };
+    // Without `RWF_NOWAIT` each write would wait by itself for space in the TAP's send buffer, and the
+    // kernel would then take the waiting writes in any order.
+    let entry = opcode::Write::new(FILE, start, len as u32).rw_flags(libc::RWF_NOWAIT);
+    Some(tagged(entry.build(), number))
+}
+
+fn tagged(entry: squeue::Entry, number: u16) -> squeue::Entry {
+    entry.user_data(WRITE + u64::from(number))
+}
+
 impl UringState {
     fn new(single_issuer: bool) -> io::Result<Self> {
         let mut builder = IoUring::builder();
@@ -305,6 +349,7 @@ impl UringState {
             free_reads: (0..reads).rev().collect(),
             writes: (0..URING_WRITES).map(|_| None).collect(),
             free_writes: (0..URING_WRITES).rev().collect(),
+            pieces: Box::default(),
             armed: false,
             cancel_requested: false,
             ending: false,
@@ -356,33 +401,29 @@ impl UringState {
                 break;
             }
             let Some(mut slot) = cx.take_write() else { break };
-            let Some(bytes) = slot.packet_with_header_mut(framing.header) else {
-                cx.fail(slot, Status::InvalidArgument);
-                continue;
-            };
-            if framing.take_dhcp(bytes) {
+            if framing.take_dhcp(&mut slot) {
                 cx.complete_write(slot);
                 continue;
             }
-            // Without `RWF_NOWAIT` each write would wait by itself for space in the TAP's send
-            // buffer, and the kernel would then take the waiting writes in any order.
-            let entry = opcode::Write::new(FILE, bytes.as_ptr(), bytes.len() as u32)
-                .rw_flags(libc::RWF_NOWAIT)
-                .build()
-                .user_data(WRITE + u64::from(number));
+            let Some(entry) = entry_of(&mut slot, number, &mut self.pieces, framing) else {
+                cx.fail(slot, Status::InvalidArgument);
+                continue;
+            };
             self.free_writes.pop();
             self.writes[usize::from(number)] = Some(slot);
             self.places[usize::from(number)] = self.next_place;
             self.next_place += 1;
             if let Some(entry) = last.replace(entry) {
                 // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put
-                // it. The slot stays there until `complete` sees the write's completion.
+                // it, or the pieces of that write's number. Both stay until `complete` sees the
+                // write's completion.
                 unsafe { queue.push(&entry.flags(link)) }.expect("the queue has space, as checked");
             }
         }
         if let Some(entry) = last {
-            // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put it.
-            // The slot stays there until `complete` sees the write's completion.
+            // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put it, or
+            // the pieces of that write's number. Both stay until `complete` sees the write's
+            // completion.
             unsafe { queue.push(&entry) }.expect("the queue has space, as checked");
         }
     }
@@ -393,11 +434,11 @@ impl UringState {
     }
 
     /// Gives the kernel the slots of the posted reads, up to `URING_READS` at a time.
-    fn provide(&mut self, cx: &mut PollContext<'_>, header: usize) {
+    fn provide(&mut self, cx: &mut PollContext<'_>, framing: &Framing) {
         while let Some(&number) = self.free_reads.last() {
             let Some(slot) = cx.take_read() else { break };
             self.free_reads.pop();
-            if let Err(slot) = self.provide_one(number, slot, header) {
+            if let Err(slot) = self.provide_one(number, slot, framing) {
                 self.free_reads.push(number);
                 cx.fail(slot, Status::InvalidArgument);
             }
@@ -411,10 +452,10 @@ impl UringState {
         &mut self,
         number: u16,
         mut slot: PostedSlot,
-        header: usize,
+        framing: &Framing,
     ) -> Result<(), PostedSlot> {
-        let Some(room) = slot.buffer_with_header_mut(header) else { return Err(slot) };
-        let (address, len) = (room.as_mut_ptr() as u64, room.len() as u32);
+        let Some((space, len)) = framing.to_read(&mut slot) else { return Err(slot) };
+        let (address, len) = (space as u64, len as u32);
         self.reads[usize::from(number)] = Some(slot);
         self.order.push_back(number);
         self.buffers.put(number, address, len);
@@ -576,7 +617,7 @@ impl UringState {
     fn take_back(
         &mut self,
         cx: &mut PollContext<'_>,
-        header: usize,
+        framing: &Framing,
         wanted: impl Fn(&PostedSlot) -> bool,
     ) -> Result<(), Status> {
         debug_assert!(!self.armed, "the kernel may fill the buffers");
@@ -589,7 +630,7 @@ impl UringState {
             if wanted(&slot) {
                 self.free_reads.push(number);
                 cx.cancel(slot);
-            } else if let Err(slot) = self.provide_one(number, slot, header) {
+            } else if let Err(slot) = self.provide_one(number, slot, framing) {
                 self.free_reads.push(number);
                 cx.fail(slot, Status::InvalidArgument);
             }
