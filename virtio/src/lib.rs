@@ -1,0 +1,1 @@
+//! The device side of virtio for [`vmring`](https://docs.rs/vmring).
