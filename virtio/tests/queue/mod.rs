@@ -1,6 +1,7 @@
 //! The device side of a split virtqueue, against the driver in `driver/`.
 
 mod chains;
+mod model;
 mod notifications;
 mod order;
 mod parts;
