@@ -5,6 +5,8 @@ mod model;
 mod notifications;
 mod order;
 mod parts;
+#[cfg(unix)]
+mod process;
 
 use vmring_virtio::queue::{Chain, Queue};
 
