@@ -63,7 +63,7 @@
 //! |---|---|---|
 //! | [`fetch`](Queue::fetch) loads the available index, Acquire | `virtio_wmb` before its store, in `virtqueue_add_split` (2.7.13.3) | entries and descriptors are the new ones |
 //! | [`flush`](Queue::flush) stores the used index, Release, after buffers, elements and dirty marks | `virtio_rmb` after its load, in `virtqueue_get_buf_ctx_split` (2.7.14) | the driver sees what was written |
-//! | [`flush`](Queue::flush) stores the used index; then [`needs_interrupt`](Queue::needs_interrupt) has a fence and loads `used_event` or the flags | `virtqueue_enable_cb_prepare_split` stores `used_event` or the flags; then `virtio_store_mb` and a load of the used index (2.7.14) | one of the two sees the other's store, and no interrupt is lost |
+//! | [`flush`](Queue::flush) stores the used index; then [`needs_interrupt`](Queue::needs_interrupt) has a fence and loads `used_event` or the flags | `virtqueue_enable_cb_prepare_split` stores `used_event` or the flags; then `virtqueue_poll` has `virtio_mb` and loads the used index (2.7.14) | one of the two sees the other's store, and no interrupt is lost |
 //! | [`enable_notifications`](Queue::enable_notifications) stores `avail_event` or the flags; then it has a fence and loads the available index | `virtqueue_add_split` stores the available index; then `virtqueue_kick_prepare_split` has `virtio_mb` and loads `avail_event` or the flags (2.7.13.4) | one of the two sees the other's store, and no kick is lost |
 
 #![forbid(unsafe_code)]
@@ -347,7 +347,6 @@ impl Queue {
         let Popped::Whole { head, len_max } = self.popped[self.rings.slot(self.next_used)] else {
             unreachable!("`return_broken` leaves no broken chain as the oldest");
         };
-        debug_assert!(written <= len_max, "{written} bytes in a chain of {len_max}");
         // Skipped chains count as wholly used (virtio 1.2, section 2.7.9). For a chain with room to
         // write, that would be its whole room. DPDK's driver reads each length that it needs from the
         // chain's own element, so such chains always have one.

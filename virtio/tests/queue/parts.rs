@@ -68,7 +68,21 @@ fn each_part_is_aligned() {
         }),
         None
     );
-    // The guest's addresses are aligned, but this program's are not.
+    // This program's addresses are aligned, but the guest's are not.
+    let odd = GuestRegion::new(0x9001, Arc::new(HeapBacking::new(0x100)));
+    let regions = driver.memory().regions().iter().cloned().chain([odd]);
+    let memory = GuestMemory::new(regions).expect("valid regions");
+    for (part, address) in [(Part::Available, 0x9001), (Part::Used, 0x9005)] {
+        let mut layout = driver.layout();
+        match part {
+            Part::Available => layout.available = address,
+            _ => layout.used = address,
+        }
+        let (features, state) = (QueueFeatures::default(), QueueState::default());
+        let error = Queue::new(memory.clone(), layout, features, state).err();
+        assert_eq!(error, misaligned(part, address));
+    }
+    // It is the other way round.
     let mapping = Arc::new(HeapBacking::new(0x1001));
     let odd = GuestRegion::part(0, mapping, 1, 0x1000).expect("it is inside");
     let memory = GuestMemory::new([odd]).expect("one region");
