@@ -1,6 +1,9 @@
 //! Each way in which a chain can be broken, and what is just not broken.
 
-use vmring_core::guest::GuestFault;
+use std::sync::Arc;
+
+use vmring_core::HeapBacking;
+use vmring_core::guest::{GuestFault, GuestMemory, GuestRegion};
 use vmring_virtio::queue::{ChainError, DESCRIPTORS_MAX, Queue, QueueFeatures, SEGMENTS_MAX};
 
 use crate::driver::{ARENA, Descriptor, Driver, INDIRECT, NEXT, Setup, WRITE};
@@ -244,6 +247,25 @@ fn an_indirect_table_may_be_anywhere() {
     driver.set_descriptor(0, descriptor(ARENA + 1, 32, INDIRECT, 0));
     let pieces = vec![(ARENA + 40, 2), (ARENA + 20, 4), (ARENA + 24, 8), (ARENA + 32, 8)];
     assert_eq!(judged(&mut driver, &mut queue, 0), Ok(pieces));
+}
+
+#[test]
+fn an_indirect_table_does_not_wrap_around() {
+    let (driver, queue) = guest(8);
+    // Memory at both ends of the addresses.
+    let ends = [(u64::MAX - 32, 32), (0, 64)]
+        .map(|(address, len)| GuestRegion::new(address, Arc::new(HeapBacking::new(len))));
+    let regions = driver.memory().regions().iter().cloned().chain(ends);
+    let memory = GuestMemory::new(regions).expect("valid regions");
+    let mut driver = Driver::over(memory, driver.layout(), queue.features(), 0, 0);
+    let mut queue = driver.device();
+    let table = u64::MAX - 16;
+    driver.set_indirect(table, 0, descriptor(ARENA, 1, NEXT, 2));
+    // This is where the third descriptor would be.
+    driver.set_indirect(15, 0, descriptor(ARENA, 2, 0, 0));
+    driver.set_descriptor(0, descriptor(table, 48, INDIRECT, 0));
+    let fault = ChainError::Fault(GuestFault { address: table });
+    assert_eq!(judged(&mut driver, &mut queue, 0), Err(fault));
 }
 
 #[test]

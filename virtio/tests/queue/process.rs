@@ -136,7 +136,7 @@ fn a_guest_that_writes_everywhere_gets_nowhere() {
         let (mut whole, mut broken, mut restarts) = (0, 0, 0);
         let mut reasons = HashSet::new();
         let enough = scaled(50_000);
-        while whole < enough || broken < enough || restarts < scaled(1000) || reasons.len() < 8 {
+        while whole < enough || broken < enough || restarts < 20 || reasons.len() < 8 {
             let live = queue.get_or_insert_with(|| {
                 // It goes on behind what the guest's used ring says, as after a restart.
                 let used = memory.slice(USED + 2, 2).and_then(|bytes| bytes.read());
@@ -158,7 +158,10 @@ fn a_guest_that_writes_everywhere_gets_nowhere() {
             };
             assert!(u32::from(count) <= SIZE);
             if count == 0 {
-                std::thread::yield_now();
+                // The guest's driver goes on too, so that the test does not wait for the scheduler.
+                let next = live.state().next_available.wrapping_add(SIZE as u16);
+                let index = memory.slice(AVAILABLE + 2, 2).and_then(|bytes| bytes.atomic_u16(0));
+                index.expect("it is aligned").store(next.to_le(), Ordering::Relaxed);
             }
             for _ in 0..count {
                 let chain = match live.pop().expect("it was fetched") {
