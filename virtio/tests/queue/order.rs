@@ -3,9 +3,9 @@
 use vmring_virtio::queue::{AddressSpace, BrokenQueue, Queue, QueueFeatures, QueueState};
 
 use crate::driver::shapes;
-use crate::driver::{Driver, Setup};
+use crate::driver::{ARENA, Descriptor, Driver, NEXT, Setup};
 use crate::queue::{bytes_of, cut, fill, pop_whole, post_room, segments};
-use crate::support::{Dice, scaled};
+use crate::support::{self, Dice, scaled};
 
 /// Posts one chain of `shape`, serves it and collects it.
 fn round(driver: &mut Driver, queue: &mut Queue, shape: &shapes::Shape, n: u8) {
@@ -322,6 +322,49 @@ fn a_device_that_gives_back_what_it_has_not_got_is_told_so() {
         let mut queue = driver.device();
         let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| misuse(&mut queue)));
         assert!(told.is_err());
+    }
+}
+
+#[test]
+fn a_burst_allocates_nothing() {
+    for in_order in [false, true] {
+        let features = QueueFeatures { event_idx: in_order, indirect: true, in_order };
+        let setup = Setup { features, arena: vec![5003; 60], ..Setup::of(32) };
+        let mut driver = Driver::new(&setup);
+        let mut queue = driver.device();
+        let mut chains = 0;
+        for shape in shapes::all().into_iter().cycle().take(100) {
+            while driver.post(&shape.buffers, shape.indirect).is_some() {}
+            driver.expose();
+            let count = support::allocations(|| {
+                for _ in 0..queue.fetch(32).expect("the index is possible") {
+                    let chain = queue.pop().expect("it is there").expect("it is whole");
+                    chains += chain.readable().chain(chain.writable()).count().min(1);
+                }
+                queue.unpop(queue.outstanding() / 2);
+                while queue.pop().is_some() {}
+                (0..queue.outstanding()).for_each(|_| queue.push(0));
+                queue.flush();
+                let _ = queue.needs_interrupt();
+                queue.disable_notifications();
+                let _ = queue.enable_notifications();
+            });
+            assert_eq!(count, 0, "{}", shape.name);
+            driver.collect();
+            // A broken chain costs no allocation either. It is the driver's next one.
+            let head = driver.post(&[(1, false)], None).expect("there is room");
+            let cycle = Descriptor { address: ARENA, len: 1, flags: NEXT, next: head };
+            driver.set_descriptor(head, cycle);
+            driver.expose();
+            let count = support::allocations(|| {
+                assert_eq!(queue.fetch(32), Ok(1));
+                assert!(queue.pop().is_some_and(|chain| chain.is_err()));
+                queue.flush();
+            });
+            assert_eq!(count, 0, "{}", shape.name);
+            driver.collect();
+        }
+        assert!(chains > 100);
     }
 }
 

@@ -1,4 +1,8 @@
-//! What the tests share: a watchdog, and dice.
+//! What the tests share: a watchdog, dice, and a count of allocations.
+
+mod counting;
+
+pub(crate) use counting::allocations;
 
 use std::sync::mpsc;
 use std::thread;
