@@ -163,7 +163,7 @@ pub enum Error {
         address: u64,
     },
     /// The descriptor cannot be the event of a ring.
-    #[error("{request}: the descriptor is neither an eventfd nor a pipe")]
+    #[error("{request}: the descriptor is no eventfd, pipe or socket")]
     NotAnEvent {
         /// The request.
         request: Request,

@@ -1,0 +1,169 @@
+//! The memory that a front end shares: its mappings, and the dirty log.
+
+use std::fs::{File, Metadata};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+use vmring_core::guest::{DirtyLog, GuestMapping, GuestMemory, GuestRegion};
+use vmring_core::sync::Ordering;
+
+use crate::vhost_user::error::MapError;
+use crate::vhost_user::sys::{self, kind};
+
+/// The largest page of a file that is believed: 16 GiB.
+const PAGE_MAX: u64 = 1 << 34;
+
+/// Bytes of a file that the front end shares.
+pub(super) struct Mapping {
+    map: MmapRaw,
+    /// The mapping begins at a page; this is where the wanted bytes begin.
+    skip: usize,
+    len: usize,
+}
+
+// SAFETY: the mapping is readable and writable (`map_raw`), and it stays at its address until it is
+// dropped, because nothing here resizes it. `skip + len` bytes are mapped, by `Mapping::new`. `map`
+// is private to this file, which makes no reference to the bytes. A front end that shortens the file
+// makes accesses fail with SIGBUS, which is no undefined behaviour; see the module `vhost_user`.
+unsafe impl GuestMapping for Mapping {
+    fn start(&self) -> NonNull<u8> {
+        let start = self.map.as_mut_ptr().wrapping_add(self.skip);
+        NonNull::new(start).expect("a mapping is not at address 0")
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Mapping {
+    /// Maps `len` bytes from `offset` on. The file must have `needed` of them.
+    fn new(
+        file: &File,
+        metadata: &Metadata,
+        offset: u64,
+        len: u64,
+        needed: u64,
+    ) -> Result<Self, MapError> {
+        let overflow = || MapError::Overflow { offset, len };
+        let mode = metadata.mode();
+        let kind = sys::file_type(mode);
+        if kind != kind::FILE && !(cfg!(target_vendor = "apple") && kind == kind::NONE) {
+            return Err(MapError::NotMemory { mode });
+        }
+        let needed = offset.checked_add(needed).ok_or_else(overflow)?;
+        if needed > metadata.len() {
+            return Err(MapError::TooShort { file: metadata.len(), needed });
+        }
+        // The kernel maps and unmaps a file on hugetlbfs in its own pages only; their size is the
+        // block size. `MmapOptions` cares for the pages of every other file.
+        let page = Some(metadata.blksize())
+            .filter(|size| size.is_power_of_two() && *size <= PAGE_MAX)
+            .unwrap_or(1);
+        let skip = offset % page;
+        let whole = (skip.checked_add(len))
+            .and_then(|len| len.checked_next_multiple_of(page))
+            .and_then(|len| isize::try_from(len).ok())
+            .ok_or_else(overflow)?;
+        let map = MmapOptions::new().offset(offset - skip).len(whole as usize).map_raw(file)?;
+        Ok(Self { map, skip: skip as usize, len: len as usize })
+    }
+}
+
+/// A region of the guest's memory that is mapped.
+#[derive(Clone)]
+pub(super) struct Region {
+    pub(super) guest_address: u64,
+    pub(super) user_address: u64,
+    pub(super) size: u64,
+    /// Whether the front end cannot shorten the file.
+    pub(super) sealed: bool,
+    mapping: Arc<Mapping>,
+}
+
+impl Region {
+    pub(super) fn map(
+        file: &File,
+        guest_address: u64,
+        user_address: u64,
+        size: u64,
+        offset: u64,
+    ) -> Result<Self, MapError> {
+        let mapping = Mapping::new(file, &file.metadata()?, offset, size, size)?;
+        let sealed = sys::cannot_shrink(file.as_fd());
+        Ok(Self { guest_address, user_address, size, sealed, mapping: Arc::new(mapping) })
+    }
+
+    /// The region as a part of a [`GuestMemory`].
+    pub(super) fn part(&self, log: Option<Arc<DirtyBitmap>>) -> GuestRegion {
+        GuestRegion::new(self.guest_address, self.mapping.clone())
+            .user_address(self.user_address)
+            .dirty_log(log.map(|log| log as Arc<dyn DirtyLog>))
+    }
+}
+
+/// The pages that a bit of the log stands for have 4 KiB (`VHOST_LOG_PAGE`).
+const LOG_PAGE_SHIFT: u32 = 12;
+
+/// The dirty log that the front end shares: a bit for each 4 KiB of the guest's addresses, from the
+/// address 0 on (section "Migration").
+pub(super) struct DirtyBitmap {
+    /// The log's mapping as a memory of its own, which lends atomics.
+    memory: GuestMemory,
+    /// The bytes of the mapping before the log. The mapping begins at a multiple of four, as the
+    /// atomics demand; the log need not.
+    skip: u64,
+    /// The bytes of the log.
+    size: u64,
+}
+
+impl DirtyBitmap {
+    pub(super) fn map(file: &File, offset: u64, size: u64) -> Result<Self, MapError> {
+        let skip = offset % 4;
+        let overflow = MapError::Overflow { offset, len: size };
+        let Some(needed) = skip.checked_add(size).filter(|_| size > 0) else {
+            return Err(overflow);
+        };
+        // The last word may end up to three bytes behind the log, but in the same page.
+        let Some(len) = needed.checked_next_multiple_of(4) else { return Err(overflow) };
+        let mapping = Mapping::new(file, &file.metadata()?, offset - skip, len, needed)?;
+        let memory = GuestMemory::new([GuestRegion::new(0, Arc::new(mapping))]);
+        Ok(Self { memory: memory.map_err(|_| overflow)?, skip, size })
+    }
+
+    /// Whether the page of this address has a bit.
+    pub(super) fn covers(&self, guest_address: u64) -> bool {
+        (guest_address >> LOG_PAGE_SHIFT) / 8 < self.size
+    }
+}
+
+impl DirtyLog for DirtyBitmap {
+    fn mark(&self, guest_address: u64, len: u64) {
+        let Some(further) = len.checked_sub(1) else { return };
+        let mut page = guest_address >> LOG_PAGE_SHIFT;
+        // The session has seen that the log covers the memory and the used rings. Nothing else may
+        // be written behind it.
+        let pages = self.size.saturating_mul(8);
+        let end = (guest_address.saturating_add(further) >> LOG_PAGE_SHIFT).saturating_add(1);
+        let end = end.min(pages);
+        while page < end {
+            let word = (self.skip + page / 8) / 4;
+            let mut bits = [0u8; 4];
+            while page < end && (self.skip + page / 8) / 4 == word {
+                // The bits of a byte begin at the lowest one, and the bytes of the word are in the
+                // order of the machine.
+                bits[((self.skip + page / 8) % 4) as usize] |= 1 << (page % 8);
+                page += 1;
+            }
+            let slice = self.memory.slice(word * 4, 4);
+            let word = slice.and_then(|slice| slice.atomic_u32(0)).expect("the log has this word");
+            // Release: pairs with the atomic exchange in which the front end takes the bits. If it
+            // sees the bit, it sees the bytes that were written before. The bit is set even if it
+            // is set already, because the front end may have taken it while the bytes were written.
+            word.fetch_or(u32::from_ne_bytes(bits), Ordering::Release);
+        }
+    }
+}
