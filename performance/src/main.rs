@@ -39,7 +39,7 @@ use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
 use plan::{Part, Plan};
-use report::{Heading, Report, Sample, Table, Want};
+use report::{Heading, Place, Report, Sample, Table, Want};
 use result::Result;
 
 /// vmring beside its rivals and beside the least that the machine can do.
@@ -157,13 +157,22 @@ fn has_program(name: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
+/// How often the round trip of a cache line is measured to find the place of the processors.
+const PLACE_TURNS: u32 = 9;
+
+/// Where the two processors are now.
+fn place() -> Result<Place> {
+    let alone = common::processors() < 2;
+    Ok(Place::of(if alone { Vec::new() } else { latency::line_trips(PLACE_TURNS)? }))
+}
+
 fn run(arguments: &Arguments) -> Result<()> {
     // Counts the processors before any thread is pinned.
     common::processors();
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
     let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
-    let mut report = Report::new(Heading::of_this_machine(rounds, seconds)?);
+    let mut report = Report::new(Heading::of_this_machine(rounds, seconds, place()?)?);
     let found = arguments.bridge.is_none().then(|| Path::new(BRIDGE)).filter(|path| path.is_file());
     let bridge = arguments.bridge.as_deref().or(found);
     let stream = if arguments.quick { 1 } else { arguments.stream_seconds };
@@ -203,6 +212,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             report.skip("tap-forward, vmring bridge", NO_BRIDGE);
         }
     }
+    report.end(place()?);
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // The reader has gone away.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}

@@ -63,6 +63,87 @@ pub(crate) struct Heading {
     versions: Vec<(&'static str, &'static str)>,
     rounds: u32,
     seconds: f64,
+    processors: Processors,
+}
+
+/// Where the host of a virtual machine has put the two processors on which the measuring threads
+/// run. A host may move them at any time, so this is looked at before the parts and after them.
+#[derive(Serialize)]
+pub(crate) struct Processors {
+    before: Place,
+    /// `None` until the parts have ended.
+    after: Option<Place>,
+}
+
+/// How far apart the two processors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Distance {
+    /// There is only one.
+    One,
+    Near,
+    Far,
+}
+
+/// What one look at the processors has found.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct Place {
+    distance: Distance,
+    /// The median round trip of a cache line in nanoseconds. It is zero if there is one processor.
+    round_trip_ns: f64,
+    /// The number of turns that it is the median of.
+    turns: usize,
+}
+
+/// A round trip of this many nanoseconds or more is between processors that are far apart. On the
+/// machine of the figures it takes 130 ns or at least 490.
+const FAR_NS: f64 = 250.0;
+
+impl Place {
+    /// The place where the round trips of a cache line take these nanoseconds. No round trip means
+    /// that there is one processor.
+    pub(crate) fn of(trips: Vec<f64>) -> Self {
+        let (turns, round_trip_ns) = (trips.len(), Spread::of(trips).median);
+        let distance = match round_trip_ns {
+            _ if turns == 0 => Distance::One,
+            ns if ns >= FAR_NS => Distance::Far,
+            _ => Distance::Near,
+        };
+        Self { distance, round_trip_ns, turns }
+    }
+}
+
+impl std::fmt::Display for Distance {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::One => "only one",
+            Self::Near => "near",
+            Self::Far => "far",
+        })
+    }
+}
+
+impl std::fmt::Display for Processors {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { before, after } = self;
+        let moved = after.as_ref().filter(|after| after.distance != before.distance);
+        write!(f, "processors: {}", before.distance)?;
+        if let Some(after) = moved {
+            write!(f, ", at the end {}", after.distance)?;
+        }
+        if before.turns > 0 {
+            let ns = before.round_trip_ns;
+            write!(f, ", cache-line round trip {ns:.0} ns")?;
+            if let Some(after) = moved {
+                write!(f, ", at the end {:.0} ns", after.round_trip_ns)?;
+            }
+            write!(f, " (median of {})", before.turns)?;
+        }
+        if moved.is_some() {
+            f.write_str("; they moved, so some figures are of one place and some of the other")?;
+        }
+        Ok(())
+    }
 }
 
 /// This program's own lock file, which says what it was built from.
@@ -79,7 +160,7 @@ fn version(name: &str) -> Option<&'static str> {
 }
 
 impl Heading {
-    pub(crate) fn of_this_machine(rounds: u32, seconds: f64) -> Result<Self> {
+    pub(crate) fn of_this_machine(rounds: u32, seconds: f64, place: Place) -> Result<Self> {
         let processors = fs::read_to_string("/proc/cpuinfo")?;
         let machine = processors
             .lines()
@@ -96,6 +177,7 @@ impl Heading {
                 .collect(),
             rounds,
             seconds,
+            processors: Processors { before: place, after: None },
         })
     }
 }
@@ -277,6 +359,11 @@ impl Report {
         self.failed.len()
     }
 
+    /// Notes where the processors are now that the parts have ended.
+    pub(crate) fn end(&mut self, place: Place) {
+        self.heading.processors.after = Some(place);
+    }
+
     pub(crate) fn heading(&self) -> &Heading {
         &self.heading
     }
@@ -295,6 +382,7 @@ impl Report {
         let versions: Vec<_> =
             heading.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
         writeln!(out, "{}", versions.join(", "))?;
+        writeln!(out, "{}", heading.processors)?;
         writeln!(
             out,
             "medians of {} interleaved round(s) of {} s, in brackets the smallest and the greatest",
@@ -324,6 +412,51 @@ impl Report {
                 want.what
             )?;
         }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(before: &[f64], after: Option<&[f64]>) -> String {
+        let place = |trips: &[f64]| Place::of(trips.to_vec());
+        Processors { before: place(before), after: after.map(place) }.to_string()
+    }
+
+    #[test]
+    fn the_heading_says_where_the_processors_are() {
+        let near = "processors: near, cache-line round trip 131 ns (median of 3)";
+        assert_eq!(line(&[131.0, 130.0, 1200.0], None), near);
+        // The same place at the end changes nothing.
+        assert_eq!(line(&[130.0, 131.0, 140.0], Some(&[160.0])), near);
+        let far = "processors: far, cache-line round trip 541 ns (median of 1)";
+        assert_eq!(line(&[541.4], Some(&[490.0])), far);
+        assert_eq!(line(&[], Some(&[])), "processors: only one");
+    }
+
+    #[test]
+    fn the_heading_says_that_the_processors_moved() {
+        let moved = "processors: near, at the end far, cache-line round trip 130 ns, at the end 540 \
+            ns (median of 1); they moved, so some figures are of one place and some of the other";
+        assert_eq!(line(&[130.0], Some(&[540.0])), moved);
+    }
+
+    #[test]
+    fn the_boundary_lies_between_the_two_places() {
+        assert_eq!(Place::of(vec![FAR_NS - 1.0]).distance, Distance::Near);
+        assert_eq!(Place::of(vec![FAR_NS]).distance, Distance::Far);
+    }
+
+    #[test]
+    fn the_document_for_programs_has_the_place() -> Result<()> {
+        let before = Place::of(vec![540.0]);
+        let processors = Processors { before, after: Some(before) };
+        let json = serde_json::to_value(processors)?;
+        assert_eq!(json["before"]["distance"], "far");
+        assert_eq!(json["after"]["round_trip_ns"], 540.0);
+        assert_eq!(json["after"]["turns"], 1);
         Ok(())
     }
 }
