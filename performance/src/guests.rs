@@ -4,11 +4,11 @@
 //! Nothing may be lost. If the contender itself does not hold the sender back, the receiver says
 //! how many packets it has space for.
 
-mod bare;
-mod inspection;
-mod ours;
-mod sockets;
-mod traffic;
+pub(crate) mod bare;
+pub(crate) mod inspection;
+pub(crate) mod ours;
+pub(crate) mod sockets;
+pub(crate) mod traffic;
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::result::Result;
 use traffic::Traffic;
 
 /// The longest packet of the network with the greatest MTU.
-const LONG_PACKET: usize = 65_535;
+pub(crate) const LONG_PACKET: usize = 65_535;
 const LENGTHS: [usize; 3] = [SMALL_FRAME, FULL_FRAME, LONG_PACKET];
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Method {
@@ -66,7 +66,7 @@ impl Contender {
     /// Nanoseconds per packet.
     fn measure(&self, time: Duration) -> Result<f64> {
         let Self { method, length, touched } = *self;
-        let traffic = Traffic { length, touched, time };
+        let traffic = Traffic { length, touched, time, watched: false };
         let measured = match method {
             Method::Bare => bare::measure(traffic, false),
             Method::Queued => bare::measure(traffic, true),
@@ -74,6 +74,7 @@ impl Contender {
             Method::Datagrams => sockets::measure_datagrams(traffic),
             Method::Stream => sockets::measure_stream(traffic),
         };
+        let measured = measured.map(|carried| carried.ns);
         measured.map_err(|error| format!("{}, {length} B: {error}", method.name()).into())
     }
 }

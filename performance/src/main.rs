@@ -17,6 +17,7 @@ mod guests;
 mod idle;
 mod inline;
 mod latency;
+mod lines;
 mod net;
 mod ours;
 mod plan;
@@ -69,6 +70,11 @@ struct Arguments {
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
+    /// Measure only those rows of lines that contain this text: the table, the bytes and the name, as
+    /// in "lines, steps: 1514: bare loop".
+    #[arg(long, global = true, value_name = "TEXT", default_value = "")]
+    only: String,
+
     /// One short round, to see that everything works. Its figures say little.
     #[arg(long, global = true)]
     quick: bool,
@@ -94,6 +100,8 @@ enum What {
     Wakeup,
     /// Packets between two guests on two threads, beside the lowest possible cost and Unix sockets.
     Guests,
+    /// What makes up the cost of a packet between two processors, step by step.
+    Lines,
     /// What a packet costs with 2 to 1,024 interfaces on one network.
     Growth,
     /// Packets per second into a TAP.
@@ -163,7 +171,9 @@ const PLACE_TURNS: u32 = 9;
 /// Where the two processors are now.
 fn place() -> Result<Place> {
     let alone = common::processors() < 2;
-    Ok(Place::of(if alone { Vec::new() } else { latency::line_trips(PLACE_TURNS)? }))
+    let turns = if alone { 0 } else { PLACE_TURNS };
+    let trips: Result<Vec<f64>> = (0..turns).map(|_| latency::line_trip()).collect();
+    Ok(Place::of(trips?))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -179,12 +189,14 @@ fn run(arguments: &Arguments) -> Result<()> {
     let tap = no_tap();
     let stream_tap = tap.or((!has_program("iperf3")).then_some("the program iperf3 is not here"));
     let forward = move |plan: Plan| forward::run(plan.rounds, stream, bridge);
-    let steps: [Step<'_>; 12] = [
+    let lines = |plan: Plan| lines::run(plan, &arguments.only);
+    let steps: [Step<'_>; 13] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
         (What::Latency, "latency", None, &latency::run),
         (What::Wakeup, "wakeup", None, &latency::run_wakeup),
         (What::Guests, "guests", None, &guests::run),
+        (What::Lines, "lines", None, &lines),
         (What::Growth, "growth", None, &growth::run),
         (What::Vmnet, "vmnet", None, &vmnet::run),
         (What::Scale, "scale", None, &scale::run),

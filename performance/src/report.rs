@@ -100,6 +100,11 @@ pub(crate) struct Place {
 const FAR_NS: f64 = 250.0;
 
 impl Place {
+    /// Whether the processors are far apart.
+    pub(crate) fn is_far(&self) -> bool {
+        self.distance == Distance::Far
+    }
+
     /// The place where the round trips of a cache line take these nanoseconds. No round trip means
     /// that there is one processor.
     pub(crate) fn of(trips: Vec<f64>) -> Self {

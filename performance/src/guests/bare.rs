@@ -5,7 +5,7 @@ use std::cell::UnsafeCell;
 use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
-use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
+use super::traffic::{BATCH, Carried, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::queues::{Entry, Queues};
 use crate::result::Result;
 
@@ -174,7 +174,7 @@ impl Receiver for QueuedReceiver<'_> {
 
 /// Measures the bare loop, or the same loop with a submission and a completion queue on either
 /// side.
-pub(super) fn measure(traffic: Traffic, queued: bool) -> Result<f64> {
+pub(crate) fn measure(traffic: Traffic, queued: bool) -> Result<Carried> {
     let expected = packet(traffic.length, TO, FROM);
     let slots = Slots::new(traffic.length);
     // More than there are numbers: a batch's numbers enter one ring before the other ring has

@@ -7,20 +7,20 @@ use std::time::Duration;
 use vmring::{Direction, Drive, Embedded, Frame, Interface, Poller, Ring};
 
 use super::inspection::{Inspection, PACKETS, numbered, packet};
-use super::traffic::{BATCH, Receiver, Sender, Traffic, WINDOW, carry};
+use super::traffic::{BATCH, Carried, Receiver, Sender, Traffic, WINDOW, carry};
 use crate::net::{ETHERNET, FULL_FRAME};
 use crate::result::Result;
 
 /// Which thread drives the rings' engines.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Driven {
+pub(crate) enum Driven {
     Inline,
     TwoPollers,
     SharedPoller,
 }
 
 impl Driven {
-    pub(super) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Inline => "vmring, inline",
             Self::TwoPollers => "vmring, two pollers",
@@ -154,7 +154,7 @@ fn start(length: usize) -> Result<Interface> {
     Ok(Interface::builder().device(network).mtu(mtu as u32).start()?)
 }
 
-pub(super) fn measure(driven: Driven, traffic: Traffic) -> Result<f64> {
+pub(crate) fn measure(driven: Driven, traffic: Traffic) -> Result<Carried> {
     let length = traffic.length;
     let (a, b) = (start(length)?, start(length)?);
     let poller = if driven == Driven::SharedPoller { Some(Poller::start()?) } else { None };

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use libc::{c_int, c_void, iovec, mmsghdr};
 
 use super::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
-use super::traffic::{BATCH, Receiver, Sender, Traffic, carry};
+use super::traffic::{BATCH, Carried, Receiver, Sender, Traffic, carry};
 use crate::net::check;
 use crate::result::Result;
 
@@ -61,7 +61,7 @@ fn view(bytes: &mut [u8]) -> iovec {
 }
 
 /// Whether the system accepts a datagram of this length.
-pub(super) fn takes_datagrams_of(length: usize) -> Result<bool> {
+pub(crate) fn takes_datagrams_of(length: usize) -> Result<bool> {
     let (from, _to) = pair(libc::SOCK_DGRAM)?;
     let bytes = vec![0_u8; length];
     // SAFETY: the buffer has this many readable bytes.
@@ -146,7 +146,7 @@ impl Receiver for DatagramReceiver {
     }
 }
 
-pub(super) fn measure_datagrams(traffic: Traffic) -> Result<f64> {
+pub(crate) fn measure_datagrams(traffic: Traffic) -> Result<Carried> {
     let (from, to) = pair(libc::SOCK_DGRAM)?;
     let expected = packet(traffic.length, TO, FROM);
     let messages = Messages::new(numbered(&expected).collect(), 1 + BATCH.div_ceil(PACKETS));
@@ -247,7 +247,7 @@ impl Receiver for StreamReceiver {
     }
 }
 
-pub(super) fn measure_stream(traffic: Traffic) -> Result<f64> {
+pub(crate) fn measure_stream(traffic: Traffic) -> Result<Carried> {
     let (from, to) = pair(libc::SOCK_STREAM)?;
     let expected = packet(traffic.length, TO, FROM);
     let length = u32::try_from(traffic.length)?.to_be_bytes();

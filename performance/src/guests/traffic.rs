@@ -5,6 +5,7 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
 use super::inspection::{Depth, Inspection, words};
+use crate::clock::Processor;
 use crate::common::pin;
 use crate::result::Result;
 
@@ -24,6 +25,22 @@ pub(crate) struct Traffic {
     pub(crate) length: usize,
     pub(crate) touched: bool,
     pub(crate) time: Duration,
+    /// Whether to measure how long each side waits, which costs looks at the clock.
+    pub(crate) watched: bool,
+}
+
+/// What was measured of one carriage of packets.
+#[derive(Clone, Copy)]
+pub(crate) struct Carried {
+    /// Nanoseconds per packet.
+    pub(crate) ns: f64,
+    /// How many packets the receiver took at once, on average.
+    pub(crate) at_once: f64,
+    /// The shares of the time in which the sender and the receiver found nothing to do. They are zero
+    /// if the traffic was not watched.
+    pub(crate) waiting: [f64; 2],
+    /// The share of the time in which the sender and the receiver had their processors.
+    pub(crate) running: [f64; 2],
 }
 
 pub(crate) trait Sender: Send {
@@ -44,21 +61,34 @@ pub(crate) trait Receiver: Send {
 /// ever.
 struct Idle {
     what: &'static str,
+    watched: bool,
     turns: u32,
     since: Option<Instant>,
+    /// The rounds that did something, and the time of the others if it is watched.
+    worked: u64,
+    waited: Duration,
 }
 
 impl Idle {
-    fn new(what: &'static str) -> Self {
-        Self { what, turns: 0, since: None }
+    fn new(what: &'static str, watched: bool) -> Self {
+        Self { what, watched, turns: 0, since: None, worked: 0, waited: Duration::ZERO }
     }
 
     /// Called once per round. `worked` says whether the round did something.
     #[inline]
     fn turn(&mut self, worked: bool) -> Result<()> {
         if worked {
-            (self.turns, self.since) = (0, None);
+            self.worked += 1;
+            if let Some(since) = self.since.take()
+                && self.watched
+            {
+                self.waited += since.elapsed();
+            }
+            self.turns = 0;
             return Ok(());
+        }
+        if self.watched && self.turns == 0 {
+            self.since = Some(Instant::now());
         }
         self.turns += 1;
         std::hint::spin_loop();
@@ -84,22 +114,24 @@ struct SharedState {
 
 const UNKNOWN: u64 = u64::MAX;
 
-/// Carries packets that look like `expected` for a while. Returns nanoseconds per packet.
+/// Carries packets that look like `expected` for a while.
 pub(crate) fn carry(
     sender: impl Sender,
     receiver: impl Receiver,
     expected: Vec<u8>,
     traffic: Traffic,
-) -> Result<f64> {
+) -> Result<Carried> {
     let shared = &SharedState { stop: AtomicBool::new(false), sent: AtomicU64::new(UNKNOWN) };
     thread::scope(|scope| {
-        let sending = scope.spawn(move || send_all(sender, shared));
+        let sending = scope.spawn(move || send_all(sender, traffic.watched, shared));
         let receiving = scope.spawn(move || receive_all(receiver, expected, traffic, shared));
         let received = join(receiving);
         shared.stop.store(true, Ordering::Relaxed);
         // If the sender failed, that is why the receiver waited in vain.
-        join(sending)?;
-        received
+        let sent = join(sending)?;
+        let (ns, at_once, received) = received?;
+        let waiting = [sent.waiting, received.waiting];
+        Ok(Carried { ns, at_once, waiting, running: [sent.running, received.running] })
     })
 }
 
@@ -107,36 +139,66 @@ fn join<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread.join().unwrap_or_else(|_| Err("a guest panicked".into()))
 }
 
-fn send_all(mut sender: impl Sender, shared: &SharedState) -> Result<()> {
+/// How one side spent its time, in shares of it.
+struct Spent {
+    waiting: f64,
+    running: f64,
+}
+
+/// Measures how the calling thread spends its time.
+struct Watch {
+    processor: Processor,
+    start: (Instant, Duration),
+}
+
+impl Watch {
+    fn start() -> Result<Self> {
+        let processor = Processor::of_this_thread()?;
+        Ok(Self { processor, start: (Instant::now(), processor.time()) })
+    }
+
+    fn stop(self, idle: &Idle) -> Spent {
+        let (wall, cpu) = (self.start.0.elapsed(), self.processor.time() - self.start.1);
+        let share = |time: Duration| time.as_secs_f64() / wall.as_secs_f64();
+        Spent { waiting: share(idle.waited), running: share(cpu) }
+    }
+}
+
+fn send_all(mut sender: impl Sender, watched: bool, shared: &SharedState) -> Result<Spent> {
     pin(0);
-    let mut idle = Idle::new("sending");
+    let watch = Watch::start()?;
+    let mut idle = Idle::new("sending", watched);
     while !shared.stop.load(Ordering::Relaxed) {
         idle.turn(sender.send()?)?;
     }
-    let mut idle = Idle::new("sending the last packets");
+    let spent = watch.stop(&idle);
+    let mut idle = Idle::new("sending the last packets", false);
     loop {
         if let Some(sent) = sender.finish()? {
             shared.sent.store(sent, Ordering::Release);
-            return Ok(());
+            return Ok(spent);
         }
         idle.turn(false)?;
     }
 }
 
+/// Returns the nanoseconds per packet, the packets per turn, and how the receiver spent its time.
 fn receive_all(
     mut receiver: impl Receiver,
     expected: Vec<u8>,
     traffic: Traffic,
     shared: &SharedState,
-) -> Result<f64> {
+) -> Result<(f64, f64, Spent)> {
     pin(1);
     let depth = Depth::Everything;
     let mut inspection = Inspection { depth, expected, packets: 0, words: 0, wrong: 0 };
-    let mut idle = Idle::new("receiving");
+    let mut idle = Idle::new("receiving", false);
     while inspection.packets < COMPARED {
         idle.turn(receiver.receive(&mut inspection)?)?;
     }
+    let mut idle = Idle::new("receiving", traffic.watched);
     inspection.depth = if traffic.touched { Depth::Words } else { Depth::Lengths };
+    let watch = Watch::start()?;
     let (before, start) = (inspection.packets, Instant::now());
     let elapsed = loop {
         // The clock costs something, so it is not read in each round.
@@ -149,9 +211,10 @@ fn receive_all(
         }
     };
     let packets = inspection.packets - before;
+    let (turns, spent) = (idle.worked, watch.stop(&idle));
     inspection.depth = Depth::Everything;
     shared.stop.store(true, Ordering::Relaxed);
-    let mut idle = Idle::new("receiving the last packets");
+    let mut idle = Idle::new("receiving the last packets", false);
     while inspection.packets < shared.sent.load(Ordering::Acquire) {
         idle.turn(receiver.receive(&mut inspection)?)?;
     }
@@ -164,5 +227,6 @@ fn receive_all(
     if inspection.words != words(&inspection.expected).wrapping_mul(added) {
         return Err("a packet's words are wrong".into());
     }
-    Ok(elapsed.as_nanos() as f64 / packets as f64)
+    let ns = elapsed.as_nanos() as f64 / packets as f64;
+    Ok((ns, packets as f64 / turns as f64, spent))
 }
