@@ -325,6 +325,8 @@ fn askers() -> Vec<(String, Shape)> {
         let both = Shape { receiver_asks: after, ask_ahead: 4, ..base };
         add("the same, and the sender asks 4 ahead", both);
         add("the receiver writes", Shape { receiver_writes: true, ..base });
+        let both = Shape { receiver_writes: true, ask_ahead: 2, ..base };
+        add("the same, and the sender asks 2 ahead", both);
         add("the receiver flushes", Shape { receiver_flushes: true, ..base });
         for rest in [8, 64] {
             let what = format!("the receiver pauses {rest} times");
