@@ -370,7 +370,7 @@ pub(crate) fn run(plan: Plan, only: &str) -> Part {
             contender.measure(plan)?;
         }
     }
-    let figures = &["ns/packet", "at once", "sender waits %", "receiver waits %"];
+    let figures = &["ns/packet", "at once", "sender waits %", "receiver waits %", "rounds"];
     let mut tables: Vec<Table> =
         TABLES.iter().map(|(name, about)| Table::new(name, *about, LABELS, figures)).collect();
     for contender in &contenders {
@@ -380,7 +380,8 @@ pub(crate) fn run(plan: Plan, only: &str) -> Part {
             // A place where nothing was measured has a row only if the other has none, either.
             if !ns.is_empty() || (place == "far" && near.ns.is_empty()) {
                 let labels = [&length.to_string(), place, name];
-                tables[*table].row(&labels, &[ns, at_once, sender, receiver]);
+                let rounds = [ns.len() as f64];
+                tables[*table].row(&labels, &[ns, at_once, sender, receiver, &rounds]);
             }
         }
     }
