@@ -157,7 +157,7 @@ pub use future::write::{AllocFuture, WriteFrameFuture, WriteFuture};
 pub use future::{AsyncRing, ReadFuture, block_on};
 pub use interface::{Interface, InterfaceBuilder};
 pub use macaddr::MacAddr6;
-pub use memory::page_size;
+pub use memory::{GuestMmap, page_size};
 pub use policy::{IdlePolicy, RetryPolicy};
 pub use poller::{Poller, PollerBuilder};
 pub use pool::{Pool, PoolBuilder};

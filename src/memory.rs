@@ -1,10 +1,12 @@
-//! Packet memory: one page-aligned anonymous mapping per pool.
+//! Packet memory: one page-aligned anonymous mapping per pool. Mappings for the memory of a guest.
 
+use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use vmring_core::Backing;
+use vmring_core::guest::GuestMapping;
 
 use crate::error::Error;
 
@@ -84,9 +86,92 @@ impl Region {
     }
 }
 
+/// A mapping that the memory of a guest is in. It is unmapped when nothing refers to it any more; see
+/// [`SegmentTable`](crate::SegmentTable). A VMM that has mapped its guest's memory itself implements
+/// [`GuestMapping`] instead.
+#[derive(Debug)]
+pub struct GuestMmap {
+    map: MmapRaw,
+    base: NonNull<u8>,
+}
+
+impl GuestMmap {
+    /// Maps `len` bytes of zeroes that belong to this process alone, for a guest that runs in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] if the system does not have that much memory, or `len` is 0.
+    pub fn anonymous(len: usize) -> Result<Self, Error> {
+        let map = MmapOptions::new().len(len).map_anon();
+        Self::new(len, map.map(MmapRaw::from))
+    }
+
+    /// Maps `len` bytes of a file from `offset` on, readable and writable, shared with everybody who
+    /// maps the file, for example a guest's process.
+    ///
+    /// If somebody makes the file shorter, an access to what is missing ends this process with SIGBUS.
+    /// Where the file is another program's, see that it is sealed against that (`F_SEAL_SHRINK`).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Memory`] if the file cannot be mapped, for example because it is not open for reading
+    /// and writing, or if `len` is 0.
+    pub fn file(file: &File, offset: u64, len: usize) -> Result<Self, Error> {
+        Self::new(len, MmapOptions::new().offset(offset).len(len).map_raw(file))
+    }
+
+    fn new(bytes: usize, map: io::Result<MmapRaw>) -> Result<Self, Error> {
+        let fail = |source| Error::Memory { bytes, source };
+        if bytes == 0 {
+            return Err(fail(io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        let map = map.map_err(fail)?;
+        let base = NonNull::new(map.as_mut_ptr()).expect("a mapping is not at address 0");
+        Ok(Self { map, base })
+    }
+}
+
+// SAFETY: `base` points into `map`, which this value owns and which is not bound to a thread.
+unsafe impl Send for GuestMmap {}
+// SAFETY: a shared value gives away the address and the length only.
+unsafe impl Sync for GuestMmap {}
+
+// SAFETY: the mapping is readable and writable, and stays at its address until this value is dropped,
+// because nothing here resizes it. `MmapRaw` makes no reference to the bytes, and nothing hands it out.
+unsafe impl GuestMapping for GuestMmap {
+    fn start(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> usize {
+        self.map.len()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guests_mapping_shares_a_file() {
+        let path = std::env::temp_dir().join(format!("vmring-guest-{}", std::process::id()));
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let page = page_size();
+        file.set_len(3 * page as u64).unwrap();
+        let [whole, part] = [(0, 3 * page), (page as u64, page)].map(|(offset, len)| {
+            let map = std::sync::Arc::new(GuestMmap::file(&file, offset, len).unwrap());
+            let region = vmring_core::guest::GuestRegion::new(0, map);
+            vmring_core::GuestMemory::new([region]).unwrap()
+        });
+        assert_eq!(part.slice(16, 5).unwrap().copy_from(b"hello"), 5);
+        assert_eq!(whole.slice(page as u64 + 16, 5).unwrap().read(), Some(*b"hello"));
+        assert!(part.slice(page as u64 - 1, 2).is_none());
+        assert!(GuestMmap::file(&file, 0, 0).is_err() && GuestMmap::anonymous(0).is_err());
+        let read_only = File::open("/dev/null").unwrap();
+        assert!(matches!(GuestMmap::file(&read_only, 0, page), Err(Error::Memory { .. })));
+    }
 
     #[test]
     fn a_region_is_page_aligned_and_whole_pages() {

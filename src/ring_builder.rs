@@ -164,6 +164,32 @@ impl<'a> RingBuilder<'a> {
     /// [`Ring::submit_write_guest`]). A ring may have several tables, and a table may serve several
     /// rings. A table with four segments for each entry of the ring is a good size.
     ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use vmring::guest::GuestRegion;
+    /// use vmring::{Direction, GuestMemory, GuestMmap, Interface, Loopback, SegmentTable};
+    ///
+    /// // The guest's memory begins at 0x4000_0000. Its driver has put a packet into it, in two
+    /// // pieces, with a header of 12 bytes in front, and has given a buffer for the next packet.
+    /// let mapping = Arc::new(GuestMmap::anonymous(1 << 20)?);
+    /// let memory = GuestMemory::new([GuestRegion::new(0x4000_0000, mapping)])?;
+    /// memory.slice(0x4000_0000, 26).expect("memory").copy_from(&[0; 26]);
+    /// memory.slice(0x4000_8000, 6).expect("memory").copy_from(b"hello!");
+    ///
+    /// let table = SegmentTable::new(memory.clone(), 4 * 512)?;
+    /// let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+    /// let mut ring = interface.ring(Direction::Both).segment_table(&table).build()?;
+    /// ring.submit_read_guest(table.buffer([(0x4001_0000, 2048)], 12)?, 1)?;
+    /// ring.submit_write_guest(table.buffer([(0x4000_0000, 26), (0x4000_8000, 6)], 12)?, 2)?;
+    /// while ring.in_flight() > 0 {
+    ///     ring.wait(1, None);
+    ///     assert!(ring.reap().all(|done| done.result == Ok(20)));
+    /// }
+    /// let arrived = memory.slice(0x4001_0000 + 26, 6).expect("memory");
+    /// assert_eq!(arrived.read(), Some(*b"hello!"));
+    /// # Ok::<(), Box<dyn std::error::Error + Send + Sync>>(())
+    /// ```
+    ///
     /// The ring reserves frames for guests' packets that the device cannot move between the guest's
     /// memory and itself: one for each entry, but at most 32 for reads and 32 for writes.
     pub fn segment_table(mut self, table: &'a SegmentTable) -> Self {
