@@ -4,18 +4,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use vmring::device::fault::Faults;
 use vmring::device::{PollContext, Progress};
 use vmring::guest::{GuestMapping, GuestMemory, GuestRegion};
 use vmring::{
-    Checksum, Direction, EntryError, Interface, Loopback, OffloadHeader, Ring, RingOp,
-    SegmentTable, Status, SubmitErrorKind,
+    Checksum, Direction, Embedded, EntryError, GuestMmap, Interface, Loopback, OffloadHeader, Ring,
+    RingOp, SegmentTable, Status, SubmitErrorKind,
 };
 use vmring_core::HeapBacking;
 
 use crate::guest::{Guest, HEADER};
 use crate::support::{
     LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet, reap,
-    reap_n,
+    reap_n, unique,
 };
 
 /// The number of frames that a ring reserves for one direction.
@@ -321,6 +322,46 @@ fn a_device_gets_the_buffers_that_it_takes() {
             assert_eq!(stats.bounced_reads == 60, reads == 0, "{reads}, {writes}");
             assert_eq!(stats.bounced_writes == 0, writes >= 6, "{reads}, {writes}");
         }
+    });
+}
+
+/// Goal: what a guest gives for sending is not written, whoever sends it. Method: the page is made
+/// read-only, so that a write to it ends the process.
+#[test]
+fn what_a_guest_sends_is_not_written() {
+    guarded(|| {
+        let page = vmring::page_size();
+        let mapping = Arc::new(GuestMmap::anonymous(2 * page).expect("a mapping"));
+        let (start, bytes) = (mapping.start().as_ptr(), packet(9, 700));
+        let memory = GuestMemory::new([GuestRegion::new(0, mapping)]).expect("a region");
+        let table = SegmentTable::new(memory.clone(), 64).expect("a table");
+        let sent = [(0, 12), (100, 300), (500, 400)];
+        let mut buffer = table.buffer(sent, HEADER).expect("it is there");
+        buffer.copy_from(&bytes).expect("it fits");
+        drop(buffer);
+        // SAFETY: it is the first page of the mapping, to which nobody has a reference.
+        let made = unsafe { libc::mprotect(start.cast(), page, libc::PROT_READ) };
+        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+        let seen = Arc::new(AtomicU32::new(0));
+        let embedded = Embedded::network(unique("read-only"));
+        let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
+        for interface in [
+            loopback(),
+            takes_guests(256, 256, &seen),
+            Interface::builder().device(wrapped).start().expect("it starts"),
+            Interface::builder().device(embedded).start().expect("it starts"),
+        ] {
+            let builder = inline(&interface, Direction::Both).depth(4).segment_table(&table);
+            let mut ring = builder.build().expect("a ring");
+            let read = table.buffer([(page as u64, 1600)], HEADER).expect("it is there");
+            ring.submit_read_guest(read, 1).expect("a read is taken");
+            let write = table.buffer(sent, HEADER).expect("it is there");
+            ring.submit_write_guest(write, 2).expect("a write is taken");
+            drive_to_rest(&mut ring);
+            let ended = brief(&mut ring);
+            assert!(ended.contains(&(RingOp::Write, 2, Ok(700))), "{ended:?}");
+        }
+        assert_eq!(seen.load(Relaxed), 2, "one of the devices took both buffers");
     });
 }
 
