@@ -1,6 +1,6 @@
 //! The memory under a pool.
 
-use crate::guest::GuestMapping;
+use crate::guest::region::GuestMapping;
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 

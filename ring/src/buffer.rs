@@ -1,7 +1,7 @@
 //! [`Buffer`]: what an entry of the queues carries, a frame or a guest's buffer.
 
 use crate::frame::{Frame, OutOfSpace};
-use crate::guest::GuestBuffer;
+use crate::guest::buffer::GuestBuffer;
 use core::fmt;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 

@@ -4,10 +4,10 @@
 //! these bytes exists here, neither `&[u8]` nor `&mut [u8]`: code copies bytes in or out, or hands
 //! an address to the kernel. Code that decides by bytes copies them once and looks at its copy.
 
-mod buffer;
+pub(crate) mod buffer;
 mod memory;
-mod region;
-mod segments;
+pub(crate) mod region;
+pub(crate) mod segments;
 
 pub use buffer::{GuestBuffer, Segments};
 pub use memory::{GuestFault, GuestMemory, Slices};

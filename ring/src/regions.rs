@@ -2,7 +2,7 @@
 
 use crate::entry::Entry;
 use crate::frame::Frame;
-use crate::guest::SegmentTable;
+use crate::guest::segments::SegmentTable;
 use crate::pool::Pool;
 use alloc::boxed::Box;
 use alloc::vec::Vec;

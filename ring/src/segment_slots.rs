@@ -83,7 +83,7 @@ pub(crate) unsafe fn free_links(pool: NonNull<PoolInner>, first: u32) {
 ///
 /// # Safety
 ///
-/// As for [`read_slot`], with the list's first slot.
+/// The conditions of [`read_slot`] hold for the list's first slot.
 #[inline]
 pub(crate) unsafe fn lengths(pool: NonNull<PoolInner>, first: u32) -> (u32, u32) {
     // SAFETY: the caller keeps the same conditions.

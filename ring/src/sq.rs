@@ -8,7 +8,7 @@ use crate::cq::CqConsumer;
 use crate::credits::{Class, CreditTaker};
 use crate::entry::{GUEST, Opcode, SKIP_SUCCESS, Sqe};
 use crate::frame::Frame;
-use crate::guest::GuestBuffer;
+use crate::guest::buffer::GuestBuffer;
 use crate::queue::{Consumer, Front, Producer, debug_by_queue};
 use crate::regions::Regions;
 use core::fmt;

@@ -71,7 +71,7 @@ pub(super) enum Asks {
     After,
 }
 
-/// Who copies.
+/// The side that copies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Copier {
     /// The sender, out of its frame into the receiver's slot.

@@ -225,7 +225,7 @@ impl<'b> Segments<'b> {
     ///
     /// # Safety
     ///
-    /// As for [`read_slot`], for the whole list.
+    /// The conditions of [`read_slot`] hold for the whole list.
     #[inline]
     unsafe fn new(pool: NonNull<PoolInner>, first: u32, skip: u32, len: u32) -> Segments<'b> {
         // SAFETY: the caller keeps the same conditions.

@@ -215,11 +215,11 @@ pub(super) fn file_type(mode: u32) -> u32 {
 /// The types that are asked for.
 #[allow(clippy::unnecessary_cast)]
 pub(super) mod kind {
-    pub(in crate::vhost_user) const PIPE: u32 = libc::S_IFIFO as u32;
-    pub(in crate::vhost_user) const SOCKET: u32 = libc::S_IFSOCK as u32;
-    pub(in crate::vhost_user) const FILE: u32 = libc::S_IFREG as u32;
+    pub(crate) const PIPE: u32 = libc::S_IFIFO as u32;
+    pub(crate) const SOCKET: u32 = libc::S_IFSOCK as u32;
+    pub(crate) const FILE: u32 = libc::S_IFREG as u32;
     /// An anonymous inode of Linux, such as an eventfd, and a shared memory object of macOS.
-    pub(in crate::vhost_user) const NONE: u32 = 0;
+    pub(crate) const NONE: u32 = 0;
 }
 
 /// Whether the file is sealed against shrinking. Where there are no seals it is not.
