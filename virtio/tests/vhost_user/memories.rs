@@ -249,8 +249,12 @@ fn huge_pages_are_mapped_in_their_own_size() {
     match harness.session.process() {
         Ok(_) => {}
         Err(Error::Map { source: MapError::System(error), .. }) => {
-            assert_eq!(error.raw_os_error(), Some(libc::ENOMEM), "{error}");
-            return println!("skipped: no huge page is reserved: {error}");
+            // An emulator with pages of its own size maps no huge ones.
+            let is_emulated = std::env::var_os("VMRING_TEST_PAGE_SIZE").is_some();
+            let why = error.raw_os_error();
+            let none = why == Some(libc::ENOMEM) || is_emulated && why == Some(libc::EINVAL);
+            assert!(none, "{error}");
+            return println!("skipped: no huge page can be mapped: {error}");
         }
         Err(error) => panic!("{error:?}"),
     }
