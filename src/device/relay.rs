@@ -142,8 +142,13 @@ macro_rules! delegate_device {
                 self.device.info()
             }
 
+            /// A wrapper looks at the bytes of packets, so it takes frames only.
             fn capabilities(&self) -> $crate::device::seam::Capabilities {
-                self.device.capabilities()
+                $crate::device::seam::Capabilities {
+                    read_segments: 0,
+                    write_segments: 0,
+                    ..self.device.capabilities()
+                }
             }
 
             fn stop(&self) -> Result<(), $crate::Error> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use vmring::device::fault::Faults;
+use vmring::device::pcap::Capture;
 use vmring::device::{PollContext, Progress};
 use vmring::guest::{GuestMapping, GuestMemory, GuestRegion};
 use vmring::{
@@ -263,7 +264,7 @@ fn a_guests_memory_stays_until_its_entries_have_completed() {
 }
 
 /// A device that takes a guest's buffers as they are, and echoes each write into a read.
-fn takes_guests(read_segments: u32, write_segments: u32, seen: &Arc<AtomicU32>) -> Interface {
+fn takes_guests(read_segments: u32, write_segments: u32, seen: &Arc<AtomicU32>) -> Script {
     let seen = seen.clone();
     Script::new(move |_, _| {
         let seen = seen.clone();
@@ -287,7 +288,6 @@ fn takes_guests(read_segments: u32, write_segments: u32, seen: &Arc<AtomicU32>) 
     .limits(move |caps| {
         (caps.read_segments, caps.write_segments) = (read_segments, write_segments);
     })
-    .start()
 }
 
 /// Goal: a device gets the buffers that it says it takes, and frames for all others. Either way the
@@ -298,7 +298,7 @@ fn a_device_gets_the_buffers_that_it_takes() {
     guarded(|| {
         for (reads, writes) in [(0, 0), (1, 20), (3, 3), (256, 0), (0, 256), (256, 256)] {
             let seen = Arc::new(AtomicU32::new(0));
-            let interface = takes_guests(reads, writes, &seen);
+            let interface = takes_guests(reads, writes, &seen).start();
             let mut guest = Guest::new(200, 1514);
             let builder =
                 inline(&interface, Direction::Both).depth(64).segment_table(guest.table());
@@ -325,6 +325,32 @@ fn a_device_gets_the_buffers_that_it_takes() {
     });
 }
 
+/// Goal: a wrapper sees the bytes of a guest's packets, although the device inside takes a guest's
+/// buffers as they are.
+#[test]
+fn a_capture_has_the_packets_of_a_guest() {
+    guarded(|| {
+        let seen = Arc::new(AtomicU32::new(0));
+        let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(unique("guests.pcapng"));
+        let capture = Capture::create(&file).expect("a file");
+        let device = capture.wrap("guest", takes_guests(256, 256, &seen));
+        let interface = Interface::builder().device(device).start().expect("it starts");
+        let mut guest = Guest::new(8, 1514);
+        let builder = inline(&interface, Direction::Both).depth(4).segment_table(guest.table());
+        let mut ring = builder.build().expect("a ring");
+        let bytes = packet(77, 900);
+        read(&mut ring, &mut guest, 1);
+        write(&mut ring, &mut guest, 2, &bytes);
+        drive_to_rest(&mut ring);
+        assert_eq!(guest.bytes(1, 900).1, bytes);
+        capture.finish().expect("it is written");
+        let written = std::fs::read(&file).expect("a file");
+        std::fs::remove_file(&file).expect("it is there");
+        let copies = written.windows(bytes.len()).filter(|window| *window == bytes).count();
+        assert_eq!((copies, seen.load(Relaxed)), (2, 0), "one in each direction");
+    });
+}
+
 /// Goal: what a guest gives for sending is not written, whoever sends it. Method: the page is made
 /// read-only, so that a write to it ends the process.
 #[test]
@@ -347,7 +373,7 @@ fn what_a_guest_sends_is_not_written() {
         let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
         for interface in [
             loopback(),
-            takes_guests(256, 256, &seen),
+            takes_guests(256, 256, &seen).start(),
             Interface::builder().device(wrapped).start().expect("it starts"),
             Interface::builder().device(embedded).start().expect("it starts"),
         ] {
