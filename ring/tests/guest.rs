@@ -1,4 +1,5 @@
 //! The memory of a guest: the table of regions, and access to the bytes.
+#![cfg(not(loom))]
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,5 @@
 //! Guest buffers: lists of segments, their way through the queues, and what keeps their memory.
+#![cfg(not(loom))]
 
 use std::collections::VecDeque;
 use std::sync::Arc;
