@@ -206,7 +206,8 @@ fn receive_all(
             idle.turn(receiver.receive(&mut inspection)?)?;
         }
         let elapsed = start.elapsed();
-        if elapsed >= traffic.time {
+        // On a busy machine nothing may have come in that time.
+        if elapsed >= traffic.time && inspection.packets > before {
             break elapsed;
         }
     };
@@ -219,7 +220,7 @@ fn receive_all(
         idle.turn(receiver.receive(&mut inspection)?)?;
     }
     let sent = shared.sent.load(Ordering::Acquire);
-    if (inspection.packets, inspection.wrong) != (sent, 0) || packets == 0 {
+    if (inspection.packets, inspection.wrong) != (sent, 0) {
         let (came, wrong) = (inspection.packets, inspection.wrong);
         return Err(format!("{sent} sent, {came} came, {wrong} of them wrong").into());
     }
