@@ -444,7 +444,7 @@ fn a_refused_submitter_sleeps(drive: Drive<'_>, lack: Lack, sleep: Sleep, batch:
     assert_eq!(done, [(RingOp::Read, 50, Err(EntryError::Cancelled))]);
 }
 
-/// Who drives an inline ring must not sleep longer than its next deadline.
+/// The owner of an inline ring must not sleep longer than its next deadline.
 fn inline_nap(ring: &Ring, inline: bool) -> Duration {
     match ring.next_deadline() {
         Some(at) if inline => {

@@ -285,7 +285,7 @@ mod copy {
     ///
     /// # Safety
     ///
-    /// As for [`repeated`], and `to` must be a multiple of 16.
+    /// The conditions of [`repeated`] hold, and `to` is a multiple of 16.
     #[inline]
     pub(super) unsafe fn streaming(to: *mut u8, packet: &[u8]) {
         let chunks = packet.chunks_exact(size_of::<__m128i>());
