@@ -382,15 +382,14 @@ impl Engine {
         let write_limit = if waits { 0 } else { self.caps.max_write_batch };
         let number = self.shared.number;
         let read_limit = if self.drain == Drain::Off { self.caps.max_read_batch } else { 0 };
-        let mut limits = [read_limit, write_limit];
-        let mut sq_consumer = Some(&mut self.sq_consumer);
-        if self.completions.may_have_guests() {
+        let limits = [read_limit, write_limit];
+        let (limits, sq_consumer) = if self.completions.may_have_guests() {
             // The device sees no more than what it takes: the slots in front that fit it.
-            if let Some(sq_consumer) = sq_consumer.take() {
-                self.posted.post_from_sq(sq_consumer, number);
-            }
-            limits = self.posted.make_fit(&mut self.completions, limits);
-        }
+            self.posted.post_from_sq(&mut self.sq_consumer, number);
+            (self.posted.make_fit(&mut self.completions, limits), None)
+        } else {
+            (limits, Some(&mut self.sq_consumer))
+        };
         let write_limit = limits[1];
         let sink = Sink::Ring(&mut self.completions);
         let mut cx = PollContext::new(number, &mut self.posted, sq_consumer, sink, limits);
