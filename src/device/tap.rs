@@ -84,10 +84,11 @@
 //! change threads, so it cannot use the multishot read: it reads by `read(2)`, and writes through
 //! io_uring in batches.
 //!
-//! Without io_uring each frame takes a plain `read(2)` or `write(2)`. [`Tap::engine`] chooses the
-//! engine, and [`Interface::counters`](crate::Interface::counters) says which one runs. Which is
-//! faster depends on the cost of a system call and on the other load of the machine; `performance/`
-//! in the repository measures both. With plain calls each `write(2)` may wake the receiver and cost
+//! Without io_uring each frame takes a plain `read(2)` or `write(2)`, or a `writev(2)` if it is in
+//! several pieces of a guest's memory. [`Tap::engine`] chooses the engine, and
+//! [`Interface::counters`](crate::Interface::counters) says which one runs. Which is faster depends
+//! on the cost of a system call and on the other load of the machine; `performance/` in the
+//! repository measures both. With plain calls each `write(2)` may wake the receiver and cost
 //! a context switch; io_uring does so once per batch.
 //!
 //! Some milliseconds after an inline ring is closed, the kernel tears its io_uring down on the
@@ -176,7 +177,7 @@ pub enum TapEngine {
     /// io_uring; the start fails if this process cannot use it. (A ring with `Drive::Inline` still
     /// reads by `read(2)`.)
     IoUring,
-    /// One `read(2)` or `write(2)` per frame.
+    /// One `read(2)`, `write(2)` or `writev(2)` per frame.
     Plain,
 }
 

@@ -1,5 +1,5 @@
-//! The engine for kernels and containers without io_uring: one non-blocking `read(2)` or `write(2)`
-//! per frame.
+//! The engine for kernels and containers without io_uring: one non-blocking `read(2)`, `write(2)` or
+//! `writev(2)` per frame.
 
 use std::io;
 use std::os::fd::AsRawFd;
