@@ -84,6 +84,7 @@ pub struct RingBuilder<'a> {
     sq_depth: Option<u32>,
     pools: Vec<Pool>,
     segment_tables: Vec<&'a SegmentTable>,
+    mergeable_reads: bool,
     frames: Option<usize>,
     headroom: Option<usize>,
     prefault: bool,
@@ -107,6 +108,7 @@ impl<'a> RingBuilder<'a> {
             sq_depth: None,
             pools: Vec::new(),
             segment_tables: Vec::new(),
+            mergeable_reads: false,
             frames: None,
             headroom: None,
             prefault: false,
@@ -194,6 +196,25 @@ impl<'a> RingBuilder<'a> {
     /// memory and itself: one for each entry, but at most 32 for reads and 32 for writes.
     pub fn segment_table(mut self, table: &'a SegmentTable) -> Self {
         self.segment_tables.push(table);
+        self
+    }
+
+    /// Lets one packet fill several reads. Without this, each read of a guest's buffer needs space for
+    /// the largest packet.
+    ///
+    /// A packet that is longer than the first posted read goes on in the next ones. Their completions
+    /// come one after the other and together: [`Completion::more`](crate::Completion::more) counts them
+    /// down. The buffers stay whole packets to a guest that has negotiated `VIRTIO_NET_F_MRG_RXBUF`:
+    /// the header in front of the first part has the number of buffers, and the other parts begin with
+    /// the first byte of their buffer (virtio 1.2, section 5.1.6.4). If the posted reads are too few for
+    /// a packet, all of it waits for more, or all of it is dropped and counted.
+    ///
+    /// The device must be able to do it
+    /// ([`Capabilities::merges_reads`](crate::device::Capabilities::merges_reads)), else
+    /// [`build`](Self::build) returns an error.
+    #[doc(alias = "VIRTIO_NET_F_MRG_RXBUF")]
+    pub fn mergeable_reads(mut self, yes: bool) -> Self {
+        self.mergeable_reads = yes;
         self
     }
 
@@ -288,6 +309,12 @@ impl<'a> RingBuilder<'a> {
         if self.write_depth.is_some() && !self.direction.writes() {
             return refused("write depth", "the ring only reads");
         }
+        if self.mergeable_reads && !self.direction.reads() {
+            return refused("mergeable reads", "the ring only writes");
+        }
+        if self.mergeable_reads && !self.interface.device.capabilities().merges_reads {
+            return refused("mergeable reads", "the device fills one read with each packet");
+        }
         for (what, set) in [
             ("number of frames", self.frames.is_some()),
             ("headroom", self.headroom.is_some()),
@@ -348,19 +375,16 @@ impl<'a> RingBuilder<'a> {
         });
         let too_many = "a ring takes at most 65,536 pools and segment tables";
         let regions = regions.ok_or_else(|| ConfigError::Invalid(too_many.to_owned()))?;
-        let bounce = match regions.has_segment_table() {
-            true => {
-                let support = GuestSupport {
-                    read_segments: caps.read_segments,
-                    write_segments: caps.write_segments,
-                    headroom: caps.headroom,
-                    max_packet_size: caps.max_packet_size,
-                    offloads: caps.offloads,
-                };
-                Some(Bounce::new([read, write], support)?)
-            }
-            false => None,
+        let support = GuestSupport {
+            read_segments: caps.read_segments,
+            write_segments: caps.write_segments,
+            headroom: caps.headroom,
+            max_packet_size: caps.max_packet_size,
+            offloads: caps.offloads,
+            merges: self.mergeable_reads,
         };
+        let bounces = regions.has_segment_table() && !support.takes_all(self.direction.reads());
+        let bounce = bounces.then(|| Bounce::new([read, write], support)).transpose()?;
 
         let permit = self.interface.acquire(self.direction)?;
         let number = new_ring_number();

@@ -7,6 +7,7 @@ mod credits;
 mod device;
 mod guests;
 mod interfaces;
+mod merging;
 mod order;
 mod ownership;
 mod peek;

@@ -77,6 +77,13 @@ impl Guest {
 
     /// The header and the packet, of `len` bytes, in the buffer of this entry.
     pub(crate) fn bytes(&self, user_data: u64, len: usize) -> ([u8; HEADER as usize], Vec<u8>) {
+        let all = self.all_bytes(user_data);
+        let (header, packet) = all.split_at(HEADER as usize);
+        (header.try_into().expect("12 bytes"), packet[..len].to_vec())
+    }
+
+    /// Every byte of the buffer of this entry.
+    pub(crate) fn all_bytes(&self, user_data: u64) -> Vec<u8> {
         let mut all = Vec::new();
         for (address, len) in &self.used[&user_data] {
             let mut piece = vec![0; *len as usize];
@@ -84,8 +91,7 @@ impl Guest {
             assert_eq!(slice.copy_to(&mut piece), piece.len());
             all.extend(piece);
         }
-        let (header, packet) = all.split_at(HEADER as usize);
-        (header.try_into().expect("12 bytes"), packet[..len].to_vec())
+        all
     }
 
     /// Frees the buffer of an entry that has completed.

@@ -41,6 +41,8 @@ pub struct Reaped {
     pub outcome: Outcome,
     /// The packet's length in bytes. For a cancel, the number of entries that it found.
     pub len: u32,
+    /// How many of the next completions have the rest of this packet. 0 if none has.
+    pub more: u16,
     /// The frame, both on success and on failure. A cancel has none. Nor has an entry with a guest's
     /// buffer: the bytes are in the guest's memory, and the list of the segments was freed when the
     /// entry ended.
@@ -115,6 +117,7 @@ impl CqConsumer {
                 opcode: cqe.opcode(),
                 outcome: cqe.outcome(),
                 len: cqe.len(),
+                more: cqe.more(),
                 frame,
             }
         })
@@ -227,17 +230,46 @@ impl CqProducer {
         // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
         // slot is in no other place ("one place per slot"). Pool and range are the frame's.
         let frame = unsafe { Frame::from_raw(pool, range) };
-        self.push_guest(opcode, frame, user_data, outcome);
+        self.push_guest(opcode, frame, user_data, outcome, 0);
+    }
+
+    /// Writes the completion of a read that has a part of a packet. The rest is in the `more` next
+    /// completions, which the caller pushes before it [publishes](Self::publish).
+    ///
+    /// # Panics
+    ///
+    /// As [`push`](Self::push).
+    pub fn push_part(&mut self, buffer: Buffer, user_data: u64, more: u16) {
+        let region = self.cq.regions().find(buffer.carrier());
+        let carrier = buffer.into_carrier();
+        let Some(region) = region else {
+            return self.push_guest(Opcode::Read, carrier, user_data, Outcome::Done, more);
+        };
+        let range = carrier.into_raw();
+        let cqe = Cqe::packet(Opcode::Read, region, range, user_data, Outcome::Done);
+        if !self.cq.push(cqe.with_more(more)) {
+            misused();
+        }
     }
 
     /// Writes the completion of a guest's buffer, which has no slot: nobody needs the list of the
     /// segments any more.
     #[cold]
     #[inline(never)]
-    fn push_guest(&mut self, opcode: Opcode, carrier: Frame, user_data: u64, outcome: Outcome) {
+    fn push_guest(
+        &mut self,
+        opcode: Opcode,
+        carrier: Frame,
+        user_data: u64,
+        outcome: Outcome,
+        more: u16,
+    ) {
         let (is_guest, len) = (carrier.is_guest(), carrier.len() as u32);
         drop(carrier);
-        let cqe = Cqe::without_slot(opcode, len, user_data, outcome);
+        let mut cqe = Cqe::without_slot(opcode, len, user_data, outcome);
+        if more > 0 {
+            cqe = cqe.with_more(more);
+        }
         if !is_guest || !self.cq.push(cqe) {
             misused();
         }

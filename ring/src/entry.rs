@@ -186,6 +186,7 @@ pub struct Cqe {
     region: u16,
     opcode: Opcode,
     outcome: u8,
+    /// The device's own code, if it refused the entry. If the entry was done, [`more`](Self::more).
     code: u32,
 }
 
@@ -284,6 +285,12 @@ impl Cqe {
         Self { user_data, range, region, opcode, outcome, code }
     }
 
+    /// Says that the rest of the packet is in the `more` next completions. The entry must be done.
+    #[inline]
+    pub(crate) fn with_more(self, more: u16) -> Self {
+        Self { code: more.into(), ..self }
+    }
+
     pub(crate) fn cancel(opcode: Opcode, matched: u32, user_data: u64) -> Self {
         Self::without_slot(opcode, matched, user_data, Outcome::Done)
     }
@@ -310,6 +317,12 @@ impl Cqe {
     #[inline]
     pub fn outcome(&self) -> Outcome {
         Outcome::decode(self.outcome, self.code)
+    }
+
+    /// How many of the next completions have the rest of this packet. 0 if none has.
+    #[inline]
+    pub fn more(&self) -> u16 {
+        if self.outcome == 0 { self.code as u16 } else { 0 }
     }
 
     /// The packet's length in bytes. For a cancel, the number of entries that matched.
@@ -359,8 +372,10 @@ mod tests {
             Outcome::Refused(u32::MAX),
         ] {
             let cqe = Cqe::packet(Opcode::Read, 0, NO_RANGE, 7, outcome);
-            assert_eq!(cqe.outcome(), outcome);
+            assert_eq!((cqe.outcome(), cqe.more()), (outcome, 0));
         }
+        let cqe = Cqe::packet(Opcode::Read, 0, NO_RANGE, 7, Outcome::Done).with_more(u16::MAX);
+        assert_eq!((cqe.outcome(), cqe.more()), (Outcome::Done, u16::MAX));
     }
 
     #[test]

@@ -295,17 +295,18 @@ impl SqConsumer {
     }
 
     /// The length of the leading run, at most `most`, of known submissions that are packets of
-    /// `class` in frames and for which `like` returns true.
+    /// `class` and for which `like` returns true.
     #[inline(always)]
-    pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&[u8]) -> bool) -> u32 {
+    pub fn leading(&self, class: Class, most: u32, mut like: impl FnMut(&Buffer) -> bool) -> u32 {
         let wanted = if class == Class::Read { Opcode::Read } else { Opcode::Write };
         self.sq.leading(most, |sqe, regions| {
             // SAFETY: `SqProducer::push` wrote the entry by a frame of these regions, and it is
             // called only if the entry is a packet's. The entry stays in the queue and goes on
             // owning its slot: the frame made here is only read, and `ManuallyDrop` does not free
             // it.
-            let packet = || ManuallyDrop::new(unsafe { regions.frame_of(sqe) });
-            sqe.opcode() == wanted && packet().bytes().is_some_and(&mut like)
+            let frame = || unsafe { regions.frame_of(sqe) };
+            let packet = || ManuallyDrop::new(Buffer::from_carrier(frame()));
+            sqe.opcode() == wanted && like(&packet())
         })
     }
 

@@ -1,6 +1,7 @@
 //! [`GuestSupport`] and [`Bounce`]: what happens to a guest's buffer at a device that does not take
 //! it. The packet is copied through a frame that was reserved when the ring was built.
 
+use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Buffer, Class, Frame, GuestBuffer, Outcome, Pool};
 
@@ -23,6 +24,17 @@ pub(crate) struct GuestSupport {
     pub(crate) headroom: u32,
     pub(crate) max_packet_size: u32,
     pub(crate) offloads: Offloads,
+    /// Whether a packet may fill several reads of the ring, so that each may be small.
+    pub(crate) merges: bool,
+}
+
+impl GuestSupport {
+    /// Whether the device takes every buffer of a guest that can be submitted to the ring.
+    pub(crate) fn takes_all(&self, reads: bool) -> bool {
+        let GuestSupport { read_segments, write_segments, headroom, merges, .. } = *self;
+        let needs_no_look = !reads || merges && read_segments >= SEGMENTS_MAX;
+        headroom == 0 && write_segments >= SEGMENTS_MAX && needs_no_look
+    }
 }
 
 /// The frames through which the packets of one ring are copied that are in a guest's memory, where
@@ -50,15 +62,15 @@ impl Bounce {
 
     /// Whether the device takes this buffer of a guest as it is.
     pub(crate) fn is_taken(&self, class: Class, guest: &GuestBuffer) -> bool {
-        let GuestSupport { read_segments, write_segments, headroom, max_packet_size, .. } =
-            self.support;
+        let GuestSupport {
+            read_segments, write_segments, headroom, max_packet_size, merges, ..
+        } = self.support;
         let most = if class == Class::Read { read_segments } else { write_segments };
-        let has_room = class == Class::Write || guest.capacity() >= max_packet_size as usize;
-        // Most devices take none, and the segments need not be counted.
-        most > 0
-            && guest.header_len() >= headroom as usize
-            && has_room
-            && guest.segments().nth(most as usize).is_none()
+        let has_room =
+            class == Class::Write || merges || guest.capacity() >= max_packet_size as usize;
+        // Most devices take none or all, and the segments need not be counted.
+        let has_few = || most >= SEGMENTS_MAX || guest.segments().nth(most as usize).is_none();
+        most > 0 && guest.header_len() >= headroom as usize && has_room && has_few()
     }
 
     /// Puts a reserved frame into the place of a guest's buffer. For a write, it has the packet.
@@ -123,18 +135,22 @@ fn fill(frame: &mut Frame, guest: &GuestBuffer, offloads: &Offloads) -> Result<(
     frame.set_len(guest.len()).map_err(|_| Status::PacketTooBig)?;
     // The guest may change the bytes during the copy. That changes its own packet.
     guest.copy_to(frame);
-    let header = match guest.header() {
-        Some(bytes) => OffloadHeader::parse(&bytes).map_err(|_| Status::InvalidArgument)?,
-        None => OffloadHeader::NONE,
-    };
-    header.validate(frame.len()).map_err(|_| Status::InvalidArgument)?;
-    if software::left_by(offloads, &header) != Left::Nothing {
-        return Err(Status::InvalidArgument);
-    }
+    let header = header_of(guest, offloads).ok_or(Status::InvalidArgument)?;
     if offloads.virtio_header {
         frame.set_offload(&header.for_sending()).map_err(|_| Status::InvalidArgument)?;
     }
     Ok(())
+}
+
+/// The header of a guest's packet, copied once. `None` if it is not true of the packet, or asks for
+/// work that a device with these offloads does not do.
+fn header_of(guest: &GuestBuffer, offloads: &Offloads) -> Option<OffloadHeader> {
+    let header = match guest.header() {
+        Some(bytes) => OffloadHeader::parse(&bytes).ok()?,
+        None => OffloadHeader::NONE,
+    };
+    header.validate(guest.len()).ok()?;
+    (software::left_by(offloads, &header) == Left::Nothing).then_some(header)
 }
 
 /// Copies a packet that has arrived into the guest's buffer.
@@ -148,6 +164,25 @@ fn deliver(frame: &Frame, guest: &mut GuestBuffer) -> Outcome {
         None => guest.set_header(&NO_OFFLOAD),
     };
     Outcome::Done
+}
+
+/// Writes the header of a packet whose checksum is complete, and which fills `count` buffers.
+pub(super) fn set_count(guest: &mut GuestBuffer, count: u16) {
+    let mut header = NO_OFFLOAD;
+    header[10..].copy_from_slice(&count.to_le_bytes());
+    guest.set_header(&header);
+}
+
+/// Sets the length of a part of a packet. If the buffer has fewer bytes, it is all of them.
+pub(super) fn set_part_len(buffer: &mut Buffer, len: usize, is_first: bool) {
+    let set = |len: usize, buffer: &mut Buffer| match buffer.guest_mut() {
+        Some(guest) if is_first => guest.set_len(len),
+        Some(guest) => guest.set_part_len(len),
+        None => buffer.set_frame_len(len),
+    };
+    if let Err(too_long) = set(len, buffer) {
+        let _ = set(too_long.available, buffer);
+    }
 }
 
 /// Ends a read that a device has filled in the guest's memory itself: `len` bytes of a packet, behind

@@ -34,6 +34,8 @@ struct Batch {
     /// Reads and writes that did not succeed. These are rare, so the ring's counters have them by
     /// their reason at once.
     failed: [u32; 2],
+    /// Reads that have a part of a packet and not its last one.
+    parts: u32,
 }
 
 impl Completions {
@@ -118,6 +120,13 @@ impl Completions {
         }
     }
 
+    /// Completes a read that has a part of a packet. The rest is in the `more` next ones.
+    pub(super) fn push_part(&mut self, buffer: Buffer, user_data: u64, more: u16) {
+        self.batch.rx_bytes += buffer.len() as u64;
+        self.batch.parts += 1;
+        self.cq_producer.push_part(buffer, user_data, more);
+    }
+
     /// As [`push_done`](Self::push_done), for a write that skips success: if it succeeded, it is
     /// counted, and its frame returns to its pool.
     pub(super) fn push_unless_done(
@@ -183,7 +192,7 @@ impl Completions {
     /// many reads and writes the call completed.
     #[inline]
     pub(crate) fn end_batch(&mut self) -> [u32; 2] {
-        let Batch { rx_packets, tx_packets, rx_bytes, tx_bytes, failed } =
+        let Batch { rx_packets, tx_packets, rx_bytes, tx_bytes, failed, parts } =
             std::mem::take(&mut self.batch);
         let counters = &self.shared.counters.poller;
         if rx_packets > 0 {
@@ -196,7 +205,7 @@ impl Completions {
             counters.tx_bytes.add(tx_bytes);
             add_batch(&counters.write_batches, tx_packets);
         }
-        [rx_packets + failed[0], tx_packets + failed[1]]
+        [rx_packets + parts + failed[0], tx_packets + failed[1]]
     }
 
     /// Publishes all entries to the reaper, with one store, and the count of the skipped ones. Returns

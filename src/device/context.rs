@@ -3,9 +3,9 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use vmring_core::{Class, Outcome, SKIP_SUCCESS, SqConsumer, offload};
+use vmring_core::{Buffer, Class, Outcome, SKIP_SUCCESS, SqConsumer, offload};
 
-use crate::device::bounce::{Bounced, end_read};
+use crate::device::bounce::{Bounced, end_read, set_count, set_part_len};
 use crate::device::completions::Completions;
 use crate::device::slot::{FLAGS, PostedSlot, class_index};
 use crate::error::{EntryError, Status};
@@ -141,7 +141,7 @@ impl<'a> PollContext<'a> {
     /// `like` returns true. This may be an undercount: the run may go on behind the end of one
     /// list.
     #[inline]
-    pub(crate) fn leading_writes(&mut self, mut like: impl FnMut(&[u8]) -> bool) -> usize {
+    pub(crate) fn leading_writes(&mut self, mut like: impl FnMut(&Buffer) -> bool) -> usize {
         let most = self.left[1];
         if self.posted.writes.is_empty() && self.is_write_next() {
             let most = u32::try_from(most).unwrap_or(u32::MAX);
@@ -153,7 +153,7 @@ impl<'a> PollContext<'a> {
         }
         self.post_from_sq();
         let writes = self.posted.writes.iter().take(most);
-        writes.take_while(|slot| slot.packet().is_some_and(&mut like)).count()
+        writes.take_while(|slot| like(slot.buffer())).count()
     }
 
     /// The reads that can be taken, oldest first, without taking them. This is for a device that
@@ -251,6 +251,60 @@ impl<'a> PollContext<'a> {
         self.finish(slot, outcome);
     }
 
+    /// Completes the reads that one packet fills together, on a ring with [mergeable
+    /// reads](crate::RingBuilder::mergeable_reads). `parts` are the reads, in the order in which they
+    /// were taken, each with the number of the packet's bytes in it. The first part is behind the
+    /// header, if its buffer has space for one; this call writes that header. The other parts begin
+    /// with the first byte of their buffer ([`GuestBuffer::segments`](crate::GuestBuffer::segments)).
+    ///
+    /// The completions come one after the other and together: nothing splits them. A part that is
+    /// longer than its buffer is cut to it.
+    pub fn complete_read_parts<I>(&mut self, parts: I)
+    where
+        I: IntoIterator<Item = (PostedSlot, usize)>,
+        I::IntoIter: ExactSizeIterator,
+    {
+        let parts = parts.into_iter();
+        let count = parts.len();
+        for (i, (mut slot, len)) in parts.enumerate() {
+            if let Some(guest) = slot.guest_mut().filter(|_| i == 0) {
+                set_count(guest, count as u16);
+            }
+            self.complete_part(slot, len, i == 0, (count - 1 - i) as u16);
+        }
+    }
+
+    /// Completes a read that has a part of a packet, `len` bytes. The rest is in the `more` next
+    /// ones, which the caller completes before its poll ends. The header is written.
+    #[inline(never)]
+    pub(crate) fn complete_part(
+        &mut self,
+        mut slot: PostedSlot,
+        len: usize,
+        is_first: bool,
+        more: u16,
+    ) {
+        set_part_len(slot.posted_buffer_mut(), len, is_first);
+        let ring = slot.ring & !FLAGS;
+        if self.is_foreign(ring) {
+            return; // dropped
+        }
+        let marked = slot.ring;
+        let (buffer, user_data, class) = slot.into_buffer();
+        match &mut self.sink {
+            Sink::Ring(completions) if more > 0 => {
+                completions.push_part(buffer, user_data, more);
+            }
+            Sink::Ring(completions) => {
+                completions.push_done(class, buffer, user_data, Outcome::Done);
+            }
+            Sink::Relay(list) => {
+                let slot = PostedSlot::new(buffer, user_data, marked, class);
+                list.push_back(CompletedSlot { slot, outcome: Outcome::Done, more });
+            }
+        }
+    }
+
     /// Completes a write whose packet has been sent.
     #[inline(always)]
     pub fn complete_write(&mut self, slot: PostedSlot) {
@@ -276,8 +330,15 @@ impl<'a> PollContext<'a> {
     /// Completes a slot in the way in which an inner queue has completed it. This is for wrappers;
     /// see [`Relay`](crate::device::Relay).
     pub fn forward(&mut self, done: CompletedSlot) {
-        let CompletedSlot { slot, outcome } = done;
-        self.finish(slot, outcome);
+        let CompletedSlot { slot, outcome, more } = done;
+        let ring = slot.ring & !FLAGS;
+        match &mut self.sink {
+            Sink::Ring(completions) if more > 0 && ring == self.ring => {
+                let (buffer, user_data, _) = slot.into_buffer();
+                completions.push_part(buffer, user_data, more);
+            }
+            _ => self.finish(slot, outcome),
+        }
     }
 
     /// Completes a slot. This function and everything that it calls is inlined, and the slot is
@@ -294,7 +355,7 @@ impl<'a> PollContext<'a> {
             Sink::Ring(completions) => completions.push_done(class, buffer, user_data, outcome),
             Sink::Relay(list) => {
                 let slot = PostedSlot::new(buffer, user_data, ring, class);
-                list.push_back(CompletedSlot { slot, outcome });
+                list.push_back(CompletedSlot { slot, outcome, more: 0 });
             }
         }
     }
@@ -395,6 +456,8 @@ pub(crate) enum Sink<'a> {
 pub struct CompletedSlot {
     pub(super) slot: PostedSlot,
     outcome: Outcome,
+    /// How many of the next slots have the rest of the packet.
+    more: u16,
 }
 
 impl CompletedSlot {

@@ -356,7 +356,7 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
         let mut first = None;
         let wanted = cx.leading_writes(|packet| {
-            let addresses = addresses_of(packet, max);
+            let addresses = packet.bytes().and_then(|packet| addresses_of(packet, max));
             *first.get_or_insert(addresses) == addresses && addresses.is_some()
         });
         let Some(addresses) = first else { break };

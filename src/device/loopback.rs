@@ -196,7 +196,8 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
     let max = inbox.max_frame();
     // One claim for as many packets as buffers are posted for. The rest goes one by one.
     if own.as_ref().is_none_or(|rx| rx.end.posted() > 0)
-        && let Some(mut claim) = inbox.claim(cx.leading_writes(|packet| packet.len() <= max))
+        && let Some(mut claim) =
+            inbox.claim(cx.leading_writes(|packet| packet.frame().is_some() && packet.len() <= max))
     {
         while claim.left() > 0
             && let Some(slot) = cx.take_write()

@@ -147,6 +147,7 @@ macro_rules! delegate_device {
                 $crate::device::seam::Capabilities {
                     read_segments: 0,
                     write_segments: 0,
+                    merges_reads: false,
                     ..self.device.capabilities()
                 }
             }

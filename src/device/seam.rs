@@ -297,6 +297,11 @@ pub struct Capabilities {
     /// default is 0: it takes frames only, and the library copies each packet from the guest's memory
     /// into a frame. It gets no buffer that has a shorter header than `headroom`.
     pub write_segments: u32,
+    /// Whether one packet can fill several posted reads
+    /// ([`PollContext::complete_read_parts`](crate::device::PollContext::complete_read_parts)). The
+    /// default is no. On a ring with [mergeable reads](crate::RingBuilder::mergeable_reads) such a
+    /// device gets buffers of a guest that have less space than `max_packet_size`.
+    pub merges_reads: bool,
     /// How many rings may read at the same time.
     pub reading_rings: usize,
     /// How many rings may write at the same time.
@@ -319,6 +324,7 @@ impl Capabilities {
             offloads: Offloads::default(),
             read_segments: 0,
             write_segments: 0,
+            merges_reads: false,
             reading_rings: 1,
             writing_rings: 1,
             safety_poll: None,

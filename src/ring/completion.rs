@@ -37,6 +37,10 @@ pub struct Completion {
     /// On success, the packet's length in bytes; for a cancel, the number of entries that it found.
     /// On failure, the reason.
     pub result: Result<usize, EntryError>,
+    /// How many of the next completions have the rest of this packet: 0 if none has. It counts down
+    /// to 0 with each of them. Only a ring with [mergeable
+    /// reads](crate::RingBuilder::mergeable_reads) has such packets.
+    pub more: u16,
     /// A cell, so that the frame can be taken through `&self` while `user_data` is still read, as
     /// the hot loop does.
     frame: Cell<Option<Frame>>,
@@ -75,6 +79,7 @@ impl Completion {
             user_data: reaped.user_data,
             op: reaped.opcode.into(),
             result: result_of(reaped.outcome, reaped.len),
+            more: reaped.more,
             frame: Cell::new(reaped.frame),
         }
     }
@@ -116,6 +121,7 @@ impl fmt::Debug for Completion {
             .field("user_data", &self.user_data)
             .field("op", &self.op)
             .field("result", &self.result)
+            .field("more", &self.more)
             .finish_non_exhaustive()
     }
 }
@@ -132,6 +138,8 @@ pub struct CompletionInfo {
     /// On success, the packet's length in bytes; for a cancel, the number of entries that it found.
     /// On failure, the reason.
     pub result: Result<usize, EntryError>,
+    /// How many of the next completions have the rest of this packet.
+    pub more: u16,
 }
 
 impl CompletionInfo {
@@ -140,6 +148,7 @@ impl CompletionInfo {
             user_data: cqe.user_data(),
             op: cqe.opcode().into(),
             result: result_of(cqe.outcome(), cqe.len()),
+            more: cqe.more(),
         }
     }
 }

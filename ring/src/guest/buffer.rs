@@ -2,7 +2,7 @@
 
 use crate::frame::{Frame, OutOfSpace};
 use crate::guest::region::GuestSlice;
-use crate::segment_slots::{NIL, SegmentSlot, lengths, read_slot};
+use crate::segment_slots::{NIL, SegmentSlot, lengths, read_slot, write_slot};
 use crate::slots::PoolInner;
 use core::fmt;
 use core::marker::PhantomData;
@@ -102,6 +102,22 @@ impl GuestBuffer {
         Ok(())
     }
 
+    /// Makes this the place of a later part of a packet, which has no header: sets the part's length,
+    /// from the first byte of the first segment on.
+    ///
+    /// # Errors
+    ///
+    /// The segments have fewer bytes. In this case nothing has changed.
+    pub fn set_part_len(&mut self, len: usize) -> Result<(), OutOfSpace> {
+        let available = self.lengths().0 as usize;
+        if len > available {
+            return Err(OutOfSpace { wanted: len, available });
+        }
+        write_slot(self.0.pool_ptr(), self.0.slot(), |slot| slot.header = 0);
+        self.0.mark_guest(len as u32);
+        Ok(())
+    }
+
     /// The segments of the header and of the whole space behind it.
     #[inline]
     pub fn segments(&self) -> Segments<'_> {
@@ -135,19 +151,19 @@ impl GuestBuffer {
 
     /// Copies the packet's first bytes out: as many as both sides have. Returns how many.
     pub fn copy_to(&self, to: &mut [u8]) -> usize {
-        copy_to(self.packet(), to)
+        self.packet().copy_to(to)
     }
 
     /// Copies the header out. `None` if the buffer has none.
     pub fn header(&self) -> Option<[u8; 12]> {
         let mut header = [0; 12];
-        let copied = copy_to(self.range(0, self.header_len() as u32), &mut header);
+        let copied = self.range(0, self.header_len() as u32).copy_to(&mut header);
         (copied == header.len()).then_some(header)
     }
 
     /// Copies a header in. Returns whether the buffer has space for one.
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
-        self.header_len() == header.len() && copy_from(self.range(0, 12), header) == header.len()
+        self.header_len() == header.len() && self.range(0, 12).copy_from(header) == header.len()
     }
 
     /// Copies a packet in, and sets its length.
@@ -157,7 +173,7 @@ impl GuestBuffer {
     /// The segments have fewer bytes. In this case nothing has changed.
     pub fn copy_from(&mut self, packet: &[u8]) -> Result<(), OutOfSpace> {
         self.set_len(packet.len())?;
-        copy_from(self.packet(), packet);
+        self.packet().copy_from(packet);
         Ok(())
     }
 
@@ -169,32 +185,9 @@ impl GuestBuffer {
     /// The segments have fewer bytes. In this case nothing has changed.
     pub fn copy_from_guest(&mut self, packet: &GuestBuffer) -> Result<(), OutOfSpace> {
         self.set_len(packet.len())?;
-        let (mut from, mut to) = (packet.packet(), self.packet());
-        let (mut piece, mut space) = (from.next(), to.next());
-        while let (Some(bytes), Some(room)) = (piece, space) {
-            let len = room.copy_from_guest(bytes) as u32;
-            // At least one of the two has no bytes left, or both have fewer.
-            piece = bytes.skip(len).filter(|rest| !rest.is_empty()).or_else(|| from.next());
-            space = room.skip(len).filter(|rest| !rest.is_empty()).or_else(|| to.next());
-        }
+        self.packet().copy_from_segments(packet.packet());
         Ok(())
     }
-}
-
-fn copy_to(segments: Segments<'_>, to: &mut [u8]) -> usize {
-    let mut copied = 0;
-    for segment in segments {
-        copied += segment.copy_to(&mut to[copied..]);
-    }
-    copied
-}
-
-fn copy_from(segments: Segments<'_>, from: &[u8]) -> usize {
-    let mut copied = 0;
-    for segment in segments {
-        copied += segment.copy_from(&from[copied..]);
-    }
-    copied
 }
 
 impl fmt::Debug for GuestBuffer {
@@ -231,6 +224,51 @@ impl<'b> Segments<'b> {
         // SAFETY: the caller keeps the same conditions.
         let slot = unsafe { read_slot(pool, first) };
         Segments { pool, slot, at: 0, skip, left: len, buffer: PhantomData }
+    }
+}
+
+impl Segments<'_> {
+    /// The segments behind the first `bytes` bytes.
+    #[inline]
+    pub fn skip_bytes(self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.left as usize) as u32;
+        Self { skip: self.skip + bytes, left: self.left - bytes, ..self }
+    }
+
+    /// The segments of the first `bytes` bytes.
+    #[inline]
+    pub fn take_bytes(self, bytes: usize) -> Self {
+        Self { left: bytes.min(self.left as usize) as u32, ..self }
+    }
+
+    /// Copies bytes out, from the first one on: as many as both sides have. Returns how many.
+    pub fn copy_to(self, to: &mut [u8]) -> usize {
+        let mut copied = 0;
+        for segment in self.take_bytes(to.len()) {
+            copied += segment.copy_to(&mut to[copied..]);
+        }
+        copied
+    }
+
+    /// Copies bytes in, from the first one on: as many as both sides have. Returns how many.
+    pub fn copy_from(self, from: &[u8]) -> usize {
+        let mut copied = 0;
+        for segment in self.take_bytes(from.len()) {
+            copied += segment.copy_from(&from[copied..]);
+        }
+        copied
+    }
+
+    /// Copies bytes in from other segments: as many as both sides have. The two may overlap; then the
+    /// bytes are unspecified.
+    pub fn copy_from_segments(mut self, mut from: Segments<'_>) {
+        let (mut piece, mut space) = (from.next(), self.next());
+        while let (Some(bytes), Some(room)) = (piece, space) {
+            let len = room.copy_from_guest(bytes) as u32;
+            // At least one of the two has no bytes left, or both have fewer.
+            piece = bytes.skip(len).filter(|rest| !rest.is_empty()).or_else(|| from.next());
+            space = room.skip(len).filter(|rest| !rest.is_empty()).or_else(|| self.next());
+        }
     }
 }
 
