@@ -2,7 +2,8 @@
 //!
 //! An [`Inbox`] belongs to one receiver (its [`Collector`]), and any thread may deliver to it. The
 //! receiver posts empty buffers. A sender claims the oldest one and copies its frame into it, and
-//! the receiver collects it. That is the only copy. If no buffer is posted, the frame goes to a
+//! the receiver collects it. That is the only copy. Frames and buffers may be in the memory of
+//! guests. If no buffer is posted, the frame goes to a
 //! fixed overflow ring, which costs a second copy when the frame is collected. If the ring is full
 //! too, the frame is dropped and the sender gets that result. Nothing here blocks, locks, allocates
 //! or makes a system call, with two exceptions: [`Collector::close`] waits for copies that are
@@ -29,11 +30,15 @@
 //!
 //! One 64-bit atomic, the *state*, decides everything. It says how many posted buffers were ever
 //! claimed, how many frames were ever pushed to the overflow ring, whether that ring is in use (the
-//! *overflow bit*), whether the receiver is choosing among its posted buffers (the *held bit*), and
-//! whether the inbox is closed. A sender changes the state with one compare-and-swap. If that
-//! succeeds, the sender owns the cell it counted until it stores the cell's own state.
+//! *overflow bit*), whether the receiver is choosing among its posted buffers (the *held bit*),
+//! whether some posted buffers are small, and whether the inbox is closed. A sender changes the
+//! state with one compare-and-swap. If that succeeds, the sender owns the cell it counted until it
+//! stores the cell's own state.
 //!
 //! - While the overflow bit is clear, senders claim posted buffers in the order they were posted.
+//! - If a posted buffer may be smaller than the longest frame (the *small bit*), a sender looks how
+//!   much space there is in each before it claims. A frame that is longer than the first claims the
+//!   next ones too, in the same step. It claims all that it needs, or goes to the overflow ring.
 //! - When none is left, a push sets the overflow bit. While it is set no sender claims a posted
 //!   buffer. Only the receiver moves frames from the ring to posted buffers, and it clears the bit
 //!   in the same step that takes the last frame.
@@ -42,6 +47,8 @@
 //!   posted buffer. The sender does not use the overflow ring instead, nor does it drop its frame,
 //!   because the buffers that stay may suffice. If the overflow bit is set, senders claim nothing,
 //!   so the receiver does not set the held bit.
+//! - The receiver drops the oldest frame of the overflow ring, and counts it, if it is about to sleep
+//!   and all posted buffers together are too small for that frame.
 //!
 //! The changes of the state put all frames in one order, and the receiver collects them in that
 //! order: frames of one sender are never reordered, and buffers are filled in the order of posting.
@@ -69,8 +76,13 @@
 //! cache line. The receiver writes the pointers, the senders write the states. A cell state carries
 //! the index it is for, so nobody resets it, and a pointer that is the same as a lap ago is not
 //! written again. A sender that has several frames for the inbox claims their buffers in one step
-//! ([`Inbox::claim`]), and a receiver publishes several buffers with one store
-//! ([`Collector::stage`]).
+//! ([`Inbox::claim`]) and stores the states of a cache line together, and a receiver publishes
+//! several buffers with one store ([`Collector::stage`]). For a guest's buffer there are two more
+//! arrays: where the buffer is, and how much space there is. Senders do not look at these for other
+//! buffers.
+//!
+//! All parts of a frame that fills several buffers are one claim. The sender stores the state of the
+//! first buffer last, so a receiver that sees it finds the others too.
 //!
 //! Indices wrap. To mistake one lap for another, a sender would have to sleep for exactly 2^32
 //! claims between its load and its compare-and-swap.
@@ -83,10 +95,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
 use crossbeam_utils::{Backoff, CachePadded};
+use vmring_core::GuestBuffer;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 
-use crate::limits::MAX_INBOX_CELLS;
+use crate::limits::{GROUP_MAX, LONG_PACKET, MAX_INBOX_CELLS, SHORT_LOOKS, STATES_AT_ONCE};
+use crate::packet::{Packet, PacketBuffer};
 
 /// The callback that wakes a receiver. A sender's thread calls it when a receiver that has
 /// [armed](Collector::arm) has something to collect. It must not block. It may still be called once
@@ -121,8 +135,10 @@ pub enum Refused {
 pub struct Collected<B> {
     /// The buffer the receiver posted.
     pub buffer: B,
-    /// How many bytes of it the packet fills.
+    /// How many bytes of it the packet fills. In a guest's buffer, the header does not count.
     pub len: usize,
+    /// Whether the packet goes on in the next buffer, which is collected next.
+    pub more: bool,
     /// Whether the packet waited in the overflow ring, which cost it a second copy.
     pub overflow: bool,
 }
@@ -131,26 +147,57 @@ pub struct Collected<B> {
 /// length plus one.
 const PENDING: u32 = 0;
 
-/// The state of a posted cell that is filled: the index it is for, and the frame's length plus one.
-/// Any other value means that the cell is pending, and so does the value of an earlier lap.
+/// The state of a posted cell that is filled: the index it is for, and the length of what is in it
+/// plus one, with flags. Any other value means that the cell is pending, and so does the value of an
+/// earlier lap.
 #[inline]
-fn filled(index: u32, len: usize) -> u64 {
-    u64::from(index) << 32 | (len as u64 + 1)
+fn filled(index: u32, len: usize, flags: u32) -> u64 {
+    u64::from(index) << 32 | (len as u64 + 1) | u64::from(flags)
 }
 
 /// A flag beside the length in the state of a posted cell: the frame has waited in the overflow
 /// ring.
 const WAITED: u32 = 1 << 31;
+/// A flag beside it: the frame goes on in the next cell.
+const MORE: u32 = 1 << 30;
 
-/// The low half of the state of the posted cell `index` (the flag and the length plus one), if the
+/// The low half of the state of the posted cell `index` (the flags and the length plus one), if the
 /// cell is filled.
 #[inline]
 fn filled_with(cell_state: u64, index: u32) -> Option<u32> {
     ((cell_state >> 32) as u32 == index && cell_state as u32 != 0).then_some(cell_state as u32)
 }
 
-/// The index of the overflow ring takes 29 bits of the state.
-const PUSHED_MASK: u32 = (1 << 29) - 1;
+/// How many bytes fit into a posted buffer: those of all its segments, times two, plus one if a header
+/// of a guest is among them.
+#[derive(Clone, Copy)]
+struct Room(u32);
+
+impl Room {
+    /// The room in a buffer that has space for every frame.
+    const ANY: Self = Self(u32::MAX);
+
+    fn of(guest: &GuestBuffer) -> Self {
+        // A guest's buffer has less than 2 GiB.
+        let total = guest.header_len() + guest.capacity();
+        Self((total as u32) << 1 | u32::from(guest.header_len() > 0))
+    }
+
+    /// The space for a part of a packet. Only the first part has the header in front of it.
+    fn of_part(self, is_first: bool) -> usize {
+        let header = if is_first && self.0 & 1 != 0 { NO_OFFLOAD.len() } else { 0 };
+        ((self.0 >> 1) as usize).saturating_sub(header)
+    }
+}
+
+/// The header of a packet whose checksum is complete, and which fills one buffer (virtio 1.2,
+/// section 5.1.6.1).
+const NO_OFFLOAD: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+
+/// The index of the overflow ring takes 28 bits of the state.
+const PUSHED_MASK: u32 = (1 << 28) - 1;
+/// A posted buffer may be smaller than the longest frame, so senders look how much space there is.
+const SMALL: u64 = 1 << 60;
 /// The receiver is choosing among its posted buffers.
 const HELD: u64 = 1 << 61;
 /// The overflow ring is in use.
@@ -158,8 +205,8 @@ const OVERFLOW: u64 = 1 << 62;
 /// The inbox accepts no frame.
 const CLOSED: u64 = 1 << 63;
 
-/// The value that decides everything: `claimed` in bits 0 to 31, `pushed` in bits 32 to 60, and the
-/// three flags.
+/// The value that decides everything: `claimed` in bits 0 to 31, `pushed` in bits 32 to 59, and the
+/// four flags.
 #[derive(Clone, Copy)]
 struct InboxState(u64);
 
@@ -188,12 +235,20 @@ impl InboxState {
         self.0 & HELD != 0
     }
 
+    fn small(self) -> bool {
+        self.0 & SMALL != 0
+    }
+
     fn with_claimed(self, claimed: u32) -> Self {
         Self(self.0 & !u64::from(u32::MAX) | u64::from(claimed))
     }
 
     fn with_push(self) -> Self {
-        Self::new(self.claimed(), self.pushed().wrapping_add(1), self.0 & CLOSED | OVERFLOW)
+        Self::new(
+            self.claimed(),
+            self.pushed().wrapping_add(1),
+            self.0 & (CLOSED | SMALL) | OVERFLOW,
+        )
     }
 
     fn without(self, flags: u64) -> Self {
@@ -294,8 +349,15 @@ pub struct Inbox<B> {
     /// Whether the overflow bit may be set. This hint is on a cache line that rarely changes, so a
     /// receiver that finds no packet does not fetch the state's line from its senders.
     overflowing: CachePadded<AtomicBool>,
-    /// Where the bytes of each posted buffer are. Null if the buffer has become too small.
+    /// Where the bytes of each posted buffer are. Null if they are in the memory of a guest, or if the
+    /// buffer has become too small.
     buffer_ptrs: Box<[UnsafeCell<*mut u8>]>,
+    /// Each posted buffer that is in the memory of a guest. Only meaningful if the pointer above is
+    /// null.
+    guests: Box<[UnsafeCell<*const GuestBuffer>]>,
+    /// The [`Room`] in each posted buffer. Senders read it before they own the cell. If their claim
+    /// succeeds, it has not changed meanwhile.
+    rooms: Box<[AtomicU32]>,
     /// The state of each posted cell: see [`filled`].
     cell_states: Box<[AtomicU64]>,
     /// The posted buffers, which only the collector touches. `None` if the buffer was taken back.
@@ -323,7 +385,7 @@ impl<B> fmt::Debug for Inbox<B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Inbox<B> {
+impl<B: PacketBuffer> Inbox<B> {
     /// Makes a closed inbox for at most `depth` posted buffers and `overflow` waiting frames of at
     /// most `max_frame` bytes. Both numbers are rounded up to a power of two; `overflow` may be 0.
     /// [`open`](Self::open) opens the inbox. Only this function allocates.
@@ -344,7 +406,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             depth <= MAX_INBOX_CELLS && overflow <= MAX_INBOX_CELLS,
             "an inbox of more than 2^24 cells"
         );
-        assert!(max_frame < WAITED as usize - 1, "frames of 2 GiB");
+        assert!(max_frame < MORE as usize - 1, "frames of 1 GiB");
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();
         Self {
@@ -355,6 +417,8 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             has_collector: AtomicBool::new(false),
             overflowing: CachePadded::new(AtomicBool::new(false)),
             buffer_ptrs: (0..depth).map(|_| UnsafeCell::new(core::ptr::null_mut())).collect(),
+            guests: (0..depth).map(|_| UnsafeCell::new(core::ptr::null())).collect(),
+            rooms: (0..depth).map(|_| AtomicU32::new(Room::ANY.0)).collect(),
             cell_states: (0..depth).map(|_| AtomicU64::new(0)).collect(),
             buffers: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
             overflow: Overflow::new(overflow as usize, max_frame),
@@ -379,6 +443,9 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             popped: inbox.popped.load(Ordering::Relaxed),
             lent: 0,
             gaps: 0,
+            has_guests: false,
+            is_small: false,
+            short: Short::default(),
             not_sync: PhantomData,
         };
         inbox.doorbell.parker().set(Some(wake));
@@ -415,7 +482,16 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// [`recall_if`](Collector::recall_if). It does not wake the receiver: call
     /// [`ring`](Self::ring) once after a batch.
     pub fn deliver(&self, frame: &[u8]) -> Delivery {
-        if frame.len() > self.max_frame {
+        self.deliver_packet(Packet::from(frame))
+    }
+
+    /// As [`deliver`](Self::deliver), for a packet that may be in the memory of a guest.
+    ///
+    /// If the oldest posted buffer is smaller than the packet, the packet fills the next ones too
+    /// ([`Collected::more`]), if there are enough of them. Else it goes to the overflow ring.
+    pub fn deliver_packet(&self, packet: Packet<'_>) -> Delivery {
+        let len = packet.len();
+        if len > self.max_frame {
             return Delivery::Dropped(Refused::TooBig);
         }
         // Acquire, here and when a `change` fails: pairs with the Release in `change`, `close`,
@@ -431,13 +507,14 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
                 seen = self.wait_while_held();
                 continue;
             }
-            // Acquire: pairs with the Release in `publish`; the buffer is in its cell.
-            if !state.overflow() && state.claimed() != self.posted.load(Ordering::Acquire) {
-                let index = state.claimed();
-                match self.change(state, state.with_claimed(index.wrapping_add(1))) {
+            // Acquire: pairs with the Release in `publish`; the buffers are in their cells.
+            if !state.overflow()
+                && let Some(end) = self.cells_for(state, self.posted.load(Ordering::Acquire), len)
+            {
+                match self.change(state, state.with_claimed(end)) {
                     Ok(()) => {
                         // The length was checked above.
-                        self.fill(index, frame);
+                        self.fill(state.claimed(), end, packet, 0);
                         return Delivery::Direct;
                     }
                     Err(now) => seen = now,
@@ -450,7 +527,7 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             if ((waiting & PUSHED_MASK) as usize) < self.overflow.cells.len() {
                 match self.change(state, state.with_push()) {
                     Ok(()) => {
-                        self.fill_overflow(state.pushed(), frame);
+                        self.fill_overflow(state.pushed(), packet);
                         // Relaxed: this is a hint; `arm` looks at the state.
                         self.overflowing.store(true, Ordering::Relaxed);
                         return Delivery::Overflow;
@@ -478,6 +555,19 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
     /// The caller must fill what it has claimed: see [`Claim`].
     #[inline]
     pub fn claim(&self, wanted: usize) -> Option<Claim<'_, B>> {
+        self.claim_for(wanted, || self.max_frame)
+    }
+
+    /// As [`claim`](Self::claim), for frames of at most `longest()` bytes. Each buffer that is claimed
+    /// has space for as many. `longest` is called at most once, and only if a posted buffer may be
+    /// smaller than [`max_frame`](Self::max_frame).
+    #[inline]
+    pub fn claim_for(
+        &self,
+        wanted: usize,
+        longest: impl FnOnce() -> usize,
+    ) -> Option<Claim<'_, B>> {
+        let (mut ask, mut longest) = (Some(longest), self.max_frame);
         // Acquire: pairs with the Release in `change`, `close`, `discard` and `reopen`, so that
         // `posted` is not read older than the state.
         let mut state = InboxState(self.state.load(Ordering::Acquire));
@@ -486,17 +576,61 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             // Acquire: pairs with the Release in `publish`; the buffers are in their cells.
             let posted = self.posted.load(Ordering::Acquire).wrapping_sub(next);
             // `posted` may be newer than the state. The number of cells bounds it.
-            let count = (posted as usize).min(self.buffer_ptrs.len()).min(wanted) as u32;
+            let mut count = (posted as usize).min(self.buffer_ptrs.len()).min(wanted) as u32;
+            if state.small() {
+                longest = ask.take().map_or(longest, |ask| ask().min(longest));
+                count = self.large_cells(next, count, longest);
+            }
             if count == 0 {
                 return None;
             }
             let end = next.wrapping_add(count);
             match self.change(state, state.with_claimed(end)) {
-                Ok(()) => return Some(Claim { inbox: self, next, end }),
+                Ok(()) => return Some(Claim::new(self, next..end, longest)),
                 Err(now) => state = InboxState(now),
             }
         }
         None
+    }
+
+    /// The end of the posted cells that a frame of `len` bytes fills, from the first one that is not
+    /// claimed. `None` if those are too few.
+    #[inline]
+    fn cells_for(&self, state: InboxState, posted: u32, len: usize) -> Option<u32> {
+        let first = state.claimed();
+        match state.small() {
+            false => (first != posted).then(|| first.wrapping_add(1)),
+            true => self.small_cells_for(first, posted, len),
+        }
+    }
+
+    #[inline(never)]
+    fn small_cells_for(&self, first: u32, posted: u32, len: usize) -> Option<u32> {
+        let mut left = len;
+        let mut index = first;
+        while index != posted && index.wrapping_sub(first) < GROUP_MAX {
+            left = left.saturating_sub(self.room(index).of_part(index == first));
+            index = index.wrapping_add(1);
+            if left == 0 {
+                return Some(index);
+            }
+        }
+        None
+    }
+
+    /// How many of the `count` cells from `first` on have space for `len` bytes, up to the first that
+    /// has not.
+    #[inline(never)]
+    fn large_cells(&self, first: u32, count: u32, len: usize) -> u32 {
+        let cells = (0..count).map(|i| self.room(first.wrapping_add(i)));
+        cells.take_while(|room| room.of_part(true) >= len).count() as u32
+    }
+
+    fn room(&self, index: u32) -> Room {
+        // Relaxed: the Acquire of `posted` pairs with the Release in `publish`, so this is not older
+        // than the cell's posting. It is not newer either if the claim succeeds: the collector changes
+        // it after it has seen a later claim, by which `change` is ordered after this load.
+        Room(self.rooms[self.cell_index(index)].load(Ordering::Relaxed))
     }
 
     /// Waits until the receiver has chosen among its posted buffers, and returns the state after
@@ -565,17 +699,51 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
         unsafe { self.buffer_ptrs.get_unchecked(self.cell_index(index)) }
     }
 
-    /// Copies `frame` into the posted buffer `index`. The caller has claimed the buffer and has
-    /// checked that the frame is at most `max_frame` bytes long.
+    /// Fills the cells `first..end` with a packet, and hands them over. The caller owns the cells, they
+    /// have enough space, and the packet is at most `max_frame` bytes long.
     #[inline]
-    fn fill(&self, index: u32, frame: &[u8]) {
+    fn fill(&self, first: u32, end: u32, packet: Packet<'_>, flags: u32) {
+        if first.wrapping_add(1) == end {
+            let len = self.copy_part(first, packet, 0..packet.len(), Some(1));
+            self.end_claim(first, filled(first, len, flags));
+        } else {
+            self.fill_group(first, end, packet, flags);
+        }
+    }
+
+    /// Fills several cells with one packet. The state of the first is stored last: until then the
+    /// collector looks at none of them.
+    #[inline(never)]
+    fn fill_group(&self, first: u32, end: u32, packet: Packet<'_>, flags: u32) {
+        let count = end.wrapping_sub(first);
+        let mut at = 0;
+        let mut first_len = 0;
+        for index in indices(&(first..end)) {
+            let is_first = index == first;
+            let len = self.room(index).of_part(is_first).min(packet.len() - at);
+            self.copy_part(index, packet, at..at + len, is_first.then_some(count as u16));
+            at += len;
+            match is_first {
+                true => first_len = len,
+                false => {
+                    let more = if index.wrapping_add(1) == end { 0 } else { MORE };
+                    self.end_claim(index, filled(index, len, flags | more));
+                }
+            }
+        }
+        self.end_claim(first, filled(first, first_len, flags | MORE));
+    }
+
+    /// Copies `frame` into the posted buffer `index`, which has space for it. Returns its length, or 0
+    /// if the buffer has become too small. The caller owns the cell.
+    #[inline]
+    fn copy(&self, index: u32, frame: &[u8]) -> usize {
         debug_assert!(frame.len() <= self.max_frame);
-        let len = self.buffer_ptr(index).with_mut(|ptr| {
-            // SAFETY: invariant 1: the caller has moved `claimed` past this cell, so the cell is
-            // ours until `end_claim` stores its state.
+        self.buffer_ptr(index).with_mut(|ptr| {
+            // SAFETY: invariant 1: the caller owns the cell until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
-                return 0;
+                return self.copy_to_guest(index, Packet::from(frame), 0..frame.len(), Some(1));
             }
             // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither
             // moves nor touches before it sees the cell's state, and `checked_ptr` found at least
@@ -583,33 +751,87 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
             // frame is not in the buffer, because it is borrowed and the collector owns the buffer.
             unsafe { ptr.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
             frame.len()
-        });
-        self.end_claim(index, len);
+        })
     }
 
-    /// Marks a claimed cell as filled, which makes it the collector's.
+    /// Copies a part of a packet into the posted buffer `index`, which has space for it. The caller
+    /// owns the cell. The first part has the `count` of all.
+    fn copy_part(
+        &self,
+        index: u32,
+        packet: Packet<'_>,
+        part: Range<usize>,
+        count: Option<u16>,
+    ) -> usize {
+        self.buffer_ptr(index).with_mut(|ptr| {
+            // SAFETY: as in `copy`.
+            let ptr = unsafe { *ptr };
+            if ptr.is_null() {
+                return self.copy_to_guest(index, packet, part, count);
+            }
+            // SAFETY: as in `copy`. The part is no longer than the packet.
+            let space = unsafe { core::slice::from_raw_parts_mut(ptr, part.len()) };
+            packet.copy_to(part.start, space)
+        })
+    }
+
+    /// Copies a part of a packet into the posted buffer `index`, if it is in the memory of a guest and
+    /// has space for it. Returns the part's length, or 0. The first part is behind the header, which
+    /// says that the checksum is complete and that the packet has the `count` of buffers (virtio 1.2,
+    /// section 5.1.6.1).
+    #[inline(never)]
+    fn copy_to_guest(
+        &self,
+        index: u32,
+        packet: Packet<'_>,
+        part: Range<usize>,
+        count: Option<u16>,
+    ) -> usize {
+        let buffer = self.guests[self.cell_index(index)].with(|guest| {
+            // SAFETY: invariant 1: the caller owns the cell.
+            let guest = unsafe { *guest };
+            // SAFETY: invariant 4: the pointer is null, or to a lent buffer, which the collector
+            // neither moves nor changes before it sees the cell's state. Others only read it.
+            unsafe { guest.as_ref() }
+        });
+        let Some(buffer) = buffer else { return 0 };
+        let header = match count {
+            Some(count) if buffer.header_len() == NO_OFFLOAD.len() => {
+                let mut header = NO_OFFLOAD;
+                header[10..].copy_from_slice(&count.to_le_bytes());
+                buffer.segments().copy_from(&header)
+            }
+            Some(_) => buffer.header_len(),
+            None => 0,
+        };
+        packet.copy_to_guest(part.start, part.len(), buffer, header);
+        part.len()
+    }
+
+    /// Marks a cell as [`filled`], which makes it the collector's.
     #[inline]
-    fn end_claim(&self, index: u32, len: usize) {
+    fn end_claim(&self, index: u32, state: u64) {
         // Release: pairs with the Acquire in `collect`, `is_ready` and `close`; the bytes are in
         // the buffer.
-        self.cell_state(index).store(filled(index, len), Ordering::Release);
+        self.cell_state(index).store(state, Ordering::Release);
     }
 
-    /// Copies `frame` into the overflow cell `index`. The caller has moved `pushed` past the cell.
-    fn fill_overflow(&self, index: u32, frame: &[u8]) {
+    /// Copies a packet into the overflow cell `index`. The caller has moved `pushed` past the cell.
+    fn fill_overflow(&self, index: u32, packet: Packet<'_>) {
         let cell = self.overflow.cell(index);
         cell.access.with_mut(|_| {
             // SAFETY: invariant 2: the caller has moved `pushed` past this cell, so its `max_frame`
-            // bytes are ours until the store below. `deliver` has checked that the frame is no
+            // bytes are ours until the store below. `deliver_packet` has checked that the packet is no
             // longer.
-            unsafe {
-                self.overflow.bytes_of(index).copy_from_nonoverlapping(frame.as_ptr(), frame.len());
-            }
+            let space = unsafe {
+                core::slice::from_raw_parts_mut(self.overflow.bytes_of(index), packet.len())
+            };
+            packet.copy_to(0, space);
         });
         // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the
         // bytes are in the cell. The length is at most `max_frame`, which `starting_at` keeps below
-        // 2 GiB.
-        cell.state.store(frame.len() as u32 + 1, Ordering::Release);
+        // 1 GiB.
+        cell.state.store(packet.len() as u32 + 1, Ordering::Release);
     }
 }
 
@@ -626,19 +848,31 @@ impl<B: AsMut<[u8]> + Send> Inbox<B> {
 /// claim that is forgotten looks like one whose sender is slow, and if the receiver took its
 /// buffers back, a slow sender would write to memory that is no longer the inbox's.
 #[must_use = "a claim that is not filled delivers empty packets"]
-pub struct Claim<'a, B: AsMut<[u8]> + Send> {
+pub struct Claim<'a, B: PacketBuffer> {
     inbox: &'a Inbox<B>,
+    /// The cells from here on have been filled and not handed over.
+    handed: u32,
     next: u32,
     end: u32,
+    /// The states of the cells `handed..next`.
+    states: [u64; STATES_AT_ONCE as usize],
+    longest: usize,
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Claim<'_, B> {
+impl<B: PacketBuffer> fmt::Debug for Claim<'_, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Claim").field("left", &self.left()).finish_non_exhaustive()
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Claim<'_, B> {
+impl<'a, B: PacketBuffer> Claim<'a, B> {
+    #[inline]
+    fn new(inbox: &'a Inbox<B>, cells: Range<u32>, longest: usize) -> Self {
+        let Range { start, end } = cells;
+        let states = [0; STATES_AT_ONCE as usize];
+        Self { inbox, handed: start, next: start, end, states, longest }
+    }
+
     /// The number of buffers that are still to be filled.
     #[inline]
     pub fn left(&self) -> usize {
@@ -646,34 +880,63 @@ impl<B: AsMut<[u8]> + Send> Claim<'_, B> {
     }
 
     /// Copies `frame` into the next buffer. Returns false, and does nothing, if there is no buffer
-    /// left or if the frame is longer than [`Inbox::max_frame`].
+    /// left or if the frame is longer than the claim was made for.
+    ///
+    /// The receiver sees the frame together with its neighbours, at the latest when the claim is
+    /// dropped.
     #[inline]
     pub fn fill(&mut self, frame: &[u8]) -> bool {
-        if self.next == self.end || frame.len() > self.inbox.max_frame {
+        if self.next == self.end || frame.len() > self.longest {
             return false;
         }
-        self.inbox.fill(self.next, frame);
-        self.next = self.next.wrapping_add(1);
+        let len = self.inbox.copy(self.next, frame);
+        self.end_packet(len);
         true
+    }
+
+    /// As [`fill`](Self::fill), for a packet that may be in the memory of a guest.
+    #[inline(never)]
+    pub fn fill_packet(&mut self, packet: Packet<'_>) -> bool {
+        if self.next == self.end || packet.len() > self.longest {
+            return false;
+        }
+        let len = self.inbox.copy_part(self.next, packet, 0..packet.len(), Some(1));
+        self.end_packet(len);
+        true
+    }
+
+    /// Counts a buffer as filled.
+    #[inline]
+    fn end_packet(&mut self, len: usize) {
+        self.states[(self.next % STATES_AT_ONCE) as usize] = filled(self.next, len, 0);
+        self.next = self.next.wrapping_add(1);
+        // The states of a cache line are stored together: the receiver, which may be far, fetches the
+        // line once and not once for each. A long packet takes longer to copy than that.
+        if self.next.is_multiple_of(STATES_AT_ONCE) || len > LONG_PACKET {
+            self.hand_over();
+        }
+    }
+
+    /// Makes what was filled the collector's.
+    #[inline]
+    fn hand_over(&mut self) {
+        while self.handed != self.next {
+            let state = self.states[(self.handed % STATES_AT_ONCE) as usize];
+            self.inbox.end_claim(self.handed, state);
+            self.handed = self.handed.wrapping_add(1);
+        }
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Drop for Claim<'_, B> {
+impl<B: PacketBuffer> Drop for Claim<'_, B> {
     #[inline]
     fn drop(&mut self) {
+        self.hand_over();
         while self.next != self.end {
-            self.inbox.end_claim(self.next, 0);
+            self.inbox.end_claim(self.next, filled(self.next, 0, 0));
             self.next = self.next.wrapping_add(1);
         }
     }
-}
-
-/// Copies what fits, and returns how much. Everything fits unless a buffer has shrunk since it was
-/// posted.
-fn copy_what_fits(to: &mut [u8], from: &[u8]) -> usize {
-    let len = to.len().min(from.len());
-    to[..len].copy_from_slice(&from[..len]);
-    len
 }
 
 /// Where a buffer's bytes are, if there are enough of them. The buffer must already be in its
@@ -687,7 +950,7 @@ fn checked_ptr<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut 
 ///
 /// Dropping it closes the inbox, which waits for copies that are under way, and drops the buffers
 /// that are still in it.
-pub struct Collector<B: AsMut<[u8]> + Send> {
+pub struct Collector<B: PacketBuffer> {
     inbox: Arc<Inbox<B>>,
     /// Cells before this one have been taken out.
     collected: u32,
@@ -701,16 +964,31 @@ pub struct Collector<B: AsMut<[u8]> + Send> {
     lent: usize,
     /// The number of posted, uncollected cells whose buffer was taken back.
     gaps: u32,
+    /// Whether a guest's buffer was ever posted. If not, each room is [`Room::ANY`].
+    has_guests: bool,
+    /// Whether the state has [`SMALL`].
+    is_small: bool,
+    short: Short,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Collector<B> {
+/// What a collector knows of a frame in the overflow ring for which too few buffers are posted.
+#[derive(Default)]
+struct Short {
+    /// The value of `posted` at the last look, and how often it was the same.
+    posted: u32,
+    looks: u32,
+    /// How many such frames were dropped.
+    dropped: u64,
+}
+
+impl<B: PacketBuffer> fmt::Debug for Collector<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Collector").field("posted", &self.lent).finish_non_exhaustive()
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Collector<B> {
+impl<B: PacketBuffer> Collector<B> {
     /// The inbox this half receives from.
     pub fn inbox(&self) -> &Arc<Inbox<B>> {
         &self.inbox
@@ -732,7 +1010,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     /// # Errors
     ///
     /// Returns the buffer if the inbox [is full](Self::is_full), or if the buffer has fewer bytes
-    /// than [`Inbox::max_frame`].
+    /// than [`Inbox::max_frame`] and is not in the memory of a guest.
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
         self.stage(buffer)?;
         self.publish();
@@ -756,24 +1034,70 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             let cell = unsafe { &mut *cell };
             // The cell is empty, so `forget` leaks nothing.
             core::mem::forget(cell.replace(buffer));
-            let ptr = cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.max_frame));
-            ptr.ok_or_else(|| cell.take())
+            cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.max_frame))
         });
         match ptr {
-            Ok(ptr) => self.store_buffer_ptr(self.posted, ptr),
-            Err(Some(buffer)) => return Err(buffer),
-            Err(None) => unreachable!("it was put there above"),
+            Some(ptr) => {
+                self.store_buffer_ptr(self.posted, ptr);
+                if self.has_guests {
+                    self.store_room(self.posted, Room::ANY);
+                }
+            }
+            None => self.stage_guest()?,
         }
         self.posted = self.posted.wrapping_add(1);
         self.lent += 1;
         Ok(())
     }
 
+    /// Ends [`stage`](Self::stage) for a buffer whose bytes are not this program's own.
+    #[inline(never)]
+    fn stage_guest(&mut self) -> Result<(), B> {
+        let index = self.posted;
+        let room = self.inbox.buffer_cell(index).with_mut(|cell| {
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+            let cell = unsafe { &mut *cell };
+            match cell.as_ref().and_then(PacketBuffer::guest) {
+                Some(guest) => Ok((Room::of(guest), core::ptr::from_ref(guest))),
+                None => Err(cell.take()),
+            }
+        });
+        let (room, guest) = match room {
+            Ok(found) => found,
+            Err(Some(buffer)) => return Err(buffer),
+            Err(None) => unreachable!("`stage` put it there"),
+        };
+        self.store_buffer_ptr(index, core::ptr::null_mut());
+        self.store_guest(index, guest);
+        self.store_room(index, room);
+        self.has_guests = true;
+        if !self.is_small && room.of_part(true) < self.inbox.max_frame {
+            self.is_small = true;
+            // AcqRel: as in `change`. It comes before the buffer is published, so whoever claims the
+            // buffer sees it.
+            self.inbox.state.fetch_or(SMALL, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's.
+    fn store_guest(&self, index: u32, guest: *const GuestBuffer) {
+        // SAFETY: invariant 1: as in `store_buffer_ptr`.
+        self.inbox.guests[self.inbox.cell_index(index)]
+            .with_mut(|stored| unsafe { *stored = guest });
+    }
+
+    /// Stores the room of the buffer of cell `index`.
+    fn store_room(&self, index: u32, room: Room) {
+        // Relaxed: `publish` shows it to the senders.
+        self.inbox.rooms[self.inbox.cell_index(index)].store(room.0, Ordering::Relaxed);
+    }
+
     /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
     #[inline(always)]
     fn store_buffer_ptr(&self, index: u32, ptr: *mut u8) {
         self.inbox.buffer_ptr(index).with_mut(|stored| {
-            // SAFETY: invariant 1: the callers, `stage` and `Held::drop`, pass a cell that no
+            // SAFETY: invariant 1: the callers, which stage or hold the cell, pass one that no
             // sender can claim now, so it is ours. A pointer that has not changed is not written,
             // so that its cache line stays with the senders.
             unsafe {
@@ -811,8 +1135,9 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
                 if self.gaps > 0 {
                     self.skip_taken_back();
                 }
-                let (len, overflow) = ((with & !WAITED) as usize - 1, with & WAITED != 0);
-                return Some(Collected { buffer, len, overflow });
+                let len = (with & !(WAITED | MORE)) as usize - 1;
+                let (more, overflow) = (with & MORE != 0, with & WAITED != 0);
+                return Some(Collected { buffer, len, more, overflow });
             }
             // Relaxed: a hint, see `overflowing`.
             if !self.inbox.overflowing.load(Ordering::Relaxed) || !self.fill_from_overflow() {
@@ -864,7 +1189,7 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         buffer
     }
 
-    /// Moves the oldest frame of the overflow ring into the oldest posted buffer, if there are both
+    /// Moves the oldest frame of the overflow ring into the oldest posted buffers, if there are both
     /// and no earlier claim is still being filled. Returns true if it did, and `collect` finds the
     /// packet.
     #[cold]
@@ -884,25 +1209,27 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
             return false;
         }
         let len = cell_state as usize - 1;
-        let cell = self.inbox.buffer_cell(self.collected);
-        let len = waiting.access.with(|_| {
-            cell.with_mut(|cell| {
+        let end = self.inbox.cells_for(state, self.posted, len);
+        if let Some(end) = end {
+            waiting.access.with(|_| {
                 // SAFETY: invariant 2: the sender has stored the cell's state, and we have not
                 // popped the cell, so it is ours. Its sender wrote the first `len` bytes.
                 let frame = unsafe {
                     core::slice::from_raw_parts(self.inbox.overflow.bytes_of(self.popped), len)
                 };
-                // SAFETY: invariants 1 and 4: the cell is posted and unclaimed, and the overflow
-                // bit is set. No sender claims before we clear the bit below, so the cell is ours.
-                let buffer = unsafe { &mut *cell };
-                buffer.as_mut().map_or(0, |buffer| copy_what_fits(buffer.as_mut(), frame))
-            })
-        });
-        waiting.state.store(PENDING, Ordering::Relaxed); // published by `popped` below
+                // The posted cells are ours (invariant 1): they are not claimed, and the overflow bit
+                // is set. No sender claims before we clear the bit below.
+                self.inbox.fill(self.collected, end, Packet::from(frame), WAITED);
+            });
+        } else if !self.gives_up() {
+            return false;
+        }
+        // Relaxed: published by `popped` below.
+        self.inbox.overflow.cell(self.popped).state.store(PENDING, Ordering::Relaxed);
         let popped = self.popped.wrapping_add(1) & PUSHED_MASK;
         let mut state = state;
         loop {
-            let mut next = state.with_claimed(self.collected.wrapping_add(1));
+            let mut next = state.with_claimed(end.unwrap_or(self.collected));
             let last = state.pushed() == popped;
             if last {
                 next = next.without(OVERFLOW); // that was the last frame: senders may claim again
@@ -918,10 +1245,31 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         self.popped = popped;
         // Release: pairs with the Acquire in `deliver`; we no longer read the cell.
         self.inbox.popped.store(popped, Ordering::Release);
-        // Relaxed: the cell is still ours, and we are the next to read its state.
-        let cell_state = filled(self.collected, len) | u64::from(WAITED);
-        self.inbox.cell_state(self.collected).store(cell_state, Ordering::Relaxed);
         true
+    }
+
+    /// Whether a frame that waits is to be dropped, for which the posted buffers are too few: because
+    /// no packet can have that many, or because no more were posted for a long time. Without this, a
+    /// guest that posts buffers only when packets arrive would never get one again.
+    fn gives_up(&mut self) -> bool {
+        let lent = self.posted.wrapping_sub(self.collected);
+        let full = lent >= GROUP_MAX || self.is_full();
+        let Short { posted, looks, dropped } = &mut self.short;
+        *looks = if *posted == self.posted { looks.saturating_add(1) } else { 0 };
+        *posted = self.posted;
+        let gives_up = lent > 0 && (full || *looks >= SHORT_LOOKS);
+        if gives_up {
+            *looks = 0;
+            *dropped += 1;
+        }
+        gives_up
+    }
+
+    /// Returns how many frames were dropped since the last call because the posted buffers were too
+    /// few for them.
+    #[inline]
+    pub fn take_dropped(&mut self) -> u64 {
+        core::mem::take(&mut self.short.dropped)
     }
 
     /// Takes back every posted buffer that no sender has claimed, and gives each to `f`. Returns
@@ -1000,8 +1348,10 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
     ///
     /// A frame that is still being copied does not count, because its sender has yet to ring. A
     /// frame that waits in the overflow ring while no buffer is posted does not count either, so a
-    /// receiver must collect after it has posted.
+    /// receiver must collect after it has posted. If buffers are posted, but too few for the frame, it
+    /// is dropped ([`take_dropped`](Self::take_dropped)).
     pub fn arm(&mut self) -> bool {
+        self.drop_short();
         // The doorbell's fence is between its flag and our check: either the ringer sees the flag,
         // or we see its packet (see `vmring_core::doorbell`).
         self.inbox.doorbell.arm();
@@ -1018,6 +1368,17 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         self.inbox.doorbell.disarm()
     }
 
+    /// Drops the frames at the front of the overflow ring for which the posted buffers are too few.
+    fn drop_short(&mut self) {
+        while self.is_small && self.inbox.overflowing.load(Ordering::Relaxed) && !self.is_ready() {
+            self.short.looks = SHORT_LOOKS;
+            self.short.posted = self.posted;
+            if !self.fill_from_overflow() {
+                break;
+            }
+        }
+    }
+
     /// Whether [`collect`](Self::collect) would return a packet.
     pub fn is_ready(&self) -> bool {
         let index = self.collected;
@@ -1031,9 +1392,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         // Acquire: pairs with the Release in `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
         // Acquire, of the cell's state: pairs with the Release in `fill_overflow`.
+        let len = || match self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) {
+            PENDING => None,
+            cell_state => Some(cell_state as usize - 1),
+        };
         let ready = state.claimed() == index
             && state.overflow()
-            && self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) != PENDING;
+            && len().is_some_and(|len| self.inbox.cells_for(state, self.posted, len).is_some());
         if ready {
             // The sender may not have set the hint yet. A receiver that gets `true` here must find
             // the frame when it collects.
@@ -1105,9 +1470,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
         // Release: pairs with the Acquire in `deliver`; we no longer read the cells.
         self.inbox.popped.store(self.popped, Ordering::Release);
         self.inbox.overflowing.store(false, Ordering::Relaxed);
+        if self.has_guests {
+            self.inbox.rooms.iter().for_each(|room| room.store(Room::ANY.0, Ordering::Relaxed));
+            (self.has_guests, self.is_small) = (false, false);
+        }
         // Release: pairs with the Acquire in `deliver` and `claim` of senders that come after a
         // `reopen`.
-        self.inbox.state.store(state.without(OVERFLOW).0, Ordering::Release);
+        self.inbox.state.store(state.without(OVERFLOW | SMALL).0, Ordering::Release);
         dropped
     }
 
@@ -1123,13 +1492,13 @@ impl<B: AsMut<[u8]> + Send> Collector<B> {
 /// The cells `start..posted`, some of them without their buffer. The overflow bit or the held bit
 /// keeps them from the senders. Dropping this guard, also by a panic, gives the senders the cells
 /// that have a buffer.
-struct Held<'a, B: AsMut<[u8]> + Send> {
+struct Held<'a, B: PacketBuffer> {
     collector: &'a mut Collector<B>,
     start: u32,
     taken: u32,
 }
 
-impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
+impl<B: PacketBuffer> Drop for Held<'_, B> {
     fn drop(&mut self) {
         let (start, posted) = (self.start, self.collector.posted);
         let inbox = &*self.collector.inbox;
@@ -1146,7 +1515,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
             });
             if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
-                let ptr = inbox.buffer_cell(free).with_mut(|cell| {
+                let (ptr, guest, room) = inbox.buffer_cell(free).with_mut(|cell| {
                     // SAFETY: invariants 1 and 4: this cell is in the same range, so no sender
                     // claims it either. It is empty: its buffer was taken in this loop, or was
                     // taken back.
@@ -1155,10 +1524,20 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
                     // its pointer is asked for anew. Senders wait for us, so not even a buffer that
                     // panics may end this loop. A buffer that is now too small gets packets of no
                     // bytes.
-                    let ask = AssertUnwindSafe(|| checked_ptr(buffer, inbox.max_frame));
-                    catch_unwind(ask).ok().flatten().unwrap_or_default()
+                    let nothing = (core::ptr::null_mut(), core::ptr::null(), Room::ANY);
+                    let ask = AssertUnwindSafe(|| match checked_ptr(buffer, inbox.max_frame) {
+                        Some(ptr) => (ptr, core::ptr::null(), Room::ANY),
+                        None => buffer.guest().map_or(nothing, |guest| {
+                            (core::ptr::null_mut(), core::ptr::from_ref(guest), Room::of(guest))
+                        }),
+                    });
+                    catch_unwind(ask).unwrap_or(nothing)
                 });
                 self.collector.store_buffer_ptr(free, ptr);
+                if ptr.is_null() || self.collector.has_guests {
+                    self.collector.store_guest(free, guest);
+                    self.collector.store_room(free, room);
+                }
             }
         }
         // Relaxed: `change` below acquires.
@@ -1170,7 +1549,7 @@ impl<B: AsMut<[u8]> + Send> Drop for Held<'_, B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Drop for Collector<B> {
+impl<B: PacketBuffer> Drop for Collector<B> {
     fn drop(&mut self) {
         self.inbox.doorbell.disarm();
         self.inbox.doorbell.parker().set(None);

@@ -5,8 +5,8 @@
 //! A [`Network`] connects up to 1,024 ports. Each [`Port`] has a [`Receiver`] and a [`Sender`]. The
 //! receiver lends empty buffers to the network and gets them back with packets. The thread that
 //! calls the sender does the forwarding: it copies each frame once, straight into a buffer that the
-//! receiver has posted. A buffer can be anything that exclusively owns bytes
-//! (`B: AsMut<[u8]> + Send`).
+//! receiver has posted. A buffer is anything that exclusively owns bytes ([`PacketBuffer`]), or is in
+//! the memory of a guest.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -32,6 +32,7 @@
 //! ```
 //!
 //! - [`network`]: networks, their members and the rules of forwarding
+//! - [`packet`]: what is delivered, and the buffers that it is delivered to
 //! - [`port`]: an interface's place on a network, and its two halves
 //! - [`stats`]: what happens to each frame, and the counters of it
 //! - [`limits`]: the numbers that are limits or policy
@@ -48,6 +49,7 @@ pub mod gateway;
 pub mod inbox;
 pub mod limits;
 pub mod network;
+pub mod packet;
 pub mod port;
 pub mod stats;
 mod table;
@@ -55,5 +57,6 @@ mod table;
 pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
 pub use dhcp::DhcpLease;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
+pub use packet::{Packet, PacketBuffer};
 pub use port::{Monitor, Port, Receiver, Sender};
 pub use stats::{DropReason, PortStats, Sent};

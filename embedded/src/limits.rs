@@ -44,6 +44,22 @@ pub const DEFAULT_OVERFLOW_BYTES: usize = 512 * 1024;
 /// The least and the greatest default depth of the overflow ring.
 pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
+// The hand-over of packets.
+
+/// How many of a packet's first bytes are copied before the network decides what becomes of it, if it
+/// is in the memory of a guest: an ARP packet over Ethernet.
+pub const HEAD_LEN: usize = 42;
+/// The most buffers that one packet fills.
+pub const GROUP_MAX: u32 = 256;
+/// How many packets of a claim are handed over together, at most: as many as have their states on one
+/// cache line.
+pub const STATES_AT_ONCE: u32 = 8;
+/// A packet of a claim that has more bytes is handed over at once, with those before it.
+pub const LONG_PACKET: usize = 1536;
+/// How often a receiver that does not sleep looks at a frame for which the posted buffers are too few
+/// before it drops the frame.
+pub const SHORT_LOOKS: u32 = 10_000;
+
 // The table of MAC addresses.
 
 /// The entries of one bucket, which fill one cache line.

@@ -49,6 +49,7 @@ use crate::dhcp::{DhcpConfig, DhcpLease, LeaseFile};
 use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, PortWake};
 use crate::limits::{MAX_PORTS, VLAN_TAG_LEN};
+use crate::packet::PacketBuffer;
 use crate::stats::{PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
@@ -128,7 +129,7 @@ impl<B> Registry<B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Registry<B> {
+impl<B: PacketBuffer> Registry<B> {
     /// Returns the network of this name, and makes it if it does not exist.
     ///
     /// # Errors
@@ -315,7 +316,7 @@ impl<B> Network<B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Network<B> {
+impl<B: PacketBuffer> Network<B> {
     /// Makes a network without ports. It is in no registry.
     ///
     /// # Errors
@@ -423,7 +424,7 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
 }
 
 /// What [`Network::admit`] returns: the parts of a port's two halves.
-pub(crate) struct Admitted<B: AsMut<[u8]> + Send> {
+pub(crate) struct Admitted<B: PacketBuffer> {
     // This order matters: the collector is dropped first, so the inbox is closed and empty before
     // the port leaves.
     pub(crate) collector: Collector<B>,

@@ -8,18 +8,20 @@ use core::marker::PhantomData;
 use std::sync::Arc;
 
 use macaddr::MacAddr6;
-use smoltcp::wire::EthernetFrame;
+use vmring_core::GuestBuffer;
 use vmring_core::sync::{AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::frame;
-use crate::inbox::{Claim, Collector, Delivery, Refused};
+use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
 use crate::network::{
     Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS, learn_source,
 };
+use crate::packet::{ADDRESSES_LEN, Packet, PacketBuffer};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
 
-impl<B: AsMut<[u8]> + Send> Network<B> {
+impl<B: PacketBuffer> Network<B> {
     /// Puts an interface on the network and returns its port.
     ///
     /// # Errors
@@ -38,19 +40,19 @@ impl<B: AsMut<[u8]> + Send> Network<B> {
 ///
 /// The port leaves the network when the receiver and all senders are dropped, in any order and on
 /// any thread.
-pub struct Port<B: AsMut<[u8]> + Send> {
+pub struct Port<B: PacketBuffer> {
     // This order matters: a sender flushes when it is dropped, which may ring the receiver.
     sender: Sender<B>,
     receiver: Receiver<B>,
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Port<B> {
+impl<B: PacketBuffer> fmt::Debug for Port<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Port").field("mac", &self.mac()).finish_non_exhaustive()
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Port<B> {
+impl<B: PacketBuffer> Port<B> {
     /// Splits the port into its two halves, which may go to different threads.
     pub fn split(self) -> (Receiver<B>, Sender<B>) {
         (self.receiver, self.sender)
@@ -126,7 +128,7 @@ impl<B> Monitor<B> {
 ///
 /// Dropping it closes it: it waits for copies that are under way, and drops the packets and buffers
 /// that are still in it.
-pub struct Receiver<B: AsMut<[u8]> + Send> {
+pub struct Receiver<B: PacketBuffer> {
     // This order matters: the collector is dropped first, so the inbox is closed and empty before
     // the port leaves.
     collector: Collector<B>,
@@ -135,7 +137,7 @@ pub struct Receiver<B: AsMut<[u8]> + Send> {
     membership: Arc<Membership<B>>,
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Receiver<B> {
+impl<B: PacketBuffer> fmt::Debug for Receiver<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Receiver")
             .field("mac", &self.membership.mac)
@@ -144,7 +146,7 @@ impl<B: AsMut<[u8]> + Send> fmt::Debug for Receiver<B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Receiver<B> {
+impl<B: PacketBuffer> Receiver<B> {
     /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
         self.membership.mac
@@ -173,7 +175,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     /// # Errors
     ///
     /// Returns the buffer if `inbox_depth` buffers are posted, or if it has fewer bytes than the
-    /// network's `max_packet_size`.
+    /// network's `max_packet_size` and is not in the memory of a guest.
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
         self.collector.post(buffer)
     }
@@ -193,6 +195,16 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     #[inline]
     pub fn publish(&mut self) {
         self.collector.publish();
+        self.count_dropped();
+    }
+
+    /// Counts the packets for which the posted buffers were too few.
+    #[inline]
+    fn count_dropped(&mut self) {
+        let dropped = self.collector.take_dropped();
+        if dropped > 0 {
+            self.state.counters.missed.no_buffer.fetch_add(dropped, Ordering::Relaxed);
+        }
     }
 
     /// Returns how many buffers are lent, whether filled or not.
@@ -205,14 +217,24 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
         self.collector.is_full()
     }
 
-    /// Returns the next packet and its length, or `None`; see [`Collector::collect`].
+    /// Returns the next packet and its length, or `None`; see [`Collector::collect`]. If a packet may
+    /// fill several buffers, use [`collect_part`](Self::collect_part).
     #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
+        let packet = self.collect_part()?;
+        Some((packet.buffer, packet.len))
+    }
+
+    /// Returns the next packet, or the next part of one, or `None`; see [`Collector::collect`].
+    #[inline(always)]
+    pub fn collect_part(&mut self) -> Option<Collected<B>> {
         let packet = self.collector.collect()?;
         let received = &self.state.counters.received;
-        add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
+        if !packet.more {
+            add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
+        }
         add(&received.bytes, packet.len as u64);
-        Some((packet.buffer, packet.len))
+        Some(packet)
     }
 
     /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`].
@@ -230,7 +252,9 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     /// can be collected: the wake callback will be called once when that changes. Returns false if
     /// there is something to collect.
     pub fn arm(&mut self) -> bool {
-        self.collector.arm()
+        let asleep = self.collector.arm();
+        self.count_dropped();
+        asleep
     }
 
     /// Announces that the receiver is awake again; see [`Collector::disarm`].
@@ -265,7 +289,7 @@ impl<B: AsMut<[u8]> + Send> Receiver<B> {
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
+impl<B: PacketBuffer> Drop for Receiver<B> {
     fn drop(&mut self) {
         self.close(); // ends the floods; the collector's own drop does the rest
     }
@@ -278,10 +302,12 @@ impl<B: AsMut<[u8]> + Send> Drop for Receiver<B> {
 ///
 /// [`flush`](Self::flush) wakes the receivers, each once: call it after every batch. Dropping a
 /// sender flushes.
-pub struct Sender<B: AsMut<[u8]> + Send> {
+pub struct Sender<B: PacketBuffer> {
     membership: Arc<Membership<B>>,
     /// Where the gateway writes its replies.
     reply: Box<[u8]>,
+    /// Where a guest's packet is copied to for the gateway.
+    question: Box<[u8]>,
     /// A bit for each port that got a frame since the last flush.
     touched: [u64; WORDS],
     /// What was counted since the last flush, by [`SendCounter`].
@@ -294,18 +320,19 @@ pub struct Sender<B: AsMut<[u8]> + Send> {
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Sender<B> {
+impl<B: PacketBuffer> fmt::Debug for Sender<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sender").field("mac", &self.membership.mac).finish_non_exhaustive()
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Sender<B> {
+impl<B: PacketBuffer> Sender<B> {
     fn new(membership: Arc<Membership<B>>) -> Self {
         // DHCP replies are shorter than the smallest MTU.
-        let reply = vec![0; membership.network.max_packet_size].into_boxed_slice();
+        let space = vec![0; membership.network.max_packet_size].into_boxed_slice();
         Self {
-            reply,
+            reply: space.clone(),
+            question: space,
             touched: [0; WORDS],
             counts: [0; SEND_COUNTERS],
             unflushed: false,
@@ -348,6 +375,11 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// [`recall_if`](Receiver::recall_if). A receiver that sleeps is woken at the next
     /// [`flush`](Self::flush).
     pub fn send(&mut self, frame: &[u8]) -> Sent {
+        self.send_packet(Packet::from(frame))
+    }
+
+    /// As [`send`](Self::send), for a packet that may be in the memory of a guest.
+    pub fn send_packet(&mut self, frame: Packet<'_>) -> Sent {
         self.begin();
         let sent = self.forward(frame);
         let counter = match sent {
@@ -377,12 +409,20 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     /// Prepares up to `wanted` frames that all begin with these addresses: looks up once where they
     /// go, and claims buffers there in one step.
     ///
+    /// The frames have at most `longest()` bytes. This is asked at most once, and only if a buffer of
+    /// the receiver may be smaller than the network's longest packet.
+    ///
     /// Returns `None` if the frames do not all go to one port, or if that port has no buffer
-    /// posted. [`send`](Self::send) handles each frame in these cases.
+    /// posted, or none that is large enough. [`send`](Self::send) handles each frame in these cases.
     ///
     /// A receiver that sleeps is woken at the next [`flush`](Self::flush), as after
     /// [`send`](Self::send).
-    pub fn run(&mut self, addresses: [u8; ADDRESSES_LEN], wanted: usize) -> Option<Run<'_, B>> {
+    pub fn run(
+        &mut self,
+        addresses: [u8; ADDRESSES_LEN],
+        wanted: usize,
+        longest: impl FnOnce() -> usize,
+    ) -> Option<Run<'_, B>> {
         let [a, b, c, d, e, f, from @ ..] = addresses;
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
         if to.is_group() {
@@ -391,7 +431,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         self.begin();
         let Self { membership, touched, counts, now, mac, .. } = self;
         let network = &*membership.network;
-        let (port, longest) = (membership.port, network.max_untagged_size);
+        let port = membership.port;
         if from != *mac && !learn_source(network, port, from, *now) {
             return None;
         }
@@ -401,9 +441,9 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
             return None;
         }
         let index = target.index();
-        let claim = network.port_state(index)?.inbox.claim(wanted)?;
+        let claim = network.port_state(index)?.inbox.claim_for(wanted, longest)?;
         touched[index / 64] |= 1 << (index % 64);
-        Some(Run { claim, counts, longest })
+        Some(Run { claim, counts, longest: network.max_untagged_size, addresses })
     }
 
     /// Begins a batch, if none has begun: reads the clock once, for all its frames.
@@ -422,19 +462,20 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 
     /// Decides where a frame goes, by the rules of the [`network`](crate::network) module, and
     /// sends it there.
-    fn forward(&mut self, frame: &[u8]) -> Sent {
+    fn forward(&mut self, frame: Packet<'_>) -> Sent {
         let port = self.membership.port;
         let network = &*self.membership.network;
         if frame.len() > network.max_untagged_size
-            && (frame.len() > network.max_packet_size || !frame::is_tagged(frame))
+            && (frame.len() > network.max_packet_size || !frame::is_tagged(frame.head()))
         {
             return Sent::Dropped(DropReason::TooBig);
         }
-        let Ok(ethernet) = EthernetFrame::new_checked(frame) else {
+        let Some(&[a, b, c, d, e, f, g, h, i, j, k, l, ..]) =
+            frame.head().first_chunk::<ETHERNET_HEADER_LEN>()
+        else {
             return Sent::Dropped(DropReason::Runt);
         };
-        let from = Mac::new(ethernet.src_addr().0);
-        let to = Mac::new(ethernet.dst_addr().0);
+        let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new([g, h, i, j, k, l]));
         if from != self.mac && !learn_source(network, port, from, self.now) {
             return Sent::Dropped(DropReason::BadSource);
         }
@@ -473,11 +514,11 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
     ///
     /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
     /// took its place gets a frame that it might as well have got in a flood.
-    fn deliver(&mut self, index: usize, frame: &[u8]) -> Result<(), DropReason> {
+    fn deliver(&mut self, index: usize, frame: Packet<'_>) -> Result<(), DropReason> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
         };
-        match state.inbox.deliver(frame) {
+        match state.inbox.deliver_packet(frame) {
             Delivery::Direct | Delivery::Overflow => {
                 self.touched[index / 64] |= 1 << (index % 64);
                 Ok(())
@@ -496,7 +537,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 
     /// Copies a frame to all ports that get flooded frames, except this one.
     #[cold]
-    fn flood(&mut self, frame: &[u8]) -> Sent {
+    fn flood(&mut self, frame: Packet<'_>) -> Sent {
         let own = Some(self.membership.index);
         Sent::Flooded { reached: self.send_to_all(|network| &network.floodable, own, frame) }
     }
@@ -506,7 +547,7 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
         &mut self,
         set: fn(&Network<B>) -> &[AtomicU64; WORDS],
         except: Option<usize>,
-        frame: &[u8],
+        frame: Packet<'_>,
     ) -> u32 {
         let mut reached = 0;
         for word in 0..WORDS {
@@ -526,19 +567,21 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 
     /// Gives the gateway a frame. Its reply comes back to this port and no other. What it asks all
     /// goes to all, also to this port, behind which there may be several stations.
-    fn ask_gateway(&mut self, frame: &[u8]) {
+    fn ask_gateway(&mut self, frame: Packet<'_>) {
         self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
         let (port, now) = (self.membership.index as u32, network.read_exact_clock());
-        let answer = network.gateway.handle(frame, port, &mut self.reply, now);
+        // `forward` has checked that it is no longer than a packet of the network.
+        let len = frame.copy_to(0, &mut self.question);
+        let answer = network.gateway.handle(&self.question[..len], port, &mut self.reply, now);
         if let Some(len) = answer.reply {
             let reply = core::mem::take(&mut self.reply);
             // If the port has no buffer for the reply, `deliver` counts the drop.
-            let _ = self.deliver(self.membership.index, &reply[..len]);
+            let _ = self.deliver(self.membership.index, Packet::from(&reply[..len]));
             self.reply = reply;
         }
         if let Some(question) = answer.to_all {
-            self.send_to_all(|network| &network.open, None, &question);
+            self.send_to_all(|network| &network.open, None, Packet::from(&question[..]));
         }
     }
 
@@ -579,20 +622,22 @@ impl<B: AsMut<[u8]> + Send> Sender<B> {
 /// Do not forget a run, for example with [`mem::forget`](core::mem::forget): the port gets no later
 /// packet, and its [`Receiver`]'s [`close`](Receiver::close) and drop wait for ever. See [`Claim`]
 /// for why they cannot give up.
-pub struct Run<'a, B: AsMut<[u8]> + Send> {
+pub struct Run<'a, B: PacketBuffer> {
     claim: Claim<'a, B>,
     counts: &'a mut [u64; SEND_COUNTERS],
     /// The longest frame that can be put.
     longest: usize,
+    /// What each frame begins with.
+    addresses: [u8; ADDRESSES_LEN],
 }
 
-impl<B: AsMut<[u8]> + Send> fmt::Debug for Run<'_, B> {
+impl<B: PacketBuffer> fmt::Debug for Run<'_, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Run").field("left", &self.left()).finish_non_exhaustive()
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Run<'_, B> {
+impl<B: PacketBuffer> Run<'_, B> {
     /// Returns how many frames are still to be put. The receiver waits for them.
     #[inline]
     pub fn left(&self) -> usize {
@@ -600,25 +645,36 @@ impl<B: AsMut<[u8]> + Send> Run<'_, B> {
     }
 
     /// Copies the next frame to the port. The frame must be an Ethernet frame that begins with the
-    /// run's addresses. Returns false, and does nothing, if the frame is longer than the network's
-    /// longest frame without a tag, or if no frame is left to put. [`send`](Sender::send) takes a
-    /// longer frame if it has a tag.
+    /// run's addresses. Returns false, and does nothing, if the frame is longer than the run was made
+    /// for, or than the network's longest frame without a tag, or if no frame is left to put.
+    /// [`send`](Sender::send) takes a longer frame if it has a tag.
     #[inline]
     pub fn put(&mut self, frame: &[u8]) -> bool {
         let done = frame.len() <= self.longest && self.claim.fill(frame);
+        self.count(done, frame.len());
+        done
+    }
+
+    /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's
+    /// addresses, whatever the guest has written there since they were read.
+    pub fn put_guest(&mut self, frame: &GuestBuffer) -> bool {
+        let packet = Packet::with_addresses(frame, &self.addresses);
+        let done = frame.len() <= self.longest && self.claim.fill_packet(packet);
+        self.count(done, frame.len());
+        done
+    }
+
+    #[inline]
+    fn count(&mut self, done: bool, len: usize) {
         if done {
             self.counts[SendCounter::Packets as usize] += 1;
-            self.counts[SendCounter::Bytes as usize] += frame.len() as u64;
+            self.counts[SendCounter::Bytes as usize] += len as u64;
         }
-        done
     }
 }
 
-impl<B: AsMut<[u8]> + Send> Drop for Sender<B> {
+impl<B: PacketBuffer> Drop for Sender<B> {
     fn drop(&mut self) {
         self.flush();
     }
 }
-
-/// The bytes of the two addresses that an Ethernet frame begins with, the destination first.
-pub const ADDRESSES_LEN: usize = 12;

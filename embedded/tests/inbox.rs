@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
+use vmring_embedded::packet::PacketBuffer;
 
 const MAX_FRAME: usize = 64;
 
@@ -22,6 +23,8 @@ impl AsMut<[u8]> for Buffer {
         &mut self.bytes
     }
 }
+
+impl PacketBuffer for Buffer {}
 
 fn buffer(number: u32) -> Buffer {
     Buffer { number, bytes: vec![0xee; MAX_FRAME] }
@@ -299,6 +302,8 @@ fn a_buffer_that_misbehaves_harms_nobody_else() {
             }
         }
     }
+
+    impl PacketBuffer for Odd {}
     let inbox = Arc::new(Inbox::new(4, 0, 8));
     let mut collector = Inbox::open(&inbox, Arc::new(|| {})).unwrap();
     for panics in [false, true, false] {

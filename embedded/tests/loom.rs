@@ -11,7 +11,10 @@ use std::sync::Arc as StdArc;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
-use vmring_embedded::inbox::{Collector, Delivery, Inbox, Refused};
+use vmring_core::guest::{GuestMemory, GuestRegion};
+use vmring_core::{GuestBuffer, HeapBacking, SegmentTable};
+use vmring_embedded::inbox::{Collected, Collector, Delivery, Inbox, Refused};
+use vmring_embedded::packet::PacketBuffer;
 
 /// A buffer that knows its number. Loom watches accesses to it through the inbox's cells.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ impl AsMut<[u8]> for Buffer {
         &mut self.bytes
     }
 }
+
+impl PacketBuffer for Buffer {}
 
 fn buffer(number: u8) -> Buffer {
     Buffer { number, bytes: [0; 2] }
@@ -598,5 +603,177 @@ fn a_new_owner_sees_what_the_last_one_left() {
             assert_eq!((packet.buffer.number, packet.buffer.bytes), (1, [7, 7]));
         }
         leaving.join().unwrap();
+    });
+}
+
+/// A buffer of two bytes in the memory of a guest.
+#[derive(Debug)]
+struct Small(GuestBuffer);
+
+impl AsMut<[u8]> for Small {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut []
+    }
+}
+
+impl PacketBuffer for Small {
+    fn guest(&self) -> Option<&GuestBuffer> {
+        Some(&self.0)
+    }
+}
+
+/// An inbox for frames of up to four bytes, with `posted` buffers that each have space for two.
+fn open_small(posted: u64, overflow: u32) -> (Arc<Inbox<Small>>, Collector<Small>, SegmentTable) {
+    let region = GuestRegion::new(0, StdArc::new(HeapBacking::new(16)));
+    let memory = GuestMemory::new([region]).expect("a region");
+    let table = SegmentTable::new(memory, 16).expect("a table");
+    let inbox = Arc::new(Inbox::starting_at(4, overflow, 4, u32::MAX));
+    let mut collector = Inbox::open(&inbox, StdArc::new(|| {})).unwrap();
+    (0..posted).for_each(|place| collector.post(small(&table, place)).unwrap());
+    (inbox, collector, table)
+}
+
+fn small(table: &SegmentTable, place: u64) -> Small {
+    Small(table.buffer([(2 * place, 2)], 0).expect("it is memory"))
+}
+
+/// The bytes of a part, and whether the packet goes on.
+fn part(packet: Collected<Small>) -> (Vec<u8>, bool) {
+    let mut bytes = [0; 2];
+    packet.buffer.0.segments().copy_to(&mut bytes);
+    (bytes[..packet.len].to_vec(), packet.more)
+}
+
+/// A close finds all parts of a packet or none, and no sender writes afterwards.
+#[test]
+fn a_close_splits_no_packet() {
+    check(|| {
+        let (inbox, mut collector, table) = open_small(3, 0);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[1, 2, 3, 4]))
+        };
+        collector.close();
+        // No yield and no second try: what was claimed must be there at once.
+        let mut parts = Vec::new();
+        while let Some(packet) = collector.collect() {
+            parts.push(part(packet));
+        }
+        let mut left = 0;
+        collector.recall(|_| left += 1);
+        // Nobody writes any more, so what is written here stays.
+        table.memory().slice(0, 6).unwrap().copy_from(&[9; 6]);
+        match sender.join().unwrap() {
+            Delivery::Direct => {
+                assert_eq!(parts, [(vec![1, 2], true), (vec![3, 4], false)]);
+                assert_eq!(left, 1);
+            }
+            delivery => {
+                assert_eq!(delivery, Delivery::Dropped(Refused::Closed));
+                assert_eq!((parts.len(), left), (0, 3));
+            }
+        }
+        assert_eq!(table.memory().slice(0, 6).unwrap().read(), Some([9; 6]));
+    });
+}
+
+/// A recall takes back what no packet has claimed, and leaves all parts of a packet or none.
+#[test]
+fn a_recall_splits_no_packet() {
+    check(|| {
+        let (inbox, mut collector, table) = open_small(3, 1);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || inbox.deliver(&[1, 2, 3, 4]))
+        };
+        let mut left = 0;
+        collector.recall(|_| left += 1);
+        match sender.join().unwrap() {
+            Delivery::Direct => assert_eq!(left, 1),
+            delivery => {
+                assert_eq!((delivery, left), (Delivery::Overflow, 3));
+                // One buffer is too few: the packet stays where it is.
+                collector.post(small(&table, 4)).unwrap();
+                assert!(collector.collect().is_none());
+                collector.post(small(&table, 5)).unwrap();
+            }
+        }
+        assert_eq!(collector.collect().map(part), Some((vec![1, 2], true)));
+        assert_eq!(collector.collect().map(part), Some((vec![3, 4], false)));
+        assert!(collector.collect().is_none() && collector.posted() == 0);
+    });
+}
+
+/// Packets of two senders do not mix.
+#[test]
+fn packets_of_several_buffers_do_not_mix() {
+    check(|| {
+        let (inbox, mut collector, _table) = open_small(4, 0);
+        let senders: Vec<_> = [[1, 1, 1, 1], [2, 2, 2, 2]]
+            .into_iter()
+            .map(|packet| {
+                let inbox = inbox.clone();
+                thread::spawn(move || assert_eq!(inbox.deliver(&packet), Delivery::Direct))
+            })
+            .collect();
+        let mut seen = Vec::new();
+        while seen.len() < 2 {
+            let Some(packet) = collector.collect() else {
+                thread::yield_now();
+                continue;
+            };
+            let (bytes, more) = part(packet);
+            let (rest, end) = part(collector.collect().expect("the rest is there at once"));
+            assert!(more && !end && bytes == rest, "{bytes:?} {rest:?}");
+            seen.push(bytes[0]);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, [1, 2]);
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+    });
+}
+
+/// A choice among the buffers splits no packet, and leaves the others to the sender.
+#[test]
+fn a_choice_splits_no_packet() {
+    check(|| {
+        let (inbox, mut collector, _table) = open_small(3, 0);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || assert_eq!(inbox.deliver(&[1, 2, 3, 4]), Delivery::Direct))
+        };
+        let second = |small: &mut Small| small.0.segments().next().unwrap().guest_address() == 2;
+        let mut taken = 0;
+        collector.recall_if(second, |_| taken += 1);
+        sender.join().unwrap();
+        assert_eq!(collector.collect().map(part), Some((vec![1, 2], true)));
+        assert_eq!(collector.collect().map(part), Some((vec![3, 4], false)));
+        assert!(collector.collect().is_none());
+        assert_eq!(collector.posted() + taken, 1);
+    });
+}
+
+/// A collector that gives up a frame for which the buffers are too few finds the next one, and a sender
+/// that comes meanwhile loses nothing.
+#[test]
+fn a_frame_that_is_given_up_does_not_hold_up_the_next() {
+    check(|| {
+        let (inbox, mut collector, _table) = open_small(1, 2);
+        assert_eq!(inbox.deliver(&[1, 2, 3, 4]), Delivery::Overflow);
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                let delivery = inbox.deliver(&[5, 6]);
+                inbox.ring();
+                delivery
+            })
+        };
+        while collector.arm() {
+            thread::yield_now();
+            collector.disarm();
+        }
+        assert_eq!(collector.take_dropped(), 1);
+        assert_eq!(collector.collect().map(part), Some((vec![5, 6], false)));
+        assert!(!matches!(sender.join().unwrap(), Delivery::Dropped(_)));
     });
 }

@@ -15,7 +15,7 @@ use smoltcp::wire::DhcpMessageType;
 use vmring_embedded::clock::{Clock, ManualClock, SystemClock};
 use vmring_embedded::limits::MAX_PORTS;
 use vmring_embedded::network::mac_of_interface;
-use vmring_embedded::port::ADDRESSES_LEN;
+use vmring_embedded::packet::ADDRESSES_LEN;
 use vmring_embedded::{
     AddressRange, DropReason, JoinError, Network, NetworkConfig, NetworkConfigError, NetworkMode,
     OpenError, PortConfig, PortStats, Registry, Sent,
@@ -120,9 +120,9 @@ fn a_port_knows_its_address_its_network_and_its_buffers() {
     receiver.stage(buffer(5)).unwrap();
     let frame = data(mac, other.mac, b"x");
     let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
-    assert!(other.sender.run(addresses, 1).is_none());
+    assert!(other.sender.run(addresses, 1, || usize::MAX).is_none());
     receiver.publish();
-    assert!(other.sender.run(addresses, 1).unwrap().put(&frame));
+    assert!(other.sender.run(addresses, 1, || usize::MAX).unwrap().put(&frame));
     assert!(receiver.collect().is_some());
     assert!(receiver.arm() && receiver.disarm(), "nobody rang");
     // The network's counters are those of its ports.
@@ -216,7 +216,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     };
     let (own, to) = (guests[0].mac, guests[1].mac);
     let frames: Vec<_> = (0..3).map(|n| data(to, own, &[n; 50])).collect();
-    let mut run = guests[0].sender.run(addresses(to, own), 3).unwrap();
+    let mut run = guests[0].sender.run(addresses(to, own), 3, || usize::MAX).unwrap();
     assert_eq!(run.left(), 3);
     frames.iter().for_each(|frame| assert!(run.put(frame)));
     assert!(!run.put(&frames[0]), "the run has three frames");
@@ -228,7 +228,9 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     assert_eq!((stats.sent_packets, stats.sent_bytes), (3, 3 * frames[0].len() as u64));
 
     // The run's second source address is learned, like that of a single frame.
-    assert!(guests[0].sender.run(addresses(to, STRANGER), 1).unwrap().put(&frames[0]));
+    assert!(
+        guests[0].sender.run(addresses(to, STRANGER), 1, || usize::MAX).unwrap().put(&frames[0])
+    );
     assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
 
     let gateway = network.gateway().mac();
@@ -244,11 +246,17 @@ fn a_run_goes_to_one_port_and_to_no_other() {
         (to, guests[2].mac),
         (to, MULTICAST),
     ] {
-        assert!(guests[0].sender.run(addresses(to, from), 1).is_none(), "{from} to {to}");
+        assert!(
+            guests[0].sender.run(addresses(to, from), 1, || usize::MAX).is_none(),
+            "{from} to {to}"
+        );
     }
-    assert!(hermit.sender.run(addresses(to, hermit.mac), 1).is_none(), "it is isolated");
+    assert!(
+        hermit.sender.run(addresses(to, hermit.mac), 1, || usize::MAX).is_none(),
+        "it is isolated"
+    );
     guests[1].receiver.close();
-    assert!(guests[0].sender.run(addresses(to, own), 1).is_none(), "it is closed");
+    assert!(guests[0].sender.run(addresses(to, own), 1, || usize::MAX).is_none(), "it is closed");
     assert_eq!(guests[0].sender.send(&frames[0]), Sent::Dropped(DropReason::Closed));
 }
 
@@ -323,7 +331,7 @@ fn a_full_frame_with_a_tag_is_forwarded() {
     }
     // A run is for frames without a tag, so what is longer is not put.
     let addresses = frames[0][..ADDRESSES_LEN].try_into().unwrap();
-    let mut run = guest.sender.run(addresses, 1).unwrap();
+    let mut run = guest.sender.run(addresses, 1, || usize::MAX).unwrap();
     assert!(!run.put(&too_big[1]) && !run.put(&frames[0]) && run.put(&frames[2]));
     drop(run);
     guest.sender.flush();
@@ -592,7 +600,7 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     sleeper.receive();
     assert!(sleeper.receiver.arm());
     let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
-    let mut run = sender.sender.run(addresses, 2).unwrap();
+    let mut run = sender.sender.run(addresses, 2, || usize::MAX).unwrap();
     assert!(run.put(&frame) && run.put(&frame));
     drop(run);
     assert_eq!(wakes(&sleeper), 1, "not before the flush");

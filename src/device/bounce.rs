@@ -153,6 +153,11 @@ fn header_of(guest: &GuestBuffer, offloads: &Offloads) -> Option<OffloadHeader> 
     (software::left_by(offloads, &header) == Left::Nothing).then_some(header)
 }
 
+/// Whether a device without offloads can send a guest's packet as it is.
+pub(super) fn is_complete(guest: &GuestBuffer) -> bool {
+    header_of(guest, &Offloads::default()).is_some()
+}
+
 /// Copies a packet that has arrived into the guest's buffer.
 fn deliver(frame: &Frame, guest: &mut GuestBuffer) -> Outcome {
     if guest.copy_from(frame).is_err() {

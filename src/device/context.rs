@@ -211,6 +211,16 @@ impl<'a> PollContext<'a> {
         }
     }
 
+    /// As [`complete_read`](Self::complete_read). If the buffer is in the memory of a guest, the device
+    /// has written the header there too.
+    #[inline(always)]
+    pub(crate) fn complete_filled(&mut self, mut slot: PostedSlot, len: usize) {
+        match slot.posted_buffer_mut().set_frame_len(len) {
+            Ok(()) => self.finish(slot, Outcome::Done),
+            Err(_) => self.complete_part(slot, len, true, 0),
+        }
+    }
+
     /// Completes a read whose buffer is not a frame with space for `len` bytes.
     #[cold]
     #[inline(never)]

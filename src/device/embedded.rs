@@ -7,14 +7,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use macaddr::MacAddr6;
+use vmring_core::Buffer;
+use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::view::ETHERNET_HEADER_LEN;
+use vmring_embedded::inbox::Collected;
 use vmring_embedded::network::{PortConfig, Registry};
-use vmring_embedded::port::{ADDRESSES_LEN, Receiver, Sender};
+use vmring_embedded::packet::ADDRESSES_LEN;
+use vmring_embedded::port::{Receiver, Sender};
 use vmring_embedded::{
     AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent,
 };
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
+use crate::device::bounce::is_complete;
 use crate::device::common::no_offloads;
 use crate::device::context::PollContext;
 use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
@@ -200,6 +205,8 @@ impl Device for EmbeddedPort {
     fn capabilities(&self) -> Capabilities {
         let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
         caps.writing_rings = usize::MAX;
+        (caps.read_segments, caps.write_segments) = (SEGMENTS_MAX, SEGMENTS_MAX);
+        caps.merges_reads = true;
         caps
     }
 
@@ -356,21 +363,20 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
         let mut first = None;
         let wanted = cx.leading_writes(|packet| {
-            let addresses = packet.bytes().and_then(|packet| addresses_of(packet, max));
+            let addresses = addresses_of(packet, max);
             *first.get_or_insert(addresses) == addresses && addresses.is_some()
         });
         let Some(addresses) = first else { break };
         if let Some(addresses) = addresses
-            && let Some(mut run) = tx.run(addresses, wanted)
+            && let Some(mut run) = tx.run(addresses, wanted, || longest_write(cx, wanted))
         {
             while run.left() > 0
                 && let Some(slot) = cx.take_write()
             {
-                let Some(packet) = slot.packet() else {
-                    cx.put_back(slot);
-                    break;
+                match slot.packet() {
+                    Some(packet) => run.put(packet),
+                    None => slot.guest().is_some_and(|guest| run.put_guest(guest)),
                 };
-                run.put(packet);
                 cx.complete_write(slot);
             }
         } else {
@@ -380,13 +386,33 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     tx.flush();
 }
 
+/// The length of the longest of the `count` next writes.
+#[inline(never)]
+fn longest_write(cx: &mut PollContext<'_>, count: usize) -> usize {
+    let (mut longest, mut seen) = (0, 0);
+    cx.leading_writes(|packet| {
+        longest = longest.max(packet.len());
+        seen += 1;
+        seen < count
+    });
+    longest
+}
+
 /// Sends `count` writes one by one, because no buffers can be claimed for them together. All at
 /// once: otherwise the run would be searched for again after each packet.
 #[inline(never)]
 fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
     for _ in 0..count {
         let Some(slot) = cx.take_write() else { break };
-        match tx.send(slot.frame_bytes()) {
+        let sent = match slot.guest() {
+            None => tx.send(slot.frame_bytes()),
+            Some(guest) if is_complete(guest) => tx.send_packet(guest.into()),
+            Some(_) => {
+                cx.fail(slot, Status::InvalidArgument);
+                continue;
+            }
+        };
+        match sent {
             // vmnet's answer to a packet that is not an Ethernet frame.
             Sent::Dropped(DropReason::Runt) => cx.fail(slot, Status::InvalidArgument),
             Sent::Dropped(DropReason::TooBig) => cx.fail(slot, Status::PacketTooBig),
@@ -399,9 +425,22 @@ fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usi
 /// The two addresses at the front of a frame, if the network takes frames of this length: an
 /// Ethernet header to `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
 #[inline]
-fn addresses_of(packet: &[u8], max: usize) -> Option<[u8; ADDRESSES_LEN]> {
-    let is_frame = (ETHERNET_HEADER_LEN..=max).contains(&packet.len());
-    if is_frame { packet.first_chunk().copied() } else { None }
+fn addresses_of(packet: &Buffer, max: usize) -> Option<[u8; ADDRESSES_LEN]> {
+    let is_frame = |len| (ETHERNET_HEADER_LEN..=max).contains(&len);
+    match packet.bytes() {
+        Some(bytes) if is_frame(bytes.len()) => bytes.first_chunk().copied(),
+        None if is_frame(packet.len()) => addresses_of_guest(packet),
+        _ => None,
+    }
+}
+
+/// The two addresses at the front of a guest's packet, if it can be sent as it is.
+#[inline(never)]
+fn addresses_of_guest(packet: &Buffer) -> Option<[u8; ADDRESSES_LEN]> {
+    let guest = packet.guest().filter(|guest| is_complete(guest))?;
+    let mut addresses = [0; ADDRESSES_LEN];
+    guest.copy_to(&mut addresses);
+    Some(addresses)
 }
 
 impl EmbeddedQueue {
@@ -439,8 +478,8 @@ impl InboxEnd for Receiver<PostedSlot> {
     }
 
     #[inline(always)]
-    fn collect(&mut self) -> Option<(PostedSlot, usize)> {
-        Receiver::collect(self)
+    fn collect(&mut self) -> Option<Collected<PostedSlot>> {
+        Receiver::collect_part(self)
     }
 
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {

@@ -2,10 +2,11 @@
 
 use std::collections::VecDeque;
 
-use vmring_embedded::inbox::Collector;
+use vmring_embedded::inbox::{Collected, Collector};
 
 use crate::device::{PollContext, PostedSlot, Progress};
 use crate::limits::INBOX_READS_MAX;
+use vmring_embedded::limits::GROUP_MAX;
 
 /// What a queue needs from the receiving end of an inbox. [`Collector`] implements it here, and the
 /// receiver of a network's port in `embedded`.
@@ -13,7 +14,7 @@ pub(crate) trait InboxEnd: Send {
     /// Posts a slot, which senders do not see before [`publish`](Self::publish).
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
     fn publish(&mut self);
-    fn collect(&mut self) -> Option<(PostedSlot, usize)>;
+    fn collect(&mut self) -> Option<Collected<PostedSlot>>;
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
     fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
     fn arm(&mut self) -> bool;
@@ -33,8 +34,8 @@ impl InboxEnd for Collector<PostedSlot> {
     }
 
     #[inline(always)]
-    fn collect(&mut self) -> Option<(PostedSlot, usize)> {
-        Collector::collect(self).map(|packet| (packet.buffer, packet.len))
+    fn collect(&mut self) -> Option<Collected<PostedSlot>> {
+        Collector::collect(self)
     }
 
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
@@ -65,11 +66,13 @@ pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
     armed: bool,
     /// Reads that a cancel took back from the inbox. The next poll completes them.
     cancelled: VecDeque<PostedSlot>,
+    /// The reads that one packet fills, each with its part's length. It is empty between two polls.
+    parts: Vec<(PostedSlot, usize)>,
 }
 
 impl<I: InboxEnd> InboxReader<I> {
     pub(crate) fn new(end: I) -> Self {
-        Self { end, armed: false, cancelled: VecDeque::new() }
+        Self { end, armed: false, cancelled: VecDeque::new(), parts: Vec::new() }
     }
 
     /// Disarms the inbox if it is armed, and completes the cancelled reads. Each poll begins with
@@ -101,12 +104,33 @@ impl<I: InboxEnd> InboxReader<I> {
     #[inline(always)]
     pub(crate) fn collect(&mut self, cx: &mut PollContext<'_>) -> Progress {
         for _ in 0..INBOX_READS_MAX {
-            let Some((slot, len)) = self.end.collect() else {
+            let Some(Collected { buffer, len, more, .. }) = self.end.collect() else {
                 return Progress::Idle;
             };
-            cx.complete_read(slot, len);
+            match more {
+                false => cx.complete_filled(buffer, len),
+                true => self.complete_group(cx, buffer, len),
+            }
         }
         Progress::More
+    }
+
+    /// Completes all reads that one packet fills. Their cells were filled before the first one's state
+    /// was stored.
+    #[inline(never)]
+    fn complete_group(&mut self, cx: &mut PollContext<'_>, first: PostedSlot, len: usize) {
+        self.parts.reserve(GROUP_MAX as usize);
+        self.parts.push((first, len));
+        while let Some(part) = self.end.collect() {
+            self.parts.push((part.buffer, part.len));
+            if !part.more {
+                break;
+            }
+        }
+        let count = self.parts.len();
+        for (i, (slot, len)) in self.parts.drain(..).enumerate() {
+            cx.complete_part(slot, len, i == 0, (count - 1 - i) as u16);
+        }
     }
 
     pub(crate) fn arm(&mut self) -> bool {
@@ -129,9 +153,7 @@ impl<I: InboxEnd> InboxReader<I> {
     /// only for copies that are under way.
     pub(crate) fn close(&mut self, cx: &mut PollContext<'_>) {
         self.end.close();
-        while let Some((slot, len)) = self.end.collect() {
-            cx.complete_read(slot, len);
-        }
+        while self.collect(cx) == Progress::More {}
         self.end.recall(&mut |slot| cx.cancel(slot));
         self.cancelled.drain(..).for_each(|slot| cx.cancel(slot));
     }

@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
-use vmring_core::sync::{self, AtomicUsize, Ordering};
+use vmring_core::Buffer;
+use vmring_core::guest::SEGMENTS_MAX;
+use vmring_core::sync::{self, AtomicU64, AtomicUsize, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
+use crate::device::bounce::is_complete;
 use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::inbox_reader::InboxReader;
@@ -68,6 +71,8 @@ struct LoopShared {
     inbox: sync::Arc<Inbox<PostedSlot>>,
     /// How many rings can write.
     writers: AtomicUsize,
+    /// How many packets were dropped because the posted reads were too few for them.
+    dropped: AtomicU64,
 }
 
 impl Loop {
@@ -77,7 +82,14 @@ impl Loop {
             LOOPBACK_QUEUE,
             info.max_packet_size as usize,
         ));
-        Self { info, shared: Arc::new(LoopShared { inbox, writers: AtomicUsize::new(0) }) }
+        Self {
+            info,
+            shared: Arc::new(LoopShared {
+                inbox,
+                writers: AtomicUsize::new(0),
+                dropped: AtomicU64::new(0),
+            }),
+        }
     }
 }
 
@@ -93,7 +105,13 @@ impl Device for Loop {
     fn capabilities(&self) -> Capabilities {
         let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
         caps.writing_rings = usize::MAX;
+        (caps.read_segments, caps.write_segments) = (SEGMENTS_MAX, SEGMENTS_MAX);
+        caps.merges_reads = true;
         caps
+    }
+
+    fn drops(&self) -> Vec<(&'static str, u64)> {
+        vec![("too few reads", self.shared.dropped.load(Ordering::Relaxed))]
     }
 
     fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
@@ -106,7 +124,13 @@ impl Device for Loop {
             None
         };
         let tx = direction.writes().then(|| Writer::new(&self.shared));
-        Ok(Box::new(LoopQueue { tx, rx: collector.map(InboxReader::new), lends: false }))
+        Ok(Box::new(LoopQueue {
+            shared: self.shared.clone(),
+            tx,
+            rx: collector.map(InboxReader::new),
+            lends: false,
+            merges: false,
+        }))
     }
 }
 
@@ -139,10 +163,13 @@ impl Drop for Writer {
 }
 
 struct LoopQueue {
+    shared: Arc<LoopShared>,
     tx: Option<Writer>,
     rx: Option<InboxReader>,
     /// Whether the poller's reads are posted to the inbox.
     lends: bool,
+    /// Whether a packet was seen that fills several reads, which is the inbox's work.
+    merges: bool,
 }
 
 impl LoopQueue {
@@ -150,7 +177,17 @@ impl LoopQueue {
     /// packets wait for them there. Otherwise they stay with the poller, where this ring's own
     /// writes find them.
     fn has_to_lend(&self) -> bool {
-        !self.tx.as_ref().is_some_and(|tx| tx.is_alone() && !tx.inbox().frames_wait())
+        self.merges
+            || !self.tx.as_ref().is_some_and(|tx| tx.is_alone() && !tx.inbox().frames_wait())
+    }
+}
+
+impl LoopQueue {
+    fn count_dropped(&mut self) {
+        let dropped = self.rx.as_mut().map_or(0, |rx| rx.end.take_dropped());
+        if dropped > 0 {
+            self.shared.dropped.fetch_add(dropped, Ordering::Relaxed);
+        }
     }
 }
 
@@ -164,14 +201,19 @@ impl Queue for LoopQueue {
             }
         }
         if let Some(tx) = &self.tx {
-            write(cx, tx.inbox(), self.rx.as_mut().filter(|_| !self.lends));
+            self.merges |= write(cx, tx.inbox(), self.rx.as_mut().filter(|_| !self.lends));
         }
-        Ok(self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(cx)))
+        let progress = self.rx.as_mut().map_or(Progress::Idle, |rx| rx.collect(cx));
+        if self.merges {
+            self.count_dropped();
+        }
+        Ok(progress)
     }
 
     fn arm(&mut self) -> bool {
         // Arm first, look afterwards: a writer that comes after the look rings.
         let armed = self.rx.as_mut().is_none_or(InboxReader::arm);
+        self.count_dropped();
         armed && (self.lends || !self.has_to_lend())
     }
 
@@ -189,20 +231,26 @@ impl Queue for LoopQueue {
 }
 
 /// Sends the poller's writes. `own` is this ring's reading side, if no other ring can fill its
-/// reads.
+/// reads. Returns whether a packet was longer than its next read.
 #[inline(always)]
-fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut InboxReader>) {
-    let mut sent = false;
+fn write(
+    cx: &mut PollContext<'_>,
+    inbox: &Inbox<PostedSlot>,
+    own: Option<&mut InboxReader>,
+) -> bool {
+    let (mut sent, mut merges) = (false, false);
     let max = inbox.max_frame();
     // One claim for as many packets as buffers are posted for. The rest goes one by one.
     if own.as_ref().is_none_or(|rx| rx.end.posted() > 0)
-        && let Some(mut claim) =
-            inbox.claim(cx.leading_writes(|packet| packet.frame().is_some() && packet.len() <= max))
+        && let Some(mut claim) = inbox.claim(cx.leading_writes(|packet| is_sendable(packet, max)))
     {
         while claim.left() > 0
             && let Some(slot) = cx.take_write()
         {
-            claim.fill(slot.frame_bytes());
+            match slot.guest() {
+                None => claim.fill(slot.frame_bytes()),
+                Some(guest) => claim.fill_packet(guest.into()),
+            };
             cx.complete_write(slot);
         }
         sent = true;
@@ -211,11 +259,19 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
         // Reads that are still in the inbox are older than the poller's, so they are filled first.
         rx.collect(cx);
         if rx.end.posted() == 0 {
-            pass(cx);
+            merges = pass(cx);
         }
     }
     while let Some(slot) = cx.take_write() {
-        match inbox.deliver(slot.frame_bytes()) {
+        let delivery = match slot.guest() {
+            None => inbox.deliver(slot.frame_bytes()),
+            Some(guest) if is_complete(guest) => inbox.deliver_packet(guest.into()),
+            Some(_) => {
+                cx.fail(slot, Status::InvalidArgument);
+                continue;
+            }
+        };
+        match delivery {
             Delivery::Direct | Delivery::Overflow => {
                 cx.complete_write(slot);
                 sent = true;
@@ -230,22 +286,56 @@ fn write(cx: &mut PollContext<'_>, inbox: &Inbox<PostedSlot>, own: Option<&mut I
     if sent {
         inbox.ring();
     }
+    merges
 }
 
-/// Copies each write into the next read, as long as there are both.
+/// Whether a claim takes a packet.
 #[inline(always)]
-fn pass(cx: &mut PollContext<'_>) {
+fn is_sendable(packet: &Buffer, max: usize) -> bool {
+    packet.len() <= max && packet.guest().is_none_or(is_complete)
+}
+
+/// Copies each write into the next read, as long as there are both. Returns whether a packet was longer
+/// than its read.
+#[inline(always)]
+fn pass(cx: &mut PollContext<'_>) -> bool {
     while let Some(from) = cx.take_write() {
-        let Some(mut to) = cx.take_read() else { return cx.put_back(from) };
+        let Some(mut to) = cx.take_read() else {
+            cx.put_back(from);
+            break;
+        };
         let len = from.len();
         let space = to.buffer_mut().and_then(|buffer| buffer.get_mut(..len));
         if let (Some(packet), Some(space)) = (from.frame(), space) {
             space.copy_from_slice(packet);
             cx.complete_write(from);
             cx.complete_read(to, len);
-        } else {
-            cx.fail(from, Status::PacketTooBig);
+        } else if !pass_guest(cx, from, to) {
+            return true;
+        }
+    }
+    false
+}
+
+/// Copies a write into a read if one of the two is in the memory of a guest. Puts both back and returns
+/// false if the packet is longer than the read.
+#[inline(never)]
+fn pass_guest(cx: &mut PollContext<'_>, from: PostedSlot, mut to: PostedSlot) -> bool {
+    if from.guest().is_some_and(|guest| !is_complete(guest)) {
+        cx.fail(from, Status::InvalidArgument);
+        cx.put_back(to);
+        return true;
+    }
+    match to.copy_from_slot(&from) {
+        Ok(len) => {
+            cx.complete_write(from);
+            cx.complete_read(to, len);
+            true
+        }
+        Err(_) => {
+            cx.put_back(from);
             cx.put_back(to);
+            false
         }
     }
 }

@@ -5,6 +5,8 @@ use std::fmt;
 use static_assertions::const_assert_eq;
 use vmring_core::{Buffer, Class, Frame, GUEST, GuestBuffer, OutOfSpace, SKIP_SUCCESS, SqeRef};
 
+use vmring_embedded::PacketBuffer;
+
 use crate::mailbox::{DroppedSlot, LAST_RING_NUMBER, report_dropped};
 
 /// A submitted buffer that a device owns: a read to be filled, or a write to be sent.
@@ -215,6 +217,12 @@ impl AsMut<[u8]> for PostedSlot {
     #[inline]
     fn as_mut(&mut self) -> &mut [u8] {
         self.posted_buffer_mut().space_mut()
+    }
+}
+
+impl PacketBuffer for PostedSlot {
+    fn guest(&self) -> Option<&GuestBuffer> {
+        PostedSlot::guest(self)
     }
 }
 

@@ -58,7 +58,8 @@ fn a_packet_goes_from_a_guests_buffer_into_a_guests_buffer() {
             assert_eq!(guest.table().slots_in_use(), 0, "{way:?}");
             let stats = ring.stats();
             assert_eq!((stats.rx_bytes, stats.tx_bytes), (700, 700), "{way:?}");
-            assert_eq!((stats.bounced_reads, stats.bounced_writes), (1, 1), "{way:?}");
+            // The device copied it from the one into the other.
+            assert_eq!((stats.bounced_reads, stats.bounced_writes), (0, 0), "{way:?}");
         });
     });
 }
@@ -68,7 +69,9 @@ fn a_packet_goes_from_a_guests_buffer_into_a_guests_buffer() {
 #[test]
 fn waiting_reads_leave_the_writes_their_frames() {
     guarded(|| {
-        let interface = loopback();
+        // A wrapper takes frames only.
+        let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
+        let interface = Interface::builder().device(wrapped).start().expect("it starts");
         let mut guest = Guest::new(300, 1514);
         let builder = inline(&interface, Direction::Both).read_depth(128).write_depth(128);
         let mut ring = builder.segment_table(guest.table()).build().expect("a ring");

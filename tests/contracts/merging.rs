@@ -1,10 +1,13 @@
 //! Mergeable reads: one packet fills several posted reads.
 
 use vmring::device::{PollContext, Progress};
-use vmring::{ConfigError, Direction, Error, Interface, Ring, RingOp};
+use vmring::{ConfigError, Direction, Drive, Embedded, EntryError, Error, Interface, Ring, RingOp};
 
 use crate::guest::{Guest, HEADER};
-use crate::support::{LONG, Script, ScriptQueue, every_way, guarded, inline, loopback, packet};
+use crate::support::{
+    Dice, LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet,
+    packet_between, reap, unique,
+};
 
 /// The reads that one packet filled, each with the number of bytes in it.
 type Group = Vec<(u64, usize)>;
@@ -91,8 +94,7 @@ fn script() -> Interface {
 fn a_packet_fills_as_many_reads_as_it_needs() {
     guarded(|| {
         every_way(|way, poller| {
-            {
-                let interface = script();
+            for interface in [loopback(), script()] {
                 let mut guest = Guest::new(16, 1514);
                 let builder = interface.ring(Direction::Both).depth(8).segment_table(guest.table());
                 let builder = builder.mergeable_reads(true).drive(way.drive(poller));
@@ -124,6 +126,78 @@ fn a_packet_fills_as_many_reads_as_it_needs() {
     });
 }
 
+/// Goal: while the reads are too few for a packet, all of it waits. A cancel takes the reads back and
+/// leaves the packet. It arrives when there are enough reads.
+#[test]
+fn a_packet_waits_for_all_the_reads_that_it_needs() {
+    guarded(|| {
+        let interface = loopback();
+        let mut guest = Guest::new(16, 1514);
+        let builder = inline(&interface, Direction::Both).depth(8).segment_table(guest.table());
+        let mut ring = builder.mergeable_reads(true).build().expect("a ring");
+        let sent = packet(1, 500);
+        read(&mut ring, &mut guest, 1, 100);
+        write(&mut ring, &mut guest, 100, &sent);
+        drive_to_rest(&mut ring);
+        assert!(arrivals(&mut ring).is_empty());
+        read(&mut ring, &mut guest, 2, 387);
+        drive_to_rest(&mut ring);
+        assert!(arrivals(&mut ring).is_empty(), "a byte is missing");
+        ring.cancel_and_wait(LONG).expect("they are cancelled");
+        let cancelled: Vec<_> = reap(&mut ring).iter().map(|seen| seen.brief()).collect();
+        let read_cancelled = |number| (RingOp::Read, number, Err(EntryError::Cancelled));
+        assert_eq!(cancelled, [read_cancelled(1), read_cancelled(2)]);
+        read(&mut ring, &mut guest, 3, 300);
+        read(&mut ring, &mut guest, 4, 300);
+        drive_to_rest(&mut ring);
+        let seen = arrivals(&mut ring);
+        assert_eq!(seen, [[(3, 300), (4, 200)]]);
+        assert_eq!(bytes(&guest, &seen[0]), sent);
+    });
+}
+
+/// Goal: a guest that posts no more reads before a packet arrives does not wait for ever. A packet for
+/// which all its reads are too few is dropped and counted when the ring goes to sleep, and the next
+/// packet arrives.
+#[test]
+fn a_packet_for_which_all_reads_are_too_few_does_not_block_the_next() {
+    guarded(|| {
+        let name = unique("too-few");
+        let port = || Interface::builder().device(Embedded::network(&name)).start();
+        let (to, from) = (port().expect("it starts"), port().expect("it starts"));
+        for (receiver, sender) in [(&to, &from), (&loopback(), &loopback())] {
+            let sender = if receiver.device_name() == "loopback" { receiver } else { sender };
+            let mut guest = Guest::new(16, 1514);
+            let builder = inline(receiver, Direction::Read).depth(8).segment_table(guest.table());
+            let mut reads = builder.mergeable_reads(true).build().expect("a ring");
+            let mut writes = inline(sender, Direction::Write).depth(8).build().expect("a ring");
+            let between = |number, len| {
+                let (from, to) = (sender.mac().into_array(), receiver.mac().into_array());
+                packet_between(from, to, number, len)
+            };
+            for number in 1..=3 {
+                read(&mut reads, &mut guest, number, 100);
+            }
+            drive_to_rest(&mut reads);
+            let short = between(2, 312);
+            for bytes in [&between(1, 500), &short] {
+                let mut frame = writes.alloc().expect("a frame");
+                frame.copy_from(bytes).expect("it fits");
+                writes.submit_write(frame, 9).expect("a write is taken");
+                drive_to_rest(&mut writes);
+            }
+            drive_to_rest(&mut reads);
+            assert_eq!(reads.ready(), 0, "the first packet waits for reads");
+            while !reads.arm() && reads.ready() == 0 {}
+            let seen = arrivals(&mut reads);
+            assert_eq!(seen, [[(1, 100), (2, 112), (3, 100)]], "{}", receiver.device_name());
+            assert_eq!(bytes(&guest, &seen[0]), short);
+            let dropped: u64 = receiver.drops().iter().map(|(_, count)| count).sum();
+            assert_eq!(dropped, 1, "{:?}", receiver.drops());
+        }
+    });
+}
+
 /// Goal: a device that fills one read with each packet refuses such a ring, and so does a ring that
 /// only writes.
 #[test]
@@ -140,6 +214,84 @@ fn mergeable_reads_are_refused_where_they_cannot_be() {
             Script::new(|_, _| ScriptQueue::new(|_: &mut PollContext<'_>| Ok(Progress::Idle)));
         assert!(refused(&plain.start(), Direction::Read));
         assert!(refused(&loopback(), Direction::Write));
-        assert!(!refused(&script(), Direction::Both));
+        assert!(!refused(&loopback(), Direction::Both));
+    });
+}
+
+/// Goal: whatever the sizes of packets and reads are, every packet arrives once, whole and in order.
+/// Method: random sizes over a network, from frames and from a guest's memory, with rings of a thread
+/// and inline ones. Reads are posted as they come back.
+#[test]
+fn packets_of_all_sizes_arrive_whole_and_in_order() {
+    guarded(|| {
+        for (seed, drive) in [(1, Drive::Inline), (2, Drive::Thread), (3, Drive::Inline)] {
+            let name = unique("merging");
+            let port = || Interface::builder().device(Embedded::network(&name)).start();
+            let (to, from) = (port().expect("it starts"), port().expect("it starts"));
+            let mut dice = Dice::new(seed);
+            let (mut guest, mut sending) = (Guest::new(64, 1514), Guest::new(64, 1514));
+            let builder = to.ring(Direction::Read).depth(64).segment_table(guest.table());
+            let mut reads = builder.mergeable_reads(true).drive(drive).build().expect("a ring");
+            let builder = from.ring(Direction::Write).depth(16).segment_table(sending.table());
+            let mut writes = builder.drive(drive).build().expect("a ring");
+            let (mut sent, mut seen, mut next) = (0, 0, 0);
+            let mut lengths = Vec::new();
+            let mut post = |reads: &mut Ring, guest: &mut Guest, dice: &mut Dice| {
+                while reads.in_flight() < 64 {
+                    // Together they have space for every packet, so none is dropped.
+                    read(reads, guest, next, 100 + dice.below(300) as u32);
+                    next += 1;
+                }
+            };
+            while seen < 2000 {
+                // An inline ring does not sleep before the reads are posted, so packets may wait for
+                // them.
+                if matches!(drive, Drive::Thread) || dice.below(4) > 0 {
+                    post(&mut reads, &mut guest, &mut dice);
+                    drive_to_rest(&mut reads);
+                }
+                let burst = 1 + dice.below(3);
+                for _ in 0..burst {
+                    let len = 60 + dice.below(1455) as usize;
+                    lengths.push(len);
+                    let bytes =
+                        packet_between(from.mac().into_array(), to.mac().into_array(), sent, len);
+                    if dice.below(2) == 0 {
+                        let mut frame = writes.alloc().expect("a frame");
+                        frame.copy_from(&bytes).expect("it fits");
+                        writes.submit_write(frame, sent).expect("a write is taken");
+                    } else {
+                        write(&mut writes, &mut sending, sent, &bytes);
+                    }
+                    sent += 1;
+                }
+                while writes.in_flight() > 0 {
+                    writes.wait(1, Some(LONG));
+                    for done in reap(&mut writes) {
+                        assert!(done.brief().2.is_ok(), "{done:?}");
+                        if done.frame.is_none() {
+                            sending.free(done.user_data);
+                        }
+                    }
+                }
+                post(&mut reads, &mut guest, &mut dice);
+                while seen < sent {
+                    assert!(reads.wait(1, Some(LONG)) > 0, "{seen} of {sent} came");
+                    for group in arrivals(&mut reads) {
+                        let bytes = bytes(&guest, &group);
+                        let expected = packet_between(
+                            from.mac().into_array(),
+                            to.mac().into_array(),
+                            seen,
+                            lengths[seen as usize],
+                        );
+                        assert_eq!(bytes, expected);
+                        group.iter().for_each(|(number, _)| guest.free(*number));
+                        seen += 1;
+                    }
+                }
+            }
+            assert_eq!(to.drops().iter().map(|(_, count)| count).sum::<u64>(), 0);
+        }
     });
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use vmring::Frame;
 use vmring::pool::{Pool, PoolBuilder};
 use vmring_embedded::inbox::{Collector, Inbox};
-use vmring_embedded::port::{self, ADDRESSES_LEN};
+use vmring_embedded::packet::ADDRESSES_LEN;
+use vmring_embedded::port;
 use vmring_embedded::{Network, NetworkConfig, NetworkMode, PortConfig};
 
 use crate::guests::inspection::{FROM, Inspection, PACKETS, TO, numbered, packet};
@@ -160,7 +161,9 @@ struct PortSender {
 
 impl Sender for PortSender {
     fn send(&mut self) -> Result<bool> {
-        let Some(mut run) = self.port.run(self.addresses, BATCH) else { return Ok(false) };
+        let Some(mut run) = self.port.run(self.addresses, BATCH, || usize::MAX) else {
+            return Ok(false);
+        };
         while run.left() > 0 {
             if !run.put(&self.frames[self.sent % PACKETS]) {
                 return Err("a packet is too long".into());

@@ -1,0 +1,128 @@
+//! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
+
+use vmring_core::{Frame, GuestBuffer};
+
+use crate::limits::HEAD_LEN;
+
+/// The bytes of the two addresses that an Ethernet frame begins with, the destination first.
+pub const ADDRESSES_LEN: usize = 12;
+
+/// A buffer that a receiver lends to a network. It owns its bytes exclusively. [`AsMut`] gives all of
+/// them, or none if they are in the memory of a guest.
+pub trait PacketBuffer: AsMut<[u8]> + Send {
+    /// The buffer, if it is in the memory of a guest.
+    fn guest(&self) -> Option<&GuestBuffer> {
+        None
+    }
+}
+
+impl PacketBuffer for Vec<u8> {}
+impl PacketBuffer for Box<[u8]> {}
+impl PacketBuffer for Frame {}
+
+/// A packet that is delivered. Its bytes stay where they are until they are copied to the receiver.
+#[derive(Clone, Copy, Debug)]
+pub struct Packet<'p>(Source<'p>);
+
+#[derive(Clone, Copy, Debug)]
+enum Source<'p> {
+    Bytes(&'p [u8]),
+    Guest {
+        /// The packet's first bytes, copied once. The network decides by them, and the receiver gets
+        /// them, whatever the guest writes into its buffer meanwhile.
+        head: [u8; HEAD_LEN],
+        buffer: &'p GuestBuffer,
+    },
+}
+
+impl<'p> From<&'p [u8]> for Packet<'p> {
+    #[inline(always)]
+    fn from(bytes: &'p [u8]) -> Self {
+        Self(Source::Bytes(bytes))
+    }
+}
+
+impl<'p> From<&'p GuestBuffer> for Packet<'p> {
+    /// The packet in a guest's buffer. This copies its first bytes.
+    fn from(buffer: &'p GuestBuffer) -> Self {
+        let mut head = [0; HEAD_LEN];
+        buffer.copy_to(&mut head);
+        Self(Source::Guest { head, buffer })
+    }
+}
+
+impl<'p> Packet<'p> {
+    /// The packet in a guest's buffer, which begins with these addresses.
+    pub(crate) fn with_addresses(buffer: &'p GuestBuffer, addresses: &[u8; ADDRESSES_LEN]) -> Self {
+        let mut packet = Self::from(buffer);
+        if let Source::Guest { head, .. } = &mut packet.0 {
+            head[..ADDRESSES_LEN].copy_from_slice(addresses);
+        }
+        packet
+    }
+}
+
+impl Packet<'_> {
+    /// The number of bytes.
+    #[inline(always)]
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Source::Bytes(bytes) => bytes.len(),
+            Source::Guest { buffer, .. } => buffer.len(),
+        }
+    }
+
+    /// The first bytes: [`HEAD_LEN`] of them, or all if the packet is shorter. They do not change.
+    #[inline(always)]
+    pub fn head(&self) -> &[u8] {
+        match &self.0 {
+            Source::Bytes(bytes) => &bytes[..bytes.len().min(HEAD_LEN)],
+            Source::Guest { head, buffer } => &head[..buffer.len().min(HEAD_LEN)],
+        }
+    }
+
+    /// Copies bytes out, from byte `at` on: as many as both sides have. Returns how many.
+    #[inline(always)]
+    pub fn copy_to(&self, at: usize, to: &mut [u8]) -> usize {
+        let len = self.len().saturating_sub(at).min(to.len());
+        match &self.0 {
+            Source::Bytes(bytes) => to[..len].copy_from_slice(&bytes[at..at + len]),
+            Source::Guest { buffer, .. } => self.copy_from_guest(buffer, at, &mut to[..len]),
+        }
+        len
+    }
+
+    #[inline(never)]
+    fn copy_from_guest(&self, buffer: &GuestBuffer, at: usize, to: &mut [u8]) {
+        let head = self.head_from(at, to.len());
+        let (first, rest) = to.split_at_mut(head.len());
+        first.copy_from_slice(head);
+        buffer.packet().skip_bytes(at + head.len()).copy_to(rest);
+    }
+
+    /// Copies `len` bytes, from byte `at` on, into a guest's segments, from their byte `to_at` on. Both
+    /// sides must have them.
+    #[inline(never)]
+    pub(crate) fn copy_to_guest(&self, at: usize, len: usize, to: &GuestBuffer, to_at: usize) {
+        let space = || to.segments().skip_bytes(to_at);
+        match &self.0 {
+            Source::Bytes(bytes) => {
+                space().copy_from(&bytes[at..at + len]);
+            }
+            Source::Guest { buffer, .. } => {
+                let head = self.head_from(at, len);
+                space().copy_from(head);
+                let (skip, rest) = (head.len(), len - head.len());
+                let from = buffer.packet().skip_bytes(at + skip).take_bytes(rest);
+                space().skip_bytes(skip).copy_from_segments(from);
+            }
+        }
+    }
+
+    /// Those of the first bytes that are among the `len` bytes from `at` on.
+    fn head_from(&self, at: usize, len: usize) -> &[u8] {
+        let head = self.head().get(at..).unwrap_or_default();
+        &head[..head.len().min(len)]
+    }
+}
