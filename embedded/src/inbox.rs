@@ -99,7 +99,11 @@ use vmring_core::GuestBuffer;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 
-use crate::limits::{GROUP_MAX, LONG_PACKET, MAX_INBOX_CELLS, SHORT_LOOKS, STATES_AT_ONCE};
+use vmring_core::prefetch_for_writing;
+
+use crate::limits::{
+    ASKED_AHEAD, GROUP_MAX, LONG_PACKET, MAX_INBOX_CELLS, SHORT_LOOKS, SHORT_PACKET, STATES_AT_ONCE,
+};
 use crate::packet::{Packet, PacketBuffer};
 
 /// The callback that wakes a receiver. A sender's thread calls it when a receiver that has
@@ -754,6 +758,19 @@ impl<B: PacketBuffer> Inbox<B> {
         })
     }
 
+    /// Asks for the cache lines of the posted buffer `index`, which is about to be filled with some `len`
+    /// bytes. The caller owns the cell.
+    #[inline(always)]
+    fn ask_for(&self, index: u32, len: usize) {
+        self.buffer_ptr(index).with(|ptr| {
+            // SAFETY: invariant 1: the caller owns the cell.
+            let ptr = unsafe { *ptr };
+            if !ptr.is_null() {
+                prefetch_for_writing(ptr, len.min(ASKED_AHEAD));
+            }
+        });
+    }
+
     /// Copies a part of a packet into the posted buffer `index`, which has space for it. The caller
     /// owns the cell. The first part has the `count` of all.
     fn copy_part(
@@ -884,7 +901,7 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
     ///
     /// The receiver sees the frame together with its neighbours, at the latest when the claim is
     /// dropped.
-    #[inline]
+    #[inline(always)]
     pub fn fill(&mut self, frame: &[u8]) -> bool {
         if self.next == self.end || frame.len() > self.longest {
             return false;
@@ -906,19 +923,29 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
     }
 
     /// Counts a buffer as filled.
-    #[inline]
+    #[inline(always)]
     fn end_packet(&mut self, len: usize) {
-        self.states[(self.next % STATES_AT_ONCE) as usize] = filled(self.next, len, 0);
+        let state = filled(self.next, len, 0);
+        if len <= SHORT_PACKET && self.handed == self.next {
+            self.inbox.end_claim(self.next, state);
+            self.next = self.next.wrapping_add(1);
+            self.handed = self.next;
+            return;
+        }
+        self.states[(self.next % STATES_AT_ONCE) as usize] = state;
         self.next = self.next.wrapping_add(1);
         // The states of a cache line are stored together: the receiver, which may be far, fetches the
         // line once and not once for each. A long packet takes longer to copy than that.
         if self.next.is_multiple_of(STATES_AT_ONCE) || len > LONG_PACKET {
             self.hand_over();
         }
+        if self.left() > 1 {
+            self.inbox.ask_for(self.next.wrapping_add(1), len);
+        }
     }
 
     /// Makes what was filled the collector's.
-    #[inline]
+    #[inline(always)]
     fn hand_over(&mut self) {
         while self.handed != self.next {
             let state = self.states[(self.handed % STATES_AT_ONCE) as usize];

@@ -56,6 +56,10 @@ pub const GROUP_MAX: u32 = 256;
 pub const STATES_AT_ONCE: u32 = 8;
 /// A packet of a claim that has more bytes is handed over at once, with those before it.
 pub const LONG_PACKET: usize = 1536;
+/// A packet of a claim that has no more bytes is handed over at once: that costs less than to wait.
+pub const SHORT_PACKET: usize = 256;
+/// How many bytes of a buffer's cache lines a sender asks for before it fills the buffer.
+pub const ASKED_AHEAD: usize = 2048;
 /// How often a receiver that does not sleep looks at a frame for which the posted buffers are too few
 /// before it drops the frame.
 pub const SHORT_LOOKS: u32 = 10_000;
