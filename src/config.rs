@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
-use std::ops::BitAnd;
 use std::str::FromStr;
 
 use macaddr::MacAddr6;
+pub use vmring_core::offload::Offloads;
 
 use crate::error::ConfigError;
 
@@ -144,44 +144,6 @@ impl InterfaceInfo {
     pub fn new(config: &InterfaceConfig, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
         let InterfaceConfig { mode, interface_id, ipv4, .. } = config.clone();
         Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
-    }
-}
-
-/// The work that a device does for a guest. An offload is off unless it was negotiated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Offloads {
-    /// Checksums: the device completes a partial one.
-    pub checksum: bool,
-    /// TCP segmentation over IPv4: the device cuts a large packet into segments.
-    pub tso4: bool,
-    /// TCP segmentation over IPv6: the device cuts a large packet into segments.
-    pub tso6: bool,
-    /// UDP segmentation: the device cuts a large packet into datagrams.
-    pub uso: bool,
-    /// Each packet has a 12-byte `virtio_net_hdr` in front. This is a format rather than an
-    /// offload; the header says which work is left.
-    pub virtio_header: bool,
-}
-
-impl Offloads {
-    /// All offloads.
-    pub const ALL: Self =
-        Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
-}
-
-/// The offloads that both operands have.
-impl BitAnd for Offloads {
-    type Output = Self;
-
-    fn bitand(self, other: Self) -> Self {
-        Self {
-            checksum: self.checksum && other.checksum,
-            tso4: self.tso4 && other.tso4,
-            tso6: self.tso6 && other.tso6,
-            uso: self.uso && other.uso,
-            virtio_header: self.virtio_header && other.virtio_header,
-        }
     }
 }
 

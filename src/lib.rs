@@ -131,7 +131,6 @@ pub mod ring;
 pub mod ring_builder;
 #[cfg(feature = "serde")]
 mod serde_impls;
-pub mod software;
 pub mod stats;
 mod sync;
 mod sys;
@@ -172,6 +171,7 @@ pub use vmring_core::view::ETHERNET_HEADER_LEN;
 pub use vmring_core::{
     Frame, FrontError, GuestBuffer, GuestMemory, OutOfSpace, PacketView, SegmentTable,
 };
+pub use vmring_embedded::software;
 
 /// The README's example, compiled and run as a test.
 #[cfg(doctest)]

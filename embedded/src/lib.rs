@@ -34,6 +34,7 @@
 //! - [`network`]: networks, their members and the rules of forwarding
 //! - [`packet`]: what is delivered, and the buffers that it is delivered to
 //! - [`port`]: an interface's place on a network, and its two halves
+//! - [`software`]: completes checksums and cuts large packets into segments
 //! - [`stats`]: what happens to each frame, and the counters of it
 //! - [`limits`]: the numbers that are limits or policy
 //! - [`clock`]: where a network gets its time from
@@ -51,6 +52,7 @@ pub mod limits;
 pub mod network;
 pub mod packet;
 pub mod port;
+pub mod software;
 pub mod stats;
 mod table;
 

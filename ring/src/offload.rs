@@ -52,6 +52,7 @@
 use crate::view::ETHERNET_HEADER_LEN;
 use core::fmt;
 use core::mem::{align_of, offset_of, size_of};
+use core::ops::BitAnd;
 use static_assertions::const_assert_eq;
 
 /// The number of bytes in the header.
@@ -500,6 +501,44 @@ impl OffloadHeader {
 #[inline]
 pub const fn set_num_buffers(header: &mut [u8; LEN], num_buffers: u16) {
     [header[NUM_BUFFERS_AT], header[NUM_BUFFERS_AT + 1]] = num_buffers.to_le_bytes();
+}
+
+/// The work that a device does for a guest. An offload is off unless it was negotiated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Offloads {
+    /// Checksums: the device completes a partial one.
+    pub checksum: bool,
+    /// TCP segmentation over IPv4: the device cuts a large packet into segments.
+    pub tso4: bool,
+    /// TCP segmentation over IPv6: the device cuts a large packet into segments.
+    pub tso6: bool,
+    /// UDP segmentation: the device cuts a large packet into datagrams.
+    pub uso: bool,
+    /// Each packet has a 12-byte `virtio_net_hdr` in front. This is a format rather than an
+    /// offload; the header says which work is left.
+    pub virtio_header: bool,
+}
+
+impl Offloads {
+    /// All offloads.
+    pub const ALL: Self =
+        Self { checksum: true, tso4: true, tso6: true, uso: true, virtio_header: true };
+}
+
+/// The offloads that both operands have.
+impl BitAnd for Offloads {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self {
+            checksum: self.checksum && other.checksum,
+            tso4: self.tso4 && other.tso4,
+            tso6: self.tso6 && other.tso6,
+            uso: self.uso && other.uso,
+            virtio_header: self.virtio_header && other.virtio_header,
+        }
+    }
 }
 
 /// The rule that a header breaks.

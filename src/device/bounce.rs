@@ -5,12 +5,13 @@ use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::{Buffer, Class, Frame, GuestBuffer, Outcome, Pool};
 
+use vmring_embedded::software::{self, Left};
+
 use crate::config::Offloads;
 use crate::device::slot::class_index;
 use crate::error::{Error, Status};
 use crate::limits::BOUNCE_FRAMES_MAX;
 use crate::pool::PoolBuilder;
-use crate::software::{self, Left};
 
 /// The header of a packet whose checksum is complete, and which fills one buffer (virtio 1.2,
 /// 5.1.6.1).

@@ -9,12 +9,12 @@ use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::Ordering;
 use vmring_core::{Class, Frame, GuestBuffer, PushError, SKIP_SUCCESS, SqProducer};
 
+use vmring_embedded::software::{self, Left};
+
 use crate::device::seam::Capabilities;
 use crate::error::{BatchError, Error, GuestSubmitError, SubmitError, SubmitErrorKind};
 use crate::mailbox::{RingShared, request};
 use crate::ring::control::RingControl;
-use crate::software;
-use crate::software::Left;
 
 /// The submitting half of a ring. [`Ring::into_split`](crate::Ring::into_split) returns it, and
 /// [`Ring`](crate::Ring) has the same calls.

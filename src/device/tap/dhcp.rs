@@ -21,10 +21,11 @@ use vmring_embedded::dhcp::{DhcpConfig, DhcpServer, LeaseFile};
 use vmring_embedded::limits::DHCP_REPLY_MAX;
 
 use super::limits::DHCP_REQUEST_MAX;
+use vmring_embedded::software::complete_checksum;
+
 use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
 use crate::device::seam::Lease;
 use crate::error::{ConfigError, Error};
-use crate::software::complete_checksum;
 
 /// The bytes of a frame up to the UDP ports behind the longest IPv4 header.
 pub(crate) const FRONT: usize = 14 + 60 + 4;

@@ -258,7 +258,9 @@ impl TapQueueFd {
             let bits = c_ulong::from(offload_bits(asked));
             // SAFETY: TUNSETOFFLOAD takes its argument by value, so no memory is involved.
             if unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETOFFLOAD, bits) } >= 0 {
-                return Ok(Offloads { virtio_header: true, ..asked });
+                let mut taken = asked;
+                taken.virtio_header = true;
+                return Ok(taken);
             }
             let error = io::Error::last_os_error();
             // A kernel that does not know one of the bits refuses the whole request. USO exists

@@ -6,9 +6,8 @@
 //! at a time into memory of the caller. Nothing here allocates.
 //!
 //! ```
-//! use vmring::device::Offloads;
-//! use vmring::software::{self, Left, Segments};
-//! use vmring::{Checksum, Gso, OffloadHeader};
+//! use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
+//! use vmring_embedded::software::{self, Left, Segments};
 //!
 //! # fn packet() -> Vec<u8> {
 //! #     let mut p = vec![0; 54 + 4000];
@@ -48,9 +47,7 @@ use smoltcp::wire::{
     UdpPacket,
 };
 use thiserror::Error as ThisError;
-use vmring_core::offload::{Checksum, Gso, OffloadError, OffloadHeader};
-
-use crate::config::Offloads;
+use vmring_core::offload::{Checksum, Gso, OffloadError, OffloadHeader, Offloads};
 
 /// The EtherTypes of a VLAN tag (IEEE 802.1Q and 802.1ad), and the length of a tag in bytes.
 const VLAN_TAGS: [u16; 2] = [0x8100, 0x88a8];
