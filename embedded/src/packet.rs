@@ -1,11 +1,9 @@
 //! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
 
+use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Frame, GuestBuffer};
 
 use crate::limits::HEAD_LEN;
-
-/// The bytes of the two addresses that an Ethernet frame begins with, the destination first.
-pub const ADDRESSES_LEN: usize = 12;
 
 /// A buffer that a receiver lends to a network. It owns its bytes exclusively. [`AsMut`] gives all of
 /// them, or none if they are in the memory of a guest.
@@ -52,11 +50,11 @@ impl<'p> From<&'p GuestBuffer> for Packet<'p> {
 }
 
 impl<'p> Packet<'p> {
-    /// The packet in a guest's buffer, which begins with these addresses.
-    pub(crate) fn with_addresses(buffer: &'p GuestBuffer, addresses: &[u8; ADDRESSES_LEN]) -> Self {
+    /// The packet in a guest's buffer, which begins with this Ethernet header.
+    pub(crate) fn with_header(buffer: &'p GuestBuffer, header: &[u8; ETHERNET_HEADER_LEN]) -> Self {
         let mut packet = Self::from(buffer);
         if let Source::Guest { head, .. } = &mut packet.0 {
-            head[..ADDRESSES_LEN].copy_from_slice(addresses);
+            head[..ETHERNET_HEADER_LEN].copy_from_slice(header);
         }
         packet
     }

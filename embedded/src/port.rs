@@ -17,7 +17,7 @@ use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
 use crate::network::{
     Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS, learn_source,
 };
-use crate::packet::{ADDRESSES_LEN, Packet, PacketBuffer};
+use crate::packet::{Packet, PacketBuffer};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
 
@@ -406,8 +406,8 @@ impl<B: PacketBuffer> Sender<B> {
         sent
     }
 
-    /// Prepares up to `wanted` frames that all begin with these addresses: looks up once where they
-    /// go, and claims buffers there in one step.
+    /// Prepares up to `wanted` frames that all begin with this Ethernet header: looks up once where
+    /// they go, and claims buffers there in one step.
     ///
     /// The frames have at most `longest()` bytes. This is asked at most once, and only if a buffer of
     /// the receiver may be smaller than the network's longest packet.
@@ -419,11 +419,11 @@ impl<B: PacketBuffer> Sender<B> {
     /// [`send`](Self::send).
     pub fn run(
         &mut self,
-        addresses: [u8; ADDRESSES_LEN],
+        header: [u8; ETHERNET_HEADER_LEN],
         wanted: usize,
         longest: impl FnOnce() -> usize,
     ) -> Option<Run<'_, B>> {
-        let [a, b, c, d, e, f, from @ ..] = addresses;
+        let [a, b, c, d, e, f, from @ .., _, _] = header;
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
         if to.is_group() {
             return None;
@@ -443,7 +443,7 @@ impl<B: PacketBuffer> Sender<B> {
         let index = target.index();
         let claim = network.port_state(index)?.inbox.claim_for(wanted, longest)?;
         touched[index / 64] |= 1 << (index % 64);
-        Some(Run { claim, counts, longest: network.max_untagged_size, addresses })
+        Some(Run { claim, counts, longest: network.max_untagged_size, header })
     }
 
     /// Begins a batch, if none has begun: reads the clock once, for all its frames.
@@ -628,7 +628,7 @@ pub struct Run<'a, B: PacketBuffer> {
     /// The longest frame that can be put.
     longest: usize,
     /// What each frame begins with.
-    addresses: [u8; ADDRESSES_LEN],
+    header: [u8; ETHERNET_HEADER_LEN],
 }
 
 impl<B: PacketBuffer> fmt::Debug for Run<'_, B> {
@@ -644,10 +644,10 @@ impl<B: PacketBuffer> Run<'_, B> {
         self.claim.left()
     }
 
-    /// Copies the next frame to the port. The frame must be an Ethernet frame that begins with the
-    /// run's addresses. Returns false, and does nothing, if the frame is longer than the run was made
-    /// for, or than the network's longest frame without a tag, or if no frame is left to put.
-    /// [`send`](Sender::send) takes a longer frame if it has a tag.
+    /// Copies the next frame to the port. The frame must begin with the run's Ethernet header. Returns
+    /// false, and does nothing, if the frame is longer than the run was made for, or than the network's
+    /// longest frame without a tag, or if no frame is left to put. [`send`](Sender::send) takes a
+    /// longer frame if it has a tag.
     #[inline]
     pub fn put(&mut self, frame: &[u8]) -> bool {
         let done = frame.len() <= self.longest && self.claim.fill(frame);
@@ -656,9 +656,9 @@ impl<B: PacketBuffer> Run<'_, B> {
     }
 
     /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's
-    /// addresses, whatever the guest has written there since they were read.
+    /// header, whatever the guest has written there since it was read.
     pub fn put_guest(&mut self, frame: &GuestBuffer) -> bool {
-        let packet = Packet::with_addresses(frame, &self.addresses);
+        let packet = Packet::with_header(frame, &self.header);
         let done = frame.len() <= self.longest && self.claim.fill_packet(packet);
         self.count(done, frame.len());
         done

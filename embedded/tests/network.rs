@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::DhcpMessageType;
+use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::clock::{Clock, ManualClock, SystemClock};
 use vmring_embedded::limits::MAX_PORTS;
 use vmring_embedded::network::mac_of_interface;
-use vmring_embedded::packet::ADDRESSES_LEN;
 use vmring_embedded::{
     AddressRange, DropReason, JoinError, Network, NetworkConfig, NetworkConfigError, NetworkMode,
     OpenError, PortConfig, PortStats, Registry, Sent,
@@ -119,10 +119,10 @@ fn a_port_knows_its_address_its_network_and_its_buffers() {
     receiver.recall(drop);
     receiver.stage(buffer(5)).unwrap();
     let frame = data(mac, other.mac, b"x");
-    let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
-    assert!(other.sender.run(addresses, 1, || usize::MAX).is_none());
+    let header = frame[..ETHERNET_HEADER_LEN].try_into().unwrap();
+    assert!(other.sender.run(header, 1, || usize::MAX).is_none());
     receiver.publish();
-    assert!(other.sender.run(addresses, 1, || usize::MAX).unwrap().put(&frame));
+    assert!(other.sender.run(header, 1, || usize::MAX).unwrap().put(&frame));
     assert!(receiver.collect().is_some());
     assert!(receiver.arm() && receiver.disarm(), "nobody rang");
     // The network's counters are those of its ports.
@@ -210,13 +210,13 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     let network = network();
     let mut guests: Vec<_> = (0..3).map(|id| Guest::join(&network, id)).collect();
     let mut hermit = Guest::isolated(&network, 7);
-    let addresses = |to: MacAddr6, from: MacAddr6| {
+    let header = |to: MacAddr6, from: MacAddr6| {
         let frame = data(to, from, b"");
-        <[u8; ADDRESSES_LEN]>::try_from(&frame[..ADDRESSES_LEN]).unwrap()
+        <[u8; ETHERNET_HEADER_LEN]>::try_from(&frame[..ETHERNET_HEADER_LEN]).unwrap()
     };
     let (own, to) = (guests[0].mac, guests[1].mac);
     let frames: Vec<_> = (0..3).map(|n| data(to, own, &[n; 50])).collect();
-    let mut run = guests[0].sender.run(addresses(to, own), 3, || usize::MAX).unwrap();
+    let mut run = guests[0].sender.run(header(to, own), 3, || usize::MAX).unwrap();
     assert_eq!(run.left(), 3);
     frames.iter().for_each(|frame| assert!(run.put(frame)));
     assert!(!run.put(&frames[0]), "the run has three frames");
@@ -228,9 +228,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     assert_eq!((stats.sent_packets, stats.sent_bytes), (3, 3 * frames[0].len() as u64));
 
     // The run's second source address is learned, like that of a single frame.
-    assert!(
-        guests[0].sender.run(addresses(to, STRANGER), 1, || usize::MAX).unwrap().put(&frames[0])
-    );
+    assert!(guests[0].sender.run(header(to, STRANGER), 1, || usize::MAX).unwrap().put(&frames[0]));
     assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
 
     let gateway = network.gateway().mac();
@@ -247,16 +245,16 @@ fn a_run_goes_to_one_port_and_to_no_other() {
         (to, MULTICAST),
     ] {
         assert!(
-            guests[0].sender.run(addresses(to, from), 1, || usize::MAX).is_none(),
+            guests[0].sender.run(header(to, from), 1, || usize::MAX).is_none(),
             "{from} to {to}"
         );
     }
     assert!(
-        hermit.sender.run(addresses(to, hermit.mac), 1, || usize::MAX).is_none(),
+        hermit.sender.run(header(to, hermit.mac), 1, || usize::MAX).is_none(),
         "it is isolated"
     );
     guests[1].receiver.close();
-    assert!(guests[0].sender.run(addresses(to, own), 1, || usize::MAX).is_none(), "it is closed");
+    assert!(guests[0].sender.run(header(to, own), 1, || usize::MAX).is_none(), "it is closed");
     assert_eq!(guests[0].sender.send(&frames[0]), Sent::Dropped(DropReason::Closed));
 }
 
@@ -330,8 +328,8 @@ fn a_full_frame_with_a_tag_is_forwarded() {
         assert_eq!(guest.sender.send(frame), Sent::Dropped(DropReason::TooBig));
     }
     // A run is for frames without a tag, so what is longer is not put.
-    let addresses = frames[0][..ADDRESSES_LEN].try_into().unwrap();
-    let mut run = guest.sender.run(addresses, 1, || usize::MAX).unwrap();
+    let header = frames[0][..ETHERNET_HEADER_LEN].try_into().unwrap();
+    let mut run = guest.sender.run(header, 1, || usize::MAX).unwrap();
     assert!(!run.put(&too_big[1]) && !run.put(&frames[0]) && run.put(&frames[2]));
     drop(run);
     guest.sender.flush();
@@ -599,8 +597,8 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     // The frames of a run are like single frames: the flush wakes, once, and nothing before it.
     sleeper.receive();
     assert!(sleeper.receiver.arm());
-    let addresses = frame[..ADDRESSES_LEN].try_into().unwrap();
-    let mut run = sender.sender.run(addresses, 2, || usize::MAX).unwrap();
+    let header = frame[..ETHERNET_HEADER_LEN].try_into().unwrap();
+    let mut run = sender.sender.run(header, 2, || usize::MAX).unwrap();
     assert!(run.put(&frame) && run.put(&frame));
     drop(run);
     assert_eq!(wakes(&sleeper), 1, "not before the flush");

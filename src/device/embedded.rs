@@ -12,7 +12,6 @@ use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::inbox::Collected;
 use vmring_embedded::network::{PortConfig, Registry};
-use vmring_embedded::packet::ADDRESSES_LEN;
 use vmring_embedded::port::{Receiver, Sender};
 use vmring_embedded::{
     AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent,
@@ -363,12 +362,12 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
     loop {
         let mut first = None;
         let wanted = cx.leading_writes(|packet| {
-            let addresses = addresses_of(packet, max);
-            *first.get_or_insert(addresses) == addresses && addresses.is_some()
+            let header = header_of(packet, max);
+            *first.get_or_insert(header) == header && header.is_some()
         });
-        let Some(addresses) = first else { break };
-        if let Some(addresses) = addresses
-            && let Some(mut run) = tx.run(addresses, wanted, || longest_write(cx, wanted))
+        let Some(header) = first else { break };
+        if let Some(header) = header
+            && let Some(mut run) = tx.run(header, wanted, || longest_write(cx, wanted))
         {
             while run.left() > 0
                 && let Some(slot) = cx.take_write()
@@ -422,25 +421,23 @@ fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usi
     }
 }
 
-/// The two addresses at the front of a frame, if the network takes frames of this length: an
-/// Ethernet header to `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
+/// The Ethernet header of a frame, if the network takes frames of this length: the header alone to
+/// `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
 #[inline]
-fn addresses_of(packet: &Buffer, max: usize) -> Option<[u8; ADDRESSES_LEN]> {
-    let is_frame = |len| (ETHERNET_HEADER_LEN..=max).contains(&len);
+fn header_of(packet: &Buffer, max: usize) -> Option<[u8; ETHERNET_HEADER_LEN]> {
     match packet.bytes() {
-        Some(bytes) if is_frame(bytes.len()) => bytes.first_chunk().copied(),
-        None if is_frame(packet.len()) => addresses_of_guest(packet),
+        Some(bytes) if bytes.len() <= max => bytes.first_chunk().copied(),
+        None if packet.len() <= max => header_of_guest(packet),
         _ => None,
     }
 }
 
-/// The two addresses at the front of a guest's packet, if it can be sent as it is.
+/// The Ethernet header of a guest's packet, if the packet can be sent as it is.
 #[inline(never)]
-fn addresses_of_guest(packet: &Buffer) -> Option<[u8; ADDRESSES_LEN]> {
+fn header_of_guest(packet: &Buffer) -> Option<[u8; ETHERNET_HEADER_LEN]> {
     let guest = packet.guest().filter(|guest| is_complete(guest))?;
-    let mut addresses = [0; ADDRESSES_LEN];
-    guest.copy_to(&mut addresses);
-    Some(addresses)
+    let mut header = [0; ETHERNET_HEADER_LEN];
+    (guest.copy_to(&mut header) == header.len()).then_some(header)
 }
 
 impl EmbeddedQueue {

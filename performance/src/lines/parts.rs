@@ -6,7 +6,6 @@ use std::sync::Arc;
 use vmring::Frame;
 use vmring::pool::{Pool, PoolBuilder};
 use vmring_embedded::inbox::{Collector, Inbox};
-use vmring_embedded::packet::ADDRESSES_LEN;
 use vmring_embedded::port;
 use vmring_embedded::{Network, NetworkConfig, NetworkMode, PortConfig};
 
@@ -155,13 +154,13 @@ pub(super) fn measure_inbox(traffic: Traffic) -> Result<Carried> {
 struct PortSender {
     port: port::Sender<Frame>,
     frames: Vec<Frame>,
-    addresses: [u8; ADDRESSES_LEN],
+    header: [u8; ETHERNET],
     sent: usize,
 }
 
 impl Sender for PortSender {
     fn send(&mut self) -> Result<bool> {
-        let Some(mut run) = self.port.run(self.addresses, BATCH, || usize::MAX) else {
+        let Some(mut run) = self.port.run(self.header, BATCH, || usize::MAX) else {
             return Ok(false);
         };
         while run.left() > 0 {
@@ -191,10 +190,10 @@ pub(super) fn measure_port(traffic: Traffic) -> Result<Carried> {
     };
     let (from, to) = (join(1)?, join(2)?);
     let expected = packet(traffic.length, to.mac().into_array(), from.mac().into_array());
-    let addresses = *expected.first_chunk().ok_or("a packet without addresses")?;
+    let header = *expected.first_chunk().ok_or("a packet without a header")?;
     // A posted buffer has space for the longest packet of the network.
     let receiver = PartReceiver::new(to.split().0, network.max_packet_size())?;
     let (_unread, port) = from.split();
     let frames = sent_frames(&expected)?;
-    carry(PortSender { port, frames, addresses, sent: 0 }, receiver, expected, traffic)
+    carry(PortSender { port, frames, header, sent: 0 }, receiver, expected, traffic)
 }
