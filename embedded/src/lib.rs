@@ -13,7 +13,7 @@
 //! use vmring_embedded::{Network, NetworkConfig, PortConfig, Sent};
 //!
 //! let network = Network::<Vec<u8>>::new(NetworkConfig::default())?;
-//! let port = |id| PortConfig { interface_id: [id; 16], mac: None, isolated: false, wake: Arc::new(|| {}) };
+//! let port = |id| PortConfig::new([id; 16], Arc::new(|| {}));
 //! let (mut alice, mut alice_sends) = network.join(port(1))?.split();
 //! let (mut bob, _bob_sends) = network.join(port(2))?.split();
 //!

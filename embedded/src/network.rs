@@ -155,7 +155,8 @@ impl<B: PacketBuffer> Registry<B> {
     }
 }
 
-/// The settings of an interface that joins a network.
+/// The settings of an interface that joins a network. Start from [`PortConfig::new`] and change the
+/// public fields.
 #[derive(Clone)]
 pub struct PortConfig {
     /// The identity of the interface. The MAC address is computed from it, and is always the same.
@@ -166,6 +167,14 @@ pub struct PortConfig {
     pub isolated: bool,
     /// The callback that wakes the receiver.
     pub wake: PortWake,
+}
+
+impl PortConfig {
+    /// Returns the settings of an interface with this identity and callback: its MAC address is
+    /// computed, and it is not isolated.
+    pub fn new(interface_id: [u8; 16], wake: PortWake) -> Self {
+        Self { interface_id, mac: None, isolated: false, wake }
+    }
 }
 
 impl fmt::Debug for PortConfig {

@@ -51,7 +51,7 @@ fuzz_target!(|input: Input| {
     let join = |id| {
         let wake = Arc::new(|| {});
         let isolated = input.isolated && id == 1;
-        let config = PortConfig { interface_id: [id; 16], mac: None, isolated, wake };
+        let config = PortConfig { isolated, ..PortConfig::new([id; 16], wake) };
         network.join(config).expect("there is room for two").split()
     };
     let (mut ports, mut posted) = ([join(1), join(2)], [0usize; 2]);

@@ -184,7 +184,7 @@ impl EmbeddedPort {
             }
         });
         let port = network
-            .join(PortConfig { interface_id, mac, isolated, wake })
+            .join(PortConfig { mac, isolated, ..PortConfig::new(interface_id, wake) })
             .map_err(|error| ConfigError::Invalid(error.to_string()))?;
         let mac = port.mac();
         let (receiver, sender) = port.split();

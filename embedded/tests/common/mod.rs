@@ -29,7 +29,7 @@ pub struct Guest {
 pub fn config(id: u64) -> PortConfig {
     let mut interface_id = [0; 16];
     interface_id[..8].copy_from_slice(&id.to_le_bytes());
-    PortConfig { interface_id, mac: None, isolated: false, wake: Arc::new(|| {}) }
+    PortConfig::new(interface_id, Arc::new(|| {}))
 }
 
 impl Guest {

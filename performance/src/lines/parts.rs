@@ -184,10 +184,7 @@ pub(super) fn measure_port(traffic: Traffic) -> Result<Carried> {
     let mut config = NetworkConfig::of(NetworkMode::Host);
     config.mtu = (traffic.length.max(FULL_FRAME) - ETHERNET) as u32;
     let network = Network::new(config)?;
-    let join = |number: u8| {
-        let wake = Arc::new(|| {});
-        network.join(PortConfig { interface_id: [number; 16], mac: None, isolated: false, wake })
-    };
+    let join = |number: u8| network.join(PortConfig::new([number; 16], Arc::new(|| {})));
     let (from, to) = (join(1)?, join(2)?);
     let expected = packet(traffic.length, to.mac().into_array(), from.mac().into_array());
     let header = *expected.first_chunk().ok_or("a packet without a header")?;

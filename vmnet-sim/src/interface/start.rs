@@ -225,7 +225,7 @@ impl Interface {
         });
         let isolated = request.bool("enable_isolation") == Some(true);
         let port = wire
-            .join(PortConfig { interface_id: settings.id, mac: settings.mac, isolated, wake })
+            .join(PortConfig { mac: settings.mac, isolated, ..PortConfig::new(settings.id, wake) })
             .map_err(|_| FAILURE)?;
         let (receiver, sender) = port.split();
         let interface = Arc::new(Self {
