@@ -61,10 +61,15 @@ pub(crate) fn split(frame: &[u8]) -> Result<(Header, &[u8]), HeaderError> {
     Ok((Header { to, from, ethertype }, payload))
 }
 
+/// Whether an EtherType is that of a VLAN or priority tag.
+pub(crate) fn is_tag(ethertype: u16) -> bool {
+    matches!(ethertype, C_TAG | S_TAG)
+}
+
 /// Whether a frame carries a VLAN or priority tag.
 pub(crate) fn is_tagged(frame: &[u8]) -> bool {
     let ethertype = frame.get(ETHERNET_HEADER_LEN - 2..ETHERNET_HEADER_LEN);
-    ethertype.is_some_and(|bytes| matches!(u16::from_be_bytes([bytes[0], bytes[1]]), C_TAG | S_TAG))
+    ethertype.is_some_and(|bytes| is_tag(u16::from_be_bytes([bytes[0], bytes[1]])))
 }
 
 /// Writes the header of a frame to the start of `out`, and zeros after the `len` bytes of its

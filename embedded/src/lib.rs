@@ -34,6 +34,7 @@
 //! - [`network`]: networks, their members and the rules of forwarding
 //! - [`packet`]: what is delivered, and the buffers that it is delivered to
 //! - [`port`]: an interface's place on a network, and its two halves
+//! - [`policy`]: what a port may do: source addresses, and limits that can change
 //! - [`software`]: completes checksums and cuts large packets into segments
 //! - [`stats`]: what happens to each frame, and the counters of it
 //! - [`limits`]: the numbers that are limits or policy
@@ -51,6 +52,7 @@ pub mod inbox;
 pub mod limits;
 pub mod network;
 pub mod packet;
+pub mod policy;
 pub mod port;
 pub mod software;
 pub mod stats;
@@ -60,5 +62,6 @@ pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
 pub use dhcp::DhcpLease;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
 pub use packet::{Packet, PacketBuffer};
+pub use policy::{PortLimits, PortPolicy, Rate, RateLimit, SourceRule};
 pub use port::{Monitor, Port, Receiver, Sender};
 pub use stats::{DropReason, PortStats, Sent};

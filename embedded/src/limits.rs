@@ -1,5 +1,6 @@
 //! The numbers of this crate that are limits or policy, in one place.
 
+use core::num::NonZeroU64;
 use core::ops::RangeInclusive;
 use core::time::Duration;
 
@@ -27,6 +28,17 @@ pub const ICMP_ERRORS_AT_ONCE: u32 = 50;
 /// The longest IP packet of an ICMP error, which quotes as much of its cause as fits (RFC 1812,
 /// 4.3.2.3).
 pub const ICMP_ERROR_MAX: usize = 576;
+
+// A port's policy.
+
+/// By default a port sends so many frames to all others per second.
+pub const FLOODS_PER_SECOND: NonZeroU64 = NonZeroU64::new(10_000).unwrap();
+/// By default a port sends so many frames to all others at once.
+pub const FLOODS_AT_ONCE: NonZeroU64 = NonZeroU64::new(1000).unwrap();
+/// No frame is longer than this, in bytes: 64 KiB and every header that may be in front.
+pub const LONGEST_FRAME: u64 = 128 * 1024;
+/// The clocks of two senders, which are read once per batch, differ by less than this.
+pub const CLOCK_LAG: Duration = Duration::from_secs(60);
 
 // A port's inbox.
 

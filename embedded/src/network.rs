@@ -10,7 +10,10 @@
 //!
 //! - A frame must be at least 14 bytes long, and at most as long as the MTU and the Ethernet header.
 //!   With a VLAN or priority tag it may be 4 bytes longer, which is `max_packet_size`. Its source
-//!   must be a unicast address that is neither the gateway's nor assigned to another port.
+//!   must be a unicast address that is neither the gateway's nor another port's, and one from which
+//!   the port may send.
+//! - A frame must be within the limits of its port and of each port that it reaches; see
+//!   [`policy`](crate::policy).
 //! - A frame to one of the addresses 01:80:C2:00:00:00 to 01:80:C2:00:00:0F goes nowhere: such
 //!   frames are between a station and its bridge (IEEE 802.1Q, table 8-1).
 //! - Frames are forwarded as they are. A short one is not padded, as on a TAP and on vmnet: Ethernet
@@ -50,7 +53,8 @@ use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, PortWake};
 use crate::limits::{MAX_PORTS, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
-use crate::stats::{PortCounters, PortStats};
+use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
+use crate::stats::{DropReason, PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
 /// The 64-bit words of a set of ports.
@@ -165,15 +169,17 @@ pub struct PortConfig {
     pub mac: Option<MacAddr6>,
     /// Whether the interface exchanges frames with the gateway only.
     pub isolated: bool,
+    /// What the interface may do.
+    pub policy: PortPolicy,
     /// The callback that wakes the receiver.
     pub wake: PortWake,
 }
 
 impl PortConfig {
     /// Returns the settings of an interface with this identity and callback: its MAC address is
-    /// computed, and it is not isolated.
+    /// computed, it is not isolated, and it has the default policy.
     pub fn new(interface_id: [u8; 16], wake: PortWake) -> Self {
-        Self { interface_id, mac: None, isolated: false, wake }
+        Self { interface_id, mac: None, isolated: false, policy: PortPolicy::default(), wake }
     }
 }
 
@@ -183,6 +189,7 @@ impl fmt::Debug for PortConfig {
             .field("interface_id", &self.interface_id)
             .field("mac", &self.mac)
             .field("isolated", &self.isolated)
+            .field("policy", &self.policy)
             .finish_non_exhaustive()
     }
 }
@@ -214,6 +221,7 @@ pub(crate) struct PortState<B> {
     /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
     /// counters are another port's.
     pub(crate) generation: AtomicU32,
+    pub(crate) policy: PolicyState,
     pub(crate) counters: PortCounters,
 }
 
@@ -298,14 +306,21 @@ impl<B> Network<B> {
         self.ports.get(index)?.get().map(|state| &**state)
     }
 
-    /// Reads the clock, in seconds, which wrap.
-    pub(crate) fn read_clock(&self) -> u32 {
-        self.clock.now().as_secs() as u32
+    /// Reads the clock.
+    pub(crate) fn read_clock(&self) -> Duration {
+        self.clock.now()
     }
 
-    /// Reads the clock for the gateway, whose times are exact and do not wrap.
-    pub(crate) fn read_exact_clock(&self) -> Duration {
-        self.clock.now()
+    /// Replaces the limits of a port. Returns false if the port has left.
+    pub(crate) fn set_limits(&self, index: usize, generation: u32, limits: PortLimits) -> bool {
+        // The lock keeps the port where it is, and a second change away.
+        let _members = self.members();
+        let Some(state) = self.port_state(index) else { return false };
+        let present = state.generation.load(Ordering::Relaxed) == generation;
+        if present {
+            state.policy.set_limits(limits, Moment::new(self.clock.now()));
+        }
+        present
     }
 
     /// Sets whether a port gets frames to all: those of the gateway, and also those of the other
@@ -407,10 +422,12 @@ impl<B: PacketBuffer> Network<B> {
                     self.max_packet_size,
                 )),
                 generation: AtomicU32::new(0),
+                policy: PolicyState::default(),
                 counters: PortCounters::default(),
             })
         });
         state.counters.reset();
+        state.policy.reset(config.policy.limits, Moment::new(self.clock.now()));
         // The last owner dropped its collector before its port left, so the inbox can be opened.
         let collector = Inbox::open(&state.inbox, config.wake).ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
@@ -426,6 +443,7 @@ impl<B: PacketBuffer> Network<B> {
             generation: state.generation.load(Ordering::Relaxed),
             port,
             mac,
+            source: config.policy.source,
             receiver_open: AtomicBool::new(true),
         });
         Ok(Admitted { collector, state: Arc::clone(state), membership })
@@ -449,6 +467,7 @@ pub(crate) struct Membership<B> {
     pub(crate) generation: u32,
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
+    pub(crate) source: SourceRule,
     /// Whether the receiver is open. Only the receiver writes this.
     pub(crate) receiver_open: AtomicBool,
 }
@@ -463,6 +482,68 @@ impl<B> Membership<B> {
     }
 }
 
+impl<B> Membership<B> {
+    /// Checks whether the port may send a frame with this source address, and learns the address if
+    /// so. `own` is the address that needs no check; a port that is bound to its first address gets
+    /// its own here. `now` is the batch's time in seconds.
+    #[inline]
+    pub(crate) fn admit_source(
+        &self,
+        own: &mut Option<Mac>,
+        from: Mac,
+        now: u32,
+    ) -> Result<(), DropReason> {
+        if *own == Some(from) {
+            return Ok(());
+        }
+        let network = &*self.network;
+        if !from.is_unicast() || from == network.gateway_mac {
+            return Err(DropReason::BadSource);
+        }
+        match self.source {
+            SourceRule::Any => match network.table.learn(from, self.port, now) {
+                Learned::Here => Ok(()),
+                Learned::Elsewhere => Err(DropReason::BadSource),
+            },
+            SourceRule::Fixed => Err(DropReason::Spoofed),
+            SourceRule::LearnOnce => {
+                *own = Some(self.bind(from)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// Binds the port to its first source address, or checks that it is the one that the port is
+    /// bound to.
+    #[cold]
+    fn bind(&self, from: Mac) -> Result<Mac, DropReason> {
+        let network = &*self.network;
+        let state = self.port_state().ok_or(DropReason::Closed)?;
+        let verdict = |bound| if bound == from { Ok(from) } else { Err(DropReason::Spoofed) };
+        // These two looks are without the lock, so that a guest cannot hold it by its frames.
+        if let Some(bound) = state.policy.bound() {
+            return verdict(bound);
+        }
+        let elsewhere = || network.table.assigned(from).is_some_and(|port| port != self.port);
+        if elsewhere() {
+            return Err(DropReason::BadSource);
+        }
+        let _members = network.members();
+        if let Some(bound) = state.policy.bound() {
+            return verdict(bound); // by another sender of this port
+        }
+        if elsewhere() {
+            return Err(DropReason::BadSource);
+        }
+        if network.table.assigned(from).is_none() {
+            network.table.pin(from, self.port);
+        }
+        state.policy.bind(from);
+        tracing::debug!(mac = %self.mac, index = self.index, "port bound to its first source");
+        Ok(from)
+    }
+}
+
 impl<B> Drop for Membership<B> {
     fn drop(&mut self) {
         let network = &*self.network;
@@ -472,6 +553,9 @@ impl<B> Drop for Membership<B> {
         let mut members = network.members();
         network.table.forget(Mac::new(self.mac.into_array()), self.index);
         if let Some(state) = self.port_state() {
+            if let Some(bound) = state.policy.bound() {
+                network.table.forget(bound, self.index);
+            }
             state.generation.fetch_add(1, Ordering::Relaxed);
         }
         members.macs[self.index] = None;
@@ -479,12 +563,4 @@ impl<B> Drop for Membership<B> {
         drop(members);
         tracing::debug!(mac = %self.mac, index = self.index, "port left");
     }
-}
-
-/// Returns whether a frame with this source address may come from this port. If so, the table
-/// learns that the address is behind the port.
-pub(crate) fn learn_source<B>(network: &Network<B>, port: PortRef, from: Mac, now: u32) -> bool {
-    from.is_unicast()
-        && from != network.gateway_mac
-        && network.table.learn(from, port, now) == Learned::Here
 }

@@ -14,10 +14,9 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::frame;
 use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
-use crate::network::{
-    Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS, learn_source,
-};
+use crate::network::{Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS};
 use crate::packet::{Packet, PacketBuffer};
+use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
 
@@ -75,8 +74,8 @@ impl<B: PacketBuffer> Port<B> {
     }
 }
 
-/// Reads a port's counters, from any thread. A monitor keeps the network alive, but the port can
-/// leave.
+/// Reads a port's counters and changes its limits, from any thread. A monitor keeps the network
+/// alive, but the port can leave.
 pub struct Monitor<B> {
     network: Arc<Network<B>>,
     index: usize,
@@ -111,6 +110,13 @@ impl<B> Monitor<B> {
         let state = self.network.port_state(self.index)?;
         let stats = state.counters.stats();
         (state.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
+    }
+
+    /// Replaces the port's limits. All its token buckets are full afterwards, and each sender follows
+    /// the new limits from its next batch on. Returns false, and changes nothing, once the port has
+    /// left.
+    pub fn set_limits(&self, limits: PortLimits) -> bool {
+        self.network.set_limits(self.index, self.generation, limits)
     }
 
     /// Returns the port's MAC address.
@@ -314,9 +320,16 @@ pub struct Sender<B: PacketBuffer> {
     counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
     unflushed: bool,
-    /// The clock's seconds when the batch began.
+    /// The clock's seconds, which wrap, when the batch began.
     now: u32,
-    mac: Mac,
+    /// The same time for the limits.
+    moment: Moment,
+    /// Whether the port had a send limit when the batch began.
+    limited: bool,
+    /// The source address that needs no check. It is `None` while the port waits for the first.
+    own: Option<Mac>,
+    /// Whether the port sends from one address only, so that ARP must not name another.
+    one_source: bool,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
@@ -337,7 +350,11 @@ impl<B: PacketBuffer> Sender<B> {
             counts: [0; SEND_COUNTERS],
             unflushed: false,
             now: 0,
-            mac: Mac::new(membership.mac.into_array()),
+            moment: Moment::ZERO,
+            limited: false,
+            own: (membership.source != SourceRule::LearnOnce)
+                .then(|| Mac::new(membership.mac.into_array())),
+            one_source: membership.source != SourceRule::Any,
             membership,
             not_sync: PhantomData,
         }
@@ -396,7 +413,12 @@ impl<B: PacketBuffer> Sender<B> {
                 DropReason::Isolated => SendCounter::Isolated,
                 DropReason::Reserved => SendCounter::Reserved,
                 DropReason::OwnPort => SendCounter::OwnPort,
-                DropReason::NoBuffer | DropReason::Closed => SendCounter::NoReceiver,
+                DropReason::Spoofed => SendCounter::Spoofed,
+                DropReason::SendLimit => SendCounter::SendLimit,
+                DropReason::FloodLimit => SendCounter::FloodLimit,
+                DropReason::NoBuffer | DropReason::Closed | DropReason::ReceiveLimit => {
+                    SendCounter::NoReceiver
+                }
             },
         };
         self.count(counter, 1);
@@ -412,8 +434,9 @@ impl<B: PacketBuffer> Sender<B> {
     /// The frames have at most `longest()` bytes. This is asked at most once, and only if a buffer of
     /// the receiver may be smaller than the network's longest packet.
     ///
-    /// Returns `None` if the frames do not all go to one port, or if that port has no buffer
-    /// posted, or none that is large enough. [`send`](Self::send) handles each frame in these cases.
+    /// Returns `None` if the frames do not all go to one port, if that port has no buffer posted, or
+    /// none that is large enough, or if a limit of either port stands in the way, which a limit of
+    /// bytes always does. [`send`](Self::send) handles each frame in these cases.
     ///
     /// A receiver that sleeps is woken at the next [`flush`](Self::flush), as after
     /// [`send`](Self::send).
@@ -429,10 +452,11 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         self.begin();
-        let Self { membership, touched, counts, now, mac, .. } = self;
+        let Self { membership, touched, counts, now, own, moment, limited, one_source, .. } = self;
         let network = &*membership.network;
         let port = membership.port;
-        if from != *mac && !learn_source(network, port, from, *now) {
+        membership.admit_source(own, from, *now).ok()?;
+        if *one_source && policy::may_be_arp(header) {
             return None;
         }
         // The gateway's address is behind no port.
@@ -441,7 +465,19 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         let index = target.index();
-        let claim = network.port_state(index)?.inbox.claim_for(wanted, longest)?;
+        let state = network.port_state(index)?;
+        let sending = if *limited { membership.port_state() } else { None };
+        let receiving = state.policy.is_limited(Way::Receive).then_some(state);
+        let claim = if sending.is_none() && receiving.is_none() {
+            state.inbox.claim_for(wanted, longest)?
+        } else {
+            let limits = [(Way::Send, sending), (Way::Receive, receiving)]
+                .map(|(way, state)| (way, state.map(|state| &state.policy)));
+            policy::within(limits, wanted, *moment, |wanted| {
+                let claim = state.inbox.claim_for(wanted, longest);
+                (claim.as_ref().map_or(0, Claim::left), claim)
+            })?
+        };
         touched[index / 64] |= 1 << (index % 64);
         Some(Run { claim, counts, longest: network.max_untagged_size, header })
     }
@@ -451,7 +487,12 @@ impl<B: PacketBuffer> Sender<B> {
     fn begin(&mut self) {
         if !self.unflushed {
             self.unflushed = true;
-            self.now = self.membership.network.read_clock();
+            let now = self.membership.network.read_clock();
+            (self.now, self.moment) = (now.as_secs() as u32, Moment::new(now));
+            self.limited = self
+                .membership
+                .port_state()
+                .is_some_and(|state| state.policy.is_limited(Way::Send));
         }
     }
 
@@ -476,8 +517,17 @@ impl<B: PacketBuffer> Sender<B> {
             return Sent::Dropped(DropReason::Runt);
         };
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new([g, h, i, j, k, l]));
-        if from != self.mac && !learn_source(network, port, from, self.now) {
-            return Sent::Dropped(DropReason::BadSource);
+        if let Err(reason) = self.membership.admit_source(&mut self.own, from, self.now) {
+            return Sent::Dropped(reason);
+        }
+        if self.one_source && policy::names_other_sender(frame.head()) {
+            return Sent::Dropped(DropReason::Spoofed);
+        }
+        if self.limited
+            && let Some(state) = self.membership.port_state()
+            && !state.policy.admits(Way::Send, frame.len(), self.moment)
+        {
+            return Sent::Dropped(DropReason::SendLimit);
         }
         if to.is_group() {
             if to.is_reserved() {
@@ -518,6 +568,12 @@ impl<B: PacketBuffer> Sender<B> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
         };
+        if state.policy.is_limited(Way::Receive)
+            && !state.policy.admits(Way::Receive, frame.len(), self.moment)
+        {
+            state.counters.missed.receive_limit.fetch_add(1, Ordering::Relaxed);
+            return Err(DropReason::ReceiveLimit);
+        }
         match state.inbox.deliver_packet(frame) {
             Delivery::Direct | Delivery::Overflow => {
                 self.touched[index / 64] |= 1 << (index % 64);
@@ -535,9 +591,14 @@ impl<B: PacketBuffer> Sender<B> {
         }
     }
 
-    /// Copies a frame to all ports that get flooded frames, except this one.
+    /// Copies a frame to all ports that get flooded frames, except this one, if the flood limit of
+    /// this port allows it.
     #[cold]
     fn flood(&mut self, frame: Packet<'_>) -> Sent {
+        let admits = |state: &PortState<B>| state.policy.admits_flood(self.moment);
+        if !self.membership.port_state().is_some_and(admits) {
+            return Sent::Dropped(DropReason::FloodLimit);
+        }
         let own = Some(self.membership.index);
         Sent::Flooded { reached: self.send_to_all(|network| &network.floodable, own, frame) }
     }
@@ -570,7 +631,7 @@ impl<B: PacketBuffer> Sender<B> {
     fn ask_gateway(&mut self, frame: Packet<'_>) {
         self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
-        let (port, now) = (self.membership.index as u32, network.read_exact_clock());
+        let (port, now) = (self.membership.index as u32, network.read_clock());
         // `forward` has checked that it is no longer than a packet of the network.
         let len = frame.copy_to(0, &mut self.question);
         let answer = network.gateway.handle(&self.question[..len], port, &mut self.reply, now);

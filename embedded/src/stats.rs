@@ -17,6 +17,7 @@ pub(crate) struct Received {
 pub(crate) struct Missed {
     pub(crate) no_buffer: AtomicU64,
     pub(crate) closed: AtomicU64,
+    pub(crate) receive_limit: AtomicU64,
 }
 
 /// The counters that each sender keeps for itself and adds to its port's once per batch.
@@ -32,6 +33,9 @@ pub(crate) enum SendCounter {
     Isolated,
     Reserved,
     OwnPort,
+    Spoofed,
+    SendLimit,
+    FloodLimit,
     NoReceiver,
 }
 
@@ -59,6 +63,7 @@ impl PortCounters {
             received_bytes: get(&self.received.bytes),
             missed_no_buffer: get(&self.missed.no_buffer),
             missed_closed: get(&self.missed.closed),
+            missed_receive_limit: get(&self.missed.receive_limit),
             sent_packets: self.sent(SendCounter::Packets),
             sent_bytes: self.sent(SendCounter::Bytes),
             sent_floods: self.sent(SendCounter::Floods),
@@ -69,6 +74,9 @@ impl PortCounters {
             dropped_isolated: self.sent(SendCounter::Isolated),
             dropped_reserved: self.sent(SendCounter::Reserved),
             dropped_own_port: self.sent(SendCounter::OwnPort),
+            dropped_spoofed: self.sent(SendCounter::Spoofed),
+            dropped_send_limit: self.sent(SendCounter::SendLimit),
+            dropped_flood_limit: self.sent(SendCounter::FloodLimit),
             dropped_no_receiver: self.sent(SendCounter::NoReceiver),
         }
     }
@@ -80,6 +88,7 @@ impl PortCounters {
             &self.received.bytes,
             &self.missed.no_buffer,
             &self.missed.closed,
+            &self.missed.receive_limit,
         ];
         for counter in all.into_iter().chain(self.sent.iter()) {
             counter.store(0, Ordering::Relaxed);
@@ -102,6 +111,8 @@ pub struct PortStats {
     pub missed_no_buffer: u64,
     /// Packets for this port that were dropped because its receiver was closed.
     pub missed_closed: u64,
+    /// Packets for this port that were dropped because they were over its receive limit.
+    pub missed_receive_limit: u64,
     /// Frames of this port that were delivered, flooded, or given to the gateway.
     pub sent_packets: u64,
     /// The bytes of these frames.
@@ -123,6 +134,13 @@ pub struct PortStats {
     pub dropped_reserved: u64,
     /// Frames whose destination is behind the port that sent them.
     pub dropped_own_port: u64,
+    /// Frames from a source address that this port may not send from, and ARP packets that name
+    /// another sender; see [`SourceRule`](crate::policy::SourceRule).
+    pub dropped_spoofed: u64,
+    /// Frames over this port's send limit.
+    pub dropped_send_limit: u64,
+    /// Frames to all ports over this port's flood limit. The gateway got the broadcasts among them.
+    pub dropped_flood_limit: u64,
     /// Frames that their receiver did not accept. The receiver's port counts them as missed.
     pub dropped_no_receiver: u64,
 }
@@ -133,12 +151,16 @@ impl PortStats {
     pub fn drops(&self) -> u64 {
         self.missed_no_buffer
             + self.missed_closed
+            + self.missed_receive_limit
             + self.dropped_runt
             + self.dropped_too_big
             + self.dropped_bad_source
             + self.dropped_isolated
             + self.dropped_reserved
             + self.dropped_own_port
+            + self.dropped_spoofed
+            + self.dropped_send_limit
+            + self.dropped_flood_limit
     }
 }
 
@@ -183,6 +205,20 @@ pub enum DropReason {
     /// Its destination is behind the port that sent it.
     #[error("the destination is behind the interface that sent the frame")]
     OwnPort,
+    /// The policy of its port forbids the source address, or it is an ARP packet that names another
+    /// sender.
+    #[error("the interface may not send from this source address, or an ARP packet names another")]
+    Spoofed,
+    /// It is over the send limit of its port.
+    #[error("the frame is over the interface's send limit")]
+    SendLimit,
+    /// It is for all ports, and over the flood limit of its port. If it is a broadcast, the gateway
+    /// got it.
+    #[error("the frame is for all, and over the interface's flood limit")]
+    FloodLimit,
+    /// It is over the receive limit of the destination's port.
+    #[error("the frame is over the receiver's limit")]
+    ReceiveLimit,
     /// The receiver has no buffer posted and its overflow ring is full.
     #[error("the receiver has no buffer for the frame")]
     NoBuffer,

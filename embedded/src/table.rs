@@ -37,6 +37,16 @@ impl Mac {
         Self(u64::from_be_bytes([0, 0, a, b, c, d, e, f]))
     }
 
+    /// The address as a number below 2^48.
+    pub(crate) const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The address of such a number, or `None` if the number is larger.
+    pub(crate) const fn from_bits(bits: u64) -> Option<Self> {
+        if bits <= Self::BROADCAST.0 { Some(Self(bits)) } else { None }
+    }
+
     /// Whether the group bit is set: multicast or broadcast.
     pub(crate) const fn is_group(self) -> bool {
         self.0 & (1 << 40) != 0

@@ -1,16 +1,19 @@
 //! Forwarding allocates nothing, whether a frame is delivered directly or through the overflow
-//! ring, flooded, dropped, or answered by the gateway.
+//! ring, flooded, dropped, or answered by the gateway, and whether there are limits or not.
 #![cfg(not(loom))]
 
 mod common;
 
 use core::net::Ipv4Addr;
+use core::num::NonZeroU64;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use common::*;
 use macaddr::MacAddr6;
-use vmring_embedded::{Network, NetworkConfig};
+use vmring_embedded::{
+    Network, NetworkConfig, PortConfig, PortLimits, PortPolicy, Rate, RateLimit,
+};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -39,11 +42,23 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn forwarding_allocates_nothing() {
+    forward(PortLimits { flood: None, ..PortLimits::default() });
+    // Limits that are never reached, so that each frame takes tokens.
+    let number = NonZeroU64::new(1 << 40).unwrap();
+    let rate = Some(Rate { per_second: number, burst: number });
+    let limit = RateLimit { packets: rate, bytes: rate };
+    forward(PortLimits { send: limit, receive: limit, flood: rate });
+}
+
+fn forward(limits: PortLimits) {
     let network =
         Network::new(NetworkConfig { overflow_depth: Some(16), ..NetworkConfig::default() })
             .unwrap();
-    let mut alice = Guest::join(&network, 1);
-    let mut bob = Guest::join(&network, 2);
+    let join = |id| {
+        let policy = PortPolicy { limits, ..PortPolicy::default() };
+        Guest::with(&network, PortConfig { policy, ..config(id) })
+    };
+    let (mut alice, mut bob) = (join(1), join(2));
     let stranger = MacAddr6::new(2, 9, 9, 9, 9, 9);
     let gateway = network.gateway().mac();
     let frames = [
