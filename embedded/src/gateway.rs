@@ -17,8 +17,9 @@
 //! | a packet to another host of the network, which need not come this way | ICMP host unreachable |
 //!
 //! An ICMP error answers no ICMP error, no broadcast, no later fragment and no invalid packet (RFC
-//! 1812, 4.3.2.7), and each port gets at most 100 errors per second. Every frame is counted, by
-//! what became of it.
+//! 1812, 4.3.2.7), and each port gets at most 100 errors per second. Of the DHCP messages of one port
+//! at most 1,000 per second are read, because an answer can ask all ports whether an address is in use.
+//! Every frame is counted, by what became of it.
 //!
 //! The gateway reads a frame with a priority tag (IEEE 802.1Q) like one without a tag. Its own
 //! frames have none, and are padded to Ethernet's 60 bytes.
@@ -42,6 +43,9 @@ pub use crate::frame::Answer;
 
 use crate::dhcp::{DhcpConfig, DhcpServer};
 use crate::frame::{self, HeaderError};
+use crate::limits::{
+    DHCP_MESSAGES_AT_ONCE, DHCP_MESSAGES_PER_SECOND, ICMP_ERRORS_AT_ONCE, ICMP_ERRORS_PER_SECOND,
+};
 use refusal::{IP_HEADER_LEN, IcmpError, Limiter, RESET_LEN, emit_ip, write_reset};
 
 /// The host's end of a network. See the [module](self).
@@ -49,7 +53,8 @@ pub struct Gateway {
     mac: MacAddr6,
     address: Ipv4Addr,
     dhcp: DhcpServer,
-    limiter: Limiter,
+    errors: Limiter,
+    dhcp_messages: Limiter,
     counters: [AtomicU64; COUNTERS],
 }
 
@@ -73,6 +78,9 @@ pub struct GatewayStats {
     pub echo_replies: u64,
     /// DHCP messages that its DHCP server has seen. [`DhcpServer::stats`] says what became of them.
     pub dhcp_messages: u64,
+    /// DHCP messages that its DHCP server has not seen, because the sender's port had sent as many as
+    /// it can send.
+    pub dhcp_limited: u64,
     /// TCP segments that it answered with a reset.
     pub refused_tcp: u64,
     /// UDP datagrams that it answered with "port unreachable".
@@ -120,6 +128,7 @@ enum Event {
     ArpReply,
     EchoReply,
     Dhcp,
+    DhcpLimited,
     RefusedTcp,
     RefusedUdp,
     RefusedProtocol,
@@ -169,7 +178,8 @@ impl Gateway {
             mac: dhcp.server_mac,
             address: dhcp.server,
             dhcp: DhcpServer::new(dhcp),
-            limiter: Limiter::new(),
+            errors: Limiter::new(ICMP_ERRORS_PER_SECOND, ICMP_ERRORS_AT_ONCE),
+            dhcp_messages: Limiter::new(DHCP_MESSAGES_PER_SECOND, DHCP_MESSAGES_AT_ONCE),
             counters: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
@@ -196,6 +206,7 @@ impl Gateway {
             arp_replies: get(Event::ArpReply),
             echo_replies: get(Event::EchoReply),
             dhcp_messages: get(Event::Dhcp),
+            dhcp_limited: get(Event::DhcpLimited),
             refused_tcp: get(Event::RefusedTcp),
             refused_udp: get(Event::RefusedUdp),
             refused_protocol: get(Event::RefusedProtocol),
@@ -346,6 +357,9 @@ impl Gateway {
             && UdpPacket::new_checked(ip.payload()).map_err(malformed)?.dst_port()
                 == DHCP_SERVER_PORT
         {
+            if !self.dhcp_messages.allows(arrival.port, arrival.now) {
+                return Err(Event::DhcpLimited);
+            }
             let answer = self.dhcp.handle(arrival.frame, arrival.port, reply, arrival.now);
             return answer.map(Answered::Dhcp).ok_or(Event::Malformed);
         }
@@ -439,7 +453,7 @@ impl Gateway {
         if ip.next_header() == IpProtocol::Icmp && !is_icmp_query(ip.payload()) {
             return Err(Event::OtherIcmp);
         }
-        if !self.limiter.allows(arrival.port, arrival.now) {
+        if !self.errors.allows(arrival.port, arrival.now) {
             return Err(Event::ErrorLimited);
         }
         let len = IcmpError::len(packet);

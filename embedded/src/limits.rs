@@ -25,6 +25,10 @@ pub const MIN_FRAME_LEN: usize = 60;
 pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
 /// The most ICMP errors that the gateway sends to one port at once.
 pub const ICMP_ERRORS_AT_ONCE: u32 = 50;
+/// The most DHCP messages of one port that are read per second.
+pub const DHCP_MESSAGES_PER_SECOND: u32 = 1000;
+/// The most DHCP messages of one port that are read at once.
+pub const DHCP_MESSAGES_AT_ONCE: u32 = 1000;
 /// The longest IP packet of an ICMP error, which quotes as much of its cause as fits (RFC 1812,
 /// 4.3.2.3).
 pub const ICMP_ERROR_MAX: usize = 576;

@@ -13,7 +13,9 @@ use macaddr::MacAddr6;
 use smoltcp::wire::{DhcpMessageType, EthernetAddress, EthernetProtocol};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::clock::{Clock, ManualClock};
-use vmring_embedded::limits::{FLOODS_AT_ONCE, FLOODS_PER_SECOND};
+use vmring_embedded::limits::{
+    DHCP_MESSAGES_AT_ONCE, DHCP_MESSAGES_PER_SECOND, FLOODS_AT_ONCE, FLOODS_PER_SECOND,
+};
 use vmring_embedded::{
     DropReason, JoinError, Network, NetworkConfig, PortConfig, PortLimits, PortPolicy, Rate,
     RateLimit, Sender, Sent, SourceRule,
@@ -395,6 +397,42 @@ fn a_flood_limit_holds_for_its_port_and_for_nothing_else() {
     assert_eq!(stats.dropped_flood_limit, 4 * 16 + 2);
     assert_eq!((stats.sent_floods, stats.drops()), (16, 4 * 16 + 2));
     assert_eq!(stats.sent_to_gateway, 20 + 2);
+}
+
+/// Each DHCP message can make the gateway ask all ports for an address. So they are limited too, and
+/// the limit is each port's own.
+#[test]
+fn a_guest_makes_the_gateway_ask_others_only_so_often() {
+    let (network, clock) = timed();
+    let mut alice = Guest::join(&network, 1);
+    let (mut bob, mut carol) = (Guest::join(&network, 2), Guest::join(&network, 3));
+    let none = PortLimits { flood: None, ..PortLimits::default() };
+    assert!(alice.sender.monitor().set_limits(none));
+    let gateway = network.gateway().mac();
+    let ask = |guest: &mut Guest, bob: &mut Guest, times: u32| {
+        let mut questions = 0;
+        for number in 0..times {
+            let [.., high, low] = number.to_be_bytes();
+            let client = MacAddr6::new(2, 5, 5, 5, high, low);
+            let mut frame = Dhcp::discover(client).frame();
+            frame[..6].copy_from_slice(gateway.as_bytes());
+            frame[6..12].copy_from_slice(guest.mac.as_bytes());
+            send(&mut guest.sender, &frame);
+            guest.receive();
+            questions += bob.receive().len();
+        }
+        questions
+    };
+    let at_once = DHCP_MESSAGES_AT_ONCE;
+    assert!(ask(&mut alice, &mut bob, 3 * at_once) <= at_once as usize);
+    assert_eq!(network.gateway().stats().dhcp_limited, u64::from(2 * at_once));
+    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once));
+    ask(&mut carol, &mut bob, 1);
+    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once + 1));
+    clock.advance(Duration::from_millis(10));
+    ask(&mut alice, &mut bob, at_once);
+    let gained = DHCP_MESSAGES_PER_SECOND / 100;
+    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once + 1 + gained));
 }
 
 /// By default a port floods as much as the limit's documentation says.

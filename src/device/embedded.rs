@@ -300,6 +300,7 @@ impl Device for EmbeddedPort {
             ("gateway unsent", asked.unsent),
             ("gateway ARP conflicts", asked.arp_conflicts),
             ("DHCP messages", asked.dhcp_messages),
+            ("DHCP messages limited", asked.dhcp_limited),
         ]
         .into_iter()
         .chain(dhcp_counters(&dhcp))

@@ -9,7 +9,7 @@ use smoltcp::wire::{
 };
 use vmring_core::sync::{AtomicU64, Ordering};
 
-use crate::limits::{ICMP_ERROR_MAX, ICMP_ERRORS_AT_ONCE, ICMP_ERRORS_PER_SECOND, MAX_PORTS};
+use crate::limits::{CLOCK_LAG, ICMP_ERROR_MAX, MAX_PORTS};
 
 /// The bytes of an IPv4 header without options.
 pub(super) const IP_HEADER_LEN: usize = 20;
@@ -89,30 +89,35 @@ pub(super) fn write_reset(cause: &TcpPacket<&[u8]>, addresses: Ipv4Repr, out: &m
     tcp.fill_checksum(&from, &to);
 }
 
-/// Limits the rate of the errors that each interface gets (RFC 1812, 4.3.2.8). An interface that
-/// asks for more gets none in place of another's.
+/// Limits the rate of something for each interface, as RFC 1812, 4.3.2.8 demands for errors. An
+/// interface that asks for more gets none in place of another's.
 pub(super) struct Limiter {
     /// For each interface, the time in microseconds at which it is back at its full allowance.
     full_at: Box<[AtomicU64]>,
+    /// How many microseconds of the allowance one takes.
+    cost: u64,
+    /// The allowance in microseconds.
+    allowance: u64,
 }
 
-/// An error takes this many microseconds of the allowance.
-const COST: u64 = 1_000_000 / ICMP_ERRORS_PER_SECOND as u64;
-const ALLOWANCE: u64 = COST * ICMP_ERRORS_AT_ONCE as u64;
-
 impl Limiter {
-    pub(super) fn new() -> Self {
-        Self { full_at: (0..MAX_PORTS).map(|_| AtomicU64::new(0)).collect() }
+    pub(super) fn new(per_second: u32, at_once: u32) -> Self {
+        let cost = 1_000_000 / u64::from(per_second);
+        let full_at = (0..MAX_PORTS).map(|_| AtomicU64::new(0)).collect();
+        Self { full_at, cost, allowance: cost * u64::from(at_once) }
     }
 
-    /// Whether an error can be sent to this interface now.
+    /// Whether this interface can have one more now.
     pub(super) fn allows(&self, port: u32, now: Duration) -> bool {
         let now = now.as_micros() as u64;
         // Relaxed: the value is one number and publishes nothing else.
         self.full_at[port as usize % MAX_PORTS]
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| {
-                let after = full_at.max(now) + COST;
-                (after <= now + ALLOWANCE).then_some(after)
+                // A later moment than any that was stored comes from before the clock was set back.
+                let latest = now + self.allowance + CLOCK_LAG.as_micros() as u64;
+                let full_at = if full_at > latest { now } else { full_at.max(now) };
+                let after = full_at + self.cost;
+                (after <= now + self.allowance).then_some(after)
             })
             .is_ok()
     }
