@@ -3,8 +3,10 @@
 //! The table has two fixed arrays of 8-way buckets, one cache line each. *Pinned* addresses are
 //! those that the network assigned to its ports. They are written when a port joins or leaves, and
 //! nothing a guest sends can move or replace them. *Learned* addresses come from the source
-//! addresses of frames. They age, and a new one replaces the oldest of its bucket if the bucket is
-//! full. The hash has a random key, so a guest cannot aim at a bucket.
+//! addresses of frames. They age, and a new one replaces another of its bucket if the bucket is full:
+//! one of the port that has most addresses there, and of these the oldest. So a guest that makes up
+//! addresses pushes out its own, and leaves every other port its share. The hash has a random key, so
+//! a guest cannot aim at a bucket.
 //!
 //! Looking up and learning take no lock. They store only when something has changed, and at most
 //! once a second for an address that keeps sending, so the cache lines stay shared between the
@@ -206,15 +208,7 @@ impl MacTable {
         }
         let wanted = entry(mac, port);
         let stamps = &self.stamps[index];
-        let way = self.find_learned(mac, index).unwrap_or_else(|| {
-            // Prefer an empty way, or else replace the entry that was not seen for longest.
-            (0..TABLE_WAYS)
-                .max_by_key(|&way| match self.learned[index].0[way].load(Ordering::Relaxed) {
-                    EMPTY => u32::MAX, // more than any age
-                    _ => self.age(index, way, now),
-                })
-                .unwrap_or(0)
-        });
+        let way = self.find_learned(mac, index).unwrap_or_else(|| self.way_for(index, port, now));
         if stamps[way].load(Ordering::Relaxed) != now {
             // The stamp is stored before the entry, so that a new entry never looks old. If the
             // exchange below fails, another entry gets a newer stamp, which does no harm.
@@ -227,6 +221,30 @@ impl MacTable {
             let _ = cell.compare_exchange(found, wanted, Ordering::Relaxed, Ordering::Relaxed);
         }
         Learned::Here
+    }
+
+    /// Returns the way of a full bucket, or of one that is not full, that a new address behind `port`
+    /// gets. An empty way comes first, then one whose entry is too old to be found. Otherwise it is the
+    /// way of the port that has most entries of the bucket, or of `port` if no other has more, and of
+    /// these the one whose entry was not seen for longest.
+    #[cold]
+    fn way_for(&self, index: usize, port: PortRef, now: u32) -> usize {
+        let entries: [u64; TABLE_WAYS] =
+            core::array::from_fn(|way| self.learned[index].0[way].load(Ordering::Relaxed));
+        let of_port =
+            |port: usize| entries.iter().filter(|entry| port_of(**entry).index() == port).count();
+        let rank = |way: &usize| {
+            let (entry, age) = (entries[*way], self.age(index, *way, now));
+            if entry == EMPTY {
+                return (usize::MAX, false, 0);
+            }
+            if age >= self.ageing {
+                return (TABLE_WAYS + 1, false, age);
+            }
+            let owner = port_of(entry).index();
+            (of_port(owner), owner == port.index(), age)
+        };
+        (0..TABLE_WAYS).max_by_key(rank).unwrap_or(0)
     }
 
     /// Enters an assigned address. The caller holds the lock of the network's members and has
@@ -356,6 +374,32 @@ mod tests {
                 assert_eq!(table.lookup(mac, at(9)), expected, "{index} from {start}");
             }
         }
+    }
+
+    /// Goal: a port that makes up addresses takes no port more than its share of a bucket.
+    #[test]
+    fn a_flood_of_made_up_addresses_leaves_other_ports_their_share() {
+        let table = MacTable::new(300);
+        let same = of_one_bucket(&table, 1000);
+        let (honest, forged) = same.split_at(4);
+        let known = |now| honest.iter().filter(|mac| table.lookup(**mac, now).is_some()).count();
+        for (index, &mac) in honest.iter().enumerate() {
+            table.learn(mac, port(index / 2), 0);
+        }
+        for (number, &mac) in forged.iter().enumerate() {
+            table.learn(mac, port(9), 1 + number as u32 / 10);
+            assert_eq!(known(100), 4, "after {number}");
+        }
+        // A second such port shares with the first what the honest ones leave.
+        for &mac in forged {
+            table.learn(mac, port(8), 100);
+        }
+        assert_eq!(known(100), 4);
+        // An entry that is too old is free for everybody.
+        for (index, &mac) in honest.iter().enumerate() {
+            table.learn(mac, port(index / 2), 400);
+        }
+        assert_eq!(known(400), 4);
     }
 
     #[test]
