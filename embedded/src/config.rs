@@ -109,9 +109,12 @@ fn is_private(address: Ipv4Addr, mask: u32) -> bool {
 /// The settings of a network. Start from [`NetworkConfig::of`] and change the public fields.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetworkConfig {
-    /// What guests can reach.
+    /// Whether there is a gateway, with a DHCP server. Without one the network is a switch and no
+    /// more: it answers nothing, and has no address of its own.
+    pub gateway: bool,
+    /// What guests can reach. Without a gateway it means nothing.
     pub mode: NetworkMode,
-    /// The addresses.
+    /// The addresses. Without a gateway they mean nothing.
     pub ipv4: AddressRange,
     /// The length of the largest IP packet. It must be from 1,280 (the least that IPv6 needs) to
     /// 65,521 (what an untagged Ethernet frame of at most 65,535 bytes holds). DHCP tells it to the
@@ -145,6 +148,7 @@ impl NetworkConfig {
     /// leases of a day. Learned addresses age after 300 seconds.
     pub fn of(mode: NetworkMode) -> Self {
         Self {
+            gateway: true,
             mode,
             ipv4: AddressRange::of(mode),
             mtu: DEFAULT_MTU,
@@ -157,6 +161,12 @@ impl NetworkConfig {
             reservations: Vec::new(),
             lease_file: None,
         }
+    }
+
+    /// Returns the configuration of a switch: a network without a gateway and DHCP, with an MTU of
+    /// 1,500. Learned addresses age after 300 seconds.
+    pub fn switch() -> Self {
+        Self { gateway: false, ..Self::of(NetworkMode::Shared) }
     }
 
     /// Returns the length of the longest frame: the MTU, an Ethernet header, and a VLAN tag.
@@ -196,7 +206,9 @@ impl NetworkConfig {
                 kept.iter().map(|(mac, address)| format!("{mac}={address}")).collect();
             format!("[{}]", kept.join(", "))
         };
+        let has = |gateway: bool| if gateway { "yes" } else { "no" }.to_owned();
         let rows = [
+            ("gateway", has(self.gateway), has(asked.gateway)),
             ("mode", format!("{:?}", self.mode), format!("{:?}", asked.mode)),
             ("ipv4", range(&self.ipv4), range(&asked.ipv4)),
             ("mtu", self.mtu.to_string(), asked.mtu.to_string()),
@@ -223,7 +235,19 @@ impl NetworkConfig {
     ///
     /// Returns the first rule that is broken.
     pub fn check(&self) -> Result<(), NetworkConfigError> {
-        self.ipv4.check()?;
+        if self.gateway {
+            self.ipv4.check()?;
+        } else {
+            let of_the_gateway = [
+                ("dns", !self.dns.is_empty()),
+                ("dhcp_first", self.dhcp_first.is_some()),
+                ("reservations", !self.reservations.is_empty()),
+                ("lease_file", self.lease_file.is_some()),
+            ];
+            if let Some((setting, _)) = of_the_gateway.iter().find(|(_, set)| *set) {
+                return Err(NetworkConfigError::NoGateway { setting });
+            }
+        }
         if let Some(first) = self.dhcp_first
             && !(first > self.ipv4.gateway && first <= self.ipv4.end)
         {
@@ -345,6 +369,12 @@ pub enum NetworkConfigError {
         gateway: Ipv4Addr,
         /// The end of the range.
         end: Ipv4Addr,
+    },
+    /// A setting of the gateway or its DHCP server, on a network that has none.
+    #[error("the setting {setting} is for a gateway, and the network has none: leave it out")]
+    NoGateway {
+        /// The name of the setting.
+        setting: &'static str,
     },
     /// A guest or an address is in two reservations.
     #[error("the reservation of {address} for {mac} contradicts another one")]

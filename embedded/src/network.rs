@@ -1,4 +1,4 @@
-//! A network: ports that a learning switch connects, and a gateway.
+//! A network: ports that a learning switch connects, and a gateway unless it is left out.
 //!
 //! A [`Port`] splits into a [`Receiver`], which posts buffers and collects packets, and a
 //! [`Sender`], which forwards frames on its caller's own thread. The network has no thread of its
@@ -20,6 +20,8 @@
 //!   leaves that to the sender. A VMM whose network card needs 60 bytes pads what it receives.
 //! - A frame to the gateway's address goes to the gateway only. A frame to a known address goes to
 //!   the port that has the address and to no other. No frame goes back to the port that sent it.
+//! - A network that is configured [without a gateway](NetworkConfig::switch) answers nothing itself,
+//!   and no address is the gateway's.
 //! - VLANs are not told apart: a tag is a part of the frame.
 //! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
 //!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
@@ -154,7 +156,8 @@ impl<B: PacketBuffer> Registry<B> {
         let network = Network::new(config.clone())?;
         networks.retain(|(existing, _)| existing != name);
         networks.push((name.to_owned(), Arc::downgrade(&network)));
-        tracing::debug!(name, gateway = %config.ipv4.gateway, mtu = config.mtu, "network made");
+        let gateway = config.gateway.then_some(config.ipv4.gateway);
+        tracing::debug!(name, ?gateway, mtu = config.mtu, "network made");
         Ok(network)
     }
 }
@@ -209,6 +212,40 @@ fn mac_of_gateway(config: &NetworkConfig) -> MacAddr6 {
     local_mac(mix(u64::from(u32::from(config.ipv4.gateway)) ^ 0x766d_7269_6e67_0002))
 }
 
+/// Makes the gateway of a network with this configuration, which has been checked, and opens its
+/// lease file.
+fn gateway_of(
+    config: &NetworkConfig,
+    now: Duration,
+) -> Result<(Gateway, Option<LeaseFile>), NetworkConfigError> {
+    let gateway = Gateway::new(DhcpConfig {
+        server: config.ipv4.gateway,
+        server_mac: mac_of_gateway(config),
+        first: config.dhcp_first(),
+        last: config.ipv4.end,
+        mask: config.ipv4.mask,
+        router: (config.mode == NetworkMode::Shared).then_some(config.ipv4.gateway),
+        dns: config.dns.clone(),
+        mtu: Some(config.mtu as u16), // checked: at most 65,521
+        lease_time: config.lease_time,
+    });
+    for (mac, address) in &config.reservations {
+        gateway
+            .dhcp()
+            .reserve(*mac, *address, now)
+            .map_err(|error| NetworkConfigError::Reservation { error })?;
+    }
+    // The leases come after the reservations, which say what a client can have.
+    let lease_file = config.lease_file.as_deref().map(|path| {
+        gateway
+            .dhcp()
+            .open_lease_file(path, now)
+            .map_err(|error| NetworkConfigError::LeaseFile { error })
+    });
+    let lease_file = lease_file.transpose()?;
+    Ok((gateway, lease_file))
+}
+
 /// A locally administered unicast address from the first six bytes of a hash.
 fn local_mac(hash: u64) -> MacAddr6 {
     let [a, b, c, d, e, f, ..] = hash.to_be_bytes();
@@ -238,8 +275,8 @@ pub struct Network<B> {
     pub(crate) max_packet_size: usize,
     /// The length of the longest frame without a tag.
     pub(crate) max_untagged_size: usize,
-    pub(crate) gateway: Gateway,
-    pub(crate) gateway_mac: Mac,
+    pub(crate) gateway: Option<Gateway>,
+    pub(crate) gateway_mac: Option<Mac>,
     clock: Box<dyn Clock>,
     pub(crate) table: MacTable,
     ports: Box<[OnceLock<Arc<PortState<B>>>]>,
@@ -269,9 +306,9 @@ impl<B> Network<B> {
         self.max_packet_size
     }
 
-    /// Returns the network's gateway.
-    pub fn gateway(&self) -> &Gateway {
-        &self.gateway
+    /// Returns the network's gateway, unless it is a [switch](NetworkConfig::switch).
+    pub fn gateway(&self) -> Option<&Gateway> {
+        self.gateway.as_ref()
     }
 
     /// Returns how many ports are on the network.
@@ -279,14 +316,15 @@ impl<B> Network<B> {
         self.members().count
     }
 
-    /// Returns the DHCP leases that are running, sorted by address.
+    /// Returns the DHCP leases that are running, sorted by address. Without a gateway there are none.
     pub fn leases(&self) -> Vec<DhcpLease> {
-        self.gateway.dhcp().leases(self.clock.now())
+        let leases = |gateway: &Gateway| gateway.dhcp().leases(self.clock.now());
+        self.gateway().map(leases).unwrap_or_default()
     }
 
     /// Returns the DHCP lease of one MAC address, if it is running.
     pub fn lease_of(&self, mac: MacAddr6) -> Option<DhcpLease> {
-        self.gateway.dhcp().lease_of(mac, self.clock.now())
+        self.gateway()?.dhcp().lease_of(mac, self.clock.now())
     }
 
     /// Returns the MAC address and the counters of each port on the network.
@@ -360,43 +398,23 @@ impl<B: PacketBuffer> Network<B> {
         clock: Box<dyn Clock>,
     ) -> Result<Arc<Self>, NetworkConfigError> {
         config.check()?;
-        let gateway_mac = mac_of_gateway(&config);
-        let gateway = Gateway::new(DhcpConfig {
-            server: config.ipv4.gateway,
-            server_mac: gateway_mac,
-            first: config.dhcp_first(),
-            last: config.ipv4.end,
-            mask: config.ipv4.mask,
-            router: (config.mode == NetworkMode::Shared).then_some(config.ipv4.gateway),
-            dns: config.dns.clone(),
-            mtu: Some(config.mtu as u16), // checked: at most 65,521
-            lease_time: config.lease_time,
-        });
-        let now = clock.now();
-        for (mac, address) in &config.reservations {
-            gateway
-                .dhcp()
-                .reserve(*mac, *address, now)
-                .map_err(|error| NetworkConfigError::Reservation { error })?;
-        }
-        // The leases come after the reservations, which say what a client can have.
-        let lease_file = config.lease_file.as_deref().map(|path| {
-            gateway
-                .dhcp()
-                .open_lease_file(path, now)
-                .map_err(|error| NetworkConfigError::LeaseFile { error })
-        });
+        let (gateway, lease_file) = if config.gateway {
+            let (gateway, lease_file) = gateway_of(&config, clock.now())?;
+            (Some(gateway), lease_file)
+        } else {
+            (None, None)
+        };
         Ok(Arc::new(Self {
             max_packet_size: config.max_packet_size(),
             max_untagged_size: config.max_packet_size() - VLAN_TAG_LEN,
+            gateway_mac: gateway.as_ref().map(|gateway| Mac::new(gateway.mac().into_array())),
             gateway,
-            gateway_mac: Mac::new(gateway_mac.into_array()),
             clock,
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             open: core::array::from_fn(|_| AtomicU64::new(0)),
             floodable: core::array::from_fn(|_| AtomicU64::new(0)),
-            _lease_file: lease_file.transpose()?,
+            _lease_file: lease_file,
             members: Mutex::new(Members { macs: vec![None; MAX_PORTS], count: 0 }),
             config,
         }))
@@ -410,7 +428,7 @@ impl<B: PacketBuffer> Network<B> {
             return Err(JoinError::NotUnicast { mac });
         }
         let mut members = self.members();
-        if key == self.gateway_mac || self.table.assigned(key).is_some() {
+        if Some(key) == self.gateway_mac || self.table.assigned(key).is_some() {
             return Err(JoinError::DuplicateMac { mac });
         }
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
@@ -497,7 +515,7 @@ impl<B> Membership<B> {
             return Ok(());
         }
         let network = &*self.network;
-        if !from.is_unicast() || from == network.gateway_mac {
+        if !from.is_unicast() || Some(from) == network.gateway_mac {
             return Err(DropReason::BadSource);
         }
         match self.source {

@@ -342,7 +342,9 @@ impl<B: PacketBuffer> fmt::Debug for Sender<B> {
 impl<B: PacketBuffer> Sender<B> {
     fn new(membership: Arc<Membership<B>>) -> Self {
         // DHCP replies are shorter than the smallest MTU.
-        let space = vec![0; membership.network.max_packet_size].into_boxed_slice();
+        let network = &membership.network;
+        let longest = if network.gateway.is_some() { network.max_packet_size } else { 0 };
+        let space = vec![0; longest].into_boxed_slice();
         Self {
             reply: space.clone(),
             question: space,
@@ -533,7 +535,7 @@ impl<B: PacketBuffer> Sender<B> {
             if to.is_reserved() {
                 return Sent::Dropped(DropReason::Reserved);
             }
-            let gateway = to == Mac::BROADCAST;
+            let gateway = to == Mac::BROADCAST && network.gateway.is_some();
             if gateway {
                 self.ask_gateway(frame);
             }
@@ -542,7 +544,7 @@ impl<B: PacketBuffer> Sender<B> {
             }
             return self.flood(frame);
         }
-        if to == network.gateway_mac {
+        if Some(to) == network.gateway_mac {
             self.ask_gateway(frame);
             return Sent::Gateway;
         }
@@ -629,12 +631,13 @@ impl<B: PacketBuffer> Sender<B> {
     /// Gives the gateway a frame. Its reply comes back to this port and no other. What it asks all
     /// goes to all, also to this port, behind which there may be several stations.
     fn ask_gateway(&mut self, frame: Packet<'_>) {
-        self.count(SendCounter::ToGateway, 1);
         let network = &*self.membership.network;
+        let Some(gateway) = &network.gateway else { return };
         let (port, now) = (self.membership.index as u32, network.read_clock());
         // `forward` has checked that it is no longer than a packet of the network.
         let len = frame.copy_to(0, &mut self.question);
-        let answer = network.gateway.handle(&self.question[..len], port, &mut self.reply, now);
+        let answer = gateway.handle(&self.question[..len], port, &mut self.reply, now);
+        self.count(SendCounter::ToGateway, 1);
         if let Some(len) = answer.reply {
             let reply = core::mem::take(&mut self.reply);
             // If the port has no buffer for the reply, `deliver` counts the drop.

@@ -14,7 +14,7 @@ use smoltcp::wire::*;
 use vmring_embedded::{Network, NetworkConfig, Sent};
 
 fn valid_frames(network: &Network<Buffer>, mac: MacAddr6) -> Vec<Vec<u8>> {
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let address = Ipv4Addr::new(192, 168, 64, 2);
     let kinds = [
         DhcpMessageType::Discover,
@@ -61,14 +61,19 @@ fn repair(frame: &mut [u8]) {
 
 fn check(network: &Network<Buffer>, guest: &mut Guest, frame: &[u8]) {
     let mut reply = vec![0; network.max_packet_size()];
-    if let Some(len) = network.gateway().handle(frame, 0, &mut reply, Duration::from_secs(1)).reply
+    if let Some(len) =
+        network.gateway().unwrap().handle(frame, 0, &mut reply, Duration::from_secs(1)).reply
     {
         assert!((14..=reply.len()).contains(&len));
-        assert_eq!(EthernetFrame::new_unchecked(&reply).src_addr(), eth(network.gateway().mac()));
+        assert_eq!(
+            EthernetFrame::new_unchecked(&reply).src_addr(),
+            eth(network.gateway().unwrap().mac())
+        );
     }
     // A reply never exceeds the buffer it is given.
     for space in [0, 13, 14, 60, 300] {
-        let answer = network.gateway().handle(frame, 0, &mut reply[..space], Duration::ZERO);
+        let answer =
+            network.gateway().unwrap().handle(frame, 0, &mut reply[..space], Duration::ZERO);
         assert!(answer.reply.is_none_or(|len| len <= space));
     }
     let sent = guest.sender.send(frame);
@@ -100,7 +105,7 @@ proptest! {
         let mut guest = Guest::join(&network, 1);
         for mut frame in frames {
             if helped && frame.len() >= 42 {
-                frame[..6].copy_from_slice(network.gateway().mac().as_bytes());
+                frame[..6].copy_from_slice(network.gateway().unwrap().mac().as_bytes());
                 frame[6..12].copy_from_slice(guest.mac.as_bytes());
                 frame[12..15].copy_from_slice(&[8, 0, 0x45]);
                 frame[20] &= 0x40;

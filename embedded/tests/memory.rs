@@ -442,11 +442,11 @@ fn a_network_offers_another_choice_at_the_retransmission() {
     let wanted = Ipv4Addr::new(192, 168, 64, 88);
     let discover = Dhcp::discover(bob.mac).requested(wanted).frame();
     bob.ask(&discover);
-    hermit.ask(&arp_reply(hermit.mac, wanted, network.gateway().mac(), SHARED));
+    hermit.ask(&arp_reply(hermit.mac, wanted, network.gateway().unwrap().mac(), SHARED));
     clock.advance(PROBE_TIME);
     let offer = dhcp_reply(&bob.ask(&discover)[0]);
     assert_ne!(offer.address, wanted);
-    assert_eq!(network.gateway().dhcp().stats().conflicts, 1);
+    assert_eq!(network.gateway().unwrap().dhcp().stats().conflicts, 1);
 }
 
 /// The first choice is offered at once. If its user answers the question, the request is refused,
@@ -458,7 +458,7 @@ fn a_first_choice_that_is_in_use_is_not_given() {
     let mut old = Guest::join(&network, 2);
     let replies = alice.ask(&Dhcp::discover(alice.mac).frame());
     let offer = dhcp_reply(&replies[0]);
-    old.ask(&arp_reply(old.mac, offer.address, network.gateway().mac(), SHARED));
+    old.ask(&arp_reply(old.mac, offer.address, network.gateway().unwrap().mac(), SHARED));
     let request = Dhcp::select(alice.mac, offer.address, SHARED).frame();
     assert_eq!(dhcp_reply(&alice.ask(&request)[0]).kind, DhcpMessageType::Nak);
     assert_ne!(lease(&mut alice, None), offer.address);
@@ -472,7 +472,7 @@ fn a_hostile_guest_blocks_few_addresses() {
     let mut alice = Guest::join(&network, 1);
     let its = lease(&mut alice, None);
     let mut hostile = Guest::join(&network, 2);
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let claim_all = |hostile: &mut Guest| {
         for last in 2..255 {
             let address = Ipv4Addr::new(192, 168, 64, last);

@@ -235,7 +235,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     assert!(guests[0].sender.run(header(to, STRANGER), 1, || usize::MAX).unwrap().put(&frames[0]));
     assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
 
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     for (to, from) in [
         (MacAddr6::broadcast(), own),
         (MULTICAST, own),
@@ -283,7 +283,7 @@ fn bad_frames_are_dropped_and_counted_by_reason() {
     let network = network();
     let mut guest = Guest::join(&network, 1);
     let mut other = Guest::join(&network, 2);
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let mut drop_of = |frame: &[u8]| match guest.sender.send(frame) {
         Sent::Dropped(reason) => reason,
         sent => panic!("{sent:?}"),
@@ -354,7 +354,7 @@ fn an_isolated_guest_reaches_the_gateway_and_nobody_else() {
     }
     assert_eq!(open.sender.send(&data(hermit.mac, open.mac, b"hello?")), refused);
     // An address learned behind the isolated port is isolated too.
-    let hidden = data(network.gateway().mac(), STRANGER, b"here");
+    let hidden = data(network.gateway().unwrap().mac(), STRANGER, b"here");
     assert_eq!(hermit.sender.send(&hidden), Sent::Gateway);
     assert_eq!(open.sender.send(&data(STRANGER, open.mac, b"hello?")), refused);
     let all = data(MacAddr6::broadcast(), open.mac, b"all?");
@@ -418,7 +418,7 @@ fn guests_get_addresses_and_ping_the_gateway_and_only_the_asker_hears_it() {
         assert_eq!(lease.address, ack.address);
         let addresses: Vec<_> = network.leases().iter().map(|lease| lease.address).collect();
         assert_eq!(addresses, [lease.address]);
-        let gateway = network.gateway().mac();
+        let gateway = network.gateway().unwrap().mac();
         let request = ping(gateway, alice.mac, ack.address, gateway_ip, 1, b"payload");
         assert_eq!(alice.sender.send(&request), Sent::Gateway);
         alice.sender.flush();
@@ -438,7 +438,7 @@ fn the_mac_follows_from_the_identity() {
     // These values must never change: a guest keeps its address when the program is updated.
     assert_eq!(mac_of_interface([0; 16]).to_string(), "F6:DB:F7:03:08:57");
     assert_eq!(mac_of_interface([0xff; 16]).to_string(), "2A:15:F4:FC:49:F1");
-    assert_eq!(network.gateway().mac().to_string(), "12:BE:4E:19:5E:CC");
+    assert_eq!(network.gateway().unwrap().mac().to_string(), "12:BE:4E:19:5E:CC");
     let port = network.join(config(5)).unwrap();
     assert_eq!(port.mac(), mac_of_interface(config(5).interface_id));
     let chosen = PortConfig { mac: Some(STRANGER), ..config(6) };
@@ -452,7 +452,7 @@ fn a_mac_is_used_once_and_must_be_one() {
     let mac = first.mac();
     assert_eq!(network.join(config(1)).unwrap_err(), JoinError::DuplicateMac { mac });
     let with = |mac| network.join(PortConfig { mac: Some(mac), ..config(9) }).unwrap_err();
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     assert_eq!(with(gateway), JoinError::DuplicateMac { mac: gateway });
     for mac in [MULTICAST, MacAddr6::nil(), MacAddr6::broadcast()] {
         assert_eq!(with(mac), JoinError::NotUnicast { mac });
@@ -870,7 +870,7 @@ fn the_largest_mtu_works_end_to_end() {
     assert_eq!(bob.receive(), [frame]);
     let offer = dhcp_reply(&alice.ask(&Dhcp::discover(alice.mac).frame())[0]);
     assert_eq!(offer.mtu, Some(65_521));
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let request = ping(gateway, alice.mac, offer.address, SHARED, 1, &vec![1; 65_521 - 28]);
     assert_eq!(alice.ask(&request)[0].len(), 65_535);
 }
@@ -886,7 +886,7 @@ fn a_flood_of_made_up_sources_does_not_turn_the_switch_into_a_hub() {
     for number in 0..50_000u32 {
         let [_, b, c, d] = number.to_be_bytes();
         let from = MacAddr6::new(0x0a, 0, 0, b, c, d);
-        hostile.sender.send(&data(network.gateway().mac(), from, b""));
+        hostile.sender.send(&data(network.gateway().unwrap().mac(), from, b""));
     }
     hostile.sender.flush();
     for _ in 0..10 {

@@ -60,7 +60,7 @@ fn forward(limits: PortLimits) {
     };
     let (mut alice, mut bob) = (join(1), join(2));
     let stranger = MacAddr6::new(2, 9, 9, 9, 9, 9);
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let frames = [
         data(bob.mac, alice.mac, &[1; 1000]),
         data(MacAddr6::broadcast(), alice.mac, b"to all"),

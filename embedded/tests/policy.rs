@@ -172,7 +172,7 @@ fn a_port_that_learns_once_is_bound_to_its_first_source() {
     let mut bob = Guest::join(&network, 2);
     let assigned = alice.mac;
     // What is nobody's or another's binds nothing.
-    for source in [MULTICAST, bob.mac, network.gateway().mac(), MacAddr6::nil()] {
+    for source in [MULTICAST, bob.mac, network.gateway().unwrap().mac(), MacAddr6::nil()] {
         assert_eq!(send(&mut alice.sender, &data(bob.mac, source, b"?")), BAD_SOURCE, "{source}");
     }
     assert_eq!(send(&mut alice.sender, &data(bob.mac, STRANGER, b"first")), Sent::Forwarded);
@@ -408,7 +408,7 @@ fn a_guest_makes_the_gateway_ask_others_only_so_often() {
     let (mut bob, mut carol) = (Guest::join(&network, 2), Guest::join(&network, 3));
     let none = PortLimits { flood: None, ..PortLimits::default() };
     assert!(alice.sender.monitor().set_limits(none));
-    let gateway = network.gateway().mac();
+    let gateway = network.gateway().unwrap().mac();
     let ask = |guest: &mut Guest, bob: &mut Guest, times: u32| {
         let mut questions = 0;
         for number in 0..times {
@@ -425,14 +425,14 @@ fn a_guest_makes_the_gateway_ask_others_only_so_often() {
     };
     let at_once = DHCP_MESSAGES_AT_ONCE;
     assert!(ask(&mut alice, &mut bob, 3 * at_once) <= at_once as usize);
-    assert_eq!(network.gateway().stats().dhcp_limited, u64::from(2 * at_once));
-    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once));
+    assert_eq!(network.gateway().unwrap().stats().dhcp_limited, u64::from(2 * at_once));
+    assert_eq!(network.gateway().unwrap().stats().dhcp_messages, u64::from(at_once));
     ask(&mut carol, &mut bob, 1);
-    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once + 1));
+    assert_eq!(network.gateway().unwrap().stats().dhcp_messages, u64::from(at_once + 1));
     clock.advance(Duration::from_millis(10));
     ask(&mut alice, &mut bob, at_once);
     let gained = DHCP_MESSAGES_PER_SECOND / 100;
-    assert_eq!(network.gateway().stats().dhcp_messages, u64::from(at_once + 1 + gained));
+    assert_eq!(network.gateway().unwrap().stats().dhcp_messages, u64::from(at_once + 1 + gained));
 }
 
 /// By default a port floods as much as the limit's documentation says.

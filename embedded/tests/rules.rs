@@ -55,16 +55,16 @@ impl Lab {
         };
         let network = Network::with_clock(config, Box::new(Time(clock.clone()))).unwrap();
         let (alice, bob) = (Guest::join(&network, 1), Guest::join(&network, 2));
-        let (ip, gateway) = (Ipv4Addr::new(192, 168, 64, 10), network.gateway().mac());
+        let (ip, gateway) = (Ipv4Addr::new(192, 168, 64, 10), network.gateway().unwrap().mac());
         Self { network, clock, alice, bob, ip, gateway }
     }
 
     fn stats(&self) -> GatewayStats {
-        self.network.gateway().stats()
+        self.network.gateway().unwrap().stats()
     }
 
     fn dhcp_stats(&self) -> DhcpStats {
-        self.network.gateway().dhcp().stats()
+        self.network.gateway().unwrap().dhcp().stats()
     }
 
     /// What comes back to Alice for a frame.

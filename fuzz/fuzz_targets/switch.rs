@@ -47,7 +47,7 @@ fuzz_target!(|input: Input| {
     let network = Network::<Vec<u8>>::with_clock(config, Box::new(Shared(clock.clone())))
         .expect("the configuration is possible");
     let room = network.max_packet_size();
-    let gateway = network.gateway().mac().into_array();
+    let gateway = network.gateway().expect("the network has one").mac().into_array();
     let join = |id| {
         let wake = Arc::new(|| {});
         let isolated = input.isolated && id == 1;

@@ -275,10 +275,11 @@ impl Device for EmbeddedPort {
         let monitor = lock(&self.monitor);
         let Some(monitor) = &*monitor else { return Vec::new() };
         let Some(port) = monitor.stats() else { return Vec::new() };
-        let gateway = monitor.network().gateway();
+        let copies = ("second copies", port.received_overflow);
+        let Some(gateway) = monitor.network().gateway() else { return vec![copies] };
         let (asked, dhcp) = (gateway.stats(), gateway.dhcp().stats());
         vec![
-            ("second copies", port.received_overflow),
+            copies,
             ("gateway ARP replies", asked.arp_replies),
             ("gateway echo replies", asked.echo_replies),
             ("gateway refused TCP", asked.refused_tcp),

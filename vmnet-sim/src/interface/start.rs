@@ -206,15 +206,15 @@ impl Interface {
         config.inbox_depth = LENT as u32;
         let name = format!("{name} mtu {}", config.mtu);
         let wire = world.0.networks.open(&name, &config).map_err(|_| FAILURE)?;
+        let gateway = wire.gateway().ok_or(FAILURE)?;
         for (mac, address) in network.iter().flat_map(|network| network.reservations()) {
             // A reservation that DHCP cannot honour is ignored. A client sees that by not getting
             // the address.
-            let dhcp = wire.gateway().dhcp();
-            let _ = dhcp.reserve(MacAddr6::from(*mac), *address, Duration::ZERO);
+            let _ = gateway.dhcp().reserve(MacAddr6::from(*mac), *address, Duration::ZERO);
         }
         let gives = !request.has("network_identifier")
             && network.as_ref().is_none_or(|network| network.dhcp());
-        let no_dhcp = (!gives).then(|| wire.gateway().mac());
+        let no_dhcp = (!gives).then(|| gateway.mac());
         let longest = wire.max_packet_size();
         let port_of: Arc<OnceLock<Weak<Interface>>> = Arc::default();
         let woken = port_of.clone();
