@@ -26,9 +26,31 @@
 //! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
 //!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
 //!   always unknown.
-//! - An isolated port exchanges frames with the gateway only. What the gateway sends to all, which is
+//! - An isolated port exchanges frames with the gateway and the uplink only. What the gateway sends to all, which is
 //!   the question whether somebody uses an address, goes to isolated ports as well.
 //! - Every frame that is not delivered is counted, by reason (see [`PortStats`]).
+//!
+//! # The uplink
+//!
+//! One port can be the [uplink](PortConfig::uplink): it leads to another network, such as a TAP's,
+//! where any number of stations are. The other ports are guests. Isolated guests reach the uplink
+//! too.
+//!
+//! - A guest's frame to an unknown address goes to the uplink and to no other guest. A network that
+//!   has had an uplink drops such a frame while the uplink is away.
+//! - A frame from the uplink to an unknown address goes to the guests that send from
+//!   [any source](SourceRule::Any), because behind them stations can be that are silent. It goes to no
+//!   guest whose port has one source. If all guests are such, it is dropped.
+//! - Broadcasts and multicasts go to all other ports, and so to the uplink and from it.
+//! - No address is learned at the uplink, so a network of any size behind it takes no space in the
+//!   table. An address that was learned behind a guest and is seen at the uplink is forgotten: its
+//!   station has moved. An address that is assigned to a guest, or that the guest's port is bound to,
+//!   stays with it: frames in its name that come from the uplink are dropped.
+//!
+//! So a silent guest whose port is to learn its address once gets no unicast frame before its own
+//! first frame. Stations find it all the same, because they ask for an address by broadcast, at the
+//! latest when an unicast question gets no answer (RFC 4861, 7.3.3; RFC 1122, 2.3.2.1). Otherwise a
+//! guest that stays silent would see the frames of others.
 //!
 //! # Memory
 //!
@@ -75,6 +97,12 @@ pub enum JoinError {
         /// The address.
         mac: MacAddr6,
     },
+    /// The network has an uplink already.
+    #[error("the network has an uplink already: stop that interface first")]
+    SecondUplink,
+    /// An uplink is isolated, or bound to one source address.
+    #[error("an uplink leads to many stations, so it is not isolated and has no source rule")]
+    BoundUplink,
     /// The MAC address is not unicast, so no interface can have it.
     #[error(
         "{mac} cannot be an interface's MAC address, because it is not unicast: the first byte must \
@@ -170,8 +198,12 @@ pub struct PortConfig {
     pub interface_id: [u8; 16],
     /// The MAC address, if it is not to be computed from the identity.
     pub mac: Option<MacAddr6>,
-    /// Whether the interface exchanges frames with the gateway only.
+    /// Whether the interface exchanges frames with the gateway and the uplink only.
     pub isolated: bool,
+    /// Whether the interface is the network's uplink, behind which any number of stations are. A
+    /// network has one uplink at a time. It is not isolated, and its policy has the rule
+    /// [`SourceRule::Any`].
+    pub uplink: bool,
     /// What the interface may do.
     pub policy: PortPolicy,
     /// The callback that wakes the receiver.
@@ -180,9 +212,10 @@ pub struct PortConfig {
 
 impl PortConfig {
     /// Returns the settings of an interface with this identity and callback: its MAC address is
-    /// computed, it is not isolated, and it has the default policy.
+    /// computed, it is not isolated and not the uplink, and it has the default policy.
     pub fn new(interface_id: [u8; 16], wake: PortWake) -> Self {
-        Self { interface_id, mac: None, isolated: false, policy: PortPolicy::default(), wake }
+        let policy = PortPolicy::default();
+        Self { interface_id, mac: None, isolated: false, uplink: false, policy, wake }
     }
 }
 
@@ -192,6 +225,7 @@ impl fmt::Debug for PortConfig {
             .field("interface_id", &self.interface_id)
             .field("mac", &self.mac)
             .field("isolated", &self.isolated)
+            .field("uplink", &self.uplink)
             .field("policy", &self.policy)
             .finish_non_exhaustive()
     }
@@ -262,6 +296,26 @@ pub(crate) struct PortState<B> {
     pub(crate) counters: PortCounters,
 }
 
+/// The network has never had an uplink.
+const NO_UPLINK: u32 = u32::MAX;
+/// The network has had an uplink, which has left.
+const UPLINK_AWAY: u32 = u32::MAX - 1;
+
+/// Who gets a frame that is not for the gateway and not for one known address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Audience {
+    /// One port, which is the uplink.
+    Uplink(usize),
+    /// All other ports that are not isolated.
+    NotIsolated,
+    /// All other ports.
+    All,
+    /// All other ports behind which an unknown address can be.
+    Anonymous,
+    /// Nobody, for this reason.
+    Nobody(DropReason),
+}
+
 /// The members of a network. Joining, leaving and reading statistics take its lock; forwarding does
 /// not.
 struct Members {
@@ -284,6 +338,12 @@ pub struct Network<B> {
     pub(crate) open: [AtomicU64; WORDS],
     /// A bit for each port that gets flooded frames: it is present, open, and not isolated.
     pub(crate) floodable: [AtomicU64; WORDS],
+    /// A bit for each port behind which an unknown address can be: it is present, open, sends from any
+    /// source, and is not the uplink.
+    pub(crate) anonymous: [AtomicU64; WORDS],
+    /// The index of the uplink's port, or [`NO_UPLINK`], or [`UPLINK_AWAY`]. Writers hold the lock of
+    /// the members.
+    uplink: AtomicU32,
     members: Mutex<Members>,
     /// Writes the leases until the network ends.
     _lease_file: Option<LeaseFile>,
@@ -361,11 +421,47 @@ impl<B> Network<B> {
         present
     }
 
-    /// Sets whether a port gets frames to all: those of the gateway, and also those of the other
-    /// ports if it is not isolated.
-    pub(crate) fn set_open(&self, port: PortRef, on: bool) {
+    /// Returns who gets a frame of `from` that is for a group.
+    pub(crate) fn audience_of_group(&self, from: PortRef) -> Audience {
+        if from.is_uplink() {
+            return Audience::All;
+        }
+        if !from.isolated() {
+            return Audience::NotIsolated;
+        }
+        match self.uplink.load(Ordering::Relaxed) {
+            NO_UPLINK | UPLINK_AWAY => Audience::Nobody(DropReason::Isolated),
+            uplink => Audience::Uplink(uplink as usize),
+        }
+    }
+
+    /// Returns who gets a frame of `from` that is for an unknown address. The [module](self) says why.
+    pub(crate) fn audience_of_unknown(&self, from: PortRef) -> Audience {
+        if from.is_uplink() {
+            // Relaxed: whether there are any is only a reason to count. `Sender::send_to_all` looks
+            // again.
+            let any = self.anonymous.iter().any(|word| word.load(Ordering::Relaxed) != 0);
+            return if any { Audience::Anonymous } else { Audience::Nobody(DropReason::Unknown) };
+        }
+        // Relaxed: the index publishes nothing. A port that has left has a closed inbox.
+        match self.uplink.load(Ordering::Relaxed) {
+            NO_UPLINK if from.isolated() => Audience::Nobody(DropReason::Isolated),
+            NO_UPLINK => Audience::NotIsolated,
+            UPLINK_AWAY => Audience::Nobody(DropReason::Unknown),
+            uplink => Audience::Uplink(uplink as usize),
+        }
+    }
+
+    /// Sets whether a port gets frames to all: those of the gateway and the uplink, also those of the
+    /// other ports if it is not isolated, and also those to unknown addresses if one can be behind it.
+    pub(crate) fn set_open(&self, port: PortRef, source: SourceRule, on: bool) {
         let (word, bit) = (port.index() / 64, 1 << (port.index() % 64));
-        let sets = [Some(&self.open), (!port.isolated()).then_some(&self.floodable)];
+        let anonymous = source == SourceRule::Any && !port.is_uplink();
+        let sets = [
+            Some(&self.open),
+            (!port.isolated()).then_some(&self.floodable),
+            anonymous.then_some(&self.anonymous),
+        ];
         for set in sets.into_iter().flatten() {
             // Release: pairs with the Acquire in `Sender::send_to_all`; a sender that sees the bit
             // finds the port ready.
@@ -414,6 +510,8 @@ impl<B: PacketBuffer> Network<B> {
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             open: core::array::from_fn(|_| AtomicU64::new(0)),
             floodable: core::array::from_fn(|_| AtomicU64::new(0)),
+            anonymous: core::array::from_fn(|_| AtomicU64::new(0)),
+            uplink: AtomicU32::new(NO_UPLINK),
             _lease_file: lease_file,
             members: Mutex::new(Members { macs: vec![None; MAX_PORTS], count: 0 }),
             config,
@@ -427,7 +525,14 @@ impl<B: PacketBuffer> Network<B> {
         if !key.is_unicast() {
             return Err(JoinError::NotUnicast { mac });
         }
+        if config.uplink && (config.isolated || config.policy.source != SourceRule::Any) {
+            return Err(JoinError::BoundUplink);
+        }
         let mut members = self.members();
+        if config.uplink && !matches!(self.uplink.load(Ordering::Relaxed), NO_UPLINK | UPLINK_AWAY)
+        {
+            return Err(JoinError::SecondUplink);
+        }
         if Some(key) == self.gateway_mac || self.table.assigned(key).is_some() {
             return Err(JoinError::DuplicateMac { mac });
         }
@@ -450,11 +555,15 @@ impl<B: PacketBuffer> Network<B> {
         let collector = Inbox::open(&state.inbox, config.wake).ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
         members.count += 1;
-        let port = PortRef::new(index, config.isolated);
+        let (isolated, uplink) = (config.isolated, config.uplink);
+        let port = if uplink { PortRef::uplink(index) } else { PortRef::new(index, isolated) };
         self.table.pin(key, port);
-        self.set_open(port, true);
+        self.set_open(port, config.policy.source, true);
+        if uplink {
+            self.uplink.store(index as u32, Ordering::Relaxed);
+        }
         drop(members);
-        tracing::debug!(%mac, index, isolated = config.isolated, "port joined");
+        tracing::debug!(%mac, index, isolated, uplink, "port joined");
         let membership = Arc::new(Membership {
             network: Arc::clone(self),
             index,
@@ -518,6 +627,13 @@ impl<B> Membership<B> {
         if !from.is_unicast() || Some(from) == network.gateway_mac {
             return Err(DropReason::BadSource);
         }
+        if self.port.is_uplink() {
+            // An unknown address is behind the uplink anyway, so none is learned there.
+            return match network.table.move_away(from) {
+                Some(owner) if owner != self.port => Err(DropReason::Spoofed),
+                _ => Ok(()),
+            };
+        }
         match self.source {
             SourceRule::Any => match network.table.learn(from, self.port, now) {
                 Learned::Here => Ok(()),
@@ -567,8 +683,11 @@ impl<B> Drop for Membership<B> {
         let network = &*self.network;
         // All senders of the port are gone, so nothing more is learned about it. Its receiver is
         // gone, so its inbox is closed and empty.
-        network.set_open(self.port, false);
+        network.set_open(self.port, self.source, false);
         let mut members = network.members();
+        if self.port.is_uplink() {
+            network.uplink.store(UPLINK_AWAY, Ordering::Relaxed);
+        }
         network.table.forget(Mac::new(self.mac.into_array()), self.index);
         if let Some(state) = self.port_state() {
             if let Some(bound) = state.policy.bound() {

@@ -14,7 +14,9 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::frame;
 use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
-use crate::network::{Admitted, JoinError, Membership, Network, PortConfig, PortState, WORDS};
+use crate::network::{
+    Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, WORDS,
+};
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
@@ -275,7 +277,8 @@ impl<B: PacketBuffer> Receiver<B> {
     /// [collected](Self::collect), and the other buffers can be [recalled](Self::recall). The
     /// port's senders can still send.
     pub fn close(&mut self) {
-        self.membership.network.set_open(self.membership.port, false);
+        let membership = &self.membership;
+        membership.network.set_open(membership.port, membership.source, false);
         self.membership.receiver_open.store(false, Ordering::Relaxed);
         self.collector.close();
     }
@@ -285,7 +288,7 @@ impl<B: PacketBuffer> Receiver<B> {
         self.collector.reopen();
         self.membership.receiver_open.store(true, Ordering::Relaxed);
         let membership = &self.membership;
-        membership.network.set_open(membership.port, true);
+        membership.network.set_open(membership.port, membership.source, true);
     }
 
     /// Returns whether the receiver is closed: [`close`](Self::close) was called, and
@@ -416,6 +419,7 @@ impl<B: PacketBuffer> Sender<B> {
                 DropReason::Reserved => SendCounter::Reserved,
                 DropReason::OwnPort => SendCounter::OwnPort,
                 DropReason::Spoofed => SendCounter::Spoofed,
+                DropReason::Unknown => SendCounter::Unknown,
                 DropReason::SendLimit => SendCounter::SendLimit,
                 DropReason::FloodLimit => SendCounter::FloodLimit,
                 DropReason::NoBuffer | DropReason::Closed | DropReason::ReceiveLimit => {
@@ -462,11 +466,15 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         // The gateway's address is behind no port.
-        let target = network.table.lookup(to, *now)?;
-        if target.index() == port.index() || target.isolated() || port.isolated() {
-            return None;
-        }
-        let index = target.index();
+        let index = match network.table.lookup(to, *now) {
+            Some(target) if target.index() == port.index() || target.is_apart_from(port) => None,
+            Some(target) => Some(target.index()),
+            None if Some(to) == network.gateway_mac => None,
+            None => match network.audience_of_unknown(port) {
+                Audience::Uplink(index) => Some(index),
+                _ => None,
+            },
+        }?;
         let state = network.port_state(index)?;
         let sending = if *limited { membership.port_state() } else { None };
         let receiving = state.policy.is_limited(Way::Receive).then_some(state);
@@ -536,13 +544,14 @@ impl<B: PacketBuffer> Sender<B> {
                 return Sent::Dropped(DropReason::Reserved);
             }
             let gateway = to == Mac::BROADCAST && network.gateway.is_some();
+            let audience = network.audience_of_group(port);
             if gateway {
                 self.ask_gateway(frame);
             }
-            if port.isolated() {
-                return if gateway { Sent::Gateway } else { Sent::Dropped(DropReason::Isolated) };
-            }
-            return self.flood(frame);
+            return match audience {
+                Audience::Nobody(_) if gateway => Sent::Gateway,
+                audience => self.flood(audience, frame),
+            };
         }
         if Some(to) == network.gateway_mac {
             self.ask_gateway(frame);
@@ -550,22 +559,28 @@ impl<B: PacketBuffer> Sender<B> {
         }
         match network.table.lookup(to, self.now) {
             Some(target) if target.index() == port.index() => Sent::Dropped(DropReason::OwnPort),
-            Some(target) if target.isolated() || port.isolated() => {
-                Sent::Dropped(DropReason::Isolated)
-            }
-            Some(target) => match self.deliver(target.index(), frame) {
-                Ok(()) => Sent::Forwarded,
-                Err(reason) => Sent::Dropped(reason),
+            Some(target) if target.is_apart_from(port) => Sent::Dropped(DropReason::Isolated),
+            Some(target) => self.forward_to(target.index(), frame),
+            None => match network.audience_of_unknown(port) {
+                Audience::Uplink(index) => self.forward_to(index, frame),
+                audience => self.flood(audience, frame),
             },
-            None if port.isolated() => Sent::Dropped(DropReason::Isolated),
-            None => self.flood(frame),
+        }
+    }
+
+    /// Copies a frame to the one port that it is for.
+    #[inline]
+    fn forward_to(&mut self, index: usize, frame: Packet<'_>) -> Sent {
+        match self.deliver(index, frame) {
+            Ok(()) => Sent::Forwarded,
+            Err(reason) => Sent::Dropped(reason),
         }
     }
 
     /// Copies a frame to one port.
     ///
     /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
-    /// took its place gets a frame that it might as well have got in a flood.
+    /// took its place between the look-up and the copy gets a frame that is not for it.
     fn deliver(&mut self, index: usize, frame: Packet<'_>) -> Result<(), DropReason> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
@@ -593,16 +608,25 @@ impl<B: PacketBuffer> Sender<B> {
         }
     }
 
-    /// Copies a frame to all ports that get flooded frames, except this one, if the flood limit of
-    /// this port allows it.
+    /// Copies a frame to an audience, except this port, if the flood limit of this port allows it.
     #[cold]
-    fn flood(&mut self, frame: Packet<'_>) -> Sent {
+    fn flood(&mut self, audience: Audience, frame: Packet<'_>) -> Sent {
+        if let Audience::Nobody(reason) = audience {
+            return Sent::Dropped(reason);
+        }
         let admits = |state: &PortState<B>| state.policy.admits_flood(self.moment);
         if !self.membership.port_state().is_some_and(admits) {
             return Sent::Dropped(DropReason::FloodLimit);
         }
         let own = Some(self.membership.index);
-        Sent::Flooded { reached: self.send_to_all(|network| &network.floodable, own, frame) }
+        let reached = match audience {
+            Audience::Uplink(index) => u32::from(self.deliver(index, frame).is_ok()),
+            Audience::NotIsolated => self.send_to_all(|network| &network.floodable, own, frame),
+            Audience::All => self.send_to_all(|network| &network.open, own, frame),
+            Audience::Anonymous => self.send_to_all(|network| &network.anonymous, own, frame),
+            Audience::Nobody(_) => 0,
+        };
+        Sent::Flooded { reached }
     }
 
     /// Copies a frame to all ports of a set, except one. Returns how many accepted it.

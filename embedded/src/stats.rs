@@ -34,6 +34,7 @@ pub(crate) enum SendCounter {
     Reserved,
     OwnPort,
     Spoofed,
+    Unknown,
     SendLimit,
     FloodLimit,
     NoReceiver,
@@ -75,6 +76,7 @@ impl PortCounters {
             dropped_reserved: self.sent(SendCounter::Reserved),
             dropped_own_port: self.sent(SendCounter::OwnPort),
             dropped_spoofed: self.sent(SendCounter::Spoofed),
+            dropped_unknown: self.sent(SendCounter::Unknown),
             dropped_send_limit: self.sent(SendCounter::SendLimit),
             dropped_flood_limit: self.sent(SendCounter::FloodLimit),
             dropped_no_receiver: self.sent(SendCounter::NoReceiver),
@@ -135,8 +137,12 @@ pub struct PortStats {
     /// Frames whose destination is behind the port that sent them.
     pub dropped_own_port: u64,
     /// Frames from a source address that this port may not send from, and ARP packets that name
-    /// another sender; see [`SourceRule`](crate::policy::SourceRule).
+    /// another sender; see [`SourceRule`](crate::policy::SourceRule). At an uplink they are frames in
+    /// the name of another port: somebody forges them, or the uplink leads back to itself.
     pub dropped_spoofed: u64,
+    /// Frames to an unknown address that were for no port: from the uplink, or while the network's
+    /// uplink was away.
+    pub dropped_unknown: u64,
     /// Frames over this port's send limit.
     pub dropped_send_limit: u64,
     /// Frames to all ports over this port's flood limit. The gateway got the broadcasts among them.
@@ -159,6 +165,7 @@ impl PortStats {
             + self.dropped_reserved
             + self.dropped_own_port
             + self.dropped_spoofed
+            + self.dropped_unknown
             + self.dropped_send_limit
             + self.dropped_flood_limit
     }
@@ -168,10 +175,10 @@ impl PortStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Sent {
-    /// It was delivered to the one port that its destination is behind.
+    /// It was delivered to the one port that its destination is behind, or may be behind.
     Forwarded,
-    /// It was offered to all other ports, and `reached` of them accepted it. A broadcast reached
-    /// the gateway as well.
+    /// It was offered to all other ports that it is for, and `reached` of them accepted it. A
+    /// broadcast reached the gateway as well, if there is one.
     Flooded {
         /// How many ports accepted it.
         reached: u32,
@@ -195,8 +202,9 @@ pub enum DropReason {
     /// Its source address is not unicast, or belongs to the gateway or to another port.
     #[error("the source address is not unicast, or belongs to the gateway or another interface")]
     BadSource,
-    /// Its own port or the destination's port is isolated, and neither end is the gateway.
-    #[error("an isolated interface exchanges frames with the gateway only")]
+    /// Its own port or the destination's port is isolated, and neither end is the gateway or the
+    /// uplink.
+    #[error("an isolated interface exchanges frames with the gateway and the uplink only")]
     Isolated,
     /// Its destination is one that no bridge forwards to, 01:80:C2:00:00:00 to 01:80:C2:00:00:0F
     /// (IEEE 802.1Q, table 8-1).
@@ -206,9 +214,12 @@ pub enum DropReason {
     #[error("the destination is behind the interface that sent the frame")]
     OwnPort,
     /// The policy of its port forbids the source address, or it is an ARP packet that names another
-    /// sender.
+    /// sender, or it comes from the uplink in the name of another port.
     #[error("the interface may not send from this source address, or an ARP packet names another")]
     Spoofed,
+    /// Its destination is unknown, and it is from the uplink, or the network's uplink is away.
+    #[error("the destination is unknown, and no interface may have it")]
+    Unknown,
     /// It is over the send limit of its port.
     #[error("the frame is over the interface's send limit")]
     SendLimit,

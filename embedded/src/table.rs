@@ -65,19 +65,33 @@ impl Mac {
     }
 }
 
-/// A port as the table stores it: its index, and whether it is isolated.
+/// A port as the table stores it: its index, and whether it is isolated or the uplink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PortRef(u16);
 
 impl PortRef {
     const ISOLATED: u16 = 1 << 15;
+    const UPLINK: u16 = 1 << 14;
 
     pub(crate) fn new(index: usize, isolated: bool) -> Self {
         Self(index as u16 | if isolated { Self::ISOLATED } else { 0 })
     }
 
+    pub(crate) fn uplink(index: usize) -> Self {
+        Self(index as u16 | Self::UPLINK)
+    }
+
     pub(crate) fn index(self) -> usize {
-        usize::from(self.0 & !Self::ISOLATED)
+        usize::from(self.0 & !(Self::ISOLATED | Self::UPLINK))
+    }
+
+    pub(crate) fn is_uplink(self) -> bool {
+        self.0 & Self::UPLINK != 0
+    }
+
+    /// Whether isolation keeps these two ports apart.
+    pub(crate) fn is_apart_from(self, other: Self) -> bool {
+        (self.isolated() || other.isolated()) && !self.is_uplink() && !other.is_uplink()
     }
 
     pub(crate) fn isolated(self) -> bool {
@@ -245,6 +259,24 @@ impl MacTable {
             (of_port(owner), owner == port.index(), age)
         };
         (0..TABLE_WAYS).max_by_key(rank).unwrap_or(0)
+    }
+
+    /// Forgets that an address was learned, because its station is somewhere else now. Returns the
+    /// port if the address was assigned to one.
+    pub(crate) fn move_away(&self, mac: Mac) -> Option<PortRef> {
+        let index = self.bucket_index(mac);
+        let owner = self.lookup_pinned(mac, index);
+        if owner.is_none()
+            && let Some(way) = self.find_learned(mac, index)
+        {
+            let cell = &self.learned[index].0[way];
+            let found = cell.load(Ordering::Relaxed);
+            if mac_of(found) == mac.0 {
+                // If this fails, a frame from another port has just moved the address there.
+                let _ = cell.compare_exchange(found, EMPTY, Ordering::Relaxed, Ordering::Relaxed);
+            }
+        }
+        owner
     }
 
     /// Enters an assigned address. The caller holds the lock of the network's members and has
