@@ -75,7 +75,7 @@ impl InterfaceBuilder {
     }
 
     /// Sets whether packets between this interface and the other interfaces of the network are kept
-    /// apart. The gateway stays reachable. Default: false.
+    /// apart. The gateway and an uplink stay reachable. Default: false.
     pub fn isolated(mut self, yes: bool) -> Self {
         self.config.isolated = yes;
         self

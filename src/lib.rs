@@ -59,8 +59,8 @@
 //!
 //! [`InterfaceBuilder::device`] takes one of these. The modules of [`device`] describe each.
 //!
-//! * [`Embedded`]: a network in this process. Everywhere, without privileges. The default on systems
-//!   other than macOS.
+//! * [`Embedded`]: a network in this process, or a switch below a TAP or vmnet for several guests.
+//!   Everywhere, without privileges. The default on systems other than macOS.
 //! * [`Loopback`]: each packet that is written can be read again. The reference device, for tests.
 #![cfg_attr(all(target_os = "linux", feature = "tap"), doc = "* [`Tap`]:")]
 #![cfg_attr(not(all(target_os = "linux", feature = "tap")), doc = "* `Tap`:")]

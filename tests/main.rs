@@ -30,6 +30,7 @@ mod tap_host;
 mod tap_soak;
 #[cfg(target_os = "linux")]
 mod tap_traffic;
+mod uplink;
 #[cfg(not(target_os = "macos"))]
 mod vmnet;
 #[cfg(not(target_os = "macos"))]

@@ -1,5 +1,26 @@
 //! The embedded network as a device. It does what vmnet does, in this process and without
 //! privileges. See [`vmring_embedded`].
+//!
+//! # Several guests below one TAP or vmnet
+//!
+//! A queue of a TAP per guest leaves it to the kernel which guest gets a packet. So the guests are
+//! ports of a [switch](Embedded::switch), a network without a gateway and DHCP, and the TAP or vmnet
+//! is behind its [uplink](Embedded::uplink). Something that forwards packets both ways between the
+//! uplink's interface and the TAP's connects them. A guest that is not trusted gets a
+//! [source rule](Embedded::source).
+//!
+//! ```
+//! use vmring::device::embedded::SourceRule;
+//! use vmring::{Embedded, Interface};
+//!
+//! let join = |driver: Embedded| Interface::builder().device(driver).start();
+//! let uplink = join(Embedded::switch("below the TAP").uplink())?;
+//! let guest = join(Embedded::switch("below the TAP").source(SourceRule::LearnOnce))?;
+//! # drop((uplink, guest));
+//! # Ok::<(), vmring::Error>(())
+//! ```
+
+mod limits_control;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -14,7 +35,7 @@ use vmring_embedded::inbox::Collected;
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::port::{Receiver, Sender};
 use vmring_embedded::{
-    AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, Sent,
+    AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, PortPolicy, Sent,
 };
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
@@ -28,6 +49,10 @@ use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
 use crate::sync::Mutex;
 use crate::sys::lock;
+use limits_control::PortMonitor;
+
+pub use limits_control::LimitsControl;
+pub use vmring_embedded::{PortLimits, Rate, RateLimit, SourceRule};
 
 /// The networks of this process, by name.
 static NETWORKS: Registry<PostedSlot> = Registry::new();
@@ -41,6 +66,11 @@ static NETWORKS: Registry<PostedSlot> = Registry::new();
 #[derive(Clone, Debug)]
 pub struct Embedded {
     network: String,
+    /// Whether the network has a gateway.
+    gateway: bool,
+    uplink: bool,
+    source: SourceRule,
+    limits: LimitsControl,
     dhcp: DhcpSettings,
     overflow: Option<u32>,
     dns: Vec<Ipv4Addr>,
@@ -50,8 +80,45 @@ impl Embedded {
     /// Returns a driver for a port of the network `name`. A host network and a shared network of
     /// one name are two networks.
     pub fn network(name: impl Into<String>) -> Self {
-        let dhcp = DhcpSettings::default();
-        Self { network: name.into(), dhcp, overflow: None, dns: Vec::new() }
+        Self {
+            network: name.into(),
+            gateway: true,
+            uplink: false,
+            source: SourceRule::Any,
+            limits: LimitsControl::default(),
+            dhcp: DhcpSettings::default(),
+            overflow: None,
+            dns: Vec::new(),
+        }
+    }
+
+    /// Returns a driver for a port of the switch `name`: a network without a gateway and DHCP, which
+    /// answers nothing itself. A network of that name is another one. The mode of the interface means
+    /// nothing here, and the settings of addresses and DHCP are refused.
+    pub fn switch(name: impl Into<String>) -> Self {
+        Self { gateway: false, ..Self::network(name) }
+    }
+
+    /// Makes the interface the uplink of its network, which leads to many other stations. Frames to
+    /// unknown addresses go there and not to the guests, and isolated interfaces reach it; see
+    /// [`vmring_embedded::network`]. A network has one uplink at a time.
+    pub fn uplink(mut self) -> Self {
+        self.uplink = true;
+        self
+    }
+
+    /// Sets from which MAC addresses the interface sends. Frames from others, and ARP packets that
+    /// name others, are dropped and counted as "spoofed". The default is [`SourceRule::Any`].
+    pub fn source(mut self, rule: SourceRule) -> Self {
+        self.source = rule;
+        self
+    }
+
+    /// Gives the interface the limits of this handle, which can change them later. The default is
+    /// [`PortLimits::default`].
+    pub fn limits(mut self, control: &LimitsControl) -> Self {
+        self.limits = control.clone();
+        self
     }
 
     /// Sets how long an address that the network gives out is valid. The default is 24 hours, as in
@@ -109,6 +176,9 @@ impl Driver for Embedded {
                 return Err(Error::NotSupported { what: "bridged mode", device });
             }
         };
+        if !self.gateway {
+            return self.start_on_switch(config);
+        }
         let addresses = match config.ipv4 {
             Some(Ipv4Range { start: gateway, end, mask }) => AddressRange { gateway, end, mask },
             None => AddressRange::of(mode),
@@ -116,10 +186,51 @@ impl Driver for Embedded {
         let mut network = self.dhcp.network(mode, addresses)?;
         network.mtu = config.mtu.unwrap_or(network.mtu);
         network.overflow_depth = self.overflow.or(network.overflow_depth);
-        network.dns = self.dns;
+        network.dns = self.dns.clone();
         let name = format!("{}/{}", config.mode, self.network);
-        Ok(Arc::new(EmbeddedPort::join(name, network, config)?))
+        Ok(Arc::new(EmbeddedPort::join(name, network, self.settings(config))?))
     }
+}
+
+impl Embedded {
+    /// Starts an interface on a network without a gateway.
+    fn start_on_switch(&self, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
+        let of_the_gateway = [
+            ("address range", config.ipv4.is_some()),
+            ("lease time", self.dhcp.lease_time.is_some()),
+            ("DHCP range", self.dhcp.range.is_some()),
+            ("reservation", !self.dhcp.reservations.is_empty()),
+            ("lease file", self.dhcp.lease_file.is_some()),
+            ("name server", !self.dns.is_empty()),
+        ];
+        if let Some((what, _)) = of_the_gateway.into_iter().find(|(_, set)| *set) {
+            let why = "a switch has no gateway and no DHCP server";
+            return Err(ConfigError::NotApplicable { what, why }.into());
+        }
+        let mut network = NetworkConfig::switch();
+        network.mtu = config.mtu.unwrap_or(network.mtu);
+        network.overflow_depth = self.overflow.or(network.overflow_depth);
+        let name = format!("switch/{}", self.network);
+        Ok(Arc::new(EmbeddedPort::join(name, network, self.settings(config))?))
+    }
+
+    /// The settings of a port for an interface with this configuration.
+    fn settings(&self, config: &InterfaceConfig) -> PortSettings {
+        PortSettings {
+            config: config.clone(),
+            uplink: self.uplink,
+            source: self.source,
+            limits: self.limits.clone(),
+        }
+    }
+}
+
+/// What a port is asked for, each time that it joins its network.
+struct PortSettings {
+    config: InterfaceConfig,
+    uplink: bool,
+    source: SourceRule,
+    limits: LimitsControl,
 }
 
 /// Opens the network `name`. If it exists, its settings must be those of `config`.
@@ -132,13 +243,11 @@ struct EmbeddedPort {
     /// The network's name and settings, to join it again after a stop.
     name: String,
     network: NetworkConfig,
-    isolated: bool,
+    settings: PortSettings,
     /// The wake of the ring that reads, while there is one.
     wake: Arc<Mutex<Option<Wake>>>,
     ends: Arc<Mutex<Option<Ends>>>,
-    /// A view of the port and of its network. `None` while the interface is stopped, so that a
-    /// stopped interface does not keep the network alive.
-    monitor: Mutex<Option<Monitor<PostedSlot>>>,
+    monitor: Arc<PortMonitor>,
 }
 
 /// The two halves of a port, from which rings get theirs. `receiver` is `None` while a ring reads.
@@ -150,29 +259,33 @@ struct Ends {
 impl EmbeddedPort {
     fn join(
         name: String,
-        settings: NetworkConfig,
-        config: &InterfaceConfig,
+        configuration: NetworkConfig,
+        settings: PortSettings,
     ) -> Result<Self, Error> {
-        let network = open(&name, &settings)?;
+        let network = open(&name, &configuration)?;
         let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
-        let (ends, mac) =
-            Self::ends(&network, &wake, config.interface_id, config.mac, config.isolated)?;
-        let monitor = Mutex::new(Some(ends.sender.monitor()));
+        let monitor: Arc<PortMonitor> = Arc::default();
+        let config = &settings.config;
+        let (ends, mac) = Self::ends(&network, &wake, &monitor, &settings, config.mac)?;
         let max = network.max_packet_size() as u32;
-        let mut info = InterfaceInfo::new(config, mac, settings.mtu, max);
-        let range = settings.ipv4;
-        info.ipv4 = Some(Ipv4Range { start: range.gateway, end: range.end, mask: range.mask });
+        let mut info = InterfaceInfo::new(config, mac, configuration.mtu, max);
+        let range = configuration.ipv4;
+        info.ipv4 = configuration.gateway.then_some(Ipv4Range {
+            start: range.gateway,
+            end: range.end,
+            mask: range.mask,
+        });
         let ends = Arc::new(Mutex::new(Some(ends)));
-        let isolated = config.isolated;
-        Ok(Self { info, name, network: settings, isolated, wake, ends, monitor })
+        Ok(Self { info, name, network: configuration, settings, wake, ends, monitor })
     }
 
+    /// Joins the network, and makes the port known to `monitor` and to the handle of its limits.
     fn ends(
         network: &Arc<Network<PostedSlot>>,
         wake: &Arc<Mutex<Option<Wake>>>,
-        interface_id: [u8; 16],
+        monitor: &Arc<PortMonitor>,
+        settings: &PortSettings,
         mac: Option<MacAddr6>,
-        isolated: bool,
     ) -> Result<(Ends, MacAddr6), Error> {
         let wake = wake.clone();
         let wake = Arc::new(move || {
@@ -183,11 +296,20 @@ impl EmbeddedPort {
                 wake.wake();
             }
         });
-        let port = network
-            .join(PortConfig { mac, isolated, ..PortConfig::new(interface_id, wake) })
-            .map_err(|error| ConfigError::Invalid(error.to_string()))?;
+        let limits = settings.limits.get();
+        let InterfaceConfig { interface_id, isolated, .. } = settings.config;
+        let port = PortConfig {
+            mac,
+            isolated,
+            uplink: settings.uplink,
+            policy: PortPolicy { source: settings.source, limits },
+            ..PortConfig::new(interface_id, wake)
+        };
+        let port = network.join(port).map_err(|error| ConfigError::Invalid(error.to_string()))?;
         let mac = port.mac();
         let (receiver, sender) = port.split();
+        *lock(monitor) = Some(sender.monitor());
+        settings.limits.attach(monitor, limits);
         Ok((Ends { receiver: Some(receiver), sender }, mac))
     }
 }
@@ -242,9 +364,8 @@ impl Device for EmbeddedPort {
             Some(network) => network,
             None => open(&self.name, &self.network)?,
         };
-        let InterfaceInfo { interface_id, mac, .. } = self.info;
-        let (ends, _) = Self::ends(&network, &self.wake, interface_id, Some(mac), self.isolated)?;
-        *lock(&self.monitor) = Some(ends.sender.monitor());
+        let mac = Some(self.info.mac);
+        let (ends, _) = Self::ends(&network, &self.wake, &self.monitor, &self.settings, mac)?;
         *lock(&self.ends) = Some(ends);
         Ok(())
     }
@@ -266,6 +387,11 @@ impl Device for EmbeddedPort {
             ("isolated", stats.dropped_isolated),
             ("reserved address", stats.dropped_reserved),
             ("own port", stats.dropped_own_port),
+            ("spoofed", stats.dropped_spoofed),
+            ("unknown address", stats.dropped_unknown),
+            ("send limit", stats.dropped_send_limit),
+            ("flood limit", stats.dropped_flood_limit),
+            ("receive limit", stats.missed_receive_limit),
         ]
     }
 
