@@ -523,6 +523,11 @@ mod tests {
             assert_eq!(bucket.take(100, 1, at(second)), 0);
         }
         assert_eq!(bucket.take(100, 1, at(second + 5_000_000)), 5);
+        // A clock that is older than the longest frame takes to send is a clock all the same.
+        bucket.set(Some(rate(1_000_000_000, 10)), at(0));
+        assert_eq!(bucket.take(100, 1, at(second)), 10);
+        assert_eq!(bucket.take(100, 1, at(0)), 0);
+        assert_eq!(bucket.take(100, 1, at(second)), 0);
     }
 
     /// A moment that no take of this rate has left counts as an empty bucket and no more, so that

@@ -359,6 +359,11 @@ fn a_run_to_an_unknown_address_goes_to_the_uplink() {
     // One from outside to an unknown address is for several or for nobody.
     let unknown = data(NOWHERE, ROUTER, b"");
     assert!(up.sender.run(header(&unknown), 1, || usize::MAX).is_none());
+    // The gateway's address is not unknown, though it is behind no port.
+    let network = Network::new(NetworkConfig::default()).unwrap();
+    let (_up, mut alice) = (uplink(&network), Guest::join(&network, 1));
+    let to_gateway = data(network.gateway().unwrap().mac(), alice.mac, b"");
+    assert!(alice.sender.run(header(&to_gateway), 1, || usize::MAX).is_none());
 }
 
 // ---- Random networks ----
