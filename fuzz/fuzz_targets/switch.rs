@@ -11,13 +11,36 @@ use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::{
-    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, PortConfig, Sent,
+    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, PortConfig, PortPolicy, Sent,
+    SourceRule,
 };
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     isolated: bool,
+    gateway: bool,
+    /// Whether the first port is the uplink.
+    uplink: bool,
+    /// The second port's rule.
+    rule: Rule,
     steps: Vec<Step<'a>>,
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Rule {
+    Any,
+    Fixed,
+    LearnOnce,
+}
+
+impl Rule {
+    fn source(self) -> SourceRule {
+        match self {
+            Rule::Any => SourceRule::Any,
+            Rule::Fixed => SourceRule::Fixed,
+            Rule::LearnOnce => SourceRule::LearnOnce,
+        }
+    }
 }
 
 #[derive(Arbitrary, Debug)]
@@ -40,6 +63,7 @@ impl Clock for Shared {
 
 fuzz_target!(|input: Input| {
     let mut config = NetworkConfig::of(NetworkMode::Shared);
+    config.gateway = input.gateway;
     config.ipv4 = AddressRange { gateway: GATEWAY, end: LAST, mask: MASK };
     config.inbox_depth = 4;
     config.overflow_depth = Some(2);
@@ -47,14 +71,19 @@ fuzz_target!(|input: Input| {
     let network = Network::<Vec<u8>>::with_clock(config, Box::new(Shared(clock.clone())))
         .expect("the configuration is possible");
     let room = network.max_packet_size();
-    let gateway = network.gateway().expect("the network has one").mac().into_array();
+    let gateway = network.gateway().map_or([2; 6], |gateway| gateway.mac().into_array());
     let join = |id| {
         let wake = Arc::new(|| {});
-        let isolated = input.isolated && id == 1;
-        let config = PortConfig { isolated, ..PortConfig::new([id; 16], wake) };
+        let uplink = input.uplink && id == 1;
+        let isolated = input.isolated && id == 1 && !uplink;
+        let source = if id == 2 { input.rule.source() } else { SourceRule::Any };
+        let policy = PortPolicy { source, ..PortPolicy::default() };
+        let config = PortConfig { isolated, uplink, policy, ..PortConfig::new([id; 16], wake) };
         network.join(config).expect("there is room for two").split()
     };
     let (mut ports, mut posted) = ([join(1), join(2)], [0usize; 2]);
+    // The one address that the second port has sent from, if its rule says that it has one.
+    let mut only = None;
     let macs = [0, 1].map(|i: usize| ports[i].0.mac().into_array());
 
     for step in &input.steps {
@@ -62,7 +91,17 @@ fuzz_target!(|input: Input| {
             Step::Send { from_second, frame } => {
                 let frame = frame.bytes(&macs, gateway);
                 let sender = &mut ports[usize::from(*from_second)].1;
-                match sender.send(&frame) {
+                let sent = sender.send(&frame);
+                if *from_second && !matches!(input.rule, Rule::Any) {
+                    let source = frame.get(6..12).map(<[u8]>::to_vec);
+                    match sent {
+                        Sent::Forwarded | Sent::Flooded { .. } | Sent::Gateway => {
+                            assert_eq!(only.get_or_insert_with(|| source.clone()), &source);
+                        }
+                        _ => {}
+                    }
+                }
+                match sent {
                     Sent::Dropped(DropReason::Runt) => assert!(frame.len() < 14),
                     Sent::Dropped(DropReason::TooBig) => assert!(frame.len() > room),
                     _ => assert!((14..=room).contains(&frame.len())),
