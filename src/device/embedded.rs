@@ -495,7 +495,7 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
         });
         let Some(header) = first else { break };
         if let Some(header) = header
-            && let Some(mut run) = tx.run(header, wanted, || longest_write(cx, wanted))
+            && let Some(mut run) = tx.run(header.bytes(), wanted, || longest_write(cx, wanted))
         {
             while run.left() > 0
                 && let Some(slot) = cx.take_write()
@@ -549,12 +549,36 @@ fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usi
     }
 }
 
+/// The Ethernet header of a frame as two numbers, which are compared in two steps: its first eight
+/// bytes and its last eight.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Header {
+    first: u64,
+    last: u64,
+}
+
+impl Header {
+    #[inline(always)]
+    fn new(bytes: &[u8; ETHERNET_HEADER_LEN]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = *bytes;
+        let number = u64::from_ne_bytes;
+        Self { first: number([a, b, c, d, e, f, g, h]), last: number([g, h, i, j, k, l, m, n]) }
+    }
+
+    fn bytes(self) -> [u8; ETHERNET_HEADER_LEN] {
+        let mut bytes = [0; ETHERNET_HEADER_LEN];
+        bytes[..8].copy_from_slice(&self.first.to_ne_bytes());
+        bytes[ETHERNET_HEADER_LEN - 8..].copy_from_slice(&self.last.to_ne_bytes());
+        bytes
+    }
+}
+
 /// The Ethernet header of a frame, if the network takes frames of this length: the header alone to
 /// `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
 #[inline]
-fn header_of(packet: &Buffer, max: usize) -> Option<[u8; ETHERNET_HEADER_LEN]> {
+fn header_of(packet: &Buffer, max: usize) -> Option<Header> {
     match packet.bytes() {
-        Some(bytes) if bytes.len() <= max => bytes.first_chunk().copied(),
+        Some(bytes) if bytes.len() <= max => Some(Header::new(bytes.first_chunk()?)),
         None if packet.len() <= max => header_of_guest(packet),
         _ => None,
     }
@@ -562,10 +586,10 @@ fn header_of(packet: &Buffer, max: usize) -> Option<[u8; ETHERNET_HEADER_LEN]> {
 
 /// The Ethernet header of a guest's packet, if the packet can be sent as it is.
 #[inline(never)]
-fn header_of_guest(packet: &Buffer) -> Option<[u8; ETHERNET_HEADER_LEN]> {
+fn header_of_guest(packet: &Buffer) -> Option<Header> {
     let guest = packet.guest().filter(|guest| is_complete(guest))?;
     let mut header = [0; ETHERNET_HEADER_LEN];
-    (guest.copy_to(&mut header) == header.len()).then_some(header)
+    (guest.copy_to(&mut header) == header.len()).then(|| Header::new(&header))
 }
 
 impl EmbeddedQueue {
