@@ -664,7 +664,8 @@ impl<B> Membership<B> {
         }
         let _members = network.members();
         if let Some(bound) = state.policy.bound() {
-            return verdict(bound); // by another sender of this port
+            // Another sender of this port has bound it meanwhile.
+            return verdict(bound);
         }
         if elsewhere() {
             return Err(DropReason::BadSource);
