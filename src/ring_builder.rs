@@ -382,6 +382,7 @@ impl<'a> RingBuilder<'a> {
             max_packet_size: caps.max_packet_size,
             offloads: caps.offloads,
             merges: self.mergeable_reads,
+            checks_headers: caps.checks_headers,
         };
         let bounces = regions.has_segment_table() && !support.takes_all(self.direction.reads());
         let bounce = bounces.then(|| Bounce::new([read, write], support)).transpose()?;

@@ -27,14 +27,18 @@ pub(crate) struct GuestSupport {
     pub(crate) offloads: Offloads,
     /// Whether a packet may fill several reads of the ring, so that each may be small.
     pub(crate) merges: bool,
+    /// Whether the device looks at the header of what a guest sends.
+    pub(crate) checks_headers: bool,
 }
 
 impl GuestSupport {
     /// Whether the device takes every buffer of a guest that can be submitted to the ring.
     pub(crate) fn takes_all(&self, reads: bool) -> bool {
-        let GuestSupport { read_segments, write_segments, headroom, merges, .. } = *self;
-        let needs_no_look = !reads || merges && read_segments >= SEGMENTS_MAX;
-        headroom == 0 && write_segments >= SEGMENTS_MAX && needs_no_look
+        let needs_no_look = !reads || self.merges && self.read_segments >= SEGMENTS_MAX;
+        self.headroom == 0
+            && self.write_segments >= SEGMENTS_MAX
+            && self.checks_headers
+            && needs_no_look
     }
 }
 
@@ -69,9 +73,17 @@ impl Bounce {
         let most = if class == Class::Read { read_segments } else { write_segments };
         let has_room =
             class == Class::Write || merges || guest.capacity() >= max_packet_size as usize;
+        // A device without a header of its own does not see the guest's.
+        let mut pieces = match (class, headroom) {
+            (Class::Read, 0) => guest.space(),
+            (_, 0) => guest.packet(),
+            _ => guest.segments(),
+        };
         // Most devices take none or all, and the segments need not be counted.
-        let has_few = || most >= SEGMENTS_MAX || guest.segments().nth(most as usize).is_none();
-        most > 0 && guest.header_len() >= headroom as usize && has_room && has_few()
+        let mut has_few = || most >= SEGMENTS_MAX || pieces.nth(most as usize).is_none();
+        // Nor does it do the work that the header asks for.
+        let is_plain = || class == Class::Read || headroom > 0 || is_complete(guest);
+        most > 0 && guest.header_len() >= headroom as usize && has_room && has_few() && is_plain()
     }
 
     /// Puts a reserved frame into the place of a guest's buffer. For a write, it has the packet.

@@ -328,6 +328,7 @@ impl Device for EmbeddedPort {
         caps.writing_rings = usize::MAX;
         (caps.read_segments, caps.write_segments) = (SEGMENTS_MAX, SEGMENTS_MAX);
         caps.merges_reads = true;
+        caps.checks_headers = true;
         caps
     }
 

@@ -295,13 +295,16 @@ pub struct Capabilities {
     pub read_segments: u32,
     /// The largest number of segments of a guest's buffer that the device can send itself. The
     /// default is 0: it takes frames only, and the library copies each packet from the guest's memory
-    /// into a frame. It gets no buffer that has a shorter header than `headroom`.
+    /// into a frame. It gets no buffer that has a shorter header than `headroom`, and if `headroom` is
+    /// 0, none whose header asks for work.
     pub write_segments: u32,
     /// Whether one packet can fill several posted reads
     /// ([`PollContext::complete_read_parts`](crate::device::PollContext::complete_read_parts)). The
     /// default is no. On a ring with [mergeable reads](crate::RingBuilder::mergeable_reads) such a
     /// device gets buffers of a guest that have less space than `max_packet_size`.
     pub merges_reads: bool,
+    /// Whether the device looks itself whether the header of what a guest sends asks for work.
+    pub(crate) checks_headers: bool,
     /// How many rings may read at the same time.
     pub reading_rings: usize,
     /// How many rings may write at the same time.
@@ -325,6 +328,7 @@ impl Capabilities {
             read_segments: 0,
             write_segments: 0,
             merges_reads: false,
+            checks_headers: false,
             reading_rings: 1,
             writing_rings: 1,
             safety_poll: None,

@@ -6,6 +6,7 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 
 use libc::iovec;
+use vmring_core::guest::Segments;
 use vmring_core::sync::Ordering;
 use vmring_core::{Class, offload};
 
@@ -16,6 +17,7 @@ use super::started::StartedInterface;
 use crate::config::Direction;
 use crate::device::context::PollContext;
 use crate::device::seam::{Progress, Queue, Wake};
+use crate::device::slot::PostedSlot;
 use crate::error::{Error, Status};
 use crate::sys::lock;
 
@@ -182,8 +184,8 @@ impl Reads {
         let offer = self.offer.min(self.batch.len());
         let mut n = 0;
         for slot in cx.posted_reads().take(offer) {
-            let Some(buffer) = slot.buffer_with_header_mut(header) else { break };
-            self.batch.set(n, buffer.as_mut_ptr(), buffer.len());
+            let Some((base, len)) = space(slot, header) else { break };
+            self.batch.set(n, base, len);
             n += 1;
         }
         if n == 0 {
@@ -195,8 +197,10 @@ impl Reads {
             return Progress::Idle;
         }
         // SAFETY: the loop above has set `n` descriptors, at most `offer` and so at most the
-        // batch's length. Each points at the buffer of another slot, borrowed mutably from `cx`. We
-        // borrow `cx` until this function returns, and it does not touch its slots during the call.
+        // batch's length. Each points at the buffer of another slot, borrowed mutably from `cx`: of
+        // a frame, or in the mapping that a guest's buffer keeps alive, where the guest may write
+        // too. We borrow `cx` until this function returns, and it does not touch its slots during
+        // the call.
         let (result, count) = unsafe { self.batch.call(vmnet_read, started, n) };
         let slept = std::mem::take(&mut self.slept);
         let surprise = slept && self.drained && events == self.seen;
@@ -290,8 +294,8 @@ impl Writes {
     ) -> (Result<(), Status>, usize) {
         let mut set = 0;
         for slot in cx.posted_writes().take(n) {
-            let Some(packet) = slot.packet_with_header_mut(header) else { break };
-            self.batch.set(set, packet.as_mut_ptr(), packet.len());
+            let Some((base, len)) = packet(slot, header) else { break };
+            self.batch.set(set, base, len);
             set += 1;
         }
         if set == 0 {
@@ -300,10 +304,44 @@ impl Writes {
         }
         // SAFETY: the loop above has set `set` descriptors, at most `n`. Setting one beyond the
         // batch's length would have panicked. Each points at the packet of another slot, borrowed
-        // mutably from `cx`. We borrow `cx` until this function returns, and it does not touch its
-        // slots during the call.
+        // mutably from `cx`: of a frame, or in the mapping that a guest's buffer keeps alive. We
+        // borrow `cx` until this function returns, and it does not touch its slots during the call.
+        // vmnet only reads the packet.
         unsafe { self.batch.call(vmnet_write, started, set) }
     }
+}
+
+/// The space of a posted read: for the header, if there is one, and the packet. `None` if the slot lacks
+/// space for the header.
+#[inline(always)]
+fn space(slot: &mut PostedSlot, header: usize) -> Option<(*mut u8, usize)> {
+    if slot.guest().is_some() {
+        return guest_space(slot, header);
+    }
+    let buffer = slot.buffer_with_header_mut(header)?;
+    Some((buffer.as_mut_ptr(), buffer.len()))
+}
+
+/// The packet of a posted write, with its header, if there is one. `None` if the slot lacks the header.
+#[inline(always)]
+fn packet(slot: &mut PostedSlot, header: usize) -> Option<(*mut u8, usize)> {
+    if let Some(guest) = slot.guest() {
+        return one(guest.packet()).filter(|_| header == 0);
+    }
+    let packet = slot.packet_with_header_mut(header)?;
+    Some((packet.as_mut_ptr(), packet.len()))
+}
+
+#[inline(never)]
+fn guest_space(slot: &PostedSlot, header: usize) -> Option<(*mut u8, usize)> {
+    let guest = slot.guest()?;
+    one(if header > 0 { guest.segments() } else { guest.space() })
+}
+
+/// The only segment of a guest's buffer. The capabilities ask for no more.
+fn one(mut segments: Segments<'_>) -> Option<(*mut u8, usize)> {
+    let segment = segments.next()?;
+    segments.next().is_none().then_some((segment.as_ptr(), segment.len() as usize))
 }
 
 /// Completes the oldest `sent` posted writes.
