@@ -13,7 +13,7 @@ use vmring::{
     Ring, RingOp,
 };
 
-use crate::guest::Guest;
+use crate::guest_memory::Guest;
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
 
 const MTU: u32 = 9000;

@@ -4,7 +4,7 @@ mod churn;
 mod compile_fail;
 mod contracts;
 mod device_body;
-mod guest;
+mod guest_memory;
 #[cfg(target_os = "linux")]
 mod netns;
 mod support;

@@ -14,7 +14,7 @@ use vmring::{
 };
 use vmring_core::HeapBacking;
 
-use crate::guest::{Guest, HEADER};
+use crate::guest_memory::{Guest, HEADER};
 use crate::support::{
     LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet, reap,
     reap_n, unique,

@@ -3,7 +3,7 @@
 use vmring::device::{PollContext, Progress};
 use vmring::{ConfigError, Direction, Drive, Embedded, EntryError, Error, Interface, Ring, RingOp};
 
-use crate::guest::{Guest, HEADER};
+use crate::guest_memory::{Guest, HEADER};
 use crate::support::{
     Dice, LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet,
     packet_between, reap, unique,
