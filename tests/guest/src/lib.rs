@@ -234,6 +234,13 @@ impl Nic {
         Self { backend, mac, device: String::new(), reconnects: false }
     }
 
+    /// The same interface, with the same MAC address, of a vhost-user back end at another socket.
+    #[must_use]
+    pub fn at(mut self, socket: impl Into<PathBuf>) -> Self {
+        self.backend = Backend::VhostUser(socket.into());
+        self
+    }
+
     /// The interface's MAC address, in lower case. Each interface that is made has one of its own.
     pub fn mac(&self) -> &str {
         &self.mac

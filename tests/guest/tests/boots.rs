@@ -100,6 +100,81 @@ fn a_guest_migrates_while_it_pings() {
     assert_eq!(new.sh("echo here"), "here\n");
 }
 
+/// Goal: guests are front ends of vhost-user that come back after their back end has gone. Method:
+/// dpdk-testpmd forwards between two of them, is killed, and starts again.
+#[test]
+fn guests_of_qemu_find_a_back_end_of_vhost_user_again() {
+    let Some(guest) = have(Guest::qemu()) else { return };
+    let processors = thread::available_parallelism().map_or(1, |count| count.get());
+    if processors < 2 || Command::new("dpdk-testpmd").arg("-h").output().is_err() {
+        return skip("dpdk-testpmd with two processors is missing");
+    }
+    let sockets = Folder::new();
+    let port = |number: u32| sockets.join(&format!("socket{number}"));
+    let start = || {
+        let folder = Folder::new();
+        let mut testpmd = Command::new("dpdk-testpmd");
+        testpmd.args(["-l", "0,1", "--no-huge", "-m", "128", "--no-pci", "--no-telemetry"]);
+        for number in 0..2 {
+            let path = port(number).display().to_string();
+            // It does not replace a socket that is left.
+            let _ = std::fs::remove_file(&path);
+            testpmd.args(["--vdev", &format!("net_vhost{number},iface={path},queues=1,client=0")]);
+        }
+        testpmd
+            .args(["--file-prefix", "guests", "--", "-i", "--auto-start", "--nb-cores=1"])
+            .arg("--total-num-mbufs=2048")
+            .env("RUNTIME_DIRECTORY", folder.join(""))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let testpmd = Process::start(&mut testpmd, folder);
+        until("testpmd listens", || port(0).exists() && port(1).exists());
+        testpmd
+    };
+    let mut testpmd = start();
+    let boot = |number: u32| {
+        let nic = Nic::vhost_user(port(number)).reconnects();
+        let mut guest = guest.clone().nic(nic).start();
+        guest.sh(&format!("ip addr add 10.0.0.{}/24 dev eth0; ip link set eth0 up", number + 1));
+        guest
+    };
+    let (_one, mut other) = (boot(0), boot(1));
+    let ping = "for try in $(seq 30); do ping -c 1 -W 1 10.0.0.1 && exit; done; exit 1";
+    other.sh(ping);
+    testpmd.kill();
+    assert_ne!(other.run("ping -c 1 -W 1 10.0.0.1").status, 0);
+    testpmd = start();
+    other.sh(ping);
+    drop(testpmd);
+}
+
+/// Goal: the transports of user-mode Linux. Method: it has a TAP of this machine, in a network
+/// namespace, which needs root.
+#[test]
+fn a_guest_of_user_mode_linux_has_a_tap() {
+    let Some(guest) = have(Guest::uml()) else { return };
+    if !std::path::Path::new("/dev/net/tun").exists() {
+        return skip("there is no /dev/net/tun");
+    }
+    let body = move || {
+        // SAFETY: the argument is a plain number. The call concerns this thread only, and what it
+        // starts.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+            return skip("a network namespace needs root");
+        }
+        let host =
+            "ip tuntap add tap0 mode tap; ip addr add 10.0.0.1/24 dev tap0; ip link set tap0 up";
+        assert!(Command::new("sh").args(["-c", host]).status().expect("a shell").success());
+        let mut guest = guest.nic(Nic::vector("transport=tap,ifname=tap0,depth=128,gro=1")).start();
+        guest.sh("ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up");
+        guest.sh("ping -c 3 -i 0.2 -W 5 10.0.0.1");
+    };
+    let name = "a_guest_of_user_mode_linux_has_a_tap".to_owned();
+    let thread = thread::Builder::new().name(name).spawn(body);
+    thread.expect("a thread").join().expect("the body does not panic");
+}
+
 /// Goal: a test that is killed leaves no process and no file. Method: this program starts itself as
 /// such a test.
 #[test]
