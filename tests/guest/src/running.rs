@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -55,6 +55,12 @@ struct Said {
     more: Condvar,
 }
 
+impl Said {
+    fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Running {
     pub(crate) fn start(guest: Guest) -> Self {
         let folder = Folder::new();
@@ -87,8 +93,7 @@ impl Running {
                 let mut buffer = [0; 4096];
                 // The thread ends with the guest.
                 while let Ok(len @ 1..) = stdout.read(&mut buffer) {
-                    let mut bytes = said.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-                    bytes.extend(&buffer[..len]);
+                    said.lock().extend(&buffer[..len]);
                     said.more.notify_all();
                 }
             }
@@ -182,8 +187,7 @@ impl Running {
 
     /// All that the guest's scripts have written.
     pub fn text(&self) -> String {
-        let bytes = self.said.bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&bytes).into_owned()
+        String::from_utf8_lossy(&self.said.lock()).into_owned()
     }
 
     /// The messages of the guest's kernel.
@@ -240,7 +244,12 @@ impl Running {
             assert!(start.elapsed() < self.timeout, "it does not run at its destination");
             thread::sleep(Duration::from_millis(5));
         }
-        other.scripts = self.scripts;
+        // What the guest has written goes on from where it was.
+        (other.scripts, other.boots) = (self.scripts, self.boots);
+        let mut bytes = self.said.lock().clone();
+        let mut others = other.said.lock();
+        bytes.append(&mut others);
+        *others = bytes;
     }
 
     fn wait_for_boot(&mut self) {
@@ -271,7 +280,7 @@ impl Running {
             assert!(!panicked, "a kernel panic before {what}{}", self.last_words());
             let late = start.elapsed() > self.timeout;
             assert!(!late, "nothing after {:?}: {what}{}", self.timeout, self.last_words());
-            let bytes = self.said.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            let bytes = self.said.lock();
             // Whatever is written wakes this thread; the rest is looked at now and then.
             let _ = self.said.more.wait_timeout(bytes, Duration::from_millis(50));
         }

@@ -96,6 +96,8 @@ fn a_guest_migrates_while_it_pings() {
     old.migrate_to(&mut new);
     let outcome = new.finish(&pings);
     assert_eq!(outcome.status, 0, "{}", outcome.output);
+    // The whole output is there, what was written before the move and what was written after it.
+    assert!(outcome.output.starts_with("PING 10.0.0.1"), "{}", outcome.output);
     assert!(outcome.output.contains("40 packets transmitted"), "{}", outcome.output);
     assert_eq!(new.sh("echo here"), "here\n");
 }
