@@ -141,7 +141,7 @@ impl Drop for Folder {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
 
@@ -169,10 +169,9 @@ mod tests {
         }
     }
 
-    /// Whether a process is there and is no zombie.
+    /// Whether a process is there and is no zombie (proc_pid_stat(5)).
     fn is_running(pid: i32) -> bool {
-        let output = Command::new("ps").args(["-o", "stat=", "-p", &pid.to_string()]).output();
-        let output = output.expect("there is ps").stdout;
-        !output.is_empty() && !output.starts_with(b"Z")
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with('Z'))
     }
 }
