@@ -93,15 +93,18 @@ impl Server {
     }
 }
 
-/// A test that fails shows what the server has counted.
+/// A test that fails shows what the server said and counted.
 impl Drop for Server {
     fn drop(&mut self) {
-        if thread::panicking() && self.process.ended().is_none() {
-            self.terminate();
-            let _ = self.process.wait(Duration::from_secs(5));
+        if thread::panicking() {
+            if self.process.ended().is_none() {
+                self.terminate();
+            }
+            let status = self.process.wait(Duration::from_secs(5));
             let (report, stderr) = (self.said("stdout"), self.said("stderr"));
             let counts = report.lines().filter(|line| !line.trim_end_matches(',').ends_with(": 0"));
-            eprintln!("-- the server:\n{stderr}{}", counts.collect::<Vec<_>>().join("\n"));
+            let counts: Vec<_> = counts.collect();
+            eprintln!("-- the server, which ended with {status:?}:\n{stderr}{}", counts.join("\n"));
         }
     }
 }

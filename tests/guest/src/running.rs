@@ -106,8 +106,14 @@ impl Running {
             said,
             scripts: 0,
             boots: 0,
-            qmp: (guest.engine == Engine::Qemu).then(|| Qmp::connect(&monitor)),
+            qmp: None,
         };
+        if guest.engine == Engine::Qemu {
+            running.qmp = Some(match Qmp::connect(&monitor) {
+                Ok(qmp) => qmp,
+                Err(error) => panic!("QEMU's monitor: {error}{}", running.last_words()),
+            });
+        }
         if !guest.is_incoming {
             running.wait_for_boot();
         }
@@ -216,7 +222,11 @@ impl Running {
     ///
     /// Panics if QEMU answers with an error, and for a guest that is not in QEMU.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Value {
-        self.qmp.as_mut().expect("only QEMU has a monitor").execute(command, arguments)
+        let qmp = self.qmp.as_mut().expect("only QEMU has a monitor");
+        match qmp.execute(command, arguments) {
+            Ok(answer) => answer,
+            Err(error) => panic!("QEMU's monitor: {error}{}", self.last_words()),
+        }
     }
 
     /// Moves the guest to `other`, which waits for it, while it runs. Afterwards `other` runs the
