@@ -78,10 +78,8 @@
 //! ```
 
 mod backend;
-mod config;
 mod connection;
 mod error;
-mod event;
 pub mod features;
 mod listen;
 mod mapping;
@@ -90,12 +88,11 @@ pub mod message;
 mod request;
 mod session;
 mod state;
-mod sys;
 
+pub use crate::config::NetConfig;
+pub use crate::event::Event;
 pub use backend::{Backend, RingSetup, UsedLog};
-pub use config::NetConfig;
 pub use error::{Error, MapError};
-pub use event::Event;
 pub use listen::{Adopted, Listener, adopt, connect};
 pub use request::Request;
 pub use session::{Progress, Session, SessionStats, Settings};

@@ -6,8 +6,8 @@ use std::task::Poll;
 
 use vmring_core::guest::{DirtyLog, GuestMemory};
 
-use crate::vhost_user::config::NetConfig;
-use crate::vhost_user::event::Event;
+use crate::config::NetConfig;
+use crate::event::Event;
 
 /// The device behind a [`Session`](crate::vhost_user::Session).
 ///

@@ -4,10 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use crate::sys::{self, Control};
 use crate::vhost_user::error::Error;
 use crate::vhost_user::message::{DESCRIPTORS_MAX, HEADER_LEN, Header, PAYLOAD_MAX, VERSION};
 use crate::vhost_user::request::Request;
-use crate::vhost_user::sys::{self, Control};
 
 /// In the flags of a header: the message is a reply.
 const REPLY: u32 = 1 << 2;

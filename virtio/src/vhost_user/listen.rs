@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use crate::vhost_user::sys;
+use crate::sys;
 
 /// A socket on which front ends connect, one after the other or several at once. It does not wait.
 ///

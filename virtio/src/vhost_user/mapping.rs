@@ -10,8 +10,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use vmring_core::guest::{DirtyLog, GuestMapping, GuestMemory, GuestRegion};
 use vmring_core::sync::Ordering;
 
+use crate::sys::{self, kind};
 use crate::vhost_user::error::MapError;
-use crate::vhost_user::sys::{self, kind};
 
 /// The largest page of a file that is believed: 16 GiB.
 const PAGE_MAX: u64 = 1 << 34;

@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use vmring_core::guest::GuestMemory;
 
+use crate::sys;
 use crate::vhost_user::connection::Descriptors;
 use crate::vhost_user::error::{Error, MapError};
 use crate::vhost_user::mapping::{DirtyBitmap, Region};
 use crate::vhost_user::message::{RegionDescription, RegionTable};
 use crate::vhost_user::request::Request;
-use crate::vhost_user::sys;
 
 /// What a connection may map.
 #[derive(Clone, Copy)]

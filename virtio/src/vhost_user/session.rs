@@ -8,10 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::task::Poll;
 
+use crate::event::Event;
+use crate::sys;
 use crate::vhost_user::backend::{Backend, RingSetup, UsedLog};
 use crate::vhost_user::connection::{Connection, Descriptors, Flushed, Received, backend_request};
 use crate::vhost_user::error::Error;
-use crate::vhost_user::event::Event;
 use crate::vhost_user::features::{LOG_ALL, NEVER_OFFERED, PROTOCOL_FEATURES, ProtocolFeature};
 use crate::vhost_user::listen::{Adopted, adopt};
 use crate::vhost_user::mapping::DirtyBitmap;
@@ -19,7 +20,6 @@ use crate::vhost_user::memory::{Limits, MemoryTable};
 use crate::vhost_user::message::{CONFIG_MAX, Message, RingAddresses, StateDirection};
 use crate::vhost_user::request::Request;
 use crate::vhost_user::state::Transfer;
-use crate::vhost_user::sys;
 
 /// How many messages one call of [`Session::process`] handles, so that a front end that never stops
 /// sending leaves time for others.

@@ -10,8 +10,8 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
+use crate::sys::{self, kind};
 use crate::vhost_user::message::StateDirection;
-use crate::vhost_user::sys::{self, kind};
 
 /// The most bytes of a device in a transferred state.
 pub const STATE_MAX: usize = 64 << 10;

@@ -9,25 +9,25 @@ use std::path::Path;
 
 /// Space for the descriptors of one message, for more of them than any kernel sends at once (253 on
 /// Linux, 512 on macOS). So none gets lost here, and all can be closed.
-pub(super) struct Control(Box<[u64; 320]>);
+pub(crate) struct Control(Box<[u64; 320]>);
 
 impl Control {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Box::new([0; 320]))
     }
 }
 
 /// What [`receive`] found.
-pub(super) struct Received {
+pub(crate) struct Received {
     /// The number of bytes. It is 0 at the end of the stream.
-    pub(super) len: usize,
+    pub(crate) len: usize,
     /// Whether the kernel had descriptors that it could not hand over.
-    pub(super) lost: bool,
+    pub(crate) lost: bool,
 }
 
 /// Receives bytes, and gives each descriptor that comes with them to `found`. Every descriptor is
 /// closed on exec.
-pub(super) fn receive(
+pub(crate) fn receive(
     socket: BorrowedFd<'_>,
     to: &mut [u8],
     control: &mut Control,
@@ -90,7 +90,7 @@ fn close_on_exec(fd: &OwnedFd) {
 }
 
 /// Sends bytes, as many as the socket takes now. A peer that is gone is an error and no signal.
-pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+pub(crate) fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     // `no_signal` has set SO_NOSIGPIPE there.
     #[cfg(target_vendor = "apple")]
     const FLAGS: libc::c_int = libc::MSG_DONTWAIT;
@@ -112,7 +112,7 @@ pub(super) fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
 
 /// Writes bytes, as many as the pipe or socket takes now. A reader that is gone is an error and no
 /// signal, also in a program that does not ignore SIGPIPE, as C programs do not.
-pub(super) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
+pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     let blocked = BlockedPipeSignal::new(fd)?;
     // SAFETY: the pointer and the length are those of `bytes`, which the call only reads.
     let len = unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
@@ -178,7 +178,7 @@ impl BlockedPipeSignal {
 
 /// Switches off the signal that a write to a peer that is gone would raise, on systems where this
 /// is a setting of the socket.
-pub(super) fn no_signal(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn no_signal(socket: BorrowedFd<'_>) -> io::Result<()> {
     #[cfg(target_vendor = "apple")]
     {
         let on: libc::c_int = 1;
@@ -198,7 +198,7 @@ pub(super) fn no_signal(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Makes reads and writes return instead of waiting.
-pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the call takes numbers only.
     let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
     // SAFETY: the same.
@@ -208,13 +208,13 @@ pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
 
 /// The type of a file: its bits of `S_IFMT`.
 #[allow(clippy::unnecessary_cast)] // They have 16 bits on macOS.
-pub(super) fn file_type(mode: u32) -> u32 {
+pub(crate) fn file_type(mode: u32) -> u32 {
     mode & libc::S_IFMT as u32
 }
 
 /// The types that are asked for.
 #[allow(clippy::unnecessary_cast)]
-pub(super) mod kind {
+pub(crate) mod kind {
     pub(crate) const PIPE: u32 = libc::S_IFIFO as u32;
     pub(crate) const SOCKET: u32 = libc::S_IFSOCK as u32;
     pub(crate) const FILE: u32 = libc::S_IFREG as u32;
@@ -223,7 +223,7 @@ pub(super) mod kind {
 }
 
 /// Whether the file is sealed against shrinking. Where there are no seals it is not.
-pub(super) fn cannot_shrink(fd: BorrowedFd<'_>) -> bool {
+pub(crate) fn cannot_shrink(fd: BorrowedFd<'_>) -> bool {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     {
         // SAFETY: the call takes numbers only.
@@ -238,7 +238,7 @@ pub(super) fn cannot_shrink(fd: BorrowedFd<'_>) -> bool {
 }
 
 /// A number that the system knows about a socket.
-pub(super) fn socket_option(
+pub(crate) fn socket_option(
     socket: BorrowedFd<'_>,
     option: libc::c_int,
 ) -> io::Result<libc::c_int> {
@@ -258,7 +258,7 @@ pub(super) fn socket_option(
 }
 
 /// The longest path of a socket: 107 bytes on Linux, 103 on macOS.
-pub(super) const PATH_MAX: usize =
+pub(crate) const PATH_MAX: usize =
     size_of::<libc::sockaddr_un>() - mem::offset_of!(libc::sockaddr_un, sun_path) - 1;
 
 fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
@@ -297,7 +297,7 @@ fn stream_socket() -> io::Result<OwnedFd> {
 }
 
 /// Binds a socket to a path, for its owner only, and listens after that.
-pub(super) fn listen(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn listen(path: &Path) -> io::Result<OwnedFd> {
     let address = address(path)?;
     let socket = stream_socket()?;
     // SAFETY: the pointer and the length are those of `address`, which the call only reads.
@@ -318,7 +318,7 @@ pub(super) fn listen(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Connects to a path, without waiting. A server whose queue is full is `WouldBlock`.
-pub(super) fn connect(path: &Path) -> io::Result<OwnedFd> {
+pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
     let address = address(path)?;
     let socket = stream_socket()?;
     // SAFETY: the pointer and the length are those of `address`, which the call only reads.
@@ -333,7 +333,7 @@ pub(super) fn connect(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Locks an open file or folder against others who lock it, until it is closed.
-pub(super) fn lock(fd: BorrowedFd<'_>) -> io::Result<()> {
+pub(crate) fn lock(fd: BorrowedFd<'_>) -> io::Result<()> {
     loop {
         // SAFETY: the call takes numbers only.
         match check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX) }) {

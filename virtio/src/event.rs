@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use crate::vhost_user::sys::{self, kind};
+use crate::sys::{self, kind};
 
 /// A kick, call or error descriptor of a ring: an eventfd, one end of a pipe, or a socket, which
 /// user-mode Linux uses.
@@ -27,7 +27,7 @@ pub struct Event {
 impl Event {
     /// Takes over a descriptor of the front end, on which it is signalled. `None` if it is none of the
     /// three.
-    pub(super) fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
+    pub(crate) fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
         let file = File::from(fd);
         let kind = sys::file_type(file.metadata()?.mode());
         match kind {
@@ -40,7 +40,7 @@ impl Event {
     }
 
     /// Like [`new`](Self::new), for a descriptor that is waited for.
-    pub(super) fn kick(fd: OwnedFd) -> io::Result<Option<Self>> {
+    pub(crate) fn kick(fd: OwnedFd) -> io::Result<Option<Self>> {
         let Some(event) = Self::new(fd)? else { return Ok(None) };
         if event.kind == kind::NONE {
             // Many things of Linux have no type, and some are costly to wait for, such as an epoll
