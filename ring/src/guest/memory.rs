@@ -113,6 +113,11 @@ impl GuestMemory {
         }
     }
 
+    /// Whether a region has a dirty log.
+    pub fn has_dirty_log(&self) -> bool {
+        self.regions().iter().any(GuestRegion::has_dirty_log)
+    }
+
     /// Whether the slice is of this table, and not of another one.
     #[inline]
     pub(super) fn owns(&self, slice: &GuestSlice<'_>) -> bool {

@@ -97,6 +97,11 @@ impl GuestRegion {
         Self { dirty_log, ..self }
     }
 
+    /// Whether it is recorded which pages were written.
+    pub fn has_dirty_log(&self) -> bool {
+        self.dirty_log.is_some()
+    }
+
     /// The address of the first byte in the guest's memory.
     pub fn guest_address(&self) -> u64 {
         self.guest_address
