@@ -110,6 +110,7 @@ pub(crate) struct Driver {
     seen_used: u16,
     /// The allocations in the arena: where, and how long.
     arena: BTreeMap<u64, u64>,
+    arena_start: u64,
     arena_len: u64,
     cursor: u64,
 }
@@ -168,12 +169,19 @@ impl Driver {
             exposed: base,
             seen_used: base,
             arena: BTreeMap::new(),
+            arena_start: ARENA,
             arena_len,
             cursor: 0,
         };
         driver.available_field(2).store(base.to_le(), Ordering::Relaxed);
         driver.used_field(2).store(base.to_le(), Ordering::Relaxed);
         driver
+    }
+
+    /// Sets where the arena begins, for several drivers in one memory.
+    pub(crate) fn with_arena(mut self, arena_start: u64) -> Self {
+        self.arena_start = arena_start;
+        self
     }
 
     pub(crate) fn memory(&self) -> &GuestMemory {
@@ -237,9 +245,10 @@ impl Driver {
     pub(crate) fn allocate(&mut self, len: u64) -> Option<u64> {
         for start in [self.cursor, 0] {
             let mut at = start;
-            let before = self.arena.range(..ARENA + start).next_back();
-            for (&used, &used_len) in before.into_iter().chain(self.arena.range(ARENA + start..)) {
-                let used = used - ARENA;
+            let base = self.arena_start;
+            let before = self.arena.range(..base + start).next_back();
+            for (&used, &used_len) in before.into_iter().chain(self.arena.range(base + start..)) {
+                let used = used - base;
                 if used >= at + len {
                     break;
                 }
@@ -247,8 +256,8 @@ impl Driver {
             }
             if at + len <= self.arena_len {
                 self.cursor = at + len;
-                self.arena.insert(ARENA + at, len);
-                return Some(ARENA + at);
+                self.arena.insert(base + at, len);
+                return Some(base + at);
             }
         }
         None
