@@ -343,7 +343,7 @@ pub(crate) fn lock(fd: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     match result {
         -1 => Err(io::Error::last_os_error()),
         result => Ok(result),

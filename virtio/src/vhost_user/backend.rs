@@ -145,6 +145,11 @@ pub struct UsedLog {
 }
 
 impl UsedLog {
+    /// The address that the log has for the ring's first byte.
+    pub fn guest_address(&self) -> u64 {
+        self.guest_address
+    }
+
     /// Records that `len` bytes of the used ring were written, from its byte `offset` on. Call it
     /// after they were written.
     pub fn mark(&self, offset: u64, len: u64) {

@@ -1,0 +1,842 @@
+//! [`NetDevice`]: the queues of one guest over the rings of one interface.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use thiserror::Error as ThisError;
+use vmring::guest::GuestMemory;
+use vmring::{CloseReason, Interface};
+
+use crate::config::NetConfig;
+use crate::event::Event;
+use crate::net::control::{self, Command, Controller};
+use crate::net::features::Features;
+use crate::net::interrupt::Interrupt;
+use crate::net::lane::{Context, Lane};
+use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, PAIRS_MAX};
+use crate::net::readiness::{Notifier, Readiness};
+use crate::net::rx::Receiver;
+use crate::net::stats::{Counters, NetStats, StatsHandle};
+use crate::net::tx::Transmitter;
+use crate::queue::{Queue, QueueError, QueueFeatures, QueueLayout, QueueState};
+
+/// Bits of the status in the configuration space (virtio 1.2, section 5.1.4).
+const LINK_UP: u16 = 1;
+const ANNOUNCE: u16 = 2;
+/// The smallest MTU that a guest may be told: that of every IPv4 link (RFC 791).
+const MTU_MIN: u16 = 68;
+
+/// How a device is made.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct NetSettings {
+    /// The number of pairs of a receive and a transmit queue, from 1 to 128. There are no more than
+    /// the interface has rings for. The default is 1.
+    pub queue_pairs: u16,
+    /// How many buffers of each queue may be in its ring, from 1 to 32,768. The default is 256. A
+    /// queue may have more; they wait in the guest's memory.
+    pub depth: u32,
+    /// Whether there is a control queue. It is for transports inside the VMM. Over vhost-user the
+    /// front end has it. It is off by default.
+    pub control_queue: bool,
+    /// The MAC address that the guest is told. The default is the interface's.
+    pub mac: Option<[u8; 6]>,
+    /// The MTU that the guest is told, in bytes. The default is the interface's. A larger one is cut to
+    /// that.
+    pub mtu: Option<u16>,
+    /// How many chains [`NetDevice::poll`] takes from each queue, before it lets others have their
+    /// turn. The default is 256.
+    pub budget: u16,
+}
+
+impl Default for NetSettings {
+    fn default() -> Self {
+        Self {
+            queue_pairs: 1,
+            depth: DEPTH,
+            control_queue: false,
+            mac: None,
+            mtu: None,
+            budget: BUDGET,
+        }
+    }
+}
+
+/// What [`NetDevice::poll`] has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Progress {
+    /// There may be more to do now: poll again, after others had their turn. Otherwise
+    /// [`arm`](NetDevice::arm), and sleep until the descriptor is readable.
+    pub again: bool,
+    /// Poll at this time, even if the descriptor is not readable.
+    pub deadline: Option<Instant>,
+}
+
+/// A queue that a driver has set up.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct QueueSetup {
+    /// Where the queue is.
+    pub layout: QueueLayout,
+    /// How far it is. A driver that has just set it up has both indices at 0.
+    pub state: QueueState,
+    /// A descriptor that is readable when the guest has kicked the queue, such as an `ioeventfd`. A VMM
+    /// without one calls [`Notifier::notify`].
+    pub kick: Option<Arc<Event>>,
+    /// Whether the queue moves packets; see [`NetDevice::enable_queue`].
+    pub enabled: bool,
+}
+
+impl QueueSetup {
+    /// A queue that a driver has just set up, without a kick descriptor.
+    pub fn new(layout: QueueLayout) -> Self {
+        Self { layout, state: QueueState::default(), kick: None, enabled: true }
+    }
+}
+
+/// Why a device does not do what it was asked for.
+#[derive(Debug, ThisError)]
+#[non_exhaustive]
+pub enum NetError {
+    /// The driver has accepted bits that were not offered.
+    #[error("the driver accepts the feature bits {bits:#x}, which were not offered")]
+    NotOffered {
+        /// The bits.
+        bits: u64,
+    },
+    /// The driver is a legacy driver, or has not negotiated yet. Its headers would have another
+    /// length.
+    #[error("the driver has not accepted VIRTIO_F_VERSION_1: legacy drivers are not served")]
+    Legacy,
+    /// There is no queue with this index.
+    #[error("the device has no queue {index}")]
+    QueueIndex {
+        /// The index.
+        index: u16,
+    },
+    /// The queue runs.
+    #[error("queue {index} runs already")]
+    Running {
+        /// The index.
+        index: u16,
+    },
+    /// The driver's queue is none.
+    #[error("queue {index} cannot start")]
+    Queue {
+        /// The index.
+        index: u16,
+        /// Why.
+        source: QueueError,
+    },
+    /// The interface has no ring for the queue.
+    #[error("the interface has no ring for queue {index}")]
+    Ring {
+        /// The index.
+        index: u16,
+        /// Why.
+        source: vmring::Error,
+    },
+    /// The system refused a descriptor.
+    #[error("the system refused a descriptor of the device")]
+    System(#[from] std::io::Error),
+    /// A snapshot is none of this device.
+    #[error("the snapshot is not one of this device: {0}")]
+    Snapshot(&'static str),
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Receive(usize),
+    Transmit(usize),
+    Control,
+}
+
+/// A pair of queues.
+#[derive(Debug)]
+struct Pair {
+    rx: Receiver,
+    tx: Transmitter,
+}
+
+/// The virtio-net device of one guest, over one interface. See the [module](crate::net).
+///
+/// It belongs to the thread that calls it. It owns no thread and no loop.
+pub struct NetDevice {
+    settings: NetSettings,
+    pairs: Box<[Pair]>,
+    controller: Controller,
+    readiness: Readiness,
+    counters: Arc<Counters>,
+    interrupt: Arc<dyn Interrupt>,
+    memory: GuestMemory,
+    offered: Features,
+    accepted: Features,
+    /// What the driver accepts in received packets now.
+    guest_offloads: Features,
+    mac: [u8; 6],
+    mtu: u16,
+    link_up: bool,
+    announcing: bool,
+    /// How many pairs the driver uses, if it has the control queue.
+    active_pairs: u16,
+    paused: bool,
+    /// Whether NEEDS_RESET was seen by the owner, by queues.
+    reported: Vec<u16>,
+    /// It is the last field, as rings are dropped before their interface.
+    interface: Interface,
+}
+
+impl NetDevice {
+    /// A device without memory and without queues. Nothing has been negotiated.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError::System`] if the system refuses the descriptor that the device is waited for on.
+    pub fn new(
+        interface: Interface,
+        interrupt: Arc<dyn Interrupt>,
+        settings: NetSettings,
+    ) -> Result<Self, NetError> {
+        let caps = interface.capabilities();
+        let rings = caps.reading_rings.min(caps.writing_rings).max(1);
+        let rings = u16::try_from(rings).unwrap_or(u16::MAX);
+        let settings = NetSettings {
+            queue_pairs: settings.queue_pairs.clamp(1, PAIRS_MAX).min(rings),
+            depth: settings.depth.clamp(1, DEPTH_MAX).next_power_of_two(),
+            budget: settings.budget.max(1),
+            ..settings
+        };
+        let memory = GuestMemory::new([]).expect("no region overlaps another");
+        let pairs = (0..settings.queue_pairs)
+            .map(|_| Pair {
+                rx: Receiver::new(&interface, settings.depth, &memory),
+                tx: Transmitter::new(&interface, settings.depth, &memory),
+            })
+            .collect();
+        let own_mtu = u16::try_from(interface.mtu()).unwrap_or(u16::MAX);
+        let mtu = settings.mtu.map_or(own_mtu, |mtu| mtu.clamp(MTU_MIN, own_mtu.max(MTU_MIN)));
+        let has_mtu = own_mtu >= MTU_MIN;
+        Ok(Self {
+            pairs,
+            controller: Controller::new(),
+            readiness: Readiness::new()?,
+            counters: Arc::default(),
+            interrupt,
+            memory,
+            offered: Features::offered(
+                &caps,
+                settings.queue_pairs,
+                settings.control_queue,
+                has_mtu,
+            ),
+            accepted: Features::NONE,
+            guest_offloads: Features::NONE,
+            mac: settings.mac.unwrap_or_else(|| interface.mac().into_array()),
+            mtu,
+            link_up: true,
+            announcing: false,
+            active_pairs: 1,
+            paused: false,
+            reported: Vec::new(),
+            settings,
+            interface,
+        })
+    }
+
+    // ---- What the driver sees ----
+
+    /// The features that the device offers.
+    pub fn features(&self) -> Features {
+        self.offered
+    }
+
+    /// What the driver has accepted of them, without features whose conditions it has not accepted.
+    pub fn accepted_features(&self) -> Features {
+        self.accepted
+    }
+
+    /// Takes what the driver has accepted. No queue runs.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError::NotOffered`]. In this case nothing has changed, and the transport does not keep
+    /// FEATURES_OK set (virtio 1.2, section 3.1.1).
+    pub fn set_features(&mut self, accepted: Features) -> Result<(), NetError> {
+        let bits = accepted.without(self.offered).bits();
+        if bits != 0 {
+            return Err(NetError::NotOffered { bits });
+        }
+        self.accepted = accepted.consistent();
+        self.guest_offloads = self.accepted & Features::GUEST_OFFLOADS;
+        Ok(())
+    }
+
+    /// The configuration space.
+    pub fn config(&self) -> NetConfig {
+        let announce = if self.announcing { ANNOUNCE } else { 0 };
+        NetConfig {
+            mac: self.mac,
+            status: if self.link_up { LINK_UP } else { 0 } | announce,
+            max_virtqueue_pairs: self.settings.queue_pairs,
+            mtu: self.mtu,
+        }
+    }
+
+    /// The number of queues: two for each pair, and the control queue if there is one.
+    pub fn queue_count(&self) -> u16 {
+        self.settings.queue_pairs * 2 + u16::from(self.settings.control_queue)
+    }
+
+    /// The number of pairs of queues.
+    pub fn queue_pairs(&self) -> u16 {
+        self.settings.queue_pairs
+    }
+
+    /// The largest MTU that the interface carries, in bytes.
+    pub fn mtu_max(&self) -> u32 {
+        self.interface.mtu()
+    }
+
+    /// Whether a queue has broken the rules, so that the driver must reset the device: the bit
+    /// DEVICE_NEEDS_RESET (virtio 1.2, section 2.1). [`Interrupt::config`] has told it.
+    pub fn needs_reset(&self) -> bool {
+        self.lanes().any(|lane| lane.broken)
+    }
+
+    /// The index of a queue that has broken the rules and was not returned before.
+    pub fn take_broken_queue(&mut self) -> Option<u16> {
+        let index = self
+            .lanes()
+            .find(|lane| lane.broken && !self.reported.contains(&lane.index))
+            .map(|lane| lane.index)?;
+        self.reported.push(index);
+        Some(index)
+    }
+
+    /// Why the interface moves no packets any more, if one of its rings has closed. The guest's packets
+    /// are dropped, and it receives none.
+    pub fn failure(&self) -> Option<CloseReason> {
+        self.pairs.iter().find_map(|pair| pair.rx.failed.or(pair.tx.failed))
+    }
+
+    // ---- Queues and memory ----
+
+    fn role(&self, index: u16) -> Result<Role, NetError> {
+        let pair = usize::from(index / 2);
+        if self.settings.control_queue && index == self.control_index() {
+            Ok(Role::Control)
+        } else if pair >= self.pairs.len() {
+            Err(NetError::QueueIndex { index })
+        } else if index.is_multiple_of(2) {
+            Ok(Role::Receive(pair))
+        } else {
+            Ok(Role::Transmit(pair))
+        }
+    }
+
+    /// The index of the control queue: behind all pairs if the driver has accepted MQ, and behind the
+    /// first one otherwise (virtio 1.2, section 5.1.2).
+    pub fn control_index(&self) -> u16 {
+        if self.accepted.has(Features::MQ) { self.settings.queue_pairs * 2 } else { 2 }
+    }
+
+    fn lane(&self, role: Role) -> Option<&Lane> {
+        match role {
+            Role::Receive(pair) => self.pairs[pair].rx.lane.as_ref(),
+            Role::Transmit(pair) => self.pairs[pair].tx.lane.as_ref(),
+            Role::Control => self.controller.lane.as_ref(),
+        }
+    }
+
+    fn lane_mut(&mut self, role: Role) -> Option<&mut Lane> {
+        match role {
+            Role::Receive(pair) => self.pairs[pair].rx.lane.as_mut(),
+            Role::Transmit(pair) => self.pairs[pair].tx.lane.as_mut(),
+            Role::Control => self.controller.lane.as_mut(),
+        }
+    }
+
+    fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        let pairs = self.pairs.iter().flat_map(|pair| [&pair.rx.lane, &pair.tx.lane]);
+        pairs.chain([&self.controller.lane]).flatten()
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Replaces the guest's memory, when a region is added or removed, or its dirty log begins or ends.
+    /// It is ready when nothing of the earlier memory is in use: its mappings are given up. Until then
+    /// poll the device and call this again. Queues that run go on in the new memory.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError::Queue`] if a queue that runs is not in the new memory. It is stopped.
+    pub fn set_memory(&mut self, memory: &GuestMemory) -> Poll<Result<(), NetError>> {
+        self.set_stopping(true);
+        if self.quiesce().is_pending() {
+            return Poll::Pending;
+        }
+        self.set_stopping(false);
+        self.readiness.notifier().wake();
+        self.memory = memory.clone();
+        let mut result = Ok(());
+        for index in 0..self.queue_count() {
+            let Ok(role) = self.role(index) else { continue };
+            if let Some(lane) = self.lane_mut(role)
+                && let Err(source) = lane.queue.set_memory(memory.clone())
+            {
+                result = Err(NetError::Queue { index, source });
+                self.remove_lane(role);
+            }
+        }
+        for pair in &mut self.pairs {
+            pair.rx.set_memory(memory);
+            pair.tx.set_memory(memory);
+        }
+        Poll::Ready(result)
+    }
+
+    /// Starts a queue, and looks at it at the next [`poll`](Self::poll): the guest may have kicked it
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError`], and the queue does not run.
+    pub fn start_queue(&mut self, index: u16, setup: QueueSetup) -> Result<(), NetError> {
+        let role = self.role(index)?;
+        if !self.accepted.has(Features::VERSION_1) {
+            return Err(NetError::Legacy);
+        }
+        if self.lane(role).is_some() {
+            return Err(NetError::Running { index });
+        }
+        let features = QueueFeatures::from_bits(self.accepted.bits());
+        let queue = Queue::new(self.memory.clone(), setup.layout, features, setup.state)
+            .map_err(|source| NetError::Queue { index, source })?;
+        self.build_ring(role).map_err(|source| NetError::Ring { index, source })?;
+        if let Some(kick) = &setup.kick {
+            self.readiness.add_kick(index, kick)?;
+        }
+        let lane = Lane::new(index, queue, setup.kick, setup.enabled);
+        match role {
+            Role::Receive(pair) => self.pairs[pair].rx.start(lane),
+            Role::Transmit(pair) => {
+                self.pairs[pair].tx.start(lane, self.accepted.left_by_driver());
+            }
+            Role::Control => self.controller.lane = Some(lane),
+        }
+        self.readiness.notifier().wake();
+        Ok(())
+    }
+
+    fn build_ring(&mut self, role: Role) -> Result<(), vmring::Error> {
+        match role {
+            Role::Receive(pair) => self.pairs[pair].rx.build(&self.interface, &self.readiness),
+            Role::Transmit(pair) => self.pairs[pair].tx.build(&self.interface, &self.readiness),
+            Role::Control => Ok(()),
+        }
+    }
+
+    /// Whether a queue runs.
+    pub fn is_running(&self, index: u16) -> bool {
+        self.role(index).is_ok_and(|role| self.lane(role).is_some())
+    }
+
+    /// Enables or disables a queue that runs. A disabled transmit queue is emptied, and its packets are
+    /// dropped. A disabled receive queue gets nothing: its posted buffers are available again when this
+    /// returns, unless the interface holds on to them. A queue that is enabled is looked at at the next
+    /// [`poll`](Self::poll).
+    pub fn enable_queue(&mut self, index: u16, enabled: bool) {
+        let Ok(role) = self.role(index) else { return };
+        let Some(lane) = self.lane_mut(role) else { return };
+        lane.enabled = enabled;
+        if !enabled && let Role::Receive(pair) = role {
+            let cx = context(&self.counters, &self.interrupt);
+            let _ = self.pairs[pair].rx.quiesce(cx);
+        }
+        self.readiness.notifier().wake();
+    }
+
+    /// Stops a queue. It is ready when nothing of it is on its way: posted buffers without a packet are
+    /// available again, every packet that was taken is sent, and the used index is published. Until
+    /// then poll the device and call this again. Returns how far the queue is, or `None` if it did not
+    /// run.
+    pub fn stop_queue(&mut self, index: u16) -> Poll<Option<QueueState>> {
+        let Ok(role) = self.role(index) else { return Poll::Ready(None) };
+        let Some(lane) = self.lane_mut(role) else { return Poll::Ready(None) };
+        lane.stopping = true;
+        if self.quiesce_one(role).is_pending() {
+            return Poll::Pending;
+        }
+        Poll::Ready(self.remove_lane(role).map(|lane| lane.state()))
+    }
+
+    fn quiesce_one(&mut self, role: Role) -> Poll<()> {
+        let cx = context(&self.counters, &self.interrupt);
+        match role {
+            Role::Receive(pair) => self.pairs[pair].rx.quiesce(cx),
+            Role::Transmit(pair) => self.pairs[pair].tx.quiesce(cx),
+            // A command is carried out and answered in one step.
+            Role::Control => Poll::Ready(()),
+        }
+    }
+
+    fn set_stopping(&mut self, stopping: bool) {
+        for pair in &mut self.pairs {
+            for lane in [&mut pair.rx.lane, &mut pair.tx.lane].into_iter().flatten() {
+                lane.stopping = stopping;
+            }
+        }
+    }
+
+    fn quiesce(&mut self) -> Poll<()> {
+        let mut all = Poll::Ready(());
+        for pair in 0..self.pairs.len() {
+            for role in [Role::Receive(pair), Role::Transmit(pair)] {
+                if self.quiesce_one(role).is_pending() {
+                    all = Poll::Pending;
+                }
+            }
+        }
+        all
+    }
+
+    fn remove_lane(&mut self, role: Role) -> Option<Lane> {
+        let lane = match role {
+            Role::Receive(pair) => self.pairs[pair].rx.lane.take(),
+            Role::Transmit(pair) => self.pairs[pair].tx.lane.take(),
+            Role::Control => self.controller.lane.take(),
+        }?;
+        if let Some(kick) = &lane.kick {
+            self.readiness.remove_kick(kick);
+        }
+        self.reported.retain(|index| *index != lane.index);
+        Some(lane)
+    }
+
+    // ---- Life cycle ----
+
+    /// Lets everything end that is on its way, and begins nothing more until [`resume`](Self::resume).
+    /// When it is ready, nothing accesses the guest's memory, and the queues' states are whole: the
+    /// guest can be copied. Until then poll the device and call this again.
+    pub fn pause(&mut self) -> Poll<()> {
+        self.paused = true;
+        self.quiesce()
+    }
+
+    /// Goes on after [`pause`](Self::pause). Every queue is looked at.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        self.readiness.notifier().wake();
+    }
+
+    /// How far each queue that runs is, by its index. They are whole while the device is
+    /// [paused](Self::pause).
+    pub fn queue_states(&self) -> Vec<(u16, QueueState)> {
+        self.lanes().map(|lane| (lane.index, lane.queue.state())).collect()
+    }
+
+    /// Stops every queue, and forgets everything that the driver has set, as when it writes the status
+    /// 0. It is ready when nothing is on its way. Until then poll the device and call this again.
+    pub fn reset(&mut self) -> Poll<()> {
+        self.paused = true;
+        if self.quiesce().is_pending() {
+            return Poll::Pending;
+        }
+        for index in 0..self.queue_count() {
+            if let Ok(role) = self.role(index) {
+                self.remove_lane(role);
+            }
+        }
+        self.remove_lane(Role::Control);
+        for pair in &mut self.pairs {
+            // What waits in the network below is not for the next driver.
+            pair.rx.dismantle(&self.readiness);
+            pair.tx.dismantle(&self.readiness);
+        }
+        self.accepted = Features::NONE;
+        self.guest_offloads = Features::NONE;
+        self.mac = self.settings.mac.unwrap_or_else(|| self.interface.mac().into_array());
+        self.controller.forget();
+        (self.announcing, self.active_pairs, self.paused) = (false, 1, false);
+        Poll::Ready(())
+    }
+
+    /// Gives everything up at once, when a [`reset`](Self::reset) takes too long: the rings are closed,
+    /// which waits for the interface no longer than their close timeout. What the interface does not
+    /// release even then is leaked on purpose, and the guest's memory that it is in stays mapped.
+    pub fn abandon(&mut self) {
+        for index in 0..self.queue_count().max(3) {
+            if let Ok(role) = self.role(index) {
+                self.remove_lane(role);
+            }
+        }
+        self.memory = GuestMemory::new([]).expect("no region overlaps another");
+        for pair in &mut self.pairs {
+            pair.rx.dismantle(&self.readiness);
+            pair.tx.dismantle(&self.readiness);
+            pair.rx = Receiver::new(&self.interface, self.settings.depth, &self.memory);
+            pair.tx = Transmitter::new(&self.interface, self.settings.depth, &self.memory);
+        }
+    }
+
+    // ---- The link ----
+
+    /// Sets whether the guest's link is up, and tells it. While the link is down, nothing is received,
+    /// and what the guest sends is dropped.
+    pub fn set_link(&mut self, up: bool) {
+        if std::mem::replace(&mut self.link_up, up) != up {
+            if !up {
+                let cx = context(&self.counters, &self.interrupt);
+                for pair in &mut self.pairs {
+                    let _ = pair.rx.quiesce(cx);
+                }
+            }
+            self.interrupt.config();
+            self.readiness.notifier().wake();
+        }
+    }
+
+    /// Sets the MTU that the guest is told when it looks, in bytes. Returns whether the interface
+    /// carries it; if not, nothing has changed.
+    pub fn set_mtu(&mut self, mtu: u16) -> bool {
+        let good = mtu >= MTU_MIN && u32::from(mtu) <= self.interface.mtu();
+        if good {
+            self.mtu = mtu;
+        }
+        good
+    }
+
+    /// Tells the network where a MAC address is now, with a RARP packet to everybody, as QEMU does
+    /// after a migration. Returns whether it is on its way.
+    pub fn announce(&mut self, mac: [u8; 6]) -> bool {
+        let built = self.build_ring(Role::Transmit(0)).is_ok();
+        let sent = built && self.pairs[0].tx.send_own(&control::rarp(mac));
+        if !sent {
+            self.counters.announcements_failed.add(1);
+        }
+        self.readiness.notifier().wake();
+        sent
+    }
+
+    /// Lets the guest tell the network where it is now, after a migration, if it can
+    /// (`VIRTIO_NET_F_GUEST_ANNOUNCE`). If it cannot, the device does; see
+    /// [`announce`](Self::announce).
+    pub fn request_announcement(&mut self) {
+        if self.accepted.has(Features::GUEST_ANNOUNCE | Features::STATUS | Features::CTRL_VQ) {
+            self.announcing = true;
+            self.interrupt.config();
+        } else {
+            self.announce(self.mac);
+        }
+    }
+
+    // ---- Work ----
+
+    /// Moves packets, without waiting. Each queue has its turn, with the budget of the settings.
+    pub fn poll(&mut self) -> Progress {
+        self.wake_up();
+        let cx = context(&self.counters, &self.interrupt);
+        let mut again = false;
+        let budget = self.settings.budget;
+        let active = usize::from(self.active());
+        for (number, pair) in self.pairs.iter_mut().enumerate() {
+            let serving = self.link_up && number < active;
+            again |= pair.rx.poll(cx, serving && !self.paused, budget);
+            if self.paused {
+                // What is on its way ends.
+                let _ = pair.tx.quiesce(cx);
+            } else {
+                again |= pair.tx.poll(cx, serving, budget);
+            }
+        }
+        if !self.paused && self.controller.lane.is_some() {
+            again |= self.serve_commands();
+        }
+        let deadline = self.deadline();
+        again |= deadline.is_some_and(|deadline| deadline <= Instant::now());
+        Progress { again, deadline }
+    }
+
+    /// How many pairs the driver uses.
+    fn active(&self) -> u16 {
+        match self.accepted.has(Features::CTRL_VQ) {
+            true => self.active_pairs,
+            // The front end of vhost-user enables each queue by itself.
+            false => self.settings.queue_pairs,
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let deadlines = self.pairs.iter().flat_map(|pair| [pair.rx.deadline(), pair.tx.deadline()]);
+        deadlines.flatten().min()
+    }
+
+    /// Looks at what has woken the device, if it may have slept.
+    fn wake_up(&mut self) {
+        let mut kicked = [false; PAIRS_MAX as usize * 2 + 1];
+        let mut any = false;
+        let notified = self.readiness.wake_up(|index| {
+            if let Some(kicked) = kicked.get_mut(usize::from(index)) {
+                (*kicked, any) = (true, true);
+            }
+        });
+        self.counters.kicks.add(notified.into());
+        if any {
+            for index in (0..self.queue_count()).filter(|index| kicked[usize::from(*index)]) {
+                self.clear_kick(index);
+            }
+        }
+        for pair in &mut self.pairs {
+            for lane in [&mut pair.rx.lane, &mut pair.tx.lane].into_iter().flatten() {
+                lane.queue.disable_notifications();
+            }
+        }
+    }
+
+    #[cold]
+    fn clear_kick(&mut self, index: u16) {
+        let Ok(role) = self.role(index) else { return };
+        let Some(kick) = self.lane(role).and_then(|lane| lane.kick.clone()) else { return };
+        match kick.clear() {
+            Ok(_) => self.counters.kicks.add(1),
+            Err(_) => {
+                // It would be readable for ever.
+                self.counters.kicks_lost.add(1);
+                self.readiness.remove_kick(&kick);
+                if let Some(lane) = self.lane_mut(role) {
+                    lane.kick = None;
+                }
+            }
+        }
+    }
+
+    /// Prepares for sleep: asks the guest for kicks and the rings for signals. If it returns true, the
+    /// [descriptor](Self::as_fd) becomes readable when there is something to do. If it returns false,
+    /// there is already: poll again.
+    #[must_use = "if it is not armed, the descriptor does not become readable"]
+    pub fn arm(&mut self) -> bool {
+        let active = usize::from(self.active());
+        for (number, pair) in self.pairs.iter_mut().enumerate() {
+            let serving = self.link_up && number < active;
+            if !pair.rx.arm(self.paused || !serving) || !pair.tx.arm(self.paused) {
+                return false;
+            }
+        }
+        let control = self.controller.lane.as_mut().filter(|_| !self.paused);
+        control.is_none_or(Lane::arm) && self.readiness.arm()
+    }
+
+    fn serve_commands(&mut self) -> bool {
+        let mut again = false;
+        let mut controller = std::mem::take(&mut self.controller);
+        let counters = self.counters.clone();
+        let interrupt = self.interrupt.clone();
+        let cx = context(&counters, &interrupt);
+        again |= controller.poll(cx, |command| self.carry_out(command));
+        self.controller = controller;
+        again
+    }
+
+    /// Carries a command of the driver out. Returns whether it is one that it may give.
+    fn carry_out(&mut self, command: Command) -> bool {
+        match command {
+            Command::AcknowledgeAnnouncement => {
+                let good = self.accepted.has(Features::GUEST_ANNOUNCE);
+                self.announcing &= !good;
+                good
+            }
+            Command::SetPairs(pairs) => {
+                let good = self.accepted.has(Features::MQ)
+                    && (1..=self.settings.queue_pairs).contains(&pairs);
+                if good {
+                    self.set_pairs(pairs);
+                }
+                good
+            }
+            Command::SetMac(mac) => {
+                // A group address is nobody's.
+                let good =
+                    self.accepted.has(Features::CTRL_MAC_ADDR) && mac[0] & 1 == 0 && mac != [0; 6];
+                if good {
+                    self.mac = mac;
+                }
+                good
+            }
+            Command::SetOffloads(bits) => {
+                let wanted = Features::from_bits(bits);
+                let may = self.accepted & Features::GUEST_OFFLOADS;
+                let good = self.accepted.has(Features::CTRL_GUEST_OFFLOADS) && may.has(wanted);
+                if good {
+                    self.guest_offloads =
+                        (wanted | Features::CSUM).consistent() & Features::GUEST_OFFLOADS;
+                }
+                good
+            }
+            // The network below sends a guest what is for it, and what nobody is known for. A device
+            // may give a driver more than it asks for.
+            Command::Filter => self.accepted.has(Features::CTRL_RX),
+        }
+    }
+
+    fn set_pairs(&mut self, pairs: u16) {
+        self.active_pairs = pairs;
+        let cx = context(&self.counters, &self.interrupt);
+        for pair in self.pairs.iter_mut().skip(pairs.into()) {
+            let _ = pair.rx.quiesce(cx);
+        }
+    }
+
+    // ---- Handles ----
+
+    /// Tells the device that the guest has notified it, from any thread.
+    pub fn notifier(&self) -> Notifier {
+        self.readiness.notifier()
+    }
+
+    /// What was counted.
+    pub fn stats(&self) -> NetStats {
+        self.stats_handle().stats()
+    }
+
+    /// Reads the counters from any thread.
+    pub fn stats_handle(&self) -> StatsHandle {
+        StatsHandle(self.counters.clone())
+    }
+
+    /// The interface.
+    pub fn interface(&self) -> &Interface {
+        &self.interface
+    }
+}
+
+fn context<'d>(counters: &'d Counters, interrupt: &'d Arc<dyn Interrupt>) -> Context<'d> {
+    Context { counters, interrupt: &**interrupt }
+}
+
+impl AsFd for NetDevice {
+    /// The descriptor that is readable when there is something to do, after [`arm`](Self::arm) has
+    /// returned true.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.readiness.as_fd()
+    }
+}
+
+impl fmt::Debug for NetDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NetDevice")
+            .field("settings", &self.settings)
+            .field("accepted", &self.accepted)
+            .field("config", &self.config())
+            .field("paused", &self.paused)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}

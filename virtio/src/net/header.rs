@@ -1,0 +1,48 @@
+//! The `virtio_net_hdr` in front of a packet that a guest sends: copied out once, and checked.
+
+use vmring::config::Offloads;
+use vmring::software::{self, Left};
+use vmring::{OFFLOAD_LEN, OffloadHeader};
+
+use crate::queue::Chain;
+
+/// The bytes of the header. With VERSION_1 they are always as many (virtio 1.2, section 5.1.6.1).
+pub(super) const HEADER_LEN: u32 = OFFLOAD_LEN as u32;
+
+/// Why a chain to send is no packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BadPacket {
+    /// It has no header, or no packet behind it.
+    Short,
+    /// The header is none, is not true of the packet, or leaves work that was not negotiated.
+    Header,
+}
+
+/// The header of a chain that the guest sends. It may be split over any descriptors, as ANY_LAYOUT
+/// allows. The bytes are copied once, because the guest may change them between two looks.
+pub(super) fn read(chain: &Chain<'_>, left: &Offloads) -> Result<OffloadHeader, BadPacket> {
+    let len = chain.readable_len();
+    if len <= HEADER_LEN.into() {
+        return Err(BadPacket::Short);
+    }
+    let mut bytes = [0; OFFLOAD_LEN];
+    let mut copied = 0;
+    for segment in chain.readable() {
+        copied += segment.copy_to(&mut bytes[copied..]);
+        if copied == OFFLOAD_LEN {
+            break;
+        }
+    }
+    // "The device MUST ignore flag bits that it does not recognize" (section 5.1.6.2.2).
+    let header = OffloadHeader::parse_ignoring_reserved(&bytes).map_err(|_| BadPacket::Header)?;
+    // The usual packet leaves nothing to do.
+    if bytes[..10] == [0; 10] {
+        return Ok(header);
+    }
+    let packet = usize::try_from(len - u64::from(HEADER_LEN)).unwrap_or(usize::MAX);
+    header.validate(packet).map_err(|_| BadPacket::Header)?;
+    match software::left_by(left, &header) {
+        Left::Nothing => Ok(header),
+        _ => Err(BadPacket::Header),
+    }
+}

@@ -1,0 +1,142 @@
+//! [`Lane`]: a queue that runs, with what is on its way in it.
+
+use std::sync::Arc;
+
+use crate::event::Event;
+use crate::net::interrupt::Interrupt;
+use crate::net::stats::Counters;
+use crate::net::window::{State, Step, Window};
+use crate::queue::{Chain, ChainError, Queue, QueueState};
+
+/// How many chains a queue is asked for at a time, and the most packets for one interrupt at a busy
+/// queue. DPDK has the same.
+pub(super) const BURST: u16 = 32;
+
+/// How many segments the walk of a chain keeps. A chain can have 1,024 descriptors, and a few of them
+/// may cross regions. Longer ones are broken, because nothing honest is like that.
+const SEGMENTS_MAX: usize = 2048;
+
+/// What the queues of a device have in common during a poll.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'d> {
+    pub(super) counters: &'d Counters,
+    pub(super) interrupt: &'d dyn Interrupt,
+}
+
+/// A queue that runs.
+#[derive(Debug)]
+pub(super) struct Lane {
+    pub(super) index: u16,
+    pub(super) queue: Queue,
+    pub(super) window: Window,
+    pub(super) kick: Option<Arc<Event>>,
+    /// Whether the driver wants packets of this queue to be served.
+    pub(super) enabled: bool,
+    /// Whether chains are left in the queue because the ring below takes no more. Then its next
+    /// completion is waited for, and not the guest's next kick.
+    pub(super) blocked: bool,
+    /// Nothing more is taken out of the queue, because what is on its way is to end.
+    pub(super) stopping: bool,
+    /// The queue does nothing until it is stopped; see [`BrokenQueue`](crate::queue::BrokenQueue).
+    pub(super) broken: bool,
+}
+
+/// What to do with a chain.
+pub(super) enum Verdict {
+    /// It is in the ring.
+    Posted,
+    /// It is dropped, and goes back with the used length 0.
+    Dropped,
+    /// It stays in the queue.
+    Later,
+}
+
+impl Lane {
+    pub(super) fn new(index: u16, queue: Queue, kick: Option<Arc<Event>>, enabled: bool) -> Self {
+        let window = Window::new(queue.layout().size);
+        let queue = queue.with_segments_max(SEGMENTS_MAX);
+        let (blocked, stopping, broken) = (false, false, false);
+        Self { index, queue, window, kick, enabled, blocked, stopping, broken }
+    }
+
+    /// Takes at most `most` chains out of the queue, and lets `serve` decide on each, with the number
+    /// that it has in the window. Returns how many were taken, broken ones included.
+    #[inline]
+    pub(super) fn take(
+        &mut self,
+        cx: Context<'_>,
+        most: u16,
+        mut serve: impl FnMut(Chain<'_>, u32) -> Verdict,
+    ) -> u16 {
+        self.blocked = false;
+        // Nothing is behind a chain that is to be given up.
+        if self.broken || self.stopping || self.window.has_cancelled() {
+            return 0;
+        }
+        let count = match self.queue.fetch(most) {
+            Ok(count) => count,
+            Err(_) => {
+                self.broken = true;
+                cx.counters.broken_queues.add(1);
+                // DEVICE_NEEDS_RESET is set, and the driver is told (virtio 1.2, section 2.1.2).
+                cx.interrupt.config();
+                return 0;
+            }
+        };
+        for taken in 0..count {
+            let verdict = match self.queue.pop() {
+                None => return taken,
+                Some(Err(error)) => {
+                    broken_chain(cx, error);
+                    continue;
+                }
+                Some(Ok(chain)) => serve(chain, self.window.next()),
+            };
+            match verdict {
+                Verdict::Posted => self.window.add(State::Posted),
+                Verdict::Dropped => self.window.add(State::Done(0)),
+                Verdict::Later => {
+                    self.queue.unpop(1);
+                    self.blocked = true;
+                    return taken;
+                }
+            }
+        }
+        count
+    }
+
+    /// Gives chains back whose turn it is, all at once, and interrupts the guest if it wants that.
+    #[inline]
+    pub(super) fn settle(&mut self, cx: Context<'_>) {
+        loop {
+            match self.window.step() {
+                Step::Push(len) => self.queue.push(len),
+                Step::Unpop(count) => self.queue.unpop(count),
+                Step::Wait => break,
+            }
+        }
+        self.queue.flush();
+        if self.queue.needs_interrupt() {
+            cx.counters.interrupts.add(1);
+            cx.interrupt.queue(self.index);
+        }
+    }
+
+    /// Asks the guest for kicks, before the device sleeps. Returns whether it may sleep.
+    pub(super) fn arm(&mut self) -> bool {
+        // What is left in a queue that is blocked is no reason to stay awake.
+        self.broken || self.stopping || self.blocked || !self.queue.enable_notifications()
+    }
+
+    /// How far the queue is. Nothing is on its way.
+    pub(super) fn state(&self) -> QueueState {
+        debug_assert!(self.window.is_empty());
+        self.queue.state()
+    }
+}
+
+#[cold]
+fn broken_chain(cx: Context<'_>, error: ChainError) {
+    let _ = error;
+    cx.counters.broken_chains.add(1);
+}

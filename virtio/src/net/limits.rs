@@ -1,0 +1,30 @@
+//! Sizes and bounds of a device.
+
+use crate::net::header::HEADER_LEN;
+
+/// How many reads and how many writes of a pair may be in its rings, by default.
+pub(super) const DEPTH: u32 = 256;
+/// The largest depth that can be asked for.
+pub(super) const DEPTH_MAX: u32 = 32768;
+/// The most pairs of queues: VIRTIO_NET_CTRL_MQ_VQ_PAIRS_MAX is larger, but vhost-user names a queue
+/// by eight bits.
+pub(super) const PAIRS_MAX: u16 = 128;
+/// The frames of a ring that writes: for packets of very many segments, and for the device's own.
+pub(super) const COPY_FRAMES: usize = 16;
+/// The most segments of one buffer in a ring.
+pub(super) const SEGMENTS_MAX: usize = 256;
+/// How many chains a poll takes from each queue by default.
+pub(super) const BUDGET: u16 = 256;
+/// How often a ring is driven to let posted reads come back, before the caller is asked to wait.
+pub(super) const DRAIN_ROUNDS: u32 = 16;
+
+/// The segments of a table for a ring of this depth: four for each entry, and enough for the longest
+/// chain.
+pub(super) fn segments(depth: u32) -> u32 {
+    (depth.min(DEPTH_MAX) * 4).max(SEGMENTS_MAX as u32)
+}
+
+/// How many bytes of a buffer a packet of this length can fill.
+pub(super) fn bytes_for(max_packet_size: u32) -> u32 {
+    max_packet_size.saturating_add(HEADER_LEN)
+}

@@ -1,0 +1,300 @@
+//! [`Receiver`]: what a guest receives, from a ring into its queue.
+
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use vmring::guest::{GuestMemory, GuestSlice};
+use vmring::{
+    CloseReason, Completion, Direction, Drive, EntryError, Error, Interface, Ring, SegmentTable,
+    Status, SubmitErrorKind,
+};
+
+use crate::net::header::HEADER_LEN;
+use crate::net::lane::{BURST, Context, Lane, Verdict};
+use crate::net::limits::{DRAIN_ROUNDS, SEGMENTS_MAX, bytes_for, segments};
+use crate::net::readiness::Readiness;
+use crate::net::window::State;
+use crate::queue::Chain;
+
+/// The receive queue of a pair, and its ring.
+#[derive(Debug)]
+pub(super) struct Receiver {
+    table: SegmentTable,
+    ring: Option<Ring>,
+    depth: u32,
+    pub(super) lane: Option<Lane>,
+    /// Why the ring takes nothing any more.
+    pub(super) failed: Option<CloseReason>,
+    /// How many bytes of a buffer a packet can fill, with its header.
+    bytes: u32,
+    /// Where the buffers are that are on their way, by their places in the window. It is empty if the
+    /// memory has no dirty log.
+    logged: Box<[Vec<(u64, u32)>]>,
+    /// Whether the ring gives the posted buffers back, and takes no more.
+    draining: bool,
+    /// How many of the next completions belong to the packet of the last one.
+    rest: u16,
+    /// Whether the guest had buffers at the last look.
+    has_buffers: bool,
+}
+
+impl Receiver {
+    pub(super) fn new(interface: &Interface, depth: u32, memory: &GuestMemory) -> Self {
+        let table = SegmentTable::new(memory.clone(), segments(depth));
+        Self {
+            table: table.expect("a depth has a bound"),
+            ring: None,
+            depth,
+            lane: None,
+            failed: None,
+            bytes: bytes_for(interface.capabilities().max_packet_size),
+            logged: Box::default(),
+            draining: false,
+            rest: 0,
+            has_buffers: true,
+        }
+    }
+
+    /// Makes the ring, if there is none.
+    pub(super) fn build(
+        &mut self,
+        interface: &Interface,
+        readiness: &Readiness,
+    ) -> Result<(), Error> {
+        if self.ring.is_some() {
+            return Ok(());
+        }
+        let ring = (interface.ring(Direction::Read))
+            .read_depth(self.depth)
+            .segment_table(&self.table)
+            // Guests' buffers need none, but a ring has a pool.
+            .frames(1)
+            .drive(Drive::Inline)
+            .build()?;
+        readiness
+            .add_ring(ring.completion_fd()?)
+            .map_err(|source| Error::Io { what: "waiting for a ring", source })?;
+        (self.ring, self.failed) = (Some(ring), None);
+        Ok(())
+    }
+
+    /// Gives the ring up. Nothing is on its way.
+    pub(super) fn dismantle(&mut self, readiness: &Readiness) {
+        if let Some(ring) = self.ring.take()
+            && let Ok(fd) = ring.completion_fd()
+        {
+            readiness.remove_ring(fd);
+        }
+        (self.failed, self.draining, self.rest) = (None, false, 0);
+    }
+
+    pub(super) fn start(&mut self, lane: Lane) {
+        let memory = lane.queue.memory();
+        let is_logged = memory.has_dirty_log();
+        let places = if is_logged { lane.queue.layout().size as usize } else { 0 };
+        self.logged = vec![Vec::new(); places].into();
+        self.lane = Some(lane);
+    }
+
+    /// Replaces the memory. Nothing is on its way.
+    pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
+        self.table.set_memory(memory.clone());
+        if let Some(lane) = self.lane.take() {
+            self.start(lane);
+        }
+    }
+
+    /// Posts the guest's buffers, and gives back those that have packets, about `budget` of each.
+    /// Without `serving`, the posted buffers come back. Returns whether there may be more.
+    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
+        let Some(lane) = &self.lane else { return false };
+        let serving = serving && lane.enabled && !lane.stopping;
+        if (!serving || self.draining) && (self.quiesce(cx).is_pending() || !serving) {
+            return false;
+        }
+        let mut left = budget;
+        loop {
+            let posted = self.post(cx, left.min(BURST));
+            let reaped = self.reap(cx);
+            let moved = posted.max(reaped);
+            left = left.saturating_sub(moved);
+            if moved == 0 {
+                self.count_empty(cx);
+                return false;
+            }
+            if left == 0 {
+                return true;
+            }
+        }
+    }
+
+    /// Counts when the guest's buffers run out.
+    fn count_empty(&mut self, cx: Context<'_>) {
+        let Some(lane) = &self.lane else { return };
+        let has_buffers = lane.window.posted() > 0;
+        if self.has_buffers && !has_buffers {
+            cx.counters.rx_no_buffer.add(1);
+        }
+        self.has_buffers = has_buffers;
+    }
+
+    fn post(&mut self, cx: Context<'_>, most: u16) -> u16 {
+        let Self { table, ring, lane, failed, bytes, logged, .. } = self;
+        let Some(lane) = lane else { return 0 };
+        let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
+        let mask = lane.queue.layout().size as usize - 1;
+        lane.take(cx, most, |chain, number| {
+            if chain.writable_len() <= HEADER_LEN.into() {
+                cx.counters.rx_useless.add(1);
+                return Verdict::Dropped;
+            }
+            let Ok(buffer) = table.buffer_of(useful(&chain, *bytes), HEADER_LEN) else {
+                // The table's slots are all in use.
+                return Verdict::Later;
+            };
+            match ring.submit_read_guest(buffer, number.into()) {
+                Ok(()) => {}
+                Err(refused) => {
+                    if let SubmitErrorKind::Closed(reason) = refused.kind {
+                        *failed = Some(reason);
+                    }
+                    return Verdict::Later;
+                }
+            }
+            if let Some(list) = logged.get_mut(number as usize & mask) {
+                list.clear();
+                list.extend(
+                    useful(&chain, *bytes).map(|slice| (slice.guest_address(), slice.len())),
+                );
+            }
+            Verdict::Posted
+        })
+    }
+
+    /// Lets the device work, and gives back what has a packet. Returns how many completions there
+    /// were.
+    fn reap(&mut self, cx: Context<'_>) -> u16 {
+        let Self { ring, lane, logged, rest, .. } = self;
+        let mut reaped = 0u16;
+        if let (Some(ring), Some(lane)) = (ring, &mut *lane) {
+            for done in ring.reap() {
+                reaped = reaped.saturating_add(1);
+                let (state, written) = outcome(cx, &done, rest);
+                let place = lane.window.end(done.user_data, state);
+                if let Some(list) = place.and_then(|place| logged.get(place)) {
+                    mark(lane.queue.memory(), list, written);
+                }
+            }
+        }
+        if let Some(lane) = lane {
+            lane.settle(cx);
+        }
+        reaped
+    }
+
+    /// Lets the posted buffers come back: those without a packet are available again. It is ready when
+    /// nothing is on its way.
+    pub(super) fn quiesce(&mut self, cx: Context<'_>) -> Poll<()> {
+        for _ in 0..DRAIN_ROUNDS {
+            if self.is_empty() {
+                break;
+            }
+            let Some(ring) = &mut self.ring else { break };
+            self.draining = true;
+            // An error is that not all have come back yet, or that the ring is closed. Then they come
+            // back by themselves.
+            let _ = ring.drain(Duration::ZERO);
+            self.reap(cx);
+        }
+        if !self.is_empty() {
+            return Poll::Pending;
+        }
+        if std::mem::take(&mut self.draining)
+            && let Some(ring) = &mut self.ring
+        {
+            ring.resume();
+        }
+        Poll::Ready(())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lane.as_ref().is_none_or(|lane| lane.window.is_empty())
+    }
+
+    /// Prepares for sleep. Returns whether the device may sleep.
+    pub(super) fn arm(&mut self, quiet: bool) -> bool {
+        let ring = self.ring.as_mut().filter(|_| self.failed.is_none());
+        if ring.is_some_and(|ring| !ring.arm()) {
+            return false;
+        }
+        let lane = self.lane.as_mut().filter(|lane| lane.enabled && !quiet);
+        lane.is_none_or(|lane| lane.arm())
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.ring.as_ref()?.next_deadline()
+    }
+}
+
+/// The parts of a chain that a packet can reach: the first ones, up to `bytes`.
+fn useful<'q>(chain: &Chain<'q>, bytes: u32) -> impl Iterator<Item = GuestSlice<'q>> {
+    let mut left = bytes;
+    chain.writable().take(SEGMENTS_MAX).map_while(move |slice| {
+        let len = slice.len().min(left);
+        left -= len;
+        slice.split_at(len).map(|(slice, _)| slice).filter(|slice| !slice.is_empty())
+    })
+}
+
+/// What became of a buffer, and how many of its bytes were written.
+fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16) -> (State, u32) {
+    match done.result {
+        Ok(len) => {
+            let header = if *rest == 0 {
+                cx.counters.rx_packets.add(1);
+                *rest = more(done);
+                HEADER_LEN
+            } else {
+                // A later buffer of a packet has no header.
+                *rest -= 1;
+                0
+            };
+            cx.counters.rx_bytes.add(len as u64);
+            // No packet is as long as 2^32.
+            let written = len as u32 + header;
+            (State::Done(written), written)
+        }
+        Err(EntryError::Device(Status::PacketTooBig)) => {
+            cx.counters.rx_too_small.add(1);
+            (State::Done(0), 0)
+        }
+        Err(EntryError::Cancelled | EntryError::DevicePanicked | EntryError::Abandoned) => {
+            (State::Cancelled, 0)
+        }
+        Err(_) => {
+            // The buffer goes back to the guest, so that a device that fails again and again is not
+            // asked again and again.
+            cx.counters.rx_errors.add(1);
+            (State::Done(0), 0)
+        }
+    }
+}
+
+/// How many of the following completions have the rest of this packet.
+fn more(_done: &Completion) -> u16 {
+    0
+}
+
+/// Enters the written bytes of a buffer into the dirty log.
+#[cold]
+fn mark(memory: &GuestMemory, list: &[(u64, u32)], written: u32) {
+    let mut left = written;
+    for &(address, len) in list {
+        let len = len.min(left);
+        if len == 0 {
+            break;
+        }
+        memory.mark_dirty(address, len);
+        left -= len;
+    }
+}

@@ -1,0 +1,281 @@
+//! [`Transmitter`]: what a guest sends, from its queue into a ring.
+
+use std::task::Poll;
+use std::time::Instant;
+
+use vmring::config::Offloads;
+use vmring::guest::GuestBufferError;
+use vmring::{
+    CloseReason, Direction, Drive, Error, Interface, Ring, SegmentTable, SubmitErrorKind,
+};
+
+use crate::net::header::{self, BadPacket, HEADER_LEN};
+use crate::net::lane::{BURST, Context, Lane, Verdict};
+use crate::net::limits::{COPY_FRAMES, segments};
+use crate::net::readiness::Readiness;
+use crate::net::window::State;
+use crate::queue::Chain;
+use vmring::guest::GuestMemory;
+
+/// The `user_data` of a packet that is no guest's chain.
+const OWN: u64 = u64::MAX;
+
+/// The transmit queue of a pair, and its ring.
+#[derive(Debug)]
+pub(super) struct Transmitter {
+    table: SegmentTable,
+    ring: Option<Ring>,
+    depth: u32,
+    pub(super) lane: Option<Lane>,
+    /// Why the ring takes nothing any more.
+    pub(super) failed: Option<CloseReason>,
+    max_packet_size: u64,
+    /// The work that the guest may leave undone.
+    left: Offloads,
+    has_virtio_header: bool,
+}
+
+impl Transmitter {
+    pub(super) fn new(interface: &Interface, depth: u32, memory: &GuestMemory) -> Self {
+        let caps = interface.capabilities();
+        let table = SegmentTable::new(memory.clone(), segments(depth));
+        Self {
+            table: table.expect("a depth has a bound"),
+            ring: None,
+            depth,
+            lane: None,
+            failed: None,
+            max_packet_size: caps.max_packet_size.into(),
+            left: Offloads::default(),
+            has_virtio_header: caps.offloads.virtio_header,
+        }
+    }
+
+    /// Makes the ring, if there is none.
+    pub(super) fn build(
+        &mut self,
+        interface: &Interface,
+        readiness: &Readiness,
+    ) -> Result<(), Error> {
+        if self.ring.is_some() {
+            return Ok(());
+        }
+        let ring = (interface.ring(Direction::Write))
+            .write_depth(self.depth)
+            .segment_table(&self.table)
+            .frames(COPY_FRAMES)
+            .drive(Drive::Inline)
+            .build()?;
+        readiness
+            .add_ring(ring.completion_fd()?)
+            .map_err(|source| Error::Io { what: "waiting for a ring", source })?;
+        (self.ring, self.failed) = (Some(ring), None);
+        Ok(())
+    }
+
+    /// Gives the ring up. Nothing is on its way.
+    pub(super) fn dismantle(&mut self, readiness: &Readiness) {
+        if let Some(ring) = self.ring.take()
+            && let Ok(fd) = ring.completion_fd()
+        {
+            readiness.remove_ring(fd);
+        }
+        self.failed = None;
+    }
+
+    pub(super) fn start(&mut self, lane: Lane, left: Offloads) {
+        (self.lane, self.left) = (Some(lane), left);
+    }
+
+    /// Replaces the memory. Nothing is on its way.
+    pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
+        self.table.set_memory(memory.clone());
+    }
+
+    /// Takes packets from the guest, at most `budget`, and gives back those that are sent. With
+    /// `serving` unset they are taken and dropped. Returns whether there may be more.
+    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
+        let mut left = budget;
+        loop {
+            let most = left.min(BURST);
+            let taken = self.take(cx, serving, most);
+            self.reap(cx);
+            left -= taken;
+            if taken < most || left == 0 {
+                return taken == most;
+            }
+        }
+    }
+
+    fn take(&mut self, cx: Context<'_>, serving: bool, most: u16) -> u16 {
+        let Self { table, ring, lane, failed, max_packet_size, left, has_virtio_header, .. } = self;
+        let Some(lane) = lane else { return 0 };
+        let ring = ring.as_mut().filter(|_| serving && lane.enabled);
+        let Some(ring) = ring else {
+            return lane.take(cx, most, |_, _| {
+                cx.counters.tx_disabled.add(1);
+                Verdict::Dropped
+            });
+        };
+        let mut sender = Sender {
+            table,
+            ring,
+            failed,
+            max_packet_size: *max_packet_size,
+            left,
+            has_virtio_header: *has_virtio_header,
+        };
+        lane.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
+    }
+
+    /// Lets the device work, and gives back what it has ended.
+    fn reap(&mut self, cx: Context<'_>) {
+        let Self { ring, lane, .. } = self;
+        if let Some(ring) = ring {
+            for done in ring.reap() {
+                if done.user_data == OWN {
+                    match done.result {
+                        Ok(_) => cx.counters.announcements.add(1),
+                        Err(_) => cx.counters.announcements_failed.add(1),
+                    }
+                    continue;
+                }
+                match done.result {
+                    Ok(len) => {
+                        cx.counters.tx_packets.add(1);
+                        cx.counters.tx_bytes.add(len as u64);
+                    }
+                    Err(_) => cx.counters.tx_errors.add(1),
+                }
+                if let Some(lane) = lane {
+                    // Nothing was written into the chain.
+                    lane.window.end(done.user_data, State::Done(0));
+                }
+            }
+        }
+        if let Some(lane) = lane {
+            lane.settle(cx);
+        }
+    }
+
+    /// Lets what is on its way end. It is ready when nothing is.
+    pub(super) fn quiesce(&mut self, cx: Context<'_>) -> Poll<()> {
+        self.reap(cx);
+        match &self.lane {
+            Some(lane) if !lane.window.is_empty() => Poll::Pending,
+            _ => Poll::Ready(()),
+        }
+    }
+
+    /// Sends a packet of the device's own. Returns whether it is on its way.
+    pub(super) fn send_own(&mut self, packet: &[u8]) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let Some(mut frame) = ring.alloc() else { return false };
+        frame.copy_from(packet).is_ok() && ring.submit_write(frame, OWN).is_ok()
+    }
+
+    /// Prepares for sleep. Returns whether the device may sleep.
+    pub(super) fn arm(&mut self, quiet: bool) -> bool {
+        let ring = self.ring.as_mut().filter(|_| self.failed.is_none());
+        if ring.is_some_and(|ring| !ring.arm()) {
+            return false;
+        }
+        let lane = self.lane.as_mut().filter(|_| !quiet);
+        lane.is_none_or(|lane| lane.arm())
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.ring.as_ref()?.next_deadline()
+    }
+}
+
+/// What it takes to send one packet.
+struct Sender<'t> {
+    table: &'t SegmentTable,
+    ring: &'t mut Ring,
+    failed: &'t mut Option<CloseReason>,
+    max_packet_size: u64,
+    left: &'t Offloads,
+    has_virtio_header: bool,
+}
+
+impl Sender<'_> {
+    #[inline]
+    fn send(&mut self, cx: Context<'_>, chain: &Chain<'_>, number: u64) -> Verdict {
+        let header = match header::read(chain, self.left) {
+            Ok(header) => header,
+            Err(BadPacket::Short) => return drop_one(&cx.counters.tx_short),
+            Err(BadPacket::Header) => return drop_one(&cx.counters.tx_bad_header),
+        };
+        if chain.readable_len() - u64::from(HEADER_LEN) > self.max_packet_size {
+            return drop_one(&cx.counters.tx_too_big);
+        }
+        let refused = match self.table.buffer_of(chain.readable(), HEADER_LEN) {
+            Ok(buffer) => match self.ring.submit_write_guest(buffer, number) {
+                Ok(()) => return Verdict::Posted,
+                Err(refused) => refused.kind,
+            },
+            Err(GuestBufferError::NoSlots) => return Verdict::Later,
+            Err(GuestBufferError::TooManySegments) => match self.copy(chain, header, number) {
+                None => return Verdict::Later,
+                Some(Ok(())) => {
+                    cx.counters.tx_copied.add(1);
+                    return Verdict::Posted;
+                }
+                Some(Err(kind)) => kind,
+            },
+            Err(_) => return drop_one(&cx.counters.tx_errors),
+        };
+        self.refused(cx, refused)
+    }
+
+    /// Copies a packet of very many segments into a frame. `None` if no frame is free.
+    #[cold]
+    fn copy(
+        &mut self,
+        chain: &Chain<'_>,
+        header: vmring::OffloadHeader,
+        number: u64,
+    ) -> Option<Result<(), SubmitErrorKind>> {
+        let mut frame = self.ring.alloc()?;
+        let len = (chain.readable_len() - u64::from(HEADER_LEN)) as usize;
+        let (max, has_space) = (self.max_packet_size as usize, frame.set_len(len).is_ok());
+        if !has_space {
+            return Some(Err(SubmitErrorKind::TooBig { len, max }));
+        }
+        let mut skip = HEADER_LEN;
+        let mut copied = 0;
+        for segment in chain.readable() {
+            let skipped = skip.min(segment.len());
+            skip -= skipped;
+            if let Some(rest) = segment.skip(skipped) {
+                copied += rest.copy_to(&mut frame[copied..]);
+            }
+        }
+        if self.has_virtio_header && frame.set_offload(&header.for_sending()).is_err() {
+            return Some(Err(SubmitErrorKind::OffloadNotNegotiated));
+        }
+        Some(self.ring.submit_write(frame, number).map_err(|refused| refused.kind))
+    }
+
+    #[cold]
+    fn refused(&mut self, cx: Context<'_>, kind: SubmitErrorKind) -> Verdict {
+        match kind {
+            SubmitErrorKind::SqFull | SubmitErrorKind::NoCredit | SubmitErrorKind::Draining => {
+                Verdict::Later
+            }
+            SubmitErrorKind::Closed(reason) => {
+                *self.failed = Some(reason);
+                drop_one(&cx.counters.tx_errors)
+            }
+            SubmitErrorKind::TooBig { .. } => drop_one(&cx.counters.tx_too_big),
+            _ => drop_one(&cx.counters.tx_errors),
+        }
+    }
+}
+
+#[cold]
+fn drop_one(counter: &crate::net::stats::Counter) -> Verdict {
+    counter.add(1);
+    Verdict::Dropped
+}

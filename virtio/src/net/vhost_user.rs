@@ -1,0 +1,289 @@
+//! The device behind a vhost-user session, and [`serve_connection`], which is all that a program needs.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use thiserror::Error as ThisError;
+use vmring::guest::GuestMemory;
+use vmring::{CloseReason, Interface};
+
+use crate::config::NetConfig;
+use crate::event::Event;
+use crate::net::device::{NetDevice, NetError, NetSettings, QueueSetup};
+use crate::net::features::Features;
+use crate::net::interrupt::EventInterrupt;
+use crate::queue::{AddressSpace, QueueLayout, QueueState};
+use crate::selector::{Wish, wait};
+use crate::vhost_user::message::StateDirection;
+use crate::vhost_user::{Backend, Error, Progress, RingSetup, Session, Settings};
+
+/// How often a busy device is polled before the socket and the stop are looked at.
+const POLLS_PER_LOOK: u32 = 16;
+/// How long a connection that ends waits for the device to release the guest's memory.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A [`NetDevice`] as the [`Backend`] of a [`Session`].
+#[derive(Debug)]
+pub struct VhostUserNet {
+    device: NetDevice,
+    interrupt: Arc<EventInterrupt>,
+    /// Why the front end's features are not served.
+    refused: Option<NetError>,
+}
+
+impl VhostUserNet {
+    /// A device on an interface. There is no control queue, since front ends have it themselves.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`NetDevice::new`].
+    pub fn new(interface: Interface, settings: NetSettings) -> Result<Self, NetError> {
+        let settings = NetSettings { control_queue: false, ..settings };
+        let interrupt = Arc::new(EventInterrupt::new(settings.queue_pairs.saturating_mul(2)));
+        let device = NetDevice::new(interface, interrupt.clone(), settings)?;
+        Ok(Self { device, interrupt, refused: None })
+    }
+
+    /// The settings of a session with this device. Change `config`, `memory_max` and `demand_seals` as
+    /// you need them.
+    pub fn session_settings(&self) -> Settings {
+        Settings::new(self.device.queue_pairs())
+    }
+
+    /// The device.
+    pub fn device(&self) -> &NetDevice {
+        &self.device
+    }
+
+    /// The device.
+    pub fn device_mut(&mut self) -> &mut NetDevice {
+        &mut self.device
+    }
+}
+
+impl Backend for VhostUserNet {
+    fn features(&self) -> u64 {
+        self.device.features().bits()
+    }
+
+    fn set_features(&mut self, features: u64) {
+        // The session has seen that nothing else was offered. What is missing is said when a ring
+        // starts, because only that can be refused.
+        self.refused = self.device.set_features(Features::from_bits(features)).err();
+    }
+
+    fn set_memory(&mut self, memory: &GuestMemory, _sealed: bool) {
+        // No ring runs, so nothing is on its way, and no queue can be missing in it.
+        let _ = self.device.set_memory(memory);
+    }
+
+    fn start_ring(
+        &mut self,
+        index: u16,
+        ring: RingSetup,
+    ) -> Result<(), Box<dyn core::error::Error + Send + Sync>> {
+        if let Some(refused) = self.refused.take() {
+            return Err(refused.into());
+        }
+        let Some(kick) = ring.kick else {
+            return Err("a ring without a kick descriptor would have to be polled".into());
+        };
+        self.interrupt.set_queue(index, ring.call);
+        let setup = QueueSetup {
+            layout: QueueLayout {
+                size: ring.size.into(),
+                descriptors: ring.descriptors,
+                available: ring.available,
+                used: ring.used,
+                addresses: AddressSpace::Guest,
+                used_log: ring.used_log.map(|log| log.guest_address()),
+            },
+            state: state_of(&ring.memory, ring.used, ring.base),
+            kick: Some(kick),
+            enabled: ring.enabled,
+        };
+        Ok(self.device.start_queue(index, setup)?)
+    }
+
+    fn stop_ring(&mut self, index: u16) -> Poll<u16> {
+        let stopped = self.device.stop_queue(index);
+        stopped.map(|state| state.unwrap_or_default().next_available)
+    }
+
+    fn enable_ring(&mut self, index: u16, enabled: bool) {
+        self.device.enable_queue(index, enabled);
+    }
+
+    fn set_call(&mut self, index: u16, call: Option<Arc<Event>>) {
+        self.interrupt.set_queue(index, call);
+    }
+
+    fn config(&self) -> NetConfig {
+        self.device.config()
+    }
+
+    fn set_mtu(&mut self, mtu: u16) -> bool {
+        self.device.set_mtu(mtu)
+    }
+
+    fn announce(&mut self, mac: [u8; 6]) {
+        self.device.announce(mac);
+    }
+
+    fn reset(&mut self) {
+        // No ring runs, so this is ready.
+        let _ = self.device.reset();
+        self.refused = None;
+    }
+}
+
+/// How far a ring is. The used index is the one that is in the ring, and what is behind it is popped
+/// again, whatever the front end says: chains are used in order, so nothing behind it was used. After
+/// the end of another back end a front end may know an older or a newer index.
+fn state_of(memory: &GuestMemory, used: u64, base: u16) -> QueueState {
+    let index = used.checked_add(2).and_then(|address| memory.slice(address, 2)?.read());
+    let next = index.map_or(base, u16::from_le_bytes);
+    QueueState { next_available: next, next_used: next }
+}
+
+/// How a connection has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The front end has closed it.
+    Closed,
+    /// The stop descriptor is readable.
+    Stopped,
+}
+
+/// Why a connection has ended before its time.
+#[derive(Debug, ThisError)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The front end has broken the protocol.
+    #[error("the front end has broken the protocol")]
+    Protocol(#[from] Error),
+    /// The interface moves no packets any more.
+    #[error("the interface moves no packets any more: {0}")]
+    Interface(CloseReason),
+    /// The interface did not release the guest's memory. What it holds stays mapped.
+    #[error("the interface did not release the guest's memory within {0:?}")]
+    Stuck(Duration),
+}
+
+/// Serves one front end on the calling thread, until it or the stop ends the connection. The thread
+/// sleeps while there is nothing to do. Returns the device, reset, for the next connection.
+///
+/// `stop` ends it when it is readable, for example a pipe or a `signalfd`. It is not read.
+///
+/// # Errors
+///
+/// [`ServeError`], with the device, which is reset in this case too.
+///
+/// # System calls
+///
+/// Beside those of the interface's engine: `recvmsg` and `sendmsg` on the socket, `mmap` and `munmap`
+/// for the guest's memory, `poll`, `epoll_wait` (`kevent` on macOS), `epoll_ctl`, `read` and `write` on
+/// events, `fstat`, `fcntl`, `close`, and what the allocator needs.
+pub fn serve_connection(
+    socket: UnixStream,
+    device: VhostUserNet,
+    settings: Settings,
+    stop: BorrowedFd<'_>,
+) -> (VhostUserNet, Result<Ended, ServeError>) {
+    let mut session = Session::new(socket, device, settings);
+    let mut result = serve(&mut session, stop);
+    if !end(&mut session) {
+        session.backend_mut().device.abandon();
+        result = Err(ServeError::Stuck(END_TIMEOUT));
+    }
+    let mut device = session.into_backend();
+    device.reset();
+    (device, result)
+}
+
+fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<Ended, ServeError> {
+    let mut progress = Progress::More;
+    let mut config = session.backend().device.config();
+    let mut polls = 0;
+    loop {
+        let moved = session.backend_mut().device.poll();
+        // It comes after the poll, which may have ended what the session waits for. What ends later
+        // lets `arm` fail, or wakes this thread.
+        if matches!(progress, Progress::More | Progress::Draining) {
+            progress = session.process()?;
+        }
+        if progress == Progress::Closed {
+            return Ok(Ended::Closed);
+        }
+        report(session, &mut config);
+        if let Some(reason) = session.backend().device.failure() {
+            return Err(ServeError::Interface(reason));
+        }
+        // A device that has work is looked at more often than the others, which cost a system call.
+        polls += 1;
+        let busy = moved.again || progress == Progress::More;
+        if busy && polls % POLLS_PER_LOOK != 0 {
+            continue;
+        }
+        let may_sleep = !busy && session.backend_mut().device.arm();
+        let timeout = match may_sleep {
+            true => moved.deadline.map(|at| at.saturating_duration_since(Instant::now())),
+            false => Some(Duration::ZERO),
+        };
+        let socket = match progress {
+            Progress::Blocked => Some((session.as_fd(), Wish::Write)),
+            // Until the device or the transfer has ended, nothing more is read.
+            Progress::Draining | Progress::Transferring => None,
+            _ => Some((session.as_fd(), Wish::Read)),
+        };
+        let transfer = session.transfer().map(|(fd, direction)| match direction {
+            StateDirection::Save => (fd, Wish::Write),
+            StateDirection::Load => (fd, Wish::Read),
+        });
+        let device = (session.backend().device.as_fd(), Wish::Read);
+        let ready = wait([Some((stop, Wish::Read)), socket, transfer, Some(device)], timeout);
+        let [is_stopped, has_message, has_transferred, _] = ready;
+        if is_stopped {
+            return Ok(Ended::Stopped);
+        }
+        if has_message || has_transferred {
+            progress = Progress::More;
+        }
+    }
+}
+
+/// Tells the front end what has changed at the device itself.
+fn report(session: &mut Session<VhostUserNet>, config: &mut NetConfig) {
+    while let Some(index) = session.backend_mut().device.take_broken_queue() {
+        session.set_needs_reset(index);
+    }
+    let now = session.backend().device.config();
+    if now != *config {
+        *config = now;
+        session.notify_config();
+    }
+}
+
+/// Ends the connection. Returns whether the guest's memory was released.
+fn end(session: &mut Session<VhostUserNet>) -> bool {
+    let began = Instant::now();
+    loop {
+        let moved = session.backend_mut().device.poll();
+        if session.end().is_ready() {
+            return true;
+        }
+        let left = END_TIMEOUT.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            return false;
+        }
+        let device = &mut session.backend_mut().device;
+        if !moved.again && device.arm() {
+            let deadline = moved.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = deadline.map_or(left, |deadline| deadline.min(left));
+            wait([Some((device.as_fd(), Wish::Read))], Some(timeout));
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! [`Window`]: the chains of a queue that are on their way, in the order in which they were popped.
+
+/// What became of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// It is in the ring.
+    Posted,
+    /// It ends with this used length.
+    Done(u32),
+    /// The ring has given it back, and nothing was received into it.
+    Cancelled,
+}
+
+/// Remembers what became of each chain until it is the chain's turn. A ring may end entries in
+/// another order than that in which they were submitted, and a chain that is dropped at once waits
+/// for those before it.
+///
+/// A chain's number counts all chains of the queue, modulo 2^32, and is the `user_data` of its entry.
+#[derive(Debug)]
+pub(super) struct Window {
+    states: Box<[State]>,
+    oldest: u32,
+    next: u32,
+    posted: u32,
+    cancelled: u32,
+}
+
+/// What is to be done with the oldest chains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Push the oldest one with this used length.
+    Push(u32),
+    /// Give up this many: all that there are. None of them was used.
+    Unpop(u16),
+    /// Wait.
+    Wait,
+}
+
+impl Window {
+    /// For a queue of this size, which is a power of two. No more chains can be on their way.
+    pub(super) fn new(size: u32) -> Self {
+        debug_assert!(size.is_power_of_two());
+        let states = vec![State::Cancelled; size as usize].into();
+        Self { states, oldest: 0, next: 0, posted: 0, cancelled: 0 }
+    }
+
+    fn place(&self, number: u32) -> usize {
+        number as usize & (self.states.len() - 1)
+    }
+
+    /// The number that the next chain gets.
+    pub(super) fn next(&self) -> u32 {
+        self.next
+    }
+
+    /// How many chains are in the ring.
+    pub(super) fn posted(&self) -> u32 {
+        self.posted
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.oldest == self.next
+    }
+
+    /// Adds the chain that was popped last.
+    pub(super) fn add(&mut self, state: State) {
+        debug_assert!(self.next.wrapping_sub(self.oldest) < self.states.len() as u32);
+        let place = self.place(self.next);
+        self.states[place] = state;
+        self.next = self.next.wrapping_add(1);
+        self.count(state, 1);
+    }
+
+    /// Ends the chain with this number, which is in the ring. Returns its place, or `None` if no
+    /// chain with this number is.
+    pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
+        let number = u32::try_from(number).ok()?;
+        let place = self.place(number);
+        let is_there = number.wrapping_sub(self.oldest) < self.next.wrapping_sub(self.oldest);
+        if !is_there || self.states[place] != State::Posted {
+            return None;
+        }
+        self.posted -= 1;
+        self.states[place] = state;
+        self.count(state, 1);
+        Some(place)
+    }
+
+    fn count(&mut self, state: State, by: u32) {
+        match state {
+            State::Posted => self.posted += by,
+            State::Cancelled => self.cancelled += by,
+            State::Done(_) => {}
+        }
+    }
+
+    /// What is to be done next. After [`Step::Push`] the chain is not in the window any more, and
+    /// after [`Step::Unpop`] none is.
+    pub(super) fn step(&mut self) -> Step {
+        if self.is_empty() {
+            return Step::Wait;
+        }
+        let oldest = self.states[self.place(self.oldest)];
+        match oldest {
+            State::Posted => Step::Wait,
+            State::Done(len) => {
+                self.oldest = self.oldest.wrapping_add(1);
+                Step::Push(len)
+            }
+            State::Cancelled => self.step_cancelled(),
+        }
+    }
+
+    #[cold]
+    fn step_cancelled(&mut self) -> Step {
+        let count = self.next.wrapping_sub(self.oldest);
+        if self.cancelled == count {
+            (self.next, self.cancelled) = (self.oldest, 0);
+            // No queue has more than 2^15 entries.
+            return Step::Unpop(count as u16);
+        }
+        if self.posted > 0 && self.cancelled + self.posted == count {
+            return Step::Wait;
+        }
+        // A later chain was used. The available index cannot move back behind it, so this one goes
+        // back empty.
+        self.cancelled -= 1;
+        self.oldest = self.oldest.wrapping_add(1);
+        Step::Push(0)
+    }
+
+    /// Whether chains came back unused, and have not been given up yet. No more are to be posted
+    /// meanwhile.
+    pub(super) fn has_cancelled(&self) -> bool {
+        self.cancelled > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn posted(count: u32) -> Window {
+        let mut window = Window::new(8);
+        (0..count).for_each(|_| window.add(State::Posted));
+        window
+    }
+
+    #[test]
+    fn chains_end_in_the_order_in_which_they_were_popped() {
+        let mut window = posted(2);
+        window.add(State::Done(0));
+        assert_eq!(window.end(1, State::Done(7)), Some(1));
+        assert_eq!(window.step(), Step::Wait);
+        assert_eq!(window.end(0, State::Done(5)), Some(0));
+        let steps: [_; 4] = std::array::from_fn(|_| window.step());
+        assert_eq!(steps, [Step::Push(5), Step::Push(7), Step::Push(0), Step::Wait]);
+    }
+
+    #[test]
+    fn numbers_that_are_not_on_their_way_are_refused() {
+        let mut window = posted(2);
+        assert_eq!(window.end(2, State::Done(0)), None);
+        assert_eq!(window.end(u64::MAX, State::Done(0)), None);
+        assert_eq!(window.end(0, State::Done(0)), Some(0));
+        assert_eq!(window.end(0, State::Done(0)), None, "it has ended already");
+    }
+
+    #[test]
+    fn cancelled_chains_are_given_up_when_nothing_is_behind_them() {
+        let mut window = posted(3);
+        window.end(0, State::Done(9));
+        window.end(1, State::Cancelled);
+        assert_eq!((window.step(), window.step()), (Step::Push(9), Step::Wait));
+        window.end(2, State::Cancelled);
+        assert_eq!((window.step(), window.step()), (Step::Unpop(2), Step::Wait));
+        assert!(window.is_empty());
+        // The numbers are given again.
+        assert_eq!(window.next(), 1);
+    }
+
+    #[test]
+    fn a_cancelled_chain_before_a_used_one_goes_back_empty() {
+        let mut window = posted(3);
+        window.end(0, State::Cancelled);
+        window.end(1, State::Done(4));
+        let steps: [_; 3] = std::array::from_fn(|_| window.step());
+        assert_eq!(steps, [Step::Push(0), Step::Push(4), Step::Wait]);
+        window.end(2, State::Cancelled);
+        assert_eq!(window.step(), Step::Unpop(1));
+    }
+
+    #[test]
+    fn numbers_wrap() {
+        let mut window = Window { oldest: u32::MAX, next: u32::MAX, ..Window::new(4) };
+        window.add(State::Posted);
+        window.add(State::Posted);
+        assert!(window.end(0, State::Done(2)).is_some());
+        assert!(window.end(u32::MAX.into(), State::Done(1)).is_some());
+        assert_eq!((window.step(), window.step()), (Step::Push(1), Step::Push(2)));
+    }
+}
