@@ -428,7 +428,8 @@ impl NetDevice {
         match role {
             Role::Receive(pair) => self.pairs[pair].rx.start(lane),
             Role::Transmit(pair) => {
-                self.pairs[pair].tx.start(lane, self.accepted.left_by_driver());
+                let ecn = self.accepted.has(Features::HOST_ECN);
+                self.pairs[pair].tx.start(lane, self.accepted.left_by_driver(), ecn);
             }
             Role::Control => self.controller.lane = Some(lane),
         }
@@ -681,6 +682,7 @@ impl NetDevice {
 
     /// Looks at what has woken the device, if it may have slept.
     fn wake_up(&mut self) {
+        self.counters.wakes.add(self.readiness.is_armed().into());
         let mut kicked = [false; PAIRS_MAX as usize * 2 + 1];
         let mut any = false;
         let notified = self.readiness.wake_up(|index| {

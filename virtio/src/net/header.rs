@@ -3,6 +3,7 @@
 use vmring::config::Offloads;
 use vmring::software::{self, Left};
 use vmring::{OFFLOAD_LEN, OffloadHeader};
+use vmring_core::offload::{F_DATA_VALID, F_NEEDS_CSUM, F_RSC_INFO};
 
 use crate::queue::Chain;
 
@@ -18,9 +19,19 @@ pub(super) enum BadPacket {
     Header,
 }
 
-/// The header of a chain that the guest sends. It may be split over any descriptors, as ANY_LAYOUT
-/// allows. The bytes are copied once, because the guest may change them between two looks.
-pub(super) fn read(chain: &Chain<'_>, left: &Offloads) -> Result<OffloadHeader, BadPacket> {
+/// A header that is true of its packet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Checked {
+    pub(super) header: OffloadHeader,
+    /// Whether it has flags that this version does not know. A device must ignore them, but not every
+    /// interface does.
+    pub(super) has_unknown_flags: bool,
+}
+
+/// The header of a chain that the guest sends. The guest may leave the work of `left` undone, and ask
+/// for ECN if `ecn`. The header may be split over any descriptors, as ANY_LAYOUT allows. The bytes are
+/// copied once, because the guest may change them between two looks.
+pub(super) fn read(chain: &Chain<'_>, left: &Offloads, ecn: bool) -> Result<Checked, BadPacket> {
     let len = chain.readable_len();
     if len <= HEADER_LEN.into() {
         return Err(BadPacket::Short);
@@ -35,14 +46,16 @@ pub(super) fn read(chain: &Chain<'_>, left: &Offloads) -> Result<OffloadHeader, 
     }
     // "The device MUST ignore flag bits that it does not recognize" (section 5.1.6.2.2).
     let header = OffloadHeader::parse_ignoring_reserved(&bytes).map_err(|_| BadPacket::Header)?;
+    let has_unknown_flags = bytes[0] & !(F_NEEDS_CSUM | F_DATA_VALID | F_RSC_INFO) != 0;
+    let checked = Checked { header, has_unknown_flags };
     // The usual packet leaves nothing to do.
     if bytes[..10] == [0; 10] {
-        return Ok(header);
+        return Ok(checked);
     }
     let packet = usize::try_from(len - u64::from(HEADER_LEN)).unwrap_or(usize::MAX);
     header.validate(packet).map_err(|_| BadPacket::Header)?;
     match software::left_by(left, &header) {
-        Left::Nothing => Ok(header),
+        Left::Nothing if ecn || !header.ecn => Ok(checked),
         _ => Err(BadPacket::Header),
     }
 }

@@ -112,6 +112,11 @@ impl Readiness {
         self.selector.remove(ring);
     }
 
+    /// Whether the device may have slept since the last [`wake_up`](Self::wake_up).
+    pub(super) fn is_armed(&self) -> bool {
+        self.armed
+    }
+
     /// Says that the device is awake. If it may have slept, the descriptors that woke it are looked at:
     /// `kicked` is called with each queue whose kick is readable. Returns whether it was notified.
     pub(super) fn wake_up(&mut self, kicked: impl FnMut(u16)) -> bool {

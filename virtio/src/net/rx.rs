@@ -107,8 +107,8 @@ impl Receiver {
     /// Posts the guest's buffers, and gives back those that have packets, about `budget` of each.
     /// Without `serving`, the posted buffers come back. Returns whether there may be more.
     pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
-        let Some(lane) = &self.lane else { return false };
-        let serving = serving && lane.enabled && !lane.stopping;
+        let serving =
+            serving && self.lane.as_ref().is_some_and(|lane| lane.enabled && !lane.stopping);
         if (!serving || self.draining) && (self.quiesce(cx).is_pending() || !serving) {
             return false;
         }
@@ -176,10 +176,11 @@ impl Receiver {
     fn reap(&mut self, cx: Context<'_>) -> u16 {
         let Self { ring, lane, logged, rest, .. } = self;
         let mut reaped = 0u16;
-        if let (Some(ring), Some(lane)) = (ring, &mut *lane) {
+        if let Some(ring) = ring {
             for done in ring.reap() {
                 reaped = reaped.saturating_add(1);
                 let (state, written) = outcome(cx, &done, rest);
+                let Some(lane) = lane.as_mut() else { continue };
                 let place = lane.window.end(done.user_data, state);
                 if let Some(list) = place.and_then(|place| logged.get(place)) {
                     mark(lane.queue.memory(), list, written);
@@ -195,6 +196,8 @@ impl Receiver {
     /// Lets the posted buffers come back: those without a packet are available again. It is ready when
     /// nothing is on its way.
     pub(super) fn quiesce(&mut self, cx: Context<'_>) -> Poll<()> {
+        // The ring is driven even if it has nothing, as it may have to do with itself.
+        self.reap(cx);
         for _ in 0..DRAIN_ROUNDS {
             if self.is_empty() {
                 break;

@@ -68,7 +68,8 @@ counters! {
     tx_disabled,
     /// Packets of the guest that the interface did not take.
     tx_errors,
-    /// Packets of the guest that were copied into a frame, because they have more than 256 segments.
+    /// Packets of the guest that were copied into a frame, because they have more than 256 segments, or
+    /// unknown flags in their headers.
     tx_copied,
     /// Chains that break the rules of virtqueues. They were returned empty.
     broken_chains,
@@ -80,6 +81,8 @@ counters! {
     /// Kicks of the guest that woke the device: signals of kick descriptors, and calls of
     /// [`Notifier::notify`](super::Notifier::notify) that were seen.
     kicks,
+    /// How often the device was polled after it had been armed for sleep.
+    wakes,
     /// Kick descriptors that nobody can signal any more. They are not waited for.
     kicks_lost,
     /// Commands on the control queue that were carried out.

@@ -6,7 +6,8 @@ use std::time::Instant;
 use vmring::config::Offloads;
 use vmring::guest::GuestBufferError;
 use vmring::{
-    CloseReason, Direction, Drive, Error, Interface, Ring, SegmentTable, SubmitErrorKind,
+    CloseReason, Direction, Drive, Error, Interface, OffloadHeader, Ring, SegmentTable,
+    SubmitErrorKind,
 };
 
 use crate::net::header::{self, BadPacket, HEADER_LEN};
@@ -32,6 +33,7 @@ pub(super) struct Transmitter {
     max_packet_size: u64,
     /// The work that the guest may leave undone.
     left: Offloads,
+    ecn: bool,
     has_virtio_header: bool,
 }
 
@@ -47,6 +49,7 @@ impl Transmitter {
             failed: None,
             max_packet_size: caps.max_packet_size.into(),
             left: Offloads::default(),
+            ecn: false,
             has_virtio_header: caps.offloads.virtio_header,
         }
     }
@@ -83,8 +86,9 @@ impl Transmitter {
         self.failed = None;
     }
 
-    pub(super) fn start(&mut self, lane: Lane, left: Offloads) {
-        (self.lane, self.left) = (Some(lane), left);
+    /// Starts with the queue of a driver that leaves this work undone, and TCP with ECN if `ecn`.
+    pub(super) fn start(&mut self, lane: Lane, left: Offloads, ecn: bool) {
+        (self.lane, self.left, self.ecn) = (Some(lane), left, ecn);
     }
 
     /// Replaces the memory. Nothing is on its way.
@@ -108,7 +112,9 @@ impl Transmitter {
     }
 
     fn take(&mut self, cx: Context<'_>, serving: bool, most: u16) -> u16 {
-        let Self { table, ring, lane, failed, max_packet_size, left, has_virtio_header, .. } = self;
+        let Self {
+            table, ring, lane, failed, max_packet_size, left, ecn, has_virtio_header, ..
+        } = self;
         let Some(lane) = lane else { return 0 };
         let ring = ring.as_mut().filter(|_| serving && lane.enabled);
         let Some(ring) = ring else {
@@ -123,6 +129,7 @@ impl Transmitter {
             failed,
             max_packet_size: *max_packet_size,
             left,
+            ecn: *ecn,
             has_virtio_header: *has_virtio_header,
         };
         lane.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
@@ -196,45 +203,61 @@ struct Sender<'t> {
     failed: &'t mut Option<CloseReason>,
     max_packet_size: u64,
     left: &'t Offloads,
+    ecn: bool,
     has_virtio_header: bool,
 }
 
 impl Sender<'_> {
     #[inline]
     fn send(&mut self, cx: Context<'_>, chain: &Chain<'_>, number: u64) -> Verdict {
-        let header = match header::read(chain, self.left) {
-            Ok(header) => header,
+        let checked = match header::read(chain, self.left, self.ecn) {
+            Ok(checked) => checked,
             Err(BadPacket::Short) => return drop_one(&cx.counters.tx_short),
             Err(BadPacket::Header) => return drop_one(&cx.counters.tx_bad_header),
         };
         if chain.readable_len() - u64::from(HEADER_LEN) > self.max_packet_size {
             return drop_one(&cx.counters.tx_too_big);
         }
-        let refused = match self.table.buffer_of(chain.readable(), HEADER_LEN) {
+        if checked.has_unknown_flags {
+            return self.send_copy(cx, chain, checked.header, number);
+        }
+        match self.table.buffer_of(chain.readable(), HEADER_LEN) {
             Ok(buffer) => match self.ring.submit_write_guest(buffer, number) {
-                Ok(()) => return Verdict::Posted,
-                Err(refused) => refused.kind,
+                Ok(()) => Verdict::Posted,
+                Err(refused) => self.refused(cx, refused.kind),
             },
-            Err(GuestBufferError::NoSlots) => return Verdict::Later,
-            Err(GuestBufferError::TooManySegments) => match self.copy(chain, header, number) {
-                None => return Verdict::Later,
-                Some(Ok(())) => {
-                    cx.counters.tx_copied.add(1);
-                    return Verdict::Posted;
-                }
-                Some(Err(kind)) => kind,
-            },
-            Err(_) => return drop_one(&cx.counters.tx_errors),
-        };
-        self.refused(cx, refused)
+            Err(GuestBufferError::NoSlots) => Verdict::Later,
+            Err(GuestBufferError::TooManySegments) => {
+                self.send_copy(cx, chain, checked.header, number)
+            }
+            Err(_) => drop_one(&cx.counters.tx_errors),
+        }
     }
 
-    /// Copies a packet of very many segments into a frame. `None` if no frame is free.
+    /// Sends a copy of a packet, which the interface cannot take from where it is.
     #[cold]
+    fn send_copy(
+        &mut self,
+        cx: Context<'_>,
+        chain: &Chain<'_>,
+        header: OffloadHeader,
+        number: u64,
+    ) -> Verdict {
+        match self.copy(chain, header, number) {
+            None => Verdict::Later,
+            Some(Ok(())) => {
+                cx.counters.tx_copied.add(1);
+                Verdict::Posted
+            }
+            Some(Err(kind)) => self.refused(cx, kind),
+        }
+    }
+
+    /// Copies a packet into a frame. `None` if no frame is free.
     fn copy(
         &mut self,
         chain: &Chain<'_>,
-        header: vmring::OffloadHeader,
+        header: OffloadHeader,
         number: u64,
     ) -> Option<Result<(), SubmitErrorKind>> {
         let mut frame = self.ring.alloc()?;
