@@ -25,9 +25,13 @@ pub struct Event {
 }
 
 impl Event {
-    /// Takes over a descriptor of the front end, on which it is signalled. `None` if it is none of the
-    /// three.
-    pub(crate) fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
+    /// Takes over a descriptor on which the other side is [signalled](Self::signal): the call of a front
+    /// end, or an `irqfd`. `None` if it is no eventfd, pipe or socket.
+    ///
+    /// # Errors
+    ///
+    /// What the system says, for example if the descriptor only names a file (`O_PATH`).
+    pub fn new(fd: OwnedFd) -> io::Result<Option<Self>> {
         let file = File::from(fd);
         let kind = sys::file_type(file.metadata()?.mode());
         match kind {
@@ -39,8 +43,13 @@ impl Event {
         Ok(Some(Self { file, kind }))
     }
 
-    /// Like [`new`](Self::new), for a descriptor that is waited for.
-    pub(crate) fn kick(fd: OwnedFd) -> io::Result<Option<Self>> {
+    /// Like [`new`](Self::new), for a descriptor that is waited for: the kick of a front end, or an
+    /// `ioeventfd`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new).
+    pub fn kick(fd: OwnedFd) -> io::Result<Option<Self>> {
         let Some(event) = Self::new(fd)? else { return Ok(None) };
         if event.kind == kind::NONE {
             // Many things of Linux have no type, and some are costly to wait for, such as an epoll

@@ -19,6 +19,7 @@ use crate::net::lane::{Context, Lane};
 use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, PAIRS_MAX};
 use crate::net::readiness::{Notifier, Readiness};
 use crate::net::rx::Receiver;
+use crate::net::snapshot::{SavedQueue, Snapshot};
 use crate::net::stats::{Counters, NetStats, StatsHandle};
 use crate::net::tx::Transmitter;
 use crate::queue::{Queue, QueueError, QueueFeatures, QueueLayout, QueueState};
@@ -542,6 +543,62 @@ impl NetDevice {
     /// [paused](Self::pause).
     pub fn queue_states(&self) -> Vec<(u16, QueueState)> {
         self.lanes().map(|lane| (lane.index, lane.queue.state())).collect()
+    }
+
+    /// What another device must know to go on with this guest, as a small number of bytes: what the
+    /// driver has set, and how far the queues are. It is whole while the device is
+    /// [paused](Self::pause). Where the queues are, the transport knows; what is in them, the guest's
+    /// memory.
+    pub fn snapshot(&self) -> Vec<u8> {
+        let mut queues: Vec<_> = (self.lanes())
+            .map(|lane| SavedQueue {
+                index: lane.index,
+                state: lane.queue.state(),
+                enabled: lane.enabled,
+            })
+            .collect();
+        queues.sort_by_key(|queue| queue.index);
+        let snapshot = Snapshot {
+            accepted: self.accepted,
+            guest_offloads: self.guest_offloads,
+            mac: self.mac,
+            mtu: self.mtu,
+            link_up: self.link_up,
+            announcing: self.announcing,
+            pairs: self.settings.queue_pairs,
+            active_pairs: self.active_pairs,
+            queues,
+        };
+        snapshot.write()
+    }
+
+    /// Takes over what [`snapshot`](Self::snapshot) returned elsewhere. No queue runs. Returns the
+    /// queues that ran there: [start](Self::start_queue) them with these states.
+    ///
+    /// # Errors
+    ///
+    /// [`NetError::Snapshot`] if the bytes are no snapshot, or if this device does not offer what the
+    /// driver uses, or [`NetError::Running`]. In these cases nothing has changed.
+    pub fn restore(&mut self, snapshot: &[u8]) -> Result<Vec<SavedQueue>, NetError> {
+        if let Some(lane) = self.lanes().next() {
+            return Err(NetError::Running { index: lane.index });
+        }
+        let snapshot = Snapshot::read(snapshot).map_err(NetError::Snapshot)?;
+        if !self.offered.has(snapshot.accepted) {
+            return Err(NetError::Snapshot("the driver uses features that are not offered here"));
+        }
+        if snapshot.pairs != self.settings.queue_pairs {
+            return Err(NetError::Snapshot("it has another number of pairs of queues"));
+        }
+        if u32::from(snapshot.mtu) > self.interface.mtu() {
+            return Err(NetError::Snapshot("the interface does not carry its MTU"));
+        }
+        let Snapshot { mac, mtu, link_up, announcing, active_pairs, .. } = snapshot;
+        self.accepted = snapshot.accepted.consistent();
+        self.guest_offloads = snapshot.guest_offloads & self.accepted;
+        (self.mac, self.mtu, self.link_up) = (mac, mtu, link_up);
+        (self.announcing, self.active_pairs) = (announcing, active_pairs);
+        Ok(snapshot.queues)
     }
 
     /// Stops every queue, and forgets everything that the driver has set, as when it writes the status

@@ -109,7 +109,11 @@ impl Receiver {
     pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
         let serving =
             serving && self.lane.as_ref().is_some_and(|lane| lane.enabled && !lane.stopping);
-        if (!serving || self.draining) && (self.quiesce(cx).is_pending() || !serving) {
+        if !serving {
+            let _ = self.quiesce(cx);
+            return false;
+        }
+        if self.draining && self.quiesce(cx).is_pending() {
             return false;
         }
         let mut left = budget;

@@ -138,6 +138,20 @@ impl Backend for VhostUserNet {
         let _ = self.device.reset();
         self.refused = None;
     }
+
+    fn save(&mut self) -> Vec<u8> {
+        self.device.snapshot()
+    }
+
+    fn load(&mut self, state: &[u8]) -> bool {
+        let accepted = self.device.accepted_features();
+        let good = self.device.restore(state).is_ok();
+        if good && accepted != Features::NONE {
+            // The front end has negotiated before, and what it says counts.
+            self.refused = self.device.set_features(accepted).err();
+        }
+        good
+    }
 }
 
 /// How far a ring is. The used index is the one that is in the ring, and what is behind it is popped
