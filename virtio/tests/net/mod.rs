@@ -1,0 +1,11 @@
+//! The virtio-net device, over real interfaces, with a driver of our own.
+
+mod basics;
+mod commands;
+mod guest;
+mod hostile;
+mod life;
+mod remote;
+mod snapshots;
+mod vhost;
+mod waking;
