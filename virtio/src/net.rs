@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod control;
+mod copying;
 mod device;
 mod features;
 mod header;

@@ -404,6 +404,19 @@ impl Queue {
     /// there is something to pop already: then look again instead of sleeping.
     #[must_use = "what came meanwhile is not notified"]
     pub fn enable_notifications(&mut self) -> bool {
+        self.ask_for_notifications() != self.next_available
+    }
+
+    /// Like [`enable_notifications`](Self::enable_notifications), for a device that has given up what
+    /// there is because it needs more. Returns whether there is something that [`fetch`](Self::fetch)
+    /// has not seen.
+    #[must_use = "what came meanwhile is not notified"]
+    pub fn enable_notifications_for_more(&mut self) -> bool {
+        self.ask_for_notifications() != self.fetched
+    }
+
+    /// Asks for notifications, and returns the available index after that.
+    fn ask_for_notifications(&mut self) -> u16 {
         if self.features.event_idx {
             self.rings.set_available_event(self.fetched);
         } else if !mem::replace(&mut self.wants_notifications, true) {
@@ -412,7 +425,7 @@ impl Queue {
         // The store of our wish comes before the load of the available index. It pairs with the
         // driver's fence between its store of the index and its load of our wish.
         fence(Ordering::SeqCst);
-        self.rings.available_index() != self.next_available
+        self.rings.available_index()
     }
 
     /// Tells the driver that notifications are not needed. It may send some all the same. With

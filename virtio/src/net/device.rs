@@ -13,12 +13,13 @@ use vmring::{CloseReason, Interface};
 use crate::config::NetConfig;
 use crate::event::Event;
 use crate::net::control::{self, Command, Controller};
+use crate::net::copying::Wanted;
 use crate::net::features::Features;
 use crate::net::interrupt::Interrupt;
 use crate::net::lane::{Context, Lane};
 use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, PAIRS_MAX};
 use crate::net::readiness::{Notifier, Readiness};
-use crate::net::rx::Receiver;
+use crate::net::rx::{Mode, Receiver};
 use crate::net::snapshot::{SavedQueue, Snapshot};
 use crate::net::stats::{Counters, NetStats, StatsHandle};
 use crate::net::tx::Transmitter;
@@ -186,6 +187,8 @@ pub struct NetDevice {
     /// How many pairs the driver uses, if it has the control queue.
     active_pairs: u16,
     paused: bool,
+    /// Whether the rings that read may be of another mode than the driver wants.
+    mode_changed: bool,
     /// Whether NEEDS_RESET was seen by the owner, by queues.
     reported: Vec<u16>,
     /// It is the last field, as rings are dropped before their interface.
@@ -243,6 +246,7 @@ impl NetDevice {
             announcing: false,
             active_pairs: 1,
             paused: false,
+            mode_changed: false,
             reported: Vec::new(),
             settings,
             interface,
@@ -438,9 +442,22 @@ impl NetDevice {
         Ok(())
     }
 
+    /// How the driver gets its packets.
+    fn receive_mode(&self) -> Mode {
+        let wanted = Wanted {
+            offloads: self.guest_offloads.accepted_by_driver(),
+            ecn: self.guest_offloads.has(Features::GUEST_ECN),
+            merging: self.accepted.has(Features::MRG_RXBUF),
+        };
+        Mode::of(&self.interface.capabilities(), wanted)
+    }
+
     fn build_ring(&mut self, role: Role) -> Result<(), vmring::Error> {
         match role {
-            Role::Receive(pair) => self.pairs[pair].rx.build(&self.interface, &self.readiness),
+            Role::Receive(pair) => {
+                let mode = self.receive_mode();
+                self.pairs[pair].rx.build(&self.interface, &self.readiness, mode)
+            }
             Role::Transmit(pair) => self.pairs[pair].tx.build(&self.interface, &self.readiness),
             Role::Control => Ok(()),
         }
@@ -701,6 +718,9 @@ impl NetDevice {
     /// Moves packets, without waiting. Each queue has its turn, with the budget of the settings.
     pub fn poll(&mut self) -> Progress {
         self.wake_up();
+        if self.mode_changed {
+            self.change_mode();
+        }
         let cx = context(&self.counters, &self.interrupt);
         let mut again = false;
         let budget = self.settings.budget;
@@ -721,6 +741,24 @@ impl NetDevice {
         let deadline = self.deadline();
         again |= deadline.is_some_and(|deadline| deadline <= Instant::now());
         Progress { again, deadline }
+    }
+
+    /// Makes the rings that read anew, after the driver has changed what it accepts.
+    #[cold]
+    fn change_mode(&mut self) {
+        let mode = self.receive_mode();
+        let cx = context(&self.counters, &self.interrupt);
+        let mut all = true;
+        for pair in self.pairs.iter_mut().filter(|pair| pair.rx.needs(mode)) {
+            if pair.rx.quiesce(cx).is_pending() {
+                all = false;
+            } else if pair.rx.build(&self.interface, &self.readiness, mode).is_err() {
+                // Without a ring nothing is received. A ring was built there before, so this is a
+                // system that has run out of memory or descriptors.
+                self.counters.rx_errors.add(1);
+            }
+        }
+        self.mode_changed = !all;
     }
 
     /// How many pairs the driver uses.

@@ -151,6 +151,18 @@ impl Features {
         offloads.uso = self.has(Self::HOST_USO);
         offloads
     }
+
+    /// The work that a driver with these features accepts undone in packets that it receives.
+    pub(super) fn accepted_by_driver(self) -> Offloads {
+        let mut offloads = Offloads::default();
+        offloads.virtio_header = true;
+        offloads.checksum = self.has(Self::GUEST_CSUM);
+        offloads.tso4 = self.has(Self::GUEST_TSO4);
+        offloads.tso6 = self.has(Self::GUEST_TSO6);
+        // One kind of header stands for both protocols.
+        offloads.uso = self.has(Self::GUEST_USO4) && self.has(Self::GUEST_USO6);
+        offloads
+    }
 }
 
 impl BitOr for Features {

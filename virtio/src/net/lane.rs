@@ -51,6 +51,16 @@ pub(super) enum Verdict {
     Later,
 }
 
+/// What [`Lane::next`] has found.
+pub(super) enum Next<R> {
+    /// A chain, and what was made of it.
+    Chain(R),
+    /// The guest has made nothing more available.
+    Nothing,
+    /// There are so many broken chains that others have their turn first.
+    Later,
+}
+
 impl Lane {
     pub(super) fn new(index: u16, queue: Queue, kick: Option<Arc<Event>>, enabled: bool) -> Self {
         let window = Window::new(queue.layout().size);
@@ -73,16 +83,7 @@ impl Lane {
         if self.broken || self.stopping || self.window.has_cancelled() {
             return 0;
         }
-        let count = match self.queue.fetch(most) {
-            Ok(count) => count,
-            Err(_) => {
-                self.broken = true;
-                cx.counters.broken_queues.add(1);
-                // DEVICE_NEEDS_RESET is set, and the driver is told (virtio 1.2, section 2.1.2).
-                cx.interrupt.config();
-                return 0;
-            }
-        };
+        let count = self.fetch(cx, most);
         for taken in 0..count {
             let verdict = match self.queue.pop() {
                 None => return taken,
@@ -103,6 +104,38 @@ impl Lane {
             }
         }
         count
+    }
+
+    /// Looks for at most `most` chains. Returns how many there are.
+    #[inline]
+    fn fetch(&mut self, cx: Context<'_>, most: u16) -> u16 {
+        self.queue.fetch(most).unwrap_or_else(|_| {
+            self.broken = true;
+            cx.counters.broken_queues.add(1);
+            // DEVICE_NEEDS_RESET is set, and the driver is told (virtio 1.2, section 2.1.2).
+            cx.interrupt.config();
+            0
+        })
+    }
+
+    /// Takes the next chain, and lets `f` see it. The caller pushes it, or gives it up.
+    pub(super) fn next<R>(&mut self, cx: Context<'_>, f: impl FnOnce(Chain<'_>) -> R) -> Next<R> {
+        if self.broken || self.stopping {
+            return Next::Nothing;
+        }
+        let mut left = BURST;
+        while left > 0 {
+            if self.fetch(cx, BURST) == 0 {
+                return Next::Nothing;
+            }
+            match self.queue.pop() {
+                Some(Ok(chain)) => return Next::Chain(f(chain)),
+                Some(Err(error)) => broken_chain(cx, error),
+                None => return Next::Nothing,
+            }
+            left -= 1;
+        }
+        Next::Later
     }
 
     /// Gives chains back whose turn it is, all at once, and interrupts the guest if it wants that.

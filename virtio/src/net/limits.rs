@@ -13,6 +13,9 @@ pub(super) const PAIRS_MAX: u16 = 128;
 pub(super) const COPY_FRAMES: usize = 16;
 /// The most segments of one buffer in a ring.
 pub(super) const SEGMENTS_MAX: usize = 256;
+/// The smallest mergeable buffers of the drivers that are known: Linux's have space for a header of 12
+/// bytes and a frame of 1,518, rounded up to a line of memory.
+pub(super) const MERGEABLE_BUFFER: u32 = 1536;
 /// How many chains a poll takes from each queue by default.
 pub(super) const BUDGET: u16 = 256;
 /// How often a ring is driven to let posted reads come back, before the caller is asked to wait.

@@ -3,15 +3,18 @@
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use vmring::config::Offloads;
+use vmring::device::Capabilities;
 use vmring::guest::{GuestMemory, GuestSlice};
 use vmring::{
     CloseReason, Completion, Direction, Drive, EntryError, Error, Interface, Ring, SegmentTable,
     Status, SubmitErrorKind,
 };
 
+use crate::net::copying::{Copier, FRAMES, Wanted};
 use crate::net::header::HEADER_LEN;
 use crate::net::lane::{BURST, Context, Lane, Verdict};
-use crate::net::limits::{DRAIN_ROUNDS, SEGMENTS_MAX, bytes_for, segments};
+use crate::net::limits::{DRAIN_ROUNDS, MERGEABLE_BUFFER, SEGMENTS_MAX, bytes_for, segments};
 use crate::net::readiness::Readiness;
 use crate::net::window::State;
 use crate::queue::Chain;
@@ -25,6 +28,9 @@ pub(super) struct Receiver {
     pub(super) lane: Option<Lane>,
     /// Why the ring takes nothing any more.
     pub(super) failed: Option<CloseReason>,
+    /// How the guest gets its packets, and the copies if it gets copies.
+    mode: Mode,
+    copier: Option<Copier>,
     /// How many bytes of a buffer a packet can fill, with its header.
     bytes: u32,
     /// Where the buffers are that are on their way, by their places in the window. It is empty if the
@@ -38,6 +44,37 @@ pub(super) struct Receiver {
     has_buffers: bool,
 }
 
+/// How a guest gets its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// The interface fills the guest's buffers, one with each packet, or several if `merging`.
+    Direct { merging: bool },
+    /// The interface fills frames, which are copied.
+    Copying(Wanted),
+}
+
+impl Mode {
+    /// The way for a guest that takes what is `wanted`.
+    pub(super) fn of(caps: &Capabilities, wanted: Wanted) -> Self {
+        let Offloads { checksum, tso4, tso6, uso, virtio_header, .. } = caps.offloads;
+        let delivers = checksum && virtio_header;
+        let takes = wanted.offloads;
+        let lacks = !takes.checksum
+            || tso4 && !takes.tso4
+            || tso6 && !takes.tso6
+            || uso && !takes.uso
+            || (tso4 || tso6) && !wanted.ecn;
+        // A driver with mergeable buffers makes them large enough for an Ethernet frame, if not for
+        // more.
+        let is_long = bytes_for(caps.max_packet_size) > MERGEABLE_BUFFER;
+        let cannot_merge = wanted.merging && !caps.merges_reads && is_long;
+        if delivers && lacks || cannot_merge {
+            return Mode::Copying(wanted);
+        }
+        Mode::Direct { merging: wanted.merging && caps.merges_reads }
+    }
+}
+
 impl Receiver {
     pub(super) fn new(interface: &Interface, depth: u32, memory: &GuestMemory) -> Self {
         let table = SegmentTable::new(memory.clone(), segments(depth));
@@ -47,6 +84,8 @@ impl Receiver {
             depth,
             lane: None,
             failed: None,
+            mode: Mode::Direct { merging: false },
+            copier: None,
             bytes: bytes_for(interface.capabilities().max_packet_size),
             logged: Box::default(),
             draining: false,
@@ -55,27 +94,42 @@ impl Receiver {
         }
     }
 
-    /// Makes the ring, if there is none.
+    /// Makes the ring, if there is none of this mode. Nothing is on its way.
     pub(super) fn build(
         &mut self,
         interface: &Interface,
         readiness: &Readiness,
+        mode: Mode,
     ) -> Result<(), Error> {
-        if self.ring.is_some() {
+        if self.ring.is_some() && self.mode == mode {
             return Ok(());
         }
-        let ring = (interface.ring(Direction::Read))
-            .read_depth(self.depth)
-            .segment_table(&self.table)
-            // Guests' buffers need none, but a ring has a pool.
-            .frames(1)
-            .drive(Drive::Inline)
-            .build()?;
+        self.dismantle(readiness);
+        let builder = interface.ring(Direction::Read).drive(Drive::Inline);
+        let max_packet_size = interface.capabilities().max_packet_size;
+        let (builder, copier) = match mode {
+            Mode::Direct { merging } => {
+                // Guests' buffers need no frames, but a ring has a pool.
+                let builder = builder.read_depth(self.depth).frames(1);
+                (builder.segment_table(&self.table).mergeable_reads(merging), None)
+            }
+            Mode::Copying(wanted) => {
+                let builder = builder.read_depth(FRAMES as u32).frames(FRAMES);
+                (builder, Some(Copier::new(wanted, max_packet_size)))
+            }
+        };
+        let ring = builder.build()?;
         readiness
             .add_ring(ring.completion_fd()?)
             .map_err(|source| Error::Io { what: "waiting for a ring", source })?;
         (self.ring, self.failed) = (Some(ring), None);
+        (self.mode, self.copier) = (mode, copier);
         Ok(())
+    }
+
+    /// Whether the ring is of another mode than this one.
+    pub(super) fn needs(&self, mode: Mode) -> bool {
+        self.ring.is_some() && self.mode != mode
     }
 
     /// Gives the ring up. Nothing is on its way.
@@ -85,6 +139,7 @@ impl Receiver {
         {
             readiness.remove_ring(fd);
         }
+        self.copier = None;
         (self.failed, self.draining, self.rest) = (None, false, 0);
     }
 
@@ -116,6 +171,9 @@ impl Receiver {
         if self.draining && self.quiesce(cx).is_pending() {
             return false;
         }
+        if self.copier.is_some() {
+            return self.poll_copies(cx, budget);
+        }
         let mut left = budget;
         loop {
             let posted = self.post(cx, left.min(BURST));
@@ -132,6 +190,30 @@ impl Receiver {
         }
     }
 
+    /// Lets frames fill, and copies what is in them. Returns whether there may be more.
+    fn poll_copies(&mut self, cx: Context<'_>, budget: u16) -> bool {
+        let mut left = budget;
+        loop {
+            let Self { ring, copier, failed, .. } = self;
+            let (Some(ring), Some(copier)) = (ring, copier) else { return false };
+            if failed.is_none()
+                && let Err(SubmitErrorKind::Closed(reason)) = copier.post(ring)
+            {
+                *failed = Some(reason);
+            }
+            self.reap(cx);
+            let (Some(copier), Some(lane)) = (&mut self.copier, &mut self.lane) else {
+                return false;
+            };
+            let delivered = copier.deliver(cx, lane, left);
+            lane.settle(cx);
+            left -= delivered;
+            if delivered == 0 || left == 0 {
+                return left == 0;
+            }
+        }
+    }
+
     /// Counts when the guest's buffers run out.
     fn count_empty(&mut self, cx: Context<'_>) {
         let Some(lane) = &self.lane else { return };
@@ -143,12 +225,15 @@ impl Receiver {
     }
 
     fn post(&mut self, cx: Context<'_>, most: u16) -> u16 {
-        let Self { table, ring, lane, failed, bytes, logged, .. } = self;
+        let Self { table, ring, lane, failed, mode, bytes, logged, .. } = self;
         let Some(lane) = lane else { return 0 };
         let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
         let mask = lane.queue.layout().size as usize - 1;
+        let merging = *mode == Mode::Direct { merging: true };
         lane.take(cx, most, |chain, number| {
-            if chain.writable_len() <= HEADER_LEN.into() {
+            // A buffer that holds a header alone is one only if more can follow.
+            let least = HEADER_LEN + u32::from(!merging);
+            if chain.writable_len() < least.into() {
                 cx.counters.rx_useless.add(1);
                 return Verdict::Dropped;
             }
@@ -178,11 +263,15 @@ impl Receiver {
     /// Lets the device work, and gives back what has a packet. Returns how many completions there
     /// were.
     fn reap(&mut self, cx: Context<'_>) -> u16 {
-        let Self { ring, lane, logged, rest, .. } = self;
+        let Self { ring, lane, logged, rest, copier, .. } = self;
         let mut reaped = 0u16;
         if let Some(ring) = ring {
             for done in ring.reap() {
                 reaped = reaped.saturating_add(1);
+                if let Some(copier) = copier {
+                    copier.take(cx, &done);
+                    continue;
+                }
                 let (state, written) = outcome(cx, &done, rest);
                 let Some(lane) = lane.as_mut() else { continue };
                 let place = lane.window.end(done.user_data, state);
@@ -234,8 +323,12 @@ impl Receiver {
         if ring.is_some_and(|ring| !ring.arm()) {
             return false;
         }
-        let lane = self.lane.as_mut().filter(|lane| lane.enabled && !quiet);
-        lane.is_none_or(|lane| lane.arm())
+        let is_served = |lane: &&mut Lane| lane.enabled && !lane.stopping && !quiet;
+        let Some(lane) = self.lane.as_mut().filter(is_served) else { return true };
+        match &mut self.copier {
+            Some(copier) => copier.arm(lane),
+            None => lane.arm(),
+        }
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
@@ -259,7 +352,7 @@ fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16) -> (State, u32) {
         Ok(len) => {
             let header = if *rest == 0 {
                 cx.counters.rx_packets.add(1);
-                *rest = more(done);
+                *rest = done.more;
                 HEADER_LEN
             } else {
                 // A later buffer of a packet has no header.
@@ -285,11 +378,6 @@ fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16) -> (State, u32) {
             (State::Done(0), 0)
         }
     }
-}
-
-/// How many of the following completions have the rest of this packet.
-fn more(_done: &Completion) -> u16 {
-    0
 }
 
 /// Enters the written bytes of a buffer into the dirty log.
