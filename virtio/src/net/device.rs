@@ -641,6 +641,7 @@ impl NetDevice {
         self.mac = self.settings.mac.unwrap_or_else(|| self.interface.mac().into_array());
         self.controller.forget();
         (self.announcing, self.active_pairs, self.paused) = (false, 1, false);
+        self.mode_changed = false;
         Poll::Ready(())
     }
 
@@ -874,6 +875,8 @@ impl NetDevice {
                 if good {
                     self.guest_offloads =
                         (wanted | Features::CSUM).consistent() & Features::GUEST_OFFLOADS;
+                    self.mode_changed = true;
+                    self.readiness.notifier().wake();
                 }
                 good
             }

@@ -182,7 +182,8 @@ fn a_guest_that_scribbles_into_its_buffers_harms_only_itself() {
                 .collect();
             assert_eq!(answers.len(), 1);
             assert_eq!(answers[0][HEADER..], answer);
-            (b.tx.collect(), c.tx.collect());
+            b.tx.collect();
+            c.tx.collect();
             a.tx.collect();
             a.rx.collect();
         }
