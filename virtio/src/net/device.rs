@@ -187,8 +187,8 @@ pub struct NetDevice {
     /// How many pairs the driver uses, if it has the control queue.
     active_pairs: u16,
     paused: bool,
-    /// Whether the rings that read may be of another mode than the driver wants.
-    mode_changed: bool,
+    /// Whether the rings that read may not be those that the driver wants.
+    rings_changed: bool,
     /// Whether NEEDS_RESET was seen by the owner, by queues.
     reported: Vec<u16>,
     /// It is the last field, as rings are dropped before their interface.
@@ -246,7 +246,7 @@ impl NetDevice {
             announcing: false,
             active_pairs: 1,
             paused: false,
-            mode_changed: false,
+            rings_changed: false,
             reported: Vec::new(),
             settings,
             interface,
@@ -454,6 +454,11 @@ impl NetDevice {
 
     fn build_ring(&mut self, role: Role) -> Result<(), vmring::Error> {
         match role {
+            // The others are made when their queues are enabled.
+            Role::Receive(pair) if pair > 0 => {
+                self.rings_changed = true;
+                Ok(())
+            }
             Role::Receive(pair) => {
                 let mode = self.receive_mode();
                 self.pairs[pair].rx.build(&self.interface, &self.readiness, mode)
@@ -476,6 +481,7 @@ impl NetDevice {
         let Ok(role) = self.role(index) else { return };
         let Some(lane) = self.lane_mut(role) else { return };
         lane.enabled = enabled;
+        self.rings_changed = true;
         if !enabled && let Role::Receive(pair) = role {
             let cx = context(&self.counters, &self.interrupt);
             let _ = self.pairs[pair].rx.quiesce(cx);
@@ -641,7 +647,7 @@ impl NetDevice {
         self.mac = self.settings.mac.unwrap_or_else(|| self.interface.mac().into_array());
         self.controller.forget();
         (self.announcing, self.active_pairs, self.paused) = (false, 1, false);
-        self.mode_changed = false;
+        self.rings_changed = false;
         Poll::Ready(())
     }
 
@@ -719,8 +725,8 @@ impl NetDevice {
     /// Moves packets, without waiting. Each queue has its turn, with the budget of the settings.
     pub fn poll(&mut self) -> Progress {
         self.wake_up();
-        if self.mode_changed {
-            self.change_mode();
+        if self.rings_changed {
+            self.change_rings();
         }
         let cx = context(&self.counters, &self.interrupt);
         let mut again = false;
@@ -744,22 +750,38 @@ impl NetDevice {
         Progress { again, deadline }
     }
 
-    /// Makes the rings that read anew, after the driver has changed what it accepts.
+    /// Whether the ring that reads for a pair is to exist. The network below spreads packets over such
+    /// rings, so a queue that gets none has none. The first pair keeps its ring, with what waits in the
+    /// network, while its queue is disabled or stopped for a moment.
+    fn reads(&self, pair: usize) -> bool {
+        let is_enabled = || self.pairs[pair].rx.lane.as_ref().is_some_and(|lane| lane.enabled);
+        pair == 0 || pair < usize::from(self.active()) && is_enabled()
+    }
+
+    /// Makes the rings that read anew, after the driver has changed what it accepts, or how many pairs
+    /// it uses.
     #[cold]
-    fn change_mode(&mut self) {
+    fn change_rings(&mut self) {
         let mode = self.receive_mode();
-        let cx = context(&self.counters, &self.interrupt);
         let mut all = true;
-        for pair in self.pairs.iter_mut().filter(|pair| pair.rx.needs(mode)) {
-            if pair.rx.quiesce(cx).is_pending() {
+        for pair in 0..self.pairs.len() {
+            let reads = self.reads(pair);
+            let cx = context(&self.counters, &self.interrupt);
+            let rx = &mut self.pairs[pair].rx;
+            if reads && (rx.lane.is_none() || rx.has_ring(mode)) {
+                continue;
+            }
+            if rx.quiesce(cx).is_pending() {
                 all = false;
-            } else if pair.rx.build(&self.interface, &self.readiness, mode).is_err() {
-                // Without a ring nothing is received. A ring was built there before, so this is a
-                // system that has run out of memory or descriptors.
+            } else if !reads {
+                rx.dismantle(&self.readiness);
+            } else if rx.build(&self.interface, &self.readiness, mode).is_err() {
+                // Without a ring nothing is received. This is a system that has run out of memory or
+                // of descriptors, or an interface that was stopped.
                 self.counters.rx_errors.add(1);
             }
         }
-        self.mode_changed = !all;
+        self.rings_changed = !all;
     }
 
     /// How many pairs the driver uses.
@@ -875,7 +897,7 @@ impl NetDevice {
                 if good {
                     self.guest_offloads =
                         (wanted | Features::CSUM).consistent() & Features::GUEST_OFFLOADS;
-                    self.mode_changed = true;
+                    self.rings_changed = true;
                     self.readiness.notifier().wake();
                 }
                 good
@@ -888,6 +910,8 @@ impl NetDevice {
 
     fn set_pairs(&mut self, pairs: u16) {
         self.active_pairs = pairs;
+        self.rings_changed = true;
+        self.readiness.notifier().wake();
         let cx = context(&self.counters, &self.interrupt);
         for pair in self.pairs.iter_mut().skip(pairs.into()) {
             let _ = pair.rx.quiesce(cx);

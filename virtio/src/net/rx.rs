@@ -101,7 +101,7 @@ impl Receiver {
         readiness: &Readiness,
         mode: Mode,
     ) -> Result<(), Error> {
-        if self.ring.is_some() && self.mode == mode {
+        if self.has_ring(mode) {
             return Ok(());
         }
         self.dismantle(readiness);
@@ -127,9 +127,9 @@ impl Receiver {
         Ok(())
     }
 
-    /// Whether the ring is of another mode than this one.
-    pub(super) fn needs(&self, mode: Mode) -> bool {
-        self.ring.is_some() && self.mode != mode
+    /// Whether there is a ring of this mode.
+    pub(super) fn has_ring(&self, mode: Mode) -> bool {
+        self.ring.is_some() && self.mode == mode
     }
 
     /// Gives the ring up. Nothing is on its way.

@@ -4,6 +4,7 @@ mod basics;
 mod commands;
 mod guest;
 mod hostile;
+mod late;
 mod life;
 mod offloads;
 mod remote;
