@@ -7,6 +7,7 @@ mod hostile;
 mod late;
 mod life;
 mod offloads;
+mod random;
 mod remote;
 mod snapshots;
 mod vhost;
