@@ -44,6 +44,10 @@ pub struct NetSettings {
     /// Whether there is a control queue. It is for transports inside the VMM. Over vhost-user the
     /// front end has it. It is off by default.
     pub control_queue: bool,
+    /// Whether the transport lets the driver reset one queue (`VIRTIO_F_RING_RESET`): by
+    /// [`stop_queue`](NetDevice::stop_queue), and [`start_queue`](NetDevice::start_queue) later. It is
+    /// off by default, and on over vhost-user.
+    pub ring_reset: bool,
     /// The MAC address that the guest is told. The default is the interface's.
     pub mac: Option<[u8; 6]>,
     /// The MTU that the guest is told, in bytes. The default is the interface's. A larger one is cut to
@@ -60,6 +64,7 @@ impl Default for NetSettings {
             queue_pairs: 1,
             depth: DEPTH,
             control_queue: false,
+            ring_reset: false,
             mac: None,
             mtu: None,
             budget: BUDGET,
@@ -237,7 +242,8 @@ impl NetDevice {
                 settings.queue_pairs,
                 settings.control_queue,
                 has_mtu,
-            ),
+            )
+            .with_if(settings.ring_reset, Features::RING_RESET),
             accepted: Features::NONE,
             guest_offloads: Features::NONE,
             mac: settings.mac.unwrap_or_else(|| interface.mac().into_array()),

@@ -41,7 +41,7 @@ impl VhostUserNet {
     ///
     /// Those of [`NetDevice::new`].
     pub fn new(interface: Interface, settings: NetSettings) -> Result<Self, NetError> {
-        let settings = NetSettings { control_queue: false, ..settings };
+        let settings = NetSettings { control_queue: false, ring_reset: true, ..settings };
         let interrupt = Arc::new(EventInterrupt::new(settings.queue_pairs.saturating_mul(2)));
         let device = NetDevice::new(interface, interrupt.clone(), settings)?;
         Ok(Self { device, interrupt, refused: None })
