@@ -197,4 +197,4 @@ pub use readiness::Notifier;
 pub use snapshot::SavedQueue;
 pub use spawn::NetThread;
 pub use stats::{NetStats, StatsHandle};
-pub use vhost_user::{Ended, ServeError, VhostUserNet, serve_connection};
+pub use vhost_user::{Ended, FrontEnd, FrontEndHandle, ServeError, VhostUserNet, serve_connection};

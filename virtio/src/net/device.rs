@@ -444,6 +444,7 @@ impl NetDevice {
             }
             Role::Control => self.controller.lane = Some(lane),
         }
+        self.change_rings();
         self.readiness.notifier().wake();
         Ok(())
     }
@@ -460,11 +461,8 @@ impl NetDevice {
 
     fn build_ring(&mut self, role: Role) -> Result<(), vmring::Error> {
         match role {
-            // The others are made when their queues are enabled.
-            Role::Receive(pair) if pair > 0 => {
-                self.rings_changed = true;
-                Ok(())
-            }
+            // The others are made when there is a queue that is enabled.
+            Role::Receive(pair) if pair > 0 => Ok(()),
             Role::Receive(pair) => {
                 let mode = self.receive_mode();
                 self.pairs[pair].rx.build(&self.interface, &self.readiness, mode)
@@ -487,11 +485,11 @@ impl NetDevice {
         let Ok(role) = self.role(index) else { return };
         let Some(lane) = self.lane_mut(role) else { return };
         lane.enabled = enabled;
-        self.rings_changed = true;
         if !enabled && let Role::Receive(pair) = role {
             let cx = context(&self.counters, &self.interrupt);
             let _ = self.pairs[pair].rx.quiesce(cx);
         }
+        self.change_rings();
         self.readiness.notifier().wake();
     }
 
@@ -774,7 +772,8 @@ impl NetDevice {
             let reads = self.reads(pair);
             let cx = context(&self.counters, &self.interrupt);
             let rx = &mut self.pairs[pair].rx;
-            if reads && (rx.lane.is_none() || rx.has_ring(mode)) {
+            // A queue that is stopped may be started again at once, as when memory is added.
+            if rx.lane.is_none() || reads && rx.has_ring(mode) {
                 continue;
             }
             if rx.quiesce(cx).is_pending() {
@@ -916,12 +915,8 @@ impl NetDevice {
 
     fn set_pairs(&mut self, pairs: u16) {
         self.active_pairs = pairs;
-        self.rings_changed = true;
+        self.change_rings();
         self.readiness.notifier().wake();
-        let cx = context(&self.counters, &self.interrupt);
-        for pair in self.pairs.iter_mut().skip(pairs.into()) {
-            let _ = pair.rx.quiesce(cx);
-        }
     }
 
     // ---- Handles ----

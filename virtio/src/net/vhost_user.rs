@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::net::interrupt::EventInterrupt;
 use crate::queue::{AddressSpace, QueueLayout, QueueState};
 use crate::selector::{Wish, wait};
 use crate::vhost_user::message::StateDirection;
-use crate::vhost_user::{Backend, Error, Progress, RingSetup, Session, Settings};
+use crate::vhost_user::{Backend, Error, Progress, RingSetup, Session, SessionStats, Settings};
 
 /// How often a busy device is polled before the socket and the stop are looked at.
 const POLLS_PER_LOOK: u32 = 16;
@@ -32,6 +32,38 @@ pub struct VhostUserNet {
     interrupt: Arc<EventInterrupt>,
     /// Why the front end's features are not served.
     refused: Option<NetError>,
+    front_end: FrontEndHandle,
+}
+
+/// What is known of the front end of a device, for a report.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FrontEnd {
+    /// Whether there is a connection.
+    pub connected: bool,
+    /// What the front end has negotiated.
+    pub features: Features,
+    /// The MAC address that it is told.
+    pub mac: [u8; 6],
+    /// Whether there is memory, and every file of it is sealed against shrinking.
+    pub sealed: bool,
+    /// What the session has counted.
+    pub session: SessionStats,
+}
+
+/// Tells any thread about the front end of a device, also after the device is gone.
+#[derive(Clone, Debug, Default)]
+pub struct FrontEndHandle(Arc<Mutex<FrontEnd>>);
+
+impl FrontEndHandle {
+    /// What was known after the last message.
+    pub fn get(&self) -> FrontEnd {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut FrontEnd)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+    }
 }
 
 impl VhostUserNet {
@@ -44,13 +76,20 @@ impl VhostUserNet {
         let settings = NetSettings { control_queue: false, ring_reset: true, ..settings };
         let interrupt = Arc::new(EventInterrupt::new(settings.queue_pairs.saturating_mul(2)));
         let device = NetDevice::new(interface, interrupt.clone(), settings)?;
-        Ok(Self { device, interrupt, refused: None })
+        let front_end = FrontEndHandle::default();
+        front_end.change(|front_end| front_end.mac = device.config().mac);
+        Ok(Self { device, interrupt, refused: None, front_end })
     }
 
     /// The settings of a session with this device. Change `config`, `memory_max` and `demand_seals` as
     /// you need them.
     pub fn session_settings(&self) -> Settings {
         Settings::new(self.device.queue_pairs())
+    }
+
+    /// Tells any thread about the front end.
+    pub fn front_end(&self) -> FrontEndHandle {
+        self.front_end.clone()
     }
 
     /// The device.
@@ -64,6 +103,13 @@ impl VhostUserNet {
     }
 }
 
+impl VhostUserNet {
+    fn publish(&self, session: SessionStats) {
+        let mac = self.device.config().mac;
+        self.front_end.change(|front_end| (front_end.session, front_end.mac) = (session, mac));
+    }
+}
+
 impl Backend for VhostUserNet {
     fn features(&self) -> u64 {
         self.device.features().bits()
@@ -72,10 +118,14 @@ impl Backend for VhostUserNet {
     fn set_features(&mut self, features: u64) {
         // The session has seen that nothing else was offered. What is missing is said when a ring
         // starts, because only that can be refused.
-        self.refused = self.device.set_features(Features::from_bits(features)).err();
+        let features = Features::from_bits(features);
+        self.refused = self.device.set_features(features).err();
+        self.front_end.change(|front_end| front_end.features = features);
     }
 
-    fn set_memory(&mut self, memory: &GuestMemory, _sealed: bool) {
+    fn set_memory(&mut self, memory: &GuestMemory, sealed: bool) {
+        let sealed = sealed && !memory.regions().is_empty();
+        self.front_end.change(|front_end| front_end.sealed = sealed);
         // No ring runs, so nothing is on its way, and no queue can be missing in it.
         let _ = self.device.set_memory(memory);
     }
@@ -190,7 +240,10 @@ pub enum ServeError {
 /// Serves one front end on the calling thread, until it or the stop ends the connection. The thread
 /// sleeps while there is nothing to do. Returns the device, reset, for the next connection.
 ///
-/// `stop` ends it when it is readable, for example a pipe or a `signalfd`. It is not read.
+/// `stop` ends it when it is readable, for example a pipe or a `signalfd`. It is not read. At the end,
+/// whatever its reason, every ring is stopped and the guest's memory is unmapped. That waits for packets
+/// that the interface is sending, for 5 seconds and then for the close timeout of a ring (2 seconds). What
+/// the interface holds even after that is leaked on purpose, and its memory stays mapped.
 ///
 /// # Errors
 ///
@@ -207,6 +260,9 @@ pub fn serve_connection(
     settings: Settings,
     stop: BorrowedFd<'_>,
 ) -> (VhostUserNet, Result<Ended, ServeError>) {
+    device.front_end.change(|front_end| {
+        *front_end = FrontEnd { connected: true, ..FrontEnd::default() };
+    });
     let mut session = Session::new(socket, device, settings);
     let mut result = serve(&mut session, stop);
     if !end(&mut session) {
@@ -215,6 +271,7 @@ pub fn serve_connection(
     }
     let mut device = session.into_backend();
     device.reset();
+    device.front_end.change(|front_end| front_end.connected = false);
     (device, result)
 }
 
@@ -227,7 +284,9 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
         // It comes after the poll, which may have ended what the session waits for. What ends later
         // lets `arm` fail, or wakes this thread.
         if matches!(progress, Progress::More | Progress::Draining) {
-            progress = session.process()?;
+            let processed = session.process();
+            session.backend().publish(session.stats());
+            progress = processed?;
         }
         if progress == Progress::Closed {
             return Ok(Ended::Closed);

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use vmring::{GuestMmap, Interface};
 use vmring_core::guest::{GuestMemory, GuestRegion};
 use vmring_virtio::net::{
-    Ended, Features, NetSettings, ServeError, StatsHandle, VhostUserNet, serve_connection,
+    Ended, Features, FrontEndHandle, NetSettings, ServeError, StatsHandle, VhostUserNet,
+    serve_connection,
 };
 use vmring_virtio::vhost_user::features::{LOG_ALL, PROTOCOL_FEATURES, ProtocolFeature};
 
@@ -33,6 +34,7 @@ pub(crate) struct Server {
     thread: Option<JoinHandle<Served>>,
     stop: Option<PipeWriter>,
     pub(crate) stats: StatsHandle,
+    pub(crate) front_end: FrontEndHandle,
 }
 
 impl Server {
@@ -45,12 +47,12 @@ impl Server {
     pub(crate) fn with(device: VhostUserNet) -> (Self, UnixStream) {
         let (own, socket) = UnixStream::pair().expect("a pair of sockets");
         let (stopped, stop) = pipe().expect("a pipe");
-        let stats = device.device().stats_handle();
+        let (stats, front_end) = (device.device().stats_handle(), device.front_end());
         let mut settings = device.session_settings();
         settings.config = true;
         let thread =
             std::thread::spawn(move || serve_connection(socket, device, settings, stopped.as_fd()));
-        (Self { thread: Some(thread), stop: Some(stop), stats }, own)
+        (Self { thread: Some(thread), stop: Some(stop), stats, front_end }, own)
     }
 
     /// Stops it. The front end may still be there.
@@ -130,6 +132,11 @@ impl Remote {
 
     /// Negotiates, and starts nothing.
     pub(crate) fn over(socket: UnixStream, file: File, without: Features) -> Self {
+        Self::wide(socket, file, without, 2)
+    }
+
+    /// As [`over`](Self::over), with this many rings.
+    pub(crate) fn wide(socket: UnixStream, file: File, without: Features, rings: u16) -> Self {
         let frontend = Frontend::on(socket);
         let regions_here = regions().map(|region| {
             let map = GuestMmap::file(&file, region.mmap_offset, region.size as usize);
@@ -138,9 +145,12 @@ impl Remote {
         let memory = GuestMemory::new(regions_here).expect("regions");
         let (features, mac) = negotiate(&frontend, without);
         frontend.send(&Sent::table(&regions()).with(&file).with(&file));
-        let rings = (0..2)
+        let rings = (0..rings)
             .map(|index| {
                 let driver = guest::driver(&memory, index, SIZE, features, 0);
+                // Two queues of one kind share an arena's half.
+                let arena = ARENA + u64::from(index) * 0x10_0000;
+                let driver = if index < 2 { driver } else { driver.with_arena(arena) };
                 let ((kick_end, kick), (call, call_end)) = (pipe().unwrap(), pipe().unwrap());
                 Ring { driver, kick, call, kick_end, call_end }
             })

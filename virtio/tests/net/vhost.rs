@@ -3,12 +3,13 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use vmring_virtio::net::{Ended, Features, ServeError};
+use vmring_virtio::net::{Ended, Features, NetSettings, ServeError, VhostUserNet};
 use vmring_virtio::vhost_user::features::{LOG_ALL, PROTOCOL_FEATURES};
 
 use crate::frontend::*;
 use crate::net::guest::{frame, interface, readable};
 use crate::net::remote::{Remote, Server, regions};
+use crate::net::wire::wire;
 use crate::support::{LONG, guarded};
 
 /// Two guests on one network, each behind a server.
@@ -320,5 +321,94 @@ fn the_state_of_a_device_goes_to_another_server() {
             drop(writer);
             assert_eq!(check(&to), answer);
         }
+    });
+}
+
+#[test]
+fn a_report_knows_the_front_end() {
+    guarded("a report", || {
+        let (mut server, socket) = Server::new(interface("report"));
+        let handle = server.front_end.clone();
+        let remote = Remote::new(socket, Features::EVENT_IDX);
+        remote.sync();
+        let known = handle.get();
+        assert!(known.connected && !known.sealed, "a file without seals: {known:?}");
+        assert_eq!((known.features, known.mac), (remote.features, remote.mac));
+        assert!(known.session.messages > 10);
+        drop(remote);
+        assert!(matches!(server.join().1, Ok(Ended::Closed)));
+        assert!(!handle.get().connected);
+    });
+}
+
+/// Front ends start the rings of all pairs, and enable those that the guest uses.
+#[test]
+fn pairs_are_enabled_one_by_one() {
+    guarded("several pairs", || {
+        let ([interface, _], control) = wire(|caps| caps.reading_rings = 2);
+        let mut settings = NetSettings::default();
+        settings.queue_pairs = 2;
+        let device = VhostUserNet::new(interface, settings).unwrap();
+        let (_server, socket) = Server::with(device);
+        let mut remote = Remote::wide(socket, memory(0x90_0000), Features::NONE, 4);
+        assert!(remote.features.has(Features::MQ));
+        for index in 0..4 {
+            remote.set_up(index, 0);
+        }
+        (0..2).for_each(|index| remote.enable(index, true));
+        for index in [0, 2] {
+            let ring = &mut remote.rings[index];
+            (0..20).for_each(|_| assert!(ring.driver.post(&[(2048, true)], None).is_some()));
+            ring.driver.expose();
+            remote.kick(index);
+        }
+        remote.sync();
+        let mut used = [0; 2];
+        let mut send = |remote: &Remote, expected: [u16; 2]| {
+            for flow in 0..2 {
+                let mut packet = frame([2; 6], [4; 6], 60, 0);
+                packet[14] = flow;
+                control.inject(0, [0; 12], packet);
+            }
+            (used[0], used[1]) = (used[0] + expected[0], used[1] + expected[1]);
+            let began = std::time::Instant::now();
+            let now = || [0, 2].map(|index| remote.rings[index].driver.used_index());
+            while now() != used {
+                assert!(began.elapsed() < LONG, "{:?} instead of {used:?}", now());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        send(&remote, [2, 0]);
+        (2..4).for_each(|index| remote.enable(index, true));
+        remote.sync();
+        send(&remote, [1, 1]);
+        (2..4).for_each(|index| remote.enable(index, false));
+        remote.sync();
+        send(&remote, [2, 0]);
+    });
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_front_end_that_waits() {
+    guarded("a stop", || {
+        let ([interface, _other], control) = wire(|_| {});
+        let device = VhostUserNet::new(interface, NetSettings::default()).unwrap();
+        let (server, socket) = Server::with(device);
+        let mut remote = Remote::new(socket, Features::NONE);
+        remote.sync();
+        control.hold(true);
+        remote.send(&frame(remote.mac, [2, 0, 0, 0, 0, 9], 100, 1));
+        std::thread::sleep(Duration::from_millis(50));
+        // The session waits for the packet, and then for nothing.
+        remote.frontend.send(&Sent::state(GET_VRING_BASE, 1, 0));
+        std::thread::sleep(Duration::from_millis(50));
+        let releases = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            control.hold(false);
+        });
+        let (_, ended) = server.stop();
+        assert!(matches!(ended, Ok(Ended::Stopped)), "{ended:?}");
+        releases.join().unwrap();
+        assert_eq!(remote.rings[1].driver.used_index(), 1);
     });
 }
