@@ -781,9 +781,10 @@ impl NetDevice {
             } else if !reads {
                 rx.dismantle(&self.readiness);
             } else if rx.build(&self.interface, &self.readiness, mode).is_err() {
-                // Without a ring nothing is received. This is a system that has run out of memory or
-                // of descriptors, or an interface that was stopped.
+                // Without a ring nothing is received: the system has run out of memory or of
+                // descriptors, or the interface was stopped.
                 self.counters.rx_errors.add(1);
+                rx.failed = Some(CloseReason::Stopped);
             }
         }
         self.rings_changed = !all;
@@ -805,24 +806,28 @@ impl NetDevice {
 
     /// Looks at what has woken the device, if it may have slept.
     fn wake_up(&mut self) {
-        self.counters.wakes.add(self.readiness.is_armed().into());
-        let mut kicked = [false; PAIRS_MAX as usize * 2 + 1];
-        let mut any = false;
-        let notified = self.readiness.wake_up(|index| {
-            if let Some(kicked) = kicked.get_mut(usize::from(index)) {
-                (*kicked, any) = (true, true);
-            }
-        });
-        self.counters.kicks.add(notified.into());
-        if any {
-            for index in (0..self.queue_count()).filter(|index| kicked[usize::from(*index)]) {
-                self.clear_kick(index);
-            }
+        if self.readiness.is_armed() {
+            self.collect_kicks();
         }
+        self.counters.kicks.add(self.readiness.take_notified().into());
         for pair in &mut self.pairs {
             for lane in [&mut pair.rx.lane, &mut pair.tx.lane].into_iter().flatten() {
                 lane.queue.disable_notifications();
             }
+        }
+    }
+
+    #[cold]
+    fn collect_kicks(&mut self) {
+        self.counters.wakes.add(1);
+        let mut kicked = [false; PAIRS_MAX as usize * 2 + 1];
+        self.readiness.wake_up(|index| {
+            if let Some(kicked) = kicked.get_mut(usize::from(index)) {
+                *kicked = true;
+            }
+        });
+        for index in (0..self.queue_count()).filter(|index| kicked[usize::from(*index)]) {
+            self.clear_kick(index);
         }
     }
 

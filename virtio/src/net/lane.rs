@@ -78,32 +78,41 @@ impl Lane {
         most: u16,
         mut serve: impl FnMut(Chain<'_>, u32) -> Verdict,
     ) -> u16 {
-        self.blocked = false;
-        // Nothing is behind a chain that is to be given up.
-        if self.broken || self.stopping || self.window.has_cancelled() {
+        // Nothing is behind a chain that is to be given up. The ring gives back what is before it.
+        self.blocked = self.window.has_cancelled();
+        if self.broken || self.stopping || self.blocked {
             return 0;
         }
-        let count = self.fetch(cx, most);
-        for taken in 0..count {
-            let verdict = match self.queue.pop() {
-                None => return taken,
-                Some(Err(error)) => {
-                    broken_chain(cx, error);
-                    continue;
+        let mut taken = 0;
+        // A burst may begin with what is left of the one before, and go on with what is new.
+        while taken < most {
+            let count = self.fetch(cx, most - taken);
+            if count == 0 {
+                break;
+            }
+            for _ in 0..count {
+                let verdict = match self.queue.pop() {
+                    None => return taken,
+                    Some(Err(error)) => {
+                        broken_chain(cx, error);
+                        taken += 1;
+                        continue;
+                    }
+                    Some(Ok(chain)) => serve(chain, self.window.next()),
+                };
+                match verdict {
+                    Verdict::Posted => self.window.add(State::Posted),
+                    Verdict::Dropped => self.window.add(State::Done(0)),
+                    Verdict::Later => {
+                        self.queue.unpop(1);
+                        self.blocked = true;
+                        return taken;
+                    }
                 }
-                Some(Ok(chain)) => serve(chain, self.window.next()),
-            };
-            match verdict {
-                Verdict::Posted => self.window.add(State::Posted),
-                Verdict::Dropped => self.window.add(State::Done(0)),
-                Verdict::Later => {
-                    self.queue.unpop(1);
-                    self.blocked = true;
-                    return taken;
-                }
+                taken += 1;
             }
         }
-        count
+        taken
     }
 
     /// Looks for at most `most` chains. Returns how many there are.

@@ -117,20 +117,17 @@ impl Readiness {
         self.armed
     }
 
-    /// Says that the device is awake. If it may have slept, the descriptors that woke it are looked at:
-    /// `kicked` is called with each queue whose kick is readable. Returns whether it was notified.
-    pub(super) fn wake_up(&mut self, kicked: impl FnMut(u16)) -> bool {
-        if self.armed {
-            self.collect(kicked);
-        }
+    /// Whether somebody has notified since the last call.
+    pub(super) fn take_notified(&self) -> bool {
         // Acquire: pairs with the Release in `wake`. The look at the queues, which follows, sees what
         // was made available before the notification.
         self.shared.notified.load(Ordering::Relaxed) != 0
             && self.shared.notified.swap(0, Ordering::Acquire) != 0
     }
 
-    #[cold]
-    fn collect(&mut self, mut kicked: impl FnMut(u16)) {
+    /// Says that the device is awake after it may have slept, and calls `kicked` with each queue whose
+    /// kick is readable.
+    pub(super) fn wake_up(&mut self, mut kicked: impl FnMut(u16)) {
         self.armed = false;
         self.shared.bell.disarm();
         let mut is_woken = false;

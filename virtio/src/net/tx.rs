@@ -103,10 +103,16 @@ impl Transmitter {
         loop {
             let most = left.min(BURST);
             let taken = self.take(cx, serving, most);
-            self.reap(cx);
+            let ended = self.reap(cx);
             left -= taken;
-            if taken < most || left == 0 {
-                return taken == most;
+            if left == 0 {
+                return true;
+            }
+            // If the ring was full, what has ended has made space. Otherwise nothing would wake the
+            // device for the rest.
+            let has_space = ended > 0 && self.lane.as_ref().is_some_and(|lane| lane.blocked);
+            if taken < most && !has_space {
+                return false;
             }
         }
     }
@@ -135,11 +141,13 @@ impl Transmitter {
         lane.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
     }
 
-    /// Lets the device work, and gives back what it has ended.
-    fn reap(&mut self, cx: Context<'_>) {
+    /// Lets the device work, and gives back what it has ended. Returns how many packets that are.
+    fn reap(&mut self, cx: Context<'_>) -> u32 {
         let Self { ring, lane, .. } = self;
+        let mut ended = 0;
         if let Some(ring) = ring {
             for done in ring.reap() {
+                ended += 1;
                 if done.user_data == OWN {
                     match done.result {
                         Ok(_) => cx.counters.announcements.add(1),
@@ -163,6 +171,7 @@ impl Transmitter {
         if let Some(lane) = lane {
             lane.settle(cx);
         }
+        ended
     }
 
     /// Lets what is on its way end. It is ready when nothing is.

@@ -32,6 +32,8 @@ pub struct VhostUserNet {
     interrupt: Arc<EventInterrupt>,
     /// Why the front end's features are not served.
     refused: Option<NetError>,
+    /// Whether the front end cannot read the configuration space.
+    hides_config: bool,
     front_end: FrontEndHandle,
 }
 
@@ -78,7 +80,7 @@ impl VhostUserNet {
         let device = NetDevice::new(interface, interrupt.clone(), settings)?;
         let front_end = FrontEndHandle::default();
         front_end.change(|front_end| front_end.mac = device.config().mac);
-        Ok(Self { device, interrupt, refused: None, front_end })
+        Ok(Self { device, interrupt, refused: None, hides_config: false, front_end })
     }
 
     /// The settings of a session with this device. Change `config`, `memory_max` and `demand_seals` as
@@ -112,7 +114,13 @@ impl VhostUserNet {
 
 impl Backend for VhostUserNet {
     fn features(&self) -> u64 {
-        self.device.features().bits()
+        let features = self.device.features();
+        match self.hides_config {
+            // User-mode Linux would read a MAC address and a status that nobody has written. Front ends
+            // that have a space of their own, such as QEMU, add these bits themselves.
+            true => features.without(Features::MAC | Features::STATUS).bits(),
+            false => features.bits(),
+        }
     }
 
     fn set_features(&mut self, features: u64) {
@@ -256,10 +264,11 @@ pub enum ServeError {
 /// events, `fstat`, `fcntl`, `close`, and what the allocator needs.
 pub fn serve_connection(
     socket: UnixStream,
-    device: VhostUserNet,
+    mut device: VhostUserNet,
     settings: Settings,
     stop: BorrowedFd<'_>,
 ) -> (VhostUserNet, Result<Ended, ServeError>) {
+    device.hides_config = !settings.config;
     device.front_end.change(|front_end| {
         *front_end = FrontEnd { connected: true, ..FrontEnd::default() };
     });

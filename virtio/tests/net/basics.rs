@@ -228,6 +228,22 @@ fn more_buffers_than_the_ring_takes_wait_in_the_queue() {
     assert_eq!(came, packets);
 }
 
+/// A ring that was full when a packet was taken, and is not any more, is no reason to sleep.
+#[test]
+fn packets_behind_a_full_ring_are_sent_without_another_kick() {
+    for depth in [1, 2, 32] {
+        let mut options = Options::default();
+        options.settings.depth = depth;
+        let [mut a, mut b] = [0, 1].map(|_| Guest::with(interface("full ring"), &options));
+        b.fill(&one_buffer(2048), 200);
+        poll_both(&mut a, &mut b);
+        let packets: Vec<_> = (0..100).map(|n| a.frame_to(b.mac(), 60, n)).collect();
+        packets.iter().for_each(|packet| a.send(packet));
+        a.poll();
+        assert_eq!(a.tx.collect().len(), 100, "{depth}");
+    }
+}
+
 #[test]
 fn a_packet_costs_no_allocation() {
     let [mut a, mut b] = pair("allocations");

@@ -45,11 +45,16 @@ impl Server {
     }
 
     pub(crate) fn with(device: VhostUserNet) -> (Self, UnixStream) {
+        Self::with_config(device, true)
+    }
+
+    /// Offers the configuration space, or not.
+    pub(crate) fn with_config(device: VhostUserNet, config: bool) -> (Self, UnixStream) {
         let (own, socket) = UnixStream::pair().expect("a pair of sockets");
         let (stopped, stop) = pipe().expect("a pipe");
         let (stats, front_end) = (device.device().stats_handle(), device.front_end());
         let mut settings = device.session_settings();
-        settings.config = true;
+        settings.config = config;
         let thread =
             std::thread::spawn(move || serve_connection(socket, device, settings, stopped.as_fd()));
         (Self { thread: Some(thread), stop: Some(stop), stats, front_end }, own)

@@ -416,3 +416,21 @@ fn a_stop_does_not_wait_for_a_front_end_that_waits() {
         assert_eq!(remote.rings[1].driver.used_index(), 1);
     });
 }
+
+/// A front end that cannot read the space gets no features whose values are in it.
+#[test]
+fn a_hidden_configuration_space_promises_nothing() {
+    guarded("a hidden configuration", || {
+        let in_space = Features::MAC | Features::STATUS;
+        for config in [true, false] {
+            let device = VhostUserNet::new(interface("hidden"), NetSettings::default()).unwrap();
+            let (_server, socket) = Server::with_config(device, config);
+            let frontend = Frontend::on(socket);
+            frontend.send(&Sent::new(GET_FEATURES, []));
+            let offered = Features::from_bits(frontend.reply().number());
+            assert_eq!(offered.has(in_space), config);
+            assert!(offered.has(Features::MRG_RXBUF | Features::MTU | Features::RING_RESET));
+            assert!(!offered.has(Features::CTRL_VQ));
+        }
+    });
+}
