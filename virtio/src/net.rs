@@ -177,6 +177,7 @@ mod copying;
 mod device;
 mod features;
 mod header;
+mod idle;
 mod interrupt;
 mod lane;
 mod limits;

@@ -1,6 +1,6 @@
 //! [`Controller`]: the control queue, for drivers of a transport inside the VMM.
 
-use crate::net::lane::{BURST, Context, Lane, Verdict};
+use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
 
@@ -81,14 +81,14 @@ impl Controller {
     }
 
     /// Takes commands, at most a burst of them, and answers each. `carry_out` returns whether the
-    /// driver may give the command. Returns whether there may be more.
+    /// driver may give the command.
     pub(super) fn poll(
         &mut self,
         cx: Context<'_>,
         mut carry_out: impl FnMut(Command) -> bool,
-    ) -> bool {
+    ) -> Turn {
         let Self { lane, bytes } = self;
-        let Some(lane) = lane else { return false };
+        let Some(lane) = lane else { return Turn::default() };
         let mut answered = Vec::new();
         let taken = lane.take(cx, BURST, |chain, number| {
             copy(&chain, bytes);
@@ -105,7 +105,7 @@ impl Controller {
             lane.window.end(number.into(), State::Done(len));
         }
         lane.settle(cx);
-        taken == BURST
+        Turn { moved: taken > 0, again: taken == BURST }
     }
 }
 

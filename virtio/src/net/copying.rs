@@ -111,7 +111,7 @@ impl Copier {
     pub(super) fn deliver(&mut self, cx: Context<'_>, lane: &mut Lane, budget: u16) -> u16 {
         let Self { wanted, waiting, segment, lacks_buffers } = self;
         let mut delivered = 0;
-        *lacks_buffers = false;
+        let lacked = std::mem::take(lacks_buffers);
         while delivered < budget
             && let Some(first) = waiting.front_mut()
         {
@@ -135,6 +135,8 @@ impl Copier {
                 Err(Copied::Later) => break,
                 Err(Copied::NoBuffers) => {
                     *lacks_buffers = true;
+                    // It is counted when they run out, and not at each look.
+                    cx.counters.rx_no_buffer.add((!lacked).into());
                     break;
                 }
             }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use thiserror::Error as ThisError;
 use vmring::guest::GuestMemory;
-use vmring::{CloseReason, Interface};
+use vmring::{CloseReason, IdlePolicy, Interface};
 
 use crate::config::NetConfig;
 use crate::event::Event;
@@ -16,8 +16,8 @@ use crate::net::control::{self, Command, Controller};
 use crate::net::copying::Wanted;
 use crate::net::features::Features;
 use crate::net::interrupt::Interrupt;
-use crate::net::lane::{Context, Lane};
-use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, PAIRS_MAX};
+use crate::net::lane::{Context, Lane, Turn};
+use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, IDLE, PAIRS_MAX};
 use crate::net::readiness::{Notifier, Readiness};
 use crate::net::rx::{Mode, Receiver};
 use crate::net::snapshot::{SavedQueue, Snapshot};
@@ -56,6 +56,9 @@ pub struct NetSettings {
     /// How many chains [`NetDevice::poll`] takes from each queue, before it lets others have their
     /// turn. The default is 256.
     pub budget: u16,
+    /// How a thread of this crate waits before it sleeps, in polls that move nothing. The default is 16
+    /// polls that yield the processor in between, which is some ten microseconds.
+    pub idle: IdlePolicy,
 }
 
 impl Default for NetSettings {
@@ -68,6 +71,7 @@ impl Default for NetSettings {
             mac: None,
             mtu: None,
             budget: BUDGET,
+            idle: IDLE,
         }
     }
 }
@@ -79,6 +83,9 @@ pub struct Progress {
     /// There may be more to do now: poll again, after others had their turn. Otherwise
     /// [`arm`](NetDevice::arm), and sleep until the descriptor is readable.
     pub again: bool,
+    /// Whether anything was taken from the guest or given back to it. A loop that would rather wait a
+    /// little than sleep counts the polls without it.
+    pub moved: bool,
     /// Poll at this time, even if the descriptor is not readable.
     pub deadline: Option<Instant>,
 }
@@ -733,25 +740,25 @@ impl NetDevice {
             self.change_rings();
         }
         let cx = context(&self.counters, &self.interrupt);
-        let mut again = false;
+        let mut turn = Turn::default();
         let budget = self.settings.budget;
         let active = usize::from(self.active());
         for (number, pair) in self.pairs.iter_mut().enumerate() {
             let serving = self.link_up && number < active;
-            again |= pair.rx.poll(cx, serving && !self.paused, budget);
+            turn |= pair.rx.poll(cx, serving && !self.paused, budget);
             if self.paused {
                 // What is on its way ends.
                 let _ = pair.tx.quiesce(cx);
             } else {
-                again |= pair.tx.poll(cx, serving, budget);
+                turn |= pair.tx.poll(cx, serving, budget);
             }
         }
         if !self.paused && self.controller.lane.is_some() {
-            again |= self.serve_commands();
+            turn |= self.serve_commands();
         }
         let deadline = self.deadline();
-        again |= deadline.is_some_and(|deadline| deadline <= Instant::now());
-        Progress { again, deadline }
+        let is_due = deadline.is_some_and(|deadline| deadline <= Instant::now());
+        Progress { again: turn.again || is_due, moved: turn.moved, deadline }
     }
 
     /// Whether the ring that reads for a pair is to exist. The network below spreads packets over such
@@ -864,15 +871,14 @@ impl NetDevice {
         control.is_none_or(Lane::arm) && self.readiness.arm()
     }
 
-    fn serve_commands(&mut self) -> bool {
-        let mut again = false;
+    fn serve_commands(&mut self) -> Turn {
         let mut controller = std::mem::take(&mut self.controller);
         let counters = self.counters.clone();
         let interrupt = self.interrupt.clone();
         let cx = context(&counters, &interrupt);
-        again |= controller.poll(cx, |command| self.carry_out(command));
+        let turn = controller.poll(cx, |command| self.carry_out(command));
         self.controller = controller;
-        again
+        turn
     }
 
     /// Carries a command of the driver out. Returns whether it is one that it may give.
@@ -925,6 +931,11 @@ impl NetDevice {
     }
 
     // ---- Handles ----
+
+    /// How the device was made. What exceeds the interface was cut to it.
+    pub fn settings(&self) -> &NetSettings {
+        &self.settings
+    }
 
     /// Tells the device that the guest has notified it, from any thread.
     pub fn notifier(&self) -> Notifier {

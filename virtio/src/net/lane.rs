@@ -1,5 +1,6 @@
 //! [`Lane`]: a queue that runs, with what is on its way in it.
 
+use core::ops::BitOrAssign;
 use std::sync::Arc;
 
 use crate::event::Event;
@@ -21,6 +22,22 @@ const SEGMENTS_MAX: usize = 2048;
 pub(super) struct Context<'d> {
     pub(super) counters: &'d Counters,
     pub(super) interrupt: &'d dyn Interrupt,
+}
+
+/// What one turn of a queue has reached.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Turn {
+    /// Whether anything was taken, or given back.
+    pub(super) moved: bool,
+    /// Whether there may be more.
+    pub(super) again: bool,
+}
+
+impl BitOrAssign for Turn {
+    fn bitor_assign(&mut self, other: Self) {
+        self.moved |= other.moved;
+        self.again |= other.again;
+    }
 }
 
 /// A queue that runs.

@@ -1,5 +1,7 @@
 //! Sizes and bounds of a device.
 
+use vmring::IdlePolicy;
+
 use crate::net::header::HEADER_LEN;
 
 /// How many reads and how many writes of a pair may be in its rings, by default.
@@ -18,6 +20,8 @@ pub(super) const SEGMENTS_MAX: usize = 256;
 pub(super) const MERGEABLE_BUFFER: u32 = 1536;
 /// How many chains a poll takes from each queue by default.
 pub(super) const BUDGET: u16 = 256;
+/// How a thread waits before it sleeps, by default.
+pub(super) const IDLE: IdlePolicy = IdlePolicy { spins: 0, yields: 16 };
 /// How often a ring is driven to let posted reads come back, before the caller is asked to wait.
 pub(super) const DRAIN_ROUNDS: u32 = 16;
 

@@ -13,7 +13,7 @@ use vmring::{
 
 use crate::net::copying::{Copier, FRAMES, Wanted};
 use crate::net::header::HEADER_LEN;
-use crate::net::lane::{BURST, Context, Lane, Verdict};
+use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
 use crate::net::limits::{DRAIN_ROUNDS, MERGEABLE_BUFFER, SEGMENTS_MAX, bytes_for, segments};
 use crate::net::readiness::Readiness;
 use crate::net::window::State;
@@ -160,16 +160,16 @@ impl Receiver {
     }
 
     /// Posts the guest's buffers, and gives back those that have packets, about `budget` of each.
-    /// Without `serving`, the posted buffers come back. Returns whether there may be more.
-    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
+    /// Without `serving`, the posted buffers come back.
+    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> Turn {
         let serving =
             serving && self.lane.as_ref().is_some_and(|lane| lane.enabled && !lane.stopping);
         if !serving {
             let _ = self.quiesce(cx);
-            return false;
+            return Turn::default();
         }
         if self.draining && self.quiesce(cx).is_pending() {
-            return false;
+            return Turn::default();
         }
         if self.copier.is_some() {
             return self.poll_copies(cx, budget);
@@ -182,20 +182,20 @@ impl Receiver {
             left = left.saturating_sub(moved);
             if moved == 0 {
                 self.count_empty(cx);
-                return false;
+                return Turn { moved: left < budget, again: false };
             }
             if left == 0 {
-                return true;
+                return Turn { moved: true, again: true };
             }
         }
     }
 
-    /// Lets frames fill, and copies what is in them. Returns whether there may be more.
-    fn poll_copies(&mut self, cx: Context<'_>, budget: u16) -> bool {
+    /// Lets frames fill, and copies what is in them.
+    fn poll_copies(&mut self, cx: Context<'_>, budget: u16) -> Turn {
         let mut left = budget;
         loop {
             let Self { ring, copier, failed, .. } = self;
-            let (Some(ring), Some(copier)) = (ring, copier) else { return false };
+            let (Some(ring), Some(copier)) = (ring, copier) else { return Turn::default() };
             if failed.is_none()
                 && let Err(SubmitErrorKind::Closed(reason)) = copier.post(ring)
             {
@@ -203,13 +203,13 @@ impl Receiver {
             }
             self.reap(cx);
             let (Some(copier), Some(lane)) = (&mut self.copier, &mut self.lane) else {
-                return false;
+                return Turn::default();
             };
             let delivered = copier.deliver(cx, lane, left);
             lane.settle(cx);
             left -= delivered;
             if delivered == 0 || left == 0 {
-                return left == 0;
+                return Turn { moved: left < budget, again: left == 0 };
             }
         }
     }

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use crate::net::device::NetDevice;
+use crate::net::idle::Idle;
 use crate::net::readiness::Notifier;
 use crate::net::stats::StatsHandle;
 use crate::selector::{Wish, wait};
@@ -48,6 +49,7 @@ impl NetDevice {
 
 fn run(mut device: NetDevice, calls: &Receiver<Call>) -> NetDevice {
     let mut pending: Vec<Call> = Vec::new();
+    let mut idle = Idle::new(device.settings().idle);
     loop {
         let moved = device.poll();
         // They come after the poll, which may have ended what they wait for. What ends later lets `arm`
@@ -61,7 +63,7 @@ fn run(mut device: NetDevice, calls: &Receiver<Call>) -> NetDevice {
         }
         pending.retain_mut(|call| call(&mut device).is_pending());
         // Whoever sends a call wakes the device after it.
-        if !moved.again && device.arm() {
+        if !idle.stays_awake(&moved) && device.arm() {
             let timeout = moved.deadline.map(|at| at.saturating_duration_since(Instant::now()));
             wait([Some((device.as_fd(), Wish::Read))], timeout);
         }

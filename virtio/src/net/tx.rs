@@ -11,7 +11,7 @@ use vmring::{
 };
 
 use crate::net::header::{self, BadPacket, HEADER_LEN};
-use crate::net::lane::{BURST, Context, Lane, Verdict};
+use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
 use crate::net::limits::{COPY_FRAMES, segments};
 use crate::net::readiness::Readiness;
 use crate::net::window::State;
@@ -97,22 +97,23 @@ impl Transmitter {
     }
 
     /// Takes packets from the guest, at most `budget`, and gives back those that are sent. With
-    /// `serving` unset they are taken and dropped. Returns whether there may be more.
-    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> bool {
-        let mut left = budget;
+    /// `serving` unset they are taken and dropped.
+    pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> Turn {
+        let (mut left, mut moved) = (budget, false);
         loop {
             let most = left.min(BURST);
             let taken = self.take(cx, serving, most);
             let ended = self.reap(cx);
             left -= taken;
+            moved |= taken > 0 || ended > 0;
             if left == 0 {
-                return true;
+                return Turn { moved, again: true };
             }
             // If the ring was full, what has ended has made space. Otherwise nothing would wake the
             // device for the rest.
             let has_space = ended > 0 && self.lane.as_ref().is_some_and(|lane| lane.blocked);
             if taken < most && !has_space {
-                return false;
+                return Turn { moved, again: false };
             }
         }
     }

@@ -14,6 +14,7 @@ use crate::config::NetConfig;
 use crate::event::Event;
 use crate::net::device::{NetDevice, NetError, NetSettings, QueueSetup};
 use crate::net::features::Features;
+use crate::net::idle::Idle;
 use crate::net::interrupt::EventInterrupt;
 use crate::queue::{AddressSpace, QueueLayout, QueueState};
 use crate::selector::{Wish, wait};
@@ -288,6 +289,7 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
     let mut progress = Progress::More;
     let mut config = session.backend().device.config();
     let mut polls = 0;
+    let mut idle = Idle::new(session.backend().device.settings().idle);
     loop {
         let moved = session.backend_mut().device.poll();
         // It comes after the poll, which may have ended what the session waits for. What ends later
@@ -306,7 +308,7 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
         }
         // A device that has work is looked at more often than the others, which cost a system call.
         polls += 1;
-        let busy = moved.again || progress == Progress::More;
+        let busy = idle.stays_awake(&moved) || progress == Progress::More;
         if busy && polls % POLLS_PER_LOOK != 0 {
             continue;
         }
