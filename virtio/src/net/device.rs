@@ -48,6 +48,12 @@ pub struct NetSettings {
     /// [`stop_queue`](NetDevice::stop_queue), and [`start_queue`](NetDevice::start_queue) later. It is
     /// off by default, and on over vhost-user.
     pub ring_reset: bool,
+    /// Whether a guest over vhost-user is to announce itself after a migration
+    /// (`VIRTIO_NET_F_GUEST_ANNOUNCE`), where the front end has a control queue, as QEMU has. It is off
+    /// by default: QEMU asks the back end to announce the guest then, and Linux behind a front end
+    /// without a control queue, such as user-mode Linux, refuses a device with it. A device with a
+    /// [control queue](Self::control_queue) offers it always.
+    pub guest_announce: bool,
     /// The MAC address that the guest is told. The default is the interface's.
     pub mac: Option<[u8; 6]>,
     /// The MTU that the guest is told, in bytes. The default is the interface's. A larger one is cut to
@@ -68,6 +74,7 @@ impl Default for NetSettings {
             depth: DEPTH,
             control_queue: false,
             ring_reset: false,
+            guest_announce: false,
             mac: None,
             mtu: None,
             budget: BUDGET,
@@ -250,7 +257,8 @@ impl NetDevice {
                 settings.control_queue,
                 has_mtu,
             )
-            .with_if(settings.ring_reset, Features::RING_RESET),
+            .with_if(settings.ring_reset, Features::RING_RESET)
+            .with_if(settings.guest_announce, Features::GUEST_ANNOUNCE),
             accepted: Features::NONE,
             guest_offloads: Features::NONE,
             mac: settings.mac.unwrap_or_else(|| interface.mac().into_array()),

@@ -95,6 +95,11 @@ impl Features {
 
     /// What an interface with these capabilities can serve, with a control queue or without.
     ///
+    /// Without one, features that need it are not offered: Linux refuses a device that offers
+    /// GUEST_ANNOUNCE alone, and user-mode Linux hands on what a back end offers. MQ is the exception,
+    /// since somebody has asked for several pairs, and front ends with several have a control queue of
+    /// their own.
+    ///
     /// A guest may leave to the device only what the interface does. A packet *for* a guest may lack
     /// only what the guest has said that it can bear, and the device completes the rest in software.
     /// So these bits are offered wherever packets of the kind can arrive.
@@ -103,7 +108,7 @@ impl Features {
         let checksum = checksum && virtio_header;
         let (tso4, tso6, uso) = (tso4 && checksum, tso6 && checksum, uso && checksum);
         (Self::VERSION_1 | Self::IN_ORDER | Self::EVENT_IDX | Self::INDIRECT_DESC)
-            .with_if(true, Self::MAC | Self::STATUS | Self::GUEST_ANNOUNCE | Self::MRG_RXBUF)
+            .with_if(true, Self::MAC | Self::STATUS | Self::MRG_RXBUF)
             .with_if(mtu, Self::MTU)
             .with_if(checksum, Self::CSUM | Self::GUEST_CSUM)
             .with_if(tso4, Self::HOST_TSO4 | Self::GUEST_TSO4)
@@ -111,7 +116,10 @@ impl Features {
             .with_if(tso4 || tso6, Self::HOST_ECN | Self::GUEST_ECN)
             .with_if(uso, Self::HOST_USO | Self::GUEST_USO4 | Self::GUEST_USO6)
             .with_if(pairs > 1, Self::MQ)
-            .with_if(control, Self::CTRL_VQ | Self::CTRL_RX | Self::CTRL_MAC_ADDR)
+            .with_if(
+                control,
+                Self::CTRL_VQ | Self::CTRL_RX | Self::CTRL_MAC_ADDR | Self::GUEST_ANNOUNCE,
+            )
             .with_if(control && checksum, Self::CTRL_GUEST_OFFLOADS)
     }
 
