@@ -101,7 +101,8 @@
 //! | it wakes | `epoll_wait` (or `epoll_pwait`), `read` on the pipe or the kick |
 //! | somebody wakes it | `write` on the pipe |
 //! | it interrupts through an [`Event`](crate::Event) | `write`; for a socket `sendto`; for a pipe also `rt_sigprocmask`, `rt_sigpending`, `rt_sigtimedwait` |
-//! | it waits in [`spawn`](NetDevice::spawn) or [`serve_connection`] | `poll` (or `ppoll`) |
+//! | it waits in [`spawn`](NetDevice::spawn) or [`serve_connection`] | `sched_yield`, and then `poll` (or `ppoll`) |
+//! | other threads call [`NetThread`] | `futex` |
 //! | it is dropped | `close`, `munmap` |
 //!
 //! | interface | calls per burst |
@@ -179,9 +180,9 @@ mod features;
 mod header;
 mod idle;
 mod interrupt;
-mod lane;
 mod limits;
 mod readiness;
+mod running;
 mod rx;
 mod snapshot;
 mod spawn;

@@ -1,6 +1,6 @@
 //! [`Controller`]: the control queue, for drivers of a transport inside the VMM.
 
-use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
+use crate::net::running::{BURST, Context, RunningQueue, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
 
@@ -66,7 +66,7 @@ fn macs(bytes: &[u8]) -> Option<&[u8]> {
 /// The control queue.
 #[derive(Debug, Default)]
 pub(super) struct Controller {
-    pub(super) lane: Option<Lane>,
+    pub(super) running: Option<RunningQueue>,
     /// A command, as it was copied.
     bytes: Vec<u8>,
 }
@@ -87,10 +87,10 @@ impl Controller {
         cx: Context<'_>,
         mut carry_out: impl FnMut(Command) -> bool,
     ) -> Turn {
-        let Self { lane, bytes } = self;
-        let Some(lane) = lane else { return Turn::default() };
+        let Self { running, bytes } = self;
+        let Some(running) = running else { return Turn::default() };
         let mut answered = Vec::new();
-        let taken = lane.take(cx, BURST, |chain, number| {
+        let taken = running.take(cx, BURST, |chain, number| {
             copy(&chain, bytes);
             let good = Command::parse(bytes).is_some_and(&mut carry_out);
             match good {
@@ -102,9 +102,9 @@ impl Controller {
             Verdict::Posted
         });
         for (number, len) in answered {
-            lane.window.end(number.into(), State::Done(len));
+            running.window.end(number.into(), State::Done(len));
         }
-        lane.settle(cx);
+        running.settle(cx);
         Turn { moved: taken > 0, again: taken == BURST }
     }
 }

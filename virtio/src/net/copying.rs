@@ -13,7 +13,7 @@ use vmring::software::{self, Left, Segments};
 use vmring::{Completion, Frame, OFFLOAD_LEN, OffloadHeader, Ring};
 
 use crate::net::header::HEADER_LEN;
-use crate::net::lane::{Context, Lane, Next};
+use crate::net::running::{Context, Next, RunningQueue};
 use crate::queue::Chain;
 
 /// The frames of a device that wait for its guest, at most.
@@ -108,7 +108,12 @@ impl Copier {
     }
 
     /// Copies packets into the guest's buffers, at most `budget` of them. Returns how many.
-    pub(super) fn deliver(&mut self, cx: Context<'_>, lane: &mut Lane, budget: u16) -> u16 {
+    pub(super) fn deliver(
+        &mut self,
+        cx: Context<'_>,
+        running: &mut RunningQueue,
+        budget: u16,
+    ) -> u16 {
         let Self { wanted, waiting, segment, lacks_buffers } = self;
         let mut delivered = 0;
         let lacked = std::mem::take(lacks_buffers);
@@ -117,11 +122,11 @@ impl Copier {
         {
             let copied = match first.left {
                 Left::Segments { partial } => {
-                    deliver_segment(cx, lane, first, segment, wanted.merging, partial)
+                    deliver_segment(cx, running, first, segment, wanted.merging, partial)
                 }
                 _ => {
                     let header = first.header.for_guest();
-                    copy(cx, lane, &first.frame, header, wanted.merging).map(|()| true)
+                    copy(cx, running, &first.frame, header, wanted.merging).map(|()| true)
                 }
             };
             match copied {
@@ -145,13 +150,13 @@ impl Copier {
     }
 
     /// Asks the guest for buffers if packets wait for them. Returns whether the device may sleep.
-    pub(super) fn arm(&mut self, lane: &mut Lane) -> bool {
+    pub(super) fn arm(&mut self, running: &mut RunningQueue) -> bool {
         match (self.waiting.is_empty(), self.lacks_buffers) {
             (true, _) => true,
             // The buffers have not ended.
             (false, false) => false,
             // Some buffers may be there, but not enough.
-            (false, true) => lane.broken || !lane.queue.enable_notifications_for_more(),
+            (false, true) => running.broken || !running.queue.enable_notifications_for_more(),
         }
     }
 }
@@ -159,7 +164,7 @@ impl Copier {
 /// Writes the next segment of a packet, and copies it. Returns whether it was the last one.
 fn deliver_segment(
     cx: Context<'_>,
-    lane: &mut Lane,
+    running: &mut RunningQueue,
     first: &mut Waiting,
     space: &mut [u8],
     merging: bool,
@@ -175,7 +180,7 @@ fn deliver_segment(
         false => (segments.write(first.segment, space), OffloadHeader::NONE),
     };
     let len = len.map_err(lost)?;
-    copy(cx, lane, &space[..len], header.for_guest(), merging)?;
+    copy(cx, running, &space[..len], header.for_guest(), merging)?;
     first.segment += 1;
     Ok(first.segment == segments.count())
 }
@@ -194,7 +199,7 @@ const PARTS_MAX: usize = 257;
 /// Copies one packet into the guest's buffers. A packet that does not fit is lost, and is done too.
 fn copy(
     cx: Context<'_>,
-    lane: &mut Lane,
+    running: &mut RunningQueue,
     packet: &[u8],
     header: OffloadHeader,
     merging: bool,
@@ -209,7 +214,7 @@ fn copy(
     let mut written = 0;
     while written < total {
         let rest = total - written;
-        let next = lane.next(cx, |chain| {
+        let next = running.next(cx, |chain| {
             let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
             if count == 0 && room < OFFLOAD_LEN {
                 return Part::Useless;
@@ -231,15 +236,15 @@ fn copy(
             }
             Next::Chain(Part::Useless) => {
                 cx.counters.rx_useless.add(1);
-                lane.queue.push(0);
+                running.queue.push(0);
             }
             Next::Chain(Part::TooSmall) => {
                 cx.counters.rx_too_small.add(1);
-                (0..=count).for_each(|_| lane.queue.push(0));
+                (0..=count).for_each(|_| running.queue.push(0));
                 return Ok(());
             }
             Next::Nothing | Next::Later => {
-                lane.queue.unpop(count as u16);
+                running.queue.unpop(count as u16);
                 let later = matches!(next, Next::Later);
                 return Err(if later { Copied::Later } else { Copied::NoBuffers });
             }
@@ -247,9 +252,9 @@ fn copy(
     }
     if count > 1 {
         bytes[10..].copy_from_slice(&(count as u16).to_le_bytes());
-        place.write(lane, &bytes);
+        place.write(running, &bytes);
     }
-    parts[..count].iter().for_each(|len| lane.queue.push(*len));
+    parts[..count].iter().for_each(|len| running.queue.push(*len));
     cx.counters.rx_packets.add(1);
     cx.counters.rx_bytes.add(packet.len() as u64);
     Ok(())
@@ -299,11 +304,11 @@ impl HeaderPlace {
         place
     }
 
-    fn write(&self, lane: &Lane, header: &[u8; OFFLOAD_LEN]) {
+    fn write(&self, running: &RunningQueue, header: &[u8; OFFLOAD_LEN]) {
         let mut written = 0;
         for (address, len) in self.pieces {
             // The piece was in one region when the chain was walked, and the memory is the same.
-            let slice = lane.queue.memory().slice(address, len).filter(|_| len > 0);
+            let slice = running.queue.memory().slice(address, len).filter(|_| len > 0);
             let Some(slice) = slice else { continue };
             written += slice.copy_from(&header[written..]);
         }

@@ -16,9 +16,9 @@ use crate::net::control::{self, Command, Controller};
 use crate::net::copying::Wanted;
 use crate::net::features::Features;
 use crate::net::interrupt::Interrupt;
-use crate::net::lane::{Context, Lane, Turn};
 use crate::net::limits::{BUDGET, DEPTH, DEPTH_MAX, IDLE, PAIRS_MAX};
 use crate::net::readiness::{Notifier, Readiness};
+use crate::net::running::{Context, RunningQueue, Turn};
 use crate::net::rx::{Mode, Receiver};
 use crate::net::snapshot::{SavedQueue, Snapshot};
 use crate::net::stats::{Counters, NetStats, StatsHandle};
@@ -331,15 +331,15 @@ impl NetDevice {
     /// Whether a queue has broken the rules, so that the driver must reset the device: the bit
     /// DEVICE_NEEDS_RESET (virtio 1.2, section 2.1). [`Interrupt::config`] has told it.
     pub fn needs_reset(&self) -> bool {
-        self.lanes().any(|lane| lane.broken)
+        self.running_queues().any(|running| running.broken)
     }
 
     /// The index of a queue that has broken the rules and was not returned before.
     pub fn take_broken_queue(&mut self) -> Option<u16> {
         let index = self
-            .lanes()
-            .find(|lane| lane.broken && !self.reported.contains(&lane.index))
-            .map(|lane| lane.index)?;
+            .running_queues()
+            .find(|running| running.broken && !self.reported.contains(&running.index))
+            .map(|running| running.index)?;
         self.reported.push(index);
         Some(index)
     }
@@ -371,25 +371,25 @@ impl NetDevice {
         if self.accepted.has(Features::MQ) { self.settings.queue_pairs * 2 } else { 2 }
     }
 
-    fn lane(&self, role: Role) -> Option<&Lane> {
+    fn running(&self, role: Role) -> Option<&RunningQueue> {
         match role {
-            Role::Receive(pair) => self.pairs[pair].rx.lane.as_ref(),
-            Role::Transmit(pair) => self.pairs[pair].tx.lane.as_ref(),
-            Role::Control => self.controller.lane.as_ref(),
+            Role::Receive(pair) => self.pairs[pair].rx.running.as_ref(),
+            Role::Transmit(pair) => self.pairs[pair].tx.running.as_ref(),
+            Role::Control => self.controller.running.as_ref(),
         }
     }
 
-    fn lane_mut(&mut self, role: Role) -> Option<&mut Lane> {
+    fn running_mut(&mut self, role: Role) -> Option<&mut RunningQueue> {
         match role {
-            Role::Receive(pair) => self.pairs[pair].rx.lane.as_mut(),
-            Role::Transmit(pair) => self.pairs[pair].tx.lane.as_mut(),
-            Role::Control => self.controller.lane.as_mut(),
+            Role::Receive(pair) => self.pairs[pair].rx.running.as_mut(),
+            Role::Transmit(pair) => self.pairs[pair].tx.running.as_mut(),
+            Role::Control => self.controller.running.as_mut(),
         }
     }
 
-    fn lanes(&self) -> impl Iterator<Item = &Lane> {
-        let pairs = self.pairs.iter().flat_map(|pair| [&pair.rx.lane, &pair.tx.lane]);
-        pairs.chain([&self.controller.lane]).flatten()
+    fn running_queues(&self) -> impl Iterator<Item = &RunningQueue> {
+        let pairs = self.pairs.iter().flat_map(|pair| [&pair.rx.running, &pair.tx.running]);
+        pairs.chain([&self.controller.running]).flatten()
     }
 
     /// The guest's memory.
@@ -415,11 +415,11 @@ impl NetDevice {
         let mut result = Ok(());
         for index in 0..self.queue_count() {
             let Ok(role) = self.role(index) else { continue };
-            if let Some(lane) = self.lane_mut(role)
-                && let Err(source) = lane.queue.set_memory(memory.clone())
+            if let Some(running) = self.running_mut(role)
+                && let Err(source) = running.queue.set_memory(memory.clone())
             {
                 result = Err(NetError::Queue { index, source });
-                self.remove_lane(role);
+                self.remove_running(role);
             }
         }
         for pair in &mut self.pairs {
@@ -440,7 +440,7 @@ impl NetDevice {
         if !self.accepted.has(Features::VERSION_1) {
             return Err(NetError::Legacy);
         }
-        if self.lane(role).is_some() {
+        if self.running(role).is_some() {
             return Err(NetError::Running { index });
         }
         let features = QueueFeatures::from_bits(self.accepted.bits());
@@ -450,14 +450,14 @@ impl NetDevice {
         if let Some(kick) = &setup.kick {
             self.readiness.add_kick(index, kick)?;
         }
-        let lane = Lane::new(index, queue, setup.kick, setup.enabled);
+        let running = RunningQueue::new(index, queue, setup.kick, setup.enabled);
         match role {
-            Role::Receive(pair) => self.pairs[pair].rx.start(lane),
+            Role::Receive(pair) => self.pairs[pair].rx.start(running),
             Role::Transmit(pair) => {
                 let ecn = self.accepted.has(Features::HOST_ECN);
-                self.pairs[pair].tx.start(lane, self.accepted.left_by_driver(), ecn);
+                self.pairs[pair].tx.start(running, self.accepted.left_by_driver(), ecn);
             }
-            Role::Control => self.controller.lane = Some(lane),
+            Role::Control => self.controller.running = Some(running),
         }
         self.change_rings();
         self.readiness.notifier().wake();
@@ -489,7 +489,7 @@ impl NetDevice {
 
     /// Whether a queue runs.
     pub fn is_running(&self, index: u16) -> bool {
-        self.role(index).is_ok_and(|role| self.lane(role).is_some())
+        self.role(index).is_ok_and(|role| self.running(role).is_some())
     }
 
     /// Enables or disables a queue that runs. A disabled transmit queue is emptied, and its packets are
@@ -498,8 +498,8 @@ impl NetDevice {
     /// [`poll`](Self::poll).
     pub fn enable_queue(&mut self, index: u16, enabled: bool) {
         let Ok(role) = self.role(index) else { return };
-        let Some(lane) = self.lane_mut(role) else { return };
-        lane.enabled = enabled;
+        let Some(running) = self.running_mut(role) else { return };
+        running.enabled = enabled;
         if !enabled && let Role::Receive(pair) = role {
             let cx = context(&self.counters, &self.interrupt);
             let _ = self.pairs[pair].rx.quiesce(cx);
@@ -514,12 +514,12 @@ impl NetDevice {
     /// run.
     pub fn stop_queue(&mut self, index: u16) -> Poll<Option<QueueState>> {
         let Ok(role) = self.role(index) else { return Poll::Ready(None) };
-        let Some(lane) = self.lane_mut(role) else { return Poll::Ready(None) };
-        lane.stopping = true;
+        let Some(running) = self.running_mut(role) else { return Poll::Ready(None) };
+        running.stopping = true;
         if self.quiesce_one(role).is_pending() {
             return Poll::Pending;
         }
-        Poll::Ready(self.remove_lane(role).map(|lane| lane.state()))
+        Poll::Ready(self.remove_running(role).map(|running| running.state()))
     }
 
     fn quiesce_one(&mut self, role: Role) -> Poll<()> {
@@ -534,8 +534,8 @@ impl NetDevice {
 
     fn set_stopping(&mut self, stopping: bool) {
         for pair in &mut self.pairs {
-            for lane in [&mut pair.rx.lane, &mut pair.tx.lane].into_iter().flatten() {
-                lane.stopping = stopping;
+            for running in [&mut pair.rx.running, &mut pair.tx.running].into_iter().flatten() {
+                running.stopping = stopping;
             }
         }
     }
@@ -552,17 +552,17 @@ impl NetDevice {
         all
     }
 
-    fn remove_lane(&mut self, role: Role) -> Option<Lane> {
-        let lane = match role {
-            Role::Receive(pair) => self.pairs[pair].rx.lane.take(),
-            Role::Transmit(pair) => self.pairs[pair].tx.lane.take(),
-            Role::Control => self.controller.lane.take(),
+    fn remove_running(&mut self, role: Role) -> Option<RunningQueue> {
+        let running = match role {
+            Role::Receive(pair) => self.pairs[pair].rx.running.take(),
+            Role::Transmit(pair) => self.pairs[pair].tx.running.take(),
+            Role::Control => self.controller.running.take(),
         }?;
-        if let Some(kick) = &lane.kick {
+        if let Some(kick) = &running.kick {
             self.readiness.remove_kick(kick);
         }
-        self.reported.retain(|index| *index != lane.index);
-        Some(lane)
+        self.reported.retain(|index| *index != running.index);
+        Some(running)
     }
 
     // ---- Life cycle ----
@@ -584,7 +584,7 @@ impl NetDevice {
     /// How far each queue that runs is, by its index. They are whole while the device is
     /// [paused](Self::pause).
     pub fn queue_states(&self) -> Vec<(u16, QueueState)> {
-        self.lanes().map(|lane| (lane.index, lane.queue.state())).collect()
+        self.running_queues().map(|running| (running.index, running.queue.state())).collect()
     }
 
     /// What another device must know to go on with this guest, as a small number of bytes: what the
@@ -592,11 +592,11 @@ impl NetDevice {
     /// [paused](Self::pause). Where the queues are, the transport knows; what is in them, the guest's
     /// memory.
     pub fn snapshot(&self) -> Vec<u8> {
-        let mut queues: Vec<_> = (self.lanes())
-            .map(|lane| SavedQueue {
-                index: lane.index,
-                state: lane.queue.state(),
-                enabled: lane.enabled,
+        let mut queues: Vec<_> = (self.running_queues())
+            .map(|running| SavedQueue {
+                index: running.index,
+                state: running.queue.state(),
+                enabled: running.enabled,
             })
             .collect();
         queues.sort_by_key(|queue| queue.index);
@@ -622,8 +622,8 @@ impl NetDevice {
     /// [`NetError::Snapshot`] if the bytes are no snapshot, or if this device does not offer what the
     /// driver uses, or [`NetError::Running`]. In these cases nothing has changed.
     pub fn restore(&mut self, snapshot: &[u8]) -> Result<Vec<SavedQueue>, NetError> {
-        if let Some(lane) = self.lanes().next() {
-            return Err(NetError::Running { index: lane.index });
+        if let Some(running) = self.running_queues().next() {
+            return Err(NetError::Running { index: running.index });
         }
         let snapshot = Snapshot::read(snapshot).map_err(NetError::Snapshot)?;
         if !self.offered.has(snapshot.accepted) {
@@ -652,12 +652,14 @@ impl NetDevice {
         }
         for index in 0..self.queue_count() {
             if let Ok(role) = self.role(index) {
-                self.remove_lane(role);
+                self.remove_running(role);
             }
         }
-        self.remove_lane(Role::Control);
+        self.remove_running(Role::Control);
+        let cx = context(&self.counters, &self.interrupt);
         for pair in &mut self.pairs {
-            // What waits in the network below is not for the next driver.
+            // What waits in the network below is not for the next driver, which may be another guest's.
+            pair.rx.discard(cx);
             pair.rx.dismantle(&self.readiness);
             pair.tx.dismantle(&self.readiness);
         }
@@ -676,7 +678,7 @@ impl NetDevice {
     pub fn abandon(&mut self) {
         for index in 0..self.queue_count().max(3) {
             if let Ok(role) = self.role(index) {
-                self.remove_lane(role);
+                self.remove_running(role);
             }
         }
         self.memory = GuestMemory::new([]).expect("no region overlaps another");
@@ -761,7 +763,7 @@ impl NetDevice {
                 turn |= pair.tx.poll(cx, serving, budget);
             }
         }
-        if !self.paused && self.controller.lane.is_some() {
+        if !self.paused && self.controller.running.is_some() {
             turn |= self.serve_commands();
         }
         let deadline = self.deadline();
@@ -773,7 +775,8 @@ impl NetDevice {
     /// rings, so a queue that gets none has none. The first pair keeps its ring, with what waits in the
     /// network, while its queue is disabled or stopped for a moment.
     fn reads(&self, pair: usize) -> bool {
-        let is_enabled = || self.pairs[pair].rx.lane.as_ref().is_some_and(|lane| lane.enabled);
+        let is_enabled =
+            || self.pairs[pair].rx.running.as_ref().is_some_and(|running| running.enabled);
         pair == 0 || pair < usize::from(self.active()) && is_enabled()
     }
 
@@ -788,7 +791,7 @@ impl NetDevice {
             let cx = context(&self.counters, &self.interrupt);
             let rx = &mut self.pairs[pair].rx;
             // A queue that is stopped may be started again at once, as when memory is added.
-            if rx.lane.is_none() || reads && rx.has_ring(mode) {
+            if rx.running.is_none() || reads && rx.has_ring(mode) {
                 continue;
             }
             if rx.quiesce(cx).is_pending() {
@@ -826,8 +829,8 @@ impl NetDevice {
         }
         self.counters.kicks.add(self.readiness.take_notified().into());
         for pair in &mut self.pairs {
-            for lane in [&mut pair.rx.lane, &mut pair.tx.lane].into_iter().flatten() {
-                lane.queue.disable_notifications();
+            for running in [&mut pair.rx.running, &mut pair.tx.running].into_iter().flatten() {
+                running.queue.disable_notifications();
             }
         }
     }
@@ -849,15 +852,17 @@ impl NetDevice {
     #[cold]
     fn clear_kick(&mut self, index: u16) {
         let Ok(role) = self.role(index) else { return };
-        let Some(kick) = self.lane(role).and_then(|lane| lane.kick.clone()) else { return };
+        let Some(kick) = self.running(role).and_then(|running| running.kick.clone()) else {
+            return;
+        };
         match kick.clear() {
             Ok(_) => self.counters.kicks.add(1),
             Err(_) => {
                 // It would be readable for ever.
                 self.counters.kicks_lost.add(1);
                 self.readiness.remove_kick(&kick);
-                if let Some(lane) = self.lane_mut(role) {
-                    lane.kick = None;
+                if let Some(running) = self.running_mut(role) {
+                    running.kick = None;
                 }
             }
         }
@@ -875,8 +880,8 @@ impl NetDevice {
                 return false;
             }
         }
-        let control = self.controller.lane.as_mut().filter(|_| !self.paused);
-        control.is_none_or(Lane::arm) && self.readiness.arm()
+        let control = self.controller.running.as_mut().filter(|_| !self.paused);
+        control.is_none_or(RunningQueue::arm) && self.readiness.arm()
     }
 
     fn serve_commands(&mut self) -> Turn {

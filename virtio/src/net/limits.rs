@@ -22,6 +22,9 @@ pub(super) const MERGEABLE_BUFFER: u32 = 1536;
 pub(super) const BUDGET: u16 = 256;
 /// How a thread waits before it sleeps, by default.
 pub(super) const IDLE: IdlePolicy = IdlePolicy { spins: 0, yields: 16 };
+/// How many packets are dropped at most that wait for a driver that is gone. The embedded network keeps
+/// fewer; others go on arriving while they are dropped.
+pub(super) const DISCARD_MAX: u32 = 4096;
 /// How often a ring is driven to let posted reads come back, before the caller is asked to wait.
 pub(super) const DRAIN_ROUNDS: u32 = 16;
 

@@ -13,9 +13,11 @@ use vmring::{
 
 use crate::net::copying::{Copier, FRAMES, Wanted};
 use crate::net::header::HEADER_LEN;
-use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
-use crate::net::limits::{DRAIN_ROUNDS, MERGEABLE_BUFFER, SEGMENTS_MAX, bytes_for, segments};
+use crate::net::limits::{
+    DISCARD_MAX, DRAIN_ROUNDS, MERGEABLE_BUFFER, SEGMENTS_MAX, bytes_for, segments,
+};
 use crate::net::readiness::Readiness;
+use crate::net::running::{BURST, Context, RunningQueue, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
 
@@ -25,7 +27,7 @@ pub(super) struct Receiver {
     table: SegmentTable,
     ring: Option<Ring>,
     depth: u32,
-    pub(super) lane: Option<Lane>,
+    pub(super) running: Option<RunningQueue>,
     /// Why the ring takes nothing any more.
     pub(super) failed: Option<CloseReason>,
     /// How the guest gets its packets, and the copies if it gets copies.
@@ -82,7 +84,7 @@ impl Receiver {
             table: table.expect("a depth has a bound"),
             ring: None,
             depth,
-            lane: None,
+            running: None,
             failed: None,
             mode: Mode::Direct { merging: false },
             copier: None,
@@ -132,6 +134,25 @@ impl Receiver {
         self.ring.is_some() && self.mode == mode
     }
 
+    /// Takes what waits for the guest in the network, up to a bound, and drops it. Nothing is on its way.
+    pub(super) fn discard(&mut self, cx: Context<'_>) {
+        let Some(ring) = self.ring.as_mut().filter(|_| self.failed.is_none()) else { return };
+        for _ in 0..DISCARD_MAX {
+            // If there is none, all are posted.
+            if let Some(frame) = ring.alloc()
+                && ring.submit_read(frame, 0).is_err()
+            {
+                break;
+            }
+            let came = ring.reap().filter(|done| done.result.is_ok()).count();
+            cx.counters.rx_discarded.add(came as u64);
+            if came == 0 {
+                break;
+            }
+        }
+        // What is still posted comes back, and its frame with it, when the ring is given up.
+    }
+
     /// Gives the ring up. Nothing is on its way.
     pub(super) fn dismantle(&mut self, readiness: &Readiness) {
         if let Some(ring) = self.ring.take()
@@ -143,27 +164,27 @@ impl Receiver {
         (self.failed, self.draining, self.rest) = (None, false, 0);
     }
 
-    pub(super) fn start(&mut self, lane: Lane) {
-        let memory = lane.queue.memory();
+    pub(super) fn start(&mut self, running: RunningQueue) {
+        let memory = running.queue.memory();
         let is_logged = memory.has_dirty_log();
-        let places = if is_logged { lane.queue.layout().size as usize } else { 0 };
+        let places = if is_logged { running.queue.layout().size as usize } else { 0 };
         self.logged = vec![Vec::new(); places].into();
-        self.lane = Some(lane);
+        self.running = Some(running);
     }
 
     /// Replaces the memory. Nothing is on its way.
     pub(super) fn set_memory(&mut self, memory: &GuestMemory) {
         self.table.set_memory(memory.clone());
-        if let Some(lane) = self.lane.take() {
-            self.start(lane);
+        if let Some(running) = self.running.take() {
+            self.start(running);
         }
     }
 
     /// Posts the guest's buffers, and gives back those that have packets, about `budget` of each.
     /// Without `serving`, the posted buffers come back.
     pub(super) fn poll(&mut self, cx: Context<'_>, serving: bool, budget: u16) -> Turn {
-        let serving =
-            serving && self.lane.as_ref().is_some_and(|lane| lane.enabled && !lane.stopping);
+        let serving = serving
+            && self.running.as_ref().is_some_and(|running| running.enabled && !running.stopping);
         if !serving {
             let _ = self.quiesce(cx);
             return Turn::default();
@@ -202,11 +223,11 @@ impl Receiver {
                 *failed = Some(reason);
             }
             self.reap(cx);
-            let (Some(copier), Some(lane)) = (&mut self.copier, &mut self.lane) else {
+            let (Some(copier), Some(running)) = (&mut self.copier, &mut self.running) else {
                 return Turn::default();
             };
-            let delivered = copier.deliver(cx, lane, left);
-            lane.settle(cx);
+            let delivered = copier.deliver(cx, running, left);
+            running.settle(cx);
             left -= delivered;
             if delivered == 0 || left == 0 {
                 return Turn { moved: left < budget, again: left == 0 };
@@ -216,8 +237,8 @@ impl Receiver {
 
     /// Counts when the guest's buffers run out.
     fn count_empty(&mut self, cx: Context<'_>) {
-        let Some(lane) = &self.lane else { return };
-        let has_buffers = lane.window.posted() > 0;
+        let Some(running) = &self.running else { return };
+        let has_buffers = running.window.posted() > 0;
         if self.has_buffers && !has_buffers {
             cx.counters.rx_no_buffer.add(1);
         }
@@ -225,12 +246,12 @@ impl Receiver {
     }
 
     fn post(&mut self, cx: Context<'_>, most: u16) -> u16 {
-        let Self { table, ring, lane, failed, mode, bytes, logged, .. } = self;
-        let Some(lane) = lane else { return 0 };
+        let Self { table, ring, running, failed, mode, bytes, logged, .. } = self;
+        let Some(running) = running else { return 0 };
         let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
-        let mask = lane.queue.layout().size as usize - 1;
+        let mask = running.queue.layout().size as usize - 1;
         let merging = *mode == Mode::Direct { merging: true };
-        lane.take(cx, most, |chain, number| {
+        running.take(cx, most, |chain, number| {
             // A buffer that holds a header alone is one only if more can follow.
             let least = HEADER_LEN + u32::from(!merging);
             if chain.writable_len() < least.into() {
@@ -263,7 +284,7 @@ impl Receiver {
     /// Lets the device work, and gives back what has a packet. Returns how many completions there
     /// were.
     fn reap(&mut self, cx: Context<'_>) -> u16 {
-        let Self { ring, lane, logged, rest, copier, .. } = self;
+        let Self { ring, running, logged, rest, copier, .. } = self;
         let mut reaped = 0u16;
         if let Some(ring) = ring {
             for done in ring.reap() {
@@ -273,15 +294,15 @@ impl Receiver {
                     continue;
                 }
                 let (state, written) = outcome(cx, &done, rest);
-                let Some(lane) = lane.as_mut() else { continue };
-                let place = lane.window.end(done.user_data, state);
+                let Some(running) = running.as_mut() else { continue };
+                let place = running.window.end(done.user_data, state);
                 if let Some(list) = place.and_then(|place| logged.get(place)) {
-                    mark(lane.queue.memory(), list, written);
+                    mark(running.queue.memory(), list, written);
                 }
             }
         }
-        if let Some(lane) = lane {
-            lane.settle(cx);
+        if let Some(running) = running {
+            running.settle(cx);
         }
         reaped
     }
@@ -314,7 +335,7 @@ impl Receiver {
     }
 
     fn is_empty(&self) -> bool {
-        self.lane.as_ref().is_none_or(|lane| lane.window.is_empty())
+        self.running.as_ref().is_none_or(|running| running.window.is_empty())
     }
 
     /// Prepares for sleep. Returns whether the device may sleep.
@@ -323,11 +344,12 @@ impl Receiver {
         if ring.is_some_and(|ring| !ring.arm()) {
             return false;
         }
-        let is_served = |lane: &&mut Lane| lane.enabled && !lane.stopping && !quiet;
-        let Some(lane) = self.lane.as_mut().filter(is_served) else { return true };
+        let is_served =
+            |running: &&mut RunningQueue| running.enabled && !running.stopping && !quiet;
+        let Some(running) = self.running.as_mut().filter(is_served) else { return true };
         match &mut self.copier {
-            Some(copier) => copier.arm(lane),
-            None => lane.arm(),
+            Some(copier) => copier.arm(running),
+            None => running.arm(),
         }
     }
 

@@ -55,6 +55,8 @@ counters! {
     rx_software,
     /// Packets for the guest whose offload could not be done in software. They were lost.
     rx_malformed,
+    /// Packets that waited for a driver when it reset the device. The next one does not get them.
+    rx_discarded,
     /// How often the guest had no buffer for receiving when the device was about to sleep or to poll
     /// again.
     rx_no_buffer,

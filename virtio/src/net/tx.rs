@@ -11,9 +11,9 @@ use vmring::{
 };
 
 use crate::net::header::{self, BadPacket, HEADER_LEN};
-use crate::net::lane::{BURST, Context, Lane, Turn, Verdict};
 use crate::net::limits::{COPY_FRAMES, segments};
 use crate::net::readiness::Readiness;
+use crate::net::running::{BURST, Context, RunningQueue, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
 use vmring::guest::GuestMemory;
@@ -27,7 +27,7 @@ pub(super) struct Transmitter {
     table: SegmentTable,
     ring: Option<Ring>,
     depth: u32,
-    pub(super) lane: Option<Lane>,
+    pub(super) running: Option<RunningQueue>,
     /// Why the ring takes nothing any more.
     pub(super) failed: Option<CloseReason>,
     max_packet_size: u64,
@@ -45,7 +45,7 @@ impl Transmitter {
             table: table.expect("a depth has a bound"),
             ring: None,
             depth,
-            lane: None,
+            running: None,
             failed: None,
             max_packet_size: caps.max_packet_size.into(),
             left: Offloads::default(),
@@ -87,8 +87,8 @@ impl Transmitter {
     }
 
     /// Starts with the queue of a driver that leaves this work undone, and TCP with ECN if `ecn`.
-    pub(super) fn start(&mut self, lane: Lane, left: Offloads, ecn: bool) {
-        (self.lane, self.left, self.ecn) = (Some(lane), left, ecn);
+    pub(super) fn start(&mut self, running: RunningQueue, left: Offloads, ecn: bool) {
+        (self.running, self.left, self.ecn) = (Some(running), left, ecn);
     }
 
     /// Replaces the memory. Nothing is on its way.
@@ -111,7 +111,8 @@ impl Transmitter {
             }
             // If the ring was full, what has ended has made space. Otherwise nothing would wake the
             // device for the rest.
-            let has_space = ended > 0 && self.lane.as_ref().is_some_and(|lane| lane.blocked);
+            let has_space =
+                ended > 0 && self.running.as_ref().is_some_and(|running| running.blocked);
             if taken < most && !has_space {
                 return Turn { moved, again: false };
             }
@@ -120,12 +121,20 @@ impl Transmitter {
 
     fn take(&mut self, cx: Context<'_>, serving: bool, most: u16) -> u16 {
         let Self {
-            table, ring, lane, failed, max_packet_size, left, ecn, has_virtio_header, ..
+            table,
+            ring,
+            running,
+            failed,
+            max_packet_size,
+            left,
+            ecn,
+            has_virtio_header,
+            ..
         } = self;
-        let Some(lane) = lane else { return 0 };
-        let ring = ring.as_mut().filter(|_| serving && lane.enabled);
+        let Some(running) = running else { return 0 };
+        let ring = ring.as_mut().filter(|_| serving && running.enabled);
         let Some(ring) = ring else {
-            return lane.take(cx, most, |_, _| {
+            return running.take(cx, most, |_, _| {
                 cx.counters.tx_disabled.add(1);
                 Verdict::Dropped
             });
@@ -139,12 +148,12 @@ impl Transmitter {
             ecn: *ecn,
             has_virtio_header: *has_virtio_header,
         };
-        lane.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
+        running.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
     }
 
     /// Lets the device work, and gives back what it has ended. Returns how many packets that are.
     fn reap(&mut self, cx: Context<'_>) -> u32 {
-        let Self { ring, lane, .. } = self;
+        let Self { ring, running, .. } = self;
         let mut ended = 0;
         if let Some(ring) = ring {
             for done in ring.reap() {
@@ -163,14 +172,14 @@ impl Transmitter {
                     }
                     Err(_) => cx.counters.tx_errors.add(1),
                 }
-                if let Some(lane) = lane {
+                if let Some(running) = running {
                     // Nothing was written into the chain.
-                    lane.window.end(done.user_data, State::Done(0));
+                    running.window.end(done.user_data, State::Done(0));
                 }
             }
         }
-        if let Some(lane) = lane {
-            lane.settle(cx);
+        if let Some(running) = running {
+            running.settle(cx);
         }
         ended
     }
@@ -178,8 +187,8 @@ impl Transmitter {
     /// Lets what is on its way end. It is ready when nothing is.
     pub(super) fn quiesce(&mut self, cx: Context<'_>) -> Poll<()> {
         self.reap(cx);
-        match &self.lane {
-            Some(lane) if !lane.window.is_empty() => Poll::Pending,
+        match &self.running {
+            Some(running) if !running.window.is_empty() => Poll::Pending,
             _ => Poll::Ready(()),
         }
     }
@@ -197,8 +206,8 @@ impl Transmitter {
         if ring.is_some_and(|ring| !ring.arm()) {
             return false;
         }
-        let lane = self.lane.as_mut().filter(|_| !quiet);
-        lane.is_none_or(|lane| lane.arm())
+        let running = self.running.as_mut().filter(|_| !quiet);
+        running.is_none_or(|running| running.arm())
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {

@@ -260,9 +260,9 @@ pub enum ServeError {
 ///
 /// # System calls
 ///
-/// Beside those of the interface's engine: `recvmsg` and `sendmsg` on the socket, `mmap` and `munmap`
-/// for the guest's memory, `poll`, `epoll_wait` (`kevent` on macOS), `epoll_ctl`, `read` and `write` on
-/// events, `fstat`, `fcntl`, `close`, and what the allocator needs.
+/// Beside those that the [module](crate::net) lists: `recvmsg` and `sendto` on the socket, `fstat`, and
+/// `mmap` and `munmap` for the guest's memory. A ring is made when the guest starts its queue, so the
+/// calls that make one come after the connection has begun.
 pub fn serve_connection(
     socket: UnixStream,
     mut device: VhostUserNet,

@@ -95,6 +95,34 @@ fn a_pause_and_new_memory_wait_for_writes() {
     });
 }
 
+/// An interface that does not give posted reads back at once.
+#[test]
+fn buffers_that_the_interface_holds_on_to_come_back_later() {
+    guarded("held reads", || {
+        let ([mut a, mut b], control) = held(in_place);
+        control.hold_reads(true);
+        b.fill(&one_buffer(2048), 8);
+        b.poll();
+        b.device.enable_queue(0, false);
+        assert!(b.device.pause().is_pending(), "they are not back");
+        b.poll();
+        assert!(b.device.arm(), "whoever waits sleeps");
+        b.device.resume();
+        // It is enabled again before they are back.
+        b.device.enable_queue(0, true);
+        b.poll();
+        control.hold_reads(false);
+        assert!(!b.device.arm() || readable(&b.device, LONG), "and is woken when they are");
+        b.poll();
+        let packet = a.frame_to(b.mac(), 60, 1);
+        a.send(&packet);
+        poll_both(&mut a, &mut b);
+        assert_eq!(b.received(), [packet]);
+        assert!(b.device.pause().is_ready());
+        assert_eq!(b.device.queue_states()[0].1.next_available, 1);
+    });
+}
+
 #[test]
 fn a_full_ring_waits_for_the_interface_and_not_for_the_guest() {
     guarded("a full ring", || {

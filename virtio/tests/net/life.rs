@@ -168,6 +168,29 @@ fn a_reset_forgets_the_driver_and_another_one_begins() {
 }
 
 #[test]
+fn what_waits_for_one_driver_does_not_reach_the_next() {
+    let [mut a, mut b] = pair("stale packets");
+    b.poll();
+    // The guest has no buffers, so the network keeps the packet.
+    a.send(&a.frame_to(b.mac(), 60, 1));
+    poll_both(&mut a, &mut b);
+    let accepted = b.device.accepted_features();
+    assert!(b.device.reset().is_ready());
+    assert_eq!(b.stats().rx_discarded, 1);
+    b.device.set_features(accepted).unwrap();
+    b.rx = crate::net::guest::driver(&b.memory, 0, 256, accepted, 0);
+    b.tx = crate::net::guest::driver(&b.memory, 1, 256, accepted, 0);
+    b.start(0);
+    b.fill(&one_buffer(2048), 4);
+    b.poll();
+    assert_eq!(b.received().len(), 0);
+    let packet = a.frame_to(b.mac(), 60, 2);
+    a.send(&packet);
+    poll_both(&mut a, &mut b);
+    assert_eq!(b.received(), [packet]);
+}
+
+#[test]
 fn what_was_not_offered_is_refused() {
     let mut device = Guest::new("features").device;
     let offered = device.features();

@@ -149,12 +149,14 @@ fn work_that_was_not_accepted_is_not_asked_for() {
         checksum: Checksum::Partial { start: 34, offset: 6 },
         ..tso(1448)
     };
-    for bad in [ecn, v6, ufo] {
+    // What the header says is not in the packet.
+    let past = OffloadHeader { checksum: Checksum::Partial { start: 9000, offset: 16 }, ..PARTIAL };
+    for bad in [ecn, v6, ufo, past] {
         a.send_raw(&bytes_of(bad), &packet, &[u32::MAX], None);
     }
     a.send_raw(&bytes_of(tso(1448)), &packet, &[u32::MAX], None);
     poll_both(&mut a, &mut b);
-    assert_eq!((a.stats().tx_bad_header, b.returned().len()), (3, 1));
+    assert_eq!((a.stats().tx_bad_header, b.returned().len()), (4, 1));
 }
 
 /// Firmware accepts no offloads. The system on the other side has sent with them.

@@ -84,6 +84,9 @@ fn every_byte_of_a_snapshot_matters_and_none_panics() {
         (35, 9),
         (37, 77),
         (39, 0xff),
+        // The indices of the first queue, and whether it is enabled.
+        (42, 0xff),
+        (45, 2),
     ];
     for (at, value) in broken {
         let mut bytes = snapshot.clone();

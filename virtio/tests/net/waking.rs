@@ -90,6 +90,8 @@ fn a_kick_descriptor_wakes_and_one_that_is_lost_does_not_spin() {
         b.fill(&one_buffer(2048), 8);
         assert!(matches!(a.device.stop_queue(1), Poll::Ready(Some(_))));
         let (reader, mut kick) = pipe().unwrap();
+        // The front end has a copy, so the pipe outlives the device's own descriptor of it.
+        let _copy = reader.try_clone().unwrap();
         let event = Event::kick(OwnedFd::from(reader)).unwrap().expect("a pipe is an event");
         let mut setup = QueueSetup::new(a.tx.layout());
         setup.kick = Some(Arc::new(event));

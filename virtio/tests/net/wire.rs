@@ -29,6 +29,8 @@ struct Shared {
     inboxes: [Vec<Mutex<Inbox>>; 2],
     /// Whether writes are kept.
     holds: AtomicBool,
+    /// Whether reads are kept, and not given back when they are cancelled.
+    holds_reads: AtomicBool,
     /// Whether kept writes end in the reverse order.
     reverses: AtomicBool,
 }
@@ -41,7 +43,17 @@ impl Control {
     /// Keeps writes from now on, or lets those end that were kept, at the next poll.
     pub(crate) fn hold(&self, holds: bool) {
         self.0.holds.store(holds, Ordering::SeqCst);
-        // A device whose writes can end wakes its ring.
+        self.wake();
+    }
+
+    /// Keeps reads from now on, or gives those back that are cancelled.
+    pub(crate) fn hold_reads(&self, holds: bool) {
+        self.0.holds_reads.store(holds, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// A device whose entries can end wakes its rings.
+    fn wake(&self) {
         for inbox in self.0.inboxes.iter().flatten() {
             if let Some(wake) = &lock(inbox).wake {
                 wake.wake();
@@ -92,6 +104,7 @@ pub(crate) fn wire(change: impl FnOnce(&mut Capabilities)) -> ([Interface; 2], C
     let shared = Arc::new(Shared {
         inboxes: [inboxes(), inboxes()],
         holds: AtomicBool::new(false),
+        holds_reads: AtomicBool::new(false),
         reverses: AtomicBool::new(false),
     });
     let interfaces = [0, 1].map(|end| {
@@ -161,6 +174,8 @@ impl Device for WireDevice {
             shared: self.shared.clone(),
             reader,
             kept: VecDeque::new(),
+            kept_reads: VecDeque::new(),
+            is_cancelled: false,
             wake,
         }))
     }
@@ -172,6 +187,8 @@ struct WireQueue {
     shared: Arc<Shared>,
     reader: Option<usize>,
     kept: VecDeque<PostedSlot>,
+    kept_reads: VecDeque<PostedSlot>,
+    is_cancelled: bool,
     wake: Wake,
 }
 
@@ -267,7 +284,18 @@ impl Queue for WireQueue {
             }
             kept.into_iter().for_each(|slot| cx.complete_write(slot));
         }
-        if let Some(reader) = self.reader {
+        let holds_reads = self.shared.holds_reads.load(Ordering::SeqCst);
+        if holds_reads {
+            while let Some(slot) = cx.take_read() {
+                self.kept_reads.push_back(slot);
+            }
+        } else if self.is_cancelled {
+            self.is_cancelled = false;
+            self.kept_reads.drain(..).for_each(|slot| cx.cancel(slot));
+        } else {
+            self.kept_reads.drain(..).rev().for_each(|slot| cx.put_back(slot));
+        }
+        if let Some(reader) = self.reader.filter(|_| !holds_reads) {
             self.receive(cx, reader);
         }
         Ok(Progress::Idle)
@@ -282,11 +310,13 @@ impl Queue for WireQueue {
     }
 
     fn cancel(&mut self, _target: Option<u64>) -> u32 {
-        0
+        self.is_cancelled = !self.kept_reads.is_empty();
+        self.kept_reads.len() as u32
     }
 
     fn close(&mut self, cx: &mut PollContext<'_>) -> bool {
         self.kept.drain(..).for_each(|slot| cx.cancel(slot));
+        self.kept_reads.drain(..).for_each(|slot| cx.cancel(slot));
         if let Some(reader) = self.reader {
             let mut inbox = lock(&self.shared.inboxes[self.end][reader]);
             (inbox.is_read, inbox.wake) = (false, None);

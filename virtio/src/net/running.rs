@@ -1,4 +1,4 @@
-//! [`Lane`]: a queue that runs, with what is on its way in it.
+//! [`RunningQueue`]: a queue that runs, with what is on its way in it.
 
 use core::ops::BitOrAssign;
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl BitOrAssign for Turn {
 
 /// A queue that runs.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct RunningQueue {
     pub(super) index: u16,
     pub(super) queue: Queue,
     pub(super) window: Window,
@@ -68,7 +68,7 @@ pub(super) enum Verdict {
     Later,
 }
 
-/// What [`Lane::next`] has found.
+/// What [`RunningQueue::next`] has found.
 pub(super) enum Next<R> {
     /// A chain, and what was made of it.
     Chain(R),
@@ -78,7 +78,7 @@ pub(super) enum Next<R> {
     Later,
 }
 
-impl Lane {
+impl RunningQueue {
     pub(super) fn new(index: u16, queue: Queue, kick: Option<Arc<Event>>, enabled: bool) -> Self {
         let window = Window::new(queue.layout().size);
         let queue = queue.with_segments_max(SEGMENTS_MAX);
