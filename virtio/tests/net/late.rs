@@ -14,7 +14,7 @@ use crate::net::guest::{
 };
 use crate::net::remote::{Remote, Server};
 use crate::net::wire::{Control, wire};
-use crate::support::{LONG, guarded};
+use crate::support::{LONG, eventually, guarded};
 
 fn held(change: impl FnOnce(&mut vmring::device::Capabilities)) -> ([Guest; 2], Control) {
     let (interfaces, control) = wire(change);
@@ -159,11 +159,7 @@ fn a_connection_ends_although_the_interface_holds_on() {
         remote.sync();
         control.hold(true);
         remote.send(&frame(remote.mac, [2, 0, 0, 0, 0, 9], 100, 1));
-        while remote.rings[1].driver.needs_kick() {
-            std::thread::yield_now();
-        }
-        // It is with the interface when the guest is not asked for kicks any more.
-        std::thread::sleep(Duration::from_millis(50));
+        eventually("the interface has it", || control.taken() == 1);
         let Remote { frontend, file, rings, .. } = remote;
         drop((frontend, rings));
         let (device, ended) = server.join();

@@ -10,7 +10,7 @@ use crate::frontend::*;
 use crate::net::guest::{frame, interface, readable};
 use crate::net::remote::{Remote, Server, regions};
 use crate::net::wire::wire;
-use crate::support::{LONG, guarded};
+use crate::support::{LONG, eventually, guarded, is_constant};
 
 /// Two guests on one network, each behind a server.
 fn two(network: &str, without: Features) -> [(Server, Remote); 2] {
@@ -65,12 +65,9 @@ fn an_idle_server_sleeps() {
         let packet = frame(a.mac, b.mac, 100, 1);
         a.send(&packet);
         assert_eq!(b.receive(1), [packet]);
-        std::thread::sleep(Duration::from_millis(50));
         let wakes = || [&sa, &sb].map(|server| server.stats.stats().wakes);
-        let before = wakes();
-        assert!(before.iter().all(|wakes| *wakes > 0), "they have slept");
-        std::thread::sleep(Duration::from_millis(300));
-        assert_eq!(wakes(), before);
+        eventually("they have slept", || wakes().iter().all(|wakes| *wakes > 0));
+        eventually("they sleep", || is_constant(wakes));
     });
 }
 
@@ -332,11 +329,7 @@ fn a_report_knows_the_front_end() {
         let handle = server.front_end.clone();
         let remote = Remote::new(socket, Features::EVENT_IDX);
         remote.sync();
-        let began = std::time::Instant::now();
-        while handle.get().session.messages <= 10 {
-            assert!(began.elapsed() < LONG, "{:?}", handle.get());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        eventually("the report", || handle.get().session.messages > 10);
         let known = handle.get();
         assert!(known.connected && !known.sealed, "a file without seals: {known:?}");
         assert_eq!((known.features, known.mac), (remote.features, remote.mac));
@@ -403,7 +396,7 @@ fn a_stop_does_not_wait_for_a_front_end_that_waits() {
         remote.sync();
         control.hold(true);
         remote.send(&frame(remote.mac, [2, 0, 0, 0, 0, 9], 100, 1));
-        std::thread::sleep(Duration::from_millis(50));
+        eventually("the interface has it", || control.taken() == 1);
         // The session waits for the packet, and then for nothing.
         remote.frontend.send(&Sent::state(GET_VRING_BASE, 1, 0));
         std::thread::sleep(Duration::from_millis(50));

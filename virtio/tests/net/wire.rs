@@ -2,7 +2,7 @@
 //! readers, and with writes that end late or in another order.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmring::config::{InterfaceConfig, InterfaceInfo};
@@ -29,6 +29,8 @@ struct Shared {
     inboxes: [Vec<Mutex<Inbox>>; 2],
     /// Whether writes are kept.
     holds: AtomicBool,
+    /// How many writes have been kept.
+    kept: AtomicUsize,
     /// Whether reads are kept, and not given back when they are cancelled.
     holds_reads: AtomicBool,
     /// Whether kept writes end in the reverse order.
@@ -59,6 +61,11 @@ impl Control {
                 wake.wake();
             }
         }
+    }
+
+    /// How many writes the device has taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.0.kept.load(Ordering::SeqCst)
     }
 
     pub(crate) fn reverse(&self) {
@@ -104,6 +111,7 @@ pub(crate) fn wire(change: impl FnOnce(&mut Capabilities)) -> ([Interface; 2], C
     let shared = Arc::new(Shared {
         inboxes: [inboxes(), inboxes()],
         holds: AtomicBool::new(false),
+        kept: AtomicUsize::new(0),
         holds_reads: AtomicBool::new(false),
         reverses: AtomicBool::new(false),
     });
@@ -274,6 +282,7 @@ impl Queue for WireQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         while let Some(slot) = cx.take_write() {
             self.kept.push_back(slot);
+            self.shared.kept.fetch_add(1, Ordering::SeqCst);
         }
         if !self.shared.holds.load(Ordering::SeqCst) {
             let reverses = self.shared.reverses.load(Ordering::SeqCst);

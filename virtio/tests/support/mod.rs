@@ -6,7 +6,7 @@ pub(crate) use counting::allocations;
 
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Far longer than any test needs on a slow and busy machine. A test that reaches this hangs.
 pub(crate) const LONG: Duration = Duration::from_secs(120);
@@ -26,6 +26,22 @@ pub(crate) fn guarded(what: &str, body: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Waits until `done` returns true. Panics with what it waits for if that does not happen.
+pub(crate) fn eventually(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < LONG, "it does not happen: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Whether a value does not change for a while. A busy machine may need several attempts.
+pub(crate) fn is_constant<T: PartialEq>(value: impl Fn() -> T) -> bool {
+    let before = value();
+    thread::sleep(Duration::from_millis(300));
+    value() == before
 }
 
 /// `n`, or a tenth of it if everything is slow (`VMRING_TEST_SCALE=small`: sanitizers, emulators).
