@@ -186,10 +186,15 @@ impl Transmitter {
 
     /// Lets what is on its way end. It is ready when nothing is.
     pub(super) fn quiesce(&mut self, cx: Context<'_>) -> Poll<()> {
-        self.reap(cx);
-        match &self.running {
-            Some(running) if !running.window.is_empty() => Poll::Pending,
-            _ => Poll::Ready(()),
+        loop {
+            let ended = self.reap(cx);
+            if self.running.as_ref().is_none_or(|running| running.window.is_empty()) {
+                return Poll::Ready(());
+            }
+            // What has ended may have made space for the rest.
+            if ended == 0 {
+                return Poll::Pending;
+            }
         }
     }
 
