@@ -1,12 +1,13 @@
 //! A guest: a driver with both queues of a pair in one memory, and the device behind it.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use vmring::{Embedded, Interface};
+use vmring::{Embedded, GuestMmap, Interface};
 use vmring_core::HeapBacking;
 use vmring_core::guest::{DirtyLog, GuestMemory, GuestRegion};
 use vmring_virtio::net::{Features, Interrupt, NetDevice, NetSettings, NetStats, QueueSetup};
@@ -85,6 +86,19 @@ pub(crate) fn interface(network: &str) -> Interface {
     Interface::builder().device(network).start().expect("an interface")
 }
 
+/// Like [`memory`], in a file, so that others can map it elsewhere, as another process does.
+pub(crate) fn memory_of(file: &File) -> GuestMemory {
+    let regions = [(RINGS, 0, 8 * RING_SPACE), (ARENA, 8 * RING_SPACE, 2 * ARENA_LEN)];
+    let regions = regions.map(|(address, offset, len)| {
+        let map = GuestMmap::file(file, offset, len as usize).expect("a mapping");
+        GuestRegion::new(address, Arc::new(map))
+    });
+    GuestMemory::new(regions).expect("the regions are apart")
+}
+
+/// The length of the file for [`memory_of`].
+pub(crate) const FILE_LEN: u64 = 8 * RING_SPACE + 2 * ARENA_LEN;
+
 /// The memory of a guest: the rings, and what the queues have for their buffers.
 pub(crate) fn memory(dirty_log: Option<Arc<dyn DirtyLog>>) -> GuestMemory {
     let regions = [(RINGS, 8 * RING_SPACE), (ARENA, 2 * ARENA_LEN)];
@@ -124,12 +138,16 @@ impl Guest {
     }
 
     pub(crate) fn with(interface: Interface, options: &Options) -> Self {
+        Self::over(interface, options, memory(options.dirty_log.clone()))
+    }
+
+    /// A guest with this memory.
+    pub(crate) fn over(interface: Interface, options: &Options, memory: GuestMemory) -> Self {
         let interrupts = Arc::new(Interrupts::default());
         let device = NetDevice::new(interface, interrupts.clone(), options.settings);
         let mut device = device.expect("a device");
         let accepted = device.features().without(options.without);
         device.set_features(accepted).expect("they were offered");
-        let memory = memory(options.dirty_log.clone());
         assert!(matches!(device.set_memory(&memory), Poll::Ready(Ok(()))));
         let [rx, tx] =
             [0, 1].map(|index| driver(&memory, index, options.size, accepted, options.base));

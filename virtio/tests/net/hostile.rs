@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vmring_virtio::net::Features;
 
 use crate::driver::{ARENA, Descriptor, NEXT, WRITE};
+use crate::frontend::memory;
 use crate::net::basics::{one_buffer, pair};
-use crate::net::guest::{Guest, HEADER, Options, interface, poll_both};
+use crate::net::guest::{FILE_LEN, Guest, HEADER, Options, interface, memory_of, poll_both};
 use crate::support::{Dice, guarded, scaled};
 
 /// Makes a broken chain available on a queue: a descriptor outside of the memory.
@@ -136,10 +137,14 @@ fn a_driver_that_makes_everything_available_again_and_again_does_not_spin() {
 #[test]
 fn a_guest_that_scribbles_into_its_buffers_harms_only_itself() {
     guarded("a guest that scribbles", || {
-        let [mut a, mut b, mut c] = [0, 1, 2].map(|_| Guest::new("scribble"));
+        let file = memory(FILE_LEN);
+        let interface = interface("scribble");
+        let mut a = Guest::over(interface, &Options::default(), memory_of(&file));
+        let [mut b, mut c] = [0, 1].map(|_| Guest::new("scribble"));
         let stop = Arc::new(AtomicBool::new(false));
         let scribbler = {
-            let (memory, stop) = (a.memory.clone(), stop.clone());
+            // The same memory at other addresses, as in another process.
+            let (memory, stop) = (memory_of(&file), stop.clone());
             std::thread::spawn(move || {
                 let mut dice = Dice::new(7);
                 while !stop.load(Ordering::Relaxed) {
