@@ -23,7 +23,8 @@ use crate::vhost_user::{Backend, Error, Progress, RingSetup, Session, SessionSta
 
 /// How often a busy device is polled before the socket and the stop are looked at.
 const POLLS_PER_LOOK: u32 = 16;
-/// How long a connection that ends waits for the device to release the guest's memory.
+/// How long a connection waits for the device to release the guest's memory, when a ring stops and at
+/// its end.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A [`NetDevice`] as the [`Backend`] of a [`Session`].
@@ -252,7 +253,8 @@ pub enum ServeError {
 /// `stop` ends it when it is readable, for example a pipe or a `signalfd`. It is not read. At the end,
 /// whatever its reason, every ring is stopped and the guest's memory is unmapped. That waits for packets
 /// that the interface is sending, for 5 seconds and then for the close timeout of a ring (2 seconds). What
-/// the interface holds even after that is leaked on purpose, and its memory stays mapped.
+/// the interface holds even after that is leaked on purpose, and its memory stays mapped. A front end
+/// that stops a ring is not kept waiting for longer than that either: its connection ends.
 ///
 /// # Errors
 ///
@@ -275,7 +277,8 @@ pub fn serve_connection(
     });
     let mut session = Session::new(socket, device, settings);
     let mut result = serve(&mut session, stop);
-    if !end(&mut session) {
+    let is_stuck = matches!(result, Err(ServeError::Stuck(_)));
+    if is_stuck || !end(&mut session) {
         session.backend_mut().device.abandon();
         result = Err(ServeError::Stuck(END_TIMEOUT));
     }
@@ -288,7 +291,7 @@ pub fn serve_connection(
 fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<Ended, ServeError> {
     let mut progress = Progress::More;
     let mut config = session.backend().device.config();
-    let mut polls = 0;
+    let (mut polls, mut draining) = (0, None);
     let mut idle = Idle::new(session.backend().device.settings().idle);
     loop {
         let moved = session.backend_mut().device.poll();
@@ -302,6 +305,17 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
         if progress == Progress::Closed {
             return Ok(Ended::Closed);
         }
+        // While the front end waits, it is not heard, even if it goes.
+        let waited = match progress {
+            Progress::Draining => draining.get_or_insert_with(Instant::now).elapsed(),
+            _ => {
+                draining = None;
+                Duration::ZERO
+            }
+        };
+        let Some(patience) = END_TIMEOUT.checked_sub(waited) else {
+            return Err(ServeError::Stuck(END_TIMEOUT));
+        };
         report(session, &mut config);
         if let Some(reason) = session.backend().device.failure() {
             return Err(ServeError::Interface(reason));
@@ -314,7 +328,11 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
         }
         let may_sleep = !busy && session.backend_mut().device.arm();
         let timeout = match may_sleep {
-            true => moved.deadline.map(|at| at.saturating_duration_since(Instant::now())),
+            true => {
+                let deadline =
+                    moved.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+                [deadline, draining.map(|_| patience)].into_iter().flatten().min()
+            }
             false => Some(Duration::ZERO),
         };
         let socket = match progress {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use vmring_virtio::net::{Features, NetDevice, NetSettings, QueueSetup, ServeError, VhostUserNet};
 
 use crate::driver::Driver;
-use crate::frontend::copies;
+use crate::frontend::{GET_VRING_BASE, Sent, copies};
 use crate::net::basics::{one_buffer, pair};
 use crate::net::guest::{
     Guest, Interrupts, Options, driver, frame, layout, memory, poll_both, readable,
@@ -160,6 +160,8 @@ fn a_connection_ends_although_the_interface_holds_on() {
         control.hold(true);
         remote.send(&frame(remote.mac, [2, 0, 0, 0, 0, 9], 100, 1));
         eventually("the interface has it", || control.taken() == 1);
+        // The front end waits for the ring, and then for nothing any more.
+        remote.frontend.send(&Sent::state(GET_VRING_BASE, 1, 0));
         let Remote { frontend, file, rings, .. } = remote;
         drop((frontend, rings));
         let (device, ended) = server.join();
