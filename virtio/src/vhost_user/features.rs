@@ -12,6 +12,12 @@ pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// (`VIRTIO_F_RING_PACKED`), and addresses behind an IOMMU (`VIRTIO_F_ACCESS_PLATFORM`).
 pub const NEVER_OFFERED: u64 = (1 << 17) | (1 << 33) | (1 << 34);
 
+/// `VIRTIO_NET_F_MTU`. Its value is in the configuration space. QEMU, which has a space of its own, asks
+/// for this bit before it tells a guest an MTU; user-mode Linux hands the bit on, and a number that
+/// nobody has written. So it is offered to a front end that can read the space, or has negotiated the
+/// protocol feature MTU. QEMU asks for the features again after that.
+pub(super) const NET_F_MTU: u64 = 1 << 3;
+
 /// A protocol feature (section "Protocol features"). The value is the number of its bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]

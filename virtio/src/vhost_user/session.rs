@@ -13,7 +13,9 @@ use crate::sys;
 use crate::vhost_user::backend::{Backend, RingSetup, UsedLog};
 use crate::vhost_user::connection::{Connection, Descriptors, Flushed, Received, backend_request};
 use crate::vhost_user::error::Error;
-use crate::vhost_user::features::{LOG_ALL, NEVER_OFFERED, PROTOCOL_FEATURES, ProtocolFeature};
+use crate::vhost_user::features::{
+    LOG_ALL, NET_F_MTU, NEVER_OFFERED, PROTOCOL_FEATURES, ProtocolFeature,
+};
 use crate::vhost_user::listen::{Adopted, adopt};
 use crate::vhost_user::mapping::DirtyBitmap;
 use crate::vhost_user::memory::{Limits, MemoryTable};
@@ -293,7 +295,7 @@ impl<B: Backend> Session<B> {
             demand_seals: self.settings.demand_seals,
         };
         let then = match message {
-            Message::GetFeatures => Then::Answer(Answer::Number(self.offered)),
+            Message::GetFeatures => Then::Answer(Answer::Number(self.visible())),
             Message::SetFeatures(features) => self.begin_features(features)?,
             // The connection itself is the session. RESET_OWNER is to be ignored.
             Message::SetOwner | Message::ResetOwner => Then::Answer(Answer::Done),
@@ -554,6 +556,12 @@ impl<B: Backend> Session<B> {
         if changed && ring.running {
             self.backend.enable_ring(index as u16, enabled);
         }
+    }
+
+    /// The features that the front end is told now.
+    fn visible(&self) -> u64 {
+        let has_mtu = self.settings.config || self.negotiated(ProtocolFeature::Mtu);
+        if has_mtu { self.offered } else { self.offered & !NET_F_MTU }
     }
 
     fn config_bytes(&self) -> [u8; CONFIG_MAX] {
