@@ -349,3 +349,10 @@ pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
         result => Ok(result),
     }
 }
+
+/// The bytes of a page of this machine.
+pub(super) fn page_size() -> usize {
+    // SAFETY: the call takes a number only.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).ok().filter(|size| size.is_power_of_two()).unwrap_or(4096)
+}

@@ -33,11 +33,30 @@
 //!
 //! Three things a front end can do that this module cannot prevent:
 //!
-//! * It can shorten a file that it shares, so that accesses to the memory raise SIGBUS. Handle that
-//!   signal, or demand seals ([`Settings::demand_seals`]).
+//! * It can shorten a file that it shares, so that accesses to the memory raise SIGBUS. See the next
+//!   section.
 //! * It can share a file of a file system that it serves itself (FUSE), so that accesses wait for it.
 //!   Demand seals, or use one thread per front end.
 //! * It can make its own signals wait; see [`Event`].
+//!
+//! # Memory that shrinks
+//!
+//! A page that a file has lost, or for which the file system has no space, raises SIGBUS when it is
+//! accessed, on whichever thread accesses it: that of its own guest, or that of another guest, which
+//! sends a packet there. The default action of the signal ends the process, and with it every guest.
+//! This crate installs no signal handler, because a handler belongs to the program. A program that
+//! serves front ends that it does not trust has two ways, and may take both:
+//!
+//! * It demands seals ([`Settings::demand_seals`]). A file with `F_SEAL_SHRINK` keeps its length. A
+//!   full file system still raises SIGBUS.
+//! * It handles SIGBUS. It learns from a [`MappingObserver`] which addresses are a front end's. If the
+//!   address of the fault (`si_addr`) is one of them, the handler puts private anonymous memory there
+//!   (`mmap` with `MAP_FIXED`), marks the connection, wakes its thread, and returns; the access then
+//!   succeeds, and the connection ends. If the address is not one of them, the handler restores the
+//!   default action and returns. Only functions that are async-signal-safe may be called (`mmap` is a
+//!   system call and may). A lock may not be taken.
+//!
+//! Accesses of the kernel for the program, as in `readv`, raise no signal. They fail with EFAULT.
 //!
 //! # Examples
 //!
@@ -94,6 +113,7 @@ pub use crate::event::Event;
 pub use backend::{Backend, RingSetup, UsedLog};
 pub use error::{Error, MapError};
 pub use listen::{Adopted, Listener, adopt, connect};
+pub use mapping::MappingObserver;
 pub use request::Request;
 pub use session::{Progress, Session, SessionStats, Settings};
 pub use state::STATE_MAX;

@@ -216,6 +216,10 @@ pub enum MapError {
     /// The front end can make the file shorter, and this back end was told to refuse that.
     #[error("the file is not sealed against shrinking")]
     NotSealed,
+    /// The program that looks after mappings cannot look after one more; see
+    /// [`MappingObserver`](crate::vhost_user::MappingObserver).
+    #[error("one mapping more is not observed, and could not be cut off safely")]
+    Unobserved,
     /// The memory of the connection exceeds its limit.
     #[error("the memory of the connection would exceed {max} bytes")]
     TooMuch {

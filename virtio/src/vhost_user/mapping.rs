@@ -16,8 +16,60 @@ use crate::vhost_user::error::MapError;
 /// The largest page of a file that is believed: 16 GiB.
 const PAGE_MAX: u64 = 1 << 34;
 
+/// Is told which of this process's addresses are a front end's file.
+///
+/// A front end that shortens a file that it shares makes every access to the lost pages raise SIGBUS.
+/// A program that handles the signal must know whether the address belongs to a front end, and to
+/// which. See the module [`vhost_user`](crate::vhost_user).
+pub trait MappingObserver: Send + Sync {
+    /// `len` bytes from the address `start` on are the front end's now, in whole pages. Nothing has
+    /// accessed them yet.
+    ///
+    /// Returns whether the observer can look after them. If not, the memory is refused, by
+    /// [`MapError::Unobserved`].
+    fn mapped(&self, start: usize, len: usize) -> bool;
+
+    /// Nothing accesses these bytes any more, which were [mapped](Self::mapped). They are unmapped
+    /// after this returns.
+    fn unmapped(&self, start: usize, len: usize);
+}
+
+/// A range that an observer looks after, until this is dropped.
+struct Observed {
+    observer: Arc<dyn MappingObserver>,
+    start: usize,
+    len: usize,
+}
+
+impl Observed {
+    /// Tells the observer of the pages that have `len` bytes from `start` on. `page` is the size of
+    /// the file's pages, or less.
+    fn new(
+        observer: &Arc<dyn MappingObserver>,
+        start: *mut u8,
+        len: usize,
+        page: u64,
+    ) -> Result<Self, MapError> {
+        let page = (page as usize).max(sys::page_size());
+        let end = (start.addr() + len).next_multiple_of(page);
+        let start = start.addr() / page * page;
+        match observer.mapped(start, end - start) {
+            true => Ok(Self { observer: observer.clone(), start, len: end - start }),
+            false => Err(MapError::Unobserved),
+        }
+    }
+}
+
+impl Drop for Observed {
+    fn drop(&mut self) {
+        self.observer.unmapped(self.start, self.len);
+    }
+}
+
 /// Bytes of a file that the front end shares.
 pub(super) struct Mapping {
+    /// It is declared before `map`, so that the observer is told before the bytes are unmapped.
+    _observed: Option<Observed>,
     map: MmapRaw,
     /// The mapping begins at a page; this is where the wanted bytes begin.
     skip: usize,
@@ -47,6 +99,7 @@ impl Mapping {
         offset: u64,
         len: u64,
         needed: u64,
+        observer: Option<&Arc<dyn MappingObserver>>,
     ) -> Result<Self, MapError> {
         let overflow = || MapError::Overflow { offset, len };
         let mode = metadata.mode();
@@ -69,8 +122,20 @@ impl Mapping {
             .and_then(|len| isize::try_from(len).ok())
             .ok_or_else(overflow)?;
         let map = MmapOptions::new().offset(offset - skip).len(whole as usize).map_raw(file)?;
-        Ok(Self { map, skip: skip as usize, len: len as usize })
+        let observed = observer
+            .map(|observer| Observed::new(observer, map.as_mut_ptr(), map.len(), page))
+            .transpose()?;
+        Ok(Self { _observed: observed, map, skip: skip as usize, len: len as usize })
     }
+}
+
+/// What a connection may map.
+#[derive(Clone, Copy)]
+pub(super) struct Limits<'a> {
+    pub(super) slots: usize,
+    pub(super) bytes: u64,
+    pub(super) demand_seals: bool,
+    pub(super) observer: Option<&'a Arc<dyn MappingObserver>>,
 }
 
 /// A region of the guest's memory that is mapped.
@@ -91,8 +156,9 @@ impl Region {
         user_address: u64,
         size: u64,
         offset: u64,
+        observer: Option<&Arc<dyn MappingObserver>>,
     ) -> Result<Self, MapError> {
-        let mapping = Mapping::new(file, &file.metadata()?, offset, size, size)?;
+        let mapping = Mapping::new(file, &file.metadata()?, offset, size, size, observer)?;
         let sealed = sys::cannot_shrink(file.as_fd());
         Ok(Self { guest_address, user_address, size, sealed, mapping: Arc::new(mapping) })
     }
@@ -121,7 +187,15 @@ pub(super) struct DirtyBitmap {
 }
 
 impl DirtyBitmap {
-    pub(super) fn map(file: &File, offset: u64, size: u64) -> Result<Self, MapError> {
+    pub(super) fn map(
+        file: &File,
+        offset: u64,
+        size: u64,
+        limits: Limits<'_>,
+    ) -> Result<Self, MapError> {
+        if limits.demand_seals && !sys::cannot_shrink(file.as_fd()) {
+            return Err(MapError::NotSealed);
+        }
         let skip = offset % 4;
         let overflow = MapError::Overflow { offset, len: size };
         let Some(needed) = skip.checked_add(size).filter(|_| size > 0) else {
@@ -129,7 +203,8 @@ impl DirtyBitmap {
         };
         // The last word may end up to three bytes behind the log, but in the same page.
         let Some(len) = needed.checked_next_multiple_of(4) else { return Err(overflow) };
-        let mapping = Mapping::new(file, &file.metadata()?, offset - skip, len, needed)?;
+        let metadata = file.metadata()?;
+        let mapping = Mapping::new(file, &metadata, offset - skip, len, needed, limits.observer)?;
         let memory = GuestMemory::new([GuestRegion::new(0, Arc::new(mapping))]);
         Ok(Self { memory: memory.map_err(|_| overflow)?, skip, size })
     }

@@ -9,17 +9,9 @@ use vmring_core::guest::GuestMemory;
 use crate::sys;
 use crate::vhost_user::connection::Descriptors;
 use crate::vhost_user::error::{Error, MapError};
-use crate::vhost_user::mapping::{DirtyBitmap, Region};
+use crate::vhost_user::mapping::{DirtyBitmap, Limits, Region};
 use crate::vhost_user::message::{RegionDescription, RegionTable};
 use crate::vhost_user::request::Request;
-
-/// What a connection may map.
-#[derive(Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) slots: usize,
-    pub(super) bytes: u64,
-    pub(super) demand_seals: bool,
-}
 
 /// A table that never changes. Each request that changes the memory makes another one, and the
 /// session replaces the old one when no ring runs.
@@ -60,7 +52,7 @@ impl MemoryTable {
         &self,
         table: &RegionTable,
         descriptors: &mut Descriptors,
-        limits: Limits,
+        limits: Limits<'_>,
     ) -> Result<Self, Error> {
         let request = Request::SetMemTable;
         let mut regions = Vec::with_capacity(table.regions().len());
@@ -76,7 +68,7 @@ impl MemoryTable {
         &self,
         region: &RegionDescription,
         descriptors: &mut Descriptors,
-        limits: Limits,
+        limits: Limits<'_>,
     ) -> Result<Self, Error> {
         let request = Request::AddMemReg;
         let count = self.regions.len() + 1;
@@ -133,7 +125,7 @@ fn map(
     regions: &mut Vec<Region>,
     new: &RegionDescription,
     file: File,
-    limits: Limits,
+    limits: Limits<'_>,
 ) -> Result<(), Error> {
     let failed = |source| Error::Map { request, source };
     let others: u64 = regions.iter().map(|region| region.size).sum();
@@ -146,7 +138,8 @@ fn map(
         return Err(failed(MapError::NotSealed));
     }
     let RegionDescription { guest_address, size, user_address, mmap_offset } = *new;
-    let region = Region::map(&file, guest_address, user_address, size, mmap_offset);
+    let region =
+        Region::map(&file, guest_address, user_address, size, mmap_offset, limits.observer);
     regions.push(region.map_err(failed)?);
     Ok(())
 }

@@ -17,8 +17,8 @@ use crate::vhost_user::features::{
     LOG_ALL, NET_F_MTU, NEVER_OFFERED, PROTOCOL_FEATURES, ProtocolFeature,
 };
 use crate::vhost_user::listen::{Adopted, adopt};
-use crate::vhost_user::mapping::DirtyBitmap;
-use crate::vhost_user::memory::{Limits, MemoryTable};
+use crate::vhost_user::mapping::{DirtyBitmap, Limits, MappingObserver};
+use crate::vhost_user::memory::MemoryTable;
 use crate::vhost_user::message::{CONFIG_MAX, Message, RingAddresses, StateDirection};
 use crate::vhost_user::request::Request;
 use crate::vhost_user::state::Transfer;
@@ -40,7 +40,7 @@ const NO_DESCRIPTOR: u64 = 1 << 8;
 const NEEDS_RESET: u8 = 0x40;
 
 /// What a back end offers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Settings {
     /// The number of pairs of a receive and a transmit ring, from 1 to 128.
@@ -51,10 +51,24 @@ pub struct Settings {
     pub config: bool,
     /// The most bytes of memory that the front end may share: 4 TiB by default.
     pub memory_max: u64,
-    /// Whether memory is refused whose file the front end can make shorter. Only memory files of
-    /// Linux have such seals. It is off by default, since few front ends set them (QEMU does with
-    /// `memory-backend-memfd`).
+    /// Whether memory, and a dirty log, is refused whose file the front end can make shorter. Only
+    /// memory files of Linux have such seals. It is off by default, since few front ends set them
+    /// (QEMU does with `memory-backend-memfd`, and crosvm).
     pub demand_seals: bool,
+    /// Who is told which addresses are the front end's files, if anybody.
+    pub observer: Option<Arc<dyn MappingObserver>>,
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("queue_pairs", &self.queue_pairs)
+            .field("config", &self.config)
+            .field("memory_max", &self.memory_max)
+            .field("demand_seals", &self.demand_seals)
+            .field("observer", &self.observer.is_some())
+            .finish()
+    }
 }
 
 impl Settings {
@@ -65,7 +79,13 @@ impl Settings {
     /// If it is 0 or more than 128.
     pub fn new(queue_pairs: u16) -> Self {
         assert!((1..=QUEUE_PAIRS_MAX).contains(&queue_pairs), "1 to 128 pairs of rings");
-        Self { queue_pairs, config: false, memory_max: 4 << 40, demand_seals: false }
+        Self {
+            queue_pairs,
+            config: false,
+            memory_max: 4 << 40,
+            demand_seals: false,
+            observer: None,
+        }
     }
 }
 
@@ -289,11 +309,7 @@ impl<B: Backend> Session<B> {
         if let Some(feature) = needs(request).filter(|feature| !self.negotiated(*feature)) {
             return Err(Error::NotNegotiated { request, feature });
         }
-        let limits = Limits {
-            slots: MEM_SLOTS,
-            bytes: self.settings.memory_max,
-            demand_seals: self.settings.demand_seals,
-        };
+        let limits = self.limits();
         let then = match message {
             Message::GetFeatures => Then::Answer(Answer::Number(self.visible())),
             Message::SetFeatures(features) => self.begin_features(features)?,
@@ -485,7 +501,7 @@ impl<B: Backend> Session<B> {
 
     fn begin_log(&mut self, size: u64, offset: u64, file: File) -> Result<Then, Error> {
         let request = Request::SetLogBase;
-        let log = DirtyBitmap::map(&file, offset, size)
+        let log = DirtyBitmap::map(&file, offset, size, self.limits())
             .map_err(|source| Error::Map { request, source })?;
         let log = Arc::new(log);
         let mut table = None;
@@ -524,6 +540,15 @@ impl<B: Backend> Session<B> {
             }
         }
         Ok(())
+    }
+
+    fn limits(&self) -> Limits<'_> {
+        Limits {
+            slots: MEM_SLOTS,
+            bytes: self.settings.memory_max,
+            demand_seals: self.settings.demand_seals,
+            observer: self.settings.observer.as_ref(),
+        }
     }
 
     fn ring(&self, request: Request, index: u32) -> Result<usize, Error> {

@@ -229,10 +229,16 @@ impl Harness {
     }
 
     pub(crate) fn negotiate(&mut self, features: u64) {
+        let memory = self.memory.try_clone().expect("a copy of a descriptor");
+        self.negotiate_on(features, &memory);
+    }
+
+    /// Like [`negotiate`](Self::negotiate), with another file as the memory.
+    pub(crate) fn negotiate_on(&mut self, features: u64, memory: &File) {
         let offered = self.number(Sent::new(GET_PROTOCOL_FEATURES, []));
         self.tell(Sent::number(SET_PROTOCOL_FEATURES, offered));
         self.tell(Sent::number(SET_FEATURES, features));
-        self.tell(Sent::table(&[region()]).with(&self.memory));
+        self.tell(Sent::table(&[region()]).with(memory));
     }
 
     /// Rings 0 and 1 run, and are enabled.

@@ -4,9 +4,10 @@ use std::fs::File;
 use std::io::pipe;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 
 use vmring_core::guest::GuestMemoryError;
-use vmring_virtio::vhost_user::{Error, MapError};
+use vmring_virtio::vhost_user::{Error, MapError, MappingObserver, Settings};
 
 use crate::frontend::*;
 use crate::harness::*;
@@ -204,6 +205,91 @@ fn the_memory_of_a_connection_is_limited() {
     harness.end();
 }
 
+/// Keeps the ranges that are mapped, and takes no more than a number of them.
+#[derive(Default)]
+struct Ranges {
+    now: Mutex<Vec<(usize, usize)>>,
+    max: usize,
+}
+
+impl MappingObserver for Ranges {
+    fn mapped(&self, start: usize, len: usize) -> bool {
+        let mut now = self.now.lock().expect("no test has panicked here");
+        let room = now.len() < self.max;
+        if room {
+            now.push((start, len));
+        }
+        room
+    }
+
+    fn unmapped(&self, start: usize, len: usize) {
+        let mut now = self.now.lock().expect("no test has panicked here");
+        let found = now.iter().position(|range| *range == (start, len));
+        now.swap_remove(found.expect("only what was mapped is unmapped"));
+    }
+}
+
+impl Ranges {
+    fn settings(max: usize) -> (Arc<Self>, Settings) {
+        let ranges = Arc::new(Self { max, ..Self::default() });
+        let mut settings = settings();
+        settings.observer = Some(ranges.clone());
+        (ranges, settings)
+    }
+
+    fn len(&self) -> usize {
+        self.now.lock().expect("no test has panicked here").len()
+    }
+}
+
+/// Goal: an observer knows, in whole pages, every address of a front end's files, the dirty log's
+/// too, from before the device has the memory until nothing accesses it.
+#[test]
+fn an_observer_knows_what_is_mapped() {
+    let (ranges, settings) = Ranges::settings(3);
+    let mut harness = Harness::with(settings, Device::default());
+    harness.negotiate(LOGGED);
+    assert_eq!(ranges.len(), 1);
+    let log = memory(1 << 16);
+    let set_log = Sent::new(SET_LOG_BASE, u64s(&[1 << 15, 0x123])).with(&log);
+    assert_eq!(harness.number(set_log), 0);
+    let add = Region { guest_address: 1 << 29, user_address: 1 << 40, mmap_offset: 1, ..region() };
+    let longer = memory(SIZE + 1);
+    harness.tell(Sent::region(ADD_MEM_REG, add).with(&longer));
+    assert_eq!(ranges.len(), 3);
+    let guest = harness.session.backend().memory.clone().expect("a memory");
+    for (address, last) in [(GUEST, GUEST + SIZE - 1), (1 << 29, (1 << 29) + SIZE - 1)] {
+        for address in [address, last] {
+            let slice = guest.slice(address, 1).expect("it is in the memory");
+            let host = slice.as_ptr().addr();
+            let now = ranges.now.lock().expect("no test has panicked here");
+            let known = now.iter().filter(|(start, len)| (*start..start + len).contains(&host));
+            assert_eq!(known.count(), 1, "{address:#x}");
+            assert!(now.iter().all(|(start, len)| start % 4096 == 0 && len % 4096 == 0));
+        }
+    }
+
+    // Another memory cannot be observed, and is refused. What was there stays until the end.
+    let error = harness.refused(Sent::table(&[region()]).with(&harness.memory));
+    assert!(matches!(error, Error::Map { source: MapError::Unobserved, .. }), "{error}");
+    assert_eq!(ranges.len(), 3);
+    drop(guest);
+    harness.end();
+    assert_eq!(ranges.len(), 0);
+
+    // A table that is replaced is observed until it is.
+    let (ranges, settings) = Ranges::settings(2);
+    let mut harness = Harness::with(settings, Device::default());
+    harness.negotiate(FEATURES);
+    for _ in 0..3 {
+        harness.tell(Sent::table(&[region()]).with(&harness.memory));
+        harness.session.backend_mut().calls.clear();
+        assert_eq!(ranges.len(), 1);
+    }
+    harness.end();
+    assert_eq!(ranges.len(), 0);
+}
+
 /// Goal: the device hears whether the front end can shorten a file, and where seals are demanded, an
 /// unsealed file is refused.
 #[cfg(target_os = "linux")]
@@ -219,9 +305,7 @@ fn seals_are_reported_and_demanded() {
         assert_eq!(harness.calls(), [Call::Memory { regions: 1, sealed: is_sealed }]);
         harness.end();
 
-        let mut settings = settings();
-        settings.demand_seals = true;
-        let mut harness = Harness::with(settings, Device::default());
+        let mut harness = Harness::with(settings_with_seals(), Device::default());
         let message = Sent::table(&[region()]).with(file);
         if is_sealed {
             harness.tell(message);
@@ -230,7 +314,26 @@ fn seals_are_reported_and_demanded() {
             assert!(matches!(error, Error::Map { source: MapError::NotSealed, .. }), "{error}");
         }
         harness.end();
+
+        // A log that can be shortened is as bad.
+        let mut harness = Harness::with(settings_with_seals(), Device::default());
+        harness.negotiate_on(LOGGED, &sealed);
+        let set_log = Sent::new(SET_LOG_BASE, u64s(&[SIZE, 0])).with(file);
+        if is_sealed {
+            assert_eq!(harness.number(set_log), 0);
+        } else {
+            let error = harness.refused(set_log);
+            assert!(matches!(error, Error::Map { source: MapError::NotSealed, .. }), "{error}");
+        }
+        harness.end();
     }
+}
+
+#[cfg(target_os = "linux")]
+fn settings_with_seals() -> Settings {
+    let mut settings = settings();
+    settings.demand_seals = true;
+    settings
 }
 
 /// Goal: a file of huge pages is mapped and unmapped in its own pages, though the region begins
