@@ -1,6 +1,7 @@
 //! Policies: [`IdlePolicy`] (how a thread waits for work) and [`RetryPolicy`] (how often a write is
 //! tried).
 
+use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
 
@@ -17,12 +18,17 @@ pub struct IdlePolicy {
 }
 
 impl Default for IdlePolicy {
-    /// Returns the policy for the number of processors that the calling thread may run on. With one
-    /// or two there is no spinning, because the other side needs the processor to produce the work.
-    /// With more, a thread spins for about ten microseconds.
+    /// Returns the policy for the number of processors that this process may use. With one or two
+    /// there is no spinning, because the other side needs the processor to produce the work. With
+    /// more, a thread spins for about ten microseconds.
+    ///
+    /// The first call of the process asks the system, on the thread that makes it. Later calls
+    /// remember, and so they make no system call: the question opens files, which a process that has
+    /// confined itself may not.
     fn default() -> Self {
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        if processors <= 2 {
+        static PROCESSORS: OnceLock<usize> = OnceLock::new();
+        let ask = || thread::available_parallelism().map_or(1, usize::from);
+        if *PROCESSORS.get_or_init(ask) <= 2 {
             Self { spins: 0, yields: 16 }
         } else {
             Self { spins: 2000, yields: 8 }
