@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, Write};
+use std::time::Duration;
 
 use serde::Serialize;
 use vmring::device::Offloads;
@@ -236,6 +237,22 @@ impl Batches {
         let calls = histogram.count();
         let mean = if calls == 0 { 0.0 } else { round(packets as f64 / calls as f64, 1) };
         Self { calls, mean, median: histogram.median() }
+    }
+}
+
+/// What has moved in this time, as packets and bits per second.
+pub(crate) fn rate(packets: u64, octets: u64, time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    let gbit = octets as f64 * 8.0 / seconds / 1e9;
+    format!("{} {gbit:.2} Gbit/s", per_second(packets as f64 / seconds))
+}
+
+/// Packets per second, in a few columns.
+fn per_second(packets: f64) -> String {
+    match packets {
+        n if n < 1e3 => format!("{n:.0} pps"),
+        n if n < 1e6 => format!("{:.1} kpps", n / 1e3),
+        n => format!("{:.1} Mpps", n / 1e6),
     }
 }
 

@@ -11,7 +11,7 @@ use super::forwarding::Bridge;
 use super::limits::TICK;
 use super::spec::End;
 use crate::failure::Failure;
-use crate::report::{Batches, Table, bytes, grouped, offload_names, round};
+use crate::report::{Batches, Table, bytes, grouped, offload_names, rate, round};
 
 /// Everything that is reported about a bridge.
 #[derive(Debug, Serialize)]
@@ -62,7 +62,7 @@ pub(crate) struct DirectionSummary {
 }
 
 impl Summary {
-    pub(super) fn of(bridge: &Bridge, time: Duration, cpu: Duration) -> Self {
+    pub(crate) fn of(bridge: &Bridge, time: Duration, cpu: Duration) -> Self {
         let end = |i: usize| {
             let End { name, interface, replay, .. } = &bridge.ends[i];
             EndSummary {
@@ -103,13 +103,13 @@ impl Summary {
         }
     }
 
-    pub(super) fn end(&mut self, outcome: &Result<(), Failure>) {
+    pub(crate) fn end(&mut self, outcome: &Result<(), Failure>) {
         self.ok = outcome.is_ok();
         self.failed = outcome.as_ref().err().map(ToString::to_string);
     }
 
     /// The tables for people.
-    pub(super) fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let [a, b] = &self.ends;
         let mut text = format!(
             "{} and {}, for {:.1} s, with {:.1} % of one processor\n",
@@ -166,22 +166,11 @@ impl Summary {
 
 /// A line that says how much has moved in the last second.
 pub(super) fn rates(before: [(u64, u64); 2], now: [(u64, u64); 2], dropped: u64) -> String {
-    let rate = |i: usize| {
+    let way = |i: usize| {
         let (packets, octets) = (now[i].0 - before[i].0, now[i].1 - before[i].1);
-        let seconds = TICK.as_secs_f64();
-        let gbit = octets as f64 * 8.0 / seconds / 1e9;
-        format!("{} {gbit:.2} Gbit/s", per_second(packets as f64 / seconds))
+        rate(packets, octets, TICK)
     };
-    format!("there {}, back {}, {} dropped", rate(0), rate(1), grouped(dropped))
-}
-
-/// Packets per second, in a few columns.
-fn per_second(packets: f64) -> String {
-    match packets {
-        n if n < 1e3 => format!("{n:.0} pps"),
-        n if n < 1e6 => format!("{:.1} kpps", n / 1e3),
-        n => format!("{:.1} Mpps", n / 1e6),
-    }
+    format!("there {}, back {}, {} dropped", way(0), way(1), grouped(dropped))
 }
 
 #[cfg(test)]
