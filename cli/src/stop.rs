@@ -36,22 +36,13 @@ impl Stop {
     /// Like [`on_signals`](Self::on_signals), and calls `told` after the first signal, on a thread of
     /// its own.
     pub(crate) fn on_signals_then(told: impl FnOnce() + Send + 'static) -> Result<Self, Failure> {
-        let stop = Self::new()?;
-        let mut signals = Signals::new(ending_signals()).map_err(Self::failed)?;
-        let (requested, mut told) = (stop.clone(), Some(told));
-        let wait = move || {
-            for signal in signals.forever() {
-                if requested.is_wanted() {
-                    std::process::exit(128 + signal);
-                }
-                requested.tell();
-                if let Some(told) = told.take() {
-                    told();
-                }
-            }
-        };
-        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(Self::failed)?;
-        Ok(stop)
+        Self::catch_signals()?.watch(told)
+    }
+
+    /// Catches the signals from now on, without a thread that looks at them.
+    pub(crate) fn catch_signals() -> Result<Caught, Failure> {
+        let signals = Signals::new(ending_signals()).map_err(Self::failed)?;
+        Ok(Caught { signals, stop: Self::new()? })
     }
 
     fn failed(error: std::io::Error) -> Failure {
@@ -71,6 +62,35 @@ impl Stop {
     /// A descriptor that is readable once a stop is requested.
     pub(crate) fn bell(&self) -> RawFd {
         self.bell.0.as_raw_fd()
+    }
+}
+
+/// Signals that are caught, and that nobody looks at yet.
+#[derive(Debug)]
+pub(crate) struct Caught {
+    signals: Signals,
+    stop: Stop,
+}
+
+impl Caught {
+    /// Starts the thread that looks at them, those that have come already too. It calls `told` after
+    /// the first one.
+    pub(crate) fn watch(self, told: impl FnOnce() + Send + 'static) -> Result<Stop, Failure> {
+        let Self { mut signals, stop } = self;
+        let (requested, mut told) = (stop.clone(), Some(told));
+        let wait = move || {
+            for signal in signals.forever() {
+                if requested.is_wanted() {
+                    std::process::exit(128 + signal);
+                }
+                requested.tell();
+                if let Some(told) = told.take() {
+                    told();
+                }
+            }
+        };
+        thread::Builder::new().name("signals".to_owned()).spawn(wait).map_err(Stop::failed)?;
+        Ok(stop)
     }
 }
 
