@@ -15,6 +15,8 @@ use crate::device::{QUEUE, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::recording::{Recording, is_same_file, why};
+#[cfg(target_os = "linux")]
+use crate::tap::KernelDrops;
 
 /// One end, as the command line of `vmring bridge` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,13 +159,22 @@ pub(crate) struct End {
     pub(crate) replay: Option<Replay>,
     /// For a file that is recorded.
     pub(crate) recording: Option<Recording>,
+    /// For a TAP.
+    #[cfg(target_os = "linux")]
+    kernel_drops: Option<KernelDrops>,
 }
 
 impl End {
-    /// An end over another kind of interface, for tests.
-    #[cfg(test)]
+    /// An end that is no file.
     pub(crate) fn of(name: &str, interface: Interface) -> Self {
-        Self { name: name.to_owned(), interface, replay: None, recording: None }
+        Self {
+            name: name.to_owned(),
+            #[cfg(target_os = "linux")]
+            kernel_drops: interface.system_name().map(KernelDrops::of),
+            interface,
+            replay: None,
+            recording: None,
+        }
     }
 
     pub(crate) fn offloads(&self) -> Offloads {
@@ -174,8 +185,8 @@ impl End {
     /// or nobody had opened it.
     pub(crate) fn dropped_by_kernel(&self) -> u64 {
         #[cfg(target_os = "linux")]
-        if let Some(name) = self.interface.system_name() {
-            return crate::tap::dropped_for(&name);
+        if let Some(drops) = &self.kernel_drops {
+            return drops.count();
         }
         0
     }
@@ -242,7 +253,6 @@ impl Spec {
         };
         let started = |builder: InterfaceBuilder| builder.start().map_err(|e| self.failure(e));
         let name = self.to_string();
-        let (replay, recording) = (None, None);
         match self {
             Spec::Embedded { network, subnet } => {
                 let builder = match subnet {
@@ -251,7 +261,7 @@ impl Spec {
                 };
                 let driver = dhcp.embedded(Embedded::network(network).overflow(QUEUE));
                 let interface = started(builder.device(driver))?;
-                Ok(End { name, interface, replay, recording })
+                Ok(End::of(&name, interface))
             }
             #[cfg(target_os = "linux")]
             Spec::Tap { name: tap, mode, subnet, engine } => {
@@ -267,12 +277,12 @@ impl Spec {
                     None => builder,
                 };
                 let interface = started(builder.device(driver))?;
-                Ok(End { name, interface, replay, recording })
+                Ok(End::of(&name, interface))
             }
             Spec::Vmnet(mode) => {
                 let builder = builder().mode(mode.clone());
                 let interface = started(builder.device(Vmnet::new()))?;
-                Ok(End { name, interface, replay, recording })
+                Ok(End::of(&name, interface))
             }
             Spec::Pcap(file) => {
                 let replay = Replay::open(file).map_err(|error| {
@@ -280,14 +290,14 @@ impl Spec {
                     Failure::Usage(format!("the file '{file}' cannot be replayed: {why}"))
                 })?;
                 let interface = started(builder().device(replay.clone()))?;
-                Ok(End { name, interface, replay: Some(replay), recording })
+                Ok(End { replay: Some(replay), ..End::of(&name, interface) })
             }
             Spec::Capture(file) => {
                 let recording = Recording::create(file)?;
                 let driver = recording.capture.wrap("bridge", Replay::nothing());
                 match started(builder().device(driver)) {
                     Ok(interface) => {
-                        Ok(End { name, interface, replay, recording: Some(recording) })
+                        Ok(End { recording: Some(recording), ..End::of(&name, interface) })
                     }
                     Err(failure) => {
                         recording.discard();
