@@ -15,6 +15,7 @@ mod probe;
 mod progress;
 mod recording;
 mod report;
+mod size;
 mod stop;
 mod stream;
 mod system;
