@@ -14,6 +14,8 @@ use crate::bridge::spec::{Offload, Spec};
 use crate::device::{DeviceName, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
+use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
+use crate::serve::spec::{ListenSpec, MacRule, NetworkSpec};
 use crate::size::Size;
 
 /// Packet rings for virtual machine monitors.
@@ -46,6 +48,9 @@ pub(crate) enum Command {
     /// Joins two networks, or a network and a file
     #[command(after_help = BRIDGE_NOTES)]
     Bridge(BridgeArgs),
+    /// Joins virtual machines to a network, over vhost-user
+    #[command(after_help = SERVE_NOTES)]
+    Serve(Box<ServeArgs>),
     /// Measures how fast packets move on this machine: packets per second one way, and round trips
     #[command(after_help = BENCH_NOTES)]
     Bench(BenchArgs),
@@ -181,6 +186,88 @@ pub(crate) struct BridgeArgs {
     #[arg(long, value_name = "PACKETS", default_value_t = 256,
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) depth: u32,
+    /// End after this long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: Option<u64>,
+    #[command(flatten)]
+    pub(crate) dhcp: DhcpArgs,
+    /// Print one JSON object instead of tables
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const SERVE_NOTES: &str = "\
+Networks:
+  embedded:NAME[,GATEWAY/BITS]     inside this process, with a gateway and DHCP
+  tap:NAME[,MODE[,GATEWAY/BITS]]   a switch with a TAP of the Linux kernel as its
+                                   uplink; with a mode (host, shared,
+                                   bridged:BRIDGE) the host's end is set up too
+  vmnet[:MODE]                     a switch with Apple's vmnet as its uplink;
+                                   elsewhere vmnet-sim, the simulated one
+Sockets:
+  vhost-user:PATH[,OPTION...]      front ends connect; each is a port of its own
+  vhost-user:PATH,client           the front end listens
+  vhost-user:fd=NUMBER             an inherited socket
+Options of a socket: mac=ADDRESS (the guest has this address and no other),
+mac=learn (the first one that it uses), isolated (the guest reaches the gateway
+or the uplink, and no other guest), queues=NUMBER, config (the front end may read
+the address and the MTU), seals (memory that can shrink is refused).
+Examples:
+  vmring serve --network embedded:lab --listen vhost-user:/tmp/vm0.sock
+  qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on \
+    -numa node,memdev=m -chardev socket,id=c,path=/tmp/vm0.sock,reconnect=1 \
+    -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n
+  sudo vmring serve --network tap:t0,bridged:br0 --listen vhost-user:/run/a.sock \
+    --listen vhost-user:/run/b.sock,mac=52:54:00:12:34:56 --json
+
+A front end may come, go and come again. The server may end and start again while
+guests run, if their front ends connect again. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its report; a
+second one ends it at once.
+Exit code: 0 if it was ended, 1 if the network failed, 2 for invalid arguments.";
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The network that the guests are on
+    #[arg(long, value_name = "NETWORK", value_parser = NETWORKS, hide_possible_values = true,
+          required_unless_present = "print_capabilities")]
+    pub(crate) network: Option<NetworkSpec>,
+    /// Where front ends connect; can be repeated
+    #[arg(long, value_name = "SOCKET",
+          required_unless_present_any = ["fd", "socket_path", "print_capabilities"])]
+    pub(crate) listen: Vec<ListenSpec>,
+    /// The same as --listen vhost-user:PATH, as QEMU's conventions for back ends have it
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket_path: Option<PathBuf>,
+    /// The same as --listen vhost-user:fd=NUMBER, likewise
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(3..))]
+    pub(crate) fd: Option<i32>,
+    /// Print what the back end can do as JSON, likewise
+    #[arg(long)]
+    pub(crate) print_capabilities: bool,
+    /// Which source addresses a guest may use: any that nobody else has, or learn (the first one
+    /// that it uses), unless its socket says something else
+    #[arg(long, value_name = "WHICH", default_value = "any", value_parser = MACS)]
+    pub(crate) mac: MacRule,
+    /// Pairs of queues of a guest, unless its socket says something else
+    #[arg(long, value_name = "PAIRS", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub(crate) queues: u16,
+    /// The largest IP packet in bytes [default: the network's own, 1500]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) mtu: Option<u32>,
+    /// Guests that can be connected at once
+    #[arg(long, value_name = "GUESTS", default_value_t = CONNECTIONS,
+          value_parser = clap::value_parser!(u32).range(1..=CONNECTIONS_MAX as i64))]
+    pub(crate) connections: u32,
+    /// Refuse memory that a front end can make shorter. QEMU's memory-backend-memfd and crosvm seal
+    /// theirs; user-mode Linux, cloud-hypervisor and DPDK do not
+    #[arg(long)]
+    pub(crate) demand_seals: bool,
+    /// How frames are moved into and out of a TAP. With io_uring the list of system calls means less,
+    /// because the kernel does more for the process that is not a system call
+    #[cfg(target_os = "linux")]
+    #[arg(long, value_name = "ENGINE", default_value = "plain", value_parser = ENGINES)]
+    pub(crate) engine: vmring::TapEngine,
     /// End after this long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: Option<u64>,
@@ -332,6 +419,22 @@ const END_NAMES: &[&str] = if cfg!(target_os = "linux") {
     &["embedded:", "tap:", VMNET, "pcap:", "capture:"]
 } else {
     &["embedded:", VMNET, "pcap:", "capture:"]
+};
+
+/// How the networks of a server begin.
+const NETWORKS: Named<NetworkSpec> = Named { names: NETWORK_NAMES, parse: str::parse };
+const NETWORK_NAMES: &[&str] =
+    if cfg!(target_os = "linux") { &["embedded:", "tap:", VMNET] } else { &["embedded:", VMNET] };
+
+/// Which addresses guests may use, if it is the same for all.
+const MACS: Named<MacRule> = Named {
+    names: &["any", "learn"],
+    parse: |text| match text.parse()? {
+        MacRule::Fixed(_) => {
+            Err("an address is for one guest, as in --listen vhost-user:PATH,mac=ADDRESS".into())
+        }
+        rule => Ok(rule),
+    },
 };
 
 /// Returns the command to run, or one sentence that says what is wrong with the arguments.

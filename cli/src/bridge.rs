@@ -5,10 +5,10 @@
 //! it drives both rings, and sleeps until either of them has something to do.
 
 mod direction;
-mod forwarding;
+pub(crate) mod forwarding;
 mod limits;
 pub(crate) mod spec;
-mod summary;
+pub(crate) mod summary;
 
 use std::time::{Duration, Instant};
 

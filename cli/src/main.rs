@@ -15,6 +15,7 @@ mod probe;
 mod progress;
 mod recording;
 mod report;
+mod serve;
 mod size;
 mod stop;
 mod stream;
@@ -46,6 +47,7 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Demo(args) => demo::run(&args),
         Command::Bridge(args) => bridge::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Probe(args) => probe::run(&args),

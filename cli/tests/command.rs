@@ -18,6 +18,8 @@ mod completions;
 mod dhcp;
 #[path = "command/ends.rs"]
 mod ends;
+#[path = "command/serve.rs"]
+mod serve;
 #[path = "command/signals.rs"]
 mod signals;
 #[path = "command/width.rs"]

@@ -20,7 +20,7 @@ use crate::system;
 const NOT_REPLAYED: &str = "not replayed before the end";
 
 /// Two joined ends. `directions[i]` leads from `ends[i]` to the other end.
-pub(super) struct Bridge {
+pub(crate) struct Bridge {
     pub(super) directions: [BridgeDirection; 2],
     pub(super) rings: [Ring; 2],
     pub(super) controls: [RingControl; 2],
@@ -34,7 +34,7 @@ pub(super) struct Bridge {
 impl Bridge {
     /// Joins the ends, with up to `depth` packets in flight in each direction. If that fails, no
     /// new file is left behind.
-    pub(super) fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
+    pub(crate) fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
         let (rings, directions) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
@@ -77,7 +77,7 @@ impl Bridge {
 
     /// Moves packets until it is told to stop, the `deadline` is reached, or neither end has
     /// anything more. Calls `tick` at the interval `every`, if there is one.
-    pub(super) fn run(
+    pub(crate) fn run(
         &mut self,
         stop: &Stop,
         deadline: Option<Instant>,
@@ -178,7 +178,7 @@ impl Bridge {
     }
 
     /// Ends the reading, writes what was read, and closes the rings.
-    pub(super) fn end(&mut self) -> Result<(), Failure> {
+    pub(crate) fn end(&mut self) -> Result<(), Failure> {
         self.is_ending = true;
         for ring in &mut self.rings {
             // Only a closed ring refuses this, and on a closed ring nothing is in flight.
@@ -213,7 +213,7 @@ impl Bridge {
     }
 
     /// Stops the interfaces and finishes the files.
-    pub(super) fn stop(&self) -> Result<(), Failure> {
+    pub(crate) fn stop(&self) -> Result<(), Failure> {
         for (i, end) in self.ends.iter().enumerate() {
             end.interface.stop(STOP_TIMEOUT).map_err(|error| self.failed(i, error))?;
             if let Some(recording) = &end.recording {

@@ -38,6 +38,8 @@ fn device_engine_and_mode_names_complete_in_a_shell() {
         (&["vmring", "bridge", "--offload", ""], vec!["common", "software", "none"]),
         (&["vmring", "bridge", "embedded:a", "ca"], vec!["capture:"]),
         (&["vmring", "bridge", "v"], vec![vmnet]),
+        (&["vmring", "serve", "--network", "em"], vec!["embedded:"]),
+        (&["vmring", "serve", "--mac", ""], vec!["any", "learn"]),
         (&["vmring", "completions", "b"], vec!["bash"]),
     ];
     if linux {

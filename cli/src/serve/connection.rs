@@ -1,0 +1,119 @@
+//! One connection: a guest, its port of the network, and its thread.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use vmring_virtio::net::{
+    Ended as Served, ServeError, StatsHandle, VhostUserNet, serve_connection,
+};
+use vmring_virtio::vhost_user::Settings;
+
+use super::counts::Counts;
+use super::sigbus::Seat;
+
+/// What other threads know of a guest.
+#[derive(Debug)]
+pub(super) struct Guest {
+    since: Instant,
+    stats: StatsHandle,
+    /// What its port has dropped, when it has ended.
+    port: OnceLock<BTreeMap<&'static str, u64>>,
+}
+
+impl Guest {
+    pub(super) fn counts(&self) -> Counts {
+        let device = self.stats.stats().named().into_iter().collect();
+        Counts { device, port: self.port.get().cloned().unwrap_or_default() }
+    }
+
+    /// How long it has been connected.
+    pub(super) fn time(&self) -> Duration {
+        self.since.elapsed()
+    }
+}
+
+/// How a connection has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The front end has gone.
+    Left,
+    /// The server ends.
+    Stopped,
+    /// The front end has made its memory shorter.
+    Shrunk,
+    /// In words.
+    Failed(String),
+}
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ended::Left => f.write_str("has left"),
+            Ended::Stopped => f.write_str("was connected when the server ended"),
+            Ended::Shrunk => f.write_str(
+                "is cut off: its front end has made the memory shorter that it shares, or has no \
+                 space for it",
+            ),
+            Ended::Failed(why) => write!(f, "is cut off: {why}"),
+        }
+    }
+}
+
+/// A connection that nobody serves yet.
+pub(super) struct Connection {
+    socket: UnixStream,
+    device: VhostUserNet,
+    settings: Settings,
+    seat: Seat,
+    guest: Arc<Guest>,
+}
+
+impl Connection {
+    pub(super) fn new(
+        socket: UnixStream,
+        device: VhostUserNet,
+        mut settings: Settings,
+        seat: Seat,
+    ) -> (Self, Arc<Guest>) {
+        settings.observer = Some(seat.observer());
+        let stats = device.device().stats_handle();
+        let guest = Arc::new(Guest { since: Instant::now(), stats, port: OnceLock::new() });
+        (Self { socket, device, settings, seat, guest: guest.clone() }, guest)
+    }
+
+    /// Serves the guest on this thread, until either side ends it.
+    pub(super) fn serve(self) -> Ended {
+        let Self { socket, device, settings, seat, guest } = self;
+        let (device, result) = serve_connection(socket, device, settings, seat.bell());
+        let mut drops = device.device().interface().drops();
+        drops.retain(|(_, n)| *n > 0);
+        // It is set once.
+        let _ = guest.port.set(drops.into_iter().collect());
+        // The port of the network goes with the device, before the seat is another's.
+        drop(device);
+        // What the device found in memory that had shrunk is no reason of its own.
+        if seat.has_shrunk() {
+            return Ended::Shrunk;
+        }
+        match result {
+            Ok(Served::Closed) => Ended::Left,
+            Ok(Served::Stopped) => Ended::Stopped,
+            Err(error) => Ended::Failed(in_words(&error)),
+        }
+    }
+}
+
+/// An error with its causes, in one sentence.
+fn in_words(error: &ServeError) -> String {
+    let mut sentence = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        sentence.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    sentence
+}

@@ -1,0 +1,134 @@
+//! What guests have counted.
+
+use std::collections::BTreeMap;
+use std::iter::Sum;
+
+use super::limits::TICK;
+use crate::report::{grouped, rate};
+
+/// What guests have counted, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// The counters of the device.
+    pub(super) device: BTreeMap<&'static str, u64>,
+    /// Packets that the port of the network has dropped, by reason.
+    pub(super) port: BTreeMap<&'static str, u64>,
+}
+
+/// The counters of packets that did not get where they were to go. The port's reasons for packets that
+/// the guest has sent are among `tx_errors`.
+const DROPS: [&str; 8] = [
+    "rx_too_small",
+    "rx_errors",
+    "rx_malformed",
+    "tx_short",
+    "tx_bad_header",
+    "tx_too_big",
+    "tx_disabled",
+    "tx_errors",
+];
+/// The port's reasons for packets to the guest.
+const MISSED: [&str; 3] = ["no buffer posted", "closed", "receive limit"];
+
+impl Counts {
+    pub(super) fn add(&mut self, other: &Self) {
+        for (to, from) in [(&mut self.device, &other.device), (&mut self.port, &other.port)] {
+            for (name, n) in from {
+                *to.entry(name).or_default() += n;
+            }
+        }
+    }
+
+    fn get(&self, name: &str) -> u64 {
+        self.device.get(name).copied().unwrap_or(0)
+    }
+
+    pub(super) fn moved(&self) -> Moved {
+        let missed = MISSED.iter().filter_map(|why| self.port.get(why));
+        Moved {
+            to: (self.get("rx_packets"), self.get("rx_bytes")),
+            from: (self.get("tx_packets"), self.get("tx_bytes")),
+            dropped: DROPS.iter().map(|name| self.get(name)).chain(missed.copied()).sum(),
+        }
+    }
+
+    /// The drops that occurred, by their counter or reason.
+    pub(super) fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        let device = DROPS.into_iter().map(|name| (name, self.get(name)));
+        let port = self.port.iter().map(|(why, n)| (*why, *n));
+        device.chain(port).filter(|(_, n)| *n > 0)
+    }
+}
+
+/// Packets and bytes to guests and from guests, and packets that were dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Moved {
+    pub(super) to: (u64, u64),
+    pub(super) from: (u64, u64),
+    pub(super) dropped: u64,
+}
+
+impl Sum for Moved {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |a, b| Self {
+            to: (a.to.0 + b.to.0, a.to.1 + b.to.1),
+            from: (a.from.0 + b.from.0, a.from.1 + b.from.1),
+            dropped: a.dropped + b.dropped,
+        })
+    }
+}
+
+/// A line that says how much has moved in the last second.
+pub(super) fn live_line(guests: usize, before: Moved, now: Moved) -> String {
+    let way = |before: (u64, u64), now: (u64, u64)| {
+        rate(now.0.saturating_sub(before.0), now.1.saturating_sub(before.1), TICK)
+    };
+    let s = if guests == 1 { "" } else { "s" };
+    format!(
+        "{guests} guest{s}: to {}, from {}, {} dropped",
+        way(before.to, now.to),
+        way(before.from, now.from),
+        grouped(now.dropped)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_drop_has_a_counter() {
+        let names: Vec<_> =
+            vmring_virtio::net::NetStats::default().named().into_iter().map(|one| one.0).collect();
+        for name in DROPS.iter().chain(&["rx_packets", "rx_bytes", "tx_packets", "tx_bytes"]) {
+            assert!(names.contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn counts_add_up() {
+        let counts = |device: &[_], port: &[_]| Counts {
+            device: device.iter().copied().collect(),
+            port: port.iter().copied().collect(),
+        };
+        let mut all = counts(&[("rx_packets", 3), ("tx_short", 1)], &[("spoofed", 1)]);
+        let other = [("rx_packets", 4), ("tx_bytes", 60), ("tx_errors", 2)];
+        all.add(&counts(&other, &[("no buffer posted", 5), ("spoofed", 1)]));
+        assert_eq!(all.moved(), Moved { to: (7, 0), from: (0, 60), dropped: 8 });
+        let drops = [("tx_short", 1), ("tx_errors", 2), ("no buffer posted", 5), ("spoofed", 2)];
+        assert_eq!(all.drops().collect::<Vec<_>>(), drops);
+    }
+
+    #[test]
+    fn a_second_fits_into_a_line() {
+        let before = Moved { to: (5, 500), ..Moved::default() };
+        let now = Moved { to: (4_500_005, 5_625_000_500), from: (1234, 99_999), dropped: 7 };
+        let said = "2 guests: to 4.5 Mpps 45.00 Gbit/s, from 1.2 kpps 0.00 Gbit/s, 7 dropped";
+        assert_eq!(live_line(2, before, now), said);
+        assert!(live_line(1, now, now).starts_with("1 guest: to 0 pps"));
+        let most = (9_900_000, 1_200_000_000);
+        let now = Moved { to: most, from: most, dropped: 999_999 };
+        let line = live_line(64, Moved::default(), now);
+        assert!(line.len() <= crate::report::WIDTH - 2, "{line}");
+    }
+}

@@ -1,0 +1,23 @@
+//! Limits, intervals and timeouts of the server.
+
+use std::time::Duration;
+
+/// The mappings that a connection may have at once: twice the 509 regions that it may share, because
+/// a new table is mapped before the old one goes, and its dirty logs.
+pub(crate) const MAPPINGS_PER_CONNECTION: usize = 1024;
+
+/// How long a socket rests after it has failed, or after the front end that it connects to has gone or
+/// was not there.
+pub(crate) const RETRY: Duration = Duration::from_millis(500);
+/// The interval between two looks at the counters, if somebody watches.
+pub(crate) const TICK: Duration = Duration::from_secs(1);
+/// How long the connections, when the server ends, may take to end.
+pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an interface may take to stop.
+pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// The most connections at once, if nothing else is said.
+pub(crate) const CONNECTIONS: u32 = 64;
+/// The most that can be asked for: a network has 1,024 ports.
+pub(crate) const CONNECTIONS_MAX: u32 = 512;
+/// How many of the last ends of connections a report shows for each socket.
+pub(crate) const LAST_ENDS: usize = 8;

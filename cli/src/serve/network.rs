@@ -1,0 +1,209 @@
+//! The network that the guests are on.
+
+use std::fmt;
+use std::time::Instant;
+
+use sha2::{Digest, Sha256};
+use vmring::device::Offloads;
+use vmring::device::embedded::{LimitsControl, SourceRule};
+use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range};
+use vmring_virtio::net::{NetSettings, VhostUserNet};
+use vmring_virtio::vhost_user::Settings;
+
+use super::limits::STOP_TIMEOUT;
+use super::spec::{ListenSpec, MacRule, NetworkSpec};
+use crate::args::ServeArgs;
+use crate::bridge::forwarding::Bridge;
+use crate::bridge::spec::{End, Spec};
+use crate::bridge::summary::Summary as UplinkSummary;
+use crate::device::QUEUE;
+use crate::failure::Failure;
+use crate::stop::Stop;
+use crate::system;
+
+/// Packets that may be on their way in each direction between the switch and its uplink.
+const DEPTH: u32 = 512;
+
+/// A started network.
+pub(super) struct Network {
+    name: String,
+    mtu: u32,
+    max_packet_size: u32,
+    /// The pairs of queues that a port has at most.
+    pairs: usize,
+    ports: Ports,
+    /// Keeps a network without an uplink while nobody is connected. It is isolated, and so it receives
+    /// nothing.
+    keeper: Option<Interface>,
+    /// The way to the TAP or vmnet, until it has a thread.
+    relay: Option<Relay>,
+    /// Ends that thread.
+    stop: Option<Stop>,
+}
+
+/// How a port of the network is made.
+#[derive(Clone, Debug)]
+struct Ports {
+    driver: Embedded,
+    subnet: Option<Ipv4Range>,
+    mtu: Option<u32>,
+}
+
+impl Ports {
+    fn builder(&self) -> InterfaceBuilder {
+        let builder = Interface::builder();
+        let builder = match self.subnet {
+            Some(range) => builder.ipv4(range),
+            None => builder,
+        };
+        match self.mtu {
+            Some(mtu) => builder.mtu(mtu),
+            None => builder,
+        }
+    }
+
+    /// A port for a guest.
+    fn guest(&self, spec: &ListenSpec, id: [u8; 16]) -> Result<Interface, Error> {
+        let builder = self.builder().interface_id(id).isolated(spec.isolated);
+        let limits = LimitsControl::new(spec.limits);
+        let driver = self.driver.clone().limits(&limits);
+        let (builder, rule) = match spec.mac.unwrap_or(MacRule::Any) {
+            MacRule::Any => (builder, SourceRule::Any),
+            MacRule::Learn => (builder, SourceRule::LearnOnce),
+            MacRule::Fixed(mac) => (builder.mac(mac), SourceRule::Fixed),
+        };
+        builder.device(driver.source(rule)).start()
+    }
+}
+
+impl Network {
+    pub(super) fn start(spec: &NetworkSpec, args: &ServeArgs) -> Result<Self, Failure> {
+        let name = spec.to_string();
+        let failed = |error| match Failure::starting(error) {
+            Failure::Usage(sentence) => Failure::Usage(format!("{name}: {sentence}")),
+            Failure::Step(sentence) => Failure::Step(format!("{name}: {sentence}")),
+        };
+        if let Spec::Embedded { network, subnet } = &spec.0 {
+            let driver = args.dhcp.embedded(Embedded::network(network).overflow(QUEUE));
+            let ports = Ports { driver, subnet: *subnet, mtu: args.mtu };
+            let keeper = ports.builder().isolated(true).device(ports.driver.clone());
+            let keeper = keeper.start().map_err(failed)?;
+            let pairs = keeper.capabilities().reading_rings;
+            let (mtu, max_packet_size) = (keeper.mtu(), keeper.max_packet_size());
+            let keeper = Some(keeper);
+            let (relay, stop) = (None, None);
+            return Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop });
+        }
+        #[cfg(target_os = "linux")]
+        let outer = spec.0.clone().driven_by(args.engine);
+        #[cfg(not(target_os = "linux"))]
+        let outer = spec.0.clone();
+        let outer = outer.start(Offloads::default(), args.mtu, &args.dhcp)?;
+        let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
+        let driver = Embedded::switch(&name).overflow(QUEUE);
+        let ports = Ports { driver, subnet: None, mtu: Some(mtu) };
+        let uplink = ports.builder().device(ports.driver.clone().uplink());
+        let uplink = uplink.start().map_err(failed)?;
+        let pairs = uplink.capabilities().reading_rings;
+        let ends = [outer, End::of("the guests", uplink)];
+        let bridge = Bridge::new(ends, false, DEPTH).map_err(failed)?;
+        let stop = Stop::new()?;
+        let relay = Some(Relay { bridge, stop: stop.clone() });
+        let (keeper, stop) = (None, Some(stop));
+        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop })
+    }
+
+    /// Refuses a socket whose guests would have more pairs of queues than a port has.
+    pub(super) fn check(&self, spec: &ListenSpec) -> Result<(), Failure> {
+        let asked = spec.queues.unwrap_or(1);
+        if usize::from(asked) <= self.pairs {
+            return Ok(());
+        }
+        Err(Failure::Usage(format!(
+            "{spec}: {asked} pairs of queues are asked for, and a guest of {} has at most {}",
+            self.name, self.pairs
+        )))
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    pub(super) fn max_packet_size(&self) -> u32 {
+        self.max_packet_size
+    }
+
+    /// What the gateway did and did not answer, if there is one.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.keeper.as_ref().map(Interface::counters).unwrap_or_default();
+        counters.retain(|(_, n)| *n > 0);
+        counters
+    }
+
+    /// A port for a guest of this socket. `number` tells it from the other guests that are connected
+    /// there.
+    pub(super) fn port(
+        &self,
+        spec: &ListenSpec,
+        number: usize,
+    ) -> Result<(VhostUserNet, Settings), Failure> {
+        let failed = |error: &dyn fmt::Display| Failure::Step(format!("it has no port: {error}"));
+        // The same guest gets the same address again.
+        let hash = Sha256::new().chain_update(spec.to_string()).chain_update(number.to_le_bytes());
+        let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
+        let interface = self.ports.guest(spec, id).map_err(|error| failed(&error))?;
+        let mut net = NetSettings::default();
+        net.queue_pairs = spec.queues.unwrap_or(1);
+        let device = VhostUserNet::new(interface, net).map_err(|error| failed(&error))?;
+        let mut settings = device.session_settings();
+        settings.config = spec.config;
+        settings.demand_seals = spec.demand_seals;
+        Ok((device, settings))
+    }
+
+    /// The way to the TAP or vmnet, which needs a thread.
+    pub(super) fn take_relay(&mut self) -> Option<Relay> {
+        self.relay.take()
+    }
+
+    /// Tells that thread to end.
+    pub(super) fn end_relay(&self) {
+        if let Some(stop) = &self.stop {
+            stop.tell();
+        }
+    }
+
+    /// Stops the network's own interfaces.
+    pub(super) fn stop(&self) -> Result<(), Failure> {
+        let failed = |error| Failure::Step(format!("{}: {error}", self.name));
+        self.keeper.as_ref().map_or(Ok(()), |keeper| keeper.stop(STOP_TIMEOUT)).map_err(failed)
+    }
+}
+
+/// Moves packets between the switch and its uplink.
+pub(super) struct Relay {
+    bridge: Bridge,
+    stop: Stop,
+}
+
+/// What it has moved, and whether it ended well.
+pub(super) type Relayed = (UplinkSummary, Result<(), Failure>);
+
+impl Relay {
+    /// Moves packets on this thread, until it is told to stop or an end fails. It stops the ends then,
+    /// which puts the host's end of a TAP back.
+    pub(super) fn run(mut self) -> Relayed {
+        let (start, cpu) = (Instant::now(), system::cpu_time());
+        let moving = self.bridge.run(&self.stop, None, None, |_| {});
+        let ended = self.bridge.end();
+        let cpu = system::cpu_time().saturating_sub(cpu);
+        let mut summary = UplinkSummary::of(&self.bridge, start.elapsed(), cpu);
+        let outcome = moving.and(ended).and(self.bridge.stop());
+        summary.end(&outcome);
+        (summary, outcome)
+    }
+}

@@ -1,0 +1,368 @@
+//! The main thread: accepts connections, and waits for their ends, for signals and for time.
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::connection::{Connection, Ended, Guest};
+use super::counts::{Counts, Moved, live_line};
+use super::limits::{END_TIMEOUT, LAST_ENDS, TICK};
+use super::listen::Listening;
+use super::network::{Network, Relayed};
+use super::sigbus::{Places, Ringer};
+use super::spec::ListenSpec;
+use crate::bridge::summary::Summary as UplinkSummary;
+use crate::failure::Failure;
+use crate::progress::{Live, say};
+use crate::report::round;
+use crate::stop::Stop;
+use crate::system;
+
+/// See the [module](self).
+pub(super) struct Server {
+    pub(super) network: Network,
+    pub(super) entrances: Vec<Entrance>,
+    running: Vec<Running>,
+    places: &'static Places,
+    ends: Receiver<Key>,
+    ending: Sender<Key>,
+    /// Each thread that ends writes to the second.
+    bell: Arc<(UnixStream, UnixStream)>,
+    /// The thread of the uplink, if there is one.
+    relay: Option<JoinHandle<Relayed>>,
+    /// What the uplink has moved, when it has ended.
+    pub(super) uplink: Option<UplinkSummary>,
+}
+
+/// The place of an entrance, and the number of a connection there.
+type Key = (usize, u64);
+/// No entrance has this place.
+const RELAY: Key = (usize::MAX, 0);
+
+/// A socket, and what became of its connections.
+pub(super) struct Entrance {
+    pub(super) spec: ListenSpec,
+    listening: Listening,
+    connected: usize,
+    pub(super) connections: u64,
+    /// What the guests that have gone had counted.
+    pub(super) before: Counts,
+    /// The last connections that have ended, oldest first.
+    pub(super) ends: VecDeque<End>,
+    /// What is said of this socket's connections in a second has a limit.
+    said: Sayings,
+}
+
+/// A connection that has ended.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct End {
+    pub(super) guest: u64,
+    pub(super) seconds: f64,
+    /// In words.
+    pub(super) how: String,
+}
+
+/// A connection with its thread.
+struct Running {
+    key: Key,
+    /// It tells the connection from the others of its entrance, and is given again when it ends.
+    place: usize,
+    thread: JoinHandle<Ended>,
+    ringer: Ringer,
+    guest: Arc<Guest>,
+}
+
+/// Lets a few sentences pass each second, so that a front end cannot fill a log.
+struct Sayings {
+    since: Instant,
+    left: u32,
+    unsaid: u64,
+}
+
+impl Sayings {
+    const EACH_SECOND: u32 = 4;
+
+    fn new(now: Instant) -> Self {
+        Self { since: now, left: Self::EACH_SECOND, unsaid: 0 }
+    }
+
+    fn say(&mut self, now: Instant, text: &str) {
+        if now.duration_since(self.since) >= Duration::from_secs(1) {
+            (self.since, self.left) = (now, Self::EACH_SECOND);
+        }
+        if self.left == 0 {
+            self.unsaid += 1;
+            return;
+        }
+        self.left -= 1;
+        match std::mem::take(&mut self.unsaid) {
+            0 => say(&format!("  {text}")),
+            unsaid => say(&format!("  {text} ({unsaid} more were not said)")),
+        }
+    }
+}
+
+/// Tells the main thread of the end of a thread, also if the thread panics.
+struct Ending {
+    key: Key,
+    ending: Sender<Key>,
+    bell: Arc<(UnixStream, UnixStream)>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // The main thread has gone if this fails.
+        let _ = self.ending.send(self.key);
+        let _ = (&self.bell.1).write(&[1]);
+    }
+}
+
+impl Server {
+    /// Everything that the confinement forbids later is made here.
+    pub(super) fn new(
+        network: Network,
+        entrances: Vec<(ListenSpec, Listening)>,
+        places: &'static Places,
+    ) -> Result<Self, Failure> {
+        let failed = |error| Failure::Step(format!("the server cannot start: {error}"));
+        let bell = UnixStream::pair().map_err(failed)?;
+        bell.0.set_nonblocking(true).map_err(failed)?;
+        // A bell that nobody has listened to yet rings already.
+        bell.1.set_nonblocking(true).map_err(failed)?;
+        let now = Instant::now();
+        let entrance = |(spec, listening)| Entrance {
+            spec,
+            listening,
+            connected: 0,
+            connections: 0,
+            before: Counts::default(),
+            ends: VecDeque::new(),
+            said: Sayings::new(now),
+        };
+        let entrances = entrances.into_iter().map(entrance).collect();
+        let (ending, ends) = mpsc::channel();
+        let bell = Arc::new(bell);
+        let running = Vec::new();
+        Ok(Self {
+            network,
+            entrances,
+            running,
+            places,
+            ends,
+            ending,
+            bell,
+            relay: None,
+            uplink: None,
+        })
+    }
+
+    /// Serves until it is told to stop, the `deadline` is reached, or the network fails.
+    pub(super) fn run(
+        &mut self,
+        stop: &Stop,
+        deadline: Option<Instant>,
+        live: &Live,
+    ) -> Result<(), Failure> {
+        self.start_relay()?;
+        let mut tick = live.is_watched().then(|| (Instant::now() + TICK, self.moved()));
+        loop {
+            let now = Instant::now();
+            if stop.is_wanted() || deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(());
+            }
+            self.take_ends(now)?;
+            self.accept(now);
+            if let Some((at, before)) = &mut tick
+                && now >= *at
+            {
+                let moved = self.moved();
+                live.show(&live_line(self.running.len(), *before, moved));
+                (*at, *before) = (now + TICK, moved);
+            }
+            if self.relay.is_none() && self.is_over() {
+                return Ok(());
+            }
+            let due = self.entrances.iter().filter_map(|entrance| entrance.due(self.places));
+            let due = due.chain(deadline).chain(tick.map(|(at, _)| at)).min();
+            self.sleep(stop, now, due);
+        }
+    }
+
+    /// Whether nobody is connected, and nobody will be.
+    fn is_over(&self) -> bool {
+        self.running.is_empty() && self.entrances.iter().all(|one| one.listening.is_over())
+    }
+
+    fn sleep(&self, stop: &Stop, now: Instant, due: Option<Instant>) {
+        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let open = self.entrances.iter().filter(|one| one.has_room(self.places));
+        let open = open.filter_map(|one| one.listening.descriptor(now));
+        let others = [stop.bell(), self.bell.0.as_raw_fd()];
+        let mut polls: Vec<_> =
+            others.into_iter().chain(open.map(|fd| fd.as_raw_fd())).map(poll).collect();
+        // Rounded up, so that a short sleep does not become a busy loop.
+        let millis = due.map_or(-1, |at| {
+            let left = at.saturating_duration_since(Instant::now());
+            i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+        });
+        system::poll(&mut polls, millis);
+        // What rang is looked at in any case.
+        let _ = (&self.bell.0).read(&mut [0; 64]);
+    }
+
+    /// Starts a thread for each front end that has connected and has room.
+    fn accept(&mut self, now: Instant) {
+        for index in 0..self.entrances.len() {
+            while self.entrances[index].has_room(self.places) {
+                match self.entrances[index].listening.next(now) {
+                    Ok(None) => break,
+                    Ok(Some(socket)) => self.begin(index, socket, now),
+                    Err(error) => {
+                        let entrance = &mut self.entrances[index];
+                        let text = format!("{}: no connection: {error}", entrance.spec);
+                        entrance.said.say(now, &text);
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, index: usize, socket: UnixStream, now: Instant) {
+        let entrance = &mut self.entrances[index];
+        let Some(seat) = self.places.take() else { return };
+        entrance.connections += 1;
+        let (number, ringer) = (entrance.connections, seat.ringer());
+        let taken: Vec<_> = self.running.iter().filter(|one| one.key.0 == index).collect();
+        let place = (0..).find(|place| taken.iter().all(|one| one.place != *place));
+        let place = place.expect("there are more numbers than connections");
+        let (connection, guest) = match self.network.port(&entrance.spec, place) {
+            Ok((device, settings)) => Connection::new(socket, device, settings, seat),
+            Err(failure) => {
+                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(failure.to_string()));
+                return;
+            }
+        };
+        let key = (index, number);
+        let ending = Ending { key, ending: self.ending.clone(), bell: self.bell.clone() };
+        let body = move || {
+            let _ending = ending;
+            connection.serve()
+        };
+        match thread::Builder::new().name(format!("guest{number}")).spawn(body) {
+            Ok(thread) => {
+                entrance.connected += 1;
+                entrance.said.say(now, &format!("{}: guest {number} is here", entrance.spec));
+                self.running.push(Running { key, place, thread, ringer, guest });
+            }
+            Err(error) => {
+                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(error.to_string()))
+            }
+        }
+    }
+
+    /// Takes over what the connections that have ended have counted, and why they ended.
+    fn take_ends(&mut self, now: Instant) -> Result<(), Failure> {
+        while let Ok(key) = self.ends.try_recv() {
+            if key == RELAY {
+                // Nobody has told it to end.
+                let ended = || Err(Failure::Step("the uplink moves no packets any more".into()));
+                return self.relay_ended().and_then(|()| ended());
+            }
+            let Some(place) = self.running.iter().position(|one| one.key == key) else { continue };
+            let Running { thread, guest, .. } = self.running.swap_remove(place);
+            // It has nothing left to do but to end.
+            let ended = thread.join().unwrap_or_else(|_| {
+                Ended::Failed("this is a fault of vmring: the thread has panicked".to_owned())
+            });
+            let entrance = &mut self.entrances[key.0];
+            entrance.connected -= 1;
+            entrance.before.add(&guest.counts());
+            entrance.listening.rest(now);
+            entrance.ended(now, key.1, guest.time(), &ended);
+        }
+        Ok(())
+    }
+
+    fn start_relay(&mut self) -> Result<(), Failure> {
+        let Some(relay) = self.network.take_relay() else { return Ok(()) };
+        let ending = Ending { key: RELAY, ending: self.ending.clone(), bell: self.bell.clone() };
+        let body = move || {
+            let _ending = ending;
+            relay.run()
+        };
+        let thread = thread::Builder::new().name("uplink".to_owned()).spawn(body);
+        let failed = |error| Failure::Step(format!("the uplink cannot start: {error}"));
+        self.relay = Some(thread.map_err(failed)?);
+        Ok(())
+    }
+
+    /// Waits for the end of the uplink, which has been told or has failed.
+    fn relay_ended(&mut self) -> Result<(), Failure> {
+        let Some(relay) = self.relay.take() else { return Ok(()) };
+        let Ok((summary, outcome)) = relay.join() else {
+            return Err(Failure::Step("this is a fault of vmring: the uplink has panicked".into()));
+        };
+        self.uplink = Some(summary);
+        outcome
+    }
+
+    /// Ends every connection and the uplink. The sockets are removed.
+    pub(super) fn end(&mut self) -> Result<(), Failure> {
+        self.running.iter().for_each(|one| one.ringer.ring());
+        let deadline = Instant::now() + END_TIMEOUT;
+        let mut outcome = Ok(());
+        while !self.running.is_empty() && Instant::now() < deadline {
+            let ended = self.take_ends(Instant::now());
+            outcome = outcome.and(ended);
+            if !self.running.is_empty() {
+                let bell = self.bell.0.as_raw_fd();
+                let mut poll = libc::pollfd { fd: bell, events: libc::POLLIN, revents: 0 };
+                let left = deadline.saturating_duration_since(Instant::now());
+                system::poll(std::slice::from_mut(&mut poll), left.as_millis() as i32 + 1);
+                let _ = (&self.bell.0).read(&mut [0; 64]);
+            }
+        }
+        if let Some(one) = self.running.first() {
+            let spec = &self.entrances[one.key.0].spec;
+            let sentence = format!("{spec}: guest {} does not end", one.key.1);
+            outcome = outcome.and(Err(Failure::Step(sentence)));
+        }
+        self.entrances.iter_mut().for_each(|entrance| entrance.listening.close());
+        self.network.end_relay();
+        outcome.and(self.relay_ended())
+    }
+
+    /// What all guests, those that have gone too, have sent and received.
+    fn moved(&self) -> Moved {
+        let before = self.entrances.iter().map(|entrance| entrance.before.moved());
+        before.chain(self.running.iter().map(|one| one.guest.counts().moved())).sum()
+    }
+}
+
+impl Entrance {
+    fn has_room(&self, places: &Places) -> bool {
+        self.connected < self.spec.most(places.len()) && places.has_room()
+    }
+
+    /// When something is to be tried again.
+    fn due(&self, places: &Places) -> Option<Instant> {
+        self.listening.due().filter(|_| self.has_room(places))
+    }
+
+    fn ended(&mut self, now: Instant, guest: u64, time: Duration, ended: &Ended) {
+        self.said.say(now, &format!("{}: guest {guest} {ended}", self.spec));
+        if self.ends.len() == LAST_ENDS {
+            self.ends.pop_front();
+        }
+        let seconds = round(time.as_secs_f64(), 3);
+        self.ends.push_back(End { guest, seconds, how: ended.to_string() });
+    }
+}

@@ -1,0 +1,130 @@
+//! The server's results: one JSON object, or tables.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::counts::Counts;
+use super::server::{End, Entrance, Server};
+use crate::bridge::summary::Summary as UplinkSummary;
+use crate::failure::Failure;
+use crate::report::{Table, bytes, grouped, round};
+
+/// Everything that is reported about a server.
+#[derive(Debug, Serialize)]
+pub(super) struct Summary {
+    /// Whether the server ended without a failure.
+    ok: bool,
+    /// The failure, in a sentence.
+    failed: Option<String>,
+    seconds: f64,
+    /// Processor time of the whole process, in percent of one processor.
+    cpu_percent: f64,
+    network: NetworkSummary,
+    /// What went between the switch and the TAP or vmnet.
+    uplink: Option<UplinkSummary>,
+    sockets: Vec<SocketSummary>,
+}
+
+#[derive(Debug, Serialize)]
+struct NetworkSummary {
+    name: String,
+    mtu: u32,
+    max_packet_size: u32,
+    /// What the gateway did and did not answer.
+    counters: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct SocketSummary {
+    name: String,
+    #[serde(skip)]
+    all: Counts,
+    /// Connections since the start.
+    connections: u64,
+    /// What all guests of this socket have counted.
+    counts: BTreeMap<&'static str, u64>,
+    /// Packets that their ports of the network have dropped.
+    drops_by_reason: BTreeMap<&'static str, u64>,
+    /// The last connections that have ended, oldest first.
+    ends: Vec<End>,
+}
+
+impl Summary {
+    pub(super) fn of(server: &mut Server, time: (Duration, Duration)) -> Self {
+        let network = &server.network;
+        let (time, cpu) = time;
+        let sockets = server.entrances.iter().map(SocketSummary::of).collect();
+        Self {
+            ok: true,
+            failed: None,
+            seconds: round(time.as_secs_f64(), 3),
+            cpu_percent: round(100.0 * cpu.as_secs_f64() / time.as_secs_f64().max(1e-9), 3),
+            network: NetworkSummary {
+                name: network.name().to_owned(),
+                mtu: network.mtu(),
+                max_packet_size: network.max_packet_size(),
+                counters: network.counters().into_iter().collect(),
+            },
+            uplink: server.uplink.take(),
+            sockets,
+        }
+    }
+
+    pub(super) fn end(&mut self, outcome: &Result<(), Failure>) {
+        self.ok = outcome.is_ok();
+        self.failed = outcome.as_ref().err().map(ToString::to_string);
+    }
+
+    /// The tables for people.
+    pub(super) fn text(&self) -> String {
+        let network = &self.network;
+        let mut text = format!(
+            "{} (MTU {}), for {:.1} s, with {:.1} % of one processor\n",
+            network.name, network.mtu, self.seconds, self.cpu_percent
+        );
+        let mut table = Table::new(&["socket", "guests", "to guests", "from guests", "dropped"]);
+        for socket in &self.sockets {
+            let moved = socket.all.moved();
+            let way =
+                |(packets, octets): (u64, u64)| format!("{} ({})", grouped(packets), bytes(octets));
+            table.row([
+                socket.name.clone(),
+                grouped(socket.connections),
+                way(moved.to),
+                way(moved.from),
+                grouped(moved.dropped),
+            ]);
+        }
+        text.push_str(&table.text());
+        for socket in &self.sockets {
+            for (why, n) in socket.all.drops() {
+                // Writing to a string does not fail.
+                let _ = writeln!(text, "Dropped at {}: {} {why}", socket.name, grouped(n));
+            }
+            for end in &socket.ends {
+                let End { guest, seconds, how } = end;
+                let _ = writeln!(text, "At {}: guest {guest}, {seconds} s: {how}", socket.name);
+            }
+        }
+        if let Some(uplink) = &self.uplink {
+            let _ = write!(text, "\nUplink: {}", uplink.text());
+        }
+        text
+    }
+}
+
+impl SocketSummary {
+    fn of(entrance: &Entrance) -> Self {
+        Self {
+            name: entrance.spec.to_string(),
+            connections: entrance.connections,
+            counts: entrance.before.device.clone(),
+            drops_by_reason: entrance.before.port.clone(),
+            all: entrance.before.clone(),
+            ends: entrance.ends.iter().cloned().collect(),
+        }
+    }
+}

@@ -1,0 +1,595 @@
+//! A server and its guests.
+
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+#[cfg(target_os = "linux")]
+#[path = "serve/dpdk.rs"]
+mod dpdk;
+#[path = "../../../virtio/tests/driver/mod.rs"]
+#[allow(dead_code)] // It has more than these tests need.
+mod driver;
+#[path = "../../../virtio/tests/frontend/mod.rs"]
+mod frontend;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))] // Some tests are for Linux only.
+#[path = "serve/guest.rs"]
+mod guest;
+#[cfg(target_os = "linux")]
+#[path = "serve/tap.rs"]
+mod tap;
+
+use guest::{Guest, connect, mac, packet};
+
+/// A server that runs.
+struct Server {
+    child: Option<Child>,
+    arguments: Vec<String>,
+    /// What it has said on stderr.
+    said: Arc<Mutex<String>>,
+    reader: Option<thread::JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts `vmring serve` on an embedded network, and waits until guests can join.
+    fn new(arguments: &[&str]) -> Self {
+        let arguments = [&["--network", "embedded:lab"], arguments].concat();
+        Self::on(&arguments)
+    }
+
+    fn on(arguments: &[&str]) -> Self {
+        let arguments = [&["serve", "--json"], arguments].concat();
+        Self::of(Command::new(env!("CARGO_BIN_EXE_vmring")).args(&arguments), &arguments)
+    }
+
+    fn of(command: &mut Command, arguments: &[&str]) -> Self {
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = child.spawn().expect("the command starts");
+        let stderr = child.stderr.take().expect("piped");
+        Self::reading(child, stderr, arguments)
+    }
+
+    /// A server that has been started, and what its stderr is read from.
+    fn reading(child: Child, mut stderr: impl Read + Send + 'static, arguments: &[&str]) -> Self {
+        let said = Arc::new(Mutex::new(String::new()));
+        let heard = said.clone();
+        let reader = thread::spawn(move || {
+            let mut bytes = [0; 1024];
+            // A terminal that nobody has open any more is an error, and no end.
+            while let Ok(len) = stderr.read(&mut bytes)
+                && len > 0
+            {
+                let words = String::from_utf8_lossy(&bytes[..len]);
+                heard.lock().expect("nobody panics here").push_str(&words);
+            }
+        });
+        let arguments = arguments.iter().map(ToString::to_string).collect();
+        let server = Self { child: Some(child), arguments, said, reader: Some(reader) };
+        server.until_said("guests can join");
+        server
+    }
+
+    /// What it has said, in one line.
+    fn said(&self) -> String {
+        unfolded(self.said.lock().expect("nobody panics here").as_bytes())
+    }
+
+    fn until_said(&self, words: &str) {
+        let start = Instant::now();
+        while !self.said().contains(words) {
+            let ended = self.reader.as_ref().is_none_or(thread::JoinHandle::is_finished);
+            let hangs = start.elapsed() > LIMIT;
+            assert!(!ended && !hangs, "it does not say '{words}', but: {}", self.said());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn signal(&self, name: &str) {
+        let id = self.child.as_ref().expect("it runs").id().to_string();
+        let kill = Command::new("kill").args([&format!("-{name}"), &id]).status();
+        assert!(kill.expect("there is kill").success());
+    }
+
+    /// Waits for the end: how it ended, what it printed, and what it said.
+    fn ended(mut self) -> (std::process::ExitStatus, String, String) {
+        let mut child = self.child.take().expect("it runs");
+        let start = Instant::now();
+        let mut stdout = child.stdout.take().expect("piped");
+        let out = thread::spawn(move || {
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).map(|_| text)
+        });
+        let status = loop {
+            if let Some(status) = child.try_wait().expect("it can be waited for") {
+                break status;
+            }
+            if start.elapsed() > LIMIT {
+                child.kill().expect("it can be killed");
+                panic!("vmring {:?} does not end: {}", self.arguments, self.said());
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        let printed = out.join().expect("the reader ends").expect("it prints text");
+        self.reader.take().expect("it reads").join().expect("the reader ends");
+        (status, printed, self.said())
+    }
+
+    /// Ends it by a signal, and returns its report. It ended well.
+    fn report(self, signal: &str) -> Value {
+        self.signal(signal);
+        let (status, printed, said) = self.ended();
+        assert_eq!(status.code(), Some(0), "{signal}: {said}");
+        let report: Value = serde_json::from_str(&printed).expect("one JSON object");
+        assert_eq!((&report["ok"], &report["failed"]), (&true.into(), &Value::Null), "{said}");
+        report
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn listen(path: &Path) -> String {
+    format!("vhost-user:{}", path.display())
+}
+
+/// Two guests exchange packets of many lengths, and none is lost or changed.
+fn exchange(a: &mut Guest, b: &mut Guest, numbers: std::ops::Range<u32>) {
+    a.post(128);
+    b.post(128);
+    for number in numbers {
+        let there = packet(a.mac, b.mac, 60 + number as usize * 37 % 1455, number);
+        a.send(&there);
+        assert_eq!(b.receive_ours(), there);
+        let back = packet(b.mac, a.mac, 1514 - number as usize % 1400, number);
+        b.send(&back);
+        assert_eq!(a.receive_ours(), back);
+    }
+}
+
+/// Whether the file of a socket is there.
+fn is_socket(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket())
+}
+
+/// A counter of all guests of a socket.
+fn count(report: &Value, socket: usize, name: &str) -> u64 {
+    report["sockets"][socket]["counts"][name].as_u64().expect("a number")
+}
+
+/// How the last connection of a socket has ended.
+fn last_end(report: &Value, socket: usize) -> &str {
+    let ends = report["sockets"][socket]["ends"].as_array().expect("a list");
+    ends.last().expect("an end")["how"].as_str().expect("words")
+}
+
+#[test]
+fn two_guests_exchange_packets_through_a_server() {
+    let folder = scratch("serve exchange");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let server = Server::new(&["--listen", &listen(&a), "--listen", &listen(&b)]);
+    for path in [&a, &b] {
+        let file = path.symlink_metadata().expect("the socket's file");
+        assert_eq!(file.permissions().mode() & 0o777, 0o600);
+    }
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..100);
+    let report = server.report("TERM");
+    assert!(!is_socket(&a) && !is_socket(&b), "the sockets are removed");
+    assert_eq!(report["network"]["name"], "embedded:lab");
+    assert_eq!((&report["network"]["mtu"], &report["uplink"]), (&1500.into(), &Value::Null));
+    for socket in 0..2 {
+        assert_eq!(report["sockets"][socket]["connections"], 1);
+        assert_eq!(last_end(&report, socket), "was connected when the server ended");
+        assert_eq!(count(&report, socket, "tx_packets"), 100);
+        assert_eq!(count(&report, socket, "rx_packets"), 100);
+    }
+    assert_eq!(count(&report, 0, "rx_bytes"), count(&report, 1, "tx_bytes"));
+    assert_eq!(report["sockets"][0]["drops_by_reason"], serde_json::json!({}));
+}
+
+#[test]
+fn each_signal_ends_a_server_with_its_report() {
+    for signal in ["INT", "TERM", "HUP"] {
+        let path = scratch(&format!("serve {signal}")).join("a.sock");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+        // SAFETY: signal(2) is safe to call between fork and exec, and touches no memory.
+        unsafe {
+            std::os::unix::process::CommandExt::pre_exec(&mut command, || {
+                // The tests may run under nohup(1), whose children ignore SIGHUP.
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            })
+        };
+        let listen = listen(&path);
+        let arguments = ["serve", "--json", "--network", "embedded:lab", "--listen", &listen];
+        let server = Server::of(command.args(arguments), &arguments);
+        let guest = Guest::new(&path, mac(1));
+        let report = server.report(signal);
+        assert!(guest.is_cut_off() && !is_socket(&path));
+        assert_eq!(report["sockets"][0]["connections"], 1);
+    }
+}
+
+/// For people there are tables, and a server ends by itself after a time.
+#[test]
+fn a_server_ends_after_its_time_with_tables() {
+    let path = scratch("serve time").join("a.sock");
+    let listen = listen(&path);
+    let output = vmring(&[
+        "serve",
+        "--network",
+        "embedded:lab,10.1.0.1/24",
+        "--seconds",
+        "1",
+        "--listen",
+        &listen,
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let report = text(&output.stdout);
+    for words in ["embedded:lab (MTU 1500), for 1.", "to guests"] {
+        assert!(report.contains(words), "no {words} in {report}");
+    }
+    assert!(unfolded(&output.stderr).contains("guests can join embedded:lab for 1 s"));
+}
+
+#[test]
+fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
+    let folder = scratch("serve wrong");
+    let file = folder.join("file");
+    std::fs::write(&file, "no socket").expect("a file");
+    let (file, long) = (listen(&file), listen(&folder.join("x".repeat(120))));
+    let nowhere = listen(&folder.join("none/a.sock"));
+    let socket = listen(&folder.join("a.sock"));
+    let with = |arguments: &[&str]| {
+        let arguments = [&["serve", "--network", "embedded:lab"], arguments].concat();
+        refused(&arguments)
+    };
+    for (arguments, said) in [
+        (&["--listen", &file][..], "exists and is no socket"),
+        (&["--listen", &long], "vhost-user:"),
+        (&["--listen", &nowhere], "No such file"),
+        (&["--listen", "vhost-user:fd=99"], "vhost-user:fd=99: "),
+        (&["--listen", "vhost-user:fd=1"], "is 3 or more"),
+        (&["--listen", "qemu:/a"], "there is no wire"),
+        (&["--listen", &socket, "--listen", &socket], "is there twice"),
+        (&["--listen", &socket, "--mac", "52:54:00:00:00:01"], "is for one guest"),
+        (&["--listen", &socket, "--queues", "0"], "0 is not in 1 to 128"),
+        (&["--listen", &socket, "--queues", "2"], "2 pairs of queues are asked for"),
+        (&["--listen", &socket, "--connections", "0"], "0 is not in 1 to 512"),
+        (&["--listen", &socket, "--mtu", "7"], "embedded:lab: "),
+        (&[], "--listen"),
+    ] {
+        let message = with(arguments);
+        assert!(message.contains(said), "{arguments:?}: {message}");
+    }
+    for (network, said) in [
+        ("pcap:x", "'pcap:x' is no network of a server"),
+        ("capture:x", "is no network of a server"),
+        ("embedded:", "needs the name of a network"),
+        ("frob", "use embedded:NAME"),
+    ] {
+        let message = refused(&["serve", "--network", network, "--listen", &socket]);
+        assert!(message.contains(said), "{network}: {message}");
+    }
+    assert!(!is_socket(&folder.join("a.sock")), "nothing is left");
+}
+
+/// What QEMU's conventions for back ends ask for.
+#[test]
+fn a_server_prints_its_capabilities() {
+    let report = json(&["serve", "--print-capabilities"]);
+    assert_eq!(report, serde_json::json!({ "type": "net", "features": [] }));
+}
+
+/// The socket of a server that was killed is replaced. That of one that lives is not.
+#[test]
+fn a_socket_that_is_left_over_is_replaced_and_one_in_use_is_not() {
+    let path = scratch("serve stale").join("a.sock");
+    let listen = listen(&path);
+    let killed = Server::new(&["--listen", &listen]);
+    drop(killed);
+    assert!(is_socket(&path), "it is left over");
+    let server = Server::new(&["--listen", &listen]);
+    let second =
+        vmring(&["serve", "--network", "embedded:other", "--listen", &listen, "--seconds", "1"]);
+    assert_eq!(second.status.code(), Some(1));
+    let said = unfolded(&second.stderr);
+    assert!(said.contains("a server listens at"), "{said}");
+    assert_eq!(text(&second.stdout), "");
+    let guest = Guest::new(&path, mac(1));
+    guest.sync();
+    server.report("TERM");
+    assert!(!is_socket(&path));
+}
+
+/// Goal: a server can be killed and started again under running guests. Their front ends connect
+/// again, no packet that waits is lost or comes twice, and traffic goes on.
+#[test]
+fn a_server_is_killed_and_started_again_while_guests_run() {
+    let folder = scratch("serve again");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let arguments = ["--listen", &listen(&a), "--listen", &listen(&b)];
+    let mut server = Server::new(&arguments);
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..20);
+    for round in 1..4 {
+        drop(server);
+        assert!(one.is_cut_off() && two.is_cut_off());
+        // The guest does not know, and goes on sending.
+        let waiting = packet(one.mac, two.mac, 333, round);
+        one.send(&waiting);
+        server = Server::new(&arguments);
+        two.rejoin(&b);
+        one.rejoin(&a);
+        assert_eq!(two.receive_ours(), waiting);
+        exchange(&mut one, &mut two, 100..120);
+    }
+    assert_eq!(two.receive_within(Duration::from_millis(100)), None, "nothing comes twice");
+    server.report("TERM");
+}
+
+/// A front end may leave and come again, and several may come to one socket.
+#[test]
+fn front_ends_come_and_go() {
+    let path = scratch("serve come").join("a.sock");
+    let server = Server::new(&["--listen", &listen(&path), "--connections", "2"]);
+    for round in 0..5 {
+        let (mut one, mut two) = (Guest::new(&path, mac(1)), Guest::new(&path, mac(2)));
+        exchange(&mut one, &mut two, 0..10);
+        if round == 0 {
+            // There is no place for a third one until another leaves.
+            let third = connect(&path);
+            drop(two);
+            Guest::on(third, frontend::memory(guest::MEMORY), mac(3));
+        }
+    }
+    let report = server.report("INT");
+    assert_eq!(report["sockets"][0]["connections"], 11);
+    assert_eq!(report["sockets"][0]["ends"].as_array().expect("a list").len(), 8);
+    assert_eq!(count(&report, 0, "tx_packets"), 100);
+}
+
+/// Goal: a front end that breaks the protocol loses its connection, and a flood of such front ends
+/// fills no log.
+#[test]
+fn a_front_end_that_breaks_the_protocol_ends_alone() {
+    let folder = scratch("serve hostile");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let server = Server::new(&["--listen", &listen(&a), "--listen", &listen(&b)]);
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&a, mac(2)));
+    for _ in 0..50 {
+        let hostile = frontend::Frontend::on(connect(&b));
+        hostile.send(&frontend::Sent::new(999, []));
+        assert!(guest::is_cut_off(&hostile));
+        exchange(&mut one, &mut two, 0..2);
+    }
+    let lines = server.said().matches("b.sock").count();
+    assert!((1..80).contains(&lines), "{lines} lines for 100 events");
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][1]["connections"], 50);
+    assert!(last_end(&report, 1).contains("vhost-user has no request 999"), "{report}");
+    assert_eq!(count(&report, 0, "tx_packets"), 200);
+}
+
+/// Goal: a front end that makes its memory shorter loses its connection, whoever accesses the lost
+/// pages, and nobody else notices.
+#[test]
+fn memory_that_shrinks_ends_one_connection() {
+    let folder = scratch("serve shrink");
+    let [a, b, c] = ["a", "b", "c"].map(|name| folder.join(format!("{name}.sock")));
+    let server =
+        Server::new(&["--listen", &listen(&a), "--listen", &listen(&b), "--listen", &listen(&c)]);
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..20);
+    for round in 1..4 {
+        let mut bad = Guest::new(&c, mac(3));
+        exchange(&mut bad, &mut one, 0..3);
+        match round {
+            // Its own thread reads the rings, which are lost.
+            1 => {
+                bad.file.set_len(0).expect("the file is shortened");
+                bad.kick_blindly();
+            }
+            // The thread of another writes into a buffer, which is lost.
+            2 => {
+                bad.file.set_len(guest::RINGS_LEN).expect("the file is shortened");
+                one.send(&packet(one.mac, bad.mac, 1514, 7));
+            }
+            // Both at once.
+            _ => {
+                bad.file.set_len(0).expect("the file is shortened");
+                one.send(&packet(one.mac, bad.mac, 1514, 7));
+                bad.kick_blindly();
+            }
+        }
+        assert!(bad.is_cut_off(), "round {round}");
+        exchange(&mut one, &mut two, 0..20);
+    }
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][2]["connections"], 3);
+    let ends = report["sockets"][2]["ends"].as_array().expect("a list");
+    for end in ends {
+        let how = end["how"].as_str().expect("words");
+        assert!(how.contains("has made the memory shorter that it shares"), "{how}");
+    }
+    assert_eq!(report["sockets"][0]["connections"], 1);
+}
+
+/// A SIGBUS that is not about a guest's memory ends the server, as without a handler.
+#[test]
+fn a_sigbus_that_is_sent_ends_a_server() {
+    use std::os::unix::process::ExitStatusExt;
+    let path = scratch("serve bus").join("a.sock");
+    let server = Server::new(&["--listen", &listen(&path)]);
+    server.signal("BUS");
+    let (status, printed, _) = server.ended();
+    assert_eq!((status.signal(), &*printed), (Some(libc::SIGBUS), ""));
+}
+
+/// Where seals are demanded, memory that can shrink is refused.
+#[cfg(target_os = "linux")]
+#[test]
+fn seals_are_demanded() {
+    let folder = scratch("serve seals");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let one = format!("{},seals", listen(&a));
+    let server = Server::new(&["--listen", &one, "--listen", &listen(&b)]);
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let sealed = frontend::memfd(guest::MEMORY, libc::MFD_ALLOW_SEALING, seals);
+    let sealed = Guest::on(connect(&a), sealed.expect("a memory file"), mac(1));
+    sealed.sync();
+    let open = frontend::Frontend::on(connect(&a));
+    guest::share(&open, &frontend::memory(guest::MEMORY));
+    assert!(guest::is_cut_off(&open));
+    Guest::new(&b, mac(2)).sync();
+    let report = server.report("TERM");
+    let ends = report["sockets"][0]["ends"].as_array().expect("a list");
+    let how: Vec<_> = ends.iter().map(|end| end["how"].as_str().expect("words")).collect();
+    assert!(
+        how.iter().any(|how| how.contains("the file is not sealed against shrinking")),
+        "{how:?}"
+    );
+}
+
+/// A front end that listens is connected to, when it is there, and again when it has gone.
+#[test]
+fn a_server_connects_to_front_ends_that_listen() {
+    let folder = scratch("serve client");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let server =
+        Server::new(&["--listen", &format!("{},client", listen(&a)), "--listen", &listen(&b)]);
+    let mut two = Guest::new(&b, mac(2));
+    let listener = std::os::unix::net::UnixListener::bind(&a).expect("a socket");
+    for _ in 0..3 {
+        let (socket, _) = listener.accept().expect("the server connects");
+        let mut one = Guest::on(socket, frontend::memory(guest::MEMORY), mac(1));
+        exchange(&mut one, &mut two, 0..5);
+    }
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["connections"], 3);
+    assert!(is_socket(&a), "it is not the server's to remove");
+}
+
+/// A socket that another process has made is used, whether it listens or is connected.
+#[test]
+fn a_server_takes_over_inherited_sockets() {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    let path = scratch("serve inherit").join("a.sock");
+    let listener = UnixListener::bind(&path).expect("a socket");
+    let (own, other) = UnixStream::pair().expect("sockets");
+    let fds = [listener.as_raw_fd(), other.as_raw_fd()];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    // SAFETY: fcntl(2) and dup2(2) are safe to call between fork and exec, and touch no memory.
+    unsafe {
+        std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+            for (fd, number) in fds.into_iter().zip([103, 104]) {
+                if libc::dup2(fd, number) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        })
+    };
+    let arguments = ["serve", "--json", "--network", "embedded:lab", "--fd", "103"];
+    let arguments = [&arguments[..], &["--listen", "vhost-user:fd=104"]].concat();
+    let server = Server::of(command.args(&arguments), &arguments);
+    drop((listener, other));
+    let mut one = Guest::new(&path, mac(1));
+    let mut two = Guest::on(own, frontend::memory(guest::MEMORY), mac(2));
+    exchange(&mut one, &mut two, 0..10);
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["name"], "vhost-user:fd=104");
+    assert_eq!(report["sockets"][1]["name"], "vhost-user:fd=103");
+    assert!(is_socket(&path), "it is not the server's to remove");
+
+    // A connected socket is one guest; when it has gone there is nothing left to serve.
+    let (own, other) = UnixStream::pair().expect("sockets");
+    let fd = other.as_raw_fd();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    // SAFETY: as above.
+    unsafe {
+        std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
+            match libc::dup2(fd, 103) {
+                -1 => Err(std::io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
+    };
+    let arguments = ["serve", "--json", "--network", "embedded:lab", "--fd", "103"];
+    let server = Server::of(command.args(arguments), &arguments);
+    drop(other);
+    drop(Guest::on(own, frontend::memory(guest::MEMORY), mac(1)));
+    let (status, printed, said) = server.ended();
+    assert_eq!(status.code(), Some(0), "{said}");
+    let report: Value = serde_json::from_str(&printed).expect("one JSON object");
+    assert_eq!(last_end(&report, 0), "has left");
+}
+
+/// Who has started the server is told when guests can join, and when it ends.
+#[test]
+fn a_service_manager_is_told() {
+    let folder = scratch("serve ready");
+    let manager = std::os::unix::net::UnixDatagram::bind(folder.join("notify")).expect("a socket");
+    manager.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let listen = listen(&folder.join("a.sock"));
+    let arguments = ["serve", "--json", "--network", "embedded:lab", "--listen", &listen];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    command.env("NOTIFY_SOCKET", folder.join("notify")).args(arguments);
+    let server = Server::of(&mut command, &arguments);
+    let told = || {
+        let mut word = [0; 64];
+        let len = manager.recv(&mut word).expect("a word");
+        text(&word[..len]).to_owned()
+    };
+    assert_eq!(told(), "READY=1");
+    assert!(is_socket(&folder.join("a.sock")), "it was true");
+    server.report("TERM");
+    assert_eq!(told(), "STOPPING=1");
+}
+
+/// Goal: a guest sends from the address that its socket gives it, from the first that it uses, or from
+/// any, and an isolated one reaches no other.
+#[test]
+fn a_sockets_rules_hold_for_its_guests() {
+    let folder = scratch("serve rules");
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|name| folder.join(format!("{name}.sock")));
+    let fixed = format!("{},mac=52:54:00:12:34:01,config", listen(&a));
+    let isolated = format!("{},isolated", listen(&c));
+    let limited = format!("{},send-packets=1", listen(&d));
+    let all = ["--listen", &fixed, "--listen", &listen(&b), "--listen", &isolated];
+    let server = Server::new(&[&all[..], &["--listen", &limited]].concat());
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    let (mut three, mut four) = (Guest::new(&c, mac(3)), Guest::new(&d, mac(4)));
+    let config = one.ask(frontend::Sent::config(frontend::GET_CONFIG, 0, 0, &[0; 12]));
+    assert_eq!(config.payload[12..18], mac(1), "the guest is told its address");
+    exchange(&mut one, &mut two, 0..5);
+    one.send(&packet(mac(9), two.mac, 60, 1));
+    two.send(&packet(mac(8), one.mac, 60, 2));
+    assert_eq!(one.receive_ours()[6..12], mac(8));
+    // Its frame goes nowhere.
+    three.send(&packet(three.mac, two.mac, 60, 3));
+    three.sync();
+    // 64 packets pass at once.
+    for number in 0..100 {
+        four.send(&packet(four.mac, two.mac, 60, number));
+    }
+    for number in 0..64 {
+        assert_eq!(two.receive_ours(), packet(four.mac, two.mac, 60, number));
+    }
+    exchange(&mut one, &mut two, 5..10);
+    let report = server.report("TERM");
+    let dropped = |socket: usize, why: &str| {
+        report["sockets"][socket]["drops_by_reason"][why].as_u64().unwrap_or(0)
+    };
+    assert_eq!(dropped(0, "spoofed"), 1, "{report:#}");
+    assert_eq!(dropped(2, "isolated"), 1, "{report:#}");
+    assert!((30..=36).contains(&dropped(3, "send limit")), "{report:#}");
+}

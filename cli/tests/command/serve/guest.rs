@@ -1,0 +1,294 @@
+//! A guest of a server: a front end of vhost-user, and the drivers of a receive and a transmit queue.
+//! Its memory is a file that it shares with the server, which is another process.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{Read, Write, pipe};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmring::GuestMmap;
+use vmring_core::guest::{GuestMemory, GuestRegion};
+use vmring_virtio::queue::{AddressSpace, QueueFeatures, QueueLayout};
+use vmring_virtio::vhost_user::features::{LOG_ALL, PROTOCOL_FEATURES};
+
+use super::LIMIT;
+use super::driver::{ARENA, Driver};
+use super::frontend::*;
+
+pub(super) const HEADER: usize = 12;
+/// How far the front end's addresses are from the guest's.
+const USER: u64 = 0x7f00_0000_0000;
+const RINGS: u64 = 0x1_0000;
+pub(super) const RINGS_LEN: u64 = 0x10_0000;
+const RING_SPACE: u64 = 0x2_0000;
+const ARENA_LEN: u64 = 0x40_0000;
+pub(super) const MEMORY: u64 = RINGS_LEN + 2 * ARENA_LEN;
+const SIZE: u16 = 256;
+
+struct Ring {
+    driver: Driver,
+    kick: File,
+    call: File,
+    /// The ends that the server gets.
+    ends: (OwnedFd, OwnedFd),
+}
+
+pub(super) struct Guest {
+    pub(super) frontend: Frontend,
+    pub(super) file: File,
+    pub(super) mac: [u8; 6],
+    pub(super) features: u64,
+    rings: [Ring; 2],
+    received: VecDeque<Vec<u8>>,
+}
+
+fn regions() -> [Region; 2] {
+    let region = |guest_address, size, mmap_offset| {
+        let user_address = USER + guest_address;
+        Region { guest_address, size, user_address, mmap_offset }
+    };
+    [region(RINGS, RINGS_LEN, 0), region(ARENA, 2 * ARENA_LEN, RINGS_LEN)]
+}
+
+fn layout(index: u64) -> QueueLayout {
+    let descriptors = RINGS + index * RING_SPACE;
+    let available = descriptors + u64::from(SIZE) * 16;
+    let used = (available + 6 + u64::from(SIZE) * 2).next_multiple_of(4);
+    let addresses = AddressSpace::Guest;
+    QueueLayout { size: SIZE.into(), descriptors, available, used, addresses, used_log: None }
+}
+
+/// Connects to a server, which may not listen yet.
+pub(super) fn connect(path: &Path) -> UnixStream {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(socket) => return socket,
+            Err(error) => assert!(start.elapsed() < LIMIT, "{}: {error}", path.display()),
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl Guest {
+    /// A guest with this address, whose rings run.
+    pub(super) fn new(path: &Path, mac: [u8; 6]) -> Self {
+        Self::on(connect(path), memory(MEMORY), mac)
+    }
+
+    pub(super) fn on(socket: UnixStream, file: File, mac: [u8; 6]) -> Self {
+        let frontend = Frontend::on(socket);
+        let parts = regions().map(|region| {
+            let map = GuestMmap::file(&file, region.mmap_offset, region.size as usize);
+            GuestRegion::new(region.guest_address, Arc::new(map.expect("a mapping")))
+        });
+        let memory = GuestMemory::new(parts).expect("the regions are apart");
+        let features = offered(&frontend) & !LOG_ALL;
+        let rings = [0, 1].map(|index| {
+            let queue = QueueFeatures::from_bits(features);
+            let driver = Driver::over(memory.clone(), layout(index), queue, 0, ARENA_LEN)
+                .with_arena(ARENA + index * ARENA_LEN);
+            let ((kick_end, kick), (call, call_end)) =
+                (pipe().expect("a pipe"), pipe().expect("a pipe"));
+            Ring {
+                driver,
+                kick: OwnedFd::from(kick).into(),
+                call: OwnedFd::from(call).into(),
+                ends: (kick_end.into(), call_end.into()),
+            }
+        });
+        let guest = Self { frontend, file, mac, features, rings, received: VecDeque::new() };
+        guest.set_up([0, 0]);
+        guest
+    }
+
+    /// Connects to a server that knows nothing of this guest, and lets the rings go on where they are.
+    pub(super) fn rejoin(&mut self, path: &Path) {
+        self.frontend = Frontend::on(connect(path));
+        assert_eq!(offered(&self.frontend) & !LOG_ALL, self.features, "the same is offered");
+        let used = self.rings.each_ref().map(|ring| ring.driver.used_index());
+        self.set_up(used);
+    }
+
+    fn set_up(&self, base: [u16; 2]) {
+        let frontend = &self.frontend;
+        frontend.send(&Sent::number(SET_FEATURES, self.features));
+        frontend.send(&Sent::table(&regions()).with(&self.file).with(&self.file));
+        for (index, (ring, base)) in self.rings.iter().zip(base).enumerate() {
+            let index = index as u32;
+            let QueueLayout { descriptors, used, available, .. } = layout(index.into());
+            let addresses = [USER + descriptors, USER + used, USER + available, used];
+            for message in [
+                Sent::state(SET_VRING_NUM, index, SIZE.into()),
+                Sent::state(SET_VRING_BASE, index, base.into()),
+                Sent::addresses(index, 0, addresses),
+                Sent::number(SET_VRING_CALL, index.into()).with(&ring.ends.1),
+                Sent::number(SET_VRING_KICK, index.into()).with(&ring.ends.0),
+                Sent::state(SET_VRING_ENABLE, index, 1),
+            ] {
+                frontend.send(&message);
+            }
+        }
+        self.sync();
+    }
+
+    /// Waits until everything that was sent is handled.
+    pub(super) fn sync(&self) {
+        self.ask(Sent::new(GET_FEATURES, []));
+    }
+
+    pub(super) fn ask(&self, message: Sent) -> Reply {
+        self.frontend.send(&message);
+        self.frontend.reply()
+    }
+
+    fn kick(&mut self, index: usize) {
+        let ring = &mut self.rings[index];
+        if ring.driver.needs_kick() {
+            ring.kick.write_all(&[1; 8]).expect("the kick");
+        }
+    }
+
+    /// Kicks both rings without a look at them.
+    pub(super) fn kick_blindly(&mut self) {
+        for ring in &mut self.rings {
+            ring.kick.write_all(&[1; 8]).expect("the kick");
+        }
+    }
+
+    /// Posts buffers for receiving, as many as there is space for, at most `most`.
+    pub(super) fn post(&mut self, most: usize) {
+        let driver = &mut self.rings[0].driver;
+        for _ in 0..most {
+            if driver.post(&[(2048, true)], None).is_none() {
+                break;
+            }
+        }
+        driver.expose();
+        self.kick(0);
+    }
+
+    /// Sends a packet. Waits for space, if there is none.
+    pub(super) fn send(&mut self, packet: &[u8]) {
+        let start = Instant::now();
+        let shape = [(HEADER as u32, false), (packet.len() as u32, false)];
+        let head = loop {
+            let driver = &mut self.rings[1].driver;
+            driver.collect();
+            if let Some(head) = driver.post(&shape, None) {
+                break head;
+            }
+            assert!(start.elapsed() < LIMIT, "nothing is sent");
+            thread::sleep(Duration::from_millis(1));
+        };
+        let driver = &mut self.rings[1].driver;
+        let buffers = driver.buffers(head).to_vec();
+        driver.write(buffers[0].address, &[0; HEADER]);
+        driver.write(buffers[1].address, packet);
+        driver.expose();
+        self.kick(1);
+    }
+
+    /// The next packet, if one comes in this time.
+    pub(super) fn receive_within(&mut self, time: Duration) -> Option<Vec<u8>> {
+        let start = Instant::now();
+        loop {
+            let driver = &mut self.rings[0].driver;
+            let used = driver.used_index();
+            driver.set_used_event(used);
+            for one in driver.collect() {
+                assert!(one.len as usize > HEADER, "{one:?}");
+                let bytes = driver.read(one.buffers[0].address, one.len);
+                self.received.push_back(bytes[HEADER..].to_vec());
+            }
+            if let Some(packet) = self.received.pop_front() {
+                self.post(1);
+                return Some(packet);
+            }
+            let left = time.checked_sub(start.elapsed())?;
+            let Ring { driver, call, .. } = &mut self.rings[0];
+            if driver.used_index() == used && readable(call, left) {
+                let _ = call.read(&mut [0; 512]);
+            }
+        }
+    }
+
+    pub(super) fn receive(&mut self) -> Vec<u8> {
+        self.receive_within(LIMIT).expect("a packet comes")
+    }
+
+    /// The next packet that a test has sent to this guest. It skips those that the switch gives to
+    /// everybody, because it does not know the station, and those of the host's kernel.
+    pub(super) fn receive_ours(&mut self) -> Vec<u8> {
+        loop {
+            let packet = self.receive();
+            if packet[..6] == self.mac && packet[12..14] == OURS {
+                return packet;
+            }
+        }
+    }
+
+    /// Whether the server has closed the connection.
+    pub(super) fn is_cut_off(&self) -> bool {
+        is_cut_off(&self.frontend)
+    }
+}
+
+/// Whether the server closes the connection, in any time that a test may take.
+pub(super) fn is_cut_off(frontend: &Frontend) -> bool {
+    let start = Instant::now();
+    let mut socket = frontend.socket();
+    loop {
+        match socket.read(&mut [0; 64]) {
+            Ok(0) => return true,
+            Ok(_) => assert!(start.elapsed() < LIMIT),
+            Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+/// Negotiates the protocol, and shares this memory.
+pub(super) fn share(frontend: &Frontend, file: &File) {
+    let features = offered(frontend) & !LOG_ALL;
+    frontend.send(&Sent::number(SET_FEATURES, features));
+    frontend.send(&Sent::table(&regions()).with(file).with(file));
+}
+
+/// Negotiates the protocol, and returns what the server offers.
+fn offered(frontend: &Frontend) -> u64 {
+    let ask = |request| {
+        frontend.send(&Sent::new(request, []));
+        frontend.reply().number()
+    };
+    let offered = ask(GET_FEATURES);
+    assert_ne!(offered & PROTOCOL_FEATURES, 0);
+    let protocol = ask(GET_PROTOCOL_FEATURES);
+    frontend.send(&Sent::number(SET_PROTOCOL_FEATURES, protocol));
+    offered
+}
+
+fn readable(fd: &impl AsRawFd, timeout: Duration) -> bool {
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: the pointer is to one entry, which lives until the call returns.
+    unsafe { libc::poll(&mut entry, 1, millis) == 1 }
+}
+
+/// The EtherType of the tests' own packets: IEEE's for experiments.
+pub(super) const OURS: [u8; 2] = [0x88, 0xb5];
+
+/// A packet of this length from one address to another, with a number in it.
+pub(super) fn packet(from: [u8; 6], to: [u8; 6], len: usize, number: u32) -> Vec<u8> {
+    let mut bytes = [&to[..], &from, &OURS, &number.to_le_bytes()].concat();
+    bytes.extend((bytes.len()..len).map(|at| (at as u32 ^ number.wrapping_mul(0x9e37)) as u8));
+    bytes
+}
+
+pub(super) fn mac(last: u8) -> [u8; 6] {
+    [0x52, 0x54, 0, 0x12, 0x34, last]
+}

@@ -1,0 +1,217 @@
+//! Guests below a TAP: the switch gives each what is for it.
+
+use std::net::UdpSocket;
+
+use super::guest::{Guest, mac, packet};
+use super::*;
+use crate::tap::is_possible;
+
+const HOST: [u8; 4] = [10, 9, 0, 1];
+const PORT: u16 = 4789;
+
+/// Runs `test` in a network namespace of its own, and whatever it starts.
+pub(super) fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
+    let test = move || {
+        // SAFETY: the argument is a plain number. The call only concerns this thread and what it
+        // starts.
+        assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+        test()
+    };
+    thread::spawn(test).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn address(guest: u8) -> [u8; 4] {
+    [10, 9, 0, 10 + guest]
+}
+
+/// An ARP packet of a guest: a question for the host's address.
+fn question(guest: u8) -> Vec<u8> {
+    let own = mac(guest);
+    let ethernet = [&[0xff; 6][..], &own, &[8, 6]].concat();
+    let arp = [&[0, 1, 8, 0, 6, 4, 0, 1][..], &own, &address(guest), &[0; 6], &HOST].concat();
+    let mut packet = [ethernet, arp].concat();
+    packet.resize(60, 0);
+    packet
+}
+
+/// A UDP packet of a guest to the host.
+fn udp(guest: u8, host_mac: &[u8], text: &[u8]) -> Vec<u8> {
+    let len = |extra: usize| ((text.len() + extra) as u16).to_be_bytes();
+    let mut ip =
+        [&[0x45, 0][..], &len(28), &[0; 4], &[64, 17, 0, 0], &address(guest), &HOST].concat();
+    let sum: u32 = ip.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    // Without a checksum.
+    let udp = [&PORT.to_be_bytes()[..], &PORT.to_be_bytes(), &len(8), &[0, 0]].concat();
+    let ethernet = [host_mac, &mac(guest), &[8, 0]].concat();
+    let mut packet = [ethernet, ip, udp, text.to_vec()].concat();
+    packet.resize(packet.len().max(60), 0);
+    packet
+}
+
+/// The next packet with this EtherType. Every packet on the way is for this guest or for all.
+fn next(guest: &mut Guest, ethertype: [u8; 2]) -> Vec<u8> {
+    loop {
+        let packet = guest.receive();
+        assert!(packet[..6] == guest.mac || packet[0] & 1 == 1, "for another: {packet:x?}");
+        if packet[12..14] == ethertype && packet[..6] == guest.mac {
+            return packet;
+        }
+    }
+}
+
+/// Asks for the host's MAC address.
+fn host_mac(guest: &mut Guest, number: u8) -> Vec<u8> {
+    guest.send(&question(number));
+    let answer = next(guest, [8, 6]);
+    assert_eq!(answer[28..32], HOST);
+    answer[6..12].to_vec()
+}
+
+/// Two guests, on these sockets, exchange packets with the host in `rounds` rounds.
+pub(super) fn talk(a: &Path, b: &Path, rounds: usize) -> [Guest; 2] {
+    let host = UdpSocket::bind(("10.9.0.1", PORT)).expect("the host's address");
+    host.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let mut guests = [Guest::new(a, mac(1)), Guest::new(b, mac(2))];
+    for guest in &mut guests {
+        guest.post(128);
+    }
+    let host_mac = host_mac(&mut guests[0], 1);
+    assert_eq!(host_mac, self::host_mac(&mut guests[1], 2));
+    for round in 0..rounds {
+        for (guest, number) in guests.iter_mut().zip([1, 2]) {
+            let text = format!("from guest {number}, round {round}, {}", "x".repeat(round * 20));
+            guest.send(&udp(number, &host_mac, text.as_bytes()));
+            let mut heard = [0; 2048];
+            let (len, from) = host.recv_from(&mut heard).expect("the guest's packet");
+            assert_eq!(heard[..len], *text.as_bytes());
+            assert_eq!(from.ip(), std::net::IpAddr::from(address(number)));
+            host.send_to(text.to_uppercase().as_bytes(), from).expect("it is sent");
+        }
+        for (guest, number) in guests.iter_mut().zip([1, 2]) {
+            let heard = next(guest, [8, 0]);
+            assert_eq!(heard[30..34], address(number));
+            let text = format!("FROM GUEST {number}, ROUND {round}, ");
+            assert_eq!(heard[42..42 + text.len()], *text.as_bytes());
+        }
+    }
+    guests
+}
+
+fn through_a_tap(network: &str, name: &str, extra: &[&str]) -> Value {
+    let folder = scratch(&format!("serve tap {name}"));
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let (one, two) = (format!("{},mac=learn", listen(&a)), listen(&b));
+    let arguments = [&["--network", network, "--listen", &one, "--listen", &two], extra].concat();
+    let server = Server::on(&arguments);
+    let mut guests = talk(&a, &b, 50);
+    // The guests reach each other, and the host does not see it.
+    let [one, two] = &mut guests;
+    exchange(one, two, 0..50);
+    // One whose address is known sends from no other.
+    one.send(&packet(mac(9), two.mac, 60, 1));
+    one.sync();
+    exchange(one, two, 0..2);
+    // What is for a station that nobody knows leads to the TAP, and to no other guest.
+    one.send(&packet(one.mac, mac(77), 60, 1));
+    one.sync();
+    host_mac(two, 2);
+    let report = server.report("TERM");
+    let ways = &report["uplink"]["ways"];
+    // What the host gets: a question and 50 packets of each guest, and nothing of what they say to each
+    // other.
+    let [to_guests, to_host] = [0, 1].map(|way| ways[way]["packets_written"].as_u64());
+    assert!((102..152).contains(&to_host.expect("a number")), "{ways:#}");
+    assert!(to_guests >= Some(102), "{ways:#}");
+    assert_eq!(report["sockets"][0]["drops_by_reason"]["spoofed"], 1);
+    report
+}
+
+/// Two guests and the host on one TAP: no frame reaches the wrong guest.
+#[test]
+fn two_guests_and_the_host_share_a_tap() {
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        through_a_tap("tap:t0,host,10.9.0.1/24", "host", &[]);
+        let links = std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc");
+        assert!(!links.contains("t0:"), "the TAP is removed: {links}");
+    });
+}
+
+/// Makes a TAP as an administrator does. Returns whether that is possible.
+pub(super) fn set_up() -> bool {
+    for arguments in [
+        &["tuntap", "add", "t0", "mode", "tap"][..],
+        &["address", "add", "10.9.0.1/24", "dev", "t0"],
+        &["link", "set", "t0", "up"],
+    ] {
+        match Command::new("ip").args(arguments).status() {
+            Ok(status) => assert!(status.success(), "ip {arguments:?}"),
+            Err(error) => {
+                eprintln!("skipped: ip: {error}");
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// The engines that work here.
+pub(super) fn engines() -> Vec<&'static str> {
+    match vmring::TapEngine::IoUring.resolve() {
+        Ok(_) => vec!["plain", "io_uring"],
+        Err(error) => {
+            eprintln!("skipped: io_uring: {error}");
+            vec!["plain"]
+        }
+    }
+}
+
+/// The TAP is the administrator's.
+#[test]
+fn guests_share_a_tap_that_is_set_up_by_others() {
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        if !set_up() {
+            return;
+        }
+        for engine in engines() {
+            through_a_tap("tap:t0", engine, &["--engine", engine]);
+        }
+    });
+}
+
+/// A TAP that goes away ends the server, which says why: a service manager starts it again.
+#[test]
+fn a_tap_that_is_removed_ends_the_server() {
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        if !set_up() {
+            return;
+        }
+        for engine in engines() {
+            let path = scratch(&format!("serve tap gone {engine}")).join("a.sock");
+            let listen = listen(&path);
+            let arguments = ["--network", "tap:t0", "--engine", engine, "--listen", &listen];
+            let server = Server::on(&arguments);
+            Guest::new(&path, mac(1)).sync();
+            let removed = Command::new("ip").args(["link", "delete", "t0"]).status();
+            assert!(removed.expect("there is ip").success());
+            let (status, printed, said) = server.ended();
+            assert_eq!(status.code(), Some(1), "{said}");
+            let report: Value = serde_json::from_str(&printed).expect("one JSON object");
+            let failed = report["failed"].as_str().expect("words");
+            assert!(failed.starts_with("tap:t0: "), "{failed}");
+            assert!(said.ends_with(&format!("vmring: {failed}")), "{said}");
+            assert!(!is_socket(&path));
+            assert!(set_up());
+        }
+    });
+}
