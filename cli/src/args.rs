@@ -221,7 +221,9 @@ Examples:
     --listen vhost-user:/run/b.sock,mac=52:54:00:12:34:56 --json
 
 A front end may come, go and come again. The server may end and start again while
-guests run, if their front ends connect again. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its report; a
+guests run, if their front ends connect again. On Linux the server confines
+itself before the first connection: no privileges, no files, a short list of
+system calls. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its report; a
 second one ends it at once.
 Exit code: 0 if it was ended, 1 if the network failed, 2 for invalid arguments.";
 
@@ -268,6 +270,9 @@ pub(crate) struct ServeArgs {
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "ENGINE", default_value = "plain", value_parser = ENGINES)]
     pub(crate) engine: vmring::TapEngine,
+    /// Do not confine the server
+    #[arg(long)]
+    pub(crate) no_sandbox: bool,
     /// End after this long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: Option<u64>,

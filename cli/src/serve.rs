@@ -8,6 +8,9 @@
 pub(crate) mod limits;
 pub(crate) mod spec;
 
+#[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod calls;
+mod confine;
 mod connection;
 mod counts;
 mod listen;
@@ -20,6 +23,7 @@ mod summary;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use vmring::IdlePolicy;
 
 use crate::args::ServeArgs;
 use crate::failure::Failure;
@@ -28,12 +32,13 @@ use crate::report::{print_json, print_report};
 use crate::stop::Stop;
 use crate::system;
 
+use confine::{Confinement, Needs, folder};
 use listen::Listening;
 use network::Network;
 use ready::Ready;
 use server::Server;
 use sigbus::Places;
-use spec::{ListenSpec, Place};
+use spec::{ListenSpec, NetworkSpec, Place};
 use summary::Summary;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
@@ -44,7 +49,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     spec::check(&listens)?;
     args.dhcp.check(usize::from(wanted.has_dhcp()))?;
     let adopted = (listens.iter()).map(Listening::adopted).collect::<Result<Vec<_>, _>>()?;
-    // From here on a signal ends the server with its report.
+    // From here on a signal ends the server with its report. The thread that looks at the signals starts
+    // after the confinement, so that it is confined too.
     let signals = Stop::catch_signals()?;
     let ready = Ready::from_environment();
     let live = Live::start();
@@ -54,10 +60,25 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
             None => Listening::open(&spec).map(|listening| (spec, listening)),
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let network = Network::start(wanted, args)?;
+    let needs = needs(&listens, wanted, args, live.is_watched());
+    let mut confinement = Confinement::none("--no-sandbox");
+    // What needs privileges starts with them, and everything else without them.
+    let privileged = wanted.needs_privileges().then(|| Network::start(wanted, args)).transpose()?;
+    // It looks at the host's rules, which a confined process cannot see.
+    let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
+    if !args.no_sandbox {
+        confinement.drop_privileges(&needs);
+    }
+    let network = privileged.map_or_else(|| Network::start(wanted, args), Ok)?;
     listens.iter().try_for_each(|spec| network.check(spec))?;
+    // The standard library opens files to count the processors, and remembers nothing. The library asks
+    // it once.
+    let _ = IdlePolicy::default();
     let places = Places::install(args.connections as usize)?;
     let mut server = Server::new(network, entrances, places)?;
+    if !args.no_sandbox {
+        confinement.restrict_calls(&needs);
+    }
     let stop = signals.watch(|| {})?;
     let (start, cpu) = (Instant::now(), system::cpu_time());
     let deadline = args.seconds.map(|seconds| start + Duration::from_secs(seconds));
@@ -69,7 +90,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
             None => "; Ctrl-C ends it".to_owned(),
         }
     ));
-    if let Some(obstacle) = wanted.obstacle() {
+    for (what, part) in confinement.parts().iter().filter(|(_, part)| !part.complete) {
+        say(&format!("  note: {what}: {}", part.state));
+    }
+    if let Some(obstacle) = obstacle {
         say(&format!("  note: {obstacle}"));
     }
     ready.tell("READY=1");
@@ -78,7 +102,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     drop(live);
     let ended = server.end();
     let time = (start.elapsed(), system::cpu_time().saturating_sub(cpu));
-    let mut summary = Summary::of(&mut server, time);
+    let mut summary = Summary::of(&mut server, confinement, time);
     // Reports the first failure.
     let outcome = serving.and(ended).and_then(|()| server.network.stop());
     summary.end(&outcome);
@@ -110,4 +134,23 @@ fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
         spec.demand_seals |= args.demand_seals;
     }
     listens
+}
+
+/// What the server needs after its set-up.
+fn needs(listens: &[ListenSpec], network: &NetworkSpec, args: &ServeArgs, terminal: bool) -> Needs {
+    let own_paths = listens.iter().filter_map(ListenSpec::own_path);
+    #[cfg(target_os = "linux")]
+    let io_uring = args.engine != vmring::TapEngine::Plain;
+    #[cfg(not(target_os = "linux"))]
+    let io_uring = false;
+    Needs {
+        client: listens.iter().any(|spec| matches!(spec.place, Place::Client(_))),
+        terminal,
+        tap: network.is_tap(),
+        io_uring: network.is_tap() && io_uring,
+        hosts_end: network.changes_host(),
+        simulated: network.is_simulated(),
+        sockets: own_paths.map(|path| folder(path).to_owned()).collect(),
+        leases: args.dhcp.lease_file.as_deref().map(|file| folder(file).to_owned()),
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::num::NonZeroU64;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use vmring::MacAddr6;
@@ -45,6 +45,11 @@ impl fmt::Display for NetworkSpec {
 }
 
 impl NetworkSpec {
+    /// Whether it leads to a network outside of this process, which takes privileges to start.
+    pub(super) fn needs_privileges(&self) -> bool {
+        !matches!(self.0, Spec::Embedded { .. })
+    }
+
     /// Whether it has a DHCP server of ours.
     pub(super) fn has_dhcp(&self) -> bool {
         self.0.has_dhcp()
@@ -53,6 +58,27 @@ impl NetworkSpec {
     /// What keeps the guests from what the network promises, as far as it is known.
     pub(super) fn obstacle(&self) -> Option<String> {
         self.0.obstacle()
+    }
+
+    pub(super) fn is_tap(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        if matches!(self.0, Spec::Tap { .. }) {
+            return true;
+        }
+        false
+    }
+
+    pub(super) fn is_simulated(&self) -> bool {
+        matches!(self.0, Spec::Vmnet(_)) && !cfg!(target_os = "macos")
+    }
+
+    /// Whether the host's end of a TAP is set up, and is put back at the end.
+    pub(super) fn changes_host(&self) -> bool {
+        #[cfg(target_os = "linux")]
+        if matches!(self.0, Spec::Tap { mode: Some(_), .. }) {
+            return true;
+        }
+        false
     }
 }
 
@@ -221,6 +247,14 @@ impl ListenSpec {
             queues: None,
             config: false,
             demand_seals: false,
+        }
+    }
+
+    /// The path of the socket, if this process makes it.
+    pub(crate) fn own_path(&self) -> Option<&Path> {
+        match &self.place {
+            Place::Server(path) => Some(path),
+            _ => None,
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::confine::Confinement;
 use super::counts::Counts;
 use super::server::{End, Entrance, Server};
 use crate::bridge::summary::Summary as UplinkSummary;
@@ -26,6 +27,7 @@ pub(super) struct Summary {
     /// What went between the switch and the TAP or vmnet.
     uplink: Option<UplinkSummary>,
     sockets: Vec<SocketSummary>,
+    sandbox: Confinement,
 }
 
 #[derive(Debug, Serialize)]
@@ -53,7 +55,11 @@ struct SocketSummary {
 }
 
 impl Summary {
-    pub(super) fn of(server: &mut Server, time: (Duration, Duration)) -> Self {
+    pub(super) fn of(
+        server: &mut Server,
+        sandbox: Confinement,
+        time: (Duration, Duration),
+    ) -> Self {
         let network = &server.network;
         let (time, cpu) = time;
         let sockets = server.entrances.iter().map(SocketSummary::of).collect();
@@ -70,6 +76,7 @@ impl Summary {
             },
             uplink: server.uplink.take(),
             sockets,
+            sandbox,
         }
     }
 
@@ -112,6 +119,12 @@ impl Summary {
         if let Some(uplink) = &self.uplink {
             let _ = write!(text, "\nUplink: {}", uplink.text());
         }
+        text.push_str("\nSandbox\n");
+        let mut table = Table::new(&["part", "state"]).left();
+        for (name, part) in self.sandbox.parts() {
+            table.row([name.to_owned(), part.state.clone()]);
+        }
+        text.push_str(&table.text());
         text
     }
 }

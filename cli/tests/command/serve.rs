@@ -6,6 +6,9 @@ use std::sync::{Arc, Mutex};
 use super::*;
 
 #[cfg(target_os = "linux")]
+#[path = "serve/calls.rs"]
+mod calls;
+#[cfg(target_os = "linux")]
 #[path = "serve/dpdk.rs"]
 mod dpdk;
 #[path = "../../../virtio/tests/driver/mod.rs"]
@@ -233,7 +236,7 @@ fn a_server_ends_after_its_time_with_tables() {
     ]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report = text(&output.stdout);
-    for words in ["embedded:lab (MTU 1500), for 1.", "to guests"] {
+    for words in ["embedded:lab (MTU 1500), for 1.", "to guests", "Sandbox", "capabilities"] {
         assert!(report.contains(words), "no {words} in {report}");
     }
     assert!(unfolded(&output.stderr).contains("guests can join embedded:lab for 1 s"));
@@ -553,6 +556,55 @@ fn a_service_manager_is_told() {
     assert!(is_socket(&folder.join("a.sock")), "it was true");
     server.report("TERM");
     assert_eq!(told(), "STOPPING=1");
+}
+
+/// The parts of the confinement, as the report has them.
+#[cfg(target_os = "linux")]
+const PARTS: [&str; 4] = ["new_privileges", "capabilities", "files_and_network", "system_calls"];
+
+/// Goal: what the report says of the confinement is what the kernel says, of every thread.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_server_is_confined_unless_told_otherwise() {
+    let path = scratch("serve confined").join("a.sock");
+    let listen = listen(&path);
+    for (extra, confined) in [(&[][..], true), (&["--no-sandbox"], false)] {
+        let server = Server::new(&[&["--listen", &listen], extra].concat());
+        let guest = Guest::new(&path, mac(1));
+        guest.sync();
+        let process = format!("/proc/{}/task", server.child.as_ref().expect("it runs").id());
+        let mut threads = 0;
+        for thread in std::fs::read_dir(process).expect("the threads") {
+            let status = thread.expect("a thread").path().join("status");
+            let status = std::fs::read_to_string(status).expect("a status");
+            let value = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.expect(name).trim().to_owned()
+            };
+            threads += 1;
+            assert_eq!(value("NoNewPrivs:"), if confined { "1" } else { "0" });
+            assert_eq!(value("Seccomp:"), if confined { "2" } else { "0" });
+            if confined {
+                for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+                    let bits = value(set);
+                    // Only root may empty the bounding set.
+                    // SAFETY: the call has no arguments and cannot fail.
+                    let is_root = unsafe { libc::geteuid() } == 0;
+                    let bounded = set == "CapBnd:" && !is_root;
+                    assert!(bounded || bits.bytes().all(|digit| digit == b'0'), "{set} {bits}");
+                }
+            }
+        }
+        // The main thread, that of the signals, and that of the guest.
+        assert_eq!(threads, 3);
+        let report = server.report("TERM");
+        for part in PARTS {
+            let part = &report["sandbox"][part];
+            assert_eq!(part["complete"], confined, "{part}");
+            let state = part["state"].as_str().expect("words");
+            assert_eq!(state == "off: --no-sandbox", !confined, "{state}");
+        }
+    }
 }
 
 /// Goal: a guest sends from the address that its socket gives it, from the first that it uses, or from

@@ -233,6 +233,86 @@ impl Guest {
         }
     }
 
+    /// Switches the log of what is written on or off.
+    pub(super) fn log(&mut self, on: bool) {
+        let features = self.features | if on { LOG_ALL } else { 0 };
+        self.frontend.send(&Sent::number(SET_FEATURES, features));
+        self.sync();
+    }
+
+    /// Kicks and is interrupted over sockets from now on, as user-mode Linux does.
+    pub(super) fn use_sockets(&mut self) {
+        let pair = || UnixStream::pair().expect("sockets");
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let ((kick, kick_end), (call, call_end)) = (pair(), pair());
+            ring.kick = OwnedFd::from(kick).into();
+            ring.call = OwnedFd::from(call).into();
+            ring.ends = (kick_end.into(), call_end.into());
+            for (request, end) in [(SET_VRING_CALL, &ring.ends.1), (SET_VRING_KICK, &ring.ends.0)] {
+                self.frontend.send(&Sent::number(request, index as u64).with(end));
+            }
+        }
+        self.sync();
+    }
+
+    /// Waits for no interrupt any more. The server can see it only when it interrupts.
+    pub(super) fn close_calls(&mut self) {
+        let (call, _) = pipe().expect("a pipe");
+        let call: File = OwnedFd::from(call).into();
+        for ring in &mut self.rings {
+            ring.call = call.try_clone().expect("a copy");
+        }
+    }
+
+    /// Gets an address by DHCP (RFC 2131).
+    pub(super) fn lease(&mut self) {
+        let offer = self.dhcp(1, &[]);
+        let address = offer[58..62].to_vec();
+        // The server's identifier, option 54.
+        let server = offer.windows(2).position(|pair| pair == [54, 4]).expect("an identifier");
+        let server = offer[server + 2..server + 6].to_vec();
+        let wanted = [&[50, 4][..], &address, &[54, 4], &server].concat();
+        let acknowledged = self.dhcp(3, &wanted);
+        assert_eq!(acknowledged[58..62], address);
+    }
+
+    /// Sends a DHCP message of this type with these options, and returns the answer, from its Ethernet
+    /// header on.
+    fn dhcp(&mut self, kind: u8, options: &[u8]) -> Vec<u8> {
+        let mut message = vec![1, 1, 6, 0, 7, 7, 7, 7];
+        message.resize(28, 0);
+        message.extend(self.mac);
+        message.resize(236, 0);
+        message.extend([99, 130, 83, 99, 53, 1, kind]);
+        message.extend(options);
+        message.push(255);
+        message.resize(300, 0);
+        let len = |extra: usize| ((message.len() + extra) as u16).to_be_bytes();
+        let mut ip =
+            [&[0x45, 0][..], &len(28), &[0; 4], &[64, 17, 0, 0], &[0; 4], &[255; 4]].concat();
+        let sum: u32 =
+            ip.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+        let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+        ip[10..12].copy_from_slice(&sum.to_be_bytes());
+        // Without a checksum.
+        let udp = [&[0, 68, 0, 67][..], &len(8), &[0, 0]].concat();
+        let ethernet = [&[0xff; 6][..], &self.mac, &[8, 0]].concat();
+        self.send(&[ethernet, ip, udp, message].concat());
+        loop {
+            let answer = self.receive();
+            if answer.len() > 282 && answer[34..38] == [0, 67, 0, 68] && answer[46..50] == [7; 4] {
+                return answer;
+            }
+        }
+    }
+
+    /// Ends the rings as a front end does before a migration: the server gives them back.
+    pub(super) fn stop_rings(&self) {
+        for index in 0..2 {
+            self.ask(Sent::state(GET_VRING_BASE, index, 0));
+        }
+    }
+
     /// Whether the server has closed the connection.
     pub(super) fn is_cut_off(&self) -> bool {
         is_cut_off(&self.frontend)

@@ -135,7 +135,9 @@ fn two_guests_and_the_host_share_a_tap() {
         return;
     }
     in_namespace(|| {
-        through_a_tap("tap:t0,host,10.9.0.1/24", "host", &[]);
+        let report = through_a_tap("tap:t0,host,10.9.0.1/24", "host", &[]);
+        let kept = report["sandbox"]["capabilities"]["state"].as_str().expect("words");
+        assert!(kept.starts_with("CAP_NET_ADMIN alone"), "{kept}");
         let links = std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc");
         assert!(!links.contains("t0:"), "the TAP is removed: {links}");
     });
@@ -170,7 +172,7 @@ pub(super) fn engines() -> Vec<&'static str> {
     }
 }
 
-/// The TAP is the administrator's.
+/// The TAP is the administrator's: the server needs no capability after its start.
 #[test]
 fn guests_share_a_tap_that_is_set_up_by_others() {
     if !is_possible() {
@@ -181,7 +183,11 @@ fn guests_share_a_tap_that_is_set_up_by_others() {
             return;
         }
         for engine in engines() {
-            through_a_tap("tap:t0", engine, &["--engine", engine]);
+            let report = through_a_tap("tap:t0", engine, &["--engine", engine]);
+            for part in ["new_privileges", "capabilities", "files_and_network", "system_calls"] {
+                assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
+            }
+            assert_eq!(report["sandbox"]["capabilities"]["state"], "none");
         }
     });
 }

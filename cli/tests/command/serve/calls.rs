@@ -1,0 +1,321 @@
+//! The list of system calls is what a server calls: no more, and no less. A server is traced through
+//! its life, in each of its kinds.
+//!
+//! A call that is not in the list ends the server, which these tests and all others would see. So what
+//! is left to show is that each call of the list is needed.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::ptr;
+
+use super::frontend::*;
+use super::guest::{self, Guest, connect, mac, packet};
+use super::*;
+use crate::tap::is_possible;
+
+#[path = "../../../src/serve/calls.rs"]
+#[allow(dead_code)] // The filter needs more of it.
+mod table;
+
+use table::{CALLS, Call, When};
+
+/// A server under strace(1), which writes its calls to a file.
+struct Traced {
+    server: Server,
+    file: PathBuf,
+}
+
+impl Traced {
+    fn new(folder: &Path, arguments: &[&str]) -> Self {
+        let (file, mut command, arguments) = Self::command(folder, arguments);
+        Self { server: Server::of(&mut command, &as_strs(&arguments)), file }
+    }
+
+    /// A server whose stderr is a terminal.
+    fn on_terminal(folder: &Path, arguments: &[&str]) -> Self {
+        let (file, mut command, arguments) = Self::command(folder, arguments);
+        let (here, there) = terminal();
+        let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(there);
+        let child = command.spawn().expect("the command starts");
+        Self { server: Server::reading(child, here, &as_strs(&arguments)), file }
+    }
+
+    fn command(folder: &Path, arguments: &[&str]) -> (PathBuf, Command, Vec<String>) {
+        let file = folder.join("calls");
+        let arguments = [&["serve", "--json"], arguments].concat();
+        let mut command = Command::new("strace");
+        // With -D the server is the child, and strace a stranger. So signals reach the server.
+        command.args(["-D", "-f", "-qq", "-o"]).arg(&file);
+        command.arg(env!("CARGO_BIN_EXE_vmring")).args(&arguments);
+        let arguments = arguments.iter().map(ToString::to_string).collect();
+        (file, command, arguments)
+    }
+
+    /// The calls that it made after it had confined itself.
+    fn calls(file: &Path) -> BTreeSet<String> {
+        let trace = std::fs::read_to_string(file).expect("a trace");
+        let (_, after) = trace.rsplit_once("seccomp(SECCOMP_SET_MODE_FILTER").expect("a filter");
+        let (_, after) = after.split_once('\n').expect("a line");
+        let name = |line: &str| {
+            let (_, call) = line.split_once(' ')?;
+            let (name, _) = call.trim_start().split_once('(')?;
+            let is_name =
+                |letter: char| letter.is_ascii_lowercase() || "_0123456789".contains(letter);
+            name.chars().all(is_name).then(|| name.to_owned())
+        };
+        after.lines().filter_map(name).collect()
+    }
+
+    /// Ends it by a signal, and returns its calls.
+    fn ended(self) -> BTreeSet<String> {
+        let Self { server, file } = self;
+        let report = server.report("TERM");
+        assert_eq!(report["sandbox"]["system_calls"]["complete"], true, "{report:#}");
+        Self::complete(&file)
+    }
+
+    /// The calls, when strace has written the last one.
+    fn complete(file: &Path) -> BTreeSet<String> {
+        let start = Instant::now();
+        loop {
+            let trace = std::fs::read_to_string(file).expect("a trace");
+            if trace.contains("exit_group(") || trace.contains("+++ killed") {
+                return Self::calls(file);
+            }
+            assert!(start.elapsed() < LIMIT, "the trace does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+fn as_strs(arguments: &[String]) -> Vec<&str> {
+    arguments.iter().map(String::as_str).collect()
+}
+
+/// A terminal: the end for this process, and the one for the other.
+fn terminal() -> (std::fs::File, std::fs::File) {
+    use std::os::fd::FromRawFd;
+    let (mut here, mut there) = (0, 0);
+    let (name, modes, size) = (ptr::null_mut(), ptr::null(), ptr::null());
+    // SAFETY: the first two pointers are to numbers that live until the call returns, and the others
+    // may be null.
+    let opened = unsafe { libc::openpty(&mut here, &mut there, name, modes, size) };
+    assert_eq!(opened, 0, "{}", std::io::Error::last_os_error());
+    // SAFETY: the call has just opened both.
+    unsafe { (std::fs::File::from_raw_fd(here), std::fs::File::from_raw_fd(there)) }
+}
+
+fn skip(what: &str) {
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "skipped: {name}: {what}");
+}
+
+/// What a server does for guests: connections, packets, a migration, front ends that go away or break
+/// the rules, memory that shrinks, a stop and its end.
+fn life(folder: &Path) -> BTreeSet<String> {
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let traced = Traced::new(
+        folder,
+        &["--network", "embedded:lab", "--listen", &listen(&a), "--listen", &listen(&b)],
+    );
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..10);
+    // A channel for the server's own requests, and sockets instead of pipes.
+    let (channel, _) = UnixStream::pair().expect("sockets");
+    one.frontend.send(&Sent::new(SET_BACKEND_REQ_FD, []).with(&channel));
+    one.use_sockets();
+    exchange(&mut one, &mut two, 0..10);
+    // A migration: the log, the end of the rings, the device's state.
+    let log = memory(1 << 20);
+    one.ask(Sent::new(SET_LOG_BASE, u64s(&[1 << 20, 0])).with(&log));
+    one.log(true);
+    exchange(&mut one, &mut two, 0..10);
+    one.stop_rings();
+    let (mut state, writer) = std::io::pipe().expect("a pipe");
+    one.ask(Sent::new(SET_DEVICE_STATE_FD, u32s(&[0, 0])).with(&writer));
+    drop(writer);
+    state.read_to_end(&mut Vec::new()).expect("the state");
+    assert_eq!(one.ask(Sent::new(CHECK_DEVICE_STATE, [])).number(), 0);
+    drop(one);
+    // It comes from elsewhere, and is announced.
+    let mut one = Guest::new(&a, mac(1));
+    one.frontend.send(&Sent::new(SEND_RARP, [&mac(1)[..], &[0, 0]].concat()));
+    one.frontend.send(&Sent::number(NET_SET_MTU, 1400));
+    one.sync();
+    exchange(&mut one, &mut two, 0..10);
+    // The server sleeps while it is stopped, and goes on.
+    traced.server.signal("STOP");
+    thread::sleep(Duration::from_millis(50));
+    traced.server.signal("CONT");
+    exchange(&mut one, &mut two, 0..10);
+    // A front end that does not wait for its interrupts.
+    let mut deaf = Guest::new(&a, mac(3));
+    deaf.post(8);
+    deaf.close_calls();
+    for number in 0..4 {
+        one.send(&packet(one.mac, [0xff; 6], 60, number));
+    }
+    deaf.sync();
+    // One whose memory shrinks, and one that breaks the protocol.
+    let bad = Guest::new(&a, mac(4));
+    bad.file.set_len(0).expect("the file is shortened");
+    let mut bad = bad;
+    bad.kick_blindly();
+    assert!(bad.is_cut_off());
+    let hostile = Frontend::on(connect(&a));
+    hostile.send(&Sent::new(999, []));
+    assert!(guest::is_cut_off(&hostile));
+    exchange(&mut one, &mut two, 0..10);
+    traced.ended()
+}
+
+/// A SIGBUS that is not about a guest.
+fn end_by_bus(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let traced = Traced::new(folder, &["--network", "embedded:lab", "--listen", &listen(&path)]);
+    traced.server.signal("BUS");
+    traced.server.ended();
+    Traced::complete(&traced.file)
+}
+
+/// It connects, again and again.
+fn client(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let client = format!("{},client", listen(&path));
+    let traced = Traced::new(folder, &["--network", "embedded:lab", "--listen", &client]);
+    let listener = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    for _ in 0..2 {
+        let (socket, _) = listener.accept().expect("the server connects");
+        Guest::on(socket, memory(guest::MEMORY), mac(1)).sync();
+    }
+    traced.ended()
+}
+
+/// Its counters are watched on a terminal.
+fn watched(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let arguments = ["--network", "embedded:lab", "--listen", &listen(&path)];
+    let traced = Traced::on_terminal(folder, &arguments);
+    let mut guest = Guest::new(&path, mac(1));
+    guest.send(&packet(guest.mac, [0xff; 6], 60, 1));
+    traced.server.until_said("1 guest: to ");
+    traced.ended()
+}
+
+/// A guest gets an address, which is remembered in a file.
+fn leases(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let file = folder.join("leases");
+    let name = file.to_str().expect("UTF-8");
+    // One lease more, and the file is written anew.
+    let heading = "# vmring leases, version 1\n";
+    let line = "52:54:00:00:00:99 192.168.64.9 9999999999\n";
+    std::fs::write(&file, [heading, &line.repeat(1023)].concat()).expect("a file");
+    let arguments = ["--network", "embedded:lab", "--lease-file", name, "--listen", &listen(&path)];
+    let traced = Traced::new(folder, &arguments);
+    let mut guest = Guest::new(&path, mac(1));
+    guest.post(16);
+    guest.lease();
+    let calls = traced.ended();
+    let leases = std::fs::read_to_string(&file).expect("the leases");
+    assert!(leases.contains("52:54:00:12:34:01"), "{leases}");
+    assert_eq!(leases.lines().count(), 3, "it is written anew");
+    calls
+}
+
+/// Guests below the simulated vmnet.
+fn simulated(folder: &Path) -> BTreeSet<String> {
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let traced = Traced::new(
+        folder,
+        &["--network", "vmnet-sim", "--listen", &listen(&a), "--listen", &listen(&b)],
+    );
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    // A switch with an uplink sends what is for nobody that it knows there alone.
+    two.send(&packet(two.mac, [0xff; 6], 60, 1));
+    two.sync();
+    one.post(128);
+    one.lease();
+    exchange(&mut one, &mut two, 0..5);
+    traced.ended()
+}
+
+/// Guests below a TAP.
+fn tap(folder: &Path, network: &str, extra: &[&str]) -> BTreeSet<String> {
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let arguments = ["--network", network, "--listen", &listen(&a), "--listen", &listen(&b)];
+    let traced = Traced::new(folder, &[&arguments[..], extra].concat());
+    let _guests = super::tap::talk(&a, &b, 5);
+    traced.ended()
+}
+
+/// Guests below a TAP that others have set up, by each engine that works here, and below one whose
+/// host's end the server sets up.
+fn taps() -> Vec<(Vec<When>, BTreeSet<String>)> {
+    let folder = |name: &str| scratch(&format!("serve calls tap {name}"));
+    let mut kinds = Vec::new();
+    if super::tap::set_up() {
+        for engine in super::tap::engines() {
+            let mut when = vec![When::Tap];
+            when.extend((engine == "io_uring").then_some(When::IoUring));
+            kinds.push((when, tap(&folder(engine), "tap:t0", &["--engine", engine])));
+        }
+    }
+    let (network, when) = ("tap:t1,shared,10.9.1.1/24", vec![When::Tap, When::HostsEnd]);
+    let path = folder("shared").join("a.sock");
+    let arguments = ["--network", network, "--listen", &listen(&path)];
+    let traced = Traced::new(path.parent().expect("a folder"), &arguments);
+    Guest::new(&path, mac(1)).sync();
+    kinds.push((when, traced.ended()));
+    kinds
+}
+
+#[test]
+fn the_list_of_system_calls_is_what_a_server_calls() {
+    if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+        return skip("there is no list for this processor");
+    }
+    match Command::new("strace").args(["-o", "/dev/null", "true"]).status() {
+        Ok(status) if status.success() => {}
+        Ok(_) => return skip("strace may trace nothing here"),
+        Err(error) => return skip(&format!("strace: {error}")),
+    }
+    let folder = |name: &str| scratch(&format!("serve calls {name}"));
+    let mut kinds = vec![
+        (vec![], life(&folder("life"))),
+        (vec![], end_by_bus(&folder("bus"))),
+        (vec![When::Client], client(&folder("client"))),
+        (vec![When::Terminal], watched(&folder("watched"))),
+        (vec![When::LeaseFile], leases(&folder("leases"))),
+        (vec![When::Simulated], simulated(&folder("simulated"))),
+    ];
+    if is_possible() {
+        kinds.extend(super::tap::in_namespace(taps));
+    }
+    let mut wrong = Vec::new();
+    for call in CALLS.iter().filter(|call| call.when != When::Elsewhere) {
+        let needed =
+            |(kinds, _): &&(Vec<When>, _)| call.when == When::Always || kinds.contains(&call.when);
+        let mut of_kind = kinds.iter().filter(needed).peekable();
+        if of_kind.peek().is_none() {
+            skip(&format!("{}, which is for {:?}", call.name, call.when));
+        } else if !of_kind.any(|(_, calls)| calls.contains(call.name)) {
+            let Call { name, when, .. } = call;
+            wrong.push(format!("{name} is in the list, and nothing calls it, {when:?}"));
+        }
+    }
+    for (when, calls) in &kinds {
+        let is_listed = |name: &String| {
+            CALLS.iter().any(|call| {
+                let always = matches!(call.when, When::Always | When::Elsewhere);
+                call.name == name && (always || when.contains(&call.when))
+            })
+        };
+        let unlisted = calls.iter().filter(|name| !is_listed(name));
+        wrong.extend(
+            unlisted.map(|name| format!("{name} is called, and not in the list, {when:?}")),
+        );
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("; "));
+}
