@@ -22,6 +22,9 @@ mod guest;
 #[cfg(target_os = "linux")]
 #[path = "serve/tap.rs"]
 mod tap;
+#[cfg(target_os = "linux")]
+#[path = "serve/unit.rs"]
+mod unit;
 
 use guest::{Guest, connect, mac, packet};
 

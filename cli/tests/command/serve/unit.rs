@@ -1,0 +1,66 @@
+//! The unit for systemd: it is valid, and a server runs as it says.
+
+use std::os::unix::process::CommandExt;
+
+use super::guest::{Guest, mac};
+use super::*;
+
+const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/systemd/vmring-serve@.service");
+
+fn unit() -> String {
+    std::fs::read_to_string(UNIT).expect("the unit")
+}
+
+#[test]
+fn the_unit_is_valid() {
+    let folder = scratch("serve unit");
+    // The program has to be there.
+    let unit = unit().replace("/usr/bin/vmring", env!("CARGO_BIN_EXE_vmring"));
+    let file = folder.join("vmring-serve@.service");
+    std::fs::write(&file, unit).expect("a file");
+    let verified = match Command::new("systemd-analyze").arg("verify").arg(&file).output() {
+        Ok(output) => output,
+        Err(error) => return eprintln!("skipped: systemd-analyze: {error}"),
+    };
+    let said = text(&verified.stderr);
+    // It may say something of other units of the machine.
+    let ours: Vec<_> = said.lines().filter(|line| line.contains("vmring")).collect();
+    assert!(verified.status.success() && ours.is_empty(), "{said}");
+}
+
+/// Goal: a server works without capabilities from its start on, and where memory that can be written
+/// never becomes executable (`MemoryDenyWriteExecute=`, which newer kernels have without a filter).
+#[test]
+fn a_server_runs_as_its_unit_says() {
+    let unit = unit();
+    for line in ["CapabilityBoundingSet=", "MemoryDenyWriteExecute=yes", "Type=notify"] {
+        assert!(unit.lines().any(|own| own == line), "no {line}");
+    }
+    // PR_SET_MDWE and PR_MDWE_REFUSE_EXEC_GAIN of the kernel's `linux/prctl.h`.
+    const DENY: (libc::c_int, libc::c_ulong) = (65, 1);
+    let folder = scratch("serve as unit");
+    let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    // SAFETY: prctl(2) is safe to call between fork and exec, and touches no memory.
+    unsafe {
+        command.pre_exec(|| {
+            for capability in 0..64 {
+                // Who is not root has no capability to lose.
+                libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
+            }
+            // An older kernel does not have it.
+            libc::prctl(DENY.0, DENY.1, 0, 0, 0);
+            Ok(())
+        })
+    };
+    let arguments = ["serve", "--json", "--network", "embedded:lab", "--listen"];
+    let (one, two) = (listen(&a), listen(&b));
+    let arguments = [&arguments[..], &[&one, "--listen", &two]].concat();
+    let server = Server::of(command.args(&arguments), &arguments);
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..10);
+    let report = server.report("TERM");
+    for part in PARTS {
+        assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
+    }
+}
