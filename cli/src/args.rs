@@ -211,7 +211,9 @@ Sockets:
 Options of a socket: mac=ADDRESS (the guest has this address and no other),
 mac=learn (the first one that it uses), isolated (the guest reaches the gateway
 or the uplink, and no other guest), queues=NUMBER, config (the front end may read
-the address and the MTU), seals (memory that can shrink is refused).
+the address and the MTU), seals (memory that can shrink is refused), announce
+(the guest announces itself after a migration), and limits: send=, receive= in
+bytes per second; send-packets=, receive-packets=, floods= in packets.
 Examples:
   vmring serve --network embedded:lab --listen vhost-user:/tmp/vm0.sock
   qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on \
@@ -265,6 +267,10 @@ pub(crate) struct ServeArgs {
     /// theirs; user-mode Linux, cloud-hypervisor and DPDK do not
     #[arg(long)]
     pub(crate) demand_seals: bool,
+    /// Let guests announce themselves after a migration. QEMU's can; user-mode Linux refuses a network
+    /// card like that. Otherwise the server does it, when its front end asks for it
+    #[arg(long)]
+    pub(crate) guest_announce: bool,
     /// How frames are moved into and out of a TAP. With io_uring the list of system calls means less,
     /// because the kernel does more for the process that is not a system call
     #[cfg(target_os = "linux")]

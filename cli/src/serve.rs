@@ -132,6 +132,7 @@ fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
         spec.mac.get_or_insert(args.mac);
         spec.queues.get_or_insert(args.queues);
         spec.demand_seals |= args.demand_seals;
+        spec.announce |= args.guest_announce;
     }
     listens
 }

@@ -158,6 +158,7 @@ impl Network {
         let interface = self.ports.guest(spec, id).map_err(|error| failed(&error))?;
         let mut net = NetSettings::default();
         net.queue_pairs = spec.queues.unwrap_or(1);
+        net.guest_announce = spec.announce;
         let device = VhostUserNet::new(interface, net).map_err(|error| failed(&error))?;
         let mut settings = device.session_settings();
         settings.config = spec.config;

@@ -94,6 +94,8 @@ pub(crate) struct ListenSpec {
     /// Whether the front end may read the configuration space.
     pub(crate) config: bool,
     pub(crate) demand_seals: bool,
+    /// Whether the guest announces itself after a migration.
+    pub(crate) announce: bool,
 }
 
 /// Where the connections of a `--listen` come from.
@@ -192,6 +194,7 @@ impl FromStr for ListenSpec {
                 ("isolated", "") => spec.isolated = true,
                 ("config", "") => spec.config = true,
                 ("seals", "") => spec.demand_seals = true,
+                ("announce", "") => spec.announce = true,
                 ("queues", number) => spec.queues = Some(queues(number)?),
                 ("send", rate) => spec.limits.send.bytes = Some(bytes(rate)?),
                 ("receive", rate) => spec.limits.receive.bytes = Some(bytes(rate)?),
@@ -201,7 +204,7 @@ impl FromStr for ListenSpec {
                 _ => {
                     return Err(format!(
                         "there is no option '{option}' of a socket; use client, mac=ADDRESS, \
-                         isolated, queues=NUMBER, config, seals or a limit (a comma in a path is \
+                         isolated, queues=NUMBER, config, seals, announce or a limit (a comma in a path is \
                          written twice)"
                     ));
                 }
@@ -247,6 +250,7 @@ impl ListenSpec {
             queues: None,
             config: false,
             demand_seals: false,
+            announce: false,
         }
     }
 
@@ -299,7 +303,7 @@ mod tests {
         assert_eq!(spec("vhost-user:/run/a.sock"), plain);
         assert_eq!(spec("vhost-user:fd=3").place, Place::Descriptor(3));
         let all = spec(
-            "vhost-user:a,,b:c,client,mac=52:54:00:00:00:01,isolated,queues=4,config,seals,send=8M,\
+            "vhost-user:a,,b:c,client,mac=52:54:00:00:00:01,isolated,queues=4,config,seals,announce,send=8M,\
              receive=1K,send-packets=1000,receive-packets=1,floods=9",
         );
         let rate = |per_second, burst| {
@@ -322,6 +326,7 @@ mod tests {
                 queues: Some(4),
                 config: true,
                 demand_seals: true,
+                announce: true,
             }
         );
         assert_eq!(spec("vhost-user:a,mac=learn").mac, Some(MacRule::Learn));

@@ -118,8 +118,12 @@ fn migrates(properties: &str, announcement: Announcement) {
         // A bridge learns addresses for five minutes; longer than this test.
         sh("ip link set lo up; ip link add br0 type bridge forward_delay 0; \
             ip addr add 10.0.0.1/24 dev br0; ip link set br0 up");
+        let more: &[&str] = match announcement {
+            Announcement::Arp => &["--guest-announce"],
+            Announcement::Rarp => &[],
+        };
         let serve = |tap: &str, socket: &PathBuf| {
-            Server::start(&format!("tap:{tap},bridged:br0"), &[socket], &[])
+            Server::start(&format!("tap:{tap},bridged:br0"), &[socket], more)
         };
         let (source, destination) = (serve("tap0", &sockets[0]), serve("tap1", &sockets[1]));
         let at = |socket: &PathBuf, nic: &Nic| guest.clone().nic(nic.clone().at(socket));
