@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use thiserror::Error as ThisError;
 use vmring::guest::GuestMemory;
+use vmring::stats::RingStats;
 use vmring::{CloseReason, IdlePolicy, Interface};
 
 use crate::config::NetConfig;
@@ -963,6 +964,13 @@ impl NetDevice {
     /// Reads the counters from any thread.
     pub fn stats_handle(&self) -> StatsHandle {
         StatsHandle(self.counters.clone())
+    }
+
+    /// What the ring of a queue has counted: batches, and the packets that were copied because the
+    /// interface does not take a guest's memory. `None` if the queue has no ring now.
+    pub fn ring_stats(&self, index: u16) -> Option<RingStats> {
+        let pair = self.pairs.get(usize::from(index / 2))?;
+        if index.is_multiple_of(2) { pair.rx.ring_stats() } else { pair.tx.ring_stats() }
     }
 
     /// The interface.

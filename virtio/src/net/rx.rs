@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use vmring::config::Offloads;
 use vmring::device::Capabilities;
 use vmring::guest::{GuestMemory, GuestSlice};
+use vmring::stats::RingStats;
 use vmring::{
     CloseReason, Completion, Direction, Drive, EntryError, Error, Interface, Ring, SegmentTable,
     Status, SubmitErrorKind,
@@ -351,6 +352,11 @@ impl Receiver {
             Some(copier) => copier.arm(running),
             None => running.arm(),
         }
+    }
+
+    /// What the ring has counted, if there is one.
+    pub(super) fn ring_stats(&self) -> Option<RingStats> {
+        self.ring.as_ref().map(Ring::stats)
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {

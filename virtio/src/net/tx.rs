@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use vmring::config::Offloads;
 use vmring::guest::GuestBufferError;
+use vmring::stats::RingStats;
 use vmring::{
     CloseReason, Direction, Drive, Error, Interface, OffloadHeader, Ring, SegmentTable,
     SubmitErrorKind,
@@ -213,6 +214,11 @@ impl Transmitter {
         }
         let running = self.running.as_mut().filter(|_| !quiet);
         running.is_none_or(|running| running.arm())
+    }
+
+    /// What the ring has counted, if there is one.
+    pub(super) fn ring_stats(&self) -> Option<RingStats> {
+        self.ring.as_ref().map(Ring::stats)
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {

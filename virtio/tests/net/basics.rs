@@ -70,6 +70,47 @@ fn packets_of_all_lengths_through_the_buffers_of_real_drivers() {
     }
 }
 
+/// A packet is copied once between two guests, whatever the buffers are like. One that finds no buffer
+/// waits, which costs a second copy and is counted.
+#[test]
+fn a_packet_between_guests_is_copied_once() {
+    for (number, (len, to, buffers)) in (0..).zip([
+        (60, one_buffer(1526), 1),
+        (1514, one_buffer(1526), 1),
+        (1514, shape("Linux, mergeable"), 1),
+        (1514, one_buffer(700), 3),
+    ]) {
+        let [mut a, mut b] = pair("copies");
+        assert_eq!(b.fill(&to, buffers), buffers);
+        b.poll();
+        let packet = a.frame_to(b.mac(), len, number);
+        a.send(&packet);
+        poll_both(&mut a, &mut b);
+        let returned = b.returned();
+        assert_eq!(returned.len(), buffers, "{len} {}", to.name);
+        let bytes: Vec<u8> = returned.into_iter().flat_map(|(_, bytes)| bytes).collect();
+        assert_eq!(bytes[HEADER..], packet, "{len} {}", to.name);
+        let bounced = [(&a, 1), (&b, 0)].map(|(guest, queue)| {
+            let stats = guest.device.ring_stats(queue).expect("it runs");
+            stats.bounced_reads + stats.bounced_writes
+        });
+        assert_eq!(bounced, [0, 0]);
+        assert_eq!((a.stats().tx_copied, b.stats().rx_software, second_copies(&b)), (0, 0, 0));
+
+        // There is no buffer for this one when it is sent.
+        a.send(&packet);
+        poll_both(&mut a, &mut b);
+        assert_eq!(b.fill(&to, buffers), buffers);
+        poll_both(&mut a, &mut b);
+        assert_eq!((b.returned().len(), second_copies(&b)), (buffers, 1));
+    }
+}
+
+fn second_copies(guest: &Guest) -> u64 {
+    let counters = guest.device.interface().counters();
+    counters.iter().find(|(name, _)| *name == "second copies").expect("it is counted").1
+}
+
 #[test]
 fn a_burst_keeps_its_order_and_costs_one_interrupt() {
     let [mut a, mut b] = pair("burst");
