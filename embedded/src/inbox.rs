@@ -81,6 +81,10 @@
 //! arrays: where the buffer is, and how much space there is. Senders do not look at these for other
 //! buffers.
 //!
+//! An inbox [with headers](Inbox::with_headers) keeps the pointers to its buffers in an array of its
+//! own, and the pointers above are null. So a sender to an inbox without headers need not ask which
+//! of the two it is.
+//!
 //! All parts of a frame that fills several buffers are one claim. The sender stores the state of the
 //! first buffer last, so a receiver that sees it finds the others too.
 //!
@@ -97,6 +101,7 @@ use std::sync::{Mutex, PoisonError};
 use crossbeam_utils::{Backoff, CachePadded};
 use vmring_core::GuestBuffer;
 use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 
 use vmring_core::prefetch_for_writing;
@@ -189,14 +194,28 @@ impl Room {
 
     /// The space for a part of a packet. Only the first part has the header in front of it.
     fn of_part(self, is_first: bool) -> usize {
-        let header = if is_first && self.0 & 1 != 0 { NO_OFFLOAD.len() } else { 0 };
+        let header = if is_first && self.0 & 1 != 0 { offload::LEN } else { 0 };
         ((self.0 >> 1) as usize).saturating_sub(header)
     }
 }
 
-/// The header of a packet whose checksum is complete, and which fills one buffer (virtio 1.2,
-/// section 5.1.6.1).
-const NO_OFFLOAD: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+/// Where the bytes of a posted buffer are. At most one of the pointers is not null.
+struct Place {
+    bytes: *mut u8,
+    header: *mut u8,
+    guest: *const GuestBuffer,
+    room: Room,
+}
+
+impl Place {
+    /// The place of a buffer that has become too small. It gets packets of no bytes.
+    const NOWHERE: Self = Self {
+        bytes: core::ptr::null_mut(),
+        header: core::ptr::null_mut(),
+        guest: core::ptr::null(),
+        room: Room::ANY,
+    };
+}
 
 /// The index of the overflow ring takes 28 bits of the state.
 const PUSHED_MASK: u32 = (1 << 28) - 1;
@@ -270,15 +289,16 @@ struct OverflowCell {
 /// The ring of frames that wait for a buffer.
 struct Overflow {
     cells: Box<[OverflowCell]>,
-    /// `cells.len() * max_frame` bytes. The allocator zeroes them, so pages that were never used
+    /// `cells.len() * cell_len` bytes. The allocator zeroes them, so pages that were never used
     /// cost no memory.
     bytes: Box<[core::cell::UnsafeCell<u8>]>,
-    max_frame: usize,
+    /// The longest frame, and the header in front of it if the inbox has headers.
+    cell_len: usize,
 }
 
 impl Overflow {
-    fn new(cells: usize, max_frame: usize) -> Self {
-        let bytes = Box::into_raw(vec![0u8; cells * max_frame].into_boxed_slice());
+    fn new(cells: usize, cell_len: usize) -> Self {
+        let bytes = Box::into_raw(vec![0u8; cells * cell_len].into_boxed_slice());
         Self {
             cells: (0..cells)
                 .map(|_| OverflowCell {
@@ -289,7 +309,7 @@ impl Overflow {
             // SAFETY: `bytes` comes from `Box::into_raw` in the first line of this function and
             // goes nowhere else. `UnsafeCell<u8>` has the layout of `u8`.
             bytes: unsafe { Box::from_raw(bytes as *mut [core::cell::UnsafeCell<u8>]) },
-            max_frame,
+            cell_len,
         }
     }
 
@@ -301,10 +321,10 @@ impl Overflow {
         index as usize & (self.cells.len() - 1)
     }
 
-    /// A pointer to the `max_frame` bytes of a cell.
+    /// A pointer to the `cell_len` bytes of a cell.
     fn bytes_of(&self, index: u32) -> *mut u8 {
-        let start = self.cell_index(index) * self.max_frame;
-        core::cell::UnsafeCell::raw_get(self.bytes[start..start + self.max_frame].as_ptr())
+        let start = self.cell_index(index) * self.cell_len;
+        core::cell::UnsafeCell::raw_get(self.bytes[start..start + self.cell_len].as_ptr())
     }
 }
 
@@ -353,9 +373,13 @@ pub struct Inbox<B> {
     /// Whether the overflow bit may be set. This hint is on a cache line that rarely changes, so a
     /// receiver that finds no packet does not fetch the state's line from its senders.
     overflowing: CachePadded<AtomicBool>,
-    /// Where the bytes of each posted buffer are. Null if they are in the memory of a guest, or if the
-    /// buffer has become too small.
+    /// Where the bytes of each posted buffer are. Null if they are in the memory of a guest, if the
+    /// inbox has headers, or if the buffer has become too small.
     buffer_ptrs: Box<[UnsafeCell<*mut u8>]>,
+    /// Where the header of each posted buffer is, which has the bytes behind it. Null if they are in
+    /// the memory of a guest, or if the buffer has become too small. Empty unless the inbox has
+    /// headers.
+    header_ptrs: Box<[UnsafeCell<*mut u8>]>,
     /// Each posted buffer that is in the memory of a guest. Only meaningful if the pointer above is
     /// null.
     guests: Box<[UnsafeCell<*const GuestBuffer>]>,
@@ -368,6 +392,9 @@ pub struct Inbox<B> {
     buffers: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
+    /// The least bytes of a buffer whose pointer is in `buffer_ptrs`. No buffer has as many if the
+    /// inbox has headers, so senders to other inboxes need not ask.
+    least_bytes: usize,
 }
 
 // SAFETY: the `UnsafeCell`s are of two kinds. The owner of a cell of invariants 1 and 2 changes
@@ -401,10 +428,25 @@ impl<B: PacketBuffer> Inbox<B> {
         Self::starting_at(depth, overflow, max_frame, 0)
     }
 
+    /// As [`new`](Self::new), for a receiver that gets an offload header with each packet, in front of
+    /// it ([`PacketBuffer::header_and_bytes`]). The header says what the packet's sender has left to
+    /// others, and in how many buffers the packet is. It does not count as a part of the packet.
+    ///
+    /// # Panics
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_headers(depth: u32, overflow: u32, max_frame: usize) -> Self {
+        Self::build(depth, overflow, max_frame, 0, true)
+    }
+
     /// Like [`new`](Self::new), but every index begins at `start`, so that tests can cross the
     /// wrap.
     #[doc(hidden)]
     pub fn starting_at(depth: u32, overflow: u32, max_frame: usize, start: u32) -> Self {
+        Self::build(depth, overflow, max_frame, start, false)
+    }
+
+    fn build(depth: u32, overflow: u32, max_frame: usize, start: u32, headers: bool) -> Self {
         assert!(depth > 0, "an inbox needs at least one cell");
         assert!(
             depth <= MAX_INBOX_CELLS && overflow <= MAX_INBOX_CELLS,
@@ -413,6 +455,8 @@ impl<B: PacketBuffer> Inbox<B> {
         assert!(max_frame < MORE as usize - 1, "frames of 1 GiB");
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();
+        let header_len = if headers { offload::LEN } else { 0 };
+        let null = || UnsafeCell::new(core::ptr::null_mut());
         Self {
             state: CachePadded::new(AtomicU64::new(InboxState::new(start, start, CLOSED).0)),
             posted: CachePadded::new(AtomicU32::new(start)),
@@ -420,13 +464,15 @@ impl<B: PacketBuffer> Inbox<B> {
             doorbell: Doorbell::new(Callback::default()),
             has_collector: AtomicBool::new(false),
             overflowing: CachePadded::new(AtomicBool::new(false)),
-            buffer_ptrs: (0..depth).map(|_| UnsafeCell::new(core::ptr::null_mut())).collect(),
+            buffer_ptrs: (0..depth).map(|_| null()).collect(),
+            header_ptrs: (0..if headers { depth } else { 0 }).map(|_| null()).collect(),
             guests: (0..depth).map(|_| UnsafeCell::new(core::ptr::null())).collect(),
             rooms: (0..depth).map(|_| AtomicU32::new(Room::ANY.0)).collect(),
             cell_states: (0..depth).map(|_| AtomicU64::new(0)).collect(),
             buffers: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
-            overflow: Overflow::new(overflow as usize, max_frame),
+            overflow: Overflow::new(overflow as usize, header_len + max_frame),
             max_frame,
+            least_bytes: if headers { usize::MAX } else { max_frame },
         }
     }
 
@@ -460,6 +506,11 @@ impl<B: PacketBuffer> Inbox<B> {
     /// The longest frame it accepts. A posted buffer must have at least this many bytes.
     pub fn max_frame(&self) -> usize {
         self.max_frame
+    }
+
+    /// Whether the receiver gets an offload header with each packet.
+    pub fn has_headers(&self) -> bool {
+        !self.header_ptrs.is_empty()
     }
 
     /// How many buffers can be posted at once.
@@ -696,6 +747,22 @@ impl<B: PacketBuffer> Inbox<B> {
         unsafe { self.buffers.get_unchecked(self.cell_index(index)) }
     }
 
+    /// Where the bytes of a buffer are. The buffer must already be in its buffer cell, where it stays
+    /// (invariant 4). `None` if it has too few bytes and is not in the memory of a guest.
+    fn place_of(&self, buffer: &mut B) -> Option<Place> {
+        if let Some(bytes) = checked_ptr(buffer, self.least_bytes) {
+            return Some(Place { bytes, ..Place::NOWHERE });
+        }
+        if self.has_headers()
+            && let Some(header) = checked_header_ptr(buffer, self.max_frame)
+        {
+            return Some(Place { header, ..Place::NOWHERE });
+        }
+        let guest = buffer.guest()?;
+        let room = Room::of(guest);
+        Some(Place { guest: core::ptr::from_ref(guest), room, ..Place::NOWHERE })
+    }
+
     /// Where the bytes of the buffer of the posted cell `index` are.
     #[inline]
     fn buffer_ptr(&self, index: u32) -> &UnsafeCell<*mut u8> {
@@ -747,7 +814,7 @@ impl<B: PacketBuffer> Inbox<B> {
             // SAFETY: invariant 1: the caller owns the cell until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
-                return self.copy_to_guest(index, Packet::from(frame), 0..frame.len(), Some(1));
+                return self.copy_to_other(index, Packet::from(frame), 0..frame.len(), Some(1));
             }
             // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither
             // moves nor touches before it sees the cell's state, and `checked_ptr` found at least
@@ -784,7 +851,7 @@ impl<B: PacketBuffer> Inbox<B> {
             // SAFETY: as in `copy`.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
-                return self.copy_to_guest(index, packet, part, count);
+                return self.copy_to_other(index, packet, part, count);
             }
             // SAFETY: as in `copy`. The part is no longer than the packet.
             let space = unsafe { core::slice::from_raw_parts_mut(ptr, part.len()) };
@@ -792,18 +859,37 @@ impl<B: PacketBuffer> Inbox<B> {
         })
     }
 
-    /// Copies a part of a packet into the posted buffer `index`, if it is in the memory of a guest and
-    /// has space for it. Returns the part's length, or 0. The first part is behind the header, which
-    /// says that the checksum is complete and that the packet has the `count` of buffers (virtio 1.2,
-    /// section 5.1.6.1).
+    /// Copies a part of a packet into the posted buffer `index`, which has space for it, if the buffer
+    /// has a header or is in the memory of a guest. Returns the part's length, or 0. The first part is
+    /// behind the header, which says what work is left, and in how many buffers the packet is.
     #[inline(never)]
-    fn copy_to_guest(
+    fn copy_to_other(
         &self,
         index: u32,
         packet: Packet<'_>,
         part: Range<usize>,
         count: Option<u16>,
     ) -> usize {
+        if let Some(header_ptr) = self.header_ptrs.get(self.cell_index(index)) {
+            let ptr = header_ptr.with_mut(|ptr| {
+                // SAFETY: invariant 1: the caller owns the cell.
+                unsafe { *ptr }
+            });
+            if !ptr.is_null() {
+                // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither
+                // moves nor touches before it sees the cell's state, and `checked_header_ptr` found
+                // space for a header and `max_frame` bytes there. The callers have checked that the
+                // part is no longer. The packet is not in the buffer, because it is borrowed and the
+                // collector owns the buffer.
+                let space =
+                    unsafe { core::slice::from_raw_parts_mut(ptr, offload::LEN + part.len()) };
+                let (header, bytes) = space.split_at_mut(offload::LEN);
+                if let Some(count) = count {
+                    header.copy_from_slice(&packet.header_for(count));
+                }
+                return packet.copy_to(part.start, bytes);
+            }
+        }
         let buffer = self.guests[self.cell_index(index)].with(|guest| {
             // SAFETY: invariant 1: the caller owns the cell.
             let guest = unsafe { *guest };
@@ -813,10 +899,8 @@ impl<B: PacketBuffer> Inbox<B> {
         });
         let Some(buffer) = buffer else { return 0 };
         let header = match count {
-            Some(count) if buffer.header_len() == NO_OFFLOAD.len() => {
-                let mut header = NO_OFFLOAD;
-                header[10..].copy_from_slice(&count.to_le_bytes());
-                buffer.segments().copy_from(&header)
+            Some(count) if buffer.header_len() == offload::LEN => {
+                buffer.segments().copy_from(&packet.header_for(count))
             }
             Some(_) => buffer.header_len(),
             None => 0,
@@ -833,17 +917,26 @@ impl<B: PacketBuffer> Inbox<B> {
         self.cell_state(index).store(state, Ordering::Release);
     }
 
+    /// The bytes of an overflow cell in front of the packet.
+    fn overflow_header_len(&self) -> usize {
+        self.overflow.cell_len - self.max_frame
+    }
+
     /// Copies a packet into the overflow cell `index`. The caller has moved `pushed` past the cell.
     fn fill_overflow(&self, index: u32, packet: Packet<'_>) {
         let cell = self.overflow.cell(index);
         cell.access.with_mut(|_| {
-            // SAFETY: invariant 2: the caller has moved `pushed` past this cell, so its `max_frame`
-            // bytes are ours until the store below. `deliver_packet` has checked that the packet is no
-            // longer.
+            let header_len = self.overflow_header_len();
+            // SAFETY: invariant 2: the caller has moved `pushed` past this cell, so its bytes are ours
+            // until the store below: as many as a header, if the inbox has headers, and `max_frame`.
+            // `deliver_packet` has checked that the packet is no longer.
             let space = unsafe {
-                core::slice::from_raw_parts_mut(self.overflow.bytes_of(index), packet.len())
+                let len = header_len + packet.len();
+                core::slice::from_raw_parts_mut(self.overflow.bytes_of(index), len)
             };
-            packet.copy_to(0, space);
+            let (header, bytes) = space.split_at_mut(header_len);
+            header.copy_from_slice(&packet.header_for(1)[..header_len]);
+            packet.copy_to(0, bytes);
         });
         // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the
         // bytes are in the cell. The length is at most `max_frame`, which `starting_at` keeps below
@@ -973,6 +1066,13 @@ fn checked_ptr<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut 
     (bytes.len() >= max_frame).then_some(bytes.as_mut_ptr())
 }
 
+/// Where a buffer's header is, if there are enough bytes behind it. The buffer must already be in its
+/// buffer cell, where it stays (invariant 4).
+fn checked_header_ptr<B: PacketBuffer>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
+    let bytes = buffer.header_and_bytes();
+    (bytes.len() >= offload::LEN + max_frame).then_some(bytes.as_mut_ptr())
+}
+
 /// The receiving half of an [`Inbox`]: posts buffers and collects packets.
 ///
 /// Dropping it closes the inbox, which waits for copies that are under way, and drops the buffers
@@ -1061,7 +1161,7 @@ impl<B: PacketBuffer> Collector<B> {
             let cell = unsafe { &mut *cell };
             // The cell is empty, so `forget` leaks nothing.
             core::mem::forget(cell.replace(buffer));
-            cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.max_frame))
+            cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.least_bytes))
         });
         match ptr {
             Some(ptr) => {
@@ -1070,41 +1170,53 @@ impl<B: PacketBuffer> Collector<B> {
                     self.store_room(self.posted, Room::ANY);
                 }
             }
-            None => self.stage_guest()?,
+            None => self.stage_other()?,
         }
         self.posted = self.posted.wrapping_add(1);
         self.lent += 1;
         Ok(())
     }
 
-    /// Ends [`stage`](Self::stage) for a buffer whose bytes are not this program's own.
+    /// Ends [`stage`](Self::stage) for a buffer that has a header, or whose bytes are not this
+    /// program's own.
     #[inline(never)]
-    fn stage_guest(&mut self) -> Result<(), B> {
+    fn stage_other(&mut self) -> Result<(), B> {
         let index = self.posted;
-        let room = self.inbox.buffer_cell(index).with_mut(|cell| {
+        let place = self.inbox.buffer_cell(index).with_mut(|cell| {
             // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
             let cell = unsafe { &mut *cell };
-            match cell.as_ref().and_then(PacketBuffer::guest) {
-                Some(guest) => Ok((Room::of(guest), core::ptr::from_ref(guest))),
+            match cell.as_mut().and_then(|buffer| self.inbox.place_of(buffer)) {
+                Some(place) => Ok(place),
                 None => Err(cell.take()),
             }
         });
-        let (room, guest) = match room {
-            Ok(found) => found,
+        let place = match place {
+            Ok(place) => place,
             Err(Some(buffer)) => return Err(buffer),
             Err(None) => unreachable!("`stage` put it there"),
         };
-        self.store_buffer_ptr(index, core::ptr::null_mut());
-        self.store_guest(index, guest);
-        self.store_room(index, room);
-        self.has_guests = true;
-        if !self.is_small && room.of_part(true) < self.inbox.max_frame {
+        self.has_guests |= !place.guest.is_null();
+        self.store_place(index, &place);
+        if !self.is_small && place.room.of_part(true) < self.inbox.max_frame {
             self.is_small = true;
             // AcqRel: as in `change`. It comes before the buffer is published, so whoever claims the
             // buffer sees it.
             self.inbox.state.fetch_or(SMALL, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
+    fn store_place(&self, index: u32, place: &Place) {
+        self.store_buffer_ptr(index, place.bytes);
+        if let Some(stored) = self.inbox.header_ptrs.get(self.inbox.cell_index(index)) {
+            // SAFETY: invariant 1: as in `store_buffer_ptr`.
+            stored.with_mut(|stored| unsafe { *stored = place.header });
+        }
+        if place.bytes.is_null() || self.has_guests {
+            self.store_guest(index, place.guest);
+            self.store_room(index, place.room);
+        }
     }
 
     /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's.
@@ -1239,14 +1351,22 @@ impl<B: PacketBuffer> Collector<B> {
         let end = self.inbox.cells_for(state, self.posted, len);
         if let Some(end) = end {
             waiting.access.with(|_| {
+                let header_len = self.inbox.overflow_header_len();
                 // SAFETY: invariant 2: the sender has stored the cell's state, and we have not
-                // popped the cell, so it is ours. Its sender wrote the first `len` bytes.
-                let frame = unsafe {
-                    core::slice::from_raw_parts(self.inbox.overflow.bytes_of(self.popped), len)
+                // popped the cell, so it is ours. Its sender wrote the header, if the inbox has
+                // headers, and `len` bytes behind it.
+                let cell = unsafe {
+                    let bytes = self.inbox.overflow.bytes_of(self.popped);
+                    core::slice::from_raw_parts(bytes, header_len + len)
                 };
+                let (header, frame) = cell.split_at(header_len);
+                let header = header.first_chunk().map(OffloadHeader::parse);
+                // A header that a sender wrote can be parsed.
+                let header = header.and_then(Result::ok).unwrap_or(OffloadHeader::NONE);
+                let packet = Packet::from(frame).with_offload(&header);
                 // The posted cells are ours (invariant 1): they are not claimed, and the overflow bit
                 // is set. No sender claims before we clear the bit below.
-                self.inbox.fill(self.collected, end, Packet::from(frame), WAITED);
+                self.inbox.fill(self.collected, end, packet, WAITED);
             });
         } else if !self.gives_up() {
             return false;
@@ -1542,7 +1662,7 @@ impl<B: PacketBuffer> Drop for Held<'_, B> {
             });
             if let Some(buffer) = buffer {
                 free = free.wrapping_sub(1);
-                let (ptr, guest, room) = inbox.buffer_cell(free).with_mut(|cell| {
+                let place = inbox.buffer_cell(free).with_mut(|cell| {
                     // SAFETY: invariants 1 and 4: this cell is in the same range, so no sender
                     // claims it either. It is empty: its buffer was taken in this loop, or was
                     // taken back.
@@ -1551,20 +1671,10 @@ impl<B: PacketBuffer> Drop for Held<'_, B> {
                     // its pointer is asked for anew. Senders wait for us, so not even a buffer that
                     // panics may end this loop. A buffer that is now too small gets packets of no
                     // bytes.
-                    let nothing = (core::ptr::null_mut(), core::ptr::null(), Room::ANY);
-                    let ask = AssertUnwindSafe(|| match checked_ptr(buffer, inbox.max_frame) {
-                        Some(ptr) => (ptr, core::ptr::null(), Room::ANY),
-                        None => buffer.guest().map_or(nothing, |guest| {
-                            (core::ptr::null_mut(), core::ptr::from_ref(guest), Room::of(guest))
-                        }),
-                    });
-                    catch_unwind(ask).unwrap_or(nothing)
+                    let ask = AssertUnwindSafe(|| inbox.place_of(buffer).unwrap_or(Place::NOWHERE));
+                    catch_unwind(ask).unwrap_or(Place::NOWHERE)
                 });
-                self.collector.store_buffer_ptr(free, ptr);
-                if ptr.is_null() || self.collector.has_guests {
-                    self.collector.store_guest(free, guest);
-                    self.collector.store_room(free, room);
-                }
+                self.collector.store_place(free, &place);
             }
         }
         // Relaxed: `change` below acquires.

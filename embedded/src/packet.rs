@@ -1,5 +1,6 @@
 //! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
 
+use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Frame, GuestBuffer};
 
@@ -12,15 +13,35 @@ pub trait PacketBuffer: AsMut<[u8]> + Send {
     fn guest(&self) -> Option<&GuestBuffer> {
         None
     }
+
+    /// The 12 bytes of an offload header and, behind them, all bytes for a packet. Only a receiver with
+    /// offload ([`Inbox::with_headers`](crate::inbox::Inbox::with_headers)) needs them. By default the header is the first
+    /// 12 bytes that [`AsMut`] gives. If there are fewer bytes than 12 or the buffer is in the memory of
+    /// a guest, the result is shorter.
+    fn header_and_bytes(&mut self) -> &mut [u8] {
+        self.as_mut()
+    }
 }
 
 impl PacketBuffer for Vec<u8> {}
 impl PacketBuffer for Box<[u8]> {}
-impl PacketBuffer for Frame {}
+
+/// The header is in the headroom, in front of the packet's bytes.
+impl PacketBuffer for Frame {
+    fn header_and_bytes(&mut self) -> &mut [u8] {
+        let len = offload::LEN + self.len();
+        let bytes = self.buffer_with_header_mut(offload::LEN);
+        bytes.and_then(|bytes| bytes.get_mut(..len)).unwrap_or_default()
+    }
+}
 
 /// A packet that is delivered. Its bytes stay where they are until they are copied to the receiver.
 #[derive(Clone, Copy, Debug)]
-pub struct Packet<'p>(Source<'p>);
+pub struct Packet<'p> {
+    source: Source<'p>,
+    /// The work that the sender has left to others. For most packets it is none.
+    offload: OffloadHeader,
+}
 
 #[derive(Clone, Copy, Debug)]
 enum Source<'p> {
@@ -36,24 +57,32 @@ enum Source<'p> {
 impl<'p> From<&'p [u8]> for Packet<'p> {
     #[inline(always)]
     fn from(bytes: &'p [u8]) -> Self {
-        Self(Source::Bytes(bytes))
+        Self { source: Source::Bytes(bytes), offload: OffloadHeader::NONE }
     }
 }
 
 impl<'p> From<&'p GuestBuffer> for Packet<'p> {
-    /// The packet in a guest's buffer. This copies its first bytes.
+    /// The packet in a guest's buffer. This copies its first bytes. The header in front of it is not
+    /// read; see [`with_offload`](Packet::with_offload).
     fn from(buffer: &'p GuestBuffer) -> Self {
         let mut head = [0; HEAD_LEN];
         buffer.copy_to(&mut head);
-        Self(Source::Guest { head, buffer })
+        Self { source: Source::Guest { head, buffer }, offload: OffloadHeader::NONE }
     }
 }
 
 impl<'p> Packet<'p> {
+    /// The same packet with the work that its sender has left to others: a checksum to complete, or
+    /// segments to cut. A guest's header is copied once, and this is the copy.
+    #[must_use]
+    pub fn with_offload(self, header: &OffloadHeader) -> Self {
+        Self { offload: header.for_sending(), ..self }
+    }
+
     /// The packet in a guest's buffer, which begins with this Ethernet header.
     pub(crate) fn with_header(buffer: &'p GuestBuffer, header: &[u8; ETHERNET_HEADER_LEN]) -> Self {
         let mut packet = Self::from(buffer);
-        if let Source::Guest { head, .. } = &mut packet.0 {
+        if let Source::Guest { head, .. } = &mut packet.source {
             head[..ETHERNET_HEADER_LEN].copy_from_slice(header);
         }
         packet
@@ -61,11 +90,25 @@ impl<'p> Packet<'p> {
 }
 
 impl Packet<'_> {
+    /// The work that the sender has left to others.
+    #[inline]
+    pub fn offload(&self) -> &OffloadHeader {
+        &self.offload
+    }
+
+    /// The header as a receiver gets it whose packet fills `count` buffers (virtio 1.2, section
+    /// 5.1.6.4.1).
+    pub(crate) fn header_for(&self, count: u16) -> [u8; offload::LEN] {
+        let mut bytes = [0; offload::LEN];
+        OffloadHeader { num_buffers: count, ..self.offload }.write(&mut bytes);
+        bytes
+    }
+
     /// The number of bytes.
     #[inline(always)]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
-        match &self.0 {
+        match &self.source {
             Source::Bytes(bytes) => bytes.len(),
             Source::Guest { buffer, .. } => buffer.len(),
         }
@@ -74,7 +117,7 @@ impl Packet<'_> {
     /// The first bytes: [`HEAD_LEN`] of them, or all if the packet is shorter. They do not change.
     #[inline(always)]
     pub fn head(&self) -> &[u8] {
-        match &self.0 {
+        match &self.source {
             Source::Bytes(bytes) => &bytes[..bytes.len().min(HEAD_LEN)],
             Source::Guest { head, buffer } => &head[..buffer.len().min(HEAD_LEN)],
         }
@@ -84,7 +127,7 @@ impl Packet<'_> {
     #[inline(always)]
     pub fn copy_to(&self, at: usize, to: &mut [u8]) -> usize {
         let len = self.len().saturating_sub(at).min(to.len());
-        match &self.0 {
+        match &self.source {
             Source::Bytes(bytes) => to[..len].copy_from_slice(&bytes[at..at + len]),
             Source::Guest { buffer, .. } => self.copy_from_guest(buffer, at, &mut to[..len]),
         }
@@ -104,7 +147,7 @@ impl Packet<'_> {
     #[inline(never)]
     pub(crate) fn copy_to_guest(&self, at: usize, len: usize, to: &GuestBuffer, to_at: usize) {
         let space = || to.segments().skip_bytes(to_at);
-        match &self.0 {
+        match &self.source {
             Source::Bytes(bytes) => {
                 space().copy_from(&bytes[at..at + len]);
             }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use vmring_core::guest::{GuestMemory, GuestRegion};
+use vmring_core::offload::{Checksum, Gso, LEN, OffloadHeader};
 use vmring_core::{GuestBuffer, HeapBacking, SegmentTable};
 use vmring_embedded::inbox::{Collector, Delivery, Inbox};
 use vmring_embedded::limits::{GROUP_MAX, HEAD_LEN};
@@ -178,5 +179,98 @@ fn an_inbox_forgets_its_small_buffers() {
     drop(claim);
     for _ in 0..1024 {
         assert_eq!(collect(&mut collector), Some((vec![3; MAX_FRAME], 1)));
+    }
+}
+
+/// The header of a packet to be cut, as its receiver gets it.
+fn header(num_buffers: u16) -> OffloadHeader {
+    OffloadHeader {
+        checksum: Checksum::Partial { start: 34, offset: 16 },
+        gso: Gso::TcpV4,
+        ecn: true,
+        segment_size: 50,
+        header_len: 54,
+        num_buffers,
+    }
+}
+
+/// Goal: an inbox with headers hands a packet's header over in front of the packet, and says in how
+/// many buffers the packet is, whichever memory the buffers are in and whichever way the packet takes.
+/// A packet whose sender has done all work gets a header that says so.
+#[test]
+fn a_receiver_with_offload_gets_the_header_of_each_packet() {
+    let table = table();
+    let bytes: Vec<u8> = (0..150).collect();
+    let own = || Lent::Own(vec![0xee; LEN + MAX_FRAME]);
+    let shapes: [(&dyn Fn() -> Vec<Lent>, u16); 3] = [
+        (&|| vec![own()], 1),
+        (&|| vec![guest(&table, &[(1000, 5), (2000, 207)], 12)], 1),
+        (&|| vec![guest(&table, &[(1000, 60)], 12), own(), own()], 2),
+    ];
+    for (shape, expected) in shapes {
+        for (asks, overflow) in [(false, false), (true, false), (false, true), (true, true)] {
+            let inbox = vmring_core::sync::Arc::new(Inbox::with_headers(8, 2, MAX_FRAME));
+            let mut collector = Inbox::open(&inbox, Arc::new(|| {})).expect("no collector");
+            assert!(collector.post(Lent::Own(vec![0; LEN + MAX_FRAME - 1])).is_err());
+            let post = |collector: &mut Collector<Lent>| {
+                for buffer in shape() {
+                    assert!(collector.post(buffer).is_ok());
+                }
+                // The buffers move up, and are where they are all the same.
+                collector.recall_if(|_| false, |_| panic!("nothing is recalled"));
+            };
+            if !overflow {
+                post(&mut collector);
+            }
+            let packet = Packet::from(&bytes[..]);
+            let packet = if asks { packet.with_offload(&header(0)) } else { packet };
+            assert!(!matches!(inbox.deliver_packet(packet), Delivery::Dropped(_)));
+            if overflow {
+                post(&mut collector);
+            }
+            let (mut arrived, mut buffers, mut found) = (Vec::new(), 0, None);
+            while let Some(part) = collector.collect() {
+                let (head, piece) = match part.buffer {
+                    Lent::Own(own) => (own[..LEN].to_vec(), own[LEN..][..part.len].to_vec()),
+                    Lent::Guest(buffer) => {
+                        let (mut all, at) = (vec![0; LEN + part.len], buffer.header_len());
+                        buffer.segments().copy_to(&mut all);
+                        (all[..at].to_vec(), all[at..at + part.len].to_vec())
+                    }
+                };
+                found.get_or_insert(head);
+                arrived.extend(piece);
+                buffers += 1;
+                if !part.more {
+                    break;
+                }
+            }
+            assert_eq!((&arrived, buffers), (&bytes, expected));
+            let found = *found.unwrap().first_chunk().expect("12 bytes");
+            let plain = OffloadHeader { num_buffers: expected, ..OffloadHeader::NONE };
+            let right = if asks { header(expected) } else { plain };
+            assert_eq!(OffloadHeader::parse(&found), Ok(right), "{asks} {overflow}");
+        }
+    }
+}
+
+/// Goal: claims for several packets write a header too, which no earlier packet has left.
+#[test]
+fn a_claim_writes_a_header_that_asks_for_nothing() {
+    let inbox = vmring_core::sync::Arc::new(Inbox::with_headers(8, 0, MAX_FRAME));
+    let mut collector = Inbox::open(&inbox, Arc::new(|| {})).expect("no collector");
+    for _ in 0..8 {
+        assert!(collector.post(Lent::Own(vec![0xee; LEN + MAX_FRAME])).is_ok());
+    }
+    let mut claim = inbox.claim(8).expect("8 are posted");
+    while claim.left() > 0 {
+        assert!(claim.fill(&[7; 100]));
+    }
+    drop(claim);
+    for _ in 0..8 {
+        let packet = collector.collect().expect("8 have arrived");
+        let Lent::Own(bytes) = packet.buffer else { panic!("no guest") };
+        assert_eq!((&bytes[..LEN], packet.len), (&[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0][..], 100));
+        assert_eq!(bytes[LEN..LEN + 100], [7; 100]);
     }
 }
