@@ -179,10 +179,11 @@ impl NetworkConfig {
         self.dhcp_first.unwrap_or_else(|| (u32::from(self.ipv4.gateway) + 1).into())
     }
 
-    /// Returns the depth of the overflow ring: the configured one, or the default for this MTU.
-    pub(crate) fn overflow(&self) -> u32 {
+    /// Returns the depth of the overflow ring of a port whose packets have at most `longest` bytes: the
+    /// configured one, or the default for such packets.
+    pub(crate) fn overflow(&self, longest: usize) -> u32 {
         self.overflow_depth.unwrap_or_else(|| {
-            let fitting = (DEFAULT_OVERFLOW_BYTES / self.max_packet_size()) as u32;
+            let fitting = (DEFAULT_OVERFLOW_BYTES / longest) as u32;
             let depths = DEFAULT_OVERFLOW_DEPTH_RANGE;
             fitting.clamp(*depths.start(), *depths.end())
         })

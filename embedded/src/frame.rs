@@ -72,6 +72,20 @@ pub(crate) fn is_tagged(frame: &[u8]) -> bool {
     ethertype.is_some_and(|bytes| is_tag(u16::from_be_bytes([bytes[0], bytes[1]])))
 }
 
+/// Where the IP header of a frame is, behind the Ethernet header and all tags. `None` if the frame is no
+/// IP packet, or if `head`, its first bytes, does not show it.
+pub(crate) fn ip_at(head: &[u8]) -> Option<usize> {
+    let mut at = ETHERNET_HEADER_LEN;
+    loop {
+        let bytes = head.get(at - 2..at)?;
+        match EthernetProtocol::from(u16::from_be_bytes([bytes[0], bytes[1]])) {
+            EthernetProtocol::Ipv4 | EthernetProtocol::Ipv6 => return Some(at),
+            other if is_tag(other.into()) => at += VLAN_TAG_LEN,
+            _ => return None,
+        }
+    }
+}
+
 /// Writes the header of a frame to the start of `out`, and zeros after the `len` bytes of its
 /// payload if the frame is shorter than Ethernet's minimum. Returns the payload to be written and
 /// the length of the frame, or `None` if `out` is too short.

@@ -57,6 +57,7 @@ pub mod port;
 pub mod software;
 pub mod stats;
 mod table;
+mod work;
 
 pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
 pub use dhcp::DhcpLease;

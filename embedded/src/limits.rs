@@ -60,6 +60,16 @@ pub const DEFAULT_OVERFLOW_BYTES: usize = 512 * 1024;
 /// The least and the greatest default depth of the overflow ring.
 pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
+// Offload.
+
+/// The longest IP packet that is to be cut into segments, in bytes: the longest that IPv4 has (RFC 791,
+/// section 3.1). The Ethernet header and a tag are in front of it.
+pub const LARGE_PACKET: usize = 65_535;
+/// The most segments that one packet is cut into: as many as TCP sends with the least segment size of
+/// Linux, which is 48 bytes (`TCP_MIN_SND_MSS` in `include/net/tcp.h`). Without this, one packet of a
+/// guest would become 65,000.
+pub const SEGMENTS_PER_PACKET: usize = LARGE_PACKET.div_ceil(48);
+
 // The hand-over of packets.
 
 /// How many of a packet's first bytes are copied before the network decides what becomes of it, if it

@@ -52,13 +52,38 @@
 //! latest when an unicast question gets no answer (RFC 4861, 7.3.3; RFC 1122, 2.3.2.1). Otherwise a
 //! guest that stays silent would see the frames of others.
 //!
+//! # Offload
+//!
+//! A port can have [offloads](PortConfig::offloads), and the ports of one network can differ. Such a
+//! port may send packets whose checksum is to be completed, and packets of up to 64 KiB that are to be
+//! cut into segments. [`Packet::with_offload`] says so. It receives such packets as well, each
+//! behind an offload header ([`PacketBuffer::header_and_bytes`]).
+//!
+//! - A port gets a packet as it is if its offloads include the work that is left. If they do not, the
+//!   sender does it in software: it completes the checksum, or cuts the packet into segments, which
+//!   arrive in order like packets that were sent one by one. The gateway gets every packet complete.
+//! - Every packet is still decided upon by its first bytes alone, and once.
+//! - A packet that is to be cut has at most 65,535 bytes behind its Ethernet header and tag. Each of its
+//!   segments must be as short as any frame. It has at most [`SEGMENTS_PER_PACKET`] segments.
+//! - The limits count it as its segments, because it costs its receivers as much. Its bytes count as
+//!   they are, each header once.
+//! - A checksum is that of a transport header behind an IP header. No other part of a frame is changed,
+//!   so nothing that the network has decided by changes after that.
+//! - A header that is not true of its packet, or that asks for what the port did not negotiate, costs
+//!   its packet. So does a packet that software cannot cut, if its receiver does not cut it.
+//!
 //! # Memory
 //!
 //! A network takes about 190 KiB. Each port adds its inbox: 24 bytes and a buffer handle for each
 //! of `inbox_depth` cells, and `overflow_depth * max_packet_size` bytes, of which only those that
-//! are used become resident. Each sender adds a reply buffer of `max_packet_size` bytes. The memory
-//! of a port that leaves is kept and reused, so senders need no reference count to reach a port.
+//! are used become resident. A port with offloads has 8 bytes more for each cell and 12 for each waiting
+//! packet, and its longest packet counts. Each sender adds two buffers of `max_packet_size` bytes if the
+//! network has a gateway, and with offloads one of the port's longest packet and one of
+//! `max_packet_size`. The memory of a port that leaves is kept and reused, so senders need no reference
+//! count to reach a port. A place that ports of different offloads have had keeps up to three inboxes.
 //!
+//! [`Packet::with_offload`]: crate::packet::Packet::with_offload
+//! [`SEGMENTS_PER_PACKET`]: crate::limits::SEGMENTS_PER_PACKET
 //! [`Port`]: crate::port::Port
 //! [`Receiver`]: crate::port::Receiver
 //! [`Sender`]: crate::port::Sender
@@ -68,14 +93,16 @@ use core::time::Duration;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use macaddr::MacAddr6;
+use vmring_core::offload::Offloads;
 use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::clock::{Clock, SystemClock};
 use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
 use crate::dhcp::{DhcpConfig, DhcpLease, LeaseFile};
 use crate::gateway::Gateway;
 use crate::inbox::{Collector, Inbox, PortWake};
-use crate::limits::{MAX_PORTS, VLAN_TAG_LEN};
+use crate::limits::{LARGE_PACKET, MAX_PORTS, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
 use crate::stats::{DropReason, PortCounters, PortStats};
@@ -206,16 +233,19 @@ pub struct PortConfig {
     pub uplink: bool,
     /// What the interface may do.
     pub policy: PortPolicy,
+    /// The work that the interface leaves to others, and accepts from others. Each packet that it
+    /// receives has an offload header then; see the [module](self).
+    pub offloads: Offloads,
     /// The callback that wakes the receiver.
     pub wake: PortWake,
 }
 
 impl PortConfig {
     /// Returns the settings of an interface with this identity and callback: its MAC address is
-    /// computed, it is not isolated and not the uplink, and it has the default policy.
+    /// computed, it is not isolated and not the uplink, and it has the default policy and no offloads.
     pub fn new(interface_id: [u8; 16], wake: PortWake) -> Self {
-        let policy = PortPolicy::default();
-        Self { interface_id, mac: None, isolated: false, uplink: false, policy, wake }
+        let (policy, offloads) = (PortPolicy::default(), Offloads::default());
+        Self { interface_id, mac: None, isolated: false, uplink: false, policy, offloads, wake }
     }
 }
 
@@ -227,6 +257,7 @@ impl fmt::Debug for PortConfig {
             .field("isolated", &self.isolated)
             .field("uplink", &self.uplink)
             .field("policy", &self.policy)
+            .field("offloads", &self.offloads)
             .finish_non_exhaustive()
     }
 }
@@ -286,14 +317,92 @@ fn local_mac(hash: u64) -> MacAddr6 {
     MacAddr6::new(a & 0xfc | 0x02, b, c, d, e, f)
 }
 
+/// The offloads of a port, as they are in [`PortState::shape`]. They say what its inbox is like.
+#[derive(Clone, Copy)]
+pub(crate) struct Shape(u32);
+
+impl Shape {
+    const CHECKSUM: u32 = 1;
+    const TSO4: u32 = 2;
+    const TSO6: u32 = 4;
+    const USO: u32 = 8;
+    const HEADER: u32 = 16;
+    /// The offloads with which packets are longer than a frame of the network.
+    const LARGE: u32 = Self::TSO4 | Self::TSO6 | Self::USO;
+
+    /// The shape of a port with these offloads. With any of them, each packet has a header.
+    pub(crate) fn new(offloads: Offloads) -> Self {
+        let bits = [
+            (offloads.checksum, Self::CHECKSUM),
+            (offloads.tso4, Self::TSO4),
+            (offloads.tso6, Self::TSO6),
+            (offloads.uso, Self::USO),
+        ];
+        let bits: u32 = bits.iter().map(|(on, bit)| if *on { *bit } else { 0 }).sum();
+        let header = if bits != 0 || offloads.virtio_header { Self::HEADER } else { 0 };
+        Self(bits | header)
+    }
+
+    pub(crate) fn offloads(self) -> Offloads {
+        let has = |bit| self.0 & bit != 0;
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.uso) = (has(Self::CHECKSUM), has(Self::USO));
+        (offloads.tso4, offloads.tso6) = (has(Self::TSO4), has(Self::TSO6));
+        offloads.virtio_header = has(Self::HEADER);
+        offloads
+    }
+
+    fn is_large(self) -> bool {
+        self.0 & Self::LARGE != 0
+    }
+
+    /// Which of a place's inboxes the port uses.
+    fn inbox(self) -> usize {
+        match self.0 {
+            0 => 0,
+            _ if self.is_large() => 2,
+            _ => 1,
+        }
+    }
+}
+
 /// The part of a port that other threads reach. It is kept when the port leaves, and reused.
 pub(crate) struct PortState<B> {
-    pub(crate) inbox: sync::Arc<Inbox<B>>,
+    /// The [`Shape`] of the port that has the place now. A sender that sees an earlier one finds that
+    /// inbox closed, or the packet goes to another port of the same kind.
+    shape: AtomicU32,
+    /// The place's inboxes: without headers, with headers, and with headers for large packets. Each is
+    /// made for the first port that needs it.
+    inboxes: [OnceLock<sync::Arc<Inbox<B>>>; 3],
     /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
     /// counters are another port's.
     pub(crate) generation: AtomicU32,
     pub(crate) policy: PolicyState,
     pub(crate) counters: PortCounters,
+}
+
+impl<B> PortState<B> {
+    fn new() -> Self {
+        Self {
+            shape: AtomicU32::new(0),
+            inboxes: core::array::from_fn(|_| OnceLock::new()),
+            generation: AtomicU32::new(0),
+            policy: PolicyState::default(),
+            counters: PortCounters::default(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn shape(&self) -> Shape {
+        // Relaxed: see `shape`.
+        Shape(self.shape.load(Ordering::Relaxed))
+    }
+
+    /// The inbox of a port of this shape. `None` if the place has had no such port.
+    #[inline]
+    pub(crate) fn inbox(&self, shape: Shape) -> Option<&Inbox<B>> {
+        self.inboxes[shape.inbox()].get().map(|inbox| &**inbox)
+    }
 }
 
 /// The network has never had an uplink.
@@ -402,6 +511,14 @@ impl<B> Network<B> {
 
     pub(crate) fn port_state(&self, index: usize) -> Option<&PortState<B>> {
         self.ports.get(index)?.get().map(|state| &**state)
+    }
+
+    /// The length of the longest packet of a port of this shape.
+    fn longest_of(&self, shape: Shape) -> usize {
+        match shape.is_large() {
+            true => LARGE_PACKET + ETHERNET_HEADER_LEN + VLAN_TAG_LEN,
+            false => self.max_packet_size,
+        }
     }
 
     /// Reads the clock.
@@ -537,22 +654,20 @@ impl<B: PacketBuffer> Network<B> {
             return Err(JoinError::DuplicateMac { mac });
         }
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
-        let state = self.ports[index].get_or_init(|| {
-            Arc::new(PortState {
-                inbox: sync::Arc::new(Inbox::new(
-                    self.config.inbox_depth,
-                    self.config.overflow(),
-                    self.max_packet_size,
-                )),
-                generation: AtomicU32::new(0),
-                policy: PolicyState::default(),
-                counters: PortCounters::default(),
-            })
+        let state = self.ports[index].get_or_init(|| Arc::new(PortState::new()));
+        let shape = Shape::new(config.offloads);
+        let inbox = state.inboxes[shape.inbox()].get_or_init(|| {
+            let longest = self.longest_of(shape);
+            let (depth, overflow) = (self.config.inbox_depth, self.config.overflow(longest));
+            let make = if shape.0 == 0 { Inbox::new } else { Inbox::with_headers };
+            sync::Arc::new(make(depth, overflow, longest))
         });
         state.counters.reset();
         state.policy.reset(config.policy.limits, Moment::new(self.clock.now()));
         // The last owner dropped its collector before its port left, so the inbox can be opened.
-        let collector = Inbox::open(&state.inbox, config.wake).ok_or(JoinError::Full)?;
+        let collector = Inbox::open(inbox, config.wake).ok_or(JoinError::Full)?;
+        // Relaxed: see `PortState::shape`.
+        state.shape.store(shape.0, Ordering::Relaxed);
         members.macs[index] = Some(mac);
         members.count += 1;
         let (isolated, uplink) = (config.isolated, config.uplink);
@@ -571,6 +686,8 @@ impl<B: PacketBuffer> Network<B> {
             port,
             mac,
             source: config.policy.source,
+            offloads: shape.offloads(),
+            longest: self.longest_of(shape),
             receiver_open: AtomicBool::new(true),
         });
         Ok(Admitted { collector, state: Arc::clone(state), membership })
@@ -595,6 +712,9 @@ pub(crate) struct Membership<B> {
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
     pub(crate) source: SourceRule,
+    pub(crate) offloads: Offloads,
+    /// The length of the longest packet that the port sends and receives.
+    pub(crate) longest: usize,
     /// Whether the receiver is open. Only the receiver writes this.
     pub(crate) receiver_open: AtomicBool,
 }

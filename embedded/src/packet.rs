@@ -1,10 +1,17 @@
 //! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
 
-use vmring_core::offload::{self, OffloadHeader};
+use vmring_core::offload::{self, Checksum, Gso, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Frame, GuestBuffer};
 
 use crate::limits::HEAD_LEN;
+
+/// Where the length of a TCP header is in it, in the upper four bits and in words of four bytes (RFC
+/// 9293, section 3.1).
+const TCP_OFFSET_AT: usize = 12;
+/// The least length of a TCP header, and the length of a UDP header (RFC 768), in bytes.
+const TCP_HEADER_LEN: usize = 20;
+const UDP_HEADER_LEN: usize = 8;
 
 /// A buffer that a receiver lends to a network. It owns its bytes exclusively. [`AsMut`] gives all of
 /// them, or none if they are in the memory of a guest.
@@ -15,7 +22,7 @@ pub trait PacketBuffer: AsMut<[u8]> + Send {
     }
 
     /// The 12 bytes of an offload header and, behind them, all bytes for a packet. Only a receiver with
-    /// offload ([`Inbox::with_headers`](crate::inbox::Inbox::with_headers)) needs them. By default the header is the first
+    /// [offload](crate::network::PortConfig::offloads) needs them. By default the header is the first
     /// 12 bytes that [`AsMut`] gives. If there are fewer bytes than 12 or the buffer is in the memory of
     /// a guest, the result is shorter.
     fn header_and_bytes(&mut self) -> &mut [u8] {
@@ -96,12 +103,47 @@ impl Packet<'_> {
         &self.offload
     }
 
+    /// Whether the sender has left work to others.
+    #[inline(always)]
+    pub(crate) fn asks(&self) -> bool {
+        !self.offload.is_plain()
+    }
+
+    /// The bytes, unless they are in the memory of a guest.
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
+        match &self.source {
+            Source::Bytes(bytes) => Some(bytes),
+            Source::Guest { .. } => None,
+        }
+    }
+
     /// The header as a receiver gets it whose packet fills `count` buffers (virtio 1.2, section
     /// 5.1.6.4.1).
     pub(crate) fn header_for(&self, count: u16) -> [u8; offload::LEN] {
         let mut bytes = [0; offload::LEN];
         OffloadHeader { num_buffers: count, ..self.offload }.write(&mut bytes);
         bytes
+    }
+
+    /// How many frames the packet is once it is cut, and the length of the longest of them.
+    ///
+    /// The header must be valid. What a guest writes after the packet was made may change both.
+    pub(crate) fn segments(&self) -> (usize, usize) {
+        let Checksum::Partial { start, .. } = self.offload.checksum else { return (1, self.len()) };
+        let start = usize::from(start);
+        let transport_len = match self.offload.gso {
+            Gso::None => return (1, self.len()),
+            Gso::TcpV4 | Gso::TcpV6 => {
+                let mut offset = [0];
+                self.copy_to(start + TCP_OFFSET_AT, &mut offset);
+                (usize::from(offset[0] >> 4) * 4).max(TCP_HEADER_LEN)
+            }
+            Gso::UdpL4 | Gso::Udp => UDP_HEADER_LEN,
+        };
+        let headers = self.len().min(start + transport_len);
+        let segment_size = usize::from(self.offload.segment_size);
+        let count = (self.len() - headers).div_ceil(segment_size.max(1)).max(1);
+        (count, self.len().min(headers + segment_size))
     }
 
     /// The number of bytes.

@@ -221,14 +221,15 @@ impl Limiter {
         self.bytes.set(limit.bytes, now);
     }
 
-    /// Takes the tokens of one frame. Returns false, and takes none, if there are too few.
-    fn take(&self, len: usize, now: Moment) -> bool {
-        if self.packets.take(1, 1, now) == 0 {
+    /// Takes the tokens of one packet of `len` bytes that counts as so many `frames`. Returns false,
+    /// and takes none, if there are too few.
+    fn take(&self, frames: usize, len: usize, now: Moment) -> bool {
+        if self.packets.take(1, frames as u64, now) == 0 {
             return false;
         }
         let passes = self.bytes.take(1, len as u64, now) == 1;
         if !passes {
-            self.packets.put_back(1);
+            self.packets.put_back(frames as u64);
         }
         passes
     }
@@ -307,10 +308,11 @@ impl PolicyState {
         }
     }
 
-    /// Returns whether a frame of this length passes the limit of this direction.
+    /// Returns whether a packet of `len` bytes that counts as so many `frames` passes the limit of this
+    /// direction.
     #[cold]
-    pub(crate) fn admits(&self, way: Way, len: usize, now: Moment) -> bool {
-        self.limiter(way).take(len, now)
+    pub(crate) fn admits(&self, way: Way, frames: usize, len: usize, now: Moment) -> bool {
+        self.limiter(way).take(frames, len, now)
     }
 
     /// Takes the tokens of up to `wanted` frames, whose lengths are not known yet. Returns for how
@@ -326,9 +328,10 @@ impl PolicyState {
         self.limiter(way).packets.put_back(frames as u64);
     }
 
-    /// Returns whether the port may send one more frame to all others.
-    pub(crate) fn admits_flood(&self, now: Moment) -> bool {
-        self.buckets.flood.take(1, 1, now) == 1
+    /// Returns whether the port may send one more packet to all others, which counts as so many
+    /// `frames`.
+    pub(crate) fn admits_flood(&self, frames: usize, now: Moment) -> bool {
+        self.buckets.flood.take(1, frames as u64, now) == 1
     }
 
     /// Returns the address that the port is bound to.
@@ -563,10 +566,10 @@ mod tests {
     fn a_frame_takes_tokens_of_both_limits_or_of_none() {
         let limiter = Limiter::default();
         limiter.set(RateLimit { packets: Some(rate(1, 3)), bytes: Some(rate(1, 100)) }, at(0));
-        assert!(limiter.take(60, at(0)));
-        assert!(!limiter.take(60, at(0)), "40 bytes are left");
-        assert!(limiter.take(20, at(0)));
-        assert!(limiter.take(20, at(0)), "the refused frame was no packet");
-        assert!(!limiter.take(1, at(0)), "three packets");
+        assert!(limiter.take(1, 60, at(0)));
+        assert!(!limiter.take(1, 60, at(0)), "40 bytes are left");
+        assert!(limiter.take(1, 20, at(0)));
+        assert!(limiter.take(1, 20, at(0)), "the refused frame was no packet");
+        assert!(!limiter.take(1, 1, at(0)), "three packets");
     }
 }

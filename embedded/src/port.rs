@@ -8,19 +8,24 @@ use core::marker::PhantomData;
 use std::sync::Arc;
 
 use macaddr::MacAddr6;
+use smoltcp::wire::IPV4_HEADER_LEN;
 use vmring_core::GuestBuffer;
+use vmring_core::offload::{Checksum, Offloads};
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::frame;
 use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
+use crate::limits::{SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
     Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
+use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
+use crate::work::Work;
 
 impl<B: PacketBuffer> Network<B> {
     /// Puts an interface on the network and returns its port.
@@ -62,6 +67,17 @@ impl<B: PacketBuffer> Port<B> {
     /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
         self.receiver.membership.mac
+    }
+
+    /// Returns the length of the longest packet that the port sends and receives, in bytes. It is the
+    /// network's, unless the port has a segmentation offload.
+    pub fn max_packet_size(&self) -> usize {
+        self.receiver.membership.longest
+    }
+
+    /// Returns the offloads of the port. With any of them it has the header too.
+    pub fn offloads(&self) -> Offloads {
+        self.receiver.membership.offloads
     }
 
     /// Returns the network the port is on.
@@ -183,7 +199,9 @@ impl<B: PacketBuffer> Receiver<B> {
     /// # Errors
     ///
     /// Returns the buffer if `inbox_depth` buffers are posted, or if it has fewer bytes than the
-    /// network's `max_packet_size` and is not in the memory of a guest.
+    /// port's [`max_packet_size`](Port::max_packet_size) and is not in the memory of a guest. If the
+    /// port has offloads, the bytes behind the header count
+    /// ([`header_and_bytes`](PacketBuffer::header_and_bytes)).
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
         self.collector.post(buffer)
     }
@@ -319,6 +337,8 @@ pub struct Sender<B: PacketBuffer> {
     question: Box<[u8]>,
     /// A bit for each port that got a frame since the last flush.
     touched: [u64; WORDS],
+    /// Where the work is done that a receiver does not do itself.
+    work: Work,
     /// What was counted since the last flush, by [`SendCounter`].
     counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
@@ -351,6 +371,7 @@ impl<B: PacketBuffer> Sender<B> {
         Self {
             reply: space.clone(),
             question: space,
+            work: Work::new(&membership.offloads, membership.longest, network.max_packet_size),
             touched: [0; WORDS],
             counts: [0; SEND_COUNTERS],
             unflushed: false,
@@ -400,7 +421,8 @@ impl<B: PacketBuffer> Sender<B> {
         self.send_packet(Packet::from(frame))
     }
 
-    /// As [`send`](Self::send), for a packet that may be in the memory of a guest.
+    /// As [`send`](Self::send), for a packet that may be in the memory of a guest, and that may leave
+    /// work to others.
     pub fn send_packet(&mut self, frame: Packet<'_>) -> Sent {
         self.begin();
         let sent = self.forward(frame);
@@ -411,21 +433,7 @@ impl<B: PacketBuffer> Sender<B> {
                 SendCounter::Packets
             }
             Sent::Gateway => SendCounter::Packets,
-            Sent::Dropped(reason) => match reason {
-                DropReason::Runt => SendCounter::Runt,
-                DropReason::TooBig => SendCounter::TooBig,
-                DropReason::BadSource => SendCounter::BadSource,
-                DropReason::Isolated => SendCounter::Isolated,
-                DropReason::Reserved => SendCounter::Reserved,
-                DropReason::OwnPort => SendCounter::OwnPort,
-                DropReason::Spoofed => SendCounter::Spoofed,
-                DropReason::Unknown => SendCounter::Unknown,
-                DropReason::SendLimit => SendCounter::SendLimit,
-                DropReason::FloodLimit => SendCounter::FloodLimit,
-                DropReason::NoBuffer | DropReason::Closed | DropReason::ReceiveLimit => {
-                    SendCounter::NoReceiver
-                }
-            },
+            Sent::Dropped(reason) => counter_of(reason),
         };
         self.count(counter, 1);
         if matches!(counter, SendCounter::Packets) {
@@ -476,15 +484,16 @@ impl<B: PacketBuffer> Sender<B> {
             },
         }?;
         let state = network.port_state(index)?;
+        let inbox = state.inbox(state.shape())?;
         let sending = if *limited { membership.port_state() } else { None };
         let receiving = state.policy.is_limited(Way::Receive).then_some(state);
         let claim = if sending.is_none() && receiving.is_none() {
-            state.inbox.claim_for(wanted, longest)?
+            inbox.claim_for(wanted, longest)?
         } else {
             let limits = [(Way::Send, sending), (Way::Receive, receiving)]
                 .map(|(way, state)| (way, state.map(|state| &state.policy)));
             policy::within(limits, wanted, *moment, |wanted| {
-                let claim = state.inbox.claim_for(wanted, longest);
+                let claim = inbox.claim_for(wanted, longest);
                 (claim.as_ref().map_or(0, Claim::left), claim)
             })?
         };
@@ -516,11 +525,18 @@ impl<B: PacketBuffer> Sender<B> {
     fn forward(&mut self, frame: Packet<'_>) -> Sent {
         let port = self.membership.port;
         let network = &*self.membership.network;
-        if frame.len() > network.max_untagged_size
+        let frames = if frame.asks() {
+            match self.check_offload(&frame) {
+                Ok(frames) => frames,
+                Err(reason) => return Sent::Dropped(reason),
+            }
+        } else if frame.len() > network.max_untagged_size
             && (frame.len() > network.max_packet_size || !frame::is_tagged(frame.head()))
         {
             return Sent::Dropped(DropReason::TooBig);
-        }
+        } else {
+            1
+        };
         let Some(&[a, b, c, d, e, f, g, h, i, j, k, l, ..]) =
             frame.head().first_chunk::<ETHERNET_HEADER_LEN>()
         else {
@@ -535,7 +551,7 @@ impl<B: PacketBuffer> Sender<B> {
         }
         if self.limited
             && let Some(state) = self.membership.port_state()
-            && !state.policy.admits(Way::Send, frame.len(), self.moment)
+            && !state.policy.admits(Way::Send, frames, frame.len(), self.moment)
         {
             return Sent::Dropped(DropReason::SendLimit);
         }
@@ -545,17 +561,19 @@ impl<B: PacketBuffer> Sender<B> {
             }
             let gateway = to == Mac::BROADCAST && network.gateway.is_some();
             let audience = network.audience_of_group(port);
-            if gateway {
-                self.ask_gateway(frame);
+            if gateway && let Err(reason) = self.ask_gateway(frame) {
+                self.count(counter_of(reason), 1);
             }
             return match audience {
                 Audience::Nobody(_) if gateway => Sent::Gateway,
-                audience => self.flood(audience, frame),
+                audience => self.flood(audience, frame, frames),
             };
         }
         if Some(to) == network.gateway_mac {
-            self.ask_gateway(frame);
-            return Sent::Gateway;
+            return match self.ask_gateway(frame) {
+                Ok(()) => Sent::Gateway,
+                Err(reason) => Sent::Dropped(reason),
+            };
         }
         match network.table.lookup(to, self.now) {
             Some(target) if target.index() == port.index() => Sent::Dropped(DropReason::OwnPort),
@@ -563,9 +581,85 @@ impl<B: PacketBuffer> Sender<B> {
             Some(target) => self.forward_to(target.index(), frame),
             None => match network.audience_of_unknown(port) {
                 Audience::Uplink(index) => self.forward_to(index, frame),
-                audience => self.flood(audience, frame),
+                audience => self.flood(audience, frame, frames),
             },
         }
+    }
+
+    /// Checks a packet that leaves work to others. Returns how many frames it is once it is cut.
+    #[cold]
+    fn check_offload(&self, frame: &Packet<'_>) -> Result<usize, DropReason> {
+        let Membership { network, offloads, longest, .. } = &*self.membership;
+        let header = frame.offload();
+        // The checksum is that of a transport header behind an IP header. Else whoever completes it
+        // would write into what was decided by: a tag, an EtherType, or the sender that ARP names.
+        let is_transport = |start: u16| {
+            let ip = frame::ip_at(frame.head());
+            ip.is_some_and(|at| usize::from(start) >= at + IPV4_HEADER_LEN)
+        };
+        let is_sound = match header.checksum {
+            Checksum::Partial { start, .. } => is_transport(start),
+            _ => false,
+        };
+        if !is_sound
+            || header.validate(frame.len()).is_err()
+            || software::left_by(offloads, header) != Left::Nothing
+        {
+            return Err(DropReason::BadOffload);
+        }
+        let tag = if frame::is_tagged(frame.head()) { 0 } else { VLAN_TAG_LEN };
+        let (frames, segment) = frame.segments();
+        if frame.len() > longest - tag || segment > network.max_packet_size - tag {
+            return Err(DropReason::TooBig);
+        }
+        if frames > SEGMENTS_PER_PACKET {
+            return Err(DropReason::NotSegmentable);
+        }
+        Ok(frames)
+    }
+
+    /// Does what is left of a packet's work, and passes each frame that results to `each`.
+    #[cold]
+    fn finish(
+        &mut self,
+        frame: Packet<'_>,
+        left: Left,
+        mut each: impl FnMut(&mut Self, Packet<'_>),
+    ) -> Result<(), DropReason> {
+        let network = &*self.membership.network;
+        let longest = match frame::is_tagged(frame.head()) {
+            true => network.max_packet_size,
+            false => network.max_untagged_size,
+        };
+        let mut work = core::mem::take(&mut self.work);
+        let finished = work.finish(frame, left, longest, |frame| each(self, frame));
+        self.work = work;
+        finished?;
+        match left {
+            Left::Checksum => self.count(SendCounter::Completed, 1),
+            Left::Segments { .. } => self.count(SendCounter::Cut, 1),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Does what a port does not do itself, and copies each frame that results to it. It is an error if
+    /// the port accepted none of them.
+    #[cold]
+    fn deliver_finished(
+        &mut self,
+        index: usize,
+        frame: Packet<'_>,
+        left: Left,
+    ) -> Result<(), DropReason> {
+        let mut delivered = Err(DropReason::NoBuffer);
+        self.finish(frame, left, |sender, frame| {
+            let result = sender.deliver(index, frame);
+            if delivered.is_err() {
+                delivered = result;
+            }
+        })?;
+        delivered
     }
 
     /// Copies a frame to the one port that it is for.
@@ -585,13 +679,21 @@ impl<B: PacketBuffer> Sender<B> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
         };
+        let shape = state.shape();
+        if frame.asks() {
+            let left = software::left_by(&shape.offloads(), frame.offload());
+            if left != Left::Nothing {
+                return self.deliver_finished(index, frame, left);
+            }
+        }
         if state.policy.is_limited(Way::Receive)
-            && !state.policy.admits(Way::Receive, frame.len(), self.moment)
+            && !state.policy.admits(Way::Receive, frame.segments().0, frame.len(), self.moment)
         {
             state.counters.missed.receive_limit.fetch_add(1, Ordering::Relaxed);
             return Err(DropReason::ReceiveLimit);
         }
-        match state.inbox.deliver_packet(frame) {
+        let Some(inbox) = state.inbox(shape) else { return Err(DropReason::Closed) };
+        match inbox.deliver_packet(frame) {
             Delivery::Direct | Delivery::Overflow => {
                 self.touched[index / 64] |= 1 << (index % 64);
                 Ok(())
@@ -610,17 +712,17 @@ impl<B: PacketBuffer> Sender<B> {
 
     /// Copies a frame to an audience, except this port, if the flood limit of this port allows it.
     #[cold]
-    fn flood(&mut self, audience: Audience, frame: Packet<'_>) -> Sent {
+    fn flood(&mut self, audience: Audience, frame: Packet<'_>, frames: usize) -> Sent {
         if let Audience::Nobody(reason) = audience {
             return Sent::Dropped(reason);
         }
-        let admits = |state: &PortState<B>| state.policy.admits_flood(self.moment);
+        let admits = |state: &PortState<B>| state.policy.admits_flood(frames, self.moment);
         if !self.membership.port_state().is_some_and(admits) {
             return Sent::Dropped(DropReason::FloodLimit);
         }
         let own = Some(self.membership.index);
         let reached = match audience {
-            Audience::Uplink(index) => u32::from(self.deliver(index, frame).is_ok()),
+            Audience::Uplink(index) => u32::from(self.deliver_to_one_of_all(index, frame)),
             Audience::NotIsolated => self.send_to_all(|network| &network.floodable, own, frame),
             Audience::All => self.send_to_all(|network| &network.open, own, frame),
             Audience::Anonymous => self.send_to_all(|network| &network.anonymous, own, frame),
@@ -646,15 +748,36 @@ impl<B: PacketBuffer> Sender<B> {
             while ports != 0 {
                 let index = word * 64 + ports.trailing_zeros() as usize;
                 ports &= ports - 1;
-                reached += u32::from(self.deliver(index, frame).is_ok());
+                reached += u32::from(self.deliver_to_one_of_all(index, frame));
             }
         }
         reached
     }
 
-    /// Gives the gateway a frame. Its reply comes back to this port and no other. What it asks all
+    /// Copies a frame that is for all to one port, and counts it if it cannot be made such as the port
+    /// takes it. Returns whether the port accepted it.
+    fn deliver_to_one_of_all(&mut self, index: usize, frame: Packet<'_>) -> bool {
+        let delivered = self.deliver(index, frame);
+        if let Err(reason) = delivered
+            && !matches!(counter_of(reason), SendCounter::NoReceiver)
+        {
+            self.count(counter_of(reason), 1);
+        }
+        delivered.is_ok()
+    }
+
+    /// Gives the gateway a frame, once all its work is done. Its reply comes back to this port and no other. What it asks all
     /// goes to all, also to this port, behind which there may be several stations.
-    fn ask_gateway(&mut self, frame: Packet<'_>) {
+    fn ask_gateway(&mut self, frame: Packet<'_>) -> Result<(), DropReason> {
+        if !frame.asks() {
+            self.ask_gateway_finished(frame);
+            return Ok(());
+        }
+        let left = software::left_by(&Offloads::default(), frame.offload());
+        self.finish(frame, left, Self::ask_gateway_finished)
+    }
+
+    fn ask_gateway_finished(&mut self, frame: Packet<'_>) {
         let network = &*self.membership.network;
         let Some(gateway) = &network.gateway else { return };
         let (port, now) = (self.membership.index as u32, network.read_clock());
@@ -690,12 +813,33 @@ impl<B: PacketBuffer> Sender<B> {
         for (word, touched) in self.touched.iter_mut().enumerate() {
             let mut ports = core::mem::take(touched);
             while ports != 0 {
-                if let Some(state) = network.port_state(word * 64 + ports.trailing_zeros() as usize)
-                {
-                    state.inbox.ring();
+                let state = network.port_state(word * 64 + ports.trailing_zeros() as usize);
+                if let Some(inbox) = state.and_then(|state| state.inbox(state.shape())) {
+                    inbox.ring();
                 }
                 ports &= ports - 1;
             }
+        }
+    }
+}
+
+/// What counts the frames that were dropped for this reason.
+fn counter_of(reason: DropReason) -> SendCounter {
+    match reason {
+        DropReason::Runt => SendCounter::Runt,
+        DropReason::TooBig => SendCounter::TooBig,
+        DropReason::BadSource => SendCounter::BadSource,
+        DropReason::Isolated => SendCounter::Isolated,
+        DropReason::Reserved => SendCounter::Reserved,
+        DropReason::OwnPort => SendCounter::OwnPort,
+        DropReason::Spoofed => SendCounter::Spoofed,
+        DropReason::Unknown => SendCounter::Unknown,
+        DropReason::SendLimit => SendCounter::SendLimit,
+        DropReason::FloodLimit => SendCounter::FloodLimit,
+        DropReason::BadOffload => SendCounter::BadOffload,
+        DropReason::NotSegmentable => SendCounter::NotSegmentable,
+        DropReason::NoBuffer | DropReason::Closed | DropReason::ReceiveLimit => {
+            SendCounter::NoReceiver
         }
     }
 }

@@ -37,11 +37,15 @@ pub(crate) enum SendCounter {
     Unknown,
     SendLimit,
     FloodLimit,
+    BadOffload,
+    NotSegmentable,
     NoReceiver,
+    Completed,
+    Cut,
 }
 
 /// How many kinds of [`SendCounter`] there are.
-pub(crate) const SEND_COUNTERS: usize = SendCounter::NoReceiver as usize + 1;
+pub(crate) const SEND_COUNTERS: usize = SendCounter::Cut as usize + 1;
 
 /// The counters of one port, grouped by writer. Each group has cache lines of its own.
 #[derive(Default)]
@@ -79,7 +83,11 @@ impl PortCounters {
             dropped_unknown: self.sent(SendCounter::Unknown),
             dropped_send_limit: self.sent(SendCounter::SendLimit),
             dropped_flood_limit: self.sent(SendCounter::FloodLimit),
+            dropped_bad_offload: self.sent(SendCounter::BadOffload),
+            dropped_not_segmentable: self.sent(SendCounter::NotSegmentable),
             dropped_no_receiver: self.sent(SendCounter::NoReceiver),
+            completed_in_software: self.sent(SendCounter::Completed),
+            cut_in_software: self.sent(SendCounter::Cut),
         }
     }
 
@@ -126,7 +134,8 @@ pub struct PortStats {
     pub sent_to_gateway: u64,
     /// Frames too short for an Ethernet header.
     pub dropped_runt: u64,
-    /// Frames longer than the MTU and the Ethernet header, and the tag if they have one.
+    /// Frames longer than the MTU and the Ethernet header, and the tag if they have one. Of a packet that
+    /// is to be cut, this is said of its segments.
     pub dropped_too_big: u64,
     /// Frames whose source address is not unicast, is the gateway's, or is another port's.
     pub dropped_bad_source: u64,
@@ -147,8 +156,20 @@ pub struct PortStats {
     pub dropped_send_limit: u64,
     /// Frames to all ports over this port's flood limit. The gateway got the broadcasts among them.
     pub dropped_flood_limit: u64,
+    /// Packets whose offload header is not true of them, or asks for what the port did not negotiate.
+    pub dropped_bad_offload: u64,
+    /// Packets that a receiver does not cut itself, and that software cannot cut either
+    /// ([`SoftwareError`](crate::software::SoftwareError)), or that would be too many segments. A packet
+    /// to several ports counts once for each such port.
+    pub dropped_not_segmentable: u64,
     /// Frames that their receiver did not accept. The receiver's port counts them as missed.
     pub dropped_no_receiver: u64,
+    /// How often a checksum of this port's packets was completed for a receiver that does not do it:
+    /// once for each receiver.
+    pub completed_in_software: u64,
+    /// How often a packet of this port was cut into segments for a receiver that does not do it: once
+    /// for each receiver.
+    pub cut_in_software: u64,
 }
 
 impl PortStats {
@@ -168,6 +189,8 @@ impl PortStats {
             + self.dropped_unknown
             + self.dropped_send_limit
             + self.dropped_flood_limit
+            + self.dropped_bad_offload
+            + self.dropped_not_segmentable
     }
 }
 
@@ -227,6 +250,13 @@ pub enum DropReason {
     /// got it.
     #[error("the frame is for all, and over the interface's flood limit")]
     FloodLimit,
+    /// Its offload header is not true of it, or asks for what its port did not negotiate.
+    #[error("the offload header is wrong, or asks for what the interface did not negotiate")]
+    BadOffload,
+    /// The receiver does not cut it itself, and software cannot cut it either, or it would be too many
+    /// segments.
+    #[error("the packet cannot be cut into segments")]
+    NotSegmentable,
     /// It is over the receive limit of the destination's port.
     #[error("the frame is over the receiver's limit")]
     ReceiveLimit,

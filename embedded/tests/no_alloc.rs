@@ -11,8 +11,9 @@ use std::cell::Cell;
 
 use common::*;
 use macaddr::MacAddr6;
+use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
 use vmring_embedded::{
-    Network, NetworkConfig, PortConfig, PortLimits, PortPolicy, Rate, RateLimit,
+    Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate, RateLimit,
 };
 
 thread_local! {
@@ -48,6 +49,38 @@ fn forwarding_allocates_nothing() {
     let rate = Some(Rate { per_second: number, burst: number });
     let limit = RateLimit { packets: rate, bytes: rate };
     forward(PortLimits { send: limit, receive: limit, flood: rate });
+}
+
+/// Completing and cutting allocates nothing either.
+#[test]
+fn work_in_software_allocates_nothing() {
+    let network =
+        Network::new(NetworkConfig { overflow_depth: Some(16), ..NetworkConfig::default() });
+    let network = network.unwrap();
+    let join = |id, offloads| Guest::with(&network, PortConfig { offloads, ..config(id) });
+    let (mut alice, mut bob) = (join(1, Offloads::ALL), join(2, Offloads::default()));
+    // 8,000 bytes of TCP.
+    let segment = [&[0xc0, 0, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10][..], &[1; 8000]].concat();
+    let (from, to) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
+    let packet = ipv4(from, to, smoltcp::wire::IpProtocol::Tcp, &segment);
+    let ethertype = smoltcp::wire::EthernetProtocol::Ipv4;
+    let checksum = Checksum::Partial { start: 34, offset: 16 };
+    let small = ethernet(eth(bob.mac), eth(alice.mac), ethertype, &packet[..1000]);
+    let large = ethernet(eth(bob.mac), eth(alice.mac), ethertype, &packet);
+    let partial = OffloadHeader { checksum, ..OffloadHeader::NONE };
+    let to_cut = OffloadHeader { gso: Gso::TcpV4, segment_size: 1400, ..partial };
+    let before = ALLOCATIONS.get();
+    for _ in 0..100 {
+        for (frame, header) in [(&small, partial), (&large, to_cut)] {
+            alice.sender.send_packet(Packet::from(&frame[..]).with_offload(&header));
+            alice.sender.flush();
+            while let Some((buffer, _)) = bob.receiver.collect() {
+                bob.receiver.post(buffer).unwrap();
+            }
+        }
+    }
+    assert_eq!(ALLOCATIONS.get() - before, 0);
+    assert_eq!(bob.receiver.stats().received_direct, 700);
 }
 
 fn forward(limits: PortLimits) {

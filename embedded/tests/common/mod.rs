@@ -23,6 +23,8 @@ pub struct Guest {
     pub sender: Sender<Buffer>,
     pub mac: MacAddr6,
     pub wakes: Arc<AtomicUsize>,
+    /// The bytes of a buffer that it posts.
+    pub size: usize,
 }
 
 /// The default settings of a guest.
@@ -49,16 +51,17 @@ impl Guest {
         });
         let port = network.join(PortConfig { wake, ..config }).unwrap();
         let mac = port.mac();
+        let header = if port.offloads().virtio_header { 12 } else { 0 };
+        let size = header + port.max_packet_size();
         let (receiver, sender) = port.split();
-        let mut guest = Self { receiver, sender, mac, wakes };
+        let mut guest = Self { receiver, sender, mac, wakes, size };
         guest.post(8);
         guest
     }
 
     pub fn post(&mut self, count: usize) {
         for _ in 0..count {
-            let size = self.receiver.network().max_packet_size();
-            self.receiver.post(vec![0; size]).unwrap();
+            self.receiver.post(vec![0; self.size]).unwrap();
         }
     }
 
