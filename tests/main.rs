@@ -10,6 +10,9 @@ mod netns;
 mod support;
 
 mod close;
+mod embedded_offload;
+#[path = "../embedded/tests/common/form.rs"]
+mod form;
 mod frontends;
 mod liveness;
 mod liveness_model;

@@ -157,7 +157,7 @@ fn fill(frame: &mut Frame, guest: &GuestBuffer, offloads: &Offloads) -> Result<(
 
 /// The header of a guest's packet, copied once. `None` if it is not true of the packet, or asks for
 /// work that a device with these offloads does not do.
-fn header_of(guest: &GuestBuffer, offloads: &Offloads) -> Option<OffloadHeader> {
+pub(super) fn header_of(guest: &GuestBuffer, offloads: &Offloads) -> Option<OffloadHeader> {
     let header = match guest.header() {
         Some(bytes) => OffloadHeader::parse(&bytes).ok()?,
         None => OffloadHeader::NONE,

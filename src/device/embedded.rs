@@ -19,6 +19,19 @@
 //! # drop((uplink, guest));
 //! # Ok::<(), vmring::Error>(())
 //! ```
+//!
+//! # Offload
+//!
+//! Each interface can ask for its own [offloads](crate::InterfaceBuilder::offloads) and gets them. With
+//! any of them its frames need 12 bytes of headroom, for a `virtio_net_hdr` in front of each packet. With
+//! a segmentation offload its `max_packet_size` is 65,553 bytes, whatever the MTU is, and packets of 64
+//! KiB pass uncut between such interfaces. For an interface that does not do what a packet leaves, the
+//! sender's thread completes the checksum or cuts the packet into segments.
+//! [`Interface::counters`](crate::Interface::counters) says how often.
+//!
+//! A packet that leaves work to others is copied by itself: several of them are not claimed together.
+//! A header that is not true of its packet fails the write with
+//! [`Status::InvalidArgument`](crate::Status::InvalidArgument).
 
 mod limits_control;
 
@@ -28,19 +41,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use macaddr::MacAddr6;
-use vmring_core::Buffer;
 use vmring_core::guest::SEGMENTS_MAX;
+use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
+use vmring_core::{Buffer, Frame};
 use vmring_embedded::inbox::Collected;
 use vmring_embedded::network::{PortConfig, Registry};
-use vmring_embedded::port::{Receiver, Sender};
+use vmring_embedded::packet::Packet;
+use vmring_embedded::port::{Port, Receiver, Sender};
 use vmring_embedded::{
     AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, PortPolicy, Sent,
 };
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
-use crate::device::bounce::is_complete;
-use crate::device::common::no_offloads;
+use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
+use crate::device::bounce::{header_of, is_complete};
 use crate::device::context::PollContext;
 use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
 use crate::device::inbox_reader::{InboxEnd, InboxReader};
@@ -167,7 +181,6 @@ impl Embedded {
 
 impl Driver for Embedded {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
-        no_offloads(config, "embedded")?;
         let mode = match &config.mode {
             Mode::Host => NetworkMode::Host,
             Mode::Shared => NetworkMode::Shared,
@@ -240,6 +253,8 @@ fn open(name: &str, config: &NetworkConfig) -> Result<Arc<Network<PostedSlot>>, 
 
 struct EmbeddedPort {
     info: InterfaceInfo,
+    /// What was asked for, and the header with any of it.
+    offloads: Offloads,
     /// The network's name and settings, to join it again after a stop.
     name: String,
     network: NetworkConfig,
@@ -266,9 +281,10 @@ impl EmbeddedPort {
         let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
         let monitor: Arc<PortMonitor> = Arc::default();
         let config = &settings.config;
-        let (ends, mac) = Self::ends(&network, &wake, &monitor, &settings, config.mac)?;
-        let max = network.max_packet_size() as u32;
-        let mut info = InterfaceInfo::new(config, mac, configuration.mtu, max);
+        let (port, limits) = Self::port(&network, &wake, &settings, config.mac)?;
+        let (offloads, max) = (port.offloads(), port.max_packet_size() as u32);
+        let mut info = InterfaceInfo::new(config, port.mac(), configuration.mtu, max);
+        let ends = Self::ends(port, limits, &monitor, &settings);
         let range = configuration.ipv4;
         info.ipv4 = configuration.gateway.then_some(Ipv4Range {
             start: range.gateway,
@@ -276,17 +292,16 @@ impl EmbeddedPort {
             mask: range.mask,
         });
         let ends = Arc::new(Mutex::new(Some(ends)));
-        Ok(Self { info, name, network: configuration, settings, wake, ends, monitor })
+        Ok(Self { info, offloads, name, network: configuration, settings, wake, ends, monitor })
     }
 
-    /// Joins the network, and makes the port known to `monitor` and to the handle of its limits.
-    fn ends(
+    /// Joins the network. Returns the port, and the limits that it has now.
+    fn port(
         network: &Arc<Network<PostedSlot>>,
         wake: &Arc<Mutex<Option<Wake>>>,
-        monitor: &Arc<PortMonitor>,
         settings: &PortSettings,
         mac: Option<MacAddr6>,
-    ) -> Result<(Ends, MacAddr6), Error> {
+    ) -> Result<(Port<PostedSlot>, PortLimits), Error> {
         let wake = wake.clone();
         let wake = Arc::new(move || {
             // This runs only when the receiver sleeps, so no packet pays for the lock. The wake is
@@ -297,20 +312,30 @@ impl EmbeddedPort {
             }
         });
         let limits = settings.limits.get();
-        let InterfaceConfig { interface_id, isolated, .. } = settings.config;
+        let InterfaceConfig { interface_id, isolated, offloads, .. } = settings.config;
         let port = PortConfig {
             mac,
             isolated,
             uplink: settings.uplink,
             policy: PortPolicy { source: settings.source, limits },
+            offloads,
             ..PortConfig::new(interface_id, wake)
         };
         let port = network.join(port).map_err(|error| ConfigError::Invalid(error.to_string()))?;
-        let mac = port.mac();
+        Ok((port, limits))
+    }
+
+    /// Makes a port known to `monitor` and to the handle of its limits, and takes it apart.
+    fn ends(
+        port: Port<PostedSlot>,
+        limits: PortLimits,
+        monitor: &Arc<PortMonitor>,
+        settings: &PortSettings,
+    ) -> Ends {
         let (receiver, sender) = port.split();
         *lock(monitor) = Some(sender.monitor());
         settings.limits.attach(monitor, limits);
-        Ok((Ends { receiver: Some(receiver), sender }, mac))
+        Ends { receiver: Some(receiver), sender }
     }
 }
 
@@ -329,6 +354,8 @@ impl Device for EmbeddedPort {
         (caps.read_segments, caps.write_segments) = (SEGMENTS_MAX, SEGMENTS_MAX);
         caps.merges_reads = true;
         caps.checks_headers = true;
+        caps.offloads = self.offloads;
+        caps.headroom = if self.offloads.virtio_header { offload::LEN as u32 } else { 0 };
         caps
     }
 
@@ -338,14 +365,14 @@ impl Device for EmbeddedPort {
         let rx = if direction.reads() {
             let receiver = ends_now.receiver.take().ok_or(Status::SetupIncomplete)?;
             *lock(&self.wake) = Some(wake);
-            Some(InboxReader::new(receiver))
+            Some(InboxReader::with_headers(receiver, self.offloads.virtio_header))
         } else {
             None
         };
         let tx = direction.writes().then(|| ends_now.sender.new_sender());
         let max = self.info.mtu as usize + ETHERNET_HEADER_LEN;
-        let (ends, wake) = (self.ends.clone(), self.wake.clone());
-        Ok(Box::new(EmbeddedQueue { max, rx, tx, ends, wake }))
+        let (ends, wake, offloads) = (self.ends.clone(), self.wake.clone(), self.offloads);
+        Ok(Box::new(EmbeddedQueue { max, offloads, rx, tx, ends, wake }))
     }
 
     fn stop(&self) -> Result<(), Error> {
@@ -366,8 +393,8 @@ impl Device for EmbeddedPort {
             None => open(&self.name, &self.network)?,
         };
         let mac = Some(self.info.mac);
-        let (ends, _) = Self::ends(&network, &self.wake, &self.monitor, &self.settings, mac)?;
-        *lock(&self.ends) = Some(ends);
+        let (port, limits) = Self::port(&network, &self.wake, &self.settings, mac)?;
+        *lock(&self.ends) = Some(Self::ends(port, limits, &self.monitor, &self.settings));
         Ok(())
     }
 
@@ -393,20 +420,25 @@ impl Device for EmbeddedPort {
             ("send limit", stats.dropped_send_limit),
             ("flood limit", stats.dropped_flood_limit),
             ("receive limit", stats.missed_receive_limit),
+            ("bad offload header", stats.dropped_bad_offload),
+            ("cannot be segmented", stats.dropped_not_segmentable),
         ]
     }
 
-    /// The packets of this port that were copied twice, and what the network's gateway did and did
-    /// not answer.
+    /// The packets of this port that were copied twice, completed or cut, and what the network's gateway
+    /// did and did not answer.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         let monitor = lock(&self.monitor);
         let Some(monitor) = &*monitor else { return Vec::new() };
         let Some(port) = monitor.stats() else { return Vec::new() };
-        let copies = ("second copies", port.received_overflow);
-        let Some(gateway) = monitor.network().gateway() else { return vec![copies] };
+        let own = [
+            ("second copies", port.received_overflow),
+            ("checksums completed", port.completed_in_software),
+            ("cut in software", port.cut_in_software),
+        ];
+        let Some(gateway) = monitor.network().gateway() else { return own.to_vec() };
         let (asked, dhcp) = (gateway.stats(), gateway.dhcp().stats());
-        vec![
-            copies,
+        let of_the_gateway = [
             ("gateway ARP replies", asked.arp_replies),
             ("gateway echo replies", asked.echo_replies),
             ("gateway refused TCP", asked.refused_tcp),
@@ -429,16 +461,15 @@ impl Device for EmbeddedPort {
             ("gateway ARP conflicts", asked.arp_conflicts),
             ("DHCP messages", asked.dhcp_messages),
             ("DHCP messages limited", asked.dhcp_limited),
-        ]
-        .into_iter()
-        .chain(dhcp_counters(&dhcp))
-        .collect()
+        ];
+        own.into_iter().chain(of_the_gateway).chain(dhcp_counters(&dhcp)).collect()
     }
 }
 
 struct EmbeddedQueue {
     /// The longest frame without a tag that the network takes.
     max: usize,
+    offloads: Offloads,
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,
     /// Where the receiver is returned to.
@@ -458,7 +489,10 @@ impl Queue for EmbeddedQueue {
             }
         }
         if let Some(tx) = &mut self.tx {
-            send(cx, tx, self.max);
+            match self.offloads.virtio_header {
+                false => send::<false>(cx, tx, self.max, &self.offloads),
+                true => send_asking(cx, tx, self.max, &self.offloads),
+            }
         }
         let Some(rx) = &mut self.rx else { return Ok(Progress::Idle) };
         if writes_first {
@@ -485,13 +519,31 @@ impl Queue for EmbeddedQueue {
     }
 }
 
-/// Sends the poller's writes. A run of writes to one port is sent together.
+/// As [`send`], for a port whose packets may leave work to others. It is apart from the other, so that
+/// writes of ports without offload do not pay for it.
+#[inline(never)]
+fn send_asking(
+    cx: &mut PollContext<'_>,
+    tx: &mut Sender<PostedSlot>,
+    max: usize,
+    offloads: &Offloads,
+) {
+    send::<true>(cx, tx, max, offloads);
+}
+
+/// Sends the poller's writes. A run of writes to one port is sent together. A packet that leaves work to
+/// others is sent by itself; there are such packets only if `MAY_ASK`.
 #[inline(always)]
-fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
+fn send<const MAY_ASK: bool>(
+    cx: &mut PollContext<'_>,
+    tx: &mut Sender<PostedSlot>,
+    max: usize,
+    offloads: &Offloads,
+) {
     loop {
         let mut first = None;
         let wanted = cx.leading_writes(|packet| {
-            let header = header_of(packet, max);
+            let header = ethernet_of(packet, max).filter(|_| !MAY_ASK || !asks(packet));
             *first.get_or_insert(header) == header && header.is_some()
         });
         let Some(header) = first else { break };
@@ -508,7 +560,7 @@ fn send(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, max: usize) {
                 cx.complete_write(slot);
             }
         } else {
-            send_singly(cx, tx, wanted.max(1));
+            send_singly(cx, tx, wanted.max(1), offloads);
         }
     }
     tx.flush();
@@ -529,25 +581,54 @@ fn longest_write(cx: &mut PollContext<'_>, count: usize) -> usize {
 /// Sends `count` writes one by one, because no buffers can be claimed for them together. All at
 /// once: otherwise the run would be searched for again after each packet.
 #[inline(never)]
-fn send_singly(cx: &mut PollContext<'_>, tx: &mut Sender<PostedSlot>, count: usize) {
+fn send_singly(
+    cx: &mut PollContext<'_>,
+    tx: &mut Sender<PostedSlot>,
+    count: usize,
+    offloads: &Offloads,
+) {
     for _ in 0..count {
         let Some(slot) = cx.take_write() else { break };
         let sent = match slot.guest() {
-            None => tx.send(slot.frame_bytes()),
-            Some(guest) if is_complete(guest) => tx.send_packet(guest.into()),
-            Some(_) => {
-                cx.fail(slot, Status::InvalidArgument);
-                continue;
-            }
+            None => match header_in_front(slot.frame()) {
+                None => tx.send(slot.frame_bytes()),
+                Some(header) => {
+                    tx.send_packet(Packet::from(slot.frame_bytes()).with_offload(&header))
+                }
+            },
+            Some(guest) => match header_of(guest, offloads) {
+                Some(header) => tx.send_packet(Packet::from(guest).with_offload(&header)),
+                None => {
+                    cx.fail(slot, Status::InvalidArgument);
+                    continue;
+                }
+            },
         };
         match sent {
             // vmnet's answer to a packet that is not an Ethernet frame.
-            Sent::Dropped(DropReason::Runt) => cx.fail(slot, Status::InvalidArgument),
+            Sent::Dropped(DropReason::Runt | DropReason::BadOffload) => {
+                cx.fail(slot, Status::InvalidArgument);
+            }
             Sent::Dropped(DropReason::TooBig) => cx.fail(slot, Status::PacketTooBig),
             // The network takes every other frame, and counts those that it drops.
             _ => cx.complete_write(slot),
         }
     }
+}
+
+/// The header in front of a write's packet, if the packet leaves work to others. It was checked when the
+/// write was submitted.
+#[inline]
+fn header_in_front(frame: Option<&Frame>) -> Option<OffloadHeader> {
+    let frame = frame.filter(|frame| frame.has_offload_to_send())?;
+    frame.offload().ok().flatten().filter(|header| !header.is_plain())
+}
+
+/// Whether a write's packet in a frame leaves work to others. One in the memory of a guest has been asked
+/// when its Ethernet header was read.
+#[inline]
+fn asks(packet: &Buffer) -> bool {
+    header_in_front(packet.frame()).is_some()
 }
 
 /// The Ethernet header of a frame as two numbers, which are compared in two steps: its first eight
@@ -577,17 +658,17 @@ impl Header {
 /// The Ethernet header of a frame, if the network takes frames of this length: the header alone to
 /// `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
 #[inline]
-fn header_of(packet: &Buffer, max: usize) -> Option<Header> {
+fn ethernet_of(packet: &Buffer, max: usize) -> Option<Header> {
     match packet.bytes() {
         Some(bytes) if bytes.len() <= max => Some(Header::new(bytes.first_chunk()?)),
-        None if packet.len() <= max => header_of_guest(packet),
+        None if packet.len() <= max => ethernet_of_guest(packet),
         _ => None,
     }
 }
 
 /// The Ethernet header of a guest's packet, if the packet can be sent as it is.
 #[inline(never)]
-fn header_of_guest(packet: &Buffer) -> Option<Header> {
+fn ethernet_of_guest(packet: &Buffer) -> Option<Header> {
     let guest = packet.guest().filter(|guest| is_complete(guest))?;
     let mut header = [0; ETHERNET_HEADER_LEN];
     (guest.copy_to(&mut header) == header.len()).then(|| Header::new(&header))

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use vmring_core::offload;
 use vmring_embedded::inbox::{Collected, Collector};
 
 use crate::device::{PollContext, PostedSlot, Progress};
@@ -63,6 +64,8 @@ impl InboxEnd for Collector<PostedSlot> {
 /// it, and takes back the reads that are cancelled.
 pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
     pub(super) end: I,
+    /// Whether each packet has an offload header in front of it.
+    headers: bool,
     armed: bool,
     /// Reads that a cancel took back from the inbox. The next poll completes them.
     cancelled: VecDeque<PostedSlot>,
@@ -72,7 +75,13 @@ pub(crate) struct InboxReader<I = Collector<PostedSlot>> {
 
 impl<I: InboxEnd> InboxReader<I> {
     pub(crate) fn new(end: I) -> Self {
-        Self { end, armed: false, cancelled: VecDeque::new(), parts: Vec::new() }
+        Self::with_headers(end, false)
+    }
+
+    /// As [`new`](Self::new). If `headers`, the inbox is one that has an offload header in front of
+    /// each packet.
+    pub(crate) fn with_headers(end: I, headers: bool) -> Self {
+        Self { end, headers, armed: false, cancelled: VecDeque::new(), parts: Vec::new() }
     }
 
     /// Disarms the inbox if it is armed, and completes the cancelled reads. Each poll begins with
@@ -103,6 +112,9 @@ impl<I: InboxEnd> InboxReader<I> {
     /// Completes the reads that packets have arrived for, at most [`INBOX_READS_MAX`] per call.
     #[inline(always)]
     pub(crate) fn collect(&mut self, cx: &mut PollContext<'_>) -> Progress {
+        if self.headers {
+            return self.collect_with_headers(cx);
+        }
         for _ in 0..INBOX_READS_MAX {
             let Some(Collected { buffer, len, more, .. }) = self.end.collect() else {
                 return Progress::Idle;
@@ -110,6 +122,23 @@ impl<I: InboxEnd> InboxReader<I> {
             match more {
                 false => cx.complete_filled(buffer, len),
                 true => self.complete_group(cx, buffer, len),
+            }
+        }
+        Progress::More
+    }
+
+    /// As [`collect`](Self::collect), for an inbox with headers.
+    #[inline(never)]
+    fn collect_with_headers(&mut self, cx: &mut PollContext<'_>) -> Progress {
+        for _ in 0..INBOX_READS_MAX {
+            let Some(Collected { buffer, len, more, .. }) = self.end.collect() else {
+                return Progress::Idle;
+            };
+            match more {
+                true => self.complete_group(cx, buffer, len),
+                // In a guest's buffer the sender has written the right header.
+                false if buffer.guest().is_some() => cx.complete_filled(buffer, len),
+                false => cx.complete_read_with_header(buffer, offload::LEN + len),
             }
         }
         Progress::More

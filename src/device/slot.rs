@@ -3,7 +3,9 @@
 use std::fmt;
 
 use static_assertions::const_assert_eq;
-use vmring_core::{Buffer, Class, Frame, GUEST, GuestBuffer, OutOfSpace, SKIP_SUCCESS, SqeRef};
+use vmring_core::{
+    Buffer, Class, Frame, GUEST, GuestBuffer, OutOfSpace, SKIP_SUCCESS, SqeRef, offload,
+};
 
 use vmring_embedded::PacketBuffer;
 
@@ -223,6 +225,10 @@ impl AsMut<[u8]> for PostedSlot {
 impl PacketBuffer for PostedSlot {
     fn guest(&self) -> Option<&GuestBuffer> {
         PostedSlot::guest(self)
+    }
+
+    fn header_and_bytes(&mut self) -> &mut [u8] {
+        self.buffer_with_header_mut(offload::LEN).unwrap_or_default()
     }
 }
 
