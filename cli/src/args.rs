@@ -114,6 +114,11 @@ pub(crate) struct DemoArgs {
     /// reads shows them live
     #[arg(long, value_name = "FILE")]
     pub(crate) capture: Option<PathBuf>,
+    /// With --device embedded or tap: ask for checksum offload and TCP segmentation. Guests on the
+    /// embedded network send each other packets of 64 KiB. On the tap device the guest accepts the
+    /// kernel's large packets but sends none itself
+    #[arg(long)]
+    pub(crate) offload: bool,
     #[cfg(target_os = "linux")]
     #[command(flatten)]
     pub(crate) tap: TapArgs,
@@ -131,10 +136,6 @@ pub(crate) struct TapArgs {
     /// With --device tap: how frames are moved [default: auto]
     #[arg(long, value_name = "NAME", value_parser = ENGINES)]
     pub(crate) engine: Option<vmring::TapEngine>,
-    /// With --device tap: ask for checksum offload and TCP segmentation. The guest accepts the
-    /// kernel's large packets but sends none itself
-    #[arg(long)]
-    pub(crate) offload: bool,
 }
 
 const BRIDGE_NOTES: &str = "\
@@ -312,6 +313,10 @@ pub(crate) struct BenchArgs {
     /// Bytes of a packet, at least 60 [default: 1514, or the device's maximum if that is less]
     #[arg(long, value_name = "BYTES")]
     pub(crate) size: Option<u32>,
+    /// With --device embedded: checksums and segments are left to the device, and packets of up to
+    /// 64 KiB pass. The default size is the longest then
+    #[arg(long)]
+    pub(crate) offload: bool,
     /// Packets submitted at once when they go one way
     #[arg(long, value_name = "PACKETS", default_value_t = 32,
           value_parser = clap::value_parser!(u32).range(1..=256))]

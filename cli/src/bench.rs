@@ -19,16 +19,19 @@ use std::time::{Duration, Instant};
 use crate::args::BenchArgs;
 use crate::device::DeviceName;
 use crate::failure::Failure;
-use crate::report::{grouped, print_json, print_report};
+use crate::report::{grouped, offload_names, print_json, print_report};
 use crate::stop::Stop;
 use crate::system;
 
-use check::{Account, Pattern, SMALLEST};
+use check::{Account, SMALLEST, SMALLEST_OF_TCP};
 use endpoints::{Driving, Endpoints};
 use limits::{SAMPLE, SIZE, window};
 use progress::Clock;
 use setup::Setup;
 use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
+
+/// The bytes of a VLAN tag.
+const VLAN_TAG_LEN: u32 = 4;
 
 /// What is measured one way: which thread drives the rings, and its name.
 const ONE_WAY: [(Driving, &str); 2] = [(Driving::Inline, "inline"), (Driving::Poller, "poller")];
@@ -52,13 +55,25 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
-    let interface = endpoints::start_interface(device, "bench").map_err(Failure::starting)?;
+    let offload = args.offload;
+    if offload && device != DeviceName::Embedded {
+        return Err(Failure::Usage("--offload is for the embedded device".to_owned()));
+    }
+    let interface =
+        endpoints::start_interface(device, "bench", offload).map_err(Failure::starting)?;
     // Packets have no VLAN tag here, without which the longest are shorter.
     let longest = interface.mtu() + vmring::ETHERNET_HEADER_LEN as u32;
-    let size = size(args.size, interface.max_packet_size().min(longest))?;
+    let size = match offload {
+        false => size(args.size, SMALLEST, interface.max_packet_size().min(longest))?,
+        true => {
+            let longest = interface.max_packet_size() - VLAN_TAG_LEN;
+            size(args.size.or(Some(longest)), SMALLEST_OF_TCP, longest)?
+        }
+    };
     let mut summary = Summary {
         device: interface.device_name().to_owned(),
         size,
+        offloads: offload_names(interface.capabilities().offloads),
         batch: args.batch as usize,
         seconds: args.seconds,
         processors: system::processors(),
@@ -69,8 +84,8 @@ fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
     let stop = Stop::on_signals()?;
     let measures = (ONE_WAY.len() + ROUND_TRIP.len()) as u32;
     let total = Duration::from_secs(args.seconds);
-    let setup = Setup { device, size, batch: args.batch as usize, time: total / measures };
-    summary.checks = ChecksSummary::new(cost_of_checks(size));
+    let setup = Setup { device, size, offload, batch: args.batch as usize, time: total / measures };
+    summary.checks = ChecksSummary::new(cost_of_checks(&setup));
     let what = format!("measuring the {} device; Ctrl-C ends it", summary.device);
     let mut clock = Clock::start(&stop, total, (!args.json).then_some(&*what));
     let measured = measure(&setup, &mut clock, &mut summary);
@@ -89,14 +104,14 @@ fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
     outcome
 }
 
-/// The bytes of a packet, on a device that takes up to `max`.
-fn size(asked: Option<u32>, max: u32) -> Result<usize, Failure> {
+/// The bytes of a packet, on a device that takes `min` to `max`.
+fn size(asked: Option<u32>, min: u32, max: u32) -> Result<usize, Failure> {
     let size = asked.unwrap_or(SIZE.min(max));
-    if (SMALLEST..=max).contains(&size) {
+    if (min..=max).contains(&size) {
         return Ok(size as usize);
     }
     Err(Failure::Usage(format!(
-        "a packet has {SMALLEST} to {} bytes on this device, and not {}",
+        "a packet has {min} to {} bytes on this device, and not {}",
         grouped(max.into()),
         grouped(size.into())
     )))
@@ -114,7 +129,7 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
         if !clock.tick() {
             return Ok(());
         }
-        let mut endpoints = Endpoints::start(setup.device, driving, window, setup.size)?;
+        let mut endpoints = Endpoints::start(setup, driving, window)?;
         let (account, rates) = one_way::measure(setup, driving, &mut endpoints, clock)?;
         let rings = finish(setup, endpoints, &account, summary)?;
         summary.one_way.push(OneWaySummary { drive, rates, rings });
@@ -129,7 +144,7 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
             ));
             continue;
         }
-        let mut endpoints = Endpoints::start(setup.device, driving, window, setup.size)?;
+        let mut endpoints = Endpoints::start(setup, driving, window)?;
         let (account, trips) = round_trip::measure(setup, driving, &mut endpoints, clock)?;
         finish(setup, endpoints, &account, summary)?;
         summary.round_trip.push(RoundTripSummary { drive, waits, trips });
@@ -154,9 +169,9 @@ fn finish(
 
 /// The time in nanoseconds that it takes to write and check one packet of the one-way runs, without
 /// any device.
-fn cost_of_checks(size: usize) -> f64 {
+fn cost_of_checks(setup: &Setup) -> f64 {
     const TIME: Duration = Duration::from_millis(20);
-    let pattern = Pattern::new([2; 6], [4; 6], SAMPLE);
+    let (size, pattern) = (setup.size, setup.pattern([2; 6], [4; 6], SAMPLE));
     let mut packets = vec![vec![0; size]; window(1)];
     let (start, mut account) = (Instant::now(), Account::default());
     while start.elapsed() < TIME {
@@ -175,12 +190,12 @@ mod tests {
 
     #[test]
     fn a_size_is_what_the_device_takes() {
-        assert_eq!(size(None, 1514).unwrap(), 1514);
-        assert_eq!(size(None, 65_535).unwrap(), 1514);
-        assert_eq!(size(None, 600).unwrap(), 600);
-        assert_eq!(size(Some(60), 1514).unwrap(), 60);
+        assert_eq!(size(None, SMALLEST, 1514).unwrap(), 1514);
+        assert_eq!(size(None, SMALLEST, 65_535).unwrap(), 1514);
+        assert_eq!(size(None, SMALLEST, 600).unwrap(), 600);
+        assert_eq!(size(Some(60), SMALLEST, 1514).unwrap(), 60);
         for wrong in [0, 59, 1515] {
-            let failure = size(Some(wrong), 1514).unwrap_err();
+            let failure = size(Some(wrong), SMALLEST, 1514).unwrap_err();
             assert_eq!(failure.exit_code(), 2);
             assert!(failure.to_string().contains("60 to 1,514 bytes"), "{failure}");
         }

@@ -8,6 +8,9 @@
 //! 22   guard, made from the number
 //! 30   body, made from the guard
 //! ```
+//!
+//! With offload there are the headers of IPv4 and TCP in front of the number, so that the packet is one
+//! that a device could cut.
 
 use std::collections::BTreeSet;
 
@@ -19,17 +22,24 @@ use crate::stream::Stream;
 /// The smallest packet: Ethernet's minimum without the checksum. A shorter one may be padded on the
 /// way.
 pub(crate) const SMALLEST: u32 = 60;
+/// The smallest packet with offload: all headers, the number and the guard.
+pub(crate) const SMALLEST_OF_TCP: u32 = (LARGE_HEADERS + MARK) as u32;
 
 /// IEEE 802 reserves it for local experiments, so no stack answers it.
 const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
-const BODY: usize = 30;
+/// The bytes of the number and the guard.
+const MARK: usize = 16;
+/// The Ethernet, IPv4 and TCP headers.
+pub(crate) const LARGE_HEADERS: usize = 54;
 /// An odd number with well-mixed bits.
 const FACTOR: u64 = 0xd6e8_feb8_6659_fd93;
 
 /// The packets of one run: how they are made, and how they must arrive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pattern {
-    header: [u8; 14],
+    header: [u8; LARGE_HEADERS],
+    /// The bytes of the header, which are in front of the number: 14, or all with offload.
+    header_len: usize,
     /// The body of one packet in this many is written and compared. A power of two.
     every: u64,
 }
@@ -46,46 +56,64 @@ pub(crate) enum Found {
 
 impl Pattern {
     pub(crate) fn new(from: [u8; 6], to: [u8; 6], every: u64) -> Self {
-        let mut header = [0; 14];
+        let mut header = [0; LARGE_HEADERS];
         header[..6].copy_from_slice(&to);
         header[6..12].copy_from_slice(&from);
-        header[12..].copy_from_slice(&ETHERTYPE);
-        Self { header, every }
+        header[12..14].copy_from_slice(&ETHERTYPE);
+        Self { header, header_len: 14, every }
+    }
+
+    /// As [`new`](Self::new), for packets of TCP over IPv4, all of `len` bytes, whose checksum is left
+    /// to the device.
+    pub(crate) fn of_tcp(self, len: usize) -> Self {
+        let mut header = self.header;
+        header[12..14].copy_from_slice(&[8, 0]);
+        let ip_len = (len - 14) as u16;
+        header[14..18].copy_from_slice(&[0x45, 0, (ip_len >> 8) as u8, ip_len as u8]);
+        // No fragments, 64 hops, TCP, and addresses for documentation (RFC 5737).
+        header[20..24].copy_from_slice(&[0x40, 0, 64, 6]);
+        header[26..34].copy_from_slice(&[192, 0, 2, 1, 192, 0, 2, 2]);
+        header[46..48].copy_from_slice(&[0x50, 0x10]);
+        Self { header, header_len: LARGE_HEADERS, ..self }
     }
 
     /// Writes packet number `number`. `packet` has the packet's length, which is at least
-    /// [`SMALLEST`].
+    /// [`SMALLEST`], and 10 bytes more with offload.
     pub(crate) fn write(&self, packet: &mut [u8], number: u64) {
         let guard = guard(number);
-        packet[..14].copy_from_slice(&self.header);
-        packet[14..22].copy_from_slice(&number.to_le_bytes());
-        packet[22..BODY].copy_from_slice(&guard.to_le_bytes());
+        let (header, rest) = packet.split_at_mut(self.header_len);
+        header.copy_from_slice(&self.header[..self.header_len]);
+        rest[..8].copy_from_slice(&number.to_le_bytes());
+        rest[8..MARK].copy_from_slice(&guard.to_le_bytes());
         if self.has_body(guard) {
-            Stream::new(guard).fill(&mut packet[BODY..]);
+            Stream::new(guard).fill(&mut rest[MARK..]);
         }
     }
 
     /// Checks a packet that was sent with `len` bytes.
     pub(crate) fn inspect(&self, packet: &[u8], len: usize) -> Found {
-        if packet.len() < BODY || packet[12..14] != ETHERTYPE {
+        let header = &self.header[..self.header_len];
+        if packet.len() < header.len() + MARK || packet[12..14] != header[12..14] {
             return Found::Other;
         }
-        let word = |at: usize| u64::from_le_bytes(packet[at..at + 8].try_into().expect("eight"));
-        let number = word(14);
+        let (found, rest) = packet.split_at(header.len());
+        let word = |at: usize| u64::from_le_bytes(rest[at..at + 8].try_into().expect("eight"));
+        let number = word(0);
         let guard = guard(number);
         let whole = packet.len() == len
-            && packet[..12] == self.header[..12]
-            && word(22) == guard
-            && (!self.has_body(guard) || Stream::new(guard).starts_with(&packet[BODY..]));
+            && found == header
+            && word(8) == guard
+            && (!self.has_body(guard) || Stream::new(guard).starts_with(&rest[MARK..]));
         if whole { Found::Number(number) } else { Found::Corrupt }
     }
 
     /// Whether the packet claims to have this number. Faster than [`inspect`](Self::inspect), but
     /// no substitute for it.
-    pub(crate) fn is_number(packet: &[u8], number: u64) -> bool {
-        packet.len() >= BODY
-            && packet[12..14] == ETHERTYPE
-            && packet[14..22] == number.to_le_bytes()
+    pub(crate) fn is_number(&self, packet: &[u8], number: u64) -> bool {
+        let at = self.header_len;
+        packet.len() >= at + MARK
+            && packet[12..14] == self.header[12..14]
+            && packet[at..at + 8] == number.to_le_bytes()
     }
 
     /// Whether this packet has a body. That is decided by the guard and not by the number: every
@@ -235,6 +263,22 @@ mod tests {
             packet
         };
         (0..n).map(packet).collect()
+    }
+
+    #[test]
+    fn one_wrong_bit_of_a_large_packet_is_told() {
+        const LEN: usize = 70;
+        let pattern = Pattern::new(FROM, TO, 1).of_tcp(LEN);
+        let mut packet = vec![0; LEN];
+        pattern.write(&mut packet, 7);
+        assert_eq!(pattern.inspect(&packet, LEN), Found::Number(7));
+        assert!(pattern.is_number(&packet, 7) && !pattern.is_number(&packet, 8));
+        for i in 0..LEN {
+            packet[i] ^= 4;
+            let wrong = if matches!(i, 12 | 13) { Found::Other } else { Found::Corrupt };
+            assert_eq!(pattern.inspect(&packet, LEN), wrong, "{i}");
+            packet[i] ^= 4;
+        }
     }
 
     fn all_well(n: u64) -> Totals {

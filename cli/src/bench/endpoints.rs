@@ -7,10 +7,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use vmring::{Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, Poller, Ring, RingOp};
+use vmring::{
+    Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, OffloadHeader, Poller, Ring,
+    RingOp,
+};
 
 use super::check::Account;
 use super::limits::{CLOSE_TIMEOUT, CONTACT_PAUSE, CONTACT_TIMEOUT, SPINS};
+use super::setup::{Setup, header_of_tcp, offloads};
 use super::summary::RingsSummary;
 use crate::device::DeviceName;
 use crate::dhcp::DhcpArgs;
@@ -46,14 +50,19 @@ impl Driving {
 const HELLO: [u8; 2] = [0x88, 0xb6];
 
 /// Starts an interface on `network`. A TAP is put on the bridge of this network namespace.
-pub(crate) fn start_interface(device: DeviceName, network: &str) -> Result<Interface, Error> {
+pub(crate) fn start_interface(
+    device: DeviceName,
+    network: &str,
+    offload: bool,
+) -> Result<Interface, Error> {
     // The network needs no way out, and TAPs have only a bridge between them.
     #[cfg(target_os = "linux")]
     let mode =
         if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { Mode::Host };
     #[cfg(not(target_os = "linux"))]
     let mode = Mode::Host;
-    Interface::builder().mode(mode).device(device.driver(network, &DhcpArgs::default())).start()
+    let builder = Interface::builder().mode(mode).offloads(offloads(offload));
+    builder.device(device.driver(network, &DhcpArgs::default())).start()
 }
 
 /// A ring, and its frames that are not in it.
@@ -76,27 +85,26 @@ pub(crate) struct Endpoints {
     // The fields are dropped in this order.
     endpoints: Vec<Endpoint>,
     interfaces: Vec<Interface>,
+    /// The header of each packet that is counted, with offload.
+    header: Option<OffloadHeader>,
     _poller: Option<Poller>,
     /// Packets that the kernel had dropped before.
     dropped_before: u64,
 }
 
 impl Endpoints {
-    /// Starts endpoints on a network of their own, with space for `window` packets of `size` bytes
+    /// Starts endpoints on a network of their own, with space for `window` packets of the setup's size
     /// in flight from each.
-    pub(crate) fn start(
-        device: DeviceName,
-        driving: Driving,
-        window: usize,
-        size: usize,
-    ) -> Result<Self, Failure> {
+    pub(crate) fn start(setup: &Setup, driving: Driving, window: usize) -> Result<Self, Failure> {
+        let device = setup.device;
         static RUNS: AtomicU32 = AtomicU32::new(0);
         let dropped_before = dropped(device);
         let network = format!("bench {}", RUNS.fetch_add(1, Ordering::Relaxed));
         let count = if device == DeviceName::Loopback { 1 } else { 2 };
-        let interfaces = iter::repeat_with(|| start_interface(device, &network)).take(count);
+        let interfaces =
+            iter::repeat_with(|| start_interface(device, &network, setup.offload)).take(count);
         let interfaces = interfaces.collect::<Result<_, _>>().map_err(Failure::starting)?;
-        Ok(Self { dropped_before, ..Self::over(interfaces, driving, window, size)? })
+        Ok(Self { dropped_before, ..Self::over(interfaces, driving, window, setup)? })
     }
 
     /// Like [`start`](Self::start), over one interface, or over two on the same network.
@@ -104,10 +112,10 @@ impl Endpoints {
         interfaces: Vec<Interface>,
         driving: Driving,
         window: usize,
-        size: usize,
+        setup: &Setup,
     ) -> Result<Self, Failure> {
         let mut endpoints =
-            Self::open(interfaces, driving, window, size).map_err(Failure::starting)?;
+            Self::open(interfaces, driving, window, setup).map_err(Failure::starting)?;
         endpoints.make_contact()?;
         Ok(endpoints)
     }
@@ -116,12 +124,14 @@ impl Endpoints {
         interfaces: Vec<Interface>,
         driving: Driving,
         window: usize,
-        size: usize,
+        setup: &Setup,
     ) -> Result<Self, Error> {
         let poller = match driving {
             Driving::Inline => None,
             _ => Some(Poller::builder().name("poller").idle(driving.idle()).start()?),
         };
+        let mtu = interfaces[0].mtu() as usize;
+        let header = setup.offload.then(|| header_of_tcp(setup.size, mtu));
         // A write's credit may come back after the packet has arrived.
         let depth = (2 * window).next_power_of_two();
         let open = |interface: &Interface| {
@@ -139,13 +149,13 @@ impl Endpoints {
                 // The full length is set once, so that the body of a packet outside the sample is
                 // this frame's own.
                 frame.reset();
-                frame.set_len(size).expect("a frame has room for the largest packet");
+                make_ready(frame, setup.size, header.as_ref());
             }
             let read = Vec::with_capacity(depth);
             Ok::<_, Error>(Endpoint { ring, free, read, spare, writing: 0 })
         };
         let endpoints = interfaces.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Self { endpoints, interfaces, _poller: poller, dropped_before: 0 })
+        Ok(Self { endpoints, interfaces, header, _poller: poller, dropped_before: 0 })
     }
 
     pub(crate) fn first(&mut self) -> &mut Endpoint {
@@ -249,8 +259,9 @@ impl Endpoints {
             self.collect(&mut Account::default());
             thread::yield_now();
         }
+        let header = self.header;
         for frame in &mut self.last().free {
-            frame.set_len(len).expect("it was so long");
+            make_ready(frame, len, header.as_ref());
         }
     }
 
@@ -303,6 +314,14 @@ impl Endpoint {
         });
         self.writing += self.ring.submit_writes(frames.take(n)).map_err(step)?;
         Ok(())
+    }
+}
+
+/// Gives a frame the length and the header that each of its packets has.
+fn make_ready(frame: &mut Frame, len: usize, header: Option<&OffloadHeader>) {
+    frame.set_len(len).expect("a frame has room for the largest packet");
+    if let Some(header) = header {
+        frame.set_offload(header).expect("a frame has headroom for a header");
     }
 }
 

@@ -20,7 +20,7 @@ pub(crate) fn measure(
 ) -> Result<(Account, Option<Rates>), Failure> {
     let [from, to] = endpoints.addresses();
     let mut run = Run {
-        pattern: Pattern::new(from, to, SAMPLE),
+        pattern: setup.pattern(from, to, SAMPLE),
         account: Account::default(),
         size: setup.size,
         batch: setup.batch,
@@ -167,6 +167,7 @@ mod tests {
         let setup = Setup {
             device: DeviceName::Embedded,
             size: 60,
+            offload: false,
             batch: 8,
             time: Duration::from_millis(200),
         };
@@ -177,7 +178,7 @@ mod tests {
         let interfaces = (0..2).map(start).collect();
         let stop = Stop::new().unwrap();
         let mut clock = Clock::start(&stop, setup.time, None);
-        let mut endpoints = Endpoints::over(interfaces, driving, window(8), setup.size).unwrap();
+        let mut endpoints = Endpoints::over(interfaces, driving, window(8), &setup).unwrap();
         let (account, rates) = measure(&setup, driving, &mut endpoints, &mut clock).unwrap();
         assert!(rates.is_some(), "{account:?}");
         account.totals()

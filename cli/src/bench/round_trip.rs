@@ -24,8 +24,8 @@ pub(crate) fn measure(
 ) -> Result<(Account, Option<Trips>), Failure> {
     let [first, last] = endpoints.addresses();
     let mut run = Run {
-        there: Pattern::new(first, last, 1),
-        back: Pattern::new(last, first, 1),
+        there: setup.pattern(first, last, 1),
+        back: setup.pattern(last, first, 1),
         account: Account::default(),
         size: setup.size,
         sleeps: driving == Driving::Parked,
@@ -104,6 +104,8 @@ impl Run<'_> {
     fn answer(&mut self, mut frame: Frame) -> Result<(), Failure> {
         let (to, from) = frame[..12].split_at_mut(6);
         to.swap_with_slice(from);
+        // The work that was left for this endpoint is left for the next one.
+        frame.forward_offload().map_err(|error| Failure::Step(error.to_string()))?;
         let last = self.endpoints.last();
         // Posts another frame in place of this one, which is not posted again yet.
         last.spare.extend(last.free.pop());
@@ -124,7 +126,7 @@ impl Run<'_> {
             self.endpoints.collect(&mut self.account);
             let end = if last { self.endpoints.last() } else { self.endpoints.first() };
             while let Some(frame) = end.read.pop() {
-                if Pattern::is_number(&frame, number) {
+                if pattern.is_number(&frame, number) {
                     return Ok(Some(frame));
                 }
                 self.account.record(pattern.inspect(&frame, self.size));

@@ -26,6 +26,8 @@ pub(crate) struct Summary {
     pub(crate) engine: Option<&'static str>,
     /// Bytes of a packet.
     pub(crate) size: usize,
+    /// What the packets leave to the device.
+    pub(crate) offloads: Vec<&'static str>,
     /// Packets submitted at once.
     pub(crate) batch: usize,
     pub(crate) seconds: u64,
@@ -192,6 +194,9 @@ impl Summary {
             grouped(self.size as u64),
             self.processors,
         );
+        if !self.offloads.is_empty() {
+            let _ = writeln!(text, "Offloads: {}", self.offloads.join(", "));
+        }
         self.tell_one_way(&mut text);
         self.tell_round_trip(&mut text);
         self.tell_rings(&mut text);

@@ -207,7 +207,8 @@ impl Spec {
         self
     }
 
-    /// Whether the device may have offloads, so that asking for them is worthwhile.
+    /// Whether the device may have offloads, so that asking for them is worthwhile. It is not worthwhile
+    /// on the embedded network of this process, where nobody but the gateway is.
     fn may_offload(&self) -> bool {
         match self {
             #[cfg(target_os = "linux")]

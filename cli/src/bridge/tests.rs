@@ -77,7 +77,7 @@ impl GuestSide {
         let ring = interface.ring(Direction::Both).build().unwrap();
         let control = ring.control();
         let (tell, reports) = channel();
-        let nic = NetworkCard::new(ring, 256, 256);
+        let nic = NetworkCard::new(ring, 256, 256, false);
         let guest = Guest::start(0, interface.mac(), nic, control, tell).unwrap();
         Self { guest, reports, _interface: interface }
     }
@@ -683,7 +683,7 @@ fn a_guests_card_counts_the_packets_that_it_could_not_send_or_receive() {
     let card = |wire: &Wire| {
         let interface = Interface::builder().device(wire.clone()).start().unwrap();
         let ring = interface.ring(Direction::Both).drive(Drive::Inline).build().unwrap();
-        (NetworkCard::new(ring, 8, 8), interface)
+        (NetworkCard::new(ring, 8, 8, false), interface)
     };
     let send = |card: &mut NetworkCard| {
         let token = card.transmit(smoltcp::time::Instant::ZERO).unwrap();
@@ -859,7 +859,7 @@ fn two_ends_are_started_anew_with_what_both_have() {
     }
 }
 
-/// The simulated vmnet grants TCP offloads, the embedded network grants none.
+/// The simulated vmnet grants TCP offloads, and the embedded network is asked for none.
 #[cfg(not(target_os = "macos"))]
 #[test]
 fn both_ends_start_with_what_both_do_or_each_with_its_own() {

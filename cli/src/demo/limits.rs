@@ -41,6 +41,10 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 #[cfg(target_os = "linux")]
 pub(crate) const CHUNK: usize = 256 << 10;
 
+/// The longest IP packet that a guest sends with segmentation offload: the longest that IPv4 has, with
+/// space for an Ethernet header in 65,535 bytes.
+pub(crate) const LARGE_PACKET: u32 = 65_521;
+
 /// Bytes of the TCP window, which is the amount in flight between the guests. It is large enough
 /// that neither waits for the other, and small enough for the processors' caches.
 pub(crate) fn window(mtu: u32) -> usize {

@@ -10,11 +10,17 @@ use std::time::{Duration, Instant as SystemInstant};
 
 use smoltcp::phy::{Checksum, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::time::Instant;
-use smoltcp::wire::ETHERNET_HEADER_LEN;
+use smoltcp::wire::{
+    ETHERNET_HEADER_LEN, EthernetFrame, EthernetProtocol, IpProtocol, Ipv4Packet, TcpPacket,
+    UdpPacket,
+};
 use vmring::device::Capabilities;
-use vmring::{EntryError, Error, Frame, Ring, RingControl, RingOp};
+use vmring::{
+    Checksum as HeaderChecksum, EntryError, Error, Frame, Gso, OffloadHeader, Ring, RingControl,
+    RingOp,
+};
 
-use super::limits::LAST_WRITES_TIMEOUT;
+use super::limits::{LARGE_PACKET, LAST_WRITES_TIMEOUT};
 
 /// Packets that did not arrive, by reason.
 pub(crate) type Losses = BTreeMap<String, u64>;
@@ -25,6 +31,8 @@ pub(crate) struct NetworkCard {
     ring: Ring,
     control: RingControl,
     capabilities: DeviceCapabilities,
+    /// What the stack leaves to the device, if it leaves anything.
+    offload: Option<LeftToDevice>,
     /// Packets for the stack.
     received: VecDeque<Frame>,
     /// Frames that will be posted for reading.
@@ -42,14 +50,21 @@ pub(crate) struct NetworkCard {
 
 impl NetworkCard {
     /// Takes over a ring with nothing in flight. Posts `reads` of its frames for reading and keeps
-    /// `writes` for sending.
-    pub(crate) fn new(ring: Ring, reads: usize, writes: usize) -> Self {
-        let capabilities = capabilities(&ring.capabilities());
+    /// `writes` for sending. If `sends_large`, the stack leaves checksums and segments to the device.
+    pub(crate) fn new(ring: Ring, reads: usize, writes: usize, sends_large: bool) -> Self {
+        let mut capabilities = capabilities(&ring.capabilities());
+        let offload = sends_large.then(|| LeftToDevice { mtu: ring.capabilities().mtu as usize });
+        if sends_large {
+            capabilities.max_transmission_unit = LARGE_PACKET as usize + ETHERNET_HEADER_LEN;
+            capabilities.checksum.tcp = Checksum::None;
+            capabilities.checksum.udp = Checksum::None;
+        }
         let frames = |n| iter::from_fn(|| ring.alloc()).take(n);
         let to_read = frames(reads).collect();
         let free = frames(writes).collect();
         Self {
             capabilities,
+            offload,
             received: VecDeque::with_capacity(reads),
             to_read,
             to_write: VecDeque::with_capacity(writes),
@@ -163,7 +178,10 @@ impl Device for NetworkCard {
         }
         let frame = self.received.pop_front()?;
         let received = Received { frame, to_read: &mut self.to_read };
-        Some((received, ToSend { free: &mut self.free, to_write: &mut self.to_write }))
+        Some((
+            received,
+            ToSend { free: &mut self.free, to_write: &mut self.to_write, offload: self.offload },
+        ))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<ToSend<'_>> {
@@ -171,7 +189,7 @@ impl Device for NetworkCard {
             self.starved = true;
             return None;
         }
-        Some(ToSend { free: &mut self.free, to_write: &mut self.to_write })
+        Some(ToSend { free: &mut self.free, to_write: &mut self.to_write, offload: self.offload })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -191,6 +209,62 @@ fn capabilities(device: &Capabilities) -> DeviceCapabilities {
         capabilities.checksum.udp = Checksum::Tx;
     }
     capabilities
+}
+
+/// What the stack leaves to the device: the checksums of TCP and UDP, and the segments of TCP.
+#[derive(Clone, Copy, Debug)]
+struct LeftToDevice {
+    /// The longest IP packet of the network. A longer one is to be cut.
+    mtu: usize,
+}
+
+impl LeftToDevice {
+    /// Puts the header of a packet of the stack's in front of it. The stack has written no checksum.
+    fn describe(self, frame: &mut Frame) {
+        let Some((checksum, gso, headers)) = partial(frame) else { return };
+        let large = frame.len() > self.mtu + ETHERNET_HEADER_LEN;
+        let header = OffloadHeader {
+            checksum,
+            gso: if large { gso } else { Gso::None },
+            segment_size: if large { (self.mtu + ETHERNET_HEADER_LEN - headers) as u16 } else { 0 },
+            header_len: headers as u16,
+            ..OffloadHeader::NONE
+        };
+        frame.set_offload(&header).expect("the ring's frames have headroom for it");
+    }
+}
+
+/// Makes the checksum of an IPv4 packet partial: writes the sum of its pseudo header. Returns where it
+/// is, how the packet is cut, and the bytes of all headers. `None` for what is neither TCP nor UDP.
+fn partial(frame: &mut [u8]) -> Option<(HeaderChecksum, Gso, usize)> {
+    let mut ethernet = EthernetFrame::new_checked(frame).ok()?;
+    if ethernet.ethertype() != EthernetProtocol::Ipv4 {
+        return None;
+    }
+    let mut ip = Ipv4Packet::new_checked(ethernet.payload_mut()).ok()?;
+    let (protocol, header_len) = (ip.next_header(), usize::from(ip.header_len()));
+    let (src, dst, len) = (ip.src_addr(), ip.dst_addr(), ip.total_len() - header_len as u16);
+    let words = [src.octets(), dst.octets()].into_iter().flat_map(|[a, b, c, d]| {
+        [u32::from(u16::from_be_bytes([a, b])), u32::from(u16::from_be_bytes([c, d]))]
+    });
+    let sum = words.sum::<u32>() + u32::from(u8::from(protocol)) + u32::from(len);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = ((sum & 0xffff) + (sum >> 16)) as u16;
+    let start = ETHERNET_HEADER_LEN + header_len;
+    let (field, gso, transport_len) = match protocol {
+        IpProtocol::Tcp => {
+            let mut tcp = TcpPacket::new_checked(ip.payload_mut()).ok()?;
+            tcp.set_checksum(sum);
+            (16, Gso::TcpV4, usize::from(tcp.header_len()))
+        }
+        IpProtocol::Udp => {
+            UdpPacket::new_checked(ip.payload_mut()).ok()?.set_checksum(sum);
+            (6, Gso::None, 8)
+        }
+        _ => return None,
+    };
+    let checksum = HeaderChecksum::Partial { start: start as u16, offset: field };
+    Some((checksum, gso, start + transport_len))
 }
 
 /// A received packet. Its frame is posted again once the stack has seen it.
@@ -213,6 +287,7 @@ impl RxToken for Received<'_> {
 pub(crate) struct ToSend<'a> {
     free: &'a mut Vec<Frame>,
     to_write: &'a mut VecDeque<Frame>,
+    offload: Option<LeftToDevice>,
 }
 
 impl TxToken for ToSend<'_> {
@@ -222,6 +297,9 @@ impl TxToken for ToSend<'_> {
         frame.reset();
         frame.set_len(len).expect("smoltcp keeps to the interface's MTU");
         let result = f(&mut frame);
+        if let Some(offload) = self.offload {
+            offload.describe(&mut frame);
+        }
         self.to_write.push_back(frame);
         result
     }

@@ -10,7 +10,7 @@ use vmring::{
     RingControl,
 };
 
-use super::limits::{CLOSE_TIMEOUT, depth};
+use super::limits::{CLOSE_TIMEOUT, LARGE_PACKET, depth};
 use super::nic::NetworkCard;
 #[cfg(target_os = "linux")]
 use super::tap;
@@ -29,6 +29,7 @@ pub(crate) struct Settings {
     subnet: Option<Ipv4Range>,
     drive: DriveArg,
     device: DeviceName,
+    offload: bool,
     #[cfg(target_os = "linux")]
     tap: TapArgs,
     dhcp: DhcpArgs,
@@ -51,11 +52,14 @@ impl Settings {
 
     /// The offloads that the device is asked for.
     fn offloads(&self) -> Offloads {
-        #[cfg(target_os = "linux")]
-        if self.has_kernel() {
-            return self.tap.offloads();
-        }
-        Offloads::default()
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.tso4) = (self.offload, self.offload);
+        offloads
+    }
+
+    /// Whether the guests send packets that are longer than the MTU.
+    fn sends_large(&self) -> bool {
+        self.offload && !self.has_kernel()
     }
 
     /// Checks the arguments. Refuses devices and subnets that cannot carry two guests.
@@ -66,6 +70,11 @@ impl Settings {
                 "the loopback device has one interface and the demo needs two that see each other; \
                  use --device embedded"
                     .to_owned(),
+            ));
+        }
+        if args.offload && !(device == DeviceName::Embedded || device.is_tap()) {
+            return Err(Failure::Usage(
+                "--offload is for the embedded and the tap device".to_owned(),
             ));
         }
         #[cfg(target_os = "linux")]
@@ -81,6 +90,7 @@ impl Settings {
             subnet: *subnet,
             drive: *drive,
             device,
+            offload: args.offload,
             #[cfg(target_os = "linux")]
             tap: args.tap,
             dhcp: args.dhcp.clone(),
@@ -115,13 +125,14 @@ pub(crate) struct GuestSide {
     pub(crate) control: RingControl,
     ring: Ring,
     depth: usize,
+    sends_large: bool,
 }
 
 impl GuestSide {
     /// Makes the guest's network card. The interface and the ring's control handle stay with the
     /// caller.
     pub(crate) fn into_nic(self) -> (Interface, RingControl, NetworkCard) {
-        let nic = NetworkCard::new(self.ring, self.depth, self.depth);
+        let nic = NetworkCard::new(self.ring, self.depth, self.depth, self.sends_large);
         (self.interface, self.control, nic)
     }
 }
@@ -158,7 +169,8 @@ impl DemoNetwork {
                 None => builder.device(driver),
             };
             let interface = builder.start()?;
-            let depth = depth(interface.mtu());
+            let longest = if settings.sends_large() { LARGE_PACKET } else { interface.mtu() };
+            let depth = depth(longest);
             let drive = match (settings.drive, &poller) {
                 (DriveArg::Inline, _) => Drive::Inline,
                 (_, Some(poller)) => Drive::Shared(poller),
@@ -171,7 +183,8 @@ impl DemoNetwork {
             };
             let ring = builder.close_timeout(CLOSE_TIMEOUT).build()?;
             let control = ring.control();
-            Ok::<_, Error>(GuestSide { interface, control, ring, depth: depth as usize })
+            let (depth, sends_large) = (depth as usize, settings.sends_large());
+            Ok::<_, Error>(GuestSide { interface, control, ring, depth, sends_large })
         };
         let sides = if settings.has_kernel() { 1 } else { 2 };
         Ok(Self { sides: (0..sides).map(start).collect::<Result<_, _>>()?, poller })

@@ -205,6 +205,9 @@ impl Summary {
             let offloads = self.offloads.join(", ");
             let offloads = if offloads.is_empty() { "none" } else { &offloads };
             let _ = writeln!(text, "Frames moved by {how}; offloads: {offloads}");
+        } else if !self.offloads.is_empty() {
+            let offloads = self.offloads.join(", ");
+            let _ = writeln!(text, "Offloads: {offloads}; the guests send packets of 64 KiB");
         }
         text.push_str(&self.interfaces());
         text.push_str(&self.round_trips());

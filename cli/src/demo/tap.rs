@@ -1,6 +1,5 @@
 //! The demo on the TAP device.
 
-use vmring::device::Offloads;
 use vmring::{MacAddr6, Mode, Tap};
 
 use crate::args::{DemoArgs, TapArgs};
@@ -12,22 +11,16 @@ pub(crate) const HOST_MAC: MacAddr6 = MacAddr6::new(0x02, 0x6b, 0x65, 0x72, 0x6e
 impl TapArgs {
     /// Refuses options that other devices do not have.
     pub(crate) fn check_absent(self) -> Result<(), Failure> {
-        let given = match self {
-            TapArgs { engine: Some(_), .. } => "--engine",
-            TapArgs { offload: true, .. } => "--offload",
-            _ => return Ok(()),
-        };
-        Err(Failure::Usage(format!("{given} is for the tap device; add --device tap")))
+        match self.engine {
+            None => Ok(()),
+            Some(_) => {
+                Err(Failure::Usage("--engine is for the tap device; add --device tap".to_owned()))
+            }
+        }
     }
 
     pub(crate) fn driver(self) -> Tap {
         Tap::new().engine(self.engine.unwrap_or_default()).host_mac(HOST_MAC)
-    }
-
-    pub(crate) fn offloads(self) -> Offloads {
-        let mut offloads = Offloads::default();
-        (offloads.checksum, offloads.tso4) = (self.offload, self.offload);
-        offloads
     }
 }
 

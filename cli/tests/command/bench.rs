@@ -58,6 +58,19 @@ fn whole(report: &Value, size: u64, batch: u64) {
     assert!(number(&report["checks"]["one_way_ns_per_packet"]) > 0.0);
 }
 
+/// With offload, packets that are to be cut, and packets of one frame whose checksum is left.
+#[test]
+fn packets_of_64_kib_are_measured_with_offload() {
+    for (size, arguments) in [(65_549, &[][..]), (600, &["--size", "600"])] {
+        let report = bench(&[&["--offload"], arguments].concat());
+        whole(&report, size, 32);
+        assert_eq!(report["offloads"], serde_json::json!(["checksum", "tso4", "virtio_header"]));
+    }
+    let too_long = refused(&["bench", "--offload", "--size", "65550"]);
+    assert!(too_long.contains("70 to 65,549 bytes"), "{too_long}");
+    assert!(refused(&["bench", "--offload", "--device", "loopback"]).contains("--offload is for"));
+}
+
 #[test]
 fn a_bench_in_this_process_has_every_figure_and_loses_nothing() {
     for (device, size, batch) in

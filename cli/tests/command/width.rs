@@ -17,6 +17,8 @@ fn fits(arguments: &[&str]) -> String {
 fn reports_fit_into_80_columns() {
     fits(&["info"]);
     fits(&["demo", "--bytes", "1M", "--drive", "shared", "--subnet", "192.168.100.201/24"]);
+    fits(&["demo", "--bytes", "1M", "--offload"]);
+    fits(&["bench", "--seconds", "1", "--offload"]);
     fits(&["bench", "--seconds", "1"]);
     if cfg!(not(target_os = "macos")) {
         fits(&["demo", "--device", "vmnet-sim", "--bytes", "1K"]);
