@@ -12,9 +12,10 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use loom::thread;
 use vmring_core::guest::{GuestMemory, GuestRegion};
+use vmring_core::offload::{Checksum, OffloadHeader};
 use vmring_core::{GuestBuffer, HeapBacking, SegmentTable};
 use vmring_embedded::inbox::{Collected, Collector, Delivery, Inbox, Refused};
-use vmring_embedded::packet::PacketBuffer;
+use vmring_embedded::packet::{Packet, PacketBuffer};
 
 /// A buffer that knows its number. Loom watches accesses to it through the inbox's cells.
 #[derive(Debug)]
@@ -89,6 +90,45 @@ fn two_senders_lose_nothing_and_keep_their_order() {
         assert!(seen.contains(&[2, 0]));
         other.join().unwrap();
         first.join().unwrap();
+    });
+}
+
+/// A packet that waits has its header with it, and one that does not wait too.
+#[test]
+fn a_header_arrives_with_its_packet_whichever_way_it_takes() {
+    check(|| {
+        let inbox = Arc::new(Inbox::with_headers(2, 1, 2));
+        let mut collector = Inbox::open(&inbox, StdArc::new(|| {})).unwrap();
+        collector.post(vec![0xee; 14]).unwrap();
+        let send = |id: u8| {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                let checksum = Checksum::Partial { start: id.into(), offset: 0 };
+                let header = OffloadHeader { checksum, ..OffloadHeader::NONE };
+                let bytes = [id, id];
+                let packet = Packet::from(&bytes[..]).with_offload(&header);
+                assert!(!matches!(inbox.deliver_packet(packet), Delivery::Dropped(_)));
+            })
+        };
+        let senders = [send(1), send(2)];
+        let mut seen = Vec::new();
+        while seen.len() < 2 {
+            match collector.collect() {
+                Some(Collected { buffer, len: 2, .. }) => {
+                    let header = OffloadHeader::parse(buffer.first_chunk().unwrap()).unwrap();
+                    let id = buffer[12];
+                    let checksum = Checksum::Partial { start: id.into(), offset: 0 };
+                    assert_eq!((header.checksum, buffer[13]), (checksum, id));
+                    seen.push(id);
+                    collector.post(buffer).unwrap();
+                }
+                Some(packet) => panic!("{packet:?}"),
+                None => thread::yield_now(),
+            }
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, [1, 2]);
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
     });
 }
 
