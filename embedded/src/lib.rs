@@ -6,7 +6,8 @@
 //! receiver lends empty buffers to the network and gets them back with packets. The thread that
 //! calls the sender does the forwarding: it copies each frame once, straight into a buffer that the
 //! receiver has posted. A buffer is anything that exclusively owns bytes ([`PacketBuffer`]), or is in
-//! the memory of a guest.
+//! the memory of a guest. A port can leave checksums and segments to others; see
+//! [`network`](network#offload).
 //!
 //! ```
 //! use std::sync::Arc;

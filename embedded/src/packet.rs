@@ -80,10 +80,12 @@ impl<'p> From<&'p GuestBuffer> for Packet<'p> {
 
 impl<'p> Packet<'p> {
     /// The same packet with the work that its sender has left to others: a checksum to complete, or
-    /// segments to cut. A guest's header is copied once, and this is the copy.
+    /// segments to cut. A guest's header is copied once, and this is the copy. If the header leaves no
+    /// work, nothing of it reaches a receiver, so its other fields need not be sound.
     #[must_use]
     pub fn with_offload(self, header: &OffloadHeader) -> Self {
-        Self { offload: header.for_sending(), ..self }
+        let offload = if header.is_plain() { OffloadHeader::NONE } else { header.for_sending() };
+        Self { offload, ..self }
     }
 
     /// The packet in a guest's buffer, which begins with this Ethernet header.

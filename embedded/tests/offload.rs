@@ -226,6 +226,28 @@ fn hostile_headers_cost_their_packet() {
     assert_eq!(alice.receiver.stats().dropped_not_segmentable, 5);
 }
 
+/// Goal: of a header that leaves no work, nothing reaches the receiver.
+#[test]
+fn a_header_that_leaves_no_work_is_not_passed_on() {
+    let network = network();
+    let mut alice = Station::join(&network, 1, ALL);
+    let mut bob = Station::join(&network, 2, ALL);
+    let frame = data(bob.mac, alice.mac, &[1; 60]);
+    for checksum in [Checksum::Complete, Checksum::DataValid] {
+        let header = OffloadHeader {
+            checksum,
+            gso: Gso::None,
+            ecn: true,
+            segment_size: 0xffff,
+            header_len: 9999,
+            num_buffers: 7,
+        };
+        assert_eq!(alice.send(&frame, &header), Sent::Forwarded);
+        let plain = OffloadHeader { num_buffers: 1, ..OffloadHeader::NONE };
+        assert_eq!(bob.receive(), [(frame.clone(), plain)]);
+    }
+}
+
 /// Goal: completing a checksum forges nothing that the network has looked at. Method: ARP packets of a
 /// bound port whose header asks for a sum in the sender's address, or in the EtherType behind a tag.
 #[test]
