@@ -1,5 +1,6 @@
-//! Hostile frames through the switch. It must not panic, every frame that arrives must be complete,
-//! and every buffer must come back.
+//! Hostile frames, with hostile offload headers, through the switch. It must not panic, every frame that
+//! arrives must be complete, nobody may get work that he did not negotiate, and every buffer must come
+//! back.
 #![no_main]
 
 mod frames;
@@ -9,10 +10,13 @@ use core::time::Duration;
 use frames::{Frame, GATEWAY, LAST, MASK};
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
+use vmring_core::offload::{Checksum, Gso, LEN, OffloadHeader, Offloads};
 use vmring_embedded::clock::{Clock, ManualClock};
+use vmring_embedded::limits::VLAN_TAG_LEN;
+use vmring_embedded::software::{self, Left};
 use vmring_embedded::{
-    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, PortConfig, PortPolicy, Sent,
-    SourceRule,
+    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, Packet, Port, PortConfig,
+    PortPolicy, Sent, SourceRule,
 };
 
 #[derive(Arbitrary, Debug)]
@@ -23,6 +27,8 @@ struct Input<'a> {
     uplink: bool,
     /// The second port's rule.
     rule: Rule,
+    /// The offloads of both ports, a bit for each.
+    offloads: [u8; 2],
     steps: Vec<Step<'a>>,
 }
 
@@ -45,11 +51,63 @@ impl Rule {
 
 #[derive(Arbitrary, Debug)]
 enum Step<'a> {
-    Send { from_second: bool, frame: Frame<'a> },
+    Send { from_second: bool, frame: Frame<'a>, header: Option<[u8; LEN]>, ip: Option<Ip> },
     Post { to_second: bool },
     Collect { of_second: bool },
     Recall { of_second: bool },
     Wait { seconds: u16 },
+}
+
+/// Turns a frame into an IP packet that can be cut, or few inputs would get past the first check.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+struct Ip {
+    v4: bool,
+    tcp: bool,
+    more: u16,
+    segment_size: u16,
+}
+
+impl Ip {
+    fn follow(self, frame: &mut Vec<u8>) -> OffloadHeader {
+        let ip_len = if self.v4 { 20 } else { 40 };
+        let (transport_len, field) = if self.tcp { (20, 16) } else { (8, 6) };
+        let start = 14 + ip_len;
+        frame.resize(frame.len().max(start + transport_len) + usize::from(self.more), 7);
+        let len = frame.len() - start;
+        let protocol = if self.tcp { 6 } else { 17 };
+        if self.v4 {
+            frame[12..14].copy_from_slice(&[8, 0]);
+            frame[14] = 0x45;
+            frame[16..18].copy_from_slice(&((len + 20) as u16).to_be_bytes());
+            (frame[20], frame[21], frame[23]) = (0, 0, protocol);
+        } else {
+            frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+            (frame[14], frame[20]) = (0x60, protocol);
+            frame[18..20].copy_from_slice(&(len as u16).to_be_bytes());
+        }
+        match self.tcp {
+            true => (frame[start + 12], frame[start + 13]) = (0x50, 0x10),
+            false => frame[start + 4..start + 6].copy_from_slice(&(len as u16).to_be_bytes()),
+        }
+        let gso = match (self.tcp, self.v4) {
+            (true, true) => Gso::TcpV4,
+            (true, false) => Gso::TcpV6,
+            (false, _) => Gso::UdpL4,
+        };
+        OffloadHeader {
+            checksum: Checksum::Partial { start: start as u16, offset: field },
+            gso: if self.segment_size == 0 { Gso::None } else { gso },
+            segment_size: self.segment_size,
+            ..OffloadHeader::NONE
+        }
+    }
+}
+
+fn offloads(bits: u8) -> Offloads {
+    let mut offloads = Offloads::default();
+    (offloads.checksum, offloads.tso4) = (bits & 1 != 0, bits & 2 != 0);
+    (offloads.tso6, offloads.uso) = (bits & 4 != 0, bits & 8 != 0);
+    offloads
 }
 
 /// A clock that the test advances.
@@ -70,7 +128,7 @@ fuzz_target!(|input: Input| {
     let clock = Arc::new(ManualClock::new());
     let network = Network::<Vec<u8>>::with_clock(config, Box::new(Shared(clock.clone())))
         .expect("the configuration is possible");
-    let room = network.max_packet_size();
+    let frame_len = network.max_packet_size();
     let gateway = network.gateway().map_or([2; 6], |gateway| gateway.mac().into_array());
     let join = |id| {
         let wake = Arc::new(|| {});
@@ -78,20 +136,32 @@ fuzz_target!(|input: Input| {
         let isolated = input.isolated && id == 1 && !uplink;
         let source = if id == 2 { input.rule.source() } else { SourceRule::Any };
         let policy = PortPolicy { source, ..PortPolicy::default() };
-        let config = PortConfig { isolated, uplink, policy, ..PortConfig::new([id; 16], wake) };
-        network.join(config).expect("there is room for two").split()
+        let offloads = offloads(input.offloads[usize::from(id) - 1]);
+        let config =
+            PortConfig { isolated, uplink, policy, offloads, ..PortConfig::new([id; 16], wake) };
+        network.join(config).expect("there is room for two")
     };
-    let (mut ports, mut posted) = ([join(1), join(2)], [0usize; 2]);
+    let ports = [join(1), join(2)];
+    // What each does itself, the longest packet, and the bytes in front of it.
+    let able = ports.each_ref().map(Port::offloads);
+    let longest = ports.each_ref().map(Port::max_packet_size);
+    let front = able.map(|able| if able.virtio_header { LEN } else { 0 });
+    let rooms = [0, 1].map(|i| front[i] + longest[i]);
+    let (mut ports, mut posted) = (ports.map(Port::split), [0usize; 2]);
     // The one address that the second port has sent from, if its rule says that it has one.
     let mut only = None;
     let macs = [0, 1].map(|i: usize| ports[i].0.mac().into_array());
 
     for step in &input.steps {
         match step {
-            Step::Send { from_second, frame } => {
-                let frame = frame.bytes(&macs, gateway);
-                let sender = &mut ports[usize::from(*from_second)].1;
-                let sent = sender.send(&frame);
+            Step::Send { from_second, frame, header, ip } => {
+                let from = usize::from(*from_second);
+                let mut frame = frame.bytes(&macs, gateway);
+                let asked = ip.map(|ip| ip.follow(&mut frame));
+                let drawn = header.and_then(|header| OffloadHeader::parse(&header).ok());
+                let header = asked.or(drawn).unwrap_or_default();
+                let sender = &mut ports[from].1;
+                let sent = sender.send_packet(Packet::from(&frame[..]).with_offload(&header));
                 if *from_second && !matches!(input.rule, Rule::Any) {
                     let source = frame.get(6..12).map(<[u8]>::to_vec);
                     match sent {
@@ -101,30 +171,52 @@ fuzz_target!(|input: Input| {
                         _ => {}
                     }
                 }
+                let asks = !header.is_plain();
                 match sent {
                     Sent::Dropped(DropReason::Runt) => assert!(frame.len() < 14),
-                    Sent::Dropped(DropReason::TooBig) => assert!(frame.len() > room),
-                    _ => assert!((14..=room).contains(&frame.len())),
+                    Sent::Dropped(DropReason::TooBig) => {
+                        // A frame without a tag is shorter than one with.
+                        let is_long = frame.len() > frame_len - VLAN_TAG_LEN;
+                        assert!(is_long || asks && header.gso != Gso::None);
+                    }
+                    Sent::Dropped(DropReason::BadOffload | DropReason::NotSegmentable) => {
+                        assert!(asks);
+                    }
+                    _ if asks => {
+                        assert_eq!(software::left_by(&able[from], &header), Left::Nothing);
+                        assert!((14..=longest[from]).contains(&frame.len()));
+                    }
+                    _ => assert!((14..=frame_len).contains(&frame.len())),
                 }
                 sender.flush();
             }
             Step::Post { to_second } => {
                 let i = usize::from(*to_second);
-                match ports[i].0.post(vec![0; room]) {
+                match ports[i].0.post(vec![0; rooms[i]]) {
                     Ok(()) => posted[i] += 1,
-                    Err(buffer) => assert_eq!(buffer.len(), room),
+                    Err(buffer) => assert_eq!(buffer.len(), rooms[i]),
                 }
             }
             Step::Collect { of_second } => {
                 let i = usize::from(*of_second);
                 if let Some((buffer, len)) = ports[i].0.collect() {
-                    assert!(buffer.len() == room && (14..=room).contains(&len));
+                    assert!(buffer.len() == rooms[i] && (14..=longest[i]).contains(&len));
+                    if front[i] > 0 {
+                        let header = buffer.first_chunk().map(OffloadHeader::parse);
+                        let header = header.expect("12 bytes").expect("a sound header");
+                        assert_eq!(header.num_buffers, 1);
+                        assert_eq!(header.validate(len), Ok(()));
+                        assert_eq!(software::left_by(&able[i], &header), Left::Nothing);
+                        assert!(header.gso != Gso::None || len <= frame_len);
+                    } else {
+                        assert!(len <= frame_len);
+                    }
                     posted[i] -= 1;
                 }
             }
             Step::Recall { of_second } => {
                 let i = usize::from(*of_second);
-                posted[i] -= ports[i].0.recall(|buffer| assert_eq!(buffer.len(), room));
+                posted[i] -= ports[i].0.recall(|buffer| assert_eq!(buffer.len(), rooms[i]));
             }
             Step::Wait { seconds } => clock.advance(Duration::from_secs((*seconds).into())),
         }
