@@ -31,7 +31,7 @@
 //!
 //! A packet that leaves work to others is copied by itself: several of them are not claimed together.
 //! A header that is not true of its packet fails the write with
-//! [`Status::InvalidArgument`](crate::Status::InvalidArgument).
+//! [`Status::InvalidArgument`].
 
 mod limits_control;
 
