@@ -213,8 +213,10 @@ Options of a socket: mac=ADDRESS (the guest has this address and no other),
 mac=learn (the first one that it uses), isolated (the guest reaches the gateway
 or the uplink, and no other guest), queues=NUMBER, config (the front end may read
 the address and the MTU), seals (memory that can shrink is refused), announce
-(the guest announces itself after a migration), and limits: send=, receive= in
-bytes per second; send-packets=, receive-packets=, floods= in packets.
+(the guest announces itself after a migration), offload=off (checksums and
+segments are the guest's work: faster for one that does not offload), and limits:
+send=, receive= in bytes per second; send-packets=, receive-packets=, floods= in
+packets.
 Examples:
   vmring serve --network embedded:lab --listen vhost-user:/tmp/vm0.sock
   qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on \

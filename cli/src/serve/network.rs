@@ -64,7 +64,9 @@ impl Ports {
 
     /// A port for a guest.
     fn guest(&self, spec: &ListenSpec, id: [u8; 16]) -> Result<Interface, Error> {
-        let builder = self.builder().interface_id(id).isolated(spec.isolated);
+        // A guest that does not accept what its port delivers gets a copy that is completed or cut.
+        let offloads = if spec.offload { Offloads::ALL } else { Offloads::default() };
+        let builder = self.builder().interface_id(id).isolated(spec.isolated).offloads(offloads);
         let limits = LimitsControl::new(spec.limits);
         let driver = self.driver.clone().limits(&limits);
         let (builder, rule) = match spec.mac.unwrap_or(MacRule::Any) {

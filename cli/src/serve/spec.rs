@@ -96,6 +96,8 @@ pub(crate) struct ListenSpec {
     pub(crate) demand_seals: bool,
     /// Whether the guest announces itself after a migration.
     pub(crate) announce: bool,
+    /// Whether the guest may leave checksums and segments to others.
+    pub(crate) offload: bool,
 }
 
 /// Where the connections of a `--listen` come from.
@@ -195,6 +197,7 @@ impl FromStr for ListenSpec {
                 ("config", "") => spec.config = true,
                 ("seals", "") => spec.demand_seals = true,
                 ("announce", "") => spec.announce = true,
+                ("offload", "on" | "off") => spec.offload = option == "offload=on",
                 ("queues", number) => spec.queues = Some(queues(number)?),
                 ("send", rate) => spec.limits.send.bytes = Some(bytes(rate)?),
                 ("receive", rate) => spec.limits.receive.bytes = Some(bytes(rate)?),
@@ -204,8 +207,8 @@ impl FromStr for ListenSpec {
                 _ => {
                     return Err(format!(
                         "there is no option '{option}' of a socket; use client, mac=ADDRESS, \
-                         isolated, queues=NUMBER, config, seals, announce or a limit (a comma in a path is \
-                         written twice)"
+                         isolated, queues=NUMBER, config, seals, announce, offload=off or a limit (a \
+                         comma in a path is written twice)"
                     ));
                 }
             }
@@ -251,6 +254,7 @@ impl ListenSpec {
             config: false,
             demand_seals: false,
             announce: false,
+            offload: true,
         }
     }
 
@@ -303,8 +307,8 @@ mod tests {
         assert_eq!(spec("vhost-user:/run/a.sock"), plain);
         assert_eq!(spec("vhost-user:fd=3").place, Place::Descriptor(3));
         let all = spec(
-            "vhost-user:a,,b:c,client,mac=52:54:00:00:00:01,isolated,queues=4,config,seals,announce,send=8M,\
-             receive=1K,send-packets=1000,receive-packets=1,floods=9",
+            "vhost-user:a,,b:c,client,mac=52:54:00:00:00:01,isolated,queues=4,config,seals,announce,\
+             offload=off,send=8M,receive=1K,send-packets=1000,receive-packets=1,floods=9",
         );
         let rate = |per_second, burst| {
             let number = |n| NonZeroU64::new(n).expect("it is not 0");
@@ -327,6 +331,7 @@ mod tests {
                 config: true,
                 demand_seals: true,
                 announce: true,
+                offload: false,
             }
         );
         assert_eq!(spec("vhost-user:a,mac=learn").mac, Some(MacRule::Learn));
@@ -349,6 +354,7 @@ mod tests {
             ("vhost-user:a,queues=0", "1 to 128 pairs"),
             ("vhost-user:a,queues=129", "1 to 128 pairs"),
             ("vhost-user:a,isolated=yes", "no option 'isolated=yes'"),
+            ("vhost-user:a,offload=some", "no option 'offload=some'"),
             ("vhost-user:a,frob", "no option 'frob'"),
             ("vhost-user:a,send=fast", "a size is a number of bytes"),
             ("vhost-user:a,floods=0", "1 or more packets per second, and not '0'"),
