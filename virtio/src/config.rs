@@ -18,8 +18,8 @@ pub struct NetConfig {
 pub(crate) const NET_CONFIG_LEN: usize = 12;
 
 impl NetConfig {
-    /// The bytes, in the order of virtio 1: little-endian.
-    pub(crate) fn bytes(self) -> [u8; NET_CONFIG_LEN] {
+    /// The bytes of the configuration space, in the order of virtio 1: little-endian.
+    pub fn bytes(self) -> [u8; NET_CONFIG_LEN] {
         let mut bytes = [0; NET_CONFIG_LEN];
         bytes[..6].copy_from_slice(&self.mac);
         let numbers = [self.status, self.max_virtqueue_pairs, self.mtu];
