@@ -31,7 +31,7 @@ fn safe_api() {
     ];
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    for folder in ["src", "ring/src", "embedded/src", "virtio/src"] {
+    for folder in ["src", "ring/src", "embedded/src", "virtio/src", "rust-vmm/src"] {
         sources(&root.join(folder), &mut files);
     }
     assert!(files.len() > 20, "{files:?}");
