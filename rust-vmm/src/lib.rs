@@ -2,8 +2,10 @@
 //! [rust-vmm](https://github.com/rust-vmm) crates.
 
 mod memory;
+mod queue;
 
 pub use memory::{MemoryError, MemorySource, region};
+pub use queue::{QueueConversionError, QueueDescription};
 
 pub use virtio_queue;
 pub use vm_memory;

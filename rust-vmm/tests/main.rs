@@ -1,3 +1,4 @@
 //! The crate's tests, as one program.
 
+mod conversions;
 mod memory;
