@@ -133,7 +133,14 @@ pub(crate) fn queues() -> [ActiveQueue; 2] {
 pub(crate) fn start(
     network: &str,
 ) -> (VirtioNet, Guest, GuestMemoryAtomic<Memory>, Arc<Interrupts>) {
-    let mut net = VirtioNet::new(interface(network), NetSettings::default()).expect("a device");
+    start_over(interface(network))
+}
+
+/// The same over an interface.
+pub(crate) fn start_over(
+    interface: Interface,
+) -> (VirtioNet, Guest, GuestMemoryAtomic<Memory>, Arc<Interrupts>) {
+    let mut net = VirtioNet::new(interface, NetSettings::default()).expect("a device");
     let (memory, interrupts) = (memory(), Arc::new(Interrupts::default()));
     let guest = Guest::new(&memory, net.features());
     let features = net.features();

@@ -2,6 +2,7 @@
 
 mod conversions;
 mod guest;
+mod late;
 mod life;
 mod memory;
 mod updates;
@@ -13,6 +14,18 @@ mod driver;
 #[allow(dead_code, unused_imports)]
 #[path = "../../virtio/tests/support/mod.rs"]
 mod support;
+// An interface that does what a test says.
+#[allow(dead_code)]
+#[path = "../../virtio/tests/net/wire.rs"]
+mod wire;
+
+/// What the wire wants to know of a guest.
+mod net {
+    pub(crate) mod guest {
+        pub(crate) use crate::guest::HEADER;
+    }
+}
+
 #[allow(dead_code)]
 #[path = "../examples/vmm_loop.rs"]
 mod vmm_loop;
