@@ -231,6 +231,100 @@ fn a_completion_has_the_length_that_arrived() {
     assert_eq!((read(412), read(0x800)), (Some([9; 100]), Some([9; 100])));
 }
 
+/// The completions of one packet count down, whatever their buffers are. Those of others do not, even
+/// if they carry a number of their device's.
+#[test]
+fn the_parts_of_a_packet_count_down() {
+    let table = table(0x1000, 16);
+    let pool = pool();
+    let regions = Regions::new(vec![pool.clone()]).and_then(|r| r.with_segment_table(&table));
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(8, 1, 1), regions.expect("two regions"), u32::MAX);
+    for number in 0..5 {
+        let buffer = table.buffer([(64 * number, 40)], 12).expect("valid");
+        match number {
+            1 => {
+                let frame = pool.alloc().expect("a frame");
+                sq_producer.push(Class::Read, frame, number).expect("a credit");
+            }
+            _ => sq_producer.push_guest(Class::Read, 0, buffer, number).expect("a credit"),
+        }
+    }
+    sq_producer.publish();
+    sq_consumer.ready();
+    for number in 0..5 {
+        let (mut buffer, user_data) = sq_consumer.front().expect("a read").take();
+        match number {
+            0 => buffer.guest_mut().expect("a guest's").set_len(28).expect("it has 28"),
+            1 => buffer.set_frame_len(50).expect("it has 64"),
+            2 => buffer.guest_mut().expect("a guest's").set_part_len(40).expect("it has 40"),
+            _ => {}
+        }
+        match number {
+            0..2 => cq_producer.push_part(buffer, user_data, 2 - number),
+            2 => cq_producer.push(Class::Read, buffer, user_data, Outcome::Done),
+            _ => cq_producer.push(Class::Read, buffer, user_data, Outcome::Refused(9)),
+        }
+    }
+    cq_producer.publish();
+    assert_eq!(cq_consumer.ready(), 5);
+    let mut seen = Vec::new();
+    while let Some(reaped) = cq_consumer.pop() {
+        assert_eq!(reaped.frame.is_some(), reaped.user_data == 1);
+        seen.push((reaped.user_data, reaped.len, reaped.more, reaped.outcome));
+    }
+    let refused = Outcome::Refused(9);
+    assert_eq!(
+        seen[..3],
+        [(0, 28, 2, Outcome::Done), (1, 50, 1, Outcome::Done), (2, 40, 0, Outcome::Done)]
+    );
+    assert_eq!(seen[3..], [(3, 28, 0, refused), (4, 28, 0, refused)]);
+    assert_eq!(table.slots_in_use(), 0);
+}
+
+/// A frame of no pool of the ring, given back as a part, is a misuse, as in other completions.
+#[test]
+#[should_panic(expected = "more completions than credits")]
+fn a_part_in_a_foreign_frame_is_a_misuse() {
+    let regions = Regions::new(vec![pool()]).expect("a region");
+    let (.., mut cq_producer) = rings(Depths::new(1, 1, 1), regions, 0);
+    let foreign = pool();
+    cq_producer.push_part(foreign.alloc().expect("a frame").into(), 0, 1);
+}
+
+/// A later part of a packet begins with the first byte of its buffer.
+#[test]
+fn a_later_part_has_no_header() {
+    let table = table(0x1000, 16);
+    let mut buffer = table.buffer([(0, 5), (0x100, 20)], 12).expect("valid");
+    assert!(buffer.set_part_len(26).is_err());
+    assert_eq!((buffer.header_len(), buffer.len()), (12, 13), "nothing has changed");
+    buffer.set_part_len(21).expect("it has 25");
+    assert_eq!((buffer.header_len(), buffer.len(), buffer.capacity()), (0, 21, 25));
+    assert_eq!(places(buffer.packet()), [(0, 5), (0x100, 16)]);
+}
+
+/// Bytes are copied between parts of lists of segments, however the lists are cut.
+#[test]
+fn parts_of_segments_are_copied() {
+    let table = table(0x1000, 64);
+    let from = table.buffer([(0, 3), (0x10, 0), (0x20, 7), (0x30, 10)], 0).expect("valid");
+    let to = table.buffer([(0x100, 8), (0x120, 1), (0x140, 30)], 0).expect("valid");
+    assert_eq!(from.segments().copy_from(b"0123456789abcdefghij"), 20);
+    assert_eq!(places(from.segments().skip_bytes(4).take_bytes(9)), [(0x21, 6), (0x30, 3)]);
+    assert!(from.segments().skip_bytes(21).next().is_none());
+    for (skip, len, at) in [(0, 20, 0), (4, 9, 5), (19, 1, 38), (3, 0, 0)] {
+        assert_eq!(to.segments().copy_from(&[b'.'; 39]), 39);
+        let part = from.segments().skip_bytes(skip).take_bytes(len);
+        to.segments().skip_bytes(at).copy_from_segments(part);
+        let mut seen = [0; 39];
+        assert_eq!(to.segments().copy_to(&mut seen), 39);
+        let mut expected = [b'.'; 39];
+        expected[at..at + len].copy_from_slice(&b"0123456789abcdefghij"[skip..skip + len]);
+        assert_eq!(seen, expected, "{skip} {len} {at}");
+    }
+}
+
 proptest! {
     /// Buffers are made, moved through queues and dropped at random, against lists of ranges.
     #[test]
