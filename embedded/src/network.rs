@@ -410,7 +410,7 @@ const NO_UPLINK: u32 = u32::MAX;
 /// The network has had an uplink, which has left.
 const UPLINK_AWAY: u32 = u32::MAX - 1;
 
-/// Who gets a frame that is not for the gateway and not for one known address.
+/// The ports that get a frame which is not for the gateway and not for one known address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Audience {
     /// One port, which is the uplink.

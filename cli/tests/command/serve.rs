@@ -539,7 +539,7 @@ fn a_server_takes_over_inherited_sockets() {
     assert_eq!(last_end(&report, 0), "has left");
 }
 
-/// Who has started the server is told when guests can join, and when it ends.
+/// The program that has started the server is told when guests can join, and when it ends.
 #[test]
 fn a_service_manager_is_told() {
     let folder = scratch("serve ready");

@@ -62,7 +62,7 @@ fn run(mut device: NetDevice, calls: &Receiver<Call>) -> NetDevice {
             }
         }
         pending.retain_mut(|call| call(&mut device).is_pending());
-        // Whoever sends a call wakes the device after it.
+        // The sender of a call wakes the device after it.
         if !idle.stays_awake(&moved) && device.arm() {
             let timeout = moved.deadline.map(|at| at.saturating_duration_since(Instant::now()));
             wait([Some((device.as_fd(), Wish::Read))], timeout);

@@ -55,7 +55,7 @@ pub struct Settings {
     /// memory files of Linux have such seals. It is off by default, since few front ends set them
     /// (QEMU does with `memory-backend-memfd`, and crosvm).
     pub demand_seals: bool,
-    /// Who is told which addresses are the front end's files, if anybody.
+    /// The observer that is told which addresses are the front end's files.
     pub observer: Option<Arc<dyn MappingObserver>>,
 }
 

@@ -45,7 +45,7 @@ fn a_server_runs_as_its_unit_says() {
     unsafe {
         command.pre_exec(|| {
             for capability in 0..64 {
-                // Who is not root has no capability to lose.
+                // A user who is not root has no capability to lose.
                 libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
             }
             // An older kernel does not have it.
