@@ -22,6 +22,7 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
 use crossbeam_utils::CachePadded;
+use static_assertions::const_assert_eq;
 
 struct Shared<T: Entry> {
     /// Entries published so far. Written by the producer.
@@ -112,6 +113,7 @@ pub(crate) struct Consumer<T: Entry> {
 
 /// Entries in a cache line of 64 bytes.
 const ENTRIES_PER_LINE: usize = 64 / size_of::<Sqe>();
+const_assert_eq!(ENTRIES_PER_LINE, 2);
 
 /// Reads how many entries were ever published.
 pub(crate) struct Published<T: Entry>(Arc<Shared<T>>);

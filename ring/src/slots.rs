@@ -251,3 +251,30 @@ pub(crate) unsafe fn free_slot(pool: NonNull<PoolInner>, slot: u32) {
     // SAFETY: the caller owned this one slot, which `refs` still counts, and gives it up.
     unsafe { release(pool, 1) }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::backing::HeapBacking;
+    use alloc::collections::BTreeSet;
+
+    /// A thread that looked at the list, slept, and comes back when the same slot is first again must
+    /// not take the list for the one that it has seen.
+    #[test]
+    fn the_free_list_never_looks_as_it_did() {
+        let layout = Layout { slots: 2, slot_size: 8, headroom: 0 };
+        let pool = PoolInner::new(Box::new(HeapBacking::new(16)), layout).expect("it fits");
+        let mut seen = BTreeSet::new();
+        {
+            // SAFETY: `new` leaked the pool, and the one handle is given back below.
+            let pool = unsafe { pool.as_ref() };
+            for _ in 0..20 {
+                assert!(seen.insert(pool.free.load(Ordering::Relaxed)), "an old head is back");
+                let slot = pool.pop_free().expect("both are free");
+                pool.push_free(slot);
+            }
+        }
+        // SAFETY: this is the handle that `new` has counted, and no slot is out.
+        unsafe { release_handle(pool) };
+    }
+}

@@ -1014,6 +1014,44 @@ fn run_in_pieces(start: u32) {
     assert_eq!(shown, expected);
 }
 
+/// Writes that have ended without a completion are not in flight, so the pieces stay small.
+#[test]
+fn a_run_behind_skipped_writes_is_published_in_pieces_of_four() {
+    let pool = pool(64);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(0, 64, 0), regions(&pool), 0);
+    for n in 0..40 {
+        sq_producer.push_skip_success(pool.alloc().unwrap(), n).unwrap();
+    }
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), 40);
+    while let Some(sqe) = sq_consumer.front() {
+        let (buffer, _) = sqe.take();
+        cq_producer.skip(buffer);
+    }
+    sq_consumer.retire();
+    cq_producer.publish();
+    assert_eq!((cq_consumer.ready(), cq_consumer.in_flight()), (0, 0));
+    sq_producer.begin_run(&cq_consumer);
+    for n in 0..4 {
+        sq_producer.push(Class::Write, pool.alloc().unwrap(), n).unwrap();
+        sq_producer.publish_lines();
+    }
+    assert_eq!(sq_consumer.ready(), 4);
+}
+
+/// A read completes always, whatever its submitter asks for.
+#[test]
+fn a_read_does_not_skip_success() {
+    let pool = pool(1);
+    let (sq_producer, _cq_consumer, mut sq_consumer, _cq_producer) =
+        rings(Depths::new(1, 0, 0), regions(&pool), 0);
+    sq_producer.push_flagged(Class::Read, SKIP_SUCCESS, pool.alloc().unwrap(), 1).unwrap();
+    sq_producer.publish();
+    assert_eq!(sq_consumer.ready(), 1);
+    assert_eq!(sq_consumer.front().map(|sqe| sqe.flags()), Some(0));
+}
+
 /// A taken entry belongs to its taker, even if it is never retired and whatever happens to the
 /// queue.
 #[test]
