@@ -236,7 +236,8 @@ fn body(memory: Memory, way: Way, poller: &Poller) {
     // A packet for which too few small buffers are posted may be dropped, so there is one at a time.
     let burst = if memory == Memory::Mergeable { 1 } else { 4 };
     let (mut sent, mut refused, mut cut) = (0, 0, 0);
-    for round in 0..scaled(150) as usize {
+    let rounds = scaled(150) as usize;
+    for round in 0..rounds {
         stage(format!("{memory:?} {way:?} round {round}"));
         let mut expected: HashMap<usize, Vec<Vec<u8>>> = HashMap::new();
         let (mut failing, from) = (0, random.below(16));
@@ -278,7 +279,9 @@ fn body(memory: Memory, way: Way, poller: &Poller) {
         assert!(failed.iter().all(|error| *error == EntryError::Device(Status::InvalidArgument)));
         refused += failing;
     }
-    assert!(sent > 10 && cut > 2 && refused > 2, "{sent} {cut} {refused}");
+    // Under a sanitizer there are fewer rounds.
+    let all_kinds = sent > rounds / 15 && cut >= rounds / 50 && refused >= rounds / 50;
+    assert!(all_kinds, "{sent} {cut} {refused} in {rounds} rounds");
     for mut station in stations {
         let drops = station.interface.drops();
         assert!(drops.iter().all(|(_, count)| *count == 0), "{drops:?}");
