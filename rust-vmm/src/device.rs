@@ -337,8 +337,8 @@ impl VirtioNetThread {
     ///
     /// # Errors
     ///
-    /// As there, or [`Error::Busy`] if the earlier memory is still in use after `timeout`. In this case
-    /// it is replaced later: do not take its mappings for unused.
+    /// Those of that function, and [`Error::Busy`] if the earlier memory is still in use after
+    /// `timeout`. In this case it is replaced later: do not take its mappings for unused.
     pub fn update_memory(&self, memory: &dyn MemorySource, timeout: Duration) -> Result<(), Error> {
         let memory = memory.snapshot()?;
         let result =
