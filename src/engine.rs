@@ -804,7 +804,6 @@ impl Engine {
 
     /// A number that tells the descriptor of one queue from that of the next, which may be the same
     /// number.
-    #[cfg(target_os = "linux")]
     pub(crate) fn queues_closed(&self) -> u64 {
         self.queues_closed
     }

@@ -129,6 +129,7 @@ pub mod poller;
 pub mod pool;
 pub mod ring;
 pub mod ring_builder;
+mod selector;
 #[cfg(feature = "serde")]
 mod serde_impls;
 pub mod stats;

@@ -32,8 +32,12 @@ pub(crate) const RINGS_PER_POLLER_MAX: usize = if cfg!(loom) { 64 } else { 64 * 
 /// How many polls of rings a busy poller makes between two looks at the clock, for the rings that
 /// sleep.
 pub(crate) const SLEEPER_CHECK_POLLS: usize = 32;
-/// The shortest time between two poll(2) calls of a busy poller: a few times the cost of one.
+/// The shortest time between two looks of a busy poller at the descriptors of rings that sleep: a few
+/// times the cost of one.
 pub(crate) const SLEEPER_CHECK_INTERVAL: Duration = Duration::from_micros(50);
+/// How long a ring sleeps whose descriptor the system does not watch, for example because no further
+/// descriptor can be opened.
+pub(crate) const UNWATCHED_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// The largest number of frames that a ring reserves for the packets of guests whose memory its
 /// device does not take.

@@ -13,8 +13,12 @@ use std::time::Duration;
 
 use vmring_core::doorbell::Park;
 
+use crate::selector::{Selector, Watch};
 use crate::sync::{AtomicBool, Condvar, Mutex, Ordering};
 use crate::sys::{after, lock, now, poll, poll_in};
+
+/// The token of a notifier's own descriptor in a [`Selector`].
+pub(crate) const OWN_TOKEN: u64 = u64::MAX;
 
 /// Wakes one sleeper. See the [module](self).
 #[derive(Default)]
@@ -73,33 +77,52 @@ impl Notifier {
         }
     }
 
-    /// Parks like [`park`](Park::park), but also returns when one of `polls` is readable, and sets
-    /// its `revents`. The last element of `polls` is overwritten with the notifier's own
-    /// descriptor.
-    pub(crate) fn park_on(&self, timeout: Option<Duration>, polls: &mut [libc::pollfd]) {
-        if polls.len() < 2 {
-            return self.park(timeout);
-        }
+    /// Parks like [`park`](Park::park), but also returns when `device` is readable.
+    pub(crate) fn park_on(&self, timeout: Option<Duration>, device: RawFd) {
         let Ok(own) = self.descriptor() else {
-            // Without a descriptor of its own the notifier cannot end the sleep, so the others are
+            // Without a descriptor of its own the notifier cannot end the sleep, so the other one is
             // polled for a short time only.
             if !std::mem::take(&mut lock(&self.state).token) {
-                let others = polls.len() - 1;
                 let short = timeout.is_none_or(|timeout| !timeout.is_zero());
-                poll(&mut polls[..others], short.into());
+                poll(&mut [poll_in(device)], short.into());
                 lock(&self.state).token = false;
             }
             return;
         };
-        polls[polls.len() - 1] = poll_in(own.as_raw_fd());
+        let mut polls = [poll_in(device), poll_in(own.as_raw_fd())];
+        self.park_in(|| {
+            // Rounded up, so that a short sleep does not become a busy loop.
+            let millis = timeout
+                .map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+            poll(&mut polls, millis);
+        });
+    }
+
+    /// Parks like [`park`](Park::park), but also returns when a descriptor of `selector` is readable.
+    /// Calls `found` with the token of each one that is. The notifier's own descriptor is in the set,
+    /// as [`OWN_TOKEN`].
+    pub(crate) fn park_selecting(
+        &self,
+        timeout: Option<Duration>,
+        selector: &Selector,
+        mut found: impl FnMut(u64),
+    ) {
+        self.park_in(|| {
+            selector.wait(timeout, |token| {
+                if token != OWN_TOKEN {
+                    found(token);
+                }
+            });
+        });
+    }
+
+    /// Sleeps in `wait`, which ends when the notifier's descriptor is readable.
+    fn park_in(&self, wait: impl FnOnce()) {
         self.arm_descriptor();
         if std::mem::take(&mut lock(&self.state).token) {
             return;
         }
-        // Rounded up, so that a short sleep does not become a busy loop.
-        let millis =
-            timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
-        poll(polls, millis);
+        wait();
         lock(&self.state).token = false;
     }
 }
@@ -217,61 +240,29 @@ impl Descriptor {
     }
 }
 
-/// An epoll set of two descriptors: the notifier's own, and that of a device while it is watched.
+/// A [`Selector`] of two descriptors: the notifier's own, and that of a device while it is watched.
 /// It is for callers that sleep in an event loop of their own and drive a device that has a
 /// descriptor.
-#[cfg(target_os = "linux")]
 #[derive(Debug)]
-pub(crate) struct EpollPair {
-    epoll: File,
-    /// The watched device: its descriptor, and the number of the queue that it belongs to.
-    watched: Option<(RawFd, u64)>,
+pub(crate) struct SelectorPair {
+    selector: Selector,
+    device: Watch,
 }
 
-#[cfg(target_os = "linux")]
-impl EpollPair {
+impl SelectorPair {
     pub(crate) fn new(notifier: &Notifier) -> io::Result<Self> {
-        // SAFETY: epoll_create1 takes no pointers.
-        let epoll = own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
-        let pair = Self { epoll, watched: None };
-        pair.control(libc::EPOLL_CTL_ADD, notifier.descriptor()?.as_raw_fd())?;
-        Ok(pair)
+        let selector = Selector::new()?;
+        selector.add(notifier.descriptor()?.as_raw_fd(), OWN_TOKEN)?;
+        Ok(Self { selector, device: Watch::default() })
     }
 
     pub(crate) fn readable(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
+        self.selector.as_fd()
     }
 
-    /// Watches the descriptor `device` of queue number `queue`. `None` watches no device.
-    ///
-    /// The number tells queues of one ring apart. When a queue is closed, its descriptor is closed,
-    /// and the kernel has removed it from the set. Its number may belong to another file by now, so
-    /// it must not be removed here.
+    /// Watches the descriptor `device` of queue number `queue`; see [`Watch::set`].
     pub(crate) fn watch(&mut self, device: Option<RawFd>, queue: u64) -> io::Result<()> {
-        let wanted = device.map(|fd| (fd, queue));
-        if self.watched == wanted {
-            return Ok(());
-        }
-        if let Some((fd, of)) = self.watched.take()
-            && of == queue
-        {
-            self.control(libc::EPOLL_CTL_DEL, fd)?;
-        }
-        if let Some(fd) = device {
-            self.control(libc::EPOLL_CTL_ADD, fd)?;
-            self.watched = wanted;
-        }
-        Ok(())
-    }
-
-    fn control(&self, what: libc::c_int, fd: RawFd) -> io::Result<()> {
-        let mut event = libc::epoll_event { events: libc::EPOLLIN as u32, u64: 0 };
-        // SAFETY: `event` is a local variable, so the pointer is valid through the call. The kernel
-        // copies the event and keeps no pointer to it.
-        match unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), what, fd, &mut event) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        self.device.set(&self.selector, device, queue, || 0)
     }
 }
 
@@ -321,10 +312,6 @@ mod tests {
         assert!(!readable(&notifier), "arming empties it");
     }
 
-    fn polls(fd: RawFd) -> [libc::pollfd; 2] {
-        [poll_in(fd), poll_in(-1)]
-    }
-
     #[test]
     fn a_sleeper_on_descriptors_is_woken_by_unpark() {
         let notifier = Arc::new(Notifier::default());
@@ -338,13 +325,13 @@ mod tests {
             })
         };
         let start = Instant::now();
-        notifier.park_on(Some(Duration::from_secs(20)), &mut polls(fd));
+        notifier.park_on(Some(Duration::from_secs(20)), fd);
         assert!(start.elapsed() < Duration::from_secs(10), "not woken");
         waker.join().unwrap();
         other.arm_descriptor();
         other.unpark();
         let start = Instant::now();
-        notifier.park_on(Some(Duration::from_secs(20)), &mut polls(fd));
+        notifier.park_on(Some(Duration::from_secs(20)), fd);
         assert!(start.elapsed() < Duration::from_secs(10), "the other descriptor did not wake it");
     }
 }

@@ -9,18 +9,20 @@
 //! poller's ready set and rings the poller's own doorbell, which costs a system call only if the
 //! poller sleeps. So the cost of a round does not grow with the number of idle rings.
 
+mod sleepers;
+
 use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::{self, ThreadId};
-use std::time::Instant;
 
 use crate::device::catch::{Panicked, catch_panic};
 use crate::engine::{Engine, Handoff};
 use crate::error::{ConfigError, Error};
-use crate::limits::{RINGS_PER_POLLER_MAX, SLEEPER_CHECK_INTERVAL, SLEEPER_CHECK_POLLS};
+use crate::limits::RINGS_PER_POLLER_MAX;
 use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
 use crate::sync::{Mutex, Ordering, Overwrite};
-use crate::sys::{lock, now, poll, poll_in};
+use crate::sys::lock;
+use sleepers::Sleepers;
 
 /// The part of a poller that its rings share.
 #[derive(Debug)]
@@ -289,10 +291,6 @@ struct PolledRing {
     idle: u32,
     /// Whether the ring is in the list of rings that are polled.
     active: bool,
-    /// Whether the ring is in the list of rings with a deadline or a descriptor.
-    watched: bool,
-    /// When the ring must be polled even if nobody rings. Read only while the ring is inactive.
-    wake_at: Option<Instant>,
 }
 
 /// The outcome of polling a ring once.
@@ -326,7 +324,6 @@ impl PolledRing {
             PollOutcome::Idle(self.idle - 1)
         } else if self.engine.try_sleep() {
             self.active = false;
-            self.wake_at = self.engine.deadline();
             PollOutcome::Asleep
         } else {
             PollOutcome::Worked
@@ -338,11 +335,9 @@ impl PolledRing {
 fn run(shared: &PollerShared, idle: IdlePolicy) {
     let mut rings: Vec<Option<PolledRing>> = Vec::new();
     let mut active: Vec<usize> = Vec::new();
-    let mut watched: Vec<usize> = Vec::new();
-    let mut descriptors: Vec<libc::pollfd> = Vec::new();
+    let mut sleepers = Sleepers::default();
     let mut ring_count = 0;
     let mut handle_dropped = false;
-    let mut check = SleeperCheck::default();
     loop {
         // Acquire: pairs with the Releases in `adopt` and in the drop of `Poller`. The Release half
         // pairs with nothing. Relaxed would do for both, because the lock below hands over what
@@ -355,25 +350,19 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                 if rings.len() <= place {
                     rings.resize_with(place + 1, || None);
                 }
-                let wake_at = None;
-                let (active_now, watched) = (true, false);
-                rings[place] = Some(PolledRing {
-                    engine,
-                    handoff,
-                    idle: 0,
-                    active: active_now,
-                    wake_at,
-                    watched,
-                });
+                rings[place] = Some(PolledRing { engine, handoff, idle: 0, active: true });
                 active.push(place);
                 ring_count += 1;
             }
             // Reserves space for all rings now, so that no list grows in the path of a packet.
             active.reserve(rings.len().saturating_sub(active.len()));
-            watched.reserve(rings.len().saturating_sub(watched.len()));
-            descriptors.reserve(rings.len() + 1);
+            sleepers.reserve(rings.len());
         }
-        shared.set.collect(|place| activate(&mut rings, &mut active, place));
+        shared.set.collect(|place| {
+            if activate(&mut rings, &mut active, place) {
+                sleepers.remove(place);
+            }
+        });
 
         let mut worked = false;
         let mut rounds = u32::MAX;
@@ -384,21 +373,17 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
                 PollOutcome::Worked => worked = true,
                 PollOutcome::Idle(round) => rounds = rounds.min(round),
                 PollOutcome::Asleep => {
-                    let watch = ring.wake_at.is_some() || ring.engine.descriptor().is_some();
-                    if watch && !ring.watched {
-                        ring.watched = true;
-                        watched.push(place);
-                    }
+                    let engine = &ring.engine;
+                    let device = engine.descriptor().map(|fd| (fd, engine.queues_closed()));
+                    let notifier = shared.set.bell.parker();
+                    sleepers.add(place, engine.deadline(), device, notifier);
                     active.swap_remove(i);
                     continue;
                 }
                 PollOutcome::Closed => {
                     let ring = rings[place].take().expect("an active place is taken");
                     active.swap_remove(i);
-                    if ring.watched {
-                        // Otherwise the next ring at this place would be in the list twice.
-                        watched.retain(|watched| *watched != place);
-                    }
+                    sleepers.forget(place);
                     ring_count -= 1;
                     hand_back(shared, place, ring);
                     worked = true;
@@ -407,9 +392,11 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             }
             i += 1;
         }
-        if !active.is_empty() && !watched.is_empty() && check.count_polls(active.len()) {
-            // Rings that sleep must not wait until all rings sleep.
-            check.run(&mut rings, &mut active, &mut watched, &mut descriptors);
+        if !active.is_empty() {
+            let polls = active.len();
+            sleepers.check(polls, shared.set.bell.parker(), |place| {
+                wake(&mut rings, &mut active, place);
+            });
         }
         if worked {
             continue;
@@ -422,20 +409,33 @@ fn run(shared: &PollerShared, idle: IdlePolicy) {
             // Without a handle nobody can add a ring, and without a ring nobody rings.
             return;
         }
-        sleep(shared, &mut rings, &mut active, &mut watched, &mut descriptors);
+        let set = &shared.set;
+        sleepers.sleep(&set.bell, || set.has_news(), |place| wake(&mut rings, &mut active, place));
     }
 }
 
-/// Adds a ring that was rung to the active list.
-fn activate(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: usize) {
+/// Adds a ring that was rung to the active list. Returns whether it was not there.
+fn activate(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: usize) -> bool {
     // A ring may have left since its bit was set.
-    if let Some(Some(ring)) = rings.get_mut(place)
-        && !ring.active
-    {
-        ring.active = true;
-        ring.idle = 0;
-        active.push(place);
+    let Some(Some(ring)) = rings.get_mut(place) else { return false };
+    if ring.active {
+        return false;
     }
+    ring.active = true;
+    ring.idle = 0;
+    active.push(place);
+    true
+}
+
+/// Adds a ring to the active list whose deadline has come or whose descriptor is readable.
+fn wake(rings: &mut [Option<PolledRing>], active: &mut Vec<usize>, place: usize) {
+    if !activate(rings, active, place) {
+        return;
+    }
+    let ring = rings[place].as_ref().expect("it was activated");
+    // Nobody rang this ring, so its doorbell is still armed.
+    ring.engine.shared.bell.disarm();
+    ring.engine.request_device_poll();
 }
 
 /// Hands the engine of a closed ring back to the reaping half, which may be waiting for it.
@@ -449,118 +449,4 @@ fn hand_back(shared: &PollerShared, place: usize, ring: PolledRing) {
     }
     shared.unreserve(place);
     ring.notify();
-}
-
-/// Sleeps until somebody rings, a descriptor is readable, or a ring's deadline has come. Called
-/// when no ring is active. `watched` are the places of the rings with a deadline or a descriptor;
-/// the other rings cost nothing here.
-fn sleep(
-    shared: &PollerShared,
-    rings: &mut [Option<PolledRing>],
-    active: &mut Vec<usize>,
-    watched: &mut Vec<usize>,
-    descriptors: &mut Vec<libc::pollfd>,
-) {
-    let wake_at = collect_descriptors(rings, watched, descriptors);
-    // The place for the notifier's own descriptor.
-    descriptors.push(poll_in(-1));
-    let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
-    shared.set.bell.arm();
-    if !shared.set.has_news() {
-        shared.set.bell.parker().park_on(timeout, descriptors);
-    }
-    shared.set.bell.disarm();
-    if !watched.is_empty() {
-        wake_due(rings, active, watched, descriptors, now());
-    }
-}
-
-/// Collects the descriptors of the rings that sleep, and returns the first of their deadlines.
-fn collect_descriptors(
-    rings: &[Option<PolledRing>],
-    watched: &[usize],
-    descriptors: &mut Vec<libc::pollfd>,
-) -> Option<Instant> {
-    let mut wake_at: Option<Instant> = None;
-    descriptors.clear();
-    for &place in watched {
-        let Some(ring) = rings[place].as_ref().filter(|ring| !ring.active) else { continue };
-        wake_at = [wake_at, ring.wake_at].into_iter().flatten().min();
-        if let Some(fd) = ring.engine.descriptor() {
-            descriptors.push(poll_in(fd));
-        }
-    }
-    wake_at
-}
-
-/// Decides when a busy poller checks the rings that sleep: now and then, and never in the path of a
-/// packet.
-#[derive(Debug, Default)]
-struct SleeperCheck {
-    /// Polls of rings since the last check.
-    polls: usize,
-    /// No descriptor is polled again before this time.
-    next: Option<Instant>,
-}
-
-impl SleeperCheck {
-    /// Counts a round of `polls` polls. Returns whether a check is due.
-    fn count_polls(&mut self, polls: usize) -> bool {
-        self.polls += polls;
-        let due = self.polls >= SLEEPER_CHECK_POLLS;
-        if due {
-            self.polls = 0;
-        }
-        due
-    }
-
-    /// Checks the rings that sleep, and activates those that must be polled.
-    fn run(
-        &mut self,
-        rings: &mut [Option<PolledRing>],
-        active: &mut Vec<usize>,
-        watched: &mut Vec<usize>,
-        descriptors: &mut Vec<libc::pollfd>,
-    ) {
-        let now = now();
-        let wake_at = collect_descriptors(rings, watched, descriptors);
-        if self.next.is_some_and(|next| now < next) {
-            descriptors.clear();
-        }
-        if !descriptors.is_empty() {
-            self.next = now.checked_add(SLEEPER_CHECK_INTERVAL);
-            poll(descriptors, 0);
-        }
-        if !descriptors.is_empty() || wake_at.is_some_and(|at| at <= now) {
-            wake_due(rings, active, watched, descriptors, now);
-        }
-    }
-}
-
-/// Activates the rings whose deadline has come or whose descriptor is readable.
-fn wake_due(
-    rings: &mut [Option<PolledRing>],
-    active: &mut Vec<usize>,
-    watched: &mut Vec<usize>,
-    descriptors: &[libc::pollfd],
-    now: Instant,
-) {
-    watched.retain(|&place| {
-        let Some(ring) = &mut rings[place] else { return false };
-        let due = ring.wake_at.is_some_and(|at| at <= now);
-        let readable = ring
-            .engine
-            .descriptor()
-            .is_some_and(|fd| descriptors.iter().any(|poll| poll.fd == fd && poll.revents != 0));
-        if !ring.active && (due || readable) {
-            // Nobody rang this ring, so its doorbell is still armed.
-            ring.engine.shared.bell.disarm();
-            ring.engine.request_device_poll();
-            ring.active = true;
-            ring.idle = 0;
-            active.push(place);
-        }
-        ring.watched = !ring.active;
-        ring.watched
-    });
 }

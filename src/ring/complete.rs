@@ -1,6 +1,5 @@
 //! The reaping half of a ring: [`CompletionQueue`].
 
-#[cfg(target_os = "linux")]
 use std::cell::OnceCell;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -14,22 +13,17 @@ use vmring_core::doorbell::Park;
 
 use crate::device::seam::Capabilities;
 use crate::engine::{Engine, Handoff};
-#[cfg(not(target_os = "linux"))]
-use crate::error::ConfigError;
 use crate::error::{CloseReason, Error};
 use crate::limits::CLOSE_POLL;
 use crate::mailbox::{DELAY_BITS, DELAY_MAX_US, RingShared, START_CLOCK, UNTIL_THE_END, request};
-use crate::notify::Notifier;
+use crate::notify::{Notifier, SelectorPair};
 use crate::policy::IdlePolicy;
 use crate::poller::PollerShared;
 use crate::ring::completion::{Completion, CompletionInfo, Peek};
 use crate::ring::control::RingControl;
 use crate::stats::RingStats;
 use crate::sync::{Ordering, Overwrite};
-use crate::sys::{after, now, poll_in, sleep};
-
-#[cfg(target_os = "linux")]
-use crate::notify::EpollPair;
+use crate::sys::{after, now, sleep};
 
 /// The reaping half of a ring. [`Ring::into_split`](crate::Ring::into_split) returns it, and
 /// [`Ring`](crate::Ring) has the same calls.
@@ -53,10 +47,9 @@ pub struct CompletionQueue {
     waited: bool,
     /// The number of the last arming; see `arm_bells`.
     armings: u64,
-    /// The epoll set of the notifier and the device's descriptor. Created on first use, and only
-    /// for inline rings over a device that has a descriptor.
-    #[cfg(target_os = "linux")]
-    epoll: OnceCell<EpollPair>,
+    /// The set of the notifier's and the device's descriptor. Created on first use, and only for
+    /// inline rings over a device that has a descriptor.
+    pair: OnceCell<SelectorPair>,
 }
 
 assert_impl_all!(CompletionQueue: Send);
@@ -88,8 +81,7 @@ impl CompletionQueue {
             engine_lost,
             waited,
             armings,
-            #[cfg(target_os = "linux")]
-            epoll: OnceCell::new(),
+            pair: OnceCell::new(),
         }
     }
 
@@ -302,34 +294,21 @@ impl CompletionQueue {
     ///
     /// The first call creates it: an eventfd on Linux, a pipe elsewhere. Before that call it costs
     /// nothing. Afterwards it costs one signal per arming. With `Drive::Inline` over a device that
-    /// has a descriptor, it is an epoll set of both. [`AsFd`] and [`AsRawFd`] give the same
+    /// has a descriptor, it is an epoll set or a kqueue of both. [`AsFd`] and [`AsRawFd`] give the same
     /// descriptor.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if the system refuses the descriptor. [`Error::Config`] with `Drive::Inline`
-    /// over a device that has a descriptor, on systems other than Linux.
+    /// [`Error::Io`] if the system refuses the descriptor.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         let failed = Error::io("creating the completion descriptor");
         if self.remote.is_none()
             && self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
         {
-            #[cfg(target_os = "linux")]
-            {
-                if self.epoll.get().is_none() {
-                    let _ = self.epoll.set(EpollPair::new(&self.notifier).map_err(failed)?);
-                }
-                return Ok(self.epoll.get().expect("set above").readable());
+            if self.pair.get().is_none() {
+                let _ = self.pair.set(SelectorPair::new(&self.notifier).map_err(failed)?);
             }
-            #[cfg(not(target_os = "linux"))]
-            {
-                // There is no epoll to put the device's descriptor and the ring's into one.
-                let why = "on this system an inline ring over a device with a descriptor has none: \
-                           drive the ring by a poller";
-                return Err(
-                    ConfigError::NotApplicable { what: "completion descriptor", why }.into()
-                );
-            }
+            return Ok(self.pair.get().expect("set above").readable());
         }
         self.notifier.descriptor().map_err(failed)
     }
@@ -360,11 +339,10 @@ impl CompletionQueue {
     pub fn arm_after(&mut self, n: usize, max_delay: Option<Duration>) -> bool {
         self.notifier.arm_descriptor();
         let armed = self.arm_notifier(n, max_delay);
-        #[cfg(target_os = "linux")]
         if armed
-            && let Some(epoll) = self.epoll.get_mut()
+            && let Some(pair) = self.pair.get_mut()
             && let Some(engine) = &self.engine
-            && epoll.watch(engine.descriptor(), engine.queues_closed()).is_err()
+            && pair.watch(engine.descriptor(), engine.queues_closed()).is_err()
         {
             // A packet would give no signal, so the caller must not sleep.
             self.disarm();
@@ -602,9 +580,7 @@ impl CompletionQueue {
             let timeout = wake_at.map(|at| at.saturating_duration_since(now()));
             match self.engine.as_ref().and_then(|engine| engine.descriptor()) {
                 None => self.notifier.park(timeout),
-                Some(fd) => {
-                    self.notifier.park_on(timeout, &mut [poll_in(fd), poll_in(-1)]);
-                }
+                Some(fd) => self.notifier.park_on(timeout, fd),
             }
             if engine_deadline.is_some_and(|at| at <= now())
                 || self.engine.as_ref().is_some_and(|engine| engine.descriptor().is_some())
