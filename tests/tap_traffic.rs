@@ -1067,7 +1067,10 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
     }
     assert_eq!((&lengths[..], too_big(&host)), (&[longest, 43][..], 2));
     ring.close().expect("it closes");
+    host.restart(LONG).expect("it starts again");
+    assert_eq!(too_big(&host), 2, "a restart forgets nothing");
     host.stop(LONG).expect("it stops");
+    assert_eq!(too_big(&host), 2, "nor does a stop");
 }
 
 /// Goal: starting and stopping an interface leaves nothing behind that interrupts the caller's

@@ -145,7 +145,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
-use framing::Framing;
+use framing::{Drops, Framing};
 use limits::{IP_MAX, OPEN_PATIENCE, QUEUES_MAX};
 use macaddr::MacAddr6;
 use namespace::Namespace;
@@ -472,7 +472,8 @@ impl Driver for Tap {
         };
         let mut origin = source;
         let namespace = Namespace::here().map_err(Error::io("looking at the network namespace"))?;
-        let running = Running::start(&mut origin, None, &options, engine, config)?;
+        let drops = Arc::<Drops>::default();
+        let running = Running::start(&mut origin, None, &options, engine, config, drops.clone())?;
         Ok(Arc::new(TapDevice {
             info: running.info(config),
             caps: running.caps(),
@@ -481,6 +482,7 @@ impl Driver for Tap {
             engine,
             name: running.name.clone(),
             fallbacks: Arc::default(),
+            drops,
             namespace,
             origin: Mutex::new(origin),
             running: Mutex::new(Some(running)),
@@ -512,6 +514,7 @@ struct TapDevice {
     /// Counts the queues that fell back to plain system calls, because they could not create their
     /// io_uring.
     fallbacks: Arc<AtomicU64>,
+    drops: Arc<Drops>,
     /// The network namespace of the start. A restart takes place there.
     namespace: Namespace,
     origin: Mutex<Origin>,
@@ -551,6 +554,7 @@ impl Running {
         options: &Options,
         engine: TapEngine,
         config: &InterfaceConfig,
+        drops: Arc<Drops>,
     ) -> Result<Self, Error> {
         let wants = config.offloads != Offloads::default();
         let mut setup = Setup::open()?;
@@ -623,8 +627,7 @@ impl Running {
             header: if header { offload::LEN } else { 0 },
             max_packet_size: longest as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN,
             dhcp,
-            too_big: AtomicU64::new(0),
-            malformed: AtomicU64::new(0),
+            drops,
         };
         tracing::info!(tap = name, mtu, ?offloads, %engine, queues = queue_states.len(), "opened");
         if asked.configure
@@ -787,7 +790,8 @@ impl Device for TapDevice {
         // So does the network's range.
         config.ipv4 = self.info.ipv4;
         let name = Some(self.name.as_str());
-        let start = || Running::start(origin, name, &self.options, self.engine, &config);
+        let drops = self.drops.clone();
+        let start = || Running::start(origin, name, &self.options, self.engine, &config, drops);
         let entering = Error::io("going back to the TAP's network namespace");
         let running = self.namespace.run(start).map_err(entering)??;
         if running.offloads != self.caps.offloads {
@@ -829,12 +833,10 @@ impl Device for TapDevice {
     }
 
     fn drops(&self) -> Vec<(&'static str, u64)> {
-        let running = lock(&self.running);
-        let Some(running) = &*running else { return Vec::new() };
-        let framing = &running.framing;
+        let Drops { too_big, malformed } = &*self.drops;
         vec![
-            ("too big", framing.too_big.load(Ordering::Relaxed)),
-            ("malformed", framing.malformed.load(Ordering::Relaxed)),
+            ("too big", too_big.load(Ordering::Relaxed)),
+            ("malformed", malformed.load(Ordering::Relaxed)),
         ]
     }
 }

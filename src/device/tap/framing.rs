@@ -2,6 +2,7 @@
 //! answers.
 
 use std::fmt;
+use std::sync::Arc;
 
 use vmring_core::GuestBuffer;
 use vmring_core::offload;
@@ -15,7 +16,7 @@ use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
-/// The frame layout and the counters of one TAP. Its queues share them.
+/// The frame layout of one TAP. Its queues share it.
 #[derive(Debug)]
 pub(crate) struct Framing {
     /// The length of the offload header in front of each packet, in bytes: 12 or 0.
@@ -23,10 +24,16 @@ pub(crate) struct Framing {
     /// The longest packet, in bytes, with a VLAN tag and without the offload header.
     pub(crate) max_packet_size: usize,
     pub(crate) dhcp: Option<Dhcp>,
-    /// Counts packets from the host that were longer than `max_packet_size`: somebody has raised
-    /// the TAP's MTU.
+    pub(crate) drops: Arc<Drops>,
+}
+
+/// The packets from the host that were dropped, by reason. They are the interface's: a stop or a
+/// restart does not reset them.
+#[derive(Debug, Default)]
+pub(crate) struct Drops {
+    /// The packet was longer than `max_packet_size`: somebody has raised the TAP's MTU.
     pub(crate) too_big: AtomicU64,
-    /// Counts packets that came without a whole offload header.
+    /// The packet came without a whole offload header.
     pub(crate) malformed: AtomicU64,
 }
 
@@ -161,7 +168,8 @@ impl Framing {
     /// Counts the packet and posts the slot again.
     #[cold]
     fn drop_packet(&self, cx: &mut PollContext<'_>, slot: PostedSlot, len: usize) {
-        let counter = if len < self.header { &self.malformed } else { &self.too_big };
+        let Drops { malformed, too_big } = &*self.drops;
+        let counter = if len < self.header { malformed } else { too_big };
         counter.fetch_add(1, Ordering::Relaxed);
         cx.put_back(slot);
     }
