@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use vmring_core::GuestBuffer;
+use vmring_core::guest::{GuestSlice, Segments};
 use vmring_core::offload;
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
@@ -37,22 +38,54 @@ pub(crate) struct Drops {
     pub(crate) malformed: AtomicU64,
 }
 
-/// The pieces of one frame, for writev(2) or its like.
-pub(crate) struct Pieces([libc::iovec; WRITE_SEGMENTS_MAX]);
+/// The pieces of one frame, for readv(2), writev(2) or their like.
+pub(crate) struct Pieces<const N: usize = WRITE_SEGMENTS_MAX>([libc::iovec; N]);
 
 // SAFETY: the pieces are addresses. Only a call that also has the slot whose bytes they are uses them.
-unsafe impl Send for Pieces {}
+unsafe impl<const N: usize> Send for Pieces<N> {}
 
-impl Default for Pieces {
+impl<const N: usize> Default for Pieces<N> {
     fn default() -> Self {
-        Self([libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; WRITE_SEGMENTS_MAX])
+        Self([libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; N])
     }
 }
 
-impl fmt::Debug for Pieces {
+impl<const N: usize> Pieces<N> {
+    /// Makes the segments the pieces from number `from` on. Returns the number behind the last one.
+    pub(crate) fn put<'b>(
+        &mut self,
+        from: usize,
+        segments: impl Iterator<Item = GuestSlice<'b>>,
+    ) -> usize {
+        let mut at = from;
+        for (piece, segment) in self.0[from..].iter_mut().zip(segments) {
+            *piece =
+                libc::iovec { iov_base: segment.as_ptr().cast(), iov_len: segment.len() as usize };
+            at += 1;
+        }
+        at
+    }
+
+    pub(crate) fn first(&self, count: usize) -> &[libc::iovec] {
+        &self.0[..count]
+    }
+}
+
+impl<const N: usize> fmt::Debug for Pieces<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pieces").finish_non_exhaustive()
     }
+}
+
+/// The space of a posted read.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Space {
+    /// One piece: where it begins, and its length in bytes.
+    Piece(*mut u8, usize),
+    /// Several pieces of a guest's memory.
+    Scattered,
+    /// The slot lacks space for the offload header.
+    Lacking,
 }
 
 /// What an error of the kernel means for the frame.
@@ -93,33 +126,37 @@ impl Framing {
         slot: &'a mut PostedSlot,
         pieces: &'a mut Pieces,
     ) -> Option<&'a [libc::iovec]> {
-        let Pieces(pieces) = pieces;
         let Some(guest) = slot.guest() else {
             let bytes = slot.packet_with_header_mut(self.header)?;
-            pieces[0] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-            return Some(&pieces[..1]);
+            pieces.0[0] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+            return Some(pieces.first(1));
         };
         let segments = if self.header > 0 { guest.header_and_packet() } else { guest.packet() };
-        let mut count = 0;
-        for (piece, segment) in pieces.iter_mut().zip(segments) {
-            *piece =
-                libc::iovec { iov_base: segment.as_ptr().cast(), iov_len: segment.len() as usize };
-            count += 1;
-        }
-        Some(&pieces[..count])
+        let count = pieces.put(0, segments);
+        Some(pieces.first(count))
     }
 
-    /// The space of a posted read for the kernel: for the offload header, if the TAP has one, and the
-    /// longest packet. `None` if the slot lacks space for the header.
+    /// The space of a posted read for the kernel, if it is one piece: for the offload header, if the
+    /// TAP has one, and the longest packet.
     #[inline]
-    pub(crate) fn to_read(&self, slot: &mut PostedSlot) -> Option<(*mut u8, usize)> {
+    pub(crate) fn to_read(&self, slot: &mut PostedSlot) -> Space {
         let Some(guest) = slot.guest() else {
-            let room = slot.buffer_with_header_mut(self.header)?;
-            return Some((room.as_mut_ptr(), room.len()));
+            let Some(room) = slot.buffer_with_header_mut(self.header) else {
+                return Space::Lacking;
+            };
+            return Space::Piece(room.as_mut_ptr(), room.len());
         };
-        // There is one segment: the capabilities ask for that.
-        let mut space = if self.header > 0 { guest.segments() } else { guest.space() };
-        space.next().map(|segment| (segment.as_ptr(), segment.len() as usize))
+        let mut space = self.space_of(guest);
+        match (space.next(), space.next()) {
+            (Some(segment), None) => Space::Piece(segment.as_ptr(), segment.len() as usize),
+            (Some(_), Some(_)) => Space::Scattered,
+            (None, _) => Space::Lacking,
+        }
+    }
+
+    /// The segments of a guest's buffer for the offload header, if the TAP has one, and a packet.
+    pub(crate) fn space_of<'b>(&self, guest: &'b GuestBuffer) -> Segments<'b> {
+        if self.header > 0 { guest.segments() } else { guest.space() }
     }
 
     /// Completes a read for which the kernel has written `len` bytes: the offload header, if the
@@ -178,12 +215,18 @@ impl Framing {
     /// not report this, but the packet's IP header states a greater length than has arrived.
     #[inline]
     fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
-        match self.to_read(slot) {
-            Some((_, space)) if len == space => {
-                promises_more(&self.front(slot), len.wrapping_sub(self.header))
-            }
-            _ => false,
-        }
+        let space = match self.to_read(slot) {
+            Space::Piece(_, space) => space,
+            Space::Scattered => self.scattered_space(slot),
+            Space::Lacking => return false,
+        };
+        len == space && promises_more(&self.front(slot), len.wrapping_sub(self.header))
+    }
+
+    #[cold]
+    fn scattered_space(&self, slot: &PostedSlot) -> usize {
+        let segments = slot.guest().into_iter().flat_map(|guest| self.space_of(guest));
+        segments.map(|segment| segment.len() as usize).sum()
     }
 
     /// Takes what the guest writes if it is a DHCP request that this TAP's server handles, and

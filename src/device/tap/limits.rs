@@ -20,9 +20,9 @@ pub(super) const URING_COMPLETIONS: u32 = 2048;
 /// The largest number of segments of a guest's packet that the kernel sends by one call: 64 KiB in
 /// pages of 4 KiB, a header, and two pages that are not full. A packet with more goes through a frame.
 pub(super) const WRITE_SEGMENTS_MAX: usize = 20;
-/// The largest number of segments of a guest's buffer that the kernel fills. A buffer with more is
-/// filled from a frame.
-pub(super) const READ_SEGMENTS_MAX: usize = 1;
+/// The largest number of segments that the kernel fills with one packet. It takes up to 1,024
+/// (`UIO_MAXIOV`), and a guest's buffer has no more than 256.
+pub(super) const READ_SEGMENTS_MAX: usize = 256;
 
 /// How long an opener waits for a TAP that another process may be about to release.
 pub(super) const OPEN_PATIENCE: Duration = Duration::from_millis(500);

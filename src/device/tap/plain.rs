@@ -1,14 +1,16 @@
-//! The engine for kernels and containers without io_uring: one non-blocking `read(2)`, `write(2)` or
-//! `writev(2)` per frame.
+//! The engine for kernels and containers without io_uring: one non-blocking `read(2)` or `write(2)` per
+//! frame, or `readv(2)` or `writev(2)` if the frame is in several pieces of a guest's memory.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::framing::{Fault, Framing, Pieces, fault_of};
+use super::framing::{Fault, Framing, Pieces, Space, fault_of};
+use super::limits::READ_SEGMENTS_MAX;
 use super::open::TapQueueFd;
 use crate::device::context::PollContext;
 use crate::device::seam::Progress;
+use crate::device::slot::PostedSlot;
 use crate::error::Status;
 
 /// The engine of plain system calls for one queue.
@@ -17,11 +19,13 @@ pub(crate) struct Plain {
     fd: Arc<TapQueueFd>,
     /// The pieces of the frame that is being written.
     pieces: Pieces,
+    /// The pieces of the buffer that is being filled.
+    space: Pieces<READ_SEGMENTS_MAX>,
 }
 
 impl Plain {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
-        Self { fd, pieces: Pieces::default() }
+        Self { fd, pieces: Pieces::default(), space: Pieces::default() }
     }
 
     /// Writes the posted frames until none is left or the kernel refuses one for the moment.
@@ -77,14 +81,19 @@ impl Plain {
         framing: &Framing,
     ) -> Result<Progress, Status> {
         while let Some(mut slot) = cx.take_read() {
-            let Some((space, len)) = framing.to_read(&mut slot) else {
-                cx.fail(slot, Status::InvalidArgument);
-                continue;
+            let len = match framing.to_read(&mut slot) {
+                // SAFETY: the space is the slot's, `len` bytes long: of its frame, which we own, or in
+                // the mapping that its guest's buffer keeps alive. The slot stays here during the
+                // call.
+                Space::Piece(space, len) => unsafe {
+                    libc::read(self.fd.as_raw_fd(), space.cast(), len)
+                },
+                Space::Scattered => self.read_scattered(&slot, framing),
+                Space::Lacking => {
+                    cx.fail(slot, Status::InvalidArgument);
+                    continue;
+                }
             };
-            let fd = self.fd.as_raw_fd();
-            // SAFETY: the space is the slot's, `len` bytes long: of its frame, which we own, or in the
-            // mapping that its guest's buffer keeps alive. The slot stays here during the call.
-            let len = unsafe { libc::read(fd, space.cast(), len) };
             if let Ok(len) = usize::try_from(len) {
                 framing.complete_received(cx, slot, len);
                 continue;
@@ -98,8 +107,19 @@ impl Plain {
         }
         Ok(Progress::More)
     }
+
+    /// Reads into a guest's buffer of several pieces. Returns what the kernel returns.
+    #[cold]
+    fn read_scattered(&mut self, slot: &PostedSlot, framing: &Framing) -> libc::ssize_t {
+        let segments = slot.guest().into_iter().flat_map(|guest| framing.space_of(guest));
+        let count = self.space.put(0, segments);
+        let space = self.space.first(count);
+        // SAFETY: the pieces are in the mapping that the slot's buffer keeps alive, and the slot is
+        // borrowed during the call.
+        unsafe { libc::readv(self.fd.as_raw_fd(), space.as_ptr(), count as libc::c_int) }
+    }
 }
 
-fn errno() -> i32 {
+pub(super) fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }

@@ -2,8 +2,9 @@
 //!
 //! Writes are submitted in batches. A queue on a poller's thread reads by one `READ_MULTISHOT`
 //! request over a ring of provided buffers; the buffers are the posted slots. One `io_uring_enter`
-//! per poll serves both directions. A queue that its owner drives (`Drive::Inline`) reads by
-//! `read(2)`.
+//! per poll serves both directions. A provided buffer is one piece, so a slot in several pieces of a
+//! guest's memory is filled by `readv(2)`, while the kernel holds no older one. A queue that its owner
+//! drives (`Drive::Inline`) reads by `read(2)`.
 //!
 //! # Who owns a slot
 //!
@@ -47,7 +48,7 @@ use memmap2::MmapMut;
 // and not loom's.
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::framing::{Fault, Framing, Pieces, fault_of, status_of};
+use super::framing::{Fault, Framing, Pieces, Space, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::open::TapQueueFd;
 use super::plain::Plain;
@@ -182,7 +183,11 @@ impl Uring {
         }
         result?;
         let more = state.must_enter || state.has_work();
-        if !state.single_issuer && self.plain.read(cx, framing)? == Progress::More {
+        // On a thread's queue the oldest slot is scattered if the kernel has none and some are posted.
+        // A multishot read that is still in flight takes no packet without a buffer.
+        let reads_here = !state.single_issuer
+            || state.order.is_empty() && self.recall.is_empty() && cx.reads() > 0;
+        if reads_here && self.plain.read(cx, framing)? == Progress::More {
             return Ok(Progress::More);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
@@ -433,33 +438,32 @@ impl UringState {
         self.free_writes.len() < usize::from(URING_WRITES)
     }
 
-    /// Gives the kernel the slots of the posted reads, up to `URING_READS` at a time.
+    /// Gives the kernel the slots of the posted reads, up to `URING_READS` at a time, and up to the
+    /// first one that is in several pieces.
     fn provide(&mut self, cx: &mut PollContext<'_>, framing: &Framing) {
         while let Some(&number) = self.free_reads.last() {
-            let Some(slot) = cx.take_read() else { break };
-            self.free_reads.pop();
-            if let Err(slot) = self.provide_one(number, slot, framing) {
-                self.free_reads.push(number);
-                cx.fail(slot, Status::InvalidArgument);
+            let Some(mut slot) = cx.take_read() else { break };
+            match framing.to_read(&mut slot) {
+                Space::Piece(space, len) => {
+                    self.free_reads.pop();
+                    self.provide_one(number, slot, (space, len));
+                }
+                Space::Scattered => {
+                    cx.put_back(slot);
+                    break;
+                }
+                Space::Lacking => cx.fail(slot, Status::InvalidArgument),
             }
         }
         self.buffers.publish();
     }
 
-    /// Puts a slot into `reads` and its buffer into the buffer ring, unpublished. Returns the slot
-    /// if its buffer has no space for the header.
-    fn provide_one(
-        &mut self,
-        number: u16,
-        mut slot: PostedSlot,
-        framing: &Framing,
-    ) -> Result<(), PostedSlot> {
-        let Some((space, len)) = framing.to_read(&mut slot) else { return Err(slot) };
+    /// Puts a slot into `reads` and its buffer, which is this piece, into the buffer ring, unpublished.
+    fn provide_one(&mut self, number: u16, slot: PostedSlot, (space, len): (*mut u8, usize)) {
         let (address, len) = (space as u64, len as u32);
         self.reads[usize::from(number)] = Some(slot);
         self.order.push_back(number);
         self.buffers.put(number, address, len);
-        Ok(())
     }
 
     /// Queues the multishot read if the kernel has buffers and the read is not in flight.
@@ -626,13 +630,16 @@ impl UringState {
         self.register().map_err(|_| Status::MemFailure)?;
         for _ in 0..self.order.len() {
             let Some(number) = self.order.pop_front() else { break };
-            let Some(slot) = self.reads[usize::from(number)].take() else { continue };
-            if wanted(&slot) {
-                self.free_reads.push(number);
-                cx.cancel(slot);
-            } else if let Err(slot) = self.provide_one(number, slot, framing) {
-                self.free_reads.push(number);
-                cx.fail(slot, Status::InvalidArgument);
+            let Some(mut slot) = self.reads[usize::from(number)].take() else { continue };
+            match framing.to_read(&mut slot) {
+                Space::Piece(space, len) if !wanted(&slot) => {
+                    self.provide_one(number, slot, (space, len));
+                }
+                // The kernel gets slots of one piece only.
+                _ => {
+                    self.free_reads.push(number);
+                    cx.cancel(slot);
+                }
             }
         }
         self.buffers.publish();
