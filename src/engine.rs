@@ -84,6 +84,10 @@ pub(crate) struct Engine {
     queue: Option<Box<dyn Queue>>,
     /// The queue's descriptor, as the queue returned it when it was opened or last armed.
     descriptor: Option<RawFd>,
+    /// A queue of the device has had a descriptor.
+    has_descriptor: bool,
+    /// When the queue wants to be polled, as it said when it was last armed.
+    queue_deadline: Option<Instant>,
     interface: Arc<InterfaceShared>,
     caps: Capabilities,
     direction: Direction,
@@ -157,6 +161,8 @@ impl Engine {
             kept: [0; 2],
             queue: Some(queue),
             descriptor,
+            has_descriptor: descriptor.is_some(),
+            queue_deadline: None,
             caps,
             interface,
             direction,
@@ -623,6 +629,7 @@ impl Engine {
         match catch_panic(|| open(&*self.interface.device, self.direction, &self.shared)) {
             Ok(Ok(Opened { queue, caps, descriptor })) => {
                 (self.caps, self.descriptor) = (caps, descriptor);
+                self.has_descriptor |= descriptor.is_some();
                 self.queue = Some(queue);
                 self.phase = Phase::Open;
                 if self.bound {
@@ -672,7 +679,7 @@ impl Engine {
 
     /// Drops the queue. This drops the slots that it kept, which then complete as dropped slots.
     fn drop_queue(&mut self) {
-        self.descriptor = None;
+        (self.descriptor, self.queue_deadline) = (None, None);
         self.queues_closed += 1;
         if let Some(queue) = self.queue.take()
             && catch_panic(|| drop(queue)).is_err()
@@ -756,14 +763,13 @@ impl Engine {
 
     fn arm_queue(&mut self) -> bool {
         let Some(queue) = &mut self.queue else { return true };
-        match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
-            Ok((armed, descriptor)) => {
-                self.descriptor = descriptor;
+        match catch_panic(|| (queue.arm(), fd_of(&**queue), queue.deadline())) {
+            Ok((armed, descriptor, deadline)) => {
+                (self.descriptor, self.queue_deadline) = (descriptor, deadline);
+                self.has_descriptor |= descriptor.is_some();
                 // A queue that has packets has nothing to do while no read is posted, nor one that
                 // closes: it is not polled any more, and is asked to close at its time.
-                armed
-                    || !matches!(self.phase, Phase::Open)
-                    || (self.posted.reads.is_empty() && self.kept == [0; 2])
+                armed || !matches!(self.phase, Phase::Open) || !self.device_has_slots()
             }
             Err(Panicked) => {
                 self.close_panicked();
@@ -784,13 +790,14 @@ impl Engine {
             _ => None,
         };
         let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);
-        let safety = match self.phase {
-            Phase::Open => self.caps.safety_poll.map(after),
-            _ => None,
+        let (safety, queue) = match self.phase {
+            Phase::Open => (self.caps.safety_poll.map(after), self.queue_deadline),
+            _ => (None, None),
         };
+        let queue = queue.filter(|_| self.device_has_slots());
         let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && now() < *at);
         let coalesce = self.coalesce.map(|(_, due)| due);
-        [closing, stall, safety, lost, coalesce].into_iter().flatten().min()
+        [closing, stall, safety, queue, lost, coalesce].into_iter().flatten().min()
     }
 
     /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read
@@ -798,8 +805,14 @@ impl Engine {
     /// taken would end each sleep at once. A queue that closes is asked again at the
     /// [`deadline`](Self::deadline).
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
-        let waits = !self.posted.reads.is_empty() || self.kept != [0; 2];
+        let waits = self.device_has_slots();
         self.descriptor.filter(|_| waits && matches!(self.phase, Phase::Open))
+    }
+
+    /// Whether reads are posted or the device keeps slots. Otherwise nothing that happens at the device
+    /// needs a poll.
+    fn device_has_slots(&self) -> bool {
+        !self.posted.reads.is_empty() || self.kept != [0; 2]
     }
 
     /// A number that tells the descriptor of one queue from that of the next, which may be the same
@@ -808,9 +821,9 @@ impl Engine {
         self.queues_closed
     }
 
-    /// Whether the device has a descriptor.
+    /// Whether the device has descriptors, also if its queue asks not to be woken by one now.
     pub(crate) fn has_descriptor(&self) -> bool {
-        self.descriptor.is_some()
+        self.has_descriptor
     }
 
     /// Makes the next poll call the device although it did not ring, because its descriptor is

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
 use vmring::{
@@ -99,7 +99,7 @@ pub(crate) fn unique(name: &str) -> String {
 /// Calls `done` until it returns true.
 pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     stage(what);
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < LONG, "it never happened: {what}");
         thread::sleep(Duration::from_micros(500));
@@ -232,7 +232,7 @@ fn seen(done: vmring::Completion) -> Seen {
 /// Waits for `n` completions and takes exactly those.
 pub(crate) fn reap_n(ring: &mut Ring, n: usize) -> Vec<Seen> {
     let mut all = Vec::new();
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     while all.len() < n {
         let left = n - all.len();
         ring.wait(left, Some(LONG));
@@ -261,6 +261,7 @@ pub(crate) struct ScriptQueue {
     cancel_reads: Option<Box<dyn FnMut() -> u32 + Send>>,
     bind: Box<dyn FnMut() + Send>,
     arm: Box<dyn FnMut() -> bool + Send>,
+    deadline: Box<dyn Fn() -> Option<Instant> + Send>,
     descriptor: Option<OwnedFd>,
     asked: Box<dyn Fn() + Send>,
 }
@@ -276,6 +277,7 @@ impl ScriptQueue {
             cancel_reads: None,
             bind: Box::new(|| ()),
             arm: Box::new(|| true),
+            deadline: Box::new(|| None),
             descriptor: None,
             asked: Box::new(|| ()),
         }
@@ -312,6 +314,11 @@ impl ScriptQueue {
 
     pub(crate) fn on_arm(mut self, f: impl FnMut() -> bool + Send + 'static) -> Self {
         self.arm = Box::new(f);
+        self
+    }
+
+    pub(crate) fn on_deadline(mut self, f: impl Fn() -> Option<Instant> + Send + 'static) -> Self {
+        self.deadline = Box::new(f);
         self
     }
 
@@ -352,6 +359,10 @@ impl Queue for ScriptQueue {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         (self.asked)();
         self.descriptor.as_ref().map(|descriptor| descriptor.as_fd())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        (self.deadline)()
     }
 }
 

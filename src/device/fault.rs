@@ -347,6 +347,10 @@ impl Queue for FaultyQueue {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.inner.descriptor()
     }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.inner.deadline()
+    }
 }
 
 /// The completion engine: a thread that holds finished slots for a while.

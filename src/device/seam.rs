@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use macaddr::MacAddr6;
 
@@ -220,6 +220,13 @@ pub trait Queue: Send {
     /// The poller sleeps on it, while reads are posted or the queue keeps slots. It calls this method
     /// when the queue is opened and after each [`arm`](Self::arm).
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Returns the time at which the queue wants to be polled even if nothing wakes the poller. The
+    /// default is none. It counts while reads are posted or the queue keeps slots. The poller calls
+    /// this method after each [`arm`](Self::arm).
+    fn deadline(&self) -> Option<Instant> {
         None
     }
 }

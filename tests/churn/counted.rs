@@ -138,4 +138,8 @@ impl Queue for CountedQueue {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.inner.descriptor()
     }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.inner.deadline()
+    }
 }

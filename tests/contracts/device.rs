@@ -3,7 +3,7 @@
 use crate::support::eventually;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmring::device::{PollContext, PostedSlot, Progress};
 use vmring::{
@@ -15,6 +15,8 @@ use crate::support::{
     LONG, Script, ScriptQueue, every_way, filled, guarded, inline, number_of, post, reap_n, send,
     stage, take_writes,
 };
+
+const SOON: Duration = Duration::from_millis(30);
 
 /// Goal: a device cannot return a slot twice or keep its memory. A dropped slot completes as
 /// abandoned, a forgotten slot is counted at close, and each entry completes once.
@@ -284,6 +286,37 @@ fn a_start_that_takes_too_long_times_out_and_is_undone() {
         assert!(matches!(start, Err(Error::StartTimeout(after)) if after == timeout), "{start:?}");
         crate::support::eventually("the late device is stopped", || {
             stops.load(Ordering::SeqCst) == 1
+        });
+    });
+}
+
+/// Goal: a queue without a descriptor is polled at its deadline, in each way to drive a ring. Method: it
+/// completes the read when its time has come, and nothing else wakes it.
+#[test]
+fn a_queue_is_polled_at_its_deadline() {
+    guarded(|| {
+        every_way(|way, poller| {
+            let due = Arc::new(Mutex::new(None));
+            let interface = Script::new(move |_, _| {
+                let (seen, asked) = (due.clone(), due.clone());
+                ScriptQueue::new(move |cx| {
+                    let mut due = seen.lock().unwrap();
+                    let due = due.get_or_insert_with(|| Instant::now() + SOON);
+                    if *due <= Instant::now()
+                        && let Some(slot) = cx.take_read()
+                    {
+                        cx.complete_read(slot, 60);
+                    }
+                    Ok(Progress::Idle)
+                })
+                .on_deadline(move || *asked.lock().unwrap())
+            })
+            .start();
+            let ring = interface.ring(Direction::Both).depth(8).drive(way.drive(poller));
+            let mut ring = ring.build().unwrap();
+            post(&mut ring, 1);
+            assert_eq!(ring.wait(1, Some(LONG)), 1, "{way:?}");
+            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Read, 1, Ok(60)));
         });
     });
 }

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::format::{
     BYTE_ORDER_MAGIC, END_OF_OPTIONS, ENHANCED_PACKET, EPB_DROPCOUNT, EPB_FLAGS, ETHERNET,
@@ -352,5 +352,9 @@ impl Queue for RecordedQueue {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.inner.descriptor()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.inner.deadline()
     }
 }
