@@ -65,6 +65,8 @@ pub(crate) struct EngineParts {
     pub(crate) sq_consumer: SqConsumer,
     pub(crate) cq_producer: CqProducer,
     pub(crate) bounce: Option<Bounce>,
+    /// The depth of the reads, if one packet can fill several of them.
+    pub(crate) merging_depth: Option<u32>,
     pub(crate) interface: Arc<InterfaceShared>,
     pub(crate) direction: Direction,
     pub(crate) shared: Arc<RingShared>,
@@ -153,7 +155,12 @@ impl Engine {
         };
         Ok(Self {
             sq_consumer,
-            completions: Completions::new(cq_producer, parts.bounce, shared.clone()),
+            completions: Completions::new(
+                cq_producer,
+                parts.bounce,
+                parts.merging_depth,
+                shared.clone(),
+            ),
             posted: Posted {
                 reads: Fifo::with_capacity(reads),
                 writes: Fifo::with_capacity(writes),

@@ -416,6 +416,7 @@ impl<'a> RingBuilder<'a> {
             sq_consumer,
             cq_producer,
             bounce,
+            merging_depth: self.mergeable_reads.then_some(read),
             interface: self.interface.clone(),
             direction: self.direction,
             shared: shared.clone(),

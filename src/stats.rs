@@ -129,7 +129,7 @@ counters! {
     /// Entries that the device dropped, or kept when it panicked.
     abandoned,
     /// Reads into the memory of a guest that went through a frame, because the device does not fill
-    /// such memory itself.
+    /// such memory itself. With mergeable reads also those of a packet for which too few were posted.
     bounced_reads,
     /// Writes from the memory of a guest that went through a frame, because the device does not send
     /// such memory itself.

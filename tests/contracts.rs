@@ -7,7 +7,7 @@ mod credits;
 mod device;
 mod guests;
 mod interfaces;
-mod merging;
+pub(crate) mod merging;
 mod order;
 mod ownership;
 mod peek;

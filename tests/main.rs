@@ -28,6 +28,8 @@ mod software;
 #[cfg(target_os = "linux")]
 mod tap;
 #[cfg(target_os = "linux")]
+mod tap_guests;
+#[cfg(target_os = "linux")]
 mod tap_host;
 #[cfg(target_os = "linux")]
 mod tap_soak;

@@ -191,6 +191,12 @@ pub(super) fn set_count(guest: &mut GuestBuffer, count: u16) {
     guest.set_header(&header);
 }
 
+/// Writes into the header that is in a guest's buffer that the packet fills `count` buffers.
+#[cfg(all(target_os = "linux", feature = "tap"))]
+pub(super) fn set_buffer_count(guest: &mut GuestBuffer, count: u16) {
+    guest.segments().skip_bytes(10).copy_from(&count.to_le_bytes());
+}
+
 /// Sets the length of a part of a packet. If the buffer has fewer bytes, it is all of them.
 pub(super) fn set_part_len(buffer: &mut Buffer, len: usize, is_first: bool) {
     let set = |len: usize, buffer: &mut Buffer| match buffer.guest_mut() {

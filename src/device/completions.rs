@@ -21,6 +21,8 @@ pub(crate) struct Completions {
     batch: Batch,
     /// `None` if no guest's buffer can be submitted to the ring.
     bounce: Option<Box<Bounce>>,
+    /// How many reads can be posted at a time, if one packet can fill several of them.
+    merging_depth: Option<u32>,
     shared: Arc<RingShared>,
 }
 
@@ -42,6 +44,7 @@ impl Completions {
     pub(crate) fn new(
         cq_producer: CqProducer,
         bounce: Option<Bounce>,
+        merging_depth: Option<u32>,
         shared: Arc<RingShared>,
     ) -> Self {
         Self {
@@ -49,6 +52,7 @@ impl Completions {
             undone: Outcome::Cancelled,
             batch: Batch::default(),
             bounce: bounce.map(Box::new),
+            merging_depth,
             shared,
         }
     }
@@ -57,6 +61,16 @@ impl Completions {
     #[inline(always)]
     pub(crate) fn may_have_guests(&self) -> bool {
         self.bounce.is_some()
+    }
+
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(super) fn merging_depth(&self) -> Option<u32> {
+        self.merging_depth
+    }
+
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(super) fn count_bounced_reads(&self, reads: u64) {
+        self.shared.counters.poller.bounced_reads.add(reads);
     }
 
     /// Makes a slot such as the device takes it: if it has a guest's buffer that the device does not

@@ -158,7 +158,11 @@ impl<'a> PollContext<'a> {
 
     /// The reads that can be taken, oldest first, without taking them. This is for a device that
     /// fills slots before it knows how many it will take.
-    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+    #[cfg(any(
+        target_os = "macos",
+        feature = "vmnet-sim",
+        all(target_os = "linux", feature = "tap")
+    ))]
     #[inline]
     pub(crate) fn posted_reads(&mut self) -> impl Iterator<Item = &mut PostedSlot> {
         let limit = self.reads();
@@ -176,12 +180,47 @@ impl<'a> PollContext<'a> {
 
     /// Takes the oldest slot of those that [`posted_reads`](Self::posted_reads) or
     /// [`posted_writes`](Self::posted_writes) returned. It need not look into the SQ.
-    #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
+    #[cfg(any(
+        target_os = "macos",
+        feature = "vmnet-sim",
+        all(target_os = "linux", feature = "tap")
+    ))]
     #[inline(always)]
     pub(crate) fn take_shown(&mut self, class: Class) -> Option<PostedSlot> {
         let slot = self.posted.list(class).pop_front()?;
         self.left[class_index(class)] -= 1;
         Some(slot)
+    }
+
+    /// How many reads can be posted at a time, if one packet can fill several of them: the ring has
+    /// [mergeable reads](crate::RingBuilder::mergeable_reads). `None` for a wrapper's inner queue.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(crate) fn merging_depth(&self) -> Option<u32> {
+        match &self.sink {
+            Sink::Ring(completions) => completions.merging_depth(),
+            Sink::Relay(_) => None,
+        }
+    }
+
+    /// How many reads are posted, with those that this call may not take.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(crate) fn posted_in_all(&mut self) -> usize {
+        self.post_from_sq();
+        self.posted.reads.len()
+    }
+
+    /// Whether this call has taken reads, and may not take all that are still posted.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(crate) fn is_short_of_reads(&mut self) -> bool {
+        self.left[0] < self.limits[0] && self.posted_in_all() > self.left[0]
+    }
+
+    /// Counts `reads` that a packet fills through a frame of the queue.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(crate) fn count_bounced_reads(&mut self, reads: usize) {
+        if let Sink::Ring(completions) = &mut self.sink {
+            completions.count_bounced_reads(reads as u64);
+        }
     }
 
     /// Puts a slot back to the front of its list. It is posted again, as if it had never been

@@ -193,6 +193,12 @@ impl PostedSlot {
         if self.is_read() { self.posted_buffer_mut().guest_mut() } else { None }
     }
 
+    /// Whether the buffer is a reserved frame, in the place of a guest's buffer.
+    #[cfg(all(target_os = "linux", feature = "tap"))]
+    pub(super) fn is_bounced(&self) -> bool {
+        self.ring & BOUNCED != 0
+    }
+
     #[inline(always)]
     pub(super) fn buffer(&self) -> &Buffer {
         self.buffer.as_ref().expect("a posted slot has its buffer until it is completed")

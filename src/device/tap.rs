@@ -84,12 +84,23 @@
 //! change threads, so it cannot use the multishot read: it reads by `read(2)`, and writes through
 //! io_uring in batches.
 //!
-//! Without io_uring each frame takes a plain `read(2)` or `write(2)`, or a `writev(2)` if it is in
-//! several pieces of a guest's memory. [`Tap::engine`] chooses the engine, and
+//! Without io_uring each frame takes a plain `read(2)` or `write(2)`, or a `readv(2)` or `writev(2)` if it
+//! is in several pieces of a guest's memory. [`Tap::engine`] chooses the engine, and
 //! [`Interface::counters`](crate::Interface::counters) says which one runs. Which is faster depends
 //! on the cost of a system call and on the other load of the machine; `performance/` in the
 //! repository measures both. With plain calls each `write(2)` may wake the receiver and cost
 //! a context switch; io_uring does so once per batch.
+//!
+//! The system calls that move frames, for a seccomp list:
+//!
+//! | engine | reads | writes |
+//! |---|---|---|
+//! | [`TapEngine::Plain`] | `read`, `readv` | `write`, `writev` |
+//! | [`TapEngine::IoUring`], inline ring | `read`, `readv` | `io_uring_enter` |
+//! | [`TapEngine::IoUring`], on a poller's thread | `io_uring_enter`; `readv` and `read` on a ring with mergeable reads, and `readv` for a guest's buffer of several pieces | `io_uring_enter` |
+//!
+//! A queue makes its io_uring by `io_uring_setup`, `io_uring_register` and `mmap` in the first call that
+//! drives the ring.
 //!
 //! Some milliseconds after an inline ring is closed, the kernel tears its io_uring down on the
 //! threads that have driven it. A system call that waits on such a thread at that moment may fail
@@ -111,6 +122,23 @@
 //! header shows the cut, so such a packet is dropped as well; a packet that is not IP arrives cut
 //! off.
 //!
+//! # The memory of a guest
+//!
+//! The kernel reads and writes a guest's buffers where they are
+//! ([`RingBuilder::segment_table`](crate::RingBuilder::segment_table)). A read may have up to 256 pieces
+//! and a write up to 20. A packet in more pieces goes through a reserved frame.
+//!
+//! On a ring with [mergeable reads](crate::RingBuilder::mergeable_reads) one packet fills as many posted
+//! reads as it needs, at most 256, also by the io_uring engine. The kernel cuts off a packet that is
+//! longer than the space it is given, and does not tell. So it reads into the posted reads only while
+//! they have space for the longest packet
+//! ([`Capabilities::max_packet_size`](crate::device::Capabilities) and the header). If they have less,
+//! the packet is read into a frame of the queue, and copied into the reads as soon as they have space
+//! for *it*; [`RingStats::bounced_reads`](crate::stats::RingStats) counts these reads. Until then the
+//! packets behind it stay in the TAP. The packet is dropped, and counted as "too few reads", when as many
+//! reads are posted as the ring is deep, when the reads that are posted have been too few for a second,
+//! and when the queue is closed.
+//!
 //! # When the TAP goes away
 //!
 //! If somebody deletes the TAP, the entries in flight complete with `Status::Os(EBADFD)`, and the
@@ -126,6 +154,7 @@ mod forwarding;
 mod framing;
 mod limits;
 mod link;
+mod merging;
 mod namespace;
 mod nat;
 mod nft;
@@ -148,6 +177,7 @@ use std::{fmt, thread};
 use framing::{Drops, Framing};
 use limits::{IP_MAX, OPEN_PATIENCE, QUEUES_MAX};
 use macaddr::MacAddr6;
+use merging::MergingReader;
 use namespace::Namespace;
 use open::{Flags, TapQueueFd};
 use plain::Plain;
@@ -661,6 +691,7 @@ impl Running {
         caps.offloads = self.offloads;
         caps.read_segments = limits::READ_SEGMENTS_MAX as u32;
         caps.write_segments = limits::WRITE_SEGMENTS_MAX as u32;
+        caps.merges_reads = true;
         caps.reading_rings = lock(&self.queue_states).len();
         caps.writing_rings = usize::MAX;
         caps
@@ -765,6 +796,7 @@ impl Device for TapDevice {
             direction,
             may_fall_back: self.options.engine == TapEngine::Auto,
             fallbacks: self.fallbacks.clone(),
+            merging: None,
             prepared: false,
         }))
     }
@@ -833,10 +865,11 @@ impl Device for TapDevice {
     }
 
     fn drops(&self) -> Vec<(&'static str, u64)> {
-        let Drops { too_big, malformed } = &*self.drops;
+        let Drops { too_big, malformed, too_few_reads } = &*self.drops;
         vec![
             ("too big", too_big.load(Ordering::Relaxed)),
             ("malformed", malformed.load(Ordering::Relaxed)),
+            ("too few reads", too_few_reads.load(Ordering::Relaxed)),
         ]
     }
 }
@@ -858,6 +891,8 @@ struct TapQueue {
     direction: Direction,
     may_fall_back: bool,
     fallbacks: Arc<AtomicU64>,
+    /// Reads, if the ring has mergeable reads.
+    merging: Option<Box<MergingReader>>,
     /// [`prepare`](Self::prepare) has been called.
     prepared: bool,
 }
@@ -866,7 +901,11 @@ impl TapQueue {
     /// Prepares the engine, on the thread that drives it, before its first use. If the io_uring
     /// cannot be created and the engine is [`TapEngine::Auto`], plain system calls take its place.
     #[cold]
-    fn prepare(&mut self) -> Result<(), Status> {
+    fn prepare(&mut self, merging_depth: Option<u32>) -> Result<(), Status> {
+        if let Some(depth) = merging_depth {
+            let reader = MergingReader::new(self.fd.clone(), self.framing.clone(), depth);
+            self.merging = Some(Box::new(reader));
+        }
         if let Engine::Uring(uring) = &mut self.engine
             && let Err(error) = uring.prepare()
         {
@@ -892,13 +931,18 @@ impl Queue for TapQueue {
 
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
         if !self.prepared {
-            self.prepare()?;
+            self.prepare(cx.merging_depth())?;
         }
-        match &mut self.engine {
-            Engine::Uring(uring) => uring.poll(cx, &self.framing),
+        let Self { engine, framing, merging, .. } = self;
+        let merging = merging.as_deref_mut();
+        match engine {
+            Engine::Uring(uring) => uring.poll(cx, framing, merging),
             Engine::Plain(plain) => {
-                plain.write(cx, &self.framing)?;
-                plain.read(cx, &self.framing)
+                plain.write(cx, framing)?;
+                match merging {
+                    None => plain.read(cx, framing),
+                    Some(merging) => merging.read(cx),
+                }
             }
         }
     }
@@ -924,8 +968,14 @@ impl Queue for TapQueue {
         }
     }
 
+    /// While a packet waits for reads, the TAP may be readable, and nothing is read.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.fd.as_fd())
+        let waits = self.merging.as_ref().is_some_and(|merging| merging.is_waiting());
+        (!waits).then(|| self.fd.as_fd())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.merging.as_ref()?.deadline()
     }
 }
 

@@ -10,10 +10,10 @@ use crate::support::{
 };
 
 /// The reads that one packet filled, each with the number of bytes in it.
-type Group = Vec<(u64, usize)>;
+pub(crate) type Group = Vec<(u64, usize)>;
 
 /// Takes every completion. Returns the packets that arrived, and checks that nothing splits one.
-fn arrivals(ring: &mut Ring) -> Vec<Group> {
+pub(crate) fn arrivals(ring: &mut Ring) -> Vec<Group> {
     let (mut all, mut group, mut left) = (Vec::new(), Group::new(), 0);
     for done in ring.reap() {
         if done.op != RingOp::Read {
@@ -32,19 +32,27 @@ fn arrivals(ring: &mut Ring) -> Vec<Group> {
     all
 }
 
-/// The packet in the buffers of a group. The first header has their number, and the others have none.
-fn bytes(guest: &Guest, group: &Group) -> Vec<u8> {
-    let mut packet = Vec::new();
+/// The header in front of the packet in the buffers of a group, and the packet. Only the first buffer
+/// has a header.
+pub(crate) fn packet_of(guest: &Guest, group: &Group) -> ([u8; HEADER as usize], Vec<u8>) {
+    let (mut header, mut packet) = ([0; HEADER as usize], Vec::new());
     for (i, (number, len)) in group.iter().enumerate() {
         let all = guest.all_bytes(*number);
-        let (header, behind) = all.split_at(HEADER as usize);
+        let (front, behind) = all.split_at(HEADER as usize);
         if i == 0 {
-            assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, group.len() as u8, 0]);
+            header.copy_from_slice(front);
             packet.extend(&behind[..*len]);
         } else {
             packet.extend(&all[..*len]);
         }
     }
+    (header, packet)
+}
+
+/// The packet in the buffers of a group. The header has their number and nothing else.
+fn bytes(guest: &Guest, group: &Group) -> Vec<u8> {
+    let (header, packet) = packet_of(guest, group);
+    assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, group.len() as u8, 0]);
     packet
 }
 

@@ -108,8 +108,8 @@
 //! | interface | calls per burst |
 //! |---|---|
 //! | embedded network, loopback | none; a wake-up of another ring is one `write` to an eventfd |
-//! | TAP, [`TapEngine::Plain`](https://docs.rs/vmring) | `readv` and `writev`, or `read` and `write` |
-//! | TAP, `TapEngine::IoUring` | for writes `io_uring_enter` instead; `io_uring_setup` and `io_uring_register` when the ring is made |
+//! | TAP, [`TapEngine::Plain`](https://docs.rs/vmring) | `readv` and `writev`, or `read` and `write`: one for each packet |
+//! | TAP, `TapEngine::IoUring` | for reads the same; for writes `io_uring_enter` instead; `io_uring_setup` and `io_uring_register` when the ring is made |
 //!
 //! The net threads of Firecracker and cloud-hypervisor do not allow `io_uring_enter`: choose the plain
 //! engine there. On macOS the descriptor is a kqueue, and the events are pipes.
@@ -140,8 +140,8 @@
 //! ([`InterfaceBuilder::offloads`](vmring::InterfaceBuilder::offloads)). A guest that accepts less than
 //! the interface delivers, as firmware does, gets its packets through frames of the device: the checksum
 //! is completed, or the packet is cut ([`NetStats::rx_software`]). So do guests with mergeable buffers, if
-//! packets may be longer than 1,524 bytes and the interface cannot fill several buffers with one packet.
-//! This costs one more copy.
+//! packets may be longer than 1,524 bytes and the interface cannot fill several buffers with one packet
+//! (vmnet and recorded interfaces cannot). This costs one more copy.
 //!
 //! # Hostile guests
 //!

@@ -36,6 +36,8 @@ pub(crate) struct Drops {
     pub(crate) too_big: AtomicU64,
     /// The packet came without a whole offload header.
     pub(crate) malformed: AtomicU64,
+    /// The posted reads of a ring with mergeable reads were too few for the packet.
+    pub(crate) too_few_reads: AtomicU64,
 }
 
 /// The pieces of one frame, for readv(2), writev(2) or their like.
@@ -66,6 +68,19 @@ impl<const N: usize> Pieces<N> {
         at
     }
 
+    /// Makes the bytes the piece of number `at`. Returns whether there is such a piece.
+    pub(crate) fn put_bytes(&mut self, at: usize, bytes: &mut [u8]) -> bool {
+        let Some(piece) = self.0.get_mut(at) else { return false };
+        *piece = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        true
+    }
+
+    /// The bytes of the pieces from number `from` to `end`.
+    pub(crate) fn len_of(&self, from: usize, end: usize) -> usize {
+        self.0[from..end].iter().map(|piece| piece.iov_len).sum()
+    }
+
+    /// The first `count` pieces.
     pub(crate) fn first(&self, count: usize) -> &[libc::iovec] {
         &self.0[..count]
     }
@@ -171,8 +186,11 @@ impl Framing {
     ) {
         let packet = len.wrapping_sub(self.header);
         let longest = self.max_packet_size - VLAN_TAG_LEN;
-        if packet > longest && self.is_too_long(&mut slot, packet) || self.is_cut(&mut slot, len) {
-            self.drop_packet(cx, slot, len);
+        if packet > longest && self.is_too_long(&self.front(&mut slot), packet)
+            || self.is_cut(&mut slot, len)
+        {
+            self.count_dropped(len);
+            cx.put_back(slot);
         } else if self.header > 0 {
             cx.complete_read_with_header(slot, len);
         } else {
@@ -180,10 +198,29 @@ impl Framing {
         }
     }
 
-    /// Whether a packet that is longer than the longest one without a tag is too long.
+    /// Whether a packet is dropped for which the kernel has written `len` bytes, with its offload
+    /// header, into a space of `room` bytes. It is counted then. `front` copies the packet's first
+    /// bytes.
+    pub(crate) fn drops_packet(
+        &self,
+        len: usize,
+        room: usize,
+        mut front: impl FnMut() -> [u8; FRONT],
+    ) -> bool {
+        let packet = len.wrapping_sub(self.header);
+        let longest = self.max_packet_size - VLAN_TAG_LEN;
+        let drops = packet > longest && self.is_too_long(&front(), packet)
+            || len == room && promises_more(&front(), packet);
+        if drops {
+            self.count_dropped(len);
+        }
+        drops
+    }
+
+    /// Whether a packet that is longer than the longest one without a tag is too long. `front` is its
+    /// first bytes.
     #[cold]
-    fn is_too_long(&self, slot: &mut PostedSlot, packet: usize) -> bool {
-        let front = self.front(slot);
+    fn is_too_long(&self, front: &[u8; FRONT], packet: usize) -> bool {
         let ether_type = &front[ETHERNET_HEADER_LEN - 2..ETHERNET_HEADER_LEN];
         packet > self.max_packet_size || !matches!(ether_type, &[0x81, 0x00] | &[0x88, 0xa8])
     }
@@ -202,13 +239,11 @@ impl Framing {
         front
     }
 
-    /// Counts the packet and posts the slot again.
     #[cold]
-    fn drop_packet(&self, cx: &mut PollContext<'_>, slot: PostedSlot, len: usize) {
-        let Drops { malformed, too_big } = &*self.drops;
+    fn count_dropped(&self, len: usize) {
+        let Drops { malformed, too_big, .. } = &*self.drops;
         let counter = if len < self.header { malformed } else { too_big };
         counter.fetch_add(1, Ordering::Relaxed);
-        cx.put_back(slot);
     }
 
     /// Whether the packet was longer than the buffer and the kernel has cut it off. The kernel does

@@ -24,6 +24,12 @@ pub(super) const WRITE_SEGMENTS_MAX: usize = 20;
 /// (`UIO_MAXIOV`), and a guest's buffer has no more than 256.
 pub(super) const READ_SEGMENTS_MAX: usize = 256;
 
+/// The most reads that one packet fills: as many as a poll takes.
+pub(super) const MERGING_READS_MAX: usize = URING_WRITES as usize;
+/// How long a packet waits for more reads while some are posted. A Linux guest that has had no memory
+/// for buffers tries again after half a second.
+pub(super) const SHORT_PATIENCE: Duration = Duration::from_secs(1);
+
 /// How long an opener waits for a TAP that another process may be about to release.
 pub(super) const OPEN_PATIENCE: Duration = Duration::from_millis(500);
 /// How long the kernel may take to answer a netlink request. It normally answers within the request

@@ -4,7 +4,8 @@
 //! request over a ring of provided buffers; the buffers are the posted slots. One `io_uring_enter`
 //! per poll serves both directions. A provided buffer is one piece, so a slot in several pieces of a
 //! guest's memory is filled by `readv(2)`, while the kernel holds no older one. A queue that its owner
-//! drives (`Drive::Inline`) reads by `read(2)`.
+//! drives (`Drive::Inline`) reads by `read(2)`, and so does a ring with mergeable reads: one packet at a
+//! time can go into its posted slots, so there would be no batch.
 //!
 //! # Who owns a slot
 //!
@@ -50,6 +51,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use super::framing::{Fault, Framing, Pieces, Space, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
+use super::merging::MergingReader;
 use super::open::TapQueueFd;
 use super::plain::Plain;
 use crate::device::context::PollContext;
@@ -162,15 +164,18 @@ impl Uring {
         Ok(())
     }
 
+    /// Polls once. On a ring with mergeable reads, `merging` reads and the kernel holds no slots for
+    /// reads.
     pub(crate) fn poll(
         &mut self,
         cx: &mut PollContext<'_>,
         framing: &Framing,
+        merging: Option<&mut MergingReader>,
     ) -> Result<Progress, Status> {
         let Some(state) = &mut self.state else { return Ok(Progress::Idle) };
         state.ask_to_end();
         state.push_writes(cx, framing);
-        if self.recall.is_empty() {
+        if self.recall.is_empty() && merging.is_none() {
             state.provide(cx, framing);
             state.arm_multishot();
         }
@@ -187,7 +192,12 @@ impl Uring {
         // A multishot read that is still in flight takes no packet without a buffer.
         let reads_here = !state.single_issuer
             || state.order.is_empty() && self.recall.is_empty() && cx.reads() > 0;
-        if reads_here && self.plain.read(cx, framing)? == Progress::More {
+        let read = match merging {
+            Some(merging) => merging.read(cx)?,
+            None if reads_here => self.plain.read(cx, framing)?,
+            None => Progress::Idle,
+        };
+        if read == Progress::More {
             return Ok(Progress::More);
         }
         Ok(if more { Progress::More } else { Progress::Idle })
