@@ -1,6 +1,7 @@
 //! Every device behaves alike. One body runs on loopback, embedded, vmnet (simulated) and TAP;
 //! plain, under faults, as a completion engine, and recorded; driven in each of the three ways; with
-//! packets in frames, and with every other packet in the memory of a guest.
+//! packets in frames, and with every other packet in the memory of a guest, there also with buffers that
+//! are smaller than a packet.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -9,8 +10,8 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Direction, Driver, Embedded, Frame, Interface, InterfaceBuilder, Loopback, Poller, RetryPolicy,
-    Ring, RingOp,
+    Direction, Driver, Embedded, Frame, GuestBuffer, Interface, InterfaceBuilder, Loopback, Poller,
+    RetryPolicy, Ring, RingOp,
 };
 
 use crate::guest_memory::Guest;
@@ -24,6 +25,10 @@ const READS: u32 = 64;
 /// Packets under way per lane. There are more reads posted at the receiver, so a network that drops
 /// packets without a posted read drops none.
 const WINDOW: u64 = 48;
+/// The bytes of a small buffer, and how many packets are under way: 64 reads, of which half are small,
+/// have space for them.
+const SMALL: u32 = 2048;
+const MERGEABLE_WINDOW: u64 = 12;
 
 /// Where the packets of a run are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +36,8 @@ enum Memory {
     Frames,
     /// Every other one in the memory of a guest.
     Both,
+    /// As `Both`, and a packet may fill several small reads.
+    Mergeable,
 }
 
 /// A kind of device to test: how to start its two ends.
@@ -43,7 +50,14 @@ trait Kind {
     fn ordered(&self) -> bool {
         true
     }
+
+    /// Where packets can be, over a device that can merge reads. A wrapper cannot.
+    fn memories(&self) -> &'static [Memory] {
+        &UNMERGED
+    }
 }
+
+const UNMERGED: [Memory; 2] = [Memory::Frames, Memory::Both];
 
 fn start(builder: InterfaceBuilder, driver: impl Driver) -> Box<dyn FnOnce() -> Interface> {
     Box::new(move || builder.mtu(MTU).device(driver).start().expect("the device starts"))
@@ -58,6 +72,10 @@ impl Kind for Plain {
         inner: impl Driver,
     ) -> Box<dyn FnOnce() -> Interface> {
         start(builder, inner)
+    }
+
+    fn memories(&self) -> &'static [Memory] {
+        &[Memory::Frames, Memory::Both, Memory::Mergeable]
     }
 }
 
@@ -123,6 +141,8 @@ struct End {
     spare: Vec<Frame>,
     guest: Guest,
     memory: Memory,
+    /// The parts of a packet that have come, and how many more there are.
+    parts: (Vec<u8>, u16),
 }
 
 impl End {
@@ -137,6 +157,7 @@ impl End {
             // Let the indices wrap.
             .start_index(u32::MAX - 100)
             .segment_table(guest.table())
+            .mergeable_reads(memory == Memory::Mergeable)
             .build()
             .expect("a ring");
         let mut end = Self {
@@ -151,6 +172,7 @@ impl End {
             spare: Vec::new(),
             guest,
             memory,
+            parts: (Vec::new(), 0),
         };
         end.spare.extend(std::iter::from_fn(|| end.ring.alloc()));
         assert_eq!(end.spare.len() as u32, READS + WRITES);
@@ -163,7 +185,7 @@ impl End {
                 if number % 2 == 0 {
                     end.ring.submit_read(frame, number).expect("a read is taken");
                 } else {
-                    let buffer = end.guest.buffer(number);
+                    let buffer = end.buffer(number);
                     end.ring.submit_read_guest(buffer, number).expect("a read");
                     end.spare.push(frame);
                 }
@@ -175,6 +197,19 @@ impl End {
 
     fn mac(&self) -> [u8; 6] {
         self.interface.mac().into_array()
+    }
+
+    /// A buffer of the guest's for a read.
+    fn buffer(&mut self, number: u64) -> GuestBuffer {
+        match self.memory {
+            Memory::Mergeable => self.guest.buffer_of(number, SMALL),
+            _ => self.guest.buffer(number),
+        }
+    }
+
+    /// How many packets to this end may be under way.
+    fn window(&self) -> u64 {
+        if self.memory == Memory::Mergeable { MERGEABLE_WINDOW } else { WINDOW }
     }
 }
 
@@ -260,11 +295,11 @@ fn send(
     ordered: bool,
     bytes: &impl Fn(usize, u64) -> Vec<u8>,
 ) -> bool {
-    if ends[from].memory == Memory::Both {
+    if ends[from].memory != Memory::Frames {
         return send_both(ends, from, to, count, ordered, bytes);
     }
     let under_way = ends[from].sent - ends[to].received;
-    let window = WINDOW.saturating_sub(under_way).min(count - ends[from].sent);
+    let window = ends[to].window().saturating_sub(under_way).min(count - ends[from].sent);
     let mut unsent = Vec::new();
     for number in ends[from].sent..ends[from].sent + window {
         let Some(mut frame) = ends[from].spare.pop() else { break };
@@ -297,7 +332,7 @@ fn send_both(
     bytes: &impl Fn(usize, u64) -> Vec<u8>,
 ) -> bool {
     let under_way = ends[from].sent - ends[to].received;
-    let window = WINDOW.saturating_sub(under_way).min(count - ends[from].sent);
+    let window = ends[to].window().saturating_sub(under_way).min(count - ends[from].sent);
     let before = ends[from].sent;
     for number in before..before + window {
         let end = &mut ends[from];
@@ -336,39 +371,49 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
     for done in cq.reap() {
         moved = true;
         let len = done.result.expect("nothing fails");
-        let (number, packet) = (done.user_data, done.take_frame());
-        let is_guests = end.memory == Memory::Both && number % 2 == 1;
+        let (number, more, packet) = (done.user_data, done.more, done.take_frame());
+        let is_guests = end.memory != Memory::Frames && number % 2 == 1;
         assert_eq!(packet.is_none(), is_guests, "a guest's packet has no frame");
         match done.op {
             RingOp::Read => {
-                let bytes_of_guest;
-                let arrived = match &packet {
+                let (parts, left) = &mut end.parts;
+                let is_first = parts.is_empty();
+                assert!(is_first || more + 1 == *left, "something is between the parts");
+                match &packet {
                     Some(frame) => {
                         assert_eq!((frame.len(), frame.headroom()), (len, HEADROOM_DEFAULT));
-                        &frame[..]
+                        parts.extend(&frame[..]);
                     }
-                    None => {
+                    None if is_first => {
                         let (header, bytes) = end.guest.bytes(number, len);
-                        assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-                        bytes_of_guest = bytes;
-                        &bytes_of_guest
+                        assert_eq!(header[..10], [0; 10]);
+                        assert_eq!(header[10..], (more + 1).to_le_bytes());
+                        parts.extend(bytes);
                     }
-                };
-                if ordered {
-                    let expected = bytes(end.received);
-                    assert_eq!(arrived.len(), expected.len(), "packet {}", end.received);
-                    assert!(arrived == expected, "packet {} differs", end.received);
-                } else {
-                    let left = end.expected.get_mut(arrived).expect("it was sent like this");
-                    *left = left.checked_sub(1).expect("it came twice");
+                    None => parts.extend(&end.guest.all_bytes(number)[..len]),
                 }
-                end.received += 1;
+                *left = more;
                 end.received_bytes += len as u64;
+                if more == 0 {
+                    let arrived = std::mem::take(parts);
+                    if ordered {
+                        let expected = bytes(end.received);
+                        assert_eq!(arrived.len(), expected.len(), "packet {}", end.received);
+                        assert!(arrived == expected, "packet {} differs", end.received);
+                    } else {
+                        let left = end.expected.get_mut(&arrived).expect("it was sent like this");
+                        *left = left.checked_sub(1).expect("it came twice");
+                    }
+                    end.received += 1;
+                }
                 match packet {
                     Some(frame) => sq.submit_read(frame, number).expect("a credit"),
                     None => {
                         end.guest.free(number);
-                        let buffer = end.guest.buffer(number);
+                        let buffer = match end.memory {
+                            Memory::Mergeable => end.guest.buffer_of(number, SMALL),
+                            _ => end.guest.buffer(number),
+                        };
                         sq.submit_read_guest(buffer, number).expect("a credit");
                     }
                 }
@@ -392,21 +437,21 @@ fn receive(end: &mut End, ordered: bool, bytes: impl Fn(u64) -> Vec<u8>) -> bool
     moved
 }
 
-fn every_case(mut body: impl FnMut(Memory, Way, &Poller)) {
-    for memory in [Memory::Frames, Memory::Both] {
-        every_way(|way, poller| body(memory, way, poller));
+fn every_case(memories: &[Memory], mut body: impl FnMut(Memory, Way, &Poller)) {
+    for memory in memories {
+        every_way(|way, poller| body(*memory, way, poller));
     }
 }
 
 fn on_loopback(kind: &impl Kind) {
-    every_case(|memory, way, poller| {
+    every_case(kind.memories(), |memory, way, poller| {
         let end = kind.wrap(Interface::builder(), Loopback::new(1500));
         body(vec![end], memory, kind.ordered(), way, poller);
     });
 }
 
 fn on_embedded(kind: &impl Kind) {
-    every_case(|memory, way, poller| {
+    every_case(kind.memories(), |memory, way, poller| {
         let network = unique("body");
         let end = || kind.wrap(Interface::builder(), Embedded::network(network.clone()));
         body(vec![end(), end()], memory, kind.ordered(), way, poller);
@@ -416,7 +461,7 @@ fn on_embedded(kind: &impl Kind) {
 /// Runs on the macOS driver over the simulated vmnet, which aborts on a misuse.
 #[cfg(not(target_os = "macos"))]
 fn on_vmnet(kind: &impl Kind) {
-    every_case(|memory, way, poller| {
+    every_case(&UNMERGED, |memory, way, poller| {
         // It is not known whether vmnet keeps references to the objects it is given. Test both.
         let retains = way == Way::Thread;
         let world = vmnet_sim::World::with(vmnet_sim::Rules::Strict, retains);
@@ -435,7 +480,7 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
     use crate::netns::{in_namespace, sh};
     in_namespace(move || {
         sh("ip link add br0 mtu 9000 type bridge mcast_snooping 0 && ip link set br0 up");
-        every_case(|memory, way, poller| {
+        every_case(kind.memories(), |memory, way, poller| {
             let end = |name: &str| {
                 let builder = Interface::builder().mode(vmring::Mode::Bridged("br0".to_owned()));
                 kind.wrap(builder, vmring::Tap::named(name).engine(engine))
