@@ -256,6 +256,7 @@ fn copy(
     }
     parts[..count].iter().for_each(|len| running.queue.push(*len));
     cx.counters.rx_packets.add(1);
+    cx.counters.rx_copied.add(1);
     cx.counters.rx_bytes.add(packet.len() as u64);
     Ok(())
 }

@@ -52,8 +52,12 @@ counters! {
     /// Packets for the guest that the interface could not deliver for another reason.
     rx_errors,
     /// Packets for the guest that were completed or cut in software, because the guest takes less
-    /// than the interface gives, and that were copied once more for it.
+    /// than the interface gives.
     rx_software,
+    /// Packets for the guest that were copied once more, from frames of the device: all of them, if the
+    /// guest takes less than the interface gives, or if the interface cannot fill several mergeable
+    /// buffers with one packet.
+    rx_copied,
     /// Packets for the guest whose offload could not be done in software. They were lost.
     rx_malformed,
     /// Packets that waited for a driver when it reset the device. The next one does not get them.

@@ -266,6 +266,7 @@ fn a_packet_is_spread_over_mergeable_buffers() {
             assert_eq!(b.interrupts.of(0), before + 1, "the parts come together");
         }
         assert_eq!((b.stats().rx_packets, b.stats().rx_too_small), (6, 0), "{way}");
+        assert_eq!(b.stats().rx_copied, [0, 6][way], "only what the interface cannot spread");
     }
 }
 
