@@ -447,7 +447,8 @@ impl NetDevice {
         let features = QueueFeatures::from_bits(self.accepted.bits());
         let queue = Queue::new(self.memory.clone(), setup.layout, features, setup.state)
             .map_err(|source| NetError::Queue { index, source })?;
-        self.build_ring(role).map_err(|source| NetError::Ring { index, source })?;
+        self.build_ring(role, setup.layout.size)
+            .map_err(|source| NetError::Ring { index, source })?;
         if let Some(kick) = &setup.kick {
             self.readiness.add_kick(index, kick)?;
         }
@@ -475,13 +476,13 @@ impl NetDevice {
         Mode::of(&self.interface.capabilities(), wanted)
     }
 
-    fn build_ring(&mut self, role: Role) -> Result<(), vmring::Error> {
+    fn build_ring(&mut self, role: Role, size: u32) -> Result<(), vmring::Error> {
         match role {
             // The others are made when there is a queue that is enabled.
             Role::Receive(pair) if pair > 0 => Ok(()),
             Role::Receive(pair) => {
                 let mode = self.receive_mode();
-                self.pairs[pair].rx.build(&self.interface, &self.readiness, mode)
+                self.pairs[pair].rx.build(&self.interface, &self.readiness, mode, size)
             }
             Role::Transmit(pair) => self.pairs[pair].tx.build(&self.interface, &self.readiness),
             Role::Control => Ok(()),
@@ -721,7 +722,7 @@ impl NetDevice {
     /// Tells the network where a MAC address is now, with a RARP packet to everybody, as QEMU does
     /// after a migration. Returns whether it is on its way.
     pub fn announce(&mut self, mac: [u8; 6]) -> bool {
-        let built = self.build_ring(Role::Transmit(0)).is_ok();
+        let built = self.pairs[0].tx.build(&self.interface, &self.readiness).is_ok();
         let sent = built && self.pairs[0].tx.send_own(&control::rarp(mac));
         if !sent {
             self.counters.announcements_failed.add(1);
@@ -792,14 +793,16 @@ impl NetDevice {
             let cx = context(&self.counters, &self.interrupt);
             let rx = &mut self.pairs[pair].rx;
             // A queue that is stopped may be started again at once, as when memory is added.
-            if rx.running.is_none() || reads && rx.has_ring(mode) {
+            let Some(running) = &rx.running else { continue };
+            let size = running.queue.layout().size;
+            if reads && rx.has_ring(mode, size) {
                 continue;
             }
             if rx.quiesce(cx).is_pending() {
                 all = false;
             } else if !reads {
                 rx.dismantle(&self.readiness);
-            } else if rx.build(&self.interface, &self.readiness, mode).is_err() {
+            } else if rx.build(&self.interface, &self.readiness, mode, size).is_err() {
                 // Without a ring nothing is received: the system has run out of memory or of
                 // descriptors, or the interface was stopped.
                 self.counters.rx_errors.add(1);

@@ -27,12 +27,15 @@ use crate::queue::Chain;
 pub(super) struct Receiver {
     table: SegmentTable,
     ring: Option<Ring>,
+    /// The depth that was asked for.
     depth: u32,
     pub(super) running: Option<RunningQueue>,
     /// Why the ring takes nothing any more.
     pub(super) failed: Option<CloseReason>,
     /// How the guest gets its packets, and the copies if it gets copies.
     mode: Mode,
+    /// How many reads the ring takes.
+    reads: u32,
     copier: Option<Copier>,
     /// How many bytes of a buffer a packet can fill, with its header.
     bytes: u32,
@@ -88,6 +91,7 @@ impl Receiver {
             running: None,
             failed: None,
             mode: Mode::Direct { merging: false },
+            reads: 0,
             copier: None,
             bytes: bytes_for(interface.capabilities().max_packet_size),
             logged: Box::default(),
@@ -97,27 +101,30 @@ impl Receiver {
         }
     }
 
-    /// Makes the ring, if there is none of this mode. Nothing is on its way.
+    /// Makes the ring, if there is none of this mode, for a queue of `size` entries. Nothing is on its
+    /// way.
     pub(super) fn build(
         &mut self,
         interface: &Interface,
         readiness: &Readiness,
         mode: Mode,
+        size: u32,
     ) -> Result<(), Error> {
-        if self.has_ring(mode) {
+        if self.has_ring(mode, size) {
             return Ok(());
         }
+        let reads = self.reads_for(mode, size);
         self.dismantle(readiness);
         let builder = interface.ring(Direction::Read).drive(Drive::Inline);
         let max_packet_size = interface.capabilities().max_packet_size;
         let (builder, copier) = match mode {
             Mode::Direct { merging } => {
                 // Guests' buffers need no frames, but a ring has a pool.
-                let builder = builder.read_depth(self.depth).frames(1);
+                let builder = builder.read_depth(reads).frames(1);
                 (builder.segment_table(&self.table).mergeable_reads(merging), None)
             }
             Mode::Copying(wanted) => {
-                let builder = builder.read_depth(FRAMES as u32).frames(FRAMES);
+                let builder = builder.read_depth(reads).frames(FRAMES);
                 (builder, Some(Copier::new(wanted, max_packet_size)))
             }
         };
@@ -126,13 +133,22 @@ impl Receiver {
             .add_ring(ring.completion_fd()?)
             .map_err(|source| Error::Io { what: "waiting for a ring", source })?;
         (self.ring, self.failed) = (Some(ring), None);
-        (self.mode, self.copier) = (mode, copier);
+        (self.mode, self.reads, self.copier) = (mode, reads, copier);
         Ok(())
     }
 
-    /// Whether there is a ring of this mode.
-    pub(super) fn has_ring(&self, mode: Mode) -> bool {
-        self.ring.is_some() && self.mode == mode
+    /// Whether there is a ring of this mode for a queue of `size` entries.
+    pub(super) fn has_ring(&self, mode: Mode, size: u32) -> bool {
+        self.ring.is_some() && self.mode == mode && self.reads == self.reads_for(mode, size)
+    }
+
+    /// How many reads a ring takes. They are no more than the queue can have, so that the interface
+    /// knows when a guest has posted all that it can, and a packet waits for more in vain.
+    fn reads_for(&self, mode: Mode, size: u32) -> u32 {
+        match mode {
+            Mode::Direct { .. } => self.depth.min(size).max(1),
+            Mode::Copying(_) => FRAMES as u32,
+        }
     }
 
     /// Takes what waits for the guest in the network, up to a bound, and drops it. Nothing is on its way.
