@@ -10,6 +10,8 @@ mod offloads;
 mod random;
 mod remote;
 mod snapshots;
+#[cfg(target_os = "linux")]
+mod tap;
 mod vhost;
 mod waking;
 mod wire;
