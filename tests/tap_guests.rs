@@ -91,6 +91,10 @@ struct World {
 
 impl World {
     fn new(engine: TapEngine, mtu: u32, offload: bool) -> Self {
+        Self::with_buffers(engine, 96, mtu, offload)
+    }
+
+    fn with_buffers(engine: TapEngine, buffers: usize, mtu: u32, offload: bool) -> Self {
         let mut offloads = Offloads::default();
         if offload {
             (offloads.checksum, offloads.tso4, offloads.tso6) = (true, true, true);
@@ -100,7 +104,7 @@ impl World {
         let interface = builder.start().expect("it starts");
         assert!(interface.capabilities().merges_reads);
         let longest = interface.capabilities().max_packet_size as usize;
-        let guest = Guest::new(96, longest.min(PAGE as usize));
+        let guest = Guest::new(buffers, longest.min(PAGE as usize));
         let sender = Sender::on("t0");
         Self { interface, guest, sender, next: 0 }
     }
@@ -311,12 +315,44 @@ fn a_packet_that_never_fits_is_dropped_and_counted() {
             for packet in [&packet(1, LONGEST), &short] {
                 world.sender.send(packet);
             }
+            if way == Way::Inline {
+                eventually("the queue takes the first one", || {
+                    drive_to_rest(&mut ring);
+                    kernel_counts("t0").sent > 0
+                });
+                // A ring that is full does not wait for reads.
+                let armed = ring.arm();
+                assert_eq!((armed, ring.next_deadline().is_some()), (depth > 4, depth > 4));
+            }
             let group = world.expect(&mut ring, &short);
             assert_eq!((group, world.too_few()), (vec![(0, 1514)], 1), "depth {depth}");
             ring.close().expect("it closes");
             world.interface.stop(LONG).expect("it stops");
             assert_eq!(world.too_few(), 1);
         }
+    });
+}
+
+/// Goal: a packet that needs more reads than one packet can have is dropped at once, though the ring is not
+/// full.
+#[test]
+fn a_packet_for_more_reads_than_one_can_fill_is_dropped() {
+    in_namespace(|| {
+        let mut world = World::with_buffers(TapEngine::Plain, 300, 1500, true);
+        let builder = world.builder(512).drive(vmring::Drive::Inline);
+        let mut ring = builder.build().expect("a ring");
+        // They have space for a packet of 60 bytes each, and the first 256 not for the longest one.
+        world.post(&mut ring, 280, 100);
+        let short = packet(2, 60);
+        for packet in [&packet(1, LONGEST), &short] {
+            world.sender.send(packet);
+        }
+        eventually("both are taken", || {
+            drive_to_rest(&mut ring);
+            kernel_counts("t0").sent == 2
+        });
+        assert_eq!((ring.ready(), world.too_few()), (1, 1));
+        assert_eq!(world.expect(&mut ring, &short), [(0, 60)]);
     });
 }
 
@@ -347,7 +383,12 @@ fn a_packet_that_waits_outlives_its_reads_and_not_its_queue() {
             assert_eq!(count.expect("they come back"), 2);
             assert_eq!(ended(&mut world, &mut ring), [cancelled; 2]);
             ring.resume();
-            world.post(&mut ring, 17, PAGE);
+            // However long the guest has posted nothing: two reads are too few again, but only now.
+            std::thread::sleep(Duration::from_millis(if round == 2 { 1200 } else { 0 }));
+            world.post(&mut ring, 2, PAGE);
+            drive_to_rest(&mut ring);
+            std::thread::sleep(Duration::from_millis(20));
+            world.post(&mut ring, 15, PAGE);
             assert_eq!(world.expect(&mut ring, &long).len(), 17);
         }
         assert_eq!(world.too_few(), 0);

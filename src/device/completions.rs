@@ -63,7 +63,6 @@ impl Completions {
         self.bounce.is_some()
     }
 
-    #[cfg(all(target_os = "linux", feature = "tap"))]
     pub(super) fn merging_depth(&self) -> Option<u32> {
         self.merging_depth
     }

@@ -192,10 +192,10 @@ impl<'a> PollContext<'a> {
         Some(slot)
     }
 
-    /// How many reads can be posted at a time, if one packet can fill several of them: the ring has
-    /// [mergeable reads](crate::RingBuilder::mergeable_reads). `None` for a wrapper's inner queue.
-    #[cfg(all(target_os = "linux", feature = "tap"))]
-    pub(crate) fn merging_depth(&self) -> Option<u32> {
+    /// Returns how many reads can be posted at a time, if one packet may fill several of them: the ring
+    /// has [mergeable reads](crate::RingBuilder::mergeable_reads). Otherwise, and for a wrapper's inner
+    /// queue, returns `None`.
+    pub fn merging_depth(&self) -> Option<u32> {
         match &self.sink {
             Sink::Ring(completions) => completions.merging_depth(),
             Sink::Relay(_) => None,

@@ -136,7 +136,7 @@
 //! the packet is read into a frame of the queue, and copied into the reads as soon as they have space
 //! for *it*; [`RingStats::bounced_reads`](crate::stats::RingStats) counts these reads. Until then the
 //! packets behind it stay in the TAP. The packet is dropped, and counted as "too few reads", when as many
-//! reads are posted as the ring is deep, when the reads that are posted have been too few for a second,
+//! reads are posted as the ring is deep, when the same number of reads has been too few for a second,
 //! and when the queue is closed.
 //!
 //! # When the TAP goes away
@@ -955,6 +955,9 @@ impl Queue for TapQueue {
     }
 
     fn cancel(&mut self, target: Option<u64>) -> u32 {
+        if let Some(merging) = &mut self.merging {
+            merging.renew();
+        }
         match &mut self.engine {
             Engine::Uring(uring) => uring.cancel(target),
             Engine::Plain(_) => 0,

@@ -49,8 +49,11 @@ pub(crate) struct MergingReader {
 struct Waiting {
     /// The bytes of the packet and its offload header.
     len: usize,
-    /// When the packet is given up.
-    until: Instant,
+    /// How many reads were posted at the last look.
+    posted: usize,
+    /// When the packet is given up, if no other number of reads is posted until then. `None` if no
+    /// reads were posted.
+    until: Option<Instant>,
 }
 
 /// What the first posted reads have for a packet.
@@ -58,6 +61,8 @@ struct Waiting {
 struct Gathered {
     room: usize,
     pieces: usize,
+    /// No packet can have more space, however many reads are posted.
+    is_all: bool,
     /// The oldest read is a frame without space for the offload header.
     is_unfit: bool,
 }
@@ -83,7 +88,14 @@ impl MergingReader {
 
     /// When the packet that waits is given up.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        self.waiting.map(|waiting| waiting.until)
+        self.waiting?.until
+    }
+
+    /// Lets the packet that waits wait anew, because reads are taken back.
+    pub(crate) fn renew(&mut self) {
+        if let Some(waiting) = &mut self.waiting {
+            waiting.until = None;
+        }
     }
 
     /// Fills the posted reads until the TAP has no more packets, or until the reads are too few. Returns
@@ -102,6 +114,8 @@ impl MergingReader {
                 continue;
             }
             if self.rooms.is_empty() {
+                // They are taken back, if there are some.
+                self.renew();
                 break;
             }
             let has_room = gathered.room >= wanted;
@@ -112,10 +126,7 @@ impl MergingReader {
             if let Some(waiting) = self.waiting {
                 if has_room {
                     self.deliver(cx, waiting.len);
-                } else if cx.posted_in_all() >= self.depth
-                    || self.rooms.len() == MERGING_READS_MAX
-                    || waiting.until <= now()
-                {
+                } else if gathered.is_all || self.gives_up(cx.posted_in_all()) {
                     self.framing.drops.too_few_reads.fetch_add(1, Ordering::Relaxed);
                 } else {
                     return Ok(Progress::Idle);
@@ -132,7 +143,7 @@ impl MergingReader {
                 Ok(len) => {
                     let front = || std::array::from_fn(|i| self.frame[self.framing.header + i]);
                     if !self.framing.drops_packet(len, self.frame.len(), front) {
-                        self.waiting = Some(Waiting { len, until: after(SHORT_PATIENCE) });
+                        self.waiting = Some(Waiting { len, posted: 0, until: None });
                     }
                 }
                 Err(Fault::Wait) => return Ok(Progress::Idle),
@@ -142,14 +153,34 @@ impl MergingReader {
         Ok(Progress::More)
     }
 
+    /// Whether the packet that waits is given up, now that `posted` reads are too few for it: the guest
+    /// cannot post more, or has not for a long time.
+    fn gives_up(&mut self, posted: usize) -> bool {
+        let Some(waiting) = &mut self.waiting else { return false };
+        if posted >= self.depth {
+            return true;
+        }
+        match waiting.until {
+            Some(until) if waiting.posted == posted => until <= now(),
+            _ => {
+                (waiting.posted, waiting.until) = (posted, Some(after(SHORT_PATIENCE)));
+                false
+            }
+        }
+    }
+
     /// Collects the places in the first posted reads, until they have space for `wanted` bytes.
     fn gather(&mut self, cx: &mut PollContext<'_>, wanted: usize) -> Gathered {
         self.rooms.clear();
-        let mut gathered = Gathered { room: 0, pieces: 0, is_unfit: false };
-        for slot in cx.posted_reads().take(MERGING_READS_MAX) {
+        let mut gathered = Gathered { room: 0, pieces: 0, is_all: false, is_unfit: false };
+        for slot in cx.posted_reads() {
+            if gathered.room >= wanted {
+                break;
+            }
             let is_first = self.rooms.is_empty();
             // A reserved frame stands for a guest's buffer, and has a whole packet or nothing.
-            if gathered.room >= wanted || !is_first && slot.is_bounced() {
+            if self.rooms.len() == MERGING_READS_MAX || !is_first && slot.is_bounced() {
+                gathered.is_all = true;
                 break;
             }
             let Gathered { room, pieces, .. } = &mut gathered;
@@ -161,7 +192,7 @@ impl MergingReader {
                 };
                 let end = self.pieces.put(*pieces, segments.by_ref());
                 if segments.next().is_some() {
-                    // The kernel's call takes no more.
+                    gathered.is_all = true;
                     break;
                 }
                 *room += self.pieces.len_of(*pieces, end);
@@ -173,6 +204,7 @@ impl MergingReader {
                     break;
                 };
                 if !self.pieces.put_bytes(*pieces, bytes) {
+                    gathered.is_all = true;
                     break;
                 }
                 *room += bytes.len();
