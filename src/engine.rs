@@ -88,8 +88,6 @@ pub(crate) struct Engine {
     descriptor: Option<RawFd>,
     /// A queue of the device has had a descriptor.
     has_descriptor: bool,
-    /// When the queue wants to be polled, as it said when it was last armed.
-    queue_deadline: Option<Instant>,
     interface: Arc<InterfaceShared>,
     caps: Capabilities,
     direction: Direction,
@@ -169,7 +167,6 @@ impl Engine {
             queue: Some(queue),
             descriptor,
             has_descriptor: descriptor.is_some(),
-            queue_deadline: None,
             caps,
             interface,
             direction,
@@ -686,7 +683,7 @@ impl Engine {
 
     /// Drops the queue. This drops the slots that it kept, which then complete as dropped slots.
     fn drop_queue(&mut self) {
-        (self.descriptor, self.queue_deadline) = (None, None);
+        self.descriptor = None;
         self.queues_closed += 1;
         if let Some(queue) = self.queue.take()
             && catch_panic(|| drop(queue)).is_err()
@@ -770,9 +767,9 @@ impl Engine {
 
     fn arm_queue(&mut self) -> bool {
         let Some(queue) = &mut self.queue else { return true };
-        match catch_panic(|| (queue.arm(), fd_of(&**queue), queue.deadline())) {
-            Ok((armed, descriptor, deadline)) => {
-                (self.descriptor, self.queue_deadline) = (descriptor, deadline);
+        match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
+            Ok((armed, descriptor)) => {
+                self.descriptor = descriptor;
                 self.has_descriptor |= descriptor.is_some();
                 // A queue that has packets has nothing to do while no read is posted, nor one that
                 // closes: it is not polled any more, and is asked to close at its time.
@@ -798,13 +795,19 @@ impl Engine {
         };
         let stall = self.stall.as_ref().filter(|_| !self.posted.writes.is_empty()).map(|s| s.next);
         let (safety, queue) = match self.phase {
-            Phase::Open => (self.caps.safety_poll.map(after), self.queue_deadline),
+            Phase::Open => (self.caps.safety_poll.map(after), self.queue_deadline()),
             _ => (None, None),
         };
-        let queue = queue.filter(|_| self.device_has_slots());
         let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && now() < *at);
         let coalesce = self.coalesce.map(|(_, due)| due);
         [closing, stall, safety, queue, lost, coalesce].into_iter().flatten().min()
+    }
+
+    /// When the queue wants to be polled. The caller of an inline ring may ask before it arms.
+    fn queue_deadline(&self) -> Option<Instant> {
+        let queue = self.queue.as_ref().filter(|_| self.device_has_slots())?;
+        // A queue that panics here is not closed by it, because nothing is in its hands.
+        catch_panic(|| queue.deadline()).unwrap_or_default()
     }
 
     /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read

@@ -225,7 +225,7 @@ pub trait Queue: Send {
 
     /// Returns the time at which the queue wants to be polled even if nothing wakes the poller. The
     /// default is none. It counts while reads are posted or the queue keeps slots. The poller calls
-    /// this method after each [`arm`](Self::arm).
+    /// this method before it sleeps.
     fn deadline(&self) -> Option<Instant> {
         None
     }
