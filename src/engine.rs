@@ -806,7 +806,7 @@ impl Engine {
     /// When the queue wants to be polled. The caller of an inline ring may ask before it arms.
     fn queue_deadline(&self) -> Option<Instant> {
         let queue = self.queue.as_ref().filter(|_| self.device_has_slots())?;
-        // A queue that panics here is not closed by it, because nothing is in its hands.
+        // This function changes nothing, so it does not close a queue that panics here.
         catch_panic(|| queue.deadline()).unwrap_or_default()
     }
 

@@ -59,8 +59,18 @@ impl Guest {
 
     /// A buffer of `len` bytes, header included.
     pub(crate) fn buffer_of(&mut self, user_data: u64, len: u32) -> GuestBuffer {
-        let mut at = self.free.pop().expect("a guest has as many areas as a ring has entries");
         let pieces = 1 + self.dice.below(6);
+        self.buffer_in(user_data, len, pieces)
+    }
+
+    /// As [`buffer_of`](Self::buffer_of), in one piece.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn piece_of(&mut self, user_data: u64, len: u32) -> GuestBuffer {
+        self.buffer_in(user_data, len, 1)
+    }
+
+    fn buffer_in(&mut self, user_data: u64, len: u32, pieces: u64) -> GuestBuffer {
+        let mut at = self.free.pop().expect("a guest has as many areas as a ring has entries");
         let (mut ranges, mut left) = (Vec::new(), len);
         for piece in (1..=pieces).rev() {
             let some = self.dice.below(u64::from(left) + 1) as u32;

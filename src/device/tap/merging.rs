@@ -173,13 +173,13 @@ impl MergingReader {
     fn gather(&mut self, cx: &mut PollContext<'_>, wanted: usize) -> Gathered {
         self.rooms.clear();
         let mut gathered = Gathered { room: 0, pieces: 0, is_all: false, is_unfit: false };
-        for slot in cx.posted_reads() {
+        for slot in cx.posted_reads().take(MERGING_READS_MAX) {
             if gathered.room >= wanted {
                 break;
             }
             let is_first = self.rooms.is_empty();
             // A reserved frame stands for a guest's buffer, and has a whole packet or nothing.
-            if self.rooms.len() == MERGING_READS_MAX || !is_first && slot.is_bounced() {
+            if !is_first && slot.is_bounced() {
                 gathered.is_all = true;
                 break;
             }
@@ -212,6 +212,7 @@ impl MergingReader {
             }
             self.rooms.push(gathered.room - before);
         }
+        gathered.is_all |= self.rooms.len() == MERGING_READS_MAX;
         gathered
     }
 
