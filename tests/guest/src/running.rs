@@ -229,26 +229,53 @@ impl Running {
         }
     }
 
+    /// Lets the guest write the same 4 MiB of its memory all the time, until it ends. A guest that is to
+    /// [migrate](Self::migrate_to) does so: if there were nothing to copy again, it would have switched
+    /// as soon as everything was copied once.
+    pub fn keep_changing(&mut self) {
+        self.sh("head -c 4194304 /dev/urandom >/tmp/changing.from
+                 cat /tmp/changing.from >/tmp/changing
+                 (while true; do
+                    dd if=/tmp/changing.from of=/tmp/changing bs=65536 conv=notrunc
+                    usleep 10000
+                  done) </dev/null >/dev/null 2>&1 &");
+    }
+
     /// Moves the guest to `other`, which waits for it, while it runs. Afterwards `other` runs the
-    /// scripts that have begun, and this one stands still.
+    /// scripts that have begun, and this one stands still. The guest [keeps
+    /// changing](Self::keep_changing).
+    ///
+    /// When `meanwhile` is called, all memory has been copied, and all that changed later but what has
+    /// changed just now. The guest does not switch before it returns. So what a device writes meanwhile
+    /// gets to `other` only if the device says that it has written it.
     ///
     /// # Panics
     ///
-    /// Panics if the migration fails, or does not end in time.
-    pub fn migrate_to(&mut self, other: &mut Running) {
+    /// Panics if the migration fails, does not end in time, or ends before `meanwhile` does.
+    pub fn migrate_to(&mut self, other: &mut Running, meanwhile: impl FnOnce(&mut Self)) {
         let socket = other.process.folder().join("migration");
-        // The default would be less than the memory of a guest changes under traffic.
-        self.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 30 }));
+        // Less is copied in a tenth of a second, which is as long as QEMU sends at once, than the guest
+        // changes in it. And the guest may not stand still for longer than a millisecond.
+        self.qmp(
+            "migrate-set-parameters",
+            json!({ "max-bandwidth": 32 << 20, "downtime-limit": 1 }),
+        );
         self.qmp("migrate", json!({ "uri": format!("unix:{}", socket.display()) }));
         let start = Instant::now();
-        loop {
-            let state = self.qmp("query-migrate", json!({}));
-            match state["status"].as_str() {
-                Some("completed") => break,
-                Some("failed" | "cancelled") => panic!("the migration fails: {state}"),
-                _ if start.elapsed() > self.timeout => panic!("it does not end: {state}"),
-                _ => thread::sleep(Duration::from_millis(20)),
-            }
+        // What has changed is collected at the beginning, when everything was copied, and each time
+        // that all of it was copied again. What changed while everything was copied was much.
+        while self.migration(start)["ram"]["dirty-sync-count"].as_u64() < Some(5) {
+            thread::sleep(Duration::from_millis(20));
+        }
+        // From now on next to nothing is copied.
+        self.qmp("migrate-set-parameters", json!({ "max-bandwidth": 1 << 16 }));
+        meanwhile(self);
+        let state = self.migration(start);
+        assert_eq!(state["status"], "active", "the guest has switched too early: {state}");
+        let fast = json!({ "max-bandwidth": 1_u64 << 30, "downtime-limit": 10_000 });
+        self.qmp("migrate-set-parameters", fast);
+        while self.migration(start)["status"] != "completed" {
+            thread::sleep(Duration::from_millis(20));
         }
         while other.qmp("query-status", json!({}))["status"] != "running" {
             assert!(start.elapsed() < self.timeout, "it does not run at its destination");
@@ -260,6 +287,15 @@ impl Running {
         let mut others = other.said.lock();
         bytes.append(&mut others);
         *others = bytes;
+    }
+
+    /// How far the migration that began at `start` is.
+    fn migration(&mut self, start: Instant) -> Value {
+        let state = self.qmp("query-migrate", json!({}));
+        let failed = matches!(state["status"].as_str(), Some("failed" | "cancelled"));
+        assert!(!failed, "the migration fails: {state}");
+        assert!(start.elapsed() < self.timeout, "the migration does not end: {state}");
+        state
     }
 
     fn wait_for_boot(&mut self) {
@@ -345,7 +381,9 @@ fn qemu_arguments(guest: &Guest, archive: &Path, folder: &Folder) -> Vec<OsStrin
     .flat_map(|line| line.split(' '))
     .map(OsString::from)
     .collect();
-    let parameters = "console=ttyS0 vmring.agent=ttyS1 mitigations=off nokaslr \
+    // Without init_on_alloc=0 Linux writes into each buffer before it is posted, and a migration copies
+    // it for that reason alone.
+    let parameters = "console=ttyS0 vmring.agent=ttyS1 mitigations=off nokaslr init_on_alloc=0 \
                       random.trust_cpu=on random.trust_bootloader=on net.ifnames=0 quiet";
     let more = [
         ("-object", format!("memory-backend-memfd,id=ram,size={memory}M,share=on")),

@@ -89,11 +89,15 @@ fn a_guest_migrates_while_it_pings() {
     let mut still = still;
     still.sh("ip addr add 10.0.0.1/24 dev eth0; ip link set eth0 up");
     old.sh("ip addr add 10.0.0.2/24 dev eth0; ip link set eth0 up; ping -c 2 -W 5 10.0.0.1");
+    old.keep_changing();
     let pings = old.begin("ping -c 40 -i 0.1 10.0.0.1");
     old.wait_for("seq=5", 0);
     // It binds the same path, so that what the other sends comes here.
     let mut new = moving.incoming().start();
-    old.migrate_to(&mut new);
+    old.migrate_to(&mut new, |old| {
+        let from = old.text().len();
+        old.wait_for("seq=", from);
+    });
     let outcome = new.finish(&pings);
     assert_eq!(outcome.status, 0, "{}", outcome.output);
     // The whole output is there, what was written before the move and what was written after it.
