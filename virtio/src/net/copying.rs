@@ -311,7 +311,10 @@ impl HeaderPlace {
             // The piece was in one region when the chain was walked, and the memory is the same.
             let slice = running.queue.memory().slice(address, len).filter(|_| len > 0);
             let Some(slice) = slice else { continue };
-            written += slice.copy_from(&header[written..]);
+            let copied = slice.copy_from(&header[written..]);
+            // A migration may have copied the page since the packet was written.
+            slice.mark_dirty(copied as u32);
+            written += copied;
         }
     }
 }

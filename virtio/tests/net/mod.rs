@@ -6,6 +6,7 @@ mod guest;
 mod hostile;
 mod late;
 mod life;
+mod migration;
 mod offloads;
 mod random;
 mod remote;
