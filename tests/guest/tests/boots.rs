@@ -1,5 +1,7 @@
 //! What a test may expect of a guest. It boots both kinds, so it takes a minute.
 
+#![cfg(target_os = "linux")]
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};

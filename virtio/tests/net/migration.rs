@@ -79,6 +79,9 @@ impl Follower {
     }
 }
 
+/// What an interface can do, with a name.
+type Way = (&'static str, fn(&mut Capabilities));
+
 /// Receives packets of these lengths into buffers of these shapes, and sends as many.
 fn follow(
     what: &str,
@@ -147,7 +150,7 @@ fn a_copy_that_follows_the_log_at_once_misses_no_byte() {
         let both = [event; 2];
         let name = "copied by the network";
         follow(name, [0, 1].map(|_| interface("followed")), both, &small, &lens);
-        let ways: [(&str, fn(&mut Capabilities)); 2] = [
+        let ways: [Way; 2] = [
             ("bounced", |_| {}),
             ("in place", |caps| (caps.read_segments, caps.write_segments) = (256, 256)),
         ];
@@ -159,7 +162,7 @@ fn a_copy_that_follows_the_log_at_once_misses_no_byte() {
         let parts = vec![(5, true), (7, true), (1500, true)];
         let parts = Shape { name: "a header in two parts", buffers: parts, indirect: None };
         let long = [one_buffer(1536), shape("netkvm, header apart"), parts];
-        let ways: [(&str, fn(&mut Capabilities)); 2] = [
+        let ways: [Way; 2] = [
             ("merged by the interface", |caps| {
                 caps.max_packet_size = 65550;
                 (caps.read_segments, caps.write_segments) = (256, 256);
