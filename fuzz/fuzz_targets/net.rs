@@ -115,6 +115,14 @@ enum Step<'a> {
         at: u8,
         byte: u8,
     },
+    /// Buffers, and at once a packet for them, or for too few of them.
+    Exchange {
+        at: u16,
+        len: u16,
+        count: u8,
+        header: Option<[u8; OFFLOAD_LEN]>,
+        size: u16,
+    },
     /// Somebody else sends to the guest or to everybody.
     Arrive {
         all: bool,
@@ -378,6 +386,34 @@ fn address(number: u16) -> u64 {
     }
 }
 
+fn receive(guest: &mut Guest, queue: u8, at: u16, len: u16, count: u8) {
+    let queue = guest.queue(queue);
+    for i in 0..u64::from(count % 17) {
+        let at = address(at) + i * u64::from(len);
+        guest.add(queue, &[descriptor(at, len.into(), 2, 0)]);
+    }
+}
+
+/// Lets a packet arrive. One of the peers leaves work to others.
+fn arrive(
+    guest: &Guest,
+    peers: &mut [Peer; 2],
+    all: bool,
+    header: Option<[u8; OFFLOAD_LEN]>,
+    len: u16,
+    bytes: &[u8],
+) {
+    let to = if all { [0xff; 6] } else { guest.device.config().mac };
+    let sender = usize::from(header.is_some());
+    let from = peers[sender].mac();
+    let mut packet = [&to[..], &from, bytes].concat();
+    packet.resize(packet.len().max(len.into()), 7);
+    let parse = OffloadHeader::parse_ignoring_reserved;
+    let header = header.and_then(|header| parse(&header).ok());
+    peers[sender].send(header, &packet);
+    peers.iter_mut().for_each(|peer| drop(peer.turn()));
+}
+
 fuzz_target!(|input: Input| {
     let has = |bit: u32| input.settings & (1 << bit) != 0;
     let network = || match has(0) {
@@ -448,11 +484,7 @@ fuzz_target!(|input: Input| {
                 guest.add(1, &[descriptor(at, packet.len() as u32, 0, 0)]);
             }
             Step::Receive { queue, at, len, count } => {
-                let queue = guest.queue(queue & !1);
-                for i in 0..u64::from(count % 17) {
-                    let at = address(*at) + i * u64::from(*len);
-                    guest.add(queue, &[descriptor(at, (*len).into(), 2, 0)]);
-                }
+                receive(&mut guest, queue & !1, *at, *len, *count);
             }
             Step::Command { class, number, data } => {
                 if settings.control_queue {
@@ -514,16 +546,14 @@ fuzz_target!(|input: Input| {
                     Err(_) => guest.accept(0),
                 }
             }
+            Step::Exchange { at, len, count, header, size } => {
+                receive(&mut guest, 0, *at, *len, *count);
+                guest.poll();
+                arrive(&guest, peers, false, *header, *size % 4000, &[0x88, 0xb5]);
+                guest.poll();
+            }
             Step::Arrive { all, header, len, bytes } => {
-                let to = if *all { [0xff; 6] } else { guest.device.config().mac };
-                let sender = usize::from(header.is_some());
-                let from = peers[sender].mac();
-                let mut packet = [&to[..], &from, bytes].concat();
-                packet.resize(packet.len().max(usize::from(*len)), 7);
-                let parse = OffloadHeader::parse_ignoring_reserved;
-                let header = header.and_then(|header| parse(&header).ok());
-                peers[sender].send(header, &packet);
-                peers.iter_mut().for_each(|peer| drop(peer.turn()));
+                arrive(&guest, peers, *all, *header, *len, bytes);
             }
         }
     }
