@@ -42,15 +42,17 @@ struct Observed {
 }
 
 impl Observed {
-    /// Tells the observer of the pages that have `len` bytes from `start` on. `page` is the size of
-    /// the file's pages, or less.
+    /// Tells the observer of the pages that have `len` bytes from `start` on.
+    ///
+    /// They are pages of this machine. A mapping of huge pages begins and ends with one, and `len` says
+    /// so. The size that a file system claims for its blocks would not do, because an address need not
+    /// be a multiple of it: the observer would take what is mapped in front for the front end's.
     fn new(
         observer: &Arc<dyn MappingObserver>,
         start: *mut u8,
         len: usize,
-        page: u64,
     ) -> Result<Self, MapError> {
-        let page = (page as usize).max(sys::page_size());
+        let page = sys::page_size();
         let end = (start.addr() + len).next_multiple_of(page);
         let start = start.addr() / page * page;
         match observer.mapped(start, end - start) {
@@ -123,7 +125,7 @@ impl Mapping {
             .ok_or_else(overflow)?;
         let map = MmapOptions::new().offset(offset - skip).len(whole as usize).map_raw(file)?;
         let observed = observer
-            .map(|observer| Observed::new(observer, map.as_mut_ptr(), map.len(), page))
+            .map(|observer| Observed::new(observer, map.as_mut_ptr(), map.len()))
             .transpose()?;
         Ok(Self { _observed: observed, map, skip: skip as usize, len: len as usize })
     }
@@ -239,6 +241,50 @@ impl DirtyLog for DirtyBitmap {
             // sees the bit, it sees the bytes that were written before. The bit is set even if it
             // is set already, because the front end may have taken it while the bytes were written.
             word.fetch_or(u32::from_ne_bytes(bits), Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ptr::without_provenance_mut;
+    use std::sync::Mutex;
+
+    #[derive(Default)]
+    struct Seen(Mutex<Vec<(usize, usize)>>);
+
+    impl MappingObserver for Seen {
+        fn mapped(&self, start: usize, len: usize) -> bool {
+            self.0.lock().unwrap().push((start, len));
+            true
+        }
+
+        fn unmapped(&self, start: usize, len: usize) {
+            assert_eq!(self.0.lock().unwrap().pop(), Some((start, len)));
+        }
+    }
+
+    /// Goal: whatever the size of a file's blocks is, nothing is observed but what is mapped. A handler
+    /// of SIGBUS replaces all that is observed.
+    #[test]
+    fn nothing_in_front_of_a_mapping_is_observed() {
+        let page = sys::page_size();
+        let seen = Arc::new(Seen::default());
+        let observer: Arc<dyn MappingObserver> = seen.clone();
+        for (start, len, pages) in [
+            // One block of a file system with large ones.
+            (3 * page, 512 * page, 3..515),
+            (512 * page, 512 * page, 512..1024),
+            // A part of a page, and of two.
+            (3 * page + 16, 5, 3..4),
+            (3 * page - 1, 2, 2..4),
+        ] {
+            let observed = Observed::new(&observer, without_provenance_mut(start), len);
+            let range = (pages.start * page, pages.len() * page);
+            assert_eq!(seen.0.lock().unwrap().as_slice(), [range]);
+            drop(observed);
+            assert!(seen.0.lock().unwrap().is_empty());
         }
     }
 }
