@@ -117,11 +117,41 @@ impl Listening {
         self.source = Source::Given(None);
     }
 
+    /// After a connection that could not be served, nothing is tried for a while.
+    pub(super) fn fail(&mut self, now: Instant) {
+        self.not_before = Some(now + RETRY);
+    }
+
     /// After a front end has gone, the next one is not tried at once, so that one that breaks every
     /// connection does not keep the server busy.
     pub(super) fn rest(&mut self, now: Instant) {
         if let Source::Client(_) = self.source {
             self.not_before = Some(now + RETRY);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: after a connection that could not be served the socket rests, and whoever connects
+    /// again and again does not keep the main thread.
+    #[test]
+    fn a_socket_rests_after_a_connection_that_was_not_served() {
+        let folder = std::env::temp_dir();
+        let path = folder.join(format!("vmring-rest-{}", std::process::id()));
+        let source = Source::Listener(Listener::bind(&path).expect("a socket"));
+        let mut listening = Listening { source, not_before: None };
+        let _waiting: Vec<_> = (0..3).map(|_| connect(&path).expect("it listens")).collect();
+        let now = Instant::now();
+        assert!(listening.next(now).expect("it is accepted").is_some());
+        listening.fail(now);
+        assert!(listening.next(now).expect("it rests").is_none());
+        assert!(listening.descriptor(now).is_none(), "nothing wakes the main thread");
+        let later = listening.due().expect("it is tried again");
+        assert_eq!(later, now + RETRY);
+        assert!(listening.descriptor(later).is_some());
+        assert!(listening.next(later).expect("it is accepted").is_some());
     }
 }

@@ -223,7 +223,13 @@ impl Server {
             while self.entrances[index].has_room(self.places) {
                 match self.entrances[index].listening.next(now) {
                     Ok(None) => break,
-                    Ok(Some(socket)) => self.begin(index, socket, now),
+                    Ok(Some(socket)) => {
+                        if !self.begin(index, socket, now) {
+                            // The next one would fail too, and whoever connects again and again
+                            // must not keep this thread from the others.
+                            self.entrances[index].listening.fail(now);
+                        }
+                    }
                     Err(error) => {
                         let entrance = &mut self.entrances[index];
                         let text = format!("{}: no connection: {error}", entrance.spec);
@@ -235,9 +241,10 @@ impl Server {
         }
     }
 
-    fn begin(&mut self, index: usize, socket: UnixStream, now: Instant) {
+    /// Returns whether the connection is served.
+    fn begin(&mut self, index: usize, socket: UnixStream, now: Instant) -> bool {
         let entrance = &mut self.entrances[index];
-        let Some(seat) = self.places.take() else { return };
+        let Some(seat) = self.places.take() else { return false };
         entrance.connections += 1;
         let (number, ringer) = (entrance.connections, seat.ringer());
         let taken: Vec<_> = self.running.iter().filter(|one| one.key.0 == index).collect();
@@ -247,7 +254,7 @@ impl Server {
             Ok((device, settings)) => Connection::new(socket, device, settings, seat),
             Err(failure) => {
                 entrance.ended(now, number, Duration::ZERO, &Ended::Failed(failure.to_string()));
-                return;
+                return false;
             }
         };
         let key = (index, number);
@@ -261,9 +268,11 @@ impl Server {
                 entrance.connected += 1;
                 entrance.said.say(now, &format!("{}: guest {number} is here", entrance.spec));
                 self.running.push(Running { key, place, thread, ringer, guest });
+                true
             }
             Err(error) => {
-                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(error.to_string()))
+                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(error.to_string()));
+                false
             }
         }
     }
