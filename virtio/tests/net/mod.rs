@@ -1,6 +1,7 @@
 //! The virtio-net device, over real interfaces, with a driver of our own.
 
 mod basics;
+mod callbacks;
 mod commands;
 mod guest;
 mod hostile;
