@@ -174,7 +174,8 @@ impl DhcpServer {
 
     /// Opens a file that remembers the leases, or makes it, and takes over the leases that it has.
     /// From then on the server's leases are written to it, by a thread of its own, until the value
-    /// returned is dropped. Call this after the reservations are made.
+    /// returned is dropped. The first lease that is given or ended starts the thread, on the thread of
+    /// [`handle`](Self::handle). Call this after the reservations are made.
     ///
     /// # Errors
     ///

@@ -2,13 +2,15 @@
 //!
 //! Each lease that is given or ended becomes a line at the end of the file. A thread of the file's
 //! own writes it: who sends packets only notes the lease in memory. The notes are bounded, because
-//! there is one for each address at most. When the file has grown to several times the number of
+//! there is one for each address at most. The first note starts the thread, which so has the privileges
+//! of whoever serves clients, and not those of whoever opened the file. When the file has grown to several times the number of
 //! leases it is written anew beside itself, and takes its own name in one step. So the file is
 //! whole after the process was killed, but for a last line that may be cut, which is not read.
 //!
 //! A line has the client's MAC address, its IPv4 address, and the end of the lease in seconds since
 //! 1970. The end is 0 if the client gave the address back.
 
+use core::mem;
 use core::net::Ipv4Addr;
 use core::time::Duration;
 use std::collections::BTreeMap;
@@ -72,15 +74,17 @@ struct Record {
 type Line = (usize, Ipv4Addr, Record);
 
 /// What is to be written.
-#[derive(Default)]
 struct Notes {
     records: BTreeMap<Ipv4Addr, Record>,
     /// The network has ended.
     closed: bool,
+    /// What the thread writes with, until it runs. The sender is dropped when the thread ends.
+    writer: Option<(Writer, Sender<()>)>,
+    /// The thread was started.
+    started: bool,
 }
 
 /// Where a server notes its leases for the thread that writes them.
-#[derive(Default)]
 pub(super) struct Journal {
     notes: Mutex<Notes>,
     noted: Condvar,
@@ -91,11 +95,51 @@ impl Journal {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a client has an address for this long from now on. Zero ends the lease.
-    pub(super) fn note(&self, address: Ipv4Addr, mac: MacAddr6, remaining: Duration) {
+    /// Notes that a client has an address for this long from now on. Zero ends the lease. The first
+    /// note starts the thread that writes.
+    pub(super) fn note(self: &Arc<Self>, address: Ipv4Addr, mac: MacAddr6, remaining: Duration) {
         let end = if remaining.is_zero() { 0 } else { seconds_now() + remaining.as_secs() };
-        self.lock().records.insert(address, Record { mac, end });
-        self.noted.notify_one();
+        let mut notes = self.lock();
+        notes.records.insert(address, Record { mac, end });
+        let starts = !mem::replace(&mut notes.started, true);
+        drop(notes);
+        match starts {
+            true => self.start(),
+            false => self.noted.notify_one(),
+        }
+    }
+
+    fn start(self: &Arc<Self>) {
+        let journal = self.clone();
+        let body = move || {
+            let writer = journal.lock().writer.take();
+            if let Some((writer, end)) = writer {
+                writer.run(&journal, end);
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("vmring-leases".to_owned()).spawn(body) {
+            tracing::warn!(%error, "no thread writes leases; the next lease tries to start one");
+            self.lock().started = false;
+        }
+    }
+
+    /// The network has ended: the thread writes what is noted and ends. If there is no thread, this
+    /// call writes it.
+    fn close(&self) {
+        let mut notes = self.lock();
+        notes.closed = true;
+        let writer = if notes.started { None } else { notes.writer.take() };
+        let records = mem::take(&mut notes.records);
+        if let Some((mut writer, _end)) = writer {
+            drop(notes);
+            if !records.is_empty() {
+                writer.write(&records);
+            }
+        } else {
+            notes.records = records;
+            drop(notes);
+            self.noted.notify_one();
+        }
     }
 
     /// Waits for notes and takes them. Returns whether the network has ended, too.
@@ -115,7 +159,7 @@ impl Journal {
                 }
             };
         }
-        (core::mem::take(&mut notes.records), notes.closed)
+        (mem::take(&mut notes.records), notes.closed)
     }
 }
 
@@ -158,13 +202,10 @@ impl LeaseFile {
             }
         }
         writer.shrink();
-        let journal = Arc::new(Journal::default());
         let (end, ended) = channel();
-        let of_thread = journal.clone();
-        thread::Builder::new()
-            .name("vmring-leases".to_owned())
-            .spawn(move || writer.run(&of_thread, end))
-            .map_err(|error| failed(path, "written by a thread", &error))?;
+        let writer = Some((writer, end));
+        let notes = Notes { records: BTreeMap::new(), closed: false, writer, started: false };
+        let journal = Arc::new(Journal { notes: Mutex::new(notes), noted: Condvar::new() });
         Ok(Self { journal, ended: Mutex::new(ended) })
     }
 }
@@ -178,8 +219,7 @@ impl LeaseFile {
 
 impl Drop for LeaseFile {
     fn drop(&mut self) {
-        self.journal.lock().closed = true;
-        self.journal.noted.notify_one();
+        self.journal.close();
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The thread sends nothing. It ends, or a file system that hangs keeps it.
         let _ = ended.recv_timeout(LEASE_FILE_END);
@@ -265,15 +305,8 @@ impl Writer {
             let retry = (!unwritten.is_empty()).then_some(LEASE_FILE_RETRY);
             let (notes, closed) = journal.take(retry);
             unwritten.extend(notes);
-            if !unwritten.is_empty() {
-                match self.append(&unwritten) {
-                    Ok(()) => unwritten.clear(),
-                    Err(error) => {
-                        let file = self.path.display();
-                        tracing::warn!(%error, %file, "leases were not written");
-                    }
-                }
-                self.shrink();
+            if !unwritten.is_empty() && self.write(&unwritten) {
+                unwritten.clear();
             }
             if closed {
                 break;
@@ -281,6 +314,17 @@ impl Writer {
         }
         drop(self);
         drop(end);
+    }
+
+    /// Adds lines to the file, and writes it anew if it has grown too long. Returns whether the lines
+    /// were added.
+    fn write(&mut self, records: &BTreeMap<Ipv4Addr, Record>) -> bool {
+        let added = self.append(records);
+        if let Err(error) = &added {
+            tracing::warn!(%error, file = %self.path.display(), "leases were not written");
+        }
+        self.shrink();
+        added.is_ok()
     }
 
     /// Adds lines to the end of the file.
