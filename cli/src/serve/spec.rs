@@ -45,9 +45,10 @@ impl fmt::Display for NetworkSpec {
 }
 
 impl NetworkSpec {
-    /// Whether it leads to a network outside of this process, which takes privileges to start.
+    /// Whether it leads to a network outside of this process, which takes privileges to start. The
+    /// simulated vmnet is inside.
     pub(super) fn needs_privileges(&self) -> bool {
-        !matches!(self.0, Spec::Embedded { .. })
+        !matches!(self.0, Spec::Embedded { .. }) && !self.is_simulated()
     }
 
     /// Whether it has a DHCP server of ours.

@@ -565,6 +565,39 @@ fn a_service_manager_is_told() {
 #[cfg(target_os = "linux")]
 const PARTS: [&str; 4] = ["new_privileges", "capabilities", "files_and_network", "system_calls"];
 
+/// The kernel says of every thread of a server that it is confined, or that none is. The effective
+/// capabilities are these. Returns the names of the threads.
+#[cfg(target_os = "linux")]
+fn confined_threads(server: &Server, confined: bool, capabilities: u64) -> Vec<String> {
+    let process = format!("/proc/{}/task", server.child.as_ref().expect("it runs").id());
+    let mut names = Vec::new();
+    for thread in std::fs::read_dir(process).expect("the threads") {
+        let status = thread.expect("a thread").path().join("status");
+        let status = std::fs::read_to_string(status).expect("a status");
+        let value = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.expect(name).trim().to_owned()
+        };
+        let name = value("Name:");
+        assert_eq!(value("NoNewPrivs:"), if confined { "1" } else { "0" }, "{name}");
+        assert_eq!(value("Seccomp:"), if confined { "2" } else { "0" }, "{name}");
+        if confined {
+            for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+                let bits = u64::from_str_radix(&value(set), 16).expect("bits");
+                // Only root may empty the bounding set.
+                // SAFETY: the call has no arguments and cannot fail.
+                let is_root = unsafe { libc::geteuid() } == 0;
+                let bounded = set == "CapBnd:" && !is_root;
+                let kept = if matches!(set, "CapPrm:" | "CapEff:") { capabilities } else { 0 };
+                assert!(bounded || bits == kept, "{name}: {set} {bits:x}");
+            }
+        }
+        names.push(name);
+    }
+    names.sort_unstable();
+    names
+}
+
 /// Goal: what the report says of the confinement is what the kernel says, of every thread.
 #[cfg(target_os = "linux")]
 #[test]
@@ -575,37 +608,39 @@ fn a_server_is_confined_unless_told_otherwise() {
         let server = Server::new(&[&["--listen", &listen], extra].concat());
         let guest = Guest::new(&path, mac(1));
         guest.sync();
-        let process = format!("/proc/{}/task", server.child.as_ref().expect("it runs").id());
-        let mut threads = 0;
-        for thread in std::fs::read_dir(process).expect("the threads") {
-            let status = thread.expect("a thread").path().join("status");
-            let status = std::fs::read_to_string(status).expect("a status");
-            let value = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                line.expect(name).trim().to_owned()
-            };
-            threads += 1;
-            assert_eq!(value("NoNewPrivs:"), if confined { "1" } else { "0" });
-            assert_eq!(value("Seccomp:"), if confined { "2" } else { "0" });
-            if confined {
-                for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
-                    let bits = value(set);
-                    // Only root may empty the bounding set.
-                    // SAFETY: the call has no arguments and cannot fail.
-                    let is_root = unsafe { libc::geteuid() } == 0;
-                    let bounded = set == "CapBnd:" && !is_root;
-                    assert!(bounded || bits.bytes().all(|digit| digit == b'0'), "{set} {bits}");
-                }
-            }
-        }
-        // The main thread, that of the signals, and that of the guest.
-        assert_eq!(threads, 3);
+        let threads = confined_threads(&server, confined, 0);
+        assert_eq!(threads, ["guest1", "signals", "vmring"]);
         let report = server.report("TERM");
         for part in PARTS {
             let part = &report["sandbox"][part];
             assert_eq!(part["complete"], confined, "{part}");
             let state = part["state"].as_str().expect("words");
             assert_eq!(state == "off: --no-sandbox", !confined, "{state}");
+        }
+    }
+}
+
+/// Goal: every thread of a server below a simulated vmnet, or with a file of leases, is confined. Those
+/// threads belong to the network, which starts before the guests come.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_threads_of_a_network_are_confined_too() {
+    let folder = scratch("serve network threads");
+    let (path, file) = (folder.join("a.sock"), folder.join("leases"));
+    let file = file.to_str().expect("UTF-8");
+    for (network, thread) in [
+        (&["--network", "vmnet-sim"][..], "vmring.interfac"),
+        (&["--network", "embedded:lab", "--lease-file", file], "vmring-leases"),
+    ] {
+        let server = Server::on(&[network, &["--listen", &listen(&path)]].concat());
+        let mut guest = Guest::new(&path, mac(1));
+        guest.post(64);
+        guest.lease();
+        let threads = confined_threads(&server, true, 0);
+        assert!(threads.iter().any(|name| name.starts_with(thread)), "{threads:?}");
+        let report = server.report("TERM");
+        for part in PARTS {
+            assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
         }
     }
 }

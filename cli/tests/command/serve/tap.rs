@@ -6,7 +6,7 @@ use super::guest::{Guest, mac, packet};
 use super::*;
 use crate::tap::is_possible;
 
-const HOST: [u8; 4] = [10, 9, 0, 1];
+pub(super) const HOST: [u8; 4] = [10, 9, 0, 1];
 const PORT: u16 = 4789;
 
 /// Runs `test` in a network namespace of its own, and whatever it starts.
@@ -20,7 +20,7 @@ pub(super) fn in_namespace<T: Send + 'static>(test: impl FnOnce() -> T + Send + 
     thread::spawn(test).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn address(guest: u8) -> [u8; 4] {
+pub(super) fn address(guest: u8) -> [u8; 4] {
     [10, 9, 0, 10 + guest]
 }
 
@@ -62,7 +62,7 @@ fn next(guest: &mut Guest, ethertype: [u8; 2]) -> Vec<u8> {
 }
 
 /// Asks for the host's MAC address.
-fn host_mac(guest: &mut Guest, number: u8) -> Vec<u8> {
+pub(super) fn host_mac(guest: &mut Guest, number: u8) -> Vec<u8> {
     guest.send(&question(number));
     let answer = next(guest, [8, 6]);
     assert_eq!(answer[28..32], HOST);
@@ -170,6 +170,36 @@ pub(super) fn engines() -> Vec<&'static str> {
             vec!["plain"]
         }
     }
+}
+
+/// Goal: the thread that writes the leases of a TAP's clients is confined as the others are, although
+/// the file was opened with the TAP, before the confinement.
+#[test]
+fn the_writer_of_a_taps_leases_is_confined_too() {
+    if !is_possible() {
+        return;
+    }
+    in_namespace(|| {
+        let folder = scratch("serve tap leases");
+        let (path, file) = (folder.join("a.sock"), folder.join("leases"));
+        let name = file.to_str().expect("UTF-8");
+        let network = ["--network", "tap:t0,host,10.9.0.1/24", "--lease-file", name];
+        let server = Server::on(&[&network[..], &["--listen", &listen(&path)]].concat());
+        // CAP_NET_ADMIN puts the host's end back.
+        let net_admin = 1 << 12;
+        assert_eq!(confined_threads(&server, true, net_admin), ["signals", "uplink", "vmring"]);
+        let mut guest = Guest::new(&path, mac(1));
+        guest.post(64);
+        guest.lease();
+        let threads = confined_threads(&server, true, net_admin);
+        assert_eq!(threads, ["guest1", "signals", "uplink", "vmring", "vmring-leases"]);
+        let report = server.report("TERM");
+        for part in PARTS {
+            assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
+        }
+        let leases = std::fs::read_to_string(&file).expect("the leases");
+        assert!(leases.contains("52:54:00:12:34:01"), "{leases}");
+    });
 }
 
 /// The TAP is the administrator's: the server needs no capability after its start.
