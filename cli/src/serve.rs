@@ -60,16 +60,18 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
             None => Listening::open(&spec).map(|listening| (spec, listening)),
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let may_offload = listens.iter().any(|spec| spec.offload);
+    let start = || Network::start(wanted, args, may_offload);
     let needs = needs(&listens, wanted, args, live.is_watched());
     let mut confinement = Confinement::none("--no-sandbox");
     // What needs privileges starts with them, and everything else without them.
-    let privileged = wanted.needs_privileges().then(|| Network::start(wanted, args)).transpose()?;
+    let privileged = wanted.needs_privileges().then(start).transpose()?;
     // It looks at the host's rules, which a confined process cannot see.
     let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
     if !args.no_sandbox {
         confinement.drop_privileges(&needs);
     }
-    let network = privileged.map_or_else(|| Network::start(wanted, args), Ok)?;
+    let network = privileged.map_or_else(start, Ok)?;
     listens.iter().try_for_each(|spec| network.check(spec))?;
     // The standard library opens files to count the processors, and remembers nothing. The library asks
     // it once.

@@ -39,6 +39,8 @@ pub(crate) struct EndSummary {
     pub(crate) note: Option<String>,
     /// Packets that the end's device, its whole network or its file has dropped.
     pub(crate) drops_by_reason: BTreeMap<&'static str, u64>,
+    /// What else the end's device has counted.
+    pub(crate) counters: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -65,6 +67,7 @@ impl Summary {
     pub(crate) fn of(bridge: &Bridge, time: Duration, cpu: Duration) -> Self {
         let end = |i: usize| {
             let End { name, interface, replay, .. } = &bridge.ends[i];
+            let counters = interface.counters().into_iter().filter(|(_, n)| *n > 0);
             EndSummary {
                 name: name.clone(),
                 mtu: interface.mtu(),
@@ -72,6 +75,7 @@ impl Summary {
                 offloads: offload_names(bridge.ends[i].offloads()),
                 note: replay.as_ref().and_then(Replay::note).map(str::to_owned),
                 drops_by_reason: bridge.dropped_at(i).into_iter().collect(),
+                counters: counters.collect(),
             }
         };
         let direction = |from: usize| {

@@ -12,7 +12,7 @@ use vmring_virtio::net::{
 };
 use vmring_virtio::vhost_user::Settings;
 
-use super::counts::Counts;
+use super::counts::{Counts, OF_A_PORT};
 use super::sigbus::Seat;
 
 /// What other threads know of a guest.
@@ -20,14 +20,15 @@ use super::sigbus::Seat;
 pub(super) struct Guest {
     since: Instant,
     stats: StatsHandle,
-    /// What its port has dropped, when it has ended.
-    port: OnceLock<BTreeMap<&'static str, u64>>,
+    /// What its port has dropped, and what else it has counted, when it has ended.
+    port: OnceLock<[BTreeMap<&'static str, u64>; 2]>,
 }
 
 impl Guest {
     pub(super) fn counts(&self) -> Counts {
         let device = self.stats.stats().named().into_iter().collect();
-        Counts { device, port: self.port.get().cloned().unwrap_or_default() }
+        let [drops, port] = self.port.get().cloned().unwrap_or_default();
+        Counts { device, drops, port }
     }
 
     /// How long it has been connected.
@@ -89,10 +90,13 @@ impl Connection {
     pub(super) fn serve(self) -> Ended {
         let Self { socket, device, settings, seat, guest } = self;
         let (device, result) = serve_connection(socket, device, settings, seat.bell());
-        let mut drops = device.device().interface().drops();
-        drops.retain(|(_, n)| *n > 0);
+        let interface = device.device().interface();
+        let (drops, mut counted) = (interface.drops(), interface.counters());
+        // The others are those of the whole network.
+        counted.retain(|(name, _)| OF_A_PORT.contains(name));
+        let counted = [drops, counted].map(|all| all.into_iter().filter(|(_, n)| *n > 0).collect());
         // It is set once.
-        let _ = guest.port.set(drops.into_iter().collect());
+        let _ = guest.port.set(counted);
         // The port of the network goes with the device, before the seat is another's.
         drop(device);
         // What the device found in memory that had shrunk is no reason of its own.

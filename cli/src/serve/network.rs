@@ -14,7 +14,7 @@ use super::limits::STOP_TIMEOUT;
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
-use crate::bridge::spec::{End, Spec};
+use crate::bridge::spec::{End, Spec, start_with_most};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::device::QUEUE;
 use crate::failure::Failure;
@@ -23,6 +23,8 @@ use crate::system;
 
 /// Packets that may be on their way in each direction between the switch and its uplink.
 const DEPTH: u32 = 512;
+/// The same, if each of them may be 64 KiB long.
+const DEPTH_OF_LARGE: u32 = 256;
 
 /// A started network.
 pub(super) struct Network {
@@ -79,7 +81,13 @@ impl Ports {
 }
 
 impl Network {
-    pub(super) fn start(spec: &NetworkSpec, args: &ServeArgs) -> Result<Self, Failure> {
+    /// Starts the network. If some guest `may_offload`, the TAP or vmnet gets the offloads that it
+    /// grants, and the switch does the rest for each port.
+    pub(super) fn start(
+        spec: &NetworkSpec,
+        args: &ServeArgs,
+        may_offload: bool,
+    ) -> Result<Self, Failure> {
         let name = spec.to_string();
         let failed = |error| match Failure::starting(error) {
             Failure::Usage(sentence) => Failure::Usage(format!("{name}: {sentence}")),
@@ -100,15 +108,21 @@ impl Network {
         let outer = spec.0.clone().driven_by(args.engine);
         #[cfg(not(target_os = "linux"))]
         let outer = spec.0.clone();
-        let outer = outer.start(Offloads::default(), args.mtu, &args.dhcp)?;
+        let wanted = if may_offload { Offloads::ALL } else { Offloads::default() };
+        let outer =
+            start_with_most(wanted, |offloads| outer.start(offloads, args.mtu, &args.dhcp))?;
         let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
+        let offloads = outer.offloads();
         let driver = Embedded::switch(&name).overflow(QUEUE);
         let ports = Ports { driver, subnet: None, mtu: Some(mtu) };
-        let uplink = ports.builder().device(ports.driver.clone().uplink());
+        // The switch grants what is asked for. So each packet passes between the two as it is.
+        let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
         let pairs = uplink.capabilities().reading_rings;
         let ends = [outer, End::of("the guests", uplink)];
-        let bridge = Bridge::new(ends, false, DEPTH).map_err(failed)?;
+        let large = offloads.tso4 || offloads.tso6 || offloads.uso;
+        let depth = if large { DEPTH_OF_LARGE } else { DEPTH };
+        let bridge = Bridge::new(ends, false, depth).map_err(failed)?;
         let stop = Stop::new()?;
         let relay = Some(Relay { bridge, stop: stop.clone() });
         let (keeper, stop) = (None, Some(stop));

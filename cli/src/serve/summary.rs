@@ -50,6 +50,8 @@ struct SocketSummary {
     counts: BTreeMap<&'static str, u64>,
     /// Packets that their ports of the network have dropped.
     drops_by_reason: BTreeMap<&'static str, u64>,
+    /// What their ports have done in software, because of what a receiver does not do.
+    port_counters: BTreeMap<&'static str, u64>,
     /// The last connections that have ended, oldest first.
     ends: Vec<End>,
 }
@@ -135,7 +137,8 @@ impl SocketSummary {
             name: entrance.spec.to_string(),
             connections: entrance.connections,
             counts: entrance.before.device.clone(),
-            drops_by_reason: entrance.before.port.clone(),
+            drops_by_reason: entrance.before.drops.clone(),
+            port_counters: entrance.before.port.clone(),
             all: entrance.before.clone(),
             ends: entrance.ends.iter().cloned().collect(),
         }

@@ -20,6 +20,9 @@ mod frontend;
 #[path = "serve/guest.rs"]
 mod guest;
 #[cfg(target_os = "linux")]
+#[path = "serve/offload.rs"]
+mod offload;
+#[cfg(target_os = "linux")]
 #[path = "serve/tap.rs"]
 mod tap;
 #[cfg(target_os = "linux")]

@@ -43,9 +43,17 @@ pub(super) struct Guest {
     pub(super) file: File,
     pub(super) mac: [u8; 6],
     pub(super) features: u64,
+    /// Features that it does not accept.
+    refused: u64,
     rings: [Ring; 2],
-    received: VecDeque<Vec<u8>>,
+    /// Packets with their headers.
+    received: VecDeque<(Header, Vec<u8>)>,
+    /// A packet of which more buffers come: how many, its header, and what has come.
+    begun: Option<(u16, Header, Vec<u8>)>,
 }
+
+/// A `virtio_net_hdr` of virtio 1.x.
+pub(super) type Header = [u8; HEADER];
 
 fn regions() -> [Region; 2] {
     let region = |guest_address, size, mmap_offset| {
@@ -82,13 +90,25 @@ impl Guest {
     }
 
     pub(super) fn on(socket: UnixStream, file: File, mac: [u8; 6]) -> Self {
+        Self::refusing(socket, file, mac, LOG_ALL)
+    }
+
+    /// Like [`new`](Self::new), without offload of checksums and segmentation.
+    pub(super) fn without_offload(path: &Path, mac: [u8; 6]) -> Self {
+        // CSUM, GUEST_CSUM, and the segmentation of both directions (virtio 1.2, section 5.1.3).
+        let bits = [0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 54, 55, 56];
+        let offload = bits.into_iter().fold(0, |all, bit| all | 1 << bit);
+        Self::refusing(connect(path), memory(MEMORY), mac, LOG_ALL | offload)
+    }
+
+    fn refusing(socket: UnixStream, file: File, mac: [u8; 6], refused: u64) -> Self {
         let frontend = Frontend::on(socket);
         let parts = regions().map(|region| {
             let map = GuestMmap::file(&file, region.mmap_offset, region.size as usize);
             GuestRegion::new(region.guest_address, Arc::new(map.expect("a mapping")))
         });
         let memory = GuestMemory::new(parts).expect("the regions are apart");
-        let features = offered(&frontend) & !LOG_ALL;
+        let features = offered(&frontend) & !refused;
         let rings = [0, 1].map(|index| {
             let queue = QueueFeatures::from_bits(features);
             let driver = Driver::over(memory.clone(), layout(index), queue, 0, ARENA_LEN)
@@ -102,7 +122,8 @@ impl Guest {
                 ends: (kick_end.into(), call_end.into()),
             }
         });
-        let guest = Self { frontend, file, mac, features, rings, received: VecDeque::new() };
+        let (received, begun) = (VecDeque::new(), None);
+        let guest = Self { frontend, file, mac, features, refused, rings, received, begun };
         guest.set_up([0, 0]);
         guest
     }
@@ -110,7 +131,8 @@ impl Guest {
     /// Connects to a server that knows nothing of this guest, and lets the rings go on where they are.
     pub(super) fn rejoin(&mut self, path: &Path) {
         self.frontend = Frontend::on(connect(path));
-        assert_eq!(offered(&self.frontend) & !LOG_ALL, self.features, "the same is offered");
+        let features = offered(&self.frontend) & !self.refused;
+        assert_eq!(features, self.features, "the same is offered");
         let used = self.rings.each_ref().map(|ring| ring.driver.used_index());
         self.set_up(used);
     }
@@ -175,6 +197,11 @@ impl Guest {
 
     /// Sends a packet. Waits for space, if there is none.
     pub(super) fn send(&mut self, packet: &[u8]) {
+        self.send_with(&[0; HEADER], packet);
+    }
+
+    /// Sends a packet with this header.
+    pub(super) fn send_with(&mut self, header: &Header, packet: &[u8]) {
         let start = Instant::now();
         let shape = [(HEADER as u32, false), (packet.len() as u32, false)];
         let head = loop {
@@ -188,7 +215,7 @@ impl Guest {
         };
         let driver = &mut self.rings[1].driver;
         let buffers = driver.buffers(head).to_vec();
-        driver.write(buffers[0].address, &[0; HEADER]);
+        driver.write(buffers[0].address, header);
         driver.write(buffers[1].address, packet);
         driver.expose();
         self.kick(1);
@@ -196,19 +223,38 @@ impl Guest {
 
     /// The next packet, if one comes in this time.
     pub(super) fn receive_within(&mut self, time: Duration) -> Option<Vec<u8>> {
+        self.receive_with_header_within(time).map(|(_, packet)| packet)
+    }
+
+    /// Likewise, with its header.
+    pub(super) fn receive_with_header_within(
+        &mut self,
+        time: Duration,
+    ) -> Option<(Header, Vec<u8>)> {
         let start = Instant::now();
         loop {
             let driver = &mut self.rings[0].driver;
             let used = driver.used_index();
             driver.set_used_event(used);
             for one in driver.collect() {
-                assert!(one.len as usize > HEADER, "{one:?}");
                 let bytes = driver.read(one.buffers[0].address, one.len);
-                self.received.push_back(bytes[HEADER..].to_vec());
+                let (left, header, packet) = match self.begun.take() {
+                    Some((left, header, packet)) => (left, header, [packet, bytes].concat()),
+                    None => {
+                        assert!(one.len as usize > HEADER, "{one:?}");
+                        let header: Header = bytes[..HEADER].try_into().expect("its length");
+                        let buffers = u16::from_le_bytes([header[10], header[11]]);
+                        (buffers, header, bytes[HEADER..].to_vec())
+                    }
+                };
+                match left {
+                    1 => self.received.push_back((header, packet)),
+                    _ => self.begun = Some((left - 1, header, packet)),
+                }
             }
-            if let Some(packet) = self.received.pop_front() {
-                self.post(1);
-                return Some(packet);
+            if let Some((header, packet)) = self.received.pop_front() {
+                self.post(u16::from_le_bytes([header[10], header[11]]).into());
+                return Some((header, packet));
             }
             let left = time.checked_sub(start.elapsed())?;
             let Ring { driver, call, .. } = &mut self.rings[0];
