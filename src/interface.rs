@@ -10,7 +10,7 @@
 //! # Ok::<(), vmring::Error>(())
 //! ```
 
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
@@ -396,6 +396,47 @@ impl Interface {
     /// Returns the packets that the device, or its whole network, dropped, by reason.
     pub fn drops(&self) -> Vec<(&'static str, u64)> {
         self.shared.device.drops()
+    }
+
+    /// Returns a handle that reads [`counters`](Self::counters) and [`drops`](Self::drops) on any
+    /// thread.
+    pub fn monitor(&self) -> InterfaceMonitor {
+        InterfaceMonitor { device: Arc::downgrade(&self.shared.device) }
+    }
+}
+
+/// Reads the counters of an interface from any thread. It keeps nothing of the interface alive.
+///
+/// ```
+/// use vmring::{Interface, Loopback};
+///
+/// let interface = Interface::builder().device(Loopback::new(1500)).start()?;
+/// let monitor = interface.monitor();
+/// assert_eq!(monitor.drops(), interface.drops());
+/// drop(interface);
+/// assert!(monitor.drops().is_empty() && monitor.counters().is_empty());
+/// # Ok::<(), vmring::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct InterfaceMonitor {
+    device: Weak<dyn Device>,
+}
+
+impl InterfaceMonitor {
+    /// Returns what [`Interface::counters`] returns. It is empty once the interface is gone.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.device.upgrade().map(|device| device.counters()).unwrap_or_default()
+    }
+
+    /// Returns what [`Interface::drops`] returns. It is empty once the interface is gone.
+    pub fn drops(&self) -> Vec<(&'static str, u64)> {
+        self.device.upgrade().map(|device| device.drops()).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for InterfaceMonitor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InterfaceMonitor").finish_non_exhaustive()
     }
 }
 

@@ -155,7 +155,7 @@ pub use error::{
 pub use future::streams::{FrameSink, PacketSink, Packets};
 pub use future::write::{AllocFuture, WriteFrameFuture, WriteFuture};
 pub use future::{AsyncRing, ReadFuture, block_on};
-pub use interface::{Interface, InterfaceBuilder};
+pub use interface::{Interface, InterfaceBuilder, InterfaceMonitor};
 pub use macaddr::MacAddr6;
 pub use memory::{GuestMmap, page_size};
 pub use policy::{IdlePolicy, RetryPolicy};
