@@ -127,7 +127,8 @@ fn packets_of_dpdk_go_round_and_none_is_lost() {
                 let (sent, received) =
                     (count(&report, port, "tx_packets"), count(&report, 1 - port, "rx_packets"));
                 assert_eq!(sent, received, "{what}: {report:#}\n{output}");
-                assert!(sent + 100 > ENOUGH, "{what}: only {sent} have gone round: {output}");
+                // Both bursts may go the same way for most of the time.
+                assert!(2 * sent > ENOUGH, "{what}: only {sent} have gone round: {output}");
                 assert_eq!(count(&report, port, "tx_bytes"), sent * u64::from(*len), "{what}");
                 assert_eq!(report["sockets"][port]["drops_by_reason"], serde_json::json!({}));
             }
