@@ -15,6 +15,7 @@ use crate::device::{DeviceName, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
+use crate::serve::metrics::MetricsSpec;
 use crate::serve::spec::{ListenSpec, MacRule, NetworkSpec};
 use crate::size::Size;
 
@@ -229,7 +230,8 @@ A front end may come, go and come again. The server may end and start again whil
 guests run, if their front ends connect again. On Linux the server confines
 itself before the first connection: no privileges, no files, a short list of
 system calls. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its report; a
-second one ends it at once.
+second one ends it at once. SIGUSR1 (and SIGINFO, Ctrl-T on macOS) prints a
+report, and the server goes on.
 Exit code: 0 if it was ended, 1 if the network failed, 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
@@ -282,6 +284,9 @@ pub(crate) struct ServeArgs {
     /// Do not confine the server
     #[arg(long)]
     pub(crate) no_sandbox: bool,
+    /// Show the counters to Prometheus, on a loopback address like 127.0.0.1:9464 or on unix:PATH
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) metrics: Option<MetricsSpec>,
     /// End after this long
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: Option<u64>,

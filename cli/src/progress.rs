@@ -92,7 +92,7 @@ impl Drop for Progress {
     }
 }
 
-/// A line on a terminal that is updated in place. It does nothing if stderr is not a terminal.
+/// Lines on a terminal that are updated in place. It does nothing if stderr is not a terminal.
 #[derive(Debug)]
 pub(crate) struct Live {
     bar: Option<ProgressBar>,
@@ -102,7 +102,7 @@ impl Live {
     pub(crate) fn start() -> Self {
         let bar = io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            let style = ProgressStyle::with_template("  {wide_msg}");
+            let style = ProgressStyle::with_template("  {msg}");
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
@@ -114,10 +114,10 @@ impl Live {
         self.bar.is_some()
     }
 
-    /// Replaces the line.
-    pub(crate) fn show(&self, line: &str) {
+    /// Replaces the lines.
+    pub(crate) fn show(&self, lines: &str) {
         if let Some(bar) = &self.bar {
-            bar.set_message(line.to_owned());
+            bar.set_message(lines.to_owned());
         }
     }
 }

@@ -30,10 +30,13 @@ pub(crate) fn print_report(report: &str) -> Result<(), Failure> {
 
 /// Prints one JSON object to stdout.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    match serde_json::to_string_pretty(value) {
-        Ok(text) => print(&text),
-        Err(error) => Err(Failure::Step(format!("the result could not be printed: {error}"))),
-    }
+    print(&in_json(value)?)
+}
+
+/// A JSON object.
+pub(crate) fn in_json(value: &impl Serialize) -> Result<String, Failure> {
+    let failed = |error| Failure::Step(format!("the result could not be printed: {error}"));
+    serde_json::to_string_pretty(value).map_err(failed)
 }
 
 /// Columns of the narrowest terminal that a report is made for.

@@ -13,13 +13,18 @@ mod calls;
 mod confine;
 mod connection;
 mod counts;
+mod exposition;
 mod listen;
+pub(crate) mod metrics;
 mod network;
 mod ready;
+mod reports;
 mod server;
 mod sigbus;
 mod summary;
+mod table;
 
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -28,14 +33,16 @@ use vmring::IdlePolicy;
 use crate::args::ServeArgs;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
-use crate::report::{print_json, print_report};
+use crate::report::{print, print_json};
 use crate::stop::Stop;
 use crate::system;
 
 use confine::{Confinement, Needs, folder};
 use listen::Listening;
+use metrics::Metrics;
 use network::Network;
 use ready::Ready;
+use reports::{Printer, Scraping};
 use server::Server;
 use sigbus::Places;
 use spec::{ListenSpec, NetworkSpec, Place};
@@ -51,7 +58,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let adopted = (listens.iter()).map(Listening::adopted).collect::<Result<Vec<_>, _>>()?;
     // From here on a signal ends the server with its report. The thread that looks at the signals starts
     // after the confinement, so that it is confined too.
-    let signals = Stop::catch_signals()?;
+    let signals = Stop::catch_signals_and(REPORTING)?;
     let ready = Ready::from_environment();
     let live = Live::start();
     let entrances = (listens.iter().cloned().zip(adopted))
@@ -60,9 +67,20 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
             None => Listening::open(&spec).map(|listening| (spec, listening)),
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let failed = |error| Failure::Step(format!("the counters cannot be shown: {error}"));
+    let metrics = args.metrics.as_ref().map(Metrics::open).transpose()?;
+    let metrics =
+        metrics.map(|metrics| UnixStream::pair().map(|bell| (metrics, bell)).map_err(failed));
+    let metrics = metrics.transpose()?;
     let may_offload = listens.iter().any(|spec| spec.offload);
     let start = || Network::start(wanted, args, may_offload);
-    let needs = needs(&listens, wanted, args, live.is_watched());
+    let needs = needs(
+        &listens,
+        metrics.as_ref().map(|(metrics, _)| metrics),
+        wanted,
+        args,
+        live.is_watched(),
+    );
     let mut confinement = Confinement::none("--no-sandbox");
     // What needs privileges starts with them, and everything else without them.
     let privileged = wanted.needs_privileges().then(start).transpose()?;
@@ -81,9 +99,18 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     if !args.no_sandbox {
         confinement.restrict_calls(&needs);
     }
-    let stop = signals.watch(|| {})?;
+    let asker = server.asker();
+    let stop = signals.watch_and(|| {}, move || asker.report())?;
+    let counters = metrics.as_ref().map(|(metrics, _)| metrics.to_string());
+    let scraping = metrics
+        .map(|(metrics, bell)| Scraping::start(metrics, bell, server.asker()))
+        .transpose()?;
     let (start, cpu) = (Instant::now(), system::cpu_time());
     let deadline = args.seconds.map(|seconds| start + Duration::from_secs(seconds));
+    let time = || (start.elapsed(), system::cpu_time().saturating_sub(cpu));
+    if let Some(place) = counters {
+        say(&format!("  counters are at {place}"));
+    }
     say(&format!(
         "  guests can join {}{}",
         server.network.name(),
@@ -99,22 +126,29 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
         say(&format!("  note: {obstacle}"));
     }
     ready.tell("READY=1");
-    let serving = server.run(&stop, deadline, &live);
+    let mut printer = Printer::default();
+    let serving = server.run(&stop, deadline, &live, |server| {
+        printer.print(|| Summary::of(server, confinement.clone(), time(), true).printed(args.json));
+    });
     ready.tell("STOPPING=1");
     drop(live);
     let ended = server.end();
-    let time = (start.elapsed(), system::cpu_time().saturating_sub(cpu));
-    let mut summary = Summary::of(&mut server, confinement, time);
+    drop(scraping);
+    let mut summary = Summary::of(&server, confinement, time(), false);
     // Reports the first failure.
     let outcome = serving.and(ended).and_then(|()| server.network.stop());
     summary.end(&outcome);
-    if args.json {
-        print_json(&summary)?;
-    } else {
-        print_report(&summary.text())?;
-    }
+    printer.finish();
+    summary.printed(args.json).and_then(|text| print(&text))?;
     outcome
 }
+
+/// The signals that ask for a report, besides those that end the server. Ctrl-T raises SIGINFO on macOS.
+const REPORTING: &[i32] = &[
+    libc::SIGUSR1,
+    #[cfg(target_os = "macos")]
+    libc::SIGINFO,
+];
 
 /// What `--print-capabilities` prints (QEMU's `docs/interop/vhost-user.rst`, "Backend program
 /// conventions").
@@ -140,8 +174,15 @@ fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
 }
 
 /// What the server needs after its set-up.
-fn needs(listens: &[ListenSpec], network: &NetworkSpec, args: &ServeArgs, terminal: bool) -> Needs {
+fn needs(
+    listens: &[ListenSpec],
+    metrics: Option<&Metrics>,
+    network: &NetworkSpec,
+    args: &ServeArgs,
+    terminal: bool,
+) -> Needs {
     let own_paths = listens.iter().filter_map(ListenSpec::own_path);
+    let own_paths = own_paths.chain(metrics.and_then(Metrics::path));
     #[cfg(target_os = "linux")]
     let io_uring = args.engine != vmring::TapEngine::Plain;
     #[cfg(not(target_os = "linux"))]

@@ -41,8 +41,14 @@ impl Stop {
 
     /// Catches the signals from now on, without a thread that looks at them.
     pub(crate) fn catch_signals() -> Result<Caught, Failure> {
-        let signals = Signals::new(ending_signals()).map_err(Self::failed)?;
-        Ok(Caught { signals, stop: Self::new()? })
+        Self::catch_signals_and(&[])
+    }
+
+    /// Likewise, and catches `others`, which end nothing.
+    pub(crate) fn catch_signals_and(others: &'static [i32]) -> Result<Caught, Failure> {
+        let all = ending_signals().into_iter().chain(others.iter().copied());
+        let signals = Signals::new(all).map_err(Self::failed)?;
+        Ok(Caught { signals, others, stop: Self::new()? })
     }
 
     fn failed(error: std::io::Error) -> Failure {
@@ -69,6 +75,7 @@ impl Stop {
 #[derive(Debug)]
 pub(crate) struct Caught {
     signals: Signals,
+    others: &'static [i32],
     stop: Stop,
 }
 
@@ -76,10 +83,23 @@ impl Caught {
     /// Starts the thread that looks at them, those that have come already too. It calls `told` after
     /// the first one.
     pub(crate) fn watch(self, told: impl FnOnce() + Send + 'static) -> Result<Stop, Failure> {
-        let Self { mut signals, stop } = self;
+        self.watch_and(told, || {})
+    }
+
+    /// Likewise. It calls `other` after each signal that ends nothing.
+    pub(crate) fn watch_and(
+        self,
+        told: impl FnOnce() + Send + 'static,
+        other: impl Fn() + Send + 'static,
+    ) -> Result<Stop, Failure> {
+        let Self { mut signals, others, stop } = self;
         let (requested, mut told) = (stop.clone(), Some(told));
         let wait = move || {
             for signal in signals.forever() {
+                if others.contains(&signal) {
+                    other();
+                    continue;
+                }
                 if requested.is_wanted() {
                     std::process::exit(128 + signal);
                 }

@@ -223,6 +223,11 @@ impl Bridge {
         Ok(())
     }
 
+    /// A handle to the ring of an end, which reads its counters on any thread.
+    pub(crate) fn control(&self, end: usize) -> RingControl {
+        self.controls[end].clone()
+    }
+
     /// Packets and bytes written so far, in each direction.
     pub(super) fn moved(&self) -> [(u64, u64); 2] {
         self.directions

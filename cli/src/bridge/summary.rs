@@ -14,7 +14,7 @@ use crate::failure::Failure;
 use crate::report::{Batches, Table, bytes, grouped, offload_names, rate, round};
 
 /// Everything that is reported about a bridge.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Summary {
     /// Whether the bridge ended without a failure.
     pub(crate) ok: bool,
@@ -29,7 +29,7 @@ pub(crate) struct Summary {
     pub(crate) directions: [DirectionSummary; 2],
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct EndSummary {
     pub(crate) name: String,
     pub(crate) mtu: u32,
@@ -43,7 +43,7 @@ pub(crate) struct EndSummary {
     pub(crate) counters: BTreeMap<&'static str, u64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct DirectionSummary {
     pub(crate) from: String,
     pub(crate) to: String,

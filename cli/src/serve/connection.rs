@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use vmring::InterfaceMonitor;
 use vmring_virtio::net::{
     Ended as Served, ServeError, StatsHandle, VhostUserNet, serve_connection,
 };
@@ -20,6 +21,7 @@ use super::sigbus::Seat;
 pub(super) struct Guest {
     since: Instant,
     stats: StatsHandle,
+    monitor: InterfaceMonitor,
     /// What its port has dropped, and what else it has counted, when it has ended.
     port: OnceLock<[BTreeMap<&'static str, u64>; 2]>,
 }
@@ -27,7 +29,10 @@ pub(super) struct Guest {
 impl Guest {
     pub(super) fn counts(&self) -> Counts {
         let device = self.stats.stats().named().into_iter().collect();
-        let [drops, port] = self.port.get().cloned().unwrap_or_default();
+        let [drops, port] = match self.port.get() {
+            Some(counted) => counted.clone(),
+            None => counted(self.monitor.drops(), self.monitor.counters()),
+        };
         Counts { device, drops, port }
     }
 
@@ -35,6 +40,16 @@ impl Guest {
     pub(super) fn time(&self) -> Duration {
         self.since.elapsed()
     }
+}
+
+/// What a port has dropped, and what else it has counted.
+fn counted(
+    drops: Vec<(&'static str, u64)>,
+    mut counters: Vec<(&'static str, u64)>,
+) -> [BTreeMap<&'static str, u64>; 2] {
+    // The others are those of the whole network.
+    counters.retain(|(name, _)| OF_A_PORT.contains(name));
+    [drops, counters].map(|all| all.into_iter().filter(|(_, n)| *n > 0).collect())
 }
 
 /// How a connection has ended.
@@ -81,8 +96,10 @@ impl Connection {
         seat: Seat,
     ) -> (Self, Arc<Guest>) {
         settings.observer = Some(seat.observer());
-        let stats = device.device().stats_handle();
-        let guest = Arc::new(Guest { since: Instant::now(), stats, port: OnceLock::new() });
+        let (stats, monitor) =
+            (device.device().stats_handle(), device.device().interface().monitor());
+        let guest = Guest { since: Instant::now(), stats, monitor, port: OnceLock::new() };
+        let guest = Arc::new(guest);
         (Self { socket, device, settings, seat, guest: guest.clone() }, guest)
     }
 
@@ -91,12 +108,8 @@ impl Connection {
         let Self { socket, device, settings, seat, guest } = self;
         let (device, result) = serve_connection(socket, device, settings, seat.bell());
         let interface = device.device().interface();
-        let (drops, mut counted) = (interface.drops(), interface.counters());
-        // The others are those of the whole network.
-        counted.retain(|(name, _)| OF_A_PORT.contains(name));
-        let counted = [drops, counted].map(|all| all.into_iter().filter(|(_, n)| *n > 0).collect());
         // It is set once.
-        let _ = guest.port.set(counted);
+        let _ = guest.port.set(counted(interface.drops(), interface.counters()));
         // The port of the network goes with the device, before the seat is another's.
         drop(device);
         // What the device found in memory that had shrunk is no reason of its own.

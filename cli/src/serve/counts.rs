@@ -3,9 +3,6 @@
 use std::collections::BTreeMap;
 use std::iter::Sum;
 
-use super::limits::TICK;
-use crate::report::{grouped, rate};
-
 /// What guests have counted, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
@@ -84,20 +81,6 @@ impl Sum for Moved {
     }
 }
 
-/// A line that says how much has moved in the last second.
-pub(super) fn live_line(guests: usize, before: Moved, now: Moved) -> String {
-    let way = |before: (u64, u64), now: (u64, u64)| {
-        rate(now.0.saturating_sub(before.0), now.1.saturating_sub(before.1), TICK)
-    };
-    let s = if guests == 1 { "" } else { "s" };
-    format!(
-        "{guests} guest{s}: to {}, from {}, {} dropped",
-        way(before.to, now.to),
-        way(before.from, now.from),
-        grouped(now.dropped)
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,18 +107,5 @@ mod tests {
         assert_eq!(all.moved(), Moved { to: (7, 0), from: (0, 60), dropped: 8 });
         let drops = [("tx_short", 1), ("tx_errors", 2), ("no buffer posted", 5), ("spoofed", 2)];
         assert_eq!(all.drops().collect::<Vec<_>>(), drops);
-    }
-
-    #[test]
-    fn a_second_fits_into_a_line() {
-        let before = Moved { to: (5, 500), ..Moved::default() };
-        let now = Moved { to: (4_500_005, 5_625_000_500), from: (1234, 99_999), dropped: 7 };
-        let said = "2 guests: to 4.5 Mpps 45.00 Gbit/s, from 1.2 kpps 0.00 Gbit/s, 7 dropped";
-        assert_eq!(live_line(2, before, now), said);
-        assert!(live_line(1, now, now).starts_with("1 guest: to 0 pps"));
-        let most = (9_900_000, 1_200_000_000);
-        let now = Moved { to: most, from: most, dropped: 999_999 };
-        let line = live_line(64, Moved::default(), now);
-        assert!(line.len() <= crate::report::WIDTH - 2, "{line}");
     }
 }

@@ -19,5 +19,9 @@ pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const CONNECTIONS: u32 = 64;
 /// The most that can be asked for: a network has 1,024 ports.
 pub(crate) const CONNECTIONS_MAX: u32 = 512;
+/// How many requests of other threads may wait for the main thread.
+pub(crate) const REQUESTS: usize = 8;
+/// How many guests a table on a terminal shows.
+pub(crate) const LIVE_ROWS: usize = 12;
 /// How many of the last ends of connections a report shows for each socket.
 pub(crate) const LAST_ENDS: usize = 8;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
 use vmring::device::embedded::{LimitsControl, SourceRule};
-use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range};
+use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, RingControl};
 use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
 
@@ -41,6 +41,8 @@ pub(super) struct Network {
     relay: Option<Relay>,
     /// Ends that thread.
     stop: Option<Stop>,
+    /// The ring of the TAP or vmnet.
+    uplink: Option<RingControl>,
 }
 
 /// How a port of the network is made.
@@ -101,8 +103,18 @@ impl Network {
             let pairs = keeper.capabilities().reading_rings;
             let (mtu, max_packet_size) = (keeper.mtu(), keeper.max_packet_size());
             let keeper = Some(keeper);
-            let (relay, stop) = (None, None);
-            return Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop });
+            let (relay, stop, uplink) = (None, None, None);
+            return Ok(Self {
+                name,
+                mtu,
+                max_packet_size,
+                pairs,
+                ports,
+                keeper,
+                relay,
+                stop,
+                uplink,
+            });
         }
         #[cfg(target_os = "linux")]
         let outer = spec.0.clone().driven_by(args.engine);
@@ -124,9 +136,10 @@ impl Network {
         let depth = if large { DEPTH_OF_LARGE } else { DEPTH };
         let bridge = Bridge::new(ends, false, depth).map_err(failed)?;
         let stop = Stop::new()?;
+        let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
         let (keeper, stop) = (None, Some(stop));
-        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop })
+        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop, uplink })
     }
 
     /// Refuses a socket whose guests would have more pairs of queues than a port has.
@@ -158,6 +171,12 @@ impl Network {
         let mut counters = self.keeper.as_ref().map(Interface::counters).unwrap_or_default();
         counters.retain(|(_, n)| *n > 0);
         counters
+    }
+
+    /// Packets and bytes that the uplink has brought for the guests and taken from them, if there is one.
+    pub(super) fn uplink(&self) -> Option<[(u64, u64); 2]> {
+        let stats = self.uplink.as_ref()?.stats();
+        Some([(stats.rx_packets, stats.rx_bytes), (stats.tx_packets, stats.tx_bytes)])
     }
 
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected

@@ -5,19 +5,21 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use super::connection::{Connection, Ended, Guest};
-use super::counts::{Counts, Moved, live_line};
-use super::limits::{END_TIMEOUT, LAST_ENDS, TICK};
+use super::counts::Counts;
+use super::exposition::{Figures, SocketFigures};
+use super::limits::{END_TIMEOUT, LAST_ENDS, REQUESTS, TICK};
 use super::listen::Listening;
 use super::network::{Network, Relayed};
 use super::sigbus::{Places, Ringer};
 use super::spec::ListenSpec;
+use super::table::{Row, Rows, live_table};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
@@ -28,6 +30,7 @@ use crate::system;
 /// See the [module](self).
 pub(super) struct Server {
     pub(super) network: Network,
+    since: Instant,
     pub(super) entrances: Vec<Entrance>,
     running: Vec<Running>,
     places: &'static Places,
@@ -39,6 +42,45 @@ pub(super) struct Server {
     relay: Option<JoinHandle<Relayed>>,
     /// What the uplink has moved, when it has ended.
     pub(super) uplink: Option<UplinkSummary>,
+    /// What other threads ask for, until the server ends.
+    requests: Option<Receiver<Request>>,
+    asking: SyncSender<Request>,
+}
+
+/// What another thread asks the main thread for.
+enum Request {
+    /// A report, although the server goes on.
+    Report,
+    /// The counters.
+    Figures(SyncSender<Figures>),
+}
+
+/// Asks the main thread from another one.
+#[derive(Clone)]
+pub(super) struct Asker {
+    asking: SyncSender<Request>,
+    bell: Arc<(UnixStream, UnixStream)>,
+}
+
+impl Asker {
+    /// Asks for a report. If many wait already, this one is left out.
+    pub(super) fn report(&self) {
+        if self.asking.try_send(Request::Report).is_ok() {
+            self.ring();
+        }
+    }
+
+    /// The counters. `None` if the server ends.
+    pub(super) fn figures(&self) -> Option<Figures> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        self.asking.send(Request::Figures(answer)).ok()?;
+        self.ring();
+        answered.recv().ok()
+    }
+
+    fn ring(&self) {
+        let _ = (&self.bell.1).write(&[1]);
+    }
 }
 
 /// The place of an entrance, and the number of a connection there.
@@ -148,10 +190,13 @@ impl Server {
         };
         let entrances = entrances.into_iter().map(entrance).collect();
         let (ending, ends) = mpsc::channel();
+        let (asking, requests) = mpsc::sync_channel(REQUESTS);
+        let requests = Some(requests);
         let bell = Arc::new(bell);
         let running = Vec::new();
         Ok(Self {
             network,
+            since: now,
             entrances,
             running,
             places,
@@ -160,7 +205,13 @@ impl Server {
             bell,
             relay: None,
             uplink: None,
+            requests,
+            asking,
         })
+    }
+
+    pub(super) fn asker(&self) -> Asker {
+        Asker { asking: self.asking.clone(), bell: self.bell.clone() }
     }
 
     /// Serves until it is told to stop, the `deadline` is reached, or the network fails.
@@ -169,9 +220,10 @@ impl Server {
         stop: &Stop,
         deadline: Option<Instant>,
         live: &Live,
+        mut report: impl FnMut(&Self),
     ) -> Result<(), Failure> {
         self.start_relay()?;
-        let mut tick = live.is_watched().then(|| (Instant::now() + TICK, self.moved()));
+        let mut tick = live.is_watched().then(|| (Instant::now() + TICK, self.rows()));
         loop {
             let now = Instant::now();
             if stop.is_wanted() || deadline.is_some_and(|deadline| now >= deadline) {
@@ -182,16 +234,28 @@ impl Server {
             if let Some((at, before)) = &mut tick
                 && now >= *at
             {
-                let moved = self.moved();
-                live.show(&live_line(self.running.len(), *before, moved));
-                (*at, *before) = (now + TICK, moved);
+                let rows = self.rows();
+                live.show(&live_table(before, &rows));
+                (*at, *before) = (now + TICK, rows);
             }
+            self.answer(&mut report);
             if self.relay.is_none() && self.is_over() {
                 return Ok(());
             }
             let due = self.entrances.iter().filter_map(|entrance| entrance.due(self.places));
-            let due = due.chain(deadline).chain(tick.map(|(at, _)| at)).min();
+            let due = due.chain(deadline).chain(tick.as_ref().map(|(at, _)| *at)).min();
             self.sleep(stop, now, due);
+        }
+    }
+
+    /// Answers what other threads have asked for.
+    fn answer(&self, report: &mut impl FnMut(&Self)) {
+        while let Some(Ok(request)) = self.requests.as_ref().map(Receiver::try_recv) {
+            match request {
+                Request::Report => report(self),
+                // Whoever asked has gone, if this fails.
+                Request::Figures(answer) => drop(answer.try_send(self.figures())),
+            }
         }
     }
 
@@ -325,6 +389,8 @@ impl Server {
 
     /// Ends every connection and the uplink. The sockets are removed.
     pub(super) fn end(&mut self) -> Result<(), Failure> {
+        // Whoever waits for an answer gets none.
+        self.requests = None;
         self.running.iter().for_each(|one| one.ringer.ring());
         let deadline = Instant::now() + END_TIMEOUT;
         let mut outcome = Ok(());
@@ -349,10 +415,43 @@ impl Server {
         outcome.and(self.relay_ended())
     }
 
-    /// What all guests, those that have gone too, have sent and received.
-    fn moved(&self) -> Moved {
-        let before = self.entrances.iter().map(|entrance| entrance.before.moved());
-        before.chain(self.running.iter().map(|one| one.guest.counts().moved())).sum()
+    /// The guests of a socket that are connected, with the number of each.
+    pub(super) fn guests_of(&self, entrance: usize) -> impl Iterator<Item = (u64, &Guest)> {
+        let of_entrance = self.running.iter().filter(move |one| one.key.0 == entrance);
+        of_entrance.map(|one| (one.key.1, &*one.guest))
+    }
+
+    /// What all guests of a socket, those that have gone too, have counted.
+    pub(super) fn counts_of(&self, entrance: usize) -> Counts {
+        let mut all = self.entrances[entrance].before.clone();
+        self.guests_of(entrance).for_each(|(_, guest)| all.add(&guest.counts()));
+        all
+    }
+
+    /// The rows of the live table.
+    fn rows(&self) -> Rows {
+        let guests = self.running.iter().map(|one| {
+            let name = self.entrances[one.key.0].spec.to_string();
+            (one.key, Row { name, guest: one.key.1, moved: one.guest.counts().moved() })
+        });
+        let gone = self.entrances.iter().map(|entrance| entrance.before.moved()).sum();
+        Rows { guests: guests.collect(), gone }
+    }
+
+    fn figures(&self) -> Figures {
+        let sockets = self.entrances.iter().enumerate().map(|(i, entrance)| SocketFigures {
+            name: entrance.spec.to_string(),
+            connected: entrance.connected,
+            connections: entrance.connections,
+            counts: self.counts_of(i),
+        });
+        Figures {
+            network: self.network.name().to_owned(),
+            seconds: round(self.since.elapsed().as_secs_f64(), 3),
+            uplink: self.network.uplink(),
+            gateway: self.network.counters(),
+            sockets: sockets.collect(),
+        }
     }
 }
 

@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use super::confine::Confinement;
 use super::counts::Counts;
-use super::server::{End, Entrance, Server};
+use super::server::{End, Server};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
-use crate::report::{Table, bytes, grouped, round};
+use crate::report::{Table, bytes, fold, grouped, in_json, round};
 
 /// Everything that is reported about a server.
 #[derive(Debug, Serialize)]
@@ -20,12 +20,16 @@ pub(super) struct Summary {
     ok: bool,
     /// The failure, in a sentence.
     failed: Option<String>,
+    /// Whether it goes on.
+    running: bool,
     seconds: f64,
     /// Processor time of the whole process, in percent of one processor.
     cpu_percent: f64,
     network: NetworkSummary,
-    /// What went between the switch and the TAP or vmnet.
+    /// What went between the switch and the TAP or vmnet, at the end.
     uplink: Option<UplinkSummary>,
+    /// How much the uplink has brought for the guests and taken from them.
+    uplink_moved: Option<UplinkMoved>,
     sockets: Vec<SocketSummary>,
     sandbox: Confinement,
 }
@@ -37,6 +41,24 @@ struct NetworkSummary {
     max_packet_size: u32,
     /// What the gateway did and did not answer.
     counters: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct UplinkMoved {
+    packets_to_guests: u64,
+    bytes_to_guests: u64,
+    packets_from_guests: u64,
+    bytes_from_guests: u64,
+}
+
+/// A guest that is connected.
+#[derive(Debug, Serialize)]
+struct GuestSummary {
+    guest: u64,
+    seconds: f64,
+    counts: BTreeMap<&'static str, u64>,
+    drops_by_reason: BTreeMap<&'static str, u64>,
+    port_counters: BTreeMap<&'static str, u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -52,22 +74,35 @@ struct SocketSummary {
     drops_by_reason: BTreeMap<&'static str, u64>,
     /// What their ports have done in software, because of what a receiver does not do.
     port_counters: BTreeMap<&'static str, u64>,
+    /// The guests that are connected.
+    guests: Vec<GuestSummary>,
     /// The last connections that have ended, oldest first.
     ends: Vec<End>,
 }
 
 impl Summary {
     pub(super) fn of(
-        server: &mut Server,
+        server: &Server,
         sandbox: Confinement,
         time: (Duration, Duration),
+        running: bool,
     ) -> Self {
         let network = &server.network;
         let (time, cpu) = time;
-        let sockets = server.entrances.iter().map(SocketSummary::of).collect();
+        let sockets = (0..server.entrances.len()).map(|i| SocketSummary::of(server, i)).collect();
+        let moved = |[(packets_to_guests, bytes_to_guests), from]: [(u64, u64); 2]| {
+            let (packets_from_guests, bytes_from_guests) = from;
+            UplinkMoved {
+                packets_to_guests,
+                bytes_to_guests,
+                packets_from_guests,
+                bytes_from_guests,
+            }
+        };
         Self {
             ok: true,
             failed: None,
+            running,
             seconds: round(time.as_secs_f64(), 3),
             cpu_percent: round(100.0 * cpu.as_secs_f64() / time.as_secs_f64().max(1e-9), 3),
             network: NetworkSummary {
@@ -76,7 +111,8 @@ impl Summary {
                 max_packet_size: network.max_packet_size(),
                 counters: network.counters().into_iter().collect(),
             },
-            uplink: server.uplink.take(),
+            uplink: server.uplink.clone(),
+            uplink_moved: network.uplink().map(moved),
             sockets,
             sandbox,
         }
@@ -85,6 +121,11 @@ impl Summary {
     pub(super) fn end(&mut self, outcome: &Result<(), Failure>) {
         self.ok = outcome.is_ok();
         self.failed = outcome.as_ref().err().map(ToString::to_string);
+    }
+
+    /// What is printed: one JSON object, or the tables.
+    pub(super) fn printed(&self, json: bool) -> Result<String, Failure> {
+        if json { in_json(self) } else { Ok(fold(&self.text())) }
     }
 
     /// The tables for people.
@@ -132,14 +173,23 @@ impl Summary {
 }
 
 impl SocketSummary {
-    fn of(entrance: &Entrance) -> Self {
+    fn of(server: &Server, index: usize) -> Self {
+        let entrance = &server.entrances[index];
+        let all = server.counts_of(index);
+        let guests = server.guests_of(index).map(|(guest, one)| {
+            let Counts { device, drops, port } = one.counts();
+            let seconds = round(one.time().as_secs_f64(), 3);
+            let (counts, drops_by_reason, port_counters) = (device, drops, port);
+            GuestSummary { guest, seconds, counts, drops_by_reason, port_counters }
+        });
         Self {
             name: entrance.spec.to_string(),
             connections: entrance.connections,
-            counts: entrance.before.device.clone(),
-            drops_by_reason: entrance.before.drops.clone(),
-            port_counters: entrance.before.port.clone(),
-            all: entrance.before.clone(),
+            counts: all.device.clone(),
+            drops_by_reason: all.drops.clone(),
+            port_counters: all.port.clone(),
+            guests: guests.collect(),
+            all,
             ends: entrance.ends.iter().cloned().collect(),
         }
     }

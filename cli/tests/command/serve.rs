@@ -22,6 +22,8 @@ mod guest;
 #[cfg(target_os = "linux")]
 #[path = "serve/offload.rs"]
 mod offload;
+#[path = "serve/options.rs"]
+mod options;
 #[cfg(target_os = "linux")]
 #[path = "serve/tap.rs"]
 mod tap;
@@ -94,6 +96,19 @@ impl Server {
         }
     }
 
+    /// Waits for its end, when its output is somebody else's.
+    fn exit_code(&mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            let child = self.child.as_mut().expect("it runs");
+            if let Some(status) = child.try_wait().expect("it can be waited for") {
+                return status.code();
+            }
+            assert!(start.elapsed() < LIMIT, "it does not end: {}", self.said());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     fn signal(&self, name: &str) {
         let id = self.child.as_ref().expect("it runs").id().to_string();
         let kill = Command::new("kill").args([&format!("-{name}"), &id]).status();
@@ -141,6 +156,17 @@ impl Drop for Server {
             let _ = child.kill();
             let _ = child.wait();
         }
+    }
+}
+
+/// What this returns, in any time that a test may take.
+fn in_time<T: Send + 'static>(what: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let thread = thread::spawn(move || sender.send(f()));
+    match receiver.recv_timeout(LIMIT) {
+        Ok(done) => done,
+        Err(_) if thread.is_finished() => panic!("it fails: {what}"),
+        Err(_) => panic!("it hangs: {what}"),
     }
 }
 
@@ -267,6 +293,7 @@ fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
         (&["--listen", "vhost-user:fd=99"], "vhost-user:fd=99: "),
         (&["--listen", "vhost-user:fd=1"], "is 3 or more"),
         (&["--listen", "qemu:/a"], "there is no wire"),
+        (&["--listen", &socket, "--metrics", "0.0.0.0:1"], "an address that others can reach"),
         (&["--listen", &socket, "--listen", &socket], "is there twice"),
         (&["--listen", &socket, "--mac", "52:54:00:00:00:01"], "is for one guest"),
         (&["--listen", &socket, "--queues", "0"], "0 is not in 1 to 128"),

@@ -5,7 +5,7 @@
 //! is left to show is that each call of the list is needed.
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::ptr;
 
@@ -200,7 +200,62 @@ fn watched(folder: &Path) -> BTreeSet<String> {
     let mut guest = Guest::new(&path, mac(1));
     guest.send(&packet(guest.mac, [0xff; 6], 60, 1));
     traced.server.until_said("1 guest: to ");
+    traced.server.until_said("guest to it from it dropped");
+    traced.server.until_said(" #1 ");
     traced.ended()
+}
+
+/// Its counters are read, over TCP or a socket of the Unix domain.
+fn told(folder: &Path, metrics: &str) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let arguments = ["--network", "embedded:lab", "--listen", &listen(&path)];
+    let traced = Traced::new(folder, &[&arguments[..], &["--metrics", metrics]].concat());
+    let mut guest = Guest::new(&path, mac(1));
+    guest.send(&packet(guest.mac, [0xff; 6], 60, 1));
+    guest.sync();
+    let said = traced.server.said();
+    let answer = match metrics.strip_prefix("unix:") {
+        Some(path) => {
+            let silent = UnixStream::connect(path).expect("it listens");
+            let answer = options::scraped(UnixStream::connect(path).expect("it listens"));
+            drop(silent);
+            answer
+        }
+        None => {
+            let (_, address) = said.split_once("counters are at http://").expect("an address");
+            let address = address.split('/').next().expect("an address");
+            options::scraped(std::net::TcpStream::connect(address).expect("it listens"))
+        }
+    };
+    assert!(answer.contains("vmring_guests"), "{answer}");
+    drop(guest);
+    traced.ended()
+}
+
+/// It prints a report on a signal. The report is read before the server ends, so that there is one.
+fn reported(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let mut traced =
+        Traced::new(folder, &["--network", "embedded:lab", "--listen", &listen(&path)]);
+    Guest::new(&path, mac(1)).sync();
+    traced.server.signal("USR1");
+    let mut stdout = traced.server.child.as_mut().expect("it runs").stdout.take().expect("piped");
+    let stdout = in_time("the report", move || {
+        let mut text = Vec::new();
+        while !text.ends_with(b"}\n") {
+            let mut byte = [0];
+            stdout.read_exact(&mut byte).expect("a report");
+            text.extend(byte);
+        }
+        stdout
+    });
+    traced.server.signal("TERM");
+    // Somebody reads the last report, so that it can be printed.
+    let reader =
+        thread::spawn(move || BufReader::new(stdout).read_to_end(&mut Vec::new()).map(drop));
+    let calls = Traced::complete(&traced.file);
+    reader.join().expect("it ends").expect("it can be read");
+    calls
 }
 
 /// A guest gets an address, which is remembered in a file.
@@ -282,6 +337,7 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         Err(error) => return skip(&format!("strace: {error}")),
     }
     let folder = |name: &str| scratch(&format!("serve calls {name}"));
+    let metrics = format!("unix:{}", folder("metrics 2").join("m.sock").display());
     let mut kinds = vec![
         (vec![], life(&folder("life"))),
         (vec![], end_by_bus(&folder("bus"))),
@@ -289,6 +345,9 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![When::Terminal], watched(&folder("watched"))),
         (vec![When::LeaseFile], leases(&folder("leases"))),
         (vec![When::Simulated], simulated(&folder("simulated"))),
+        (vec![], told(&folder("metrics"), "127.0.0.1:0")),
+        (vec![], told(&folder("metrics 2"), &metrics)),
+        (vec![], reported(&folder("reported"))),
     ];
     if is_possible() {
         kinds.extend(super::tap::in_namespace(taps));
