@@ -2,9 +2,10 @@
 
 use std::fs::{self, File, Metadata};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmring::Error;
 use vmring::device::pcap::Capture;
 
@@ -19,28 +20,74 @@ pub(crate) struct Recording {
     is_new: bool,
 }
 
+/// A capture file that is open, and that nobody writes yet. If it is dropped, it is removed if it is new.
+#[derive(Debug)]
+pub(crate) struct CaptureFile {
+    file: File,
+    path: PathBuf,
+    is_new: bool,
+    started: bool,
+}
+
+impl CaptureFile {
+    /// Creates or empties the file. It may be a named pipe that somebody reads.
+    pub(crate) fn open(path: &Path) -> Result<Self, Failure> {
+        refuse_standard_output(path)?;
+        let is_new = !path.exists();
+        let mut options = File::options();
+        // Without this flag, opening a pipe waits for a reader, and nothing could interrupt that.
+        options.write(true).create(true).truncate(true).custom_flags(libc::O_NONBLOCK);
+        let opened = options.open(path).and_then(|file| {
+            fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+            Ok(file)
+        });
+        let file = opened.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENXIO) => {
+                unwritable(path, "no program reads the pipe; start the reader first")
+            }
+            _ => unwritable(path, &error.to_string()),
+        })?;
+        Ok(Self { file, path: path.to_owned(), is_new, started: false })
+    }
+
+    /// Starts the thread that writes it.
+    pub(crate) fn start(mut self) -> Result<Recording, Failure> {
+        let failed = |error: Error| unwritable(&self.path, &why(error));
+        let file =
+            self.file.try_clone().map_err(|error| unwritable(&self.path, &error.to_string()))?;
+        let capture = Capture::to_writer(file).map_err(failed)?;
+        self.started = true;
+        Ok(Recording { capture, path: self.path.clone(), is_new: self.is_new })
+    }
+}
+
+impl Drop for CaptureFile {
+    fn drop(&mut self) {
+        if self.is_new && !self.started {
+            // It is empty. If it cannot be removed, no harm is done.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn unwritable(path: &Path, why: &str) -> Failure {
+    Failure::Usage(format!("the capture file '{}' cannot be written: {why}", path.display()))
+}
+
+fn refuse_standard_output(path: &Path) -> Result<(), Failure> {
+    if is_standard_output(path) {
+        return Err(Failure::Usage(format!(
+            "the capture '{}' would be mixed with the report on standard output; name a file or a \
+             named pipe",
+            path.display()
+        )));
+    }
+    Ok(())
+}
+
 impl Recording {
     pub(crate) fn create(path: &Path) -> Result<Self, Failure> {
-        if is_standard_output(path) {
-            return Err(Failure::Usage(format!(
-                "the capture '{}' would be mixed with the report on standard output; name a file \
-                 or a named pipe",
-                path.display()
-            )));
-        }
-        let is_new = !path.exists();
-        let capture = Capture::create(path).map_err(|error| {
-            if is_new {
-                // The file may exist but be empty, if its header could not be written.
-                let _ = std::fs::remove_file(path);
-            }
-            Failure::Usage(format!(
-                "the capture file '{}' cannot be written: {}",
-                path.display(),
-                why(error)
-            ))
-        })?;
-        Ok(Self { capture, path: path.to_owned(), is_new })
+        CaptureFile::open(path)?.start()
     }
 
     /// The path as people will find the file.
