@@ -208,14 +208,19 @@ Networks:
                                    elsewhere vmnet-sim, the simulated one
 Sockets:
   vhost-user:PATH[,OPTION...]      front ends connect; each is a port of its own
+  vhost-user:NAME                  the same, in a private folder: vmring below
+                                   $XDG_RUNTIME_DIR, /run/user/UID or (root) /run,
+                                   or else vmring-UID in the temporary folder
   vhost-user:PATH,client           the front end listens
   vhost-user:fd=NUMBER             an inherited socket
+  vhost-user:fd=NAME               one that systemd passes, by FileDescriptorName=
 Options of a socket: mac=ADDRESS (the guest has this address and no other),
 mac=learn (the first one that it uses), isolated (the guest reaches the gateway
 or the uplink, and no other guest), queues=NUMBER, config (the front end may read
 the address and the MTU), seals (memory that can shrink is refused), announce
 (the guest announces itself after a migration), offload=off (checksums and
-segments are the guest's work: faster for one that does not offload), and limits:
+segments are the guest's work: faster for one that does not offload),
+capture=FILE (its guests' packets are recorded), and limits: rate= for both ways,
 send=, receive= in bytes per second; send-packets=, receive-packets=, floods= in
 packets.
 Examples:
@@ -223,15 +228,16 @@ Examples:
   qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on \
     -numa node,memdev=m -chardev socket,id=c,path=/tmp/vm0.sock,reconnect=1 \
     -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n
-  sudo vmring serve --network tap:t0,bridged:br0 --listen vhost-user:/run/a.sock \
-    --listen vhost-user:/run/b.sock,mac=52:54:00:12:34:56 --json
+  sudo vmring serve --network tap:t0,bridged:br0 --listen vhost-user:a.sock \
+    --listen vhost-user:b.sock,mac=52:54:00:12:34:56 --json
 
 A front end may come, go and come again. The server may end and start again while
 guests run, if their front ends connect again. On Linux the server confines
 itself before the first connection: no privileges, no files, a short list of
-system calls. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its report; a
-second one ends it at once. SIGUSR1 (and SIGINFO, Ctrl-T on macOS) prints a
-report, and the server goes on.
+system calls. Below sudo it becomes the caller as soon as the network is up; its
+sockets are the caller's. A signal (Ctrl-C, SIGTERM, SIGHUP) ends it with its
+report; a second one ends it at once. SIGUSR1 (and SIGINFO, Ctrl-T on macOS)
+prints a report, and the server goes on.
 Exit code: 0 if it was ended, 1 if the network failed, 2 for invalid arguments.";
 
 #[derive(Debug, Args)]
@@ -284,6 +290,19 @@ pub(crate) struct ServeArgs {
     /// Do not confine the server
     #[arg(long)]
     pub(crate) no_sandbox: bool,
+    /// Become this user when the network is up, in its group and no other [default: below sudo its
+    /// caller; root stays root]
+    #[arg(long, value_name = "USER")]
+    pub(crate) user: Option<String>,
+    /// The group of that user
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) group: Option<String>,
+    /// Write the number of the process to this file, and remove the file at the end
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+    /// Write READY=1 to this inherited descriptor when guests can join, and close it
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i32).range(3..))]
+    pub(crate) ready_fd: Option<i32>,
     /// Show the counters to Prometheus, on a loopback address like 127.0.0.1:9464 or on unix:PATH
     #[arg(long, value_name = "WHERE")]
     pub(crate) metrics: Option<MetricsSpec>,

@@ -14,9 +14,12 @@ mod confine;
 mod connection;
 mod counts;
 mod exposition;
+mod folder;
+mod identity;
 mod listen;
 pub(crate) mod metrics;
 mod network;
+mod pid_file;
 mod ready;
 mod reports;
 mod server;
@@ -33,69 +36,73 @@ use vmring::IdlePolicy;
 use crate::args::ServeArgs;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
+use crate::recording::CaptureFile;
 use crate::report::{print, print_json};
 use crate::stop::Stop;
 use crate::system;
 
 use confine::{Confinement, Needs, folder};
-use listen::Listening;
-use metrics::Metrics;
+use folder::place_of;
+use identity::{Identity, Wish};
+use listen::{Listening, Passed};
+use metrics::{Metrics, MetricsSpec};
 use network::Network;
+use pid_file::PidFile;
 use ready::Ready;
 use reports::{Printer, Scraping};
 use server::Server;
 use sigbus::Places;
-use spec::{ListenSpec, NetworkSpec, Place};
+use spec::{Kind, ListenSpec, NetworkSpec, Place};
 use summary::Summary;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let Some(wanted) = args.network.as_ref().filter(|_| !args.print_capabilities) else {
         return print_json(&Capabilities { kind: "net", features: [] });
     };
-    let listens = listens(args);
-    spec::check(&listens)?;
     args.dhcp.check(usize::from(wanted.has_dhcp()))?;
-    let adopted = (listens.iter()).map(Listening::adopted).collect::<Result<Vec<_>, _>>()?;
+    // Inherited descriptors come before any that this process opens.
+    let mut ready = Ready::from_environment(args.ready_fd)?;
+    let passed = Passed::from_environment()?;
+    let mut listens = listens(args);
+    let adopt = |spec: &ListenSpec| Listening::adopted(spec, &passed);
+    let adopted = listens.iter().map(adopt).collect::<Result<Vec<_>, _>>()?;
+    passed.check(&listens)?;
     // From here on a signal ends the server with its report. The thread that looks at the signals starts
     // after the confinement, so that it is confined too.
     let signals = Stop::catch_signals_and(REPORTING)?;
-    let ready = Ready::from_environment();
     let live = Live::start();
-    let entrances = (listens.iter().cloned().zip(adopted))
-        .map(|(spec, adopted)| match adopted {
-            Some(adopted) => Ok((spec, adopted)),
-            None => Listening::open(&spec).map(|listening| (spec, listening)),
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    let failed = |error| Failure::Step(format!("the counters cannot be shown: {error}"));
-    let metrics = args.metrics.as_ref().map(Metrics::open).transpose()?;
-    let metrics =
-        metrics.map(|metrics| UnixStream::pair().map(|bell| (metrics, bell)).map_err(failed));
-    let metrics = metrics.transpose()?;
+    let identity = identity(args)?;
+    Identity::for_now(identity.as_ref(), || place(&mut listens))?;
+    spec::check(&listens)?;
+    let made = Identity::for_now(identity.as_ref(), || Made::new(&listens, adopted, args))?;
     let may_offload = listens.iter().any(|spec| spec.offload);
     let start = || Network::start(wanted, args, may_offload);
-    let needs = needs(
-        &listens,
-        metrics.as_ref().map(|(metrics, _)| metrics),
-        wanted,
-        args,
-        live.is_watched(),
-    );
+    let needs = needs(&listens, &made, wanted, args, live.is_watched());
     let mut confinement = Confinement::none("--no-sandbox");
     // What needs privileges starts with them, and everything else without them.
     let privileged = wanted.needs_privileges().then(start).transpose()?;
     // It looks at the host's rules, which a confined process cannot see.
     let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
+    if let Some(identity) = &identity {
+        identity.assume(needs.hosts_end)?;
+    }
     if !args.no_sandbox {
         confinement.drop_privileges(&needs);
     }
     let network = privileged.map_or_else(start, Ok)?;
     listens.iter().try_for_each(|spec| network.check(spec))?;
+    let Made { listenings, captures, pid_file, metrics } = made;
+    let recordings = captures
+        .into_iter()
+        .map(|capture| capture.map(CaptureFile::start).transpose())
+        .collect::<Result<Vec<_>, _>>()?;
     // The standard library opens files to count the processors, and remembers nothing. The library asks
     // it once.
     let _ = IdlePolicy::default();
     let places = Places::install(args.connections as usize)?;
-    let mut server = Server::new(network, entrances, places)?;
+    let entrances = listens.into_iter().zip(listenings).zip(recordings);
+    let entrances = entrances.map(|((spec, listening), recording)| (spec, listening, recording));
+    let mut server = Server::new(network, entrances.collect(), places)?;
     if !args.no_sandbox {
         confinement.restrict_calls(&needs);
     }
@@ -111,29 +118,16 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     if let Some(place) = counters {
         say(&format!("  counters are at {place}"));
     }
-    say(&format!(
-        "  guests can join {}{}",
-        server.network.name(),
-        match args.seconds {
-            Some(seconds) => format!(" for {seconds} s"),
-            None => "; Ctrl-C ends it".to_owned(),
-        }
-    ));
-    for (what, part) in confinement.parts().iter().filter(|(_, part)| !part.complete) {
-        say(&format!("  note: {what}: {}", part.state));
-    }
-    if let Some(obstacle) = obstacle {
-        say(&format!("  note: {obstacle}"));
-    }
-    ready.tell("READY=1");
+    welcome(&server, &confinement, obstacle, args.seconds);
+    ready.ready();
     let mut printer = Printer::default();
     let serving = server.run(&stop, deadline, &live, |server| {
         printer.print(|| Summary::of(server, confinement.clone(), time(), true).printed(args.json));
     });
-    ready.tell("STOPPING=1");
+    ready.stopping();
     drop(live);
     let ended = server.end();
-    drop(scraping);
+    drop((scraping, pid_file));
     let mut summary = Summary::of(&server, confinement, time(), false);
     // Reports the first failure.
     let outcome = serving.and(ended).and_then(|()| server.network.stop());
@@ -150,6 +144,84 @@ const REPORTING: &[i32] = &[
     libc::SIGINFO,
 ];
 
+/// Who the server becomes.
+fn identity(args: &ServeArgs) -> Result<Option<Identity>, Failure> {
+    let of_sudo = |name| std::env::var(name).ok();
+    let (uid, gid) = (of_sudo("SUDO_UID"), of_sudo("SUDO_GID"));
+    let sudo = (uid.as_deref(), gid.as_deref());
+    Identity::of(Wish { user: args.user.as_deref(), group: args.group.as_deref(), sudo })
+}
+
+/// Puts sockets without a folder into the private one.
+fn place(listens: &mut [ListenSpec]) -> Result<(), Failure> {
+    for spec in listens {
+        if let Place::Server(path) | Place::Client(path) = &mut spec.place {
+            *path = place_of(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The files and sockets that the server makes for others. They are made as the user that it becomes.
+struct Made {
+    listenings: Vec<Listening>,
+    captures: Vec<Option<CaptureFile>>,
+    pid_file: Option<PidFile>,
+    /// With the bell of its thread.
+    metrics: Option<(Metrics, (UnixStream, UnixStream))>,
+}
+
+impl Made {
+    fn new(
+        listens: &[ListenSpec],
+        adopted: Vec<Option<Listening>>,
+        args: &ServeArgs,
+    ) -> Result<Self, Failure> {
+        let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+        let listenings = listens.iter().zip(adopted).map(|(spec, adopted)| match adopted {
+            Some(adopted) => Ok(adopted),
+            None => Listening::open(spec),
+        });
+        let listenings = listenings.collect::<Result<_, _>>()?;
+        let metrics = args.metrics.as_ref().map(|spec| match spec {
+            MetricsSpec::Path(path) => Metrics::open(&MetricsSpec::Path(place_of(path)?)),
+            MetricsSpec::Address(_) => Metrics::open(spec),
+        });
+        let failed = |error| Failure::Step(format!("the counters cannot be shown: {error}"));
+        let metrics = metrics
+            .transpose()?
+            .map(|metrics| UnixStream::pair().map(|bell| (metrics, bell)).map_err(failed));
+        let metrics = metrics.transpose()?;
+        let capture =
+            |spec: &ListenSpec| spec.capture.as_deref().map(CaptureFile::open).transpose();
+        let captures = listens.iter().map(capture).collect::<Result<_, _>>()?;
+        Ok(Self { listenings, captures, pid_file, metrics })
+    }
+}
+
+/// Says that guests can join, where, and what does not hold.
+fn welcome(
+    server: &Server,
+    confinement: &Confinement,
+    obstacle: Option<String>,
+    seconds: Option<u64>,
+) {
+    let end = match seconds {
+        Some(seconds) => format!(" for {seconds} s"),
+        None => "; Ctrl-C ends it".to_owned(),
+    };
+    for entrance in &server.entrances {
+        say(&format!("  {}", entrance.spec));
+    }
+    for (what, part) in confinement.parts().iter().filter(|(_, part)| !part.complete) {
+        say(&format!("  note: {what}: {}", part.state));
+    }
+    if let Some(obstacle) = obstacle {
+        say(&format!("  note: {obstacle}"));
+    }
+    say(&format!("  guests can join {}{end}", server.network.name()));
+}
+
 /// What `--print-capabilities` prints (QEMU's `docs/interop/vhost-user.rst`, "Backend program
 /// conventions").
 #[derive(Debug, Serialize)]
@@ -162,7 +234,8 @@ struct Capabilities {
 /// Every socket that the command line names.
 fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
     let path = args.socket_path.clone().map(Place::Server);
-    let others = path.into_iter().chain(args.fd.map(Place::Descriptor)).map(ListenSpec::new);
+    let others = path.into_iter().chain(args.fd.map(Place::Descriptor));
+    let others = others.map(|place| ListenSpec::new(Kind::VhostUser, place));
     let mut listens: Vec<_> = args.listen.iter().cloned().chain(others).collect();
     for spec in &mut listens {
         spec.mac.get_or_insert(args.mac);
@@ -176,13 +249,14 @@ fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
 /// What the server needs after its set-up.
 fn needs(
     listens: &[ListenSpec],
-    metrics: Option<&Metrics>,
+    made: &Made,
     network: &NetworkSpec,
     args: &ServeArgs,
     terminal: bool,
 ) -> Needs {
     let own_paths = listens.iter().filter_map(ListenSpec::own_path);
-    let own_paths = own_paths.chain(metrics.and_then(Metrics::path));
+    let own_paths = own_paths.chain(made.metrics.as_ref().and_then(|(metrics, _)| metrics.path()));
+    let own_paths = own_paths.chain(made.pid_file.as_ref().map(PidFile::path));
     #[cfg(target_os = "linux")]
     let io_uring = args.engine != vmring::TapEngine::Plain;
     #[cfg(not(target_os = "linux"))]

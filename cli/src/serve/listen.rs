@@ -1,9 +1,11 @@
 //! How connections are made: front ends connect, or are connected to, or were by somebody else.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use vmring_virtio::vhost_user::{Adopted, Listener, adopt, connect};
@@ -11,6 +13,85 @@ use vmring_virtio::vhost_user::{Adopted, Listener, adopt, connect};
 use super::limits::RETRY;
 use super::spec::{ListenSpec, Place};
 use crate::failure::Failure;
+
+/// Takes over an inherited descriptor.
+///
+/// # Errors
+///
+/// If there is no such descriptor, or it was taken over before.
+pub(super) fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    static TAKEN: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+    // SAFETY: the call takes numbers only.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if !TAKEN.lock().unwrap_or_else(PoisonError::into_inner).insert(number) {
+        let text = format!("the descriptor {number} is there twice");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    // SAFETY: it is open. Nothing in this process has opened it: whoever started the process did, and
+    // says so on the command line or in the environment. It is taken over once.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// The descriptors that a service manager has passed, with their names (sd_listen_fds(3)).
+#[derive(Debug, Default)]
+pub(super) struct Passed(Vec<(RawFd, String)>);
+
+impl Passed {
+    pub(super) fn from_environment() -> Result<Self, Failure> {
+        match sd_notify::listen_fds_with_names() {
+            Ok(passed) => Ok(Self(passed.collect())),
+            Err(error) => Err(Failure::Usage(format!(
+                "the service manager's sockets cannot be taken over: LISTEN_FDS or LISTEN_FDNAMES is \
+                 wrong: {error}"
+            ))),
+        }
+    }
+
+    fn named(&self, wanted: &str) -> Result<RawFd, Failure> {
+        let mut found = self.0.iter().filter(|(_, name)| name == wanted);
+        match (found.next(), found.next()) {
+            (Some((fd, _)), None) => Ok(*fd),
+            (Some(_), Some(_)) => Err(Failure::Usage(format!(
+                "the service manager has passed several sockets with the name '{wanted}'; give each \
+                 its own FileDescriptorName= in a socket unit of its own"
+            ))),
+            (None, _) => Err(Failure::Usage(format!(
+                "the service manager has passed no socket with the name '{wanted}'{}",
+                self.names()
+            ))),
+        }
+    }
+
+    fn names(&self) -> String {
+        match &self.0[..] {
+            [] => ", and none at all; start the server by its socket unit".to_owned(),
+            some => {
+                let names: Vec<_> = some.iter().map(|(_, name)| format!("'{name}'")).collect();
+                format!("; it has passed {}", names.join(", "))
+            }
+        }
+    }
+
+    /// Refuses a socket that no option names: front ends would wait at it for ever.
+    pub(super) fn check(&self, listens: &[ListenSpec]) -> Result<(), Failure> {
+        let is_named = |fd: RawFd, name: &str| {
+            listens.iter().any(|spec| match &spec.place {
+                Place::Descriptor(number) => *number == fd,
+                Place::Named(named) => named == name,
+                Place::Server(_) | Place::Client(_) => false,
+            })
+        };
+        match self.0.iter().find(|(fd, name)| !is_named(*fd, name)) {
+            None => Ok(()),
+            Some((_, name)) => Err(Failure::Usage(format!(
+                "the service manager has passed a socket '{name}' that no option names; add --listen \
+                 vhost-user:fd={name}"
+            ))),
+        }
+    }
+}
 
 /// A `--listen` at work.
 #[derive(Debug)]
@@ -30,16 +111,14 @@ enum Source {
 impl Listening {
     /// Takes over an inherited descriptor. It is done before anything else is opened, so that no number
     /// is one of this process's own descriptors.
-    pub(super) fn adopted(spec: &ListenSpec) -> Result<Option<Self>, Failure> {
-        let Place::Descriptor(number) = spec.place else { return Ok(None) };
+    pub(super) fn adopted(spec: &ListenSpec, passed: &Passed) -> Result<Option<Self>, Failure> {
         let failed = |error: io::Error| Failure::Usage(format!("{spec}: {error}"));
-        // SAFETY: the call takes numbers only.
-        if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        // SAFETY: it is open. Nothing in this process has opened it: whoever started the process did,
-        // and says so on the command line, once.
-        let fd = unsafe { OwnedFd::from_raw_fd(number) };
+        let number = match &spec.place {
+            Place::Descriptor(number) => *number,
+            Place::Named(name) => passed.named(name)?,
+            Place::Server(_) | Place::Client(_) => return Ok(None),
+        };
+        let fd = inherited(number).map_err(failed)?;
         let source = match adopt(fd).map_err(failed)? {
             Adopted::Listening(listener) => Source::Listener(listener),
             Adopted::Connected(socket) => Source::Given(Some(socket)),
@@ -58,7 +137,7 @@ impl Listening {
                 }
             })?),
             Place::Client(path) => Source::Client(path.clone()),
-            Place::Descriptor(_) => unreachable!("it was adopted"),
+            Place::Descriptor(_) | Place::Named(_) => unreachable!("it was adopted"),
         };
         Ok(Self { source, not_before: None })
     }
@@ -153,5 +232,28 @@ mod tests {
         assert_eq!(later, now + RETRY);
         assert!(listening.descriptor(later).is_some());
         assert!(listening.next(later).expect("it is accepted").is_some());
+    }
+
+    #[test]
+    fn a_passed_socket_is_found_by_its_name_and_each_is_named() {
+        let passed = |names: &[&str]| {
+            Passed(names.iter().zip(3..).map(|(name, fd)| (fd, (*name).to_owned())).collect())
+        };
+        let said = |result: Result<RawFd, Failure>| result.expect_err("it is refused").to_string();
+        assert_eq!(passed(&["a", "b"]).named("b").expect("it is there"), 4);
+        let missing = said(passed(&["a", "b"]).named("c"));
+        assert!(
+            missing.ends_with("no socket with the name 'c'; it has passed 'a', 'b'"),
+            "{missing}"
+        );
+        let none = said(passed(&[]).named("c"));
+        assert!(none.ends_with("none at all; start the server by its socket unit"), "{none}");
+        let two = said(passed(&["a", "a"]).named("a"));
+        assert!(two.contains("several sockets with the name 'a'; give each its own"), "{two}");
+        let spec = |text: &str| text.parse::<ListenSpec>().expect(text);
+        let listens = [spec("vhost-user:fd=a"), spec("vhost-user:fd=4"), spec("vhost-user:/c")];
+        passed(&["a", "b"]).check(&listens).expect("each is named");
+        let more = passed(&["a", "b", "c"]).check(&listens).expect_err("c is not");
+        assert!(more.to_string().ends_with("add --listen vhost-user:fd=c"), "{more}");
     }
 }

@@ -18,6 +18,7 @@ use crate::bridge::spec::{End, Spec, start_with_most};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::device::QUEUE;
 use crate::failure::Failure;
+use crate::recording::Recording;
 use crate::stop::Stop;
 use crate::system;
 
@@ -67,7 +68,12 @@ impl Ports {
     }
 
     /// A port for a guest.
-    fn guest(&self, spec: &ListenSpec, id: [u8; 16]) -> Result<Interface, Error> {
+    fn guest(
+        &self,
+        spec: &ListenSpec,
+        id: [u8; 16],
+        recorded: Option<(&Recording, String)>,
+    ) -> Result<Interface, Error> {
         // A guest that does not accept what its port delivers gets a copy that is completed or cut.
         let offloads = if spec.offload { Offloads::ALL } else { Offloads::default() };
         let builder = self.builder().interface_id(id).isolated(spec.isolated).offloads(offloads);
@@ -78,7 +84,11 @@ impl Ports {
             MacRule::Learn => (builder, SourceRule::LearnOnce),
             MacRule::Fixed(mac) => (builder.mac(mac), SourceRule::Fixed),
         };
-        builder.device(driver.source(rule)).start()
+        let driver = driver.source(rule);
+        match recorded {
+            Some((recording, name)) => builder.device(recording.capture.wrap(name, driver)).start(),
+            None => builder.device(driver).start(),
+        }
     }
 }
 
@@ -180,17 +190,19 @@ impl Network {
     }
 
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected
-    /// there.
+    /// there. Its packets are recorded, if there is a recording.
     pub(super) fn port(
         &self,
         spec: &ListenSpec,
         number: usize,
+        recording: Option<&Recording>,
     ) -> Result<(VhostUserNet, Settings), Failure> {
         let failed = |error: &dyn fmt::Display| Failure::Step(format!("it has no port: {error}"));
         // The same guest gets the same address again.
         let hash = Sha256::new().chain_update(spec.to_string()).chain_update(number.to_le_bytes());
         let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
-        let interface = self.ports.guest(spec, id).map_err(|error| failed(&error))?;
+        let recorded = recording.map(|recording| (recording, format!("{spec} {number}")));
+        let interface = self.ports.guest(spec, id, recorded).map_err(|error| failed(&error))?;
         let mut net = NetSettings::default();
         net.queue_pairs = spec.queues.unwrap_or(1);
         net.guest_announce = spec.announce;

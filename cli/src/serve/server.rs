@@ -23,6 +23,7 @@ use super::table::{Row, Rows, live_table};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
+use crate::recording::Recording;
 use crate::report::round;
 use crate::stop::Stop;
 use crate::system;
@@ -100,6 +101,7 @@ pub(super) struct Entrance {
     pub(super) ends: VecDeque<End>,
     /// What is said of this socket's connections in a second has a limit.
     said: Sayings,
+    recording: Option<Recording>,
 }
 
 /// A connection that has ended.
@@ -170,7 +172,7 @@ impl Server {
     /// Everything that the confinement forbids later is made here.
     pub(super) fn new(
         network: Network,
-        entrances: Vec<(ListenSpec, Listening)>,
+        entrances: Vec<(ListenSpec, Listening, Option<Recording>)>,
         places: &'static Places,
     ) -> Result<Self, Failure> {
         let failed = |error| Failure::Step(format!("the server cannot start: {error}"));
@@ -179,7 +181,7 @@ impl Server {
         // A bell that nobody has listened to yet rings already.
         bell.1.set_nonblocking(true).map_err(failed)?;
         let now = Instant::now();
-        let entrance = |(spec, listening)| Entrance {
+        let entrance = |(spec, listening, recording)| Entrance {
             spec,
             listening,
             connected: 0,
@@ -187,6 +189,7 @@ impl Server {
             before: Counts::default(),
             ends: VecDeque::new(),
             said: Sayings::new(now),
+            recording,
         };
         let entrances = entrances.into_iter().map(entrance).collect();
         let (ending, ends) = mpsc::channel();
@@ -314,13 +317,19 @@ impl Server {
         let taken: Vec<_> = self.running.iter().filter(|one| one.key.0 == index).collect();
         let place = (0..).find(|place| taken.iter().all(|one| one.place != *place));
         let place = place.expect("there are more numbers than connections");
-        let (connection, guest) = match self.network.port(&entrance.spec, place) {
-            Ok((device, settings)) => Connection::new(socket, device, settings, seat),
-            Err(failure) => {
-                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(failure.to_string()));
-                return false;
-            }
-        };
+        let (connection, guest) =
+            match self.network.port(&entrance.spec, place, entrance.recording.as_ref()) {
+                Ok((device, settings)) => Connection::new(socket, device, settings, seat),
+                Err(failure) => {
+                    entrance.ended(
+                        now,
+                        number,
+                        Duration::ZERO,
+                        &Ended::Failed(failure.to_string()),
+                    );
+                    return false;
+                }
+            };
         let key = (index, number);
         let ending = Ending { key, ending: self.ending.clone(), bell: self.bell.clone() };
         let body = move || {
@@ -412,7 +421,9 @@ impl Server {
         }
         self.entrances.iter_mut().for_each(|entrance| entrance.listening.close());
         self.network.end_relay();
-        outcome.and(self.relay_ended())
+        let recordings = self.entrances.iter().filter_map(|entrance| entrance.recording.as_ref());
+        let recorded = recordings.map(Recording::finish).fold(Ok(()), Result::and);
+        outcome.and(self.relay_ended()).and(recorded)
     }
 
     /// The guests of a socket that are connected, with the number of each.
@@ -463,6 +474,11 @@ impl Entrance {
     /// When something is to be tried again.
     fn due(&self, places: &Places) -> Option<Instant> {
         self.listening.due().filter(|_| self.has_room(places))
+    }
+
+    /// Packets of its guests that were not recorded in time.
+    pub(super) fn unrecorded(&self) -> u64 {
+        self.recording.as_ref().map_or(0, |recording| recording.capture.lost())
     }
 
     fn ended(&mut self, now: Instant, guest: u64, time: Duration, ended: &Ended) {

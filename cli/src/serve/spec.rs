@@ -1,4 +1,8 @@
-//! Networks and sockets of a server, as the command line has them.
+//! Sockets of a server, as the command line has them. The network is in [`network`].
+
+mod network;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -9,87 +13,62 @@ use std::str::FromStr;
 use vmring::MacAddr6;
 use vmring::device::embedded::{PortLimits, Rate};
 
-use crate::bridge::spec::Spec;
-use crate::device::VMNET;
 use crate::failure::Failure;
 use crate::size::Size;
 
-/// One `--network`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NetworkSpec(pub(super) Spec);
+pub(crate) use network::NetworkSpec;
 
-impl FromStr for NetworkSpec {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let kind = text.split(':').next().unwrap_or_default();
-        let tap = if cfg!(target_os = "linux") { ", tap:NAME" } else { "" };
-        match kind {
-            "embedded" | VMNET => text.parse().map(Self),
-            #[cfg(target_os = "linux")]
-            "tap" => text.parse().map(Self),
-            _ if kind == "vmnet" => Err(format!(
-                "the vmnet device exists on macOS only; use embedded:NAME{tap} or {VMNET}"
-            )),
-            _ => Err(format!(
-                "'{text}' is no network of a server; use embedded:NAME{tap} or {VMNET}"
-            )),
-        }
-    }
+/// What goes over a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    VhostUser,
 }
 
-impl fmt::Display for NetworkSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
+/// How a kind of socket is written, and what it may have. A socket of a new kind is one more row of
+/// [`WIRES`].
+struct Wire {
+    kind: Kind,
+    /// It begins like this, with a colon.
+    name: &'static str,
+    /// Whether this process may connect to a front end that listens.
+    client: bool,
+    /// Its own options. The others are for every kind.
+    options: &'static [&'static str],
 }
 
-impl NetworkSpec {
-    /// Whether it leads to a network outside of this process, which takes privileges to start. The
-    /// simulated vmnet is inside.
-    pub(super) fn needs_privileges(&self) -> bool {
-        !matches!(self.0, Spec::Embedded { .. }) && !self.is_simulated()
+const WIRES: &[Wire] = &[Wire {
+    kind: Kind::VhostUser,
+    name: "vhost-user",
+    client: true,
+    options: &["queues", "config", "seals", "announce"],
+}];
+
+impl Wire {
+    fn of(kind: Kind) -> &'static Self {
+        WIRES.iter().find(|wire| wire.kind == kind).expect("each kind is a row")
     }
 
-    /// Whether it has a DHCP server of ours.
-    pub(super) fn has_dhcp(&self) -> bool {
-        self.0.has_dhcp()
-    }
-
-    /// What keeps the guests from what the network promises, as far as it is known.
-    pub(super) fn obstacle(&self) -> Option<String> {
-        self.0.obstacle()
-    }
-
-    pub(super) fn is_tap(&self) -> bool {
-        #[cfg(target_os = "linux")]
-        if matches!(self.0, Spec::Tap { .. }) {
-            return true;
-        }
-        false
-    }
-
-    pub(super) fn is_simulated(&self) -> bool {
-        matches!(self.0, Spec::Vmnet(_)) && !cfg!(target_os = "macos")
-    }
-
-    /// Whether the host's end of a TAP is set up, and is put back at the end.
-    pub(super) fn changes_host(&self) -> bool {
-        #[cfg(target_os = "linux")]
-        if matches!(self.0, Spec::Tap { mode: Some(_), .. }) {
-            return true;
-        }
-        false
+    /// Every way to write a socket, for sentences.
+    fn ways() -> String {
+        let ways = WIRES.iter().map(|Wire { name, .. }| {
+            format!(
+                "{name}:PATH, {name}:NAME (in a private folder), {name}:fd=NUMBER or {name}:fd=NAME"
+            )
+        });
+        ways.collect::<Vec<_>>().join(", ")
     }
 }
 
 /// One `--listen`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ListenSpec {
+    pub(crate) kind: Kind,
     pub(crate) place: Place,
     pub(crate) mac: Option<MacRule>,
     pub(crate) isolated: bool,
     pub(crate) limits: PortLimits,
+    /// The file that records the packets of its guests.
+    pub(crate) capture: Option<PathBuf>,
     /// The pairs of a receive and a transmit queue.
     pub(crate) queues: Option<u16>,
     /// Whether the front end may read the configuration space.
@@ -110,6 +89,8 @@ pub(crate) enum Place {
     Client(PathBuf),
     /// An inherited descriptor, of a socket that listens or is connected.
     Descriptor(RawFd),
+    /// The same, by the name that a service manager has given it (`FileDescriptorName=`).
+    Named(String),
 }
 
 /// Which source addresses a guest may use.
@@ -142,10 +123,12 @@ impl FromStr for MacRule {
 
 impl fmt::Display for ListenSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", Wire::of(self.kind).name)?;
         match &self.place {
-            Place::Server(path) => write!(f, "vhost-user:{}", path.display()),
-            Place::Client(path) => write!(f, "vhost-user:{},client", path.display()),
-            Place::Descriptor(fd) => write!(f, "vhost-user:fd={fd}"),
+            Place::Server(path) => write!(f, "{}", path.display()),
+            Place::Client(path) => write!(f, "{},client", path.display()),
+            Place::Descriptor(fd) => write!(f, "fd={fd}"),
+            Place::Named(name) => write!(f, "fd={name}"),
         }
     }
 }
@@ -169,52 +152,87 @@ impl FromStr for ListenSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some(rest) = text.strip_prefix("vhost-user:") else {
-            return Err(format!(
-                "there is no wire '{text}'; use vhost-user:PATH or vhost-user:fd=NUMBER"
-            ));
+        let wire = WIRES.iter().find_map(|wire| {
+            let rest = text.strip_prefix(wire.name)?.strip_prefix(':')?;
+            Some((wire, rest))
+        });
+        let Some((wire, rest)) = wire else {
+            return Err(format!("there is no wire '{text}'; use {}", Wire::ways()));
         };
         let mut parts = parts(rest).into_iter();
-        let place = parts.next().unwrap_or_default();
-        let place = match place.strip_prefix("fd=") {
-            Some(number) => match number.parse() {
-                Ok(fd) if fd > 2 => Place::Descriptor(fd),
-                _ => return Err(format!("an inherited descriptor is 3 or more, not '{number}'")),
-            },
-            None if place.is_empty() => {
-                return Err("a socket needs a path, like vhost-user:/run/vm0.sock".to_owned());
-            }
-            None => Place::Server(place.into()),
-        };
-        let mut spec = Self::new(place);
+        let mut spec = Self::new(wire.kind, wire.place(&parts.next().unwrap_or_default())?);
         for option in parts {
-            match option.split_once('=').unwrap_or((&option, "")) {
-                ("client", "") => match spec.place {
-                    Place::Server(path) => spec.place = Place::Client(path),
-                    _ => return Err("a client needs a path, and one 'client'".to_owned()),
-                },
-                ("mac", mac) => spec.mac = Some(mac.parse()?),
-                ("isolated", "") => spec.isolated = true,
-                ("config", "") => spec.config = true,
-                ("seals", "") => spec.demand_seals = true,
-                ("announce", "") => spec.announce = true,
-                ("offload", "on" | "off") => spec.offload = option == "offload=on",
-                ("queues", number) => spec.queues = Some(queues(number)?),
-                ("send", rate) => spec.limits.send.bytes = Some(bytes(rate)?),
-                ("receive", rate) => spec.limits.receive.bytes = Some(bytes(rate)?),
-                ("send-packets", rate) => spec.limits.send.packets = Some(packets(rate)?),
-                ("receive-packets", rate) => spec.limits.receive.packets = Some(packets(rate)?),
-                ("floods", rate) => spec.limits.flood = Some(packets(rate)?),
-                _ => {
-                    return Err(format!(
-                        "there is no option '{option}' of a socket; use client, mac=ADDRESS, \
-                         isolated, queues=NUMBER, config, seals, announce, offload=off or a limit (a \
-                         comma in a path is written twice)"
-                    ));
-                }
-            }
+            spec.set(wire, &option)?;
         }
         Ok(spec)
+    }
+}
+
+impl Wire {
+    fn place(&self, text: &str) -> Result<Place, String> {
+        match text.strip_prefix("fd=") {
+            Some(fd) if fd.bytes().all(|byte| byte.is_ascii_digit()) => match fd.parse() {
+                Ok(fd) if fd > 2 => Ok(Place::Descriptor(fd)),
+                _ => {
+                    Err(format!("an inherited descriptor is 3 or more, or a name, and not '{fd}'"))
+                }
+            },
+            Some(name) => Ok(Place::Named(name.to_owned())),
+            None if text.is_empty() => {
+                Err(format!("a socket needs a path, like {}:/run/vm0.sock", self.name))
+            }
+            None => Ok(Place::Server(text.into())),
+        }
+    }
+}
+
+/// The options of every socket, for sentences.
+const OPTIONS: &str = "mac=ADDRESS, isolated, offload=off, capture=FILE, or a limit like rate=8M";
+
+impl ListenSpec {
+    /// Sets an option, as `name` or `name=value`.
+    fn set(&mut self, wire: &Wire, option: &str) -> Result<(), String> {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        let is_own = WIRES.iter().any(|wire| wire.options.contains(&name));
+        if is_own && !wire.options.contains(&name) {
+            return Err(format!("a socket of {} has no option '{name}'", wire.name));
+        }
+        match (name, value) {
+            ("client", "") => match &self.place {
+                Place::Server(path) if wire.client => self.place = Place::Client(path.clone()),
+                _ if !wire.client => {
+                    return Err(format!("{} has no 'client'; the front end connects", wire.name));
+                }
+                _ => return Err("a client needs a path, and one 'client'".to_owned()),
+            },
+            ("mac", mac) => self.mac = Some(mac.parse()?),
+            ("isolated", "") => self.isolated = true,
+            ("config", "") => self.config = true,
+            ("seals", "") => self.demand_seals = true,
+            ("announce", "") => self.announce = true,
+            ("offload", "on" | "off") => self.offload = value == "on",
+            ("queues", number) => self.queues = Some(queues(number)?),
+            ("rate", rate) => {
+                let rate = Some(bytes(rate)?);
+                (self.limits.send.bytes, self.limits.receive.bytes) = (rate, rate);
+            }
+            ("send", rate) => self.limits.send.bytes = Some(bytes(rate)?),
+            ("receive", rate) => self.limits.receive.bytes = Some(bytes(rate)?),
+            ("send-packets", rate) => self.limits.send.packets = Some(packets(rate)?),
+            ("receive-packets", rate) => self.limits.receive.packets = Some(packets(rate)?),
+            ("floods", rate) => self.limits.flood = Some(packets(rate)?),
+            ("capture", "") => return Err("a capture needs a file, like capture=vm0.pcapng".into()),
+            ("capture", file) => self.capture = Some(file.into()),
+            _ => {
+                let own = wire.options.join(", ");
+                let client = if wire.client { "client, " } else { "" };
+                return Err(format!(
+                    "there is no option '{option}' of a socket; use {client}{own}, {OPTIONS} (a \
+                     comma in a path is written twice)"
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -245,9 +263,11 @@ fn rate(per_second: u64, least: u64) -> Rate {
 }
 
 impl ListenSpec {
-    pub(crate) fn new(place: Place) -> Self {
+    pub(crate) fn new(kind: Kind, place: Place) -> Self {
         Self {
+            kind,
             place,
+            capture: None,
             mac: None,
             isolated: false,
             limits: PortLimits::default(),
@@ -270,8 +290,7 @@ impl ListenSpec {
     /// How many guests can be connected at once. Two guests cannot have one address.
     pub(crate) fn most(&self, all: usize) -> usize {
         match (&self.place, self.mac) {
-            (Place::Server(_) | Place::Descriptor(_), Some(MacRule::Fixed(_))) => 1,
-            (Place::Client(_), _) => 1,
+            (Place::Client(_), _) | (_, Some(MacRule::Fixed(_))) => 1,
             _ => all,
         }
     }
@@ -284,6 +303,12 @@ pub(crate) fn check(listens: &[ListenSpec]) -> Result<(), Failure> {
             if one.place == other.place {
                 return Err(Failure::Usage(format!("'{one}' is there twice; name two sockets")));
             }
+            if let (Some(file), true) = (&one.capture, one.capture == other.capture) {
+                return Err(Failure::Usage(format!(
+                    "'{one}' and '{other}' have the same capture '{}'; name a file for each",
+                    file.display()
+                )));
+            }
             if let (Some(MacRule::Fixed(mac)), true) = (one.mac, one.mac == other.mac) {
                 return Err(Failure::Usage(format!(
                     "'{one}' and '{other}' have the same address {mac}; give each guest its own"
@@ -292,108 +317,4 @@ pub(crate) fn check(listens: &[ListenSpec]) -> Result<(), Failure> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(text: &str) -> ListenSpec {
-        text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
-    }
-
-    #[test]
-    fn a_socket_is_written_with_its_options() {
-        let plain = ListenSpec::new(Place::Server("/run/a.sock".into()));
-        assert_eq!(spec("vhost-user:/run/a.sock"), plain);
-        assert_eq!(spec("vhost-user:fd=3").place, Place::Descriptor(3));
-        let all = spec(
-            "vhost-user:a,,b:c,client,mac=52:54:00:00:00:01,isolated,queues=4,config,seals,announce,\
-             offload=off,send=8M,receive=1K,send-packets=1000,receive-packets=1,floods=9",
-        );
-        let rate = |per_second, burst| {
-            let number = |n| NonZeroU64::new(n).expect("it is not 0");
-            Some(Rate { per_second: number(per_second), burst: number(burst) })
-        };
-        let mut limits = PortLimits::default();
-        limits.send.bytes = rate(8 << 20, 1 << 20);
-        limits.receive.bytes = rate(1024, 65_536);
-        limits.send.packets = rate(1000, 125);
-        limits.receive.packets = rate(1, 64);
-        limits.flood = rate(9, 64);
-        assert_eq!(
-            all,
-            ListenSpec {
-                place: Place::Client("a,b:c".into()),
-                mac: Some(MacRule::Fixed(MacAddr6::new(0x52, 0x54, 0, 0, 0, 1))),
-                isolated: true,
-                limits,
-                queues: Some(4),
-                config: true,
-                demand_seals: true,
-                announce: true,
-                offload: false,
-            }
-        );
-        assert_eq!(spec("vhost-user:a,mac=learn").mac, Some(MacRule::Learn));
-        assert_eq!(spec("vhost-user:a,mac=any").mac, Some(MacRule::Any));
-        assert_eq!(spec("vhost-user:fd=3").to_string(), "vhost-user:fd=3");
-    }
-
-    #[test]
-    fn what_is_no_socket_is_refused_in_a_sentence() {
-        for (text, said) in [
-            ("/run/a.sock", "there is no wire '/run/a.sock'"),
-            ("qemu:/run/a.sock", "use vhost-user:PATH"),
-            ("vhost-user:", "needs a path"),
-            ("vhost-user:,client", "needs a path"),
-            ("vhost-user:fd=2", "is 3 or more, not '2'"),
-            ("vhost-user:fd=x", "not 'x'"),
-            ("vhost-user:fd=3,client", "a client needs a path"),
-            ("vhost-user:a,client,client", "one 'client'"),
-            ("vhost-user:a,mac=01:00:5e:00:00:01", "learn or any"),
-            ("vhost-user:a,queues=0", "1 to 128 pairs"),
-            ("vhost-user:a,queues=129", "1 to 128 pairs"),
-            ("vhost-user:a,isolated=yes", "no option 'isolated=yes'"),
-            ("vhost-user:a,offload=some", "no option 'offload=some'"),
-            ("vhost-user:a,frob", "no option 'frob'"),
-            ("vhost-user:a,send=fast", "a size is a number of bytes"),
-            ("vhost-user:a,floods=0", "1 or more packets per second, and not '0'"),
-            ("vhost-user:a,b", "written twice"),
-        ] {
-            let sentence = text.parse::<ListenSpec>().unwrap_err();
-            assert!(sentence.contains(said), "{text}: {sentence}");
-        }
-    }
-
-    #[test]
-    fn two_guests_have_two_sockets_and_two_addresses() {
-        let check = |list: &[&str]| check(&list.iter().map(|text| spec(text)).collect::<Vec<_>>());
-        assert!(check(&["vhost-user:a", "vhost-user:b", "vhost-user:fd=3"]).is_ok());
-        assert!(check(&["vhost-user:a,mac=learn", "vhost-user:b,mac=learn"]).is_ok());
-        for (list, said) in [
-            (["vhost-user:a", "vhost-user:a,isolated"], "'vhost-user:a' is there twice"),
-            (["vhost-user:fd=3", "vhost-user:fd=3"], "twice"),
-            (
-                ["vhost-user:a,mac=52:54:00:00:00:01", "vhost-user:b,mac=52:54:00:00:00:01"],
-                "the same address 52:54:00:00:00:01",
-            ),
-        ] {
-            let failure = check(&list).unwrap_err();
-            assert!(failure.to_string().contains(said), "{failure}");
-            assert_eq!(failure.exit_code(), 2);
-        }
-    }
-
-    #[test]
-    fn an_address_is_for_one_guest_at_a_time() {
-        for (text, most) in [
-            ("vhost-user:a", 64),
-            ("vhost-user:a,mac=learn", 64),
-            ("vhost-user:a,mac=52:54:00:00:00:01", 1),
-            ("vhost-user:a,client", 1),
-        ] {
-            assert_eq!(spec(text).most(64), most, "{text}");
-        }
-    }
 }

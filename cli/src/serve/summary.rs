@@ -74,6 +74,8 @@ struct SocketSummary {
     drops_by_reason: BTreeMap<&'static str, u64>,
     /// What their ports have done in software, because of what a receiver does not do.
     port_counters: BTreeMap<&'static str, u64>,
+    /// Packets of its guests that were not recorded in time. None of them was lost by that.
+    unrecorded: u64,
     /// The guests that are connected.
     guests: Vec<GuestSummary>,
     /// The last connections that have ended, oldest first.
@@ -154,6 +156,10 @@ impl Summary {
                 // Writing to a string does not fail.
                 let _ = writeln!(text, "Dropped at {}: {} {why}", socket.name, grouped(n));
             }
+            if socket.unrecorded > 0 {
+                let n = grouped(socket.unrecorded);
+                let _ = writeln!(text, "Not recorded in time at {}: {n}", socket.name);
+            }
             for end in &socket.ends {
                 let End { guest, seconds, how } = end;
                 let _ = writeln!(text, "At {}: guest {guest}, {seconds} s: {how}", socket.name);
@@ -188,6 +194,7 @@ impl SocketSummary {
             counts: all.device.clone(),
             drops_by_reason: all.drops.clone(),
             port_counters: all.port.clone(),
+            unrecorded: entrance.unrecorded(),
             guests: guests.collect(),
             all,
             ends: entrance.ends.iter().cloned().collect(),

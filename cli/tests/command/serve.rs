@@ -55,6 +55,8 @@ impl Server {
     }
 
     fn of(command: &mut Command, arguments: &[&str]) -> Self {
+        // Below sudo a server becomes the caller, who may not write into root's folders.
+        let command = command.env_remove("SUDO_UID").env_remove("SUDO_GID");
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = child.spawn().expect("the command starts");
         let stderr = child.stderr.take().expect("piped");
@@ -293,7 +295,14 @@ fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
         (&["--listen", "vhost-user:fd=99"], "vhost-user:fd=99: "),
         (&["--listen", "vhost-user:fd=1"], "is 3 or more"),
         (&["--listen", "qemu:/a"], "there is no wire"),
+        (&["--listen", "vhost-user:fd=vm0"], "no socket with the name 'vm0', and none at all"),
         (&["--listen", &socket, "--metrics", "0.0.0.0:1"], "an address that others can reach"),
+        (&["--listen", &socket, "--ready-fd", "99"], "--ready-fd 99: "),
+        (&["--listen", &socket, "--ready-fd", "1"], "1 is not in"),
+        (&["--listen", &socket, "--pid-file", "/dev/null"], "is no file for a process's number"),
+        (&["--listen", &socket, "--pid-file", "/nonexistent/pid"], "cannot be written"),
+        (&["--listen", &socket, "--user", "nobody-of-this-name"], "there is no user"),
+        (&["--listen", &format!("{socket},capture=/nonexistent/x")], "the capture file"),
         (&["--listen", &socket, "--listen", &socket], "is there twice"),
         (&["--listen", &socket, "--mac", "52:54:00:00:00:01"], "is for one guest"),
         (&["--listen", &socket, "--queues", "0"], "0 is not in 1 to 128"),

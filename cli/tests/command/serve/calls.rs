@@ -205,10 +205,13 @@ fn watched(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
-/// Its counters are read, over TCP or a socket of the Unix domain.
+/// It says more than its guests need: counters over TCP and a socket of the Unix domain, reports on a
+/// signal, a capture, a number in a file, a word when it is ready.
 fn told(folder: &Path, metrics: &str) -> BTreeSet<String> {
     let path = folder.join("a.sock");
-    let arguments = ["--network", "embedded:lab", "--listen", &listen(&path)];
+    let name = |file: &str| folder.join(file).display().to_string();
+    let listen = format!("{},capture={}", listen(&path), name("a.pcapng"));
+    let arguments = ["--network", "embedded:lab", "--listen", &listen, "--pid-file", &name("pid")];
     let traced = Traced::new(folder, &[&arguments[..], &["--metrics", metrics]].concat());
     let mut guest = Guest::new(&path, mac(1));
     guest.send(&packet(guest.mac, [0xff; 6], 60, 1));

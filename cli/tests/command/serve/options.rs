@@ -1,14 +1,215 @@
-//! What else a server does for whoever has started it: reports on a signal, and counters.
+//! What else a server does for whoever has started it: files, signals, counters, and other users.
 
 use std::io::{BufReader, Write};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 
 use super::guest::{Guest, mac, packet};
 use super::*;
 
 const ON_LAB: [&str; 4] = ["serve", "--json", "--network", "embedded:lab"];
+
+/// A server on an embedded network, whose command is changed before it starts.
+fn started(arguments: &[&str], change: impl FnOnce(&mut Command)) -> Server {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    let arguments = [&ON_LAB[..], arguments].concat();
+    change(command.args(&arguments));
+    Server::of(&mut command, &arguments)
+}
+
+/// Lets the command inherit a descriptor under another number.
+fn inherit(command: &mut Command, fds: Vec<(i32, i32)>) {
+    // SAFETY: dup2(2) is safe to call between fork and exec, and touches no memory.
+    unsafe {
+        command.pre_exec(move || {
+            for (fd, number) in &fds {
+                if libc::dup2(*fd, *number) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        })
+    };
+}
+
+/// Runs a command, which ends by itself. If it does not, kills it and fails.
+fn finished(command: &mut Command, arguments: &[&str]) -> Output {
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    ended(command.spawn().expect("it starts"), arguments)
+}
+
+fn server_id(server: &Server) -> u32 {
+    server.child.as_ref().expect("it runs").id()
+}
+
+/// A file has the number of the process, while it lives. A second server does not take it, and one that
+/// comes after a server that was killed does. No signal leaves anything behind.
+#[test]
+fn a_pid_file_is_there_while_a_server_is() {
+    let folder = scratch("serve pid");
+    let (socket, file) = (listen(&folder.join("a.sock")), folder.join("pid"));
+    let name = file.to_str().expect("UTF-8");
+    let start = || {
+        let metrics = format!("unix:{}", folder.join("m.sock").display());
+        let arguments = ["--listen", &socket, "--pid-file", name, "--metrics", &metrics];
+        let server = started(&arguments, |command| {
+            // SAFETY: signal(2) is safe to call between fork and exec, and touches no memory.
+            unsafe {
+                command.pre_exec(|| {
+                    // The tests may run under nohup(1), whose children ignore SIGHUP.
+                    libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                    Ok(())
+                })
+            };
+        });
+        let number = std::fs::read_to_string(&file).expect("a number");
+        assert_eq!(number, format!("{}\n", server_id(&server)));
+        server
+    };
+    for signal in ["TERM", "INT", "HUP"] {
+        let server = start();
+        let other = listen(&folder.join("b.sock"));
+        let second = ["--listen", &other, "--pid-file", name, "--seconds", "1"];
+        let second = vmring(&[&ON_LAB[..], &second].concat());
+        assert_eq!(second.status.code(), Some(1));
+        let said = unfolded(&second.stderr);
+        assert!(said.contains("a process that runs has the file"), "{said}");
+        server.report(signal);
+        let left: Vec<_> = std::fs::read_dir(&folder).expect("a folder").collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    // Dropping it kills it.
+    drop(start());
+    assert!(file.exists(), "it is left over");
+    start().report("TERM");
+    assert_eq!(std::fs::read_dir(&folder).expect("a folder").count(), 0);
+}
+
+/// The reader of a descriptor gets a line when guests can join, and then the end.
+#[test]
+fn the_reader_of_a_descriptor_is_told() {
+    let path = scratch("serve ready fd").join("a.sock");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let fd = writer.as_raw_fd();
+    let server = started(&["--listen", &listen(&path), "--ready-fd", "105"], |command| {
+        inherit(command, vec![(fd, 105)]);
+    });
+    drop(writer);
+    let told = in_time("the line", move || {
+        let mut told = String::new();
+        BufReader::new(reader).read_to_string(&mut told).map(|_| told)
+    });
+    assert_eq!(told.expect("a line"), "READY=1\n");
+    assert!(is_socket(&path), "it was true");
+    server.report("TERM");
+}
+
+/// A server gets its sockets from a service manager, by their names or numbers (sd_listen_fds(3)), and
+/// leaves them where they are.
+#[test]
+fn a_service_manager_passes_sockets() {
+    let folder = scratch("serve activation");
+    let [a, b] = ["a", "b"].map(|name| folder.join(format!("{name}.sock")));
+    let sockets = [&a, &b].map(|path| UnixListener::bind(path).expect("a socket"));
+    let fds: Vec<_> = sockets.iter().zip([103, 104]).map(|(s, n)| (s.as_raw_fd(), n)).collect();
+    let activated = |names: &str, arguments: &[&str]| {
+        // The process that systemd starts is the one that LISTEN_PID names, so a shell becomes it. The numbers
+        // have three digits, which not every shell can read.
+        let mut command = Command::new("bash");
+        let script = "LISTEN_PID=$$ exec \"$0\" \"$@\" 3<&103 4<&104";
+        command.arg("-c").arg(script).arg(env!("CARGO_BIN_EXE_vmring"));
+        command.args(ON_LAB).args(arguments).env("LISTEN_FDS", "2").env("LISTEN_FDNAMES", names);
+        inherit(&mut command, fds.clone());
+        command
+    };
+    let arguments = ["--listen", "vhost-user:fd=vm0", "--listen", "vhost-user:fd=4,isolated"];
+    let server = Server::of(&mut activated("vm0:vm1", &arguments), &arguments);
+    let (one, two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    one.sync();
+    two.sync();
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["name"], "vhost-user:fd=vm0");
+    assert_eq!(report["sockets"][1]["connections"], 1);
+    assert!(is_socket(&a) && is_socket(&b), "they are the manager's");
+    for (names, arguments, said) in [
+        ("vm0:vm1", &["--listen", "vhost-user:fd=vm0"][..], "passed a socket 'vm1' that no option"),
+        ("vm0:vm1", &["--listen", "vhost-user:fd=vm2"], "it has passed 'vm0', 'vm1'"),
+        ("vm:vm", &["--listen", "vhost-user:fd=vm"], "several sockets with the name 'vm'"),
+        ("vm0", &["--listen", "vhost-user:fd=vm0"], "LISTEN_FDNAMES is wrong"),
+        (
+            "vm0:vm1",
+            &["--listen", "vhost-user:fd=vm0", "--listen", "vhost-user:fd=vm1", "--fd", "3"],
+            "the descriptor 3 is there twice",
+        ),
+    ] {
+        let output = finished(&mut activated(names, arguments), arguments);
+        assert_eq!(output.status.code(), Some(2), "{names}");
+        let sentence = unfolded(&output.stderr);
+        assert!(sentence.contains(said), "{arguments:?}: {sentence}");
+    }
+}
+
+/// The packets of a socket's guests are recorded, and nobody else's.
+#[test]
+fn the_guests_of_a_socket_are_recorded() {
+    let folder = scratch("serve capture");
+    let [a, b] = ["a", "b"].map(|name| folder.join(format!("{name}.sock")));
+    let file = folder.join("a.pcapng");
+    let recorded = format!("{},capture={}", listen(&a), file.display());
+    let server = Server::new(&["--listen", &recorded, "--listen", &listen(&b)]);
+    #[cfg(target_os = "linux")]
+    assert_eq!(confined_threads(&server, true, 0), ["signals", "vmring", "vmring-capture"]);
+    let (mut one, mut two) = (Guest::new(&a, mac(1)), Guest::new(&b, mac(2)));
+    exchange(&mut one, &mut two, 0..20);
+    two.send(&packet(two.mac, mac(9), 60, 1));
+    two.sync();
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["unrecorded"], 0);
+    let bytes = std::fs::read(&file).expect("the capture");
+    let holds = |packet: &[u8]| bytes.windows(packet.len()).any(|part| part == packet);
+    assert!(holds(&packet(one.mac, two.mac, 60, 0)) && holds(&packet(two.mac, one.mac, 1514, 0)));
+    assert!(holds(&packet(one.mac, two.mac, 60 + 19 * 37, 19)));
+    // What could not start leaves no file behind.
+    let new = folder.join("new.pcapng");
+    let wrong = format!("{},capture={},queues=2", listen(&a), new.display());
+    refused(&[&ON_LAB[..], &["--listen", &wrong]].concat());
+    assert!(!new.exists() && !is_socket(&a));
+}
+
+/// A name without a folder is in the private folder, which nobody else can enter.
+#[test]
+fn a_name_is_in_a_private_folder() {
+    let runtime = scratch("serve private");
+    let start = |name: &str| {
+        let listen = format!("vhost-user:{name}");
+        started(&["--listen", &listen], |command| {
+            command.env("XDG_RUNTIME_DIR", &runtime);
+        })
+    };
+    let server = start("vm0.sock");
+    let folder = runtime.join("vmring");
+    assert_eq!(folder.metadata().expect("a folder").mode() & 0o7777, 0o700);
+    let path = folder.join("vm0.sock");
+    assert_eq!(path.symlink_metadata().expect("a socket").mode() & 0o777, 0o600);
+    assert!(server.said().contains(&path.display().to_string()), "it says where");
+    Guest::new(&path, mac(1)).sync();
+    server.report("TERM");
+    assert!(!path.exists());
+    // Killed, and started again.
+    drop(start("vm0.sock"));
+    assert!(is_socket(&path), "it is left over");
+    start("vm0.sock").report("TERM");
+    std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o755)).expect("its mode");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    command.args(ON_LAB).args(["--listen", "vhost-user:vm0.sock"]);
+    let output = finished(command.env("XDG_RUNTIME_DIR", &runtime), &["vm0.sock"]);
+    assert_eq!(output.status.code(), Some(2));
+    let said = unfolded(&output.stderr);
+    assert!(said.contains("has the mode 755 and not 700; name the socket with a path"), "{said}");
+}
 
 /// A signal asks for a report, and the server goes on. One that is not read holds up nobody.
 #[test]
@@ -161,4 +362,126 @@ fn counters_are_shown_to_a_monitoring_system() {
     assert!(is_socket(&path), "it is left over");
     Server::new(&[&arguments[..], &[&place]].concat()).report("TERM");
     assert!(!path.exists() && !is_socket(&a));
+}
+
+/// The user that the tests let a server become.
+#[cfg(target_os = "linux")]
+const SOMEBODY: u32 = 65_534;
+
+/// The ids of every thread of a server: the real, effective, saved and file-system one, and the groups.
+#[cfg(target_os = "linux")]
+fn ids(server: &Server) -> Vec<String> {
+    let process = format!("/proc/{}/task", server_id(server));
+    let threads = std::fs::read_dir(process).expect("the threads");
+    let ids = threads.map(|thread| {
+        let status = std::fs::read_to_string(thread.expect("a thread").path().join("status"));
+        let lines: Vec<_> = status
+            .expect("a status")
+            .lines()
+            .filter(|line| ["Uid:", "Gid:", "Groups:"].iter().any(|name| line.starts_with(name)))
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        lines.join(", ")
+    });
+    let mut ids: Vec<_> = ids.collect();
+    ids.dedup();
+    ids
+}
+
+/// Goal: a server that root has started becomes somebody else, whose the sockets and files are, and who
+/// can remove them. It may be the one who has called sudo.
+#[cfg(target_os = "linux")]
+#[test]
+fn root_becomes_somebody_else() {
+    // SAFETY: the call has no arguments and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        return eprintln!("skipped: only root can become somebody else");
+    }
+    let folder = scratch("serve user");
+    let private = folder.join("runtime");
+    std::fs::create_dir(&private).expect("a folder");
+    let id = SOMEBODY.to_string();
+    let own = |path: &Path| std::os::unix::fs::chown(path, Some(SOMEBODY), Some(SOMEBODY));
+    // The folders above are for all.
+    own(&folder).and_then(|()| own(&private)).expect("it is root's to give");
+    let (path, file, capture) =
+        (folder.join("a.sock"), folder.join("pid"), folder.join("a.pcapng"));
+    let listen_there = format!("{},capture={}", listen(&path), capture.display());
+    let file_name = file.to_str().expect("UTF-8");
+    let arguments =
+        ["--listen", &listen_there, "--listen", "vhost-user:b", "--pid-file", file_name];
+    let of_user = ["--user", &id, "--group", &id];
+    for sudo in [false, true] {
+        let more = if sudo { &[][..] } else { &of_user };
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+        let arguments = [&ON_LAB[..], &arguments, more].concat();
+        command.args(&arguments).env("XDG_RUNTIME_DIR", &private);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if sudo {
+            command.env("SUDO_UID", &id).env("SUDO_GID", &id);
+        }
+        let mut child = command.spawn().expect("it starts");
+        let stderr = child.stderr.take().expect("piped");
+        let server = Server::reading(child, stderr, &arguments);
+        let guest = Guest::new(&path, mac(1));
+        guest.sync();
+        Guest::new(&private.join("vmring/b"), mac(2)).sync();
+        assert_eq!(
+            ids(&server),
+            [format!("Uid: {id} {id} {id} {id}, Gid: {id} {id} {id} {id}, Groups: {id}")]
+        );
+        confined_threads(&server, true, 0);
+        for path in [&path, &file, &capture, &private.join("vmring")] {
+            assert_eq!(path.symlink_metadata().expect("it is there").uid(), SOMEBODY);
+        }
+        let report = server.report("TERM");
+        assert_eq!(report["sandbox"]["capabilities"]["state"], "none");
+        assert!(!path.exists() && !file.exists() && !private.join("vmring/b").exists());
+    }
+    // Who could not remove a socket makes none.
+    let of_root = scratch("serve user root").join("a.sock");
+    std::fs::set_permissions(of_root.parent().expect("a folder"), PermissionsExt::from_mode(0o755))
+        .expect("its mode");
+    let message = refused(&[&ON_LAB[..], &["--listen", &listen(&of_root)], &of_user].concat());
+    assert!(message.contains("Permission denied (os error 13) (as --user 65534)"), "{message}");
+}
+
+/// Goal: the host's end of a TAP is put back by somebody who is not root any more.
+#[cfg(target_os = "linux")]
+#[test]
+fn somebody_else_puts_the_host_back() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    super::tap::in_namespace(|| {
+        let folder = scratch("serve user tap");
+        std::os::unix::fs::chown(&folder, Some(SOMEBODY), Some(SOMEBODY)).expect("root's to give");
+        let forwarding = || {
+            std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward")
+                .expect("/proc")
+                .trim()
+                .to_owned()
+        };
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").expect("/proc");
+        let (path, id) = (folder.join("a.sock"), SOMEBODY.to_string());
+        for extra in [&[][..], &["--no-sandbox"]] {
+            let user = ["--user", &id, "--group", &id];
+            let network = ["--network", "tap:t0,shared,10.9.0.1/24", "--listen", &listen(&path)];
+            let server = Server::on(&[&network[..], &user, extra].concat());
+            assert_eq!(forwarding(), "1");
+            let mut guest = Guest::new(&path, mac(1));
+            guest.post(64);
+            guest.lease();
+            let ids = ids(&server);
+            assert!(ids.len() == 1 && ids[0].starts_with("Uid: 65534 65534"), "{ids:?}");
+            if extra.is_empty() {
+                // CAP_NET_ADMIN.
+                confined_threads(&server, true, 1 << 12);
+            }
+            server.report("TERM");
+            assert_eq!(forwarding(), "0", "it is put back");
+            let links = std::fs::read_to_string("/proc/thread-self/net/dev").expect("/proc");
+            assert!(!links.contains("t0:"), "the TAP is removed: {links}");
+        }
+    });
 }
