@@ -1,4 +1,4 @@
-//! The unit for systemd: it is valid, and a server runs as it says.
+//! The units for systemd and the file for launchd: they are valid, and a server runs as they say.
 
 use std::os::unix::process::CommandExt;
 
@@ -22,7 +22,14 @@ fn the_unit_is_valid() {
         Ok(output) => output,
         Err(error) => return eprintln!("skipped: systemd-analyze: {error}"),
     };
-    let said = text(&verified.stderr);
+    // Of the socket, too, which starts the service beside it.
+    let socket = folder.join("vmring-serve@.socket");
+    let there = std::fs::read_to_string(UNIT.replace(".service", ".socket")).expect("the unit");
+    std::fs::write(&socket, there).expect("a file");
+    let of_socket = Command::new("systemd-analyze").arg("verify").arg(&socket).output();
+    let of_socket = of_socket.expect("it ran just now");
+    let said = [text(&verified.stderr), text(&of_socket.stderr)].concat();
+    assert!(of_socket.status.success(), "{said}");
     // It may say something of other units of the machine.
     let ours: Vec<_> = said.lines().filter(|line| line.contains("vmring")).collect();
     assert!(verified.status.success() && ours.is_empty(), "{said}");
@@ -63,4 +70,27 @@ fn a_server_runs_as_its_unit_says() {
     for part in PARTS {
         assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
     }
+}
+
+/// The file for launchd is a property list, and its command line is one that the command takes.
+#[test]
+fn the_file_for_launchd_is_valid() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../contrib/launchd/org.vmring.serve.plist");
+    let print =
+        "import json, plistlib, sys; print(json.dumps(plistlib.load(open(sys.argv[1], 'rb'))))";
+    let read = match Command::new("python3").args(["-c", print, file]).output() {
+        Ok(read) => read,
+        Err(error) => return eprintln!("skipped: python3: {error}"),
+    };
+    assert!(read.status.success(), "{}", text(&read.stderr));
+    let list: Value = serde_json::from_slice(&read.stdout).expect("a dictionary");
+    assert_eq!(list["Umask"], 0o077);
+    let arguments: Vec<_> = list["ProgramArguments"].as_array().expect("a list")[1..]
+        .iter()
+        .map(|word| word.as_str().expect("a word").replace("vmnet:shared", "embedded:lab"))
+        .map(|word| word.replace("/Users/USER", "/nonexistent"))
+        .collect();
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    // Everything is in order but the user, who has another name.
+    assert!(refused(&arguments).contains("there is no user 'USER'"));
 }
