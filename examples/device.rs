@@ -12,7 +12,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Device, PollContext, PostedSlot, Progress, Queue, Wake};
+use vmring::device::{
+    Capabilities, Device, PollContext, PostedSlot, Progress, Queue, QueueConfig, Wake,
+};
 use vmring::{
     Direction, Driver, Error, Interface, InterfaceConfig, InterfaceInfo, MacAddr6, RingOp, Status,
 };
@@ -43,8 +45,8 @@ impl Device for EchoDevice {
         Capabilities::new(self.0.mtu, self.0.max_packet_size)
     }
 
-    fn queue(&self, direction: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
-        if direction != Direction::Both {
+    fn queue(&self, config: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
+        if config.direction != Direction::Both {
             return Err(self.not_supported("a ring of one direction"));
         }
         // Answers appear only while the poller polls, so there is never a reason to wake it.

@@ -9,7 +9,7 @@
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Embedded, Error, Interface, InterfaceConfig, InterfaceInfo, Loopback,
     MacAddr6, Ring, Status,
@@ -83,7 +83,7 @@ impl Device for NullDevice {
         Capabilities::new(1500, 1514)
     }
 
-    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
         Ok(Box::new(NullQueue))
     }
 }

@@ -32,7 +32,7 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+//! use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 //! use vmring::{Direction, Driver, Error, Interface, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
 //!
 //! struct Echo;
@@ -57,7 +57,7 @@
 //!     fn capabilities(&self) -> Capabilities {
 //!         Capabilities::new(self.0.mtu, self.0.max_packet_size)
 //!     }
-//!     fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+//!     fn queue(&self, _: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
 //!         // Packets come only from a poll, so there is never a reason to wake the poller.
 //!         Ok(Box::new(EchoQueue))
 //!     }
@@ -140,5 +140,5 @@ pub mod vmnet;
 pub use crate::config::{Offloads, PortForward, Protocol};
 pub use context::{CompletedSlot, PollContext};
 pub use relay::Relay;
-pub use seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
+pub use seam::{Capabilities, Device, Driver, Lease, Progress, Queue, QueueConfig, Wake};
 pub use slot::PostedSlot;

@@ -10,12 +10,11 @@ use std::time::{Duration, Instant};
 
 use vmring_core::{CqProducer, Outcome, SqConsumer, Submission};
 
-use crate::config::Direction;
 use crate::device::bounce::Bounce;
 use crate::device::catch::{Panicked, catch_panic};
 use crate::device::completions::Completions;
 use crate::device::context::{PollContext, Posted, Sink};
-use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Progress, Queue, QueueConfig, Wake};
 use crate::device::slot::class_index;
 use crate::error::{CloseReason, ConfigError, Error, Status};
 use crate::fifo::Fifo;
@@ -68,7 +67,7 @@ pub(crate) struct EngineParts {
     /// The depth of the reads, if one packet can fill several of them.
     pub(crate) merging_depth: Option<u32>,
     pub(crate) interface: Arc<InterfaceShared>,
-    pub(crate) direction: Direction,
+    pub(crate) queue: QueueConfig,
     pub(crate) shared: Arc<RingShared>,
     pub(crate) retry: RetryPolicy,
     pub(crate) close_timeout: Duration,
@@ -90,7 +89,7 @@ pub(crate) struct Engine {
     has_descriptor: bool,
     interface: Arc<InterfaceShared>,
     caps: Capabilities,
-    direction: Direction,
+    config: QueueConfig,
     pub(crate) shared: Arc<RingShared>,
     retry: RetryPolicy,
     close_timeout: Duration,
@@ -134,13 +133,13 @@ impl Drop for Engine {
 
 impl Engine {
     pub(crate) fn new(parts: EngineParts) -> Result<Self, Error> {
-        let EngineParts { sq_consumer, cq_producer, interface, direction, shared, retry, .. } =
-            parts;
+        let EngineParts { sq_consumer, cq_producer, interface, queue, shared, retry, .. } = parts;
+        let config = queue;
         let (reads, writes) = parts.depths;
         if !interface.try_attach() {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
-        let opened = catch_panic(|| open(&*interface.device, direction, &shared));
+        let opened = catch_panic(|| open(&*interface.device, config, &shared));
         let Opened { queue, caps, descriptor } = match opened.unwrap_or_else(|Panicked| {
             let source = std::io::Error::other("the device panicked");
             Err(Error::Io { what: "opening a queue of the device", source })
@@ -169,7 +168,7 @@ impl Engine {
             has_descriptor: descriptor.is_some(),
             caps,
             interface,
-            direction,
+            config,
             shared,
             retry,
             close_timeout: parts.close_timeout,
@@ -630,7 +629,7 @@ impl Engine {
             // requests LOOK from every ring, and `look` asks again what to do.
             return;
         }
-        match catch_panic(|| open(&*self.interface.device, self.direction, &self.shared)) {
+        match catch_panic(|| open(&*self.interface.device, self.config, &self.shared)) {
             Ok(Ok(Opened { queue, caps, descriptor })) => {
                 (self.caps, self.descriptor) = (caps, descriptor);
                 self.has_descriptor |= descriptor.is_some();
@@ -852,10 +851,10 @@ struct Opened {
 
 fn open(
     device: &dyn Device,
-    direction: Direction,
+    config: QueueConfig,
     shared: &Arc<RingShared>,
 ) -> Result<Opened, Error> {
-    let queue = device.queue(direction, Wake::ring(shared.clone()))?;
+    let queue = device.queue(config, Wake::ring(shared.clone()))?;
     let descriptor = fd_of(&*queue);
     Ok(Opened { queue, caps: device.capabilities(), descriptor })
 }

@@ -38,7 +38,7 @@ use vmring_core::{HeapBacking, Layout, Pool};
 
 use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode};
 use crate::device::context::PollContext;
-use crate::device::seam::{Capabilities, Device, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Progress, Queue, QueueConfig, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{EntryError, Error, Status};
 use crate::lifecycle::InterfaceShared;
@@ -171,7 +171,7 @@ impl Device for DeskDevice {
         caps
     }
 
-    fn queue(&self, _: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
         lock(&self.0.state).wake = Some(wake);
         Ok(Box::new(DeskQueue(self.0.clone())))
     }

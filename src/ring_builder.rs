@@ -6,8 +6,9 @@ use std::time::Duration;
 use vmring_core::{Depths, Pool, Regions, SegmentTable, rings};
 
 use crate::PoolBuilder;
-use crate::config::Direction;
+use crate::config::{Direction, Offloads};
 use crate::device::bounce::{Bounce, GuestSupport};
+use crate::device::seam::{Capabilities, QueueConfig};
 use crate::engine::{Engine, EngineParts, Handoff};
 use crate::error::{ConfigError, Error};
 use crate::lifecycle::InterfaceShared;
@@ -85,6 +86,8 @@ pub struct RingBuilder<'a> {
     pools: Vec<Pool>,
     segment_tables: Vec<&'a SegmentTable>,
     mergeable_reads: bool,
+    receive_offloads: Offloads,
+    receive_ecn: bool,
     frames: Option<usize>,
     headroom: Option<usize>,
     prefault: bool,
@@ -109,6 +112,8 @@ impl<'a> RingBuilder<'a> {
             pools: Vec::new(),
             segment_tables: Vec::new(),
             mergeable_reads: false,
+            receive_offloads: Offloads::ALL,
+            receive_ecn: true,
             frames: None,
             headroom: None,
             prefault: false,
@@ -218,6 +223,49 @@ impl<'a> RingBuilder<'a> {
         self
     }
 
+    /// Sets which work the ring accepts undone in what it reads: checksums to complete, and packets to
+    /// cut. What the interface's own [offloads](crate::InterfaceBuilder::offloads) do not include, it
+    /// does not get anyway. Default: all that they include.
+    ///
+    /// The rest is done before a packet is in the read's buffer, by the packet's sender on the embedded
+    /// network. An [offload header](crate::OffloadHeader) stays in front of each packet if the interface
+    /// has it. A ring that accepts no segmentation gets no packet that is longer than
+    /// [`Capabilities::max_frame_size`](crate::device::Capabilities::max_frame_size), and its reads need
+    /// space for no more. What the ring writes may leave as much work as before.
+    ///
+    /// A ring that accepts other work than the one before it on an interface takes over what waits there,
+    /// without the packets that leave work which it does not accept; they are dropped and counted.
+    ///
+    /// The device must be able to do it
+    /// ([`Capabilities::receive_offloads`](crate::device::Capabilities::receive_offloads)), else
+    /// [`build`](Self::build) returns an error, unless nothing is refused that the interface has.
+    ///
+    /// ```
+    /// use vmring::config::Offloads;
+    /// use vmring::{Direction, Embedded, Interface};
+    ///
+    /// // A guest that cuts nothing itself, beside others that send it 64 KiB at a time.
+    /// let embedded = Embedded::network("offloads of a ring");
+    /// let interface = Interface::builder().device(embedded).offloads(Offloads::ALL).start()?;
+    /// assert_eq!(interface.max_packet_size(), 65_553);
+    /// let ring = interface.ring(Direction::Read).receive_offloads(Offloads::default()).build()?;
+    /// assert_eq!(ring.capabilities().max_frame_size, 1518);
+    /// # Ok::<(), vmring::Error>(())
+    /// ```
+    pub fn receive_offloads(mut self, offloads: Offloads) -> Self {
+        self.receive_offloads = offloads;
+        self
+    }
+
+    /// Sets whether TCP packets with ECN are among those that the ring accepts uncut
+    /// (`VIRTIO_NET_HDR_GSO_ECN`; virtio 1.2, section 5.1.6.4). A guest that has not negotiated
+    /// `VIRTIO_NET_F_GUEST_ECN` does not know them. Default: true. The same holds for it as for
+    /// [`receive_offloads`](Self::receive_offloads).
+    pub fn receive_ecn(mut self, yes: bool) -> Self {
+        self.receive_ecn = yes;
+        self
+    }
+
     /// Sets the number of frames of the ring's own pool. Default: one for every read and write
     /// credit.
     pub fn frames(mut self, frames: usize) -> Self {
@@ -315,6 +363,14 @@ impl<'a> RingBuilder<'a> {
         if self.mergeable_reads && !self.interface.device.capabilities().merges_reads {
             return refused("mergeable reads", "the device fills one read with each packet");
         }
+        let caps = self.interface.device.capabilities();
+        let refuses = self.refuses(&caps);
+        if refuses && !self.direction.reads() {
+            return refused("receive offloads", "the ring only writes");
+        }
+        if refuses && !caps.receive_offloads {
+            return refused("receive offloads", "the device has the same for every ring");
+        }
         for (what, set) in [
             ("number of frames", self.frames.is_some()),
             ("headroom", self.headroom.is_some()),
@@ -325,6 +381,15 @@ impl<'a> RingBuilder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Whether the ring does not accept everything that the interface may leave undone.
+    fn refuses(&self, caps: &Capabilities) -> bool {
+        let header = caps.offloads.virtio_header;
+        let mut both = caps.offloads & self.receive_offloads;
+        both.virtio_header = header;
+        let no_ecn = !self.receive_ecn && (both.tso4 || both.tso6);
+        both != caps.offloads || no_ecn
     }
 
     /// Builds the ring. Nothing is in flight on it.
@@ -351,7 +416,13 @@ impl<'a> RingBuilder<'a> {
         if let Some(sq) = self.sq_depth {
             depths.sq = round_depth("SQ depth", sq)?;
         }
-        let packet = caps.max_packet_size as usize;
+        let Offloads { tso4, tso6, uso, .. } = caps.offloads & self.receive_offloads;
+        let is_cut = caps.receive_offloads && !(tso4 || tso6 || uso);
+        let read_size = if is_cut { caps.max_frame_size } else { caps.max_packet_size };
+        let packet = match self.direction.writes() {
+            true => caps.max_packet_size,
+            false => read_size,
+        } as usize;
         let pools = if self.pools.is_empty() {
             let frames = self.frames.unwrap_or((read + write) as usize);
             let headroom = self.headroom.unwrap_or(HEADROOM_DEFAULT).max(caps.headroom as usize);
@@ -362,8 +433,9 @@ impl<'a> RingBuilder<'a> {
         };
         for pool in &pools {
             let room = pool.capacity() as usize;
-            if self.direction.reads() && room < packet {
-                return Err(ConfigError::PoolTooSmall { capacity: room, needed: packet }.into());
+            if self.direction.reads() && room < read_size as usize {
+                let needed = read_size as usize;
+                return Err(ConfigError::PoolTooSmall { capacity: room, needed }.into());
             }
             let (headroom, needed) = (pool.layout().headroom as usize, caps.headroom as usize);
             if headroom < needed {
@@ -380,6 +452,7 @@ impl<'a> RingBuilder<'a> {
             write_segments: caps.write_segments,
             headroom: caps.headroom,
             max_packet_size: caps.max_packet_size,
+            read_size,
             offloads: caps.offloads,
             merges: self.mergeable_reads,
             checks_headers: caps.checks_headers,
@@ -418,7 +491,11 @@ impl<'a> RingBuilder<'a> {
             bounce,
             merging_depth: self.mergeable_reads.then_some(read),
             interface: self.interface.clone(),
-            direction: self.direction,
+            queue: QueueConfig {
+                direction: self.direction,
+                receive_offloads: self.receive_offloads,
+                receive_ecn: self.receive_ecn,
+            },
             shared: shared.clone(),
             retry: self.retry,
             close_timeout: self.close_timeout,
@@ -441,7 +518,7 @@ impl<'a> RingBuilder<'a> {
             _ => (Some(Box::new(engine)), None),
         };
         tracing::debug!(ring = number, direction = %self.direction, ?depths, "ring built");
-        let sq = SubmissionQueue::new(sq_producer, shared.clone(), caps);
+        let sq = SubmissionQueue::new(sq_producer, shared.clone(), caps, read_size);
         let cq = CompletionQueue::new(
             cq_consumer,
             shared,

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceConfig,
     InterfaceInfo, Loopback, MacAddr6, Poller, Ring, RingOp, Status,
@@ -256,7 +256,7 @@ impl Device for Echo {
         Capabilities::new(1500, 1514)
     }
 
-    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
         let socket =
             self.socket.try_clone().map_err(|source| Error::Io { what: "echo", source })?;
         Ok(Box::new(EchoQueue(socket)))

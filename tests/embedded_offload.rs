@@ -3,15 +3,17 @@
 
 use std::collections::HashMap;
 
+use vmring::device::Progress;
+use vmring::device::fault::Faults;
 use vmring::{
-    Direction, Drive, Embedded, EntryError, Frame, Gso, Interface, MacAddr6, OFFLOAD_LEN,
-    OffloadHeader, Poller, Ring, RingOp, Status, SubmitErrorKind,
+    ConfigError, Direction, Drive, Embedded, EntryError, Error, Frame, Gso, Interface, Loopback,
+    MacAddr6, OFFLOAD_LEN, OffloadHeader, Poller, Ring, RingOp, Status, SubmitErrorKind,
 };
 use vmring_embedded::software::{self, Left};
 
 use crate::form::{ALL, Form, Random, finished, offloads};
 use crate::guest_memory::{Guest, HEADER};
-use crate::support::{LONG, Way, every_way, guarded, scaled, stage, unique};
+use crate::support::{LONG, Script, ScriptQueue, Way, every_way, guarded, scaled, stage, unique};
 
 const READS: u32 = 32;
 const WRITES: u32 = 8;
@@ -358,4 +360,97 @@ fn a_hostile_header_of_a_guest_fails_its_write() {
         let counters = stations[0].interface.counters();
         assert!(counters.contains(&("cut in software", 2)), "{counters:?}");
     });
+}
+
+/// Goal: a ring gets what it accepts, in frames that have space for no more, whoever wraps its device;
+/// and the next ring of the interface may accept more again.
+#[test]
+fn a_ring_gets_what_it_accepts() {
+    guarded(|| {
+        let network = unique("accepting");
+        let start = |faulty: bool| {
+            let embedded = Embedded::network(&network);
+            let builder = Interface::builder().offloads(offloads(ALL));
+            let builder = match faulty {
+                false => builder.device(embedded),
+                true => builder.device(Faults::seeded(1).wrap(embedded)),
+            };
+            builder.start().expect("a port")
+        };
+        for wrapped in [false, true] {
+            let (from, to) = (start(false), start(wrapped));
+            let mut sender = from.ring(Direction::Write).drive(Drive::Inline).build().unwrap();
+            let form =
+                Form { v4: true, tcp: true, tagged: false, payload: 3000, segment: Some(1000) };
+            let (packet, header) = form.build(to.mac(), from.mac(), 0);
+            let segments = finished(&packet, &header);
+            for (set, count) in [(0, 3), (1, 3), (ALL, 1), (1, 3), (ALL, 1)] {
+                let builder = to.ring(Direction::Read).drive(Drive::Inline).depth(8);
+                let mut ring = builder.receive_offloads(offloads(set)).build().unwrap();
+                let room = if set == ALL { 65_553 } else { 1518 };
+                assert!((room..room + 200).contains(&ring.alloc().unwrap().capacity()), "{room}");
+                while let Some(frame) = ring.alloc() {
+                    ring.submit_read(frame, 0).unwrap();
+                }
+                assert_eq!(ring.reap().count(), 0);
+                let mut write = sender.alloc().unwrap();
+                write.copy_from(&packet).unwrap();
+                write.set_offload(&header).unwrap();
+                sender.submit_write(write, 1).unwrap();
+                assert_eq!(
+                    sender.reap().map(|done| done.result).collect::<Vec<_>>(),
+                    [Ok(packet.len())]
+                );
+                let mut frames = Vec::new();
+                for done in ring.reap() {
+                    let frame = done.take_packet().unwrap();
+                    let header = frame.offload().unwrap().expect("the header stays");
+                    let mut accepted = offloads(set);
+                    accepted.virtio_header = true;
+                    assert_eq!(software::left_by(&accepted, &header), Left::Nothing);
+                    match header.is_plain() {
+                        true => frames.push(frame.to_vec()),
+                        false => frames.extend(finished(&frame, &header)),
+                    }
+                    if set != ALL {
+                        assert!(frame.len() < 1518);
+                    } else {
+                        assert_eq!((frame.len(), count), (packet.len(), 1));
+                    }
+                }
+                assert_eq!(frames, segments, "{set}");
+            }
+        }
+    });
+}
+
+/// Goal: a device that cannot do it refuses a ring that accepts less than its interface gives, and no
+/// other.
+#[test]
+fn a_device_that_cannot_says_so() {
+    let refuses = |interface: &Interface, direction, set: u32| {
+        let builder = interface.ring(direction).receive_offloads(offloads(set));
+        match builder.build() {
+            Ok(_) => false,
+            Err(Error::Config(ConfigError::NotApplicable { what: "receive offloads", .. })) => true,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let loopback = Interface::builder().device(Loopback::new(1500)).start().unwrap();
+    assert!(!refuses(&loopback, Direction::Both, 0), "it leaves no work");
+    let queue = |_, _| ScriptQueue::new(|_| Ok(Progress::Idle));
+    let script = Script::new(queue).limits(|caps| {
+        caps.offloads = offloads(ALL);
+        (caps.offloads.virtio_header, caps.headroom) = (true, OFFLOAD_LEN as u32);
+    });
+    let script = script.start();
+    assert!(!refuses(&script, Direction::Read, ALL));
+    assert!(refuses(&script, Direction::Read, 1));
+    let no_ecn = script.ring(Direction::Read).receive_ecn(false).build();
+    assert!(matches!(no_ecn, Err(Error::Config(ConfigError::NotApplicable { .. }))));
+    let network = unique("refusing");
+    let embedded = Interface::builder().offloads(offloads(ALL)).device(Embedded::network(network));
+    let embedded = embedded.start().unwrap();
+    assert!(refuses(&embedded, Direction::Write, 1), "a ring that only writes accepts nothing");
+    assert!(!refuses(&embedded, Direction::Both, 1));
 }

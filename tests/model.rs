@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmring::device::fault::Faults;
-use vmring::device::{Capabilities, Device, PollContext, PostedSlot, Progress, Queue, Relay, Wake};
+use vmring::device::{
+    Capabilities, Device, PollContext, PostedSlot, Progress, Queue, QueueConfig, Relay, Wake,
+};
 use vmring::pool::{Pool, PoolBuilder};
 use vmring::{
     CloseReason, Completion, Direction, Drive, Driver, Embedded, EntryError, Error, Frame,
@@ -351,8 +353,8 @@ impl Device for ShyDevice {
         self.inner.capabilities()
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        let inner = self.inner.queue(direction, wake)?;
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let inner = self.inner.queue(config, wake)?;
         let (percent, dice) = (self.percent, self.seed | 1);
         let relay = Relay::default();
         Ok(Box::new(ShyQueue { inner, relay, percent, dice, put_back_reads: false }))

@@ -10,7 +10,9 @@ use std::task::{Context, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake as DeviceWake};
+use vmring::device::{
+    Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake as DeviceWake,
+};
 use vmring::{
     Direction, Drive, Driver, EntryError, Interface, InterfaceConfig, InterfaceInfo, Poller,
     RetryPolicy, Ring, RingOp, Status,
@@ -214,7 +216,7 @@ impl Device for Socket {
         Capabilities::new(1500, 1514)
     }
 
-    fn queue(&self, _: Direction, _: DeviceWake) -> Result<Box<dyn Queue>, vmring::Error> {
+    fn queue(&self, _: QueueConfig, _: DeviceWake) -> Result<Box<dyn Queue>, vmring::Error> {
         Ok(Box::new(SocketQueue(self.0.clone())))
     }
 }

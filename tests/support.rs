@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Error, Frame, Interface, InterfaceConfig, InterfaceInfo, Loopback,
     MacAddr6, Poller, Ring, RingBuilder, RingOp, Status,
@@ -456,8 +456,8 @@ impl Device for Script {
         caps
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        Ok(Box::new((self.queue)(direction, wake)?))
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        Ok(Box::new((self.queue)(config.direction, wake)?))
     }
 
     fn stop(&self) -> Result<(), Error> {

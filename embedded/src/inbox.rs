@@ -88,6 +88,15 @@
 //! All parts of a frame that fills several buffers are one claim. The sender stores the state of the
 //! first buffer last, so a receiver that sees it finds the others too.
 //!
+//! # Periods
+//!
+//! A sender decides by what it knows of the receiver before it claims: where an address is, and which
+//! work the receiver does itself. Both may change. They change only while the inbox is closed and empty
+//! of buffers, and each such change begins a *period*: the indices move on by one, past a cell that
+//! nobody gets. So no state of an earlier period comes back, and a sender that looks at what it has
+//! decided by *after* it has loaded the state ([`Inbox::deliver_if`]) succeeds only if that held when
+//! it changed the state.
+//!
 //! Indices wrap. To mistake one lap for another, a sender would have to sleep for exactly 2^32
 //! claims between its load and its compare-and-swap.
 
@@ -137,6 +146,8 @@ pub enum Refused {
     TooBig,
     /// The receiver has closed the inbox.
     Closed,
+    /// What the sender has decided by no longer holds. Only [`Inbox::deliver_if`] says this.
+    Stale,
 }
 
 /// A packet as it comes out of an inbox.
@@ -456,10 +467,12 @@ impl<B: PacketBuffer> Inbox<B> {
         let overflow = if overflow == 0 { 0 } else { overflow.next_power_of_two() };
         let depth = depth.next_power_of_two();
         let header_len = if headers { offload::LEN } else { 0 };
+        // The first period begins one further on.
+        let before = start.wrapping_sub(1);
         let null = || UnsafeCell::new(core::ptr::null_mut());
         Self {
-            state: CachePadded::new(AtomicU64::new(InboxState::new(start, start, CLOSED).0)),
-            posted: CachePadded::new(AtomicU32::new(start)),
+            state: CachePadded::new(AtomicU64::new(InboxState::new(before, start, CLOSED).0)),
+            posted: CachePadded::new(AtomicU32::new(before)),
             popped: CachePadded::new(AtomicU32::new(start & PUSHED_MASK)),
             doorbell: Doorbell::new(Callback::default()),
             has_collector: AtomicBool::new(false),
@@ -479,6 +492,14 @@ impl<B: PacketBuffer> Inbox<B> {
     /// Opens the inbox and returns its one receiving half, or `None` while that half exists. When
     /// the half is dropped, the inbox is closed and empty and may be opened again.
     pub fn open(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
+        let mut collector = Self::open_later(inbox, wake)?;
+        collector.reopen();
+        Some(collector)
+    }
+
+    /// As [`open`](Self::open), but the inbox stays closed until its half [reopens](Collector::reopen)
+    /// it.
+    pub(crate) fn open_later(inbox: &Arc<Self>, wake: PortWake) -> Option<Collector<B>> {
         // Acquire: pairs with the Release in `Collector::drop`, so we see the indices that the last
         // collector left.
         if inbox.has_collector.swap(true, Ordering::Acquire) {
@@ -499,7 +520,7 @@ impl<B: PacketBuffer> Inbox<B> {
             not_sync: PhantomData,
         };
         inbox.doorbell.parker().set(Some(wake));
-        collector.reopen();
+        collector.begin_period();
         Some(collector)
     }
 
@@ -544,7 +565,16 @@ impl<B: PacketBuffer> Inbox<B> {
     ///
     /// If the oldest posted buffer is smaller than the packet, the packet fills the next ones too
     /// ([`Collected::more`]), if there are enough of them. Else it goes to the overflow ring.
+    #[inline]
     pub fn deliver_packet(&self, packet: Packet<'_>) -> Delivery {
+        self.deliver_if(packet, || true)
+    }
+
+    /// As [`deliver_packet`](Self::deliver_packet), but refuses the packet as [`Refused::Stale`] unless
+    /// `holds` returns true. If the packet is accepted, what `holds` looks at has held at the moment at
+    /// which it was, provided that it changes only while the inbox is closed and before a new period
+    /// begins; see the [module](self).
+    pub(crate) fn deliver_if(&self, packet: Packet<'_>, holds: impl Fn() -> bool) -> Delivery {
         let len = packet.len();
         if len > self.max_frame {
             return Delivery::Dropped(Refused::TooBig);
@@ -561,6 +591,10 @@ impl<B: PacketBuffer> Inbox<B> {
                 }
                 seen = self.wait_while_held();
                 continue;
+            }
+            // This comes after the load of the state.
+            if !holds() {
+                return Delivery::Dropped(Refused::Stale);
             }
             // Acquire: pairs with the Release in `publish`; the buffers are in their cells.
             if !state.overflow()
@@ -622,11 +656,24 @@ impl<B: PacketBuffer> Inbox<B> {
         wanted: usize,
         longest: impl FnOnce() -> usize,
     ) -> Option<Claim<'_, B>> {
+        self.claim_if(wanted, longest, || true)
+    }
+
+    /// As [`claim_for`](Self::claim_for), but claims nothing unless `holds` returns true; see
+    /// [`deliver_if`](Self::deliver_if).
+    #[inline]
+    pub(crate) fn claim_if(
+        &self,
+        wanted: usize,
+        longest: impl FnOnce() -> usize,
+        holds: impl Fn() -> bool,
+    ) -> Option<Claim<'_, B>> {
         let (mut ask, mut longest) = (Some(longest), self.max_frame);
         // Acquire: pairs with the Release in `change`, `close`, `discard` and `reopen`, so that
         // `posted` is not read older than the state.
         let mut state = InboxState(self.state.load(Ordering::Acquire));
-        while state.0 & (CLOSED | HELD | OVERFLOW) == 0 {
+        // `holds` comes after the load of the state.
+        while state.0 & (CLOSED | HELD | OVERFLOW) == 0 && holds() {
             let next = state.claimed();
             // Acquire: pairs with the Release in `publish`; the buffers are in their cells.
             let posted = self.posted.load(Ordering::Acquire).wrapping_sub(next);
@@ -1351,18 +1398,7 @@ impl<B: PacketBuffer> Collector<B> {
         let end = self.inbox.cells_for(state, self.posted, len);
         if let Some(end) = end {
             waiting.access.with(|_| {
-                let header_len = self.inbox.overflow_header_len();
-                // SAFETY: invariant 2: the sender has stored the cell's state, and we have not
-                // popped the cell, so it is ours. Its sender wrote the header, if the inbox has
-                // headers, and `len` bytes behind it.
-                let cell = unsafe {
-                    let bytes = self.inbox.overflow.bytes_of(self.popped);
-                    core::slice::from_raw_parts(bytes, header_len + len)
-                };
-                let (header, frame) = cell.split_at(header_len);
-                let header = header.first_chunk().map(OffloadHeader::parse);
-                // A header that a sender wrote can be parsed.
-                let header = header.and_then(Result::ok).unwrap_or(OffloadHeader::NONE);
+                let (header, frame) = self.waiting_frame(self.popped, len);
                 let packet = Packet::from(frame).with_offload(&header);
                 // The posted cells are ours (invariant 1): they are not claimed, and the overflow bit
                 // is set. No sender claims before we clear the bit below.
@@ -1625,6 +1661,81 @@ impl<B: PacketBuffer> Collector<B> {
         // `reopen`.
         self.inbox.state.store(state.without(OVERFLOW | SMALL).0, Ordering::Release);
         dropped
+    }
+
+    /// Begins a period: moves the indices on by one. The inbox is closed, and no buffer is in it.
+    fn begin_period(&mut self) {
+        assert_eq!(self.lent, 0, "a period begins without buffers");
+        debug_assert_eq!((self.collected, self.gaps), (self.posted, 0));
+        // Nobody else changes the state of a closed inbox. Acquire: pairs with the Release in
+        // `change`, as in `discard`.
+        let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        debug_assert!(state.closed() && state.claimed() == self.posted);
+        let next = self.posted.wrapping_add(1);
+        (self.collected, self.posted) = (next, next);
+        // Release: pairs with the Acquire in `deliver_if` and `claim_if`, of senders that come after a
+        // `reopen`.
+        self.publish();
+        self.inbox.state.store(state.with_claimed(next).0, Ordering::Release);
+    }
+
+    /// Takes the frames out that wait in the overflow ring of a closed inbox without buffers, oldest
+    /// first, and begins a period. Only a change of the receiver's offloads calls it, so it may
+    /// allocate.
+    pub(crate) fn take_waiting(&mut self) -> Vec<(OffloadHeader, Box<[u8]>)> {
+        // Nobody else changes the state of a closed inbox. Acquire: pairs with the Release in
+        // `change`, as in `discard`.
+        let state = InboxState(self.inbox.state.load(Ordering::Acquire));
+        let mut waiting = Vec::new();
+        let mut index = self.popped;
+        while index != state.pushed() {
+            let cell = self.inbox.overflow.cell(index);
+            // Acquire: pairs with the Release in `fill_overflow`. `close` has waited for it.
+            let len = cell.state.load(Ordering::Acquire) as usize - 1;
+            waiting.push(cell.access.with(|_| {
+                let (header, frame) = self.waiting_frame(index, len);
+                (header, Box::from(frame))
+            }));
+            index = index.wrapping_add(1) & PUSHED_MASK;
+        }
+        self.discard(drop);
+        self.begin_period();
+        waiting
+    }
+
+    /// Puts a frame into the overflow ring of a closed inbox, behind those that wait. Returns whether
+    /// there was space.
+    pub(crate) fn put_waiting(&mut self, packet: Packet<'_>) -> bool {
+        let inbox = &*self.inbox;
+        // Nobody else changes the state of a closed inbox. Acquire: as in `discard`.
+        let state = InboxState(inbox.state.load(Ordering::Acquire));
+        debug_assert!(state.closed());
+        let waiting = state.pushed().wrapping_sub(self.popped) & PUSHED_MASK;
+        let fits =
+            packet.len() <= inbox.max_frame && (waiting as usize) < inbox.overflow.cells.len();
+        if fits {
+            inbox.fill_overflow(state.pushed(), packet);
+            // Release: pairs with the Acquire in `deliver_if` and `claim_if`.
+            inbox.state.store(state.with_push().0, Ordering::Release);
+            inbox.overflowing.store(true, Ordering::Relaxed);
+        }
+        fits
+    }
+
+    /// The frame of `len` bytes in the overflow cell `index`, and its header. The cell is the
+    /// collector's: its sender has stored its state, and it has not been popped.
+    fn waiting_frame(&self, index: u32, len: usize) -> (OffloadHeader, &[u8]) {
+        let header_len = self.inbox.overflow_header_len();
+        // SAFETY: invariant 2: the callers have seen the cell's state and not popped the cell, so it is
+        // ours. Its sender wrote the header, if the inbox has headers, and `len` bytes behind it.
+        let cell = unsafe {
+            let bytes = self.inbox.overflow.bytes_of(index);
+            core::slice::from_raw_parts(bytes, header_len + len)
+        };
+        let (header, frame) = cell.split_at(header_len);
+        let header = header.first_chunk().map(OffloadHeader::parse);
+        // A header that a sender wrote can be parsed.
+        (header.and_then(Result::ok).unwrap_or(OffloadHeader::NONE), frame)
     }
 
     /// Accepts deliveries again after a [`close`](Self::close). Packets that were not collected

@@ -59,7 +59,8 @@
 //! cut into segments. [`Packet::with_offload`] says so. It receives such packets as well, each
 //! behind an offload header ([`PacketBuffer::header_and_bytes`]).
 //!
-//! - A port gets a packet as it is if its offloads include the work that is left. If they do not, the
+//! - A port gets a packet as it is if its receiver accepts the work that is left: all work that the
+//!   port's offloads include, unless the receiver [accepts](crate::port::Receiver::accept) less. Otherwise the
 //!   sender does it in software: it completes the checksum, or cuts the packet into segments, which
 //!   arrive in order like packets that were sent one by one. The gateway gets every packet complete.
 //! - Every packet is still decided upon by its first bytes alone, and once.
@@ -94,17 +95,18 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use macaddr::MacAddr6;
 use vmring_core::offload::Offloads;
-use vmring_core::sync::{self, AtomicBool, AtomicU32, AtomicU64, Ordering};
+use vmring_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::clock::{Clock, SystemClock};
 use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
 use crate::dhcp::{DhcpConfig, DhcpLease, LeaseFile};
 use crate::gateway::Gateway;
-use crate::inbox::{Collector, Inbox, PortWake};
+use crate::inbox::{Inbox, PortWake};
 use crate::limits::{LARGE_PACKET, MAX_PORTS, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
+use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
 use crate::stats::{DropReason, PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
@@ -317,63 +319,9 @@ fn local_mac(hash: u64) -> MacAddr6 {
     MacAddr6::new(a & 0xfc | 0x02, b, c, d, e, f)
 }
 
-/// The offloads of a port, as they are in [`PortState::shape`]. They say what its inbox is like.
-#[derive(Clone, Copy)]
-pub(crate) struct Shape(u32);
-
-impl Shape {
-    const CHECKSUM: u32 = 1;
-    const TSO4: u32 = 2;
-    const TSO6: u32 = 4;
-    const USO: u32 = 8;
-    const HEADER: u32 = 16;
-    /// The offloads with which packets are longer than a frame of the network.
-    const LARGE: u32 = Self::TSO4 | Self::TSO6 | Self::USO;
-
-    /// The shape of a port with these offloads. With any of them, each packet has a header.
-    pub(crate) fn new(offloads: Offloads) -> Self {
-        let bits = [
-            (offloads.checksum, Self::CHECKSUM),
-            (offloads.tso4, Self::TSO4),
-            (offloads.tso6, Self::TSO6),
-            (offloads.uso, Self::USO),
-        ];
-        let bits: u32 = bits.iter().map(|(on, bit)| if *on { *bit } else { 0 }).sum();
-        let header = if bits != 0 || offloads.virtio_header { Self::HEADER } else { 0 };
-        Self(bits | header)
-    }
-
-    pub(crate) fn offloads(self) -> Offloads {
-        let has = |bit| self.0 & bit != 0;
-        let mut offloads = Offloads::default();
-        (offloads.checksum, offloads.uso) = (has(Self::CHECKSUM), has(Self::USO));
-        (offloads.tso4, offloads.tso6) = (has(Self::TSO4), has(Self::TSO6));
-        offloads.virtio_header = has(Self::HEADER);
-        offloads
-    }
-
-    fn is_large(self) -> bool {
-        self.0 & Self::LARGE != 0
-    }
-
-    /// Which of a place's inboxes the port uses.
-    fn inbox(self) -> usize {
-        match self.0 {
-            0 => 0,
-            _ if self.is_large() => 2,
-            _ => 1,
-        }
-    }
-}
-
 /// The part of a port that other threads reach. It is kept when the port leaves, and reused.
 pub(crate) struct PortState<B> {
-    /// The [`Shape`] of the port that has the place now. A sender that sees an earlier one finds that
-    /// inbox closed, or the packet goes to another port of the same kind.
-    shape: AtomicU32,
-    /// The place's inboxes: without headers, with headers, and with headers for large packets. Each is
-    /// made for the first port that needs it.
-    inboxes: [OnceLock<sync::Arc<Inbox<B>>>; 3],
+    pub(crate) queue: ReceiveQueue<B>,
     /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
     /// counters are another port's.
     pub(crate) generation: AtomicU32,
@@ -384,24 +332,11 @@ pub(crate) struct PortState<B> {
 impl<B> PortState<B> {
     fn new() -> Self {
         Self {
-            shape: AtomicU32::new(0),
-            inboxes: core::array::from_fn(|_| OnceLock::new()),
+            queue: ReceiveQueue::new(),
             generation: AtomicU32::new(0),
             policy: PolicyState::default(),
             counters: PortCounters::default(),
         }
-    }
-
-    #[inline]
-    pub(crate) fn shape(&self) -> Shape {
-        // Relaxed: see `shape`.
-        Shape(self.shape.load(Ordering::Relaxed))
-    }
-
-    /// The inbox of a port of this shape. `None` if the place has had no such port.
-    #[inline]
-    pub(crate) fn inbox(&self, shape: Shape) -> Option<&Inbox<B>> {
-        self.inboxes[shape.inbox()].get().map(|inbox| &**inbox)
     }
 }
 
@@ -513,8 +448,8 @@ impl<B> Network<B> {
         self.ports.get(index)?.get().map(|state| &**state)
     }
 
-    /// The length of the longest packet of a port of this shape.
-    fn longest_of(&self, shape: Shape) -> usize {
+    /// The length of the longest packet of a port or a receiver of this shape.
+    pub(crate) fn longest_of(&self, shape: Shape) -> usize {
         match shape.is_large() {
             true => LARGE_PACKET + ETHERNET_HEADER_LEN + VLAN_TAG_LEN,
             false => self.max_packet_size,
@@ -656,18 +591,12 @@ impl<B: PacketBuffer> Network<B> {
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
         let state = self.ports[index].get_or_init(|| Arc::new(PortState::new()));
         let shape = Shape::new(config.offloads);
-        let inbox = state.inboxes[shape.inbox()].get_or_init(|| {
-            let longest = self.longest_of(shape);
-            let (depth, overflow) = (self.config.inbox_depth, self.config.overflow(longest));
-            let make = if shape.0 == 0 { Inbox::new } else { Inbox::with_headers };
-            sync::Arc::new(make(depth, overflow, longest))
-        });
         state.counters.reset();
         state.policy.reset(config.policy.limits, Moment::new(self.clock.now()));
         // The last owner dropped its collector before its port left, so the inbox can be opened.
-        let collector = Inbox::open(inbox, config.wake).ok_or(JoinError::Full)?;
-        // Relaxed: see `PortState::shape`.
-        state.shape.store(shape.0, Ordering::Relaxed);
+        let make = |shape| self.make_inbox(shape);
+        let mut end = state.queue.open(shape, config.wake, make).ok_or(JoinError::Full)?;
+        end.collector.reopen();
         members.macs[index] = Some(mac);
         members.count += 1;
         let (isolated, uplink) = (config.isolated, config.uplink);
@@ -686,19 +615,28 @@ impl<B: PacketBuffer> Network<B> {
             port,
             mac,
             source: config.policy.source,
+            shape,
             offloads: shape.offloads(),
             longest: self.longest_of(shape),
             receiver_open: AtomicBool::new(true),
         });
-        Ok(Admitted { collector, state: Arc::clone(state), membership })
+        Ok(Admitted { end, state: Arc::clone(state), membership })
+    }
+
+    /// Makes an inbox for a receiver of this shape.
+    pub(crate) fn make_inbox(&self, shape: Shape) -> Inbox<B> {
+        let longest = self.longest_of(shape);
+        let (depth, overflow) = (self.config.inbox_depth, self.config.overflow(longest));
+        let make = if shape.has_header() { Inbox::with_headers } else { Inbox::new };
+        make(depth, overflow, longest)
     }
 }
 
 /// What [`Network::admit`] returns: the parts of a port's two halves.
 pub(crate) struct Admitted<B: PacketBuffer> {
-    // This order matters: the collector is dropped first, so the inbox is closed and empty before
+    // This order matters: the end is dropped first, so the inbox is closed and empty before
     // the port leaves.
-    pub(crate) collector: Collector<B>,
+    pub(crate) end: QueueEnd<B>,
     pub(crate) state: Arc<PortState<B>>,
     pub(crate) membership: Arc<Membership<B>>,
 }
@@ -712,8 +650,10 @@ pub(crate) struct Membership<B> {
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
     pub(crate) source: SourceRule,
+    /// The shape of a receiver that accepts all offloads of the port.
+    pub(crate) shape: Shape,
     pub(crate) offloads: Offloads,
-    /// The length of the longest packet that the port sends and receives.
+    /// The length of the longest packet that the port sends, and that such a receiver receives.
     pub(crate) longest: usize,
     /// Whether the receiver is open. Only the receiver writes this.
     pub(crate) receiver_open: AtomicBool,

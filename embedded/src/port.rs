@@ -15,13 +15,14 @@ use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::frame;
-use crate::inbox::{Claim, Collected, Collector, Delivery, Refused};
+use crate::inbox::{Claim, Collected, Delivery, Refused};
 use crate::limits::{SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
     Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
+use crate::receive_queue::{Accepted, QueueEnd, Shape};
 use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
@@ -34,10 +35,10 @@ impl<B: PacketBuffer> Network<B> {
     ///
     /// If the network is full, or if the MAC address is in use or not unicast.
     pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
-        let Admitted { collector, state, membership } = self.admit(config)?;
+        let Admitted { end, state, membership } = self.admit(config)?;
         Ok(Port {
             sender: Sender::new(Arc::clone(&membership)),
-            receiver: Receiver { collector, state, membership },
+            receiver: Receiver { end, state, membership },
         })
     }
 }
@@ -69,8 +70,8 @@ impl<B: PacketBuffer> Port<B> {
         self.receiver.membership.mac
     }
 
-    /// Returns the length of the longest packet that the port sends and receives, in bytes. It is the
-    /// network's, unless the port has a segmentation offload.
+    /// Returns the length of the longest packet that the port sends, in bytes, and receives unless its
+    /// receiver [accepts](Receiver::accept) less. It is the network's, unless the port has a segmentation offload.
     pub fn max_packet_size(&self) -> usize {
         self.receiver.membership.longest
     }
@@ -153,9 +154,9 @@ impl<B> Monitor<B> {
 /// Dropping it closes it: it waits for copies that are under way, and drops the packets and buffers
 /// that are still in it.
 pub struct Receiver<B: PacketBuffer> {
-    // This order matters: the collector is dropped first, so the inbox is closed and empty before
-    // the port leaves.
-    collector: Collector<B>,
+    // This order matters: the end is dropped first, so the inbox is closed and empty before the port
+    // leaves.
+    end: QueueEnd<B>,
     /// The state of this port, for its counters.
     state: Arc<PortState<B>>,
     membership: Arc<Membership<B>>,
@@ -192,18 +193,62 @@ impl<B: PacketBuffer> Receiver<B> {
         Monitor::new(&self.membership)
     }
 
+    /// Returns the length of the longest packet that the receiver gets, in bytes: the port's, or that of
+    /// a frame if it [accepts](Self::accept) no segmentation.
+    pub fn max_packet_size(&self) -> usize {
+        self.membership.network.longest_of(self.end.shape)
+    }
+
+    /// Sets which work the receiver accepts undone, of what the port's [offloads](Port::offloads)
+    /// include. Senders do the rest. A receiver begins with all of it.
+    ///
+    /// When the call returns, no packet comes out that leaves other work, and the header stays in front
+    /// of each packet. No sender waits for the change. The receiver is closed for a moment, so that
+    /// frames which come just then are dropped. Packets that wait for buffers stay, in their order, but
+    /// for those that leave work which is not accepted any more: they are dropped. All these are counted
+    /// as [`missed_closed`](PortStats::missed_closed).
+    ///
+    /// A receiver that accepts no segmentation takes buffers of
+    /// [`max_packet_size`](Self::max_packet_size), which is that of a frame then. A receiver that is
+    /// closed stays closed.
+    ///
+    /// # Panics
+    ///
+    /// If a buffer is posted. [Recall](Self::recall) and [collect](Self::collect) all of them first.
+    pub fn accept(&mut self, accepted: Accepted) {
+        assert_eq!(self.posted(), 0, "a change of what is accepted begins without buffers");
+        let shape = self.membership.shape.accepting(accepted);
+        if shape == self.end.shape {
+            return;
+        }
+        let was_closed = self.is_closed();
+        self.close();
+        let network = &self.membership.network;
+        let dropped = self.end.change(&self.state.queue, shape, |shape| network.make_inbox(shape));
+        self.state.counters.missed.closed.fetch_add(dropped, Ordering::Relaxed);
+        if !was_closed {
+            self.reopen();
+        }
+    }
+
+    /// Returns which offloads of the port the receiver accepts; see [`accept`](Self::accept). With any
+    /// offload of the port, the header is among them.
+    pub fn offloads(&self) -> Offloads {
+        self.end.shape.offloads()
+    }
+
     /// Lends a buffer to the network; see [`Collector::post`].
     ///
     /// Packets that wait for a buffer cause no wake-up, so collect after posting.
     ///
     /// # Errors
     ///
-    /// Returns the buffer if `inbox_depth` buffers are posted, or if it has fewer bytes than the
-    /// port's [`max_packet_size`](Port::max_packet_size) and is not in the memory of a guest. If the
+    /// Returns the buffer if `inbox_depth` buffers are posted, or if it has fewer bytes than
+    /// [`max_packet_size`](Self::max_packet_size) and is not in the memory of a guest. If the
     /// port has offloads, the bytes behind the header count
     /// ([`header_and_bytes`](PacketBuffer::header_and_bytes)).
     pub fn post(&mut self, buffer: B) -> Result<(), B> {
-        self.collector.post(buffer)
+        self.end.collector.post(buffer)
     }
 
     /// Like [`post`](Self::post), but senders do not see the buffer before
@@ -214,20 +259,20 @@ impl<B: PacketBuffer> Receiver<B> {
     /// Returns the buffer in the cases in which [`post`](Self::post) does.
     #[inline(always)]
     pub fn stage(&mut self, buffer: B) -> Result<(), B> {
-        self.collector.stage(buffer)
+        self.end.collector.stage(buffer)
     }
 
     /// Shows the senders all buffers that were [staged](Self::stage), with one store.
     #[inline]
     pub fn publish(&mut self) {
-        self.collector.publish();
+        self.end.collector.publish();
         self.count_dropped();
     }
 
     /// Counts the packets for which the posted buffers were too few.
     #[inline]
     fn count_dropped(&mut self) {
-        let dropped = self.collector.take_dropped();
+        let dropped = self.end.collector.take_dropped();
         if dropped > 0 {
             self.state.counters.missed.no_buffer.fetch_add(dropped, Ordering::Relaxed);
         }
@@ -235,12 +280,12 @@ impl<B: PacketBuffer> Receiver<B> {
 
     /// Returns how many buffers are lent, whether filled or not.
     pub fn posted(&self) -> usize {
-        self.collector.posted()
+        self.end.collector.posted()
     }
 
     /// Returns whether no further buffer can be posted.
     pub fn is_full(&self) -> bool {
-        self.collector.is_full()
+        self.end.collector.is_full()
     }
 
     /// Returns the next packet and its length, or `None`; see [`Collector::collect`]. If a packet may
@@ -254,7 +299,7 @@ impl<B: PacketBuffer> Receiver<B> {
     /// Returns the next packet, or the next part of one, or `None`; see [`Collector::collect`].
     #[inline(always)]
     pub fn collect_part(&mut self) -> Option<Collected<B>> {
-        let packet = self.collector.collect()?;
+        let packet = self.end.collector.collect()?;
         let received = &self.state.counters.received;
         if !packet.more {
             add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
@@ -265,27 +310,27 @@ impl<B: PacketBuffer> Receiver<B> {
 
     /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`].
     pub fn recall(&mut self, f: impl FnMut(B)) -> usize {
-        self.collector.recall(f)
+        self.end.collector.recall(f)
     }
 
     /// Takes back the posted buffers that no sender has claimed and that match, and leaves the
     /// others posted; see [`Collector::recall_if`].
     pub fn recall_if(&mut self, matches: impl FnMut(&mut B) -> bool, f: impl FnMut(B)) -> usize {
-        self.collector.recall_if(matches, f)
+        self.end.collector.recall_if(matches, f)
     }
 
     /// Announces that the receiver wants to sleep; see [`Collector::arm`]. Returns true if nothing
     /// can be collected: the wake callback will be called once when that changes. Returns false if
     /// there is something to collect.
     pub fn arm(&mut self) -> bool {
-        let asleep = self.collector.arm();
+        let asleep = self.end.collector.arm();
         self.count_dropped();
         asleep
     }
 
     /// Announces that the receiver is awake again; see [`Collector::disarm`].
     pub fn disarm(&mut self) -> bool {
-        self.collector.disarm()
+        self.end.collector.disarm()
     }
 
     /// Refuses further packets and waits for the copies that are under way. Each takes as long as
@@ -298,12 +343,12 @@ impl<B: PacketBuffer> Receiver<B> {
         let membership = &self.membership;
         membership.network.set_open(membership.port, membership.source, false);
         self.membership.receiver_open.store(false, Ordering::Relaxed);
-        self.collector.close();
+        self.end.collector.close();
     }
 
     /// Accepts packets again after [`close`](Self::close).
     pub fn reopen(&mut self) {
-        self.collector.reopen();
+        self.end.collector.reopen();
         self.membership.receiver_open.store(true, Ordering::Relaxed);
         let membership = &self.membership;
         membership.network.set_open(membership.port, membership.source, true);
@@ -484,16 +529,16 @@ impl<B: PacketBuffer> Sender<B> {
             },
         }?;
         let state = network.port_state(index)?;
-        let inbox = state.inbox(state.shape())?;
+        let queue = &state.queue;
         let sending = if *limited { membership.port_state() } else { None };
         let receiving = state.policy.is_limited(Way::Receive).then_some(state);
         let claim = if sending.is_none() && receiving.is_none() {
-            inbox.claim_for(wanted, longest)?
+            queue.claim(wanted, longest)?
         } else {
             let limits = [(Way::Send, sending), (Way::Receive, receiving)]
                 .map(|(way, state)| (way, state.map(|state| &state.policy)));
             policy::within(limits, wanted, *moment, |wanted| {
-                let claim = inbox.claim_for(wanted, longest);
+                let claim = queue.claim(wanted, longest);
                 (claim.as_ref().map_or(0, Claim::left), claim)
             })?
         };
@@ -649,12 +694,13 @@ impl<B: PacketBuffer> Sender<B> {
     fn deliver_finished(
         &mut self,
         index: usize,
+        shape: Shape,
         frame: Packet<'_>,
         left: Left,
     ) -> Result<(), DropReason> {
         let mut delivered = Err(DropReason::NoBuffer);
         self.finish(frame, left, |sender, frame| {
-            let result = sender.deliver(index, frame);
+            let result = sender.deliver_as(index, shape, frame);
             if delivered.is_err() {
                 delivered = result;
             }
@@ -671,7 +717,7 @@ impl<B: PacketBuffer> Sender<B> {
         }
     }
 
-    /// Copies a frame to one port.
+    /// Copies a frame to one port, and does before what its receiver does not do itself.
     ///
     /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
     /// took its place between the look-up and the copy gets a frame that is not for it.
@@ -679,21 +725,34 @@ impl<B: PacketBuffer> Sender<B> {
         let Some(state) = self.membership.network.port_state(index) else {
             return Err(DropReason::Closed);
         };
-        let shape = state.shape();
+        let shape = state.queue.shape();
         if frame.asks() {
-            let left = software::left_by(&shape.offloads(), frame.offload());
+            let left = shape.left_by(frame.offload());
             if left != Left::Nothing {
-                return self.deliver_finished(index, frame, left);
+                return self.deliver_finished(index, shape, frame, left);
             }
         }
+        self.deliver_as(index, shape, frame)
+    }
+
+    /// Copies a frame to one port, whose receiver does what is left of the frame's work if it has this
+    /// shape.
+    fn deliver_as(
+        &mut self,
+        index: usize,
+        shape: Shape,
+        frame: Packet<'_>,
+    ) -> Result<(), DropReason> {
+        let Some(state) = self.membership.network.port_state(index) else {
+            return Err(DropReason::Closed);
+        };
         if state.policy.is_limited(Way::Receive)
             && !state.policy.admits(Way::Receive, frame.segments().0, frame.len(), self.moment)
         {
             state.counters.missed.receive_limit.fetch_add(1, Ordering::Relaxed);
             return Err(DropReason::ReceiveLimit);
         }
-        let Some(inbox) = state.inbox(shape) else { return Err(DropReason::Closed) };
-        match inbox.deliver_packet(frame) {
+        match state.queue.deliver(shape, frame) {
             Delivery::Direct | Delivery::Overflow => {
                 self.touched[index / 64] |= 1 << (index % 64);
                 Ok(())
@@ -702,7 +761,8 @@ impl<B: PacketBuffer> Sender<B> {
                 state.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::NoBuffer)
             }
-            Delivery::Dropped(Refused::Closed) => {
+            // The receiver has just changed what it accepts, and was closed for it.
+            Delivery::Dropped(Refused::Closed | Refused::Stale) => {
                 state.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
                 Err(DropReason::Closed)
             }
@@ -814,7 +874,8 @@ impl<B: PacketBuffer> Sender<B> {
             let mut ports = core::mem::take(touched);
             while ports != 0 {
                 let state = network.port_state(word * 64 + ports.trailing_zeros() as usize);
-                if let Some(inbox) = state.and_then(|state| state.inbox(state.shape())) {
+                if let Some(inbox) = state.and_then(|state| state.queue.inbox(state.queue.shape()))
+                {
                     inbox.ring();
                 }
                 ports &= ports - 1;

@@ -8,6 +8,7 @@ mod form;
 
 use core::num::NonZeroU64;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use form::*;
@@ -16,8 +17,8 @@ use vmring_core::offload::{Checksum, Gso, LEN, OffloadHeader, Offloads};
 use vmring_embedded::limits::SEGMENTS_PER_PACKET;
 use vmring_embedded::software::{self, Left};
 use vmring_embedded::{
-    DropReason, Network, NetworkConfig, Packet, Port, PortConfig, PortLimits, PortPolicy, Rate,
-    RateLimit, Receiver, Sender, Sent, SourceRule,
+    Accepted, DropReason, Network, NetworkConfig, Packet, Port, PortConfig, PortLimits, PortPolicy,
+    Rate, RateLimit, Receiver, Sender, Sent, SourceRule,
 };
 
 struct Station {
@@ -378,4 +379,187 @@ fn a_place_serves_ports_of_every_kind_in_turn() {
     }
     let config = NetworkConfig::default();
     assert!(config.max_packet_size() < 65_553);
+}
+
+/// Goal: a receiver that accepts less than its port has gets that and no more, in buffers that need not
+/// be larger, and the port sends as before. Method: each set of offloads, with and without ECN, one after
+/// the other on one port; random packets beside `software` on the whole packet.
+#[test]
+fn a_receiver_gets_no_more_than_it_accepts() {
+    let network = network();
+    let mut alice = Station::join(&network, 1, ALL);
+    let port: Port<Buffer> =
+        network.join(PortConfig { offloads: offloads(ALL), ..config(2) }).unwrap();
+    let mac = port.mac();
+    let (mut bob, mut bob_sends) = port.split();
+    let random = &mut Random(9);
+    for turn in 0..64 {
+        let mut accepted = Accepted::new(offloads(turn % 16));
+        accepted.ecn = turn / 16 % 2 == 0;
+        bob.accept(accepted);
+        let now = bob.offloads();
+        assert!(now.virtio_header, "the header stays");
+        let checksum = turn & 1 != 0;
+        assert_eq!((now.checksum, now.tso4), (checksum, checksum && turn & 2 != 0));
+        let is_cut = !(now.tso4 || now.tso6 || now.uso);
+        let size = if is_cut { network.max_packet_size() } else { 65_553 };
+        assert_eq!(bob.max_packet_size(), size);
+        assert!(bob.post(vec![0; LEN + size - 1]).is_err());
+        for _ in 0..64 {
+            bob.post(vec![0xee; LEN + size]).unwrap();
+        }
+        for number in 0..20 {
+            let form = Form::random(random);
+            let (packet, mut header) = form.build(mac, alice.mac, number);
+            header.ecn = header.gso.is_tcp() && random.below(2) == 0;
+            assert_eq!(alice.send(&packet, &header), Sent::Forwarded);
+            let mut frames = Vec::new();
+            while let Some((buffer, len)) = bob.collect() {
+                let header = OffloadHeader::parse(buffer.first_chunk().unwrap()).unwrap();
+                assert_eq!(software::left_by(&now, &header), Left::Nothing, "{header:?}");
+                assert!(accepted.ecn || !header.ecn, "{header:?}");
+                let packet = &buffer[LEN..LEN + len];
+                match header.is_plain() {
+                    true => frames.push(packet.to_vec()),
+                    false => frames.extend(finished(packet, &header)),
+                }
+                bob.post(vec![0xee; LEN + size]).unwrap();
+            }
+            assert_eq!(frames, finished(&packet, &header), "{accepted:?} {form:?}");
+        }
+        // What the port leaves to others has not changed.
+        let (packet, header) = LARGE.build(alice.mac, mac, 0);
+        let packet = Packet::from(&*packet).with_offload(&header);
+        assert_eq!(bob_sends.send_packet(packet), Sent::Forwarded);
+        bob_sends.flush();
+        assert_eq!(alice.frames().len(), 45);
+        while bob.posted() > 0 {
+            bob.recall(drop);
+        }
+    }
+    assert_eq!(bob.stats().drops() + alice.receiver.stats().drops(), 0);
+}
+
+/// Goal: a change keeps what waits and is still accepted, in its order, and counts the rest.
+#[test]
+fn what_waits_stays_if_it_is_accepted() {
+    // The inbox stays the same, or another one takes its place.
+    for (before, after) in [(ALL, 1 | 2), (ALL, 1), (ALL, 0), (1, 0)] {
+        let network = network();
+        let mut alice = Station::join(&network, 1, ALL);
+        let config = PortConfig { offloads: offloads(before), ..config(2) };
+        let port: Port<Buffer> = network.join(config).unwrap();
+        let mac = port.mac();
+        let (mut bob, _sends) = port.split();
+        let mut expected = Vec::new();
+        let mut lost = 0;
+        for number in 0..30 {
+            let form = match number % 3 {
+                0 => Form { v4: true, tcp: true, tagged: false, payload: 20, segment: None },
+                1 => Form { v4: number % 2 == 0, payload: 3000, segment: Some(1000), ..LARGE },
+                _ => Form { tcp: false, payload: 700, segment: None, ..LARGE },
+            };
+            let (packet, header) = form.build(mac, alice.mac, number);
+            let header = if number % 6 == 0 { OffloadHeader::NONE } else { header };
+            let at_first = software::left_by(&bob.offloads(), &header) == Left::Nothing;
+            assert_eq!(alice.send(&packet, &header), Sent::Forwarded);
+            let mut accepted = offloads(after);
+            accepted.virtio_header = true;
+            if !at_first {
+                // The sender has done the work.
+                continue;
+            }
+            match software::left_by(&accepted, &header) {
+                Left::Nothing => expected.push(packet),
+                _ => lost += 1,
+            }
+        }
+        let done = bob.stats().missed_closed;
+        bob.accept(Accepted::new(offloads(after)));
+        let lost_by_change = bob.stats().missed_closed - done;
+        let mut seen = Vec::new();
+        loop {
+            let _ = bob.post(vec![0; LEN + bob.max_packet_size()]);
+            let Some((buffer, len)) = bob.collect() else { break };
+            seen.push(buffer[LEN..LEN + len].to_vec());
+        }
+        if before == ALL {
+            assert_eq!((seen, lost_by_change), (expected, lost), "{before} {after}");
+        } else {
+            // What was cut for it has partial checksums, and is dropped too.
+            assert!(lost_by_change >= lost && expected.iter().all(|packet| seen.contains(packet)));
+        }
+        assert!(alice.send(&vec![0; 60], &OffloadHeader::NONE) != Sent::Forwarded, "no address");
+    }
+}
+
+/// Goal: after the call that accepts less, no packet comes out that leaves more, however fast others
+/// send; and a receiver that changes all the time goes on receiving.
+#[test]
+fn nothing_arrives_that_is_no_longer_accepted() {
+    let network = network();
+    let mut alice = Station::join(&network, 1, ALL);
+    let port: Port<Buffer> =
+        network.join(PortConfig { offloads: offloads(ALL), ..config(2) }).unwrap();
+    let mac = port.mac();
+    let (mut bob, _sends) = port.split();
+    let done = &AtomicBool::new(false);
+    /// Sets a flag when it is dropped, also by a panic, so that a thread ends that looks at it.
+    struct SetAtEnd<'a>(&'a AtomicBool);
+    impl Drop for SetAtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    std::thread::scope(|scope| {
+        let _ends = SetAtEnd(done);
+        scope.spawn(move || {
+            let packets: Vec<_> = (0..8)
+                .map(|number| {
+                    let form = Form { v4: number % 2 == 0, payload: 2500, ..LARGE };
+                    let form = Form { segment: (number < 4).then_some(1000), ..form };
+                    form.build(mac, alice.mac, number)
+                })
+                .collect();
+            while !done.load(Ordering::Relaxed) {
+                for (packet, header) in &packets {
+                    alice.send(packet, header);
+                    alice.receive();
+                }
+            }
+        });
+        let rounds = if std::env::var_os("VMRING_TEST_SCALE").is_some() { 100 } else { 1000 };
+        let began = std::time::Instant::now();
+        let mut received = [0; 4];
+        for round in 0..rounds {
+            let kind = round % 4;
+            let mut accepted = Accepted::new(offloads([ALL, 1, 0, 1 | 2][kind]));
+            accepted.ecn = round % 3 != 0;
+            bob.accept(accepted);
+            let now = bob.offloads();
+            let size = LEN + bob.max_packet_size();
+            let mut came = 0;
+            while came < 3 {
+                assert!(began.elapsed().as_secs() < 60, "round {round}: {:?}", bob.stats());
+                while bob.posted() < 4 {
+                    bob.post(vec![0; size]).unwrap();
+                }
+                let Some((buffer, _)) = bob.collect() else {
+                    std::thread::yield_now();
+                    continue;
+                };
+                let header = OffloadHeader::parse(buffer.first_chunk().unwrap()).unwrap();
+                assert_eq!(software::left_by(&now, &header), Left::Nothing, "{accepted:?}");
+                came += 1;
+                received[kind] += 1;
+            }
+            bob.close();
+            while bob.posted() > 0 {
+                bob.recall(drop);
+                while bob.collect().is_some() {}
+            }
+            bob.reopen();
+        }
+        assert!(received.iter().all(|count| *count > 0));
+    });
 }

@@ -4,8 +4,8 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
-use vmring::{Direction, Driver, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
+use vmring::{Driver, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
 
 use crate::plan::Plan;
 use crate::result::Result;
@@ -115,7 +115,7 @@ impl Device for NullDevice {
         Capabilities::new(1500, 1514)
     }
 
-    fn queue(&self, _: Direction, _: Wake) -> std::result::Result<Box<dyn Queue>, vmring::Error> {
+    fn queue(&self, _: QueueConfig, _: Wake) -> std::result::Result<Box<dyn Queue>, vmring::Error> {
         Ok(Box::new(NullQueue))
     }
 }

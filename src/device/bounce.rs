@@ -24,6 +24,8 @@ pub(crate) struct GuestSupport {
     pub(crate) write_segments: u32,
     pub(crate) headroom: u32,
     pub(crate) max_packet_size: u32,
+    /// The largest packet that the ring reads, in bytes.
+    pub(crate) read_size: u32,
     pub(crate) offloads: Offloads,
     /// Whether a packet may fill several reads of the ring, so that each may be small.
     pub(crate) merges: bool,
@@ -67,12 +69,10 @@ impl Bounce {
 
     /// Whether the device takes this buffer of a guest as it is.
     pub(crate) fn is_taken(&self, class: Class, guest: &GuestBuffer) -> bool {
-        let GuestSupport {
-            read_segments, write_segments, headroom, max_packet_size, merges, ..
-        } = self.support;
+        let GuestSupport { read_segments, write_segments, headroom, read_size, merges, .. } =
+            self.support;
         let most = if class == Class::Read { read_segments } else { write_segments };
-        let has_room =
-            class == Class::Write || merges || guest.capacity() >= max_packet_size as usize;
+        let has_room = class == Class::Write || merges || guest.capacity() >= read_size as usize;
         // A device without a header of its own does not see the guest's.
         let mut pieces = match (class, headroom) {
             (Class::Read, 0) => guest.space(),

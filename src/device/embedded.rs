@@ -29,9 +29,15 @@
 //! sender's thread completes the checksum or cuts the packet into segments.
 //! [`Interface::counters`](crate::Interface::counters) says how often.
 //!
+//! A ring can accept less than its interface ([`RingBuilder::receive_offloads`]), such as that of a guest
+//! which has not negotiated as much. Senders do the rest, and the ring's reads need no more space than
+//! its packets.
+//!
 //! A packet that leaves work to others is copied by itself: several of them are not claimed together.
 //! A header that is not true of its packet fails the write with
 //! [`Status::InvalidArgument`].
+//!
+//! [`RingBuilder::receive_offloads`]: crate::RingBuilder::receive_offloads
 
 mod limits_control;
 
@@ -50,15 +56,18 @@ use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
 use vmring_embedded::port::{Port, Receiver, Sender};
 use vmring_embedded::{
-    AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, PortPolicy, Sent,
+    Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, PortPolicy,
+    Sent,
 };
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
+use crate::config::{InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
 use crate::device::bounce::{header_of, is_complete};
 use crate::device::context::PollContext;
 use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
 use crate::device::inbox_reader::{InboxEnd, InboxReader};
-use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
+use crate::device::seam::{
+    Capabilities, Device, Driver, Lease, Progress, Queue, QueueConfig, Wake,
+};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
 use crate::sync::Mutex;
@@ -255,6 +264,8 @@ struct EmbeddedPort {
     info: InterfaceInfo,
     /// What was asked for, and the header with any of it.
     offloads: Offloads,
+    /// The longest packet of the network that is not to be cut.
+    max_frame_size: u32,
     /// The network's name and settings, to join it again after a stop.
     name: String,
     network: NetworkConfig,
@@ -283,6 +294,7 @@ impl EmbeddedPort {
         let config = &settings.config;
         let (port, limits) = Self::port(&network, &wake, &settings, config.mac)?;
         let (offloads, max) = (port.offloads(), port.max_packet_size() as u32);
+        let max_frame_size = network.max_packet_size() as u32;
         let mut info = InterfaceInfo::new(config, port.mac(), configuration.mtu, max);
         let ends = Self::ends(port, limits, &monitor, &settings);
         let range = configuration.ipv4;
@@ -292,7 +304,17 @@ impl EmbeddedPort {
             mask: range.mask,
         });
         let ends = Arc::new(Mutex::new(Some(ends)));
-        Ok(Self { info, offloads, name, network: configuration, settings, wake, ends, monitor })
+        Ok(Self {
+            info,
+            offloads,
+            max_frame_size,
+            name,
+            network: configuration,
+            settings,
+            wake,
+            ends,
+            monitor,
+        })
     }
 
     /// Joins the network. Returns the port, and the limits that it has now.
@@ -355,15 +377,22 @@ impl Device for EmbeddedPort {
         caps.merges_reads = true;
         caps.checks_headers = true;
         caps.offloads = self.offloads;
+        caps.receive_offloads = true;
+        caps.max_frame_size = self.max_frame_size;
         caps.headroom = if self.offloads.virtio_header { offload::LEN as u32 } else { 0 };
         caps
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let direction = config.direction;
         let mut ends = lock(&self.ends);
         let ends_now = ends.as_mut().ok_or(Status::SetupIncomplete)?;
         let rx = if direction.reads() {
-            let receiver = ends_now.receiver.take().ok_or(Status::SetupIncomplete)?;
+            let mut receiver = ends_now.receiver.take().ok_or(Status::SetupIncomplete)?;
+            let mut accepted = Accepted::new(config.receive_offloads);
+            accepted.ecn = config.receive_ecn;
+            // The ring before this one has let go of its buffers, so none is posted.
+            receiver.accept(accepted);
             *lock(&self.wake) = Some(wake);
             Some(InboxReader::with_headers(receiver, self.offloads.virtio_header))
         } else {

@@ -3,7 +3,7 @@
 //!
 //! ```
 //! use vmring::device::fault::Faults;
-//! use vmring::{Direction, Interface, Loopback};
+//! use vmring::{Interface, Loopback};
 //!
 //! let faults = Faults::seeded(7).short_batches(0.5).exhaustion(0.1).duplicate_wakes(0.2);
 //! let interface = Interface::builder().device(faults.wrap(Loopback::new(1500))).start()?;
@@ -20,10 +20,10 @@ use std::{fmt, thread};
 use fastrand::Rng;
 use vmring_core::sync::{AtomicU64, Ordering};
 
-use crate::config::{Direction, InterfaceConfig};
+use crate::config::InterfaceConfig;
 use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::relay::{Relay, delegate_device};
-use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
+use crate::device::seam::{Device, Driver, Progress, Queue, QueueConfig, Wake};
 use crate::error::{Error, Status};
 use crate::sync::Mutex;
 use crate::sys::lock;
@@ -185,11 +185,11 @@ struct FaultyDevice {
 }
 
 delegate_device!(FaultyDevice {
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
         let n = self.queues.fetch_add(1, Ordering::Relaxed);
         let rng = Rng::with_seed(self.faults.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n);
         let faults = self.faults.clone();
-        let inner = self.device.queue(direction, faulty_wake(&faults, rng.clone(), wake.clone()))?;
+        let inner = self.device.queue(config, faulty_wake(&faults, rng.clone(), wake.clone()))?;
         let engine = faults.engine.map(|engine| Held::start(engine, rng.clone(), wake));
         Ok(Box::new(FaultyQueue {
             inner,

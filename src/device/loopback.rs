@@ -9,12 +9,12 @@ use vmring_core::sync::{self, AtomicU64, AtomicUsize, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::inbox::{Delivery, Inbox, Refused};
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
+use crate::config::{InterfaceConfig, InterfaceInfo};
 use crate::device::bounce::is_complete;
 use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
 use crate::device::inbox_reader::InboxReader;
-use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, QueueConfig, Wake};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error, Status};
 use crate::limits::{INBOX_READS_MAX, LOOPBACK_QUEUE};
@@ -115,7 +115,8 @@ impl Device for Loop {
         vec![("too few reads", self.shared.dropped.load(Ordering::Relaxed))]
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let direction = config.direction;
         let collector = if direction.reads() {
             let wake = Arc::new(move || wake.wake());
             // The library opens one reading queue at a time (`Capabilities::reading_rings`), so the

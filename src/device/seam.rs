@@ -47,7 +47,7 @@ pub trait Device: Send + Sync {
     /// Returns what the device's queues can do. The answer must not change while the device runs.
     fn capabilities(&self) -> Capabilities;
 
-    /// Opens an endpoint for one ring.
+    /// Opens an endpoint for one ring, which `config` describes.
     ///
     /// The queue keeps `wake`, to wake the poller with it. [`Queue::arm`] says when it must. The
     /// library never opens more queues at a time than [`Capabilities`] allows.
@@ -56,7 +56,7 @@ pub trait Device: Send + Sync {
     ///
     /// The device's own. Building the ring fails with this error. After a restart the ring closes
     /// instead.
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error>;
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error>;
 
     /// Stops the interface. A queue that still exists returns an error from its next
     /// [`poll`](Queue::poll).
@@ -146,6 +146,31 @@ pub trait Device: Send + Sync {
     /// Returns the error that says that this device does not support `what`.
     fn not_supported(&self, what: &'static str) -> Error {
         Error::NotSupported { what, device: self.name().to_owned() }
+    }
+}
+
+/// What a ring wants of its endpoint; see [`Device::queue`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct QueueConfig {
+    /// Whether the ring reads, writes, or both.
+    pub direction: Direction,
+    /// The work that the ring accepts undone in what it reads, of the interface's
+    /// [offloads](Capabilities::offloads); see [`RingBuilder::receive_offloads`]. They are the
+    /// interface's unless the device has [`Capabilities::receive_offloads`]. Whether there is a header
+    /// does not change.
+    ///
+    /// [`RingBuilder::receive_offloads`]: crate::RingBuilder::receive_offloads
+    pub receive_offloads: Offloads,
+    /// Whether TCP packets with ECN are among those that the ring accepts uncut; see
+    /// [`RingBuilder::receive_ecn`](crate::RingBuilder::receive_ecn).
+    pub receive_ecn: bool,
+}
+
+impl QueueConfig {
+    /// The endpoint of a ring that accepts all work undone that its interface may leave.
+    pub fn new(direction: Direction) -> Self {
+        Self { direction, receive_offloads: Offloads::ALL, receive_ecn: true }
     }
 }
 
@@ -295,6 +320,14 @@ pub struct Capabilities {
     pub headroom: u32,
     /// The work that the device does for the guest.
     pub offloads: Offloads,
+    /// Whether each ring that reads can accept less than these offloads
+    /// ([`QueueConfig::receive_offloads`]). The default is no: what is read leaves what the interface's
+    /// offloads allow.
+    pub receive_offloads: bool,
+    /// The largest packet that is not to be cut into segments, in bytes. It is the largest that a ring
+    /// reads which accepts no segmentation, if the device has [`receive_offloads`](Self::receive_offloads).
+    /// The default is `max_packet_size`.
+    pub max_frame_size: u32,
     /// The largest number of segments of a guest's buffer that the device can fill itself
     /// ([`PostedSlot::guest`](crate::device::PostedSlot::guest)). The default is 0: it takes frames
     /// only, and the library copies each packet from a frame into the guest's memory. It gets no
@@ -332,6 +365,8 @@ impl Capabilities {
             max_write_batch: PACKETS_PER_CALL,
             headroom: 0,
             offloads: Offloads::default(),
+            receive_offloads: false,
+            max_frame_size: max_packet_size,
             read_segments: 0,
             write_segments: 0,
             merges_reads: false,

@@ -192,7 +192,9 @@ use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, Offloads};
 use crate::device::common::mac_of;
 use crate::device::context::PollContext;
 use crate::device::dhcp_settings::DhcpSettings;
-use crate::device::seam::{Capabilities, Device, Driver, Lease, Progress, Queue, Wake};
+use crate::device::seam::{
+    Capabilities, Device, Driver, Lease, Progress, Queue, QueueConfig, Wake,
+};
 use crate::error::{ConfigError, Error, Status, TapError};
 use crate::sync::Mutex;
 use crate::sys::{after, lock};
@@ -766,7 +768,8 @@ impl Device for TapDevice {
         self.caps
     }
 
-    fn queue(&self, direction: Direction, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let direction = config.direction;
         let running = lock(&self.running);
         let running = running.as_ref().ok_or(Status::SetupIncomplete)?;
         let mut queue_states = lock(&running.queue_states);

@@ -39,9 +39,9 @@ use started::{StartedInterface, Timeouts};
 use vmring_core::offload;
 use vmring_core::sync::Ordering;
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Mode, PortForward, Protocol};
+use crate::config::{InterfaceConfig, InterfaceInfo, Mode, PortForward, Protocol};
 use crate::device::common::mac_of;
-use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sync::Mutex;
 use crate::sys::lock;
@@ -259,7 +259,8 @@ impl Device for VmnetDevice {
         lock(&self.negotiated).1
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let direction = config.direction;
         let caps = self.capabilities();
         let batches = (caps.max_read_batch, caps.max_write_batch);
         let header = caps.headroom as usize;

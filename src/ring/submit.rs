@@ -24,6 +24,8 @@ pub struct SubmissionQueue {
     pub(super) producer: SqProducer,
     pub(crate) shared: Arc<RingShared>,
     caps: Capabilities,
+    /// The largest packet that the ring reads, in bytes.
+    read_size: u32,
     /// Whether submits are deferred. Other than `Off` only while the ring's other half, which is
     /// borrowed together with this one, is reaping (and after its iterator was forgotten).
     pub(super) deferred: Cell<Deferred>,
@@ -47,9 +49,21 @@ pub(super) enum Deferred {
 }
 
 impl SubmissionQueue {
-    pub(crate) fn new(producer: SqProducer, shared: Arc<RingShared>, caps: Capabilities) -> Self {
+    pub(crate) fn new(
+        producer: SqProducer,
+        shared: Arc<RingShared>,
+        caps: Capabilities,
+        read_size: u32,
+    ) -> Self {
         let drives_engine = shared.is_inline();
-        Self { producer, shared, caps, deferred: Cell::new(Deferred::Off), drives_engine }
+        Self {
+            producer,
+            shared,
+            caps,
+            read_size,
+            deferred: Cell::new(Deferred::Off),
+            drives_engine,
+        }
     }
 
     /// Takes a free frame from the ring's first pool. The frame is empty, and the pool's headroom
@@ -540,10 +554,10 @@ impl SubmissionQueue {
         let max = self.caps.max_packet_size as usize;
         if class == Class::Read {
             frame.reset();
-            let capacity = frame.capacity();
-            if capacity < max {
+            let (capacity, needed) = (frame.capacity(), self.read_size as usize);
+            if capacity < needed {
                 return Err(SubmitError {
-                    kind: SubmitErrorKind::TooSmall { capacity, needed: max },
+                    kind: SubmitErrorKind::TooSmall { capacity, needed },
                     frame,
                 });
             }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
-use vmring::{Direction, Driver, Error, InterfaceConfig, InterfaceInfo, Status};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
+use vmring::{Driver, Error, InterfaceConfig, InterfaceInfo, Status};
 
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
@@ -73,8 +73,8 @@ impl Device for CountedDevice {
         caps
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        let inner = self.inner.queue(direction, wake)?;
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let inner = self.inner.queue(config, wake)?;
         Ok(Box::new(CountedQueue { inner, counts: self.counts.clone(), closes: None }))
     }
 

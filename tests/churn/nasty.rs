@@ -7,8 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring::device::{Capabilities, Device, PollContext, PostedSlot, Progress, Queue, Wake};
-use vmring::{Direction, Driver, Error, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
+use vmring::device::{
+    Capabilities, Device, PollContext, PostedSlot, Progress, Queue, QueueConfig, Wake,
+};
+use vmring::{Driver, Error, InterfaceConfig, InterfaceInfo, MacAddr6, Status};
 
 use crate::churn::{ON_PURPOSE, lock};
 use crate::support::Dice;
@@ -283,7 +285,7 @@ impl Device for NastyDevice {
         caps
     }
 
-    fn queue(&self, _: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
         let n = self.queues.fetch_add(1, Ordering::SeqCst);
         if let Some(Panics { at: Call::Open, call, bombs }) = self.script.panics
             && call == n

@@ -137,11 +137,16 @@
 //! # Offloads
 //!
 //! What a guest may leave undone is what the interface does
-//! ([`InterfaceBuilder::offloads`](vmring::InterfaceBuilder::offloads)). A guest that accepts less than
-//! the interface delivers, as firmware does, gets its packets through frames of the device: the checksum
-//! is completed, or the packet is cut ([`NetStats::rx_software`]). So do guests with mergeable buffers, if
-//! packets may be longer than 1,524 bytes and the interface cannot fill several buffers with one packet
-//! (vmnet and recorded interfaces cannot). This costs one more copy.
+//! ([`InterfaceBuilder::offloads`](vmring::InterfaceBuilder::offloads)). A guest may accept less than the
+//! interface delivers, as firmware does, or switch its offloads off later. If the interface lets each ring
+//! say what it accepts ([`Capabilities::receive_offloads`]), as the embedded network does, the rest is
+//! done before a packet is in the guest's buffer, and costs no copy. Over other interfaces, such as a TAP,
+//! the guest gets its packets through frames of the device: the checksum is completed, or the packet is
+//! cut ([`NetStats::rx_software`]). So do guests with mergeable buffers, if packets may be longer than
+//! 1,524 bytes and the interface cannot fill several buffers with one packet (vmnet and recorded interfaces
+//! cannot). This costs one more copy.
+//!
+//! [`Capabilities::receive_offloads`]: vmring::device::Capabilities::receive_offloads
 //!
 //! # Hostile guests
 //!

@@ -15,7 +15,8 @@ use smoltcp::wire::{
     TcpRepr, TcpSeqNumber,
 };
 use vmring::device::{
-    Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, Wake as DeviceWake,
+    Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, QueueConfig,
+    Wake as DeviceWake,
 };
 use vmring::{
     Checksum, Direction, Drive, Driver, Embedded, Error, Gso, Interface, InterfaceConfig,
@@ -273,7 +274,7 @@ impl Device for WireDevice {
         caps
     }
 
-    fn queue(&self, _: Direction, wake: DeviceWake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, wake: DeviceWake) -> Result<Box<dyn Queue>, Error> {
         let mut far = self.wire.state.lock().unwrap();
         far.wake = Some(wake);
         let mut near = None;

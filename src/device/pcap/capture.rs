@@ -15,10 +15,10 @@ use super::format::{
     IF_MACADDR, IF_NAME, IF_TSRESOL, INTERFACE_DESCRIPTION, SECTION_HEADER,
 };
 use super::spool::{Spool, Stage};
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
+use crate::config::{InterfaceConfig, InterfaceInfo};
 use crate::device::context::{CompletedSlot, PollContext};
 use crate::device::relay::{Relay, delegate_device};
-use crate::device::seam::{Device, Driver, Progress, Queue, Wake};
+use crate::device::seam::{Device, Driver, Progress, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sys::set_blocking;
 
@@ -271,8 +271,8 @@ struct RecordedDevice {
 }
 
 delegate_device!(RecordedDevice {
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        let inner = self.device.queue(direction, wake)?;
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let inner = self.device.queue(config, wake)?;
         let (capture, interface) = (self.capture.clone(), self.interface);
         Ok(Box::new(RecordedQueue { inner, relay: Relay::default(), capture, interface }))
     }

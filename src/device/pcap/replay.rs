@@ -10,10 +10,10 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use super::record::{Record, Stop, Unfit};
 use super::source::{Source, note, open_file};
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo};
+use crate::config::{InterfaceConfig, InterfaceInfo};
 use crate::device::common::{mac_of, no_offloads};
 use crate::device::context::PollContext;
-use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Progress, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, Status};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::sys::lock;
@@ -200,7 +200,7 @@ impl Device for ReplayDevice {
         caps
     }
 
-    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
         // The queue has no use for the wake: everything that can be read is there from the start.
         Ok(Box::new(ReplayQueue { state: self.state.clone() }))
     }

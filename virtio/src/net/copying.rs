@@ -3,8 +3,10 @@
 //! a long packet is spread over mergeable buffers.
 //!
 //! It costs one more copy. It is used if the guest has not accepted an offload that the interface
-//! delivers, and if packets may be longer than mergeable buffers while the interface cannot fill
+//! delivers and a ring cannot refuse ([`Capabilities::receive_offloads`]), and if packets may be longer than mergeable buffers while the interface cannot fill
 //! several buffers with one packet.
+//!
+//! [`Capabilities::receive_offloads`]: vmring::device::Capabilities::receive_offloads
 
 use std::collections::VecDeque;
 

@@ -53,17 +53,20 @@ pub(super) struct Receiver {
 /// How a guest gets its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// The interface fills the guest's buffers, one with each packet, or several if `merging`.
-    Direct { merging: bool },
+    /// The interface fills the guest's buffers, one with each packet, or several if `merging`. What is
+    /// in them leaves no other work than this, and TCP with ECN only if `ecn`.
+    Direct { merging: bool, offloads: Offloads, ecn: bool },
     /// The interface fills frames, which are copied.
     Copying(Wanted),
 }
 
 impl Mode {
     /// The way for a guest that takes what is `wanted`.
+    ///
+    /// A device that lets each ring accept what it will needs no copies for a guest that accepts less.
     pub(super) fn of(caps: &Capabilities, wanted: Wanted) -> Self {
         let Offloads { checksum, tso4, tso6, uso, virtio_header, .. } = caps.offloads;
-        let delivers = checksum && virtio_header;
+        let delivers = checksum && virtio_header && !caps.receive_offloads;
         let takes = wanted.offloads;
         let lacks = !takes.checksum
             || tso4 && !takes.tso4
@@ -72,12 +75,29 @@ impl Mode {
             || (tso4 || tso6) && !wanted.ecn;
         // A driver with mergeable buffers makes them large enough for an Ethernet frame, if not for
         // more.
-        let is_long = bytes_for(caps.max_packet_size) > MERGEABLE_BUFFER;
+        let direct = |merging| match caps.receive_offloads {
+            true => Mode::Direct { merging, offloads: takes & caps.offloads, ecn: wanted.ecn },
+            // The ring gets what the interface gives.
+            false => Mode::Direct { merging, offloads: caps.offloads, ecn: true },
+        };
+        let is_long = bytes_for(direct(false).longest(caps)) > MERGEABLE_BUFFER;
         let cannot_merge = wanted.merging && !caps.merges_reads && is_long;
         if delivers && lacks || cannot_merge {
             return Mode::Copying(wanted);
         }
-        Mode::Direct { merging: wanted.merging && caps.merges_reads }
+        direct(wanted.merging && caps.merges_reads)
+    }
+
+    /// The length of the longest packet that a ring of this mode reads, in bytes.
+    fn longest(&self, caps: &Capabilities) -> u32 {
+        match self {
+            Mode::Direct { offloads: Offloads { tso4, tso6, uso, .. }, .. }
+                if caps.receive_offloads && !(*tso4 || *tso6 || *uso) =>
+            {
+                caps.max_frame_size
+            }
+            _ => caps.max_packet_size,
+        }
     }
 }
 
@@ -90,7 +110,7 @@ impl Receiver {
             depth,
             running: None,
             failed: None,
-            mode: Mode::Direct { merging: false },
+            mode: Mode::Direct { merging: false, offloads: Offloads::ALL, ecn: true },
             reads: 0,
             copier: None,
             bytes: bytes_for(interface.capabilities().max_packet_size),
@@ -116,16 +136,17 @@ impl Receiver {
         let reads = self.reads_for(mode, size);
         self.dismantle(readiness);
         let builder = interface.ring(Direction::Read).drive(Drive::Inline);
-        let max_packet_size = interface.capabilities().max_packet_size;
+        let longest = mode.longest(&interface.capabilities());
         let (builder, copier) = match mode {
-            Mode::Direct { merging } => {
+            Mode::Direct { merging, offloads, ecn } => {
                 // Guests' buffers need no frames, but a ring has a pool.
                 let builder = builder.read_depth(reads).frames(1);
+                let builder = builder.receive_offloads(offloads).receive_ecn(ecn);
                 (builder.segment_table(&self.table).mergeable_reads(merging), None)
             }
             Mode::Copying(wanted) => {
                 let builder = builder.read_depth(reads).frames(FRAMES);
-                (builder, Some(Copier::new(wanted, max_packet_size)))
+                (builder, Some(Copier::new(wanted, longest)))
             }
         };
         let ring = builder.build()?;
@@ -134,6 +155,7 @@ impl Receiver {
             .map_err(|source| Error::Io { what: "waiting for a ring", source })?;
         (self.ring, self.failed) = (Some(ring), None);
         (self.mode, self.reads, self.copier) = (mode, reads, copier);
+        self.bytes = bytes_for(longest);
         Ok(())
     }
 
@@ -267,7 +289,7 @@ impl Receiver {
         let Some(running) = running else { return 0 };
         let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
         let mask = running.queue.layout().size as usize - 1;
-        let merging = *mode == Mode::Direct { merging: true };
+        let merging = matches!(mode, Mode::Direct { merging: true, .. });
         running.take(cx, most, |chain, number| {
             // A buffer that holds a header alone is one only if more can follow.
             let least = HEADER_LEN + u32::from(!merging);

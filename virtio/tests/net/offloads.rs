@@ -1,13 +1,17 @@
 //! Offloads, mergeable buffers, and guests that take less than the interface gives.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vmring::config::Offloads;
 use vmring::software::complete_checksum;
-use vmring::{Checksum, Gso, OffloadHeader};
+use vmring::{Checksum, Embedded, Gso, Interface, OffloadHeader};
 use vmring_virtio::net::{Features, NetSettings, QueueSetup};
 
 use crate::driver::shapes::Shape;
 use crate::net::basics::{one_buffer, shape};
 use crate::net::guest::{Guest, HEADER, Options, driver, layout, poll_both};
 use crate::net::wire::{offloading, wire};
+use crate::support::{LONG, guarded};
 
 /// All work that a guest may accept undone.
 const UNDONE: Features = Features::GUEST_OFFLOADS;
@@ -345,4 +349,156 @@ fn offloads_are_switched_while_packets_arrive() {
         assert_eq!(control.waiting(1), 0);
     }
     assert_eq!(guest.stats().rx_errors, 0);
+}
+
+/// Two guests on an embedded network whose ports have every offload. The first one leaves everything to
+/// others, and the second one does not accept `without`.
+fn on_a_network(name: &str, without: Features, control: bool) -> [Guest; 2] {
+    [Features::NONE, without].map(|without| {
+        let embedded = Embedded::network(format!("virtio-net test {name}")).overflow(256);
+        let interface = Interface::builder().device(embedded).offloads(Offloads::ALL).start();
+        let mut options = Options { without: without | Features::EVENT_IDX, ..Options::default() };
+        options.settings.control_queue = control;
+        Guest::with(interface.expect("an interface"), &options)
+    })
+}
+
+/// A TCP packet from one guest to another.
+fn tcp_to(from: &Guest, to: &Guest, payload: usize) -> Vec<u8> {
+    let mut packet = tcp(payload);
+    packet[..6].copy_from_slice(&to.mac());
+    packet[6..12].copy_from_slice(&from.mac());
+    packet
+}
+
+fn counter(guest: &Guest, name: &str) -> u64 {
+    let counters = guest.device.interface().counters();
+    counters.into_iter().find(|(known, _)| *known == name).expect("it is counted").1
+}
+
+/// The sender completes and cuts into the guest's own buffers, so nothing is copied twice, and the
+/// buffers need be no larger than a frame.
+#[test]
+fn a_network_does_what_a_guest_does_not_accept_without_a_copy() {
+    for merging in [false, true] {
+        let without = UNDONE.with_if(!merging, Features::MRG_RXBUF);
+        let [mut a, mut b] = on_a_network(&format!("no copies {merging}"), without, false);
+        assert_eq!(b.fill(&one_buffer(1530), 120), 120);
+        b.poll();
+        a.send_raw(&bytes_of(PARTIAL), &tcp_to(&a, &b, 1000), &[u32::MAX], None);
+        let long = tcp_to(&a, &b, 64_000);
+        a.send_raw(&bytes_of(tso(1000)), &long, &[u32::MAX], None);
+        let plain = a.frame_to(b.mac(), 700, 1);
+        a.send(&plain);
+        poll_both(&mut a, &mut b);
+        let packets = b.received();
+        assert_eq!(packets.len(), 1 + 64 + 1);
+        let (last, cut) = packets.split_last().unwrap();
+        assert_eq!(*last, plain);
+        let mut payload: Vec<u8> = Vec::new();
+        for packet in cut {
+            assert!(is_complete(packet), "{}", packet.len());
+            payload.extend(&packet[54..]);
+        }
+        assert_eq!(payload, [&tcp(1000)[54..], &tcp(64_000)[54..]].concat());
+        let copied = (a.stats().tx_copied, b.stats().rx_software);
+        let bounced = b.device.ring_stats(0).expect("a ring").bounced_reads;
+        assert_eq!((copied, bounced), ((0, 0), 0));
+        let counters = ["second copies", "checksums completed", "cut in software"]
+            .map(|name| counter(&a, name));
+        assert_eq!(counters, [0, 1, 1]);
+    }
+}
+
+/// What a guest has not accepted of TCP alone: ECN, or one of the protocols.
+#[test]
+fn a_network_leaves_a_guest_what_it_accepts() {
+    let without = Features::GUEST_ECN | Features::MRG_RXBUF;
+    let [mut a, mut b] = on_a_network("no ECN", without, false);
+    b.fill(&one_buffer(65_565), 8);
+    b.poll();
+    let packet = tcp_to(&a, &b, 3000);
+    let ecn = OffloadHeader { ecn: true, ..tso(1000) };
+    for header in [tso(1000), ecn] {
+        a.send_raw(&bytes_of(header), &packet, &[u32::MAX], None);
+    }
+    poll_both(&mut a, &mut b);
+    let returned = b.returned();
+    assert_eq!(returned.len(), 1 + 3);
+    assert_eq!(returned[0].1[..10], bytes_of(tso(1000))[..10]);
+    for (_, bytes) in &returned[1..] {
+        assert_eq!(bytes[..HEADER], [1, 0, 0, 0, 0, 0, 34, 0, 16, 0, 1, 0], "partial checksums");
+    }
+    assert_eq!((b.stats().rx_software, counter(&a, "cut in software")), (0, 1));
+}
+
+/// Sets a flag when it is dropped, also by a panic, so that a thread ends that looks at it.
+pub(crate) struct SetAtEnd<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A guest switches its offloads while another one sends as fast as it can. After the answer nothing
+/// arrives that it does not accept any more.
+#[test]
+fn offloads_are_switched_while_another_guest_sends() {
+    guarded("switched offloads", || {
+        let [mut a, mut b] = on_a_network("switched offloads", Features::MRG_RXBUF, true);
+        let accepted = b.device.accepted_features();
+        let mut commands = driver(&b.memory, 2, 16, accepted, 0).with_arena(0x4070_0000);
+        b.device.start_queue(2, QueueSetup::new(layout(2, 16))).unwrap();
+        let packet = tcp_to(&a, &b, 5000);
+        let done = &AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let _ends = SetAtEnd(done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    a.send_raw(&bytes_of(tso(1000)), &packet, &[u32::MAX], None);
+                    a.poll();
+                    a.tx.collect();
+                }
+            });
+            let on = accepted.bits() & UNDONE.bits();
+            let checksums = Features::GUEST_CSUM.bits();
+            for (round, bits) in [0, on, checksums, on, 0].into_iter().cycle().take(40).enumerate()
+            {
+                let head = commands.post(&[(10, false), (1, true)], None).unwrap();
+                let buffers = commands.buffers(head).to_vec();
+                let command = [&[5, 0][..], &u64::to_le_bytes(bits)].concat();
+                commands.write(buffers[0].address, &command);
+                commands.expose();
+                b.poll();
+                assert_eq!(commands.read(buffers[1].address, 1), [0]);
+                assert_eq!(commands.collect().len(), 1);
+                // What was put into the queue before the answer.
+                b.returned();
+                let mut came = 0;
+                let began = std::time::Instant::now();
+                while came < 12 {
+                    assert!(began.elapsed() < LONG, "round {round}: {:?}", b.device);
+                    b.fill(&one_buffer(5100), 16);
+                    b.poll();
+                    for (len, bytes) in b.returned() {
+                        let is_whole = len as usize == HEADER + 54 + 5000;
+                        let kind = (bytes[0], bytes[1]);
+                        let (wanted, may_come) = match bits {
+                            0 => ((0, 0), kind == (0, 0)),
+                            _ if bits == on => ((1, 1), is_whole == (kind == (1, 1))),
+                            _ => ((1, 0), kind.1 == 0),
+                        };
+                        assert!(may_come, "round {round}: {kind:?}");
+                        if kind == (0, 0) {
+                            assert!(is_complete(&bytes[HEADER..]), "round {round}");
+                        }
+                        // What has waited may leave less.
+                        came += u32::from(kind == wanted);
+                    }
+                }
+            }
+        });
+        assert_eq!((b.stats().rx_software, b.stats().rx_errors), (0, 0));
+    });
 }

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmring::config::{InterfaceConfig, InterfaceInfo};
 use vmring::device::{
-    Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, Wake,
+    Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, QueueConfig, Wake,
 };
-use vmring::{Direction, Driver, Error, Interface, MacAddr6, Status};
+use vmring::{Driver, Error, Interface, MacAddr6, Status};
 
 use crate::net::guest::HEADER;
 
@@ -165,7 +165,8 @@ impl Device for WireDevice {
         self.caps
     }
 
-    fn queue(&self, direction: Direction, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, config: QueueConfig, wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let direction = config.direction;
         let reader = if direction.reads() {
             let inboxes = &self.shared.inboxes[self.end];
             let free = inboxes.iter().position(|inbox| !lock(inbox).is_read);

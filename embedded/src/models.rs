@@ -1,0 +1,103 @@
+//! Model checking of what only this crate sees of a queue: changes of what its receiver accepts.
+
+use std::sync::Arc as StdArc;
+
+use loom::sync::Arc;
+use loom::thread;
+use vmring_core::offload::{Checksum, OffloadHeader, Offloads};
+
+use crate::inbox::{Delivery, Inbox, Refused};
+use crate::packet::Packet;
+use crate::receive_queue::{Accepted, QueueEnd, ReceiveQueue, Shape};
+use crate::software::Left;
+
+type Buffer = Vec<u8>;
+
+const LEN: usize = 2;
+const SPACE: usize = 12 + LEN;
+
+fn check(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    if builder.preemption_bound.is_none() {
+        builder.preemption_bound = Some(3);
+    }
+    builder.check(model);
+}
+
+fn make(_: Shape) -> Inbox<Buffer> {
+    Inbox::with_headers(2, 1, LEN)
+}
+
+fn checksums() -> (Shape, Shape) {
+    let mut offloads = Offloads::default();
+    offloads.checksum = true;
+    let with = Shape::new(offloads);
+    let without = with.accepting(Accepted::new(Offloads::default()));
+    (with, without)
+}
+
+/// A packet that leaves its checksum.
+fn asking() -> OffloadHeader {
+    OffloadHeader { checksum: Checksum::Partial { start: 0, offset: 0 }, ..OffloadHeader::NONE }
+}
+
+/// Sends one packet as a port's sender does: it decides by the shape, and then delivers.
+fn send(queue: &ReceiveQueue<Buffer>) -> Delivery {
+    let shape = queue.shape();
+    let header = match shape.left_by(&asking()) {
+        Left::Nothing => asking(),
+        _ => OffloadHeader::NONE,
+    };
+    queue.deliver(shape, Packet::from(&[1, 2][..]).with_offload(&header))
+}
+
+/// Takes everything out that has arrived, and checks that the receiver accepts it.
+fn take(end: &mut QueueEnd<Buffer>) -> usize {
+    let mut count = 0;
+    while let Some(packet) = end.collector.collect() {
+        let header = OffloadHeader::parse(packet.buffer.first_chunk().unwrap()).unwrap();
+        assert_eq!(end.shape.left_by(&header), Left::Nothing);
+        assert_eq!(packet.len, LEN);
+        count += 1;
+    }
+    count
+}
+
+/// A receiver that changes what it accepts while a packet comes: the packet arrives once, in the form
+/// that is accepted when it comes out, or its sender is told that it was dropped.
+#[test]
+fn a_change_of_what_is_accepted_lets_nothing_else_in() {
+    check(|| {
+        let (with, without) = checksums();
+        let queue = Arc::new(ReceiveQueue::new());
+        let mut end = queue.open(with, StdArc::new(|| {}), make).unwrap();
+        end.collector.reopen();
+        let sender = {
+            let queue = queue.clone();
+            thread::spawn(move || send(&queue))
+        };
+        let mut dropped = 0;
+        let mut arrived = 0;
+        for shape in [without, with] {
+            end.collector.close();
+            dropped += end.change(&queue, shape, make) as usize;
+            end.collector.reopen();
+            end.collector.post(vec![0; SPACE]).unwrap();
+            arrived += take(&mut end);
+            end.collector.close();
+            arrived += take(&mut end);
+            end.collector.recall(drop);
+            end.collector.reopen();
+        }
+        let sent = sender.join().unwrap();
+        end.collector.post(vec![0; SPACE]).unwrap();
+        arrived += take(&mut end);
+        match sent {
+            Delivery::Dropped(Refused::Closed | Refused::Stale) => {
+                assert_eq!((arrived, dropped), (0, 0));
+            }
+            Delivery::Direct | Delivery::Overflow => assert_eq!(arrived + dropped, 1),
+            Delivery::Dropped(refused) => panic!("{refused:?}"),
+        }
+    });
+}

@@ -1,0 +1,238 @@
+//! [`ReceiveQueue`]: where senders find a port's receiver, and which work it accepts undone.
+//!
+//! A queue has up to three inboxes: without headers, with headers, and with headers for large packets.
+//! One of them is in use. The [`Shape`] says which one, and what a sender has to do to a packet before.
+//! So no buffer is ever filled in a form that its receiver did not post it for.
+//!
+//! The shape changes while the receiver is closed, and before a new period of the inbox begins (see
+//! [`inbox`](crate::inbox)). A sender looks at it twice: before it works on the packet, and after it has
+//! loaded the state of the inbox that it claims from. So no packet is accepted that leaves other work
+//! than the receiver accepts at that moment.
+
+use std::sync::OnceLock;
+
+use vmring_core::offload::{OffloadHeader, Offloads};
+use vmring_core::sync::{self, AtomicU32, Ordering};
+
+use crate::inbox::{Claim, Collector, Delivery, Inbox, PortWake, Refused};
+use crate::packet::{Packet, PacketBuffer};
+use crate::software::{self, Left};
+
+/// The work that a receiver accepts undone, of what its port has; see
+/// [`Receiver::accept`](crate::port::Receiver::accept).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Accepted {
+    /// The offloads.
+    pub offloads: Offloads,
+    /// Whether TCP packets with ECN (`VIRTIO_NET_HDR_GSO_ECN`) are among those that it cuts.
+    pub ecn: bool,
+}
+
+impl Accepted {
+    /// Everything that a port has.
+    pub const ALL: Self = Self { offloads: Offloads::ALL, ecn: true };
+
+    /// These offloads, with ECN.
+    pub const fn new(offloads: Offloads) -> Self {
+        Self { offloads, ecn: true }
+    }
+}
+
+impl Default for Accepted {
+    /// Everything that a port has.
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
+/// The work that a port's receiver does itself, as it is in [`ReceiveQueue`]. It says what its inbox
+/// is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape(u32);
+
+impl Shape {
+    const CHECKSUM: u32 = 1;
+    const TSO4: u32 = 2;
+    const TSO6: u32 = 4;
+    const USO: u32 = 8;
+    const HEADER: u32 = 16;
+    /// TCP packets with ECN are not among those that it cuts.
+    const WITHOUT_ECN: u32 = 32;
+    /// The offloads with which packets are longer than a frame of the network.
+    const LARGE: u32 = Self::TSO4 | Self::TSO6 | Self::USO;
+
+    /// The shape of a port with these offloads. With any of them, each packet has a header.
+    pub(crate) fn new(offloads: Offloads) -> Self {
+        let bits = [
+            (offloads.checksum, Self::CHECKSUM),
+            (offloads.tso4, Self::TSO4),
+            (offloads.tso6, Self::TSO6),
+            (offloads.uso, Self::USO),
+        ];
+        let bits: u32 = bits.iter().map(|(on, bit)| if *on { *bit } else { 0 }).sum();
+        let header = if bits != 0 || offloads.virtio_header { Self::HEADER } else { 0 };
+        Self(bits | header)
+    }
+
+    /// The shape of a receiver that accepts these offloads, as far as its port has them. The header
+    /// stays.
+    pub(crate) fn accepting(self, accepted: Accepted) -> Self {
+        let Accepted { offloads, ecn } = accepted;
+        let header = self.0 & Self::HEADER;
+        let both = Self::new(self.offloads() & offloads).0 & !Self::HEADER;
+        // Who completes no checksums any more cuts nothing either.
+        let cannot = self.0 & !both & Self::CHECKSUM != 0;
+        let both = if cannot { 0 } else { both };
+        let ecn = if ecn || both & (Self::TSO4 | Self::TSO6) == 0 { 0 } else { Self::WITHOUT_ECN };
+        Self(header | both | ecn)
+    }
+
+    /// The work that is left in a packet with this header once the receiver has done what it does.
+    pub(crate) fn left_by(self, header: &OffloadHeader) -> Left {
+        match software::left_by(&self.offloads(), header) {
+            Left::Nothing if header.ecn && self.0 & Self::WITHOUT_ECN != 0 => {
+                Left::Segments { partial: true }
+            }
+            left => left,
+        }
+    }
+
+    pub(crate) fn offloads(self) -> Offloads {
+        let has = |bit| self.0 & bit != 0;
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.uso) = (has(Self::CHECKSUM), has(Self::USO));
+        (offloads.tso4, offloads.tso6) = (has(Self::TSO4), has(Self::TSO6));
+        offloads.virtio_header = has(Self::HEADER);
+        offloads
+    }
+
+    pub(crate) fn has_header(self) -> bool {
+        self.0 & Self::HEADER != 0
+    }
+
+    pub(crate) fn is_large(self) -> bool {
+        self.0 & Self::LARGE != 0
+    }
+
+    /// Which of a place's inboxes the receiver uses.
+    fn inbox(self) -> usize {
+        match self.0 {
+            0 => 0,
+            _ if self.is_large() => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// What senders reach of a receiver. It is kept when the port leaves, and reused.
+pub(crate) struct ReceiveQueue<B> {
+    /// The [`Shape`] of the receiver that has the place now.
+    shape: AtomicU32,
+    /// The inboxes, by [`Shape::inbox`]. Each is made for the first receiver that needs it.
+    inboxes: [OnceLock<sync::Arc<Inbox<B>>>; 3],
+}
+
+impl<B> ReceiveQueue<B> {
+    pub(crate) fn new() -> Self {
+        let inboxes = core::array::from_fn(|_| OnceLock::new());
+        Self { shape: AtomicU32::new(0), inboxes }
+    }
+
+    #[inline]
+    pub(crate) fn shape(&self) -> Shape {
+        // Acquire: pairs with the Release in `set_shape`. Whoever sees the shape finds the inbox closed
+        // in which the receiver was before, or a later state of it.
+        Shape(self.shape.load(Ordering::Acquire))
+    }
+
+    fn set_shape(&self, shape: Shape) {
+        // Release: pairs with the Acquire in `shape`.
+        self.shape.store(shape.0, Ordering::Release);
+    }
+
+    /// The inbox for this shape. `None` if there was no such receiver.
+    #[inline]
+    pub(crate) fn inbox(&self, shape: Shape) -> Option<&Inbox<B>> {
+        self.inboxes[shape.inbox()].get().map(|inbox| &**inbox)
+    }
+}
+
+impl<B: PacketBuffer> ReceiveQueue<B> {
+    /// Delivers a packet whose work was done as a receiver of this shape needs it. The packet is stale
+    /// if the receiver has another shape by now.
+    #[inline]
+    pub(crate) fn deliver(&self, shape: Shape, packet: Packet<'_>) -> Delivery {
+        match self.inbox(shape) {
+            Some(inbox) => inbox.deliver_if(packet, || self.shape() == shape),
+            None => Delivery::Dropped(Refused::Closed),
+        }
+    }
+
+    /// Claims buffers for packets that leave no work; see [`Inbox::claim_for`].
+    #[inline]
+    pub(crate) fn claim(
+        &self,
+        wanted: usize,
+        longest: impl FnOnce() -> usize,
+    ) -> Option<Claim<'_, B>> {
+        let shape = self.shape();
+        // The shape says what the buffers are like.
+        self.inbox(shape)?.claim_if(wanted, longest, || self.shape() == shape)
+    }
+
+    /// Begins to receive in this shape. The inbox stays closed, until the collector reopens it. `None` if
+    /// the queue has a receiver.
+    pub(crate) fn open(
+        &self,
+        shape: Shape,
+        wake: PortWake,
+        make: impl FnOnce(Shape) -> Inbox<B>,
+    ) -> Option<QueueEnd<B>> {
+        let collector = Inbox::open_later(self.inbox_or(shape, make), wake.clone())?;
+        self.set_shape(shape);
+        Some(QueueEnd { collector, shape, wake })
+    }
+
+    /// The inbox for this shape, which is made if there was none.
+    fn inbox_or(&self, shape: Shape, make: impl FnOnce(Shape) -> Inbox<B>) -> &sync::Arc<Inbox<B>> {
+        self.inboxes[shape.inbox()].get_or_init(|| sync::Arc::new(make(shape)))
+    }
+}
+
+/// What a receiver has of its queue.
+pub(crate) struct QueueEnd<B: PacketBuffer> {
+    pub(crate) collector: Collector<B>,
+    pub(crate) shape: Shape,
+    /// What wakes the receiver, to open another inbox with.
+    wake: PortWake,
+}
+
+impl<B: PacketBuffer> QueueEnd<B> {
+    /// Goes on in another shape. The collector is closed and has no buffers. Packets that wait stay if
+    /// they leave no other work than the receiver accepts now. Returns how many were dropped.
+    pub(crate) fn change(
+        &mut self,
+        queue: &ReceiveQueue<B>,
+        shape: Shape,
+        make: impl FnOnce(Shape) -> Inbox<B>,
+    ) -> u64 {
+        let waiting = self.collector.take_waiting();
+        let inbox = queue.inbox_or(shape, make);
+        if !sync::Arc::ptr_eq(inbox, self.collector.inbox()) {
+            let collector = Inbox::open_later(inbox, self.wake.clone());
+            // The queue has one receiver, so its other inboxes have none.
+            self.collector = collector.expect("the other inboxes of the queue are free");
+        }
+        let mut dropped = 0;
+        for (header, frame) in waiting {
+            let packet = Packet::from(&*frame).with_offload(&header);
+            let is_kept =
+                shape.left_by(&header) == Left::Nothing && self.collector.put_waiting(packet);
+            dropped += u64::from(!is_kept);
+        }
+        queue.set_shape(shape);
+        self.shape = shape;
+        dropped
+    }
+}
