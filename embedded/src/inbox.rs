@@ -1168,6 +1168,11 @@ impl<B: PacketBuffer> Collector<B> {
         &self.inbox
     }
 
+    /// Sets the callback that wakes the receiver from now on.
+    pub fn set_wake(&mut self, wake: PortWake) {
+        self.inbox.doorbell.parker().set(Some(wake));
+    }
+
     /// How many buffers are in the inbox, whether filled or not.
     pub fn posted(&self) -> usize {
         self.lent

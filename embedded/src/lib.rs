@@ -47,6 +47,7 @@
 pub mod clock;
 pub mod config;
 pub mod dhcp;
+mod flow;
 mod frame;
 pub mod gateway;
 pub mod inbox;
@@ -65,6 +66,7 @@ mod work;
 
 pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
 pub use dhcp::DhcpLease;
+pub use flow::NextFrame;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
 pub use packet::{Packet, PacketBuffer};
 pub use policy::{PortLimits, PortPolicy, Rate, RateLimit, SourceRule};

@@ -50,6 +50,8 @@ pub const CLOCK_LAG: Duration = Duration::from_secs(60);
 pub const MAX_INBOX_CELLS: u32 = 1 << 24;
 /// The values of `inbox_depth`: how many buffers one port can have posted.
 pub const INBOX_DEPTH_RANGE: RangeInclusive<u32> = 1..=65_536;
+/// The most queues of one port.
+pub const QUEUES_MAX: usize = 16;
 /// The default `inbox_depth`.
 pub const DEFAULT_INBOX_DEPTH: u32 = 1024;
 /// The most packets that can wait for one port.
@@ -75,6 +77,9 @@ pub const SEGMENTS_PER_PACKET: usize = LARGE_PACKET.div_ceil(48);
 /// How many of a packet's first bytes are copied before the network decides what becomes of it, if it
 /// is in the memory of a guest: an ARP packet over Ethernet.
 pub const HEAD_LEN: usize = 42;
+/// How many of a packet's first bytes are looked at for its flow: an Ethernet header, two tags, the
+/// longest IPv4 header, and two ports.
+pub const FLOW_HEAD_LEN: usize = 14 + 8 + 60 + 4;
 /// The most buffers that one packet fills.
 pub const GROUP_MAX: u32 = 256;
 /// How many packets of a claim are handed over together, at most: as many as have their states on one

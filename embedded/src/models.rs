@@ -8,7 +8,7 @@ use vmring_core::offload::{Checksum, OffloadHeader, Offloads};
 
 use crate::inbox::{Delivery, Inbox, Refused};
 use crate::packet::Packet;
-use crate::receive_queue::{Accepted, QueueEnd, ReceiveQueue, Shape};
+use crate::receive_queue::{Accepted, QueueEnd, ReceiveQueue, ReceiveQueues, Shape};
 use crate::software::Left;
 
 type Buffer = Vec<u8>;
@@ -100,4 +100,54 @@ fn a_change_of_what_is_accepted_lets_nothing_else_in() {
             Delivery::Dropped(refused) => panic!("{refused:?}"),
         }
     });
+}
+
+/// Sends one packet to one of several queues, as a port's sender does.
+fn send_to_one(queues: &ReceiveQueues<Buffer>, flow: u64) -> Option<usize> {
+    for _ in 0..=2 {
+        let (number, queue) = queues.pick(|| flow)?;
+        let packet = [1, 2];
+        match queue.deliver(queue.shape(), Packet::from(&packet[..])) {
+            Delivery::Direct | Delivery::Overflow => return Some(number),
+            Delivery::Dropped(Refused::Closed) => {}
+            Delivery::Dropped(refused) => panic!("{refused:?}"),
+        }
+    }
+    None
+}
+
+/// A queue that closes while a packet comes, and opens again: the packet is in one queue, and it is never
+/// refused, because the other one is open all the time.
+#[test]
+fn a_queue_that_closes_gives_a_packet_to_the_other() {
+    for flow in [1, 2] {
+        check(move || {
+            let (with, _) = checksums();
+            let queues = Arc::new(ReceiveQueues::new());
+            let mut ends: Vec<_> = [0, 1]
+                .map(|number| {
+                    let queue: &ReceiveQueue<Buffer> = queues.get(number).unwrap();
+                    let mut end = queue.open(with, StdArc::new(|| {}), make).unwrap();
+                    end.collector.reopen();
+                    end.collector.post(vec![0; SPACE]).unwrap();
+                    queues.set_open(number, true);
+                    end
+                })
+                .into();
+            let sender = {
+                let queues = queues.clone();
+                thread::spawn(move || send_to_one(&queues, flow))
+            };
+            // As `Receiver::close` and `reopen` do.
+            queues.set_open(0, false);
+            ends[0].collector.close();
+            let early = take(&mut ends[0]);
+            ends[0].collector.reopen();
+            queues.set_open(0, true);
+            let number = sender.join().unwrap().expect("one queue is open");
+            let arrived = [early + take(&mut ends[0]), take(&mut ends[1])];
+            assert_eq!(arrived[number], 1);
+            assert_eq!(arrived[1 - number], 0);
+        });
+    }
 }

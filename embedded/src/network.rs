@@ -73,15 +73,30 @@
 //! - A header that is not true of its packet, or that asks for what the port did not negotiate, costs
 //!   its packet. So does a packet that software cannot cut, if its receiver does not cut it.
 //!
+//! # Several queues
+//!
+//! A port can have [several queues](PortConfig::queues), each with a receiver, an inbox and buffers of its
+//! own, for a guest with several processors. A frame goes to one of those whose receiver is open.
+//!
+//! - The frames of one flow go to one queue, in their order. A flow is the addresses, the protocol and the
+//!   ports of TCP and UDP over IP, both directions together; the addresses of fragments and of other IP
+//!   packets; the MAC addresses of other frames.
+//! - A receiver that closes gives its flows to the others, and no other flow moves. One that opens takes
+//!   its flows back. A flow that moves may have frames in both queues for a moment.
+//! - Frames that wait in a queue when its receiver closes stay there for it. If the receiver is dropped,
+//!   they are dropped and counted.
+//! - What a port is limited to, and counts, holds for all its queues together.
+//!
 //! # Memory
 //!
-//! A network takes about 190 KiB. Each port adds its inbox: 24 bytes and a buffer handle for each
+//! A network takes about 190 KiB. Each port adds an inbox for each queue: 24 bytes and a buffer handle for each
 //! of `inbox_depth` cells, and `overflow_depth * max_packet_size` bytes, of which only those that
 //! are used become resident. A port with offloads has 8 bytes more for each cell and 12 for each waiting
 //! packet, and its longest packet counts. Each sender adds two buffers of `max_packet_size` bytes if the
 //! network has a gateway, and with offloads one of the port's longest packet and one of
 //! `max_packet_size`. The memory of a port that leaves is kept and reused, so senders need no reference
-//! count to reach a port. A place that ports of different offloads have had keeps up to three inboxes.
+//! count to reach a port. A queue of a place that receivers of different offloads have had keeps up to
+//! three inboxes.
 //!
 //! [`Packet::with_offload`]: crate::packet::Packet::with_offload
 //! [`SEGMENTS_PER_PACKET`]: crate::limits::SEGMENTS_PER_PACKET
@@ -91,11 +106,13 @@
 
 use core::fmt;
 use core::time::Duration;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use macaddr::MacAddr6;
 use vmring_core::offload::Offloads;
-use vmring_core::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use vmring_core::sync::{AtomicU32, AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::clock::{Clock, SystemClock};
@@ -103,10 +120,10 @@ use crate::config::{NetworkConfig, NetworkConfigError, NetworkMode};
 use crate::dhcp::{DhcpConfig, DhcpLease, LeaseFile};
 use crate::gateway::Gateway;
 use crate::inbox::{Inbox, PortWake};
-use crate::limits::{LARGE_PACKET, MAX_PORTS, VLAN_TAG_LEN};
+use crate::limits::{LARGE_PACKET, MAX_PORTS, QUEUES_MAX, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
-use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
+use crate::receive_queue::{QueueEnd, ReceiveQueue, ReceiveQueues, Shape};
 use crate::stats::{DropReason, PortCounters, PortStats};
 use crate::table::{Learned, Mac, MacTable, PortRef, mix};
 
@@ -125,6 +142,12 @@ pub enum JoinError {
     DuplicateMac {
         /// The address.
         mac: MacAddr6,
+    },
+    /// A port has from 1 to [`QUEUES_MAX`] queues.
+    #[error("an interface has 1 to {QUEUES_MAX} queues, and not {asked}")]
+    Queues {
+        /// The number that was asked for.
+        asked: usize,
     },
     /// The network has an uplink already.
     #[error("the network has an uplink already: stop that interface first")]
@@ -238,16 +261,22 @@ pub struct PortConfig {
     /// The work that the interface leaves to others, and accepts from others. Each packet that it
     /// receives has an offload header then; see the [module](self).
     pub offloads: Offloads,
-    /// The callback that wakes the receiver.
+    /// The number of queues, from 1 to [`QUEUES_MAX`], each with a receiver of its own
+    /// ([`Port::split_queues`](crate::port::Port::split_queues)). The packets of one flow go to one queue;
+    /// see the [module](self).
+    pub queues: usize,
+    /// The callback that wakes a receiver, unless it [sets](crate::port::Receiver::set_wake) another.
     pub wake: PortWake,
 }
 
 impl PortConfig {
     /// Returns the settings of an interface with this identity and callback: its MAC address is
-    /// computed, it is not isolated and not the uplink, and it has the default policy and no offloads.
+    /// computed, it is not isolated and not the uplink, and it has the default policy, no offloads and one
+    /// queue.
     pub fn new(interface_id: [u8; 16], wake: PortWake) -> Self {
         let (policy, offloads) = (PortPolicy::default(), Offloads::default());
-        Self { interface_id, mac: None, isolated: false, uplink: false, policy, offloads, wake }
+        let (isolated, uplink, queues) = (false, false, 1);
+        Self { interface_id, mac: None, isolated, uplink, policy, offloads, queues, wake }
     }
 }
 
@@ -260,6 +289,7 @@ impl fmt::Debug for PortConfig {
             .field("uplink", &self.uplink)
             .field("policy", &self.policy)
             .field("offloads", &self.offloads)
+            .field("queues", &self.queues)
             .finish_non_exhaustive()
     }
 }
@@ -321,7 +351,7 @@ fn local_mac(hash: u64) -> MacAddr6 {
 
 /// The part of a port that other threads reach. It is kept when the port leaves, and reused.
 pub(crate) struct PortState<B> {
-    pub(crate) queue: ReceiveQueue<B>,
+    pub(crate) queues: ReceiveQueues<B>,
     /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
     /// counters are another port's.
     pub(crate) generation: AtomicU32,
@@ -332,7 +362,7 @@ pub(crate) struct PortState<B> {
 impl<B> PortState<B> {
     fn new() -> Self {
         Self {
-            queue: ReceiveQueue::new(),
+            queues: ReceiveQueues::new(),
             generation: AtomicU32::new(0),
             policy: PolicyState::default(),
             counters: PortCounters::default(),
@@ -376,6 +406,8 @@ pub struct Network<B> {
     pub(crate) gateway: Option<Gateway>,
     pub(crate) gateway_mac: Option<Mac>,
     clock: Box<dyn Clock>,
+    /// The key of the flows' hash.
+    pub(crate) flow_key: u64,
     pub(crate) table: MacTable,
     ports: Box<[OnceLock<Arc<PortState<B>>>]>,
     /// A bit for each port that gets what the gateway sends to all: it is present and open.
@@ -504,9 +536,20 @@ impl<B> Network<B> {
         }
     }
 
+    /// Adds a queue of a port to those that senders pick from, or takes it away. Its inbox is open.
+    pub(crate) fn set_queue_open(&self, membership: &Membership<B>, number: usize, on: bool) {
+        // The lock keeps the sets of ports in step with the queues of the port.
+        let _members = self.members();
+        let Some(state) = membership.port_state() else { return };
+        let (before, after) = state.queues.set_open(number, on);
+        if before.is_empty() != after.is_empty() {
+            self.set_open(membership.port, membership.source, on);
+        }
+    }
+
     /// Sets whether a port gets frames to all: those of the gateway and the uplink, also those of the
     /// other ports if it is not isolated, and also those to unknown addresses if one can be behind it.
-    pub(crate) fn set_open(&self, port: PortRef, source: SourceRule, on: bool) {
+    fn set_open(&self, port: PortRef, source: SourceRule, on: bool) {
         let (word, bit) = (port.index() / 64, 1 << (port.index() % 64));
         let anonymous = source == SourceRule::Any && !port.is_uplink();
         let sets = [
@@ -558,6 +601,7 @@ impl<B: PacketBuffer> Network<B> {
             gateway_mac: gateway.as_ref().map(|gateway| Mac::new(gateway.mac().into_array())),
             gateway,
             clock,
+            flow_key: RandomState::new().hash_one(0u64),
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             open: core::array::from_fn(|_| AtomicU64::new(0)),
@@ -580,6 +624,9 @@ impl<B: PacketBuffer> Network<B> {
         if config.uplink && (config.isolated || config.policy.source != SourceRule::Any) {
             return Err(JoinError::BoundUplink);
         }
+        if !(1..=QUEUES_MAX).contains(&config.queues) {
+            return Err(JoinError::Queues { asked: config.queues });
+        }
         let mut members = self.members();
         if config.uplink && !matches!(self.uplink.load(Ordering::Relaxed), NO_UPLINK | UPLINK_AWAY)
         {
@@ -593,16 +640,17 @@ impl<B: PacketBuffer> Network<B> {
         let shape = Shape::new(config.offloads);
         state.counters.reset();
         state.policy.reset(config.policy.limits, Moment::new(self.clock.now()));
-        // The last owner dropped its collector before its port left, so the inbox can be opened.
-        let make = |shape| self.make_inbox(shape);
-        let mut end = state.queue.open(shape, config.wake, make).ok_or(JoinError::Full)?;
-        end.collector.reopen();
+        // The last owners dropped their collectors before their port left, so the inboxes can be opened.
+        let open = |queue: &ReceiveQueue<B>| {
+            queue.open(shape, config.wake.clone(), |shape| self.make_inbox(shape))
+        };
+        let queues = (0..config.queues).filter_map(|number| state.queues.get(number));
+        let ends = queues.map(open).collect::<Option<Vec<_>>>().ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
         members.count += 1;
         let (isolated, uplink) = (config.isolated, config.uplink);
         let port = if uplink { PortRef::uplink(index) } else { PortRef::new(index, isolated) };
         self.table.pin(key, port);
-        self.set_open(port, config.policy.source, true);
         if uplink {
             self.uplink.store(index as u32, Ordering::Relaxed);
         }
@@ -618,9 +666,8 @@ impl<B: PacketBuffer> Network<B> {
             shape,
             offloads: shape.offloads(),
             longest: self.longest_of(shape),
-            receiver_open: AtomicBool::new(true),
         });
-        Ok(Admitted { end, state: Arc::clone(state), membership })
+        Ok(Admitted { ends, state: Arc::clone(state), membership })
     }
 
     /// Makes an inbox for a receiver of this shape.
@@ -634,9 +681,10 @@ impl<B: PacketBuffer> Network<B> {
 
 /// What [`Network::admit`] returns: the parts of a port's two halves.
 pub(crate) struct Admitted<B: PacketBuffer> {
-    // This order matters: the end is dropped first, so the inbox is closed and empty before
+    // This order matters: the ends are dropped first, so the inboxes are closed and empty before
     // the port leaves.
-    pub(crate) end: QueueEnd<B>,
+    /// One for each queue. They are closed.
+    pub(crate) ends: Vec<QueueEnd<B>>,
     pub(crate) state: Arc<PortState<B>>,
     pub(crate) membership: Arc<Membership<B>>,
 }
@@ -655,8 +703,6 @@ pub(crate) struct Membership<B> {
     pub(crate) offloads: Offloads,
     /// The length of the longest packet that the port sends, and that such a receiver receives.
     pub(crate) longest: usize,
-    /// Whether the receiver is open. Only the receiver writes this.
-    pub(crate) receiver_open: AtomicBool,
 }
 
 impl<B> Membership<B> {
@@ -742,9 +788,8 @@ impl<B> Membership<B> {
 impl<B> Drop for Membership<B> {
     fn drop(&mut self) {
         let network = &*self.network;
-        // All senders of the port are gone, so nothing more is learned about it. Its receiver is
-        // gone, so its inbox is closed and empty.
-        network.set_open(self.port, self.source, false);
+        // All senders of the port are gone, so nothing more is learned about it. Its receivers are gone,
+        // so its inboxes are closed and empty, and no frame to all comes here.
         let mut members = network.members();
         if self.port.is_uplink() {
             network.uplink.store(UPLINK_AWAY, Ordering::Relaxed);

@@ -14,15 +14,16 @@ use vmring_core::offload::{Checksum, Offloads};
 use vmring_core::sync::{AtomicU64, Ordering};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
+use crate::flow::NextFrame;
 use crate::frame;
-use crate::inbox::{Claim, Collected, Delivery, Refused};
-use crate::limits::{SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
+use crate::inbox::{Claim, Collected, Delivery, PortWake, Refused};
+use crate::limits::{MAX_PORTS, QUEUES_MAX, SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
     Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
-use crate::receive_queue::{Accepted, QueueEnd, Shape};
+use crate::receive_queue::{Accepted, QueueEnd, Touched};
 use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::Mac;
@@ -33,24 +34,29 @@ impl<B: PacketBuffer> Network<B> {
     ///
     /// # Errors
     ///
-    /// If the network is full, or if the MAC address is in use or not unicast.
+    /// If the network is full, if the MAC address is in use or not unicast, or if the number of queues is
+    /// impossible.
     pub fn join(self: &Arc<Self>, config: PortConfig) -> Result<Port<B>, JoinError> {
-        let Admitted { end, state, membership } = self.admit(config)?;
-        Ok(Port {
-            sender: Sender::new(Arc::clone(&membership)),
-            receiver: Receiver { end, state, membership },
-        })
+        let Admitted { ends, state, membership } = self.admit(config)?;
+        let receivers = ends.into_iter().enumerate().map(|(number, end)| {
+            let (state, membership) = (Arc::clone(&state), Arc::clone(&membership));
+            let mut receiver = Receiver { end, number, is_open: false, state, membership };
+            receiver.reopen();
+            receiver
+        });
+        Ok(Port { receivers: receivers.collect(), sender: Sender::new(membership) })
     }
 }
 
-/// An interface's place on a network: a [`Receiver`] and a [`Sender`].
+/// An interface's place on a network: a [`Receiver`] for each queue, and a [`Sender`].
 ///
-/// The port leaves the network when the receiver and all senders are dropped, in any order and on
+/// The port leaves the network when all receivers and all senders are dropped, in any order and on
 /// any thread.
 pub struct Port<B: PacketBuffer> {
-    // This order matters: a sender flushes when it is dropped, which may ring the receiver.
+    // This order matters: a sender flushes when it is dropped, which may ring a receiver.
     sender: Sender<B>,
-    receiver: Receiver<B>,
+    /// One for each queue, and at least one.
+    receivers: Vec<Receiver<B>>,
 }
 
 impl<B: PacketBuffer> fmt::Debug for Port<B> {
@@ -60,36 +66,43 @@ impl<B: PacketBuffer> fmt::Debug for Port<B> {
 }
 
 impl<B: PacketBuffer> Port<B> {
-    /// Splits the port into its two halves, which may go to different threads.
+    /// Splits the port into its two halves, which may go to different threads. If it has several queues,
+    /// only the first one's receiver stays.
     pub fn split(self) -> (Receiver<B>, Sender<B>) {
-        (self.receiver, self.sender)
+        let Self { sender, mut receivers } = self;
+        (receivers.swap_remove(0), sender)
+    }
+
+    /// Splits the port into a receiver for each queue, and the sender. They may go to different threads.
+    pub fn split_queues(self) -> (Vec<Receiver<B>>, Sender<B>) {
+        (self.receivers, self.sender)
     }
 
     /// Returns the MAC address that the network assigned to the port.
     pub fn mac(&self) -> MacAddr6 {
-        self.receiver.membership.mac
+        self.sender.membership.mac
     }
 
     /// Returns the length of the longest packet that the port sends, in bytes, and receives unless its
     /// receiver [accepts](Receiver::accept) less. It is the network's, unless the port has a segmentation offload.
     pub fn max_packet_size(&self) -> usize {
-        self.receiver.membership.longest
+        self.sender.membership.longest
     }
 
     /// Returns the offloads of the port. With any of them it has the header too.
     pub fn offloads(&self) -> Offloads {
-        self.receiver.membership.offloads
+        self.sender.membership.offloads
     }
 
     /// Returns the network the port is on.
     pub fn network(&self) -> &Arc<Network<B>> {
-        &self.receiver.membership.network
+        &self.sender.membership.network
     }
 
     /// Returns a handle that reads the port's counters. The handle keeps the network alive, but it
     /// does not keep the port on it.
     pub fn monitor(&self) -> Monitor<B> {
-        self.receiver.monitor()
+        self.sender.monitor()
     }
 }
 
@@ -149,7 +162,7 @@ impl<B> Monitor<B> {
     }
 }
 
-/// The half of a port that receives.
+/// The half of a port that receives, or the part of one queue of it.
 ///
 /// Dropping it closes it: it waits for copies that are under way, and drops the packets and buffers
 /// that are still in it.
@@ -157,6 +170,9 @@ pub struct Receiver<B: PacketBuffer> {
     // This order matters: the end is dropped first, so the inbox is closed and empty before the port
     // leaves.
     end: QueueEnd<B>,
+    /// The number of its queue.
+    number: usize,
+    is_open: bool,
     /// The state of this port, for its counters.
     state: Arc<PortState<B>>,
     membership: Arc<Membership<B>>,
@@ -224,11 +240,23 @@ impl<B: PacketBuffer> Receiver<B> {
         let was_closed = self.is_closed();
         self.close();
         let network = &self.membership.network;
-        let dropped = self.end.change(&self.state.queue, shape, |shape| network.make_inbox(shape));
+        let Some(queue) = self.state.queues.get(self.number) else { return };
+        let dropped = self.end.change(queue, shape, |shape| network.make_inbox(shape));
         self.state.counters.missed.closed.fetch_add(dropped, Ordering::Relaxed);
         if !was_closed {
             self.reopen();
         }
+    }
+
+    /// Sets the callback that wakes this receiver from now on. A sender that is about to wake it may still
+    /// call the one before.
+    pub fn set_wake(&mut self, wake: PortWake) {
+        self.end.set_wake(wake);
+    }
+
+    /// Returns the number of the receiver's queue, from 0 on.
+    pub fn queue(&self) -> usize {
+        self.number
     }
 
     /// Returns which offloads of the port the receiver accepts; see [`accept`](Self::accept). With any
@@ -300,7 +328,7 @@ impl<B: PacketBuffer> Receiver<B> {
     #[inline(always)]
     pub fn collect_part(&mut self) -> Option<Collected<B>> {
         let packet = self.end.collector.collect()?;
-        let received = &self.state.counters.received;
+        let received = &self.state.counters.received[self.number % QUEUES_MAX];
         if !packet.more {
             add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
         }
@@ -338,26 +366,35 @@ impl<B: PacketBuffer> Receiver<B> {
     ///
     /// When `close` returns, no sender touches a buffer. Packets that have arrived can be
     /// [collected](Self::collect), and the other buffers can be [recalled](Self::recall). The
-    /// port's senders can still send.
+    /// port's senders can still send. If the port has other receivers that are open, they get the
+    /// packets that come from now on.
     pub fn close(&mut self) {
-        let membership = &self.membership;
-        membership.network.set_open(membership.port, membership.source, false);
-        self.membership.receiver_open.store(false, Ordering::Relaxed);
+        // The others get its flows before it refuses them.
+        self.is_open = false;
+        self.membership.network.set_queue_open(&self.membership, self.number, false);
         self.end.collector.close();
+    }
+
+    /// Closes the receiver and drops what is in it. Packets are counted as
+    /// [`missed_closed`](PortStats::missed_closed). Returns how many there were.
+    pub fn discard(&mut self) -> usize {
+        self.close();
+        let dropped = self.end.collector.discard(drop);
+        self.state.counters.missed.closed.fetch_add(dropped as u64, Ordering::Relaxed);
+        dropped
     }
 
     /// Accepts packets again after [`close`](Self::close).
     pub fn reopen(&mut self) {
         self.end.collector.reopen();
-        self.membership.receiver_open.store(true, Ordering::Relaxed);
-        let membership = &self.membership;
-        membership.network.set_open(membership.port, membership.source, true);
+        self.is_open = true;
+        self.membership.network.set_queue_open(&self.membership, self.number, true);
     }
 
     /// Returns whether the receiver is closed: [`close`](Self::close) was called, and
     /// [`reopen`](Self::reopen) was not called since.
     pub fn is_closed(&self) -> bool {
-        !self.membership.receiver_open.load(Ordering::Relaxed)
+        !self.is_open
     }
 }
 
@@ -380,8 +417,9 @@ pub struct Sender<B: PacketBuffer> {
     reply: Box<[u8]>,
     /// Where a guest's packet is copied to for the gateway.
     question: Box<[u8]>,
-    /// A bit for each port that got a frame since the last flush.
+    /// A bit for each port that got a frame since the last flush, and which queues of it did.
     touched: [u64; WORDS],
+    touched_queues: Box<[Touched]>,
     /// Where the work is done that a receiver does not do itself.
     work: Work,
     /// What was counted since the last flush, by [`SendCounter`].
@@ -418,6 +456,7 @@ impl<B: PacketBuffer> Sender<B> {
             question: space,
             work: Work::new(&membership.offloads, membership.longest, network.max_packet_size),
             touched: [0; WORDS],
+            touched_queues: vec![Touched::default(); MAX_PORTS].into(),
             counts: [0; SEND_COUNTERS],
             unflushed: false,
             now: 0,
@@ -490,8 +529,10 @@ impl<B: PacketBuffer> Sender<B> {
     /// Prepares up to `wanted` frames that all begin with this Ethernet header: looks up once where
     /// they go, and claims buffers there in one step.
     ///
-    /// The frames have at most `longest()` bytes. This is asked at most once, and only if a buffer of
-    /// the receiver may be smaller than the network's longest packet.
+    /// `frames` gives the frames to its argument, in order, until that returns false. It is called only if
+    /// it is needed: if a buffer of the receiver may be smaller than the network's longest packet, and if
+    /// the port has several queues. In the latter case only as many frames as belong to the first one's
+    /// queue are prepared. If it gives none, they are as long as any, and several queues give `None`.
     ///
     /// Returns `None` if the frames do not all go to one port, if that port has no buffer posted, or
     /// none that is large enough, or if a limit of either port stands in the way, which a limit of
@@ -503,7 +544,7 @@ impl<B: PacketBuffer> Sender<B> {
         &mut self,
         header: [u8; ETHERNET_HEADER_LEN],
         wanted: usize,
-        longest: impl FnOnce() -> usize,
+        mut frames: impl FnMut(&mut dyn FnMut(NextFrame<'_>) -> bool),
     ) -> Option<Run<'_, B>> {
         let [a, b, c, d, e, f, from @ .., _, _] = header;
         let (to, from) = (Mac::new([a, b, c, d, e, f]), Mac::new(from));
@@ -511,7 +552,18 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         self.begin();
-        let Self { membership, touched, counts, now, own, moment, limited, one_source, .. } = self;
+        let Self {
+            membership,
+            touched,
+            touched_queues,
+            counts,
+            now,
+            own,
+            moment,
+            limited,
+            one_source,
+            ..
+        } = self;
         let network = &*membership.network;
         let port = membership.port;
         membership.admit_source(own, from, *now).ok()?;
@@ -529,7 +581,9 @@ impl<B: PacketBuffer> Sender<B> {
             },
         }?;
         let state = network.port_state(index)?;
-        let queue = &state.queue;
+        let key = network.flow_key;
+        let (number, wanted, queue) = state.queues.pick_for_run(wanted, key, &mut frames)?;
+        let longest = || longest_of(wanted, &mut frames);
         let sending = if *limited { membership.port_state() } else { None };
         let receiving = state.policy.is_limited(Way::Receive).then_some(state);
         let claim = if sending.is_none() && receiving.is_none() {
@@ -543,6 +597,7 @@ impl<B: PacketBuffer> Sender<B> {
             })?
         };
         touched[index / 64] |= 1 << (index % 64);
+        touched_queues[index].add(number);
         Some(Run { claim, counts, longest: network.max_untagged_size, header })
     }
 
@@ -694,13 +749,12 @@ impl<B: PacketBuffer> Sender<B> {
     fn deliver_finished(
         &mut self,
         index: usize,
-        shape: Shape,
         frame: Packet<'_>,
         left: Left,
     ) -> Result<(), DropReason> {
         let mut delivered = Err(DropReason::NoBuffer);
         self.finish(frame, left, |sender, frame| {
-            let result = sender.deliver_as(index, shape, frame);
+            let result = sender.deliver_to(index, frame, true);
             if delivered.is_err() {
                 delivered = result;
             }
@@ -722,52 +776,61 @@ impl<B: PacketBuffer> Sender<B> {
     /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
     /// took its place between the look-up and the copy gets a frame that is not for it.
     fn deliver(&mut self, index: usize, frame: Packet<'_>) -> Result<(), DropReason> {
-        let Some(state) = self.membership.network.port_state(index) else {
-            return Err(DropReason::Closed);
-        };
-        let shape = state.queue.shape();
-        if frame.asks() {
-            let left = shape.left_by(frame.offload());
-            if left != Left::Nothing {
-                return self.deliver_finished(index, shape, frame, left);
-            }
-        }
-        self.deliver_as(index, shape, frame)
+        self.deliver_to(index, frame, false)
     }
 
-    /// Copies a frame to one port, whose receiver does what is left of the frame's work if it has this
-    /// shape.
-    fn deliver_as(
+    /// As [`deliver`](Self::deliver). If `is_finished`, the frame is what was left of a packet after the
+    /// work that its receiver did not accept.
+    fn deliver_to(
         &mut self,
         index: usize,
-        shape: Shape,
         frame: Packet<'_>,
+        is_finished: bool,
     ) -> Result<(), DropReason> {
-        let Some(state) = self.membership.network.port_state(index) else {
-            return Err(DropReason::Closed);
-        };
-        if state.policy.is_limited(Way::Receive)
-            && !state.policy.admits(Way::Receive, frame.segments().0, frame.len(), self.moment)
-        {
-            state.counters.missed.receive_limit.fetch_add(1, Ordering::Relaxed);
-            return Err(DropReason::ReceiveLimit);
+        let network = &*self.membership.network;
+        let Some(state) = network.port_state(index) else { return Err(DropReason::Closed) };
+        let missed = &state.counters.missed;
+        let mut is_admitted = false;
+        // A queue that has closed since it was picked gives its frames to another. So often can that be.
+        for _ in 0..=QUEUES_MAX {
+            let Some((number, queue)) = state.queues.pick(|| frame.flow(network.flow_key)) else {
+                break;
+            };
+            let shape = queue.shape();
+            if frame.asks() {
+                let left = shape.left_by(frame.offload());
+                if left != Left::Nothing && is_finished {
+                    // The receiver has just refused what it accepted before, and was closed for it.
+                    break;
+                }
+                if left != Left::Nothing {
+                    return self.deliver_finished(index, frame, left);
+                }
+            }
+            if !is_admitted
+                && state.policy.is_limited(Way::Receive)
+                && !state.policy.admits(Way::Receive, frame.segments().0, frame.len(), self.moment)
+            {
+                missed.receive_limit.fetch_add(1, Ordering::Relaxed);
+                return Err(DropReason::ReceiveLimit);
+            }
+            is_admitted = true;
+            match queue.deliver(shape, frame) {
+                Delivery::Direct | Delivery::Overflow => {
+                    self.touched[index / 64] |= 1 << (index % 64);
+                    self.touched_queues[index].add(number);
+                    return Ok(());
+                }
+                Delivery::Dropped(Refused::NoBuffer) => {
+                    missed.no_buffer.fetch_add(1, Ordering::Relaxed);
+                    return Err(DropReason::NoBuffer);
+                }
+                Delivery::Dropped(Refused::TooBig) => return Err(DropReason::TooBig),
+                Delivery::Dropped(Refused::Closed | Refused::Stale) => {}
+            }
         }
-        match state.queue.deliver(shape, frame) {
-            Delivery::Direct | Delivery::Overflow => {
-                self.touched[index / 64] |= 1 << (index % 64);
-                Ok(())
-            }
-            Delivery::Dropped(Refused::NoBuffer) => {
-                state.counters.missed.no_buffer.fetch_add(1, Ordering::Relaxed);
-                Err(DropReason::NoBuffer)
-            }
-            // The receiver has just changed what it accepts, and was closed for it.
-            Delivery::Dropped(Refused::Closed | Refused::Stale) => {
-                state.counters.missed.closed.fetch_add(1, Ordering::Relaxed);
-                Err(DropReason::Closed)
-            }
-            Delivery::Dropped(Refused::TooBig) => Err(DropReason::TooBig),
-        }
+        missed.closed.fetch_add(1, Ordering::Relaxed);
+        Err(DropReason::Closed)
     }
 
     /// Copies a frame to an audience, except this port, if the flood limit of this port allows it.
@@ -873,15 +936,30 @@ impl<B: PacketBuffer> Sender<B> {
         for (word, touched) in self.touched.iter_mut().enumerate() {
             let mut ports = core::mem::take(touched);
             while ports != 0 {
-                let state = network.port_state(word * 64 + ports.trailing_zeros() as usize);
-                if let Some(inbox) = state.and_then(|state| state.queue.inbox(state.queue.shape()))
-                {
-                    inbox.ring();
+                let index = word * 64 + ports.trailing_zeros() as usize;
+                let queues = self.touched_queues[index].take();
+                if let Some(state) = network.port_state(index) {
+                    state.queues.ring(queues);
                 }
                 ports &= ports - 1;
             }
         }
     }
+}
+
+/// The length of the longest of the next `count` frames. If they are not shown, they may have any length.
+#[cold]
+fn longest_of(
+    count: usize,
+    frames: &mut impl FnMut(&mut dyn FnMut(NextFrame<'_>) -> bool),
+) -> usize {
+    let (mut longest, mut seen) = (None, 0);
+    frames(&mut |frame| {
+        longest = longest.max(Some(frame.len()));
+        seen += 1;
+        seen < count
+    });
+    longest.unwrap_or(usize::MAX)
 }
 
 /// What counts the frames that were dropped for this reason.

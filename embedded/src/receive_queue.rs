@@ -1,4 +1,10 @@
-//! [`ReceiveQueue`]: where senders find a port's receiver, and which work it accepts undone.
+//! [`ReceiveQueues`]: where senders find a port's receivers, and [`ReceiveQueue`]: which work one of them
+//! accepts undone.
+//!
+//! A port has up to 16 queues, each with a receiver of its own. A sender picks one of those that are open,
+//! by the packet's flow: the one that has the greatest hash of the flow and the queue ("rendezvous
+//! hashing"). So a queue that closes gives its flows to the others, evenly, and no other flow moves.
+//! While one queue is open, nothing is hashed.
 //!
 //! A queue has up to three inboxes: without headers, with headers, and with headers for large packets.
 //! One of them is in use. The [`Shape`] says which one, and what a sender has to do to a packet before.
@@ -14,9 +20,12 @@ use std::sync::OnceLock;
 use vmring_core::offload::{OffloadHeader, Offloads};
 use vmring_core::sync::{self, AtomicU32, Ordering};
 
+use crate::flow::NextFrame;
 use crate::inbox::{Claim, Collector, Delivery, Inbox, PortWake, Refused};
+use crate::limits::QUEUES_MAX;
 use crate::packet::{Packet, PacketBuffer};
 use crate::software::{self, Left};
+use crate::table::mix;
 
 /// The work that a receiver accepts undone, of what its port has; see
 /// [`Receiver::accept`](crate::port::Receiver::accept).
@@ -125,6 +134,148 @@ impl Shape {
     }
 }
 
+/// A set of queues, with a bit for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct QueueSet(u32);
+
+impl QueueSet {
+    /// The only queue of the set, or a number above all queues if there is none. `None` if there are
+    /// several.
+    #[inline(always)]
+    fn only(self) -> Option<usize> {
+        (self.0 & self.0.wrapping_sub(1) == 0).then_some(self.0.trailing_zeros() as usize)
+    }
+
+    pub(crate) fn has(self, number: usize) -> bool {
+        self.0 >> number & 1 != 0
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The queue of a flow.
+    fn of_flow(self, flow: u64) -> usize {
+        let weight = |number: &usize| mix(flow ^ (*number as u64 + 1).wrapping_mul(ODD));
+        (0..QUEUES_MAX).filter(|number| self.has(*number)).max_by_key(weight).unwrap_or(QUEUES_MAX)
+    }
+}
+
+/// Spreads the numbers of queues over all bits.
+const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The queues of a place. They are kept when the port leaves, and reused.
+pub(crate) struct ReceiveQueues<B> {
+    /// The queues whose receivers are open.
+    open: AtomicU32,
+    queues: [ReceiveQueue<B>; QUEUES_MAX],
+}
+
+impl<B> ReceiveQueues<B> {
+    pub(crate) fn new() -> Self {
+        let queues = core::array::from_fn(|_| ReceiveQueue::new());
+        Self { open: AtomicU32::new(0), queues }
+    }
+
+    /// The queues whose receivers are open.
+    #[inline]
+    pub(crate) fn open_set(&self) -> QueueSet {
+        // Acquire: pairs with the AcqRel in `set_open`. The inbox of each queue in the set is open, or
+        // is being closed. Whoever has seen an inbox closed does not find its queue in the set, unless it
+        // is open again.
+        QueueSet(self.open.load(Ordering::Acquire))
+    }
+
+    /// Adds a queue whose inbox is open, or takes one away whose inbox is about to be closed. Returns
+    /// the set before and after.
+    pub(crate) fn set_open(&self, number: usize, on: bool) -> (QueueSet, QueueSet) {
+        let bit = 1 << number;
+        // AcqRel: pairs with the Acquire in `open_set`, and with the close of the inbox that follows.
+        let before = match on {
+            true => self.open.fetch_or(bit, Ordering::AcqRel),
+            false => self.open.fetch_and(!bit, Ordering::AcqRel),
+        };
+        (QueueSet(before), QueueSet(if on { before | bit } else { before & !bit }))
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, number: usize) -> Option<&ReceiveQueue<B>> {
+        self.queues.get(number)
+    }
+
+    /// The queue of a packet, by its flow if several are open. `None` if none is.
+    #[inline(always)]
+    pub(crate) fn pick(&self, flow: impl FnOnce() -> u64) -> Option<(usize, &ReceiveQueue<B>)> {
+        let open = self.open_set();
+        let number = open.only().unwrap_or_else(|| open.of_flow(flow()));
+        Some((number, self.get(number)?))
+    }
+
+    /// The queue of the next frames of a sender, and how many of them are for it, at most `wanted`. `None`
+    /// if no queue is open, or if several are and `frames` does not show a frame.
+    #[inline(always)]
+    pub(crate) fn pick_for_run(
+        &self,
+        wanted: usize,
+        key: u64,
+        frames: &mut impl FnMut(&mut dyn FnMut(NextFrame<'_>) -> bool),
+    ) -> Option<(usize, usize, &ReceiveQueue<B>)> {
+        let open = self.open_set();
+        let (number, count) = match open.only() {
+            Some(number) => (number, wanted),
+            None => leading(open, wanted, key, frames)?,
+        };
+        Some((number, count, self.get(number)?))
+    }
+}
+
+/// The queue of the first of the next frames, and how many frames are for it, at most `wanted`.
+#[cold]
+fn leading(
+    open: QueueSet,
+    wanted: usize,
+    key: u64,
+    frames: &mut impl FnMut(&mut dyn FnMut(NextFrame<'_>) -> bool),
+) -> Option<(usize, usize)> {
+    let (mut first, mut count) = (None, 0);
+    frames(&mut |frame| {
+        let number = open.of_flow(frame.flow(key));
+        let is_same = *first.get_or_insert(number) == number;
+        count += usize::from(is_same);
+        is_same && count < wanted
+    });
+    first.map(|number| (number, count))
+}
+
+impl<B: PacketBuffer> ReceiveQueues<B> {
+    /// Wakes the receivers of these queues that sleep.
+    pub(crate) fn ring(&self, queues: QueueSet) {
+        let mut left = queues.0;
+        while left != 0 {
+            let queue = self.get(left.trailing_zeros() as usize);
+            if let Some(inbox) = queue.and_then(|queue| queue.inbox(queue.shape())) {
+                inbox.ring();
+            }
+            left &= left - 1;
+        }
+    }
+}
+
+/// The queues of a port that a sender has used since it last woke their receivers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Touched(u16);
+
+impl Touched {
+    #[inline]
+    pub(crate) fn add(&mut self, number: usize) {
+        self.0 |= 1 << (number % QUEUES_MAX);
+    }
+
+    pub(crate) fn take(&mut self) -> QueueSet {
+        QueueSet(core::mem::take(&mut self.0).into())
+    }
+}
+
 /// What senders reach of a receiver. It is kept when the port leaves, and reused.
 pub(crate) struct ReceiveQueue<B> {
     /// The [`Shape`] of the receiver that has the place now.
@@ -209,6 +360,12 @@ pub(crate) struct QueueEnd<B: PacketBuffer> {
 }
 
 impl<B: PacketBuffer> QueueEnd<B> {
+    /// Sets what wakes the receiver from now on.
+    pub(crate) fn set_wake(&mut self, wake: PortWake) {
+        self.wake = wake.clone();
+        self.collector.set_wake(wake);
+    }
+
     /// Goes on in another shape. The collector is closed and has no buffers. Packets that wait stay if
     /// they leave no other work than the receiver accepts now. Returns how many were dropped.
     pub(crate) fn change(

@@ -3,7 +3,9 @@
 use crossbeam_utils::CachePadded;
 use vmring_core::sync::{AtomicU64, Ordering};
 
-/// Counters of the packets that a port's receiver collected. Only the receiver writes them.
+use crate::limits::QUEUES_MAX;
+
+/// Counters of the packets that a receiver of a port collected. Only that receiver writes them.
 #[derive(Default)]
 pub(crate) struct Received {
     pub(crate) direct: AtomicU64,
@@ -50,7 +52,8 @@ pub(crate) const SEND_COUNTERS: usize = SendCounter::Cut as usize + 1;
 /// The counters of one port, grouped by writer. Each group has cache lines of its own.
 #[derive(Default)]
 pub(crate) struct PortCounters {
-    pub(crate) received: CachePadded<Received>,
+    /// By the number of the queue.
+    pub(crate) received: [CachePadded<Received>; QUEUES_MAX],
     pub(crate) missed: CachePadded<Missed>,
     pub(crate) sent: CachePadded<[AtomicU64; SEND_COUNTERS]>,
 }
@@ -62,10 +65,13 @@ impl PortCounters {
 
     pub(crate) fn stats(&self) -> PortStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let received = |counter: fn(&Received) -> &AtomicU64| {
+            self.received.iter().map(|received| get(counter(received))).sum()
+        };
         PortStats {
-            received_direct: get(&self.received.direct),
-            received_overflow: get(&self.received.overflow),
-            received_bytes: get(&self.received.bytes),
+            received_direct: received(|received| &received.direct),
+            received_overflow: received(|received| &received.overflow),
+            received_bytes: received(|received| &received.bytes),
             missed_no_buffer: get(&self.missed.no_buffer),
             missed_closed: get(&self.missed.closed),
             missed_receive_limit: get(&self.missed.receive_limit),
@@ -92,15 +98,11 @@ impl PortCounters {
     }
 
     pub(crate) fn reset(&self) {
-        let all = [
-            &self.received.direct,
-            &self.received.overflow,
-            &self.received.bytes,
-            &self.missed.no_buffer,
-            &self.missed.closed,
-            &self.missed.receive_limit,
-        ];
-        for counter in all.into_iter().chain(self.sent.iter()) {
+        let Missed { no_buffer, closed, receive_limit } = &*self.missed;
+        let missed = [no_buffer, closed, receive_limit];
+        let received = self.received.iter();
+        let received = received.flat_map(|one| [&one.direct, &one.overflow, &one.bytes]);
+        for counter in received.chain(missed).chain(self.sent.iter()) {
             counter.store(0, Ordering::Relaxed);
         }
     }

@@ -120,9 +120,9 @@ fn a_port_knows_its_address_its_network_and_its_buffers() {
     receiver.stage(buffer(5)).unwrap();
     let frame = data(mac, other.mac, b"x");
     let header = frame[..ETHERNET_HEADER_LEN].try_into().unwrap();
-    assert!(other.sender.run(header, 1, || usize::MAX).is_none());
+    assert!(other.sender.run(header, 1, |_| ()).is_none());
     receiver.publish();
-    assert!(other.sender.run(header, 1, || usize::MAX).unwrap().put(&frame));
+    assert!(other.sender.run(header, 1, |_| ()).unwrap().put(&frame));
     assert!(receiver.collect().is_some());
     assert!(receiver.arm() && receiver.disarm(), "nobody rang");
     // The network's counters are those of its ports.
@@ -221,7 +221,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     };
     let (own, to) = (guests[0].mac, guests[1].mac);
     let frames: Vec<_> = (0..3).map(|n| data(to, own, &[n; 50])).collect();
-    let mut run = guests[0].sender.run(header(to, own), 3, || usize::MAX).unwrap();
+    let mut run = guests[0].sender.run(header(to, own), 3, |_| ()).unwrap();
     assert_eq!(run.left(), 3);
     frames.iter().for_each(|frame| assert!(run.put(frame)));
     assert!(!run.put(&frames[0]), "the run has three frames");
@@ -233,7 +233,7 @@ fn a_run_goes_to_one_port_and_to_no_other() {
     assert_eq!((stats.sent_packets, stats.sent_bytes), (3, 3 * frames[0].len() as u64));
 
     // The run's second source address is learned, like that of a single frame.
-    assert!(guests[0].sender.run(header(to, STRANGER), 1, || usize::MAX).unwrap().put(&frames[0]));
+    assert!(guests[0].sender.run(header(to, STRANGER), 1, |_| ()).unwrap().put(&frames[0]));
     assert_eq!(guests[1].sender.send(&data(STRANGER, to, b"back")), Sent::Forwarded);
 
     let gateway = network.gateway().unwrap().mac();
@@ -249,17 +249,11 @@ fn a_run_goes_to_one_port_and_to_no_other() {
         (to, guests[2].mac),
         (to, MULTICAST),
     ] {
-        assert!(
-            guests[0].sender.run(header(to, from), 1, || usize::MAX).is_none(),
-            "{from} to {to}"
-        );
+        assert!(guests[0].sender.run(header(to, from), 1, |_| ()).is_none(), "{from} to {to}");
     }
-    assert!(
-        hermit.sender.run(header(to, hermit.mac), 1, || usize::MAX).is_none(),
-        "it is isolated"
-    );
+    assert!(hermit.sender.run(header(to, hermit.mac), 1, |_| ()).is_none(), "it is isolated");
     guests[1].receiver.close();
-    assert!(guests[0].sender.run(header(to, own), 1, || usize::MAX).is_none(), "it is closed");
+    assert!(guests[0].sender.run(header(to, own), 1, |_| ()).is_none(), "it is closed");
     assert_eq!(guests[0].sender.send(&frames[0]), Sent::Dropped(DropReason::Closed));
 }
 
@@ -334,7 +328,7 @@ fn a_full_frame_with_a_tag_is_forwarded() {
     }
     // A run is for frames without a tag, so what is longer is not put.
     let header = frames[0][..ETHERNET_HEADER_LEN].try_into().unwrap();
-    let mut run = guest.sender.run(header, 1, || usize::MAX).unwrap();
+    let mut run = guest.sender.run(header, 1, |_| ()).unwrap();
     assert!(!run.put(&too_big[1]) && !run.put(&frames[0]) && run.put(&frames[2]));
     drop(run);
     guest.sender.flush();
@@ -603,7 +597,7 @@ fn a_sleeper_is_woken_once_per_batch_and_the_awake_never() {
     sleeper.receive();
     assert!(sleeper.receiver.arm());
     let header = frame[..ETHERNET_HEADER_LEN].try_into().unwrap();
-    let mut run = sender.sender.run(header, 2, || usize::MAX).unwrap();
+    let mut run = sender.sender.run(header, 2, |_| ()).unwrap();
     assert!(run.put(&frame) && run.put(&frame));
     drop(run);
     assert_eq!(wakes(&sleeper), 1, "not before the flush");

@@ -195,7 +195,7 @@ fn isolated_guests_reach_the_uplink_and_not_each_other() {
         let mut up = uplink(&network);
         let to_bob = data(b, a, b"of alice");
         assert_eq!(send(&mut alice.sender, &to_bob), ISOLATED);
-        assert!(alice.sender.run(header(&to_bob), 1, || usize::MAX).is_none());
+        assert!(alice.sender.run(header(&to_bob), 1, |_| ()).is_none());
         for (to, sent) in [
             (ROUTER, Sent::Forwarded),
             (up.mac, Sent::Forwarded),
@@ -210,7 +210,7 @@ fn isolated_guests_reach_the_uplink_and_not_each_other() {
             assert_eq!(received([&mut up, &mut alice, &mut bob]), expected, "{to}");
         }
         let frame = data(a, ROUTER, b"of a run");
-        assert!(up.sender.run(header(&frame), 1, || usize::MAX).unwrap().put(&frame));
+        assert!(up.sender.run(header(&frame), 1, |_| ()).unwrap().put(&frame));
         let gateway = network.gateway().is_some();
         assert_eq!(alice.sender.stats().sent_to_gateway, u64::from(gateway));
         assert_eq!(alice.sender.stats().dropped_isolated, 1);
@@ -235,7 +235,7 @@ fn nobody_outside_sends_in_a_guests_name() {
         for to in [ALL, other, NOWHERE] {
             let frame = data(to, source, b"forged");
             assert_eq!(send(&mut up.sender, &frame), SPOOFED, "{source} to {to}");
-            assert!(up.sender.run(header(&frame), 1, || usize::MAX).is_none());
+            assert!(up.sender.run(header(&frame), 1, |_| ()).is_none());
         }
     }
     let stats = up.sender.stats();
@@ -310,7 +310,7 @@ fn a_network_without_its_uplink_keeps_what_was_for_it() {
     up.receive();
     drop(up);
     assert_eq!(send(&mut alice.sender, &to_router), UNKNOWN);
-    assert!(alice.sender.run(header(&to_router), 1, || usize::MAX).is_none());
+    assert!(alice.sender.run(header(&to_router), 1, |_| ()).is_none());
     assert_eq!(send(&mut hermit.sender, &data(ALL, hermit.mac, b"")), ISOLATED);
     assert_eq!(send(&mut hermit.sender, &data(ROUTER, hermit.mac, b"")), UNKNOWN);
     assert!(bob.receive().is_empty());
@@ -348,7 +348,7 @@ fn a_run_to_an_unknown_address_goes_to_the_uplink() {
     let mut alice = guest(&network, 1, SourceRule::Fixed);
     let mut bob = Guest::join(&network, 2);
     let frame = data(ROUTER, alice.mac, b"of a run");
-    let mut run = alice.sender.run(header(&frame), 20, || usize::MAX).unwrap();
+    let mut run = alice.sender.run(header(&frame), 20, |_| ()).unwrap();
     let count = run.left();
     assert_eq!(count, 8, "as many as the uplink has buffers");
     (0..count).for_each(|_| assert!(run.put(&frame)));
@@ -358,12 +358,12 @@ fn a_run_to_an_unknown_address_goes_to_the_uplink() {
     assert!(bob.receive().is_empty());
     // One from outside to an unknown address is for several or for nobody.
     let unknown = data(NOWHERE, ROUTER, b"");
-    assert!(up.sender.run(header(&unknown), 1, || usize::MAX).is_none());
+    assert!(up.sender.run(header(&unknown), 1, |_| ()).is_none());
     // The gateway's address is not unknown, though it is behind no port.
     let network = Network::new(NetworkConfig::default()).unwrap();
     let (_up, mut alice) = (uplink(&network), Guest::join(&network, 1));
     let to_gateway = data(network.gateway().unwrap().mac(), alice.mac, b"");
-    assert!(alice.sender.run(header(&to_gateway), 1, || usize::MAX).is_none());
+    assert!(alice.sender.run(header(&to_gateway), 1, |_| ()).is_none());
 }
 
 // ---- Random networks ----
@@ -510,7 +510,7 @@ proptest! {
             };
             let sender = &mut ports[step.from].sender;
             let ran = step.run
-                && sender.run(header(&frame), 1, || usize::MAX).is_some_and(|mut run| run.put(&frame));
+                && sender.run(header(&frame), 1, |_| ()).is_some_and(|mut run| run.put(&frame));
             sender.flush();
             if ran {
                 prop_assert_eq!(expected.len(), 1);

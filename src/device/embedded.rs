@@ -51,13 +51,13 @@ use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Buffer, Frame};
-use vmring_embedded::inbox::Collected;
+use vmring_embedded::inbox::{Collected, PortWake};
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
 use vmring_embedded::port::{Port, Receiver, Sender};
 use vmring_embedded::{
-    Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, PortPolicy,
-    Sent,
+    Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, NextFrame,
+    PortPolicy, Sent,
 };
 
 use crate::config::{InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
@@ -75,6 +75,7 @@ use crate::sys::lock;
 use limits_control::PortMonitor;
 
 pub use limits_control::LimitsControl;
+pub use vmring_embedded::limits::QUEUES_MAX;
 pub use vmring_embedded::{PortLimits, Rate, RateLimit, SourceRule};
 
 /// The networks of this process, by name.
@@ -94,6 +95,7 @@ pub struct Embedded {
     uplink: bool,
     source: SourceRule,
     limits: LimitsControl,
+    queues: usize,
     dhcp: DhcpSettings,
     overflow: Option<u32>,
     dns: Vec<Ipv4Addr>,
@@ -109,6 +111,7 @@ impl Embedded {
             uplink: false,
             source: SourceRule::Any,
             limits: LimitsControl::default(),
+            queues: 1,
             dhcp: DhcpSettings::default(),
             overflow: None,
             dns: Vec::new(),
@@ -141,6 +144,16 @@ impl Embedded {
     /// [`PortLimits::default`].
     pub fn limits(mut self, control: &LimitsControl) -> Self {
         self.limits = control.clone();
+        self
+    }
+
+    /// Sets how many rings can read at the same time, from 1 to 16, for a guest with several processors
+    /// ([`Capabilities::reading_rings`]). The packets of one flow go to one ring. A ring that closes gives
+    /// its flows to those that are left; packets that wait for a buffer of it are dropped then, and counted
+    /// as "closed", at most as many as [`overflow`](Self::overflow) says. The packets of the last ring wait
+    /// for the next one. The default is 1.
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.queues = queues;
         self
     }
 
@@ -243,6 +256,7 @@ impl Embedded {
             uplink: self.uplink,
             source: self.source,
             limits: self.limits.clone(),
+            queues: self.queues,
         }
     }
 }
@@ -253,6 +267,7 @@ struct PortSettings {
     uplink: bool,
     source: SourceRule,
     limits: LimitsControl,
+    queues: usize,
 }
 
 /// Opens the network `name`. If it exists, its settings must be those of `config`.
@@ -270,16 +285,29 @@ struct EmbeddedPort {
     name: String,
     network: NetworkConfig,
     settings: PortSettings,
-    /// The wake of the ring that reads, while there is one.
-    wake: Arc<Mutex<Option<Wake>>>,
     ends: Arc<Mutex<Option<Ends>>>,
     monitor: Arc<PortMonitor>,
 }
 
-/// The two halves of a port, from which rings get theirs. `receiver` is `None` while a ring reads.
+/// The two halves of a port, from which rings get theirs.
 struct Ends {
-    receiver: Option<Receiver<PostedSlot>>,
+    /// The receivers that no ring has. They are closed, unless no ring reads: then one is open, in which
+    /// packets wait for the next ring.
+    idle: Vec<Receiver<PostedSlot>>,
     sender: Sender<PostedSlot>,
+}
+
+impl Ends {
+    /// Takes the receiver in which packets wait, or any other.
+    fn take(&mut self) -> Option<Receiver<PostedSlot>> {
+        let open = self.idle.iter().position(|receiver| !receiver.is_closed());
+        (!self.idle.is_empty()).then(|| self.idle.swap_remove(open.unwrap_or(0)))
+    }
+}
+
+/// What wakes a receiver that no ring has.
+fn nobody() -> PortWake {
+    Arc::new(|| ())
 }
 
 impl EmbeddedPort {
@@ -289,10 +317,9 @@ impl EmbeddedPort {
         settings: PortSettings,
     ) -> Result<Self, Error> {
         let network = open(&name, &configuration)?;
-        let wake: Arc<Mutex<Option<Wake>>> = Arc::default();
         let monitor: Arc<PortMonitor> = Arc::default();
         let config = &settings.config;
-        let (port, limits) = Self::port(&network, &wake, &settings, config.mac)?;
+        let (port, limits) = Self::port(&network, &settings, config.mac)?;
         let (offloads, max) = (port.offloads(), port.max_packet_size() as u32);
         let max_frame_size = network.max_packet_size() as u32;
         let mut info = InterfaceInfo::new(config, port.mac(), configuration.mtu, max);
@@ -311,7 +338,6 @@ impl EmbeddedPort {
             name,
             network: configuration,
             settings,
-            wake,
             ends,
             monitor,
         })
@@ -320,19 +346,9 @@ impl EmbeddedPort {
     /// Joins the network. Returns the port, and the limits that it has now.
     fn port(
         network: &Arc<Network<PostedSlot>>,
-        wake: &Arc<Mutex<Option<Wake>>>,
         settings: &PortSettings,
         mac: Option<MacAddr6>,
     ) -> Result<(Port<PostedSlot>, PortLimits), Error> {
-        let wake = wake.clone();
-        let wake = Arc::new(move || {
-            // This runs only when the receiver sleeps, so no packet pays for the lock. The wake is
-            // called after the lock is released, because it may run any code.
-            let wake = lock(&wake).clone();
-            if let Some(wake) = wake {
-                wake.wake();
-            }
-        });
         let limits = settings.limits.get();
         let InterfaceConfig { interface_id, isolated, offloads, .. } = settings.config;
         let port = PortConfig {
@@ -341,7 +357,8 @@ impl EmbeddedPort {
             uplink: settings.uplink,
             policy: PortPolicy { source: settings.source, limits },
             offloads,
-            ..PortConfig::new(interface_id, wake)
+            queues: settings.queues,
+            ..PortConfig::new(interface_id, nobody())
         };
         let port = network.join(port).map_err(|error| ConfigError::Invalid(error.to_string()))?;
         Ok((port, limits))
@@ -354,10 +371,11 @@ impl EmbeddedPort {
         monitor: &Arc<PortMonitor>,
         settings: &PortSettings,
     ) -> Ends {
-        let (receiver, sender) = port.split();
+        let (mut idle, sender) = port.split_queues();
+        idle.iter_mut().skip(1).for_each(Receiver::close);
         *lock(monitor) = Some(sender.monitor());
         settings.limits.attach(monitor, limits);
-        Ends { receiver: Some(receiver), sender }
+        Ends { idle, sender }
     }
 }
 
@@ -373,6 +391,7 @@ impl Device for EmbeddedPort {
     fn capabilities(&self) -> Capabilities {
         let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
         caps.writing_rings = usize::MAX;
+        caps.reading_rings = self.settings.queues;
         (caps.read_segments, caps.write_segments) = (SEGMENTS_MAX, SEGMENTS_MAX);
         caps.merges_reads = true;
         caps.checks_headers = true;
@@ -388,20 +407,21 @@ impl Device for EmbeddedPort {
         let mut ends = lock(&self.ends);
         let ends_now = ends.as_mut().ok_or(Status::SetupIncomplete)?;
         let rx = if direction.reads() {
-            let mut receiver = ends_now.receiver.take().ok_or(Status::SetupIncomplete)?;
+            let mut receiver = ends_now.take().ok_or(Status::SetupIncomplete)?;
             let mut accepted = Accepted::new(config.receive_offloads);
             accepted.ecn = config.receive_ecn;
             // The ring before this one has let go of its buffers, so none is posted.
             receiver.accept(accepted);
-            *lock(&self.wake) = Some(wake);
+            receiver.reopen();
+            receiver.set_wake(Arc::new(move || wake.wake()));
             Some(InboxReader::with_headers(receiver, self.offloads.virtio_header))
         } else {
             None
         };
         let tx = direction.writes().then(|| ends_now.sender.new_sender());
         let max = self.info.mtu as usize + ETHERNET_HEADER_LEN;
-        let (ends, wake, offloads) = (self.ends.clone(), self.wake.clone(), self.offloads);
-        Ok(Box::new(EmbeddedQueue { max, offloads, rx, tx, ends, wake }))
+        let (ends, offloads, queues) = (self.ends.clone(), self.offloads, self.settings.queues);
+        Ok(Box::new(EmbeddedQueue { max, offloads, queues, rx, tx, ends }))
     }
 
     fn stop(&self) -> Result<(), Error> {
@@ -422,7 +442,7 @@ impl Device for EmbeddedPort {
             None => open(&self.name, &self.network)?,
         };
         let mac = Some(self.info.mac);
-        let (port, limits) = Self::port(&network, &self.wake, &self.settings, mac)?;
+        let (port, limits) = Self::port(&network, &self.settings, mac)?;
         *lock(&self.ends) = Some(Self::ends(port, limits, &self.monitor, &self.settings));
         Ok(())
     }
@@ -499,11 +519,12 @@ struct EmbeddedQueue {
     /// The longest frame without a tag that the network takes.
     max: usize,
     offloads: Offloads,
+    /// How many receivers the port has.
+    queues: usize,
     rx: Option<InboxReader<Receiver<PostedSlot>>>,
     tx: Option<Sender<PostedSlot>>,
     /// Where the receiver is returned to.
     ends: Arc<Mutex<Option<Ends>>>,
-    wake: Arc<Mutex<Option<Wake>>>,
 }
 
 impl Queue for EmbeddedQueue {
@@ -577,7 +598,7 @@ fn send<const MAY_ASK: bool>(
         });
         let Some(header) = first else { break };
         if let Some(header) = header
-            && let Some(mut run) = tx.run(header.bytes(), wanted, || longest_write(cx, wanted))
+            && let Some(mut run) = tx.run(header.bytes(), wanted, |each| next_writes(cx, each))
         {
             while run.left() > 0
                 && let Some(slot) = cx.take_write()
@@ -595,16 +616,13 @@ fn send<const MAY_ASK: bool>(
     tx.flush();
 }
 
-/// The length of the longest of the `count` next writes.
+/// Shows the next writes, in order, until `each` returns false.
 #[inline(never)]
-fn longest_write(cx: &mut PollContext<'_>, count: usize) -> usize {
-    let (mut longest, mut seen) = (0, 0);
-    cx.leading_writes(|packet| {
-        longest = longest.max(packet.len());
-        seen += 1;
-        seen < count
+fn next_writes(cx: &mut PollContext<'_>, each: &mut dyn FnMut(NextFrame<'_>) -> bool) {
+    cx.leading_writes(|packet| match packet.bytes() {
+        Some(bytes) => each(NextFrame::Bytes(bytes)),
+        None => packet.guest().is_some_and(|guest| each(NextFrame::Guest(guest))),
     });
-    longest
 }
 
 /// Sends `count` writes one by one, because no buffers can be claimed for them together. All at
@@ -707,11 +725,16 @@ impl EmbeddedQueue {
     /// Returns the emptied receiver to the port, for the next ring that reads. If the interface has
     /// been stopped, the receiver is dropped.
     fn return_receiver(&self, rx: InboxReader<Receiver<PostedSlot>>) {
-        *lock(&self.wake) = None;
         let mut receiver = rx.into_inner();
+        receiver.set_wake(nobody());
         if let Some(ends) = &mut *lock(&self.ends) {
-            receiver.reopen();
-            ends.receiver = Some(receiver);
+            match ends.idle.len() + 1 == self.queues {
+                // No other ring reads: packets wait for the next one.
+                true => receiver.reopen(),
+                // The others get its packets from now on. Those that waited would be old for its next ring.
+                false => drop(receiver.discard()),
+            }
+            ends.idle.push(receiver);
         }
     }
 }

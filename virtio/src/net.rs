@@ -148,6 +148,16 @@
 //!
 //! [`Capabilities::receive_offloads`]: vmring::device::Capabilities::receive_offloads
 //!
+//! # Several pairs
+//!
+//! A guest with several processors can have several pairs of queues ([`NetSettings::queue_pairs`]), as many
+//! as rings can read from the interface. The embedded network has
+//! [`Embedded::queues`](vmring::Embedded::queues), a TAP has its own queues. The network below spreads
+//! flows over the pairs that the guest uses, which it says over the control queue, or its front end by
+//! enabling rings. A receive queue that is not in use has no ring, so its flows are in the others. What
+//! waits for a queue in the embedded network when the guest disables it is dropped and counted there as
+//! "closed", if other queues go on.
+//!
 //! # Hostile guests
 //!
 //! A guest may put anything into its memory, and change it at any time. What decides is copied once,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
-use vmring::device::embedded::{LimitsControl, SourceRule};
+use vmring::device::embedded::{LimitsControl, QUEUES_MAX, SourceRule};
 use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, RingControl};
 use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
@@ -74,11 +74,12 @@ impl Ports {
         id: [u8; 16],
         recorded: Option<(&Recording, String)>,
     ) -> Result<Interface, Error> {
-        // A guest that does not accept what its port delivers gets a copy that is completed or cut.
+        // What a guest does not accept, the senders complete or cut.
         let offloads = if spec.offload { Offloads::ALL } else { Offloads::default() };
         let builder = self.builder().interface_id(id).isolated(spec.isolated).offloads(offloads);
         let limits = LimitsControl::new(spec.limits);
-        let driver = self.driver.clone().limits(&limits);
+        let queues = spec.queues.unwrap_or(1).into();
+        let driver = self.driver.clone().limits(&limits).queues(queues);
         let (builder, rule) = match spec.mac.unwrap_or(MacRule::Any) {
             MacRule::Any => (builder, SourceRule::Any),
             MacRule::Learn => (builder, SourceRule::LearnOnce),
@@ -110,7 +111,7 @@ impl Network {
             let ports = Ports { driver, subnet: *subnet, mtu: args.mtu };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
             let keeper = keeper.start().map_err(failed)?;
-            let pairs = keeper.capabilities().reading_rings;
+            let pairs = QUEUES_MAX;
             let (mtu, max_packet_size) = (keeper.mtu(), keeper.max_packet_size());
             let keeper = Some(keeper);
             let (relay, stop, uplink) = (None, None, None);
@@ -140,7 +141,7 @@ impl Network {
         // The switch grants what is asked for. So each packet passes between the two as it is.
         let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
-        let pairs = uplink.capabilities().reading_rings;
+        let pairs = QUEUES_MAX;
         let ends = [outer, End::of("the guests", uplink)];
         let large = offloads.tso4 || offloads.tso6 || offloads.uso;
         let depth = if large { DEPTH_OF_LARGE } else { DEPTH };

@@ -306,7 +306,7 @@ fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
         (&["--listen", &socket, "--listen", &socket], "is there twice"),
         (&["--listen", &socket, "--mac", "52:54:00:00:00:01"], "is for one guest"),
         (&["--listen", &socket, "--queues", "0"], "0 is not in 1 to 128"),
-        (&["--listen", &socket, "--queues", "2"], "2 pairs of queues are asked for"),
+        (&["--listen", &socket, "--queues", "17"], "17 pairs of queues are asked for"),
         (&["--listen", &socket, "--connections", "0"], "0 is not in 1 to 512"),
         (&["--listen", &socket, "--mtu", "7"], "embedded:lab: "),
         (&[], "--listen"),

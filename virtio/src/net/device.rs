@@ -775,11 +775,14 @@ impl NetDevice {
 
     /// Whether the ring that reads for a pair is to exist. The network below spreads packets over such
     /// rings, so a queue that gets none has none. The first pair keeps its ring, with what waits in the
-    /// network, while its queue is disabled or stopped for a moment.
+    /// network, while its queue is disabled or stopped for a moment and no other pair receives.
     fn reads(&self, pair: usize) -> bool {
-        let is_enabled =
-            || self.pairs[pair].rx.running.as_ref().is_some_and(|running| running.enabled);
-        pair == 0 || pair < usize::from(self.active()) && is_enabled()
+        let active = usize::from(self.active());
+        let receives = |pair: usize| {
+            let running = self.pairs[pair].rx.running.as_ref();
+            pair < active && running.is_some_and(|running| running.enabled)
+        };
+        receives(pair) || pair == 0 && !(1..self.pairs.len()).any(receives)
     }
 
     /// Makes the rings that read anew, after the driver has changed what it accepts, or how many pairs

@@ -286,6 +286,22 @@ pub(crate) fn frame(from: [u8; 6], to: [u8; 6], len: usize, number: u32) -> Vec<
     bytes
 }
 
+/// A UDP packet of a flow of its own, of 60 bytes.
+pub(crate) fn of_flow(from: [u8; 6], to: [u8; 6], flow: u16) -> Vec<u8> {
+    let mut bytes = [&to[..], &from, &[8, 0, 0x45, 0, 0, 46, 0, 0, 0, 0, 64, 17, 0, 0]].concat();
+    bytes.extend([10, 0, 0, 1, 10, 0, 0, 2]);
+    bytes.extend(flow.to_be_bytes());
+    bytes.extend([0, 9, 0, 26, 0, 0]);
+    bytes.resize(60, 0);
+    bytes
+}
+
+/// An interface on a network of this test's own, with this many queues.
+pub(crate) fn wide_interface(network: &str, queues: usize) -> Interface {
+    let network = Embedded::network(format!("virtio-net test {network}")).queues(queues);
+    Interface::builder().device(network).start().expect("an interface")
+}
+
 /// Whether a descriptor becomes readable within this time.
 pub(crate) fn readable(fd: impl AsFd, timeout: Duration) -> bool {
     use std::os::fd::AsRawFd;

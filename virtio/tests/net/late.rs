@@ -10,7 +10,8 @@ use crate::driver::Driver;
 use crate::frontend::{GET_VRING_BASE, Sent, copies};
 use crate::net::basics::{one_buffer, pair};
 use crate::net::guest::{
-    Guest, Interrupts, Options, driver, frame, layout, memory, poll_both, readable,
+    Guest, Interrupts, Options, driver, frame, interface, layout, memory, of_flow, poll_both,
+    readable, wide_interface,
 };
 use crate::net::remote::{Remote, Server};
 use crate::net::wire::{Control, wire};
@@ -302,4 +303,64 @@ fn several_pairs_are_switched_and_a_flow_stays_in_one() {
     assert!(guest.device.arm());
     assert!(guest.interrupts.of(2) > 0 && guest.interrupts.of(4) > 0);
     assert_eq!(guest.memory.regions().len(), 2);
+}
+
+/// The embedded network spreads flows over the pairs that a guest uses, and over no others; a flow stays
+/// in its pair, and a guest that uses fewer pairs loses none of its flows.
+#[test]
+fn a_network_spreads_flows_over_the_pairs_in_use() {
+    const FLOWS: u16 = 48;
+    let name = "pairs in use";
+    let mut guest = wide(wide_interface(name, 3), 8);
+    assert_eq!(guest.device.queue_pairs(), 3, "the port has three queues");
+    let mut sender = Guest::with(interface(name), &Options::default());
+    let (to, from) = (guest.device.config().mac, sender.mac());
+    // Which pair has got each flow.
+    let mut spread = |guest: &mut Wide| {
+        for rx in &mut guest.rx {
+            while rx.post(&[(2048, true)], None).is_some() {}
+            rx.expose();
+        }
+        guest.poll();
+        (0..FLOWS).for_each(|flow| sender.send(&of_flow(from, to, flow)));
+        while sender.device.poll().again {}
+        sender.tx.collect();
+        let mut pairs = vec![None; usize::from(FLOWS)];
+        for _ in 0..4 {
+            guest.poll();
+            for (pair, rx) in guest.rx.iter_mut().enumerate() {
+                for one in rx.collect() {
+                    let at = one.buffers[0].address + 12 + 34;
+                    let bytes = rx.read(at, 2);
+                    let flow = usize::from(u16::from_be_bytes([bytes[0], bytes[1]]));
+                    assert_eq!(pairs[flow].replace(pair), None, "it comes once");
+                }
+            }
+        }
+        pairs.into_iter().map(|pair| pair.expect("it comes")).collect::<Vec<_>>()
+    };
+    assert!(spread(&mut guest).iter().all(|pair| *pair == 0), "a driver begins with one pair");
+    assert_eq!(guest.set_pairs(3), 0);
+    let all = spread(&mut guest);
+    for pair in 0..3 {
+        assert!(all.iter().filter(|of| **of == pair).count() > 4, "{all:?}");
+    }
+    assert_eq!(spread(&mut guest), all, "a flow stays");
+    // A guest disables a queue by itself, as over vhost-user.
+    for disabled in 0..3u16 {
+        guest.device.enable_queue(disabled * 2, false);
+        let others = spread(&mut guest);
+        for (before, after) in all.iter().zip(&others) {
+            assert!(*after != usize::from(disabled));
+            assert!(*before == usize::from(disabled) || before == after, "no other flow moves");
+        }
+        guest.device.enable_queue(disabled * 2, true);
+        assert_eq!(spread(&mut guest), all);
+    }
+    assert_eq!(guest.set_pairs(2), 0);
+    assert!(spread(&mut guest).iter().all(|pair| *pair < 2));
+    assert_eq!(guest.set_pairs(1), 0);
+    assert!(spread(&mut guest).iter().all(|pair| *pair == 0));
+    let drops = guest.device.interface().drops();
+    assert!(drops.iter().all(|(_, count)| *count == 0), "{drops:?}");
 }

@@ -7,7 +7,7 @@ use vmring_virtio::net::{Ended, Features, NetSettings, ServeError, VhostUserNet}
 use vmring_virtio::vhost_user::features::{LOG_ALL, PROTOCOL_FEATURES, ProtocolFeature};
 
 use crate::frontend::*;
-use crate::net::guest::{frame, interface, readable};
+use crate::net::guest::{frame, interface, of_flow, readable, wide_interface};
 use crate::net::remote::{Remote, Server, regions};
 use crate::net::wire::wire;
 use crate::support::{LONG, eventually, guarded, is_constant};
@@ -383,6 +383,58 @@ fn pairs_are_enabled_one_by_one() {
         (2..4).for_each(|index| remote.enable(index, false));
         remote.sync();
         send(&remote, [2, 0]);
+    });
+}
+
+/// A front end with two pairs on the embedded network gets packets on both, on each those of its flows, and
+/// all on one while the other is disabled.
+#[test]
+fn a_network_serves_both_pairs_of_a_front_end() {
+    guarded("two pairs on a network", || {
+        let name = "vhost pairs";
+        let mut settings = NetSettings::default();
+        settings.queue_pairs = 2;
+        let device = VhostUserNet::new(wide_interface(name, 2), settings).unwrap();
+        let (server, socket) = Server::with(device);
+        let mut remote = Remote::wide(socket, memory(0x90_0000), Features::NONE, 4);
+        let (_other, socket) = Server::new(interface(name));
+        let mut sender = Remote::new(socket, Features::NONE);
+        sender.sync();
+        for index in 0..4 {
+            remote.set_up(index, 0);
+            remote.enable(index, true);
+        }
+        for index in [0, 2] {
+            let ring = &mut remote.rings[index];
+            (0..200).for_each(|_| assert!(ring.driver.post(&[(2048, true)], None).is_some()));
+            ring.driver.expose();
+            remote.kick(index);
+        }
+        remote.sync();
+        // How many packets of 32 flows each pair gets.
+        let mut send = |remote: &Remote| {
+            let used = || [0, 2].map(|index| remote.rings[index].driver.used_index());
+            let before = used();
+            for flow in 0..32 {
+                sender.send(&of_flow(sender.mac, remote.mac, flow));
+            }
+            let came = || [0, 1].map(|pair| used()[pair] - before[pair]);
+            eventually("all packets", || came().iter().sum::<u16>() == 32);
+            came()
+        };
+        let both = send(&remote);
+        assert!(both.iter().all(|count| *count > 2), "{both:?}");
+        for (pair, other) in [(0, 1), (1, 0)] {
+            remote.enable(pair * 2, false);
+            remote.sync();
+            assert_eq!(send(&remote)[other], 32);
+            remote.enable(pair * 2, true);
+            remote.sync();
+            assert_eq!(send(&remote), both, "its flows come back");
+        }
+        drop(remote.frontend);
+        let mut server = server;
+        assert!(matches!(server.join().1, Ok(Ended::Closed)));
     });
 }
 
