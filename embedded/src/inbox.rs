@@ -1642,7 +1642,7 @@ impl<B: PacketBuffer> Collector<B> {
         self.close();
         let mut dropped = 0;
         while let Some(packet) = self.collect() {
-            dropped += 1;
+            dropped += usize::from(!packet.more);
             f(packet.buffer);
         }
         self.recall(&mut f);

@@ -97,6 +97,8 @@ pub const SHORT_LOOKS: u32 = 10_000;
 
 // The table of MAC addresses.
 
+/// How often an address is looked up for one frame if it moves meanwhile.
+pub const LOOKUPS: u32 = 3;
 /// The entries of one bucket, which fill one cache line.
 pub const TABLE_WAYS: usize = 8;
 /// The buckets for assigned addresses. There are as many for learned addresses.

@@ -3,6 +3,7 @@
 use std::sync::Arc as StdArc;
 
 use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use vmring_core::offload::{Checksum, OffloadHeader, Offloads};
 
@@ -48,7 +49,7 @@ fn send(queue: &ReceiveQueue<Buffer>) -> Delivery {
         Left::Nothing => asking(),
         _ => OffloadHeader::NONE,
     };
-    queue.deliver(shape, Packet::from(&[1, 2][..]).with_offload(&header))
+    queue.deliver(shape, Packet::from(&[1, 2][..]).with_offload(&header), || true)
 }
 
 /// Takes everything out that has arrived, and checks that the receiver accepts it.
@@ -107,7 +108,7 @@ fn send_to_one(queues: &ReceiveQueues<Buffer>, flow: u64) -> Option<usize> {
     for _ in 0..=2 {
         let (number, queue) = queues.pick(|| flow)?;
         let packet = [1, 2];
-        match queue.deliver(queue.shape(), Packet::from(&packet[..])) {
+        match queue.deliver(queue.shape(), Packet::from(&packet[..]), || true) {
             Delivery::Direct | Delivery::Overflow => return Some(number),
             Delivery::Dropped(Refused::Closed) => {}
             Delivery::Dropped(refused) => panic!("{refused:?}"),
@@ -150,4 +151,50 @@ fn a_queue_that_closes_gives_a_packet_to_the_other() {
             assert_eq!(arrived[1 - number], 0);
         });
     }
+}
+
+/// A port that leaves, and another one that takes its place, while a packet comes for the first: the other
+/// one never gets it. The entry of the table is a number, which is set and cleared as `pin` and `forget`
+/// do.
+#[test]
+fn a_port_that_takes_a_place_gets_no_packet_for_the_one_before() {
+    check(|| {
+        let (with, without) = checksums();
+        let queue = Arc::new(ReceiveQueue::new());
+        let entry = Arc::new(AtomicU64::new(0));
+        let join = |shape, address| {
+            let mut end = queue.open(shape, StdArc::new(|| {}), make).unwrap();
+            end.collector.reopen();
+            entry.store(address, Ordering::Release);
+            end
+        };
+        let mut first = join(with, 1);
+        first.collector.post(vec![0; SPACE]).unwrap();
+        let sender = {
+            let (queue, entry) = (queue.clone(), entry.clone());
+            thread::spawn(move || {
+                // The look-up of `MacTable::locate`.
+                let found = entry.load(Ordering::Relaxed);
+                if found == 1 {
+                    let is_for_it = || entry.load(Ordering::Acquire) == found;
+                    let packet = [1, 2];
+                    queue.deliver(queue.shape(), Packet::from(&packet[..]), is_for_it);
+                }
+            })
+        };
+        drop(first);
+        entry.store(0, Ordering::Relaxed);
+        // With buffers and without, in the same inbox and in another one.
+        for (shape, buffers) in [(with, 0), (without, 1)] {
+            let mut next = join(shape, 2);
+            (0..buffers).for_each(|_| next.collector.post(vec![0; SPACE]).unwrap());
+            assert!(!next.collector.is_ready() && !next.collector.inbox().frames_wait());
+            drop(next);
+            entry.store(0, Ordering::Relaxed);
+        }
+        let mut last = join(with, 2);
+        sender.join().unwrap();
+        last.collector.post(vec![0; SPACE]).unwrap();
+        assert_eq!(take(&mut last), 0);
+    });
 }

@@ -125,7 +125,7 @@ use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
 use crate::receive_queue::{QueueEnd, ReceiveQueue, ReceiveQueues, Shape};
 use crate::stats::{DropReason, PortCounters, PortStats};
-use crate::table::{Learned, Mac, MacTable, PortRef, mix};
+use crate::table::{Learned, Located, Mac, MacTable, PortRef, mix};
 
 /// The 64-bit words of a set of ports.
 pub(crate) const WORDS: usize = MAX_PORTS / 64;
@@ -368,6 +368,10 @@ impl<B> PortState<B> {
             counters: PortCounters::default(),
         }
     }
+
+    pub(crate) fn stats(&self) -> PortStats {
+        self.counters.stats(self.queues.received())
+    }
 }
 
 /// The network has never had an uplink.
@@ -388,6 +392,47 @@ pub(crate) enum Audience {
     Anonymous,
     /// Nobody, for this reason.
     Nobody(DropReason),
+}
+
+/// Why a frame is for the port with an index. It is looked at again when the frame is accepted, because
+/// another port may have the place by then.
+pub(crate) enum Route<B> {
+    /// The port is the sender's own, which stays.
+    Own,
+    /// Its address is behind the port.
+    Known(Located),
+    /// Its address is unknown, and the port is the uplink.
+    Uplink,
+    /// It is for all ports of a set, and the port is one of them.
+    Member(fn(&Network<B>) -> &[AtomicU64; WORDS]),
+}
+
+impl<B> Clone for Route<B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for Route<B> {}
+
+impl<B> Route<B> {
+    /// Whether the frame is for the port that has the place now.
+    ///
+    /// Everything that this looks at is set after an inbox of the port was opened first, and cleared
+    /// after all of them were closed, before another port gets the place.
+    #[inline]
+    pub(crate) fn holds(&self, network: &Network<B>, index: usize) -> bool {
+        match self {
+            Route::Own => true,
+            Route::Known(located) => network.table.holds(located),
+            // Acquire: pairs with the Release in `admit`.
+            Route::Uplink => network.uplink.load(Ordering::Acquire) as usize == index,
+            // Acquire: pairs with the Release in `set_open`.
+            Route::Member(set) => {
+                set(network)[index / 64].load(Ordering::Acquire) >> (index % 64) & 1 != 0
+            }
+        }
+    }
 }
 
 /// The members of a network. Joining, leaving and reading statistics take its lock; forwarding does
@@ -467,7 +512,7 @@ impl<B> Network<B> {
     pub fn stats(&self) -> Vec<(MacAddr6, PortStats)> {
         let members = self.members();
         let stats = |(index, mac): (usize, &Option<MacAddr6>)| {
-            Some(((*mac)?, self.ports[index].get()?.counters.stats()))
+            Some(((*mac)?, self.ports[index].get()?.stats()))
         };
         members.macs.iter().enumerate().filter_map(stats).collect()
     }
@@ -638,7 +683,7 @@ impl<B: PacketBuffer> Network<B> {
         let index = members.macs.iter().position(Option::is_none).ok_or(JoinError::Full)?;
         let state = self.ports[index].get_or_init(|| Arc::new(PortState::new()));
         let shape = Shape::new(config.offloads);
-        state.counters.reset();
+        state.counters.reset(state.queues.received());
         state.policy.reset(config.policy.limits, Moment::new(self.clock.now()));
         // The last owners dropped their collectors before their port left, so the inboxes can be opened.
         let open = |queue: &ReceiveQueue<B>| {
@@ -652,7 +697,8 @@ impl<B: PacketBuffer> Network<B> {
         let port = if uplink { PortRef::uplink(index) } else { PortRef::new(index, isolated) };
         self.table.pin(key, port);
         if uplink {
-            self.uplink.store(index as u32, Ordering::Relaxed);
+            // Release: pairs with the Acquire in `Route::holds`.
+            self.uplink.store(index as u32, Ordering::Release);
         }
         drop(members);
         tracing::debug!(%mac, index, isolated, uplink, "port joined");
@@ -711,7 +757,7 @@ impl<B> Membership<B> {
     }
 
     pub(crate) fn stats(&self) -> PortStats {
-        self.port_state().map(|state| state.counters.stats()).unwrap_or_default()
+        self.port_state().map(PortState::stats).unwrap_or_default()
     }
 }
 

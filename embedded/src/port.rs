@@ -17,16 +17,16 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 use crate::flow::NextFrame;
 use crate::frame;
 use crate::inbox::{Claim, Collected, Delivery, PortWake, Refused};
-use crate::limits::{MAX_PORTS, QUEUES_MAX, SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
+use crate::limits::{LOOKUPS, MAX_PORTS, QUEUES_MAX, SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
-    Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, WORDS,
+    Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, Route, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
 use crate::receive_queue::{Accepted, QueueEnd, Touched};
 use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
-use crate::table::Mac;
+use crate::table::{Located, Mac};
 use crate::work::Work;
 
 impl<B: PacketBuffer> Network<B> {
@@ -140,7 +140,7 @@ impl<B> Monitor<B> {
     /// Returns the port's counters, or `None` once the port has left.
     pub fn stats(&self) -> Option<PortStats> {
         let state = self.network.port_state(self.index)?;
-        let stats = state.counters.stats();
+        let stats = state.stats();
         (state.generation.load(Ordering::Relaxed) == self.generation).then_some(stats)
     }
 
@@ -165,7 +165,7 @@ impl<B> Monitor<B> {
 /// The half of a port that receives, or the part of one queue of it.
 ///
 /// Dropping it closes it: it waits for copies that are under way, and drops the packets and buffers
-/// that are still in it.
+/// that are still in it. The packets are counted as [`missed_closed`](PortStats::missed_closed).
 pub struct Receiver<B: PacketBuffer> {
     // This order matters: the end is dropped first, so the inbox is closed and empty before the port
     // leaves.
@@ -328,7 +328,7 @@ impl<B: PacketBuffer> Receiver<B> {
     #[inline(always)]
     pub fn collect_part(&mut self) -> Option<Collected<B>> {
         let packet = self.end.collector.collect()?;
-        let received = &self.state.counters.received[self.number % QUEUES_MAX];
+        let received = &self.end.received;
         if !packet.more {
             add(if packet.overflow { &received.overflow } else { &received.direct }, 1);
         }
@@ -400,7 +400,7 @@ impl<B: PacketBuffer> Receiver<B> {
 
 impl<B: PacketBuffer> Drop for Receiver<B> {
     fn drop(&mut self) {
-        self.close(); // ends the floods; the collector's own drop does the rest
+        self.discard(); // ends the floods, and counts what is dropped
     }
 }
 
@@ -540,6 +540,7 @@ impl<B: PacketBuffer> Sender<B> {
     ///
     /// A receiver that sleeps is woken at the next [`flush`](Self::flush), as after
     /// [`send`](Self::send).
+    #[inline(never)]
     pub fn run(
         &mut self,
         header: [u8; ETHERNET_HEADER_LEN],
@@ -571,12 +572,16 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         // The gateway's address is behind no port.
-        let index = match network.table.lookup(to, *now) {
-            Some(target) if target.index() == port.index() || target.is_apart_from(port) => None,
-            Some(target) => Some(target.index()),
+        let (index, route) = match network.table.locate(to, *now) {
+            Some(Located { port: target, .. })
+                if target.index() == port.index() || target.is_apart_from(port) =>
+            {
+                None
+            }
+            Some(located) => Some((located.port.index(), Route::Known(located))),
             None if Some(to) == network.gateway_mac => None,
             None => match network.audience_of_unknown(port) {
-                Audience::Uplink(index) => Some(index),
+                Audience::Uplink(index) => Some((index, Route::Uplink)),
                 _ => None,
             },
         }?;
@@ -584,15 +589,16 @@ impl<B: PacketBuffer> Sender<B> {
         let key = network.flow_key;
         let (number, wanted, queue) = state.queues.pick_for_run(wanted, key, &mut frames)?;
         let longest = || longest_of(wanted, &mut frames);
+        let is_for_it = || route.holds(network, index);
         let sending = if *limited { membership.port_state() } else { None };
         let receiving = state.policy.is_limited(Way::Receive).then_some(state);
         let claim = if sending.is_none() && receiving.is_none() {
-            queue.claim(wanted, longest)?
+            queue.claim(wanted, longest, is_for_it)?
         } else {
             let limits = [(Way::Send, sending), (Way::Receive, receiving)]
                 .map(|(way, state)| (way, state.map(|state| &state.policy)));
             policy::within(limits, wanted, *moment, |wanted| {
-                let claim = queue.claim(wanted, longest);
+                let claim = queue.claim(wanted, longest, is_for_it);
                 (claim.as_ref().map_or(0, Claim::left), claim)
             })?
         };
@@ -675,15 +681,30 @@ impl<B: PacketBuffer> Sender<B> {
                 Err(reason) => Sent::Dropped(reason),
             };
         }
-        match network.table.lookup(to, self.now) {
-            Some(target) if target.index() == port.index() => Sent::Dropped(DropReason::OwnPort),
-            Some(target) if target.is_apart_from(port) => Sent::Dropped(DropReason::Isolated),
-            Some(target) => self.forward_to(target.index(), frame),
-            None => match network.audience_of_unknown(port) {
-                Audience::Uplink(index) => self.forward_to(index, frame),
-                audience => self.flood(audience, frame, frames),
-            },
+        // If the address has moved since it was looked up, it is looked up again.
+        for _ in 0..LOOKUPS {
+            let network = &*self.membership.network;
+            let (index, route) = match network.table.locate(to, self.now) {
+                Some(Located { port: target, .. }) if target.index() == port.index() => {
+                    return Sent::Dropped(DropReason::OwnPort);
+                }
+                Some(Located { port: target, .. }) if target.is_apart_from(port) => {
+                    return Sent::Dropped(DropReason::Isolated);
+                }
+                Some(located) => (located.port.index(), Route::Known(located)),
+                None => match network.audience_of_unknown(port) {
+                    Audience::Uplink(index) => (index, Route::Uplink),
+                    audience => return self.flood(audience, frame, frames),
+                },
+            };
+            match self.deliver(index, route, frame) {
+                Ok(()) => return Sent::Forwarded,
+                Err(DropReason::Closed)
+                    if !route.holds(&self.membership.network, index) && !frame.asks() => {}
+                Err(reason) => return Sent::Dropped(reason),
+            }
         }
+        Sent::Dropped(DropReason::Closed)
     }
 
     /// Checks a packet that leaves work to others. Returns how many frames it is once it is cut.
@@ -749,12 +770,13 @@ impl<B: PacketBuffer> Sender<B> {
     fn deliver_finished(
         &mut self,
         index: usize,
+        route: Route<B>,
         frame: Packet<'_>,
         left: Left,
     ) -> Result<(), DropReason> {
         let mut delivered = Err(DropReason::NoBuffer);
         self.finish(frame, left, |sender, frame| {
-            let result = sender.deliver_to(index, frame, true);
+            let result = sender.deliver_to(index, route, frame, true);
             if delivered.is_err() {
                 delivered = result;
             }
@@ -762,21 +784,17 @@ impl<B: PacketBuffer> Sender<B> {
         delivered
     }
 
-    /// Copies a frame to the one port that it is for.
-    #[inline]
-    fn forward_to(&mut self, index: usize, frame: Packet<'_>) -> Sent {
-        match self.deliver(index, frame) {
-            Ok(()) => Sent::Forwarded,
-            Err(reason) => Sent::Dropped(reason),
-        }
-    }
-
     /// Copies a frame to one port, and does before what its receiver does not do itself.
     ///
-    /// The index may be stale by a moment. A port that has left has a closed inbox. A port that
-    /// took its place between the look-up and the copy gets a frame that is not for it.
-    fn deliver(&mut self, index: usize, frame: Packet<'_>) -> Result<(), DropReason> {
-        self.deliver_to(index, frame, false)
+    /// The index may be stale by a moment. A port that has left has a closed inbox. A port that has taken
+    /// its place gets the frame only if `route` holds for it too.
+    fn deliver(
+        &mut self,
+        index: usize,
+        route: Route<B>,
+        frame: Packet<'_>,
+    ) -> Result<(), DropReason> {
+        self.deliver_to(index, route, frame, false)
     }
 
     /// As [`deliver`](Self::deliver). If `is_finished`, the frame is what was left of a packet after the
@@ -784,6 +802,7 @@ impl<B: PacketBuffer> Sender<B> {
     fn deliver_to(
         &mut self,
         index: usize,
+        route: Route<B>,
         frame: Packet<'_>,
         is_finished: bool,
     ) -> Result<(), DropReason> {
@@ -804,7 +823,7 @@ impl<B: PacketBuffer> Sender<B> {
                     break;
                 }
                 if left != Left::Nothing {
-                    return self.deliver_finished(index, frame, left);
+                    return self.deliver_finished(index, route, frame, left);
                 }
             }
             if !is_admitted
@@ -815,7 +834,7 @@ impl<B: PacketBuffer> Sender<B> {
                 return Err(DropReason::ReceiveLimit);
             }
             is_admitted = true;
-            match queue.deliver(shape, frame) {
+            match queue.deliver(shape, frame, || route.holds(network, index)) {
                 Delivery::Direct | Delivery::Overflow => {
                     self.touched[index / 64] |= 1 << (index % 64);
                     self.touched_queues[index].add(number);
@@ -829,7 +848,10 @@ impl<B: PacketBuffer> Sender<B> {
                 Delivery::Dropped(Refused::Closed | Refused::Stale) => {}
             }
         }
-        missed.closed.fetch_add(1, Ordering::Relaxed);
+        // Another port has missed nothing.
+        if route.holds(network, index) {
+            missed.closed.fetch_add(1, Ordering::Relaxed);
+        }
         Err(DropReason::Closed)
     }
 
@@ -845,7 +867,9 @@ impl<B: PacketBuffer> Sender<B> {
         }
         let own = Some(self.membership.index);
         let reached = match audience {
-            Audience::Uplink(index) => u32::from(self.deliver_to_one_of_all(index, frame)),
+            Audience::Uplink(index) => {
+                u32::from(self.deliver_to_one_of_all(index, Route::Uplink, frame))
+            }
             Audience::NotIsolated => self.send_to_all(|network| &network.floodable, own, frame),
             Audience::All => self.send_to_all(|network| &network.open, own, frame),
             Audience::Anonymous => self.send_to_all(|network| &network.anonymous, own, frame),
@@ -871,7 +895,8 @@ impl<B: PacketBuffer> Sender<B> {
             while ports != 0 {
                 let index = word * 64 + ports.trailing_zeros() as usize;
                 ports &= ports - 1;
-                reached += u32::from(self.deliver_to_one_of_all(index, frame));
+                let delivered = self.deliver_to_one_of_all(index, Route::Member(set), frame);
+                reached += u32::from(delivered);
             }
         }
         reached
@@ -879,8 +904,8 @@ impl<B: PacketBuffer> Sender<B> {
 
     /// Copies a frame that is for all to one port, and counts it if it cannot be made such as the port
     /// takes it. Returns whether the port accepted it.
-    fn deliver_to_one_of_all(&mut self, index: usize, frame: Packet<'_>) -> bool {
-        let delivered = self.deliver(index, frame);
+    fn deliver_to_one_of_all(&mut self, index: usize, route: Route<B>, frame: Packet<'_>) -> bool {
+        let delivered = self.deliver(index, route, frame);
         if let Err(reason) = delivered
             && !matches!(counter_of(reason), SendCounter::NoReceiver)
         {
@@ -911,7 +936,7 @@ impl<B: PacketBuffer> Sender<B> {
         if let Some(len) = answer.reply {
             let reply = core::mem::take(&mut self.reply);
             // If the port has no buffer for the reply, `deliver` counts the drop.
-            let _ = self.deliver(self.membership.index, Packet::from(&reply[..len]));
+            let _ = self.deliver(self.membership.index, Route::Own, Packet::from(&reply[..len]));
             self.reply = reply;
         }
         if let Some(question) = answer.to_all {

@@ -15,8 +15,9 @@
 //! loaded the state of the inbox that it claims from. So no packet is accepted that leaves other work
 //! than the receiver accepts at that moment.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
+use crossbeam_utils::CachePadded;
 use vmring_core::offload::{OffloadHeader, Offloads};
 use vmring_core::sync::{self, AtomicU32, Ordering};
 
@@ -25,6 +26,7 @@ use crate::inbox::{Claim, Collector, Delivery, Inbox, PortWake, Refused};
 use crate::limits::QUEUES_MAX;
 use crate::packet::{Packet, PacketBuffer};
 use crate::software::{self, Left};
+use crate::stats::Received;
 use crate::table::mix;
 
 /// The work that a receiver accepts undone, of what its port has; see
@@ -198,6 +200,11 @@ impl<B> ReceiveQueues<B> {
         (QueueSet(before), QueueSet(if on { before | bit } else { before & !bit }))
     }
 
+    /// The counters of all receivers.
+    pub(crate) fn received(&self) -> impl Iterator<Item = &Received> + Clone {
+        self.queues.iter().filter_map(|queue| queue.received.get()).map(|received| &***received)
+    }
+
     #[inline]
     pub(crate) fn get(&self, number: usize) -> Option<&ReceiveQueue<B>> {
         self.queues.get(number)
@@ -249,6 +256,7 @@ fn leading(
 
 impl<B: PacketBuffer> ReceiveQueues<B> {
     /// Wakes the receivers of these queues that sleep.
+    #[inline]
     pub(crate) fn ring(&self, queues: QueueSet) {
         let mut left = queues.0;
         while left != 0 {
@@ -282,12 +290,14 @@ pub(crate) struct ReceiveQueue<B> {
     shape: AtomicU32,
     /// The inboxes, by [`Shape::inbox`]. Each is made for the first receiver that needs it.
     inboxes: [OnceLock<sync::Arc<Inbox<B>>>; 3],
+    /// What its receiver counts.
+    received: OnceLock<Arc<CachePadded<Received>>>,
 }
 
 impl<B> ReceiveQueue<B> {
     pub(crate) fn new() -> Self {
         let inboxes = core::array::from_fn(|_| OnceLock::new());
-        Self { shape: AtomicU32::new(0), inboxes }
+        Self { shape: AtomicU32::new(0), inboxes, received: OnceLock::new() }
     }
 
     #[inline]
@@ -311,25 +321,33 @@ impl<B> ReceiveQueue<B> {
 
 impl<B: PacketBuffer> ReceiveQueue<B> {
     /// Delivers a packet whose work was done as a receiver of this shape needs it. The packet is stale
-    /// if the receiver has another shape by now.
+    /// if the receiver has another shape by now, or if `is_for_it` says that it is not for the port that
+    /// has the place now.
     #[inline]
-    pub(crate) fn deliver(&self, shape: Shape, packet: Packet<'_>) -> Delivery {
+    pub(crate) fn deliver(
+        &self,
+        shape: Shape,
+        packet: Packet<'_>,
+        is_for_it: impl Fn() -> bool,
+    ) -> Delivery {
         match self.inbox(shape) {
-            Some(inbox) => inbox.deliver_if(packet, || self.shape() == shape),
+            Some(inbox) => inbox.deliver_if(packet, || self.shape() == shape && is_for_it()),
             None => Delivery::Dropped(Refused::Closed),
         }
     }
 
-    /// Claims buffers for packets that leave no work; see [`Inbox::claim_for`].
-    #[inline]
+    /// Claims buffers for packets that leave no work; see [`Inbox::claim_for`]. `is_for_it` is that of
+    /// [`deliver`](Self::deliver).
+    #[inline(always)]
     pub(crate) fn claim(
         &self,
         wanted: usize,
         longest: impl FnOnce() -> usize,
+        is_for_it: impl Fn() -> bool,
     ) -> Option<Claim<'_, B>> {
         let shape = self.shape();
         // The shape says what the buffers are like.
-        self.inbox(shape)?.claim_if(wanted, longest, || self.shape() == shape)
+        self.inbox(shape)?.claim_if(wanted, longest, || self.shape() == shape && is_for_it())
     }
 
     /// Begins to receive in this shape. The inbox stays closed, until the collector reopens it. `None` if
@@ -342,7 +360,8 @@ impl<B: PacketBuffer> ReceiveQueue<B> {
     ) -> Option<QueueEnd<B>> {
         let collector = Inbox::open_later(self.inbox_or(shape, make), wake.clone())?;
         self.set_shape(shape);
-        Some(QueueEnd { collector, shape, wake })
+        let received = Arc::clone(self.received.get_or_init(Arc::default));
+        Some(QueueEnd { collector, shape, received, wake })
     }
 
     /// The inbox for this shape, which is made if there was none.
@@ -355,6 +374,8 @@ impl<B: PacketBuffer> ReceiveQueue<B> {
 pub(crate) struct QueueEnd<B: PacketBuffer> {
     pub(crate) collector: Collector<B>,
     pub(crate) shape: Shape,
+    /// What it counts. It has this by itself, so that no packet pays for finding its queue.
+    pub(crate) received: Arc<CachePadded<Received>>,
     /// What wakes the receiver, to open another inbox with.
     wake: PortWake,
 }

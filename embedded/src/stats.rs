@@ -3,8 +3,6 @@
 use crossbeam_utils::CachePadded;
 use vmring_core::sync::{AtomicU64, Ordering};
 
-use crate::limits::QUEUES_MAX;
-
 /// Counters of the packets that a receiver of a port collected. Only that receiver writes them.
 #[derive(Default)]
 pub(crate) struct Received {
@@ -52,8 +50,6 @@ pub(crate) const SEND_COUNTERS: usize = SendCounter::Cut as usize + 1;
 /// The counters of one port, grouped by writer. Each group has cache lines of its own.
 #[derive(Default)]
 pub(crate) struct PortCounters {
-    /// By the number of the queue.
-    pub(crate) received: [CachePadded<Received>; QUEUES_MAX],
     pub(crate) missed: CachePadded<Missed>,
     pub(crate) sent: CachePadded<[AtomicU64; SEND_COUNTERS]>,
 }
@@ -63,10 +59,11 @@ impl PortCounters {
         self.sent[counter as usize].load(Ordering::Relaxed)
     }
 
-    pub(crate) fn stats(&self) -> PortStats {
+    /// What these counters and those of the receivers have counted.
+    pub(crate) fn stats<'r>(&self, all: impl Iterator<Item = &'r Received> + Clone) -> PortStats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let received = |counter: fn(&Received) -> &AtomicU64| {
-            self.received.iter().map(|received| get(counter(received))).sum()
+            all.clone().map(|received| get(counter(received))).sum()
         };
         PortStats {
             received_direct: received(|received| &received.direct),
@@ -97,11 +94,10 @@ impl PortCounters {
         }
     }
 
-    pub(crate) fn reset(&self) {
+    pub(crate) fn reset<'r>(&self, all: impl Iterator<Item = &'r Received>) {
         let Missed { no_buffer, closed, receive_limit } = &*self.missed;
         let missed = [no_buffer, closed, receive_limit];
-        let received = self.received.iter();
-        let received = received.flat_map(|one| [&one.direct, &one.overflow, &one.bytes]);
+        let received = all.flat_map(|one| [&one.direct, &one.overflow, &one.bytes]);
         for counter in received.chain(missed).chain(self.sent.iter()) {
             counter.store(0, Ordering::Relaxed);
         }
@@ -121,7 +117,8 @@ pub struct PortStats {
     /// Packets for this port that were dropped because no buffer was posted and the overflow ring
     /// was full.
     pub missed_no_buffer: u64,
-    /// Packets for this port that were dropped because its receiver was closed.
+    /// Packets for this port that were dropped because its receiver was closed, or that waited in it when
+    /// it was dropped.
     pub missed_closed: u64,
     /// Packets for this port that were dropped because they were over its receive limit.
     pub missed_receive_limit: u64,

@@ -112,6 +112,19 @@ fn port_of(entry: u64) -> PortRef {
     PortRef(entry as u16)
 }
 
+/// Where an address is, and the entry that says so.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Located {
+    pub(crate) port: PortRef,
+    /// The entry's bucket and way, and whether it was learned.
+    place: u32,
+    entry: u64,
+}
+
+impl Located {
+    const LEARNED: u32 = 1 << 31;
+}
+
 /// What [`MacTable::learn`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Learned {
@@ -168,15 +181,35 @@ impl MacTable {
     /// Returns the port an address is behind, unless no frame has come from the address for too
     /// long. The address must not be a group address.
     #[inline]
-    pub(crate) fn lookup(&self, mac: Mac, now: u32) -> Option<PortRef> {
+    pub(crate) fn locate(&self, mac: Mac, now: u32) -> Option<Located> {
         let index = self.bucket_index(mac);
-        self.lookup_pinned(mac, index).or_else(|| {
+        self.locate_pinned(mac, index).or_else(|| {
             let way = self.find_learned(mac, index)?;
-            // Relaxed: the entry is one 64-bit value and publishes nothing else.
-            let found = self.learned[index].0[way].load(Ordering::Relaxed);
+            // Relaxed: whoever relies on the entry looks again (`holds`).
+            let entry = self.learned[index].0[way].load(Ordering::Relaxed);
             let fresh = self.age(index, way, now) < self.ageing;
-            (mac_of(found) == mac.0 && fresh).then(|| port_of(found))
+            let place = (index * TABLE_WAYS + way) as u32 | Located::LEARNED;
+            let located = || Located { port: port_of(entry), place, entry };
+            (mac_of(entry) == mac.0 && fresh).then(located)
         })
+    }
+
+    /// As [`locate`](Self::locate), for the port alone.
+    #[cfg(test)]
+    fn lookup(&self, mac: Mac, now: u32) -> Option<PortRef> {
+        self.locate(mac, now).map(|located| located.port)
+    }
+
+    /// Whether the entry says the same as before.
+    #[inline]
+    pub(crate) fn holds(&self, located: &Located) -> bool {
+        let is_learned = located.place & Located::LEARNED != 0;
+        let buckets = if is_learned { &self.learned } else { &self.pinned };
+        let place = (located.place & !Located::LEARNED) as usize;
+        let way = buckets.get(place / TABLE_WAYS).map(|bucket| &bucket.0[place % TABLE_WAYS]);
+        // Acquire: pairs with the Release in `pin` and `learn`. Whoever sees the entry finds the inbox
+        // closed that the port's place had before.
+        way.is_some_and(|way| way.load(Ordering::Acquire) == located.entry)
     }
 
     /// Returns the port an address was assigned to.
@@ -185,13 +218,21 @@ impl MacTable {
     }
 
     fn lookup_pinned(&self, mac: Mac, index: usize) -> Option<PortRef> {
+        self.locate_pinned(mac, index).map(|located| located.port)
+    }
+
+    #[inline]
+    fn locate_pinned(&self, mac: Mac, index: usize) -> Option<Located> {
         // This almost always reads one bucket: it reads the next only if this one was ever full.
         for step in 0..TABLE_BUCKETS {
-            let bucket = &self.pinned[(index + step) % TABLE_BUCKETS];
-            for way in &bucket.0 {
-                let found = way.load(Ordering::Relaxed);
-                if mac_of(found) == mac.0 {
-                    return Some(port_of(found));
+            let bucket_index = (index + step) % TABLE_BUCKETS;
+            let bucket = &self.pinned[bucket_index];
+            for (way, cell) in bucket.0.iter().enumerate() {
+                // Relaxed: as in `locate`.
+                let entry = cell.load(Ordering::Relaxed);
+                if mac_of(entry) == mac.0 {
+                    let place = (bucket_index * TABLE_WAYS + way) as u32;
+                    return Some(Located { port: port_of(entry), place, entry });
                 }
             }
             if !bucket.was_full() {
@@ -232,7 +273,8 @@ impl MacTable {
         let found = cell.load(Ordering::Relaxed);
         if found != wanted {
             // If another thread has changed the entry meanwhile, the next frame tries again.
-            let _ = cell.compare_exchange(found, wanted, Ordering::Relaxed, Ordering::Relaxed);
+            // Release: pairs with the Acquire in `holds`.
+            let _ = cell.compare_exchange(found, wanted, Ordering::Release, Ordering::Relaxed);
         }
         Learned::Here
     }
@@ -287,7 +329,8 @@ impl MacTable {
             .flat_map(|step| &self.pinned[(index + step) % TABLE_BUCKETS].0)
             .find(|way| matches!(way.load(Ordering::Relaxed), EMPTY | TOMBSTONE));
         if let Some(way) = free {
-            way.store(entry(mac, port), Ordering::Relaxed);
+            // Release: pairs with the Acquire in `holds`.
+            way.store(entry(mac, port), Ordering::Release);
         }
     }
 

@@ -892,3 +892,86 @@ fn a_flood_of_made_up_sources_does_not_turn_the_switch_into_a_hub() {
     assert_eq!((bob.receive().len(), hostile.receive().len()), (10, 0));
     assert!(alice.receive().is_empty());
 }
+
+/// Goal: whoever takes a place on the network sees nothing that was for the port before. Method: ports
+/// join and leave at one place, each with an address of its own, while others send to all of them, by
+/// single frames and by runs. What is for an address that is not there goes to the uplink.
+#[test]
+fn a_port_gets_no_frame_for_the_one_that_had_its_place() {
+    let network = Network::new(NetworkConfig::switch()).unwrap();
+    let rounds = if std::env::var_os("VMRING_TEST_SCALE").is_some() { 60 } else { 400 };
+    let _uplink = Guest::with(&network, PortConfig { uplink: true, ..config(50) });
+    let id_of = |round: u64| 100 + round % 5;
+    let addresses: Vec<_> = (0..5)
+        .map(|round| {
+            let port = network.join(config(id_of(round))).unwrap();
+            port.mac()
+        })
+        .collect();
+    let done = &AtomicBool::new(false);
+    struct SetAtEnd<'a>(&'a AtomicBool);
+    impl Drop for SetAtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::SeqCst);
+        }
+    }
+    std::thread::scope(|scope| {
+        let _ends = SetAtEnd(done);
+        for id in [1, 2] {
+            let mut alice = Guest::join(&network, id);
+            let addresses = addresses.clone();
+            scope.spawn(move || {
+                let mut turn = 0usize;
+                while !done.load(Ordering::SeqCst) {
+                    for to in &addresses {
+                        turn += 1;
+                        let frame = data(*to, alice.mac, &[7; 50]);
+                        let header = *frame.first_chunk().unwrap();
+                        if turn.is_multiple_of(2)
+                            && let Some(mut run) = alice.sender.run(header, 2, |_| ())
+                        {
+                            while run.put(&frame) {}
+                        } else {
+                            alice.sender.send(&frame);
+                        }
+                    }
+                    alice.sender.flush();
+                    alice.receive();
+                }
+            });
+        }
+        let mut seen = 0;
+        for round in 0..rounds {
+            let mut bob = Guest::join(&network, id_of(round));
+            let until = if round % 3 == 0 { 1 } else { 40 };
+            for _ in 0..until {
+                for frame in bob.receive() {
+                    let to = frame.first_chunk::<6>().unwrap();
+                    assert_eq!(*to, bob.mac.into_array(), "round {round}");
+                    seen += 1;
+                }
+                std::thread::yield_now();
+            }
+        }
+        assert!(seen > 0);
+    });
+}
+
+/// Goal: what waits in a port when its receiver goes away is counted, in buffers and without.
+#[test]
+fn what_waits_in_a_receiver_that_is_dropped_is_counted() {
+    let network = Network::new(NetworkConfig::default()).unwrap();
+    let mut alice = Guest::join(&network, 1);
+    // It has eight buffers.
+    let bob = Guest::join(&network, 2);
+    let frame = data(bob.mac, alice.mac, &[1; 50]);
+    for _ in 0..12 {
+        assert_eq!(alice.sender.send(&frame), Sent::Forwarded);
+    }
+    let Guest { receiver, sender, .. } = bob;
+    drop(receiver);
+    let stats = sender.stats();
+    assert_eq!((stats.missed_closed, stats.received_direct), (12, 0));
+    assert_eq!(alice.sender.send(&frame), Sent::Dropped(DropReason::Closed));
+    assert_eq!(sender.stats().missed_closed, 13);
+}

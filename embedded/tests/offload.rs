@@ -489,7 +489,7 @@ fn what_waits_stays_if_it_is_accepted() {
             // What was cut for it has partial checksums, and is dropped too.
             assert!(lost_by_change >= lost && expected.iter().all(|packet| seen.contains(packet)));
         }
-        assert!(alice.send(&vec![0; 60], &OffloadHeader::NONE) != Sent::Forwarded, "no address");
+        assert!(alice.send(&[0; 60], &OffloadHeader::NONE) != Sent::Forwarded, "no address");
     }
 }
 

@@ -33,6 +33,13 @@
 //! which has not negotiated as much. Senders do the rest, and the ring's reads need no more space than
 //! its packets.
 //!
+//! # Several rings
+//!
+//! Several rings can read from one interface ([`Embedded::queues`]), each the packets of its own flows.
+//! The ring that opens first has all flows, and each further one takes its share.
+//!
+//! # What a write may be
+//!
 //! A packet that leaves work to others is copied by itself: several of them are not claimed together.
 //! A header that is not true of its packet fails the write with
 //! [`Status::InvalidArgument`].
