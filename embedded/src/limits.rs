@@ -71,6 +71,12 @@ pub const LARGE_PACKET: usize = 65_535;
 /// Linux, which is 48 bytes (`TCP_MIN_SND_MSS` in `include/net/tcp.h`). Without this, one packet of a
 /// guest would become 65,000.
 pub const SEGMENTS_PER_PACKET: usize = LARGE_PACKET.div_ceil(48);
+/// The most UDP datagrams that are merged into one packet: as many as Linux merges (`UDP_GRO_CNT_MAX` in
+/// `net/ipv4/udp_offload.c`).
+pub const DATAGRAMS_PER_PACKET: usize = 64;
+/// The flows of which packets are merged at the same time. Another flow ends the oldest. Linux has as
+/// many in each of its lists (`MAX_GRO_SKBS` in `net/core/gro.c`).
+pub const FLOWS_MERGED: usize = 8;
 
 // The hand-over of packets.
 

@@ -12,6 +12,7 @@ use std::cell::Cell;
 use common::*;
 use macaddr::MacAddr6;
 use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
+use vmring_embedded::software::{Merging, Segments};
 use vmring_embedded::{
     Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate, RateLimit,
 };
@@ -81,6 +82,42 @@ fn work_in_software_allocates_nothing() {
     }
     assert_eq!(ALLOCATIONS.get() - before, 0);
     assert_eq!(bob.receiver.stats().received_direct, 700);
+}
+
+/// Nor does merging what was cut.
+#[test]
+fn merging_allocates_nothing() {
+    let segment = [&[0xc0, 0, 0, 80, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10][..], &[1; 8000]].concat();
+    let (from, to) = (Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2));
+    let packet = ipv4(from, to, smoltcp::wire::IpProtocol::Tcp, &segment);
+    let ethertype = smoltcp::wire::EthernetProtocol::Ipv4;
+    let mac = MacAddr6::new(2, 0, 0, 0, 0, 1);
+    let packet = ethernet(eth(mac), eth(mac), ethertype, &packet);
+    let header = OffloadHeader {
+        checksum: Checksum::Partial { start: 34, offset: 16 },
+        gso: Gso::TcpV4,
+        segment_size: 1400,
+        ..OffloadHeader::NONE
+    };
+    let segments = Segments::new(&header, &packet).unwrap();
+    let mut merging = Merging::new(&Offloads::ALL, 10_000);
+    let mut free = vec![Vec::with_capacity(10_000), Vec::with_capacity(10_000)];
+    let mut large = 0;
+    let before = ALLOCATIONS.get();
+    for _ in 0..100 {
+        for index in 0..segments.count() {
+            let mut buffer = free.pop().unwrap();
+            buffer.resize(1514, 0);
+            let len = segments.write(index, &mut buffer).unwrap();
+            buffer.truncate(len);
+            let mut out = None;
+            let empty = merging.push(buffer, &OffloadHeader::NONE, |packet| out = Some(packet));
+            large += usize::from(out.as_ref().is_some_and(|packet| packet.packets == 6));
+            free.extend(empty);
+            free.extend(out.map(|packet| packet.buffer));
+        }
+    }
+    assert_eq!((ALLOCATIONS.get() - before, large), (0, 100));
 }
 
 fn forward(limits: PortLimits) {

@@ -14,8 +14,8 @@ const VLAN_TAG_LEN: usize = 4;
 /// The offset of the checksum in a TCP header and in a UDP header.
 pub(super) const TCP_CHECKSUM_AT: usize = 16;
 pub(super) const UDP_CHECKSUM_AT: usize = 6;
-const UDP_HEADER_LEN: usize = 8;
-const IPV4_HEADER_LEN: usize = smoltcp::wire::IPV4_HEADER_LEN;
+pub(super) const UDP_HEADER_LEN: usize = 8;
+pub(super) const IPV4_HEADER_LEN: usize = smoltcp::wire::IPV4_HEADER_LEN;
 pub(super) const IPV6_HEADER_LEN: usize = smoltcp::wire::IPV6_HEADER_LEN;
 
 /// What the headers in front of the transport header say.
