@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vmring::{ConfigError, Ipv4Range, Mode};
 
-use crate::bridge::spec::{Offload, Spec};
+use crate::bridge::spec::{Offload, Spec, WhichEnd};
 use crate::device::{DeviceName, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
@@ -177,6 +177,9 @@ pub(crate) struct BridgeArgs {
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_value_t = Offload::Common, default_missing_value = "software")]
     pub(crate) offload: Offload,
+    /// The end that is to offload nothing, as if its device could not
+    #[arg(long, value_enum, value_name = "END")]
+    pub(crate) plain: Option<WhichEnd>,
     /// How frames are moved into and out of a TAP
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = ENGINES)]

@@ -31,7 +31,7 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     #[cfg(target_os = "linux")]
     let specs = specs.map(|spec| spec.driven_by(args.engine));
     args.dhcp.check(specs.iter().filter(|spec| spec.has_dhcp()).count())?;
-    let ends = spec::start(specs.each_ref(), args.offload, args.mtu, &args.dhcp)?;
+    let ends = spec::start(specs.each_ref(), args.offload, args.plain, args.mtu, &args.dhcp)?;
     let software = args.offload == Offload::Software;
     let mut bridge = Bridge::new(ends, software, args.depth).map_err(Failure::starting)?;
     let [a, b] = &bridge.ends;

@@ -42,6 +42,13 @@ pub(crate) enum Offload {
     None,
 }
 
+/// One of the two ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WhichEnd {
+    A,
+    B,
+}
+
 impl FromStr for Spec {
     type Err = String;
 
@@ -375,24 +382,27 @@ pub(crate) fn start_alike(
 }
 
 /// Starts both ends so that a packet from one can go into the other. Either each end offloads what
-/// it can and the rest is done in software, or both ends offload the same (or nothing).
+/// it can and the rest is done in software, or both ends offload the same (or nothing). The end `plain`
+/// offloads nothing.
 pub(crate) fn start(
     specs: [&Spec; 2],
     offload: Offload,
+    plain: Option<WhichEnd>,
     mtu: Option<u32>,
     dhcp: &DhcpArgs,
 ) -> Result<[End; 2], Failure> {
     // A capture is started last, so that its file is only touched if all else has started.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
-    let [first, second] = order.map(|i| specs[i]);
     let software = offload == Offload::Software;
-    let wanted = |spec: &Spec, other: &Spec| match spec.may_offload() {
-        true if software || offload == Offload::Common && other.may_offload() => Offloads::ALL,
+    let is_plain = |i: usize| plain == Some([WhichEnd::A, WhichEnd::B][i]);
+    let may_offload = |i: usize| specs[i].may_offload() && !is_plain(i);
+    let wanted = |i: usize| match may_offload(i) {
+        true if software || offload == Offload::Common && may_offload(1 - i) => Offloads::ALL,
         _ => Offloads::default(),
     };
-    let one = start_with_most(wanted(first, second), |offloads| first.start(offloads, mtu, dhcp))?;
-    let other =
-        start_with_most(wanted(second, first), |offloads| second.start(offloads, mtu, dhcp))?;
+    let start =
+        |i: usize| start_with_most(wanted(i), |offloads| specs[i].start(offloads, mtu, dhcp));
+    let (one, other) = (start(order[0])?, start(order[1])?);
     let ends = if order == [0, 1] { [one, other] } else { [other, one] };
     if software {
         return Ok(ends);

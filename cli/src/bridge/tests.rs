@@ -24,7 +24,7 @@ use vmring::{
 };
 
 use super::limits::END_TIMEOUT;
-use super::spec::End;
+use super::spec::{End, WhichEnd};
 use crate::demo::guest::{Command, Guest, Lease, Report};
 use crate::demo::nic::NetworkCard;
 use crate::device::{QUEUE, VMNET};
@@ -108,7 +108,8 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
     let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
     let ends =
-        spec::start([&specs[0], &specs[1]], Offload::Common, None, &DhcpArgs::default()).unwrap();
+        spec::start([&specs[0], &specs[1]], Offload::Common, None, None, &DhcpArgs::default())
+            .unwrap();
     let sides = [0, 1].map(|i| GuestSide::join(&networks[i], subnets[i]));
     let leases = sides.each_ref().map(GuestSide::lease);
     let addresses = leases.map(|lease| lease.address.address());
@@ -867,8 +868,8 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     let host = format!("{VMNET}:host");
     let offloads = |b: &str, software| {
         let offload = if software { Offload::Software } else { Offload::Common };
-        let ends =
-            spec::start([&spec(VMNET), &spec(b)], offload, None, &DhcpArgs::default()).unwrap();
+        let ends = spec::start([&spec(VMNET), &spec(b)], offload, None, None, &DhcpArgs::default())
+            .unwrap();
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()))
     };
     let none: Vec<&str> = Vec::new();
@@ -877,6 +878,22 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     assert_eq!(offloads("embedded:offloads", true), [tcp.clone(), none]);
     assert_eq!(offloads(&host, false), [tcp.clone(), tcp.clone()]);
     assert_eq!(offloads(&host, true), [tcp.clone(), tcp]);
+}
+
+/// An end that is told to offload nothing is asked for nothing; the other one is asked as before.
+#[cfg(not(target_os = "macos"))]
+#[test]
+fn one_end_can_be_told_to_offload_nothing() {
+    let specs = [spec(&format!("{VMNET}:host")), spec(&format!("{VMNET}:shared"))];
+    let names = |offload, plain| {
+        let ends = spec::start([&specs[0], &specs[1]], offload, plain, None, &DhcpArgs::default())
+            .unwrap();
+        ends.each_ref().map(|end| crate::report::offload_names(end.offloads()).len())
+    };
+    assert_eq!(names(Offload::Software, None), [4, 4]);
+    assert_eq!(names(Offload::Software, Some(WhichEnd::A)), [0, 4]);
+    assert_eq!(names(Offload::Software, Some(WhichEnd::B)), [4, 0]);
+    assert_eq!(names(Offload::Common, Some(WhichEnd::B)), [0, 0]);
 }
 
 /// Raw frames from a ring on one network to a ring on another. This thread drives both, and a
@@ -889,8 +906,9 @@ fn speed() {
     for len in [64, 1514] {
         let networks = ["speed one", "speed two"];
         let specs = networks.map(|network| spec(&format!("embedded:{network}")));
-        let ends = spec::start([&specs[0], &specs[1]], Offload::Common, None, &DhcpArgs::default())
-            .unwrap();
+        let ends =
+            spec::start([&specs[0], &specs[1]], Offload::Common, None, None, &DhcpArgs::default())
+                .unwrap();
         let interfaces = networks.map(|name| {
             let driver = Embedded::network(name).overflow(QUEUE);
             Interface::builder().device(driver).start().unwrap()
