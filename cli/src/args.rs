@@ -177,6 +177,10 @@ pub(crate) struct BridgeArgs {
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_value_t = Offload::Common, default_missing_value = "software")]
     pub(crate) offload: Offload,
+    /// With --offload software, do not merge the short packets of one end into large ones for an
+    /// end that takes them
+    #[arg(long)]
+    pub(crate) no_merge: bool,
     /// The end that is to offload nothing, as if its device could not
     #[arg(long, value_enum, value_name = "END")]
     pub(crate) plain: Option<WhichEnd>,

@@ -21,7 +21,7 @@ use crate::system;
 
 use forwarding::Bridge;
 use limits::TICK;
-use spec::{Offload, Spec};
+use spec::{InSoftware, Offload, Spec};
 use summary::Summary;
 
 pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
@@ -32,7 +32,11 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     let specs = specs.map(|spec| spec.driven_by(args.engine));
     args.dhcp.check(specs.iter().filter(|spec| spec.has_dhcp()).count())?;
     let ends = spec::start(specs.each_ref(), args.offload, args.plain, args.mtu, &args.dhcp)?;
-    let software = args.offload == Offload::Software;
+    let software = match args.offload {
+        Offload::Software if args.no_merge => InSoftware::Cut,
+        Offload::Software => InSoftware::CutAndMerge,
+        Offload::Common | Offload::None => InSoftware::Nothing,
+    };
     let mut bridge = Bridge::new(ends, software, args.depth).map_err(Failure::starting)?;
     let [a, b] = &bridge.ends;
     say(&format!(

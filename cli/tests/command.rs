@@ -18,6 +18,9 @@ mod completions;
 mod dhcp;
 #[path = "command/ends.rs"]
 mod ends;
+#[cfg(target_os = "linux")]
+#[path = "command/merging.rs"]
+mod merging;
 #[path = "command/serve.rs"]
 mod serve;
 #[path = "command/signals.rs"]

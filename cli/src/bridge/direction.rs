@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use vmring::device::{Capabilities, Offloads};
-use vmring::software::{self, Left, Segments};
+use vmring::software::{self, Left, Merging, Outgoing, Segments};
 use vmring::{
     BatchError, Checksum, Completion, EntryError, Error, Frame, Gso, OffloadHeader, Pool, Status,
     SubmissionHalf, SubmitErrorKind,
 };
+
+use super::spec::InSoftware;
 
 /// `user_data` of reads; of writes of a frame as it was read; and of writes of a frame with a
 /// segment.
@@ -31,6 +33,8 @@ pub(crate) struct BridgeDirection {
     max_plain: usize,
     /// Whether the rest is done here, in software.
     software: bool,
+    /// Merges the packets of one batch for an end that cuts them, or that has others cut them.
+    merging: Option<Merging<Frame>>,
     /// Whether the other end is a TAP, whose kernel answers EIO while its link is down.
     to_tap: bool,
     /// Frames to be posted for reading.
@@ -66,6 +70,9 @@ pub(crate) struct Counts {
     pub(crate) checksums: u64,
     /// Packets that were segmented in software.
     pub(crate) packets_cut: u64,
+    /// Packets that were merged with others, and the large packets that they became.
+    pub(crate) segments_merged: u64,
+    pub(crate) packets_merged: u64,
     pub(crate) drops: BTreeMap<String, u64>,
 }
 
@@ -84,7 +91,7 @@ impl BridgeDirection {
     pub(crate) fn new(
         caps: &Capabilities,
         to_tap: bool,
-        software: bool,
+        software: InSoftware,
         pool: &Pool,
         reads: usize,
         segments: usize,
@@ -96,12 +103,15 @@ impl BridgeDirection {
             true => caps.max_packet_size.min(caps.mtu + ETHERNET_AND_VLAN),
             false => caps.max_packet_size,
         };
+        let merging = Merging::new(&offloads, caps.max_packet_size as usize).with_constant_ids();
+        let merges = software == InSoftware::CutAndMerge && merging.is_able();
         let frames = |n| std::iter::from_fn(|| pool.alloc()).take(n).collect();
         Self {
             offloads,
             max_packet_size: caps.max_packet_size as usize,
             max_plain: max_plain as usize,
-            software,
+            software: software != InSoftware::Nothing,
+            merging: merges.then_some(merging),
             to_tap,
             spare: frames(2 * reads),
             blank: frames(segments),
@@ -115,7 +125,8 @@ impl BridgeDirection {
 
     /// Whether a packet waits or is being written.
     pub(crate) fn is_busy(&self) -> bool {
-        self.writing > 0 || !self.waiting.is_empty()
+        let is_merging = self.merging.as_ref().is_some_and(|merging| !merging.is_empty());
+        self.writing > 0 || is_merging || !self.waiting.is_empty()
     }
 
     /// Handles a read that has completed. `is_closed` says whether its ring is closed: then a read
@@ -131,12 +142,34 @@ impl BridgeDirection {
         self.counts.packets_read += 1;
         self.counts.bytes_read += frame.len() as u64;
         match self.prepare(&mut frame) {
-            Ok(None) => self.waiting.push_back(Waiting::Packet(frame)),
-            Ok(Some(header)) => self.waiting.push_back(Waiting::Large(frame, header)),
+            Ok(None) => self.merge(frame),
+            Ok(Some(header)) => {
+                self.end_batch();
+                self.waiting.push_back(Waiting::Large(frame, header));
+            }
             Err(why) => {
                 self.counts.count_drop(why);
                 self.spare.push(frame);
             }
+        }
+    }
+
+    /// Lets a packet wait, perhaps as a part of another.
+    fn merge(&mut self, frame: Frame) {
+        let Self { merging: Some(merging), waiting, counts, .. } = self else {
+            return self.waiting.push_back(Waiting::Packet(frame));
+        };
+        // `prepare` has read the header before.
+        let header = frame.offload().ok().flatten().unwrap_or_default();
+        let free = merging.push(frame, &header, |packet| wait(waiting, counts, packet));
+        self.spare.extend(free);
+    }
+
+    /// Lets the packets wait that are being merged.
+    fn end_batch(&mut self) {
+        let Self { merging, waiting, counts, .. } = self;
+        if let Some(merging) = merging {
+            merging.flush(|packet| wait(waiting, counts, packet));
         }
     }
 
@@ -217,6 +250,7 @@ impl BridgeDirection {
     /// Writes the waiting packets as far as the other end has credits; the rest keeps waiting.
     /// Returns the number of writes.
     pub(crate) fn write(&mut self, to: &mut SubmissionHalf<'_>) -> Result<usize, Error> {
+        self.end_batch();
         let mut written = 0;
         while !self.waiting.is_empty() {
             match to.submit_writes(std::iter::from_fn(|| self.next_frame())) {
@@ -294,6 +328,7 @@ impl BridgeDirection {
 
     /// Counts what still waits as dropped. Called when the bridge has ended.
     pub(crate) fn abandon(&mut self) {
+        self.end_batch();
         let lost = self.waiting.len() + self.writing;
         for _ in 0..lost {
             self.counts.count_drop("not written at the end");
@@ -301,4 +336,15 @@ impl BridgeDirection {
         self.waiting.clear();
         self.writing = 0;
     }
+}
+
+/// Lets a packet wait that comes out of the merging.
+fn wait(waiting: &mut VecDeque<Waiting>, counts: &mut Counts, packet: Outgoing<Frame>) {
+    let Outgoing { buffer: mut frame, header, packets, .. } = packet;
+    if packets > 1 {
+        frame.set_offload(&header).expect("the pool's headroom has room for it");
+        counts.segments_merged += packets as u64;
+        counts.packets_merged += 1;
+    }
+    waiting.push_back(Waiting::Packet(frame));
 }

@@ -11,7 +11,7 @@ use vmring::{
 
 use super::direction::{BridgeDirection, READ};
 use super::limits::{END_TIMEOUT, STOP_TIMEOUT};
-use super::spec::End;
+use super::spec::{End, InSoftware};
 use crate::failure::Failure;
 use crate::recording::Recording;
 use crate::stop::Stop;
@@ -34,7 +34,7 @@ pub(crate) struct Bridge {
 impl Bridge {
     /// Joins the ends, with up to `depth` packets in flight in each direction. If that fails, no
     /// new file is left behind.
-    pub(crate) fn new(ends: [End; 2], software: bool, depth: u32) -> Result<Self, Error> {
+    pub(crate) fn new(ends: [End; 2], software: InSoftware, depth: u32) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
         let (rings, directions) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
@@ -46,7 +46,7 @@ impl Bridge {
 
     fn join(
         interfaces: [&Interface; 2],
-        software: bool,
+        software: InSoftware,
         depth: u32,
     ) -> Result<([Ring; 2], [BridgeDirection; 2]), Error> {
         let caps = interfaces.map(Interface::capabilities);
@@ -57,7 +57,7 @@ impl Bridge {
         let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
         let headroom = headroom.max(most(|caps| caps.headroom) as usize);
         let reads = depth as usize;
-        let cuts = software && caps[0].offloads != caps[1].offloads;
+        let cuts = software != InSoftware::Nothing && caps[0].offloads != caps[1].offloads;
         let segments = if cuts { reads } else { 0 };
         let frames = 2 * (2 * reads + segments);
         let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;

@@ -49,6 +49,16 @@ pub(crate) enum WhichEnd {
     B,
 }
 
+/// What the bridge does itself for an end that does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InSoftware {
+    Nothing,
+    /// It completes checksums and cuts large packets.
+    Cut,
+    /// It also merges short packets for an end that cuts them.
+    CutAndMerge,
+}
+
 impl FromStr for Spec {
     type Err = String;
 

@@ -55,6 +55,10 @@ pub(crate) struct DirectionSummary {
     pub(crate) checksums_completed: u64,
     /// Packets that were segmented in software: each is read once and written as several.
     pub(crate) packets_cut: u64,
+    /// Packets that were merged with others in software.
+    pub(crate) segments_merged: u64,
+    /// The large packets that they became: each is read as several and written once.
+    pub(crate) packets_merged: u64,
     /// Packets that the bridge did not pass on.
     pub(crate) drops: u64,
     /// The same by reason, for the reasons that occurred.
@@ -91,6 +95,8 @@ impl Summary {
                 bytes_written: counts.bytes_written,
                 checksums_completed: counts.checksums,
                 packets_cut: counts.packets_cut,
+                segments_merged: counts.segments_merged,
+                packets_merged: counts.packets_merged,
                 drops: counts.drops.values().sum(),
                 drops_by_reason: counts.drops.clone(),
                 read_batches: Batches::of(read.rx_packets, &read.read_batches),
@@ -150,6 +156,14 @@ impl Summary {
                     "In software from {from} to {to}: {} checksums completed, {} packets cut",
                     grouped(direction.checksums_completed),
                     grouped(direction.packets_cut),
+                );
+            }
+            if direction.packets_merged > 0 {
+                let _ = writeln!(
+                    text,
+                    "Merged from {from} to {to}: {} packets into {}",
+                    grouped(direction.segments_merged),
+                    grouped(direction.packets_merged),
                 );
             }
             for (why, n) in &direction.drops_by_reason {

@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     EthernetFrame, IpAddress, IpProtocol, Ipv4Address, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket,
-    TcpRepr, TcpSeqNumber,
+    TcpRepr, TcpSeqNumber, UdpPacket,
 };
 use vmring::device::{
     Capabilities, Device, Offloads, PollContext, PostedSlot, Progress, Queue, QueueConfig,
@@ -41,11 +41,16 @@ struct Running {
 
 impl Running {
     fn start(ends: [End; 2], software: bool, depth: u32) -> Self {
+        let work = if software { InSoftware::CutAndMerge } else { InSoftware::Nothing };
+        Self::with(ends, work, depth)
+    }
+
+    fn with(ends: [End; 2], work: InSoftware, depth: u32) -> Self {
         let (tell, told) = channel();
         let thread = thread::spawn(move || {
             let stop = Stop::new().unwrap();
             tell.send(stop.clone()).unwrap();
-            let mut bridge = Bridge::new(ends, software, depth).unwrap();
+            let mut bridge = Bridge::new(ends, work, depth).unwrap();
             let start = Instant::now();
             let moving = bridge.run(&stop, None, None, |_| {});
             let ended = bridge.end();
@@ -474,6 +479,88 @@ fn what_an_end_cannot_do_is_done_in_software() {
     }
 }
 
+/// The segments of a TCP packet as frames of a guest without offload, whose first byte of payload has
+/// this sequence number.
+fn frames_of((header, packet): &(OffloadHeader, Vec<u8>)) -> Vec<(OffloadHeader, Vec<u8>)> {
+    let segments = vmring::software::Segments::new(header, packet).unwrap();
+    let write = |index| {
+        let mut frame = vec![0; segments.len_max()];
+        let len = segments.write(index, &mut frame).unwrap();
+        frame.truncate(len);
+        (OffloadHeader::NONE, frame)
+    };
+    (0..segments.count()).map(write).collect()
+}
+
+/// Frames of a stream and others between them, from an end without offload to one that cuts. Cut
+/// again, they are what they were. Nothing waits for more frames, so the last one arrives, too.
+#[test]
+fn short_packets_are_merged_for_an_end_that_cuts_them() {
+    let frames = frames_of(&tcp(10_500));
+    let corrupt = {
+        let (header, mut packet) = frames[4].clone();
+        packet[100] ^= 1;
+        (header, packet)
+    };
+    let packets = [&frames[..], &[plain(60)], &frames[..3], &[corrupt], &frames[4..]].concat();
+    for work in [InSoftware::CutAndMerge, InSoftware::Cut] {
+        let from = Wire::default().holding(packets.clone());
+        let to = large();
+        let running = Running::with([from.end("one"), to.end("other")], work, 64);
+        until("everything is read", || from.read() == packets.len());
+        let summary = running.end();
+        let direction = &summary.directions[0];
+        let written = to.written();
+        let read = packets.len() as u64;
+        assert_eq!((direction.packets_read, direction.drops), (read, 0));
+        assert_eq!(direction.packets_written, written.len() as u64);
+        if work == InSoftware::Cut {
+            assert_eq!((direction.segments_merged, direction.packets_merged), (0, 0));
+            assert_eq!(written, packets);
+            continue;
+        }
+        // They are read in one batch, because as many reads are posted. Those behind the corrupt one
+        // go on with another sequence number than those before it.
+        assert_eq!((direction.segments_merged, direction.packets_merged), (11 + 3 + 7, 3));
+        let lens: Vec<usize> = written.iter().map(|(_, packet)| packet.len()).collect();
+        assert_eq!(lens, [54 + 10_500, 60, 54 + 3000, 54 + 1000, 54 + 6500]);
+        let mut came = Vec::new();
+        for packet in &written {
+            match packet.0.gso {
+                Gso::None => came.push(packet.clone()),
+                _ => came.extend(frames_of(packet)),
+            }
+        }
+        assert_eq!(came, packets);
+        assert_eq!(
+            direction.bytes_written,
+            written.iter().map(|(_, packet)| packet.len() as u64).sum::<u64>()
+        );
+        let text = summary.text();
+        assert!(text.contains("Merged from one to other: 21 packets into 3\n"), "{text}");
+    }
+
+    // An end that refuses USO, as a TAP of Linux before 6.2 does, gets datagrams one by one.
+    let udp = |i: u8| {
+        let mut packet = frames[0].1[..34 + 8 + 100].to_vec();
+        packet[16..18].copy_from_slice(&128_u16.to_be_bytes());
+        (packet[19], packet[23]) = (i, 17);
+        Ipv4Packet::new_unchecked(&mut packet[14..]).fill_checksum();
+        packet[38..40].copy_from_slice(&108_u16.to_be_bytes());
+        let mut view = UdpPacket::new_unchecked(&mut packet[34..]);
+        view.fill_checksum(&FROM.into(), &TO.into());
+        (OffloadHeader::NONE, packet)
+    };
+    for (uso, expected) in [(true, (6, 1)), (false, (0, 0))] {
+        let mut offloads = Offloads::ALL;
+        offloads.uso = uso;
+        let from = Wire::default().holding((0..6).map(udp));
+        let summary = cross(&from, &Wire { offloads, ..large() }, true, 16);
+        let direction = &summary.directions[0];
+        assert_eq!((direction.segments_merged, direction.packets_merged), expected);
+    }
+}
+
 #[test]
 fn segments_leave_their_checksum_to_an_end_that_completes_it() {
     let from = large().holding([tcp(2500), tcp(500)]);
@@ -496,7 +583,8 @@ fn segments_leave_their_checksum_to_an_end_that_completes_it() {
 #[test]
 fn between_ends_that_do_the_same_packets_go_as_they_are() {
     for software in [false, true] {
-        let packets = [tcp(10_500), tcp(500), plain(60)];
+        // A packet that others may be appended to is held to the end of its batch.
+        let packets = [tcp(10_500), plain(60), tcp(500)];
         let (from, to) = (large().holding(packets.clone()), large());
         let summary = cross(&from, &to, software, 16);
         let direction = &summary.directions[0];

@@ -14,7 +14,7 @@ use super::limits::STOP_TIMEOUT;
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
-use crate::bridge::spec::{End, Spec, start_with_most};
+use crate::bridge::spec::{End, InSoftware, Spec, start_with_most};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::device::QUEUE;
 use crate::failure::Failure;
@@ -145,7 +145,7 @@ impl Network {
         let ends = [outer, End::of("the guests", uplink)];
         let large = offloads.tso4 || offloads.tso6 || offloads.uso;
         let depth = if large { DEPTH_OF_LARGE } else { DEPTH };
-        let bridge = Bridge::new(ends, false, depth).map_err(failed)?;
+        let bridge = Bridge::new(ends, InSoftware::Nothing, depth).map_err(failed)?;
         let stop = Stop::new()?;
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
