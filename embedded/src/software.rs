@@ -112,6 +112,7 @@ mod segments;
 
 use vmring_core::offload::{Gso, OffloadHeader, Offloads};
 
+pub use crate::limits::FLOWS_MERGED;
 pub use checksum::complete_checksum;
 pub use error::SoftwareError;
 pub use merging::{MergeBuffer, Merging, Outgoing};

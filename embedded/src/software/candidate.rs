@@ -76,8 +76,6 @@ pub(super) struct Candidate {
     /// The length of the payload in bytes. It is at least 1.
     pub(super) len: usize,
     pub(super) trust: Trust,
-    /// The sum of the pseudo header without the length.
-    pub(super) pseudo: u16,
 }
 
 fn word(bytes: &[u8], at: usize) -> u16 {
@@ -129,7 +127,6 @@ pub(super) fn classify(packet: &[u8], header: &OffloadHeader) -> Class {
         true => header_len >= TCP_HEADER_LEN && datagram[13] & flags::UNMERGEABLE == 0,
         false => usize::from(word(datagram, 4)) == datagram.len(),
     };
-    let pseudo = sum(sum(0, addresses), &[0, protocol]);
     let (transport, field) = (at + ip_header_len, checksum_at(is_tcp));
     let trust = match header.checksum {
         Checksum::Complete => Trust::Unverified,
@@ -154,7 +151,6 @@ pub(super) fn classify(packet: &[u8], header: &OffloadHeader) -> Class {
         payload: transport + header_len,
         len,
         trust,
-        pseudo,
     })
 }
 
@@ -188,11 +184,18 @@ impl Candidate {
         &packet[self.transport..]
     }
 
+    /// The sum of the pseudo header without the length. It is the same for all packets of a flow.
+    pub(super) fn pseudo(&self, packet: &[u8]) -> u16 {
+        let addresses = self.ip + if self.key.is_v4 { 12 } else { 8 };
+        let protocol = if self.key.is_tcp { IpProtocol::Tcp } else { IpProtocol::Udp };
+        sum(sum(0, &packet[addresses..self.transport]), &[0, protocol.into()])
+    }
+
     /// Whether the checksum is right, as far as that must be known. Corruption would otherwise get a
-    /// good checksum.
-    pub(super) fn verify(&mut self, packet: &[u8]) -> bool {
+    /// good checksum. `pseudo` is [`pseudo`](Self::pseudo) of any packet of the flow.
+    pub(super) fn verify(&mut self, packet: &[u8], pseudo: u16) -> bool {
         let datagram = self.datagram(packet);
-        let pseudo = sum(self.pseudo, &(datagram.len() as u16).to_be_bytes());
+        let pseudo = sum(pseudo, &(datagram.len() as u16).to_be_bytes());
         match self.trust {
             Trust::Verified => true,
             Trust::Partial => word(datagram, checksum_at(self.key.is_tcp)) == pseudo,

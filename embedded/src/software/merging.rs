@@ -22,6 +22,9 @@ pub trait MergeBuffer {
     /// The longest packet that the buffer holds, in bytes.
     fn packet_len_max(&self) -> usize;
 
+    /// Makes the packet empty. All of the buffer is space again.
+    fn clear(&mut self);
+
     /// Appends bytes to the packet. Afterwards the packet is so much longer. It is only called with
     /// bytes that fit.
     fn append(&mut self, bytes: &[u8]);
@@ -38,6 +41,10 @@ impl MergeBuffer for Frame {
 
     fn packet_len_max(&self) -> usize {
         self.capacity()
+    }
+
+    fn clear(&mut self) {
+        self.reset();
     }
 
     fn append(&mut self, bytes: &[u8]) {
@@ -60,6 +67,10 @@ impl MergeBuffer for Vec<u8> {
         self.capacity()
     }
 
+    fn clear(&mut self) {
+        self.clear();
+    }
+
     fn append(&mut self, bytes: &[u8]) {
         self.extend_from_slice(bytes);
     }
@@ -69,7 +80,7 @@ impl MergeBuffer for Vec<u8> {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Outgoing<B> {
-    /// The packet. One that was merged with no other is as it was.
+    /// The packet. One that was merged with no other is as it was, but perhaps in another buffer.
     pub buffer: B,
     /// The offload header to be sent with it. For a packet that was merged with no other, it is the
     /// one that it came with.
@@ -81,9 +92,9 @@ pub struct Outgoing<B> {
 /// Merges consecutive packets of a flow into one that the receiver cuts again. See the
 /// [module](super) for an example.
 ///
-/// It holds packets of at most [`FLOWS_MERGED`] flows, each in the buffer of the flow's first packet,
-/// until the batch ends and [`flush`](Self::flush) is called. There is no timer. It allocates nothing
-/// after [`new`](Self::new).
+/// It holds packets of at most [`FLOWS_MERGED`] flows until the batch ends and [`flush`](Self::flush)
+/// is called. There is no timer. The packets of a flow are in the buffer of its first packet, or in one
+/// that was given to [`reuse`](Self::reuse). It allocates nothing after [`new`](Self::new).
 #[derive(Debug)]
 pub struct Merging<B> {
     receiver: Offloads,
@@ -91,6 +102,8 @@ pub struct Merging<B> {
     merges_constant_ids: bool,
     /// The flows under way, in the order in which they began.
     flows: Vec<Flow<B>>,
+    /// Empty buffers for flows that begin. The last is used first.
+    empty: Vec<B>,
 }
 
 /// The identifications of the packets of a flow (IPv4).
@@ -108,6 +121,8 @@ enum Idents {
 struct Flow<B> {
     /// The first packet. Its buffer holds the headers as they came, and the payload of all packets.
     first: Candidate,
+    /// The sum of the pseudo header without the length.
+    pseudo: u16,
     header: OffloadHeader,
     buffer: B,
     packets: usize,
@@ -140,6 +155,7 @@ impl<B: MergeBuffer> Merging<B> {
             packet_len_max,
             merges_constant_ids: false,
             flows: Vec::with_capacity(FLOWS_MERGED),
+            empty: Vec::with_capacity(FLOWS_MERGED),
         }
     }
 
@@ -160,6 +176,22 @@ impl<B: MergeBuffer> Merging<B> {
         self.receiver.tso4 || self.receiver.tso6 || self.receiver.uso
     }
 
+    /// Gives a buffer in which the packets of a flow are to be merged, instead of that of the first
+    /// one. What is in it is lost. At most [`FLOWS_MERGED`] are kept; if there are as many, the buffer is
+    /// returned.
+    ///
+    /// Give back the buffers of merged packets when they have been sent. The buffer that was used last is
+    /// the next, so its memory is in the processor's cache. Without this call each merged packet is in
+    /// another buffer, and writing to memory that is not in the cache costs more than all else.
+    pub fn reuse(&mut self, mut buffer: B) -> Option<B> {
+        if self.empty.len() == FLOWS_MERGED {
+            return Some(buffer);
+        }
+        buffer.clear();
+        self.empty.push(buffer);
+        None
+    }
+
     /// Whether no packet is held.
     pub fn is_empty(&self) -> bool {
         self.flows.is_empty()
@@ -168,8 +200,8 @@ impl<B: MergeBuffer> Merging<B> {
     /// Takes the next packet of the batch, with the offload header that it came with, and gives to
     /// `out` what can go on: this packet, or earlier ones that it ends.
     ///
-    /// If the packet was appended to another one, its buffer is returned and is free. Otherwise the
-    /// buffer is held, or `out` had it. Packets of one flow come out in the order in which they went
+    /// If the packet is now in another buffer, its own is returned and is free. Otherwise the buffer is
+    /// held, or `out` had it. Packets of one flow come out in the order in which they went
     /// in. A packet that is not certain to be mergeable comes out as it is.
     ///
     /// [`Checksum::DataValid`] is believed, and only a device may say it. Remove it from what a guest
@@ -221,7 +253,17 @@ impl<B: MergeBuffer> Merging<B> {
         if self.flows.len() == FLOWS_MERGED {
             out(self.flows.remove(0).finish());
         }
+        let packet = buffer.packet();
+        let reused = self.empty.pop_if(|empty| empty.packet_len_max() >= packet.len());
+        let (buffer, free) = match reused {
+            Some(mut reused) => {
+                reused.append(packet);
+                (reused, Some(buffer))
+            }
+            None => (buffer, None),
+        };
         self.flows.push(Flow {
+            pseudo: candidate.pseudo(buffer.packet()),
             first: candidate,
             header: *header,
             buffer,
@@ -229,7 +271,7 @@ impl<B: MergeBuffer> Merging<B> {
             idents: Idents::One,
             last_flags: 0,
         });
-        None
+        free
     }
 
     /// Ends the batch: gives every packet that is held to `out`, in the order in which their flows
@@ -273,7 +315,7 @@ impl<B: MergeBuffer> Flow<B> {
         packet_len_max: usize,
         merges_constant_ids: bool,
     ) -> Appended {
-        let Self { first, buffer, packets, .. } = self;
+        let Self { first, pseudo, buffer, packets, .. } = self;
         let held = buffer.packet();
         let len = held.len() + next.len;
         let most = if first.key.is_tcp { SEGMENTS_PER_PACKET } else { DATAGRAMS_PER_PACKET };
@@ -314,7 +356,7 @@ impl<B: MergeBuffer> Flow<B> {
             }
         }
         // The first is verified when there is a second, so a packet that is alone costs nothing.
-        if *packets == 1 && !first.verify(held) || !next.verify(packet) {
+        if *packets == 1 && !first.verify(held, *pseudo) || !next.verify(packet, *pseudo) {
             return Appended::No;
         }
         let last_flags = next.tcp_flags(packet) & flags::LAST;
@@ -330,7 +372,7 @@ impl<B: MergeBuffer> Flow<B> {
     /// The packet and its header. If it is more than one, its headers are made those of one that is to
     /// be cut.
     fn finish(self) -> Outgoing<B> {
-        let Self { first, header, mut buffer, packets, last_flags, .. } = self;
+        let Self { first, pseudo, header, mut buffer, packets, last_flags, .. } = self;
         if packets == 1 {
             return unchanged(buffer, &header);
         }
@@ -354,7 +396,7 @@ impl<B: MergeBuffer> Flow<B> {
             true => datagram[13] |= last_flags,
             false => datagram[4..6].copy_from_slice(&len.to_be_bytes()),
         }
-        let pseudo = sum(first.pseudo, &len.to_be_bytes());
+        let pseudo = sum(pseudo, &len.to_be_bytes());
         datagram[field..field + 2].copy_from_slice(&pseudo.to_be_bytes());
         let header = OffloadHeader {
             // These casts do not truncate: `classify` takes no packet whose headers are so long.
