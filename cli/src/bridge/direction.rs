@@ -11,11 +11,12 @@ use vmring::{
 
 use super::spec::InSoftware;
 
-/// `user_data` of reads; of writes of a frame as it was read; and of writes of a frame with a
-/// segment.
+/// `user_data` of reads; of writes of a frame as it was read, of a frame with a segment, and of a frame
+/// in which packets were merged.
 pub(crate) const READ: u64 = 0;
 const WHOLE: u64 = 1;
 const SEGMENT: u64 = 2;
+const MERGED: u64 = 3;
 
 const ETHERNET: usize = 14;
 const ETHERNET_AND_VLAN: u32 = 18;
@@ -55,6 +56,8 @@ pub(crate) struct BridgeDirection {
 #[derive(Debug)]
 enum Waiting {
     Packet(Frame),
+    /// Several packets in one.
+    Merged(Frame),
     /// A packet to be segmented as its header says.
     Large(Frame, OffloadHeader),
 }
@@ -87,7 +90,8 @@ impl Counts {
 
 impl BridgeDirection {
     /// A direction towards an end with the capabilities `caps`. It takes `reads` frames from the
-    /// pool for reading, as many again to be in flight, and `segments` for segments.
+    /// pool for reading, as many again to be in flight, `segments` for segments, and `merged` to merge
+    /// in.
     pub(crate) fn new(
         caps: &Capabilities,
         to_tap: bool,
@@ -95,6 +99,7 @@ impl BridgeDirection {
         pool: &Pool,
         reads: usize,
         segments: usize,
+        merged: usize,
     ) -> Self {
         let offloads = caps.offloads;
         // If the end segments large packets, the other packets must still keep to the MTU.
@@ -113,9 +118,9 @@ impl BridgeDirection {
             software: software != InSoftware::Nothing,
             merging: merges.then_some(merging),
             to_tap,
-            spare: frames(2 * reads),
+            spare: frames(2 * reads + merged),
             blank: frames(segments),
-            waiting: VecDeque::with_capacity(2 * reads),
+            waiting: VecDeque::with_capacity(2 * reads + merged),
             segment: 0,
             last: WHOLE,
             writing: 0,
@@ -244,7 +249,11 @@ impl BridgeDirection {
     }
 
     fn recycle(&mut self, user_data: u64, frame: Frame) {
-        if user_data == SEGMENT { self.blank.push(frame) } else { self.spare.push(frame) }
+        match (user_data, &mut self.merging) {
+            (SEGMENT, _) => self.blank.push(frame),
+            (MERGED, Some(merging)) => self.spare.extend(merging.reuse(frame)),
+            _ => self.spare.push(frame),
+        }
     }
 
     /// Writes the waiting packets as far as the other end has credits; the rest keeps waiting.
@@ -279,6 +288,7 @@ impl BridgeDirection {
         self.last = WHOLE;
         match self.waiting.front()? {
             Waiting::Packet(_) => {}
+            Waiting::Merged(_) => self.last = MERGED,
             Waiting::Large(large, header) => {
                 let mut frame = self.blank.pop()?;
                 frame.reset();
@@ -312,7 +322,7 @@ impl BridgeDirection {
             }
         }
         match self.waiting.pop_front() {
-            Some(Waiting::Packet(frame)) => Some((frame, WHOLE)),
+            Some(Waiting::Packet(frame) | Waiting::Merged(frame)) => Some((frame, self.last)),
             _ => None,
         }
     }
@@ -341,10 +351,13 @@ impl BridgeDirection {
 /// Lets a packet wait that comes out of the merging.
 fn wait(waiting: &mut VecDeque<Waiting>, counts: &mut Counts, packet: Outgoing<Frame>) {
     let Outgoing { buffer: mut frame, header, packets, .. } = packet;
+    // It may be in another frame than the one that it came in.
+    frame.set_offload(&header).expect("the pool's headroom has room for it");
     if packets > 1 {
-        frame.set_offload(&header).expect("the pool's headroom has room for it");
         counts.segments_merged += packets as u64;
         counts.packets_merged += 1;
+        waiting.push_back(Waiting::Merged(frame));
+    } else {
+        waiting.push_back(Waiting::Packet(frame));
     }
-    waiting.push_back(Waiting::Packet(frame));
 }

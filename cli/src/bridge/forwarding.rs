@@ -4,6 +4,7 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vmring::software::FLOWS_MERGED;
 use vmring::{
     Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, PoolBuilder, Ring, RingControl,
     RingOp,
@@ -59,7 +60,8 @@ impl Bridge {
         let reads = depth as usize;
         let cuts = software != InSoftware::Nothing && caps[0].offloads != caps[1].offloads;
         let segments = if cuts { reads } else { 0 };
-        let frames = 2 * (2 * reads + segments);
+        let merged = if software == InSoftware::CutAndMerge { FLOWS_MERGED } else { 0 };
+        let frames = 2 * (2 * reads + segments + merged);
         let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
         // Both rings are on this thread: a frame that one has read is still in the cache when the
         // other writes it.
@@ -70,7 +72,7 @@ impl Bridge {
         let rings = [ring(0)?, ring(1)?];
         let direction = |to: usize| {
             let to_tap = interfaces[to].device_name() == "tap";
-            BridgeDirection::new(&caps[to], to_tap, software, &pool, reads, segments)
+            BridgeDirection::new(&caps[to], to_tap, software, &pool, reads, segments, merged)
         };
         Ok((rings, [direction(1), direction(0)]))
     }
