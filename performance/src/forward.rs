@@ -14,9 +14,9 @@ use crate::relay;
 use crate::report::{Table, Want};
 use crate::result::Result;
 
-/// The arguments for `vmring bridge`. It makes both TAPs, which are then moved to their namespaces,
-/// and carries packets until it is killed.
-const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine} --offload={offload}";
+/// The arguments for `vmring bridge`, apart from the offload. It makes both TAPs, which are then moved
+/// to their namespaces, and carries packets until it is killed.
+const BRIDGE: &str = "bridge tap:{left} tap:{right} --engine {engine}";
 
 /// The contenders.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -42,19 +42,26 @@ impl Method<'_> {
 
 /// The result of one stream.
 #[derive(Clone, Copy)]
-struct Stream {
-    gbit_per_second: f64,
-    bridge_cpu_seconds_per_gigabyte: Option<f64>,
-    system_cpu_seconds_per_gigabyte: f64,
+pub(crate) struct Stream {
+    pub(crate) gbit_per_second: f64,
+    pub(crate) bridge_cpu_seconds_per_gigabyte: Option<f64>,
+    pub(crate) system_cpu_seconds_per_gigabyte: f64,
+}
+
+/// Which way the bytes of a stream go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    LeftToRight,
+    RightToLeft,
 }
 
 /// Longer than anything may take apart from the stream itself.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The names of the interfaces, one in each of the outer namespaces.
-const LEFT: &str = "left";
-const RIGHT: &str = "right";
-const RIGHT_ADDRESS: &str = "10.9.0.2";
+pub(crate) const LEFT: &str = "left";
+pub(crate) const RIGHT: &str = "right";
+pub(crate) const RIGHT_ADDRESS: &str = "10.9.0.2";
 
 /// Measures all contenders in turns, with and without offload. The `vmring` command takes part if
 /// there is one.
@@ -124,17 +131,18 @@ fn measure(method: Method<'_>, offload: Offload, seconds: u32) -> Result<Stream>
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
                 let relay = scope.spawn(|| relay::run(&left, &right, &stop));
-                let transfer = transfer(&ends, offload, seconds);
+                let transfer = transfer(&ends, offload, Way::LeftToRight, seconds);
                 stop.store(true, Ordering::Relaxed);
                 let bridge = relay.join().unwrap_or_else(|_| Err("the relay panicked".into()))?;
                 Ok(transfer?.stream(Some(bridge)))
             })
         }
         Method::Ours { program, engine } => {
-            let bridge = Bridge::start(program, engine, offload)?;
+            let offloads = if offload == Offload::On { "common" } else { "none" };
+            let bridge = Bridge::start(program, engine, &[&format!("--offload={offloads}")])?;
             connect(&ends)?;
             let before = bridge.processor_time()?;
-            let transfer = transfer(&ends, offload, seconds)?;
+            let transfer = transfer(&ends, offload, Way::LeftToRight, seconds)?;
             Ok(transfer.stream(Some(bridge.processor_time()?.saturating_sub(before))))
         }
         Method::Veth => {
@@ -144,13 +152,13 @@ fn measure(method: Method<'_>, offload: Offload, seconds: u32) -> Result<Stream>
                 without_checksums(RIGHT)?;
             }
             connect(&ends)?;
-            Ok(transfer(&ends, offload, seconds)?.stream(None))
+            Ok(transfer(&ends, offload, Way::LeftToRight, seconds)?.stream(None))
         }
     }
 }
 
 /// Moves the two interfaces to their namespaces and gives them addresses.
-fn connect(ends: &(Namespace, Namespace)) -> Result<()> {
+pub(crate) fn connect(ends: &(Namespace, Namespace)) -> Result<()> {
     for (end, name, address) in [(&ends.0, LEFT, "10.9.0.1"), (&ends.1, RIGHT, RIGHT_ADDRESS)] {
         end.adopt(name)?;
         end.inside(|| {
@@ -162,14 +170,14 @@ fn connect(ends: &(Namespace, Namespace)) -> Result<()> {
 }
 
 /// The bytes that went through, and the time that it took on all processors.
-struct Transfer {
+pub(crate) struct Transfer {
     bytes: f64,
     seconds: f64,
     busy: Duration,
 }
 
 impl Transfer {
-    fn stream(&self, bridge: Option<Duration>) -> Stream {
+    pub(crate) fn stream(&self, bridge: Option<Duration>) -> Stream {
         let a_gigabyte = |time: Duration| time.as_secs_f64() / (self.bytes / 1e9);
         Stream {
             gbit_per_second: self.bytes * 8.0 / 1e9 / self.seconds,
@@ -191,20 +199,17 @@ impl Drop for Process {
 }
 
 /// A `vmring bridge` between two TAPs in the calling thread's namespace.
-struct Bridge(Process);
+pub(crate) struct Bridge(Process);
 
 impl Bridge {
-    fn start(program: &Path, engine: &str, offload: Offload) -> Result<Self> {
-        let offload = if offload == Offload::On { "common" } else { "none" };
+    /// Starts it with these arguments for the offload.
+    pub(crate) fn start(program: &Path, engine: &str, offload: &[&str]) -> Result<Self> {
         let arguments = BRIDGE.split(' ').map(|argument| {
-            argument
-                .replace("{left}", LEFT)
-                .replace("{right}", RIGHT)
-                .replace("{engine}", engine)
-                .replace("{offload}", offload)
+            argument.replace("{left}", LEFT).replace("{right}", RIGHT).replace("{engine}", engine)
         });
         let child = Command::new(program)
             .args(arguments)
+            .args(offload)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -231,7 +236,7 @@ impl Bridge {
     }
 
     /// The processor time of all its threads so far.
-    fn processor_time(&self) -> Result<Duration> {
+    pub(crate) fn processor_time(&self) -> Result<Duration> {
         let line = fs::read_to_string(format!("/proc/{}/stat", self.0.0.id()))?;
         // The second field is a name in brackets, which may contain anything. The 14th and the 15th
         // field are the times of the program itself and of the kernel on its behalf.
@@ -244,8 +249,13 @@ impl Bridge {
     }
 }
 
-/// iperf3 from the left end to the right one.
-fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Result<Transfer> {
+/// iperf3 between the ends. `offload` is that of the left one.
+pub(crate) fn transfer(
+    ends: &(Namespace, Namespace),
+    offload: Offload,
+    way: Way,
+    seconds: u32,
+) -> Result<Transfer> {
     let server = ends.1.inside(|| {
         let server = Command::new("iperf3")
             .args(["--server", "--one-off"])
@@ -261,6 +271,9 @@ fn transfer(ends: &(Namespace, Namespace), offload: Offload, seconds: u32) -> Re
         let before = busy()?;
         let mut client = Command::new("iperf3");
         client.args(["--client", RIGHT_ADDRESS, "--json", "--time", &seconds.to_string()]);
+        if way == Way::RightToLeft {
+            client.arg("--reverse");
+        }
         let output = output_in_time(client, PATIENCE + Duration::from_secs(seconds.into()))?;
         let after = busy()?;
         let counted = counters(LEFT)?;

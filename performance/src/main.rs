@@ -18,6 +18,7 @@ mod idle;
 mod inline;
 mod latency;
 mod lines;
+mod merge;
 mod net;
 mod ours;
 mod plan;
@@ -65,7 +66,7 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, for `vmring bridge` in tap-forward. The default is the one that `cargo
+    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge. The default is the one that `cargo
     /// build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
@@ -110,6 +111,8 @@ enum What {
     TapRead,
     /// A TCP stream (iperf3) from one namespace through a bridge of two TAPs to another.
     TapForward,
+    /// A TCP stream between an end without offload and a TAP with it.
+    TapMerge,
     /// Packets through the vmnet driver over a simulated vmnet, beside loops over the C ABI.
     Vmnet,
     /// What the depth of a ring, the size of a frame and the number of rings change; memory and start.
@@ -189,8 +192,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     let tap = no_tap();
     let stream_tap = tap.or((!has_program("iperf3")).then_some("the program iperf3 is not here"));
     let forward = move |plan: Plan| forward::run(plan.rounds, stream, bridge);
+    let merge_missing = stream_tap.or(bridge.is_none().then_some(NO_BRIDGE));
+    let merge = move |plan: Plan| merge::run(plan.rounds, stream, bridge.ok_or(NO_BRIDGE)?);
     let lines = |plan: Plan| lines::run(plan, &arguments.only);
-    let steps: [Step<'_>; 13] = [
+    let steps: [Step<'_>; 14] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
         (What::Latency, "latency", None, &latency::run),
@@ -204,6 +209,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         (What::TapWrite, "tap-write", tap, &tap_write),
         (What::TapRead, "tap-read", tap, &tap_read),
         (What::TapForward, "tap-forward", stream_tap, &forward),
+        (What::TapMerge, "tap-merge", merge_missing, &merge),
     ];
     let what = arguments.what.unwrap_or(What::All);
     for (part, name, missing, run) in steps {
