@@ -87,6 +87,8 @@ pub(crate) struct Engine {
     descriptor: Option<RawFd>,
     /// A queue of the device has had a descriptor.
     has_descriptor: bool,
+    /// Whether the queue has still to send something of completed writes, as it said when last armed.
+    is_sending: bool,
     interface: Arc<InterfaceShared>,
     caps: Capabilities,
     config: QueueConfig,
@@ -166,6 +168,7 @@ impl Engine {
             queue: Some(queue),
             descriptor,
             has_descriptor: descriptor.is_some(),
+            is_sending: false,
             caps,
             interface,
             config,
@@ -682,7 +685,7 @@ impl Engine {
 
     /// Drops the queue. This drops the slots that it kept, which then complete as dropped slots.
     fn drop_queue(&mut self) {
-        self.descriptor = None;
+        (self.descriptor, self.is_sending) = (None, false);
         self.queues_closed += 1;
         if let Some(queue) = self.queue.take()
             && catch_panic(|| drop(queue)).is_err()
@@ -766,9 +769,9 @@ impl Engine {
 
     fn arm_queue(&mut self) -> bool {
         let Some(queue) = &mut self.queue else { return true };
-        match catch_panic(|| (queue.arm(), fd_of(&**queue))) {
-            Ok((armed, descriptor)) => {
-                self.descriptor = descriptor;
+        match catch_panic(|| (queue.arm(), queue.is_sending(), fd_of(&**queue))) {
+            Ok((armed, is_sending, descriptor)) => {
+                (self.is_sending, self.descriptor) = (is_sending, descriptor);
                 self.has_descriptor |= descriptor.is_some();
                 // A queue that has packets has nothing to do while no read is posted, nor one that
                 // closes: it is not polled any more, and is asked to close at its time.
@@ -810,11 +813,11 @@ impl Engine {
     }
 
     /// The descriptor that the thread that drives this engine also sleeps on. `None` while no read
-    /// is posted and the device keeps no slot, and while the queue closes: a packet that cannot be
-    /// taken would end each sleep at once. A queue that closes is asked again at the
+    /// is posted, the device keeps no slot and sends nothing, and while the queue closes: a packet that
+    /// cannot be taken would end each sleep at once. A queue that closes is asked again at the
     /// [`deadline`](Self::deadline).
     pub(crate) fn descriptor(&self) -> Option<RawFd> {
-        let waits = self.device_has_slots();
+        let waits = self.device_has_slots() || self.is_sending;
         self.descriptor.filter(|_| waits && matches!(self.phase, Phase::Open))
     }
 

@@ -351,6 +351,10 @@ impl Queue for FaultyQueue {
     fn deadline(&self) -> Option<Instant> {
         self.inner.deadline()
     }
+
+    fn is_sending(&self) -> bool {
+        self.inner.is_sending()
+    }
 }
 
 /// The completion engine: a thread that holds finished slots for a while.

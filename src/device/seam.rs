@@ -254,6 +254,14 @@ pub trait Queue: Send {
     fn deadline(&self) -> Option<Instant> {
         None
     }
+
+    /// Returns whether the queue has still to send something of writes that it has completed. Then the
+    /// poller sleeps on the [`descriptor`](Self::descriptor) even while no read is posted and the queue
+    /// keeps no slot, so the descriptor must be readable when sending can go on. It is called after each
+    /// [`arm`](Self::arm). The default is false.
+    fn is_sending(&self) -> bool {
+        false
+    }
 }
 
 /// Whether a [`Queue::poll`] has read everything that there was to read.

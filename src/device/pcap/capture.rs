@@ -357,4 +357,8 @@ impl Queue for RecordedQueue {
     fn deadline(&self) -> Option<Instant> {
         self.inner.deadline()
     }
+
+    fn is_sending(&self) -> bool {
+        self.inner.is_sending()
+    }
 }
