@@ -132,6 +132,8 @@ pub mod pcap;
 mod relay;
 pub(crate) mod seam;
 pub(crate) mod slot;
+#[cfg(feature = "socket")]
+pub mod socket;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub mod tap;
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]

@@ -38,6 +38,8 @@
 //! its own packet alone. A ring closes before the entries that fail for that reason complete, so the
 //! answer is right when such a completion is reaped.
 
+#[cfg(feature = "socket")]
+mod socket;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 mod tap;
 
@@ -48,6 +50,8 @@ use thiserror::Error as ThisError;
 use vmring_core::offload::OffloadError;
 use vmring_core::{Frame, GuestBuffer, LayoutError, Outcome};
 
+#[cfg(feature = "socket")]
+pub use socket::SocketError;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use tap::TapError;
 
@@ -488,6 +492,10 @@ pub enum Error {
     #[cfg(all(target_os = "linux", feature = "tap"))]
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// A rule of sockets was broken.
+    #[cfg(feature = "socket")]
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// An invalid setting.
     #[error(transparent)]
     Config(#[from] ConfigError),

@@ -65,6 +65,10 @@
 #![cfg_attr(all(target_os = "linux", feature = "tap"), doc = "* [`Tap`]:")]
 #![cfg_attr(not(all(target_os = "linux", feature = "tap")), doc = "* `Tap`:")]
 //!   a TAP of the kernel. On Linux, feature `tap`.
+#![cfg_attr(feature = "socket", doc = "* [`Socket`]:")]
+#![cfg_attr(not(feature = "socket"), doc = "* `Socket`:")]
+//!   a wire to a VMM in another process: QEMU, krunkit, libkrun, vfkit, user-mode Linux. Feature
+//!   `socket`.
 #![cfg_attr(any(target_os = "macos", feature = "vmnet-sim"), doc = "* [`Vmnet`]:")]
 #![cfg_attr(not(any(target_os = "macos", feature = "vmnet-sim")), doc = "* `Vmnet`:")]
 //!   Apple's vmnet. On macOS, where it is the default; on other systems a simulation, feature
@@ -88,6 +92,7 @@
 //! | `fault` | the module `device::fault`: fault injection around any device |
 //! | `futures` | `Stream` and `Sink` of packets for [`AsyncRing`]: `AsyncRing::packets`, `frame_sink` and `packet_sink` |
 //! | `serde` | `Serialize` for [`Mode`], [`Status`], [`Ipv4Range`] and [`InterfaceInfo`], `Deserialize` for [`Mode`] and [`Status`] |
+//! | `socket` | the device `Socket`: Unix sockets to VMMs |
 //! | `vmnet-sim` | the device `Vmnet` on systems other than macOS, over a simulated vmnet, for tests; nothing on macOS |
 //!
 //! # Contracts
@@ -141,10 +146,14 @@ pub use config::{Direction, InterfaceConfig, InterfaceInfo, Ipv4Range, Mode};
 pub use device::embedded::Embedded;
 pub use device::loopback::Loopback;
 pub use device::seam::Driver;
+#[cfg(feature = "socket")]
+pub use device::socket::Socket;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use device::tap::{Tap, TapEngine, TapForwarding};
 #[cfg(any(target_os = "macos", feature = "vmnet-sim"))]
 pub use device::vmnet::{Vmnet, VmnetNetwork};
+#[cfg(feature = "socket")]
+pub use error::SocketError;
 #[cfg(all(target_os = "linux", feature = "tap"))]
 pub use error::TapError;
 pub use error::{

@@ -1,4 +1,4 @@
-//! Every device behaves alike. One body runs on loopback, embedded, vmnet (simulated) and TAP;
+//! Every device behaves alike. One body runs on loopback, embedded, vmnet (simulated), TAP and sockets;
 //! plain, under faults, as a completion engine, and recorded; driven in each of the three ways; with
 //! packets in frames, and with every other packet in the memory of a guest, there also with buffers that
 //! are smaller than a packet.
@@ -15,6 +15,7 @@ use vmring::{
 };
 
 use crate::guest_memory::Guest;
+use crate::sockets::Wire;
 use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
 
 const MTU: u32 = 9000;
@@ -495,6 +496,14 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
     });
 }
 
+/// Runs on the two ends of a socket pair.
+fn on_socket(wire: Wire, kind: &impl Kind) {
+    every_case(|memory, way, poller| {
+        let [one, other] = wire.pair().map(|socket| kind.wrap(Interface::builder(), socket));
+        body(vec![one, other], memory, kind.ordered(), way, poller);
+    });
+}
+
 fn sink() -> Capture {
     Capture::to_writer(std::io::sink()).expect("a capture")
 }
@@ -518,6 +527,32 @@ macro_rules! on_every_device {
             #[test]
             fn vmnet() {
                 guarded(|| on_vmnet(&$kind));
+            }
+
+            #[test]
+            fn stream_socket() {
+                guarded(|| on_socket(Wire::Stream, &$kind));
+            }
+
+            #[test]
+            fn stream_socket_with_headers() {
+                guarded(|| on_socket(Wire::StreamWithHeaders, &$kind));
+            }
+
+            #[test]
+            fn datagram_socket() {
+                guarded(|| on_socket(Wire::Datagram, &$kind));
+            }
+
+            #[test]
+            fn datagram_socket_with_headers() {
+                guarded(|| on_socket(Wire::DatagramWithHeaders, &$kind));
+            }
+
+            #[cfg(target_os = "linux")]
+            #[test]
+            fn socket_of_sequenced_packets() {
+                guarded(|| on_socket(Wire::Seqpacket, &$kind));
             }
 
             #[cfg(target_os = "linux")]

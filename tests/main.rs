@@ -7,6 +7,7 @@ mod device_body;
 mod guest_memory;
 #[cfg(target_os = "linux")]
 mod netns;
+mod sockets;
 mod support;
 
 mod close;

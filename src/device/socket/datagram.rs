@@ -1,0 +1,226 @@
+//! A datagram socket: who the peer is. There is no connection that begins or ends, so a peer is learned
+//! from the first message, or known by its path, and found to be gone when something is sent to it, or by
+//! a look now and then.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::counters::{Counters, add_one};
+use super::framing::VFKIT_MAGIC;
+use super::limits::{RECONNECT, UNNAMED_PER_POLL};
+use super::place::{SocketFile, may_come};
+use super::sys::{self, Address};
+use crate::error::Status;
+use crate::sync::{AtomicBool, Mutex, Ordering};
+use crate::sys::{after, lock};
+
+/// Who the peer is.
+#[derive(Debug)]
+pub(super) enum PeerRule {
+    /// The socket was given with its peer.
+    Given,
+    /// Whoever sends first.
+    Learn,
+    /// The socket of a path. If `magic`, it is told that a VMM comes, as vfkit does.
+    Known { address: Address, magic: bool, pause: Duration },
+}
+
+/// A datagram socket and its peer. The device and its queues share it.
+#[derive(Debug)]
+pub(super) struct Datagram {
+    pub(super) socket: OwnedFd,
+    rule: PeerRule,
+    has_peer: AtomicBool,
+    /// Whether messages of other senders may still be among those that wait to be received: they were
+    /// there before the socket was connected. Linux lets nobody but the peer send to a connected socket.
+    mixed: AtomicBool,
+    state: Mutex<State>,
+    pub(super) counters: Arc<Counters>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The address of the learned peer.
+    peer: Option<Address>,
+    /// Nothing is tried, and nobody is looked for, before this time.
+    not_before: Option<Instant>,
+    over: Option<Status>,
+    _file: Option<SocketFile>,
+}
+
+impl Datagram {
+    pub(super) fn new(
+        socket: OwnedFd,
+        rule: PeerRule,
+        file: Option<SocketFile>,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let given = matches!(rule, PeerRule::Given);
+        if given {
+            add_one(&counters.peers);
+        }
+        Self {
+            socket,
+            rule,
+            has_peer: AtomicBool::new(given),
+            mixed: AtomicBool::new(false),
+            state: Mutex::new(State { _file: file, ..State::default() }),
+            counters,
+        }
+    }
+
+    /// How often an idle queue is polled.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        match &self.rule {
+            PeerRule::Given => None,
+            PeerRule::Learn => Some(RECONNECT),
+            PeerRule::Known { pause, .. } => Some(*pause),
+        }
+    }
+
+    /// Whether there is a peer. Looks for one if there is none.
+    ///
+    /// # Errors
+    ///
+    /// The status with which the ring closes, if there will be none any more.
+    #[inline]
+    pub(super) fn find_peer(&self) -> Result<bool, Status> {
+        // The flag comes with no other data: what belongs to it is under the lock.
+        if self.has_peer.load(Ordering::Relaxed) { Ok(true) } else { self.look() }
+    }
+
+    #[cold]
+    fn look(&self) -> Result<bool, Status> {
+        let mut state = lock(&self.state);
+        if let Some(status) = state.over {
+            return Err(status);
+        }
+        let found = match &self.rule {
+            PeerRule::Given => false,
+            PeerRule::Learn => self.learn(&mut state),
+            PeerRule::Known { address, magic, pause } => {
+                if state.not_before.is_some_and(|at| Instant::now() < at) {
+                    return Ok(false);
+                }
+                state.not_before = Some(after(*pause));
+                let found = sys::connect(&self.socket, address);
+                if let Err(error) = &found
+                    && !may_come(error)
+                {
+                    tracing::warn!(%error, "a wire finds no peer");
+                    add_one(&self.counters.failed);
+                }
+                found.is_ok() && (!magic || sys::send(&self.socket, &VFKIT_MAGIC).is_ok())
+            }
+        };
+        if found {
+            add_one(&self.counters.peers);
+            self.has_peer.store(true, Ordering::Relaxed);
+        }
+        Ok(found)
+    }
+
+    /// Makes the sender of the first message the peer. The message stays, to be received.
+    fn learn(&self, state: &mut State) -> bool {
+        for _ in 0..UNNAMED_PER_POLL {
+            let Ok(sender) = sys::peek_sender(&self.socket) else { return false };
+            if !sender.is_unnamed() && sys::connect(&self.socket, &sender).is_ok() {
+                tracing::debug!(?sender, "a wire has a peer");
+                state.peer = Some(sender);
+                state.not_before = Some(after(RECONNECT));
+                self.mixed.store(true, Ordering::Relaxed);
+                return true;
+            }
+            // Nobody can answer it: it has no name, or is gone already.
+            let _ = sys::receive(&self.socket, &mut [0; 1]);
+            add_one(&self.counters.unnamed);
+        }
+        false
+    }
+
+    /// The sender whose messages count, if others may be among them.
+    #[inline]
+    pub(super) fn only_sender(&self) -> Option<Address> {
+        if !self.mixed.load(Ordering::Relaxed) {
+            return None;
+        }
+        lock(&self.state).peer
+    }
+
+    /// Says that no message was left to receive. Now and then this looks whether the peer is still there:
+    /// while the socket is connected to one that is gone, nobody else can send to it.
+    #[inline]
+    pub(super) fn found_nothing(&self) {
+        if cfg!(target_os = "linux") {
+            self.mixed.store(false, Ordering::Relaxed);
+        }
+        if !matches!(self.rule, PeerRule::Given) {
+            self.look_after_peer();
+        }
+    }
+
+    fn look_after_peer(&self) {
+        let mut state = lock(&self.state);
+        if state.not_before.is_some_and(|at| Instant::now() < at) {
+            return;
+        }
+        let (address, pause) = match (&self.rule, &state.peer) {
+            (PeerRule::Known { address, pause, .. }, _) => (*address, *pause),
+            (_, Some(address)) => (*address, RECONNECT),
+            _ => return,
+        };
+        state.not_before = Some(after(pause));
+        // To connect to the same socket again changes nothing.
+        if sys::connect(&self.socket, &address).is_err() {
+            self.forget(&mut state);
+        }
+    }
+
+    /// Says that the peer is gone.
+    ///
+    /// # Errors
+    ///
+    /// The status with which the ring closes, if there will be no other one.
+    #[cold]
+    pub(super) fn peer_is_gone(&self, error: &io::Error) -> Result<(), Status> {
+        let mut state = lock(&self.state);
+        if matches!(self.rule, PeerRule::Given) {
+            let status = Status::Os(error.raw_os_error().unwrap_or(libc::ECONNRESET));
+            state.over.get_or_insert(status);
+        }
+        self.forget(&mut state);
+        state.over.map_or(Ok(()), Err)
+    }
+
+    fn forget(&self, state: &mut State) {
+        if self.has_peer.swap(false, Ordering::Relaxed) {
+            tracing::debug!(peer = ?state.peer, "a wire's peer has gone");
+            add_one(&self.counters.ended);
+        }
+        state.peer = None;
+        self.mixed.store(false, Ordering::Relaxed);
+        if !matches!(self.rule, PeerRule::Given) {
+            sys::disconnect(&self.socket);
+        }
+    }
+
+    /// Forgets the peer, so that the next one is looked for. One that was given stays.
+    pub(super) fn restart(&self) {
+        let mut state = lock(&self.state);
+        if !matches!(self.rule, PeerRule::Given) && state.over.is_none() {
+            state.not_before = None;
+            self.forget(&mut state);
+        }
+    }
+
+    /// Ends the wire, and removes the socket's file.
+    pub(super) fn stop(&self) {
+        let mut state = lock(&self.state);
+        state.over.get_or_insert(Status::SetupIncomplete);
+        state._file = None;
+        self.has_peer.store(false, Ordering::Relaxed);
+        sys::shutdown(&self.socket);
+    }
+}

@@ -1,0 +1,200 @@
+//! Where a wire's socket is: paths that are listened on and connected to, and what is asked of a
+//! descriptor that somebody else has opened. A server of many clients uses these functions by itself.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::sys::{self, Address};
+use crate::error::{Error, SocketError};
+
+/// The type of a Unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SocketKind {
+    /// `SOCK_STREAM`: bytes.
+    Stream,
+    /// `SOCK_DGRAM`: messages, without a connection that ends.
+    Datagram,
+    /// `SOCK_SEQPACKET`: messages over a connection.
+    #[cfg(target_os = "linux")]
+    Seqpacket,
+}
+
+impl SocketKind {
+    fn raw(self) -> libc::c_int {
+        match self {
+            SocketKind::Stream => libc::SOCK_STREAM,
+            SocketKind::Datagram => libc::SOCK_DGRAM,
+            #[cfg(target_os = "linux")]
+            SocketKind::Seqpacket => libc::SOCK_SEQPACKET,
+        }
+    }
+
+    fn mismatch(self) -> SocketError {
+        SocketError::Descriptor(match self {
+            SocketKind::Stream => "it is no stream socket (SOCK_STREAM)",
+            SocketKind::Datagram => "it is no datagram socket (SOCK_DGRAM)",
+            #[cfg(target_os = "linux")]
+            SocketKind::Seqpacket => "it is no socket of sequenced packets (SOCK_SEQPACKET)",
+        })
+    }
+}
+
+/// A socket on which peers connect, one after the other or several at once. It does not wait.
+///
+/// Dropping it removes the file of its path, if the file is still its own.
+#[derive(Debug)]
+pub struct Listener {
+    pub(super) socket: OwnedFd,
+    pub(super) file: Option<SocketFile>,
+}
+
+impl Listener {
+    /// Listens at a path. Its file has the mode 0600 before anybody can connect.
+    ///
+    /// If the path has the socket of a process that is gone, its file is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`SocketError::Taken`] if a process has the socket of this path, [`SocketError::NotASocket`] if
+    /// the path is no socket, [`SocketError::PathTooLong`], and [`Error::Io`] for what else the system
+    /// refuses.
+    pub fn bind(kind: SocketKind, path: &Path) -> Result<Self, Error> {
+        let (socket, file) = bind(kind, path)?;
+        sys::listen(&socket).map_err(Error::io("listening on a socket"))?;
+        Ok(Self { socket, file: Some(file) })
+    }
+
+    /// Takes over a socket that another process listens on, such as a service manager.
+    ///
+    /// # Errors
+    ///
+    /// [`SocketError::Descriptor`] if it is no listening socket of this kind.
+    pub fn adopt(kind: SocketKind, socket: OwnedFd) -> Result<Self, Error> {
+        match adopt(kind, &socket)? {
+            true => Ok(Self { socket, file: None }),
+            false => Err(SocketError::Descriptor("nobody listens on it").into()),
+        }
+    }
+
+    /// Takes the next connection. Returns `None` if there is none now. A [`Socket`](super::Socket) that
+    /// gets it ([`from_fd`](super::Socket::from_fd)) serves it, with the buffers that its wire needs.
+    ///
+    /// # Errors
+    ///
+    /// What the system says, for example if the limit of open files is reached. A connection that has
+    /// been given up meanwhile is no error.
+    pub fn accept(&self) -> io::Result<Option<OwnedFd>> {
+        sys::accept(self.socket.as_fd())
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Makes a socket of this kind at a path, with the rules of [`Listener::bind`]. A datagram socket is
+/// complete then.
+pub(super) fn bind(kind: SocketKind, path: &Path) -> Result<(OwnedFd, SocketFile), Error> {
+    let failed = |error| Error::io("making a socket at a path")(error);
+    let address = Address::of(path)?;
+    // Two processes that start at once must not take each other's new socket for one that is left
+    // over. The folder's lock ends with this function.
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder = File::open(folder).map_err(failed)?;
+    // SAFETY: the call takes numbers only.
+    if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX) } < 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    match fs::symlink_metadata(path) {
+        Ok(old) if !old.file_type().is_socket() => {
+            return Err(SocketError::NotASocket(path.to_owned()).into());
+        }
+        Ok(_) if is_left_over(kind, &address).map_err(failed)? => {
+            fs::remove_file(path).map_err(failed)?;
+        }
+        Ok(_) => return Err(SocketError::Taken(path.to_owned()).into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let socket = sys::socket(kind.raw()).map_err(failed)?;
+    sys::restrict(&socket).map_err(failed)?;
+    sys::bind(&socket, &address).map_err(failed)?;
+    let metadata = fs::symlink_metadata(path).map_err(failed)?;
+    let file = SocketFile { path: path.to_owned(), id: (metadata.dev(), metadata.ino()) };
+    // Nobody can connect to a stream socket before it listens.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok((socket, file))
+}
+
+/// Whether no process has the socket of this address. Each answer but a refusal comes from a live one:
+/// its queue is full, or it is of another kind, or has another peer.
+fn is_left_over(kind: SocketKind, address: &Address) -> io::Result<bool> {
+    let probe = sys::socket(kind.raw())?;
+    match sys::connect(&probe, address) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(true),
+        // It has gone meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        _ => Ok(false),
+    }
+}
+
+/// The file of a socket that this process has made. It is removed with this value, if it is still the
+/// same file.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    /// Its device and inode.
+    id: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let is_ours = |file: fs::Metadata| (file.dev(), file.ino()) == self.id;
+        if fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            // If it cannot be removed, the next process finds it left over, and removes it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Connects to the socket of a path, without waiting.
+///
+/// # Errors
+///
+/// `NotFound` or `ConnectionRefused` while there is nobody, `WouldBlock` if many wait for it, and what
+/// else the system says.
+pub fn connect(kind: SocketKind, path: &Path) -> io::Result<OwnedFd> {
+    let address =
+        Address::of(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let socket = sys::socket(kind.raw())?;
+    sys::connect(&socket, &address)?;
+    Ok(socket)
+}
+
+/// Whether an error of [`connect`] says that the peer is not there yet, or has no time.
+pub(super) fn may_come(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
+    )
+}
+
+/// Checks a descriptor that somebody else has opened. Returns whether it listens.
+pub(super) fn adopt(kind: SocketKind, socket: &OwnedFd) -> Result<bool, Error> {
+    let is = sys::option(socket, libc::SO_TYPE).map_err(|_| kind.mismatch())?;
+    if is != kind.raw() {
+        return Err(kind.mismatch().into());
+    }
+    let listens = sys::option(socket, libc::SO_ACCEPTCONN).unwrap_or(0) != 0;
+    sys::no_signal(socket).map_err(Error::io("setting an option of a socket"))?;
+    Ok(listens)
+}
