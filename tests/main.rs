@@ -25,6 +25,8 @@ mod pcap;
 mod pollers;
 mod safe_api;
 mod serde;
+mod socket;
+mod socket_clients;
 mod software;
 #[cfg(target_os = "linux")]
 mod tap;

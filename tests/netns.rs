@@ -1,12 +1,12 @@
 //! Network namespaces for tests that need the kernel's own network. A test makes one, and it is
 //! gone when the test ends. No test touches the network of the host.
 
-use std::io::Write;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub(crate) use crate::support::skip;
 use crate::support::{LONG, guarded_for, stage};
 
 /// Runs `body` under a watchdog, on a thread of its own and in a network namespace of its own.
@@ -49,12 +49,6 @@ pub(crate) fn enter() -> bool {
     }
     sh("ip link set lo up");
     true
-}
-
-/// Writes to stderr directly, because the test harness captures `eprintln!`.
-pub(crate) fn skip(why: &str) {
-    let name = thread::current().name().unwrap_or("test").to_owned();
-    let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
 }
 
 /// Enables IPv6 for interfaces that are made from now on.

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::env;
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -79,6 +80,13 @@ pub(crate) fn guarded_for(limit: Duration, body: impl FnOnce() + Send + 'static)
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Says that the test of this thread is skipped, and why. Writes to stderr directly, because the test
+/// harness captures `eprintln!`.
+pub(crate) fn skip(why: &str) {
+    let name = thread::current().name().unwrap_or("test").to_owned();
+    let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
 }
 
 /// `n`, or a tenth of it if everything is slow (`VMRING_TEST_SCALE=small`: sanitizers, emulators).

@@ -1,0 +1,828 @@
+//! The wires over sockets: what a peer does, and what becomes of it. Peers are plain sockets of the
+//! standard library.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use vmring::device::Offloads;
+use vmring::device::socket::{Listener, SocketKind};
+use vmring::{
+    Checksum, CloseReason, Direction, Drive, EntryError, Error, Gso, Interface, OffloadHeader,
+    Poller, RetryPolicy, Ring, RingOp, Socket, SocketError, Status,
+};
+
+use crate::sockets::{Folder, Wire, count, exists, framed, read_framed, write_framed};
+use crate::support::{
+    LONG, Way, eventually, every_way, guarded, packet, post, reap, reap_n, scaled, send, stage,
+};
+
+/// Longer than any number of tries in a test.
+const PATIENT: RetryPolicy = RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(50) };
+
+fn start(socket: Socket) -> Interface {
+    Interface::builder().device(socket).start().expect("a wire starts")
+}
+
+fn both(interface: &Interface) -> Ring {
+    interface.ring(Direction::Both).build().expect("a ring")
+}
+
+/// An interface with a ring, and the other end of its stream.
+fn stream() -> (Interface, Ring, UnixStream) {
+    let (ours, peer) = UnixStream::pair().expect("a pair of sockets");
+    peer.set_read_timeout(Some(LONG)).expect("a time limit");
+    let interface = start(Socket::stream().from_fd(ours.into()));
+    let ring = both(&interface);
+    (interface, ring, peer)
+}
+
+/// The next packet that arrives.
+fn receive(ring: &mut Ring) -> Vec<u8> {
+    loop {
+        let seen = reap_n(ring, 1).remove(0);
+        if seen.op == RingOp::Read {
+            seen.result.expect("a read succeeds");
+            return seen.frame.expect("a read has a frame").to_vec();
+        }
+    }
+}
+
+/// The outcome of the only entry.
+fn outcome(ring: &mut Ring) -> Result<usize, EntryError> {
+    reap_n(ring, 1).remove(0).result
+}
+
+fn no_peer() -> Result<usize, EntryError> {
+    Err(EntryError::Device(Status::Os(libc::ENOTCONN)))
+}
+
+/// Goal: frames are found in a stream whatever pieces it comes in, and those that cannot be delivered are
+/// counted. Method: a peer sends a byte at a time.
+#[test]
+fn a_stream_may_come_in_any_pieces() {
+    guarded(|| {
+        let (interface, mut ring, mut peer) = stream();
+        for number in 0..8 {
+            post(&mut ring, number);
+        }
+        let stream = [
+            framed(&packet(1, 60)),
+            framed(&[]),
+            framed(&[7; 13]),
+            framed(&packet(2, 1519)),
+            framed(&packet(3, 14)),
+            framed(&packet(4, 1518)),
+        ];
+        for byte in stream.concat() {
+            peer.write_all(&[byte]).expect("it is taken");
+        }
+        for (number, len) in [(1, 60), (3, 14), (4, 1518)] {
+            assert_eq!(receive(&mut ring), packet(number, len));
+        }
+        assert_eq!((count(&interface, "runt"), count(&interface, "too big")), (1, 1));
+    });
+}
+
+/// Goal: a length above the maximum ends the connection, and no frame before it is lost. If there is no
+/// other peer to come, the rings close and say why.
+#[test]
+fn a_length_above_the_maximum_ends_the_connection() {
+    guarded(|| {
+        let (interface, mut ring, mut peer) = stream();
+        post(&mut ring, 1);
+        post(&mut ring, 2);
+        peer.write_all(&[framed(&packet(1, 60)), 131_073_u32.to_be_bytes().to_vec()].concat())
+            .expect("it is taken");
+        assert_eq!(receive(&mut ring), packet(1, 60));
+        assert_eq!(outcome(&mut ring), Err(EntryError::Device(Status::Os(libc::EPROTO))));
+        let closed = ring.control().closed();
+        assert_eq!(closed, Some(CloseReason::Failed(Status::Os(libc::EPROTO))));
+        assert_eq!(peer.read(&mut [0; 1]).expect("in time"), 0, "the peer is told");
+        assert_eq!(count(&interface, "connections ended by a length above the maximum"), 1);
+    });
+}
+
+/// Goal: a peer that dies within a frame delivers nothing of it, and a wire that listens waits for the
+/// next peer, with the same posted reads.
+#[test]
+fn a_peer_that_dies_in_a_frame_is_followed_by_the_next() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::stream().listen(&path));
+        for cut in [1, 4, 5, 63] {
+            stage(format!("a frame that ends after {cut} bytes"));
+            let mut ring = both(&interface);
+            post(&mut ring, 1);
+            let mut peer = UnixStream::connect(&path).expect("it listens");
+            peer.write_all(&framed(&packet(7, 60))[..cut]).expect("it is taken");
+            drop(peer);
+            let mut peer = UnixStream::connect(&path).expect("it listens still");
+            write_framed(&mut peer, &packet(8, 60));
+            assert_eq!(receive(&mut ring), packet(8, 60));
+            assert_eq!(ring.control().closed(), None);
+        }
+        assert_eq!(count(&interface, "peers gone within a packet"), 4);
+        // A peer that has broken the rules is followed, too.
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        let mut peer = UnixStream::connect(&path).expect("it listens");
+        peer.write_all(&[0xff; 4]).expect("it is taken");
+        let mut next = UnixStream::connect(&path).expect("it listens");
+        write_framed(&mut next, &packet(9, 60));
+        assert_eq!(receive(&mut ring), packet(9, 60));
+    });
+}
+
+/// Goal: what a peer has sent before it ends is delivered, even if a write finds it gone first.
+#[test]
+fn a_peers_last_frames_are_delivered_after_its_end() {
+    guarded(|| {
+        for wire in [Wire::Stream, Wire::ALL[Wire::ALL.len() - 1]] {
+            let [ours, peer] = wire.sockets();
+            let interface = start(wire.driver().from_fd(ours));
+            let mut ring = both(&interface);
+            let payload = packet(5, 60);
+            let payload = if wire == Wire::Stream { framed(&payload) } else { payload };
+            // SAFETY: the pointer and the length are those of the payload.
+            let sent = unsafe {
+                use std::os::fd::AsRawFd;
+                libc::send(peer.as_raw_fd(), payload.as_ptr().cast(), payload.len(), 0)
+            };
+            assert_eq!(sent as usize, payload.len());
+            drop(peer);
+            send(&mut ring, 1);
+            assert_eq!(outcome(&mut ring), no_peer(), "{wire:?}");
+            post(&mut ring, 2);
+            post(&mut ring, 3);
+            assert_eq!(receive(&mut ring), packet(5, 60));
+            let gone = EntryError::Device(Status::Os(libc::ECONNRESET));
+            assert_eq!(outcome(&mut ring), Err(gone), "{wire:?}");
+            assert_eq!(count(&interface, "no peer"), 1);
+        }
+    });
+}
+
+/// Goal: a peer that sends nothing and reads nothing holds up no cancel, drain, close or stop.
+#[test]
+fn a_peer_that_does_nothing_holds_up_nothing() {
+    guarded(|| {
+        every_way(|way, poller| {
+            for &wire in Wire::ALL {
+                stage(format!("{way:?}, {wire:?}"));
+                let [ours, _peer] = wire.sockets();
+                let interface = Interface::builder().mtu(9000).device(wire.driver().from_fd(ours));
+                let interface = interface.start().expect("it starts");
+                let ring = interface.ring(Direction::Both).drive(way.drive(poller));
+                let mut ring = ring.build().expect("a ring");
+                post(&mut ring, 0);
+                fill(&mut ring, 0);
+                ring.cancel_and_wait(LONG).expect("a cancel ends");
+                ring.drain(LONG).expect("a drain ends");
+                ring.resume();
+                post(&mut ring, 0);
+                ring.close().expect("a close ends, and leaks nothing");
+                interface.stop(LONG).expect("a stop ends");
+            }
+        });
+    });
+}
+
+/// Writes packets of 9,000 bytes, numbered from `first` on, until the wire takes no more. Returns the
+/// number after the last one that it took.
+fn fill(ring: &mut Ring, first: u64) -> u64 {
+    let (mut taken, mut next, mut full) = (first, first, false);
+    while !full {
+        let mut writing = 0;
+        while let Some(mut frame) = ring.alloc() {
+            frame.copy_from(&packet(next, 9000)).expect("it fits");
+            if ring.submit_write(frame, next).is_err() {
+                break;
+            }
+            next += 1;
+            writing += 1;
+        }
+        for seen in reap_n(ring, writing) {
+            match seen.result {
+                Ok(_) => {
+                    assert_eq!(seen.user_data, taken, "what the wire has taken has no gap");
+                    taken += 1;
+                }
+                Err(EntryError::Device(Status::BufferExhausted)) => full = true,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    taken
+}
+
+/// Fills a stream until a frame has gone in part. Returns the numbers of the next frame that comes out,
+/// and of the one after the last that is in it.
+fn fill_in_part(interface: &Interface, ring: &mut Ring, peer: &mut UnixStream) -> [u64; 2] {
+    let (mut read, mut taken) = (0, fill(ring, 0));
+    while count(interface, "partial writes") == 0 {
+        // It became full between two frames.
+        for _ in 0..7 {
+            assert!(read_framed(peer).is_some_and(|frame| frame == packet(read, 9000)));
+            read += 1;
+        }
+        taken = fill(ring, taken);
+    }
+    [read, taken]
+}
+
+/// Goal: a peer that does not read loses whole frames only, and the rest of a frame that the system has
+/// taken in part arrives although nothing else is written, driven by a poller that sleeps. Method: fill
+/// the wire, until a frame has gone in part; then read everything.
+#[test]
+fn the_rest_of_a_frame_arrives_by_itself() {
+    guarded(|| {
+        every_way(|way, poller| {
+            // An inline ring with nothing in flight has nobody who drives it.
+            let direction = if way == Way::Inline { Direction::Both } else { Direction::Write };
+            let (interface, mut ring, mut peer) = large_stream(direction, way.drive(poller));
+            let [first, end] = fill_in_part(&interface, &mut ring, &mut peer);
+            if direction == Direction::Both {
+                post(&mut ring, 0);
+            }
+            stage(format!("{way:?}: reading"));
+            let reader = thread::spawn(move || {
+                for number in first..end {
+                    let frame = read_framed(&mut peer).expect("a frame");
+                    assert!(frame == packet(number, 9000), "frame {number} is torn");
+                }
+                peer
+            });
+            while !reader.is_finished() {
+                ring.wait(1, Some(Duration::from_millis(1)));
+                thread::sleep(Duration::from_millis(1));
+            }
+            drop(reader.join().expect("each frame is whole"));
+        });
+    });
+}
+
+/// As [`stream`], with an MTU of 9,000 bytes.
+fn large_stream(direction: Direction, drive: Drive<'_>) -> (Interface, Ring, UnixStream) {
+    let (ours, peer) = UnixStream::pair().expect("a pair of sockets");
+    peer.set_read_timeout(Some(LONG)).expect("a time limit");
+    let socket = Socket::stream().from_fd(ours.into());
+    let interface = Interface::builder().mtu(9000).device(socket).start().expect("it starts");
+    let ring = interface.ring(direction).drive(drive).build().expect("a ring");
+    (interface, ring, peer)
+}
+
+/// Goal: a peer that does not read holds up nobody else on the same poller. Method: one wire is full and
+/// is written to again and again, while another moves packets both ways.
+#[test]
+fn a_stuck_peer_holds_up_nobody_else() {
+    guarded(|| {
+        let poller = Poller::start().expect("a poller");
+        let drive = || Drive::Shared(&poller);
+        let (_stuck, mut stuck, _peer) = large_stream(Direction::Both, drive());
+        fill(&mut stuck, 0);
+        let pair = Wire::Stream.pair().map(start);
+        let mut rings = pair.each_ref().map(|interface| {
+            interface.ring(Direction::Both).drive(drive()).build().expect("a ring")
+        });
+        for number in 0..scaled(500) {
+            stage(format!("packet {number}"));
+            if let Some(frame) = stuck.alloc() {
+                let _ = stuck.submit_write(frame, 0);
+            }
+            let _ = reap(&mut stuck);
+            for (from, to) in [(0, 1), (1, 0)] {
+                post(&mut rings[to], number);
+                send(&mut rings[from], number);
+                assert_eq!(receive(&mut rings[to]), packet(number, 60));
+                reap_n(&mut rings[from], 1);
+            }
+        }
+    });
+}
+
+/// Goal: a peer that reads slowly gets each frame, in order, if the ring is patient.
+#[test]
+fn a_slow_reader_gets_every_frame() {
+    guarded(|| {
+        let (ours, mut peer) = UnixStream::pair().expect("a pair of sockets");
+        peer.set_read_timeout(Some(LONG)).expect("a time limit");
+        let socket = Socket::stream().from_fd(ours.into());
+        let interface = Interface::builder().mtu(9000).device(socket).start().expect("it starts");
+        let ring = interface.ring(Direction::Write).retry(PATIENT).build();
+        let mut ring = ring.expect("a ring");
+        let frames = 2000;
+        let reader = thread::spawn(move || {
+            for number in 0..frames {
+                if number % 100 == 0 {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                let frame = read_framed(&mut peer).expect("a frame");
+                assert!(frame == packet(number, 9000), "frame {number} is torn");
+            }
+        });
+        let (mut next, mut written) = (0, 0);
+        while written < frames {
+            while next < frames
+                && let Some(mut frame) = ring.alloc()
+            {
+                frame.copy_from(&packet(next, 9000)).expect("it fits");
+                if ring.submit_write(frame, next).is_err() {
+                    break;
+                }
+                next += 1;
+            }
+            ring.wait(1, Some(LONG));
+            for seen in reap(&mut ring) {
+                assert_eq!((seen.user_data, seen.result), (written, Ok(9000)));
+                written += 1;
+            }
+        }
+        stage("the last frames arrive");
+        reader.join().expect("each frame arrives");
+    });
+}
+
+/// Goal: the rest of a frame goes first, also after a cancel, a drain, a close and in another ring.
+/// Method: fill the wire, do all of that, write one more packet in a new ring, and read everything.
+#[test]
+fn no_frame_is_torn_by_a_cancel_a_drain_or_a_close() {
+    guarded(|| {
+        let (interface, mut ring, mut peer) = large_stream(Direction::Write, Drive::Thread);
+        let [first, taken] = fill_in_part(&interface, &mut ring, &mut peer);
+        ring.cancel_and_wait(LONG).expect("a cancel ends");
+        ring.drain(LONG).expect("a drain ends");
+        ring.close().expect("a close ends");
+        let ring = interface.ring(Direction::Write).retry(PATIENT);
+        let mut ring = ring.build().expect("another ring");
+        let mut frame = ring.alloc().expect("a frame");
+        frame.copy_from(&packet(taken, 9000)).expect("it fits");
+        ring.submit_write(frame, taken).expect("a credit");
+        let reader = thread::spawn(move || {
+            for number in first..=taken {
+                let frame = read_framed(&mut peer).expect("a frame");
+                assert!(frame == packet(number, 9000), "frame {number} is torn");
+            }
+            assert_eq!(read_framed(&mut peer), None, "the end is between two frames");
+        });
+        assert_eq!(outcome(&mut ring), Ok(9000));
+        ring.close().expect("a close ends");
+        interface.stop(LONG).expect("a stop ends");
+        reader.join().expect("each frame is whole");
+    });
+}
+
+/// Goal: a listener that is connected to again and again stays as it is, and serves who comes then. Every
+/// connection that breaks the rules is closed, so none is left.
+#[test]
+fn ten_thousand_connections_leave_nothing() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::stream().listen(&path));
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        let connections = scaled(10_000);
+        let mut kept = Vec::new();
+        for number in 0..connections {
+            // `connect` waits while the backlog is full.
+            let mut peer = UnixStream::connect(&path).expect("it listens");
+            if number % 100 == 0 {
+                peer.write_all(&[0xff; 4]).expect("it is taken");
+                kept.push(peer);
+            }
+        }
+        stage("the connections that break the rules end");
+        for mut peer in kept {
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            assert_eq!(peer.read(&mut [0; 1]).expect("in time"), 0);
+        }
+        stage("the next peer is served");
+        let mut peer = UnixStream::connect(&path).expect("it listens");
+        write_framed(&mut peer, &packet(1, 60));
+        assert_eq!(receive(&mut ring), packet(1, 60));
+        assert_eq!(count(&interface, "peers"), connections + 1);
+        assert_eq!(count(&interface, "peers gone"), connections);
+    });
+}
+
+/// Goal: without a peer, reads wait and writes fail at once and are counted.
+#[test]
+fn without_a_peer_reads_wait_and_writes_fail() {
+    guarded(|| {
+        let folder = Folder::new();
+        let kinds: [(&str, fn() -> Socket); 4] = [
+            ("stream", Socket::stream),
+            ("datagram", Socket::datagram),
+            ("stream client", Socket::stream),
+            ("datagram client", Socket::datagram),
+        ];
+        for (name, socket) in kinds {
+            stage(name);
+            let path = folder.path(name);
+            let socket = match name.contains("client") {
+                true => socket().connect(&path),
+                false => socket().listen(&path),
+            };
+            let interface = start(socket);
+            let mut ring = both(&interface);
+            post(&mut ring, 1);
+            send(&mut ring, 2);
+            assert_eq!(outcome(&mut ring), no_peer());
+            assert_eq!(count(&interface, "no peer"), 1);
+            assert_eq!(ring.in_flight(), 1);
+        }
+    });
+}
+
+/// Goal: a wire that connects does so again when its peer has gone and comes back, without a submission.
+#[test]
+fn a_stream_connects_again() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let pause = Some(Duration::from_millis(5));
+        let interface = start(Socket::stream().connect(&path).reconnect(pause));
+        let mut ring = both(&interface);
+        for number in 0..3 {
+            stage(format!("peer {number}"));
+            post(&mut ring, number);
+            let listener = UnixListener::bind(&path).expect("a listener");
+            let (mut peer, _) = listener.accept().expect("the wire connects");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            write_framed(&mut peer, &packet(number, 60));
+            assert_eq!(receive(&mut ring), packet(number, 60));
+            send(&mut ring, number);
+            assert_eq!(read_framed(&mut peer), Some(packet(number, 60)));
+            reap_n(&mut ring, 1);
+            drop((peer, listener));
+            fs::remove_file(&path).expect("the socket's file");
+        }
+        let once = Socket::stream().connect(folder.path("nobody")).reconnect(None);
+        assert!(matches!(Interface::builder().device(once).start(), Err(Error::Io { .. })));
+    });
+}
+
+/// Goal: a socket that is left over is replaced, one of a live process is refused, and so is a file. The
+/// socket is for its owner only, and goes with the interface.
+#[test]
+fn a_path_is_taken_only_if_nobody_has_it() {
+    guarded(|| {
+        let folder = Folder::new();
+        let refused = |socket: Socket| match Interface::builder().device(socket).start() {
+            Err(Error::Socket(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        let kinds: [(&str, fn() -> Socket); 2] =
+            [("stream", Socket::stream), ("datagram", Socket::datagram)];
+        for (name, socket) in kinds {
+            let path = folder.path(name);
+            leave_over(name, &path);
+            let interface = start(socket().listen(&path));
+            let mode = fs::metadata(&path).expect("a socket").permissions().mode();
+            assert_eq!(mode & 0o777, 0o600);
+            assert_eq!(refused(socket().listen(&path)), SocketError::Taken(path.clone()));
+            for (_, other) in kinds {
+                assert_eq!(refused(other().listen(&path)), SocketError::Taken(path.clone()));
+            }
+            interface.stop(LONG).expect("it stops");
+            assert!(!exists(&path), "a socket is left");
+        }
+        let file = folder.path("file");
+        fs::write(&file, "text").expect("a file");
+        assert_eq!(refused(Socket::stream().listen(&file)), SocketError::NotASocket(file.clone()));
+        assert_eq!(fs::read(&file).expect("it is there"), b"text");
+        let long = folder.path(&"x".repeat(120));
+        for socket in [Socket::stream().listen(&long), Socket::stream().connect(&long)] {
+            assert!(matches!(refused(socket), SocketError::PathTooLong { .. }));
+        }
+    });
+}
+
+fn leave_over(kind: &str, path: &Path) {
+    match kind {
+        "stream" => drop(UnixListener::bind(path).expect("a listener")),
+        _ => drop(UnixDatagram::bind(path).expect("a socket")),
+    }
+    assert!(exists(path));
+}
+
+/// Goal: a descriptor of another kind is refused, and one that listens is listened on.
+#[test]
+fn a_descriptor_is_looked_at() {
+    guarded(|| {
+        let (stream, _peer) = UnixStream::pair().expect("a pair");
+        let wrong = Socket::datagram().from_fd(stream.into());
+        let error = Interface::builder().device(wrong).start().expect_err("it is a stream");
+        assert!(matches!(error, Error::Socket(SocketError::Descriptor(_))), "{error}");
+        let file: OwnedFd = fs::File::open("/dev/null").expect("a file").into();
+        let wrong = Socket::stream().from_fd(file);
+        let error = Interface::builder().device(wrong).start().expect_err("it is a file");
+        assert!(matches!(error, Error::Socket(SocketError::Descriptor(_))), "{error}");
+        let none = Interface::builder().device(Socket::stream()).start().expect_err("no socket");
+        assert!(matches!(none, Error::Socket(SocketError::Setting(_))), "{none}");
+
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let listener: OwnedFd = UnixListener::bind(&path).expect("a listener").into();
+        let interface = start(Socket::stream().from_fd(listener));
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        let mut peer = UnixStream::connect(&path).expect("it listens");
+        write_framed(&mut peer, &packet(1, 60));
+        assert_eq!(receive(&mut ring), packet(1, 60));
+        drop((ring, interface));
+        assert!(exists(&path), "the file is its maker's");
+    });
+}
+
+/// Goal: a server of many clients can use the rules of listening by themselves.
+#[test]
+fn a_listener_gives_each_client_a_wire_of_its_own() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let listener = Listener::bind(SocketKind::Stream, &path).expect("a listener");
+        assert!(listener.accept().expect("nobody has come").is_none());
+        let mut ends = Vec::new();
+        for number in 0..3 {
+            let mut peer = UnixStream::connect(&path).expect("it listens");
+            let socket = listener.accept().expect("no error").expect("one has come");
+            let interface = start(Socket::stream().from_fd(socket));
+            let mut ring = both(&interface);
+            post(&mut ring, number);
+            write_framed(&mut peer, &packet(number, 60));
+            ends.push((ring, interface, peer));
+        }
+        for (number, (ring, _, _)) in (0..).zip(&mut ends) {
+            assert_eq!(receive(ring), packet(number, 60));
+        }
+        drop(listener);
+        assert!(!exists(&path));
+    });
+}
+
+/// Goal: a datagram socket that listens learns its peer from the first message, answers it, hears nobody
+/// else, and takes the next peer after the first has gone. The magic is no frame, at any time.
+#[test]
+fn a_datagram_socket_learns_its_peer() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::datagram().listen(&path));
+        let mut ring = both(&interface);
+        for number in 0..4 {
+            post(&mut ring, number);
+        }
+        // Nobody could answer a socket without a name.
+        let unnamed = UnixDatagram::unbound().expect("a socket");
+        unnamed.send_to(&packet(99, 60), &path).expect("it is taken");
+        eventually("the message is dropped", || count(&interface, "sender without a name") == 1);
+        for number in 0..2 {
+            stage(format!("peer {number}"));
+            let own = folder.path(&format!("peer-{number}"));
+            let peer = UnixDatagram::bind(&own).expect("a socket");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            eventually("the former peer is found to be gone", || {
+                peer.send_to(b"VFKT", &path).is_ok()
+            });
+            eventually("the peer is learned", || count(&interface, "peers") == number + 1);
+            send(&mut ring, number);
+            let mut answer = [0; 2000];
+            let (len, from) = peer.recv_from(&mut answer).expect("an answer in time");
+            assert_eq!(answer[..len], packet(number, 60));
+            assert_eq!(from.as_pathname(), Some(&*path));
+            assert_eq!(outcome(&mut ring), Ok(60));
+            let stranger = UnixDatagram::bind(folder.path(&format!("stranger-{number}")));
+            let _ = stranger.expect("a socket").send_to(&packet(98, 60), &path);
+            for message in [&b"VFKT"[..], &[1, 2, 3], &packet(7, 1519), &packet(number, 100)] {
+                peer.send_to(message, &path).expect("it is taken");
+            }
+            assert_eq!(receive(&mut ring), packet(number, 100));
+            post(&mut ring, 0);
+            assert_eq!(count(&interface, "runt"), number + 1);
+            assert_eq!(count(&interface, "too big"), number + 1);
+        }
+        drop(ring);
+        interface.stop(LONG).expect("it stops");
+        assert!(!exists(&path));
+    });
+}
+
+/// Goal: a datagram socket that connects finds its peer when it comes, announces itself, and finds it
+/// again at the same path.
+#[test]
+fn a_datagram_socket_connects_again() {
+    guarded(|| {
+        let folder = Folder::new();
+        let (path, own) = (folder.path("helper"), folder.path("own"));
+        let pause = Some(Duration::from_millis(10));
+        let socket = Socket::datagram().connect(&path).own_path(&own).magic(true).reconnect(pause);
+        let interface = start(socket);
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        for number in 0..2 {
+            stage(format!("helper {number}"));
+            let peer = UnixDatagram::bind(&path).expect("a socket");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            let mut first = [0; 2000];
+            let (len, from) = peer.recv_from(&mut first).expect("the magic in time");
+            assert_eq!((&first[..len], from.as_pathname()), (&b"VFKT"[..], Some(&*own)));
+            peer.send_to(&packet(number, 60), &own).expect("it is taken");
+            assert_eq!(receive(&mut ring), packet(number, 60));
+            post(&mut ring, 1);
+            send(&mut ring, number);
+            let len = peer.recv(&mut first).expect("a frame in time");
+            assert_eq!(first[..len], packet(number, 60));
+            assert_eq!(outcome(&mut ring), Ok(60));
+            drop(peer);
+            fs::remove_file(&path).expect("the socket's file");
+        }
+        drop(ring);
+        interface.stop(LONG).expect("it stops");
+        assert!(!exists(&own), "the socket of this side is left");
+    });
+}
+
+/// Goal: a datagram peer that was given and goes closes the ring, at the next write.
+#[test]
+fn a_given_datagram_peer_that_goes_closes_the_ring() {
+    guarded(|| {
+        let (ours, peer) = UnixDatagram::pair().expect("a pair of sockets");
+        let interface = start(Socket::datagram().from_fd(ours.into()));
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        drop(peer);
+        send(&mut ring, 2);
+        reap_n(&mut ring, 2);
+        assert!(matches!(ring.control().closed(), Some(CloseReason::Failed(Status::Os(_)))));
+    });
+}
+
+/// Goal: an empty message is neither a frame nor an end, and none is ever sent.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_empty_message_means_nothing() {
+    guarded(|| {
+        use std::os::fd::AsRawFd;
+        for wire in [Wire::Datagram, Wire::Seqpacket] {
+            let [ours, peer] = wire.sockets();
+            let interface = start(wire.driver().from_fd(ours));
+            let mut ring = both(&interface);
+            post(&mut ring, 1);
+            for payload in [&[][..], &packet(1, 60)] {
+                // SAFETY: the pointer and the length are those of the payload.
+                let sent = unsafe {
+                    libc::send(peer.as_raw_fd(), payload.as_ptr().cast(), payload.len(), 0)
+                };
+                assert_eq!(sent as usize, payload.len());
+            }
+            assert_eq!(receive(&mut ring), packet(1, 60), "{wire:?}");
+            let frame = ring.alloc().expect("a frame");
+            ring.submit_write(frame, 2).expect("a credit");
+            let refused = Err(EntryError::Device(Status::InvalidArgument));
+            assert_eq!(outcome(&mut ring), refused, "{wire:?}");
+        }
+    });
+}
+
+/// Goal: a virtio header goes through whole, in both directions. One that is wrong, or that asks for work
+/// that was not negotiated, is dropped with its frame and counted.
+#[test]
+fn a_virtio_header_is_checked_and_goes_through() {
+    guarded(|| {
+        let checksum = OffloadHeader {
+            checksum: Checksum::Partial { start: 34, offset: 16 },
+            ..OffloadHeader::NONE
+        };
+        let large =
+            OffloadHeader { gso: Gso::TcpV4, segment_size: 1460, header_len: 54, ..checksum };
+        let beyond =
+            OffloadHeader { checksum: Checksum::Partial { start: 5000, offset: 16 }, ..checksum };
+        let bytes = |header: &OffloadHeader| {
+            let mut bytes = [0; 12];
+            header.write(&mut bytes);
+            bytes
+        };
+        let mut asked = Offloads::default();
+        asked.checksum = true;
+        for wire in [Wire::StreamWithHeaders, Wire::DatagramWithHeaders] {
+            stage(format!("{wire:?}"));
+            let [ours, peer] = wire.sockets();
+            let builder = Interface::builder().offloads(asked);
+            let interface = builder.device(wire.driver().from_fd(ours)).start().expect("a wire");
+            let mut ring = both(&interface);
+            for number in 0..4 {
+                post(&mut ring, number);
+            }
+            let to_wire = |payload: &[u8]| {
+                use std::os::fd::AsRawFd;
+                let is_stream = wire == Wire::StreamWithHeaders;
+                let payload = if is_stream { framed(payload) } else { payload.to_vec() };
+                // SAFETY: the pointer and the length are those of the payload.
+                let sent = unsafe {
+                    libc::send(peer.as_raw_fd(), payload.as_ptr().cast(), payload.len(), 0)
+                };
+                assert_eq!(sent as usize, payload.len());
+            };
+            let mut reserved = bytes(&OffloadHeader::NONE);
+            reserved[0] = 0x80;
+            for (header, number) in [
+                (bytes(&checksum), 1),
+                (bytes(&large), 2),
+                (bytes(&beyond), 3),
+                ([0, 77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 4),
+                (reserved, 5),
+            ] {
+                to_wire(&[&header[..], &packet(number, 100)].concat());
+            }
+            to_wire(&[0; 25]);
+            let first = reap_n(&mut ring, 1).remove(0).frame.expect("a frame");
+            assert_eq!(first[..], packet(1, 100));
+            let header = first.offload().expect("it is true").expect("there is one");
+            assert_eq!(header.checksum, checksum.checksum);
+            let second = reap_n(&mut ring, 1).remove(0).frame.expect("a frame");
+            assert_eq!(second[..], packet(5, 100));
+            assert!(second.offload().expect("it is true").is_none_or(|header| header.is_plain()));
+            eventually("the runt is counted", || count(&interface, "runt") == 1);
+            assert_eq!(count(&interface, "bad offload header"), 3);
+
+            let mut frame = ring.alloc().expect("a frame");
+            frame.copy_from(&packet(6, 100)).expect("it fits");
+            frame.set_offload(&checksum).expect("there is headroom");
+            ring.submit_write(frame, 6).expect("a credit");
+            assert_eq!(outcome(&mut ring), Ok(100));
+            let expected = [&bytes(&checksum)[..], &packet(6, 100)].concat();
+            let mut peer = UnixStream::from(peer);
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            let mut came = vec![0; 4 + 112];
+            let len = peer.read(&mut came).expect("in time");
+            let came = if wire == Wire::StreamWithHeaders { &came[4..len] } else { &came[..len] };
+            assert_eq!(came, expected);
+        }
+        let without = Interface::builder().offloads(asked);
+        let [ours, _peer] = Wire::Stream.sockets();
+        let error = without.device(Socket::stream().from_fd(ours)).start().expect_err("no header");
+        assert!(matches!(error, Error::NotSupported { .. }), "{error}");
+    });
+}
+
+/// Goal: packets of 64 KiB go through, by offload on a wire with headers, and by the MTU on one without.
+#[test]
+fn large_packets_go_through() {
+    guarded(|| {
+        for &wire in Wire::ALL {
+            stage(format!("{wire:?}"));
+            let [one, other] = wire.pair().map(|socket| {
+                let builder = Interface::builder();
+                let builder = match wire {
+                    Wire::StreamWithHeaders | Wire::DatagramWithHeaders => {
+                        builder.offloads(Offloads::ALL)
+                    }
+                    _ => builder.mtu(65_535),
+                };
+                builder.device(socket).start().expect("a wire")
+            });
+            let mut from = one.ring(Direction::Both).retry(PATIENT).build().expect("a ring");
+            let mut to = both(&other);
+            let large = packet(3, 65_549);
+            for _ in 0..8 {
+                post(&mut to, 1);
+                let mut frame = from.alloc().expect("a frame");
+                frame.copy_from(&large).expect("it fits");
+                from.submit_write(frame, 2).expect("a credit");
+            }
+            for _ in 0..8 {
+                assert!(receive(&mut to) == large, "{wire:?}");
+            }
+        }
+    });
+}
+
+/// Goal: a restart of the interface ends the connection of a wire that listens, and the next one is served
+/// by the same ring.
+#[test]
+fn a_restart_waits_for_the_next_peer() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::stream().listen(&path));
+        let mut ring = both(&interface);
+        for number in 1..3 {
+            post(&mut ring, number);
+            let mut peer = UnixStream::connect(&path).expect("it listens");
+            write_framed(&mut peer, &packet(number, 60));
+            assert_eq!(receive(&mut ring), packet(number, 60));
+            interface.restart(LONG).expect("it starts again");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            assert_eq!(read_framed(&mut peer), None, "the peer is told");
+        }
+        assert!(reap(&mut ring).is_empty());
+    });
+}
