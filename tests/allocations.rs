@@ -5,8 +5,8 @@
 //! without the test harness because the harness has threads that allocate at any time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceConfig,
-    InterfaceInfo, Loopback, MacAddr6, Poller, Ring, RingOp, Status,
+    InterfaceInfo, Loopback, MacAddr6, Poller, Ring, RingOp, Socket, Status,
 };
 
 struct Counting;
@@ -151,7 +151,17 @@ fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
         let driver = Embedded::network(what);
         Interface::builder().device(driver).start().expect("a port")
     };
-    let (a, b) = (join(), join());
+    between(what, packets, drive, (join(), join()));
+}
+
+/// Two interfaces at the ends of a socket pair.
+fn wire(what: &str, packets: u64, drive: Drive<'_>, driver: fn() -> Socket, ends: [OwnedFd; 2]) {
+    let [a, b] =
+        ends.map(|end| Interface::builder().device(driver().from_fd(end)).start().expect("a wire"));
+    between(what, packets, drive, (a, b));
+}
+
+fn between(what: &str, packets: u64, drive: Drive<'_>, (a, b): (Interface, Interface)) {
     let packet = |from: &Interface, to: &Interface| {
         let mut packet = [0x5a; 60];
         packet[..6].copy_from_slice(to.mac().as_bytes());
@@ -307,6 +317,14 @@ fn main() {
     skipping("skipped, inline", all, Drive::Inline);
     skipping("skipped, a thread", some, Drive::Thread);
     skipping("skipped, a shared poller", some, Drive::Shared(&poller));
+    for drive in [Drive::Inline, Drive::Thread] {
+        let (one, other) = UnixStream::pair().expect("two sockets");
+        let ends = [one, other].map(OwnedFd::from);
+        wire("a stream", some, drive, Socket::stream, ends);
+        let (one, other) = UnixDatagram::pair().expect("two sockets");
+        let ends = [one, other].map(OwnedFd::from);
+        wire("datagrams", some, drive, Socket::datagram, ends);
+    }
     let driver = || Loopback::new(1500);
     one_at_a_time("one at a time, inline", few, driver(), Drive::Inline);
     one_at_a_time("one at a time, a thread", few, driver(), Drive::Thread);

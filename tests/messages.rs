@@ -272,3 +272,25 @@ fn a_wrong_setting_is_named_with_its_bounds() {
     let error = Interface::builder().device(lease).start().unwrap_err();
     says(error, &["lease_time of 1s", "from 10"]);
 }
+
+#[test]
+fn a_socket_that_cannot_be_used_is_told_what_helps() {
+    use vmring::{Socket, SocketError};
+    let refused = |socket: Socket| match Interface::builder().device(socket).start() {
+        Err(error @ Error::Socket(_)) => error.to_string(),
+        other => panic!("{other:?}"),
+    };
+    says(refused(Socket::stream()), &["no socket", "listen, connect or from_fd"]);
+    let long = "/".to_owned() + &"x".repeat(200);
+    says(refused(Socket::stream().listen(long)), &["has 201 bytes", "use a shorter one"]);
+    says(
+        refused(Socket::stream().listen("/dev/null")),
+        &["/dev/null", "no socket", "another path"],
+    );
+    let magic = Socket::stream().connect("x").magic(true);
+    says(refused(magic), &["only a datagram socket"]);
+    says(SocketError::Taken("x".into()), &["x is the socket", "stop that one"]);
+    let (stream, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+    let wrong = Socket::datagram().from_fd(stream.into());
+    says(refused(wrong), &["the descriptor", "no datagram socket"]);
+}

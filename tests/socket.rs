@@ -19,7 +19,8 @@ use vmring::{
 
 use crate::sockets::{Folder, Wire, count, exists, framed, read_framed, write_framed};
 use crate::support::{
-    LONG, Way, eventually, every_way, guarded, packet, post, reap, reap_n, scaled, send, stage,
+    LONG, Way, eventually, every_way, guarded, inline, packet, post, reap, reap_n, scaled, send,
+    stage,
 };
 
 /// Longer than any number of tries in a test.
@@ -304,6 +305,67 @@ fn a_stuck_peer_holds_up_nobody_else() {
                 reap_n(&mut rings[from], 1);
             }
         }
+    });
+}
+
+/// Goal: a peer that sends what is dropped holds up nobody: one poll looks at a part of it only. Method: the
+/// ring's owner drives it, step by step.
+#[test]
+fn one_poll_looks_at_a_part_of_what_is_dropped() {
+    guarded(|| {
+        let (ours, peer) = UnixDatagram::pair().expect("a pair of sockets");
+        let interface = start(Socket::datagram().from_fd(ours.into()));
+        let mut ring = inline(&interface, Direction::Both).build().expect("a ring");
+        let sent = 90;
+        for _ in 0..sent {
+            peer.send(&[7; 13]).expect("it is taken");
+        }
+        post(&mut ring, 1);
+        let mut before = 0;
+        let mut polls = 0;
+        while before < sent {
+            let _ = reap(&mut ring);
+            let now = count(&interface, "runt");
+            assert!(now - before <= 16, "one poll has looked at {} messages", now - before);
+            polls += u64::from(now > before);
+            before = now;
+            stage(format!("{now} of {sent}"));
+        }
+        assert!(polls > 1);
+        peer.send(&packet(1, 60)).expect("it is taken");
+        assert_eq!(receive(&mut ring), packet(1, 60));
+    });
+}
+
+/// Goal: a wire that has nothing to do sleeps, whatever lies in its socket: messages of others while its
+/// peer is not there, and the end of a peer that has not taken the rest of a frame. Method: count how
+/// often the device wakes its poller.
+#[test]
+fn a_wire_that_can_do_nothing_sleeps() {
+    guarded(|| {
+        let rest = || thread::sleep(Duration::from_millis(200));
+        let folder = Folder::new();
+        let own = folder.path("own");
+        let socket = Socket::datagram().connect(folder.path("nobody")).own_path(&own);
+        let interface = start(socket);
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        let other = UnixDatagram::unbound().expect("a socket");
+        for _ in 0..3 {
+            other.send_to(&packet(1, 60), &own).expect("it is taken");
+        }
+        rest();
+        let wakeups = ring.stats().device_wakeups;
+        assert!(wakeups < 50, "{wakeups} times in vain");
+
+        let (interface, mut ring, mut peer) = large_stream(Direction::Both, Drive::Thread);
+        fill_in_part(&interface, &mut ring, &mut peer);
+        peer.write_all(&framed(&packet(1, 60))).expect("it is taken");
+        rest();
+        drop(peer);
+        rest();
+        let wakeups = ring.stats().device_wakeups;
+        assert!(wakeups < 50, "{wakeups} times in vain");
     });
 }
 
@@ -800,6 +862,34 @@ fn large_packets_go_through() {
             }
             for _ in 0..8 {
                 assert!(receive(&mut to) == large, "{wire:?}");
+            }
+        }
+    });
+}
+
+/// Goal: one ring may read and others write, on threads of their own. When the peer has gone, the next one
+/// is there for all of them.
+#[test]
+fn a_wire_may_have_a_ring_for_each_direction() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::stream().listen(&path));
+        let build = |direction| interface.ring(direction).build().expect("a ring");
+        let mut from = build(Direction::Read);
+        let mut to = [build(Direction::Write), build(Direction::Write)];
+        post(&mut from, 0);
+        for number in 0..3 {
+            stage(format!("peer {number}"));
+            let mut peer = UnixStream::connect(&path).expect("it listens");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            write_framed(&mut peer, &packet(number, 60));
+            assert_eq!(receive(&mut from), packet(number, 60));
+            post(&mut from, 0);
+            for ring in &mut to {
+                send(ring, number);
+                assert_eq!(outcome(ring), Ok(60));
+                assert_eq!(read_framed(&mut peer), Some(packet(number, 60)));
             }
         }
     });

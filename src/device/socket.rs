@@ -307,7 +307,7 @@ impl Socket {
             Place::Connect(path) => {
                 let address = Address::of(&path)?;
                 let (socket, file) = place::bind(kind, &own_path.unwrap_or_else(any_path))?;
-                (socket, Some(file), PeerRule::Known { address, magic, pause })
+                (socket, Some(file), PeerRule::Known { path, address, magic, pause })
             }
             Place::Descriptor(socket) => {
                 place::adopt(kind, &socket)?;

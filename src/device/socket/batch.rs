@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::limits::{MESSAGES, READ_SEGMENTS_MAX};
 use super::packet::Pieces;
-use super::sys::{self, Address, FLAGS};
+use super::sys::{self, Address};
 
 /// Messages that one call moves: the pieces of memory of each, and what became of it.
 pub(super) struct Batch {
@@ -180,6 +180,7 @@ unsafe fn send_singly(socket: &OwnedFd, mut messages: Messages<'_>) -> io::Resul
 #[cfg(target_os = "linux")]
 mod imp {
     use super::*;
+    use crate::device::socket::sys::FLAGS;
 
     /// The headers of one call.
     pub(super) struct Calls(Vec<libc::mmsghdr>);
@@ -251,12 +252,9 @@ mod imp {
 }
 
 #[cfg(target_os = "macos")]
-use super::apple as imp_apple;
-
-#[cfg(target_os = "macos")]
 mod imp {
-    use super::imp_apple::ManyAtOnce;
     use super::*;
+    use crate::device::socket::apple::ManyAtOnce;
 
     /// The calls that move many messages, if they are asked for and safe here.
     pub(super) struct Calls(Option<ManyAtOnce>);

@@ -2,10 +2,12 @@
 //! from the first message, or known by its path, and found to be gone when something is sent to it, or by
 //! a look now and then.
 
-use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use super::counters::{Counters, add_one};
 use super::framing::VFKIT_MAGIC;
@@ -24,7 +26,7 @@ pub(super) enum PeerRule {
     /// Whoever sends first.
     Learn,
     /// The socket of a path. If `magic`, it is told that a VMM comes, as vfkit does.
-    Known { address: Address, magic: bool, pause: Duration },
+    Known { path: PathBuf, address: Address, magic: bool, pause: Duration },
 }
 
 /// A datagram socket and its peer. The device and its queues share it.
@@ -47,7 +49,26 @@ struct State {
     /// Nothing is tried, and nobody is looked for, before this time.
     not_before: Option<Instant>,
     over: Option<Status>,
+    /// The file by which a known peer was found.
+    file_of_peer: Option<FileId>,
     _file: Option<SocketFile>,
+}
+
+/// What tells the file of a socket from one of another socket at the same path. The number of a file may
+/// be used again at once, so its time is compared too.
+#[derive(Debug, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+    modified: (i64, i64),
+}
+
+impl FileId {
+    fn of(path: &Path) -> Option<Self> {
+        let file = fs::metadata(path).ok()?;
+        let modified = (file.mtime(), file.mtime_nsec());
+        Some(Self { device: file.dev(), inode: file.ino(), modified })
+    }
 }
 
 impl Datagram {
@@ -100,11 +121,12 @@ impl Datagram {
         let found = match &self.rule {
             PeerRule::Given => false,
             PeerRule::Learn => self.learn(&mut state),
-            PeerRule::Known { address, magic, pause } => {
+            PeerRule::Known { path, address, magic, pause } => {
                 if state.not_before.is_some_and(|at| Instant::now() < at) {
                     return Ok(false);
                 }
                 state.not_before = Some(after(*pause));
+                state.file_of_peer = FileId::of(path);
                 let found = sys::connect(&self.socket, address);
                 if let Err(error) = &found
                     && !may_come(error)
@@ -140,6 +162,12 @@ impl Datagram {
         false
     }
 
+    /// Whether a message that comes can be received or thrown away. While a known peer is not there, what
+    /// others send waits, and must not wake anybody.
+    pub(super) fn takes_messages(&self) -> bool {
+        matches!(self.rule, PeerRule::Learn) || self.has_peer.load(Ordering::Relaxed)
+    }
+
     /// The sender whose messages count, if others may be among them.
     #[inline]
     pub(super) fn only_sender(&self) -> Option<Address> {
@@ -166,14 +194,16 @@ impl Datagram {
         if state.not_before.is_some_and(|at| Instant::now() < at) {
             return;
         }
-        let (address, pause) = match (&self.rule, &state.peer) {
-            (PeerRule::Known { address, pause, .. }, _) => (*address, *pause),
-            (_, Some(address)) => (*address, RECONNECT),
+        let (address, pause, is_other) = match (&self.rule, &state.peer) {
+            (PeerRule::Known { path, address, pause, .. }, _) => {
+                (*address, *pause, FileId::of(path) != state.file_of_peer)
+            }
+            (_, Some(address)) => (*address, RECONNECT, false),
             _ => return,
         };
         state.not_before = Some(after(pause));
-        // To connect to the same socket again changes nothing.
-        if sys::connect(&self.socket, &address).is_err() {
+        // To connect to the same socket again changes nothing. Another one has to be told who comes.
+        if is_other || sys::connect(&self.socket, &address).is_err() {
             self.forget(&mut state);
         }
     }

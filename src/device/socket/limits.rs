@@ -26,6 +26,9 @@ pub(super) const STREAM_BYTES: usize = 256 * 1024;
 pub(super) const MESSAGES: usize = 64;
 /// How many messages a call asks for after one that found none.
 pub(super) const MESSAGES_MIN: usize = 4;
+/// How many calls one poll makes to receive. A peer can send what is dropped as fast as it is received, and
+/// must not hold up the other rings of a poller by that.
+pub(super) const RECEIVES_PER_POLL: usize = 8;
 /// How many reads and writes one poll takes.
 pub(super) const BATCH: u32 = 256;
 
@@ -52,6 +55,9 @@ pub(super) const BACKLOG: i32 = 128;
 /// How many messages one look for a peer throws away, so that senders without an address do not hold up
 /// the other rings of a poller.
 pub(super) const UNNAMED_PER_POLL: u32 = 64;
+/// How long a wire that listens waits after a connection could not be accepted, for example because the
+/// limit of open files is reached.
+pub(super) const ACCEPT_AGAIN: Duration = Duration::from_secs(5);
 /// How long a wire that connects waits before it tries again, by default, and the shortest time between
 /// two looks whether the peer of a datagram socket is still there.
 pub(super) const RECONNECT: Duration = Duration::from_secs(1);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::counters::{Counters, add_one};
 use super::framing::StreamParser;
-use super::limits::{RECEIVE_BUFFER, RECONNECT};
+use super::limits::{ACCEPT_AGAIN, RECEIVE_BUFFER, RECONNECT};
 use super::place::{self, Listener, SocketFile, SocketKind, may_come};
 use super::sys;
 use crate::error::Status;
@@ -120,18 +120,26 @@ impl Unsent {
         self.sent == self.bytes.len()
     }
 
-    /// Sends it, or as much of it as the system takes. Returns whether nothing is left.
+    /// Sends it, or as much of it as the system takes. Returns whether nothing is left. After an error
+    /// nothing is, because nobody takes it.
     pub(super) fn flush(&mut self, socket: &OwnedFd) -> io::Result<bool> {
         while !self.is_empty() {
             match sys::send(socket, &self.bytes[self.sent..]) {
                 Ok(sent) => self.sent += sent,
                 Err(error) if is_busy(&error) => return Ok(false),
-                Err(error) => return Err(error),
+                Err(error) => {
+                    self.clear();
+                    return Err(error);
+                }
             }
         }
+        self.clear();
+        Ok(true)
+    }
+
+    fn clear(&mut self) {
         self.bytes.clear();
         self.sent = 0;
-        Ok(true)
     }
 }
 
@@ -249,7 +257,7 @@ impl Link {
         let next = next.unwrap_or_else(|error| {
             tracing::warn!(%error, "a wire finds no peer");
             add_one(&self.counters.failed);
-            state.not_before = Some(after(RECONNECT));
+            state.not_before = Some(after(ACCEPT_AGAIN));
             None
         });
         state.current = next.map(|socket| self.connection(socket));
@@ -259,10 +267,11 @@ impl Link {
         state.current.clone()
     }
 
-    /// How often an idle queue is polled, so that it tries to connect.
+    /// How often an idle queue is polled, so that it tries to connect, or to accept after a failure.
     pub(super) fn pause(&self) -> Option<Duration> {
         match &lock(&self.state).source {
             Some(Source::Path { pause, .. }) => *pause,
+            Some(Source::Listener { .. }) => Some(ACCEPT_AGAIN),
             _ => None,
         }
     }
@@ -336,6 +345,8 @@ pub(super) struct Handle {
     link: Arc<Link>,
     current: Option<Arc<Connection>>,
     listener: Option<Arc<OwnedFd>>,
+    /// Whether the link waits for a time, and not for its listener.
+    is_paused: bool,
     version: u64,
     reads: bool,
 }
@@ -349,7 +360,7 @@ impl Handle {
             _ => None,
         };
         drop(state);
-        Self { link, current: None, listener, version: 0, reads }
+        Self { link, current: None, listener, is_paused: false, version: 0, reads }
     }
 
     pub(super) fn counters(&self) -> &Counters {
@@ -379,6 +390,7 @@ impl Handle {
             return Err(status);
         }
         self.current = self.link.establish(&mut state);
+        self.is_paused = state.not_before.is_some();
         // Under the lock, so it belongs to what was just seen.
         self.version = self.link.version.load(Ordering::Relaxed);
         Ok(())
@@ -422,8 +434,8 @@ impl Handle {
     pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match (&self.current, &self.listener) {
             (Some(connection), _) => Some(connection.socket.as_fd()),
-            (None, Some(listener)) => Some(listener.as_fd()),
-            (None, None) => None,
+            (None, Some(listener)) if !self.is_paused => Some(listener.as_fd()),
+            _ => None,
         }
     }
 

@@ -11,7 +11,7 @@ use super::batch::Batch;
 use super::counters::{Counters, add_one};
 use super::datagram::Datagram;
 use super::framing::{Message, MessageRules};
-use super::limits::{HEADER_LEN, MESSAGES, MESSAGES_MIN};
+use super::limits::{HEADER_LEN, MESSAGES, MESSAGES_MIN, RECEIVES_PER_POLL};
 use super::link::{Connection, End, Handle, errno, is_busy};
 use super::packet::{Header, Layout, complete_with_header};
 use super::sys::Address;
@@ -162,7 +162,7 @@ impl Mover {
         counters: &Counters,
         ends: impl Fn() -> bool,
     ) -> Result<Progress, Stop> {
-        loop {
+        for _ in 0..RECEIVES_PER_POLL {
             let asked = self.offer(cx);
             if asked == 0 {
                 return Ok(Progress::More);
@@ -189,6 +189,7 @@ impl Mover {
             }
             self.want = (2 * self.want).min(MESSAGES);
         }
+        Ok(Progress::More)
     }
 
     /// Takes reads for one call. Returns how many.
@@ -385,7 +386,9 @@ impl Queue for MessageQueue {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &self.endpoint {
-            Endpoint::Datagram(datagram) => Some(datagram.socket.as_fd()),
+            Endpoint::Datagram(datagram) => {
+                datagram.takes_messages().then(|| datagram.socket.as_fd())
+            }
             Endpoint::Connections(handle) => handle.descriptor(),
         }
     }

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use super::counters::add_one;
 use super::framing::Piece;
 use super::limits::{
-    HEADER_LEN, LENGTH_LEN, PIECES_MAX, STREAM_BYTES, STREAM_FRAMES, WRITE_SEGMENTS_MAX,
+    HEADER_LEN, LENGTH_LEN, PIECES_MAX, RECEIVES_PER_POLL, STREAM_BYTES, STREAM_FRAMES,
+    WRITE_SEGMENTS_MAX,
 };
-use super::link::{Connection, End, Handle, errno, is_busy};
+use super::link::{Connection, End, Handle, Received, errno, is_busy};
 use super::packet::{Layout, Pieces};
 use super::sys;
 use super::watch::Watch;
@@ -184,13 +185,15 @@ impl StreamQueue {
         connection: &Arc<Connection>,
     ) -> Result<Progress, Status> {
         let mut received = lock(&connection.received);
+        let mut receives = 0;
         let end = loop {
             match self.deliver(cx, &mut received) {
                 Err(end) => break end,
                 // No read is left, or the poll may take no more.
                 Ok(true) => return Ok(Progress::More),
                 Ok(false) if cx.reads() == 0 => return Ok(Progress::Idle),
-                Ok(false) => {}
+                Ok(false) if receives == RECEIVES_PER_POLL => return Ok(Progress::More),
+                Ok(false) => receives += 1,
             }
             match received.receive(&connection.socket) {
                 Ok((0, _)) => {
@@ -198,21 +201,17 @@ impl StreamQueue {
                     break End::Gone { within };
                 }
                 Ok((_, true)) => {}
-                Ok((_, false)) => {
-                    // There were fewer bytes than space, so these were all.
-                    let more = self.deliver(cx, &mut received);
-                    match more {
-                        Err(end) => break end,
-                        Ok(true) => return Ok(Progress::More),
-                        Ok(false) => return Ok(Progress::Idle),
-                    }
-                }
+                // There were fewer bytes than space, so these were all.
+                Ok((_, false)) => match self.deliver(cx, &mut received) {
+                    Err(end) => break end,
+                    Ok(true) => return Ok(Progress::More),
+                    Ok(false) => return Ok(Progress::Idle),
+                },
                 Err(error) if is_busy(&error) => return Ok(Progress::Idle),
                 Err(error) => match errno(&error) {
                     libc::ECONNRESET | libc::ENOTCONN | libc::EPIPE => {
-                        break End::Gone {
-                            within: received.parser.is_within_payload(received.undelivered()),
-                        };
+                        let within = received.parser.is_within_payload(received.undelivered());
+                        break End::Gone { within };
                     }
                     errno => break End::Failed(errno),
                 },
@@ -226,11 +225,7 @@ impl StreamQueue {
 
     /// Delivers whole payloads of the receive buffer while there are reads for them. Returns whether
     /// payloads are left there for which there is no read.
-    fn deliver(
-        &self,
-        cx: &mut PollContext<'_>,
-        received: &mut super::link::Received,
-    ) -> Result<bool, End> {
+    fn deliver(&self, cx: &mut PollContext<'_>, received: &mut Received) -> Result<bool, End> {
         let counters = self.handle.counters();
         loop {
             let (parser, bytes) = received.parts();
@@ -317,8 +312,10 @@ impl Queue for StreamQueue {
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self.watch.descriptor() {
-            Some(watch) if self.is_sending() => Some(watch),
-            _ => self.handle.descriptor(),
+            _ if !self.is_sending() => self.handle.descriptor(),
+            // Bytes that cannot be taken must not wake anybody.
+            None => self.handle.descriptor().filter(|_| self.wants_bytes),
+            watch => watch,
         }
     }
 }
