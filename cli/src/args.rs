@@ -148,6 +148,12 @@ Ends:
                                    use if none is given
   vmnet[:MODE]                     Apple's vmnet; elsewhere vmnet-sim, the
                                    simulated one
+  qemu:PATH[,client][,vnet_hdr]    a wire to a VMM over a Unix socket, which is
+                                   listened on, or connected to as a client;
+                                   with vnet_hdr each frame has a virtio header.
+                                   Also qemu-dgram, vfkit, krunkit, libkrun,
+                                   socket_vmnet and bess (Linux); own=PATH is
+                                   this side's socket of a datagram client
   pcap:FILE                        replays the Ethernet packets of a pcap or
                                    pcapng file, and counts what it cannot replay
   capture:FILE                     records the packets written to it as pcapng;
@@ -157,6 +163,7 @@ Examples:
   vmring bridge pcap:run.pcapng embedded:lab --seconds 10
   vmring bridge embedded:lab capture:lab.pcapng --json
   vmring bridge tap:t0 embedded:lab --lease-file lab.leases
+  vmring bridge qemu:/run/vm.sock tap:t0
 
 The bridge ends by itself when neither end can deliver another packet, for
 example when one file is replayed into another. A signal (Ctrl-C, SIGTERM,
@@ -327,10 +334,13 @@ const BENCH_NOTES: &str = "\
 Examples:
   vmring bench
   vmring bench --device loopback --size 60 --batch 1
+  vmring bench --device stream
   sudo vmring bench --device tap --seconds 20 --json
 
 Packets go from one interface to another on the same network. The loopback has
-only one interface, which receives its own packets. With --device tap (Linux,
+only one interface, which receives its own packets. With --device stream,
+datagram or seqpacket (Linux) there is a socket pair of that type between the
+two, as between a VMM and its helper. With --device tap (Linux,
 root) there are two TAPs with a bridge of the kernel between them, in a network
 namespace that the command makes and removes. Every packet is numbered, and
 checked where it arrives. A signal (Ctrl-C, SIGTERM, SIGHUP) ends the run with
@@ -457,17 +467,41 @@ const DEMO_NAMES: &[&str] =
 const BENCH_DEVICES: Named<DeviceName> =
     Named { names: BENCH_NAMES, parse: |name| DeviceName::of(name, BENCH_NAMES) };
 const BENCH_NAMES: &[&str] = if cfg!(target_os = "linux") {
-    &["embedded", "loopback", "tap", VMNET]
+    &["embedded", "loopback", "stream", "datagram", "seqpacket", "tap", VMNET]
 } else {
-    &["embedded", "loopback", VMNET]
+    &["embedded", "loopback", "stream", "datagram", VMNET]
 };
 
 /// How the ends of a bridge begin.
 const ENDS: Named<Spec> = Named { names: END_NAMES, parse: str::parse };
 const END_NAMES: &[&str] = if cfg!(target_os = "linux") {
-    &["embedded:", "tap:", VMNET, "pcap:", "capture:"]
+    &[
+        "embedded:",
+        "tap:",
+        VMNET,
+        "qemu:",
+        "qemu-dgram:",
+        "vfkit:",
+        "krunkit:",
+        "libkrun:",
+        "socket_vmnet:",
+        "bess:",
+        "pcap:",
+        "capture:",
+    ]
 } else {
-    &["embedded:", VMNET, "pcap:", "capture:"]
+    &[
+        "embedded:",
+        VMNET,
+        "qemu:",
+        "qemu-dgram:",
+        "vfkit:",
+        "krunkit:",
+        "libkrun:",
+        "socket_vmnet:",
+        "pcap:",
+        "capture:",
+    ]
 };
 
 /// How the networks of a server begin.

@@ -1,6 +1,10 @@
 //! The names of the devices, as `--device` takes them.
 
-use vmring::{Driver, Embedded, Loopback, Vmnet};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::{io, sync::Mutex};
+
+use vmring::{Driver, Embedded, Error, Loopback, Socket, Vmnet};
 
 use crate::dhcp::DhcpArgs;
 
@@ -11,6 +15,11 @@ pub(crate) enum DeviceName {
     Loopback,
     /// Apple's vmnet, or on other systems the simulated one.
     Vmnet,
+    /// A socket pair of this type.
+    Stream,
+    Datagram,
+    #[cfg(target_os = "linux")]
+    Seqpacket,
     #[cfg(target_os = "linux")]
     Tap,
 }
@@ -29,6 +38,10 @@ impl DeviceName {
             "embedded" => Ok(DeviceName::Embedded),
             "loopback" => Ok(DeviceName::Loopback),
             VMNET => Ok(DeviceName::Vmnet),
+            "stream" => Ok(DeviceName::Stream),
+            "datagram" => Ok(DeviceName::Datagram),
+            #[cfg(target_os = "linux")]
+            "seqpacket" => Ok(DeviceName::Seqpacket),
             #[cfg(target_os = "linux")]
             "tap" => Ok(DeviceName::Tap),
             _ => Err(unknown_device(name, usable)),
@@ -51,18 +64,68 @@ impl DeviceName {
 
     /// A driver for one end of the network with this name, with its own settings, and these of its
     /// DHCP server if it is the embedded network.
-    pub(crate) fn driver(self, network: &str, dhcp: &DhcpArgs) -> Box<dyn Driver> {
-        match self {
+    ///
+    /// The two ends of a socket pair have the same network's name.
+    ///
+    /// # Errors
+    ///
+    /// If the system makes no socket pair.
+    pub(crate) fn driver(self, network: &str, dhcp: &DhcpArgs) -> Result<Box<dyn Driver>, Error> {
+        Ok(match self {
             DeviceName::Embedded => {
                 Box::new(dhcp.embedded(Embedded::network(network).overflow(QUEUE)))
             }
             DeviceName::Loopback => Box::new(Loopback::new(1500)),
             // As on a Mac, there is one network for each mode.
             DeviceName::Vmnet => Box::new(Vmnet::new()),
+            DeviceName::Stream => Box::new(Socket::stream().from_fd(self.socket(network)?)),
+            DeviceName::Datagram => Box::new(Socket::datagram().from_fd(self.socket(network)?)),
+            #[cfg(target_os = "linux")]
+            DeviceName::Seqpacket => Box::new(Socket::seqpacket().from_fd(self.socket(network)?)),
             #[cfg(target_os = "linux")]
             DeviceName::Tap => Box::new(vmring::Tap::new()),
+        })
+    }
+
+    /// One end of the socket pair of this name: the first call makes the pair, and the second takes the
+    /// other end.
+    fn socket(self, network: &str) -> Result<OwnedFd, Error> {
+        static OTHERS: Mutex<Vec<(String, OwnedFd)>> = Mutex::new(Vec::new());
+        let mut others = OTHERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(i) = others.iter().position(|(name, _)| name == network) {
+            return Ok(others.swap_remove(i).1);
+        }
+        let failed = |source| Error::Io { what: "making a socket pair", source };
+        let (one, other) = self.socket_pair().map_err(failed)?;
+        others.push((network.to_owned(), other));
+        Ok(one)
+    }
+
+    fn socket_pair(self) -> io::Result<(OwnedFd, OwnedFd)> {
+        match self {
+            DeviceName::Datagram => {
+                UnixDatagram::pair().map(|(one, other)| (one.into(), other.into()))
+            }
+            #[cfg(target_os = "linux")]
+            DeviceName::Seqpacket => seqpacket_pair(),
+            _ => UnixStream::pair().map(|(one, other)| (one.into(), other.into())),
         }
     }
+}
+
+#[cfg(target_os = "linux")]
+fn seqpacket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    use std::os::fd::FromRawFd;
+
+    let mut fds = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+    // SAFETY: the call writes two numbers.
+    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the system has just opened them, and nobody else knows their numbers.
+    let [one, other] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+    Ok((one, other))
 }
 
 /// The sentence for a device that does not exist here. `usable` lists those that do.

@@ -36,6 +36,10 @@ impl Failure {
 fn is_the_arguments_fault(error: &Error) -> bool {
     match error {
         Error::Config(_) | Error::NotSupported { .. } | Error::NeedsMacos { .. } => true,
+        Error::Socket(error) => {
+            use vmring::SocketError;
+            !matches!(error, SocketError::Taken(_))
+        }
         #[cfg(target_os = "linux")]
         Error::Tap(error) => {
             use vmring::TapError;

@@ -22,6 +22,7 @@ mod stream;
 mod system;
 #[cfg(target_os = "linux")]
 mod tap;
+mod wire;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

@@ -27,6 +27,8 @@ mod serve;
 mod signals;
 #[path = "command/width.rs"]
 mod width;
+#[path = "command/wires.rs"]
+mod wires;
 
 /// No run here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);

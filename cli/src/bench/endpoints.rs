@@ -62,7 +62,7 @@ pub(crate) fn start_interface(
     #[cfg(not(target_os = "linux"))]
     let mode = Mode::Host;
     let builder = Interface::builder().mode(mode).offloads(offloads(offload));
-    builder.device(device.driver(network, &DhcpArgs::default())).start()
+    builder.device(device.driver(network, &DhcpArgs::default())?).start()
 }
 
 /// A ring, and its frames that are not in it.

@@ -17,6 +17,7 @@ use crate::failure::Failure;
 use crate::recording::{Recording, is_same_file, why};
 #[cfg(target_os = "linux")]
 use crate::tap::KernelDrops;
+use crate::wire::{WireKind, WireSpec};
 
 /// One end, as the command line of `vmring bridge` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +29,8 @@ pub(crate) enum Spec {
     Tap { name: String, mode: Option<Mode>, subnet: Option<Ipv4Range>, engine: vmring::TapEngine },
     /// Apple's vmnet, or on other systems the simulated one.
     Vmnet(Mode),
+    /// A wire to a VMM, over a socket.
+    Wire(WireSpec),
     /// Reads the packets of a file.
     Pcap(PathBuf),
     /// Records the packets that are written.
@@ -104,6 +107,7 @@ impl FromStr for Spec {
                 None => Ok(Spec::Vmnet(Mode::default())),
                 Some(mode) => mode.map(Spec::Vmnet).map_err(|e| e.to_string()),
             },
+            _ if WireKind::of(kind).is_some() => text.parse().map(Spec::Wire),
             _ if kind == "vmnet" => {
                 Err(format!("the vmnet device exists on macOS only; use {}", usable()))
             }
@@ -114,7 +118,7 @@ impl FromStr for Spec {
 
 fn usable() -> String {
     let tap = if cfg!(target_os = "linux") { "tap:NAME, " } else { "" };
-    format!("embedded:NETWORK, {tap}{VMNET}, pcap:FILE or capture:FILE")
+    format!("embedded:NETWORK, {tap}{VMNET}, qemu:PATH or another wire, pcap:FILE or capture:FILE")
 }
 
 impl fmt::Display for Spec {
@@ -124,6 +128,7 @@ impl fmt::Display for Spec {
             #[cfg(target_os = "linux")]
             Spec::Tap { name, .. } => write!(f, "tap:{name}"),
             Spec::Vmnet(mode) => write!(f, "{VMNET}:{mode}"),
+            Spec::Wire(wire) => wire.fmt(f),
             Spec::Pcap(file) => write!(f, "pcap:{}", file.display()),
             Spec::Capture(file) => write!(f, "capture:{}", file.display()),
         }
@@ -150,6 +155,9 @@ pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
             "both ends are on vmnet's {one} network, and every packet would go round for ever; name \
              two modes, like {VMNET}:host {VMNET}:shared"
         ),
+        (Spec::Wire(one), Spec::Wire(other)) if one.path == other.path => {
+            format!("both ends are the socket '{}'; name two", one.path.display())
+        }
         (Spec::Capture(_), Spec::Capture(_)) => {
             "nothing comes out of two captures; let one end be a network or pcap:FILE".to_owned()
         }
@@ -231,6 +239,7 @@ impl Spec {
             #[cfg(target_os = "linux")]
             Spec::Tap { .. } => true,
             Spec::Vmnet(_) => true,
+            Spec::Wire(wire) => wire.header,
             Spec::Embedded { .. } | Spec::Pcap(_) | Spec::Capture(_) => false,
         }
     }
@@ -252,7 +261,7 @@ impl Spec {
             Spec::Embedded { .. } => true,
             #[cfg(target_os = "linux")]
             Spec::Tap { mode, .. } => matches!(mode, Some(Mode::Host | Mode::Shared)),
-            Spec::Vmnet(_) | Spec::Pcap(_) | Spec::Capture(_) => false,
+            Spec::Vmnet(_) | Spec::Wire(_) | Spec::Pcap(_) | Spec::Capture(_) => false,
         }
     }
 
@@ -300,6 +309,10 @@ impl Spec {
             Spec::Vmnet(mode) => {
                 let builder = builder().mode(mode.clone());
                 let interface = started(builder.device(Vmnet::new()))?;
+                Ok(End::of(&name, interface))
+            }
+            Spec::Wire(wire) => {
+                let interface = started(builder().device(wire.driver()))?;
                 Ok(End::of(&name, interface))
             }
             Spec::Pcap(file) => {

@@ -860,7 +860,7 @@ fn a_tap_has_a_mode_and_a_subnet_if_they_are_named() {
 
 #[test]
 fn ends_are_written_as_a_kind_and_a_name() {
-    for text in ["embedded:lab", "pcap:a b.pcapng", "capture:x:y"] {
+    for text in ["embedded:lab", "qemu:a.sock", "vfkit:b", "pcap:a b.pcapng", "capture:x:y"] {
         assert_eq!(spec(text).to_string(), text);
     }
     assert_eq!(spec("embedded:lab,10.0.0.1/24").to_string(), "embedded:lab");
@@ -873,6 +873,8 @@ fn ends_are_written_as_a_kind_and_a_name() {
         ("embedded:", "'embedded' needs the name"),
         ("pcap", "'pcap' needs a file, like pcap:run.pcapng"),
         ("embedded:lab,10.0.0.1", "GATEWAY/BITS"),
+        ("qemu:", "'qemu' needs a path, like qemu:/run/vm.sock"),
+        ("qemu:a,b", "'b' is no setting of a wire"),
     ] {
         let error = text.parse::<Spec>().unwrap_err();
         assert!(error.contains(said), "{text}: {error}");
@@ -885,6 +887,7 @@ fn two_ends_that_cannot_be_joined_are_refused() {
         ("embedded:lab", "embedded:lab", "name two networks"),
         ("embedded:lab", "embedded:lab,10.0.0.1/24", "name two networks"),
         (VMNET, VMNET, "round for ever"),
+        ("qemu:a", "vfkit:a,client", "name two"),
         ("capture:a", "capture:b", "nothing comes out"),
         ("pcap:a", "capture:a", "name another"),
         ("capture:./Cargo.toml", "pcap:Cargo.toml", "name another"),

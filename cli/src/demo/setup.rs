@@ -42,10 +42,10 @@ impl Settings {
     }
 
     /// A driver for one end of the network with this name.
-    fn driver(&self, network: &str) -> Box<dyn Driver> {
+    fn driver(&self, network: &str) -> Result<Box<dyn Driver>, Error> {
         #[cfg(target_os = "linux")]
         if self.has_kernel() {
-            return Box::new(self.dhcp.tap(self.tap.driver()));
+            return Ok(Box::new(self.dhcp.tap(self.tap.driver())));
         }
         self.device.driver(network, &self.dhcp)
     }
@@ -154,7 +154,7 @@ impl DemoNetwork {
             _ => None,
         };
         let start = |number: usize| {
-            let driver = settings.driver(&network);
+            let driver = settings.driver(&network)?;
             let mut builder =
                 Interface::builder().mode(settings.mode.clone()).offloads(settings.offloads());
             if let Some(mtu) = settings.mtu {
