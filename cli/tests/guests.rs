@@ -1,4 +1,5 @@
-//! `vmring serve` with real guests: QEMU and user-mode Linux over vhost-user.
+//! `vmring serve` and `vmring bridge` with real guests: QEMU and user-mode Linux, over vhost-user and over
+//! their own wires.
 
 #![cfg(target_os = "linux")]
 
@@ -18,6 +19,8 @@ mod migration;
 mod restarts;
 #[path = "guests/traffic.rs"]
 mod traffic;
+#[path = "guests/wires.rs"]
+mod wires;
 
 /// No step here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
