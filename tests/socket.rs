@@ -26,6 +26,9 @@ use crate::support::{
 /// Longer than any number of tries in a test.
 const PATIENT: RetryPolicy = RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(50) };
 
+/// A kind of wire: its name, and how a driver of it is made.
+type Kind = (&'static str, fn() -> Socket);
+
 fn start(socket: Socket) -> Interface {
     Interface::builder().device(socket).start().expect("a wire starts")
 }
@@ -479,7 +482,7 @@ fn ten_thousand_connections_leave_nothing() {
 fn without_a_peer_reads_wait_and_writes_fail() {
     guarded(|| {
         let folder = Folder::new();
-        let kinds: [(&str, fn() -> Socket); 4] = [
+        let kinds: [Kind; 4] = [
             ("stream", Socket::stream),
             ("datagram", Socket::datagram),
             ("stream client", Socket::stream),
@@ -541,8 +544,7 @@ fn a_path_is_taken_only_if_nobody_has_it() {
             Err(Error::Socket(error)) => error,
             other => panic!("{other:?}"),
         };
-        let kinds: [(&str, fn() -> Socket); 2] =
-            [("stream", Socket::stream), ("datagram", Socket::datagram)];
+        let kinds: [Kind; 2] = [("stream", Socket::stream), ("datagram", Socket::datagram)];
         for (name, socket) in kinds {
             let path = folder.path(name);
             leave_over(name, &path);
