@@ -20,8 +20,12 @@ fn completed(words: &[&str]) -> Option<Vec<String>> {
     };
     assert!(output.status.success(), "{}", text(&output.stderr));
     // Bash shows what is offered twice, here for both ends of a bridge, once.
-    let mut offered: Vec<_> = text(&output.stdout).lines().map(str::to_owned).collect();
-    offered.dedup();
+    let mut offered: Vec<String> = Vec::new();
+    for line in text(&output.stdout).lines() {
+        if !offered.iter().any(|other| other == line) {
+            offered.push(line.to_owned());
+        }
+    }
     Some(offered)
 }
 
@@ -37,7 +41,8 @@ fn device_engine_and_mode_names_complete_in_a_shell() {
         (&["vmring", "demo", "--drive", ""], vec!["thread", "shared", "inline"]),
         (&["vmring", "bridge", "--offload", ""], vec!["common", "software", "none"]),
         (&["vmring", "bridge", "embedded:a", "ca"], vec!["capture:"]),
-        (&["vmring", "bridge", "v"], vec![vmnet]),
+        (&["vmring", "bridge", "v"], vec![vmnet, "vfkit:"]),
+        (&["vmring", "bridge", "embedded:a", "q"], vec!["qemu:", "qemu-dgram:"]),
         (&["vmring", "serve", "--network", "em"], vec!["embedded:"]),
         (&["vmring", "serve", "--mac", ""], vec!["any", "learn"]),
         (&["vmring", "completions", "b"], vec!["bash"]),
