@@ -498,7 +498,7 @@ fn on_tap(engine: vmring::TapEngine, kind: impl Kind + Send + 'static) {
 
 /// Runs on the two ends of a socket pair.
 fn on_socket(wire: Wire, kind: &impl Kind) {
-    every_case(|memory, way, poller| {
+    every_case(&UNMERGED, |memory, way, poller| {
         let [one, other] = wire.pair().map(|socket| kind.wrap(Interface::builder(), socket));
         body(vec![one, other], memory, kind.ordered(), way, poller);
     });

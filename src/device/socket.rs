@@ -108,9 +108,9 @@ use packet::Layout;
 use stream::StreamQueue;
 use sys::Address;
 
-use crate::config::{Direction, InterfaceConfig, InterfaceInfo, Offloads};
+use crate::config::{InterfaceConfig, InterfaceInfo, Offloads};
 use crate::device::common::mac_of;
-use crate::device::seam::{Capabilities, Device, Driver, Queue, Wake};
+use crate::device::seam::{Capabilities, Device, Driver, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, SocketError};
 use crate::sync::{AtomicU64, Ordering};
 
@@ -396,8 +396,8 @@ impl Device for SocketDevice {
         caps
     }
 
-    fn queue(&self, direction: Direction, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
-        let layout = self.layout;
+    fn queue(&self, config: QueueConfig, _wake: Wake) -> Result<Box<dyn Queue>, Error> {
+        let (layout, direction) = (self.layout, config.direction);
         let handle = |link: &Arc<Link>| Handle::new(link.clone(), direction.reads());
         let endpoint = match &self.wire {
             Wire::Link(SocketKind::Stream, link) => {
