@@ -359,6 +359,11 @@ pub struct Capabilities {
     pub writing_rings: usize,
     /// How often the poller polls an idle device that has not called its [`Wake`]. `None`: never.
     pub safety_poll: Option<Duration>,
+    /// Whether a queue that has no [`descriptor`](Queue::descriptor) when it is opened may have one
+    /// later, as a socket that waits for its peer. The default is no. The descriptor of an inline ring
+    /// ([`completion_fd`](crate::Ring::completion_fd)) is the same one as long as the ring lives, so the
+    /// ring must know.
+    pub late_descriptor: bool,
 }
 
 impl Capabilities {
@@ -382,6 +387,7 @@ impl Capabilities {
             reading_rings: 1,
             writing_rings: 1,
             safety_poll: None,
+            late_descriptor: false,
         }
     }
 }

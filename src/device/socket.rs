@@ -388,6 +388,7 @@ impl Device for SocketDevice {
         caps.offloads = self.layout.offloads;
         caps.write_segments = WRITE_SEGMENTS_MAX as u32;
         caps.writing_rings = usize::MAX;
+        caps.late_descriptor = true;
         (caps.read_segments, caps.safety_poll) = match &self.wire {
             Wire::Datagram(datagram) => (READ_SEGMENTS_MAX as u32, datagram.pause()),
             Wire::Link(SocketKind::Stream, link) => (SEGMENTS_MAX, link.pause()),

@@ -293,18 +293,21 @@ impl CompletionQueue {
     /// becomes readable when there are completions.
     ///
     /// The first call creates it: an eventfd on Linux, a pipe elsewhere. Before that call it costs
-    /// nothing. Afterwards it costs one signal per arming. With `Drive::Inline` over a device that
-    /// has a descriptor, it is an epoll set or a kqueue of both. [`AsFd`] and [`AsRawFd`] give the same
-    /// descriptor.
+    /// nothing. Afterwards it costs one signal per arming. Every call returns the same one. With
+    /// `Drive::Inline` over a device that has a descriptor, or may have one later, it is an epoll set or a
+    /// kqueue of both. [`AsFd`] and [`AsRawFd`] give the same descriptor.
     ///
     /// # Errors
     ///
     /// [`Error::Io`] if the system refuses the descriptor.
     pub fn completion_fd(&self) -> Result<BorrowedFd<'_>, Error> {
         let failed = Error::io("creating the completion descriptor");
-        if self.remote.is_none()
-            && self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
-        {
+        let has_descriptor = || {
+            self.pair.get().is_some()
+                || self.caps.late_descriptor
+                || self.engine.as_ref().is_some_and(|engine| engine.has_descriptor())
+        };
+        if self.remote.is_none() && has_descriptor() {
             if self.pair.get().is_none() {
                 let _ = self.pair.set(SelectorPair::new(&self.notifier).map_err(failed)?);
             }

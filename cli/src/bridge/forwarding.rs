@@ -1,6 +1,6 @@
 //! Two joined ends: the loop that moves packets, its sleep and its end.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -123,7 +123,7 @@ impl Bridge {
     /// Handles what has completed and submits what can be submitted. Returns whether there was
     /// anything. An end that has failed returns its reads, and the failure is found when they are
     /// posted again.
-    fn turn(&mut self) -> Result<bool, Failure> {
+    pub(crate) fn turn(&mut self) -> Result<bool, Failure> {
         let mut moved = 0;
         for i in 0..2 {
             for done in self.rings[i].reap() {
@@ -156,20 +156,34 @@ impl Bridge {
         Failure::Step(format!("{}: {error}", self.ends[end].name))
     }
 
+    /// The descriptors of which one is readable when there is something to do, once the bridge is
+    /// [armed](Self::arm). They are the same ones as long as the bridge lives.
+    pub(crate) fn descriptors(&self) -> Result<[BorrowedFd<'_>; 2], Failure> {
+        let fd = |i: usize| self.rings[i].completion_fd().map_err(|error| self.failed(i, error));
+        Ok([fd(0)?, fd(1)?])
+    }
+
+    /// Asks for a signal at the next completion. Returns false if there is something to do now.
+    pub(crate) fn arm(&mut self) -> bool {
+        self.rings.iter_mut().all(Ring::arm)
+    }
+
+    /// When [`turn`](Self::turn) is to be called even if no descriptor is readable. It is asked for after
+    /// [`arm`](Self::arm).
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.rings.iter().filter_map(Ring::next_deadline).min()
+    }
+
     /// Sleeps until either ring has a completion or `stop` is requested, at most until `deadline`.
     fn sleep(&mut self, stop: Option<&Stop>, deadline: Option<Instant>) -> Result<(), Failure> {
-        let mut polls = [nothing(), nothing(), nothing()];
-        for (i, poll) in polls.iter_mut().enumerate().take(2) {
-            let fd = self.rings[i].completion_fd().map(|fd| fd.as_raw_fd());
-            poll.fd = fd.map_err(|error| self.failed(i, error))?;
-            if !self.rings[i].arm() {
-                return Ok(());
-            }
+        let [a, b] = self.descriptors()?.map(|fd| fd.as_raw_fd());
+        if !self.arm() {
+            return Ok(());
         }
-        if let Some(stop) = stop {
-            polls[2].fd = stop.bell();
-        }
-        let due = self.rings.iter().filter_map(Ring::next_deadline).chain(deadline).min();
+        let bell = stop.map_or(-1, Stop::bell);
+        let mut polls =
+            [a, b, bell].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+        let due = self.next_deadline().into_iter().chain(deadline).min();
         // Rounded up, so that a short sleep does not become a busy loop.
         let millis = due.map_or(-1, |at| {
             let left = at.saturating_duration_since(Instant::now());
@@ -266,8 +280,4 @@ impl Bridge {
         drops.retain(|(_, n)| *n > 0);
         drops
     }
-}
-
-fn nothing() -> libc::pollfd {
-    libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }
 }
