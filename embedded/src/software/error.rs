@@ -10,11 +10,12 @@ pub enum SoftwareError {
     /// The offload header does not describe the packet.
     #[error(transparent)]
     Offload(#[from] OffloadError),
-    /// The offload header asks for IP fragments ([`Gso::Udp`], legacy "UFO"), which this module
-    /// does not make.
+    /// The offload header asks for IP fragments
+    /// ([`Gso::Udp`](vmring_core::offload::Gso::Udp), legacy "UFO"), which this module does not make.
     #[error("cutting a UDP datagram into IP fragments is not supported")]
     FragmentsNotSupported,
-    /// The offload header asks for no segments ([`Gso::None`]).
+    /// The offload header asks for no segments
+    /// ([`Gso::None`](vmring_core::offload::Gso::None)).
     #[error("the packet's offload header asks for no segments")]
     NotToBeCut,
     /// The packet is to be cut into segments, each of which has a checksum. The packet's own means
