@@ -5,11 +5,13 @@
 
 use crate::buffer::Buffer;
 use crate::credits::{Class, CreditReturner, SkipCounter};
-use crate::entry::{Cqe, Opcode, Outcome, Sqe};
-use crate::frame::Frame;
+use crate::entry::{Cqe, Opcode, Outcome, SlotRange, Sqe};
+use crate::frame::{Frame, free_with};
 use crate::queue::{Consumer, Producer, Published, debug_by_queue};
 use crate::regions::Regions;
+use crate::slots::{Freed, PoolInner};
 use core::fmt;
+use core::ptr::NonNull;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 
 /// The caller's end of the CQ.
@@ -23,12 +25,20 @@ pub struct CqConsumer {
 pub struct CqProducer {
     cq: Producer<Cqe>,
     skips: SkipCounter,
+    /// The slots of guests' buffers whose completions were pushed and not published.
+    freed: Freed,
 }
 
 assert_impl_all!(CqConsumer: Send);
 assert_impl_all!(CqProducer: Send);
 assert_not_impl_any!(CqConsumer: Sync, Clone);
 assert_not_impl_any!(CqProducer: Sync, Clone);
+
+/// How an entry with a guest's buffer has ended.
+struct Ended {
+    outcome: Outcome,
+    more: u16,
+}
 
 /// What the caller took from the CQ.
 #[derive(Debug)]
@@ -186,7 +196,7 @@ impl CqeRef<'_> {
 
 impl CqProducer {
     pub(crate) fn new(cq: Producer<Cqe>, skips: SkipCounter) -> Self {
-        Self { cq, skips }
+        Self { cq, skips, freed: Freed::default() }
     }
 
     /// Ends a write that has succeeded and skips success: its frame returns to its pool, and no
@@ -229,8 +239,7 @@ impl CqProducer {
         }
         // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
         // slot is in no other place ("one place per slot"). Pool and range are the frame's.
-        let frame = unsafe { Frame::from_raw(pool, range) };
-        self.push_guest(opcode, frame, user_data, outcome, 0);
+        unsafe { self.push_guest(opcode, pool, range, user_data, Ended { outcome, more: 0 }) }
     }
 
     /// Writes the completion of a read that has a part of a packet. The rest is in the `more` next
@@ -242,10 +251,12 @@ impl CqProducer {
     pub fn push_part(&mut self, buffer: Buffer, user_data: u64, more: u16) {
         let region = self.cq.regions().find(buffer.carrier());
         let carrier = buffer.into_carrier();
+        let (pool, range) = (carrier.pool_ptr(), carrier.into_raw());
         let Some(region) = region else {
-            return self.push_guest(Opcode::Read, carrier, user_data, Outcome::Done, more);
+            let ended = Ended { outcome: Outcome::Done, more };
+            // SAFETY: as in `push`.
+            return unsafe { self.push_guest(Opcode::Read, pool, range, user_data, ended) };
         };
-        let range = carrier.into_raw();
         let cqe = Cqe::packet(Opcode::Read, region, range, user_data, Outcome::Done);
         if !self.cq.push(cqe.with_more(more)) {
             misused();
@@ -253,22 +264,26 @@ impl CqProducer {
     }
 
     /// Writes the completion of a guest's buffer, which has no slot: nobody needs the list of the
-    /// segments any more.
-    #[cold]
+    /// segments any more. The carrier is taken apart, so that it stays in registers.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the range ("one place per slot"), and gives it up.
     #[inline(never)]
-    fn push_guest(
+    unsafe fn push_guest(
         &mut self,
         opcode: Opcode,
-        carrier: Frame,
+        pool: NonNull<PoolInner>,
+        range: SlotRange,
         user_data: u64,
-        outcome: Outcome,
-        more: u16,
+        ended: Ended,
     ) {
-        let (is_guest, len) = (carrier.is_guest(), carrier.len() as u32);
-        drop(carrier);
-        let mut cqe = Cqe::without_slot(opcode, len, user_data, outcome);
-        if more > 0 {
-            cqe = cqe.with_more(more);
+        let (is_guest, len) = (range.offload_state().is_guest(), range.len());
+        // SAFETY: the caller gives up the slot that it owns.
+        unsafe { free_with(pool, range, &mut self.freed) }
+        let mut cqe = Cqe::without_slot(opcode, len, user_data, ended.outcome);
+        if ended.more > 0 {
+            cqe = cqe.with_more(ended.more);
         }
         if !is_guest || !self.cq.push(cqe) {
             misused();
@@ -286,6 +301,8 @@ impl CqProducer {
     /// skipped. Returns whether there were any of either.
     #[inline]
     pub fn publish(&mut self) -> bool {
+        // Whoever sees a completion finds the slots in its table.
+        self.freed.free();
         self.skips.publish() | self.cq.publish()
     }
 

@@ -3,7 +3,7 @@
 use crate::entry::{OffloadState, SlotRange};
 use crate::offload::{self, OffloadError, OffloadHeader};
 use crate::segment_slots::free_links;
-use crate::slots::{PoolInner, free_slot};
+use crate::slots::{Freed, PoolInner, free_slot};
 use crate::view::PacketView;
 use core::fmt;
 use core::ops::{Deref, DerefMut};
@@ -429,6 +429,21 @@ unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
     }
     // SAFETY: the caller gives up the slot that it owns.
     unsafe { free_slot(pool, range.slot()) }
+}
+
+/// As [`free`], together with other slots.
+///
+/// # Safety
+///
+/// As for [`free`].
+#[inline]
+pub(crate) unsafe fn free_with(pool: NonNull<PoolInner>, range: SlotRange, freed: &mut Freed) {
+    if range.offload_state().is_guest() {
+        // SAFETY: as in `free`.
+        unsafe { free_links(pool, range.slot()) }
+    }
+    // SAFETY: the caller gives up the slot that it owns.
+    unsafe { freed.add(pool, range.slot()) }
 }
 
 impl Deref for Frame {

@@ -65,11 +65,25 @@ pub(crate) unsafe fn read_slot<'a>(pool: NonNull<PoolInner>, slot: u32) -> &'a S
 ///
 /// `pool` is a segment table's, the caller owns the list that begins with `first`, and uses nothing of
 /// it afterwards but the first slot.
-#[cold]
-#[inline(never)]
+#[inline]
 pub(crate) unsafe fn free_links(pool: NonNull<PoolInner>, first: u32) {
     // SAFETY: the caller owns the list.
-    let mut next = unsafe { read_slot(pool, first) }.next;
+    let next = unsafe { read_slot(pool, first) }.next;
+    if next != NIL {
+        // SAFETY: the caller owns the list, and gives up what is behind its first slot.
+        unsafe { free_list(pool, next) }
+    }
+}
+
+/// Frees the slots of a list.
+///
+/// # Safety
+///
+/// `pool` is a segment table's, and the caller owns the list, which nobody uses any more.
+#[cold]
+#[inline(never)]
+unsafe fn free_list(pool: NonNull<PoolInner>, first: u32) {
+    let mut next = first;
     while next != NIL {
         // SAFETY: the slot is of the list, and not freed yet.
         let behind = unsafe { read_slot(pool, next) }.next;

@@ -7,9 +7,13 @@
 //!   exactly one list of segments.
 //!   Each step from one to another consumes its source:
 //!   - Free list to frame: `Pool::alloc` takes the slot with `alloc_slot`.
+//!   - Free list to a `Stock`, and from there to a frame: `Pool::alloc_from`, which takes several slots
+//!     with `alloc_slots`.
 //!   - Frame to free list: dropping the frame calls `free_slot`.
+//!   - Frame to a list of [`Freed`], and from there to the free list: `CqProducer`, for a guest's buffer.
 //!   - Frame to entry: `SqProducer::push` and `CqProducer::push` take the frame apart with
-//!     `Frame::into_raw`. If the entry was not written, they make the frame again.
+//!     `Frame::into_raw`. If the entry was not written, `SqProducer` makes the frame again, and
+//!     `CqProducer` frees the slot.
 //!   - Entry to frame: `Regions::frame_of`, after a consumer has taken the entry, or when the queue
 //!     itself is dropped.
 //!
@@ -17,7 +21,7 @@
 //!     linked from its first one, which is a frame's or an entry's. They are freed with the first.
 //!
 //!   `Frame::from_raw` is the one way to make a frame. It is unsafe, and only `pool.rs`,
-//!   `regions.rs`, `sq.rs` and `cq.rs` call it.
+//!   `regions.rs` and `sq.rs` call it.
 //! * **The pool outlives its slots.** `refs` counts the handles, and the slots that are not in the
 //!   free list. The release that takes it to zero frees the [`PoolInner`] and the memory. Only this
 //!   file changes `refs` and the free list.
@@ -137,6 +141,40 @@ impl PoolInner {
         Some(slot)
     }
 
+    /// Takes up to `most` slots out of the free list together, and counts them as out. Returns the first
+    /// of them and how many they are. Each is followed by the next one ([`following`](Self::following)).
+    #[inline(never)]
+    pub(crate) fn alloc_slots(&self, most: u32) -> Option<(u32, u32)> {
+        // Acquire, here and twice below: as in `pop_free`.
+        let mut head = self.free.load(Ordering::Acquire);
+        let taken = loop {
+            let first = head as u32;
+            if first == NIL || most == 0 {
+                return None;
+            }
+            // Links are stale if another thread has taken a slot meanwhile. In that case the tag has
+            // changed, the exchange fails, and we try again. A stale link is the number of a slot, too.
+            let (mut behind, mut count) = (self.following(first), 1);
+            while count < most && behind != NIL {
+                (behind, count) = (self.following(behind), count + 1);
+            }
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(behind);
+            match self.free.compare_exchange_weak(head, new, Ordering::Acquire, Ordering::Acquire) {
+                Ok(_) => break (first, count),
+                Err(seen) => head = seen,
+            }
+        };
+        // Relaxed: as in `alloc_slot`.
+        self.refs.fetch_add(taken.1.into(), Ordering::Relaxed);
+        Some(taken)
+    }
+
+    /// The slot that follows `slot` in a list of slots.
+    #[inline]
+    pub(crate) fn following(&self, slot: u32) -> u32 {
+        self.next[slot as usize].load(Ordering::Relaxed)
+    }
+
     /// Counts one more handle.
     pub(crate) fn add_handle(&self) {
         // Relaxed: the caller's own handle keeps the count above zero, and the count hands over no
@@ -158,12 +196,14 @@ impl PoolInner {
         self.refs.load(Ordering::Acquire) as u32
     }
 
-    fn push_free(&self, slot: u32) {
+    /// Puts a list of slots in front of the free list. Those from `first` to `last` are linked.
+    #[inline]
+    fn push_free(&self, first: u32, last: u32) {
         let mut head = self.free.load(Ordering::Relaxed);
         loop {
             // Relaxed: the Release exchange below publishes it.
-            self.next[slot as usize].store(head as u32, Ordering::Relaxed);
-            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(slot);
+            self.next[last as usize].store(head as u32, Ordering::Relaxed);
+            let new = (head >> 32).wrapping_add(1) << 32 | u64::from(first);
             // Release: pairs with the Acquire in `pop_free`. The slot's next owner sees our link,
             // and every byte that we wrote into the slot before. Relaxed if it fails: we read no
             // slot.
@@ -247,9 +287,72 @@ pub(crate) unsafe fn release_handle(pool: NonNull<PoolInner>) {
 pub(crate) unsafe fn free_slot(pool: NonNull<PoolInner>, slot: u32) {
     // SAFETY: the caller's slot is still counted in `refs`, so the pool is alive ("the pool
     // outlives its slots").
-    unsafe { pool.as_ref() }.push_free(slot);
+    unsafe { pool.as_ref() }.push_free(slot, slot);
     // SAFETY: the caller owned this one slot, which `refs` still counts, and gives it up.
     unsafe { release(pool, 1) }
+}
+
+/// Slots of one pool that are to be freed together: two locked instructions for all of them. Such an
+/// instruction waits until everything is stored that was stored before it, so in between two packets it
+/// would wait for the lines of memory of the first one, which another processor has.
+///
+/// The slots are linked, and `refs` counts them until they are free.
+#[derive(Debug, Default)]
+pub(crate) struct Freed {
+    list: Option<FreedList>,
+}
+
+#[derive(Debug)]
+struct FreedList {
+    pool: NonNull<PoolInner>,
+    first: u32,
+    last: u32,
+    count: u32,
+}
+
+// SAFETY: the list owns its slots ("one place per slot"), and what it shares with others, `PoolInner`,
+// is atomic or immutable.
+unsafe impl Send for Freed {}
+
+impl Freed {
+    /// Adds a slot.
+    ///
+    /// # Safety
+    ///
+    /// As for [`free_slot`].
+    #[inline]
+    pub(crate) unsafe fn add(&mut self, pool: NonNull<PoolInner>, slot: u32) {
+        if let Some(list) = &mut self.list
+            && list.pool == pool
+        {
+            // SAFETY: `refs` counts the slots of the list, so the pool is alive ("the pool outlives its
+            // slots"). Relaxed: the list alone owns the slot, and `push_free` publishes the link.
+            unsafe { pool.as_ref() }.next[slot as usize].store(list.first, Ordering::Relaxed);
+            list.first = slot;
+            list.count += 1;
+            return;
+        }
+        self.free();
+        self.list = Some(FreedList { pool, first: slot, last: slot, count: 1 });
+    }
+
+    /// Frees them.
+    #[inline]
+    pub(crate) fn free(&mut self) {
+        if let Some(FreedList { pool, first, last, count }) = self.list.take() {
+            // SAFETY: `refs` counts the slots of the list, so the pool is alive ("the pool outlives its
+            // slots").
+            unsafe { pool.as_ref() }.push_free(first, last);
+            // SAFETY: the list owned these slots, which `refs` still counts, and gives them up.
+            unsafe { release(pool, count.into()) }
+        }
+    }
+}
+
+impl Drop for Freed {
+    fn drop(&mut self) {
+        self.free();
+    }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -271,7 +374,7 @@ mod tests {
             for _ in 0..20 {
                 assert!(seen.insert(pool.free.load(Ordering::Relaxed)), "an old head is back");
                 let slot = pool.pop_free().expect("both are free");
-                pool.push_free(slot);
+                pool.push_free(slot, slot);
             }
         }
         // SAFETY: this is the handle that `new` has counted, and no slot is out.

@@ -82,7 +82,7 @@ fn packets_and_headers_are_copied_over_the_borders_of_segments() {
 
 #[test]
 fn what_is_no_buffer_is_refused_and_takes_no_slot() {
-    let table = table(0x10_0000, 2 * SEGMENTS_MAX);
+    let mut table = table(0x10_0000, 2 * SEGMENTS_MAX);
     let fault = |address| Err(GuestBufferError::Fault(GuestFault { address }));
     let refused = |ranges: &[(u64, u32)], header| {
         let result = table.buffer(ranges.iter().copied(), header).map(|_| ());
@@ -106,6 +106,35 @@ fn what_is_no_buffer_is_refused_and_takes_no_slot() {
     let own = table.memory().clone();
     assert!(table.buffer_of(own.slice(0, 4), 0).is_ok());
     assert!(SegmentTable::new(other, 0).is_err());
+}
+
+/// Goal: slots that are taken in advance are nobody's: they count as free, every one of them can be used,
+/// and they keep neither memory nor the table.
+#[test]
+fn slots_that_are_taken_in_advance_are_free() {
+    let mut table = table(0x1000, 4 * 40);
+    let own = table.memory().clone();
+    let mut buffers: Vec<_> =
+        (0..40).map(|i| table.buffer_of(own.slice(i, 4), 0).expect("a slot is free")).collect();
+    assert_eq!(table.slots_in_use(), 40);
+    assert_eq!(table.buffer_of(own.slice(0, 4), 0).map(|_| ()), Err(GuestBufferError::NoSlots));
+    buffers.drain(..7);
+    // This takes all seven.
+    buffers.push(table.buffer_of(own.slice(0, 4), 0).expect("seven slots are free"));
+    assert_eq!(table.slots_in_use(), 34);
+    let (mapping, other) = memory(0x1000);
+    assert!(!table.set_memory(other), "buffers are in the first memory");
+    buffers.clear();
+    assert!(table.release_unused());
+    assert_eq!(table.slots_in_use(), 0);
+    for _ in 0..40 {
+        buffers.push(table.buffer([(0, 4)], 0).expect("all slots are free for everybody"));
+    }
+    buffers.clear();
+    let memory = table.memory().clone();
+    assert!(table.buffer_of(memory.slice(0, 4), 0).is_ok());
+    drop((table, memory));
+    assert_eq!(Arc::strong_count(&mapping), 1, "the table has gone, and its memory with it");
 }
 
 #[test]

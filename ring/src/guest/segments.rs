@@ -5,7 +5,7 @@ use crate::frame::Frame;
 use crate::guest::buffer::GuestBuffer;
 use crate::guest::memory::{GuestFault, GuestMemory};
 use crate::guest::region::GuestSlice;
-use crate::pool::Pool;
+use crate::pool::{Pool, Stock};
 use crate::segment_slots::{EMPTY, NIL, PER_SLOT, Segment, SegmentSlot, write_slot};
 use crate::slots::{Layout, LayoutError};
 use crate::sync::UnsafeCell;
@@ -60,6 +60,8 @@ impl Drop for SegmentBacking {
 /// table exists, also in a ring or with a device. So nothing reads or writes what is unmapped.
 pub struct SegmentTable {
     pool: Pool,
+    /// Free slots that the next buffers get.
+    stock: Stock,
     memory: GuestMemory,
     /// In the pool's backing. Only this table changes it, and it has a handle to the pool.
     memories: NonNull<UnsafeCell<Vec<GuestMemory>>>,
@@ -128,7 +130,8 @@ impl SegmentTable {
         let memories = NonNull::from(Box::leak(list));
         let list = alloc::vec![EMPTY; slots as usize].into_boxed_slice();
         let backing = SegmentBacking { slots: NonNull::from(Box::leak(list)), memories };
-        Ok(Self { pool: Pool::new(Box::new(backing), layout)?, memory, memories })
+        let pool = Pool::new(Box::new(backing), layout)?;
+        Ok(Self { pool, stock: Stock::default(), memory, memories })
     }
 
     /// The memory that new buffers are in.
@@ -153,6 +156,7 @@ impl SegmentTable {
     /// Gives the mappings of earlier memory up, unless a buffer exists, which may be in it. Returns
     /// whether it has.
     pub fn release_unused(&mut self) -> bool {
+        self.pool.empty(&mut self.stock);
         let unused = self.pool.slots_out_acquire() == 0;
         if unused {
             self.with_memories(|memories| drop(memories.drain(..memories.len() - 1)));
@@ -169,7 +173,7 @@ impl SegmentTable {
 
     /// The number of buffers' slots that are in use, each for up to four segments. A snapshot.
     pub fn slots_in_use(&self) -> u32 {
-        self.pool.slots_out()
+        self.pool.slots_out() - self.stock.count
     }
 
     /// The pool whose slots are the table's.
@@ -189,48 +193,62 @@ impl SegmentTable {
         header: u32,
     ) -> Result<GuestBuffer, GuestBufferError> {
         let slices = ranges.into_iter().flat_map(|(address, len)| self.memory.slices(address, len));
-        self.collect(slices.map(|slice| slice.map_err(GuestBufferError::from)), header)
+        let slices = slices.map(|slice| slice.map_err(GuestBufferError::from));
+        let mut alloc = || self.pool.alloc();
+        collect(List::new(&self.pool, &mut alloc)?, &self.memory, slices, header)
     }
 
     /// Makes a buffer of slices of [`memory`](Self::memory), as [`buffer`](Self::buffer) does.
+    ///
+    /// It takes slots out of the free ones 32 at a time, so that a buffer costs no locked instruction.
+    /// Those that it has not used yet are free for this function only, until
+    /// [`release_unused`](Self::release_unused) is called.
     ///
     /// # Errors
     ///
     /// [`GuestBufferError`]. In this case the table's slots are free again.
     #[inline]
     pub fn buffer_of<'m>(
-        &self,
+        &mut self,
         slices: impl IntoIterator<Item = GuestSlice<'m>>,
         header: u32,
     ) -> Result<GuestBuffer, GuestBufferError> {
-        self.collect(slices.into_iter().map(Ok), header)
+        let Self { pool, stock, memory, .. } = self;
+        let mut alloc = || pool.alloc_from(stock);
+        collect(List::new(pool, &mut alloc)?, memory, slices.into_iter().map(Ok), header)
     }
+}
 
-    #[inline]
-    fn collect<'m>(
-        &self,
-        slices: impl Iterator<Item = Result<GuestSlice<'m>, GuestBufferError>>,
-        header: u32,
-    ) -> Result<GuestBuffer, GuestBufferError> {
-        let mut list = List::new(&self.pool)?;
-        for slice in slices {
-            let slice = slice?;
-            if !self.memory.owns(&slice) {
-                return Err(GuestBufferError::ForeignMemory);
-            }
-            if !slice.is_empty() {
-                list.push(&slice)?;
-            }
-        }
-        let total = list.total;
-        if total >= 1 << 31 {
-            return Err(GuestBufferError::TooLong);
-        }
-        let Some(packet) = (total as u32).checked_sub(header) else {
-            return Err(GuestBufferError::NoHeader);
-        };
-        Ok(GuestBuffer::new(list.finish(header, packet)))
+impl Drop for SegmentTable {
+    fn drop(&mut self) {
+        self.pool.empty(&mut self.stock);
     }
+}
+
+#[inline]
+fn collect<'m, A: FnMut() -> Option<Frame>>(
+    mut list: List<'_, A>,
+    memory: &GuestMemory,
+    slices: impl Iterator<Item = Result<GuestSlice<'m>, GuestBufferError>>,
+    header: u32,
+) -> Result<GuestBuffer, GuestBufferError> {
+    for slice in slices {
+        let slice = slice?;
+        if !memory.owns(&slice) {
+            return Err(GuestBufferError::ForeignMemory);
+        }
+        if !slice.is_empty() {
+            list.push(&slice)?;
+        }
+    }
+    let total = list.total;
+    if total >= 1 << 31 {
+        return Err(GuestBufferError::TooLong);
+    }
+    let Some(packet) = (total as u32).checked_sub(header) else {
+        return Err(GuestBufferError::NoHeader);
+    };
+    Ok(GuestBuffer::new(list.finish(header, packet)))
 }
 
 impl fmt::Debug for SegmentTable {
@@ -243,8 +261,10 @@ impl fmt::Debug for SegmentTable {
 }
 
 /// A list of segments that is being made. Until it is finished, dropping it frees its slots.
-struct List<'t> {
+struct List<'t, A> {
     pool: &'t Pool,
+    /// Takes a slot of the pool.
+    alloc: &'t mut A,
     /// The first slot.
     frame: Frame,
     last: u32,
@@ -254,17 +274,17 @@ struct List<'t> {
     total: u64,
 }
 
-impl<'t> List<'t> {
+impl<'t, A: FnMut() -> Option<Frame>> List<'t, A> {
     #[inline]
-    fn new(pool: &'t Pool) -> Result<Self, GuestBufferError> {
-        let mut frame = pool.alloc().ok_or(GuestBufferError::NoSlots)?;
+    fn new(pool: &'t Pool, alloc: &'t mut A) -> Result<Self, GuestBufferError> {
+        let mut frame = alloc().ok_or(GuestBufferError::NoSlots)?;
         let slot = frame.slot();
         write_slot(pool.ptr(), slot, |slot| {
             (slot.next, slot.count) = (NIL, 0);
         });
         // From here on, dropping it frees the slots that follow.
         frame.mark_guest(0);
-        Ok(Self { pool, frame, last: slot, count: 0, segments: 0, total: 0 })
+        Ok(Self { pool, alloc, frame, last: slot, count: 0, segments: 0, total: 0 })
     }
 
     #[inline]
@@ -292,7 +312,7 @@ impl<'t> List<'t> {
     }
 
     fn add_slot(&mut self) -> Result<(), GuestBufferError> {
-        let next = self.pool.alloc().ok_or(GuestBufferError::NoSlots)?;
+        let next = (self.alloc)().ok_or(GuestBufferError::NoSlots)?;
         let slot = next.slot();
         // The list owns the slot from here on: the link in the slot before is its one place.
         core::mem::forget(next);

@@ -228,7 +228,7 @@ impl Transmitter {
 
 /// What it takes to send one packet.
 struct Sender<'t> {
-    table: &'t SegmentTable,
+    table: &'t mut SegmentTable,
     ring: &'t mut Ring,
     failed: &'t mut Option<CloseReason>,
     max_packet_size: u64,
