@@ -947,7 +947,8 @@ impl<B: PacketBuffer> Inbox<B> {
         let Some(buffer) = buffer else { return 0 };
         let header = match count {
             Some(count) if buffer.header_len() == offload::LEN => {
-                buffer.segments().copy_from(&packet.header_for(count))
+                buffer.segments().write_first(&packet.header_for(count));
+                offload::LEN
             }
             Some(_) => buffer.header_len(),
             None => 0,

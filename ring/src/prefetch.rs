@@ -65,4 +65,4 @@ pub fn prefetch_for_writing(start: *const u8, len: usize) {
 }
 
 /// The bytes of a cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;

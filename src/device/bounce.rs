@@ -17,6 +17,9 @@ use crate::pool::PoolBuilder;
 /// 5.1.6.1).
 const NO_OFFLOAD: [u8; offload::LEN] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
+/// What the header of a packet begins with that leaves no work to others.
+const NOTHING_LEFT: [u8; 10] = [0; 10];
+
 /// What a device takes of a guest's memory; see [`Capabilities`](crate::device::Capabilities).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GuestSupport {
@@ -159,8 +162,10 @@ fn fill(frame: &mut Frame, guest: &GuestBuffer, offloads: &Offloads) -> Result<(
 /// work that a device with these offloads does not do.
 pub(super) fn header_of(guest: &GuestBuffer, offloads: &Offloads) -> Option<OffloadHeader> {
     let header = match guest.header() {
+        // The usual packet leaves nothing to do. The last two bytes are the receiver's.
+        None => return Some(OffloadHeader::NONE),
+        Some(bytes) if bytes[..10] == NOTHING_LEFT => return Some(OffloadHeader::NONE),
         Some(bytes) => OffloadHeader::parse(&bytes).ok()?,
-        None => OffloadHeader::NONE,
     };
     header.validate(guest.len()).ok()?;
     (software::left_by(offloads, &header) == Left::Nothing).then_some(header)

@@ -150,20 +150,32 @@ impl GuestBuffer {
     }
 
     /// Copies the packet's first bytes out: as many as both sides have. Returns how many.
+    #[inline]
     pub fn copy_to(&self, to: &mut [u8]) -> usize {
         self.packet().copy_to(to)
     }
 
     /// Copies the header out. `None` if the buffer has none.
+    #[inline]
     pub fn header(&self) -> Option<[u8; 12]> {
+        if self.header_len() == 0 {
+            return None;
+        }
+        // Most headers are in one piece.
+        self.segments().next().and_then(|first| first.read()).or_else(|| self.split_header())
+    }
+
+    #[cold]
+    fn split_header(&self) -> Option<[u8; 12]> {
         let mut header = [0; 12];
         let copied = self.range(0, self.header_len() as u32).copy_to(&mut header);
         (copied == header.len()).then_some(header)
     }
 
     /// Copies a header in. Returns whether the buffer has space for one.
+    #[inline]
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
-        self.header_len() == header.len() && self.range(0, 12).copy_from(header) == header.len()
+        self.header_len() == header.len() && self.segments().write_first(header)
     }
 
     /// Copies a packet in, and sets its length.
@@ -242,7 +254,20 @@ impl Segments<'_> {
     }
 
     /// Copies bytes out, from the first one on: as many as both sides have. Returns how many.
+    #[inline]
     pub fn copy_to(self, to: &mut [u8]) -> usize {
+        // The first bytes of most packets are in one piece.
+        if self.left as usize >= to.len()
+            && let Some(first) = self.clone().next()
+            && first.len() as usize >= to.len()
+        {
+            return first.copy_to(to);
+        }
+        self.copy_pieces_to(to)
+    }
+
+    #[inline(never)]
+    fn copy_pieces_to(self, to: &mut [u8]) -> usize {
         let mut copied = 0;
         for segment in self.take_bytes(to.len()) {
             copied += segment.copy_to(&mut to[copied..]);
@@ -257,6 +282,13 @@ impl Segments<'_> {
             copied += segment.copy_from(&from[copied..]);
         }
         copied
+    }
+
+    /// Copies `N` bytes in, from the first one on. Returns whether there is space for all of them.
+    #[inline]
+    pub fn write_first<const N: usize>(self, bytes: &[u8; N]) -> bool {
+        let in_one_piece = self.clone().next().is_some_and(|first| first.write(bytes));
+        in_one_piece || self.copy_from(bytes) == N
     }
 
     /// Copies bytes in from other segments: as many as both sides have. The two may overlap; then the

@@ -31,11 +31,34 @@ pub(super) struct Checked {
 /// The header of a chain that the guest sends. The guest may leave the work of `left` undone, and ask
 /// for ECN if `ecn`. The header may be split over any descriptors, as ANY_LAYOUT allows. The bytes are
 /// copied once, because the guest may change them between two looks.
+#[inline]
 pub(super) fn read(chain: &Chain<'_>, left: &Offloads, ecn: bool) -> Result<Checked, BadPacket> {
     let len = chain.readable_len();
     if len <= HEADER_LEN.into() {
         return Err(BadPacket::Short);
     }
+    // Most headers are in one piece.
+    let first = chain.readable().next().and_then(|first| first.read());
+    let bytes: [u8; OFFLOAD_LEN] = first.unwrap_or_else(|| split(chain));
+    // The usual packet leaves nothing to do. The last two bytes are the receiver's.
+    if bytes[..10] == [0; 10] {
+        return Ok(Checked { header: OffloadHeader::NONE, has_unknown_flags: false });
+    }
+    // "The device MUST ignore flag bits that it does not recognize" (section 5.1.6.2.2).
+    let header = OffloadHeader::parse_ignoring_reserved(&bytes).map_err(|_| BadPacket::Header)?;
+    let has_unknown_flags = bytes[0] & !(F_NEEDS_CSUM | F_DATA_VALID | F_RSC_INFO) != 0;
+    let checked = Checked { header, has_unknown_flags };
+    let packet = usize::try_from(len - u64::from(HEADER_LEN)).unwrap_or(usize::MAX);
+    header.validate(packet).map_err(|_| BadPacket::Header)?;
+    match software::left_by(left, &header) {
+        Left::Nothing if ecn || !header.ecn => Ok(checked),
+        _ => Err(BadPacket::Header),
+    }
+}
+
+/// The first bytes of a chain whose header is in several pieces.
+#[cold]
+fn split(chain: &Chain<'_>) -> [u8; OFFLOAD_LEN] {
     let mut bytes = [0; OFFLOAD_LEN];
     let mut copied = 0;
     for segment in chain.readable() {
@@ -44,18 +67,5 @@ pub(super) fn read(chain: &Chain<'_>, left: &Offloads, ecn: bool) -> Result<Chec
             break;
         }
     }
-    // "The device MUST ignore flag bits that it does not recognize" (section 5.1.6.2.2).
-    let header = OffloadHeader::parse_ignoring_reserved(&bytes).map_err(|_| BadPacket::Header)?;
-    let has_unknown_flags = bytes[0] & !(F_NEEDS_CSUM | F_DATA_VALID | F_RSC_INFO) != 0;
-    let checked = Checked { header, has_unknown_flags };
-    // The usual packet leaves nothing to do.
-    if bytes[..10] == [0; 10] {
-        return Ok(checked);
-    }
-    let packet = usize::try_from(len - u64::from(HEADER_LEN)).unwrap_or(usize::MAX);
-    header.validate(packet).map_err(|_| BadPacket::Header)?;
-    match software::left_by(left, &header) {
-        Left::Nothing if ecn || !header.ecn => Ok(checked),
-        _ => Err(BadPacket::Header),
-    }
+    bytes
 }
