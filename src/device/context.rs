@@ -3,11 +3,11 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use vmring_core::{Buffer, Class, Outcome, SKIP_SUCCESS, SqConsumer, offload};
+use vmring_core::{Buffer, Class, GUEST, Outcome, SKIP_SUCCESS, SqConsumer, offload};
 
 use crate::device::bounce::{Bounced, end_read, set_count, set_part_len};
 use crate::device::completions::Completions;
-use crate::device::slot::{FLAGS, PostedSlot, class_index};
+use crate::device::slot::{BOUNCED, FLAGS, PostedSlot, class_index};
 use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
 use crate::mailbox::{DroppedSlot, report_dropped};
@@ -397,7 +397,8 @@ impl<'a> PollContext<'a> {
     fn finish(&mut self, slot: PostedSlot, outcome: Outcome) {
         let ring = slot.ring;
         let (buffer, user_data, class) = slot.into_buffer();
-        if self.is_foreign(ring) {
+        // A guest's buffer completes as a frame does.
+        if self.is_foreign(ring & !GUEST) {
             return self.finish_marked(ring, DroppedSlot { buffer, user_data, class }, outcome);
         }
         match &mut self.sink {
@@ -417,7 +418,10 @@ impl<'a> PollContext<'a> {
         match &mut self.sink {
             Sink::Ring(completions) if ring & !FLAGS == self.ring => {
                 let DroppedSlot { buffer, user_data, class } = slot;
-                let (buffer, outcome) = completions.restored(class, buffer, outcome);
+                let (buffer, outcome) = match ring & BOUNCED {
+                    0 => (buffer, outcome),
+                    _ => completions.restored(class, buffer, outcome),
+                };
                 if ring & SKIP_SUCCESS != 0 {
                     completions.push_unless_done(class, buffer, user_data, outcome);
                 } else {
