@@ -351,8 +351,10 @@ pub struct Capabilities {
     /// default is no. On a ring with [mergeable reads](crate::RingBuilder::mergeable_reads) such a
     /// device gets buffers of a guest that have less space than `max_packet_size`.
     pub merges_reads: bool,
-    /// Whether the device looks itself whether the header of what a guest sends asks for work.
-    pub(crate) checks_headers: bool,
+    /// Whether the device looks itself whether the header of what a guest sends asks for work, and fails
+    /// what it does not do. The default is no: the library looks at each such header before the device
+    /// gets the buffer.
+    pub checks_headers: bool,
     /// How many rings may read at the same time.
     pub reading_rings: usize,
     /// How many rings may write at the same time.
