@@ -89,6 +89,9 @@ use vmring_core::sync::foreign::fence;
 /// How many segments a chain may have by default; see [`Queue::with_segments_max`].
 pub const SEGMENTS_MAX: usize = 256;
 
+/// How many chains in advance the bytes of a chain are asked for.
+const AHEAD: u16 = 8;
+
 /// The device side of a split virtqueue. See the [module](self).
 ///
 /// All indices count modulo 2^16, and a place in a ring is an index modulo the queue's size. They
@@ -280,7 +283,17 @@ impl Queue {
             self.fetched = self.fetched.wrapping_add(count as u16);
             left -= count;
         }
+        let first = self.fetched.wrapping_sub(self.next_available).min(AHEAD);
+        (0..first).for_each(|ahead| self.prefetch(ahead));
         Ok(())
+    }
+
+    /// Asks for the chain that is so many behind the next one. Its bytes are in the cache of the driver's
+    /// processor. Asked for when they are needed, they would arrive one chain after the other.
+    #[inline]
+    fn prefetch(&self, ahead: u16) {
+        let head = self.heads[self.rings.slot(self.next_available.wrapping_add(ahead))];
+        self.walker.prefetch(&self.memory, &self.rings, u16::from_le_bytes(head));
     }
 
     /// The next chain of the burst. `None` at its end; see [`fetch`](Self::fetch).
@@ -290,9 +303,13 @@ impl Queue {
     /// [`ChainError`], if the driver has not followed the rules. The chain needs no
     /// [`push`](Self::push): the queue gives it back, with the used length 0, after those before it.
     /// A flush must follow even if no chain of the burst was whole.
+    #[inline]
     pub fn pop(&mut self) -> Option<Result<Chain<'_>, ChainError>> {
         if self.next_available == self.fetched {
             return None;
+        }
+        if self.fetched.wrapping_sub(self.next_available) > AHEAD {
+            self.prefetch(AHEAD);
         }
         let slot = self.rings.slot(self.next_available);
         self.next_available = self.next_available.wrapping_add(1);
@@ -304,11 +321,7 @@ impl Queue {
                 self.outstanding += 1;
                 Ok(self.walker.chain(&self.memory, shape))
             }
-            Err(error) => {
-                self.popped[slot] = Popped::Broken { head };
-                self.return_broken();
-                Err(error)
-            }
+            Err(error) => Err(self.popped_broken(slot, head, error)),
         })
     }
 
@@ -342,6 +355,7 @@ impl Queue {
     /// # Panics
     ///
     /// If no chain is [outstanding](Self::outstanding).
+    #[inline]
     pub fn push(&mut self, written: u32) {
         self.outstanding = self.outstanding.checked_sub(1).expect("a chain is outstanding");
         let Popped::Whole { head, len_max } = self.popped[self.rings.slot(self.next_used)] else {
@@ -355,6 +369,14 @@ impl Queue {
         self.return_broken();
     }
 
+    #[cold]
+    fn popped_broken(&mut self, slot: usize, head: u16, error: ChainError) -> ChainError {
+        self.popped[slot] = Popped::Broken { head };
+        self.return_broken();
+        error
+    }
+
+    #[inline]
     fn return_broken(&mut self) {
         while self.next_used != self.next_available
             && let Popped::Broken { head } = self.popped[self.rings.slot(self.next_used)]

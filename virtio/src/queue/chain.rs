@@ -13,6 +13,9 @@ pub const DESCRIPTORS_MAX: usize = 1024;
 /// The largest number of bytes of a chain (virtio 1.2, section 2.7.5.2).
 const CHAIN_LEN_MAX: u64 = 1 << 32;
 
+/// How many bytes of a chain are asked for in advance: a header and a short packet.
+const PREFETCHED: u32 = 128;
+
 /// Flags of a descriptor (virtio 1.2, section 2.7.5).
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -227,13 +230,14 @@ struct Descriptor {
 }
 
 impl Descriptor {
+    #[inline]
     fn parse(bytes: [u8; DESCRIPTOR_LEN as usize]) -> Self {
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+        let fields = u128::from_le_bytes(bytes);
         Self {
-            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-            len: u32::from_le_bytes([l0, l1, l2, l3]),
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
+            address: fields as u64,
+            len: (fields >> 64) as u32,
+            flags: (fields >> 96) as u16,
+            next: (fields >> 112) as u16,
         }
     }
 
@@ -252,9 +256,48 @@ impl Walker {
         Chain { memory, segments: &self.segments[..shape.segments], shape }
     }
 
+    /// Finds the segments of the chain at `head`.
+    #[inline]
+    pub(super) fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        rings: &Rings,
+        head: u16,
+        indirect: bool,
+    ) -> Result<Shape, ChainError> {
+        match self.walk_one(memory, rings, head) {
+            Some(shape) => Ok(shape),
+            None => self.walk_all(memory, rings, head, indirect),
+        }
+    }
+
+    /// The chain at `head`, if it is a single buffer in the region where the last one was, as most are.
+    /// `None` says nothing of the chain.
+    #[inline]
+    fn walk_one(&mut self, memory: &GuestMemory, rings: &Rings, head: u16) -> Option<Shape> {
+        if head >= rings.size() {
+            return None;
+        }
+        let Descriptor { address, len, flags, .. } = Descriptor::parse(rings.descriptor(head));
+        let region = memory.regions().get(self.recent)?;
+        let offset = address.checked_sub(region.guest_address())?;
+        let bytes = u64::from(len);
+        let is_inside = offset <= region.len() && bytes <= region.len() - offset;
+        if flags & (NEXT | INDIRECT) != 0 || len == 0 || !is_inside {
+            return None;
+        }
+        // There are at most `REGIONS_MAX` regions, which is less than 2^16.
+        *self.segments.first_mut()? = Segment { offset, len, region: self.recent as u16 };
+        Some(match flags & WRITE {
+            0 => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
+            _ => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
+        })
+    }
+
     /// Follows the chain at `head` and checks it as far as it goes. Each descriptor is copied once,
     /// because the guest may change it between two looks.
-    pub(super) fn walk(
+    #[inline(never)]
+    fn walk_all(
         &mut self,
         memory: &GuestMemory,
         rings: &Rings,
@@ -278,10 +321,10 @@ impl Walker {
             if visited == DESCRIPTORS_MAX {
                 return Err(ChainError::TooLong);
             }
-            let descriptor = Descriptor::parse(match table {
-                None => rings.descriptor(index),
-                Some(table) => self.indirect_descriptor(memory, table, index)?,
-            });
+            let descriptor = match table {
+                None => Descriptor::parse(rings.descriptor(index)),
+                Some(table) => Descriptor::parse(self.indirect_descriptor(memory, table, index)?),
+            };
             visited_in_table += 1;
             if descriptor.is(INDIRECT) {
                 let Descriptor { address, len, .. } = descriptor;
@@ -313,6 +356,23 @@ impl Walker {
             return Err(ChainError::TooManySegments { segments: shape.segments });
         }
         Ok(shape)
+    }
+
+    /// Asks for the first bytes of what the device will read of the chain at `head`, if they are where
+    /// the last chain was. Nothing is decided by the descriptor, so that nothing is checked.
+    #[inline]
+    pub(super) fn prefetch(&self, memory: &GuestMemory, rings: &Rings, head: u16) {
+        if head >= rings.size() {
+            return;
+        }
+        let Descriptor { address, len, flags, .. } = Descriptor::parse(rings.descriptor(head));
+        if flags & WRITE == 0
+            && let Some(region) = memory.regions().get(self.recent)
+            && let Some(offset) = address.checked_sub(region.guest_address())
+            && let Some(slice) = region.get(offset, len.min(PREFETCHED))
+        {
+            slice.prefetch(PREFETCHED);
+        }
     }
 
     /// Adds the buffer of a descriptor.

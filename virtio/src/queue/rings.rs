@@ -74,6 +74,7 @@ impl Rings {
     }
 
     /// The descriptor at `index`, which the caller has checked, copied once.
+    #[inline]
     pub(super) fn descriptor(&self, index: u16) -> [u8; DESCRIPTOR_LEN as usize] {
         let at = u64::from(index) * u64::from(DESCRIPTOR_LEN);
         let bytes = self.descriptors.get(at, DESCRIPTOR_LEN).and_then(|bytes| bytes.read());

@@ -27,6 +27,7 @@ impl UsedElements {
     ///
     /// If the chain may be skipped, the element of the next chain replaces this one: it is at the
     /// place of the batch's first chain and has the head of its last (virtio 1.2, section 2.7.9).
+    #[inline]
     pub(super) fn push(&mut self, rings: &Rings, index: u16, head: u16, len: u32, skippable: bool) {
         if !self.batch_is_open {
             // The chains that a batch skipped left a gap.
@@ -36,11 +37,9 @@ impl UsedElements {
             }
             self.count += 1;
         }
-        let [id, len] = [u32::from(head).to_le_bytes(), len.to_le_bytes()];
         let last = self.first.wrapping_add(self.count - 1);
         let element = &mut self.shadow[rings.slot(last)];
-        element[..4].copy_from_slice(&id);
-        element[4..].copy_from_slice(&len);
+        *element = (u64::from(len) << 32 | u64::from(head)).to_le_bytes();
         self.batch_is_open = skippable;
     }
 
