@@ -301,6 +301,10 @@ pub(crate) struct ServeArgs {
     #[cfg(target_os = "linux")]
     #[arg(long, value_name = "ENGINE", default_value = "plain", value_parser = ENGINES)]
     pub(crate) engine: vmring::TapEngine,
+    /// Let the thread of each guest poll for ever, and never sleep: packets arrive sooner, and each guest
+    /// takes a processor, also while nothing happens
+    #[arg(long)]
+    pub(crate) busy_poll: bool,
     /// Do not confine the server
     #[arg(long)]
     pub(crate) no_sandbox: bool,

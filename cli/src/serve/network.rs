@@ -52,6 +52,8 @@ struct Ports {
     driver: Embedded,
     subnet: Option<Ipv4Range>,
     mtu: Option<u32>,
+    /// Whether the threads of guests never sleep.
+    busy_poll: bool,
 }
 
 impl Ports {
@@ -108,7 +110,8 @@ impl Network {
         };
         if let Spec::Embedded { network, subnet } = &spec.0 {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(QUEUE));
-            let ports = Ports { driver, subnet: *subnet, mtu: args.mtu };
+            let (mtu, busy_poll) = (args.mtu, args.busy_poll);
+            let ports = Ports { driver, subnet: *subnet, mtu, busy_poll };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
             let keeper = keeper.start().map_err(failed)?;
             let pairs = QUEUES_MAX;
@@ -137,7 +140,8 @@ impl Network {
         let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
         let offloads = outer.offloads();
         let driver = Embedded::switch(&name).overflow(QUEUE);
-        let ports = Ports { driver, subnet: None, mtu: Some(mtu) };
+        let busy_poll = args.busy_poll;
+        let ports = Ports { driver, subnet: None, mtu: Some(mtu), busy_poll };
         // The switch grants what is asked for. So each packet passes between the two as it is.
         let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
@@ -207,6 +211,7 @@ impl Network {
         let mut net = NetSettings::default();
         net.queue_pairs = spec.queues.unwrap_or(1);
         net.guest_announce = spec.announce;
+        net.busy_poll = self.ports.busy_poll;
         let device = VhostUserNet::new(interface, net).map_err(|error| failed(&error))?;
         let mut settings = device.session_settings();
         settings.config = spec.config;

@@ -684,6 +684,32 @@ fn the_threads_of_a_network_are_confined_too() {
     }
 }
 
+/// Goal: with busy polling the thread of a guest never prepares for sleep, and otherwise it does.
+#[test]
+fn a_server_that_polls_never_sleeps() {
+    for (extra, polls) in [(&["--busy-poll"][..], true), (&[], false)] {
+        let folder = scratch(&format!("serve polls {polls}"));
+        let paths = ["a", "b"].map(|name| folder.join(name));
+        let listens = paths.each_ref().map(|path| listen(path));
+        let listens = ["--listen", &listens[0], "--listen", &listens[1]];
+        let server = Server::new(&[&listens, extra].concat());
+        let [mut a, mut b] =
+            [(&paths[0], mac(1)), (&paths[1], mac(2))].map(|(path, mac)| Guest::new(path, mac));
+        b.post(8);
+        for number in 0..8 {
+            let sent = packet(a.mac, b.mac, 100, number);
+            a.send(&sent);
+            assert_eq!(b.receive_ours(), sent);
+            // By now a thread that may sleep does.
+            thread::sleep(Duration::from_millis(20));
+        }
+        let report = server.report("TERM");
+        for port in 0..2 {
+            assert_eq!(count(&report, port, "wakes") == 0, polls, "{report:#}");
+        }
+    }
+}
+
 /// Goal: a guest sends from the address that its socket gives it, from the first that it uses, or from
 /// any, and an isolated one reaches no other.
 #[test]

@@ -66,6 +66,10 @@ pub struct NetSettings {
     /// How a thread of this crate waits before it sleeps, in polls that move nothing. The default is 16
     /// polls that yield the processor in between, which is some ten microseconds.
     pub idle: IdlePolicy,
+    /// Whether a thread of this crate polls for ever and never sleeps (busy polling). It then answers
+    /// sooner and needs no kicks, and takes its whole processor. It yields the processor after each
+    /// poll that moves nothing. The default is no.
+    pub busy_poll: bool,
 }
 
 impl Default for NetSettings {
@@ -80,6 +84,7 @@ impl Default for NetSettings {
             mtu: None,
             budget: BUDGET,
             idle: IDLE,
+            busy_poll: false,
         }
     }
 }

@@ -4,19 +4,21 @@ use std::thread;
 
 use vmring::IdlePolicy;
 
-use crate::net::device::Progress;
+use crate::net::device::{NetSettings, Progress};
 
 /// Counts polls that move nothing. A sleep and the kick that ends it cost several microseconds on both
 /// sides, so a thread looks a few times more before it sleeps.
 #[derive(Debug)]
 pub(super) struct Idle {
     policy: IdlePolicy,
+    /// Whether it never lets the device sleep.
+    busy_poll: bool,
     rounds: u32,
 }
 
 impl Idle {
-    pub(super) fn new(policy: IdlePolicy) -> Self {
-        Self { policy, rounds: 0 }
+    pub(super) fn new(settings: &NetSettings) -> Self {
+        Self { policy: settings.idle, busy_poll: settings.busy_poll, rounds: 0 }
     }
 
     /// Waits a little after a poll. Returns whether to poll again at once.
@@ -35,6 +37,10 @@ impl Idle {
             std::hint::spin_loop();
         } else if round - spins < yields {
             thread::yield_now();
+        } else if self.busy_poll {
+            // Another guest's thread may be on the same processor.
+            thread::yield_now();
+            return true;
         } else {
             // The next round without work after a wake-up sleeps at once.
             return false;

@@ -49,7 +49,7 @@ impl NetDevice {
 
 fn run(mut device: NetDevice, calls: &Receiver<Call>) -> NetDevice {
     let mut pending: Vec<Call> = Vec::new();
-    let mut idle = Idle::new(device.settings().idle);
+    let mut idle = Idle::new(device.settings());
     loop {
         let moved = device.poll();
         // They come after the poll, which may have ended what they wait for. What ends later lets `arm`

@@ -292,7 +292,7 @@ fn serve(session: &mut Session<VhostUserNet>, stop: BorrowedFd<'_>) -> Result<En
     let mut progress = Progress::More;
     let mut config = session.backend().device.config();
     let (mut polls, mut draining) = (0, None);
-    let mut idle = Idle::new(session.backend().device.settings().idle);
+    let mut idle = Idle::new(session.backend().device.settings());
     loop {
         let moved = session.backend_mut().device.poll();
         // It comes after the poll, which may have ended what the session waits for. What ends later
