@@ -323,7 +323,7 @@ fn output_in_time(mut command: Command, limit: Duration) -> Result<Vec<u8>> {
 }
 
 /// Waits until the calling thread's namespace has a listening socket.
-fn await_listener() -> Result<()> {
+pub(crate) fn await_listener() -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         // The fourth column is the state, and 0A means listening. iperf3 listens on IPv6 for both.

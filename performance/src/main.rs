@@ -23,6 +23,7 @@ mod net;
 mod ours;
 mod plan;
 mod plot;
+mod programs;
 mod queues;
 mod read;
 mod relay;
@@ -30,6 +31,7 @@ mod report;
 mod result;
 mod scale;
 mod slots;
+mod vhost;
 mod vmnet;
 mod write;
 
@@ -41,6 +43,7 @@ use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
 use plan::{Part, Plan};
+use programs::{NO_VMRING, has_program, no_tap};
 use report::{Heading, Place, Report, Sample, Table, Want};
 use result::Result;
 
@@ -66,13 +69,13 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge. The default is the one that `cargo
-    /// build --release` left in the folder above.
+    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge, and `vmring serve` in vhost.
+    /// The default is the one that `cargo build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
-    /// Measure only those rows of lines that contain this text: the table, the bytes and the name, as
-    /// in "lines, steps: 1514: bare loop".
+    /// Measure only those rows of lines that contain this text (the table, the bytes and the name, as in
+    /// "lines, steps: 1514: bare loop"), or those tables of vhost whose name does.
     #[arg(long, global = true, value_name = "TEXT", default_value = "")]
     only: String,
 
@@ -105,6 +108,8 @@ enum What {
     Lines,
     /// What a packet costs with 2 to 1,024 interfaces on one network.
     Growth,
+    /// Guests over vhost-user, beside DPDK's back end and a TAP of the kernel, and guests in process.
+    Vhost,
     /// Packets per second into a TAP.
     TapWrite,
     /// Packets per second out of a TAP: out of a full queue, and while they arrive.
@@ -136,9 +141,6 @@ type Step<'a> = (What, &'static str, Option<&'static str>, &'a dyn Fn(Plan) -> P
 
 /// Where `cargo build --release` in the folder above leaves the vmring command.
 const BRIDGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/vmring");
-const NO_BRIDGE: &str = "no vmring command: `cargo build --release` in the folder above makes it, \
-    or --bridge says where it is";
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
@@ -148,24 +150,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// The reason why the parts that need a TAP cannot run here, if there is one.
-fn no_tap() -> Option<&'static str> {
-    // SAFETY: geteuid has no arguments and cannot fail.
-    if unsafe { libc::geteuid() } != 0 {
-        return Some("root is needed: network namespaces and TAPs are made");
-    }
-    if !Path::new("/dev/net/tun").exists() {
-        return Some("this machine has no /dev/net/tun");
-    }
-    (!has_program("ip")).then_some("the program ip (iproute2) is not here")
-}
-
-/// Whether a program is on the path.
-fn has_program(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
 /// How often the round trip of a cache line is measured to find the place of the processors.
@@ -195,6 +179,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let merge_missing = stream_tap.or(bridge.is_none().then_some(NO_BRIDGE));
     let merge = move |plan: Plan| merge::run(plan.rounds, stream, bridge.ok_or(NO_BRIDGE)?);
     let lines = |plan: Plan| lines::run(plan, &arguments.only);
+    let programs =
+        vhost::Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };
+    let vhost = |plan: Plan| vhost::run(plan, programs);
     let steps: [Step<'_>; 14] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
@@ -206,6 +193,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         (What::Vmnet, "vmnet", None, &vmnet::run),
         (What::Scale, "scale", None, &scale::run),
         (What::Idle, "idle", None, &idle::run),
+        (What::Vhost, "vhost", None, &vhost),
         (What::TapWrite, "tap-write", tap, &tap_write),
         (What::TapRead, "tap-read", tap, &tap_read),
         (What::TapForward, "tap-forward", stream_tap, &forward),
@@ -227,7 +215,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             Err(error) => report.fail(name, error.to_string()),
         }
         if part == What::TapForward && bridge.is_none() {
-            report.skip("tap-forward, vmring bridge", NO_BRIDGE);
+            report.skip("tap-forward, vmring bridge", NO_VMRING);
         }
     }
     report.end(place()?);

@@ -1,0 +1,45 @@
+//! Guests whose buffers are the entries of rings: over vhost-user, with DPDK's virtio-user as the front
+//! end, beside DPDK's own back end; and in this process.
+//!
+//! The front end has one processor, and the back end the other. `dpdk-testpmd` is the front end of two
+//! guests: it gives what it receives at one port to the other port, so each frame goes round for ever.
+
+mod backends;
+mod forwarding;
+mod long;
+mod measured;
+mod notified;
+mod ovs;
+mod stream;
+mod testpmd;
+
+use crate::plan::{Part, Plan};
+use crate::report::Table;
+use crate::result::Result;
+
+use measured::Measured;
+pub(crate) use measured::Programs;
+
+/// The tables, by name.
+type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);
+
+pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
+    let steps: [Step<'_>; 5] = [
+        (forwarding::FORWARDING, &|| forwarding::run(plan, programs.vmring)),
+        (forwarding::BUSY, &|| forwarding::run_busy(plan)),
+        (long::NAME, &|| long::run(plan).map(Ok)),
+        (stream::NAME, &|| stream::run(plan.rounds, programs)),
+        (notified::NAME, &|| notified::run(plan, programs.vmring)),
+    ];
+    let (mut tables, mut wants) = (Vec::new(), Vec::new());
+    for (name, measure) in steps.into_iter().filter(|(name, _)| name.contains(programs.only)) {
+        match measure().map_err(|error| format!("{name}: {error}"))? {
+            Ok((table, more)) => {
+                tables.push(table);
+                wants.extend(more);
+            }
+            Err(why) => tables.push(Table::new(name, format!("skipped: {why}"), &[""], &[""])),
+        }
+    }
+    Ok((tables, wants))
+}
