@@ -182,7 +182,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let programs =
         vhost::Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };
     let vhost = |plan: Plan| vhost::run(plan, programs);
-    let steps: [Step<'_>; 14] = [
+    let steps: [Step<'_>; 15] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
         (What::Latency, "latency", None, &latency::run),
