@@ -15,7 +15,7 @@ use crate::table::mix;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// What [`flow_of`] needs of a packet. It is looked at only if its destination has several queues.
+/// What `flow_of` needs of a packet. It is looked at only if its destination has several queues.
 #[derive(Clone, Copy, Debug)]
 pub enum NextFrame<'p> {
     /// A packet in bytes.

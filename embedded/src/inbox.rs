@@ -94,7 +94,7 @@
 //! work the receiver does itself. Both may change. They change only while the inbox is closed and empty
 //! of buffers, and each such change begins a *period*: the indices move on by one, past a cell that
 //! nobody gets. So no state of an earlier period comes back, and a sender that looks at what it has
-//! decided by *after* it has loaded the state ([`Inbox::deliver_if`]) succeeds only if that held when
+//! decided by *after* it has loaded the state (`Inbox::deliver_if`) succeeds only if that held when
 //! it changed the state.
 //!
 //! Indices wrap. To mistake one lap for another, a sender would have to sleep for exactly 2^32
@@ -146,7 +146,7 @@ pub enum Refused {
     TooBig,
     /// The receiver has closed the inbox.
     Closed,
-    /// What the sender has decided by no longer holds. Only [`Inbox::deliver_if`] says this.
+    /// What the sender has decided by no longer holds. Only `Inbox::deliver_if` says this.
     Stale,
 }
 

@@ -265,7 +265,7 @@ impl<B: PacketBuffer> Receiver<B> {
         self.end.shape.offloads()
     }
 
-    /// Lends a buffer to the network; see [`Collector::post`].
+    /// Lends a buffer to the network; see [`Collector::post`](crate::inbox::Collector::post).
     ///
     /// Packets that wait for a buffer cause no wake-up, so collect after posting.
     ///
@@ -316,7 +316,7 @@ impl<B: PacketBuffer> Receiver<B> {
         self.end.collector.is_full()
     }
 
-    /// Returns the next packet and its length, or `None`; see [`Collector::collect`]. If a packet may
+    /// Returns the next packet and its length, or `None`; see [`Collector::collect`](crate::inbox::Collector::collect). If a packet may
     /// fill several buffers, use [`collect_part`](Self::collect_part).
     #[inline(always)]
     pub fn collect(&mut self) -> Option<(B, usize)> {
@@ -324,7 +324,7 @@ impl<B: PacketBuffer> Receiver<B> {
         Some((packet.buffer, packet.len))
     }
 
-    /// Returns the next packet, or the next part of one, or `None`; see [`Collector::collect`].
+    /// Returns the next packet, or the next part of one, or `None`; see [`Collector::collect`](crate::inbox::Collector::collect).
     #[inline(always)]
     pub fn collect_part(&mut self) -> Option<Collected<B>> {
         let packet = self.end.collector.collect()?;
@@ -336,18 +336,18 @@ impl<B: PacketBuffer> Receiver<B> {
         Some(packet)
     }
 
-    /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`].
+    /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`](crate::inbox::Collector::recall).
     pub fn recall(&mut self, f: impl FnMut(B)) -> usize {
         self.end.collector.recall(f)
     }
 
     /// Takes back the posted buffers that no sender has claimed and that match, and leaves the
-    /// others posted; see [`Collector::recall_if`].
+    /// others posted; see [`Collector::recall_if`](crate::inbox::Collector::recall_if).
     pub fn recall_if(&mut self, matches: impl FnMut(&mut B) -> bool, f: impl FnMut(B)) -> usize {
         self.end.collector.recall_if(matches, f)
     }
 
-    /// Announces that the receiver wants to sleep; see [`Collector::arm`]. Returns true if nothing
+    /// Announces that the receiver wants to sleep; see [`Collector::arm`](crate::inbox::Collector::arm). Returns true if nothing
     /// can be collected: the wake callback will be called once when that changes. Returns false if
     /// there is something to collect.
     pub fn arm(&mut self) -> bool {
@@ -356,7 +356,7 @@ impl<B: PacketBuffer> Receiver<B> {
         asleep
     }
 
-    /// Announces that the receiver is awake again; see [`Collector::disarm`].
+    /// Announces that the receiver is awake again; see [`Collector::disarm`](crate::inbox::Collector::disarm).
     pub fn disarm(&mut self) -> bool {
         self.end.collector.disarm()
     }
