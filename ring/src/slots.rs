@@ -381,3 +381,85 @@ mod tests {
         unsafe { release_handle(pool) };
     }
 }
+
+#[cfg(all(test, loom))]
+mod models {
+    use super::*;
+    use crate::backing::HeapBacking;
+    use crate::sync::AtomicBool;
+    use loom::sync::Arc;
+
+    const SLOTS: u32 = 3;
+
+    /// A pool that goes to another thread.
+    struct Shared(NonNull<PoolInner>);
+
+    // SAFETY: what is shared is atomic or immutable.
+    unsafe impl Send for Shared {}
+
+    impl Shared {
+        fn get(&self) -> &PoolInner {
+            // SAFETY: each thread of the model has a handle, which keeps the pool alive.
+            unsafe { self.0.as_ref() }
+        }
+    }
+
+    /// Notes that somebody has a slot, which nobody else had.
+    fn take(owned: &[AtomicBool], slot: u32) {
+        assert!(
+            !owned[slot as usize].swap(true, Ordering::Relaxed),
+            "slot {slot} is in two places"
+        );
+    }
+
+    fn give(owned: &[AtomicBool], slot: u32) {
+        owned[slot as usize].store(false, Ordering::Relaxed);
+    }
+
+    /// One thread takes slots together and frees them together. Another one takes and frees single
+    /// slots, so the links that the first one follows may be stale.
+    #[test]
+    fn slots_that_are_taken_together_are_nobody_elses() {
+        loom::model(|| {
+            let layout = Layout { slots: SLOTS, slot_size: 8, headroom: 0 };
+            let memory = Box::new(HeapBacking::new(8 * SLOTS as usize));
+            let pool = PoolInner::new(memory, layout).expect("it fits");
+            let owned: Arc<[AtomicBool]> = Arc::from_std(std::sync::Arc::from_iter(
+                (0..SLOTS).map(|_| AtomicBool::new(false)),
+            ));
+            let own = Shared(pool);
+            own.get().add_handle();
+            let other = {
+                let (owned, pool) = (owned.clone(), Shared(pool));
+                loom::thread::spawn(move || {
+                    for _ in 0..2 {
+                        if let Some(slot) = pool.get().alloc_slot() {
+                            take(&owned, slot);
+                            give(&owned, slot);
+                            // SAFETY: the slot was just taken, and is given up.
+                            unsafe { free_slot(pool.0, slot) };
+                        }
+                    }
+                    // SAFETY: this thread has that handle.
+                    unsafe { release_handle(pool.0) };
+                })
+            };
+            let mut freed = Freed::default();
+            if let Some((mut slot, count)) = own.get().alloc_slots(2) {
+                for _ in 0..count {
+                    take(&owned, slot);
+                    let next = own.get().following(slot);
+                    give(&owned, slot);
+                    // SAFETY: the slot was taken with the others, and is given up.
+                    unsafe { freed.add(pool, slot) };
+                    slot = next;
+                }
+            }
+            freed.free();
+            other.join().unwrap();
+            assert_eq!(own.get().slots_out(), 0);
+            // SAFETY: this is the handle that `new` has counted.
+            unsafe { release_handle(pool) };
+        });
+    }
+}
