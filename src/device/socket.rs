@@ -84,7 +84,9 @@ mod stream;
 mod sys;
 mod watch;
 
+use std::collections::hash_map::RandomState;
 use std::env;
+use std::hash::{BuildHasher, Hasher};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process;
@@ -112,7 +114,6 @@ use crate::config::{InterfaceConfig, InterfaceInfo, Offloads};
 use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, SocketError};
-use crate::sync::{AtomicU64, Ordering};
 
 pub use place::{Listener, SocketKind, connect};
 
@@ -323,9 +324,9 @@ impl Socket {
 
 /// A path that no other socket has, for a peer to answer to.
 fn any_path() -> PathBuf {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    env::temp_dir().join(format!("vmring-{}-{number}.sock", process::id()))
+    // Each state has keys of its own, which are random.
+    let number = RandomState::new().build_hasher().finish();
+    env::temp_dir().join(format!("vmring-{}-{number:016x}.sock", process::id()))
 }
 
 impl Driver for Socket {

@@ -13,10 +13,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::task::Poll;
 
-use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, Wake};
+use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
-    Direction, Driver, Error, GuestMemory, GuestMmap, Interface, InterfaceConfig, InterfaceInfo,
-    MacAddr6, Status,
+    Driver, Error, GuestMemory, GuestMmap, Interface, InterfaceConfig, InterfaceInfo, MacAddr6,
+    Status,
 };
 use vmring_core::guest::{GuestRegion, SEGMENTS_MAX};
 use vmring_virtio::net::{Interrupt, NetDevice, NetSettings, QueueSetup};
@@ -86,7 +86,7 @@ impl Device for NullDevice {
         caps
     }
 
-    fn queue(&self, _: Direction, _: Wake) -> Result<Box<dyn Queue>, Error> {
+    fn queue(&self, _: QueueConfig, _: Wake) -> Result<Box<dyn Queue>, Error> {
         Ok(Box::new(NullQueue))
     }
 }
