@@ -9,17 +9,18 @@ const MACS: [&str; 2] = ["52:54:00:12:34:01", "52:54:00:12:34:02"];
 
 /// Lets packets of this length go round between both ports for a while. Returns the server's report,
 /// and what testpmd has printed, or `None` where it cannot run.
-fn go_round(name: &str, options: &str, extra: &[&str], len: u32) -> Option<(Value, String)> {
+fn go_round(name: &str, options: &str, queues: u16, len: u32) -> Option<(Value, String)> {
     let folder = scratch(&format!("serve dpdk {name} {len}"));
     // Its files have names of their own length.
     let folder = folder.canonicalize().expect("a folder");
     let paths = ["a", "b"].map(|name| folder.join(format!("{name}.sock")));
     let listens = paths.each_ref().map(|path| listen(path));
-    let arguments = [&["--listen", &listens[0], "--listen", &listens[1]], extra].concat();
-    let server = Server::new(&arguments);
+    let pairs = queues.to_string();
+    let server =
+        Server::new(&["--listen", &listens[0], "--listen", &listens[1], "--queues", &pairs]);
     let vdev = |port: usize| {
         let (path, mac) = (paths[port].display(), MACS[port]);
-        format!("net_virtio_user{port},path={path},mac={mac},{options}")
+        format!("net_virtio_user{port},path={path},mac={mac},queues={queues},{options}")
     };
     let peer = |port: usize| format!("--eth-peer={port},{}", MACS[1 - port]);
     let output = std::fs::File::create(folder.join("output")).expect("a file");
@@ -40,6 +41,7 @@ fn go_round(name: &str, options: &str, extra: &[&str], len: u32) -> Option<(Valu
         .args(["--file-prefix", "serve", "--vdev", &vdev(0), "--vdev", &vdev(1), "--", "-i"])
         .args(["--nb-cores=1", "--forward-mode=io", "--total-num-mbufs=4096"])
         .args([peer(0), peer(1), format!("--txpkts={len}")])
+        .args([format!("--rxq={queues}"), format!("--txq={queues}")])
         .env("RUNTIME_DIRECTORY", &folder)
         .stdin(Stdio::piped())
         .stdout(output.try_clone().expect("a copy"))
@@ -113,16 +115,17 @@ fn packets_of_dpdk_go_round_and_none_is_lost() {
             return eprintln!("skipped: {program} is not installed");
         }
     }
-    for (name, options, lens) in [
-        ("plain", "packed_vq=0", &[64, 512, 1514][..]),
-        ("merging", "mrg_rxbuf=1", &[64, 1514]),
-        ("in order", "mrg_rxbuf=0,in_order=1", &[64, 1514]),
-        ("neither", "mrg_rxbuf=0,in_order=0", &[60, 1514]),
-        ("short", "queue_size=64", &[64]),
+    for (name, options, queues, lens) in [
+        ("plain", "packed_vq=0", 1, &[64, 512, 1514][..]),
+        ("merging", "mrg_rxbuf=1", 1, &[64, 1514]),
+        ("in order", "mrg_rxbuf=0,in_order=1", 1, &[64, 1514]),
+        ("neither", "mrg_rxbuf=0,in_order=0", 1, &[60, 1514]),
+        ("short", "queue_size=64", 1, &[64]),
+        ("two pairs", "mrg_rxbuf=1", 2, &[64, 1514]),
     ] {
         for len in lens {
             let what = format!("{name}, {len} bytes");
-            let Some((report, output)) = go_round(name, options, &[], *len) else { return };
+            let Some((report, output)) = go_round(name, options, queues, *len) else { return };
             for port in 0..2 {
                 let (sent, received) =
                     (count(&report, port, "tx_packets"), count(&report, 1 - port, "rx_packets"));
