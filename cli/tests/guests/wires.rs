@@ -9,8 +9,11 @@ fn on_wire(guest: Guest, nic: Nic, address: &str) -> Running {
     guest
 }
 
+/// Makes an end of a bridge, and the network card of its guest.
+type Wire<'a> = &'a dyn Fn(&Folder) -> (String, Nic);
+
 /// Goal: two guests on two wires reach each other, with a transfer both ways whose digests agree.
-fn meet(ends: [&dyn Fn(&Folder) -> (String, Nic); 2], engines: [Engine; 2]) {
+fn meet(ends: [Wire<'_>; 2], engines: [Engine; 2]) {
     let [Some(first), Some(second)] = engines.map(guest) else { return };
     let folder = Folder::new();
     let [(one, one_nic), (other, other_nic)] = ends.map(|end| end(&folder));
