@@ -144,7 +144,7 @@ const REPORTING: &[i32] = &[
     libc::SIGINFO,
 ];
 
-/// Who the server becomes.
+/// Returns the user that the server becomes.
 fn identity(args: &ServeArgs) -> Result<Option<Identity>, Failure> {
     let of_sudo = |name| std::env::var(name).ok();
     let (uid, gid) = (of_sudo("SUDO_UID"), of_sudo("SUDO_GID"));

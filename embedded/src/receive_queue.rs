@@ -92,7 +92,7 @@ impl Shape {
         let Accepted { offloads, ecn } = accepted;
         let header = self.0 & Self::HEADER;
         let both = Self::new(self.offloads() & offloads).0 & !Self::HEADER;
-        // Who completes no checksums any more cuts nothing either.
+        // A receiver that completes no checksums any more cuts nothing either.
         let cannot = self.0 & !both & Self::CHECKSUM != 0;
         let both = if cannot { 0 } else { both };
         let ecn = if ecn || both & (Self::TSO4 | Self::TSO6) == 0 { 0 } else { Self::WITHOUT_ECN };

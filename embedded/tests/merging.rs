@@ -744,7 +744,7 @@ fn constant_identifications_are_merged_if_asked_for() {
     assert_eq!(counts(&mut all(), &packets), [1, 1, 1]);
     let merging = || all().with_constant_ids();
     assert_eq!(counts(&mut merging(), &packets), [3]);
-    // Whoever counted or did not goes on as he began.
+    // A flow whose identifications count goes on counting, and one whose do not goes on so.
     let counted =
         [packets[0].clone(), packets[0].next(), Fields { ident: 1, ..packets[2].clone() }];
     assert_eq!(counts(&mut merging(), &counted), [2, 1]);

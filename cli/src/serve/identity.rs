@@ -28,7 +28,8 @@ pub(super) struct Wish<'a> {
 }
 
 impl Identity {
-    /// Who the server becomes. `None` if it stays who it is: nothing is asked for, or it is that user.
+    /// Returns the user that the server becomes. `None` if it stays the one that it is: nothing is asked
+    /// for, or it is that user.
     pub(super) fn of(wish: Wish<'_>) -> Result<Option<Self>, Failure> {
         let (me, my_group) = (geteuid(), getegid());
         let Wish { user, group, sudo } = wish;

@@ -256,7 +256,7 @@ impl Server {
         while let Some(Ok(request)) = self.requests.as_ref().map(Receiver::try_recv) {
             match request {
                 Request::Report => report(self),
-                // Whoever asked has gone, if this fails.
+                // If this fails, the thread that asked has gone.
                 Request::Figures(answer) => drop(answer.try_send(self.figures())),
             }
         }
@@ -398,7 +398,7 @@ impl Server {
 
     /// Ends every connection and the uplink. The sockets are removed.
     pub(super) fn end(&mut self) -> Result<(), Failure> {
-        // Whoever waits for an answer gets none.
+        // A thread that waits for an answer gets none.
         self.requests = None;
         self.running.iter().for_each(|one| one.ringer.ring());
         let deadline = Instant::now() + END_TIMEOUT;

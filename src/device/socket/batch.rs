@@ -179,7 +179,7 @@ unsafe fn send_singly(socket: &OwnedFd, mut messages: Messages<'_>) -> io::Resul
 
 #[cfg(target_os = "linux")]
 mod imp {
-    use super::*;
+    use crate::device::socket::batch::*;
     use crate::device::socket::sys::FLAGS;
 
     /// The headers of one call.
@@ -253,8 +253,8 @@ mod imp {
 
 #[cfg(target_os = "macos")]
 mod imp {
-    use super::*;
     use crate::device::socket::apple::ManyAtOnce;
+    use crate::device::socket::batch::*;
 
     /// The calls that move many messages, if they are asked for and safe here.
     pub(super) struct Calls(Option<ManyAtOnce>);
@@ -317,7 +317,7 @@ mod imp {
 
 #[cfg(not(any(target_os = "linux", target_os = "macos")))]
 mod imp {
-    use super::*;
+    use crate::device::socket::batch::*;
 
     pub(super) struct Calls;
 

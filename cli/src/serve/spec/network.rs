@@ -8,7 +8,7 @@ use crate::device::VMNET;
 
 /// One `--network`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NetworkSpec(pub(in crate::serve) Spec);
+pub(crate) struct NetworkSpec(pub(crate) Spec);
 
 impl FromStr for NetworkSpec {
     type Err = String;
@@ -39,21 +39,21 @@ impl fmt::Display for NetworkSpec {
 impl NetworkSpec {
     /// Whether it leads to a network outside of this process, which takes privileges to start. The
     /// simulated vmnet is inside.
-    pub(in crate::serve) fn needs_privileges(&self) -> bool {
+    pub(crate) fn needs_privileges(&self) -> bool {
         !matches!(self.0, Spec::Embedded { .. }) && !self.is_simulated()
     }
 
     /// Whether it has a DHCP server of ours.
-    pub(in crate::serve) fn has_dhcp(&self) -> bool {
+    pub(crate) fn has_dhcp(&self) -> bool {
         self.0.has_dhcp()
     }
 
     /// What keeps the guests from what the network promises, as far as it is known.
-    pub(in crate::serve) fn obstacle(&self) -> Option<String> {
+    pub(crate) fn obstacle(&self) -> Option<String> {
         self.0.obstacle()
     }
 
-    pub(in crate::serve) fn is_tap(&self) -> bool {
+    pub(crate) fn is_tap(&self) -> bool {
         #[cfg(target_os = "linux")]
         if matches!(self.0, Spec::Tap { .. }) {
             return true;
@@ -61,12 +61,12 @@ impl NetworkSpec {
         false
     }
 
-    pub(in crate::serve) fn is_simulated(&self) -> bool {
+    pub(crate) fn is_simulated(&self) -> bool {
         matches!(self.0, Spec::Vmnet(_)) && !cfg!(target_os = "macos")
     }
 
     /// Whether the host's end of a TAP is set up, and is put back at the end.
-    pub(in crate::serve) fn changes_host(&self) -> bool {
+    pub(crate) fn changes_host(&self) -> bool {
         #[cfg(target_os = "linux")]
         if matches!(self.0, Spec::Tap { mode: Some(_), .. }) {
             return true;

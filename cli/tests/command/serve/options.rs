@@ -438,7 +438,7 @@ fn root_becomes_somebody_else() {
         assert_eq!(report["sandbox"]["capabilities"]["state"], "none");
         assert!(!path.exists() && !file.exists() && !private.join("vmring/b").exists());
     }
-    // Who could not remove a socket makes none.
+    // A server that could not remove a socket makes none.
     let of_root = scratch("serve user root").join("a.sock");
     std::fs::set_permissions(of_root.parent().expect("a folder"), PermissionsExt::from_mode(0o755))
         .expect("its mode");

@@ -22,7 +22,7 @@ fn the_unit_is_valid() {
         Ok(output) => output,
         Err(error) => return eprintln!("skipped: systemd-analyze: {error}"),
     };
-    // Of the socket, too, which starts the service beside it.
+    // The same holds for the socket, which starts the service beside it.
     let socket = folder.join("vmring-serve@.socket");
     let there = std::fs::read_to_string(UNIT.replace(".service", ".socket")).expect("the unit");
     std::fs::write(&socket, there).expect("a file");
