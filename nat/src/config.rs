@@ -1,0 +1,90 @@
+//! The settings of a translator.
+
+use core::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::limits;
+
+/// What a translator is made with.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct NatConfig {
+    /// The gateway's MAC address, from which guests get their frames.
+    pub gateway_mac: [u8; 6],
+    /// The gateway's address, from which guests get ICMP errors.
+    pub gateway_v4: Ipv4Addr,
+    /// The gateway's address over IPv6.
+    pub gateway_v6: Ipv6Addr,
+    /// What may grow, and how far.
+    pub limits: Limits,
+    /// Whether bytes for guests are always kept in rings of the flows, also where the kernel can keep
+    /// them. For tests.
+    pub rings_only: bool,
+}
+
+impl NatConfig {
+    /// Settings for this gateway, with the default limits.
+    pub fn new(gateway_mac: [u8; 6], gateway_v4: Ipv4Addr, gateway_v6: Ipv6Addr) -> Self {
+        let limits = Limits::default();
+        Self { gateway_mac, gateway_v4, gateway_v6, limits, rings_only: false }
+    }
+}
+
+/// What a guest can make grow, and how far. Each limit holds for the whole network; those of
+/// [`PortLimits`] hold for each port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// The most flows of TCP at a time. Those that only wait for late segments do not count.
+    pub flows: usize,
+    /// The most flows of TCP at a time whose handshake is not complete.
+    pub half_open: usize,
+    /// The most flows that are opened per second. As many can be opened at once.
+    pub new_flows_per_second: u32,
+    /// What the sockets may cost the kernel, in bytes, as far as it is known. Beyond it, new sockets
+    /// get small buffers, and flows offer their guests small windows.
+    pub kernel_memory: u64,
+    /// The most descriptors. The process's own limit (`RLIMIT_NOFILE`) counts too.
+    pub descriptors: usize,
+    /// The limits of each port.
+    pub port: PortLimits,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            flows: limits::TCP_FLOWS,
+            half_open: limits::HALF_OPEN,
+            new_flows_per_second: limits::NEW_FLOWS_PER_SECOND,
+            kernel_memory: limits::KERNEL_MEMORY,
+            descriptors: limits::DESCRIPTORS,
+            port: PortLimits::default(),
+        }
+    }
+}
+
+/// What the guest of one port can make grow, and how far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PortLimits {
+    /// The most flows of TCP at a time.
+    pub flows: usize,
+    /// The most flows of TCP at a time whose handshake is not complete.
+    pub half_open: usize,
+    /// The most flows that are opened per second. As many can be opened at once.
+    pub new_flows_per_second: u32,
+    /// How many frames of the guest wait for the translator at most. The windows of the port's busy
+    /// flows together offer no more. 0 means that there is no such limit.
+    pub inbox_frames: u32,
+}
+
+/// Three quarters of the network's, so that no port can use up everything.
+impl Default for PortLimits {
+    fn default() -> Self {
+        Self {
+            flows: limits::TCP_FLOWS / 4 * 3,
+            half_open: limits::HALF_OPEN / 4 * 3,
+            new_flows_per_second: limits::NEW_FLOWS_PER_SECOND / 4 * 3,
+            inbox_frames: 0,
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! What a translator of one protocol works with, beside its own flows.
+
+use core::net::IpAddr;
+
+use vmring_core::offload::OffloadHeader;
+
+use crate::config::NatConfig;
+use crate::icmp::{self, Reason};
+use crate::output::{Full, Output, Port};
+use crate::packet::{Addresses, Datagram, padded};
+use crate::policy::Policy;
+use crate::ports::Ports;
+use crate::sockets::Sockets;
+use crate::stats::Counter;
+
+/// Sockets, frames, rules and time, borrowed for one call.
+pub(crate) struct Io<'a, S: Sockets> {
+    pub(crate) sockets: &'a mut S,
+    pub(crate) policy: &'a mut dyn Policy,
+    pub(crate) config: &'a NatConfig,
+    pub(crate) ports: &'a mut Ports,
+    /// Memory in which frames are built: [`SCRATCH_LEN`](crate::limits::SCRATCH_LEN) bytes.
+    pub(crate) scratch: &'a mut [u8],
+    pub(crate) out: &'a mut dyn Output,
+    /// In microseconds.
+    pub(crate) now: u64,
+}
+
+impl<S: Sockets> Io<'_, S> {
+    pub(crate) fn count(&mut self, port: Port, counter: Counter) {
+        self.ports.count(port, counter);
+    }
+
+    /// Gives a port a frame that leaves nothing to do. `frame` has space for padding behind `len`
+    /// bytes.
+    pub(crate) fn send_plain(
+        &mut self,
+        port: Port,
+        frame: &mut [u8],
+        len: usize,
+    ) -> Result<(), Full> {
+        let padded = padded(len);
+        frame[len..padded].fill(0);
+        self.send(port, &frame[..padded], &OffloadHeader::NONE)
+    }
+
+    /// Gives a port a frame, and counts it.
+    pub(crate) fn send(
+        &mut self,
+        port: Port,
+        frame: &[u8],
+        header: &OffloadHeader,
+    ) -> Result<(), Full> {
+        let sent = self.out.send(port, frame, header);
+        let counter = if sent.is_ok() { Counter::FramesOut } else { Counter::OutputFull };
+        self.count(port, counter);
+        sent
+    }
+
+    /// Tells a guest by ICMP why its packet goes nowhere, unless the port gets too many errors. An
+    /// error that the port does not take is lost, as on any link.
+    pub(crate) fn send_error(
+        &mut self,
+        port: Port,
+        reason: Reason,
+        to_mac: [u8; 6],
+        cause: &[u8],
+        to: IpAddr,
+    ) {
+        if !self.ports.may_err(port, self.now) {
+            return;
+        }
+        let from = match to {
+            IpAddr::V4(_) => self.config.gateway_v4.into(),
+            IpAddr::V6(_) => self.config.gateway_v6.into(),
+        };
+        let addresses = Addresses { from_mac: self.config.gateway_mac, to_mac, from, to };
+        let mut frame = [0; icmp::ERROR_MAX];
+        let len = icmp::write(reason, &addresses, cause, &mut frame);
+        let _ = self.send_plain(port, &mut frame, len);
+    }
+
+    /// [`send_error`](Self::send_error) about a packet that has just come.
+    pub(crate) fn send_error_about(&mut self, port: Port, reason: Reason, cause: &Datagram<'_>) {
+        self.send_error(port, reason, cause.mac, cause.ip, cause.source);
+    }
+}

@@ -1,0 +1,106 @@
+//! The numbers of this crate that are limits or policy, in one place. Times are in microseconds
+//! unless the type says otherwise.
+
+use core::time::Duration;
+
+use vmring_embedded::limits::MAX_PORTS as NETWORK_PORTS;
+
+// Frames.
+
+/// The most ports that one translator serves: as many as a network has.
+pub const MAX_PORTS: usize = NETWORK_PORTS;
+/// The most frames of a guest that are handled together.
+pub const BATCH: usize = 64;
+/// The most frames that one look at a socket fills.
+pub const FRAMES_AT_ONCE: usize = 64;
+/// The bytes of the memory in which frames for guests are built. At least four of the longest fit.
+pub const SCRATCH_LEN: usize = 4 * 65_600;
+/// How often in a row one flow may fill the scratch memory before others have their turn.
+pub const TURNS: usize = 4;
+/// The most extension headers of an IPv6 packet that are skipped.
+pub const EXTENSION_HEADERS: usize = 4;
+/// The longest IP packet of an ICMP error (RFC 1812, 4.3.2.3).
+pub const ICMP_ERROR_MAX: usize = 576;
+/// The longest IPv6 packet of an ICMP error: the least MTU (RFC 4443, 2.4 c).
+pub const ICMPV6_ERROR_MAX: usize = 1280;
+
+// Limits of a port and of the network. What a guest can make grow is bounded by them.
+
+/// The default of [`Limits::flows`](crate::config::Limits::flows).
+pub const TCP_FLOWS: usize = 2048;
+/// The default of [`Limits::half_open`](crate::config::Limits::half_open).
+pub const HALF_OPEN: usize = 128;
+/// The default of [`Limits::new_flows_per_second`](crate::config::Limits::new_flows_per_second).
+pub const NEW_FLOWS_PER_SECOND: u32 = 1000;
+/// The default of [`Limits::kernel_memory`](crate::config::Limits::kernel_memory): 512 MiB.
+pub const KERNEL_MEMORY: u64 = 512 << 20;
+/// The default of [`Limits::descriptors`](crate::config::Limits::descriptors).
+pub const DESCRIPTORS: usize = 4096;
+/// Descriptors of the process that are left to others.
+pub const DESCRIPTORS_RESERVED: usize = 64;
+/// What an open socket is taken to cost the kernel, in bytes, until more is known.
+pub const SOCKET_CHARGE: u32 = 128 * 1024;
+/// The buffers of a socket that is opened when the kernel's memory is used up, in bytes each way.
+pub const SMALL_SOCKET_BUFFER: u32 = 64 * 1024;
+/// The most flows without a socket that wait for a late segment of the guest.
+pub const TIME_WAIT_FLOWS: usize = 1024;
+/// The most ICMP errors and resets for no flow that one port gets per second.
+pub const ERRORS_PER_SECOND: u32 = 1000;
+
+// Memory of our own.
+
+/// The bytes of a block that holds what the kernel did not take of a batch.
+pub const SPILL_BLOCK: usize = 64 * 1024;
+/// The most of these blocks: 4 MiB.
+pub const SPILL_BLOCKS: usize = 64;
+/// The bytes of a ring that holds what the guest has not acknowledged, where the kernel cannot.
+pub const RING_LEN: usize = 256 * 1024;
+/// The most of these rings: 64 MiB.
+pub const RINGS: usize = 256;
+
+// TCP.
+
+/// The least segment size that is sent to a guest, and the default over IPv4 (RFC 9293, 3.7.1).
+pub const MIN_MSS: u16 = 536;
+/// The segment size over IPv6 of a guest that names none (RFC 9293, 3.7.1).
+pub const DEFAULT_MSS_V6: u16 = 1220;
+/// The shift of the windows that a guest is offered (RFC 7323, 2.2): up to 16 MiB.
+pub const WINDOW_SHIFT: u8 = 8;
+/// The largest shift of a guest (RFC 7323, 2.3).
+pub const MAX_WINDOW_SHIFT: u8 = 14;
+/// No window is taken or offered that is larger, in bytes.
+pub const MAX_WINDOW: u32 = 16 << 20;
+/// How long the host's `connect` may take. The kernel's own limit is 127 s.
+pub const CONNECT_TIMEOUT: u64 = 30_000_000;
+/// How long a segment to a guest may stay without an answer, the first time. A guest's delayed
+/// acknowledgment takes 40 to 200 ms.
+pub const RETRANSMIT_FIRST: u64 = 400_000;
+/// The same for SYN and SYN,ACK (RFC 6298, 2.1).
+pub const HANDSHAKE_FIRST: u64 = 1_000_000;
+/// The longest time between two attempts.
+pub const RETRANSMIT_MAX: u64 = 60_000_000;
+/// How often a segment is sent again before the flow ends (RFC 9293, 3.8.3: R2 is at least 100 s;
+/// this is about 8 minutes).
+pub const RETRANSMITS: u8 = 14;
+/// How often SYN and SYN,ACK are sent again: about a minute.
+pub const HANDSHAKE_RETRANSMITS: u8 = 5;
+/// How many duplicate acknowledgments mean that a segment is lost (RFC 5681, 3.2). Fewer do if
+/// fewer segments are on their way (RFC 5827).
+pub const DUPLICATE_ACKS: u32 = 3;
+/// How soon a flow looks again for what nobody tells it of: a ring for its bytes, or a socket that
+/// takes more than it took when it said that it takes some.
+pub const LOOK_AGAIN: u64 = 10_000;
+/// How soon a frame that a port refused is tried again if nobody says that there is space.
+pub const REFUSED_LOOK: u64 = 100_000;
+/// How long a flow may be silent before its guest is asked whether it still knows it.
+pub const PROBE_AFTER: u64 = 60_000_000;
+/// How long a guest may be silent before its flow ends (RFC 9293, 3.8.4).
+pub const IDLE_TIMEOUT: u64 = 7_200_000_000;
+/// How long a closed flow answers late segments. There is no wire on which they could be late for
+/// long.
+pub const TIME_WAIT: u64 = 1_000_000;
+
+/// A tick of the timer wheel.
+pub const TICK: Duration = Duration::from_micros(1 << TICK_SHIFT);
+/// The tick is 2 to this power, in microseconds: 8 ms.
+pub(crate) const TICK_SHIFT: u32 = 13;

@@ -1,0 +1,240 @@
+//! The translator: frames of guests in, frames for guests out, sockets in between.
+
+use core::fmt;
+use core::net::SocketAddr;
+use core::time::Duration;
+
+use vmring_core::offload::OffloadHeader;
+
+use crate::config::NatConfig;
+use crate::icmp::Reason;
+use crate::io::Io;
+use crate::limits::{BATCH, SCRATCH_LEN};
+use crate::output::{Output, Port};
+use crate::packet::Datagram;
+use crate::policy::{Policy, WorldOnly};
+use crate::ports::Ports;
+use crate::sockets::{Kind, Readiness, Sockets, Token};
+use crate::stats::{Counter, Counters};
+use crate::tcp::{self, Batch, FlowInfo, Tcp};
+
+/// IP's number for TCP.
+const TCP: u8 = 6;
+
+/// A frame of a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestFrame<'f> {
+    /// The frame, from its Ethernet header on.
+    pub bytes: &'f [u8],
+    /// What the guest has left to others. A checksum that it left out is not needed, and a packet that
+    /// it left to be cut is sent as it is.
+    pub header: OffloadHeader,
+}
+
+/// The settings with which a translator decides and limits, and the memory that all flows share.
+struct Shared {
+    policy: Box<dyn Policy + Send>,
+    config: NatConfig,
+    ports: Ports,
+    scratch: Box<[u8]>,
+}
+
+/// Translates the flows of all guests of a network onto sockets of the host.
+///
+/// It makes no system call and reads no clock. Its caller passes the time, which starts anywhere and
+/// never goes back, and tells it of frames, of sockets that are ready, of ports that take frames
+/// again, and of the time that it asked for.
+///
+/// See the [crate](crate) for an example.
+pub struct Nat<S: Sockets> {
+    // The flows first: dropping them closes their sockets, of which `sockets` may keep a list.
+    tcp: Tcp<S::Socket>,
+    sockets: S,
+    shared: Shared,
+}
+
+impl<S: Sockets + fmt::Debug> fmt::Debug for Nat<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (flows, descriptors) = self.tcp.usage();
+        f.debug_struct("Nat")
+            .field("sockets", &self.sockets)
+            .field("tcp_flows", &flows)
+            .field("descriptors", &descriptors)
+            .field("counters", &self.shared.ports.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+fn micros(now: Duration) -> u64 {
+    now.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+impl<S: Sockets> Nat<S> {
+    /// A translator that lets guests into the outside world only ([`WorldOnly`]).
+    pub fn new(config: NatConfig, sockets: S, now: Duration) -> Self {
+        Self::with_policy(config, sockets, Box::new(WorldOnly), now)
+    }
+
+    /// A translator that asks `policy` about each new flow.
+    pub fn with_policy(
+        config: NatConfig,
+        sockets: S,
+        policy: Box<dyn Policy + Send>,
+        now: Duration,
+    ) -> Self {
+        let tcp = Tcp::new(config.limits.flows, sockets.capabilities(), micros(now));
+        let ports = Ports::new(config.limits);
+        let scratch = vec![0; SCRATCH_LEN].into();
+        Self { tcp, sockets, shared: Shared { policy, config, ports, scratch } }
+    }
+
+    /// The flows, and what they need.
+    fn parts<'a>(
+        &'a mut self,
+        now: Duration,
+        out: &'a mut dyn Output,
+    ) -> (&'a mut Tcp<S::Socket>, Io<'a, S>) {
+        let Shared { policy, config, ports, scratch } = &mut self.shared;
+        let sockets = &mut self.sockets;
+        let now = micros(now);
+        let policy = &mut **policy;
+        (&mut self.tcp, Io { sockets, policy, config, ports, scratch, out, now })
+    }
+
+    /// Handles frames that a port's guest has sent to the gateway for others. All frames of a batch
+    /// are used up. Their data is sent in one call for each flow, and acknowledged once.
+    ///
+    /// Up to [`BATCH`] frames are handled together; more are several batches.
+    ///
+    /// # Panics
+    ///
+    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
+    pub fn from_guest(
+        &mut self,
+        port: Port,
+        frames: &[GuestFrame<'_>],
+        now: Duration,
+        out: &mut dyn Output,
+    ) {
+        let (tcp, mut io) = self.parts(now, out);
+        for frames in frames.chunks(BATCH) {
+            io.ports.count_n(port, Counter::Frames, frames.len() as u64);
+            let mut batch = Batch::new();
+            for frame in frames {
+                if let Err(why) = sort(port, frame, &mut batch, &mut io) {
+                    io.count(port, why);
+                }
+            }
+            tcp.handle(&batch, &mut io);
+        }
+    }
+
+    /// Handles a socket that has become ready. A token of a socket that is gone is ignored.
+    pub fn on_ready(
+        &mut self,
+        token: Token,
+        readiness: Readiness,
+        now: Duration,
+        out: &mut dyn Output,
+    ) {
+        let (tcp, mut io) = self.parts(now, out);
+        match token.split() {
+            Some((Kind::Tcp, id)) => tcp.on_ready(id, readiness, &mut io),
+            None => {}
+        }
+    }
+
+    /// Says that a port takes frames again, after it has refused one.
+    pub fn on_space(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
+        let (tcp, mut io) = self.parts(now, out);
+        tcp.on_space(port, &mut io);
+    }
+
+    /// Handles what is due, and returns the time of the next call: at once if it is not later than
+    /// `now`, or none if nothing is to come. Call it after each round of the other calls.
+    pub fn on_time(&mut self, now: Duration, out: &mut dyn Output) -> Option<Duration> {
+        let (tcp, mut io) = self.parts(now, out);
+        tcp.on_time(&mut io);
+        tcp.deadline(io.now).map(Duration::from_micros)
+    }
+
+    /// Gives a guest a connection that a peer has made to the host. The guest gets SYN from `source`,
+    /// which is its peer from then on; `from` is where the socket is connected to. The connection is
+    /// reset if the guest does not answer or refuses it.
+    ///
+    /// # Errors
+    ///
+    /// Why the flow was not opened. The peer got a reset.
+    #[allow(clippy::too_many_arguments)]
+    pub fn accept_tcp(
+        &mut self,
+        socket: S::Socket,
+        from: SocketAddr,
+        port: Port,
+        guest: (SocketAddr, [u8; 6]),
+        source: SocketAddr,
+        now: Duration,
+        out: &mut dyn Output,
+    ) -> Result<(), Counter> {
+        let (tcp, mut io) = self.parts(now, out);
+        tcp.accept(socket, from, tcp::key(port, guest.0, source), guest.1, &mut io)
+    }
+
+    /// Ends the flows of a port that has left the network. Their peers get resets. The port's number
+    /// may be another's afterwards.
+    pub fn port_left(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
+        let (tcp, mut io) = self.parts(now, out);
+        tcp.close(Some(port), false, &mut io);
+        io.ports.forget(port);
+    }
+
+    /// Ends all flows. Guests and peers get resets.
+    pub fn close(&mut self, now: Duration, out: &mut dyn Output) {
+        let (tcp, mut io) = self.parts(now, out);
+        tcp.close(None, true, &mut io);
+    }
+
+    /// What was counted for all ports.
+    pub fn counters(&self) -> Counters {
+        self.shared.ports.counters
+    }
+
+    /// What was counted for one port since it came.
+    pub fn port_counters(&self, port: Port) -> Counters {
+        self.shared.ports.counters_of(port)
+    }
+
+    /// The flows of TCP that are open or being opened, in no particular order.
+    pub fn tcp_flows(&self) -> impl Iterator<Item = FlowInfo> + '_ {
+        self.tcp.infos()
+    }
+
+    /// How many entries the table of flows has, with those that wait for late segments, and how many
+    /// descriptors are open.
+    pub fn usage(&self) -> (usize, usize) {
+        self.tcp.usage()
+    }
+
+    /// The sockets.
+    pub fn sockets(&mut self) -> &mut S {
+        &mut self.sockets
+    }
+}
+
+/// Reads a frame, and puts it where its protocol is translated.
+fn sort<'f, S: Sockets>(
+    port: Port,
+    frame: &GuestFrame<'f>,
+    batch: &mut Batch<'f>,
+    io: &mut Io<'_, S>,
+) -> Result<(), Counter> {
+    let datagram = Datagram::parse(frame.bytes)?;
+    if datagram.hop_limit <= 1 {
+        io.send_error_about(port, Reason::HopLimit, &datagram);
+        return Err(Counter::HopLimit);
+    }
+    match datagram.protocol {
+        TCP => Tcp::<S::Socket>::gather(port, datagram, batch),
+        _ => Err(Counter::Protocol),
+    }
+}

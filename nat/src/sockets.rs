@@ -1,0 +1,272 @@
+//! What the translator needs of the host's sockets.
+//!
+//! The translator makes no system call. It calls a [`Sockets`], which is [`sys::Host`](crate::sys)
+//! in a program, and a model of the kernel in the tests.
+//!
+//! # Readiness
+//!
+//! A socket has one [`Token`] from its beginning to its end. What becomes ready is told once
+//! ("edge-triggered"): when a connection is made or fails, when bytes arrive, when the peer closes
+//! or resets. A translator that does not read them is not told again until more arrive, so it
+//! remembers. Nothing is told again and again while a guest does not read (which would be a busy
+//! loop).
+//!
+//! That a socket takes bytes again is told after
+//! [`arm_writable`](Sockets::arm_writable), and once for each call.
+
+use core::fmt;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+
+use crate::table::FlowId;
+
+/// What a socket belongs to. It is chosen by the translator, and comes back with each
+/// [`Readiness`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub u64);
+
+/// The kinds of things that have a [`Token`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A flow of TCP.
+    Tcp = 1,
+}
+
+impl Token {
+    pub(crate) fn new(kind: Kind, id: FlowId) -> Self {
+        Self((kind as u64) << 56 | u64::from(id.generation) << 32 | u64::from(id.index))
+    }
+
+    /// What the token names, unless it is none of this crate's.
+    pub(crate) fn split(self) -> Option<(Kind, FlowId)> {
+        let kind = match self.0 >> 56 {
+            1 => Kind::Tcp,
+            _ => return None,
+        };
+        let generation = (self.0 >> 32) as u32 & 0xff_ffff;
+        Some((kind, FlowId { index: self.0 as u32, generation }))
+    }
+}
+
+/// What has become of a socket. It is a hint: each field may be true without a reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// There are bytes to read, or the end of the stream.
+    pub readable: bool,
+    /// The socket takes bytes, or the attempt to connect has ended.
+    pub writable: bool,
+    /// The peer sends no more.
+    pub closed: bool,
+    /// There is an error to ask for.
+    pub failed: bool,
+}
+
+/// Why a call failed, as far as a translator acts on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SocketError {
+    /// Not now. Not a failure.
+    WouldBlock,
+    /// The peer refused the connection.
+    Refused,
+    /// The peer has reset the connection, or this side has.
+    Reset,
+    /// There is no route to the network.
+    NetworkUnreachable,
+    /// There is no way to the host.
+    HostUnreachable,
+    /// Nobody answered.
+    TimedOut,
+    /// The host's rules forbid it.
+    Denied,
+    /// The process or the system has no descriptor left.
+    NoDescriptor,
+    /// The kernel has no memory for it.
+    NoMemory,
+    /// No port is left to connect from, or the one that is asked for is in use.
+    NoPort,
+    /// Another error, with its number.
+    Other(i32),
+}
+
+impl From<io::Error> for SocketError {
+    fn from(error: io::Error) -> Self {
+        use io::ErrorKind as E;
+        match error.kind() {
+            E::WouldBlock => Self::WouldBlock,
+            E::ConnectionRefused => Self::Refused,
+            E::ConnectionReset | E::ConnectionAborted | E::BrokenPipe | E::NotConnected => {
+                Self::Reset
+            }
+            E::NetworkUnreachable | E::NetworkDown => Self::NetworkUnreachable,
+            E::HostUnreachable => Self::HostUnreachable,
+            E::TimedOut => Self::TimedOut,
+            E::PermissionDenied => Self::Denied,
+            E::AddrNotAvailable | E::AddrInUse => Self::NoPort,
+            E::OutOfMemory => Self::NoMemory,
+            _ => match error.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE) => Self::NoDescriptor,
+                Some(libc::ENOBUFS) => Self::NoMemory,
+                Some(libc::EHOSTDOWN) => Self::HostUnreachable,
+                Some(number) => Self::Other(number),
+                None => Self::Other(0),
+            },
+        }
+    }
+}
+
+/// What a host's sockets can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// `SO_PEEK_OFF` works for TCP over IPv4: [`Sockets::set_peek_offset`].
+    pub peek_offset_v4: bool,
+    /// `SO_PEEK_OFF` works for TCP over IPv6.
+    pub peek_offset_v6: bool,
+    /// How many descriptors a translator may open.
+    pub descriptors: usize,
+}
+
+/// What a new connection is to be like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConnectOptions {
+    /// The differentiated services of its packets, 6 bits.
+    pub dscp: u8,
+    /// The size of its buffers each way, in bytes. `None` leaves it to the kernel, which fits them to
+    /// the connection.
+    pub buffers: Option<u32>,
+}
+
+/// How much a socket takes, and what it costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SendSpace {
+    /// The bytes that the socket takes now, about.
+    pub free: u32,
+    /// The bytes that it takes when nothing waits in it, about. It may grow.
+    pub capacity: u32,
+    /// What it may cost the kernel, in bytes, both ways.
+    pub charge: u32,
+}
+
+/// A host's sockets. No call waits.
+///
+/// Dropping a `Socket` closes it: what was sent still goes out. If bytes are unread, the peer gets a
+/// reset.
+pub trait Sockets {
+    /// An open socket.
+    type Socket: fmt::Debug;
+
+    /// What these sockets can do. It does not change.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Begins a TCP connection. The connection is made, or has failed, when `writable` or `failed`
+    /// is told; then ask [`take_error`](Self::take_error).
+    ///
+    /// The socket sends at once what it is given (`TCP_NODELAY`), keeps itself alive
+    /// (`SO_KEEPALIVE`), and takes urgent bytes for data (`SO_OOBINLINE`), so that it counts bytes as
+    /// the guest does.
+    ///
+    /// # Errors
+    ///
+    /// If it fails at once.
+    fn connect_tcp(
+        &mut self,
+        to: SocketAddr,
+        options: &ConnectOptions,
+        token: Token,
+    ) -> Result<Self::Socket, SocketError>;
+
+    /// Takes a connection that a listener has accepted: prepares it as
+    /// [`connect_tcp`](Self::connect_tcp) does, and tells of it by `token` from now on.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn adopt_tcp(&mut self, socket: &Self::Socket, token: Token) -> Result<(), SocketError>;
+
+    /// Whether a connection is made. [`WouldBlock`](SocketError::WouldBlock) if that is not known
+    /// yet; another error ends the socket, and may be told only once.
+    ///
+    /// # Errors
+    ///
+    /// What has happened to the socket since it was asked last.
+    fn take_error(&mut self, socket: &Self::Socket) -> Result<(), SocketError>;
+
+    /// Sets where the next [`peek`](Self::peek) begins: so many bytes behind the oldest that was not
+    /// discarded (`SO_PEEK_OFF`). A peek moves this place forward and a discard moves it back, so that
+    /// it stays at the same byte of the stream.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn set_peek_offset(&mut self, socket: &Self::Socket, offset: u32) -> Result<(), SocketError>;
+
+    /// Copies received bytes from the peek offset on, and keeps them in the socket. Returns how many
+    /// these are: fewer than asked for if there are no more now, and 0 at the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`](SocketError::WouldBlock) if there are none now.
+    /// [`Reset`](SocketError::Reset), once: later calls return 0, as at the end of the stream.
+    fn peek(
+        &mut self,
+        socket: &Self::Socket,
+        into: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, SocketError>;
+
+    /// Takes received bytes that were peeked out of the socket, without a copy (`MSG_TRUNC`).
+    ///
+    /// # Errors
+    ///
+    /// If the socket does not have that many.
+    fn discard(&mut self, socket: &Self::Socket, len: u32) -> Result<(), SocketError>;
+
+    /// Copies received bytes and takes them out of the socket. Returns how many these are, as
+    /// [`peek`](Self::peek) does.
+    ///
+    /// # Errors
+    ///
+    /// As for `peek`.
+    fn receive(
+        &mut self,
+        socket: &Self::Socket,
+        into: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, SocketError>;
+
+    /// Sends bytes, as many as the socket takes now, and returns how many these are.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`](SocketError::WouldBlock) if it takes none now.
+    fn send(&mut self, socket: &Self::Socket, from: &[IoSlice<'_>]) -> Result<usize, SocketError>;
+
+    /// Ends what this side sends. What was sent before still goes out.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is gone.
+    fn shutdown(&mut self, socket: &Self::Socket) -> Result<(), SocketError>;
+
+    /// Closes the socket with a reset (`SO_LINGER` of 0 s).
+    fn reset(&mut self, socket: Self::Socket);
+
+    /// How much the socket takes now.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn send_space(&mut self, socket: &Self::Socket) -> Result<SendSpace, SocketError>;
+
+    /// Asks to be told, once, when the socket takes bytes: at once if it does now.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn arm_writable(&mut self, socket: &Self::Socket, token: Token) -> Result<(), SocketError>;
+
+    /// The address that the socket has on the host.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn local_address(&mut self, socket: &Self::Socket) -> Result<SocketAddr, SocketError>;
+}

@@ -1,0 +1,181 @@
+//! What becomes of what guests send, counted by reason.
+//!
+//! Nothing is logged per packet. Everything that is refused or lost has a counter here, for the
+//! whole network and for each port.
+
+use core::fmt;
+use core::ops::{Index, IndexMut};
+
+macro_rules! counters {
+    ($($(#[$meta:meta])* $name:ident,)*) => {
+        /// What is counted.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Counter {
+            $($(#[$meta])* $name,)*
+        }
+
+        impl Counter {
+            /// All of them.
+            pub const ALL: &[Counter] = &[$(Counter::$name,)*];
+        }
+    };
+}
+
+counters! {
+    // What works.
+    /// Frames of guests that were handled.
+    Frames,
+    /// Frames that were given to guests.
+    FramesOut,
+    /// TCP flows that were opened, in both directions.
+    TcpOpened,
+    /// TCP flows whose handshake with the guest was completed.
+    TcpEstablished,
+    /// Bytes of TCP that the host's sockets have taken.
+    TcpBytesSent,
+    /// Bytes of TCP that guests have acknowledged.
+    TcpBytesReceived,
+
+    // Frames of guests that cannot be read.
+    /// The frame is not IPv4 or IPv6.
+    NotIp,
+    /// A header is cut short, or has a wrong length, version or checksum.
+    Malformed,
+    /// An IP fragment. They are not put together.
+    Fragment,
+    /// A transport protocol that is not translated.
+    Protocol,
+    /// The packet's hop limit was used up. The guest was told.
+    HopLimit,
+    /// TCP flags that no stack sends together, or a port of 0.
+    TcpFlags,
+    /// A segment whose sequence numbers are not the flow's.
+    TcpSequence,
+
+    // What is refused.
+    /// The source address is no guest's: loopback, multicast, broadcast or unspecified.
+    BadSource,
+    /// The destination is a loopback address.
+    DeniedLoopback,
+    /// The destination is unspecified, or in 0.0.0.0/8.
+    DeniedUnspecified,
+    /// The destination is link-local. The metadata services of clouds are.
+    DeniedLinkLocal,
+    /// The destination is multicast or broadcast.
+    DeniedMulticast,
+    /// The destination is in a reserved range.
+    DeniedReserved,
+    /// The destination is IPv4 in the form of IPv6: mapped, or translated by a well-known prefix.
+    DeniedMapped,
+    /// The destination was denied by a rule.
+    DeniedByRule,
+    /// The network's or the port's table of flows is full.
+    FlowLimit,
+    /// Too many flows of the port or the network are half open.
+    HalfOpenLimit,
+    /// The port or the network opens flows too fast.
+    NewFlowLimit,
+    /// The translator has used up its descriptors.
+    DescriptorLimit,
+    /// A segment belongs to no flow. The guest got a reset.
+    NoFlow,
+    /// An ICMP error or a reset was not sent, because the port gets too many.
+    ErrorLimit,
+
+    // What the host refused.
+    /// The peer refused the connection. The guest got a reset.
+    ConnectRefused,
+    /// The destination cannot be reached. The guest got an ICMP error.
+    ConnectUnreachable,
+    /// The peer did not answer in time. The guest got an ICMP error.
+    ConnectTimedOut,
+    /// The host's rules forbid the connection. The guest got an ICMP error.
+    ConnectDenied,
+    /// The process has no descriptor left. The guest got an ICMP error.
+    NoDescriptor,
+    /// The kernel has no memory left for sockets.
+    NoMemory,
+    /// The host has no port left to connect from. The guest got an ICMP error.
+    NoPort,
+    /// A call failed in another way.
+    OtherError,
+
+    // How flows end, apart from both sides closing.
+    /// The guest has reset a flow.
+    GuestReset,
+    /// The peer has reset a flow.
+    WorldReset,
+    /// A guest has not answered a handshake, or not acknowledged for too long.
+    GuestSilent,
+    /// A flow was idle for too long.
+    IdleTimeout,
+    /// The guest has begun anew with the addresses and ports of a flow.
+    Restarted,
+    /// A flow ended because its port has left.
+    PortGone,
+
+    // What is repeated, lost or made smaller.
+    /// Data was sent to a guest again because of duplicate acknowledgments.
+    FastRetransmit,
+    /// Data was sent to a guest again because it was not acknowledged in time.
+    TimeoutRetransmit,
+    /// Data was sent to a guest again because it closed or shrank its window.
+    WindowRewind,
+    /// A guest with a closed window was asked whether it is still closed.
+    WindowProbe,
+    /// A silent guest was asked whether it still knows a flow.
+    KeepAlive,
+    /// A port did not take a frame. It is sent later.
+    OutputFull,
+    /// Bytes that the kernel did not take were kept until it does.
+    Spilled,
+    /// Bytes that neither the kernel nor the spill took. The guest sends them again.
+    SpillFull,
+    /// All rings for data to guests are in use.
+    RingsUsedUp,
+    /// A socket got small buffers, because the kernel's memory for sockets is used up.
+    SmallBuffers,
+}
+
+/// The value of each [`Counter`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Counters([u64; Counter::ALL.len()]);
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self([0; Counter::ALL.len()])
+    }
+}
+
+impl Counters {
+    /// Adds to a counter. It stays at the largest number instead of starting again.
+    pub(crate) fn add(&mut self, counter: Counter, n: u64) {
+        let value = &mut self.0[counter as usize];
+        *value = value.saturating_add(n);
+    }
+
+    /// Each counter with its value.
+    pub fn iter(&self) -> impl Iterator<Item = (Counter, u64)> + '_ {
+        Counter::ALL.iter().map(|&counter| (counter, self[counter]))
+    }
+}
+
+impl Index<Counter> for Counters {
+    type Output = u64;
+    fn index(&self, counter: Counter) -> &u64 {
+        &self.0[counter as usize]
+    }
+}
+
+impl IndexMut<Counter> for Counters {
+    fn index_mut(&mut self, counter: Counter) -> &mut u64 {
+        &mut self.0[counter as usize]
+    }
+}
+
+impl fmt::Debug for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter().filter(|&(_, value)| value > 0)).finish()
+    }
+}

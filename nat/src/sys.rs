@@ -1,0 +1,166 @@
+//! The host's sockets: [`Host`].
+//!
+//! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
+//! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
+//! other way.
+
+#[cfg(target_os = "linux")]
+mod epoll;
+#[cfg(not(target_os = "linux"))]
+mod kqueue;
+mod socket;
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::limits::DESCRIPTORS_RESERVED;
+use crate::sockets::{Capabilities, ConnectOptions, SendSpace, SocketError, Sockets, Token};
+
+#[cfg(target_os = "linux")]
+pub use epoll::Events;
+#[cfg(target_os = "linux")]
+use epoll::Poll;
+#[cfg(not(target_os = "linux"))]
+pub use kqueue::Events;
+#[cfg(not(target_os = "linux"))]
+use kqueue::Poll;
+
+/// The sockets of this process, and the queue of what is ready.
+#[derive(Debug)]
+pub struct Host {
+    poll: Arc<Poll>,
+    capabilities: Capabilities,
+}
+
+impl Host {
+    /// Finds out what the system can do.
+    ///
+    /// # Errors
+    ///
+    /// If the system has no descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let descriptors = socket::descriptor_limit()?.saturating_sub(DESCRIPTORS_RESERVED);
+        let capabilities = Capabilities {
+            peek_offset_v4: socket::has_peek_offset((Ipv4Addr::LOCALHOST, 0).into()),
+            peek_offset_v6: socket::has_peek_offset((Ipv6Addr::LOCALHOST, 0).into()),
+            descriptors,
+        };
+        Ok(Self { poll: Arc::new(Poll::new()?), capabilities })
+    }
+
+    /// Waits until a socket is ready, [`Waker::wake`] is called, a signal comes or the time is over;
+    /// with `None` there is no such time. `events` has what is ready afterwards.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub fn wait(&mut self, timeout: Option<Duration>, events: &mut Events) -> io::Result<()> {
+        self.poll.wait(timeout, events)
+    }
+
+    /// A handle that ends [`wait`](Self::wait) from any thread.
+    pub fn waker(&self) -> Waker {
+        Waker { poll: Arc::clone(&self.poll) }
+    }
+}
+
+/// Ends [`Host::wait`], the one that is under way or the next.
+#[derive(Clone, Debug)]
+pub struct Waker {
+    poll: Arc<Poll>,
+}
+
+impl Waker {
+    /// Ends the wait.
+    pub fn wake(&self) {
+        self.poll.wake();
+    }
+}
+
+impl Sockets for Host {
+    type Socket = OwnedFd;
+
+    fn capabilities(&self) -> Capabilities {
+        self.capabilities
+    }
+
+    fn connect_tcp(
+        &mut self,
+        to: SocketAddr,
+        options: &ConnectOptions,
+        token: Token,
+    ) -> Result<OwnedFd, SocketError> {
+        let socket = socket::tcp(to.is_ipv4())?;
+        socket::prepare(socket.as_fd())?;
+        if let Some(len) = options.buffers {
+            socket::set_buffers(socket.as_fd(), len)?;
+        }
+        socket::set_dscp(socket.as_fd(), to.is_ipv4(), options.dscp);
+        socket::connect(socket.as_fd(), to)?;
+        // Not before: a socket that is not connecting is told of as closed.
+        self.poll.add(socket.as_fd(), token)?;
+        Ok(socket)
+    }
+
+    fn adopt_tcp(&mut self, socket: &OwnedFd, token: Token) -> Result<(), SocketError> {
+        socket::prepare(socket.as_fd())?;
+        self.poll.add(socket.as_fd(), token)?;
+        Ok(())
+    }
+
+    fn take_error(&mut self, socket: &OwnedFd) -> Result<(), SocketError> {
+        Ok(socket::take_error(socket.as_fd())?)
+    }
+
+    fn set_peek_offset(&mut self, socket: &OwnedFd, offset: u32) -> Result<(), SocketError> {
+        Ok(socket::set_peek_offset(socket.as_fd(), offset)?)
+    }
+
+    fn peek(
+        &mut self,
+        socket: &OwnedFd,
+        into: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, SocketError> {
+        Ok(socket::receive(socket.as_fd(), into, libc::MSG_PEEK)?)
+    }
+
+    fn discard(&mut self, socket: &OwnedFd, len: u32) -> Result<(), SocketError> {
+        Ok(socket::discard(socket.as_fd(), len as usize)?)
+    }
+
+    fn receive(
+        &mut self,
+        socket: &OwnedFd,
+        into: &mut [IoSliceMut<'_>],
+    ) -> Result<usize, SocketError> {
+        Ok(socket::receive(socket.as_fd(), into, 0)?)
+    }
+
+    fn send(&mut self, socket: &OwnedFd, from: &[IoSlice<'_>]) -> Result<usize, SocketError> {
+        Ok(socket::send(socket.as_fd(), from)?)
+    }
+
+    fn shutdown(&mut self, socket: &OwnedFd) -> Result<(), SocketError> {
+        Ok(socket::shutdown(socket.as_fd())?)
+    }
+
+    fn reset(&mut self, socket: OwnedFd) {
+        // If the system refuses, the socket is closed without a reset.
+        let _ = socket::set_linger_zero(socket.as_fd());
+    }
+
+    fn send_space(&mut self, socket: &OwnedFd) -> Result<SendSpace, SocketError> {
+        Ok(socket::send_space(socket.as_fd())?)
+    }
+
+    fn arm_writable(&mut self, socket: &OwnedFd, token: Token) -> Result<(), SocketError> {
+        Ok(self.poll.arm_writable(socket.as_fd(), token)?)
+    }
+
+    fn local_address(&mut self, socket: &OwnedFd) -> Result<SocketAddr, SocketError> {
+        Ok(socket::local_address(socket.as_fd())?)
+    }
+}

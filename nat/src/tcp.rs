@@ -1,0 +1,545 @@
+//! TCP: each connection of a guest is one flow, and each flow one socket of the host.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `flow.rs` | the state of a flow, and how it ends |
+//! | `open.rs` | how it begins, in both directions |
+//! | `from_guest.rs` | segments of the guest: sequence, acknowledgments, windows, data to the socket |
+//! | `to_guest.rs` | data, FIN, acknowledgments and probes to the guest; readiness and time |
+//! | `segment.rs` | the TCP header, read and written |
+//! | `memory.rs` | what the flows share |
+//!
+//! Here are the table of flows, the batch, and the lists of flows that wait for a time, for a port or
+//! for their turn.
+
+mod flow;
+mod from_guest;
+mod memory;
+mod open;
+mod segment;
+mod to_guest;
+
+use core::net::SocketAddr;
+use std::collections::VecDeque;
+
+use crate::icmp::Reason;
+use crate::io::Io;
+use crate::limits::{BATCH, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS};
+use crate::output::Port;
+use crate::packet::Datagram;
+use crate::policy::{Protocol, Request, Verdict, is_source};
+use crate::sockets::{Capabilities, ConnectOptions, Kind, Readiness, Sockets, Token};
+use crate::stats::Counter;
+use crate::table::{FlowId, Table};
+use crate::wheel::Wheel;
+
+use flow::{Ending, Flow, Phase};
+use from_guest::{Run, Taken, reset_unknown};
+use memory::Memory;
+use segment::{Key, Segment};
+
+/// The end of a chain of segments.
+const NONE: u8 = u8::MAX;
+
+/// What can be known about a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FlowInfo {
+    /// The guest's port on the network.
+    pub port: Port,
+    /// The guest's address.
+    pub guest: SocketAddr,
+    /// The peer's address, as the guest sees it.
+    pub remote: SocketAddr,
+    /// Where the host's socket is connected to, or from.
+    pub to: SocketAddr,
+    /// Whether the handshake is complete.
+    pub established: bool,
+}
+
+/// The flows of TCP.
+#[derive(Debug)]
+pub(crate) struct Tcp<T> {
+    flows: Table<Flow<T>>,
+    wheel: Wheel,
+    memory: Memory,
+    /// Flows that have more to do when others have had their turn.
+    ready: VecDeque<FlowId>,
+    /// For each port, the flows that wait until it takes frames.
+    waiting: Vec<VecDeque<FlowId>>,
+    /// How many flows have no socket.
+    lingering: usize,
+}
+
+/// The segments of one batch. Those of one flow are a chain, in order.
+pub(crate) struct Batch<'f> {
+    segments: [Option<Segment<'f>>; BATCH],
+    next: [u8; BATCH],
+    /// The first and the last segment of each chain.
+    chains: [(u8, u8); BATCH],
+    len: usize,
+    chain_count: usize,
+}
+
+impl<'f> Batch<'f> {
+    pub(crate) fn new() -> Self {
+        Self {
+            segments: [None; BATCH],
+            next: [NONE; BATCH],
+            chains: [(NONE, NONE); BATCH],
+            len: 0,
+            chain_count: 0,
+        }
+    }
+
+    /// Adds a segment. There are at most [`BATCH`].
+    fn add(&mut self, segment: Segment<'f>) {
+        let index = self.len as u8;
+        let chains = &mut self.chains[..self.chain_count];
+        // The last chain first: mostly there is one.
+        let chain = chains.iter_mut().rev().find(|(first, _)| {
+            self.segments[usize::from(*first)].is_some_and(|other| other.key == segment.key)
+        });
+        match chain {
+            Some((_, last)) => {
+                self.next[usize::from(*last)] = index;
+                *last = index;
+            }
+            None => {
+                self.chains[self.chain_count] = (index, index);
+                self.chain_count += 1;
+            }
+        }
+        self.segments[self.len] = Some(segment);
+        self.len += 1;
+    }
+}
+
+impl<T> Tcp<T> {
+    pub(crate) fn new(flows: usize, capabilities: Capabilities, now: u64) -> Self {
+        Self {
+            flows: Table::new(flows + TIME_WAIT_FLOWS),
+            wheel: Wheel::new(now),
+            memory: Memory::new(capabilities),
+            ready: VecDeque::new(),
+            waiting: Vec::new(),
+            lingering: 0,
+        }
+    }
+
+    /// What is known about each flow.
+    pub(crate) fn infos(&self) -> impl Iterator<Item = FlowInfo> + '_ {
+        self.flows.iter().filter(|flow| flow.counts()).map(|flow| FlowInfo {
+            port: flow.key.port,
+            guest: flow.key.guest,
+            remote: flow.key.remote,
+            to: flow.to,
+            established: flow.phase == Phase::Open,
+        })
+    }
+
+    /// How many entries the table has, and how many descriptors are open.
+    pub(crate) fn usage(&self) -> (usize, usize) {
+        (self.flows.len(), self.memory.descriptors)
+    }
+
+    /// Puts a packet into the batch.
+    ///
+    /// # Errors
+    ///
+    /// Why the packet is no segment.
+    pub(crate) fn gather<'f>(
+        port: Port,
+        datagram: Datagram<'f>,
+        batch: &mut Batch<'f>,
+    ) -> Result<(), Counter> {
+        if !is_source(datagram.source) {
+            return Err(Counter::BadSource);
+        }
+        batch.add(Segment::parse(port, datagram)?);
+        Ok(())
+    }
+
+    /// Handles a batch.
+    pub(crate) fn handle<S: Sockets<Socket = T>>(&mut self, batch: &Batch<'_>, io: &mut Io<'_, S>) {
+        for &(first, _) in &batch.chains[..batch.chain_count] {
+            self.handle_chain(batch, first, io);
+        }
+    }
+
+    /// Handles the segments of one flow, and of those that follow it with the same addresses and
+    /// ports.
+    fn handle_chain<S: Sockets<Socket = T>>(
+        &mut self,
+        batch: &Batch<'_>,
+        first: u8,
+        io: &mut Io<'_, S>,
+    ) {
+        let chain = || {
+            let mut next = first;
+            std::iter::from_fn(move || {
+                let index = usize::from(next);
+                let segment = batch.segments.get(index)?.as_ref()?;
+                next = batch.next[index];
+                Some((index, segment))
+            })
+        };
+        let mut run = Run::new();
+        let mut early = 0u64;
+        let mut current = None;
+        for (index, segment) in chain() {
+            let id = current.or_else(|| self.flows.find(&segment.key));
+            let taken = id.map(|id| {
+                let taken =
+                    self.with(id, io, |flow, io, memory| flow.take(segment, &mut run, io, memory));
+                (id, taken)
+            });
+            match taken {
+                Some((id, Some(Taken::Done))) => {
+                    current = self.flows.get_mut(id).is_some().then_some(id);
+                    if current.is_none() {
+                        (run, early) = (Run::new(), 0);
+                    }
+                }
+                Some((id, Some(Taken::Early))) => {
+                    current = Some(id);
+                    early |= 1 << index;
+                }
+                Some((id, Some(Taken::Replaces))) => {
+                    // What came before belongs to the flow that ends.
+                    self.with(id, io, |flow, io, memory| {
+                        flow.finish(&run, io, memory);
+                        if flow.phase != Phase::TimeWait && flow.phase != Phase::Closed {
+                            io.count(flow.key.port, Counter::Restarted);
+                            flow.end_socket(io, memory, Ending::Reset);
+                        }
+                        flow.phase = Phase::Closed;
+                    });
+                    (run, early) = (Run::new(), 0);
+                    current = self.open(segment, io);
+                }
+                Some((_, None)) | None => {
+                    current = None;
+                    if segment.flags.syn && !segment.flags.ack {
+                        current = self.open(segment, io);
+                    } else {
+                        reset_unknown(segment, io);
+                    }
+                }
+            }
+        }
+        let Some(id) = current else { return };
+        self.with(id, io, |flow, io, memory| {
+            // Segments whose predecessors came later. Each round takes one at least.
+            let mut progress = early != 0;
+            while progress && flow.phase == Phase::Open {
+                progress = false;
+                for (index, segment) in chain() {
+                    if early & 1 << index != 0
+                        && flow.take(segment, &mut run, io, memory) != Taken::Early
+                    {
+                        early &= !(1 << index);
+                        progress = early != 0;
+                    }
+                }
+            }
+            flow.finish(&run, io, memory);
+        });
+    }
+
+    /// Opens a flow for a guest's SYN, if everybody agrees.
+    fn open<S: Sockets<Socket = T>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, S>,
+    ) -> Option<FlowId> {
+        let key = segment.key;
+        let (port, source, destination) = (key.port, key.guest, key.remote);
+        let request = Request { port, protocol: Protocol::Tcp, source, destination };
+        let to = match io.policy.decide(&request) {
+            Verdict::Allow { to } => to,
+            Verdict::Deny(why) => {
+                io.count(port, why);
+                io.send_error_about(port, Reason::Prohibited, &segment.datagram);
+                return None;
+            }
+        };
+        // A SYN beyond a limit is dropped. The guest sends it again.
+        if let Err(why) = self.may_open(port, io) {
+            io.count(port, why);
+            return None;
+        }
+        let options = self.connect_options(port, segment.datagram.dscp, io);
+        let token = Token::new(Kind::Tcp, self.flows.next_id());
+        let socket = match io.sockets.connect_tcp(to, &options, token) {
+            Ok(socket) => socket,
+            Err(error) => {
+                let (counter, reason) = open::refusal(error);
+                io.count(port, counter);
+                match reason {
+                    Some(reason) => io.send_error_about(port, reason, &segment.datagram),
+                    None => reset_unknown(segment, io),
+                }
+                return None;
+            }
+        };
+        let place = Flow::<T>::place_for(to, &self.memory, io.config.rings_only);
+        let flow = Flow::connecting(segment, to, (socket, token), place, io, &mut self.memory);
+        self.insert(flow, io)
+    }
+
+    /// Opens a flow for a peer that has connected to the host: the guest gets SYN from `remote`, which
+    /// is where the guest's answers go.
+    ///
+    /// # Errors
+    ///
+    /// Why not. The peer gets a reset.
+    pub(crate) fn accept<S: Sockets<Socket = T>>(
+        &mut self,
+        socket: T,
+        from: SocketAddr,
+        key: Key,
+        mac: [u8; 6],
+        io: &mut Io<'_, S>,
+    ) -> Result<(), Counter> {
+        let refused = match self.flows.find(&key) {
+            Some(_) => Err(Counter::NoPort),
+            None => self.may_open(key.port, io),
+        };
+        let token = Token::new(Kind::Tcp, self.flows.next_id());
+        let adopted = refused.and_then(|()| {
+            io.sockets.adopt_tcp(&socket, token).map_err(|error| open::refusal(error).0)
+        });
+        if let Err(why) = adopted {
+            io.count(key.port, why);
+            io.sockets.reset(socket);
+            return Err(why);
+        }
+        let place = Flow::<T>::place_for(from, &self.memory, io.config.rings_only);
+        let flow = Flow::accepted(key, from, mac, (socket, token), place, io, &mut self.memory);
+        if let Some(id) = self.insert(flow, io) {
+            self.with(id, io, |flow, io, memory| flow.finish(&Run::new(), io, memory));
+        }
+        Ok(())
+    }
+
+    fn may_open<S: Sockets<Socket = T>>(
+        &mut self,
+        port: Port,
+        io: &mut Io<'_, S>,
+    ) -> Result<(), Counter> {
+        let limit = io.config.limits.descriptors.min(self.memory.capabilities.descriptors);
+        if self.memory.descriptors >= limit {
+            return Err(Counter::DescriptorLimit);
+        }
+        if self.flows.is_full() {
+            return Err(Counter::FlowLimit);
+        }
+        io.ports.may_open(port, io.now)
+    }
+
+    fn connect_options<S: Sockets<Socket = T>>(
+        &self,
+        port: Port,
+        dscp: u8,
+        io: &mut Io<'_, S>,
+    ) -> ConnectOptions {
+        let small = self.memory.kernel > io.config.limits.kernel_memory;
+        if small {
+            io.count(port, Counter::SmallBuffers);
+        }
+        ConnectOptions { dscp, buffers: small.then_some(SMALL_SOCKET_BUFFER) }
+    }
+
+    /// Adds a flow. There is space for it.
+    fn insert<S: Sockets<Socket = T>>(
+        &mut self,
+        flow: Flow<T>,
+        io: &mut Io<'_, S>,
+    ) -> Option<FlowId> {
+        let port = flow.key.port;
+        io.count(port, Counter::TcpOpened);
+        let id = self.flows.insert(flow).ok()?;
+        self.wheel.grow(self.flows.places());
+        let state = io.ports.get(port);
+        (state.flows, state.half_open) = (state.flows + 1, state.half_open + 1);
+        let flows = state.flows;
+        (io.ports.flows, io.ports.half_open) = (io.ports.flows + 1, io.ports.half_open + 1);
+        // So that the lists do not grow while packets pass.
+        let index = port.0 as usize;
+        if index >= self.waiting.len() {
+            self.waiting.resize_with(index + 1, VecDeque::new);
+        }
+        let lingering = TIME_WAIT_FLOWS.min(self.lingering);
+        reserve(&mut self.waiting[index], flows + lingering);
+        reserve(&mut self.ready, self.flows.len());
+        self.settle(id, (false, false), io);
+        Some(id)
+    }
+
+    /// Calls `f` with a flow, and then brings what depends on the flow in line with it.
+    fn with<S: Sockets<Socket = T>, R>(
+        &mut self,
+        id: FlowId,
+        io: &mut Io<'_, S>,
+        f: impl FnOnce(&mut Flow<T>, &mut Io<'_, S>, &mut Memory) -> R,
+    ) -> Option<R> {
+        let flow = self.flows.get_mut(id)?;
+        let before = (flow.counts(), flow.is_half_open());
+        let result = f(flow, io, &mut self.memory);
+        let after = (flow.counts(), flow.is_half_open());
+        if before != after {
+            self.account(id, before, after, io);
+        }
+        self.settle(id, after, io);
+        Some(result)
+    }
+
+    /// Counts a flow that has moved on.
+    fn account<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        before: (bool, bool),
+        after: (bool, bool),
+        io: &mut Io<'_, S>,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let less = (usize::from(before.0 && !after.0), usize::from(before.1 && !after.1));
+        let state = io.ports.get(flow.key.port);
+        (state.flows, state.half_open) = (state.flows - less.0, state.half_open - less.1);
+        io.ports.flows -= less.0;
+        io.ports.half_open -= less.1;
+        if before.0 && !after.0 {
+            if flow.phase != Phase::Closed && self.lingering == TIME_WAIT_FLOWS {
+                flow.phase = Phase::Closed;
+            }
+            self.lingering += 1;
+        }
+    }
+
+    /// Removes a flow that is closed. Sets the timer of another, and puts it into its lists.
+    fn settle<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        (counts, _): (bool, bool),
+        io: &mut Io<'_, S>,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        let port = flow.key.port.0 as usize;
+        if flow.phase == Phase::Closed {
+            let (queued, waiting) = (flow.queued, flow.waiting);
+            self.wheel.clear(id.index);
+            self.flows.remove(id);
+            debug_assert!(!counts, "a closed flow has no socket");
+            self.lingering -= 1;
+            if queued {
+                self.ready.retain(|&other| other != id);
+            }
+            if waiting {
+                self.waiting[port].retain(|&other| other != id);
+            }
+            return;
+        }
+        if std::mem::take(&mut flow.refused) {
+            if !flow.waiting {
+                flow.waiting = true;
+                self.waiting[port].push_back(id);
+            }
+            flow.look_at = io.now + REFUSED_LOOK;
+        }
+        if flow.unfinished && !flow.queued {
+            flow.queued = true;
+            self.ready.push_back(id);
+        }
+        let deadline = flow.deadline();
+        if deadline > 0 && (flow.timer_at == 0 || deadline < flow.timer_at) {
+            flow.timer_at = deadline;
+            self.wheel.set(id.index, deadline);
+        }
+    }
+
+    /// A socket has become ready.
+    pub(crate) fn on_ready<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        readiness: Readiness,
+        io: &mut Io<'_, S>,
+    ) {
+        self.with(id, io, |flow, io, memory| flow.on_ready(readiness, io, memory));
+    }
+
+    /// A port takes frames again.
+    pub(crate) fn on_space<S: Sockets<Socket = T>>(&mut self, port: Port, io: &mut Io<'_, S>) {
+        let index = port.0 as usize;
+        let count = self.waiting.get(index).map_or(0, VecDeque::len);
+        for _ in 0..count {
+            if io.out.space(port) == 0 {
+                break;
+            }
+            let Some(id) = self.waiting[index].pop_front() else { break };
+            self.with(id, io, |flow, io, memory| {
+                flow.waiting = false;
+                match flow.phase {
+                    Phase::Resetting => flow.reset_guest(io, memory, Ending::Reset),
+                    _ => flow.finish(&Run::new(), io, memory),
+                }
+            });
+        }
+    }
+
+    /// Handles what is due, and the flows that wait for their turn.
+    pub(crate) fn on_time<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
+        while let Some(index) = self.wheel.expired(io.now) {
+            let Some(id) = self.flows.at(index) else { continue };
+            self.with(id, io, |flow, io, memory| {
+                flow.timer_at = 0;
+                flow.on_time(io, memory);
+            });
+        }
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            self.with(id, io, |flow, io, memory| {
+                flow.queued = false;
+                flow.finish(&Run::new(), io, memory);
+            });
+        }
+    }
+
+    /// When [`on_time`](Self::on_time) is next to be called.
+    pub(crate) fn deadline(&self, now: u64) -> Option<u64> {
+        if self.ready.is_empty() { self.wheel.next() } else { Some(now) }
+    }
+
+    /// Ends all flows, or those of one port, with a reset on both sides if the port is still there.
+    pub(crate) fn close<S: Sockets<Socket = T>>(
+        &mut self,
+        port: Option<Port>,
+        tell_guest: bool,
+        io: &mut Io<'_, S>,
+    ) {
+        for index in 0..self.flows.places() as u32 {
+            let Some(id) = self.flows.at(index) else { continue };
+            self.with(id, io, |flow, io, memory| {
+                if port.is_some_and(|port| port != flow.key.port) {
+                    return;
+                }
+                io.count(flow.key.port, Counter::PortGone);
+                if tell_guest && flow.counts() {
+                    flow.reset_guest(io, memory, Ending::Reset);
+                } else {
+                    flow.end_socket(io, memory, Ending::Reset);
+                }
+                flow.phase = Phase::Closed;
+            });
+        }
+    }
+}
+
+fn reserve<E>(list: &mut VecDeque<E>, len: usize) {
+    list.reserve(len.saturating_sub(list.len()));
+}
+
+/// The key of a flow from a peer to a guest.
+pub(crate) fn key(port: Port, guest: SocketAddr, remote: SocketAddr) -> Key {
+    Key { port, guest, remote }
+}

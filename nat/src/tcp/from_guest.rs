@@ -1,0 +1,520 @@
+//! From the guest to the world: what a segment says, and where its data goes.
+//!
+//! All segments of one batch are looked at before anything is sent. Their data, in order, is one
+//! [`Run`], which the socket gets in one call. What the kernel takes is acknowledged. Nothing is kept
+//! of what is out of order across batches, because between a guest and this process nothing is
+//! reordered for long.
+
+use std::io::IoSlice;
+
+use crate::io::Io;
+use crate::limits::{
+    BATCH, DUPLICATE_ACKS, LOOK_AGAIN, MAX_WINDOW, SMALL_SOCKET_BUFFER, TIME_WAIT,
+};
+use crate::retained::Retained;
+use crate::seq::Seq;
+use crate::sockets::{SocketError, Sockets};
+use crate::stats::Counter;
+use crate::tcp::flow::{Ending, Flow, Phase, largest_mss, send_header};
+use crate::tcp::memory::Memory;
+use crate::tcp::segment::{Flags, Header, Segment};
+
+/// The data of one batch, in order.
+pub(crate) struct Run<'f> {
+    parts: [&'f [u8]; BATCH],
+    count: usize,
+    bytes: u32,
+    fin: bool,
+}
+
+impl<'f> Run<'f> {
+    pub(crate) fn new() -> Self {
+        Self { parts: [&[]; BATCH], count: 0, bytes: 0, fin: false }
+    }
+
+    fn push(&mut self, part: &'f [u8]) {
+        self.parts[self.count] = part;
+        self.count += 1;
+        self.bytes += part.len() as u32;
+    }
+}
+
+/// What became of a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// It is done with.
+    Done,
+    /// Something in front of it is missing. It may be in the same batch.
+    Early,
+    /// It begins another flow. This one is to end.
+    Replaces,
+}
+
+impl<T> Flow<T> {
+    /// Takes a segment of the guest. Its data goes to `run`.
+    pub(crate) fn take<'f, S: Sockets<Socket = T>>(
+        &mut self,
+        segment: &Segment<'f>,
+        run: &mut Run<'f>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Taken {
+        let flags = segment.flags;
+        if flags.syn && !flags.ack && self.is_replaced_by(segment) {
+            return Taken::Replaces;
+        }
+        match self.phase {
+            Phase::Closed | Phase::Resetting => Taken::Done,
+            Phase::Connecting => {
+                // The guest gives up: its sequence has no second byte yet.
+                if flags.rst && segment.seq.since(self.irs) <= 1 {
+                    self.guest_failed(Counter::GuestReset, io, memory);
+                }
+                Taken::Done
+            }
+            Phase::SynSent => self.take_answer(segment, io, memory),
+            Phase::TimeWait => {
+                if flags.rst {
+                    self.phase = Phase::Closed;
+                } else if segment.end() != segment.seq {
+                    self.ack_due = true;
+                }
+                Taken::Done
+            }
+            Phase::SynReceived | Phase::Open => self.take_in_sequence(segment, run, io, memory),
+        }
+    }
+
+    /// The guest answers SYN of the host (RFC 9293, 3.10.7.3).
+    fn take_answer<S: Sockets<Socket = T>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Taken {
+        let flags = segment.flags;
+        if flags.ack && segment.ack != self.snd_nxt {
+            if !flags.rst {
+                reset_unknown(segment, io);
+            }
+        } else if flags.rst && flags.ack {
+            self.guest_failed(Counter::GuestReset, io, memory);
+        } else if flags.syn && flags.ack {
+            let link = io.out.link(self.key.port);
+            self.take_syn(segment, &link);
+            self.heard = io.now;
+            self.establish(io);
+            self.ask_space(io, memory);
+            // Some servers send nothing before they get this.
+            self.ack_due = true;
+        }
+        Taken::Done
+    }
+
+    /// A segment of a flow whose sequence numbers are known (RFC 9293, 3.10.7.4).
+    fn take_in_sequence<'f, S: Sockets<Socket = T>>(
+        &mut self,
+        segment: &Segment<'f>,
+        run: &mut Run<'f>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Taken {
+        let (flags, port) = (segment.flags, self.key.port);
+        let expected = self.rcv_nxt.add(run.bytes + u32::from(run.fin));
+        let edge = self.rcv_edge.max(expected);
+        if flags.rst {
+            if segment.seq.before(self.rcv_nxt) || segment.seq.after(edge) {
+                io.count(port, Counter::TcpSequence);
+            } else {
+                self.guest_failed(Counter::GuestReset, io, memory);
+            }
+            return Taken::Done;
+        }
+        self.heard = io.now;
+        if flags.syn {
+            // The guest sends its SYN again, or is told where the flow is.
+            self.ack_due = true;
+            return Taken::Done;
+        }
+        if !flags.ack {
+            io.count(port, Counter::TcpFlags);
+            return Taken::Done;
+        }
+        if segment.seq.after(edge) || segment.end().before(self.rcv_nxt.sub(MAX_WINDOW)) {
+            io.count(port, Counter::TcpSequence);
+            self.ack_due = true;
+            return Taken::Done;
+        }
+        if self.phase == Phase::SynReceived {
+            if segment.ack != self.snd_nxt {
+                reset_unknown(segment, io);
+                return Taken::Done;
+            }
+            self.establish(io);
+            self.wl1 = segment.seq.sub(1);
+        }
+        if !self.take_ack(segment, io) {
+            return Taken::Done;
+        }
+        self.take_data(segment, expected, run)
+    }
+
+    /// Takes what a segment says about data to the guest. Returns whether the rest of the segment
+    /// counts.
+    fn take_ack<S: Sockets<Socket = T>>(
+        &mut self,
+        segment: &Segment<'_>,
+        io: &mut Io<'_, S>,
+    ) -> bool {
+        let (ack, port) = (segment.ack, self.key.port);
+        if ack.after(self.snd_max) {
+            io.count(port, Counter::TcpSequence);
+            self.ack_due = true;
+            return false;
+        }
+        let window = (u32::from(segment.window) << self.snd_shift).min(MAX_WINDOW);
+        let newer = self.wl1.before(segment.seq) || self.wl1 == segment.seq && !self.wl2.after(ack);
+        if ack.after(self.snd_una) {
+            let fin = self.fin.is_some_and(|fin| ack.after(fin) && !self.snd_una.after(fin));
+            let bytes = ack.since(self.snd_una) - u32::from(fin);
+            self.acked += bytes;
+            io.ports.count_n(port, Counter::TcpBytesReceived, bytes.into());
+            self.snd_una = ack;
+            self.snd_nxt = self.snd_nxt.max(ack);
+            (self.attempts, self.backoff, self.dup_acks, self.slow) = (0, 0, 0, false);
+            if self.snd_una == self.snd_max {
+                self.retry_at = 0;
+            } else {
+                self.expect_answer(io.now);
+            }
+        } else if ack == self.snd_una
+            && segment.end() == segment.seq
+            && window == self.snd_wnd
+            && self.snd_una != self.snd_max
+        {
+            self.take_duplicate(io);
+        }
+        if newer && !ack.before(self.snd_una) {
+            let edge = self.snd_una.add(window);
+            // A guest without memory closes its window and drops what it has not acknowledged. One
+            // that takes back a part of its window has dropped what is behind it.
+            let to = if window == 0 { self.snd_una } else { edge };
+            if to.before(self.snd_nxt) {
+                self.snd_nxt = to.max(self.snd_una);
+                io.count(port, Counter::WindowRewind);
+            }
+            if window > 0 && self.snd_wnd == 0 {
+                (self.attempts, self.backoff) = (0, 0);
+                if self.snd_una == self.snd_max {
+                    self.retry_at = 0;
+                }
+            }
+            if window == 0 {
+                // It answers, so it may keep its window closed for as long as it likes (RFC 9293,
+                // 3.8.6.1).
+                self.attempts = 0;
+            }
+            (self.snd_wnd, self.wl1, self.wl2) = (window, segment.seq, ack);
+            self.max_wnd = self.max_wnd.max(window);
+        }
+        true
+    }
+
+    /// The guest acknowledges the same byte again: something behind it is missing (RFC 5681, 3.2).
+    fn take_duplicate<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
+        self.dup_acks += 1;
+        let frame = self.frame_len(&io.out.link(self.key.port)).max(1);
+        let on_their_way = self.snd_max.since(self.snd_una).div_ceil(frame);
+        let enough = on_their_way.saturating_sub(1).clamp(1, DUPLICATE_ACKS);
+        // At or before `recover` it may be about a duplicate (RFC 6582, 3.2).
+        if self.dup_acks == enough && self.snd_una.after(self.recover) {
+            io.count(self.key.port, Counter::FastRetransmit);
+            self.recover = self.snd_max;
+            self.snd_nxt = self.snd_una;
+            self.expect_answer(io.now);
+        }
+    }
+
+    /// Takes a segment's data and FIN. `expected` is the next byte that is not in `run`.
+    fn take_data<'f>(&mut self, segment: &Segment<'f>, expected: Seq, run: &mut Run<'f>) -> Taken {
+        let len = segment.payload.len() as u32;
+        if segment.end() == segment.seq {
+            // Nothing in it. Before the expected byte it asks for an answer, as keep-alives do.
+            self.ack_due |= segment.seq.before(expected);
+            return Taken::Done;
+        }
+        self.ack_due = true;
+        if self.guest_fin || run.fin {
+            return Taken::Done;
+        }
+        if segment.seq.after(expected) {
+            return Taken::Early;
+        }
+        let skip = expected.since(segment.seq);
+        if skip > len {
+            return Taken::Done;
+        }
+        let room = self.rcv_edge.since(expected);
+        let part = &segment.payload[skip as usize..];
+        let part = &part[..part.len().min(room as usize)];
+        if !part.is_empty() {
+            run.push(part);
+        }
+        // FIN counts only right behind the last byte that was taken.
+        run.fin = segment.flags.fin && skip as usize + part.len() == segment.payload.len();
+        Taken::Done
+    }
+
+    /// Ends a batch: sends its data, forgets what the guest has acknowledged, and sends what the guest
+    /// is to get.
+    pub(crate) fn finish<S: Sockets<Socket = T>>(
+        &mut self,
+        run: &Run<'_>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) {
+        self.look_at = 0;
+        if self.phase == Phase::Open
+            && let Err(error) = self.finish_open(run, io, memory)
+        {
+            self.world_failed(error, io, memory);
+        }
+        match self.phase {
+            Phase::Open if self.ack_due => self.send_ack(io, memory),
+            Phase::TimeWait if self.ack_due => self.send_ack(io, memory),
+            Phase::SynSent | Phase::SynReceived if self.ack_due => self.send_handshake(io, memory),
+            _ => {}
+        }
+    }
+
+    fn finish_open<S: Sockets<Socket = T>>(
+        &mut self,
+        run: &Run<'_>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Result<(), SocketError> {
+        if run.bytes > 0 || run.fin {
+            self.send_run(run, io, memory)?;
+        }
+        self.flush_spill(io, memory)?;
+        if let Some(socket) = &self.socket {
+            if self.guest_fin && !self.shut && self.spill.is_none() {
+                self.shut = true;
+                io.sockets.shutdown(socket)?;
+            }
+            if self.acked > 0 {
+                let acked = core::mem::take(&mut self.acked);
+                self.place.discard(io.sockets, socket, &mut memory.rings, acked)?;
+            }
+        }
+        if self.guest_fin && self.shut && self.fin_acked() {
+            self.end(io, memory);
+            return Ok(());
+        }
+        self.push(io, memory)?;
+        self.arm_if_low(io)
+    }
+
+    /// Both directions have ended.
+    fn end<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>, memory: &mut Memory) {
+        self.end_socket(io, memory, Ending::Close);
+        // A guest whose FIN was acknowledged by the FIN that it has acknowledged knows everything.
+        // Another may not get the last acknowledgment, and send its FIN again.
+        self.phase = if self.fin_acks_fin { Phase::Closed } else { Phase::TimeWait };
+        self.retry_at = io.now + TIME_WAIT;
+    }
+
+    /// Gives the batch's data to the socket, in one call. What the kernel does not take is spilled.
+    fn send_run<S: Sockets<Socket = T>>(
+        &mut self,
+        run: &Run<'_>,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Result<(), SocketError> {
+        let Some(socket) = &self.socket else { return Ok(()) };
+        let port = self.key.port;
+        let parts = &run.parts[..run.count];
+        if run.bytes > 0 {
+            self.just_writable = false;
+            io.ports.note_active(port, &mut self.active_in, io.now);
+        }
+        let mut sent = 0;
+        if self.spill.is_none() && run.bytes > 0 {
+            let mut slices = [IoSlice::new(&[]); BATCH];
+            for (slice, part) in slices.iter_mut().zip(parts) {
+                *slice = IoSlice::new(part);
+            }
+            sent = match io.sockets.send(socket, &slices[..run.count]) {
+                Ok(sent) => sent,
+                Err(SocketError::WouldBlock) => 0,
+                Err(SocketError::NoMemory) => {
+                    io.count(port, Counter::NoMemory);
+                    0
+                }
+                Err(error) => return Err(error),
+            };
+            self.space.free = self.space.free.saturating_sub(sent as u32);
+            io.ports.count_n(port, Counter::TcpBytesSent, sent as u64);
+        }
+        let mut taken = sent;
+        if sent < run.bytes as usize {
+            self.space.free = 0;
+            if self.spill.is_none() {
+                self.spill = memory.spill.take();
+            }
+            if let Some(spill) = &mut self.spill {
+                let mut skip = sent;
+                for part in parts {
+                    let skipped = skip.min(part.len());
+                    skip -= skipped;
+                    let pushed = spill.push(&part[skipped..]);
+                    taken += pushed;
+                    if pushed < part.len() - skipped {
+                        break;
+                    }
+                }
+            }
+            io.ports.count_n(port, Counter::Spilled, (taken - sent) as u64);
+            io.ports.count_n(port, Counter::SpillFull, (run.bytes as usize - taken) as u64);
+        }
+        self.rcv_nxt = self.rcv_nxt.add(taken as u32);
+        if run.fin && taken == run.bytes as usize {
+            self.rcv_nxt = self.rcv_nxt.add(1);
+            self.guest_fin = true;
+        }
+        Ok(())
+    }
+
+    /// Gives the socket what is spilled.
+    fn flush_spill<S: Sockets<Socket = T>>(
+        &mut self,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+    ) -> Result<(), SocketError> {
+        let (Some(socket), Some(spill)) = (&self.socket, &mut self.spill) else { return Ok(()) };
+        while !self.armed && !spill.is_empty() {
+            match io.sockets.send(socket, &spill.bytes()) {
+                Ok(sent) => {
+                    spill.remove(sent);
+                    io.ports.count_n(self.key.port, Counter::TcpBytesSent, sent as u64);
+                }
+                Err(SocketError::WouldBlock | SocketError::NoMemory) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        if spill.is_empty()
+            && let Some(spill) = self.spill.take()
+        {
+            memory.spill.give_back(spill);
+        }
+        Ok(())
+    }
+
+    /// What the guest may send: moves the right edge of its window if that is worth it (RFC 9293,
+    /// 3.8.6.2.2), and returns the field of the header, with this shift.
+    pub(crate) fn offer<S: Sockets<Socket = T>>(
+        &mut self,
+        io: &mut Io<'_, S>,
+        memory: &mut Memory,
+        shift: u8,
+    ) -> u16 {
+        if !self.guest_fin && self.socket.is_some() {
+            if self.space.free <= self.space.capacity / 2 {
+                self.ask_space(io, memory);
+            }
+            let window = self.room(io, memory).min(u32::from(u16::MAX) << shift);
+            let edge = self.rcv_nxt.add(window);
+            if edge.since(self.rcv_edge) >= self.worthwhile(io) {
+                self.rcv_edge = edge;
+            }
+        }
+        let left = self.rcv_edge.since(self.rcv_nxt);
+        // Rounded up, so that the edge does not move back.
+        let field = left.div_ceil(1 << shift).min(u16::MAX.into());
+        self.rcv_edge = self.rcv_edge.max(self.rcv_nxt.add(field << shift));
+        field as u16
+    }
+
+    /// How many bytes the guest may send from `rcv_nxt` on, as far as the socket is known.
+    fn room<S: Sockets<Socket = T>>(&self, io: &mut Io<'_, S>, memory: &Memory) -> u32 {
+        let spilled = self.spill.as_ref().map_or(0, |spill| spill.len() as u32);
+        let mut room = self.space.free.saturating_sub(spilled).min(MAX_WINDOW);
+        if memory.kernel > io.config.limits.kernel_memory {
+            // The flow may have as much in the kernel as a small buffer holds.
+            let used = self.space.capacity.saturating_sub(self.space.free);
+            room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
+        }
+        let mss = u32::from(largest_mss(self.key.guest, &io.out.link(self.key.port)));
+        room.min(io.ports.share(self.key.port, mss, io.now).max(2 * mss))
+    }
+
+    /// Whether the guest could be offered so much more that it is to be told.
+    pub(crate) fn has_room<S: Sockets<Socket = T>>(
+        &self,
+        io: &mut Io<'_, S>,
+        memory: &Memory,
+    ) -> bool {
+        let edge =
+            self.rcv_nxt.add(self.room(io, memory).min(u32::from(u16::MAX) << self.rcv_shift));
+        !self.guest_fin && edge.since(self.rcv_edge) >= self.worthwhile(io)
+    }
+
+    /// By how much the window has to grow before the guest is told.
+    fn worthwhile<S: Sockets<Socket = T>>(&self, io: &mut Io<'_, S>) -> u32 {
+        let mss: u32 = largest_mss(self.key.guest, &io.out.link(self.key.port)).into();
+        mss.min(self.space.capacity / 4).max(1)
+    }
+
+    /// If the guest may soon have to wait for its window, asks the socket to tell when it takes bytes.
+    fn arm_if_low<S: Sockets<Socket = T>>(
+        &mut self,
+        io: &mut Io<'_, S>,
+    ) -> Result<(), SocketError> {
+        let low = 2 * self.worthwhile(io);
+        let is_low = !self.guest_fin && self.rcv_edge.since(self.rcv_nxt) < low;
+        let Some(socket) = &self.socket else { return Ok(()) };
+        if is_low && self.just_writable && self.spill.is_none() {
+            // The socket takes bytes, and has just said so. It would say so again at once.
+            self.look_at = io.now + LOOK_AGAIN;
+        } else if (is_low || self.spill.is_some()) && !self.armed {
+            io.sockets.arm_writable(socket, self.token)?;
+            self.armed = true;
+        }
+        Ok(())
+    }
+}
+
+/// Answers a segment that belongs to no flow (RFC 9293, 3.10.7.1), unless it is a reset or the port
+/// gets too many answers.
+pub(crate) fn reset_unknown<S: Sockets>(segment: &Segment<'_>, io: &mut Io<'_, S>) {
+    let port = segment.key.port;
+    if segment.flags.rst {
+        return;
+    }
+    io.count(port, Counter::NoFlow);
+    if !io.ports.may_err(port, io.now) {
+        return;
+    }
+    let (seq, ack, has_ack) = if segment.flags.ack {
+        (segment.ack, Seq(0), false)
+    } else {
+        (Seq(0), segment.end(), true)
+    };
+    let header = Header {
+        addresses: crate::packet::Addresses {
+            from_mac: io.config.gateway_mac,
+            to_mac: segment.datagram.mac,
+            from: segment.key.remote.ip(),
+            to: segment.key.guest.ip(),
+        },
+        from_port: segment.key.remote.port(),
+        to_port: segment.key.guest.port(),
+        seq,
+        ack,
+        flags: Flags { rst: true, ack: has_ack, ..Flags::default() },
+        window: 0,
+        options: None,
+    };
+    // If the port does not take it, the guest sends its segment again.
+    let _ = send_header(io, port, &header);
+}

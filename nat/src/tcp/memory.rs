@@ -1,0 +1,43 @@
+//! What the flows of TCP share: blocks of memory, what their sockets cost, and a secret.
+
+use std::hash::{BuildHasher, RandomState};
+
+use crate::buffers::Pool;
+use crate::limits::{RING_LEN, RINGS, SPILL_BLOCK, SPILL_BLOCKS};
+use crate::seq::Seq;
+use crate::sockets::Capabilities;
+use crate::tcp::segment::Key;
+
+/// What the flows share.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    /// Blocks for bytes to the world that the kernel did not take.
+    pub(crate) spill: Pool,
+    /// Rings for bytes to guests, where the kernel cannot keep them.
+    pub(crate) rings: Pool,
+    /// What all sockets may cost the kernel, in bytes.
+    pub(crate) kernel: u64,
+    /// How many sockets there are.
+    pub(crate) descriptors: usize,
+    pub(crate) capabilities: Capabilities,
+    secret: RandomState,
+}
+
+impl Memory {
+    pub(crate) fn new(capabilities: Capabilities) -> Self {
+        Self {
+            spill: Pool::new(SPILL_BLOCK, SPILL_BLOCKS),
+            rings: Pool::new(RING_LEN, RINGS),
+            kernel: 0,
+            descriptors: 0,
+            capabilities,
+            secret: RandomState::new(),
+        }
+    }
+
+    /// The first sequence number of a flow (RFC 6528, 3): a clock that counts every 4 microseconds,
+    /// and a keyed hash of the addresses and ports, so that nobody else can guess it.
+    pub(crate) fn initial_sequence(&self, key: &Key, now: u64) -> Seq {
+        Seq((self.secret.hash_one(key) as u32).wrapping_add((now / 4) as u32))
+    }
+}

@@ -1,0 +1,6 @@
+//! What the tests share: a model of the kernel's sockets, a guest's port, and scripts.
+#![allow(dead_code)] // Each test program uses a part of it.
+
+pub(crate) mod kernel;
+pub(crate) mod port;
+pub(crate) mod script;
