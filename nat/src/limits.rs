@@ -14,7 +14,7 @@ pub const BATCH: usize = 64;
 /// The most frames that one look at a socket fills.
 pub const FRAMES_AT_ONCE: usize = 64;
 /// The bytes of the memory in which frames for guests are built. At least four of the longest fit.
-pub const SCRATCH_LEN: usize = 4 * 65_600;
+pub const SCRATCH_LEN: usize = 4 * 65_700;
 /// How often in a row one flow may fill the scratch memory before others have their turn.
 pub const TURNS: usize = 4;
 /// The most extension headers of an IPv6 packet that are skipped.
@@ -68,6 +68,9 @@ pub const DEFAULT_MSS_V6: u16 = 1220;
 pub const WINDOW_SHIFT: u8 = 8;
 /// The largest shift of a guest (RFC 7323, 2.3).
 pub const MAX_WINDOW_SHIFT: u8 = 14;
+/// The window of a flow that has sent nothing for a second, in segments, if its port's windows are
+/// limited together.
+pub const FIRST_WINDOW: u32 = 16;
 /// No window is taken or offered that is larger, in bytes.
 pub const MAX_WINDOW: u32 = 16 << 20;
 /// How long the host's `connect` may take. The kernel's own limit is 127 s.

@@ -1,7 +1,7 @@
 //! What is counted and limited for each port.
 
 use crate::config::Limits;
-use crate::limits::{ERRORS_PER_SECOND, MAX_PORTS};
+use crate::limits::{ERRORS_PER_SECOND, FIRST_WINDOW, MAX_PORTS};
 use crate::output::Port;
 use crate::stats::{Counter, Counters};
 
@@ -43,10 +43,17 @@ pub(crate) struct PortState {
     pub(crate) new_flows: Bucket,
     errors: Bucket,
     /// The second that `active` is about.
-    second: u64,
+    second: u32,
     /// How many flows had data from the guest in this second, and in the one before.
     active: u32,
     active_before: u32,
+    /// What these flows are offered in this second, in bytes.
+    offered: u64,
+}
+
+/// The second of a time.
+fn second(now: u64) -> u32 {
+    (now / 1_000_000) as u32
 }
 
 /// All ports.
@@ -87,6 +94,7 @@ impl Ports {
                 second: 0,
                 active: 0,
                 active_before: 0,
+                offered: 0,
             });
         }
         &mut self.ports[index]
@@ -138,37 +146,76 @@ impl Ports {
         Ok(())
     }
 
-    /// Notes that a flow has data from the guest, the first time in a second. `seen` is the flow's.
-    pub(crate) fn note_active(&mut self, port: Port, seen: &mut u32, now: u64) {
-        let second = now / 1_000_000;
-        if *seen == second as u32 {
-            return;
+    /// Notes that a flow has data from the guest. `active_in` is the second in which it last had, and
+    /// `offered` is what was noted for it then.
+    pub(crate) fn note_active(
+        &mut self,
+        port: Port,
+        active_in: &mut u32,
+        offered: &mut u32,
+        now: u64,
+    ) {
+        let second = second(now);
+        if *active_in != second {
+            (*active_in, *offered) = (second, 0);
+            let state = self.get(port);
+            state.turn_to(second);
+            state.active += 1;
         }
-        *seen = second as u32;
-        let state = self.get(port);
-        state.turn_to(second);
-        state.active += 1;
     }
 
-    /// How many bytes one busy flow of the port may be offered, so that what all of them send fits
-    /// into the port's inbox.
-    pub(crate) fn share(&mut self, port: Port, mss: u32, now: u64) -> u32 {
-        match self.limits.port.inbox_frames {
-            0 => u32::MAX,
-            frames => {
-                let state = self.get(port);
-                state.turn_to(now / 1_000_000);
-                frames.saturating_mul(mss) / state.active.max(state.active_before).max(1)
-            }
+    /// Notes what a flow's guest may send. `offered` is what was noted before.
+    pub(crate) fn note_offer(
+        &mut self,
+        port: Port,
+        active_in: u32,
+        offered: &mut u32,
+        window: u32,
+        now: u64,
+    ) {
+        let second = second(now);
+        if self.limits.port.inbox_frames > 0 && active_in == second {
+            let state = self.get(port);
+            state.turn_to(second);
+            state.offered = state.offered - u64::from(*offered) + u64::from(window);
+            *offered = window;
         }
+    }
+
+    /// How many bytes a flow may be offered, so that what all busy flows of the port send fits into the
+    /// port's inbox, with two segments for each at least.
+    pub(crate) fn share(
+        &mut self,
+        port: Port,
+        mss: u32,
+        active_in: u32,
+        offered: u32,
+        now: u64,
+    ) -> u32 {
+        let frames = self.limits.port.inbox_frames;
+        if frames == 0 {
+            return u32::MAX;
+        }
+        let (all, second) = (frames.saturating_mul(mss), second(now));
+        let state = self.get(port);
+        state.turn_to(second);
+        let busy = state.active.max(state.active_before).max(1);
+        let share = if active_in == second {
+            let others = state.offered - u64::from(offered);
+            (all / busy).min(u64::from(all).saturating_sub(others) as u32)
+        } else {
+            (all / busy).min(FIRST_WINDOW * mss)
+        };
+        share.max(2 * mss)
     }
 }
 
 impl PortState {
-    fn turn_to(&mut self, second: u64) {
+    fn turn_to(&mut self, second: u32) {
         if second != self.second {
-            self.active_before = if second == self.second + 1 { self.active } else { 0 };
-            (self.second, self.active) = (second, 0);
+            let next = second == self.second.wrapping_add(1);
+            self.active_before = if next { self.active } else { 0 };
+            (self.second, self.active, self.offered) = (second, 0, 0);
         }
     }
 }

@@ -189,6 +189,14 @@ impl<T> Tcp<T> {
         let mut current = None;
         for (index, segment) in chain() {
             let id = current.or_else(|| self.flows.find(&segment.key));
+            if let Some(id) = id
+                && segment.flags.syn
+                && !run.is_empty()
+            {
+                // It may begin another flow. This one has its data and FIN before it ends.
+                self.with(id, io, |flow, io, memory| flow.finish(&run, io, memory));
+                (run, early) = (Run::new(), 0);
+            }
             let taken = id.map(|id| {
                 let taken =
                     self.with(id, io, |flow, io, memory| flow.take(segment, &mut run, io, memory));
@@ -206,9 +214,7 @@ impl<T> Tcp<T> {
                     early |= 1 << index;
                 }
                 Some((id, Some(Taken::Replaces))) => {
-                    // What came before belongs to the flow that ends.
                     self.with(id, io, |flow, io, memory| {
-                        flow.finish(&run, io, memory);
                         if flow.phase != Phase::TimeWait && flow.phase != Phase::Closed {
                             io.count(flow.key.port, Counter::Restarted);
                             flow.end_socket(io, memory, Ending::Reset);

@@ -109,6 +109,8 @@ pub(crate) struct Flow<T> {
     pub(crate) timer_at: u64,
     /// The second in which the guest last sent data.
     pub(crate) active_in: u32,
+    /// What the guest was offered, as it counts for its port in that second.
+    pub(crate) offered: u32,
     /// How often something was sent without an answer.
     pub(crate) attempts: u8,
     /// How often the time between attempts was doubled.
@@ -203,6 +205,7 @@ impl<T> Flow<T> {
             asked: 0,
             timer_at: 0,
             active_in: 0,
+            offered: 0,
             attempts: 0,
             backoff: 0,
             readable: false,

@@ -32,6 +32,10 @@ impl<'f> Run<'f> {
         Self { parts: [&[]; BATCH], count: 0, bytes: 0, fin: false }
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes == 0 && !self.fin
+    }
+
     fn push(&mut self, part: &'f [u8]) {
         self.parts[self.count] = part;
         self.count += 1;
@@ -225,9 +229,9 @@ impl<T> Flow<T> {
         self.dup_acks += 1;
         let frame = self.frame_len(&io.out.link(self.key.port)).max(1);
         let on_their_way = self.snd_max.since(self.snd_una).div_ceil(frame);
-        let enough = on_their_way.saturating_sub(1).clamp(1, DUPLICATE_ACKS);
+        let enough = on_their_way.saturating_sub(1).min(DUPLICATE_ACKS);
         // At or before `recover` it may be about a duplicate (RFC 6582, 3.2).
-        if self.dup_acks == enough && self.snd_una.after(self.recover) {
+        if enough > 0 && self.dup_acks == enough && self.snd_una.after(self.recover) {
             io.count(self.key.port, Counter::FastRetransmit);
             self.recover = self.snd_max;
             self.snd_nxt = self.snd_una;
@@ -336,7 +340,7 @@ impl<T> Flow<T> {
         let parts = &run.parts[..run.count];
         if run.bytes > 0 {
             self.just_writable = false;
-            io.ports.note_active(port, &mut self.active_in, io.now);
+            io.ports.note_active(port, &mut self.active_in, &mut self.offered, io.now);
         }
         let mut sent = 0;
         if self.spill.is_none() && run.bytes > 0 {
@@ -429,10 +433,10 @@ impl<T> Flow<T> {
             }
         }
         let left = self.rcv_edge.since(self.rcv_nxt);
-        // Rounded up, so that the edge does not move back.
-        let field = left.div_ceil(1 << shift).min(u16::MAX.into());
-        self.rcv_edge = self.rcv_edge.max(self.rcv_nxt.add(field << shift));
-        field as u16
+        io.ports.note_offer(self.key.port, self.active_in, &mut self.offered, left, io.now);
+        // Rounded down: up to the edge is taken all the same. Rounded up, every segment would move the
+        // edge on, whatever space there is.
+        (left >> shift).min(u16::MAX.into()) as u16
     }
 
     /// How many bytes the guest may send from `rcv_nxt` on, as far as the socket is known.
@@ -445,7 +449,7 @@ impl<T> Flow<T> {
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
         }
         let mss = u32::from(largest_mss(self.key.guest, &io.out.link(self.key.port)));
-        room.min(io.ports.share(self.key.port, mss, io.now).max(2 * mss))
+        room.min(io.ports.share(self.key.port, mss, self.active_in, self.offered, io.now))
     }
 
     /// Whether the guest could be offered so much more that it is to be told.

@@ -10,6 +10,7 @@ use vmring_embedded::software;
 use crate::io::Io;
 use crate::limits::{FRAMES_AT_ONCE, IDLE_TIMEOUT, LOOK_AGAIN, RETRANSMITS, SCRATCH_LEN, TURNS};
 use crate::output::Link;
+use crate::packet::padded;
 use crate::retained::{Found, Retained};
 use crate::sockets::{Readiness, SocketError, Sockets};
 use crate::stats::Counter;
@@ -37,7 +38,7 @@ impl<T> Flow<T> {
         (data / mss * mss).max(mss)
     }
 
-    /// How many bytes may be sent from `snd_nxt` on.
+    /// How many bytes may be sent from `snd_nxt` on. FIN counts as one.
     fn sendable(&self, frame: u32, limit: u32) -> u32 {
         let on_their_way = self.snd_nxt.since(self.snd_una);
         let mut window = self.snd_wnd.min(limit);
@@ -45,12 +46,17 @@ impl<T> Flow<T> {
             window = window.min(frame);
         }
         let space = window.saturating_sub(on_their_way);
+        if self.fin == Some(self.snd_nxt) {
+            return space;
+        }
         // A small piece of window is not worth a segment while an answer is to come that brings more
         // (RFC 9293, 3.8.6.2.1).
         if space < u32::from(self.mss) && space < self.max_wnd / 2 && on_their_way > 0 {
             return 0;
         }
-        space
+        // Whole segments. What the socket has less is a smaller one.
+        let mss = u32::from(self.mss);
+        if space > mss { space / mss * mss } else { space }
     }
 
     /// Sends the guest what the socket has, as far as window, port and budget allow.
@@ -126,7 +132,7 @@ impl<T> Flow<T> {
         let slices = &mut slices[..wanted.div_ceil(frame as usize)];
         let offset = self.snd_nxt.since(self.snd_una);
         let found = self.place.copy(io.sockets, socket, &mut memory.rings, offset, slices)?;
-        let len = match found {
+        let all = match found {
             Found::Bytes(len) => len,
             Found::Nothing => {
                 self.readable = false;
@@ -145,24 +151,28 @@ impl<T> Flow<T> {
         };
         // Fewer than asked for: there are no more now. The end of the stream may have been told
         // before.
-        if len < wanted && !self.ending {
+        if all < wanted && !self.ending {
             self.readable = false;
         }
         let shift = self.rcv_shift;
         let window = self.offer(io, memory, shift);
         let mut done = 0;
-        for index in 0..len.div_ceil(frame as usize) {
-            let data = (len - done).min(frame as usize);
+        for index in 0..all.div_ceil(frame as usize) {
+            let data = (all - done).min(frame as usize);
             let mut header = self.data_header(window, mac);
-            header.flags.psh = done + data == len;
+            header.flags.psh = done + data == all;
             let at = index * stride;
-            let bytes = &mut io.scratch[at..at + header_len + data];
+            let len = header_len + data;
+            let bytes = &mut io.scratch[at..at + len];
             let mut offload = header.emit(bytes, self.mss);
-            if !link.offloads.checksum || !link.offloads.virtio_header {
+            // Padding is not summed, so a frame that needs some has its checksum.
+            if !link.offloads.checksum || !link.offloads.virtio_header || len < padded(len) {
                 offload = software::complete_checksum(&offload, bytes)
                     .expect("the header describes the frame");
             }
-            let sent = io.out.send(port, bytes, &offload);
+            // Only the last frame is so short, and there is space behind it.
+            io.scratch[at + len..at + padded(len)].fill(0);
+            let sent = io.out.send(port, &io.scratch[at..at + padded(len)], &offload);
             if sent.is_err() {
                 io.count(port, Counter::OutputFull);
                 self.refused = true;
@@ -174,7 +184,7 @@ impl<T> Flow<T> {
             self.snd_nxt = self.snd_nxt.add(data as u32);
         }
         self.sent(io.now);
-        if done < len {
+        if done < all {
             // What was read and not sent is read again.
             self.readable = true;
             return Ok(false);

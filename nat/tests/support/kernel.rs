@@ -170,6 +170,11 @@ impl Kernel {
         self.tell(index, readiness);
     }
 
+    /// Tells that there is something to read, and not that it is a reset.
+    pub(crate) fn write_after_reset(&self, index: usize) {
+        self.tell(index, Readiness { readable: true, ..Readiness::default() });
+    }
+
     /// The peer reads so much.
     pub(crate) fn read(&self, index: usize, len: usize) {
         let armed = self.with(index, |peer| {

@@ -410,6 +410,7 @@ impl Script {
             .peekable();
         while let Some(line) = lines.next() {
             eprintln!("{line}");
+            self.net.settle();
             if let Some(segment) = line.strip_prefix('<') {
                 let mut frames = vec![self.outgoing(segment)];
                 while let Some(more) = lines.next_if(|line| line.starts_with('&')) {

@@ -1,0 +1,306 @@
+//! What a hostile guest cannot do: reach what is denied, grow what is bounded, or break what is
+//! another's.
+
+use std::net::SocketAddr;
+
+use smoltcp::wire::IpProtocol;
+use vmring_core::offload::OffloadHeader;
+use vmring_nat::{Counter, GuestFrame, Port};
+
+use crate::support::kernel::Answer;
+use crate::support::port::{Net, config, plain_link};
+use crate::support::script::{Script, Segment, each_way, ip_frame};
+
+fn syn(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
+    let segment = Segment { flags: "S".into(), seq: 7, window: 1000, ..Segment::default() };
+    segment.frame(from, to)
+}
+
+fn counted(net: &Net, counter: Counter) -> u64 {
+    net.nat.counters()[counter]
+}
+
+/// T15 and S2: nothing that is no place in the outside world is connected to, and the guest is told at
+/// once.
+#[test]
+fn what_is_denied_is_never_connected_to() {
+    let mut net = Net::new(config(false), plain_link());
+    let v4 = "127.0.0.1 127.9.9.9 0.0.0.0 169.254.169.254 224.0.0.1 255.255.255.255 240.0.0.1";
+    for address in v4.split(' ') {
+        let to = SocketAddr::new(address.parse().unwrap(), 80);
+        net.send(&[syn(([192, 168, 64, 2], 4000).into(), to)]);
+        let (frame, _) = net.out.frames.pop_front().expect(address);
+        assert_eq!(frame[34..36], [3, 13], "{address}");
+    }
+    let v6 = "::1 :: fe80::1 ff02::1 ::ffff:127.0.0.1 64:ff9b::7f00:1";
+    for address in v6.split(' ') {
+        let to = SocketAddr::new(address.parse().unwrap(), 80);
+        net.send(&[syn("[fd00::2]:4000".parse().unwrap(), to)]);
+        let (frame, _) = net.out.frames.pop_front().expect(address);
+        assert_eq!(frame[54..56], [1, 1], "{address}");
+    }
+    assert_eq!(net.kernel.len(), 0);
+    let counters = net.nat.counters();
+    let denied = [
+        (Counter::DeniedLoopback, 3),
+        (Counter::DeniedUnspecified, 2),
+        (Counter::DeniedLinkLocal, 2),
+        (Counter::DeniedMulticast, 3),
+        (Counter::DeniedReserved, 1),
+        (Counter::DeniedMapped, 2),
+    ];
+    for (counter, n) in denied {
+        assert_eq!(counters[counter], n, "{counter:?}");
+    }
+    net.assert_empty();
+}
+
+/// S1 and S8: nonsense is dropped, and counted by its reason.
+#[test]
+fn nonsense_is_dropped_and_counted() {
+    let mut net = Net::new(config(false), plain_link());
+    let (from, to): (SocketAddr, SocketAddr) =
+        (([192, 168, 64, 2], 4000).into(), ([192, 0, 2, 1], 80).into());
+    let flags = |flags: &str| {
+        let segment = Segment { flags: flags.into(), ..Segment::default() };
+        segment.frame(from, to)
+    };
+    let mut fragment = syn(from, to);
+    fragment[20] = 0x20;
+    smoltcp::wire::Ipv4Packet::new_unchecked(&mut fragment[14..]).fill_checksum();
+    let mut checksum = syn(from, to);
+    checksum[24] ^= 1;
+    let mut lengths = syn(from, to);
+    lengths[46] = 4 << 4;
+    let mut runt = syn(from, to);
+    runt.truncate(30);
+    let frames = [
+        (flags("SF"), Counter::TcpFlags),
+        (flags("SR"), Counter::TcpFlags),
+        (flags("FR"), Counter::TcpFlags),
+        (syn(([192, 168, 64, 2], 0).into(), to), Counter::TcpFlags),
+        (syn(from, ([192, 0, 2, 1], 0).into()), Counter::TcpFlags),
+        (syn(([127, 0, 0, 1], 4000).into(), to), Counter::BadSource),
+        (syn(([224, 0, 0, 1], 4000).into(), to), Counter::BadSource),
+        (fragment, Counter::Fragment),
+        (checksum, Counter::Malformed),
+        (lengths, Counter::Malformed),
+        (runt, Counter::Malformed),
+        (vec![0; 5], Counter::Malformed),
+        (vec![0; 60], Counter::NotIp),
+        (ip_frame(from.ip(), to.ip(), IpProtocol::Igmp, &[0; 8]), Counter::Protocol),
+    ];
+    for (frame, counter) in frames {
+        let before = counted(&net, counter);
+        net.send(&[frame]);
+        assert_eq!(counted(&net, counter), before + 1, "{counter:?}");
+    }
+    assert_eq!((net.kernel.len(), net.out.frames.len()), (0, 0));
+}
+
+/// Section 9, 15: a packet whose hop limit is used up is answered, as the first hop of a traceroute is.
+#[test]
+fn a_used_up_hop_limit_is_answered() {
+    let mut net = Net::new(config(false), plain_link());
+    let mut frame = syn(([192, 168, 64, 2], 4000).into(), ([192, 0, 2, 1], 80).into());
+    frame[22] = 1;
+    smoltcp::wire::Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+    net.send(&[frame]);
+    let (answer, _) = net.out.frames.pop_front().unwrap();
+    assert_eq!((&answer[26..30], &answer[34..36]), (&[192, 168, 64, 1][..], &[11, 0][..]));
+    let mut frame = syn("[fd00::2]:4000".parse().unwrap(), "[2001:db8::1]:80".parse().unwrap());
+    frame[21] = 1;
+    net.send(&[frame]);
+    let (answer, _) = net.out.frames.pop_front().unwrap();
+    assert_eq!(answer[54..56], [3, 0]);
+    assert_eq!(net.kernel.len(), 0);
+}
+
+/// Section 9, 16: the differentiated services of a guest's SYN are the connection's.
+#[test]
+fn differentiated_services_are_kept() {
+    let mut net = Net::new(config(false), plain_link());
+    let mut frame = syn(([192, 168, 64, 2], 4000).into(), ([192, 0, 2, 1], 80).into());
+    frame[15] = 46 << 2;
+    smoltcp::wire::Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+    net.send(&[frame]);
+    assert_eq!(net.kernel.with(0, |peer| peer.options.dscp), 46);
+}
+
+/// T16: a frame that a driver has padded is trimmed and not dropped. A priority tag is read over.
+#[test]
+fn padding_and_priority_tags_are_no_data() {
+    each_way(|script| {
+        script.open();
+        let segment = Segment {
+            flags: "P.".into(),
+            seq: script.isn.wrapping_add(1),
+            ack: script.iss.wrapping_add(1),
+            window: 512,
+            data: vec![crate::support::script::from_guest(0)],
+            ..Segment::default()
+        };
+        let mut frame = segment.frame(script.guest, script.remote);
+        frame.resize(frame.len() + 30, 0xee);
+        frame.splice(12..12, [0x81, 0, 0x60, 0]);
+        script.net.send(&[frame]);
+        script.run("peer got 1\n > . 1 ack 2");
+    });
+}
+
+/// Section 9, 14: TCP's checksum is not verified, because between a guest and this process there is no
+/// wire. So a guest may leave it out.
+#[test]
+fn a_checksum_that_a_guest_leaves_out_is_not_needed() {
+    let mut net = Net::new(config(false), plain_link());
+    let mut frame = syn(([192, 168, 64, 2], 4000).into(), ([192, 0, 2, 1], 80).into());
+    frame[50..52].fill(0);
+    net.send(&[frame]);
+    assert_eq!(net.kernel.len(), 1);
+}
+
+fn from_port(net: &mut Net, port: u32, frames: &[Vec<u8>]) {
+    let header = OffloadHeader::NONE;
+    let frames: Vec<_> = frames.iter().map(|bytes| GuestFrame { bytes, header }).collect();
+    net.nat.from_guest(Port(port), &frames, net.now, &mut net.out);
+    net.settle();
+}
+
+fn syns(count: u16) -> Vec<Vec<u8>> {
+    let to = ([192, 0, 2, 1], 80).into();
+    (1..=count).map(|port| syn(([192, 168, 64, 2], port).into(), to)).collect()
+}
+
+/// S6 and S10: a flood of SYN opens no more than its port may have half open, another port still
+/// connects, and everything ends by itself.
+#[test]
+fn a_flood_of_syn_is_bounded_and_stops_nobody_else() {
+    let mut net = Net::new(config(false), plain_link());
+    for _ in 0..5 {
+        from_port(&mut net, 0, &syns(5000));
+    }
+    assert_eq!((net.kernel.open(), net.nat.usage().0), (96, 96));
+    assert_eq!(counted(&net, Counter::HalfOpenLimit), 25_000 - 5 * 96);
+    from_port(&mut net, 1, &syns(1));
+    assert_eq!(net.kernel.open(), 97);
+    assert_eq!(net.nat.port_counters(Port(0))[Counter::TcpOpened], 96);
+    net.wait(std::time::Duration::from_secs(40));
+    net.assert_empty();
+}
+
+/// S6: rates, flows, descriptors: each limit holds, and is counted.
+#[test]
+fn every_limit_holds_and_is_counted() {
+    let limited = |change: &dyn Fn(&mut vmring_nat::Limits)| {
+        let mut config = config(false);
+        config.limits.half_open = 10_000;
+        config.limits.port.half_open = 10_000;
+        change(&mut config.limits);
+        let mut net = Net::new(config, plain_link());
+        from_port(&mut net, 0, &syns(2000));
+        net
+    };
+    let net = limited(&|limits| limits.port.new_flows_per_second = 100);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::NewFlowLimit)), (100, 1900));
+    let net = limited(&|limits| limits.new_flows_per_second = 50);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::NewFlowLimit)), (50, 1950));
+    let net = limited(&|limits| limits.port.flows = 20);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::FlowLimit)), (20, 1980));
+    let net = limited(&|limits| limits.flows = 30);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::FlowLimit)), (30, 1970));
+    let net = limited(&|limits| limits.descriptors = 40);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (40, 1960));
+    // A rate gives more when time passes.
+    let mut net = limited(&|limits| limits.port.new_flows_per_second = 100);
+    net.wait(std::time::Duration::from_millis(500));
+    from_port(&mut net, 0, &syns(2000));
+    assert_eq!(net.kernel.open(), 150);
+}
+
+/// S6: when the kernel's memory for sockets is used up, new sockets get small buffers, and old ones offer
+/// small windows.
+#[test]
+fn the_kernels_memory_is_bounded() {
+    let mut config = config(false);
+    config.limits.kernel_memory = 1_000_000;
+    let mut script = Script::new(config, plain_link(), false);
+    script.net.kernel.0.borrow_mut().answer = Answer::Connect;
+    script.net.kernel.0.borrow_mut().capacity = 1 << 20;
+    script.run("< S 0 win 65535 mss 1000 ws 7\n > S. 0 ack 1\n < . 1 ack 1 win 512");
+    script.run("< P. 1:1001 ack 1 win 512");
+    let window = script.next().unwrap().window;
+    assert!(u32::from(window) << 8 <= 64 << 10, "a window of {window}");
+    from_port(&mut script.net, 1, &syns(1));
+    assert_eq!(script.net.kernel.with(1, |peer| peer.options.buffers), Some(64 << 10));
+    assert_eq!(counted(&script.net, Counter::SmallBuffers), 1);
+    // The memory of a flow that ends is free again.
+    script.run("peer is open");
+    let (now, out) = (script.net.now, &mut script.net.out);
+    script.net.nat.port_left(crate::support::port::PORT, now, out);
+    script.net.nat.port_left(Port(1), now, out);
+    from_port(&mut script.net, 2, &syns(1));
+    assert_eq!(script.net.kernel.with(2, |peer| peer.options.buffers), None);
+}
+
+/// Windows: what all busy flows of a port may send fits into the port's inbox.
+#[test]
+fn the_windows_of_a_port_fit_its_inbox() {
+    let mut config = config(false);
+    config.limits.port.inbox_frames = 40;
+    let mut net = Net::new(config, plain_link());
+    net.kernel.0.borrow_mut().answer = Answer::Connect;
+    net.kernel.0.borrow_mut().capacity = 4 << 20;
+    let to: SocketAddr = ([192, 0, 2, 1], 80).into();
+    // Each flow: where the translator's sequence begins, and how far the guest's is.
+    let mut flows = Vec::new();
+    for port in 1..=8u16 {
+        let from = SocketAddr::from(([192, 168, 64, 2], port));
+        let syn = Segment { flags: "S".into(), shift: Some(7), ..Segment::default() };
+        net.send(&[syn.frame(from, to)]);
+        let (frame, header) = net.out.frames.pop_front().unwrap();
+        let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+        assert!(usize::from(answer.window) <= 16 * 1460);
+        flows.push((from, answer.seq.wrapping_add(1), 1, u32::from(answer.window)));
+    }
+    // Each guest's flow fills its window, again and again.
+    for round in 0..20 {
+        for (from, ack, seq, window) in &mut flows {
+            let data = vec![0; *window as usize];
+            let (flags, len) = ("P.".into(), data.len() as u32);
+            let (seq_now, ack) = (*seq, *ack);
+            *seq += len;
+            let segment =
+                Segment { flags, seq: seq_now, ack, window: 512, data, ..Segment::default() };
+            net.send(&[segment.frame(*from, to)]);
+            net.kernel.read(usize::from(from.port()) - 1, usize::MAX);
+            let (frame, header) = net.out.frames.pop_back().unwrap();
+            let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+            assert_eq!(answer.ack, *seq);
+            *window = u32::from(answer.window) << 8;
+            net.out.frames.clear();
+        }
+        let all: u32 = flows.iter().map(|flow| flow.3).sum();
+        // In the first second nobody knows how many will be busy, and each has two segments at least.
+        if round > 7 {
+            let range = 20 * 1460..=40 * 1460;
+            assert!(range.contains(&all), "round {round}: windows of {all}");
+        }
+        net.wait(std::time::Duration::from_millis(300));
+        net.out.frames.clear();
+    }
+}
+
+/// A guest gets no more than so many errors and resets for what belongs to nothing.
+#[test]
+fn answers_to_what_belongs_to_nothing_are_limited() {
+    let mut net = Net::new(config(false), plain_link());
+    let to: SocketAddr = ([192, 0, 2, 1], 80).into();
+    let ack = Segment { flags: ".".into(), ..Segment::default() };
+    let frames: Vec<_> =
+        (1..=5000).map(|port| ack.frame(SocketAddr::from(([192, 168, 64, 2], port)), to)).collect();
+    net.send(&frames);
+    assert_eq!(net.out.frames.len(), 1000);
+    assert_eq!(counted(&net, Counter::ErrorLimit), 4000);
+    assert_eq!(counted(&net, Counter::NoFlow), 5000);
+    net.assert_empty();
+}

@@ -1,0 +1,5 @@
+//! The translator's tests. The traps that other translators have fallen into each have a script.
+
+mod hostile;
+mod support;
+mod tcp;

@@ -1,0 +1,225 @@
+//! Translating a packet allocates nothing, in either direction, whether the kernel or a ring retains
+//! the bytes, and whether the port takes the frames or not.
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::{IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use vmring_core::offload::OffloadHeader;
+use vmring_nat::{
+    Capabilities, ConnectOptions, Full, GuestFrame, Link, Nat, Output, Port, Readiness, SendSpace,
+    SocketError, Sockets, Token,
+};
+
+use support::port::{PORT, config, plain_link};
+use support::script::Segment;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+// SAFETY: both functions pass their arguments to `System` unchanged and return what it returns, so
+// the contract of `GlobalAlloc` is kept by `System`.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller keeps the contract of `alloc`, and that of `System` is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller got the pointer from `alloc` with this layout, and `alloc` got it from
+        // `System`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Sockets that take everything and give zeros, as many as they are told to. A model that keeps the
+/// bytes would allocate.
+#[derive(Debug, Default)]
+struct Zeros {
+    left: usize,
+    peek_at: usize,
+    kernel: bool,
+    takes: usize,
+}
+
+impl Zeros {
+    fn give(&mut self, at: usize, into: &mut [IoSliceMut<'_>]) -> Result<usize, SocketError> {
+        let all: usize = into.iter().map(|slice| slice.len()).sum();
+        match all.min(self.left - at) {
+            0 => Err(SocketError::WouldBlock),
+            len => Ok(len),
+        }
+    }
+}
+
+impl Sockets for Zeros {
+    type Socket = ();
+
+    fn capabilities(&self) -> Capabilities {
+        let kernel = self.kernel;
+        Capabilities { peek_offset_v4: kernel, peek_offset_v6: kernel, descriptors: 100 }
+    }
+    fn connect_tcp(
+        &mut self,
+        _: SocketAddr,
+        _: &ConnectOptions,
+        _: Token,
+    ) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn adopt_tcp(&mut self, (): &(), _: Token) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn take_error(&mut self, (): &()) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn set_peek_offset(&mut self, (): &(), offset: u32) -> Result<(), SocketError> {
+        self.peek_at = offset as usize;
+        Ok(())
+    }
+    fn peek(&mut self, (): &(), into: &mut [IoSliceMut<'_>]) -> Result<usize, SocketError> {
+        let len = self.give(self.peek_at, into)?;
+        self.peek_at += len;
+        Ok(len)
+    }
+    fn discard(&mut self, (): &(), len: u32) -> Result<(), SocketError> {
+        self.left -= len as usize;
+        self.peek_at -= len as usize;
+        Ok(())
+    }
+    fn receive(&mut self, (): &(), into: &mut [IoSliceMut<'_>]) -> Result<usize, SocketError> {
+        let len = self.give(0, into)?;
+        self.left -= len;
+        Ok(len)
+    }
+    fn send(&mut self, (): &(), from: &[IoSlice<'_>]) -> Result<usize, SocketError> {
+        let all: usize = from.iter().map(|slice| slice.len()).sum();
+        if self.takes == 0 { Err(SocketError::WouldBlock) } else { Ok(all.min(self.takes)) }
+    }
+    fn shutdown(&mut self, (): &()) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn reset(&mut self, (): ()) {}
+    fn send_space(&mut self, (): &()) -> Result<SendSpace, SocketError> {
+        Ok(SendSpace { free: 1 << 20, capacity: 1 << 20, charge: 1 << 20 })
+    }
+    fn arm_writable(&mut self, (): &(), _: Token) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn local_address(&mut self, (): &()) -> Result<SocketAddr, SocketError> {
+        Err(SocketError::Other(0))
+    }
+}
+
+/// A port that keeps the last frame without data only.
+struct Last {
+    link: Link,
+    space: usize,
+    frame: Vec<u8>,
+    data: usize,
+}
+
+impl Output for Last {
+    fn link(&self, _: Port) -> Link {
+        self.link
+    }
+    fn send(&mut self, _: Port, frame: &[u8], _: &OffloadHeader) -> Result<(), Full> {
+        if self.space == 0 {
+            return Err(Full);
+        }
+        self.space -= 1;
+        self.data += frame.len().saturating_sub(60);
+        if frame.len() < 100 {
+            self.frame.clear();
+            self.frame.extend(frame);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_packet_allocates_nothing() {
+    for kernel in [true, false] {
+        let guest: SocketAddr = ([192, 168, 64, 2], 4000).into();
+        let remote: SocketAddr = ([192, 0, 2, 1], 80).into();
+        let mut now = Duration::from_secs(5);
+        let sockets = Zeros { kernel, takes: usize::MAX, ..Zeros::default() };
+        let mut nat = Nat::new(config(false), sockets, now);
+        let mut out =
+            Last { link: plain_link(), space: 1000, frame: Vec::with_capacity(200), data: 0 };
+        let token = Token(1 << 56);
+        let frame = |flags: &str, seq, ack, len| {
+            let (flags, data) = (flags.into(), vec![0; len]);
+            Segment { flags, seq, ack, window: 60_000, data, ..Segment::default() }
+                .frame(guest, remote)
+        };
+        let header = OffloadHeader::NONE;
+        nat.from_guest(PORT, &[GuestFrame { bytes: &frame("S", 0, 0, 0), header }], now, &mut out);
+        let writable = Readiness { writable: true, ..Readiness::default() };
+        nat.on_ready(token, writable, now, &mut out);
+        let iss = u32::from_be_bytes(out.frame[38..42].try_into().unwrap()).wrapping_add(1);
+        nat.from_guest(
+            PORT,
+            &[GuestFrame { bytes: &frame(".", 1, iss, 0), header }],
+            now,
+            &mut out,
+        );
+        assert_eq!(nat.counters()[vmring_nat::Counter::TcpEstablished], 1);
+
+        let (mut seq, mut ack) = (1, iss);
+        let mut counted = 0;
+        for round in 0..200u32 {
+            // The first rounds take blocks out of the pools, which stay there.
+            let warm = round >= 20;
+            nat.sockets().takes = if round % 5 == 4 { 500 } else { usize::MAX };
+            out.space = if round % 7 == 6 { 1 } else { 1000 };
+            let batch: Vec<_> = (0..8).map(|i| frame("P.", seq + i * 1000, ack, 1000)).collect();
+            let batch: Vec<_> = batch.iter().map(|bytes| GuestFrame { bytes, header }).collect();
+            let strange = frame("P.", seq + 900_000, ack + 77, 10);
+            let unknown = Segment { flags: ".".into(), ..Segment::default() };
+            let unknown = unknown.frame(guest, ([192, 0, 2, 9], 80).into());
+            nat.sockets().left += 20_000;
+            now += Duration::from_millis(50);
+
+            let before = ALLOCATIONS.get();
+            nat.from_guest(PORT, &batch, now, &mut out);
+            nat.from_guest(PORT, &[GuestFrame { bytes: &strange, header }], now, &mut out);
+            nat.from_guest(PORT, &[GuestFrame { bytes: &unknown, header }], now, &mut out);
+            let readable = Readiness { readable: true, writable: true, ..Readiness::default() };
+            nat.on_ready(token, readable, now, &mut out);
+            out.space = 1000;
+            nat.on_space(PORT, now, &mut out);
+            nat.on_time(now, &mut out);
+            nat.on_ready(token, readable, now, &mut out);
+            if warm {
+                assert_eq!(ALLOCATIONS.get() - before, 0, "round {round}, kernel: {kernel}");
+                counted += 1;
+            }
+
+            // Where both sides are now, by an answer to a keep-alive.
+            let probe = frame(".", seq.wrapping_sub(2), ack, 0);
+            nat.from_guest(PORT, &[GuestFrame { bytes: &probe, header }], now, &mut out);
+            let number = |at: usize| u32::from_be_bytes(out.frame[at..at + 4].try_into().unwrap());
+            seq = number(42);
+            if round % 3 != 0 {
+                ack = number(38);
+            }
+        }
+        assert!(counted == 180 && out.data > 1_000_000, "{counted} rounds, {} bytes", out.data);
+        assert!(seq > 200_000, "{seq} bytes from the guest");
+        let counters = nat.counters();
+        assert!(counters[vmring_nat::Counter::Spilled] > 0);
+        assert!(counters[vmring_nat::Counter::OutputFull] > 0);
+    }
+}
