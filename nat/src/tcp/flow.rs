@@ -134,6 +134,8 @@ pub(crate) struct Flow<T> {
     pub(crate) armed: bool,
     /// The socket has told so, and the guest has sent nothing since.
     pub(crate) just_writable: bool,
+    /// The guest was offered more after its window was almost closed, and has sent nothing since.
+    pub(crate) reopened: bool,
     /// The flow is in the list of those that have more to do.
     pub(crate) queued: bool,
     /// There is more to send to the guest, but others are to have their turn.
@@ -217,6 +219,7 @@ impl<T> Flow<T> {
             ack_due: false,
             armed: false,
             just_writable: false,
+            reopened: false,
             queued: false,
             unfinished: false,
             waiting: false,

@@ -177,7 +177,10 @@ impl<T> Flow<T> {
             return false;
         }
         let window = (u32::from(segment.window) << self.snd_shift).min(MAX_WINDOW);
-        let newer = self.wl1.before(segment.seq) || self.wl1 == segment.seq && !self.wl2.after(ack);
+        // A keep-alive has an old sequence number and a new window.
+        let keep_alive = segment.payload.len() <= 1 && segment.seq == self.rcv_nxt.sub(1);
+        let seq = if keep_alive { self.rcv_nxt } else { segment.seq };
+        let newer = self.wl1.before(seq) || self.wl1 == seq && !self.wl2.after(ack);
         if ack.after(self.snd_una) {
             let fin = self.fin.is_some_and(|fin| ack.after(fin) && !self.snd_una.after(fin));
             let bytes = ack.since(self.snd_una) - u32::from(fin);
@@ -218,7 +221,7 @@ impl<T> Flow<T> {
                 // 3.8.6.1).
                 self.attempts = 0;
             }
-            (self.snd_wnd, self.wl1, self.wl2) = (window, segment.seq, ack);
+            (self.snd_wnd, self.wl1, self.wl2) = (window, seq, ack);
             self.max_wnd = self.max_wnd.max(window);
         }
         true
@@ -339,7 +342,7 @@ impl<T> Flow<T> {
         let port = self.key.port;
         let parts = &run.parts[..run.count];
         if run.bytes > 0 {
-            self.just_writable = false;
+            (self.just_writable, self.reopened) = (false, false);
             io.ports.note_active(port, &mut self.active_in, &mut self.offered, io.now);
         }
         let mut sent = 0;
@@ -428,7 +431,10 @@ impl<T> Flow<T> {
             }
             let window = self.room(io, memory).min(u32::from(u16::MAX) << shift);
             let edge = self.rcv_nxt.add(window);
-            if edge.since(self.rcv_edge) >= self.worthwhile(io) {
+            let worthwhile = self.worthwhile(io);
+            if edge.since(self.rcv_edge) >= worthwhile {
+                let closed = self.rcv_edge.since(self.rcv_nxt) < worthwhile;
+                self.reopened |= closed && self.phase == Phase::Open;
                 self.rcv_edge = edge;
             }
         }

@@ -308,6 +308,11 @@ impl<T> Flow<T> {
                 self.reset_guest(io, memory, Ending::Reset);
             } else if now >= self.probe_at() {
                 self.asked = now;
+                if self.reopened {
+                    // If this was lost, and the guest does not ask, it would wait for ever. The
+                    // question itself is no news, so its window may not be taken.
+                    self.send_ack(io, memory);
+                }
                 self.probe(Counter::KeepAlive, io, memory);
             }
         }

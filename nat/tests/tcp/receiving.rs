@@ -74,6 +74,13 @@ fn keep_alives_are_answered() {
             > . 1 ack 11
             nothing
             peer got 10
+            // Its window counts.
+            < . 11 ack 1 win 0
+            peer writes 100
+            nothing
+            < . 10 ack 1 win 512
+            > . 1:101 ack 11
+            nothing
             ",
         );
     });
