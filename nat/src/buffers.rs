@@ -1,8 +1,11 @@
 //! Blocks of memory for flows that need some now: a bounded pool, and a queue of bytes in a block.
 //!
-//! An idle flow has no block. What is given back is kept for the next flow.
+//! An idle flow has no block. What is given back is kept for the next flow. No port can have all of
+//! them.
 
 use std::io::{IoSlice, IoSliceMut};
+
+use crate::output::Port;
 
 /// A bounded pool of blocks of one size.
 #[derive(Debug)]
@@ -11,27 +14,44 @@ pub(crate) struct Pool {
     made: usize,
     block: usize,
     limit: usize,
+    /// How many each port has.
+    held: Vec<usize>,
 }
 
 impl Pool {
     /// A pool of at most `limit` blocks of `block` bytes. None exists yet.
     pub(crate) fn new(block: usize, limit: usize) -> Self {
-        Self { free: Vec::with_capacity(limit), made: 0, block, limit }
+        Self { free: Vec::with_capacity(limit), made: 0, block, limit, held: Vec::new() }
     }
 
-    /// An empty queue of bytes, or `None` if all blocks are in use.
-    pub(crate) fn take(&mut self) -> Option<ByteQueue> {
+    /// Makes room for what is counted for a port. The only call that allocates for a port.
+    pub(crate) fn grow(&mut self, port: Port) {
+        let len = port.0 as usize + 1;
+        if len > self.held.len() {
+            self.held.resize(len, 0);
+        }
+    }
+
+    /// An empty queue of bytes for a port's flow, or `None` if all blocks are in use, or three quarters
+    /// of them by this port.
+    pub(crate) fn take(&mut self, port: Port) -> Option<ByteQueue> {
+        let held = &mut self.held[port.0 as usize];
+        if *held >= (self.limit / 4 * 3).max(1) {
+            return None;
+        }
         let block = self.free.pop().or_else(|| {
             (self.made < self.limit).then(|| {
                 self.made += 1;
                 vec![0; self.block].into()
             })
         })?;
-        Some(ByteQueue { block, head: 0, len: 0 })
+        *held += 1;
+        Some(ByteQueue { block, head: 0, len: 0, port })
     }
 
     /// Takes a queue back, whatever is in it.
     pub(crate) fn give_back(&mut self, queue: ByteQueue) {
+        self.held[queue.port.0 as usize] -= 1;
         self.free.push(queue.block);
     }
 
@@ -53,6 +73,8 @@ pub(crate) struct ByteQueue {
     block: Box<[u8]>,
     head: usize,
     len: usize,
+    /// Whose it is.
+    port: Port,
 }
 
 impl ByteQueue {
@@ -145,14 +167,28 @@ mod tests {
 
     use super::*;
 
+    /// Goal: one port cannot have all blocks, and what it gives back it can have again.
+    #[test]
+    fn no_port_has_all_blocks() {
+        let mut pool = Pool::new(1, 8);
+        pool.grow(Port(1));
+        let mut hoard: Vec<_> = std::iter::from_fn(|| pool.take(Port(0))).collect();
+        assert_eq!(hoard.len(), 6);
+        let other: Vec<_> = std::iter::from_fn(|| pool.take(Port(1))).collect();
+        assert_eq!(other.len(), 2);
+        pool.give_back(hoard.pop().unwrap());
+        assert!(pool.take(Port(0)).is_some());
+    }
+
     proptest! {
         /// Goal: a queue of bytes in a ring is a queue of bytes.
         /// Method: the queue beside `VecDeque`, over a small block, so that it wraps often.
         #[test]
         fn a_byte_queue_is_a_queue(steps in prop::collection::vec((0usize..9, 0usize..9, 0usize..9), 1..50)) {
             let mut pool = Pool::new(7, 1);
-            let mut queue = pool.take().unwrap();
-            prop_assert!(pool.take().is_none());
+            pool.grow(Port(2));
+            let mut queue = pool.take(Port(2)).unwrap();
+            prop_assert!(pool.take(Port(1)).is_none());
             let mut model = VecDeque::new();
             let mut next = 0u8;
             for (add, offset, remove) in steps {

@@ -49,13 +49,15 @@ pub const ERRORS_PER_SECOND: u32 = 1000;
 
 // Memory of our own.
 
+/// After so many bytes to a guest, the socket is asked again what it costs.
+pub const ASK_AFTER: u32 = 1 << 20;
 /// The bytes of a block that holds what the kernel did not take of a batch.
 pub const SPILL_BLOCK: usize = 64 * 1024;
-/// The most of these blocks: 4 MiB.
+/// The most of these blocks: 4 MiB. One port has at most three quarters of them.
 pub const SPILL_BLOCKS: usize = 64;
 /// The bytes of a ring that holds what the guest has not acknowledged, where the kernel cannot.
 pub const RING_LEN: usize = 256 * 1024;
-/// The most of these rings: 64 MiB.
+/// The most of these rings: 64 MiB. One port has at most three quarters of them.
 pub const RINGS: usize = 256;
 
 // TCP.
@@ -90,10 +92,11 @@ pub const HANDSHAKE_RETRANSMITS: u8 = 5;
 /// How many duplicate acknowledgments mean that a segment is lost (RFC 5681, 3.2). Fewer do if
 /// fewer segments are on their way (RFC 5827).
 pub const DUPLICATE_ACKS: u32 = 3;
-/// How soon a flow looks again for what nobody tells it of: a ring for its bytes, or a socket that
-/// takes more than it took when it said that it takes some.
+/// How soon a flow looks again whether its socket takes more than it took when it said that it takes
+/// some.
 pub const LOOK_AGAIN: u64 = 10_000;
-/// How soon a frame that a port refused is tried again if nobody says that there is space.
+/// How soon a frame that a port refused is tried again if nobody says that there is space, and how
+/// soon a flow looks again for a ring for its bytes.
 pub const REFUSED_LOOK: u64 = 100_000;
 /// How long a flow may be silent before its guest is asked whether it still knows it.
 pub const PROBE_AFTER: u64 = 60_000_000;

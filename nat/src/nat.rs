@@ -66,7 +66,8 @@ impl<S: Sockets + fmt::Debug> fmt::Debug for Nat<S> {
 }
 
 fn micros(now: Duration) -> u64 {
-    now.as_micros().try_into().unwrap_or(u64::MAX)
+    // Far from the end of the numbers, so that sums do not overflow.
+    now.as_micros().min(1 << 62) as u64
 }
 
 impl<S: Sockets> Nat<S> {

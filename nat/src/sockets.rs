@@ -161,9 +161,8 @@ pub trait Sockets {
     /// Begins a TCP connection. The connection is made, or has failed, when `writable` or `failed`
     /// is told; then ask [`take_error`](Self::take_error).
     ///
-    /// The socket sends at once what it is given (`TCP_NODELAY`), keeps itself alive
-    /// (`SO_KEEPALIVE`), and takes urgent bytes for data (`SO_OOBINLINE`), so that it counts bytes as
-    /// the guest does.
+    /// The socket sends at once what it is given (`TCP_NODELAY`), and takes urgent bytes for data
+    /// (`SO_OOBINLINE`), so that it counts bytes as the guest does.
     ///
     /// # Errors
     ///
@@ -176,7 +175,8 @@ pub trait Sockets {
     ) -> Result<Self::Socket, SocketError>;
 
     /// Takes a connection that a listener has accepted: prepares it as
-    /// [`connect_tcp`](Self::connect_tcp) does, and tells of it by `token` from now on.
+    /// [`connect_tcp`](Self::connect_tcp) does, and tells of it by `token` from now on, also of what has
+    /// arrived before.
     ///
     /// # Errors
     ///
@@ -245,6 +245,9 @@ pub trait Sockets {
     ///
     /// If the connection is gone.
     fn shutdown(&mut self, socket: &Self::Socket) -> Result<(), SocketError>;
+
+    /// Asks the kernel to find out whether the peer is still there, now and then (`SO_KEEPALIVE`).
+    fn keep_alive(&mut self, socket: &Self::Socket);
 
     /// Closes the socket with a reset (`SO_LINGER` of 0 s).
     fn reset(&mut self, socket: Self::Socket);

@@ -94,6 +94,8 @@ impl Sockets for Host {
         token: Token,
     ) -> Result<OwnedFd, SocketError> {
         let socket = socket::tcp(to.is_ipv4())?;
+        #[cfg(not(target_os = "linux"))]
+        socket::set_nonblocking(socket.as_fd())?;
         socket::prepare(socket.as_fd())?;
         if let Some(len) = options.buffers {
             socket::set_buffers(socket.as_fd(), len)?;
@@ -106,6 +108,7 @@ impl Sockets for Host {
     }
 
     fn adopt_tcp(&mut self, socket: &OwnedFd, token: Token) -> Result<(), SocketError> {
+        socket::set_nonblocking(socket.as_fd())?;
         socket::prepare(socket.as_fd())?;
         self.poll.add(socket.as_fd(), token)?;
         Ok(())
@@ -145,6 +148,11 @@ impl Sockets for Host {
 
     fn shutdown(&mut self, socket: &OwnedFd) -> Result<(), SocketError> {
         Ok(socket::shutdown(socket.as_fd())?)
+    }
+
+    fn keep_alive(&mut self, socket: &OwnedFd) {
+        // If the system refuses, the flow ends by its own time.
+        let _ = socket::keep_alive(socket.as_fd());
     }
 
     fn reset(&mut self, socket: OwnedFd) {

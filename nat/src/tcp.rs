@@ -289,7 +289,7 @@ impl<T> Tcp<T> {
                 return None;
             }
         };
-        let place = Flow::<T>::place_for(to, &self.memory, io.config.rings_only);
+        let place = Flow::<T>::place_for(port, to, &self.memory, io.config.rings_only);
         let flow = Flow::connecting(segment, to, (socket, token), place, io, &mut self.memory);
         self.insert(flow, io)
     }
@@ -321,7 +321,7 @@ impl<T> Tcp<T> {
             io.sockets.reset(socket);
             return Err(why);
         }
-        let place = Flow::<T>::place_for(from, &self.memory, io.config.rings_only);
+        let place = Flow::<T>::place_for(key.port, from, &self.memory, io.config.rings_only);
         let flow = Flow::accepted(key, from, mac, (socket, token), place, io, &mut self.memory);
         if let Some(id) = self.insert(flow, io) {
             self.with(id, io, |flow, io, memory| flow.finish(&Run::new(), io, memory));
@@ -367,6 +367,7 @@ impl<T> Tcp<T> {
         io.count(port, Counter::TcpOpened);
         let id = self.flows.insert(flow).ok()?;
         self.wheel.grow(self.flows.places());
+        self.memory.grow(port);
         let state = io.ports.get(port);
         (state.flows, state.half_open) = (state.flows + 1, state.half_open + 1);
         let flows = state.flows;

@@ -110,6 +110,7 @@ impl Sockets for Zeros {
     fn shutdown(&mut self, (): &()) -> Result<(), SocketError> {
         Ok(())
     }
+    fn keep_alive(&mut self, (): &()) {}
     fn reset(&mut self, (): ()) {}
     fn send_space(&mut self, (): &()) -> Result<SendSpace, SocketError> {
         Ok(SendSpace { free: 1 << 20, capacity: 1 << 20, charge: 1 << 20 })

@@ -6,12 +6,14 @@
 use std::io::IoSliceMut;
 
 use crate::buffers::{ByteQueue, Pool};
+use crate::output::Port;
 use crate::retained::{Found, Retained};
 use crate::sockets::{SocketError, Sockets};
 
 /// A ring of bytes that were taken out of a socket.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Ring {
+    port: Port,
     bytes: Option<ByteQueue>,
     /// The socket has said that the stream ends behind these bytes.
     ended: bool,
@@ -39,7 +41,7 @@ impl<S: Sockets> Retained<S> for Ring {
                 break;
             }
             if self.bytes.is_none() {
-                self.bytes = rings.take();
+                self.bytes = rings.take(self.port);
             }
             let Some(bytes) = &mut self.bytes else { return Ok(Found::NoMemory) };
             let mut space = bytes.space();
@@ -85,6 +87,11 @@ impl<S: Sockets> Retained<S> for Ring {
 }
 
 impl Ring {
+    /// No ring yet, for a flow of this port.
+    pub(crate) fn new(port: Port) -> Self {
+        Self { port, bytes: None, ended: false }
+    }
+
     fn release_if_empty(&mut self, rings: &mut Pool) {
         if let Some(bytes) = self.bytes.take_if(|bytes| bytes.is_empty()) {
             rings.give_back(bytes);

@@ -67,24 +67,31 @@ fn get(socket: BorrowedFd<'_>, level: i32, option: i32) -> io::Result<libc::c_in
     Ok(value)
 }
 
+/// Makes calls return instead of waiting.
+pub(super) fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the call takes numbers only.
+    let flags = check(unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFL) })?;
+    // SAFETY: the same.
+    check(unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
+        .map(drop)
+}
+
 /// Makes a socket what [`Sockets::connect_tcp`](crate::Sockets::connect_tcp) promises.
 pub(super) fn prepare(socket: BorrowedFd<'_>) -> io::Result<()> {
     #[cfg(not(target_os = "linux"))]
     {
         let fd = socket.as_raw_fd();
-        // SAFETY: these calls take numbers only.
+        // SAFETY: the call takes numbers only.
         check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
         set(socket, libc::SOL_SOCKET, libc::SO_NOSIGPIPE, 1)?;
     }
-    // SAFETY: the call takes numbers only.
-    let flags = check(unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFL) })?;
-    if flags & libc::O_NONBLOCK == 0 {
-        // SAFETY: the call takes numbers only.
-        check(unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })?;
-    }
     set(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
-    set(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)?;
     set(socket, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1)
+}
+
+/// Asks the kernel to find out whether the peer is still there.
+pub(super) fn keep_alive(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1)
 }
 
 /// Sets the size of both buffers, and so keeps the kernel from changing it.

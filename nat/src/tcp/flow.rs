@@ -10,7 +10,7 @@ use crate::io::Io;
 use crate::limits::{
     MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX, WINDOW_SHIFT,
 };
-use crate::output::{Full, Link};
+use crate::output::{Full, Link, Port};
 use crate::packet::Addresses;
 use crate::retained::Retained;
 use crate::retained::kernel::KernelQueue;
@@ -79,6 +79,8 @@ pub(crate) struct Flow<T> {
     pub(crate) fin: Option<Seq>,
     /// How many bytes are acknowledged but not yet discarded.
     pub(crate) acked: u32,
+    /// How many bytes were discarded since the socket was asked what it costs.
+    pub(crate) since_asked: u32,
     /// The window that the guest offers, in bytes from `snd_una` on.
     pub(crate) snd_wnd: u32,
     /// The largest that it has offered.
@@ -192,6 +194,7 @@ impl<T> Flow<T> {
             snd_max: Seq(0),
             fin: None,
             acked: 0,
+            since_asked: 0,
             snd_wnd: 0,
             max_wnd: 0,
             wl1: Seq(0),
@@ -238,14 +241,19 @@ impl<T> Flow<T> {
     }
 
     /// The place for bytes that come over a socket to this address.
-    pub(crate) fn place_for(to: SocketAddr, memory: &Memory, rings_only: bool) -> Place {
+    pub(crate) fn place_for(
+        port: Port,
+        to: SocketAddr,
+        memory: &Memory,
+        rings_only: bool,
+    ) -> Place {
         let capabilities = &memory.capabilities;
         let kernel =
             if to.is_ipv4() { capabilities.peek_offset_v4 } else { capabilities.peek_offset_v6 };
         if kernel && !rings_only {
             Place::Kernel(KernelQueue::default())
         } else {
-            Place::Ring(Ring::default())
+            Place::Ring(Ring::new(port))
         }
     }
 
@@ -357,6 +365,7 @@ impl<T> Flow<T> {
         memory: &mut Memory,
     ) {
         let Some(socket) = &self.socket else { return };
+        self.since_asked = 0;
         if let Ok(space) = io.sockets.send_space(socket) {
             memory.kernel -= u64::from(self.space.charge);
             memory.kernel += u64::from(space.charge);
@@ -443,7 +452,7 @@ impl<T> Flow<T> {
 /// Sends a segment without data.
 pub(crate) fn send_header<S: Sockets>(
     io: &mut Io<'_, S>,
-    port: crate::output::Port,
+    port: Port,
     header: &Header,
 ) -> Result<(), Full> {
     let mut frame = [0; CONTROL_LEN];

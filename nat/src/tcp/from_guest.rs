@@ -9,7 +9,7 @@ use std::io::IoSlice;
 
 use crate::io::Io;
 use crate::limits::{
-    BATCH, DUPLICATE_ACKS, LOOK_AGAIN, MAX_WINDOW, SMALL_SOCKET_BUFFER, TIME_WAIT,
+    ASK_AFTER, BATCH, DUPLICATE_ACKS, LOOK_AGAIN, MAX_WINDOW, SMALL_SOCKET_BUFFER, TIME_WAIT,
 };
 use crate::retained::Retained;
 use crate::seq::Seq;
@@ -70,8 +70,8 @@ impl<T> Flow<T> {
         match self.phase {
             Phase::Closed | Phase::Resetting => Taken::Done,
             Phase::Connecting => {
-                // The guest gives up: its sequence has no second byte yet.
-                if flags.rst && segment.seq.since(self.irs) <= 1 {
+                // The guest gives up. Its sequence is at SYN, or behind it.
+                if flags.rst && (segment.seq == self.irs || segment.seq == self.rcv_nxt) {
                     self.guest_failed(Counter::GuestReset, io, memory);
                 }
                 Taken::Done
@@ -312,6 +312,11 @@ impl<T> Flow<T> {
             if self.acked > 0 {
                 let acked = core::mem::take(&mut self.acked);
                 self.place.discard(io.sockets, socket, &mut memory.rings, acked)?;
+                self.since_asked = self.since_asked.saturating_add(acked);
+            }
+            if self.since_asked >= ASK_AFTER {
+                // The kernel makes the receive buffer larger as bytes are taken out of it.
+                self.ask_space(io, memory);
             }
         }
         if self.guest_fin && self.shut && self.fin_acked() {
@@ -367,7 +372,7 @@ impl<T> Flow<T> {
         if sent < run.bytes as usize {
             self.space.free = 0;
             if self.spill.is_none() {
-                self.spill = memory.spill.take();
+                self.spill = memory.spill.take(port);
             }
             if let Some(spill) = &mut self.spill {
                 let mut skip = sent;

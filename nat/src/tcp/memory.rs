@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use crate::buffers::Pool;
 use crate::limits::{RING_LEN, RINGS, SPILL_BLOCK, SPILL_BLOCKS};
+use crate::output::Port;
 use crate::seq::Seq;
 use crate::sockets::Capabilities;
 use crate::tcp::segment::Key;
@@ -33,6 +34,12 @@ impl Memory {
             capabilities,
             secret: RandomState::new(),
         }
+    }
+
+    /// Makes room for what is counted for a port.
+    pub(crate) fn grow(&mut self, port: Port) {
+        self.spill.grow(port);
+        self.rings.grow(port);
     }
 
     /// The first sequence number of a flow (RFC 6528, 3): a clock that counts every 4 microseconds,

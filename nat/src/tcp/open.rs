@@ -48,8 +48,6 @@ impl<T> Flow<T> {
         let mut flow = Self::new(key, from, mac, Phase::SynSent, place, token);
         flow.begin_socket(socket, memory);
         flow.start_sequence(io.now, memory);
-        // What the peer sends before the guest answers is told now, and not again.
-        flow.readable = true;
         flow.heard = io.now;
         flow.retry_at = io.now + HANDSHAKE_FIRST;
         flow.ack_due = true;
@@ -79,7 +77,8 @@ impl<T> Flow<T> {
             Ok(()) => {
                 self.start_sequence(io.now, memory);
                 self.phase = Phase::SynReceived;
-                self.readable = true;
+                // What comes later is told.
+                self.readable = readiness.readable || readiness.closed;
                 self.ending = readiness.closed;
                 self.ask_space(io, memory);
                 self.ack_due = true;

@@ -8,7 +8,7 @@ use std::io::IoSliceMut;
 use vmring_embedded::software;
 
 use crate::io::Io;
-use crate::limits::{FRAMES_AT_ONCE, IDLE_TIMEOUT, LOOK_AGAIN, RETRANSMITS, SCRATCH_LEN, TURNS};
+use crate::limits::{FRAMES_AT_ONCE, IDLE_TIMEOUT, REFUSED_LOOK, RETRANSMITS, SCRATCH_LEN, TURNS};
 use crate::output::Link;
 use crate::packet::padded;
 use crate::retained::{Found, Retained};
@@ -145,7 +145,7 @@ impl<T> Flow<T> {
             }
             Found::NoMemory => {
                 io.count(port, Counter::RingsUsedUp);
-                self.look_at = io.now + LOOK_AGAIN;
+                self.look_at = io.now + REFUSED_LOOK;
                 return Ok(false);
             }
         };
@@ -307,6 +307,12 @@ impl<T> Flow<T> {
                 io.count(self.key.port, Counter::IdleTimeout);
                 self.reset_guest(io, memory, Ending::Reset);
             } else if now >= self.probe_at() {
+                if self.asked == 0
+                    && let Some(socket) = &self.socket
+                {
+                    // The peer may be gone too. Most connections do not live as long as this.
+                    io.sockets.keep_alive(socket);
+                }
                 self.asked = now;
                 if self.reopened {
                     // If this was lost, and the guest does not ask, it would wait for ever. The

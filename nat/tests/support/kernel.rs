@@ -374,6 +374,7 @@ impl Sockets for Kernel {
         })
     }
 
+    fn keep_alive(&mut self, _: &Socket) {}
     fn reset(&mut self, socket: Socket) {
         self.with(socket.index, |peer| peer.closed = Some(true));
     }
