@@ -290,8 +290,7 @@ fn slow_readers_get_everything() {
             stream.write_all(&vec![9; 300_000]).unwrap();
             wait.recv_timeout(LONG).unwrap();
             let mut bytes = Vec::new();
-            let got = stream.read_to_end(&mut bytes).unwrap();
-            got
+            stream.read_to_end(&mut bytes).unwrap()
         });
         let handle = guest.connect(port, 30_000);
         let mut written = 0;
