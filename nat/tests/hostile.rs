@@ -210,6 +210,8 @@ fn every_limit_holds_and_is_counted() {
     assert_eq!((net.kernel.open(), counted(&net, Counter::FlowLimit)), (30, 1970));
     let net = limited(&|limits| limits.descriptors = 40);
     assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (40, 1960));
+    let net = limited(&|limits| limits.half_open = 60);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::HalfOpenLimit)), (60, 1940));
     // A rate gives more when time passes.
     let mut net = limited(&|limits| limits.port.new_flows_per_second = 100);
     net.wait(std::time::Duration::from_millis(500));

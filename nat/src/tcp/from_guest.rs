@@ -292,6 +292,12 @@ impl<T> Flow<T> {
             Phase::SynSent | Phase::SynReceived if self.ack_due => self.send_handshake(io, memory),
             _ => {}
         }
+        // What was sent may have offered more, so this comes last.
+        if self.phase == Phase::Open
+            && let Err(error) = self.arm_if_low(io)
+        {
+            self.world_failed(error, io, memory);
+        }
     }
 
     fn finish_open<S: Sockets<Socket = T>>(
@@ -323,8 +329,7 @@ impl<T> Flow<T> {
             self.end(io, memory);
             return Ok(());
         }
-        self.push(io, memory)?;
-        self.arm_if_low(io)
+        self.push(io, memory)
     }
 
     /// Both directions have ended.

@@ -69,9 +69,10 @@ fn a_half_closed_by_the_guest_leaves_the_other() {
     each_way(|script| {
         script.open().run(
             "
-            < F. 1 ack 1 win 16
+            < F. 1 ack 1 win 0
             peer got fin
             > . 1 ack 2
+            < . 2 ack 1 win 16
             ",
         );
         let mut at = 1;

@@ -412,6 +412,8 @@ fn a_peer_connects_to_a_guest() {
             > . 1 ack 1
             ",
         );
+        // By itself, and not by an event of the socket.
+        assert_eq!(script.net.kernel.calls().arm_writable, 0);
     });
 }
 

@@ -183,6 +183,26 @@ fn the_window_follows_the_kernels_buffer() {
     }
 }
 
+/// T5: FIN behind bytes for which there is no space is not taken, and the bytes in front of it are.
+#[test]
+fn fin_behind_the_window_is_not_taken() {
+    let mut script = small(false, 2000, false);
+    script.open().run(
+        "
+        < F. 1:2501 ack 1 win 512
+        peer got 2000
+        peer got no fin
+        > . 1 ack 2001 win 0
+        peer reads 2000
+        > . 1 ack 2001
+        < F. 2001:2501 ack 1 win 512
+        peer got 2500
+        peer got fin
+        > . 1 ack 2502
+        ",
+    );
+}
+
 /// T9: a segment may be larger than the whole buffer of the kernel. The window must open all the same.
 #[test]
 fn a_large_segment_and_a_small_buffer_do_not_deadlock() {

@@ -13,8 +13,13 @@ fn no_socket_is_looked_at_again_and_again() {
             calls.peek + calls.receive
         };
         let before = looks(script);
-        script.run("wait 300\n nothing");
+        script.run("wait 200\n nothing");
         assert_eq!(looks(script), before, "T1");
+        // An event without a reason causes one look, and no more.
+        script.run("peer writes 0\n nothing");
+        assert_eq!(looks(script), before + 1, "T1");
+        script.run("wait 100\n nothing");
+        assert_eq!(looks(script), before + 1, "T1");
         script.run(
             "
             < . 1 ack 501 win 0
@@ -339,6 +344,9 @@ fn acknowledged_bytes_leave_the_kernel() {
         script.run("< . 1 ack 1001 win 512\n & . 1 ack 2001 win 512\n & . 1 ack 3001 win 512");
         assert_eq!(left(script), 0);
         assert_eq!(script.net.kernel.calls().discard - before, usize::from(!in_rings));
+        // Where the kernel's offset is, is known. It is set once, and not again before a rewind.
+        script.run("peer writes 3000\n < . 1 ack 4001 win 512\n peer writes 3000");
+        assert_eq!(script.net.kernel.calls().set_peek_offset, usize::from(!in_rings));
     });
 }
 
