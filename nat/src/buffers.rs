@@ -71,15 +71,15 @@ impl Pool {
 #[derive(Debug)]
 pub(crate) struct ByteQueue {
     block: Box<[u8]>,
-    head: usize,
-    len: usize,
+    head: u32,
+    len: u32,
     /// Whose it is.
     port: Port,
 }
 
 impl ByteQueue {
     pub(crate) fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -94,16 +94,16 @@ impl ByteQueue {
 
     /// The bytes from `offset` on, as two slices.
     fn halves(&self, offset: usize) -> (&[u8], &[u8]) {
-        let len = self.len.saturating_sub(offset);
-        let at = (self.head + offset.min(self.len)) % self.block.len();
+        let len = self.len().saturating_sub(offset);
+        let at = (self.head as usize + offset.min(self.len())) % self.block.len();
         let first = len.min(self.block.len() - at);
         (&self.block[at..at + first], &self.block[..len - first])
     }
 
     /// The space behind the bytes. Call [`added`](Self::added) when it has been filled.
     pub(crate) fn space(&mut self) -> [IoSliceMut<'_>; 2] {
-        let space = self.block.len() - self.len;
-        let at = (self.head + self.len) % self.block.len();
+        let space = self.block.len() - self.len();
+        let at = (self.head as usize + self.len()) % self.block.len();
         let first = space.min(self.block.len() - at);
         let (low, high) = self.block.split_at_mut(at);
         [IoSliceMut::new(&mut high[..first]), IoSliceMut::new(&mut low[..space - first])]
@@ -111,8 +111,8 @@ impl ByteQueue {
 
     /// Says that so many bytes were written to [`space`](Self::space).
     pub(crate) fn added(&mut self, len: usize) {
-        self.len += len;
-        debug_assert!(self.len <= self.block.len(), "more was added than there was space for");
+        self.len += len as u32;
+        debug_assert!(self.len() <= self.block.len(), "more was added than there was space for");
     }
 
     /// Appends as many bytes as fit, and returns how many these are.
@@ -152,10 +152,10 @@ impl ByteQueue {
 
     /// Removes the oldest bytes.
     pub(crate) fn remove(&mut self, len: usize) {
-        debug_assert!(len <= self.len, "fewer bytes are in the queue");
-        let len = len.min(self.len);
-        self.head = (self.head + len) % self.block.len();
-        self.len -= len;
+        debug_assert!(len <= self.len(), "fewer bytes are in the queue");
+        let len = len.min(self.len());
+        self.head = ((self.head as usize + len) % self.block.len()) as u32;
+        self.len -= len as u32;
     }
 }
 

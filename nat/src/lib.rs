@@ -21,7 +21,7 @@
 //!   in a ring; `seq`: sequence numbers
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
-//! - `packet`, `icmp`: headers, read and written; `io`: what each protocol works with
+//! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `io`: what each protocol works with
 //!
 //! The other part is [`sys`]: real sockets, over epoll on Linux and kqueue on macOS.
 //!
@@ -71,6 +71,7 @@
 
 mod buffers;
 pub mod config;
+mod endpoint;
 mod icmp;
 mod io;
 pub mod limits;

@@ -107,6 +107,10 @@ impl<F: Keyed> Table<F> {
                 slot.entry = Ok(entry);
             }
             None => {
+                if self.slots.len() == self.slots.capacity() {
+                    // An eighth more, where `push` would take twice as much.
+                    self.slots.reserve_exact(self.slots.len() / 8 + 8);
+                }
                 self.slots.push(Slot { generation: 0, entry: Ok(entry) });
                 self.free = self.slots.len() as u32;
             }

@@ -55,6 +55,10 @@ pub struct FlowInfo {
     pub to: SocketAddr,
     /// Whether the handshake is complete.
     pub established: bool,
+    /// Bytes of the guest that the host's socket has taken.
+    pub sent: u64,
+    /// Bytes for the guest that it has acknowledged.
+    pub received: u64,
 }
 
 /// The flows of TCP.
@@ -131,10 +135,12 @@ impl<T> Tcp<T> {
     pub(crate) fn infos(&self) -> impl Iterator<Item = FlowInfo> + '_ {
         self.flows.iter().filter(|flow| flow.counts()).map(|flow| FlowInfo {
             port: flow.key.port,
-            guest: flow.key.guest,
-            remote: flow.key.remote,
-            to: flow.to,
+            guest: flow.key.guest.into(),
+            remote: flow.key.remote.into(),
+            to: flow.to.into(),
             established: flow.phase == Phase::Open,
+            sent: flow.sent,
+            received: flow.received,
         })
     }
 
@@ -260,7 +266,7 @@ impl<T> Tcp<T> {
         io: &mut Io<'_, S>,
     ) -> Option<FlowId> {
         let key = segment.key;
-        let (port, source, destination) = (key.port, key.guest, key.remote);
+        let (port, source, destination) = (key.port, key.guest.into(), key.remote.into());
         let request = Request { port, protocol: Protocol::Tcp, source, destination };
         let to = match io.policy.decide(&request) {
             Verdict::Allow { to } => to,
@@ -542,11 +548,14 @@ impl<T> Tcp<T> {
     }
 }
 
+/// Makes room for so many, and for a few more, but not for twice as many.
 fn reserve<E>(list: &mut VecDeque<E>, len: usize) {
-    list.reserve(len.saturating_sub(list.len()));
+    if len > list.capacity() {
+        list.reserve_exact(len + len / 8 + 8 - list.len());
+    }
 }
 
 /// The key of a flow from a peer to a guest.
 pub(crate) fn key(port: Port, guest: SocketAddr, remote: SocketAddr) -> Key {
-    Key { port, guest, remote }
+    Key { port, guest: guest.into(), remote: remote.into() }
 }

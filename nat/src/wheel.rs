@@ -52,6 +52,9 @@ impl Wheel {
     /// Makes room for the timers 0 to `len` - 1. The only call that allocates.
     pub(crate) fn grow(&mut self, len: usize) {
         if len > self.nodes.len() {
+            if len > self.nodes.capacity() {
+                self.nodes.reserve_exact(len + len / 8 + 8 - self.nodes.len());
+            }
             self.nodes.resize(len, Node { previous: NIL, next: NIL, at: 0, list: NOWHERE });
         }
     }

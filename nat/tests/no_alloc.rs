@@ -1,5 +1,5 @@
 //! Translating a packet allocates nothing, in either direction, whether the kernel or a ring retains
-//! the bytes, and whether the port takes the frames or not.
+//! the bytes, and whether the port takes the frames or not. A flow costs a few hundred bytes.
 
 mod support;
 
@@ -20,6 +20,7 @@ use support::script::Segment;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    static IN_USE: Cell<isize> = const { Cell::new(0) };
 }
 
 struct Counting;
@@ -29,11 +30,13 @@ struct Counting;
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        IN_USE.with(|bytes| bytes.set(bytes.get() + layout.size() as isize));
         // SAFETY: the caller keeps the contract of `alloc`, and that of `System` is the same.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.with(|bytes| bytes.set(bytes.get() - layout.size() as isize));
         // SAFETY: the caller got the pointer from `alloc` with this layout, and `alloc` got it from
         // `System`.
         unsafe { System.dealloc(pointer, layout) }
@@ -68,7 +71,7 @@ impl Sockets for Zeros {
 
     fn capabilities(&self) -> Capabilities {
         let kernel = self.kernel;
-        Capabilities { peek_offset_v4: kernel, peek_offset_v6: kernel, descriptors: 100 }
+        Capabilities { peek_offset_v4: kernel, peek_offset_v6: kernel, descriptors: 20_000 }
     }
     fn connect_tcp(
         &mut self,
@@ -222,5 +225,54 @@ fn a_packet_allocates_nothing() {
         let counters = nat.counters();
         assert!(counters[vmring_nat::Counter::Spilled] > 0);
         assert!(counters[vmring_nat::Counter::OutputFull] > 0);
+    }
+}
+
+/// Goal: an idle flow costs at most 512 bytes of memory, with its entries in every table.
+/// Method: 10,000 flows that have carried data both ways.
+#[test]
+fn an_idle_flow_costs_512_bytes_at_most() {
+    for kernel in [true, false] {
+        let now = Duration::from_secs(5);
+        let sockets = Zeros { kernel, takes: usize::MAX, ..Zeros::default() };
+        let mut config = config(false);
+        let limits = &mut config.limits;
+        (limits.flows, limits.descriptors) = (20_000, 20_000);
+        (limits.half_open, limits.new_flows_per_second) = (20_000, 20_000);
+        limits.port.flows = 20_000;
+        (limits.port.half_open, limits.port.new_flows_per_second) = (20_000, 20_000);
+        let mut nat = Nat::new(config, sockets, now);
+        let link = plain_link();
+        let mut out = Last { link, space: usize::MAX, frame: Vec::with_capacity(200), data: 0 };
+        let header = OffloadHeader::NONE;
+        let before = IN_USE.get();
+        const FLOWS: u32 = 10_000;
+        for index in 0..FLOWS {
+            let guest: SocketAddr = ([192, 168, 64, 2], 1000 + index as u16).into();
+            let remote: SocketAddr = ([192, 0, 2, 1], 80).into();
+            let send = |nat: &mut Nat<Zeros>, out: &mut Last, flags: &str, seq, ack, len| {
+                let (flags, data) = (flags.into(), vec![0; len]);
+                let frame = Segment { flags, seq, ack, window: 60_000, data, ..Segment::default() };
+                let bytes = frame.frame(guest, remote);
+                nat.from_guest(PORT, &[GuestFrame { bytes: &bytes, header }], now, out);
+            };
+            send(&mut nat, &mut out, "S", 0, 0, 0);
+            let token = Token(1 << 56 | u64::from(index));
+            let writable = Readiness { writable: true, ..Readiness::default() };
+            nat.on_ready(token, writable, now, &mut out);
+            let iss = u32::from_be_bytes(out.frame[38..42].try_into().unwrap()).wrapping_add(1);
+            send(&mut nat, &mut out, "P.", 1, iss, 10);
+            // One byte for the guest. Sockets that peek have one place for all.
+            (nat.sockets().left, nat.sockets().peek_at) = (1, 0);
+            let readable = Readiness { readable: true, ..Readiness::default() };
+            nat.on_ready(token, readable, now, &mut out);
+            send(&mut nat, &mut out, ".", 11, iss.wrapping_add(1), 0);
+        }
+        let each = (IN_USE.get() - before) / FLOWS as isize;
+        let counters = nat.counters();
+        assert_eq!(nat.usage().0, FLOWS as usize);
+        assert_eq!(counters[vmring_nat::Counter::TcpBytesReceived], u64::from(FLOWS));
+        eprintln!("{each} bytes for each flow");
+        assert!(each <= 512, "{each} bytes for each flow");
     }
 }

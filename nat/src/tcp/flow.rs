@@ -6,6 +6,7 @@
 use core::net::SocketAddr;
 
 use crate::buffers::ByteQueue;
+use crate::endpoint::Endpoint;
 use crate::io::Io;
 use crate::limits::{
     MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX, WINDOW_SHIFT,
@@ -47,7 +48,7 @@ pub(crate) enum Phase {
 pub(crate) struct Flow<T> {
     pub(crate) key: Key,
     /// Where the host's socket is connected to.
-    pub(crate) to: SocketAddr,
+    pub(crate) to: Endpoint,
     /// Where the guest's frames come from.
     pub(crate) mac: [u8; 6],
     pub(crate) phase: Phase,
@@ -97,6 +98,10 @@ pub(crate) struct Flow<T> {
     pub(crate) snd_shift: u8,
     /// The windows that the guest is offered are in units of 2 to this power.
     pub(crate) rcv_shift: u8,
+
+    /// Bytes that the socket has taken, and that the guest has acknowledged.
+    pub(crate) sent: u64,
+    pub(crate) received: u64,
 
     // Time, in microseconds. 0 is never.
     /// When the handshake, a segment, a probe or TIME-WAIT times out.
@@ -148,7 +153,7 @@ pub(crate) struct Flow<T> {
     pub(crate) refused: bool,
 }
 
-static_assertions::const_assert!(size_of::<Flow<i32>>() <= 400);
+static_assertions::const_assert!(size_of::<Flow<i32>>() <= 336);
 
 impl<T> Keyed for Flow<T> {
     type Key = Key;
@@ -178,7 +183,7 @@ impl<T> Flow<T> {
     ) -> Self {
         Self {
             key,
-            to,
+            to: to.into(),
             mac,
             phase,
             socket: None,
@@ -204,6 +209,8 @@ impl<T> Flow<T> {
             mss: MIN_MSS,
             snd_shift: 0,
             rcv_shift: 0,
+            sent: 0,
+            received: 0,
             retry_at: 0,
             look_at: 0,
             heard: 0,
@@ -464,7 +471,7 @@ pub(crate) fn send_header<S: Sockets>(
 }
 
 /// The largest segment that fits into a packet of the link.
-pub(crate) fn largest_mss(guest: SocketAddr, link: &Link) -> u16 {
+pub(crate) fn largest_mss(guest: Endpoint, link: &Link) -> u16 {
     let headers = if guest.is_ipv4() { 40 } else { 60 };
     let longest = (link.mtu as usize).min(link.longest.saturating_sub(14));
     longest.saturating_sub(headers).clamp(MIN_MSS.into(), u16::MAX.into()) as u16

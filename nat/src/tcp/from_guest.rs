@@ -185,6 +185,7 @@ impl<T> Flow<T> {
             let fin = self.fin.is_some_and(|fin| ack.after(fin) && !self.snd_una.after(fin));
             let bytes = ack.since(self.snd_una) - u32::from(fin);
             self.acked += bytes;
+            self.received += u64::from(bytes);
             io.ports.count_n(port, Counter::TcpBytesReceived, bytes.into());
             self.snd_una = ack;
             self.snd_nxt = self.snd_nxt.max(ack);
@@ -371,6 +372,7 @@ impl<T> Flow<T> {
                 Err(error) => return Err(error),
             };
             self.space.free = self.space.free.saturating_sub(sent as u32);
+            self.sent += sent as u64;
             io.ports.count_n(port, Counter::TcpBytesSent, sent as u64);
         }
         let mut taken = sent;
@@ -413,9 +415,15 @@ impl<T> Flow<T> {
             match io.sockets.send(socket, &spill.bytes()) {
                 Ok(sent) => {
                     spill.remove(sent);
+                    self.sent += sent as u64;
                     io.ports.count_n(self.key.port, Counter::TcpBytesSent, sent as u64);
                 }
-                Err(SocketError::WouldBlock | SocketError::NoMemory) => break,
+                Err(SocketError::WouldBlock) => break,
+                Err(SocketError::NoMemory) => {
+                    // The socket may say that it takes bytes all the same.
+                    self.look_at = io.now + LOOK_AGAIN;
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -496,7 +504,7 @@ impl<T> Flow<T> {
         if is_low && self.just_writable && self.spill.is_none() {
             // The socket takes bytes, and has just said so. It would say so again at once.
             self.look_at = io.now + LOOK_AGAIN;
-        } else if (is_low || self.spill.is_some()) && !self.armed {
+        } else if (is_low || self.spill.is_some()) && !self.armed && self.look_at == 0 {
             io.sockets.arm_writable(socket, self.token)?;
             self.armed = true;
         }

@@ -1,12 +1,12 @@
 //! TCP segments: those that a guest sends, and those that it gets.
 
 use core::fmt;
-use core::hash::{Hash, Hasher};
 use core::net::{IpAddr, SocketAddr};
 
 use smoltcp::wire::{IpProtocol, TcpOption, TcpPacket, TcpSeqNumber};
 use vmring_core::offload::{Checksum, Gso, OffloadHeader};
 
+use crate::endpoint::Endpoint;
 use crate::output::Port;
 use crate::packet::{Addresses, Datagram};
 use crate::seq::Seq;
@@ -22,30 +22,16 @@ pub(crate) const CONTROL_LEN: usize = 14 + 40 + HEADER_LEN + SYN_OPTIONS_LEN;
 const CHECKSUM_AT: u16 = 16;
 
 /// What a flow is found by: its port, and both addresses as the guest sees them.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub(crate) port: Port,
-    pub(crate) guest: SocketAddr,
-    pub(crate) remote: SocketAddr,
+    pub(crate) guest: Endpoint,
+    pub(crate) remote: Endpoint,
 }
 
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "port {}: {} - {}", self.port.0, self.guest, self.remote)
-    }
-}
-
-/// A few words, where the derived one would hash every field.
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        for address in [self.guest.ip(), self.remote.ip()] {
-            match address {
-                IpAddr::V4(v4) => state.write_u32(v4.into()),
-                IpAddr::V6(v6) => state.write_u128(v6.into()),
-            }
-        }
-        let ports = u32::from(self.guest.port()) << 16 | u32::from(self.remote.port());
-        state.write_u64(u64::from(self.port.0) << 32 | u64::from(ports));
     }
 }
 
@@ -107,8 +93,8 @@ impl<'f> Segment<'f> {
         Ok(Self {
             key: Key {
                 port,
-                guest: SocketAddr::new(datagram.source, packet.src_port()),
-                remote: SocketAddr::new(datagram.destination, packet.dst_port()),
+                guest: SocketAddr::new(datagram.source, packet.src_port()).into(),
+                remote: SocketAddr::new(datagram.destination, packet.dst_port()).into(),
             },
             seq: Seq(packet.seq_number().0 as u32),
             ack: Seq(packet.ack_number().0 as u32),
