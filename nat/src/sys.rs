@@ -3,6 +3,14 @@
 //! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
 //! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
 //! other way.
+//!
+//! # System calls
+//!
+//! What a filter of system calls has to allow on Linux. At the start: `prlimit64`, `epoll_create1`,
+//! `eventfd2`, `socket`, `setsockopt`, `close`. Afterwards: `socket`, `connect`, `setsockopt`,
+//! `getsockopt`, `getpeername`, `getsockname`, `fcntl`, `sendmsg`, `recvmsg`, `recvfrom`, `shutdown`,
+//! `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`, `write`, and `ioctl` with
+//! `TIOCOUTQ` where there is no `SO_MEMINFO`.
 
 #[cfg(target_os = "linux")]
 mod epoll;

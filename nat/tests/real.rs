@@ -202,44 +202,40 @@ fn serve<R: Send + 'static>(
 /// leave the other.
 #[test]
 fn bytes_go_both_ways_and_halves_close() {
-    const LEN: usize = 1_500_000;
-    each_way(|guest, listener| {
+    let len = if std::env::var_os("VMRING_TEST_SCALE").is_some() { 150_000 } else { 1_500_000 };
+    each_way(move |guest, listener| {
         let port = listener.local_addr().unwrap().port();
-        let served = serve(listener, |mut stream| {
+        let served = serve(listener, move |mut peer| {
             let mut got = Vec::new();
-            stream.read_to_end(&mut got).expect("the guest's bytes");
+            peer.read_to_end(&mut got).expect("the guest's bytes");
             // The guest's half has ended; this one goes on.
-            stream.write_all(&stream_of_world()).expect("space");
-            stream.shutdown(Shutdown::Write).unwrap();
+            peer.write_all(&stream(from_world, 0, len)).expect("space");
+            peer.shutdown(Shutdown::Write).unwrap();
             got
         });
         let handle = guest.connect(port, 100_000);
         let (mut written, mut read) = (0, Vec::new());
         guest.until("everything", |guest| {
             let socket = guest.socket(handle);
-            if socket.can_send() && written < LEN {
-                let end = LEN.min(written + 50_000);
+            if socket.can_send() && written < len {
+                let end = len.min(written + 50_000);
                 written += socket.send_slice(&stream(from_guest, written, end)).unwrap();
-                if written == LEN {
+                if written == len {
                     socket.close();
                 }
             }
             if socket.can_recv() {
                 socket.recv(|bytes| (bytes.len(), read.extend_from_slice(bytes))).unwrap();
             }
-            read.len() == LEN
+            read.len() == len
         });
-        assert!(read == stream_of_world(), "wrong bytes at the guest");
-        assert!(served.recv_timeout(LONG).unwrap() == stream(from_guest, 0, LEN));
+        assert!(read == stream(from_world, 0, len), "wrong bytes at the guest");
+        assert!(served.recv_timeout(LONG).unwrap() == stream(from_guest, 0, len));
         guest.until_gone(handle);
         let counters = guest.nat.counters();
-        assert_eq!(counters[Counter::TcpBytesReceived], LEN as u64);
-        assert_eq!(counters[Counter::TcpBytesSent], LEN as u64);
+        assert_eq!(counters[Counter::TcpBytesReceived], len as u64);
+        assert_eq!(counters[Counter::TcpBytesSent], len as u64);
     });
-
-    fn stream_of_world() -> Vec<u8> {
-        stream(from_world, 0, LEN)
-    }
 }
 
 /// Goal: a server that speaks first is heard, and one that closes first leaves the guest's half, which
@@ -539,7 +535,7 @@ fn a_full_socket_tells_when_it_takes_bytes() {
         }
     }
     let full = host.send_space(&socket).unwrap();
-    assert!(full.free <= full.capacity / 4, "{full:?}");
+    assert!(full.free < full.capacity / 2, "{full:?}");
     host.arm_writable(&socket, Token(1 << 56)).unwrap();
     nothing_more(&mut host);
     let mut read = vec![0; sent];

@@ -313,7 +313,7 @@ pub(super) fn send_space(socket: BorrowedFd<'_>) -> io::Result<SendSpace> {
     let mut info = [0u32; 9];
     let mut len = size_of_val(&info) as libc::socklen_t;
     // SAFETY: the pointers are to `info` and its length, which live until the call returns.
-    check(unsafe {
+    let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
@@ -321,7 +321,16 @@ pub(super) fn send_space(socket: BorrowedFd<'_>) -> io::Result<SendSpace> {
             info.as_mut_ptr().cast(),
             &raw mut len,
         )
-    })?;
+    };
+    if result < 0 {
+        // Linux before 4.12, and emulators. These are the bytes alone.
+        info[SEND_BUFFER] = get(socket, libc::SOL_SOCKET, libc::SO_SNDBUF)?.max(0) as u32;
+        info[RECEIVE_BUFFER] = get(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)?.max(0) as u32;
+        let mut queued: libc::c_int = 0;
+        // SAFETY: the pointer is to `queued`, which lives until the call returns.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut queued) })?;
+        info[QUEUED] = queued.max(0) as u32;
+    }
     let capacity = info[SEND_BUFFER];
     let free = capacity.saturating_sub(info[QUEUED]);
     Ok(SendSpace {

@@ -129,6 +129,12 @@ impl<T> Flow<T> {
         if flags.rst {
             if segment.seq.before(self.rcv_nxt) || segment.seq.after(edge) {
                 io.count(port, Counter::TcpSequence);
+            } else if self.shut && self.fin == Some(self.snd_una) {
+                // Both sides have said everything, and the guest has forgotten the flow before it got
+                // FIN for the last time. What it has sent still goes out.
+                io.count(port, Counter::GuestReset);
+                self.end_socket(io, memory, Ending::Close);
+                self.phase = Phase::Closed;
             } else {
                 self.guest_failed(Counter::GuestReset, io, memory);
             }

@@ -195,6 +195,29 @@ fn a_reset_of_the_guest_is_a_reset() {
     });
 }
 
+/// Goal: a guest that forgets a flow in which everything was said costs the peer nothing that is on its
+/// way.
+#[test]
+fn a_reset_after_everything_was_said_is_an_end() {
+    each_way(|script| {
+        script.open().run(
+            "
+            < P. 1:11 ack 1 win 512
+            & F. 11 ack 1 win 512
+            > . 1 ack 12
+            peer finishes
+            > F. 1 ack 12
+            wait 420
+            > F. 1 ack 12
+            < R 12
+            peer got 10
+            peer got close
+            empty
+            ",
+        );
+    });
+}
+
 /// Section 9, 2 and 3b: the end of the stream is noted when it is told, and FIN comes when everything
 /// else was sent.
 #[test]
