@@ -306,3 +306,63 @@ fn answers_to_what_belongs_to_nothing_are_limited() {
     assert_eq!(counted(&net, Counter::NoFlow), 5000);
     net.assert_empty();
 }
+
+/// Goal: flows for which there is no ring wait for one, for as long as it takes, and no port has all.
+#[test]
+fn flows_without_a_ring_wait_for_one() {
+    let mut config = config(true);
+    config.limits.port.half_open = 1000;
+    config.limits.half_open = 1000;
+    let mut net = Net::new(config, plain_link());
+    net.kernel.0.borrow_mut().answer = Answer::Connect;
+    let to: SocketAddr = ([192, 0, 2, 1], 80).into();
+    let port = crate::support::port::PORT.0;
+    let open = |net: &mut Net, port: u32, guest_port: u16| {
+        let from = SocketAddr::from(([192, 168, 64, 2], guest_port));
+        from_port(net, port, &[syn(from, to)]);
+        let (frame, header) = net.out.frames.pop_back().unwrap();
+        let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+        let ack = answer.seq.wrapping_add(1);
+        let segment =
+            Segment { flags: ".".into(), seq: 8, ack, window: 1000, ..Segment::default() };
+        from_port(net, port, &[segment.frame(from, to)]);
+        net.kernel.write(net.kernel.len() - 1, b"bytes");
+        net.settle();
+        (from, ack)
+    };
+    // The guest acknowledges nothing, so its flows keep their rings.
+    let flows: Vec<_> = (1..=200).map(|guest_port| open(&mut net, port, guest_port)).collect();
+    let bytes =
+        |net: &Net| net.out.frames.iter().filter(|(frame, _)| frame.ends_with(b"bytes\0")).count();
+    assert_eq!(bytes(&net), 192);
+    assert!(counted(&net, Counter::RingsUsedUp) >= 8);
+    net.out.frames.clear();
+    // Another port has its share.
+    open(&mut net, 1, 1);
+    assert_eq!(bytes(&net), 1);
+    // Those that wait are not given up, and get the first ring that is free.
+    let ack = |(from, ack): (SocketAddr, u32)| {
+        let ack = ack.wrapping_add(5);
+        let segment =
+            Segment { flags: ".".into(), seq: 8, ack, window: 1000, ..Segment::default() };
+        segment.frame(from, to)
+    };
+    for _ in 0..100 {
+        net.wait(std::time::Duration::from_secs(10));
+        let late: Vec<_> =
+            flows[..192].iter().map(|&(from, iss)| (from, iss.wrapping_sub(5))).collect();
+        let answers: Vec<_> = late.into_iter().map(ack).collect();
+        from_port(&mut net, port, &answers);
+        if net.now.as_secs() > 1300 {
+            break;
+        }
+    }
+    assert_eq!(net.kernel.with(195, |peer| peer.closed), None, "given up");
+    net.out.frames.clear();
+    let answers: Vec<_> = flows[..50].iter().map(|&flow| ack(flow)).collect();
+    from_port(&mut net, port, &answers);
+    net.out.frames.clear();
+    net.wait(std::time::Duration::from_secs(1));
+    let got = bytes(&net);
+    assert!(got >= 8, "{got} flows got a ring");
+}

@@ -307,9 +307,14 @@ impl<T> Flow<T> {
         self.fin.is_some_and(|fin| self.snd_una.after(fin))
     }
 
-    /// Whether there is, or may be, something that the guest has yet to get or to acknowledge.
+    /// Whether there is, or may be, something that is to be sent to the guest: for the first time, or
+    /// again.
     pub(crate) fn has_more(&self) -> bool {
-        self.readable || self.snd_nxt != self.snd_max || self.fin == Some(self.snd_nxt)
+        match self.fin {
+            // What the socket tells behind the end of the stream is no news.
+            Some(fin) => !self.snd_nxt.after(fin),
+            None => self.readable || self.snd_nxt != self.snd_max,
+        }
     }
 
     fn header(&self, flags: Flags, seq: Seq, window: u16, from_mac: [u8; 6]) -> Header {

@@ -72,7 +72,7 @@ impl<T> Flow<T> {
         let link = io.out.link(self.key.port);
         let frame = self.frame_len(&link);
         for turn in 0.. {
-            if self.fin.is_some_and(|fin| self.snd_nxt.after(fin)) || !self.has_more() {
+            if !self.has_more() {
                 break;
             }
             let limit = Retained::<S>::limit(&self.place, &memory.rings);
@@ -92,7 +92,8 @@ impl<T> Flow<T> {
                 break;
             }
         }
-        if self.retry_at == 0 && self.has_more() && !self.refused && !self.unfinished {
+        let waits = self.refused || self.unfinished || self.look_at > 0;
+        if self.retry_at == 0 && self.has_more() && !waits {
             // The window is closed, or too small. The guest may open it in a segment that gets lost.
             self.expect_answer(io.now);
         }

@@ -146,6 +146,33 @@ fn a_half_closed_by_the_peer_leaves_the_other() {
     });
 }
 
+/// Goal: what a socket tells again behind the end of the stream, as it does whenever it is asked to tell
+/// that it takes bytes, is no reason to ask the guest for a window, or to end the flow.
+#[test]
+fn an_end_that_is_told_again_is_no_news() {
+    each_way(|script| {
+        script.open().run(
+            "
+            peer finishes
+            > F. 1 ack 1
+            < . 1 ack 2 win 512
+            ",
+        );
+        for _ in 0..40 {
+            script.run(
+                "
+                peer finishes
+                wait 50000
+                nothing
+                < . 0 ack 2 win 512
+                > . 2 ack 1
+                ",
+            );
+        }
+        script.run("peer is open\n count WindowProbe 0\n count GuestSilent 0");
+    });
+}
+
 /// T7: a clean end leaves nothing unread, so the peer gets no reset.
 #[test]
 fn a_clean_end_is_no_reset() {
