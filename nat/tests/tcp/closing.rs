@@ -31,6 +31,26 @@ fn fin_is_sent_again_with_its_data() {
     });
 }
 
+/// T5: a window with little space behind the data has space for FIN.
+#[test]
+fn fin_needs_little_space() {
+    each_way(|script| {
+        script.open().run(
+            "
+            peer writes 500
+            peer finishes
+            > . 1:501 ack 1
+            > F. 501 ack 1
+            // 512 bytes, of which 500 are the data.
+            < . 1 ack 1 win 4
+            wait 420
+            > . 1:501 ack 1
+            > F. 501 ack 1
+            ",
+        );
+    });
+}
+
 /// T5: FIN counts only behind the last byte. A FIN of elsewhere ends nothing.
 #[test]
 fn fin_of_elsewhere_ends_nothing() {

@@ -1,6 +1,6 @@
 //! From the world to the guest: data, losses, and windows of the guest.
 
-use crate::support::script::each_way;
+use crate::support::script::{each_way, from_world, stream};
 
 /// T1: a look at the socket that finds nothing new while bytes are not acknowledged is not repeated.
 /// T2: nor is one while the guest's window is closed.
@@ -380,5 +380,31 @@ fn short_reads_lose_nothing() {
             script.run("peer writes 300");
         }
         script.run("> . 1:301 ack 1\n > . 301:601 ack 1\n > . 601:901 ack 1\n nothing");
+    });
+}
+
+/// Goal: a flow with much to send lets others have their turn, and goes on by itself.
+#[test]
+fn a_flow_with_much_to_send_takes_turns() {
+    each_way(|script| {
+        script.run(
+            "
+            < S 0 win 65535 mss 1000 ws 7
+            peer connects
+            > S. 0 ack 1
+            < . 1 ack 1 win 8000
+            ",
+        );
+        script.net.kernel.write(0, &stream(from_world, 0, 750_000));
+        let (token, readiness) = script.net.kernel.take_event().unwrap();
+        let (now, out) = (script.net.now, &mut script.net.out);
+        script.net.nat.on_ready(token, readiness, now, out);
+        let first = script.net.out.frames.len();
+        assert!(first > 64 && first <= 4 * 64, "{first} frames in one turn");
+        script.net.settle();
+        // All of it, or what a ring holds.
+        let unread = script.net.kernel.with(0, |peer| peer.incoming.len());
+        let all = if unread == 750_000 { 750 } else { 262 };
+        assert_eq!(script.net.out.frames.len(), all);
     });
 }
