@@ -34,7 +34,7 @@ use crate::table::{FlowId, Table};
 use crate::wheel::Wheel;
 
 use flow::{Ending, Flow, Phase};
-use from_guest::{Run, Taken, reset_unknown};
+use from_guest::{Run, Taken, answer_reset, reset_unknown};
 use memory::Memory;
 use segment::{Key, Segment};
 
@@ -290,7 +290,7 @@ impl<T> Tcp<T> {
                 io.count(port, counter);
                 match reason {
                     Some(reason) => io.send_error_about(port, reason, &segment.datagram),
-                    None => reset_unknown(segment, io),
+                    None => answer_reset(segment, io),
                 }
                 return None;
             }

@@ -12,7 +12,7 @@ use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::time::Instant as GuestInstant;
 use smoltcp::wire::{HardwareAddress, IpCidr};
-use vmring_core::offload::OffloadHeader;
+use vmring_core::offload::{OffloadHeader, Offloads};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
     Counter, Full, GuestFrame, Link, Nat, Output, Policy, Port, Request, SocketError, Sockets,
@@ -76,6 +76,12 @@ struct Guest {
 impl Guest {
     fn new(rings_only: bool, v6: bool) -> Self {
         let host = Host::new().expect("sockets");
+        // Large segments go with the kernel's queue.
+        let link = if rings_only {
+            plain_link()
+        } else {
+            Link { offloads: Offloads::ALL, longest: 65_549, ..plain_link() }
+        };
         let nat = Nat::with_policy(config(rings_only), host, Box::new(ToLoopback), Duration::ZERO);
         let mut card = Card::default();
         let settings = Config::new(HardwareAddress::Ip);
@@ -89,7 +95,7 @@ impl Guest {
         interface.routes_mut().add_default_ipv6_route("fd00::1".parse().unwrap()).unwrap();
         Self {
             nat,
-            out: Frames(VecDeque::new(), plain_link()),
+            out: Frames(VecDeque::new(), link),
             events: Events::new(64),
             card,
             interface,

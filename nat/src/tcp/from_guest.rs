@@ -98,8 +98,9 @@ impl<T> Flow<T> {
     ) -> Taken {
         let flags = segment.flags;
         if flags.ack && segment.ack != self.snd_nxt {
+            io.count(self.key.port, Counter::TcpSequence);
             if !flags.rst {
-                reset_unknown(segment, io);
+                answer_reset(segment, io);
             }
         } else if flags.rst && flags.ack {
             self.guest_failed(Counter::GuestReset, io, memory);
@@ -157,7 +158,8 @@ impl<T> Flow<T> {
         }
         if self.phase == Phase::SynReceived {
             if segment.ack != self.snd_nxt {
-                reset_unknown(segment, io);
+                io.count(port, Counter::TcpSequence);
+                answer_reset(segment, io);
                 return Taken::Done;
             }
             self.establish(io);
@@ -518,14 +520,17 @@ impl<T> Flow<T> {
     }
 }
 
-/// Answers a segment that belongs to no flow (RFC 9293, 3.10.7.1), unless it is a reset or the port
-/// gets too many answers.
+/// Answers a segment that belongs to no flow, unless it is a reset.
 pub(crate) fn reset_unknown<S: Sockets>(segment: &Segment<'_>, io: &mut Io<'_, S>) {
-    let port = segment.key.port;
-    if segment.flags.rst {
-        return;
+    if !segment.flags.rst {
+        io.count(segment.key.port, Counter::NoFlow);
+        answer_reset(segment, io);
     }
-    io.count(port, Counter::NoFlow);
+}
+
+/// Answers a segment with a reset (RFC 9293, 3.10.7.1), unless the port gets too many.
+pub(crate) fn answer_reset<S: Sockets>(segment: &Segment<'_>, io: &mut Io<'_, S>) {
+    let port = segment.key.port;
     if !io.ports.may_err(port, io.now) {
         return;
     }

@@ -92,6 +92,7 @@ fn refused_is_a_reset_and_unreachable_is_icmp() {
         script.net.kernel.0.borrow_mut().answer = Answer::Fail(SocketError::NoDescriptor);
         let code = codes(script.guest.is_ipv6())[1].1;
         script.run(&format!("< S 0 win 65535\n > icmp {code}\n count NoDescriptor 1\n empty"));
+        script.run("count NoFlow 0\n count ConnectRefused 2");
     });
 }
 
