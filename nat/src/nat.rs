@@ -45,7 +45,7 @@ struct Shared {
 /// never goes back, and tells it of frames, of sockets that are ready, of ports that take frames
 /// again, and of the time that it asked for.
 ///
-/// See the [crate](crate) for an example.
+/// See the [crate] for an example.
 pub struct Nat<S: Sockets> {
     // The flows first: dropping them closes their sockets, of which `sockets` may keep a list.
     tcp: Tcp<S::Socket>,

@@ -26,6 +26,12 @@ use crate::support::script::{from_guest, from_world, stream};
 /// Far longer than any test needs on a slow and busy machine.
 const LONG: Duration = Duration::from_secs(60);
 
+// A translator may be made in one thread and work in another.
+const _: fn() = || {
+    fn is_send<T: Send>() {}
+    is_send::<Nat<Host>>();
+};
+
 /// Leads 192.0.2.1 and 2001:db8::1 to the loopback addresses, with the same port.
 #[derive(Debug)]
 struct ToLoopback;
