@@ -3,6 +3,7 @@
 use core::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::limits;
+use crate::prefix::Prefix;
 
 /// What a translator is made with.
 #[derive(Clone, Debug)]
@@ -14,6 +15,10 @@ pub struct NatConfig {
     pub gateway_v4: Ipv4Addr,
     /// The gateway's address over IPv6.
     pub gateway_v6: Ipv6Addr,
+    /// The addresses of guests.
+    pub subnet_v4: Prefix,
+    /// The addresses of guests over IPv6.
+    pub subnet_v6: Prefix,
     /// What may grow, and how far.
     pub limits: Limits,
     /// Whether bytes for guests are always kept in rings of the flows, also where the kernel can keep
@@ -22,10 +27,19 @@ pub struct NatConfig {
 }
 
 impl NatConfig {
-    /// Settings for this gateway, with the default limits.
+    /// Settings for this gateway, with the default limits. The subnets are the gateway's /24 and /64.
     pub fn new(gateway_mac: [u8; 6], gateway_v4: Ipv4Addr, gateway_v6: Ipv6Addr) -> Self {
-        let limits = Limits::default();
-        Self { gateway_mac, gateway_v4, gateway_v6, limits, rings_only: false }
+        let subnet =
+            |address, len| Prefix::new(address, len).expect("the address has so many bits");
+        Self {
+            gateway_mac,
+            gateway_v4,
+            gateway_v6,
+            subnet_v4: subnet(gateway_v4.into(), 24),
+            subnet_v6: subnet(gateway_v6.into(), 64),
+            limits: Limits::default(),
+            rings_only: false,
+        }
     }
 }
 

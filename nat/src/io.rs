@@ -1,14 +1,15 @@
 //! What a translator of one protocol works with, beside its own flows.
 
-use core::net::IpAddr;
+use core::net::{IpAddr, SocketAddr};
 
 use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
 use crate::icmp::{self, Reason};
+use crate::limits::HOST_ADDRESSES;
 use crate::output::{Full, Output, Port};
 use crate::packet::{Addresses, Datagram, padded};
-use crate::policy::Policy;
+use crate::policy::{Policy, Protocol, Request, Sources, Verdict};
 use crate::ports::Ports;
 use crate::sockets::Sockets;
 use crate::stats::Counter;
@@ -17,6 +18,9 @@ use crate::stats::Counter;
 pub(crate) struct Io<'a, S: Sockets> {
     pub(crate) sockets: &'a mut S,
     pub(crate) policy: &'a mut dyn Policy,
+    pub(crate) sources: &'a mut Sources,
+    /// When the host's own addresses are to be read again, in microseconds.
+    pub(crate) addresses_at: &'a mut u64,
     pub(crate) config: &'a NatConfig,
     pub(crate) ports: &'a mut Ports,
     /// Memory in which frames are built: [`SCRATCH_LEN`](crate::limits::SCRATCH_LEN) bytes.
@@ -29,6 +33,29 @@ pub(crate) struct Io<'a, S: Sockets> {
 impl<S: Sockets> Io<'_, S> {
     pub(crate) fn count(&mut self, port: Port, counter: Counter) {
         self.ports.count(port, counter);
+    }
+
+    /// Decides about a new flow of a guest. Where it leads to, or why it may not be opened.
+    pub(crate) fn decide(
+        &mut self,
+        (port, mac): (Port, [u8; 6]),
+        protocol: Protocol,
+        source: SocketAddr,
+        destination: SocketAddr,
+    ) -> Result<SocketAddr, Counter> {
+        self.sources.check(port, mac, source.ip(), self.now)?;
+        if self.policy.wants_host_addresses() && *self.addresses_at <= self.now {
+            *self.addresses_at = self.now + HOST_ADDRESSES;
+            // The old ones hold if there is no descriptor for a look.
+            match self.sockets.host_addresses() {
+                Ok(addresses) => self.policy.set_host_addresses(&addresses),
+                Err(_) => self.count(port, Counter::HostAddresses),
+            }
+        }
+        match self.policy.decide(&Request { port, protocol, source, destination }) {
+            Verdict::Allow { to } => Ok(to),
+            Verdict::Deny(why) => Err(why),
+        }
     }
 
     /// Gives a port a frame that leaves nothing to do. `frame` has space for padding behind `len`

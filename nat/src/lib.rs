@@ -14,7 +14,7 @@
 //! - [`nat`]: [`Nat`], the translator: frames, readiness and time go in
 //! - [`output`]: where frames for guests go, which may refuse them
 //! - [`sockets`]: what is needed of the host's sockets
-//! - [`policy`]: who may reach what
+//! - [`policy`]: who may reach what, and which address is whose; [`prefix`]: prefixes of addresses
 //! - [`config`] and [`limits`]: settings, and the numbers that are limits or policy
 //! - [`stats`]: what is counted
 //! - `tcp`: the flows of TCP; `retained`: bytes that the guest has not acknowledged, in the kernel or
@@ -80,6 +80,7 @@ pub mod output;
 mod packet;
 pub mod policy;
 mod ports;
+pub mod prefix;
 mod retained;
 mod seq;
 pub mod sockets;
@@ -92,7 +93,11 @@ mod wheel;
 pub use config::{Limits, NatConfig, PortLimits};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};
-pub use policy::{Policy, Protocol, Request, Verdict, WorldOnly};
+pub use policy::{
+    HostAccess, HostPort, Policy, PolicyRules, Protocol, Request, Rule, RuleError, Sources,
+    Verdict, WorldOnly,
+};
+pub use prefix::{Prefix, PrefixError};
 pub use sockets::{
     Capabilities, ConnectOptions, Readiness, SendSpace, SocketError, Sockets, Token,
 };

@@ -47,6 +47,12 @@ pub const TIME_WAIT_FLOWS: usize = 1024;
 /// The most ICMP errors and resets for no flow that one port gets per second.
 pub const ERRORS_PER_SECOND: u32 = 1000;
 
+/// The most addresses that one port has because it uses them. With temporary addresses (RFC 8981) and
+/// one address of IPv4, a guest has about ten.
+pub const SOURCES_PER_PORT: usize = 16;
+/// How old what is known of the host's own addresses may be when a flow is opened.
+pub const HOST_ADDRESSES: u64 = 5_000_000;
+
 // Memory of our own.
 
 /// After so many bytes to a guest, the socket is asked again what it costs.

@@ -12,7 +12,7 @@ use crate::io::Io;
 use crate::limits::{BATCH, SCRATCH_LEN};
 use crate::output::{Output, Port};
 use crate::packet::Datagram;
-use crate::policy::{Policy, WorldOnly};
+use crate::policy::{Policy, PolicyRules, Sources};
 use crate::ports::Ports;
 use crate::sockets::{Kind, Readiness, Sockets, Token};
 use crate::stats::{Counter, Counters};
@@ -34,6 +34,8 @@ pub struct GuestFrame<'f> {
 /// The settings with which a translator decides and limits, and the memory that all flows share.
 struct Shared {
     policy: Box<dyn Policy + Send>,
+    sources: Sources,
+    addresses_at: u64,
     config: NatConfig,
     ports: Ports,
     scratch: Box<[u8]>,
@@ -71,9 +73,10 @@ fn micros(now: Duration) -> u64 {
 }
 
 impl<S: Sockets> Nat<S> {
-    /// A translator that lets guests into the outside world only ([`WorldOnly`]).
+    /// A translator that lets guests into the outside world only: [`PolicyRules`] without a rule.
     pub fn new(config: NatConfig, sockets: S, now: Duration) -> Self {
-        Self::with_policy(config, sockets, Box::new(WorldOnly), now)
+        let policy = PolicyRules::new([config.subnet_v4, config.subnet_v6]);
+        Self::with_policy(config, sockets, Box::new(policy), now)
     }
 
     /// A translator that asks `policy` about each new flow.
@@ -86,7 +89,10 @@ impl<S: Sockets> Nat<S> {
         let tcp = Tcp::new(config.limits.flows, sockets.capabilities(), micros(now));
         let ports = Ports::new(config.limits);
         let scratch = vec![0; SCRATCH_LEN].into();
-        Self { tcp, sockets, shared: Shared { policy, config, ports, scratch } }
+        let subnets = [config.subnet_v4, config.subnet_v6];
+        let sources = Sources::new(subnets, [config.gateway_v4.into(), config.gateway_v6.into()]);
+        let shared = Shared { policy, sources, addresses_at: 0, config, ports, scratch };
+        Self { tcp, sockets, shared }
     }
 
     /// The flows, and what they need.
@@ -95,11 +101,14 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &'a mut dyn Output,
     ) -> (&'a mut Tcp<S::Socket>, Io<'a, S>) {
-        let Shared { policy, config, ports, scratch } = &mut self.shared;
+        let Shared { policy, sources, addresses_at, config, ports, scratch } = &mut self.shared;
         let sockets = &mut self.sockets;
         let now = micros(now);
         let policy = &mut **policy;
-        (&mut self.tcp, Io { sockets, policy, config, ports, scratch, out, now })
+        (
+            &mut self.tcp,
+            Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now },
+        )
     }
 
     /// Handles frames that a port's guest has sent to the gateway for others. All frames of a batch
@@ -187,12 +196,24 @@ impl<S: Sockets> Nat<S> {
         let (tcp, mut io) = self.parts(now, out);
         tcp.close(Some(port), false, &mut io);
         io.ports.forget(port);
+        io.sources.port_left(port);
     }
 
     /// Ends all flows. Guests and peers get resets.
     pub fn close(&mut self, now: Duration, out: &mut dyn Output) {
         let (tcp, mut io) = self.parts(now, out);
         tcp.close(None, true, &mut io);
+    }
+
+    /// Which guest each address belongs to. Tell it of leases, reservations and ARP.
+    pub fn sources(&mut self) -> &mut Sources {
+        &mut self.shared.sources
+    }
+
+    /// Decides about new flows by another policy from now on. Flows that are open stay open.
+    pub fn set_policy(&mut self, policy: Box<dyn Policy + Send>) {
+        self.shared.policy = policy;
+        self.shared.addresses_at = 0;
     }
 
     /// What was counted for all ports.

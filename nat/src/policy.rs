@@ -1,9 +1,20 @@
 //! Who may reach what. A [`Policy`] is asked once for each flow, before anything is opened.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `rules.rs` | [`PolicyRules`]: the policy of a network, as data |
+//! | `sources.rs` | [`Sources`]: which guest an address belongs to |
 
-use core::net::{IpAddr, Ipv6Addr, SocketAddr};
+pub mod rules;
+pub mod sources;
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::output::Port;
 use crate::stats::Counter;
+
+pub use rules::{HostAccess, HostPort, PolicyRules, Rule, RuleError};
+pub use sources::Sources;
 
 /// A transport protocol that is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -11,6 +22,10 @@ use crate::stats::Counter;
 pub enum Protocol {
     /// TCP.
     Tcp,
+    /// UDP.
+    Udp,
+    /// Echo requests of ICMP and ICMPv6. Their ports are 0.
+    IcmpEcho,
 }
 
 /// What a guest asks for.
@@ -44,6 +59,17 @@ pub trait Policy {
     /// Decides about a new flow. The addresses are those of the packet, so names that resolve to a
     /// forbidden address are refused too.
     fn decide(&mut self, request: &Request) -> Verdict;
+
+    /// Whether the policy is to be told the host's own addresses. They are read again when a flow is
+    /// opened and the last look at them is [`HOST_ADDRESSES`](crate::limits::HOST_ADDRESSES) old.
+    fn wants_host_addresses(&self) -> bool {
+        false
+    }
+
+    /// Tells the host's own addresses, those of all its interfaces.
+    fn set_host_addresses(&mut self, addresses: &[IpAddr]) {
+        let _ = addresses;
+    }
 }
 
 /// Denies what is no place in the outside world, and allows the rest: see [`forbidden`].
@@ -59,11 +85,24 @@ impl Policy for WorldOnly {
     }
 }
 
+/// The services of clouds that tell a machine its secrets, and that are not link-local as
+/// 169.254.169.254 is: those of EC2 and Google over IPv6, Azure's wire server, Alibaba's and Oracle's.
+const METADATA: [IpAddr; 5] = [
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
+    IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
+    IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+];
+
 /// Why an address is no place in the outside world, or `None` if it is one, as far as the address
-/// alone says. Loopback, unspecified, link-local (the metadata services of clouds), multicast,
-/// broadcast and reserved addresses are none (RFC 6890), nor is IPv4 in the form of IPv6, which would
-/// lead around these rules.
+/// alone says. Loopback, unspecified, link-local, multicast, broadcast and reserved addresses are none
+/// (RFC 6890), nor are the metadata services of clouds, nor is such an address in a form of IPv6, which
+/// would lead around these rules.
 pub fn forbidden(address: IpAddr) -> Option<Counter> {
+    if METADATA.contains(&address) {
+        return Some(Counter::DeniedMetadata);
+    }
     match address {
         IpAddr::V4(v4) => match v4.octets() {
             [127, ..] => Some(Counter::DeniedLoopback),
@@ -80,16 +119,32 @@ pub fn forbidden(address: IpAddr) -> Option<Counter> {
             // Site-local addresses, which are deprecated (RFC 3879).
             [0xfec0..=0xfeff, ..] => Some(Counter::DeniedReserved),
             [0xff00..=0xffff, ..] => Some(Counter::DeniedMulticast),
-            // ::/96 (IPv4-compatible), ::ffff:0:0/96 (mapped), ::ffff:0:0:0/96 (translated),
-            // 64:ff9b::/96 and 64:ff9b:1::/48 (NAT64), 2002::/16 (6to4).
+            // ::/96 (IPv4-compatible), ::ffff:0:0/96 (mapped) and ::ffff:0:0:0/96 (translated) are on no
+            // wire (RFC 4291, 2.5.5; RFC 7915, 2.1).
             [0, 0, 0, 0, 0 | 0xffff, 0, ..] | [0, 0, 0, 0, 0, 0xffff, ..] => {
                 Some(Counter::DeniedMapped)
             }
-            [0x64, 0xff9b, 0, 0, 0, 0, ..] | [0x64, 0xff9b, 1, ..] | [0x2002, ..] => {
-                Some(Counter::DeniedMapped)
-            }
-            _ => None,
+            // In 64:ff9b:1::/48 nobody but its network knows where the IPv4 address is (RFC 8215).
+            [0x64, 0xff9b, 1, ..] => Some(Counter::DeniedMapped),
+            _ => embedded_v4(address)
+                .filter(|&v4| forbidden(v4.into()).is_some())
+                .map(|_| Counter::DeniedMapped),
         },
+    }
+}
+
+/// The IPv4 address that an IPv6 address stands for, if its packets end there: 64:ff9b::/96 (NAT64, RFC
+/// 6052, 2.1), 2002::/16 (6to4, RFC 3056, 2), 2001::/32 (Teredo, RFC 4380, 4) and the interface
+/// identifiers of ISATAP (RFC 5214, 6.1).
+pub fn embedded_v4(address: IpAddr) -> Option<Ipv4Addr> {
+    let IpAddr::V6(v6) = address else { return None };
+    let v4 = |high: u16, low: u16| Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)));
+    match v6.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => v4(high, low),
+        [0x2002, high, low, ..] => v4(high, low),
+        [0x2001, 0, .., high, low] => v4(!high, !low),
+        [_, _, _, _, 0 | 0x200, 0x5efe, high, low] => v4(high, low),
+        _ => None,
     }
 }
 
@@ -108,12 +163,15 @@ mod tests {
     fn what_is_no_place_in_the_world_is_denied() {
         let denied = "127.0.0.1 127.5.5.5 0.0.0.0 0.1.2.3 169.254.169.254 224.0.0.1 239.1.1.1 240.0.0.1 \
              255.255.255.255 ::1 :: fe80::1 febf::1 fec0::1 ff02::1 ::ffff:127.0.0.1 ::127.0.0.1 \
-             ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::7f00:1 2002:7f00:1::1";
+             ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::7f00:1 2002:7f00:1::1 64:ff9b::169.254.169.254 \
+             2001:0:1:2::80ff:fffe fd12::5efe:127.0.0.1 fd12::200:5efe:127.0.0.1 fd00:ec2::254 \
+             fd20:ce::254 168.63.129.16 100.100.100.200 192.0.0.192 64:ff9b::168.63.129.16";
         for address in denied.split_whitespace() {
             assert!(forbidden(address.parse().unwrap()).is_some(), "{address}");
         }
-        for address in "1.1.1.1 10.0.0.1 192.168.1.1 223.255.255.255 2001:db8::1 fd00::1".split(' ')
-        {
+        let allowed = "1.1.1.1 10.0.0.1 192.168.1.1 223.255.255.255 2001:db8::1 fd00::1 64:ff9b::808:808 \
+             2002:808:808::1 fd00:ec2::253 168.63.129.17";
+        for address in allowed.split_whitespace() {
             assert_eq!(forbidden(address.parse().unwrap()), None, "{address}");
         }
     }

@@ -16,7 +16,7 @@
 
 use core::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::table::FlowId;
 
@@ -157,6 +157,13 @@ pub trait Sockets {
 
     /// What these sockets can do. It does not change.
     fn capabilities(&self) -> Capabilities;
+
+    /// The addresses of the host's interfaces, as they are now.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError>;
 
     /// Begins a TCP connection. The connection is made, or has failed, when `writable` or `failed`
     /// is told; then ask [`take_error`](Self::take_error).

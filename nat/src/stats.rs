@@ -56,18 +56,34 @@ counters! {
     // What is refused.
     /// The source address is no guest's: loopback, multicast, broadcast or unspecified.
     BadSource,
+    /// The source address is not in the network's subnet.
+    SourceOutside,
+    /// The source address is the gateway's.
+    SourceGateway,
+    /// The source address is leased to or reserved for another MAC address.
+    SourceReserved,
+    /// The source address is another port's.
+    SourceTaken,
     /// The destination is a loopback address.
     DeniedLoopback,
     /// The destination is unspecified, or in 0.0.0.0/8.
     DeniedUnspecified,
-    /// The destination is link-local. The metadata services of clouds are.
+    /// The destination is link-local. Most metadata services of clouds are.
     DeniedLinkLocal,
+    /// The destination is a metadata service of a cloud that is not link-local.
+    DeniedMetadata,
     /// The destination is multicast or broadcast.
     DeniedMulticast,
     /// The destination is in a reserved range.
     DeniedReserved,
     /// The destination is IPv4 in the form of IPv6: mapped, or translated by a well-known prefix.
     DeniedMapped,
+    /// The destination is in the network's own subnet, or its gateway.
+    DeniedSubnet,
+    /// The destination is an address of the host, or could be one as long as these are unknown.
+    DeniedHost,
+    /// The destination is a port of the host address that leads nowhere.
+    DeniedHostPort,
     /// The destination was denied by a rule.
     DeniedByRule,
     /// The network's or the port's table of flows is full.
@@ -98,6 +114,8 @@ counters! {
     NoMemory,
     /// The host has no port left to connect from. The guest got an ICMP error.
     NoPort,
+    /// The host's own addresses could not be read.
+    HostAddresses,
     /// A call failed in another way.
     OtherError,
 

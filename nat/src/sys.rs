@@ -1,6 +1,6 @@
 //! The host's sockets: [`Host`].
 //!
-//! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
+//! `addresses.rs` reads the host's own addresses. `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
 //! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
 //! other way.
 //!
@@ -12,6 +12,7 @@
 //! `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`, `write`, and `ioctl` with
 //! `TIOCOUTQ` where there is no `SO_MEMINFO`.
 
+mod addresses;
 #[cfg(target_os = "linux")]
 mod epoll;
 #[cfg(not(target_os = "linux"))]
@@ -19,7 +20,7 @@ mod kqueue;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,6 +94,10 @@ impl Sockets for Host {
 
     fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
+        Ok(addresses::all()?)
     }
 
     fn connect_tcp(

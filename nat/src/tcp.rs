@@ -27,7 +27,7 @@ use crate::io::Io;
 use crate::limits::{BATCH, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS};
 use crate::output::Port;
 use crate::packet::Datagram;
-use crate::policy::{Protocol, Request, Verdict, is_source};
+use crate::policy::{Protocol, is_source};
 use crate::sockets::{Capabilities, ConnectOptions, Kind, Readiness, Sockets, Token};
 use crate::stats::Counter;
 use crate::table::{FlowId, Table};
@@ -267,10 +267,10 @@ impl<T> Tcp<T> {
     ) -> Option<FlowId> {
         let key = segment.key;
         let (port, source, destination) = (key.port, key.guest.into(), key.remote.into());
-        let request = Request { port, protocol: Protocol::Tcp, source, destination };
-        let to = match io.policy.decide(&request) {
-            Verdict::Allow { to } => to,
-            Verdict::Deny(why) => {
+        let mac = segment.datagram.mac;
+        let to = match io.decide((port, mac), Protocol::Tcp, source, destination) {
+            Ok(to) => to,
+            Err(why) => {
                 io.count(port, why);
                 io.send_error_about(port, Reason::Prohibited, &segment.datagram);
                 return None;

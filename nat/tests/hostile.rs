@@ -166,9 +166,10 @@ fn from_port(net: &mut Net, port: u32, frames: &[Vec<u8>]) {
     net.settle();
 }
 
-fn syns(count: u16) -> Vec<Vec<u8>> {
+fn syns(port: u32, count: u16) -> Vec<Vec<u8>> {
     let to = ([192, 0, 2, 1], 80).into();
-    (1..=count).map(|port| syn(([192, 168, 64, 2], port).into(), to)).collect()
+    let address = [192, 168, 64, 10 + port as u8];
+    (1..=count).map(|port| syn((address, port).into(), to)).collect()
 }
 
 /// S6 and S10: a flood of SYN opens no more than its port may have half open, another port still
@@ -177,11 +178,11 @@ fn syns(count: u16) -> Vec<Vec<u8>> {
 fn a_flood_of_syn_is_bounded_and_stops_nobody_else() {
     let mut net = Net::new(config(false), plain_link());
     for _ in 0..5 {
-        from_port(&mut net, 0, &syns(5000));
+        from_port(&mut net, 0, &syns(0, 5000));
     }
     assert_eq!((net.kernel.open(), net.nat.usage().0), (96, 96));
     assert_eq!(counted(&net, Counter::HalfOpenLimit), 25_000 - 5 * 96);
-    from_port(&mut net, 1, &syns(1));
+    from_port(&mut net, 1, &syns(1, 1));
     assert_eq!(net.kernel.open(), 97);
     assert_eq!(net.nat.port_counters(Port(0))[Counter::TcpOpened], 96);
     net.wait(std::time::Duration::from_secs(40));
@@ -197,7 +198,7 @@ fn every_limit_holds_and_is_counted() {
         config.limits.port.half_open = 10_000;
         change(&mut config.limits);
         let mut net = Net::new(config, plain_link());
-        from_port(&mut net, 0, &syns(2000));
+        from_port(&mut net, 0, &syns(0, 2000));
         net
     };
     let net = limited(&|limits| limits.port.new_flows_per_second = 100);
@@ -215,7 +216,7 @@ fn every_limit_holds_and_is_counted() {
     // A rate gives more when time passes.
     let mut net = limited(&|limits| limits.port.new_flows_per_second = 100);
     net.wait(std::time::Duration::from_millis(500));
-    from_port(&mut net, 0, &syns(2000));
+    from_port(&mut net, 0, &syns(0, 2000));
     assert_eq!(net.kernel.open(), 150);
 }
 
@@ -232,7 +233,7 @@ fn the_kernels_memory_is_bounded() {
     script.run("< P. 1:1001 ack 1 win 512");
     let window = script.next().unwrap().window;
     assert!(u32::from(window) << 8 <= 64 << 10, "a window of {window}");
-    from_port(&mut script.net, 1, &syns(1));
+    from_port(&mut script.net, 1, &syns(1, 1));
     assert_eq!(script.net.kernel.with(1, |peer| peer.options.buffers), Some(64 << 10));
     assert_eq!(counted(&script.net, Counter::SmallBuffers), 1);
     // The memory of a flow that ends is free again.
@@ -240,7 +241,7 @@ fn the_kernels_memory_is_bounded() {
     let (now, out) = (script.net.now, &mut script.net.out);
     script.net.nat.port_left(crate::support::port::PORT, now, out);
     script.net.nat.port_left(Port(1), now, out);
-    from_port(&mut script.net, 2, &syns(1));
+    from_port(&mut script.net, 2, &syns(2, 1));
     assert_eq!(script.net.kernel.with(2, |peer| peer.options.buffers), None);
 }
 
@@ -318,7 +319,7 @@ fn flows_without_a_ring_wait_for_one() {
     let to: SocketAddr = ([192, 0, 2, 1], 80).into();
     let port = crate::support::port::PORT.0;
     let open = |net: &mut Net, port: u32, guest_port: u16| {
-        let from = SocketAddr::from(([192, 168, 64, 2], guest_port));
+        let from = SocketAddr::from(([192, 168, 64, 20 + port as u8], guest_port));
         from_port(net, port, &[syn(from, to)]);
         let (frame, header) = net.out.frames.pop_back().unwrap();
         let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();

@@ -6,7 +6,7 @@ mod support;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::io::{IoSlice, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use vmring_core::offload::OffloadHeader;
@@ -72,6 +72,9 @@ impl Sockets for Zeros {
     fn capabilities(&self) -> Capabilities {
         let kernel = self.kernel;
         Capabilities { peek_offset_v4: kernel, peek_offset_v6: kernel, descriptors: 20_000 }
+    }
+    fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
+        Ok(Vec::new())
     }
     fn connect_tcp(
         &mut self,

@@ -152,7 +152,7 @@ fn to_system(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
     (storage, len as libc::socklen_t)
 }
 
-fn from_system(storage: &libc::sockaddr_storage) -> io::Result<SocketAddr> {
+pub(super) fn from_system(storage: &libc::sockaddr_storage) -> io::Result<SocketAddr> {
     match i32::from(storage.ss_family) {
         libc::AF_INET => {
             // SAFETY: the storage is large enough and aligned for every form of address, and all its

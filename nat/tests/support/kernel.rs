@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use vmring_nat::{Capabilities, ConnectOptions, Readiness, SendSpace, SocketError, Sockets, Token};
@@ -73,6 +73,8 @@ pub(crate) struct World {
     pub(crate) capabilities: Capabilities,
     /// The most bytes that one call moves.
     pub(crate) most: usize,
+    /// The host's own addresses.
+    pub(crate) addresses: Result<Vec<IpAddr>, SocketError>,
 }
 
 /// The sockets that a translator gets. The test keeps another handle.
@@ -110,6 +112,7 @@ impl Kernel {
                 descriptors: 10_000,
             },
             most: usize::MAX,
+            addresses: Ok(vec!["198.51.100.7".parse().unwrap()]),
         })))
     }
 
@@ -244,6 +247,10 @@ impl Sockets for Kernel {
 
     fn capabilities(&self) -> Capabilities {
         self.0.borrow().capabilities
+    }
+
+    fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
+        self.0.borrow().addresses.clone()
     }
 
     fn connect_tcp(
