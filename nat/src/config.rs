@@ -21,6 +21,12 @@ pub struct NatConfig {
     pub subnet_v6: Prefix,
     /// What may grow, and how far.
     pub limits: Limits,
+    /// Whether all that a guest sends by UDP from one of its ports comes from one port of the host,
+    /// wherever it goes to (endpoint-independent mapping, RFC 4787, 4.1), so that a guest that asks a
+    /// server how it looks from outside (STUN) gets a useful answer. Replies come from those whom the
+    /// guest has asked only, all the same. Otherwise each destination has a socket of its own, whose
+    /// errors are its own.
+    pub endpoint_independent: bool,
     /// Whether bytes for guests are always kept in rings of the flows, also where the kernel can keep
     /// them. For tests.
     pub rings_only: bool,
@@ -38,6 +44,7 @@ impl NatConfig {
             subnet_v4: subnet(gateway_v4.into(), 24),
             subnet_v6: subnet(gateway_v6.into(), 64),
             limits: Limits::default(),
+            endpoint_independent: false,
             rings_only: false,
         }
     }
@@ -52,6 +59,10 @@ pub struct Limits {
     pub flows: usize,
     /// The most flows of TCP at a time whose handshake is not complete.
     pub half_open: usize,
+    /// The most flows of UDP at a time.
+    pub udp_flows: usize,
+    /// The most flows of ICMP echo at a time.
+    pub echo_flows: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
     /// What the sockets may cost the kernel, in bytes, as far as it is known. Beyond it, new sockets
@@ -68,6 +79,8 @@ impl Default for Limits {
         Self {
             flows: limits::TCP_FLOWS,
             half_open: limits::HALF_OPEN,
+            udp_flows: limits::UDP_FLOWS,
+            echo_flows: limits::ECHO_FLOWS,
             new_flows_per_second: limits::NEW_FLOWS_PER_SECOND,
             kernel_memory: limits::KERNEL_MEMORY,
             descriptors: limits::DESCRIPTORS,
@@ -84,6 +97,10 @@ pub struct PortLimits {
     pub flows: usize,
     /// The most flows of TCP at a time whose handshake is not complete.
     pub half_open: usize,
+    /// The most flows of UDP at a time. Beyond it, the oldest of the port that is no stream ends.
+    pub udp_flows: usize,
+    /// The most flows of ICMP echo at a time. Beyond it, the oldest of the port that is no stream ends.
+    pub echo_flows: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
     /// How many frames of the guest wait for the translator at most. The windows of the port's busy
@@ -97,6 +114,8 @@ impl Default for PortLimits {
         Self {
             flows: limits::TCP_FLOWS / 4 * 3,
             half_open: limits::HALF_OPEN / 4 * 3,
+            udp_flows: limits::UDP_FLOWS / 4 * 3,
+            echo_flows: limits::ECHO_FLOWS / 4 * 3,
             new_flows_per_second: limits::NEW_FLOWS_PER_SECOND / 4 * 3,
             inbox_frames: 0,
         }

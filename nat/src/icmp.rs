@@ -21,6 +21,10 @@ pub(crate) enum Reason {
     Prohibited,
     /// The packet's hop limit was used up.
     HopLimit,
+    /// Nobody listens at the port.
+    NoPort,
+    /// An error of the guest's family that others have sent: its type and its code.
+    Passed(u8, u8),
 }
 
 /// The bytes of the longest frame with an error.
@@ -55,6 +59,10 @@ pub(crate) fn write(reason: Reason, addresses: &Addresses, cause: &[u8], out: &m
                 Reason::HopLimit => {
                     (Icmpv6Message::TimeExceeded, Icmpv6TimeExceeded::HopLimitExceeded.into())
                 }
+                Reason::NoPort => {
+                    (Icmpv6Message::DstUnreachable, Icmpv6DstUnreachable::PortUnreachable.into())
+                }
+                Reason::Passed(kind, code) => (kind.into(), code),
             };
             icmp.set_msg_type(kind);
             icmp.set_msg_code(code);
@@ -76,6 +84,10 @@ pub(crate) fn write(reason: Reason, addresses: &Addresses, cause: &[u8], out: &m
                 Reason::HopLimit => {
                     (Icmpv4Message::TimeExceeded, Icmpv4TimeExceeded::TtlExpired.into())
                 }
+                Reason::NoPort => {
+                    (Icmpv4Message::DstUnreachable, Icmpv4DstUnreachable::PortUnreachable.into())
+                }
+                Reason::Passed(kind, code) => (kind.into(), code),
             };
             icmp.set_msg_type(kind);
             icmp.set_msg_code(code);

@@ -9,7 +9,7 @@ use crate::icmp::{self, Reason};
 use crate::limits::HOST_ADDRESSES;
 use crate::output::{Full, Output, Port};
 use crate::packet::{Addresses, Datagram, padded};
-use crate::policy::{Policy, Protocol, Request, Sources, Verdict};
+use crate::policy::{Policy, Protocol, Request, Sources, Verdict, forbidden};
 use crate::ports::Ports;
 use crate::sockets::Sockets;
 use crate::stats::Counter;
@@ -33,6 +33,28 @@ pub(crate) struct Io<'a, S: Sockets> {
 impl<S: Sockets> Io<'_, S> {
     pub(crate) fn count(&mut self, port: Port, counter: Counter) {
         self.ports.count(port, counter);
+    }
+
+    /// The address that a guest sees of a peer that comes in: its own, so that the guest can tell who it
+    /// is. What is no place in the world, as loopback is, is in the guest's own subnet or has another
+    /// family than the guest, has the gateway's address, so that answers come back here.
+    pub(crate) fn seen_source(&self, from: SocketAddr, guest: IpAddr) -> SocketAddr {
+        let ip = from.ip();
+        let is_kept = ip.is_ipv4() == guest.is_ipv4()
+            && forbidden(ip).is_none()
+            && !self.sources.is_inside(ip);
+        let seen = match guest {
+            _ if is_kept => ip,
+            IpAddr::V4(_) => self.config.gateway_v4.into(),
+            IpAddr::V6(_) => self.config.gateway_v6.into(),
+        };
+        SocketAddr::new(seen, from.port())
+    }
+
+    /// Whether another socket may be opened.
+    pub(crate) fn has_descriptor(&self) -> bool {
+        let limit = self.config.limits.descriptors.min(self.sockets.capabilities().descriptors);
+        self.ports.descriptors() < limit
     }
 
     /// Decides about a new flow of a guest. Where it leads to, or why it may not be opened.
@@ -94,13 +116,27 @@ impl<S: Sockets> Io<'_, S> {
         cause: &[u8],
         to: IpAddr,
     ) {
-        if !self.ports.may_err(port, self.now) {
-            return;
-        }
         let from = match to {
             IpAddr::V4(_) => self.config.gateway_v4.into(),
             IpAddr::V6(_) => self.config.gateway_v6.into(),
         };
+        self.send_error_from(port, from, reason, to_mac, cause, to);
+    }
+
+    /// [`send_error`](Self::send_error) that says that it comes from somebody else, of the same family
+    /// as `to`.
+    pub(crate) fn send_error_from(
+        &mut self,
+        port: Port,
+        from: IpAddr,
+        reason: Reason,
+        to_mac: [u8; 6],
+        cause: &[u8],
+        to: IpAddr,
+    ) {
+        if !self.ports.may_err(port, self.now) {
+            return;
+        }
         let addresses = Addresses { from_mac: self.config.gateway_mac, to_mac, from, to };
         let mut frame = [0; icmp::ERROR_MAX];
         let len = icmp::write(reason, &addresses, cause, &mut frame);

@@ -5,6 +5,8 @@
 //! without a privilege, a TAP or a route. The guest's TCP ends here and the socket's begins, and no
 //! payload is held in between: what a guest sends is acknowledged when the kernel has taken it, and
 //! what comes for a guest stays in the kernel's receive queue until the guest has acknowledged it.
+//! Datagrams of UDP, and echo requests of ICMP, go through sockets of their own kind and come back as
+//! frames.
 //!
 //! # What goes where
 //!
@@ -19,6 +21,7 @@
 //! - [`stats`]: what is counted
 //! - `tcp`: the flows of TCP; `retained`: bytes that the guest has not acknowledged, in the kernel or
 //!   in a ring; `seq`: sequence numbers
+//! - `datagram`: the flows of UDP and ICMP echo
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
 //! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `io`: what each protocol works with
@@ -71,6 +74,7 @@
 
 mod buffers;
 pub mod config;
+mod datagram;
 mod endpoint;
 mod icmp;
 mod io;
@@ -91,6 +95,7 @@ mod tcp;
 mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};
+pub use datagram::DatagramFlow;
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};
 pub use policy::{
@@ -99,7 +104,8 @@ pub use policy::{
 };
 pub use prefix::{Prefix, PrefixError};
 pub use sockets::{
-    Capabilities, ConnectOptions, Readiness, SendSpace, SocketError, Sockets, Token,
+    Capabilities, ConnectOptions, DatagramError, Incoming, Outgoing, Readiness, Route, SendSpace,
+    SocketError, Sockets, Token,
 };
 pub use stats::{Counter, Counters};
 pub use tcp::FlowInfo;

@@ -30,6 +30,10 @@ pub const ICMPV6_ERROR_MAX: usize = 1280;
 pub const TCP_FLOWS: usize = 2048;
 /// The default of [`Limits::half_open`](crate::config::Limits::half_open).
 pub const HALF_OPEN: usize = 128;
+/// The default of [`Limits::udp_flows`](crate::config::Limits::udp_flows).
+pub const UDP_FLOWS: usize = 2048;
+/// The default of [`Limits::echo_flows`](crate::config::Limits::echo_flows).
+pub const ECHO_FLOWS: usize = 64;
 /// The default of [`Limits::new_flows_per_second`](crate::config::Limits::new_flows_per_second).
 pub const NEW_FLOWS_PER_SECOND: u32 = 1000;
 /// The default of [`Limits::kernel_memory`](crate::config::Limits::kernel_memory): 512 MiB.
@@ -111,6 +115,30 @@ pub const IDLE_TIMEOUT: u64 = 7_200_000_000;
 /// How long a closed flow answers late segments. There is no wire on which they could be late for
 /// long.
 pub const TIME_WAIT: u64 = 1_000_000;
+
+// Datagrams.
+
+/// How long a flow of UDP lives that is no stream (net.netfilter.nf_conntrack_udp_timeout).
+pub const UDP_TIMEOUT: u64 = 30_000_000;
+/// How long a stream of UDP lives (net.netfilter.nf_conntrack_udp_timeout_stream).
+pub const UDP_STREAM_TIMEOUT: u64 = 120_000_000;
+/// A flow of UDP is a stream if it is used for so long and in both directions (nf_conntrack_proto_udp.c).
+pub const UDP_STREAM_AFTER: u64 = 2_000_000;
+/// How long a flow of ICMP echo lives.
+pub const ECHO_TIMEOUT: u64 = 60_000_000;
+/// The least port of a guest that its flow keeps on the host. The lower ones are for the host's services,
+/// which a guest is not to keep from starting.
+pub const KEPT_PORT_MIN: u16 = 1024;
+/// The most messages that one look at a socket takes.
+pub const MESSAGES: usize = 16;
+/// The bytes in front of a received message, for the headers of its frame.
+pub const HEADROOM: usize = 96;
+/// The bytes of a received message and its headers: the longest datagram, and some.
+pub const MESSAGE_LEN: usize = HEADROOM + 65_536;
+/// The most datagrams in one frame of a guest (Linux's `UDP_MAX_SEGMENTS`).
+pub const GUEST_SEGMENTS: usize = 128;
+/// The most errors that are taken from a socket in one go.
+pub const ERRORS_AT_ONCE: usize = 16;
 
 /// A tick of the timer wheel.
 pub const TICK: Duration = Duration::from_micros(1 << TICK_SHIFT);

@@ -7,6 +7,7 @@ use core::time::Duration;
 use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
+use crate::datagram::{DatagramFlow, Datagrams, Packets};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{BATCH, SCRATCH_LEN};
@@ -18,8 +19,11 @@ use crate::sockets::{Kind, Readiness, Sockets, Token};
 use crate::stats::{Counter, Counters};
 use crate::tcp::{self, Batch, FlowInfo, Tcp};
 
-/// IP's number for TCP.
+// IP's numbers.
+const ICMP: u8 = 1;
 const TCP: u8 = 6;
+const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
 
 /// A frame of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -51,17 +55,20 @@ struct Shared {
 pub struct Nat<S: Sockets> {
     // The flows first: dropping them closes their sockets, of which `sockets` may keep a list.
     tcp: Tcp<S::Socket>,
+    datagrams: Datagrams<S::Socket>,
     sockets: S,
     shared: Shared,
 }
 
 impl<S: Sockets + fmt::Debug> fmt::Debug for Nat<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (flows, descriptors) = self.tcp.usage();
+        let (tcp_flows, tcp_sockets) = self.tcp.usage();
+        let (datagram_flows, datagram_sockets) = self.datagrams.usage();
         f.debug_struct("Nat")
             .field("sockets", &self.sockets)
-            .field("tcp_flows", &flows)
-            .field("descriptors", &descriptors)
+            .field("tcp_flows", &tcp_flows)
+            .field("datagram_flows", &datagram_flows)
+            .field("descriptors", &(tcp_sockets + datagram_sockets))
             .field("counters", &self.shared.ports.counters)
             .finish_non_exhaustive()
     }
@@ -87,12 +94,14 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
     ) -> Self {
         let tcp = Tcp::new(config.limits.flows, sockets.capabilities(), micros(now));
+        let limits = (config.limits.udp_flows, config.limits.echo_flows);
+        let datagrams = Datagrams::new(limits, sockets.capabilities(), micros(now));
         let ports = Ports::new(config.limits);
         let scratch = vec![0; SCRATCH_LEN].into();
         let subnets = [config.subnet_v4, config.subnet_v6];
         let sources = Sources::new(subnets, [config.gateway_v4.into(), config.gateway_v6.into()]);
         let shared = Shared { policy, sources, addresses_at: 0, config, ports, scratch };
-        Self { tcp, sockets, shared }
+        Self { tcp, datagrams, sockets, shared }
     }
 
     /// The flows, and what they need.
@@ -100,15 +109,14 @@ impl<S: Sockets> Nat<S> {
         &'a mut self,
         now: Duration,
         out: &'a mut dyn Output,
-    ) -> (&'a mut Tcp<S::Socket>, Io<'a, S>) {
+    ) -> (&'a mut Tcp<S::Socket>, &'a mut Datagrams<S::Socket>, Io<'a, S>) {
         let Shared { policy, sources, addresses_at, config, ports, scratch } = &mut self.shared;
         let sockets = &mut self.sockets;
         let now = micros(now);
         let policy = &mut **policy;
-        (
-            &mut self.tcp,
-            Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now },
-        )
+        ports.tcp_descriptors = self.tcp.usage().1;
+        let io = Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now };
+        (&mut self.tcp, &mut self.datagrams, io)
     }
 
     /// Handles frames that a port's guest has sent to the gateway for others. All frames of a batch
@@ -126,16 +134,18 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         for frames in frames.chunks(BATCH) {
             io.ports.count_n(port, Counter::Frames, frames.len() as u64);
-            let mut batch = Batch::new();
+            let (mut batch, mut packets) = (Batch::new(), Packets::new());
             for frame in frames {
-                if let Err(why) = sort(port, frame, &mut batch, &mut io) {
+                if let Err(why) = sort(port, frame, &mut batch, &mut packets, &mut io) {
                     io.count(port, why);
                 }
             }
             tcp.handle(&batch, &mut io);
+            io.ports.tcp_descriptors = tcp.usage().1;
+            datagrams.handle(&packets, &mut io);
         }
     }
 
@@ -147,25 +157,29 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         match token.split() {
             Some((Kind::Tcp, id)) => tcp.on_ready(id, readiness, &mut io),
-            None => {}
+            Some((Kind::Datagrams, id)) => datagrams.on_ready(id, readiness, &mut io),
+            Some((Kind::Forward, _)) | None => {}
         }
     }
 
     /// Says that a port takes frames again, after it has refused one.
     pub fn on_space(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         tcp.on_space(port, &mut io);
+        datagrams.on_space(port, &mut io);
     }
 
     /// Handles what is due, and returns the time of the next call: at once if it is not later than
     /// `now`, or none if nothing is to come. Call it after each round of the other calls.
     pub fn on_time(&mut self, now: Duration, out: &mut dyn Output) -> Option<Duration> {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         tcp.on_time(&mut io);
-        tcp.deadline(io.now).map(Duration::from_micros)
+        datagrams.on_time(&mut io);
+        let deadlines = [tcp.deadline(io.now), datagrams.deadline(io.now)];
+        deadlines.into_iter().flatten().min().map(Duration::from_micros)
     }
 
     /// Gives a guest a connection that a peer has made to the host. The guest gets SYN from `source`,
@@ -186,23 +200,25 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) -> Result<(), Counter> {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, _, mut io) = self.parts(now, out);
         tcp.accept(socket, from, tcp::key(port, guest.0, source), guest.1, &mut io)
     }
 
     /// Ends the flows of a port that has left the network. Their peers get resets. The port's number
     /// may be another's afterwards.
     pub fn port_left(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         tcp.close(Some(port), false, &mut io);
+        datagrams.close(Some(port), &mut io);
         io.ports.forget(port);
         io.sources.port_left(port);
     }
 
     /// Ends all flows. Guests and peers get resets.
     pub fn close(&mut self, now: Duration, out: &mut dyn Output) {
-        let (tcp, mut io) = self.parts(now, out);
+        let (tcp, datagrams, mut io) = self.parts(now, out);
         tcp.close(None, true, &mut io);
+        datagrams.close(None, &mut io);
     }
 
     /// Which guest each address belongs to. Tell it of leases, reservations and ARP.
@@ -231,10 +247,16 @@ impl<S: Sockets> Nat<S> {
         self.tcp.infos()
     }
 
-    /// How many entries the table of flows has, with those that wait for late segments, and how many
+    /// The flows of UDP and ICMP echo, in no particular order.
+    pub fn datagram_flows(&self) -> impl Iterator<Item = DatagramFlow> + '_ {
+        self.datagrams.infos()
+    }
+
+    /// How many entries the tables of flows have, with those that wait for late segments, and how many
     /// descriptors are open.
     pub fn usage(&self) -> (usize, usize) {
-        self.tcp.usage()
+        let (tcp, datagrams) = (self.tcp.usage(), self.datagrams.usage());
+        (tcp.0 + datagrams.0, tcp.1 + datagrams.1)
     }
 
     /// The sockets.
@@ -248,15 +270,22 @@ fn sort<'f, S: Sockets>(
     port: Port,
     frame: &GuestFrame<'f>,
     batch: &mut Batch<'f>,
+    packets: &mut Packets<'f>,
     io: &mut Io<'_, S>,
 ) -> Result<(), Counter> {
     let datagram = Datagram::parse(frame.bytes)?;
     if datagram.hop_limit <= 1 {
-        io.send_error_about(port, Reason::HopLimit, &datagram);
+        // Nobody is told of what goes to many (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
+        if !datagram.is_to_many(io.config) {
+            io.send_error_about(port, Reason::HopLimit, &datagram);
+        }
         return Err(Counter::HopLimit);
     }
     match datagram.protocol {
         TCP => Tcp::<S::Socket>::gather(port, datagram, batch),
+        UDP => packets.add_udp(port, datagram, &frame.header),
+        ICMP if datagram.source.is_ipv4() => packets.add_echo(port, datagram),
+        ICMPV6 if datagram.source.is_ipv6() => packets.add_echo(port, datagram),
         _ => Err(Counter::Protocol),
     }
 }

@@ -1,6 +1,6 @@
 //! Reads guests' frames, and writes the headers of frames for guests.
 
-use core::net::{IpAddr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
@@ -10,6 +10,7 @@ use smoltcp::wire::{
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::limits::{MIN_FRAME_LEN, VLAN_TAG_LEN};
 
+use crate::config::NatConfig;
 use crate::limits::EXTENSION_HEADERS;
 use crate::stats::Counter;
 
@@ -63,6 +64,14 @@ impl<'f> Datagram<'f> {
             EthernetProtocol::Ipv6 => Self::parse_v6(mac, ip),
             _ => Err(Counter::NotIp),
         }
+    }
+
+    /// Whether the packet goes to a group, or to everybody.
+    pub(crate) fn is_to_many(&self, config: &NatConfig) -> bool {
+        let to = self.destination;
+        to.is_multicast()
+            || to == IpAddr::V4(Ipv4Addr::BROADCAST)
+            || to.is_ipv4() && config.subnet_v4.is_network_or_broadcast(to)
     }
 
     fn parse_v4(mac: [u8; 6], ip: &'f [u8]) -> Result<Self, Counter> {

@@ -14,7 +14,7 @@ use crate::output::Port;
 use crate::stats::Counter;
 
 pub use rules::{HostAccess, HostPort, PolicyRules, Rule, RuleError};
-pub use sources::Sources;
+pub use sources::{Guest, Sources};
 
 /// A transport protocol that is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

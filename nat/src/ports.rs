@@ -65,6 +65,10 @@ pub(crate) struct Ports {
     pub(crate) limits: Limits,
     pub(crate) flows: usize,
     pub(crate) half_open: usize,
+    /// How many sockets TCP has.
+    pub(crate) tcp_descriptors: usize,
+    /// How many sockets the others have.
+    pub(crate) other_descriptors: usize,
     new_flows: Bucket,
 }
 
@@ -72,7 +76,21 @@ impl Ports {
     pub(crate) fn new(limits: Limits) -> Self {
         let new_flows = Bucket::new(limits.new_flows_per_second);
         let counters = Counters::default();
-        Self { ports: Vec::new(), counters, limits, flows: 0, half_open: 0, new_flows }
+        Self {
+            ports: Vec::new(),
+            counters,
+            limits,
+            flows: 0,
+            half_open: 0,
+            tcp_descriptors: 0,
+            other_descriptors: 0,
+            new_flows,
+        }
+    }
+
+    /// How many sockets there are.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.tcp_descriptors + self.other_descriptors
     }
 
     /// A port's state. It is made when the port is first seen.
@@ -139,6 +157,11 @@ impl Ports {
         if self.half_open >= limits.half_open || self.get(port).half_open >= limits.port.half_open {
             return Err(Counter::HalfOpenLimit);
         }
+        self.may_begin(port, now)
+    }
+
+    /// Whether the rates allow another flow of any protocol. It takes from them only if they do.
+    pub(crate) fn may_begin(&mut self, port: Port, now: u64) -> Result<(), Counter> {
         if !self.new_flows.has(now) || !self.get(port).new_flows.take(now) {
             return Err(Counter::NewFlowLimit);
         }

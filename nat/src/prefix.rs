@@ -67,11 +67,11 @@ impl Prefix {
         Self::new(address, self.len).is_ok_and(|prefix| prefix == *self)
     }
 
-    /// Whether an address names the network or everybody in it, and so no host (RFC 1122, 3.2.1.3;
+    /// Whether an address names this network or everybody in it, and so no host (RFC 1122, 3.2.1.3;
     /// the anycast address of routers, RFC 4291, 2.6.1).
     pub fn is_network_or_broadcast(&self, address: IpAddr) -> bool {
         match address {
-            IpAddr::V4(v4) if self.len < 31 => {
+            IpAddr::V4(v4) if self.len < 31 && self.contains(address) => {
                 let host = !(mask(self.len, 32) as u32);
                 [0, host].contains(&(u32::from(v4) & host))
             }
@@ -150,6 +150,7 @@ mod tests {
         assert!(is_no_host("192.168.64.0/24", "192.168.64.0"));
         assert!(is_no_host("192.168.64.0/24", "192.168.64.255"));
         assert!(!is_no_host("192.168.64.0/24", "192.168.64.254"));
+        assert!(!is_no_host("192.168.64.0/24", "192.168.65.0"));
         assert!(!is_no_host("192.168.64.0/31", "192.168.64.0"));
         assert!(is_no_host("fd00::/64", "fd00::"));
         assert!(!is_no_host("fd00::/64", "fd00::ffff:ffff:ffff:ffff"));

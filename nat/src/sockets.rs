@@ -30,6 +30,10 @@ pub struct Token(pub u64);
 pub(crate) enum Kind {
     /// A flow of TCP.
     Tcp = 1,
+    /// A socket of datagrams.
+    Datagrams = 2,
+    /// A listener of a port forward.
+    Forward = 3,
 }
 
 impl Token {
@@ -41,6 +45,8 @@ impl Token {
     pub(crate) fn split(self) -> Option<(Kind, FlowId)> {
         let kind = match self.0 >> 56 {
             1 => Kind::Tcp,
+            2 => Kind::Datagrams,
+            3 => Kind::Forward,
             _ => return None,
         };
         let generation = (self.0 >> 32) as u32 & 0xff_ffff;
@@ -85,6 +91,10 @@ pub enum SocketError {
     NoMemory,
     /// No port is left to connect from, or the one that is asked for is in use.
     NoPort,
+    /// The address that is asked for is none of the host's.
+    NoAddress,
+    /// The datagram is too long to be sent.
+    TooLong,
     /// Another error, with its number.
     Other(i32),
 }
@@ -102,12 +112,14 @@ impl From<io::Error> for SocketError {
             E::HostUnreachable => Self::HostUnreachable,
             E::TimedOut => Self::TimedOut,
             E::PermissionDenied => Self::Denied,
-            E::AddrNotAvailable | E::AddrInUse => Self::NoPort,
+            E::AddrInUse => Self::NoPort,
+            E::AddrNotAvailable => Self::NoAddress,
             E::OutOfMemory => Self::NoMemory,
             _ => match error.raw_os_error() {
                 Some(libc::EMFILE | libc::ENFILE) => Self::NoDescriptor,
                 Some(libc::ENOBUFS) => Self::NoMemory,
                 Some(libc::EHOSTDOWN) => Self::HostUnreachable,
+                Some(libc::EMSGSIZE) => Self::TooLong,
                 Some(number) => Self::Other(number),
                 None => Self::Other(0),
             },
@@ -124,6 +136,67 @@ pub struct Capabilities {
     pub peek_offset_v6: bool,
     /// How many descriptors a translator may open.
     pub descriptors: usize,
+    /// How many datagrams of equal size one send takes (`UDP_SEGMENT`). 0 if there is no such call.
+    pub udp_segments: usize,
+    /// Sockets for ICMP echo may be opened.
+    pub echo_v4: bool,
+    /// Sockets for ICMPv6 echo may be opened.
+    pub echo_v6: bool,
+}
+
+/// What a socket of datagrams sends in one go: a datagram, or several of equal size.
+#[derive(Clone, Copy, Debug)]
+pub struct Outgoing<'a> {
+    /// The bytes.
+    pub parts: &'a [IoSlice<'a>],
+    /// The bytes of each datagram, of which the last may have fewer. 0 if this is one datagram.
+    pub segment: u16,
+}
+
+/// Where datagrams of a socket that is not connected go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The peer.
+    pub to: SocketAddr,
+    /// The host's address that they come from, or `None` if the system chooses.
+    pub from: Option<IpAddr>,
+}
+
+/// What was received in one piece: a datagram, or several of equal size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Incoming {
+    /// The bytes.
+    pub len: usize,
+    /// The peer.
+    pub from: SocketAddr,
+    /// The host's address that they were sent to, if the socket was opened by
+    /// [`Sockets::bind_udp`].
+    pub to: Option<IpAddr>,
+    /// The bytes of each datagram, of which the last may have fewer (`UDP_GRO`). 0 if this is one.
+    pub segment: u16,
+}
+
+impl Incoming {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        len: 0,
+        from: SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0),
+        to: None,
+        segment: 0,
+    };
+}
+
+/// An error that a datagram has met on its way (`IP_RECVERR`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DatagramError {
+    /// Type and code of the ICMP or ICMPv6 error, or `None` if the error is the host's own.
+    pub icmp: Option<(u8, u8)>,
+    /// Who has sent the error, if that is known.
+    pub offender: Option<IpAddr>,
+    /// Where the datagram was to go.
+    pub to: SocketAddr,
+    /// How many bytes of the datagram are quoted.
+    pub quoted: usize,
 }
 
 /// What a new connection is to be like.
@@ -279,4 +352,107 @@ pub trait Sockets {
     ///
     /// If the system refuses.
     fn local_address(&mut self, socket: &Self::Socket) -> Result<SocketAddr, SocketError>;
+
+    /// Opens a socket of UDP that is connected to a peer. It gets what the peer sends, and perhaps a
+    /// little that others sent before it was connected. It tells ICMP errors
+    /// ([`take_datagram_error`](Self::take_datagram_error)), and puts datagrams together (`UDP_GRO`)
+    /// where the system can.
+    ///
+    /// `port` is the port that it has on the host; 0 leaves it to the system.
+    ///
+    /// # Errors
+    ///
+    /// [`NoPort`](SocketError::NoPort) if the port is in use, and others.
+    fn connect_udp(
+        &mut self,
+        port: u16,
+        to: SocketAddr,
+        token: Token,
+    ) -> Result<Self::Socket, SocketError>;
+
+    /// Opens a socket of UDP that gets what everybody sends to an address of the host. Port 0 leaves the
+    /// port to the system. It is as [`connect_udp`](Self::connect_udp)'s otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`NoPort`](SocketError::NoPort) if the port is in use,
+    /// [`Denied`](SocketError::Denied) if it takes a privilege,
+    /// [`NoAddress`](SocketError::NoAddress) if the address is not the host's, and others.
+    fn bind_udp(&mut self, at: SocketAddr, token: Token) -> Result<Self::Socket, SocketError>;
+
+    /// Opens a socket of ICMP echo that is connected to a peer. What is sent and received begins with
+    /// the header of ICMP, whose identifier and checksum are the system's. On macOS, the IP header is in
+    /// front of what is received over IPv4.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`](SocketError::Denied) if the process may not, and others.
+    fn connect_echo(&mut self, to: IpAddr, token: Token) -> Result<Self::Socket, SocketError>;
+
+    /// Sets the hop limit and the differentiated services (6 bits) of what a socket of datagrams sends.
+    /// The system may refuse; the datagrams go out all the same.
+    fn set_ip_fields(&mut self, socket: &Self::Socket, v4: bool, hop_limit: u8, dscp: u8);
+
+    /// Sends datagrams, and returns how many of `batch` were sent: one at least, or an error about the
+    /// first. `route` is `None` if the socket is connected.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`](SocketError::WouldBlock) if the socket takes none now. What an earlier datagram
+    /// has met may be told too; then nothing was sent.
+    fn send_datagrams(
+        &mut self,
+        socket: &Self::Socket,
+        route: Option<Route>,
+        batch: &[Outgoing<'_>],
+    ) -> Result<usize, SocketError>;
+
+    /// Receives into the pieces of `into` that are `stride` bytes long, and returns how many have
+    /// something, one at least. If they are fewer than `found` has places, there is nothing more now.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`](SocketError::WouldBlock) if there is nothing now.
+    fn receive_datagrams(
+        &mut self,
+        socket: &Self::Socket,
+        into: &mut [u8],
+        stride: usize,
+        found: &mut [Incoming],
+    ) -> Result<usize, SocketError>;
+
+    /// Takes the oldest error that a datagram of the socket has met. `None` if there is none, or the
+    /// system does not keep them.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    fn take_datagram_error(
+        &mut self,
+        socket: &Self::Socket,
+        quoted: &mut [u8],
+    ) -> Result<Option<DatagramError>, SocketError>;
+
+    /// Opens a listener of TCP at an address of the host. Port 0 leaves the port to the system. It is
+    /// told once that there are connections; [`accept`](Self::accept) until there is none.
+    ///
+    /// # Errors
+    ///
+    /// As for [`bind_udp`](Self::bind_udp).
+    fn listen(
+        &mut self,
+        at: SocketAddr,
+        backlog: u32,
+        token: Token,
+    ) -> Result<Self::Socket, SocketError>;
+
+    /// Takes a connection from a listener. [`adopt_tcp`](Self::adopt_tcp) comes next.
+    ///
+    /// # Errors
+    ///
+    /// [`WouldBlock`](SocketError::WouldBlock) if there is none now.
+    fn accept(
+        &mut self,
+        listener: &Self::Socket,
+    ) -> Result<(Self::Socket, SocketAddr), SocketError>;
 }

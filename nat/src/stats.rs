@@ -37,6 +37,21 @@ counters! {
     /// Bytes of TCP that guests have acknowledged.
     TcpBytesReceived,
 
+    /// UDP flows that were opened, in both directions.
+    UdpOpened,
+    /// Datagrams of UDP that the host's sockets have taken.
+    UdpSent,
+    /// Datagrams of UDP that were given to guests.
+    UdpReceived,
+    /// ICMP echo flows that were opened.
+    EchoOpened,
+    /// Echo requests that the host's sockets have taken.
+    EchoSent,
+    /// Echo replies that were given to guests.
+    EchoReceived,
+    /// ICMP errors of others that were passed on to guests.
+    ErrorsPassed,
+
     // Frames of guests that cannot be read.
     /// The frame is not IPv4 or IPv6.
     NotIp,
@@ -50,6 +65,8 @@ counters! {
     HopLimit,
     /// TCP flags that no stack sends together, or a port of 0.
     TcpFlags,
+    /// A message of ICMP that is no echo request. Guests get errors and send none.
+    IcmpType,
     /// A segment whose sequence numbers are not the flow's.
     TcpSequence,
 
@@ -94,6 +111,14 @@ counters! {
     NewFlowLimit,
     /// The translator has used up its descriptors.
     DescriptorLimit,
+    /// A flow ended because its port opened another and had no place left.
+    Evicted,
+    /// The system gives this process no sockets for ICMP echo. The guest got an ICMP error. On Linux,
+    /// `net.ipv4.ping_group_range` has to have a group of the process.
+    EchoForbidden,
+    /// What came for a port forward was dropped or reset, because no guest has its address now. No port
+    /// counts it.
+    NoGuest,
     /// A segment belongs to no flow. The guest got a reset.
     NoFlow,
     /// An ICMP error or a reset was not sent, because the port gets too many.
@@ -144,12 +169,24 @@ counters! {
     WindowProbe,
     /// A silent guest was asked whether it still knows a flow.
     KeepAlive,
-    /// A port did not take a frame. It is sent later.
+    /// A port did not take a frame. A segment of TCP is sent later.
     OutputFull,
     /// Bytes that the kernel did not take were kept until it does.
     Spilled,
     /// Bytes that neither the kernel nor the spill took. The guest sends them again.
     SpillFull,
+    /// A datagram of a guest was lost, because the host's socket did not take it.
+    DatagramLost,
+    /// A datagram for a guest was lost, because its port did not take it.
+    DatagramRefused,
+    /// A datagram of somebody whom the guest has not asked. It was dropped.
+    NotAsked,
+    /// A datagram was too long for its way. The host sends the next ones in fragments.
+    TooLong,
+    /// The system did not take several datagrams in one call. It gets them one by one.
+    SegmentsRefused,
+    /// Datagrams for guests that were written as IP fragments.
+    Fragmented,
     /// All rings for data to guests are in use.
     RingsUsedUp,
     /// A socket got small buffers, because the kernel's memory for sockets is used up.

@@ -1,6 +1,7 @@
 //! The host's sockets: [`Host`].
 //!
-//! `addresses.rs` reads the host's own addresses. `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
+//! `addresses.rs` reads the host's own addresses. `datagram.rs` has the calls on sockets of UDP and ICMP.
+//! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
 //! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
 //! other way.
 //!
@@ -13,6 +14,7 @@
 //! `TIOCOUTQ` where there is no `SO_MEMINFO`.
 
 mod addresses;
+mod datagram;
 #[cfg(target_os = "linux")]
 mod epoll;
 #[cfg(not(target_os = "linux"))]
@@ -26,7 +28,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::limits::DESCRIPTORS_RESERVED;
-use crate::sockets::{Capabilities, ConnectOptions, SendSpace, SocketError, Sockets, Token};
+use crate::sockets::{
+    Capabilities, ConnectOptions, DatagramError, Incoming, Outgoing, Route, SendSpace, SocketError,
+    Sockets, Token,
+};
 
 #[cfg(target_os = "linux")]
 pub use epoll::Events;
@@ -56,6 +61,9 @@ impl Host {
             peek_offset_v4: socket::has_peek_offset((Ipv4Addr::LOCALHOST, 0).into()),
             peek_offset_v6: socket::has_peek_offset((Ipv6Addr::LOCALHOST, 0).into()),
             descriptors,
+            udp_segments: datagram::segments(),
+            echo_v4: datagram::echo(true).is_ok(),
+            echo_v6: datagram::echo(false).is_ok(),
         };
         Ok(Self { poll: Arc::new(Poll::new()?), capabilities })
     }
@@ -107,13 +115,11 @@ impl Sockets for Host {
         token: Token,
     ) -> Result<OwnedFd, SocketError> {
         let socket = socket::tcp(to.is_ipv4())?;
-        #[cfg(not(target_os = "linux"))]
-        socket::set_nonblocking(socket.as_fd())?;
         socket::prepare(socket.as_fd())?;
         if let Some(len) = options.buffers {
             socket::set_buffers(socket.as_fd(), len)?;
         }
-        socket::set_dscp(socket.as_fd(), to.is_ipv4(), options.dscp);
+        socket::set_dscp_at_first(socket.as_fd(), to.is_ipv4(), options.dscp);
         socket::connect(socket.as_fd(), to)?;
         // Not before: a socket that is not connecting is told of as closed.
         self.poll.add(socket.as_fd(), token)?;
@@ -183,5 +189,94 @@ impl Sockets for Host {
 
     fn local_address(&mut self, socket: &OwnedFd) -> Result<SocketAddr, SocketError> {
         Ok(socket::local_address(socket.as_fd())?)
+    }
+
+    fn connect_udp(
+        &mut self,
+        port: u16,
+        to: SocketAddr,
+        token: Token,
+    ) -> Result<OwnedFd, SocketError> {
+        let socket = datagram::udp(to.is_ipv4())?;
+        datagram::report_errors(socket.as_fd(), to.is_ipv4());
+        datagram::receive_together(socket.as_fd());
+        // So that the port is free for IPv6 although a socket of IPv4 has it.
+        socket::only_v6(socket.as_fd(), to)?;
+        if port != 0 {
+            let any: IpAddr = match to {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            socket::bind(socket.as_fd(), (any, port).into())?;
+        }
+        socket::connect(socket.as_fd(), to)?;
+        self.poll.add(socket.as_fd(), token)?;
+        Ok(socket)
+    }
+
+    fn bind_udp(&mut self, at: SocketAddr, token: Token) -> Result<OwnedFd, SocketError> {
+        let socket = datagram::udp(at.is_ipv4())?;
+        datagram::report_errors(socket.as_fd(), at.is_ipv4());
+        datagram::receive_together(socket.as_fd());
+        datagram::report_destination(socket.as_fd(), at.is_ipv4())?;
+        socket::only_v6(socket.as_fd(), at)?;
+        socket::bind(socket.as_fd(), at)?;
+        self.poll.add(socket.as_fd(), token)?;
+        Ok(socket)
+    }
+
+    fn connect_echo(&mut self, to: IpAddr, token: Token) -> Result<OwnedFd, SocketError> {
+        let socket = datagram::echo(to.is_ipv4())?;
+        datagram::report_errors(socket.as_fd(), to.is_ipv4());
+        socket::connect(socket.as_fd(), (to, 0).into())?;
+        self.poll.add(socket.as_fd(), token)?;
+        Ok(socket)
+    }
+
+    fn set_ip_fields(&mut self, socket: &OwnedFd, v4: bool, hop_limit: u8, dscp: u8) {
+        socket::set_hop_limit(socket.as_fd(), v4, hop_limit);
+        socket::set_dscp(socket.as_fd(), v4, dscp);
+    }
+
+    fn send_datagrams(
+        &mut self,
+        socket: &OwnedFd,
+        route: Option<Route>,
+        batch: &[Outgoing<'_>],
+    ) -> Result<usize, SocketError> {
+        Ok(datagram::send(socket.as_fd(), route, batch)?)
+    }
+
+    fn receive_datagrams(
+        &mut self,
+        socket: &OwnedFd,
+        into: &mut [u8],
+        stride: usize,
+        found: &mut [Incoming],
+    ) -> Result<usize, SocketError> {
+        Ok(datagram::receive(socket.as_fd(), into, stride, found)?)
+    }
+
+    fn take_datagram_error(
+        &mut self,
+        socket: &OwnedFd,
+        quoted: &mut [u8],
+    ) -> Result<Option<DatagramError>, SocketError> {
+        Ok(datagram::take_error(socket.as_fd(), quoted)?)
+    }
+
+    fn listen(
+        &mut self,
+        at: SocketAddr,
+        backlog: u32,
+        token: Token,
+    ) -> Result<OwnedFd, SocketError> {
+        let listener = socket::listen(at, backlog)?;
+        self.poll.add(listener.as_fd(), token)?;
+        Ok(listener)
+    }
+
+    fn accept(&mut self, listener: &OwnedFd) -> Result<(OwnedFd, SocketAddr), SocketError> {
+        Ok(socket::accept(listener.as_fd())?)
     }
 }

@@ -78,6 +78,12 @@ impl<F: Keyed> Table<F> {
         if slot.generation == id.generation { slot.entry.as_mut().ok() } else { None }
     }
 
+    /// The entry with this id, unless it has been removed.
+    pub(crate) fn peek(&self, id: FlowId) -> Option<&F> {
+        let slot = self.slots.get(id.index as usize)?;
+        if slot.generation == id.generation { slot.entry.as_ref().ok() } else { None }
+    }
+
     /// The id of the entry in this place, if there is one.
     pub(crate) fn at(&self, index: u32) -> Option<FlowId> {
         let slot = self.slots.get(index as usize)?;

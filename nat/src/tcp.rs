@@ -341,7 +341,7 @@ impl<T> Tcp<T> {
         io: &mut Io<'_, S>,
     ) -> Result<(), Counter> {
         let limit = io.config.limits.descriptors.min(self.memory.capabilities.descriptors);
-        if self.memory.descriptors >= limit {
+        if self.memory.descriptors + io.ports.other_descriptors >= limit {
             return Err(Counter::DescriptorLimit);
         }
         if self.flows.is_full() {

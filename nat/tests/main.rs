@@ -1,8 +1,10 @@
 //! The translator's tests. The traps that other translators have fallen into each have a script.
 
+mod datagram;
 mod hostile;
 mod policy;
 mod real;
+mod real_datagram;
 mod smoltcp_guest;
 mod support;
 mod tcp;

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use vmring_core::offload::OffloadHeader;
 use vmring_nat::{
-    Capabilities, ConnectOptions, Full, GuestFrame, Link, Nat, Output, Port, Readiness, SendSpace,
-    SocketError, Sockets, Token,
+    Capabilities, ConnectOptions, DatagramError, Full, GuestFrame, Incoming, Link, Nat, Outgoing,
+    Output, Port, Readiness, Route, SendSpace, SocketError, Sockets, Token,
 };
 
 use support::port::{PORT, config, plain_link};
@@ -48,12 +48,32 @@ static ALLOCATOR: Counting = Counting;
 
 /// Sockets that take everything and give zeros, as many as they are told to. A model that keeps the
 /// bytes would allocate.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Zeros {
     left: usize,
     peek_at: usize,
     kernel: bool,
     takes: usize,
+    /// Who sends datagrams, of how many bytes each, and whether one of the socket's has met an error.
+    from: SocketAddr,
+    segment: u16,
+    fails: bool,
+    sent: usize,
+}
+
+impl Default for Zeros {
+    fn default() -> Self {
+        Self {
+            left: 0,
+            peek_at: 0,
+            kernel: false,
+            takes: 0,
+            from: ([192, 0, 2, 1], 53).into(),
+            segment: 0,
+            fails: false,
+            sent: 0,
+        }
+    }
 }
 
 impl Zeros {
@@ -71,7 +91,14 @@ impl Sockets for Zeros {
 
     fn capabilities(&self) -> Capabilities {
         let kernel = self.kernel;
-        Capabilities { peek_offset_v4: kernel, peek_offset_v6: kernel, descriptors: 20_000 }
+        Capabilities {
+            peek_offset_v4: kernel,
+            peek_offset_v6: kernel,
+            descriptors: 20_000,
+            udp_segments: 64,
+            echo_v4: true,
+            echo_v6: true,
+        }
     }
     fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
         Ok(Vec::new())
@@ -126,6 +153,59 @@ impl Sockets for Zeros {
     }
     fn local_address(&mut self, (): &()) -> Result<SocketAddr, SocketError> {
         Err(SocketError::Other(0))
+    }
+    fn connect_udp(&mut self, _: u16, _: SocketAddr, _: Token) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn bind_udp(&mut self, _: SocketAddr, _: Token) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn connect_echo(&mut self, _: IpAddr, _: Token) -> Result<(), SocketError> {
+        Ok(())
+    }
+    fn set_ip_fields(&mut self, (): &(), _: bool, _: u8, _: u8) {}
+    fn send_datagrams(
+        &mut self,
+        (): &(),
+        _: Option<Route>,
+        batch: &[Outgoing<'_>],
+    ) -> Result<usize, SocketError> {
+        self.sent += batch.len();
+        if self.takes == 0 { Err(SocketError::WouldBlock) } else { Ok(batch.len()) }
+    }
+    fn receive_datagrams(
+        &mut self,
+        (): &(),
+        into: &mut [u8],
+        stride: usize,
+        found: &mut [Incoming],
+    ) -> Result<usize, SocketError> {
+        if self.left == 0 {
+            return Err(SocketError::WouldBlock);
+        }
+        let count = self.left.min(found.len());
+        self.left -= count;
+        for (found, into) in found.iter_mut().zip(into.chunks_exact_mut(stride)).take(count) {
+            // A message that is several datagrams, and an echo reply: both begin with 0.
+            into[..3000].fill(0);
+            *found = Incoming { len: 3000, from: self.from, to: None, segment: self.segment };
+        }
+        Ok(count)
+    }
+    fn take_datagram_error(
+        &mut self,
+        (): &(),
+        _: &mut [u8],
+    ) -> Result<Option<DatagramError>, SocketError> {
+        let icmp = Some((3, 1));
+        let error = DatagramError { icmp, offender: None, to: self.from, quoted: 100 };
+        Ok(std::mem::take(&mut self.fails).then_some(error))
+    }
+    fn listen(&mut self, _: SocketAddr, _: u32, _: Token) -> Result<(), SocketError> {
+        Err(SocketError::Other(0))
+    }
+    fn accept(&mut self, (): &()) -> Result<((), SocketAddr), SocketError> {
+        Err(SocketError::WouldBlock)
     }
 }
 
@@ -277,5 +357,53 @@ fn an_idle_flow_costs_512_bytes_at_most() {
         assert_eq!(counters[vmring_nat::Counter::TcpBytesReceived], u64::from(FLOWS));
         eprintln!("{each} bytes for each flow");
         assert!(each <= 512, "{each} bytes for each flow");
+    }
+}
+
+/// UDP and ICMP echo: sends, messages that are cut, fragments, errors, and what is refused.
+#[test]
+fn a_datagram_allocates_nothing() {
+    use support::datagram::{echo_request, udp_frame};
+    let guest: SocketAddr = ([192, 168, 64, 2], 4000).into();
+    for (kind, segment) in [("udp", 0), ("udp", 700), ("echo", 0)] {
+        let mut now = Duration::from_secs(5);
+        let peer = SocketAddr::from(([192, 0, 2, 1], if kind == "udp" { 53 } else { 0 }));
+        let zeros = Zeros { takes: usize::MAX, from: peer, segment, ..Zeros::default() };
+        let mut nat = Nat::new(config(false), zeros, now);
+        let mut out =
+            Last { link: plain_link(), space: 1000, frame: Vec::with_capacity(200), data: 0 };
+        let frame = match kind {
+            "udp" => udp_frame(guest, peer, &[7; 900]),
+            _ => echo_request(guest.ip(), peer.ip(), 77, 1, &[7; 900]),
+        };
+        let refused = udp_frame(guest, ([127, 0, 0, 1], 53).into(), &[7; 900]);
+        let header = OffloadHeader::NONE;
+        let batch: Vec<_> = [&frame, &frame, &refused, &frame]
+            .map(|bytes| GuestFrame { bytes, header })
+            .into_iter()
+            .collect();
+        let mut counted = 0;
+        for round in 0..200u32 {
+            now += Duration::from_millis(50);
+            nat.sockets().takes = if round % 5 == 4 { 0 } else { usize::MAX };
+            nat.sockets().left = 40;
+            nat.sockets().fails = true;
+            out.space = if round % 7 == 6 { 1 } else { 1000 };
+            let before = ALLOCATIONS.get();
+            nat.from_guest(PORT, &batch, now, &mut out);
+            let readiness = Readiness { readable: true, failed: true, ..Readiness::default() };
+            nat.on_ready(Token(2 << 56), readiness, now, &mut out);
+            out.space = 1000;
+            nat.on_space(PORT, now, &mut out);
+            nat.on_time(now, &mut out);
+            if round >= 20 {
+                assert_eq!(ALLOCATIONS.get() - before, 0, "round {round} of {kind} {segment}");
+                counted += 1;
+            }
+        }
+        let counters = nat.counters();
+        assert!(counted == 180 && out.data > 1_000_000, "{counters:?}");
+        assert!(nat.sockets().sent > 150 && counters[vmring_nat::Counter::ErrorsPassed] > 100);
+        assert_eq!(counters[vmring_nat::Counter::Fragmented] > 100, segment == 0);
     }
 }

@@ -18,6 +18,15 @@ use crate::policy::is_source;
 use crate::prefix::Prefix;
 use crate::stats::Counter;
 
+/// A guest, by what its network knows it by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guest {
+    /// Whoever has this address.
+    Address(IpAddr),
+    /// Whoever has this MAC address, at the address that it has then.
+    Mac([u8; 6]),
+}
+
 /// How an address came to its holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
@@ -162,16 +171,21 @@ impl Sources {
     /// An address of the family that the guest with a MAC address has now. One that is leased comes
     /// before one that is used.
     pub fn find_mac(&self, mac: [u8; 6], v4: bool) -> Option<IpAddr> {
-        let mut found: Vec<_> = self
-            .bindings
-            .iter()
-            .filter(|(address, binding)| {
-                binding.mac == mac && binding.port.is_some() && address.is_ipv4() == v4
-            })
-            .map(|(&address, binding)| (binding.by == By::Use, address))
-            .collect();
-        found.sort_unstable();
-        found.first().map(|&(_, address)| address)
+        let found = self.bindings.iter().filter(|(address, binding)| {
+            binding.mac == mac && binding.port.is_some() && address.is_ipv4() == v4
+        });
+        found.map(|(&address, binding)| (binding.by == By::Use, address)).min().map(|(_, ip)| ip)
+    }
+
+    /// The port, the MAC address and the address of a guest, if it has one now. A guest that is known by
+    /// its MAC address is best reached over IPv4 or IPv6 as asked for, or else over the other.
+    pub fn resolve(&self, guest: Guest, v4: bool) -> Option<(Port, [u8; 6], IpAddr)> {
+        let address = match guest {
+            Guest::Address(address) => address,
+            Guest::Mac(mac) => self.find_mac(mac, v4).or_else(|| self.find_mac(mac, !v4))?,
+        };
+        let (port, mac) = self.find(address)?;
+        Some((port, mac, address))
     }
 
     /// Whether an address is one of the subnets'.
@@ -262,6 +276,9 @@ mod tests {
         assert_eq!(sources.check(Port(3), B, address, 1), Err(Counter::SourceTaken));
         assert_eq!(sources.check(Port(4), B, address, 1), Ok(()));
         assert_eq!(sources.find_mac(B, true), Some(address));
+        for guest in [Guest::Mac(B), Guest::Address(address)] {
+            assert_eq!(sources.resolve(guest, false), Some((Port(4), B, address)));
+        }
         // The guest starts again on another port, and asks for nothing.
         sources.port_left(Port(4));
         assert_eq!((sources.find(address), sources.find_mac(B, true)), (None, None));

@@ -9,7 +9,7 @@ use std::ptr;
 use crate::sockets::SendSpace;
 
 /// Calls again as long as a signal interrupts it.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
         match usize::try_from(call()) {
             Ok(result) => return Ok(result),
@@ -21,7 +21,7 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     }
 }
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
@@ -35,19 +35,92 @@ pub(super) fn descriptor_limit() -> io::Result<usize> {
 
 /// A new TCP socket, which does not block and is closed on exec.
 pub(super) fn tcp(v4: bool) -> io::Result<OwnedFd> {
+    open(v4, libc::SOCK_STREAM, 0)
+}
+
+/// A new socket. On Linux it does not block and is closed on exec from the start;
+/// [`set_flags`] does the same elsewhere.
+pub(super) fn open(v4: bool, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
     let family = if v4 { libc::AF_INET } else { libc::AF_INET6 };
     #[cfg(target_os = "linux")]
-    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
-    #[cfg(not(target_os = "linux"))]
-    let kind = libc::SOCK_STREAM;
+    let kind = kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: the call takes numbers only.
-    let fd = check(unsafe { libc::socket(family, kind, 0) })?;
+    let fd = check(unsafe { libc::socket(family, kind, protocol) })?;
     // SAFETY: the system has just opened this descriptor, and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Makes a socket close on exec and not block, and a peer that is gone an error and no signal. On Linux a
+/// new one is so, and a send says it.
+#[cfg(target_os = "linux")]
+pub(super) fn set_flags(_: BorrowedFd<'_>) -> io::Result<()> {
+    Ok(())
+}
+
+/// Makes a socket close on exec and not block, and a peer that is gone an error and no signal.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn set_flags(socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    set(socket, libc::SOL_SOCKET, libc::SO_NOSIGPIPE, 1)?;
+    set_nonblocking(socket)
+}
+
+/// Gives a socket an address of the host.
+pub(super) fn bind(socket: BorrowedFd<'_>, at: SocketAddr) -> io::Result<()> {
+    let (address, len) = to_system(at);
+    // SAFETY: the pointer and the length are those of `address`, which the call only reads.
+    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) }).map(drop)
+}
+
+/// Keeps a socket of IPv6 from taking IPv4 as well.
+pub(super) fn only_v6(socket: BorrowedFd<'_>, at: SocketAddr) -> io::Result<()> {
+    if at.is_ipv6() { set(socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 1) } else { Ok(()) }
+}
+
+/// A new listener of TCP. A connection that still ends at its port does not keep it from starting.
+pub(super) fn listen(at: SocketAddr, backlog: u32) -> io::Result<OwnedFd> {
+    let listener = tcp(at.is_ipv4())?;
+    set_flags(listener.as_fd())?;
+    set(listener.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+    only_v6(listener.as_fd(), at)?;
+    bind(listener.as_fd(), at)?;
+    let backlog = libc::c_int::try_from(backlog).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::listen(listener.as_raw_fd(), backlog) })?;
+    Ok(listener)
+}
+
+/// Takes a connection from a listener.
+pub(super) fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
+    // SAFETY: the structure consists of numbers, for which zero is valid.
+    let mut storage: libc::sockaddr_storage = unsafe { mem::zeroed() };
+    let accepted = retry(|| {
+        let mut len = size_of_val(&storage) as libc::socklen_t;
+        let address = (&raw mut storage).cast();
+        #[cfg(target_os = "linux")]
+        // SAFETY: the pointers are to `storage` and its length, which live until the call returns.
+        let fd = unsafe {
+            let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+            libc::accept4(listener.as_raw_fd(), address, &raw mut len, flags)
+        };
+        #[cfg(not(target_os = "linux"))]
+        // SAFETY: the same.
+        let fd = unsafe { libc::accept(listener.as_raw_fd(), address, &raw mut len) };
+        fd as isize
+    })?;
+    // SAFETY: the system has just opened this descriptor, and nobody else knows its number.
+    let socket = unsafe { OwnedFd::from_raw_fd(accepted as i32) };
+    Ok((socket, from_system(&storage)?))
+}
+
 /// Sets an option of type `T`, which is a C type that the option takes.
-fn set<T: Copy>(socket: BorrowedFd<'_>, level: i32, option: i32, value: T) -> io::Result<()> {
+pub(super) fn set<T: Copy>(
+    socket: BorrowedFd<'_>,
+    level: i32,
+    option: i32,
+    value: T,
+) -> io::Result<()> {
     let len = size_of::<T>() as libc::socklen_t;
     // SAFETY: the pointer and the length are those of `value`, which the call only reads.
     let result = unsafe {
@@ -78,13 +151,7 @@ pub(super) fn set_nonblocking(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Makes a socket what [`Sockets::connect_tcp`](crate::Sockets::connect_tcp) promises.
 pub(super) fn prepare(socket: BorrowedFd<'_>) -> io::Result<()> {
-    #[cfg(not(target_os = "linux"))]
-    {
-        let fd = socket.as_raw_fd();
-        // SAFETY: the call takes numbers only.
-        check(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
-        set(socket, libc::SOL_SOCKET, libc::SO_NOSIGPIPE, 1)?;
-    }
+    set_flags(socket)?;
     set(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
     set(socket, libc::SOL_SOCKET, libc::SO_OOBINLINE, 1)
 }
@@ -101,16 +168,32 @@ pub(super) fn set_buffers(socket: BorrowedFd<'_>, len: u32) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, len)
 }
 
-/// Sets the differentiated services. The system may refuse; the connection works all the same.
-pub(super) fn set_dscp(socket: BorrowedFd<'_>, v4: bool, dscp: u8) {
+/// Sets the differentiated services, unless they are what they are at first. The system may refuse; the
+/// connection works all the same.
+pub(super) fn set_dscp_at_first(socket: BorrowedFd<'_>, v4: bool, dscp: u8) {
     if dscp != 0 {
-        let class = libc::c_int::from(dscp) << 2;
-        let _ = if v4 {
-            set(socket, libc::IPPROTO_IP, libc::IP_TOS, class)
-        } else {
-            set(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class)
-        };
+        set_dscp(socket, v4, dscp);
     }
+}
+
+/// Sets the differentiated services. The system may refuse.
+pub(super) fn set_dscp(socket: BorrowedFd<'_>, v4: bool, dscp: u8) {
+    let class = libc::c_int::from(dscp) << 2;
+    let _ = if v4 {
+        set(socket, libc::IPPROTO_IP, libc::IP_TOS, class)
+    } else {
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class)
+    };
+}
+
+/// Sets the hop limit. The system may refuse.
+pub(super) fn set_hop_limit(socket: BorrowedFd<'_>, v4: bool, hop_limit: u8) {
+    let hop_limit = libc::c_int::from(hop_limit);
+    let _ = if v4 {
+        set(socket, libc::IPPROTO_IP, libc::IP_TTL, hop_limit)
+    } else {
+        set(socket, libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, hop_limit)
+    };
 }
 
 /// Makes the next close a reset.
@@ -120,7 +203,7 @@ pub(super) fn set_linger_zero(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// An address in the system's form, and its length.
-fn to_system(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+pub(super) fn to_system(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
     // SAFETY: the structure consists of numbers, for which zero is valid.
     let mut storage: libc::sockaddr_storage = unsafe { mem::zeroed() };
     let len = match address {

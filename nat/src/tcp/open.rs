@@ -197,8 +197,9 @@ pub(crate) fn refusal(error: SocketError) -> (Counter, Option<Reason>) {
         SocketError::Denied => (Counter::ConnectDenied, Some(Reason::Prohibited)),
         SocketError::NoDescriptor => (Counter::NoDescriptor, Some(Reason::NoHost)),
         SocketError::NoMemory => (Counter::NoMemory, Some(Reason::NoHost)),
-        SocketError::NoPort => (Counter::NoPort, Some(Reason::NoHost)),
-        SocketError::WouldBlock | SocketError::Other(_) => {
+        // Without a port left to connect from, the system has no address for it.
+        SocketError::NoPort | SocketError::NoAddress => (Counter::NoPort, Some(Reason::NoHost)),
+        SocketError::WouldBlock | SocketError::TooLong | SocketError::Other(_) => {
             (Counter::OtherError, Some(Reason::NoHost))
         }
     }

@@ -11,7 +11,10 @@ use std::io::{IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
-use vmring_nat::{Capabilities, ConnectOptions, Readiness, SendSpace, SocketError, Sockets, Token};
+use vmring_nat::{
+    Capabilities, ConnectOptions, DatagramError, Incoming, Outgoing, Readiness, Route, SendSpace,
+    SocketError, Sockets, Token,
+};
 
 /// How a peer answers an attempt to connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +25,34 @@ pub(crate) enum Answer {
     Connect,
     /// The call itself fails.
     Fail(SocketError),
+}
+
+/// What a socket of datagrams has sent in one piece.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sent {
+    pub(crate) route: Option<Route>,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) segment: u16,
+    /// In which call.
+    pub(crate) call: usize,
+    /// The hop limit and the differentiated services that the socket had.
+    pub(crate) ip_fields: Option<(u8, u8)>,
+}
+
+/// What makes a socket one of datagrams, or a listener.
+#[derive(Debug, Default)]
+pub(crate) struct Datagrams {
+    /// The port on the host.
+    pub(crate) port: u16,
+    pub(crate) incoming: VecDeque<(Incoming, Vec<u8>)>,
+    pub(crate) errors: VecDeque<(DatagramError, Vec<u8>)>,
+    pub(crate) sent: Vec<Sent>,
+    pub(crate) ip_fields: Option<(u8, u8)>,
+    /// What the next calls to send return instead of sending.
+    pub(crate) failures: VecDeque<SocketError>,
+    /// Connections that wait, by their peers.
+    pub(crate) backlog: VecDeque<SocketAddr>,
+    pub(crate) bound: Option<SocketAddr>,
 }
 
 /// One socket of the host, and its peer.
@@ -48,6 +79,7 @@ pub(crate) struct Peer {
     pub(crate) closed: Option<bool>,
     /// Bytes that were unread when it was closed.
     pub(crate) unread: usize,
+    pub(crate) datagrams: Datagrams,
 }
 
 /// How often each call was made.
@@ -61,6 +93,9 @@ pub(crate) struct Calls {
     pub(crate) send: usize,
     pub(crate) send_space: usize,
     pub(crate) arm_writable: usize,
+    pub(crate) send_datagrams: usize,
+    pub(crate) receive_datagrams: usize,
+    pub(crate) accept: usize,
 }
 
 #[derive(Debug)]
@@ -73,6 +108,10 @@ pub(crate) struct World {
     pub(crate) capabilities: Capabilities,
     /// The most bytes that one call moves.
     pub(crate) most: usize,
+    /// Ports of the host that others have.
+    pub(crate) ports_in_use: Vec<u16>,
+    /// How opening a socket of datagrams, a listener, or taking a connection fails.
+    pub(crate) failure: Option<SocketError>,
     /// The host's own addresses.
     pub(crate) addresses: Result<Vec<IpAddr>, SocketError>,
 }
@@ -110,7 +149,12 @@ impl Kernel {
                 peek_offset_v4: true,
                 peek_offset_v6: true,
                 descriptors: 10_000,
+                udp_segments: 64,
+                echo_v4: true,
+                echo_v6: true,
             },
+            ports_in_use: Vec::new(),
+            failure: None,
             most: usize::MAX,
             addresses: Ok(vec!["198.51.100.7".parse().unwrap()]),
         })))
@@ -189,6 +233,58 @@ impl Kernel {
         }
     }
 
+    /// A peer sends a datagram, or several of equal size, to a socket.
+    pub(crate) fn datagram(&self, index: usize, from: SocketAddr, bytes: &[u8], segment: u16) {
+        self.with(index, |peer| {
+            let incoming = Incoming { len: bytes.len(), from, segment, to: None };
+            peer.datagrams.incoming.push_back((incoming, bytes.to_vec()));
+        });
+        self.tell(index, Readiness { readable: true, ..Readiness::default() });
+    }
+
+    /// A datagram of a socket meets an error.
+    pub(crate) fn datagram_error(&self, index: usize, error: DatagramError, quoted: &[u8]) {
+        self.with(index, |peer| peer.datagrams.errors.push_back((error, quoted.to_vec())));
+        let failed = Readiness { failed: true, readable: true, ..Readiness::default() };
+        self.tell(index, failed);
+    }
+
+    /// Peers connect to a listener.
+    pub(crate) fn knock(&self, index: usize, from: SocketAddr) {
+        self.with(index, |peer| peer.datagrams.backlog.push_back(from));
+        self.tell(index, Readiness { readable: true, ..Readiness::default() });
+    }
+
+    pub(crate) fn sent(&self, index: usize) -> Vec<Sent> {
+        self.with(index, |peer| std::mem::take(&mut peer.datagrams.sent))
+    }
+
+    /// Opens a socket at a port, or at a free one if it is 0.
+    fn open_at(&self, at: SocketAddr, to: SocketAddr, token: Token) -> Result<Socket, SocketError> {
+        let index = {
+            let mut world = self.0.borrow_mut();
+            if let Some(error) = world.failure {
+                return Err(error);
+            }
+            let used = |port: u16| {
+                world.ports_in_use.contains(&port)
+                    || world.peers.iter().any(|p| p.closed.is_none() && p.datagrams.port == port)
+            };
+            let port = match at.port() {
+                0 => (50_000..).find(|&port| !used(port)).unwrap(),
+                port if used(port) => return Err(SocketError::NoPort),
+                port => port,
+            };
+            let capacity = world.capacity;
+            let mut peer = Peer::new(to, ConnectOptions::default(), token, capacity);
+            peer.datagrams.port = port;
+            peer.datagrams.bound = Some(SocketAddr::new(at.ip(), port));
+            world.peers.push(peer);
+            world.peers.len() - 1
+        };
+        Ok(Socket { world: self.0.clone(), index })
+    }
+
     /// Makes a connection that a listener has accepted.
     pub(crate) fn accepted(&self, from: SocketAddr) -> Socket {
         let mut world = self.0.borrow_mut();
@@ -218,6 +314,7 @@ impl Peer {
             shut: false,
             closed: None,
             unread: 0,
+            datagrams: Datagrams::default(),
         }
     }
 
@@ -409,8 +506,110 @@ impl Sockets for Kernel {
         Ok(())
     }
 
-    fn local_address(&mut self, _: &Socket) -> Result<SocketAddr, SocketError> {
-        Ok(([192, 0, 2, 1], 40_000).into())
+    fn local_address(&mut self, socket: &Socket) -> Result<SocketAddr, SocketError> {
+        let bound = self.with(socket.index, |peer| peer.datagrams.bound);
+        Ok(bound.unwrap_or(([192, 0, 2, 1], 40_000).into()))
+    }
+
+    fn connect_udp(
+        &mut self,
+        port: u16,
+        to: SocketAddr,
+        token: Token,
+    ) -> Result<Socket, SocketError> {
+        self.open_at(([0, 0, 0, 0], port).into(), to, token)
+    }
+
+    fn bind_udp(&mut self, at: SocketAddr, token: Token) -> Result<Socket, SocketError> {
+        self.open_at(at, at, token)
+    }
+
+    fn connect_echo(&mut self, to: IpAddr, token: Token) -> Result<Socket, SocketError> {
+        self.open_at(([0, 0, 0, 0], 0).into(), (to, 0).into(), token)
+    }
+
+    fn set_ip_fields(&mut self, socket: &Socket, _: bool, hop_limit: u8, dscp: u8) {
+        self.with(socket.index, |peer| peer.datagrams.ip_fields = Some((hop_limit, dscp)));
+    }
+
+    fn send_datagrams(
+        &mut self,
+        socket: &Socket,
+        route: Option<Route>,
+        batch: &[Outgoing<'_>],
+    ) -> Result<usize, SocketError> {
+        let call = {
+            let calls = &mut self.0.borrow_mut().calls;
+            calls.send_datagrams += 1;
+            calls.send_datagrams
+        };
+        assert!(!batch.is_empty());
+        self.with(socket.index, |peer| {
+            let datagrams = &mut peer.datagrams;
+            if let Some(error) = datagrams.failures.pop_front() {
+                return Err(error);
+            }
+            for outgoing in batch {
+                let bytes: Vec<u8> =
+                    outgoing.parts.iter().flat_map(|part| part.iter().copied()).collect();
+                let (segment, ip_fields) = (outgoing.segment, datagrams.ip_fields);
+                // What the kernel demands (`udp_send_skb` in net/ipv4/udp.c).
+                assert!(segment == 0 || bytes.len().div_ceil(segment.into()) <= 64);
+                assert!(bytes.len() <= 65_507);
+                datagrams.sent.push(Sent { route, bytes, segment, call, ip_fields });
+            }
+            Ok(batch.len())
+        })
+    }
+
+    fn receive_datagrams(
+        &mut self,
+        socket: &Socket,
+        into: &mut [u8],
+        stride: usize,
+        found: &mut [Incoming],
+    ) -> Result<usize, SocketError> {
+        self.0.borrow_mut().calls.receive_datagrams += 1;
+        self.with(socket.index, |peer| {
+            let mut count = 0;
+            for (found, into) in found.iter_mut().zip(into.chunks_exact_mut(stride)) {
+                let Some((incoming, bytes)) = peer.datagrams.incoming.pop_front() else { break };
+                into[..bytes.len()].copy_from_slice(&bytes);
+                *found = incoming;
+                count += 1;
+            }
+            if count > 0 { Ok(count) } else { Err(SocketError::WouldBlock) }
+        })
+    }
+
+    fn take_datagram_error(
+        &mut self,
+        socket: &Socket,
+        quoted: &mut [u8],
+    ) -> Result<Option<DatagramError>, SocketError> {
+        self.with(socket.index, |peer| {
+            let Some((mut error, bytes)) = peer.datagrams.errors.pop_front() else {
+                return Ok(None);
+            };
+            error.quoted = bytes.len().min(quoted.len());
+            quoted[..error.quoted].copy_from_slice(&bytes[..error.quoted]);
+            Ok(Some(error))
+        })
+    }
+
+    fn listen(&mut self, at: SocketAddr, _: u32, token: Token) -> Result<Socket, SocketError> {
+        self.open_at(at, at, token)
+    }
+
+    fn accept(&mut self, listener: &Socket) -> Result<(Socket, SocketAddr), SocketError> {
+        self.0.borrow_mut().calls.accept += 1;
+        let failure = self.0.borrow().failure;
+        let backlog = |peer: &mut Peer| match failure {
+            Some(error) if !peer.datagrams.backlog.is_empty() => Err(error),
+            _ => peer.datagrams.backlog.pop_front().ok_or(SocketError::WouldBlock),
+        };
+        let from = self.with(listener.index, backlog)?;
+        Ok((self.accepted(from), from))
     }
 }
 

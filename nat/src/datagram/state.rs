@@ -1,0 +1,278 @@
+//! The tables of flows and sockets of datagrams, and who makes way for whom.
+#![allow(dead_code)] // Port forwards use the rest.
+
+use core::net::SocketAddr;
+use std::collections::VecDeque;
+
+use crate::datagram::flow::{Flow, Inbound, Key, Outlet, OutletKey, Young};
+use crate::io::Io;
+use crate::limits::{ECHO_TIMEOUT, HEADROOM, MESSAGE_LEN, MESSAGES, UDP_TIMEOUT};
+use crate::output::Port;
+use crate::policy::Protocol;
+use crate::sockets::{Capabilities, Kind, SocketError, Sockets, Token};
+use crate::stats::Counter;
+use crate::table::{FlowId, Table};
+use crate::wheel::Wheel;
+
+/// What a port has.
+#[derive(Debug, Default)]
+pub(crate) struct PortFlows {
+    /// Flows of UDP that the guest has opened.
+    pub(crate) udp: Young,
+    pub(crate) echo: Young,
+    /// The sockets that wait until the port takes frames.
+    pub(crate) waiting: VecDeque<FlowId>,
+}
+
+/// The flows of UDP and ICMP echo.
+#[derive(Debug)]
+pub(crate) struct Datagrams<T> {
+    pub(crate) flows: Table<Flow>,
+    pub(crate) outlets: Table<Outlet<T>>,
+    pub(crate) wheel: Wheel,
+    pub(crate) ports: Vec<PortFlows>,
+    /// How many flows there are of UDP and of echo.
+    pub(crate) counts: [usize; 2],
+    /// Sockets that have more to read when others have had their turn.
+    pub(crate) ready: VecDeque<FlowId>,
+    /// When the sockets that wait for a port are read even if nobody says that it takes frames. 0 is
+    /// never.
+    pub(crate) retry_at: u64,
+    /// Memory that messages are received into. It has none until there is a socket.
+    pub(crate) buffer: Vec<u8>,
+    pub(crate) capabilities: Capabilities,
+    /// The identification of the next fragmented packet.
+    pub(crate) fragment_id: u32,
+}
+
+fn index(protocol: Protocol) -> usize {
+    usize::from(protocol == Protocol::IcmpEcho)
+}
+
+impl<T> Datagrams<T> {
+    pub(crate) fn new(
+        (udp_flows, echo_flows): (usize, usize),
+        capabilities: Capabilities,
+        now: u64,
+    ) -> Self {
+        Self {
+            flows: Table::new(udp_flows + echo_flows),
+            // Each forward has one too, and they are bounded by their own limit.
+            outlets: Table::new(usize::MAX),
+            wheel: Wheel::new(now),
+            ports: Vec::new(),
+            counts: [0; 2],
+            ready: VecDeque::new(),
+            retry_at: 0,
+            buffer: Vec::new(),
+            capabilities,
+            fragment_id: 0,
+        }
+    }
+
+    /// How many flows there are, and how many sockets.
+    pub(crate) fn usage(&self) -> (usize, usize) {
+        (self.flows.len(), self.outlets.len())
+    }
+
+    pub(crate) fn port(&mut self, port: Port) -> &mut PortFlows {
+        let index = port.0 as usize;
+        if index >= self.ports.len() {
+            self.ports.resize_with(index + 1, PortFlows::default);
+        }
+        &mut self.ports[index]
+    }
+
+    /// The list that a flow is counted in.
+    pub(crate) fn young(&mut self, key: &Key, forward: Option<FlowId>) -> Option<&mut Young> {
+        if let Some(outlet) = forward {
+            return Some(&mut self.outlets.get_mut(outlet)?.inbound.as_mut()?.young);
+        }
+        let flows = self.port(key.port);
+        Some(match key.protocol {
+            Protocol::IcmpEcho => &mut flows.echo,
+            _ => &mut flows.udp,
+        })
+    }
+
+    /// Looks whether there is a place for another flow, and makes one if older flows of the same port, or
+    /// of the same forward, can go.
+    pub(crate) fn make_room<S: Sockets<Socket = T>>(
+        &mut self,
+        key: &Key,
+        forward: Option<FlowId>,
+        io: &mut Io<'_, S>,
+    ) -> Result<(), Counter> {
+        let limits = &io.config.limits;
+        let (all, own) = match key.protocol {
+            Protocol::IcmpEcho => (limits.echo_flows, limits.port.echo_flows),
+            _ => (limits.udp_flows, limits.port.udp_flows),
+        };
+        let cap = match forward.and_then(|id| self.outlets.get_mut(id)) {
+            Some(outlet) => outlet.inbound.as_ref().map_or(0, |inbound| inbound.most),
+            None => own,
+        };
+        let full = |this: &mut Self, io: &Io<'_, S>| {
+            let count = this.young(key, forward).map_or(0, |young| young.count);
+            if count >= cap || this.counts[index(key.protocol)] >= all || this.flows.is_full() {
+                return Some(Counter::FlowLimit);
+            }
+            (forward.is_none() && !io.has_descriptor()).then_some(Counter::DescriptorLimit)
+        };
+        let Some(why) = full(self, io) else { return Ok(()) };
+        // The oldest that is no stream.
+        while let Some(id) = self.young(key, forward).and_then(|young| young.queue.pop_front()) {
+            if self.flows.get_mut(id).is_some_and(|flow| !flow.stream) {
+                io.count(key.port, Counter::Evicted);
+                self.remove(id, io);
+                break;
+            }
+        }
+        match full(self, io) {
+            None => Ok(()),
+            Some(_) => Err(why),
+        }
+    }
+
+    pub(crate) fn insert_outlet<S: Sockets<Socket = T>>(
+        &mut self,
+        outlet: Outlet<T>,
+        io: &mut Io<'_, S>,
+    ) -> FlowId {
+        let port = outlet.port;
+        let Ok(id) = self.outlets.insert(outlet) else { unreachable!("the table has no limit") };
+        io.ports.other_descriptors += 1;
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; MESSAGES * MESSAGE_LEN + HEADROOM];
+        }
+        // So that the lists do not grow while packets pass.
+        let all = self.outlets.len();
+        let waiting = &mut self.port(port).waiting;
+        waiting.reserve(all.saturating_sub(waiting.len()));
+        self.ready.reserve(all.saturating_sub(self.ready.len()));
+        id
+    }
+
+    /// Adds a flow. There is space for it.
+    pub(crate) fn insert<S: Sockets<Socket = T>>(
+        &mut self,
+        flow: Flow,
+        forward: Option<FlowId>,
+        io: &mut Io<'_, S>,
+    ) -> Option<FlowId> {
+        let (key, outlet) = (flow.key, flow.outlet);
+        let (opened, lives) = match key.protocol {
+            Protocol::IcmpEcho => (Counter::EchoOpened, ECHO_TIMEOUT),
+            _ => (Counter::UdpOpened, UDP_TIMEOUT),
+        };
+        let id = self.flows.insert(flow).ok()?;
+        io.count(key.port, opened);
+        self.counts[index(key.protocol)] += 1;
+        self.wheel.grow(self.flows.places());
+        self.wheel.set(id.index, io.now + lives);
+        if let Some(outlet) = self.outlets.get_mut(outlet) {
+            outlet.flows += 1;
+        }
+        let flows = &self.flows;
+        // Those that are gone, and streams, are nobody's to evict.
+        let stale = |other: &FlowId| flows.peek(*other).is_none_or(|flow| flow.stream);
+        let young = match forward {
+            Some(outlet) => {
+                self.outlets.get_mut(outlet).and_then(|o| o.inbound.as_mut()).map(|i| &mut i.young)
+            }
+            None => {
+                let port = key.port.0 as usize;
+                self.ports.get_mut(port).map(|port| match key.protocol {
+                    Protocol::IcmpEcho => &mut port.echo,
+                    _ => &mut port.udp,
+                })
+            }
+        };
+        if let Some(young) = young {
+            young.push(id, stale);
+        }
+        Some(id)
+    }
+
+    /// Removes a flow, and its socket if it was its last.
+    pub(crate) fn remove<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        self.wheel.clear(id.index);
+        self.counts[index(flow.key.protocol)] -= 1;
+        let forward = flow.inbound.then_some(flow.outlet);
+        if let Some(young) = self.young(&flow.key, forward) {
+            young.count -= 1;
+        }
+        if let Some(outlet) = self.outlets.get_mut(flow.outlet) {
+            outlet.flows -= 1;
+            if outlet.flows == 0 && outlet.inbound.is_none() {
+                self.close_outlet(flow.outlet, io);
+            }
+        }
+    }
+
+    pub(crate) fn close_outlet<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
+        let Some(outlet) = self.outlets.remove(id) else { return };
+        io.ports.other_descriptors -= 1;
+        if outlet.waiting {
+            self.port(outlet.port).waiting.retain(|&other| other != id);
+        }
+        if outlet.queued {
+            self.ready.retain(|&other| other != id);
+        }
+    }
+
+    /// Opens the socket of a port forward. Its flows are opened by those who send to it.
+    pub(crate) fn add_forward<S: Sockets<Socket = T>>(
+        &mut self,
+        at: SocketAddr,
+        number: u64,
+        inbound: Inbound,
+        io: &mut Io<'_, S>,
+    ) -> Result<(FlowId, SocketAddr), SocketError> {
+        let token = Token::new(Kind::Datagrams, self.outlets.next_id());
+        let socket = io.sockets.bind_udp(at, token)?;
+        let at = io.sockets.local_address(&socket)?;
+        let mut outlet = Outlet::new(OutletKey::Forward(number), socket, Port(0), at.is_ipv4());
+        outlet.inbound = Some(Box::new(inbound));
+        Ok((self.insert_outlet(outlet, io), at))
+    }
+
+    /// Closes the socket of a port forward, and ends its flows.
+    pub(crate) fn remove_forward<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        io: &mut Io<'_, S>,
+    ) {
+        self.remove_where(io, |flow| flow.outlet == id);
+        self.close_outlet(id, io);
+    }
+
+    /// How many flows a port forward has.
+    pub(crate) fn forward_flows(&self, id: FlowId) -> usize {
+        self.outlets.peek(id).map_or(0, |outlet| outlet.flows)
+    }
+
+    pub(crate) fn remove_where<S: Sockets<Socket = T>>(
+        &mut self,
+        io: &mut Io<'_, S>,
+        is_one: impl Fn(&Flow) -> bool,
+    ) {
+        for index in 0..self.flows.places() as u32 {
+            let Some(id) = self.flows.at(index) else { continue };
+            if let Some(flow) = self.flows.peek(id).filter(|flow| is_one(flow)) {
+                io.count(flow.key.port, Counter::PortGone);
+                self.remove(id, io);
+            }
+        }
+    }
+
+    /// Ends all flows, or those of one port.
+    pub(crate) fn close<S: Sockets<Socket = T>>(&mut self, port: Option<Port>, io: &mut Io<'_, S>) {
+        self.remove_where(io, |flow| port.is_none_or(|port| port == flow.key.port));
+        if let Some(port) = port {
+            let flows = self.port(port);
+            (flows.udp, flows.echo) = (Young::default(), Young::default());
+        }
+    }
+}

@@ -1,0 +1,800 @@
+//! UDP and ICMP echo, over the model of the kernel.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use smoltcp::wire::Ipv4Packet;
+use vmring_core::offload::{Gso, OffloadHeader, Offloads};
+use vmring_nat::{
+    Counter, DatagramError, GuestFrame, Link, NatConfig, Port, Protocol, SocketError,
+};
+
+use crate::support::datagram::{Got, Receiver, echo_request, udp_frame};
+use crate::support::port::{Net, PORT, config, plain_link};
+
+/// A guest, and a peer, over IPv4 or IPv6.
+struct Pair {
+    net: Net,
+    receiver: Receiver,
+    guest: SocketAddr,
+    peer: SocketAddr,
+}
+
+impl Pair {
+    fn new(v6: bool) -> Self {
+        Self::with(config(false), plain_link(), v6)
+    }
+
+    fn with(config: NatConfig, link: Link, v6: bool) -> Self {
+        let (guest, peer) = if v6 {
+            ("[fd00::2]:4000", "[2001:db8::1]:53")
+        } else {
+            ("192.168.64.2:4000", "192.0.2.1:53")
+        };
+        let net = Net::new(config, link);
+        let (guest, peer) = (guest.parse().unwrap(), peer.parse().unwrap());
+        Self { net, receiver: Receiver::default(), guest, peer }
+    }
+
+    fn send(&mut self, data: &[u8]) {
+        self.net.send(&[udp_frame(self.guest, self.peer, data)]);
+    }
+
+    fn got(&mut self) -> Vec<Got> {
+        let frames: Vec<_> = self.net.out.frames.drain(..).collect();
+        let link = self.net.out.link;
+        frames.iter().flat_map(|(frame, head)| self.receiver.take(frame, head, &link)).collect()
+    }
+
+    fn reply(&mut self, index: usize, from: SocketAddr, data: &[u8]) {
+        self.net.kernel.datagram(index, from, data, 0);
+        self.net.settle();
+    }
+
+    fn counted(&self, counter: Counter) -> u64 {
+        self.net.nat.counters()[counter]
+    }
+
+    fn flows(&self) -> usize {
+        self.net.nat.datagram_flows().count()
+    }
+}
+
+fn each(test: impl Fn(Pair)) {
+    for v6 in [false, true] {
+        test(Pair::new(v6));
+    }
+}
+
+/// A datagram goes out from the guest's port, and the answer comes back from whom it was asked.
+#[test]
+fn a_datagram_goes_out_and_its_answer_comes_back() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        pair.send(b"question");
+        let sent = pair.net.kernel.sent(0);
+        assert_eq!((sent.len(), &sent[0].bytes[..], sent[0].route), (1, &b"question"[..], None));
+        let (to, port) = pair.net.kernel.with(0, |p| (p.to, p.datagrams.port));
+        assert_eq!((to, port), (peer, 4000));
+        pair.reply(0, peer, b"answer");
+        let answer = Got::Udp { from: peer, to: guest, data: b"answer".into() };
+        assert_eq!(pair.got(), [answer]);
+        // An empty datagram is one.
+        pair.send(b"");
+        pair.reply(0, peer, b"");
+        assert_eq!(pair.got(), [Got::Udp { from: peer, to: guest, data: Vec::new() }]);
+        assert_eq!(pair.net.kernel.sent(0).len(), 1);
+        assert_eq!((pair.counted(Counter::UdpSent), pair.counted(Counter::UdpReceived)), (2, 2));
+    });
+}
+
+/// T14: a datagram of somebody else, who has sent while the socket was not yet connected, is no answer.
+#[test]
+fn only_the_asked_peer_answers() {
+    for endpoint_independent in [false, true] {
+        for v6 in [false, true] {
+            let mut config = config(false);
+            config.endpoint_independent = endpoint_independent;
+            let mut pair = Pair::with(config, plain_link(), v6);
+            pair.send(b"question");
+            let other_port = SocketAddr::new(pair.peer.ip(), 54);
+            let other: IpAddr = if v6 { "2001:db8::2" } else { "192.0.2.2" }.parse().unwrap();
+            pair.reply(0, other_port, b"lie");
+            pair.reply(0, SocketAddr::new(other, 53), b"lie");
+            assert_eq!((pair.got(), pair.counted(Counter::NotAsked)), (vec![], 2));
+            pair.reply(0, pair.peer, b"truth");
+            assert_eq!(pair.got().len(), 1);
+        }
+    }
+}
+
+/// 9725e79: an answer that waits before the socket is told of is not lost.
+#[test]
+fn an_answer_that_is_there_at_once_is_not_lost() {
+    each(|mut pair| {
+        pair.send(b"question");
+        for _ in 0..40 {
+            pair.net.kernel.with(0, |peer| peer.datagrams.incoming.clear());
+        }
+        for byte in 0..40 {
+            pair.net.kernel.datagram(0, pair.peer, &[byte], 0);
+        }
+        // One event tells of all.
+        let (token, readiness) = pair.net.kernel.take_event().unwrap();
+        while pair.net.kernel.take_event().is_some() {}
+        let (now, out) = (pair.net.now, &mut pair.net.out);
+        pair.net.nat.on_ready(token, readiness, now, out);
+        pair.net.settle();
+        assert_eq!(pair.got().len(), 40);
+    });
+}
+
+/// A port that somebody has on the host, or that belongs to its services, is not shared with him.
+#[test]
+fn a_port_in_use_is_not_shared() {
+    each(|mut pair| {
+        pair.net.kernel.0.borrow_mut().ports_in_use.push(4000);
+        pair.send(b"x");
+        assert_eq!(pair.net.kernel.with(0, |peer| peer.datagrams.port), 50_000);
+        // Nor is one of the host's services taken.
+        pair.guest.set_port(1023);
+        pair.send(b"x");
+        assert!(pair.net.kernel.with(1, |peer| peer.datagrams.port) >= 50_000);
+        assert_eq!(pair.flows(), 2);
+    });
+}
+
+/// Each destination has a port of its own, unless the mapping is to be independent of it.
+#[test]
+fn an_endpoint_independent_mapping_has_one_port_for_all_destinations() {
+    for v6 in [false, true] {
+        let mut config = config(false);
+        config.endpoint_independent = true;
+        let mut pair = Pair::with(config, plain_link(), v6);
+        let first = pair.peer;
+        pair.send(b"one");
+        pair.peer.set_port(54);
+        pair.send(b"two");
+        assert_eq!((pair.net.kernel.len(), pair.flows()), (1, 2));
+        let routes: Vec<_> =
+            pair.net.kernel.sent(0).iter().map(|sent| sent.route.unwrap().to).collect();
+        assert_eq!(routes, [first, pair.peer]);
+        let (guest, second) = (pair.guest, pair.peer);
+        pair.reply(0, first, b"from one");
+        pair.reply(0, second, b"from two");
+        let from = |from, data: &[u8]| Got::Udp { from, to: guest, data: data.into() };
+        assert_eq!(pair.got(), [from(first, b"from one"), from(second, b"from two")]);
+        // An error is told to the flow that it is about.
+        let kind = if v6 { (1, 4) } else { (3, 3) };
+        let error = DatagramError { icmp: Some(kind), offender: None, to: second, quoted: 0 };
+        pair.net.kernel.datagram_error(0, error, b"two");
+        pair.net.settle();
+        assert_eq!(quoted_ports(&pair.got()), [(guest.port(), 54)]);
+        // The socket goes with the last flow.
+        pair.net.wait(Duration::from_secs(29));
+        pair.send(b"two");
+        pair.net.wait(Duration::from_secs(29));
+        assert_eq!((pair.flows(), pair.net.kernel.open()), (1, 1));
+        pair.net.wait(Duration::from_secs(100));
+        pair.net.assert_empty();
+    }
+}
+
+/// The ports of the datagrams that errors quote.
+fn quoted_ports(got: &[Got]) -> Vec<(u16, u16)> {
+    let ports = |got: &Got| match got {
+        Got::Icmp { message, from, .. } => {
+            let at = 8 + if from.is_ipv4() { 20 } else { 40 };
+            let port = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
+            (port(at), port(at + 2))
+        }
+        other => panic!("no error: {other:?}"),
+    };
+    got.iter().map(ports).collect()
+}
+
+/// A flow ends after 30 s, and one that both sides have used for a while after 120 s (section 1.6).
+#[test]
+fn flows_end_when_they_are_not_used() {
+    each(|mut pair| {
+        pair.send(b"x");
+        pair.net.wait(Duration::from_secs(29));
+        assert_eq!(pair.flows(), 1);
+        pair.net.wait(Duration::from_secs(2));
+        pair.net.assert_empty();
+        // A question and an answer are no stream.
+        pair.send(b"x");
+        pair.reply(1, pair.peer, b"y");
+        pair.net.wait(Duration::from_secs(31));
+        assert_eq!(pair.flows(), 0);
+        // Nor is what only one side sends.
+        for _ in 0..5 {
+            pair.send(b"x");
+            pair.net.wait(Duration::from_secs(2));
+        }
+        pair.net.wait(Duration::from_secs(30));
+        assert_eq!(pair.flows(), 0);
+        for _ in 0..3 {
+            pair.send(b"x");
+            pair.reply(3, pair.peer, b"y");
+            pair.net.wait(Duration::from_secs(2));
+        }
+        assert!(pair.net.nat.datagram_flows().all(|flow| flow.stream));
+        pair.net.wait(Duration::from_secs(115));
+        assert_eq!(pair.flows(), 1);
+        pair.net.wait(Duration::from_secs(5));
+        pair.net.assert_empty();
+    });
+}
+
+/// What one flow sends in a batch goes out in one call: equal sizes in one piece, and flows do not mix.
+#[test]
+fn datagrams_of_a_batch_are_sent_together() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        let other = SocketAddr::new(peer.ip(), 99);
+        let mut frames = Vec::new();
+        for n in 0..6u8 {
+            frames.push(udp_frame(guest, peer, &[n; 100]));
+            frames.push(udp_frame(guest, other, &[n; 50]));
+        }
+        frames.push(udp_frame(guest, peer, &[6; 40]));
+        frames.push(udp_frame(guest, peer, &[7; 100]));
+        frames.push(udp_frame(guest, peer, &[]));
+        frames.push(udp_frame(guest, peer, &[8; 100]));
+        pair.net.send(&frames);
+        let sent = pair.net.kernel.sent(0);
+        let shape: Vec<_> = sent.iter().map(|s| (s.bytes.len(), s.segment, s.call)).collect();
+        // A shorter one ends a piece.
+        assert_eq!(shape, [(640, 100, 1), (100, 0, 1), (0, 0, 1), (100, 0, 1)]);
+        let bytes: Vec<u8> = (0..6).flat_map(|n| [n; 100]).chain([6; 40]).collect();
+        assert_eq!(sent[0].bytes, bytes);
+        let sent = pair.net.kernel.sent(1);
+        assert_eq!((sent.len(), sent[0].bytes.len(), sent[0].segment), (1, 300, 50));
+        assert_eq!(pair.counted(Counter::UdpSent), 16);
+    });
+}
+
+/// A frame that the guest has left to be cut goes out with one call, or in datagrams where the system
+/// cannot, or refuses.
+#[test]
+fn a_frame_to_be_cut_is_sent_in_one_piece_where_the_system_can() {
+    for (segments, refuses) in [(64, false), (0, false), (64, true)] {
+        each(|mut pair| {
+            pair.net.kernel.0.borrow_mut().capabilities.udp_segments = segments;
+            pair = Pair { net: remake(&pair.net), ..pair };
+            let data: Vec<u8> = (0..100 * 400 + 7).map(|n| (n / 3) as u8).collect();
+            pair.send(&[]);
+            pair.net.kernel.sent(0);
+            let header =
+                OffloadHeader { gso: Gso::UdpL4, segment_size: 400, ..OffloadHeader::NONE };
+            let bytes = udp_frame(pair.guest, pair.peer, &data);
+            if refuses {
+                let einval = SocketError::Other(22);
+                pair.net.kernel.with(0, |peer| peer.datagrams.failures.push_back(einval));
+            }
+            let (now, out) = (pair.net.now, &mut pair.net.out);
+            let frame = GuestFrame { bytes: &bytes, header };
+            pair.net.nat.from_guest(PORT, &[frame], now, out);
+            let sent = pair.net.kernel.sent(0);
+            let all: Vec<u8> = sent.iter().flat_map(|sent| sent.bytes.clone()).collect();
+            assert!(all == data);
+            let cut: Vec<_> = sent.iter().map(|s| (s.bytes.len(), s.segment)).collect();
+            match (segments, refuses) {
+                (64, false) => assert_eq!(cut, [(64 * 400, 400), (36 * 400 + 7, 400)]),
+                (0, _) => assert!(cut.len() == 101 && cut[0] == (400, 0) && cut[100] == (7, 0)),
+                // The second piece was in the same call.
+                _ => assert!(cut.len() == 65 && cut[0] == (400, 0) && cut[64].0 == 36 * 400 + 7),
+            }
+            assert_eq!(pair.counted(Counter::UdpSent), 102);
+            assert_eq!(pair.counted(Counter::SegmentsRefused), refuses.into());
+        });
+    }
+}
+
+/// A translator over the same kernel, which has changed its capabilities.
+fn remake(net: &Net) -> Net {
+    let mut new = Net::new(config(false), net.out.link);
+    let capabilities = net.kernel.0.borrow().capabilities;
+    let kernel = crate::support::kernel::Kernel::new();
+    kernel.0.borrow_mut().capabilities = capabilities;
+    new.nat = vmring_nat::Nat::new(config(false), kernel.clone(), new.now);
+    new.kernel = kernel;
+    new
+}
+
+/// A guest cannot make many datagrams of one small frame.
+#[test]
+fn a_frame_is_few_datagrams() {
+    each(|mut pair| {
+        for segment_size in [0, 1, 7] {
+            let header = OffloadHeader { gso: Gso::UdpL4, segment_size, ..OffloadHeader::NONE };
+            let bytes = udp_frame(pair.guest, pair.peer, &[1; 1024]);
+            let (now, out) = (pair.net.now, &mut pair.net.out);
+            pair.net.nat.from_guest(PORT, &[GuestFrame { bytes: &bytes, header }], now, out);
+        }
+        assert_eq!((pair.counted(Counter::Malformed), pair.net.kernel.len()), (3, 0));
+    });
+}
+
+/// What the kernel gives in one piece is one frame for a guest that cuts it, and datagrams for another.
+#[test]
+fn a_piece_is_one_frame_for_a_guest_that_takes_it() {
+    for v6 in [false, true] {
+        for uso in [false, true] {
+            let mut offloads = Offloads::ALL;
+            offloads.uso = uso;
+            let link = Link { mtu: 1500, offloads, longest: 65_549 };
+            let mut pair = Pair::with(config(false), link, v6);
+            pair.send(b"x");
+            let data: Vec<u8> = (0..20 * 1200 + 5).map(|n| (n / 7) as u8).collect();
+            pair.net.kernel.datagram(0, pair.peer, &data, 1200);
+            pair.net.settle();
+            assert_eq!(pair.net.out.frames.len(), if uso { 1 } else { 21 });
+            let got = pair.got();
+            let pieces: Vec<_> = got
+                .iter()
+                .map(|got| match got {
+                    Got::Udp { data, .. } => &data[..],
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert!(pieces.len() == 21 && pieces.concat() == data, "{} pieces", pieces.len());
+            assert_eq!(
+                (pair.receiver.cut_count, pair.counted(Counter::UdpReceived)),
+                (uso.into(), 21)
+            );
+            // Datagrams that are longer than the guest's MTU are not left to it.
+            pair.net.kernel.datagram(0, pair.peer, &data[..6000], 3000);
+            pair.net.settle();
+            assert_eq!((pair.got().len(), pair.receiver.cut_count), (2, uso.into()));
+            // Tiny ones, whose frames are padded, one behind the other.
+            pair.net.kernel.datagram(0, pair.peer, b"abcdefghi", 2);
+            pair.net.settle();
+            let tiny: Vec<_> = pair.got();
+            let text: Vec<u8> = tiny
+                .iter()
+                .flat_map(|got| match got {
+                    Got::Udp { data, .. } => data.clone(),
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!((tiny.len(), &text[..]), (5, &b"abcdefghi"[..]));
+        }
+    }
+}
+
+/// M8: what is longer than the guest's MTU arrives in fragments.
+#[test]
+fn a_long_datagram_arrives_in_fragments() {
+    for v6 in [false, true] {
+        for mtu in [1280, 1500, 9000] {
+            let link = Link { mtu, offloads: Offloads::default(), longest: mtu as usize + 14 };
+            let mut pair = Pair::with(config(false), link, v6);
+            pair.send(b"x");
+            let ip = if v6 { 40 } else { 20 };
+            let fits = mtu as usize - ip - 8;
+            for len in [fits, fits + 1, 10_000, 65_507 - if v6 { 20 } else { 0 }] {
+                let data: Vec<u8> = (0..len).map(|n| (n / 11) as u8).collect();
+                let before = pair.receiver.fragment_count;
+                pair.reply(0, pair.peer, &data);
+                let (from, to) = (pair.peer, pair.guest);
+                assert!(pair.got() == [Got::Udp { from, to, data }], "{len} bytes, MTU {mtu}");
+                assert_eq!(pair.receiver.fragment_count > before, len > fits);
+            }
+        }
+    }
+}
+
+/// S8: fragments of a guest are dropped, and counted.
+#[test]
+fn fragments_of_a_guest_are_dropped_and_counted() {
+    let mut pair = Pair::new(false);
+    let mut first = udp_frame(pair.guest, pair.peer, &[1; 100]);
+    first[20] = 0x20;
+    let mut second = first.clone();
+    (second[20], second[21]) = (0, 10);
+    for frame in [&mut first, &mut second] {
+        Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+    }
+    pair.net.send(&[first, second]);
+    assert_eq!((pair.counted(Counter::Fragment), pair.net.kernel.len()), (2, 0));
+    let mut pair = Pair::new(true);
+    let mut frame = udp_frame(pair.guest, pair.peer, &[1; 100]);
+    frame[20] = 44;
+    pair.net.send(&[frame]);
+    assert_eq!((pair.counted(Counter::Fragment), pair.net.kernel.len()), (1, 0));
+}
+
+/// Lengths that do not fit are nonsense, and what is behind the datagram is padding.
+#[test]
+fn a_length_that_is_a_lie_is_refused() {
+    each(|mut pair| {
+        let at = if pair.guest.is_ipv4() { 34 } else { 54 };
+        for len in [0u16, 7, 13, 65_535] {
+            let mut frame = udp_frame(pair.guest, pair.peer, b"data");
+            frame[at + 4..at + 6].copy_from_slice(&len.to_be_bytes());
+            pair.net.send(&[frame]);
+        }
+        for port_at in [at, at + 2] {
+            let mut frame = udp_frame(pair.guest, pair.peer, b"data");
+            frame[port_at..port_at + 2].fill(0);
+            pair.net.send(&[frame]);
+        }
+        assert_eq!((pair.counted(Counter::Malformed), pair.net.kernel.len()), (6, 0));
+        let mut frame = udp_frame(pair.guest, pair.peer, b"data");
+        frame[at + 4..at + 6].copy_from_slice(&[0, 10]);
+        frame.extend([0xee; 20]);
+        pair.net.send(&[frame]);
+        assert_eq!(pair.net.kernel.sent(0)[0].bytes, b"da");
+    });
+}
+
+/// An error that a datagram meets is told, as if it had met the guest's own: from whom, about what.
+#[test]
+fn errors_are_passed_on_with_who_sent_them() {
+    for (v6, router) in [(false, "203.0.113.9"), (true, "2001:db8:9::9")] {
+        let mut pair = Pair::new(v6);
+        let (guest, peer) = (pair.guest, pair.peer);
+        let router: IpAddr = router.parse().unwrap();
+        let (unreachable, exceeded) = if v6 { ((1, 4), (3, 0)) } else { ((3, 3), (11, 0)) };
+        pair.send(b"question");
+        let gateway: IpAddr = if v6 { "fd00::1" } else { "192.168.64.1" }.parse().unwrap();
+        let loopback: IpAddr = if v6 { "::1" } else { "127.0.0.1" }.parse().unwrap();
+        let cases = [
+            (unreachable, Some(peer.ip()), peer.ip()),
+            (exceeded, Some(router), router),
+            (unreachable, Some(loopback), gateway),
+            (unreachable, None, gateway),
+        ];
+        for (icmp, offender, from) in cases {
+            let error = DatagramError { icmp: Some(icmp), offender, to: peer, quoted: 0 };
+            pair.net.kernel.datagram_error(0, error, b"question");
+            pair.net.settle();
+            let got = pair.got();
+            let [Got::Icmp { from: sender, to, kind, code, message }] = &got[..] else {
+                panic!("{got:?}");
+            };
+            assert_eq!((*sender, *to, (*kind, *code)), (from, guest.ip(), icmp));
+            // The quoted packet is the guest's.
+            let ip = &message[8..];
+            let (source, target) = if v6 { (8..24, 24..40) } else { (12..16, 16..20) };
+            let bytes = |ip: IpAddr| match ip {
+                IpAddr::V4(v4) => v4.octets().to_vec(),
+                IpAddr::V6(v6) => v6.octets().to_vec(),
+            };
+            assert_eq!((&ip[source], &ip[target]), (&bytes(guest.ip())[..], &bytes(peer.ip())[..]));
+            assert_eq!(quoted_ports(&got), [(guest.port(), peer.port())]);
+            assert!(message.ends_with(b"question"));
+        }
+        assert_eq!(pair.counted(Counter::ErrorsPassed), 4);
+        // The guest would send fragments if it were told that its datagram is too long.
+        let icmp = Some(if v6 { (2, 0) } else { (3, 4) });
+        for icmp in [icmp, None] {
+            let error = DatagramError { icmp, offender: Some(router), to: peer, quoted: 0 };
+            pair.net.kernel.datagram_error(0, error, b"question");
+            pair.net.settle();
+        }
+        assert_eq!((pair.got(), pair.counted(Counter::TooLong)), (vec![], 2));
+        // A flow outlives its errors.
+        assert_eq!(pair.flows(), 1);
+    }
+}
+
+/// A datagram that the kernel refuses because of an earlier one's error is sent again. Where the system
+/// keeps no errors, the guest is told all the same.
+#[test]
+fn an_earlier_datagrams_error_costs_no_datagram() {
+    each(|mut pair| {
+        let fail = |pair: &Pair, error| {
+            pair.net.kernel.with(0, |peer| peer.datagrams.failures.push_back(error));
+        };
+        pair.send(b"one");
+        fail(&pair, SocketError::Refused);
+        pair.send(b"two");
+        let sent: Vec<_> = pair.net.kernel.sent(0).into_iter().map(|sent| sent.bytes).collect();
+        assert_eq!(sent, [b"one", b"two"]);
+        let kind = if pair.guest.is_ipv4() { (3, 3) } else { (1, 4) };
+        let got = pair.got();
+        assert!(matches!(&got[..], [Got::Icmp { kind: k, code: c, .. }] if (*k, *c) == kind));
+        // An error that stays loses the datagram, and does not spin.
+        for _ in 0..2 {
+            fail(&pair, SocketError::NetworkUnreachable);
+        }
+        pair.send(b"three");
+        assert_eq!(pair.net.kernel.sent(0), []);
+        assert_eq!(pair.counted(Counter::DatagramLost), 1);
+        // A full socket loses what it does not take, as a link does.
+        fail(&pair, SocketError::WouldBlock);
+        pair.send(b"four");
+        assert_eq!((pair.net.kernel.sent(0), pair.counted(Counter::DatagramLost)), (vec![], 2));
+        fail(&pair, SocketError::TooLong);
+        pair.send(b"five");
+        assert_eq!((pair.net.kernel.sent(0), pair.counted(Counter::TooLong)), (vec![], 1));
+    });
+}
+
+/// What is denied opens nothing. The guest is told, unless it has sent to many.
+#[test]
+fn what_is_denied_opens_nothing() {
+    let mut pair = Pair::new(false);
+    pair.peer = "169.254.169.254:53".parse().unwrap();
+    pair.send(b"x");
+    pair.send(b"x");
+    assert!(matches!(&pair.got()[..], [Got::Icmp { kind: 3, code: 13, .. }, _]));
+    assert_eq!(pair.counted(Counter::DeniedLinkLocal), 2);
+    for (to, why) in [
+        ("224.0.0.251:5353", Counter::DeniedMulticast),
+        ("255.255.255.255:67", Counter::DeniedMulticast),
+        ("192.168.64.255:137", Counter::DeniedSubnet),
+    ] {
+        pair.peer = to.parse().unwrap();
+        let before = pair.counted(why);
+        pair.net.send(&[
+            udp_frame(pair.guest, pair.peer, b"x"),
+            udp_frame(pair.guest, pair.peer, b"y"),
+        ]);
+        assert_eq!((pair.got(), pair.counted(why)), (vec![], before + 2), "{to}");
+        let mut frame = udp_frame(pair.guest, pair.peer, b"x");
+        frame[22] = 1;
+        Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+        pair.net.send(&[frame]);
+        assert_eq!(pair.got(), [], "{to}");
+    }
+    let mut pair = Pair::new(true);
+    pair.peer = "[ff02::fb]:5353".parse().unwrap();
+    pair.send(b"x");
+    assert_eq!((pair.got(), pair.counted(Counter::DeniedMulticast)), (vec![], 1));
+    assert_eq!(pair.net.kernel.len(), 0);
+}
+
+fn from_ports(pair: &mut Pair, port: u32, ports: std::ops::Range<u16>) {
+    let header = OffloadHeader::NONE;
+    for from in ports {
+        let guest = SocketAddr::new([192, 168, 64, 10 + port as u8].into(), from);
+        let bytes = udp_frame(guest, pair.peer, b"x");
+        let (now, out) = (pair.net.now, &mut pair.net.out);
+        pair.net.nat.from_guest(Port(port), &[GuestFrame { bytes: &bytes, header }], now, out);
+    }
+    pair.net.settle();
+}
+
+/// S6: of thousands of flows, as many are open as the port may have. The oldest of the port make way, streams and
+/// others' flows do not, and memory does not grow.
+#[test]
+fn a_flood_takes_only_the_ports_own_place() {
+    let mut limits = config(false);
+    limits.limits.udp_flows = 40;
+    limits.limits.port.udp_flows = 30;
+    limits.limits.new_flows_per_second = 100_000;
+    limits.limits.port.new_flows_per_second = 100_000;
+    let mut pair = Pair::with(limits, plain_link(), false);
+    from_ports(&mut pair, 1, 5000..5005);
+    // The flow of port 2000 is a stream.
+    from_ports(&mut pair, 0, 2000..2001);
+    pair.net.wait(Duration::from_secs(3));
+    pair.reply(5, pair.peer, b"y");
+    from_ports(&mut pair, 0, 2000..2001);
+    from_ports(&mut pair, 0, 1025..1999);
+    from_ports(&mut pair, 0, 3000..9000);
+    assert_eq!((pair.flows(), pair.net.kernel.open()), (35, 35));
+    let of = |pair: &Pair, port, from| {
+        let is =
+            |flow: &vmring_nat::DatagramFlow| flow.port == Port(port) && flow.guest.port() == from;
+        pair.net.nat.datagram_flows().any(|flow| is(&flow))
+    };
+    assert!(of(&pair, 0, 2000) && of(&pair, 0, 8999) && of(&pair, 1, 5000) && !of(&pair, 0, 3000));
+    assert_eq!(pair.counted(Counter::Evicted), 974 + 6000 - 29);
+    // The network's limit: a third port gets 5, and then makes way for itself only.
+    from_ports(&mut pair, 2, 2000..2010);
+    assert_eq!((pair.flows(), of(&pair, 1, 5000), of(&pair, 2, 2009)), (40, true, true));
+    from_ports(&mut pair, 3, 2000..2001);
+    assert_eq!((pair.flows(), pair.counted(Counter::FlowLimit)), (40, 1));
+    let (now, out) = (pair.net.now, &mut pair.net.out);
+    pair.net.nat.port_left(Port(0), now, out);
+    assert_eq!((pair.flows(), pair.net.kernel.open()), (10, 10));
+    pair.net.nat.close(now, &mut pair.net.out);
+    pair.net.assert_empty();
+}
+
+/// S6: rates and descriptors hold for UDP too, together with TCP's.
+#[test]
+fn rates_and_descriptors_are_shared_with_tcp() {
+    let mut limits = config(false);
+    limits.limits.port.new_flows_per_second = 100;
+    let mut pair = Pair::with(limits, plain_link(), false);
+    from_ports(&mut pair, 0, 2000..2500);
+    assert_eq!((pair.flows(), pair.counted(Counter::NewFlowLimit)), (100, 400));
+    let mut limits = config(false);
+    limits.limits.descriptors = 10;
+    let mut pair = Pair::with(limits, plain_link(), false);
+    for port in 1..=4 {
+        let syn = crate::support::script::Segment { flags: "S".into(), ..Default::default() };
+        pair.net.send(&[syn.frame(SocketAddr::new(pair.guest.ip(), port), pair.peer)]);
+    }
+    from_ports(&mut pair, 0, 2000..2020);
+    assert_eq!((pair.net.kernel.open(), pair.flows()), (10, 6));
+    assert_eq!(pair.counted(Counter::Evicted), 14);
+    let syn = crate::support::script::Segment { flags: "S".into(), ..Default::default() };
+    pair.net.send(&[syn.frame(SocketAddr::new(pair.guest.ip(), 9), pair.peer)]);
+    assert_eq!((pair.net.kernel.open(), pair.counted(Counter::DescriptorLimit)), (10, 1));
+}
+
+/// A port that takes no frames leaves its datagrams in the kernel, and gets them later.
+#[test]
+fn datagrams_wait_for_a_port_that_is_full() {
+    each(|mut pair| {
+        pair.send(b"x");
+        pair.net.set_space(0);
+        for byte in 0..20 {
+            pair.reply(0, pair.peer, &[byte]);
+        }
+        assert_eq!(pair.net.kernel.with(0, |peer| peer.datagrams.incoming.len()), 20);
+        pair.net.set_space(5);
+        assert_eq!(pair.got().len(), 5);
+        pair.net.out.space = 100;
+        pair.net.wait(Duration::from_millis(200));
+        assert_eq!(pair.got().len(), 15, "nobody says that there is space");
+        assert_eq!(pair.counted(Counter::DatagramRefused), 0);
+        // A port whose space is not known may refuse.
+        (pair.net.out.tells, pair.net.out.space) = (false, 0);
+        pair.reply(0, pair.peer, b"y");
+        assert_eq!(pair.counted(Counter::DatagramRefused), 1);
+    });
+}
+
+/// Section 9, 15 and 16: the gateway is a hop of its own, and the others' are counted from it. Hop limit
+/// and DSCP are set when they change.
+#[test]
+fn hop_limit_and_services_are_the_packets() {
+    let mut pair = Pair::new(false);
+    let (guest, peer) = (pair.guest, pair.peer);
+    let frame = |hop_limit, dscp: u8| {
+        let mut frame = udp_frame(guest, peer, &[hop_limit]);
+        (frame[22], frame[15]) = (hop_limit, dscp << 2);
+        Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+        frame
+    };
+    pair.net.send(&[frame(1, 0)]);
+    let got = pair.got();
+    let gateway: IpAddr = [192, 168, 64, 1].into();
+    assert!(matches!(&got[..], [Got::Icmp { from, kind: 11, code: 0, .. }] if *from == gateway));
+    assert_eq!(pair.net.kernel.len(), 0);
+    pair.net.send(&[frame(2, 0), frame(2, 0), frame(3, 0), frame(3, 46)]);
+    let fields: Vec<_> =
+        pair.net.kernel.sent(0).iter().map(|s| (s.bytes.clone(), s.ip_fields.unwrap())).collect();
+    let expected =
+        [(vec![2, 2], (1, 0)), (vec![3], (2, 0)), (vec![3], (2, 46))].map(|(b, f)| (b, f));
+    assert_eq!(fields, expected);
+    let mut pair = Pair::new(true);
+    let mut frame = udp_frame(pair.guest, pair.peer, b"x");
+    frame[21] = 5;
+    (frame[14], frame[15]) = (0x6b, 0x80);
+    pair.net.send(&[frame]);
+    assert_eq!(pair.net.kernel.sent(0)[0].ip_fields, Some((4, 46)));
+}
+
+/// Echo: the guest's identifier comes back although the system chooses another, and only from whom it was
+/// asked.
+#[test]
+fn an_echo_request_is_answered() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest.ip(), pair.peer.ip());
+        let v4 = guest.is_ipv4();
+        let request = echo_request(guest, peer, 0x1234, 7, b"payload");
+        pair.net.send(&[request]);
+        let sent = pair.net.kernel.sent(0);
+        assert_eq!(sent[0].bytes[0], if v4 { 8 } else { 128 });
+        assert_eq!((&sent[0].bytes[6..8], &sent[0].bytes[8..]), (&[0, 7][..], &b"payload"[..]));
+        let reply = if v4 { 0 } else { 129 };
+        let message = |kind: u8| [&[kind, 0, 0xaa, 0xbb, 9, 9, 0, 7][..], b"payload"].concat();
+        pair.reply(0, SocketAddr::new(peer, 0), &message(reply));
+        let got = pair.got();
+        let [Got::Icmp { from, to, kind, message: m, .. }] = &got[..] else { panic!("{got:?}") };
+        assert_eq!((*from, *to, *kind), (peer, guest, reply));
+        assert_eq!(m[4..], [&[0x12, 0x34, 0, 7][..], b"payload"].concat());
+        // Neither what is no reply, nor what is cut short, nor another's.
+        pair.reply(0, SocketAddr::new(peer, 0), &message(3));
+        pair.reply(0, SocketAddr::new(peer, 0), &message(reply)[..7]);
+        let other = if v4 { "192.0.2.9:0" } else { "[2001:db8::9]:0" };
+        pair.reply(0, other.parse().unwrap(), &message(reply));
+        assert_eq!((pair.got(), pair.counted(Counter::IcmpType)), (vec![], 2));
+        assert_eq!(pair.counted(Counter::NotAsked), 1);
+        // A long one comes in fragments.
+        let long = [&[reply, 0, 0, 0, 9, 9, 0, 8][..], &[5; 8000]].concat();
+        pair.reply(0, SocketAddr::new(peer, 0), &long);
+        let got = pair.got();
+        assert!(matches!(&got[..], [Got::Icmp { message, .. }] if message.len() == 8008));
+        assert!(pair.receiver.fragment_count >= 6);
+        // Another identifier is another flow, and both end after a minute.
+        pair.net.send(&[echo_request(guest, peer, 0x1235, 1, b"")]);
+        assert_eq!(pair.net.nat.datagram_flows().count(), 2);
+        assert!(pair.net.nat.datagram_flows().all(|flow| flow.protocol == Protocol::IcmpEcho));
+        pair.net.wait(Duration::from_secs(59));
+        assert_eq!(pair.flows(), 2);
+        pair.net.wait(Duration::from_secs(2));
+        pair.net.assert_empty();
+    });
+}
+
+/// macOS gives the IP header in front of a reply.
+#[test]
+fn an_ip_header_in_front_of_a_reply_is_skipped() {
+    let mut pair = Pair::new(false);
+    let peer = pair.peer.ip();
+    pair.net.send(&[echo_request(pair.guest.ip(), peer, 1, 1, b"payload")]);
+    let header = [0x45, 0, 0, 35, 0, 0, 0, 0, 64, 1, 0, 0, 192, 0, 2, 1, 192, 0, 2, 7];
+    let reply = [&header[..], &[0, 0, 0, 0, 9, 9, 0, 1], b"payload"].concat();
+    pair.reply(0, SocketAddr::new(peer, 0), &reply);
+    let got = pair.got();
+    assert!(
+        matches!(&got[..], [Got::Icmp { message, .. }] if message.ends_with(b"\0\x01\0\x01payload"))
+    );
+}
+
+/// What a guest sends of ICMP and is no echo request is dropped, and counted.
+#[test]
+fn other_messages_of_icmp_are_refused() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest.ip(), pair.peer.ip());
+        let at = if guest.is_ipv4() { 34 } else { 54 };
+        // A reply, a redirect or a packet too big, and a code that no request has.
+        for (kind, code) in [(if guest.is_ipv4() { 0 } else { 129 }, 0), (5, 1), (8, 1), (128, 1)] {
+            let mut frame = echo_request(guest, peer, 1, 1, b"x");
+            (frame[at], frame[at + 1]) = (kind, code);
+            pair.net.send(&[frame]);
+        }
+        assert_eq!((pair.counted(Counter::IcmpType), pair.net.kernel.len()), (4, 0));
+        // A message of the other family's protocol.
+        let mut frame = echo_request(guest, peer, 1, 1, b"x");
+        if guest.is_ipv4() {
+            frame[23] = 58;
+            Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+        } else {
+            frame[20] = 1;
+        }
+        pair.net.send(&[frame]);
+        assert_eq!((pair.counted(Counter::Protocol), pair.net.kernel.len()), (1, 0));
+    });
+}
+
+/// M3: where the system gives no sockets for echo, the guest is told, and nothing pretends to answer.
+#[test]
+fn echo_that_the_system_forbids_is_refused() {
+    each(|pair| {
+        {
+            let capabilities = &mut pair.net.kernel.0.borrow_mut().capabilities;
+            (capabilities.echo_v4, capabilities.echo_v6) = (false, false);
+        }
+        let mut pair = Pair { net: remake(&pair.net), ..pair };
+        let request = echo_request(pair.guest.ip(), pair.peer.ip(), 1, 1, b"x");
+        pair.net.send(&[request.clone(), request]);
+        let prohibited = if pair.guest.is_ipv4() { (3, 13) } else { (1, 1) };
+        let got = pair.got();
+        assert!(matches!(&got[..], [Got::Icmp { kind, code, .. }] if (*kind, *code) == prohibited));
+        assert_eq!((pair.counted(Counter::EchoForbidden), pair.net.kernel.len()), (2, 0));
+        // UDP goes on.
+        pair.send(b"x");
+        assert_eq!(pair.net.kernel.sent(0).len(), 1);
+    });
+}
+
+/// An error that an echo request meets names the guest's identifier: a hop of `traceroute -I`.
+#[test]
+fn an_echo_requests_error_names_its_identifier() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest.ip(), pair.peer.ip());
+        pair.net.send(&[echo_request(guest, peer, 0x1234, 7, b"payload")]);
+        let icmp = Some(if guest.is_ipv4() { (11, 0) } else { (3, 0) });
+        let to = SocketAddr::new(peer, 0);
+        let offender = Some(if guest.is_ipv4() { "203.0.113.9" } else { "2001:db8:9::9" });
+        let offender = offender.map(|text| text.parse().unwrap());
+        let error = DatagramError { icmp, offender, to, quoted: 0 };
+        pair.net.kernel.datagram_error(0, error, &[8, 0, 1, 2, 9, 9, 0, 7]);
+        pair.net.settle();
+        let got = pair.got();
+        let [Got::Icmp { from, message, .. }] = &got[..] else { panic!("{got:?}") };
+        assert_eq!(Some(*from), offender);
+        assert!(message.ends_with(&[0x12, 0x34, 0, 7]));
+    });
+}
