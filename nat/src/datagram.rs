@@ -37,6 +37,7 @@ use crate::sockets::{Kind, Readiness, SocketError, Sockets, Token};
 use crate::stats::Counter;
 use crate::table::FlowId;
 
+pub(crate) use flow::Inbound;
 pub(crate) use from_guest::Packets;
 pub(crate) use state::Datagrams;
 

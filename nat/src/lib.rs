@@ -22,9 +22,11 @@
 //! - `tcp`: the flows of TCP; `retained`: bytes that the guest has not acknowledged, in the kernel or
 //!   in a ring; `seq`: sequence numbers
 //! - `datagram`: the flows of UDP and ICMP echo
+//! - `forward`: port forwards, through which flows of both come in
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
-//! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `io`: what each protocol works with
+//! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `io`: what each protocol
+//!   works with
 //!
 //! The other part is [`sys`]: real sockets, over epoll on Linux and kqueue on macOS.
 //!
@@ -76,6 +78,7 @@ mod buffers;
 pub mod config;
 mod datagram;
 mod endpoint;
+mod forward;
 mod icmp;
 mod io;
 pub mod limits;
@@ -96,10 +99,11 @@ mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};
 pub use datagram::DatagramFlow;
+pub use forward::{ForwardError, ForwardInfo, ForwardRule};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};
 pub use policy::{
-    HostAccess, HostPort, Policy, PolicyRules, Protocol, Request, Rule, RuleError, Sources,
+    Guest, HostAccess, HostPort, Policy, PolicyRules, Protocol, Request, Rule, RuleError, Sources,
     Verdict, WorldOnly,
 };
 pub use prefix::{Prefix, PrefixError};

@@ -116,6 +116,23 @@ pub const IDLE_TIMEOUT: u64 = 7_200_000_000;
 /// long.
 pub const TIME_WAIT: u64 = 1_000_000;
 
+// Port forwards.
+
+/// The most port forwards of a network. Each port of a range is one.
+pub const FORWARDS: usize = 1024;
+/// The default of [`ForwardRule::max_flows`](crate::ForwardRule::max_flows).
+pub const FORWARD_FLOWS: usize = 256;
+/// How many connections wait for one forward at most.
+pub const BACKLOG: u32 = 128;
+/// The most connections that a forward takes before others have their turn.
+pub const ACCEPTS_AT_ONCE: usize = 16;
+/// How soon a forward looks again that cannot take connections.
+pub const FORWARD_LOOK: u64 = 100_000;
+/// How soon a forward looks again for its guest.
+pub const GUEST_LOOK: u64 = 250_000;
+/// How long connections wait for a guest that has no address yet.
+pub const GUEST_WAIT: u64 = 30_000_000;
+
 // Datagrams.
 
 /// How long a flow of UDP lives that is no stream (net.netfilter.nf_conntrack_udp_timeout).

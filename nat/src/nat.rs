@@ -8,12 +8,13 @@ use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
 use crate::datagram::{DatagramFlow, Datagrams, Packets};
+use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{BATCH, SCRATCH_LEN};
 use crate::output::{Output, Port};
 use crate::packet::Datagram;
-use crate::policy::{Policy, PolicyRules, Sources};
+use crate::policy::{Guest, Policy, PolicyRules, Protocol, Sources};
 use crate::ports::Ports;
 use crate::sockets::{Kind, Readiness, Sockets, Token};
 use crate::stats::{Counter, Counters};
@@ -45,6 +46,13 @@ struct Shared {
     scratch: Box<[u8]>,
 }
 
+/// What translates each protocol.
+struct Flows<'a, T> {
+    tcp: &'a mut Tcp<T>,
+    datagrams: &'a mut Datagrams<T>,
+    forwards: &'a mut Forwards<T>,
+}
+
 /// Translates the flows of all guests of a network onto sockets of the host.
 ///
 /// It makes no system call and reads no clock. Its caller passes the time, which starts anywhere and
@@ -56,6 +64,7 @@ pub struct Nat<S: Sockets> {
     // The flows first: dropping them closes their sockets, of which `sockets` may keep a list.
     tcp: Tcp<S::Socket>,
     datagrams: Datagrams<S::Socket>,
+    forwards: Forwards<S::Socket>,
     sockets: S,
     shared: Shared,
 }
@@ -68,7 +77,7 @@ impl<S: Sockets + fmt::Debug> fmt::Debug for Nat<S> {
             .field("sockets", &self.sockets)
             .field("tcp_flows", &tcp_flows)
             .field("datagram_flows", &datagram_flows)
-            .field("descriptors", &(tcp_sockets + datagram_sockets))
+            .field("descriptors", &(tcp_sockets + datagram_sockets + self.forwards.descriptors()))
             .field("counters", &self.shared.ports.counters)
             .finish_non_exhaustive()
     }
@@ -101,7 +110,7 @@ impl<S: Sockets> Nat<S> {
         let subnets = [config.subnet_v4, config.subnet_v6];
         let sources = Sources::new(subnets, [config.gateway_v4.into(), config.gateway_v6.into()]);
         let shared = Shared { policy, sources, addresses_at: 0, config, ports, scratch };
-        Self { tcp, datagrams, sockets, shared }
+        Self { tcp, datagrams, forwards: Forwards::new(), sockets, shared }
     }
 
     /// The flows, and what they need.
@@ -109,14 +118,15 @@ impl<S: Sockets> Nat<S> {
         &'a mut self,
         now: Duration,
         out: &'a mut dyn Output,
-    ) -> (&'a mut Tcp<S::Socket>, &'a mut Datagrams<S::Socket>, Io<'a, S>) {
+    ) -> (Flows<'a, S::Socket>, Io<'a, S>) {
         let Shared { policy, sources, addresses_at, config, ports, scratch } = &mut self.shared;
         let sockets = &mut self.sockets;
         let now = micros(now);
         let policy = &mut **policy;
-        ports.tcp_descriptors = self.tcp.usage().1;
+        let (tcp, datagrams) = (&mut self.tcp, &mut self.datagrams);
+        ports.tcp_descriptors = tcp.usage().1;
         let io = Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now };
-        (&mut self.tcp, &mut self.datagrams, io)
+        (Flows { tcp, datagrams, forwards: &mut self.forwards }, io)
     }
 
     /// Handles frames that a port's guest has sent to the gateway for others. All frames of a batch
@@ -134,7 +144,7 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
         for frames in frames.chunks(BATCH) {
             io.ports.count_n(port, Counter::Frames, frames.len() as u64);
             let (mut batch, mut packets) = (Batch::new(), Packets::new());
@@ -157,17 +167,18 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
         match token.split() {
             Some((Kind::Tcp, id)) => tcp.on_ready(id, readiness, &mut io),
             Some((Kind::Datagrams, id)) => datagrams.on_ready(id, readiness, &mut io),
-            Some((Kind::Forward, _)) | None => {}
+            Some((Kind::Forward, id)) => forwards.on_ready(id, tcp, &mut io),
+            None => {}
         }
     }
 
     /// Says that a port takes frames again, after it has refused one.
     pub fn on_space(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
         tcp.on_space(port, &mut io);
         datagrams.on_space(port, &mut io);
     }
@@ -175,10 +186,11 @@ impl<S: Sockets> Nat<S> {
     /// Handles what is due, and returns the time of the next call: at once if it is not later than
     /// `now`, or none if nothing is to come. Call it after each round of the other calls.
     pub fn on_time(&mut self, now: Duration, out: &mut dyn Output) -> Option<Duration> {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
         tcp.on_time(&mut io);
         datagrams.on_time(&mut io);
-        let deadlines = [tcp.deadline(io.now), datagrams.deadline(io.now)];
+        forwards.on_time(tcp, &mut io);
+        let deadlines = [tcp.deadline(io.now), datagrams.deadline(io.now), forwards.deadline()];
         deadlines.into_iter().flatten().min().map(Duration::from_micros)
     }
 
@@ -200,24 +212,76 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) -> Result<(), Counter> {
-        let (tcp, _, mut io) = self.parts(now, out);
+        let (Flows { tcp, .. }, mut io) = self.parts(now, out);
         tcp.accept(socket, from, tcp::key(port, guest.0, source), guest.1, &mut io)
     }
 
     /// Ends the flows of a port that has left the network. Their peers get resets. The port's number
     /// may be another's afterwards.
     pub fn port_left(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
         tcp.close(Some(port), false, &mut io);
         datagrams.close(Some(port), &mut io);
         io.ports.forget(port);
         io.sources.port_left(port);
     }
 
-    /// Ends all flows. Guests and peers get resets.
+    /// Forwards a port of the host to a guest, or a range of ports: all of them or none. Returns the
+    /// address and the port that the first is listened at.
+    ///
+    /// The guest sees the peer's own address, unless that is no place in the world, as loopback is: such
+    /// a peer has the gateway's address. A guest need not be there yet.
+    ///
+    /// # Errors
+    ///
+    /// Why not. Nothing has changed then.
+    pub fn add_forward(
+        &mut self,
+        rule: &ForwardRule,
+        now: Duration,
+        out: &mut dyn Output,
+    ) -> Result<SocketAddr, ForwardError> {
+        let (Flows { datagrams, forwards, .. }, mut io) = self.parts(now, out);
+        forwards.add(rule, datagrams, &mut io)
+    }
+
+    /// Removes the forward of a port at an address of the host. Connections of TCP that have come through
+    /// it stay, unless `cut` is set. Flows of UDP end with it. Returns whether there was one.
+    pub fn remove_forward(
+        &mut self,
+        protocol: Protocol,
+        at: SocketAddr,
+        cut: bool,
+        now: Duration,
+        out: &mut dyn Output,
+    ) -> bool {
+        let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
+        let Some((guest, port)) = forwards.remove(protocol, at, datagrams, &mut io) else {
+            return false;
+        };
+        if cut && protocol == Protocol::Tcp {
+            let address = match guest {
+                Guest::Address(address) => Some(address),
+                Guest::Mac(_) => io.sources.resolve(guest, at.is_ipv4()).map(|found| found.2),
+            };
+            let is_one = |key: &tcp::Key| {
+                key.guest.port() == port && address.is_some_and(|ip| ip == key.guest.ip())
+            };
+            tcp.close_where(is_one, true, &mut io);
+        }
+        true
+    }
+
+    /// The port forwards, in no particular order.
+    pub fn forwards(&self) -> impl Iterator<Item = ForwardInfo> + '_ {
+        self.forwards.infos(&self.tcp, &self.datagrams)
+    }
+
+    /// Ends all flows and all forwards. Guests and peers get resets.
     pub fn close(&mut self, now: Duration, out: &mut dyn Output) {
-        let (tcp, datagrams, mut io) = self.parts(now, out);
+        let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
         tcp.close(None, true, &mut io);
+        forwards.close(datagrams, &mut io);
         datagrams.close(None, &mut io);
     }
 
@@ -256,7 +320,7 @@ impl<S: Sockets> Nat<S> {
     /// descriptors are open.
     pub fn usage(&self) -> (usize, usize) {
         let (tcp, datagrams) = (self.tcp.usage(), self.datagrams.usage());
-        (tcp.0 + datagrams.0, tcp.1 + datagrams.1)
+        (tcp.0 + datagrams.0, tcp.1 + datagrams.1 + self.forwards.descriptors())
     }
 
     /// The sockets.

@@ -116,6 +116,8 @@ counters! {
     /// The system gives this process no sockets for ICMP echo. The guest got an ICMP error. On Linux,
     /// `net.ipv4.ping_group_range` has to have a group of the process.
     EchoForbidden,
+    /// A port forward waited, because it has as many flows as it may have.
+    ForwardLimit,
     /// What came for a port forward was dropped or reset, because no guest has its address now. No port
     /// counts it.
     NoGuest,

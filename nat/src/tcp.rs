@@ -36,7 +36,8 @@ use crate::wheel::Wheel;
 use flow::{Ending, Flow, Phase};
 use from_guest::{Run, Taken, answer_reset, reset_unknown};
 use memory::Memory;
-use segment::{Key, Segment};
+pub(crate) use segment::Key;
+use segment::Segment;
 
 /// The end of a chain of segments.
 const NONE: u8 = u8::MAX;
@@ -530,10 +531,21 @@ impl<T> Tcp<T> {
         tell_guest: bool,
         io: &mut Io<'_, S>,
     ) {
+        let is_one = |key: &Key| port.is_none_or(|port| port == key.port);
+        self.close_where(is_one, tell_guest, io);
+    }
+
+    /// Ends the flows whose guest is one of these, with a reset on both sides if the port is still there.
+    pub(crate) fn close_where<S: Sockets<Socket = T>>(
+        &mut self,
+        is_one: impl Fn(&Key) -> bool,
+        tell_guest: bool,
+        io: &mut Io<'_, S>,
+    ) {
         for index in 0..self.flows.places() as u32 {
             let Some(id) = self.flows.at(index) else { continue };
             self.with(id, io, |flow, io, memory| {
-                if port.is_some_and(|port| port != flow.key.port) {
+                if !is_one(&flow.key) {
                     return;
                 }
                 io.count(flow.key.port, Counter::PortGone);

@@ -1,18 +1,20 @@
-//! UDP and ICMP echo over the host's real sockets, on loopback addresses.
+//! UDP, ICMP echo and port forwards over the host's real sockets, on loopback addresses.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use vmring_core::offload::{Gso, OffloadHeader, Offloads};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
-    Counter, Full, GuestFrame, Link, Nat, NatConfig, Output, Policy, Port, Request, Sockets,
-    Verdict,
+    Counter, ForwardError, ForwardRule, Full, Guest, GuestFrame, Link, Nat, NatConfig, Output,
+    Policy, Port, Protocol, Request, Sockets, Verdict,
 };
 
 use crate::support::datagram::{Got, Receiver, echo_request, udp_frame};
 use crate::support::port::{PORT, config};
+use crate::support::script::Segment;
 
 /// Far longer than any test needs on a slow and busy machine.
 const LONG: Duration = Duration::from_secs(60);
@@ -42,19 +44,19 @@ impl Output for Frames {
     }
 }
 
-pub(crate) struct World {
-    pub(crate) nat: Nat<Host>,
+struct World {
+    nat: Nat<Host>,
     out: Frames,
     events: Events,
     receiver: Receiver,
     start: Instant,
-    pub(crate) guest: IpAddr,
-    pub(crate) remote: IpAddr,
+    guest: IpAddr,
+    remote: IpAddr,
     got: VecDeque<Got>,
 }
 
 impl World {
-    pub(crate) fn new(config: NatConfig, offloads: Offloads, v6: bool) -> Self {
+    fn new(config: NatConfig, offloads: Offloads, v6: bool) -> Self {
         let host = Host::new().expect("sockets");
         let nat = Nat::with_policy(config, host, Box::new(ToLoopback), Duration::ZERO);
         let link = Link { mtu: 1500, offloads, longest: 65_549 };
@@ -72,13 +74,13 @@ impl World {
         }
     }
 
-    pub(crate) fn send(&mut self, bytes: &[u8], header: OffloadHeader) {
+    fn send(&mut self, bytes: &[u8], header: OffloadHeader) {
         let now = self.start.elapsed();
         self.nat.from_guest(PORT, &[GuestFrame { bytes, header }], now, &mut self.out);
     }
 
     /// What the guest gets next.
-    pub(crate) fn next(&mut self, what: &str) -> Got {
+    fn next(&mut self, what: &str) -> Got {
         let start = Instant::now();
         loop {
             for (frame, header) in self.out.0.drain(..) {
@@ -92,7 +94,7 @@ impl World {
         }
     }
 
-    pub(crate) fn turn(&mut self) {
+    fn turn(&mut self) {
         self.nat.sockets().wait(Some(Duration::from_millis(2)), &mut self.events).expect("a wait");
         let now = self.start.elapsed();
         for (token, readiness) in self.events.iter() {
@@ -308,5 +310,96 @@ fn an_echo_is_answered_or_honestly_refused() {
             assert_eq!((kind, code), if v6 { (1, 1) } else { (3, 13) });
             assert_eq!(world.nat.counters()[Counter::EchoForbidden], 1);
         }
+    }
+}
+
+/// A forward of UDP: whoever sends to it reaches the guest, as the gateway, and gets the guest's answers.
+#[test]
+fn a_forward_of_udp_lets_the_host_in() {
+    for v6 in [false, true] {
+        let Some(client) = server(v6) else { continue };
+        let mut world = World::new(config(false), Offloads::default(), v6);
+        world.nat.sources().lease(PORT, crate::support::port::GUEST_MAC, world.guest);
+        for wildcard in [false, true] {
+            let mut rule = ForwardRule::new(Protocol::Udp, 0, Guest::Address(world.guest), 80);
+            if wildcard {
+                rule.bind =
+                    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+            }
+            let now = world.start.elapsed();
+            let at = world.nat.add_forward(&rule, now, &mut world.out).expect("a forward");
+            assert_eq!(at.ip().is_loopback(), !wildcard);
+            let at = SocketAddr::new(loopback(v6), at.port());
+            client.send_to(b"question", at).unwrap();
+            let Got::Udp { from, to, data } = world.next("the question") else { panic!() };
+            let guest = SocketAddr::new(world.guest, 80);
+            assert_eq!((to, &data[..]), (guest, &b"question"[..]));
+            let gateway: IpAddr = if v6 { "fd00::1" } else { "192.168.64.1" }.parse().unwrap();
+            assert_eq!(from, SocketAddr::new(gateway, client.local_addr().unwrap().port()));
+            world.send(&udp_frame(guest, from, b"answer"), OffloadHeader::NONE);
+            let mut buffer = [0; 100];
+            let (len, from) = client.recv_from(&mut buffer).unwrap();
+            // From where the question was sent to, also if the socket is everywhere.
+            assert_eq!((&buffer[..len], from), (&b"answer"[..], at));
+            let now = world.start.elapsed();
+            let listens = world.nat.forwards().next().unwrap().at;
+            assert!(world.nat.remove_forward(Protocol::Udp, listens, false, now, &mut world.out));
+        }
+    }
+}
+
+/// A forward of TCP: a connection of the host reaches the guest as SYN, and one without a guest waits.
+#[test]
+fn a_forward_of_tcp_lets_the_host_in() {
+    for v6 in [false, true] {
+        if server(v6).is_none() {
+            continue;
+        }
+        let mut world = World::new(config(false), Offloads::default(), v6);
+        let rule = ForwardRule::new(Protocol::Tcp, 0, Guest::Address(world.guest), 80);
+        let now = world.start.elapsed();
+        let at = world.nat.add_forward(&rule, now, &mut world.out).expect("a forward");
+        let same = ForwardRule::new(Protocol::Tcp, at.port(), rule.guest, 81);
+        let again = world.nat.add_forward(&same, now, &mut world.out);
+        assert_eq!(again, Err(ForwardError::InUse(at.port())));
+        let taken = TcpListener::bind((loopback(v6), 0)).unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let others = ForwardRule::new(Protocol::Tcp, port, rule.guest, 81);
+        let other = world.nat.add_forward(&others, now, &mut world.out);
+        assert_eq!(other, Err(ForwardError::InUse(port)));
+        let mut nowhere = rule;
+        nowhere.bind = if v6 { "2001:db8::77" } else { "203.0.113.77" }.parse().unwrap();
+        let nowhere = world.nat.add_forward(&nowhere, now, &mut world.out);
+        assert_eq!(nowhere, Err(ForwardError::NoAddress));
+
+        let client = TcpStream::connect(at).expect("a connection that waits");
+        for _ in 0..5 {
+            world.turn();
+        }
+        assert!(world.out.0.is_empty());
+        world.nat.sources().lease(PORT, crate::support::port::GUEST_MAC, world.guest);
+        let start = Instant::now();
+        let (frame, header) = loop {
+            if let Some(frame) = world.out.0.pop_front() {
+                break frame;
+            }
+            assert!(start.elapsed() < LONG, "no SYN: {:?}", world.nat);
+            world.turn();
+        };
+        let (syn, _) = Segment::parse(&frame, &header, &world.out.1).unwrap();
+        assert_eq!((&syn.flags[..], &syn.data[..]), ("S", &[][..]));
+        // The guest refuses, and the client is told.
+        let gateway: IpAddr = if v6 { "fd00::1" } else { "192.168.64.1" }.parse().unwrap();
+        let from = SocketAddr::new(gateway, client.local_addr().unwrap().port());
+        let (flags, ack) = ("R.".into(), syn.seq.wrapping_add(1));
+        let reset = Segment { flags, ack, ..Segment::default() };
+        world.send(&reset.frame(SocketAddr::new(world.guest, 80), from), OffloadHeader::NONE);
+        client.set_read_timeout(Some(LONG)).unwrap();
+        let error = (&client).read(&mut [0; 10]).expect_err("a reset");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        // A removed forward is no listener any more.
+        let now = world.start.elapsed();
+        assert!(world.nat.remove_forward(Protocol::Tcp, at, false, now, &mut world.out));
+        assert!(TcpStream::connect(at).is_err());
     }
 }

@@ -1,5 +1,4 @@
 //! Flows of datagrams, and the sockets that they go through.
-#![allow(dead_code)] // Port forwards use the rest.
 
 use core::fmt;
 use core::hash::{Hash, Hasher};

@@ -1,5 +1,4 @@
 //! The tables of flows and sockets of datagrams, and who makes way for whom.
-#![allow(dead_code)] // Port forwards use the rest.
 
 use core::net::SocketAddr;
 use std::collections::VecDeque;

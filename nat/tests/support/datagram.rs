@@ -162,7 +162,10 @@ impl Receiver {
 
     /// Adds a fragment, and returns the whole if it is complete.
     fn put(&mut self, id: u32, at: usize, more: bool, bytes: &[u8]) -> Option<Vec<u8>> {
-        assert!(!more || bytes.len() % 8 == 0, "a fragment that is no multiple of 8 bytes");
+        assert!(
+            !more || bytes.len().is_multiple_of(8),
+            "a fragment that is no multiple of 8 bytes"
+        );
         self.fragment_count += 1;
         let parts = self.fragments.entry(id).or_default();
         parts.insert(at, (bytes.to_vec(), more));
