@@ -28,8 +28,8 @@ use core::net::{IpAddr, SocketAddr};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{
-    BATCH, ECHO_TIMEOUT, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK, TURNS, UDP_STREAM_TIMEOUT,
-    UDP_TIMEOUT,
+    BATCH, DATAGRAM_CHARGE, ECHO_TIMEOUT, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK,
+    SMALL_SOCKET_BUFFER, TURNS, UDP_STREAM_TIMEOUT, UDP_TIMEOUT,
 };
 use crate::output::Port;
 use crate::policy::Protocol;
@@ -187,7 +187,14 @@ impl<T> Datagrams<T> {
                 break;
             }
         }
-        let outlet = Outlet::new(outlet_key, result?, key.port, to.is_ipv4());
+        let socket = result?;
+        // TCP's sockets are counted as they are, and the others by what each may have.
+        let kernel = io.ports.tcp_kernel + io.ports.other_descriptors as u64 * DATAGRAM_CHARGE;
+        if kernel > io.config.limits.kernel_memory {
+            io.count(key.port, Counter::SmallBuffers);
+            io.sockets.set_datagram_buffers(&socket, SMALL_SOCKET_BUFFER);
+        }
+        let outlet = Outlet::new(outlet_key, socket, key.port, to.is_ipv4());
         Ok(self.insert_outlet(outlet, io))
     }
 

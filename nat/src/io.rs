@@ -11,7 +11,7 @@ use crate::output::{Full, Output, Port};
 use crate::packet::{Addresses, Datagram, padded};
 use crate::policy::{Policy, Protocol, Request, Sources, Verdict, forbidden};
 use crate::ports::Ports;
-use crate::sockets::Sockets;
+use crate::sockets::{DatagramError, Sockets};
 use crate::stats::Counter;
 
 /// Sockets, frames, rules and time, borrowed for one call.
@@ -49,6 +49,44 @@ impl<S: Sockets> Io<'_, S> {
             IpAddr::V6(_) => self.config.gateway_v6.into(),
         };
         SocketAddr::new(seen, from.port())
+    }
+
+    /// What a guest is told of an error that a packet has met on the way to `to`, which the guest knows as
+    /// `remote`, and from whom: a router on the way is named, so that traceroute shows it. `None` if the
+    /// packet was too long (RFC 1191, 4; RFC 8201, 4), or the error is the host's own.
+    pub(crate) fn passed(
+        &self,
+        error: &DatagramError,
+        to: SocketAddr,
+        remote: IpAddr,
+        guest: IpAddr,
+    ) -> Option<(IpAddr, Reason)> {
+        let same_family = to.is_ipv4() == guest.is_ipv4();
+        let (kind, code) = error.icmp?;
+        let reason = match (kind, code) {
+            (3, 4) if to.is_ipv4() => return None,
+            (2, _) if to.is_ipv6() => return None,
+            // Destination unreachable, time exceeded and parameter problem.
+            (3 | 11 | 12, _) if to.is_ipv4() && same_family => Reason::Passed(kind, code),
+            (1 | 3 | 4, _) if to.is_ipv6() && same_family => Reason::Passed(kind, code),
+            (3, 3) if to.is_ipv4() => Reason::NoPort,
+            (1, 4) if to.is_ipv6() => Reason::NoPort,
+            _ => Reason::NoHost,
+        };
+        // The peer has the name that the guest knows, and what is no place in the world the gateway's.
+        let from = match error.offender {
+            Some(offender) if offender == to.ip() => remote,
+            Some(offender)
+                if offender.is_ipv4() == guest.is_ipv4()
+                    && forbidden(offender).is_none()
+                    && !self.sources.is_inside(offender) =>
+            {
+                offender
+            }
+            _ if guest.is_ipv4() => self.config.gateway_v4.into(),
+            _ => self.config.gateway_v6.into(),
+        };
+        Some((from, reason))
     }
 
     /// Whether another socket may be opened.

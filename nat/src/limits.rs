@@ -44,6 +44,8 @@ pub const DESCRIPTORS: usize = 4096;
 pub const DESCRIPTORS_RESERVED: usize = 64;
 /// What an open socket is taken to cost the kernel, in bytes, until more is known.
 pub const SOCKET_CHARGE: u32 = 128 * 1024;
+/// What a socket of datagrams is taken to cost the kernel, in bytes: Linux's default both ways.
+pub const DATAGRAM_CHARGE: u64 = 2 * 212_992;
 /// The buffers of a socket that is opened when the kernel's memory is used up, in bytes each way.
 pub const SMALL_SOCKET_BUFFER: u32 = 64 * 1024;
 /// The most flows without a socket that wait for a late segment of the guest.
@@ -83,6 +85,8 @@ pub const MAX_WINDOW_SHIFT: u8 = 14;
 /// The window of a flow that has sent nothing for a second, in segments, if its port's windows are
 /// limited together.
 pub const FIRST_WINDOW: u32 = 16;
+/// A SYN with a hop limit below this one is a traceroute's: systems begin with 64 or more.
+pub const TRACED_HOPS: u8 = 33;
 /// No window is taken or offered that is larger, in bytes.
 pub const MAX_WINDOW: u32 = 16 << 20;
 /// How long the host's `connect` may take. The kernel's own limit is 127 s.

@@ -124,7 +124,7 @@ impl<S: Sockets> Nat<S> {
         let now = micros(now);
         let policy = &mut **policy;
         let (tcp, datagrams) = (&mut self.tcp, &mut self.datagrams);
-        ports.tcp_descriptors = tcp.usage().1;
+        (ports.tcp_descriptors, ports.tcp_kernel) = (tcp.usage().1, tcp.kernel_memory());
         let io = Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now };
         (Flows { tcp, datagrams, forwards: &mut self.forwards }, io)
     }

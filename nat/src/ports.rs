@@ -65,6 +65,8 @@ pub(crate) struct Ports {
     pub(crate) limits: Limits,
     pub(crate) flows: usize,
     pub(crate) half_open: usize,
+    /// What TCP's sockets may cost the kernel, in bytes.
+    pub(crate) tcp_kernel: u64,
     /// How many sockets TCP has.
     pub(crate) tcp_descriptors: usize,
     /// How many sockets the others have.
@@ -82,6 +84,7 @@ impl Ports {
             limits,
             flows: 0,
             half_open: 0,
+            tcp_kernel: 0,
             tcp_descriptors: 0,
             other_descriptors: 0,
             new_flows,

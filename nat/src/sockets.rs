@@ -204,6 +204,9 @@ pub struct DatagramError {
 pub struct ConnectOptions {
     /// The differentiated services of its packets, 6 bits.
     pub dscp: u8,
+    /// The hop limit of its packets. `None` leaves it to the system. With one, any ICMP error ends the
+    /// attempt to connect, and [`Sockets::take_datagram_error`] tells it.
+    pub hop_limit: Option<u8>,
     /// The size of its buffers each way, in bytes. `None` leaves it to the kernel, which fits them to
     /// the connection.
     pub buffers: Option<u32>,
@@ -389,6 +392,9 @@ pub trait Sockets {
     /// [`Denied`](SocketError::Denied) if the process may not, and others.
     fn connect_echo(&mut self, to: IpAddr, token: Token) -> Result<Self::Socket, SocketError>;
 
+    /// Makes both buffers of a socket of datagrams so many bytes long, about. The system may refuse.
+    fn set_datagram_buffers(&mut self, socket: &Self::Socket, len: u32);
+
     /// Sets the hop limit and the differentiated services (6 bits) of what a socket of datagrams sends.
     /// The system may refuse; the datagrams go out all the same.
     fn set_ip_fields(&mut self, socket: &Self::Socket, v4: bool, hop_limit: u8, dscp: u8);
@@ -421,7 +427,8 @@ pub trait Sockets {
         found: &mut [Incoming],
     ) -> Result<usize, SocketError>;
 
-    /// Takes the oldest error that a datagram of the socket has met. `None` if there is none, or the
+    /// Takes the oldest error that a datagram of the socket has met, or a connection with a hop limit of
+    /// its own. `None` if there is none, or the
     /// system does not keep them.
     ///
     /// # Errors

@@ -120,6 +120,10 @@ impl Sockets for Host {
             socket::set_buffers(socket.as_fd(), len)?;
         }
         socket::set_dscp_at_first(socket.as_fd(), to.is_ipv4(), options.dscp);
+        if let Some(hop_limit) = options.hop_limit {
+            socket::set_hop_limit(socket.as_fd(), to.is_ipv4(), hop_limit);
+            datagram::report_errors(socket.as_fd(), to.is_ipv4());
+        }
         socket::connect(socket.as_fd(), to)?;
         // Not before: a socket that is not connecting is told of as closed.
         self.poll.add(socket.as_fd(), token)?;
@@ -231,6 +235,11 @@ impl Sockets for Host {
         socket::connect(socket.as_fd(), (to, 0).into())?;
         self.poll.add(socket.as_fd(), token)?;
         Ok(socket)
+    }
+
+    fn set_datagram_buffers(&mut self, socket: &OwnedFd, len: u32) {
+        // If the system refuses, the buffers are the system's own.
+        let _ = socket::set_buffers(socket.as_fd(), len);
     }
 
     fn set_ip_fields(&mut self, socket: &OwnedFd, v4: bool, hop_limit: u8, dscp: u8) {

@@ -24,7 +24,7 @@ use std::collections::VecDeque;
 
 use crate::icmp::Reason;
 use crate::io::Io;
-use crate::limits::{BATCH, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS};
+use crate::limits::{BATCH, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS, TRACED_HOPS};
 use crate::output::Port;
 use crate::packet::Datagram;
 use crate::policy::{Protocol, is_source};
@@ -143,6 +143,11 @@ impl<T> Tcp<T> {
             sent: flow.sent,
             received: flow.received,
         })
+    }
+
+    /// What the sockets may cost the kernel, in bytes.
+    pub(crate) fn kernel_memory(&self) -> u64 {
+        self.memory.kernel
     }
 
     /// How many entries the table has, and how many descriptors are open.
@@ -282,7 +287,7 @@ impl<T> Tcp<T> {
             io.count(port, why);
             return None;
         }
-        let options = self.connect_options(port, segment.datagram.dscp, io);
+        let options = self.connect_options(port, &segment.datagram, io);
         let token = Token::new(Kind::Tcp, self.flows.next_id());
         let socket = match io.sockets.connect_tcp(to, &options, token) {
             Ok(socket) => socket,
@@ -354,14 +359,17 @@ impl<T> Tcp<T> {
     fn connect_options<S: Sockets<Socket = T>>(
         &self,
         port: Port,
-        dscp: u8,
+        Datagram { dscp, hop_limit, .. }: &Datagram<'_>,
         io: &mut Io<'_, S>,
     ) -> ConnectOptions {
         let small = self.memory.kernel > io.config.limits.kernel_memory;
         if small {
             io.count(port, Counter::SmallBuffers);
         }
-        ConnectOptions { dscp, buffers: small.then_some(SMALL_SOCKET_BUFFER) }
+        // This is one hop of the way.
+        let hop_limit = (*hop_limit < TRACED_HOPS).then(|| hop_limit.saturating_sub(1).max(1));
+        let buffers = small.then_some(SMALL_SOCKET_BUFFER);
+        ConnectOptions { dscp: *dscp, hop_limit, buffers }
     }
 
     /// Adds a flow. There is space for it.

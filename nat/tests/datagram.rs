@@ -620,6 +620,19 @@ fn rates_and_descriptors_are_shared_with_tcp() {
     assert_eq!((pair.net.kernel.open(), pair.counted(Counter::DescriptorLimit)), (10, 1));
 }
 
+/// S6: when the kernel's memory for sockets is used up, new ones get small buffers.
+#[test]
+fn the_kernels_memory_is_bounded_for_datagrams() {
+    let mut limits = config(false);
+    limits.limits.kernel_memory = 1 << 20;
+    let mut pair = Pair::with(limits, plain_link(), false);
+    from_ports(&mut pair, 0, 2000..2005);
+    let buffers = |index| pair.net.kernel.with(index, |peer| peer.options.buffers);
+    let all: Vec<_> = (0..5).map(buffers).collect();
+    assert_eq!(all, [None, None, None, Some(64 << 10), Some(64 << 10)]);
+    assert_eq!(pair.counted(Counter::SmallBuffers), 2);
+}
+
 /// A port that takes no frames leaves its datagrams in the kernel, and gets them later.
 #[test]
 fn datagrams_wait_for_a_port_that_is_full() {
@@ -796,5 +809,37 @@ fn an_echo_requests_error_names_its_identifier() {
         let [Got::Icmp { from, message, .. }] = &got[..] else { panic!("{got:?}") };
         assert_eq!(Some(*from), offender);
         assert!(message.ends_with(&[0x12, 0x34, 0, 7]));
+    });
+}
+
+/// A traceroute with SYN: its hop limit is the connection's, and the guest sees which hop has dropped it.
+/// Another SYN's hop limit is the system's.
+#[test]
+fn a_syn_of_a_traceroute_shows_its_hop() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        let v4 = guest.is_ipv4();
+        let syn = crate::support::script::Segment { flags: "S".into(), ..Default::default() };
+        let mut frame = syn.frame(guest, peer);
+        pair.net.send(&[frame.clone()]);
+        assert_eq!(pair.net.kernel.with(0, |peer| peer.options.hop_limit), None);
+        let port_at = if v4 { 34 } else { 54 };
+        frame[port_at + 1] ^= 1;
+        frame[if v4 { 22 } else { 21 }] = 3;
+        if v4 {
+            Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+        }
+        pair.net.send(&[frame]);
+        assert_eq!(pair.net.kernel.with(1, |peer| peer.options.hop_limit), Some(2));
+        let router: IpAddr = if v4 { "203.0.113.9" } else { "2001:db8:9::9" }.parse().unwrap();
+        let icmp = Some(if v4 { (11, 0) } else { (3, 0) });
+        let error = DatagramError { icmp, offender: Some(router), to: peer, quoted: 0 };
+        pair.net.kernel.with(1, |peer| peer.datagrams.errors.push_back((error, Vec::new())));
+        pair.net.kernel.connect(1, Err(SocketError::HostUnreachable));
+        pair.net.settle();
+        let got = pair.got();
+        let [Got::Icmp { from, kind, code, .. }] = &got[..] else { panic!("{got:?}") };
+        assert_eq!((*from, Some((*kind, *code))), (router, icmp));
+        assert_eq!(quoted_ports(&got), [(guest.port() ^ 1, peer.port())]);
     });
 }

@@ -163,6 +163,7 @@ impl Sockets for Zeros {
     fn connect_echo(&mut self, _: IpAddr, _: Token) -> Result<(), SocketError> {
         Ok(())
     }
+    fn set_datagram_buffers(&mut self, (): &(), _: u32) {}
     fn set_ip_fields(&mut self, (): &(), _: bool, _: u8, _: u8) {}
     fn send_datagrams(
         &mut self,

@@ -84,46 +84,16 @@ impl<T> Datagrams<T> {
 
 /// Passes an error on.
 fn pass<S: Sockets>(flow: &Flow, error: &DatagramError, quoted: &[u8], io: &mut Io<'_, S>) {
-    let port = flow.key.port;
-    let same_family = flow.to.is_ipv4() == flow.key.guest.is_ipv4();
-    let reason = match error.icmp {
-        // The guest would send fragments from now on, which are dropped (RFC 1191, 4; RFC 8200, 4.5). The
-        // host knows the way's MTU, and sends fragments itself.
-        Some((3, 4)) if flow.to.is_ipv4() => None,
-        Some((2, _)) if flow.to.is_ipv6() => None,
-        None => None,
-        // Destination unreachable, time exceeded and parameter problem.
-        Some((kind @ (3 | 11 | 12), code)) if flow.to.is_ipv4() && same_family => {
-            Some(Reason::Passed(kind, code))
+    let (port, remote, guest) = (flow.key.port, flow.key.remote.ip(), flow.key.guest.ip());
+    match io.passed(error, flow.to, remote, guest) {
+        Some((from, reason)) => {
+            io.count(port, Counter::ErrorsPassed);
+            tell(flow, from, reason, quoted, io);
         }
-        Some((kind @ (1 | 3 | 4), code)) if flow.to.is_ipv6() && same_family => {
-            Some(Reason::Passed(kind, code))
-        }
-        Some((3, 3)) if flow.to.is_ipv4() => Some(Reason::NoPort),
-        Some((1, 4)) if flow.to.is_ipv6() => Some(Reason::NoPort),
-        Some(_) => Some(Reason::NoHost),
-    };
-    let Some(reason) = reason else {
-        io.count(port, Counter::TooLong);
-        return;
-    };
-    io.count(port, Counter::ErrorsPassed);
-    // A router on the way is named, so that traceroute shows it. The peer has the name that the guest
-    // knows, and what is no place in the world has the gateway's.
-    let guest = flow.key.guest.ip();
-    let from = match error.offender {
-        Some(offender) if offender == flow.to.ip() => flow.key.remote.ip(),
-        Some(offender)
-            if offender.is_ipv4() == guest.is_ipv4()
-                && crate::policy::forbidden(offender).is_none()
-                && !io.sources.is_inside(offender) =>
-        {
-            offender
-        }
-        _ if guest.is_ipv4() => io.config.gateway_v4.into(),
-        _ => io.config.gateway_v6.into(),
-    };
-    tell(flow, from, reason, quoted, io);
+        // The guest would send fragments from now on, which are dropped. The host knows the way's MTU,
+        // and sends fragments itself.
+        None => io.count(port, Counter::TooLong),
+    }
 }
 
 /// Tells a guest of an error, about a packet that is written as the guest has sent it.

@@ -141,6 +141,14 @@ impl<T> Flow<T> {
         match answer {
             None => self.reset_guest(io, memory, Ending::Close),
             Some(reason) => {
+                // A hop of the way may have said why.
+                let told = match &self.socket {
+                    Some(socket) => io.sockets.take_datagram_error(socket, &mut []),
+                    None => Ok(None),
+                };
+                let told = told.ok().flatten().and_then(|error| {
+                    io.passed(&error, self.to.into(), self.key.remote.ip(), self.key.guest.ip())
+                });
                 self.end_socket(io, memory, Ending::Close);
                 self.phase = Phase::Closed;
                 // The guest finds its connection by these headers, which are those of its SYN.
@@ -160,7 +168,14 @@ impl<T> Flow<T> {
                 tcp.set_seq_number(TcpSeqNumber(self.irs.0 as i32));
                 tcp.set_header_len(HEADER_LEN as u8);
                 tcp.set_syn(true);
-                io.send_error(self.key.port, reason, self.mac, &frame[14..len], guest.ip());
+                let (port, mac, cause) = (self.key.port, self.mac, &frame[14..len]);
+                match told {
+                    Some((from, reason)) => {
+                        io.count(port, Counter::ErrorsPassed);
+                        io.send_error_from(port, from, reason, mac, cause, guest.ip());
+                    }
+                    None => io.send_error(port, reason, mac, cause, guest.ip()),
+                }
             }
         }
     }

@@ -528,6 +528,10 @@ impl Sockets for Kernel {
         self.open_at(([0, 0, 0, 0], 0).into(), (to, 0).into(), token)
     }
 
+    fn set_datagram_buffers(&mut self, socket: &Socket, len: u32) {
+        self.with(socket.index, |peer| peer.options.buffers = Some(len));
+    }
+
     fn set_ip_fields(&mut self, socket: &Socket, _: bool, hop_limit: u8, dscp: u8) {
         self.with(socket.index, |peer| peer.datagrams.ip_fields = Some((hop_limit, dscp)));
     }
