@@ -5,19 +5,22 @@
 
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
-use smoltcp::wire::{EthernetFrame, EthernetProtocol, Ipv4Packet, Ipv6Packet, TcpPacket};
+use smoltcp::wire::{
+    EthernetFrame, EthernetProtocol, IpAddress, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use vmring_core::offload::{OffloadHeader, Offloads};
+use vmring_core::offload::{Gso, OffloadHeader, Offloads};
 use vmring_nat::{
-    Capabilities, ConnectOptions, Full, GuestFrame, Link, Nat, NatConfig, Output, Port, Readiness,
-    SendSpace, SocketError, Sockets, Token,
+    Capabilities, ConnectOptions, DatagramError, ForwardRule, Full, Guest, GuestFrame, Incoming,
+    Link, Nat, NatConfig, Outgoing, Output, Port, Protocol, Readiness, Route, SendSpace,
+    SocketError, Sockets, Token,
 };
 
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
@@ -45,14 +48,17 @@ static ALLOCATOR: Counting = Counting;
 
 /// The most flows at a time.
 const FLOWS: usize = 8;
-/// What the translator may have in use: its scratch memory, its tables, and a spill and a ring for each
-/// flow.
-const MEMORY: usize = (1 << 20) + FLOWS * (64 + 256) * 1024;
+/// The most port forwards of a test.
+const FORWARDS: usize = 4;
+/// What the translator may have in use: its scratch memory, its messages, its tables, and a spill and a
+/// ring for each flow.
+const MEMORY: usize = (3 << 20) + FLOWS * (64 + 256) * 1024;
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     rings_only: bool,
     offload: bool,
+    endpoint_independent: bool,
     /// What the sockets answer, in turn, again and again.
     answers: [Answer; 16],
     steps: Vec<Step<'a>>,
@@ -89,6 +95,22 @@ enum Step<'a> {
         millis: u32,
     },
     Accept(Flow),
+    Datagram {
+        flow: Flow,
+        echo: bool,
+        len: u16,
+        segment_size: Option<u16>,
+        hop_limit: u8,
+    },
+    Forward {
+        flow: Flow,
+        udp: bool,
+        port: u8,
+    },
+    Unforward {
+        index: u8,
+        cut: bool,
+    },
     Leave {
         port: u8,
     },
@@ -129,12 +151,15 @@ struct Shared {
     next: Cell<usize>,
     open: Cell<usize>,
     tokens: RefCell<VecDeque<Token>>,
+    ports: Cell<u16>,
 }
 
 struct Socket {
     shared: Rc<Shared>,
     /// What was received and not discarded.
     waiting: Cell<usize>,
+    peer: SocketAddr,
+    at: SocketAddr,
 }
 
 impl std::fmt::Debug for Socket {
@@ -166,14 +191,24 @@ impl Shared {
 
 impl Random {
     fn open(&self, token: Token) -> Socket {
+        let any = SocketAddr::from(([192, 0, 2, 1], 80));
+        self.open_to(token, any, any)
+    }
+
+    fn open_to(&self, token: Token, peer: SocketAddr, mut at: SocketAddr) -> Socket {
+        if at.port() == 0 {
+            let port = self.shared.ports.get();
+            self.shared.ports.set(if port == u16::MAX { 1024 } else { port + 1 });
+            at.set_port(port);
+        }
         self.shared.open.set(self.shared.open.get() + 1);
-        assert!(self.shared.open.get() <= FLOWS + 1, "more sockets than flows");
+        assert!(self.shared.open.get() <= 3 * FLOWS + FORWARDS + 1, "more sockets than flows");
         let mut tokens = self.shared.tokens.borrow_mut();
         tokens.push_back(token);
         if tokens.len() > 32 {
             tokens.pop_front();
         }
-        Socket { shared: self.shared.clone(), waiting: Cell::new(0) }
+        Socket { shared: self.shared.clone(), waiting: Cell::new(0), peer, at }
     }
 }
 
@@ -185,7 +220,14 @@ impl Sockets for Random {
     type Socket = Socket;
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { peek_offset_v4: true, peek_offset_v6: false, descriptors: 100 }
+        Capabilities {
+            peek_offset_v4: true,
+            peek_offset_v6: false,
+            descriptors: 100,
+            udp_segments: 64,
+            echo_v4: true,
+            echo_v6: true,
+        }
     }
     fn connect_tcp(
         &mut self,
@@ -238,8 +280,94 @@ impl Sockets for Random {
     fn arm_writable(&mut self, _: &Socket, _: Token) -> Result<(), SocketError> {
         self.shared.answer(0).map(drop)
     }
-    fn local_address(&mut self, _: &Socket) -> Result<SocketAddr, SocketError> {
-        Err(SocketError::Other(0))
+    fn local_address(&mut self, socket: &Socket) -> Result<SocketAddr, SocketError> {
+        Ok(socket.at)
+    }
+    fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
+        self.shared.answer(0)?;
+        Ok(vec![[198, 51, 100, 7].into()])
+    }
+    fn connect_udp(
+        &mut self,
+        port: u16,
+        to: SocketAddr,
+        token: Token,
+    ) -> Result<Socket, SocketError> {
+        self.shared.answer(0)?;
+        Ok(self.open_to(token, to, ([0, 0, 0, 0], port).into()))
+    }
+    fn bind_udp(&mut self, at: SocketAddr, token: Token) -> Result<Socket, SocketError> {
+        self.shared.answer(0)?;
+        Ok(self.open_to(token, ([192, 0, 2, 1], 80).into(), at))
+    }
+    fn connect_echo(&mut self, to: IpAddr, token: Token) -> Result<Socket, SocketError> {
+        self.shared.answer(0)?;
+        Ok(self.open_to(token, (to, 0).into(), ([0, 0, 0, 0], 0).into()))
+    }
+    fn set_datagram_buffers(&mut self, _: &Socket, _: u32) {}
+    fn set_ip_fields(&mut self, _: &Socket, _: bool, hop_limit: u8, dscp: u8) {
+        assert!(hop_limit > 0 && dscp < 64);
+    }
+    fn send_datagrams(
+        &mut self,
+        _: &Socket,
+        _: Option<Route>,
+        batch: &[Outgoing<'_>],
+    ) -> Result<usize, SocketError> {
+        assert!(!batch.is_empty());
+        for outgoing in batch {
+            let len: usize = outgoing.parts.iter().map(|part| part.len()).sum();
+            assert!(len <= 65_535 && !outgoing.parts.is_empty());
+            let segment = usize::from(outgoing.segment);
+            assert!(segment == 0 || len > segment && len.div_ceil(segment) <= 64);
+        }
+        Ok(self.shared.answer(batch.len())?.max(1))
+    }
+    fn receive_datagrams(
+        &mut self,
+        socket: &Socket,
+        into: &mut [u8],
+        stride: usize,
+        found: &mut [Incoming],
+    ) -> Result<usize, SocketError> {
+        let count = self.shared.answer(found.len())?.max(1);
+        for (found, into) in found.iter_mut().zip(into.chunks_exact_mut(stride)).take(count) {
+            let len = self.shared.answer(65_507).unwrap_or(100);
+            let segment = self.shared.answer(usize::from(u16::MAX)).unwrap_or(0) as u16;
+            into[..8].copy_from_slice(&[
+                if socket.peer.is_ipv4() { 0 } else { 129 },
+                0,
+                1,
+                2,
+                3,
+                4,
+                5,
+                6,
+            ]);
+            let other = self.shared.answer(0).is_err();
+            let from = if other { ([203, 0, 113, 9], 80).into() } else { socket.peer };
+            *found = Incoming { len, from, to: None, segment };
+        }
+        Ok(count)
+    }
+    fn take_datagram_error(
+        &mut self,
+        socket: &Socket,
+        quoted: &mut [u8],
+    ) -> Result<Option<DatagramError>, SocketError> {
+        let quoted = self.shared.answer(quoted.len())?;
+        let kind = self.shared.answer(256).unwrap_or(3) as u8;
+        let offender = self.shared.answer(0).is_ok().then_some([203, 0, 113, 9].into());
+        Ok(Some(DatagramError { icmp: Some((kind, 1)), offender, to: socket.peer, quoted }))
+    }
+    fn listen(&mut self, at: SocketAddr, _: u32, token: Token) -> Result<Socket, SocketError> {
+        self.shared.answer(0)?;
+        Ok(self.open_to(token, at, at))
+    }
+    fn accept(&mut self, _: &Socket) -> Result<(Socket, SocketAddr), SocketError> {
+        self.shared.answer(0)?;
+        let from = ([203, 0, 113, 9], self.shared.ports.get()).into();
+        Ok((self.open_to(Token(0), from, ([192, 0, 2, 9], 0).into()), from))
     }
 }
 
@@ -279,11 +407,27 @@ impl Output for Out {
             }
             self.last = (tcp.seq_number().0 as u32, tcp.ack_number().0 as u32);
         }
+        if u8::from(protocol) == 17 && header.is_plain() && !self.is_fragment(frame) {
+            let udp = UdpPacket::new_checked(payload).expect("UDP");
+            assert_eq!(usize::from(udp.len()), payload.len());
+            let addresses: (IpAddress, IpAddress) = (source, target);
+            assert!(udp.verify_checksum(&addresses.0, &addresses.1), "UDP's checksum");
+        }
+        if header.gso == Gso::None {
+            assert!(frame.len() <= self.link.mtu as usize + 14, "a frame longer than the MTU");
+        }
         match self.space.checked_sub(1) {
             Some(space) => self.space = space,
             None => return Err(Full),
         }
         Ok(())
+    }
+}
+
+impl Out {
+    /// Whether a frame has a fragment of an IPv4 packet. One of IPv6 has another protocol.
+    fn is_fragment(&self, frame: &[u8]) -> bool {
+        frame[12..14] == [8, 0] && (frame[20] & 0x3f, frame[21]) != (0, 0)
     }
 }
 
@@ -294,11 +438,15 @@ impl Flow {
 
     fn addresses(self) -> (SocketAddr, SocketAddr) {
         let guest_port = u16::from(self.guest_port % 16) + 1;
+        // Each port has its own.
+        let host = self.port % 3 + 2;
         if self.v6 {
-            let (guest, remote) = ("fd00::2".parse().unwrap(), "2001:db8::1".parse().unwrap());
-            (SocketAddr::new(guest, guest_port), SocketAddr::new(remote, 80))
+            let (guest, remote): (std::net::Ipv6Addr, _) =
+                ("fd00::".parse().unwrap(), "2001:db8::1".parse().unwrap());
+            let guest = std::net::Ipv6Addr::from(u128::from(guest) | u128::from(host));
+            (SocketAddr::new(guest.into(), guest_port), SocketAddr::new(remote, 80))
         } else {
-            (([192, 168, 64, 2], guest_port).into(), ([192, 0, 2, 1], 80).into())
+            (([192, 168, 64, host], guest_port).into(), ([192, 0, 2, 1], 80).into())
         }
     }
 }
@@ -323,14 +471,42 @@ fn frame(
     tcp[13] = flags;
     tcp[14..16].copy_from_slice(&window.to_be_bytes());
     tcp[20..20 + options.len()].copy_from_slice(options);
+    ip_frame((guest, remote), 6, 64, &tcp)
+}
+
+/// The frame of a datagram of UDP, or of an echo request.
+fn datagram_frame(flow: Flow, echo: bool, len: u16, hop_limit: u8) -> Vec<u8> {
+    let (guest, remote) = flow.addresses();
+    let mut bytes = vec![7; 8 + usize::from(len % 9000)];
+    let protocol = if echo {
+        let (kind, protocol) = if flow.v6 { (128, 58) } else { (8, 1) };
+        bytes[..2].copy_from_slice(&[kind, 0]);
+        bytes[4..6].copy_from_slice(&guest.port().to_be_bytes());
+        protocol
+    } else {
+        bytes[..2].copy_from_slice(&guest.port().to_be_bytes());
+        bytes[2..4].copy_from_slice(&remote.port().to_be_bytes());
+        let len = bytes.len() as u16;
+        bytes[4..6].copy_from_slice(&len.to_be_bytes());
+        17
+    };
+    ip_frame((guest, remote), protocol, hop_limit, &bytes)
+}
+
+fn ip_frame(
+    (guest, remote): (SocketAddr, SocketAddr),
+    protocol: u8,
+    hop_limit: u8,
+    payload: &[u8],
+) -> Vec<u8> {
     let mut frame = vec![2; 14];
     match (guest, remote) {
         (SocketAddr::V4(guest), SocketAddr::V4(remote)) => {
             frame[12..].copy_from_slice(&[8, 0]);
             let mut ip = vec![0; 20];
             ip[0] = 0x45;
-            ip[2..4].copy_from_slice(&(20 + tcp.len() as u16).to_be_bytes());
-            (ip[8], ip[9]) = (64, 6);
+            ip[2..4].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
+            (ip[8], ip[9]) = (hop_limit, protocol);
             ip[12..16].copy_from_slice(&guest.ip().octets());
             ip[16..20].copy_from_slice(&remote.ip().octets());
             Ipv4Packet::new_unchecked(&mut ip).fill_checksum();
@@ -339,14 +515,14 @@ fn frame(
         (SocketAddr::V6(guest), SocketAddr::V6(remote)) => {
             frame[12..].copy_from_slice(&[0x86, 0xdd]);
             frame.extend([0x60, 0, 0, 0]);
-            frame.extend((tcp.len() as u16).to_be_bytes());
-            frame.extend([6, 64]);
+            frame.extend((payload.len() as u16).to_be_bytes());
+            frame.extend([protocol, hop_limit]);
             frame.extend(guest.ip().octets());
             frame.extend(remote.ip().octets());
         }
         _ => unreachable!("both are of one family"),
     }
-    frame.extend(tcp);
+    frame.extend(payload);
     frame
 }
 
@@ -369,11 +545,14 @@ fn run(input: &Input<'_>) {
         next: Cell::new(0),
         open: Cell::new(0),
         tokens: RefCell::new(VecDeque::new()),
+        ports: Cell::new(1024),
     });
     let (v4, v6) = ([192, 168, 64, 1].into(), "fd00::1".parse().unwrap());
     let mut config = NatConfig::new([2, 0, 0, 0, 0, 1], v4, v6);
     config.rings_only = input.rings_only;
     config.limits.flows = FLOWS;
+    (config.limits.udp_flows, config.limits.echo_flows) = (FLOWS, FLOWS);
+    config.endpoint_independent = input.endpoint_independent;
     let mut now = Duration::from_secs(1);
     let mut nat = Nat::new(config, Random { shared: shared.clone() }, now);
     let link = if input.offload {
@@ -434,12 +613,44 @@ fn run(input: &Input<'_>) {
                 let guest = (guest, [2, 0, 0, 0, 0, 2]);
                 let _ = nat.accept_tcp(socket, remote, flow.port(), guest, remote, now, &mut out);
             }
+            Step::Datagram { flow, echo, len, segment_size, hop_limit } => {
+                let bytes = datagram_frame(*flow, *echo, *len, *hop_limit);
+                let header = match segment_size {
+                    Some(segment_size) => OffloadHeader {
+                        gso: Gso::UdpL4,
+                        segment_size: *segment_size,
+                        ..OffloadHeader::NONE
+                    },
+                    None => header,
+                };
+                nat.from_guest(flow.port(), &[GuestFrame { bytes: &bytes, header }], now, &mut out);
+            }
+            Step::Forward { flow, udp, port } => {
+                if nat.forwards().count() < FORWARDS {
+                    let protocol = if *udp { Protocol::Udp } else { Protocol::Tcp };
+                    let guest = flow.addresses().0;
+                    let rule = ForwardRule::new(
+                        protocol,
+                        (*port).into(),
+                        Guest::Address(guest.ip()),
+                        guest.port(),
+                    );
+                    let _ = nat.add_forward(&rule, now, &mut out);
+                }
+            }
+            Step::Unforward { index, cut } => {
+                let info = nat.forwards().nth(usize::from(*index) % FORWARDS);
+                if let Some(info) = info {
+                    assert!(nat.remove_forward(info.protocol, info.at, *cut, now, &mut out));
+                }
+            }
             Step::Leave { port } => nat.port_left(Port(u32::from(port % 3)), now, &mut out),
         }
         nat.on_time(now, &mut out);
         let (_, descriptors) = nat.usage();
         assert_eq!(descriptors, shared.open.get(), "descriptors");
-        assert!(descriptors <= FLOWS);
+        assert!(descriptors <= 3 * FLOWS + FORWARDS);
+        assert!(nat.datagram_flows().count() <= 2 * FLOWS);
         assert!(nat.tcp_flows().count() <= FLOWS);
         let used = IN_USE.load(Ordering::Relaxed) - before;
         assert!(used < MEMORY, "{used} bytes in use");
