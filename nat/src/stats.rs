@@ -157,7 +157,7 @@ counters! {
     IdleTimeout,
     /// The guest has begun anew with the addresses and ports of a flow.
     Restarted,
-    /// A flow ended because its port has left.
+    /// A flow ended because its port, or its port forward, has left.
     PortGone,
 
     // What is repeated, lost or made smaller.

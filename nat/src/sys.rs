@@ -214,7 +214,7 @@ impl Sockets for Host {
             socket::bind(socket.as_fd(), (any, port).into())?;
         }
         socket::connect(socket.as_fd(), to)?;
-        self.poll.add(socket.as_fd(), token)?;
+        self.poll.add_reader(socket.as_fd(), token)?;
         Ok(socket)
     }
 
@@ -225,7 +225,7 @@ impl Sockets for Host {
         datagram::report_destination(socket.as_fd(), at.is_ipv4())?;
         socket::only_v6(socket.as_fd(), at)?;
         socket::bind(socket.as_fd(), at)?;
-        self.poll.add(socket.as_fd(), token)?;
+        self.poll.add_reader(socket.as_fd(), token)?;
         Ok(socket)
     }
 
@@ -233,7 +233,7 @@ impl Sockets for Host {
         let socket = datagram::echo(to.is_ipv4())?;
         datagram::report_errors(socket.as_fd(), to.is_ipv4());
         socket::connect(socket.as_fd(), (to, 0).into())?;
-        self.poll.add(socket.as_fd(), token)?;
+        self.poll.add_reader(socket.as_fd(), token)?;
         Ok(socket)
     }
 
@@ -281,7 +281,7 @@ impl Sockets for Host {
         token: Token,
     ) -> Result<OwnedFd, SocketError> {
         let listener = socket::listen(at, backlog)?;
-        self.poll.add(listener.as_fd(), token)?;
+        self.poll.add_reader(listener.as_fd(), token)?;
         Ok(listener)
     }
 

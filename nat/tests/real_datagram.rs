@@ -158,6 +158,24 @@ fn a_question_is_answered() {
     });
 }
 
+/// A datagram that has left the host is nothing to wake up for.
+#[test]
+fn what_was_sent_is_told_to_nobody() {
+    each(|server, v6| {
+        let mut world = World::new(config(false), Offloads::default(), v6);
+        let guest = SocketAddr::new(world.guest, 4005);
+        let remote = SocketAddr::new(world.remote, server.local_addr().unwrap().port());
+        for _ in 0..20 {
+            world.send(&udp_frame(guest, remote, b"x"), OffloadHeader::NONE);
+            server.recv_from(&mut [0; 10]).unwrap();
+            let wait = Some(Duration::from_millis(1));
+            world.nat.sockets().wait(wait, &mut world.events).expect("a wait");
+            let told: Vec<_> = world.events.iter().collect();
+            assert_eq!(told, [], "somebody was woken");
+        }
+    });
+}
+
 /// A port that somebody else has on the host stays his, and the guest's datagrams come from another.
 #[test]
 fn a_port_that_is_in_use_stays_its_owners() {

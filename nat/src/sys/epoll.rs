@@ -71,6 +71,12 @@ impl Poll {
         self.control(libc::EPOLL_CTL_ADD, socket, INTEREST, token.0)
     }
 
+    /// Tells what can be read, and errors, and not that the socket takes something again: a socket of
+    /// datagrams would say so for each that it has sent (`sock_wfree` in net/core/sock.c).
+    pub(super) fn add_reader(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_ADD, socket, libc::EPOLLIN | libc::EPOLLET, token.0)
+    }
+
     /// A change looks at the socket anew: if it takes bytes, that is told, and if not, the kernel notes
     /// that somebody waits for it (`tcp_poll` in net/ipv4/tcp.c).
     pub(super) fn arm_writable(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()> {

@@ -92,6 +92,12 @@ impl Poll {
         ])
     }
 
+    /// Tells what can be read, and errors.
+    pub(super) fn add_reader(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        let fd = socket.as_raw_fd() as usize;
+        self.change(&[event(fd, libc::EVFILT_READ, libc::EV_ADD | libc::EV_CLEAR, token)])
+    }
+
     pub(super) fn arm_writable(&self, socket: BorrowedFd<'_>, token: Token) -> io::Result<()> {
         let flags = libc::EV_ADD | libc::EV_ONESHOT;
         self.change(&[event(socket.as_raw_fd() as usize, libc::EVFILT_WRITE, flags, token)])
