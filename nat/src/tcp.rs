@@ -320,6 +320,14 @@ impl<T> Tcp<T> {
         mac: [u8; 6],
         io: &mut Io<'_, S>,
     ) -> Result<(), Counter> {
+        // A flow that only waits for late segments makes way, as it does for a guest's SYN.
+        if let Some(id) = self.flows.find(&key) {
+            self.with(id, io, |flow, _, _| {
+                if flow.phase == Phase::TimeWait {
+                    flow.phase = Phase::Closed;
+                }
+            });
+        }
         let refused = match self.flows.find(&key) {
             Some(_) => Err(Counter::NoPort),
             None => self.may_open(key.port, io),

@@ -171,6 +171,35 @@ fn a_connection_that_the_guest_refuses_is_reset() {
     });
 }
 
+/// A peer that connects again from the same port at once comes in. While its connection is open, another
+/// with its address and port cannot be told apart, and is reset.
+#[test]
+fn a_peer_comes_in_again_from_the_same_port() {
+    each(|mut world| {
+        world.lease();
+        world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+        world.knock(0, world.peer);
+        let (syn, from, _) = world.segments().remove(0);
+        world.answer(&syn, from, "S.");
+        world.segments();
+        world.knock(0, world.peer);
+        assert_eq!(world.net.kernel.with(2, |peer| peer.closed), Some(true));
+        world.net.kernel.finish(1);
+        world.net.settle();
+        let (fin, ..) = world.segments().remove(0);
+        assert!(fin.flags.contains('F'), "{fin:?}");
+        let (flags, ack) = ("F.".into(), fin.seq.wrapping_add(1));
+        let last = Segment { flags, seq: 701, ack, window: 65_000, ..Segment::default() };
+        world.net.send(&[last.frame(SocketAddr::new(world.guest, 80), from)]);
+        assert_eq!(world.net.kernel.with(1, |peer| peer.closed), Some(false));
+        assert_eq!(world.net.nat.usage().0, 1, "it waits for late segments");
+        world.segments();
+        world.knock(0, world.peer);
+        assert_eq!(world.segments()[0].0.flags, "S");
+        assert_eq!((world.infos()[0].accepted, world.infos()[0].refused), (2, 1));
+    });
+}
+
 /// Port 0 gives a port, and says which.
 #[test]
 fn port_0_is_any_free_port() {
