@@ -249,8 +249,16 @@ impl<T> Forwards<T> {
             (Listener::Tcp(listener), at)
         } else {
             self.number += 1;
-            let inbound = Inbound::new(rule.guest, guest_port, rule.max_flows);
-            let (id, at) = datagrams.add_forward(at, self.number, inbound, io).map_err(refused)?;
+            let open = |datagrams: &mut Datagrams<T>, io: &mut Io<'_, S>| {
+                let inbound = Inbound::new(rule.guest, guest_port, rule.max_flows);
+                datagrams.add_forward(at, self.number, inbound, io)
+            };
+            let mut opened = open(datagrams, io);
+            if matches!(opened, Err(SocketError::NoPort)) {
+                datagrams.give_up_port(port, io);
+                opened = open(datagrams, io);
+            }
+            let (id, at) = opened.map_err(refused)?;
             (Listener::Udp(id), at)
         };
         let forward = Forward {

@@ -452,6 +452,30 @@ fn datagrams_come_in_and_answers_go_back() {
     });
 }
 
+/// A guest that sends from a port, which its flow has on the host too, does not keep a forward from it.
+#[test]
+fn a_guest_does_not_occupy_a_port_that_is_to_be_forwarded() {
+    for endpoint_independent in [false, true] {
+        let mut config = config(false);
+        config.endpoint_independent = endpoint_independent;
+        let mut world = World::with(config, false);
+        world.lease();
+        let (guest, peer) = (SocketAddr::new(world.guest, 5353), world.peer);
+        world.net.send(&[udp_frame(guest, peer, b"x")]);
+        assert_eq!(world.net.kernel.with(0, |peer| peer.datagrams.port), 5353);
+        world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+        assert_eq!(world.net.kernel.open(), 1);
+        world.net.send(&[udp_frame(guest, peer, b"y")]);
+        assert_eq!(world.net.kernel.sent(2)[0].bytes, b"y");
+        assert!(world.net.kernel.with(2, |peer| peer.datagrams.port) >= 50_000);
+        // What is another program's stays his.
+        world.net.kernel.0.borrow_mut().ports_in_use.push(5354);
+        let taken = world.add(&world.rule(Protocol::Udp, 5354));
+        assert_eq!(taken, Err(ForwardError::InUse(5354)));
+        assert_eq!(world.net.kernel.open(), 2);
+    }
+}
+
 /// S12: a flood of spoofed peers takes a forward's own place, not the guest's, and not its rate.
 #[test]
 fn a_flood_from_outside_is_bounded() {

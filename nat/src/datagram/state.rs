@@ -237,6 +237,12 @@ impl<T> Datagrams<T> {
         Ok((self.insert_outlet(outlet, io), at))
     }
 
+    /// Ends the flows that may have a port of the host because it is their guest's, so that a guest does not
+    /// keep a forward from being added. They are opened again with another port.
+    pub(crate) fn give_up_port<S: Sockets<Socket = T>>(&mut self, port: u16, io: &mut Io<'_, S>) {
+        self.remove_where(io, |flow| !flow.inbound && flow.key.guest.port() == port);
+    }
+
     /// Closes the socket of a port forward, and ends its flows.
     pub(crate) fn remove_forward<S: Sockets<Socket = T>>(
         &mut self,
