@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use vmring::device::Offloads;
-use vmring::device::socket::{Listener, SocketKind};
+use vmring::device::socket::{Adopted, Listener, SocketKind, adopt};
 use vmring::{
     Checksum, CloseReason, Direction, Drive, EntryError, Error, Gso, Interface, OffloadHeader,
     Poller, RetryPolicy, Ring, RingOp, Socket, SocketError, Status,
@@ -633,6 +633,79 @@ fn a_listener_gives_each_client_a_wire_of_its_own() {
         }
         drop(listener);
         assert!(!exists(&path));
+    });
+}
+
+/// Goal: a socket that was made before the interface is its own: one that listens, one to which a peer
+/// sends, and this side of one that connects. Two sockets are refused.
+#[test]
+fn a_socket_that_was_made_before_is_used() {
+    guarded(|| {
+        let folder = Folder::new();
+        let bind = |kind, name: &str| Listener::bind(kind, &folder.path(name)).expect(name);
+        let stream = bind(SocketKind::Stream, "stream");
+        let interface = start(Socket::stream().bound(stream));
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        let mut peer = UnixStream::connect(folder.path("stream")).expect("it listens");
+        write_framed(&mut peer, &packet(1, 60));
+        assert_eq!(receive(&mut ring), packet(1, 60));
+        drop(ring);
+        interface.stop(LONG).expect("it stops");
+        assert!(!exists(&folder.path("stream")), "it is its own");
+
+        let vmm = UnixDatagram::bind(folder.path("vmm")).expect("a socket");
+        let learns = bind(SocketKind::Datagram, "learns");
+        let interface = start(Socket::datagram().bound(learns));
+        let mut ring = both(&interface);
+        post(&mut ring, 2);
+        vmm.send_to(&packet(2, 60), folder.path("learns")).expect("it is taken");
+        assert_eq!(receive(&mut ring), packet(2, 60));
+        drop((ring, interface));
+        assert!(!exists(&folder.path("learns")), "it is its own");
+
+        let own = bind(SocketKind::Datagram, "own");
+        let socket = Socket::datagram().connect(folder.path("vmm")).magic(true).bound(own);
+        let interface = start(socket);
+        let mut ring = both(&interface);
+        post(&mut ring, 3);
+        vmm.set_read_timeout(Some(LONG)).expect("a timeout");
+        let (len, from) = vmm.recv_from(&mut [0; 16]).expect("the wire announces itself");
+        assert_eq!((len, from.as_pathname()), (4, Some(&*folder.path("own"))));
+        vmm.send_to(&packet(3, 60), folder.path("own")).expect("it is taken");
+        assert_eq!(receive(&mut ring), packet(3, 60));
+        drop((ring, interface));
+        assert!(!exists(&folder.path("own")), "it is its own");
+
+        let (one, _other) = UnixStream::pair().expect("a pair");
+        let two = Socket::stream().from_fd(one.into()).bound(bind(SocketKind::Stream, "two"));
+        let error = Interface::builder().device(two).start().expect_err("there are two");
+        assert!(matches!(error, Error::Socket(SocketError::Setting(_))), "{error}");
+        let mixed = Socket::stream().bound(bind(SocketKind::Datagram, "mixed"));
+        let error = Interface::builder().device(mixed).start().expect_err("it is no stream");
+        assert!(matches!(error, Error::Socket(SocketError::Descriptor(_))), "{error}");
+    });
+}
+
+/// Goal: a socket of another process is told apart, and accepting at it waits for nobody.
+#[test]
+fn an_inherited_socket_is_listening_or_single() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let blocking: OwnedFd = UnixListener::bind(&path).expect("a listener").into();
+        let Ok(Adopted::Listening(listener)) = adopt(SocketKind::Stream, blocking) else {
+            panic!("it listens");
+        };
+        assert!(listener.accept().expect("no error").is_none(), "nobody has come");
+        let _peer = UnixStream::connect(&path).expect("it listens");
+        assert!(listener.accept().expect("no error").is_some());
+        let (one, _other) = UnixStream::pair().expect("a pair");
+        assert!(matches!(adopt(SocketKind::Stream, one.into()), Ok(Adopted::Single(_))));
+        let (one, _other) = UnixDatagram::pair().expect("a pair");
+        assert!(adopt(SocketKind::Stream, one.into()).is_err(), "it is another type");
+        drop(listener);
+        assert!(exists(&path), "the file is its maker's");
     });
 }
 

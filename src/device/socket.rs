@@ -115,7 +115,7 @@ use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, SocketError};
 
-pub use place::{Listener, SocketKind, connect};
+pub use place::{Adopted, Listener, SocketKind, adopt, connect};
 
 /// A wire over a socket, as a driver for [`Interface::builder`](crate::Interface::builder). See the
 /// [module](self).
@@ -123,6 +123,7 @@ pub use place::{Listener, SocketKind, connect};
 pub struct Socket {
     kind: SocketKind,
     place: Option<Place>,
+    bound: Option<Listener>,
     own_path: Option<PathBuf>,
     header: bool,
     magic: bool,
@@ -135,6 +136,7 @@ enum Place {
     Descriptor(OwnedFd),
     Listen(PathBuf),
     Connect(PathBuf),
+    Bound(Listener),
 }
 
 impl Socket {
@@ -160,6 +162,7 @@ impl Socket {
         Self {
             kind,
             place: None,
+            bound: None,
             own_path: None,
             header: false,
             magic: false,
@@ -169,7 +172,8 @@ impl Socket {
     }
 
     /// Takes a socket that another process, or this one, has opened: one that is connected, such as one
-    /// end of a socket pair, or one that listens. Its flags stay as they are, and its buffers are set.
+    /// end of a socket pair, or one that listens. Its flags stay as they are, but one that listens does not
+    /// wait from then on. Its buffers are set.
     ///
     /// A stream may be one of TCP. A datagram socket without a peer has the one who sends first.
     pub fn from_fd(mut self, fd: OwnedFd) -> Self {
@@ -187,6 +191,15 @@ impl Socket {
     /// Connects to the socket of a path. It need not be there yet.
     pub fn connect(mut self, path: impl Into<PathBuf>) -> Self {
         self.place = Some(Place::Connect(path.into()));
+        self
+    }
+
+    /// Takes a socket that was made before, for example before the process gave up its privileges. By
+    /// itself it is as if the interface [listened](Self::listen) at its path. A datagram socket that
+    /// [connects](Self::connect) has it as its own side, in the place of [`own_path`](Self::own_path).
+    /// When the interface stops, the socket is removed.
+    pub fn bound(mut self, listener: Listener) -> Self {
+        self.bound = Some(listener);
         self
     }
 
@@ -279,9 +292,13 @@ impl Socket {
                 }
                 Source::Path { path, pause }
             }
-            Place::Descriptor(socket) => match place::adopt(kind, &socket)? {
-                true => Source::listener(Listener { socket, file: None }),
-                false => {
+            Place::Bound(listener) => {
+                place::check(kind, &listener.socket)?;
+                Source::listener(listener)
+            }
+            Place::Descriptor(socket) => match place::adopt(kind, socket)? {
+                Adopted::Listening(listener) => Source::listener(listener),
+                Adopted::Single(socket) => {
                     given = Some(socket);
                     Source::Given
                 }
@@ -293,7 +310,7 @@ impl Socket {
     /// Opens a datagram socket.
     fn open_datagram(
         place: Place,
-        own_path: Option<PathBuf>,
+        own: Own,
         magic: bool,
         pause: Duration,
         buffers: (usize, usize),
@@ -307,11 +324,19 @@ impl Socket {
             }
             Place::Connect(path) => {
                 let address = Address::of(&path)?;
-                let (socket, file) = place::bind(kind, &own_path.unwrap_or_else(any_path))?;
-                (socket, Some(file), PeerRule::Known { path, address, magic, pause })
+                let Listener { socket, file } = match own {
+                    Own::Bound(listener) => listener,
+                    Own::Path(path) => Listener::bind(kind, &path)?,
+                };
+                place::check(kind, &socket)?;
+                (socket, file, PeerRule::Known { path, address, magic, pause })
+            }
+            Place::Bound(Listener { socket, file }) => {
+                place::check(kind, &socket)?;
+                (socket, file, PeerRule::Learn)
             }
             Place::Descriptor(socket) => {
-                place::adopt(kind, &socket)?;
+                place::check(kind, &socket)?;
                 let has_peer = sys::has_peer(&socket);
                 let rule = if has_peer { PeerRule::Given } else { PeerRule::Learn };
                 (socket, None, rule)
@@ -320,6 +345,12 @@ impl Socket {
         sys::set_buffers(&socket, buffers.0, buffers.1);
         Ok(Datagram::new(socket, rule, file, counters))
     }
+}
+
+/// This side of a datagram socket that connects.
+enum Own {
+    Bound(Listener),
+    Path(PathBuf),
 }
 
 /// A path that no other socket has, for a peer to answer to.
@@ -333,10 +364,21 @@ impl Driver for Socket {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let (layout, mtu) = self.layout(config)?;
         let buffers = self.buffers(&layout);
-        let Socket { kind, place, own_path, magic, reconnect, many_at_once, .. } = *self;
-        let place = place.ok_or(SocketError::Setting(
-            "the wire has no socket: give it one with listen, connect or from_fd",
-        ))?;
+        let Socket { kind, place, bound, own_path, magic, reconnect, many_at_once, .. } = *self;
+        let (place, bound) = match (place, bound) {
+            (None, Some(listener)) => (Place::Bound(listener), None),
+            (Some(place), bound) => (place, bound),
+            (None, None) => {
+                let sentence =
+                    "the wire has no socket: give it one with listen, connect, bound or from_fd";
+                return Err(SocketError::Setting(sentence).into());
+            }
+        };
+        let has_own_side = kind == SocketKind::Datagram && matches!(place, Place::Connect(_));
+        if bound.is_some() && !has_own_side {
+            let sentence = "the wire has two sockets: one is enough";
+            return Err(SocketError::Setting(sentence).into());
+        }
         if kind != SocketKind::Datagram && (magic || own_path.is_some()) {
             let sentence = "only a datagram socket has a path of its own and announces itself";
             return Err(SocketError::Setting(sentence).into());
@@ -345,8 +387,10 @@ impl Driver for Socket {
         let parser = StreamParser::new(layout.max_packet_size, layout.header());
         let wire = if kind == SocketKind::Datagram {
             let pause = reconnect.unwrap_or(RECONNECT);
+            let path = || Own::Path(own_path.unwrap_or_else(any_path));
+            let own = bound.map_or_else(path, Own::Bound);
             let datagram =
-                Self::open_datagram(place, own_path, magic, pause, buffers, counters.clone())?;
+                Self::open_datagram(place, own, magic, pause, buffers, counters.clone())?;
             Wire::Datagram(Arc::new(datagram))
         } else {
             let link = Self::open_link(kind, place, reconnect, parser, buffers, counters.clone())?;

@@ -43,7 +43,10 @@ impl SocketKind {
     }
 }
 
-/// A socket on which peers connect, one after the other or several at once. It does not wait.
+/// A socket of a path on which peers connect, one after the other or several at once. It does not wait.
+///
+/// Nobody connects to a datagram socket: it only has its path, to which peers send. An interface gets it
+/// by [`Socket::bound`](super::Socket::bound).
 ///
 /// Dropping it removes the file of its path, if the file is still its own.
 #[derive(Debug)]
@@ -64,20 +67,10 @@ impl Listener {
     /// refuses.
     pub fn bind(kind: SocketKind, path: &Path) -> Result<Self, Error> {
         let (socket, file) = bind(kind, path)?;
-        sys::listen(&socket).map_err(Error::io("listening on a socket"))?;
-        Ok(Self { socket, file: Some(file) })
-    }
-
-    /// Takes over a socket that another process listens on, such as a service manager.
-    ///
-    /// # Errors
-    ///
-    /// [`SocketError::Descriptor`] if it is no listening socket of this kind.
-    pub fn adopt(kind: SocketKind, socket: OwnedFd) -> Result<Self, Error> {
-        match adopt(kind, &socket)? {
-            true => Ok(Self { socket, file: None }),
-            false => Err(SocketError::Descriptor("nobody listens on it").into()),
+        if kind != SocketKind::Datagram {
+            sys::listen(&socket).map_err(Error::io("listening on a socket"))?;
         }
+        Ok(Self { socket, file: Some(file) })
     }
 
     /// Takes the next connection. Returns `None` if there is none now. A [`Socket`](super::Socket) that
@@ -96,6 +89,30 @@ impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// What a descriptor is that another process has opened.
+#[derive(Debug)]
+pub enum Adopted {
+    /// Peers connect to it.
+    Listening(Listener),
+    /// It is for one peer: it is connected, or it is a datagram socket. An interface gets it by
+    /// [`Socket::from_fd`](super::Socket::from_fd).
+    Single(OwnedFd),
+}
+
+/// Takes over a socket that another process has opened, such as a service manager. One that listens gets
+/// the flag `O_NONBLOCK`, which all processes share that have it.
+///
+/// # Errors
+///
+/// [`SocketError::Descriptor`] if it is no socket of this kind.
+pub fn adopt(kind: SocketKind, socket: OwnedFd) -> Result<Adopted, Error> {
+    if !check(kind, &socket)? {
+        return Ok(Adopted::Single(socket));
+    }
+    sys::accept_at_once(&socket).map_err(Error::io("setting a flag of a socket"))?;
+    Ok(Adopted::Listening(Listener { socket, file: None }))
 }
 
 /// Makes a socket of this kind at a path, with the rules of [`Listener::bind`]. A datagram socket is
@@ -189,7 +206,7 @@ pub(super) fn may_come(error: &io::Error) -> bool {
 }
 
 /// Checks a descriptor that somebody else has opened. Returns whether it listens.
-pub(super) fn adopt(kind: SocketKind, socket: &OwnedFd) -> Result<bool, Error> {
+pub(super) fn check(kind: SocketKind, socket: &OwnedFd) -> Result<bool, Error> {
     let is = sys::option(socket, libc::SO_TYPE).map_err(|_| kind.mismatch())?;
     if is != kind.raw() {
         return Err(kind.mismatch().into());

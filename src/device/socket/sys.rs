@@ -124,6 +124,16 @@ fn make_own(fd: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets accepting a connection not wait for one.
+pub(super) fn accept_at_once(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: these calls take numbers only.
+    unsafe {
+        let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
+        check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
+    }
+    Ok(())
+}
+
 /// Makes sending to a peer that is gone an error and no signal, where a flag of the call does not.
 pub(super) fn no_signal(fd: &OwnedFd) -> io::Result<()> {
     #[cfg(target_vendor = "apple")]
