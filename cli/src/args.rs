@@ -16,7 +16,7 @@ use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::serve::metrics::MetricsSpec;
-use crate::serve::spec::{ListenSpec, MacRule, NetworkSpec};
+use crate::serve::spec::{ConnectSpec, ListenSpec, MacRule, NetworkSpec};
 use crate::size::Size;
 
 /// Packet rings for virtual machine monitors.
@@ -49,7 +49,7 @@ pub(crate) enum Command {
     /// Joins two networks, or a network and a file
     #[command(after_help = BRIDGE_NOTES)]
     Bridge(BridgeArgs),
-    /// Joins virtual machines to a network, over vhost-user
+    /// Joins virtual machines to a network, over vhost-user and the wires of VMMs
     #[command(after_help = SERVE_NOTES)]
     Serve(Box<ServeArgs>),
     /// Measures how fast packets move on this machine: packets per second one way, and round trips
@@ -225,9 +225,17 @@ Sockets:
   vhost-user:NAME                  the same, in a private folder: vmring below
                                    $XDG_RUNTIME_DIR, /run/user/UID or (root) /run,
                                    or else vmring-UID in the temporary folder
-  vhost-user:PATH,client           the front end listens
+  vhost-user:PATH,client           the front end listens; --connect is the same
   vhost-user:fd=NUMBER             an inherited socket
   vhost-user:fd=NAME               one that systemd passes, by FileDescriptorName=
+  qemu:PATH, libkrun:PATH, socket_vmnet:PATH
+                                   streams of frames: any number of guests connect
+  qemu-dgram:PATH, vfkit:PATH, krunkit:PATH
+                                   datagrams: one guest at a time; as a client,
+                                   own=PATH is the socket of this side
+  bess:PATH                        sequenced packets, of user-mode Linux (Linux)
+                                   These have NAME, client and fd= too, and
+                                   vnet_hdr: each frame has a virtio header
 Options of a socket: mac=ADDRESS (the guest has this address and no other),
 mac=learn (the first one that it uses), isolated (the guest reaches the gateway
 or the uplink, and no other guest), queues=NUMBER, config (the front end may read
@@ -244,6 +252,9 @@ Examples:
     -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n
   sudo vmring serve --network tap:t0,bridged:br0 --listen vhost-user:a.sock \
     --listen vhost-user:b.sock,mac=52:54:00:12:34:56 --json
+  vmring serve --network embedded:lab --listen qemu:/tmp/vm1.sock
+  qemu-system-x86_64 ... -device virtio-net-pci,netdev=n \
+    -netdev stream,id=n,addr.type=unix,addr.path=/tmp/vm1.sock
 
 A front end may come, go and come again. The server may end and start again while
 guests run, if their front ends connect again. On Linux the server confines
@@ -260,10 +271,13 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "NETWORK", value_parser = NETWORKS, hide_possible_values = true,
           required_unless_present = "print_capabilities")]
     pub(crate) network: Option<NetworkSpec>,
-    /// Where front ends connect; can be repeated
+    /// Where guests' VMMs connect; can be repeated
     #[arg(long, value_name = "SOCKET",
-          required_unless_present_any = ["fd", "socket_path", "print_capabilities"])]
+          required_unless_present_any = ["connect", "fd", "socket_path", "print_capabilities"])]
     pub(crate) listen: Vec<ListenSpec>,
+    /// A socket at which a VMM listens, the same as --listen SOCKET,client; can be repeated
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) connect: Vec<ConnectSpec>,
     /// The same as --listen vhost-user:PATH, as QEMU's conventions for back ends have it
     #[arg(long, value_name = "PATH")]
     pub(crate) socket_path: Option<PathBuf>,

@@ -1,9 +1,9 @@
-//! `vmring serve`: joins virtual machines to a network, over vhost-user.
+//! `vmring serve`: joins virtual machines to a network, over vhost-user and the wires of VMMs.
 //!
-//! Each connection of a front end is a port of one switch, which is an embedded network. Below a TAP or
+//! Each connection of a guest is a port of one switch, which is an embedded network. Below a TAP or
 //! vmnet that network has no gateway of its own, and a port that leads to the TAP or to vmnet. Each
-//! connection has a thread. The main thread accepts connections, and waits for their ends and for
-//! signals.
+//! connection over vhost-user has a thread, and all wires have one together. The main thread accepts
+//! connections, and waits for their ends and for signals.
 
 pub(crate) mod limits;
 pub(crate) mod spec;
@@ -16,6 +16,7 @@ mod counts;
 mod exposition;
 mod folder;
 mod identity;
+mod links;
 mod listen;
 pub(crate) mod metrics;
 mod network;
@@ -26,6 +27,8 @@ mod server;
 mod sigbus;
 mod summary;
 mod table;
+mod wire;
+mod wire_stats;
 
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -42,8 +45,9 @@ use crate::stop::Stop;
 use crate::system;
 
 use confine::{Confinement, Needs, folder};
-use folder::place_of;
+use folder::{answers_of, place_of};
 use identity::{Identity, Wish};
+use limits::{FILES, FILES_PER_DEVICE, FILES_PER_PAIR, FILES_PER_WIRE, SEATS_MAX};
 use listen::{Listening, Passed};
 use metrics::{Metrics, MetricsSpec};
 use network::Network;
@@ -52,7 +56,7 @@ use ready::Ready;
 use reports::{Printer, Scraping};
 use server::Server;
 use sigbus::Places;
-use spec::{Kind, ListenSpec, NetworkSpec, Place};
+use spec::{ConnectSpec, Kind, ListenSpec, NetworkSpec, Place};
 use summary::Summary;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
@@ -69,13 +73,14 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     passed.check(&listens)?;
     // From here on a signal ends the server with its report. The thread that looks at the signals starts
     // after the confinement, so that it is confined too.
+    system::allow_open_files(open_files(args, &listens).into());
     let signals = Stop::catch_signals_and(REPORTING)?;
     let live = Live::start();
     let identity = identity(args)?;
     Identity::for_now(identity.as_ref(), || place(&mut listens))?;
     spec::check(&listens)?;
     let made = Identity::for_now(identity.as_ref(), || Made::new(&listens, adopted, args))?;
-    let may_offload = listens.iter().any(|spec| spec.offload);
+    let may_offload = listens.iter().any(ListenSpec::may_offload);
     let start = || Network::start(wanted, args, may_offload);
     let needs = needs(&listens, &made, wanted, args, live.is_watched());
     let mut confinement = Confinement::none("--no-sandbox");
@@ -99,10 +104,13 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     // The standard library opens files to count the processors, and remembers nothing. The library asks
     // it once.
     let _ = IdlePolicy::default();
-    let places = Places::install(args.connections as usize)?;
+    let over_vhost_user = listens.iter().any(|spec| !spec.is_wire());
+    let seats = if over_vhost_user { args.connections.min(SEATS_MAX) } else { 0 };
+    let places = Places::install(seats as usize)?;
+    let connections = args.connections as usize;
     let entrances = listens.into_iter().zip(listenings).zip(recordings);
     let entrances = entrances.map(|((spec, listening), recording)| (spec, listening, recording));
-    let mut server = Server::new(network, entrances.collect(), places)?;
+    let mut server = Server::new(network, entrances.collect(), connections, places)?;
     if !args.no_sandbox {
         confinement.restrict_calls(&needs);
     }
@@ -152,11 +160,29 @@ fn identity(args: &ServeArgs) -> Result<Option<Identity>, Failure> {
     Identity::of(Wish { user: args.user.as_deref(), group: args.group.as_deref(), sudo })
 }
 
+/// How many files the server has open at most.
+fn open_files(args: &ServeArgs, listens: &[ListenSpec]) -> u32 {
+    let pairs = listens.iter().filter(|spec| !spec.is_wire()).filter_map(|spec| spec.queues);
+    let of_devices = pairs.max().map_or(0, |pairs| {
+        let each = FILES_PER_DEVICE + FILES_PER_PAIR * u32::from(pairs);
+        args.connections.min(SEATS_MAX) * each
+    });
+    let has_wires = listens.iter().any(ListenSpec::is_wire);
+    let of_wires = if has_wires { args.connections * FILES_PER_WIRE } else { 0 };
+    FILES + of_devices.max(of_wires)
+}
+
 /// Puts sockets without a folder into the private one.
 fn place(listens: &mut [ListenSpec]) -> Result<(), Failure> {
     for spec in listens {
         if let Place::Server(path) | Place::Client(path) = &mut spec.place {
             *path = place_of(path)?;
+        }
+        if let (Place::Client(path), true) = (&spec.place, spec.has_one_peer()) {
+            spec.own = Some(match &spec.own {
+                Some(own) => place_of(own)?,
+                None => answers_of(path)?,
+            });
         }
     }
     Ok(())
@@ -236,9 +262,13 @@ fn listens(args: &ServeArgs) -> Vec<ListenSpec> {
     let path = args.socket_path.clone().map(Place::Server);
     let others = path.into_iter().chain(args.fd.map(Place::Descriptor));
     let others = others.map(|place| ListenSpec::new(Kind::VhostUser, place));
-    let mut listens: Vec<_> = args.listen.iter().cloned().chain(others).collect();
+    let connects = args.connect.iter().map(|ConnectSpec(spec)| spec).cloned();
+    let mut listens: Vec<_> = args.listen.iter().cloned().chain(connects).chain(others).collect();
     for spec in &mut listens {
         spec.mac.get_or_insert(args.mac);
+        if spec.is_wire() {
+            continue;
+        }
         spec.queues.get_or_insert(args.queues);
         spec.demand_seals |= args.demand_seals;
         spec.announce |= args.guest_announce;
@@ -263,6 +293,7 @@ fn needs(
     let io_uring = false;
     Needs {
         client: listens.iter().any(|spec| matches!(spec.place, Place::Client(_))),
+        wires: listens.iter().any(ListenSpec::is_wire),
         terminal,
         tap: network.is_tap(),
         io_uring: network.is_tap() && io_uring,

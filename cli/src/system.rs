@@ -35,6 +35,22 @@ pub(crate) fn is_ignored(signal: libc::c_int) -> bool {
     action.sa_sigaction == libc::SIG_IGN
 }
 
+/// Raises the limit of open files to this number, or as far as it may be raised.
+pub(crate) fn allow_open_files(number: u64) {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a live rlimit, which getrlimit fills.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } < 0 {
+        return;
+    }
+    let wanted = libc::rlim_t::from(number).min(limit.rlim_max);
+    if wanted > limit.rlim_cur {
+        limit.rlim_cur = wanted;
+        // If the system refuses, connections that are too many are refused later, and that is said.
+        // SAFETY: the pointer is to a live rlimit.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    }
+}
+
 /// The number of processors that this process may use.
 pub(crate) fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use vmring::Socket;
+use vmring::device::socket::SocketKind;
 
 /// Which VMM is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,21 +42,35 @@ impl WireKind {
         Self::ALL.iter().find(|(is, _)| *is == name).map(|(_, kind)| *kind)
     }
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         Self::ALL.iter().find(|(_, kind)| *kind == self).map_or("", |(name, _)| name)
     }
 
-    fn socket(self) -> Socket {
+    pub(crate) fn socket_kind(self) -> SocketKind {
         match self {
-            WireKind::Qemu | WireKind::Libkrun | WireKind::SocketVmnet => Socket::stream(),
-            WireKind::QemuDgram | WireKind::Vfkit | WireKind::Krunkit => Socket::datagram(),
+            WireKind::Qemu | WireKind::Libkrun | WireKind::SocketVmnet => SocketKind::Stream,
+            WireKind::QemuDgram | WireKind::Vfkit | WireKind::Krunkit => SocketKind::Datagram,
             #[cfg(target_os = "linux")]
-            WireKind::Bess => Socket::seqpacket(),
+            WireKind::Bess => SocketKind::Seqpacket,
         }
     }
 
-    fn is_datagram(self) -> bool {
-        matches!(self, WireKind::QemuDgram | WireKind::Vfkit | WireKind::Krunkit)
+    /// A driver without a place. With `client` this side is to connect.
+    pub(crate) fn socket(self, client: bool) -> Socket {
+        match self.socket_kind() {
+            SocketKind::Datagram => {
+                // They are the VMMs that announce themselves, and their helpers expect it.
+                let announces = matches!(self, WireKind::Vfkit | WireKind::Krunkit);
+                Socket::datagram().magic(client && announces)
+            }
+            #[cfg(target_os = "linux")]
+            SocketKind::Seqpacket => Socket::seqpacket(),
+            _ => Socket::stream(),
+        }
+    }
+
+    pub(crate) fn is_datagram(self) -> bool {
+        self.socket_kind() == SocketKind::Datagram
     }
 }
 
@@ -106,14 +121,11 @@ impl WireSpec {
 
     /// A driver for this end of the wire.
     pub(crate) fn driver(&self) -> Socket {
-        let socket = self.kind.socket().virtio_header(self.header);
+        let socket = self.kind.socket(self.client).virtio_header(self.header);
         if !self.client {
             return socket.listen(&self.path);
         }
         let socket = socket.connect(&self.path);
-        // They are the VMMs that announce themselves, and their helpers expect it.
-        let announces = matches!(self.kind, WireKind::Vfkit | WireKind::Krunkit);
-        let socket = if announces { socket.magic(true) } else { socket };
         match &self.own {
             Some(own) => socket.own_path(own),
             None => socket,

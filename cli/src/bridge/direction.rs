@@ -18,6 +18,9 @@ const WHOLE: u64 = 1;
 const SEGMENT: u64 = 2;
 const MERGED: u64 = 3;
 
+/// Why a packet is dropped that the bridge had read when it ended.
+const NOT_WRITTEN: &str = "not written at the end";
+
 const ETHERNET: usize = 14;
 const ETHERNET_AND_VLAN: u32 = 18;
 
@@ -237,7 +240,7 @@ impl BridgeDirection {
                 self.counts.packets_written += 1;
                 self.counts.bytes_written += len as u64;
             }
-            Err(EntryError::Cancelled) => self.counts.count_drop("not written at the end"),
+            Err(EntryError::Cancelled) => self.counts.count_drop(NOT_WRITTEN),
             Err(EntryError::Device(Status::Os(libc::EIO))) if self.to_tap => {
                 self.counts.count_drop("write failed: the link of the TAP is down");
             }
@@ -341,7 +344,7 @@ impl BridgeDirection {
         self.end_batch();
         let lost = self.waiting.len() + self.writing;
         for _ in 0..lost {
-            self.counts.count_drop("not written at the end");
+            self.counts.count_drop(NOT_WRITTEN);
         }
         self.waiting.clear();
         self.writing = 0;

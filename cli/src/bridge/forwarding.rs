@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use vmring::software::FLOWS_MERGED;
 use vmring::{
-    Direction, Drive, Error, IdlePolicy, Interface, OFFLOAD_LEN, PoolBuilder, Ring, RingControl,
-    RingOp,
+    Direction, Drive, Error, IdlePolicy, Interface, InterfaceMonitor, OFFLOAD_LEN, PoolBuilder,
+    Ring, RingControl, RingOp,
 };
 
 use super::direction::{BridgeDirection, READ};
@@ -195,12 +195,17 @@ impl Bridge {
 
     /// Ends the reading, writes what was read, and closes the rings.
     pub(crate) fn end(&mut self) -> Result<(), Failure> {
+        self.end_within(END_TIMEOUT)
+    }
+
+    /// The same, but what an end does not take within this time is dropped.
+    pub(crate) fn end_within(&mut self, time: Duration) -> Result<(), Failure> {
         self.is_ending = true;
         for ring in &mut self.rings {
             // Only a closed ring refuses this, and on a closed ring nothing is in flight.
             let _ = ring.cancel(READ, READ);
         }
-        let deadline = Instant::now() + END_TIMEOUT;
+        let deadline = Instant::now() + time;
         let mut outcome = Ok(());
         while self.rings.iter().any(|ring| ring.in_flight() > 0)
             || self.directions.iter().any(BridgeDirection::is_busy)
@@ -242,6 +247,22 @@ impl Bridge {
     /// A handle to the ring of an end, which reads its counters on any thread.
     pub(crate) fn control(&self, end: usize) -> RingControl {
         self.controls[end].clone()
+    }
+
+    /// Reads the counters of an end's interface on any thread.
+    pub(crate) fn monitor(&self, end: usize) -> InterfaceMonitor {
+        self.ends[end].interface.monitor()
+    }
+
+    /// A counter of an end's interface, by its name.
+    pub(crate) fn counter(&self, end: usize, name: &str) -> u64 {
+        let counters = self.ends[end].interface.counters();
+        counters.iter().find(|(is, _)| *is == name).map_or(0, |(_, n)| *n)
+    }
+
+    /// Packets from this end that have not arrived at the other.
+    pub(crate) fn lost(&self, from: usize) -> u64 {
+        self.directions[from].counts.drops.values().sum()
     }
 
     /// Packets and bytes written so far, in each direction.

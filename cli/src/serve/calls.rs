@@ -13,6 +13,8 @@ pub(crate) enum When {
     Elsewhere,
     /// It connects to front ends that listen.
     Client,
+    /// It has wires.
+    Wires,
     /// It shows counters on a terminal.
     Terminal,
     /// It remembers the leases of its DHCP server in a file.
@@ -167,6 +169,17 @@ pub(crate) const CALLS: &[Call] = calls! {
     // Front ends that listen.
     SYS_socket: Client, Only::OneOf { argument: 0, values: &[libc::AF_UNIX as u32] };
     SYS_connect: Client, Only::Any;
+    // Frames of wires, many in one call.
+    SYS_sendmsg: Wires, Only::Any;
+    SYS_recvmmsg: Wires, Only::Any;
+    SYS_sendmmsg: Wires, Only::Any;
+    SYS_setsockopt: Wires, Only::Any;
+    SYS_getpeername: Wires, Only::Any;
+    SYS_connect: Wires, Only::Any;
+    #[cfg(all(target_arch = "x86_64", not(target_env = "musl")))]
+    SYS_epoll_pwait: Wires, Only::Any;
+    SYS_timerfd_settime: Wires, Only::Any;
+    SYS_shutdown: Wires, Only::Any;
     // The width of the terminal, and whether it is one.
     SYS_ioctl: Terminal, Only::OneOf {
         argument: 1,

@@ -1,4 +1,4 @@
-//! One connection: a guest, its port of the network, and its thread.
+//! One connection: a guest, its port of the network, and, over vhost-user, its thread.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -15,25 +15,50 @@ use vmring_virtio::vhost_user::Settings;
 
 use super::counts::{Counts, OF_A_PORT};
 use super::sigbus::Seat;
+use super::wire_stats::WireStats;
 
 /// What other threads know of a guest.
 #[derive(Debug)]
 pub(super) struct Guest {
     since: Instant,
-    stats: StatsHandle,
-    monitor: InterfaceMonitor,
-    /// What its port has dropped, and what else it has counted, when it has ended.
-    port: OnceLock<[BTreeMap<&'static str, u64>; 2]>,
+    stats: Stats,
+    port: InterfaceMonitor,
+    /// What it had counted when it ended.
+    last: OnceLock<Counts>,
+}
+
+/// The counters of what is between a guest and its port.
+#[derive(Debug)]
+pub(super) enum Stats {
+    /// A device of virtio.
+    Device(StatsHandle),
+    Wire(WireStats),
 }
 
 impl Guest {
+    pub(super) fn new(stats: Stats, port: InterfaceMonitor) -> Self {
+        Self { since: Instant::now(), stats, port, last: OnceLock::new() }
+    }
+
     pub(super) fn counts(&self) -> Counts {
-        let device = self.stats.stats().named().into_iter().collect();
-        let [drops, port] = match self.port.get() {
-            Some(counted) => counted.clone(),
-            None => counted(self.monitor.drops(), self.monitor.counters()),
+        if let Some(counts) = self.last.get() {
+            return counts.clone();
+        }
+        let device = match &self.stats {
+            Stats::Device(stats) => stats.stats().named().into_iter().collect(),
+            Stats::Wire(stats) => stats.named(),
         };
+        let [drops, port] = counted(self.port.drops(), self.port.counters());
         Counts { device, drops, port }
+    }
+
+    /// Keeps what it has counted, and these counters too. It is called at the end, while there is still a
+    /// port.
+    pub(super) fn freeze(&self, more: impl IntoIterator<Item = (&'static str, u64)>) {
+        let mut counts = self.counts();
+        counts.device.extend(more);
+        // It is set once.
+        let _ = self.last.set(counts);
     }
 
     /// How long it has been connected.
@@ -55,8 +80,10 @@ fn counted(
 /// How a connection has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// The front end has gone.
+    /// The front end, or the peer of a wire, has gone.
     Left,
+    /// The peer of a wire has gone, in the middle of a packet.
+    LeftWithin,
     /// The server ends.
     Stopped,
     /// The front end has made its memory shorter.
@@ -69,6 +96,7 @@ impl fmt::Display for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Ended::Left => f.write_str("has left"),
+            Ended::LeftWithin => f.write_str("has left in the middle of a packet"),
             Ended::Stopped => f.write_str("was connected when the server ended"),
             Ended::Shrunk => f.write_str(
                 "is cut off: its front end has made the memory shorter that it shares, or has no \
@@ -79,7 +107,7 @@ impl fmt::Display for Ended {
     }
 }
 
-/// A connection that nobody serves yet.
+/// A connection over vhost-user that nobody serves yet.
 pub(super) struct Connection {
     socket: UnixStream,
     device: VhostUserNet,
@@ -96,10 +124,8 @@ impl Connection {
         seat: Seat,
     ) -> (Self, Arc<Guest>) {
         settings.observer = Some(seat.observer());
-        let (stats, monitor) =
-            (device.device().stats_handle(), device.device().interface().monitor());
-        let guest = Guest { since: Instant::now(), stats, monitor, port: OnceLock::new() };
-        let guest = Arc::new(guest);
+        let stats = Stats::Device(device.device().stats_handle());
+        let guest = Arc::new(Guest::new(stats, device.device().interface().monitor()));
         (Self { socket, device, settings, seat, guest: guest.clone() }, guest)
     }
 
@@ -107,9 +133,7 @@ impl Connection {
     pub(super) fn serve(self) -> Ended {
         let Self { socket, device, settings, seat, guest } = self;
         let (device, result) = serve_connection(socket, device, settings, seat.bell());
-        let interface = device.device().interface();
-        // It is set once.
-        let _ = guest.port.set(counted(interface.drops(), interface.counters()));
+        guest.freeze([]);
         // The port of the network goes with the device, before the seat is another's.
         drop(device);
         // What the device found in memory that had shrunk is no reason of its own.

@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::geteuid;
+use sha2::{Digest, Sha256};
 
 use crate::failure::Failure;
 
@@ -18,6 +19,14 @@ pub(super) fn place_of(path: &Path) -> Result<PathBuf, Failure> {
         private(geteuid().as_raw(), std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from));
     make(&folder)?;
     Ok(folder.join(path))
+}
+
+/// The path, in the private folder, to which the peer at `path` answers. It is the same each time, so that a
+/// server that is started again replaces the socket of one that was killed.
+pub(super) fn answers_of(path: &Path) -> Result<PathBuf, Failure> {
+    let hash = Sha256::digest(path.as_os_str().as_encoded_bytes());
+    let digits: String = hash[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    place_of(Path::new(&format!("answers-{digits}.sock")))
 }
 
 /// The private folder of a user: below `$XDG_RUNTIME_DIR`, if that is a folder of the user's; otherwise

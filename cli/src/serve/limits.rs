@@ -17,8 +17,20 @@ pub(crate) const END_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most connections at once, if nothing else is said.
 pub(crate) const CONNECTIONS: u32 = 64;
-/// The most that can be asked for: a network has 1,024 ports.
-pub(crate) const CONNECTIONS_MAX: u32 = 512;
+/// The most that can be asked for: a network has 1,024 ports, and one is the server's own.
+pub(crate) const CONNECTIONS_MAX: u32 = 1023;
+/// The most over vhost-user, whose mappings have a table each.
+pub(crate) const SEATS_MAX: u32 = 512;
+/// Packets that may be on their way in each direction between a wire and its port.
+pub(crate) const LINK_DEPTH: u32 = 128;
+/// The same, if each of them may be 64 KiB long.
+pub(crate) const LINK_DEPTH_OF_LARGE: u32 = 64;
+/// Open files of the server itself, of a guest on a wire, and of a guest over vhost-user with one pair of
+/// queues. Those of each further pair come to the last.
+pub(crate) const FILES: u32 = 128;
+pub(crate) const FILES_PER_WIRE: u32 = 12;
+pub(crate) const FILES_PER_DEVICE: u32 = 64;
+pub(crate) const FILES_PER_PAIR: u32 = 8;
 /// How many requests of other threads may wait for the main thread.
 pub(crate) const REQUESTS: usize = 8;
 /// How many guests a table on a terminal shows.

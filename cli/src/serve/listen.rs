@@ -8,11 +8,14 @@ use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use vmring::Socket;
+use vmring::device::socket as wires;
 use vmring_virtio::vhost_user::{Adopted, Listener, adopt, connect};
 
 use super::limits::RETRY;
-use super::spec::{ListenSpec, Place};
+use super::spec::{Kind, ListenSpec, Place};
 use crate::failure::Failure;
+use crate::wire::WireKind;
 
 /// Takes over an inherited descriptor.
 ///
@@ -105,7 +108,72 @@ pub(super) struct Listening {
 enum Source {
     Listener(Listener),
     Client(PathBuf),
-    Given(Option<UnixStream>),
+    Wires(wires::Listener, Framing),
+    WireClient(PathBuf, Framing),
+    Given(Option<Incoming>),
+}
+
+/// What a guest is reached by.
+#[derive(Debug)]
+pub(super) enum Incoming {
+    VhostUser(UnixStream),
+    /// A driver that has its socket. For datagrams the guest may come later.
+    Wire(Box<Socket>),
+}
+
+/// What a wire of frames speaks.
+#[derive(Clone, Copy, Debug)]
+struct Framing {
+    kind: WireKind,
+    header: bool,
+}
+
+impl Framing {
+    fn driver(self, client: bool) -> Socket {
+        self.kind.socket(client).virtio_header(self.header)
+    }
+
+    /// For one connection.
+    fn over(self, socket: OwnedFd) -> Incoming {
+        Incoming::Wire(Box::new(self.driver(false).from_fd(socket)))
+    }
+
+    fn adopted(self, fd: OwnedFd) -> Result<Source, vmring::Error> {
+        Ok(match wires::adopt(self.kind.socket_kind(), fd)? {
+            wires::Adopted::Listening(listener) => Source::Wires(listener, self),
+            wires::Adopted::Single(socket) => Source::Given(Some(self.over(socket))),
+        })
+    }
+
+    /// Makes the socket that has a path.
+    fn open(self, spec: &ListenSpec) -> Result<Source, vmring::Error> {
+        let kind = self.kind.socket_kind();
+        let once = |socket| Source::Given(Some(Incoming::Wire(Box::new(socket))));
+        Ok(match (&spec.place, &spec.own) {
+            (Place::Client(path), Some(own)) => {
+                let own = wires::Listener::bind(kind, own)?;
+                once(self.driver(true).connect(path).bound(own))
+            }
+            (Place::Client(path), None) => Source::WireClient(path.clone(), self),
+            (Place::Server(path), _) => {
+                let listener = wires::Listener::bind(kind, path)?;
+                match self.kind.is_datagram() {
+                    true => once(self.driver(false).bound(listener)),
+                    false => Source::Wires(listener, self),
+                }
+            }
+            (Place::Descriptor(_) | Place::Named(_), _) => unreachable!("it was adopted"),
+        })
+    }
+}
+
+/// The failure of a wire's socket. Only that a live process has it is no fault of the arguments.
+fn of_wire(spec: &ListenSpec, error: vmring::Error) -> Failure {
+    let sentence = format!("{spec}: {error}");
+    match error {
+        vmring::Error::Socket(vmring::SocketError::Taken(_)) => Failure::Step(sentence),
+        _ => Failure::Usage(sentence),
+    }
 }
 
 impl Listening {
@@ -119,15 +187,29 @@ impl Listening {
             Place::Server(_) | Place::Client(_) => return Ok(None),
         };
         let fd = inherited(number).map_err(failed)?;
-        let source = match adopt(fd).map_err(failed)? {
-            Adopted::Listening(listener) => Source::Listener(listener),
-            Adopted::Connected(socket) => Source::Given(Some(socket)),
+        let source = match Self::framing(spec) {
+            Some(framing) => framing.adopted(fd).map_err(|error| of_wire(spec, error))?,
+            None => match adopt(fd).map_err(failed)? {
+                Adopted::Listening(listener) => Source::Listener(listener),
+                Adopted::Connected(socket) => Source::Given(Some(Incoming::VhostUser(socket))),
+            },
         };
         Ok(Some(Self { source, not_before: None }))
     }
 
+    fn framing(spec: &ListenSpec) -> Option<Framing> {
+        match spec.kind {
+            Kind::VhostUser => None,
+            Kind::Wire(kind) => Some(Framing { kind, header: spec.header }),
+        }
+    }
+
     /// Makes the socket, if there is one to make.
     pub(super) fn open(spec: &ListenSpec) -> Result<Self, Failure> {
+        if let Some(framing) = Self::framing(spec) {
+            let source = framing.open(spec).map_err(|error| of_wire(spec, error))?;
+            return Ok(Self { source, not_before: None });
+        }
         let source = match &spec.place {
             Place::Server(path) => Source::Listener(Listener::bind(path).map_err(|error| {
                 let sentence = format!("{spec}: {error}");
@@ -143,42 +225,54 @@ impl Listening {
     }
 
     /// The next connection, if there is one now. After an error nothing is tried for a while.
-    pub(super) fn next(&mut self, now: Instant) -> io::Result<Option<UnixStream>> {
+    pub(super) fn next(&mut self, now: Instant) -> io::Result<Option<Incoming>> {
         if self.not_before.is_some_and(|at| now < at) {
             return Ok(None);
         }
         self.not_before = None;
-        let next = match &mut self.source {
-            Source::Listener(listener) => listener.accept(),
-            Source::Given(socket) => Ok(socket.take()),
-            Source::Client(path) => match connect(path) {
-                Ok(socket) => Ok(Some(socket)),
-                // The front end is not there yet, or has no time.
-                Err(error)
-                    if matches!(
+        let connected = match &mut self.source {
+            Source::Listener(listener) => {
+                listener.accept().map(|socket| socket.map(Incoming::VhostUser))
+            }
+            Source::Wires(listener, framing) => {
+                listener.accept().map(|socket| socket.map(|socket| framing.over(socket)))
+            }
+            Source::Given(incoming) => Ok(incoming.take()),
+            Source::Client(path) => connect(path).map(|socket| Some(Incoming::VhostUser(socket))),
+            Source::WireClient(path, framing) => wires::connect(framing.kind.socket_kind(), path)
+                .map(|socket| Some(framing.over(socket))),
+        };
+        match connected {
+            // The one that is connected to is not there yet, or has no time.
+            Err(error)
+                if self.is_client()
+                    && matches!(
                         error.kind(),
                         io::ErrorKind::NotFound
                             | io::ErrorKind::ConnectionRefused
                             | io::ErrorKind::WouldBlock
                     ) =>
-                {
-                    self.not_before = Some(now + RETRY);
-                    Ok(None)
-                }
-                Err(error) => Err(error),
-            },
-        };
-        next.inspect_err(|_| self.not_before = Some(now + RETRY))
+            {
+                self.not_before = Some(now + RETRY);
+                Ok(None)
+            }
+            next => next.inspect_err(|_| self.not_before = Some(now + RETRY)),
+        }
+    }
+
+    /// Whether it connects again and again.
+    fn is_client(&self) -> bool {
+        matches!(self.source, Source::Client(_) | Source::WireClient(..))
     }
 
     /// What is readable when there is a connection.
     pub(super) fn descriptor(&self, now: Instant) -> Option<BorrowedFd<'_>> {
-        match &self.source {
-            Source::Listener(listener) if self.not_before.is_none_or(|at| now >= at) => {
-                Some(listener.as_fd())
-            }
-            _ => None,
-        }
+        let fd = match &self.source {
+            Source::Listener(listener) => listener.as_fd(),
+            Source::Wires(listener, _) => listener.as_fd(),
+            Source::Client(_) | Source::WireClient(..) | Source::Given(_) => return None,
+        };
+        self.not_before.is_none_or(|at| now >= at).then_some(fd)
     }
 
     /// When to try again, without being told.
@@ -204,7 +298,7 @@ impl Listening {
     /// After a front end has gone, the next one is not tried at once, so that one that breaks every
     /// connection does not keep the server busy.
     pub(super) fn rest(&mut self, now: Instant) {
-        if let Source::Client(_) = self.source {
+        if self.is_client() {
             self.not_before = Some(now + RETRY);
         }
     }

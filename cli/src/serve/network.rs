@@ -6,11 +6,11 @@ use std::time::Instant;
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
 use vmring::device::embedded::{LimitsControl, QUEUES_MAX, SourceRule};
-use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, RingControl};
+use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, RingControl, Socket};
 use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
 
-use super::limits::STOP_TIMEOUT;
+use super::limits::{LINK_DEPTH, LINK_DEPTH_OF_LARGE, STOP_TIMEOUT};
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
@@ -77,7 +77,7 @@ impl Ports {
         recorded: Option<(&Recording, String)>,
     ) -> Result<Interface, Error> {
         // What a guest does not accept, the senders complete or cut.
-        let offloads = if spec.offload { Offloads::ALL } else { Offloads::default() };
+        let offloads = if spec.may_offload() { Offloads::ALL } else { Offloads::default() };
         let builder = self.builder().interface_id(id).isolated(spec.isolated).offloads(offloads);
         let limits = LimitsControl::new(spec.limits);
         let queues = spec.queues.unwrap_or(1).into();
@@ -194,6 +194,40 @@ impl Network {
         Some([(stats.rx_packets, stats.rx_bytes), (stats.tx_packets, stats.tx_bytes)])
     }
 
+    fn interface(
+        &self,
+        spec: &ListenSpec,
+        number: usize,
+        recording: Option<&Recording>,
+    ) -> Result<Interface, Failure> {
+        // The same guest gets the same address again.
+        let hash = Sha256::new().chain_update(spec.to_string()).chain_update(number.to_le_bytes());
+        let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
+        let recorded = recording.map(|recording| (recording, format!("{spec} {number}")));
+        let failed = |error| Failure::Step(format!("it has no port: {error}"));
+        self.ports.guest(spec, id, recorded).map_err(failed)
+    }
+
+    /// A wire that is joined to a port for its guest: the ends [`WIRE`](super::wire_stats::WIRE) and
+    /// [`PORT`](super::wire_stats::PORT) of a bridge. See [`port`](Self::port).
+    pub(super) fn link(
+        &self,
+        spec: &ListenSpec,
+        number: usize,
+        recording: Option<&Recording>,
+        socket: Socket,
+    ) -> Result<Bridge, Failure> {
+        let port = self.interface(spec, number, recording)?;
+        // Both have the same offloads, so each packet passes as it is, and the switch does the rest.
+        let offloads = port.capabilities().offloads;
+        let wanted = if spec.may_offload() { offloads } else { Offloads::default() };
+        let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
+        let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
+        let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
+        let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { LINK_DEPTH };
+        Bridge::new(ends, InSoftware::Nothing, depth).map_err(failed)
+    }
+
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected
     /// there. Its packets are recorded, if there is a recording.
     pub(super) fn port(
@@ -203,11 +237,7 @@ impl Network {
         recording: Option<&Recording>,
     ) -> Result<(VhostUserNet, Settings), Failure> {
         let failed = |error: &dyn fmt::Display| Failure::Step(format!("it has no port: {error}"));
-        // The same guest gets the same address again.
-        let hash = Sha256::new().chain_update(spec.to_string()).chain_update(number.to_le_bytes());
-        let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
-        let recorded = recording.map(|recording| (recording, format!("{spec} {number}")));
-        let interface = self.ports.guest(spec, id, recorded).map_err(|error| failed(&error))?;
+        let interface = self.interface(spec, number, recording)?;
         let mut net = NetSettings::default();
         net.queue_pairs = spec.queues.unwrap_or(1);
         net.guest_announce = spec.announce;

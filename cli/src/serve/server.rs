@@ -4,22 +4,26 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use vmring::Socket;
 
-use super::connection::{Connection, Ended, Guest};
+use super::connection::{Connection, Ended, Guest, Stats};
 use super::counts::Counts;
 use super::exposition::{Figures, SocketFigures};
 use super::limits::{END_TIMEOUT, LAST_ENDS, REQUESTS, TICK};
-use super::listen::Listening;
+use super::links::Links;
+use super::listen::{Incoming, Listening};
 use super::network::{Network, Relayed};
 use super::sigbus::{Places, Ringer};
 use super::spec::ListenSpec;
 use super::table::{Row, Rows, live_table};
+use super::wire::LinkOwner;
+use super::wire_stats::{PORT, WireStats};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
 use crate::progress::{Live, say};
@@ -34,7 +38,14 @@ pub(super) struct Server {
     since: Instant,
     pub(super) entrances: Vec<Entrance>,
     running: Vec<Running>,
+    /// The most connections at once.
+    connections: usize,
+    /// Those over vhost-user have a place each.
     places: &'static Places,
+    /// The thread of the wires, if there are any.
+    links: Option<Links>,
+    /// How many links it has got.
+    links_begun: u64,
     ends: Receiver<Key>,
     ending: Sender<Key>,
     /// Each thread that ends writes to the second.
@@ -113,14 +124,33 @@ pub(super) struct End {
     pub(super) how: String,
 }
 
-/// A connection with its thread.
+/// A connection that is served.
 struct Running {
     key: Key,
     /// It tells the connection from the others of its entrance, and is given again when it ends.
     place: usize,
-    thread: JoinHandle<Ended>,
-    ringer: Ringer,
+    served: Served,
     guest: Arc<Guest>,
+}
+
+/// By whom a connection is served.
+enum Served {
+    /// By a thread of its own, and the bell that ends it.
+    Thread(JoinHandle<Ended>, Ringer),
+    /// By the thread of the wires. It has a number there, and how it has ended is found here.
+    Link(u64, Arc<OnceLock<Ended>>),
+}
+
+impl Served {
+    /// How the connection has ended, when it has nothing left to do but to end.
+    fn ended(self) -> Ended {
+        let panicked =
+            || Ended::Failed("this is a fault of vmring: the thread has panicked".to_owned());
+        match self {
+            Served::Thread(thread, _) => thread.join().unwrap_or_else(|_| panicked()),
+            Served::Link(_, ended) => ended.get().cloned().unwrap_or_else(panicked),
+        }
+    }
 }
 
 /// Lets a few sentences pass each second, so that a front end cannot fill a log.
@@ -173,6 +203,7 @@ impl Server {
     pub(super) fn new(
         network: Network,
         entrances: Vec<(ListenSpec, Listening, Option<Recording>)>,
+        connections: usize,
         places: &'static Places,
     ) -> Result<Self, Failure> {
         let failed = |error| Failure::Step(format!("the server cannot start: {error}"));
@@ -181,6 +212,8 @@ impl Server {
         // A bell that nobody has listened to yet rings already.
         bell.1.set_nonblocking(true).map_err(failed)?;
         let now = Instant::now();
+        let has_wires = entrances.iter().any(|(spec, ..)| spec.is_wire());
+        let links = has_wires.then(Links::start).transpose()?;
         let entrance = |(spec, listening, recording)| Entrance {
             spec,
             listening,
@@ -202,7 +235,10 @@ impl Server {
             since: now,
             entrances,
             running,
+            connections,
             places,
+            links,
+            links_begun: 0,
             ends,
             ending,
             bell,
@@ -245,7 +281,8 @@ impl Server {
             if self.relay.is_none() && self.is_over() {
                 return Ok(());
             }
-            let due = self.entrances.iter().filter_map(|entrance| entrance.due(self.places));
+            let open = self.entrances.iter().filter(|entrance| self.has_room(entrance));
+            let due = open.filter_map(|entrance| entrance.listening.due());
             let due = due.chain(deadline).chain(tick.as_ref().map(|(at, _)| *at)).min();
             self.sleep(stop, now, due);
         }
@@ -269,7 +306,7 @@ impl Server {
 
     fn sleep(&self, stop: &Stop, now: Instant, due: Option<Instant>) {
         let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        let open = self.entrances.iter().filter(|one| one.has_room(self.places));
+        let open = self.entrances.iter().filter(|one| self.has_room(one));
         let open = open.filter_map(|one| one.listening.descriptor(now));
         let others = [stop.bell(), self.bell.0.as_raw_fd()];
         let mut polls: Vec<_> =
@@ -284,14 +321,21 @@ impl Server {
         let _ = (&self.bell.0).read(&mut [0; 64]);
     }
 
-    /// Starts a thread for each front end that has connected and has room.
+    /// Whether one more connection of this socket can be served.
+    fn has_room(&self, entrance: &Entrance) -> bool {
+        entrance.connected < entrance.spec.most(self.connections)
+            && self.running.len() < self.connections
+            && (entrance.spec.is_wire() || self.places.has_room())
+    }
+
+    /// Serves each guest that has connected and has room.
     fn accept(&mut self, now: Instant) {
         for index in 0..self.entrances.len() {
-            while self.entrances[index].has_room(self.places) {
+            while self.has_room(&self.entrances[index]) {
                 match self.entrances[index].listening.next(now) {
                     Ok(None) => break,
-                    Ok(Some(socket)) => {
-                        if !self.begin(index, socket, now) {
+                    Ok(Some(incoming)) => {
+                        if !self.begin(index, incoming, now) {
                             // The next one would fail too, and whoever connects again and again
                             // must not keep this thread from the others.
                             self.entrances[index].listening.fail(now);
@@ -309,45 +353,81 @@ impl Server {
     }
 
     /// Returns whether the connection is served.
-    fn begin(&mut self, index: usize, socket: UnixStream, now: Instant) -> bool {
+    fn begin(&mut self, index: usize, incoming: Incoming, now: Instant) -> bool {
         let entrance = &mut self.entrances[index];
-        let Some(seat) = self.places.take() else { return false };
         entrance.connections += 1;
-        let (number, ringer) = (entrance.connections, seat.ringer());
+        let key = (index, entrance.connections);
         let taken: Vec<_> = self.running.iter().filter(|one| one.key.0 == index).collect();
         let place = (0..).find(|place| taken.iter().all(|one| one.place != *place));
         let place = place.expect("there are more numbers than connections");
-        let (connection, guest) =
-            match self.network.port(&entrance.spec, place, entrance.recording.as_ref()) {
-                Ok((device, settings)) => Connection::new(socket, device, settings, seat),
-                Err(failure) => {
-                    entrance.ended(
-                        now,
-                        number,
-                        Duration::ZERO,
-                        &Ended::Failed(failure.to_string()),
-                    );
-                    return false;
+        let begun = match incoming {
+            Incoming::VhostUser(socket) => self.begin_thread(key, place, socket),
+            Incoming::Wire(socket) => self.begin_link(key, place, *socket),
+        };
+        let entrance = &mut self.entrances[index];
+        match begun {
+            Ok((served, guest)) => {
+                entrance.connected += 1;
+                // The one peer of a datagram socket may come later, and others may follow it.
+                if !entrance.spec.has_one_peer() {
+                    entrance.said.say(now, &format!("{}: guest {} is here", entrance.spec, key.1));
                 }
-            };
-        let key = (index, number);
+                self.running.push(Running { key, place, served, guest });
+                true
+            }
+            Err(failure) => {
+                let ended = Ended::Failed(failure.to_string());
+                entrance.ended(now, key.1, Duration::ZERO, &ended);
+                false
+            }
+        }
+    }
+
+    /// Starts a thread for a front end.
+    fn begin_thread(
+        &self,
+        key: Key,
+        place: usize,
+        socket: UnixStream,
+    ) -> Result<(Served, Arc<Guest>), Failure> {
+        let Entrance { spec, recording, .. } = &self.entrances[key.0];
+        let failed = |why: String| Failure::Step(why);
+        let seat = self.places.take().ok_or_else(|| failed("there is no place for it".into()))?;
+        let ringer = seat.ringer();
+        let (device, settings) = self.network.port(spec, place, recording.as_ref())?;
+        let (connection, guest) = Connection::new(socket, device, settings, seat);
         let ending = Ending { key, ending: self.ending.clone(), bell: self.bell.clone() };
         let body = move || {
             let _ending = ending;
             connection.serve()
         };
-        match thread::Builder::new().name(format!("guest{number}")).spawn(body) {
-            Ok(thread) => {
-                entrance.connected += 1;
-                entrance.said.say(now, &format!("{}: guest {number} is here", entrance.spec));
-                self.running.push(Running { key, place, thread, ringer, guest });
-                true
-            }
-            Err(error) => {
-                entrance.ended(now, number, Duration::ZERO, &Ended::Failed(error.to_string()));
-                false
-            }
-        }
+        let thread = thread::Builder::new().name(format!("guest{}", key.1)).spawn(body);
+        let thread = thread.map_err(|error| failed(error.to_string()))?;
+        Ok((Served::Thread(thread, ringer), guest))
+    }
+
+    /// Gives a wire to the thread of the wires.
+    fn begin_link(
+        &mut self,
+        key: Key,
+        place: usize,
+        socket: Socket,
+    ) -> Result<(Served, Arc<Guest>), Failure> {
+        let Entrance { spec, recording, .. } = &self.entrances[key.0];
+        let bridge = self.network.link(spec, place, recording.as_ref(), socket)?;
+        let stats = Stats::Wire(WireStats::of(&bridge));
+        let guest = Arc::new(Guest::new(stats, bridge.monitor(PORT)));
+        let ended = Arc::<OnceLock<Ended>>::default();
+        let owner = LinkOwner {
+            guest: guest.clone(),
+            ended: ended.clone(),
+            how: None,
+            _ending: Ending { key, ending: self.ending.clone(), bell: self.bell.clone() },
+        };
+        self.links_begun += 1;
+        let links = self.links.as_ref().expect("a server with wires has their thread");
+        links.begin(self.links_begun, bridge, owner);
+        Ok((Served::Link(self.links_begun, ended), guest))
     }
 
     /// Takes over what the connections that have ended have counted, and why they ended.
@@ -359,11 +439,8 @@ impl Server {
                 return self.relay_ended().and_then(|()| ended());
             }
             let Some(place) = self.running.iter().position(|one| one.key == key) else { continue };
-            let Running { thread, guest, .. } = self.running.swap_remove(place);
-            // It has nothing left to do but to end.
-            let ended = thread.join().unwrap_or_else(|_| {
-                Ended::Failed("this is a fault of vmring: the thread has panicked".to_owned())
-            });
+            let Running { served, guest, .. } = self.running.swap_remove(place);
+            let ended = served.ended();
             let entrance = &mut self.entrances[key.0];
             entrance.connected -= 1;
             entrance.before.add(&guest.counts());
@@ -400,7 +477,12 @@ impl Server {
     pub(super) fn end(&mut self) -> Result<(), Failure> {
         // A thread that waits for an answer gets none.
         self.requests = None;
-        self.running.iter().for_each(|one| one.ringer.ring());
+        for one in &self.running {
+            match &one.served {
+                Served::Thread(_, ringer) => ringer.ring(),
+                Served::Link(number, _) => self.links.iter().for_each(|links| links.end(*number)),
+            }
+        }
         let deadline = Instant::now() + END_TIMEOUT;
         let mut outcome = Ok(());
         while !self.running.is_empty() && Instant::now() < deadline {
@@ -467,15 +549,6 @@ impl Server {
 }
 
 impl Entrance {
-    fn has_room(&self, places: &Places) -> bool {
-        self.connected < self.spec.most(places.len()) && places.has_room()
-    }
-
-    /// When something is to be tried again.
-    fn due(&self, places: &Places) -> Option<Instant> {
-        self.listening.due().filter(|_| self.has_room(places))
-    }
-
     /// Packets of its guests that were not recorded in time.
     pub(super) fn unrecorded(&self) -> u64 {
         self.recording.as_ref().map_or(0, |recording| recording.capture.lost())

@@ -130,11 +130,6 @@ impl Places {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many connections there can be at once.
-    pub(super) fn len(&self) -> usize {
-        self.places.len()
-    }
-
     /// Whether there is a place for one more connection.
     pub(super) fn has_room(&self) -> bool {
         !self.free().places.is_empty()

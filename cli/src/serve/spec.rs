@@ -15,6 +15,7 @@ use vmring::device::embedded::{PortLimits, Rate};
 
 use crate::failure::Failure;
 use crate::size::Size;
+use crate::wire::WireKind;
 
 pub(crate) use network::NetworkSpec;
 
@@ -22,6 +23,8 @@ pub(crate) use network::NetworkSpec;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     VhostUser,
+    /// Frames.
+    Wire(WireKind),
 }
 
 /// How a kind of socket is written, and what it may have. A socket of a new kind is one more row of
@@ -36,30 +39,49 @@ struct Wire {
     options: &'static [&'static str],
 }
 
-const WIRES: &[Wire] = &[Wire {
-    kind: Kind::VhostUser,
-    name: "vhost-user",
-    client: true,
-    options: &["queues", "config", "seals", "announce"],
-}];
+const WIRES: &[Wire] = &[
+    Wire {
+        kind: Kind::VhostUser,
+        name: "vhost-user",
+        client: true,
+        options: &["queues", "config", "seals", "announce"],
+    },
+    Wire::of_frames(WireKind::Qemu, "qemu", CONNECTED),
+    Wire::of_frames(WireKind::QemuDgram, "qemu-dgram", DATAGRAMS),
+    Wire::of_frames(WireKind::Vfkit, "vfkit", DATAGRAMS),
+    Wire::of_frames(WireKind::Krunkit, "krunkit", DATAGRAMS),
+    Wire::of_frames(WireKind::Libkrun, "libkrun", CONNECTED),
+    Wire::of_frames(WireKind::SocketVmnet, "socket_vmnet", CONNECTED),
+    #[cfg(target_os = "linux")]
+    Wire::of_frames(WireKind::Bess, "bess", CONNECTED),
+];
+
+/// The options of a wire of frames, with connections and with datagrams.
+const CONNECTED: &[&str] = &["vnet_hdr"];
+const DATAGRAMS: &[&str] = &["vnet_hdr", "own"];
 
 impl Wire {
+    const fn of_frames(
+        kind: WireKind,
+        name: &'static str,
+        options: &'static [&'static str],
+    ) -> Self {
+        Self { kind: Kind::Wire(kind), name, client: true, options }
+    }
+
     fn of(kind: Kind) -> &'static Self {
         WIRES.iter().find(|wire| wire.kind == kind).expect("each kind is a row")
     }
 
     /// Every way to write a socket, for sentences.
     fn ways() -> String {
-        let ways = WIRES.iter().map(|Wire { name, .. }| {
-            format!(
-                "{name}:PATH, {name}:NAME (in a private folder), {name}:fd=NUMBER or {name}:fd=NAME"
-            )
-        });
-        ways.collect::<Vec<_>>().join(", ")
+        let names: Vec<_> = WIRES.iter().map(|Wire { name, .. }| format!("{name}:PATH")).collect();
+        let paths = names.join(", ");
+        format!("{paths}; or NAME (in a private folder), fd=NUMBER or fd=NAME in the PATH's place")
     }
 }
 
-/// One `--listen`.
+/// One `--listen` or `--connect`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ListenSpec {
     pub(crate) kind: Kind,
@@ -78,6 +100,10 @@ pub(crate) struct ListenSpec {
     pub(crate) announce: bool,
     /// Whether the guest may leave checksums and segments to others.
     pub(crate) offload: bool,
+    /// Whether each frame of a wire has a virtio header in front.
+    pub(crate) header: bool,
+    /// The path of this side of a datagram socket that connects.
+    pub(crate) own: Option<PathBuf>,
 }
 
 /// Where the connections of a `--listen` come from.
@@ -164,6 +190,9 @@ impl FromStr for ListenSpec {
         for option in parts {
             spec.set(wire, &option)?;
         }
+        if spec.own.is_some() && !matches!(spec.place, Place::Client(_)) {
+            return Err("'own' is for a socket that connects: add client".to_owned());
+        }
         Ok(spec)
     }
 }
@@ -211,6 +240,9 @@ impl ListenSpec {
             ("seals", "") => self.demand_seals = true,
             ("announce", "") => self.announce = true,
             ("offload", "on" | "off") => self.offload = value == "on",
+            ("vnet_hdr", "") => self.header = true,
+            ("own", "") => return Err("own needs a path, like own=/run/vm0.own".into()),
+            ("own", path) => self.own = Some(path.into()),
             ("queues", number) => self.queues = Some(queues(number)?),
             ("rate", rate) => {
                 let rate = Some(bytes(rate)?);
@@ -276,23 +308,60 @@ impl ListenSpec {
             demand_seals: false,
             announce: false,
             offload: true,
+            header: false,
+            own: None,
         }
     }
 
-    /// The path of the socket, if this process makes it.
+    /// The path of the socket that this process makes, if it makes one.
     pub(crate) fn own_path(&self) -> Option<&Path> {
         match &self.place {
             Place::Server(path) => Some(path),
-            _ => None,
+            _ => self.own.as_deref(),
         }
+    }
+
+    /// Whether its guests are on a wire of frames.
+    pub(crate) fn is_wire(&self) -> bool {
+        matches!(self.kind, Kind::Wire(_))
+    }
+
+    /// Whether its guests may leave checksums and segments to others. A frame without a header cannot say
+    /// what is left.
+    pub(crate) fn may_offload(&self) -> bool {
+        self.offload && (self.header || !self.is_wire())
     }
 
     /// How many guests can be connected at once. Two guests cannot have one address.
     pub(crate) fn most(&self, all: usize) -> usize {
         match (&self.place, self.mac) {
             (Place::Client(_), _) | (_, Some(MacRule::Fixed(_))) => 1,
+            _ if self.has_one_peer() => 1,
             _ => all,
         }
+    }
+
+    /// Whether it is a datagram socket, which has one peer at a time and no connections.
+    pub(crate) fn has_one_peer(&self) -> bool {
+        matches!(self.kind, Kind::Wire(kind) if kind.is_datagram())
+    }
+}
+
+/// One `--connect`: the same as a `--listen` with `client`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ConnectSpec(pub(crate) ListenSpec);
+
+impl FromStr for ConnectSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = parts(text).into_iter();
+        // The client comes first, because other options need it.
+        let place = parts.next().unwrap_or_default();
+        let options: Vec<_> = parts.filter(|option| option != "client").collect();
+        let whole = [place, "client".to_owned()].into_iter().chain(options);
+        let doubled: Vec<_> = whole.map(|part| part.replace(',', ",,")).collect();
+        doubled.join(",").parse().map(Self)
     }
 }
 
@@ -300,7 +369,8 @@ impl ListenSpec {
 pub(crate) fn check(listens: &[ListenSpec]) -> Result<(), Failure> {
     for (i, one) in listens.iter().enumerate() {
         for other in &listens[..i] {
-            if one.place == other.place {
+            let is_same = |a: Option<&Path>, b: Option<&Path>| a.is_some() && a == b;
+            if one.place == other.place || is_same(one.own_path(), other.own_path()) {
                 return Err(Failure::Usage(format!("'{one}' is there twice; name two sockets")));
             }
             if let (Some(file), true) = (&one.capture, one.capture == other.capture) {

@@ -30,6 +30,8 @@ mod tap;
 #[cfg(target_os = "linux")]
 #[path = "serve/unit.rs"]
 mod unit;
+#[path = "serve/wires.rs"]
+mod wires;
 
 use guest::{Guest, connect, mac, packet};
 
@@ -294,7 +296,7 @@ fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
         (&["--listen", &nowhere], "No such file"),
         (&["--listen", "vhost-user:fd=99"], "vhost-user:fd=99: "),
         (&["--listen", "vhost-user:fd=1"], "is 3 or more"),
-        (&["--listen", "qemu:/a"], "there is no wire"),
+        (&["--listen", "quemu:/a"], "there is no wire"),
         (&["--listen", "vhost-user:fd=vm0"], "no socket with the name 'vm0', and none at all"),
         (&["--listen", &socket, "--metrics", "0.0.0.0:1"], "an address that others can reach"),
         (&["--listen", &socket, "--ready-fd", "99"], "--ready-fd 99: "),
@@ -307,7 +309,7 @@ fn a_server_with_wrong_arguments_says_so_in_a_sentence() {
         (&["--listen", &socket, "--mac", "52:54:00:00:00:01"], "is for one guest"),
         (&["--listen", &socket, "--queues", "0"], "0 is not in 1 to 128"),
         (&["--listen", &socket, "--queues", "17"], "17 pairs of queues are asked for"),
-        (&["--listen", &socket, "--connections", "0"], "0 is not in 1 to 512"),
+        (&["--listen", &socket, "--connections", "0"], "0 is not in 1 to 1023"),
         (&["--listen", &socket, "--mtu", "7"], "embedded:lab: "),
         (&[], "--listen"),
     ] {

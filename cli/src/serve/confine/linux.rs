@@ -154,6 +154,7 @@ fn is_needed(when: When, needs: &Needs) -> bool {
     match when {
         When::Always | When::Elsewhere => true,
         When::Client => needs.client,
+        When::Wires => needs.wires,
         When::Terminal => needs.terminal,
         When::LeaseFile => needs.leases.is_some(),
         When::Tap => needs.tap,
@@ -434,7 +435,7 @@ mod tests {
     /// more than 4096 instructions, and no call twice.
     #[test]
     fn every_list_makes_a_filter() {
-        for bits in 0..128_u32 {
+        for bits in 0..256_u32 {
             let bit = |n: u32| bits & (1 << n) != 0;
             let needs = Needs {
                 client: bit(0),
@@ -443,6 +444,7 @@ mod tests {
                 io_uring: bit(3),
                 hosts_end: bit(4),
                 simulated: bit(6),
+                wires: bit(7),
                 leases: bit(5).then(|| "/".into()),
                 ..Needs::default()
             };

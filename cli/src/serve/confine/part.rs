@@ -14,6 +14,8 @@ use serde::Serialize;
 pub(crate) struct Needs {
     /// It connects to front ends that listen.
     pub(crate) client: bool,
+    /// It has wires.
+    pub(crate) wires: bool,
     /// It shows counters on a terminal.
     pub(crate) terminal: bool,
     /// It moves frames of a TAP; by io_uring, if this says so.

@@ -39,6 +39,8 @@ fn a_socket_is_written_with_its_options() {
             demand_seals: true,
             announce: true,
             offload: false,
+            header: false,
+            own: None,
         }
     );
     assert_eq!(spec("vhost-user:a,mac=learn").mac, Some(MacRule::Learn));
@@ -54,7 +56,14 @@ fn a_socket_is_written_with_its_options() {
 fn what_is_no_socket_is_refused_in_a_sentence() {
     for (text, said) in [
         ("/run/a.sock", "there is no wire '/run/a.sock'"),
-        ("qemu:/run/a.sock", "use vhost-user:PATH"),
+        ("quemu:/run/a.sock", "use vhost-user:PATH, qemu:PATH"),
+        ("qemu:", "a socket needs a path, like qemu:/run/vm0.sock"),
+        ("qemu:a,queues=2", "a socket of qemu has no option 'queues'"),
+        ("qemu:a,own=b", "a socket of qemu has no option 'own'"),
+        ("vfkit:a,own=b", "'own' is for a socket that connects: add client"),
+        ("vfkit:a,client,own=", "own needs a path"),
+        ("vhost-user:a,vnet_hdr", "a socket of vhost-user has no option 'vnet_hdr'"),
+        ("qemu:a,frob", "use client, vnet_hdr, mac=ADDRESS"),
         ("vhost-user:", "needs a path"),
         ("vhost-user:,client", "needs a path"),
         ("vhost-user:fd=2", "is 3 or more, or a name, and not '2'"),
@@ -109,4 +118,33 @@ fn an_address_is_for_one_guest_at_a_time() {
     ] {
         assert_eq!(spec(text).most(64), most, "{text}");
     }
+}
+
+#[test]
+fn a_wire_is_a_socket_with_the_options_of_a_port() {
+    for wire in WIRES {
+        let one = spec(&format!("{}:/run/a.sock,mac=learn,isolated,rate=4K", wire.name));
+        assert_eq!((one.kind, one.isolated), (wire.kind, true));
+        assert_eq!(one.to_string(), format!("{}:/run/a.sock", wire.name));
+        if let Kind::Wire(kind) = wire.kind {
+            assert_eq!((kind.name(), one.is_wire()), (wire.name, true));
+            assert_eq!(one.most(64), if kind.is_datagram() { 1 } else { 64 });
+        }
+    }
+    assert!(spec("vhost-user:a").may_offload());
+    assert!(!spec("qemu:a").may_offload(), "a frame has no header");
+    assert!(spec("qemu:a,vnet_hdr").may_offload());
+    assert!(!spec("qemu:a,vnet_hdr,offload=off").may_offload());
+    let one = spec("krunkit:a,client,own=b");
+    assert_eq!(one.own_path(), Some(Path::new("b")));
+    assert!(check(&[one, spec("qemu:b")]).is_err(), "they have the same path");
+}
+
+#[test]
+fn to_connect_is_to_listen_as_a_client() {
+    let connect = |text: &str| text.parse::<ConnectSpec>().map(|ConnectSpec(spec)| spec);
+    assert_eq!(connect("qemu:a,,b"), Ok(spec("qemu:a,,b,client")));
+    assert_eq!(connect("vfkit:a,own=b,mac=learn"), Ok(spec("vfkit:a,client,own=b,mac=learn")));
+    assert_eq!(connect("vhost-user:a,client"), Ok(spec("vhost-user:a,client")));
+    assert!(connect("qemu:fd=3").unwrap_err().contains("a client needs a path"));
 }

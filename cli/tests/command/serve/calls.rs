@@ -192,6 +192,64 @@ fn client(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
+/// Guests on wires come, exchange frames, break the rules and leave. With `more` the server connects too.
+fn wired(folder: &Path, more: &[&str]) -> Traced {
+    let [a, b, own] = ["a.sock", "b.sock", "own.sock"].map(|name| folder.join(name));
+    let [stream, datagrams] = [wires::at("qemu", &a), wires::at("vfkit", &b)];
+    let arguments = ["--network", "embedded:lab", "--listen", &stream, "--listen", &datagrams];
+    let traced = Traced::new(folder, &[&arguments[..], more].concat());
+    let mut one = wires::Wire::stream(&a, mac(1));
+    let mut two = wires::Wire::vfkit(&b, &own, mac(2));
+    wires::exchange(&mut one, &mut two, 0..10);
+    // Many at once, for one that does not read.
+    for number in 0..2000 {
+        two.send(&packet(mac(2), mac(1), 1514, number));
+    }
+    wires::connected(&a).write_all(&[0xff; 8]).expect("it is taken");
+    traced.server.until_said("a length above the maximum");
+    drop(one);
+    traced.server.until_said("has left");
+    // The links sleep.
+    thread::sleep(Duration::from_millis(50));
+    let mut one = wires::Wire::stream(&a, mac(3));
+    wires::exchange(&mut one, &mut two, 0..10);
+    traced
+}
+
+/// One wire is an inherited descriptor.
+fn wired_inherited(folder: &Path) -> BTreeSet<String> {
+    use std::os::fd::AsRawFd;
+    let path = folder.join("a.sock");
+    let (own, other) = std::os::unix::net::UnixDatagram::pair().expect("sockets");
+    let fds = [(other.as_raw_fd(), 103)];
+    let stream = wires::at("qemu", &path);
+    let listens = ["--network", "embedded:lab", "--listen", &stream, "--listen", "krunkit:fd=103"];
+    let (file, mut command, arguments) = Traced::command(folder, &listens);
+    let command = wires::with_descriptors(&mut command, fds);
+    let traced = Traced { server: Server::of(command, &as_strs(&arguments)), file };
+    let mut one = wires::Wire::of(own, mac(1));
+    wires::exchange(&mut one, &mut wires::Wire::stream(&path, mac(2)), 0..10);
+    traced.ended()
+}
+
+/// It connects to VMMs that listen on wires, and finds them again when they have gone.
+fn wired_client(folder: &Path) -> BTreeSet<String> {
+    let [a, b, own] = ["c.sock", "d.sock", "own2.sock"].map(|name| folder.join(name));
+    let datagrams = format!("{},own={}", wires::at("vfkit", &b), own.display());
+    let more = ["--connect", &wires::at("qemu", &a), "--connect", &datagrams];
+    let listener = std::os::unix::net::UnixListener::bind(&a).expect("a socket");
+    let vmm = std::os::unix::net::UnixDatagram::bind(&b).expect("a socket");
+    let traced = wired(folder, &more);
+    vmm.recv(&mut [0; 16]).expect("the server announces itself");
+    vmm.connect(&own).expect("it answers there");
+    let mut three = wires::Wire::of(vmm, mac(5));
+    let (socket, _) = listener.accept().expect("the server connects");
+    wires::exchange(&mut wires::Wire::on(socket, mac(4)), &mut three, 0..10);
+    let (socket, _) = listener.accept().expect("the server connects again");
+    wires::exchange(&mut wires::Wire::on(socket, mac(4)), &mut three, 0..10);
+    traced.ended()
+}
+
 /// Its counters are watched on a terminal.
 fn watched(folder: &Path) -> BTreeSet<String> {
     let path = folder.join("a.sock");
@@ -345,6 +403,9 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![], life(&folder("life"))),
         (vec![], end_by_bus(&folder("bus"))),
         (vec![When::Client], client(&folder("client"))),
+        (vec![When::Wires], wired(&folder("wires"), &[]).ended()),
+        (vec![When::Wires], wired_inherited(&folder("wires inherited"))),
+        (vec![When::Wires, When::Client], wired_client(&folder("wires client"))),
         (vec![When::Terminal], watched(&folder("watched"))),
         (vec![When::LeaseFile], leases(&folder("leases"))),
         (vec![When::Simulated], simulated(&folder("simulated"))),

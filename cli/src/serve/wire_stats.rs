@@ -1,0 +1,66 @@
+//! What a link between a wire and its port counts.
+
+use std::collections::BTreeMap;
+
+use vmring::{CloseReason, InterfaceMonitor, RingControl};
+
+use crate::bridge::forwarding::Bridge;
+
+/// The ends of the bridge that is a link.
+pub(super) const WIRE: usize = 0;
+pub(super) const PORT: usize = 1;
+
+/// What a link counts, for any thread.
+#[derive(Debug)]
+pub(super) struct WireStats {
+    /// By their ends.
+    rings: [RingControl; 2],
+    wire: InterfaceMonitor,
+}
+
+/// The names of the wire's drops, beside those of the device of a guest on vhost-user. Writes without a
+/// peer fail, and so they are among `rx_errors` too.
+const DROPS: [(&str, &str); 6] = [
+    ("runt", "tx_short"),
+    ("too big", "tx_too_big"),
+    ("bad offload header", "tx_bad_header"),
+    ("sender without a name", "tx_unnamed"),
+    ("other sender", "tx_stranger"),
+    ("no peer", "rx_no_peer"),
+];
+
+impl WireStats {
+    pub(super) fn of(bridge: &Bridge) -> Self {
+        let rings = [bridge.control(WIRE), bridge.control(PORT)];
+        Self { rings, wire: bridge.monitor(WIRE) }
+    }
+
+    /// What it has counted, by name: `rx` is what the guest receives, and `tx` what it sends.
+    pub(super) fn named(&self) -> BTreeMap<&'static str, u64> {
+        let [wire, port] = self.rings.each_ref().map(RingControl::stats);
+        let [wire_errors, port_errors] = self.rings.each_ref().map(errors);
+        let rings = [
+            ("rx_packets", wire.tx_packets),
+            ("rx_bytes", wire.tx_bytes),
+            ("rx_not_taken", wire.exhausted),
+            ("rx_errors", wire_errors),
+            ("tx_packets", port.tx_packets),
+            ("tx_bytes", port.tx_bytes),
+            ("tx_errors", port_errors + port.exhausted),
+        ];
+        let name = |why| DROPS.iter().find(|(is, _)| *is == why).map_or(why, |(_, name)| *name);
+        let drops = self.wire.drops().into_iter().map(|(why, n)| (name(why), n));
+        let counted = drops.chain(self.wire.counters()).filter(|(_, n)| *n > 0);
+        rings.into_iter().chain(counted).collect()
+    }
+}
+
+/// What a ring's device has refused. When the device fails for good, each read that was posted is refused
+/// too, and was for no packet.
+pub(super) fn errors(ring: &RingControl) -> u64 {
+    let stats = ring.stats();
+    match ring.closed() {
+        Some(CloseReason::Failed(status)) => stats.errors - stats.errors_by_status.of(status),
+        _ => stats.errors,
+    }
+}
