@@ -1,4 +1,4 @@
-//! `vmring bridge` between real guests, each on a wire of its VMM's own.
+//! `vmring bridge` between real guests and `vmring serve` below them, each on a wire of its VMM's own.
 
 use super::*;
 
@@ -75,4 +75,56 @@ fn qemu_over_datagrams_meets_qemu_that_listens() {
         (format!("qemu:{path},client"), Nic::netdev(nic))
     };
     meet([&dgram, &server], [Engine::Qemu, Engine::Qemu]);
+}
+
+/// Goal: one server gives leases to two guests on two wires, and they exchange what its digests agree on.
+#[test]
+fn one_server_joins_qemu_over_a_stream_and_user_mode_linux_over_sequenced_packets() {
+    let [Some(first), Some(second)] = [Engine::Qemu, Engine::Uml].map(guest) else { return };
+    let folder = Folder::new();
+    let [a, b] = ["a", "b"].map(|name| folder.join(name).display().to_string());
+    let listens = [format!("qemu:{a}"), format!("bess:{b}")];
+    let server =
+        Server::start("embedded:lab", &[], &["--listen", &listens[0], "--listen", &listens[1]]);
+    let stream = Nic::netdev(format!("stream,server=off,addr.type=unix,addr.path={a}"));
+    let mut one = first.nic(stream).start();
+    let mut other = second.nic(Nic::vector(format!("transport=bess,dst={b},src={b}.own"))).start();
+    let (address, other_address) = (join(&mut one), join(&mut other));
+    transfer([(&mut one, &address), (&mut other, &other_address)]);
+    drop((one, other));
+    let report = server.end();
+    for socket in report["sockets"].as_array().expect("a list") {
+        let counts = &socket["counts"];
+        assert!(counts["tx_packets"].as_u64() > Some(1000), "{report}");
+        for name in ["rx_errors", "tx_errors", "tx_short", "tx_too_big"] {
+            assert_eq!(counts[name].as_u64().unwrap_or(0), 0, "{report}");
+        }
+    }
+}
+
+/// Goal: a server is killed and started again under running guests, one that listens and one that sends
+/// datagrams, and they go on with the addresses that they have.
+#[test]
+fn a_server_is_started_again_under_guests_on_wires() {
+    let [Some(first), Some(second)] = [Engine::Qemu, Engine::Qemu].map(guest) else { return };
+    let folder = Folder::new();
+    let [a, b] = ["a", "b"].map(|name| folder.join(name).display().to_string());
+    let [connect, listen] = [format!("qemu:{a}"), format!("qemu-dgram:{b}")];
+    let start =
+        || Server::start("embedded:lab", &[], &["--connect", &connect, "--listen", &listen]);
+    let server = start();
+    let listens = Nic::netdev(format!("stream,server=on,addr.type=unix,addr.path={a}"));
+    let sends = Nic::netdev(format!(
+        "dgram,local.type=unix,local.path={b}.vm,remote.type=unix,remote.path={b}"
+    ));
+    let mut one = first.nic(listens).start();
+    let mut other = second.nic(sends).start();
+    let (address, other_address) = (join(&mut one), join(&mut other));
+    drop(server);
+    let server = start();
+    one.sh(". /tmp/dhcp.eth0; ping -c 3 -i 0.2 -W 20 $router");
+    other.sh(". /tmp/dhcp.eth0; ping -c 3 -i 0.2 -W 20 $router");
+    transfer([(&mut one, &address), (&mut other, &other_address)]);
+    drop((one, other));
+    assert_eq!(server.end()["ok"], true);
 }
