@@ -17,7 +17,8 @@ use crate::io::Io;
 use crate::limits::{
     ACCEPTS_AT_ONCE, BACKLOG, FORWARD_FLOWS, FORWARD_LOOK, FORWARDS, GUEST_LOOK, GUEST_WAIT,
 };
-use crate::policy::{Guest, Protocol};
+use crate::policy::Protocol;
+use crate::policy::sources::Guest;
 use crate::sockets::{Kind, SocketError, Sockets, Token};
 use crate::stats::Counter;
 use crate::table::{FlowId, Keyed, Table};

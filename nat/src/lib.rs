@@ -102,10 +102,9 @@ pub use datagram::DatagramFlow;
 pub use forward::{ForwardError, ForwardInfo, ForwardRule};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};
-pub use policy::{
-    Guest, HostAccess, HostPort, Policy, PolicyRules, Protocol, Request, Rule, RuleError, Sources,
-    Verdict, WorldOnly,
-};
+pub use policy::rules::{HostAccess, HostPort, PolicyRules, Rule, RuleError};
+pub use policy::sources::{Guest, Sources};
+pub use policy::{Policy, Protocol, Request, Verdict, WorldOnly};
 pub use prefix::{Prefix, PrefixError};
 pub use sockets::{
     Capabilities, ConnectOptions, DatagramError, Incoming, Outgoing, Readiness, Route, SendSpace,

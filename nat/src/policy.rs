@@ -13,9 +13,6 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use crate::output::Port;
 use crate::stats::Counter;
 
-pub use rules::{HostAccess, HostPort, PolicyRules, Rule, RuleError};
-pub use sources::{Guest, Sources};
-
 /// A transport protocol that is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

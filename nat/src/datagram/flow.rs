@@ -6,7 +6,8 @@ use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
 
 use crate::output::Port;
-use crate::policy::{Guest, Protocol};
+use crate::policy::Protocol;
+use crate::policy::sources::Guest;
 use crate::table::{FlowId, Keyed};
 
 /// What a flow is found by: both addresses are as the guest sees them.
