@@ -2,8 +2,8 @@
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | `rules.rs` | [`PolicyRules`]: the policy of a network, as data |
-//! | `sources.rs` | [`Sources`]: which guest an address belongs to |
+//! | `rules.rs` | [`PolicyRules`](rules::PolicyRules): the policy of a network, as data |
+//! | `sources.rs` | [`Sources`](sources::Sources): which guest an address belongs to |
 
 pub mod rules;
 pub mod sources;
