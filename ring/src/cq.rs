@@ -34,7 +34,7 @@ assert_impl_all!(CqProducer: Send);
 assert_not_impl_any!(CqConsumer: Sync, Clone);
 assert_not_impl_any!(CqProducer: Sync, Clone);
 
-/// How an entry with a guest's buffer has ended.
+/// How an entry has ended.
 struct Ended {
     outcome: Outcome,
     more: u16,
@@ -228,7 +228,7 @@ impl CqProducer {
             Class::Read => Opcode::Read,
             _ => Opcode::Write,
         };
-        let region = self.cq.regions().find(buffer.carrier());
+        let region = self.cq.regions().find_first(buffer.carrier());
         // The buffer is taken apart first. If a panic had to drop a buffer, the compiler would keep
         // it in memory instead of in registers.
         let (pool, range) = (buffer.carrier().pool_ptr(), buffer.into_carrier().into_raw());
@@ -239,7 +239,7 @@ impl CqProducer {
         }
         // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
         // slot is in no other place ("one place per slot"). Pool and range are the frame's.
-        unsafe { self.push_guest(opcode, pool, range, user_data, Ended { outcome, more: 0 }) }
+        unsafe { self.push_other(opcode, pool, range, user_data, Ended { outcome, more: 0 }) }
     }
 
     /// Writes the completion of a read that has a part of a packet. The rest is in the `more` next
@@ -249,28 +249,23 @@ impl CqProducer {
     ///
     /// As [`push`](Self::push).
     pub fn push_part(&mut self, buffer: Buffer, user_data: u64, more: u16) {
-        let region = self.cq.regions().find(buffer.carrier());
         let carrier = buffer.into_carrier();
         let (pool, range) = (carrier.pool_ptr(), carrier.into_raw());
-        let Some(region) = region else {
-            let ended = Ended { outcome: Outcome::Done, more };
-            // SAFETY: as in `push`.
-            return unsafe { self.push_guest(Opcode::Read, pool, range, user_data, ended) };
-        };
-        let cqe = Cqe::packet(Opcode::Read, region, range, user_data, Outcome::Done);
-        if !self.cq.push(cqe.with_more(more)) {
-            misused();
-        }
+        let ended = Ended { outcome: Outcome::Done, more };
+        // SAFETY: `into_raw` gave the slot up without freeing it ("one place per slot"). Pool and range
+        // are the frame's.
+        unsafe { self.push_other(Opcode::Read, pool, range, user_data, ended) }
     }
 
-    /// Writes the completion of a guest's buffer, which has no slot: nobody needs the list of the
-    /// segments any more. The carrier is taken apart, so that it stays in registers.
+    /// Writes the completion of a guest's buffer, or of a frame that is not of the first pool. A guest's
+    /// buffer loses its slot: nobody needs the list of the segments any more. The carrier is taken apart,
+    /// so that it stays in registers.
     ///
     /// # Safety
     ///
     /// The caller owns the slot of the range ("one place per slot"), and gives it up.
     #[inline(never)]
-    unsafe fn push_guest(
+    unsafe fn push_other(
         &mut self,
         opcode: Opcode,
         pool: NonNull<PoolInner>,
@@ -278,13 +273,18 @@ impl CqProducer {
         user_data: u64,
         ended: Ended,
     ) {
+        let Ended { outcome, more } = ended;
         let (is_guest, len) = (range.offload_state().is_guest(), range.len());
-        // SAFETY: the caller gives up the slot that it owns.
-        unsafe { free_with(pool, range, &mut self.freed) }
-        let mut cqe = Cqe::without_slot(opcode, len, user_data, ended.outcome);
-        if ended.more > 0 {
-            cqe = cqe.with_more(ended.more);
+        let with_more = |cqe: Cqe| if more > 0 { cqe.with_more(more) } else { cqe };
+        let region = if is_guest { None } else { self.cq.regions().find_pool(pool) };
+        if let Some(region) = region
+            && self.cq.push(with_more(Cqe::packet(opcode, region, range, user_data, outcome)))
+        {
+            return;
         }
+        // SAFETY: the caller gives up the slot that it owns, and no entry was written.
+        unsafe { free_with(pool, range, &mut self.freed) }
+        let cqe = with_more(Cqe::without_slot(opcode, len, user_data, outcome));
         if !is_guest || !self.cq.push(cqe) {
             misused();
         }

@@ -4,8 +4,10 @@ use crate::entry::Entry;
 use crate::frame::Frame;
 use crate::guest::segments::SegmentTable;
 use crate::pool::Pool;
+use crate::slots::PoolInner;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ptr::NonNull;
 
 /// The pools and segment tables whose slots may be in a ring's queues. Their index in the list is
 /// their region number.
@@ -50,10 +52,18 @@ impl Regions {
     /// the frame that a guest's buffer begins with, too.
     #[inline]
     pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
-        let pool = frame.pool_ptr();
-        if self.first.ptr() == pool {
-            return Some(0);
-        }
+        self.find_first(frame).or_else(|| self.find_pool(frame.pool_ptr()))
+    }
+
+    /// As [`find`](Self::find), in the first pool only.
+    #[inline(always)]
+    pub(crate) fn find_first(&self, frame: &Frame) -> Option<u16> {
+        (self.first.ptr() == frame.pool_ptr()).then_some(0)
+    }
+
+    /// The number of a pool, if it is one of the ring's.
+    #[inline]
+    pub(crate) fn find_pool(&self, pool: NonNull<PoolInner>) -> Option<u16> {
         self.pools().iter().position(|other| other.ptr() == pool).map(|region| region as u16)
     }
 
@@ -61,9 +71,9 @@ impl Regions {
     /// `None` if the table is not in the list.
     #[inline]
     pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
-        let tables = self.all.iter().enumerate().skip(self.pools);
-        let mut found = tables.filter(|(_, table)| table.ptr() == carrier.pool_ptr());
-        found.next().map(|(region, _)| region as u16)
+        let pool = carrier.pool_ptr();
+        let found = self.all[self.pools..].iter().position(|table| table.ptr() == pool);
+        found.map(|number| (self.pools + number) as u16)
     }
 
     /// Makes a frame of an entry's slot. `None` if the entry has none.

@@ -1,5 +1,6 @@
 //! The slots of a segment table: lists of segments, linked from slot to slot.
 
+use crate::guest::region::GuestSlice;
 use crate::slots::{PoolInner, free_slot};
 use core::ptr::NonNull;
 use static_assertions::const_assert;
@@ -16,6 +17,13 @@ pub(crate) struct Segment {
     pub(crate) start: *mut u8,
     pub(crate) guest_address: u64,
     pub(crate) len: u32,
+}
+
+impl Segment {
+    #[inline]
+    pub(crate) fn of(slice: &GuestSlice<'_>) -> Self {
+        Self { start: slice.as_ptr(), guest_address: slice.guest_address(), len: slice.len() }
+    }
 }
 
 /// A slot of the table: some segments of a buffer, and the slot that has the next ones.

@@ -123,7 +123,7 @@ impl SqProducer {
 
     /// Writes an entry for a guest's buffer, as [`push_flagged`](Self::push_flagged) does for a frame.
     /// The regions have the buffer's segment table, or it is a buffer of a foreign pool.
-    #[inline]
+    #[inline(always)]
     pub fn push_guest(
         &self,
         class: Class,

@@ -2,7 +2,7 @@
 
 use crate::frame::{Frame, OutOfSpace};
 use crate::guest::region::GuestSlice;
-use crate::segment_slots::{NIL, SegmentSlot, lengths, read_slot, write_slot};
+use crate::segment_slots::{NIL, Segment, SegmentSlot, lengths, read_slot, write_slot};
 use crate::slots::PoolInner;
 use core::fmt;
 use core::marker::PhantomData;
@@ -142,6 +142,15 @@ impl GuestBuffer {
         self.range(self.header_len() as u32, self.capacity() as u32)
     }
 
+    /// The first segment.
+    #[inline]
+    fn first(&self) -> Option<GuestSlice<'_>> {
+        // SAFETY: as in `range`.
+        let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
+        // SAFETY: as in `Segments::next`.
+        (slot.count > 0).then(|| unsafe { slice_of(&slot.segments[0]) })
+    }
+
     #[inline]
     fn range(&self, skip: u32, len: u32) -> Segments<'_> {
         // SAFETY: the frame is of a segment table, by `new`, and owns the list for as long as `self`
@@ -162,7 +171,7 @@ impl GuestBuffer {
             return None;
         }
         // Most headers are in one piece.
-        self.segments().next().and_then(|first| first.read()).or_else(|| self.split_header())
+        self.first().and_then(|first| first.read()).or_else(|| self.split_header())
     }
 
     #[cold]
@@ -175,7 +184,9 @@ impl GuestBuffer {
     /// Copies a header in. Returns whether the buffer has space for one.
     #[inline]
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
-        self.header_len() == header.len() && self.segments().write_first(header)
+        self.header_len() == header.len()
+            && (self.first().is_some_and(|first| first.write(header))
+                || self.segments().write_first(header))
     }
 
     /// Copies a packet in, and sets its length.
@@ -210,6 +221,18 @@ impl fmt::Debug for GuestBuffer {
             .field("capacity", &self.capacity())
             .finish_non_exhaustive()
     }
+}
+
+/// The bytes of a segment.
+///
+/// # Safety
+///
+/// The mapping that the segment is in lives for `'b`.
+#[inline]
+unsafe fn slice_of<'b>(segment: &Segment) -> GuestSlice<'b> {
+    let Segment { start, guest_address, len } = *segment;
+    // SAFETY: the segment was made of a slice, so it is in a mapping, which the caller keeps.
+    unsafe { GuestSlice::new(NonNull::new_unchecked(start), len, guest_address, None) }
 }
 
 /// The segments of a buffer, in their order.
@@ -321,16 +344,9 @@ impl<'b> Iterator for Segments<'b> {
             }
             let segment = self.slot.segments[self.at as usize];
             self.at += 1;
-            // SAFETY: the segment was made of a slice, so it is in a mapping. The pool's backing
-            // keeps the mapping, and the buffer, which is borrowed, keeps the pool.
-            let slice = unsafe {
-                GuestSlice::new(
-                    NonNull::new_unchecked(segment.start),
-                    segment.len,
-                    segment.guest_address,
-                    None,
-                )
-            };
+            // SAFETY: the pool's backing keeps the mapping, and the buffer, which is borrowed, keeps
+            // the pool.
+            let slice = unsafe { slice_of(&segment) };
             let skipped = self.skip.min(segment.len);
             self.skip -= skipped;
             let Some(slice) = slice.skip(skipped).filter(|slice| !slice.is_empty()) else {

@@ -213,9 +213,50 @@ impl SegmentTable {
         slices: impl IntoIterator<Item = GuestSlice<'m>>,
         header: u32,
     ) -> Result<GuestBuffer, GuestBufferError> {
+        let mut slices = slices.into_iter();
+        let (first, second) = (slices.next(), slices.next());
+        match (first, second) {
+            (Some(only), None) => self.buffer_of_one(only, header),
+            (first, second) => {
+                self.buffer_of_many(first.into_iter().chain(second).chain(slices), header)
+            }
+        }
+    }
+
+    /// Makes a buffer of one slice, as most are.
+    #[inline]
+    fn buffer_of_one(
+        &mut self,
+        slice: GuestSlice<'_>,
+        header: u32,
+    ) -> Result<GuestBuffer, GuestBufferError> {
+        if !self.memory.owns(&slice) {
+            return Err(GuestBufferError::ForeignMemory);
+        }
+        let total = slice.len();
+        if total >= 1 << 31 {
+            return Err(GuestBufferError::TooLong);
+        }
+        let packet = total.checked_sub(header).ok_or(GuestBufferError::NoHeader)?;
+        let mut frame = self.pool.alloc_from(&mut self.stock).ok_or(GuestBufferError::NoSlots)?;
+        write_slot(self.pool.ptr(), frame.slot(), |slot| {
+            (slot.next, slot.count, slot.total, slot.header) =
+                (NIL, u32::from(total > 0), total, header);
+            slot.segments[0] = Segment::of(&slice);
+        });
+        frame.mark_guest(packet);
+        Ok(GuestBuffer::new(frame))
+    }
+
+    #[inline(never)]
+    fn buffer_of_many<'m>(
+        &mut self,
+        slices: impl Iterator<Item = GuestSlice<'m>>,
+        header: u32,
+    ) -> Result<GuestBuffer, GuestBufferError> {
         let Self { pool, stock, memory, .. } = self;
         let mut alloc = || pool.alloc_from(stock);
-        collect(List::new(pool, &mut alloc)?, memory, slices.into_iter().map(Ok), header)
+        collect(List::new(pool, &mut alloc)?, memory, slices.map(Ok), header)
     }
 }
 
@@ -295,14 +336,9 @@ impl<'t, A: FnMut() -> Option<Frame>> List<'t, A> {
         if self.count as usize == PER_SLOT {
             self.add_slot()?;
         }
-        let segment = Segment {
-            start: slice.as_ptr(),
-            guest_address: slice.guest_address(),
-            len: slice.len(),
-        };
         let count = self.count;
         write_slot(self.pool.ptr(), self.last, |slot| {
-            slot.segments[count as usize] = segment;
+            slot.segments[count as usize] = Segment::of(slice);
             slot.count = count + 1;
         });
         self.count += 1;
