@@ -142,7 +142,7 @@ impl Engine {
             return Err(ConfigError::Invalid(INTERFACE_BUSY.to_owned()).into());
         }
         let opened = catch_panic(|| open(&*interface.device, config, &shared));
-        let Opened { queue, caps, descriptor } = match opened.unwrap_or_else(|Panicked| {
+        let Opened { queue, mut caps, descriptor } = match opened.unwrap_or_else(|Panicked| {
             let source = std::io::Error::other("the device panicked");
             Err(Error::Io { what: "opening a queue of the device", source })
         }) {
@@ -152,6 +152,8 @@ impl Engine {
                 return Err(error);
             }
         };
+        // A ring without reads offers none, so a device that asks for them looks at nothing.
+        caps.max_read_batch = caps.max_read_batch.min(u32::try_from(reads).unwrap_or(u32::MAX));
         Ok(Self {
             sq_consumer,
             completions: Completions::new(

@@ -296,6 +296,34 @@ impl Ring {
         self.sq.submit_write_guest(buffer, user_data)
     }
 
+    /// Submits a guest's buffer to be filled, at the next [`publish`](Self::publish) or submission. See
+    /// [`SubmissionQueue::stage_read_guest`], also for the errors.
+    #[inline]
+    pub fn stage_read_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.stage_read_guest(buffer, user_data)
+    }
+
+    /// Submits a packet in the memory of a guest, at the next [`publish`](Self::publish) or submission.
+    /// See [`SubmissionQueue::stage_write_guest`], also for the errors.
+    #[inline]
+    pub fn stage_write_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.sq.stage_write_guest(buffer, user_data)
+    }
+
+    /// Shows the device what was staged. See [`SubmissionQueue::publish`].
+    #[inline]
+    pub fn publish(&mut self) {
+        self.sq.publish();
+    }
+
     /// Submits many reads with at most one doorbell. See [`SubmissionQueue::submit_reads`], also
     /// for the errors.
     pub fn submit_reads(

@@ -221,7 +221,7 @@ pub(super) fn end_read(guest: &mut GuestBuffer, len: usize, with_header: bool) -
         let _ = guest.set_len(0);
         return Status::InvalidArgument.into();
     }
-    match guest.header().filter(|_| with_header) {
+    match if with_header { guest.header() } else { None } {
         // 1, even if the device says 0 (virtio 1.2, 5.1.6.4.1).
         Some(mut header) => {
             header[10..].copy_from_slice(&NO_OFFLOAD[10..]);

@@ -271,7 +271,7 @@ impl<'a> PollContext<'a> {
     }
 
     /// Completes a read whose buffer is in the memory of a guest.
-    #[inline(never)]
+    #[inline(always)]
     fn complete_guest(&mut self, mut slot: PostedSlot, len: usize, with_header: bool) {
         match slot.guest_mut().map(|guest| end_read(guest, len, with_header)) {
             Some(outcome) => self.finish(slot, outcome),

@@ -221,6 +221,45 @@ impl SubmissionQueue {
         Ok(())
     }
 
+    /// Submits a read as [`submit_read_guest`](Self::submit_read_guest) does, but the device sees it after
+    /// the next [`publish`](Self::publish) or submission, or when the ring is closed. So many buffers cost
+    /// one doorbell.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_read`](Self::submit_read), with the buffer.
+    #[inline(always)]
+    pub fn stage_read_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.push_guest::<0>(Class::Read, buffer, user_data)
+    }
+
+    /// Submits a write as [`submit_write_guest`](Self::submit_write_guest) does, but the device sees it
+    /// after the next [`publish`](Self::publish) or submission, or when the ring is closed.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`submit_write_guest`](Self::submit_write_guest).
+    #[inline(always)]
+    pub fn stage_write_guest(
+        &mut self,
+        buffer: GuestBuffer,
+        user_data: u64,
+    ) -> Result<(), GuestSubmitError> {
+        self.push_guest::<0>(Class::Write, buffer, user_data)
+    }
+
+    /// Shows the device what was staged, with at most one doorbell.
+    #[inline]
+    pub fn publish(&mut self) {
+        if self.producer.publish() {
+            self.shared.ring_doorbell(self.drives_engine);
+        }
+    }
+
     /// Submits reads from an iterator of frames and their `user_data`, with at most one doorbell.
     /// Returns how many were submitted.
     ///
@@ -415,6 +454,7 @@ impl SubmissionQueue {
     }
 
     /// Writes an entry for a buffer of a guest. The caller publishes it.
+    #[inline(always)]
     pub(super) fn push_guest<const FLAGS: u32>(
         &self,
         class: Class,
@@ -422,14 +462,11 @@ impl SubmissionQueue {
         user_data: u64,
     ) -> Result<(), GuestSubmitError> {
         let (len, max) = (buffer.len(), self.caps.max_packet_size as usize);
-        let refusal = match self.refusal() {
-            None if class == Class::Write && len > max => {
-                Some(SubmitErrorKind::TooBig { len, max })
-            }
-            refusal => refusal,
-        };
-        if let Some(kind) = refusal {
+        if let Some(kind) = self.refusal() {
             return Err(GuestSubmitError { kind, buffer });
+        }
+        if class == Class::Write && len > max {
+            return Err(GuestSubmitError { kind: SubmitErrorKind::TooBig { len, max }, buffer });
         }
         self.producer.push_guest(class, FLAGS, buffer, user_data).map_err(|(refusal, buffer)| {
             self.report_refused(class, refusal);
