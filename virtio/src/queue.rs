@@ -78,7 +78,7 @@ pub use layout::{
     AddressSpace, BrokenQueue, Part, QueueError, QueueFeatures, QueueLayout, QueueState, SIZE_MAX,
 };
 
-use crate::queue::chain::Walker;
+use crate::queue::chain::{Shape, Single, Walker};
 use crate::queue::rings::Rings;
 use crate::queue::used::UsedElements;
 use core::{fmt, mem};
@@ -111,10 +111,14 @@ pub struct Queue {
     walker: Walker,
     /// The entries of the available ring from `published` to `fetched`, as they were copied.
     heads: Box<[[u8; 2]]>,
+    /// What was found at these entries when they were copied.
+    singles: Box<[Single]>,
     /// What was popped and not pushed, from `next_used` to `next_available`.
     popped: Box<[Popped]>,
     /// The number of them that are not broken.
     outstanding: u16,
+    /// The number of the others.
+    broken_popped: u16,
     used: UsedElements,
     fetched: u16,
     next_available: u16,
@@ -173,8 +177,10 @@ impl Queue {
             rings,
             walker: Walker::new(SEGMENTS_MAX),
             heads: vec![[0; 2]; size.into()].into(),
+            singles: vec![Single::default(); size.into()].into(),
             popped: vec![Popped::Broken { head: 0 }; size.into()].into(),
             outstanding: 0,
+            broken_popped: 0,
             used: UsedElements::new(size),
             fetched: next,
             next_available: next,
@@ -221,6 +227,8 @@ impl Queue {
     pub fn set_memory(&mut self, memory: GuestMemory) -> Result<(), QueueError> {
         self.rings = Rings::new(&memory, &self.layout)?;
         self.memory = memory;
+        // What was found in the old memory is looked for again.
+        self.singles.fill(Single::default());
         Ok(())
     }
 
@@ -279,7 +287,10 @@ impl Queue {
         while left > 0 {
             let slot = self.rings.slot(self.fetched);
             let count = left.min(self.heads.len() - slot);
-            self.rings.copy_heads(self.fetched, &mut self.heads[slot..slot + count]);
+            let (heads, singles) =
+                (&mut self.heads[slot..slot + count], &mut self.singles[slot..slot + count]);
+            self.rings.copy_heads(self.fetched, heads);
+            self.walker.look(&self.memory, &self.rings, heads, singles);
             self.fetched = self.fetched.wrapping_add(count as u16);
             left -= count;
         }
@@ -292,8 +303,8 @@ impl Queue {
     /// processor. Asked for when they are needed, they would arrive one chain after the other.
     #[inline]
     fn prefetch(&self, ahead: u16) {
-        let head = self.heads[self.rings.slot(self.next_available.wrapping_add(ahead))];
-        self.walker.prefetch(&self.memory, &self.rings, u16::from_le_bytes(head));
+        let slot = self.rings.slot(self.next_available.wrapping_add(ahead));
+        self.singles[slot].prefetch(&self.memory);
     }
 
     /// The next chain of the burst. `None` at its end; see [`fetch`](Self::fetch).
@@ -303,7 +314,7 @@ impl Queue {
     /// [`ChainError`], if the driver has not followed the rules. The chain needs no
     /// [`push`](Self::push): the queue gives it back, with the used length 0, after those before it.
     /// A flush must follow even if no chain of the burst was whole.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Option<Result<Chain<'_>, ChainError>> {
         if self.next_available == self.fetched {
             return None;
@@ -313,16 +324,34 @@ impl Queue {
         }
         let slot = self.rings.slot(self.next_available);
         self.next_available = self.next_available.wrapping_add(1);
+        let Some(shape) = self.singles[slot].shape() else { return Some(self.pop_list(slot)) };
+        self.popped_whole(slot, shape);
+        Some(Ok(self.singles[slot].chain(&self.memory, shape)))
+    }
+
+    /// Pops the chain at this place, of any shape.
+    #[inline(never)]
+    fn pop_list(&mut self, slot: usize) -> Result<Chain<'_>, ChainError> {
         let head = u16::from_le_bytes(self.heads[slot]);
-        let walked = self.walker.walk(&self.memory, &self.rings, head, self.features.indirect);
-        Some(match walked {
+        match self.walker.walk(&self.memory, &self.rings, head, self.features.indirect) {
             Ok(shape) => {
-                self.popped[slot] = Popped::Whole { head, len_max: shape.used_len_max() };
-                self.outstanding += 1;
+                self.popped_whole(slot, shape);
                 Ok(self.walker.chain(&self.memory, shape))
             }
-            Err(error) => Err(self.popped_broken(slot, head, error)),
-        })
+            Err(error) => {
+                self.popped[slot] = Popped::Broken { head };
+                self.broken_popped += 1;
+                self.return_broken();
+                Err(error)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn popped_whole(&mut self, slot: usize, shape: Shape) {
+        let head = u16::from_le_bytes(self.heads[slot]);
+        self.popped[slot] = Popped::Whole { head, len_max: shape.used_len_max() };
+        self.outstanding += 1;
     }
 
     /// Gives up the last `count` chains that were popped and not pushed, and what was popped behind
@@ -337,8 +366,9 @@ impl Queue {
         let kept = self.outstanding - count;
         while self.outstanding > kept {
             self.next_available = self.next_available.wrapping_sub(1);
-            if let Popped::Whole { .. } = self.popped[self.rings.slot(self.next_available)] {
-                self.outstanding -= 1;
+            match self.popped[self.rings.slot(self.next_available)] {
+                Popped::Whole { .. } => self.outstanding -= 1,
+                Popped::Broken { .. } => self.broken_popped -= 1,
             }
         }
     }
@@ -355,7 +385,7 @@ impl Queue {
     /// # Panics
     ///
     /// If no chain is [outstanding](Self::outstanding).
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, written: u32) {
         self.outstanding = self.outstanding.checked_sub(1).expect("a chain is outstanding");
         let Popped::Whole { head, len_max } = self.popped[self.rings.slot(self.next_used)] else {
@@ -366,25 +396,24 @@ impl Queue {
         // chain's own element, so such chains always have one.
         let skippable = self.features.in_order && len_max == 0;
         self.push_element(head, written.min(len_max), skippable);
-        self.return_broken();
+        if self.broken_popped > 0 {
+            self.return_broken();
+        }
     }
 
+    /// Gives back the broken chains before the oldest whole one.
     #[cold]
-    fn popped_broken(&mut self, slot: usize, head: u16, error: ChainError) -> ChainError {
-        self.popped[slot] = Popped::Broken { head };
-        self.return_broken();
-        error
-    }
-
-    #[inline]
+    #[inline(never)]
     fn return_broken(&mut self) {
-        while self.next_used != self.next_available
+        while self.broken_popped > 0
             && let Popped::Broken { head } = self.popped[self.rings.slot(self.next_used)]
         {
+            self.broken_popped -= 1;
             self.push_element(head, 0, false);
         }
     }
 
+    #[inline]
     fn push_element(&mut self, head: u16, len: u32, skippable: bool) {
         self.used.push(&self.rings, self.next_used, head, len, skippable);
         self.next_used = self.next_used.wrapping_add(1);

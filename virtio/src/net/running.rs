@@ -164,6 +164,20 @@ impl RunningQueue {
         Next::Later
     }
 
+    /// Ends the chain with this number, which is in the ring. If it is the oldest, it goes back with the
+    /// next [`settle`](Self::settle), and otherwise when those before it have ended. Returns its place in
+    /// the window, or `None` if no chain with this number is in the ring.
+    #[inline(always)]
+    pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
+        if let State::Done(len) = state
+            && let Some(place) = self.window.end_oldest(number)
+        {
+            self.queue.push(len);
+            return Some(place);
+        }
+        self.window.end(number, state)
+    }
+
     /// Gives chains back whose turn it is, all at once, and interrupts the guest if it wants that.
     #[inline]
     pub(super) fn settle(&mut self, cx: Context<'_>) {

@@ -290,7 +290,7 @@ impl Receiver {
         let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
         let mask = running.queue.layout().size as usize - 1;
         let merging = matches!(mode, Mode::Direct { merging: true, .. });
-        running.take(cx, most, |chain, number| {
+        let taken = running.take(cx, most, |chain, number| {
             // A buffer that holds a header alone is one only if more can follow.
             let least = HEADER_LEN + u32::from(!merging);
             if chain.writable_len() < least.into() {
@@ -301,7 +301,7 @@ impl Receiver {
                 // The table's slots are all in use.
                 return Verdict::Later;
             };
-            match ring.submit_read_guest(buffer, number.into()) {
+            match ring.stage_read_guest(buffer, number.into()) {
                 Ok(()) => {}
                 Err(refused) => {
                     if let SubmitErrorKind::Closed(reason) = refused.kind {
@@ -317,7 +317,9 @@ impl Receiver {
                 );
             }
             Verdict::Posted
-        })
+        });
+        ring.publish();
+        taken
     }
 
     /// Lets the device work, and gives back what has a packet. Returns how many completions there
@@ -334,7 +336,7 @@ impl Receiver {
                 }
                 let (state, written) = outcome(cx, &done, rest);
                 let Some(running) = running.as_mut() else { continue };
-                let place = running.window.end(done.user_data, state);
+                let place = running.end(done.user_data, state);
                 if let Some(list) = place.and_then(|place| logged.get(place)) {
                     mark(running.queue.memory(), list, written);
                 }

@@ -149,13 +149,15 @@ impl Transmitter {
             ecn: *ecn,
             has_virtio_header: *has_virtio_header,
         };
-        running.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()))
+        let taken = running.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()));
+        sender.ring.publish();
+        taken
     }
 
     /// Lets the device work, and gives back what it has ended. Returns how many packets that are.
     fn reap(&mut self, cx: Context<'_>) -> u32 {
         let Self { ring, running, .. } = self;
-        let mut ended = 0;
+        let (mut ended, mut packets, mut bytes) = (0, 0, 0);
         if let Some(ring) = ring {
             for done in ring.reap() {
                 ended += 1;
@@ -168,17 +170,19 @@ impl Transmitter {
                 }
                 match done.result {
                     Ok(len) => {
-                        cx.counters.tx_packets.add(1);
-                        cx.counters.tx_bytes.add(len as u64);
+                        packets += 1;
+                        bytes += len as u64;
                     }
                     Err(_) => cx.counters.tx_errors.add(1),
                 }
                 if let Some(running) = running {
                     // Nothing was written into the chain.
-                    running.window.end(done.user_data, State::Done(0));
+                    running.end(done.user_data, State::Done(0));
                 }
             }
         }
+        cx.counters.tx_packets.add(packets);
+        cx.counters.tx_bytes.add(bytes);
         if let Some(running) = running {
             running.settle(cx);
         }
@@ -240,7 +244,9 @@ struct Sender<'t> {
 impl Sender<'_> {
     #[inline]
     fn send(&mut self, cx: Context<'_>, chain: &Chain<'_>, number: u64) -> Verdict {
-        let checked = match header::read(chain, self.left, self.ecn) {
+        let mut segments = chain.readable();
+        let first = segments.next();
+        let checked = match header::read(chain, first, self.left, self.ecn) {
             Ok(checked) => checked,
             Err(BadPacket::Short) => return drop_one(&cx.counters.tx_short),
             Err(BadPacket::Header) => return drop_one(&cx.counters.tx_bad_header),
@@ -251,8 +257,8 @@ impl Sender<'_> {
         if checked.has_unknown_flags {
             return self.send_copy(cx, chain, checked.header, number);
         }
-        match self.table.buffer_of(chain.readable(), HEADER_LEN) {
-            Ok(buffer) => match self.ring.submit_write_guest(buffer, number) {
+        match self.table.buffer_of(first.into_iter().chain(segments), HEADER_LEN) {
+            Ok(buffer) => match self.ring.stage_write_guest(buffer, number) {
                 Ok(()) => Verdict::Posted,
                 Err(refused) => self.refused(cx, refused.kind),
             },

@@ -86,6 +86,20 @@ impl Window {
         Some(place)
     }
 
+    /// Ends the oldest chain, if it has this number and is in the ring. It is not in the window any more.
+    /// Returns its place.
+    #[inline]
+    pub(super) fn end_oldest(&mut self, number: u64) -> Option<usize> {
+        let place = self.place(self.oldest);
+        let is_oldest = number == u64::from(self.oldest) && !self.is_empty();
+        if !is_oldest || self.states[place] != State::Posted {
+            return None;
+        }
+        self.posted -= 1;
+        self.oldest = self.oldest.wrapping_add(1);
+        Some(place)
+    }
+
     fn count(&mut self, state: State, by: u32) {
         match state {
             State::Posted => self.posted += by,
@@ -155,6 +169,18 @@ mod tests {
         assert_eq!(window.end(0, State::Done(5)), Some(0));
         let steps: [_; 4] = std::array::from_fn(|_| window.step());
         assert_eq!(steps, [Step::Push(5), Step::Push(7), Step::Push(0), Step::Wait]);
+    }
+
+    #[test]
+    fn the_oldest_chain_ends_at_once() {
+        let mut window = posted(3);
+        assert_eq!(window.end_oldest(1), None, "another is older");
+        assert_eq!(window.end(1, State::Done(7)), Some(1));
+        assert_eq!(window.end_oldest(0), Some(0));
+        assert_eq!(window.end_oldest(1), None, "it has ended already");
+        assert_eq!((window.step(), window.posted()), (Step::Push(7), 1));
+        assert_eq!(window.end_oldest(2), Some(2));
+        assert_eq!((window.end_oldest(3), window.is_empty()), (None, true));
     }
 
     #[test]

@@ -124,6 +124,43 @@ pub struct Chain<'q> {
     shape: Shape,
 }
 
+/// What was found at a head before it was popped: the segment of a chain that is a single buffer in one
+/// region, as most are. Otherwise it has no bytes, and says nothing.
+///
+/// The descriptor was copied once, so the chain is what was found, even if the guest has changed it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Single([Segment; 1]);
+
+impl Single {
+    /// The chain, if it is such a one.
+    #[inline]
+    pub(super) fn shape(&self) -> Option<Shape> {
+        let Segment { len, is_writable, .. } = self.0[0];
+        let bytes = u64::from(len);
+        (len > 0).then_some(match is_writable {
+            false => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
+            true => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
+        })
+    }
+
+    #[inline]
+    pub(super) fn chain<'q>(&'q self, memory: &'q GuestMemory, shape: Shape) -> Chain<'q> {
+        Chain { memory, segments: &self.0, shape }
+    }
+
+    /// Asks for the first bytes of what the device will read.
+    #[inline]
+    pub(super) fn prefetch(&self, memory: &GuestMemory) {
+        let Segment { offset, len, region, is_writable } = self.0[0];
+        if !is_writable
+            && let Some(region) = memory.regions().get(usize::from(region))
+            && let Some(slice) = region.get(offset, len.min(PREFETCHED))
+        {
+            slice.prefetch(PREFETCHED);
+        }
+    }
+}
+
 impl<'q> Chain<'q> {
     /// What the device may read.
     pub fn readable(&self) -> Segments<'q> {
@@ -167,7 +204,7 @@ impl<'q> Iterator for Segments<'q> {
 
     #[inline]
     fn next(&mut self) -> Option<GuestSlice<'q>> {
-        let Segment { region, offset, len } = *self.left.next()?;
+        let Segment { region, offset, len, .. } = *self.left.next()?;
         let region = &self.memory.regions()[usize::from(region)];
         Some(region.get(offset, len).expect("`Walker::split` saw that it is inside"))
     }
@@ -192,6 +229,7 @@ struct Segment {
     offset: u64,
     len: u32,
     region: u16,
+    is_writable: bool,
 }
 
 /// How the segments of a chain divide.
@@ -256,48 +294,44 @@ impl Walker {
         Chain { memory, segments: &self.segments[..shape.segments], shape }
     }
 
-    /// Finds the segments of the chain at `head`.
+    /// Looks at the chains at these heads, as far as they are single buffers.
     #[inline]
-    pub(super) fn walk(
+    pub(super) fn look(
         &mut self,
         memory: &GuestMemory,
         rings: &Rings,
-        head: u16,
-        indirect: bool,
-    ) -> Result<Shape, ChainError> {
-        match self.walk_one(memory, rings, head) {
-            Some(shape) => Ok(shape),
-            None => self.walk_all(memory, rings, head, indirect),
+        heads: &[[u8; 2]],
+        singles: &mut [Single],
+    ) {
+        for (head, single) in heads.iter().zip(singles) {
+            let head = u16::from_le_bytes(*head);
+            *single = match head < rings.size() {
+                true => self.look_at(memory, Descriptor::parse(rings.descriptor(head))),
+                false => Single::default(),
+            };
         }
     }
 
-    /// The chain at `head`, if it is a single buffer in the region where the last one was, as most are.
-    /// `None` says nothing of the chain.
     #[inline]
-    fn walk_one(&mut self, memory: &GuestMemory, rings: &Rings, head: u16) -> Option<Shape> {
-        if head >= rings.size() {
-            return None;
+    fn look_at(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Single {
+        let Descriptor { address, len, flags, .. } = descriptor;
+        if flags & (NEXT | INDIRECT) != 0 {
+            return Single::default();
         }
-        let Descriptor { address, len, flags, .. } = Descriptor::parse(rings.descriptor(head));
-        let region = memory.regions().get(self.recent)?;
-        let offset = address.checked_sub(region.guest_address())?;
-        let bytes = u64::from(len);
-        let is_inside = offset <= region.len() && bytes <= region.len() - offset;
-        if flags & (NEXT | INDIRECT) != 0 || len == 0 || !is_inside {
-            return None;
+        match self.locate(memory, address) {
+            Ok((region, offset)) if u64::from(len) <= memory.regions()[region].len() - offset => {
+                // There are at most `REGIONS_MAX` regions, which is less than 2^16.
+                let (region, is_writable) = (region as u16, descriptor.is(WRITE));
+                Single([Segment { offset, len, region, is_writable }])
+            }
+            _ => Single::default(),
         }
-        // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-        *self.segments.first_mut()? = Segment { offset, len, region: self.recent as u16 };
-        Some(match flags & WRITE {
-            0 => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
-            _ => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
-        })
     }
 
     /// Follows the chain at `head` and checks it as far as it goes. Each descriptor is copied once,
     /// because the guest may change it between two looks.
     #[inline(never)]
-    fn walk_all(
+    pub(super) fn walk(
         &mut self,
         memory: &GuestMemory,
         rings: &Rings,
@@ -358,23 +392,6 @@ impl Walker {
         Ok(shape)
     }
 
-    /// Asks for the first bytes of what the device will read of the chain at `head`, if they are where
-    /// the last chain was. Nothing is decided by the descriptor, so that nothing is checked.
-    #[inline]
-    pub(super) fn prefetch(&self, memory: &GuestMemory, rings: &Rings, head: u16) {
-        if head >= rings.size() {
-            return;
-        }
-        let Descriptor { address, len, flags, .. } = Descriptor::parse(rings.descriptor(head));
-        if flags & WRITE == 0
-            && let Some(region) = memory.regions().get(self.recent)
-            && let Some(offset) = address.checked_sub(region.guest_address())
-            && let Some(slice) = region.get(offset, len.min(PREFETCHED))
-        {
-            slice.prefetch(PREFETCHED);
-        }
-    }
-
     /// Adds the buffer of a descriptor.
     fn add(
         &mut self,
@@ -417,7 +434,8 @@ impl Walker {
             let piece = u64::from(len).min(inside) as u32;
             if let Some(segment) = self.segments.get_mut(shape.segments) {
                 // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-                *segment = Segment { offset, len: piece, region: region as u16 };
+                let (len, region) = (piece, region as u16);
+                *segment = Segment { offset, len, region, is_writable: descriptor.is(WRITE) };
             }
             shape.segments += 1;
             len -= piece;
@@ -428,6 +446,7 @@ impl Walker {
     }
 
     /// The region in which an address is, and where in it.
+    #[inline]
     fn locate(&mut self, memory: &GuestMemory, address: u64) -> Result<(usize, u64), ChainError> {
         let regions = memory.regions();
         let offset_in = |region: &GuestRegion| {

@@ -27,7 +27,7 @@ impl UsedElements {
     ///
     /// If the chain may be skipped, the element of the next chain replaces this one: it is at the
     /// place of the batch's first chain and has the head of its last (virtio 1.2, section 2.7.9).
-    #[inline]
+    #[inline(always)]
     pub(super) fn push(&mut self, rings: &Rings, index: u16, head: u16, len: u32, skippable: bool) {
         if !self.batch_is_open {
             // The chains that a batch skipped left a gap.
