@@ -237,6 +237,11 @@ impl CqProducer {
         {
             return;
         }
+        if range.offload_state().is_guest() && outcome == Outcome::Done {
+            // SAFETY: `into_raw` gave the slot up without freeing it ("one place per slot"). Pool and
+            // range are the frame's.
+            return unsafe { self.push_guest(opcode, pool, range, user_data) };
+        }
         // SAFETY: `into_raw` gave the slot up without freeing it, and no entry was written, so the
         // slot is in no other place ("one place per slot"). Pool and range are the frame's.
         unsafe { self.push_other(opcode, pool, range, user_data, Ended { outcome, more: 0 }) }
@@ -255,6 +260,27 @@ impl CqProducer {
         // SAFETY: `into_raw` gave the slot up without freeing it ("one place per slot"). Pool and range
         // are the frame's.
         unsafe { self.push_other(Opcode::Read, pool, range, user_data, ended) }
+    }
+
+    /// Writes the completion of a guest's buffer that has succeeded, as most have. It is as
+    /// [`push_other`](Self::push_other), with few enough arguments for the registers.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the range ("one place per slot"), and gives it up.
+    #[inline(never)]
+    unsafe fn push_guest(
+        &mut self,
+        opcode: Opcode,
+        pool: NonNull<PoolInner>,
+        range: SlotRange,
+        user_data: u64,
+    ) {
+        // SAFETY: the caller gives up the slot that it owns.
+        unsafe { free_with(pool, range, &mut self.freed) }
+        if !self.cq.push(Cqe::without_slot(opcode, range.len(), user_data, Outcome::Done)) {
+            self.misused();
+        }
     }
 
     /// Writes the completion of a guest's buffer, or of a frame that is not of the first pool. A guest's
@@ -286,8 +312,15 @@ impl CqProducer {
         unsafe { free_with(pool, range, &mut self.freed) }
         let cqe = with_more(Cqe::without_slot(opcode, len, user_data, outcome));
         if !is_guest || !self.cq.push(cqe) {
-            misused();
+            self.misused();
         }
+    }
+
+    /// The slot of what could not be completed is freed already, or is in the list.
+    #[cold]
+    fn misused(&mut self) -> ! {
+        self.freed.free();
+        panic!("more completions than credits, or a frame that is not the ring's");
     }
 
     /// Writes the completion of a cancel that found `matched` entries.
@@ -323,11 +356,6 @@ impl CqProducer {
     pub fn index(&self) -> u32 {
         self.cq.published()
     }
-}
-
-#[cold]
-fn misused() -> ! {
-    panic!("more completions than credits, or a frame that is not the ring's");
 }
 
 debug_by_queue!(CqConsumer.cq, CqProducer.cq);

@@ -436,7 +436,7 @@ unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
 /// # Safety
 ///
 /// As for [`free`].
-#[inline]
+#[inline(always)]
 pub(crate) unsafe fn free_with(pool: NonNull<PoolInner>, range: SlotRange, freed: &mut Freed) {
     if range.offload_state().is_guest() {
         // SAFETY: as in `free`.

@@ -69,7 +69,7 @@ impl Regions {
 
     /// The region number of the segment table that the frame, which begins a guest's buffer, is of.
     /// `None` if the table is not in the list.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
         let pool = carrier.pool_ptr();
         let found = self.all[self.pools..].iter().position(|table| table.ptr() == pool);

@@ -332,6 +332,12 @@ impl Freed {
             list.count += 1;
             return;
         }
+        self.begin(pool, slot);
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn begin(&mut self, pool: NonNull<PoolInner>, slot: u32) {
         self.free();
         self.list = Some(FreedList { pool, first: slot, last: slot, count: 1 });
     }

@@ -142,13 +142,13 @@ impl GuestBuffer {
         self.range(self.header_len() as u32, self.capacity() as u32)
     }
 
-    /// The first segment.
+    /// The header and the whole space behind it, if they are in one piece, as they usually are.
     #[inline]
-    fn first(&self) -> Option<GuestSlice<'_>> {
+    pub fn only_segment(&self) -> Option<GuestSlice<'_>> {
         // SAFETY: as in `range`.
         let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
         // SAFETY: as in `Segments::next`.
-        (slot.count > 0).then(|| unsafe { slice_of(&slot.segments[0]) })
+        (slot.count == 1 && slot.next == NIL).then(|| unsafe { slice_of(&slot.segments[0]) })
     }
 
     #[inline]
@@ -170,23 +170,13 @@ impl GuestBuffer {
         if self.header_len() == 0 {
             return None;
         }
-        // Most headers are in one piece.
-        self.first().and_then(|first| first.read()).or_else(|| self.split_header())
-    }
-
-    #[cold]
-    fn split_header(&self) -> Option<[u8; 12]> {
-        let mut header = [0; 12];
-        let copied = self.range(0, self.header_len() as u32).copy_to(&mut header);
-        (copied == header.len()).then_some(header)
+        self.segments().read_first()
     }
 
     /// Copies a header in. Returns whether the buffer has space for one.
     #[inline]
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
-        self.header_len() == header.len()
-            && (self.first().is_some_and(|first| first.write(header))
-                || self.segments().write_first(header))
+        self.header_len() == header.len() && self.segments().write_first(header)
     }
 
     /// Copies a packet in, and sets its length.
@@ -276,17 +266,35 @@ impl Segments<'_> {
         Self { left: bytes.min(self.left as usize) as u32, ..self }
     }
 
+    /// The first bytes, if they are in the segment where the search begins, as they usually are.
+    #[inline]
+    fn first_piece(&self) -> Option<GuestSlice<'_>> {
+        if self.at == self.slot.count {
+            return None;
+        }
+        // SAFETY: as in `next`.
+        let slice = unsafe { slice_of(&self.slot.segments[self.at as usize]) }.skip(self.skip)?;
+        slice.split_at(slice.len().min(self.left)).map(|(slice, _)| slice)
+    }
+
+    /// Copies the first `N` bytes out. `None` if there are fewer.
+    #[inline]
+    pub fn read_first<const N: usize>(self) -> Option<[u8; N]> {
+        if let Some(bytes) = self.first_piece().and_then(|first| first.read()) {
+            return Some(bytes);
+        }
+        let mut bytes = [0; N];
+        (self.copy_pieces_to(&mut bytes) == N).then_some(bytes)
+    }
+
     /// Copies bytes out, from the first one on: as many as both sides have. Returns how many.
     #[inline]
     pub fn copy_to(self, to: &mut [u8]) -> usize {
         // The first bytes of most packets are in one piece.
-        if self.left as usize >= to.len()
-            && let Some(first) = self.clone().next()
-            && first.len() as usize >= to.len()
-        {
-            return first.copy_to(to);
+        match self.first_piece() {
+            Some(first) if first.len() as usize >= to.len() => first.copy_to(to),
+            _ => self.copy_pieces_to(to),
         }
-        self.copy_pieces_to(to)
     }
 
     #[inline(never)]
@@ -310,7 +318,7 @@ impl Segments<'_> {
     /// Copies `N` bytes in, from the first one on. Returns whether there is space for all of them.
     #[inline]
     pub fn write_first<const N: usize>(self, bytes: &[u8; N]) -> bool {
-        let in_one_piece = self.clone().next().is_some_and(|first| first.write(bytes));
+        let in_one_piece = self.first_piece().is_some_and(|first| first.write(bytes));
         in_one_piece || self.copy_from(bytes) == N
     }
 
