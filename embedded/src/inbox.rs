@@ -112,13 +112,14 @@ use vmring_core::GuestBuffer;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
+use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use vmring_core::prefetch_for_writing;
 
 use crate::limits::{
     ASKED_AHEAD, GROUP_MAX, LONG_PACKET, MAX_INBOX_CELLS, SHORT_LOOKS, SHORT_PACKET, STATES_AT_ONCE,
 };
-use crate::packet::{Packet, PacketBuffer};
+use crate::packet::{Packet, PacketBuffer, copy_in_one_piece};
 
 /// The callback that wakes a receiver. A sender's thread calls it when a receiver that has
 /// [armed](Collector::arm) has something to collect. It must not block. It may still be called once
@@ -797,17 +798,15 @@ impl<B: PacketBuffer> Inbox<B> {
     /// Where the bytes of a buffer are. The buffer must already be in its buffer cell, where it stays
     /// (invariant 4). `None` if it has too few bytes and is not in the memory of a guest.
     fn place_of(&self, buffer: &mut B) -> Option<Place> {
+        if let Some(guest) = buffer.guest() {
+            let (guest, room) = (core::ptr::from_ref(guest), Room::of(guest));
+            return Some(Place { guest, room, ..Place::NOWHERE });
+        }
         if let Some(bytes) = checked_ptr(buffer, self.least_bytes) {
             return Some(Place { bytes, ..Place::NOWHERE });
         }
-        if self.has_headers()
-            && let Some(header) = checked_header_ptr(buffer, self.max_frame)
-        {
-            return Some(Place { header, ..Place::NOWHERE });
-        }
-        let guest = buffer.guest()?;
-        let room = Room::of(guest);
-        Some(Place { guest: core::ptr::from_ref(guest), room, ..Place::NOWHERE })
+        let header = self.has_headers().then(|| checked_header_ptr(buffer, self.max_frame));
+        header.flatten().map(|header| Place { header, ..Place::NOWHERE })
     }
 
     /// Where the bytes of the buffer of the posted cell `index` are.
@@ -937,14 +936,7 @@ impl<B: PacketBuffer> Inbox<B> {
                 return packet.copy_to(part.start, bytes);
             }
         }
-        let buffer = self.guests[self.cell_index(index)].with(|guest| {
-            // SAFETY: invariant 1: the caller owns the cell.
-            let guest = unsafe { *guest };
-            // SAFETY: invariant 4: the pointer is null, or to a lent buffer, which the collector
-            // neither moves nor changes before it sees the cell's state. Others only read it.
-            unsafe { guest.as_ref() }
-        });
-        let Some(buffer) = buffer else { return 0 };
+        let Some(buffer) = self.guest_of(index) else { return 0 };
         let header = match count {
             Some(count) if buffer.header_len() == offload::LEN => {
                 buffer.segments().write_first(&packet.header_for(count));
@@ -955,6 +947,40 @@ impl<B: PacketBuffer> Inbox<B> {
         };
         packet.copy_to_guest(part.start, part.len(), buffer, header);
         part.len()
+    }
+
+    /// Copies a packet that leaves nothing to do from a guest's memory to the posted buffer `index`, if both
+    /// are in one piece. `None` if it has copied nothing. The caller owns the cell.
+    #[inline]
+    fn copy_guest(
+        &self,
+        index: u32,
+        frame: &GuestBuffer,
+        header: &[u8; ETHERNET_HEADER_LEN],
+    ) -> Option<()> {
+        // SAFETY: invariant 1: the caller owns the cell.
+        let is_bytes = self.buffer_ptr(index).with(|ptr| unsafe { !(*ptr).is_null() });
+        let buffer = if is_bytes { None } else { self.guest_of(index) }?;
+        let at = buffer.header_len();
+        copy_in_one_piece(header, frame, frame.len(), buffer, at)?;
+        if at == offload::LEN {
+            let mut plain = [0; offload::LEN];
+            offload::set_num_buffers(&mut plain, 1);
+            buffer.segments().write_first(&plain);
+        }
+        Some(())
+    }
+
+    /// The guest's buffer `index`, if its bytes are not this program's own. The caller owns the cell.
+    #[inline]
+    fn guest_of(&self, index: u32) -> Option<&GuestBuffer> {
+        self.guests[self.cell_index(index)].with(|guest| {
+            // SAFETY: invariant 1: the caller owns the cell.
+            let guest = unsafe { *guest };
+            // SAFETY: invariant 4: the pointer is null, or to a lent buffer, which the collector
+            // neither moves nor changes before it sees the cell's state. Others only read it.
+            unsafe { guest.as_ref() }
+        })
     }
 
     /// Marks a cell as [`filled`], which makes it the collector's.
@@ -1061,6 +1087,24 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
         let len = self.inbox.copy_part(self.next, packet, 0..packet.len(), Some(1));
         self.end_packet(len);
         true
+    }
+
+    /// As [`fill_packet`](Self::fill_packet), for a packet in the memory of a guest that leaves nothing to
+    /// do. It gets this Ethernet header, whatever the guest has written there.
+    #[inline]
+    pub(crate) fn fill_guest(
+        &mut self,
+        frame: &GuestBuffer,
+        header: &[u8; ETHERNET_HEADER_LEN],
+    ) -> bool {
+        if self.next != self.end
+            && frame.len() <= self.longest
+            && self.inbox.copy_guest(self.next, frame, header).is_some()
+        {
+            self.end_packet(frame.len());
+            return true;
+        }
+        self.fill_packet(Packet::with_header(frame, header))
     }
 
     /// Counts a buffer as filled.

@@ -68,12 +68,38 @@ impl<'p> From<&'p [u8]> for Packet<'p> {
     }
 }
 
+/// Copies the first `len` bytes of a packet to the space from `to_at` on, if both buffers are in one
+/// piece. The first bytes are those of `head`, whatever the guest has written there since. `None` if it
+/// has copied nothing.
+#[inline]
+pub(crate) fn copy_in_one_piece<const N: usize>(
+    head: &[u8; N],
+    from: &GuestBuffer,
+    len: usize,
+    to: &GuestBuffer,
+    to_at: usize,
+) -> Option<()> {
+    let bytes = from.only_segment()?.skip(from.header_len() as u32)?;
+    let (bytes, _) = bytes.split_at(u32::try_from(len).ok()?)?;
+    let space = to.only_segment()?.skip(u32::try_from(to_at).ok()?)?;
+    if len < N || space.len() < bytes.len() {
+        return None;
+    }
+    space.copy_from_guest(bytes);
+    // Nobody is told of the packet before this.
+    space.write(head);
+    Some(())
+}
+
 impl<'p> From<&'p GuestBuffer> for Packet<'p> {
     /// The packet in a guest's buffer. This copies its first bytes. The header in front of it is not
     /// read; see [`with_offload`](Packet::with_offload).
     fn from(buffer: &'p GuestBuffer) -> Self {
-        let mut head = [0; HEAD_LEN];
-        buffer.copy_to(&mut head);
+        let head = buffer.packet().read_first().unwrap_or_else(|| {
+            let mut head = [0; HEAD_LEN];
+            buffer.copy_to(&mut head);
+            head
+        });
         Self { source: Source::Guest { head, buffer }, offload: OffloadHeader::NONE }
     }
 }
@@ -195,7 +221,10 @@ impl Packet<'_> {
             Source::Bytes(bytes) => {
                 space().copy_from(&bytes[at..at + len]);
             }
-            Source::Guest { buffer, .. } => {
+            Source::Guest { head, buffer } => {
+                if at == 0 && copy_in_one_piece(head, buffer, len, to, to_at).is_some() {
+                    return;
+                }
                 let head = self.head_from(at, len);
                 space().copy_from(head);
                 let (skip, rest) = (head.len(), len - head.len());

@@ -1054,8 +1054,7 @@ impl<B: PacketBuffer> Run<'_, B> {
     /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's
     /// header, whatever the guest has written there since it was read.
     pub fn put_guest(&mut self, frame: &GuestBuffer) -> bool {
-        let packet = Packet::with_header(frame, &self.header);
-        let done = frame.len() <= self.longest && self.claim.fill_packet(packet);
+        let done = frame.len() <= self.longest && self.claim.fill_guest(frame, &self.header);
         self.count(done, frame.len());
         done
     }

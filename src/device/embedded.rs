@@ -697,14 +697,24 @@ impl Header {
     #[inline(always)]
     fn new(bytes: &[u8; ETHERNET_HEADER_LEN]) -> Self {
         let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = *bytes;
-        let number = u64::from_ne_bytes;
+        let number = u64::from_le_bytes;
         Self { first: number([a, b, c, d, e, f, g, h]), last: number([g, h, i, j, k, l, m, n]) }
+    }
+
+    /// As [`new`](Self::new), of bytes in registers. The compiler would put the second number together byte
+    /// by byte.
+    #[inline(always)]
+    fn of_copy(bytes: [u8; ETHERNET_HEADER_LEN]) -> Self {
+        let mut wide = [0; 16];
+        wide[..ETHERNET_HEADER_LEN].copy_from_slice(&bytes);
+        let number = u128::from_le_bytes(wide);
+        Self { first: number as u64, last: (number >> 48) as u64 }
     }
 
     fn bytes(self) -> [u8; ETHERNET_HEADER_LEN] {
         let mut bytes = [0; ETHERNET_HEADER_LEN];
-        bytes[..8].copy_from_slice(&self.first.to_ne_bytes());
-        bytes[ETHERNET_HEADER_LEN - 8..].copy_from_slice(&self.last.to_ne_bytes());
+        bytes[..8].copy_from_slice(&self.first.to_le_bytes());
+        bytes[ETHERNET_HEADER_LEN - 8..].copy_from_slice(&self.last.to_le_bytes());
         bytes
     }
 }
@@ -724,8 +734,7 @@ fn ethernet_of(packet: &Buffer, max: usize) -> Option<Header> {
 #[inline(never)]
 fn ethernet_of_guest(packet: &Buffer) -> Option<Header> {
     let guest = packet.guest().filter(|guest| is_complete(guest))?;
-    let mut header = [0; ETHERNET_HEADER_LEN];
-    (guest.copy_to(&mut header) == header.len()).then(|| Header::new(&header))
+    guest.packet().read_first().map(Header::of_copy)
 }
 
 impl EmbeddedQueue {
