@@ -78,7 +78,7 @@ pub use layout::{
     AddressSpace, BrokenQueue, Part, QueueError, QueueFeatures, QueueLayout, QueueState, SIZE_MAX,
 };
 
-use crate::queue::chain::{Shape, Single, Walker};
+use crate::queue::chain::{Found, Walker};
 use crate::queue::rings::Rings;
 use crate::queue::used::UsedElements;
 use core::{fmt, mem};
@@ -111,13 +111,12 @@ pub struct Queue {
     walker: Walker,
     /// The entries of the available ring from `published` to `fetched`, as they were copied.
     heads: Box<[[u8; 2]]>,
-    /// What was found at these entries when they were copied.
-    singles: Box<[Single]>,
-    /// What was popped and not pushed, from `next_used` to `next_available`.
-    popped: Box<[Popped]>,
-    /// The number of them that are not broken.
+    /// What was found at these entries when they were copied, or when they were popped.
+    found: Box<[Found]>,
+    /// The number of chains from `next_used` to `next_available`, which were popped and not pushed, and
+    /// are not broken.
     outstanding: u16,
-    /// The number of the others.
+    /// The number of broken ones.
     broken_popped: u16,
     used: UsedElements,
     fetched: u16,
@@ -132,13 +131,6 @@ pub struct Queue {
     /// Whether the flags of the used ring say that notifications are wanted.
     wants_notifications: bool,
     broken: Option<BrokenQueue>,
-}
-
-/// A chain that was popped.
-#[derive(Clone, Copy, Debug)]
-enum Popped {
-    Whole { head: u16, len_max: u32 },
-    Broken { head: u16 },
 }
 
 impl Queue {
@@ -177,8 +169,7 @@ impl Queue {
             rings,
             walker: Walker::new(SEGMENTS_MAX),
             heads: vec![[0; 2]; size.into()].into(),
-            singles: vec![Single::default(); size.into()].into(),
-            popped: vec![Popped::Broken { head: 0 }; size.into()].into(),
+            found: vec![Found::default(); size.into()].into(),
             outstanding: 0,
             broken_popped: 0,
             used: UsedElements::new(size),
@@ -228,7 +219,7 @@ impl Queue {
         self.rings = Rings::new(&memory, &self.layout)?;
         self.memory = memory;
         // What was found in the old memory is looked for again.
-        self.singles.fill(Single::default());
+        self.found.iter_mut().for_each(Found::forget);
         Ok(())
     }
 
@@ -287,10 +278,10 @@ impl Queue {
         while left > 0 {
             let slot = self.rings.slot(self.fetched);
             let count = left.min(self.heads.len() - slot);
-            let (heads, singles) =
-                (&mut self.heads[slot..slot + count], &mut self.singles[slot..slot + count]);
+            let (heads, found) =
+                (&mut self.heads[slot..slot + count], &mut self.found[slot..slot + count]);
             self.rings.copy_heads(self.fetched, heads);
-            self.walker.look(&self.memory, &self.rings, heads, singles);
+            self.walker.look(&self.memory, &self.rings, heads, found);
             self.fetched = self.fetched.wrapping_add(count as u16);
             left -= count;
         }
@@ -304,7 +295,7 @@ impl Queue {
     #[inline]
     fn prefetch(&self, ahead: u16) {
         let slot = self.rings.slot(self.next_available.wrapping_add(ahead));
-        self.singles[slot].prefetch(&self.memory);
+        self.found[slot].prefetch(&self.memory);
     }
 
     /// The next chain of the burst. `None` at its end; see [`fetch`](Self::fetch).
@@ -314,44 +305,59 @@ impl Queue {
     /// [`ChainError`], if the driver has not followed the rules. The chain needs no
     /// [`push`](Self::push): the queue gives it back, with the used length 0, after those before it.
     /// A flush must follow even if no chain of the burst was whole.
-    #[inline(always)]
     pub fn pop(&mut self) -> Option<Result<Chain<'_>, ChainError>> {
+        if self.is_single_next() {
+            return self.pop_single().map(Ok);
+        }
+        (self.next_available != self.fetched).then(|| self.pop_list())
+    }
+
+    fn is_single_next(&self) -> bool {
+        self.next_available != self.fetched
+            && self.found[self.rings.slot(self.next_available)].shape().is_some()
+    }
+
+    /// As [`pop`](Self::pop), if the next chain is a single buffer. Otherwise it pops nothing.
+    #[inline(always)]
+    pub(crate) fn pop_single(&mut self) -> Option<Chain<'_>> {
         if self.next_available == self.fetched {
             return None;
         }
+        let slot = self.rings.slot(self.next_available);
+        let shape = self.found[slot].shape()?;
+        self.prefetch_next();
+        self.next_available = self.next_available.wrapping_add(1);
+        self.outstanding += 1;
+        Some(self.found[slot].chain(&self.memory, shape))
+    }
+
+    #[inline(always)]
+    fn prefetch_next(&self) {
         if self.fetched.wrapping_sub(self.next_available) > AHEAD {
             self.prefetch(AHEAD);
         }
-        let slot = self.rings.slot(self.next_available);
-        self.next_available = self.next_available.wrapping_add(1);
-        let Some(shape) = self.singles[slot].shape() else { return Some(self.pop_list(slot)) };
-        self.popped_whole(slot, shape);
-        Some(Ok(self.singles[slot].chain(&self.memory, shape)))
     }
 
-    /// Pops the chain at this place, of any shape.
+    /// Pops the next chain, of any shape.
     #[inline(never)]
-    fn pop_list(&mut self, slot: usize) -> Result<Chain<'_>, ChainError> {
-        let head = u16::from_le_bytes(self.heads[slot]);
+    fn pop_list(&mut self) -> Result<Chain<'_>, ChainError> {
+        self.prefetch_next();
+        let slot = self.rings.slot(self.next_available);
+        self.next_available = self.next_available.wrapping_add(1);
+        let head = self.found[slot].head;
         match self.walker.walk(&self.memory, &self.rings, head, self.features.indirect) {
             Ok(shape) => {
-                self.popped_whole(slot, shape);
+                self.found[slot].len_max = shape.used_len_max();
+                self.outstanding += 1;
                 Ok(self.walker.chain(&self.memory, shape))
             }
             Err(error) => {
-                self.popped[slot] = Popped::Broken { head };
+                self.found[slot].is_broken = true;
                 self.broken_popped += 1;
                 self.return_broken();
                 Err(error)
             }
         }
-    }
-
-    #[inline(always)]
-    fn popped_whole(&mut self, slot: usize, shape: Shape) {
-        let head = u16::from_le_bytes(self.heads[slot]);
-        self.popped[slot] = Popped::Whole { head, len_max: shape.used_len_max() };
-        self.outstanding += 1;
     }
 
     /// Gives up the last `count` chains that were popped and not pushed, and what was popped behind
@@ -366,9 +372,10 @@ impl Queue {
         let kept = self.outstanding - count;
         while self.outstanding > kept {
             self.next_available = self.next_available.wrapping_sub(1);
-            match self.popped[self.rings.slot(self.next_available)] {
-                Popped::Whole { .. } => self.outstanding -= 1,
-                Popped::Broken { .. } => self.broken_popped -= 1,
+            let found = &mut self.found[self.rings.slot(self.next_available)];
+            match mem::take(&mut found.is_broken) {
+                true => self.broken_popped -= 1,
+                false => self.outstanding -= 1,
             }
         }
     }
@@ -388,9 +395,8 @@ impl Queue {
     #[inline(always)]
     pub fn push(&mut self, written: u32) {
         self.outstanding = self.outstanding.checked_sub(1).expect("a chain is outstanding");
-        let Popped::Whole { head, len_max } = self.popped[self.rings.slot(self.next_used)] else {
-            unreachable!("`return_broken` leaves no broken chain as the oldest");
-        };
+        // `return_broken` leaves no broken chain as the oldest.
+        let Found { head, len_max, .. } = self.found[self.rings.slot(self.next_used)];
         // Skipped chains count as wholly used (virtio 1.2, section 2.7.9). For a chain with room to
         // write, that would be its whole room. DPDK's driver reads each length that it needs from the
         // chain's own element, so such chains always have one.
@@ -405,9 +411,11 @@ impl Queue {
     #[cold]
     #[inline(never)]
     fn return_broken(&mut self) {
-        while self.broken_popped > 0
-            && let Popped::Broken { head } = self.popped[self.rings.slot(self.next_used)]
-        {
+        while self.broken_popped > 0 {
+            let Found { head, is_broken, .. } = self.found[self.rings.slot(self.next_used)];
+            if !is_broken {
+                break;
+            }
             self.broken_popped -= 1;
             self.push_element(head, 0, false);
         }

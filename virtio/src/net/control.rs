@@ -90,7 +90,7 @@ impl Controller {
         let Self { running, bytes } = self;
         let Some(running) = running else { return Turn::default() };
         let mut answered = Vec::new();
-        let taken = running.take(cx, BURST, |chain, number| {
+        let taken = running.take(cx, BURST, &mut |chain: Chain<'_>, number: u32| {
             copy(&chain, bytes);
             let good = Command::parse(bytes).is_some_and(&mut carry_out);
             match good {

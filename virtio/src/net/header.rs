@@ -1,7 +1,6 @@
 //! The `virtio_net_hdr` in front of a packet that a guest sends: copied out once, and checked.
 
 use vmring::config::Offloads;
-use vmring::guest::GuestSlice;
 use vmring::software::{self, Left};
 use vmring::{OFFLOAD_LEN, OffloadHeader};
 use vmring_core::offload::{F_DATA_VALID, F_NEEDS_CSUM, F_RSC_INFO};
@@ -29,25 +28,25 @@ pub(super) struct Checked {
     pub(super) has_unknown_flags: bool,
 }
 
-/// The header of a chain that the guest sends, whose first segment is `first`. The guest may leave the work of `left` undone, and ask
+/// Whether a packet with this header leaves nothing to do, as is usual. The last two bytes are the
+/// receiver's.
+#[inline]
+pub(super) fn is_plain(bytes: &[u8; OFFLOAD_LEN]) -> bool {
+    bytes[..10] == [0; 10]
+}
+
+/// The header of a chain that the guest sends. The guest may leave the work of `left` undone, and ask
 /// for ECN if `ecn`. The header may be split over any descriptors, as ANY_LAYOUT allows. The bytes are
 /// copied once, because the guest may change them between two looks.
-#[inline]
-pub(super) fn read(
-    chain: &Chain<'_>,
-    first: Option<GuestSlice<'_>>,
-    left: &Offloads,
-    ecn: bool,
-) -> Result<Checked, BadPacket> {
+pub(super) fn read(chain: &Chain<'_>, left: &Offloads, ecn: bool) -> Result<Checked, BadPacket> {
     let len = chain.readable_len();
     if len <= HEADER_LEN.into() {
         return Err(BadPacket::Short);
     }
     // Most headers are in one piece.
-    let bytes = first.and_then(|first| first.read());
-    let bytes: [u8; OFFLOAD_LEN] = bytes.unwrap_or_else(|| split(chain));
-    // The usual packet leaves nothing to do. The last two bytes are the receiver's.
-    if bytes[..10] == [0; 10] {
+    let first = chain.readable().next().and_then(|first| first.read());
+    let bytes: [u8; OFFLOAD_LEN] = first.unwrap_or_else(|| split(chain));
+    if is_plain(&bytes) {
         return Ok(Checked { header: OffloadHeader::NONE, has_unknown_flags: false });
     }
     // "The device MUST ignore flag bits that it does not recognize" (section 5.1.6.2.2).

@@ -68,6 +68,18 @@ pub(super) enum Verdict {
     Later,
 }
 
+/// Decides on the chains that a [`RunningQueue`] takes.
+pub(super) trait Serve {
+    /// What to do with a chain, which has this number in the window.
+    fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict;
+}
+
+impl<F: FnMut(Chain<'_>, u32) -> Verdict> Serve for F {
+    fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
+        self(chain, number)
+    }
+}
+
 /// What [`RunningQueue::next`] has found.
 pub(super) enum Next<R> {
     /// A chain, and what was made of it.
@@ -86,15 +98,10 @@ impl RunningQueue {
         Self { index, queue, window, kick, enabled, blocked, stopping, broken }
     }
 
-    /// Takes at most `most` chains out of the queue, and lets `serve` decide on each, with the number
-    /// that it has in the window. Returns how many were taken, broken ones included.
+    /// Takes at most `most` chains out of the queue, and lets `server` decide on each. Returns how many
+    /// were taken, broken ones included.
     #[inline]
-    pub(super) fn take(
-        &mut self,
-        cx: Context<'_>,
-        most: u16,
-        mut serve: impl FnMut(Chain<'_>, u32) -> Verdict,
-    ) -> u16 {
+    pub(super) fn take<S: Serve>(&mut self, cx: Context<'_>, most: u16, server: &mut S) -> u16 {
         // Nothing is behind a chain that is to be given up. The ring gives back what is before it.
         self.blocked = self.window.has_cancelled();
         if self.broken || self.stopping || self.blocked {
@@ -108,14 +115,17 @@ impl RunningQueue {
                 break;
             }
             for _ in 0..count {
-                let verdict = match self.queue.pop() {
-                    None => return taken,
-                    Some(Err(error)) => {
-                        broken_chain(cx, error);
-                        taken += 1;
-                        continue;
-                    }
-                    Some(Ok(chain)) => serve(chain, self.window.next()),
+                let verdict = match self.queue.pop_single() {
+                    Some(chain) => server.serve(chain, self.window.next()),
+                    None => match self.serve_next(server) {
+                        None => return taken,
+                        Some(Err(error)) => {
+                            broken_chain(cx, error);
+                            taken += 1;
+                            continue;
+                        }
+                        Some(Ok(verdict)) => verdict,
+                    },
                 };
                 match verdict {
                     Verdict::Posted => self.window.add(State::Posted),
@@ -130,6 +140,12 @@ impl RunningQueue {
             }
         }
         taken
+    }
+
+    /// Serves the next chain, of any shape. It is apart, so that the usual chain stays in registers.
+    #[inline(never)]
+    fn serve_next(&mut self, server: &mut dyn Serve) -> Option<Result<Verdict, ChainError>> {
+        Some(self.queue.pop()?.map(|chain| server.serve(chain, self.window.next())))
     }
 
     /// Looks for at most `most` chains. Returns how many there are.

@@ -18,7 +18,7 @@ use crate::net::limits::{
     DISCARD_MAX, DRAIN_ROUNDS, MERGEABLE_BUFFER, SEGMENTS_MAX, bytes_for, segments,
 };
 use crate::net::readiness::Readiness;
-use crate::net::running::{BURST, Context, RunningQueue, Turn, Verdict};
+use crate::net::running::{BURST, Context, RunningQueue, Serve, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
 
@@ -289,35 +289,10 @@ impl Receiver {
         let Some(running) = running else { return 0 };
         let Some(ring) = ring.as_mut().filter(|_| failed.is_none()) else { return 0 };
         let mask = running.queue.layout().size as usize - 1;
-        let merging = matches!(mode, Mode::Direct { merging: true, .. });
-        let taken = running.take(cx, most, |chain, number| {
-            // A buffer that holds a header alone is one only if more can follow.
-            let least = HEADER_LEN + u32::from(!merging);
-            if chain.writable_len() < least.into() {
-                cx.counters.rx_useless.add(1);
-                return Verdict::Dropped;
-            }
-            let Ok(buffer) = table.buffer_of(useful(&chain, *bytes), HEADER_LEN) else {
-                // The table's slots are all in use.
-                return Verdict::Later;
-            };
-            match ring.stage_read_guest(buffer, number.into()) {
-                Ok(()) => {}
-                Err(refused) => {
-                    if let SubmitErrorKind::Closed(reason) = refused.kind {
-                        *failed = Some(reason);
-                    }
-                    return Verdict::Later;
-                }
-            }
-            if let Some(list) = logged.get_mut(number as usize & mask) {
-                list.clear();
-                list.extend(
-                    useful(&chain, *bytes).map(|slice| (slice.guest_address(), slice.len())),
-                );
-            }
-            Verdict::Posted
-        });
+        // A buffer that holds a header alone is one only if more can follow.
+        let least = HEADER_LEN + u32::from(!matches!(mode, Mode::Direct { merging: true, .. }));
+        let mut poster = Poster { cx, table, ring, failed, logged, mask, bytes: *bytes, least };
+        let taken = running.take(cx, most, &mut poster);
         ring.publish();
         taken
     }
@@ -327,6 +302,7 @@ impl Receiver {
     fn reap(&mut self, cx: Context<'_>) -> u16 {
         let Self { ring, running, logged, rest, copier, .. } = self;
         let mut reaped = 0u16;
+        let mut moved = Moved::default();
         if let Some(ring) = ring {
             for done in ring.reap() {
                 reaped = reaped.saturating_add(1);
@@ -334,7 +310,7 @@ impl Receiver {
                     copier.take(cx, &done);
                     continue;
                 }
-                let (state, written) = outcome(cx, &done, rest);
+                let (state, written) = outcome(cx, &done, rest, &mut moved);
                 let Some(running) = running.as_mut() else { continue };
                 let place = running.end(done.user_data, state);
                 if let Some(list) = place.and_then(|place| logged.get(place)) {
@@ -342,6 +318,8 @@ impl Receiver {
                 }
             }
         }
+        cx.counters.rx_packets.add(moved.packets);
+        cx.counters.rx_bytes.add(moved.bytes);
         if let Some(running) = running {
             running.settle(cx);
         }
@@ -404,22 +382,88 @@ impl Receiver {
     }
 }
 
+/// What it takes to post one buffer.
+struct Poster<'t> {
+    cx: Context<'t>,
+    table: &'t mut SegmentTable,
+    ring: &'t mut Ring,
+    failed: &'t mut Option<CloseReason>,
+    logged: &'t mut [Vec<(u64, u32)>],
+    /// The place of a buffer in `logged` is in these bits of its number.
+    mask: usize,
+    /// How many bytes of a buffer a packet can fill, and how many a buffer has at least.
+    bytes: u32,
+    least: u32,
+}
+
+impl Serve for Poster<'_> {
+    #[inline(always)]
+    fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
+        if chain.writable_len() < self.least.into() {
+            self.cx.counters.rx_useless.add(1);
+            return Verdict::Dropped;
+        }
+        let buffer = match chain.only_writable() {
+            Some(space) => self.table.buffer_of(first_bytes(space, self.bytes), HEADER_LEN),
+            None => self.table.buffer_of(useful(&chain, self.bytes), HEADER_LEN),
+        };
+        // If there is none, the table's slots are all in use.
+        let Ok(buffer) = buffer else { return Verdict::Later };
+        if let Err(refused) = self.ring.stage_read_guest(buffer, number.into()) {
+            if let SubmitErrorKind::Closed(reason) = refused.kind {
+                *self.failed = Some(reason);
+            }
+            return Verdict::Later;
+        }
+        if !self.logged.is_empty() {
+            self.log(&chain, number);
+        }
+        Verdict::Posted
+    }
+}
+
+impl Poster<'_> {
+    /// Notes where a buffer is that is on its way.
+    #[cold]
+    fn log(&mut self, chain: &Chain<'_>, number: u32) {
+        if let Some(list) = self.logged.get_mut(number as usize & self.mask) {
+            list.clear();
+            let pieces = useful(chain, self.bytes);
+            list.extend(pieces.map(|slice| (slice.guest_address(), slice.len())));
+        }
+    }
+}
+
 /// The parts of a chain that a packet can reach: the first ones, up to `bytes`.
 fn useful<'q>(chain: &Chain<'q>, bytes: u32) -> impl Iterator<Item = GuestSlice<'q>> {
     let mut left = bytes;
     chain.writable().take(SEGMENTS_MAX).map_while(move |slice| {
-        let len = slice.len().min(left);
-        left -= len;
-        slice.split_at(len).map(|(slice, _)| slice).filter(|slice| !slice.is_empty())
+        let slice = first_bytes(slice, left)?;
+        left -= slice.len();
+        (!slice.is_empty()).then_some(slice)
     })
 }
 
+/// The first bytes of a segment, at most so many.
+#[inline]
+fn first_bytes(slice: GuestSlice<'_>, bytes: u32) -> Option<GuestSlice<'_>> {
+    slice.split_at(slice.len().min(bytes)).map(|(first, _)| first)
+}
+
+/// What was received, before it is counted.
+#[derive(Default)]
+struct Moved {
+    packets: u64,
+    bytes: u64,
+}
+
 /// What became of a buffer, and how many of its bytes were written.
-fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16) -> (State, u32) {
+#[inline]
+fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16, moved: &mut Moved) -> (State, u32) {
     match done.result {
         Ok(len) => {
             let header = if *rest == 0 {
-                cx.counters.rx_packets.add(1);
+                moved.packets += 1;
                 *rest = done.more;
                 HEADER_LEN
             } else {
@@ -427,7 +471,7 @@ fn outcome(cx: Context<'_>, done: &Completion, rest: &mut u16) -> (State, u32) {
                 *rest -= 1;
                 0
             };
-            cx.counters.rx_bytes.add(len as u64);
+            moved.bytes += len as u64;
             // No packet is as long as 2^32.
             let written = len as u32 + header;
             (State::Done(written), written)

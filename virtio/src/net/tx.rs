@@ -4,7 +4,7 @@ use std::task::Poll;
 use std::time::Instant;
 
 use vmring::config::Offloads;
-use vmring::guest::GuestBufferError;
+use vmring::guest::{GuestBufferError, GuestMemory, GuestSlice};
 use vmring::stats::RingStats;
 use vmring::{
     CloseReason, Direction, Drive, Error, Interface, OffloadHeader, Ring, SegmentTable,
@@ -14,10 +14,9 @@ use vmring::{
 use crate::net::header::{self, BadPacket, HEADER_LEN};
 use crate::net::limits::{COPY_FRAMES, segments};
 use crate::net::readiness::Readiness;
-use crate::net::running::{BURST, Context, RunningQueue, Turn, Verdict};
+use crate::net::running::{BURST, Context, RunningQueue, Serve, Turn, Verdict};
 use crate::net::window::State;
 use crate::queue::Chain;
-use vmring::guest::GuestMemory;
 
 /// The `user_data` of a packet that is no guest's chain.
 const OWN: u64 = u64::MAX;
@@ -135,12 +134,11 @@ impl Transmitter {
         let Some(running) = running else { return 0 };
         let ring = ring.as_mut().filter(|_| serving && running.enabled);
         let Some(ring) = ring else {
-            return running.take(cx, most, |_, _| {
-                cx.counters.tx_disabled.add(1);
-                Verdict::Dropped
-            });
+            return running
+                .take(cx, most, &mut |_: Chain<'_>, _: u32| drop_one(&cx.counters.tx_disabled));
         };
         let mut sender = Sender {
+            cx,
             table,
             ring,
             failed,
@@ -149,7 +147,7 @@ impl Transmitter {
             ecn: *ecn,
             has_virtio_header: *has_virtio_header,
         };
-        let taken = running.take(cx, most, |chain, number| sender.send(cx, &chain, number.into()));
+        let taken = running.take(cx, most, &mut sender);
         sender.ring.publish();
         taken
     }
@@ -232,6 +230,7 @@ impl Transmitter {
 
 /// What it takes to send one packet.
 struct Sender<'t> {
+    cx: Context<'t>,
     table: &'t mut SegmentTable,
     ring: &'t mut Ring,
     failed: &'t mut Option<CloseReason>,
@@ -241,12 +240,43 @@ struct Sender<'t> {
     has_virtio_header: bool,
 }
 
+impl Serve for Sender<'_> {
+    #[inline(always)]
+    fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
+        let number = number.into();
+        match chain.only_readable().and_then(|packet| self.send_plain(packet, number)) {
+            Some(sent) => sent.unwrap_or_else(|kind| self.refused(kind)),
+            None => self.send_other(chain, number),
+        }
+    }
+}
+
 impl Sender<'_> {
-    #[inline]
-    fn send(&mut self, cx: Context<'_>, chain: &Chain<'_>, number: u64) -> Verdict {
-        let mut segments = chain.readable();
-        let first = segments.next();
-        let checked = match header::read(chain, first, self.left, self.ecn) {
+    /// Sends the usual packet, which is in one piece with its header and leaves nothing to do. `None` if
+    /// this is another.
+    #[inline(always)]
+    fn send_plain(
+        &mut self,
+        packet: GuestSlice<'_>,
+        number: u64,
+    ) -> Option<Result<Verdict, SubmitErrorKind>> {
+        let is_long = u64::from(packet.len()) > self.max_packet_size + u64::from(HEADER_LEN);
+        if packet.len() == HEADER_LEN || is_long || !header::is_plain(&packet.read()?) {
+            return None;
+        }
+        let buffer = match self.table.buffer_of(Some(packet), HEADER_LEN) {
+            Ok(buffer) => buffer,
+            Err(GuestBufferError::NoSlots) => return Some(Ok(Verdict::Later)),
+            Err(_) => return None,
+        };
+        let posted = self.ring.stage_write_guest(buffer, number);
+        Some(posted.map(|()| Verdict::Posted).map_err(|refused| refused.kind))
+    }
+
+    #[inline(never)]
+    fn send_other(&mut self, chain: Chain<'_>, number: u64) -> Verdict {
+        let cx = self.cx;
+        let checked = match header::read(&chain, self.left, self.ecn) {
             Ok(checked) => checked,
             Err(BadPacket::Short) => return drop_one(&cx.counters.tx_short),
             Err(BadPacket::Header) => return drop_one(&cx.counters.tx_bad_header),
@@ -255,16 +285,16 @@ impl Sender<'_> {
             return drop_one(&cx.counters.tx_too_big);
         }
         if checked.has_unknown_flags {
-            return self.send_copy(cx, chain, checked.header, number);
+            return self.send_copy(&chain, checked.header, number);
         }
-        match self.table.buffer_of(first.into_iter().chain(segments), HEADER_LEN) {
+        match self.table.buffer_of(chain.readable(), HEADER_LEN) {
             Ok(buffer) => match self.ring.stage_write_guest(buffer, number) {
                 Ok(()) => Verdict::Posted,
-                Err(refused) => self.refused(cx, refused.kind),
+                Err(refused) => self.refused(refused.kind),
             },
             Err(GuestBufferError::NoSlots) => Verdict::Later,
             Err(GuestBufferError::TooManySegments) => {
-                self.send_copy(cx, chain, checked.header, number)
+                self.send_copy(&chain, checked.header, number)
             }
             Err(_) => drop_one(&cx.counters.tx_errors),
         }
@@ -272,20 +302,14 @@ impl Sender<'_> {
 
     /// Sends a copy of a packet, which the interface cannot take from where it is.
     #[cold]
-    fn send_copy(
-        &mut self,
-        cx: Context<'_>,
-        chain: &Chain<'_>,
-        header: OffloadHeader,
-        number: u64,
-    ) -> Verdict {
+    fn send_copy(&mut self, chain: &Chain<'_>, header: OffloadHeader, number: u64) -> Verdict {
         match self.copy(chain, header, number) {
             None => Verdict::Later,
             Some(Ok(())) => {
-                cx.counters.tx_copied.add(1);
+                self.cx.counters.tx_copied.add(1);
                 Verdict::Posted
             }
-            Some(Err(kind)) => self.refused(cx, kind),
+            Some(Err(kind)) => self.refused(kind),
         }
     }
 
@@ -318,7 +342,8 @@ impl Sender<'_> {
     }
 
     #[cold]
-    fn refused(&mut self, cx: Context<'_>, kind: SubmitErrorKind) -> Verdict {
+    fn refused(&mut self, kind: SubmitErrorKind) -> Verdict {
+        let cx = self.cx;
         match kind {
             SubmitErrorKind::SqFull | SubmitErrorKind::NoCredit | SubmitErrorKind::Draining => {
                 Verdict::Later

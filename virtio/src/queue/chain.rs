@@ -124,18 +124,31 @@ pub struct Chain<'q> {
     shape: Shape,
 }
 
-/// What was found at a head before it was popped: the segment of a chain that is a single buffer in one
-/// region, as most are. Otherwise it has no bytes, and says nothing.
-///
-/// The descriptor was copied once, so the chain is what was found, even if the guest has changed it.
+/// What was found at a head.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Single([Segment; 1]);
+pub(super) struct Found {
+    /// The segment of a chain that is a single buffer in one region, as most are, found before the chain
+    /// is popped. Otherwise it has no bytes, and says nothing.
+    ///
+    /// The descriptor was copied once, so the chain is what was found, even if the guest has changed it.
+    single: [Segment; 1],
+    pub(super) head: u16,
+    /// Whether the chain was popped and is broken.
+    pub(super) is_broken: bool,
+    /// How many bytes the device may report as written.
+    pub(super) len_max: u32,
+}
 
-impl Single {
-    /// The chain, if it is such a one.
+impl Found {
+    /// Forgets where the chain is, but not how long it is.
+    pub(super) fn forget(&mut self) {
+        self.single = [Segment::default()];
+    }
+
+    /// The chain, if it is a single buffer.
     #[inline]
     pub(super) fn shape(&self) -> Option<Shape> {
-        let Segment { len, is_writable, .. } = self.0[0];
+        let Segment { len, is_writable, .. } = self.single[0];
         let bytes = u64::from(len);
         (len > 0).then_some(match is_writable {
             false => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
@@ -145,13 +158,13 @@ impl Single {
 
     #[inline]
     pub(super) fn chain<'q>(&'q self, memory: &'q GuestMemory, shape: Shape) -> Chain<'q> {
-        Chain { memory, segments: &self.0, shape }
+        Chain { memory, segments: &self.single, shape }
     }
 
     /// Asks for the first bytes of what the device will read.
     #[inline]
     pub(super) fn prefetch(&self, memory: &GuestMemory) {
-        let Segment { offset, len, region, is_writable } = self.0[0];
+        let Segment { offset, len, region, is_writable } = self.single[0];
         if !is_writable
             && let Some(region) = memory.regions().get(usize::from(region))
             && let Some(slice) = region.get(offset, len.min(PREFETCHED))
@@ -170,6 +183,18 @@ impl<'q> Chain<'q> {
     /// What the device may write.
     pub fn writable(&self) -> Segments<'q> {
         Segments { memory: self.memory, left: self.segments[self.shape.readable..].iter() }
+    }
+
+    /// All that the device may read, if it is in one segment, as it usually is.
+    #[inline]
+    pub(crate) fn only_readable(&self) -> Option<GuestSlice<'q>> {
+        if self.shape.readable == 1 { self.readable().next() } else { None }
+    }
+
+    /// All that the device may write, if it is in one segment, as it usually is.
+    #[inline]
+    pub(crate) fn only_writable(&self) -> Option<GuestSlice<'q>> {
+        if self.shape.segments - self.shape.readable == 1 { self.writable().next() } else { None }
     }
 
     /// The number of bytes that the device may read.
@@ -301,31 +326,30 @@ impl Walker {
         memory: &GuestMemory,
         rings: &Rings,
         heads: &[[u8; 2]],
-        singles: &mut [Single],
+        found: &mut [Found],
     ) {
-        for (head, single) in heads.iter().zip(singles) {
+        for (head, found) in heads.iter().zip(found) {
             let head = u16::from_le_bytes(*head);
-            *single = match head < rings.size() {
-                true => self.look_at(memory, Descriptor::parse(rings.descriptor(head))),
-                false => Single::default(),
-            };
+            let bytes = rings.descriptor(head);
+            let single = bytes.and_then(|bytes| self.look_at(memory, Descriptor::parse(bytes)));
+            let single = single.unwrap_or_default();
+            let len_max = if single.is_writable { single.len } else { 0 };
+            *found = Found { single: [single], head, is_broken: false, len_max };
         }
     }
 
+    /// The segment of a descriptor, if it is all of a chain and in one region.
     #[inline]
-    fn look_at(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Single {
+    fn look_at(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Option<Segment> {
         let Descriptor { address, len, flags, .. } = descriptor;
         if flags & (NEXT | INDIRECT) != 0 {
-            return Single::default();
+            return None;
         }
-        match self.locate(memory, address) {
-            Ok((region, offset)) if u64::from(len) <= memory.regions()[region].len() - offset => {
-                // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-                let (region, is_writable) = (region as u16, descriptor.is(WRITE));
-                Single([Segment { offset, len, region, is_writable }])
-            }
-            _ => Single::default(),
-        }
+        let (region, offset) = self.locate(memory, address).ok()?;
+        // There are at most `REGIONS_MAX` regions, which is less than 2^16.
+        let segment =
+            Segment { offset, len, region: region as u16, is_writable: flags & WRITE != 0 };
+        (u64::from(len) <= memory.regions()[region].len() - offset).then_some(segment)
     }
 
     /// Follows the chain at `head` and checks it as far as it goes. Each descriptor is copied once,
@@ -356,7 +380,10 @@ impl Walker {
                 return Err(ChainError::TooLong);
             }
             let descriptor = match table {
-                None => Descriptor::parse(rings.descriptor(index)),
+                None => {
+                    let bytes = rings.descriptor(index);
+                    Descriptor::parse(bytes.expect("the index is less than the size"))
+                }
                 Some(table) => Descriptor::parse(self.indirect_descriptor(memory, table, index)?),
             };
             visited_in_table += 1;

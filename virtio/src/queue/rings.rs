@@ -73,12 +73,11 @@ impl Rings {
         usize::from(index & (self.size - 1))
     }
 
-    /// The descriptor at `index`, which the caller has checked, copied once.
+    /// The descriptor at `index`, copied once. `None` if it is behind the table.
     #[inline]
-    pub(super) fn descriptor(&self, index: u16) -> [u8; DESCRIPTOR_LEN as usize] {
+    pub(super) fn descriptor(&self, index: u16) -> Option<[u8; DESCRIPTOR_LEN as usize]> {
         let at = u64::from(index) * u64::from(DESCRIPTOR_LEN);
-        let bytes = self.descriptors.get(at, DESCRIPTOR_LEN).and_then(|bytes| bytes.read());
-        bytes.expect("the index is less than the size")
+        self.descriptors.get(at, DESCRIPTOR_LEN)?.read()
     }
 
     /// The driver's index. Acquire: what the driver wrote before this index, entries and descriptors,
