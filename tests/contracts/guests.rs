@@ -178,6 +178,35 @@ fn header_costs_its_own_packet(interface: &Interface) {
     assert_eq!(results, expected, "{}", interface.device_name());
 }
 
+/// Goal: buffers that are staged are seen together, when they are published or something else is
+/// submitted. Those that are not published return with the ring.
+#[test]
+fn staged_buffers_are_seen_when_they_are_published() {
+    guarded(|| {
+        let interface = loopback();
+        let mut guest = Guest::new(8, 1514);
+        let builder = inline(&interface, Direction::Both).depth(4).segment_table(guest.table());
+        let mut ring = builder.build().expect("a ring");
+        for number in 0..2 {
+            ring.stage_read_guest(guest.buffer(number), number).expect("a read is staged");
+            let sent = guest.packet(10 + number, &packet(number, 60));
+            ring.stage_write_guest(sent, 10 + number).expect("a write is staged");
+        }
+        assert!(brief(&mut ring).is_empty(), "nobody has seen them");
+        ring.publish();
+        drive_to_rest(&mut ring);
+        assert_eq!(brief(&mut ring).len(), 4);
+        ring.stage_read_guest(guest.buffer(2), 2).expect("a read is staged");
+        write(&mut ring, &mut guest, 12, &packet(2, 60));
+        drive_to_rest(&mut ring);
+        assert_eq!(brief(&mut ring).len(), 2, "the write has published the read");
+        ring.stage_read_guest(guest.buffer(3), 3).expect("a read is staged");
+        assert!(guest.table().slots_in_use() > 0);
+        drop(ring);
+        assert_eq!(guest.table().slots_in_use(), 0);
+    });
+}
+
 /// Goal: what cannot be submitted comes back with the buffer.
 #[test]
 fn a_guests_buffer_that_is_refused_comes_back() {
