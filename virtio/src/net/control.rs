@@ -80,8 +80,8 @@ impl Controller {
         self.bytes = Vec::new();
     }
 
-    /// Takes commands, at most a burst of them, and answers each. `carry_out` returns whether the
-    /// driver may give the command.
+    /// Takes commands, at most a burst of them, and carries each out. `carry_out` returns whether the
+    /// driver may give the command. The driver gets the answers by [`answer`](Self::answer).
     pub(super) fn poll(
         &mut self,
         cx: Context<'_>,
@@ -97,15 +97,21 @@ impl Controller {
                 true => cx.counters.commands.add(1),
                 false => cx.counters.commands_refused.add(1),
             }
-            let len = answer(&chain, if good { OK } else { ERR });
+            let len = write_answer(&chain, if good { OK } else { ERR });
             answered.push((number, len));
             Verdict::Posted
         });
         for (number, len) in answered {
             running.window.end(number.into(), State::Done(len));
         }
-        running.settle(cx);
         Turn { moved: taken > 0, again: taken == BURST }
+    }
+
+    /// Gives the driver the answers of the commands that were carried out.
+    pub(super) fn answer(&mut self, cx: Context<'_>) {
+        if let Some(running) = &mut self.running {
+            running.settle(cx);
+        }
     }
 }
 
@@ -121,7 +127,7 @@ fn copy(chain: &Chain<'_>, to: &mut Vec<u8>) {
 }
 
 /// Writes the answer into the first byte that the device may write. Returns how many were written.
-fn answer(chain: &Chain<'_>, answer: u8) -> u32 {
+fn write_answer(chain: &Chain<'_>, answer: u8) -> u32 {
     match chain.writable().next() {
         Some(place) => {
             place.copy_from(&[answer]);

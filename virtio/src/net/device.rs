@@ -534,8 +534,12 @@ impl NetDevice {
         match role {
             Role::Receive(pair) => self.pairs[pair].rx.quiesce(cx),
             Role::Transmit(pair) => self.pairs[pair].tx.quiesce(cx),
-            // A command is carried out and answered in one step.
-            Role::Control => Poll::Ready(()),
+            // A command is carried out in one step, and answered when the rings are changed.
+            Role::Control if self.rings_changed => Poll::Pending,
+            Role::Control => {
+                self.controller.answer(cx);
+                Poll::Ready(())
+            }
         }
     }
 
@@ -579,7 +583,12 @@ impl NetDevice {
     /// guest can be copied. Until then poll the device and call this again.
     pub fn pause(&mut self) -> Poll<()> {
         self.paused = true;
-        self.quiesce()
+        let quiesced = self.quiesce();
+        if quiesced.is_ready() {
+            // No packet comes any more from rings that are still to be changed.
+            self.controller.answer(context(&self.counters, &self.interrupt));
+        }
+        quiesced
     }
 
     /// Goes on after [`pause`](Self::pause). Every queue is looked at.
@@ -901,7 +910,15 @@ impl NetDevice {
         let counters = self.counters.clone();
         let interrupt = self.interrupt.clone();
         let cx = context(&counters, &interrupt);
-        let turn = controller.poll(cx, |command| self.carry_out(command));
+        // The answers come after the rings are changed. After them the driver expects no packet with
+        // work that it does not accept any more.
+        let turn = match self.rings_changed {
+            true => Turn::default(),
+            false => controller.poll(cx, |command| self.carry_out(command)),
+        };
+        if !self.rings_changed {
+            controller.answer(cx);
+        }
         self.controller = controller;
         turn
     }
@@ -938,7 +955,7 @@ impl NetDevice {
                 if good {
                     self.guest_offloads =
                         (wanted | Features::CSUM).consistent() & Features::GUEST_OFFLOADS;
-                    self.rings_changed = true;
+                    self.change_rings();
                     self.readiness.notifier().wake();
                 }
                 good
