@@ -24,7 +24,7 @@ use vmring::{
 };
 
 use super::limits::END_TIMEOUT;
-use super::spec::{End, WhichEnd};
+use super::spec::End;
 use crate::demo::guest::{Command, Guest, Lease, Report};
 use crate::demo::nic::NetworkCard;
 use crate::device::{QUEUE, VMNET};
@@ -982,9 +982,9 @@ fn one_end_can_be_told_to_offload_nothing() {
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()).len())
     };
     assert_eq!(names(Offload::Software, None), [4, 4]);
-    assert_eq!(names(Offload::Software, Some(WhichEnd::A)), [0, 4]);
-    assert_eq!(names(Offload::Software, Some(WhichEnd::B)), [4, 0]);
-    assert_eq!(names(Offload::Common, Some(WhichEnd::B)), [0, 0]);
+    assert_eq!(names(Offload::Software, Some(super::spec::WhichEnd::A)), [0, 4]);
+    assert_eq!(names(Offload::Software, Some(super::spec::WhichEnd::B)), [4, 0]);
+    assert_eq!(names(Offload::Common, Some(super::spec::WhichEnd::B)), [0, 0]);
 }
 
 /// Raw frames from a ring on one network to a ring on another. This thread drives both, and a
