@@ -176,8 +176,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     let tap = no_tap();
     let stream_tap = tap.or((!has_program("iperf3")).then_some("the program iperf3 is not here"));
     let forward = move |plan: Plan| forward::run(plan.rounds, stream, bridge);
-    let merge_missing = stream_tap.or(bridge.is_none().then_some(NO_BRIDGE));
-    let merge = move |plan: Plan| merge::run(plan.rounds, stream, bridge.ok_or(NO_BRIDGE)?);
+    let merge_missing = stream_tap.or(bridge.is_none().then_some(NO_VMRING));
+    let merge = move |plan: Plan| merge::run(plan.rounds, stream, bridge.ok_or(NO_VMRING)?);
     let lines = |plan: Plan| lines::run(plan, &arguments.only);
     let programs =
         vhost::Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };

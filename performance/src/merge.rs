@@ -114,7 +114,11 @@ fn measure_tun_rs(ends: &(Namespace, Namespace), way: Way, seconds: u32) -> Resu
     let left = Tap::open(LEFT, Offload::Off)?;
     ip(&format!("link set {LEFT} address {}", text(LEFT_MAC)))?;
     let builder = DeviceBuilder::new().name(RIGHT).layer(Layer::L3).mtu(1500);
-    let right = builder.with(|options| drop(options.offload(true))).build_sync()?;
+    let right = builder
+        .with(|options| {
+            options.offload(true);
+        })
+        .build_sync()?;
     right.set_nonblocking(true)?;
     connect(ends)?;
     // A TUN answers no ARP.

@@ -160,7 +160,7 @@ struct PortSender {
 
 impl Sender for PortSender {
     fn send(&mut self) -> Result<bool> {
-        let Some(mut run) = self.port.run(self.header, BATCH, || usize::MAX) else {
+        let Some(mut run) = self.port.run(self.header, BATCH, |_| {}) else {
             return Ok(false);
         };
         while run.left() > 0 {
