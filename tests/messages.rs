@@ -280,7 +280,7 @@ fn a_socket_that_cannot_be_used_is_told_what_helps() {
         Err(error @ Error::Socket(_)) => error.to_string(),
         other => panic!("{other:?}"),
     };
-    says(refused(Socket::stream()), &["no socket", "listen, connect or from_fd"]);
+    says(refused(Socket::stream()), &["no socket", "listen, connect, bound or from_fd"]);
     let long = "/".to_owned() + &"x".repeat(200);
     says(refused(Socket::stream().listen(long)), &["has 201 bytes", "use a shorter one"]);
     says(
