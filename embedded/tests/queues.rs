@@ -85,7 +85,7 @@ fn a_port_has_a_receiver_for_each_queue() {
         drop(sender);
         assert_eq!(network.ports(), 0);
     }
-    // Who takes the port apart as if it had one queue has one.
+    // A port that is taken apart as if it had one queue has one.
     let port = network.join(PortConfig { queues: 4, ..config(9) }).unwrap();
     let mac = port.mac();
     let (mut receiver, _sender) = port.split();
@@ -158,7 +158,7 @@ fn a_flow_stays_in_one_queue_and_many_spread() {
     assert_eq!(counts.iter().sum::<u64>(), all);
     assert!(counts.iter().all(|count| *count > all / 20), "{counts:?}");
     assert!(runs > 100);
-    // Who shows no frames gets no run, since the frames may be for any queue.
+    // A sender that shows no frames gets no run, since the frames may be for any queue.
     let one = packet(mac, alice.mac, 1, 1);
     assert!(alice.sender.run(*one.first_chunk().unwrap(), 4, |_| ()).is_none());
     assert_eq!(bob[0].stats().received_direct + bob[0].stats().received_overflow, all);

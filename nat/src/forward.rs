@@ -342,7 +342,7 @@ impl<T> Forwards<T> {
     ) {
         if let Some(forward) = self.forwards.get_mut(id) {
             forward.ready = true;
-            // Whoever waits for a time goes on waiting.
+            // A connection that waits for a time goes on waiting.
             if forward.look_at == 0 {
                 let next = forward.take(tcp, io);
                 self.look_again(id, next);

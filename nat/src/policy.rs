@@ -1,4 +1,4 @@
-//! Who may reach what. A [`Policy`] is asked once for each flow, before anything is opened.
+//! The rules for what guests may reach. A [`Policy`] is asked once for each flow, before anything is opened.
 //!
 //! | file | what it holds |
 //! |---|---|

@@ -191,7 +191,7 @@ impl Incoming {
 pub struct DatagramError {
     /// Type and code of the ICMP or ICMPv6 error, or `None` if the error is the host's own.
     pub icmp: Option<(u8, u8)>,
-    /// Who has sent the error, if that is known.
+    /// The sender of the error, if it is known.
     pub offender: Option<IpAddr>,
     /// Where the datagram was to go.
     pub to: SocketAddr,

@@ -54,7 +54,7 @@ struct Zeros {
     peek_at: usize,
     kernel: bool,
     takes: usize,
-    /// Who sends datagrams, of how many bytes each, and whether one of the socket's has met an error.
+    /// The sender of datagrams, of how many bytes each, and whether one of the socket's has met an error.
     from: SocketAddr,
     segment: u16,
     fails: bool,

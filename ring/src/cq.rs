@@ -334,7 +334,7 @@ impl CqProducer {
     /// skipped. Returns whether there were any of either.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        // Whoever sees a completion finds the slots in its table.
+        // A thread that sees a completion finds the slots in its table.
         self.freed.free();
         self.skips.publish() | self.cq.publish()
     }

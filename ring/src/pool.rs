@@ -14,7 +14,7 @@ const STOCK: u32 = 32;
 /// Slots of a pool that one owner has taken together, and allocates from. So a slot does not cost the
 /// locked instructions that a pool costs.
 ///
-/// Who drops it without [`Pool::empty`] loses its slots.
+/// A stock that is dropped without [`Pool::empty`] loses its slots.
 #[derive(Debug, Default)]
 pub(crate) struct Stock {
     /// The first of the slots, which are linked.

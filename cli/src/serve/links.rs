@@ -29,7 +29,7 @@ pub(super) struct Links {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Who is told, on the thread, that a link has ended.
+/// A function that is told, on the thread, that a link has ended.
 pub(super) trait Owner: Send {
     /// The link moves no more packets, and its counters stay as they are. They can still be read.
     fn ended(&mut self, bridge: &Bridge);

@@ -21,9 +21,9 @@ use crate::stats::Counter;
 /// A guest, by what its network knows it by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Guest {
-    /// Whoever has this address.
+    /// The guest that has this address.
     Address(IpAddr),
-    /// Whoever has this MAC address, at the address that it has then.
+    /// The guest that has this MAC address, at the address that it has then.
     Mac([u8; 6]),
 }
 

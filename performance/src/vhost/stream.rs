@@ -22,7 +22,7 @@ const HOST: &str = "10.9.0.1";
 const GUEST: &str = "10.9.0.2";
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Who carries the guest's frames to the TAP.
+/// The program that carries the guest's frames to the TAP.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Method<'a> {
     Kernel,

@@ -13,7 +13,7 @@ pub(super) struct Batch {
     pub(super) pieces: Pieces,
     /// Where the pieces of each message end.
     ends: Vec<usize>,
-    /// Who has sent each message, if that is asked for.
+    /// The sender of each message, if it is asked for.
     senders: Vec<Address>,
     /// What was received.
     pub(super) received: Vec<Received>,
@@ -52,7 +52,7 @@ impl Batch {
         self.ends.push(self.pieces.0.len());
     }
 
-    /// Who has sent a message, of a call that asked for it.
+    /// The sender of a message, of a call that asked for it.
     pub(super) fn sender(&self, i: usize) -> &Address {
         &self.senders[i]
     }

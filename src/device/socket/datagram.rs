@@ -18,12 +18,12 @@ use crate::error::Status;
 use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::sys::{after, lock};
 
-/// Who the peer is.
+/// How the peer is known.
 #[derive(Debug)]
 pub(super) enum PeerRule {
     /// The socket was given with its peer.
     Given,
-    /// Whoever sends first.
+    /// It is the one that sends first.
     Learn,
     /// The socket of a path. If `magic`, it is told that a VMM comes, as vfkit does.
     Known { path: PathBuf, address: Address, magic: bool, pause: Duration },
