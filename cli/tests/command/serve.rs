@@ -639,6 +639,20 @@ fn confined_threads(server: &Server, confined: bool, capabilities: u64) -> Vec<S
     names
 }
 
+/// Waits for these threads, of which each one is confined. A thread gives itself its name when it runs.
+#[cfg(target_os = "linux")]
+fn expect_confined_threads(server: &Server, capabilities: u64, expected: &[&str]) {
+    let start = Instant::now();
+    loop {
+        let threads = confined_threads(server, true, capabilities);
+        if threads == expected {
+            return;
+        }
+        assert!(start.elapsed() < LIMIT, "{threads:?}, and not {expected:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Goal: what the report says of the confinement is what the kernel says, of every thread.
 #[cfg(target_os = "linux")]
 #[test]
@@ -677,8 +691,11 @@ fn the_threads_of_a_network_are_confined_too() {
         let mut guest = Guest::new(&path, mac(1));
         guest.post(64);
         guest.lease();
-        let threads = confined_threads(&server, true, 0);
-        assert!(threads.iter().any(|name| name.starts_with(thread)), "{threads:?}");
+        let start = Instant::now();
+        while !confined_threads(&server, true, 0).iter().any(|name| name.starts_with(thread)) {
+            assert!(start.elapsed() < LIMIT, "there is no thread {thread}");
+            thread::sleep(Duration::from_millis(10));
+        }
         let report = server.report("TERM");
         for part in PARTS {
             assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
