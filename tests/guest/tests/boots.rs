@@ -96,10 +96,8 @@ fn a_guest_migrates_while_it_pings() {
     old.wait_for("seq=5", 0);
     // It binds the same path, so that what the other sends comes here.
     let mut new = moving.incoming().start();
-    old.migrate_to(&mut new, |old| {
-        let from = old.text().len();
-        old.wait_for("seq=", from);
-    });
+    // Until the move it loses what is for the old one, which goes on sending.
+    old.migrate_to(&mut new, |_| {});
     let outcome = new.finish(&pings);
     assert_eq!(outcome.status, 0, "{}", outcome.output);
     // The whole output is there, what was written before the move and what was written after it.
