@@ -308,7 +308,7 @@ pub trait Sockets {
     ///
     /// # Errors
     ///
-    /// As for `peek`.
+    /// The errors are those of `peek`.
     fn receive(
         &mut self,
         socket: &Self::Socket,
@@ -445,7 +445,7 @@ pub trait Sockets {
     ///
     /// # Errors
     ///
-    /// As for [`bind_udp`](Self::bind_udp).
+    /// The errors are those of [`bind_udp`](Self::bind_udp).
     fn listen(
         &mut self,
         at: SocketAddr,

@@ -435,7 +435,7 @@ unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
 ///
 /// # Safety
 ///
-/// As for [`free`].
+/// The conditions are those of [`free`].
 #[inline(always)]
 pub(crate) unsafe fn free_with(pool: NonNull<PoolInner>, range: SlotRange, freed: &mut Freed) {
     if range.offload_state().is_guest() {

@@ -319,7 +319,7 @@ impl Freed {
     ///
     /// # Safety
     ///
-    /// As for [`free_slot`].
+    /// The conditions are those of [`free_slot`].
     #[inline]
     pub(crate) unsafe fn add(&mut self, pool: NonNull<PoolInner>, slot: u32) {
         if let Some(list) = &mut self.list

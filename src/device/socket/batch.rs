@@ -115,7 +115,7 @@ impl Messages<'_> {
 ///
 /// # Safety
 ///
-/// As for [`Batch::receive`].
+/// The conditions are those of [`Batch::receive`].
 #[cfg(not(target_os = "linux"))]
 unsafe fn receive_one(
     socket: &OwnedFd,
@@ -140,7 +140,7 @@ unsafe fn receive_one(
 ///
 /// # Safety
 ///
-/// As for [`Batch::receive`].
+/// The conditions are those of [`Batch::receive`].
 #[cfg(not(target_os = "linux"))]
 unsafe fn receive_singly(
     socket: &OwnedFd,
@@ -163,7 +163,7 @@ unsafe fn receive_singly(
 ///
 /// # Safety
 ///
-/// As for [`Batch::send`].
+/// The conditions are those of [`Batch::send`].
 #[cfg(not(target_os = "linux"))]
 unsafe fn send_singly(socket: &OwnedFd, mut messages: Messages<'_>) -> io::Result<usize> {
     for i in 0..messages.count() {
@@ -195,7 +195,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::receive`].
+        /// The conditions are those of [`Batch::receive`].
         pub(super) unsafe fn receive(
             &mut self,
             socket: &OwnedFd,
@@ -232,7 +232,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::send`].
+        /// The conditions are those of [`Batch::send`].
         pub(super) unsafe fn send(
             &mut self,
             socket: &OwnedFd,
@@ -266,7 +266,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::receive`].
+        /// The conditions are those of [`Batch::receive`].
         pub(super) unsafe fn receive(
             &mut self,
             socket: &OwnedFd,
@@ -293,7 +293,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::send`].
+        /// The conditions are those of [`Batch::send`].
         pub(super) unsafe fn send(
             &mut self,
             socket: &OwnedFd,
@@ -328,7 +328,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::receive`].
+        /// The conditions are those of [`Batch::receive`].
         pub(super) unsafe fn receive(
             &mut self,
             socket: &OwnedFd,
@@ -342,7 +342,7 @@ mod imp {
 
         /// # Safety
         ///
-        /// As for [`Batch::send`].
+        /// The conditions are those of [`Batch::send`].
         pub(super) unsafe fn send(
             &mut self,
             socket: &OwnedFd,
