@@ -244,8 +244,11 @@ mod imp {
                 self.0.push(libc::mmsghdr { msg_hdr, msg_len: 0 });
             }
             let (fd, count) = (socket.as_raw_fd(), self.0.len() as libc::c_uint);
+            // musl's function of this name makes one call for each message, for kernels that read the
+            // padding of a header. Here it is zero.
             // SAFETY: there are `count` headers. They name pieces, for which the caller answers.
-            let n = unsafe { libc::sendmmsg(fd, self.0.as_mut_ptr(), count, FLAGS as _) };
+            let n =
+                unsafe { libc::syscall(libc::SYS_sendmmsg, fd, self.0.as_mut_ptr(), count, FLAGS) };
             usize::try_from(n).map_err(|_| io::Error::last_os_error())
         }
     }
