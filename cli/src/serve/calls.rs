@@ -180,6 +180,12 @@ pub(crate) const CALLS: &[Call] = calls! {
     SYS_epoll_pwait: Wires, Only::Any;
     SYS_timerfd_settime: Wires, Only::Any;
     SYS_shutdown: Wires, Only::Any;
+    // The name of this side's socket, where a peer answers to one.
+    #[cfg(target_env = "musl")]
+    SYS_getpid: Wires, Only::Any;
+    // What is at the path of a peer.
+    #[cfg(all(target_arch = "x86_64", target_env = "musl"))]
+    SYS_stat: Wires, Only::Any;
     // The width of the terminal, and whether it is one.
     SYS_ioctl: Terminal, Only::OneOf {
         argument: 1,
