@@ -756,6 +756,46 @@ fn a_datagram_socket_learns_its_peer() {
     });
 }
 
+/// Goal: a datagram socket with one peer ends with it: nobody is its peer after the first, whether or not
+/// something is written. Other sockets have no such setting.
+#[test]
+fn a_datagram_socket_with_one_peer_ends_with_it() {
+    guarded(|| {
+        let folder = Folder::new();
+        for writes in [false, true] {
+            stage(format!("writes: {writes}"));
+            let (path, own) = (folder.path("wire"), folder.path("peer"));
+            let interface = start(Socket::datagram().listen(&path).one_peer(true));
+            let mut ring = both(&interface);
+            post(&mut ring, 1);
+            let peer = UnixDatagram::bind(&own).expect("a socket");
+            peer.send_to(&packet(1, 60), &path).expect("it is taken");
+            assert_eq!(receive(&mut ring), packet(1, 60));
+            post(&mut ring, 2);
+            drop(peer);
+            if writes {
+                send(&mut ring, 3);
+            }
+            let gone = CloseReason::Failed(Status::Os(libc::ECONNRESET));
+            eventually("the ring closes", || ring.control().closed() == Some(gone));
+            let next = UnixDatagram::bind(folder.path("next")).expect("a socket");
+            let _ = next.send_to(&packet(2, 60), &path);
+            assert_eq!(count(&interface, "peers"), 1);
+            drop((ring, interface));
+            fs::remove_file(&own).expect("the peer's file");
+            fs::remove_file(folder.path("next")).expect("the next one's file");
+        }
+        let (ours, _peer) = UnixStream::pair().expect("a pair of sockets");
+        for wrong in [
+            Socket::stream().from_fd(ours.into()).one_peer(true),
+            Socket::datagram().connect(folder.path("wire")).one_peer(true),
+        ] {
+            let refused = Interface::builder().device(wrong).start().expect_err("it is refused");
+            assert!(refused.to_string().contains("one peer and no other"), "{refused}");
+        }
+    });
+}
+
 /// Goal: a datagram socket that connects finds its peer when it comes, announces itself, and finds it
 /// again at the same path.
 #[test]

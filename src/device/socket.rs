@@ -129,6 +129,7 @@ pub struct Socket {
     magic: bool,
     reconnect: Option<Duration>,
     many_at_once: bool,
+    one_peer: bool,
 }
 
 #[derive(Debug)]
@@ -168,6 +169,7 @@ impl Socket {
             magic: false,
             reconnect: Some(RECONNECT),
             many_at_once: false,
+            one_peer: false,
         }
     }
 
@@ -242,6 +244,15 @@ impl Socket {
         self
     }
 
+    /// Sets whether a datagram socket that listens has one peer and no other after it: when the peer has
+    /// gone, the rings close for the reason `Status::Os(ECONNRESET)`. Default false: the next one that
+    /// sends is the peer then. The start refuses it on other sockets, with
+    /// [`SocketError::Setting`].
+    pub fn one_peer(mut self, yes: bool) -> Self {
+        self.one_peer = yes;
+        self
+    }
+
     fn layout(&self, config: &InterfaceConfig) -> Result<(Layout, u32), Error> {
         let mtu = config.mtu.unwrap_or(1500);
         if !(MTU_MIN..=IP_MAX).contains(&mtu) {
@@ -311,7 +322,7 @@ impl Socket {
     fn open_datagram(
         place: Place,
         own: Own,
-        magic: bool,
+        (magic, once): (bool, bool),
         pause: Duration,
         buffers: (usize, usize),
         counters: Arc<Counters>,
@@ -320,7 +331,7 @@ impl Socket {
         let (socket, file, rule) = match place {
             Place::Listen(path) => {
                 let (socket, file) = place::bind(kind, &path)?;
-                (socket, Some(file), PeerRule::Learn)
+                (socket, Some(file), PeerRule::Learn { once })
             }
             Place::Connect(path) => {
                 let address = Address::of(&path)?;
@@ -333,12 +344,12 @@ impl Socket {
             }
             Place::Bound(Listener { socket, file }) => {
                 place::check(kind, &socket)?;
-                (socket, file, PeerRule::Learn)
+                (socket, file, PeerRule::Learn { once })
             }
             Place::Descriptor(socket) => {
                 place::check(kind, &socket)?;
                 let has_peer = sys::has_peer(&socket);
-                let rule = if has_peer { PeerRule::Given } else { PeerRule::Learn };
+                let rule = if has_peer { PeerRule::Given } else { PeerRule::Learn { once } };
                 (socket, None, rule)
             }
         };
@@ -365,6 +376,7 @@ impl Driver for Socket {
         let (layout, mtu) = self.layout(config)?;
         let buffers = self.buffers(&layout);
         let Socket { kind, place, bound, own_path, magic, reconnect, many_at_once, .. } = *self;
+        let once = self.one_peer;
         let (place, bound) = match (place, bound) {
             (None, Some(listener)) => (Place::Bound(listener), None),
             (Some(place), bound) => (place, bound),
@@ -383,6 +395,10 @@ impl Driver for Socket {
             let sentence = "only a datagram socket has a path of its own and announces itself";
             return Err(SocketError::Setting(sentence).into());
         }
+        if once && (kind != SocketKind::Datagram || has_own_side) {
+            let sentence = "only a datagram socket that listens can have one peer and no other";
+            return Err(SocketError::Setting(sentence).into());
+        }
         let counters = Arc::<Counters>::default();
         let parser = StreamParser::new(layout.max_packet_size, layout.header());
         let wire = if kind == SocketKind::Datagram {
@@ -390,7 +406,7 @@ impl Driver for Socket {
             let path = || Own::Path(own_path.unwrap_or_else(any_path));
             let own = bound.map_or_else(path, Own::Bound);
             let datagram =
-                Self::open_datagram(place, own, magic, pause, buffers, counters.clone())?;
+                Self::open_datagram(place, own, (magic, once), pause, buffers, counters.clone())?;
             Wire::Datagram(Arc::new(datagram))
         } else {
             let link = Self::open_link(kind, place, reconnect, parser, buffers, counters.clone())?;

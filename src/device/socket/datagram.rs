@@ -23,8 +23,8 @@ use crate::sys::{after, lock};
 pub(super) enum PeerRule {
     /// The socket was given with its peer.
     Given,
-    /// It is the one that sends first.
-    Learn,
+    /// It is the one that sends first. With `once` there is no other one after it.
+    Learn { once: bool },
     /// The socket of a path. If `magic`, it is told that a VMM comes, as vfkit does.
     Known { path: PathBuf, address: Address, magic: bool, pause: Duration },
 }
@@ -96,7 +96,7 @@ impl Datagram {
     pub(super) fn pause(&self) -> Option<Duration> {
         match &self.rule {
             PeerRule::Given => None,
-            PeerRule::Learn => Some(RECONNECT),
+            PeerRule::Learn { .. } => Some(RECONNECT),
             PeerRule::Known { pause, .. } => Some(*pause),
         }
     }
@@ -120,7 +120,7 @@ impl Datagram {
         }
         let found = match &self.rule {
             PeerRule::Given => false,
-            PeerRule::Learn => self.learn(&mut state),
+            PeerRule::Learn { .. } => self.learn(&mut state),
             PeerRule::Known { path, address, magic, pause } => {
                 if state.not_before.is_some_and(|at| Instant::now() < at) {
                     return Ok(false);
@@ -165,7 +165,7 @@ impl Datagram {
     /// Whether a message that comes can be received or thrown away. While a known peer is not there, what
     /// others send waits, and must not wake anybody.
     pub(super) fn takes_messages(&self) -> bool {
-        matches!(self.rule, PeerRule::Learn) || self.has_peer.load(Ordering::Relaxed)
+        matches!(self.rule, PeerRule::Learn { .. }) || self.has_peer.load(Ordering::Relaxed)
     }
 
     /// The sender whose messages count, if others may be among them.
@@ -231,8 +231,15 @@ impl Datagram {
         }
         state.peer = None;
         self.mixed.store(false, Ordering::Relaxed);
-        if !matches!(self.rule, PeerRule::Given) {
-            sys::disconnect(&self.socket);
+        match self.rule {
+            PeerRule::Given => {}
+            // The socket stays connected, so that nobody else can send to it.
+            PeerRule::Learn { once: true } => {
+                state.over.get_or_insert(Status::Os(libc::ECONNRESET));
+            }
+            PeerRule::Learn { once: false } | PeerRule::Known { .. } => {
+                sys::disconnect(&self.socket);
+            }
         }
     }
 
