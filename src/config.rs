@@ -1,7 +1,7 @@
 //! The settings of an interface and what was negotiated: mode, addresses, offloads, directions.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use macaddr::MacAddr6;
@@ -136,6 +136,9 @@ pub struct InterfaceInfo {
     pub max_packet_size: u32,
     /// The network's addresses, if the device reports them.
     pub ipv4: Option<Ipv4Range>,
+    /// The IPv6 prefix of a shared network, of 64 bits, if the device reports it. Only vmnet does.
+    #[doc(alias = "vmnet_nat66_prefix_key")]
+    pub nat66_prefix: Option<Ipv6Addr>,
 }
 
 impl InterfaceInfo {
@@ -143,7 +146,8 @@ impl InterfaceInfo {
     /// the driver has decided.
     pub fn new(config: &InterfaceConfig, mac: MacAddr6, mtu: u32, max_packet_size: u32) -> Self {
         let InterfaceConfig { mode, interface_id, ipv4, .. } = config.clone();
-        Self { mode, interface_id, mac, mtu, max_packet_size, ipv4 }
+        let nat66_prefix = None;
+        Self { mode, interface_id, mac, mtu, max_packet_size, ipv4, nat66_prefix }
     }
 }
 

@@ -229,13 +229,14 @@ impl Serialize for InterfaceInfo {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let id = self.interface_id.map(|byte| format!("{byte:02x}")).concat();
         let uuid = [&id[..8], &id[8..12], &id[12..16], &id[16..20], &id[20..]].join("-");
-        let mut fields = serializer.serialize_struct("InterfaceInfo", 6)?;
+        let mut fields = serializer.serialize_struct("InterfaceInfo", 7)?;
         fields.serialize_field("mode", &self.mode)?;
         fields.serialize_field("interface_id", &uuid)?;
         fields.serialize_field("mac", &self.mac.to_string())?;
         fields.serialize_field("mtu", &self.mtu)?;
         fields.serialize_field("max_packet_size", &self.max_packet_size)?;
         fields.serialize_field("ipv4", &self.ipv4)?;
+        fields.serialize_field("nat66_prefix", &self.nat66_prefix)?;
         fields.end()
     }
 }

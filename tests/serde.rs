@@ -119,6 +119,7 @@ fn an_interface_describes_itself() {
         "mtu": 1500,
         "max_packet_size": 1514,
         "ipv4": { "start": "192.168.64.1", "end": "192.168.64.254", "mask": "255.255.255.0" },
+        "nat66_prefix": null,
     });
     assert_eq!(info, expected);
     let sexp = serde_lexpr::to_string(&interface.info()).unwrap();

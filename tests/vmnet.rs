@@ -585,6 +585,7 @@ fn row_3_the_description_says_what_was_asked_for_and_nothing_else() {
     );
     assert_eq!((interface.mtu(), interface.max_packet_size()), (4000, 4014));
     assert_eq!(interface.info().ipv4, Some(range));
+    assert_eq!(interface.info().nat66_prefix, "fd00:1:2:3::".parse().ok());
 
     let id = world.interface_id();
     let isolated = IsolatedNetwork {

@@ -199,6 +199,7 @@ impl Vmnet {
         let mut info = InterfaceInfo::new(config, mac, mtu, max);
         info.interface_id = parameters.interface_id.unwrap_or(config.interface_id);
         info.ipv4 = parameters.ipv4.or(config.ipv4);
+        info.nat66_prefix = parameters.nat66_prefix;
         let mut caps = Capabilities::new(mtu, max);
         (caps.max_read_batch, caps.max_write_batch) = parameters.batches();
         caps.writing_rings = usize::MAX;

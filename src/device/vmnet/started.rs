@@ -1,7 +1,7 @@
 //! A started interface, from its start to the end of its stop.
 
 use std::mem::forget;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
@@ -16,8 +16,8 @@ use super::availability::System;
 use super::events::{Callback, Events, check, inside_event};
 use super::ffi::{
     InterfaceRef, Object, SUCCESS, vmnet_end_address_key, vmnet_interface_id_key,
-    vmnet_mac_address_key, vmnet_max_packet_size_key, vmnet_mtu_key, vmnet_start_address_key,
-    vmnet_start_interface, vmnet_stop_interface, vmnet_subnet_mask_key,
+    vmnet_mac_address_key, vmnet_max_packet_size_key, vmnet_mtu_key, vmnet_nat66_prefix_key,
+    vmnet_start_address_key, vmnet_start_interface, vmnet_stop_interface, vmnet_subnet_mask_key,
 };
 use super::limits::{FAILED_START_GRACE, PACKET_MAX, PACKETS_PER_CALL, PACKETS_PER_CALL_MAX};
 use super::network::VmnetNetwork;
@@ -36,6 +36,7 @@ pub(crate) struct Parameters {
     pub(crate) mac: Option<MacAddr6>,
     pub(crate) interface_id: Option<[u8; 16]>,
     pub(crate) ipv4: Option<Ipv4Range>,
+    pub(crate) nat66_prefix: Option<Ipv6Addr>,
     read_max_packets: Option<u64>,
     write_max_packets: Option<u64>,
 }
@@ -45,13 +46,14 @@ impl Parameters {
     fn read(from: Borrowed<'_>, system: &System) -> Self {
         // SAFETY: vmnet.h declares each key as `extern const char * const`. They are initialized
         // when the program is loaded and never change, so reading them races with nothing.
-        let (mtu, max, mac, id, range) = unsafe {
+        let (mtu, max, mac, id, range, nat66) = unsafe {
             (
                 vmnet_mtu_key,
                 vmnet_max_packet_size_key,
                 vmnet_mac_address_key,
                 vmnet_interface_id_key,
                 [vmnet_start_address_key, vmnet_end_address_key, vmnet_subnet_mask_key],
+                vmnet_nat66_prefix_key,
             )
         };
         let address = |key| from.get_str(key)?.parse::<Ipv4Addr>().ok();
@@ -67,6 +69,7 @@ impl Parameters {
             mac: from.get_str(mac).and_then(|text| text.parse().ok()),
             interface_id: from.get_uuid(id),
             ipv4,
+            nat66_prefix: from.get_str(nat66).and_then(|text| text.parse().ok()),
             read_max_packets: keys.read_max_packets.and_then(|name| from.get_u64(name.key())),
             write_max_packets: keys.write_max_packets.and_then(|name| from.get_u64(name.key())),
         }
