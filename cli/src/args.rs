@@ -16,7 +16,7 @@ use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::serve::metrics::MetricsSpec;
-use crate::serve::spec::{ConnectSpec, ListenSpec, MacRule, NetworkSpec};
+use crate::serve::spec::{ConnectSpec, ListenSpec, MacRule, NetworkSettings, NetworkSpec};
 use crate::size::Size;
 
 /// Packet rings for virtual machine monitors.
@@ -346,6 +346,9 @@ pub(crate) struct ServeArgs {
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
+    /// What a command that takes another helper's part adds.
+    #[arg(skip)]
+    pub(crate) settings: NetworkSettings,
 }
 
 const BENCH_NOTES: &str = "\

@@ -109,7 +109,12 @@ impl Live {
         Self { bar }
     }
 
-    /// Whether stderr is a terminal.
+    /// Lines that nobody sees.
+    pub(crate) fn off() -> Self {
+        Self { bar: None }
+    }
+
+    /// Whether stderr is a terminal, and the lines are shown.
     pub(crate) fn is_watched(&self) -> bool {
         self.bar.is_some()
     }

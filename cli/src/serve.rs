@@ -11,8 +11,8 @@ pub(crate) mod spec;
 #[cfg(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod calls;
 mod confine;
-mod connection;
-mod counts;
+pub(crate) mod connection;
+pub(crate) mod counts;
 mod exposition;
 mod folder;
 mod identity;
@@ -27,10 +27,12 @@ mod server;
 mod sigbus;
 mod summary;
 mod table;
+pub(crate) mod teller;
 mod wire;
 mod wire_stats;
 
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -38,7 +40,7 @@ use vmring::IdlePolicy;
 
 use crate::args::ServeArgs;
 use crate::failure::Failure;
-use crate::progress::{Live, say};
+use crate::progress::Live;
 use crate::recording::CaptureFile;
 use crate::report::{print, print_json};
 use crate::stop::Stop;
@@ -52,20 +54,26 @@ use listen::{Listening, Passed};
 use metrics::{Metrics, MetricsSpec};
 use network::Network;
 use pid_file::PidFile;
-use ready::Ready;
+use ready::Ready as Readiness;
 use reports::{Printer, Scraping};
 use server::Server;
 use sigbus::Places;
 use spec::{ConnectSpec, Kind, ListenSpec, NetworkSpec, Place};
 use summary::Summary;
+use teller::{Console, Event, Ready, Teller};
 
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
+    serve(args, Rc::new(Console))
+}
+
+/// Serves as `args` say. `teller` says what happens.
+pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Failure> {
     let Some(wanted) = args.network.as_ref().filter(|_| !args.print_capabilities) else {
         return print_json(&Capabilities { kind: "net", features: [] });
     };
     args.dhcp.check(usize::from(wanted.has_dhcp()))?;
     // Inherited descriptors come before any that this process opens.
-    let mut ready = Ready::from_environment(args.ready_fd)?;
+    let mut ready = Readiness::from_environment(args.ready_fd)?;
     let passed = Passed::from_environment()?;
     let mut listens = listens(args);
     let adopt = |spec: &ListenSpec| Listening::adopted(spec, &passed);
@@ -74,8 +82,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     // From here on a signal ends the server with its report. The thread that looks at the signals starts
     // after the confinement, so that it is confined too.
     system::allow_open_files(open_files(args, &listens).into());
-    let signals = Stop::catch_signals_and(REPORTING)?;
-    let live = Live::start();
+    let signals = Stop::catch_signals_and(if teller.reports() { REPORTING } else { &[] })?;
+    let live = if teller.reports() { Live::start() } else { Live::off() };
     let identity = identity(args)?;
     Identity::for_now(identity.as_ref(), || place(&mut listens))?;
     spec::check(&listens)?;
@@ -90,11 +98,13 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
     if let Some(identity) = &identity {
         identity.assume(needs.hosts_end)?;
+        teller.tell(&identity.event())?;
     }
     if !args.no_sandbox {
         confinement.drop_privileges(&needs);
     }
     let network = privileged.map_or_else(start, Ok)?;
+    teller.tell(&Event::Started(network.facts()))?;
     listens.iter().try_for_each(|spec| network.check(spec))?;
     let Made { listenings, captures, pid_file, metrics } = made;
     let recordings = captures
@@ -110,7 +120,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let connections = args.connections as usize;
     let entrances = listens.into_iter().zip(listenings).zip(recordings);
     let entrances = entrances.map(|((spec, listening), recording)| (spec, listening, recording));
-    let mut server = Server::new(network, entrances.collect(), connections, places)?;
+    let mut server =
+        Server::new(network, teller.clone(), entrances.collect(), connections, places)?;
     if !args.no_sandbox {
         confinement.restrict_calls(&needs);
     }
@@ -124,9 +135,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let deadline = args.seconds.map(|seconds| start + Duration::from_secs(seconds));
     let time = || (start.elapsed(), system::cpu_time().saturating_sub(cpu));
     if let Some(place) = counters {
-        say(&format!("  counters are at {place}"));
+        teller.tell(&Event::Note(&format!("counters are at {place}")))?;
     }
-    welcome(&server, &confinement, obstacle, args.seconds);
+    teller.tell(&Event::Ready(&ready_of(&server, &confinement, obstacle, args.seconds)))?;
     ready.ready();
     let mut printer = Printer::default();
     let serving = server.run(&stop, deadline, &live, |server| {
@@ -141,7 +152,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let outcome = serving.and(ended).and_then(|()| server.network.stop());
     summary.end(&outcome);
     printer.finish();
-    summary.printed(args.json).and_then(|text| print(&text))?;
+    if teller.reports() {
+        summary.printed(args.json).and_then(|text| print(&text))?;
+    }
     outcome
 }
 
@@ -225,27 +238,22 @@ impl Made {
     }
 }
 
-/// Says that guests can join, where, and what does not hold.
-fn welcome(
-    server: &Server,
+/// Where guests can join, and what does not hold.
+fn ready_of<'a>(
+    server: &'a Server,
     confinement: &Confinement,
     obstacle: Option<String>,
     seconds: Option<u64>,
-) {
-    let end = match seconds {
-        Some(seconds) => format!(" for {seconds} s"),
-        None => "; Ctrl-C ends it".to_owned(),
-    };
-    for entrance in &server.entrances {
-        say(&format!("  {}", entrance.spec));
+) -> Ready<'a> {
+    let parts = confinement.parts();
+    let incomplete = parts.iter().filter(|(_, part)| !part.complete);
+    let notes = incomplete.map(|(what, part)| format!("{what}: {}", part.state)).chain(obstacle);
+    Ready {
+        sockets: server.entrances.iter().map(|entrance| &entrance.spec).collect(),
+        notes: notes.collect(),
+        network: server.network.name(),
+        seconds,
     }
-    for (what, part) in confinement.parts().iter().filter(|(_, part)| !part.complete) {
-        say(&format!("  note: {what}: {}", part.state));
-    }
-    if let Some(obstacle) = obstacle {
-        say(&format!("  note: {obstacle}"));
-    }
-    say(&format!("  guests can join {}{end}", server.network.name()));
 }
 
 /// What `--print-capabilities` prints (QEMU's `docs/interop/vhost-user.rst`, "Backend program

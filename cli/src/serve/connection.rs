@@ -79,7 +79,7 @@ fn counted(
 
 /// How a connection has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(crate) enum Ended {
     /// The front end, or the peer of a wire, has gone.
     Left,
     /// The peer of a wire has gone, in the middle of a packet.

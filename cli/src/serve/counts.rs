@@ -5,7 +5,7 @@ use std::iter::Sum;
 
 /// What guests have counted, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub(crate) struct Counts {
     /// The counters of the device.
     pub(super) device: BTreeMap<&'static str, u64>,
     /// Packets that the port of the network has dropped, by reason.
@@ -54,7 +54,7 @@ impl Counts {
         self.device.get(name).copied().unwrap_or(0)
     }
 
-    pub(super) fn moved(&self) -> Moved {
+    pub(crate) fn moved(&self) -> Moved {
         let port = self.drops.iter().filter(|(why, _)| !NOT_TAKEN.contains(why));
         Moved {
             to: (self.get("rx_packets"), self.get("rx_bytes")),
@@ -64,7 +64,7 @@ impl Counts {
     }
 
     /// The drops that occurred, by their counter or reason.
-    pub(super) fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+    pub(crate) fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let device = DROPS.into_iter().map(|name| (name, self.get(name)));
         let port = self.drops.iter().map(|(why, n)| (*why, *n));
         device.chain(port).filter(|(_, n)| *n > 0)
@@ -73,9 +73,9 @@ impl Counts {
 
 /// Packets and bytes to guests and from guests, and packets that were dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Moved {
-    pub(super) to: (u64, u64),
-    pub(super) from: (u64, u64),
+pub(crate) struct Moved {
+    pub(crate) to: (u64, u64),
+    pub(crate) from: (u64, u64),
     pub(super) dropped: u64,
 }
 

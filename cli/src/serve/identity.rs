@@ -7,6 +7,7 @@ use std::io;
 
 use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, setegid, seteuid, setgid, setuid};
 
+use super::teller::Event;
 use crate::failure::Failure;
 
 /// A user and a group that the server becomes.
@@ -90,6 +91,11 @@ impl Identity {
     /// end of a TAP back, it keeps the capability to do so (Linux).
     pub(super) fn assume(&self, hosts_end: bool) -> Result<(), Failure> {
         self.become_user(hosts_end).map_err(|error| self.failed(error))
+    }
+
+    /// What is said when the process has become the user.
+    pub(super) fn event(&self) -> Event<'static> {
+        Event::Became { uid: self.uid.as_raw(), gid: self.gid.as_raw() }
     }
 
     fn become_user(&self, hosts_end: bool) -> io::Result<()> {

@@ -1,8 +1,10 @@
 //! How connections are made: front ends connect, or are connected to, or were by somebody else.
 
 use std::collections::BTreeSet;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{PermissionsExt, lchown};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -15,6 +17,7 @@ use vmring_virtio::vhost_user::{Adopted, Listener, adopt, connect};
 use super::limits::RETRY;
 use super::spec::{Kind, ListenSpec, Place};
 use crate::failure::Failure;
+use crate::system;
 use crate::wire::WireKind;
 
 /// Takes over an inherited descriptor.
@@ -109,6 +112,8 @@ enum Source {
     Listener(Listener),
     Client(PathBuf),
     Wires(wires::Listener, Framing),
+    /// A datagram socket whose guest is the one who sends first.
+    First(wires::Listener, Framing),
     WireClient(PathBuf, Framing),
     Given(Option<Incoming>),
 }
@@ -158,6 +163,7 @@ impl Framing {
             (Place::Server(path), _) => {
                 let listener = wires::Listener::bind(kind, path)?;
                 match self.kind.is_datagram() {
+                    true if spec.once => Source::First(listener, self),
                     true => once(self.driver(false).bound(listener)),
                     false => Source::Wires(listener, self),
                 }
@@ -175,6 +181,27 @@ fn of_wire(spec: &ListenSpec, error: vmring::Error) -> Failure {
         _ => Failure::Usage(sentence),
     }
 }
+
+/// Whether something waits to be received.
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    system::poll(std::slice::from_mut(&mut poll), 0);
+    poll.revents != 0
+}
+
+/// Lets the members of the group connect to the socket that was made, if there is a group. Nobody but its
+/// maker can do so before.
+fn share(spec: &ListenSpec) -> Result<(), Failure> {
+    let (Some(group), Place::Server(path)) = (spec.group, &spec.place) else { return Ok(()) };
+    let shared = lchown(path, None, Some(group.as_raw()))
+        .and_then(|()| fs::set_permissions(path, Permissions::from_mode(SHARED_MODE)));
+    shared.map_err(|error| {
+        Failure::Usage(format!("{spec}: it cannot be shared with the group {group}: {error}"))
+    })
+}
+
+/// The mode of a socket that a group shares.
+const SHARED_MODE: u32 = 0o770;
 
 impl Listening {
     /// Takes over an inherited descriptor. It is done before anything else is opened, so that no number
@@ -208,6 +235,7 @@ impl Listening {
     pub(super) fn open(spec: &ListenSpec) -> Result<Self, Failure> {
         if let Some(framing) = Self::framing(spec) {
             let source = framing.open(spec).map_err(|error| of_wire(spec, error))?;
+            share(spec)?;
             return Ok(Self { source, not_before: None });
         }
         let source = match &spec.place {
@@ -221,6 +249,7 @@ impl Listening {
             Place::Client(path) => Source::Client(path.clone()),
             Place::Descriptor(_) | Place::Named(_) => unreachable!("it was adopted"),
         };
+        share(spec)?;
         Ok(Self { source, not_before: None })
     }
 
@@ -238,6 +267,14 @@ impl Listening {
                 listener.accept().map(|socket| socket.map(|socket| framing.over(socket)))
             }
             Source::Given(incoming) => Ok(incoming.take()),
+            Source::First(listener, _) if !is_readable(listener.as_fd()) => Ok(None),
+            Source::First(..) => match std::mem::replace(&mut self.source, Source::Given(None)) {
+                Source::First(listener, framing) => {
+                    let socket = framing.driver(false).bound(listener).one_peer(true);
+                    Ok(Some(Incoming::Wire(Box::new(socket))))
+                }
+                _ => unreachable!("it is the first one's"),
+            },
             Source::Client(path) => connect(path).map(|socket| Some(Incoming::VhostUser(socket))),
             Source::WireClient(path, framing) => wires::connect(framing.kind.socket_kind(), path)
                 .map(|socket| Some(framing.over(socket))),
@@ -269,7 +306,7 @@ impl Listening {
     pub(super) fn descriptor(&self, now: Instant) -> Option<BorrowedFd<'_>> {
         let fd = match &self.source {
             Source::Listener(listener) => listener.as_fd(),
-            Source::Wires(listener, _) => listener.as_fd(),
+            Source::Wires(listener, _) | Source::First(listener, _) => listener.as_fd(),
             Source::Client(_) | Source::WireClient(..) | Source::Given(_) => return None,
         };
         self.not_before.is_none_or(|at| now >= at).then_some(fd)

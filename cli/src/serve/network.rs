@@ -6,12 +6,15 @@ use std::time::Instant;
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
 use vmring::device::embedded::{LimitsControl, QUEUES_MAX, SourceRule};
-use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, RingControl, Socket};
+use vmring::{
+    Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, MacAddr6, Mode, RingControl, Socket,
+};
 use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
 
 use super::limits::{LINK_DEPTH, LINK_DEPTH_OF_LARGE, STOP_TIMEOUT};
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
+use super::teller::NetworkFacts;
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
 use crate::bridge::spec::{End, InSoftware, Spec, start_with_most};
@@ -44,12 +47,16 @@ pub(super) struct Network {
     stop: Option<Stop>,
     /// The ring of the TAP or vmnet.
     uplink: Option<RingControl>,
+    facts: NetworkFacts,
 }
 
 /// How a port of the network is made.
 #[derive(Clone, Debug)]
 struct Ports {
     driver: Embedded,
+    mode: Mode,
+    /// The address of the first guest.
+    mac: Option<MacAddr6>,
     subnet: Option<Ipv4Range>,
     mtu: Option<u32>,
     /// Whether the threads of guests never sleep.
@@ -58,7 +65,7 @@ struct Ports {
 
 impl Ports {
     fn builder(&self) -> InterfaceBuilder {
-        let builder = Interface::builder();
+        let builder = Interface::builder().mode(self.mode.clone());
         let builder = match self.subnet {
             Some(range) => builder.ipv4(range),
             None => builder,
@@ -74,6 +81,7 @@ impl Ports {
         &self,
         spec: &ListenSpec,
         id: [u8; 16],
+        mac: Option<MacAddr6>,
         recorded: Option<(&Recording, String)>,
     ) -> Result<Interface, Error> {
         // What a guest does not accept, the senders complete or cut.
@@ -82,6 +90,10 @@ impl Ports {
         let limits = LimitsControl::new(spec.limits);
         let queues = spec.queues.unwrap_or(1).into();
         let driver = self.driver.clone().limits(&limits).queues(queues);
+        let builder = match mac {
+            Some(mac) => builder.mac(mac),
+            None => builder,
+        };
         let (builder, rule) = match spec.mac.unwrap_or(MacRule::Any) {
             MacRule::Any => (builder, SourceRule::Any),
             MacRule::Learn => (builder, SourceRule::LearnOnce),
@@ -111,11 +123,13 @@ impl Network {
         if let Spec::Embedded { network, subnet } = &spec.0 {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(QUEUE));
             let (mtu, busy_poll) = (args.mtu, args.busy_poll);
-            let ports = Ports { driver, subnet: *subnet, mtu, busy_poll };
+            let (mode, mac) = (args.settings.mode.clone(), args.settings.guest_mac);
+            let ports = Ports { driver, mode, mac, subnet: *subnet, mtu, busy_poll };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
             let keeper = keeper.start().map_err(failed)?;
             let pairs = QUEUES_MAX;
             let (mtu, max_packet_size) = (keeper.mtu(), keeper.max_packet_size());
+            let facts = Self::facts_of(&keeper, args);
             let keeper = Some(keeper);
             let (relay, stop, uplink) = (None, None, None);
             return Ok(Self {
@@ -128,6 +142,7 @@ impl Network {
                 relay,
                 stop,
                 uplink,
+                facts,
             });
         }
         #[cfg(target_os = "linux")]
@@ -135,13 +150,29 @@ impl Network {
         #[cfg(not(target_os = "linux"))]
         let outer = spec.0.clone();
         let wanted = if may_offload { Offloads::ALL } else { Offloads::default() };
-        let outer =
-            start_with_most(wanted, |offloads| outer.start(offloads, args.mtu, &args.dhcp))?;
+        let outer = start_with_most(wanted, |offloads| match &outer {
+            Spec::Vmnet(mode) => {
+                let builder = Interface::builder().offloads(offloads);
+                let builder = match args.mtu {
+                    Some(mtu) => builder.mtu(mtu),
+                    None => builder,
+                };
+                let interface = args.settings.vmnet(mode, builder).map_err(failed)?;
+                Ok(End::of(&name, interface))
+            }
+            outer => outer.start(offloads, args.mtu, &args.dhcp),
+        })?;
+        let mut facts = Self::facts_of(&outer.interface, args);
+        if matches!(spec.0, Spec::Vmnet(_)) {
+            facts.mac = outer.interface.mac();
+        }
         let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
         let offloads = outer.offloads();
         let driver = Embedded::switch(&name).overflow(QUEUE);
         let busy_poll = args.busy_poll;
-        let ports = Ports { driver, subnet: None, mtu: Some(mtu), busy_poll };
+        let mac = args.settings.guest_mac.filter(|_| !matches!(spec.0, Spec::Vmnet(_)));
+        let (mode, mtu_of_ports) = (Mode::default(), Some(mtu));
+        let ports = Ports { driver, mode, mac, subnet: None, mtu: mtu_of_ports, busy_poll };
         // The switch grants what is asked for. So each packet passes between the two as it is.
         let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
@@ -154,7 +185,19 @@ impl Network {
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
         let (keeper, stop) = (None, Some(stop));
-        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop, uplink })
+        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop, uplink, facts })
+    }
+
+    /// The properties of the network that has this interface.
+    fn facts_of(interface: &Interface, args: &ServeArgs) -> NetworkFacts {
+        let mut facts = NetworkFacts::of(interface);
+        facts.mac = args.settings.guest_mac.unwrap_or(facts.mac);
+        facts.interface_id = args.settings.interface_id.unwrap_or(facts.interface_id);
+        facts
+    }
+
+    pub(super) fn facts(&self) -> &NetworkFacts {
+        &self.facts
     }
 
     /// Refuses a socket whose guests would have more pairs of queues than a port has.
@@ -205,7 +248,8 @@ impl Network {
         let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
         let recorded = recording.map(|recording| (recording, format!("{spec} {number}")));
         let failed = |error| Failure::Step(format!("it has no port: {error}"));
-        self.ports.guest(spec, id, recorded).map_err(failed)
+        let mac = self.ports.mac.filter(|_| number == 0);
+        self.ports.guest(spec, id, mac, recorded).map_err(failed)
     }
 
     /// A wire that is joined to a port for its guest: the ends [`WIRE`](super::wire_stats::WIRE) and

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -22,11 +23,12 @@ use super::network::{Network, Relayed};
 use super::sigbus::{Places, Ringer};
 use super::spec::ListenSpec;
 use super::table::{Row, Rows, live_table};
+use super::teller::{Event, Teller};
 use super::wire::LinkOwner;
 use super::wire_stats::{PORT, WireStats};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
-use crate::progress::{Live, say};
+use crate::progress::Live;
 use crate::recording::Recording;
 use crate::report::round;
 use crate::stop::Stop;
@@ -35,6 +37,7 @@ use crate::system;
 /// See the [module](self).
 pub(super) struct Server {
     pub(super) network: Network,
+    teller: Rc<dyn Teller>,
     since: Instant,
     pub(super) entrances: Vec<Entrance>,
     running: Vec<Running>,
@@ -110,6 +113,7 @@ pub(super) struct Entrance {
     pub(super) before: Counts,
     /// The last connections that have ended, oldest first.
     pub(super) ends: VecDeque<End>,
+    teller: Rc<dyn Teller>,
     /// What is said of this socket's connections in a second has a limit.
     said: Sayings,
     recording: Option<Recording>,
@@ -167,19 +171,17 @@ impl Sayings {
         Self { since: now, left: Self::EACH_SECOND, unsaid: 0 }
     }
 
-    fn say(&mut self, now: Instant, text: &str) {
+    /// Whether a sentence may be said now: then returns how many before it were not.
+    fn pass(&mut self, now: Instant) -> Option<u64> {
         if now.duration_since(self.since) >= Duration::from_secs(1) {
             (self.since, self.left) = (now, Self::EACH_SECOND);
         }
         if self.left == 0 {
             self.unsaid += 1;
-            return;
+            return None;
         }
         self.left -= 1;
-        match std::mem::take(&mut self.unsaid) {
-            0 => say(&format!("  {text}")),
-            unsaid => say(&format!("  {text} ({unsaid} more were not said)")),
-        }
+        Some(std::mem::take(&mut self.unsaid))
     }
 }
 
@@ -202,6 +204,7 @@ impl Server {
     /// Everything that the confinement forbids later is made here.
     pub(super) fn new(
         network: Network,
+        teller: Rc<dyn Teller>,
         entrances: Vec<(ListenSpec, Listening, Option<Recording>)>,
         connections: usize,
         places: &'static Places,
@@ -221,6 +224,7 @@ impl Server {
             connections: 0,
             before: Counts::default(),
             ends: VecDeque::new(),
+            teller: teller.clone(),
             said: Sayings::new(now),
             recording,
         };
@@ -232,6 +236,7 @@ impl Server {
         let running = Vec::new();
         Ok(Self {
             network,
+            teller,
             since: now,
             entrances,
             running,
@@ -263,6 +268,7 @@ impl Server {
     ) -> Result<(), Failure> {
         self.start_relay()?;
         let mut tick = live.is_watched().then(|| (Instant::now() + TICK, self.rows()));
+        let mut count = self.teller.interval().map(|every| (Instant::now() + every, every));
         loop {
             let now = Instant::now();
             if stop.is_wanted() || deadline.is_some_and(|deadline| now >= deadline) {
@@ -277,13 +283,20 @@ impl Server {
                 live.show(&live_table(before, &rows));
                 (*at, *before) = (now + TICK, rows);
             }
+            if let Some((at, every)) = &mut count
+                && now >= *at
+            {
+                *at = now + *every;
+                self.teller.tell(&Event::Counted(&self.counts()))?;
+            }
             self.answer(&mut report);
             if self.relay.is_none() && self.is_over() {
                 return Ok(());
             }
             let open = self.entrances.iter().filter(|entrance| self.has_room(entrance));
             let due = open.filter_map(|entrance| entrance.listening.due());
-            let due = due.chain(deadline).chain(tick.as_ref().map(|(at, _)| *at)).min();
+            let due = due.chain(deadline).chain(tick.as_ref().map(|(at, _)| *at));
+            let due = due.chain(count.map(|(at, _)| at)).min();
             self.sleep(stop, now, due);
         }
     }
@@ -343,8 +356,11 @@ impl Server {
                     }
                     Err(error) => {
                         let entrance = &mut self.entrances[index];
-                        let text = format!("{}: no connection: {error}", entrance.spec);
-                        entrance.said.say(now, &text);
+                        entrance.tell(now, |spec, unsaid| Event::Refused {
+                            spec,
+                            error: &error,
+                            unsaid,
+                        });
                         break;
                     }
                 }
@@ -369,8 +385,8 @@ impl Server {
             Ok((served, guest)) => {
                 entrance.connected += 1;
                 // The one peer of a datagram socket may come later, and others may follow it.
-                if !entrance.spec.has_one_peer() {
-                    entrance.said.say(now, &format!("{}: guest {} is here", entrance.spec, key.1));
+                if !entrance.spec.has_one_peer() || entrance.spec.once {
+                    entrance.tell(now, |spec, unsaid| Event::Joined { spec, guest: key.1, unsaid });
                 }
                 self.running.push(Running { key, place, served, guest });
                 true
@@ -521,6 +537,13 @@ impl Server {
         all
     }
 
+    /// What all guests have counted.
+    fn counts(&self) -> Counts {
+        let mut all = Counts::default();
+        (0..self.entrances.len()).for_each(|entrance| all.add(&self.counts_of(entrance)));
+        all
+    }
+
     /// The rows of the live table.
     fn rows(&self) -> Rows {
         let guests = self.running.iter().map(|one| {
@@ -554,8 +577,16 @@ impl Entrance {
         self.recording.as_ref().map_or(0, |recording| recording.capture.lost())
     }
 
+    /// Says this of the socket's connections, unless much was said just before.
+    fn tell<'a>(&'a mut self, now: Instant, event: impl FnOnce(&'a ListenSpec, u64) -> Event<'a>) {
+        if let Some(unsaid) = self.said.pass(now) {
+            // Nobody waits to be told of a guest.
+            let _ = self.teller.tell(&event(&self.spec, unsaid));
+        }
+    }
+
     fn ended(&mut self, now: Instant, guest: u64, time: Duration, ended: &Ended) {
-        self.said.say(now, &format!("{}: guest {guest} {ended}", self.spec));
+        self.tell(now, |spec, unsaid| Event::Left { spec, guest, how: ended, unsaid });
         if self.ends.len() == LAST_ENDS {
             self.ends.pop_front();
         }

@@ -10,6 +10,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use nix::unistd::Gid;
 use vmring::MacAddr6;
 use vmring::device::embedded::{PortLimits, Rate};
 
@@ -17,7 +18,7 @@ use crate::failure::Failure;
 use crate::size::Size;
 use crate::wire::WireKind;
 
-pub(crate) use network::NetworkSpec;
+pub(crate) use network::{NetworkSettings, NetworkSpec};
 
 /// What goes over a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +105,10 @@ pub(crate) struct ListenSpec {
     pub(crate) header: bool,
     /// The path of this side of a datagram socket that connects.
     pub(crate) own: Option<PathBuf>,
+    /// Whether the one who sends first to a datagram socket is its only guest, and the last one.
+    pub(crate) once: bool,
+    /// The group whose members may connect, too.
+    pub(crate) group: Option<Gid>,
 }
 
 /// Where the connections of a `--listen` come from.
@@ -310,6 +315,8 @@ impl ListenSpec {
             offload: true,
             header: false,
             own: None,
+            once: false,
+            group: None,
         }
     }
 

@@ -1,10 +1,71 @@
 //! The network of a server, as the command line has it.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::str::FromStr;
+
+use vmring::device::vmnet::{IsolatedNetwork, Service, VmnetNetwork};
+use vmring::{Error, Interface, InterfaceBuilder, Ipv4Range, MacAddr6, Mode, Vmnet};
 
 use crate::bridge::spec::Spec;
 use crate::device::VMNET;
+
+/// What the command line of another helper says of the network, and that of `vmring serve` does not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct NetworkSettings {
+    /// Host or shared, for a network inside this process.
+    pub(crate) mode: Mode,
+    /// The identity of the network's interface.
+    pub(crate) interface_id: Option<[u8; 16]>,
+    /// The MAC address of the first guest on a network inside this process. The guest may use another one.
+    pub(crate) guest_mac: Option<MacAddr6>,
+    /// vmnet's own settings.
+    pub(crate) ipv4: Option<Ipv4Range>,
+    pub(crate) isolated: bool,
+    /// The identity of an isolated network in host mode.
+    pub(crate) identifier: Option<[u8; 16]>,
+    pub(crate) nat66_prefix: Option<Ipv6Addr>,
+    /// Whether the network has no DHCP server (macOS 26).
+    pub(crate) without_dhcp: bool,
+}
+
+impl NetworkSettings {
+    /// Gives an interface of vmnet these settings.
+    pub(crate) fn vmnet(&self, mode: &Mode, builder: InterfaceBuilder) -> Result<Interface, Error> {
+        if self.without_dhcp {
+            let network = VmnetNetwork::builder(mode.clone()).without(Service::Dhcp);
+            let network = match self.ipv4 {
+                Some(range) => network.ipv4(range.start, range.mask),
+                None => network,
+            };
+            let network = match self.nat66_prefix {
+                Some(prefix) => network.ipv6(prefix, 64),
+                None => network,
+            };
+            return builder.network(&network.create()?).isolated(self.isolated).start();
+        }
+        let builder = builder.mode(mode.clone()).isolated(self.isolated);
+        let builder = match self.ipv4 {
+            Some(range) => builder.ipv4(range),
+            None => builder,
+        };
+        let builder = match self.interface_id {
+            Some(id) => builder.interface_id(id),
+            None => builder,
+        };
+        let vmnet = match self.nat66_prefix {
+            Some(prefix) => Vmnet::new().nat66_prefix(prefix),
+            None => Vmnet::new(),
+        };
+        let vmnet = match self.identifier {
+            Some(identifier) => {
+                vmnet.isolated_network(IsolatedNetwork { identifier, host: None, host_ipv6: None })
+            }
+            None => vmnet,
+        };
+        builder.device(vmnet).start()
+    }
+}
 
 /// One `--network`.
 #[derive(Clone, Debug, PartialEq, Eq)]

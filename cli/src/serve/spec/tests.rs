@@ -41,6 +41,8 @@ fn a_socket_is_written_with_its_options() {
             offload: false,
             header: false,
             own: None,
+            once: false,
+            group: None,
         }
     );
     assert_eq!(spec("vhost-user:a,mac=learn").mac, Some(MacRule::Learn));
