@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValue, TypedValueParser};
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use vmring::{ConfigError, Ipv4Range, Mode};
 
@@ -541,11 +541,33 @@ const MACS: Named<MacRule> = Named {
     },
 };
 
-/// Returns the command to run, or one sentence that says what is wrong with the arguments.
-pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Failure> {
+/// The whole command line. `others` are commands that are parsed elsewhere.
+pub(crate) fn command(others: &[clap::Command]) -> clap::Command {
+    Cli::command().subcommands(others)
+}
+
+impl ServeArgs {
+    /// The defaults. There is neither a network nor a socket.
+    pub(crate) fn new() -> Self {
+        // It asks for nothing else.
+        match parse(["vmring", "serve", "--print-capabilities"].map(OsString::from), &[]) {
+            Ok(Command::Serve(args)) => Self { print_capabilities: false, ..*args },
+            _ => unreachable!("it is a command line of 'vmring serve'"),
+        }
+    }
+}
+
+/// Returns the command to run, or one sentence that says what is wrong with the arguments. `others` are
+/// commands that are parsed elsewhere; the help lists them.
+pub(crate) fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    others: &[clap::Command],
+) -> Result<Command, Failure> {
     let args = with_offload_joined(args);
     let with_default = |cli: Cli| cli.command.map_or_else(default_command, Ok);
-    Cli::try_parse_from(&args)
+    let matches = command(others).try_get_matches_from(&args);
+    matches
+        .and_then(|matches| Cli::from_arg_matches(&matches))
         .map_err(Box::new)
         .map_or_else(|error| refused(&error, &args), with_default)
 }
@@ -570,7 +592,7 @@ fn with_offload_joined(args: impl IntoIterator<Item = OsString>) -> Vec<OsString
 }
 
 fn default_command() -> Result<Command, Failure> {
-    parse(["vmring", "demo"].map(OsString::from))
+    parse(["vmring", "demo"].map(OsString::from), &[])
 }
 
 fn refused(error: &clap::Error, args: &[OsString]) -> Result<Command, Failure> {
@@ -618,7 +640,7 @@ mod tests {
     use super::*;
 
     fn parsed(line: &str) -> Result<Command, Failure> {
-        parse(line.split_whitespace().map(OsString::from))
+        parse(line.split_whitespace().map(OsString::from), &[])
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod device;
 mod dhcp;
 mod failure;
 mod info;
+mod personality;
 mod probe;
 mod progress;
 mod recording;
@@ -27,13 +28,16 @@ mod wire;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::CommandFactory;
-
-use crate::args::{Cli, Command};
+use crate::args::Command;
 use crate::failure::Failure;
+use crate::personality::Personality;
 
 fn main() -> ExitCode {
-    let outcome = args::parse(std::env::args_os()).and_then(run);
+    let arguments: Vec<_> = std::env::args_os().collect();
+    if let Some((personality, arguments)) = Personality::of(&arguments) {
+        return personality.run(arguments);
+    }
+    let outcome = args::parse(arguments, &Personality::commands()).and_then(run);
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -54,7 +58,12 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Probe(args) => probe::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "vmring", &mut script);
+            clap_complete::generate(
+                shell,
+                &mut args::command(&Personality::commands()),
+                "vmring",
+                &mut script,
+            );
             report::print(&String::from_utf8_lossy(&script))
         }
         Command::Text(text) => report::print(&text),

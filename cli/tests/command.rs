@@ -21,6 +21,8 @@ mod ends;
 #[cfg(target_os = "linux")]
 #[path = "command/merging.rs"]
 mod merging;
+#[path = "command/personality.rs"]
+mod personality;
 #[path = "command/serve.rs"]
 mod serve;
 #[path = "command/signals.rs"]

@@ -31,7 +31,7 @@ mod tap;
 #[path = "serve/unit.rs"]
 mod unit;
 #[path = "serve/wires.rs"]
-mod wires;
+pub(super) mod wires;
 
 use guest::{Guest, connect, mac, packet};
 

@@ -16,7 +16,7 @@ const VFKIT_MAGIC: &[u8; 4] = b"VFKT";
 const SHORT: Duration = Duration::from_millis(50);
 
 /// A guest behind a wire.
-pub(super) struct Wire {
+pub(crate) struct Wire {
     socket: End,
     pub(super) mac: [u8; 6],
     /// The length of the virtio header in front of each frame.
@@ -33,7 +33,7 @@ pub(super) fn connected(path: &Path) -> UnixStream {
 }
 
 impl Wire {
-    pub(super) fn stream(path: &Path, mac: [u8; 6]) -> Self {
+    pub(crate) fn stream(path: &Path, mac: [u8; 6]) -> Self {
         Self::on(connected(path), mac)
     }
 
@@ -138,7 +138,7 @@ fn reach(from: &mut Wire, to: &mut Wire) {
 }
 
 /// Two guests find each other, and exchange frames of many lengths. None is lost or changed.
-pub(super) fn exchange(a: &mut Wire, b: &mut Wire, numbers: std::ops::Range<u32>) {
+pub(crate) fn exchange(a: &mut Wire, b: &mut Wire, numbers: std::ops::Range<u32>) {
     reach(a, b);
     reach(b, a);
     for number in numbers {
