@@ -67,6 +67,11 @@ pub(crate) enum Command {
         /// The shell
         shell: Shell,
     },
+    /// Prints a manual page, or installs them all with the completions
+    #[command(after_help = "Examples:\n  vmring man serve | man -l -\n  \
+                            vmring man --install ~/.local\n  \
+                            sudo vmring man --install /usr/local")]
+    Man(ManArgs),
     /// The text of the help or of the version.
     #[command(skip)]
     Text(String),
@@ -410,6 +415,16 @@ pub(crate) struct ProbeArgs {
     #[cfg(not(target_os = "macos"))]
     #[arg(long)]
     pub(crate) simulated: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// The command whose page is printed [default: vmring itself]
+    #[arg(value_name = "COMMAND")]
+    pub(crate) command: Option<String>,
+    /// Write the pages of all commands, and the completions for bash, zsh and fish, below this folder
+    #[arg(long, value_name = "PREFIX", conflicts_with = "command")]
+    pub(crate) install: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -11,6 +11,7 @@ mod device;
 mod dhcp;
 mod failure;
 mod info;
+mod manual;
 mod personality;
 mod probe;
 mod progress;
@@ -56,14 +57,9 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Man(args) => manual::run(&args, args::command(&Personality::commands())),
         Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(
-                shell,
-                &mut args::command(&Personality::commands()),
-                "vmring",
-                &mut script,
-            );
+            let script = manual::script(shell, &args::command(&Personality::commands()));
             report::print(&String::from_utf8_lossy(&script))
         }
         Command::Text(text) => report::print(&text),

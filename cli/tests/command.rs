@@ -18,6 +18,8 @@ mod completions;
 mod dhcp;
 #[path = "command/ends.rs"]
 mod ends;
+#[path = "command/manual.rs"]
+mod manual;
 #[cfg(target_os = "linux")]
 #[path = "command/merging.rs"]
 mod merging;

@@ -14,7 +14,7 @@ class Vmring < Formula
 
   def install
     system "cargo", "install", *std_cargo_args(path: "cli")
-    generate_completions_from_executable(bin/"vmring", "completions")
+    system bin/"vmring", "man", "--install", prefix
   end
 
   def caveats
