@@ -15,6 +15,8 @@ use vmring_guest::{Engine, Folder, Guest, Missing, Nic, Process, Running};
 
 #[path = "guests/migration.rs"]
 mod migration;
+#[path = "guests/personality.rs"]
+mod personality;
 #[path = "guests/restarts.rs"]
 mod restarts;
 #[path = "guests/traffic.rs"]

@@ -77,6 +77,7 @@ pub struct Guest {
     memory_mib: u32,
     timeout: Duration,
     is_incoming: bool,
+    launcher: Vec<String>,
 }
 
 impl Guest {
@@ -126,6 +127,7 @@ impl Guest {
             memory_mib: 128,
             timeout: Duration::from_secs(60),
             is_incoming: false,
+            launcher: Vec::new(),
         })
     }
 
@@ -173,6 +175,14 @@ impl Guest {
             self = self.file(library.to_str().expect("UTF-8"), read(&library)?);
         }
         Ok(self)
+    }
+
+    /// Lets this command line start the guest's program, which is added to it with its arguments: a
+    /// program that opens a descriptor for it, for example.
+    #[must_use]
+    pub fn launched_by(mut self, words: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.launcher = words.into_iter().map(Into::into).collect();
+        self
     }
 
     /// A guest of QEMU that waits for another one to migrate to it: [`Running::migrate_to`]. It has

@@ -70,7 +70,14 @@ impl Running {
         // User-mode Linux writes it as its standard error, and QEMU by name.
         let stderr = File::create(&console).expect("a file in a new folder");
         let monitor = folder.join("monitor");
-        let mut command = Command::new(&guest.program);
+        let mut command = match guest.launcher.split_first() {
+            None => Command::new(&guest.program),
+            Some((launcher, words)) => {
+                let mut command = Command::new(launcher);
+                command.args(words).arg(&guest.program);
+                command
+            }
+        };
         match guest.engine {
             Engine::Qemu => {
                 command.args(qemu_arguments(&guest, &archive, &folder));
