@@ -954,6 +954,71 @@ fn a_virtio_header_is_checked_and_goes_through() {
     });
 }
 
+/// Goal: a wire with implied offload makes a header of each frame that it receives, and completes what it
+/// sends. What nothing can cut is dropped and counted. Other wires have no such setting.
+#[test]
+fn implied_offload_is_found_in_the_frames() {
+    guarded(|| {
+        let (ours, peer) = UnixDatagram::pair().expect("a pair of sockets");
+        peer.set_read_timeout(Some(LONG)).expect("a time limit");
+        let mut offloads = Offloads::ALL;
+        offloads.uso = false;
+        let socket = || Socket::datagram().implied_offload(true);
+        let builder = Interface::builder().offloads(offloads);
+        let interface = builder.device(socket().from_fd(ours.into())).start().expect("it starts");
+        assert_eq!(interface.capabilities().offloads, offloads);
+        let mut ring = both(&interface);
+        post(&mut ring, 1);
+        // TCP over IPv4 with a checksum of nothing.
+        let tcp = |payload: usize| {
+            let total = (40 + payload) as u16;
+            let mut frame = vec![2; 12];
+            frame.extend([8, 0, 0x45, 0]);
+            frame.extend(total.to_be_bytes());
+            frame.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+            frame.extend([0, 80, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+            frame.extend((0..payload).map(|i| i as u8));
+            frame
+        };
+        // A datagram of UDP above the MTU cannot be cut.
+        let mut long = tcp(3000);
+        long[23] = 17;
+        peer.send(&long).expect("it is taken");
+        peer.send(&tcp(9000)).expect("it is taken");
+        let seen = reap_n(&mut ring, 1).remove(0);
+        assert_eq!(seen.result, Ok(9054));
+        let mut frame = seen.frame.expect("a read has a frame");
+        let header = frame.offload().expect("it is true").expect("there is one");
+        assert_eq!((header.gso, header.segment_size), (Gso::TcpV4, 1460));
+        assert_eq!(header.checksum, Checksum::Partial { start: 34, offset: 16 });
+        assert_eq!(count(&interface, "too big"), 1);
+        // It goes back whole, with the checksum over all of it.
+        frame.set_offload(&header).expect("there is headroom");
+        ring.submit_write(frame, 2).expect("it is submitted");
+        assert_eq!(outcome(&mut ring), Ok(9054));
+        let mut answer = vec![0; 70_000];
+        let len = peer.recv(&mut answer).expect("in time");
+        assert_eq!(len, 9054);
+        let pseudo = [&answer[26..34], &[0, 6, (9020_u16 >> 8) as u8, 9020_u16 as u8]].concat();
+        let words = pseudo.chunks(2).chain(answer[34..len].chunks(2));
+        let sum = words.map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum::<u32>();
+        assert_eq!((sum & 0xffff) + (sum >> 16), 0xffff, "the checksum is not whole");
+        drop(ring);
+        interface.stop(LONG).expect("it stops");
+        let (ours, _peer) = UnixDatagram::pair().expect("a pair of sockets");
+        let (stream, _other) = UnixStream::pair().expect("a pair of sockets");
+        for (wrong, offloads) in [
+            (socket().from_fd(ours.into()), Offloads::ALL),
+            (Socket::stream().implied_offload(true).from_fd(stream.into()), offloads),
+            (socket().virtio_header(true).listen("/nonexistent/wire"), offloads),
+        ] {
+            let refused = Interface::builder().offloads(offloads).device(wrong).start();
+            let refused = refused.expect_err("it is refused").to_string();
+            assert!(refused.contains("offload that nothing names"), "{refused}");
+        }
+    });
+}
+
 /// Goal: packets of 64 KiB go through, by offload on a wire with headers, and by the MTU on one without.
 #[test]
 fn large_packets_go_through() {

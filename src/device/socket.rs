@@ -67,7 +67,8 @@
 //! With [`virtio_header`](Socket::virtio_header) each frame has a `virtio_net_hdr` of 12 bytes in front,
 //! in both directions. Such a wire has the offloads that the interface is started with
 //! ([`InterfaceBuilder::offloads`](crate::InterfaceBuilder::offloads)); the peer must have been given the
-//! same ones, since no wire negotiates. Without the header there is no offload.
+//! same ones, since no wire negotiates. Without the header there is no offload, unless
+//! [`implied_offload`](Socket::implied_offload) lets a datagram wire find it in the frames.
 
 #[cfg(target_os = "macos")]
 mod apple;
@@ -75,6 +76,7 @@ mod batch;
 mod counters;
 mod datagram;
 pub mod framing;
+mod implied;
 mod limits;
 mod link;
 mod messages;
@@ -101,8 +103,8 @@ use counters::Counters;
 use datagram::{Datagram, PeerRule};
 use framing::StreamParser;
 use limits::{
-    BATCH, IP_MAX, LARGE_RECEIVE_BUFFER, MESSAGE_RECEIVE_BUFFER, MESSAGE_SEND_BUFFER, MTU_MIN,
-    READ_SEGMENTS_MAX, RECONNECT, STREAM_BUFFER, WRITE_SEGMENTS_MAX,
+    BATCH, HEADER_LEN, IP_MAX, LARGE_RECEIVE_BUFFER, MESSAGE_RECEIVE_BUFFER, MESSAGE_SEND_BUFFER,
+    MTU_MIN, READ_SEGMENTS_MAX, RECONNECT, STREAM_BUFFER, WRITE_SEGMENTS_MAX,
 };
 use link::{Handle, Link, Source};
 use messages::{Endpoint, MessageQueue};
@@ -130,6 +132,7 @@ pub struct Socket {
     reconnect: Option<Duration>,
     many_at_once: bool,
     one_peer: bool,
+    implied: bool,
 }
 
 #[derive(Debug)]
@@ -170,6 +173,7 @@ impl Socket {
             reconnect: Some(RECONNECT),
             many_at_once: false,
             one_peer: false,
+            implied: false,
         }
     }
 
@@ -253,6 +257,17 @@ impl Socket {
         self
     }
 
+    /// Sets whether a datagram wire without headers has the offloads that the interface is started with.
+    /// Default false. libkrun with offload and vmnet-helper speak like that: the peer leaves checksums
+    /// to this side, and both send TCP of up to 64 KiB at once. What is left to do of a frame is found in
+    /// the frame. A checksum that the peer has completed is completed again, so a wrong one is not
+    /// noticed. UDP segmentation cannot be found, so an interface with it is refused, as are
+    /// other sockets and headers ([`SocketError::Setting`]).
+    pub fn implied_offload(mut self, yes: bool) -> Self {
+        self.implied = yes;
+        self
+    }
+
     fn layout(&self, config: &InterfaceConfig) -> Result<(Layout, u32), Error> {
         let mtu = config.mtu.unwrap_or(1500);
         if !(MTU_MIN..=IP_MAX).contains(&mtu) {
@@ -260,17 +275,24 @@ impl Socket {
             return Err(ConfigError::Invalid(sentence).into());
         }
         let mut offloads = config.offloads;
-        if offloads != Offloads::default() && !self.header {
+        if self.implied && (self.header || self.kind != SocketKind::Datagram || offloads.uso) {
+            let sentence = "only a datagram socket without headers has offload that nothing names, and \
+                            none of UDP";
+            return Err(SocketError::Setting(sentence).into());
+        }
+        if offloads != Offloads::default() && !self.header && !self.implied {
             let device = "socket".to_owned();
             return Err(Error::NotSupported { what: "offload without a virtio header", device });
         }
         let segments = offloads.tso4 || offloads.tso6 || offloads.uso;
         // Every segmentation offload requires checksum offload.
         offloads.checksum |= segments;
-        offloads.virtio_header = self.header;
+        let is_implied = self.implied && offloads != Offloads::default();
+        offloads.virtio_header = self.header || is_implied;
         let longest = if segments { IP_MAX } else { mtu };
         let max_packet_size = longest as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN;
-        Ok((Layout { has_header: self.header, max_packet_size, offloads }, mtu))
+        let has_header = self.header;
+        Ok((Layout { has_header, max_packet_size, offloads, is_implied, mtu: mtu as usize }, mtu))
     }
 
     /// The sizes of a socket's buffers: for sending and for receiving.
@@ -445,7 +467,8 @@ impl Device for SocketDevice {
         let mut caps = Capabilities::new(self.info.mtu, self.info.max_packet_size);
         caps.max_read_batch = BATCH;
         caps.max_write_batch = BATCH;
-        caps.headroom = self.layout.header() as u32;
+        let headers = self.layout.has_header || self.layout.is_implied;
+        caps.headroom = if headers { HEADER_LEN as u32 } else { 0 };
         caps.offloads = self.layout.offloads;
         caps.write_segments = WRITE_SEGMENTS_MAX as u32;
         caps.writing_rings = usize::MAX;
@@ -455,6 +478,10 @@ impl Device for SocketDevice {
             Wire::Link(SocketKind::Stream, link) => (SEGMENTS_MAX, link.pause()),
             Wire::Link(_, link) => (READ_SEGMENTS_MAX as u32, link.pause()),
         };
+        if self.layout.is_implied {
+            // It looks into each frame, and must own what it looks at.
+            (caps.read_segments, caps.write_segments) = (0, 0);
+        }
         caps
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::batch::Batch;
 use super::counters::{Counters, add_one};
 use super::datagram::Datagram;
-use super::framing::{Message, MessageRules};
+use super::framing::{Message, MessageRules, Unfit};
 use super::limits::{HEADER_LEN, MESSAGES, MESSAGES_MIN, RECEIVES_PER_POLL};
 use super::link::{Connection, End, Handle, errno, is_busy};
 use super::packet::{Header, Layout, complete_with_header};
@@ -233,6 +233,13 @@ impl Mover {
                 _ => [0; 4],
             };
             match self.rules.judge(message.len, front, message.cut) {
+                Message::Payload if self.layout.is_implied => {
+                    if let Some(header) = self.layout.implied(&mut slot, message.len) {
+                        complete_with_header(cx, slot, &header, message.len);
+                        continue;
+                    }
+                    counters.count_unfit(Unfit::TooBig);
+                }
                 Message::Payload if !self.layout.has_header => {
                     cx.complete_read(slot, message.len);
                     continue;

@@ -7,6 +7,7 @@ use vmring_core::offload::OffloadHeader;
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::software::{self, Left};
 
+use super::implied;
 use super::limits::HEADER_LEN;
 use crate::config::Offloads;
 use crate::device::context::PollContext;
@@ -25,6 +26,10 @@ pub(super) struct Layout {
     pub(super) max_packet_size: usize,
     /// The work that a header may ask for.
     pub(super) offloads: Offloads,
+    /// Whether frames without a header may leave that work, so that the header is [made](implied).
+    pub(super) is_implied: bool,
+    /// The longest IP packet in bytes that need not be cut.
+    pub(super) mtu: usize,
 }
 
 impl Layout {
@@ -83,10 +88,23 @@ impl Layout {
         if slot.len() < ETHERNET_HEADER_LEN {
             return Err(Status::InvalidArgument);
         }
+        if self.is_implied {
+            let whole = slot.packet_with_header_mut(HEADER_LEN);
+            let is_right = whole.is_some_and(|bytes| implied::finish(bytes, &self.offloads));
+            return if is_right { Ok(None) } else { Err(Status::InvalidArgument) };
+        }
         if !self.has_header {
             return Ok(None);
         }
         self.header_of(slot).map(Some).ok_or(Status::InvalidArgument)
+    }
+
+    /// The header of a frame of `len` bytes without one, which a read's buffer has received. `None` if the
+    /// frame cannot be delivered.
+    #[inline]
+    pub(super) fn implied(&self, slot: &mut PostedSlot, len: usize) -> Option<Header> {
+        let frame = slot.buffer_mut()?.get_mut(..len)?;
+        implied::infer(frame, self.mtu, &self.offloads)
     }
 
     /// Completes a read with a payload, which is copied into its buffer. The payload's length is one
