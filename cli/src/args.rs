@@ -247,6 +247,8 @@ or the uplink, and no other guest), queues=NUMBER, config (the front end may rea
 the address and the MTU), seals (memory that can shrink is refused), announce
 (the guest announces itself after a migration), offload=off (checksums and
 segments are the guest's work: faster for one that does not offload),
+offload=implied (of vfkit, krunkit and qemu-dgram without vnet_hdr: checksums and
+segments are the server's work, as with krunkit's offloading=on),
 capture=FILE (its guests' packets are recorded), and limits: rate= for both ways,
 send=, receive= in bytes per second; send-packets=, receive-packets=, floods= in
 packets.

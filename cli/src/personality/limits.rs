@@ -20,9 +20,11 @@ pub(super) const COMMAND_FD: i32 = 4;
 /// command lines.
 pub(super) const CLIENT_FD: i32 = 3;
 
-/// The buffers of the sockets that `vmnet-run` makes, in bytes (`common.h`): for sending, and for receiving.
+/// The buffers of the sockets that `vmnet-run` makes, in bytes (`common.h`): for sending, for receiving, and
+/// for receiving packets of 64 KiB.
 pub(super) const SEND_BUFFER: usize = 65 * 1024;
 pub(super) const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
+pub(super) const LARGE_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
 
 /// The group whose members may connect to `socket_vmnet`, if no other one is named (`cli.c`).
 pub(super) const GROUP: &str = "staff";

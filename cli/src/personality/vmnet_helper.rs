@@ -88,10 +88,10 @@ pub(super) struct InterfaceOptions {
     /// The mask of the subnet
     #[arg(long, value_name = "MASK")]
     pub(super) subnet_mask: Option<String>,
-    /// Is refused: frames of more than the MTU need a virtio header
+    /// The client sends and takes TCP of up to 64 KiB at once, as krunkit with offloading=on
     #[arg(long)]
     pub(super) enable_tso: bool,
-    /// Is refused likewise
+    /// The client leaves checksums to the helper
     #[arg(long)]
     pub(super) enable_checksum_offload: bool,
     /// Keep the client from the others
@@ -174,17 +174,6 @@ impl InterfaceOptions {
                     .to_owned());
             }
         };
-        for (given, name) in [
-            (self.enable_tso, "--enable-tso"),
-            (self.enable_checksum_offload, "--enable-checksum-offload"),
-        ] {
-            if given {
-                return Err(format!(
-                    "{name} is not supported: without a virtio header nothing says what is left to \
-                     do of a frame; leave it out, and offloading=off with krunkit"
-                ));
-            }
-        }
         let isolated = self.enable_isolation;
         Ok(Wanted { mode, range, interface_id, isolated, ..Wanted::default() })
     }
@@ -286,6 +275,8 @@ fn asked(options: &Options) -> Result<Asked, String> {
         lock.push(".lock");
         args.pid_file = Some(lock.into());
     }
+    // Segments without checksums are more than a client asks for that asks for segments.
+    listen.implied = options.interface.enable_tso || options.interface.enable_checksum_offload;
     let left_out = wanted.give(&mut args, &mut listen)?;
     args.listen = vec![listen];
     Ok(Asked { args, socket: options.socket.clone(), interval, left_out })
@@ -470,8 +461,6 @@ mod tests {
             ("--fd 3 --network n --operation-mode host", "cannot be used with --operation-mode"),
             ("--fd 3 --network n --subnet-mask 255.0.0.0", "cannot be used with --subnet-mask"),
             ("--fd 3 --network n", "needs vmnet-broker"),
-            ("--fd 3 --enable-tso", "--enable-tso is not supported"),
-            ("--fd 3 --enable-checksum-offload", "--enable-checksum-offload is not supported"),
             ("--fd 3 --stats-interval 0", "Invalid --stats value '0'"),
             ("--fd 3 --stats-interval -1", "Invalid --stats value '-1'"),
         ] {
@@ -485,7 +474,7 @@ mod tests {
             "-f3 -v",
             // The last one counts, as with getopt_long(3), and the beginning of a name is enough.
             "--fd 1 --fd 3 --enable-iso",
-            "--socket s --operation-mode host",
+            "--socket s --operation-mode host --enable-tso --enable-checksum-offload",
             "--fd 3 --interface-id 2835E074-9892-4A79-AFFB-7E41D2605678 --stats-interval 1",
             "--fd 3 --start-address 10.0.0.1 --end-address 10.0.0.9 --subnet-mask 255.255.255.0",
         ] {

@@ -15,7 +15,9 @@ use nix::unistd::{Pid, getpgrp, getpid, setpgid};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::limits::{COMMAND_FD, HELPER_FD, NAMES, RECEIVE_BUFFER, SEND_BUFFER};
+use super::limits::{
+    COMMAND_FD, HELPER_FD, LARGE_RECEIVE_BUFFER, NAMES, RECEIVE_BUFFER, SEND_BUFFER,
+};
 use super::log::Log;
 use super::network::is_vmnet;
 use super::program;
@@ -82,11 +84,11 @@ fn supervised(interface: &InterfaceOptions, mut command: Command, log: Log) -> R
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(|e| failed("setpgid", &e))?;
     }
     let (ours, theirs) = UnixDatagram::pair().map_err(|e| failed("socketpair", &e))?;
+    let receive = if interface.enable_tso { &LARGE_RECEIVE_BUFFER } else { &RECEIVE_BUFFER };
     for socket in [&ours, &theirs] {
         // They make it faster. Without them it works.
         let send = setsockopt(socket, sockopt::SndBuf, &SEND_BUFFER);
-        if let Err(error) = send.and_then(|()| setsockopt(socket, sockopt::RcvBuf, &RECEIVE_BUFFER))
-        {
+        if let Err(error) = send.and_then(|()| setsockopt(socket, sockopt::RcvBuf, receive)) {
             log.warn(&format!("setsockopt: {error}"));
         }
     }

@@ -85,7 +85,7 @@ impl Ports {
         recorded: Option<(&Recording, String)>,
     ) -> Result<Interface, Error> {
         // What a guest does not accept, the senders complete or cut.
-        let offloads = if spec.may_offload() { Offloads::ALL } else { Offloads::default() };
+        let offloads = spec.offloads();
         let builder = self.builder().interface_id(id).isolated(spec.isolated).offloads(offloads);
         let limits = LimitsControl::new(spec.limits);
         let queues = spec.queues.unwrap_or(1).into();
@@ -264,7 +264,8 @@ impl Network {
         let port = self.interface(spec, number, recording)?;
         // Both have the same offloads, so each packet passes as it is, and the switch does the rest.
         let offloads = port.capabilities().offloads;
-        let wanted = if spec.may_offload() { offloads } else { Offloads::default() };
+        let wanted = offloads & spec.offloads();
+        let socket = socket.implied_offload(spec.implied);
         let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];

@@ -12,6 +12,7 @@ use std::str::FromStr;
 
 use nix::unistd::Gid;
 use vmring::MacAddr6;
+use vmring::device::Offloads;
 use vmring::device::embedded::{PortLimits, Rate};
 
 use crate::failure::Failure;
@@ -101,6 +102,8 @@ pub(crate) struct ListenSpec {
     pub(crate) announce: bool,
     /// Whether the guest may leave checksums and segments to others.
     pub(crate) offload: bool,
+    /// Whether they may do so without a header: what is left of a frame is found in the frame.
+    pub(crate) implied: bool,
     /// Whether each frame of a wire has a virtio header in front.
     pub(crate) header: bool,
     /// The path of this side of a datagram socket that connects.
@@ -195,6 +198,9 @@ impl FromStr for ListenSpec {
         for option in parts {
             spec.set(wire, &option)?;
         }
+        if spec.implied && spec.header {
+            return Err("with vnet_hdr nothing is implied: leave offload=implied out".to_owned());
+        }
         if spec.own.is_some() && !matches!(spec.place, Place::Client(_)) {
             return Err("'own' is for a socket that connects: add client".to_owned());
         }
@@ -245,6 +251,10 @@ impl ListenSpec {
             ("seals", "") => self.demand_seals = true,
             ("announce", "") => self.announce = true,
             ("offload", "on" | "off") => self.offload = value == "on",
+            ("offload", "implied") if self.has_one_peer() => self.implied = true,
+            ("offload", "implied") => {
+                return Err(format!("offload=implied is for datagrams, and not for {}", wire.name));
+            }
             ("vnet_hdr", "") => self.header = true,
             ("own", "") => return Err("own needs a path, like own=/run/vm0.own".into()),
             ("own", path) => self.own = Some(path.into()),
@@ -313,6 +323,7 @@ impl ListenSpec {
             demand_seals: false,
             announce: false,
             offload: true,
+            implied: false,
             header: false,
             own: None,
             once: false,
@@ -334,9 +345,17 @@ impl ListenSpec {
     }
 
     /// Whether its guests may leave checksums and segments to others. A frame without a header cannot say
-    /// what is left.
+    /// what is left, unless it is found in the frame.
     pub(crate) fn may_offload(&self) -> bool {
-        self.offload && (self.header || !self.is_wire())
+        self.offload && (self.header || self.implied || !self.is_wire())
+    }
+
+    /// The work that its guests may leave to others.
+    pub(crate) fn offloads(&self) -> Offloads {
+        let mut offloads = if self.may_offload() { Offloads::ALL } else { Offloads::default() };
+        // Nothing in a frame says how a large datagram is to be cut.
+        offloads.uso &= !self.implied;
+        offloads
     }
 
     /// How many guests can be connected at once. Two guests cannot have one address.

@@ -215,6 +215,10 @@ fn an_owner_gives_a_vmnet_helper_one_end_of_a_socket_pair() {
         assert_eq!(interface["vmnet_end_address"], "192.168.200.2");
         assert_eq!(interface["vmnet_subnet_mask"], "255.255.255.252");
         assert_eq!(got, "192.168.200.2 192.168.200.1 192.168.200.1");
+        // As krunkit's owners have it, whose machines take whole frames too.
+        let offload = ["--enable-tso", "--enable-checksum-offload", "--verbose"];
+        let (_, got) = owner(network, &offload);
+        assert!(got.ends_with(" 192.168.64.1 192.168.64.1"), "{got}");
         let (interface, got) = owner(network, &["--operation-mode", "host"]);
         assert_eq!(interface["vmnet_start_address"], "192.168.128.1");
         assert!(got.ends_with(" 192.168.128.1 -"), "the mode host has no router: {got}");

@@ -39,6 +39,7 @@ fn a_socket_is_written_with_its_options() {
             demand_seals: true,
             announce: true,
             offload: false,
+            implied: false,
             header: false,
             own: None,
             once: false,

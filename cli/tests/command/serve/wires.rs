@@ -560,3 +560,75 @@ fn a_wire_with_wrong_arguments_is_refused_in_a_sentence() {
     let message = refused(&["serve", "--network", "embedded:lab", "--connect", "qemu:fd=7"]);
     assert!(message.contains("a client needs a path"), "{message}");
 }
+
+/// A TCP segment over IPv4 from one to the other, whose checksum is left to others.
+fn segment(from: &Wire, to: &Wire, payload: usize) -> Vec<u8> {
+    let total = (40 + payload) as u16;
+    let mut frame = [&to.mac[..], &from.mac, &[8, 0, 0x45, 0]].concat();
+    frame.extend(total.to_be_bytes());
+    frame.extend([0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    frame.extend([0, 80, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    frame.extend((0..payload).map(|i| (i / 7) as u8));
+    frame
+}
+
+/// The payload of the next segment, whose checksum is whole.
+fn whole_payload(to: &mut Wire) -> Vec<u8> {
+    loop {
+        let frame = to.next(LIMIT).expect("a segment arrives");
+        if frame[12..14] != [8, 0] || frame[..6] != to.mac {
+            continue;
+        }
+        let total = usize::from(u16::from_be_bytes([frame[16], frame[17]]));
+        assert_eq!(frame.len(), 14 + total);
+        let len = (total - 20) as u16;
+        let pseudo = [&frame[26..34], &[0, 6], &len.to_be_bytes()].concat();
+        let words = pseudo.chunks(2).chain(frame[34..].chunks(2));
+        let mut sum: u32 =
+            words.map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+        while sum > 0xffff {
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        assert_eq!(sum, 0xffff, "the checksum of a segment of {len} bytes is not whole");
+        return frame[54..].to_vec();
+    }
+}
+
+/// Goal: guests of krunkit with offload exchange 64 KiB at once, without a header, and one that does not
+/// offload gets segments. All checksums are whole when they arrive.
+#[test]
+fn guests_with_implied_offload_send_large_segments() {
+    let folder = scratch("wires implied");
+    let [a, b, c] = ["a.sock", "b.sock", "c.sock"].map(|name| folder.join(name));
+    let implied = |path: &Path| format!("{},offload=implied", at("krunkit", path));
+    let [one, other, plain] = [implied(&a), implied(&b), at("qemu", &c)];
+    let server = Server::new(&["--listen", &one, "--listen", &other, "--listen", &plain]);
+    let mut one = Wire::vfkit(&a, &folder.join("a.own"), mac(1));
+    let mut other = Wire::vfkit(&b, &folder.join("b.own"), mac(2));
+    let mut plain = Wire::stream(&c, mac(3));
+    exchange(&mut one, &mut other, 0..5);
+    exchange(&mut one, &mut plain, 0..5);
+    for payload in [0, 1, 100, 1460, 1461, 9000, 65_000] {
+        let sent = segment(&one, &other, payload);
+        one.send(&sent);
+        assert_eq!(whole_payload(&mut other), sent[54..], "{payload}");
+        let sent = segment(&one, &plain, payload);
+        one.send(&sent);
+        let mut came = Vec::new();
+        while came.len() < payload || payload == 0 {
+            let part = whole_payload(&mut plain);
+            assert!(part.len() <= 1460, "{}", part.len());
+            came.extend(part);
+            if payload == 0 {
+                break;
+            }
+        }
+        assert_eq!(came, sent[54..], "{payload}");
+    }
+    let report = server.report("TERM");
+    assert_eq!(counted(&report, 0, "tx_too_big"), 0, "{report:#}");
+    for wrong in ["qemu:s,offload=implied", "krunkit:s,vnet_hdr,offload=implied"] {
+        let said = refused(&["serve", "--network", "embedded:lab", "--listen", wrong]);
+        assert!(said.contains("implied"), "{said}");
+    }
+}
