@@ -1,6 +1,6 @@
 //! The main thread: accepts connections, and waits for their ends, for signals and for time.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -108,6 +108,7 @@ pub(super) struct Entrance {
     pub(super) spec: ListenSpec,
     listening: Listening,
     connected: usize,
+    places: Numbers,
     pub(super) connections: u64,
     /// What the guests that have gone had counted.
     pub(super) before: Counts,
@@ -154,6 +155,27 @@ impl Served {
             Served::Thread(thread, _) => thread.join().unwrap_or_else(|_| panicked()),
             Served::Link(_, ended) => ended.get().cloned().unwrap_or_else(panicked),
         }
+    }
+}
+
+/// Numbers from 0 on, of which the least that is free is taken.
+#[derive(Debug, Default)]
+struct Numbers {
+    /// Numbers below `next` that are free.
+    free: BTreeSet<usize>,
+    next: usize,
+}
+
+impl Numbers {
+    fn take(&mut self) -> usize {
+        self.free.pop_first().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        })
+    }
+
+    fn give_back(&mut self, number: usize) {
+        self.free.insert(number);
     }
 }
 
@@ -221,6 +243,7 @@ impl Server {
             spec,
             listening,
             connected: 0,
+            places: Numbers::default(),
             connections: 0,
             before: Counts::default(),
             ends: VecDeque::new(),
@@ -373,9 +396,7 @@ impl Server {
         let entrance = &mut self.entrances[index];
         entrance.connections += 1;
         let key = (index, entrance.connections);
-        let taken: Vec<_> = self.running.iter().filter(|one| one.key.0 == index).collect();
-        let place = (0..).find(|place| taken.iter().all(|one| one.place != *place));
-        let place = place.expect("there are more numbers than connections");
+        let place = entrance.places.take();
         let begun = match incoming {
             Incoming::VhostUser(socket) => self.begin_thread(key, place, socket),
             Incoming::Wire(socket) => self.begin_link(key, place, *socket),
@@ -392,6 +413,7 @@ impl Server {
                 true
             }
             Err(failure) => {
+                entrance.places.give_back(place);
                 let ended = Ended::Failed(failure.to_string());
                 entrance.ended(now, key.1, Duration::ZERO, &ended);
                 false
@@ -455,9 +477,10 @@ impl Server {
                 return self.relay_ended().and_then(|()| ended());
             }
             let Some(place) = self.running.iter().position(|one| one.key == key) else { continue };
-            let Running { served, guest, .. } = self.running.swap_remove(place);
+            let Running { place, served, guest, .. } = self.running.swap_remove(place);
             let ended = served.ended();
             let entrance = &mut self.entrances[key.0];
+            entrance.places.give_back(place);
             entrance.connected -= 1;
             entrance.before.add(&guest.counts());
             entrance.listening.rest(now);
