@@ -23,8 +23,17 @@ pub(crate) const CONNECTIONS_MAX: u32 = 1023;
 pub(crate) const SEATS_MAX: u32 = 512;
 /// Packets that may be on their way in each direction between a wire and its port.
 pub(crate) const LINK_DEPTH: u32 = 128;
+/// The same, if more guests than [`FEW_CONNECTIONS`] may be connected. Their frames stay resident once they
+/// were used, and an idle guest is to take less than 1 MiB.
+pub(crate) const LINK_DEPTH_OF_MANY: u32 = 64;
+pub(crate) const FEW_CONNECTIONS: u32 = 256;
 /// The same, if each of them may be 64 KiB long.
 pub(crate) const LINK_DEPTH_OF_LARGE: u32 = 64;
+/// The least and the most packets that can wait in a guest's port while it posts no buffers.
+pub(crate) const WAITING_MIN: u32 = 128;
+pub(crate) const WAITING_MAX: u32 = 2048;
+/// The bytes of all packets that can wait in ports, unless each port has the least.
+pub(crate) const WAITING_BYTES: u64 = 192 << 20;
 /// Open files of the server itself, of a guest on a wire, and of a guest over vhost-user with one pair of
 /// queues. Those of each further pair come to the last.
 pub(crate) const FILES: u32 = 128;

@@ -12,14 +12,16 @@ use vmring::{
 use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
 
-use super::limits::{LINK_DEPTH, LINK_DEPTH_OF_LARGE, STOP_TIMEOUT};
+use super::limits::{
+    FEW_CONNECTIONS, LINK_DEPTH, LINK_DEPTH_OF_LARGE, LINK_DEPTH_OF_MANY, STOP_TIMEOUT,
+    WAITING_BYTES, WAITING_MAX, WAITING_MIN,
+};
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use super::teller::NetworkFacts;
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
 use crate::bridge::spec::{End, InSoftware, Spec, start_with_most};
 use crate::bridge::summary::Summary as UplinkSummary;
-use crate::device::QUEUE;
 use crate::failure::Failure;
 use crate::recording::Recording;
 use crate::stop::Stop;
@@ -38,6 +40,8 @@ pub(super) struct Network {
     /// The pairs of queues that a port has at most.
     pairs: usize,
     ports: Ports,
+    /// Packets that are on their way in each direction between a wire without offload and its port.
+    link_depth: u32,
     /// Keeps a network without an uplink while nobody is connected. It is isolated, and so it receives
     /// nothing.
     keeper: Option<Interface>,
@@ -107,6 +111,14 @@ impl Ports {
     }
 }
 
+/// How many packets may wait for a guest.
+fn waiting(args: &ServeArgs) -> u32 {
+    // The usual MTU, an Ethernet header and a VLAN tag.
+    let frame = u64::from(args.mtu.unwrap_or(1500)) + 18;
+    let each = WAITING_BYTES / u64::from(args.connections) / frame;
+    u32::try_from(each).unwrap_or(u32::MAX).clamp(WAITING_MIN, WAITING_MAX)
+}
+
 impl Network {
     /// Starts the network. If some guest `may_offload`, the TAP or vmnet gets the offloads that it
     /// grants, and the switch does the rest for each port.
@@ -120,8 +132,12 @@ impl Network {
             Failure::Usage(sentence) => Failure::Usage(format!("{name}: {sentence}")),
             Failure::Step(sentence) => Failure::Step(format!("{name}: {sentence}")),
         };
+        let link_depth = match args.connections {
+            0..=FEW_CONNECTIONS => LINK_DEPTH,
+            _ => LINK_DEPTH_OF_MANY,
+        };
         if let Spec::Embedded { network, subnet } = &spec.0 {
-            let driver = args.dhcp.embedded(Embedded::network(network).overflow(QUEUE));
+            let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
             let (mtu, busy_poll) = (args.mtu, args.busy_poll);
             let (mode, mac) = (args.settings.mode.clone(), args.settings.guest_mac);
             let ports = Ports { driver, mode, mac, subnet: *subnet, mtu, busy_poll };
@@ -138,6 +154,7 @@ impl Network {
                 max_packet_size,
                 pairs,
                 ports,
+                link_depth,
                 keeper,
                 relay,
                 stop,
@@ -168,7 +185,7 @@ impl Network {
         }
         let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
         let offloads = outer.offloads();
-        let driver = Embedded::switch(&name).overflow(QUEUE);
+        let driver = Embedded::switch(&name).overflow(waiting(args));
         let busy_poll = args.busy_poll;
         let mac = args.settings.guest_mac.filter(|_| !matches!(spec.0, Spec::Vmnet(_)));
         let (mode, mtu_of_ports) = (Mode::default(), Some(mtu));
@@ -185,7 +202,19 @@ impl Network {
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
         let (keeper, stop) = (None, Some(stop));
-        Ok(Self { name, mtu, max_packet_size, pairs, ports, keeper, relay, stop, uplink, facts })
+        Ok(Self {
+            name,
+            mtu,
+            max_packet_size,
+            pairs,
+            ports,
+            link_depth,
+            keeper,
+            relay,
+            stop,
+            uplink,
+            facts,
+        })
     }
 
     /// The properties of the network that has this interface.
@@ -269,7 +298,7 @@ impl Network {
         let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
-        let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { LINK_DEPTH };
+        let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { self.link_depth };
         Bridge::new(ends, InSoftware::Nothing, depth).map_err(failed)
     }
 

@@ -8,6 +8,8 @@ use super::*;
 #[cfg(target_os = "linux")]
 #[path = "serve/calls.rs"]
 mod calls;
+#[path = "serve/crowd.rs"]
+mod crowd;
 #[cfg(target_os = "linux")]
 #[path = "serve/dpdk.rs"]
 mod dpdk;

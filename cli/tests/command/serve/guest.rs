@@ -313,40 +313,17 @@ impl Guest {
     /// Gets an address by DHCP (RFC 2131).
     pub(super) fn lease(&mut self) {
         let offer = self.dhcp(1, &[]);
-        let address = offer[58..62].to_vec();
-        // The server's identifier, option 54.
-        let server = offer.windows(2).position(|pair| pair == [54, 4]).expect("an identifier");
-        let server = offer[server + 2..server + 6].to_vec();
-        let wanted = [&[50, 4][..], &address, &[54, 4], &server].concat();
-        let acknowledged = self.dhcp(3, &wanted);
-        assert_eq!(acknowledged[58..62], address);
+        let acknowledged = self.dhcp(3, &wanted(&offer));
+        assert_eq!(acknowledged[58..62], offer[58..62]);
     }
 
     /// Sends a DHCP message of this type with these options, and returns the answer, from its Ethernet
     /// header on.
     fn dhcp(&mut self, kind: u8, options: &[u8]) -> Vec<u8> {
-        let mut message = vec![1, 1, 6, 0, 7, 7, 7, 7];
-        message.resize(28, 0);
-        message.extend(self.mac);
-        message.resize(236, 0);
-        message.extend([99, 130, 83, 99, 53, 1, kind]);
-        message.extend(options);
-        message.push(255);
-        message.resize(300, 0);
-        let len = |extra: usize| ((message.len() + extra) as u16).to_be_bytes();
-        let mut ip =
-            [&[0x45, 0][..], &len(28), &[0; 4], &[64, 17, 0, 0], &[0; 4], &[255; 4]].concat();
-        let sum: u32 =
-            ip.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
-        let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
-        ip[10..12].copy_from_slice(&sum.to_be_bytes());
-        // Without a checksum.
-        let udp = [&[0, 68, 0, 67][..], &len(8), &[0, 0]].concat();
-        let ethernet = [&[0xff; 6][..], &self.mac, &[8, 0]].concat();
-        self.send(&[ethernet, ip, udp, message].concat());
+        self.send(&dhcp(self.mac, kind, options));
         loop {
             let answer = self.receive();
-            if answer.len() > 282 && answer[34..38] == [0, 67, 0, 68] && answer[46..50] == [7; 4] {
+            if is_dhcp_answer(&answer) {
                 return answer;
             }
         }
@@ -417,4 +394,48 @@ pub(super) fn packet(from: [u8; 6], to: [u8; 6], len: usize, number: u32) -> Vec
 
 pub(super) fn mac(last: u8) -> [u8; 6] {
     [0x52, 0x54, 0, 0x12, 0x34, last]
+}
+
+/// A DHCP message of this type with these options (RFC 2131), in a frame.
+pub(super) fn dhcp(mac: [u8; 6], kind: u8, options: &[u8]) -> Vec<u8> {
+    dhcp_between((mac, [0; 4]), ([0xff; 6], [0xff; 4]), kind, options)
+}
+
+/// The same, from a client that has an address or 0.0.0.0, to one server or to all.
+pub(super) fn dhcp_between(
+    (mac, address): ([u8; 6], [u8; 4]),
+    (server_mac, server): ([u8; 6], [u8; 4]),
+    kind: u8,
+    options: &[u8],
+) -> Vec<u8> {
+    let mut message = vec![1, 1, 6, 0, 7, 7, 7, 7, 0, 0, 0, 0];
+    message.extend(address);
+    message.resize(28, 0);
+    message.extend(mac);
+    message.resize(236, 0);
+    message.extend([99, 130, 83, 99, 53, 1, kind]);
+    message.extend(options);
+    message.push(255);
+    message.resize(300, 0);
+    let len = |extra: usize| ((message.len() + extra) as u16).to_be_bytes();
+    let mut ip = [&[0x45, 0][..], &len(28), &[0; 4], &[64, 17, 0, 0], &address, &server].concat();
+    let sum: u32 = ip.chunks(2).map(|two| u32::from(u16::from_be_bytes([two[0], two[1]]))).sum();
+    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    // It has no checksum.
+    let udp = [&[0, 68, 0, 67][..], &len(8), &[0, 0]].concat();
+    let ethernet = [&server_mac[..], &mac, &[8, 0]].concat();
+    [ethernet, ip, udp, message].concat()
+}
+
+/// Whether a frame is an answer to such a message. The address that it offers is in the bytes 58 to 61.
+pub(super) fn is_dhcp_answer(frame: &[u8]) -> bool {
+    frame.len() > 282 && frame[34..38] == [0, 67, 0, 68] && frame[46..50] == [7; 4]
+}
+
+/// The options of a request for what was offered.
+pub(super) fn wanted(offer: &[u8]) -> Vec<u8> {
+    // The server's identifier is the option 54.
+    let server = offer.windows(2).position(|pair| pair == [54, 4]).expect("an identifier");
+    [&[50, 4][..], &offer[58..62], &offer[server..server + 6]].concat()
 }

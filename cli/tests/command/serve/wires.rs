@@ -77,7 +77,7 @@ impl Wire {
     }
 
     /// The next frame, if there is one in time.
-    fn next(&mut self, time: Duration) -> Option<Vec<u8>> {
+    pub(super) fn next(&mut self, time: Duration) -> Option<Vec<u8>> {
         let is_late = |kind| matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut);
         let mut frame = match &mut self.socket {
             End::Stream(socket) => {
