@@ -5,8 +5,11 @@
 //! costs no processor time, and a wake-up costs the same for ten guests and for a thousand. Nobody waits
 //! for a guest that does not read: its link has frames of its own, and turns that end.
 
+use std::collections::BTreeSet;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+#[cfg(test)]
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -27,6 +30,9 @@ pub(super) struct Links {
     orders: Option<Sender<Order>>,
     poller: Arc<Poller>,
     thread: Option<JoinHandle<()>>,
+    /// How often a link was looked at.
+    #[cfg(test)]
+    looks: Arc<AtomicU64>,
 }
 
 /// A function that is told, on the thread, that a link has ended.
@@ -57,8 +63,16 @@ impl Links {
         let poller = Arc::new(Poller::new().map_err(failed)?);
         let (orders, receiver) = mpsc::channel();
         let worker = Worker::new(receiver, poller.clone());
+        #[cfg(test)]
+        let looks = worker.looks.clone();
         let thread = thread::Builder::new().name("wires".to_owned()).spawn(|| worker.run());
-        Ok(Self { orders: Some(orders), poller, thread: Some(thread.map_err(failed)?) })
+        Ok(Self {
+            orders: Some(orders),
+            poller,
+            thread: Some(thread.map_err(failed)?),
+            #[cfg(test)]
+            looks,
+        })
     }
 
     /// Gives the thread a link. `number` is no other link's. The link ends when an end of it fails, or
@@ -124,9 +138,13 @@ struct Worker {
     links: Vec<Option<Link>>,
     free: Vec<usize>,
     active: Vec<usize>,
-    /// The places of links that sleep until a time, and of some that are awake or gone.
-    timed: Vec<usize>,
+    /// The links that sleep until a time, by their `wake_at` and their places.
+    timed: BTreeSet<(Instant, usize)>,
     events: Events,
+    /// The places of the links that a wait has found, while it wakes them.
+    ready: Vec<usize>,
+    #[cfg(test)]
+    looks: Arc<AtomicU64>,
 }
 
 impl Worker {
@@ -137,8 +155,11 @@ impl Worker {
             links: Vec::new(),
             free: Vec::new(),
             active: Vec::new(),
-            timed: Vec::new(),
+            timed: BTreeSet::new(),
             events: Events::new(),
+            ready: Vec::new(),
+            #[cfg(test)]
+            looks: Arc::default(),
         }
     }
 
@@ -210,7 +231,9 @@ impl Worker {
             let _ = self.poller.delete(fd);
         }
         self.active.retain(|active| *active != place);
-        self.timed.retain(|timed| *timed != place);
+        if let Some(at) = link.wake_at {
+            self.timed.remove(&(at, place));
+        }
         self.free.push(place);
         link.finish(outcome);
     }
@@ -219,6 +242,8 @@ impl Worker {
     fn turn_all(&mut self) -> bool {
         let (mut moved, mut i) = (false, 0);
         while let Some(&place) = self.active.get(i) {
+            #[cfg(test)]
+            self.looks.fetch_add(1, Ordering::Relaxed);
             let link = self.links[place].as_mut().expect("an active place has a link");
             let asleep = match link.bridge.turn() {
                 Ok(true) => {
@@ -238,9 +263,7 @@ impl Worker {
                 Ok(true) => {
                     link.rounds = None;
                     link.wake_at = link.bridge.next_deadline();
-                    if link.wake_at.is_some() {
-                        self.timed.push(place);
-                    }
+                    self.timed.extend(link.wake_at.map(|at| (at, place)));
                     self.active.swap_remove(i);
                 }
                 Err(failure) => self.remove(place, Err(failure)),
@@ -251,26 +274,37 @@ impl Worker {
 
     /// Waits for a link that has work, for an order or for `timeout`, if there is one.
     fn wait(&mut self, timeout: Option<Duration>) {
-        let links = &mut self.links;
-        let due = self.timed.iter().filter_map(|place| links[*place].as_ref()?.wake_at).min();
+        let due = self.timed.first().map(|(at, _)| *at);
         let left = due.map(|at| at.saturating_duration_since(Instant::now()));
         let timeout = timeout.into_iter().chain(left).min();
         self.events.clear();
         // An error is a signal that came in between, and there are no events.
         let _ = self.poller.wait(&mut self.events, timeout);
-        let readable = self.events.iter().map(|event| (event.key, None));
-        let timed = self.timed.iter().map(|&place| (place, Some(Instant::now())));
-        for (place, now) in readable.chain(timed) {
-            if let Some(Some(link)) = links.get_mut(place)
-                && link.rounds.is_none()
-                && now.is_none_or(|now| link.wake_at.is_some_and(|at| at <= now))
-            {
-                (link.rounds, link.wake_at) = (Some(0), None);
-                self.active.push(place);
-            }
+        let mut ready = std::mem::take(&mut self.ready);
+        ready.extend(self.events.iter().map(|event| event.key));
+        if due.is_some() {
+            let now = Instant::now();
+            ready.extend(self.timed.iter().take_while(|(at, _)| *at <= now).map(|(_, at)| *at));
         }
-        self.timed
-            .retain(|&place| links[place].as_ref().is_some_and(|link| link.wake_at.is_some()));
+        for place in ready.drain(..) {
+            self.wake(place);
+        }
+        self.ready = ready;
+    }
+
+    /// Wakes a link that sleeps.
+    fn wake(&mut self, place: usize) {
+        #[cfg(test)]
+        self.looks.fetch_add(1, Ordering::Relaxed);
+        if let Some(Some(link)) = self.links.get_mut(place)
+            && link.rounds.is_none()
+        {
+            link.rounds = Some(0);
+            if let Some(at) = link.wake_at.take() {
+                self.timed.remove(&(at, place));
+            }
+            self.active.push(place);
+        }
     }
 }
 
@@ -337,6 +371,14 @@ mod tests {
         guest.write_all(&hello).unwrap();
     }
 
+    /// Waits for a frame of this guest.
+    fn next_from(guest: &mut UnixStream, from: u8) {
+        let mut frame = [0; 64];
+        while frame[15] != from {
+            guest.read_exact(&mut frame).expect("a frame arrives");
+        }
+    }
+
     /// The next frame that is for one guest only.
     fn next(guest: &mut UnixStream) -> [u8; 64] {
         loop {
@@ -379,6 +421,46 @@ mod tests {
             while next(&mut b)[30] != i as u8 {}
         }
         drop((links, idle));
+    }
+
+    /// Goal: what is looked at for a packet does not depend on the number of guests that are idle.
+    #[test]
+    fn a_wake_up_looks_at_no_guest_that_is_idle() {
+        const FRAMES: u64 = 200;
+        /// Both links of a frame are awake for [`ROUNDS`], and may be woken twice.
+        const LOOKS: u64 = FRAMES * (ROUNDS as u64 + 4) * 4;
+        // Each has at most fourteen descriptors here. macOS allows 10,240.
+        crate::system::allow_open_files(10_000);
+        let limit = crate::system::open_files().saturating_sub(500) / 14;
+        for idle in [10, limit.min(1000)] {
+            let links = Links::start().unwrap();
+            let name = format!("links-{idle}");
+            let (mut a, _a) = guest(&links, &name, 1);
+            let (mut b, _b) = guest(&links, &name, 2);
+            announce(&mut b, 2);
+            next_from(&mut a, 2);
+            announce(&mut a, 1);
+            next_from(&mut b, 1);
+            let others: Vec<_> = (0..idle).map(|i| guest(&links, &name, 100 + i)).collect();
+            // They sleep when nothing is looked at any more.
+            let looks = || links.looks.load(Ordering::Relaxed);
+            let (start, mut before) = (Instant::now(), 0);
+            while before != looks() {
+                assert!(start.elapsed() < LONG, "the links do not sleep");
+                before = looks();
+                thread::sleep(Duration::from_millis(100));
+            }
+            for i in 0..FRAMES as u8 {
+                a.write_all(&frame(2, 1, i)).unwrap();
+                assert_eq!(next(&mut b)[30], i);
+                b.write_all(&frame(1, 2, i)).unwrap();
+                assert_eq!(next(&mut a)[30], i);
+            }
+            let looked = looks() - before;
+            assert!(looked <= 2 * LOOKS, "{looked} looks with {idle} idle guests");
+            assert!(idle == 10 || idle * FRAMES > 2 * LOOKS, "{idle} guests are too few to tell");
+            drop((links, others));
+        }
     }
 
     #[test]
