@@ -30,12 +30,15 @@ pub(super) struct Links {
     orders: Option<Sender<Order>>,
     poller: Arc<Poller>,
     thread: Option<JoinHandle<()>>,
+    /// The thread that stops what a link had. An interface may take its time to stop, and the other links
+    /// must not wait.
+    finisher: Option<JoinHandle<()>>,
     /// How often a link was looked at.
     #[cfg(test)]
     looks: Arc<AtomicU64>,
 }
 
-/// A function that is told, on the thread, that a link has ended.
+/// What is told, on a thread of its own, that a link has ended.
 pub(super) trait Owner: Send {
     /// The link moves no more packets, and its counters stay as they are. They can still be read.
     fn ended(&mut self, bridge: &Bridge);
@@ -62,7 +65,11 @@ impl Links {
             |error| Failure::Step(format!("the thread of the wires cannot start: {error}"));
         let poller = Arc::new(Poller::new().map_err(failed)?);
         let (orders, receiver) = mpsc::channel();
-        let worker = Worker::new(receiver, poller.clone());
+        let (finished, links) = mpsc::channel::<(Link, Result<(), Failure>)>();
+        let finish = || links.into_iter().for_each(|(link, outcome)| link.finish(outcome));
+        let finisher = thread::Builder::new().name("wires-end".to_owned()).spawn(finish);
+        let finisher = Some(finisher.map_err(failed)?);
+        let worker = Worker::new(receiver, finished, poller.clone());
         #[cfg(test)]
         let looks = worker.looks.clone();
         let thread = thread::Builder::new().name("wires".to_owned()).spawn(|| worker.run());
@@ -70,6 +77,7 @@ impl Links {
             orders: Some(orders),
             poller,
             thread: Some(thread.map_err(failed)?),
+            finisher,
             #[cfg(test)]
             looks,
         })
@@ -101,7 +109,8 @@ impl Drop for Links {
     fn drop(&mut self) {
         self.orders = None;
         let _ = self.poller.notify();
-        if let Some(thread) = self.thread.take() {
+        // The second one ends after the first, which gives it its work.
+        for thread in [self.thread.take(), self.finisher.take()].into_iter().flatten() {
             // A panic was reported when it happened.
             let _ = thread.join();
         }
@@ -133,6 +142,8 @@ impl Link {
 /// What the thread has.
 struct Worker {
     orders: Receiver<Order>,
+    /// Links that have ended, with their outcomes.
+    finished: Sender<(Link, Result<(), Failure>)>,
     poller: Arc<Poller>,
     /// By their places, which are also the keys of their descriptors.
     links: Vec<Option<Link>>,
@@ -148,9 +159,14 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(orders: Receiver<Order>, poller: Arc<Poller>) -> Self {
+    fn new(
+        orders: Receiver<Order>,
+        finished: Sender<(Link, Result<(), Failure>)>,
+        poller: Arc<Poller>,
+    ) -> Self {
         Self {
             orders,
+            finished,
             poller,
             links: Vec::new(),
             free: Vec::new(),
@@ -235,7 +251,8 @@ impl Worker {
             self.timed.remove(&(at, place));
         }
         self.free.push(place);
-        link.finish(outcome);
+        // It fails if the thread has panicked, and the drop of the owner tells that the link has ended.
+        let _ = self.finished.send((link, outcome));
     }
 
     /// Gives each link that is awake a turn. Returns whether there was anything to do.

@@ -10,7 +10,7 @@ use super::wire_stats::{PORT, WIRE, errors};
 use crate::bridge::forwarding::Bridge;
 use crate::failure::Failure;
 
-/// Waits for the end of a link, on the thread of the links.
+/// Is told of the end of a link, on the thread that stops what the link had.
 pub(super) struct LinkOwner<T> {
     pub(super) guest: Arc<Guest>,
     /// How it has ended is put here.
