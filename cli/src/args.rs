@@ -309,6 +309,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "GUESTS", default_value_t = CONNECTIONS,
           value_parser = clap::value_parser!(u32).range(1..=CONNECTIONS_MAX as i64))]
     pub(crate) connections: u32,
+    /// Start an interface of vmnet for each guest that connects, as vmnet-helper does, and stop it when the
+    /// guest leaves: there is no switch in front, and no limits. Without this all guests share one
+    #[arg(long)]
+    pub(crate) per_client: bool,
     /// Refuse memory that a front end can make shorter. QEMU's memory-backend-memfd and crosvm seal
     /// theirs; user-mode Linux, cloud-hypervisor and DPDK do not
     #[arg(long)]

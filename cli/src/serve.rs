@@ -20,6 +20,7 @@ mod links;
 mod listen;
 pub(crate) mod metrics;
 mod network;
+mod own_interface;
 mod pid_file;
 mod ready;
 mod reports;
@@ -85,6 +86,13 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
     let signals = Stop::catch_signals_and(if teller.reports() { REPORTING } else { &[] })?;
     let live = if teller.reports() { Live::start() } else { Live::off() };
     let identity = identity(args)?;
+    if keeps_privileges(args, wanted) && (args.user.is_some() || args.group.is_some()) {
+        return Err(Failure::Usage(
+            "the interface of each guest is started when it connects, which takes the privileges that \
+             --user and --group give up; leave them or --per-client out"
+                .to_owned(),
+        ));
+    }
     Identity::for_now(identity.as_ref(), || place(&mut listens))?;
     spec::check(&listens)?;
     let made = Identity::for_now(identity.as_ref(), || Made::new(&listens, adopted, args))?;
@@ -96,7 +104,7 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
     let privileged = wanted.needs_privileges().then(start).transpose()?;
     // It looks at the host's rules, which a confined process cannot see.
     let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
-    if let Some(identity) = &identity {
+    if let Some(identity) = identity.as_ref().filter(|_| !keeps_privileges(args, wanted)) {
         identity.assume(needs.hosts_end)?;
         teller.tell(&identity.event())?;
     }
@@ -171,6 +179,12 @@ fn identity(args: &ServeArgs) -> Result<Option<Identity>, Failure> {
     let (uid, gid) = (of_sudo("SUDO_UID"), of_sudo("SUDO_GID"));
     let sudo = (uid.as_deref(), gid.as_deref());
     Identity::of(Wish { user: args.user.as_deref(), group: args.group.as_deref(), sudo })
+}
+
+/// Whether it needs its privileges as long as it serves. Its files belong to the caller of sudo all the
+/// same.
+fn keeps_privileges(args: &ServeArgs, network: &NetworkSpec) -> bool {
+    args.per_client && network.needs_privileges()
 }
 
 /// How many files the server has open at most.

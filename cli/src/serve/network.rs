@@ -16,6 +16,7 @@ use super::limits::{
     FEW_CONNECTIONS, LINK_DEPTH, LINK_DEPTH_OF_LARGE, LINK_DEPTH_OF_MANY, STOP_TIMEOUT,
     WAITING_BYTES, WAITING_MAX, WAITING_MIN,
 };
+use super::own_interface::OwnInterfaces;
 use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use super::teller::NetworkFacts;
 use crate::args::ServeArgs;
@@ -39,7 +40,9 @@ pub(super) struct Network {
     max_packet_size: u32,
     /// The pairs of queues that a port has at most.
     pairs: usize,
-    ports: Ports,
+    ports: Source,
+    /// Whether the threads of guests never sleep.
+    busy_poll: bool,
     /// Packets that are on their way in each direction between a wire without offload and its port.
     link_depth: u32,
     /// Keeps a network without an uplink while nobody is connected. It is isolated, and so it receives
@@ -54,6 +57,14 @@ pub(super) struct Network {
     facts: NetworkFacts,
 }
 
+/// Where the interfaces of guests come from.
+#[derive(Clone, Debug)]
+enum Source {
+    /// They are ports of one switch.
+    Switch(Ports),
+    Own(OwnInterfaces),
+}
+
 /// How a port of the network is made.
 #[derive(Clone, Debug)]
 struct Ports {
@@ -63,8 +74,6 @@ struct Ports {
     mac: Option<MacAddr6>,
     subnet: Option<Ipv4Range>,
     mtu: Option<u32>,
-    /// Whether the threads of guests never sleep.
-    busy_poll: bool,
 }
 
 impl Ports {
@@ -132,15 +141,15 @@ impl Network {
             Failure::Usage(sentence) => Failure::Usage(format!("{name}: {sentence}")),
             Failure::Step(sentence) => Failure::Step(format!("{name}: {sentence}")),
         };
+        let busy_poll = args.busy_poll;
         let link_depth = match args.connections {
             0..=FEW_CONNECTIONS => LINK_DEPTH,
             _ => LINK_DEPTH_OF_MANY,
         };
-        if let Spec::Embedded { network, subnet } = &spec.0 {
+        if let (Spec::Embedded { network, subnet }, false) = (&spec.0, args.per_client) {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
-            let (mtu, busy_poll) = (args.mtu, args.busy_poll);
             let (mode, mac) = (args.settings.mode.clone(), args.settings.guest_mac);
-            let ports = Ports { driver, mode, mac, subnet: *subnet, mtu, busy_poll };
+            let ports = Ports { driver, mode, mac, subnet: *subnet, mtu: args.mtu };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
             let keeper = keeper.start().map_err(failed)?;
             let pairs = QUEUES_MAX;
@@ -153,7 +162,8 @@ impl Network {
                 mtu,
                 max_packet_size,
                 pairs,
-                ports,
+                ports: Source::Switch(ports),
+                busy_poll,
                 link_depth,
                 keeper,
                 relay,
@@ -162,11 +172,28 @@ impl Network {
                 facts,
             });
         }
+        let wanted = if may_offload { Offloads::ALL } else { Offloads::default() };
+        if args.per_client {
+            let (own, facts) = OwnInterfaces::try_one(&spec.0, wanted, args.mtu)?;
+            return Ok(Self {
+                name,
+                mtu: facts.mtu,
+                max_packet_size: facts.max_packet_size,
+                pairs: 1,
+                ports: Source::Own(own),
+                busy_poll,
+                link_depth,
+                keeper: None,
+                relay: None,
+                stop: None,
+                uplink: None,
+                facts,
+            });
+        }
         #[cfg(target_os = "linux")]
         let outer = spec.0.clone().driven_by(args.engine);
         #[cfg(not(target_os = "linux"))]
         let outer = spec.0.clone();
-        let wanted = if may_offload { Offloads::ALL } else { Offloads::default() };
         let outer = start_with_most(wanted, |offloads| match &outer {
             Spec::Vmnet(mode) => {
                 let builder = Interface::builder().offloads(offloads);
@@ -186,10 +213,9 @@ impl Network {
         let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
         let offloads = outer.offloads();
         let driver = Embedded::switch(&name).overflow(waiting(args));
-        let busy_poll = args.busy_poll;
         let mac = args.settings.guest_mac.filter(|_| !matches!(spec.0, Spec::Vmnet(_)));
         let (mode, mtu_of_ports) = (Mode::default(), Some(mtu));
-        let ports = Ports { driver, mode, mac, subnet: None, mtu: mtu_of_ports, busy_poll };
+        let ports = Ports { driver, mode, mac, subnet: None, mtu: mtu_of_ports };
         // The switch grants what is asked for. So each packet passes between the two as it is.
         let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
@@ -207,7 +233,8 @@ impl Network {
             mtu,
             max_packet_size,
             pairs,
-            ports,
+            ports: Source::Switch(ports),
+            busy_poll,
             link_depth,
             keeper,
             relay,
@@ -231,6 +258,9 @@ impl Network {
 
     /// Refuses a socket whose guests would have more pairs of queues than a port has.
     pub(super) fn check(&self, spec: &ListenSpec) -> Result<(), Failure> {
+        if let Source::Own(own) = &self.ports {
+            own.check(spec)?;
+        }
         let asked = spec.queues.unwrap_or(1);
         if usize::from(asked) <= self.pairs {
             return Ok(());
@@ -277,8 +307,14 @@ impl Network {
         let id = hash.finalize()[..16].try_into().expect("sixteen of 32 bytes");
         let recorded = recording.map(|recording| (recording, format!("{spec} {number}")));
         let failed = |error| Failure::Step(format!("it has no port: {error}"));
-        let mac = self.ports.mac.filter(|_| number == 0);
-        self.ports.guest(spec, id, mac, recorded).map_err(failed)
+        match &self.ports {
+            Source::Switch(ports) => {
+                let mac = ports.mac.filter(|_| number == 0);
+                ports.guest(spec, id, mac, recorded)
+            }
+            Source::Own(own) => own.start(spec, id, recorded),
+        }
+        .map_err(failed)
     }
 
     /// A wire that is joined to a port for its guest: the ends [`WIRE`](super::wire_stats::WIRE) and
@@ -291,15 +327,21 @@ impl Network {
         socket: Socket,
     ) -> Result<Bridge, Failure> {
         let port = self.interface(spec, number, recording)?;
-        // Both have the same offloads, so each packet passes as it is, and the switch does the rest.
-        let offloads = port.capabilities().offloads;
-        let wanted = offloads & spec.offloads();
+        let (wanted, software) = match &self.ports {
+            // Both have the same offloads, so each packet passes as it is, and the switch does the rest.
+            Source::Switch(_) => {
+                (port.capabilities().offloads & spec.offloads(), InSoftware::Nothing)
+            }
+            Source::Own(_) if !spec.may_offload() => (Offloads::default(), InSoftware::Nothing),
+            // What its interface does not do is done here.
+            Source::Own(_) => (spec.offloads(), InSoftware::Cut),
+        };
         let socket = socket.implied_offload(spec.implied);
         let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
         let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { self.link_depth };
-        Bridge::new(ends, InSoftware::Nothing, depth).map_err(failed)
+        Bridge::new(ends, software, depth).map_err(failed)
     }
 
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected
@@ -315,7 +357,7 @@ impl Network {
         let mut net = NetSettings::default();
         net.queue_pairs = spec.queues.unwrap_or(1);
         net.guest_announce = spec.announce;
-        net.busy_poll = self.ports.busy_poll;
+        net.busy_poll = self.busy_poll;
         let device = VhostUserNet::new(interface, net).map_err(|error| failed(&error))?;
         let mut settings = device.session_settings();
         settings.config = spec.config;

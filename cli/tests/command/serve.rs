@@ -26,6 +26,9 @@ mod guest;
 mod offload;
 #[path = "serve/options.rs"]
 mod options;
+#[cfg(not(target_os = "macos"))] // There is no simulated vmnet.
+#[path = "serve/own.rs"]
+mod own;
 #[cfg(target_os = "linux")]
 #[path = "serve/tap.rs"]
 mod tap;

@@ -357,6 +357,20 @@ fn simulated(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
+/// Guests with interfaces of their own, which start and stop while it is confined.
+fn own(folder: &Path) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
+    let stream = wires::at("qemu", &path);
+    let arguments = ["--network", "vmnet-sim", "--per-client", "--listen", &stream];
+    let traced = Traced::new(folder, &arguments);
+    let mut one = wires::Wire::stream(&path, mac(1));
+    for number in 2..4 {
+        let mut other = wires::Wire::stream(&path, mac(number));
+        wires::exchange(&mut one, &mut other, 0..5);
+    }
+    traced.ended()
+}
+
 /// Guests below a TAP.
 fn tap(folder: &Path, network: &str, extra: &[&str]) -> BTreeSet<String> {
     let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
@@ -409,6 +423,7 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![When::Terminal], watched(&folder("watched"))),
         (vec![When::LeaseFile], leases(&folder("leases"))),
         (vec![When::Simulated], simulated(&folder("simulated"))),
+        (vec![When::Simulated, When::Wires], own(&folder("own"))),
         (vec![], told(&folder("metrics"), "127.0.0.1:0")),
         (vec![], told(&folder("metrics 2"), &metrics)),
         (vec![], reported(&folder("reported"))),

@@ -1,0 +1,89 @@
+//! A server whose guests have an interface of vmnet each. The simulated vmnet stands in for Apple's.
+
+use super::wires::{Wire, at, exchange};
+use super::*;
+
+/// The descriptors that a server has.
+#[cfg(target_os = "linux")]
+fn descriptors(server: &Server) -> usize {
+    let id = server.child.as_ref().expect("it runs").id();
+    std::fs::read_dir(format!("/proc/{id}/fd")).expect("it runs").count()
+}
+
+/// Goal: each guest, on a wire or over vhost-user, gets an interface when it connects, which ends with the
+/// connection. The server is confined meanwhile, and never has more of them than it may.
+#[test]
+fn each_client_has_an_interface_of_its_own() {
+    let folder = scratch("own interfaces");
+    let [a, b] = ["a.sock", "b.sock"].map(|name| folder.join(name));
+    let capture = folder.join("a.pcapng");
+    let stream = format!("{},capture={}", at("qemu", &a), capture.display());
+    let network = ["--network", "vmnet-sim:shared", "--per-client", "--connections", "3"];
+    let server =
+        Server::on(&[&network[..], &["--listen", &stream, "--listen", &listen(&b)]].concat());
+    let mut one = Wire::stream(&a, mac(1));
+    let mut two = Wire::stream(&a, mac(2));
+    exchange(&mut one, &mut two, 0..20);
+    let mut device = Guest::new(&b, mac(3));
+    device.post(64);
+    let there = packet(mac(3), mac(1), 1514, 1);
+    // The simulated network learns where a guest is from what it sends.
+    device.send(&packet(mac(3), [0xff; 6], 60, 0));
+    device.send(&there);
+    assert_eq!(one.receive(), there);
+    let back = packet(mac(1), mac(3), 1514, 2);
+    one.send(&back);
+    assert_eq!(device.receive_ours(), back);
+    // There are three, so a fourth waits until one leaves.
+    let mut fourth = Wire::stream(&a, mac(4));
+    let hello = packet(mac(4), mac(1), 60, 3);
+    fourth.send(&hello);
+    assert!(one.next(Duration::from_millis(100)).is_none(), "there are too many");
+    drop(two);
+    assert_eq!(one.receive(), hello);
+    drop(fourth);
+    #[cfg(target_os = "linux")]
+    let mut before = None;
+    // What is said in a second has a limit.
+    thread::sleep(Duration::from_millis(1100));
+    for number in 0..5 {
+        let mut guest = Wire::stream(&a, mac(10 + number));
+        exchange(&mut one, &mut guest, 0..2);
+        drop(guest);
+        server.until_said(&format!("guest {} has left", 4 + number));
+        #[cfg(target_os = "linux")]
+        assert_eq!(*before.get_or_insert(descriptors(&server)), descriptors(&server));
+        thread::sleep(Duration::from_millis(600));
+    }
+    let report = server.report("TERM");
+    for (_, part) in report["sandbox"].as_object().expect("the parts") {
+        assert_eq!(part["complete"], true, "{report:#}");
+    }
+    assert_eq!(report["network"]["name"], "vmnet-sim:shared");
+    assert_eq!(
+        (&report["uplink"], &report["sockets"][0]["connections"]),
+        (&Value::Null, &8.into())
+    );
+    assert!(capture.metadata().expect("it was written").len() > 60 * 1514, "it is recorded");
+}
+
+#[test]
+fn what_needs_a_switch_is_refused_to_a_guest_with_its_own_interface() {
+    let path = scratch("own refused").join("a.sock");
+    let socket = at("qemu", &path);
+    let with = |network: &str, more: &str| {
+        let listen = format!("{socket}{more}");
+        refused(&["serve", "--network", network, "--per-client", "--listen", &listen])
+    };
+    for (network, more, said) in [
+        ("embedded:lab", "", "embedded:lab is one network for all guests"),
+        ("vmnet-sim", ",rate=8M", "a limit is kept by the switch"),
+        ("vmnet-sim", ",floods=10", "a limit is kept by the switch"),
+        ("vmnet-sim", ",mac=learn", "mac=learn is kept by the switch"),
+        ("vmnet-sim:bridged:en0", ",isolated", "isolated on a bridged network"),
+    ] {
+        let message = with(network, more);
+        assert!(message.contains(said), "{network}{more}: {message}");
+        assert!(!is_socket(&path), "nothing is left");
+    }
+}
