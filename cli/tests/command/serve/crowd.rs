@@ -122,6 +122,13 @@ impl Idle {
     }
 }
 
+/// How many descriptors a server has.
+#[cfg(target_os = "linux")]
+pub(super) fn descriptors(server: &Server) -> usize {
+    let id = server.child.as_ref().expect("it runs").id();
+    std::fs::read_dir(format!("/proc/{id}/fd")).expect("it runs").count()
+}
+
 /// The resident memory of a server, in bytes.
 #[cfg(target_os = "linux")]
 fn resident(server: &Server) -> u64 {
@@ -179,4 +186,58 @@ fn a_thousand_idle_guests_cost_little_and_hold_up_nobody() {
     }
     let report = server.report("TERM");
     assert_eq!(report["sockets"][0]["connections"], number + 2, "{report:#}");
+}
+
+/// Goal: guests that connect and leave as fast as they can, some within a frame or with a length above
+/// the maximum, hold up nobody who is there, and leave no descriptor.
+#[test]
+fn connections_without_a_pause_hold_up_nobody_and_leave_nothing() {
+    const THREADS: usize = 2;
+    let path = scratch("crowd connects").join("a.sock");
+    let server = server(&path, 64);
+    let mut one = Wire::stream(&path, [0x52, 0x54, 0, 0x12, 0x34, 1]);
+    let mut two = Wire::stream(&path, [0x52, 0x54, 0, 0x12, 0x34, 2]);
+    exchange(&mut one, &mut two, 0..5);
+    #[cfg(target_os = "linux")]
+    let before = descriptors(&server);
+    let each = 2 * idle_guests();
+    let come_and_go = move |path: PathBuf| {
+        for number in 0..each {
+            let mut socket = connected(&path);
+            let bytes: &[u8] = match number % 4 {
+                0 => &[0xff; 4],
+                1 => &[0, 0, 0, 60, 1, 2, 3],
+                _ => &[],
+            };
+            socket.write_all(bytes).expect("it is taken");
+        }
+    };
+    let threads: Vec<_> = (0..THREADS)
+        .map(|_| {
+            let path = path.clone();
+            thread::spawn(move || come_and_go(path))
+        })
+        .collect();
+    let mut exchanged = 0;
+    while threads.iter().any(|thread| !thread.is_finished()) {
+        exchange(&mut one, &mut two, 0..5);
+        exchanged += 1;
+    }
+    threads.into_iter().for_each(|thread| thread.join().expect("each is let in"));
+    assert!(exchanged > 0);
+    // The last of them are let in, and leave.
+    let mut last = Wire::stream(&path, [0x52, 0x54, 0, 0x12, 0x34, 3]);
+    exchange(&mut one, &mut last, 0..5);
+    drop(last);
+    #[cfg(target_os = "linux")]
+    {
+        let start = Instant::now();
+        while descriptors(&server) > before {
+            assert!(start.elapsed() < LIMIT, "{} descriptors are left", descriptors(&server));
+            exchange(&mut one, &mut two, 0..1);
+        }
+    }
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["connections"], THREADS * each + 3, "{report:#}");
+    assert_eq!(report["sockets"][0]["counts"]["peers"], THREADS * each + 3, "{report:#}");
 }

@@ -1,14 +1,9 @@
 //! A server whose guests have an interface of vmnet each. The simulated vmnet stands in for Apple's.
 
+#[cfg(target_os = "linux")]
+use super::crowd::descriptors;
 use super::wires::{Wire, at, exchange};
 use super::*;
-
-/// The descriptors that a server has.
-#[cfg(target_os = "linux")]
-fn descriptors(server: &Server) -> usize {
-    let id = server.child.as_ref().expect("it runs").id();
-    std::fs::read_dir(format!("/proc/{id}/fd")).expect("it runs").count()
-}
 
 /// Goal: each guest, on a wire or over vhost-user, gets an interface when it connects, which ends with the
 /// connection. The server is confined meanwhile, and never has more of them than it may.
