@@ -388,10 +388,11 @@ fn qemu_arguments(guest: &Guest, archive: &Path, folder: &Folder) -> Vec<OsStrin
     .flat_map(|line| line.split(' '))
     .map(OsString::from)
     .collect();
-    // Without init_on_alloc=0 Linux writes into each buffer before it is posted, and a migration copies
-    // it for that reason alone.
+    // Without no_timer_check Linux panics if an emulator on a busy machine has raised no interrupt of its
+    // timer in time. Without init_on_alloc=0 Linux writes into each buffer before it is posted, and a
+    // migration copies it for that reason alone.
     let parameters = "console=ttyS0 vmring.agent=ttyS1 mitigations=off nokaslr init_on_alloc=0 \
-                      random.trust_cpu=on random.trust_bootloader=on net.ifnames=0 quiet";
+                      no_timer_check random.trust_cpu=on random.trust_bootloader=on net.ifnames=0 quiet";
     let more = [
         ("-object", format!("memory-backend-memfd,id=ram,size={memory}M,share=on")),
         ("-m", format!("{memory}M")),
