@@ -13,7 +13,7 @@ use super::*;
 const NEW_GUESTS: usize = 50;
 const GATEWAY: [u8; 4] = [10, 20, 0, 1];
 /// Packets to all guests, more than are on their way to one of them and can wait for it.
-const BROADCASTS: u32 = 400;
+const BROADCASTS: u32 = 1500;
 
 /// Guests that are idle. Under a sanitizer there are fewer.
 fn idle_guests() -> usize {
