@@ -50,7 +50,9 @@ impl Server {
         let folder = std::env::temp_dir().join(format!("vmring-load-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
-        command.args(["serve", "--json", "--network", "embedded:load", "--connections", "64"]);
+        command.args(["serve", "--json", "--network", "embedded:load"]);
+        // The network keeps the memory of a port for the next one. Few ports are soon used, all of them.
+        command.args(["--connections", "16"]);
         for kind in kinds {
             command.args(["--listen", &format!("{kind}:{}{options}", folder.join(kind).display())]);
         }
