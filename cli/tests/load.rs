@@ -8,8 +8,8 @@
 //! `flood` compares what two guests get through beside another guest that sends 200,000 broadcasts each
 //! second with what they get through beside one that sends as many frames to one guest. It fails below
 //! 80 %. `soak` runs for so many seconds (60 if none are given), and fails if the server's memory or
-//! descriptors grow, or if guests that do nothing wrong lose a frame. The guests around them come, go,
-//! stall, flood and send rubbish. A program of its own, because it takes the machine for itself.
+//! descriptors grow, or if guests that do nothing wrong lose a frame although the machine is not
+//! saturated. The guests around them come, go, stall, flood and send rubbish. A program of its own, because it takes the machine for itself.
 
 use std::fmt;
 use std::fs::File;
@@ -34,6 +34,9 @@ const STEADY: u64 = 2000;
 /// The flood budget of each guest of the soak. The frames to all are no load that a steady guest cannot
 /// take.
 const FLOODS: u64 = 2000;
+/// A machine that keeps a thread of this program waiting for longer, in milliseconds, is saturated. The
+/// buffers of a steady guest may be full before its thread runs.
+const SATURATED: u64 = 50;
 /// What the server's memory may grow by from one half of a soak to the other, in bytes. The guests that
 /// are connected at one time differ by so much.
 const MEMORY_SLACK: u64 = 16 << 20;
@@ -409,6 +412,19 @@ fn steady(
     })
 }
 
+/// Finds out for how long the machine keeps a thread waiting, at most, in milliseconds.
+fn watch(stop: Arc<AtomicBool>) -> thread::JoinHandle<u64> {
+    thread::spawn(move || {
+        let mut longest = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let start = Instant::now();
+            thread::sleep(Duration::from_millis(5));
+            longest = longest.max(start.elapsed().as_millis() as u64 - 5);
+        }
+        longest
+    })
+}
+
 fn soak(seconds: u64) -> bool {
     let seed = std::env::var("VMRING_SOAK_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| u64::from(std::process::id()) + 1);
@@ -435,6 +451,7 @@ fn soak(seconds: u64) -> bool {
         sends_rubbish,
         sends_datagrams,
     ];
+    let watched = watch(stop.clone());
     let visits = Arc::new(AtomicU64::new(0));
     let threads = others.iter().zip(1..).map(|(guest, number)| {
         let (guest, folder) = (*guest, server.folder.clone());
@@ -475,12 +492,18 @@ fn soak(seconds: u64) -> bool {
     end.store(true, Ordering::Relaxed);
     let sent: Vec<_> = steady.into_iter().map(|one| one.join().expect("it ends")).collect();
     println!("first half at most: {}; second half: {}", halves[0], halves[1]);
+    let longest = watched.join().expect("it ends");
+    println!("the machine kept a thread waiting for {longest} ms at most");
+    if longest > SATURATED {
+        println!("skipped: the machine is saturated, so what is lost proves nothing");
+    }
     let mut good = true;
     for (i, seen) in seen.iter().enumerate() {
         let (received, lost) =
             (seen.received.load(Ordering::Relaxed), seen.lost.load(Ordering::Relaxed));
         println!("steady guest {}: {received} of {} frames, {lost} lost", i + 1, sent[1 - i]);
-        good &= received == sent[1 - i] && lost == 0 && received > 0;
+        good &= received > 0;
+        good &= received == sent[1 - i] && lost == 0 || longest > SATURATED;
     }
     // The two have gone too, with what a link has.
     let is_back = || server.sample().descriptors <= empty.descriptors;
