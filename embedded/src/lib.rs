@@ -58,6 +58,7 @@ pub mod network;
 pub mod packet;
 pub mod policy;
 pub mod port;
+mod port_state;
 mod receive_queue;
 pub mod software;
 pub mod stats;

@@ -122,9 +122,10 @@ use crate::gateway::Gateway;
 use crate::inbox::{Inbox, PortWake};
 use crate::limits::{LARGE_PACKET, MAX_PORTS, QUEUES_MAX, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
-use crate::policy::{Moment, PolicyState, PortLimits, PortPolicy, SourceRule};
-use crate::receive_queue::{QueueEnd, ReceiveQueue, ReceiveQueues, Shape};
-use crate::stats::{DropReason, PortCounters, PortStats};
+use crate::policy::{Moment, PortLimits, PortPolicy, SourceRule};
+use crate::port_state::PortState;
+use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
+use crate::stats::{DropReason, PortStats};
 use crate::table::{Learned, Located, Mac, MacTable, PortRef, mix};
 
 /// The 64-bit words of a set of ports.
@@ -347,31 +348,6 @@ fn gateway_of(
 fn local_mac(hash: u64) -> MacAddr6 {
     let [a, b, c, d, e, f, ..] = hash.to_be_bytes();
     MacAddr6::new(a & 0xfc | 0x02, b, c, d, e, f)
-}
-
-/// The part of a port that other threads reach. It is kept when the port leaves, and reused.
-pub(crate) struct PortState<B> {
-    pub(crate) queues: ReceiveQueues<B>,
-    /// Increases when a port leaves, so that an old [`Monitor`](crate::port::Monitor) sees that the
-    /// counters are another port's.
-    pub(crate) generation: AtomicU32,
-    pub(crate) policy: PolicyState,
-    pub(crate) counters: PortCounters,
-}
-
-impl<B> PortState<B> {
-    fn new() -> Self {
-        Self {
-            queues: ReceiveQueues::new(),
-            generation: AtomicU32::new(0),
-            policy: PolicyState::default(),
-            counters: PortCounters::default(),
-        }
-    }
-
-    pub(crate) fn stats(&self) -> PortStats {
-        self.counters.stats(self.queues.received())
-    }
 }
 
 /// The network has never had an uplink.

@@ -19,10 +19,11 @@ use crate::frame;
 use crate::inbox::{Claim, Collected, Delivery, PortWake, Refused};
 use crate::limits::{LOOKUPS, MAX_PORTS, QUEUES_MAX, SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
-    Admitted, Audience, JoinError, Membership, Network, PortConfig, PortState, Route, WORDS,
+    Admitted, Audience, JoinError, Membership, Network, PortConfig, Route, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
+use crate::port_state::PortState;
 use crate::receive_queue::{Accepted, QueueEnd, Touched};
 use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
