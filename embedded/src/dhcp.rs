@@ -43,6 +43,7 @@ mod message;
 mod table;
 
 use core::net::Ipv4Addr;
+use core::ops::{Deref, DerefMut};
 use core::time::Duration;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -53,9 +54,10 @@ use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, DHCP_SERVER_PORT, DhcpMessageType, EthernetAddress,
     EthernetProtocol, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
 };
+use vmring_core::sync::{AtomicU64, Ordering};
 
 pub use crate::frame::Answer;
-pub use config::{DhcpConfig, DhcpLease, DhcpStats, ReserveError};
+pub use config::{AddressHolder, DhcpConfig, DhcpLease, DhcpStats, ReserveError};
 pub use file::{LeaseFile, LeaseFileError};
 
 use crate::frame;
@@ -70,9 +72,36 @@ struct Shared {
     stats: DhcpStats,
 }
 
+/// The lock. When it is given back, what has changed is known to those who look without it.
+struct Locked<'s> {
+    shared: MutexGuard<'s, Shared>,
+    changes: &'s AtomicU64,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Shared {
+        &mut self.shared
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.changes.store(self.shared.table.changes(), Ordering::Relaxed);
+    }
+}
+
 /// A DHCPv4 server for one subnet. See the [module](self).
 pub struct DhcpServer {
     config: DhcpConfig,
+    /// What [`LeaseTable::changes`] says, for those who look without the lock.
+    changes: AtomicU64,
     shared: Mutex<Shared>,
     /// Where leases are noted for the file, if there is one.
     journal: OnceLock<Arc<Journal>>,
@@ -112,7 +141,8 @@ impl DhcpServer {
     pub fn new(config: DhcpConfig) -> Self {
         let table = LeaseTable::new(config.clone());
         let shared = Shared { table, stats: DhcpStats::default() };
-        Self { config, shared: Mutex::new(shared), journal: OnceLock::new() }
+        let changes = AtomicU64::new(0);
+        Self { config, changes, shared: Mutex::new(shared), journal: OnceLock::new() }
     }
 
     /// Returns the server's settings.
@@ -218,8 +248,42 @@ impl DhcpServer {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns who has which address at `now`: every lease that is running, and each address that a
+    /// station was seen to use without one, in the last five minutes. An interface that has left is
+    /// not named.
+    pub fn holders(&self, now: Duration) -> Vec<AddressHolder> {
+        let table = &self.lock().table;
+        let leases = table.entries().filter(|(_, entry)| entry.is_running(now));
+        let leases = leases.map(|(address, entry)| AddressHolder {
+            address: address.into(),
+            mac: entry.mac.into(),
+            port: entry.port,
+            leased: true,
+        });
+        let used = table.used(now).map(|(address, mac, port)| AddressHolder {
+            address: address.into(),
+            mac: mac.into(),
+            port: Some(port),
+            leased: false,
+        });
+        leases.chain(used).collect()
+    }
+
+    /// Returns a number that is another one when [`holders`](Self::holders) may say something else than
+    /// before, apart from what ends with time. It takes no lock.
+    pub fn changes(&self) -> u64 {
+        // Relaxed: whoever sees a new number looks under the lock.
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// Forgets which clients are behind an interface, because it has left. Their leases stay.
+    pub fn port_left(&self, port: u32) {
+        self.lock().table.port_left(port);
+    }
+
+    fn lock(&self) -> Locked<'_> {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        Locked { shared, changes: &self.changes }
     }
 
     /// Answers a frame that came in at the interface `port`: if it is a DHCP message that gets a
@@ -569,7 +633,11 @@ impl DhcpServer {
             _ => message.from,
         };
         let (state, free_at) = (LeaseState::Leased, now + lease_time);
-        table.insert(address, LeaseEntry { mac, state, free_at, via, probed: None });
+        let port = match message.is_own() {
+            true => Some(request.port),
+            false => known.and_then(|(_, entry)| entry.port),
+        };
+        table.insert(address, LeaseEntry { mac, state, free_at, via, probed: None, port });
         self.note(address, mac, lease_time);
         Reply::Ack(wanted).into()
     }

@@ -65,6 +65,20 @@ pub struct DhcpLease {
     pub remaining: Duration,
 }
 
+/// Who has an address, as far as a server knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressHolder {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// The station that has it.
+    pub mac: MacAddr6,
+    /// The number of the interface behind which the station was seen last, if that is known and the
+    /// interface has not left since.
+    pub port: Option<u32>,
+    /// Whether the server has given it the address. If not, the station was seen to use it.
+    pub leased: bool,
+}
+
 /// The error when an address cannot be reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]

@@ -36,6 +36,8 @@ pub(super) struct LeaseEntry {
     pub(super) via: Mac,
     /// When the server asked last by ARP whether the address is in use.
     pub(super) probed: Option<Duration>,
+    /// The interface that the client was last seen at, if it is known.
+    pub(super) port: Option<u32>,
 }
 
 impl LeaseEntry {
@@ -55,6 +57,8 @@ struct Claim {
     by: Option<Mac>,
     /// The interface that this was learned from.
     port: u32,
+    /// Whether that interface has not left since.
+    is_here: bool,
     until: Duration,
 }
 
@@ -76,7 +80,7 @@ impl Claims {
             // The claim of another interface stands as long as it is renewed there.
             if known.port == claim.port {
                 known.until = known.until.max(claim.until);
-                known.by = claim.by;
+                (known.by, known.is_here) = (claim.by, claim.is_here);
             }
             return true;
         }
@@ -102,6 +106,31 @@ impl Claims {
         self.by_address
             .get(&address)
             .is_some_and(|claim| claim.until > now && claim.by != Some(mac))
+    }
+
+    /// Notes that an interface has left. What it claims rests until its time is over.
+    fn port_left(&mut self, port: u32) {
+        for address in self.by_port.get(&port).into_iter().flatten() {
+            if let Some(claim) = self.by_address.get_mut(address).filter(|claim| claim.port == port)
+            {
+                claim.is_here = false;
+            }
+        }
+    }
+
+    /// Whether `mac` is known to use the address behind an interface that is there.
+    fn is_here(&self, address: u32, mac: Mac, port: u32, now: Duration) -> bool {
+        let claim = self.by_address.get(&address);
+        claim.is_some_and(|claim| {
+            claim.is_here && claim.until > now && (claim.by, claim.port) == (Some(mac), port)
+        })
+    }
+
+    /// The addresses that stations behind interfaces which are there were seen to use.
+    fn used(&self, now: Duration) -> impl Iterator<Item = (u32, Mac, u32)> + '_ {
+        let claims = self.by_address.iter();
+        let claims = claims.filter(move |(_, claim)| claim.is_here && claim.until > now);
+        claims.filter_map(|(&address, claim)| Some((address, claim.by?, claim.port)))
     }
 
     /// Whether `mac` itself was seen to use the address.
@@ -135,8 +164,12 @@ pub(super) struct LeaseTable {
     reservations: BTreeMap<Mac, u32>,
     reserved: BTreeMap<u32, Mac>,
     claims: Claims,
+    /// What is known of addresses that the server does not give out.
+    beyond: Claims,
     /// Every address of the range that is less than this many after the first has an entry.
     first_unused: u32,
+    /// Changes with each change of who has which address.
+    changes: u64,
 }
 
 impl LeaseTable {
@@ -154,8 +187,31 @@ impl LeaseTable {
             reservations: BTreeMap::new(),
             reserved: BTreeMap::new(),
             claims: Claims::default(),
+            beyond: Claims::default(),
             first_unused: 0,
+            changes: 0,
         }
+    }
+
+    /// A number that is another one whenever somebody may have another address than before.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// The addresses that stations were seen to use without a lease, each with the station and the
+    /// interface.
+    pub(super) fn used(&self, now: Duration) -> impl Iterator<Item = (u32, Mac, u32)> + '_ {
+        self.claims.used(now).chain(self.beyond.used(now))
+    }
+
+    /// Forgets at which interface clients were seen, because it has left.
+    pub(super) fn port_left(&mut self, port: u32) {
+        for entry in self.entries.values_mut().filter(|entry| entry.port == Some(port)) {
+            entry.port = None;
+        }
+        self.claims.port_left(port);
+        self.beyond.port_left(port);
+        self.changes += 1;
     }
 
     pub(super) fn entries(&self) -> impl Iterator<Item = (u32, &LeaseEntry)> {
@@ -169,6 +225,7 @@ impl LeaseTable {
         }
         self.queue.insert((entry.free_at, address));
         self.entries.insert(address, entry);
+        self.changes += 1;
     }
 
     pub(super) fn remove(&mut self, address: u32) {
@@ -181,6 +238,7 @@ impl LeaseTable {
     /// Takes an entry out, whose place is filled again or becomes unused.
     fn take(&mut self, address: u32) {
         if let Some(old) = self.entries.remove(&address) {
+            self.changes += 1;
             self.queue.remove(&(old.free_at, address));
             if self.clients.get(&old.mac) == Some(&address) {
                 self.clients.remove(&old.mac);
@@ -305,25 +363,34 @@ impl LeaseTable {
     /// Notes that a station was seen to use an address. Returns whether a client has the address or
     /// is being offered it.
     pub(super) fn learn(&mut self, address: u32, mac: Mac, port: u32, now: Duration) -> bool {
+        let claim = Claim { by: Some(mac), port, is_here: true, until: now + CLAIM_TIME };
         if !self.is_in_range(address) && !self.reserved.contains_key(&address) {
+            self.changes += u64::from(!self.beyond.is_here(address, mac, port, now));
+            self.beyond.note(address, claim, now);
             return false;
         }
-        match self.entries.get(&address) {
-            Some(entry) if entry.mac == mac && entry.is_live(now) => return false,
+        match self.entries.get_mut(&address) {
+            Some(entry) if entry.mac == mac && entry.is_live(now) => {
+                if entry.port != Some(port) {
+                    entry.port = Some(port);
+                    self.changes += 1;
+                }
+                return false;
+            }
             // A lease stands whatever somebody claims.
             Some(entry) if entry.is_running(now) => return true,
             _ => {}
         }
         let offered = self.entries.get(&address).is_some_and(|entry| entry.is_live(now));
-        let until = now + CLAIM_TIME;
-        self.claims.note(address, Claim { by: Some(mac), port, until }, now);
+        self.changes += u64::from(!self.claims.is_here(address, mac, port, now));
+        self.claims.note(address, claim, now);
         offered
     }
 
     /// Notes that a client found an address in use, and for how long it must rest.
     pub(super) fn decline(&mut self, address: u32, port: u32, rest: Duration, now: Duration) {
         self.remove(address);
-        self.claims.note(address, Claim { by: None, port, until: now + rest }, now);
+        self.claims.note(address, Claim { by: None, port, is_here: true, until: now + rest }, now);
     }
 
     /// Reserves an address, which the caller has checked, for a client. The client's lease on
@@ -359,7 +426,10 @@ impl LeaseTable {
             self.remove(old);
         }
         let free_at = now + OFFER_TIME;
-        self.insert(address, LeaseEntry { mac, state, free_at, via, probed: Some(now) });
+        self.insert(
+            address,
+            LeaseEntry { mac, state, free_at, via, probed: Some(now), port: None },
+        );
     }
 
     /// Enters a lease that the server gave out before it was started.
@@ -369,7 +439,10 @@ impl LeaseTable {
             return false;
         }
         let state = LeaseState::Leased;
-        self.insert(address, LeaseEntry { mac, state, free_at, via: mac, probed: None });
+        self.insert(
+            address,
+            LeaseEntry { mac, state, free_at, via: mac, probed: None, port: None },
+        );
         true
     }
 
