@@ -141,6 +141,10 @@ pub struct NetworkConfig {
     /// they follow from the guests' MAC addresses; see [`dhcp`](crate::dhcp). Each network needs a
     /// file of its own.
     pub lease_file: Option<PathBuf>,
+    /// Whether packets for other networks go to a [router](crate::router), and which settings that has, as
+    /// names and values. The network only compares them. With `None`, the gateway answers that there is no
+    /// way. A router needs a gateway.
+    pub router: Option<Vec<(&'static str, String)>>,
 }
 
 impl NetworkConfig {
@@ -160,6 +164,7 @@ impl NetworkConfig {
             dhcp_first: None,
             reservations: Vec::new(),
             lease_file: None,
+            router: None,
         }
     }
 
@@ -208,7 +213,7 @@ impl NetworkConfig {
             format!("[{}]", kept.join(", "))
         };
         let has = |gateway: bool| if gateway { "yes" } else { "no" }.to_owned();
-        let rows = [
+        let mut rows = vec![
             ("gateway", has(self.gateway), has(asked.gateway)),
             ("mode", format!("{:?}", self.mode), format!("{:?}", asked.mode)),
             ("ipv4", range(&self.ipv4), range(&asked.ipv4)),
@@ -221,7 +226,18 @@ impl NetworkConfig {
             ("dhcp_range beginning at", first(self.dhcp_first), first(asked.dhcp_first)),
             ("reserve", reserve(&self.reservations), reserve(&asked.reservations)),
             ("lease_file", file(&self.lease_file), file(&asked.lease_file)),
+            ("nat", has(self.router.is_some()), has(asked.router.is_some())),
         ];
+        if let (Some(router), Some(wanted)) = (&self.router, &asked.router) {
+            let value = |of: &[(&str, String)], name: &str| {
+                let found = of.iter().find(|(other, _)| *other == name);
+                found.map_or("none".to_owned(), |(_, value)| value.clone())
+            };
+            let only_wanted = wanted.iter().filter(|(name, _)| value(router, name) == "none");
+            for (name, _) in router.iter().chain(only_wanted) {
+                rows.push((name, value(router, name), value(wanted, name)));
+            }
+        }
         let differing: Vec<_> = rows
             .iter()
             .filter(|(_, is, wanted)| is != wanted)
@@ -244,6 +260,7 @@ impl NetworkConfig {
                 ("dhcp_first", self.dhcp_first.is_some()),
                 ("reservations", !self.reservations.is_empty()),
                 ("lease_file", self.lease_file.is_some()),
+                ("router", self.router.is_some()),
             ];
             if let Some((setting, _)) = of_the_gateway.iter().find(|(_, set)| *set) {
                 return Err(NetworkConfigError::NoGateway { setting });

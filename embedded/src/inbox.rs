@@ -552,6 +552,24 @@ impl<B: PacketBuffer> Inbox<B> {
         InboxState(self.state.load(Ordering::Relaxed)).overflow()
     }
 
+    /// About how many frames it takes now. This is a hint: it may change at once. A frame that fills
+    /// several small buffers needs more than one.
+    pub fn space(&self) -> usize {
+        // Relaxed, all of them: nothing is decided by these.
+        let state = InboxState(self.state.load(Ordering::Relaxed));
+        if state.closed() {
+            return 0;
+        }
+        let posted = match state.overflow() {
+            true => 0,
+            false => self.posted.load(Ordering::Relaxed).wrapping_sub(state.claimed()) as usize,
+        };
+        let waiting = state.pushed().wrapping_sub(self.popped.load(Ordering::Relaxed));
+        let waiting = (waiting & PUSHED_MASK) as usize;
+        let cells = self.overflow.cells.len();
+        posted.min(self.buffer_ptrs.len()) + cells - waiting.min(cells)
+    }
+
     /// Copies `frame` to the receiver: into the oldest posted buffer, or else into the overflow
     /// ring.
     ///

@@ -42,6 +42,7 @@
 //! - [`clock`]: where a network gets its time from
 //! - [`inbox`]: how a frame gets into a receiver's buffer, and why this is safe
 //! - [`gateway`]: ARP, ICMP and refusals at the network's first address
+//! - [`router`]: the way to other networks
 //! - [`dhcp`]: the DHCPv4 server, which can be used alone
 
 pub mod clock;
@@ -60,6 +61,7 @@ pub mod policy;
 pub mod port;
 mod port_state;
 mod receive_queue;
+pub mod router;
 pub mod software;
 pub mod stats;
 mod table;
@@ -73,4 +75,5 @@ pub use packet::{Packet, PacketBuffer};
 pub use policy::{PortLimits, PortPolicy, Rate, RateLimit, SourceRule};
 pub use port::{Monitor, Port, Receiver, Sender};
 pub use receive_queue::Accepted;
+pub use router::{PortFull, Router, RouterBatch, RouterEnd, RouterLink};
 pub use stats::{DropReason, PortStats, Sent};

@@ -62,6 +62,15 @@ pub const DEFAULT_OVERFLOW_BYTES: usize = 512 * 1024;
 /// The least and the greatest default depth of the overflow ring.
 pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
+// The router.
+
+/// How many frames of one port can wait for the network's router in its buffers.
+pub const ROUTER_FRAMES: u32 = 128;
+/// How many more frames of one port can wait for it.
+pub const ROUTER_OVERFLOW: u32 = 16;
+/// How many frames of one port the router takes before the next port has its turn.
+pub const ROUTER_BATCH: usize = 64;
+
 // Offload.
 
 /// The longest IP packet that is to be cut into segments, in bytes: the longest that IPv4 has (RFC 791,

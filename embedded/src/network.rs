@@ -30,6 +30,12 @@
 //!   the question whether somebody uses an address, goes to isolated ports as well.
 //! - Every frame that is not delivered is counted, by reason (see [`PortStats`]).
 //!
+//! # Other networks
+//!
+//! A network whose [configuration](NetworkConfig::router) says so has a [router](crate::router). Frames to
+//! the gateway's MAC address whose IP packets are for an address outside of the subnet go to it instead of
+//! the gateway. Isolated ports reach it too.
+//!
 //! # The uplink
 //!
 //! One port can be the [uplink](PortConfig::uplink): it leads to another network, such as a TAP's,
@@ -125,6 +131,7 @@ use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PortLimits, PortPolicy, SourceRule};
 use crate::port_state::PortState;
 use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
+use crate::router::{Outbox, Router, RouterSide};
 use crate::stats::{DropReason, PortStats};
 use crate::table::{Learned, Located, Mac, MacTable, PortRef, mix};
 
@@ -424,9 +431,11 @@ pub struct Network<B> {
     pub(crate) max_packet_size: usize,
     /// The length of the longest frame without a tag.
     pub(crate) max_untagged_size: usize,
-    pub(crate) gateway: Option<Gateway>,
+    pub(crate) gateway: Option<Arc<Gateway>>,
     pub(crate) gateway_mac: Option<Mac>,
-    clock: Box<dyn Clock>,
+    clock: Arc<dyn Clock>,
+    /// What it has of its router, if it is configured with one.
+    pub(crate) router: Option<RouterSide<B>>,
     /// The key of the flows' hash.
     pub(crate) flow_key: u64,
     pub(crate) table: MacTable,
@@ -465,7 +474,7 @@ impl<B> Network<B> {
 
     /// Returns the network's gateway, unless it is a [switch](NetworkConfig::switch).
     pub fn gateway(&self) -> Option<&Gateway> {
-        self.gateway.as_ref()
+        self.gateway.as_deref()
     }
 
     /// Returns how many ports are on the network.
@@ -590,7 +599,36 @@ impl<B> Network<B> {
     }
 }
 
+impl<B> Drop for Network<B> {
+    fn drop(&mut self) {
+        if let Some(router) = self.router.as_ref().and_then(RouterSide::get) {
+            router.stop();
+        }
+    }
+}
+
 impl<B: PacketBuffer> Network<B> {
+    /// Sets what routes to other networks, unless the network has such a router already. Returns the one
+    /// that it has from now on, or `None` if its [configuration](NetworkConfig::router) has none.
+    pub fn set_router(&self, router: Arc<dyn Router<B>>) -> Option<&Arc<dyn Router<B>>> {
+        Some(self.router.as_ref()?.set(router))
+    }
+
+    /// Returns what routes to other networks, if it was set.
+    pub fn router(&self) -> Option<&Arc<dyn Router<B>>> {
+        self.router.as_ref()?.get()
+    }
+
+    /// Starts the router, if one is set and it does not run. Otherwise the first frame for another network
+    /// does so.
+    ///
+    /// # Errors
+    ///
+    /// That of [`Router::start`].
+    pub fn start_router(&self) -> std::io::Result<()> {
+        self.router.as_ref().map_or(Ok(()), RouterSide::start)
+    }
+
     /// Makes a network without ports. It is in no registry.
     ///
     /// # Errors
@@ -612,17 +650,26 @@ impl<B: PacketBuffer> Network<B> {
         config.check()?;
         let (gateway, lease_file) = if config.gateway {
             let (gateway, lease_file) = gateway_of(&config, clock.now())?;
-            (Some(gateway), lease_file)
+            (Some(Arc::new(gateway)), lease_file)
         } else {
             (None, None)
         };
+        let clock = Arc::from(clock);
+        let flow_key = RandomState::new().hash_one(0u64);
+        let max_packet_size = config.max_packet_size();
+        let max_untagged_size = max_packet_size - VLAN_TAG_LEN;
+        let router = gateway.as_ref().filter(|_| config.router.is_some()).map(|gateway| {
+            let (gateway, clock) = (Arc::clone(gateway), Arc::clone(&clock));
+            RouterSide::new(gateway, clock, flow_key, max_untagged_size, max_packet_size)
+        });
         Ok(Arc::new(Self {
-            max_packet_size: config.max_packet_size(),
-            max_untagged_size: config.max_packet_size() - VLAN_TAG_LEN,
+            max_packet_size,
+            max_untagged_size,
+            router,
             gateway_mac: gateway.as_ref().map(|gateway| Mac::new(gateway.mac().into_array())),
             gateway,
             clock,
-            flow_key: RandomState::new().hash_one(0u64),
+            flow_key,
             table: MacTable::new(config.mac_ageing.as_secs() as u32),
             ports: (0..MAX_PORTS).map(|_| OnceLock::new()).collect(),
             open: core::array::from_fn(|_| AtomicU64::new(0)),
@@ -676,18 +723,26 @@ impl<B: PacketBuffer> Network<B> {
             // Release: pairs with the Acquire in `Route::holds`.
             self.uplink.store(index as u32, Ordering::Release);
         }
+        let generation = state.generation.load(Ordering::Relaxed);
+        let longest = self.longest_of(shape);
+        // The lock keeps this in order with other ports that have the place.
+        let outbox = self.router.as_ref().map(|router| {
+            let state = Arc::clone(state);
+            router.port_joined(index as u32, generation, mac, state, (shape, longest))
+        });
         drop(members);
         tracing::debug!(%mac, index, isolated, uplink, "port joined");
         let membership = Arc::new(Membership {
             network: Arc::clone(self),
             index,
-            generation: state.generation.load(Ordering::Relaxed),
+            generation,
+            outbox,
             port,
             mac,
             source: config.policy.source,
             shape,
             offloads: shape.offloads(),
-            longest: self.longest_of(shape),
+            longest,
         });
         Ok(Admitted { ends, state: Arc::clone(state), membership })
     }
@@ -720,6 +775,8 @@ pub(crate) struct Membership<B> {
     pub(crate) port: PortRef,
     pub(crate) mac: MacAddr6,
     pub(crate) source: SourceRule,
+    /// Where frames for the network's router go, if there is one.
+    pub(crate) outbox: Option<Outbox>,
     /// The shape of a receiver that accepts all offloads of the port.
     pub(crate) shape: Shape,
     pub(crate) offloads: Offloads,
@@ -822,6 +879,12 @@ impl<B> Drop for Membership<B> {
                 network.table.forget(bound, self.index);
             }
             state.generation.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Some(gateway) = &network.gateway {
+            gateway.dhcp().port_left(self.index as u32);
+        }
+        if let Some(router) = &network.router {
+            router.port_left(self.index as u32);
         }
         members.macs[self.index] = None;
         members.count -= 1;

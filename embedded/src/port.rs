@@ -427,6 +427,8 @@ pub struct Sender<B: PacketBuffer> {
     counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
     unflushed: bool,
+    /// Whether anything was sent to the router since then.
+    routed: bool,
     /// The clock's seconds, which wrap, when the batch began.
     now: u32,
     /// The same time for the limits.
@@ -460,6 +462,7 @@ impl<B: PacketBuffer> Sender<B> {
             touched_queues: vec![Touched::default(); MAX_PORTS].into(),
             counts: [0; SEND_COUNTERS],
             unflushed: false,
+            routed: false,
             now: 0,
             moment: Moment::ZERO,
             limited: false,
@@ -677,6 +680,13 @@ impl<B: PacketBuffer> Sender<B> {
             };
         }
         if Some(to) == network.gateway_mac {
+            if let Some((router, outbox)) =
+                network.router.as_ref().zip(self.membership.outbox.as_ref())
+                && router.takes(&frame, self.now)
+            {
+                let delivery = outbox.deliver(frame);
+                return self.sent_to_router(delivery);
+            }
             return match self.ask_gateway(frame) {
                 Ok(()) => Sent::Gateway,
                 Err(reason) => Sent::Dropped(reason),
@@ -915,6 +925,23 @@ impl<B: PacketBuffer> Sender<B> {
         delivered.is_ok()
     }
 
+    /// Notes what became of a frame for the router.
+    fn sent_to_router(&mut self, delivery: Delivery) -> Sent {
+        match delivery {
+            Delivery::Direct | Delivery::Overflow => {
+                self.routed = true;
+                self.count(SendCounter::ToRouter, 1);
+                Sent::Gateway
+            }
+            Delivery::Dropped(Refused::TooBig) => Sent::Dropped(DropReason::TooBig),
+            Delivery::Dropped(_) => {
+                // It is told all the same, because it may not run.
+                self.routed = true;
+                Sent::Dropped(DropReason::RouterBusy)
+            }
+        }
+    }
+
     /// Gives the gateway a frame, once all its work is done. Its reply comes back to this port and no other. What it asks all
     /// goes to all, also to this port, behind which there may be several stations.
     fn ask_gateway(&mut self, frame: Packet<'_>) -> Result<(), DropReason> {
@@ -958,6 +985,11 @@ impl<B: PacketBuffer> Sender<B> {
                     counter.fetch_add(core::mem::take(count), Ordering::Relaxed);
                 }
             }
+        }
+        if core::mem::take(&mut self.routed)
+            && let Some(router) = &network.router
+        {
+            router.ring(self.membership.index);
         }
         for (word, touched) in self.touched.iter_mut().enumerate() {
             let mut ports = core::mem::take(touched);
@@ -1003,6 +1035,7 @@ fn counter_of(reason: DropReason) -> SendCounter {
         DropReason::FloodLimit => SendCounter::FloodLimit,
         DropReason::BadOffload => SendCounter::BadOffload,
         DropReason::NotSegmentable => SendCounter::NotSegmentable,
+        DropReason::RouterBusy => SendCounter::RouterBusy,
         DropReason::NoBuffer | DropReason::Closed | DropReason::ReceiveLimit => {
             SendCounter::NoReceiver
         }

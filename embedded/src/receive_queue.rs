@@ -99,6 +99,11 @@ impl Shape {
         Self(header | both | ecn)
     }
 
+    /// The work that receivers of both shapes accept undone.
+    fn and(self, other: Self) -> Self {
+        Self((self.0 & other.0) | ((self.0 | other.0) & Self::WITHOUT_ECN))
+    }
+
     /// The work that is left in a packet with this header once the receiver has done what it does.
     pub(crate) fn left_by(self, header: &OffloadHeader) -> Left {
         match software::left_by(&self.offloads(), header) {
@@ -210,6 +215,13 @@ impl<B> ReceiveQueues<B> {
         self.queues.get(number)
     }
 
+    /// The work that each open receiver accepts undone. `None` if none is open.
+    pub(crate) fn accepted_by_all(&self) -> Option<Shape> {
+        let open = self.open_set();
+        let open = self.queues.iter().enumerate().filter(|(number, _)| open.has(*number));
+        open.map(|(_, queue)| queue.shape()).reduce(Shape::and)
+    }
+
     /// The queue of a packet, by its flow if several are open. `None` if none is.
     #[inline(always)]
     pub(crate) fn pick(&self, flow: impl FnOnce() -> u64) -> Option<(usize, &ReceiveQueue<B>)> {
@@ -255,6 +267,13 @@ fn leading(
 }
 
 impl<B: PacketBuffer> ReceiveQueues<B> {
+    /// About how many frames the open receivers take now.
+    pub(crate) fn space(&self) -> usize {
+        let open = self.open_set();
+        let open = self.queues.iter().enumerate().filter(|(number, _)| open.has(*number));
+        open.filter_map(|(_, queue)| queue.inbox(queue.shape())).map(Inbox::space).sum()
+    }
+
     /// Wakes the receivers of these queues that sleep.
     #[inline]
     pub(crate) fn ring(&self, queues: QueueSet) {

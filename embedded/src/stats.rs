@@ -27,6 +27,7 @@ pub(crate) enum SendCounter {
     Bytes,
     Floods,
     ToGateway,
+    ToRouter,
     Runt,
     TooBig,
     BadSource,
@@ -39,6 +40,7 @@ pub(crate) enum SendCounter {
     FloodLimit,
     BadOffload,
     NotSegmentable,
+    RouterBusy,
     NoReceiver,
     Completed,
     Cut,
@@ -76,6 +78,7 @@ impl PortCounters {
             sent_bytes: self.sent(SendCounter::Bytes),
             sent_floods: self.sent(SendCounter::Floods),
             sent_to_gateway: self.sent(SendCounter::ToGateway),
+            sent_to_router: self.sent(SendCounter::ToRouter),
             dropped_runt: self.sent(SendCounter::Runt),
             dropped_too_big: self.sent(SendCounter::TooBig),
             dropped_bad_source: self.sent(SendCounter::BadSource),
@@ -88,6 +91,7 @@ impl PortCounters {
             dropped_flood_limit: self.sent(SendCounter::FloodLimit),
             dropped_bad_offload: self.sent(SendCounter::BadOffload),
             dropped_not_segmentable: self.sent(SendCounter::NotSegmentable),
+            dropped_router_busy: self.sent(SendCounter::RouterBusy),
             dropped_no_receiver: self.sent(SendCounter::NoReceiver),
             completed_in_software: self.sent(SendCounter::Completed),
             cut_in_software: self.sent(SendCounter::Cut),
@@ -122,7 +126,7 @@ pub struct PortStats {
     pub missed_closed: u64,
     /// Packets for this port that were dropped because they were over its receive limit.
     pub missed_receive_limit: u64,
-    /// Frames of this port that were delivered, flooded, or given to the gateway.
+    /// Frames of this port that were delivered, flooded, or given to the gateway or the router.
     pub sent_packets: u64,
     /// The bytes of these frames.
     pub sent_bytes: u64,
@@ -131,6 +135,8 @@ pub struct PortStats {
     pub sent_floods: u64,
     /// The frames of this port that the gateway has seen.
     pub sent_to_gateway: u64,
+    /// The frames of this port that were given to the network's [router](crate::router).
+    pub sent_to_router: u64,
     /// Frames too short for an Ethernet header.
     pub dropped_runt: u64,
     /// Frames longer than the MTU and the Ethernet header, and the tag if they have one. Of a packet that
@@ -161,6 +167,9 @@ pub struct PortStats {
     /// ([`SoftwareError`](crate::software::SoftwareError)), or that would be too many segments. A packet
     /// to several ports counts once for each such port.
     pub dropped_not_segmentable: u64,
+    /// Frames for the network's [router](crate::router) that were dropped because too many of this port
+    /// waited for it.
+    pub dropped_router_busy: u64,
     /// Frames that their receiver did not accept. The receiver's port counts them as missed.
     pub dropped_no_receiver: u64,
     /// How often a checksum of this port's packets was completed for a receiver that does not do it:
@@ -190,6 +199,7 @@ impl PortStats {
             + self.dropped_flood_limit
             + self.dropped_bad_offload
             + self.dropped_not_segmentable
+            + self.dropped_router_busy
     }
 }
 
@@ -205,7 +215,7 @@ pub enum Sent {
         /// How many ports accepted it.
         reached: u32,
     },
-    /// It was given to the gateway.
+    /// It was given to the gateway, or to the network's router behind it.
     Gateway,
     /// It was not delivered.
     Dropped(DropReason),
@@ -256,6 +266,9 @@ pub enum DropReason {
     /// segments.
     #[error("the packet cannot be cut into segments")]
     NotSegmentable,
+    /// It is for the network's router, and too many frames of its port wait for that.
+    #[error("too many frames of the interface wait for the network's router")]
+    RouterBusy,
     /// It is over the receive limit of the destination's port.
     #[error("the frame is over the receiver's limit")]
     ReceiveLimit,

@@ -1,0 +1,724 @@
+//! The way to other networks: frames that guests send to the gateway for somebody beyond it, and
+//! frames that come back.
+//!
+//! A [`Network`](crate::Network) forwards between its ports and knows no other network. If its
+//! [configuration](crate::NetworkConfig::router) says that it has a router, and its owner has set one
+//! ([`Network::set_router`](crate::Network::set_router)), the gateway keeps ARP, DHCP and ICMP echo to
+//! itself, and gives the router what is for others: [`RouterEnd`], which one thread drives.
+//!
+//! # Towards the router
+//!
+//! Each port has an [`Inbox`] of its own, an outbox, in which [`ROUTER_FRAMES`] frames wait for the
+//! router, and a few more before it has begun. A sender copies a frame there as into any other port's:
+//! without a lock, an allocation or a system call. When it flushes, it notes in a set of ports that the
+//! outbox has something, and wakes the router if that sleeps, once per batch. A port whose outbox is
+//! full loses its own frames and nobody else's. They are counted.
+//!
+//! The router takes a few frames of one port, then of the next ([`RouterEnd::receive`]), so that the
+//! ports have equal shares of it.
+//!
+//! The first frame for another network starts the router, on the thread of its sender.
+//!
+//! # Towards guests
+//!
+//! [`RouterEnd::send`] copies a frame straight into a buffer that a port's guest has posted, with an
+//! offload header. What the guest's receiver does not accept undone is done before, as between ports. A
+//! port that takes no frame says so, and the router keeps it.
+//!
+//! # Ports that come and leave
+//!
+//! The number of a port that has left may be another's. The router is told in order which port has left
+//! and which has come ([`RouterEnd::look`]). What it sends to a port that has left reaches nobody.
+
+use core::any::Any;
+use core::fmt;
+use core::net::Ipv4Addr;
+use core::time::Duration;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use macaddr::MacAddr6;
+use smoltcp::wire::{DHCP_SERVER_PORT, EthernetProtocol, IpProtocol};
+use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::offload::{self, OffloadHeader, Offloads};
+use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering};
+use vmring_core::view::ETHERNET_HEADER_LEN;
+
+use crate::clock::Clock;
+use crate::frame;
+use crate::gateway::Gateway;
+use crate::inbox::{Collected, Collector, Delivery, Inbox, PortWake, Refused};
+use crate::limits::{
+    LARGE_PACKET, MAX_PORTS, QUEUES_MAX, ROUTER_BATCH, ROUTER_FRAMES, ROUTER_OVERFLOW, VLAN_TAG_LEN,
+};
+use crate::packet::{Packet, PacketBuffer};
+use crate::policy::{Moment, Way};
+use crate::port_state::PortState;
+use crate::receive_queue::{Shape, Touched};
+use crate::software::Left;
+use crate::work::Work;
+
+/// The 64-bit words of a set of ports.
+const WORDS: usize = MAX_PORTS / 64;
+
+/// Takes what guests send to other networks; see the [module](self).
+pub trait Router<B>: Send + Sync {
+    /// Starts a thread that drives `end`, because the first frame for another network has come, or because
+    /// [`Network::start_router`](crate::Network::start_router) was called. It is called again if the thread
+    /// has dropped `end`, or if the call has failed; after a failure no earlier than a second later.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such thread. Until the next attempt, the gateway answers that there is no way.
+    fn start(&self, end: RouterEnd<B>) -> std::io::Result<()>;
+
+    /// Ends the thread, because the network has ended. No other call is under way or follows. It is
+    /// called on the thread that lets go of the network last.
+    fn stop(&self);
+
+    /// The router as whatever it is, for its owner.
+    fn as_any(self: std::sync::Arc<Self>) -> std::sync::Arc<dyn Any + Send + Sync>;
+
+    /// The ports of TCP and UDP at the gateway's own address that are the router's, each with the number of
+    /// its protocol. They do not change.
+    fn ports_of_gateway(&self) -> Vec<(u8, u16)> {
+        Vec::new()
+    }
+}
+
+/// Why a port did not take a frame from the router. It has no buffer posted and its overflow ring is
+/// full, it is over its limit, or its receivers are closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the port takes no frame now")]
+pub struct PortFull;
+
+/// What a port takes from the router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RouterLink {
+    /// The work that the port's open receivers accept undone.
+    pub offloads: Offloads,
+    /// The longest frame that they take, in bytes, without a tag.
+    pub longest: usize,
+}
+
+/// The place where a router sleeps.
+#[derive(Default)]
+struct Sleeper(Mutex<Option<PortWake>>);
+
+impl Park for Sleeper {
+    /// Does nothing: the router sleeps by its own means.
+    fn park(&self, _timeout: Option<Duration>) {}
+
+    /// Runs once per wake-up, and never per packet.
+    fn unpark(&self) {
+        let wake = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(wake) = wake {
+            wake();
+        }
+    }
+}
+
+/// A buffer of an outbox: an offload header and the bytes of a frame.
+type OutboxBuffer = Box<[u8]>;
+
+/// Where a port's senders put frames for the router.
+pub(crate) struct Outbox(Arc<Inbox<OutboxBuffer>>);
+
+impl Outbox {
+    /// Gives a packet to the router.
+    #[inline]
+    pub(crate) fn deliver(&self, packet: Packet<'_>) -> Delivery {
+        self.0.deliver_packet(packet)
+    }
+}
+
+/// What the router has of a port.
+pub(crate) struct PortEnd<B> {
+    pub(crate) number: u32,
+    /// The generation of the port's state in which the port is there.
+    pub(crate) generation: u32,
+    pub(crate) mac: MacAddr6,
+    pub(crate) state: std::sync::Arc<PortState<B>>,
+    /// What a receiver is like that accepts all offloads of the port.
+    pub(crate) shape: Shape,
+    outbox: Collector<OutboxBuffer>,
+    has_buffers: bool,
+}
+
+/// What a router is told of ports, in order.
+enum Event<B> {
+    Joined(PortEnd<B>),
+    Left(u32),
+}
+
+/// No thread drives the router's end.
+const IDLE: u32 = 0;
+/// A thread drives it, or is about to.
+const RUNNING: u32 = 1;
+
+/// What the router and the senders share.
+struct Shared<B> {
+    /// The ports that have put something into their outboxes since the router looked.
+    pending: [AtomicU64; WORDS],
+    /// Whether `events` may have something.
+    has_events: AtomicBool,
+    events: Mutex<Vec<Event<B>>>,
+    doorbell: Doorbell<Sleeper>,
+    state: AtomicU32,
+    /// The second in which the last attempt to start failed, plus one. 0 is never.
+    failed_in: AtomicU32,
+    /// Whether all ports of TCP and UDP at the gateway's address are the router's, but for DHCP.
+    all_of_gateway: AtomicBool,
+}
+
+impl<B> Shared<B> {
+    fn events(&self) -> MutexGuard<'_, Vec<Event<B>>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds to what the router is told.
+    fn tell(&self, event: Event<B>) {
+        self.events().push(event);
+        // Release: pairs with the Acquire in `RouterEnd::look`.
+        self.has_events.store(true, Ordering::Release);
+    }
+}
+
+/// What a network has of its router.
+pub(crate) struct RouterSide<B> {
+    shared: std::sync::Arc<Shared<B>>,
+    gateway: std::sync::Arc<Gateway>,
+    clock: std::sync::Arc<dyn Clock>,
+    flow_key: u64,
+    /// The longest frame without a tag, and with one.
+    max_untagged_size: usize,
+    max_packet_size: usize,
+    router: OnceLock<SetRouter<B>>,
+}
+
+/// The router, and what it has said of itself.
+struct SetRouter<B> {
+    router: std::sync::Arc<dyn Router<B>>,
+    ports_of_gateway: Box<[(u8, u16)]>,
+}
+
+impl<B> RouterSide<B> {
+    pub(crate) fn new(
+        gateway: std::sync::Arc<Gateway>,
+        clock: std::sync::Arc<dyn Clock>,
+        flow_key: u64,
+        max_untagged_size: usize,
+        max_packet_size: usize,
+    ) -> Self {
+        let shared = Shared {
+            pending: core::array::from_fn(|_| AtomicU64::new(0)),
+            has_events: AtomicBool::new(false),
+            events: Mutex::new(Vec::new()),
+            doorbell: Doorbell::new(Sleeper::default()),
+            state: AtomicU32::new(IDLE),
+            failed_in: AtomicU32::new(0),
+            all_of_gateway: AtomicBool::new(false),
+        };
+        let (shared, router) = (std::sync::Arc::new(shared), OnceLock::new());
+        Self { shared, gateway, clock, flow_key, max_untagged_size, max_packet_size, router }
+    }
+
+    /// Sets the router, unless there is one. Returns the one that there is.
+    pub(crate) fn set(
+        &self,
+        router: std::sync::Arc<dyn Router<B>>,
+    ) -> &std::sync::Arc<dyn Router<B>> {
+        let make = || SetRouter { ports_of_gateway: router.ports_of_gateway().into(), router };
+        &self.router.get_or_init(make).router
+    }
+
+    pub(crate) fn get(&self) -> Option<&std::sync::Arc<dyn Router<B>>> {
+        self.router.get().map(|set| &set.router)
+    }
+
+    /// Whether a packet to the gateway's MAC address is the router's. `now` is in seconds.
+    pub(crate) fn takes(&self, packet: &Packet<'_>, now: u32) -> bool {
+        let Some(SetRouter { ports_of_gateway, .. }) = self.router.get() else { return false };
+        // Relaxed: these decide nothing about memory.
+        if self.shared.failed_in.load(Ordering::Relaxed) == now.wrapping_add(1)
+            && self.shared.state.load(Ordering::Relaxed) == IDLE
+        {
+            return false;
+        }
+        let head = packet.head();
+        let Ok((header, ip)) = frame::split(head) else { return false };
+        if header.ethertype != EthernetProtocol::Ipv4 {
+            return false;
+        }
+        // Without options these are the first 20 bytes of the header (RFC 791, 3.1).
+        let Some(
+            &[version, _, _, _, _, _, fragment, offset, _, protocol, _, _, _, _, _, _, to @ ..],
+        ) = ip.first_chunk::<20>()
+        else {
+            return false;
+        };
+        let (to, dhcp) = (Ipv4Addr::from(to), self.gateway.dhcp().config());
+        if to != self.gateway.address() {
+            return !to.is_broadcast() && !to.is_multicast() && !dhcp.is_on_subnet(to);
+        }
+        let is_fragment = u16::from_be_bytes([fragment, offset]) & 0x3fff != 0;
+        if is_fragment || !matches!(protocol.into(), IpProtocol::Tcp | IpProtocol::Udp) {
+            return false;
+        }
+        let ports_at = head.len() - ip.len() + usize::from(version & 0xf) * 4;
+        let mut port = [0; 2];
+        if packet.copy_to(ports_at + 2, &mut port) < port.len() {
+            return false;
+        }
+        let port = u16::from_be_bytes(port);
+        let is_dhcp = protocol == u8::from(IpProtocol::Udp) && port == DHCP_SERVER_PORT;
+        // Relaxed: as above.
+        let all = self.shared.all_of_gateway.load(Ordering::Relaxed);
+        !is_dhcp && (all || ports_of_gateway.contains(&(protocol, port)))
+    }
+
+    /// Says that a port has left. Nobody sends for it any more.
+    pub(crate) fn port_left(&self, number: u32) {
+        let mut events = self.shared.events();
+        // A router that does not know it yet need not know it.
+        let joined = |event: &Event<B>| matches!(event, Event::Joined(end) if end.number == number);
+        if let Some(at) = events.iter().rposition(joined) {
+            events.remove(at);
+            return;
+        }
+        drop(events);
+        self.shared.tell(Event::Left(number));
+        self.shared.doorbell.ring();
+    }
+}
+
+impl<B: PacketBuffer> RouterSide<B> {
+    /// Makes an outbox for a port that joins, and tells the router of the port.
+    pub(crate) fn port_joined(
+        &self,
+        number: u32,
+        generation: u32,
+        mac: MacAddr6,
+        state: std::sync::Arc<PortState<B>>,
+        (shape, longest): (Shape, usize),
+    ) -> Outbox {
+        let inbox = Arc::new(Inbox::with_headers(ROUTER_FRAMES, ROUTER_OVERFLOW, longest));
+        let nobody: PortWake = std::sync::Arc::new(|| ());
+        let outbox = Inbox::open(&inbox, nobody).expect("a new inbox has no collector");
+        let has_buffers = false;
+        let end = PortEnd { number, generation, mac, state, shape, outbox, has_buffers };
+        self.shared.tell(Event::Joined(end));
+        Outbox(inbox)
+    }
+
+    /// Tells the router that a port's outbox has something, and starts it if it does not run. This comes
+    /// after the frames were put there.
+    pub(crate) fn ring(&self, number: usize) {
+        // Release: pairs with the Acquire in `RouterEnd::look`.
+        self.shared.pending[number / 64].fetch_or(1 << (number % 64), Ordering::Release);
+        self.shared.doorbell.ring();
+        // Relaxed: the exchange in `start` decides.
+        if self.shared.state.load(Ordering::Relaxed) == IDLE {
+            // The gateway refuses the next frames if it fails.
+            let _ = self.start();
+        }
+    }
+
+    /// Starts the router, unless it runs.
+    #[cold]
+    pub(crate) fn start(&self) -> std::io::Result<()> {
+        let Some(router) = self.get() else { return Ok(()) };
+        let shared = &self.shared;
+        // Acquire: pairs with the Release in `RouterEnd::drop`.
+        let order = (Ordering::Acquire, Ordering::Relaxed);
+        if shared.state.compare_exchange(IDLE, RUNNING, order.0, order.1).is_err() {
+            return Ok(());
+        }
+        let started = router.start(RouterEnd::new(self));
+        if let Err(error) = &started {
+            tracing::warn!(%error, "the network's router did not start");
+        }
+        started
+    }
+}
+
+/// Frames that a router has received from one port. It is used again and again; each place keeps its
+/// memory.
+#[derive(Default)]
+pub struct RouterBatch {
+    /// Whose frames these are: the port's number, and its generation.
+    port: (u32, u32),
+    frames: Vec<Collected<OutboxBuffer>>,
+}
+
+impl fmt::Debug for RouterBatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RouterBatch")
+            .field("port", &self.port.0)
+            .field("len", &self.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl RouterBatch {
+    /// A batch without frames, with space for as many as one has.
+    pub fn new() -> Self {
+        Self { port: (0, 0), frames: Vec::with_capacity(ROUTER_BATCH) }
+    }
+
+    /// How many frames there are, at most [`ROUTER_BATCH`].
+    pub fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
+    /// A frame, from its Ethernet header on, and what its sender has left to others. `None` if there are
+    /// not so many.
+    pub fn get(&self, index: usize) -> Option<(&[u8], OffloadHeader)> {
+        let Collected { buffer, len, .. } = self.frames.get(index)?;
+        let (header, bytes) = buffer.split_first_chunk::<{ offload::LEN }>()?;
+        // The network has written it, so it can be read.
+        let header = OffloadHeader::parse_ignoring_reserved(header).unwrap_or(OffloadHeader::NONE);
+        Some((bytes.get(..*len)?, header))
+    }
+}
+
+/// A router's side of a network, which one thread drives; see the [module](self).
+///
+/// It keeps nothing of the network's ports there. If it is dropped before the network has ended, what
+/// waits for it waits for the next one.
+pub struct RouterEnd<B> {
+    shared: std::sync::Arc<Shared<B>>,
+    gateway: std::sync::Arc<Gateway>,
+    clock: std::sync::Arc<dyn Clock>,
+    flow_key: u64,
+    max_untagged_size: usize,
+    ports: Vec<Option<PortEnd<B>>>,
+    /// The ports whose outboxes may have something.
+    taken: [u64; WORDS],
+    /// The port that has the next turn.
+    turn: usize,
+    /// The ports that got a frame since the last flush, and their queues that did.
+    touched: [u64; WORDS],
+    touched_queues: Box<[Touched]>,
+    work: Work,
+}
+
+impl<B> fmt::Debug for RouterEnd<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ports = self.ports.iter().flatten().count();
+        f.debug_struct("RouterEnd").field("ports", &ports).finish_non_exhaustive()
+    }
+}
+
+impl<B> RouterEnd<B> {
+    fn new(side: &RouterSide<B>) -> Self {
+        let mut all = Offloads::ALL;
+        all.virtio_header = true;
+        let longest = LARGE_PACKET + ETHERNET_HEADER_LEN + VLAN_TAG_LEN;
+        Self {
+            shared: std::sync::Arc::clone(&side.shared),
+            gateway: std::sync::Arc::clone(&side.gateway),
+            clock: std::sync::Arc::clone(&side.clock),
+            flow_key: side.flow_key,
+            max_untagged_size: side.max_untagged_size,
+            ports: (0..MAX_PORTS).map(|_| None).collect(),
+            taken: [0; WORDS],
+            turn: 0,
+            touched: [0; WORDS],
+            touched_queues: vec![Touched::default(); MAX_PORTS].into(),
+            work: Work::new(&all, longest, side.max_packet_size),
+        }
+    }
+
+    /// Sets what wakes the thread that drives this, from any thread. Call it first. It must not block.
+    pub fn set_wake(&mut self, wake: PortWake) {
+        let sleeper = self.shared.doorbell.parker();
+        *sleeper.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wake);
+    }
+
+    /// The network's gateway. Its DHCP server knows whose an address is.
+    pub fn gateway(&self) -> &Gateway {
+        &self.gateway
+    }
+
+    /// The time of the network's clock.
+    pub fn now(&self) -> Duration {
+        self.clock.now()
+    }
+
+    /// Takes the ports of TCP and UDP at the gateway's address for the router, but for DHCP, or leaves
+    /// them to the gateway, apart from [`Router::ports_of_gateway`].
+    pub fn set_all_of_gateway(&self, all: bool) {
+        // Relaxed: a sender that sees it late gives a frame to the other one.
+        self.shared.all_of_gateway.store(all, Ordering::Relaxed);
+    }
+
+    /// The ports that are there, by number, each with the MAC address that the network has assigned to it.
+    pub fn ports(&self) -> impl Iterator<Item = (u32, MacAddr6)> + '_ {
+        self.ports.iter().flatten().map(|port| (port.number, port.mac))
+    }
+
+    /// Looks which ports have frames for the router, and which have come and left. `left` is called with
+    /// the number of each port that has left. [`receive`](Self::receive) returns no frame of it any more.
+    pub fn look(&mut self, mut left: impl FnMut(u32)) {
+        for (taken, pending) in self.taken.iter_mut().zip(&self.shared.pending) {
+            // Relaxed: the exchange looks again.
+            if pending.load(Ordering::Relaxed) != 0 {
+                // Acquire: pairs with the Release in `RouterSide::ring`. What was told of a port before its
+                // first frame is seen below.
+                *taken |= pending.swap(0, Ordering::Acquire);
+            }
+        }
+        // Acquire: pairs with the Release in `Shared::tell`.
+        if !self.shared.has_events.load(Ordering::Relaxed)
+            || !self.shared.has_events.swap(false, Ordering::Acquire)
+        {
+            return;
+        }
+        let events = core::mem::take(&mut *self.shared.events());
+        for event in events {
+            match event {
+                Event::Joined(end) => {
+                    let place = end.number as usize;
+                    self.ports[place] = Some(end);
+                }
+                Event::Left(number) => {
+                    self.ports[number as usize] = None;
+                    left(number);
+                }
+            }
+        }
+    }
+
+    /// Announces that the thread wants to sleep. Returns true if there is nothing to look at: the wake
+    /// callback will be called once when that changes. Call [`disarm`](Self::disarm) after the sleep.
+    pub fn arm(&mut self) -> bool {
+        self.shared.doorbell.arm();
+        let shared = &self.shared;
+        let is_idle = self.taken.iter().all(|word| *word == 0)
+            && shared.pending.iter().all(|word| word.load(Ordering::Relaxed) == 0)
+            && !shared.has_events.load(Ordering::Relaxed);
+        if !is_idle {
+            self.disarm();
+        }
+        is_idle
+    }
+
+    /// Says that the thread is awake.
+    pub fn disarm(&mut self) {
+        self.shared.doorbell.disarm();
+    }
+
+    /// The next port in turn that may have something.
+    fn next(&mut self) -> Option<usize> {
+        let (word, bit) = (self.turn / 64, self.turn % 64);
+        let rest = self.taken[word] & (!0 << bit);
+        let found = if rest != 0 {
+            word * 64 + rest.trailing_zeros() as usize
+        } else {
+            let words = (1..=WORDS).map(|step| (word + step) % WORDS);
+            let word = words.into_iter().find(|word| self.taken[*word] != 0)?;
+            word * 64 + self.taken[word].trailing_zeros() as usize
+        };
+        self.turn = (found + 1) % MAX_PORTS;
+        Some(found)
+    }
+}
+
+impl<B: PacketBuffer> RouterEnd<B> {
+    /// Receives frames of the port that has the next turn, at most [`ROUTER_BATCH`], in their order, and
+    /// returns the port's number. Returns `None` if no port has any, as far as [`look`](Self::look) has
+    /// found. What `batch` had before is gone.
+    pub fn receive(&mut self, batch: &mut RouterBatch) -> Option<u32> {
+        self.give_back(batch);
+        while let Some(index) = self.next() {
+            let Some(port) = &mut self.ports[index] else {
+                self.taken[index / 64] &= !(1 << (index % 64));
+                continue;
+            };
+            if !core::mem::replace(&mut port.has_buffers, true) {
+                let len = offload::LEN + port.outbox.inbox().max_frame();
+                while port.outbox.stage(vec![0; len].into()).is_ok() {}
+                port.outbox.publish();
+            }
+            batch.port = (port.number, port.generation);
+            while batch.frames.len() < ROUTER_BATCH
+                && let Some(frame) = port.outbox.collect()
+            {
+                batch.frames.push(frame);
+            }
+            if batch.frames.len() < ROUTER_BATCH {
+                // A frame that is still being copied is followed by a ring.
+                self.taken[index / 64] &= !(1 << (index % 64));
+            }
+            if !batch.is_empty() {
+                return Some(batch.port.0);
+            }
+        }
+        None
+    }
+
+    /// Gives the buffers of a batch back to the port that they are of.
+    pub fn give_back(&mut self, batch: &mut RouterBatch) {
+        if batch.is_empty() {
+            return;
+        }
+        let (number, generation) = batch.port;
+        let port = self.ports[number as usize].as_mut();
+        match port.filter(|port| port.generation == generation) {
+            Some(port) => {
+                for frame in batch.frames.drain(..) {
+                    // It has come from there, so there is a place for it.
+                    let _ = port.outbox.stage(frame.buffer);
+                }
+                port.outbox.publish();
+            }
+            None => batch.frames.clear(),
+        }
+    }
+
+    /// What a port takes now. A port that is not there takes nothing but ordinary frames.
+    pub fn link(&self, port: u32) -> RouterLink {
+        let port = self.ports.get(port as usize).and_then(Option::as_ref);
+        let shape = port.map(|port| port.state.queues.accepted_by_all().unwrap_or(port.shape));
+        let shape = shape.unwrap_or(Shape::new(Offloads::default()));
+        let longest = match shape.is_large() {
+            true => LARGE_PACKET + ETHERNET_HEADER_LEN,
+            false => self.max_untagged_size,
+        };
+        RouterLink { offloads: shape.offloads(), longest }
+    }
+
+    /// About how many frames a port takes now. 0 if it is not there.
+    pub fn space(&self, port: u32) -> usize {
+        let port = self.ports.get(port as usize).and_then(Option::as_ref);
+        port.map_or(0, |port| port.state.queues.space())
+    }
+
+    /// Copies a frame to a port. `header` says what is left to do in it. What the port's receiver does
+    /// not accept undone is done before. A receiver that sleeps is woken at the next
+    /// [`flush`](Self::flush).
+    ///
+    /// A frame to a port that is not there any more is lost.
+    ///
+    /// # Errors
+    ///
+    /// If the port takes none now. Of a frame that was cut on the way, a part may have arrived.
+    pub fn send(
+        &mut self,
+        port: u32,
+        frame: &[u8],
+        header: &OffloadHeader,
+    ) -> Result<(), PortFull> {
+        let index = port as usize;
+        let Some(end) = self.ports.get(index).and_then(Option::as_ref) else { return Ok(()) };
+        let packet = Packet::from(frame).with_offload(header);
+        // A port without a limit needs no time.
+        let is_limited = end.state.policy.is_limited(Way::Receive);
+        let moment = if is_limited { Moment::new(self.clock.now()) } else { Moment::ZERO };
+        let (frames, len) = (packet.segments().0, packet.len());
+        if is_limited && !end.state.policy.admits(Way::Receive, frames, len, moment) {
+            return Err(PortFull);
+        }
+        let touched = &mut self.touched_queues[index];
+        self.touched[index / 64] |= 1 << (index % 64);
+        let left = match end.deliver(self.flow_key, packet, touched) {
+            Ok(()) => return Ok(()),
+            Err(Refusal::Full) => return Err(PortFull),
+            Err(Refusal::Work(left)) => left,
+        };
+        let mut delivered = Err(PortFull);
+        let finished = self.work.finish(packet, left, self.max_untagged_size, |frame| {
+            let result = end.deliver(self.flow_key, frame, touched);
+            if delivered.is_err() {
+                delivered = result.map_err(|_| PortFull);
+            }
+        });
+        finished.map_err(|_| PortFull).and(delivered)
+    }
+
+    /// Wakes every receiver that sleeps and got a frame since the last flush, each once.
+    pub fn flush(&mut self) {
+        for (word, touched) in self.touched.iter_mut().enumerate() {
+            let mut ports = core::mem::take(touched);
+            while ports != 0 {
+                let index = word * 64 + ports.trailing_zeros() as usize;
+                let queues = self.touched_queues[index].take();
+                if let Some(port) = &self.ports[index] {
+                    port.state.queues.ring(queues);
+                }
+                ports &= ports - 1;
+            }
+        }
+    }
+}
+
+impl<B> Drop for RouterEnd<B> {
+    fn drop(&mut self) {
+        // Who drives the end next gets the ports in front of what has happened since.
+        let mut events = self.shared.events();
+        let ports = self.ports.iter_mut().filter_map(Option::take);
+        events.splice(0..0, ports.map(Event::Joined));
+        let mut position = 0;
+        while position < events.len() {
+            let Event::Left(number) = events[position] else {
+                position += 1;
+                continue;
+            };
+            events.remove(position);
+            let of_it =
+                |event: &Event<B>| matches!(event, Event::Joined(end) if end.number == number);
+            if let Some(joined) = events[..position].iter().rposition(of_it) {
+                events.remove(joined);
+                position -= 1;
+            }
+        }
+        drop(events);
+        self.shared.has_events.store(true, Ordering::Release);
+        for (taken, pending) in self.taken.iter().zip(&self.shared.pending) {
+            pending.fetch_or(*taken, Ordering::Release);
+        }
+        let now = self.clock.now().as_secs() as u32;
+        self.shared.failed_in.store(now.wrapping_add(1), Ordering::Relaxed);
+        // Release: pairs with the Acquire in `RouterSide::start`.
+        self.shared.state.store(IDLE, Ordering::Release);
+    }
+}
+
+/// Why a port's end did not deliver a packet.
+enum Refusal {
+    Full,
+    /// The receiver does not accept this work undone.
+    Work(Left),
+}
+
+impl<B: PacketBuffer> PortEnd<B> {
+    /// Copies a packet to the receiver of its flow.
+    fn deliver(&self, key: u64, packet: Packet<'_>, touched: &mut Touched) -> Result<(), Refusal> {
+        // A queue that has closed since it was picked gives its frames to another. So often can that be.
+        for _ in 0..=QUEUES_MAX {
+            let Some((number, queue)) = self.state.queues.pick(|| packet.flow(key)) else { break };
+            let shape = queue.shape();
+            let left = shape.left_by(packet.offload());
+            if left != Left::Nothing {
+                return Err(Refusal::Work(left));
+            }
+            // Relaxed: it changes only while the inbox is closed, whose state has been loaded before.
+            let is_here = || self.state.generation.load(Ordering::Relaxed) == self.generation;
+            match queue.deliver(shape, packet, is_here) {
+                Delivery::Direct | Delivery::Overflow => {
+                    touched.add(number);
+                    return Ok(());
+                }
+                Delivery::Dropped(Refused::NoBuffer | Refused::TooBig) => break,
+                Delivery::Dropped(Refused::Closed | Refused::Stale) => {}
+            }
+        }
+        Err(Refusal::Full)
+    }
+}
