@@ -99,7 +99,7 @@ mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};
 pub use datagram::DatagramFlow;
-pub use forward::{ForwardError, ForwardInfo, ForwardRule};
+pub use forward::{ForwardError, ForwardInfo, ForwardRule, ForwardRuleError};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};
 pub use policy::rules::{HostAccess, HostPort, PolicyRules, Rule, RuleError};

@@ -8,6 +8,7 @@
 pub mod rules;
 pub mod sources;
 
+use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::output::Port;
@@ -23,6 +24,17 @@ pub enum Protocol {
     Udp,
     /// Echo requests of ICMP and ICMPv6. Their ports are 0.
     IcmpEcho,
+}
+
+/// Writes the name by which rules know the protocol.
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::IcmpEcho => "icmp",
+        })
+    }
 }
 
 /// What a guest asks for.

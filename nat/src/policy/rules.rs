@@ -136,6 +136,19 @@ impl FromStr for Rule {
     }
 }
 
+/// Writes the form that [`FromStr`] reads.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.prefix)?;
+        match self.ports {
+            Some((first, last)) if first == last => write!(f, ":{first}")?,
+            Some((first, last)) => write!(f, ":{first}-{last}")?,
+            None => {}
+        }
+        self.protocol.map_or(Ok(()), |protocol| write!(f, ",{protocol}"))
+    }
+}
+
 /// Whether guests reach the host's own addresses, where services listen that were not meant for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HostAccess {
@@ -165,6 +178,13 @@ impl FromStr for HostPort {
             return Err(RuleError::IcmpPorts);
         }
         Ok(Self { port: port(text)?, protocol })
+    }
+}
+
+/// Writes the form that [`FromStr`] reads.
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{}", self.port, self.protocol)
     }
 }
 
@@ -291,7 +311,9 @@ mod tests {
         let rule = |text: &str| text.parse::<Rule>();
         let prefix = |text: &str| text.parse::<Prefix>().unwrap();
         let expect = |text, p, ports, protocol| {
-            assert_eq!(rule(text), Ok(Rule { prefix: prefix(p), ports, protocol }), "{text}");
+            let expected = Rule { prefix: prefix(p), ports, protocol };
+            assert_eq!(rule(text), Ok(expected), "{text}");
+            assert_eq!(rule(&expected.to_string()), Ok(expected), "{expected}");
         };
         expect("10.0.0.0/8:80-90,tcp", "10.0.0.0/8", Some((80, 90)), Some(Protocol::Tcp));
         expect("10.0.0.0/8", "10.0.0.0/8", None, None);
@@ -324,6 +346,7 @@ mod tests {
         let port = |text: &str| text.parse::<HostPort>();
         assert_eq!(port("8080"), Ok(HostPort { port: 8080, protocol: Protocol::Tcp }));
         assert_eq!(port("53,udp"), Ok(HostPort { port: 53, protocol: Protocol::Udp }));
+        assert_eq!(port("53,udp").unwrap().to_string(), "53,udp");
         assert_eq!(port("0"), Err(RuleError::Ports));
         assert_eq!(port("1,icmp"), Err(RuleError::IcmpPorts));
     }
