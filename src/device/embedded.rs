@@ -47,6 +47,8 @@
 //! [`RingBuilder::receive_offloads`]: crate::RingBuilder::receive_offloads
 
 mod limits_control;
+#[cfg(feature = "nat")]
+pub mod nat;
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -68,6 +70,8 @@ use vmring_embedded::{
 };
 
 use crate::config::{InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
+#[cfg(feature = "nat")]
+use crate::config::{PortForward, Protocol};
 use crate::device::bounce::{header_of, is_complete};
 use crate::device::context::PollContext;
 use crate::device::dhcp_settings::{DhcpSettings, dhcp_counters};
@@ -80,6 +84,8 @@ use crate::error::{ConfigError, Error, Status};
 use crate::sync::Mutex;
 use crate::sys::lock;
 use limits_control::PortMonitor;
+#[cfg(feature = "nat")]
+use nat::{NatControl, NatSettings};
 
 pub use limits_control::LimitsControl;
 pub use vmring_embedded::limits::QUEUES_MAX;
@@ -106,6 +112,11 @@ pub struct Embedded {
     dhcp: DhcpSettings,
     overflow: Option<u32>,
     dns: Vec<Ipv4Addr>,
+    /// The way out of a shared network. `None` if it was turned off.
+    #[cfg(feature = "nat")]
+    nat: Option<NatSettings>,
+    #[cfg(feature = "nat")]
+    nat_control: NatControl,
 }
 
 impl Embedded {
@@ -122,6 +133,10 @@ impl Embedded {
             dhcp: DhcpSettings::default(),
             overflow: None,
             dns: Vec::new(),
+            #[cfg(feature = "nat")]
+            nat: Some(NatSettings::default()),
+            #[cfg(feature = "nat")]
+            nat_control: NatControl::default(),
         }
     }
 
@@ -208,6 +223,31 @@ impl Embedded {
     }
 }
 
+/// The way out. With the feature `nat`.
+#[cfg(feature = "nat")]
+impl Embedded {
+    /// Sets what the guests of a shared network reach outside, and which ports of the host lead to them;
+    /// see the module [`nat`]. All interfaces of a network must agree on it. It means nothing in host mode
+    /// and on a switch.
+    pub fn nat(mut self, settings: NatSettings) -> Self {
+        self.nat = Some(settings);
+        self
+    }
+
+    /// Leaves a shared network without a way out: the gateway answers that there is none.
+    pub fn no_nat(mut self) -> Self {
+        self.nat = None;
+        self
+    }
+
+    /// Makes a handle that of the interface's network. It adds and removes port forwards, and shows flows
+    /// and counters.
+    pub fn nat_control(mut self, control: &NatControl) -> Self {
+        self.nat_control = control.clone();
+        self
+    }
+}
+
 impl Driver for Embedded {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, Error> {
         let mode = match &config.mode {
@@ -229,6 +269,10 @@ impl Driver for Embedded {
         network.mtu = config.mtu.unwrap_or(network.mtu);
         network.overflow_depth = self.overflow.or(network.overflow_depth);
         network.dns = self.dns.clone();
+        #[cfg(feature = "nat")]
+        if let Some(settings) = self.nat.as_ref().filter(|_| mode == NetworkMode::Shared) {
+            network.router = Some(settings.rows());
+        }
         let name = format!("{}/{}", config.mode, self.network);
         Ok(Arc::new(EmbeddedPort::join(name, network, self.settings(config))?))
     }
@@ -264,6 +308,8 @@ impl Embedded {
             source: self.source,
             limits: self.limits.clone(),
             queues: self.queues,
+            #[cfg(feature = "nat")]
+            nat: (self.nat.clone(), self.nat_control.clone()),
         }
     }
 }
@@ -275,6 +321,21 @@ struct PortSettings {
     source: SourceRule,
     limits: LimitsControl,
     queues: usize,
+    #[cfg(feature = "nat")]
+    nat: (Option<NatSettings>, NatControl),
+}
+
+impl PortSettings {
+    /// Gives the port's network its way out, if that is wanted and it has none yet.
+    fn set_up(&self, network: &Arc<Network<PostedSlot>>) -> Result<(), Error> {
+        #[cfg(feature = "nat")]
+        if let (Some(settings), control) = &self.nat {
+            nat::set_up(network, settings)?;
+            control.attach(network);
+        }
+        let _ = network;
+        Ok(())
+    }
 }
 
 /// Opens the network `name`. If it exists, its settings must be those of `config`.
@@ -324,6 +385,7 @@ impl EmbeddedPort {
         settings: PortSettings,
     ) -> Result<Self, Error> {
         let network = open(&name, &configuration)?;
+        settings.set_up(&network)?;
         let monitor: Arc<PortMonitor> = Arc::default();
         let config = &settings.config;
         let (port, limits) = Self::port(&network, &settings, config.mac)?;
@@ -383,6 +445,16 @@ impl EmbeddedPort {
         *lock(monitor) = Some(sender.monitor());
         settings.limits.attach(monitor, limits);
         Ends { idle, sender }
+    }
+}
+
+impl EmbeddedPort {
+    /// The network, unless the interface is stopped.
+    #[cfg(feature = "nat")]
+    fn running(&self) -> Result<Arc<Network<PostedSlot>>, Error> {
+        let monitor = lock(&self.monitor);
+        let network = monitor.as_ref().map(|monitor| monitor.network().clone());
+        Ok(network.ok_or(Status::SetupIncomplete)?)
     }
 }
 
@@ -448,10 +520,31 @@ impl Device for EmbeddedPort {
             Some(network) => network,
             None => open(&self.name, &self.network)?,
         };
+        self.settings.set_up(&network)?;
         let mac = Some(self.info.mac);
         let (port, limits) = Self::port(&network, &self.settings, mac)?;
         *lock(&self.ends) = Some(Self::ends(port, limits, &self.monitor, &self.settings));
         Ok(())
+    }
+
+    #[cfg(feature = "nat")]
+    fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
+        let network = self.running()?;
+        let added = nat::control::add_port_forward(&network, rule);
+        added.unwrap_or_else(|| Err(self.not_supported("port forwarding")))
+    }
+
+    #[cfg(feature = "nat")]
+    fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
+        let network = self.running()?;
+        let removed = nat::control::remove_port_forward(&network, protocol, external_port);
+        removed.unwrap_or_else(|| Err(self.not_supported("port forwarding")))
+    }
+
+    #[cfg(feature = "nat")]
+    fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
+        let forwards = nat::control::port_forwards(&self.running()?);
+        forwards.unwrap_or_else(|| Err(self.not_supported("port forwarding")))
     }
 
     fn lease(&self, mac: MacAddr6) -> Option<Lease> {
@@ -478,19 +571,21 @@ impl Device for EmbeddedPort {
             ("receive limit", stats.missed_receive_limit),
             ("bad offload header", stats.dropped_bad_offload),
             ("cannot be segmented", stats.dropped_not_segmentable),
+            ("router busy", stats.dropped_router_busy),
         ]
     }
 
     /// The packets of this port that were copied twice, completed or cut, and what the network's gateway
     /// did and did not answer.
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        let monitor = lock(&self.monitor);
-        let Some(monitor) = &*monitor else { return Vec::new() };
+        // The lock is not held while the translator answers.
+        let Some(monitor) = lock(&self.monitor).clone() else { return Vec::new() };
         let Some(port) = monitor.stats() else { return Vec::new() };
         let own = [
             ("second copies", port.received_overflow),
             ("checksums completed", port.completed_in_software),
             ("cut in software", port.cut_in_software),
+            ("sent to the router", port.sent_to_router),
         ];
         let Some(gateway) = monitor.network().gateway() else { return own.to_vec() };
         let (asked, dhcp) = (gateway.stats(), gateway.dhcp().stats());
@@ -518,7 +613,10 @@ impl Device for EmbeddedPort {
             ("DHCP messages", asked.dhcp_messages),
             ("DHCP messages limited", asked.dhcp_limited),
         ];
-        own.into_iter().chain(of_the_gateway).chain(dhcp_counters(&dhcp)).collect()
+        let counters = own.into_iter().chain(of_the_gateway).chain(dhcp_counters(&dhcp));
+        #[cfg(feature = "nat")]
+        let counters = counters.chain(nat::control::counters(monitor.network()));
+        counters.collect()
     }
 }
 

@@ -1,0 +1,205 @@
+//! The thread that translates for a network.
+
+use std::net::SocketAddr;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use vmring_core::offload::OffloadHeader;
+use vmring_embedded::limits::ROUTER_BATCH;
+use vmring_embedded::{NetworkConfig, RouterBatch, RouterEnd};
+use vmring_nat::sys::{Events, Host};
+use vmring_nat::{
+    ForwardError, ForwardRule, GuestFrame, Nat, NatConfig, PolicyRules, Port, Prefix, Protocol,
+};
+
+use super::control::NatReport;
+use super::guests::{Addresses, Guests};
+use super::limits::{BATCHES, EVENTS};
+use super::{GATEWAY_V6, NatSettings};
+use crate::device::slot::PostedSlot;
+use crate::sync::{AtomicBool, Mutex, Ordering};
+use crate::sys::lock;
+
+/// What the thread is asked to do, besides translating.
+pub(super) enum Command {
+    Add(ForwardRule, SyncSender<Result<SocketAddr, ForwardError>>),
+    Remove(Protocol, SocketAddr, bool, SyncSender<bool>),
+    Report(SyncSender<NatReport>),
+}
+
+/// What a thread is to do.
+#[derive(Default)]
+pub(super) struct Commands {
+    waiting: Mutex<Vec<Command>>,
+    /// Whether there may be some.
+    any: AtomicBool,
+    stopped: AtomicBool,
+}
+
+impl Commands {
+    /// Adds a command. Wake the thread then.
+    pub(super) fn push(&self, command: Command) {
+        lock(&self.waiting).push(command);
+        // Release: pairs with the Acquire in `take`.
+        self.any.store(true, Ordering::Release);
+    }
+
+    fn take(&self) -> Vec<Command> {
+        // Acquire: pairs with the Release in `push`.
+        match self.any.load(Ordering::Relaxed) && self.any.swap(false, Ordering::Acquire) {
+            true => std::mem::take(&mut *lock(&self.waiting)),
+            false => Vec::new(),
+        }
+    }
+
+    /// Ends the thread. Wake it then.
+    pub(super) fn stop(&self) {
+        // Relaxed: the wake comes after it.
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What the thread works with, as it is before the thread starts.
+pub(super) struct Worker {
+    host: Host,
+    config: NatConfig,
+    policy: PolicyRules,
+    mtu: u32,
+    reservations: Vec<([u8; 6], std::net::Ipv4Addr)>,
+}
+
+impl Worker {
+    pub(super) fn new(
+        host: Host,
+        settings: &NatSettings,
+        network: &NetworkConfig,
+        gateway_mac: [u8; 6],
+    ) -> Self {
+        let gateway = network.ipv4.gateway;
+        let mut config = NatConfig::new(gateway_mac, gateway, GATEWAY_V6);
+        let bits = u32::from(network.ipv4.mask).leading_ones() as u8;
+        config.subnet_v4 = Prefix::new(gateway.into(), bits).unwrap_or(config.subnet_v4);
+        config.limits = settings.limits;
+        config.endpoint_independent = settings.endpoint_independent;
+        if config.limits.port.inbox_frames == 0 {
+            config.limits.port.inbox_frames = vmring_embedded::limits::ROUTER_FRAMES;
+        }
+        let mut policy = PolicyRules::new([config.subnet_v4, config.subnet_v6]);
+        policy.allow.clone_from(&settings.allow);
+        policy.deny.clone_from(&settings.deny);
+        policy.host_access = settings.host_access;
+        if !settings.host_ports.is_empty() {
+            policy.host_address = vec![gateway.into()];
+            policy.host_ports.clone_from(&settings.host_ports);
+        }
+        let reservations = &network.reservations;
+        let reservations =
+            reservations.iter().map(|(mac, address)| (mac.into_array(), *address)).collect();
+        Self { host, config, policy, mtu: network.mtu, reservations }
+    }
+}
+
+/// Translates until it is stopped.
+pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Commands) {
+    let Worker { host, config, policy, mtu, reservations } = worker;
+    let start = Instant::now();
+    let mut nat = Nat::with_policy(config, host, Box::new(policy), Duration::ZERO);
+    let mut addresses = Addresses::new(reservations, &mut nat);
+    let mut guests = Guests::new(end, mtu);
+    let mut batch = RouterBatch::new();
+    let mut events = Events::new(EVENTS);
+    // Relaxed: the wake comes after the store.
+    while !commands.stopped.load(Ordering::Relaxed) {
+        let now = start.elapsed();
+        take_turn(&mut nat, &mut guests, &mut addresses, &mut batch, now);
+        for command in commands.take() {
+            obey(command, &mut nat, &mut guests, now);
+        }
+        let look_at = guests.look_for_space(&mut nat, now);
+        let due = nat.on_time(now, &mut guests);
+        guests.end.flush();
+        let next = [look_at, due].into_iter().flatten().min();
+        let mut timeout = next.map(|next| next.saturating_sub(now));
+        if guests.has_full() {
+            timeout = Some(Duration::ZERO);
+        }
+        // The look comes after the doorbell is armed.
+        if timeout != Some(Duration::ZERO) && !guests.end.arm() {
+            timeout = Some(Duration::ZERO);
+        }
+        if nat.sockets().wait(timeout, &mut events).is_err() {
+            // The system has no memory for it, perhaps. Nothing is lost.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        guests.end.disarm();
+        let now = start.elapsed();
+        for (token, readiness) in events.iter() {
+            nat.on_ready(token, readiness, now, &mut guests);
+        }
+    }
+    nat.close(start.elapsed(), &mut guests);
+    guests.end.flush();
+}
+
+/// Translates what guests have sent, a batch of each in turn.
+fn take_turn(
+    nat: &mut Nat<Host>,
+    guests: &mut Guests,
+    addresses: &mut Addresses,
+    batch: &mut RouterBatch,
+    now: Duration,
+) {
+    let mut left = Vec::new();
+    guests.end.look(|port| left.push(Port(port)));
+    for port in left {
+        guests.port_left(port);
+        nat.port_left(port, now, guests);
+    }
+    addresses.follow(guests, nat, now);
+    for _ in 0..BATCHES {
+        let Some(port) = guests.end.receive(batch) else { break };
+        let nothing: (&[u8], OffloadHeader) = (&[], OffloadHeader::NONE);
+        let frames: [GuestFrame<'_>; ROUTER_BATCH] = std::array::from_fn(|index| {
+            let (bytes, header) = batch.get(index).unwrap_or(nothing);
+            GuestFrame { bytes, header }
+        });
+        nat.from_guest(Port(port), &frames[..batch.len()], now, guests);
+    }
+    guests.end.give_back(batch);
+}
+
+fn obey(command: Command, nat: &mut Nat<Host>, guests: &mut Guests, now: Duration) {
+    match command {
+        Command::Add(rule, answer) => {
+            let added = nat.add_forward(&rule, now, guests);
+            if added.is_ok() {
+                // A peer on the host's loopback address has the gateway's address for the guest.
+                guests.end.set_all_of_gateway(true);
+            }
+            // Whoever has asked may have given up.
+            if let Err(lost) = answer.try_send(added)
+                && let std::sync::mpsc::TrySendError::Disconnected(Ok(at)) = lost
+            {
+                for index in 0..rule.count {
+                    let at = SocketAddr::new(at.ip(), at.port() + index);
+                    nat.remove_forward(rule.protocol, at, true, now, guests);
+                }
+            }
+        }
+        Command::Remove(protocol, at, cut, answer) => {
+            let removed = nat.remove_forward(protocol, at, cut, now, guests);
+            let _ = answer.try_send(removed);
+        }
+        Command::Report(answer) => {
+            let (entries, descriptors) = nat.usage();
+            let _ = answer.try_send(NatReport {
+                counters: nat.counters(),
+                tcp_flows: nat.tcp_flows().collect(),
+                datagram_flows: nat.datagram_flows().collect(),
+                forwards: nat.forwards().collect(),
+                entries,
+                descriptors,
+            });
+        }
+    }
+}
