@@ -19,6 +19,7 @@ mod liveness;
 mod liveness_model;
 mod messages;
 mod model;
+mod nat;
 mod notify;
 mod offload;
 mod pcap;

@@ -18,17 +18,17 @@ use crate::device::slot::PostedSlot;
 pub(super) struct Guests {
     pub(super) end: RouterEnd<PostedSlot>,
     mtu: u32,
-    /// The ports that have taken no frame, and when to look again. The translator asks for space with a
-    /// shared borrow.
-    full: RefCell<FullPorts>,
+    /// The ports that have taken no frame. The translator asks for space with a shared borrow.
+    full: RefCell<Vec<FullPort>>,
 }
 
-/// Ports that have taken no frame. Nobody says when they do again: a guest that posts buffers would pay
-/// for it with each batch. So they are looked at, sooner if they have just begun.
-#[derive(Default)]
-struct FullPorts {
-    ports: Vec<(Port, Duration)>,
-    look_at: Option<Duration>,
+/// A port that has taken no frame. Nobody says when it does again: a guest would pay for that with each
+/// batch of buffers that it posts. So it is looked at, sooner if it has just begun.
+struct FullPort {
+    port: Port,
+    /// When to look at it next. `None` if it has just begun.
+    at: Option<Duration>,
+    pause: Duration,
 }
 
 impl Guests {
@@ -37,58 +37,41 @@ impl Guests {
     }
 
     fn note_full(&self, port: Port) {
-        let ports = &mut self.full.borrow_mut().ports;
-        if ports.iter().all(|(other, _)| *other != port) {
-            ports.push((port, Duration::ZERO));
+        let mut full = self.full.borrow_mut();
+        if full.iter().all(|other| other.port != port) {
+            full.push(FullPort { port, at: None, pause: LOOK_FIRST });
         }
     }
 
     /// A port has left.
     pub(super) fn port_left(&mut self, port: Port) {
-        self.full.get_mut().ports.retain(|(other, _)| *other != port);
+        self.full.get_mut().retain(|other| other.port != port);
     }
 
-    /// Tells the translator of the ports that take frames again. Returns when the others are to be looked
-    /// at.
-    pub(super) fn look_for_space(
-        &mut self,
-        nat: &mut Nat<Host>,
-        now: Duration,
-    ) -> Option<Duration> {
-        let full = self.full.get_mut();
-        if full.ports.is_empty() {
-            full.look_at = None;
-            return None;
-        }
-        let due = full.look_at.is_none_or(|at| at <= now);
-        if !due {
-            return full.look_at;
-        }
-        let ports = std::mem::take(&mut full.ports);
-        let mut pause = LOOK_MAX;
-        for (port, waited) in ports {
+    /// Tells the translator of ports that take frames again.
+    pub(super) fn look_for_space(&mut self, nat: &mut Nat<Host>, now: Duration) {
+        let mut index = 0;
+        while let Some(full) = self.full.get_mut().get_mut(index) {
+            index += 1;
+            if full.at.is_none_or(|at| at > now) {
+                continue;
+            }
+            let (port, pause) = (full.port, (full.pause * 2).min(LOOK_MAX));
             if self.end.space(port.0) > 0 {
+                index -= 1;
+                self.full.get_mut().swap_remove(index);
                 nat.on_space(port, now, self);
+                // It comes back to the end of the list if it has taken none again.
             } else {
-                self.note_full(port);
-            }
-            let next = (waited * 2).clamp(LOOK_FIRST, LOOK_MAX);
-            // It has taken none again, or not all.
-            let full = self.full.get_mut().ports.iter_mut().find(|(other, _)| *other == port);
-            if let Some((_, waited)) = full {
-                *waited = next;
-                pause = pause.min(next);
+                (full.at, full.pause) = (Some(now + pause), pause);
             }
         }
-        let full = self.full.get_mut();
-        full.look_at = (!full.ports.is_empty()).then_some(now + pause);
-        full.look_at
     }
 
-    /// Whether a port has been full since the last look.
-    pub(super) fn has_full(&self) -> bool {
-        let full = self.full.borrow();
-        full.look_at.is_none() && !full.ports.is_empty()
+    /// When to call [`look_for_space`](Self::look_for_space) next.
+    pub(super) fn next_look(&mut self, now: Duration) -> Option<Duration> {
+        let full = self.full.get_mut().iter_mut();
+        full.map(|full| *full.at.get_or_insert(now + LOOK_FIRST)).min()
     }
 }
 

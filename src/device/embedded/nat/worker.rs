@@ -115,14 +115,11 @@ pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Command
         for command in commands.take() {
             obey(command, &mut nat, &mut guests, now);
         }
-        let look_at = guests.look_for_space(&mut nat, now);
+        guests.look_for_space(&mut nat, now);
         let due = nat.on_time(now, &mut guests);
         guests.end.flush();
-        let next = [look_at, due].into_iter().flatten().min();
+        let next = [guests.next_look(now), due].into_iter().flatten().min();
         let mut timeout = next.map(|next| next.saturating_sub(now));
-        if guests.has_full() {
-            timeout = Some(Duration::ZERO);
-        }
         // The look comes after the doorbell is armed.
         if timeout != Some(Duration::ZERO) && !guests.end.arm() {
             timeout = Some(Duration::ZERO);
