@@ -7,14 +7,17 @@ mod common;
 use core::net::Ipv4Addr;
 use core::num::NonZeroU64;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::any::Any;
 use std::cell::Cell;
+use std::sync::{Arc, Mutex};
 
 use common::*;
 use macaddr::MacAddr6;
 use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
 use vmring_embedded::software::{Merging, Segments};
 use vmring_embedded::{
-    Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate, RateLimit,
+    Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate, RateLimit, Router,
+    RouterBatch, RouterEnd,
 };
 
 thread_local! {
@@ -50,6 +53,65 @@ fn forwarding_allocates_nothing() {
     let rate = Some(Rate { per_second: number, burst: number });
     let limit = RateLimit { packets: rate, bytes: rate };
     forward(PortLimits { send: limit, receive: limit, flood: rate });
+}
+
+/// A router that keeps its end for the test.
+#[derive(Default)]
+struct Kept(Mutex<Option<RouterEnd<Buffer>>>);
+
+impl Router<Buffer> for Kept {
+    fn start(&self, end: RouterEnd<Buffer>) -> std::io::Result<()> {
+        *self.0.lock().unwrap() = Some(end);
+        Ok(())
+    }
+
+    fn stop(&self) {}
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+/// Neither does a frame for the network's router, whether it is taken or not, nor what the router sends.
+#[test]
+fn what_goes_to_the_router_and_back_allocates_nothing() {
+    let config = NetworkConfig { router: Some(Vec::new()), ..NetworkConfig::default() };
+    let network = Network::new(config).unwrap();
+    let router: Arc<Kept> = Arc::default();
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    let mut alice = Guest::join(&network, 1);
+    let addresses = (Ipv4Addr::new(192, 168, 64, 9), Ipv4Addr::new(198, 51, 100, 7));
+    let packet = udp((addresses.0, 4000), (addresses.1, 53), &[1; 1000]);
+    let ethertype = smoltcp::wire::EthernetProtocol::Ipv4;
+    let question = ethernet(eth(gateway), eth(alice.mac), ethertype, &packet);
+    let answer = ethernet(eth(alice.mac), eth(gateway), ethertype, &packet);
+    alice.ask(&question);
+    let mut end = router.0.lock().unwrap().take().unwrap();
+    let mut batch = RouterBatch::new();
+    let mut turn = |alice: &mut Guest| {
+        for _ in 0..200 {
+            alice.sender.send(&question);
+        }
+        alice.sender.flush();
+        end.look(|_| ());
+        while let Some(port) = end.receive(&mut batch) {
+            for _ in 0..batch.len() {
+                let _ = end.send(port, &answer, &OffloadHeader::NONE);
+            }
+            end.flush();
+            while let Some((buffer, _)) = alice.receiver.collect() {
+                alice.receiver.post(buffer).unwrap();
+            }
+        }
+    };
+    // The first turn lends the buffers.
+    turn(&mut alice);
+    let before = ALLOCATIONS.get();
+    (0..100).for_each(|_| turn(&mut alice));
+    assert_eq!(ALLOCATIONS.get() - before, 0);
+    let stats = alice.sender.stats();
+    assert!(stats.sent_to_router > 10_000 && stats.dropped_router_busy > 1000, "{stats:?}");
 }
 
 /// Completing and cutting allocates nothing either.

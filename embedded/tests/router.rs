@@ -1,0 +1,466 @@
+//! A network's way to other networks: what goes to its router, what comes back, and who is there.
+#![cfg(not(loom))]
+
+mod common;
+
+use core::any::Any;
+use core::net::Ipv4Addr;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use common::*;
+use macaddr::MacAddr6;
+use smoltcp::wire::{EthernetProtocol, IpProtocol};
+use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
+use vmring_embedded::dhcp::AddressHolder;
+use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES, ROUTER_OVERFLOW};
+use vmring_embedded::{
+    Accepted, DropReason, Network, NetworkConfig, PortConfig, PortFull, Registry, Router,
+    RouterBatch, RouterEnd, Sent,
+};
+
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+const OWN: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 10);
+
+/// A router that keeps its end for the test.
+#[derive(Default)]
+struct Kept {
+    end: Mutex<Option<RouterEnd<Buffer>>>,
+    starts: AtomicUsize,
+    stops: AtomicUsize,
+    /// So many starts fail.
+    fails: AtomicUsize,
+    wakes: Arc<AtomicUsize>,
+}
+
+impl Router<Buffer> for Kept {
+    fn start(&self, mut end: RouterEnd<Buffer>) -> io::Result<()> {
+        self.starts.fetch_add(1, Ordering::SeqCst);
+        let left = self.fails.load(Ordering::SeqCst);
+        if left > 0 {
+            self.fails.store(left - 1, Ordering::SeqCst);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let wakes = self.wakes.clone();
+        end.set_wake(Arc::new(move || {
+            wakes.fetch_add(1, Ordering::SeqCst);
+        }));
+        *self.end.lock().unwrap() = Some(end);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.stops.fetch_add(1, Ordering::SeqCst);
+        self.end.lock().unwrap().take();
+    }
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+
+    fn ports_of_gateway(&self) -> Vec<(u8, u16)> {
+        vec![(6, 8080), (17, 53)]
+    }
+}
+
+impl Kept {
+    fn with<T>(&self, f: impl FnOnce(&mut RouterEnd<Buffer>) -> T) -> T {
+        f(self.end.lock().unwrap().as_mut().expect("the router runs"))
+    }
+
+    /// The frames of each port that wait, in the order in which the router gets them.
+    fn receive(&self) -> Vec<(u32, Vec<u8>)> {
+        self.with(|end| {
+            let mut batch = RouterBatch::new();
+            let mut all = Vec::new();
+            end.look(|_| ());
+            while let Some(port) = end.receive(&mut batch) {
+                for index in 0..batch.len() {
+                    all.push((port, batch.get(index).unwrap().0.to_vec()));
+                }
+            }
+            all
+        })
+    }
+}
+
+fn network() -> (Arc<Network<Buffer>>, Arc<Kept>, MacAddr6) {
+    let config = NetworkConfig { router: Some(Vec::new()), ..NetworkConfig::default() };
+    let network = Network::new(config).unwrap();
+    let router: Arc<Kept> = Arc::default();
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    (network, router, gateway)
+}
+
+fn to_world(gateway: MacAddr6, from: MacAddr6, payload: &[u8]) -> Vec<u8> {
+    let packet = udp((OWN, 4000), (OUTSIDE, 53), payload);
+    ethernet(eth(gateway), eth(from), EthernetProtocol::Ipv4, &packet)
+}
+
+/// Goal: what is for other networks goes to the router, and what is for the gateway, for a guest or for
+/// all does not.
+#[test]
+fn only_what_is_for_other_networks_goes_to_the_router() {
+    let (network, router, gateway) = network();
+    let mut alice = Guest::join(&network, 1);
+    let mac = alice.mac;
+    let ip = |to: Ipv4Addr, protocol: IpProtocol, payload: &[u8]| {
+        let packet = ipv4(OWN, to, protocol, payload);
+        ethernet(eth(gateway), eth(mac), EthernetProtocol::Ipv4, &packet)
+    };
+    // Source port 4000, the destination's port, and zeros.
+    let ports = |to: u16| [&[0x0f, 0xa0][..], &to.to_be_bytes(), &[0; 20]].concat();
+    let (tcp, udp) = (IpProtocol::Tcp, IpProtocol::Udp);
+    let mut tagged = ip(OUTSIDE, tcp, &ports(80));
+    tagged.splice(12..12, [0x81, 0, 0x20, 0]);
+    let mut of_a_vlan = tagged.clone();
+    of_a_vlan[15] = 7;
+    let mut with_options = ip(SHARED, tcp, &[&[1, 1, 1, 1][..], &ports(8080)].concat());
+    with_options[14] = 0x46;
+    let mut fragment = ip(SHARED, tcp, &ports(8080));
+    fragment[20] = 0x20;
+    let broadcast_frame = {
+        let packet = ipv4(OWN, OUTSIDE, udp, &ports(53));
+        let to = smoltcp::wire::EthernetAddress::BROADCAST;
+        ethernet(to, eth(alice.mac), EthernetProtocol::Ipv4, &packet)
+    };
+    let routed = [
+        ("TCP", ip(OUTSIDE, tcp, &ports(80))),
+        ("any protocol", ip(OUTSIDE, IpProtocol::Unknown(132), &ports(80))),
+        ("with a priority tag", tagged),
+        ("a port of the gateway", ip(SHARED, tcp, &ports(8080))),
+        ("another one", ip(SHARED, udp, &ports(53))),
+        ("behind options", with_options),
+    ];
+    let not_routed = [
+        ("of a VLAN", of_a_vlan),
+        ("the gateway's port", ip(SHARED, tcp, &ports(8081))),
+        ("another protocol's port", ip(SHARED, udp, &ports(8080))),
+        ("a fragment to the gateway", fragment),
+        ("an echo request", ping(gateway, alice.mac, OWN, SHARED, 1, b"there?")),
+        ("to another guest", ip(Ipv4Addr::new(192, 168, 64, 20), udp, &ports(9))),
+        ("to the subnet", ip(Ipv4Addr::new(192, 168, 64, 255), udp, &ports(9))),
+        ("to all", ip(Ipv4Addr::BROADCAST, udp, &ports(9))),
+        ("to a group", ip(Ipv4Addr::new(224, 0, 0, 251), udp, &ports(9))),
+        ("in a broadcast frame", broadcast_frame),
+        ("another EtherType", data(gateway, alice.mac, &[0; 40])),
+        ("cut short", ip(OUTSIDE, tcp, &ports(80))[..30].to_vec()),
+    ];
+    for (what, frame) in not_routed {
+        alice.ask(&frame);
+        assert_eq!(alice.sender.stats().sent_to_router, 0, "{what}");
+    }
+    assert_eq!(router.starts.load(Ordering::SeqCst), 0, "nothing was for the router");
+    for (number, (what, frame)) in routed.iter().enumerate() {
+        assert_eq!(alice.sender.send(frame), Sent::Gateway, "{what}");
+        alice.sender.flush();
+        assert_eq!(alice.sender.stats().sent_to_router, number as u64 + 1, "{what}");
+        assert_eq!(router.receive(), [(0, frame.clone())], "{what}");
+    }
+    assert_eq!(router.starts.load(Ordering::SeqCst), 1);
+    // With forwards, a guest answers a peer that has the gateway's address.
+    router.with(|end| end.set_all_of_gateway(true));
+    for (frame, is_routed) in [(ip(SHARED, tcp, &ports(8081)), 1), (ip(SHARED, udp, &ports(67)), 0)]
+    {
+        alice.ask(&frame);
+        assert_eq!(router.receive().len(), is_routed);
+    }
+}
+
+/// Goal: a port that floods fills only its own outbox; what it loses is counted, and ports have equal
+/// shares of the router.
+#[test]
+fn a_flood_fills_the_outbox_of_its_own_port_only() {
+    let (network, router, gateway) = network();
+    let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::join(&network, 2));
+    // The router takes the first, so that it has lent its buffers.
+    alice.ask(&to_world(gateway, alice.mac, b"first"));
+    assert_eq!(router.receive().len(), 1);
+    let space = (ROUTER_FRAMES + ROUTER_OVERFLOW) as usize;
+    for number in 0..space + 10 {
+        let frame = to_world(gateway, alice.mac, &number.to_be_bytes());
+        let sent = alice.sender.send(&frame);
+        let expected = match number < space {
+            true => Sent::Gateway,
+            false => Sent::Dropped(DropReason::RouterBusy),
+        };
+        assert_eq!(sent, expected, "{number}");
+    }
+    alice.sender.flush();
+    let stats = alice.sender.stats();
+    assert_eq!((stats.sent_to_router, stats.dropped_router_busy), (space as u64 + 1, 10));
+    assert_eq!(stats.drops(), 10);
+    assert_eq!(bob.ask(&to_world(gateway, bob.mac, b"mine")), [[0u8; 0]; 0]);
+    assert_eq!(bob.sender.stats().dropped_router_busy, 0);
+    let received = router.receive();
+    assert_eq!(received.len(), space + 1);
+    let of_bob = received.iter().position(|(port, _)| *port == 1).unwrap();
+    assert!(of_bob <= ROUTER_BATCH, "bob has his turn after one batch of alice's: {of_bob}");
+    let of_alice = received.iter().filter(|(port, _)| *port == 0);
+    for (number, (_, frame)) in of_alice.enumerate() {
+        assert_eq!(*frame, to_world(gateway, alice.mac, &number.to_be_bytes()), "in order");
+    }
+}
+
+/// Goal: a router that sleeps is woken once per batch, one that is awake never, and none sleeps while
+/// something waits.
+#[test]
+fn the_router_is_woken_once_per_batch() {
+    let (network, router, gateway) = network();
+    let mut alice = Guest::join(&network, 1);
+    let frame = to_world(gateway, alice.mac, b"frame");
+    let wakes = || router.wakes.load(Ordering::SeqCst);
+    alice.ask(&frame);
+    assert!(!router.with(RouterEnd::arm), "a frame waits");
+    router.receive();
+    assert!(router.with(RouterEnd::arm));
+    for _ in 0..5 {
+        alice.sender.send(&frame);
+    }
+    assert_eq!(wakes(), 0);
+    alice.sender.flush();
+    assert_eq!(wakes(), 1);
+    alice.ask(&frame);
+    assert_eq!(wakes(), 1, "it is awake");
+    router.receive();
+    assert!(router.with(RouterEnd::arm));
+    drop(alice);
+    assert_eq!(wakes(), 2, "a port has left");
+    assert!(!router.with(RouterEnd::arm));
+}
+
+/// Goal: what the router sends arrives with its header where the receiver accepts that, and done where it
+/// does not.
+#[test]
+fn the_router_sends_what_each_receiver_accepts() {
+    let (network, router, gateway) = network();
+    let join = |id, offloads| Guest::with(&network, PortConfig { offloads, ..config(id) });
+    let (mut plain, mut large) = (join(1, Offloads::default()), join(2, Offloads::ALL));
+    for guest in [&mut plain, &mut large] {
+        guest.ask(&to_world(gateway, guest.mac, b"here"));
+    }
+    router.receive();
+    let link = |port| router.with(|end| end.link(port));
+    assert!(!link(0).offloads.checksum && link(0).longest == 1514);
+    assert!(link(1).offloads.tso4 && link(1).longest == 65_549);
+    let tcp = [&[0, 80, 0xc0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10][..], &[1; 3000]].concat();
+    let packet = ipv4(OUTSIDE, OWN, IpProtocol::Tcp, &tcp);
+    let checksum = Checksum::Partial { start: 34, offset: 16 };
+    let partial = OffloadHeader { checksum, ..OffloadHeader::NONE };
+    let header = OffloadHeader { gso: Gso::TcpV4, segment_size: 1400, ..partial };
+    let frame_to =
+        |guest: &Guest| ethernet(eth(guest.mac), eth(gateway), EthernetProtocol::Ipv4, &packet);
+    for (port, guest) in [(0, &mut plain), (1, &mut large)] {
+        let frame = frame_to(guest);
+        router.with(|end| {
+            end.send(port, &frame, &header).unwrap();
+            end.flush();
+        });
+    }
+    let cut = plain.receive();
+    assert_eq!(cut.len(), 3, "two segments of 1400 bytes and a rest");
+    assert!(cut.iter().all(|segment| segment.len() <= 1514));
+    let (buffer, len) = large.receiver.collect().unwrap();
+    assert_eq!((buffer[12..12 + len] == frame_to(&large), len), (true, packet.len() + 14));
+    assert_eq!(OffloadHeader::parse(buffer[..12].try_into().unwrap()).unwrap().gso, Gso::TcpV4);
+    // A guest that has not negotiated as much.
+    large.receiver.recall(drop);
+    large.receiver.accept(Accepted::new(Offloads::default()));
+    assert!(!link(1).offloads.tso4);
+    large.post(8);
+    let frame = frame_to(&large);
+    router.with(|end| end.send(1, &frame, &header)).unwrap();
+    assert_eq!(large.receive().len(), 3);
+}
+
+/// Goal: a guest without buffers refuses, says how much it takes, and takes frames again.
+#[test]
+fn a_full_port_refuses_and_takes_frames_again() {
+    let config =
+        NetworkConfig { router: Some(Vec::new()), overflow_depth: Some(4), ..Default::default() };
+    let network = Network::new(config).unwrap();
+    let router: Arc<Kept> = Arc::default();
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    let mut alice = Guest::join(&network, 1);
+    alice.ask(&to_world(gateway, alice.mac, b"here"));
+    router.receive();
+    let packet = udp((OUTSIDE, 53), (OWN, 4000), b"answer");
+    let frame = ethernet(eth(alice.mac), eth(gateway), EthernetProtocol::Ipv4, &packet);
+    let send = || router.with(|end| end.send(0, &frame, &OffloadHeader::NONE));
+    let space = || router.with(|end| end.space(0));
+    // Eight buffers, and four places to wait.
+    for left in (0..12).rev() {
+        assert_eq!(send(), Ok(()));
+        assert_eq!(space(), left);
+    }
+    assert_eq!(send(), Err(PortFull));
+    router.with(RouterEnd::flush);
+    assert_eq!(alice.receive().len(), 12);
+    assert_eq!(space(), 12);
+    assert_eq!(send(), Ok(()));
+    assert_eq!(alice.receiver.stats().drops(), 0, "what was refused was not dropped");
+    alice.receiver.close();
+    assert_eq!((space(), send()), (0, Err(PortFull)));
+}
+
+/// Goal: nothing for a port that has left reaches the port that has its place, nor the other way round.
+#[test]
+fn a_port_that_takes_a_place_has_nothing_of_the_one_before() {
+    let (network, router, gateway) = network();
+    let mut alice = Guest::join(&network, 1);
+    alice.ask(&to_world(gateway, alice.mac, b"here"));
+    router.receive();
+    let mac = alice.mac;
+    alice.ask(&to_world(gateway, mac, b"too late"));
+    drop(alice);
+    let mut bob = Guest::join(&network, 2);
+    bob.ask(&to_world(gateway, bob.mac, b"bob's"));
+    // The router does not know of bob yet.
+    let frame = data(mac, gateway, b"for alice");
+    assert_eq!(router.with(|end| end.send(0, &frame, &OffloadHeader::NONE)), Err(PortFull));
+    assert_eq!(bob.receive(), [[0u8; 0]; 0]);
+    let mut left = Vec::new();
+    router.with(|end| end.look(|port| left.push(port)));
+    assert_eq!(left, [0]);
+    assert_eq!(router.receive(), [(0, to_world(gateway, bob.mac, b"bob's"))]);
+    let ports: Vec<_> = router.with(|end| end.ports().collect());
+    assert_eq!(ports, [(0, bob.mac)]);
+    router.with(|end| end.send(0, &frame, &OffloadHeader::NONE)).unwrap();
+    assert_eq!(bob.receive(), [frame]);
+    // Whoever comes and goes before the router looks is not told of.
+    drop(Guest::join(&network, 3));
+    let mut left = Vec::new();
+    router.with(|end| end.look(|port| left.push(port)));
+    assert!(left.is_empty());
+}
+
+/// Goal: a router that cannot start or has ended costs nobody more than the frames of a second, and the
+/// next one gets the ports.
+#[test]
+fn a_router_that_ends_is_started_again() {
+    let clock = Arc::new(vmring_embedded::clock::ManualClock::new());
+    struct Time(Arc<vmring_embedded::clock::ManualClock>);
+    impl vmring_embedded::clock::Clock for Time {
+        fn now(&self) -> core::time::Duration {
+            self.0.now()
+        }
+    }
+    clock.advance(core::time::Duration::from_secs(100));
+    let config = NetworkConfig { router: Some(Vec::new()), ..NetworkConfig::default() };
+    let network = Network::with_clock(config, Box::new(Time(clock.clone()))).unwrap();
+    let router: Arc<Kept> = Arc::default();
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    let mut alice = Guest::join(&network, 1);
+    let mut bob = Guest::join(&network, 2);
+    router.fails.store(1, Ordering::SeqCst);
+    alice.ask(&to_world(gateway, alice.mac, b"1"));
+    // The gateway answers that there is no way.
+    assert_eq!(alice.ask(&to_world(gateway, alice.mac, b"2")).len(), 1);
+    assert_eq!(router.starts.load(Ordering::SeqCst), 1);
+    clock.advance(core::time::Duration::from_secs(1));
+    assert_eq!(alice.ask(&to_world(gateway, alice.mac, b"3")).len(), 0);
+    bob.ask(&to_world(gateway, bob.mac, b"bob's"));
+    assert_eq!(router.starts.load(Ordering::SeqCst), 2);
+    let received = router.receive();
+    assert_eq!(received.len(), 3, "what came before the router waits for it");
+    // It ends while a port leaves and another comes.
+    let end = router.end.lock().unwrap().take();
+    drop(alice);
+    let mut carol = Guest::join(&network, 3);
+    drop(end);
+    clock.advance(core::time::Duration::from_secs(1));
+    carol.ask(&to_world(gateway, carol.mac, b"carol's"));
+    bob.ask(&to_world(gateway, bob.mac, b"bob's again"));
+    assert_eq!(router.starts.load(Ordering::SeqCst), 3);
+    let mut left = Vec::new();
+    router.with(|end| end.look(|port| left.push(port)));
+    assert!(left.is_empty(), "the new router has never known alice");
+    assert_eq!(router.receive().len(), 2);
+    let mut ports: Vec<_> = router.with(|end| end.ports().collect());
+    ports.sort();
+    assert_eq!(ports, [(0, carol.mac), (1, bob.mac)]);
+    network.start_router().unwrap();
+    assert_eq!(router.starts.load(Ordering::SeqCst), 3, "it runs");
+    drop((bob, carol));
+    assert_eq!(router.stops.load(Ordering::SeqCst), 0);
+    drop(network);
+    assert_eq!(router.stops.load(Ordering::SeqCst), 1, "the network has ended");
+}
+
+/// Goal: who has which address is known as soon as a guest has a lease or uses one, with the port, and a
+/// port that has left is not named.
+#[test]
+fn the_gateway_knows_who_has_which_address() {
+    let (network, ..) = network();
+    let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::join(&network, 2));
+    let dhcp = network.gateway().unwrap().dhcp();
+    let now = || core::time::Duration::from_secs(1);
+    let holders = || {
+        let mut holders = dhcp.holders(now());
+        holders.sort_by_key(|holder| holder.address);
+        holders
+    };
+    assert_eq!(holders(), []);
+    let before = dhcp.changes();
+    let offer = dhcp_reply(&alice.ask(&Dhcp::discover(alice.mac).frame())[0]);
+    alice.ask(&Dhcp::select(alice.mac, offer.address, SHARED).frame());
+    assert_ne!(dhcp.changes(), before);
+    let of_alice =
+        |port| AddressHolder { address: offer.address, mac: alice.mac, port, leased: true };
+    assert_eq!(holders(), [of_alice(Some(0))]);
+    // Bob uses an address that was set by hand.
+    let address =
+        Ipv4Addr::new(192, 168, 64, if offer.address.octets()[3] > 99 { 20 } else { 200 });
+    let before = dhcp.changes();
+    bob.ask(&arp_request(bob.mac, address, SHARED));
+    assert_ne!(dhcp.changes(), before);
+    let before = dhcp.changes();
+    bob.ask(&arp_request(bob.mac, address, SHARED));
+    assert_eq!(dhcp.changes(), before, "nothing is new");
+    let of_bob = AddressHolder { address, mac: bob.mac, port: Some(1), leased: false };
+    assert!(holders().contains(&of_bob) && holders().len() == 2);
+    let mac = alice.mac;
+    drop((alice, bob));
+    let lease = AddressHolder { address: offer.address, mac, port: None, leased: true };
+    assert_eq!(holders(), [lease]);
+    // She comes back at another port, and is seen there.
+    let other = Guest::join(&network, 7);
+    let mut alice = Guest::with(&network, PortConfig { mac: Some(mac), ..config(1) });
+    alice.ask(&arp_request(mac, offer.address, SHARED));
+    assert_eq!(holders(), [AddressHolder { port: Some(1), ..lease }]);
+    drop(other);
+}
+
+/// Goal: networks whose routers have other settings are different ones.
+#[test]
+fn settings_of_the_router_are_compared() {
+    let registry: Registry<Buffer> = Registry::new();
+    let config = |rows: Option<&[(&'static str, &str)]>| NetworkConfig {
+        router: rows
+            .map(|rows| rows.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()),
+        ..NetworkConfig::default()
+    };
+    let network = registry.open("lab", &config(Some(&[("deny", "[]"), ("allow", "[a]")]))).unwrap();
+    let refused = |rows| registry.open("lab", &config(rows)).unwrap_err().to_string();
+    assert!(refused(None).contains("with nat yes and not no"));
+    assert!(
+        refused(Some(&[("deny", "[b]"), ("allow", "[a]")])).contains("with deny [] and not [b]")
+    );
+    let refused = refused(Some(&[("deny", "[]"), ("limits", "1")]));
+    assert!(refused.contains("with allow [a] and not none"), "{refused}");
+    assert!(refused.contains("with limits none and not 1"), "{refused}");
+    drop(network);
+    let config = NetworkConfig { router: Some(Vec::new()), ..NetworkConfig::switch() };
+    let error = Network::<Buffer>::new(config).unwrap_err().to_string();
+    assert!(error.contains("the setting router is for a gateway"), "{error}");
+    // Without the setting nobody can be set.
+    let network = Network::new(NetworkConfig::default()).unwrap();
+    assert!(network.set_router(Arc::<Kept>::default()).is_none());
+    let mut alice = Guest::join(&network, 1);
+    let gateway = network.gateway().unwrap().mac();
+    assert_eq!(alice.ask(&to_world(gateway, alice.mac, b"no way")).len(), 1, "a refusal");
+}
