@@ -91,6 +91,7 @@
 //! | `pcap` | the module `device::pcap`: captures of any device as pcapng files, and a device that replays such a file |
 //! | `fault` | the module `device::fault`: fault injection around any device |
 //! | `futures` | `Stream` and `Sink` of packets for [`AsyncRing`]: `AsyncRing::packets`, `frame_sink` and `packet_sink` |
+//! | `nat` | the module `device::embedded::nat`: guests of a shared [`Embedded`] network reach the world through sockets of the process, and ports of the host lead to them |
 //! | `serde` | `Serialize` for [`Mode`], [`Status`], [`Ipv4Range`] and [`InterfaceInfo`], `Deserialize` for [`Mode`] and [`Status`] |
 //! | `socket` | the device `Socket`: Unix sockets to VMMs |
 //! | `vmnet-sim` | the device `Vmnet` on systems other than macOS, over a simulated vmnet, for tests; nothing on macOS |

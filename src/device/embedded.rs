@@ -38,6 +38,13 @@
 //! Several rings can read from one interface ([`Embedded::queues`]), each the packets of its own flows.
 //! The ring that opens first has all flows, and each further one takes its share.
 //!
+//! # The way out
+//!
+//! With the feature `nat`, guests of a network in shared mode reach the world through sockets of this
+//! process, and ports of the host can lead to guests: see the module `nat`. A thread of the network does
+//! that, which starts with the first packet for outside. Without the feature, and in host mode, the gateway
+//! answers that there is no way.
+//!
 //! # What a write may be
 //!
 //! A packet that leaves work to others is copied by itself: several of them are not claimed together.
