@@ -5,6 +5,7 @@
 //! without the test harness because the harness has threads that allocate at any time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
@@ -12,6 +13,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr};
+use vmring::device::embedded::nat::{HostPort, NatSettings, Protocol};
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceConfig,
@@ -223,6 +227,80 @@ fn one_at_a_time(what: &str, packets: u64, driver: impl Driver, drive: Drive<'_>
     });
 }
 
+/// Sends to a server of the host through the network's way out, as fast as credits come back. Neither the
+/// ring's thread nor the translator's allocates, whether it takes a packet or has no place for it.
+fn outside(what: &str, packets: u64, drive: Drive<'_>) {
+    let server = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = server.local_addr().expect("an address").port();
+    let settings = NatSettings::new().host_port(HostPort { port, protocol: Protocol::Udp });
+    let driver = Embedded::network(what).nat(settings);
+    let interface = Interface::builder().device(driver).start().expect("a port");
+    let packet = datagram(&interface, port);
+    let mut ring = interface.ring(Direction::Write).drive(drive).build().expect("a ring");
+    nothing_is_allocated(what, packets, || {
+        let (mut sq, _) = ring.split();
+        let mut sent = 0;
+        while let Some(mut frame) = sq.alloc() {
+            frame.copy_from(&packet).expect("it fits");
+            if sq.submit_write_skip_success(frame, 0).is_err() {
+                break;
+            }
+            sent += 1;
+        }
+        assert_eq!(ring.wait(1, Some(LONG)), 0, "{what}: a write completes");
+        sent
+    });
+    drop(ring);
+    let counters = interface.counters();
+    let counter = |name| counters.iter().find(|(other, _)| *other == name).map(|(_, count)| *count);
+    assert!(counter("NAT UDP sent") > Some(0), "{what}: nothing went out");
+}
+
+/// A frame with a datagram to a port of the gateway's address.
+fn datagram(interface: &Interface, port: u16) -> Vec<u8> {
+    let mut gateway = [0; 6];
+    let mut ring = interface.ring(Direction::Both).build().expect("a ring");
+    let read = ring.alloc().expect("a fresh ring");
+    ring.submit_read(read, 0).expect("a fresh ring");
+    // An ARP request (RFC 826) from nobody: no address is learned.
+    let mut arp = Vec::from([0xff; 6]);
+    arp.extend(interface.mac().as_bytes());
+    arp.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    arp.extend(interface.mac().as_bytes());
+    arp.extend([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 192, 168, 64, 1]);
+    let mut frame = ring.alloc().expect("a fresh ring");
+    frame.copy_from(&arp).expect("it fits");
+    ring.submit_write(frame, 1).expect("a fresh ring");
+    until("the gateway answers", 1, &mut || {
+        ring.wait(1, Some(LONG));
+        let mut answered = 0;
+        for done in ring.reap() {
+            let is_read = done.op == RingOp::Read;
+            let frame = done.take_packet().expect("it succeeds");
+            if is_read {
+                gateway.copy_from_slice(&frame[6..12]);
+                answered = 1;
+            }
+        }
+        answered
+    });
+    let udp = UdpRepr { src_port: 4000, dst_port: port };
+    let (src_addr, dst_addr) = (Ipv4Addr::new(192, 168, 64, 9), Ipv4Addr::new(192, 168, 64, 1));
+    let payload_len = udp.header_len() + 18;
+    let ip =
+        Ipv4Repr { src_addr, dst_addr, next_header: IpProtocol::Udp, payload_len, hop_limit: 64 };
+    let mut frame = vec![0; 14 + ip.buffer_len() + payload_len];
+    frame[..6].copy_from_slice(&gateway);
+    frame[6..12].copy_from_slice(interface.mac().as_bytes());
+    frame[12..14].copy_from_slice(&[8, 0]);
+    let checksums = ChecksumCapabilities::default();
+    let mut out = Ipv4Packet::new_unchecked(&mut frame[14..]);
+    ip.emit(&mut out, &checksums);
+    let mut out = UdpPacket::new_unchecked(out.payload_mut());
+    udp.emit(&mut out, &src_addr.into(), &dst_addr.into(), 18, |_| (), &checksums);
+    frame
+}
+
 /// A device driven by a descriptor: a socket, with a thread that echoes at the other end.
 struct Echo {
     socket: UnixDatagram,
@@ -317,6 +395,8 @@ fn main() {
     skipping("skipped, inline", all, Drive::Inline);
     skipping("skipped, a thread", some, Drive::Thread);
     skipping("skipped, a shared poller", some, Drive::Shared(&poller));
+    outside("outside, inline", few, Drive::Inline);
+    outside("outside, a thread", few, Drive::Thread);
     for drive in [Drive::Inline, Drive::Thread] {
         let (one, other) = UnixStream::pair().expect("two sockets");
         let ends = [one, other].map(OwnedFd::from);

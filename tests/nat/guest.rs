@@ -79,13 +79,42 @@ pub(crate) struct Guest {
     dhcp: Option<SocketHandle>,
 }
 
-fn ring_of(interface: &Interface, reads: usize) -> Ring {
+/// A ring for both directions, with so many reads posted.
+pub(crate) fn ring_of(interface: &Interface, reads: usize) -> Ring {
     let mut ring = interface.ring(Direction::Both).depth(256).build().expect("a ring");
     let frames: Vec<_> = (0..reads).map(|_| ring.alloc().expect("a frame")).collect();
     for frame in frames {
         ring.submit_read(frame, 0).expect("a posted read");
     }
     ring
+}
+
+/// The frames that have arrived, whose reads are posted again.
+pub(crate) fn received(ring: &mut Ring) -> Vec<Vec<u8>> {
+    let (mut packets, mut reads) = (Vec::new(), Vec::new());
+    for done in ring.reap() {
+        let (op, result) = (done.op, done.result);
+        let Some(frame) = done.take_frame() else { continue };
+        if op == RingOp::Read {
+            if result.is_ok() {
+                packets.push(frame.to_vec());
+            }
+            reads.push(frame);
+        }
+    }
+    for mut frame in reads {
+        frame.reset();
+        // A ring that is closed takes none.
+        let _ = ring.submit_read(frame, 0);
+    }
+    packets
+}
+
+/// Sends a frame, and returns whether the ring had a place for it.
+pub(crate) fn send(ring: &mut Ring, bytes: &[u8]) -> bool {
+    let Some(mut frame) = ring.alloc() else { return false };
+    frame.copy_from(bytes).expect("a frame for a packet");
+    ring.submit_write(frame, 1).is_ok()
 }
 
 impl Guest {
@@ -155,22 +184,7 @@ impl Guest {
 
     /// Moves frames both ways once.
     pub(crate) fn turn(&mut self) {
-        let mut reads = Vec::new();
-        for done in self.ring.reap() {
-            let (op, result) = (done.op, done.result);
-            let Some(frame) = done.take_frame() else { continue };
-            if op == RingOp::Read {
-                if result.is_ok() {
-                    self.card.received.push_back(frame.to_vec());
-                }
-                reads.push(frame);
-            }
-        }
-        for mut frame in reads {
-            frame.reset();
-            // A ring that is closed takes none.
-            let _ = self.ring.submit_read(frame, 0);
-        }
+        self.card.received.extend(received(&mut self.ring));
         let now = smoltcp::time::Instant::from_micros(self.start.elapsed().as_micros() as i64);
         self.stack.poll(now, &mut self.card, &mut self.sockets);
         self.flush();
@@ -179,13 +193,7 @@ impl Guest {
     /// Sends what the stack has built.
     fn flush(&mut self) {
         while let Some(bytes) = self.card.to_send.pop_front() {
-            let Some(mut frame) = self.ring.alloc() else {
-                // The ring has all of them. They come back soon.
-                self.card.to_send.push_front(bytes);
-                break;
-            };
-            frame.copy_from(&bytes).expect("a frame for a packet");
-            if self.ring.submit_write(frame, 1).is_err() {
+            if !send(&mut self.ring, &bytes) {
                 self.card.to_send.push_front(bytes);
                 break;
             }
@@ -198,27 +206,6 @@ impl Guest {
             self.card.to_send.push_back(frame.to_vec());
         }
         self.turn();
-    }
-
-    /// The frames that have arrived since the last turn, without the stack.
-    pub(crate) fn receive_raw(&mut self) -> Vec<Vec<u8>> {
-        let mut frames = Vec::new();
-        let mut reads = Vec::new();
-        for done in self.ring.reap() {
-            let (op, result) = (done.op, done.result);
-            let Some(frame) = done.take_frame() else { continue };
-            if op == RingOp::Read {
-                if result.is_ok() {
-                    frames.push(frame.to_vec());
-                }
-                reads.push(frame);
-            }
-        }
-        for mut frame in reads {
-            frame.reset();
-            let _ = self.ring.submit_read(frame, 0);
-        }
-        frames
     }
 
     /// Takes turns until `done` returns something.
@@ -348,7 +335,7 @@ impl Guest {
         self.send_raw(&frame, 1);
         let start = Instant::now();
         loop {
-            for frame in self.receive_raw() {
+            for frame in received(&mut self.ring) {
                 if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
                     return frame[22..28].try_into().expect("six bytes");
                 }
