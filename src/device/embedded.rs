@@ -337,7 +337,7 @@ impl PortSettings {
     fn set_up(&self, network: &Arc<Network<PostedSlot>>) -> Result<(), Error> {
         #[cfg(feature = "nat")]
         if let (Some(settings), control) = &self.nat {
-            nat::set_up(network, settings)?;
+            nat::translator::set_up(network, settings)?;
             control.attach(network);
         }
         let _ = network;

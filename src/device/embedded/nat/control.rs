@@ -1,42 +1,18 @@
 //! The handle to a network's way out.
 
-use std::io;
 use std::net::SocketAddr;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, LazyLock, Weak};
 
 use vmring_embedded::Network;
-use vmring_nat::{
-    Counter, Counters, DatagramFlow, FlowInfo, ForwardError, ForwardInfo, ForwardRule, Guest,
-    Protocol,
-};
+use vmring_nat::{Counter, ForwardInfo, ForwardRule, Guest, Protocol};
 
-use super::limits::COMMAND_TIMEOUT;
-use super::worker::Command;
-use super::{Translator, translator_of};
+use super::translator::{Translator, add, counters_of, remove, report, translator_of};
+use super::worker::NatReport;
 use crate::config::{self, PortForward};
 use crate::device::slot::PostedSlot;
 use crate::error::{ConfigError, Error};
 use crate::sync::Mutex;
 use crate::sys::lock;
-
-/// What a translator does at one moment.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
-pub struct NatReport {
-    /// What was counted for all guests.
-    pub counters: Counters,
-    /// The flows of TCP that are open or being opened.
-    pub tcp_flows: Vec<FlowInfo>,
-    /// The flows of UDP and ICMP echo.
-    pub datagram_flows: Vec<DatagramFlow>,
-    /// The port forwards.
-    pub forwards: Vec<ForwardInfo>,
-    /// How many entries the tables of flows have, with those that wait for late segments.
-    pub entries: usize,
-    /// How many descriptors are open.
-    pub descriptors: usize,
-}
 
 /// Changes the port forwards of a network, and shows what its translator does, from any thread.
 ///
@@ -113,66 +89,6 @@ impl NatControl {
     }
 }
 
-/// Asks a translator's thread. Returns `None` if it does not run.
-fn ask<T>(
-    translator: &Translator,
-    command: impl FnOnce(SyncSender<T>) -> Command,
-) -> Result<Option<T>, Error> {
-    let (answer, answers): (SyncSender<T>, Receiver<T>) = sync_channel(1);
-    {
-        let running = lock(&translator.thread);
-        let Some(running) = running.as_ref().filter(|running| !running.thread.is_finished()) else {
-            return Ok(None);
-        };
-        translator.commands.push(command(answer));
-        running.waker.wake();
-    }
-    answers.recv_timeout(COMMAND_TIMEOUT).map(Some).map_err(|_| Error::Timeout(COMMAND_TIMEOUT))
-}
-
-/// Adds a forward. See [`NatControl::add_forward`].
-pub(super) fn add(
-    translator: &Translator,
-    network: &Network<PostedSlot>,
-    rule: &ForwardRule,
-) -> Result<SocketAddr, Error> {
-    network.start_router().map_err(Error::io("starting the translator"))?;
-    let added = ask(translator, |answer| Command::Add(*rule, answer))?;
-    // The thread has ended, because it has panicked.
-    let added = added.ok_or(Error::Timeout(COMMAND_TIMEOUT))?;
-    added.map_err(|error| refusal(error, rule))
-}
-
-/// Removes a forward. See [`NatControl::remove_forward`].
-pub(super) fn remove(
-    translator: &Translator,
-    protocol: Protocol,
-    at: SocketAddr,
-    cut: bool,
-) -> Result<bool, Error> {
-    let removed = ask(translator, |answer| Command::Remove(protocol, at, cut, answer))?;
-    Ok(removed.unwrap_or(false))
-}
-
-/// What a translator does. See [`NatControl::report`].
-pub(super) fn report(translator: &Translator) -> Result<NatReport, Error> {
-    Ok(ask(translator, Command::Report)?.unwrap_or_default())
-}
-
-/// The error of a forward that was refused.
-fn refusal(error: ForwardError, rule: &ForwardRule) -> Error {
-    let errno = match error {
-        ForwardError::InUse(_) => libc::EADDRINUSE,
-        ForwardError::NoPrivilege(_) => libc::EACCES,
-        ForwardError::NoAddress => libc::EADDRNOTAVAIL,
-        ForwardError::NoDescriptor => libc::EMFILE,
-        ForwardError::System(vmring_nat::SocketError::Other(errno)) if errno != 0 => errno,
-        error => return ConfigError::Invalid(format!("the forward {rule}: {error}")).into(),
-    };
-    let source = io::Error::from_raw_os_error(errno);
-    Error::Io { what: "listening at the host's port", source }
-}
-
 /// Adds a forward as vmnet does: from a port of the host, here at its loopback address. Returns `None` if
 /// the network has no translator, as the two below.
 pub(in super::super) fn add_port_forward(
@@ -243,9 +159,9 @@ fn protocol_of(protocol: config::Protocol) -> Protocol {
 pub(in super::super) fn counters(network: &Network<PostedSlot>) -> Vec<(&'static str, u64)> {
     let Some(translator) = translator_of(network) else { return Vec::new() };
     // A translator that does not answer has no counters to show.
-    let Ok(Some(report)) = ask(&translator, Command::Report) else { return Vec::new() };
+    let Ok(Some(counters)) = counters_of(&translator) else { return Vec::new() };
     let names = Counter::ALL.iter().zip(NAMES.iter());
-    names.map(|(counter, name)| (name.as_str(), report.counters[*counter])).collect()
+    names.map(|(counter, name)| (name.as_str(), counters[*counter])).collect()
 }
 
 /// The name of each counter, in words.

@@ -1,24 +1,45 @@
 //! The thread that translates for a network.
 
-use std::net::SocketAddr;
-use std::sync::mpsc::SyncSender;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use vmring_core::offload::OffloadHeader;
-use vmring_embedded::limits::ROUTER_BATCH;
+use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES};
 use vmring_embedded::{NetworkConfig, RouterBatch, RouterEnd};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
-    ForwardError, ForwardRule, GuestFrame, Nat, NatConfig, PolicyRules, Port, Prefix, Protocol,
+    Counters, DatagramFlow, FlowInfo, ForwardError, ForwardInfo, ForwardRule, GuestFrame, Nat,
+    NatConfig, PolicyRules, Port, Prefix, Protocol,
 };
 
-use super::control::NatReport;
 use super::guests::{Addresses, Guests};
 use super::limits::{BATCHES, EVENTS};
-use super::{GATEWAY_V6, NatSettings};
+use super::settings::NatSettings;
 use crate::device::slot::PostedSlot;
 use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::sys::lock;
+
+/// The gateway's address over IPv6, which no guest is told yet.
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd76, 0x6d72, 0x696e, 0x67, 0, 0, 0, 1);
+
+/// What a translator does at one moment.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct NatReport {
+    /// What was counted for all guests.
+    pub counters: Counters,
+    /// The flows of TCP that are open or being opened.
+    pub tcp_flows: Vec<FlowInfo>,
+    /// The flows of UDP and ICMP echo.
+    pub datagram_flows: Vec<DatagramFlow>,
+    /// The port forwards.
+    pub forwards: Vec<ForwardInfo>,
+    /// How many entries the tables of flows have, with those that wait for late segments.
+    pub entries: usize,
+    /// How many descriptors are open.
+    pub descriptors: usize,
+}
 
 /// What the thread is asked to do, besides translating.
 pub(super) enum Command {
@@ -65,7 +86,7 @@ pub(super) struct Worker {
     config: NatConfig,
     policy: PolicyRules,
     mtu: u32,
-    reservations: Vec<([u8; 6], std::net::Ipv4Addr)>,
+    reservations: Vec<([u8; 6], Ipv4Addr)>,
 }
 
 impl Worker {
@@ -81,9 +102,11 @@ impl Worker {
         config.subnet_v4 = Prefix::new(gateway.into(), bits).unwrap_or(config.subnet_v4);
         config.limits = settings.limits;
         config.endpoint_independent = settings.endpoint_independent;
-        if config.limits.port.inbox_frames == 0 {
-            config.limits.port.inbox_frames = vmring_embedded::limits::ROUTER_FRAMES;
-        }
+        // What a port's guest may send at once has a place in its outbox.
+        config.limits.port.inbox_frames = match settings.limits.port.inbox_frames {
+            0 => ROUTER_FRAMES,
+            frames => frames.min(ROUTER_FRAMES),
+        };
         let mut policy = PolicyRules::new([config.subnet_v4, config.subnet_v6]);
         policy.allow.clone_from(&settings.allow);
         policy.deny.clone_from(&settings.deny);
@@ -175,7 +198,7 @@ fn obey(command: Command, nat: &mut Nat<Host>, guests: &mut Guests, now: Duratio
             }
             // Whoever has asked may have given up.
             if let Err(lost) = answer.try_send(added)
-                && let std::sync::mpsc::TrySendError::Disconnected(Ok(at)) = lost
+                && let TrySendError::Disconnected(Ok(at)) = lost
             {
                 for index in 0..rule.count {
                     let at = SocketAddr::new(at.ip(), at.port() + index);
