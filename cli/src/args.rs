@@ -52,6 +52,10 @@ pub(crate) enum Command {
     /// Joins virtual machines to a network, over vhost-user and the wires of VMMs
     #[command(after_help = SERVE_NOTES)]
     Serve(Box<ServeArgs>),
+    /// Runs a command in a network namespace of its own, whose only way out is a network of this process
+    #[cfg(target_os = "linux")]
+    #[command(after_help = RUN_NETNS_NOTES)]
+    RunNetns(RunNetnsArgs),
     /// Measures how fast packets move on this machine: packets per second one way, and round trips
     #[command(after_help = BENCH_NOTES)]
     Bench(BenchArgs),
@@ -215,6 +219,36 @@ pub(crate) struct BridgeArgs {
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(target_os = "linux")]
+const RUN_NETNS_NOTES: &str = "\
+Examples:
+  vmring run-netns -- curl https://example.org
+  vmring run-netns -- bash
+
+No root is needed where users may make user namespaces. The command keeps its
+user and its files; it has its own interfaces (lo and tap0), and may change
+them, ping, capture, and listen on any port. What it sends leaves as this
+process's own connections. The namespace ends with the command.
+SIGTERM and SIGHUP are passed on to the command.
+Exit code: the command's own, or 128 and the number of the signal that ended
+it; 126 if it cannot be run, 127 if it is not there, 1 if a step before it
+failed, 2 for invalid arguments.";
+
+#[cfg(target_os = "linux")]
+#[derive(Debug, Args)]
+pub(crate) struct RunNetnsArgs {
+    /// The largest IP packet in bytes, 1280 to 65521
+    #[arg(long, value_name = "BYTES", default_value_t = 1500,
+          value_parser = clap::value_parser!(u32).range(1280..=65_521))]
+    pub(crate) mtu: u32,
+    /// The gateway's address and the subnet [default: 192.168.64.1/24]
+    #[arg(long, value_name = "GATEWAY/BITS")]
+    pub(crate) subnet: Option<Ipv4Range>,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<OsString>,
 }
 
 const SERVE_NOTES: &str = "\
@@ -599,7 +633,14 @@ pub(crate) fn parse(
 /// two apart, but no end is written like a value: it has a colon, or is the name of a device.
 fn with_offload_joined(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut joined: Vec<OsString> = Vec::new();
-    for arg in args {
+    let mut args = args.into_iter();
+    while let Some(arg) = args.next() {
+        if arg == "--" {
+            // What follows is a command of the user's.
+            joined.push(arg);
+            joined.extend(args);
+            break;
+        }
         let is_value = arg.to_str().is_some_and(|arg| Offload::from_str(arg, false).is_ok());
         match joined.last_mut() {
             Some(last) if is_value && last == "--offload" => {

@@ -13,6 +13,8 @@ mod failure;
 mod info;
 mod manual;
 mod personality;
+#[cfg(target_os = "linux")]
+mod netns;
 mod probe;
 mod progress;
 mod recording;
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
     }
     let outcome = args::parse(arguments, &Personality::commands()).and_then(run);
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             // If this fails there is nobody to report it to.
             let _ = writeln!(io::stderr(), "vmring: {failure}");
@@ -49,8 +51,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), Failure> {
-    match command {
+fn run(command: Command) -> Result<ExitCode, Failure> {
+    let done = match command {
+        #[cfg(target_os = "linux")]
+        Command::RunNetns(args) => return netns::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bridge(args) => bridge::run(&args),
         Command::Serve(args) => serve::run(&args),
@@ -63,5 +67,6 @@ fn run(command: Command) -> Result<(), Failure> {
             report::print(&String::from_utf8_lossy(&script))
         }
         Command::Text(text) => report::print(&text),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }

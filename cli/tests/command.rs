@@ -25,6 +25,9 @@ mod manual;
 mod merging;
 #[path = "command/personality.rs"]
 mod personality;
+#[cfg(target_os = "linux")]
+#[path = "command/run_netns.rs"]
+mod run_netns;
 #[path = "command/serve.rs"]
 mod serve;
 #[path = "command/signals.rs"]

@@ -1,0 +1,184 @@
+//! `vmring run-netns`, as a user meets it.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use crate::{LIMIT, ended, text};
+
+/// The user that owns nothing.
+const NOBODY: u32 = 65_534;
+
+fn start(user: Option<u32>, arguments: &[&str]) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    command.arg("run-netns").args(arguments).current_dir("/");
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("the command starts")
+}
+
+/// Runs it, unless this machine lets no user make what it needs.
+fn run(user: Option<u32>, arguments: &[&str]) -> Option<Output> {
+    let output = ended(start(user, arguments), arguments);
+    let message = text(&output.stderr);
+    let obstacles = ["lets no user make", "/dev/net/tun failed", "detaching the mounts failed"];
+    if output.status.code() == Some(1) && obstacles.iter().any(|one| message.contains(one)) {
+        let name = std::thread::current().name().unwrap_or("test").to_owned();
+        eprintln!("skipped: {name}: {message}");
+        return None;
+    }
+    Some(output)
+}
+
+/// A user without privileges, if this process can become one and that user can run the command.
+fn nobody() -> Option<u32> {
+    let binary = env!("CARGO_BIN_EXE_vmring");
+    let mut command = Command::new(binary);
+    command.arg("--version").uid(NOBODY).gid(NOBODY).stdout(Stdio::null());
+    command.status().is_ok_and(|status| status.success()).then_some(NOBODY)
+}
+
+const LOOK: &str = "id -u; readlink /proc/self/ns/net; head -n 1 /etc/resolv.conf; \
+                    tail -n +3 /proc/net/dev | cut -d: -f1; tail -n +2 /proc/net/route";
+
+fn look(user: Option<u32>) {
+    let resolvers = std::fs::read("/etc/resolv.conf").ok();
+    let subnet = "10.77.0.1/24";
+    let Some(output) = run(user, &["--subnet", subnet, "--", "sh", "-c", LOOK]) else { return };
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    // The caller's own user, another network, and nothing in it but these.
+    let lines: Vec<&str> = out.lines().map(str::trim).collect();
+    let id = Command::new("id").arg("-u").output().expect("id runs");
+    let own = user.map_or_else(|| text(&id.stdout).trim().to_owned(), |user| user.to_string());
+    assert_eq!(lines[0], own);
+    let here = std::fs::read_link("/proc/self/ns/net").expect("this process has a namespace");
+    assert_ne!(lines[1], here.to_string_lossy());
+    let mut rest = lines[2..].to_vec();
+    if resolvers.is_some() {
+        assert_eq!(rest.remove(0), "nameserver 10.77.0.1");
+    }
+    let mut interfaces = rest[..2].to_vec();
+    interfaces.sort_unstable();
+    assert_eq!(interfaces, ["lo", "tap0"], "{out}");
+    // The default route by 10.77.0.1, and the subnet: numbers in the processor's order of bytes.
+    let number = |address: [u8; 4]| format!("{:08X}", u32::from_ne_bytes(address));
+    let routes = rest[2..].join("\n");
+    for column in [number([10, 77, 0, 1]), number([10, 77, 0, 0]), number([255, 255, 255, 0])] {
+        assert!(routes.contains(&column), "no {column} in {routes}");
+    }
+    // Outside nothing has changed.
+    assert_eq!(std::fs::read("/etc/resolv.conf").ok(), resolvers);
+}
+
+#[test]
+fn a_command_has_a_network_of_its_own() {
+    look(None);
+}
+
+#[test]
+fn a_user_without_privileges_can_have_one_too() {
+    match nobody() {
+        Some(user) => look(Some(user)),
+        None => eprintln!("skipped: this process cannot become another user"),
+    }
+}
+
+#[test]
+fn the_gateway_answers() {
+    if let Some(output) = run(nobody(), &["ping", "-c", "1", "-W", "20", "192.168.64.1"]) {
+        if output.status.code() == Some(127) {
+            return eprintln!("skipped: there is no ping here");
+        }
+        assert!(text(&output.stdout).contains(" 0% packet loss"), "{output:?}");
+    }
+}
+
+#[test]
+fn its_exit_code_is_the_commands() {
+    for (command, code) in [
+        (&["true"][..], 0),
+        (&["sh", "-c", "exit 7"], 7),
+        (&["sh", "-c", "kill -9 $$"], 128 + libc::SIGKILL),
+        (&["/etc"], 126),
+        (&["there-is-no-such-command"], 127),
+        // What follows the name is the command's, even if it looks like ours.
+        (
+            &[
+                "sh",
+                "-c",
+                "[ \"$*\" = '--offload none -- --mtu' ]",
+                "sh",
+                "--offload",
+                "none",
+                "--",
+                "--mtu",
+            ],
+            0,
+        ),
+    ] {
+        let arguments = [&["--"], command].concat();
+        let Some(output) = run(None, &arguments) else { return };
+        assert_eq!(output.status.code(), Some(code), "{command:?}: {output:?}");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    for (arguments, words) in [
+        (&["run-netns"][..], "<COMMAND>"),
+        (&["run-netns", "--mtu", "1000", "true"], "not in 1280 to 65521"),
+        (&["run-netns", "--subnet", "8.8.8.1/24", "true"], "private"),
+    ] {
+        let output = crate::vmring(arguments);
+        let message = text(&output.stderr);
+        let is_possible =
+            !message.contains("lets no user make") && !message.contains("/dev/net/tun");
+        if !is_possible {
+            eprintln!("skipped: {message}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        assert!(message.contains(words), "no {words} in {message}");
+    }
+}
+
+/// Starts a command that says when it runs, unless this machine lets nobody do so.
+fn sleeper() -> Option<(Child, u32)> {
+    run(None, &["true"])?;
+    let mut child = start(None, &["sh", "-c", "echo $$; exec sleep 600"]);
+    let mut line = String::new();
+    let stdout = child.stdout.as_mut().expect("piped");
+    BufReader::new(stdout).read_line(&mut line).expect("it says its number");
+    Some((child, line.trim().parse().expect("a number")))
+}
+
+fn signal(process: u32, number: libc::c_int) {
+    // SAFETY: the call takes numbers.
+    assert_eq!(unsafe { libc::kill(process as libc::pid_t, number) }, 0, "it is there");
+}
+
+#[test]
+fn a_request_to_end_reaches_the_command() {
+    let Some((child, _)) = sleeper() else { return };
+    signal(child.id(), libc::SIGTERM);
+    let output = ended(child, &["sleep"]);
+    assert_eq!(output.status.code(), Some(128 + libc::SIGTERM), "{output:?}");
+}
+
+#[test]
+fn the_command_ends_with_its_network() {
+    let Some((child, command)) = sleeper() else { return };
+    signal(child.id(), libc::SIGKILL);
+    assert_eq!(ended(child, &["sleep"]).status.signal(), Some(libc::SIGKILL));
+    let (start, its) = (Instant::now(), format!("/proc/{command}/stat"));
+    // A process that has ended may wait for somebody to look at its end.
+    let is_there = || std::fs::read_to_string(&its).is_ok_and(|stat| !stat.contains(") Z "));
+    while is_there() {
+        assert!(start.elapsed() < LIMIT, "the command is still there");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
