@@ -141,7 +141,7 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
     let address = Ipv4Addr::from(u32::from(range.start) + 1);
     let settings = Settings { address, mask: range.mask, gateway: range.start };
     let bridge =
-        Bridge::new([tap, network], InSoftware::Nothing, DEPTH).map_err(Failure::starting)?;
+        Bridge::new([tap, network], [InSoftware::Nothing; 2], DEPTH).map_err(Failure::starting)?;
     Ok((bridge, settings))
 }
 

@@ -33,9 +33,13 @@ pub(crate) struct Bridge {
 }
 
 impl Bridge {
-    /// Joins the ends, with up to `depth` packets in flight in each direction. If that fails, no
-    /// new file is left behind.
-    pub(crate) fn new(ends: [End; 2], software: InSoftware, depth: u32) -> Result<Self, Error> {
+    /// Joins the ends, with up to `depth` packets in flight in each direction. What is done for an end
+    /// is at its place in `software`. If the ends cannot be joined, no new file is left behind.
+    pub(crate) fn new(
+        ends: [End; 2],
+        software: [InSoftware; 2],
+        depth: u32,
+    ) -> Result<Self, Error> {
         let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
         let (rings, directions) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
@@ -47,7 +51,7 @@ impl Bridge {
 
     fn join(
         interfaces: [&Interface; 2],
-        software: InSoftware,
+        software: [InSoftware; 2],
         depth: u32,
     ) -> Result<([Ring; 2], [BridgeDirection; 2]), Error> {
         let caps = interfaces.map(Interface::capabilities);
@@ -58,10 +62,13 @@ impl Bridge {
         let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
         let headroom = headroom.max(most(|caps| caps.headroom) as usize);
         let reads = depth as usize;
-        let cuts = software != InSoftware::Nothing && caps[0].offloads != caps[1].offloads;
-        let segments = if cuts { reads } else { 0 };
-        let merged = if software == InSoftware::CutAndMerge { FLOWS_MERGED } else { 0 };
-        let frames = 2 * (2 * reads + segments + merged);
+        let differ = caps[0].offloads != caps[1].offloads;
+        let segments =
+            software.map(|work| if differ && work != InSoftware::Nothing { reads } else { 0 });
+        let merged =
+            software.map(|work| if work == InSoftware::CutAndMerge { FLOWS_MERGED } else { 0 });
+        let of_both = |n: [usize; 2]| n[0] + n[1];
+        let frames = 4 * reads + of_both(segments) + of_both(merged);
         let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
         // Both rings are on this thread: a frame that one has read is still in the cache when the
         // other writes it.
@@ -72,6 +79,7 @@ impl Bridge {
         let rings = [ring(0)?, ring(1)?];
         let direction = |to: usize| {
             let to_tap = interfaces[to].device_name() == "tap";
+            let (software, segments, merged) = (software[to], segments[to], merged[to]);
             BridgeDirection::new(&caps[to], to_tap, software, &pool, reads, segments, merged)
         };
         Ok((rings, [direction(1), direction(0)]))

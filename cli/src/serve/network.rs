@@ -223,7 +223,10 @@ impl Network {
         let ends = [outer, End::of("the guests", uplink)];
         let large = offloads.tso4 || offloads.tso6 || offloads.uso;
         let depth = if large { DEPTH_OF_LARGE } else { DEPTH };
-        let bridge = Bridge::new(ends, InSoftware::Nothing, depth).map_err(failed)?;
+        // A guest that sends no large packets costs the kernel less if its packets are merged. What
+        // comes from there is large already, or is alone.
+        let software = [InSoftware::CutAndMerge, InSoftware::Nothing];
+        let bridge = Bridge::new(ends, software, depth).map_err(failed)?;
         let stop = Stop::new()?;
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
@@ -341,7 +344,7 @@ impl Network {
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
         let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { self.link_depth };
-        Bridge::new(ends, software, depth).map_err(failed)
+        Bridge::new(ends, [software; 2], depth).map_err(failed)
     }
 
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected
