@@ -202,11 +202,14 @@ pub(super) fn send(
     for ((header, control), outgoing) in headers.iter_mut().zip(&mut controls).zip(batch) {
         describe(&mut header.msg_hdr, control, name.as_ref(), from, outgoing);
     }
+    // musl's function of this name makes one call for each message, for kernels that read the padding of a
+    // header. Here it is zero.
     // SAFETY: the first `count` headers name `name`, `controls` and the slices of `batch`, which live
     // until the call returns.
     retry(|| unsafe {
-        let sent = libc::sendmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count as _, flags as _);
-        sent as isize
+        let count = count as libc::c_uint;
+        libc::syscall(libc::SYS_sendmmsg, socket.as_raw_fd(), headers.as_mut_ptr(), count, flags)
+            as isize
     })
 }
 
