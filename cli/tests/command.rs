@@ -21,6 +21,9 @@ mod ends;
 #[path = "command/manual.rs"]
 mod manual;
 #[cfg(target_os = "linux")]
+#[path = "command/host.rs"]
+mod host;
+#[cfg(target_os = "linux")]
 #[path = "command/merging.rs"]
 mod merging;
 #[path = "command/personality.rs"]

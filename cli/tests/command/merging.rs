@@ -6,11 +6,11 @@ use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
-use std::sync::mpsc::{Receiver, Sender, channel};
 
 use sha2::{Digest as _, Sha256};
 
 use super::*;
+use crate::host::{Host, ip};
 use crate::tap::is_possible;
 
 /// The addresses of both ends.
@@ -23,48 +23,6 @@ const BURST: u32 = 40;
 const BURSTS: u32 = 20;
 /// The payload of a datagram.
 const DATAGRAM: usize = 1000;
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// A network namespace, and a thread that runs jobs in it.
-struct Host {
-    jobs: Sender<Job>,
-    namespace: String,
-}
-
-impl Host {
-    fn new() -> Self {
-        let (jobs, todo) = channel::<Job>();
-        let (tell, told) = channel();
-        thread::spawn(move || {
-            // SAFETY: the argument is a plain number. The call only concerns this thread and what it
-            // starts.
-            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
-            // SAFETY: the call has no argument and cannot fail.
-            let thread = unsafe { libc::gettid() };
-            tell.send(format!("/proc/{}/task/{thread}/ns/net", std::process::id())).unwrap();
-            todo.iter().for_each(|job| job());
-        });
-        Self { jobs, namespace: told.recv_timeout(LIMIT).unwrap() }
-    }
-
-    /// Starts a job, whose result arrives later.
-    fn start<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
-        let (tell, told) = channel();
-        let job = move || drop(tell.send(job()));
-        self.jobs.send(Box::new(job)).unwrap();
-        told
-    }
-
-    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
-        self.start(job).recv_timeout(LIMIT).expect("it ends in time")
-    }
-}
-
-fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split(' ')).output().expect("ip runs");
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// Bytes that no two places of a stream have alike.
 fn content() -> impl Iterator<Item = u8> {
@@ -101,7 +59,7 @@ impl Joined {
         let hosts = [Host::new(), Host::new()];
         let middle = Host::new();
         let has_v6 = Path::new("/proc/net/if_inet6").exists();
-        let namespace = File::open(&middle.namespace).unwrap();
+        let namespace = File::open(middle.namespace()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
         command.args(["bridge", "tap:left", "tap:right", "--json"]).args(arguments);
         // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory. The child moves to
@@ -116,7 +74,7 @@ impl Joined {
         let bridge = command.spawn().expect("the command starts");
         let ids = hosts.each_ref().map(|host| {
             // /proc/PID/task/TID/ns/net: `ip` takes the number of a thread, too.
-            host.namespace.split('/').nth(4).unwrap().to_owned()
+            host.namespace().split('/').nth(4).unwrap().to_owned()
         });
         middle.run(move || {
             let start = Instant::now();

@@ -1,0 +1,58 @@
+//! Hosts of their own: network namespaces, with the kernel's own TCP and UDP.
+
+use std::process::Command;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+
+use crate::LIMIT;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A network namespace, and a thread that runs jobs in it.
+pub(crate) struct Host {
+    jobs: Sender<Job>,
+    namespace: String,
+}
+
+impl Host {
+    pub(crate) fn new() -> Self {
+        let (jobs, todo) = channel::<Job>();
+        let (tell, told) = channel();
+        thread::spawn(move || {
+            // SAFETY: the argument is a plain number. The call only concerns this thread and what it
+            // starts.
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0);
+            // SAFETY: the call has no argument and cannot fail.
+            let thread = unsafe { libc::gettid() };
+            tell.send(format!("/proc/{}/task/{thread}/ns/net", std::process::id())).unwrap();
+            todo.iter().for_each(|job| job());
+        });
+        Self { jobs, namespace: told.recv_timeout(LIMIT).unwrap() }
+    }
+
+    /// The path of its namespace.
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Starts a job, whose result arrives later.
+    pub(crate) fn start<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Receiver<T> {
+        let (tell, told) = channel();
+        let job = move || drop(tell.send(job()));
+        self.jobs.send(Box::new(job)).unwrap();
+        told
+    }
+
+    pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        self.start(job).recv_timeout(LIMIT).expect("it ends in time")
+    }
+}
+
+/// Runs ip(8), in the namespace of this thread.
+pub(crate) fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().expect("ip runs");
+    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+}
