@@ -14,6 +14,7 @@ use crate::bridge::spec::{Offload, Spec, WhichEnd};
 use crate::device::{DeviceName, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
+use crate::nat::NatArgs;
 use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
 use crate::serve::metrics::MetricsSpec;
 use crate::serve::spec::{ConnectSpec, ListenSpec, MacRule, NetworkSettings, NetworkSpec};
@@ -216,6 +217,8 @@ pub(crate) struct BridgeArgs {
     pub(crate) seconds: Option<u64>,
     #[command(flatten)]
     pub(crate) dhcp: DhcpArgs,
+    #[command(flatten)]
+    pub(crate) nat: NatArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,
@@ -246,6 +249,8 @@ pub(crate) struct RunNetnsArgs {
     /// The gateway's address and the subnet [default: 192.168.64.1/24]
     #[arg(long, value_name = "GATEWAY/BITS")]
     pub(crate) subnet: Option<Ipv4Range>,
+    #[command(flatten)]
+    pub(crate) nat: NatArgs,
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
@@ -388,6 +393,8 @@ pub(crate) struct ServeArgs {
     pub(crate) seconds: Option<u64>,
     #[command(flatten)]
     pub(crate) dhcp: DhcpArgs,
+    #[command(flatten)]
+    pub(crate) nat: NatArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,

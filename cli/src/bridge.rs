@@ -21,7 +21,7 @@ use crate::system;
 
 use forwarding::Bridge;
 use limits::TICK;
-use spec::{InSoftware, Offload, Spec};
+use spec::{InSoftware, NetworkArgs, Offload, Spec};
 use summary::Summary;
 
 pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
@@ -31,7 +31,9 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
     #[cfg(target_os = "linux")]
     let specs = specs.map(|spec| spec.driven_by(args.engine));
     args.dhcp.check(specs.iter().filter(|spec| spec.has_dhcp()).count())?;
-    let ends = spec::start(specs.each_ref(), args.offload, args.plain, args.mtu, &args.dhcp)?;
+    args.nat.check(specs.iter().filter(|spec| spec.is_embedded()).count())?;
+    let settings = NetworkArgs { dhcp: &args.dhcp, nat: &args.nat };
+    let ends = spec::start(specs.each_ref(), args.offload, args.plain, args.mtu, settings)?;
     let software = match args.offload {
         Offload::Software if args.no_merge => InSoftware::Cut,
         Offload::Software => InSoftware::CutAndMerge,

@@ -12,9 +12,10 @@ mod dhcp;
 mod failure;
 mod info;
 mod manual;
-mod personality;
+mod nat;
 #[cfg(target_os = "linux")]
 mod netns;
+mod personality;
 mod probe;
 mod progress;
 mod recording;

@@ -130,7 +130,7 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
         })?;
         start("the TAP", builder(offloads).device(Tap::from_fd(fd)))
     })?;
-    let driver = Embedded::network("run-netns").overflow(QUEUE);
+    let driver = args.nat.embedded(Embedded::network("run-netns").overflow(QUEUE));
     let shared = builder(tap.offloads()).mode(Mode::Shared).device(driver);
     let shared = match args.subnet {
         Some(range) => shared.ipv4(range),

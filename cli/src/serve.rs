@@ -16,6 +16,7 @@ pub(crate) mod counts;
 mod exposition;
 mod folder;
 mod identity;
+mod kept;
 mod links;
 mod listen;
 pub(crate) mod metrics;
@@ -50,6 +51,7 @@ use crate::system;
 use confine::{Confinement, Needs, folder};
 use folder::{answers_of, place_of};
 use identity::{Identity, Wish};
+use kept::Kept;
 use limits::{FILES, FILES_PER_DEVICE, FILES_PER_PAIR, FILES_PER_WIRE, SEATS_MAX};
 use listen::{Listening, Passed};
 use metrics::{Metrics, MetricsSpec};
@@ -73,6 +75,7 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
         return print_json(&Capabilities { kind: "net", features: [] });
     };
     args.dhcp.check(usize::from(wanted.has_dhcp()))?;
+    args.nat.check(usize::from(wanted.is_embedded()))?;
     // Inherited descriptors come before any that this process opens.
     let mut ready = Readiness::from_environment(args.ready_fd)?;
     let passed = Passed::from_environment()?;
@@ -105,7 +108,7 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
     // It looks at the host's rules, which a confined process cannot see.
     let obstacle = privileged.as_ref().and_then(|_| wanted.obstacle());
     if let Some(identity) = identity.as_ref().filter(|_| !keeps_privileges(args, wanted)) {
-        identity.assume(needs.hosts_end)?;
+        identity.assume(needs.kept)?;
         teller.tell(&identity.event())?;
     }
     if !args.no_sandbox {
@@ -319,7 +322,10 @@ fn needs(
         terminal,
         tap: network.is_tap(),
         io_uring: network.is_tap() && io_uring,
-        hosts_end: network.changes_host(),
+        nat: network.is_embedded()
+            && !args.nat.no_nat
+            && args.settings.mode == vmring::Mode::Shared,
+        kept: Kept { hosts_end: network.changes_host(), low_ports: args.nat.has_low_port() },
         simulated: network.is_simulated(),
         sockets: own_paths.map(|path| folder(path).to_owned()).collect(),
         leases: args.dhcp.lease_file.as_deref().map(|file| folder(file).to_owned()),

@@ -18,11 +18,11 @@ mod completions;
 mod dhcp;
 #[path = "command/ends.rs"]
 mod ends;
-#[path = "command/manual.rs"]
-mod manual;
 #[cfg(target_os = "linux")]
 #[path = "command/host.rs"]
 mod host;
+#[path = "command/manual.rs"]
+mod manual;
 #[cfg(target_os = "linux")]
 #[path = "command/merging.rs"]
 mod merging;

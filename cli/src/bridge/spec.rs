@@ -14,6 +14,7 @@ use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
+use crate::nat::NatArgs;
 use crate::recording::{Recording, is_same_file, why};
 #[cfg(target_os = "linux")]
 use crate::tap::KernelDrops;
@@ -35,6 +36,13 @@ pub(crate) enum Spec {
     Pcap(PathBuf),
     /// Records the packets that are written.
     Capture(PathBuf),
+}
+
+/// What a network of an end is set to, as far as it is ours.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NetworkArgs<'a> {
+    pub(crate) dhcp: &'a DhcpArgs,
+    pub(crate) nat: &'a NatArgs,
 }
 
 /// What the ends of a bridge do about checksums and segmentation.
@@ -255,6 +263,11 @@ impl Spec {
         }
     }
 
+    /// Whether the end is an embedded network.
+    pub(crate) fn is_embedded(&self) -> bool {
+        matches!(self, Spec::Embedded { .. })
+    }
+
     /// Whether the end has a DHCP server of ours.
     pub(crate) fn has_dhcp(&self) -> bool {
         match self {
@@ -269,7 +282,7 @@ impl Spec {
         &self,
         offloads: Offloads,
         mtu: Option<u32>,
-        dhcp: &DhcpArgs,
+        settings: NetworkArgs<'_>,
     ) -> Result<End, Failure> {
         let builder = || {
             let builder = Interface::builder().offloads(offloads);
@@ -286,7 +299,8 @@ impl Spec {
                     Some(range) => builder().ipv4(*range),
                     None => builder(),
                 };
-                let driver = dhcp.embedded(Embedded::network(network).overflow(QUEUE));
+                let driver = Embedded::network(network).overflow(QUEUE);
+                let driver = settings.nat.embedded(settings.dhcp.embedded(driver));
                 let interface = started(builder.device(driver))?;
                 Ok(End::of(&name, interface))
             }
@@ -294,7 +308,7 @@ impl Spec {
             Spec::Tap { name: tap, mode, subnet, engine } => {
                 // Without a mode the administrator sets up the host's end.
                 let driver = vmring::Tap::named(tap).configure(mode.is_some()).engine(*engine);
-                let driver = dhcp.tap(driver);
+                let driver = settings.dhcp.tap(driver);
                 let builder = match mode {
                     Some(mode) => builder().mode(mode.clone()),
                     None => builder(),
@@ -412,7 +426,7 @@ pub(crate) fn start(
     offload: Offload,
     plain: Option<WhichEnd>,
     mtu: Option<u32>,
-    dhcp: &DhcpArgs,
+    settings: NetworkArgs<'_>,
 ) -> Result<[End; 2], Failure> {
     // A capture is started last, so that its file is only touched if all else has started.
     let order = if matches!(specs[0], Spec::Capture(_)) { [1, 0] } else { [0, 1] };
@@ -424,11 +438,11 @@ pub(crate) fn start(
         _ => Offloads::default(),
     };
     let start =
-        |i: usize| start_with_most(wanted(i), |offloads| specs[i].start(offloads, mtu, dhcp));
+        |i: usize| start_with_most(wanted(i), |offloads| specs[i].start(offloads, mtu, settings));
     let (one, other) = (start(order[0])?, start(order[1])?);
     let ends = if order == [0, 1] { [one, other] } else { [other, one] };
     if software {
         return Ok(ends);
     }
-    start_alike(ends, |i, offloads| specs[i].start(offloads, mtu, dhcp))
+    start_alike(ends, |i, offloads| specs[i].start(offloads, mtu, settings))
 }

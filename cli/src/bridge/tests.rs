@@ -1,12 +1,13 @@
 use super::*;
 use crate::dhcp::DhcpArgs;
+use crate::nat::NatArgs;
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::{self, JoinHandle};
 
 use smoltcp::phy::ChecksumCapabilities;
@@ -68,6 +69,13 @@ impl Running {
     }
 }
 
+/// Networks as they are without an option.
+fn defaults() -> NetworkArgs<'static> {
+    static DHCP: LazyLock<DhcpArgs> = LazyLock::new(DhcpArgs::default);
+    static NAT: LazyLock<NatArgs> = LazyLock::new(NatArgs::default);
+    NetworkArgs { dhcp: &DHCP, nat: &NAT }
+}
+
 /// A guest on a network, and its reports.
 struct GuestSide {
     guest: Guest,
@@ -113,8 +121,7 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     let subnets = ["192.168.64.1/24", "192.168.64.100/24"];
     let specs = [0, 1].map(|i| spec(&format!("embedded:{},{}", networks[i], subnets[i])));
     let ends =
-        spec::start([&specs[0], &specs[1]], Offload::Common, None, None, &DhcpArgs::default())
-            .unwrap();
+        spec::start([&specs[0], &specs[1]], Offload::Common, None, None, defaults()).unwrap();
     let sides = [0, 1].map(|i| GuestSide::join(&networks[i], subnets[i]));
     let leases = sides.each_ref().map(GuestSide::lease);
     let addresses = leases.map(|lease| lease.address.address());
@@ -711,7 +718,7 @@ fn count_at(end: &crate::bridge::summary::EndSummary, why: &str) -> Option<u64> 
 fn what_a_file_does_not_deliver_and_does_not_take_is_counted() {
     let path = pcap("file", 100);
     let file = Spec::Pcap(path.clone());
-    let start = || file.start(Offloads::default(), None, &DhcpArgs::default()).unwrap();
+    let start = || file.start(Offloads::default(), None, defaults()).unwrap();
     // Its packets go into an end that takes none: most are not replayed.
     let to = Wire::default().that(Behaviour::Keeps);
     let running = Running::start([start(), to.end("other")], false, 4);
@@ -741,8 +748,7 @@ fn what_the_kernel_drops_before_a_tap_is_counted() {
     use std::net::UdpSocket;
 
     let counted = crate::tap::in_namespace(|| {
-        let end =
-            spec("tap:vmrfull,host").start(Offloads::default(), None, &DhcpArgs::default())?;
+        let end = spec("tap:vmrfull,host").start(Offloads::default(), None, defaults())?;
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.set_broadcast(true).unwrap();
         let to = Wire::default().that(Behaviour::Keeps);
@@ -959,8 +965,7 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
     let host = format!("{VMNET}:host");
     let offloads = |b: &str, software| {
         let offload = if software { Offload::Software } else { Offload::Common };
-        let ends = spec::start([&spec(VMNET), &spec(b)], offload, None, None, &DhcpArgs::default())
-            .unwrap();
+        let ends = spec::start([&spec(VMNET), &spec(b)], offload, None, None, defaults()).unwrap();
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()))
     };
     let none: Vec<&str> = Vec::new();
@@ -977,8 +982,7 @@ fn both_ends_start_with_what_both_do_or_each_with_its_own() {
 fn one_end_can_be_told_to_offload_nothing() {
     let specs = [spec(&format!("{VMNET}:host")), spec(&format!("{VMNET}:shared"))];
     let names = |offload, plain| {
-        let ends = spec::start([&specs[0], &specs[1]], offload, plain, None, &DhcpArgs::default())
-            .unwrap();
+        let ends = spec::start([&specs[0], &specs[1]], offload, plain, None, defaults()).unwrap();
         ends.each_ref().map(|end| crate::report::offload_names(end.offloads()).len())
     };
     assert_eq!(names(Offload::Software, None), [4, 4]);
@@ -998,8 +1002,7 @@ fn speed() {
         let networks = ["speed one", "speed two"];
         let specs = networks.map(|network| spec(&format!("embedded:{network}")));
         let ends =
-            spec::start([&specs[0], &specs[1]], Offload::Common, None, None, &DhcpArgs::default())
-                .unwrap();
+            spec::start([&specs[0], &specs[1]], Offload::Common, None, None, defaults()).unwrap();
         let interfaces = networks.map(|name| {
             let driver = Embedded::network(name).overflow(QUEUE);
             Interface::builder().device(driver).start().unwrap()

@@ -27,6 +27,8 @@ pub(crate) enum When {
     HostsEnd,
     /// It moves frames of the simulated vmnet.
     Simulated,
+    /// It translates for guests of an embedded network.
+    Nat,
 }
 
 /// Which arguments a call may have. The first argument has the number 0.
@@ -186,6 +188,18 @@ pub(crate) const CALLS: &[Call] = calls! {
     // What is at the path of a peer.
     #[cfg(all(target_arch = "x86_64", target_env = "musl"))]
     SYS_stat: Wires, Only::Any;
+    // The sockets of guests' flows, and a look at the host's own addresses.
+    SYS_socket: Nat, Only::OneOf {
+        argument: 0,
+        values: &[libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32],
+    };
+    SYS_bind: Nat, Only::Any;
+    SYS_connect: Nat, Only::Any;
+    SYS_setsockopt: Nat, Only::Any;
+    SYS_sendmsg: Nat, Only::Any;
+    SYS_recvmmsg: Nat, Only::Any;
+    SYS_sendmmsg: Nat, Only::Any;
+    SYS_shutdown: Nat, Only::Any;
     // The width of the terminal, and whether it is one.
     SYS_ioctl: Terminal, Only::OneOf {
         argument: 1,

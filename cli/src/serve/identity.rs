@@ -9,6 +9,7 @@ use nix::unistd::{Gid, Group, Uid, User, getegid, geteuid, setegid, seteuid, set
 
 use super::teller::Event;
 use crate::failure::Failure;
+use crate::serve::kept::Kept;
 
 /// A user and a group that the server becomes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,10 +88,10 @@ impl Identity {
         })
     }
 
-    /// Becomes the user for good, in no other group. No other thread runs. If the server puts the host's
-    /// end of a TAP back, it keeps the capability to do so (Linux).
-    pub(super) fn assume(&self, hosts_end: bool) -> Result<(), Failure> {
-        self.become_user(hosts_end).map_err(|error| self.failed(error))
+    /// Becomes the user for good, in no other group. No other thread runs. It keeps the
+    /// capabilities for `kept` (Linux).
+    pub(super) fn assume(&self, kept: Kept) -> Result<(), Failure> {
+        self.become_user(kept).map_err(|error| self.failed(error))
     }
 
     /// What is said when the process has become the user.
@@ -98,16 +99,16 @@ impl Identity {
         Event::Became { uid: self.uid.as_raw(), gid: self.gid.as_raw() }
     }
 
-    fn become_user(&self, hosts_end: bool) -> io::Result<()> {
+    fn become_user(&self, kept: Kept) -> io::Result<()> {
         let group = self.gid.as_raw();
-        keep::prepare(hosts_end)?;
+        keep::prepare(kept)?;
         // SAFETY: the pointer is to one number, which lives until the call returns.
         if unsafe { libc::setgroups(1, &group) } < 0 {
             return Err(io::Error::last_os_error());
         }
         setgid(self.gid)?;
         setuid(self.uid)?;
-        keep::restrict(hosts_end)
+        keep::restrict(kept)
     }
 
     fn failed(&self, error: io::Error) -> Failure {
@@ -153,14 +154,16 @@ fn group_of(name: &str) -> Result<Gid, Failure> {
 mod keep {
     use std::io;
 
-    use caps::{CapSet, Capability, CapsHashSet};
+    use caps::{CapSet, CapsHashSet};
+
+    use crate::serve::kept::Kept;
 
     /// No program that is executed gets a capability. Those of this process stay permitted over the change
     /// of user, if they are needed.
-    pub(super) fn prepare(hosts_end: bool) -> io::Result<()> {
+    pub(super) fn prepare(kept: Kept) -> io::Result<()> {
         // Without the right to do so the process has few capabilities, and the change of user takes them.
         let _ = caps::clear(None, CapSet::Bounding);
-        if !hosts_end {
+        if !kept.is_any() {
             return Ok(());
         }
         // SAFETY: the call takes numbers only.
@@ -170,15 +173,15 @@ mod keep {
         }
     }
 
-    /// Keeps the one that is needed, if it was there.
-    pub(super) fn restrict(hosts_end: bool) -> io::Result<()> {
-        if !hosts_end {
+    /// Keeps those that are needed, if they were there.
+    pub(super) fn restrict(kept: Kept) -> io::Result<()> {
+        if !kept.is_any() {
             return Ok(());
         }
         let wrong = |error: caps::errors::CapsError| io::Error::other(error.to_string());
-        let has =
-            caps::has_cap(None, CapSet::Permitted, Capability::CAP_NET_ADMIN).map_err(wrong)?;
-        let kept: CapsHashSet = has.then_some(Capability::CAP_NET_ADMIN).into_iter().collect();
+        let had = caps::read(None, CapSet::Permitted).map_err(wrong)?;
+        let needed = kept.capabilities().map(|(one, _)| one);
+        let kept: CapsHashSet = needed.filter(|one| had.contains(one)).collect();
         caps::set(None, CapSet::Effective, &kept).map_err(wrong)?;
         caps::set(None, CapSet::Permitted, &kept).map_err(wrong)
     }
@@ -189,11 +192,13 @@ mod keep {
 mod keep {
     use std::io;
 
-    pub(super) fn prepare(_: bool) -> io::Result<()> {
+    use crate::serve::kept::Kept;
+
+    pub(super) fn prepare(_: Kept) -> io::Result<()> {
         Ok(())
     }
 
-    pub(super) fn restrict(_: bool) -> io::Result<()> {
+    pub(super) fn restrict(_: Kept) -> io::Result<()> {
         Ok(())
     }
 }

@@ -21,7 +21,7 @@ use super::spec::{ListenSpec, MacRule, NetworkSpec};
 use super::teller::NetworkFacts;
 use crate::args::ServeArgs;
 use crate::bridge::forwarding::Bridge;
-use crate::bridge::spec::{End, InSoftware, Spec, start_with_most};
+use crate::bridge::spec::{End, InSoftware, NetworkArgs, Spec, start_with_most};
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
 use crate::recording::Recording;
@@ -148,6 +148,7 @@ impl Network {
         };
         if let (Spec::Embedded { network, subnet }, false) = (&spec.0, args.per_client) {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
+            let driver = args.nat.embedded(driver);
             let (mode, mac) = (args.settings.mode.clone(), args.settings.guest_mac);
             let ports = Ports { driver, mode, mac, subnet: *subnet, mtu: args.mtu };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
@@ -194,6 +195,7 @@ impl Network {
         let outer = spec.0.clone().driven_by(args.engine);
         #[cfg(not(target_os = "linux"))]
         let outer = spec.0.clone();
+        let settings = NetworkArgs { dhcp: &args.dhcp, nat: &args.nat };
         let outer = start_with_most(wanted, |offloads| match &outer {
             Spec::Vmnet(mode) => {
                 let builder = Interface::builder().offloads(offloads);
@@ -204,7 +206,7 @@ impl Network {
                 let interface = args.settings.vmnet(mode, builder).map_err(failed)?;
                 Ok(End::of(&name, interface))
             }
-            outer => outer.start(offloads, args.mtu, &args.dhcp),
+            outer => outer.start(offloads, args.mtu, settings),
         })?;
         let mut facts = Self::facts_of(&outer.interface, args);
         if matches!(spec.0, Spec::Vmnet(_)) {

@@ -7,9 +7,10 @@ use vmring::{Error, Interface, InterfaceBuilder, Mode, Vmnet};
 use super::limits::STOP_TIMEOUT;
 use super::spec::{ListenSpec, MacRule};
 use super::teller::NetworkFacts;
-use crate::bridge::spec::{End, Spec, start_with_most};
+use crate::bridge::spec::{End, NetworkArgs, Spec, start_with_most};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
+use crate::nat::NatArgs;
 use crate::recording::Recording;
 
 /// How the interfaces of guests are started. Each is started when its guest connects, and stopped when
@@ -35,7 +36,9 @@ impl OwnInterfaces {
                 "{network} is one network for all guests, and --per-client is for vmnet; leave it out"
             )));
         };
-        let start = |offloads| network.start(offloads, mtu, &DhcpArgs::default());
+        let (dhcp, nat) = (DhcpArgs::default(), NatArgs::default());
+        let settings = NetworkArgs { dhcp: &dhcp, nat: &nat };
+        let start = |offloads| network.start(offloads, mtu, settings);
         let End { interface, .. } = start_with_most(wanted, start)?;
         let offloads = interface.capabilities().offloads;
         let facts = NetworkFacts::of(&interface);

@@ -35,6 +35,9 @@ mod tap;
 #[cfg(target_os = "linux")]
 #[path = "serve/unit.rs"]
 mod unit;
+#[cfg(target_os = "linux")]
+#[path = "serve/way_out.rs"]
+mod way_out;
 #[path = "serve/wires.rs"]
 pub(super) mod wires;
 

@@ -52,9 +52,12 @@ fn no_new_privileges() -> Result<String, String> {
 }
 
 fn drop_capabilities(needs: &Needs) -> Result<String, String> {
-    let mut kept = CapsHashSet::new();
-    if needs.hosts_end && has(Capability::CAP_NET_ADMIN)? {
-        kept.insert(Capability::CAP_NET_ADMIN);
+    let (mut kept, mut reasons) = (CapsHashSet::new(), Vec::new());
+    for (one, why) in needs.kept.capabilities() {
+        if has(one)? {
+            kept.insert(one);
+            reasons.push(format!("{one} {why}"));
+        }
     }
     // Only who may lower the bounding set can have more than its other sets. It limits what a program
     // that is executed gains, and `no_new_privs` does so too.
@@ -69,9 +72,9 @@ fn drop_capabilities(needs: &Needs) -> Result<String, String> {
     {
         caps::set(None, set, kept).map_err(|error| error.to_string())?;
     }
-    Ok(match kept.is_empty() {
+    Ok(match reasons.is_empty() {
         true => "none".to_owned(),
-        false => "CAP_NET_ADMIN alone, to put the host's end of the TAP back".to_owned(),
+        false => format!("none but {}", reasons.join(", ")),
     })
 }
 
@@ -89,11 +92,11 @@ fn restrict_files(needs: &Needs) -> Result<String, String> {
         | AccessFs::ReadDir;
     let folders: Vec<_> = folders.chain(needs.leases.iter().map(|path| (path, leases))).collect();
     let restricted = || -> Result<RulesetStatus, RulesetError> {
-        let mut rules = Ruleset::default()
-            .handle_access(AccessFs::from_all(ABI::V5))?
-            .handle_access(AccessNet::from_all(ABI::V4))?
-            .scope(Scope::from_all(ABI::V6))?
-            .create()?;
+        let mut rules = Ruleset::default().handle_access(AccessFs::from_all(ABI::V5))?;
+        if !needs.nat {
+            rules = rules.handle_access(AccessNet::from_all(ABI::V4))?;
+        }
+        let mut rules = rules.scope(Scope::from_all(ABI::V6))?.create()?;
         for (folder, access) in &folders {
             // A folder that cannot be opened is not reached, and the socket's file is left over.
             if let Ok(folder) = PathFd::new(folder) {
@@ -102,14 +105,18 @@ fn restrict_files(needs: &Needs) -> Result<String, String> {
         }
         Ok(rules.restrict_self()?.ruleset)
     };
-    let what = match (needs.sockets.is_empty(), needs.leases.is_some()) {
+    let files = match (needs.sockets.is_empty(), needs.leases.is_some()) {
         (true, false) => "nothing can be reached",
         (false, false) => "only its sockets can be removed",
         (_, true) => "only the folder of the leases can be written, and its sockets removed",
     };
+    let what = match needs.nat {
+        true => format!("{files}; the network is reached for guests"),
+        false => files.to_owned(),
+    };
     match restricted().map_err(|error| error.to_string())? {
         RulesetStatus::NotEnforced => Err("the kernel has no Landlock".to_owned()),
-        RulesetStatus::FullyEnforced => Ok(what.to_owned()),
+        RulesetStatus::FullyEnforced => Ok(what),
         RulesetStatus::PartiallyEnforced => {
             Ok(format!("{what}, as far as this kernel's Landlock goes"))
         }
@@ -159,7 +166,8 @@ fn is_needed(when: When, needs: &Needs) -> bool {
         When::LeaseFile => needs.leases.is_some(),
         When::Tap => needs.tap,
         When::IoUring => needs.io_uring,
-        When::HostsEnd => needs.hosts_end,
+        When::HostsEnd => needs.kept.hosts_end,
+        When::Nat => needs.nat,
         When::Simulated => needs.simulated,
     }
 }
@@ -310,6 +318,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
 
     use super::*;
+    use crate::serve::kept::Kept;
 
     #[test]
     fn a_line_is_put_together() {
@@ -435,14 +444,15 @@ mod tests {
     /// more than 4096 instructions, and no call twice.
     #[test]
     fn every_list_makes_a_filter() {
-        for bits in 0..256_u32 {
+        for bits in 0..512_u32 {
             let bit = |n: u32| bits & (1 << n) != 0;
             let needs = Needs {
                 client: bit(0),
                 terminal: bit(1),
                 tap: bit(2),
                 io_uring: bit(3),
-                hosts_end: bit(4),
+                kept: Kept { hosts_end: bit(4), low_ports: false },
+                nat: bit(8),
                 simulated: bit(6),
                 wires: bit(7),
                 leases: bit(5).then(|| "/".into()),

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::serve::kept::Kept;
+
 /// What the server still needs after its set-up.
 #[derive(Clone, Debug, Default)]
 // Elsewhere nothing is confined, and nobody asks.
@@ -21,8 +23,10 @@ pub(crate) struct Needs {
     /// It moves frames of a TAP; by io_uring, if this says so.
     pub(crate) tap: bool,
     pub(crate) io_uring: bool,
-    /// It has changed the host's end of a TAP, and puts it back.
-    pub(crate) hosts_end: bool,
+    /// Its guests have a way out.
+    pub(crate) nat: bool,
+    /// What it keeps of its privileges.
+    pub(crate) kept: Kept,
     /// It moves frames of the simulated vmnet.
     pub(crate) simulated: bool,
     /// The folders of its sockets, which it removes.

@@ -104,6 +104,11 @@ impl NetworkSpec {
         !matches!(self.0, Spec::Embedded { .. }) && !self.is_simulated()
     }
 
+    /// Whether it is an embedded network, which has a way out of its own.
+    pub(crate) fn is_embedded(&self) -> bool {
+        self.0.is_embedded()
+    }
+
     /// Whether it has a DHCP server of ours.
     pub(crate) fn has_dhcp(&self) -> bool {
         self.0.has_dhcp()

@@ -371,6 +371,17 @@ fn own(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
+/// A guest on a wire reaches the world.
+fn way_out(folder: &Path) -> BTreeSet<String> {
+    let (path, ports) = (folder.join("a.sock"), super::way_out::Ports::new());
+    let (options, wire) = (ports.options(), wires::at("qemu", &path));
+    let mut arguments = vec!["--network", "embedded:lab", "--listen", &wire];
+    arguments.extend(as_strs(&options));
+    let traced = Traced::new(folder, &arguments);
+    super::way_out::visit(&path, ports);
+    traced.ended()
+}
+
 /// Guests below a TAP.
 fn tap(folder: &Path, network: &str, extra: &[&str]) -> BTreeSet<String> {
     let (a, b) = (folder.join("a.sock"), folder.join("b.sock"));
@@ -429,6 +440,7 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![], reported(&folder("reported"))),
     ];
     if is_possible() {
+        kinds.push((vec![When::Wires, When::Nat], way_out(&folder("way out"))));
         kinds.extend(super::tap::in_namespace(taps));
     }
     let mut wrong = Vec::new();

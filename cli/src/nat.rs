@@ -1,0 +1,77 @@
+//! The options of the way out that the embedded network has.
+
+use clap::Args;
+use vmring::Embedded;
+use vmring::device::embedded::nat::{ForwardRule, HostPort, NatSettings, Rule};
+
+use crate::failure::Failure;
+
+/// Options of the way out of an embedded network in shared mode.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
+#[command(next_help_heading = "Way out (embedded network in shared mode)")]
+pub(crate) struct NatArgs {
+    /// Lead ports of the host to a guest, like 8080=192.168.64.2:80 or 0.0.0.0:5000-5009=192.168.64.2,udp;
+    /// can be repeated. Without an address the host's loopback address is listened at. The guest may
+    /// also be named by its MAC address
+    #[arg(long, value_name = "[ADDRESS:]PORT[-LAST]=GUEST[:PORT][,udp]")]
+    pub(crate) forward: Vec<ForwardRule>,
+    /// Keep guests from reaching these destinations, like 10.0.0.0/8 or 0.0.0.0/0:25,tcp; can be repeated
+    #[arg(long, value_name = "PREFIX[:PORT[-LAST]][,tcp|,udp]")]
+    pub(crate) deny: Vec<Rule>,
+    /// Let guests reach these destinations although a shorter prefix denies them; can be repeated
+    #[arg(long, value_name = "PREFIX[:PORT[-LAST]][,tcp|,udp]")]
+    pub(crate) allow: Vec<Rule>,
+    /// Let guests reach this port of the host's loopback address at the gateway's address, like 8080 or
+    /// 53,udp; can be repeated
+    #[arg(long, value_name = "PORT[,udp]")]
+    pub(crate) host_port: Vec<HostPort>,
+    /// Leave guests without a way out
+    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port"])]
+    pub(crate) no_nat: bool,
+}
+
+impl NatArgs {
+    /// Refuses the options where there is no embedded network, or where there are two.
+    pub(crate) fn check(&self, networks: usize) -> Result<(), Failure> {
+        if networks == 1 || *self == Self::default() {
+            return Ok(());
+        }
+        let given = if self.no_nat {
+            "--no-nat"
+        } else if !self.forward.is_empty() {
+            "--forward"
+        } else if !self.deny.is_empty() {
+            "--deny"
+        } else if !self.allow.is_empty() {
+            "--allow"
+        } else {
+            "--host-port"
+        };
+        let why = match networks {
+            0 => "nothing here is an embedded network, which has a way out of its own",
+            _ => "both ends are embedded networks, and each would have a way out of its own",
+        };
+        Err(Failure::Usage(format!("{given} cannot be used: {why}")))
+    }
+
+    /// Gives a driver of the embedded network these settings.
+    pub(crate) fn embedded(&self, driver: Embedded) -> Embedded {
+        if self.no_nat {
+            return driver.no_nat();
+        }
+        let forwards = self.forward.iter().fold(self.rules(), |rules, one| rules.forward(*one));
+        driver.nat(forwards)
+    }
+
+    /// Whether a port of the host is forwarded that takes a privilege to listen on.
+    pub(crate) fn has_low_port(&self) -> bool {
+        self.forward.iter().any(|rule| (1..1024).contains(&rule.port))
+    }
+
+    /// The settings without the forwards.
+    fn rules(&self) -> NatSettings {
+        let settings = self.deny.iter().fold(NatSettings::new(), |all, one| all.deny(*one));
+        let settings = self.allow.iter().fold(settings, |all, one| all.allow(*one));
+        self.host_port.iter().fold(settings, |all, one| all.host_port(*one))
+    }
+}

@@ -1,0 +1,246 @@
+//! A guest of a server reaches the world: the kernel's own TCP and UDP, in a namespace of their own, by
+//! way of a TAP, a bridge, a wire, the server's switch and its translator.
+
+use std::io::{ErrorKind, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+
+use super::*;
+use crate::host::{Host, ip};
+
+const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
+const GUEST: &str = "192.168.64.2";
+/// Ports of the guest that the host's lead to.
+const GUEST_PORT: u16 = 7777;
+/// What a stream carries.
+const STREAM: usize = 3 << 20;
+/// Datagrams in one burst.
+const BURST: usize = 40;
+
+/// A socket of the host's loopback address, and its port.
+fn listener() -> (TcpListener, u16) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("its address").port();
+    (listener, port)
+}
+
+fn datagrams() -> (UdpSocket, u16) {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let port = socket.local_addr().expect("its address").port();
+    (socket, port)
+}
+
+/// A port at which nobody listens.
+fn free_port() -> u16 {
+    listener().1
+}
+
+fn content(len: usize) -> Vec<u8> {
+    (0..len as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+/// Sends back what one client sends, from then on when that has ended.
+fn echo_once(listener: &TcpListener) {
+    let (mut stream, _) = listener.accept().expect("a client");
+    stream.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).expect("it is read");
+    stream.write_all(&bytes).expect("it is written");
+}
+
+/// Sends a stream to an echo, and gets the same back.
+fn exchange_stream(at: SocketAddr) {
+    let mut stream = TcpStream::connect_timeout(&at, LIMIT).expect("it is reached");
+    stream.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let bytes = content(STREAM);
+    stream.write_all(&bytes).expect("it is written");
+    stream.shutdown(Shutdown::Write).expect("its end");
+    let mut back = Vec::new();
+    stream.read_to_end(&mut back).expect("it is read");
+    assert!(bytes == back, "{} of {} bytes", back.len(), bytes.len());
+}
+
+fn echo_datagrams(socket: &UdpSocket, count: usize) {
+    let mut bytes = [0; 2048];
+    for _ in 0..count {
+        let (len, from) = socket.recv_from(&mut bytes).expect("a datagram");
+        socket.send_to(&bytes[..len], from).expect("it is sent");
+    }
+}
+
+/// Sends datagrams to an echo, and gets the same back.
+fn exchange_datagrams(at: SocketAddr) {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+    socket.connect(at).expect("it is reached");
+    socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    for number in 0..BURST {
+        socket.send(&content(1000 + number)).expect("it is sent");
+    }
+    for number in 0..BURST {
+        let mut bytes = [0; 2048];
+        let len = socket.recv(&mut bytes).expect("a datagram");
+        assert_eq!(bytes[..len], content(1000 + number));
+    }
+}
+
+/// The ports of the host that a [`visit`] uses.
+pub(super) struct Ports {
+    stream: (TcpListener, u16),
+    datagrams: (UdpSocket, u16),
+    nobody: u16,
+    forwarded: u16,
+}
+
+impl Ports {
+    pub(super) fn new() -> Self {
+        Self {
+            stream: listener(),
+            datagrams: datagrams(),
+            nobody: free_port(),
+            forwarded: free_port(),
+        }
+    }
+
+    /// The options of a server that lets guests do what they do here.
+    pub(super) fn options(&self) -> Vec<String> {
+        let Self { stream, datagrams, nobody, forwarded } = self;
+        vec![
+            format!("--host-port={}", stream.1),
+            format!("--host-port={},udp", datagrams.1),
+            format!("--host-port={nobody}"),
+            format!("--host-port={nobody},udp"),
+            format!("--forward={forwarded}={GUEST}:{GUEST_PORT}"),
+            format!("--forward={forwarded}={GUEST}:{GUEST_PORT},udp"),
+        ]
+    }
+}
+
+/// A guest's kernel, and the bridge from its TAP to the server.
+struct Visitor {
+    host: Host,
+    bridge: Child,
+}
+
+impl Visitor {
+    fn new(wire: &Path) -> Self {
+        let host = Host::new();
+        host.run(|| {
+            ip("link set lo up");
+            ip("tuntap add t0 mode tap");
+            ip(&format!("address add {GUEST}/24 dev t0"));
+            ip("link set t0 up");
+            ip(&format!("route add default via {GATEWAY}"));
+        });
+        let namespace = std::fs::File::open(host.namespace()).expect("its namespace");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+        command.args(["bridge", "tap:t0", &format!("qemu:{},client", wire.display())]);
+        // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory.
+        unsafe {
+            command.pre_exec(move || match libc::setns(namespace.as_raw_fd(), 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            })
+        };
+        let bridge = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let bridge = bridge.spawn().expect("the command starts");
+        Self { host, bridge }
+    }
+}
+
+impl Drop for Visitor {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.bridge.kill();
+        let _ = self.bridge.wait();
+    }
+}
+
+/// A guest with a static address joins by this socket, and does what guests do outside.
+pub(super) fn visit(wire: &Path, ports: Ports) {
+    let Ports { stream, datagrams, nobody, forwarded } = ports;
+    let guest = Visitor::new(wire);
+    let at = |port: u16| SocketAddr::new(GATEWAY.into(), port);
+    // Out, by TCP and UDP.
+    let echo = thread::spawn(move || echo_once(&stream.0));
+    guest.host.run(move || exchange_stream(at(stream.1)));
+    echo.join().expect("the echo ends");
+    let echo = thread::spawn(move || echo_datagrams(&datagrams.0, BURST));
+    guest.host.run(move || exchange_datagrams(at(datagrams.1)));
+    echo.join().expect("the echo ends");
+    guest.host.run(move || {
+        // Nobody is there: TCP is reset, and UDP gets an error of ICMP.
+        let refused = TcpStream::connect_timeout(&at(nobody), LIMIT).expect_err("nobody listens");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+        socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+        socket.connect(at(nobody)).expect("it is connected");
+        socket.send(b"hello").expect("it is sent");
+        let refused = socket.recv(&mut [0; 16]).expect_err("nobody listens");
+        assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        // What no guest reaches is refused at once: a cloud's metadata, and the host's other ports.
+        for denied in ["169.254.169.254:80", "127.0.0.1:1", "192.168.64.1:1"] {
+            let denied: SocketAddr = denied.parse().expect("an address");
+            TcpStream::connect_timeout(&denied, LIMIT).expect_err("it is denied");
+        }
+        // A ping goes out, or is refused where the system has no ping sockets for this process.
+        let _ = Command::new("ping").args(["-c1", "-W1", "127.0.0.2"]).output();
+    });
+    // In, by the ports that lead to the guest.
+    let there = guest.host.start(|| {
+        let listener = TcpListener::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
+        let socket = UdpSocket::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
+        socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+        echo_once(&listener);
+        echo_datagrams(&socket, BURST);
+    });
+    let here = SocketAddr::from(([127, 0, 0, 1], forwarded));
+    exchange_stream(here);
+    exchange_datagrams(here);
+    there.recv_timeout(LIMIT).expect("the guest's echo ends");
+}
+
+/// The translator is confined as its server is: a call that it makes and that is not in the list would
+/// end the server.
+#[test]
+fn a_guest_of_a_confined_server_reaches_the_world() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    let folder = scratch("serve way out");
+    let (path, ports) = (folder.join("a.sock"), Ports::new());
+    let options = ports.options();
+    let listen = wires::at("qemu", &path);
+    let mut arguments = vec!["--listen", &listen];
+    arguments.extend(options.iter().map(String::as_str));
+    let server = Server::new(&arguments);
+    visit(&path, ports);
+    let report = server.report("TERM");
+    for part in PARTS {
+        assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
+    }
+    assert!(
+        report["sandbox"]["files_and_network"]["state"]
+            .as_str()
+            .expect("words")
+            .contains("for guests")
+    );
+}
+
+/// Without a way out the gateway says so.
+#[test]
+fn a_guest_without_a_way_out_is_told_so() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    let path = scratch("serve no way out").join("a.sock");
+    let server = Server::new(&["--listen", &wires::at("qemu", &path), "--no-nat"]);
+    let guest = Visitor::new(&path);
+    guest.host.run(|| {
+        let at = SocketAddr::from(([198, 51, 100, 1], 80));
+        let error = TcpStream::connect_timeout(&at, LIMIT).expect_err("there is no way");
+        assert_eq!(error.kind(), ErrorKind::NetworkUnreachable, "{error}");
+    });
+    server.report("TERM");
+}
