@@ -1,10 +1,16 @@
 //! `vmring run-netns`, as a user meets it.
 
-use std::io::{BufRead, BufReader};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
+use sha2::{Digest, Sha256};
+
+use crate::host::{Host, ip};
 use crate::{LIMIT, ended, text};
 
 /// The user that owns nothing.
@@ -181,4 +187,164 @@ fn the_command_ends_with_its_network() {
         assert!(start.elapsed() < LIMIT, "the command is still there");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
+}
+
+/// The world outside of a host, which runs the command. Both are network namespaces with a cable between
+/// them.
+struct World {
+    host: Host,
+    outside: Host,
+}
+
+/// The address of a server outside.
+const OUTSIDE: &str = "203.0.113.1";
+
+impl World {
+    fn new() -> Self {
+        let (host, outside) = (Host::new(), Host::new());
+        let there = outside.namespace().split('/').nth(4).expect("a thread").to_owned();
+        host.run(move || {
+            ip("link set lo up");
+            ip(&format!("link add w0 type veth peer name w1 netns {there}"));
+            ip("address add 203.0.113.2/24 dev w0");
+            ip("link set w0 up");
+            ip("route add default via 203.0.113.1");
+        });
+        outside.run(|| {
+            ip("link set lo up");
+            ip(&format!("address add {OUTSIDE}/24 dev w1"));
+            ip("link set w1 up");
+        });
+        Self { host, outside }
+    }
+
+    /// Runs a command of the host's in a network namespace of its own.
+    fn run_netns(&self, arguments: &[&str]) -> Output {
+        let namespace = File::open(self.host.namespace()).expect("its namespace");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+        // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory.
+        unsafe {
+            command.pre_exec(move || match libc::setns(namespace.as_raw_fd(), 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            })
+        };
+        command.arg("run-netns").args(arguments).stdin(Stdio::null());
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        ended(child.expect("the command starts"), arguments)
+    }
+}
+
+/// Answers one request of HTTP: a GET with `body`, a PUT with the digest of what came.
+fn answer(mut stream: TcpStream, body: &[u8]) {
+    stream.set_read_timeout(Some(LIMIT)).expect("a timeout");
+    let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
+    let (mut request, mut len) = (String::new(), 0);
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).expect("a line");
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some(number) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            len = number.trim().parse().expect("a length");
+        }
+        if request.is_empty() {
+            request = line;
+        }
+    }
+    let answer = if request.starts_with("PUT") {
+        let mut hash = Sha256::new();
+        let mut left = len;
+        let mut bytes = vec![0; 1 << 16];
+        while left > 0 {
+            let some = bytes.len().min(left);
+            let some = reader.read(&mut bytes[..some]).expect("the body");
+            assert!(some > 0, "{left} bytes are missing");
+            hash.update(&bytes[..some]);
+            left -= some;
+        }
+        digest(hash).into_bytes()
+    } else {
+        body.to_vec()
+    };
+    let head =
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", answer.len());
+    stream.write_all(head.as_bytes()).expect("it is written");
+    stream.write_all(&answer).expect("it is written");
+}
+
+fn digest(hash: Sha256) -> String {
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// curl, over the kernel's own TCP, gets and puts what a server outside has and wants. The host has
+/// neither a TAP nor a rule of ours.
+#[test]
+fn a_command_reaches_the_world() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    if Command::new("curl").arg("--version").stdout(Stdio::null()).status().is_err() {
+        return eprintln!("skipped: there is no curl");
+    }
+    const LEN: usize = 24 << 20;
+    const SMALL: usize = 40;
+    let world = World::new();
+    let body: Vec<u8> =
+        (0..LEN as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
+    let wanted = digest(Sha256::new_with_prefix(&body));
+    let serving = world.outside.start(move || {
+        let listener = TcpListener::bind((OUTSIDE, 80)).expect("its port");
+        for number in 0..2 + SMALL {
+            let (stream, _) = listener.accept().expect("a client");
+            answer(stream, if number == 0 { &body } else { b"small" });
+        }
+    });
+    // One stream each way, and one connection after another.
+    let script = format!(
+        "curl -sS -m 100 http://{OUTSIDE}/ > \"$F\" && sha256sum < \"$F\" && \
+         curl -sS -m 100 -T \"$F\" http://{OUTSIDE}/ && echo && \
+         for i in $(seq {SMALL}); do curl -sS -m 100 http://{OUTSIDE}/ && echo; done"
+    );
+    let file = format!("{}/run-netns-{}", env!("CARGO_TARGET_TMPDIR"), std::process::id());
+    let script = format!("F='{file}'; {script}");
+    let output = world.run_netns(&["--", "sh", "-c", &script]);
+    let _ = std::fs::remove_file(&file);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines[0].split(' ').next(), Some(&*wanted));
+    assert_eq!(lines[1], wanted);
+    assert_eq!(lines[2..], ["small"; SMALL]);
+    serving.recv_timeout(LIMIT).expect("the server has served all");
+}
+
+/// What the options deny is refused at once, and the rest is reached.
+#[test]
+fn a_command_reaches_no_more_than_it_may() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    let world = World::new();
+    let serving = world.outside.start(|| {
+        let listener = TcpListener::bind((OUTSIDE, 8000)).expect("its port");
+        listener.accept().map(drop)
+    });
+    // The host's own address, and its loopback address by way of the gateway's, are denied by default.
+    let host = world.host.start(|| TcpListener::bind(("0.0.0.0", 8000)));
+    let listener = host.recv_timeout(LIMIT).expect("it ends").expect("its port");
+    let script = "for at in 203.0.113.1/8000 203.0.113.1/8001 203.0.113.2/8000 192.168.64.1/8000 \
+                  169.254.169.254/80; do \
+                  if timeout 20 bash -c \"exec 3<>/dev/tcp/$at\" 2>/dev/null; then echo reached; \
+                  else echo refused; fi; done";
+    let output = world.run_netns(&["--deny", "203.0.113.0/24:8001", "--", "bash", "-c", script]);
+    if output.status.code() == Some(127) {
+        return eprintln!("skipped: there is no bash");
+    }
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    let lines: Vec<&str> = out.lines().collect();
+    assert_eq!(lines, ["reached", "refused", "refused", "refused", "refused"], "{err}");
+    serving.recv_timeout(LIMIT).expect("it ends").expect("a client");
+    drop(listener);
 }
