@@ -30,6 +30,7 @@ mod sigbus;
 mod summary;
 mod table;
 pub(crate) mod teller;
+mod way_out;
 mod wire;
 mod wire_stats;
 

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
+use vmring::device::embedded::nat::{NatControl, NatReport};
 use vmring::device::embedded::{LimitsControl, QUEUES_MAX, SourceRule};
 use vmring::{
     Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, MacAddr6, Mode, RingControl, Socket,
@@ -48,6 +49,8 @@ pub(super) struct Network {
     /// Keeps a network without an uplink while nobody is connected. It is isolated, and so it receives
     /// nothing.
     keeper: Option<Interface>,
+    /// Shows what an embedded network's way out does.
+    nat: Option<NatControl>,
     /// The way to the TAP or vmnet, until it has a thread.
     relay: Option<Relay>,
     /// Ends that thread.
@@ -148,7 +151,9 @@ impl Network {
         };
         if let (Spec::Embedded { network, subnet }, false) = (&spec.0, args.per_client) {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
-            let driver = args.nat.embedded(driver);
+            let nat = NatControl::default();
+            let driver = args.nat.embedded(driver).nat_control(&nat);
+            let nat = (!args.nat.no_nat).then_some(nat);
             let (mode, mac) = (args.settings.mode.clone(), args.settings.guest_mac);
             let ports = Ports { driver, mode, mac, subnet: *subnet, mtu: args.mtu };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
@@ -167,6 +172,7 @@ impl Network {
                 busy_poll,
                 link_depth,
                 keeper,
+                nat,
                 relay,
                 stop,
                 uplink,
@@ -185,6 +191,7 @@ impl Network {
                 busy_poll,
                 link_depth,
                 keeper: None,
+                nat: None,
                 relay: None,
                 stop: None,
                 uplink: None,
@@ -232,7 +239,7 @@ impl Network {
         let stop = Stop::new()?;
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
-        let (keeper, stop) = (None, Some(stop));
+        let (keeper, nat, stop) = (None, None, Some(stop));
         Ok(Self {
             name,
             mtu,
@@ -242,6 +249,7 @@ impl Network {
             busy_poll,
             link_depth,
             keeper,
+            nat,
             relay,
             stop,
             uplink,
@@ -293,6 +301,13 @@ impl Network {
         let mut counters = self.keeper.as_ref().map(Interface::counters).unwrap_or_default();
         counters.retain(|(_, n)| *n > 0);
         counters
+    }
+
+    /// What the way out does, if there is one and it has been used.
+    pub(super) fn way_out(&self) -> Option<NatReport> {
+        // A translator that does not answer in time is left out.
+        let report = self.nat.as_ref()?.report().ok()?;
+        (report.descriptors > 0).then_some(report)
     }
 
     /// Packets and bytes that the uplink has brought for the guests and taken from them, if there is one.

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::confine::Confinement;
 use super::counts::Counts;
 use super::server::{End, Server};
+use super::way_out::WayOut;
 use crate::bridge::summary::Summary as UplinkSummary;
 use crate::failure::Failure;
 use crate::report::{Table, bytes, fold, grouped, in_json, round};
@@ -26,6 +27,8 @@ pub(super) struct Summary {
     /// Processor time of the whole process, in percent of one processor.
     cpu_percent: f64,
     network: NetworkSummary,
+    /// What the network's way out does, if it has one and somebody has used it.
+    way_out: Option<WayOut>,
     /// What went between the switch and the TAP or vmnet, at the end.
     uplink: Option<UplinkSummary>,
     /// How much the uplink has brought for the guests and taken from them.
@@ -113,6 +116,7 @@ impl Summary {
                 max_packet_size: network.max_packet_size(),
                 counters: network.counters().into_iter().collect(),
             },
+            way_out: network.way_out().map(WayOut::of),
             uplink: server.uplink.clone(),
             uplink_moved: network.uplink().map(moved),
             sockets,
@@ -164,6 +168,9 @@ impl Summary {
                 let End { guest, seconds, how } = end;
                 let _ = writeln!(text, "At {}: guest {guest}, {seconds} s: {how}", socket.name);
             }
+        }
+        if let Some(way_out) = &self.way_out {
+            text.push_str(&way_out.text());
         }
         if let Some(uplink) = &self.uplink {
             let _ = write!(text, "\nUplink: {}", uplink.text());

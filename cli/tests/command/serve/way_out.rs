@@ -118,7 +118,7 @@ impl Ports {
 }
 
 /// A guest's kernel, and the bridge from its TAP to the server.
-struct Visitor {
+pub(super) struct Visitor {
     host: Host,
     bridge: Child,
 }
@@ -157,8 +157,9 @@ impl Drop for Visitor {
     }
 }
 
-/// A guest with a static address joins by this socket, and does what guests do outside.
-pub(super) fn visit(wire: &Path, ports: Ports) {
+/// A guest with a static address joins by this socket, and does what guests do outside. It leaves when it
+/// is dropped.
+pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
     let Ports { stream, datagrams, nobody, forwarded } = ports;
     let guest = Visitor::new(wire);
     let at = |port: u16| SocketAddr::new(GATEWAY.into(), port);
@@ -188,10 +189,13 @@ pub(super) fn visit(wire: &Path, ports: Ports) {
         let _ = Command::new("ping").args(["-c1", "-W1", "127.0.0.2"]).output();
     });
     // In, by the ports that lead to the guest.
-    let there = guest.host.start(|| {
+    let (listener, socket) = guest.host.run(|| {
         let listener = TcpListener::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
         let socket = UdpSocket::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
         socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+        (listener, socket)
+    });
+    let there = guest.host.start(move || {
         echo_once(&listener);
         echo_datagrams(&socket, BURST);
     });
@@ -199,6 +203,7 @@ pub(super) fn visit(wire: &Path, ports: Ports) {
     exchange_stream(here);
     exchange_datagrams(here);
     there.recv_timeout(LIMIT).expect("the guest's echo ends");
+    guest
 }
 
 /// The translator is confined as its server is: a call that it makes and that is not in the list would
@@ -214,18 +219,39 @@ fn a_guest_of_a_confined_server_reaches_the_world() {
     let listen = wires::at("qemu", &path);
     let mut arguments = vec!["--listen", &listen];
     arguments.extend(options.iter().map(String::as_str));
-    let server = Server::new(&arguments);
-    visit(&path, ports);
-    let report = server.report("TERM");
+    let mut server = Server::new(&arguments);
+    let stdout = server.child.as_mut().expect("it runs").stdout.take().expect("piped");
+    let (sender, reports) = std::sync::mpsc::channel::<Value>();
+    let reader = thread::spawn(move || {
+        let all = serde_json::Deserializer::from_reader(stdout);
+        for one in all.into_iter() {
+            sender.send(one.expect("one JSON object after the other")).expect("it is read");
+        }
+    });
+    let forwarded = ports.forwarded;
+    let guest = visit(&path, ports);
+    server.signal("USR1");
+    let running = reports.recv_timeout(LIMIT).expect("a report");
+    drop(guest);
+    server.signal("TERM");
+    assert_eq!(server.exit_code(), Some(0));
+    let last = reports.recv_timeout(LIMIT).expect("a report");
+    reader.join().expect("the output ends");
     for part in PARTS {
-        assert_eq!(report["sandbox"][part]["complete"], true, "{report:#}");
+        assert_eq!(last["sandbox"][part]["complete"], true, "{last:#}");
     }
-    assert!(
-        report["sandbox"]["files_and_network"]["state"]
-            .as_str()
-            .expect("words")
-            .contains("for guests")
-    );
+    let state = last["sandbox"]["files_and_network"]["state"].as_str().expect("words");
+    assert!(state.contains("for guests"), "{state}");
+    let way_out = &running["way_out"];
+    let forwards = way_out["forwards"].as_array().expect("a list");
+    let accepted = forwards.iter().map(|one| one["accepted"].as_u64().expect("a number"));
+    assert_eq!((forwards.len(), accepted.sum()), (2, 1_u64), "{way_out:#}");
+    let at = format!("127.0.0.1:{forwarded}");
+    assert!(forwards.iter().all(|one| one["at"] == *at && one["guest"] == GUEST), "{way_out:#}");
+    // A flow of UDP stays for a while.
+    let flows = way_out["flows"].as_array().expect("a list");
+    assert!(flows.iter().any(|one| one["protocol"] == "udp"), "{way_out:#}");
+    assert!(flows.iter().all(|one| one["guest"].as_str().expect("words").starts_with(GUEST)));
 }
 
 /// Without a way out the gateway says so.
