@@ -77,6 +77,7 @@
 mod buffers;
 pub mod config;
 mod datagram;
+pub mod dns;
 mod endpoint;
 mod forward;
 mod icmp;
@@ -99,6 +100,7 @@ mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};
 pub use datagram::DatagramFlow;
+pub use dns::resolvers::parse_resolv_conf;
 pub use forward::{ForwardError, ForwardInfo, ForwardRule, ForwardRuleError};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};

@@ -161,6 +161,15 @@ pub const GUEST_SEGMENTS: usize = 128;
 /// The most errors that are taken from a socket in one go.
 pub const ERRORS_AT_ONCE: usize = 16;
 
+// DNS.
+
+/// The port of DNS (RFC 1035, 4.2).
+pub const DNS_PORT: u16 = 53;
+/// The most resolvers that are asked (`MAXNS` in resolv.conf(5)).
+pub const RESOLVERS: usize = 3;
+/// The most bytes of a file that names resolvers that are read.
+pub const RESOLV_CONF_MAX: u64 = 64 * 1024;
+
 /// A tick of the timer wheel.
 pub const TICK: Duration = Duration::from_micros(1 << TICK_SHIFT);
 /// The tick is 2 to this power, in microseconds: 8 ms.

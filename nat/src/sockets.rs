@@ -241,6 +241,18 @@ pub trait Sockets {
     /// If the system refuses.
     fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError>;
 
+    /// The host's resolvers, if they are not those that the last call returned. It is asked now and then,
+    /// and only when a guest asks for a name.
+    ///
+    /// Sockets without a host have none, which is the default.
+    ///
+    /// # Errors
+    ///
+    /// If they cannot be read.
+    fn resolvers(&mut self) -> Result<Option<Vec<SocketAddr>>, SocketError> {
+        Ok(None)
+    }
+
     /// Begins a TCP connection. The connection is made, or has failed, when `writable` or `failed`
     /// is told; then ask [`take_error`](Self::take_error).
     ///

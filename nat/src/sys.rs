@@ -1,6 +1,6 @@
 //! The host's sockets: [`Host`].
 //!
-//! `addresses.rs` reads the host's own addresses. `datagram.rs` has the calls on sockets of UDP and ICMP.
+//! `addresses.rs` reads the host's own addresses, and `resolv_conf.rs` its resolvers. `datagram.rs` has the calls on sockets of UDP and ICMP.
 //! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
 //! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
 //! other way.
@@ -11,7 +11,9 @@
 //! `eventfd2`, `socket`, `setsockopt`, `close`. Afterwards: `socket`, `connect`, `setsockopt`,
 //! `getsockopt`, `getpeername`, `getsockname`, `fcntl`, `sendmsg`, `recvmsg`, `recvfrom`, `shutdown`,
 //! `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`, `write`, and `ioctl` with
-//! `TIOCOUTQ` where there is no `SO_MEMINFO`.
+//! `TIOCOUTQ` where there is no `SO_MEMINFO`. For the host's resolvers, `statx` and
+//! `openat` of /etc/resolv.conf too, and `read` and `close`, when guests ask for names, and for an address
+//! of a link `ioctl` with `SIOCGIFINDEX`.
 
 mod addresses;
 mod datagram;
@@ -19,11 +21,13 @@ mod datagram;
 mod epoll;
 #[cfg(not(target_os = "linux"))]
 mod kqueue;
+mod resolv_conf;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,12 +45,14 @@ use epoll::Poll;
 pub use kqueue::Events;
 #[cfg(not(target_os = "linux"))]
 use kqueue::Poll;
+use resolv_conf::ResolvConf;
 
 /// The sockets of this process, and the queue of what is ready.
 #[derive(Debug)]
 pub struct Host {
     poll: Arc<Poll>,
     capabilities: Capabilities,
+    resolv_conf: ResolvConf,
 }
 
 impl Host {
@@ -65,7 +71,8 @@ impl Host {
             echo_v4: datagram::echo(true).is_ok(),
             echo_v6: datagram::echo(false).is_ok(),
         };
-        Ok(Self { poll: Arc::new(Poll::new()?), capabilities })
+        let resolv_conf = ResolvConf::new("/etc/resolv.conf");
+        Ok(Self { poll: Arc::new(Poll::new()?), capabilities, resolv_conf })
     }
 
     /// Waits until a socket is ready, [`Waker::wake`] is called, a signal comes or the time is over;
@@ -76,6 +83,12 @@ impl Host {
     /// If the system refuses.
     pub fn wait(&mut self, timeout: Option<Duration>, events: &mut Events) -> io::Result<()> {
         self.poll.wait(timeout, events)
+    }
+
+    /// Reads the host's resolvers from another file than /etc/resolv.conf, of the same form. It is read
+    /// with the next query, and again when it changes.
+    pub fn set_resolv_conf(&mut self, path: impl AsRef<Path>) {
+        self.resolv_conf = ResolvConf::new(path);
     }
 
     /// A handle that ends [`wait`](Self::wait) from any thread.
@@ -106,6 +119,10 @@ impl Sockets for Host {
 
     fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
         Ok(addresses::all()?)
+    }
+
+    fn resolvers(&mut self) -> Result<Option<Vec<SocketAddr>>, SocketError> {
+        Ok(self.resolv_conf.changed()?)
     }
 
     fn connect_tcp(

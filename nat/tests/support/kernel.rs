@@ -96,6 +96,7 @@ pub(crate) struct Calls {
     pub(crate) send_datagrams: usize,
     pub(crate) receive_datagrams: usize,
     pub(crate) accept: usize,
+    pub(crate) resolvers: usize,
 }
 
 #[derive(Debug)]
@@ -114,6 +115,8 @@ pub(crate) struct World {
     pub(crate) failure: Option<SocketError>,
     /// The host's own addresses.
     pub(crate) addresses: Result<Vec<IpAddr>, SocketError>,
+    /// The host's resolvers, if they have changed.
+    pub(crate) resolvers: Result<Option<Vec<SocketAddr>>, SocketError>,
 }
 
 /// The sockets that a translator gets. The test keeps another handle.
@@ -157,6 +160,7 @@ impl Kernel {
             failure: None,
             most: usize::MAX,
             addresses: Ok(vec!["198.51.100.7".parse().unwrap()]),
+            resolvers: Ok(None),
         })))
     }
 
@@ -348,6 +352,12 @@ impl Sockets for Kernel {
 
     fn host_addresses(&mut self) -> Result<Vec<IpAddr>, SocketError> {
         self.0.borrow().addresses.clone()
+    }
+
+    fn resolvers(&mut self) -> Result<Option<Vec<SocketAddr>>, SocketError> {
+        let mut world = self.0.borrow_mut();
+        world.calls.resolvers += 1;
+        world.resolvers.clone()
     }
 
     fn connect_tcp(

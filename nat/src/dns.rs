@@ -1,0 +1,3 @@
+//! DNS: the resolvers of the host.
+
+pub mod resolvers;
