@@ -1,7 +1,8 @@
 //! The settings of a translator.
 
-use core::net::{Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use crate::dns::resolvers::Resolvers;
 use crate::limits;
 use crate::prefix::Prefix;
 
@@ -21,6 +22,9 @@ pub struct NatConfig {
     pub subnet_v6: Prefix,
     /// What may grow, and how far.
     pub limits: Limits,
+    /// Who answers what guests ask the gateway by DNS, at port 53 over UDP.
+    /// [`Nat::set_resolvers`](crate::Nat::set_resolvers) changes it.
+    pub resolvers: Resolvers,
     /// Whether all that a guest sends by UDP from one of its ports comes from one port of the host,
     /// wherever it goes to (endpoint-independent mapping, RFC 4787, 4.1), so that a guest that asks a
     /// server how it looks from outside (STUN) gets a useful answer. Replies come from those whom the
@@ -44,9 +48,16 @@ impl NatConfig {
             subnet_v4: subnet(gateway_v4.into(), 24),
             subnet_v6: subnet(gateway_v6.into(), 64),
             limits: Limits::default(),
+            resolvers: Resolvers::Host,
             endpoint_independent: false,
             rings_only: false,
         }
+    }
+
+    /// Whether what goes to this address is for the gateway's DNS.
+    pub(crate) fn is_dns(&self, to: SocketAddr) -> bool {
+        let gateways = [IpAddr::from(self.gateway_v4), self.gateway_v6.into()];
+        to.port() == limits::DNS_PORT && gateways.contains(&to.ip())
     }
 }
 
@@ -63,6 +74,9 @@ pub struct Limits {
     pub udp_flows: usize,
     /// The most flows of ICMP echo at a time.
     pub echo_flows: usize,
+    /// The most queries of DNS at a time that a resolver has not answered. The next one is answered with
+    /// an error.
+    pub dns_pending: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
     /// What the sockets may cost the kernel, in bytes, as far as it is known. Beyond it, new sockets
@@ -81,6 +95,7 @@ impl Default for Limits {
             half_open: limits::HALF_OPEN,
             udp_flows: limits::UDP_FLOWS,
             echo_flows: limits::ECHO_FLOWS,
+            dns_pending: limits::DNS_PENDING,
             new_flows_per_second: limits::NEW_FLOWS_PER_SECOND,
             kernel_memory: limits::KERNEL_MEMORY,
             descriptors: limits::DESCRIPTORS,
@@ -101,6 +116,9 @@ pub struct PortLimits {
     pub udp_flows: usize,
     /// The most flows of ICMP echo at a time. Beyond it, the oldest of the port that is no stream ends.
     pub echo_flows: usize,
+    /// The most queries of DNS at a time that a resolver has not answered. The next one is answered with
+    /// an error.
+    pub dns_pending: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
     /// How many frames of the guest wait for the translator at most. The windows of the port's busy
@@ -116,6 +134,7 @@ impl Default for PortLimits {
             half_open: limits::HALF_OPEN / 4 * 3,
             udp_flows: limits::UDP_FLOWS / 4 * 3,
             echo_flows: limits::ECHO_FLOWS / 4 * 3,
+            dns_pending: limits::DNS_PENDING / 4 * 3,
             new_flows_per_second: limits::NEW_FLOWS_PER_SECOND / 4 * 3,
             inbox_frames: 0,
         }

@@ -7,6 +7,7 @@
 //! | `from_guest.rs` | packets of the guest, and how they are sent together |
 //! | `to_guest.rs` | messages for the guest, as frames and fragments |
 //! | `error.rs` | errors that datagrams meet, as ICMP errors for the guest |
+//! | `query.rs` | queries to the gateway's DNS, and their answers |
 //!
 //! A flow is what a guest sends from an address and port to another, and what comes back. It is open
 //! as long as it is used. A socket is a flow's own, connected to its peer, so that the kernel sorts out
@@ -20,6 +21,7 @@
 mod error;
 mod flow;
 mod from_guest;
+mod query;
 mod state;
 mod to_guest;
 
@@ -28,8 +30,7 @@ use core::net::{IpAddr, SocketAddr};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{
-    BATCH, DATAGRAM_CHARGE, ECHO_TIMEOUT, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK,
-    SMALL_SOCKET_BUFFER, TURNS, UDP_STREAM_TIMEOUT, UDP_TIMEOUT,
+    BATCH, DATAGRAM_CHARGE, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TURNS,
 };
 use crate::output::Port;
 use crate::policy::Protocol;
@@ -94,6 +95,10 @@ impl<T> Datagrams<T> {
                     run[len] = Some(other);
                     len += 1;
                 }
+            }
+            if packet.key.protocol == Protocol::Udp && io.config.is_dns(packet.key.remote) {
+                self.handle_queries(&run[..len], io);
+                continue;
             }
             let found = self.flows.find(&packet.key);
             match found.map_or_else(|| self.open(packet, io), Ok) {
@@ -167,9 +172,12 @@ impl<T> Datagrams<T> {
         let token = Token::new(Kind::Datagrams, self.outlets.next_id());
         // The guest's port, so that peers that look at it are content. One that somebody has is not
         // shared with him.
+        // Only peers know nothing of it that are asked in place of the gateway. There, the system's choice
+        // is harder to guess.
         let kept = key.guest.port();
         let ports = [kept, 0];
-        let ports = if kept < KEPT_PORT_MIN { &ports[1..] } else { &ports[..] };
+        let is_kept = kept >= KEPT_PORT_MIN && !io.config.is_dns(key.remote);
+        let ports = if is_kept { &ports[..] } else { &ports[1..] };
         let mut result = Err(SocketError::NoPort);
         for &port in ports {
             result = if key.protocol == Protocol::IcmpEcho {
@@ -265,12 +273,7 @@ impl<T> Datagrams<T> {
         while let Some(index) = self.wheel.expired(io.now) {
             let Some(id) = self.flows.at(index) else { continue };
             let Some(flow) = self.flows.get_mut(id) else { continue };
-            let lives = match flow.key.protocol {
-                Protocol::IcmpEcho => ECHO_TIMEOUT,
-                _ if flow.stream => UDP_STREAM_TIMEOUT,
-                _ => UDP_TIMEOUT,
-            };
-            let ends = flow.used_at + lives;
+            let ends = flow.used_at + flow.lives();
             if ends > io.now {
                 self.wheel.set(index, ends);
             } else {

@@ -5,6 +5,7 @@ use core::net::{IpAddr, SocketAddr};
 use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
+use crate::dns::Dns;
 use crate::icmp::{self, Reason};
 use crate::limits::HOST_ADDRESSES;
 use crate::output::{Full, Output, Port};
@@ -22,6 +23,7 @@ pub(crate) struct Io<'a, S: Sockets> {
     pub(crate) sources: &'a mut Sources,
     /// When the host's own addresses are to be read again, in microseconds.
     pub(crate) addresses_at: &'a mut u64,
+    pub(crate) dns: &'a mut Dns,
     pub(crate) config: &'a NatConfig,
     pub(crate) ports: &'a mut Ports,
     /// Memory in which frames are built: [`SCRATCH_LEN`](crate::limits::SCRATCH_LEN) bytes.
@@ -116,6 +118,18 @@ impl<S: Sockets> Io<'_, S> {
         match self.policy.decide(&Request { port, protocol, source, destination }) {
             Verdict::Allow { to } => Ok(to),
             Verdict::Deny(why) => Err(why),
+        }
+    }
+
+    /// Looks whether the host has other resolvers now, if it is time to.
+    pub(crate) fn look_at_resolvers(&mut self, port: Port) {
+        if self.dns.wants_look(self.now) {
+            match self.sockets.resolvers() {
+                Ok(Some(list)) => self.dns.changed(&list),
+                Ok(None) => {}
+                // The old ones are asked.
+                Err(_) => self.count(port, Counter::HostResolvers),
+            }
         }
     }
 

@@ -22,6 +22,7 @@
 //! - `tcp`: the flows of TCP; `retained`: bytes that the guest has not acknowledged, in the kernel or
 //!   in a ring; `seq`: sequence numbers
 //! - `datagram`: the flows of UDP and ICMP echo
+//! - [`dns`]: queries to the gateway, resolvers, and the names that a network answers for itself
 //! - `forward`: port forwards, through which flows of both come in
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
@@ -100,7 +101,8 @@ mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};
 pub use datagram::DatagramFlow;
-pub use dns::resolvers::parse_resolv_conf;
+pub use dns::names::{NameError, Names};
+pub use dns::resolvers::{Resolvers, parse_resolv_conf};
 pub use forward::{ForwardError, ForwardInfo, ForwardRule, ForwardRuleError};
 pub use nat::{GuestFrame, Nat};
 pub use output::{Full, Link, Output, Port};

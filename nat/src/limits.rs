@@ -53,6 +53,9 @@ pub const TIME_WAIT_FLOWS: usize = 1024;
 /// The most ICMP errors and resets for no flow that one port gets per second.
 pub const ERRORS_PER_SECOND: u32 = 1000;
 
+/// The default of [`Limits::dns_pending`](crate::config::Limits::dns_pending).
+pub const DNS_PENDING: usize = 256;
+
 /// The most addresses that one port has because it uses them. With temporary addresses (RFC 8981) and
 /// one address of IPv4, a guest has about ten.
 pub const SOURCES_PER_PORT: usize = 16;
@@ -167,6 +170,24 @@ pub const ERRORS_AT_ONCE: usize = 16;
 pub const DNS_PORT: u16 = 53;
 /// The most resolvers that are asked (`MAXNS` in resolv.conf(5)).
 pub const RESOLVERS: usize = 3;
+/// How old what is known of the host's resolvers may be when a guest asks.
+pub const RESOLVERS_LOOK: u64 = 5_000_000;
+/// After this time without an answer, the next query goes to the next resolver. A guest asks again after
+/// 5 s (resolv.conf(5)), so its second query finds another resolver.
+pub const RESOLVER_SILENT: u64 = 2_000_000;
+/// After this time, the first resolver is asked again.
+pub const RESOLVER_RESTORE: u64 = 60_000_000;
+/// How long the answer to a query is waited for, and how long a flow of queries lives after its last one.
+/// A resolver may take so long to find out that nobody knows a name.
+pub const DNS_TIMEOUT: u64 = 10_000_000;
+/// The longest answer that the translator gives itself: one that needs no EDNS (RFC 1035, 4.2.1).
+pub const DNS_ANSWER_MAX: usize = 512;
+/// The most names that a network answers for itself.
+pub const LOCAL_NAMES: usize = 2048;
+/// The most names that the guests of one port get.
+pub const NAMES_PER_PORT: usize = 16;
+/// The most addresses of one name.
+pub const ADDRESSES_PER_NAME: usize = 8;
 /// The most bytes of a file that names resolvers that are read.
 pub const RESOLV_CONF_MAX: u64 = 64 * 1024;
 

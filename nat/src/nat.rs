@@ -8,6 +8,9 @@ use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
 use crate::datagram::{DatagramFlow, Datagrams, Packets};
+use crate::dns::Dns;
+use crate::dns::names::Names;
+use crate::dns::resolvers::Resolvers;
 use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
 use crate::io::Io;
@@ -43,6 +46,7 @@ struct Shared {
     policy: Box<dyn Policy + Send>,
     sources: Sources,
     addresses_at: u64,
+    dns: Dns,
     config: NatConfig,
     ports: Ports,
     scratch: Box<[u8]>,
@@ -111,7 +115,9 @@ impl<S: Sockets> Nat<S> {
         let scratch = vec![0; SCRATCH_LEN].into();
         let subnets = [config.subnet_v4, config.subnet_v6];
         let sources = Sources::new(subnets, [config.gateway_v4.into(), config.gateway_v6.into()]);
-        let shared = Shared { policy, sources, addresses_at: 0, config, ports, scratch };
+        let most = config.limits.dns_pending;
+        let dns = Dns::new(subnets, config.resolvers.clone(), most, micros(now));
+        let shared = Shared { policy, sources, addresses_at: 0, dns, config, ports, scratch };
         Self { tcp, datagrams, forwards: Forwards::new(), sockets, shared }
     }
 
@@ -121,13 +127,15 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &'a mut dyn Output,
     ) -> (Flows<'a, S::Socket>, Io<'a, S>) {
-        let Shared { policy, sources, addresses_at, config, ports, scratch } = &mut self.shared;
+        let Shared { policy, sources, addresses_at, dns, config, ports, scratch } =
+            &mut self.shared;
         let sockets = &mut self.sockets;
         let now = micros(now);
         let policy = &mut **policy;
         let (tcp, datagrams) = (&mut self.tcp, &mut self.datagrams);
         (ports.tcp_descriptors, ports.tcp_kernel) = (tcp.usage().1, tcp.kernel_memory());
-        let io = Io { sockets, policy, sources, addresses_at, config, ports, scratch, out, now };
+        let io =
+            Io { sockets, policy, sources, addresses_at, dns, config, ports, scratch, out, now };
         (Flows { tcp, datagrams, forwards: &mut self.forwards }, io)
     }
 
@@ -225,6 +233,7 @@ impl<S: Sockets> Nat<S> {
         tcp.close(Some(port), false, &mut io);
         datagrams.close(Some(port), &mut io);
         io.ports.forget(port);
+        io.dns.port_left(port);
         io.sources.port_left(port);
     }
 
@@ -292,6 +301,33 @@ impl<S: Sockets> Nat<S> {
         &mut self.shared.sources
     }
 
+    /// The names that the network answers for itself. Tell it of the host, of the gateway and of leases.
+    pub fn names_mut(&mut self) -> &mut Names {
+        &mut self.shared.dns.names
+    }
+
+    /// The names that the network answers for itself.
+    pub fn names(&self) -> &Names {
+        &self.shared.dns.names
+    }
+
+    /// Asks other resolvers from now on. With [`Resolvers::Host`], the host's are read with the next query.
+    /// Flows to a resolver that is not asked any more end with the guest's next query.
+    pub fn set_resolvers(&mut self, resolvers: Resolvers) {
+        self.shared.dns.set_source(resolvers);
+    }
+
+    /// Where the resolvers come from.
+    pub fn resolvers(&self) -> &Resolvers {
+        self.shared.dns.source()
+    }
+
+    /// The resolvers that are asked, as they were last read: none before the first query if they are the
+    /// host's.
+    pub fn current_resolvers(&self) -> &[SocketAddr] {
+        self.shared.dns.list()
+    }
+
     /// Decides about new flows by another policy from now on. Flows that are open stay open.
     pub fn set_policy(&mut self, policy: Box<dyn Policy + Send>) {
         self.shared.policy = policy;
@@ -340,7 +376,8 @@ fn sort<'f, S: Sockets>(
     io: &mut Io<'_, S>,
 ) -> Result<(), Counter> {
     let datagram = Datagram::parse(frame.bytes)?;
-    if datagram.hop_limit <= 1 {
+    // What is for the gateway goes no further, so its hop limit is enough.
+    if datagram.hop_limit <= 1 && !datagram.is_dns(io.config) {
         // Nobody is told of what goes to many (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
         if !datagram.is_to_many(io.config) {
             io.send_error_about(port, Reason::HopLimit, &datagram);

@@ -1,6 +1,6 @@
 //! Reads guests' frames, and writes the headers of frames for guests.
 
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
@@ -17,7 +17,7 @@ use crate::stats::Counter;
 /// The EtherType of a C-VLAN tag (IEEE 802.1Q, table 9-1).
 const C_TAG: u16 = 0x8100;
 /// The hop limit of what this crate sends, as that of Linux.
-const HOP_LIMIT: u8 = 64;
+pub(crate) const HOP_LIMIT: u8 = 64;
 
 /// An IP packet of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +72,14 @@ impl<'f> Datagram<'f> {
         to.is_multicast()
             || to == IpAddr::V4(Ipv4Addr::BROADCAST)
             || to.is_ipv4() && config.subnet_v4.is_network_or_broadcast(to)
+    }
+
+    /// Whether the packet goes to the gateway's DNS, over UDP.
+    pub(crate) fn is_dns(&self, config: &NatConfig) -> bool {
+        let port = |ports: &[u8]| u16::from_be_bytes([ports[2], ports[3]]);
+        self.protocol == 17
+            && self.payload.len() >= 4
+            && config.is_dns(SocketAddr::new(self.destination, port(self.payload)))
     }
 
     fn parse_v4(mac: [u8; 6], ip: &'f [u8]) -> Result<Self, Counter> {

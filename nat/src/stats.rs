@@ -52,6 +52,13 @@ counters! {
     /// ICMP errors of others that were passed on to guests.
     ErrorsPassed,
 
+    /// Queries of DNS that were given to a resolver.
+    DnsForwarded,
+    /// Answers of resolvers that were given to guests.
+    DnsAnswered,
+    /// Queries for local names that were answered here.
+    DnsLocal,
+
     // Frames of guests that cannot be read.
     /// The frame is not IPv4 or IPv6.
     NotIp,
@@ -69,6 +76,9 @@ counters! {
     IcmpType,
     /// A segment whose sequence numbers are not the flow's.
     TcpSequence,
+    /// A message for the gateway's port of DNS that is no query. The guest was told if it can be
+    /// answered.
+    DnsMalformed,
 
     // What is refused.
     /// The source address is no guest's: loopback, multicast, broadcast or unspecified.
@@ -116,6 +126,11 @@ counters! {
     /// The system gives this process no sockets for ICMP echo. The guest got an ICMP error. On Linux,
     /// `net.ipv4.ping_group_range` has to have a group of the process.
     EchoForbidden,
+    /// A query that is not for guests: an update, a notification, a transfer of a zone, or a query that
+    /// there is no resolver for. The guest was told.
+    DnsRefused,
+    /// Too many queries of the port or the network wait for their answers. The guest was told.
+    DnsPendingLimit,
     /// A port forward waited, because it has as many flows as it may have.
     ForwardLimit,
     /// What came for a port forward was dropped or reset, because no guest has its address now. No port
@@ -143,6 +158,12 @@ counters! {
     NoPort,
     /// The host's own addresses could not be read.
     HostAddresses,
+    /// The host's resolvers could not be read. Those that were known are asked.
+    HostResolvers,
+    /// A resolver has answered nothing for a while. The port asks the next one.
+    ResolverSilent,
+    /// A resolver could not be reached, or has answered that it cannot help. The port asks the next one.
+    ResolverFailed,
     /// A call failed in another way.
     OtherError,
 
@@ -183,6 +204,10 @@ counters! {
     DatagramRefused,
     /// A datagram of somebody whom the guest has not asked. It was dropped.
     NotAsked,
+    /// A datagram of a resolver that answers no query that waits for one. It was dropped.
+    DnsUnasked,
+    /// A query that no resolver has answered in time.
+    DnsUnanswered,
     /// A datagram was too long for its way. The host sends the next ones in fragments.
     TooLong,
     /// The system did not take several datagrams in one call. It gets them one by one.

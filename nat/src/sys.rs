@@ -11,7 +11,7 @@
 //! `eventfd2`, `socket`, `setsockopt`, `close`. Afterwards: `socket`, `connect`, `setsockopt`,
 //! `getsockopt`, `getpeername`, `getsockname`, `fcntl`, `sendmsg`, `recvmsg`, `recvfrom`, `shutdown`,
 //! `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`, `write`, and `ioctl` with
-//! `TIOCOUTQ` where there is no `SO_MEMINFO`. For the host's resolvers, `statx` and
+//! `TIOCOUTQ` where there is no `SO_MEMINFO`. With [`Resolvers::Host`](crate::Resolvers::Host), `statx` and
 //! `openat` of /etc/resolv.conf too, and `read` and `close`, when guests ask for names, and for an address
 //! of a link `ioctl` with `SIOCGIFINDEX`.
 

@@ -51,6 +51,13 @@ impl<F: Keyed> Table<F> {
         Self { slots: Vec::new(), free: 0, by_key: HashMap::default(), limit }
     }
 
+    /// Takes memory for as many entries as there may be, however they come and go: a map that is at most
+    /// half full cleans itself without taking more.
+    pub(crate) fn reserve(&mut self) {
+        self.by_key.reserve(2 * self.limit);
+        self.slots.reserve_exact(self.limit.saturating_sub(self.slots.len()));
+    }
+
     /// The number of entries.
     pub(crate) fn len(&self) -> usize {
         self.by_key.len()

@@ -1,6 +1,7 @@
 //! The translator's tests. The traps that other translators have fallen into each have a script.
 
 mod datagram;
+mod dns;
 mod forward;
 mod hostile;
 mod policy;

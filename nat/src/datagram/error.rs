@@ -33,7 +33,9 @@ impl<T> Datagrams<T> {
                 return count;
             };
             if let Some(flow) = self.flow_to(id, error.to, io) {
-                pass(flow, &error, &quoted[..error.quoted], io);
+                let quoted = &quoted[..error.quoted];
+                query_failed(flow, quoted, io);
+                pass(flow, &error, quoted, io);
             }
         }
         ERRORS_AT_ONCE
@@ -56,6 +58,7 @@ impl<T> Datagrams<T> {
         let Some(flow) = self.flows.find(&key).and_then(|id| self.flows.peek(id)) else { return };
         let (counter, reason) = refusal(error);
         io.count(key.port, counter);
+        query_failed(flow, &[], io);
         tell(flow, key.remote.ip(), reason, &[], io);
     }
 
@@ -79,6 +82,18 @@ impl<T> Datagrams<T> {
             }
         };
         self.flows.peek(self.flows.find(&key)?)
+    }
+}
+
+/// If a query has met an error, the next one goes to another resolver. The guest is told of the error, so
+/// that it need not wait before it asks again.
+fn query_failed<S: Sockets>(flow: &Flow, quoted: &[u8], io: &mut Io<'_, S>) {
+    if flow.dns {
+        let port = flow.key.port;
+        io.dns.failed(port, flow.to.ip(), io.ports, io.now);
+        if let [high, low, ..] = *quoted {
+            io.dns.forget(port, flow.key.guest, u16::from_be_bytes([high, low]));
+        }
     }
 }
 

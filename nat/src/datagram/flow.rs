@@ -5,6 +5,7 @@ use core::hash::{Hash, Hasher};
 use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
 
+use crate::limits::{DNS_TIMEOUT, ECHO_TIMEOUT, UDP_STREAM_AFTER, UDP_STREAM_TIMEOUT, UDP_TIMEOUT};
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::policy::sources::Guest;
@@ -61,6 +62,10 @@ pub(crate) struct Flow {
     pub(crate) world_sent: bool,
     /// Whether both sides have sent for a while.
     pub(crate) stream: bool,
+    /// Whether it is one of queries to the gateway.
+    pub(crate) dns: bool,
+    /// How many of these wait for an answer, or were not answered.
+    pub(crate) queries: u32,
     /// In microseconds.
     pub(crate) opened_at: u64,
     pub(crate) used_at: u64,
@@ -79,8 +84,20 @@ impl Flow {
             guest_sent: false,
             world_sent: false,
             stream: false,
+            dns: false,
+            queries: 0,
             opened_at: now,
             used_at: now,
+        }
+    }
+
+    /// How long it lives when it is not used, in microseconds.
+    pub(crate) fn lives(&self) -> u64 {
+        match self.key.protocol {
+            Protocol::IcmpEcho => ECHO_TIMEOUT,
+            _ if self.dns => DNS_TIMEOUT,
+            _ if self.stream => UDP_STREAM_TIMEOUT,
+            _ => UDP_TIMEOUT,
         }
     }
 
@@ -89,9 +106,8 @@ impl Flow {
         self.used_at = now;
         self.guest_sent |= by_guest;
         self.world_sent |= !by_guest;
-        self.stream |= self.guest_sent
-            && self.world_sent
-            && now >= self.opened_at + crate::limits::UDP_STREAM_AFTER;
+        self.stream |=
+            self.guest_sent && self.world_sent && now >= self.opened_at + UDP_STREAM_AFTER;
     }
 }
 

@@ -14,7 +14,7 @@ use crate::datagram::state::Datagrams;
 use crate::io::Io;
 use crate::limits::{BATCH, GUEST_SEGMENTS, MESSAGES};
 use crate::output::Port;
-use crate::packet::Datagram;
+use crate::packet::{Datagram, HOP_LIMIT};
 use crate::policy::{Protocol, is_source};
 use crate::sockets::{Outgoing, Route, SocketError, Sockets};
 use crate::stats::Counter;
@@ -190,10 +190,11 @@ impl<T> Datagrams<T> {
     ) {
         let Some(flow) = self.flows.get_mut(id) else { return };
         flow.used(true, io.now);
-        let outlet = flow.outlet;
-        // This is one hop of the way.
+        let (outlet, dns) = (flow.outlet, flow.dns);
+        // This is one hop of the way. The way to the gateway ends here, and another begins.
         let fields = |packet: &Packet<'_>| {
-            (packet.datagram.hop_limit.saturating_sub(1).max(1), packet.datagram.dscp)
+            let left = packet.datagram.hop_limit.saturating_sub(1).max(1);
+            (if dns { HOP_LIMIT } else { left }, packet.datagram.dscp)
         };
         while let Some(first) = run.first().copied().flatten() {
             let wanted = fields(first);

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use crate::datagram::flow::{Flow, Inbound, Key, Outlet, OutletKey, Young};
 use crate::io::Io;
-use crate::limits::{ECHO_TIMEOUT, HEADROOM, MESSAGE_LEN, MESSAGES, UDP_TIMEOUT};
+use crate::limits::{HEADROOM, MESSAGE_LEN, MESSAGES};
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::sockets::{Capabilities, Kind, SocketError, Sockets, Token};
@@ -159,10 +159,10 @@ impl<T> Datagrams<T> {
         forward: Option<FlowId>,
         io: &mut Io<'_, S>,
     ) -> Option<FlowId> {
-        let (key, outlet) = (flow.key, flow.outlet);
-        let (opened, lives) = match key.protocol {
-            Protocol::IcmpEcho => (Counter::EchoOpened, ECHO_TIMEOUT),
-            _ => (Counter::UdpOpened, UDP_TIMEOUT),
+        let (key, outlet, lives) = (flow.key, flow.outlet, flow.lives());
+        let opened = match key.protocol {
+            Protocol::IcmpEcho => Counter::EchoOpened,
+            _ => Counter::UdpOpened,
         };
         let id = self.flows.insert(flow).ok()?;
         io.count(key.port, opened);

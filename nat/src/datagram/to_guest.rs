@@ -52,17 +52,28 @@ impl<T> Datagrams<T> {
         let into = &mut self.buffer[HEADROOM..];
         let got = io.sockets.receive_datagrams(&outlet.socket, into, MESSAGE_LEN, found)?;
         let mut buffer = std::mem::take(&mut self.buffer);
+        let mut asking = None;
         for (index, incoming) in found[..got].iter().enumerate() {
             let at = index * MESSAGE_LEN;
             // The next one's headers begin where this one's space ends.
             let piece = &mut buffer[at..at + HEADROOM + MESSAGE_LEN];
             match self.flow_of(id, incoming, io) {
+                Ok(flow) if self.flows.peek(flow).is_some_and(|flow| flow.dns) => {
+                    self.deliver_answers(flow, piece, incoming, io);
+                    asking = Some(flow);
+                }
                 Ok(flow) => self.deliver(flow, piece, incoming, io),
                 Err(Some((key, why))) => io.count(key.port, why),
                 Err(None) => io.ports.counters.add(Counter::NoGuest, 1),
             }
         }
         self.buffer = buffer;
+        if let Some(id) = asking
+            && self.flows.peek(id).is_some_and(|flow| flow.queries == 0)
+        {
+            // All that it has asked is answered.
+            self.remove(id, io);
+        }
         Ok(got == found.len())
     }
 
@@ -115,7 +126,7 @@ impl<T> Datagrams<T> {
     }
 
     /// Gives a guest a message, which is in `piece` behind [`HEADROOM`] bytes.
-    fn deliver<S: Sockets<Socket = T>>(
+    pub(crate) fn deliver<S: Sockets<Socket = T>>(
         &mut self,
         id: FlowId,
         piece: &mut [u8],

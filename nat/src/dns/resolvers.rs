@@ -1,8 +1,24 @@
-//! The resolvers that queries are passed to.
+//! The resolvers that queries are passed to, and which of them a port asks.
+//!
+//! Each port goes its own way through the list, because a guest can ask for names that take long or fail,
+//! and is to move nobody else to another resolver by that.
 
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-use crate::limits::{DNS_PORT, RESOLVERS};
+use crate::limits::{DNS_PORT, RESOLVER_RESTORE, RESOLVER_SILENT, RESOLVERS};
+
+/// Where the resolvers come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Resolvers {
+    /// The host's own, which are read again when they change:
+    /// [`Sockets::resolvers`](crate::Sockets::resolvers).
+    #[default]
+    Host,
+    /// These, in this order. Of more than [`RESOLVERS`](crate::limits::RESOLVERS), the first are used.
+    /// Without any, local names are answered, and every other query is refused.
+    Fixed(Vec<SocketAddr>),
+}
 
 /// The resolvers that a text in the form of resolv.conf(5) names, as glibc reads it: the first
 /// [`RESOLVERS`](crate::limits::RESOLVERS) lines that begin with `nameserver`. A line that begins with `#`
@@ -56,7 +72,7 @@ fn resolver(word: &str, scope: impl Fn(&str) -> Option<u32>) -> Option<SocketAdd
 
 /// The address that the answers of a resolver come from, so that they are known as its own. Of an
 /// unspecified address it is loopback, and only addresses of a link have a scope.
-fn answering(resolver: SocketAddr) -> SocketAddr {
+pub(crate) fn answering(resolver: SocketAddr) -> SocketAddr {
     let port = resolver.port();
     match (resolver.ip().to_canonical(), resolver) {
         (IpAddr::V4(v4), _) if v4.is_unspecified() => (Ipv4Addr::LOCALHOST, port).into(),
@@ -65,6 +81,69 @@ fn answering(resolver: SocketAddr) -> SocketAddr {
             SocketAddrV6::new(v6, port, 0, full.scope_id()).into()
         }
         (ip, _) => SocketAddr::new(ip, port),
+    }
+}
+
+/// Which resolver a port asks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Choice {
+    current: usize,
+    /// When the first one is asked again, in microseconds. 0 is never.
+    restore_at: u64,
+    /// Since when the current one has been asked and has answered nothing. 0 is never.
+    waiting_since: u64,
+}
+
+impl Choice {
+    /// The resolver to ask now, and whether the one before it is passed over because it is silent.
+    pub(crate) fn resolver(&mut self, list: &[SocketAddr], now: u64) -> (Option<SocketAddr>, bool) {
+        // What was not answered so long ago says nothing of now.
+        let is_old = self.waiting_since > 0 && now >= self.waiting_since + RESOLVER_RESTORE;
+        if is_old || self.restore_at > 0 && self.restore_at <= now {
+            *self = Self::default();
+        }
+        let silent = self.waiting_since > 0 && now >= self.waiting_since + RESOLVER_SILENT;
+        if silent {
+            self.advance(list, now);
+        }
+        (list.get(self.current).copied(), silent)
+    }
+
+    /// The one behind a resolver, which has not answered a query that is made again.
+    pub(crate) fn behind(&self, list: &[SocketAddr], asked: SocketAddr) -> Option<SocketAddr> {
+        let index = list.iter().position(|&other| other == asked);
+        list.get((index.unwrap_or(self.current) + 1) % list.len().max(1)).copied()
+    }
+
+    /// Notes that a query was given to the current resolver.
+    pub(crate) fn asked(&mut self, now: u64) {
+        if self.waiting_since == 0 {
+            self.waiting_since = now.max(1);
+        }
+    }
+
+    /// Notes that a resolver has answered.
+    pub(crate) fn answered(&mut self) {
+        self.waiting_since = 0;
+    }
+
+    /// Turns to the next resolver, if this one is the current.
+    pub(crate) fn failed(&mut self, list: &[SocketAddr], which: IpAddr, now: u64) -> bool {
+        let current = list.get(self.current).is_some_and(|current| current.ip() == which);
+        if current {
+            self.advance(list, now);
+        }
+        current
+    }
+
+    fn advance(&mut self, list: &[SocketAddr], now: u64) {
+        self.waiting_since = 0;
+        self.current = (self.current + 1) % list.len().max(1);
+        if self.current == 0 {
+            self.restore_at = 0;
+        } else if self.restore_at == 0 {
+            self.restore_at = now + RESOLVER_RESTORE;
+        }
     }
 }
 
@@ -115,8 +194,71 @@ mod tests {
         assert_eq!(answering(odd("fe80::1").into()), plain("fe80::1", 3));
     }
 
+    fn list(len: usize) -> Vec<SocketAddr> {
+        (0..len).map(|n| ([192, 0, 2, n as u8], 53).into()).collect()
+    }
+
+    /// Goal: a silent resolver is passed over, one that answers is not, and the order comes back.
+    #[test]
+    fn a_silent_resolver_is_passed_over_for_a_while() {
+        let list = list(3);
+        let mut choice = Choice::default();
+        let second = 1_000_000;
+        assert_eq!(choice.resolver(&list, second), (Some(list[0]), false));
+        choice.asked(second);
+        assert_eq!(choice.resolver(&list, 2 * second), (Some(list[0]), false));
+        choice.asked(2 * second);
+        choice.answered();
+        choice.asked(4 * second);
+        assert_eq!(choice.resolver(&list, 5 * second), (Some(list[0]), false));
+        assert_eq!(choice.resolver(&list, 6 * second), (Some(list[1]), true));
+        assert_eq!(choice.resolver(&list, 7 * second), (Some(list[1]), false));
+        choice.asked(7 * second);
+        assert_eq!(choice.resolver(&list, 9 * second), (Some(list[2]), true));
+        choice.asked(9 * second);
+        assert_eq!(choice.resolver(&list, 11 * second), (Some(list[0]), true));
+        choice.asked(11 * second);
+        assert_eq!(choice.resolver(&list, 13 * second), (Some(list[1]), true));
+        assert_eq!(choice.resolver(&list, 73 * second), (Some(list[0]), false));
+        // Only the one that is asked can fail, and a list of one stays.
+        assert!(!choice.failed(&list, list[1].ip(), 73 * second));
+        assert!(choice.failed(&list, list[0].ip(), 73 * second));
+        assert_eq!(choice.behind(&list, list[2]), Some(list[0]));
+        let mut choice = Choice::default();
+        choice.asked(second);
+        assert_eq!(choice.resolver(&list[..1], 9 * second), (Some(list[0]), true));
+        assert_eq!(choice.behind(&list[..1], list[0]), Some(list[0]));
+        assert_eq!(choice.resolver(&[], 99 * second), (None, false));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Goal: whatever happens, there is a resolver to ask if there is one at all, and the first is
+        /// asked again a minute after the last failure at most.
+        #[test]
+        fn there_is_always_a_resolver(
+            len in 1usize..4,
+            steps in prop::collection::vec((0u8..4, 0u64..30_000_000), 0..50),
+        ) {
+            let list = list(len);
+            let (mut choice, mut now) = (Choice::default(), 1);
+            for (what, wait) in steps {
+                now += wait;
+                let (resolver, _) = choice.resolver(&list, now);
+                prop_assert!(resolver.is_some_and(|resolver| list.contains(&resolver)));
+                match what {
+                    0 => choice.asked(now),
+                    1 => choice.answered(),
+                    2 => {
+                        choice.failed(&list, resolver.unwrap().ip(), now);
+                    }
+                    _ => {}
+                }
+            }
+            choice.answered();
+            prop_assert_eq!(choice.resolver(&list, now + RESOLVER_RESTORE).0, Some(list[0]));
+        }
+
         /// Goal: no file makes the reader panic, or name more than it may.
         #[test]
         fn any_file_can_be_read(text in prop::collection::vec(any::<u8>(), 0..300)) {
