@@ -6,6 +6,7 @@
 //! | `message.rs` | DNS messages, as far as they are read, and answers |
 //! | `names.rs` | [`Names`]: the names that the network answers for itself |
 //! | `resolvers.rs` | where the resolvers come from, and which of them a port asks |
+//! | `stream.rs` | what a guest sends over TCP |
 //!
 //! A guest asks the gateway's addresses at port 53. A query goes on as it is, to a resolver in place of the
 //! gateway, and its answer comes back with the gateway's address. Nothing is cached, and nothing in an
@@ -22,6 +23,7 @@
 pub(crate) mod message;
 pub mod names;
 pub mod resolvers;
+pub(crate) mod stream;
 
 use core::net::{IpAddr, SocketAddr};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};

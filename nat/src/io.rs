@@ -133,6 +133,17 @@ impl<S: Sockets> Io<'_, S> {
         }
     }
 
+    /// Where a guest's connection to the gateway's DNS leads to, or why it leads nowhere.
+    pub(crate) fn resolver(
+        &mut self,
+        (port, mac): (Port, [u8; 6]),
+        source: IpAddr,
+    ) -> Result<SocketAddr, Counter> {
+        self.sources.check(port, mac, source, self.now)?;
+        self.look_at_resolvers(port);
+        self.dns.resolver(port, self.ports, self.now).ok_or(Counter::DnsRefused)
+    }
+
     /// Gives a port a frame that leaves nothing to do. `frame` has space for padding behind `len`
     /// bytes.
     pub(crate) fn send_plain(

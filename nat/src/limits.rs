@@ -180,6 +180,8 @@ pub const RESOLVER_RESTORE: u64 = 60_000_000;
 /// How long the answer to a query is waited for, and how long a flow of queries lives after its last one.
 /// A resolver may take so long to find out that nobody knows a name.
 pub const DNS_TIMEOUT: u64 = 10_000_000;
+/// How long a connection to a resolver may take to be made.
+pub const DNS_CONNECT_TIMEOUT: u64 = 3_000_000;
 /// The longest answer that the translator gives itself: one that needs no EDNS (RFC 1035, 4.2.1).
 pub const DNS_ANSWER_MAX: usize = 512;
 /// The most names that a network answers for itself.

@@ -74,10 +74,10 @@ impl<'f> Datagram<'f> {
             || to.is_ipv4() && config.subnet_v4.is_network_or_broadcast(to)
     }
 
-    /// Whether the packet goes to the gateway's DNS, over UDP.
+    /// Whether the packet goes to the gateway's DNS, over UDP or TCP, whose ports are at the same place.
     pub(crate) fn is_dns(&self, config: &NatConfig) -> bool {
         let port = |ports: &[u8]| u16::from_be_bytes([ports[2], ports[3]]);
-        self.protocol == 17
+        matches!(self.protocol, 6 | 17)
             && self.payload.len() >= 4
             && config.is_dns(SocketAddr::new(self.destination, port(self.payload)))
     }

@@ -52,7 +52,7 @@ counters! {
     /// ICMP errors of others that were passed on to guests.
     ErrorsPassed,
 
-    /// Queries of DNS that were given to a resolver.
+    /// Queries of DNS that were given to a resolver. Those over TCP are not counted.
     DnsForwarded,
     /// Answers of resolvers that were given to guests.
     DnsAnswered,
@@ -77,7 +77,7 @@ counters! {
     /// A segment whose sequence numbers are not the flow's.
     TcpSequence,
     /// A message for the gateway's port of DNS that is no query. The guest was told if it can be
-    /// answered.
+    /// answered. A connection of TCP was reset.
     DnsMalformed,
 
     // What is refused.
@@ -129,6 +129,9 @@ counters! {
     /// A query that is not for guests: an update, a notification, a transfer of a zone, or a query that
     /// there is no resolver for. The guest was told.
     DnsRefused,
+    /// A connection of TCP to the gateway's port of DNS was reset, because what it asked for is not to
+    /// reach a resolver: a local name, or what [`DnsRefused`](Self::DnsRefused) counts over UDP.
+    DnsStreamRefused,
     /// Too many queries of the port or the network wait for their answers. The guest was told.
     DnsPendingLimit,
     /// A port forward waited, because it has as many flows as it may have.

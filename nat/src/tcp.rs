@@ -22,9 +22,12 @@ mod to_guest;
 use core::net::SocketAddr;
 use std::collections::VecDeque;
 
+use crate::dns::stream::Stream;
 use crate::icmp::Reason;
 use crate::io::Io;
-use crate::limits::{BATCH, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS, TRACED_HOPS};
+use crate::limits::{
+    BATCH, DNS_CONNECT_TIMEOUT, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TIME_WAIT_FLOWS, TRACED_HOPS,
+};
 use crate::output::Port;
 use crate::packet::Datagram;
 use crate::policy::{Protocol, is_source};
@@ -272,9 +275,15 @@ impl<T> Tcp<T> {
         io: &mut Io<'_, S>,
     ) -> Option<FlowId> {
         let key = segment.key;
-        let (port, source, destination) = (key.port, key.guest.into(), key.remote.into());
+        let port = key.port;
+        let (source, destination) = (SocketAddr::from(key.guest), SocketAddr::from(key.remote));
         let mac = segment.datagram.mac;
-        let to = match io.decide((port, mac), Protocol::Tcp, source, destination) {
+        let is_dns = io.config.is_dns(destination);
+        let decided = match is_dns {
+            true => io.resolver((port, mac), source.ip()),
+            false => io.decide((port, mac), Protocol::Tcp, source, destination),
+        };
+        let to = match decided {
             Ok(to) => to,
             Err(why) => {
                 io.count(port, why);
@@ -294,6 +303,9 @@ impl<T> Tcp<T> {
             Err(error) => {
                 let (counter, reason) = open::refusal(error);
                 io.count(port, counter);
+                if is_dns {
+                    io.dns.failed(port, to.ip(), io.ports, io.now);
+                }
                 match reason {
                     Some(reason) => io.send_error_about(port, reason, &segment.datagram),
                     None => answer_reset(segment, io),
@@ -302,7 +314,11 @@ impl<T> Tcp<T> {
             }
         };
         let place = Flow::<T>::place_for(port, to, &self.memory, io.config.rings_only);
-        let flow = Flow::connecting(segment, to, (socket, token), place, io, &mut self.memory);
+        let mut flow = Flow::connecting(segment, to, (socket, token), place, io, &mut self.memory);
+        if is_dns {
+            flow.queries = Some(Box::new(Stream::new()));
+            flow.retry_at = io.now + DNS_CONNECT_TIMEOUT;
+        }
         self.insert(flow, io)
     }
 
@@ -367,15 +383,17 @@ impl<T> Tcp<T> {
     fn connect_options<S: Sockets<Socket = T>>(
         &self,
         port: Port,
-        Datagram { dscp, hop_limit, .. }: &Datagram<'_>,
+        datagram: &Datagram<'_>,
         io: &mut Io<'_, S>,
     ) -> ConnectOptions {
+        let Datagram { dscp, hop_limit, .. } = datagram;
         let small = self.memory.kernel > io.config.limits.kernel_memory;
         if small {
             io.count(port, Counter::SmallBuffers);
         }
-        // This is one hop of the way.
-        let hop_limit = (*hop_limit < TRACED_HOPS).then(|| hop_limit.saturating_sub(1).max(1));
+        // This is one hop of the way, unless the gateway is where it leads to.
+        let is_traced = *hop_limit < TRACED_HOPS && !datagram.is_dns(io.config);
+        let hop_limit = is_traced.then(|| hop_limit.saturating_sub(1).max(1));
         let buffers = small.then_some(SMALL_SOCKET_BUFFER);
         ConnectOptions { dscp: *dscp, hop_limit, buffers }
     }

@@ -11,8 +11,9 @@ use vmring_nat::{
 };
 
 use crate::support::datagram::{Got, Receiver, udp_frame};
+use crate::support::kernel::Answer;
 use crate::support::port::{GUEST_MAC, Net, PORT, config, plain_link};
-use crate::support::script::Segment;
+use crate::support::script::{Script, Segment};
 
 const A: u16 = 1;
 const PTR: u16 = 12;
@@ -689,6 +690,168 @@ fn local_names_are_answered_here() {
         asker.net.nat.port_left(PORT, asker.net.now, &mut asker.net.out);
         assert_eq!(asker.local("web.internal", A).0, 3);
     });
+}
+
+/// DNS over TCP goes to the resolver, whose answer has the gateway's address.
+#[test]
+fn a_connection_leads_to_the_resolver() {
+    for v6 in [false, true] {
+        let mut script = dns_script(v6);
+        script.open();
+        let to = script.net.kernel.with(0, |peer| peer.to);
+        assert_eq!(to, resolver(0));
+        let message = framed(&query(1, "example.com", A));
+        send(&mut script, 1, &message);
+        assert_eq!(script.net.kernel.with(0, |peer| peer.sent.clone()), message);
+        script.next().expect("an acknowledgment");
+        script.run("peer writes 50\n > . 1:51\n peer is open");
+    }
+}
+
+fn dns_script(v6: bool) -> Script {
+    let mut config = config(false);
+    config.resolvers = fixed(&[0, 1]);
+    let mut script = Script::new(config, plain_link(), v6);
+    let gateway = if v6 { "[fd00::1]:53" } else { "192.168.64.1:53" };
+    script.remote = gateway.parse().unwrap();
+    script.net.nat.names_mut().set("host.internal", &[]).unwrap();
+    script
+}
+
+fn framed(message: &[u8]) -> Vec<u8> {
+    [&(message.len() as u16).to_be_bytes()[..], message].concat()
+}
+
+/// The guest sends bytes at a place of its stream.
+fn send(script: &mut Script, at: u32, data: &[u8]) {
+    let segment = Segment {
+        flags: "P.".into(),
+        seq: script.isn.wrapping_add(at),
+        ack: script.iss.wrapping_add(1),
+        window: 512,
+        data: data.to_vec(),
+        ..Segment::default()
+    };
+    script.net.send(&[segment.frame(script.guest, script.remote)]);
+}
+
+/// Over TCP, what is not to reach the resolver ends the connection, also if it comes in pieces, again, or
+/// behind queries that are fine.
+#[test]
+fn a_connection_ends_before_it_asks_for_what_is_not_outside() {
+    let bad = [
+        query(2, "host.internal", A),
+        query(2, "nobody.internal", AAAA),
+        query(2, "example.com", 252),
+        message(2, 5 << 11, "example.com", A),
+        vec![0; 5],
+    ];
+    for (index, bad) in bad.iter().enumerate() {
+        for split in [1, 2, 3, 15, 17] {
+            for most in [usize::MAX, 7] {
+                let mut script = dns_script(false);
+                script.net.kernel.0.borrow_mut().most = most;
+                script.open();
+                let good = framed(&query(1, "example.com", A));
+                let stream = [&good[..], &framed(bad)].concat();
+                let first = good.len() + split.min(bad.len());
+                // What the kernel does not take of it is spilled. It is seen once more.
+                send(&mut script, 1, &stream[..first]);
+                send(&mut script, 1, &stream[..first]);
+                script.net.out.frames.clear();
+                // A header that is wrong is known before the question is.
+                let is_early = index == 4 && split >= 2 || index == 3 && split >= 14;
+                let closed = script.net.kernel.with(0, |peer| peer.closed);
+                assert_eq!(closed.is_some(), is_early, "message {index} after {split} bytes");
+                send(&mut script, 1 + first as u32, &stream[first..]);
+                let (closed, sent) =
+                    script.net.kernel.with(0, |peer| (peer.closed, peer.sent.clone()));
+                assert_eq!(closed, Some(true), "message {index} after {split} bytes");
+                assert!(script.next().expect("a reset").flags.starts_with('R'));
+                assert!(sent.len() <= first, "the rest has reached the resolver");
+                let why = [Counter::DnsStreamRefused, Counter::DnsMalformed][index / 4];
+                assert_eq!(script.net.nat.counters()[why], 1, "message {index}");
+                script.net.assert_empty();
+            }
+        }
+    }
+}
+
+/// What neither the kernel nor the spill takes is sent again, and is looked at as if for the first time.
+#[test]
+fn what_is_not_taken_is_looked_at_again() {
+    let mut script = dns_script(false);
+    (script.net.kernel.0.borrow_mut().most, script.net.kernel.0.borrow_mut().capacity) =
+        (1000, 1 << 20);
+    script.open();
+    let mut stream = Vec::new();
+    for id in 0..2500 {
+        stream.extend(framed(&query(id, "example.com", A)));
+    }
+    let len = stream.len();
+    let mut acked = 0;
+    for round in 0..10 {
+        // The first acknowledgment opens the window, which the handshake cannot.
+        let most = if round == 0 { 1400 } else { 64 * 1400 };
+        let rest = &stream[acked..];
+        let frames: Vec<_> = rest[..rest.len().min(most)]
+            .chunks(1400)
+            .enumerate()
+            .map(|(index, data)| {
+                let segment = Segment {
+                    flags: "P.".into(),
+                    seq: script.isn.wrapping_add((1 + acked + index * 1400) as u32),
+                    ack: script.iss.wrapping_add(1),
+                    window: 512,
+                    data: data.to_vec(),
+                    ..Segment::default()
+                };
+                segment.frame(script.guest, script.remote)
+            })
+            .collect();
+        script.net.send(&frames);
+        while let Some(segment) = script.next() {
+            assert_eq!(segment.flags, ".");
+            acked = segment.ack.wrapping_sub(script.isn) as usize - 1;
+        }
+        if acked == len {
+            break;
+        }
+    }
+    let counters = script.net.nat.counters();
+    assert!(counters[Counter::SpillFull] > 0, "everything was taken: {counters:?}");
+    assert_eq!(acked, len);
+    assert!(script.net.kernel.with(0, |peer| peer.sent == stream));
+}
+
+/// A resolver that does not take a connection is passed over by the next one.
+#[test]
+fn a_connection_that_fails_moves_the_next_one() {
+    for how in ["refuses", "fails host", "is silent", "at once"] {
+        let mut script = dns_script(false);
+        if how == "at once" {
+            script.net.kernel.0.borrow_mut().answer = Answer::Fail(SocketError::Refused);
+        }
+        script.run("< S 0 win 65535 mss 1000 ws 7");
+        match how {
+            "at once" => {}
+            "is silent" => script.net.wait(Duration::from_secs(4)),
+            how => {
+                script.run(&format!("peer {how}"));
+            }
+        }
+        script.net.out.frames.clear();
+        script.net.kernel.0.borrow_mut().answer = Answer::Later;
+        script.net.assert_empty();
+        assert_eq!(script.net.nat.counters()[Counter::ResolverFailed], 1, "{how}");
+        script.run("< S 0 win 65535 mss 1000 ws 7");
+        let index = script.net.kernel.len() - 1;
+        assert_eq!(script.net.kernel.with(index, |peer| peer.to), resolver(1), "{how}");
+    }
+    // Without a resolver, nobody waits.
+    let mut script = dns_script(false);
+    script.net.nat.set_resolvers(Resolvers::Fixed(Vec::new()));
+    script.run("< S 0 win 65535\n > icmp 3 13\n count DnsRefused 1\n empty");
 }
 
 #[derive(Clone, Debug)]

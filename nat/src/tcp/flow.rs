@@ -6,6 +6,7 @@
 use core::net::SocketAddr;
 
 use crate::buffers::ByteQueue;
+use crate::dns::stream::Stream;
 use crate::endpoint::Endpoint;
 use crate::io::Io;
 use crate::limits::{
@@ -65,6 +66,8 @@ pub(crate) struct Flow<T> {
     pub(crate) rcv_edge: Seq,
     /// Bytes that were taken from the guest and that the kernel has yet to take.
     pub(crate) spill: Option<ByteQueue>,
+    /// Where in its queries the guest is, if it has connected to the gateway's DNS.
+    pub(crate) queries: Option<Box<Stream>>,
     /// What the socket took, the last time it was asked, less what it was given since.
     pub(crate) space: SendSpace,
 
@@ -192,6 +195,7 @@ impl<T> Flow<T> {
             rcv_nxt: Seq(0),
             rcv_edge: Seq(0),
             spill: None,
+            queries: None,
             space: SendSpace::default(),
             place,
             snd_una: Seq(0),

@@ -316,7 +316,14 @@ impl<T> Flow<T> {
         memory: &mut Memory,
     ) -> Result<(), SocketError> {
         if run.bytes > 0 || run.fin {
+            if let Err(why) = self.look_at_queries(run, io) {
+                io.count(self.key.port, why);
+                self.reset_guest(io, memory, Ending::Reset);
+                return Ok(());
+            }
+            let before = self.rcv_nxt;
             self.send_run(run, io, memory)?;
+            self.note_queries(run, self.rcv_nxt.since(before), io);
         }
         self.flush_spill(io, memory)?;
         if let Some(socket) = &self.socket {
@@ -339,6 +346,39 @@ impl<T> Flow<T> {
             return Ok(());
         }
         self.push(io, memory)
+    }
+
+    /// Looks whether what the guest sends to the gateway's DNS may go to the resolver.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    fn look_at_queries<S: Sockets<Socket = T>>(
+        &self,
+        run: &Run<'_>,
+        io: &mut Io<'_, S>,
+    ) -> Result<(), Counter> {
+        let Some(queries) = &self.queries else { return Ok(()) };
+        // The guest sends again what is not taken.
+        let mut queries = queries.clone();
+        run.parts[..run.count].iter().try_for_each(|part| queries.look(part, &io.dns.names))
+    }
+
+    /// Notes how much of a run was taken.
+    fn note_queries<S: Sockets<Socket = T>>(
+        &mut self,
+        run: &Run<'_>,
+        taken: u32,
+        io: &mut Io<'_, S>,
+    ) {
+        let Some(queries) = &mut self.queries else { return };
+        let mut left = taken as usize;
+        for part in &run.parts[..run.count] {
+            let part = &part[..part.len().min(left)];
+            left -= part.len();
+            let looked = queries.look(part, &io.dns.names);
+            debug_assert_eq!(looked, Ok(()), "it was looked at before");
+        }
     }
 
     /// Both directions have ended.

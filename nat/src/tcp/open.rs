@@ -138,6 +138,9 @@ impl<T> Flow<T> {
     ) {
         let (counter, answer) = refusal(error);
         io.count(self.key.port, counter);
+        if self.queries.is_some() {
+            io.dns.failed(self.key.port, self.to.ip(), io.ports, io.now);
+        }
         match answer {
             None => self.reset_guest(io, memory, Ending::Close),
             Some(reason) => {
