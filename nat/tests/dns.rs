@@ -15,7 +15,7 @@ use crate::support::kernel::Answer;
 use crate::support::port::{GUEST_MAC, Net, PORT, config, plain_link};
 use crate::support::script::{Script, Segment};
 
-const A: u16 = 1;
+pub(crate) const A: u16 = 1;
 const PTR: u16 = 12;
 const AAAA: u16 = 28;
 
@@ -52,12 +52,12 @@ fn message(id: u16, flags: u16, name: &str, kind: u16) -> Vec<u8> {
     bytes
 }
 
-fn query(id: u16, name: &str, kind: u16) -> Vec<u8> {
+pub(crate) fn query(id: u16, name: &str, kind: u16) -> Vec<u8> {
     message(id, 0x100, name, kind)
 }
 
 /// What a resolver answers to a query.
-fn answer_to(query: &[u8], code: u8) -> Vec<u8> {
+pub(crate) fn answer_to(query: &[u8], code: u8) -> Vec<u8> {
     let mut answer = query.to_vec();
     (answer[2], answer[3]) = (answer[2] | 0x80, 0x80 | code);
     answer[7] = 1;
@@ -718,7 +718,7 @@ fn dns_script(v6: bool) -> Script {
     script
 }
 
-fn framed(message: &[u8]) -> Vec<u8> {
+pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
     [&(message.len() as u16).to_be_bytes()[..], message].concat()
 }
 

@@ -7,6 +7,7 @@ mod hostile;
 mod policy;
 mod real;
 mod real_datagram;
+mod real_dns;
 mod smoltcp_guest;
 mod support;
 mod tcp;

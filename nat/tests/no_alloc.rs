@@ -408,3 +408,58 @@ fn a_datagram_allocates_nothing() {
         assert_eq!(counters[vmring_nat::Counter::Fragmented] > 100, segment == 0);
     }
 }
+
+/// DNS: queries that wait, that are refused, and for local names, and what resolvers send.
+#[test]
+fn a_query_allocates_nothing() {
+    use support::datagram::udp_frame;
+    use vmring_nat::{Counter, Resolvers};
+    let guest: SocketAddr = ([192, 168, 64, 2], 4000).into();
+    let gateway = ([192, 168, 64, 1], 53).into();
+    let resolver = ([127, 0, 0, 53], 53).into();
+    let mut now = Duration::from_secs(5);
+    let zeros = Zeros { takes: usize::MAX, from: resolver, ..Zeros::default() };
+    let mut config = config(false);
+    config.resolvers = Resolvers::Fixed(vec![resolver]);
+    let mut nat = Nat::new(config, zeros, now);
+    nat.names_mut().set("host.internal", &[[192, 168, 64, 254].into()]).unwrap();
+    let mut out = Last { link: plain_link(), space: 1000, frame: Vec::with_capacity(200), data: 0 };
+    let header = OffloadHeader::NONE;
+    let (mut counted, mut id) = (0, 0u16);
+    for round in 0..400u32 {
+        now += Duration::from_millis(50);
+        let mut frame = |name: &[u8], kind: u8| {
+            id = id.wrapping_add(1);
+            let mut message = id.to_be_bytes().to_vec();
+            message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+            message.extend(name);
+            message.extend([0, kind, 0, 1]);
+            udp_frame(guest, gateway, &message)
+        };
+        let frames = [
+            frame(b"\x07example\x03com\0", 1),
+            frame(b"\x04host\x08internal\0", 1),
+            frame(b"\x06nobody\x08internal\0", 1),
+            frame(b"\x02254\0", 12),
+            frame(b"\x07example\x03com\0", 252),
+        ];
+        let batch = frames.each_ref().map(|bytes| GuestFrame { bytes, header });
+        nat.sockets().left = 40;
+        let before = ALLOCATIONS.get();
+        nat.from_guest(PORT, &batch, now, &mut out);
+        let readiness = Readiness { readable: true, ..Readiness::default() };
+        nat.on_ready(Token(2 << 56), readiness, now, &mut out);
+        nat.on_time(now, &mut out);
+        out.space = 1000;
+        // Until then, as many wait as may.
+        if round >= 220 {
+            assert_eq!(ALLOCATIONS.get() - before, 0, "round {round}");
+            counted += 1;
+        }
+    }
+    let counters = nat.counters();
+    assert_eq!(counted, 180);
+    let seen = [Counter::DnsForwarded, Counter::DnsLocal, Counter::DnsRefused, Counter::DnsUnasked];
+    assert!(seen.iter().all(|&counter| counters[counter] >= 180), "{counters:?}");
+    assert!(counters[Counter::DnsUnanswered] > 0 && counters[Counter::DnsPendingLimit] > 0);
+}

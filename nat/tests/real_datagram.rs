@@ -17,7 +17,7 @@ use crate::support::port::{PORT, config};
 use crate::support::script::Segment;
 
 /// Far longer than any test needs on a slow and busy machine.
-const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 /// Leads every destination to the loopback address of its family, with the same port.
 struct ToLoopback;
@@ -32,7 +32,7 @@ impl Policy for ToLoopback {
     }
 }
 
-struct Frames(VecDeque<(Vec<u8>, OffloadHeader)>, Link);
+pub(crate) struct Frames(VecDeque<(Vec<u8>, OffloadHeader)>, Link);
 
 impl Output for Frames {
     fn link(&self, _: Port) -> Link {
@@ -44,19 +44,19 @@ impl Output for Frames {
     }
 }
 
-struct World {
-    nat: Nat<Host>,
+pub(crate) struct World {
+    pub(crate) nat: Nat<Host>,
     out: Frames,
     events: Events,
     receiver: Receiver,
-    start: Instant,
-    guest: IpAddr,
+    pub(crate) start: Instant,
+    pub(crate) guest: IpAddr,
     remote: IpAddr,
     got: VecDeque<Got>,
 }
 
 impl World {
-    fn new(config: NatConfig, offloads: Offloads, v6: bool) -> Self {
+    pub(crate) fn new(config: NatConfig, offloads: Offloads, v6: bool) -> Self {
         let host = Host::new().expect("sockets");
         let nat = Nat::with_policy(config, host, Box::new(ToLoopback), Duration::ZERO);
         let link = Link { mtu: 1500, offloads, longest: 65_549 };
@@ -74,13 +74,13 @@ impl World {
         }
     }
 
-    fn send(&mut self, bytes: &[u8], header: OffloadHeader) {
+    pub(crate) fn send(&mut self, bytes: &[u8], header: OffloadHeader) {
         let now = self.start.elapsed();
         self.nat.from_guest(PORT, &[GuestFrame { bytes, header }], now, &mut self.out);
     }
 
     /// What the guest gets next.
-    fn next(&mut self, what: &str) -> Got {
+    pub(crate) fn next(&mut self, what: &str) -> Got {
         let start = Instant::now();
         loop {
             for (frame, header) in self.out.0.drain(..) {
@@ -94,7 +94,22 @@ impl World {
         }
     }
 
-    fn turn(&mut self) {
+    /// The next segment of TCP that the guest gets and that is one of these. Others are left out.
+    pub(crate) fn segment(&mut self, what: &str, is_one: impl Fn(&Segment) -> bool) -> Segment {
+        let start = Instant::now();
+        loop {
+            while let Some((frame, header)) = self.out.0.pop_front() {
+                match Segment::parse(&frame, &header, &self.out.1) {
+                    Some((segment, _)) if is_one(&segment) => return segment,
+                    _ => {}
+                }
+            }
+            assert!(start.elapsed() < LONG, "it never came: {what}: {:?}", self.nat);
+            self.turn();
+        }
+    }
+
+    pub(crate) fn turn(&mut self) {
         self.nat.sockets().wait(Some(Duration::from_millis(2)), &mut self.events).expect("a wait");
         let now = self.start.elapsed();
         for (token, readiness) in self.events.iter() {
@@ -104,7 +119,7 @@ impl World {
     }
 }
 
-fn loopback(v6: bool) -> IpAddr {
+pub(crate) fn loopback(v6: bool) -> IpAddr {
     if v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() }
 }
 
