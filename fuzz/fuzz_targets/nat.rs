@@ -19,7 +19,7 @@ use std::time::Duration;
 use vmring_core::offload::{Gso, OffloadHeader, Offloads};
 use vmring_nat::{
     Capabilities, ConnectOptions, DatagramError, ForwardRule, Full, Guest, GuestFrame, Incoming,
-    Link, Nat, NatConfig, Outgoing, Output, Port, Protocol, Readiness, Route, SendSpace,
+    Link, Nat, NatConfig, Outgoing, Output, Port, Protocol, Readiness, Resolvers, Route, SendSpace,
     SocketError, Sockets, Token,
 };
 
@@ -59,6 +59,8 @@ struct Input<'a> {
     rings_only: bool,
     offload: bool,
     endpoint_independent: bool,
+    /// The resolvers: how many of them.
+    resolvers: u8,
     /// What the sockets answer, in turn, again and again.
     answers: [Answer; 16],
     steps: Vec<Step<'a>>,
@@ -114,6 +116,69 @@ enum Step<'a> {
     Leave {
         port: u8,
     },
+    /// A message for the gateway's DNS, over UDP or behind its length over TCP.
+    Query {
+        flow: Flow,
+        tcp: bool,
+        id: u8,
+        name: Name<'a>,
+        kind: u16,
+        /// What of the message is changed.
+        flip: Option<(u8, u8)>,
+        behind: &'a [u8],
+    },
+    /// A guest says what it is called.
+    Call {
+        flow: Flow,
+        mac: u8,
+        name: &'a [u8],
+    },
+    Resolvers(u8),
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Name<'a> {
+    Host,
+    Outside,
+    Reverse(u8),
+    Labels(&'a [u8]),
+}
+
+/// The names of guests are fewer than so many.
+const NAMES: usize = 3 * 16 + 1;
+
+fn resolvers(count: u8) -> Resolvers {
+    let list = ["127.0.0.53:53", "[::1]:53", "192.0.2.53:53"];
+    let list = list.iter().take(usize::from(count % 4)).map(|at| at.parse().unwrap());
+    Resolvers::Fixed(list.collect())
+}
+
+fn query(id: u8, name: Name<'_>, kind: u16, flip: Option<(u8, u8)>, behind: &[u8]) -> Vec<u8> {
+    let mut message =
+        vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, behind.first().copied().unwrap_or(0) & 1];
+    match name {
+        Name::Host => message.extend(b"\x04hoST\x08internal\0"),
+        Name::Outside => message.extend(b"\x07example\0"),
+        Name::Reverse(last) => {
+            message.extend([1, b'0' + last % 10]);
+            message.extend(b"\x0264\x03168\x03192\x07in-addr\x04arpa\0");
+        }
+        Name::Labels(bytes) => {
+            for label in bytes.chunks(7) {
+                message.push(label.len() as u8);
+                message.extend(label);
+            }
+            message.push(0);
+        }
+    }
+    message.extend(kind.to_be_bytes());
+    message.extend([0, 1]);
+    message.extend(behind);
+    if let Some((at, bits)) = flip {
+        let at = usize::from(at) % message.len();
+        message[at] ^= bits;
+    }
+    message
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -160,6 +225,8 @@ struct Socket {
     waiting: Cell<usize>,
     peer: SocketAddr,
     at: SocketAddr,
+    /// The last datagram that was sent. A resolver answers with its question.
+    last: RefCell<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Socket {
@@ -208,7 +275,13 @@ impl Random {
         if tokens.len() > 32 {
             tokens.pop_front();
         }
-        Socket { shared: self.shared.clone(), waiting: Cell::new(0), peer, at }
+        Socket {
+            shared: self.shared.clone(),
+            waiting: Cell::new(0),
+            peer,
+            at,
+            last: RefCell::default(),
+        }
     }
 }
 
@@ -310,13 +383,25 @@ impl Sockets for Random {
     }
     fn send_datagrams(
         &mut self,
-        _: &Socket,
+        socket: &Socket,
         _: Option<Route>,
         batch: &[Outgoing<'_>],
     ) -> Result<usize, SocketError> {
         assert!(!batch.is_empty());
         for outgoing in batch {
             let len: usize = outgoing.parts.iter().map(|part| part.len()).sum();
+            if socket.peer.port() == 53 {
+                let bytes: Vec<u8> = outgoing.parts.iter().flat_map(|part| part.to_vec()).collect();
+                let is_query = bytes.len() >= 17 && bytes[2] & 0xf8 == 0 && bytes[4..6] == [0, 1];
+                assert!(is_query, "no query goes to a resolver");
+                // The domain is right behind the first label.
+                let behind = bytes.get(usize::from(bytes[12]) + 13..).unwrap_or_default();
+                let below = behind
+                    .get(..10)
+                    .is_some_and(|rest| rest.eq_ignore_ascii_case(b"\x08internal\0"));
+                assert!(!below, "a local name goes to a resolver");
+                *socket.last.borrow_mut() = bytes;
+            }
             assert!(len <= 65_535 && !outgoing.parts.is_empty());
             let segment = usize::from(outgoing.segment);
             assert!(segment == 0 || len > segment && len.div_ceil(segment) <= 64);
@@ -344,6 +429,12 @@ impl Sockets for Random {
                 5,
                 6,
             ]);
+            let last = socket.last.borrow();
+            if !last.is_empty() && self.shared.answer(0).is_ok() {
+                into[..last.len()].copy_from_slice(&last);
+                into[2] |= 0x80;
+                into[3] = self.shared.answer(6).unwrap_or(0) as u8;
+            }
             let other = self.shared.answer(0).is_err();
             let from = if other { ([203, 0, 113, 9], 80).into() } else { socket.peer };
             *found = Incoming { len, from, to: None, segment };
@@ -409,6 +500,10 @@ impl Output for Out {
         }
         if u8::from(protocol) == 17 && header.is_plain() && !self.is_fragment(frame) {
             let udp = UdpPacket::new_checked(payload).expect("UDP");
+            if udp.src_port() == 53 {
+                let message = udp.payload();
+                assert!(message.len() >= 12 && message[2] & 0x80 > 0, "an answer");
+            }
             assert_eq!(usize::from(udp.len()), payload.len());
             let addresses: (IpAddress, IpAddress) = (source, target);
             assert!(udp.verify_checksum(&addresses.0, &addresses.1), "UDP's checksum");
@@ -448,6 +543,12 @@ impl Flow {
         } else {
             (([192, 168, 64, host], guest_port).into(), ([192, 0, 2, 1], 80).into())
         }
+    }
+
+    /// The addresses of a flow to the gateway's DNS.
+    fn to_dns(self) -> (SocketAddr, SocketAddr) {
+        let gateway = if self.v6 { "[fd00::1]:53" } else { "192.168.64.1:53" };
+        (self.addresses().0, gateway.parse().unwrap())
     }
 }
 
@@ -547,14 +648,17 @@ fn run(input: &Input<'_>) {
         tokens: RefCell::new(VecDeque::new()),
         ports: Cell::new(1024),
     });
+    let host = [[192, 168, 64, 254].into()];
     let (v4, v6) = ([192, 168, 64, 1].into(), "fd00::1".parse().unwrap());
     let mut config = NatConfig::new([2, 0, 0, 0, 0, 1], v4, v6);
     config.rings_only = input.rings_only;
     config.limits.flows = FLOWS;
     (config.limits.udp_flows, config.limits.echo_flows) = (FLOWS, FLOWS);
     config.endpoint_independent = input.endpoint_independent;
+    config.resolvers = resolvers(input.resolvers);
     let mut now = Duration::from_secs(1);
     let mut nat = Nat::new(config, Random { shared: shared.clone() }, now);
+    nat.names_mut().set("host.internal", &host).unwrap();
     let link = if input.offload {
         Link { mtu: 1500, offloads: Offloads::ALL, longest: 65_549 }
     } else {
@@ -644,6 +748,36 @@ fn run(input: &Input<'_>) {
                     assert!(nat.remove_forward(info.protocol, info.at, *cut, now, &mut out));
                 }
             }
+            Step::Query { flow, tcp, id, name, kind, flip, behind } => {
+                let message = query(*id, *name, *kind, *flip, behind);
+                let (guest, gateway) = flow.to_dns();
+                let ports = [guest.port().to_be_bytes(), gateway.port().to_be_bytes()].concat();
+                let frame = if *tcp {
+                    let (seq, ack) = out.last;
+                    let mut segment = ports;
+                    segment.extend(ack.to_be_bytes());
+                    segment.extend(seq.wrapping_add(1).to_be_bytes());
+                    // A connection is made first.
+                    let flags = if kind & 3 == 3 { 2 } else { 0x18 };
+                    segment.extend([0x50, flags, 0x40, 0, 0, 0, 0, 0]);
+                    segment.extend((message.len() as u16).to_be_bytes());
+                    segment.extend(message);
+                    ip_frame((guest, gateway), 6, 64, &segment)
+                } else {
+                    let mut datagram = ports;
+                    datagram.extend((8 + message.len() as u16).to_be_bytes());
+                    datagram.extend([0, 0]);
+                    datagram.extend(message);
+                    ip_frame((guest, gateway), 17, 64, &datagram)
+                };
+                nat.from_guest(flow.port(), &[GuestFrame { bytes: &frame, header }], now, &mut out);
+            }
+            Step::Call { flow, mac, name } => {
+                let address = flow.addresses().0.ip();
+                let mac = [2, 0, 0, 0, flow.port % 3, *mac];
+                let _ = nat.names_mut().lease(flow.port(), mac, name, address);
+            }
+            Step::Resolvers(count) => nat.set_resolvers(resolvers(*count)),
             Step::Leave { port } => nat.port_left(Port(u32::from(port % 3)), now, &mut out),
         }
         nat.on_time(now, &mut out);
@@ -652,6 +786,9 @@ fn run(input: &Input<'_>) {
         assert!(descriptors <= 3 * FLOWS + FORWARDS);
         assert!(nat.datagram_flows().count() <= 2 * FLOWS);
         assert!(nat.tcp_flows().count() <= FLOWS);
+        assert!(nat.names().iter().count() <= NAMES, "names");
+        let (_, addresses) = nat.names().iter().find(|(name, _)| *name == "host.internal").unwrap();
+        assert_eq!(addresses, host, "a guest is the host");
         let used = IN_USE.load(Ordering::Relaxed) - before;
         assert!(used < MEMORY, "{used} bytes in use");
     }
