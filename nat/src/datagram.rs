@@ -172,8 +172,7 @@ impl<T> Datagrams<T> {
         let token = Token::new(Kind::Datagrams, self.outlets.next_id());
         // The guest's port, so that peers that look at it are content. One that somebody has is not
         // shared with him.
-        // Only peers know nothing of it that are asked in place of the gateway. There, the system's choice
-        // is harder to guess.
+        // A resolver has no use for it, and the system's choice is harder to guess.
         let kept = key.guest.port();
         let ports = [kept, 0];
         let is_kept = kept >= KEPT_PORT_MIN && !io.config.is_dns(key.remote);

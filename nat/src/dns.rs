@@ -17,8 +17,7 @@
 //! would hide the questions, and the certificate is not the gateway's.
 //!
 //! What is remembered of a query until its answer comes is its identifier and a hash of its question.
-//! Datagrams go through flows of their own ([`crate::datagram`](crate)'s), which end with their last
-//! answer.
+//! The flow of a guest's datagrams to the gateway ends with its last answer.
 
 pub(crate) mod message;
 pub mod names;

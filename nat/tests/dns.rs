@@ -118,7 +118,7 @@ impl Asker {
         self.send(&query);
         assert_eq!(self.net.kernel.len(), sockets, "{name} was asked for outside");
         let answer = self.answer().expect("an answer");
-        // Authoritative, for whom it may recurse, with the question.
+        // It is authoritative, offers recursion, and has the question.
         assert_eq!(answer[..2], query[..2]);
         assert_eq!((answer[2], answer[3] & 0xf0), (0x85, 0x80), "{name}");
         assert_eq!(answer[12..query.len()], query[12..]);
@@ -505,7 +505,7 @@ fn only_an_answer_to_the_question_reaches_the_guest() {
             assert_eq!(asker.answer(), None, "{index}");
             assert_eq!(asker.counted(Counter::DnsUnasked), index as u64 + 1);
         }
-        // From somebody else.
+        // Somebody else sends the same.
         let liar = SocketAddr::new([198, 51, 100, 1].into(), 53);
         asker.net.kernel.datagram(0, liar, &good, 0);
         asker.net.settle();

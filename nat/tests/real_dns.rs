@@ -116,7 +116,7 @@ fn a_resolver_that_is_gone_is_passed_over() {
     };
     let mut world = world(false, Resolvers::Fixed(vec![gone, resolver.at]));
     let message = query(1, "example.com", A);
-    // Port unreachable.
+    // The guest is told that the port cannot be reached.
     let got = ask(&mut world, false, 4000, &message);
     assert!(matches!(got, Got::Icmp { kind: 3, code: 3, .. }), "{got:?}");
     assert_eq!(world.nat.counters()[Counter::ResolverFailed], 1);

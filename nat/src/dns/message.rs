@@ -457,7 +457,7 @@ mod tests {
         for questions in [0, 2, 255] {
             assert_eq!(with(&|m| m[5] = questions), Err(QueryError::Format));
         }
-        // A pointer, a reserved kind of label, an end that is missing, and a name of 256 bytes.
+        // These are a pointer, a reserved kind of label, an end that is missing, and a name of 256 bytes.
         assert_eq!(with(&|m| m[12] = 0xc0), Err(QueryError::Format));
         assert_eq!(with(&|m| m[12] = 0x40), Err(QueryError::Format));
         for len in 12..good.len() {
@@ -493,7 +493,8 @@ mod tests {
         assert_eq!(both[19..], tail(0, 0x80));
         let old = answer(&opt(1, 0), 1);
         assert_eq!((old[3] & 15, &old[19..]), (0, &tail(1, 0)[..]));
-        // Behind another record, twice, with another owner, cut short, and too many.
+        // OPT may be behind another record. It may not be there twice, have an owner, or be cut short, and
+        // there may not be too many records.
         let other = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 0, 0, 2, 9, 9];
         assert_eq!(answer(&[&other[..], &opt(0, 0)].concat(), 2)[19..], tail(0, 0));
         for (extra, count) in [

@@ -15,13 +15,13 @@ pub enum Resolvers {
     /// [`Sockets::resolvers`](crate::Sockets::resolvers).
     #[default]
     Host,
-    /// These, in this order. Of more than [`RESOLVERS`](crate::limits::RESOLVERS), the first are used.
+    /// These, in this order. Of more than [`RESOLVERS`], the first are used.
     /// Without any, local names are answered, and every other query is refused.
     Fixed(Vec<SocketAddr>),
 }
 
 /// The resolvers that a text in the form of resolv.conf(5) names, as glibc reads it: the first
-/// [`RESOLVERS`](crate::limits::RESOLVERS) lines that begin with `nameserver`. A line that begins with `#`
+/// [`RESOLVERS`] lines that begin with `nameserver`. A line that begins with `#`
 /// or `;` is a comment, and what is behind an address is ignored. A text that names none means the
 /// resolver of the machine itself, 127.0.0.1.
 ///

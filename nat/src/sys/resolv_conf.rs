@@ -99,7 +99,7 @@ mod tests {
         std::fs::write(&path, "nameserver 192.0.2.1\n").unwrap();
         assert_eq!(conf.changed().unwrap(), at("192.0.2.1:53"));
         assert_eq!(conf.changed().unwrap(), None);
-        // Of the same length, at a time that may be the same.
+        // The other file has the same length, and perhaps the same time.
         let other = folder.0.join("other");
         std::fs::write(&other, "nameserver 192.0.2.2\n").unwrap();
         std::fs::rename(&other, &path).unwrap();
