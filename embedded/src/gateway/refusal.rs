@@ -67,14 +67,18 @@ pub(super) fn emit_ip(repr: &Ipv4Repr, dscp: u8, ip: &mut Ipv4Packet<&mut [u8]>)
 /// The bytes of the IP packet of a reset.
 pub(super) const RESET_LEN: usize = IP_HEADER_LEN + TCP_HEADER_LEN;
 
-/// Writes the IP packet of the reset that answers a segment (RFC 9293, 3.10.7.1).
+/// Writes the IP packet of the reset that answers a segment.
 pub(super) fn write_reset(cause: &TcpPacket<&[u8]>, addresses: Ipv4Repr, out: &mut [u8]) {
     let (from, to) = (IpAddress::from(addresses.src_addr), IpAddress::from(addresses.dst_addr));
     let mut ip = Ipv4Packet::new_unchecked(out);
     emit_ip(&Ipv4Repr { next_header: IpProtocol::Tcp, ..addresses }, 0, &mut ip);
-    let payload = ip.payload_mut();
-    payload.fill(0);
-    let mut tcp = TcpPacket::new_unchecked(payload);
+    fill_reset(cause, from, to, ip.payload_mut());
+}
+
+/// Writes the reset that answers a segment (RFC 9293, 3.10.7.1). `out` has [`TCP_HEADER_LEN`] bytes.
+fn fill_reset(cause: &TcpPacket<&[u8]>, from: IpAddress, to: IpAddress, out: &mut [u8]) {
+    out.fill(0);
+    let mut tcp = TcpPacket::new_unchecked(out);
     tcp.set_src_port(cause.dst_port());
     tcp.set_dst_port(cause.src_port());
     tcp.set_header_len(TCP_HEADER_LEN as u8);
