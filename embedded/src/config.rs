@@ -1,6 +1,6 @@
 //! The configuration of a network: its mode, addresses, MTU and sizes.
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::path::PathBuf;
 
@@ -8,6 +8,7 @@ use macaddr::MacAddr6;
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::dhcp::{LeaseFileError, ReserveError};
+use crate::gateway::Ipv6Config;
 use crate::limits::{
     DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
     DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
@@ -116,9 +117,12 @@ pub struct NetworkConfig {
     pub mode: NetworkMode,
     /// The addresses. Without a gateway they mean nothing.
     pub ipv4: AddressRange,
+    /// The IPv6 prefix and name servers, or `None` for a network on which the gateway has no IPv6. Guests
+    /// exchange IPv6 packets with each other either way.
+    pub ipv6: Option<Ipv6Config>,
     /// The length of the largest IP packet. It must be from 1,280 (the least that IPv6 needs) to
-    /// 65,521 (what an untagged Ethernet frame of at most 65,535 bytes holds). DHCP tells it to the
-    /// guests.
+    /// 65,521 (what an untagged Ethernet frame of at most 65,535 bytes holds). DHCP and router
+    /// advertisements tell it to the guests.
     pub mtu: u32,
     /// How many buffers one port can have posted. It is rounded up to a power of two.
     pub inbox_depth: u32,
@@ -149,12 +153,13 @@ pub struct NetworkConfig {
 
 impl NetworkConfig {
     /// Returns the configuration that vmnet has for a mode: its addresses, an MTU of 1,500, and
-    /// leases of a day. Learned addresses age after 300 seconds.
+    /// leases of a day. The gateway has no IPv6. Learned addresses age after 300 seconds.
     pub fn of(mode: NetworkMode) -> Self {
         Self {
             gateway: true,
             mode,
             ipv4: AddressRange::of(mode),
+            ipv6: None,
             mtu: DEFAULT_MTU,
             inbox_depth: DEFAULT_INBOX_DEPTH,
             overflow_depth: None,
@@ -212,11 +217,17 @@ impl NetworkConfig {
                 kept.iter().map(|(mac, address)| format!("{mac}={address}")).collect();
             format!("[{}]", kept.join(", "))
         };
+        let ipv6 = |ipv6: &Option<Ipv6Config>| match ipv6 {
+            Some(Ipv6Config { prefix, dns }) if dns.is_empty() => format!("{prefix}/64"),
+            Some(Ipv6Config { prefix, dns }) => format!("{prefix}/64 with dns {dns:?}"),
+            None => "none".to_owned(),
+        };
         let has = |gateway: bool| if gateway { "yes" } else { "no" }.to_owned();
         let mut rows = vec![
             ("gateway", has(self.gateway), has(asked.gateway)),
             ("mode", format!("{:?}", self.mode), format!("{:?}", asked.mode)),
             ("ipv4", range(&self.ipv4), range(&asked.ipv4)),
+            ("ipv6", ipv6(&self.ipv6), ipv6(&asked.ipv6)),
             ("mtu", self.mtu.to_string(), asked.mtu.to_string()),
             ("inbox_depth", self.inbox_depth.to_string(), asked.inbox_depth.to_string()),
             ("overflow", depth(self.overflow_depth), depth(asked.overflow_depth)),
@@ -261,6 +272,7 @@ impl NetworkConfig {
                 ("reservations", !self.reservations.is_empty()),
                 ("lease_file", self.lease_file.is_some()),
                 ("router", self.router.is_some()),
+                ("ipv6", self.ipv6.is_some()),
             ];
             if let Some((setting, _)) = of_the_gateway.iter().find(|(_, set)| *set) {
                 return Err(NetworkConfigError::NoGateway { setting });
@@ -298,6 +310,17 @@ impl NetworkConfig {
         }
         if self.dns.len() > MAX_DNS_SERVERS {
             return Err(NetworkConfigError::Dns { count: self.dns.len() });
+        }
+        if let Some(ipv6) = &self.ipv6 {
+            if !ipv6.has_valid_prefix() {
+                return Err(NetworkConfigError::Ipv6Prefix { prefix: ipv6.prefix });
+            }
+            if ipv6.dns.len() > MAX_DNS_SERVERS {
+                return Err(NetworkConfigError::Dns { count: ipv6.dns.len() });
+            }
+            if let Some(address) = ipv6.invalid_dns() {
+                return Err(NetworkConfigError::Ipv6Dns { address });
+            }
         }
         Ok(())
     }
@@ -449,5 +472,20 @@ pub enum NetworkConfigError {
     Dns {
         /// The number of name servers.
         count: usize,
+    },
+    /// The IPv6 prefix is not one of 64 bits for hosts.
+    #[error(
+        "{prefix}/64 cannot be the prefix of a network; take one within fd00::/8, or a global one, whose \
+         last 64 bits are 0"
+    )]
+    Ipv6Prefix {
+        /// The prefix.
+        prefix: Ipv6Addr,
+    },
+    /// A name server's IPv6 address is unspecified, loopback or multicast.
+    #[error("a name server (dns) cannot have the address {address}, because no guest can reach it")]
+    Ipv6Dns {
+        /// The address.
+        address: Ipv6Addr,
     },
 }

@@ -10,6 +10,9 @@ const C_TAG: u16 = 0x8100;
 /// The EtherType of an S-VLAN tag (IEEE 802.1Q, table 9-1).
 const S_TAG: u16 = 0x88a8;
 
+/// Where the payload of a frame begins that [`begin`] has begun.
+pub(crate) const PAYLOAD_AT: usize = ETHERNET_HEADER_LEN;
+
 /// What a station sends because of a frame that it was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]

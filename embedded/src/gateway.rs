@@ -1,5 +1,5 @@
-//! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address, and a
-//! refusal of everything else.
+//! The host's end of an embedded network: ARP, ICMP echo and DHCP at the first address, their like over
+//! IPv6, and a refusal of everything else.
 //!
 //! [`Gateway::handle`] is a function from frame to frames. It knows no buffer and no thread, so
 //! tests and fuzzers can call it directly. Nothing in a frame makes it panic. smoltcp parses and
@@ -16,18 +16,45 @@
 //! | a packet to another network | ICMP network unreachable: there is no way out |
 //! | a packet to another host of the network, which need not come this way | ICMP host unreachable |
 //!
+//! # IPv6
+//!
+//! A gateway [with IPv6](Gateway::with_ipv6) has two addresses: a link-local one, and the first of the
+//! network's prefix. It answers neighbour solicitations for both, also those of stations that probe
+//! whether an address is free, and pings. Router solicitations get an advertisement with the prefix, the
+//! MTU, and name servers (RFC 8106). A guest gets its address from it alone (RFC 4862). DHCPv6 tells the
+//! name servers and gives out no address.
+//!
+//! The advertisement names the gateway as a default router while
+//! [`set_ipv6_router`](Gateway::set_ipv6_router) says so. It lasts
+//! [`ROUTER_LIFETIME`](crate::limits::ROUTER_LIFETIME); the prefix and the name servers last for ever.
+//! The gateway has no timer. A [network](crate::network#ipv6) says when it sends advertisements that
+//! nobody has asked for.
+//!
+//! What is not served is refused as over IPv4, by the errors of ICMPv6: port unreachable, parameter
+//! problem for a protocol or an option, fragment reassembly time exceeded, no route, and address
+//! unreachable. A packet from a link-local address to another network is beyond its scope. An error
+//! answers no error, no packet to a group, except for an unknown option, and no later fragment (RFC 4443,
+//! 2.4).
+//!
+//! # Limits
+//!//!
 //! An ICMP error answers no ICMP error, no broadcast, no later fragment and no invalid packet (RFC
 //! 1812, 4.3.2.7), and each port gets at most 100 errors per second. Of the DHCP messages of one port
-//! at most 1,000 per second are read, because an answer can ask all ports whether an address is in use.
+//! at most 1,000 per second are read, because an answer can ask all ports whether an address is in use. Of
+//! the router solicitations and DHCPv6 messages of one port together at most 10 per second are answered.
 //! Every frame is counted, by what became of it.
 //!
 //! The gateway reads a frame with a priority tag (IEEE 802.1Q) like one without a tag. Its own
 //! frames have none, and are padded to Ethernet's 60 bytes.
 
+mod dhcpv6;
+mod ipv6;
 mod refusal;
+mod router;
+mod v6;
 
 use core::fmt;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 
 use macaddr::MacAddr6;
@@ -40,6 +67,8 @@ use smoltcp::wire::{
 use vmring_core::sync::{AtomicU64, Ordering};
 
 pub use crate::frame::Answer;
+pub use ipv6::Ipv6Config;
+pub use v6::Ipv6Stats;
 
 use crate::dhcp::{DhcpConfig, DhcpServer};
 use crate::frame::{self, HeaderError};
@@ -47,12 +76,14 @@ use crate::limits::{
     DHCP_MESSAGES_AT_ONCE, DHCP_MESSAGES_PER_SECOND, ICMP_ERRORS_AT_ONCE, ICMP_ERRORS_PER_SECOND,
 };
 use refusal::{IP_HEADER_LEN, IcmpError, Limiter, RESET_LEN, emit_ip, write_reset};
+use v6::Ipv6;
 
 /// The host's end of a network. See the [module](self).
 pub struct Gateway {
     mac: MacAddr6,
     address: Ipv4Addr,
     dhcp: DhcpServer,
+    ipv6: Option<Ipv6>,
     errors: Limiter,
     dhcp_messages: Limiter,
     counters: [AtomicU64; COUNTERS],
@@ -68,7 +99,7 @@ impl fmt::Debug for Gateway {
 }
 
 /// What a [`Gateway`] did with the frames it was given. Each frame is in one of these, except in
-/// `arp_conflicts`.
+/// `arp_conflicts`. A packet of IPv6 is in one of those of `ipv6`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GatewayStats {
@@ -105,7 +136,7 @@ pub struct GatewayStats {
     pub later_fragments: u64,
     /// IPv4 broadcasts and multicasts, and packets to one host in a broadcast frame.
     pub broadcasts: u64,
-    /// Packets of a protocol other than ARP and IPv4.
+    /// Packets of a protocol other than ARP, IPv4 and, if the gateway has it, IPv6.
     pub other_ethertype: u64,
     /// Frames of a VLAN.
     pub vlan: u64,
@@ -120,6 +151,8 @@ pub struct GatewayStats {
     /// ARP packets of stations that claim the gateway's own address. They are counted once more, as
     /// what they are.
     pub arp_conflicts: u64,
+    /// What it did with packets of IPv6. Without IPv6 all are 0.
+    pub ipv6: Ipv6Stats,
 }
 
 /// What became of a frame: the counters of [`GatewayStats`], in their order.
@@ -151,10 +184,12 @@ enum Event {
 
 const COUNTERS: usize = Event::ArpConflict as usize + 1;
 
-/// A frame that gets an answer: the frame's length, or whatever the DHCP server says.
+/// A frame that gets an answer: the frame's length, or whatever the DHCP server or the side of IPv6 says.
 enum Answered {
     Frame(Event, usize),
     Dhcp(Answer),
+    /// A packet of IPv6, which is counted already, and the length of its answer's frame.
+    Ipv6(Option<usize>),
 }
 
 fn malformed<E>(_: E) -> Event {
@@ -178,10 +213,74 @@ impl Gateway {
             mac: dhcp.server_mac,
             address: dhcp.server,
             dhcp: DhcpServer::new(dhcp),
+            ipv6: None,
             errors: Limiter::new(ICMP_ERRORS_PER_SECOND, ICMP_ERRORS_AT_ONCE),
             dhcp_messages: Limiter::new(DHCP_MESSAGES_PER_SECOND, DHCP_MESSAGES_AT_ONCE),
             counters: core::array::from_fn(|_| AtomicU64::new(0)),
         }
+    }
+
+    /// Gives the gateway IPv6 addresses. The caller must check the configuration: the prefix has 64 bits.
+    /// The gateway tells guests the MTU that DHCP tells them.
+    #[must_use]
+    pub fn with_ipv6(mut self, config: Ipv6Config) -> Self {
+        let mtu = self.dhcp.config().mtu.map(u32::from);
+        self.ipv6 = Some(Ipv6::new(config, self.mac, mtu));
+        self
+    }
+
+    /// Returns its IPv6 settings, if it has IPv6.
+    pub fn ipv6(&self) -> Option<&Ipv6Config> {
+        self.ipv6.as_ref().map(Ipv6::config)
+    }
+
+    /// Returns its link-local address, if it has IPv6.
+    pub fn link_local(&self) -> Option<Ipv6Addr> {
+        self.ipv6.as_ref().map(Ipv6::link_local)
+    }
+
+    /// Sets whether guests use the gateway as their default router of IPv6. At first they do not.
+    /// Returns whether this has changed. Then guests are to be told, by
+    /// [`router_advertisement`](Self::router_advertisement).
+    ///
+    /// It should be so while the host has a default route itself. Otherwise guests would try IPv6 in vain
+    /// before they try IPv4.
+    pub fn set_ipv6_router(&self, is_router: bool) -> bool {
+        self.ipv6.as_ref().is_some_and(|ipv6| ipv6.set_router(is_router))
+    }
+
+    /// Writes a router advertisement for all stations to the start of `out`, and returns the length of its
+    /// frame. `None` if the gateway has no IPv6 or if `out` is too short.
+    pub fn router_advertisement(&self, out: &mut [u8]) -> Option<usize> {
+        self.ipv6.as_ref()?.advertise(out)
+    }
+
+    /// As [`router_advertisement`](Self::router_advertisement), if a port has got none for
+    /// [`ADVERTISEMENT_INTERVAL`](crate::limits::ADVERTISEMENT_INTERVAL), or none since it has joined.
+    pub(crate) fn router_advertisement_if_due(
+        &self,
+        port: u32,
+        out: &mut [u8],
+        now: Duration,
+    ) -> Option<usize> {
+        self.ipv6.as_ref()?.advertise_if_due(port, now, out)
+    }
+
+    /// Says that another interface has got this number.
+    pub(crate) fn port_joined(&self, port: u32) {
+        if let Some(ipv6) = &self.ipv6 {
+            ipv6.port_joined(port);
+        }
+    }
+
+    /// Returns whether frames to this group are for the gateway too: broadcasts, and those of the groups
+    /// of IPv6 that it is a member of.
+    pub fn hears(&self, group: MacAddr6) -> bool {
+        group.is_broadcast() || self.hears_group(group.into_array())
+    }
+
+    fn hears_group(&self, group: [u8; 6]) -> bool {
+        self.ipv6.as_ref().is_some_and(|ipv6| ipv6.hears(group))
     }
 
     /// Returns its MAC address.
@@ -225,6 +324,7 @@ impl Gateway {
             malformed: get(Event::Malformed),
             unsent: get(Event::Unsent),
             arp_conflicts: get(Event::ArpConflict),
+            ipv6: self.ipv6.as_ref().map(Ipv6::stats).unwrap_or_default(),
         }
     }
 
@@ -236,7 +336,7 @@ impl Gateway {
     /// number of the interface that the frame came from, which has limits of its own. `now` is the
     /// time since some fixed moment.
     ///
-    /// No reply is longer than the frame and 28 bytes, or than
+    /// No reply is longer than the frame and 28 bytes, or 48 bytes over IPv6, or than
     /// [`DHCP_REPLY_MAX`](crate::limits::DHCP_REPLY_MAX), whichever is more. If `reply` is shorter,
     /// some replies are not sent, which is counted.
     pub fn handle(&self, frame: &[u8], port: u32, reply: &mut [u8], now: Duration) -> Answer {
@@ -245,6 +345,7 @@ impl Gateway {
                 self.count(event);
                 Answer { reply: Some(len), to_all: None }
             }
+            Ok(Answered::Ipv6(reply)) => Answer { reply, to_all: None },
             Ok(Answered::Dhcp(answer)) => {
                 self.count(Event::Dhcp);
                 answer
@@ -269,7 +370,9 @@ impl Gateway {
         })?;
         let from = header.from;
         let broadcast = header.to.is_broadcast();
-        if header.to != self.ethernet() && !broadcast {
+        let is_ipv6 = header.ethertype == EthernetProtocol::Ipv6;
+        let to_group = broadcast || is_ipv6 && self.hears_group(header.to.0);
+        if header.to != self.ethernet() && !to_group {
             return Err(Event::NotForUs);
         }
         if !from.is_unicast() {
@@ -282,6 +385,11 @@ impl Gateway {
                 Ok(Answered::Frame(Event::ArpReply, len))
             }
             EthernetProtocol::Ipv4 => self.answer_ipv4(&arrival, payload, reply),
+            EthernetProtocol::Ipv6 => {
+                let ipv6 = self.ipv6.as_ref().ok_or(Event::OtherEthertype)?;
+                let arrival = v6::Arrival { bytes: payload, port, now, from, to_many: to_group };
+                Ok(Answered::Ipv6(ipv6.handle(&arrival, &self.errors, reply)))
+            }
             _ => Err(Event::OtherEthertype),
         }
     }

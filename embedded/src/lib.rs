@@ -41,10 +41,11 @@
 //! - [`limits`]: the numbers that are limits or policy
 //! - [`clock`]: where a network gets its time from
 //! - [`inbox`]: how a frame gets into a receiver's buffer, and why this is safe
-//! - [`gateway`]: ARP, ICMP and refusals at the network's first address
+//! - [`gateway`]: ARP, ICMP and refusals at the network's first address, and the same over IPv6
 //! - [`router`]: the way to other networks
 //! - [`dhcp`]: the DHCPv4 server, which can be used alone
 
+mod announce;
 pub mod clock;
 pub mod config;
 pub mod dhcp;
@@ -70,6 +71,7 @@ mod work;
 pub use config::{AddressRange, NetworkConfig, NetworkConfigError, NetworkMode};
 pub use dhcp::DhcpLease;
 pub use flow::NextFrame;
+pub use gateway::Ipv6Config;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
 pub use packet::{Packet, PacketBuffer};
 pub use policy::{PortLimits, PortPolicy, Rate, RateLimit, SourceRule};

@@ -32,6 +32,20 @@ pub const DHCP_MESSAGES_AT_ONCE: u32 = 1000;
 /// The longest IP packet of an ICMP error, which quotes as much of its cause as fits (RFC 1812,
 /// 4.3.2.3).
 pub const ICMP_ERROR_MAX: usize = 576;
+/// The longest IP packet of an ICMPv6 error (RFC 4443, 2.4 c).
+pub const ICMPV6_ERROR_MAX: usize = 1280;
+/// The most router solicitations and DHCPv6 messages of one port that are answered per second.
+pub const SOLICITATIONS_PER_SECOND: u32 = 10;
+/// The most router solicitations and DHCPv6 messages of one port that are answered at once.
+pub const SOLICITATIONS_AT_ONCE: u32 = 20;
+/// A port that has got no router advertisement for this long gets one with the next frame that it
+/// sends to the gateway (the default of `MaxRtrAdvInterval`, RFC 4861, 6.2.1).
+pub const ADVERTISEMENT_INTERVAL: Duration = Duration::from_secs(600);
+/// For how many seconds a guest uses the gateway as its default router without another
+/// advertisement: the longest possible (RFC 8319, 4), because a silent guest gets none.
+pub const ROUTER_LIFETIME: u16 = 65_535;
+/// The most IPv6 extension headers of one packet that are read.
+pub const IPV6_EXTENSION_HEADERS: usize = 8;
 
 // A port's policy.
 

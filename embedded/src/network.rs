@@ -23,8 +23,9 @@
 //! - A network that is configured [without a gateway](NetworkConfig::switch) answers nothing itself,
 //!   and no address is the gateway's.
 //! - VLANs are not told apart: a tag is a part of the frame.
-//! - A broadcast goes to all other ports and to the gateway. A multicast and a frame to an unknown
-//!   address go to all other ports. The address 00:00:00:00:00:00, which no interface can have, is
+//! - A broadcast goes to all other ports and to the gateway, and so does a frame to a group of IPv6 that
+//!   the gateway is a member of. Another multicast and a frame to an unknown address go to all other
+//!   ports. The address 00:00:00:00:00:00, which no interface can have, is
 //!   always unknown.
 //! - An isolated port exchanges frames with the gateway and the uplink only. What the gateway sends to all, which is
 //!   the question whether somebody uses an address, goes to isolated ports as well.
@@ -57,6 +58,26 @@
 //! first frame. Stations find it all the same, because they ask for an address by broadcast, at the
 //! latest when an unicast question gets no answer (RFC 4861, 7.3.3; RFC 1122, 2.3.2.1). Otherwise a
 //! guest that stays silent would see the frames of others.
+//!
+//! # IPv6
+//!
+//! The gateway of a network with [IPv6](NetworkConfig::ipv6) gives its guests a prefix, by the rules of the
+//! [`gateway`](crate::gateway) module. Guests use it as their default router in
+//! [shared mode](NetworkMode::Shared), while [`set_ipv6_router`](Network::set_ipv6_router) says so.
+//!
+//! The network has no thread of its own, and so no timer. A router advertisement goes to a port
+//!
+//! - when a station behind it asks for one,
+//! - with the first frame that the port sends to the gateway after it has joined, and later with such a
+//!   frame if it has got none for [`ADVERTISEMENT_INTERVAL`]. Each guest that uses the gateway sends such
+//!   frames, because it checks from time to time that the gateway is there (RFC 4861, 7.3),
+//! - when [`set_ipv6_router`](Network::set_ipv6_router) changes something, and when somebody who has a timer
+//!   calls [`advertise_ipv6`](Network::advertise_ipv6). Both are to all ports.
+//!
+//! The uplink gets none, and the gateway answers no question for routers that comes from there: stations
+//! behind the uplink have routers of their own.
+//!
+//! [`ADVERTISEMENT_INTERVAL`]: crate::limits::ADVERTISEMENT_INTERVAL
 //!
 //! # Offload
 //!
@@ -95,7 +116,7 @@
 //!
 //! # Memory
 //!
-//! A network takes about 190 KiB. Each port adds an inbox for each queue: 24 bytes and a buffer handle for each
+//! A network takes about 190 KiB, and 16 KiB more with IPv6. Each port adds an inbox for each queue: 24 bytes and a buffer handle for each
 //! of `inbox_depth` cells, and `overflow_depth * max_packet_size` bytes, of which only those that
 //! are used become resident. A port with offloads has 8 bytes more for each cell and 12 for each waiting
 //! packet, and its longest packet counts. Each sender adds two buffers of `max_packet_size` bytes if the
@@ -334,6 +355,10 @@ fn gateway_of(
         mtu: Some(config.mtu as u16), // checked: at most 65,521
         lease_time: config.lease_time,
     });
+    let gateway = match &config.ipv6 {
+        Some(ipv6) => gateway.with_ipv6(ipv6.clone()),
+        None => gateway,
+    };
     for (mac, address) in &config.reservations {
         gateway
             .dhcp()
@@ -535,6 +560,20 @@ impl<B> Network<B> {
         present
     }
 
+    /// Returns whether the port with this index is the uplink.
+    pub(crate) fn is_uplink(&self, index: usize) -> bool {
+        // Relaxed: the index publishes nothing.
+        self.uplink.load(Ordering::Relaxed) as usize == index
+    }
+
+    /// Returns whether a frame of `from` to a group is for the gateway too. Behind the uplink is another
+    /// network, whose IPv6 is its own.
+    pub(crate) fn gateway_hears(&self, from: PortRef, group: Mac) -> bool {
+        let Some(gateway) = &self.gateway else { return false };
+        let [_, _, bytes @ ..] = group.bits().to_be_bytes();
+        group == Mac::BROADCAST || !from.is_uplink() && gateway.hears(bytes.into())
+    }
+
     /// Returns who gets a frame of `from` that is for a group.
     pub(crate) fn audience_of_group(&self, from: PortRef) -> Audience {
         if from.is_uplink() {
@@ -716,6 +755,9 @@ impl<B: PacketBuffer> Network<B> {
         let ends = queues.map(open).collect::<Option<Vec<_>>>().ok_or(JoinError::Full)?;
         members.macs[index] = Some(mac);
         members.count += 1;
+        if let Some(gateway) = &self.gateway {
+            gateway.port_joined(index as u32);
+        }
         let (isolated, uplink) = (config.isolated, config.uplink);
         let port = if uplink { PortRef::uplink(index) } else { PortRef::new(index, isolated) };
         self.table.pin(key, port);

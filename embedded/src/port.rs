@@ -5,6 +5,7 @@
 
 use core::fmt;
 use core::marker::PhantomData;
+use core::time::Duration;
 use std::sync::Arc;
 
 use macaddr::MacAddr6;
@@ -669,7 +670,7 @@ impl<B: PacketBuffer> Sender<B> {
             if to.is_reserved() {
                 return Sent::Dropped(DropReason::Reserved);
             }
-            let gateway = to == Mac::BROADCAST && network.gateway.is_some();
+            let gateway = network.gateway_hears(port, to);
             let audience = network.audience_of_group(port);
             if gateway && let Err(reason) = self.ask_gateway(frame) {
                 self.count(counter_of(reason), 1);
@@ -969,6 +970,20 @@ impl<B: PacketBuffer> Sender<B> {
         }
         if let Some(question) = answer.to_all {
             self.send_to_all(|network| &network.open, None, Packet::from(&question[..]));
+        }
+        self.advertise_if_due(now);
+    }
+
+    /// Gives this port a router advertisement, if it has got none for long.
+    fn advertise_if_due(&mut self, now: Duration) {
+        let Membership { network, index, port, .. } = &*self.membership;
+        let Some(gateway) = network.gateway.as_ref().filter(|_| !port.is_uplink()) else { return };
+        let due = gateway.router_advertisement_if_due(*index as u32, &mut self.reply, now);
+        if let Some(len) = due {
+            let advertisement = core::mem::take(&mut self.reply);
+            let packet = Packet::from(&advertisement[..len]);
+            let _ = self.deliver(self.membership.index, Route::Own, packet);
+            self.reply = advertisement;
         }
     }
 

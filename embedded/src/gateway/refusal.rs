@@ -15,7 +15,8 @@ use crate::limits::{CLOCK_LAG, ICMP_ERROR_MAX, MAX_PORTS};
 pub(super) const IP_HEADER_LEN: usize = 20;
 /// The bytes of an ICMP error before what it quotes.
 const ICMP_HEADER_LEN: usize = 8;
-const TCP_HEADER_LEN: usize = 20;
+/// The bytes of a TCP header without options.
+pub(super) const TCP_HEADER_LEN: usize = 20;
 /// The differentiated services of an ICMP error: the precedence "internetwork control" (RFC 1812,
 /// 4.3.2.5).
 const CONTROL: u8 = 6 << 3;
@@ -76,7 +77,7 @@ pub(super) fn write_reset(cause: &TcpPacket<&[u8]>, addresses: Ipv4Repr, out: &m
 }
 
 /// Writes the reset that answers a segment (RFC 9293, 3.10.7.1). `out` has [`TCP_HEADER_LEN`] bytes.
-fn fill_reset(cause: &TcpPacket<&[u8]>, from: IpAddress, to: IpAddress, out: &mut [u8]) {
+pub(super) fn fill_reset(cause: &TcpPacket<&[u8]>, from: IpAddress, to: IpAddress, out: &mut [u8]) {
     out.fill(0);
     let mut tcp = TcpPacket::new_unchecked(out);
     tcp.set_src_port(cause.dst_port());
