@@ -11,6 +11,8 @@ mod sockets;
 mod support;
 
 mod close;
+#[cfg(target_os = "linux")]
+mod embedded_ipv6;
 mod embedded_offload;
 #[path = "../embedded/tests/common/form.rs"]
 mod form;

@@ -268,6 +268,9 @@ fn a_wrong_setting_is_named_with_its_bounds() {
     let dns = Embedded::network("messages: dns").dns([[9, 9, 9, 9].into(); 4]);
     let error = Interface::builder().device(dns).start().unwrap_err();
     says(error, &["4 name servers", "dns", "at most 3"]);
+    let ipv6 = Embedded::network("messages: ipv6").ipv6(Some("fe80::".parse().unwrap()));
+    let error = Interface::builder().device(ipv6).start().unwrap_err();
+    says(error, &["fe80::/64 cannot be the prefix", "fd00::/8"]);
     let lease = Embedded::network("messages: lease").lease_time(Duration::from_secs(1));
     let error = Interface::builder().device(lease).start().unwrap_err();
     says(error, &["lease_time of 1s", "from 10"]);

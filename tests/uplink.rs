@@ -195,6 +195,7 @@ fn settings_that_a_switch_or_an_uplink_cannot_have_are_refused() {
         ("reservation", switch().reserve(NOBODY.into(), address)),
         ("lease file", switch().lease_file("leases")),
         ("name server", switch().dns([address])),
+        ("IPv6 prefix", switch().ipv6(None)),
     ] {
         let error = refused(builder().device(driver));
         let Error::Config(ConfigError::NotApplicable { what: named, .. }) = &error else {

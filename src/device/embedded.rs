@@ -57,7 +57,7 @@ mod limits_control;
 #[cfg(feature = "nat")]
 pub mod nat;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,8 +72,8 @@ use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
 use vmring_embedded::port::{Port, Receiver, Sender};
 use vmring_embedded::{
-    Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, NextFrame,
-    PortPolicy, Sent,
+    Accepted, AddressRange, DropReason, Ipv6Config, Monitor, Network, NetworkConfig, NetworkMode,
+    NextFrame, PortPolicy, Sent,
 };
 
 use crate::config::{InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
@@ -124,6 +124,14 @@ pub struct Embedded {
     nat: Option<NatSettings>,
     #[cfg(feature = "nat")]
     nat_control: NatControl,
+    ipv6: Option<Ipv6>,
+}
+
+/// Which IPv6 prefix a network has.
+#[derive(Clone, Copy, Debug)]
+enum Ipv6 {
+    OfName,
+    Prefix(Ipv6Addr),
 }
 
 impl Embedded {
@@ -144,6 +152,7 @@ impl Embedded {
             nat: Some(NatSettings::default()),
             #[cfg(feature = "nat")]
             nat_control: NatControl::default(),
+            ipv6: None,
         }
     }
 
@@ -223,6 +232,15 @@ impl Embedded {
         self
     }
 
+    /// Gives the network IPv6: a prefix of 64 bits, from which guests choose their addresses, and a gateway
+    /// in it. Without an argument it is a unique local prefix that follows from the network's mode and
+    /// name, so that guests keep their addresses when the network is made again. By default the gateway has
+    /// no IPv6. See [`vmring_embedded::gateway`].
+    pub fn ipv6(mut self, prefix: Option<Ipv6Addr>) -> Self {
+        self.ipv6 = Some(prefix.map_or(Ipv6::OfName, Ipv6::Prefix));
+        self
+    }
+
     /// Adds name servers that the network announces. It has none of its own.
     pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
         self.dns.extend(servers);
@@ -281,6 +299,10 @@ impl Driver for Embedded {
             network.router = Some(settings.rows());
         }
         let name = format!("{}/{}", config.mode, self.network);
+        network.ipv6 = self.ipv6.map(|ipv6| match ipv6 {
+            Ipv6::OfName => Ipv6Config::of_name(&name),
+            Ipv6::Prefix(prefix) => Ipv6Config::new(prefix),
+        });
         Ok(Arc::new(EmbeddedPort::join(name, network, self.settings(config))?))
     }
 }
@@ -295,6 +317,7 @@ impl Embedded {
             ("reservation", !self.dhcp.reservations.is_empty()),
             ("lease file", self.dhcp.lease_file.is_some()),
             ("name server", !self.dns.is_empty()),
+            ("IPv6 prefix", self.ipv6.is_some()),
         ];
         if let Some((what, _)) = of_the_gateway.into_iter().find(|(_, set)| *set) {
             let why = "a switch has no gateway and no DHCP server";
