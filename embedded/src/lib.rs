@@ -52,6 +52,7 @@ pub mod dhcp;
 mod flow;
 mod frame;
 pub mod gateway;
+mod guard;
 pub mod inbox;
 pub mod limits;
 #[cfg(all(test, loom))]
@@ -74,7 +75,7 @@ pub use flow::NextFrame;
 pub use gateway::Ipv6Config;
 pub use network::{JoinError, Network, OpenError, PortConfig, Registry};
 pub use packet::{Packet, PacketBuffer};
-pub use policy::{PortLimits, PortPolicy, Rate, RateLimit, SourceRule};
+pub use policy::{PortLimits, PortPolicy, PortRole, Rate, RateLimit, SourceRule};
 pub use port::{Monitor, Port, Receiver, Sender};
 pub use receive_queue::Accepted;
 pub use router::{PortFull, Router, RouterBatch, RouterEnd, RouterLink};

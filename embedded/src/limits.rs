@@ -49,6 +49,10 @@ pub const IPV6_EXTENSION_HEADERS: usize = 8;
 
 // A port's policy.
 
+/// The most IPv6 extension headers of one packet that are read to find out whether a port may send it.
+/// A longer chain counts as what is looked for.
+pub const EXTENSION_HEADERS_READ: usize = 16;
+
 /// By default a port sends so many frames to all others per second.
 pub const FLOODS_PER_SECOND: NonZeroU64 = NonZeroU64::new(10_000).unwrap();
 /// By default a port sends so many frames to all others at once.

@@ -149,7 +149,7 @@ use crate::gateway::Gateway;
 use crate::inbox::{Inbox, PortWake};
 use crate::limits::{LARGE_PACKET, MAX_PORTS, QUEUES_MAX, VLAN_TAG_LEN};
 use crate::packet::PacketBuffer;
-use crate::policy::{Moment, PortLimits, PortPolicy, SourceRule};
+use crate::policy::{Moment, PortLimits, PortPolicy, PortRole, SourceRule};
 use crate::port_state::PortState;
 use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
 use crate::router::{Outbox, Router, RouterSide};
@@ -782,6 +782,7 @@ impl<B: PacketBuffer> Network<B> {
             port,
             mac,
             source: config.policy.source,
+            role: config.policy.role,
             shape,
             offloads: shape.offloads(),
             longest,
@@ -819,6 +820,7 @@ pub(crate) struct Membership<B> {
     pub(crate) source: SourceRule,
     /// Where frames for the network's router go, if there is one.
     pub(crate) outbox: Option<Outbox>,
+    pub(crate) role: PortRole,
     /// The shape of a receiver that accepts all offloads of the port.
     pub(crate) shape: Shape,
     pub(crate) offloads: Offloads,

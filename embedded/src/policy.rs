@@ -1,5 +1,5 @@
-//! What a port may do: which source addresses it sends from, and how much it sends, receives and
-//! floods.
+//! What a port may do: which source addresses it sends from, what it may be for others, and how much it
+//! sends, receives and floods.
 //!
 //! A policy holds below every kind of port, whatever moves its frames. A frame that breaks it is
 //! dropped and counted by cause, and never waits.
@@ -12,6 +12,15 @@
 //! `no-arp-mac-spoofing` does: otherwise the guest would take over the traffic of others by ARP
 //! alone. Behind up to three VLAN tags the packet is found as well. The IP addresses in a packet,
 //! and the link-layer addresses that IPv6's neighbour discovery names, are not looked at.
+//!
+//! # Roles
+//!
+//! [`PortRole`] says whether a port's stations may be routers and DHCP servers for others. A guest that
+//! announces itself as a router becomes the way of all others, and one that answers their DHCP messages
+//! chooses their addresses and name servers, from whatever source address it sends. From a port whose role
+//! is [`Host`](PortRole::Host), router advertisements and redirects of IPv6 and what DHCP servers tell
+//! clients are dropped ([`DropReason::Role`](crate::DropReason::Role)), also behind tags, extension headers
+//! and in first fragments (RFC 6105, 7113 and 7610). The network's own gateway is behind no port.
 //!
 //! # Limits
 //!
@@ -106,11 +115,27 @@ impl Default for PortLimits {
     }
 }
 
+/// What a port's stations may be for the others of the network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PortRole {
+    /// Anything, also routers and DHCP servers. This is for ports behind which such are wanted, and for
+    /// guests that are trusted.
+    #[default]
+    Any,
+    /// Hosts, and neither routers nor DHCP servers. It costs a look at the headers of each IP packet of the
+    /// port, and a copy of those of UDP and ICMPv6 that are in the memory of a guest; so the port sends IP
+    /// packets one by one, and not in [runs](crate::Sender::run).
+    Host,
+}
+
 /// What a port may do. See the [module](self).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PortPolicy {
     /// From which addresses it sends.
     pub source: SourceRule,
+    /// What its stations may be for others.
+    pub role: PortRole,
     /// How much passes through it.
     pub limits: PortLimits,
 }

@@ -17,13 +17,14 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::flow::NextFrame;
 use crate::frame;
+use crate::guard;
 use crate::inbox::{Claim, Collected, Delivery, PortWake, Refused};
 use crate::limits::{LOOKUPS, MAX_PORTS, QUEUES_MAX, SEGMENTS_PER_PACKET, VLAN_TAG_LEN};
 use crate::network::{
     Admitted, Audience, JoinError, Membership, Network, PortConfig, Route, WORDS,
 };
 use crate::packet::{Packet, PacketBuffer};
-use crate::policy::{self, Moment, PortLimits, SourceRule, Way};
+use crate::policy::{self, Moment, PortLimits, PortRole, SourceRule, Way};
 use crate::port_state::PortState;
 use crate::receive_queue::{Accepted, QueueEnd, Touched};
 use crate::software::{self, Left};
@@ -440,6 +441,9 @@ pub struct Sender<B: PacketBuffer> {
     own: Option<Mac>,
     /// Whether the port sends from one address only, so that ARP must not name another.
     one_source: bool,
+    /// Where a packet is copied to that may be what the port's role forbids. It is empty if the role
+    /// forbids nothing.
+    suspect: Box<[u8]>,
     not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
@@ -470,6 +474,10 @@ impl<B: PacketBuffer> Sender<B> {
             own: (membership.source != SourceRule::LearnOnce)
                 .then(|| Mac::new(membership.mac.into_array())),
             one_source: membership.source != SourceRule::Any,
+            suspect: match membership.role {
+                PortRole::Any => Box::default(),
+                PortRole::Host => vec![0; membership.longest].into(),
+            },
             membership,
             not_sync: PhantomData,
         }
@@ -558,6 +566,9 @@ impl<B: PacketBuffer> Sender<B> {
             return None;
         }
         self.begin();
+        if !self.suspect.is_empty() && guard::may_be_ip(header) {
+            return None;
+        }
         let Self {
             membership,
             touched,
@@ -631,9 +642,38 @@ impl<B: PacketBuffer> Sender<B> {
         self.counts[counter as usize] += amount;
     }
 
+    /// Sends a frame where it belongs, unless the role of the port forbids it.
+    #[inline]
+    fn forward(&mut self, frame: Packet<'_>) -> Sent {
+        if !self.suspect.is_empty() && guard::may_serve(frame.head()) {
+            return self.forward_suspect(frame);
+        }
+        self.forward_permitted(frame)
+    }
+
+    /// Looks at all headers of a frame before it is sent. The sender has a copy of it by then, which its
+    /// guest cannot change.
+    #[cold]
+    fn forward_suspect(&mut self, frame: Packet<'_>) -> Sent {
+        let mut copy = core::mem::take(&mut self.suspect);
+        let sent = if frame.len() > copy.len() {
+            Sent::Dropped(DropReason::TooBig)
+        } else {
+            let len = frame.copy_to(0, &mut copy);
+            if guard::serves(&copy[..len]) {
+                Sent::Dropped(DropReason::Role)
+            } else {
+                let packet = Packet::from(&copy[..len]).with_offload(frame.offload());
+                self.forward_permitted(packet)
+            }
+        };
+        self.suspect = copy;
+        sent
+    }
+
     /// Decides where a frame goes, by the rules of the [`network`](crate::network) module, and
     /// sends it there.
-    fn forward(&mut self, frame: Packet<'_>) -> Sent {
+    fn forward_permitted(&mut self, frame: Packet<'_>) -> Sent {
         let port = self.membership.port;
         let network = &*self.membership.network;
         let frames = if frame.asks() {
@@ -1045,6 +1085,7 @@ fn counter_of(reason: DropReason) -> SendCounter {
         DropReason::Reserved => SendCounter::Reserved,
         DropReason::OwnPort => SendCounter::OwnPort,
         DropReason::Spoofed => SendCounter::Spoofed,
+        DropReason::Role => SendCounter::Role,
         DropReason::Unknown => SendCounter::Unknown,
         DropReason::SendLimit => SendCounter::SendLimit,
         DropReason::FloodLimit => SendCounter::FloodLimit,

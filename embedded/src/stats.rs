@@ -35,6 +35,7 @@ pub(crate) enum SendCounter {
     Reserved,
     OwnPort,
     Spoofed,
+    Role,
     Unknown,
     SendLimit,
     FloodLimit,
@@ -86,6 +87,7 @@ impl PortCounters {
             dropped_reserved: self.sent(SendCounter::Reserved),
             dropped_own_port: self.sent(SendCounter::OwnPort),
             dropped_spoofed: self.sent(SendCounter::Spoofed),
+            dropped_role: self.sent(SendCounter::Role),
             dropped_unknown: self.sent(SendCounter::Unknown),
             dropped_send_limit: self.sent(SendCounter::SendLimit),
             dropped_flood_limit: self.sent(SendCounter::FloodLimit),
@@ -154,6 +156,9 @@ pub struct PortStats {
     /// another sender; see [`SourceRule`](crate::policy::SourceRule). At an uplink they are frames in
     /// the name of another port: somebody forges them, or the uplink leads back to itself.
     pub dropped_spoofed: u64,
+    /// Router advertisements, redirects, and messages of DHCP servers, which this port may not send; see
+    /// [`PortRole`](crate::policy::PortRole).
+    pub dropped_role: u64,
     /// Frames to an unknown address that were for no port: from the uplink, or while the network's
     /// uplink was away.
     pub dropped_unknown: u64,
@@ -194,6 +199,7 @@ impl PortStats {
             + self.dropped_reserved
             + self.dropped_own_port
             + self.dropped_spoofed
+            + self.dropped_role
             + self.dropped_unknown
             + self.dropped_send_limit
             + self.dropped_flood_limit
@@ -210,7 +216,8 @@ pub enum Sent {
     /// It was delivered to the one port that its destination is behind, or may be behind.
     Forwarded,
     /// It was offered to all other ports that it is for, and `reached` of them accepted it. A
-    /// broadcast reached the gateway as well, if there is one.
+    /// broadcast, and a frame to a group that the gateway is a member of, reached the gateway as well, if
+    /// there is one.
     Flooded {
         /// How many ports accepted it.
         reached: u32,
@@ -249,6 +256,10 @@ pub enum DropReason {
     /// sender, or it comes from the uplink in the name of another port.
     #[error("the interface may not send from this source address, or an ARP packet names another")]
     Spoofed,
+    /// It would make its sender the router or the DHCP server of others, and the role of its port forbids
+    /// that.
+    #[error("the interface may be no router and no DHCP server for others")]
+    Role,
     /// Its destination is unknown, and it is from the uplink, or the network's uplink is away.
     #[error("the destination is unknown, and no interface may have it")]
     Unknown,

@@ -12,14 +12,15 @@ use std::time::Duration;
 use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::{DhcpMessageType, EthernetAddress, EthernetProtocol};
+use vmring_core::offload::{Checksum, OffloadHeader, Offloads};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::limits::{
     DHCP_MESSAGES_AT_ONCE, DHCP_MESSAGES_PER_SECOND, FLOODS_AT_ONCE, FLOODS_PER_SECOND,
 };
 use vmring_embedded::{
-    DropReason, JoinError, Network, NetworkConfig, PortConfig, PortLimits, PortPolicy, Rate,
-    RateLimit, Sender, Sent, SourceRule,
+    DropReason, JoinError, Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy,
+    PortRole, Rate, RateLimit, Sender, Sent, SourceRule,
 };
 
 struct Shared(Arc<ManualClock>);
@@ -164,6 +165,77 @@ fn a_port_with_one_source_sends_no_arp_of_another() {
         // A port with any source may be a bridge, whose ARP packets are other stations'.
         assert_eq!(send(&mut bob.sender, &arp_reply(STRANGER, IP, own, SHARED)), Sent::Forwarded);
     }
+}
+
+// ---- Roles ----
+
+/// A router advertisement, from one station to another.
+fn advertisement(to: MacAddr6, from: MacAddr6) -> Vec<u8> {
+    let mut packet = vec![0x60, 0, 0, 0, 0, 16, 58, 255];
+    packet.extend([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]);
+    packet.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    packet.extend([134, 0, 0, 0, 64, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
+    ethernet(eth(to), eth(from), EthernetProtocol::Ipv6, &packet)
+}
+
+/// Goal: a guest is no router and no DHCP server for others, to one of them or to all, plain or with a
+/// checksum left out; what else it sends arrives as it was. A port of any role may be both.
+#[test]
+fn a_host_is_no_router_and_no_server() {
+    let (network, _) = timed();
+    let mut bob = Guest::join(&network, 9);
+    for (id, offload) in [(1, false), (2, true)] {
+        let mut offloads = Offloads::default();
+        (offloads.checksum, offloads.virtio_header) = (offload, offload);
+        let policy = PortPolicy { role: PortRole::Host, ..PortPolicy::default() };
+        let alice = PortConfig { policy, offloads, ..config(id) };
+        let mut alice = Guest::with(&network, alice);
+        let (own, to) = (alice.mac, bob.mac);
+        let all = MacAddr6::broadcast();
+        let datagram = |from, to| udp((IP, from), ([192, 168, 64, 9].into(), to), b"some bytes");
+        let framed =
+            |to, packet: &[u8]| ethernet(eth(to), eth(own), EthernetProtocol::Ipv4, packet);
+        let tagged = |frame: &[u8]| [&frame[..12], &[0x81, 0, 0, 7], &frame[12..]].concat();
+        let mut refused = vec![advertisement(to, own), advertisement(all, own)];
+        refused.push(framed(to, &datagram(67, 68)));
+        refused.push(framed(all, &datagram(67, 68)));
+        for frame in &refused {
+            for frame in [frame.clone(), tagged(frame)] {
+                let role = Sent::Dropped(DropReason::Role);
+                assert_eq!(send(&mut alice.sender, &frame), role, "{frame:x?}");
+                assert!(alice.sender.run(header(&frame), 1, |_| ()).is_none());
+            }
+        }
+        if offload {
+            let frame = framed(to, &datagram(67, 68));
+            let start = Checksum::Partial { start: 34, offset: 6 };
+            let work = OffloadHeader { checksum: start, ..OffloadHeader::NONE };
+            let packet = Packet::from(&frame[..]).with_offload(&work);
+            assert_eq!(alice.sender.send_packet(packet), Sent::Dropped(DropReason::Role));
+        }
+        alice.sender.flush();
+        assert!(bob.receive().is_empty());
+        let stats = alice.sender.stats();
+        assert_eq!(
+            (stats.dropped_role, stats.drops()),
+            (8 + u64::from(offload), stats.dropped_role)
+        );
+        // A question for a server, other datagrams, and what is no IP.
+        let mut fine = vec![framed(to, &datagram(68, 67)), framed(to, &datagram(1000, 2000))];
+        fine.push(data(to, own, b"x"));
+        fine.push(advertisement(to, own));
+        fine[3][54] = 133;
+        for frame in &fine {
+            assert_eq!(send(&mut alice.sender, frame), Sent::Forwarded);
+        }
+        assert!(bob.receive() == fine);
+        assert!(alice.sender.run(header(&data(to, own, b"")), 1, |_| ()).is_some());
+        bob.receive();
+    }
+    let mut carol = Guest::join(&network, 3);
+    let frame = advertisement(bob.mac, carol.mac);
+    assert_eq!(send(&mut carol.sender, &frame), Sent::Forwarded);
+    assert!(carol.sender.run(header(&frame), 1, |_| ()).is_some());
 }
 
 #[test]

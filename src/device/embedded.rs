@@ -96,7 +96,7 @@ use nat::{NatControl, NatSettings};
 
 pub use limits_control::LimitsControl;
 pub use vmring_embedded::limits::QUEUES_MAX;
-pub use vmring_embedded::{PortLimits, Rate, RateLimit, SourceRule};
+pub use vmring_embedded::{PortLimits, PortRole, Rate, RateLimit, SourceRule};
 
 /// The networks of this process, by name.
 static NETWORKS: Registry<PostedSlot> = Registry::new();
@@ -114,6 +114,7 @@ pub struct Embedded {
     gateway: bool,
     uplink: bool,
     source: SourceRule,
+    role: PortRole,
     limits: LimitsControl,
     queues: usize,
     dhcp: DhcpSettings,
@@ -143,6 +144,7 @@ impl Embedded {
             gateway: true,
             uplink: false,
             source: SourceRule::Any,
+            role: PortRole::Any,
             limits: LimitsControl::default(),
             queues: 1,
             dhcp: DhcpSettings::default(),
@@ -175,6 +177,13 @@ impl Embedded {
     /// name others, are dropped and counted as "spoofed". The default is [`SourceRule::Any`].
     pub fn source(mut self, rule: SourceRule) -> Self {
         self.source = rule;
+        self
+    }
+
+    /// Sets what the guest may be for others: with [`PortRole::Host`], neither a router nor a DHCP server. What
+    /// it sends as such is dropped and counted as "forbidden role". The default is [`PortRole::Any`].
+    pub fn role(mut self, role: PortRole) -> Self {
+        self.role = role;
         self
     }
 
@@ -336,6 +345,7 @@ impl Embedded {
             config: config.clone(),
             uplink: self.uplink,
             source: self.source,
+            role: self.role,
             limits: self.limits.clone(),
             queues: self.queues,
             #[cfg(feature = "nat")]
@@ -349,6 +359,7 @@ struct PortSettings {
     config: InterfaceConfig,
     uplink: bool,
     source: SourceRule,
+    role: PortRole,
     limits: LimitsControl,
     queues: usize,
     #[cfg(feature = "nat")]
@@ -454,7 +465,7 @@ impl EmbeddedPort {
             mac,
             isolated,
             uplink: settings.uplink,
-            policy: PortPolicy { source: settings.source, limits },
+            policy: PortPolicy { source: settings.source, role: settings.role, limits },
             offloads,
             queues: settings.queues,
             ..PortConfig::new(interface_id, nobody())
@@ -595,6 +606,7 @@ impl Device for EmbeddedPort {
             ("reserved address", stats.dropped_reserved),
             ("own port", stats.dropped_own_port),
             ("spoofed", stats.dropped_spoofed),
+            ("forbidden role", stats.dropped_role),
             ("unknown address", stats.dropped_unknown),
             ("send limit", stats.dropped_send_limit),
             ("flood limit", stats.dropped_flood_limit),
