@@ -1,6 +1,7 @@
 //! The host's sockets: [`Host`].
 //!
 //! `addresses.rs` reads the host's own addresses, and `resolv_conf.rs` its resolvers. `datagram.rs` has the calls on sockets of UDP and ICMP.
+//! `route.rs` asks whether the host has a way to the world over IPv6.
 //! `socket.rs` has the calls that both systems have, `epoll.rs` and `kqueue.rs` how each tells what is
 //! ready. Where a system lacks a call, the [`Capabilities`] say so or the file of that system has the
 //! other way.
@@ -22,6 +23,7 @@ mod epoll;
 #[cfg(not(target_os = "linux"))]
 mod kqueue;
 mod resolv_conf;
+mod route;
 mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -46,6 +48,7 @@ pub use kqueue::Events;
 #[cfg(not(target_os = "linux"))]
 use kqueue::Poll;
 use resolv_conf::ResolvConf;
+pub use route::has_ipv6_route;
 
 /// The sockets of this process, and the queue of what is ready.
 #[derive(Debug)]

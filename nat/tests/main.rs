@@ -8,6 +8,7 @@ mod policy;
 mod real;
 mod real_datagram;
 mod real_dns;
+mod real_route;
 mod smoltcp_guest;
 mod support;
 mod tcp;
