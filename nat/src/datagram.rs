@@ -125,8 +125,7 @@ impl<T> Datagrams<T> {
             _ => key.guest,
         };
         let decided = io.decide((key.port, mac), key.protocol, source, key.remote);
-        // Nobody is told of what goes to many (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
-        if decided.is_err() && !packet.datagram.is_to_many(io.config) {
+        if decided.is_err() {
             io.send_error_about(key.port, Reason::Prohibited, &packet.datagram);
         }
         let to = decided?;

@@ -19,6 +19,9 @@ pub(crate) enum Reason {
     NoHost,
     /// A rule forbids it.
     Prohibited,
+    /// The source is an address of its link, and the destination is elsewhere. Over IPv4 there is no such
+    /// error, and a rule forbids it.
+    Scope,
     /// The packet's hop limit was used up.
     HopLimit,
     /// Nobody listens at the port.
@@ -31,6 +34,17 @@ pub(crate) enum Reason {
 pub(crate) const ERROR_MAX: usize = 14 + ICMPV6_ERROR_MAX;
 /// The bytes in front of what an error quotes.
 const HEADER_LEN: usize = 8;
+
+/// Whether a packet is an error itself, or a redirect, which gets no error (RFC 1122, 3.2.2; RFC 4443, 2.4
+/// e). Errors are the messages of ICMP of the types 3 to 5, 11 and 12, and those of ICMPv6 below 128.
+pub(crate) fn is_error(protocol: IpProtocol, message: &[u8]) -> bool {
+    let kind = message.first();
+    match protocol {
+        IpProtocol::Icmp => kind.is_none_or(|kind| matches!(kind, 3..=5 | 11 | 12)),
+        IpProtocol::Icmpv6 => kind.is_none_or(|kind| matches!(kind, 0..=127 | 137)),
+        _ => false,
+    }
+}
 
 /// Writes the frame of an error to the start of `out`, which has [`ERROR_MAX`] bytes, and returns its
 /// length. `cause` is the IP packet that the error is about.
@@ -56,6 +70,9 @@ pub(crate) fn write(reason: Reason, addresses: &Addresses, cause: &[u8], out: &m
                 Reason::Prohibited => {
                     (Icmpv6Message::DstUnreachable, Icmpv6DstUnreachable::AdminProhibit.into())
                 }
+                Reason::Scope => {
+                    (Icmpv6Message::DstUnreachable, Icmpv6DstUnreachable::BeyondScope.into())
+                }
                 Reason::HopLimit => {
                     (Icmpv6Message::TimeExceeded, Icmpv6TimeExceeded::HopLimitExceeded.into())
                 }
@@ -78,7 +95,7 @@ pub(crate) fn write(reason: Reason, addresses: &Addresses, cause: &[u8], out: &m
                 Reason::NoHost => {
                     (Icmpv4Message::DstUnreachable, Icmpv4DstUnreachable::HostUnreachable.into())
                 }
-                Reason::Prohibited => {
+                Reason::Prohibited | Reason::Scope => {
                     (Icmpv4Message::DstUnreachable, Icmpv4DstUnreachable::CommProhibited.into())
                 }
                 Reason::HopLimit => {

@@ -207,8 +207,15 @@ impl<S: Sockets> Io<'_, S> {
         let _ = self.send_plain(port, &mut frame, len);
     }
 
-    /// [`send_error`](Self::send_error) about a packet that has just come.
+    /// [`send_error`](Self::send_error) about a packet that has just come. Nobody is told of an error,
+    /// of what goes to many, or of what no single host has sent (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
     pub(crate) fn send_error_about(&mut self, port: Port, reason: Reason, cause: &Datagram<'_>) {
+        let sender = forbidden(cause.source);
+        let has_sender = matches!(sender, None | Some(Counter::DeniedLinkLocal));
+        let is_error = icmp::is_error(cause.protocol.into(), cause.payload);
+        if is_error || !has_sender || cause.is_to_many(self.config) {
+            return;
+        }
         self.send_error(port, reason, cause.mac, cause.ip, cause.source);
     }
 }

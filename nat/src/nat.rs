@@ -1,7 +1,7 @@
 //! The translator: frames of guests in, frames for guests out, sockets in between.
 
 use core::fmt;
-use core::net::SocketAddr;
+use core::net::{IpAddr, SocketAddr};
 use core::time::Duration;
 
 use vmring_core::offload::OffloadHeader;
@@ -378,11 +378,15 @@ fn sort<'f, S: Sockets>(
     let datagram = Datagram::parse(frame.bytes)?;
     // What is for the gateway goes no further, so its hop limit is enough.
     if datagram.hop_limit <= 1 && !datagram.is_dns(io.config) {
-        // Nobody is told of what goes to many (RFC 1122, 3.2.2; RFC 4443, 2.4 e).
-        if !datagram.is_to_many(io.config) {
-            io.send_error_about(port, Reason::HopLimit, &datagram);
-        }
+        io.send_error_about(port, Reason::HopLimit, &datagram);
         return Err(Counter::HopLimit);
+    }
+    if let IpAddr::V6(source) = datagram.source
+        && source.is_unicast_link_local()
+    {
+        // No router forwards it (RFC 4291, 2.5.6), and the guest is told (RFC 4443, 3.1).
+        io.send_error_about(port, Reason::Scope, &datagram);
+        return Err(Counter::BadSource);
     }
     match datagram.protocol {
         TCP => Tcp::<S::Socket>::gather(port, datagram, batch),

@@ -7,6 +7,7 @@ use smoltcp::wire::IpProtocol;
 use vmring_core::offload::OffloadHeader;
 use vmring_nat::{Counter, GuestFrame, Port};
 
+use crate::support::datagram::{echo_request, udp_frame};
 use crate::support::kernel::Answer;
 use crate::support::port::{Net, config, plain_link};
 use crate::support::script::{Script, Segment, each_way, ip_frame};
@@ -29,15 +30,17 @@ fn what_is_denied_is_never_connected_to() {
     for address in v4.split(' ') {
         let to = SocketAddr::new(address.parse().unwrap(), 80);
         net.send(&[syn(([192, 168, 64, 2], 4000).into(), to)]);
-        let (frame, _) = net.out.frames.pop_front().expect(address);
-        assert_eq!(frame[34..36], [3, 13], "{address}");
+        let told = net.out.frames.pop_front().map(|(frame, _)| [frame[34], frame[35]]);
+        // Nobody is told of what goes to many (RFC 1122, 3.2.2).
+        let is_to_many = ["224.0.0.1", "255.255.255.255"].contains(&address);
+        assert_eq!(told, (!is_to_many).then_some([3, 13]), "{address}");
     }
     let v6 = "::1 :: fe80::1 ff02::1 ::ffff:127.0.0.1 64:ff9b::7f00:1";
     for address in v6.split(' ') {
         let to = SocketAddr::new(address.parse().unwrap(), 80);
         net.send(&[syn("[fd00::2]:4000".parse().unwrap(), to)]);
-        let (frame, _) = net.out.frames.pop_front().expect(address);
-        assert_eq!(frame[54..56], [1, 1], "{address}");
+        let told = net.out.frames.pop_front().map(|(frame, _)| [frame[54], frame[55]]);
+        assert_eq!(told, (address != "ff02::1").then_some([1, 1]), "{address}");
     }
     assert_eq!(net.kernel.len(), 0);
     let counters = net.nat.counters();
@@ -114,6 +117,72 @@ fn a_used_up_hop_limit_is_answered() {
     let (answer, _) = net.out.frames.pop_front().unwrap();
     assert_eq!(answer[54..56], [3, 0]);
     assert_eq!(net.kernel.len(), 0);
+}
+
+/// Goal: an error goes to the single host that has sent its cause, and answers no error (RFC 1122, 3.2.2;
+/// RFC 4443, 2.4 e). Method: the hop limit is used up, which is looked at before the source.
+#[test]
+fn no_error_answers_an_error_or_goes_to_nobody() {
+    let mut net = Net::new(config(false), plain_link());
+    let port = |address: &str| SocketAddr::new(address.parse().unwrap(), 80);
+    let (v4, v6) = (("192.168.64.2", "192.0.2.1"), ("fd00::2", "2001:db8::1"));
+    let message = |(from, to): (&str, &str), protocol, kind| {
+        let (from, to) = (port(from).ip(), port(to).ip());
+        ip_frame(from, to, protocol, &[kind, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9])
+    };
+    let to = |from: &str, to: &str| syn(port(from), port(to));
+    let (icmp, icmpv6) = (IpProtocol::Icmp, IpProtocol::Icmpv6);
+    let cases = [
+        (message(v4, icmp, 8), true),
+        (message(v4, icmp, 3), false),
+        (message(v4, icmp, 5), false),
+        (message(v4, icmp, 11), false),
+        (message(v6, icmpv6, 128), true),
+        (message(v6, icmpv6, 1), false),
+        (message(v6, icmpv6, 127), false),
+        (message(v6, icmpv6, 137), false),
+        (to("192.168.64.2", "192.0.2.1"), true),
+        (to("127.0.0.1", "192.0.2.1"), false),
+        (to("224.0.0.9", "192.0.2.1"), false),
+        (to("0.0.0.0", "192.0.2.1"), false),
+        (to("255.255.255.255", "192.0.2.1"), false),
+        (to("192.168.64.2", "224.0.0.9"), false),
+        (to("192.168.64.2", "192.168.64.255"), false),
+        (to("fd00::2", "2001:db8::1"), true),
+        (to("fe80::2", "2001:db8::1"), true),
+        (to("::", "2001:db8::1"), false),
+        (to("ff02::9", "2001:db8::1"), false),
+        (to("::1", "2001:db8::1"), false),
+        (to("fd00::2", "ff0e::9"), false),
+    ];
+    for (number, (mut frame, told)) in cases.into_iter().enumerate() {
+        if frame[12..14] == [8, 0] {
+            frame[22] = 1;
+            smoltcp::wire::Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+        } else {
+            frame[21] = 1;
+        }
+        net.send(&[frame]);
+        assert_eq!(net.out.frames.pop_front().is_some(), told, "case {number}");
+        assert_eq!(counted(&net, Counter::HopLimit), number as u64 + 1);
+    }
+}
+
+/// Goal: a guest without an address of the network learns that its link-local one leads nowhere (RFC
+/// 4443, 3.1), over each protocol, and opens nothing.
+#[test]
+fn a_link_local_source_is_beyond_scope() {
+    let mut net = Net::new(config(false), plain_link());
+    let (from, to): (SocketAddr, SocketAddr) =
+        ("[fe80::2]:4000".parse().unwrap(), "[2001:db8::1]:53".parse().unwrap());
+    for frame in
+        [syn(from, to), udp_frame(from, to, b"?"), echo_request(from.ip(), to.ip(), 1, 1, b"?")]
+    {
+        net.send(&[frame]);
+        let (answer, _) = net.out.frames.pop_front().expect("an error");
+        assert_eq!((answer[21], &answer[54..56]), (64, &[1, 2][..]));
+    }
+    assert_eq!((net.kernel.len(), counted(&net, Counter::BadSource)), (0, 3));
 }
 
 /// Section 9, 16: the differentiated services of a guest's SYN are the connection's.
