@@ -15,6 +15,7 @@ use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{BATCH, SCRATCH_LEN};
+use crate::neighbor::used_address;
 use crate::output::{Output, Port};
 use crate::packet::Datagram;
 use crate::policy::rules::PolicyRules;
@@ -296,7 +297,26 @@ impl<S: Sockets> Nat<S> {
         datagrams.close(None, &mut io);
     }
 
-    /// Which guest each address belongs to. Tell it of leases, reservations and ARP.
+    /// Learns from what a guest says to its neighbours which address it uses: from ARP, and from
+    /// neighbour discovery. So the guest is reached at an address from which it has not sent a packet yet,
+    /// and nobody else gets the address. Other frames are ignored, and so are addresses outside the
+    /// subnets. What the guest may not use is counted, as if it had sent from there.
+    ///
+    /// # Panics
+    ///
+    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
+    pub fn learn(&mut self, port: Port, frame: &[u8], now: Duration) {
+        let Shared { sources, ports, .. } = &mut self.shared;
+        if let Some((mac, address)) = used_address(frame)
+            && sources.is_inside(address)
+            && let Err(why) = sources.check(port, mac, address, micros(now))
+        {
+            ports.count_n(port, why, 1);
+        }
+    }
+
+    /// Which guest each address belongs to. Tell it of leases and reservations;
+    /// [`learn`](Self::learn) tells it of ARP and neighbour discovery.
     pub fn sources(&mut self) -> &mut Sources {
         &mut self.shared.sources
     }

@@ -45,21 +45,8 @@ impl<'f> Datagram<'f> {
     ///
     /// Why the frame cannot be translated.
     pub(crate) fn parse(frame: &'f [u8]) -> Result<Self, Counter> {
-        let ethernet = EthernetFrame::new_checked(frame).map_err(|_| Counter::Malformed)?;
-        let mut ethertype = u16::from(ethernet.ethertype());
-        let mut ip = &frame[ETHERNET_HEADER_LEN..];
-        if ethertype == C_TAG {
-            // A tag of VLAN 0 carries a priority only.
-            let [priority, vlan, high, low, rest @ ..] = ip else { return Err(Counter::Malformed) };
-            if priority & 0x0f != 0 || *vlan != 0 {
-                return Err(Counter::NotIp);
-            }
-            ethertype = u16::from_be_bytes([*high, *low]);
-            ip = rest;
-            debug_assert_eq!(frame.len() - ip.len(), ETHERNET_HEADER_LEN + VLAN_TAG_LEN);
-        }
-        let mac = ethernet.src_addr().0;
-        match EthernetProtocol::from(ethertype) {
+        let (mac, ethertype, ip) = network_layer(frame)?;
+        match ethertype {
             EthernetProtocol::Ipv4 => Self::parse_v4(mac, ip),
             EthernetProtocol::Ipv6 => Self::parse_v6(mac, ip),
             _ => Err(Counter::NotIp),
@@ -133,6 +120,30 @@ impl<'f> Datagram<'f> {
             ip: &ip[..packet.total_len()],
         })
     }
+}
+
+/// Splits a frame into its source, and the type and the bytes of what it carries. A tag of VLAN 0 is
+/// skipped: it carries a priority only.
+///
+/// # Errors
+///
+/// Why the frame is not read.
+pub(crate) fn network_layer(frame: &[u8]) -> Result<([u8; 6], EthernetProtocol, &[u8]), Counter> {
+    let ethernet = EthernetFrame::new_checked(frame).map_err(|_| Counter::Malformed)?;
+    let mut ethertype = u16::from(ethernet.ethertype());
+    let mut payload = &frame[ETHERNET_HEADER_LEN..];
+    if ethertype == C_TAG {
+        let [priority, vlan, high, low, rest @ ..] = payload else {
+            return Err(Counter::Malformed);
+        };
+        if priority & 0x0f != 0 || *vlan != 0 {
+            return Err(Counter::NotIp);
+        }
+        ethertype = u16::from_be_bytes([*high, *low]);
+        payload = rest;
+        debug_assert_eq!(frame.len() - payload.len(), ETHERNET_HEADER_LEN + VLAN_TAG_LEN);
+    }
+    Ok((ethernet.src_addr().0, EthernetProtocol::from(ethertype), payload))
 }
 
 /// Between whom a frame for a guest goes.
