@@ -127,7 +127,7 @@ fn serves_v6(packet: &[u8]) -> Option<bool> {
                 }
                 8
             }
-            // RFC 4302, 2.2.
+            // Its unit is 4 bytes (RFC 4302, 2.2).
             AUTHENTICATION => (usize::from(*packet.get(at + 1)?) + 2) * 4,
             _ if is_extension(next) => (usize::from(*packet.get(at + 1)?) + 1) * 8,
             _ => return Some(false),
@@ -190,7 +190,7 @@ mod tests {
                 let header = [protocol, 0, 0, 0, 0, 0, 0, 0];
                 frames.push((v6(extension, &[&header[..], payload].concat()), is_one));
                 // Two of them, of which the first one is long.
-                let mut long = vec![0; 24];
+                let mut long = [0; 24];
                 (long[0], long[1]) = (extension, 2);
                 let inner = [&header[..], payload].concat();
                 if extension != FRAGMENT {

@@ -205,7 +205,7 @@ fn solicitations_for_the_gateways_addresses_are_answered() {
             let got = answer(&reply);
             assert_eq!((got.mac, got.from, got.to, got.hops), (ALICE, target, from, 255));
             assert_eq!(got.payload[..2], [136, 0]);
-            // Router, solicited, override (RFC 4861, 4.4).
+            // The flags are router, solicited and override (RFC 4861, 4.4).
             assert_eq!(got.payload[4..8], [0xe0, 0, 0, 0]);
             assert_eq!(got.payload[8..24], target.octets());
             assert_eq!(got.payload[24..], [2, 1, 2, 0, 0, 0, 0, 1]);
@@ -226,7 +226,7 @@ fn a_station_that_probes_a_gateways_address_is_told() {
         assert_eq!((got.mac, got.from, got.to), (group_mac(ALL_NODES), target, ALL_NODES));
         assert_eq!(got.payload[4], 0xa0, "router and override, and not solicited");
     }
-    // A probe for another address, one to the wrong group, and one that names its sender.
+    // These are a probe for another address, one to the wrong group, and one that names its sender.
     let other = solicited(ALICE_GLOBAL);
     assert_eq!(ask(&gateway, &solicit(NOBODY, other, ALICE_GLOBAL)), None);
     assert_eq!(ask(&gateway, &solicit(NOBODY, ALL_NODES, GLOBAL)), None);
@@ -418,7 +418,7 @@ fn dhcpv6_for_others_and_for_addresses_is_not_answered() {
         information_request(&[0, 3, 0, 12, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
         dhcpv6(1, &CLIENT),
         dhcpv6(12, &[0; 34]),
-        // One that is sent to the server alone (RFC 8415, 16).
+        // This is sent to the server alone (RFC 8415, 16).
         framed(&udp6((ALICE_LINK, 546), (LINK_LOCAL, 547), &[11, 1, 2, 3])),
     ];
     let malformed = [
@@ -464,17 +464,17 @@ fn what_the_gateway_does_not_serve_is_refused() {
         let datagram = udp6((ALICE_GLOBAL, 4000), (GLOBAL, 53), &vec![7; len]);
         check(ours, &datagram, GLOBAL, (1, 4, 0));
     }
-    // An unknown protocol, also behind an extension header: the error points at its number.
+    // The protocol is unknown, also behind an extension header: the error points at its number.
     check(ours, &packet(ALICE_GLOBAL, GLOBAL, 132, &[1; 12]), GLOBAL, (4, 1, 6));
     let padded = [&[132, 0, 1, 4, 0, 0, 0, 0][..], &[1; 12]].concat();
     check(ours, &packet(ALICE_GLOBAL, GLOBAL, 60, &padded), GLOBAL, (4, 1, 40));
-    // A second header for every hop.
+    // This is a second header for every hop.
     let twice = [&[0, 0, 1, 4, 0, 0, 0, 0][..], &[59, 0, 1, 4, 0, 0, 0, 0]].concat();
     check(ours, &packet(ALICE_GLOBAL, GLOBAL, 0, &twice), GLOBAL, (4, 1, 40));
-    // A route that is not at its end.
+    // This route is not at its end.
     let route = [&[58, 2, 0, 1, 0, 0, 0, 0][..], &WORLD.octets()].concat();
     check(ours, &packet(ALICE_GLOBAL, GLOBAL, 43, &route), GLOBAL, (4, 0, 42));
-    // Options that must not be skipped.
+    // These options must not be skipped.
     for kind in [0x85, 0xc5] {
         let option = [59, 0, 1, 0, kind, 2, 0, 0];
         check(ours, &packet(ALICE_GLOBAL, GLOBAL, 60, &option), GLOBAL, (4, 2, 44));
@@ -482,10 +482,10 @@ fn what_the_gateway_does_not_serve_is_refused() {
     let option = [59, 0, 0x85, 4, 0, 0, 0, 0];
     let to_all = pair(ALICE_LINK, ALL_NODES);
     check(to_all, &packet(ALICE_LINK, ALL_NODES, 60, &option), LINK_LOCAL, (4, 2, 42));
-    // The first fragment.
+    // This is a first fragment.
     let fragment = [&[17, 0, 0, 1, 0, 0, 0, 9][..], &[0; 16]].concat();
     check(ours, &packet(ALICE_GLOBAL, GLOBAL, 44, &fragment), GLOBAL, (3, 1, 0));
-    // Other places.
+    // These are for other places.
     for (from, to, by, code) in [
         (ALICE_GLOBAL, WORLD, GLOBAL, 0),
         (ALICE_LINK, WORLD, LINK_LOCAL, 2),
@@ -646,7 +646,7 @@ fn a_guest_gets_advertisements_without_a_timer() {
     let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::join(&network, 2));
     let mut uplink = Guest::with(&network, PortConfig { uplink: true, ..config(3) });
     let arp = |guest: &Guest| arp_request(guest.mac, [192, 168, 64, 9].into(), SHARED);
-    // The first frame for the gateway.
+    // This is the first frame for the gateway.
     assert_eq!(lifetimes(&alice.ask(&arp(&alice))), [0]);
     assert_eq!(lifetimes(&alice.ask(&arp(&alice))), []);
     assert_eq!(lifetimes(&uplink.ask(&arp(&uplink))), []);
@@ -659,7 +659,7 @@ fn a_guest_gets_advertisements_without_a_timer() {
     assert_eq!(lifetimes(&bob.receive()), [ROUTER_LIFETIME]);
     assert!(uplink.receive().is_empty());
     assert!(bob.wakes.load(std::sync::atomic::Ordering::SeqCst) <= 2);
-    // Each port again after a while, and after another guest has come to its place.
+    // Each port gets one again after a while, and after another guest has come to its place.
     clock.advance(ADVERTISEMENT_INTERVAL - Duration::from_secs(1));
     assert_eq!(lifetimes(&alice.ask(&arp(&alice))), []);
     clock.advance(Duration::from_secs(1));
@@ -703,7 +703,7 @@ fn groups_of_the_gateway_reach_it_and_all_others() {
     assert_eq!((lifetimes(&alice.receive()), lifetimes(&lonely.receive())), (vec![0], vec![0]));
     assert_eq!(bob.receive(), [solicitation(alice.mac)]);
     assert_eq!(seen(), 2);
-    // A group that the gateway is not a member of.
+    // The gateway is not a member of this group.
     let other = "ff02::fb".parse().unwrap();
     let frame = framed_by(alice.mac, &udp6((ALICE_LINK, 5353), (other, 5353), b"x"));
     assert_eq!(alice.sender.send(&frame), Sent::Flooded { reached: 1 });

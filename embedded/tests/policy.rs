@@ -220,7 +220,7 @@ fn a_host_is_no_router_and_no_server() {
             (stats.dropped_role, stats.drops()),
             (8 + u64::from(offload), stats.dropped_role)
         );
-        // A question for a server, other datagrams, and what is no IP.
+        // These are a question for a server, other datagrams, and what is no IP.
         let mut fine = vec![framed(to, &datagram(68, 67)), framed(to, &datagram(1000, 2000))];
         fine.push(data(to, own, b"x"));
         fine.push(advertisement(to, own));

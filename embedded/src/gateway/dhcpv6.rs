@@ -75,7 +75,7 @@ pub(super) fn parse<'a>(
                 return Err(Ignored::Malformed);
             }
             CLIENT_ID => request.client = Some(data),
-            // RFC 8415, 16.12.
+            // Another server is asked (RFC 8415, 16.12).
             SERVER_ID if data != server => return Err(Ignored::Other),
             IA_NA | IA_TA | IA_PD => return Err(Ignored::Other),
             OPTION_REQUEST if data.len() % 2 != 0 => return Err(Ignored::Malformed),

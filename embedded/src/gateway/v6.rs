@@ -159,7 +159,7 @@ pub(super) struct Arrival<'a> {
 struct Header<'a> {
     from: Ipv6Addr,
     to: Ipv6Addr,
-    /// Six bits.
+    /// The differentiated services, which are six bits.
     dscp: u8,
     /// The IP packet, without what is behind it in the frame.
     packet: &'a [u8],
@@ -226,7 +226,8 @@ pub(super) struct Ipv6 {
     groups: [[u8; 6]; 5],
     /// Whether it leads to the world.
     is_router: AtomicBool,
-    /// When each port is to get an advertisement that it has not asked for, in milliseconds. 0 is now.
+    /// When each port is to get an advertisement that it has not asked for, in milliseconds. At 0 it is to
+    /// get one now.
     due: Box<[AtomicU64]>,
     solicitations: Limiter,
     counters: [AtomicU64; COUNTERS],
@@ -425,7 +426,7 @@ impl Ipv6 {
                 return Err(Event::Multicast);
             }
         } else if arrival.to_many {
-            // RFC 1122, 3.3.6 demands this of IPv4, and it is sound here too.
+            // RFC 1122, 3.3.6 demands this of IPv4, and it holds here too.
             return Err(Event::Multicast);
         }
         if self.is_own(from) {
@@ -835,7 +836,7 @@ fn transport(packet: &[u8]) -> Result<Transport, Stop> {
 fn check_options(bytes: &[u8], mut at: usize) -> Result<(), Stop> {
     const PAD1: u8 = 0;
     const PADN: u8 = 1;
-    /// RFC 2711.
+    /// The option of RFC 2711.
     const ROUTER_ALERT: u8 = 5;
     while at < bytes.len() {
         let kind = bytes[at];
