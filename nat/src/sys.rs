@@ -9,12 +9,12 @@
 //! # System calls
 //!
 //! What a filter of system calls has to allow on Linux. At the start: `prlimit64`, `epoll_create1`,
-//! `eventfd2`, `socket`, `setsockopt`, `close`. Afterwards: `socket`, `connect`, `setsockopt`,
-//! `getsockopt`, `getpeername`, `getsockname`, `fcntl`, `sendmsg`, `recvmsg`, `recvfrom`, `shutdown`,
-//! `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`, `write`, and `ioctl` with
-//! `TIOCOUTQ` where there is no `SO_MEMINFO`. With [`Resolvers::Host`](crate::Resolvers::Host), `statx` and
-//! `openat` of /etc/resolv.conf too, and `read` and `close`, when guests ask for names, and for an address
-//! of a link `ioctl` with `SIOCGIFINDEX`.
+//! `eventfd2`, `socket`, `setsockopt`, `close`. Afterwards: `socket`, `bind`, `connect`, `listen`, `accept4`,
+//! `setsockopt`, `getsockopt`, `getpeername`, `getsockname`, `fcntl`, `sendmsg`, `sendmmsg`, `recvmsg`,
+//! `recvmmsg`, `recvfrom`, `shutdown`, `close`, `epoll_ctl`, `epoll_wait` (`epoll_pwait` on arm64), `read`,
+//! `write`, `sendto` (to a netlink socket, for the host's own addresses), and `ioctl` with `TIOCOUTQ` where
+//! there is no `SO_MEMINFO`. With [`Resolvers::Host`](crate::Resolvers::Host), `statx` and `openat` of
+//! /etc/resolv.conf too when guests ask for names, and for an address of a link `ioctl` with `SIOCGIFINDEX`.
 
 mod addresses;
 mod datagram;
