@@ -121,17 +121,57 @@ fn an_address_is_bound_by_arp_and_by_neighbor_discovery() {
 #[test]
 fn a_source_that_is_no_guests_opens_nothing() {
     let mut net = Net::new(config(false), plain_link());
-    net.nat.sources().reserve(OTHER_MAC, "192.168.64.8".parse().unwrap());
+    for address in ["192.168.64.8", "fd00::8"] {
+        net.nat.sources().reserve(OTHER_MAC, address.parse().unwrap());
+    }
     for (from, why) in [
         ("192.168.64.1:1", Counter::SourceGateway),
         ("10.0.0.1:1", Counter::SourceOutside),
         ("192.168.64.255:1", Counter::SourceOutside),
         ("192.168.64.8:1", Counter::SourceReserved),
+        ("[fd00::1]:1", Counter::SourceGateway),
+        ("[2001:db8::9]:1", Counter::SourceOutside),
+        ("[fd00:0:0:1::9]:1", Counter::SourceOutside),
+        ("[fd00::]:1", Counter::SourceOutside),
+        ("[::ffff:192.168.64.9]:1", Counter::BadSource),
+        ("[fe80::9]:1", Counter::BadSource),
+        ("[fd00::8]:1", Counter::SourceReserved),
     ] {
-        syn(&mut net, 0, GUEST_MAC, from, "192.0.2.1:80");
-        assert_eq!((net.kernel.len(), counted(&net, why) > 0), (0, true), "{from}");
+        let to = if from.starts_with('[') { "[2001:db8::1]:80" } else { "192.0.2.1:80" };
+        let before = counted(&net, why);
+        syn(&mut net, 0, GUEST_MAC, from, to);
+        assert_eq!((net.kernel.len(), counted(&net, why)), (0, before + 1), "{from}");
     }
     syn(&mut net, 0, OTHER_MAC, "192.168.64.8:1", "192.0.2.1:80");
+    syn(&mut net, 0, OTHER_MAC, "[fd00::8]:1", "[2001:db8::1]:80");
+    assert_eq!(net.kernel.len(), 2);
+}
+
+/// S2 and S3: over IPv6 a guest reaches neither its own network nor the host, by whatever form of an
+/// address.
+#[test]
+fn nothing_of_the_host_is_reached_over_ipv6() {
+    let mut net = Net::new(config(false), plain_link());
+    let host = ["2001:db8:7::1", "198.51.100.7"].map(|address| address.parse().unwrap());
+    net.kernel.0.borrow_mut().addresses = Ok(host.into());
+    for (to, why) in [
+        ("fd00::1", Counter::DeniedSubnet),
+        ("fd00::77", Counter::DeniedSubnet),
+        ("2001:db8:7::1", Counter::DeniedHost),
+        ("64:ff9b::198.51.100.7", Counter::DeniedHost),
+        ("2002:c633:6407::1", Counter::DeniedHost),
+        ("64:ff9b::192.168.64.1", Counter::DeniedSubnet),
+        ("::ffff:192.0.2.1", Counter::DeniedMapped),
+        ("::1", Counter::DeniedLoopback),
+        ("fe80::1", Counter::DeniedLinkLocal),
+        ("ff0e::1", Counter::DeniedMulticast),
+        ("fd00:ec2::254", Counter::DeniedMetadata),
+    ] {
+        let before = counted(&net, why);
+        syn(&mut net, 0, GUEST_MAC, "[fd00::9]:1", &format!("[{to}]:80"));
+        assert_eq!((net.kernel.len(), counted(&net, why)), (0, before + 1), "{to}");
+    }
+    syn(&mut net, 0, GUEST_MAC, "[fd00::9]:1", "[2001:db8:7::2]:80");
     assert_eq!(net.kernel.len(), 1);
 }
 
