@@ -7,7 +7,7 @@ mod frames;
 
 use arbitrary::Arbitrary;
 use core::time::Duration;
-use frames::{Frame, GATEWAY, LAST, MASK};
+use frames::{Frame, GATEWAY, LAST, MASK, PREFIX};
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
 use vmring_core::offload::{Checksum, Gso, LEN, OffloadHeader, Offloads};
@@ -15,14 +15,16 @@ use vmring_embedded::clock::{Clock, ManualClock};
 use vmring_embedded::limits::VLAN_TAG_LEN;
 use vmring_embedded::software::{self, Left};
 use vmring_embedded::{
-    AddressRange, DropReason, Network, NetworkConfig, NetworkMode, Packet, Port, PortConfig,
-    PortPolicy, Sent, SourceRule,
+    AddressRange, DropReason, Ipv6Config, Network, NetworkConfig, NetworkMode, Packet, Port,
+    PortConfig, PortPolicy, Sent, SourceRule,
 };
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     isolated: bool,
     gateway: bool,
+    /// Whether the gateway has IPv6.
+    ipv6: bool,
     /// Whether the first port is the uplink.
     uplink: bool,
     /// The second port's rule.
@@ -55,6 +57,7 @@ enum Step<'a> {
     Post { to_second: bool },
     Collect { of_second: bool },
     Recall { of_second: bool },
+    Route { is_there: bool },
     Wait { seconds: u16 },
 }
 
@@ -123,6 +126,7 @@ fuzz_target!(|input: Input| {
     let mut config = NetworkConfig::of(NetworkMode::Shared);
     config.gateway = input.gateway;
     config.ipv4 = AddressRange { gateway: GATEWAY, end: LAST, mask: MASK };
+    config.ipv6 = (input.gateway && input.ipv6).then(|| Ipv6Config::new(PREFIX));
     config.inbox_depth = 4;
     config.overflow_depth = Some(2);
     let clock = Arc::new(ManualClock::new());
@@ -218,6 +222,7 @@ fuzz_target!(|input: Input| {
                 let i = usize::from(*of_second);
                 posted[i] -= ports[i].0.recall(|buffer| assert_eq!(buffer.len(), rooms[i]));
             }
+            Step::Route { is_there } => network.set_ipv6_router(*is_there),
             Step::Wait { seconds } => clock.advance(Duration::from_secs((*seconds).into())),
         }
     }

@@ -2,12 +2,14 @@
 //! fields (or few inputs would get past the first check), partly raw.
 
 use arbitrary::Arbitrary;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
 pub const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 /// Few addresses, so that they run out.
 pub const LAST: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 4);
+/// The IPv6 prefix of the gateway, whose address is the first after it.
+pub const PREFIX: Ipv6Addr = Ipv6Addr::new(0xfd12, 0x3456, 0x789a, 1, 0, 0, 0, 0);
 const DHCP_COOKIE: [u8; 4] = [99, 130, 83, 99];
 
 #[derive(Arbitrary, Debug)]
@@ -24,6 +26,8 @@ pub struct Frame<'a> {
 enum Mac {
     Gateway,
     Broadcast,
+    /// The group of the frame's IPv6 packet, or all nodes.
+    Group,
     Guest(u8),
     Port(bool),
     Any([u8; 6]),
@@ -47,6 +51,47 @@ enum Body<'a> {
     Icmp { ip: Ipv4<'a>, kind: Option<u8>, payload: &'a [u8] },
     Udp { ip: Ipv4<'a>, ports: (u16, u16), payload: &'a [u8] },
     Dhcp(Dhcp<'a>),
+    Ipv6 { ip: Ipv6<'a>, protocol: u8, payload: &'a [u8] },
+    Icmpv6 { ip: Ipv6<'a>, kind: Kind6, target: Ip6, options: &'a [u8] },
+    Udp6 { ip: Ipv6<'a>, ports: (u16, u16), payload: &'a [u8] },
+    Dhcpv6 { ip: Ipv6<'a>, kind: Option<u8>, client: Option<u8>, ours: bool, options: &'a [u8] },
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Ip6 {
+    Gateway,
+    GatewayLink,
+    Guest(u8),
+    GuestLink(u8),
+    Nobody,
+    AllNodes,
+    AllRouters,
+    DhcpServers,
+    /// The group of the gateway's address, or of its link-local one.
+    Solicited(bool),
+    Outside,
+    Any([u8; 16]),
+}
+
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Kind6 {
+    Echo,
+    RouterSolicitation,
+    NeighborSolicitation,
+    NeighborAdvertisement,
+    Any(u8, u8),
+}
+
+#[derive(Arbitrary, Debug)]
+struct Ipv6<'a> {
+    to: Ip6,
+    from: Ip6,
+    /// A hop limit other than 255.
+    hops: Option<u8>,
+    /// Extension headers, each with its number and what is behind its first two bytes.
+    extensions: Vec<(u8, &'a [u8])>,
+    /// Added to the right payload length.
+    lie: i8,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -86,6 +131,7 @@ impl Mac {
         match self {
             Mac::Gateway => gateway,
             Mac::Broadcast => [0xff; 6],
+            Mac::Group => [0x33, 0x33, 0, 0, 0, 1],
             Mac::Guest(n) => guest(n),
             Mac::Port(second) => ports[usize::from(second)],
             Mac::Any(bytes) => bytes,
@@ -107,6 +153,97 @@ impl Ip {
             Ip::Any(bytes) => bytes,
         }
     }
+}
+
+/// The link-local address of an interface with this MAC address.
+pub fn link_local([a, b, c, d, e, f]: [u8; 6]) -> Ipv6Addr {
+    [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f].into()
+}
+
+impl Ip6 {
+    fn bytes(self, gateway: [u8; 6]) -> [u8; 16] {
+        let group = |last: u16, rest: u16| Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, rest, last);
+        let own = Ipv6Addr::from_bits(PREFIX.to_bits() | 1);
+        let solicited = |address: Ipv6Addr| {
+            let low = address.to_bits() & 0xff_ffff;
+            Ipv6Addr::from_bits(0xff02_0000_0000_0000_0000_0001_ff00_0000 | low)
+        };
+        let address = match self {
+            Ip6::Gateway => own,
+            Ip6::GatewayLink => link_local(gateway),
+            Ip6::Guest(n) => Ipv6Addr::from_bits(PREFIX.to_bits() | (0x100 + u128::from(n % 8))),
+            Ip6::GuestLink(n) => link_local(guest(n)),
+            Ip6::Nobody => Ipv6Addr::UNSPECIFIED,
+            Ip6::AllNodes => group(1, 0),
+            Ip6::AllRouters => group(2, 0),
+            Ip6::DhcpServers => group(2, 1),
+            Ip6::Solicited(true) => solicited(link_local(gateway)),
+            Ip6::Solicited(false) => solicited(own),
+            Ip6::Outside => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1),
+            Ip6::Any(bytes) => bytes.into(),
+        };
+        address.octets()
+    }
+}
+
+/// The pseudo header's checksum and that of a transport header together.
+pub fn checksum6(from: &[u8], to: &[u8], protocol: u8, message: &[u8]) -> u16 {
+    let len = (message.len() as u32).to_be_bytes();
+    checksum(&[from, to, &len, &[0, protocol], message])
+}
+
+fn ipv6(ip: &Ipv6, protocol: u8, payload: &[u8], gateway: [u8; 6]) -> Vec<u8> {
+    let mut body = Vec::new();
+    let mut next = protocol;
+    for (kind, content) in ip.extensions.iter().take(10).rev() {
+        let units = (content.len().min(64) + 2).div_ceil(8);
+        let mut header = vec![next, units as u8 - 1];
+        header.extend(&content[..content.len().min(64)]);
+        header.resize(units * 8, 0);
+        header.extend(&body);
+        body = header;
+        // These are mostly those that are known.
+        next = [0, 60, 43, 44, 60, 0, *kind, 59][usize::from(kind % 8)];
+    }
+    body.extend(payload);
+    let mut out = vec![0x60, 0, 0, 0];
+    out.extend((body.len() as u16).wrapping_add_signed(ip.lie.into()).to_be_bytes());
+    out.extend([next, ip.hops.unwrap_or(255)]);
+    out.extend(ip.from.bytes(gateway));
+    out.extend(ip.to.bytes(gateway));
+    out.extend(body);
+    out
+}
+
+fn icmpv6(ip: &Ipv6, kind: Kind6, target: Ip6, options: &[u8], gateway: [u8; 6]) -> Vec<u8> {
+    let (kind, code) = match kind {
+        Kind6::Echo => (128, 0),
+        Kind6::RouterSolicitation => (133, 0),
+        Kind6::NeighborSolicitation => (135, 0),
+        Kind6::NeighborAdvertisement => (136, 0),
+        Kind6::Any(kind, code) => (kind, code),
+    };
+    let mut out = vec![kind, code, 0, 0, 0, 0, 0, 0];
+    if matches!(kind, 135 | 136) {
+        out.extend(target.bytes(gateway));
+    }
+    out.extend(options);
+    let sum = checksum6(&ip.from.bytes(gateway), &ip.to.bytes(gateway), 58, &out);
+    out[2..4].copy_from_slice(&sum.to_be_bytes());
+    ipv6(ip, 58, &out, gateway)
+}
+
+fn udp6(ip: &Ipv6, (from, to): (u16, u16), payload: &[u8], gateway: [u8; 6]) -> Vec<u8> {
+    let len = (8 + payload.len()) as u16;
+    let mut out = Vec::new();
+    for field in [from, to, len, 0] {
+        out.extend(field.to_be_bytes());
+    }
+    out.extend(payload);
+    let sum = checksum6(&ip.from.bytes(gateway), &ip.to.bytes(gateway), 17, &out);
+    let sum = if sum == 0 { 0xffff } else { sum };
+    out[6..8].copy_from_slice(&sum.to_be_bytes());
+    ipv6(ip, 17, &out, gateway)
 }
 
 /// The internet checksum. Over bytes that contain a right one it is 0.
@@ -203,9 +340,33 @@ impl Frame<'_> {
             }
             Body::Udp { ip, ports, payload } => (0x0800, udp(ip, *ports, payload)),
             Body::Dhcp(message) => (0x0800, dhcp(message, from)),
+            Body::Ipv6 { ip, protocol, payload } => (0x86dd, ipv6(ip, *protocol, payload, gateway)),
+            Body::Icmpv6 { ip, kind, target, options } => {
+                (0x86dd, icmpv6(ip, *kind, *target, options, gateway))
+            }
+            Body::Udp6 { ip, ports, payload } => (0x86dd, udp6(ip, *ports, payload, gateway)),
+            Body::Dhcpv6 { ip, kind, client, ours, options } => {
+                let mut out = vec![kind.unwrap_or(11), 1, 2, 3];
+                if let Some(client) = client {
+                    out.extend([0, 1, 0, 10, 0, 3, 0, 1]);
+                    out.extend(guest(*client));
+                }
+                if *ours {
+                    out.extend([0, 2, 0, 10, 0, 3, 0, 1]);
+                    out.extend(gateway);
+                }
+                out.extend(*options);
+                (0x86dd, udp6(ip, (546, 547), &out, gateway))
+            }
         };
         let mut out = Vec::new();
-        out.extend(self.to.bytes(ports, gateway));
+        let to = match (self.to, payload.get(24..40)) {
+            (Mac::Group, Some([.., a, b, c, d])) if ethertype == 0x86dd => {
+                [0x33, 0x33, *a, *b, *c, *d]
+            }
+            (to, _) => to.bytes(ports, gateway),
+        };
+        out.extend(to);
         out.extend(from);
         out.extend(ethertype.to_be_bytes());
         out.extend(payload);
