@@ -1,10 +1,15 @@
 //! The options of the way out that the embedded network has.
 
+use std::net::{IpAddr, SocketAddr};
+
 use clap::Args;
 use vmring::Embedded;
 use vmring::device::embedded::nat::{ForwardRule, HostPort, NatSettings, Rule};
 
 use crate::failure::Failure;
+
+/// The port of resolvers.
+const DNS_PORT: u16 = 53;
 
 /// Options of the way out of an embedded network in shared mode.
 #[derive(Args, Clone, Debug, Default, PartialEq, Eq)]
@@ -25,8 +30,12 @@ pub(crate) struct NatArgs {
     /// 53,udp; can be repeated
     #[arg(long, value_name = "PORT[,udp]")]
     pub(crate) host_port: Vec<HostPort>,
+    /// Ask this resolver when guests ask the gateway for names; can be repeated
+    /// [default: the host's resolvers]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) dns: Vec<IpAddr>,
     /// Leave guests without a way out
-    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port"])]
+    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns"])]
     pub(crate) no_nat: bool,
 }
 
@@ -44,8 +53,10 @@ impl NatArgs {
             "--deny"
         } else if !self.allow.is_empty() {
             "--allow"
-        } else {
+        } else if !self.host_port.is_empty() {
             "--host-port"
+        } else {
+            "--dns"
         };
         let why = match networks {
             0 => "nothing here is an embedded network, which has a way out of its own",
@@ -72,6 +83,10 @@ impl NatArgs {
     fn rules(&self) -> NatSettings {
         let settings = self.deny.iter().fold(NatSettings::new(), |all, one| all.deny(*one));
         let settings = self.allow.iter().fold(settings, |all, one| all.allow(*one));
-        self.host_port.iter().fold(settings, |all, one| all.host_port(*one))
+        let settings = self.host_port.iter().fold(settings, |all, one| all.host_port(*one));
+        if self.dns.is_empty() {
+            return settings;
+        }
+        settings.resolvers(self.dns.iter().map(|address| SocketAddr::new(*address, DNS_PORT)))
     }
 }

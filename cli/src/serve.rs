@@ -35,6 +35,7 @@ mod wire;
 mod wire_stats;
 
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -317,18 +318,29 @@ fn needs(
     let io_uring = args.engine != vmring::TapEngine::Plain;
     #[cfg(not(target_os = "linux"))]
     let io_uring = false;
+    let nat =
+        network.is_embedded() && !args.nat.no_nat && args.settings.mode == vmring::Mode::Shared;
     Needs {
         client: listens.iter().any(|spec| matches!(spec.place, Place::Client(_))),
         wires: listens.iter().any(ListenSpec::is_wire),
         terminal,
         tap: network.is_tap(),
         io_uring: network.is_tap() && io_uring,
-        nat: network.is_embedded()
-            && !args.nat.no_nat
-            && args.settings.mode == vmring::Mode::Shared,
+        nat,
+        resolvers: (nat && args.nat.dns.is_empty()).then(resolvers).flatten(),
         kept: Kept { hosts_end: network.changes_host(), low_ports: args.nat.has_low_port() },
         simulated: network.is_simulated(),
         sockets: own_paths.map(|path| folder(path).to_owned()).collect(),
         leases: args.dhcp.lease_file.as_deref().map(|file| folder(file).to_owned()),
+    }
+}
+
+/// What has to be read to know the host's resolvers: the folder of the file that /etc/resolv.conf leads
+/// to, because such a file is replaced, and the file alone if it is in /etc itself.
+fn resolvers() -> Option<PathBuf> {
+    let file = std::fs::canonicalize("/etc/resolv.conf").ok()?;
+    match file.parent() {
+        Some(folder) if folder != Path::new("/etc") => Some(folder.to_owned()),
+        _ => Some(file),
     }
 }

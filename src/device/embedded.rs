@@ -250,7 +250,8 @@ impl Embedded {
         self
     }
 
-    /// Adds name servers that the network announces. It has none of its own.
+    /// Adds name servers that the network announces. Without any, a network with a way out announces its
+    /// gateway, which asks the host's resolvers. Another one announces none.
     pub fn dns(mut self, servers: impl IntoIterator<Item = Ipv4Addr>) -> Self {
         self.dns.extend(servers);
         self
@@ -306,6 +307,9 @@ impl Driver for Embedded {
         #[cfg(feature = "nat")]
         if let Some(settings) = self.nat.as_ref().filter(|_| mode == NetworkMode::Shared) {
             network.router = Some(settings.rows());
+            if network.dns.is_empty() {
+                network.dns.push(addresses.gateway);
+            }
         }
         let name = format!("{}/{}", config.mode, self.network);
         network.ipv6 = self.ipv6.map(|ipv6| match ipv6 {

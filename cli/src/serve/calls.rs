@@ -29,6 +29,8 @@ pub(crate) enum When {
     Simulated,
     /// It translates for guests of an embedded network.
     Nat,
+    /// It reads which resolvers the host has, for guests that ask for names.
+    Resolvers,
 }
 
 /// Which arguments a call may have. The first argument has the number 0.
@@ -200,6 +202,13 @@ pub(crate) const CALLS: &[Call] = calls! {
     SYS_recvmmsg: Nat, Only::Any;
     SYS_sendmmsg: Nat, Only::Any;
     SYS_shutdown: Nat, Only::Any;
+    // The host's resolvers, from the file that names them.
+    #[cfg(any(target_arch = "aarch64", not(target_env = "musl")))]
+    SYS_openat: Resolvers, Only::Any;
+    #[cfg(all(target_arch = "x86_64", target_env = "musl"))]
+    SYS_open: Resolvers, Only::Any;
+    #[cfg(all(target_arch = "x86_64", target_env = "musl"))]
+    SYS_stat: Resolvers, Only::Any;
     // The width of the terminal, and whether it is one.
     SYS_ioctl: Terminal, Only::OneOf {
         argument: 1,

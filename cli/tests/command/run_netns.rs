@@ -103,6 +103,18 @@ fn the_gateway_answers() {
     }
 }
 
+/// The C library's resolver asks the gateway, which knows this name itself.
+#[test]
+fn a_command_finds_the_host_by_name() {
+    if let Some(output) = run(nobody(), &["getent", "ahostsv4", "host.internal"]) {
+        if output.status.code() == Some(127) {
+            return eprintln!("skipped: there is no getent here");
+        }
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(out.starts_with("192.168.64.1 "), "{out}{err}");
+    }
+}
+
 #[test]
 fn its_exit_code_is_the_commands() {
     for (command, code) in [

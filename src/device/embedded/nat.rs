@@ -35,6 +35,12 @@
 //! translator sleeps. A guest that sends faster than it translates loses its own packets, and they are
 //! counted ("router busy" among the [`drops`](crate::Interface::drops)).
 //!
+//! # Names
+//!
+//! The gateway answers DNS: it asks the host's resolvers ([`NatSettings::resolvers`] names others), and knows
+//! `host.internal` and `gateway.internal`, which are its own address. [`vmring_nat::dns`] says which
+//! queries go where.
+//!
 //! # What guests reach
 //!
 //! The outside world, and nothing of the host, unless the settings say so: no loopback and no link-local

@@ -90,7 +90,9 @@ fn restrict_files(needs: &Needs) -> Result<String, String> {
         | AccessFs::MakeReg
         | AccessFs::RemoveFile
         | AccessFs::ReadDir;
-    let folders: Vec<_> = folders.chain(needs.leases.iter().map(|path| (path, leases))).collect();
+    let resolvers = needs.resolvers.iter().map(|path| (path, AccessFs::ReadFile.into()));
+    let folders = folders.chain(needs.leases.iter().map(|path| (path, leases)));
+    let folders: Vec<_> = folders.chain(resolvers).collect();
     let restricted = || -> Result<RulesetStatus, RulesetError> {
         let mut rules = Ruleset::default().handle_access(AccessFs::from_all(ABI::V5))?;
         if !needs.nat {
@@ -168,6 +170,7 @@ fn is_needed(when: When, needs: &Needs) -> bool {
         When::IoUring => needs.io_uring,
         When::HostsEnd => needs.kept.hosts_end,
         When::Nat => needs.nat,
+        When::Resolvers => needs.resolvers.is_some(),
         When::Simulated => needs.simulated,
     }
 }
@@ -444,7 +447,7 @@ mod tests {
     /// more than 4096 instructions, and no call twice.
     #[test]
     fn every_list_makes_a_filter() {
-        for bits in 0..512_u32 {
+        for bits in 0..1024_u32 {
             let bit = |n: u32| bits & (1 << n) != 0;
             let needs = Needs {
                 client: bit(0),
@@ -453,6 +456,7 @@ mod tests {
                 io_uring: bit(3),
                 kept: Kept { hosts_end: bit(4), low_ports: false },
                 nat: bit(8),
+                resolvers: bit(9).then(|| "/".into()),
                 simulated: bit(6),
                 wires: bit(7),
                 leases: bit(5).then(|| "/".into()),

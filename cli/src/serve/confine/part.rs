@@ -25,6 +25,8 @@ pub(crate) struct Needs {
     pub(crate) io_uring: bool,
     /// Its guests have a way out.
     pub(crate) nat: bool,
+    /// The file that names the host's resolvers, or the folder in which it is replaced.
+    pub(crate) resolvers: Option<PathBuf>,
     /// What it keeps of its privileges.
     pub(crate) kept: Kept,
     /// It moves frames of the simulated vmnet.

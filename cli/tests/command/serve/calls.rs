@@ -440,7 +440,7 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![], reported(&folder("reported"))),
     ];
     if is_possible() {
-        kinds.push((vec![When::Wires, When::Nat], way_out(&folder("way out"))));
+        kinds.push((vec![When::Wires, When::Nat, When::Resolvers], way_out(&folder("way out"))));
         kinds.extend(super::tap::in_namespace(taps));
     }
     let mut wrong = Vec::new();

@@ -85,6 +85,17 @@ fn exchange_datagrams(at: SocketAddr) {
     }
 }
 
+/// A question for the address of a name (RFC 1035, 4.1).
+fn question(id: u8, name: &[&str]) -> Vec<u8> {
+    let mut message = vec![0, id, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name {
+        message.push(label.len() as u8);
+        message.extend(label.bytes());
+    }
+    message.extend([0, 0, 1, 0, 1]);
+    message
+}
+
 /// The ports of the host that a [`visit`] uses.
 pub(super) struct Ports {
     stream: (TcpListener, u16),
@@ -170,6 +181,24 @@ pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
     let echo = thread::spawn(move || echo_datagrams(&datagrams.0, BURST));
     guest.host.run(move || exchange_datagrams(at(datagrams.1)));
     echo.join().expect("the echo ends");
+    // The gateway knows names: those of the host's resolvers, which may not answer here, and its own.
+    guest.host.run(move || {
+        let socket = UdpSocket::bind("0.0.0.0:0").expect("a port");
+        socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
+        socket.connect(at(53)).expect("it is connected");
+        socket.send(&question(1, &["example", "org"])).expect("it is sent");
+        socket.send(&question(2, &["host", "internal"])).expect("it is sent");
+        let mut answer = [0; 512];
+        let len = loop {
+            let len = socket.recv(&mut answer).expect("an answer");
+            if answer[..2] == [0, 2] {
+                break len;
+            }
+        };
+        // No error, one answer, and at its end the address.
+        assert_eq!((answer[3] & 15, &answer[6..8]), (0, &[0, 1][..]), "{:x?}", &answer[..len]);
+        assert_eq!(answer[len - 4..len], GATEWAY.octets());
+    });
     guest.host.run(move || {
         // Nobody is there: TCP is reset, and UDP gets an error of ICMP.
         let refused = TcpStream::connect_timeout(&at(nobody), LIMIT).expect_err("nobody listens");

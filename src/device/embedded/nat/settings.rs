@@ -1,8 +1,9 @@
 //! What a network's way out is set to.
 
 use std::fmt;
+use std::net::SocketAddr;
 
-use vmring_nat::{ForwardRule, HostAccess, HostPort, Limits, Rule};
+use vmring_nat::{ForwardRule, HostAccess, HostPort, Limits, Resolvers, Rule};
 
 /// The way out of a network, as it is set up. The default lets guests reach the outside world, and
 /// nobody reach them.
@@ -15,6 +16,7 @@ pub struct NatSettings {
     pub(super) forwards: Vec<ForwardRule>,
     pub(super) limits: Limits,
     pub(super) endpoint_independent: bool,
+    pub(super) resolvers: Resolvers,
 }
 
 impl NatSettings {
@@ -70,6 +72,14 @@ impl NatSettings {
         self
     }
 
+    /// Sets which resolvers answer guests that ask the gateway for names, in this order. The default is
+    /// the host's own, which are read again when they change. Names of the network, such as
+    /// `host.internal`, are answered in any case.
+    pub fn resolvers(mut self, resolvers: impl IntoIterator<Item = SocketAddr>) -> Self {
+        self.resolvers = Resolvers::Fixed(resolvers.into_iter().collect());
+        self
+    }
+
     /// The settings as names and values, by which a network tells whether two are the same.
     pub(in super::super) fn rows(&self) -> Vec<(&'static str, String)> {
         fn list<T: fmt::Display>(items: &[T]) -> String {
@@ -84,6 +94,13 @@ impl NatSettings {
             ("forward", list(&self.forwards)),
             ("nat limits", format!("{:?}", self.limits)),
             ("endpoint_independent", self.endpoint_independent.to_string()),
+            (
+                "resolvers",
+                match &self.resolvers {
+                    Resolvers::Fixed(resolvers) => list(resolvers),
+                    _ => "the host's".to_owned(),
+                },
+            ),
         ]
     }
 }

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
 use vmring_embedded::{Network, NetworkConfig, Router, RouterEnd};
+use vmring_nat::limits::DNS_PORT;
 use vmring_nat::sys::{Host, Waker};
 use vmring_nat::{Counters, ForwardError, ForwardRule, HostPort, Protocol, SocketError};
 
@@ -136,7 +137,8 @@ impl Router<PostedSlot> for Translator {
             };
             Some((number, port.port))
         };
-        self.settings.host_ports.iter().filter_map(port).collect()
+        let dns = [6, 17].map(|number| (number, DNS_PORT));
+        self.settings.host_ports.iter().filter_map(port).chain(dns).collect()
     }
 }
 

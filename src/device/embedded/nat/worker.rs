@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use vmring_core::offload::OffloadHeader;
 use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES};
 use vmring_embedded::{NetworkConfig, RouterBatch, RouterEnd};
+use vmring_nat::dns::names::{GATEWAY_NAME, HOST_NAME};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
     Counters, DatagramFlow, FlowInfo, ForwardError, ForwardInfo, ForwardRule, GuestFrame, Nat,
@@ -102,6 +103,7 @@ impl Worker {
         config.subnet_v4 = Prefix::new(gateway.into(), bits).unwrap_or(config.subnet_v4);
         config.limits = settings.limits;
         config.endpoint_independent = settings.endpoint_independent;
+        config.resolvers = settings.resolvers.clone();
         // What a port's guest may send at once has a place in its outbox.
         config.limits.port.inbox_frames = match settings.limits.port.inbox_frames {
             0 => ROUTER_FRAMES,
@@ -125,8 +127,13 @@ impl Worker {
 /// Translates until it is stopped.
 pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Commands) {
     let Worker { host, config, policy, mtu, reservations } = worker;
+    let gateway = config.gateway_v4;
     let start = Instant::now();
     let mut nat = Nat::with_policy(config, host, Box::new(policy), Duration::ZERO);
+    for name in [HOST_NAME, GATEWAY_NAME] {
+        // Both are names of the right form, and the first two of the table.
+        let _ = nat.names_mut().set(name, &[gateway.into()]);
+    }
     let mut addresses = Addresses::new(reservations, &mut nat);
     let mut guests = Guests::new(end, mtu);
     let mut batch = RouterBatch::new();
