@@ -679,6 +679,7 @@ impl<B> Drop for RouterEnd<B> {
             }
         }
         drop(events);
+        // Release, both: they pair with the Acquires in `look` of the next end.
         self.shared.has_events.store(true, Ordering::Release);
         for (taken, pending) in self.taken.iter().zip(&self.shared.pending) {
             pending.fetch_or(*taken, Ordering::Release);

@@ -421,6 +421,9 @@ fn the_gateway_knows_who_has_which_address() {
     let before = dhcp.changes();
     bob.ask(&arp_request(bob.mac, address, SHARED));
     assert_eq!(dhcp.changes(), before, "nothing is new");
+    // Nobody changes anything by what he claims against others.
+    alice.ask(&arp_request(alice.mac, address, SHARED));
+    assert_eq!(dhcp.changes(), before, "the first claim stands");
     let of_bob = AddressHolder { address, mac: bob.mac, port: Some(1), leased: false };
     assert!(holders().contains(&of_bob) && holders().len() == 2);
     let mac = alice.mac;

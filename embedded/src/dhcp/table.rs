@@ -118,6 +118,15 @@ impl Claims {
         }
     }
 
+    /// Notes that `mac` uses an address, and returns whether that is news. What an interface claims beyond
+    /// its limit, or against another's claim, is none.
+    fn note_here(&mut self, address: u32, claim: Claim, mac: Mac, now: Duration) -> bool {
+        let port = claim.port;
+        let was_here = self.is_here(address, mac, port, now);
+        self.note(address, claim, now);
+        !was_here && self.is_here(address, mac, port, now)
+    }
+
     /// Whether `mac` is known to use the address behind an interface that is there.
     fn is_here(&self, address: u32, mac: Mac, port: u32, now: Duration) -> bool {
         let claim = self.by_address.get(&address);
@@ -365,8 +374,7 @@ impl LeaseTable {
     pub(super) fn learn(&mut self, address: u32, mac: Mac, port: u32, now: Duration) -> bool {
         let claim = Claim { by: Some(mac), port, is_here: true, until: now + CLAIM_TIME };
         if !self.is_in_range(address) && !self.reserved.contains_key(&address) {
-            self.changes += u64::from(!self.beyond.is_here(address, mac, port, now));
-            self.beyond.note(address, claim, now);
+            self.changes += u64::from(self.beyond.note_here(address, claim, mac, now));
             return false;
         }
         match self.entries.get_mut(&address) {
@@ -382,8 +390,7 @@ impl LeaseTable {
             _ => {}
         }
         let offered = self.entries.get(&address).is_some_and(|entry| entry.is_live(now));
-        self.changes += u64::from(!self.claims.is_here(address, mac, port, now));
-        self.claims.note(address, claim, now);
+        self.changes += u64::from(self.claims.note_here(address, claim, mac, now));
         offered
     }
 
