@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmring_core::offload::OffloadHeader;
 use vmring_embedded::RouterEnd;
@@ -11,7 +11,7 @@ use vmring_embedded::dhcp::AddressHolder;
 use vmring_nat::sys::Host;
 use vmring_nat::{Full, Link, Nat, Output, Port};
 
-use super::limits::{ADDRESSES, ADDRESSES_MAX, LOOK_FIRST, LOOK_MAX};
+use super::limits::{ADDRESSES, ADDRESSES_MAX, ADDRESSES_SHARE, LOOK_FIRST, LOOK_MAX};
 use crate::device::slot::PostedSlot;
 
 /// The guests' ports, as a translator sends to them.
@@ -102,6 +102,8 @@ impl Output for Guests {
 pub(super) struct Addresses {
     /// What the gateway had seen at the last look, and when that was.
     seen: Option<(u64, Duration)>,
+    /// How long to wait after that look if the gateway sees a change.
+    pause: Duration,
     /// The leases at the last look: the guest, and its port if that was known.
     leased: HashMap<Ipv4Addr, ([u8; 6], Option<u32>)>,
     reserved: HashMap<Ipv4Addr, [u8; 6]>,
@@ -126,12 +128,13 @@ impl Addresses {
         let dhcp = guests.end.gateway().dhcp();
         let changes = dhcp.changes();
         if let Some((seen, at)) = self.seen {
-            let age = if seen == changes { ADDRESSES_MAX } else { ADDRESSES };
+            let age = if seen == changes { ADDRESSES_MAX } else { self.pause };
             if now < at + age {
                 return;
             }
         }
         self.seen = Some((changes, now));
+        let begin = Instant::now();
         let holders = dhcp.holders(guests.end.now());
         let sources = nat.sources();
         let mut leased = HashMap::new();
@@ -167,5 +170,7 @@ impl Addresses {
                 let _ = sources.check(Port(port), mac, holder.address.into(), micros);
             }
         }
+        // A guest can make the gateway see changes, and a look costs more if there are many leases.
+        self.pause = (begin.elapsed() * ADDRESSES_SHARE).max(ADDRESSES);
     }
 }

@@ -14,6 +14,8 @@ pub(super) const LOOK_FIRST: Duration = Duration::from_millis(1);
 pub(super) const LOOK_MAX: Duration = Duration::from_millis(64);
 /// How old what is known of the guests' addresses may be although the gateway has seen a change.
 pub(super) const ADDRESSES: Duration = Duration::from_millis(20);
+/// Looks at the guests' addresses take at most one part in so many of the thread's time.
+pub(super) const ADDRESSES_SHARE: u32 = 20;
 /// How old it may be if the gateway has seen none. Leases end without one.
 pub(super) const ADDRESSES_MAX: Duration = Duration::from_secs(10);
 /// How long a command to the translator may take.
