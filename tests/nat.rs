@@ -358,6 +358,40 @@ fn a_guest_that_floods_leaves_the_others_alone() {
     });
 }
 
+/// Goal: what a guest's own flood pushes out is a counted drop, and its connection recovers from that.
+#[test]
+fn a_connection_survives_the_flood_of_its_own_guest() {
+    guarded(|| {
+        let sink = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let flooded = sink.local_addr().expect("an address").port();
+        let (port, server) = server(1, b"thanks".to_vec());
+        let settings = reaching(port, Protocol::Tcp)
+            .host_port(HostPort { port: flooded, protocol: Protocol::Udp });
+        let interface = join(&unique("own flood"), &settings, &NatControl::default());
+        let mut guest = Guest::with_address(interface, guest_address(4));
+        let macs = (guest.mac(), guest.ask_for_gateway(guest_address(4)));
+        let frame = datagram(macs, (guest_address(4), GATEWAY), flooded);
+        let request = pattern(60_000);
+        let connection = guest.connect(gateway_port(port), 40_000);
+        let (mut sent, mut turns) = (0, 0);
+        guest.until("all bytes on their way, between floods", |guest| {
+            turns += 1;
+            if turns < 20 || guest.drops("router busy") == 0 {
+                guest.send_raw(&frame, 230);
+            }
+            let socket = guest.tcp(connection);
+            if sent < request.len() && socket.can_send() {
+                sent += socket.send_slice(&request[sent..]).expect("an open connection");
+            }
+            (sent == request.len()).then_some(())
+        });
+        guest.tcp(connection).close();
+        assert_eq!(guest.read_to_end(connection), b"thanks");
+        assert!(server.join().expect("the server") == request, "the request differs");
+        assert!(guest.drops("router busy") > 0, "the flood fits into the guest's outbox");
+    });
+}
+
 /// Goal: a guest with few reads posted, which refuses most of what comes, gets every byte.
 #[test]
 fn what_a_slow_guest_refuses_comes_later() {
