@@ -13,6 +13,7 @@ mod contender;
 mod echo;
 mod forward;
 mod growth;
+mod guest_stream;
 mod guests;
 mod idle;
 mod inline;
@@ -30,6 +31,7 @@ mod relay;
 mod report;
 mod result;
 mod scale;
+mod served;
 mod slots;
 mod vhost;
 mod vmnet;
@@ -43,7 +45,7 @@ use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
 use plan::{Part, Plan};
-use programs::{NO_VMRING, has_program, no_tap};
+use programs::{NO_VMRING, Programs, has_program, no_tap};
 use report::{Heading, Place, Report, Sample, Table, Want};
 use result::Result;
 
@@ -179,8 +181,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     let merge_missing = stream_tap.or(bridge.is_none().then_some(NO_VMRING));
     let merge = move |plan: Plan| merge::run(plan.rounds, stream, bridge.ok_or(NO_VMRING)?);
     let lines = |plan: Plan| lines::run(plan, &arguments.only);
-    let programs =
-        vhost::Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };
+    let programs = Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };
     let vhost = |plan: Plan| vhost::run(plan, programs);
     let steps: [Step<'_>; 15] = [
         (What::Echo, "echo", None, &echo::run),

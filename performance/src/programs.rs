@@ -1,6 +1,8 @@
-//! What this machine has to have for some parts.
+//! What this machine has to have for some parts, and what those parts are given.
 
 use std::path::Path;
+
+use crate::report::{Table, Want};
 
 /// Why a part cannot run that needs the `vmring` command.
 pub(crate) const NO_VMRING: &str = "no vmring command: `cargo build --release` in the folder above makes it, \
@@ -23,3 +25,17 @@ pub(crate) fn has_program(name: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
+
+/// What a part with the `vmring` command needs besides the plan.
+#[derive(Clone, Copy)]
+pub(crate) struct Programs<'a> {
+    /// The `vmring` command.
+    pub(crate) vmring: Option<&'a Path>,
+    /// How long one TCP stream takes, in seconds.
+    pub(crate) stream_seconds: u32,
+    /// Only the tables whose name contains this text are measured.
+    pub(crate) only: &'a str,
+}
+
+/// A table, or the reason why it cannot be measured here.
+pub(crate) type Measured = std::result::Result<(Table, Vec<Want>), String>;

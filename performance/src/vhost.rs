@@ -7,18 +7,15 @@
 mod backends;
 mod forwarding;
 mod long;
-mod measured;
 mod notified;
 mod ovs;
 mod stream;
 mod testpmd;
 
 use crate::plan::{Part, Plan};
+use crate::programs::{Measured, Programs};
 use crate::report::Table;
 use crate::result::Result;
-
-use measured::Measured;
-pub(crate) use measured::Programs;
 
 /// The tables, by name.
 type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);

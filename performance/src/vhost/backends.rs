@@ -1,8 +1,6 @@
-//! The back ends beside testpmd: `vmring serve`, the same library with one thread for both guests, and
-//! one that does nothing.
+//! The back ends beside testpmd and `vmring serve`: the same library with one thread for both guests,
+//! and one that does nothing.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -16,68 +14,12 @@ use vmring_virtio::vhost_user::{
     Backend, Listener, NetConfig, Progress, RingSetup, Session, Settings,
 };
 
-use super::testpmd::Folder;
 use crate::common::pin;
 use crate::result::Result;
+use crate::served::Folder;
 
 /// Longer than a start takes.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// `vmring serve` on the second processor.
-pub(super) struct Served(Child);
-
-impl Served {
-    /// Starts it for two guests without offload, as DPDK's are.
-    pub(super) fn start(program: &Path, folder: &Folder) -> Result<Self> {
-        let sockets = folder.sockets();
-        let listens =
-            sockets.each_ref().map(|at| format!("vhost-user:{},offload=off", at.display()));
-        let arguments = ["serve", "--network", "embedded:performance", "--busy-poll"];
-        Self::start_with(program, &arguments, &listens, folder)
-    }
-
-    /// Starts it with these arguments and sockets of the folder.
-    pub(super) fn start_with(
-        program: &Path,
-        arguments: &[&str],
-        listens: &[String],
-        folder: &Folder,
-    ) -> Result<Self> {
-        let mut command = Command::new(program);
-        command.args(arguments);
-        listens.iter().for_each(|listen| _ = command.args(["--listen", listen]));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // A child has the processors of the thread that starts it.
-        let child = thread::scope(|scope| {
-            let start = scope.spawn(|| {
-                pin(1);
-                command.spawn()
-            });
-            start.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()))
-        });
-        let mut served = Self(child.map_err(|error| format!("{}: {error}", program.display()))?);
-        let begin = Instant::now();
-        while !folder.sockets().iter().take(listens.len()).all(|socket| socket.exists()) {
-            if served.0.try_wait()?.is_some() || begin.elapsed() > PATIENCE {
-                return Err(format!("{} serve does not listen", program.display()).into());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(served)
-    }
-
-    pub(super) fn process(&self) -> u32 {
-        self.0.id()
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        // It may have ended by itself. Then there is nothing to do.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// Waits for the connections of two front ends, and then runs `turn` with both sessions until it is to
 /// stop.

@@ -4,13 +4,14 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::backends::{Library, Nothing, Served};
-use super::measured::Measured;
+use super::backends::{Library, Nothing};
 use super::ovs::{self, Ovs};
-use super::testpmd::{Folder, Load, Testpmd, missing};
+use super::testpmd::{Load, Testpmd, missing};
 use crate::plan::Plan;
+use crate::programs::Measured;
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::served::{Folder, Served};
 
 pub(super) const FORWARDING: &str = "vhost, forwarding";
 pub(super) const BUSY: &str = "vhost, busy";

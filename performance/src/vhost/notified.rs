@@ -1,17 +1,16 @@
 //! `vmring serve` with a guest on whose network nothing happens.
 
-use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use super::backends::Served;
-use super::measured::Measured;
-use super::testpmd::{Folder, Load, Testpmd, missing};
+use super::testpmd::{Load, Testpmd, missing};
 use crate::common::take_turns;
 use crate::plan::Plan;
+use crate::programs::Measured;
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::served::{Folder, Served, usage};
 
 pub(super) const NAME: &str = "vhost, idle";
 
@@ -72,19 +71,4 @@ fn measure(vmring: &Path, time: Duration) -> Result<(f64, u64)> {
     front.quit();
     let percent = (after.0 - before.0) as f64 / time.as_nanos() as f64 * 100.0;
     Ok((percent, after.1 - before.1))
-}
-
-/// The processor time in nanoseconds and the voluntary switches of all threads of a process.
-fn usage(process: u32) -> Result<(u64, u64)> {
-    let (mut time, mut switches) = (0, 0);
-    for task in fs::read_dir(format!("/proc/{process}/task"))? {
-        let task = task?.path();
-        let first = |text: &str| text.split_whitespace().next()?.parse::<u64>().ok();
-        time += first(&fs::read_to_string(task.join("schedstat"))?)
-            .ok_or("a thread's schedstat has no time")?;
-        let status = fs::read_to_string(task.join("status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        switches += line.and_then(first).ok_or("a thread's status has no switches")?;
-    }
-    Ok((time, switches))
 }

@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::testpmd::Folder;
 use crate::result::Result;
+use crate::served::Folder;
 
 /// Longer than a start takes.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -6,14 +6,14 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vmring_guest::{Guest, Nic, Running};
+use vmring_guest::{Guest, Nic};
 
-use super::backends::Served;
-use super::measured::{Measured, Programs};
-use super::testpmd::Folder;
+use crate::guest_stream;
 use crate::net::{in_new_namespace, ip};
+use crate::programs::{Measured, Programs};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::served::{Folder, Served};
 
 pub(super) const NAME: &str = "vhost, stream";
 
@@ -131,23 +131,7 @@ fn measure(method: Method<'_>, guest: Guest, reverse: bool, seconds: u32) -> Res
     ip(&format!("address add {HOST}/24 dev {TAP}"))?;
     ip(&format!("link set {TAP} up"))?;
     let _iperf = Server::start()?;
-    let rate = stream(&mut guest, reverse, seconds);
+    let rate = guest_stream::run(&mut guest, HOST, reverse, seconds);
     drop((guest, server));
     rate
-}
-
-fn stream(guest: &mut Running, reverse: bool, seconds: u32) -> Result<f64> {
-    let arrived = guest.run(&format!("ping -c 1 -W 5 {HOST}"));
-    if arrived.status != 0 {
-        return Err(format!("the guest does not reach the host: {}", arrived.output).into());
-    }
-    let reverse = if reverse { "--reverse" } else { "" };
-    let done = guest.run(&format!("iperf3 --client {HOST} --json --time {seconds} {reverse}"));
-    let json = done.output.find('{').map_or("", |at| &done.output[at..]);
-    let report: serde_json::Value = serde_json::from_str(json)
-        .map_err(|error| format!("iperf3 in the guest: {error}: {}", done.output))?;
-    report["end"]["sum_received"]["bits_per_second"]
-        .as_f64()
-        .map(|bits| bits / 1e9)
-        .ok_or_else(|| format!("iperf3 in the guest: {}", report["error"]).into())
 }

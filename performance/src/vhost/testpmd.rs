@@ -2,13 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::programs::has_program;
 use crate::result::Result;
+use crate::served::Folder;
 
 /// Longer than any command takes.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -26,34 +27,6 @@ pub(super) fn missing() -> Option<String> {
         }
     }
     None
-}
-
-/// A folder for sockets and outputs, which goes with the value.
-pub(super) struct Folder(PathBuf);
-
-impl Folder {
-    pub(super) fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("vmring-vhost-{}", std::process::id()));
-        // What a run with the same number has left behind is nobody's.
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.0
-    }
-
-    /// The sockets of the two guests.
-    pub(super) fn sockets(&self) -> [PathBuf; 2] {
-        ["a.sock", "b.sock"].map(|name| self.0.join(name))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 /// What the front end does with the frames.
