@@ -35,6 +35,7 @@ mod served;
 mod slots;
 mod vhost;
 mod vmnet;
+mod wires;
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -71,13 +72,13 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge, and `vmring serve` in vhost.
-    /// The default is the one that `cargo build --release` left in the folder above.
+    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge, and `vmring serve` in vhost and
+    /// wires. The default is the one that `cargo build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
     /// Measure only those rows of lines that contain this text (the table, the bytes and the name, as in
-    /// "lines, steps: 1514: bare loop"), or those tables of vhost whose name does.
+    /// "lines, steps: 1514: bare loop"), or those tables of vhost and wires whose name does.
     #[arg(long, global = true, value_name = "TEXT", default_value = "")]
     only: String,
 
@@ -112,6 +113,8 @@ enum What {
     Growth,
     /// Guests over vhost-user, beside DPDK's back end and a TAP of the kernel, and guests in process.
     Vhost,
+    /// Clients on the wires of `vmring serve`, beside a relay with one read and one write a frame.
+    Wires,
     /// Packets per second into a TAP.
     TapWrite,
     /// Packets per second out of a TAP: out of a full queue, and while they arrive.
@@ -183,7 +186,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let lines = |plan: Plan| lines::run(plan, &arguments.only);
     let programs = Programs { vmring: bridge, stream_seconds: stream, only: &arguments.only };
     let vhost = |plan: Plan| vhost::run(plan, programs);
-    let steps: [Step<'_>; 15] = [
+    let wires_missing = bridge.is_none().then_some(NO_VMRING);
+    let wires = |plan: Plan| wires::run(plan, programs);
+    let steps: [Step<'_>; 16] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
         (What::Latency, "latency", None, &latency::run),
@@ -195,6 +200,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         (What::Scale, "scale", None, &scale::run),
         (What::Idle, "idle", None, &idle::run),
         (What::Vhost, "vhost", None, &vhost),
+        (What::Wires, "wires", wires_missing, &wires),
         (What::TapWrite, "tap-write", tap, &tap_write),
         (What::TapRead, "tap-read", tap, &tap_read),
         (What::TapForward, "tap-forward", stream_tap, &forward),

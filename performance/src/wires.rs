@@ -1,0 +1,167 @@
+//! Clients on the wires of `vmring serve`, beside a relay as anybody would write it, and beside the calls
+//! alone.
+//!
+//! The clients have one processor, and the carrier has the other. The clients are the same for every
+//! carrier.
+
+mod carriers;
+mod clients;
+mod guests;
+mod load;
+mod relay;
+
+use std::path::Path;
+
+use crate::common::pinned;
+use crate::net::{FULL_FRAME, SMALL_FRAME};
+use crate::plan::{Part, Plan};
+use crate::programs::{Measured, NO_VMRING, Programs};
+use crate::report::{Table, Want};
+use crate::result::Result;
+
+use carriers::{Carrier, Method};
+use clients::Clients;
+use load::{Load, Wire};
+
+const STREAM: &str = "wires, stream";
+const DATAGRAM: &str = "wires, datagram";
+const LARGE: &str = "wires, 64 KiB";
+const LATENCY: &str = "wires, latency";
+
+/// One measurement lasts this many of the plan's times.
+const TIMES: u32 = 4;
+/// The longest frame of IPv4.
+const LONG_FRAME: usize = 14 + 65_535;
+
+/// The tables, by name.
+type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);
+
+pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
+    let vmring = programs.vmring.ok_or(NO_VMRING)?;
+    let full = Load { wire: Wire::Stream, frame: FULL_FRAME, header: false, window: 1024 };
+    let datagram = Load { wire: Wire::Datagram, window: 512, ..full };
+    let large = Load { frame: LONG_FRAME, header: true, window: 32, ..full };
+    let steps: [Step<'_>; 5] = [
+        (STREAM, &|| {
+            let about = "frames of 1514 bytes from one client to another, over a stream";
+            let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
+            let (table, [ours, relay, hops]) = flows(STREAM, about, plan, full, methods)?;
+            let what = |beside: &str| format!("{STREAM}: vmring serve / {beside}");
+            let wants = vec![
+                Want::at_least(what("relay, packets/s"), ours.rate / relay.rate, 2.0),
+                Want::at_most(what("relay, CPU a packet"), ours.cpu / relay.cpu, 0.4),
+                Want::at_least(what("raw hops, packets/s"), ours.rate / hops.rate, 0.8),
+            ];
+            Ok(Ok((table, wants)))
+        }),
+        (DATAGRAM, &|| {
+            let about = "frames of 1514 bytes from one client to another, over datagrams";
+            let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
+            let (table, [ours, relay, _]) = flows(DATAGRAM, about, plan, datagram, methods)?;
+            let what = format!("{DATAGRAM}: vmring serve / relay, CPU a packet");
+            Ok(Ok((table, vec![Want::at_most(what, ours.cpu / relay.cpu, 0.85)])))
+        }),
+        (LARGE, &|| {
+            let about =
+                "packets of 64 KiB with a virtio header from one client to another, over a stream";
+            let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
+            let (table, [ours, relay, _]) = flows(LARGE, about, plan, large, methods)?;
+            let what = format!("{LARGE}: vmring serve / relay, packets/s");
+            Ok(Ok((table, vec![Want::at_least(what, ours.rate / relay.rate, 1.0)])))
+        }),
+        (LATENCY, &|| latency(plan, vmring)),
+        (guests::NAME, &|| guests::run(plan.rounds, programs, vmring)),
+    ];
+    let (mut tables, mut wants) = (Vec::new(), Vec::new());
+    for (name, measure) in steps.into_iter().filter(|(name, _)| name.contains(programs.only)) {
+        match measure().map_err(|error| format!("{name}: {error}"))? {
+            Ok((table, more)) => {
+                tables.push(table);
+                wants.extend(more);
+            }
+            Err(why) => tables.push(Table::new(name, format!("skipped: {why}"), &[""], &[""])),
+        }
+    }
+    Ok((tables, wants))
+}
+
+/// The medians of a contender: packets per second, and nanoseconds of its processor time for each.
+#[derive(Clone, Copy)]
+struct Medians {
+    rate: f64,
+    cpu: f64,
+}
+
+/// Lets all contenders carry the same frames in turns.
+fn flows<const N: usize>(
+    name: &'static str,
+    about: &str,
+    plan: Plan,
+    load: Load,
+    methods: [Method<'_>; N],
+) -> Result<(Table, [Medians; N])> {
+    let mut all = methods.map(|method| (method, [const { Vec::new() }; 3]));
+    for _ in 0..plan.rounds {
+        for (method, values) in &mut all {
+            let figures = pinned(|| flow(*method, load, plan));
+            let figures = figures.map_err(|error| format!("{}: {error}", method.name()))?;
+            values.iter_mut().zip(figures).for_each(|(values, figure)| values.push(figure));
+        }
+    }
+    let figures = &["packets/s", "Gbit/s", "CPU ns/packet"];
+    let mut table = Table::new(name, about, &["carried by"], figures);
+    let medians = all.map(|(method, [rate, bits, cpu])| {
+        let rate = table.row(&[method.name()], &[&rate, &bits, &cpu]);
+        Medians { rate, cpu: median(cpu) }
+    });
+    Ok((table, medians))
+}
+
+/// Packets per second, Gbit per second, and nanoseconds of the carrier's processor time for each packet.
+fn flow(method: Method<'_>, load: Load, plan: Plan) -> Result<[f64; 3]> {
+    let (carrier, sockets) = Carrier::start(method, load)?;
+    let mut clients = Clients::new(sockets, load)?;
+    clients.check()?;
+    let mut times = Vec::new();
+    let flow = clients.flow(plan.time * TIMES, || {
+        times.push(carrier.processor_time()?);
+        Ok(())
+    })?;
+    let [before, after] = times[..] else { return Err("the clock was looked at twice".into()) };
+    let (packets, seconds) = (flow.packets as f64, flow.time.as_secs_f64());
+    let rate = packets / seconds;
+    let bits = rate * load.frame as f64 * 8.0 / 1e9;
+    // The clients end before their carrier.
+    drop(clients);
+    Ok([rate, bits, (after - before).as_nanos() as f64 / packets])
+}
+
+/// One frame there and one back, between clients that sleep.
+fn latency(plan: Plan, vmring: &Path) -> Result<Measured> {
+    let load = Load { wire: Wire::Stream, frame: SMALL_FRAME, header: false, window: 1 };
+    let mut all = [Method::Serve(vmring), Method::Relay].map(|method| (method, Vec::new()));
+    for _ in 0..plan.rounds {
+        for (method, values) in &mut all {
+            let trip = pinned(|| {
+                let (carrier, sockets) = Carrier::start(*method, load)?;
+                let mut clients = Clients::new(sockets, load)?;
+                clients.check()?;
+                let trips = clients.ping_pong(plan.time * TIMES)?;
+                drop(clients);
+                drop(carrier);
+                Ok(median(trips) / 1e3)
+            });
+            values.push(trip.map_err(|error| format!("{}: {error}", method.name()))?);
+        }
+    }
+    let about = "60 bytes there and 60 back between two clients that sleep, over a stream";
+    let mut table = Table::new(LATENCY, about, &["carried by"], &["us for both"]);
+    let medians = all.map(|(method, values)| table.row(&[method.name()], &[&values]));
+    let what = format!("{LATENCY}: vmring serve / relay");
+    Ok(Ok((table, vec![Want::at_most(what, medians[0] / medians[1], 1.1)])))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
