@@ -39,7 +39,8 @@ pub(crate) fn run(args: &BridgeArgs) -> Result<(), Failure> {
         Offload::Software => InSoftware::CutAndMerge,
         Offload::Common | Offload::None => InSoftware::Nothing,
     };
-    let mut bridge = Bridge::new(ends, [software; 2], args.depth).map_err(Failure::starting)?;
+    let mut bridge =
+        Bridge::new(ends, [software; 2], [args.depth; 2]).map_err(Failure::starting)?;
     let [a, b] = &bridge.ends;
     say(&format!(
         "  {} and {} are joined{}",

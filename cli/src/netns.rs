@@ -140,8 +140,8 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
     let range = network.interface.info().ipv4.expect("an embedded network has addresses");
     let address = Ipv4Addr::from(u32::from(range.start) + 1);
     let settings = Settings { address, mask: range.mask, gateway: range.start };
-    let bridge =
-        Bridge::new([tap, network], [InSoftware::Nothing; 2], DEPTH).map_err(Failure::starting)?;
+    let bridge = Bridge::new([tap, network], [InSoftware::Nothing; 2], [DEPTH; 2])
+        .map_err(Failure::starting)?;
     Ok((bridge, settings))
 }
 

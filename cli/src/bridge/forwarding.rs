@@ -33,14 +33,14 @@ pub(crate) struct Bridge {
 }
 
 impl Bridge {
-    /// Joins the ends, with up to `depth` packets in flight in each direction. What is done for an end
-    /// is at its place in `software`. If the ends cannot be joined, no new file is left behind.
+    /// Joins the ends, with up to `reads[i]` packets in flight that come from `ends[i]`. What is done for an
+    /// end is at its place in `software`. If the ends cannot be joined, no new file is left behind.
     pub(crate) fn new(
         ends: [End; 2],
         software: [InSoftware; 2],
-        depth: u32,
+        reads: [u32; 2],
     ) -> Result<Self, Error> {
-        let joined = Self::join([&ends[0].interface, &ends[1].interface], software, depth);
+        let joined = Self::join([&ends[0].interface, &ends[1].interface], software, reads);
         let (rings, directions) = joined.inspect_err(|_| {
             ends.iter().filter_map(|end| end.recording.as_ref()).for_each(Recording::discard);
         })?;
@@ -52,7 +52,7 @@ impl Bridge {
     fn join(
         interfaces: [&Interface; 2],
         software: [InSoftware; 2],
-        depth: u32,
+        reads: [u32; 2],
     ) -> Result<([Ring; 2], [BridgeDirection; 2]), Error> {
         let caps = interfaces.map(Interface::capabilities);
         let most =
@@ -61,25 +61,28 @@ impl Bridge {
         let packet = most(|caps| caps.max_packet_size) as usize;
         let headroom = vmring::pool::HEADROOM_DEFAULT.max(OFFLOAD_LEN);
         let headroom = headroom.max(most(|caps| caps.headroom) as usize);
-        let reads = depth as usize;
         let differ = caps[0].offloads != caps[1].offloads;
-        let segments =
-            software.map(|work| if differ && work != InSoftware::Nothing { reads } else { 0 });
+        let frames_of = reads.map(|reads| reads as usize);
+        let segments = [0, 1].map(|to: usize| match software[to] {
+            InSoftware::Cut | InSoftware::CutAndMerge if differ => frames_of[1 - to],
+            _ => 0,
+        });
         let merged =
             software.map(|work| if work == InSoftware::CutAndMerge { FLOWS_MERGED } else { 0 });
-        let of_both = |n: [usize; 2]| n[0] + n[1];
-        let frames = 4 * reads + of_both(segments) + of_both(merged);
-        let pool = PoolBuilder::new(frames, packet).headroom(headroom).build()?;
+        let frames = |i: usize| 2 * frames_of[i] + segments[i] + merged[i];
+        let pool = PoolBuilder::new(frames(0) + frames(1), packet).headroom(headroom).build()?;
         // Both rings are on this thread: a frame that one has read is still in the cache when the
         // other writes it.
         let ring = |i: usize| {
-            let ring = interfaces[i].ring(Direction::Both).depth(depth).pool(&pool);
+            let ring = interfaces[i].ring(Direction::Both).pool(&pool);
+            let ring = ring.read_depth(reads[i]).write_depth(reads[1 - i]);
             ring.drive(Drive::Inline).build()
         };
         let rings = [ring(0)?, ring(1)?];
         let direction = |to: usize| {
             let to_tap = interfaces[to].device_name() == "tap";
-            let (software, segments, merged) = (software[to], segments[to], merged[to]);
+            let (reads, software) = (frames_of[1 - to], software[to]);
+            let (segments, merged) = (segments[to], merged[to]);
             BridgeDirection::new(&caps[to], to_tap, software, &pool, reads, segments, merged)
         };
         Ok((rings, [direction(1), direction(0)]))

@@ -51,7 +51,7 @@ impl Running {
         let thread = thread::spawn(move || {
             let stop = Stop::new().unwrap();
             tell.send(stop.clone()).unwrap();
-            let mut bridge = Bridge::new(ends, [work; 2], depth).unwrap();
+            let mut bridge = Bridge::new(ends, [work; 2], [depth; 2]).unwrap();
             let start = Instant::now();
             let moving = bridge.run(&stop, None, None, |_| {});
             let ended = bridge.end();

@@ -21,14 +21,16 @@ pub(crate) const CONNECTIONS: u32 = 64;
 pub(crate) const CONNECTIONS_MAX: u32 = 1023;
 /// The most over vhost-user, whose mappings have a table each.
 pub(crate) const SEATS_MAX: u32 = 512;
-/// Packets that may be on their way in each direction between a wire and its port.
-pub(crate) const LINK_DEPTH: u32 = 128;
+/// Packets that may be on their way between a wire and its port: those from the wire, and those from the
+/// port. A turn of a wire brings at most half of what a port has posted. So what two guests send each other
+/// finds posted reads, though the port posts again only after the sender's next turn.
+pub(crate) const LINK_READS: [u32; 2] = [64, 128];
 /// The same, if more guests than [`FEW_CONNECTIONS`] may be connected. Their frames stay resident once they
 /// were used, and an idle guest is to take less than 1 MiB.
-pub(crate) const LINK_DEPTH_OF_MANY: u32 = 64;
+pub(crate) const LINK_READS_OF_MANY: [u32; 2] = [32, 64];
 pub(crate) const FEW_CONNECTIONS: u32 = 256;
 /// The same, if each of them may be 64 KiB long.
-pub(crate) const LINK_DEPTH_OF_LARGE: u32 = 64;
+pub(crate) const LINK_READS_OF_LARGE: [u32; 2] = [16, 64];
 /// The least and the most packets that can wait in a guest's port while it posts no buffers.
 pub(crate) const WAITING_MIN: u32 = 128;
 pub(crate) const WAITING_MAX: u32 = 2048;

@@ -363,7 +363,7 @@ mod tests {
             End::of("the wire", wire.unwrap()),
             End::of("the port", start(Embedded::switch(name))),
         ];
-        let bridge = Bridge::new(ends, [InSoftware::Nothing; 2], 64).unwrap();
+        let bridge = Bridge::new(ends, [InSoftware::Nothing; 2], [64; 2]).unwrap();
         let (told, ended) = mpsc::channel();
         links.begin(number, bridge, Told(told));
         (far, ended)

@@ -14,7 +14,7 @@ use vmring_virtio::net::{NetSettings, VhostUserNet};
 use vmring_virtio::vhost_user::Settings;
 
 use super::limits::{
-    FEW_CONNECTIONS, LINK_DEPTH, LINK_DEPTH_OF_LARGE, LINK_DEPTH_OF_MANY, STOP_TIMEOUT,
+    FEW_CONNECTIONS, LINK_READS, LINK_READS_OF_LARGE, LINK_READS_OF_MANY, STOP_TIMEOUT,
     WAITING_BYTES, WAITING_MAX, WAITING_MIN,
 };
 use super::own_interface::OwnInterfaces;
@@ -44,8 +44,8 @@ pub(super) struct Network {
     ports: Source,
     /// Whether the threads of guests never sleep.
     busy_poll: bool,
-    /// Packets that are on their way in each direction between a wire without offload and its port.
-    link_depth: u32,
+    /// Packets that are on their way between a wire without offload and its port: from each of them.
+    link_reads: [u32; 2],
     /// Keeps a network without an uplink while nobody is connected. It is isolated, and so it receives
     /// nothing.
     keeper: Option<Interface>,
@@ -64,7 +64,7 @@ pub(super) struct Network {
 #[derive(Clone, Debug)]
 enum Source {
     /// They are ports of one switch.
-    Switch(Ports),
+    Switch(Box<Ports>),
     Own(OwnInterfaces),
 }
 
@@ -145,9 +145,9 @@ impl Network {
             Failure::Step(sentence) => Failure::Step(format!("{name}: {sentence}")),
         };
         let busy_poll = args.busy_poll;
-        let link_depth = match args.connections {
-            0..=FEW_CONNECTIONS => LINK_DEPTH,
-            _ => LINK_DEPTH_OF_MANY,
+        let link_reads = match args.connections {
+            0..=FEW_CONNECTIONS => LINK_READS,
+            _ => LINK_READS_OF_MANY,
         };
         if let (Spec::Embedded { network, subnet }, false) = (&spec.0, args.per_client) {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
@@ -168,9 +168,9 @@ impl Network {
                 mtu,
                 max_packet_size,
                 pairs,
-                ports: Source::Switch(ports),
+                ports: Source::Switch(Box::new(ports)),
                 busy_poll,
-                link_depth,
+                link_reads,
                 keeper,
                 nat,
                 relay,
@@ -189,7 +189,7 @@ impl Network {
                 pairs: 1,
                 ports: Source::Own(own),
                 busy_poll,
-                link_depth,
+                link_reads,
                 keeper: None,
                 nat: None,
                 relay: None,
@@ -235,7 +235,7 @@ impl Network {
         // A guest that sends no large packets costs the kernel less if its packets are merged. What
         // comes from there is large already, or is alone.
         let software = [InSoftware::CutAndMerge, InSoftware::Nothing];
-        let bridge = Bridge::new(ends, software, depth).map_err(failed)?;
+        let bridge = Bridge::new(ends, software, [depth; 2]).map_err(failed)?;
         let stop = Stop::new()?;
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
@@ -245,9 +245,9 @@ impl Network {
             mtu,
             max_packet_size,
             pairs,
-            ports: Source::Switch(ports),
+            ports: Source::Switch(Box::new(ports)),
             busy_poll,
-            link_depth,
+            link_reads,
             keeper,
             nat,
             relay,
@@ -360,8 +360,8 @@ impl Network {
         let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
-        let depth = if spec.may_offload() { LINK_DEPTH_OF_LARGE } else { self.link_depth };
-        Bridge::new(ends, [software; 2], depth).map_err(failed)
+        let reads = if spec.may_offload() { LINK_READS_OF_LARGE } else { self.link_reads };
+        Bridge::new(ends, [software; 2], reads).map_err(failed)
     }
 
     /// A port for a guest of this socket. `number` tells it from the other guests that are connected

@@ -1,6 +1,6 @@
 //! The way out of an embedded network: network address translation onto sockets of this process.
 //!
-//! With the feature `nat` a network in shared mode has it, unless [`Embedded::no_nat`] turns it off. Its
+//! With the feature `nat` a network in shared mode has it, unless [`Embedded::no_nat`](crate::Embedded::no_nat) turns it off. Its
 //! guests reach the outside world as a program of this process would: without privileges, a TAP or a
 //! route. [`NatSettings`] says what they reach, and which ports of the host lead to them. The settings are
 //! the network's: whoever joins it asks for the same ones. [`NatControl`] changes port forwards while the
