@@ -93,6 +93,41 @@ fn a_stream_may_come_in_any_pieces() {
     });
 }
 
+/// Goal: large frames arrive whole, unchanged and in order whatever pieces they come in, with short ones
+/// between them, and a peer that dies within one delivers nothing of it. Method: pieces that end within a
+/// length, within a frame and behind it.
+#[test]
+fn a_stream_of_large_frames_may_come_in_any_pieces() {
+    guarded(|| {
+        let lengths = [65_549, 60, 16_384, 16_383, 65_549, 65_549, 14, 30_000];
+        for piece in [3_001, 16_388, 20_003, 70_001, 400_000] {
+            stage(format!("{piece}"));
+            let (ours, mut peer) = UnixStream::pair().expect("a pair of sockets");
+            let socket = Socket::stream().from_fd(ours.into());
+            let interface = Interface::builder().mtu(65_535).device(socket).start();
+            let interface = interface.expect("a wire");
+            let mut ring = both(&interface);
+            for number in 0..=lengths.len() {
+                post(&mut ring, number as u64);
+            }
+            let frames = (1..).zip(lengths).map(|(number, len)| framed(&packet(number, len)));
+            let mut stream = frames.collect::<Vec<_>>().concat();
+            stream.extend_from_slice(&framed(&packet(9, 65_549))[..50_000]);
+            let writing = thread::spawn(move || {
+                for piece in stream.chunks(piece) {
+                    peer.write_all(piece).expect("it is taken");
+                }
+            });
+            for (number, len) in (1..).zip(lengths) {
+                assert!(receive(&mut ring) == packet(number, len), "frame {number}");
+            }
+            assert_eq!(outcome(&mut ring), Err(EntryError::Device(Status::Os(libc::ECONNRESET))));
+            assert_eq!(count(&interface, "peers gone within a packet"), 1);
+            writing.join().expect("all is written");
+        }
+    });
+}
+
 /// Goal: a length above the maximum ends the connection, and no frame before it is lost. If there is no
 /// other peer to come, the rings close and say why.
 #[test]
