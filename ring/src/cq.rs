@@ -263,7 +263,8 @@ impl CqProducer {
     }
 
     /// Writes the completion of a guest's buffer that has succeeded, as most have. It is as
-    /// [`push_other`](Self::push_other), with few enough arguments for the registers.
+    /// [`push_other`](Self::push_other), with few enough arguments for the registers, and what it calls
+    /// comes last, so that it saves none of them.
     ///
     /// # Safety
     ///
@@ -276,11 +277,12 @@ impl CqProducer {
         range: SlotRange,
         user_data: u64,
     ) {
-        // SAFETY: the caller gives up the slot that it owns.
-        unsafe { free_with(pool, range, &mut self.freed) }
         if !self.cq.push(Cqe::without_slot(opcode, range.len(), user_data, Outcome::Done)) {
-            self.misused();
+            // SAFETY: the caller gives up the slot that it owns.
+            unsafe { self.refuse(pool, range) }
         }
+        // SAFETY: the same. Nobody sees the completion before `publish`, which frees the slot first.
+        unsafe { free_with(pool, range, &mut self.freed) }
     }
 
     /// Writes the completion of a guest's buffer, or of a frame that is not of the first pool. A guest's
@@ -308,17 +310,25 @@ impl CqProducer {
         {
             return;
         }
-        // SAFETY: the caller gives up the slot that it owns, and no entry was written.
-        unsafe { free_with(pool, range, &mut self.freed) }
         let cqe = with_more(Cqe::without_slot(opcode, len, user_data, outcome));
         if !is_guest || !self.cq.push(cqe) {
-            self.misused();
+            // SAFETY: the caller gives up the slot that it owns, and no entry was written.
+            unsafe { self.refuse(pool, range) }
         }
+        // SAFETY: the caller gives up the slot that it owns, and the entry has none.
+        unsafe { free_with(pool, range, &mut self.freed) }
     }
 
-    /// The slot of what could not be completed is freed already, or is in the list.
+    /// Frees the slot of what cannot be completed, and panics.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the range ("one place per slot"), and gives it up.
     #[cold]
-    fn misused(&mut self) -> ! {
+    #[inline(never)]
+    unsafe fn refuse(&mut self, pool: NonNull<PoolInner>, range: SlotRange) -> ! {
+        // SAFETY: the caller gives up the slot that it owns.
+        unsafe { free_with(pool, range, &mut self.freed) }
         self.freed.free();
         panic!("more completions than credits, or a frame that is not the ring's");
     }

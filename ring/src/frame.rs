@@ -2,7 +2,7 @@
 
 use crate::entry::{OffloadState, SlotRange};
 use crate::offload::{self, OffloadError, OffloadHeader};
-use crate::segment_slots::free_links;
+use crate::segment_slots::{free_links, has_links};
 use crate::slots::{Freed, PoolInner, free_slot};
 use crate::view::PacketView;
 use core::fmt;
@@ -431,16 +431,17 @@ unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
     unsafe { free_slot(pool, range.slot()) }
 }
 
-/// As [`free`], together with other slots.
+/// As [`free`], together with other slots. What it calls comes last.
 ///
 /// # Safety
 ///
 /// The conditions are those of [`free`].
 #[inline(always)]
 pub(crate) unsafe fn free_with(pool: NonNull<PoolInner>, range: SlotRange, freed: &mut Freed) {
-    if range.offload_state().is_guest() {
-        // SAFETY: as in `free`.
-        unsafe { free_links(pool, range.slot()) }
+    // SAFETY: as in `free`.
+    if range.offload_state().is_guest() && unsafe { has_links(pool, range.slot()) } {
+        // SAFETY: the caller gives up the slot that it owns.
+        return unsafe { free(pool, range) };
     }
     // SAFETY: the caller gives up the slot that it owns.
     unsafe { freed.add(pool, range.slot()) }

@@ -153,7 +153,7 @@ impl<T: Entry> Producer<T> {
     }
 
     /// Whether one more entry fits.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn has_space(&self) -> bool {
         if self.tail.get().wrapping_sub(self.head_seen.get()) < self.capacity() {
             return true;

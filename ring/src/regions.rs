@@ -72,8 +72,15 @@ impl Regions {
     #[inline(always)]
     pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
         let pool = carrier.pool_ptr();
-        let found = self.all[self.pools..].iter().position(|table| table.ptr() == pool);
-        found.map(|number| (self.pools + number) as u16)
+        // Most rings have one table.
+        if self.all.get(self.pools).is_some_and(|table| table.ptr() == pool) {
+            return Some(self.pools as u16);
+        }
+        self.all
+            .iter()
+            .skip(self.pools)
+            .position(|table| table.ptr() == pool)
+            .map(|number| (self.pools + number) as u16)
     }
 
     /// Makes a frame of an entry's slot. `None` if the entry has none.

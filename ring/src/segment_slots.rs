@@ -67,6 +67,17 @@ pub(crate) unsafe fn read_slot<'a>(pool: NonNull<PoolInner>, slot: u32) -> &'a S
     unsafe { &*pool.as_ref().slot_start(slot).cast::<SegmentSlot>().as_ptr() }
 }
 
+/// Whether a list has more slots than its first one.
+///
+/// # Safety
+///
+/// The conditions of [`read_slot`] hold for the list's first slot.
+#[inline]
+pub(crate) unsafe fn has_links(pool: NonNull<PoolInner>, first: u32) -> bool {
+    // SAFETY: the caller keeps the same conditions.
+    unsafe { read_slot(pool, first) }.next != NIL
+}
+
 /// Frees the slots of a list behind the first one.
 ///
 /// # Safety
