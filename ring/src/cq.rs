@@ -120,17 +120,26 @@ impl CqConsumer {
         cq.pop(|cqe, regions| {
             credits.give_back(cqe.opcode());
             // SAFETY: `Consumer::pop` took the entry, and yields each entry once.
-            // `CqProducer::push` wrote it by a frame of these regions.
-            let frame = unsafe { regions.frame(&cqe) };
-            Reaped {
-                user_data: cqe.user_data(),
-                opcode: cqe.opcode(),
-                outcome: cqe.outcome(),
-                len: cqe.len(),
-                more: cqe.more(),
-                frame,
-            }
+            unsafe { reaped(&cqe, regions) }
         })
+    }
+
+    /// Takes the completions that [`ready`](Self::ready) saw, oldest first, and calls `each` with every
+    /// one. The entries are retired and their credits returned together, when this returns or `each`
+    /// panics.
+    #[inline]
+    pub fn pop_all(&mut self, mut each: impl FnMut(Reaped)) {
+        let taking = TakingAll(self);
+        loop {
+            let CqConsumer { cq, credits, .. } = &mut *taking.0;
+            let Some(front) = cq.front() else { break };
+            let next = front.take(|cqe, regions| {
+                credits.count(cqe.opcode());
+                // SAFETY: `Front::take` yields each entry once.
+                unsafe { reaped(cqe, regions) }
+            });
+            each(next);
+        }
     }
 
     /// The next of the completions that [`ready`](Self::ready) saw, which the caller may take or
@@ -167,6 +176,37 @@ impl CqConsumer {
     /// The ring's pools.
     pub fn regions(&self) -> &Regions {
         self.cq.regions()
+    }
+}
+
+/// What an entry of the CQ says, with its frame.
+///
+/// # Safety
+///
+/// The entry was taken out of the CQ of these regions, and this is called once for it.
+#[inline(always)]
+unsafe fn reaped(cqe: &Cqe, regions: &Regions) -> Reaped {
+    Reaped {
+        user_data: cqe.user_data(),
+        opcode: cqe.opcode(),
+        outcome: cqe.outcome(),
+        len: cqe.len(),
+        more: cqe.more(),
+        // SAFETY: the caller has taken the entry. `CqProducer::push` wrote it by a frame of these
+        // regions.
+        frame: unsafe { regions.frame(cqe) },
+    }
+}
+
+/// Retires the entries that were taken, and returns their credits, when it is dropped.
+struct TakingAll<'a>(&'a mut CqConsumer);
+
+impl Drop for TakingAll<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // In the order of `pop`: nobody submits on a credit whose cell is still occupied.
+        self.0.cq.retire();
+        self.0.credits.give_all_back();
     }
 }
 

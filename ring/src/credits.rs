@@ -162,8 +162,25 @@ impl CreditTaker {
 impl CreditReturner {
     #[inline]
     pub(crate) fn give_back(&mut self, of: Opcode) {
-        let i = of as usize;
-        self.given[i] = self.given[i].wrapping_add(1);
+        self.count(of);
+        self.store(of as usize);
+    }
+
+    /// Counts a credit that the next [`give_all_back`](Self::give_all_back) returns.
+    #[inline]
+    pub(crate) fn count(&mut self, of: Opcode) {
+        let given = &mut self.given[of as usize];
+        *given = given.wrapping_add(1);
+    }
+
+    /// Returns the credits that were counted.
+    #[inline]
+    pub(crate) fn give_all_back(&self) {
+        (0..OPCODES).for_each(|i| self.store(i));
+    }
+
+    #[inline]
+    fn store(&self, i: usize) {
         // Release: pairs with the Acquire in `available`. The completion has been copied out of its
         // cell.
         self.returned.reaped[i].store(self.given[i], Ordering::Release);

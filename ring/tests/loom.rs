@@ -27,7 +27,7 @@ use loom::thread;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
     Backing, Class, CqConsumer, CqProducer, Depths, Frame, HeapBacking, Layout, Outcome, Pool,
-    PushError, Regions, SKIP_SUCCESS, SqConsumer, SqProducer, Submission, rings,
+    PushError, Reaped, Regions, SKIP_SUCCESS, SqConsumer, SqProducer, Submission, rings,
 };
 
 /// Explores `model` with at most `preemptions` preemptions in one run.
@@ -439,9 +439,10 @@ fn without_release_a_publish_lets_the_entry_be_read_while_it_is_written() {
 // ------------------------------------------------------------------------------------------------
 // Credits
 
-/// The CQ is full of completions. One thread reaps them, one submits as credits come back, and one
-/// completes what was submitted, into the cells that the first has just copied out.
-fn reap_submit_and_complete_at_once(depth: u32) {
+/// The CQ is full of completions. One thread reaps them (`together`, or one by one), one submits as
+/// credits come back, and one completes what was submitted, into the cells that the first has just copied
+/// out.
+fn reap_submit_and_complete_at_once(depth: u32, together: bool) {
     let (pool, marks, _) = pool(2 * depth);
     let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer, frames) =
         posted(depth, &pool, u32::MAX);
@@ -489,13 +490,20 @@ fn reap_submit_and_complete_at_once(depth: u32) {
     let mut kept = Vec::new();
     let mut reap = |cq_consumer: &mut CqConsumer| {
         cq_consumer.ready();
-        while let Some(reaped) = cq_consumer.pop() {
+        let mut keep = |reaped: Reaped| {
             let frame = reaped.frame.unwrap();
             assert_eq!(reaped.user_data, kept.len() as u64 + 1);
             assert_eq!(marks.read(&frame), reaped.user_data);
             kept.push(frame);
-            assert!(cq_consumer.in_flight() <= depth, "in_flight wrapped");
+        };
+        if together {
+            cq_consumer.pop_all(keep);
+        } else {
+            while let Some(reaped) = cq_consumer.pop() {
+                keep(reaped);
+            }
         }
+        assert!(cq_consumer.in_flight() <= depth, "in_flight wrapped");
     };
     reap(&mut cq_consumer);
     let (accepted, sq_producer) = sender.join().unwrap();
@@ -511,13 +519,21 @@ fn reap_submit_and_complete_at_once(depth: u32) {
 /// credits; a CQ with fewer cells than credits.
 #[test]
 fn a_credit_means_space_in_a_cq_of_one_cell() {
-    check(3, || reap_submit_and_complete_at_once(1));
+    check(3, || reap_submit_and_complete_at_once(1, false));
 }
 
 /// Like the model above, but credits come back one at a time.
 #[test]
 fn a_credit_means_space_in_a_cq_of_two_cells() {
-    check(2, || reap_submit_and_complete_at_once(2));
+    check(2, || reap_submit_and_complete_at_once(2, false));
+}
+
+/// Like the model above, but the credits of all completions come back together.
+///
+/// Broken by: returning the credits before the entries are retired.
+#[test]
+fn credits_that_come_back_together_mean_space_in_the_cq() {
+    check(2, || reap_submit_and_complete_at_once(2, true));
 }
 
 /// Like the models above, over several laps. One thread submits and completes, so that only the

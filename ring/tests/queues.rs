@@ -890,6 +890,39 @@ fn a_look_that_is_forgotten_and_a_choice_that_panics_lose_no_slot() {
 }
 
 /// Goal: a consumer says whether submissions wait, before and after it has looked at the queue.
+/// Completions that are taken together are retired and give their credits back together, also if their
+/// caller panics. Then the others stay.
+#[test]
+fn completions_are_taken_together() {
+    let pool = pool(4);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(4, 0, 0), regions(&pool), u32::MAX - 1);
+    for n in 0..4 {
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+    }
+    sq_producer.publish();
+    sq_consumer.ready();
+    while let Some(sqe) = sq_consumer.front() {
+        let (buffer, user_data) = sqe.take();
+        cq_producer.push(Class::Read, buffer, user_data, Outcome::Done);
+    }
+    cq_producer.publish();
+    assert_eq!((cq_consumer.ready(), sq_producer.available(Class::Read)), (4, 0));
+    let mut seen = Vec::new();
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        cq_consumer.pop_all(|done| {
+            seen.push(done.user_data);
+            assert!(done.user_data != 1, "the second");
+        });
+    }));
+    assert!(panicked.is_err());
+    assert_eq!((cq_consumer.known(), sq_producer.available(Class::Read)), (2, 2));
+    assert_eq!(pool.slots_out(), 2, "the frames of what was taken are free");
+    cq_consumer.pop_all(|done| seen.push(done.user_data));
+    assert_eq!((&seen[..], cq_consumer.in_flight()), (&[0, 1, 2, 3][..], 0));
+    assert_eq!((sq_producer.available(Class::Read), pool.slots_out()), (4, 0));
+}
+
 #[test]
 fn a_consumer_says_whether_more_waits() {
     let pool = pool(1);
