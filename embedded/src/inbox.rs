@@ -979,12 +979,12 @@ impl<B: PacketBuffer> Inbox<B> {
         // SAFETY: invariant 1: the caller owns the cell.
         let is_bytes = self.buffer_ptr(index).with(|ptr| unsafe { !(*ptr).is_null() });
         let buffer = if is_bytes { None } else { self.guest_of(index) }?;
-        let at = buffer.header_len();
-        copy_in_one_piece(header, frame, frame.len(), buffer, at)?;
-        if at == offload::LEN {
+        let (header_room, space) = buffer.in_one_piece()?;
+        copy_in_one_piece(header, frame, frame.len(), space)?;
+        if header_room.len() as usize == offload::LEN {
             let mut plain = [0; offload::LEN];
             offload::set_num_buffers(&mut plain, 1);
-            buffer.segments().write_first(&plain);
+            header_room.write(&plain);
         }
         Some(())
     }

@@ -1,5 +1,6 @@
 //! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
 
+use vmring_core::guest::GuestSlice;
 use vmring_core::offload::{self, Checksum, Gso, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Frame, GuestBuffer};
@@ -68,20 +69,17 @@ impl<'p> From<&'p [u8]> for Packet<'p> {
     }
 }
 
-/// Copies the first `len` bytes of a packet to the space from `to_at` on, if both buffers are in one
-/// piece. The first bytes are those of `head`, whatever the guest has written there since. `None` if it
-/// has copied nothing.
+/// Copies the first `len` bytes of a packet to `space`, if the packet is in one piece. The first bytes are
+/// those of `head`, whatever the guest has written there since. `None` if it has copied nothing.
 #[inline]
 pub(crate) fn copy_in_one_piece<const N: usize>(
     head: &[u8; N],
     from: &GuestBuffer,
     len: usize,
-    to: &GuestBuffer,
-    to_at: usize,
+    space: GuestSlice<'_>,
 ) -> Option<()> {
-    let bytes = from.only_segment()?.skip(from.header_len() as u32)?;
+    let (_, bytes) = from.in_one_piece()?;
     let (bytes, _) = bytes.split_at(u32::try_from(len).ok()?)?;
-    let space = to.only_segment()?.skip(u32::try_from(to_at).ok()?)?;
     if len < N || space.len() < bytes.len() {
         return None;
     }
@@ -222,7 +220,11 @@ impl Packet<'_> {
                 space().copy_from(&bytes[at..at + len]);
             }
             Source::Guest { head, buffer } => {
-                if at == 0 && copy_in_one_piece(head, buffer, len, to, to_at).is_some() {
+                if at == 0
+                    && let Some((header, room)) = to.in_one_piece()
+                    && header.len() as usize == to_at
+                    && copy_in_one_piece(head, buffer, len, room).is_some()
+                {
                     return;
                 }
                 let head = self.head_from(at, len);

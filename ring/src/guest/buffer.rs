@@ -142,13 +142,16 @@ impl GuestBuffer {
         self.range(self.header_len() as u32, self.capacity() as u32)
     }
 
-    /// The header and the whole space behind it, if they are in one piece, as they usually are.
+    /// The header, and the whole space behind it, if the two are in one piece, as they usually are.
     #[inline]
-    pub fn only_segment(&self) -> Option<GuestSlice<'_>> {
+    pub fn in_one_piece(&self) -> Option<(GuestSlice<'_>, GuestSlice<'_>)> {
         // SAFETY: as in `range`.
         let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
+        if slot.count != 1 || slot.next != NIL {
+            return None;
+        }
         // SAFETY: as in `Segments::next`.
-        (slot.count == 1 && slot.next == NIL).then(|| unsafe { slice_of(&slot.segments[0]) })
+        unsafe { slice_of(&slot.segments[0]) }.split_at(slot.header)
     }
 
     #[inline]
@@ -167,16 +170,20 @@ impl GuestBuffer {
     /// Copies the header out. `None` if the buffer has none.
     #[inline]
     pub fn header(&self) -> Option<[u8; 12]> {
-        if self.header_len() == 0 {
-            return None;
+        match self.in_one_piece() {
+            Some((header, _)) => header.read(),
+            None if self.header_len() == 0 => None,
+            None => self.segments().read_first(),
         }
-        self.segments().read_first()
     }
 
     /// Copies a header in. Returns whether the buffer has space for one.
     #[inline]
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
-        self.header_len() == header.len() && self.segments().write_first(header)
+        match self.in_one_piece() {
+            Some((space, _)) => space.len() as usize == header.len() && space.write(header),
+            None => self.header_len() == header.len() && self.segments().write_first(header),
+        }
     }
 
     /// Copies a packet in, and sets its length.
