@@ -1285,7 +1285,8 @@ impl<B: PacketBuffer> Collector<B> {
                     self.store_room(self.posted, Room::ANY);
                 }
             }
-            None => self.stage_other()?,
+            None if self.stage_other() => {}
+            None => return self.refuse_staged(),
         }
         self.posted = self.posted.wrapping_add(1);
         self.lent += 1;
@@ -1293,23 +1294,16 @@ impl<B: PacketBuffer> Collector<B> {
     }
 
     /// Ends [`stage`](Self::stage) for a buffer that has a header, or whose bytes are not this
-    /// program's own.
+    /// program's own. Returns false if it has too few bytes.
     #[inline(never)]
-    fn stage_other(&mut self) -> Result<(), B> {
+    fn stage_other(&mut self) -> bool {
         let index = self.posted;
         let place = self.inbox.buffer_cell(index).with_mut(|cell| {
             // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
             let cell = unsafe { &mut *cell };
-            match cell.as_mut().and_then(|buffer| self.inbox.place_of(buffer)) {
-                Some(place) => Ok(place),
-                None => Err(cell.take()),
-            }
+            cell.as_mut().and_then(|buffer| self.inbox.place_of(buffer))
         });
-        let place = match place {
-            Ok(place) => place,
-            Err(Some(buffer)) => return Err(buffer),
-            Err(None) => unreachable!("`stage` put it there"),
-        };
+        let Some(place) = place else { return false };
         self.has_guests |= !place.guest.is_null();
         self.store_place(index, &place);
         if !self.is_small && place.room.of_part(true) < self.inbox.max_frame {
@@ -1318,7 +1312,18 @@ impl<B: PacketBuffer> Collector<B> {
             // buffer sees it.
             self.inbox.state.fetch_or(SMALL, Ordering::AcqRel);
         }
-        Ok(())
+        true
+    }
+
+    /// Returns the buffer that could not be staged.
+    #[cold]
+    #[inline(never)]
+    fn refuse_staged(&mut self) -> Result<(), B> {
+        let buffer = self.inbox.buffer_cell(self.posted).with_mut(|cell| {
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+            unsafe { (*cell).take() }
+        });
+        buffer.map_or(Ok(()), Err)
     }
 
     /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
@@ -1334,17 +1339,24 @@ impl<B: PacketBuffer> Collector<B> {
         }
     }
 
-    /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's.
+    /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's. As with the
+    /// pointers to bytes, what has not changed is not written.
     fn store_guest(&self, index: u32, guest: *const GuestBuffer) {
         // SAFETY: invariant 1: as in `store_buffer_ptr`.
-        self.inbox.guests[self.inbox.cell_index(index)]
-            .with_mut(|stored| unsafe { *stored = guest });
+        self.inbox.guests[self.inbox.cell_index(index)].with_mut(|stored| unsafe {
+            if *stored != guest {
+                *stored = guest;
+            }
+        });
     }
 
-    /// Stores the room of the buffer of cell `index`.
+    /// Stores the room of the buffer of cell `index`, if it has changed.
     fn store_room(&self, index: u32, room: Room) {
-        // Relaxed: `publish` shows it to the senders.
-        self.inbox.rooms[self.inbox.cell_index(index)].store(room.0, Ordering::Relaxed);
+        let stored = &self.inbox.rooms[self.inbox.cell_index(index)];
+        // Relaxed, both: only the collector stores, and `publish` shows it to the senders.
+        if stored.load(Ordering::Relaxed) != room.0 {
+            stored.store(room.0, Ordering::Relaxed);
+        }
     }
 
     /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
