@@ -244,9 +244,11 @@ impl<'a> PollContext<'a> {
     /// instead, so that nobody can be made to read behind the slot.
     #[inline(always)]
     pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
-        match slot.posted_buffer_mut().set_frame_len(len) {
-            Ok(()) => self.finish(slot, Outcome::Done),
-            Err(_) => self.complete_otherwise(slot, len),
+        let is_done = slot.posted_buffer_mut().set_frame_len(len).is_ok()
+            || slot.guest_mut().is_some_and(|guest| end_read(guest, len, false) == Outcome::Done);
+        match is_done {
+            true => self.finish(slot, Outcome::Done),
+            false => self.finish(slot, Status::InvalidArgument.into()),
         }
     }
 
@@ -254,20 +256,13 @@ impl<'a> PollContext<'a> {
     /// has written the header there too.
     #[inline(always)]
     pub(crate) fn complete_filled(&mut self, mut slot: PostedSlot, len: usize) {
-        match slot.posted_buffer_mut().set_frame_len(len) {
-            Ok(()) => self.finish(slot, Outcome::Done),
-            Err(_) => self.complete_part(slot, len, true, 0),
+        let buffer = slot.posted_buffer_mut();
+        let fits = buffer.set_frame_len(len).is_ok()
+            || buffer.guest_mut().is_some_and(|guest| guest.set_len(len).is_ok());
+        if !fits {
+            return self.complete_part(slot, len, true, 0);
         }
-    }
-
-    /// Completes a read whose buffer is not a frame with space for `len` bytes.
-    #[cold]
-    #[inline(never)]
-    fn complete_otherwise(&mut self, slot: PostedSlot, len: usize) {
-        match slot.guest() {
-            Some(_) => self.complete_guest(slot, len, false),
-            None => self.finish(slot, Status::InvalidArgument.into()),
-        }
+        self.finish(slot, Outcome::Done);
     }
 
     /// Completes a read whose buffer is in the memory of a guest.
@@ -325,6 +320,7 @@ impl<'a> PollContext<'a> {
 
     /// Completes a read that has a part of a packet, `len` bytes. The rest is in the `more` next
     /// ones, which the caller completes before its poll ends. The header is written.
+    #[cold]
     #[inline(never)]
     pub(crate) fn complete_part(
         &mut self,
