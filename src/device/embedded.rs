@@ -66,7 +66,7 @@ use macaddr::MacAddr6;
 use vmring_core::guest::SEGMENTS_MAX;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
-use vmring_core::{Buffer, Frame};
+use vmring_core::{Buffer, Frame, GuestBuffer};
 use vmring_embedded::inbox::{Collected, PortWake};
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
@@ -875,9 +875,23 @@ fn ethernet_of(packet: &Buffer, max: usize) -> Option<Header> {
 }
 
 /// The Ethernet header of a guest's packet, if the packet can be sent as it is.
-#[inline(never)]
+#[inline(always)]
 fn ethernet_of_guest(packet: &Buffer) -> Option<Header> {
-    let guest = packet.guest().filter(|guest| is_complete(guest))?;
+    let guest = packet.guest()?;
+    match guest.in_one_piece() {
+        // The usual packet has no header, as whoever submitted it has looked at that.
+        Some((header, space)) if header.is_empty() && guest.len() >= ETHERNET_HEADER_LEN => {
+            space.read().map(Header::of_copy)
+        }
+        _ => ethernet_of_other_guest(guest),
+    }
+}
+
+#[inline(never)]
+fn ethernet_of_other_guest(guest: &GuestBuffer) -> Option<Header> {
+    if !is_complete(guest) {
+        return None;
+    }
     guest.packet().read_first().map(Header::of_copy)
 }
 
