@@ -395,6 +395,12 @@ impl Queue {
     #[inline(always)]
     pub fn push(&mut self, written: u32) {
         self.outstanding = self.outstanding.checked_sub(1).expect("a chain is outstanding");
+        self.push_oldest(written);
+    }
+
+    /// As [`push`](Self::push). The caller has counted the chain.
+    #[inline(always)]
+    fn push_oldest(&mut self, written: u32) {
         // `return_broken` leaves no broken chain as the oldest.
         let Found { head, len_max, .. } = self.found[self.rings.slot(self.next_used)];
         // Skipped chains count as wholly used (virtio 1.2, section 2.7.9). For a chain with room to
@@ -404,6 +410,28 @@ impl Queue {
         self.push_element(head, written.min(len_max), skippable);
         if self.broken_popped > 0 {
             self.return_broken();
+        }
+    }
+
+    /// Gives back the oldest chains with these used lengths, as [`push`](Self::push) does.
+    ///
+    /// # Panics
+    ///
+    /// If fewer chains are [outstanding](Self::outstanding).
+    #[inline]
+    pub(crate) fn push_all(&mut self, written: &[u32]) {
+        // No queue has more than 2^15 entries.
+        let left = self.outstanding.checked_sub(written.len() as u16);
+        self.outstanding = left.expect("as many chains are outstanding");
+        if self.broken_popped > 0 {
+            return written.iter().for_each(|written| self.push_oldest(*written));
+        }
+        let Self { found, rings, used, next_used, features, .. } = self;
+        for written in written {
+            let Found { head, len_max, .. } = found[rings.slot(*next_used)];
+            let skippable = features.in_order && len_max == 0;
+            used.push(rings, *next_used, head, (*written).min(len_max), skippable);
+            *next_used = next_used.wrapping_add(1);
         }
     }
 

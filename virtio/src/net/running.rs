@@ -46,6 +46,7 @@ pub(super) struct RunningQueue {
     pub(super) index: u16,
     pub(super) queue: Queue,
     pub(super) window: Window,
+    ended: Ended,
     pub(super) kick: Option<Arc<Event>>,
     /// Whether the driver wants packets of this queue to be served.
     pub(super) enabled: bool,
@@ -56,6 +57,15 @@ pub(super) struct RunningQueue {
     pub(super) stopping: bool,
     /// The queue does nothing until it is stopped; see [`BrokenQueue`](crate::queue::BrokenQueue).
     pub(super) broken: bool,
+}
+
+/// The oldest chains of the window, which have ended one after the other, as most do, and are given back
+/// together. There are none between two calls of [`RunningQueue::settle`].
+#[derive(Debug, Default)]
+struct Ended {
+    count: usize,
+    /// Their used lengths.
+    lens: [u32; BURST as usize],
 }
 
 /// What to do with a chain.
@@ -95,7 +105,8 @@ impl RunningQueue {
         let window = Window::new(queue.layout().size);
         let queue = queue.with_segments_max(SEGMENTS_MAX);
         let (blocked, stopping, broken) = (false, false, false);
-        Self { index, queue, window, kick, enabled, blocked, stopping, broken }
+        let ended = Ended::default();
+        Self { index, queue, window, ended, kick, enabled, blocked, stopping, broken }
     }
 
     /// Takes at most `most` chains out of the queue, and lets `server` decide on each. Returns how many
@@ -180,23 +191,46 @@ impl RunningQueue {
         Next::Later
     }
 
-    /// Ends the chain with this number, which is in the ring. If it is the oldest, it goes back with the
-    /// next [`settle`](Self::settle), and otherwise when those before it have ended. Returns its place in
-    /// the window, or `None` if no chain with this number is in the ring.
+    /// Ends the chain with this number, which is in the ring. It goes back with the next
+    /// [`settle`](Self::settle), or when those before it have ended. Returns its place in the window, or
+    /// `None` if no chain with this number is in the ring.
     #[inline(always)]
     pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
-        if let State::Done(len) = state
-            && let Some(place) = self.window.end_oldest(number)
-        {
-            self.queue.push(len);
-            return Some(place);
+        self.end_next(number, state).or_else(|| self.end_other(number, state))
+    }
+
+    /// Ends a chain that continues those that have ended before it, if there is space for its length.
+    #[inline(always)]
+    fn end_next(&mut self, number: u64, state: State) -> Option<usize> {
+        let State::Done(len) = state else { return None };
+        let Ended { count, lens } = &mut self.ended;
+        let next = self.window.oldest().wrapping_add(*count as u32);
+        if number != u64::from(next) {
+            return None;
         }
-        self.window.end(number, state)
+        *lens.get_mut(*count)? = len;
+        *count += 1;
+        Some(self.window.place(next))
+    }
+
+    #[inline(never)]
+    fn end_other(&mut self, number: u64, state: State) -> Option<usize> {
+        self.push_ended();
+        self.end_next(number, state).or_else(|| self.window.end(number, state))
+    }
+
+    /// Pushes the oldest chains, which have ended one after the other.
+    #[inline]
+    fn push_ended(&mut self) {
+        let Ended { count, lens } = &mut self.ended;
+        let count = self.window.end_oldest(std::mem::take(count));
+        self.queue.push_all(&lens[..count]);
     }
 
     /// Gives chains back whose turn it is, all at once, and interrupts the guest if it wants that.
     #[inline]
     pub(super) fn settle(&mut self, cx: Context<'_>) {
+        self.push_ended();
         loop {
             match self.window.step() {
                 Step::Push(len) => self.queue.push(len),

@@ -303,20 +303,22 @@ impl Receiver {
         let Self { ring, running, logged, rest, copier, .. } = self;
         let mut reaped = 0u16;
         let mut moved = Moved::default();
-        if let Some(ring) = ring {
-            for done in ring.reap() {
+        match (ring, copier, &mut *running) {
+            (Some(ring), Some(copier), _) => ring.reap().for_each(|done| {
                 reaped = reaped.saturating_add(1);
-                if let Some(copier) = copier {
-                    copier.take(cx, &done);
-                    continue;
-                }
+                copier.take(cx, &done);
+            }),
+            (Some(ring), None, Some(running)) => ring.reap().for_each(|done| {
+                reaped = reaped.saturating_add(1);
                 let (state, written) = outcome(cx, &done, rest, &mut moved);
-                let Some(running) = running.as_mut() else { continue };
                 let place = running.end(done.user_data, state);
                 if let Some(list) = place.and_then(|place| logged.get(place)) {
                     mark(running.queue.memory(), list, written);
                 }
-            }
+            }),
+            // Nothing is posted without a queue.
+            (Some(ring), None, None) => reaped = ring.reap().count() as u16,
+            (None, ..) => {}
         }
         cx.counters.rx_packets.add(moved.packets);
         cx.counters.rx_bytes.add(moved.bytes);

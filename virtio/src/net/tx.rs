@@ -157,14 +157,14 @@ impl Transmitter {
         let Self { ring, running, .. } = self;
         let (mut ended, mut packets, mut bytes) = (0, 0, 0);
         if let Some(ring) = ring {
-            for done in ring.reap() {
+            ring.reap().for_each(|done| {
                 ended += 1;
                 if done.user_data == OWN {
                     match done.result {
                         Ok(_) => cx.counters.announcements.add(1),
                         Err(_) => cx.counters.announcements_failed.add(1),
                     }
-                    continue;
+                    return;
                 }
                 match done.result {
                     Ok(len) => {
@@ -177,7 +177,7 @@ impl Transmitter {
                     // Nothing was written into the chain.
                     running.end(done.user_data, State::Done(0));
                 }
-            }
+            });
         }
         cx.counters.tx_packets.add(packets);
         cx.counters.tx_bytes.add(bytes);

@@ -44,7 +44,8 @@ impl Window {
         Self { states, oldest: 0, next: 0, posted: 0, cancelled: 0 }
     }
 
-    fn place(&self, number: u32) -> usize {
+    /// Where the chain with this number is.
+    pub(super) fn place(&self, number: u32) -> usize {
         number as usize & (self.states.len() - 1)
     }
 
@@ -86,18 +87,23 @@ impl Window {
         Some(place)
     }
 
-    /// Ends the oldest chain, if it has this number and is in the ring. It is not in the window any more.
-    /// Returns its place.
+    /// The number of the oldest chain, or the next number if there is none.
+    pub(super) fn oldest(&self) -> u32 {
+        self.oldest
+    }
+
+    /// Ends the oldest chains, at most `most`, as far as they are in the ring. They are not in the window
+    /// any more. Returns how many there are.
     #[inline]
-    pub(super) fn end_oldest(&mut self, number: u64) -> Option<usize> {
-        let place = self.place(self.oldest);
-        let is_oldest = number == u64::from(self.oldest) && !self.is_empty();
-        if !is_oldest || self.states[place] != State::Posted {
-            return None;
-        }
-        self.posted -= 1;
-        self.oldest = self.oldest.wrapping_add(1);
-        Some(place)
+    pub(super) fn end_oldest(&mut self, most: usize) -> usize {
+        let most = most.min(self.next.wrapping_sub(self.oldest) as usize);
+        let is_posted = |i: &usize| {
+            self.states[self.place(self.oldest.wrapping_add(*i as u32))] == State::Posted
+        };
+        let count = (0..most).take_while(is_posted).count();
+        self.posted -= count as u32;
+        self.oldest = self.oldest.wrapping_add(count as u32);
+        count
     }
 
     fn count(&mut self, state: State, by: u32) {
@@ -172,15 +178,15 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_chain_ends_at_once() {
-        let mut window = posted(3);
-        assert_eq!(window.end_oldest(1), None, "another is older");
-        assert_eq!(window.end(1, State::Done(7)), Some(1));
-        assert_eq!(window.end_oldest(0), Some(0));
-        assert_eq!(window.end_oldest(1), None, "it has ended already");
+    fn the_oldest_chains_end_at_once() {
+        let mut window = posted(4);
+        assert_eq!(window.end(2, State::Done(7)), Some(2));
+        assert_eq!((window.end_oldest(1), window.oldest()), (1, 1));
+        assert_eq!(window.end_oldest(3), 1, "the third has ended already");
+        assert_eq!(window.end_oldest(3), 0);
         assert_eq!((window.step(), window.posted()), (Step::Push(7), 1));
-        assert_eq!(window.end_oldest(2), Some(2));
-        assert_eq!((window.end_oldest(3), window.is_empty()), (None, true));
+        assert_eq!(window.end_oldest(3), 1, "there are no more");
+        assert_eq!((window.end_oldest(1), window.is_empty()), (0, true));
     }
 
     #[test]
