@@ -89,9 +89,6 @@ use vmring_core::sync::foreign::fence;
 /// How many segments a chain may have by default; see [`Queue::with_segments_max`].
 pub const SEGMENTS_MAX: usize = 256;
 
-/// How many chains in advance the bytes of a chain are asked for.
-const AHEAD: u16 = 8;
-
 /// The device side of a split virtqueue. See the [module](self).
 ///
 /// All indices count modulo 2^16, and a place in a ring is an index modulo the queue's size. They
@@ -285,17 +282,7 @@ impl Queue {
             self.fetched = self.fetched.wrapping_add(count as u16);
             left -= count;
         }
-        let first = self.fetched.wrapping_sub(self.next_available).min(AHEAD);
-        (0..first).for_each(|ahead| self.prefetch(ahead));
         Ok(())
-    }
-
-    /// Asks for the chain that is so many behind the next one. Its bytes are in the cache of the driver's
-    /// processor. Asked for when they are needed, they would arrive one chain after the other.
-    #[inline]
-    fn prefetch(&self, ahead: u16) {
-        let slot = self.rings.slot(self.next_available.wrapping_add(ahead));
-        self.found[slot].prefetch(&self.memory);
     }
 
     /// The next chain of the burst. `None` at its end; see [`fetch`](Self::fetch).
@@ -325,23 +312,14 @@ impl Queue {
         }
         let slot = self.rings.slot(self.next_available);
         let shape = self.found[slot].shape()?;
-        self.prefetch_next();
         self.next_available = self.next_available.wrapping_add(1);
         self.outstanding += 1;
         Some(self.found[slot].chain(&self.memory, shape))
     }
 
-    #[inline(always)]
-    fn prefetch_next(&self) {
-        if self.fetched.wrapping_sub(self.next_available) > AHEAD {
-            self.prefetch(AHEAD);
-        }
-    }
-
     /// Pops the next chain, of any shape.
     #[inline(never)]
     fn pop_list(&mut self) -> Result<Chain<'_>, ChainError> {
-        self.prefetch_next();
         let slot = self.rings.slot(self.next_available);
         self.next_available = self.next_available.wrapping_add(1);
         let head = self.found[slot].head;

@@ -160,18 +160,6 @@ impl Found {
     pub(super) fn chain<'q>(&'q self, memory: &'q GuestMemory, shape: Shape) -> Chain<'q> {
         Chain { memory, segments: &self.single, shape }
     }
-
-    /// Asks for the first bytes of what the device will read.
-    #[inline]
-    pub(super) fn prefetch(&self, memory: &GuestMemory) {
-        let Segment { offset, len, region, is_writable } = self.single[0];
-        if !is_writable
-            && let Some(region) = memory.regions().get(usize::from(region))
-            && let Some(slice) = region.get(offset, len.min(PREFETCHED))
-        {
-            slice.prefetch(PREFETCHED);
-        }
-    }
 }
 
 impl<'q> Chain<'q> {
@@ -319,7 +307,9 @@ impl Walker {
         Chain { memory, segments: &self.segments[..shape.segments], shape }
     }
 
-    /// Looks at the chains at these heads, as far as they are single buffers.
+    /// Looks at the chains at these heads, as far as they are single buffers. The first bytes of what the
+    /// device will read are in the cache of the driver's processor. They are asked for here, for all
+    /// chains together. Asked for when they are needed, they would arrive one chain after the other.
     #[inline]
     pub(super) fn look(
         &mut self,
@@ -345,11 +335,17 @@ impl Walker {
         if flags & (NEXT | INDIRECT) != 0 {
             return None;
         }
-        let (region, offset) = self.locate(memory, address).ok()?;
+        let (number, offset) = self.locate(memory, address).ok()?;
+        let region = &memory.regions()[number];
+        if u64::from(len) > region.len() - offset {
+            return None;
+        }
+        let is_writable = flags & WRITE != 0;
+        if !is_writable && let Some(first) = region.get(offset, len.min(PREFETCHED)) {
+            first.prefetch(PREFETCHED);
+        }
         // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-        let segment =
-            Segment { offset, len, region: region as u16, is_writable: flags & WRITE != 0 };
-        (u64::from(len) <= memory.regions()[region].len() - offset).then_some(segment)
+        Some(Segment { offset, len, region: number as u16, is_writable })
     }
 
     /// Follows the chain at `head` and checks it as far as it goes. Each descriptor is copied once,
