@@ -35,6 +35,8 @@ pub(super) struct Transmitter {
     left: Offloads,
     ecn: bool,
     has_virtio_header: bool,
+    /// Whether the interface reads a header in front of each packet.
+    reads_headers: bool,
 }
 
 impl Transmitter {
@@ -51,6 +53,7 @@ impl Transmitter {
             left: Offloads::default(),
             ecn: false,
             has_virtio_header: caps.offloads.virtio_header,
+            reads_headers: caps.headroom > 0,
         }
     }
 
@@ -129,6 +132,7 @@ impl Transmitter {
             left,
             ecn,
             has_virtio_header,
+            reads_headers,
             ..
         } = self;
         let Some(running) = running else { return 0 };
@@ -146,6 +150,7 @@ impl Transmitter {
             left,
             ecn: *ecn,
             has_virtio_header: *has_virtio_header,
+            reads_headers: *reads_headers,
         };
         let taken = running.take(cx, most, &mut sender);
         sender.ring.publish();
@@ -238,6 +243,7 @@ struct Sender<'t> {
     left: &'t Offloads,
     ecn: bool,
     has_virtio_header: bool,
+    reads_headers: bool,
 }
 
 impl Serve for Sender<'_> {
@@ -264,7 +270,12 @@ impl Sender<'_> {
         if packet.len() == HEADER_LEN || is_long || !header::is_plain(&packet.read()?) {
             return None;
         }
-        let buffer = match self.table.buffer_of(Some(packet), HEADER_LEN) {
+        // An interface that reads no header in front of packets need not look at this one.
+        let (packet, header_len) = match self.reads_headers {
+            true => (packet, HEADER_LEN),
+            false => (packet.skip(HEADER_LEN)?, 0),
+        };
+        let buffer = match self.table.buffer_of(Some(packet), header_len) {
             Ok(buffer) => buffer,
             Err(GuestBufferError::NoSlots) => return Some(Ok(Verdict::Later)),
             Err(_) => return None,
