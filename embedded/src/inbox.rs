@@ -110,6 +110,7 @@ use std::sync::{Mutex, PoisonError};
 use crossbeam_utils::{Backoff, CachePadded};
 use vmring_core::GuestBuffer;
 use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::guest::Segments;
 use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 use vmring_core::view::ETHERNET_HEADER_LEN;
@@ -839,7 +840,7 @@ impl<B: PacketBuffer> Inbox<B> {
     #[inline]
     fn fill(&self, first: u32, end: u32, packet: Packet<'_>, flags: u32) {
         if first.wrapping_add(1) == end {
-            let len = self.copy_part(first, packet, 0..packet.len(), Some(1));
+            let len = self.copy_part(first, packet, 0..packet.len(), Some(1), None);
             self.end_claim(first, filled(first, len, flags));
         } else {
             self.fill_group(first, end, packet, flags);
@@ -853,11 +854,14 @@ impl<B: PacketBuffer> Inbox<B> {
         let count = end.wrapping_sub(first);
         let mut at = 0;
         let mut first_len = 0;
+        let mut rest = packet.guest_segments();
         for index in indices(&(first..end)) {
             let is_first = index == first;
             let len = self.room(index).of_part(is_first).min(packet.len() - at);
-            self.copy_part(index, packet, at..at + len, is_first.then_some(count as u16));
+            let part = at..at + len;
+            self.copy_part(index, packet, part, is_first.then_some(count as u16), rest.as_ref());
             at += len;
+            rest = rest.map(|rest| rest.step_over(len));
             match is_first {
                 true => first_len = len,
                 false => {
@@ -878,7 +882,13 @@ impl<B: PacketBuffer> Inbox<B> {
             // SAFETY: invariant 1: the caller owns the cell until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
-                return self.copy_to_other(index, Packet::from(frame), 0..frame.len(), Some(1));
+                return self.copy_to_other(
+                    index,
+                    Packet::from(frame),
+                    0..frame.len(),
+                    Some(1),
+                    None,
+                );
             }
             // SAFETY: invariant 4: the pointer is to a lent buffer, which the collector neither
             // moves nor touches before it sees the cell's state, and `checked_ptr` found at least
@@ -903,19 +913,20 @@ impl<B: PacketBuffer> Inbox<B> {
     }
 
     /// Copies a part of a packet into the posted buffer `index`, which has space for it. The caller
-    /// owns the cell. The first part has the `count` of all.
+    /// owns the cell. The first part has the `count` of all. `rest` is as in [`Packet::copy_to_guest`].
     fn copy_part(
         &self,
         index: u32,
         packet: Packet<'_>,
         part: Range<usize>,
         count: Option<u16>,
+        rest: Option<&Segments<'_>>,
     ) -> usize {
         self.buffer_ptr(index).with_mut(|ptr| {
             // SAFETY: as in `copy`.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
-                return self.copy_to_other(index, packet, part, count);
+                return self.copy_to_other(index, packet, part, count, rest);
             }
             // SAFETY: as in `copy`. The part is no longer than the packet.
             let space = unsafe { core::slice::from_raw_parts_mut(ptr, part.len()) };
@@ -933,6 +944,7 @@ impl<B: PacketBuffer> Inbox<B> {
         packet: Packet<'_>,
         part: Range<usize>,
         count: Option<u16>,
+        rest: Option<&Segments<'_>>,
     ) -> usize {
         if let Some(header_ptr) = self.header_ptrs.get(self.cell_index(index)) {
             let ptr = header_ptr.with_mut(|ptr| {
@@ -963,7 +975,7 @@ impl<B: PacketBuffer> Inbox<B> {
             Some(_) => buffer.header_len(),
             None => 0,
         };
-        packet.copy_to_guest(part.start, part.len(), buffer, header);
+        packet.copy_to_guest(part.start, part.len(), buffer, header, rest);
         part.len()
     }
 
@@ -1102,7 +1114,7 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
         if self.next == self.end || packet.len() > self.longest {
             return false;
         }
-        let len = self.inbox.copy_part(self.next, packet, 0..packet.len(), Some(1));
+        let len = self.inbox.copy_part(self.next, packet, 0..packet.len(), Some(1), None);
         self.end_packet(len);
         true
     }

@@ -1,6 +1,6 @@
 //! [`Packet`]: what is delivered, and [`PacketBuffer`]: where it is delivered to.
 
-use vmring_core::guest::GuestSlice;
+use vmring_core::guest::{GuestSlice, Segments};
 use vmring_core::offload::{self, Checksum, Gso, OffloadHeader};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_core::{Frame, GuestBuffer};
@@ -210,10 +210,25 @@ impl Packet<'_> {
         buffer.packet().skip_bytes(at + head.len()).copy_to(rest);
     }
 
+    /// The packet's segments, if they are in the memory of a guest.
+    pub(crate) fn guest_segments(&self) -> Option<Segments<'_>> {
+        match &self.source {
+            Source::Bytes(_) => None,
+            Source::Guest { buffer, .. } => Some(buffer.packet()),
+        }
+    }
+
     /// Copies `len` bytes, from byte `at` on, into a guest's segments, from their byte `to_at` on. Both
-    /// sides must have them.
+    /// sides must have them. `rest` are the packet's segments from byte `at` on, if the caller has them.
     #[inline(never)]
-    pub(crate) fn copy_to_guest(&self, at: usize, len: usize, to: &GuestBuffer, to_at: usize) {
+    pub(crate) fn copy_to_guest(
+        &self,
+        at: usize,
+        len: usize,
+        to: &GuestBuffer,
+        to_at: usize,
+        rest: Option<&Segments<'_>>,
+    ) {
         let space = || to.segments().skip_bytes(to_at);
         match &self.source {
             Source::Bytes(bytes) => {
@@ -229,9 +244,9 @@ impl Packet<'_> {
                 }
                 let head = self.head_from(at, len);
                 space().copy_from(head);
-                let (skip, rest) = (head.len(), len - head.len());
-                let from = buffer.packet().skip_bytes(at + skip).take_bytes(rest);
-                space().skip_bytes(skip).copy_from_segments(from);
+                let from = rest.cloned().unwrap_or_else(|| buffer.packet().skip_bytes(at));
+                let from = from.skip_bytes(head.len()).take_bytes(len - head.len());
+                space().skip_bytes(head.len()).copy_from_segments(from);
             }
         }
     }

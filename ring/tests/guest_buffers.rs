@@ -342,6 +342,11 @@ fn parts_of_segments_are_copied() {
     assert_eq!(from.segments().copy_from(b"0123456789abcdefghij"), 20);
     assert_eq!(places(from.segments().skip_bytes(4).take_bytes(9)), [(0x21, 6), (0x30, 3)]);
     assert!(from.segments().skip_bytes(21).next().is_none());
+    for bytes in 0..=21 {
+        let (skipped, stepped) = (from.segments().skip_bytes(bytes), from.segments());
+        let stepped = stepped.step_over(bytes / 2).step_over(bytes - bytes / 2);
+        assert_eq!(places(stepped), places(skipped), "{bytes} of 20 bytes");
+    }
     for (skip, len, at) in [(0, 20, 0), (4, 9, 5), (19, 1, 38), (3, 0, 0)] {
         assert_eq!(to.segments().copy_from(&[b'.'; 39]), 39);
         let part = from.segments().skip_bytes(skip).take_bytes(len);

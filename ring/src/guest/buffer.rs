@@ -267,6 +267,29 @@ impl Segments<'_> {
         Self { skip: self.skip + bytes, left: self.left - bytes, ..self }
     }
 
+    /// As [`skip_bytes`](Self::skip_bytes), but looks for the place now, and not at each use of a clone.
+    #[must_use]
+    pub fn step_over(self, bytes: usize) -> Self {
+        let mut rest = self.skip_bytes(bytes);
+        loop {
+            if rest.at == rest.slot.count {
+                if rest.slot.next == NIL {
+                    return rest;
+                }
+                // SAFETY: the slot is of the list that `new` was called for.
+                rest.slot = unsafe { read_slot(rest.pool, rest.slot.next) };
+                rest.at = 0;
+                continue;
+            }
+            let len = rest.slot.segments[rest.at as usize].len;
+            if rest.skip < len {
+                return rest;
+            }
+            rest.skip -= len;
+            rest.at += 1;
+        }
+    }
+
     /// The segments of the first `bytes` bytes.
     #[inline]
     pub fn take_bytes(self, bytes: usize) -> Self {
