@@ -76,14 +76,17 @@ impl Bounce {
             self.support;
         let most = if class == Class::Read { read_segments } else { write_segments };
         let has_room = class == Class::Write || merges || guest.capacity() >= read_size as usize;
-        // A device without a header of its own does not see the guest's.
-        let mut pieces = match (class, headroom) {
-            (Class::Read, 0) => guest.space(),
-            (_, 0) => guest.packet(),
-            _ => guest.segments(),
+        // Most devices take none or all, and the segments need not be counted. A device without a header
+        // of its own does not see the guest's.
+        let has_few = || {
+            let mut pieces = match (class, headroom) {
+                _ if most >= SEGMENTS_MAX => return true,
+                (Class::Read, 0) => guest.space(),
+                (_, 0) => guest.packet(),
+                _ => guest.segments(),
+            };
+            pieces.nth(most as usize).is_none()
         };
-        // Most devices take none or all, and the segments need not be counted.
-        let mut has_few = || most >= SEGMENTS_MAX || pieces.nth(most as usize).is_none();
         // Nor does it do the work that the header asks for.
         let is_plain = || class == Class::Read || headroom > 0 || is_complete(guest);
         most > 0 && guest.header_len() >= headroom as usize && has_room && has_few() && is_plain()
