@@ -113,10 +113,6 @@ pub(super) struct Library {
     _thread: Thread,
 }
 
-/// How many chains each queue has its turn for. The other guest's buffers for receiving are looked at in
-/// between, as often as testpmd does.
-const BUDGET: u16 = 32;
-
 impl Library {
     pub(super) fn start(folder: &Folder) -> Result<Self> {
         let listeners = listen(folder)?;
@@ -126,9 +122,7 @@ impl Library {
             let device = || {
                 let interface =
                     Interface::builder().device(Embedded::network("performance")).start()?;
-                let mut settings = NetSettings::default();
-                settings.budget = BUDGET;
-                let device = VhostUserNet::new(interface, settings)?;
+                let device = VhostUserNet::new(interface, NetSettings::default())?;
                 let mut guests = counted.guests.lock().unwrap_or_else(PoisonError::into_inner);
                 guests.push(device.device().stats_handle());
                 let settings = device.session_settings();

@@ -61,7 +61,7 @@ pub struct NetSettings {
     /// that.
     pub mtu: Option<u16>,
     /// How many chains [`NetDevice::poll`] takes from each queue, before it lets others have their
-    /// turn. The default is 256.
+    /// turn. The default is 32.
     pub budget: u16,
     /// How a thread of this crate waits before it sleeps, in polls that move nothing. The default is 16
     /// polls that yield the processor in between, which is some ten microseconds.

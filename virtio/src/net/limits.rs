@@ -18,8 +18,9 @@ pub(super) const SEGMENTS_MAX: usize = 256;
 /// The smallest mergeable buffers of the drivers that are known: Linux's have space for a header of 12
 /// bytes and a frame of 1,518, rounded up to a line of memory.
 pub(super) const MERGEABLE_BUFFER: u32 = 1536;
-/// How many chains a poll takes from each queue by default.
-pub(super) const BUDGET: u16 = 256;
+/// How many chains a poll takes from each queue by default. With more, the buffers for receiving of
+/// another guest of the same thread or processor are used up before it has its turn.
+pub(super) const BUDGET: u16 = 32;
 /// How a thread waits before it sleeps, by default.
 pub(super) const IDLE: IdlePolicy = IdlePolicy { spins: 0, yields: 16 };
 /// How many packets are dropped at most that wait for a driver that is gone. The embedded network keeps
