@@ -15,8 +15,8 @@ use std::task::Poll;
 
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
-    Driver, Error, GuestMemory, GuestMmap, Interface, InterfaceConfig, InterfaceInfo, MacAddr6,
-    Status,
+    Direction, Drive, Driver, Error, GuestMemory, GuestMmap, Interface, InterfaceConfig,
+    InterfaceInfo, MacAddr6, SegmentTable, Status,
 };
 use vmring_core::guest::{GuestRegion, SEGMENTS_MAX};
 use vmring_virtio::net::{Interrupt, NetDevice, NetSettings, QueueSetup};
@@ -26,6 +26,8 @@ use vmring_virtio::queue::{AddressSpace, QueueLayout};
 type Scenario = (&'static str, fn(u64));
 
 const SCENARIOS: &[Scenario] = &[
+    ("ring-guest-rx-60-batch-32", |n| ring_alone(n, Direction::Read)),
+    ("ring-guest-tx-60-batch-32", |n| ring_alone(n, Direction::Write)),
     ("virtio-rx-60-batch-32", |n| one_way(n, RX)),
     ("virtio-tx-60-batch-32", |n| one_way(n, TX)),
     ("virtio-embedded-60-batch-32", |n| guest_to_guest(n, 60)),
@@ -197,6 +199,36 @@ impl Guest {
     fn poll(&mut self) {
         let _ = self.device.poll();
     }
+}
+
+/// Guests' buffers in one direction over a ring and a device that does nothing, without a virtqueue: what
+/// a virtio-net device cannot save.
+fn ring_alone(packets: u64, direction: Direction) {
+    let interface = Interface::builder().device(Null).start().expect("null starts");
+    let mapping = GuestMmap::anonymous(BUFFER as usize).expect("memory");
+    let memory = GuestMemory::new([GuestRegion::new(0, Arc::new(mapping))]).expect("one region");
+    let mut table = SegmentTable::new(memory.clone(), 4 * 256).expect("a table");
+    let ring = interface.ring(direction).frames(1).segment_table(&table).drive(Drive::Inline);
+    let ring = ring.mergeable_reads(direction == Direction::Read);
+    let mut ring = ring.build().expect("a ring");
+    let len = if direction == Direction::Read { BUFFER } else { HEADER + NULL_LENGTH as u64 };
+    let mut bytes = 0;
+    for burst in 0..packets / u64::from(BATCH) {
+        for number in 0..u64::from(BATCH) {
+            let slice = memory.slice(0, len as u32);
+            let buffer = table.buffer_of(slice, HEADER as u32).expect("it has slots");
+            let number = burst * u64::from(BATCH) + number;
+            match direction {
+                Direction::Read => ring.stage_read_guest(buffer, number),
+                _ => ring.stage_write_guest(buffer, number),
+            }
+            .expect("the ring has credits");
+        }
+        ring.publish();
+        ring.reap().for_each(|done| bytes += done.result.expect("it succeeds"));
+    }
+    let moved = packets / u64::from(BATCH) * u64::from(BATCH);
+    assert_eq!(bytes, moved as usize * NULL_LENGTH);
 }
 
 /// Packets in one direction over a device that does nothing. Without its other direction's buffers that
