@@ -9,7 +9,7 @@
 //! What is ready is told once, so a forward that cannot go on (its flows are as many as it may have, or
 //! the process has no descriptor left) remembers that and looks again later: it spins on nothing.
 
-mod text;
+pub(crate) mod text;
 
 use core::fmt;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -25,8 +25,6 @@ use crate::sockets::{Kind, SocketError, Sockets, Token};
 use crate::stats::Counter;
 use crate::table::{FlowId, Keyed, Table};
 use crate::tcp::{self, Tcp};
-
-pub use text::ForwardRuleError;
 
 /// A port forward, or a range of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -24,7 +24,7 @@ pub struct NatControl(Arc<Mutex<Weak<Network<PostedSlot>>>>);
 
 impl NatControl {
     /// Makes this the handle of a network.
-    pub(in super::super) fn attach(&self, network: &Arc<Network<PostedSlot>>) {
+    pub(crate) fn attach(&self, network: &Arc<Network<PostedSlot>>) {
         *lock(&self.0) = Arc::downgrade(network);
     }
 
@@ -91,7 +91,7 @@ impl NatControl {
 
 /// Adds a forward as vmnet does: from a port of the host, here at its loopback address. Returns `None` if
 /// the network has no translator, as the two below.
-pub(in super::super) fn add_port_forward(
+pub(crate) fn add_port_forward(
     network: &Arc<Network<PostedSlot>>,
     rule: &PortForward,
 ) -> Option<Result<(), Error>> {
@@ -103,7 +103,7 @@ pub(in super::super) fn add_port_forward(
 }
 
 /// Removes the forwards of a port of the host, at whichever address.
-pub(in super::super) fn remove_port_forward(
+pub(crate) fn remove_port_forward(
     network: &Arc<Network<PostedSlot>>,
     protocol: config::Protocol,
     port: u16,
@@ -129,7 +129,7 @@ pub(in super::super) fn remove_port_forward(
 }
 
 /// The forwards to guests that are known by their addresses.
-pub(in super::super) fn port_forwards(
+pub(crate) fn port_forwards(
     network: &Arc<Network<PostedSlot>>,
 ) -> Option<Result<Vec<PortForward>, Error>> {
     let translator = translator_of(network)?;
@@ -156,7 +156,7 @@ fn protocol_of(protocol: config::Protocol) -> Protocol {
 }
 
 /// The translator's counters by name. There are none while its thread does not run.
-pub(in super::super) fn counters(network: &Network<PostedSlot>) -> Vec<(&'static str, u64)> {
+pub(crate) fn counters(network: &Network<PostedSlot>) -> Vec<(&'static str, u64)> {
     let Some(translator) = translator_of(network) else { return Vec::new() };
     // A translator that does not answer has no counters to show.
     let Ok(Some(counters)) = counters_of(&translator) else { return Vec::new() };

@@ -81,7 +81,7 @@ impl NatSettings {
     }
 
     /// The settings as names and values, by which a network tells whether two are the same.
-    pub(in super::super) fn rows(&self) -> Vec<(&'static str, String)> {
+    pub(crate) fn rows(&self) -> Vec<(&'static str, String)> {
         fn list<T: fmt::Display>(items: &[T]) -> String {
             let items: Vec<_> = items.iter().map(T::to_string).collect();
             format!("[{}]", items.join(" "))

@@ -37,7 +37,7 @@ struct Running {
 }
 
 /// Gives a network its way out, unless it has it, and adds the forwards that it is set to.
-pub(in super::super) fn set_up(
+pub(crate) fn set_up(
     network: &Arc<Network<PostedSlot>>,
     settings: &NatSettings,
 ) -> Result<(), Error> {
