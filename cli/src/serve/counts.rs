@@ -15,7 +15,8 @@ pub(crate) struct Counts {
 }
 
 /// The counters of a port, among those of its network.
-pub(super) const OF_A_PORT: [&str; 3] = ["second copies", "checksums completed", "cut in software"];
+pub(super) const OF_A_PORT: [&str; 4] =
+    ["second copies", "checksums completed", "cut in software", "sent to the router"];
 
 /// The counters of packets that did not get where they were to go.
 const DROPS: [&str; 13] = [
