@@ -28,8 +28,8 @@ impl<B: PacketBuffer> Network<B> {
         }
     }
 
-    /// Sends a router advertisement to each port whose receiver is open, except the uplink. Whoever has a
-    /// timer can call it every 200 to 600 seconds (RFC 4861, 6.2.1). A port without a buffer misses it,
+    /// Sends a router advertisement to each port whose receiver is open, except the uplink. An
+    /// owner with a timer can call it every 200 to 600 seconds (RFC 4861, 6.2.1). A port without a buffer misses it,
     /// which is counted. It does nothing on a network without [IPv6](crate::NetworkConfig::ipv6).
     pub fn advertise_ipv6(&self) {
         let mut frame = [0; ADVERTISEMENT_MAX];

@@ -660,7 +660,7 @@ impl<B: PacketBuffer> RouterEnd<B> {
 
 impl<B> Drop for RouterEnd<B> {
     fn drop(&mut self) {
-        // Who drives the end next gets the ports in front of what has happened since.
+        // The next thread that drives the end gets the ports in front of what has happened since.
         let mut events = self.shared.events();
         let ports = self.ports.iter_mut().filter_map(Option::take);
         events.splice(0..0, ports.map(Event::Joined));

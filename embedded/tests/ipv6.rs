@@ -733,7 +733,7 @@ fn wrong_settings_of_ipv6_are_refused_by_what_is_wrong() {
     }
     let switch = NetworkConfig { ipv6: Some(Ipv6Config::new(PREFIX)), ..NetworkConfig::switch() };
     assert_eq!(switch.check(), Err(NetworkConfigError::NoGateway { setting: "ipv6" }));
-    // Who joins a network with another prefix learns what differs.
+    // A port that joins a network with another prefix learns what differs.
     let networks = Registry::<Buffer>::new();
     let with = |ipv6| NetworkConfig { ipv6, ..NetworkConfig::default() };
     let _network = networks.open("lab", &with(Some(Ipv6Config::new(PREFIX)))).unwrap();

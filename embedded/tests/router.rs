@@ -330,7 +330,7 @@ fn a_port_that_takes_a_place_has_nothing_of_the_one_before() {
     assert_eq!(ports, [(0, bob.mac)]);
     router.with(|end| end.send(0, &frame, &OffloadHeader::NONE)).unwrap();
     assert_eq!(bob.receive(), [frame]);
-    // Whoever comes and goes before the router looks is not told of.
+    // The router is not told of a port that comes and goes before it looks.
     drop(Guest::join(&network, 3));
     let mut left = Vec::new();
     router.with(|end| end.look(|port| left.push(port)));

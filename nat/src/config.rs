@@ -22,7 +22,7 @@ pub struct NatConfig {
     pub subnet_v6: Prefix,
     /// What may grow, and how far.
     pub limits: Limits,
-    /// Who answers what guests ask the gateway by DNS, at port 53 over UDP and TCP.
+    /// The resolvers for what guests ask the gateway by DNS, at port 53 over UDP and TCP.
     /// [`Nat::set_resolvers`](crate::Nat::set_resolvers) changes it.
     pub resolvers: Resolvers,
     /// Whether all that a guest sends by UDP from one of its ports comes from one port of the host,

@@ -87,8 +87,8 @@ fn enter() -> Result<(), String> {
              kernel.apparmor_restrict_unprivileged_userns"
         )
     })?;
-    // The command sees the same user and group as the caller. Who may write the second file must have
-    // given up to change groups.
+    // The command sees the same user and group as the caller. The kernel takes the map of groups only from
+    // a process that has given up to change its groups.
     let write = |file: &str, text: String| {
         std::fs::write(file, text).map_err(|e| failed(&format!("writing {file}"), &e))
     };

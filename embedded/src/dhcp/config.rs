@@ -65,7 +65,7 @@ pub struct DhcpLease {
     pub remaining: Duration,
 }
 
-/// Who has an address, as far as a server knows.
+/// The station that has an address, as far as a server knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressHolder {
     /// The address.

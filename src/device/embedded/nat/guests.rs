@@ -165,7 +165,7 @@ impl Addresses {
         let micros = now.as_micros() as u64;
         for holder in holders.iter().filter(|holder| !holder.leased) {
             if let Some(port) = holder.port {
-                // Whoever has the address by right keeps it.
+                // A guest that has the address by right keeps it.
                 let mac = holder.mac.into_array();
                 let _ = sources.check(Port(port), mac, holder.address.into(), micros);
             }

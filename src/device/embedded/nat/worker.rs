@@ -203,7 +203,7 @@ fn obey(command: Command, nat: &mut Nat<Host>, guests: &mut Guests, now: Duratio
                 // A peer on the host's loopback address has the gateway's address for the guest.
                 guests.end.set_all_of_gateway(true);
             }
-            // Whoever has asked may have given up.
+            // The thread that has asked may have given up.
             if let Err(lost) = answer.try_send(added)
                 && let TrySendError::Disconnected(Ok(at)) = lost
             {
