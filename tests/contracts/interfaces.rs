@@ -299,7 +299,8 @@ fn what_a_device_lacks_answers_not_supported() {
         internal_address: [192, 168, 64, 2].into(),
         internal_port: 80,
     };
-    let embedded = Interface::builder().device(Embedded::network(unique("lacks"))).start().unwrap();
+    let embedded = Embedded::network(unique("lacks")).no_nat();
+    let embedded = Interface::builder().device(embedded).start().unwrap();
     let faulty = vmring::device::fault::Faults::seeded(1).wrap(Loopback::new(1500));
     let faulty = Interface::builder().device(faulty).start().unwrap();
     for interface in [loopback(), embedded, faulty] {
