@@ -90,7 +90,8 @@ Examples:
   sudo vmring demo --device tap --engine plain
 
 The guests ping the gateway and each other. The SHA-256 of the transfer is
-checked at the far end. On the tap device (Linux, root) the other guest is the
+checked at the far end. On the embedded network in shared mode a guest then
+fetches something from a server on the host's side, at the gateway's address. On the tap device (Linux, root) the other guest is the
 kernel, and the bytes go there and back. The command makes a network namespace
 for this and removes it: the host's network does not change.
 A signal (Ctrl-C, SIGTERM, SIGHUP) ends the demo with a report of what it found

@@ -1,6 +1,7 @@
 //! `vmring demo`: two guests get addresses, ping each other and move a gigabyte.
 
 pub(crate) mod guest;
+mod host;
 #[cfg(target_os = "linux")]
 mod kernel;
 mod limits;
@@ -28,8 +29,9 @@ use crate::stop::Stop;
 use crate::stream::Stream;
 use crate::system;
 use guest::{Command, Guest, Lease, Pings, Report};
+use host::HostServer;
 use limits::{
-    BYTES, END_TIMEOUT, LEASE_TIMEOUT, PINGS, PINGS_TIMEOUT, STALL_TIMEOUT, TICK, window,
+    BYTES, END_TIMEOUT, FETCH, LEASE_TIMEOUT, PINGS, PINGS_TIMEOUT, STALL_TIMEOUT, TICK, window,
 };
 use setup::{DemoNetwork, Settings};
 use summary::{CaptureSummary, GuestSummary, IdleSummary, KERNEL, Summary, TransferSummary};
@@ -116,6 +118,8 @@ struct Demo {
     stop: Stop,
     /// What the demo does now, for the sentence that says what a signal has cut short.
     step: RefCell<String>,
+    /// What a guest fetches from.
+    host: Option<HostServer>,
     /// Kept as long as its rings exist.
     poller: Option<Poller>,
 }
@@ -138,6 +142,7 @@ impl Demo {
             reports,
             stop,
             step: RefCell::default(),
+            host: settings.host(),
             poller,
         };
         for (number, side) in network.sides.into_iter().enumerate() {
@@ -171,6 +176,11 @@ impl Demo {
             if self.has_kernel() {
                 let back = self.transfer((RECEIVER, SENDER), bytes, &leases)?;
                 whole(summary.transfer_back.insert(back), bytes)?;
+            }
+            if let Some(host) = &self.host {
+                let bytes = bytes.min(FETCH);
+                let fetched = self.fetch(host, bytes, &leases)?;
+                whole(summary.fetch.insert(fetched), bytes)?;
             }
         }
         if let Some(seconds) = args.idle {
@@ -305,7 +315,7 @@ impl Demo {
     ) -> Result<TransferSummary, Failure> {
         let window = window(self.interfaces[0].mtu());
         self.begin(format!("{} began to listen", self.names[to]));
-        self.guests[to].tell(Command::Receive { window });
+        self.guests[to].tell(Command::Receive { window, from: None });
         self.wait_for(END_TIMEOUT, "the receiving guest did not listen", |_, report| {
             matches!(report, Report::Listening).then_some(())
         })?;
@@ -368,6 +378,56 @@ impl Demo {
             data_packets,
             packets_per_s: round(packets as f64 / seconds, 0),
             sha256_ok,
+            sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        })
+    }
+
+    /// A guest fetches something from the host's side, by the network's way out.
+    fn fetch(
+        &self,
+        host: &HostServer,
+        bytes: u64,
+        leases: &[Lease; 2],
+    ) -> Result<TransferSummary, Failure> {
+        let guest = RECEIVER;
+        let from = (leases[guest].server, host.port());
+        let stream = Stream::new(bytes ^ 0x686f_7374);
+        let failed = |error| Failure::Step(format!("the server on the host's side: {error}"));
+        let (window, before) = (window(self.interfaces[0].mtu()), self.controls[guest].stats());
+        let name = self.names[guest];
+        self.begin(format!("{name} fetched {} from the host", self::bytes(bytes)));
+        host.serve(stream.clone(), bytes).map_err(failed)?;
+        let started = Instant::now();
+        self.guests[guest].tell(Command::Receive { window, from: Some(from) });
+        let mut moved = (0, Instant::now());
+        let received = loop {
+            if let Some((_, Report::Received(all))) = self.next(Instant::now() + TICK)? {
+                break all;
+            }
+            let position = self.guests[guest].progress.load(Ordering::Relaxed);
+            if position > moved.0 {
+                moved = (position, Instant::now());
+            } else if moved.1.elapsed() > STALL_TIMEOUT {
+                return Err(Failure::Step(format!(
+                    "what {name} fetched has stalled after {position} of {bytes} bytes"
+                )));
+            }
+        };
+        let after = self.controls[guest].stats();
+        let digest = stream.digest(bytes, || self.go_on())?;
+        let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
+        let data_packets = after.rx_packets - before.rx_packets;
+        let packets = data_packets + after.tx_packets - before.tx_packets;
+        Ok(TransferSummary {
+            from: format!("the host, {}:{},", from.0, from.1),
+            to: name.to_owned(),
+            bytes: received.bytes,
+            seconds: round(seconds, 6),
+            gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
+            packets,
+            data_packets,
+            packets_per_s: round(packets as f64 / seconds, 0),
+            sha256_ok: digest == received.digest && received.bytes == bytes,
             sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
         })
     }

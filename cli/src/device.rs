@@ -72,9 +72,7 @@ impl DeviceName {
     /// If the system makes no socket pair.
     pub(crate) fn driver(self, network: &str, dhcp: &DhcpArgs) -> Result<Box<dyn Driver>, Error> {
         Ok(match self {
-            DeviceName::Embedded => {
-                Box::new(dhcp.embedded(Embedded::network(network).overflow(QUEUE)))
-            }
+            DeviceName::Embedded => Box::new(embedded(network, dhcp)),
             DeviceName::Loopback => Box::new(Loopback::new(1500)),
             // As on a Mac, there is one network for each mode.
             DeviceName::Vmnet => Box::new(Vmnet::new()),
@@ -111,6 +109,11 @@ impl DeviceName {
             _ => UnixStream::pair().map(|(one, other)| (one.into(), other.into())),
         }
     }
+}
+
+/// A driver for one end of an embedded network.
+pub(crate) fn embedded(network: &str, dhcp: &DhcpArgs) -> Embedded {
+    dhcp.embedded(Embedded::network(network).overflow(QUEUE))
 }
 
 #[cfg(target_os = "linux")]

@@ -146,6 +146,8 @@ fn the_demo_moves_every_byte_and_says_so_in_json() {
     assert!(transfer["seconds"].as_f64() > Some(0.0));
     assert!(transfer["gbit_per_s"].as_f64() > Some(0.0));
     assert!(transfer["packets"].as_u64() > Some((8 << 20) / 1500));
+    let fetch = &report["fetch"];
+    assert_eq!((&fetch["bytes"], &fetch["sha256_ok"]), (&(8 << 20).into(), &true.into()));
     assert_eq!(report["drops"], 0);
 }
 
@@ -159,6 +161,7 @@ fn offload_on_the_embedded_network_makes_fewer_and_larger_packets() {
         assert_eq!((&transfer["bytes"], &transfer["sha256_ok"]), (&(8 << 20).into(), &true.into()));
         let packets = transfer["packets"].as_u64().expect("a number");
         assert!(packets < (8 << 20) / 1460 / 2, "{packets} for 8 MiB");
+        assert_eq!(report["fetch"]["sha256_ok"], true);
         assert_eq!((&report["guests"][0]["mtu"], &report["drops"]), (&1500.into(), &0.into()));
     }
 }
@@ -494,6 +497,7 @@ fn the_demo_runs_in_host_mode_on_a_subnet_of_choice_and_other_drives() {
         ]);
         assert_eq!(report["mode"], "host");
         assert_eq!(report["transfer"]["sha256_ok"], true);
+        assert_eq!(report["fetch"], Value::Null, "a host network has no way out");
         for guest in report["guests"].as_array().expect("a list") {
             assert!(guest["ipv4"].as_str().expect("an address").starts_with("10.7.0."));
             assert_eq!(guest["mtu"], 9000);

@@ -139,7 +139,7 @@ fn transfer(name: &str, bytes: u64, depth: u32) -> (Summary, Duration) {
     }
     let window = 256 << 10;
     let stream = Stream::new(bytes);
-    sides[1].guest.tell(Command::Receive { window });
+    sides[1].guest.tell(Command::Receive { window, from: None });
     assert!(matches!(sides[1].next(), Report::Listening));
     let start = Instant::now();
     let (target, sent) = (addresses[1], stream.clone());

@@ -36,8 +36,8 @@ const OPTION_LEASE_TIME: u8 = 51;
 pub(crate) enum Command {
     /// Ping `target` this many times, after one more ping that makes contact and does not count.
     Ping { target: Ipv4Addr, count: u32 },
-    /// Accept one connection and receive its data.
-    Receive { window: usize },
+    /// Accept one connection, or connect to where it comes `from`, and receive its data.
+    Receive { window: usize, from: Option<(Ipv4Addr, u16)> },
     /// Connect, and send this many bytes of the stream.
     Send { target: Ipv4Addr, bytes: u64, stream: Stream, window: usize },
     /// End.
@@ -310,9 +310,14 @@ impl<'a> Stack<'a> {
                 let pings = Pings::default();
                 Task::Ping(Pinging { target, left: count, in_contact: false, waiting: None, pings })
             }
-            Command::Receive { window } => {
+            Command::Receive { window, from } => {
                 let mut socket = tcp_socket(window, 4096);
-                socket.listen(TCP_PORT).expect("a fresh socket listens on a port that is not 0");
+                match from {
+                    Some(from) => self.connect(&mut socket, from),
+                    None => socket
+                        .listen(TCP_PORT)
+                        .expect("a fresh socket listens on a port that is not 0"),
+                }
                 let socket = self.sockets.add(socket);
                 self.progress.store(0, Ordering::Relaxed);
                 (self.tell)(Report::Listening);
@@ -320,16 +325,20 @@ impl<'a> Stack<'a> {
             }
             Command::Send { target, bytes, stream, window } => {
                 let mut socket = tcp_socket(4096, window);
-                let remote = (IpAddress::from(target), TCP_PORT);
-                // Ephemeral ports (RFC 6335) begin at 49152.
-                let local = 49_152 + (self.epoch.elapsed().as_nanos() % 16_000) as u16;
-                let connected = socket.connect(self.interface.context(), remote, local);
-                connected.expect("a fresh socket connects");
+                self.connect(&mut socket, (target, TCP_PORT));
                 let socket = self.sockets.add(socket);
                 Task::Send { socket, stream, left: bytes, started: Instant::now() }
             }
             Command::Quit => return,
         };
+    }
+
+    fn connect(&mut self, socket: &mut tcp::Socket<'_>, (target, port): (Ipv4Addr, u16)) {
+        let remote = (IpAddress::from(target), port);
+        // Ephemeral ports (RFC 6335) begin at 49152.
+        let local = 49_152 + (self.epoch.elapsed().as_nanos() % 16_000) as u16;
+        let connected = socket.connect(self.interface.context(), remote, local);
+        connected.expect("a fresh socket connects");
     }
 
     /// Advances the task, between receiving and sending. Returns the latest time at which it has to

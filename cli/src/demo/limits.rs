@@ -6,6 +6,8 @@ use std::time::Duration;
 pub(crate) const PINGS: u32 = 50;
 /// Bytes that are transferred by default.
 pub(crate) const BYTES: u64 = 1 << 30;
+/// Bytes that a guest fetches from the host's side, at most.
+pub(crate) const FETCH: u64 = 64 << 20;
 /// How long a guest may take to get a lease. A DHCP client repeats a lost packet after ten seconds.
 pub(crate) const LEASE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long all pings of a guest may take. A guest gives up on one ping after a second.

@@ -4,12 +4,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmring::device::Offloads;
+use vmring::device::embedded::nat::{HostPort, NatSettings, Protocol};
 use vmring::device::pcap::Capture;
 use vmring::{
     Direction, Drive, Driver, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Poller, Ring,
     RingControl,
 };
 
+use super::host::HostServer;
 use super::limits::{CLOSE_TIMEOUT, LARGE_PACKET, depth};
 use super::nic::NetworkCard;
 #[cfg(target_os = "linux")]
@@ -17,7 +19,7 @@ use super::tap;
 #[cfg(target_os = "linux")]
 use crate::args::TapArgs;
 use crate::args::{DemoArgs, DriveArg};
-use crate::device::DeviceName;
+use crate::device::{self, DeviceName};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 
@@ -33,6 +35,8 @@ pub(crate) struct Settings {
     #[cfg(target_os = "linux")]
     tap: TapArgs,
     dhcp: DhcpArgs,
+    /// What a guest fetches from, if the network has a way out.
+    host: Option<HostServer>,
 }
 
 impl Settings {
@@ -47,7 +51,19 @@ impl Settings {
         if self.has_kernel() {
             return Ok(Box::new(self.dhcp.tap(self.tap.driver())));
         }
-        self.device.driver(network, &self.dhcp)
+        match &self.host {
+            Some(host) => {
+                let settings = NatSettings::new()
+                    .host_port(HostPort { port: host.port(), protocol: Protocol::Tcp });
+                Ok(Box::new(device::embedded(network, &self.dhcp).nat(settings)))
+            }
+            None => self.device.driver(network, &self.dhcp),
+        }
+    }
+
+    /// The server on the host's side, if guests reach it.
+    pub(crate) fn host(&self) -> Option<HostServer> {
+        self.host.clone()
     }
 
     /// The offloads that the device is asked for.
@@ -84,6 +100,11 @@ impl Settings {
         }
         args.dhcp.check(usize::from(device.has_dhcp()))?;
         let DemoArgs { mode, mtu, subnet, drive, .. } = args;
+        let has_way_out = device == DeviceName::Embedded && *mode == Mode::Shared;
+        let host = has_way_out.then(HostServer::listen).transpose();
+        let host = host.map_err(|error| {
+            Failure::Step(format!("the server on the host's side cannot start: {error}"))
+        })?;
         let settings = Self {
             mode: mode.clone(),
             mtu: *mtu,
@@ -94,6 +115,7 @@ impl Settings {
             #[cfg(target_os = "linux")]
             tap: args.tap,
             dhcp: args.dhcp.clone(),
+            host,
         };
         if let Some(range) = subnet
             && !settings.has_kernel()

@@ -34,6 +34,8 @@ pub(crate) struct Summary {
     pub(crate) transfer: Option<TransferSummary>,
     /// The transfer in the other direction, if the other guest is the kernel.
     pub(crate) transfer_back: Option<TransferSummary>,
+    /// What a guest has fetched from the host's side, by its network's way out.
+    pub(crate) fetch: Option<TransferSummary>,
     pub(crate) idle: Option<IdleSummary>,
     /// Packets that did not arrive: those that the network dropped, and those that a guest's ring
     /// could not write or read.
@@ -284,10 +286,12 @@ impl Summary {
 
     fn moved(&self) -> String {
         let mut text = String::new();
-        for transfer in self.transfer.iter().chain(&self.transfer_back) {
+        let named = |name, transfer| std::iter::repeat(name).zip(transfer);
+        let all = named("Transfer", &self.transfer).chain(named("Transfer", &self.transfer_back));
+        for (what, transfer) in all.chain(named("The way out", &self.fetch)) {
             let _ = writeln!(
                 text,
-                "\nTransfer: {} from {} to {} in {:.2} s, SHA-256 {}\n  {:.2} Gbit/s, {} \
+                "\n{what}: {} from {} to {} in {:.2} s, SHA-256 {}\n  {:.2} Gbit/s, {} \
                  packets per second, {} packets",
                 bytes(transfer.bytes),
                 transfer.from,

@@ -46,6 +46,7 @@ impl Host {
         told
     }
 
+    #[track_caller]
     pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
         self.start(job).recv_timeout(LIMIT).expect("it ends in time")
     }
