@@ -202,6 +202,9 @@ pub(crate) const CALLS: &[Call] = calls! {
     SYS_recvmmsg: Nat, Only::Any;
     SYS_sendmmsg: Nat, Only::Any;
     SYS_shutdown: Nat, Only::Any;
+    // The translator starts with the first packet for outside. It looks what sockets can do here, and how
+    // many there may be.
+    SYS_prlimit64: Nat, Only::OneOf { argument: 1, values: &[libc::RLIMIT_NOFILE as u32] };
     // The host's resolvers, from the file that names them.
     #[cfg(any(target_arch = "aarch64", not(target_env = "musl")))]
     SYS_openat: Resolvers, Only::Any;

@@ -372,8 +372,8 @@ fn own(folder: &Path) -> BTreeSet<String> {
 }
 
 /// A guest on a wire reaches the world.
-fn way_out(folder: &Path) -> BTreeSet<String> {
-    let (path, ports) = (folder.join("a.sock"), super::way_out::Ports::new());
+fn way_out(folder: &Path, ports: super::way_out::Ports) -> BTreeSet<String> {
+    let path = folder.join("a.sock");
     let (options, wire) = (ports.options(), wires::at("qemu", &path));
     let mut arguments = vec!["--network", "embedded:lab", "--listen", &wire];
     arguments.extend(as_strs(&options));
@@ -440,7 +440,10 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![], reported(&folder("reported"))),
     ];
     if is_possible() {
-        kinds.push((vec![When::Wires, When::Nat, When::Resolvers], way_out(&folder("way out"))));
+        use super::way_out::Ports;
+        let when = vec![When::Wires, When::Nat, When::Resolvers];
+        kinds.push((when.clone(), way_out(&folder("way out"), Ports::new())));
+        kinds.push((when, way_out(&folder("late way out"), Ports::to_go_out())));
         kinds.extend(super::tap::in_namespace(taps));
     }
     let mut wrong = Vec::new();

@@ -101,7 +101,8 @@ pub(super) struct Ports {
     stream: (TcpListener, u16),
     datagrams: (UdpSocket, u16),
     nobody: u16,
-    forwarded: u16,
+    /// A port that leads to the guest.
+    forwarded: Option<u16>,
 }
 
 impl Ports {
@@ -110,21 +111,29 @@ impl Ports {
             stream: listener(),
             datagrams: datagrams(),
             nobody: free_port(),
-            forwarded: free_port(),
+            forwarded: Some(free_port()),
         }
+    }
+
+    /// None of them leads to the guest, so the translator starts with the guest's first packet.
+    pub(super) fn to_go_out() -> Self {
+        Self { forwarded: None, ..Self::new() }
     }
 
     /// The options of a server that lets guests do what they do here.
     pub(super) fn options(&self) -> Vec<String> {
         let Self { stream, datagrams, nobody, forwarded } = self;
-        vec![
+        let mut options = vec![
             format!("--host-port={}", stream.1),
             format!("--host-port={},udp", datagrams.1),
             format!("--host-port={nobody}"),
             format!("--host-port={nobody},udp"),
-            format!("--forward={forwarded}={GUEST}:{GUEST_PORT}"),
-            format!("--forward={forwarded}={GUEST}:{GUEST_PORT},udp"),
-        ]
+        ];
+        for protocol in ["tcp", "udp"] {
+            let rule = |port: &u16| format!("--forward={port}={GUEST}:{GUEST_PORT},{protocol}");
+            options.extend(forwarded.iter().map(rule));
+        }
+        options
     }
 }
 
@@ -218,6 +227,7 @@ pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
         let _ = Command::new("ping").args(["-c1", "-W1", "127.0.0.2"]).output();
     });
     // In, by the ports that lead to the guest.
+    let Some(forwarded) = forwarded else { return guest };
     let (listener, socket) = guest.host.run(|| {
         let listener = TcpListener::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
         let socket = UdpSocket::bind(("0.0.0.0", GUEST_PORT)).expect("its port");
@@ -257,7 +267,7 @@ fn a_guest_of_a_confined_server_reaches_the_world() {
             sender.send(one.expect("one JSON object after the other")).expect("it is read");
         }
     });
-    let forwarded = ports.forwarded;
+    let forwarded = ports.forwarded.expect("a port that leads to the guest");
     let guest = visit(&path, ports);
     server.signal("USR1");
     let running = reports.recv_timeout(LIMIT).expect("a report");
@@ -281,6 +291,22 @@ fn a_guest_of_a_confined_server_reaches_the_world() {
     let flows = way_out["flows"].as_array().expect("a list");
     assert!(flows.iter().any(|one| one["protocol"] == "udp"), "{way_out:#}");
     assert!(flows.iter().all(|one| one["guest"].as_str().expect("words").starts_with(GUEST)));
+}
+
+/// A translator that starts when the server is confined already.
+#[test]
+fn a_way_out_may_begin_late() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    let path = scratch("serve late way out").join("a.sock");
+    let (wire, ports) = (wires::at("qemu", &path), Ports::to_go_out());
+    let options = ports.options();
+    let mut arguments = vec!["--listen", &*wire];
+    arguments.extend(options.iter().map(String::as_str));
+    let server = Server::new(&arguments);
+    drop(visit(&path, ports));
+    server.report("TERM");
 }
 
 /// Without a way out the gateway says so.
