@@ -3,7 +3,7 @@
 //!
 //! ```
 //! use vmring::device::fault::Faults;
-//! use vmring::{Interface, Loopback};
+//! use vmring::{Direction, Interface, Loopback};
 //!
 //! let faults = Faults::seeded(7).short_batches(0.5).exhaustion(0.1).duplicate_wakes(0.2);
 //! let interface = Interface::builder().device(faults.wrap(Loopback::new(1500))).start()?;
