@@ -65,28 +65,33 @@ pub(crate) fn run(args: &RunNetnsArgs) -> Result<ExitCode, Failure> {
         // SAFETY: no handler is installed: the signal is ignored.
         unsafe { signal(one, SigHandler::SigIgn) }.map_err(|e| failed("ignoring a signal", &e))?;
     }
-    let outcome = serve(&here, child, args);
-    if outcome.is_err() {
-        // A child that waits for its settings ends, and so does a command that has lost its network.
-        let _ = kill(child, Signal::SIGTERM);
-        drop(here);
-        let _ = waitpid(child, None);
-    }
-    outcome
+    serve(here, child, args)
 }
 
 /// Serves the child until it has ended.
-fn serve(socket: &UnixStream, child: Pid, args: &RunNetnsArgs) -> Result<ExitCode, Failure> {
-    let stop = Stop::new()?;
-    pass_on(child)?;
-    let Some(tap) = receive_descriptor(socket)? else {
-        // It has said why.
-        return ended(wait(child));
+fn serve(socket: UnixStream, child: Pid, args: &RunNetnsArgs) -> Result<ExitCode, Failure> {
+    let begun = Stop::new().and_then(|stop| {
+        pass_on(child)?;
+        let joined = receive_descriptor(&socket)?.map(|tap| join(&tap, args)).transpose()?;
+        Ok((stop, joined))
+    });
+    let (stop, mut bridge) = match begun {
+        Ok((stop, Some((bridge, settings)))) => {
+            let told =
+                serde_json::to_string(&settings).expect("it consists of numbers and addresses");
+            // A child that has ended is found by the wait.
+            let _ = writeln!(&socket, "{told}");
+            (stop, bridge)
+        }
+        // It has said why it ends.
+        Ok((_, None)) => return ended(wait(child)),
+        Err(failure) => {
+            // A child that waits for its settings ends without them.
+            drop(socket);
+            wait(child);
+            return Err(failure);
+        }
     };
-    let (mut bridge, settings) = join(&tap, args)?;
-    let told = serde_json::to_string(&settings).expect("it consists of numbers and addresses");
-    // A child that has ended is found by the wait.
-    let _ = writeln!(&*socket, "{told}");
     let waiter: JoinHandle<WaitStatus> = {
         let stop = stop.clone();
         thread::spawn(move || {
@@ -96,7 +101,8 @@ fn serve(socket: &UnixStream, child: Pid, args: &RunNetnsArgs) -> Result<ExitCod
         })
     };
     let moved = bridge.run(&stop, None, None, |_| {});
-    if moved.is_err() {
+    if moved.is_err() && !waiter.is_finished() {
+        // A command that has lost its network ends.
         let _ = kill(child, Signal::SIGTERM);
     }
     let status = waiter.join().expect("it only waits");
