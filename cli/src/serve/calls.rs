@@ -204,7 +204,7 @@ pub(crate) const CALLS: &[Call] = calls! {
     SYS_shutdown: Nat, Only::Any;
     // The translator starts with the first packet for outside. It looks what sockets can do here, and how
     // many there may be.
-    SYS_prlimit64: Nat, Only::OneOf { argument: 1, values: &[libc::RLIMIT_NOFILE as u32] };
+    SYS_prlimit64: Nat, Only::OneOf { argument: 1, values: &[libc::RLIMIT_NOFILE as _] };
     // The host's resolvers, from the file that names them.
     #[cfg(any(target_arch = "aarch64", not(target_env = "musl")))]
     SYS_openat: Resolvers, Only::Any;
