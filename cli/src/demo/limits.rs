@@ -40,7 +40,6 @@ pub(crate) const ACCEPT_PATIENCE: Duration = Duration::from_micros(100);
 #[cfg(target_os = "linux")]
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The most bytes that one call of the kernel reads or writes.
-#[cfg(target_os = "linux")]
 pub(crate) const CHUNK: usize = 256 << 10;
 
 /// The longest IP packet that a guest sends with segmentation offload: the longest that IPv4 has, with

@@ -2,6 +2,8 @@
 
 /// See the [module](self).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+// Elsewhere there are no capabilities to keep.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 pub(crate) struct Kept {
     /// It has changed the host's end of a TAP, and puts it back.
     pub(crate) hosts_end: bool,
@@ -11,6 +13,7 @@ pub(crate) struct Kept {
 
 impl Kept {
     /// Whether there are any.
+    #[cfg(target_os = "linux")]
     pub(crate) fn is_any(self) -> bool {
         self.hosts_end || self.low_ports
     }
