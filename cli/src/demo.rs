@@ -364,22 +364,11 @@ impl Demo {
         say("  checking what arrived");
         self.begin("the command checked what had arrived");
         let digest = stream.digest(bytes, || self.go_on())?;
-        let sha256_ok = digest == received.digest && received.bytes == bytes;
-        let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
         let data_packets = after[from] - before[from];
         let packets = data_packets + after[to] - before[to];
-        Ok(TransferSummary {
-            from: names.0.to_owned(),
-            to: names.1.to_owned(),
-            bytes: received.bytes,
-            seconds: round(seconds, 6),
-            gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
-            packets,
-            data_packets,
-            packets_per_s: round(packets as f64 / seconds, 0),
-            sha256_ok,
-            sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-        })
+        let names = (names.0.to_owned(), names.1.to_owned());
+        let moved = (started, &received);
+        Ok(TransferSummary::of(names, moved, (bytes, digest), (packets, data_packets)))
     }
 
     /// A guest fetches something from the host's side, by the network's way out.
@@ -415,21 +404,11 @@ impl Demo {
         };
         let after = self.controls[guest].stats();
         let digest = stream.digest(bytes, || self.go_on())?;
-        let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
         let data_packets = after.rx_packets - before.rx_packets;
         let packets = data_packets + after.tx_packets - before.tx_packets;
-        Ok(TransferSummary {
-            from: format!("the host, {}:{},", from.0, from.1),
-            to: name.to_owned(),
-            bytes: received.bytes,
-            seconds: round(seconds, 6),
-            gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
-            packets,
-            data_packets,
-            packets_per_s: round(packets as f64 / seconds, 0),
-            sha256_ok: digest == received.digest && received.bytes == bytes,
-            sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-        })
+        let names = (format!("the host, {}:{},", from.0, from.1), name.to_owned());
+        let moved = (started, &received);
+        Ok(TransferSummary::of(names, moved, (bytes, digest), (packets, data_packets)))
     }
 
     /// Packets that each guest has written so far. For the kernel: those that the guest has read.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Instant;
 
 use serde::Serialize;
 use vmring::Interface;
 use vmring::stats::RingStats;
 
-use super::guest::{Lease, Pings};
+use super::guest::{Lease, Pings, Received};
 use crate::report::{Batches, Table, bytes, grouped, percentile, round};
 
 /// The name of the kernel where it is the other guest.
@@ -168,6 +169,30 @@ pub(crate) struct TransferSummary {
     pub(crate) sha256_ok: bool,
     /// The digest of what arrived.
     pub(crate) sha256: String,
+}
+
+impl TransferSummary {
+    /// A transfer between two that are named, which began at `started`. `bytes` of this digest were sent.
+    pub(crate) fn of(
+        (from, to): (String, String),
+        (started, received): (Instant, &Received),
+        (bytes, digest): (u64, [u8; 32]),
+        (packets, data_packets): (u64, u64),
+    ) -> Self {
+        let seconds = received.finished.saturating_duration_since(started).as_secs_f64();
+        Self {
+            from,
+            to,
+            bytes: received.bytes,
+            seconds: round(seconds, 6),
+            gbit_per_s: round(received.bytes as f64 * 8.0 / seconds / 1e9, 3),
+            packets,
+            data_packets,
+            packets_per_s: round(packets as f64 / seconds, 0),
+            sha256_ok: digest == received.digest && received.bytes == bytes,
+            sha256: received.digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
