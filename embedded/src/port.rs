@@ -983,8 +983,8 @@ impl<B: PacketBuffer> Sender<B> {
         }
     }
 
-    /// Gives the gateway a frame, once all its work is done. Its reply comes back to this port and no other. What it asks all
-    /// goes to all, also to this port, behind which there may be several stations.
+    /// Gives the gateway a frame, once all its work is done. Its reply comes back to this port and no
+    /// other. What it asks all goes to all, also to this port, behind which there may be several stations.
     fn ask_gateway(&mut self, frame: Packet<'_>) -> Result<(), DropReason> {
         if !frame.asks() {
             self.ask_gateway_finished(frame);
