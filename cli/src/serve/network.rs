@@ -37,8 +37,6 @@ const DEPTH_OF_LARGE: u32 = 256;
 /// A started network.
 pub(super) struct Network {
     name: String,
-    mtu: u32,
-    max_packet_size: u32,
     /// The pairs of queues that a port has at most.
     pairs: usize,
     ports: Source,
@@ -144,10 +142,22 @@ impl Network {
             Failure::Usage(sentence) => Failure::Usage(format!("{name}: {sentence}")),
             Failure::Step(sentence) => Failure::Step(format!("{name}: {sentence}")),
         };
-        let busy_poll = args.busy_poll;
         let link_reads = match args.connections {
             0..=FEW_CONNECTIONS => LINK_READS,
             _ => LINK_READS_OF_MANY,
+        };
+        let of = |ports, facts| Self {
+            name: name.clone(),
+            pairs: QUEUES_MAX,
+            ports,
+            busy_poll: args.busy_poll,
+            link_reads,
+            keeper: None,
+            nat: None,
+            relay: None,
+            stop: None,
+            uplink: None,
+            facts,
         };
         if let (Spec::Embedded { network, subnet }, false) = (&spec.0, args.per_client) {
             let driver = args.dhcp.embedded(Embedded::network(network).overflow(waiting(args)));
@@ -158,45 +168,14 @@ impl Network {
             let ports = Ports { driver, mode, mac, subnet: *subnet, mtu: args.mtu };
             let keeper = ports.builder().isolated(true).device(ports.driver.clone());
             let keeper = keeper.start().map_err(failed)?;
-            let pairs = QUEUES_MAX;
-            let (mtu, max_packet_size) = (keeper.mtu(), keeper.max_packet_size());
+            let ports = Source::Switch(Box::new(ports));
             let facts = Self::facts_of(&keeper, args);
-            let keeper = Some(keeper);
-            let (relay, stop, uplink) = (None, None, None);
-            return Ok(Self {
-                name,
-                mtu,
-                max_packet_size,
-                pairs,
-                ports: Source::Switch(Box::new(ports)),
-                busy_poll,
-                link_reads,
-                keeper,
-                nat,
-                relay,
-                stop,
-                uplink,
-                facts,
-            });
+            return Ok(Self { keeper: Some(keeper), nat, ..of(ports, facts) });
         }
         let wanted = if may_offload { Offloads::ALL } else { Offloads::default() };
         if args.per_client {
             let (own, facts) = OwnInterfaces::try_one(&spec.0, wanted, args.mtu)?;
-            return Ok(Self {
-                name,
-                mtu: facts.mtu,
-                max_packet_size: facts.max_packet_size,
-                pairs: 1,
-                ports: Source::Own(own),
-                busy_poll,
-                link_reads,
-                keeper: None,
-                nat: None,
-                relay: None,
-                stop: None,
-                uplink: None,
-                facts,
-            });
+            return Ok(Self { pairs: 1, ..of(Source::Own(own), facts) });
         }
         #[cfg(target_os = "linux")]
         let outer = spec.0.clone().driven_by(args.engine);
@@ -219,16 +198,14 @@ impl Network {
         if matches!(spec.0, Spec::Vmnet(_)) {
             facts.mac = outer.interface.mac();
         }
-        let (mtu, max_packet_size) = (outer.interface.mtu(), outer.interface.max_packet_size());
         let offloads = outer.offloads();
         let driver = Embedded::switch(&name).overflow(waiting(args));
         let mac = args.settings.guest_mac.filter(|_| !matches!(spec.0, Spec::Vmnet(_)));
-        let (mode, mtu_of_ports) = (Mode::default(), Some(mtu));
-        let ports = Ports { driver, mode, mac, subnet: None, mtu: mtu_of_ports };
+        let (mode, mtu) = (Mode::default(), Some(facts.mtu));
+        let ports = Ports { driver, mode, mac, subnet: None, mtu };
         // The switch grants what is asked for. So each packet passes between the two as it is.
         let uplink = ports.builder().offloads(offloads).device(ports.driver.clone().uplink());
         let uplink = uplink.start().map_err(failed)?;
-        let pairs = QUEUES_MAX;
         let ends = [outer, End::of("the guests", uplink)];
         let large = offloads.tso4 || offloads.tso6 || offloads.uso;
         let depth = if large { DEPTH_OF_LARGE } else { DEPTH };
@@ -239,22 +216,8 @@ impl Network {
         let stop = Stop::new()?;
         let uplink = Some(bridge.control(0));
         let relay = Some(Relay { bridge, stop: stop.clone() });
-        let (keeper, nat, stop) = (None, None, Some(stop));
-        Ok(Self {
-            name,
-            mtu,
-            max_packet_size,
-            pairs,
-            ports: Source::Switch(Box::new(ports)),
-            busy_poll,
-            link_reads,
-            keeper,
-            nat,
-            relay,
-            stop,
-            uplink,
-            facts,
-        })
+        let ports = Source::Switch(Box::new(ports));
+        Ok(Self { relay, stop: Some(stop), uplink, ..of(ports, facts) })
     }
 
     /// The properties of the network that has this interface.
@@ -289,11 +252,11 @@ impl Network {
     }
 
     pub(super) fn mtu(&self) -> u32 {
-        self.mtu
+        self.facts.mtu
     }
 
     pub(super) fn max_packet_size(&self) -> u32 {
-        self.max_packet_size
+        self.facts.max_packet_size
     }
 
     /// What the gateway did and did not answer, if there is one.
@@ -357,7 +320,7 @@ impl Network {
             Source::Own(_) => (spec.offloads(), InSoftware::Cut),
         };
         let socket = socket.implied_offload(spec.implied);
-        let wire = Interface::builder().mtu(self.mtu).offloads(wanted).device(socket).start();
+        let wire = Interface::builder().mtu(self.mtu()).offloads(wanted).device(socket).start();
         let failed = |error| Failure::Step(format!("its wire cannot start: {error}"));
         let ends = [End::of(&spec.to_string(), wire.map_err(failed)?), End::of("its port", port)];
         let reads = if spec.may_offload() { LINK_READS_OF_LARGE } else { self.link_reads };
