@@ -98,8 +98,11 @@ pub(crate) struct Engine {
     permit: Option<RingPermit>,
     phase: Phase,
     drain: Drain,
-    /// The time at which the slots that the device of a closed ring keeps are lost.
+    /// The time from which the slots that the device of a closed ring keeps may be given up.
     lost_at: Option<Instant>,
+    /// Whether they were. Only a poll at that time or later, or a close, sets this. So a caller that
+    /// has seen that it waits for them also sees the deadline of that poll, even if it has passed.
+    given_up: bool,
     stall: Option<Stall>,
     /// When to notify a reaper that waits for more completions than there are, and the number of
     /// the arming that asked for it.
@@ -181,6 +184,7 @@ impl Engine {
             phase: Phase::Open,
             drain: Drain::Off,
             lost_at: None,
+            given_up: false,
             stall: None,
             coalesce: None,
             dropped: Vec::with_capacity(reads + writes),
@@ -214,7 +218,8 @@ impl Engine {
         worked |= match self.phase {
             Phase::Open => self.poll_device(rang),
             Phase::Closing { .. } => self.take_submissions() | self.poll_close(),
-            Phase::Detached | Phase::Closed(_) => self.take_submissions(),
+            Phase::Detached => self.take_submissions(),
+            Phase::Closed(_) => self.take_submissions() | self.poll_kept(),
         };
         if self.shared.has_dropped() {
             self.complete_dropped();
@@ -590,13 +595,23 @@ impl Engine {
         (self.kept[0] + self.kept[1]).max(0) as usize
     }
 
-    /// The number of slots that the device keeps on a closed ring, and that count as leaked: they
-    /// had the ring's close timeout to come back.
+    /// The number of slots that the device keeps on a closed ring, and that count as leaked, because
+    /// they were [given up](Self::give_up_kept).
     pub(crate) fn slots_lost(&self) -> usize {
-        match self.lost_at {
-            Some(at) if self.is_closed() && now() >= at => self.slots_kept(),
-            _ => 0,
-        }
+        if self.given_up { self.slots_kept() } else { 0 }
+    }
+
+    /// Gives up the slots that the device of a closed ring keeps: nobody waits for them any more.
+    pub(crate) fn give_up_kept(&mut self) {
+        self.given_up = self.is_closed();
+    }
+
+    /// Gives up what the device of a closed ring keeps, if it had the ring's close timeout to release
+    /// it. Returns whether anything is given up by this call.
+    fn poll_kept(&mut self) -> bool {
+        let is_due = !self.given_up && self.lost_at.is_some_and(|at| now() >= at);
+        self.given_up |= is_due;
+        is_due && self.slots_kept() > 0
     }
 
     /// Ends the closing, after the queue was dropped or leaked.
@@ -802,7 +817,7 @@ impl Engine {
             Phase::Open => (self.caps.safety_poll.map(after), self.queue_deadline()),
             _ => (None, None),
         };
-        let lost = self.lost_at.filter(|at| self.slots_kept() > 0 && now() < *at);
+        let lost = self.lost_at.filter(|_| !self.given_up && self.slots_kept() > 0);
         let coalesce = self.coalesce.map(|(_, due)| due);
         [closing, stall, safety, queue, lost, coalesce].into_iter().flatten().min()
     }

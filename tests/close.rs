@@ -319,6 +319,34 @@ fn wait_does_not_wait_for_what_has_leaked() {
     });
 }
 
+/// What a caller sees in flight stays in flight until the caller drives the ring, and the ring says
+/// when to do that. So a caller that looks at both, one after the other, does not sleep for ever.
+#[test]
+fn what_has_leaked_is_in_flight_until_the_ring_is_driven_at_its_deadline() {
+    guarded(|| {
+        let interface = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                std::mem::forget(io.take_write());
+                panic!("on purpose")
+            })
+        })
+        .start();
+        let timeout = Duration::from_millis(20);
+        let builder = interface.ring(Direction::Write).close_timeout(timeout);
+        let mut ring = builder.drive(Drive::Inline).build().unwrap();
+        send(&mut ring, 1);
+        ring.reap().for_each(drop);
+        for _ in 0..2 {
+            assert_eq!(ring.in_flight(), 1);
+            assert!(ring.next_deadline().is_some(), "nobody would drive it");
+            std::thread::sleep(timeout);
+        }
+        ring.reap().for_each(drop);
+        assert_eq!((ring.in_flight(), ring.next_deadline()), (0, None));
+        assert_eq!(ring.wait(1, None), 0);
+    });
+}
+
 /// After a close has timed out, a second close reports the same at once, and a drop does not wait
 /// either.
 #[test]

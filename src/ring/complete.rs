@@ -516,7 +516,10 @@ impl CompletionQueue {
         self.waited = true;
         match engine.slots_kept() {
             0 => Ok(()),
-            slots => Err(Error::Leaked { slots, timeout }),
+            slots => {
+                engine.give_up_kept();
+                Err(Error::Leaked { slots, timeout })
+            }
         }
     }
 
