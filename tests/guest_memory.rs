@@ -69,7 +69,8 @@ impl Guest {
         self.buffer_in(user_data, len, 1)
     }
 
-    fn buffer_in(&mut self, user_data: u64, len: u32, pieces: u64) -> GuestBuffer {
+    /// As [`buffer_of`](Self::buffer_of), in so many pieces.
+    pub(crate) fn buffer_in(&mut self, user_data: u64, len: u32, pieces: u64) -> GuestBuffer {
         let mut at = self.free.pop().expect("a guest has as many areas as a ring has entries");
         let (mut ranges, mut left) = (Vec::new(), len);
         for piece in (1..=pieces).rev() {

@@ -303,6 +303,11 @@ impl<'a> PollContext<'a> {
     ///
     /// The completions come one after the other and together: nothing splits them. A part that is
     /// longer than its buffer is cut to it.
+    ///
+    /// A buffer of a guest that the device does not take, with more segments than its
+    /// [`read_segments`](crate::device::Capabilities::read_segments), has a reserved frame in its place.
+    /// Such a read takes a whole packet or nothing: [`PostedSlot::is_reserved`] says so. If it is one of
+    /// several parts, it fails with [`Status::InvalidArgument`], and so do the parts behind it.
     pub fn complete_read_parts<I>(&mut self, parts: I)
     where
         I: IntoIterator<Item = (PostedSlot, usize)>,
@@ -310,7 +315,13 @@ impl<'a> PollContext<'a> {
     {
         let parts = parts.into_iter();
         let count = parts.len();
+        let mut is_spoiled = false;
         for (i, (mut slot, len)) in parts.enumerate() {
+            is_spoiled |= count > 1 && slot.is_reserved();
+            if is_spoiled {
+                self.fail(slot, Status::InvalidArgument);
+                continue;
+            }
             if let Some(guest) = slot.guest_mut().filter(|_| i == 0) {
                 set_count(guest, count as u16);
             }
@@ -329,6 +340,9 @@ impl<'a> PollContext<'a> {
         is_first: bool,
         more: u16,
     ) {
+        if slot.is_reserved() {
+            return self.complete_read(slot, len);
+        }
         set_part_len(slot.posted_buffer_mut(), len, is_first);
         let ring = slot.ring & !FLAGS;
         if self.is_foreign(ring) {

@@ -193,9 +193,11 @@ impl PostedSlot {
         if self.is_read() { self.posted_buffer_mut().guest_mut() } else { None }
     }
 
-    /// Whether the buffer is a reserved frame, in the place of a guest's buffer.
-    #[cfg(all(target_os = "linux", feature = "tap"))]
-    pub(super) fn is_bounced(&self) -> bool {
+    /// Returns whether the buffer is a frame of the ring's, in the place of a guest's buffer that the
+    /// device does not take. A read with such a frame takes a whole packet or nothing, also on a ring
+    /// with [mergeable reads](crate::RingBuilder::mergeable_reads). The packet is copied into the
+    /// guest's buffer when the read completes.
+    pub fn is_reserved(&self) -> bool {
         self.ring & BOUNCED != 0
     }
 

@@ -1,7 +1,9 @@
 //! Mergeable reads: one packet fills several posted reads.
 
 use vmring::device::{PollContext, Progress};
-use vmring::{ConfigError, Direction, Drive, Embedded, EntryError, Error, Interface, Ring, RingOp};
+use vmring::{
+    ConfigError, Direction, Drive, Embedded, EntryError, Error, Interface, Ring, RingOp, Status,
+};
 
 use crate::guest_memory::{Guest, HEADER};
 use crate::support::{
@@ -223,6 +225,46 @@ fn mergeable_reads_are_refused_where_they_cannot_be() {
         assert!(refused(&plain.start(), Direction::Read));
         assert!(refused(&loopback(), Direction::Write));
         assert!(!refused(&loopback(), Direction::Both));
+    });
+}
+
+/// Goal: a read with a reserved frame in the place of a guest's buffer takes a whole packet. As one of
+/// several parts it fails, with the parts behind it, and the ring goes on.
+#[test]
+fn a_reserved_frame_is_no_part_of_a_packet() {
+    guarded(|| {
+        let device = Script::new(|_, _| {
+            ScriptQueue::new(|io| {
+                let mut slots: Vec<_> = std::iter::from_fn(|| io.take_read()).collect();
+                if slots.is_empty() {
+                    return Ok(Progress::Idle);
+                }
+                let reserved: Vec<_> = slots.iter().map(|slot| slot.is_reserved()).collect();
+                assert_eq!(reserved, [true, true, false]);
+                if let Some(space) = slots[0].buffer_mut() {
+                    space[..60].fill(7);
+                }
+                io.complete_read_parts(slots.drain(..1).map(|slot| (slot, 60)));
+                io.complete_read_parts(slots.into_iter().map(|slot| (slot, 60)));
+                Ok(Progress::Idle)
+            })
+        });
+        let device = device.limits(|caps| {
+            (caps.reading_rings, caps.read_segments, caps.merges_reads) = (1, 1, true);
+        });
+        let interface = device.start();
+        let mut guest = Guest::new(8, 1514);
+        let builder = inline(&interface, Direction::Read).segment_table(guest.table());
+        let mut ring = builder.mergeable_reads(true).build().expect("a ring");
+        for (number, pieces) in [(0, 3), (1, 3), (2, 1)] {
+            let buffer = guest.buffer_in(number, HEADER + 1514, pieces);
+            ring.submit_read_guest(buffer, number).expect("it is taken");
+        }
+        let ended: Vec<_> = reap(&mut ring).iter().map(|done| done.brief().2).collect();
+        let refused = Err(EntryError::Device(Status::InvalidArgument));
+        assert_eq!(ended, [Ok(60), refused, refused]);
+        assert_eq!(bytes(&guest, &vec![(0, 60)]), vec![7; 60]);
+        assert_eq!(ring.stats().bounced_reads, 2);
     });
 }
 

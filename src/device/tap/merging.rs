@@ -179,7 +179,7 @@ impl MergingReader {
             }
             let is_first = self.rooms.is_empty();
             // A reserved frame stands for a guest's buffer, and has a whole packet or nothing.
-            if !is_first && slot.is_bounced() {
+            if !is_first && slot.is_reserved() {
                 gathered.is_all = true;
                 break;
             }
