@@ -1,11 +1,14 @@
 //! What the kernel's TAP puts into the memory of a guest: one packet into one buffer or into several.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmring::device::Offloads;
+use vmring::guest::{GuestMapping, GuestMemory, GuestRegion};
 use vmring::{
-    Completion, Direction, EntryError, Interface, Poller, Ring, RingBuilder, RingOp, Tap, TapEngine,
+    Completion, Direction, EntryError, GuestMmap, Interface, Poller, Ring, RingBuilder, RingOp,
+    SegmentTable, Status, Tap, TapEngine,
 };
 
 use crate::contracts::merging::{Group, arrivals, packet_of};
@@ -165,6 +168,59 @@ impl World {
         });
         assert_eq!(ring.ready(), 0);
     }
+}
+
+/// Goal: what a guest sends into a TAP is copied by the kernel alone, and nobody writes to it. The header
+/// is copied once, and the copy is checked: one that asks for what was not negotiated is refused, also if
+/// the guest writes it after the submission. Method: a TAP that completes checksums and cuts nothing. The
+/// page with the packets is made read-only.
+#[test]
+fn a_guests_header_is_checked_where_the_guest_cannot_change_it() {
+    every_engine(|engine, way, poller| {
+        let mut offloads = Offloads::default();
+        offloads.checksum = true;
+        let tap = Tap::named("t0").configure(false).engine(engine);
+        let builder = Interface::builder().offloads(offloads).device(tap);
+        let interface = builder.start().expect("it starts");
+        let page = vmring::page_size();
+        let mapping = Arc::new(GuestMmap::anonymous(2 * page).expect("a mapping"));
+        let start = mapping.start().as_ptr();
+        let memory = GuestMemory::new([GuestRegion::new(0, mapping)]).expect("a region");
+        let table = SegmentTable::new(memory.clone(), 64).expect("a table");
+        let bytes = packet_between(GUEST, HOST, 5, 700);
+        let (plain, later) = ([(0, 12), (100, 300), (500, 400)], [(page as u64, 12), (100, 700)]);
+        table.buffer(plain, HEADER).expect("it is there").copy_from(&bytes).expect("it fits");
+        // SAFETY: it is the first page of the mapping, to which nobody has a reference.
+        let made = unsafe { libc::mprotect(start.cast(), page, libc::PROT_READ) };
+        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+
+        let write_header = |header: [u8; 10]| {
+            let place = memory.slice(page as u64, 10).expect("it is there");
+            assert_eq!(place.copy_from(&header), 10);
+        };
+        let received = kernel_counts("t0").received;
+        let builder = interface.ring(Direction::Write).segment_table(&table);
+        let mut ring = builder.drive(way.drive(poller)).build().expect("a ring");
+        let mut send = |ranges: &[(u64, u32)], change: &dyn Fn()| {
+            let mut buffer = table.buffer(ranges.iter().copied(), HEADER).expect("it is there");
+            buffer.set_len(700).expect("it has the packet");
+            ring.submit_write_guest(buffer, 1).expect("it is taken");
+            change();
+            assert_eq!(ring.wait(1, Some(LONG)), 1, "it does not end");
+            let ended = ring.reap().next().expect("it waits");
+            (ended.result, ring.stats().bounced_writes)
+        };
+        assert_eq!(send(&plain, &|| ()), (Ok(700), 0));
+        write_header([0; 10]);
+        assert_eq!(send(&later, &|| ()), (Ok(700), 0));
+        write_header(TO_CUT);
+        let refused = Err(EntryError::Device(Status::InvalidArgument));
+        assert_eq!(send(&later, &|| ()), (refused, 0));
+        // An inline ring looks at the header when it is driven.
+        write_header(if way == Way::Inline { [0; 10] } else { TO_CUT });
+        assert_eq!(send(&later, &|| write_header(TO_CUT)), (refused, 0));
+        assert_eq!(kernel_counts("t0").received - received, 2);
+    });
 }
 
 /// The lengths of the parts of a packet in buffers of `buffer` bytes.

@@ -460,7 +460,7 @@ fn receive(socket: &UdpSocket, count: u64, received: &AtomicU64) {
 /// What the kernel has counted on an interface of this thread's namespace.
 #[derive(Debug)]
 pub(crate) struct KernelCounts {
-    received: u64,
+    pub(crate) received: u64,
     pub(crate) sent: u64,
     dropped: u64,
 }

@@ -85,7 +85,8 @@
 //! io_uring in batches.
 //!
 //! Without io_uring each frame takes a plain `read(2)` or `write(2)`, or a `readv(2)` or `writev(2)` if it
-//! is in several pieces of a guest's memory. [`Tap::engine`] chooses the engine, and
+//! is in several pieces of a guest's memory. The header of a guest's packet is such a piece: a copy of it is
+//! checked and sent. [`Tap::engine`] chooses the engine, and
 //! [`Interface::counters`](crate::Interface::counters) says which one runs. Which is faster depends
 //! on the cost of a system call and on the other load of the machine; `performance/` in the
 //! repository measures both. With plain calls each `write(2)` may wake the receiver and cost
@@ -658,6 +659,7 @@ impl Running {
         let framing = Framing {
             header: if header { offload::LEN } else { 0 },
             max_packet_size: longest as usize + ETHERNET_HEADER_LEN + VLAN_TAG_LEN,
+            offloads,
             dhcp,
             drops,
         };

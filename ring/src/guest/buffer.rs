@@ -124,12 +124,6 @@ impl GuestBuffer {
         self.range(0, (self.header_len() + self.capacity()) as u32)
     }
 
-    /// The segments of the header and the packet.
-    #[inline]
-    pub fn header_and_packet(&self) -> Segments<'_> {
-        self.range(0, (self.header_len() + self.len()) as u32)
-    }
-
     /// The segments of the packet.
     #[inline]
     pub fn packet(&self) -> Segments<'_> {

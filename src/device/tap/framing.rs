@@ -13,6 +13,8 @@ use vmring_embedded::limits::VLAN_TAG_LEN;
 
 use super::dhcp::{Dhcp, FRONT};
 use super::limits::{DHCP_REQUEST_MAX, WRITE_SEGMENTS_MAX};
+use crate::config::Offloads;
+use crate::device::bounce::header_of;
 use crate::device::context::PollContext;
 use crate::device::slot::PostedSlot;
 use crate::error::Status;
@@ -24,6 +26,7 @@ pub(crate) struct Framing {
     pub(crate) header: usize,
     /// The longest packet, in bytes, with a VLAN tag and without the offload header.
     pub(crate) max_packet_size: usize,
+    pub(crate) offloads: Offloads,
     pub(crate) dhcp: Option<Dhcp>,
     pub(crate) drops: Arc<Drops>,
 }
@@ -41,7 +44,7 @@ pub(crate) struct Drops {
 }
 
 /// The pieces of one frame, for readv(2), writev(2) or their like.
-pub(crate) struct Pieces<const N: usize = WRITE_SEGMENTS_MAX>([libc::iovec; N]);
+pub(crate) struct Pieces<const N: usize>([libc::iovec; N]);
 
 // SAFETY: the pieces are addresses. Only a call that also has the slot whose bytes they are uses them.
 unsafe impl<const N: usize> Send for Pieces<N> {}
@@ -92,6 +95,15 @@ impl<const N: usize> fmt::Debug for Pieces<N> {
     }
 }
 
+/// The pieces of one write, and the header of a packet from a guest's memory.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing {
+    /// A copy, because the guest may change its own while the kernel reads it.
+    header: [u8; offload::LEN],
+    /// One more than the segments of a guest's buffer: the header.
+    pieces: Pieces<{ WRITE_SEGMENTS_MAX + 1 }>,
+}
+
 /// The space of a posted read.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Space {
@@ -134,20 +146,27 @@ pub(crate) fn status_of(error: &std::io::Error) -> Status {
 
 impl Framing {
     /// The bytes of a posted write for the kernel, in pieces: the offload header, if the TAP has one,
-    /// and the packet. `None` if the slot lacks space for the header.
+    /// and the packet. `None` if the slot lacks space for the header, or a guest's header is wrong or
+    /// asks for what was not negotiated. That of a frame was checked when it was submitted.
     #[inline]
     pub(crate) fn to_write<'a>(
         &self,
         slot: &'a mut PostedSlot,
-        pieces: &'a mut Pieces,
+        outgoing: &'a mut Outgoing,
     ) -> Option<&'a [libc::iovec]> {
+        let Outgoing { header, pieces } = outgoing;
         let Some(guest) = slot.guest() else {
             let bytes = slot.packet_with_header_mut(self.header)?;
             pieces.0[0] = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
             return Some(pieces.first(1));
         };
-        let segments = if self.header > 0 { guest.header_and_packet() } else { guest.packet() };
-        let count = pieces.put(0, segments);
+        let mut count = 0;
+        if self.header > 0 {
+            header_of(guest, &self.offloads)?.for_sending().write(header);
+            pieces.put_bytes(0, header);
+            count = 1;
+        }
+        let count = pieces.put(count, guest.packet());
         Some(pieces.first(count))
     }
 

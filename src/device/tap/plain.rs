@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use super::framing::{Fault, Framing, Pieces, Space, fault_of};
+use super::framing::{Fault, Framing, Outgoing, Pieces, Space, fault_of};
 use super::limits::READ_SEGMENTS_MAX;
 use super::open::TapQueueFd;
 use crate::device::context::PollContext;
@@ -17,15 +17,15 @@ use crate::error::Status;
 #[derive(Debug)]
 pub(crate) struct Plain {
     fd: Arc<TapQueueFd>,
-    /// The pieces of the frame that is being written.
-    pieces: Pieces,
+    /// The frame that is being written.
+    outgoing: Outgoing,
     /// The pieces of the buffer that is being filled.
     space: Pieces<READ_SEGMENTS_MAX>,
 }
 
 impl Plain {
     pub(crate) fn new(fd: Arc<TapQueueFd>) -> Self {
-        Self { fd, pieces: Pieces::default(), space: Pieces::default() }
+        Self { fd, outgoing: Outgoing::default(), space: Pieces::default() }
     }
 
     /// Writes the posted frames until none is left or the kernel refuses one for the moment.
@@ -40,13 +40,14 @@ impl Plain {
                 cx.complete_write(slot);
                 continue;
             }
-            let Some(pieces) = framing.to_write(&mut slot, &mut self.pieces) else {
+            let Some(pieces) = framing.to_write(&mut slot, &mut self.outgoing) else {
                 cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
             let fd = self.fd.as_raw_fd();
-            // SAFETY: `pieces` borrows the slot for the whole call. They are bytes of its frame, or in
-            // the mapping that its guest's buffer keeps alive.
+            // SAFETY: `pieces` borrows the slot and `outgoing` for the whole call. They are bytes of the
+            // slot's frame, or in the mapping that its guest's buffer keeps alive, and a header in
+            // `outgoing`.
             let written = unsafe {
                 match pieces {
                     [piece] => libc::write(fd, piece.iov_base, piece.iov_len),

@@ -49,7 +49,7 @@ use memmap2::MmapMut;
 // and not loom's.
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::framing::{Fault, Framing, Pieces, Space, fault_of, status_of};
+use super::framing::{Fault, Framing, Outgoing, Space, fault_of, status_of};
 use super::limits::{URING_COMPLETIONS, URING_READS, URING_WRITES};
 use super::merging::MergingReader;
 use super::open::TapQueueFd;
@@ -268,9 +268,8 @@ struct UringState {
     writes: Box<[Option<PostedSlot>]>,
     /// The numbers that no write in flight has.
     free_writes: Vec<u16>,
-    /// The pieces of the writes from several places in a guest's memory, by write number. Empty until
-    /// there is one.
-    pieces: Box<[Pieces]>,
+    /// The pieces of the writes from a guest's memory, by write number. Empty until there is one.
+    outgoing: Box<[Outgoing]>,
     /// The multishot read is in flight: its last completion has not arrived.
     armed: bool,
     /// A cancel or a close wants the multishot read to end.
@@ -310,11 +309,11 @@ impl Request {
 }
 
 /// The entry of a write. If the packet is in several pieces, they are put among `all`, at the write's
-/// number. `None` if the slot lacks space for the header.
+/// number. `None` as in [`Framing::to_write`].
 fn entry_of(
     slot: &mut PostedSlot,
     number: u16,
-    all: &mut Box<[Pieces]>,
+    all: &mut Box<[Outgoing]>,
     framing: &Framing,
 ) -> Option<squeue::Entry> {
     let (start, len) = match slot.guest() {
@@ -324,7 +323,7 @@ fn entry_of(
         }
         Some(_) => {
             if all.is_empty() {
-                *all = (0..URING_WRITES).map(|_| Pieces::default()).collect();
+                *all = (0..URING_WRITES).map(|_| Outgoing::default()).collect();
             }
             match framing.to_write(slot, &mut all[usize::from(number)])? {
                 [piece] => (piece.iov_base.cast_const().cast(), piece.iov_len),
@@ -364,7 +363,7 @@ impl UringState {
             free_reads: (0..reads).rev().collect(),
             writes: (0..URING_WRITES).map(|_| None).collect(),
             free_writes: (0..URING_WRITES).rev().collect(),
-            pieces: Box::default(),
+            outgoing: Box::default(),
             armed: false,
             cancel_requested: false,
             ending: false,
@@ -420,7 +419,7 @@ impl UringState {
                 cx.complete_write(slot);
                 continue;
             }
-            let Some(entry) = entry_of(&mut slot, number, &mut self.pieces, framing) else {
+            let Some(entry) = entry_of(&mut slot, number, &mut self.outgoing, framing) else {
                 cx.fail(slot, Status::InvalidArgument);
                 continue;
             };
@@ -430,15 +429,15 @@ impl UringState {
             self.next_place += 1;
             if let Some(entry) = last.replace(entry) {
                 // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put
-                // it, or the pieces of that write's number. Both stay until `complete` sees the
-                // write's completion.
+                // it, or the pieces of that write's number and the header beside them. All stay until
+                // `complete` sees the write's completion.
                 unsafe { queue.push(&entry.flags(link)) }.expect("the queue has space, as checked");
             }
         }
         if let Some(entry) = last {
             // SAFETY: the entry names the bytes of a slot in `writes`, where the loop has put it, or
-            // the pieces of that write's number. Both stay until `complete` sees the write's
-            // completion.
+            // the pieces of that write's number and the header beside them. All stay until `complete`
+            // sees the write's completion.
             unsafe { queue.push(&entry) }.expect("the queue has space, as checked");
         }
     }
