@@ -1,5 +1,7 @@
 //! Packets between two guests: order, contents, used lengths, and the buffers of real drivers.
 
+use vmring::device::Offloads;
+use vmring::{Embedded, Interface};
 use vmring_virtio::net::Features;
 
 use crate::driver::shapes::{self, Shape};
@@ -68,6 +70,40 @@ fn packets_of_all_lengths_through_the_buffers_of_real_drivers() {
             }
         }
     }
+}
+
+/// A packet of 64 KiB that is to be cut is copied once too, into mergeable buffers of 4 KiB.
+#[test]
+fn a_long_packet_between_guests_is_copied_once() {
+    const LONG_LEN: usize = 65_535;
+    const TO_CUT: [u8; HEADER] = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
+    let mut offloads = Offloads::default();
+    (offloads.checksum, offloads.tso4) = (true, true);
+    let [mut a, mut b] = [0, 1].map(|_| {
+        let network = Embedded::network("virtio-net test long copies");
+        let interface = Interface::builder().offloads(offloads).device(network).start();
+        Guest::with(interface.expect("an interface"), &Options::default())
+    });
+    assert_eq!(b.fill(&one_buffer(4096), 20), 20);
+    b.poll();
+    let mut packet = a.frame_to(b.mac(), LONG_LEN, 7);
+    // IPv4 and TCP.
+    packet[12..34].fill(0);
+    (packet[12], packet[14], packet[22], packet[23], packet[46]) = (8, 0x45, 64, 6, 0x50);
+    packet[16..18].copy_from_slice(&((LONG_LEN - 14) as u16).to_be_bytes());
+    assert!(a.send_raw(&TO_CUT, &packet, &[4096; 17], None));
+    poll_both(&mut a, &mut b);
+    let returned = b.returned();
+    assert_eq!(returned.len(), (LONG_LEN + HEADER).div_ceil(4096), "{:?}", b.stats());
+    let bytes: Vec<u8> = returned.into_iter().flat_map(|(_, bytes)| bytes).collect();
+    assert_eq!(bytes[..10], TO_CUT[..10]);
+    assert!(bytes[HEADER..] == packet, "the bytes differ");
+    let bounced = [(&a, 1), (&b, 0)].map(|(guest, queue)| {
+        let stats = guest.device.ring_stats(queue).expect("it runs");
+        stats.bounced_reads + stats.bounced_writes
+    });
+    let (a, b, again) = (a.stats(), b.stats(), second_copies(&b));
+    assert_eq!((bounced, a.tx_copied, b.rx_copied, b.rx_software, again), ([0, 0], 0, 0, 0, 0));
 }
 
 /// A packet is copied once between two guests, whatever the buffers are like. One that finds no buffer
