@@ -153,6 +153,42 @@ fn a_packet_of_a_tap_is_copied_by_the_kernel_alone() {
     });
 }
 
+/// What a guest sends is taken out of its buffers by the kernel alone, in one piece or in several.
+#[test]
+fn a_packet_to_a_tap_is_copied_by_the_kernel_alone() {
+    with_taps("packets to the host without a copy", |tap| {
+        let (interface, _) = tap();
+        let mut guest = Guest::with(interface, &Options::default());
+        let received = received_by("vm0");
+        let mut sent = 0;
+        for len in [60, 1514] {
+            for pieces in [&[u32::MAX][..], &[12], &[5, 100, 300]] {
+                assert!(guest.send_in(&guest.frame_to(HOST, len, sent), pieces, None));
+                sent += 1;
+            }
+        }
+        let began = Instant::now();
+        let mut ended = 0;
+        while ended < sent {
+            assert!(began.elapsed() < LONG / 2, "nothing is sent: {:?}", guest.stats());
+            guest.poll();
+            ended += guest.tx.collect().len() as u32;
+        }
+        let ring = guest.device.ring_stats(1).expect("it runs");
+        let (stats, received) = (guest.stats(), received_by("vm0") - received);
+        assert_eq!((ring.bounced_writes, stats.tx_copied, stats.tx_packets), (0, 0, 6));
+        assert_eq!(received, 6);
+    });
+}
+
+/// The packets that the host's end of a TAP has received.
+fn received_by(interface: &str) -> u64 {
+    let all = std::fs::read_to_string("/proc/thread-self/net/dev").expect("counters");
+    let line = all.lines().find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
+    let packets = line.expect("it is there").split_whitespace().nth(1);
+    packets.and_then(|packets| packets.parse().ok()).expect("a number")
+}
+
 /// A guest without mergeable buffers posts chains of many pages. The kernel fills them too.
 #[test]
 fn a_chain_of_many_pages_is_filled_by_the_kernel_alone() {
