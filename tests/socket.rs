@@ -17,6 +17,7 @@ use vmring::{
     Poller, RetryPolicy, Ring, RingOp, Socket, SocketError, Status,
 };
 
+use crate::guest_memory::Guest;
 use crate::sockets::{Folder, Wire, count, exists, framed, read_framed, write_framed};
 use crate::support::{
     LONG, Way, eventually, every_way, guarded, inline, packet, post, reap, reap_n, scaled, send,
@@ -904,6 +905,55 @@ fn an_empty_message_means_nothing() {
             ring.submit_write(frame, 2).expect("a credit");
             let refused = Err(EntryError::Device(Status::InvalidArgument));
             assert_eq!(outcome(&mut ring), refused, "{wire:?}");
+        }
+    });
+}
+
+/// Goal: the read that was posted first gets the first packet, whatever is dropped in front of it.
+/// Otherwise a guest whose device gives buffers back in order would wait for a packet that it has.
+/// Method: good and bad messages come together, into frames and into a guest's memory.
+#[test]
+fn a_dropped_message_leaves_no_read_behind() {
+    guarded(|| {
+        use std::os::fd::AsRawFd;
+        for wire in [Wire::Datagram, Wire::DatagramWithHeaders, Wire::Seqpacket] {
+            stage(format!("{wire:?}"));
+            let [ours, peer] = wire.sockets();
+            let interface = start(wire.driver().from_fd(ours));
+            let mut guest = Guest::new(8, 1514);
+            let builder = inline(&interface, Direction::Both).segment_table(guest.table());
+            let mut ring = builder.build().expect("a ring");
+            for number in 0..8 {
+                if number % 3 == 0 {
+                    post(&mut ring, number);
+                } else {
+                    ring.submit_read_guest(guest.buffer(number), number).expect("a credit");
+                }
+            }
+            let header: &[u8] = if wire == Wire::DatagramWithHeaders { &[0; 12] } else { &[] };
+            let good = |number| [header, &packet(number, 60 + number as usize)].concat();
+            let bad = [vec![0; 13], b"VFKT".to_vec(), vec![0; 3000]];
+            let [runt, magic, long] = bad;
+            for message in [runt, good(0), magic, good(1), good(2), long, good(3)] {
+                // SAFETY: the pointer and the length are those of the message.
+                let sent = unsafe {
+                    libc::send(peer.as_raw_fd(), message.as_ptr().cast(), message.len(), 0)
+                };
+                assert_eq!(sent as usize, message.len());
+            }
+            let came = reap_n(&mut ring, 4);
+            for (number, done) in (0..).zip(came) {
+                let len = 60 + number as usize;
+                assert_eq!((done.user_data, done.result), (number, Ok(len)), "{wire:?}");
+                let bytes = match done.frame {
+                    Some(frame) => frame.to_vec(),
+                    None => guest.bytes(number, len).1,
+                };
+                assert_eq!(bytes, packet(number, len), "{wire:?}");
+            }
+            ring.cancel_and_wait(LONG).expect("it ends");
+            let left: Vec<_> = reap(&mut ring).iter().map(|done| done.user_data).collect();
+            assert_eq!(left, [4, 5, 6, 7], "{wire:?}");
         }
     });
 }

@@ -16,6 +16,7 @@ use super::link::{Connection, End, Handle, errno, is_busy};
 use super::packet::{Header, Layout, complete_with_header};
 use super::sys::Address;
 use crate::config::Direction;
+use crate::device::bounce::set_part_len;
 use crate::device::context::PollContext;
 use crate::device::seam::{Progress, Queue};
 use crate::device::slot::PostedSlot;
@@ -47,11 +48,20 @@ struct Mover {
     /// The virtio headers of one call.
     headers: Box<[Header]>,
     batch: Batch,
-    /// Reads whose message was dropped. Empty between two polls.
-    unused: Vec<PostedSlot>,
+    /// The messages of one call that are packets. Empty between two polls.
+    packets: Vec<ReceivedPacket>,
     /// How many messages the next call asks for. It is few while there are few, so that a look that
     /// finds none does not take many slots to put them back.
     want: usize,
+}
+
+/// A message that is a packet.
+struct ReceivedPacket {
+    /// The number of its slot in the call.
+    at: usize,
+    len: usize,
+    /// What goes in front of it.
+    header: Option<Header>,
 }
 
 /// Why receiving or sending ends.
@@ -76,7 +86,7 @@ impl MessageQueue {
             refused: Vec::with_capacity(MESSAGES),
             headers: vec![[0; HEADER_LEN]; MESSAGES].into_boxed_slice(),
             batch: Batch::new(many_at_once),
-            unused: Vec::with_capacity(MESSAGES),
+            packets: Vec::with_capacity(MESSAGES),
             want: MESSAGES_MIN,
         };
         Self { endpoint, mover, direction }
@@ -212,6 +222,9 @@ impl Mover {
     }
 
     /// Completes the reads of the messages that were received. Returns whether one of them was empty.
+    ///
+    /// The read that was posted first completes first, so a packet behind a message that is dropped
+    /// moves into an earlier read.
     fn deliver(
         &mut self,
         cx: &mut PollContext<'_>,
@@ -219,57 +232,81 @@ impl Mover {
         only: Option<&Address>,
         counters: &Counters,
     ) -> bool {
+        let is_empty = self.judge(received, only, counters);
+        for (place, packet) in self.packets.iter().enumerate() {
+            if place < packet.at {
+                let (before, from) = self.slots.split_at_mut(packet.at);
+                move_packet(&mut from[0], &mut before[place], packet.len);
+            }
+        }
+        let reads = self.slots.drain(..self.packets.len());
+        for (slot, ReceivedPacket { len, header, .. }) in reads.zip(self.packets.drain(..)) {
+            match header {
+                None => cx.complete_read(slot, len),
+                Some(header) => complete_with_header(cx, slot, &header, len),
+            }
+        }
+        is_empty
+    }
+
+    /// Finds the packets among the messages that were received, and counts the others. Returns whether
+    /// one of them was empty.
+    fn judge(&mut self, received: usize, only: Option<&Address>, counters: &Counters) -> bool {
         let mut is_empty = false;
-        for (i, mut slot) in self.slots.drain(..received).enumerate() {
-            let message = self.batch.received[i];
-            if only.is_some_and(|only| only != self.batch.sender(i)) {
+        for (at, slot) in self.slots[..received].iter_mut().enumerate() {
+            let message = self.batch.received[at];
+            if only.is_some_and(|only| only != self.batch.sender(at)) {
                 add_one(&counters.stranger);
-                self.unused.push(slot);
                 continue;
             }
             let front = match message.len {
-                4 if self.layout.has_header => self.headers[i][..4].try_into().unwrap_or_default(),
-                4 => front_of(&mut slot),
+                4 if self.layout.has_header => self.headers[at][..4].try_into().unwrap_or_default(),
+                4 => front_of(slot),
                 _ => [0; 4],
             };
+            let packet = |len, header| ReceivedPacket { at, len, header };
             match self.rules.judge(message.len, front, message.cut) {
                 Message::Payload if self.layout.is_implied => {
-                    if let Some(header) = self.layout.implied(&mut slot, message.len) {
-                        complete_with_header(cx, slot, &header, message.len);
-                        continue;
+                    match self.layout.implied(slot, message.len) {
+                        None => counters.count_unfit(Unfit::TooBig),
+                        header => self.packets.push(packet(message.len, header)),
                     }
-                    counters.count_unfit(Unfit::TooBig);
                 }
                 Message::Payload if !self.layout.has_header => {
-                    cx.complete_read(slot, message.len);
-                    continue;
+                    self.packets.push(packet(message.len, None));
                 }
                 Message::Payload => {
                     let len = message.len - HEADER_LEN;
-                    if let Some(header) = self.layout.check(&self.headers[i], len) {
-                        complete_with_header(cx, slot, &header, len);
-                        continue;
+                    match self.layout.check(&self.headers[at], len) {
+                        None => add_one(&counters.bad_header),
+                        header => self.packets.push(packet(len, header)),
                     }
-                    add_one(&counters.bad_header);
                 }
                 Message::Magic => {}
                 Message::Empty => is_empty = true,
                 Message::Unfit(unfit) => counters.count_unfit(unfit),
             }
-            self.unused.push(slot);
         }
         is_empty
     }
 
-    /// Puts the reads back that got no message, in their order.
+    /// Puts the reads back that got no packet, in their order.
     fn take_back(&mut self, cx: &mut PollContext<'_>) {
         while let Some(slot) = self.slots.pop() {
             cx.put_back(slot);
         }
-        while let Some(slot) = self.unused.pop() {
-            cx.put_back(slot);
-        }
     }
+}
+
+/// Copies the packet that a read's buffer has received into the buffer of another read. Each has space for
+/// the longest packet. The first read can be posted again, as it was.
+#[cold]
+fn move_packet(from: &mut PostedSlot, to: &mut PostedSlot, len: usize) {
+    let before = from.len();
+    set_part_len(from.posted_buffer_mut(), len, true);
+    let moved = to.copy_from_slot(from);
+    debug_assert!(moved.is_ok(), "{moved:?}");
+    set_part_len(from.posted_buffer_mut(), before, true);
 }
 
 /// The first four bytes of what a read's buffer has received.
