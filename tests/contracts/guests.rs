@@ -15,6 +15,7 @@ use vmring::{
 use vmring_core::HeapBacking;
 
 use crate::guest_memory::{Guest, HEADER};
+use crate::sockets::{Folder, Wire};
 use crate::support::{
     LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet, reap,
     reap_n, unique,
@@ -421,12 +422,23 @@ fn what_a_guest_sends_is_not_written() {
         let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
         #[cfg(not(target_os = "macos"))]
         vmnet_takes_one_piece(&table, page as u64);
-        for interface in [
+        let mut interfaces = vec![
             loopback(),
             takes_guests(256, 256, &seen).start(),
             Interface::builder().device(wrapped).start().expect("it starts"),
             Interface::builder().device(embedded).start().expect("it starts"),
-        ] {
+        ];
+        let (folder, mut peers) = (Folder::new(), Vec::new());
+        let capture = Capture::create(folder.path("capture.pcapng")).expect("a file");
+        let wrapped = capture.wrap("guest", Loopback::new(1500));
+        interfaces.push(Interface::builder().device(wrapped).start().expect("it starts"));
+        for wire in Wire::ALL {
+            let [ours, peer] = wire.sockets();
+            peers.push(peer);
+            let driver = wire.driver().from_fd(ours);
+            interfaces.push(Interface::builder().device(driver).start().expect("it starts"));
+        }
+        for interface in interfaces {
             let builder = inline(&interface, Direction::Both).depth(4).segment_table(&table);
             let mut ring = builder.build().expect("a ring");
             let read = table.buffer([(page as u64, 1600)], HEADER).expect("it is there");
