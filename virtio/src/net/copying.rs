@@ -151,6 +151,11 @@ impl Copier {
         delivered
     }
 
+    /// Returns how many packets wait for the guest's buffers.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Asks the guest for buffers if packets wait for them. Returns whether the device may sleep.
     pub(super) fn arm(&mut self, running: &mut RunningQueue) -> bool {
         match (self.waiting.is_empty(), self.lacks_buffers) {

@@ -487,7 +487,8 @@ impl NetDevice {
             Role::Receive(pair) if pair > 0 => Ok(()),
             Role::Receive(pair) => {
                 let mode = self.receive_mode();
-                self.pairs[pair].rx.build(&self.interface, &self.readiness, mode, size)
+                let cx = context(&self.counters, &self.interrupt);
+                self.pairs[pair].rx.build(cx, &self.interface, &self.readiness, mode, size)
             }
             Role::Transmit(pair) => self.pairs[pair].tx.build(&self.interface, &self.readiness),
             Role::Control => Ok(()),
@@ -676,7 +677,7 @@ impl NetDevice {
         for pair in &mut self.pairs {
             // What waits in the network below is not for the next driver, which may be another guest's.
             pair.rx.discard(cx);
-            pair.rx.dismantle(&self.readiness);
+            pair.rx.dismantle(cx, &self.readiness);
             pair.tx.dismantle(&self.readiness);
         }
         self.accepted = Features::NONE;
@@ -698,8 +699,9 @@ impl NetDevice {
             }
         }
         self.memory = GuestMemory::new([]).expect("no region overlaps another");
+        let cx = context(&self.counters, &self.interrupt);
         for pair in &mut self.pairs {
-            pair.rx.dismantle(&self.readiness);
+            pair.rx.dismantle(cx, &self.readiness);
             pair.tx.dismantle(&self.readiness);
             pair.rx = Receiver::new(&self.interface, self.settings.depth, &self.memory);
             pair.tx = Transmitter::new(&self.interface, self.settings.depth, &self.memory);
@@ -818,8 +820,8 @@ impl NetDevice {
             if rx.quiesce(cx).is_pending() {
                 all = false;
             } else if !reads {
-                rx.dismantle(&self.readiness);
-            } else if rx.build(&self.interface, &self.readiness, mode, size).is_err() {
+                rx.dismantle(cx, &self.readiness);
+            } else if rx.build(cx, &self.interface, &self.readiness, mode, size).is_err() {
                 // Without a ring nothing is received: the system has run out of memory or of
                 // descriptors, or the interface was stopped.
                 self.counters.rx_errors.add(1);

@@ -125,6 +125,7 @@ impl Receiver {
     /// way.
     pub(super) fn build(
         &mut self,
+        cx: Context<'_>,
         interface: &Interface,
         readiness: &Readiness,
         mode: Mode,
@@ -134,7 +135,7 @@ impl Receiver {
             return Ok(());
         }
         let reads = self.reads_for(mode, size);
-        self.dismantle(readiness);
+        self.dismantle(cx, readiness);
         let builder = interface.ring(Direction::Read).drive(Drive::Inline);
         let longest = mode.longest(&interface.capabilities());
         let (builder, copier) = match mode {
@@ -175,6 +176,7 @@ impl Receiver {
 
     /// Takes what waits for the guest in the network, up to a bound, and drops it. Nothing is on its way.
     pub(super) fn discard(&mut self, cx: Context<'_>) {
+        self.discard_copies(cx);
         let Some(ring) = self.ring.as_mut().filter(|_| self.failed.is_none()) else { return };
         for _ in 0..DISCARD_MAX {
             // If there is none, all are posted.
@@ -192,14 +194,20 @@ impl Receiver {
         // What is still posted comes back, and its frame with it, when the ring is given up.
     }
 
+    /// Drops the packets that wait for the guest's buffers in frames of the device.
+    fn discard_copies(&mut self, cx: Context<'_>) {
+        let waiting = self.copier.take().map_or(0, |copier| copier.waiting());
+        cx.counters.rx_discarded.add(waiting as u64);
+    }
+
     /// Gives the ring up. Nothing is on its way.
-    pub(super) fn dismantle(&mut self, readiness: &Readiness) {
+    pub(super) fn dismantle(&mut self, cx: Context<'_>, readiness: &Readiness) {
         if let Some(ring) = self.ring.take()
             && let Ok(fd) = ring.completion_fd()
         {
             readiness.remove_ring(fd);
         }
-        self.copier = None;
+        self.discard_copies(cx);
         (self.failed, self.draining, self.rest) = (None, false, 0);
     }
 

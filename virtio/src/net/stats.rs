@@ -60,7 +60,8 @@ counters! {
     rx_copied,
     /// Packets for the guest whose offload could not be done in software. They were lost.
     rx_malformed,
-    /// Packets that waited for a driver when it reset the device. The next one does not get them.
+    /// Packets that waited for a driver when it reset the device, or in frames of the device when the
+    /// driver changed what it takes. Nobody gets them.
     rx_discarded,
     /// How often the guest had no buffer for receiving when the device was about to sleep or to poll
     /// again.

@@ -417,6 +417,11 @@ impl Driver {
         (u32::from_le_bytes([i0, i1, i2, i3]), u32::from_le_bytes([l0, l1, l2, l3]))
     }
 
+    /// How many chains the device has.
+    pub(crate) fn outstanding(&self) -> usize {
+        self.order.len()
+    }
+
     /// What the device has given back since the last call, in order.
     pub(crate) fn collect(&mut self) -> Vec<Returned> {
         let index = self.used_index();

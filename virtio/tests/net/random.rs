@@ -1,16 +1,22 @@
-//! Random guests: random features, chains and interfaces, with stops, pauses and new memory at any
-//! moment. Nothing is lost, nothing comes twice, and everything comes in order.
+//! Random guests: random features, chains and interfaces, with stops, pauses, resets and new memory
+//! at any moment. Nothing is lost, nothing comes twice, and everything comes in order.
 
+use std::sync::Arc;
 use std::task::Poll;
 
 use proptest::prelude::*;
 use vmring::device::Capabilities;
+use vmring::guest::{GuestMemory, GuestRegion};
+use vmring_core::HeapBacking;
 use vmring_virtio::net::{Features, QueueSetup};
 use vmring_virtio::queue::QueueState;
 
-use crate::net::guest::{Guest, HEADER, Options};
+use crate::net::guest::{Guest, HEADER, Options, driver};
 use crate::net::wire::{Control, offloading, wire};
 use crate::support::scaled;
+
+/// Where a region may be that no queue is in.
+const UNUSED: u64 = 1 << 40;
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -36,7 +42,10 @@ enum Step {
     Resume(usize),
     /// Stops a queue, and starts it again when it has stopped.
     Restart(usize, u16),
-    Memory(usize),
+    /// Sets new memory: the same regions, or one more or less than before.
+    Memory(usize, bool),
+    /// Resets the device. The driver begins again.
+    Reset(usize),
     Enable(usize, u16, bool),
     Link(usize, bool),
     Hold(bool),
@@ -61,7 +70,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => who.clone().prop_map(Step::Pause),
         2 => who.clone().prop_map(Step::Resume),
         2 => (who.clone(), 0u16..2).prop_map(|(who, queue)| Step::Restart(who, queue)),
-        1 => who.clone().prop_map(Step::Memory),
+        1 => (who.clone(), any::<bool>()).prop_map(|(who, other)| Step::Memory(who, other)),
+        1 => who.clone().prop_map(Step::Reset),
         1 => (who.clone(), 0u16..2, any::<bool>())
             .prop_map(|(who, queue, on)| Step::Enable(who, queue, on)),
         1 => (who, any::<bool>()).prop_map(|(who, up)| Step::Link(who, up)),
@@ -106,8 +116,13 @@ struct World {
     /// Where in `sent` the last one that was received is, and how many were.
     matched: [usize; 2],
     received: [usize; 2],
+    /// The packets of each that its device had not taken when it was reset.
+    forgotten: [usize; 2],
     /// Queues that are being stopped.
     stopping: Vec<(usize, u16)>,
+    /// The size of the queues, and where they begin.
+    size: u16,
+    base: u16,
 }
 
 impl World {
@@ -194,7 +209,10 @@ impl World {
             }
             Step::Resume(who) => self.guests[who].device.resume(),
             Step::Restart(who, queue) => self.stop(who, queue),
-            Step::Memory(who) => {
+            Step::Memory(who, other) => {
+                if other {
+                    self.change_memory(who);
+                }
                 let memory = self.guests[who].memory.clone();
                 let result = self.guests[who].device.set_memory(&memory);
                 assert!(!matches!(result, Poll::Ready(Err(_))));
@@ -208,10 +226,40 @@ impl World {
                     assert!(done, "nothing holds it up");
                 }
             }
+            Step::Reset(who) => self.reset(who),
             Step::Enable(who, queue, on) => self.guests[who].device.enable_queue(queue, on),
             Step::Link(who, up) => self.guests[who].device.set_link(up),
             Step::Hold(on) => self.control.hold(on),
         }
+    }
+
+    /// Adds a region that nothing uses, or takes it away again.
+    fn change_memory(&mut self, who: usize) {
+        let memory = &mut self.guests[who].memory;
+        let unused = GuestRegion::new(UNUSED, Arc::new(HeapBacking::new(4096)));
+        let regions = memory.regions().iter().cloned();
+        let others = regions.filter(|region| region.guest_address() != UNUSED);
+        let is_there = others.clone().count() < memory.regions().len();
+        let all = others.chain((!is_there).then_some(unused)).collect::<Vec<_>>();
+        *memory = GuestMemory::new(all).expect("the regions are apart");
+    }
+
+    fn reset(&mut self, who: usize) {
+        self.control.hold(false);
+        let done = (0..10).any(|_| {
+            self.poll(who);
+            self.guests[who].device.reset().is_ready()
+        });
+        assert!(done, "nothing holds it up");
+        self.collect();
+        self.stopping.retain(|(guest, _)| *guest != who);
+        let guest = &mut self.guests[who];
+        self.forgotten[who] += guest.tx.outstanding();
+        guest.device.set_features(self.accepted[who]).expect("they were accepted before");
+        assert!(matches!(guest.device.set_memory(&guest.memory), Poll::Ready(Ok(()))));
+        let begin = |index| driver(&guest.memory, index, self.size, self.accepted[who], self.base);
+        (guest.rx, guest.tx) = (begin(0), begin(1));
+        guest.start(self.base);
     }
 
     fn indirect(&self, who: usize, wanted: bool) -> Option<usize> {
@@ -245,7 +293,9 @@ impl World {
             }
             let done = [0, 1].iter().all(|who| {
                 let dropped = self.guests[1 - who].stats().tx_disabled as usize;
-                self.received[*who] + dropped == self.sent[1 - who].len()
+                let discarded = self.guests[*who].stats().rx_discarded as usize;
+                let lost = dropped + discarded + self.forgotten[1 - who];
+                self.received[*who] + lost >= self.sent[1 - who].len()
             });
             if done && round > 1 {
                 break;
@@ -295,7 +345,10 @@ proptest! {
             sent: Default::default(),
             matched: [0; 2],
             received: [0; 2],
+            forgotten: [0; 2],
             stopping: Vec::new(),
+            size,
+            base,
         };
         for step in steps {
             world.step(step);
