@@ -296,7 +296,7 @@ Examples:
   vmring serve --network embedded:lab --listen vhost-user:/tmp/vm0.sock
   qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on \
     -numa node,memdev=m -chardev socket,id=c,path=/tmp/vm0.sock,reconnect=1 \
-    -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n
+    -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n,vectors=0
   sudo vmring serve --network tap:t0,bridged:br0 --listen vhost-user:a.sock \
     --listen vhost-user:b.sock,mac=52:54:00:12:34:56 --json
   vmring serve --network embedded:lab --listen qemu:/tmp/vm1.sock
