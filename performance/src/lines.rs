@@ -12,13 +12,13 @@ mod parts;
 use std::thread;
 use std::time::Instant;
 
-use crate::common::processors;
+use crate::cache_line;
 use crate::guests::traffic::{BATCH, Carried, Traffic, WINDOW};
 use crate::guests::{LONG_PACKET, bare, ours, sockets};
-use crate::latency;
 use crate::net::{FULL_FRAME, SMALL_FRAME};
+use crate::place::Distance;
 use crate::plan::{Part, Plan};
-use crate::report::{Place, Table};
+use crate::report::Table;
 use crate::result::Result;
 use pair::{Asks, Copier, Copying, Handover, Posted, Shape};
 
@@ -108,7 +108,7 @@ impl Contender {
 
 /// Whether the processors are far apart now.
 fn is_far() -> Result<bool> {
-    Ok(processors() > 1 && Place::of(vec![latency::line_trip()?]).is_far())
+    Ok(cache_line::place(1)?.distance == Distance::Far)
 }
 
 /// The least: packed slots in turn, one index for a batch.

@@ -7,6 +7,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("io_uring, TAPs and processor clocks are Linux's");
 
+mod cache_line;
 mod clock;
 mod common;
 mod contender;
@@ -22,6 +23,7 @@ mod lines;
 mod merge;
 mod net;
 mod ours;
+mod place;
 mod plan;
 mod plot;
 mod programs;
@@ -33,6 +35,7 @@ mod result;
 mod scale;
 mod served;
 mod slots;
+mod spread;
 mod vhost;
 mod vmnet;
 mod wires;
@@ -47,7 +50,7 @@ use clap::{Parser, Subcommand};
 use net::{FULL_FRAME, SMALL_FRAME};
 use plan::{Part, Plan};
 use programs::{NO_VMRING, Programs, has_program, no_tap};
-use report::{Heading, Place, Report, Sample, Table, Want};
+use report::{Heading, Report, Sample, Table, Want};
 use result::Result;
 
 /// vmring beside its rivals and beside the least that the machine can do.
@@ -160,21 +163,14 @@ fn main() -> ExitCode {
 /// How often the round trip of a cache line is measured to find the place of the processors.
 const PLACE_TURNS: u32 = 9;
 
-/// Where the two processors are now.
-fn place() -> Result<Place> {
-    let alone = common::processors() < 2;
-    let turns = if alone { 0 } else { PLACE_TURNS };
-    let trips: Result<Vec<f64>> = (0..turns).map(|_| latency::line_trip()).collect();
-    Ok(Place::of(trips?))
-}
-
 fn run(arguments: &Arguments) -> Result<()> {
     // Counts the processors before any thread is pinned.
     common::processors();
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
     let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
-    let mut report = Report::new(Heading::of_this_machine(rounds, seconds, place()?)?);
+    let mut report =
+        Report::new(Heading::of_this_machine(rounds, seconds, cache_line::place(PLACE_TURNS)?)?);
     let found = arguments.bridge.is_none().then(|| Path::new(BRIDGE)).filter(|path| path.is_file());
     let bridge = arguments.bridge.as_deref().or(found);
     let stream = if arguments.quick { 1 } else { arguments.stream_seconds };
@@ -225,7 +221,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             report.skip("tap-forward, vmring bridge", NO_VMRING);
         }
     }
-    report.end(place()?);
+    report.end(cache_line::place(PLACE_TURNS)?);
     match report.print(arguments.json, &mut std::io::stdout().lock()) {
         // The reader has gone away.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}

@@ -6,7 +6,9 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::clock::Elapsed;
+use crate::place::Place;
 use crate::result::Result;
+use crate::spread::Spread;
 
 /// The result of one measurement of packets.
 #[derive(Clone, Copy, Default)]
@@ -24,33 +26,6 @@ impl Sample {
     /// Nanoseconds per packet, in processor time of the measuring thread.
     pub(crate) fn cpu_ns(&self) -> f64 {
         self.elapsed.cpu.as_nanos() as f64 / self.packets as f64
-    }
-}
-
-/// The smallest, the median and the greatest value of the rounds.
-#[derive(Clone, Copy, Serialize)]
-struct Spread {
-    min: f64,
-    median: f64,
-    max: f64,
-}
-
-impl Spread {
-    /// The spread of at least one value. Without values it is all zeroes.
-    fn of(values: impl IntoIterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.into_iter().collect();
-        values.sort_by(f64::total_cmp);
-        let [min, .., max] = values[..] else {
-            let only = values.first().copied().unwrap_or_default();
-            return Self { min: only, median: only, max: only };
-        };
-        let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 {
-            values[middle]
-        } else {
-            f64::midpoint(values[middle - 1], values[middle])
-        };
-        Self { min, median, max }
     }
 }
 
@@ -73,59 +48,6 @@ pub(crate) struct Processors {
     before: Place,
     /// `None` until the parts have ended.
     after: Option<Place>,
-}
-
-/// How far apart the two processors are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Distance {
-    /// There is only one.
-    One,
-    Near,
-    Far,
-}
-
-/// What one look at the processors has found.
-#[derive(Clone, Copy, Serialize)]
-pub(crate) struct Place {
-    distance: Distance,
-    /// The median round trip of a cache line in nanoseconds. It is zero if there is one processor.
-    round_trip_ns: f64,
-    /// The number of turns that it is the median of.
-    turns: usize,
-}
-
-/// A round trip of this many nanoseconds or more is between processors that are far apart. On the
-/// machine of the figures it takes 130 ns or at least 490.
-const FAR_NS: f64 = 250.0;
-
-impl Place {
-    /// Whether the processors are far apart.
-    pub(crate) fn is_far(&self) -> bool {
-        self.distance == Distance::Far
-    }
-
-    /// The place where the round trips of a cache line take these nanoseconds. No round trip means
-    /// that there is one processor.
-    pub(crate) fn of(trips: Vec<f64>) -> Self {
-        let (turns, round_trip_ns) = (trips.len(), Spread::of(trips).median);
-        let distance = match round_trip_ns {
-            _ if turns == 0 => Distance::One,
-            ns if ns >= FAR_NS => Distance::Far,
-            _ => Distance::Near,
-        };
-        Self { distance, round_trip_ns, turns }
-    }
-}
-
-impl std::fmt::Display for Distance {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::One => "only one",
-            Self::Near => "near",
-            Self::Far => "far",
-        })
-    }
 }
 
 impl std::fmt::Display for Processors {
@@ -446,12 +368,6 @@ mod tests {
         let moved = "processors: near, at the end far, cache-line round trip 130 ns, at the end 540 \
             ns (median of 1); they moved, so some figures are of one place and some of the other";
         assert_eq!(line(&[130.0], Some(&[540.0])), moved);
-    }
-
-    #[test]
-    fn the_boundary_lies_between_the_two_places() {
-        assert_eq!(Place::of(vec![FAR_NS - 1.0]).distance, Distance::Near);
-        assert_eq!(Place::of(vec![FAR_NS]).distance, Distance::Far);
     }
 
     #[test]
