@@ -25,6 +25,13 @@ pub(crate) fn take_turns<C>(
     Ok(values)
 }
 
+/// Whether the calling thread runs before all others, at a real-time priority.
+pub(crate) fn is_real_time() -> bool {
+    // SAFETY: the call takes a number only; 0 is the calling thread.
+    let policy = unsafe { libc::sched_getscheduler(0) } & !libc::SCHED_RESET_ON_FORK;
+    [libc::SCHED_FIFO, libc::SCHED_RR].contains(&policy)
+}
+
 /// The number of processors that this program had when it first asked. A thread that is pinned has
 /// only one.
 pub(crate) fn processors() -> usize {

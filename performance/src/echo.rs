@@ -9,10 +9,11 @@ mod rivals;
 
 use std::time::Duration;
 
-use crate::common::{pinned, take_turns};
+use crate::common::pinned;
 use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::take_turns;
 
 const BATCHES: [usize; 4] = [1, 8, 32, 128];
 #[derive(Clone, Copy, PartialEq)]
@@ -60,11 +61,12 @@ impl Method {
 pub(crate) fn run(plan: Plan) -> Part {
     let mut contenders: Vec<(usize, Method)> =
         BATCHES.iter().flat_map(|batch| Method::ALL.map(|method| (*batch, method))).collect();
-    let values = pinned(|| {
+    let halves = pinned(|| {
         take_turns(plan, &mut contenders, |(batch, method)| {
-            method
+            let ns = method
                 .measure(*batch, plan.time)
-                .map_err(|e| format!("echo, {}, batch {batch}: {e}", method.name()).into())
+                .map_err(|e| format!("echo, {}, batch {batch}: {e}", method.name()))?;
+            Ok(Some([ns]))
         })
     })?;
     let mut table = Table::new(
@@ -73,11 +75,20 @@ pub(crate) fn run(plan: Plan) -> Part {
         &["batch", "contender"],
         &["ns/entry"],
     );
-    let mut medians = Vec::new();
-    for ((batch, method), values) in contenders.iter().zip(&values) {
-        let median = table.row(&[&batch.to_string(), method.name()], &[values]);
-        medians.push((*batch, *method, median));
+    let mut all = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let mut medians = Vec::new();
+        for ((batch, method), [values]) in contenders.iter().zip(&half.values) {
+            let median = table.row(&[&batch.to_string(), method.name()], &[values]);
+            medians.push((*batch, *method, median));
+        }
+        all.extend(half.wants(wants(&medians)));
     }
+    Ok((vec![table], all))
+}
+
+fn wants(medians: &[(usize, Method, f64)]) -> Vec<Want> {
     let of = |wanted: Method| {
         let found = medians.iter().find(|(batch, method, _)| *batch == 32 && *method == wanted);
         found.map_or(f64::NAN, |row| row.2)
@@ -91,5 +102,5 @@ pub(crate) fn run(plan: Plan) -> Part {
         let what = format!("echo, 32: io_uring NOP / {name}");
         wants.push(Want::at_least(what, of(Method::Nop) / of(ours), 8.0));
     }
-    Ok((vec![table], wants))
+    wants
 }

@@ -12,11 +12,12 @@ pub(crate) mod traffic;
 
 use std::time::Duration;
 
-use crate::common::take_turns;
 use crate::net::{FULL_FRAME, SMALL_FRAME};
+use crate::place::Distance;
 use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::take_turns;
 use traffic::Traffic;
 
 /// The longest packet of the network with the greatest MTU.
@@ -99,29 +100,60 @@ pub(crate) fn run(plan: Plan) -> Part {
             }
         }
     }
-    let values = take_turns(plan, &mut contenders, |contender| contender.measure(plan.time))?;
+    let halves = take_turns(plan, &mut contenders, |contender| {
+        contender.measure(plan.time).map(|ns| Some([ns]))
+    })?;
     let mut table = Table::new(
         "guests",
         "packets one way between two threads; touched: the receiver reads a word of each cache line",
         LABELS,
         &["ns/packet", "packets/s"],
     );
-    let mut medians = Vec::new();
-    for (contender, values) in contenders.iter().zip(&values) {
-        let Contender { method, length, touched } = *contender;
-        let rates: Vec<f64> = values.iter().map(|ns| 1e9 / ns).collect();
-        let labels = [&length.to_string(), seen(touched), method.name()];
-        medians.push((*contender, table.row(&labels, &[values, &rates])));
+    let mut all = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let mut medians = Vec::new();
+        for (contender, [values]) in contenders.iter().zip(&half.values) {
+            let Contender { method, length, touched } = *contender;
+            let rates: Vec<f64> = values.iter().map(|ns| 1e9 / ns).collect();
+            let labels = [&length.to_string(), seen(touched), method.name()];
+            medians.push((*contender, table.row(&labels, &[values, &rates])));
+        }
+        all.extend(half.wants(wants(&medians, half.distance())));
     }
+    table.end();
     for Contender { method, length, touched } in refused {
         let name = format!("{}: the system refuses that length", method.name());
         table.row(&[&length.to_string(), seen(touched), &name], &[&[], &[]]);
     }
-    Ok((vec![table], wants(&medians)))
+    Ok((vec![table], all))
 }
 
-/// The wants: at most 1.4 times the bare loop, and this many times as fast as the sockets.
-fn wants(medians: &[(Contender, f64)]) -> Vec<Want> {
+/// What is wanted of the inline ring for one kind of packet in one place.
+struct Limits {
+    /// At most so many times as long as the bare loop.
+    bare: f64,
+    /// A Unix stream takes at least so many times as long.
+    stream: Option<f64>,
+}
+
+/// The wants near each other and far apart.
+const LIMITS: [(usize, bool, Limits, Limits); 6] = {
+    const fn of(bare: f64, stream: Option<f64>) -> Limits {
+        Limits { bare, stream }
+    }
+    [
+        (SMALL_FRAME, false, of(2.5, Some(2.0)), of(1.5, Some(1.5))),
+        (SMALL_FRAME, true, of(2.5, Some(2.0)), of(1.5, Some(1.5))),
+        (FULL_FRAME, false, of(1.5, Some(5.0)), of(1.4, Some(4.0))),
+        (FULL_FRAME, true, of(1.3, Some(2.4)), of(1.2, Some(1.3))),
+        (LONG_PACKET, false, of(1.4, None), of(1.4, None)),
+        (LONG_PACKET, true, of(1.15, None), of(1.05, None)),
+    ]
+};
+
+/// The wants in one place: beside the bare loop, and beside the sockets.
+fn wants(medians: &[(Contender, f64)], place: Distance) -> Vec<Want> {
     let of = |method: Method, length, touched| {
         let row = medians
             .iter()
@@ -129,20 +161,72 @@ fn wants(medians: &[(Contender, f64)]) -> Vec<Want> {
         row.map_or(f64::NAN, |row| row.1)
     };
     let mut wants = Vec::new();
-    for length in LENGTHS {
-        for touched in [false, true] {
-            let ratio = of(Method::INLINE, length, touched) / of(Method::Bare, length, touched);
-            let name = format!("{length} B {}: vmring, inline / bare loop", seen(touched));
-            wants.push(Want::at_most(name, ratio, 1.4));
-        }
-    }
-    for rival in [Method::Datagrams, Method::Stream] {
-        for (touched, least) in [(false, 15.0), (true, 4.0)] {
-            let ratio = of(rival, FULL_FRAME, touched) / of(Method::INLINE, FULL_FRAME, touched);
-            let rival = rival.name();
-            let name = format!("{FULL_FRAME} B {}: {rival} / vmring, inline", seen(touched));
-            wants.push(Want::at_least(name, ratio, least));
+    for (length, touched, near, far) in &LIMITS {
+        let (length, touched) = (*length, *touched);
+        let limits = if place == Distance::Far { far } else { near };
+        let (what, ours) =
+            (format!("{length} B {}", seen(touched)), of(Method::INLINE, length, touched));
+        let ratio = ours / of(Method::Bare, length, touched);
+        wants.push(Want::at_most(
+            format!("{what}: vmring, inline / bare loop"),
+            ratio,
+            limits.bare,
+        ));
+        let datagrams = if touched { 4.0 } else { 15.0 };
+        let datagrams = (length == FULL_FRAME).then_some(datagrams);
+        for (rival, least) in [(Method::Stream, limits.stream), (Method::Datagrams, datagrams)] {
+            let ratio = of(rival, length, touched) / ours;
+            let name = format!("{what}: {} / vmring, inline", rival.name());
+            wants.extend(least.map(|least| Want::at_least(name, ratio, least)));
         }
     }
     wants
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The wants of a table in which each contender takes its number of nanoseconds.
+    fn of(place: Distance) -> Vec<serde_json::Value> {
+        let ns = |method| match method {
+            Method::Bare => 10.0,
+            Method::INLINE => 13.0,
+            Method::Stream => 26.0,
+            _ => 1000.0,
+        };
+        let mut medians = Vec::new();
+        for length in LENGTHS {
+            for touched in [false, true] {
+                for method in Method::ALL {
+                    medians.push((Contender { method, length, touched }, ns(method)));
+                }
+            }
+        }
+        let json = |want| serde_json::to_value(want).expect("a want is JSON");
+        wants(&medians, place).into_iter().map(json).collect()
+    }
+
+    #[test]
+    fn each_place_has_wants_of_its_own() {
+        let wanted = |wants: &[serde_json::Value], what: &str| {
+            let mut found = wants.iter().filter(|want| want["what"] == what);
+            let (want, None) = (found.next().expect(what), found.next()) else {
+                panic!("two: {what}")
+            };
+            (want["measured"].as_f64(), want["wanted"].as_f64(), want["met"].as_bool())
+        };
+        let (near, far) = (of(Distance::Near), of(Distance::Far));
+        let bare = "1514 B touched: vmring, inline / bare loop";
+        assert_eq!(wanted(&near, bare), (Some(1.3), Some(1.3), Some(true)));
+        assert_eq!(wanted(&far, bare), (Some(1.3), Some(1.2), Some(false)));
+        let stream = "1514 B touched: Unix stream / vmring, inline";
+        assert_eq!(wanted(&near, stream), (Some(2.0), Some(2.4), Some(false)));
+        assert_eq!(wanted(&far, stream), (Some(2.0), Some(1.3), Some(true)));
+        let long = "65535 B touched: vmring, inline / bare loop";
+        assert_eq!(wanted(&near, long).1, Some(1.15));
+        assert_eq!(wanted(&far, long).1, Some(1.05));
+        // Six beside the bare loop, four beside a stream, and two beside datagrams.
+        assert_eq!((near.len(), far.len()), (12, 12));
+    }
 }

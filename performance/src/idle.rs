@@ -110,7 +110,8 @@ fn voluntary_switches() -> Result<u64> {
 }
 
 pub(crate) fn run(plan: Plan) -> Part {
-    let plan = Plan { rounds: plan.rounds.min(ROUNDS), time: (plan.time * TIMES).min(LONGEST) };
+    let plan =
+        Plan { rounds: plan.rounds.min(ROUNDS), time: (plan.time * TIMES).min(LONGEST), ..plan };
     let about = format!("for each of {INTERFACES} interfaces with a parked poller and no packets");
     let figures = &["% of a processor", "voluntary switches/s"];
     let mut table = Table::new("idle", about, &["driven"], figures);

@@ -13,11 +13,12 @@ use hdrhistogram::Histogram;
 use vmring::{Direction, Drive, IdlePolicy, Interface, Loopback, Poller, Ring, RingOp};
 
 use crate::cache_line::{Line, PATIENCE, line, spin, trips};
-use crate::common::{NULL_LENGTH, Null, pin, pinned, processors, take_turns};
+use crate::common::{NULL_LENGTH, Null, pin, pinned, processors};
 use crate::net::check;
 use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
 
 #[derive(Clone, Copy, PartialEq)]
 enum Method {
@@ -52,57 +53,64 @@ impl Method {
 
 pub(crate) fn run(plan: Plan) -> Part {
     let about = "one entry to the other processor and back, both sides spinning";
-    let (table, medians) = measured(plan, "latency", about, &Method::SPINNING, 1.0)?;
-    let mut wants = Vec::new();
-    // With the clock in both, the ratio would look better than it is.
-    let (clock, line) = (medians[0], medians[1] - medians[0]);
-    for (method, median) in Method::SPINNING.iter().zip(&medians).skip(2) {
-        let what = format!("latency: {} / a cache line, both without the clock", method.name());
-        wants.push(Want::at_most(what, (median - clock) / line, 2.5));
-    }
-    Ok((vec![table], wants))
+    measured(plan, "latency", about, &Method::SPINNING, 1.0, |medians| {
+        // With the clock in both, the ratio would look better than it is.
+        let (clock, line) = (medians[0], medians[1] - medians[0]);
+        let ours = Method::SPINNING.iter().zip(medians).skip(2);
+        let want = |(method, median): (&Method, &f64)| {
+            let what = format!("latency: {} / a cache line, both without the clock", method.name());
+            Want::at_most(what, (median - clock) / line, 2.5)
+        };
+        ours.map(want).collect()
+    })
 }
 
 pub(crate) fn run_wakeup(plan: Plan) -> Part {
     let about = "one entry to a sleeping thread and back to a sleeping thread";
-    let (table, medians) = measured(plan, "wakeup", about, &Method::ASLEEP, 1e3)?;
-    let mut wants = Vec::new();
-    for (ours, rival) in [(2, 1), (2, 0), (3, 0)] {
-        let (name, bare) = (Method::ASLEEP[ours].name(), Method::ASLEEP[rival].name());
-        let ratio = medians[ours] / medians[rival];
-        wants.push(Want::at_most(format!("wakeup: {name}, / {bare}"), ratio, 1.3));
-    }
-    Ok((vec![table], wants))
+    measured(plan, "wakeup", about, &Method::ASLEEP, 1e3, |medians| {
+        let want = |(ours, rival): (usize, usize)| {
+            let (name, bare) = (Method::ASLEEP[ours].name(), Method::ASLEEP[rival].name());
+            let ratio = medians[ours] / medians[rival];
+            Want::at_most(format!("wakeup: {name}, / {bare}"), ratio, 1.3)
+        };
+        [(2, 1), (2, 0), (3, 0)].into_iter().map(want).collect()
+    })
 }
 
 /// Lets the contenders take turns. The figures are the quantiles of each round, in units of this
-/// many nanoseconds.
+/// many nanoseconds. `wants` is given the medians of one place.
 fn measured(
     plan: Plan,
     name: &'static str,
     about: &'static str,
     methods: &[Method],
     unit: f64,
-) -> Result<(Table, Vec<f64>)> {
-    let mut contenders: Vec<(Method, Vec<f64>, Vec<f64>)> =
-        methods.iter().map(|method| (*method, Vec::new(), Vec::new())).collect();
-    let values = pinned(|| {
-        take_turns(plan, &mut contenders, |(method, high, highest)| {
+    wants: impl Fn(&[f64]) -> Vec<Want>,
+) -> Part {
+    let mut contenders = methods.to_vec();
+    let halves: Vec<Half<3>> = pinned(|| {
+        take_turns(plan, &mut contenders, |method| {
             let times = round(*method, plan.time)
                 .map_err(|error| format!("{name}, {}: {error}", method.name()))?;
-            high.push(times.value_at_quantile(0.99) as f64 / unit);
-            highest.push(times.value_at_quantile(0.999) as f64 / unit);
-            Ok(times.value_at_quantile(0.5) as f64 / unit)
+            let at = |quantile| times.value_at_quantile(quantile) as f64 / unit;
+            Ok(Some([0.5, 0.99, 0.999].map(at)))
         })
     })?;
     let figures: &'static [&'static str] =
         if unit == 1.0 { &["ns", "99 %", "99.9 %"] } else { &["us", "99 %", "99.9 %"] };
     let mut table = Table::new(name, about, &["contender"], figures);
-    let mut medians = Vec::new();
-    for ((method, high, highest), values) in contenders.iter().zip(&values) {
-        medians.push(table.row(&[method.name()], &[values, high, highest]));
+    let mut all = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let rows = methods.iter().zip(&half.values);
+        let medians: Vec<f64> = rows
+            .map(|(method, [median, high, highest])| {
+                table.row(&[method.name()], &[median, high, highest])
+            })
+            .collect();
+        all.extend(half.wants(wants(&medians)));
     }
-    Ok((table, medians))
+    Ok((vec![table], all))
 }
 
 fn round(method: Method, time: Duration) -> Result<Histogram<u64>> {

@@ -9,17 +9,13 @@
 mod pair;
 mod parts;
 
-use std::thread;
-use std::time::Instant;
-
-use crate::cache_line;
 use crate::guests::traffic::{BATCH, Carried, Traffic, WINDOW};
 use crate::guests::{LONG_PACKET, bare, ours, sockets};
 use crate::net::{FULL_FRAME, SMALL_FRAME};
-use crate::place::Distance;
 use crate::plan::{Part, Plan};
 use crate::report::Table;
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
 use pair::{Asks, Copier, Copying, Handover, Posted, Shape};
 
 /// Bytes from one slot of a ring to the next for packets of 1,514 bytes, and the bytes in front.
@@ -46,51 +42,24 @@ struct Contender {
     length: usize,
     name: String,
     carrier: Carrier,
-    /// The figures of all rounds: near each other and far apart.
-    figures: [Figures; 2],
 }
 
-/// What was measured in one of the two places, a value for each round.
-#[derive(Default)]
-struct Figures {
-    ns: Vec<f64>,
-    at_once: Vec<f64>,
-    waiting: [Vec<f64>; 2],
-}
-
-/// How often a measurement is repeated that others have disturbed.
-const ATTEMPTS: usize = 10;
 /// A side that had its processor for less of the time was disturbed.
 const UNDISTURBED: f64 = 0.97;
 
 impl Contender {
-    /// Measures one round, in the place where the processors are. If others use them, or if they
-    /// move meanwhile, it is tried again. If that happens each time, the round has no figures.
-    fn measure(&mut self, plan: Plan) -> Result<()> {
+    /// Nanoseconds per packet, packets at once, and for how much of the time each side waits, in percent.
+    /// There are none if others used the processors.
+    fn measure(&self, plan: Plan) -> Result<Option<[f64; 4]>> {
         let traffic =
             Traffic { length: self.length, touched: true, time: plan.time, watched: false };
         // A look at the clock makes a side slower, so the waits are measured apart from the rest.
         let watched = Traffic { time: plan.time / 4, watched: true, ..traffic };
-        for _ in 0..ATTEMPTS {
-            let start = Instant::now();
-            let far = is_far()?;
-            let (timed, watched) = (self.carry(traffic)?, self.carry(watched)?);
-            let running = timed.running.into_iter().chain(watched.running).fold(1.0, f64::min);
-            let moved = is_far()? != far;
-            // Others have the processors for as long as they could not have them.
-            thread::sleep(start.elapsed());
-            if running < UNDISTURBED || moved {
-                continue;
-            }
-            let figures = &mut self.figures[usize::from(far)];
-            figures.ns.push(timed.ns);
-            figures.at_once.push(timed.at_once);
-            for (values, share) in figures.waiting.iter_mut().zip(watched.waiting) {
-                values.push(100.0 * share);
-            }
-            break;
-        }
-        Ok(())
+        let (timed, watched) = (self.carry(traffic)?, self.carry(watched)?);
+        let running = timed.running.into_iter().chain(watched.running).fold(1.0, f64::min);
+        let [sender, receiver] = watched.waiting.map(|share| 100.0 * share);
+        let figures = [timed.ns, timed.at_once, sender, receiver];
+        Ok((running >= UNDISTURBED).then_some(figures))
     }
 
     fn carry(&self, traffic: Traffic) -> Result<Carried> {
@@ -104,11 +73,6 @@ impl Contender {
         };
         carried.map_err(|error| format!("{}, {} B: {error}", self.name, self.length).into())
     }
-}
-
-/// Whether the processors are far apart now.
-fn is_far() -> Result<bool> {
-    Ok(cache_line::place(1)?.distance == Distance::Far)
 }
 
 /// The least: packed slots in turn, one index for a batch.
@@ -152,7 +116,7 @@ const LIKE_OURS: Shape = Shape {
 };
 
 /// The labels that tell the rows of each table apart.
-const LABELS: &[&str] = &["bytes", "processors", "what"];
+const LABELS: &[&str] = &["bytes", "what"];
 
 /// The tables: their names, and what they show.
 const TABLES: [(&str, &str); 7] = [
@@ -168,7 +132,7 @@ const TABLES: [(&str, &str); 7] = [
 fn contenders() -> Vec<Contender> {
     let mut all = Vec::new();
     let mut add = |table: usize, length: usize, name: String, carrier: Carrier| {
-        all.push(Contender { table, length, name, carrier, figures: Default::default() });
+        all.push(Contender { table, length, name, carrier });
     };
     for length in [SMALL_FRAME, FULL_FRAME] {
         for (name, carrier) in steps() {
@@ -365,24 +329,19 @@ pub(crate) fn run(plan: Plan, only: &str) -> Part {
     if contenders.is_empty() {
         return Err(format!("no row contains {only:?}").into());
     }
-    for _ in 0..plan.rounds {
-        for contender in &mut contenders {
-            contender.measure(plan)?;
-        }
-    }
-    let figures = &["ns/packet", "at once", "sender waits %", "receiver waits %", "rounds"];
+    let halves: Vec<Half<4>> =
+        take_turns(plan, &mut contenders, |contender| contender.measure(plan))?;
+    let figures = &["ns/packet", "at once", "sender waits %", "receiver waits %"];
     let mut tables: Vec<Table> =
         TABLES.iter().map(|(name, about)| Table::new(name, *about, LABELS, figures)).collect();
-    for contender in &contenders {
-        let Contender { table, length, name, figures: [near, far], .. } = contender;
-        for (place, figures) in [("near", near), ("far", far)] {
-            let Figures { ns, at_once, waiting: [sender, receiver] } = figures;
-            // A place where nothing was measured has a row only if the other has none, either.
-            if !ns.is_empty() || (place == "far" && near.ns.is_empty()) {
-                let labels = [&length.to_string(), place, name];
-                let rounds = [ns.len() as f64];
-                tables[*table].row(&labels, &[ns, at_once, sender, receiver, &rounds]);
-            }
+    for half in &halves {
+        for table in contenders.chunk_by(|a, b| a.table == b.table) {
+            half.begin(&mut tables[table[0].table]);
+        }
+        for (contender, values) in contenders.iter().zip(&half.values) {
+            let Contender { table, length, name, .. } = contender;
+            let figures = values.each_ref().map(Vec::as_slice);
+            tables[*table].row(&[&length.to_string(), name], &figures);
         }
     }
     tables.retain(|table| table.medians().next().is_some());

@@ -32,6 +32,7 @@ mod read;
 mod relay;
 mod report;
 mod result;
+mod rounds;
 mod scale;
 mod served;
 mod slots;
@@ -84,6 +85,12 @@ struct Arguments {
     /// "lines, steps: 1514: bare loop"), or those tables of vhost and wires whose name does.
     #[arg(long, global = true, value_name = "TEXT", default_value = "")]
     only: String,
+
+    /// Measure what depends on where the two processors are in both places: near each other and far apart. Each
+    /// table of two threads goes on until each of its rows has its rounds in both, or until these seconds have
+    /// passed. Without this option a table has the places in which the processors happen to be.
+    #[arg(long, global = true, value_name = "SECONDS", value_parser = limit)]
+    both: Option<Duration>,
 
     /// One short round, to see that everything works. Its figures say little.
     #[arg(long, global = true)]
@@ -143,6 +150,13 @@ fn seconds(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
+fn limit(text: &str) -> std::result::Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds) if (0..=86_400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        _ => Err("not between 0 and 86400".to_owned()),
+    }
+}
+
 /// A part, its name, the reason why it cannot run here (if it cannot), and the function that runs
 /// it.
 type Step<'a> = (What, &'static str, Option<&'static str>, &'a dyn Fn(Plan) -> Part);
@@ -168,7 +182,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     common::processors();
     let (rounds, seconds) =
         if arguments.quick { (1, 0.01) } else { (arguments.rounds, arguments.seconds) };
-    let plan = Plan { rounds, time: Duration::from_secs_f64(seconds) };
+    let plan = Plan { rounds, time: Duration::from_secs_f64(seconds), both: arguments.both };
     let mut report =
         Report::new(Heading::of_this_machine(rounds, seconds, cache_line::place(PLACE_TURNS)?)?);
     let found = arguments.bridge.is_none().then(|| Path::new(BRIDGE)).filter(|path| path.is_file());
@@ -246,7 +260,7 @@ fn tap_write(plan: Plan) -> Part {
 }
 
 fn tap_read(plan: Plan) -> Part {
-    let Plan { rounds, time } = plan;
+    let Plan { rounds, time, .. } = plan;
     let drained =
         turns(rounds, read::Method::ALL, |method, len| read::measure_drain(method, len, time))?;
     let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);

@@ -44,13 +44,25 @@ impl Place {
     }
 }
 
-impl fmt::Display for Distance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::One => "only one",
+impl Distance {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::One => "one",
             Self::Near => "near",
             Self::Far => "far",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.distance {
+            Distance::One => f.write_str("only one processor"),
+            distance => {
+                let (name, ns) = (distance.name(), self.round_trip_ns);
+                write!(f, "{name}, cache-line round trip {ns:.0} ns")
+            }
+        }
     }
 }
 

@@ -11,6 +11,9 @@ pub(crate) struct Plan {
     pub(crate) rounds: u32,
     /// How long one measurement takes.
     pub(crate) time: Duration,
+    /// Whether a table of two threads waits until both places of the processors were seen, and how long
+    /// it may take.
+    pub(crate) both: Option<Duration>,
 }
 
 /// The result of a part.

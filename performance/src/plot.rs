@@ -62,9 +62,10 @@ struct Bar {
 
 /// The rows of full frames. A row that was not measured has no bar.
 fn bars(table: &Table) -> impl Iterator<Item = Bar> {
-    table.medians().filter_map(|(labels, ns)| match labels {
+    table.medians().filter_map(|(place, labels, ns)| match labels {
         [bytes, variant, contender] if number(bytes) == Some(1514) && ns > 0.0 => {
-            let group = format!("1514 B, {variant}");
+            let place = place.map_or(String::new(), |place| format!("; {place}"));
+            let group = format!("1514 B, {variant}{place}");
             Some(Bar { group, name: contender.clone(), ns })
         }
         _ => None,
@@ -81,7 +82,7 @@ type Line = (String, Vec<(f64, f64)>);
 
 /// The row's name, the number of interfaces and the time of a packet.
 fn points(table: &Table) -> impl Iterator<Item = (&str, f64, f64)> {
-    table.medians().filter_map(|(labels, ns)| match labels {
+    table.medians().filter_map(|(_, labels, ns)| match labels {
         [interfaces, _pairs, row] if ns.is_finite() => {
             number(interfaces).filter(|n| *n > 0).map(|n| (row.as_str(), n as f64, ns))
         }
@@ -236,6 +237,7 @@ fn step(most: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::place::Place;
     use crate::{growth, guests};
 
     /// Uses the labels of the part itself. Otherwise the plot could look for labels that do not
@@ -243,13 +245,17 @@ mod tests {
     fn guests_table() -> Table {
         let mut table = Table::new("guests", "made up", guests::LABELS, &["ns/packet"]);
         let contenders = [("vmring, inline", 45.0), ("rtrb <one> & \"all\"", 8.0)];
-        for bytes in ["60", "1514"] {
-            for variant in ["touched", "untouched"] {
-                for (contender, ns) in contenders {
-                    table.row(&[bytes, variant, contender], &[&[ns]]);
+        for round_trip in [130.0, 540.0] {
+            table.begin(Place::of(vec![round_trip]), [11, 11]);
+            for bytes in ["60", "1514"] {
+                for variant in ["touched", "untouched"] {
+                    for (contender, ns) in contenders {
+                        table.row(&[bytes, variant, contender], &[&[ns]]);
+                    }
                 }
             }
         }
+        table.end();
         table.row(&["1514", "untouched", "socketpair"], &[&[1900.0]]);
         table.row(&["1514", "untouched", "not measured"], &[&[]]);
         table
@@ -289,9 +295,20 @@ mod tests {
         let svg = draw("A machine <& kernel>", &[guests_table(), growth_table()])
             .expect("there is something");
         let (counts, texts) = read(&svg);
-        assert_eq!(counts, [5, 2, 20]);
-        for text in ["A machine <& kernel>", "rtrb <one> & \"all\"", "1900", "1024", "2", "to all"]
-        {
+        assert_eq!(counts, [9, 2, 20]);
+        let [near, far] =
+            ["near, cache-line round trip 130 ns", "far, cache-line round trip 540 ns"]
+                .map(|place| format!("1514 B, touched; {place}"));
+        for text in [
+            &near,
+            &far,
+            "A machine <& kernel>",
+            "rtrb <one> & \"all\"",
+            "1900",
+            "1024",
+            "2",
+            "to all",
+        ] {
             assert!(texts.iter().any(|t| t == text), "{text} is not in {texts:?}");
         }
     }
@@ -299,7 +316,7 @@ mod tests {
     #[test]
     fn a_missing_table_leaves_its_half_out() {
         let counts = |tables: &[Table]| read(&draw("", tables).expect("there is something")).0;
-        assert_eq!(counts(&[guests_table()]), [5, 0, 0]);
+        assert_eq!(counts(&[guests_table()]), [9, 0, 0]);
         assert_eq!(counts(&[growth_table()]), [0, 2, 20]);
         assert!(draw("", &[]).is_err());
     }

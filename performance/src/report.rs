@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use serde::Serialize;
 
 use crate::clock::Elapsed;
-use crate::place::Place;
+use crate::place::{Distance, Place};
 use crate::result::Result;
 use crate::spread::Spread;
 
@@ -54,9 +54,13 @@ impl std::fmt::Display for Processors {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { before, after } = self;
         let moved = after.as_ref().filter(|after| after.distance != before.distance);
-        write!(f, "processors: {}", before.distance)?;
+        let name = |place: &Place| match place.distance {
+            Distance::One => "only one",
+            distance => distance.name(),
+        };
+        write!(f, "processors: {}", name(before))?;
         if let Some(after) = moved {
-            write!(f, ", at the end {}", after.distance)?;
+            write!(f, ", at the end {}", name(after))?;
         }
         if before.turns > 0 {
             let ns = before.round_trip_ns;
@@ -67,7 +71,7 @@ impl std::fmt::Display for Processors {
             write!(f, " (median of {})", before.turns)?;
         }
         if moved.is_some() {
-            f.write_str("; they moved, so some figures are of one place and some of the other")?;
+            f.write_str("; they moved, so a figure without a place may be of either")?;
         }
         Ok(())
     }
@@ -124,11 +128,38 @@ pub(crate) struct Table {
     labels: &'static [&'static str],
     /// The names of the figures, with their unit.
     figures: &'static [&'static str],
+    /// The places of the processors in which rows were measured. Rows that do not depend on the place are
+    /// of none.
+    halves: Vec<HalfHeading>,
     rows: Vec<Row>,
+    #[serde(skip)]
+    place: Option<Distance>,
+}
+
+/// Where one half of a table was measured, and how often.
+#[derive(Serialize)]
+struct HalfHeading {
+    #[serde(flatten)]
+    place: Place,
+    /// The least and the most rounds that a row has.
+    rounds: [usize; 2],
+}
+
+impl std::fmt::Display for HalfHeading {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [least, most] = self.rounds;
+        write!(f, "{}: ", self.place)?;
+        match least == most {
+            true => write!(f, "{most} round(s)"),
+            false => write!(f, "{least} to {most} rounds"),
+        }
+    }
 }
 
 #[derive(Serialize)]
 struct Row {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Distance>,
     labels: Vec<String>,
     /// `None` if the row does not have this figure.
     figures: Vec<Option<Spread>>,
@@ -141,7 +172,24 @@ impl Table {
         labels: &'static [&'static str],
         figures: &'static [&'static str],
     ) -> Self {
-        Self { name, about: about.into(), labels, figures, rows: Vec::new() }
+        let (halves, rows) = (Vec::new(), Vec::new());
+        Self { name, about: about.into(), labels, figures, halves, rows, place: None }
+    }
+
+    /// The next rows are of this place, in which they had the least and the most of these rounds.
+    pub(crate) fn begin(&mut self, place: Place, rounds: [usize; 2]) {
+        self.place = Some(place.distance);
+        match self.halves.iter_mut().find(|half| half.place.distance == place.distance) {
+            Some(HalfHeading { rounds: [least, most], .. }) => {
+                (*least, *most) = (rounds[0].min(*least), rounds[1].max(*most));
+            }
+            None => self.halves.push(HalfHeading { place, rounds }),
+        }
+    }
+
+    /// The next rows are of no place.
+    pub(crate) fn end(&mut self) {
+        self.place = None;
     }
 
     /// Adds a row: its labels, and for each figure the values of all rounds, or no values if the
@@ -153,7 +201,7 @@ impl Table {
         let figures: Vec<_> = figures.iter().map(spread).collect();
         let median = figures[0].map_or(f64::NAN, |spread| spread.median);
         let labels = labels.iter().map(|label| (*label).to_owned()).collect();
-        self.rows.push(Row { labels, figures });
+        self.rows.push(Row { place: self.place, labels, figures });
         median
     }
 
@@ -161,10 +209,26 @@ impl Table {
         self.name
     }
 
-    /// The medians of the first figure, with the labels of the rows.
-    pub(crate) fn medians(&self) -> impl Iterator<Item = (&[String], f64)> {
+    /// The medians of the first figure, with the places and the labels of the rows.
+    pub(crate) fn medians(&self) -> impl Iterator<Item = (Option<&Place>, &[String], f64)> {
         let median = |row: &Row| row.figures[0].map_or(f64::NAN, |spread| spread.median);
-        self.rows.iter().map(move |row| (&row.labels[..], median(row)))
+        self.rows.iter().map(move |row| (self.place_of(row), &row.labels[..], median(row)))
+    }
+
+    /// The places in which rows were measured.
+    pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
+        self.halves.iter().map(|half| &half.place)
+    }
+
+    fn place_of(&self, row: &Row) -> Option<&Place> {
+        self.places().find(|place| Some(place.distance) == row.place)
+    }
+
+    /// The rows of no place, and then those of each half.
+    fn in_order(&self) -> impl Iterator<Item = &Row> {
+        let places = self.halves.iter().map(|half| Some(half.place.distance));
+        let of = |place| self.rows.iter().filter(move |row| row.place == place);
+        [None].into_iter().chain(places).flat_map(of)
     }
 
     /// Prints the columns as wide as their contents: labels to the left, figures to the right. The
@@ -180,7 +244,7 @@ impl Table {
             }
         }
         lines.push(head);
-        for row in &self.rows {
+        for row in self.in_order() {
             let mut line = row.labels.clone();
             for (i, figure) in row.figures.iter().enumerate() {
                 let text = |of: fn(&Spread) -> f64| figure.as_ref().map(|s| shorten(of(s)));
@@ -197,7 +261,15 @@ impl Table {
         let columns = lines[0].len();
         let width = |i: usize| lines.iter().map(|line| line[i].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..columns).map(width).collect();
-        for line in &lines {
+        // The heading of the columns has no row.
+        let places = [None].into_iter().chain(self.in_order().map(|row| row.place));
+        let mut before = None;
+        for (line, place) in lines.iter().zip(places) {
+            let half = self.halves.iter().find(|half| Some(half.place.distance) == place);
+            if let Some(half) = half.filter(|_| place != before) {
+                writeln!(out, "{half}")?;
+            }
+            before = place;
             let mut text = String::new();
             for (i, (cell, width)) in line.iter().zip(&widths).enumerate() {
                 let (width, gap) = (*width, if i == 0 { "" } else { "  " });
@@ -216,6 +288,7 @@ impl Table {
 /// Three significant digits, or all digits of a whole number.
 pub(crate) fn shorten(value: f64) -> String {
     match value.abs() {
+        x if x.is_nan() => "-".to_owned(),
         x if x >= 100.0 => format!("{value:.0}"),
         x if x >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
@@ -226,22 +299,31 @@ pub(crate) fn shorten(value: f64) -> String {
 #[derive(Serialize)]
 pub(crate) struct Want {
     what: String,
+    /// Where it was measured, if it depends on the place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<Distance>,
     measured: f64,
     wanted: f64,
     /// Whether `wanted` is the most that the value may be, or the least.
     at_most: bool,
-    met: bool,
+    /// `None` if it was not measured.
+    met: Option<bool>,
 }
 
 impl Want {
     pub(crate) fn at_most(what: impl Into<String>, measured: f64, wanted: f64) -> Self {
-        let met = measured <= wanted;
-        Self { what: what.into(), measured, wanted, at_most: true, met }
+        let met = (!measured.is_nan()).then_some(measured <= wanted);
+        Self { what: what.into(), place: None, measured, wanted, at_most: true, met }
     }
 
     pub(crate) fn at_least(what: impl Into<String>, measured: f64, wanted: f64) -> Self {
-        let met = measured >= wanted;
-        Self { what: what.into(), measured, wanted, at_most: false, met }
+        let met = (!measured.is_nan()).then_some(measured >= wanted);
+        Self { what: what.into(), place: None, measured, wanted, at_most: false, met }
+    }
+
+    /// The same, measured in this place.
+    pub(crate) fn in_place(self, place: Distance) -> Self {
+        Self { place: Some(place), ..self }
     }
 }
 
@@ -326,16 +408,17 @@ impl Report {
         }
         if !self.wants.is_empty() {
             writeln!(out, "\nwanted, and measured in this run")?;
-            writeln!(out, "  #  met  measured    wanted         what")?;
+            writeln!(out, "  #  met  measured    wanted         place  what")?;
         }
         for (number, want) in (1..).zip(&self.wants) {
             writeln!(
                 out,
-                "{number:>3}  {:<3}  {:>8}    {:<8} {:>5}  {}",
-                if want.met { "yes" } else { "no" },
+                "{number:>3}  {:<3}  {:>8}    {:<8} {:>5}  {:<5}  {}",
+                want.met.map_or("-", |met| if met { "yes" } else { "no" }),
                 shorten(want.measured),
                 if want.at_most { "at most" } else { "at least" },
                 want.wanted,
+                want.place.map_or("", Distance::name),
                 want.what
             )?;
         }
@@ -366,8 +449,56 @@ mod tests {
     #[test]
     fn the_heading_says_that_the_processors_moved() {
         let moved = "processors: near, at the end far, cache-line round trip 130 ns, at the end 540 \
-            ns (median of 1); they moved, so some figures are of one place and some of the other";
+            ns (median of 1); they moved, so a figure without a place may be of either";
         assert_eq!(line(&[130.0], Some(&[540.0])), moved);
+    }
+
+    fn two_halves() -> Table {
+        let mut table = Table::new("two", "made up", &["row"], &["ns"]);
+        table.begin(Place::of(vec![130.0]), [11, 11]);
+        table.row(&["a"], &[&[5.0]]);
+        table.begin(Place::of(vec![540.0]), [2, 7]);
+        table.row(&["a"], &[&[50.0]]);
+        table.row(&["b"], &[&[]]);
+        table.end();
+        table.row(&["c"], &[&[1.0]]);
+        table
+    }
+
+    #[test]
+    fn a_table_has_a_half_for_each_place() -> Result<()> {
+        let mut text = Vec::new();
+        two_halves().print(&mut text)?;
+        let text = String::from_utf8(text)?;
+        let lines: Vec<_> = text.lines().map(str::trim_end).collect();
+        let wanted = [
+            "",
+            "two: made up",
+            "row    ns",
+            "c    1.00  (1.00 to 1.00)",
+            "near, cache-line round trip 130 ns: 11 round(s)",
+            "a    5.00  (5.00 to 5.00)",
+            "far, cache-line round trip 540 ns: 2 to 7 rounds",
+            "a    50.0  (50.0 to 50.0)",
+            "b       -",
+        ];
+        assert_eq!(lines, wanted);
+        let json = serde_json::to_value(two_halves())?;
+        assert_eq!(json["halves"][1]["distance"], "far");
+        assert_eq!(json["halves"][1]["rounds"], serde_json::json!([2, 7]));
+        assert_eq!(json["rows"][1]["place"], "far");
+        assert_eq!(json["rows"][3].get("place"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_want_says_where_it_was_measured_and_whether_it_was() -> Result<()> {
+        let want = Want::at_most("a want", 1.0, 2.0).in_place(Distance::Far);
+        let json = serde_json::to_value(&want)?;
+        assert_eq!((&json["place"], &json["met"]), (&"far".into(), &true.into()));
+        let json = serde_json::to_value(Want::at_least("a want", f64::NAN, 2.0))?;
+        assert_eq!((json.get("place"), &json["met"]), (None, &serde_json::Value::Null));
+        Ok(())
     }
 
     #[test]

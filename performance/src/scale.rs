@@ -14,6 +14,7 @@ use crate::net::ETHERNET;
 use crate::plan::{Part, Plan};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds;
 
 /// Reads in flight, and writes in flight.
 const BATCH: usize = 32;
@@ -289,17 +290,31 @@ fn by_rings(plan: Plan) -> Part {
             };
             contenders.push((Many::start(count, poller.as_ref())?, poller));
         }
-        let values = take_turns(plan, &mut contenders, |(many, _)| {
-            time_packets(plan.time, 64, || many.turn())
-        })?;
         let driven = if shared { "by one poller" } else { "inline" };
-        let mut medians = Vec::new();
-        for (count, values) in RINGS.iter().zip(&values) {
-            let label = count.to_string();
-            let median = table.row(&[driven, &label], &[values]);
-            medians.push((label, median));
+        let what = format!("rings, {driven}");
+        let row = |table: &mut Table, values: &[&Vec<f64>]| {
+            let (mut medians, mut wants) = (Vec::new(), Vec::new());
+            for (count, values) in RINGS.iter().zip(values) {
+                let label = count.to_string();
+                let median = table.row(&[driven, &label], &[values]);
+                medians.push((label, median));
+            }
+            flat(&mut wants, &what, &medians);
+            wants
+        };
+        let time = |many: &mut Many| time_packets(plan.time, 64, || many.turn());
+        if !shared {
+            let values = take_turns(plan, &mut contenders, |(many, _)| time(many))?;
+            wants.extend(row(&mut table, &values.iter().collect::<Vec<_>>()));
+            continue;
         }
-        flat(&mut wants, &format!("rings, {driven}"), &medians);
+        let halves =
+            rounds::take_turns(plan, &mut contenders, |(many, _)| Ok(Some([time(many)?])))?;
+        for half in &halves {
+            half.begin(&mut table);
+            let values: Vec<_> = half.values.iter().map(|[values]| values).collect();
+            wants.extend(half.wants(row(&mut table, &values)));
+        }
     }
     Ok((vec![table], wants))
 }

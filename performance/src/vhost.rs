@@ -25,7 +25,7 @@ pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
         (forwarding::FORWARDING, &|| forwarding::run(plan, programs.vmring)),
         (forwarding::BUSY, &|| forwarding::run_busy(plan)),
         (long::NAME, &|| long::run(plan).map(Ok)),
-        (stream::NAME, &|| stream::run(plan.rounds, programs)),
+        (stream::NAME, &|| stream::run(plan, programs)),
         (notified::NAME, &|| notified::run(plan, programs.vmring)),
     ];
     let (mut tables, mut wants) = (Vec::new(), Vec::new());

@@ -18,6 +18,8 @@ use crate::plan::{Part, Plan};
 use crate::programs::{Measured, NO_VMRING, Programs};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
+use crate::spread::Spread;
 
 use carriers::{Carrier, Method};
 use clients::Clients;
@@ -45,32 +47,34 @@ pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
         (STREAM, &|| {
             let about = "frames of 1514 bytes from one client to another, over a stream";
             let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
-            let (table, [ours, relay, hops]) = flows(STREAM, about, plan, full, methods)?;
-            let what = |beside: &str| format!("{STREAM}: vmring serve / {beside}");
-            let wants = vec![
-                Want::at_least(what("relay, packets/s"), ours.rate / relay.rate, 2.0),
-                Want::at_most(what("relay, CPU a packet"), ours.cpu / relay.cpu, 0.4),
-                Want::at_least(what("raw hops, packets/s"), ours.rate / hops.rate, 0.8),
-            ];
-            Ok(Ok((table, wants)))
+            flows(STREAM, about, plan, full, methods, |[ours, relay, hops]| {
+                let what = |beside: &str| format!("{STREAM}: vmring serve / {beside}");
+                vec![
+                    Want::at_least(what("relay, packets/s"), ours.rate / relay.rate, 2.0),
+                    Want::at_most(what("relay, CPU a packet"), ours.cpu / relay.cpu, 0.4),
+                    Want::at_least(what("raw hops, packets/s"), ours.rate / hops.rate, 0.8),
+                ]
+            })
         }),
         (DATAGRAM, &|| {
             let about = "frames of 1514 bytes from one client to another, over datagrams";
             let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
-            let (table, [ours, relay, _]) = flows(DATAGRAM, about, plan, datagram, methods)?;
-            let what = format!("{DATAGRAM}: vmring serve / relay, CPU a packet");
-            Ok(Ok((table, vec![Want::at_most(what, ours.cpu / relay.cpu, 0.85)])))
+            flows(DATAGRAM, about, plan, datagram, methods, |[ours, relay, _]| {
+                let what = format!("{DATAGRAM}: vmring serve / relay, CPU a packet");
+                vec![Want::at_most(what, ours.cpu / relay.cpu, 0.85)]
+            })
         }),
         (LARGE, &|| {
             let about =
                 "packets of 64 KiB with a virtio header from one client to another, over a stream";
             let methods = [Method::Serve(vmring), Method::Relay, Method::Hops];
-            let (table, [ours, relay, _]) = flows(LARGE, about, plan, large, methods)?;
-            let what = format!("{LARGE}: vmring serve / relay, packets/s");
-            Ok(Ok((table, vec![Want::at_least(what, ours.rate / relay.rate, 1.0)])))
+            flows(LARGE, about, plan, large, methods, |[ours, relay, _]| {
+                let what = format!("{LARGE}: vmring serve / relay, packets/s");
+                vec![Want::at_least(what, ours.rate / relay.rate, 1.0)]
+            })
         }),
         (LATENCY, &|| latency(plan, vmring)),
-        (guests::NAME, &|| guests::run(plan.rounds, programs, vmring)),
+        (guests::NAME, &|| guests::run(plan, programs, vmring)),
     ];
     let (mut tables, mut wants) = (Vec::new(), Vec::new());
     for (name, measure) in steps.into_iter().filter(|(name, _)| name.contains(programs.only)) {
@@ -92,29 +96,33 @@ struct Medians {
     cpu: f64,
 }
 
-/// Lets all contenders carry the same frames in turns.
+/// Lets all contenders carry the same frames in turns. `wants` is given the medians of one place.
 fn flows<const N: usize>(
     name: &'static str,
     about: &str,
     plan: Plan,
     load: Load,
-    methods: [Method<'_>; N],
-) -> Result<(Table, [Medians; N])> {
-    let mut all = methods.map(|method| (method, [const { Vec::new() }; 3]));
-    for _ in 0..plan.rounds {
-        for (method, values) in &mut all {
-            let figures = pinned(|| flow(*method, load, plan));
-            let figures = figures.map_err(|error| format!("{}: {error}", method.name()))?;
-            values.iter_mut().zip(figures).for_each(|(values, figure)| values.push(figure));
-        }
-    }
+    mut methods: [Method<'_>; N],
+    wants: impl Fn([Medians; N]) -> Vec<Want>,
+) -> Result<Measured> {
+    let halves = take_turns(plan, &mut methods, |method| {
+        let figures = pinned(|| flow(*method, load, plan));
+        Ok(Some(figures.map_err(|error| format!("{}: {error}", method.name()))?))
+    })?;
     let figures = &["packets/s", "Gbit/s", "CPU ns/packet"];
     let mut table = Table::new(name, about, &["carried by"], figures);
-    let medians = all.map(|(method, [rate, bits, cpu])| {
-        let rate = table.row(&[method.name()], &[&rate, &bits, &cpu]);
-        Medians { rate, cpu: median(cpu) }
-    });
-    Ok((table, medians))
+    let mut all = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let mut rows = half.values.iter();
+        let medians = methods.map(|method| {
+            let [rate, bits, cpu] = rows.next().expect("each contender has its values");
+            let rate = table.row(&[method.name()], &[rate, bits, cpu]);
+            Medians { rate, cpu: median(cpu) }
+        });
+        all.extend(half.wants(wants(medians)));
+    }
+    Ok(Ok((table, all)))
 }
 
 /// Packets per second, Gbit per second, and nanoseconds of the carrier's processor time for each packet.
@@ -139,29 +147,34 @@ fn flow(method: Method<'_>, load: Load, plan: Plan) -> Result<[f64; 3]> {
 /// One frame there and one back, between clients that sleep.
 fn latency(plan: Plan, vmring: &Path) -> Result<Measured> {
     let load = Load { wire: Wire::Stream, frame: SMALL_FRAME, header: false, window: 1 };
-    let mut all = [Method::Serve(vmring), Method::Relay].map(|method| (method, Vec::new()));
-    for _ in 0..plan.rounds {
-        for (method, values) in &mut all {
-            let trip = pinned(|| {
-                let (carrier, sockets) = Carrier::start(*method, load)?;
-                let mut clients = Clients::new(sockets, load)?;
-                clients.check()?;
-                let trips = clients.ping_pong(plan.time * TIMES)?;
-                drop(clients);
-                drop(carrier);
-                Ok(median(trips) / 1e3)
-            });
-            values.push(trip.map_err(|error| format!("{}: {error}", method.name()))?);
-        }
-    }
+    let mut methods = [Method::Serve(vmring), Method::Relay];
+    let halves: Vec<Half<1>> = take_turns(plan, &mut methods, |method| {
+        let trip = pinned(|| {
+            let (carrier, sockets) = Carrier::start(*method, load)?;
+            let mut clients = Clients::new(sockets, load)?;
+            clients.check()?;
+            let trips = clients.ping_pong(plan.time * TIMES)?;
+            drop(clients);
+            drop(carrier);
+            Ok(median(&trips) / 1e3)
+        });
+        Ok(Some([trip.map_err(|error| format!("{}: {error}", method.name()))?]))
+    })?;
     let about = "60 bytes there and 60 back between two clients that sleep, over a stream";
     let mut table = Table::new(LATENCY, about, &["carried by"], &["us for both"]);
-    let medians = all.map(|(method, values)| table.row(&[method.name()], &[&values]));
-    let what = format!("{LATENCY}: vmring serve / relay");
-    Ok(Ok((table, vec![Want::at_most(what, medians[0] / medians[1], 1.1)])))
+    let mut wants = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let rows = methods.iter().zip(&half.values);
+        let medians: Vec<f64> =
+            rows.map(|(method, [values])| table.row(&[method.name()], &[values])).collect();
+        let what = format!("{LATENCY}: vmring serve / relay");
+        wants.extend(half.wants([Want::at_most(what, medians[0] / medians[1], 1.1)]));
+    }
+    Ok(Ok((table, wants)))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+/// The median. It is not a number if there are no values.
+fn median(values: &[f64]) -> f64 {
+    if values.is_empty() { f64::NAN } else { Spread::of(values.iter().copied()).median }
 }

@@ -11,6 +11,7 @@ use crate::plan::Plan;
 use crate::programs::Measured;
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
 use crate::served::{Folder, Served};
 
 pub(super) const FORWARDING: &str = "vhost, forwarding";
@@ -124,16 +125,14 @@ pub(super) fn run(plan: Plan, vmring: Option<&Path>) -> Result<Measured> {
     let methods: Vec<_> = methods.into_iter().chain(vmring.map(Method::Serve)).collect();
     let mut all: Vec<_> = SHAPES
         .into_iter()
-        .flat_map(|shape| methods.iter().map(move |method| (shape, *method, Vec::new())))
+        .flat_map(|shape| methods.iter().map(move |method| (shape, *method)))
         .collect();
-    for _ in 0..plan.rounds {
-        for ((len, _, device), method, rates) in &mut all {
-            let load = Load { len: *len, device, reads: 0 };
-            let measured = measure(*method, load, plan.time);
-            let (rate, _) = measured.map_err(|error| format!("{}: {error}", method.name()))?;
-            rates.push(rate / 1e6);
-        }
-    }
+    let halves: Vec<Half<1>> = take_turns(plan, &mut all, |((len, _, device), method)| {
+        let load = Load { len: *len, device, reads: 0 };
+        let measured = measure(*method, load, plan.time);
+        let (rate, _) = measured.map_err(|error| format!("{}: {error}", method.name()))?;
+        Ok(Some([rate / 1e6]))
+    })?;
     let mut table = Table::new(
         FORWARDING,
         "frames between two guests of DPDK's virtio-user, millions per second each way",
@@ -141,16 +140,19 @@ pub(super) fn run(plan: Plan, vmring: Option<&Path>) -> Result<Measured> {
         &["M/s each way", "ns/frame"],
     );
     let (mut wants, mut rival) = (Vec::new(), f64::NAN);
-    for ((len, shape, _), method, rates) in &all {
-        // Two frames, one each way.
-        let ns: Vec<f64> = rates.iter().map(|rate| 500.0 / rate).collect();
-        let median = table.row(&[&len.to_string(), shape, method.name()], &[rates, &ns]);
-        match method {
-            Method::Nothing => {}
-            Method::Testpmd => rival = median,
-            _ => {
-                let name = format!("{len} B, {shape}: {}, frames / testpmd's", method.name());
-                wants.push(Want::at_least(name, median / rival, 1.0));
+    for half in &halves {
+        half.begin(&mut table);
+        for (((len, shape, _), method), [rates]) in all.iter().zip(&half.values) {
+            // Two frames, one each way.
+            let ns: Vec<f64> = rates.iter().map(|rate| 500.0 / rate).collect();
+            let median = table.row(&[&len.to_string(), shape, method.name()], &[rates, &ns]);
+            match method {
+                Method::Nothing => {}
+                Method::Testpmd => rival = median,
+                _ => {
+                    let name = format!("{len} B, {shape}: {}, frames / testpmd's", method.name());
+                    wants.extend(half.wants([Want::at_least(name, median / rival, 1.0)]));
+                }
             }
         }
     }
@@ -170,17 +172,14 @@ pub(super) fn run_busy(plan: Plan) -> Result<Measured> {
     let methods = methods.into_iter().filter(|method| *method != Method::Ovs || absent.is_none());
     let mut all: Vec<_> = [64, 1514]
         .into_iter()
-        .flat_map(|len| methods.clone().map(move |method| (len, method, Vec::new(), Vec::new())))
+        .flat_map(|len| methods.clone().map(move |method| (len, method)))
         .collect();
-    for _ in 0..plan.rounds {
-        for (len, method, busy, rates) in &mut all {
-            let load = Load { len: *len, device: "", reads: READS };
-            let measured = measure(*method, load, plan.time);
-            let (rate, ns) = measured.map_err(|error| format!("{}: {error}", method.name()))?;
-            busy.push(ns.ok_or("the back end counts no time")?);
-            rates.push(rate / 1e6);
-        }
-    }
+    let halves: Vec<Half<2>> = take_turns(plan, &mut all, |(len, method)| {
+        let load = Load { len: *len, device: "", reads: READS };
+        let measured = measure(*method, load, plan.time);
+        let (rate, ns) = measured.map_err(|error| format!("{}: {error}", method.name()))?;
+        Ok(Some([ns.ok_or("the back end counts no time")?, rate / 1e6]))
+    })?;
     let mut table = Table::new(
         BUSY,
         "the back end's time in polls that found something, while the front end is slowed down to some \
@@ -189,21 +188,26 @@ pub(super) fn run_busy(plan: Plan) -> Result<Measured> {
         &["busy ns/frame", "M/s each way"],
     );
     let (mut wants, mut testpmds, mut switchs) = (Vec::new(), f64::NAN, f64::NAN);
-    for (len, method, busy, rates) in &all {
-        let median = table.row(&[&len.to_string(), method.name()], &[busy, rates]);
-        match method {
-            Method::Testpmd => testpmds = median,
-            Method::Ovs => switchs = median,
-            _ => {
-                let name = format!("{len} B, 2 M/s each way: busy time / testpmd's");
-                wants.push(Want::at_most(name, median / testpmds, 0.75));
-                if switchs.is_finite() {
-                    let name = format!("{len} B, 2 M/s each way: busy time / Open vSwitch's");
-                    wants.push(Want::at_most(name, median / switchs, 0.5));
+    for half in &halves {
+        half.begin(&mut table);
+        for ((len, method), [busy, rates]) in all.iter().zip(&half.values) {
+            let median = table.row(&[&len.to_string(), method.name()], &[busy, rates]);
+            match method {
+                Method::Testpmd => testpmds = median,
+                Method::Ovs => switchs = median,
+                _ => {
+                    let what = format!("{len} B, 2 M/s each way: busy time");
+                    let dpdk =
+                        Want::at_most(format!("{what} / testpmd's"), median / testpmds, 0.75);
+                    let switch = switchs.is_finite().then(|| {
+                        Want::at_most(format!("{what} / Open vSwitch's"), median / switchs, 0.5)
+                    });
+                    wants.extend(half.wants([dpdk].into_iter().chain(switch)));
                 }
             }
         }
     }
+    table.end();
     if let Some(why) = absent {
         table.row(&["", &format!("Open vSwitch, DPDK: {why}")], &[&[], &[]]);
     }

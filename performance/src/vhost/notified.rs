@@ -27,7 +27,8 @@ pub(super) fn run(plan: Plan, vmring: Option<&Path>) -> Result<Measured> {
     if let Some(why) = missing() {
         return Ok(Err(why));
     }
-    let plan = Plan { rounds: plan.rounds.min(ROUNDS), time: (plan.time * TIMES).min(LONGEST) };
+    let plan =
+        Plan { rounds: plan.rounds.min(ROUNDS), time: (plan.time * TIMES).min(LONGEST), ..plan };
     let mut switches = Vec::new();
     let percents = take_turns(plan, &mut [()], |()| {
         let (percent, count) = measure(vmring, plan.time)?;

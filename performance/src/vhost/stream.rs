@@ -10,9 +10,11 @@ use vmring_guest::{Guest, Nic};
 
 use crate::guest_stream;
 use crate::net::{in_new_namespace, ip};
+use crate::plan::Plan;
 use crate::programs::{Measured, Programs};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
 use crate::served::{Folder, Served};
 
 pub(super) const NAME: &str = "vhost, stream";
@@ -38,7 +40,7 @@ impl Method<'_> {
     }
 }
 
-pub(super) fn run(rounds: u32, programs: Programs<'_>) -> Result<Measured> {
+pub(super) fn run(plan: Plan, programs: Programs<'_>) -> Result<Measured> {
     let Some(vmring) = programs.vmring else { return Ok(Err(crate::programs::NO_VMRING.into())) };
     if let Some(why) = crate::programs::no_tap() {
         return Ok(Err(why.into()));
@@ -50,16 +52,12 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>) -> Result<Measured> {
     let seconds = programs.stream_seconds;
     let mut all: Vec<_> = [false, true]
         .into_iter()
-        .flat_map(|reverse| {
-            [Method::Kernel, Method::Serve(vmring)].map(|method| (reverse, method, Vec::new()))
-        })
+        .flat_map(|reverse| [Method::Kernel, Method::Serve(vmring)].map(|method| (reverse, method)))
         .collect();
-    for _ in 0..rounds {
-        for (reverse, method, rates) in &mut all {
-            let rate = in_new_namespace(|| measure(*method, guest.clone(), *reverse, seconds));
-            rates.push(rate.map_err(|error| format!("{}: {error}", method.name()))?);
-        }
-    }
+    let halves: Vec<Half<1>> = take_turns(plan, &mut all, |(reverse, method)| {
+        let rate = in_new_namespace(|| measure(*method, guest.clone(), *reverse, seconds));
+        Ok(Some([rate.map_err(|error| format!("{}: {error}", method.name()))?]))
+    })?;
     let mut table = Table::new(
         NAME,
         format!("one TCP stream of {seconds} s between a guest in user-mode Linux and the host"),
@@ -67,14 +65,17 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>) -> Result<Measured> {
         &["Gbit/s"],
     );
     let (mut wants, mut rival) = (Vec::new(), f64::NAN);
-    for (reverse, method, rates) in &all {
-        let direction = if *reverse { "host to guest" } else { "guest to host" };
-        let median = table.row(&[direction, method.name()], &[rates]);
-        match method {
-            Method::Kernel => rival = median,
-            Method::Serve(_) => {
-                let name = format!("TCP, {direction}: vmring serve / kernel TAP");
-                wants.push(Want::at_least(name, median / rival, 0.9));
+    for half in &halves {
+        half.begin(&mut table);
+        for ((reverse, method), [rates]) in all.iter().zip(&half.values) {
+            let direction = if *reverse { "host to guest" } else { "guest to host" };
+            let median = table.row(&[direction, method.name()], &[rates]);
+            match method {
+                Method::Kernel => rival = median,
+                Method::Serve(_) => {
+                    let name = format!("TCP, {direction}: vmring serve / kernel TAP");
+                    wants.extend(half.wants([Want::at_least(name, median / rival, 0.9)]));
+                }
             }
         }
     }

@@ -8,9 +8,11 @@ use vmring_guest::{Guest, Nic, Running};
 use super::carriers::{Method, RelayThread, accept, listen};
 use super::relay::Way;
 use crate::guest_stream;
+use crate::plan::Plan;
 use crate::programs::{Measured, Programs};
 use crate::report::{Table, Want};
 use crate::result::Result;
+use crate::rounds::{Half, take_turns};
 use crate::served::{Folder, Served};
 
 pub(super) const NAME: &str = "wires, guests";
@@ -57,7 +59,7 @@ impl Pair {
     }
 }
 
-pub(super) fn run(rounds: u32, programs: Programs<'_>, vmring: &Path) -> Result<Measured> {
+pub(super) fn run(plan: Plan, programs: Programs<'_>, vmring: &Path) -> Result<Measured> {
     let guest = match Guest::uml().and_then(|guest| guest.program("iperf3")) {
         Ok(guest) => guest,
         Err(missing) => return Ok(Err(missing.to_string())),
@@ -65,23 +67,27 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>, vmring: &Path) -> Result<
     let methods = [Method::Serve(vmring), Method::Relay];
     let mut pairs = Vec::new();
     for method in methods {
-        pairs.push((method, Pair::start(method, &guest)?, Vec::new()));
+        pairs.push((method, Pair::start(method, &guest)?));
     }
     let seconds = programs.stream_seconds;
-    for _ in 0..rounds {
-        for (method, pair, rates) in &mut pairs {
-            let rate = guest_stream::run(&mut pair.guests[1], ADDRESSES[0], false, seconds);
-            rates.push(rate.map_err(|error| format!("{}: {error}", method.name()))?);
-        }
-    }
+    let halves: Vec<Half<1>> = take_turns(plan, &mut pairs, |(method, pair)| {
+        let rate = guest_stream::run(&mut pair.guests[1], ADDRESSES[0], false, seconds);
+        Ok(Some([rate.map_err(|error| format!("{}: {error}", method.name()))?]))
+    })?;
     let mut table = Table::new(
         NAME,
         format!("one TCP stream of {seconds} s between two guests in user-mode Linux, over bess"),
         &["carried by"],
         &["Gbit/s"],
     );
-    let medians: Vec<f64> =
-        pairs.iter().map(|(method, _, rates)| table.row(&[method.name()], &[rates])).collect();
-    let what = "wires, two guests over bess, TCP: vmring serve / relay";
-    Ok(Ok((table, vec![Want::at_least(what, medians[0] / medians[1], 1.2)])))
+    let mut wants = Vec::new();
+    for half in &halves {
+        half.begin(&mut table);
+        let rows = methods.iter().zip(&half.values);
+        let medians: Vec<f64> =
+            rows.map(|(method, [rates])| table.row(&[method.name()], &[rates])).collect();
+        let what = "wires, two guests over bess, TCP: vmring serve / relay";
+        wants.extend(half.wants([Want::at_least(what, medians[0] / medians[1], 1.2)]));
+    }
+    Ok(Ok((table, wants)))
 }
