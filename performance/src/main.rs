@@ -20,6 +20,7 @@ mod idle;
 mod inline;
 mod latency;
 mod lines;
+mod markdown;
 mod merge;
 mod net;
 mod ours;
@@ -103,6 +104,10 @@ struct Arguments {
     /// Also draw the figures of guests and growth, if they were measured.
     #[arg(long, global = true, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+
+    /// Also write the table of the README in the folder above, as far as its figures were measured.
+    #[arg(long, global = true, value_name = "FILE.md")]
+    table: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Subcommand)]
@@ -243,6 +248,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     if let Some(path) = &arguments.plot {
         plot::write(&report, path)?;
+    }
+    if let Some(path) = &arguments.table {
+        markdown::write(&report, path)?;
     }
     match report.failed() {
         0 => Ok(()),

@@ -113,6 +113,12 @@ impl Heading {
     }
 }
 
+impl Heading {
+    pub(crate) fn rounds(&self) -> u32 {
+        self.rounds
+    }
+}
+
 impl std::fmt::Display for Heading {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}, {} cores, Linux {}", self.machine, self.cores, self.kernel)
@@ -222,6 +228,18 @@ impl Table {
 
     fn place_of(&self, row: &Row) -> Option<&Place> {
         self.places().find(|place| Some(place.distance) == row.place)
+    }
+
+    /// The median of one figure in the row with these labels, in a place or in none.
+    pub(crate) fn median(
+        &self,
+        place: Option<Distance>,
+        labels: &[&str],
+        figure: usize,
+    ) -> Option<f64> {
+        let mut rows = self.rows.iter();
+        let row = rows.find(|row| row.place == place && row.labels == labels)?;
+        row.figures[figure].map(|spread| spread.median)
     }
 
     /// The rows of no place, and then those of each half.
@@ -483,7 +501,11 @@ mod tests {
             "b       -",
         ];
         assert_eq!(lines, wanted);
-        let json = serde_json::to_value(two_halves())?;
+        let table = two_halves();
+        assert_eq!(table.median(Some(Distance::Far), &["a"], 0), Some(50.0));
+        assert_eq!(table.median(Some(Distance::Near), &["b"], 0), None);
+        assert_eq!(table.median(None, &["c"], 0), Some(1.0));
+        let json = serde_json::to_value(&table)?;
         assert_eq!(json["halves"][1]["distance"], "far");
         assert_eq!(json["halves"][1]["rounds"], serde_json::json!([2, 7]));
         assert_eq!(json["rows"][1]["place"], "far");
