@@ -2,16 +2,21 @@
 //! that all of them arrive as they were sent.
 //!
 //! One thread submits and reaps at both ends, as if two guests ran on one processor. With a poller
-//! thread there are two threads.
+//! thread there are two threads. Last, each end has a thread of its own, beside the bare loop.
 
+mod bare;
+mod carry;
 mod check;
 mod endpoints;
 mod limits;
 mod one_way;
+mod place;
 mod progress;
+mod queue;
 mod round_trip;
 mod setup;
 mod summary;
+mod two_threads;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -21,11 +26,11 @@ use crate::device::DeviceName;
 use crate::failure::Failure;
 use crate::report::{grouped, offload_names, print_json, print_report};
 use crate::stop::Stop;
-use crate::system;
 
-use check::{Account, SMALLEST, SMALLEST_OF_TCP};
+use check::{Account, SMALLEST, SMALLEST_OF_TCP, Totals};
 use endpoints::{Driving, Endpoints};
 use limits::{SAMPLE, SIZE, window};
+use place::{Distance, Place, Processors};
 use progress::Clock;
 use setup::Setup;
 use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
@@ -42,19 +47,27 @@ const ROUND_TRIP: [(Driving, &str, &str); 3] = [
     (Driving::Parked, "poller", "parked"),
 ];
 
+/// What is measured beside them: two threads, and the bare loop.
+const BESIDE: usize = 2;
+
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let device = args.device;
+    let processors = Processors::choose(args.cpus)?;
     #[cfg(target_os = "linux")]
     if device.is_tap() {
         return crate::tap::in_namespace(|| {
             crate::tap::make_bridge()?;
-            run_on(device, args)
+            run_on(device, args, processors)
         })?;
     }
-    run_on(device, args)
+    run_on(device, args, processors)
 }
 
-fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
+fn run_on(
+    device: DeviceName,
+    args: &BenchArgs,
+    processors: Processors,
+) -> Result<(), Failure> {
     let offload = args.offload;
     if offload && device != DeviceName::Embedded {
         return Err(Failure::Usage("--offload is for the embedded device".to_owned()));
@@ -76,19 +89,24 @@ fn run_on(device: DeviceName, args: &BenchArgs) -> Result<(), Failure> {
         offloads: offload_names(interface.capabilities().offloads),
         batch: args.batch as usize,
         seconds: args.seconds,
-        processors: system::processors(),
+        processors: processors.count,
+        cpus: processors.pair,
         may_lose: may_lose(device),
         ..Summary::default()
     };
     drop(interface);
     let stop = Stop::on_signals()?;
-    let measures = (ONE_WAY.len() + ROUND_TRIP.len()) as u32;
+    let measures = (ONE_WAY.len() + ROUND_TRIP.len() + BESIDE) as u32;
     let total = Duration::from_secs(args.seconds);
-    let setup = Setup { device, size, offload, batch: args.batch as usize, time: total / measures };
+    let (batch, time) = (args.batch as usize, total / measures);
+    let cpu = processors.pair.map(|[_, second]| second);
+    let setup = Setup { device, size, offload, batch, time, cpu };
     summary.checks = ChecksSummary::new(cost_of_checks(&setup));
     let what = format!("measuring the {} device; Ctrl-C ends it", summary.device);
     let mut clock = Clock::start(&stop, total, (!args.json).then_some(&*what));
-    let measured = measure(&setup, &mut clock, &mut summary);
+    summary.place = processors.look();
+    let measured = measure(&setup, &processors, &mut clock, &mut summary);
+    summary.place_at_end = processors.look();
     drop(clock);
     summary.interrupted = stop.is_wanted();
     summary.drops = summary.drops_by_reason.values().sum();
@@ -123,16 +141,25 @@ fn may_lose(device: DeviceName) -> bool {
     device.is_tap() || (device == DeviceName::Vmnet && cfg!(target_os = "macos"))
 }
 
-fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Result<(), Failure> {
+fn measure(
+    setup: &Setup,
+    processors: &Processors,
+    clock: &mut Clock<'_>,
+    summary: &mut Summary,
+) -> Result<(), Failure> {
     let window = window(setup.batch);
+    // The poller has the other one.
+    processors.pin(0);
     for (driving, drive) in ONE_WAY {
         if !clock.tick() {
             return Ok(());
         }
         let mut endpoints = Endpoints::start(setup, driving, window)?;
+        let before = processors.look();
         let (account, rates) = one_way::measure(setup, driving, &mut endpoints, clock)?;
-        let rings = finish(setup, endpoints, &account, summary)?;
-        summary.one_way.push(OneWaySummary { drive, rates, rings });
+        let place = same_place(driving, before, processors.look());
+        let rings = finish(setup, endpoints, &account.totals(), summary)?;
+        summary.one_way.push(OneWaySummary { drive, place, rates, rings });
     }
     for (driving, drive, waits) in ROUND_TRIP {
         if !clock.tick() {
@@ -145,25 +172,57 @@ fn measure(setup: &Setup, clock: &mut Clock<'_>, summary: &mut Summary) -> Resul
             continue;
         }
         let mut endpoints = Endpoints::start(setup, driving, window)?;
+        let before = processors.look();
         let (account, trips) = round_trip::measure(setup, driving, &mut endpoints, clock)?;
-        finish(setup, endpoints, &account, summary)?;
-        summary.round_trip.push(RoundTripSummary { drive, waits, trips });
+        let place = same_place(driving, before, processors.look());
+        finish(setup, endpoints, &account.totals(), summary)?;
+        summary.round_trip.push(RoundTripSummary { drive, waits, place, trips });
     }
-    Ok(())
+    if !clock.tick() {
+        return Ok(());
+    }
+    if let Some(why) = no_two_threads(setup, processors) {
+        summary.left_out.push(format!("a guest on each of two threads: {why}"));
+        return Ok(());
+    }
+    let mut endpoints = Endpoints::start(setup, Driving::Inline, window)?;
+    let (places, [ours, bare]) =
+        two_threads::measure(setup, processors, &mut endpoints, clock, summary.may_lose)?;
+    summary.two_threads = places;
+    finish(setup, endpoints, &ours, summary)?;
+    // The bare loop's packets are no packets of the device, but they must be right, too.
+    match bare.wrong(false) {
+        Some(wrong) => Err(Failure::Step(format!("the bare loop: {wrong}"))),
+        None => Ok(()),
+    }
+}
+
+/// Why there are no two threads to measure, if there is a reason.
+fn no_two_threads(setup: &Setup, processors: &Processors) -> Option<&'static str> {
+    if processors.count < 2 {
+        return Some("two threads that spin need two processors");
+    }
+    (setup.device == DeviceName::Loopback).then_some("the loopback has one end")
+}
+
+/// The place of a run with two threads. `None` if the processors moved meanwhile.
+fn same_place(driving: Driving, before: Option<Place>, after: Option<Place>) -> Option<Distance> {
+    let (before, after) = (before?.distance, after?.distance);
+    (driving != Driving::Inline && before == after).then_some(before)
 }
 
 /// Adds the results of one run to the summary.
 fn finish(
     setup: &Setup,
     endpoints: Endpoints,
-    account: &Account,
+    totals: &Totals,
     summary: &mut Summary,
 ) -> Result<summary::RingsSummary, Failure> {
     #[cfg(target_os = "linux")]
     if setup.device.is_tap() {
         summary.engine = Some(endpoints.engine());
     }
-    summary.packets.add(&account.totals());
+    summary.packets.add(totals);
     endpoints.end(setup.device, &mut summary.drops_by_reason)
 }
 

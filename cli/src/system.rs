@@ -65,6 +65,34 @@ pub(crate) fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
+/// The numbers of those processors. `None` where a thread cannot be kept on one.
+pub(crate) fn usable_processors() -> Option<Vec<usize>> {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sched::{CpuSet, sched_getaffinity};
+        let set = sched_getaffinity(nix::unistd::Pid::from_raw(0)).ok()?;
+        Some((0..CpuSet::count()).filter(|cpu| set.is_set(*cpu) == Ok(true)).collect())
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
+/// Keeps the calling thread, and those that it starts, on one processor. Nothing happens where the system
+/// refuses or cannot.
+pub(crate) fn pin_to(cpu: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sched::{CpuSet, sched_setaffinity};
+        let mut set = CpuSet::new();
+        if set.set(cpu).is_ok() {
+            // The thread runs where it may if this is refused.
+            let _ = sched_setaffinity(nix::unistd::Pid::from_raw(0), &set);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = cpu;
+}
+
 /// Waits until one of the descriptors is readable, at most `millis` milliseconds (-1: for ever).
 pub(crate) fn poll(polls: &mut [libc::pollfd], millis: libc::c_int) {
     // SAFETY: the pointer and length are those of a live, exclusively borrowed slice.

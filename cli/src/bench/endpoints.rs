@@ -128,7 +128,14 @@ impl Endpoints {
     ) -> Result<Self, Error> {
         let poller = match driving {
             Driving::Inline => None,
-            _ => Some(Poller::builder().name("poller").idle(driving.idle()).start()?),
+            _ => {
+                let poller = Poller::builder().name("poller").idle(driving.idle());
+                let poller = match setup.cpu {
+                    Some(cpu) => poller.cpu(cpu),
+                    None => poller,
+                };
+                Some(poller.start()?)
+            }
         };
         let mtu = interfaces[0].mtu() as usize;
         let header = setup.offload.then(|| header_of_tcp(setup.size, mtu));
@@ -177,39 +184,26 @@ impl Endpoints {
         [0, last].map(|i| self.interfaces[i].mac().into_array())
     }
 
+    /// The endpoint that sends and the one that receives, for two threads.
+    ///
+    /// # Panics
+    ///
+    /// If there is only one.
+    pub(crate) fn two(&mut self) -> [&mut Endpoint; 2] {
+        let [first, last] = &mut self.endpoints[..] else { panic!("there is only one endpoint") };
+        [first, last]
+    }
+
     /// Handles what has completed. Returns the number of completions.
     #[inline]
     pub(crate) fn collect(&mut self, account: &mut Account) -> usize {
-        let mut completed = 0;
-        for end in &mut self.endpoints {
-            for done in end.ring.reap() {
-                completed += 1;
-                let is_well = done.result.is_ok();
-                let Some(frame) = done.take_frame() else { continue };
-                if done.op == RingOp::Write {
-                    end.writing -= 1;
-                    account.refused += u64::from(!is_well);
-                    end.free.push(frame);
-                } else if is_well {
-                    end.read.push(frame);
-                } else {
-                    end.spare.push(frame);
-                }
-            }
-        }
-        completed
+        self.endpoints.iter_mut().map(|end| end.collect(account)).sum()
     }
 
     /// Posts the free frames for reading, on all rings.
     #[inline]
     pub(crate) fn post(&mut self) -> Result<(), Failure> {
-        for end in &mut self.endpoints {
-            if !end.spare.is_empty() {
-                let frames = iter::from_fn(|| end.spare.pop().map(|frame| (frame, 0)));
-                end.ring.submit_reads(frames).map_err(step)?;
-            }
-        }
-        Ok(())
+        self.endpoints.iter_mut().try_for_each(Endpoint::post)
     }
 
     /// Sends packets until the first endpoint has heard from the last.
@@ -291,6 +285,37 @@ impl Endpoints {
 }
 
 impl Endpoint {
+    /// Handles what has completed. Returns the number of completions.
+    #[inline]
+    pub(crate) fn collect(&mut self, account: &mut Account) -> usize {
+        let mut completed = 0;
+        for done in self.ring.reap() {
+            completed += 1;
+            let is_well = done.result.is_ok();
+            let Some(frame) = done.take_frame() else { continue };
+            if done.op == RingOp::Write {
+                self.writing -= 1;
+                account.refused += u64::from(!is_well);
+                self.free.push(frame);
+            } else if is_well {
+                self.read.push(frame);
+            } else {
+                self.spare.push(frame);
+            }
+        }
+        completed
+    }
+
+    /// Posts the free frames for reading.
+    #[inline]
+    pub(crate) fn post(&mut self) -> Result<(), Failure> {
+        if !self.spare.is_empty() {
+            let frames = iter::from_fn(|| self.spare.pop().map(|frame| (frame, 0)));
+            self.ring.submit_reads(frames).map_err(step)?;
+        }
+        Ok(())
+    }
+
     /// Writes as many of `frames` as there are credits for.
     #[inline]
     pub(crate) fn write(&mut self, frames: impl Iterator<Item = Frame>) -> Result<(), Failure> {

@@ -22,6 +22,10 @@ pub(crate) const WARM_UP: Duration = Duration::from_millis(50);
 /// Packets that have not arrived after this time count as lost, so that others may be sent. On a
 /// busy machine a thread may well wait for its processor for a while.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+/// How long nothing arrives on a device that may lose packets until what is missing counts as lost.
+pub(crate) const QUIET: Duration = Duration::from_millis(50);
+/// How long the round trip of a cache line is measured in one look at the processors.
+pub(crate) const LOOK: Duration = Duration::from_millis(2);
 /// The longest sleep between two looks at the clock.
 pub(crate) const NAP: Duration = Duration::from_millis(10);
 /// Turns between two looks at the clock while packets move. A look costs as much as a packet.

@@ -170,6 +170,7 @@ mod tests {
             offload: false,
             batch: 8,
             time: Duration::from_millis(200),
+            cpu: None,
         };
         let start = |_| {
             let driver = fault().wrap(Embedded::network(network).overflow(2048));

@@ -20,6 +20,8 @@ pub(crate) struct Setup {
     pub(crate) batch: usize,
     /// The time for each thing that is measured.
     pub(crate) time: Duration,
+    /// The processor of a poller thread. Otherwise it may run on any.
+    pub(crate) cpu: Option<usize>,
 }
 
 /// The offloads that an interface is asked for, with `--offload` or without.
@@ -65,8 +67,15 @@ mod tests {
     fn a_short_time_has_enough_intervals() {
         let intervals = |millis| {
             let time = Duration::from_millis(millis);
-            Setup { device: DeviceName::Embedded, size: 60, offload: false, batch: 1, time }
-                .intervals()
+            Setup {
+                device: DeviceName::Embedded,
+                size: 60,
+                offload: false,
+                batch: 1,
+                time,
+                cpu: None,
+            }
+            .intervals()
         };
         assert_eq!(intervals(1000), (10, Duration::from_millis(100)));
         assert_eq!(intervals(200), (5, Duration::from_millis(40)));

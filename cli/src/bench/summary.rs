@@ -10,6 +10,7 @@ use vmring::stats::RingStats;
 
 use super::check::Totals;
 use super::limits::SAMPLE;
+use super::place::{Distance, Place};
 use crate::report::{Batches, Table, grouped, percentile, round};
 
 /// Everything that was found out. What the measurement did not get to is missing.
@@ -32,8 +33,15 @@ pub(crate) struct Summary {
     pub(crate) batch: usize,
     pub(crate) seconds: u64,
     pub(crate) processors: usize,
+    /// The two processors that are used, where a thread can be kept on one.
+    pub(crate) cpus: Option<[usize; 2]>,
+    /// Where they are, if there are two; and at the end.
+    pub(crate) place: Option<Place>,
+    pub(crate) place_at_end: Option<Place>,
     pub(crate) one_way: Vec<OneWaySummary>,
     pub(crate) round_trip: Vec<RoundTripSummary>,
+    /// A guest on each of two threads, beside the bare loop, in each place that was seen.
+    pub(crate) two_threads: Vec<TwoThreadsSummary>,
     /// What was not measured, and why.
     pub(crate) left_out: Vec<String>,
     pub(crate) checks: ChecksSummary,
@@ -58,6 +66,8 @@ pub(crate) struct ChecksSummary {
 #[derive(Debug, Serialize)]
 pub(crate) struct OneWaySummary {
     pub(crate) drive: &'static str,
+    /// Where the two processors were, if there are two threads. `None` if they moved.
+    pub(crate) place: Option<Distance>,
     /// `None` if it was ended before.
     pub(crate) rates: Option<Rates>,
     pub(crate) rings: RingsSummary,
@@ -67,7 +77,25 @@ pub(crate) struct OneWaySummary {
 pub(crate) struct RoundTripSummary {
     pub(crate) drive: &'static str,
     pub(crate) waits: &'static str,
+    /// As for one way.
+    pub(crate) place: Option<Distance>,
     pub(crate) trips: Option<Trips>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct TwoThreadsSummary {
+    pub(crate) place: Place,
+    pub(crate) vmring: Rates,
+    pub(crate) bare_loop: Rates,
+    /// How many times as long as the bare loop a packet takes.
+    pub(crate) times_bare_loop: f64,
+}
+
+impl TwoThreadsSummary {
+    pub(crate) fn new(place: Place, vmring: Rates, bare_loop: Rates) -> Self {
+        let times = vmring.ns_per_packet.median / bare_loop.ns_per_packet.median;
+        Self { place, vmring, bare_loop, times_bare_loop: round(times, 2) }
+    }
 }
 
 /// The spread over several intervals.
@@ -197,7 +225,9 @@ impl Summary {
         if !self.offloads.is_empty() {
             let _ = writeln!(text, "Offloads: {}", self.offloads.join(", "));
         }
+        self.tell_place(&mut text);
         self.tell_one_way(&mut text);
+        self.tell_two_threads(&mut text);
         self.tell_round_trip(&mut text);
         self.tell_rings(&mut text);
         text.push('\n');
@@ -219,7 +249,63 @@ impl Summary {
         text
     }
 
+    /// Whether figures of two threads may be of another place than the heading says.
+    fn has_moved(&self) -> bool {
+        let at_start = self.place.map(|place| place.distance);
+        let one_way = self.one_way.iter().map(|run| (run.drive, run.place));
+        let trips = self.round_trip.iter().map(|run| (run.drive, run.place));
+        let mut all = one_way.chain(trips).filter(|(drive, _)| *drive != "inline");
+        self.place_at_end.map(|place| place.distance) != at_start
+            || all.any(|(_, place)| place != at_start)
+    }
+
     // Writing to a string does not fail.
+
+    fn tell_place(&self, text: &mut String) {
+        let Some(Place { distance, round_trip_ns }) = self.place else { return };
+        let which = self.cpus.map_or_else(
+            || "Two processors".to_owned(),
+            |[a, b]| format!("Processors {a} and {b}"),
+        );
+        let _ = write!(
+            text,
+            "{which}: {}, a cache line there and back takes {round_trip_ns:.0} ns",
+            distance.name()
+        );
+        let moved = self.place_at_end.filter(|place| place.distance != distance);
+        if let Some(Place { distance, round_trip_ns }) = moved {
+            let _ = write!(text, "; at the end {}, {round_trip_ns:.0} ns", distance.name());
+        }
+        text.push('\n');
+    }
+
+    fn tell_two_threads(&self, text: &mut String) {
+        let heading = ["place", "ns/packet", "min", "max", "bare loop", "min", "max", "times"];
+        let mut table = Table::new(&heading);
+        let mut intervals = 0;
+        for run in &self.two_threads {
+            intervals = intervals.max(run.vmring.intervals);
+            let (ours, bare) = (run.vmring.ns_per_packet, run.bare_loop.ns_per_packet);
+            table.row([
+                format!("{}, {:.0} ns", run.place.distance.name(), run.place.round_trip_ns),
+                nanos(ours.median),
+                nanos(ours.min),
+                nanos(ours.max),
+                nanos(bare.median),
+                nanos(bare.min),
+                nanos(bare.max),
+                format!("{:.2}", run.times_bare_loop),
+            ]);
+        }
+        if intervals > 0 {
+            let _ = write!(
+                text,
+                "\nA guest on each of two threads, and the bare loop: medians of {intervals} \
+                 intervals\n{}",
+                table.text()
+            );
+        }
+    }
 
     fn tell_one_way(&self, text: &mut String) {
         let heading = ["driven", "packets/s", "min", "max", "Gbit/s", "ns/packet", "min", "max"];
@@ -230,7 +316,7 @@ impl Summary {
             intervals = intervals.max(rates.intervals);
             let (packets, ns) = (rates.packets_per_s, rates.ns_per_packet);
             table.row([
-                run.drive.to_owned(),
+                of_place(run.drive, run.place.filter(|_| self.has_moved())),
                 grouped(packets.median as u64),
                 grouped(packets.min as u64),
                 grouped(packets.max as u64),
@@ -262,7 +348,7 @@ impl Summary {
                 _ => format!("{:.0}", ns as f64 / 1000.0),
             };
             table.row([
-                run.drive.to_owned(),
+                of_place(run.drive, run.place.filter(|_| self.has_moved())),
                 run.waits.to_owned(),
                 us(trips.median_ns),
                 us(trips.p99_ns),
@@ -334,6 +420,11 @@ impl Summary {
     }
 }
 
+/// A name with the place behind it.
+fn of_place(name: &str, place: Option<Distance>) -> String {
+    place.map_or_else(|| name.to_owned(), |place| format!("{name}, {}", place.name()))
+}
+
 /// Nanoseconds as a number. From a millisecond on, an interval moved next to nothing, and only the
 /// size of the number matters.
 fn nanos(ns: f64) -> String {
@@ -361,6 +452,44 @@ mod tests {
         assert_eq!(Rates::of(&[0.0, 5.0, 6.0], 1000).unwrap().ns_per_packet.max, 1e9);
     }
 
+    const NEAR: Place = Place { distance: Distance::Near, round_trip_ns: 130.0 };
+    const FAR: Place = Place { distance: Distance::Far, round_trip_ns: 541.0 };
+
+    #[test]
+    fn the_places_and_the_bare_loop_are_told() {
+        let rates = |rate| Rates::of(&[rate, 2.0 * rate, rate], 1514).unwrap();
+        let one_way = |drive, place, rate| OneWaySummary {
+            drive,
+            place,
+            rates: Some(rates(rate)),
+            rings: RingsSummary::default(),
+        };
+        let near = Some(Distance::Near);
+        let mut summary = Summary {
+            cpus: Some([0, 8]),
+            place: Some(NEAR),
+            place_at_end: Some(NEAR),
+            one_way: vec![one_way("inline", None, 20e6), one_way("poller", near, 10e6)],
+            two_threads: vec![
+                TwoThreadsSummary::new(NEAR, rates(15e6), rates(20e6)),
+                TwoThreadsSummary::new(FAR, rates(2e6), rates(4e6)),
+            ],
+            ..Summary::default()
+        };
+        let text = summary.text();
+        let place = "Processors 0 and 8: near, a cache line there and back takes 130 ns\n";
+        assert!(text.contains(place), "{text}");
+        let rows: Vec<_> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let row: Vec<_> = "far, 541 ns 500 250 500 250 125 250 2.00".split(' ').collect();
+        assert!(rows.contains(&row), "{text}");
+        assert_eq!(summary.two_threads[0].times_bare_loop, 1.33);
+        assert!(!text.contains("  poller, near  10,000,000"), "one place needs no word: {text}");
+        summary.place_at_end = Some(FAR);
+        let text = summary.text();
+        assert!(text.contains("130 ns; at the end far, 541 ns\n"), "{text}");
+        assert!(text.contains("  poller, near  10,000,000"), "{text}");
+    }
+
     #[test]
     fn the_widest_tables_fit_into_80_columns() {
         let rates = Rates::of(&[99_999_999.0, 99_999_999.0, 0.0], 1514).unwrap();
@@ -377,16 +506,30 @@ mod tests {
             ..RingsSummary::default()
         };
         let summary = Summary {
-            one_way: vec![OneWaySummary { drive: "poller", rates: Some(rates), rings: counts }],
+            place: Some(FAR),
+            place_at_end: Some(NEAR),
+            cpus: Some([126, 127]),
+            one_way: vec![OneWaySummary {
+                drive: "poller",
+                place: Some(Distance::Near),
+                rates: Some(rates),
+                rings: counts,
+            }],
+            two_threads: vec![
+                TwoThreadsSummary::new(NEAR, rates, rates),
+                TwoThreadsSummary::new(FAR, rates, rates),
+            ],
             round_trip: vec![RoundTripSummary {
                 drive: "poller",
                 waits: "spinning",
+                place: Some(Distance::Far),
                 trips: Trips::of(&times),
             }],
             ..Summary::default()
         };
-        let (text, prose) = (summary.text(), "Checked: ");
-        for line in text.lines().filter(|line| !line.starts_with(prose)) {
+        // What is no table is folded later.
+        let (text, prose) = (summary.text(), ["Checked: ", "Processors "]);
+        for line in text.lines().filter(|line| !prose.iter().any(|start| line.starts_with(start))) {
             assert!(line.chars().count() <= crate::report::WIDTH, "{line}");
         }
         for figure in ["99,999,999", "1e9", "10000.00"] {

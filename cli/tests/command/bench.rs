@@ -20,6 +20,12 @@ fn spread(value: &Value) {
     assert!(min <= median && median <= max && max > 0.0, "{value}");
 }
 
+/// The place says how far the round trip of a cache line is.
+fn whole_place(place: &Value) {
+    let far = number(&place["round_trip_ns"]) >= 250.0;
+    assert_eq!(place["distance"], if far { "far" } else { "near" }, "{place}");
+}
+
 /// Every figure is present, and nothing was lost.
 fn whole(report: &Value, size: u64, batch: u64) {
     assert_eq!((&report["size"], &report["batch"]), (&size.into(), &batch.into()));
@@ -40,7 +46,27 @@ fn whole(report: &Value, size: u64, batch: u64) {
     }
     let left_out = report["left_out"].as_array().expect("a list").len();
     let trips = report["round_trip"].as_array().expect("a list");
-    assert_eq!(trips.len() + left_out, 3);
+    let places = report["two_threads"].as_array().expect("a list");
+    assert_eq!(trips.len() + usize::from(!places.is_empty()) + left_out, 4, "{report}");
+    assert!(places.len() <= 2, "{report}");
+    for place in places {
+        for side in ["vmring", "bare_loop"] {
+            for figure in ["packets_per_s", "gbit_per_s", "ns_per_packet"] {
+                spread(&place[side][figure]);
+            }
+        }
+        let of = |side: &str| number(&place[side]["ns_per_packet"]["median"]);
+        let exact = of("vmring") / of("bare_loop");
+        assert!((number(&place["times_bare_loop"]) - exact).abs() < 0.01, "{place}");
+        whole_place(&place["place"]);
+    }
+    let alone = report["processors"] == 1;
+    for name in ["place", "place_at_end"] {
+        match alone {
+            true => assert_eq!(report[name], Value::Null),
+            false => whole_place(&report[name]),
+        }
+    }
     for trip in trips {
         let trips = &trip["trips"];
         assert!(number(&trips["count"]) > 0.0);
@@ -144,6 +170,13 @@ fn a_bench_that_cannot_be_is_refused_in_one_sentence() {
     assert!(refused(&["bench", "--batch", "0"]).contains("0 is not in 1 to 256"));
     assert!(refused(&["bench", "--batch", "257"]).contains("257 is not in 1 to 256"));
     assert!(refused(&["bench", "--seconds", "0"]).contains("0 is not in"));
+    for cpus in ["0", "one,two", "0,1,2", ","] {
+        let message = refused(&["bench", "--cpus", cpus]);
+        assert!(message.contains("two numbers of processors, like 0,1"), "{message}");
+    }
+    assert!(refused(&["bench", "--cpus", "1,1"]).contains("must be different"));
+    let wrong = if cfg!(target_os = "linux") { "may not use processor 4095" } else { "--cpus" };
+    assert!(refused(&["bench", "--cpus", "0,4095"]).contains(wrong));
     let message = refused(&["bench", "--device", "abacus"]);
     assert!(message.contains("abacus") && message.contains("loopback"), "{message}");
     if cfg!(not(target_os = "macos")) {
@@ -152,4 +185,18 @@ fn a_bench_that_cannot_be_is_refused_in_one_sentence() {
     if cfg!(not(target_os = "linux")) {
         assert!(refused(&["bench", "--device", "tap"]).contains("exists on Linux only"));
     }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_bench_uses_the_processors_that_it_is_given() {
+    let report = bench(&["--size", "60"]);
+    let Some([a, b]) = report["cpus"].as_array().map(Vec::as_slice) else {
+        assert_eq!(report["processors"], 1);
+        eprintln!("skipped: there is only one processor");
+        return;
+    };
+    assert_ne!(a, b);
+    let report = bench(&["--size", "60", "--cpus", &format!("{b},{a}")]);
+    assert_eq!(report["cpus"], serde_json::json!([b, a]));
 }

@@ -1,0 +1,224 @@
+//! A guest on each of two threads, between two inline rings, and beside them the bare loop.
+
+use std::time::Instant;
+
+use super::bare::Bare;
+use super::carry::{Receives, Run, Sends};
+use super::check::{Account, Pattern, Totals};
+use super::endpoints::{Endpoint, Endpoints};
+use super::limits::{PATIENCE, SAMPLE, WARM_UP, window};
+use super::place::{Distance, Place, Processors};
+use super::progress::Clock;
+use super::setup::Setup;
+use super::summary::{Rates, TwoThreadsSummary};
+use crate::failure::Failure;
+
+/// What was measured in one place: packets per second of each interval.
+#[derive(Default)]
+struct Measured {
+    trips: Vec<f64>,
+    ours: Vec<f64>,
+    bare: Vec<f64>,
+}
+
+/// Measures both in turns. Each interval belongs to the place where the processors were before and after it;
+/// one during which they moved is repeated. Returns the summary of each place that was seen, and the totals
+/// of the rings' packets and of the bare loop's.
+pub(crate) fn measure(
+    setup: &Setup,
+    processors: &Processors,
+    endpoints: &mut Endpoints,
+    clock: &mut Clock<'_>,
+    may_lose: bool,
+) -> Result<(Vec<TwoThreadsSummary>, [Totals; 2]), Failure> {
+    let [from, to] = endpoints.addresses();
+    let pattern = setup.pattern(from, to, SAMPLE);
+    let (mut run, mut loop_run) = (Run::new(processors, may_lose), Run::new(processors, false));
+    let mut bare = Bare::new(setup);
+    let mut ours = |run: &mut Run<'_>, time| {
+        let [first, last] = endpoints.two();
+        let mut sender = RingSender::new(first, pattern, setup.batch);
+        let mut receiver = RingReceiver { end: last, pattern, size: setup.size };
+        run.carry(&mut sender, &mut receiver, time)
+    };
+    let mut bare = |run: &mut Run<'_>, time| {
+        bare.ends(pattern, |sender, receiver| run.carry(sender, receiver, time))
+    };
+    ours(&mut run, WARM_UP)?;
+    bare(&mut loop_run, WARM_UP)?;
+    let mut places: [Measured; 2] = Default::default();
+    let (intervals, interval) = setup.intervals();
+    let mut left = intervals;
+    // Processors that move all the time leave fewer intervals, and not a run without an end.
+    for _ in 0..2 * intervals {
+        let before = processors.look();
+        let rates = (ours(&mut run, interval)?, bare(&mut loop_run, interval)?);
+        let after = processors.look();
+        if let (Some(before), Some(after)) = (before, after)
+            && before.distance == after.distance
+        {
+            let place = &mut places[usize::from(before.distance == Distance::Far)];
+            place.trips.extend([before.round_trip_ns, after.round_trip_ns]);
+            place.ours.push(rates.0);
+            place.bare.push(rates.1);
+            left -= 1;
+        }
+        if !clock.tick() || left == 0 {
+            break;
+        }
+    }
+    let summaries = places.into_iter().filter_map(|measured| {
+        let place = Place::of(measured.trips)?;
+        let (vmring, bare_loop) =
+            (Rates::of(&measured.ours, setup.size), Rates::of(&measured.bare, setup.size));
+        Some(TwoThreadsSummary::new(place, vmring?, bare_loop?))
+    });
+    Ok((summaries.collect(), [run.totals(), loop_run.totals()]))
+}
+
+/// An inline ring that sends.
+struct RingSender<'a> {
+    end: &'a mut Endpoint,
+    pattern: Pattern,
+    batch: usize,
+    account: Account,
+    /// Packets with a number below this are not waited for any more.
+    given_up: u64,
+    /// Turns in which nothing could be sent, and since when the same numbers have arrived.
+    idle: u32,
+    waiting: Option<(u64, Instant)>,
+}
+
+impl<'a> RingSender<'a> {
+    fn new(end: &'a mut Endpoint, pattern: Pattern, batch: usize) -> Self {
+        let account = Account::default();
+        Self { end, pattern, batch, account, given_up: 0, idle: 0, waiting: None }
+    }
+
+    /// On a device that loses packets, all of a window may be lost. Then others may be sent after a while.
+    fn wait(&mut self, number: u64, arrived: u64) {
+        self.idle = self.idle.wrapping_add(1);
+        // The clock costs something.
+        if !self.idle.is_multiple_of(1024) {
+            return;
+        }
+        match self.waiting {
+            Some((before, since)) if before == arrived => {
+                if since.elapsed() >= PATIENCE {
+                    self.given_up = number;
+                }
+            }
+            _ => self.waiting = Some((arrived, Instant::now())),
+        }
+    }
+}
+
+impl Sends for RingSender<'_> {
+    fn send(&mut self, number: &mut u64, arrived: u64) -> Result<bool, Failure> {
+        let completed = self.end.collect(&mut self.account);
+        // Nothing is sent to this end. What arrives is the network's own.
+        self.end.spare.append(&mut self.end.read);
+        self.end.post()?;
+        let under_way = *number - arrived.max(self.given_up).min(*number);
+        let batch = self.batch;
+        if under_way as usize + batch > window(batch) || self.end.free.len() < batch {
+            self.wait(*number, arrived);
+            return Ok(completed > 0);
+        }
+        let pattern = &self.pattern;
+        self.end.send(batch, |frame| {
+            pattern.write(frame, *number);
+            *number += 1;
+        })?;
+        Ok(true)
+    }
+
+    fn finish(&mut self) -> Result<bool, Failure> {
+        self.end.collect(&mut self.account);
+        Ok(self.end.writing == 0)
+    }
+
+    fn refused(&self) -> u64 {
+        self.account.refused
+    }
+}
+
+/// An inline ring that receives.
+struct RingReceiver<'a> {
+    end: &'a mut Endpoint,
+    pattern: Pattern,
+    size: usize,
+}
+
+impl Receives for RingReceiver<'_> {
+    fn receive(&mut self, account: &mut Account) -> Result<bool, Failure> {
+        // This also posts what was given back in the turn before.
+        let completed = self.end.collect(account);
+        for frame in &self.end.read {
+            account.record(self.pattern.inspect(frame, self.size));
+        }
+        self.end.spare.append(&mut self.end.read);
+        self.end.post()?;
+        Ok(completed > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::device::DeviceName;
+    use crate::stop::Stop;
+    use vmring::device::fault::Faults;
+    use vmring::{Embedded, Interface};
+
+    use crate::bench::endpoints::Driving;
+
+    /// Measures for a fifth of a second between two ports of a network, each behind these faults. Returns the
+    /// totals of the rings and of the bare loop, and how many places were seen.
+    fn totals(network: &str, fault: impl Fn() -> Faults, may_lose: bool) -> ([Totals; 2], usize) {
+        let setup = Setup {
+            device: DeviceName::Embedded,
+            size: 60,
+            offload: false,
+            batch: 8,
+            time: Duration::from_millis(200),
+            cpu: None,
+        };
+        let start = |_| {
+            let driver = fault().wrap(Embedded::network(network).overflow(2048));
+            Interface::builder().device(driver).start().unwrap()
+        };
+        let interfaces = (0..2).map(start).collect();
+        let stop = Stop::new().unwrap();
+        let mut clock = Clock::start(&stop, setup.time, None);
+        let mut endpoints =
+            Endpoints::over(interfaces, Driving::Inline, window(8), &setup).unwrap();
+        let processors = Processors::choose(None).unwrap();
+        let (places, totals) =
+            measure(&setup, &processors, &mut endpoints, &mut clock, may_lose).unwrap();
+        assert!(places.iter().all(|place| place.times_bare_loop > 0.0), "{places:?}");
+        (totals, places.len())
+    }
+
+    #[test]
+    fn every_packet_arrives_at_the_other_thread() {
+        let ([ours, bare], places) = totals("two threads", || Faults::seeded(1), false);
+        for totals in [ours, bare] {
+            assert!(totals.sent > 0, "{totals:?}");
+            assert_eq!((totals.arrived, totals.wrong(false)), (totals.sent, None));
+        }
+        // A single processor has no place.
+        assert!(places > 0 || crate::system::processors() < 2);
+    }
+
+    #[test]
+    fn packets_that_are_corrupt_between_threads_are_found_out() {
+        let fault = || Faults::seeded(2).corruption(0.05);
+        let ([ours, bare], _) = totals("two threads, bad bits", fault, true);
+        assert!(ours.corrupt > 0, "{ours:?}");
+        assert_eq!(bare.wrong(false), None);
+        assert!(ours.wrong(true).is_some_and(|wrong| wrong.contains("corrupt")));
+    }
+}
