@@ -409,7 +409,7 @@ Examples:
   vmring bench
   vmring bench --device loopback --size 60 --batch 1
   vmring bench --device stream
-  vmring bench --cpus 0,8
+  vmring bench --cpus 0,8 --plot figures.svg
   sudo vmring bench --device tap --seconds 20 --json
 
 Packets go from one interface to another on the same network. The loopback has
@@ -451,6 +451,9 @@ pub(crate) struct BenchArgs {
     /// The two processors to use (Linux) [default: the first two that the command may use]
     #[arg(long, value_name = "A,B", value_parser = two_processors)]
     pub(crate) cpus: Option<[usize; 2]>,
+    /// Also draw the figures into this file, as SVG
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,

@@ -11,6 +11,7 @@ mod endpoints;
 mod limits;
 mod one_way;
 mod place;
+mod plot;
 mod progress;
 mod queue;
 mod round_trip;
@@ -18,7 +19,10 @@ mod setup;
 mod summary;
 mod two_threads;
 
+use std::fs::File;
 use std::hint::black_box;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::args::BenchArgs;
@@ -53,20 +57,23 @@ const BESIDE: usize = 2;
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let device = args.device;
     let processors = Processors::choose(args.cpus)?;
+    let mut drawing = args.plot.as_deref().map(Drawing::create).transpose()?;
+    let plot = &mut drawing;
     #[cfg(target_os = "linux")]
     if device.is_tap() {
         return crate::tap::in_namespace(|| {
             crate::tap::make_bridge()?;
-            run_on(device, args, processors)
+            run_on(device, args, processors, plot)
         })?;
     }
-    run_on(device, args, processors)
+    run_on(device, args, processors, plot)
 }
 
 fn run_on(
     device: DeviceName,
     args: &BenchArgs,
     processors: Processors,
+    plot: &mut Option<Drawing>,
 ) -> Result<(), Failure> {
     let offload = args.offload;
     if offload && device != DeviceName::Embedded {
@@ -114,12 +121,53 @@ fn run_on(
     let outcome = measured.and_then(|()| wrong.map_or(Ok(()), Err));
     summary.ok = outcome.is_ok();
     summary.failed = outcome.as_ref().err().map(ToString::to_string);
+    if let Some(plot) = plot {
+        plot.write(&plot::svg(&summary.heading(), &summary.groups()))?;
+    }
     if args.json {
         print_json(&summary)?;
     } else {
         print_report(&summary.text())?;
     }
     outcome
+}
+
+/// A file for a plot, which is removed again if nothing was drawn and it is new.
+#[derive(Debug)]
+struct Drawing {
+    file: File,
+    path: PathBuf,
+    is_new: bool,
+}
+
+impl Drawing {
+    /// Opens the file, before anything is measured. What is in it stays until it is drawn anew.
+    fn create(path: &Path) -> Result<Self, Failure> {
+        let is_new = !path.exists();
+        let opened = File::options().write(true).create(true).truncate(false).open(path);
+        let file = opened.map_err(|error| {
+            Failure::Usage(format!("the plot '{}' cannot be written: {error}", path.display()))
+        })?;
+        Ok(Self { file, path: path.to_owned(), is_new })
+    }
+
+    fn write(&mut self, svg: &str) -> Result<(), Failure> {
+        let written = self.file.set_len(0).and_then(|()| self.file.write_all(svg.as_bytes()));
+        written.map_err(|error| {
+            Failure::Step(format!("the plot '{}' was not written: {error}", self.path.display()))
+        })?;
+        self.is_new = false;
+        Ok(())
+    }
+}
+
+impl Drop for Drawing {
+    fn drop(&mut self) {
+        if self.is_new {
+            // It is empty. If it cannot be removed, no harm is done.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 /// The bytes of a packet, on a device that takes `min` to `max`.

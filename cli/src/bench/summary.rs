@@ -11,6 +11,7 @@ use vmring::stats::RingStats;
 use super::check::Totals;
 use super::limits::SAMPLE;
 use super::place::{Distance, Place};
+use super::plot::{self, Bar, Group};
 use crate::report::{Batches, Table, grouped, percentile, round};
 
 /// Everything that was found out. What the measurement did not get to is missing.
@@ -230,6 +231,7 @@ impl Summary {
         self.tell_two_threads(&mut text);
         self.tell_round_trip(&mut text);
         self.tell_rings(&mut text);
+        text.push_str(&plot::text(&self.groups()));
         text.push('\n');
         for why in &self.left_out {
             let _ = writeln!(text, "Left out: {why}");
@@ -249,6 +251,34 @@ impl Summary {
         text
     }
 
+    /// The bars of a plot.
+    pub(crate) fn groups(&self) -> Vec<Group> {
+        let mut one_way = Vec::new();
+        let mut add = |name: String, rates: &Rates, is_rival| {
+            let Spread { median, min, max } = rates.ns_per_packet;
+            one_way.push(Bar { name, value: median, range: Some([min, max]), is_rival });
+        };
+        for run in &self.one_way {
+            let Some(rates) = &run.rates else { continue };
+            add(of_place(run.drive, run.place), rates, false);
+        }
+        for run in &self.two_threads {
+            let place = Some(run.place.distance);
+            add(of_place("two threads", place), &run.vmring, false);
+            add(of_place("bare loop", place), &run.bare_loop, true);
+        }
+        let trips = self.round_trip.iter().filter_map(|run| {
+            let trips = run.trips?;
+            let name = of_place(&format!("{}, {}", run.drive, run.waits), run.place);
+            let value = trips.median_ns as f64 / 1000.0;
+            Some(Bar { name, value, range: None, is_rival: false })
+        });
+        let named =
+            [("One way, ns per packet", one_way), ("One packet out and back, us", trips.collect())];
+        let groups = named.map(|(name, bars)| Group { name: name.to_owned(), bars });
+        groups.into_iter().filter(|group| !group.bars.is_empty()).collect()
+    }
+
     /// Whether figures of two threads may be of another place than the heading says.
     fn has_moved(&self) -> bool {
         let at_start = self.place.map(|place| place.distance);
@@ -257,6 +287,18 @@ impl Summary {
         let mut all = one_way.chain(trips).filter(|(drive, _)| *drive != "inline");
         self.place_at_end.map(|place| place.distance) != at_start
             || all.any(|(_, place)| place != at_start)
+    }
+
+    /// The lines above a picture.
+    pub(crate) fn heading(&self) -> Vec<String> {
+        let mut text = format!(
+            "vmring bench, the {} device: packets of {} bytes in batches of {}\n",
+            self.device,
+            grouped(self.size as u64),
+            self.batch
+        );
+        self.tell_place(&mut text);
+        text.lines().map(str::to_owned).collect()
     }
 
     // Writing to a string does not fail.
@@ -456,7 +498,7 @@ mod tests {
     const FAR: Place = Place { distance: Distance::Far, round_trip_ns: 541.0 };
 
     #[test]
-    fn the_places_and_the_bare_loop_are_told() {
+    fn the_places_and_the_bare_loop_are_told_and_drawn() {
         let rates = |rate| Rates::of(&[rate, 2.0 * rate, rate], 1514).unwrap();
         let one_way = |drive, place, rate| OneWaySummary {
             drive,
@@ -483,6 +525,17 @@ mod tests {
         let row: Vec<_> = "far, 541 ns 500 250 500 250 125 250 2.00".split(' ').collect();
         assert!(rows.contains(&row), "{text}");
         assert_eq!(summary.two_threads[0].times_bare_loop, 1.33);
+        let names: Vec<_> = summary.groups().into_iter().flat_map(|group| group.bars).collect();
+        let names: Vec<_> = names.iter().map(|bar| (&*bar.name, bar.is_rival)).collect();
+        let wanted = [
+            ("inline", false),
+            ("poller, near", false),
+            ("two threads, near", false),
+            ("bare loop, near", true),
+            ("two threads, far", false),
+            ("bare loop, far", true),
+        ];
+        assert_eq!(names, wanted);
         assert!(!text.contains("  poller, near  10,000,000"), "one place needs no word: {text}");
         summary.place_at_end = Some(FAR);
         let text = summary.text();

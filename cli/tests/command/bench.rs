@@ -157,6 +157,9 @@ fn a_bench_ends_with_tables_for_people() {
     for words in ["packets/s", "Gbit/s", "99.9 %", "parked", "Checked: ", "none was lost"] {
         assert!(text(&output.stdout).contains(words), "no {words} in {}", text(&output.stdout));
     }
+    for words in ["One way, ns per packet\n", "One packet out and back, us\n", "█"] {
+        assert!(text(&output.stdout).contains(words), "no {words} in {}", text(&output.stdout));
+    }
     assert!(text(&output.stderr).contains("measuring"), "a person sees what it does");
 }
 
@@ -199,4 +202,45 @@ fn a_bench_uses_the_processors_that_it_is_given() {
     assert_ne!(a, b);
     let report = bench(&["--size", "60", "--cpus", &format!("{b},{a}")]);
     assert_eq!(report["cpus"], serde_json::json!([b, a]));
+}
+
+#[test]
+fn a_bench_draws_its_figures() {
+    let folder = scratch("plot");
+    let file = folder.join("figures.svg");
+    let report = bench(&["--plot", path(&file)]);
+    let svg = std::fs::read_to_string(&file).expect("it was drawn");
+    let document = roxmltree::Document::parse(&svg).expect("it is XML");
+    let bars = document.descendants().filter(|node| node.attribute("class") == Some("bar"));
+    let count = |name: &str| report[name].as_array().map_or(0, Vec::len);
+    // A bar for vmring and one for the bare loop in each place.
+    let wanted = count("one_way") + count("round_trip") + 2 * count("two_threads");
+    assert_eq!(bars.count(), wanted, "{svg}");
+    let texts: Vec<_> = document.descendants().filter_map(|node| node.text()).collect();
+    let one_way = &report["one_way"][0]["rates"]["ns_per_packet"]["median"];
+    let digits = if number(one_way) >= 99.95 { 0 } else { 1 };
+    let figure = format!("{:.digits$}", number(one_way));
+    for words in ["inline", "One way, ns per packet", &figure] {
+        assert!(texts.contains(&words), "no {words} in {texts:?}");
+    }
+    // An older plot is replaced as a whole.
+    std::fs::write(&file, "x".repeat(100_000)).expect("a file");
+    bench(&["--device", "loopback", "--plot", path(&file)]);
+    let svg = std::fs::read_to_string(&file).expect("it was drawn");
+    assert!(roxmltree::Document::parse(&svg).is_ok(), "{svg}");
+}
+
+#[test]
+fn a_plot_that_cannot_be_written_is_refused_and_leaves_nothing() {
+    let folder = scratch("no plot");
+    let nowhere = folder.join("no such folder").join("plot.svg");
+    let message = refused(&["bench", "--plot", path(&nowhere)]);
+    assert!(message.contains("cannot be written"), "{message}");
+    // Another mistake is found after the file was opened.
+    refused(&["bench", "--size", "1", "--plot", path(&folder.join("new.svg"))]);
+    assert_eq!(std::fs::read_dir(&folder).expect("it is there").count(), 0);
+    let old = folder.join("old.svg");
+    std::fs::write(&old, "an older plot").expect("a file");
+    refused(&["bench", "--size", "1", "--plot", path(&old)]);
+    assert_eq!(std::fs::read_to_string(&old).expect("it is there"), "an older plot");
 }
