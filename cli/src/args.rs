@@ -421,7 +421,8 @@ namespace that the command makes and removes. Every packet is numbered, and
 checked where it arrives.
 What two threads cost depends on how far apart their processors are. The command
 keeps its threads on two, and says whether they are near or far: whether a cache
-line goes to the other one and back in less than 250 ns. The bare loop is what
+line goes to the other one and back in less than 250 ns. If a host moves them
+during a run, that run is of both places. The bare loop is what
 is left of a network: two queues of numbers and a copy, on the same two threads.
 A signal (Ctrl-C, SIGTERM, SIGHUP) ends the run with
 the figures so far; a second one ends it at once.

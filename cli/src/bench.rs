@@ -34,7 +34,7 @@ use crate::stop::Stop;
 use check::{Account, SMALLEST, SMALLEST_OF_TCP, Totals};
 use endpoints::{Driving, Endpoints};
 use limits::{SAMPLE, SIZE, window};
-use place::{Distance, Place, Processors};
+use place::{Distance, Place, Processors, Seen};
 use progress::Clock;
 use setup::Setup;
 use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
@@ -205,7 +205,7 @@ fn measure(
         let mut endpoints = Endpoints::start(setup, driving, window)?;
         let before = processors.look();
         let (account, rates) = one_way::measure(setup, driving, &mut endpoints, clock)?;
-        let place = same_place(driving, before, processors.look());
+        let place = seen(driving, before, processors.look());
         let rings = finish(setup, endpoints, &account.totals(), summary)?;
         summary.one_way.push(OneWaySummary { drive, place, rates, rings });
     }
@@ -222,7 +222,7 @@ fn measure(
         let mut endpoints = Endpoints::start(setup, driving, window)?;
         let before = processors.look();
         let (account, trips) = round_trip::measure(setup, driving, &mut endpoints, clock)?;
-        let place = same_place(driving, before, processors.look());
+        let place = seen(driving, before, processors.look());
         finish(setup, endpoints, &account.totals(), summary)?;
         summary.round_trip.push(RoundTripSummary { drive, waits, place, trips });
     }
@@ -253,10 +253,14 @@ fn no_two_threads(setup: &Setup, processors: &Processors) -> Option<&'static str
     (setup.device == DeviceName::Loopback).then_some("the loopback has one end")
 }
 
-/// The place of a run with two threads. `None` if the processors moved meanwhile.
-fn same_place(driving: Driving, before: Option<Place>, after: Option<Place>) -> Option<Distance> {
-    let (before, after) = (before?.distance, after?.distance);
-    (driving != Driving::Inline && before == after).then_some(before)
+/// The places of a run with two threads.
+fn seen(driving: Driving, before: Option<Place>, after: Option<Place>) -> Option<Seen> {
+    let places = (before?.distance, after?.distance);
+    (driving != Driving::Inline).then_some(match places {
+        (Distance::Near, Distance::Near) => Seen::Near,
+        (Distance::Far, Distance::Far) => Seen::Far,
+        _ => Seen::Both,
+    })
 }
 
 /// Adds the results of one run to the summary.

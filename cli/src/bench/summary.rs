@@ -10,7 +10,7 @@ use vmring::stats::RingStats;
 
 use super::check::Totals;
 use super::limits::SAMPLE;
-use super::place::{Distance, Place};
+use super::place::{Place, Seen};
 use super::plot::{self, Bar, Group};
 use crate::report::{Batches, Table, grouped, percentile, round};
 
@@ -67,8 +67,8 @@ pub(crate) struct ChecksSummary {
 #[derive(Debug, Serialize)]
 pub(crate) struct OneWaySummary {
     pub(crate) drive: &'static str,
-    /// Where the two processors were, if there are two threads. `None` if they moved.
-    pub(crate) place: Option<Distance>,
+    /// Where the two processors were, if there are two threads.
+    pub(crate) place: Option<Seen>,
     /// `None` if it was ended before.
     pub(crate) rates: Option<Rates>,
     pub(crate) rings: RingsSummary,
@@ -79,7 +79,7 @@ pub(crate) struct RoundTripSummary {
     pub(crate) drive: &'static str,
     pub(crate) waits: &'static str,
     /// As for one way.
-    pub(crate) place: Option<Distance>,
+    pub(crate) place: Option<Seen>,
     pub(crate) trips: Option<Trips>,
 }
 
@@ -260,16 +260,17 @@ impl Summary {
         };
         for run in &self.one_way {
             let Some(rates) = &run.rates else { continue };
-            add(of_place(run.drive, run.place), rates, false);
+            add(of_place(run.drive, run.place.map(Seen::name)), rates, false);
         }
         for run in &self.two_threads {
-            let place = Some(run.place.distance);
+            let place = Some(run.place.distance.name());
             add(of_place("two threads", place), &run.vmring, false);
             add(of_place("bare loop", place), &run.bare_loop, true);
         }
         let trips = self.round_trip.iter().filter_map(|run| {
             let trips = run.trips?;
-            let name = of_place(&format!("{}, {}", run.drive, run.waits), run.place);
+            let name =
+                of_place(&format!("{}, {}", run.drive, run.waits), run.place.map(Seen::name));
             let value = trips.median_ns as f64 / 1000.0;
             Some(Bar { name, value, range: None, is_rival: false })
         });
@@ -279,14 +280,13 @@ impl Summary {
         groups.into_iter().filter(|group| !group.bars.is_empty()).collect()
     }
 
-    /// Whether figures of two threads may be of another place than the heading says.
+    /// Whether a figure of two threads may be of another place than the heading says.
     fn has_moved(&self) -> bool {
-        let at_start = self.place.map(|place| place.distance);
-        let one_way = self.one_way.iter().map(|run| (run.drive, run.place));
-        let trips = self.round_trip.iter().map(|run| (run.drive, run.place));
-        let mut all = one_way.chain(trips).filter(|(drive, _)| *drive != "inline");
-        self.place_at_end.map(|place| place.distance) != at_start
-            || all.any(|(_, place)| place != at_start)
+        let Some(place) = self.place else { return false };
+        let one_way = self.one_way.iter().filter_map(|run| run.place);
+        let mut all = one_way.chain(self.round_trip.iter().filter_map(|run| run.place));
+        self.place_at_end.is_some_and(|end| end.distance != place.distance)
+            || all.any(|seen| seen.name() != place.distance.name())
     }
 
     /// The lines above a picture.
@@ -358,7 +358,7 @@ impl Summary {
             intervals = intervals.max(rates.intervals);
             let (packets, ns) = (rates.packets_per_s, rates.ns_per_packet);
             table.row([
-                of_place(run.drive, run.place.filter(|_| self.has_moved())),
+                of_place(run.drive, run.place.filter(|_| self.has_moved()).map(Seen::name)),
                 grouped(packets.median as u64),
                 grouped(packets.min as u64),
                 grouped(packets.max as u64),
@@ -390,7 +390,7 @@ impl Summary {
                 _ => format!("{:.0}", ns as f64 / 1000.0),
             };
             table.row([
-                of_place(run.drive, run.place.filter(|_| self.has_moved())),
+                of_place(run.drive, run.place.filter(|_| self.has_moved()).map(Seen::name)),
                 run.waits.to_owned(),
                 us(trips.median_ns),
                 us(trips.p99_ns),
@@ -463,8 +463,8 @@ impl Summary {
 }
 
 /// A name with the place behind it.
-fn of_place(name: &str, place: Option<Distance>) -> String {
-    place.map_or_else(|| name.to_owned(), |place| format!("{name}, {}", place.name()))
+fn of_place(name: &str, place: Option<&str>) -> String {
+    place.map_or_else(|| name.to_owned(), |place| format!("{name}, {place}"))
 }
 
 /// Nanoseconds as a number. From a millisecond on, an interval moved next to nothing, and only the
@@ -482,6 +482,7 @@ impl ChecksSummary {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::place::Distance;
 
     #[test]
     fn rates_are_of_the_median_interval_and_times_of_the_same() {
@@ -506,7 +507,7 @@ mod tests {
             rates: Some(rates(rate)),
             rings: RingsSummary::default(),
         };
-        let near = Some(Distance::Near);
+        let near = Some(Seen::Near);
         let mut summary = Summary {
             cpus: Some([0, 8]),
             place: Some(NEAR),
@@ -537,6 +538,9 @@ mod tests {
         ];
         assert_eq!(names, wanted);
         assert!(!text.contains("  poller, near  10,000,000"), "one place needs no word: {text}");
+        summary.one_way[1].place = Some(Seen::Both);
+        assert!(summary.text().contains("  poller, both  10,000,000"), "{}", summary.text());
+        summary.one_way[1].place = near;
         summary.place_at_end = Some(FAR);
         let text = summary.text();
         assert!(text.contains("130 ns; at the end far, 541 ns\n"), "{text}");
@@ -564,7 +568,7 @@ mod tests {
             cpus: Some([126, 127]),
             one_way: vec![OneWaySummary {
                 drive: "poller",
-                place: Some(Distance::Near),
+                place: Some(Seen::Near),
                 rates: Some(rates),
                 rings: counts,
             }],
@@ -575,7 +579,7 @@ mod tests {
             round_trip: vec![RoundTripSummary {
                 drive: "poller",
                 waits: "spinning",
-                place: Some(Distance::Far),
+                place: Some(Seen::Far),
                 trips: Trips::of(&times),
             }],
             ..Summary::default()

@@ -61,6 +61,13 @@ fn whole(report: &Value, size: u64, batch: u64) {
         whole_place(&place["place"]);
     }
     let alone = report["processors"] == 1;
+    for run in ways.iter().chain(trips) {
+        let seen = run["place"].as_str();
+        match alone || run["drive"] == "inline" {
+            true => assert_eq!(seen, None, "{run}"),
+            false => assert!(["near", "far", "both"].contains(&seen.expect("a place")), "{run}"),
+        }
+    }
     for name in ["place", "place_at_end"] {
         match alone {
             true => assert_eq!(report[name], Value::Null),
