@@ -49,6 +49,7 @@
 
 mod dhcpv6;
 mod ipv6;
+mod neighbors;
 mod refusal;
 mod router;
 mod v6;
@@ -68,6 +69,7 @@ use vmring_core::sync::{AtomicU64, Ordering};
 
 pub use crate::frame::Answer;
 pub use ipv6::Ipv6Config;
+pub use neighbors::Neighbor;
 pub use v6::Ipv6Stats;
 
 use crate::dhcp::{DhcpConfig, DhcpServer};
@@ -266,10 +268,38 @@ impl Gateway {
         self.ipv6.as_ref()?.advertise_if_due(port, now, out)
     }
 
+    /// Returns a number that is another one when [`neighbors`](Self::neighbors) has more. It is 0 at first.
+    /// It takes no lock.
+    pub fn neighbor_changes(&self) -> u64 {
+        self.ipv6.as_ref().map_or(0, |ipv6| ipv6.neighbors().changes())
+    }
+
+    /// Returns which stations have said since `change` that they use an address of the prefix, in
+    /// neighbour solicitations to the gateway or in advertisements, in that order. `change` is a number that
+    /// [`neighbor_changes`](Self::neighbor_changes) has returned. An interface that has left is not named.
+    pub fn neighbors(&self, change: u64) -> Vec<Neighbor> {
+        self.ipv6.as_ref().map_or_else(Vec::new, |ipv6| ipv6.neighbors().after(change))
+    }
+
+    /// Writes the question who uses an address of the prefix (RFC 4861, 4.3), for all stations, to the
+    /// start of `out`. Returns the length of its frame. `None` if the gateway has no IPv6 or if `out` is too
+    /// short.
+    pub fn neighbor_solicitation(&self, address: Ipv6Addr, out: &mut [u8]) -> Option<usize> {
+        self.ipv6.as_ref()?.solicit(address, out)
+    }
+
     /// Says that another interface has got this number.
     pub(crate) fn port_joined(&self, port: u32) {
         if let Some(ipv6) = &self.ipv6 {
             ipv6.port_joined(port);
+        }
+    }
+
+    /// Forgets who is behind an interface, because it has left.
+    pub(crate) fn port_left(&self, port: u32) {
+        self.dhcp.port_left(port);
+        if let Some(ipv6) = &self.ipv6 {
+            ipv6.neighbors().forget(port);
         }
     }
 

@@ -44,6 +44,11 @@ pub const ADVERTISEMENT_INTERVAL: Duration = Duration::from_secs(600);
 /// For how many seconds a guest uses the gateway as its default router without another
 /// advertisement: the longest possible (RFC 8319, 4), because a silent guest gets none.
 pub const ROUTER_LIFETIME: u16 = 65_535;
+/// The most addresses of IPv6 that the gateway knows of the stations behind one port. With temporary ones
+/// (RFC 8981), a guest has about ten.
+pub const NEIGHBORS_PER_PORT: usize = 16;
+/// A station that says again that it uses an address is no news before this time is over.
+pub const NEIGHBOR_AGAIN: Duration = Duration::from_secs(1);
 /// The most IPv6 extension headers of one packet that are read.
 pub const IPV6_EXTENSION_HEADERS: usize = 8;
 

@@ -925,7 +925,7 @@ impl<B> Drop for Membership<B> {
             state.generation.fetch_add(1, Ordering::Relaxed);
         }
         if let Some(gateway) = &network.gateway {
-            gateway.dhcp().port_left(self.index as u32);
+            gateway.port_left(self.index as u32);
         }
         if let Some(router) = &network.router {
             router.port_left(self.index as u32);

@@ -15,6 +15,7 @@ use vmring_core::sync::{AtomicBool, AtomicU64, Ordering};
 
 use super::dhcpv6;
 use super::ipv6::{Ipv6Config, group_mac, link_local, solicited_node};
+use super::neighbors::{Neighbor, Neighbors};
 use super::refusal::{Limiter, TCP_HEADER_LEN, fill_reset};
 use super::router::Advertisement;
 use crate::frame;
@@ -230,6 +231,7 @@ pub(super) struct Ipv6 {
     /// get one now.
     due: Box<[AtomicU64]>,
     solicitations: Limiter,
+    neighbors: Neighbors,
     counters: [AtomicU64; COUNTERS],
 }
 
@@ -247,6 +249,7 @@ impl Ipv6 {
             is_router: AtomicBool::new(false),
             due: (0..MAX_PORTS).map(|_| AtomicU64::new(0)).collect(),
             solicitations: Limiter::new(SOLICITATIONS_PER_SECOND, SOLICITATIONS_AT_ONCE),
+            neighbors: Neighbors::default(),
             counters: core::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
@@ -257,6 +260,33 @@ impl Ipv6 {
 
     pub(super) fn link_local(&self) -> Ipv6Addr {
         self.link_local
+    }
+
+    pub(super) fn neighbors(&self) -> &Neighbors {
+        &self.neighbors
+    }
+
+    /// Notes that the sender of a packet uses an address, if it can be a guest's of the prefix.
+    fn note(&self, arrival: &Arrival<'_>, address: Ipv6Addr) {
+        if self.config.contains(address) && self.is_host(address) {
+            let neighbor = Neighbor { address, mac: arrival.from.0.into(), port: arrival.port };
+            self.neighbors.note(neighbor, arrival.now);
+        }
+    }
+
+    /// Writes the question who uses an address, for all stations, to the start of `out`, and returns the
+    /// length of its frame. `None` if `out` is too short.
+    pub(super) fn solicit(&self, target_addr: Ipv6Addr, out: &mut [u8]) -> Option<usize> {
+        let lladdr = Some(self.mac.into());
+        let question = NdiscRepr::NeighborSolicit { target_addr, lladdr };
+        let (from, to) = (self.link_local, solicited_node(target_addr));
+        let (mac, len) = (EthernetAddress(group_mac(to)), question.buffer_len());
+        let begun = self.begin(mac, (from, to), IpProtocol::Icmpv6, NEIGHBOR_HOPS, len, out);
+        let (out, frame_len) = begun.ok()?;
+        let mut out = Icmpv6Packet::new_unchecked(out);
+        question.emit(&mut out);
+        out.fill_checksum(&from, &to);
+        Some(frame_len)
     }
 
     /// Whether it is a member of a group with this MAC address.
@@ -566,9 +596,11 @@ impl Ipv6 {
                 if message.len() < NEIGHBOR_LEN || !options_are_valid(&message[NEIGHBOR_LEN..]) {
                     return Err(Event::Malformed);
                 }
-                if self.is_own(Icmpv6Packet::new_unchecked(message).target_addr()) {
+                let target = Icmpv6Packet::new_unchecked(message).target_addr();
+                if self.is_own(target) {
                     self.count(Event::Conflict);
                 }
+                self.note(arrival, target);
                 Err(Event::OtherNeighbor)
             }
             Icmpv6Message::RouterSolicit => {
@@ -607,6 +639,7 @@ impl Ipv6 {
         {
             return Err(Event::Malformed);
         }
+        self.note(arrival, header.from);
         if !self.is_own(target_addr) {
             return Err(Event::OtherNeighbor);
         }
